@@ -1,0 +1,11 @@
+"""`ray job submit --working-dir . -- python jobs/prepare.py ...`: the arguments of `ray-cxr prepare`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ray_cxr.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["prepare", *sys.argv[1:]]))

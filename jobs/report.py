@@ -1,0 +1,11 @@
+"""`ray job submit --working-dir . -- python jobs/report.py ...`: the arguments of `ray-cxr report`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ray_cxr.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["report", *sys.argv[1:]]))

@@ -1,0 +1,11 @@
+"""`ray job submit --working-dir . -- python jobs/train.py ...`: the arguments of `ray-cxr train`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ray_cxr.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["train", *sys.argv[1:]]))

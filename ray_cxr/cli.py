@@ -1,0 +1,380 @@
+"""`ray-cxr`: the commands. What they do is elsewhere; here arguments become calls, and errors one line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+import ray_cxr
+from ray_cxr import config
+from ray_cxr.errors import ConfigError, RayCxrError, own_error
+
+#: What the shell reports for a program that Ctrl-C ended.
+EXIT_INTERRUPTED = 130
+
+
+#: For a Ray of a command's own; whoever sets one of these in the environment is heeded.
+_OWN_RAY = {
+    # On a loaded two-core machine Ray's own 60 s for its node process are too few.
+    "RAY_raylet_start_wait_time_s": "180",
+    # What Ray does by itself where this is unset, with a warning.
+    "RAY_AUTH_MODE": "token",
+    # Its C++ layer prints to the terminal what belongs into its log.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # No machine of a laptop's Ray is taken back by a cloud.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (0 done, 1 failed, 2 wrong input, 3 too many errors)."""
+    # Before anything imports TensorFlow: its C++ start-up lines are no news to anybody.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ray_cxr").setLevel(logging.INFO)
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], None] = arguments.run
+    try:
+        run(arguments)
+    except RayCxrError as error:
+        print(f"ray-cxr {arguments.command}: {_flat(error)}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"ray-cxr {arguments.command}: stopped; the same command continues", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        inner = own_error(error)  # what a task or worker raised, out of Ray's wrappings
+        if inner is None:
+            raise
+        print(f"ray-cxr {arguments.command}: {_flat(inner)}", file=sys.stderr)
+        return inner.exit_code if isinstance(inner, RayCxrError) else 1
+    return 0
+
+
+def _flat(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="ray-cxr", description=ray_cxr.__doc__)
+    parser.add_argument("--version", action="version", version=f"ray-cxr {ray_cxr.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    one = commands.add_parser("manifest", help="tables and a folder of pictures to one manifest")
+    one.add_argument(
+        "tables", nargs="+", metavar="TABLE", help="CSV (.gz allowed); or train=A.csv val=B.csv test=C.csv"
+    )
+    one.add_argument("--out", required=True, metavar="M.parquet")
+    one.add_argument("--images", metavar="DIR_OR_URI", help="where the pictures are, in any layout")
+    one.add_argument("--split", choices=["official", "patient"])
+    one.add_argument("--train-val-list", metavar="F")
+    one.add_argument("--test-list", metavar="F")
+    one.add_argument("--fractions", default="0.7,0.1,0.2", help="train,val,test for --split patient (%(default)s)")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--on-leak", choices=["error", "drop"], default="error", help="a patient in two splits")
+    one.set_defaults(run=_manifest)
+
+    one = commands.add_parser("prepare", help="decode and resize every picture once, into Parquet")
+    one.add_argument("manifest", metavar="M.parquet")
+    one.add_argument("--out", required=True, metavar="PREPARED")
+    one.add_argument("--size", metavar="224[,320...]", help="sides in pixels; one set each")
+    _settings(one)
+    one.set_defaults(run=_prepare)
+
+    one = commands.add_parser("train", help="train a network with Ray Train; leaves RUN/bundle")
+    one.add_argument("prepared", metavar="PREPARED")
+    one.add_argument("--out", required=True, metavar="RUN")
+    one.add_argument("--workers", type=int, metavar="N")
+    _settings(one, gpu=True)
+    one.set_defaults(run=_train)
+
+    one = commands.add_parser("score", help="score pictures with Ray Data into Parquet, one row each")
+    one.add_argument("--model", required=True, metavar="BUNDLE")
+    one.add_argument("--out", required=True, metavar="SCORES")
+    source = one.add_mutually_exclusive_group(required=True)
+    source.add_argument("--manifest", metavar="M.parquet")
+    source.add_argument("--images", metavar="DIR_OR_URI")
+    one.add_argument("--fresh", action="store_true", help="start over: removes an earlier run's files in SCORES")
+    one.add_argument("--retry-errors", action="store_true", help="read files again whose error may have passed")
+    one.add_argument("--max-error-rate", type=float, metavar="R", help="exit with 3 when more than this failed (0.5)")
+    one.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
+    one.add_argument("--dry-run", action="store_true", help="check everything, count, write nothing")
+    _settings(one, gpu=True)
+    one.set_defaults(run=_score)
+
+    one = commands.add_parser("report", help="scores (and labels) to report.html, metrics.json and pictures")
+    one.add_argument("scores", metavar="SCORES", help="what score left; or any Parquet with image_id and p_<Finding>")
+    one.add_argument("--out", required=True, metavar="REPORT")
+    one.add_argument("--labels", metavar="M.parquet")
+    one.add_argument("--split", choices=["train", "val", "test"])
+    one.set_defaults(run=_report)
+
+    one = commands.add_parser("import-weights", help="somebody else's Keras weights as a bundle")
+    one.add_argument("weights", metavar="F.h5|F.keras")
+    one.add_argument("--backbone", required=True, metavar="NAME")
+    one.add_argument("--out", required=True, metavar="BUNDLE")
+    one.add_argument(
+        "--findings", metavar="LIST", help="names of its outputs in their order, by commas; or 14, 15: alphabetical"
+    )
+    one.add_argument("--size", type=int, default=224, help="side of its input, pixels (%(default)s)")
+    one.set_defaults(run=_import_weights)
+
+    one = commands.add_parser("demo", help="synthetic radiographs through every step, on a laptop, in minutes")
+    one.add_argument("--out", required=True, metavar="DIR")
+    one.set_defaults(run=_demo)
+    return parser
+
+
+def _settings(parser: argparse.ArgumentParser, *, gpu: bool = False) -> None:
+    parser.add_argument("--config", metavar="F.toml", help="settings; see docs/settings.md")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value")
+    if gpu:
+        parser.add_argument("--gpu", action="store_true", help="one GPU per worker or actor")
+
+
+def _manifest(arguments: argparse.Namespace) -> None:
+    from ray_cxr.data import manifest
+
+    try:
+        fractions = [float(part) for part in arguments.fractions.split(",")]
+    except ValueError:
+        raise ConfigError(f"--fractions {arguments.fractions}: give three numbers, such as 0.7,0.1,0.2") from None
+    table, report = manifest.build_manifest(
+        arguments.tables,
+        images=arguments.images,
+        split=arguments.split,
+        train_val_list=arguments.train_val_list,
+        test_list=arguments.test_list,
+        fractions=fractions,
+        seed=arguments.seed,
+        on_leak=arguments.on_leak,
+    )
+    with _writing(arguments.out):
+        manifest.write_manifest(table, arguments.out)
+    for line in report.lines():
+        _say(line)
+    _say(f"manifest: {arguments.out}")
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    settings = config.load(arguments.config, arguments.overrides, section="prepare")
+    chosen = settings.prepare
+    if arguments.size is not None:
+        try:
+            sizes = tuple(int(part) for part in arguments.size.split(","))
+        except ValueError:
+            raise ConfigError(f"--size {arguments.size}: give pixels, such as 224 or 224,320") from None
+        chosen = chosen.replace(sizes=sizes)
+    from ray_cxr.data import manifest, prepared
+
+    manifest.read_manifest(arguments.manifest)  # a wrong name is told before Ray takes its seconds to start
+    with _ray(settings.ray):
+        counts = prepared.prepare(arguments.manifest, arguments.out, chosen)
+    for size, codes in counts.items():
+        failed = codes.total() - codes["ok"]
+        detail = ", ".join(f"{code} {count:,}" for code, count in codes.most_common() if code != "ok")
+        _say(f"size {size}: {codes['ok']:,} images, {failed:,} failed" + (f": {detail}" if detail else ""))
+    _say(f"prepared: {arguments.out}")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    settings = config.load(arguments.config, arguments.overrides, section="train")
+    chosen = settings.train
+    if arguments.workers is not None:
+        chosen = chosen.replace(workers=arguments.workers)
+    from ray_cxr.data.prepared import PreparedSet
+    from ray_cxr.training import trainer
+
+    PreparedSet(arguments.prepared, chosen.size)
+    with _quiet_stderr():
+        import ray.train.tensorflow  # noqa: F401  -- brings TensorFlow, whose start-up prints past Python
+    with _ray(settings.ray):
+        bundle = trainer.train(arguments.prepared, arguments.out, chosen, use_gpu=arguments.gpu, on_event=_say)
+    table = Table("finding", "val images", "positives", "AUROC", "calibrated", "operating point", title="Validation")
+    metrics = bundle.info["provenance"]["validation"]["findings"]
+    for name in bundle.findings:
+        row, point = metrics[name], bundle.info["operating_points"][name]
+        table.add_row(
+            name,
+            f"{row['n']:,}",
+            f"{row['positives']:,}",
+            _number(row["auroc"]),
+            "yes" if bundle.info["calibration"][name] else "no",
+            _number(point["threshold"] if point else None),
+        )
+    _console().print(table)
+    macro = bundle.info["provenance"]["validation"]["macro_auroc"]
+    _say(f"validation macro AUROC {_number(macro)}, epoch {bundle.info['provenance']['best_epoch']}")
+    _say(f"bundle: {bundle.path}")
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    settings = config.load(arguments.config, arguments.overrides, section="score")
+    chosen = settings.score
+    if arguments.max_error_rate is not None:
+        chosen = chosen.replace(max_error_rate=arguments.max_error_rate)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ConfigError(f"--limit {arguments.limit}: give at least 1")
+    from ray_cxr.scoring import pipeline
+
+    call: dict[str, Any] = {
+        "manifest": arguments.manifest,
+        "images": arguments.images,
+        "retry_errors": arguments.retry_errors,
+        "limit": arguments.limit,
+        "use_gpu": arguments.gpu,
+    }
+    # All that can be refused is refused before Ray takes its seconds to start.
+    plan = pipeline.score(arguments.model, arguments.out, chosen, fresh=arguments.fresh, dry_run=True, **call)
+    if arguments.dry_run:
+        _say(f"{plan.rows:,} rows, {plan.counts['to score']:,} of them to score; nothing was written")
+        return
+    with _ray(settings.ray) if plan.counts["to score"] else contextlib.nullcontext():
+        report = pipeline.score(arguments.model, arguments.out, chosen, fresh=arguments.fresh, **call)
+    table = Table("result", "rows", title="Scores")
+    for code, count in report.counts.most_common():
+        table.add_row(code, f"{count:,}")
+    _console().print(table)
+    if report.images_per_second is None:
+        _say(f"scores: {arguments.out} is finished; nothing was left to do")
+    else:
+        _say(
+            f"scored {report.scored_now:,} images in {report.seconds:.0f} s "
+            f"({report.images_per_second:.1f} images/s, start-up included)"
+        )
+        _say(f"scores: {arguments.out}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from ray_cxr.reporting import report
+
+    with _writing(arguments.out):
+        metrics = report.write_report(arguments.scores, arguments.out, labels=arguments.labels, split=arguments.split)
+    macro = metrics["macro"]
+    if macro and macro["auroc"] is not None:
+        _say(
+            f"macro AUROC {macro['auroc']:.3f} ({_number(macro['auroc_low'])} to {_number(macro['auroc_high'])}) "
+            f"over {len(macro['findings'])} findings, {metrics['n_images']:,} images of "
+            f"{metrics['n_patients']:,} patients"
+        )
+    _say(f"report: {Path(arguments.out) / 'report.html'}")
+
+
+def _import_weights(arguments: argparse.Namespace) -> None:
+    if arguments.findings is None:
+        raise ConfigError(
+            "--findings: say what the outputs are, in their order, separated by commas "
+            "(or 14, 15 for alphabetical order); a wrong order could not be noticed later"
+        )
+    with _quiet_stderr():
+        from ray_cxr.models import importing
+
+    bundle = importing.import_weights(
+        arguments.weights,
+        arguments.out,
+        backbone=arguments.backbone,
+        findings=importing.parse_findings(arguments.findings),
+        size=arguments.size,
+    )
+    _say(f"outputs: {', '.join(bundle.findings)}")
+    _say("no calibration and no operating points: those columns of a score table will be null")
+    _say(f"bundle: {bundle.path}")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from ray_cxr import demo
+
+    demo.run(Path(arguments.out), main, _say)
+
+
+@contextlib.contextmanager
+def _ray(settings: config.RaySettings) -> Iterator[None]:
+    """A Ray to work with: the one that is there already, a cluster's, or one of this command's own."""
+    # Never a Ray that merely happens to run on this machine: "local" starts one of this command's own.
+    address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        for name, value in _OWN_RAY.items():
+            os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    own: dict[str, Any] = {}
+    if address == "local":
+        own = {
+            "log_to_driver": False,  # workers' own chatter stays in Ray's log folder; their errors are raised
+            "num_cpus": settings.num_cpus,
+            "num_gpus": settings.num_gpus,
+            "object_store_memory": settings.object_store_mb and settings.object_store_mb << 20,
+            "include_dashboard": False,
+        }
+    try:
+        with _quiet_stderr():
+            ray.init(address=address, logging_level=logging.WARNING, **own)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise RayCxrError(f"Ray at {address!r}: {_flat(error)[:300]}") from None
+    # The commands show progress of their own, of images and not of blocks, and Ray Data need not say so.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Send the process's stderr nowhere, C++ included; Python errors are raised as ever."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def _writing(out: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+
+
+def _console() -> Console:
+    # A pipe has no width; without one rich would fold tables at 80 columns.
+    return Console(width=None if sys.stdout.isatty() else 110)
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,237 @@
+"""All settings, in one place: frozen, validated, and read from one TOML file with a section per command.
+
+    [ray]      where Ray runs
+    [prepare]  [train]  [score]
+
+A key that no section knows is refused with the nearest one that exists. `--set key=value` changes a key of the
+command's own section, `--set section.key=value` one of another.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ray_cxr import labels
+from ray_cxr.errors import ConfigError
+
+_T = TypeVar("_T", bound="Settings")
+
+Interpolation = Literal["area", "linear", "cubic", "lanczos"]
+Aspect = Literal["stretch", "pad", "crop"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, no unknown keys, errors as one `ConfigError` line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated like a new one.
+
+        Raises:
+            ConfigError: an unknown field or a value out of its range.
+        """
+        return build(type(self), {**self.model_dump(), **changes})
+
+
+class InputSpec(Settings):
+    """How a decoded radiograph becomes the model's input; the same for `prepare`, `score` and `predict`.
+
+    The default aspect is `stretch` because the NIH release itself was made so: originals such as 2992 x 2991 or
+    2500 x 2048 were stretched to 1024 x 1024 before anybody trained on them.
+    """
+
+    size: int = Field(224, ge=32, le=2048, description="side of the square input, pixels")
+    aspect: Aspect = Field("stretch", description="pictures that are not square: stretch, pad with black, or crop")
+    interpolation: Interpolation = Field("area", description="area averages when shrinking, as anti-aliasing needs")
+
+
+class RaySettings(Settings):
+    """Where Ray runs: a laptop and a cluster differ here and nowhere else."""
+
+    address: str = Field("", description="empty: $RAY_ADDRESS if set, else a Ray of this command's own; or an address")
+    num_cpus: int | None = Field(None, ge=1, description="CPUs of a Ray of this command's own; null: all")
+    num_gpus: int | None = Field(None, ge=0, description="GPUs of a Ray of this command's own; null: all")
+    object_store_mb: int | None = Field(None, ge=80, description="object store of a Ray of this command's own, MiB")
+
+
+class PrepareSettings(Settings):
+    sizes: tuple[int, ...] = Field((224,), description="sides of the prepared images, pixels")
+    aspect: Aspect = "stretch"
+    interpolation: Interpolation = "area"
+    rows_per_shard: int = Field(256, ge=1, le=100_000, description="images per shard; also what a kill can cost")
+
+    @field_validator("sizes")
+    @classmethod
+    def _sizes(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value:
+            raise ValueError("name at least one size")
+        return tuple(sorted({InputSpec(size=size).size for size in value}))
+
+    def spec(self, size: int) -> InputSpec:
+        return InputSpec(size=size, aspect=self.aspect, interpolation=self.interpolation)
+
+
+Backbone = Literal[
+    "ResNet50", "ResNet50V2", "DenseNet121", "DenseNet169", "EfficientNetV2B0", "MobileNetV3Small", "TinyCNN"
+]
+
+
+class TrainSettings(Settings):
+    """One training run. Flat, so that a search can name any field."""
+
+    backbone: Backbone = "DenseNet121"
+    size: int | None = Field(None, ge=32, le=2048, description="which prepared size; null: the only one there is")
+    findings: int | tuple[str, ...] = Field(14, description="14, 15 (with No_Finding), or a list of names")
+    weights: str = Field("imagenet", description="imagenet, none, a bundle, or a file of Keras weights")
+    pooling: Literal["avg", "max", "avgmax"] = "avg"
+    dense: tuple[Annotated[int, Field(ge=1, le=8192)], ...] = Field((), description="widths of extra dense layers")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="before each dense layer, the output included")
+    loss: Literal["bce", "weighted_bce"] = Field(
+        "weighted_bce", description="weighted_bce: positives and negatives of a finding weigh the same in total"
+    )
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: float = Field(1e-4, gt=0.0, le=10.0)
+    weight_decay: float = Field(1e-4, ge=0.0, le=1.0, description="adamw only")
+    warmup_epochs: float = Field(0.0, ge=0.0, description="linear warm-up, then a cosine to zero at the last epoch")
+    batch_size: int = Field(32, ge=1, le=65536, description="global batch, over all workers")
+    epochs: int = Field(10, ge=1, le=100_000)
+    steps_per_epoch: int | None = Field(None, ge=1, description="null: every training image once an epoch")
+    patience: int | None = Field(None, ge=1, description="stop after so many epochs without a better AUROC")
+    flip: bool = Field(
+        False, description="random left-right flips; off, because a mirrored chest is situs inversus, not a variant"
+    )
+    contrast: float = Field(0.1, ge=0.0, le=0.9, description="random contrast, 1 +- this")
+    shift: float = Field(0.04, ge=0.0, le=0.5, description="random shift, fraction of the side")
+    min_positives: int = Field(5, ge=2, description="calibrate a finding only from so many validation positives")
+    seed: int = Field(0, ge=0, lt=2**31)
+    workers: int = Field(1, ge=1, description="training processes; --workers N sets it")
+    cpus_per_worker: int | None = Field(None, ge=1, description="null: all CPUs there are, shared out")
+    max_failures: int = Field(2, ge=-1, description="restarts from the last checkpoint; -1: without end")
+
+    @field_validator("findings", mode="before")
+    @classmethod
+    def _findings(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [name for name in value.split(",") if name] if not value.isdigit() else int(value)
+        labels.resolve(value)
+        return value
+
+    def finding_names(self) -> tuple[str, ...]:
+        return labels.resolve(self.findings)
+
+
+class ScoreSettings(Settings):
+    batch_size: int = Field(16, ge=1, le=4096, description="images per forward pass")
+    rows_per_file: int = Field(512, ge=1, le=1_000_000, description="rows per output file; also what a kill can cost")
+    cpus_per_actor: int | None = Field(None, ge=1, description="null: up to 4, and never more than a node has")
+    max_error_rate: float = Field(0.5, ge=0.0, le=1.0)
+    max_pixels: int = Field(100_000_000, ge=1, description="larger pictures are refused before they are decoded")
+
+
+class Config(Settings):
+    """The whole file."""
+
+    ray: RaySettings = RaySettings()
+    prepare: PrepareSettings = PrepareSettings()
+    train: TrainSettings = TrainSettings()
+    score: ScoreSettings = ScoreSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tables(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            for name, section in data.items():
+                if name in cls.model_fields and not isinstance(section, (Mapping, Settings)):
+                    raise ValueError(f"{name} is a section: write [{name}] and its keys below")
+        return data
+
+
+def build(kind: type[_T], values: Mapping[str, Any], *, where: str = "") -> _T:
+    """Validate `values` as settings of one kind.
+
+    Raises:
+        ConfigError: one line that names each bad key, its value and its rule.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError((f"{where}: " if where else "") + _one_line(kind, error)) from None
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = (), *, section: str = "train") -> Config:
+    """Read a TOML file (none: the defaults) and apply `key=value` overrides to it.
+
+    Args:
+        path: the TOML file, or None.
+        overrides: texts such as `epochs=3`, `ray.num_cpus=2`, `dense=[256]`; the value is TOML, or a bare word.
+        section: the section that a key without a dot belongs to.
+
+    Raises:
+        ConfigError: no such file, not TOML, an unknown key, a value out of its range.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"--config {path}: {error.strerror}; name an existing TOML file") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--config {path}: not TOML: {error}") from None
+        build(Config, data, where=f"--config {path}")
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {text}: write it as key=value")
+        name, _, field = key.strip().rpartition(".")
+        name = name or section
+        if not isinstance(data.setdefault(name, {}), dict):
+            raise ConfigError(f"--set {text}: {name} is not a section")
+        data[name][field] = _value(value.strip())
+        build(Config, data, where=f"--set {text}")
+    return build(Config, data)
+
+
+def digest_text(settings: Settings) -> str:
+    """Settings as JSON with sorted keys: what digests and comparisons are made of."""
+    return json.dumps(settings.model_dump(mode="json"), sort_keys=True)
+
+
+def _value(text: str) -> Any:
+    """A TOML value; a bare word that is no TOML value is a string."""
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        if text in ("null", "None"):
+            return None
+        return text
+
+
+def _one_line(kind: type[Settings], error: ValidationError) -> str:
+    parts = []
+    for item in error.errors():
+        place = ".".join(str(step) for step in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(kind, item["loc"][:-1])
+            parts.append(f"unknown key {place!r}{labels.suggestion(str(item['loc'][-1]), known)}")
+        else:
+            shown = "" if isinstance(item["input"], (Mapping, Settings)) else f" (got {item['input']!r})"
+            message = item["msg"].removeprefix("Value error, ")
+            parts.append(f"{place}: {message}{shown}" if place else message)
+    return "; ".join(parts)
+
+
+def _fields_at(kind: type[Settings], path: Sequence[Any]) -> list[str]:
+    fields = kind.model_fields
+    for step in path:
+        inner = fields[step].annotation if step in fields else None
+        if not (isinstance(inner, type) and issubclass(inner, Settings)):
+            return []
+        fields = inner.model_fields
+    return list(fields)

@@ -1,0 +1,48 @@
+"""Files that appear under their name only when whole: a reader, or a run after a kill, never sees a half."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def write(path: str | Path, produce: Callable[[Path], None]) -> None:
+    """Let `produce` write a temporary neighbour of `path`, flush it to disk, then rename it to `path`."""
+    path = Path(path)
+    # Hidden, and named after the process: two processes that race write the same bytes, and one rename wins.
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        produce(part)
+        with open(part, "rb") as stream:
+            os.fsync(stream.fileno())  # else a power cut can leave the new name with no data behind it
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_parquet(table: pa.Table, path: str | Path, **options: Any) -> None:
+    """Write an Arrow table; `options` are those of `pyarrow.parquet.write_table`."""
+    write(path, lambda part: pq.write_table(table, part, **options))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    write(path, lambda part: _write_text(part, text))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Indented JSON, keys in the order given; NaN is refused because JSON has none.
+
+    Raises:
+        ValueError: the value holds NaN or infinity.
+    """
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

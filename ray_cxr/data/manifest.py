@@ -1,0 +1,525 @@
+"""From tables and folders to one manifest: who, which picture, which labels, which split.
+
+Tables come in two forms. NIH's `Data_Entry` has one text column of findings; its header breaks bracketed names
+at the comma, and its copies differ in the names of columns, in ages (`058Y` or `58`) and in patient ids
+(`00000001` or `1`). One-hot tables have a 0/1 column per finding; blank means not labelled.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_cxr import labels
+from ray_cxr.data import atomic, imaging, splits
+from ray_cxr.errors import ConfigError, TableError
+
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("path", pa.string()),
+        ("patient_id", pa.string()),
+        ("study_id", pa.string()),
+        ("age", pa.float64()),
+        ("sex", pa.string()),
+        ("view", pa.string()),
+        ("follow_up", pa.int32()),
+        ("split", pa.string()),
+        *((label, pa.int8()) for label in labels.LABELS),
+    ]
+)
+SPLIT_KEY = b"ray_cxr.split"
+SPLITS = ("train", "val", "test")
+
+#: Older than this is a slip of the pen: NIH's first table holds ages such as 411.
+MAX_AGE_YEARS = 120.0
+_AGE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([YMWD]?)\s*$", re.IGNORECASE)
+_YEARS_PER = {"": 1.0, "Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
+_NIH_NAME = re.compile(r"^\d{8}_\d{3}\.png$")
+
+# Header words, compared in lower case without anything but letters and digits.
+_COLUMNS: dict[str, tuple[str, ...]] = {
+    "image_id": ("imageindex", "image", "imageid", "imagename", "filename"),
+    "labels": ("findinglabels",),
+    "patient_id": ("patientid", "patient"),
+    "study_id": ("studyid", "studyinstanceuid"),
+    "age": ("patientage", "age"),
+    "sex": ("patientgender", "patientsex", "sex", "gender"),
+    "view": ("viewposition", "view"),
+    "follow_up": ("followup",),
+}
+_VIEWS = {"LL": "LATERAL", "RL": "LATERAL", "LAT": "LATERAL", "LATERAL": "LATERAL"}
+_SEXES = {"M": "M", "F": "F", "MALE": "M", "FEMALE": "F"}
+
+
+@dataclass
+class ManifestReport:
+    """What was found while a manifest was made; every number is a count of rows, files or patients."""
+
+    rows: int = 0
+    patients: int = 0
+    by_split: dict[str, int] = field(default_factory=dict)
+    absurd_ages: int = 0
+    unreadable_ages: int = 0
+    unlabelled_rows: int = 0
+    dropped_rows: int = 0
+    dropped_by_split: dict[str, int] = field(default_factory=dict)
+    images_found: int | None = None
+    images_missing: int | None = None
+    files_not_in_table: int | None = None
+    listed_not_in_table: int = 0
+    in_neither_list: int = 0
+    ignored_columns: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The report as sentences, those with nothing to say left out."""
+        parts = ", ".join(f"{name} {count:,}" for name, count in self.by_split.items())
+        out = [f"{self.rows:,} images of {self.patients:,} patients" + (f": {parts}" if parts else "")]
+        if self.images_found is not None:
+            out.append(
+                f"pictures: {self.images_found:,} found, {self.images_missing:,} in the table but not on disk, "
+                f"{self.files_not_in_table:,} on disk but not in the table"
+            )
+        for count, text in (
+            (self.absurd_ages, f"ages over {MAX_AGE_YEARS:.0f} years made null"),
+            (self.unreadable_ages, "ages that cannot be read made null"),
+            (self.unlabelled_rows, "rows without any label"),
+            (self.listed_not_in_table, "names in the split lists that no table has"),
+            (self.in_neither_list, "images in neither split list (split is null)"),
+        ):
+            if count:
+                out.append(f"{count:,} {text}")
+        if self.dropped_rows:
+            parts = ", ".join(f"{name} {count:,}" for name, count in self.dropped_by_split.items())
+            out.append(f"{self.dropped_rows:,} rows removed, their patients being in a more protected split: {parts}")
+        if self.ignored_columns:
+            out.append(f"columns not used: {', '.join(self.ignored_columns)}")
+        return out
+
+
+def build_manifest(
+    tables: Sequence[str],
+    *,
+    images: str | None = None,
+    split: str | None = None,
+    train_val_list: str | None = None,
+    test_list: str | None = None,
+    fractions: Sequence[float] = (0.7, 0.1, 0.2),
+    seed: int = 0,
+    on_leak: str = "error",
+) -> tuple[pa.Table, ManifestReport]:
+    """Read tables, find pictures, assign splits.
+
+    Args:
+        tables: paths of CSV files, `.gz` allowed; or `train=A.csv`, `val=B.csv`, `test=C.csv`.
+        images: a folder or URI with the pictures, in any layout; None leaves `path` null.
+        split: `official` (needs both lists), `patient`, or None.
+        fractions: train, val, test shares of patients for `patient`.
+        on_leak: `error` or `drop`.
+
+    Returns:
+        The manifest as an Arrow table of `SCHEMA`, the split's description in its metadata; and the counts.
+
+    Raises:
+        TableError, LeakError, ConfigError: see the messages.
+    """
+    report = ManifestReport()
+    named = [_split_prefix(text) for text in tables]
+    given = any(name for name, _ in named)
+    if given and not all(name for name, _ in named):
+        raise ConfigError("tables: either every table has a prefix (train=, val=, test=) or none has")
+    if given and split:
+        raise ConfigError(f"--split {split}: the tables' prefixes give the split already; leave one of them out")
+    if split == "official" and not (train_val_list and test_list):
+        raise ConfigError("--split official: needs --train-val-list and --test-list")
+    if split != "official" and (train_val_list or test_list):
+        raise ConfigError("--train-val-list and --test-list belong to --split official")
+
+    frames = []
+    for name, path in named:
+        frame = read_table(path, report)
+        frame["split"] = name
+        frame["_table"] = Path(path).name
+        frames.append(frame)
+    data = pd.concat(frames, ignore_index=True)
+    if not given:
+        _refuse_repeats(data)
+
+    info: dict[str, Any] = {
+        "kind": {"official": "official", "patient": "patient"}.get(split or "", "given" if given else None),
+        "seed": seed if split else None,
+        "fractions": list(fractions) if split == "patient" else None,
+        "tables": {Path(path).name: _sha256(path) for _, path in named},
+    }
+    if split == "patient":
+        data["split"] = splits.patient_split(data["patient_id"], fractions, seed)
+    elif split == "official":
+        assert train_val_list
+        assert test_list
+        train_val, test = (frozenset(_read_list(path)) for path in (train_val_list, test_list))
+        report.listed_not_in_table = len((train_val | test) - set(data["image_id"]))
+        data["split"] = splits.official_split(data["image_id"], data["patient_id"], train_val, test, seed)
+        report.in_neither_list = int(data["split"].isna().sum())
+        if report.in_neither_list == len(data):
+            raise TableError(f"no image of the tables stands in {train_val_list} or {test_list}; are they NIH's lists?")
+        info["lists"] = {Path(path).name: _sha256(path) for path in (train_val_list, test_list)}
+
+    keep = splits.resolve_leaks(data["patient_id"], data["split"], on_leak)
+    if not keep.all():
+        gone = data.loc[~keep, "split"].value_counts()
+        report.dropped_by_split = {name: int(gone[name]) for name in SPLITS if name in gone}
+        report.dropped_rows = int((~keep).sum())
+        info["dropped_by_split"] = report.dropped_by_split
+        data = data[keep].reset_index(drop=True)
+    # After the leaks: an image named in two splits' tables is first of all its patient in two splits.
+    _refuse_repeats(data)
+
+    data["path"] = None
+    if images is not None:
+        data["path"] = _find_images(data["image_id"], images, report)
+
+    report.rows = len(data)
+    report.patients = int(data["patient_id"].nunique())
+    counts = data["split"].value_counts()
+    report.by_split = {name: int(counts[name]) for name in SPLITS if name in counts}
+    table = pa.table({name: pa.array(data[name], type=kind, from_pandas=True) for name, kind in _fields()})
+    return table.replace_schema_metadata({SPLIT_KEY: json.dumps(info, sort_keys=True).encode()}), report
+
+
+def read_table(path: str, report: ManifestReport | None = None) -> pd.DataFrame:
+    """One CSV file of either form, with a manifest's columns (all but `path` and `split`).
+
+    Raises:
+        TableError: no such file, no image column, no labels, unknown findings, bad values; each with its place.
+    """
+    report = report if report is not None else ManifestReport()
+    try:
+        raw = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise TableError(f"{path}: no such file; name an existing CSV table") from None
+    except pd.errors.EmptyDataError:
+        raise TableError(f"{path}: the table is empty") from None
+    except (OSError, EOFError, UnicodeDecodeError, pd.errors.ParserError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TableError(f"{path}: cannot be read as CSV: {reason}") from None
+
+    columns = _identify(raw, path)
+    if not len(raw):
+        raise TableError(f"{path}: the table has a header but no rows")
+    out = pd.DataFrame(index=raw.index)
+    out["image_id"] = raw[columns["image_id"]].str.strip()
+    blank = out["image_id"] == ""
+    if blank.any():
+        raise TableError(f"{path}: line {_line(blank)} has no image name")
+
+    nih = "labels" in columns
+    out["patient_id"] = _patients(raw, columns, out["image_id"], nih=nih)
+    for name in ("study_id",):
+        out[name] = _nullable(raw[columns[name]]) if name in columns else None
+    out["age"] = _ages(raw[columns["age"]], report) if "age" in columns else np.nan
+    for name, words in (("sex", _SEXES), ("view", _VIEWS)):
+        if name in columns:
+            text = raw[columns[name]].str.strip().str.upper()
+            out[name] = text.map(words) if name == "sex" else _nullable(text.replace(words))
+        else:
+            out[name] = None
+    out["follow_up"] = (
+        pd.to_numeric(raw[columns["follow_up"]], errors="coerce").round().astype("Int32")
+        if "follow_up" in columns
+        else pd.array([None] * len(raw), dtype="Int32")
+    )
+    values = _nih_labels(raw[columns["labels"]], out["image_id"], path) if nih else _one_hot(raw, path)
+    report.unlabelled_rows += int(values.isna().all(axis=1).sum())
+    report.ignored_columns += [name for name in _unused(raw, columns, nih=nih) if name not in report.ignored_columns]
+    return pd.concat([out, values], axis=1)
+
+
+def parse_age(text: str) -> float | None:
+    """Age in years of `058Y`, `006M`, `02W`, `014D` or `58`; None where it cannot be read."""
+    match = _AGE.match(text)
+    return float(match[1]) * _YEARS_PER[match[2].upper()] if match else None
+
+
+def write_manifest(table: pa.Table, out: str | Path) -> None:
+    """Write a manifest atomically: a reader sees the old file or the new one, never a half."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Small row groups let a scoring task read its own rows and not the table.
+    atomic.write_parquet(table, out, row_group_size=8192)
+
+
+def read_manifest(path: str | Path) -> pa.Table:
+    """A manifest's columns in `SCHEMA` order, absent ones (but image_id) filled with nulls.
+
+    Raises:
+        TableError: no such file, not Parquet, no `image_id`, a column of a wrong kind, a repeated image_id.
+    """
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise TableError(f"{path}: no such file; make it with `ray-cxr manifest`") from None
+    except (OSError, pa.ArrowInvalid):
+        raise TableError(f"{path}: not a Parquet file; make it with `ray-cxr manifest`") from None
+    if "image_id" not in table.column_names:
+        raise TableError(f"{path}: has no column image_id; make it with `ray-cxr manifest`")
+    arrays = []
+    for name, kind in _fields():
+        if name not in table.column_names:
+            arrays.append(pa.nulls(len(table), kind))
+            continue
+        try:
+            arrays.append(table[name].cast(kind))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            raise TableError(f"{path}: column {name} is {table[name].type}, not {kind}") from None
+    result = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(table.schema.metadata))
+    ids = result["image_id"]
+    if ids.null_count:
+        raise TableError(f"{path}: {ids.null_count:,} rows have no image_id")
+    repeated = len(ids) - len(ids.unique())
+    if repeated:
+        raise TableError(f"{path}: {repeated:,} rows repeat an image_id; each image stands in a manifest once")
+    return result
+
+
+def digest(table: pa.Table) -> str:
+    """SHA-256 over a manifest's values, hex: the same however the file was written."""
+    sink = hashlib.sha256()
+    for batch in table.select(SCHEMA.names).replace_schema_metadata(None).combine_chunks().to_batches(65536):
+        sink.update(batch.serialize())
+    return sink.hexdigest()
+
+
+def split_info(table: pa.Table) -> dict[str, Any]:
+    """What the manifest's metadata says of its split; an empty dict where it says nothing.
+
+    Raises:
+        TableError: the entry is not JSON.
+    """
+    text = (table.schema.metadata or {}).get(SPLIT_KEY)
+    if text is None:
+        return {}
+    try:
+        info = json.loads(text)
+    except ValueError:
+        raise TableError("the manifest's metadata entry ray_cxr.split is not JSON") from None
+    return info if isinstance(info, dict) else {}
+
+
+def manifest_of_images(location: str) -> pa.Table:
+    """A manifest of every picture in a folder or URI, without labels; ids are paths below it.
+
+    A file's name is its image_id where names are unique; where any name repeats, all ids are paths below the folder.
+
+    Raises:
+        InputError: no such folder, or no pictures in it.
+    """
+    paths = imaging.list_images(location)
+    names = [path.rsplit("/", 1)[-1] for path in paths]
+    if len(set(names)) < len(names):
+        # str.removeprefix on the listing's own common root keeps URIs and local paths alike.
+        root = location.rstrip("/") + "/"
+        names = [path.removeprefix(root) for path in paths]
+    columns: dict[str, pa.Array] = {name: pa.nulls(len(paths), kind) for name, kind in _fields()}
+    columns["image_id"] = pa.array(names, pa.string())
+    columns["path"] = pa.array([_absolute(path) for path in paths], pa.string())
+    return pa.table(columns, schema=SCHEMA)
+
+
+def _fields() -> list[tuple[str, pa.DataType]]:
+    return [(item.name, item.type) for item in SCHEMA]
+
+
+def _split_prefix(text: str) -> tuple[str | None, str]:
+    name, equals, path = text.partition("=")
+    return (name, path) if equals and name in SPLITS else (None, text)
+
+
+def _word(header: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", header.lower())
+
+
+def _identify(raw: pd.DataFrame, path: str) -> dict[str, str]:
+    columns: dict[str, str] = {}
+    words = {_word(str(name)): str(name) for name in reversed(list(raw.columns))}
+    for name, known in _COLUMNS.items():
+        for word in known:
+            if word in words:
+                columns[name] = words[word]
+                break
+    one_hot = [str(name) for name in raw.columns if labels.canonical(str(name))]
+    if "image_id" not in columns:
+        raise TableError(
+            f"{path}: has no image column ('Image Index' or 'Image'); its columns are: {_shown(raw.columns)}"
+        )
+    if "labels" in columns and one_hot:
+        raise TableError(
+            f"{path}: has 'Finding Labels' and also columns for {', '.join(one_hot)}; remove one of the two"
+        )
+    if "labels" not in columns and not one_hot:
+        raise TableError(
+            f"{path}: has neither 'Finding Labels' nor a column for any finding; its columns are: {_shown(raw.columns)}"
+        )
+    canonical = [labels.canonical(name) for name in one_hot]
+    twice = {str(label) for label in canonical if canonical.count(label) > 1}
+    if twice:
+        raise TableError(f"{path}: two columns spell the same finding: {', '.join(sorted(twice))}")
+    return columns
+
+
+def _shown(columns: pd.Index) -> str:
+    names = [str(name) for name in columns]
+    return ", ".join(names[:12]) + (" ..." if len(names) > 12 else "")
+
+
+def _unused(raw: pd.DataFrame, columns: dict[str, str], *, nih: bool) -> list[str]:
+    used = set(columns.values())
+    names = [str(name) for name in raw.columns if str(name) not in used and not str(name).startswith("Unnamed")]
+    if nih:
+        # NIH's own four size columns, under whichever of their names, are known and not needed.
+        return [name for name in names if not re.search(r"OriginalImage|Height|Width|^[xy]\]?$|Spacing", name)]
+    return [name for name in names if not labels.canonical(name)]
+
+
+def _nullable(text: pd.Series) -> pd.Series:
+    stripped = text.str.strip().astype("object")
+    return stripped.where(stripped != "", None)
+
+
+def _patients(raw: pd.DataFrame, columns: dict[str, str], image_ids: pd.Series, *, nih: bool) -> pd.Series:
+    if "patient_id" not in columns:
+        return pd.Series([None] * len(raw), index=raw.index, dtype="object")
+    ids = _nullable(raw[columns["patient_id"]].str.strip().str.replace(r"^(\d+)\.0+$", r"\1", regex=True))
+    if nih or image_ids.str.match(_NIH_NAME).all():
+        # NIH's copies write one patient as 1 or 00000001; elsewhere 007 and 7 may be two people.
+        ids = ids.map(lambda text: text.lstrip("0") or "0", na_action="ignore")
+    return ids
+
+
+def _ages(text: pd.Series, report: ManifestReport) -> pd.Series:
+    unique = {value: parse_age(value) for value in text.unique()}
+    ages = text.map(unique).astype(float)
+    blank = text.str.strip() == ""
+    absurd = ages > MAX_AGE_YEARS
+    report.unreadable_ages += int((ages.isna() & ~blank).sum())
+    report.absurd_ages += int(absurd.sum())
+    return ages.mask(absurd)
+
+
+def _nih_labels(text: pd.Series, image_ids: pd.Series, path: str) -> pd.DataFrame:
+    codes, unique = pd.factorize(text)
+    rows = np.zeros((len(unique), len(labels.LABELS)), dtype=float)
+    for position, value in enumerate(unique):
+        if not value.strip():
+            rows[position] = np.nan  # not labelled
+            continue
+        try:
+            rows[position] = labels.encode(labels.parse(value))
+        except TableError as error:
+            first = int(np.argmax(codes == position))
+            raise TableError(f"{path}: line {first + 2} ({image_ids.iloc[first]}): {error}") from None
+    return pd.DataFrame(rows[codes], columns=list(labels.LABELS), index=text.index).astype("Int8")
+
+
+def _one_hot(raw: pd.DataFrame, path: str) -> pd.DataFrame:
+    out = pd.DataFrame({label: pd.array([None] * len(raw), dtype="Int8") for label in labels.LABELS}, index=raw.index)
+    words = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
+    for column in raw.columns:
+        label = labels.canonical(str(column))
+        if label is None:
+            continue
+        text = raw[column].str.strip()
+        bad = ~text.isin([*words, ""])
+        if bad.any():
+            raise TableError(
+                f"{path}: line {_line(bad)}: {column} is {text[bad].iloc[0]!r}; use 0, 1 or blank (not labelled)"
+            )
+        out[label] = text.map(words).astype("Int8")
+    present = out[list(labels.FINDINGS)]
+    if not any(labels.canonical(str(column)) == labels.NO_FINDING for column in raw.columns):
+        # 1 where all 14 are present and 0; null where any is null.
+        none_of_them = (present.fillna(0).sum(axis=1) == 0).astype("Int8")
+        out[labels.NO_FINDING] = none_of_them.mask(present.isna().any(axis=1))
+        return out
+    clash = (out[labels.NO_FINDING] == 1).fillna(False) & (present.fillna(0).sum(axis=1) > 0)
+    if clash.any():
+        raise TableError(f"{path}: line {_line(clash)}: No Finding is 1 together with a finding; mend the row")
+    return out
+
+
+def _line(bad: pd.Series) -> int:
+    """The first bad row as a line of the file: the header is line 1."""
+    return int(np.argmax(bad.to_numpy())) + 2
+
+
+def _refuse_repeats(data: pd.DataFrame) -> None:
+    repeated = data[data.duplicated("image_id", keep=False)]
+    if len(repeated):
+        first = repeated["image_id"].iloc[0]
+        tables = sorted(set(repeated.loc[repeated["image_id"] == first, "_table"]))
+        raise TableError(
+            f"{repeated['image_id'].nunique():,} images are named more than once, such as {first!r} "
+            f"in {' and '.join(tables)}; each image may stand in the tables once"
+        )
+
+
+def _read_list(path: str) -> list[str]:
+    try:
+        data = Path(path).read_bytes()
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+    except OSError as error:
+        raise TableError(f"{path}: {error.strerror or error}; name an existing split list") from None
+    except (EOFError, UnicodeDecodeError):
+        raise TableError(f"{path}: not a text file of image names, one a line") from None
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if not names:
+        raise TableError(f"{path}: the list is empty")
+    return names
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
+
+
+def _find_images(image_ids: pd.Series, location: str, report: ManifestReport) -> pd.Series:
+    by_name: dict[str, list[str]] = {}
+    files = imaging.list_images(location)
+    for path in files:
+        by_name.setdefault(path.rsplit("/", 1)[-1], []).append(path)
+    wanted = set(image_ids)
+    twice = sorted(name for name in by_name.keys() & wanted if len(by_name[name]) > 1)
+    if twice:
+        first, second = by_name[twice[0]][:2]
+        raise TableError(
+            f"--images {location}: {len(twice):,} names are found more than once, such as {first} and {second}; "
+            "point --images at one copy"
+        )
+    paths = image_ids.map({name: _absolute(found[0]) for name, found in by_name.items()}).astype("object")
+    report.images_found = int(paths.notna().sum())
+    report.images_missing = int(paths.isna().sum())
+    report.files_not_in_table = len(files) - report.images_found
+    if report.images_found == 0:
+        raise TableError(
+            f"--images {location}: none of its {len(files):,} pictures is named in the tables; "
+            f"the tables want names such as {image_ids.iloc[0]!r}"
+        )
+    return paths.where(paths.notna(), None)

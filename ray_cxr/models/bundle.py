@@ -1,0 +1,307 @@
+"""A bundle: a folder with all that scoring and reporting need of a trained model. Immutable, and only data.
+
+bundle.json        format, architecture, findings in order, input spec, calibration, operating points, provenance
+model.weights.h5   the weights alone; the network is built again from `architecture`
+config.toml        the resolved settings, which `ray-cxr train --config` takes
+curves.json        learning curves, one object per epoch
+split.parquet      image_id, patient_id, split: what trained it and what chose it
+MODEL_CARD.md      the same for people
+SHA256SUMS         a digest per file; its own SHA-256 is the bundle's digest
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from ray_cxr.config import InputSpec, build
+from ray_cxr.data import atomic, imaging
+from ray_cxr.errors import BundleError, ConfigError, ImageError, OutputError
+from ray_cxr.evaluation.calibration import Calibration
+from ray_cxr.labels import LABELS
+from ray_cxr.models import predictions
+from ray_cxr.models.architecture import Architecture
+
+if TYPE_CHECKING:
+    import keras
+
+FORMAT = 1
+WEIGHTS = "model.weights.h5"
+SUMS = "SHA256SUMS"
+FILES = ("MODEL_CARD.md", "bundle.json", "config.toml", "curves.json", WEIGHTS, "split.parquet")
+SPLIT_SCHEMA = pa.schema([("image_id", pa.string()), ("patient_id", pa.string()), ("split", pa.string())])
+_SUM_LINE = re.compile(r"^([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9_.-]*)$")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle.
+
+    Attributes:
+        path: its folder.
+        digest: SHA-256 over its contents, hex.
+        architecture: the network.
+        input_spec: how a radiograph becomes its input.
+        info: `bundle.json` as read: calibration, operating_points, expected_flag_rates, provenance and the rest.
+    """
+
+    path: Path
+    digest: str
+    architecture: Architecture
+    input_spec: InputSpec
+    info: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """Names of the outputs, in order."""
+        return self.architecture.findings
+
+    @cached_property
+    def rules(self) -> predictions.Rules:
+        """How its probabilities become a score table's rows."""
+        points = self.info["operating_points"]
+        ages = self.info["provenance"].get("age_range")
+        return predictions.Rules(
+            findings=self.findings,
+            calibrations={
+                name: Calibration.from_dict(fitted) if fitted else None
+                for name, fitted in self.info["calibration"].items()
+            },
+            thresholds={name: point["threshold"] if point else None for name, point in points.items()},
+            age_range=(float(ages[0]), float(ages[1])) if ages else None,
+            digest=self.digest,
+        )
+
+    def model(self) -> keras.Model:
+        """Build the network and load its weights: uint8 [N,S,S,1] to float32 [N,F]."""
+        from ray_cxr.models import classifier
+
+        model = classifier.build(self.architecture)
+        classifier.load_own_weights(model, self.path / WEIGHTS)
+        return model
+
+    def model_json(self) -> dict[str, Any]:
+        """What a score folder keeps of the bundle as `model.json`."""
+        return {"digest": self.digest, **self.info, "curves": json.loads((self.path / "curves.json").read_text())}
+
+    def predict(self, images: Sequence[str | Path | np.ndarray] | np.ndarray, *, batch_size: int = 16) -> pd.DataFrame:
+        """Score pictures in this process, without Ray.
+
+        Args:
+            images: paths or URIs, or arrays uint8 [H,W] of any size; also one array uint8 [N,H,W].
+            batch_size: images per forward pass.
+
+        Returns:
+            A score table (see `predictions.schema`), one row per picture in the order given. The image_id is the
+            file's name, or `array_0`, `array_1`, ...; an unreadable file is a row of status `error`.
+
+        Raises:
+            ValueError: an array that is not uint8 [H,W].
+        """
+        if isinstance(images, (str, Path)):
+            images = [images]
+        items = list(images)
+        pixels = np.zeros((len(items), self.input_spec.size, self.input_spec.size), dtype=np.uint8)
+        failures: dict[int, tuple[str, str]] = {}
+        ids: list[str] = []
+        paths: list[str | None] = []
+        for i, item in enumerate(items):
+            if isinstance(item, np.ndarray):
+                ids.append(f"array_{i}")
+                paths.append(None)
+                pixels[i] = imaging.resize(item, self.input_spec)
+                continue
+            ids.append(str(item).rsplit("/", 1)[-1])
+            paths.append(str(item))
+            try:
+                pixels[i] = imaging.load(str(item), self.input_spec)
+            except ImageError as error:
+                failures[i] = (error.code, error.message)
+        rows = pa.table(
+            {
+                "image_id": pa.array(ids, pa.string()),
+                "path": pa.array(paths, pa.string()),
+                "patient_id": pa.nulls(len(items), pa.string()),
+                "study_id": pa.nulls(len(items), pa.string()),
+            }
+        )
+        probabilities = np.zeros((len(items), len(self.findings)), dtype=np.float32)
+        good = [i for i in range(len(items)) if i not in failures]
+        if good:
+            probabilities[good] = self._runtime(batch_size).predict(pixels[good])
+        frame: pd.DataFrame = predictions.assemble(rows, probabilities, failures, self.rules).to_pandas()
+        return frame
+
+    def _runtime(self, batch_size: int) -> Any:
+        from ray_cxr.models.runtime import KerasRuntime
+
+        cache = self.__dict__.setdefault("_runtimes", {})
+        if batch_size not in cache:
+            cache[batch_size] = KerasRuntime(self.model(), batch_size)
+        return cache[batch_size]
+
+
+def load_bundle(path: str | Path) -> Bundle:
+    """Open a bundle, verifying that every byte is as it was written. Executes nothing from it.
+
+    Raises:
+        BundleError: not a bundle, a newer format, a missing, added or changed file, findings that do not agree.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise BundleError(f"{path}: no such folder; name a bundle, as `ray-cxr train` leaves in RUN/bundle")
+    info = _read_info(path)
+    if not isinstance(info.get("format"), int):
+        raise BundleError(f"{path}: bundle.json names no format; is it a bundle?")
+    if info["format"] > FORMAT:
+        raise BundleError(
+            f"{path}: is of format {info['format']}, this ray-cxr reads up to {FORMAT}; install a newer ray-cxr"
+        )
+    digest = _verify(path)
+    try:
+        architecture = build(Architecture, info["architecture"])
+        spec = build(InputSpec, info["input_spec"])
+        findings = tuple(info["findings"])
+        tables = {name: info[name] for name in ("calibration", "operating_points", "expected_flag_rates")}
+        provenance = info["provenance"]
+    except ConfigError as error:
+        raise BundleError(f"{path}: bundle.json: {error}") from None
+    except (KeyError, TypeError) as error:
+        raise BundleError(f"{path}: bundle.json lacks {error}; write the bundle again") from None
+    unknown = [name for name in findings if name not in LABELS]
+    if unknown or findings != architecture.findings or len(set(findings)) != len(findings):
+        raise BundleError(
+            f"{path}: findings do not agree: bundle.json lists {', '.join(findings)}, "
+            f"the architecture {', '.join(architecture.findings)}"
+        )
+    for name, table in tables.items():
+        if not isinstance(table, dict) or set(table) != set(findings):
+            raise BundleError(f"{path}: findings do not agree: {name} is not for {', '.join(findings)}")
+    if not isinstance(provenance, dict):
+        raise BundleError(f"{path}: bundle.json: provenance is not an object")
+    if spec.size != architecture.size:
+        raise BundleError(f"{path}: the input spec is {spec.size} pixels, the network {architecture.size}")
+    bundle = Bundle(path=path, digest=digest, architecture=architecture, input_spec=spec, info=info)
+    try:
+        bundle.rules  # noqa: B018  -- read now, so that a bad entry is refused on loading and not in mid-run
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{path}: bundle.json: calibration, operating points or ages are damaged: {error}") from None
+    return bundle
+
+
+def write_bundle(
+    out: str | Path,
+    *,
+    save_weights: Any,
+    architecture: Architecture,
+    input_spec: InputSpec,
+    calibration: Mapping[str, Any],
+    operating_points: Mapping[str, Any],
+    expected_flag_rates: Mapping[str, float | None],
+    provenance: Mapping[str, Any],
+    config_toml: str,
+    curves: Sequence[Mapping[str, Any]],
+    split: pa.Table,
+) -> Bundle:
+    """Write a bundle beside its final name, then rename it there: a bundle is whole or absent.
+
+    Args:
+        save_weights: called with the path to write the `.weights.h5` to.
+        split: a table of `SPLIT_SCHEMA`.
+
+    Raises:
+        OutputError: `out` exists; a bundle is never changed.
+    """
+    from ray_cxr.models.card import model_card
+
+    out = Path(out)
+    if out.exists():
+        raise OutputError(f"{out}: exists already, and a bundle is never changed; name another folder")
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        info = {
+            "format": FORMAT,
+            "backbone": architecture.backbone,
+            "findings": list(architecture.findings),
+            "architecture": architecture.model_dump(mode="json"),
+            "input_spec": input_spec.model_dump(mode="json"),
+            "calibration": dict(calibration),
+            "operating_points": dict(operating_points),
+            "expected_flag_rates": dict(expected_flag_rates),
+            "provenance": dict(provenance),
+        }
+        save_weights(part / WEIGHTS)
+        atomic.write_json(part / "bundle.json", info)
+        atomic.write_json(part / "curves.json", list(curves))
+        atomic.write_text(part / "config.toml", config_toml)
+        atomic.write_parquet(split.cast(SPLIT_SCHEMA), part / "split.parquet")
+        atomic.write_text(part / "MODEL_CARD.md", model_card(info, curves))
+        atomic.write_text(part / SUMS, "".join(f"{_sha256(part / name)}  {name}\n" for name in FILES))
+        for name in (*FILES, SUMS):
+            (part / name).chmod(0o444)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return load_bundle(out)
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    try:
+        info = json.loads((path / "bundle.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path}: has no bundle.json; name a bundle, as `ray-cxr train` leaves in RUN/bundle"
+        ) from None
+    except (OSError, ValueError):
+        raise BundleError(f"{path}: bundle.json cannot be read as JSON; the bundle is damaged, copy it again") from None
+    if not isinstance(info, dict):
+        raise BundleError(f"{path}: bundle.json is not a JSON object; the bundle is damaged, copy it again")
+    return info
+
+
+def _verify(path: Path) -> str:
+    """Check every file against its digest; the digest of them all."""
+    try:
+        sums = (path / SUMS).read_bytes()
+    except OSError:
+        raise BundleError(f"{path}: has no {SUMS}; the bundle is incomplete, copy it again") from None
+    listed: dict[str, str] = {}
+    for line in sums.decode("utf-8", "replace").splitlines():
+        match = _SUM_LINE.match(line)  # a name without a slash: nothing outside the folder is ever opened
+        if match is None:
+            raise BundleError(f"{path}: {SUMS} is damaged; copy the bundle again")
+        listed[match[2]] = match[1]
+    for name in FILES:
+        if name not in listed:
+            raise BundleError(f"{path}: {SUMS} does not list {name}; the bundle is damaged, copy it again")
+    for name, expected in listed.items():
+        file = path / name
+        if file.is_symlink() or not file.is_file():
+            raise BundleError(f"{path}: {name} is missing; the bundle is incomplete, copy it again")
+        if _sha256(file) != expected:
+            raise BundleError(f"{path}: {name} is not as it was written (SHA-256 differs); copy the bundle again")
+    extra = sorted(
+        item.name for item in path.iterdir() if item.name not in listed and item.name != SUMS and item.name[0] != "."
+    )
+    if extra:
+        raise BundleError(f"{path}: holds {', '.join(extra[:5])}, which is not part of it; remove it")
+    return hashlib.sha256(sums).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

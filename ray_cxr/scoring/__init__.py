@@ -1,0 +1,1 @@
+"""Bulk scoring with Ray Data."""
