@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_cxr import labels
-from ray_cxr.data import atomic, imaging, splits
+from ray_cxr.data import atomic, demographics, imaging, splits
 from ray_cxr.errors import ConfigError, TableError
 
 SCHEMA = pa.schema(
@@ -45,8 +45,6 @@ SPLITS = ("train", "val", "test")
 
 #: Older than this is a slip of the pen: NIH's first table holds ages such as 411.
 MAX_AGE_YEARS = 120.0
-_AGE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([YMWD]?)\s*$", re.IGNORECASE)
-_YEARS_PER = {"": 1.0, "Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 _NIH_NAME = re.compile(r"^\d{8}_\d{3}\.png$")
 
 # Header words, compared in lower case without anything but letters and digits.
@@ -60,8 +58,6 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "view": ("viewposition", "view"),
     "follow_up": ("followup",),
 }
-_VIEWS = {"LL": "LATERAL", "RL": "LATERAL", "LAT": "LATERAL", "LATERAL": "LATERAL"}
-_SEXES = {"M": "M", "F": "F", "MALE": "M", "FEMALE": "F"}
 
 
 @dataclass
@@ -229,12 +225,8 @@ def read_table(path: str, report: ManifestReport | None = None) -> pd.DataFrame:
     for name in ("study_id",):
         out[name] = _nullable(raw[columns[name]]) if name in columns else None
     out["age"] = _ages(raw[columns["age"]], report) if "age" in columns else np.nan
-    for name, words in (("sex", _SEXES), ("view", _VIEWS)):
-        if name in columns:
-            text = raw[columns[name]].str.strip().str.upper()
-            out[name] = text.map(words) if name == "sex" else _nullable(text.replace(words))
-        else:
-            out[name] = None
+    for name, parsed in (("sex", demographics.parse_sex), ("view", demographics.parse_view)):
+        out[name] = raw[columns[name]].map(parsed).astype("object") if name in columns else None
     out["follow_up"] = (
         pd.to_numeric(raw[columns["follow_up"]], errors="coerce").round().astype("Int32")
         if "follow_up" in columns
@@ -244,12 +236,6 @@ def read_table(path: str, report: ManifestReport | None = None) -> pd.DataFrame:
     report.unlabelled_rows += int(values.isna().all(axis=1).sum())
     report.ignored_columns += [name for name in _unused(raw, columns, nih=nih) if name not in report.ignored_columns]
     return pd.concat([out, values], axis=1)
-
-
-def parse_age(text: str) -> float | None:
-    """Age in years of `058Y`, `006M`, `02W`, `014D` or `58`; None where it cannot be read."""
-    match = _AGE.match(text)
-    return float(match[1]) * _YEARS_PER[match[2].upper()] if match else None
 
 
 def write_manifest(table: pa.Table, out: str | Path) -> None:
@@ -408,7 +394,7 @@ def _patients(raw: pd.DataFrame, columns: dict[str, str], image_ids: pd.Series, 
 
 
 def _ages(text: pd.Series, report: ManifestReport) -> pd.Series:
-    unique = {value: parse_age(value) for value in text.unique()}
+    unique = {value: demographics.parse_age(value) for value in text.unique()}
     ages = text.map(unique).astype(float)
     blank = text.str.strip() == ""
     absurd = ages > MAX_AGE_YEARS
