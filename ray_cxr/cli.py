@@ -37,7 +37,7 @@ _OWN_RAY = {
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        print(f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -185,7 +185,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from ray_cxr.data import manifest, prepared
 
     manifest.read_manifest(arguments.manifest)  # a wrong name is told before Ray takes its seconds to start
-    with _ray(settings.ray):
+    with start_ray(settings.ray):
         counts = prepared.prepare(arguments.manifest, arguments.out, chosen)
     for size, codes in counts.items():
         failed = codes.total() - codes["ok"]
@@ -205,7 +205,7 @@ def _train(arguments: argparse.Namespace) -> None:
     PreparedSet(arguments.prepared, chosen.size)
     with _quiet_stderr():
         import ray.train.tensorflow  # noqa: F401  -- brings TensorFlow, whose start-up prints past Python
-    with _ray(settings.ray):
+    with start_ray(settings.ray):
         bundle = trainer.train(arguments.prepared, arguments.out, chosen, use_gpu=arguments.gpu, on_event=_say)
     table = Table("finding", "val images", "positives", "AUROC", "calibrated", "operating point", title="Validation")
     metrics = bundle.info["provenance"]["validation"]["findings"]
@@ -246,7 +246,7 @@ def _score(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _say(f"{plan.rows:,} rows, {plan.counts['to score']:,} of them to score; nothing was written")
         return
-    with _ray(settings.ray) if plan.counts["to score"] else contextlib.nullcontext():
+    with start_ray(settings.ray) if plan.counts["to score"] else contextlib.nullcontext():
         report = pipeline.score(arguments.model, arguments.out, chosen, fresh=arguments.fresh, **call)
     table = Table("result", "rows", title="Scores")
     for code, count in report.counts.most_common():
@@ -305,7 +305,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _ray(settings: config.RaySettings) -> Iterator[None]:
+def start_ray(settings: config.RaySettings) -> Iterator[None]:
     """A Ray to work with: the one that is there already, a cluster's, or one of this command's own."""
     # Never a Ray that merely happens to run on this machine: "local" starts one of this command's own.
     address = settings.address or os.environ.get("RAY_ADDRESS") or "local"

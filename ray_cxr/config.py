@@ -29,7 +29,7 @@ Aspect = Literal["stretch", "pad", "crop"]
 class Settings(BaseModel):
     """Base of all settings: immutable, no unknown keys, errors as one `ConfigError` line."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True, allow_inf_nan=False)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated like a new one.
@@ -119,8 +119,12 @@ class TrainSettings(Settings):
     @classmethod
     def _findings(cls, value: Any) -> Any:
         if isinstance(value, str):
-            value = [name for name in value.split(",") if name] if not value.isdigit() else int(value)
-        labels.resolve(value)
+            value = int(value) if value.isdecimal() else [name for name in value.split(",") if name]
+        try:
+            labels.resolve(value)
+        except ConfigError as error:
+            # As a ValueError it is told with its place, like any other bad value.
+            raise ValueError(str(error).removeprefix("findings: ")) from None
         return value
 
     def finding_names(self) -> tuple[str, ...]:
@@ -162,7 +166,7 @@ def build(kind: type[_T], values: Mapping[str, Any], *, where: str = "") -> _T:
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError((f"{where}: " if where else "") + _one_line(kind, error)) from None
+        raise _refusal((f"{where}: " if where else "") + _one_line(kind, error)) from None
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = (), *, section: str = "train") -> Config:
@@ -181,18 +185,18 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), *, section: str
         try:
             data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"--config {path}: {error.strerror}; name an existing TOML file") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--config {path}: not TOML: {error}") from None
+            raise _refusal(f"--config {path}: {error.strerror}; name an existing TOML file") from None
+        except (ValueError, RecursionError) as error:
+            raise _refusal(f"--config {path}: not TOML: {error}") from None
         build(Config, data, where=f"--config {path}")
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"--set {text}: write it as key=value")
+            raise _refusal(f"--set {text}: write it as key=value")
         name, _, field = key.strip().rpartition(".")
         name = name or section
         if not isinstance(data.setdefault(name, {}), dict):
-            raise ConfigError(f"--set {text}: {name} is not a section")
+            raise _refusal(f"--set {text}: {name} is not a section")
         data[name][field] = _value(value.strip())
         build(Config, data, where=f"--set {text}")
     return build(Config, data)
@@ -211,6 +215,22 @@ def _value(text: str) -> Any:
         if text in ("null", "None"):
             return None
         return text
+    except (ValueError, RecursionError):
+        # A number of thousands of digits, brackets without end: no setting takes these, and as text they are refused.
+        return text
+
+
+def _refusal(text: str) -> ConfigError:
+    """The error with `text` on one line, whatever the user's own text holds."""
+    return ConfigError(" ".join(text.split()))
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _one_line(kind: type[Settings], error: ValidationError) -> str:
@@ -221,7 +241,7 @@ def _one_line(kind: type[Settings], error: ValidationError) -> str:
             known = _fields_at(kind, item["loc"][:-1])
             parts.append(f"unknown key {place!r}{labels.suggestion(str(item['loc'][-1]), known)}")
         else:
-            shown = "" if isinstance(item["input"], (Mapping, Settings)) else f" (got {item['input']!r})"
+            shown = "" if isinstance(item["input"], (Mapping, Settings)) else f" (got {_shown(item['input'])})"
             message = item["msg"].removeprefix("Value error, ")
             parts.append(f"{place}: {message}{shown}" if place else message)
     return "; ".join(parts)

@@ -94,7 +94,7 @@ def resolve(findings: int | str | Sequence[str]) -> tuple[str, ...]:
         return FINDINGS
     if findings in (15, "15"):
         return LABELS
-    if isinstance(findings, (int, str)):
+    if isinstance(findings, str) or not isinstance(findings, Sequence):
         raise ConfigError(f"findings: {findings!r} is neither 14, 15 nor a list of names")
     names = ordered(findings)
     return tuple(label for label in LABELS if label in names)

@@ -7,19 +7,25 @@ at the comma, and its copies differ in the names of columns, in ages (`058Y` or 
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
+import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_cxr import labels
@@ -157,7 +163,7 @@ def build_manifest(
         "kind": {"official": "official", "patient": "patient"}.get(split or "", "given" if given else None),
         "seed": seed if split else None,
         "fractions": list(fractions) if split == "patient" else None,
-        "tables": {Path(path).name: _sha256(path) for _, path in named},
+        "tables": _digests([path for _, path in named]),
     }
     if split == "patient":
         data["split"] = splits.patient_split(data["patient_id"], fractions, seed)
@@ -170,7 +176,7 @@ def build_manifest(
         report.in_neither_list = int(data["split"].isna().sum())
         if report.in_neither_list == len(data):
             raise TableError(f"no image of the tables stands in {train_val_list} or {test_list}; are they NIH's lists?")
-        info["lists"] = {Path(path).name: _sha256(path) for path in (train_val_list, test_list)}
+        info["lists"] = _digests([train_val_list, test_list])
 
     keep = splits.resolve_leaks(data["patient_id"], data["split"], on_leak)
     if not keep.all():
@@ -201,16 +207,7 @@ def read_table(path: str, report: ManifestReport | None = None) -> pd.DataFrame:
         TableError: no such file, no image column, no labels, unknown findings, bad values; each with its place.
     """
     report = report if report is not None else ManifestReport()
-    try:
-        raw = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise TableError(f"{path}: no such file; name an existing CSV table") from None
-    except pd.errors.EmptyDataError:
-        raise TableError(f"{path}: the table is empty") from None
-    except (OSError, EOFError, UnicodeDecodeError, pd.errors.ParserError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TableError(f"{path}: cannot be read as CSV: {reason}") from None
-
+    raw = _read_csv(path)
     columns = _identify(raw, path)
     if not len(raw):
         raise TableError(f"{path}: the table has a header but no rows")
@@ -227,11 +224,10 @@ def read_table(path: str, report: ManifestReport | None = None) -> pd.DataFrame:
     out["age"] = _ages(raw[columns["age"]], report) if "age" in columns else np.nan
     for name, parsed in (("sex", demographics.parse_sex), ("view", demographics.parse_view)):
         out[name] = raw[columns[name]].map(parsed).astype("object") if name in columns else None
-    out["follow_up"] = (
-        pd.to_numeric(raw[columns["follow_up"]], errors="coerce").round().astype("Int32")
-        if "follow_up" in columns
-        else pd.array([None] * len(raw), dtype="Int32")
-    )
+    out["follow_up"] = pd.array([None] * len(raw), dtype="Int32")
+    if "follow_up" in columns:
+        visits = pd.to_numeric(raw[columns["follow_up"]], errors="coerce").round()
+        out["follow_up"] = visits.where(visits.abs() < 2**31).astype("Int32")
     values = _nih_labels(raw[columns["labels"]], out["image_id"], path) if nih else _one_hot(raw, path)
     report.unlabelled_rows += int(values.isna().all(axis=1).sum())
     report.ignored_columns += [name for name in _unused(raw, columns, nih=nih) if name not in report.ignored_columns]
@@ -270,6 +266,12 @@ def read_manifest(path: str | Path) -> pa.Table:
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             raise TableError(f"{path}: column {name} is {table[name].type}, not {kind}") from None
     result = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(table.schema.metadata))
+    for name, allowed in (("split", SPLITS), *((label, (0, 1)) for label in labels.LABELS)):
+        odd = [value for value in result[name].unique().to_pylist() if value is not None and value not in allowed]
+        if odd:
+            raise TableError(
+                f"{path}: column {name} holds {odd[0]!r}; use {', '.join(map(str, allowed))} or null, nothing else"
+            )
     ids = result["image_id"]
     if ids.null_count:
         raise TableError(f"{path}: {ids.null_count:,} rows have no image_id")
@@ -282,8 +284,18 @@ def read_manifest(path: str | Path) -> pa.Table:
 def digest(table: pa.Table) -> str:
     """SHA-256 over a manifest's values, hex: the same however the file was written."""
     sink = hashlib.sha256()
-    for batch in table.select(SCHEMA.names).replace_schema_metadata(None).combine_chunks().to_batches(65536):
-        sink.update(batch.serialize())
+    for name, kind in _fields():
+        column = pa.concat_arrays([pa.array([], kind), *table[name].chunks])
+        # Only values: how a null's place is filled, and how a file was cut into row groups, is nobody's choice.
+        sink.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).tobytes())
+        if pa.types.is_string(kind):
+            texts = column.fill_null("")
+            lengths = pc.binary_length(texts).to_numpy()
+            sink.update(lengths.tobytes())
+            start = int(np.frombuffer(texts.buffers()[1], np.int32)[texts.offset]) if len(texts) else 0
+            sink.update((texts.buffers()[2] or b"")[start : start + int(lengths.sum())])
+        else:
+            sink.update(column.fill_null(0).to_numpy(zero_copy_only=False).tobytes())
     return sink.hexdigest()
 
 
@@ -312,11 +324,11 @@ def manifest_of_images(location: str) -> pa.Table:
         InputError: no such folder, or no pictures in it.
     """
     paths = imaging.list_images(location)
-    names = [path.rsplit("/", 1)[-1] for path in paths]
+    names = [_below(path).rsplit("/", 1)[-1] for path in paths]
     if len(set(names)) < len(names):
-        # str.removeprefix on the listing's own common root keeps URIs and local paths alike.
-        root = location.rstrip("/") + "/"
-        names = [path.removeprefix(root) for path in paths]
+        # The listing's paths begin with the location as it was given, be it local or a URI.
+        root = _below(location).rstrip("/") + "/"
+        names = [_below(path).removeprefix(root) for path in paths]
     columns: dict[str, pa.Array] = {name: pa.nulls(len(paths), kind) for name, kind in _fields()}
     columns["image_id"] = pa.array(names, pa.string())
     columns["path"] = pa.array([_absolute(path) for path in paths], pa.string())
@@ -414,7 +426,7 @@ def _nih_labels(text: pd.Series, image_ids: pd.Series, path: str) -> pd.DataFram
             rows[position] = labels.encode(labels.parse(value))
         except TableError as error:
             first = int(np.argmax(codes == position))
-            raise TableError(f"{path}: line {first + 2} ({image_ids.iloc[first]}): {error}") from None
+            raise TableError(f"{path}: line {text.index[first]} ({image_ids.iloc[first]}): {error}") from None
     return pd.DataFrame(rows[codes], columns=list(labels.LABELS), index=text.index).astype("Int8")
 
 
@@ -445,8 +457,8 @@ def _one_hot(raw: pd.DataFrame, path: str) -> pd.DataFrame:
 
 
 def _line(bad: pd.Series) -> int:
-    """The first bad row as a line of the file: the header is line 1."""
-    return int(np.argmax(bad.to_numpy())) + 2
+    """The line of the file that the first bad row is on."""
+    return int(bad.index[int(np.argmax(bad.to_numpy()))])
 
 
 def _refuse_repeats(data: pd.DataFrame) -> None:
@@ -460,18 +472,63 @@ def _refuse_repeats(data: pd.DataFrame) -> None:
         )
 
 
-def _read_list(path: str) -> list[str]:
+def _read_csv(path: str) -> pd.DataFrame:
+    """A table as text, its index being the lines of the file. Rows that are cut off or too long are refused."""
+    # strict: a quotation mark that is never closed would otherwise swallow the rest of the table.
+    reader = csv.reader(io.StringIO(_read_text(path, "CSV table"), newline=""), strict=True)
+    rows: dict[int, list[str]] = {}
+    try:
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                rows[reader.line_num] = row
+    except csv.Error as error:
+        raise TableError(f"{path}: line {reader.line_num}: cannot be read as CSV: {error}") from None
+    if not rows:
+        raise TableError(f"{path}: the table is empty")
+    header = rows.pop(next(iter(rows)))
+    named = max(i for i, name in enumerate(header) if name.strip()) + 1
+    for line, row in rows.items():
+        if len(row) < named or any(cell.strip() for cell in row[len(header) :]):
+            raise TableError(f"{path}: line {line} has {len(row)} columns, the header {len(header)}; mend the row")
+        row[len(header) :] = []
+        row += [""] * (len(header) - len(row))
+    known = {word for words in _COLUMNS.values() for word in words}
+    names: list[str] = []
+    for i, name in enumerate(header):
+        if name in names and (_word(name) in known or labels.canonical(name)):
+            raise TableError(f"{path}: has the column {name!r} twice; remove one of them")
+        names.append(f"Unnamed {i}" if not name.strip() else f"{name} ({i})" if name in names else name)
+    return pd.DataFrame(list(rows.values()), columns=names, index=list(rows), dtype=str)
+
+
+def _read_text(path: str, what: str) -> str:
+    """A local text file, gunzipped where it is gzip by its first bytes."""
+    if "://" in path:
+        raise TableError(f"{path}: is a URI; copy the {what} to this machine and name the copy")
     try:
         data = Path(path).read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise TableError(f"{path}: no such file; name an existing {what}") from None
+    except UnicodeDecodeError:
+        raise TableError(f"{path}: is not text in UTF-8; name a {what}, or save it as UTF-8") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise TableError(f"{path}: is a damaged gzip file; copy it again") from None
     except OSError as error:
-        raise TableError(f"{path}: {error.strerror or error}; name an existing split list") from None
-    except (EOFError, UnicodeDecodeError):
-        raise TableError(f"{path}: not a text file of image names, one a line") from None
-    names = [line.strip() for line in text.splitlines() if line.strip()]
+        raise TableError(f"{path}: cannot be read: {error.strerror or error}; name a {what}") from None
+
+
+def _read_list(path: str) -> list[str]:
+    names = [line.strip() for line in _read_text(path, "split list").splitlines() if line.strip()]
     if not names:
         raise TableError(f"{path}: the list is empty")
     return names
+
+
+def _digests(paths: Sequence[str]) -> dict[str, str]:
+    """SHA-256 by file name; by path as given where two files have one name."""
+    names = Counter(Path(path).name for path in paths)
+    return {Path(path).name if names[Path(path).name] == 1 else path: _sha256(path) for path in paths}
 
 
 def _sha256(path: str) -> str:
@@ -482,6 +539,11 @@ def _sha256(path: str) -> str:
     return digest.hexdigest()
 
 
+def _below(path: str) -> str:
+    """A local path as it is; a URI without its options (`?region=...`), and with `%20` as the blank it stands for."""
+    return unquote(path.partition("?")[0]) if "://" in path else path
+
+
 def _absolute(path: str) -> str:
     return path if "://" in path else os.path.abspath(path)
 
@@ -490,7 +552,7 @@ def _find_images(image_ids: pd.Series, location: str, report: ManifestReport) ->
     by_name: dict[str, list[str]] = {}
     files = imaging.list_images(location)
     for path in files:
-        by_name.setdefault(path.rsplit("/", 1)[-1], []).append(path)
+        by_name.setdefault(_below(path).rsplit("/", 1)[-1], []).append(path)
     wanted = set(image_ids)
     twice = sorted(name for name in by_name.keys() & wanted if len(by_name[name]) > 1)
     if twice:

@@ -28,10 +28,11 @@ def patient_split(patients: pd.Series, fractions: Sequence[float], seed: int) ->
         Strings, aligned with `patients`.
 
     Raises:
-        ConfigError: fractions that are not three non-negative numbers of sum 1.
+        ConfigError: fractions that are not three non-negative numbers of sum 1, or a negative seed.
         TableError: an image without a patient id.
     """
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1.0) > 1e-6:
+    # Asked so that NaN fails it too.
+    if len(fractions) != 3 or min(fractions) < 0 or not abs(sum(fractions) - 1.0) <= 1e-6:
         shown = ",".join(f"{value:g}" for value in fractions)
         raise ConfigError(f"--fractions {shown}: give three numbers for train,val,test that sum to 1")
     unknown = int(patients.isna().sum())
@@ -105,10 +106,13 @@ def resolve_leaks(patients: pd.Series, splits: pd.Series, on_leak: str) -> pd.Se
 def _cut(
     patients: pd.Series, fractions: Sequence[float], seed: int
 ) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    if seed < 0:
+        raise ConfigError(f"--seed {seed}: give a whole number from 0 on")
     # Sorted first, so that the order of rows in a table does not matter.
     unique = np.array(sorted(set(patients)), dtype=object)
     order = np.random.default_rng(seed).permutation(len(unique))
     n_test = round(fractions[2] * len(unique))
-    n_val = round(fractions[1] * len(unique))
+    # A share of nothing is nobody, also where the other two shares were both rounded down.
+    n_val = round(fractions[1] * len(unique)) if fractions[0] else len(unique) - n_test
     test, val, train = np.split(unique[order], [n_test, n_test + n_val])
     return frozenset(train), frozenset(val), frozenset(test)

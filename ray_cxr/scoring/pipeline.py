@@ -115,8 +115,6 @@ def score(
         raise ConfigError("score: name one of --manifest and --images")
     bundle = load_bundle(bundle_path)
     frozen = out / "input.parquet"
-    if fresh and not dry_run:
-        _remove_run(out)
     table = _input_table(manifest, images, None if fresh else frozen)
     if limit is not None:
         table = table.slice(0, limit)
@@ -130,9 +128,14 @@ def score(
         "rows_per_file": settings.rows_per_file,
         "max_pixels": settings.max_pixels,
     }
+    report = ScoreReport(rows=len(table))
+    if fresh:
+        if dry_run:
+            report.counts["to score"] = len(table)
+            return report
+        _remove_run(out)  # only now that the bundle and the input are known to be good
     if out.exists() or not dry_run:
         agree(out, wanted, remedy="use --fresh to start over, or name another --out")
-    report = ScoreReport(rows=len(table))
     n_files = -(-len(table) // settings.rows_per_file)
     parts = [out / "scores" / shard_name(index) for index in range(n_files)]
     todo = [{"index": index, "retry": False} for index, part in enumerate(parts) if not part.exists()]

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 #: The operating point that a bundle carries: where sensitivity + specificity is largest (Youden 1950).
 OPERATING_RULE = "youden"
 METRICS = "metrics.csv"
+FAILURE = "failure.json"
 
 
 def train(
@@ -155,11 +156,15 @@ def _fit(prepared: Path, out: Path, settings: TrainSettings, *, use_gpu: bool, o
             ),
         ),
     )
+    (out / FAILURE).unlink(missing_ok=True)
     try:
         with _telling(out, settings, on_event):
             result = trainer.fit()
     except Exception as error:
         raise _plain(error) from error
+    if (out / FAILURE).exists():
+        failure = json.loads((out / FAILURE).read_text(encoding="utf-8"))
+        raise (ConfigError if failure["input"] else RayCxrError)(failure["message"])
     ranked = [(metrics["selection"], checkpoint) for checkpoint, metrics in result.best_checkpoints]
     if not ranked:
         raise RayCxrError(f"{out}: training ended without a checkpoint; see {out / 'ray'}")
@@ -224,7 +229,18 @@ def _plain(error: BaseException) -> RayCxrError:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """One Ray Train worker, from its data to its last checkpoint."""
+    """One Ray Train worker. Errors of ours come back as a file: Ray Train would restart what can only fail again."""
+    import ray.train
+
+    try:
+        _train(config)
+    except RayCxrError as error:
+        if ray.train.get_context().get_world_rank() == 0:
+            atomic.write_json(Path(config["out"]) / FAILURE, {"message": str(error), "input": error.exit_code == 2})
+
+
+def _train(config: dict[str, Any]) -> None:
+    """One worker's training, from its data to its last checkpoint."""
     import os
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -1,0 +1,134 @@
+"""What several tests share: small phantoms, one bundle made by hand, and one Ray for all tests that need one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real images and tables; tests that need it say so when they skip."""
+    if not (SHARED / "nih").is_dir():
+        pytest.skip(f"the real images are not here: {SHARED / 'nih'} does not exist")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
+    """Twenty-four synthetic patients, and six more whose files are broken."""
+    from ray_cxr.data.phantoms import write_phantoms
+
+    return write_phantoms(tmp_path_factory.mktemp("phantoms") / "set", patients=24, size=128)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
+    """A bundle of a TinyCNN with random weights, with and without calibration and operating points."""
+    return make_tiny_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
+
+
+def make_tiny_bundle(out: Path, *, seed: int = 0, size: int = 64, findings: tuple[str, ...] | None = None):  # noqa: ANN201
+    """Write a bundle by hand; each seed gives another model."""
+    import keras
+    import pyarrow as pa
+
+    from ray_cxr.config import InputSpec
+    from ray_cxr.labels import FINDINGS
+    from ray_cxr.models import classifier
+    from ray_cxr.models.architecture import Architecture
+    from ray_cxr.models.bundle import SPLIT_SCHEMA, write_bundle
+
+    names = findings or FINDINGS
+    architecture = Architecture(backbone="TinyCNN", size=size, findings=names)
+    keras.utils.set_random_seed(seed)
+    model = classifier.build(architecture)
+    point = {"threshold": 0.5, "rule": "youden", "sensitivity": 0.5, "specificity": 0.5, "flag_rate": 0.5}
+    return write_bundle(
+        out,
+        save_weights=lambda path: model.save_weights(str(path)),
+        architecture=architecture,
+        input_spec=InputSpec(size=size),
+        calibration={
+            name: {"method": "platt", "slope": 2.0, "intercept": -1.0} if i % 2 else None
+            for i, name in enumerate(names)
+        },
+        operating_points={name: point if i % 3 else None for i, name in enumerate(names)},
+        expected_flag_rates={name: 0.5 if i % 3 else None for i, name in enumerate(names)},
+        provenance={
+            "origin": "made by a test",
+            "initial_weights": "random",
+            "age_range": [10.0, 90.0],
+            "split": {"kind": "patient", "seed": 0, "fractions": [0.7, 0.1, 0.2]},
+            "versions": {"ray-cxr": "test"},
+        },
+        config_toml='[train]\nbackbone = "TinyCNN"\n',
+        curves=[{"epoch": 1, "loss": 0.5, "val_auroc": None}],
+        split=pa.table(
+            {"image_id": ["00000099_000.png"], "patient_id": ["99"], "split": ["train"]}, schema=SPLIT_SCHEMA
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    """One Ray of two CPUs for the whole session; the commands find it running and use it."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
+    import ray
+
+    from ray_cxr.cli import start_ray
+    from ray_cxr.config import RaySettings
+
+    with start_ray(RaySettings(num_cpus=2)):
+        assert ray.is_initialized()
+        yield
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: (exit code, stdout, stderr)."""
+    from ray_cxr.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(item) for item in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def manifest(phantoms, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ANN001
+    """A manifest of the phantoms, split by patient."""
+    from ray_cxr.data.manifest import build_manifest, write_manifest
+
+    table, _ = build_manifest(
+        [str(phantoms.table)], images=str(phantoms.images), split="patient", fractions=(0.6, 0.2, 0.2), seed=1
+    )
+    path = tmp_path_factory.mktemp("manifest") / "m.parquet"
+    write_manifest(table, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(ray_here, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ANN001
+    """The phantoms at 64 and 96 pixels, in shards of 16."""
+    from ray_cxr.config import PrepareSettings
+    from ray_cxr.data.prepared import prepare
+
+    out = tmp_path_factory.mktemp("prepared") / "set"
+    prepare(manifest, out, PrepareSettings(sizes=(64, 96), rows_per_shard=16))
+    return out

@@ -1,0 +1,183 @@
+"""Bundles: what is written is what is read, and nothing else is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+import ray_cxr
+from ray_cxr.data import imaging
+from ray_cxr.errors import BundleError, OutputError
+from ray_cxr.models import bundle as bundles
+from ray_cxr.models import predictions
+
+
+@pytest.fixture
+def copy(tiny_bundle, tmp_path: Path) -> Path:  # noqa: ANN001
+    target = tmp_path / "copy"
+    shutil.copytree(tiny_bundle.path, target)
+    for file in target.iterdir():
+        file.chmod(0o644)
+    return target
+
+
+def reseal(path: Path) -> None:
+    """Write the sums again, as somebody would who changed a bundle on purpose."""
+    lines = [
+        f"{hashlib.sha256((path / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in sorted(file.name for file in path.iterdir() if file.name != bundles.SUMS)
+    ]
+    (path / bundles.SUMS).write_text("".join(lines))
+
+
+def edit(path: Path, **changes: object) -> None:
+    info = json.loads((path / "bundle.json").read_text())
+    (path / "bundle.json").write_text(json.dumps({**info, **changes}))
+    reseal(path)
+
+
+def test_round_trip_keeps_digest_findings_and_spec(tiny_bundle, copy: Path) -> None:  # noqa: ANN001
+    again = ray_cxr.load_bundle(copy)
+    assert again.digest == tiny_bundle.digest
+    assert again.findings == ray_cxr.FINDINGS
+    assert again.input_spec.size == 64
+    assert sorted(file.name for file in copy.iterdir()) == sorted([*bundles.FILES, bundles.SUMS])
+
+
+@pytest.mark.parametrize("name", bundles.FILES)
+def test_a_changed_byte_is_noticed(copy: Path, name: str) -> None:
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(BundleError, match=r"not as it was written|cannot be read as JSON"):
+        ray_cxr.load_bundle(copy)
+
+
+@pytest.mark.parametrize("name", [*bundles.FILES, bundles.SUMS])
+def test_a_missing_file_is_noticed(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(BundleError, match=rf"{name}"):
+        ray_cxr.load_bundle(copy)
+
+
+def test_an_added_file_is_noticed(copy: Path) -> None:
+    (copy / "extra.py").write_text("raise SystemExit(1)")
+    with pytest.raises(BundleError, match=r"extra\.py"):
+        ray_cxr.load_bundle(copy)
+
+
+def test_a_newer_format_says_so(copy: Path) -> None:
+    edit(copy, format=bundles.FORMAT + 1)
+    with pytest.raises(BundleError, match="newer ray-cxr"):
+        ray_cxr.load_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    "findings",
+    [["Effusion"], list(reversed(ray_cxr.FINDINGS)), ["Fracture", *ray_cxr.FINDINGS[1:]]],
+    ids=["fewer", "reordered", "unknown"],
+)
+def test_findings_that_do_not_agree_are_refused_even_when_resealed(copy: Path, findings: list[str]) -> None:
+    edit(copy, findings=findings)
+    with pytest.raises(BundleError, match="findings do not agree"):
+        ray_cxr.load_bundle(copy)
+
+
+def test_weights_of_another_architecture_are_refused(copy: Path) -> None:
+    info = json.loads((copy / "bundle.json").read_text())
+    edit(copy, architecture={**info["architecture"], "dense": [7]})
+    with pytest.raises(BundleError, match="do not fit"):
+        ray_cxr.load_bundle(copy).model()
+
+
+def test_a_damaged_calibration_is_refused_on_loading(copy: Path) -> None:
+    info = json.loads((copy / "bundle.json").read_text())
+    broken = {**info["calibration"], "Effusion": {"method": "platt", "slope": -1.0, "intercept": 0.0}}
+    edit(copy, calibration=broken)
+    with pytest.raises(BundleError, match="calibration"):
+        ray_cxr.load_bundle(copy)
+
+
+def test_sums_cannot_name_files_outside(copy: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("x")
+    with open(copy / bundles.SUMS, "a") as stream:
+        stream.write(f"{hashlib.sha256(b'x').hexdigest()}  ../outside\n")
+    with pytest.raises(BundleError, match="damaged"):
+        ray_cxr.load_bundle(copy)
+
+
+def test_a_link_in_place_of_a_file_is_refused(copy: Path, tmp_path: Path) -> None:
+    shutil.move(copy / "config.toml", tmp_path / "config.toml")
+    (copy / "config.toml").symlink_to(tmp_path / "config.toml")
+    with pytest.raises(BundleError, match=r"config\.toml"):
+        ray_cxr.load_bundle(copy)
+
+
+def test_not_a_bundle(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(BundleError, match="name a bundle"):
+            ray_cxr.load_bundle(path)
+
+
+def test_a_bundle_is_never_overwritten(tiny_bundle) -> None:  # noqa: ANN001
+    from conftest import make_tiny_bundle
+
+    with pytest.raises(OutputError, match="never changed"):
+        make_tiny_bundle(tiny_bundle.path)
+
+
+def test_predict_gives_the_score_columns_in_order_and_errors_as_rows(tiny_bundle, tmp_path: Path) -> None:  # noqa: ANN001
+    rng = np.random.default_rng(0)
+    good = rng.integers(0, 256, (100, 80), dtype=np.uint8)
+    Image.fromarray(good).save(tmp_path / "good.png")
+    (tmp_path / "text.png").write_text("no picture")
+    frame = tiny_bundle.predict([tmp_path / "good.png", str(tmp_path / "text.png"), good, tmp_path / "none.png"])
+    assert list(frame.columns) == predictions.schema(tiny_bundle.findings).names
+    assert frame["status"].tolist() == ["ok", "error", "ok", "error"]
+    assert frame["error_code"].tolist()[1::2] == ["not_an_image", "missing"]
+    assert frame["image_id"].tolist() == ["good.png", "text.png", "array_2", "none.png"]
+    p = [f"p_{name}" for name in tiny_bundle.findings]
+    # A path and the array that is in it are the same picture, so the same numbers, bit for bit.
+    assert frame.loc[0, p].tolist() == frame.loc[2, p].tolist()
+    assert frame.loc[1, [*p, "priority", "top_finding", "model_digest"]].isna().all()
+
+
+def test_predict_does_not_depend_on_the_company(tiny_bundle) -> None:  # noqa: ANN001
+    images = np.random.default_rng(1).integers(0, 256, (5, 64, 64), dtype=np.uint8)
+    together = tiny_bundle.predict(images, batch_size=4)
+    alone = pd.concat([tiny_bundle.predict(images[i : i + 1], batch_size=4) for i in range(5)])
+    columns = [f"p_{name}" for name in tiny_bundle.findings]
+    np.testing.assert_array_equal(together[columns].to_numpy(), alone[columns].to_numpy())
+
+
+def test_predict_is_the_network_on_what_imaging_gives(tiny_bundle) -> None:  # noqa: ANN001
+    image = np.random.default_rng(2).integers(0, 256, (300, 200), dtype=np.uint8)
+    fed = imaging.resize(image, tiny_bundle.input_spec)[None, ..., None]
+    expected = np.asarray(tiny_bundle.model()(fed))[0]
+    frame = tiny_bundle.predict([image])
+    np.testing.assert_allclose(
+        frame[[f"p_{name}" for name in tiny_bundle.findings]].to_numpy()[0], expected, rtol=0, atol=1e-6
+    )
+
+
+def test_loading_and_predicting_need_no_ray(tiny_bundle) -> None:  # noqa: ANN001
+    code = (
+        "import sys, numpy as np, ray_cxr\n"
+        f"b = ray_cxr.load_bundle({str(tiny_bundle.path)!r})\n"
+        "assert 'tensorflow' not in sys.modules\n"
+        "f = b.predict(np.zeros((1, 64, 64), 'uint8') + np.arange(64, dtype='uint8'))\n"
+        "assert f['status'].tolist() == ['ok'], f\n"
+        "assert 'ray' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,416 @@
+"""The house keeps its shape: who may import whom, and what stands in one place alone.
+
+Every rule is a function from parsed files to complaints, and is shown to complain about a made-up bad file.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from ray_cxr.labels import FINDINGS, LABELS
+
+ROOT = Path(__file__).parents[1]
+
+BOTTOM = frozenset({"errors", "labels"})
+BELOW_DATA = BOTTOM | {"config", "progress", "versions"}
+BELOW_MODELS = BELOW_DATA | {"data", "evaluation"}
+#: What each room may import besides itself. `ray_cxr` is the package itself, for its version.
+ALLOWED: dict[str, frozenset[str]] = {
+    "errors": frozenset(),
+    "labels": frozenset({"errors"}),
+    "ray_cxr": BOTTOM | {"models"},  # lazily, so that `ray_cxr.load_bundle` is there
+    "progress": BOTTOM,
+    "versions": BOTTOM | {"ray_cxr"},
+    "config": BOTTOM,
+    "data": BELOW_DATA,
+    "evaluation": BELOW_DATA,
+    "models": BELOW_MODELS,
+    "training": BELOW_MODELS | {"models"},
+    "tuning": BELOW_MODELS | {"models", "training"},
+    "scoring": BELOW_MODELS | {"models"},
+    "reporting": BELOW_MODELS,
+    "demo": BELOW_MODELS | {"models"},  # it runs the commands, and is handed them
+    "cli": BELOW_MODELS | {"models", "training", "tuning", "scoring", "reporting", "demo", "ray_cxr"},
+    "jobs": frozenset({"cli"}),
+}
+RAY_ROOMS = ("ray_cxr/training/", "ray_cxr/scoring/", "jobs/")
+RAY_FILES = ("ray_cxr/data/prepared.py", "ray_cxr/tuning.py", "ray_cxr/cli.py")
+#: Files that know something of each finding by name. In them a table keyed by finding may stand, if all its keys are
+#: findings, and short sequences; a long sequence, which would be an order of findings, may not.
+KNOWS_EACH_FINDING = {
+    "ray_cxr/data/phantoms.py": 5,  # how each finding is drawn, and which four go with it
+}
+FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
+UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+UNSAFE_METHODS = {"read_pickle", "to_pickle", "enable_unsafe_deserialization", "unsafe_load", "full_load"}
+
+Files = Mapping[str, ast.Module]
+Check = Callable[[Files], list[str]]
+
+
+def files() -> dict[str, ast.Module]:
+    """Every Python file of the package and the jobs, by its path below the repository."""
+    paths = sorted([*ROOT.glob("ray_cxr/**/*.py"), *ROOT.glob("jobs/**/*.py")])
+    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def modules(tree: ast.AST, path: str) -> Iterator[tuple[str, int]]:
+    """Every module that a file imports, anywhere in it, with the line; `from a import b` gives `a` and `a.b`."""
+    package = path.removesuffix(".py").split("/")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield base, node.lineno
+            for alias in node.names:
+                yield f"{base}.{alias.name}", node.lineno
+        elif isinstance(node, ast.Call) and _last(node.func) in ("import_module", "__import__") and node.args:
+            name = _text(node.args[0])
+            if name:
+                yield name, node.lineno
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of a chain of attributes, an empty text for anything else."""
+    if isinstance(node, ast.Attribute):
+        inner = dotted(node.value)
+        return f"{inner}.{node.attr}" if inner else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _last(node: ast.AST) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def room(path: str) -> str:
+    parts = path.removesuffix(".py").split("/")
+    if parts[0] == "jobs":
+        return "jobs"
+    return "ray_cxr" if parts[1] == "__init__" else parts[1]
+
+
+def mentions(tree: ast.AST, path: str, name: str, origins: Iterable[str]) -> Iterator[int]:
+    """Lines that use `origin.name`, by attribute or by import."""
+    wanted = {f"{origin}.{name}" for origin in origins}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and dotted(node) in wanted:
+            yield node.lineno
+    for module, line in modules(tree, path):
+        if any(module == one or module.startswith(f"{one}.") for one in wanted):
+            yield line
+
+
+def one_way_street(files: Files) -> list[str]:
+    """(a) Rooms import only rooms below them; lazy imports and those for types alone count too."""
+    bad = []
+    for path, tree in files.items():
+        here = room(path)
+        if here not in ALLOWED:
+            bad.append(f"{path}: a new room: say in this test what it may import, and in DESIGN.md where it stands")
+            continue
+        for module, line in modules(tree, path):
+            parts = module.split(".")
+            if parts[0] == "jobs":
+                bad.append(f"{path}:{line}: imports {module}; jobs are the top")
+            if parts[0] != "ray_cxr":
+                continue
+            there = parts[1] if len(parts) > 1 else "ray_cxr"
+            # `from ray_cxr import x` names the package as well as x; only x is meant.
+            if there not in ALLOWED or (there == "ray_cxr" and not _names_the_package(tree)):
+                continue
+            if there != here and there not in ALLOWED[here]:
+                bad.append(f"{path}:{line}: {here} imports {there}")
+    return bad
+
+
+def _names_the_package(tree: ast.AST) -> bool:
+    return any(
+        alias.name == "ray_cxr" for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    )
+
+
+def ray_in_its_rooms(files: Files) -> list[str]:
+    """(b) Ray is imported only where work is spread."""
+    return [
+        f"{path}:{line}: imports {module}"
+        for path, tree in files.items()
+        for module, line in modules(tree, path)
+        if module.split(".")[0] == "ray" and not path.startswith(RAY_ROOMS) and path not in RAY_FILES
+    ]
+
+
+def ray_init_at_the_top(files: Files) -> list[str]:
+    """(c) `ray.init` is called by the command line and the jobs."""
+    return [
+        f"{path}:{line}: ray.init"
+        for path, tree in files.items()
+        if path != "ray_cxr/cli.py" and not path.startswith("jobs/")
+        for line in mentions(tree, path, "init", ["ray"])
+    ]
+
+
+def distribution_in_one_file(files: Files) -> list[str]:
+    """(d) One file knows `tf.distribute`."""
+    return [
+        f"{path}:{line}: tf.distribute"
+        for path, tree in files.items()
+        if path != "ray_cxr/training/distributed.py"
+        for line in mentions(tree, path, "distribute", ["tf", "tensorflow"])
+    ]
+
+
+def no_rag_bags(files: Files) -> list[str]:
+    """(e) No file is named after nothing."""
+    return [path for path in files if FORBIDDEN_NAMES & set(path.removesuffix(".py").split("/"))]
+
+
+def one_list_of_findings(files: Files) -> list[str]:
+    """(f) Four or more findings in one collection are a second list of findings."""
+    bad = []
+    for path, tree in files.items():
+        if path == "ray_cxr/labels.py":
+            continue
+        too_many = KNOWS_EACH_FINDING.get(path, 4)
+        for node in ast.walk(tree):
+            names = _names(node)
+            found = names & set(FINDINGS)
+            if path in KNOWS_EACH_FINDING and isinstance(node, ast.Dict):
+                if len(found) >= 4 and names - set(LABELS):
+                    bad.append(f"{path}:{node.lineno}: {', '.join(sorted(names - set(LABELS)))} is no finding")
+            elif len(found) >= too_many:
+                bad.append(f"{path}:{getattr(node, 'lineno', 0)}: names {len(found)} findings; use labels.FINDINGS")
+    return bad
+
+
+def _names(node: ast.AST) -> set[str]:
+    """The words that stand in a collection, as its items or keys."""
+    names: list[str | None] = []
+    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
+        # [("Mass", 1), ("Nodule", 2)] is a table of findings too.
+        firsts = [item.elts[0] for item in node.elts if isinstance(item, (ast.List, ast.Tuple)) and item.elts]
+        names = [_text(item) for item in [*node.elts, *firsts]]
+    elif isinstance(node, ast.Dict):
+        names = [_text(key) for key in node.keys if key is not None]
+    elif isinstance(node, ast.Call):
+        names = [keyword.arg for keyword in node.keywords]
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value:
+        names = [word.strip() for word in node.value.replace("|", ",").split(",")]
+    return {name for name in names if name}
+
+
+def _text(node: ast.AST) -> str | None:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+def one_resize(files: Files) -> list[str]:
+    """(g) Radiographs are resized in one place; phantoms draw, and may scale what they draw."""
+    return [
+        f"{path}:{node.lineno}: resizes"
+        for path, tree in files.items()
+        if path not in ("ray_cxr/data/imaging.py", "ray_cxr/data/phantoms.py")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and (dotted(node) in ("cv2.resize", "tf.image.resize", "ops.image.resize", "keras.ops.image.resize"))
+    ] + [
+        f"{path}:{line}: imports cv2.resize"
+        for path, tree in files.items()
+        for module, line in modules(tree, path)
+        if module == "cv2.resize"
+    ]
+
+
+def nothing_unsafe(files: Files) -> list[str]:
+    """(h) Nothing that runs what it reads."""
+    bad = []
+    for path, tree in files.items():
+        for module, line in modules(tree, path):
+            if module.split(".")[0] in UNSAFE_MODULES:
+                bad.append(f"{path}:{line}: imports {module}")
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            name, last = dotted(node.func), _last(node.func)
+            if name in ("eval", "exec", "yaml.load", "builtins.eval", "builtins.exec") or last in UNSAFE_METHODS:
+                bad.append(f"{path}:{node.lineno}: {name or last}(")
+            for keyword in node.keywords:
+                value = keyword.value
+                is_false = isinstance(value, ast.Constant) and value.value is False
+                if keyword.arg == "allow_pickle" and not is_false:
+                    bad.append(f"{path}:{node.lineno}: allow_pickle=True")
+                if keyword.arg == "safe_mode" and is_false:
+                    bad.append(f"{path}:{node.lineno}: safe_mode=False")
+    return bad
+
+
+def no_local_branch(files: Files) -> list[str]:
+    """Laptop and cluster differ in settings, never in a branch."""
+    bad = []
+    for path, tree in files.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, (ast.If, ast.IfExp, ast.While)):
+                continue
+            for inner in ast.walk(node.test):
+                name = _last(inner)
+                if name in ("local", "is_local", "local_mode", "on_laptop", "is_laptop", "on_cluster", "is_cluster"):
+                    bad.append(f"{path}:{node.lineno}: if {name}")
+    return bad
+
+
+#: Every rule, with files that break it; the rule must find fault with each.
+RULES: list[tuple[Check, list[tuple[str, str]]]] = [
+    (
+        one_way_street,
+        [
+            ("ray_cxr/errors.py", "from ray_cxr import labels"),
+            ("ray_cxr/labels.py", "import ray_cxr.config"),
+            ("ray_cxr/config.py", "from ray_cxr.data import manifest"),
+            ("ray_cxr/config.py", "import ray_cxr"),
+            ("ray_cxr/data/x.py", "from ray_cxr.evaluation import metrics"),
+            ("ray_cxr/evaluation/x.py", "def f():\n    from ray_cxr.data.splits import patient_split"),
+            ("ray_cxr/models/x.py", "def f():\n    import ray_cxr.scoring.pipeline as p"),
+            ("ray_cxr/training/x.py", "from ray_cxr.scoring import pipeline"),
+            ("ray_cxr/training/x.py", "from ray_cxr import tuning"),
+            ("ray_cxr/scoring/x.py", "from ray_cxr.training.loop import Loop"),
+            (
+                "ray_cxr/scoring/x.py",
+                "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ray_cxr.training import loop",
+            ),
+            ("ray_cxr/reporting/x.py", "from ray_cxr.models.bundle import load_bundle"),
+            ("ray_cxr/reporting/x.py", "from ray_cxr.scoring import schema"),
+            ("ray_cxr/reporting/x.py", "from ..models import bundle"),
+            ("ray_cxr/data/x.py", "import importlib\nimportlib.import_module('ray_cxr.models')"),
+            ("ray_cxr/demo.py", "from ray_cxr import cli"),
+            ("ray_cxr/scoring/x.py", "from ray_cxr.cli import main"),
+            ("ray_cxr/cli.py", "import jobs.train"),
+            ("jobs/x.py", "from ray_cxr.training import trainer"),
+            ("ray_cxr/novelty.py", ""),
+        ],
+    ),
+    (
+        ray_in_its_rooms,
+        [
+            ("ray_cxr/models/x.py", "import ray"),
+            ("ray_cxr/data/manifest.py", "def f():\n    import ray.data as rd"),
+            ("ray_cxr/evaluation/x.py", "from ray import data"),
+            ("ray_cxr/reporting/x.py", "from ray.train import report"),
+        ],
+    ),
+    (
+        ray_init_at_the_top,
+        [
+            ("ray_cxr/scoring/x.py", "import ray\nray.init()"),
+            ("ray_cxr/training/x.py", "from ray import init"),
+        ],
+    ),
+    (
+        distribution_in_one_file,
+        [
+            ("ray_cxr/training/loop.py", "import tensorflow as tf\ns = tf.distribute.MirroredStrategy()"),
+            ("ray_cxr/models/x.py", "from tensorflow.distribute import Strategy"),
+            ("ray_cxr/models/x.py", "from tensorflow import distribute"),
+        ],
+    ),
+    (
+        no_rag_bags,
+        [("ray_cxr/utils.py", ""), ("ray_cxr/data/helpers.py", ""), ("jobs/common.py", ""), ("ray_cxr/misc/x.py", "")],
+    ),
+    (
+        one_list_of_findings,
+        [
+            ("ray_cxr/data/x.py", "A = ['Mass', 'Nodule', 'Edema', 'Hernia']"),
+            ("ray_cxr/data/x.py", "A = {'Mass', 'Nodule', 'Edema', 'Hernia'}"),
+            ("ray_cxr/data/phantoms.py", "A = ['Mass', 'Nodule', 'Edema', 'Hernia', 'Fibrosis']"),
+            ("ray_cxr/data/phantoms.py", "A = {'Mass': 1, 'Nodule': 2, 'Edema': 3, 'Hernia': 4, 'Hernai': 5}"),
+            ("ray_cxr/data/x.py", "A = {'Mass': 1, 'Nodule': 2, 'Edema': 3, 'Hernia': 4}"),
+            ("ray_cxr/data/x.py", "A = dict(Mass=1, Nodule=2, Edema=3, Hernia=4)"),
+            ("ray_cxr/data/x.py", "A = [('Mass', 1), ('Nodule', 2), ('Edema', 3), ('Hernia', 4)]"),
+            ("ray_cxr/data/x.py", "A = 'Mass|Nodule|Edema|Hernia'.split('|')"),
+            ("ray_cxr/data/x.py", "from typing import Literal\nA = Literal['Mass', 'Nodule', 'Edema', 'Hernia']"),
+        ],
+    ),
+    (
+        one_resize,
+        [
+            ("ray_cxr/scoring/x.py", "import cv2\ncv2.resize(a, (2, 2))"),
+            ("ray_cxr/scoring/x.py", "from cv2 import resize"),
+            ("ray_cxr/models/x.py", "import tensorflow as tf\ntf.image.resize(a, (2, 2))"),
+        ],
+    ),
+    (
+        nothing_unsafe,
+        [
+            ("ray_cxr/x.py", "import pickle"),
+            ("ray_cxr/x.py", "from joblib import load"),
+            ("ray_cxr/x.py", "np.load(f, allow_pickle=True)"),
+            ("ray_cxr/x.py", "np.load(f, allow_pickle=flag)"),
+            ("ray_cxr/x.py", "eval('1')"),
+            ("ray_cxr/x.py", "exec('1')"),
+            ("ray_cxr/x.py", "yaml.load(f)"),
+            ("ray_cxr/x.py", "pd.read_pickle(f)"),
+            ("ray_cxr/x.py", "keras.models.load_model(f, safe_mode=False)"),
+        ],
+    ),
+    (
+        no_local_branch,
+        [
+            ("ray_cxr/x.py", "if local:\n    pass"),
+            ("ray_cxr/x.py", "a = 1 if settings.local else 2"),
+            ("ray_cxr/x.py", "if not is_local():\n    pass"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("rule", [rule for rule, _ in RULES], ids=lambda rule: rule.__name__)
+def test_rule_holds(rule: Check) -> None:
+    assert rule(files()) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "code"),
+    [pytest.param(rule, *bad, id=f"{rule.__name__}-{i}") for rule, cases in RULES for i, bad in enumerate(cases)],
+)
+def test_rule_finds_fault(rule: Check, path: str, code: str) -> None:
+    assert len(rule({path: ast.parse(code)})) >= 1
+
+
+def test_good_file_passes_every_rule() -> None:
+    code = (
+        "import numpy as np\nimport ray_cxr\nfrom ray_cxr import config, labels\n"
+        "from ray_cxr.errors import InputError\n"
+        "def f(address):\n    import ray\n    from ray_cxr.training import trainer\n"
+        "    if address == 'local':\n        np.load('x', allow_pickle=False)\n    return ['Mass', 'Nodule', 'Edema']\n"
+    )
+    tree = {"ray_cxr/cli.py": ast.parse(code)}
+    assert [complaint for rule, _ in RULES for complaint in rule(tree)] == []
+
+
+def test_files_are_found() -> None:
+    found = files()
+    assert {"ray_cxr/__init__.py", "ray_cxr/labels.py", "ray_cxr/data/imaging.py", "jobs/train.py"} <= set(found)
+    assert {room(path) for path in found} <= set(ALLOWED)
+
+
+def test_table_of_rooms_has_no_circle() -> None:
+    """Besides the package itself, whose lazy names are the one exception."""
+    order: list[str] = []
+    left = {here: set(below) - {"ray_cxr"} for here, below in ALLOWED.items() if here != "ray_cxr"}
+    while left:
+        free = sorted(here for here, below in left.items() if below <= set(order))
+        assert free, f"a circle among {sorted(left)}"
+        order += free
+        for here in free:
+            del left[here]
+    assert order.index("data") < order.index("models") < order.index("training") < order.index("tuning")
+    assert "training" not in ALLOWED["scoring"]
+    assert "scoring" not in ALLOWED["training"] | ALLOWED["tuning"]
+    assert not ALLOWED["data"] & {"evaluation"}
+    assert not ALLOWED["evaluation"] & {"data"}
+    assert not ALLOWED["reporting"] & {"models", "training", "scoring"}
