@@ -24,8 +24,9 @@ EXIT_INTERRUPTED = 130
 
 #: For a Ray of a command's own; whoever sets one of these in the environment is heeded.
 _OWN_RAY = {
-    # On a loaded two-core machine Ray's own 60 s for its node process are too few.
+    # On a loaded two-core machine Ray's own 60 s for its node process, and 20 s for its head, are too few.
     "RAY_raylet_start_wait_time_s": "180",
+    "RAY_gcs_server_port_wait_time_s": "180",
     # What Ray does by itself where this is unset, with a warning.
     "RAY_AUTH_MODE": "token",
     # Its C++ layer prints to the terminal what belongs into its log.
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--out", required=True, metavar="M.parquet")
     one.add_argument("--images", metavar="DIR_OR_URI", help="where the pictures are, in any layout")
+    one.add_argument("--found-only", action="store_true", help="leave out rows whose picture is not there")
     one.add_argument("--split", choices=["official", "patient"])
     one.add_argument("--train-val-list", metavar="F")
     one.add_argument("--test-list", metavar="F")
@@ -165,6 +167,7 @@ def _manifest(arguments: argparse.Namespace) -> None:
         fractions=fractions,
         seed=arguments.seed,
         on_leak=arguments.on_leak,
+        found_only=arguments.found_only,
     )
     with _writing(arguments.out):
         manifest.write_manifest(table, arguments.out)
@@ -182,9 +185,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
         except ValueError:
             raise ConfigError(f"--size {arguments.size}: give pixels, such as 224 or 224,320") from None
         chosen = chosen.replace(sizes=sizes)
-    from ray_cxr.data import manifest, prepared
+    from ray_cxr.data import prepared
 
-    manifest.read_manifest(arguments.manifest)  # a wrong name is told before Ray takes its seconds to start
+    prepared.check(arguments.manifest, Path(arguments.out), chosen)  # before Ray takes its seconds to start
     with start_ray(settings.ray):
         counts = prepared.prepare(arguments.manifest, arguments.out, chosen)
     for size, codes in counts.items():
@@ -199,13 +202,11 @@ def _train(arguments: argparse.Namespace) -> None:
     chosen = settings.train
     if arguments.workers is not None:
         chosen = chosen.replace(workers=arguments.workers)
-    from ray_cxr.data.prepared import PreparedSet
     from ray_cxr.training import trainer
 
-    PreparedSet(arguments.prepared, chosen.size)
-    with _quiet_stderr():
-        import ray.train.tensorflow  # noqa: F401  -- brings TensorFlow, whose start-up prints past Python
-    with start_ray(settings.ray):
+    # All that can be refused is refused before Ray takes its seconds to start.
+    plan = trainer.check(arguments.prepared, arguments.out, chosen)
+    with contextlib.nullcontext() if plan.finished else start_ray(settings.ray, tensorflow=True):
         bundle = trainer.train(arguments.prepared, arguments.out, chosen, use_gpu=arguments.gpu, on_event=_say)
     table = Table("finding", "val images", "positives", "AUROC", "calibrated", "operating point", title="Validation")
     metrics = bundle.info["provenance"]["validation"]["findings"]
@@ -305,15 +306,24 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def start_ray(settings: config.RaySettings) -> Iterator[None]:
-    """A Ray to work with: the one that is there already, a cluster's, or one of this command's own."""
+def start_ray(settings: config.RaySettings, *, tensorflow: bool = False) -> Iterator[None]:
+    """A Ray to work with: the one that is there already, a cluster's, or one of this command's own.
+
+    Args:
+        settings: where.
+        tensorflow: import Ray Train's TensorFlow part as well, without what TensorFlow prints past Python.
+    """
     # Never a Ray that merely happens to run on this machine: "local" starts one of this command's own.
     address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
-    if address == "local":
+    # Ray's C++ layer reads its environment once, on import; set later, client and server would disagree.
+    if address == "local" and "ray" not in sys.modules:
         for name, value in _OWN_RAY.items():
             os.environ.setdefault(name, value)
     import ray
 
+    if tensorflow:
+        with _quiet_stderr():
+            import ray.train.tensorflow  # noqa: F401
     if ray.is_initialized():
         yield
         return
@@ -360,7 +370,7 @@ def _writing(out: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+        raise ConfigError(f"{error.filename or out}: {error.strerror or error}; is --out {out} writable?") from None
 
 
 def _console() -> Console:

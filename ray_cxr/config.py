@@ -63,8 +63,8 @@ class RaySettings(Settings):
 
 class PrepareSettings(Settings):
     sizes: tuple[int, ...] = Field((224,), description="sides of the prepared images, pixels")
-    aspect: Aspect = "stretch"
-    interpolation: Interpolation = "area"
+    aspect: Aspect = Field("stretch", description="pictures that are not square: stretched, padded with black, cropped")
+    interpolation: Interpolation = Field("area", description="area averages when shrinking, as anti-aliasing needs")
     rows_per_shard: int = Field(256, ge=1, le=100_000, description="images per shard; also what a kill can cost")
 
     @field_validator("sizes")
@@ -86,22 +86,22 @@ Backbone = Literal[
 class TrainSettings(Settings):
     """One training run. Flat, so that a search can name any field."""
 
-    backbone: Backbone = "DenseNet121"
+    backbone: Backbone = Field("DenseNet121", description="the network below the head; TinyCNN is for demos and tests")
     size: int | None = Field(None, ge=32, le=2048, description="which prepared size; null: the only one there is")
     findings: int | tuple[str, ...] = Field(14, description="14, 15 (with No_Finding), or a list of names")
     weights: str = Field("imagenet", description="imagenet, none, a bundle, or a file of Keras weights")
-    pooling: Literal["avg", "max", "avgmax"] = "avg"
+    pooling: Literal["avg", "max", "avgmax"] = Field("avg", description="of the last feature map; avgmax: both")
     dense: tuple[Annotated[int, Field(ge=1, le=8192)], ...] = Field((), description="widths of extra dense layers")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="before each dense layer, the output included")
     loss: Literal["bce", "weighted_bce"] = Field(
         "weighted_bce", description="weighted_bce: positives and negatives of a finding weigh the same in total"
     )
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    learning_rate: float = Field(1e-4, gt=0.0, le=10.0)
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="sgd: with Nesterov momentum 0.9")
+    learning_rate: float = Field(1e-4, gt=0.0, le=10.0, description="the highest, where it changes")
     weight_decay: float = Field(1e-4, ge=0.0, le=1.0, description="adamw only")
     warmup_epochs: float = Field(0.0, ge=0.0, description="linear warm-up, then a cosine to zero at the last epoch")
     batch_size: int = Field(32, ge=1, le=65536, description="global batch, over all workers")
-    epochs: int = Field(10, ge=1, le=100_000)
+    epochs: int = Field(10, ge=1, le=100_000, description="passes over the training images")
     steps_per_epoch: int | None = Field(None, ge=1, description="null: every training image once an epoch")
     patience: int | None = Field(None, ge=1, description="stop after so many epochs without a better AUROC")
     flip: bool = Field(
@@ -110,7 +110,7 @@ class TrainSettings(Settings):
     contrast: float = Field(0.1, ge=0.0, le=0.9, description="random contrast, 1 +- this")
     shift: float = Field(0.04, ge=0.0, le=0.5, description="random shift, fraction of the side")
     min_positives: int = Field(5, ge=2, description="calibrate a finding only from so many validation positives")
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=2**31, description="of the start, the order and the augmentation")
     workers: int = Field(1, ge=1, description="training processes; --workers N sets it")
     cpus_per_worker: int | None = Field(None, ge=1, description="null: all CPUs there are, shared out")
     max_failures: int = Field(2, ge=-1, description="restarts from the last checkpoint; -1: without end")
@@ -135,7 +135,7 @@ class ScoreSettings(Settings):
     batch_size: int = Field(16, ge=1, le=4096, description="images per forward pass")
     rows_per_file: int = Field(512, ge=1, le=1_000_000, description="rows per output file; also what a kill can cost")
     cpus_per_actor: int | None = Field(None, ge=1, description="null: up to 4, and never more than a node has")
-    max_error_rate: float = Field(0.5, ge=0.0, le=1.0)
+    max_error_rate: float = Field(0.5, ge=0.0, le=1.0, description="exit with 3 when a larger share failed")
     max_pixels: int = Field(100_000_000, ge=1, description="larger pictures are refused before they are decoded")
 
 

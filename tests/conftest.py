@@ -81,14 +81,12 @@ def make_tiny_bundle(out: Path, *, seed: int = 0, size: int = 64, findings: tupl
 @pytest.fixture(scope="session")
 def ray_here() -> Iterator[None]:
     """One Ray of two CPUs for the whole session; the commands find it running and use it."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
-    import ray
-
     from ray_cxr.cli import start_ray
     from ray_cxr.config import RaySettings
 
     with start_ray(RaySettings(num_cpus=2)):
+        import ray
+
         assert ray.is_initialized()
         yield
 

@@ -217,6 +217,11 @@ def list_images(location: str) -> list[str]:
     return sorted(found)
 
 
+def plain_path(path: str) -> str:
+    """A local path as it is; a URI without its options (`?region=...`), and with `%20` as the blank it stands for."""
+    return unquote(path.partition("?")[0]) if "://" in path else path
+
+
 @contextlib.contextmanager
 def decoder_errors(kind: str) -> Iterator[None]:
     """Turn whatever a decoder raises inside the block into an `ImageError`.

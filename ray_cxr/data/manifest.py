@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
@@ -83,6 +82,7 @@ class ManifestReport:
     files_not_in_table: int | None = None
     listed_not_in_table: int = 0
     in_neither_list: int = 0
+    left_out: int = 0
     ignored_columns: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -98,6 +98,7 @@ class ManifestReport:
             (self.absurd_ages, f"ages over {MAX_AGE_YEARS:.0f} years made null"),
             (self.unreadable_ages, "ages that cannot be read made null"),
             (self.unlabelled_rows, "rows without any label"),
+            (self.left_out, "rows left out, having no picture (--found-only)"),
             (self.listed_not_in_table, "names in the split lists that no table has"),
             (self.in_neither_list, "images in neither split list (split is null)"),
         ):
@@ -121,6 +122,7 @@ def build_manifest(
     fractions: Sequence[float] = (0.7, 0.1, 0.2),
     seed: int = 0,
     on_leak: str = "error",
+    found_only: bool = False,
 ) -> tuple[pa.Table, ManifestReport]:
     """Read tables, find pictures, assign splits.
 
@@ -130,6 +132,7 @@ def build_manifest(
         split: `official` (needs both lists), `patient`, or None.
         fractions: train, val, test shares of patients for `patient`.
         on_leak: `error` or `drop`.
+        found_only: leave out rows whose picture is not in `images`; they are counted.
 
     Returns:
         The manifest as an Arrow table of `SCHEMA`, the split's description in its metadata; and the counts.
@@ -144,6 +147,8 @@ def build_manifest(
         raise ConfigError("tables: either every table has a prefix (train=, val=, test=) or none has")
     if given and split:
         raise ConfigError(f"--split {split}: the tables' prefixes give the split already; leave one of them out")
+    if found_only and images is None:
+        raise ConfigError("--found-only: needs --images, the folder to find them in")
     if split == "official" and not (train_val_list and test_list):
         raise ConfigError("--split official: needs --train-val-list and --test-list")
     if split != "official" and (train_val_list or test_list):
@@ -191,6 +196,10 @@ def build_manifest(
     data["path"] = None
     if images is not None:
         data["path"] = _find_images(data["image_id"], images, report)
+        if found_only:
+            report.left_out = report.images_missing or 0
+            info["rows_without_picture_left_out"] = report.left_out
+            data = data[data["path"].notna()].reset_index(drop=True)
 
     report.rows = len(data)
     report.patients = int(data["patient_id"].nunique())
@@ -269,9 +278,7 @@ def read_manifest(path: str | Path) -> pa.Table:
     for name, allowed in (("split", SPLITS), *((label, (0, 1)) for label in labels.LABELS)):
         odd = [value for value in result[name].unique().to_pylist() if value is not None and value not in allowed]
         if odd:
-            raise TableError(
-                f"{path}: column {name} holds {odd[0]!r}; use {', '.join(map(str, allowed))} or null, nothing else"
-            )
+            raise TableError(f"{path}: column {name} holds {odd[:5]}; use {', '.join(map(str, allowed))} and null only")
     ids = result["image_id"]
     if ids.null_count:
         raise TableError(f"{path}: {ids.null_count:,} rows have no image_id")
@@ -324,11 +331,11 @@ def manifest_of_images(location: str) -> pa.Table:
         InputError: no such folder, or no pictures in it.
     """
     paths = imaging.list_images(location)
-    names = [_below(path).rsplit("/", 1)[-1] for path in paths]
+    names = [imaging.plain_path(path).rsplit("/", 1)[-1] for path in paths]
     if len(set(names)) < len(names):
         # The listing's paths begin with the location as it was given, be it local or a URI.
-        root = _below(location).rstrip("/") + "/"
-        names = [_below(path).removeprefix(root) for path in paths]
+        root = imaging.plain_path(location).rstrip("/") + "/"
+        names = [imaging.plain_path(path).removeprefix(root) for path in paths]
     columns: dict[str, pa.Array] = {name: pa.nulls(len(paths), kind) for name, kind in _fields()}
     columns["image_id"] = pa.array(names, pa.string())
     columns["path"] = pa.array([_absolute(path) for path in paths], pa.string())
@@ -539,11 +546,6 @@ def _sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-def _below(path: str) -> str:
-    """A local path as it is; a URI without its options (`?region=...`), and with `%20` as the blank it stands for."""
-    return unquote(path.partition("?")[0]) if "://" in path else path
-
-
 def _absolute(path: str) -> str:
     return path if "://" in path else os.path.abspath(path)
 
@@ -552,7 +554,7 @@ def _find_images(image_ids: pd.Series, location: str, report: ManifestReport) ->
     by_name: dict[str, list[str]] = {}
     files = imaging.list_images(location)
     for path in files:
-        by_name.setdefault(_below(path).rsplit("/", 1)[-1], []).append(path)
+        by_name.setdefault(imaging.plain_path(path).rsplit("/", 1)[-1], []).append(path)
     wanted = set(image_ids)
     twice = sorted(name for name in by_name.keys() & wanted if len(by_name[name]) > 1)
     if twice:

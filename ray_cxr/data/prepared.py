@@ -35,6 +35,9 @@ from ray_cxr.progress import Work
 logger = logging.getLogger(__name__)
 
 
+SETTINGS = "settings.json"
+
+
 def shard_schema(size: int) -> pa.Schema:
     """The manifest's columns, then `image` (uint8 [size*size], rows first; null on failure) and the reason."""
     return pa.schema(
@@ -64,24 +67,11 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
     import ray
 
     out = Path(out)
-    table = manifests.read_manifest(manifest)
-    if not len(table) or table["path"].null_count == len(table):
-        raise TableError(f"{manifest}: no row has a path; make it with `ray-cxr manifest ... --images FOLDER`")
-    wanted = {
-        "format": 1,
-        "manifest_digest": manifests.digest(table),
-        "rows": len(table),
-        "rows_per_shard": settings.rows_per_shard,
-        "aspect": settings.aspect,
-        "interpolation": settings.interpolation,
-    }
-    agree(out, wanted)
+    table, wanted = check(manifest, out, settings)
+    begin(out, wanted)
     if not (out / "manifest.parquet").exists():
         # One row group per shard: a task reads its own rows and nothing else.
         atomic.write_parquet(table, out / "manifest.parquet", row_group_size=settings.rows_per_shard)
-    if not (out / "settings.json").exists():
-        atomic.write_json(out / "settings.json", wanted)
-
     n_shards = -(-len(table) // settings.rows_per_shard)
     for size in settings.sizes:
         (out / str(size)).mkdir(exist_ok=True)
@@ -104,27 +94,60 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
     return {size: _count(out, size, n_shards, len(table)) for size in settings.sizes}
 
 
+def check(manifest: str | Path, out: Path, settings: PrepareSettings) -> tuple[pa.Table, dict[str, Any]]:
+    """What `prepare` would refuse, refused before Ray starts; the manifest, and what `out` must agree with.
+
+    Raises:
+        TableError, OutputError: see `prepare`.
+    """
+    table = manifests.read_manifest(manifest)
+    if not len(table) or table["path"].null_count == len(table):
+        raise TableError(f"{manifest}: no row has a path; make it with `ray-cxr manifest ... --images FOLDER`")
+    wanted = {
+        "format": 1,
+        "manifest_digest": manifests.digest(table),
+        "rows": len(table),
+        "rows_per_shard": settings.rows_per_shard,
+        "aspect": settings.aspect,
+        "interpolation": settings.interpolation,
+    }
+    agree(out, wanted)
+    return table, wanted
+
+
 def agree(out: Path, wanted: dict[str, Any], *, remedy: str = "name another --out") -> None:
-    """Make `out`, or check that what it holds was begun with the same input and settings.
+    """Check that what `out` holds, if anything, was begun with the same input and settings.
 
     Raises:
         OutputError: it was not; the message names each difference.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be made a folder: {error.strerror}; {remedy}") from None
-    path = out / "settings.json"
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: is a file; {remedy}")
+    path = out / SETTINGS
     if not path.exists():
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        differing = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
+    except (OSError, ValueError, TypeError, AttributeError):
         raise OutputError(f"{path}: is damaged; {remedy}") from None
-    differing = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
     if differing:
         shown = ", ".join(f"{name} {_short(found.get(name))} (now {_short(wanted.get(name))})" for name in differing)
         raise OutputError(f"{out}: was begun with another {shown}; {remedy}")
+
+
+def begin(out: Path, wanted: dict[str, Any]) -> None:
+    """Make `out` and write down what a later run must agree with.
+
+    Raises:
+        OutputError: the folder cannot be made or written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / SETTINGS).exists():
+            atomic.write_json(out / SETTINGS, wanted)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written: {error.strerror}; name another --out") from None
 
 
 def _short(value: Any) -> str:
@@ -219,7 +242,7 @@ class PreparedSet:
     def __init__(self, path: str | Path, size: int | None = None) -> None:
         self.path = Path(path)
         try:
-            self._settings = json.loads((self.path / "settings.json").read_text(encoding="utf-8"))
+            self._settings = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise ConfigError(f"{path}: not a prepared folder; make one with `ray-cxr prepare`") from None
         whole = sorted(int(file.parent.name) for file in self.path.glob("*/counts.json"))

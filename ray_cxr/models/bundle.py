@@ -123,7 +123,7 @@ class Bundle:
                 paths.append(None)
                 pixels[i] = imaging.resize(item, self.input_spec)
                 continue
-            ids.append(str(item).rsplit("/", 1)[-1])
+            ids.append(imaging.plain_path(str(item)).rsplit("/", 1)[-1])
             paths.append(str(item))
             try:
                 pixels[i] = imaging.load(str(item), self.input_spec)

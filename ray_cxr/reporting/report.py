@@ -138,7 +138,7 @@ def write_report(
         raise OutputError(f"--out {out}: is a file; name a folder")
 
     table = read_scores(scores)
-    _log.info("%s: %d rows, %d errors", table.source, len(table.ids), int((~table.ok).sum()))
+    _log.debug("%s: %d rows, %d errors", table.source, len(table.ids), int((~table.ok).sum()))
     result: dict[str, Any] = {
         "split": split,
         "split_label": None,
@@ -631,7 +631,7 @@ def _measure(table: Scores, evaluated: Evaluated, result: dict[str, Any], n_resa
     shared = [finding for finding in names if finding in table.findings]
     y = np.column_stack([evaluated.labels[f] for f in shared]) if shared else np.zeros((len(rows), 0))
     s = np.column_stack([table.p[f][rows] for f in shared]) if shared else np.zeros((len(rows), 0))
-    _log.info("bootstrap: %d resamples of %d images", n_resamples, len(rows))
+    _log.debug("bootstrap: %d resamples of %d images", n_resamples, len(rows))
     boot = intervals.bootstrap_auroc(
         y,
         s,
@@ -896,7 +896,7 @@ def _write(out: Path, table: Scores, result: dict[str, Any], figures: Mapping[st
     pictures: dict[str, bytes] = {}
     for name in _PICTURES:
         if name in figures:
-            _log.info("drawing %s", name)
+            _log.debug("drawing %s", name)
             pictures[name], vector = plots.encode(figures[name])
             (out / f"{name}.png").write_bytes(pictures[name])
             (out / f"{name}.svg").write_bytes(vector)
@@ -916,7 +916,7 @@ def _write(out: Path, table: Scores, result: dict[str, Any], figures: Mapping[st
         "remarks": _remarks(result["findings"]),
     }
     atomic.write_text(out / "report.html", html.render(view))
-    _log.info("report in %s", out)
+    _log.debug("report in %s", out)
     return result
 
 

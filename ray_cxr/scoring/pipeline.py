@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from ray_cxr.config import ScoreSettings
 from ray_cxr.data import atomic, imaging
 from ray_cxr.data import manifest as manifests
-from ray_cxr.data.prepared import agree, rows_in, shard_name
+from ray_cxr.data.prepared import SETTINGS, agree, begin, rows_in, shard_name
 from ray_cxr.errors import (
     RETRYABLE_CODES,
     ConfigError,
@@ -134,8 +134,7 @@ def score(
             report.counts["to score"] = len(table)
             return report
         _remove_run(out)  # only now that the bundle and the input are known to be good
-    if out.exists() or not dry_run:
-        agree(out, wanted, remedy="use --fresh to start over, or name another --out")
+    agree(out, wanted, remedy="use --fresh to start over, or name another --out")
     n_files = -(-len(table) // settings.rows_per_file)
     parts = [out / "scores" / shard_name(index) for index in range(n_files)]
     todo = [{"index": index, "retry": False} for index, part in enumerate(parts) if not part.exists()]
@@ -149,13 +148,12 @@ def score(
         _judge(report, settings)
         return report
 
+    begin(out, wanted)
     (out / "_SUCCESS").unlink(missing_ok=True)
     (out / "scores").mkdir(exist_ok=True)
     if not frozen.exists():
         # A row group per output file: an actor reads its own rows and nothing else.
         atomic.write_parquet(table, frozen, row_group_size=settings.rows_per_file)
-    if not (out / "settings.json").exists():
-        atomic.write_json(out / "settings.json", wanted)
     actors = _run(Path(bundle_path), bundle.digest, out, todo, settings, report, use_gpu=use_gpu) if todo else {}
 
     report.counts = _count(parts, table)
@@ -176,10 +174,10 @@ def _remove_run(out: Path) -> None:
     """Remove an earlier run's files, and nothing that a run did not write."""
     if not out.exists():
         return
-    if any(out.iterdir()) and not (out / "settings.json").exists() and not (out / "scores").is_dir():
+    if any(out.iterdir()) and not (out / SETTINGS).exists() and not (out / "scores").is_dir():
         raise OutputError(f"{out}: --fresh: holds no earlier run of score; name another --out")
     # _SUCCESS goes first: a kill in the midst of this must not leave a folder that looks whole.
-    for name in ("_SUCCESS", "run.json", "model.json", "split.parquet", "settings.json", "input.parquet"):
+    for name in ("_SUCCESS", "run.json", "model.json", "split.parquet", SETTINGS, "input.parquet"):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "scores", ignore_errors=True)
 

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import tomli_w
 
 from ray_cxr.config import TrainSettings, build
 from ray_cxr.data import atomic
-from ray_cxr.data.prepared import PreparedSet, agree
+from ray_cxr.data.prepared import PreparedSet, agree, begin
 from ray_cxr.errors import ConfigError, RayCxrError, own_error
 from ray_cxr.evaluation import calibration
 from ray_cxr.labels import LABELS
@@ -68,6 +68,38 @@ def train(
         RayCxrError: training failed; says how.
     """
     prepared, out = Path(prepared), Path(out)
+    plan = check(prepared, out, settings)
+    if plan.finished is not None:
+        on_event(f"train: {plan.finished.path} is finished already")
+        return plan.finished
+    data, settings = plan.data, plan.settings
+    begin(out, plan.wanted)
+    if settings.weights == "none":
+        on_event("train: WARNING: weights=none: the network starts from RANDOM weights, not from pre-trained ones")
+    result = _fit(prepared, out, settings, use_gpu=use_gpu, on_event=on_event)
+    with tempfile.TemporaryDirectory(prefix="ray_cxr-") as folder, result.as_directory() as best:
+        # Ray's folder may be a view of remote storage: copy what the bundle needs once.
+        shutil.copytree(best, folder, dirs_exist_ok=True)
+        return _finish(Path(folder), out, data, settings)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can begin: its data, its settings with size and weights resolved, or the bundle it has made already."""
+
+    data: PreparedSet
+    settings: TrainSettings
+    wanted: dict[str, Any]
+    finished: Bundle | None
+
+
+def check(prepared: str | Path, out: str | Path, settings: TrainSettings) -> Plan:
+    """What `train` would refuse of its arguments, refused before Ray starts.
+
+    Raises:
+        ConfigError, TableError, OutputError, BundleError: see the messages.
+    """
+    out = Path(out)
     data = PreparedSet(prepared, settings.size)
     settings = settings.replace(size=data.size)
     if settings.weights not in ("imagenet", "none"):
@@ -85,24 +117,13 @@ def train(
         "train": settings.model_dump(mode="json", exclude={"epochs", "workers", "cpus_per_worker", "max_failures"}),
     }
     agree(out, wanted)
+    finished = None
     if (out / "bundle").exists():
-        bundle = load_bundle(out / "bundle")
-        done = bundle.info["provenance"]["settings"]["epochs"]
+        finished = load_bundle(out / "bundle")
+        done = finished.info["provenance"]["settings"]["epochs"]
         if done != settings.epochs:
-            raise ConfigError(
-                f"{out}: is finished with epochs={done}; name another --out to train for {settings.epochs}"
-            )
-        on_event(f"train: {out / 'bundle'} is finished already")
-        return bundle
-    if not (out / "settings.json").exists():
-        atomic.write_json(out / "settings.json", wanted)
-    if settings.weights == "none":
-        on_event("train: WARNING: weights=none: the network starts from RANDOM weights, not from pre-trained ones")
-    result = _fit(prepared, out, settings, use_gpu=use_gpu, on_event=on_event)
-    with tempfile.TemporaryDirectory(prefix="ray_cxr-") as folder, result.as_directory() as best:
-        # Ray's folder may be a view of remote storage: copy what the bundle needs once.
-        shutil.copytree(best, folder, dirs_exist_ok=True)
-        return _finish(Path(folder), out, data, settings)
+            raise ConfigError(f"{out}: is finished with epochs={done}; name another --out for epochs={settings.epochs}")
+    return Plan(data, settings, wanted, finished)
 
 
 def _require_split(data: PreparedSet, name: str) -> None:

@@ -62,7 +62,9 @@ def test_a_split_is_read_whole_and_in_order(prepared: Path, manifest: Path) -> N
 
 def test_continues_where_a_shard_is_absent_and_leaves_the_others_alone(prepared: Path, manifest: Path, command) -> None:  # noqa: ANN001
     first, second, *_ = shards(prepared, 64)
-    before = {path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in (first, second)}
+    before = {
+        path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in (first, second)
+    }
     second.unlink()
     (prepared / "64" / "counts.json").unlink()
     with pytest.raises(ConfigError, match="no complete size 64"):
@@ -74,7 +76,9 @@ def test_continues_where_a_shard_is_absent_and_leaves_the_others_alone(prepared:
     assert hashlib.sha256(second.read_bytes()).hexdigest() == before[second][1]
 
 
-def test_other_settings_or_another_manifest_are_refused(prepared: Path, manifest: Path, tmp_path: Path, command) -> None:  # noqa: ANN001
+def test_other_settings_or_another_manifest_are_refused(
+    prepared: Path, manifest: Path, tmp_path: Path, command
+) -> None:  # noqa: ANN001
     code, _, err = command("prepare", manifest, "--out", prepared, "--size", "64", "--set", "aspect=pad")
     assert (code, err.count("\n")) == (2, 1)
     assert "aspect stretch (now pad)" in err

@@ -70,9 +70,7 @@ def test_is_flat_and_gives_one_probability_per_finding(backbone: str) -> None:
 
 def test_head_is_as_asked() -> None:
     model = classifier.build(
-        Architecture(
-            backbone="TinyCNN", size=SIZE, findings=LABELS, pooling="avgmax", dense=(32, 8), dropout=0.25
-        )
+        Architecture(backbone="TinyCNN", size=SIZE, findings=LABELS, pooling="avgmax", dense=(32, 8), dropout=0.25)
     )
     names = [layer.name for layer in model.layers]
     assert {"head_dropout0", "head_dense0", "head_dropout1", "head_dense1", "head_dropout"} <= set(names)

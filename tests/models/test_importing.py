@@ -112,9 +112,7 @@ def test_fifteen_outputs(tmp_path: Path) -> None:
 def test_wrong_number_of_findings_is_refused(tmp_path: Path) -> None:
     tiny(LABELS).save(tmp_path / "m.keras")
     with pytest.raises(ConfigError, match="15 columns, but 14 findings"):
-        importing.import_weights(
-            tmp_path / "m.keras", tmp_path / "b", backbone="TinyCNN", findings=FINDINGS, size=SIZE
-        )
+        importing.import_weights(tmp_path / "m.keras", tmp_path / "b", backbone="TinyCNN", findings=FINDINGS, size=SIZE)
 
 
 def test_another_backbone_is_refused(tmp_path: Path) -> None:
@@ -152,7 +150,9 @@ def test_code_in_a_keras_file_never_runs(tmp_path: Path) -> None:
         for item in source.infolist():
             data = source.read(item)
             if item.filename == "config.json":
-                data = b'{"module": "os", "class_name": "system", "config": {"command": "touch %s"}}' % str(ran).encode()
+                data = (
+                    b'{"module": "os", "class_name": "system", "config": {"command": "touch %s"}}' % str(ran).encode()
+                )
             sink.writestr(item, data)
     importing.import_weights(target, tmp_path / "b", backbone="TinyCNN", findings=FINDINGS, size=SIZE)
     assert not ran.exists()

@@ -33,7 +33,15 @@ def split(n: int, seed: int = 0, size: int = SIZE) -> SplitData:
 
 def make(n_train: int = 24, n_val: int = 10, **changes: object) -> loop.Loop:
     settings = TrainSettings(
-        **{"backbone": "TinyCNN", "weights": "none", "batch_size": 8, "size": SIZE, "contrast": 0, "shift": 0, **changes}
+        **{
+            "backbone": "TinyCNN",
+            "weights": "none",
+            "batch_size": 8,
+            "size": SIZE,
+            "contrast": 0,
+            "shift": 0,
+            **changes,
+        }
     )
     architecture = Architecture.of(settings, SIZE)
     return loop.Loop(Replicas(), settings, architecture, split(n_train), split(n_val, 1), weights=settings.weights)

@@ -1,0 +1,233 @@
+"""From probabilities to score rows: worked by hand, no network needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ray_cxr.errors import ERROR_CODES
+from ray_cxr.evaluation.calibration import Calibration
+from ray_cxr.labels import FINDINGS
+from ray_cxr.models import predictions
+from ray_cxr.models.predictions import Rules
+
+MODEL_COLUMNS = ("top_finding", "priority", "quality_flag", "model_digest")
+
+
+def rules(findings: tuple[str, ...], thresholds: Mapping[str, float | None] | None = None, **changes: Any) -> Rules:
+    values: dict[str, Any] = {
+        "findings": findings,
+        "calibrations": dict.fromkeys(findings),
+        "thresholds": dict.fromkeys(findings) | dict(thresholds or {}),
+        "age_range": None,
+        "digest": "d1",
+    }
+    return Rules(**(values | changes))
+
+
+def rows(count: int, **columns: Any) -> pa.Table:
+    return pa.table(
+        {
+            "image_id": pa.array([f"{i}.png" for i in range(count)], pa.string()),
+            "path": pa.array([f"/x/{i}.png" for i in range(count)], pa.string()),
+            "patient_id": pa.nulls(count, pa.string()),
+            "study_id": pa.nulls(count, pa.string()),
+            **columns,
+        }
+    )
+
+
+def one(probabilities: list[float], given_rules: Rules, **columns: Any) -> dict[str, Any]:
+    table = predictions.assemble(rows(1, **columns), np.array([probabilities], np.float32), {}, given_rules)
+    (row,) = table.to_pylist()
+    return dict(row)
+
+
+def test_schema_of_one_finding_literally() -> None:
+    assert [(item.name, str(item.type)) for item in predictions.schema(["Mass"])] == [
+        ("image_id", "string"),
+        ("path", "string"),
+        ("patient_id", "string"),
+        ("study_id", "string"),
+        ("status", "string"),
+        ("error_code", "string"),
+        ("error", "string"),
+        ("p_Mass", "float"),
+        ("c_Mass", "float"),
+        ("flag_Mass", "bool"),
+        ("top_finding", "string"),
+        ("priority", "float"),
+        ("quality_flag", "string"),
+        ("model_digest", "string"),
+    ]
+
+
+def test_schema_keeps_the_models_order() -> None:
+    names = predictions.schema(["Nodule", "Mass"]).names
+    assert names[7:13] == ["p_Nodule", "p_Mass", "c_Nodule", "c_Mass", "flag_Nodule", "flag_Mass"]
+
+
+def test_ranks_by_hand() -> None:
+    """t = 0.2: p = 0.1 is half way up to 0.5; p = 0.6 is half way from 0.5 to 1. No t: r = p."""
+    p = np.array([[0.1, 0.1], [0.2, 0.2], [0.6, 0.6], [0.0, 0.0], [1.0, 1.0]])
+    r = predictions.ranks(p, np.array([0.2, np.nan]))
+    np.testing.assert_allclose(r, [[0.25, 0.1], [0.5, 0.2], [0.75, 0.6], [0.0, 0.0], [1.0, 1.0]], rtol=0, atol=1e-15)
+    assert r.dtype == np.float64
+
+
+def test_ranks_keep_nan() -> None:
+    assert np.isnan(predictions.ranks(np.array([[np.nan, np.nan]]), np.array([0.5, np.nan]))).all()
+
+
+def test_priority_by_hand() -> None:
+    """A rare finding a little above its low operating point comes before a common one below its high one."""
+    row = one([0.4, 0.1], rules(("Infiltration", "Hernia"), {"Infiltration": 0.5, "Hernia": 0.05}))
+    assert row["top_finding"] == "Hernia"
+    assert row["priority"] == pytest.approx(0.5 + 0.5 * 0.05 / 0.95, abs=1e-7)
+    assert (row["flag_Infiltration"], row["flag_Hernia"]) == (False, True)
+    assert (row["p_Infiltration"], row["p_Hernia"]) == (pytest.approx(0.4), pytest.approx(0.1))
+    assert (row["status"], row["error_code"], row["error"], row["model_digest"]) == ("ok", None, None, "d1")
+    assert (row["image_id"], row["path"]) == ("0.png", "/x/0.png")
+
+
+def test_no_finding_takes_no_part_in_the_priority() -> None:
+    row = one([0.1, 0.99], rules(("Mass", "No_Finding"), {"Mass": 0.5, "No_Finding": 0.5}))
+    assert (row["top_finding"], row["priority"]) == ("Mass", pytest.approx(0.1))
+    assert row["flag_No_Finding"] is True
+    alone = one([0.99], rules(("No_Finding",)))
+    assert (alone["top_finding"], alone["priority"]) == (None, None)
+    assert alone["p_No_Finding"] == pytest.approx(0.99)
+
+
+def test_of_equals_the_first_finding_is_on_top() -> None:
+    assert one([0.3, 0.3], rules(("Mass", "Nodule")))["top_finding"] == "Mass"
+
+
+def test_columns_that_a_bundle_cannot_fill_are_null() -> None:
+    given_rules = rules(
+        ("Mass", "Nodule"), {"Nodule": 0.5}, calibrations={"Mass": Calibration(1.0, 0.0), "Nodule": None}
+    )
+    row = one([0.25, 0.25], given_rules)
+    assert row["c_Mass"] == pytest.approx(0.25, abs=1e-6)
+    assert row["c_Nodule"] is None
+    assert row["flag_Mass"] is None
+    assert row["flag_Nodule"] is False
+
+
+def test_calibration_by_hand() -> None:
+    """sigmoid(2 logit(0.8) - 1) = sigmoid(2 ln 4 - 1) = 16 / (16 + e)."""
+    row = one([0.8], rules(("Mass",), calibrations={"Mass": Calibration(2.0, -1.0)}))
+    assert row["c_Mass"] == pytest.approx(16 / (16 + np.e), abs=1e-6)
+
+
+def test_error_rows_have_no_model_columns() -> None:
+    given_rules = rules(
+        ("Mass", "No_Finding"),
+        {"Mass": 0.5, "No_Finding": 0.5},
+        calibrations={"Mass": Calibration(1.0, 0.0), "No_Finding": None},
+        age_range=(1.0, 2.0),
+    )
+    probabilities = np.array([[0.9, 0.1], [np.nan, 7.0], [0.2, 0.3]], np.float32)
+    table = predictions.assemble(
+        rows(3, view=pa.array(["PA", "LATERAL", None]), age=pa.array([1.0, 99.0, None])),
+        probabilities,
+        {1: ("truncated", "the file ends early")},
+        given_rules,
+    )
+    good, bad, last = table.to_pylist()
+    assert table.schema.equals(predictions.schema(("Mass", "No_Finding")))
+    assert (bad["image_id"], bad["path"]) == ("1.png", "/x/1.png")
+    assert (bad["status"], bad["error_code"], bad["error"]) == ("error", "truncated", "the file ends early")
+    of_model = [name for name in table.column_names if name.startswith(("p_", "c_", "flag_")) or name in MODEL_COLUMNS]
+    assert len(of_model) == 10
+    assert {name: bad[name] for name in of_model} == dict.fromkeys(of_model)
+    for row in (good, last):
+        assert (row["status"], row["error_code"], row["error"]) == ("ok", None, None)
+        assert row["model_digest"] == "d1"
+
+
+def test_only_errors_and_no_rows_at_all() -> None:
+    given_rules = rules(("Mass",), {"Mass": 0.5}, calibrations={"Mass": Calibration(1.0, 0.0)})
+    failures = {i: (code, "x") for i, code in enumerate(ERROR_CODES)}
+    nan = np.full((len(failures), 1), np.nan, np.float32)
+    table = predictions.assemble(rows(len(failures)), nan, failures, given_rules)
+    assert table["error_code"].to_pylist() == list(ERROR_CODES)
+    assert table["priority"].null_count == table["p_Mass"].null_count == len(failures)
+    empty = predictions.assemble(rows(0), np.zeros((0, 1), np.float32), {}, given_rules)
+    assert len(empty) == 0
+    assert empty.schema.equals(table.schema)
+
+
+@pytest.mark.parametrize("value", [np.nan, -0.001, 1.001, np.inf])
+def test_a_probability_that_is_none_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="not a number between 0 and 1"):
+        one([0.5, value], rules(("Mass", "Nodule")))
+
+
+def test_another_number_of_outputs_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"probabilities are \(1, 1\), expected \(1, 2\)"):
+        one([0.5], rules(("Mass", "Nodule")))
+
+
+@pytest.mark.parametrize(
+    ("view", "age", "flag"),
+    [
+        ("PA", 50.0, None),
+        ("AP", 10.0, None),
+        ("PA", 90.0, None),
+        ("PA", 9.9, "age_outside_training"),
+        ("PA", 90.1, "age_outside_training"),
+        ("LATERAL", 50.0, "lateral"),
+        ("LATERAL", 5.0, "lateral"),
+        (None, None, None),
+    ],
+)
+def test_quality_flags(view: str | None, age: float | None, flag: str | None) -> None:
+    columns = {"view": pa.array([view], pa.string()), "age": pa.array([age], pa.float64())}
+    assert one([0.5], rules(("Mass",), age_range=(10.0, 90.0)), **columns)["quality_flag"] == flag
+
+
+def test_quality_needs_neither_the_columns_nor_the_range() -> None:
+    assert one([0.5], rules(("Mass",), age_range=(10.0, 90.0)))["quality_flag"] is None
+    assert one([0.5], rules(("Mass",)), age=pa.array([200.0]))["quality_flag"] is None
+
+
+PROBABILITY = st.floats(0, 1, width=32)
+#: As `operating_point` gives them: float32, strictly inside 0..1.
+THRESHOLD = st.floats(0, 1, width=32, exclude_min=True, exclude_max=True, allow_subnormal=False).filter(
+    lambda value: value > 1e-30
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(PROBABILITY, THRESHOLD), min_size=1, max_size=14), st.data())
+def test_priority_is_half_or_more_exactly_where_a_finding_is_flagged(
+    pairs: list[tuple[float, float]], data: st.DataObject
+) -> None:
+    p, t = (list(column) for column in zip(*pairs, strict=True))
+    if data.draw(st.booleans(), label="neighbour of the threshold"):
+        side = data.draw(st.sampled_from([-np.inf, np.inf]))
+        p[0] = float(np.clip(np.nextafter(np.float32(t[0]), np.float32(side)), 0, 1))
+    names = FINDINGS[: len(p)]
+    row = one(p, rules(names, dict(zip(names, t, strict=True))))
+    flagged = {name for name in names if row[f"flag_{name}"]}
+    assert flagged == {name for name, a, b in zip(names, p, t, strict=True) if np.float32(a) >= np.float32(b)}
+    assert (row["priority"] >= 0.5) == bool(flagged)
+    assert 0 <= row["priority"] <= 1
+    if flagged:
+        assert row["top_finding"] in flagged
+
+
+@settings(deadline=None)
+@given(st.lists(PROBABILITY, min_size=2, max_size=20), st.one_of(THRESHOLD, st.none()))
+def test_rank_keeps_the_order_of_a_findings_probabilities(values: list[float], threshold: float | None) -> None:
+    p = np.sort(np.array(values))[:, None]
+    r = predictions.ranks(p, np.array([np.nan if threshold is None else threshold]))[:, 0]
+    assert (np.diff(r) >= 0).all()
+    assert ((r >= 0) & (r <= 1)).all()
