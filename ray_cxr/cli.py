@@ -323,7 +323,7 @@ def start_ray(settings: config.RaySettings, *, tensorflow: bool = False) -> Iter
 
     if tensorflow:
         with _quiet_stderr():
-            import ray.train.tensorflow  # noqa: F401
+            import ray.train.tensorflow
     if ray.is_initialized():
         yield
         return
@@ -370,7 +370,8 @@ def _writing(out: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"{error.filename or out}: {error.strerror or error}; is --out {out} writable?") from None
+        at = f" ({error.filename})" if error.filename and str(error.filename) != out else ""
+        raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}{at}") from None
 
 
 def _console() -> Console:

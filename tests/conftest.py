@@ -23,7 +23,7 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def phantoms(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
+def phantoms(tmp_path_factory: pytest.TempPathFactory):
     """Twenty-four synthetic patients, and six more whose files are broken."""
     from ray_cxr.data.phantoms import write_phantoms
 
@@ -31,12 +31,12 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory):
     """A bundle of a TinyCNN with random weights, with and without calibration and operating points."""
     return make_tiny_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
 
 
-def make_tiny_bundle(out: Path, *, seed: int = 0, size: int = 64, findings: tuple[str, ...] | None = None):  # noqa: ANN201
+def make_tiny_bundle(out: Path, *, seed: int = 0, size: int = 64, findings: tuple[str, ...] | None = None):
     """Write a bundle by hand; each seed gives another model."""
     import keras
     import pyarrow as pa
@@ -109,7 +109,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
 
 
 @pytest.fixture(scope="session")
-def manifest(phantoms, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ANN001
+def manifest(phantoms, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A manifest of the phantoms, split by patient."""
     from ray_cxr.data.manifest import build_manifest, write_manifest
 
@@ -122,7 +122,7 @@ def manifest(phantoms, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noq
 
 
 @pytest.fixture(scope="session")
-def prepared(ray_here, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ANN001
+def prepared(ray_here, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The phantoms at 64 and 96 pixels, in shards of 16."""
     from ray_cxr.config import PrepareSettings
     from ray_cxr.data.prepared import prepare

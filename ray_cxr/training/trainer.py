@@ -85,7 +85,7 @@ def train(
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that can begin: its data, its settings with size and weights resolved, or the bundle it has made already."""
+    """A run that can begin: its data, its settings with size and weights resolved; or the bundle it has made."""
 
     data: PreparedSet
     settings: TrainSettings

@@ -60,7 +60,7 @@ def test_a_split_is_read_whole_and_in_order(prepared: Path, manifest: Path) -> N
     assert seen == len(table) - 6
 
 
-def test_continues_where_a_shard_is_absent_and_leaves_the_others_alone(prepared: Path, manifest: Path, command) -> None:  # noqa: ANN001
+def test_continues_where_a_shard_is_absent_and_leaves_the_others_alone(prepared: Path, manifest: Path, command) -> None:
     first, second, *_ = shards(prepared, 64)
     before = {
         path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in (first, second)
@@ -78,7 +78,7 @@ def test_continues_where_a_shard_is_absent_and_leaves_the_others_alone(prepared:
 
 def test_other_settings_or_another_manifest_are_refused(
     prepared: Path, manifest: Path, tmp_path: Path, command
-) -> None:  # noqa: ANN001
+) -> None:
     code, _, err = command("prepare", manifest, "--out", prepared, "--size", "64", "--set", "aspect=pad")
     assert (code, err.count("\n")) == (2, 1)
     assert "aspect stretch (now pad)" in err
@@ -89,7 +89,7 @@ def test_other_settings_or_another_manifest_are_refused(
     assert "manifest_digest" in err
 
 
-def test_a_manifest_without_paths_is_refused(manifest: Path, tmp_path: Path, command) -> None:  # noqa: ANN001
+def test_a_manifest_without_paths_is_refused(manifest: Path, tmp_path: Path, command) -> None:
     table = read_manifest(manifest).drop_columns("path")
     pq.write_table(table, tmp_path / "m.parquet")
     code, _, err = command("prepare", tmp_path / "m.parquet", "--out", tmp_path / "out")

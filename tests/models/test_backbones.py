@@ -90,7 +90,7 @@ def test_imagenet_is_asked_of_keras_and_a_failed_download_is_one_line(monkeypatc
 
     def refuse(*_: object, weights: str | None, **__: object) -> None:
         asked.append(weights)
-        raise Exception("URL fetch failure on https://example.invalid/w.h5: -- no network\nmore")  # noqa: TRY002
+        raise Exception("URL fetch failure on https://example.invalid/w.h5: -- no network\nmore")
 
     monkeypatch.setattr(keras.applications, "DenseNet121", refuse)
     with pytest.raises(ConfigError) as caught:
@@ -100,7 +100,7 @@ def test_imagenet_is_asked_of_keras_and_a_failed_download_is_one_line(monkeypatc
     assert "\n" not in str(caught.value)
 
 
-def test_start_from_a_file_takes_the_backbone_and_says_what_stayed_random(tmp_path) -> None:  # noqa: ANN001
+def test_start_from_a_file_takes_the_backbone_and_says_what_stayed_random(tmp_path) -> None:
     source = build("TinyCNN")
     path = tmp_path / "source.weights.h5"
     source.save_weights(str(path))
@@ -112,7 +112,7 @@ def test_start_from_a_file_takes_the_backbone_and_says_what_stayed_random(tmp_pa
             np.testing.assert_array_equal(a, b)
 
 
-def test_start_from_a_file_of_another_backbone_is_refused(tmp_path) -> None:  # noqa: ANN001
+def test_start_from_a_file_of_another_backbone_is_refused(tmp_path) -> None:
     path = tmp_path / "source.weights.h5"
     build("TinyCNN").save_weights(str(path))
     architecture = Architecture(backbone="MobileNetV3Small", size=SIZE, findings=FINDINGS)

@@ -22,7 +22,7 @@ from ray_cxr.models import predictions
 
 
 @pytest.fixture
-def copy(tiny_bundle, tmp_path: Path) -> Path:  # noqa: ANN001
+def copy(tiny_bundle, tmp_path: Path) -> Path:
     target = tmp_path / "copy"
     shutil.copytree(tiny_bundle.path, target)
     for file in target.iterdir():
@@ -45,7 +45,7 @@ def edit(path: Path, **changes: object) -> None:
     reseal(path)
 
 
-def test_round_trip_keeps_digest_findings_and_spec(tiny_bundle, copy: Path) -> None:  # noqa: ANN001
+def test_round_trip_keeps_digest_findings_and_spec(tiny_bundle, copy: Path) -> None:
     again = ray_cxr.load_bundle(copy)
     assert again.digest == tiny_bundle.digest
     assert again.findings == ray_cxr.FINDINGS
@@ -129,14 +129,14 @@ def test_not_a_bundle(tmp_path: Path) -> None:
             ray_cxr.load_bundle(path)
 
 
-def test_a_bundle_is_never_overwritten(tiny_bundle) -> None:  # noqa: ANN001
+def test_a_bundle_is_never_overwritten(tiny_bundle) -> None:
     from conftest import make_tiny_bundle
 
     with pytest.raises(OutputError, match="never changed"):
         make_tiny_bundle(tiny_bundle.path)
 
 
-def test_predict_gives_the_score_columns_in_order_and_errors_as_rows(tiny_bundle, tmp_path: Path) -> None:  # noqa: ANN001
+def test_predict_gives_the_score_columns_in_order_and_errors_as_rows(tiny_bundle, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     good = rng.integers(0, 256, (100, 80), dtype=np.uint8)
     Image.fromarray(good).save(tmp_path / "good.png")
@@ -152,7 +152,7 @@ def test_predict_gives_the_score_columns_in_order_and_errors_as_rows(tiny_bundle
     assert frame.loc[1, [*p, "priority", "top_finding", "model_digest"]].isna().all()
 
 
-def test_predict_does_not_depend_on_the_company(tiny_bundle) -> None:  # noqa: ANN001
+def test_predict_does_not_depend_on_the_company(tiny_bundle) -> None:
     images = np.random.default_rng(1).integers(0, 256, (5, 64, 64), dtype=np.uint8)
     together = tiny_bundle.predict(images, batch_size=4)
     alone = pd.concat([tiny_bundle.predict(images[i : i + 1], batch_size=4) for i in range(5)])
@@ -160,7 +160,7 @@ def test_predict_does_not_depend_on_the_company(tiny_bundle) -> None:  # noqa: A
     np.testing.assert_array_equal(together[columns].to_numpy(), alone[columns].to_numpy())
 
 
-def test_predict_is_the_network_on_what_imaging_gives(tiny_bundle) -> None:  # noqa: ANN001
+def test_predict_is_the_network_on_what_imaging_gives(tiny_bundle) -> None:
     image = np.random.default_rng(2).integers(0, 256, (300, 200), dtype=np.uint8)
     fed = imaging.resize(image, tiny_bundle.input_spec)[None, ..., None]
     expected = np.asarray(tiny_bundle.model()(fed))[0]
@@ -170,7 +170,7 @@ def test_predict_is_the_network_on_what_imaging_gives(tiny_bundle) -> None:  # n
     )
 
 
-def test_loading_and_predicting_need_no_ray(tiny_bundle) -> None:  # noqa: ANN001
+def test_loading_and_predicting_need_no_ray(tiny_bundle) -> None:
     code = (
         "import sys, numpy as np, ray_cxr\n"
         f"b = ray_cxr.load_bundle({str(tiny_bundle.path)!r})\n"

@@ -73,7 +73,7 @@ def legacy_h5(model: keras.Model, path: Path, *, whole: bool) -> None:
     """The HDF5 layout of Keras 1 and 2: layer_names, weight_names, one group a layer."""
     with h5py.File(path, "w") as file:
         group = file.create_group("model_weights") if whole else file
-        layers = [layer for layer in model.layers]
+        layers = list(model.layers)
         group.attrs["layer_names"] = [layer.name.encode() for layer in layers]
         for layer in layers:
             one = group.create_group(layer.name)

@@ -48,7 +48,7 @@ def test_what_does_not_fit_is_refused(nodes: list[float], wanted: int | None) ->
 
 
 @pytest.fixture(scope="module")
-def scores(ray_here, tiny_bundle, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ANN001
+def scores(ray_here, tiny_bundle, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ray_cxr.cli import main
 
     out = tmp_path_factory.mktemp("scores") / "out"
@@ -56,13 +56,13 @@ def scores(ray_here, tiny_bundle, manifest: Path, tmp_path_factory: pytest.TempP
     return out
 
 
-def arguments(bundle, manifest: Path, out: Path, *more: str) -> list[str]:  # noqa: ANN001
+def arguments(bundle, manifest: Path, out: Path, *more: str) -> list[str]:
     given = ["score", "--model", str(bundle.path), "--manifest", str(manifest), "--out", str(out)]
     return [*given, "--set", "rows_per_file=16", "--set", "batch_size=8", *more]
 
 
 @pytest.mark.ray
-def test_one_row_per_manifest_row_with_the_contracts_columns(scores: Path, manifest: Path, tiny_bundle) -> None:  # noqa: ANN001
+def test_one_row_per_manifest_row_with_the_contracts_columns(scores: Path, manifest: Path, tiny_bundle) -> None:
     table, wanted = rows(scores), pd.read_parquet(manifest)
     assert table["image_id"].tolist() == wanted["image_id"].tolist()
     part = pq.read_table(scores / "scores" / "part-00000.parquet")
@@ -84,7 +84,7 @@ def test_broken_files_are_rows_with_a_code_and_no_model_column(scores: Path) -> 
 @pytest.mark.ray
 def test_pixels_and_probabilities_are_those_of_training_and_of_predict(
     scores: Path, prepared: Path, tiny_bundle
-) -> None:  # noqa: ANN001
+) -> None:
     """Parity: score, predict on the path, and predict on the prepared pixels agree bit for bit."""
     table = rows(scores).set_index("image_id")
     data = PreparedSet(prepared, 64).load("test")
@@ -96,7 +96,7 @@ def test_pixels_and_probabilities_are_those_of_training_and_of_predict(
 
 
 @pytest.mark.ray
-def test_run_json_and_the_bundles_files_stand_beside(scores: Path, manifest: Path, tiny_bundle) -> None:  # noqa: ANN001
+def test_run_json_and_the_bundles_files_stand_beside(scores: Path, manifest: Path, tiny_bundle) -> None:
     run = json.loads((scores / "run.json").read_text())
     n = len(pd.read_parquet(manifest))
     assert (run["rows"], run["ok"], run["errors"]) == (n, n - 6, 6)
@@ -113,7 +113,7 @@ def test_run_json_and_the_bundles_files_stand_beside(scores: Path, manifest: Pat
 
 
 @pytest.mark.ray
-def test_rerun_when_done_does_nothing(scores: Path, manifest: Path, tiny_bundle, command) -> None:  # noqa: ANN001
+def test_rerun_when_done_does_nothing(scores: Path, manifest: Path, tiny_bundle, command) -> None:
     before = {path: path.stat().st_mtime_ns for path in scores.rglob("*") if path.is_file()}
     code, out, _ = command(*arguments(tiny_bundle, manifest, scores))
     assert code == 0
@@ -124,7 +124,7 @@ def test_rerun_when_done_does_nothing(scores: Path, manifest: Path, tiny_bundle,
 @pytest.mark.ray
 def test_another_model_manifest_or_setting_is_refused(
     scores: Path, manifest: Path, tiny_bundle, tmp_path: Path, command
-) -> None:  # noqa: ANN001
+) -> None:
     from conftest import make_tiny_bundle
 
     other = make_tiny_bundle(tmp_path / "other", seed=1)
@@ -145,7 +145,7 @@ def test_another_model_manifest_or_setting_is_refused(
 @pytest.mark.ray
 def test_continues_with_what_is_absent_and_keeps_the_rest(
     scores: Path, manifest: Path, tiny_bundle, tmp_path: Path, command
-) -> None:  # noqa: ANN001
+) -> None:
     out = tmp_path / "again"
     shutil.copytree(scores, out)
     whole = rows(out)
@@ -162,7 +162,7 @@ def test_continues_with_what_is_absent_and_keeps_the_rest(
 
 
 @pytest.mark.ray
-def test_a_part_of_another_hand_is_noticed(scores: Path, manifest: Path, tiny_bundle, tmp_path: Path, command) -> None:  # noqa: ANN001
+def test_a_part_of_another_hand_is_noticed(scores: Path, manifest: Path, tiny_bundle, tmp_path: Path, command) -> None:
     out = tmp_path / "swapped"
     shutil.copytree(scores, out)
     shutil.copy(out / "scores" / "part-00001.parquet", out / "scores" / "part-00002.parquet")
@@ -174,7 +174,7 @@ def test_a_part_of_another_hand_is_noticed(scores: Path, manifest: Path, tiny_bu
 @pytest.mark.ray
 def test_retry_errors_reads_again_only_what_may_have_passed(
     scores: Path, manifest: Path, tiny_bundle, phantoms, tmp_path: Path, command
-) -> None:  # noqa: ANN001
+) -> None:
     out = tmp_path / "retry"
     shutil.copytree(scores, out)
     before = rows(out).set_index("image_id")
@@ -191,7 +191,7 @@ def test_retry_errors_reads_again_only_what_may_have_passed(
 @pytest.mark.ray
 def test_a_folder_of_six_kinds_gives_one_row_each_and_its_listing_is_frozen(
     ray_here, tiny_bundle, tmp_path: Path, command
-) -> None:  # noqa: ANN001
+) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     picture = np.random.default_rng(0).integers(0, 256, (128, 128), dtype=np.uint8)
@@ -254,7 +254,7 @@ def write_ct(path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_limit_takes_the_first_rows(ray_here, manifest: Path, tiny_bundle, tmp_path: Path, command) -> None:  # noqa: ANN001
+def test_limit_takes_the_first_rows(ray_here, manifest: Path, tiny_bundle, tmp_path: Path, command) -> None:
     code, _, err = command(*arguments(tiny_bundle, manifest, tmp_path / "out", "--limit", "5"))
     assert code == 0, err
     assert rows(tmp_path / "out")["image_id"].tolist() == pd.read_parquet(manifest)["image_id"].tolist()[:5]
@@ -262,7 +262,7 @@ def test_limit_takes_the_first_rows(ray_here, manifest: Path, tiny_bundle, tmp_p
 
 @pytest.mark.ray
 @pytest.mark.parametrize("cpus", [1, 16])
-def test_works_where_ray_has_other_numbers_of_cpus(cpus: int, manifest: Path, tiny_bundle, tmp_path: Path) -> None:  # noqa: ANN001
+def test_works_where_ray_has_other_numbers_of_cpus(cpus: int, manifest: Path, tiny_bundle, tmp_path: Path) -> None:
     """Its own process with its own Ray: two actors that take every CPU hang a pipeline that reads with tasks."""
     given = arguments(tiny_bundle, manifest, tmp_path / "out", "--limit", "32", "--set", f"ray.num_cpus={cpus}")
     done = subprocess.run(
@@ -276,7 +276,7 @@ def test_works_where_ray_has_other_numbers_of_cpus(cpus: int, manifest: Path, ti
 
 
 @pytest.mark.ray
-def test_gpu_that_is_not_there_is_said(ray_here, manifest: Path, tiny_bundle, tmp_path: Path, command) -> None:  # noqa: ANN001
+def test_gpu_that_is_not_there_is_said(ray_here, manifest: Path, tiny_bundle, tmp_path: Path, command) -> None:
     code, _, err = command(*arguments(tiny_bundle, manifest, tmp_path / "out", "--gpu"))
     assert (code, err.count("\n")) == (2, 1)
     assert "Ray has no GPU" in err

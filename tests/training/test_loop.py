@@ -148,7 +148,7 @@ def test_learns_and_validates_every_image_once() -> None:
     assert result["macro_auroc"] == 1.0
 
 
-def test_save_and_restore_continue_bit_for_bit(tmp_path) -> None:  # noqa: ANN001
+def test_save_and_restore_continue_bit_for_bit(tmp_path) -> None:
     straight = make(warmup_epochs=1, epochs=4, dropout=0.0)
     for epoch in range(2):
         straight.run_epoch(epoch)

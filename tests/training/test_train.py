@@ -84,7 +84,7 @@ def test_metrics_file_has_a_row_per_epoch(run: tuple[Path, list[str]]) -> None:
     assert json.loads((run[0] / "bundle" / "curves.json").read_text())[0]["epoch"] == 1
 
 
-def test_same_command_again_does_nothing(run: tuple[Path, list[str]], command) -> None:  # noqa: ANN001
+def test_same_command_again_does_nothing(run: tuple[Path, list[str]], command) -> None:
     before = (run[0] / "bundle" / "SHA256SUMS").stat().st_mtime_ns
     code, out, _ = command(*run[1])
     assert code == 0
@@ -92,20 +92,20 @@ def test_same_command_again_does_nothing(run: tuple[Path, list[str]], command) -
     assert (run[0] / "bundle" / "SHA256SUMS").stat().st_mtime_ns == before
 
 
-def test_another_setting_in_the_same_folder_is_refused(run: tuple[Path, list[str]], prepared: Path, command) -> None:  # noqa: ANN001
+def test_another_setting_in_the_same_folder_is_refused(run: tuple[Path, list[str]], prepared: Path, command) -> None:
     code, _, err = command("train", prepared, "--out", run[0], *with_settings("epochs=2", "learning_rate=0.1"))
     assert (code, err.count("\n")) == (2, 1)
     assert "name another --out" in err
 
 
-def test_the_bundles_config_trains_again_unchanged(run: tuple[Path, list[str]], prepared: Path, command) -> None:  # noqa: ANN001
+def test_the_bundles_config_trains_again_unchanged(run: tuple[Path, list[str]], prepared: Path, command) -> None:
     """`--config bundle/config.toml` is the same run: continuing it is doing nothing."""
     code, out, err = command("train", prepared, "--out", run[0], "--config", run[0] / "bundle" / "config.toml")
     assert code == 0, err
     assert "finished already" in out
 
 
-def test_a_run_cut_short_continues_without_training_again(prepared: Path, tmp_path: Path, command) -> None:  # noqa: ANN001
+def test_a_run_cut_short_continues_without_training_again(prepared: Path, tmp_path: Path, command) -> None:
     """The bundle is removed, as if the run had died just before it: no epoch is trained again."""
     import shutil
 
@@ -121,7 +121,7 @@ def test_a_run_cut_short_continues_without_training_again(prepared: Path, tmp_pa
     assert "epoch 2 of 2" in said
 
 
-def test_weights_that_do_not_fit_are_one_line_and_no_restart(prepared: Path, tmp_path: Path, command) -> None:  # noqa: ANN001
+def test_weights_that_do_not_fit_are_one_line_and_no_restart(prepared: Path, tmp_path: Path, command) -> None:
     from conftest import make_tiny_bundle
 
     other = make_tiny_bundle(tmp_path / "other").path
@@ -134,7 +134,7 @@ def test_weights_that_do_not_fit_are_one_line_and_no_restart(prepared: Path, tmp
     assert "no such file or bundle" in err
 
 
-def test_no_gpu_is_said_at_once(prepared: Path, tmp_path: Path, command) -> None:  # noqa: ANN001
+def test_no_gpu_is_said_at_once(prepared: Path, tmp_path: Path, command) -> None:
     code, _, err = command("train", prepared, "--out", tmp_path / "run", "--gpu", *with_settings("epochs=1"))
     assert (code, err.count("\n")) == (2, 1)
     assert "Ray has 0" in err

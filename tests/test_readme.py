@@ -1,0 +1,146 @@
+"""Every command of the README but scripts/test, run as it stands there.
+
+The commands run in a copy of the tracked files that shares this environment, with `$NIH` set to phantoms under NIH's
+file names and `$WEIGHTS` to `none`, because nothing can be downloaded here.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [pytest.mark.readme, pytest.mark.timeout(900)]
+
+
+def blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+SHELL = blocks("sh")
+
+
+def test_the_readme_has_the_blocks_that_this_file_runs() -> None:
+    assert len(SHELL) == 4
+    assert SHELL[0].split() == ["scripts/demo", "scripts/test"]
+    assert len(blocks("python")) == 1
+    assert not blocks("bash")
+    assert not blocks("console")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("readme") / "checkout"
+    try:
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        names = [name for name in listed.split("\0") if name]
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout: cannot tell which files belong to it")
+    for name in names:
+        if (ROOT / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    (target / ".venv").symlink_to(ROOT / ".venv")
+    return target
+
+
+@pytest.fixture(scope="module")
+def nih(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few phantoms under the names that NIH's download has, and somebody's DenseNet121."""
+    from ray_cxr.data.phantoms import write_phantoms
+
+    drawn = write_phantoms(tmp_path_factory.mktemp("nih") / "phantoms", patients=23, size=256, broken=False)
+    folder = tmp_path_factory.mktemp("nih") / "nih"
+    (folder / "images" / "images_001" / "images").mkdir(parents=True)
+    for picture in drawn.images.iterdir():
+        shutil.copy(picture, folder / "images" / "images_001" / "images" / picture.name)
+    for source, name in (
+        (drawn.table, "Data_Entry_2017_v2020.csv.gz"),
+        (drawn.train_val_list, "train_val_list.txt.gz"),
+        (drawn.test_list, "test_list.txt.gz"),
+    ):
+        (folder / name).write_bytes(gzip.compress(source.read_bytes()))
+    code = (
+        "import keras, sys\n"
+        "m = keras.applications.DenseNet121(\n"
+        "    include_top=False, weights=None, input_shape=(224, 224, 3), pooling='avg')\n"
+        "keras.Model(m.input, keras.layers.Dense(14, activation='sigmoid')(m.output)).save_weights(sys.argv[1])\n"
+    )
+    python = ROOT / ".venv" / "bin" / "python"
+    subprocess.run([python, "-c", code, folder / "theirs.weights.h5"], check=True, capture_output=True)
+    return folder
+
+
+def run(commands: str, checkout: Path, **environment: str) -> str:
+    """Run a block with `sh -eu`; its output, which stands in the failure message too."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    path = f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", "-euxc", commands],
+        cwd=checkout,
+        env={**inherited, "PATH": path, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_scripts_demo(checkout: Path) -> None:
+    said = run(SHELL[0].replace("scripts/test", ""), checkout)
+    out = checkout / "demo-out"
+    metrics = json.loads((out / "report" / "metrics.json").read_text())
+    assert metrics["macro"]["auroc"] > 0.9, "the drawn findings must really be learnt"
+    assert f"macro AUROC on the test split {metrics['macro']['auroc']:.3f}" in said
+    assert "demo: open demo-out/report/report.html" in said
+    assert "Traceback" not in said
+    scores = pd.concat([pd.read_parquet(part) for part in sorted((out / "scores" / "scores").iterdir())])
+    assert len(scores) == scores["image_id"].nunique() == len(pd.read_parquet(out / "manifest.parquet"))
+    assert sorted(scores["error_code"].dropna()) == [
+        "blank", "corrupt", "empty", "missing", "not_an_image", "truncated",
+    ]  # fmt: skip
+    for name in ("report.html", "roc.png", "examples.png", "worklist.csv"):
+        assert (out / "report" / name).stat().st_size > 500
+
+
+def test_your_own_images(checkout: Path, nih: Path) -> None:
+    lines = SHELL[1].splitlines()
+    assert lines[1] == "export NIH=~/nih WEIGHTS=imagenet"
+    said = run("\n".join([lines[0], *lines[2:]]), checkout, NIH=str(nih), WEIGHTS="none")
+    assert "RANDOM weights" in said
+    assert (checkout / "runs" / "report" / "report.html").exists()
+
+
+def test_somebody_elses_weights(checkout: Path, nih: Path) -> None:
+    run(SHELL[2], checkout, NIH=str(nih))
+    (part,) = (checkout / "runs" / "screened" / "scores").iterdir()
+    assert len(pd.read_parquet(part)) == 20
+
+
+def test_python(checkout: Path, nih: Path) -> None:
+    shutil.copy(next((nih / "images").rglob("*.png")), checkout / "picture.png")
+    (checkout / "example.py").write_text(blocks("python")[0])
+    said = run(".venv/bin/python example.py", checkout)
+    assert re.search(r"picture\.png\s+ok", said)
+
+
+def test_ray_job_submit(checkout: Path) -> None:
+    """Really a head with its job server; `ray stop` ends every Ray of this machine, as it says."""
+    try:
+        said = run(SHELL[3], checkout)
+    finally:
+        subprocess.run([ROOT / ".venv" / "bin" / "ray", "stop"], check=False, capture_output=True)
+    assert "succeeded" in said
+    assert (checkout / "runs" / "scores-job" / "_SUCCESS").exists()
