@@ -367,8 +367,8 @@ def _finish(best: Path, out: Path, data: PreparedSet, settings: TrainSettings) -
         "settings": settings.model_dump(mode="json"),
         "versions": versions(),
     }
-    curves = progress["curves"]
-    _write_metrics(out, curves)
+    # All epochs, also those after the best one, whose checkpoint cannot know of them.
+    curves = _read_metrics(out)
     plain = {key: value for key, value in settings.model_dump(mode="json").items() if value is not None}
     return write_bundle(
         out / "bundle",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +18,20 @@ pytestmark = pytest.mark.ray
 SETTINGS = ["backbone=TinyCNN", "weights=none", "size=64", "batch_size=16", "min_positives=2", "learning_rate=0.003"]
 
 
+RUN = ("epochs=8", "patience=1", "learning_rate=0.05")
+
+
 def with_settings(*more: str) -> list[str]:
     return [part for setting in (*SETTINGS, *more) for part in ("--set", setting)]
 
 
 @pytest.fixture(scope="module")
 def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """Two epochs, as a user runs them."""
+    """As a user runs it, until an epoch is no better than the one before."""
     from ray_cxr.cli import main
 
     out = tmp_path_factory.mktemp("train") / "run"
-    arguments = ["train", str(prepared), "--out", str(out), *with_settings("epochs=2")]
+    arguments = ["train", str(prepared), "--out", str(out), *with_settings(*RUN)]
     assert main(arguments) == 0
     return out, arguments
 
@@ -43,8 +45,8 @@ def test_leaves_a_bundle_that_says_where_it_comes_from(run: tuple[Path, list[str
     assert source["initial_weights"] == "random"
     assert source["split"]["kind"] == "patient"
     assert source["prepared_digest"] == PreparedSet(prepared, 64).manifest_digest
-    assert source["best_epoch"] in (1, 2)
-    assert source["settings"]["epochs"] == 2
+    assert 1 <= source["best_epoch"] < 8
+    assert source["settings"]["epochs"] == 8
     low, high = source["age_range"]
     assert 0 <= low < high <= 120
     card = (out / "bundle" / "MODEL_CARD.md").read_text()
@@ -77,11 +79,15 @@ def test_split_names_what_trained_and_what_chose_it(run: tuple[Path, list[str]],
     assert (table.loc[split["image_id"], "patient_id"].to_numpy() == split["patient_id"].to_numpy()).all()
 
 
-def test_metrics_file_has_a_row_per_epoch(run: tuple[Path, list[str]]) -> None:
+def test_stops_for_want_of_patience_and_keeps_the_curve_beyond_the_best_epoch(run: tuple[Path, list[str]]) -> None:
     rows = pd.read_csv(run[0] / "metrics.csv")
-    assert rows["epoch"].tolist() == [1, 2]
-    assert rows["loss"].iloc[1] < rows["loss"].iloc[0]
-    assert json.loads((run[0] / "bundle" / "curves.json").read_text())[0]["epoch"] == 1
+    bundle = ray_cxr.load_bundle(run[0] / "bundle")
+    best = bundle.info["provenance"]["best_epoch"]
+    assert rows["epoch"].tolist() == list(range(1, best + 2))
+    assert len(rows) < 8, "the run never got worse: choose another learning rate"
+    assert rows["val_auroc"].idxmax() + 1 == best
+    assert bundle.info["provenance"]["validation"]["macro_auroc"] == pytest.approx(rows["val_auroc"].max(), abs=1e-12)
+    assert [point["epoch"] for point in bundle.model_json()["curves"]] == rows["epoch"].tolist()
 
 
 def test_same_command_again_does_nothing(run: tuple[Path, list[str]], command) -> None:
@@ -93,7 +99,7 @@ def test_same_command_again_does_nothing(run: tuple[Path, list[str]], command) -
 
 
 def test_another_setting_in_the_same_folder_is_refused(run: tuple[Path, list[str]], prepared: Path, command) -> None:
-    code, _, err = command("train", prepared, "--out", run[0], *with_settings("epochs=2", "learning_rate=0.1"))
+    code, _, err = command("train", prepared, "--out", run[0], *with_settings(*RUN[:2], "learning_rate=0.1"))
     assert (code, err.count("\n")) == (2, 1)
     assert "name another --out" in err
 
