@@ -178,10 +178,13 @@ def _arrays_of(file: h5py.File, path: Path) -> dict[str, list[np.ndarray]]:
             name = _text(raw)
             layer = group[name]
             inner = [_text(item) for item in layer.attrs.get("weight_names", [])]
-            # A nested backbone keeps all its variables under one name; their paths say which layer each is of.
-            for item in inner:
-                owner = item.split("/")[-2] if "/" in item else name
-                result.setdefault(owner if len(inner) > 6 else name, []).append(np.asarray(layer[item]))
+            owners = [item.rpartition("/")[0].removeprefix(f"{name}/") for item in inner]
+            # A nested backbone keeps all its variables under its own name; their paths say which layer each is of.
+            nested = len(set(owners)) > 1
+            for item, owner in zip(inner, owners, strict=True):
+                # keras.applications once wrote conv1/conv where it now writes conv1_conv.
+                key = (owner if nested else name).replace("/", "_")
+                result.setdefault(key, []).append(np.asarray(layer[item]))
         return result
     if "layers" in group:  # Keras 3
         found: dict[str, list[np.ndarray]] = {}

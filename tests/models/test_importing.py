@@ -69,24 +69,40 @@ def test_imported_model_computes_what_the_original_did(tmp_path: Path, suffix: s
     assert frame[[f"c_{n}" for n in names] + [f"flag_{n}" for n in names]].isna().all(axis=None)
 
 
-def legacy_h5(model: keras.Model, path: Path, *, whole: bool) -> None:
-    """The HDF5 layout of Keras 1 and 2: layer_names, weight_names, one group a layer."""
+def legacy_h5(model: keras.Model, path: Path, *, whole: bool, slashes: bool = False, nested: bool = False) -> None:
+    """The HDF5 layout of Keras 1 and 2: layer_names, weight_names, one group a layer (or one for the backbone)."""
+
+    def old(name: str) -> str:
+        return name.replace("tiny_", "tiny/", 1) if slashes else name
+
     with h5py.File(path, "w") as file:
         group = file.create_group("model_weights") if whole else file
-        layers = list(model.layers)
-        group.attrs["layer_names"] = [layer.name.encode() for layer in layers]
-        for layer in layers:
-            one = group.create_group(layer.name)
-            names = [f"{layer.name}/{weight.name}:0" for weight in layer.weights]
-            one.attrs["weight_names"] = [name.encode() for name in names]
-            for name, value in zip(names, layer.get_weights(), strict=True):
-                one.create_dataset(name, data=value)
+        backbone = [layer for layer in model.layers if layer.name.startswith("tiny_")]
+        rest = [layer for layer in model.layers if layer not in backbone]
+        groups = [("densenet121", backbone), *((layer.name, [layer]) for layer in rest)]
+        if not nested:
+            groups = [(old(layer.name), [layer]) for layer in model.layers]
+        group.attrs["layer_names"] = [name.encode() for name, _ in groups]
+        for name, layers in groups:
+            one = group.create_group(name)
+            # Trainable variables come first in such a group, moving statistics last.
+            weights = [(layer, w) for layer in layers for w in layer.trainable_weights]
+            weights += [(layer, w) for layer in layers for w in layer.non_trainable_weights]
+            names = [f"{old(layer.name)}/{weight.name}:0" for layer, weight in weights]
+            one.attrs["weight_names"] = [text.encode() for text in names]
+            for text, (_, weight) in zip(names, weights, strict=True):
+                one.create_dataset(text, data=np.asarray(weight))
 
 
+@pytest.mark.parametrize("slashes", [False, True], ids=["conv1_conv", "conv1/conv"])
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
 @pytest.mark.parametrize("whole", [True, False], ids=["model", "weights"])
-def test_files_of_keras_2_are_read(tmp_path: Path, whole: bool) -> None:
+def test_files_of_keras_2_are_read(tmp_path: Path, whole: bool, nested: bool, slashes: bool) -> None:
     model = tiny()
-    legacy_h5(model, tmp_path / "old.h5", whole=whole)
+    rng = np.random.default_rng(0)
+    for layer in model.layers:  # no two variables alike, so that a swap would show
+        layer.set_weights([w + rng.uniform(0.1, 0.5, w.shape).astype(np.float32) for w in layer.get_weights()])
+    legacy_h5(model, tmp_path / "old.h5", whole=whole, slashes=slashes, nested=nested)
     bundle = importing.import_weights(
         tmp_path / "old.h5", tmp_path / "bundle", backbone="TinyCNN", findings=FINDINGS, size=SIZE
     )
