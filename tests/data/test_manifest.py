@@ -156,8 +156,8 @@ def test_unused_columns_are_told(tmp_path: Path) -> None:
 def test_forms_of_a_file(tmp_path: Path, form: str) -> None:
     data = NIH_V2020.encode()
     data = {
-        "gz": gzip.compress(data),
-        "gz without its suffix": gzip.compress(data),
+        "gz": gzip.compress(data, mtime=0),
+        "gz without its suffix": gzip.compress(data, mtime=0),
         "bom": b"\xef\xbb\xbf" + data,
         "crlf": data.replace(b"\n", b"\r\n"),
         "blank lines": data.replace(b"\n", b"\n\n") + b",,\n\n",
@@ -322,7 +322,10 @@ def test_one_hot_other_values_are_refused_with_line_and_column(tmp_path: Path, v
         ('Image,Finding Labels\na.png,"Mass\nb.png,Mass\n', "cannot be read as CSV: "),
         (b"\x89PNG\r\n\x1a\n\xff\xfe", "is not text in UTF-8"),
         ("Image,Finding Labels\nä.png,Mass\n".encode("latin-1"), "is not text in UTF-8"),
-        (gzip.compress(b"Image,Finding Labels\na.png,Mass\n" * 99)[:-20], "is a damaged gzip file; copy it again"),
+        (
+            gzip.compress(b"Image,Finding Labels\na.png,Mass\n" * 99, mtime=0)[:-20],
+            "is a damaged gzip file; copy it again",
+        ),
         (b"\x1f\x8b\x08\x00" + b"\x00" * 6 + b"\xff" * 20, "is a damaged gzip file; copy it again"),
         (b"PK\x03\x04" + b"\xff" * 20, "is not text in UTF-8"),
     ],
@@ -453,7 +456,7 @@ def test_split_patient_refuses_bad_fractions_seeds_and_unknown_patients(tmp_path
 def test_split_official(tmp_path: Path, packed: bool) -> None:
     def listed(name: str, *images: str) -> str:
         data = "\r\n".join([*images, ""]).encode()
-        return put(tmp_path / f"{name}.txt{'.gz' if packed else ''}", gzip.compress(data) if packed else data)
+        return put(tmp_path / f"{name}.txt{'.gz' if packed else ''}", gzip.compress(data, mtime=0) if packed else data)
 
     path = put(tmp_path / "t.csv", NIH_V2020)
     train_val = listed("train_val", "00000001_000.png", "00000001_001.png", "99999999_000.png")
