@@ -367,6 +367,8 @@ def _quiet_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _writing(out: str) -> Iterator[None]:
+    if not out:
+        raise ConfigError("--out: is empty; name where to write")
     try:
         yield
     except OSError as error:

@@ -9,7 +9,6 @@ command's own section, `--set section.key=value` one of another.
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -200,11 +199,6 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), *, section: str
         data[name][field] = _value(value.strip())
         build(Config, data, where=f"--set {text}")
     return build(Config, data)
-
-
-def digest_text(settings: Settings) -> str:
-    """Settings as JSON with sorted keys: what digests and comparisons are made of."""
-    return json.dumps(settings.model_dump(mode="json"), sort_keys=True)
 
 
 def _value(text: str) -> Any:

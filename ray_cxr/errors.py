@@ -109,7 +109,8 @@ def own_error(error: BaseException) -> RayCxrError | OSError | None:
         seen.add(id(one))
         if isinstance(one, (RayCxrError, OSError)) and not isinstance(one, (ConnectionError, TimeoutError)):
             return one
-        queue += [one.__cause__, one.__context__, getattr(one, "cause", None)]
+        # Not __context__: an error that merely happened while another was handled is another error.
+        queue += [one.__cause__, getattr(one, "cause", None)]
         failures = getattr(one, "worker_failures", None)
         if isinstance(failures, dict):
             queue += list(failures.values())

@@ -27,6 +27,7 @@ class Work:
     def __init__(self, what: str, total: int, *, done: int = 0, unit: str = "images") -> None:
         self._what, self._total, self._done, self._unit = what, total, done, unit
         self._first, self._note = done, ""
+        self._line_at: int | None = None  # what the last line said, not to say it twice
         self._start = self._said = time.monotonic()
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
@@ -51,7 +52,7 @@ class Work:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif kind is None:
+        elif kind is None and self._line_at != self._done:
             self._line()
 
     def advance(self, count: int, note: str = "") -> None:
@@ -69,6 +70,7 @@ class Work:
 
     def _line(self) -> None:
         self._said = time.monotonic()
+        self._line_at = self._done
         fresh = self._done - self._first
         left = ""
         if fresh > 0 and self._done < self._total:

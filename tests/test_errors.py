@@ -100,10 +100,10 @@ def test_own_error_is_found(error: BaseException) -> None:
     assert errors.own_error(error) is OURS
 
 
-def test_own_error_is_found_in_the_context() -> None:
-    outer = RuntimeError("raised while ours was handled")
+def test_an_error_raised_while_ours_was_handled_is_another_error() -> None:
+    outer = RuntimeError("a bug in the handling")
     outer.__context__ = OURS
-    assert errors.own_error(outer) is OURS
+    assert errors.own_error(outer) is None
 
 
 def test_operating_system_errors_count_but_lost_connections_do_not() -> None:

@@ -217,9 +217,14 @@ def list_images(location: str) -> list[str]:
     return sorted(found)
 
 
+def absolute(path: str) -> str:
+    """A URI as it is, a local path made absolute: what other processes and other nodes can open."""
+    return path if _URI.match(path) else os.path.abspath(path)
+
+
 def plain_path(path: str) -> str:
     """A local path as it is; a URI without its options (`?region=...`), and with `%20` as the blank it stands for."""
-    return unquote(path.partition("?")[0]) if "://" in path else path
+    return unquote(path.partition("?")[0]) if _URI.match(path) else path
 
 
 @contextlib.contextmanager

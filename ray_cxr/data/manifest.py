@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import re
 import zlib
 from collections import Counter
@@ -83,6 +82,7 @@ class ManifestReport:
     listed_not_in_table: int = 0
     in_neither_list: int = 0
     left_out: int = 0
+    unguarded: int = 0
     ignored_columns: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -98,6 +98,7 @@ class ManifestReport:
             (self.absurd_ages, f"ages over {MAX_AGE_YEARS:.0f} years made null"),
             (self.unreadable_ages, "ages that cannot be read made null"),
             (self.unlabelled_rows, "rows without any label"),
+            (self.unguarded, "rows have a split but no patient id: a leak among them cannot be seen"),
             (self.left_out, "rows left out, having no picture (--found-only)"),
             (self.listed_not_in_table, "names in the split lists that no table has"),
             (self.in_neither_list, "images in neither split list (split is null)"),
@@ -202,6 +203,7 @@ def build_manifest(
             data = data[data["path"].notna()].reset_index(drop=True)
 
     report.rows = len(data)
+    report.unguarded = int((data["split"].notna() & data["patient_id"].isna()).sum())
     report.patients = int(data["patient_id"].nunique())
     counts = data["split"].value_counts()
     report.by_split = {name: int(counts[name]) for name in SPLITS if name in counts}
@@ -227,7 +229,7 @@ def read_table(path: str, report: ManifestReport | None = None) -> pd.DataFrame:
         raise TableError(f"{path}: line {_line(blank)} has no image name")
 
     nih = "labels" in columns
-    out["patient_id"] = _patients(raw, columns, out["image_id"], nih=nih)
+    out["patient_id"] = _patients(raw, columns, out["image_id"])
     for name in ("study_id",):
         out[name] = _nullable(raw[columns[name]]) if name in columns else None
     out["age"] = _ages(raw[columns["age"]], report) if "age" in columns else np.nan
@@ -338,7 +340,7 @@ def manifest_of_images(location: str) -> pa.Table:
         names = [imaging.plain_path(path).removeprefix(root) for path in paths]
     columns: dict[str, pa.Array] = {name: pa.nulls(len(paths), kind) for name, kind in _fields()}
     columns["image_id"] = pa.array(names, pa.string())
-    columns["path"] = pa.array([_absolute(path) for path in paths], pa.string())
+    columns["path"] = pa.array([imaging.absolute(path) for path in paths], pa.string())
     return pa.table(columns, schema=SCHEMA)
 
 
@@ -402,14 +404,15 @@ def _nullable(text: pd.Series) -> pd.Series:
     return stripped.where(stripped != "", None)
 
 
-def _patients(raw: pd.DataFrame, columns: dict[str, str], image_ids: pd.Series, *, nih: bool) -> pd.Series:
+def _patients(raw: pd.DataFrame, columns: dict[str, str], image_ids: pd.Series) -> pd.Series:
     if "patient_id" not in columns:
         return pd.Series([None] * len(raw), index=raw.index, dtype="object")
     ids = _nullable(raw[columns["patient_id"]].str.strip().str.replace(r"^(\d+)\.0+$", r"\1", regex=True))
-    if nih or image_ids.str.match(_NIH_NAME).all():
-        # NIH's copies write one patient as 1 or 00000001; elsewhere 007 and 7 may be two people.
-        ids = ids.map(lambda text: text.lstrip("0") or "0", na_action="ignore")
-    return ids
+    # NIH's copies write one patient as 1 or 00000001; elsewhere 007 and 7 may be two people. A picture of NIH's begins
+    # with its patient's number, which tells the two cases apart row by row.
+    named = image_ids.where(image_ids.str.match(_NIH_NAME)).str.slice(0, 8)
+    same = named.notna() & ids.notna() & (ids.astype("string").str.zfill(8) == named)
+    return ids.mask(same.fillna(False).astype(bool), ids.astype("string").str.lstrip("0").astype("object"))
 
 
 def _ages(text: pd.Series, report: ManifestReport) -> pd.Series:
@@ -546,10 +549,6 @@ def _sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(path)
-
-
 def _find_images(image_ids: pd.Series, location: str, report: ManifestReport) -> pd.Series:
     by_name: dict[str, list[str]] = {}
     files = imaging.list_images(location)
@@ -563,7 +562,7 @@ def _find_images(image_ids: pd.Series, location: str, report: ManifestReport) ->
             f"--images {location}: {len(twice):,} names are found more than once, such as {first} and {second}; "
             "point --images at one copy"
         )
-    paths = image_ids.map({name: _absolute(found[0]) for name, found in by_name.items()}).astype("object")
+    paths = image_ids.map({name: imaging.absolute(found[0]) for name, found in by_name.items()}).astype("object")
     report.images_found = int(paths.notna().sum())
     report.images_missing = int(paths.isna().sum())
     report.files_not_in_table = len(files) - report.images_found

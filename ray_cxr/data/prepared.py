@@ -23,6 +23,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_cxr import labels
@@ -104,6 +105,7 @@ def check(manifest: str | Path, out: Path, settings: PrepareSettings) -> tuple[p
     if not len(table) or table["path"].null_count == len(table):
         raise TableError(f"{manifest}: no row has a path; make it with `ray-cxr manifest ... --images FOLDER`")
     wanted = {
+        "kind": "prepare",
         "format": 1,
         "manifest_digest": manifests.digest(table),
         "rows": len(table),
@@ -122,7 +124,7 @@ def agree(out: Path, wanted: dict[str, Any], *, remedy: str = "name another --ou
         OutputError: it was not; the message names each difference.
     """
     if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: is a file; {remedy}")
+        raise OutputError(f"{out}: is a file; name another --out")
     path = out / SETTINGS
     if not path.exists():
         return
@@ -279,21 +281,28 @@ class PreparedSet:
             pq.read_table(shard, columns=[*manifests.SCHEMA.names, "error_code"]) for shard in self._shards()
         )
 
+    def usable(self, split: str) -> pa.Table:
+        """The rows of a split whose picture could be prepared, as `rows` gives them.
+
+        Raises:
+            TableError: there is none.
+        """
+        table = self.rows()
+        table = table.filter(pc.and_(pc.equal(table["split"], split), pc.is_null(table["error_code"])))
+        if not len(table):
+            raise TableError(
+                f"{self.path}: no usable image in split {split!r}; make the manifest with --split, "
+                "or with train= and val= tables"
+            )
+        return table
+
     def load(self, split: str) -> SplitData:
         """Read one split; the images go to an unnamed temporary file that ends with this process.
 
         Raises:
             TableError: the split has no usable image.
         """
-        table = self.rows()
-        chosen = np.array(table["split"].to_pylist(), dtype=object) == split
-        good = np.array([code is None for code in table["error_code"].to_pylist()])
-        table = table.filter(pa.array(chosen & good))
-        if not len(table):
-            raise TableError(
-                f"{self.path}: no usable image in split {split!r}; make the manifest with --split, "
-                "or with train= and val= tables"
-            )
+        table = self.usable(split)
         with tempfile.TemporaryFile(prefix="ray_cxr-") as file:
             images = np.memmap(file, dtype=np.uint8, mode="w+", shape=(len(table), self.size, self.size))
         position = 0

@@ -79,7 +79,7 @@ class Bundle:
                 name: Calibration.from_dict(fitted) if fitted else None
                 for name, fitted in self.info["calibration"].items()
             },
-            thresholds={name: point["threshold"] if point else None for name, point in points.items()},
+            thresholds={name: _threshold(point) if point else None for name, point in points.items()},
             age_range=(float(ages[0]), float(ages[1])) if ages else None,
             digest=self.digest,
         )
@@ -163,7 +163,7 @@ def load_bundle(path: str | Path) -> Bundle:
     if not path.is_dir():
         raise BundleError(f"{path}: no such folder; name a bundle, as `ray-cxr train` leaves in RUN/bundle")
     info = _read_info(path)
-    if not isinstance(info.get("format"), int):
+    if type(info.get("format")) is not int or info["format"] < 1:
         raise BundleError(f"{path}: bundle.json names no format; is it a bundle?")
     if info["format"] > FORMAT:
         raise BundleError(
@@ -257,6 +257,13 @@ def write_bundle(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return load_bundle(out)
+
+
+def _threshold(point: Mapping[str, Any]) -> float:
+    value = float(point["threshold"])
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"an operating point of {value} is not between 0 and 1")
+    return value
 
 
 def _read_info(path: Path) -> dict[str, Any]:

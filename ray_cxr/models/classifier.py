@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,38 +71,54 @@ def load_own_weights(model: keras.Model, path: str | Path) -> None:
         raise BundleError(f"{path}: the weights do not fit {model.name}: {_first_line(error)}") from None
 
 
-def initialise(model: keras.Model, architecture: Architecture, path: str | Path) -> list[str]:
+def initialise(
+    model: keras.Model, architecture: Architecture, path: str | Path, source_findings: Sequence[str] | None = None
+) -> list[str]:
     """Start from somebody's weights: a bundle's, or a file for the same backbone, by layer name and shape.
 
-    A head of another shape (other findings) keeps its random start; every backbone layer must be found.
+    Every backbone layer must be found. A head of another shape keeps its random start. The outputs are taken one by
+    one, by the name of the finding; of a file, whose order nobody states, they are taken only where told.
+
+    Args:
+        source_findings: the order of the source's outputs; None where it is not known.
 
     Returns:
-        Names of the layers that were not in the file, and so start at random.
+        What starts at random: names of layers, and `logits of <Finding>`.
 
     Raises:
         ConfigError: no such file, or a backbone layer is absent from it or has another shape.
     """
     path = Path(path)
-    source = path / "model.weights.h5" if path.is_dir() else path
-    stored = stored_arrays(source)
-    missing: list[str] = []
+    stored = stored_arrays(path)
+    random: list[str] = []
     for layer in model.layers:
-        if not layer.weights:
+        if not layer.weights or layer.name == "logits":
             continue
         arrays = stored.get(layer.name)
         shapes = [tuple(weight.shape) for weight in layer.weights]
         if arrays is not None and [array.shape for array in arrays] == shapes:
             layer.set_weights(arrays)
-        elif layer.name == "logits" or layer.name.startswith("head_"):
-            missing.append(layer.name)
+        elif layer.name.startswith("head_"):
+            random.append(layer.name)
         elif arrays is None:
-            raise ConfigError(f"weights: {source} has no layer {layer.name!r}; is it for {architecture.backbone}?")
+            raise ConfigError(f"weights: {path} has no layer {layer.name!r}; is it for {architecture.backbone}?")
         else:
             raise ConfigError(
-                f"weights: {source}: layer {layer.name!r} has shapes {[a.shape for a in arrays]}, "
+                f"weights: {path}: layer {layer.name!r} has shapes {[a.shape for a in arrays]}, "
                 f"{architecture.backbone} needs {shapes}"
             )
-    return missing
+    layer = model.get_layer("logits")
+    kernel, bias = layer.get_weights()
+    arrays = stored.get("logits", [])
+    known = tuple(source_findings or ())
+    fits = not random and len(arrays) == 2 and arrays[0].shape == (kernel.shape[0], len(known))
+    for j, name in enumerate(architecture.findings):
+        if fits and name in known:
+            kernel[:, j], bias[j] = arrays[0][:, known.index(name)], arrays[1][known.index(name)]
+        else:
+            random.append(f"logits of {name}")
+    layer.set_weights([kernel, bias])
+    return random
 
 
 def import_foreign(model: keras.Model, path: str | Path) -> None:

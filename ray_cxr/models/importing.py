@@ -79,6 +79,7 @@ def import_weights(
         provenance={
             "origin": f"imported from {path.name}; the images that trained it are unknown",
             "initial_weights": f"the file {path.name}, SHA-256 {digest}",
+            "lineage": "unknown",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "split": {},
             "age_range": None,

@@ -6,7 +6,8 @@ For a finding with probability p and an operating point t, the rank is
     r = 0.5 + 0.5 * (p - t) / (1 - t)    from t on
 
 so that r >= 0.5 exactly where the finding is flagged, and findings as rare as Hernia compare with those as common
-as Infiltration. A finding without an operating point has r = p. `priority` is the largest r over the findings,
+as Infiltration. A finding without an operating point cannot be flagged: it has r = 0.49 p, below all that are.
+`priority` is the largest r over the findings,
 `top_finding` the one that has it; No_Finding takes no part in either.
 """
 
@@ -18,9 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from ray_cxr.errors import RayCxrError
 from ray_cxr.evaluation import calibration
 from ray_cxr.labels import NO_FINDING
 
+#: The highest rank of a finding that has no operating point.
+UNFLAGGED = 0.49
 IDENTITY = ("image_id", "path", "patient_id", "study_id")
 
 
@@ -76,7 +80,7 @@ def ranks(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     t = np.asarray(thresholds, dtype=np.float64)
     with np.errstate(invalid="ignore"):
         r = np.where(p >= t, 0.5 + 0.5 * (p - t) / (1.0 - t), 0.5 * p / t)
-    return np.where(np.isnan(t), p, r)
+    return np.where(np.isnan(t), UNFLAGGED * p, r)
 
 
 def assemble(
@@ -97,7 +101,8 @@ def assemble(
         A table of `schema(rules.findings)`, rows in the order given; every model column null on an error row.
 
     Raises:
-        ValueError: a good row with a probability that is not a number in 0..1.
+        ValueError: probabilities of another shape.
+        RayCxrError: a good row with a probability that is not a number in 0..1: the network is broken.
     """
     n, findings = len(rows), rules.findings
     p = np.asarray(probabilities, dtype=np.float32)
@@ -107,7 +112,9 @@ def assemble(
     bad[list(failures)] = True
     good = p[~bad]
     if not ((good >= 0) & (good <= 1)).all():  # NaN fails it too
-        raise ValueError("the model gave a probability that is not a number between 0 and 1")
+        raise RayCxrError(
+            "the network gave a probability that is not a number between 0 and 1; its weights are damaged or diverged"
+        )
 
     columns: dict[str, pa.Array | pa.ChunkedArray] = {name: rows[name] for name in IDENTITY}
     columns["status"] = pa.array(np.where(bad, "error", "ok"), pa.string())

@@ -37,6 +37,7 @@ _log = logging.getLogger(__name__)
 #: With fewer positive (or negative) patients than this the bootstrap's interval is too narrow to trust.
 FEW_PATIENTS = 10
 _EXAMPLES = 4
+UNKNOWN_TRAINING = "not all images that trained the model are known"
 #: What a report consists of; an older report's pictures must not survive into a newer one.
 _PICTURES = (
     "auroc",
@@ -232,7 +233,8 @@ class _Place:
         inside = self.parent() if self.is_file else self
         if inside.path.rpartition("/")[2] == "scores":
             above = inside.parent()
-            if above.has("run.json") or above.has("model.json"):
+            # settings.json: an unfinished run's rows are no other system's predictions either.
+            if any(above.has(name) for name in ("run.json", "model.json", "settings.json")):
                 return above
         return None
 
@@ -431,11 +433,14 @@ def _priority(p: Mapping[str, np.ndarray], ok: np.ndarray) -> tuple[np.ndarray, 
     return np.where(known, highest, np.nan), top
 
 
-def _trained(place: _Place) -> tuple[np.ndarray, np.ndarray]:
+def _trained(place: _Place) -> tuple[np.ndarray, np.ndarray] | None:
+    """image_id and patient_id of what trained the model; None where the file names none, as an imported model's."""
     with place.fs.open_input_file(place.path) as stream:
         table = pq.read_table(stream)
     used = _strings(table, "split", place.path)
     kept = np.isin(used, ("train", "val")) if "split" in table.column_names else np.ones(len(table), dtype=bool)
+    if not kept.any():
+        return None
     return _strings(table, "image_id", place.path)[kept], _strings(table, "patient_id", place.path)[kept]
 
 
@@ -477,10 +482,15 @@ def _number(value: Any) -> float | None:
 def _digests(table: Scores) -> dict[str, Any]:
     return {
         "model": list(table.model_digests) or [digest for digest in [table.model.get("digest")] if digest],
-        "run": table.run.get("digests"),
+        "input": table.run.get("input_digest"),
         "labels": None,
         "tables": None,
     }
+
+
+def _provenance(table: Scores) -> Mapping[str, Any]:
+    value = table.model.get("provenance")
+    return value if isinstance(value, Mapping) else {}
 
 
 def _notes(table: Scores) -> list[str]:
@@ -493,8 +503,14 @@ def _notes(table: Scores) -> list[str]:
         )
     if len(table.model_digests) > 1:
         notes.append(f"The rows come from {len(table.model_digests)} different models; the numbers mix them.")
-    if str(table.model.get("initial_weights", "")).lower() == "none" and not table.model.get("curves"):
+    provenance = _provenance(table)
+    if provenance.get("initial_weights") == "random" and not table.model.get("curves"):
         notes.append("The model starts from random weights and has no learning curve: it may never have been trained.")
+    if table.own and (table.trained is None or provenance.get("lineage") == "unknown"):
+        notes.append(
+            "Not all images that trained this model are known, so a leak between its training and this evaluation "
+            "cannot be ruled out here."
+        )
     if table.ignored:
         shown = ", ".join(table.ignored[:8]) + (" …" if len(table.ignored) > 8 else "")
         notes.append(f"Columns that name no known finding were not used: {shown}.")
@@ -600,7 +616,7 @@ def _join(table: Scores, labelled: pa.Table, path: str | Path, split: str | None
 
 def _guard(table: Scores, evaluated: Evaluated, split: str | None) -> dict[str, Any]:
     if table.trained is None:
-        return {"checked": False, "reason": "the scores do not say which images trained the model"}
+        return {"checked": False, "reason": UNKNOWN_TRAINING}
     images, patients = table.trained
     same_images = int(np.isin(table.ids[evaluated.rows], images).sum())
     known = {patient for patient in patients if patient is not None}
@@ -616,8 +632,10 @@ def _guard(table: Scores, evaluated: Evaluated, split: str | None) -> dict[str, 
             f"{same_images:,} images and {len(shared):,} patients of {among} trained this model; {remedy} "
             "(`--split train` or `--split val` evaluates training images as such)"
         )
+    known_all = _provenance(table).get("lineage") != "unknown"
     return {
-        "checked": True,
+        "checked": known_all,
+        "reason": None if known_all else UNKNOWN_TRAINING,
         "training_images": len(images),
         "training_patients": len(known),
         "shared_images": same_images,
@@ -783,16 +801,25 @@ def _examples(table: Scores, evaluated: Evaluated, seed: int) -> list[tuple[str,
     A band goes round the findings, one image of each, before a second of any; no image is shown twice.
     """
     rng = np.random.default_rng(seed)
-    names = [f for f in table.findings if f in table.flags and f != NO_FINDING]
+    names = [f for f in table.findings if f != NO_FINDING]
+    kinds = (("True positives", 1, 1), ("Missed", 1, 0), ("False alarms", 0, 1))
+    called = {f: table.flags[f][evaluated.rows] for f in names if f in table.flags}
+    if not any((flags >= 0).any() for flags in called.values()):
+        # No operating points: the outer tenths of each finding's scores stand for called and not called.
+        kinds = (
+            ("Positives that score high", 1, 1),
+            ("Positives that score low", 1, 0),
+            ("Negatives that score high", 0, 1),
+        )
+        called = {f: _tenths(table.p[f][evaluated.rows]) for f in names}
+    names = [f for f in names if f in called]
     shown: set[int] = set()
     groups = []
-    for title, label, flag in (("True positives", 1, 1), ("Missed", 1, 0), ("False alarms", 0, 1)):
+    for title, label, flag in kinds:
         queues: list[tuple[str, list[int]]] = []
         for position in rng.permutation(len(names)):
             finding = names[position]
-            cases = np.flatnonzero(
-                (evaluated.labels[finding] == label) & (table.flags[finding][evaluated.rows] == flag)
-            )
+            cases = np.flatnonzero((evaluated.labels[finding] == label) & (called[finding] == flag))
             queues.append((finding, [int(case) for case in rng.permutation(cases)[:50]]))
         chosen: list[tuple[str, int]] = []
         while len(chosen) < _EXAMPLES and any(queue for _, queue in queues):
@@ -805,6 +832,15 @@ def _examples(table: Scores, evaluated: Evaluated, seed: int) -> list[tuple[str,
                     chosen.append((finding, case))
         groups.append((title, [_example(table, evaluated, finding, case) for finding, case in chosen]))
     return groups
+
+
+def _tenths(p: np.ndarray) -> np.ndarray:
+    """1 for the highest tenth of the scores, 0 for the lowest, -1 between and where there is no score."""
+    known = p[~np.isnan(p)]
+    if not known.size:
+        return np.full(len(p), -1)
+    low, high = np.quantile(known, [0.1, 0.9])
+    return np.where(p >= high, 1, np.where(p <= low, 0, -1))
 
 
 def _example(table: Scores, evaluated: Evaluated, heading: str, case: int) -> plots.Example:
@@ -930,7 +966,6 @@ def _model_facts(table: Scores) -> list[tuple[str, str]]:
             "Input",
             f"{spec['size']} × {spec['size']} pixels, {spec.get('aspect')}" if spec.get("size") else None,
         ),
-        ("Initial weights", model.get("initial_weights")),
         ("Findings", ", ".join(plots.spaced(finding) for finding in table.findings)),
         ("Model digest", ", ".join(table.model_digests) or model.get("digest")),
     ]

@@ -13,6 +13,7 @@ writes the same name.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -48,6 +49,8 @@ from ray_cxr.versions import versions
 
 logger = logging.getLogger(__name__)
 
+KIND = "score"
+INPUT = "input.parquet"
 #: An actor with more CPUs than this gains little; several actors gain more.
 MAX_CPUS_PER_ACTOR = 4
 #: Batches decoded ahead of the network, so that neither waits for the other and memory stays bounded.
@@ -114,53 +117,65 @@ def score(
     if (manifest is None) == (images is None):
         raise ConfigError("score: name one of --manifest and --images")
     bundle = load_bundle(bundle_path)
-    frozen = out / "input.parquet"
-    table = _input_table(manifest, images, None if fresh else frozen)
-    if limit is not None:
-        table = table.slice(0, limit)
-    if not len(table):
+    frozen = out / INPUT
+    place = None if images is None else imaging.absolute(images)
+    table = _input_table(manifest, images, place, None if fresh else out)
+    n_rows = len(table) if limit is None else min(limit, len(table))
+    if not n_rows:
         raise ConfigError(f"score: {manifest or images} holds no row to score")
     wanted = {
+        "kind": KIND,
         "format": 1,
         "model_digest": bundle.digest,
+        "images": place,
         "input_digest": manifests.digest(table),
-        "rows": len(table),
+        "rows": n_rows,
         "rows_per_file": settings.rows_per_file,
         "max_pixels": settings.max_pixels,
     }
-    report = ScoreReport(rows=len(table))
     if fresh:
-        if dry_run:
-            report.counts["to score"] = len(table)
-            return report
-        _remove_run(out)  # only now that the bundle and the input are known to be good
-    agree(out, wanted, remedy="use --fresh to start over, or name another --out")
-    n_files = -(-len(table) // settings.rows_per_file)
-    parts = [out / "scores" / shard_name(index) for index in range(n_files)]
-    todo = [{"index": index, "retry": False} for index, part in enumerate(parts) if not part.exists()]
+        _refuse_to_remove(out)
+    else:
+        agree(out, wanted, remedy="use --fresh to start over, or name another --out")
+    table = table.slice(0, n_rows)
+    report = ScoreReport(rows=n_rows)
+    parts = [out / "scores" / shard_name(index) for index in range(-(-n_rows // settings.rows_per_file))]
+    here = [not fresh and part.exists() for part in parts]
+    todo = [{"index": i, "retry": False} for i, exists in enumerate(here) if not exists]
     if retry_errors:
-        todo += [{"index": i, "retry": True} for i, part in enumerate(parts) if part.exists() and _retryable(part)]
+        todo += [{"index": i, "retry": True} for i, exists in enumerate(here) if exists and _retryable(parts[i])]
+    for task in todo:
+        task["rows"] = rows_in(task["index"], n_rows, settings.rows_per_file)
     if dry_run:
-        report.counts["to score"] = sum(rows_in(task["index"], len(table), settings.rows_per_file) for task in todo)
+        report.counts["to score"] = sum(task["rows"] for task in todo)
         return report
     if not todo and (out / "_SUCCESS").exists():
-        report.counts = _count(parts, table)
+        report.counts = _count(parts, table, bundle.digest)
         _judge(report, settings)
         return report
 
+    # Everything that can be refused has been by now: only then may an earlier run go.
+    plan = _plan(settings, len(todo), use_gpu=use_gpu) if todo else None
+    if fresh:
+        _remove_run(out)
     begin(out, wanted)
     (out / "_SUCCESS").unlink(missing_ok=True)
     (out / "scores").mkdir(exist_ok=True)
     if not frozen.exists():
-        # A row group per output file: an actor reads its own rows and nothing else.
-        atomic.write_parquet(table, frozen, row_group_size=settings.rows_per_file)
-    actors = _run(Path(bundle_path), bundle.digest, out, todo, settings, report, use_gpu=use_gpu) if todo else {}
+        # A row group per output file: an actor reads its own rows and nothing else. All rows, also beyond a limit:
+        # it is the listing that is frozen.
+        whole = _input_table(manifest, images, place, out)
+        if manifests.digest(whole) != wanted["input_digest"]:
+            raise OutputError(f"{manifest or images}: changed while the job began; run it again")
+        atomic.write_parquet(whole, frozen, row_group_size=settings.rows_per_file)
+    if plan is not None:
+        _run(Path(bundle_path), bundle.digest, out, todo, settings, report, plan, use_gpu=use_gpu)
 
-    report.counts = _count(parts, table)
+    report.counts = _count(parts, table, bundle.digest)
     report.seconds = time.monotonic() - started
     atomic.write_json(out / "model.json", bundle.model_json())
     atomic.write(out / "split.parquet", lambda part: _copy(bundle.path / "split.parquet", part))
-    _write_run_json(out, report, wanted, settings, bundle_path, manifest or images, actors, use_gpu)
+    _write_run_json(out, report, wanted, settings, bundle_path, manifest or images, plan, use_gpu)
     atomic.write_text(out / "_SUCCESS", "")
     _judge(report, settings)
     return report
@@ -170,26 +185,54 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _remove_run(out: Path) -> None:
-    """Remove an earlier run's files, and nothing that a run did not write."""
+def _refuse_to_remove(out: Path) -> None:
+    """Refuse --fresh on anything but a folder of this command's own.
+
+    Raises:
+        OutputError: a file, or a folder that holds something and was not begun by `score`.
+    """
     if not out.exists():
         return
-    if any(out.iterdir()) and not (out / SETTINGS).exists() and not (out / "scores").is_dir():
-        raise OutputError(f"{out}: --fresh: holds no earlier run of score; name another --out")
-    # _SUCCESS goes first: a kill in the midst of this must not leave a folder that looks whole.
-    for name in ("_SUCCESS", "run.json", "model.json", "split.parquet", SETTINGS, "input.parquet"):
+    if not out.is_dir():
+        raise OutputError(f"{out}: is a file; name another --out")
+    try:
+        kind = json.loads((out / SETTINGS).read_text(encoding="utf-8"))["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = None
+    if kind != KIND and any(out.iterdir()):
+        raise OutputError(
+            f"{out}: --fresh: holds no earlier run of score, so nothing in it is removed; name another --out"
+        )
+
+
+def _remove_run(out: Path) -> None:
+    """Remove an earlier run's files, and nothing that a run did not write."""
+    # _SUCCESS first: a kill in the midst of this must not leave a folder that looks whole. The settings last: until
+    # all rows of the old model are gone, no other model may continue here.
+    (out / "_SUCCESS").unlink(missing_ok=True)
+    for pattern in ("part-*.parquet", ".part-*.part"):
+        for part in (out / "scores").glob(pattern):
+            part.unlink()
+    for name in ("run.json", "model.json", "split.parquet", INPUT, SETTINGS):
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "scores", ignore_errors=True)
 
 
-def _input_table(manifest: str | None, images: str | None, frozen: Path | None) -> pa.Table:
+def _input_table(manifest: str | None, images: str | None, place: str | None, out: Path | None) -> pa.Table:
     if manifest is not None:
         return manifests.read_manifest(manifest)
-    if frozen is not None and frozen.exists():
-        # Files may have come or gone since; the run goes on over the pictures it began with.
-        return manifests.read_manifest(frozen)
     assert images is not None
+    if out is not None and (out / INPUT).exists() and _began_with(out) == place:
+        # Files may have come or gone since; the run goes on over the pictures it began with.
+        return manifests.read_manifest(out / INPUT)
     return manifests.manifest_of_images(images)
+
+
+def _began_with(out: Path) -> str | None:
+    try:
+        value = json.loads((out / SETTINGS).read_text(encoding="utf-8")).get("images")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return value if isinstance(value, str) else None
 
 
 def _retryable(part: Path) -> bool:
@@ -219,6 +262,30 @@ def actor_plan(node_cpus: list[float], cpus_per_actor: int | None, n_files: int)
     return max(1, min(fitting, n_files)), cpus_per_actor
 
 
+@dataclass(frozen=True)
+class ActorPlan:
+    """How many actors of how many CPUs."""
+
+    actors: int
+    cpus: int
+
+
+def _plan(settings: ScoreSettings, n_files: int, *, use_gpu: bool) -> ActorPlan:
+    """What fits the Ray that runs.
+
+    Raises:
+        ConfigError: nothing does.
+    """
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if use_gpu and not gpus:
+        raise ConfigError("--gpu: Ray has no GPU; leave --gpu out, or connect to a cluster that has one")
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    actors, cpus = actor_plan(nodes, settings.cpus_per_actor, n_files)
+    return ActorPlan(min(actors, gpus) if use_gpu else actors, cpus)
+
+
 def _run(
     bundle_path: Path,
     digest: str,
@@ -226,19 +293,13 @@ def _run(
     todo: list[dict[str, Any]],
     settings: ScoreSettings,
     report: ScoreReport,
+    plan: ActorPlan,
     *,
     use_gpu: bool,
-) -> dict[str, Any]:
+) -> None:
     import ray
 
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if use_gpu and not gpus:
-        raise ConfigError("--gpu: Ray has no GPU; leave --gpu out, or connect to a cluster that has one")
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    actors, cpus = actor_plan(nodes, settings.cpus_per_actor, len(todo))
-    if use_gpu:
-        actors = min(actors, gpus)
-    done = report.rows - sum(rows_in(task["index"], report.rows, settings.rows_per_file) for task in todo)
+    done = report.rows - sum(task["rows"] for task in todo)
     work = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
         ScoreActor,
         fn_constructor_kwargs={
@@ -246,11 +307,11 @@ def _run(
             "digest": digest,
             "out": str(out.absolute()),
             "settings": settings,
-            "cpus": cpus,
+            "cpus": plan.cpus,
             "use_gpu": use_gpu,
         },
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=cpus,
+        compute=ray.data.ActorPoolStrategy(size=plan.actors),
+        num_cpus=plan.cpus,
         num_gpus=1 if use_gpu else 0,
     )
     errors = 0
@@ -259,7 +320,6 @@ def _run(
             errors += row["errors"]
             report.scored_now += row["scored"]
             progress.advance(row["rows"], f"{errors:,} errors")
-    return {"actors": actors, "cpus_per_actor": cpus}
 
 
 class ScoreActor:
@@ -287,7 +347,7 @@ class ScoreActor:
         self._pool = ThreadPoolExecutor(max(1, cpus), thread_name_prefix="decode")
 
     def __call__(self, task: dict[str, Any]) -> dict[str, int]:
-        rows = pq.ParquetFile(self._out / "input.parquet").read_row_group(task["index"])
+        rows = pq.ParquetFile(self._out / INPUT).read_row_group(task["index"]).slice(0, task["rows"])
         part = self._out / "scores" / shard_name(task["index"])
         if not task["retry"]:
             result = self._score(rows)
@@ -341,8 +401,8 @@ class ScoreActor:
             return error
 
 
-def _count(parts: list[Path], table: pa.Table) -> Counter[str]:
-    """Count the rows from the files themselves, and check that they are the input's, each once, in order.
+def _count(parts: list[Path], table: pa.Table, digest: str) -> Counter[str]:
+    """Count the rows from the files, and check that they are the input's, each once, in order, by this model.
 
     Raises:
         OutputError: they are not.
@@ -350,9 +410,10 @@ def _count(parts: list[Path], table: pa.Table) -> Counter[str]:
     counts: Counter[str] = Counter()
     position = 0
     for part in parts:
-        found = pq.read_table(part, columns=["image_id", "error_code"])
+        found = pq.read_table(part, columns=["image_id", "error_code", "model_digest"])
         expected = table["image_id"].slice(position, len(found))
-        if found["image_id"].to_pylist() != expected.to_pylist():
+        models = set(found["model_digest"].to_pylist()) - {None}
+        if found["image_id"].to_pylist() != expected.to_pylist() or models - {digest}:
             raise OutputError(f"{part}: does not hold the rows it should; remove it and run score again")
         position += len(found)
         counts.update("ok" if code is None else code for code in found["error_code"].to_pylist())
@@ -371,10 +432,10 @@ def _write_run_json(
     settings: ScoreSettings,
     bundle_path: str | Path,
     source: str | None,
-    actors: dict[str, Any],
+    plan: ActorPlan | None,
     use_gpu: bool,
 ) -> None:
-    split = manifests.split_info(pq.read_table(out / "input.parquet", columns=["image_id"]))
+    split = manifests.split_info(pq.read_table(out / INPUT, columns=["image_id"]))
     rate = report.images_per_second
     value = {
         "rows": report.rows,
@@ -389,7 +450,8 @@ def _write_run_json(
         "settings": settings.model_dump(mode="json"),
         "use_gpu": use_gpu,
         "precision": "fp32",
-        **actors,
+        "actors": plan.actors if plan else None,
+        "cpus_per_actor": plan.cpus if plan else None,
         "last_run": {
             "rows_scored": report.scored_now,
             "seconds": round(report.seconds, 3),

@@ -21,6 +21,7 @@ from ray_cxr.evaluation import metrics
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import classifier
 from ray_cxr.models.architecture import Architecture
+from ray_cxr.models.bundle import WEIGHTS, load_bundle
 from ray_cxr.training.distributed import Replicas
 
 logger = logging.getLogger(__name__)
@@ -170,10 +171,13 @@ class Loop:
         keras.utils.set_random_seed(settings.seed)
         with replicas.scope():
             self.model = classifier.build(architecture, weights="imagenet" if weights == "imagenet" else None)
+            self.random_layers: list[str] = []
             if weights not in ("imagenet", "none"):
-                fresh = classifier.initialise(self.model, architecture, weights)
-                if fresh:
-                    logger.warning("weights: %s start at random: the file has other shapes there", ", ".join(fresh))
+                source, order = Path(weights), None
+                if source.is_dir():
+                    bundle = load_bundle(source)
+                    source, order = source / WEIGHTS, bundle.findings
+                self.random_layers = classifier.initialise(self.model, architecture, source, order)
             self._logits = classifier.logits_of(self.model)
             self.optimizer = make_optimizer(settings, self.steps_per_epoch)
             self.optimizer.build(self.model.trainable_variables)

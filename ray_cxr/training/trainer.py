@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import tomli_w
 
 from ray_cxr.config import TrainSettings, build
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 OPERATING_RULE = "youden"
 METRICS = "metrics.csv"
 FAILURE = "failure.json"
+STARTED = "started.json"
 
 
 def train(
@@ -76,6 +78,12 @@ def train(
     begin(out, plan.wanted)
     if settings.weights == "none":
         on_event("train: WARNING: weights=none: the network starts from RANDOM weights, not from pre-trained ones")
+    lacking = _one_sided(data, settings.finding_names())
+    if lacking:
+        on_event(
+            f"train: WARNING: the training images do not show both sides of {', '.join(lacking)}: "
+            "what the network says of that will mean nothing"
+        )
     result = _fit(prepared, out, settings, use_gpu=use_gpu, on_event=on_event)
     with tempfile.TemporaryDirectory(prefix="ray_cxr-") as folder, result.as_directory() as best:
         # Ray's folder may be a view of remote storage: copy what the bundle needs once.
@@ -105,11 +113,14 @@ def check(prepared: str | Path, out: str | Path, settings: TrainSettings) -> Pla
     if settings.weights not in ("imagenet", "none"):
         if not Path(settings.weights).exists():
             raise ConfigError(f"weights: {settings.weights}: no such file or bundle; or say imagenet, or none")
+        if Path(settings.weights).is_dir():
+            load_bundle(settings.weights)
         # Workers have other working directories.
         settings = settings.replace(weights=str(Path(settings.weights).absolute()))
     for name in ("train", "val"):
-        _require_split(data, name)
+        data.usable(name)
     wanted = {
+        "kind": "train",
         "format": 1,
         "prepared": data.manifest_digest,
         "input_spec": data.input_spec.model_dump(mode="json"),
@@ -126,17 +137,10 @@ def check(prepared: str | Path, out: str | Path, settings: TrainSettings) -> Pla
     return Plan(data, settings, wanted, finished)
 
 
-def _require_split(data: PreparedSet, name: str) -> None:
-    rows = data.rows()
-    usable = sum(
-        split == name and code is None
-        for split, code in zip(rows["split"].to_pylist(), rows["error_code"].to_pylist(), strict=True)
-    )
-    if not usable:
-        raise ConfigError(
-            f"{data.path}: no usable image in split {name!r}; make the manifest with --split, "
-            "or with train= and val= tables"
-        )
+def _one_sided(data: PreparedSet, findings: tuple[str, ...]) -> list[str]:
+    """Findings that training shows with one value alone: their outputs cannot mean anything."""
+    table = data.usable("train")
+    return [name for name in findings if len(set(table[name].drop_null().to_pylist())) < 2]
 
 
 def _fit(prepared: Path, out: Path, settings: TrainSettings, *, use_gpu: bool, on_event: Callable[[str], None]) -> Any:
@@ -177,7 +181,8 @@ def _fit(prepared: Path, out: Path, settings: TrainSettings, *, use_gpu: bool, o
             ),
         ),
     )
-    (out / FAILURE).unlink(missing_ok=True)
+    for name in (FAILURE, STARTED):
+        (out / name).unlink(missing_ok=True)
     try:
         with _telling(out, settings, on_event):
             result = trainer.fit()
@@ -212,7 +217,13 @@ def _telling(out: Path, settings: TrainSettings, on_event: Callable[[str], None]
         told = len(_read_metrics(out))
         if told:
             on_event(f"train: continues after epoch {told}")
+        started = False
         while not over.wait(0.5):
+            if not started and (out / STARTED).exists():
+                started = True
+                random = json.loads((out / STARTED).read_text(encoding="utf-8"))["random"]
+                if random:
+                    on_event(f"train: WARNING: not in the weights, so started at random: {', '.join(random)}")
             told = tell(told)
         tell(told)
 
@@ -287,6 +298,8 @@ def _train(config: dict[str, Any]) -> None:
         data.load("val"),
         weights="none" if checkpoint else settings.weights,
     )
+    if replicas.rank == 0:
+        atomic.write_json(Path(config["out"]) / STARTED, {"random": loop.random_layers})
     progress = Progress()
     if checkpoint:
         with checkpoint.as_directory() as folder:
@@ -349,10 +362,12 @@ def _finish(best: Path, out: Path, data: PreparedSet, settings: TrainSettings) -
         val[list(architecture.findings)], probabilities, architecture.findings, settings.min_positives
     )
     used = table[table["split"].isin(["train", "val"])]
+    split, lineage = _lineage(used, settings.weights)
     ages = table.loc[table["split"] == "train", "age"].dropna()
     provenance = {
         "origin": f"trained by ray-cxr train on {int((table['split'] == 'train').sum()):,} images",
         "initial_weights": _weights_words(settings.weights),
+        "lineage": lineage,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "prepared_digest": data.manifest_digest,
         "split": data.split_info(),
@@ -381,10 +396,20 @@ def _finish(best: Path, out: Path, data: PreparedSet, settings: TrainSettings) -
         provenance=provenance,
         config_toml=tomli_w.dumps({"train": plain}),
         curves=curves,
-        split=pa.Table.from_pandas(
-            used[["image_id", "patient_id", "split"]], schema=SPLIT_SCHEMA, preserve_index=False
-        ),
+        split=split,
     )
+
+
+def _lineage(used: pd.DataFrame, weights: str) -> tuple[pa.Table, str]:
+    """What trained the network, its starting weights included, and whether that is all: `known` or `unknown`."""
+    frame = used[["image_id", "patient_id", "split"]]
+    lineage = "known" if weights in ("none", "imagenet") else "unknown"  # ImageNet holds no radiographs of patients
+    if Path(weights).is_dir():
+        earlier = load_bundle(weights)
+        before = pq.read_table(earlier.path / "split.parquet").to_pandas()
+        frame = pd.concat([frame, before[~before["image_id"].isin(frame["image_id"])]], ignore_index=True)
+        lineage = earlier.info["provenance"].get("lineage", "unknown")
+    return pa.Table.from_pandas(frame, schema=SPLIT_SCHEMA, preserve_index=False), lineage
 
 
 def fit_rules(

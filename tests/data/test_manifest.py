@@ -726,3 +726,44 @@ def test_digest_is_for_ever(tmp_path: Path) -> None:
     """Prepared folders and score runs name their input by it."""
     table, _ = manifest.build_manifest([put(tmp_path / "t.csv", NIH_V2020)])
     assert manifest.digest(table) == "dab02e1e5af8df98b2c984ae630179f35176e820709586462be0f0fcfd6acb8b"
+
+
+def test_one_patient_in_two_spellings_is_one_patient_row_by_row(tmp_path: Path) -> None:
+    """A single foreign row in a table must not hide that 00000001 and 1 are the same patient of NIH's."""
+    (tmp_path / "a.csv").write_text("Image,PatientId,Mass\n00000001_000.png,1,0\n")
+    (tmp_path / "b.csv").write_text("Image,PatientId,Mass\n00000001_001.png,00000001,0\nextra.png,007,0\n")
+    given = [f"train={tmp_path / 'a.csv'}", f"test={tmp_path / 'b.csv'}"]
+    with pytest.raises(LeakError, match=r"1 patients .*: 1 \(test\+train\)"):
+        manifest.build_manifest(given)
+    table, _ = manifest.build_manifest(given, on_leak="drop")
+    assert table["patient_id"].to_pylist() == ["1", "007"]
+
+
+def test_rows_without_a_patient_in_a_split_are_said(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("Image,Mass\na.png,1\n")
+    (tmp_path / "b.csv").write_text("Image,Mass\nb.png,1\n")
+    _, report = manifest.build_manifest([f"train={tmp_path / 'a.csv'}", f"test={tmp_path / 'b.csv'}"])
+    assert report.unguarded == 2
+    assert "2 rows have a split but no patient id: a leak among them cannot be seen" in report.lines()
+
+
+def test_found_only_leaves_out_and_counts_what_has_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("Image,PatientId,Mass\na.png,1,0\nb.png,2,1\n")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "b.png").write_bytes(b"x")
+    table, report = manifest.build_manifest(
+        [str(tmp_path / "t.csv")], images=str(tmp_path / "pictures"), found_only=True
+    )
+    assert table["image_id"].to_pylist() == ["b.png"]
+    assert (report.rows, report.left_out, report.images_missing) == (1, 1, 1)
+    assert manifest.split_info(table)["rows_without_picture_left_out"] == 1
+    with pytest.raises(ConfigError, match="needs --images"):
+        manifest.build_manifest([str(tmp_path / "t.csv")], found_only=True)
+
+
+def test_file_uris_stay_uris(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("Image,Mass\nb.png,1\n")
+    (tmp_path / "b.png").write_bytes(b"x")
+    for uri in (f"file://{tmp_path}", f"file:{tmp_path}"):
+        table, _ = manifest.build_manifest([str(tmp_path / "t.csv")], images=uri)
+        assert table["path"][0].as_py() == f"{uri}/b.png"

@@ -104,12 +104,30 @@ def test_start_from_a_file_takes_the_backbone_and_says_what_stayed_random(tmp_pa
     source = build("TinyCNN")
     path = tmp_path / "source.weights.h5"
     source.save_weights(str(path))
-    architecture = Architecture(backbone="TinyCNN", size=SIZE, findings=LABELS)  # 15 outputs: another head
+    architecture = Architecture(backbone="TinyCNN", size=SIZE, findings=FINDINGS)
     model = classifier.build(architecture)
-    assert classifier.initialise(model, architecture, path) == ["logits"]
+    fresh = model.get_layer("logits").get_weights()[0]
+    # A file does not say what its outputs are: none is taken, although the shapes agree.
+    assert classifier.initialise(model, architecture, path) == [f"logits of {name}" for name in FINDINGS]
+    np.testing.assert_array_equal(model.get_layer("logits").get_weights()[0], fresh)
     for name in ("tiny_conv0", "tiny_bn3"):
         for a, b in zip(model.get_layer(name).get_weights(), source.get_layer(name).get_weights(), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_outputs_of_known_order_are_taken_by_name(tmp_path) -> None:
+    """A bundle's outputs in another order, and another choice of them: each finding gets its own column."""
+    order = tuple(reversed(FINDINGS))
+    source = classifier.build(Architecture(backbone="TinyCNN", size=SIZE, findings=order))
+    path = tmp_path / "source.weights.h5"
+    source.save_weights(str(path))
+    architecture = Architecture(backbone="TinyCNN", size=SIZE, findings=LABELS)
+    model = classifier.build(architecture)
+    assert classifier.initialise(model, architecture, path, order) == ["logits of No_Finding"]
+    ours, theirs = (item.get_layer("logits").get_weights() for item in (model, source))
+    for j, name in enumerate(FINDINGS):
+        np.testing.assert_array_equal(ours[0][:, j], theirs[0][:, order.index(name)])
+        assert ours[1][j] == theirs[1][order.index(name)]
 
 
 def test_start_from_a_file_of_another_backbone_is_refused(tmp_path) -> None:

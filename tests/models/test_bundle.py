@@ -107,6 +107,14 @@ def test_a_damaged_calibration_is_refused_on_loading(copy: Path) -> None:
         ray_cxr.load_bundle(copy)
 
 
+@pytest.mark.parametrize("threshold", ["abc", 7.0, 0.0, None])
+def test_a_damaged_operating_point_is_refused_on_loading(copy: Path, threshold: object) -> None:
+    info = json.loads((copy / "bundle.json").read_text())
+    edit(copy, operating_points={**info["operating_points"], "Effusion": {"threshold": threshold}})
+    with pytest.raises(BundleError, match="operating points"):
+        ray_cxr.load_bundle(copy)
+
+
 def test_sums_cannot_name_files_outside(copy: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("x")

@@ -132,8 +132,7 @@ class Archive:
             "calibration": dict.fromkeys(self.findings),
             "operating_points": dict.fromkeys(self.findings, point),
             "expected_flag_rates": dict.fromkeys(self.findings, 0.4),
-            "provenance": {"split": {"kind": "patient"}, "ray_cxr": "0.1.0"},
-            "initial_weights": "none",
+            "provenance": {"split": {"kind": "patient"}, "initial_weights": "random", "lineage": "known"},
             "curves": [
                 {"epoch": e, "loss": 0.7 / e, "val_auroc": None if e == 1 else 1 - 0.4 / e, "seconds": 2.0}
                 for e in range(1, 7)
@@ -141,7 +140,7 @@ class Archive:
             **model,
         }
         (folder / "model.json").write_text(json.dumps(described))
-        (folder / "run.json").write_text(json.dumps({"counts": {"rows": n}, "digests": {"input": "aa"}}))
+        (folder / "run.json").write_text(json.dumps({"rows": n, "input_digest": "aa"}))
         (folder / "_SUCCESS").unlink(missing_ok=True)
         if success:
             (folder / "_SUCCESS").write_text("")
@@ -421,6 +420,50 @@ def test_another_systems_predictions(archive: Archive, tmp_path: Path, folder: b
     best = read_worklist(tmp_path / "out")[0]
     highest = np.maximum(archive.p["Effusion"], archive.p["Cardiomegaly"])
     assert best["image_id"] == archive.ids[int(highest.argmax())]
+
+
+@pytest.mark.parametrize("how", ["imported", "started from a file"])
+def test_where_the_training_images_are_not_all_known_no_leak_check_is_claimed(
+    archive: Archive, tmp_path: Path, how: str
+) -> None:
+    scores = Path(archive.scores(provenance={"initial_weights": "a file", "lineage": "unknown"}))
+    if how == "imported":  # as import-weights leaves it: nothing is known to have trained it
+        empty = pq.read_table(scores / "split.parquet").slice(0, 0)
+        pq.write_table(empty, scores / "split.parquet")
+    m, page = report(archive, tmp_path / "out", scores=str(scores), labels=archive.labels(), split="test")
+    assert m["leak_check"]["checked"] is False
+    assert "passed: none of the" not in page
+    assert "cannot be ruled out here" in page
+
+
+def test_a_net_that_was_never_trained_is_called_so(archive: Archive, tmp_path: Path) -> None:
+    _, page = report(archive, tmp_path / "out", scores=archive.scores(curves=[]), labels=archive.labels(), split="test")
+    assert "may never have been trained" in page
+
+
+def test_the_rows_of_an_unfinished_run_are_not_taken_for_another_systems(archive: Archive, tmp_path: Path) -> None:
+    scores = Path(archive.scores(success=False))
+    for name in ("run.json", "model.json", "split.parquet"):
+        (scores / name).unlink()
+    (scores / "settings.json").write_text("{}")
+    for inside in (scores, scores / "scores", next((scores / "scores").iterdir())):
+        with pytest.raises(InputError, match="did not finish"):
+            write_report(inside, tmp_path / "out", labels=archive.labels())
+
+
+def test_examples_without_operating_points_are_the_ends_of_the_scores(archive: Archive, tmp_path: Path) -> None:
+    table = report_module.read_scores(archive.scores())
+    for flags in table.flags.values():
+        flags[:] = -1
+    result = {"digests": {}, "counts": {}, "notes": [], "findings": {}}
+    evaluated = report_module._evaluate(table, archive.labels(), "test", result, 10, 0)
+    groups = report_module._examples(table, evaluated, 0)
+    assert [title for title, _ in groups] == [
+        "Positives that score high", "Positives that score low", "Negatives that score high",
+    ]  # fmt: skip
+    assert all(tiles for _, tiles in groups)
+    for tile in groups[0][1]:
+        assert tile.heading in tile.true
 
 
 def test_missing_probabilities_of_another_system_are_counted(archive: Archive, tmp_path: Path) -> None:

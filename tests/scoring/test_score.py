@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from ray_cxr.config import ScoreSettings
 from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import ConfigError
 from ray_cxr.models import predictions
-from ray_cxr.scoring.pipeline import actor_plan
+from ray_cxr.scoring.pipeline import ScoreActor, actor_plan
 
 
 def rows(scores: Path) -> pd.DataFrame:
@@ -92,6 +94,16 @@ def test_pixels_and_probabilities_are_those_of_training_and_of_predict(
     from_prepared = tiny_bundle.predict(np.asarray(data.images), batch_size=8)[columns].to_numpy()
     from_paths = tiny_bundle.predict(table.loc[data.image_ids, "path"].tolist(), batch_size=8)[columns].to_numpy()
     np.testing.assert_array_equal(from_prepared, from_paths)
+    # The tensors that the scoring actor feeds its network, without the actor.
+    actor = ScoreActor.__new__(ScoreActor)
+    actor._spec, actor._settings, actor._pool = (
+        tiny_bundle.input_spec,
+        ScoreSettings(batch_size=8),
+        ThreadPoolExecutor(2),
+    )
+    fed = np.stack(list(actor._decoded(table.loc[data.image_ids, "path"].tolist())))
+    assert fed.dtype == np.uint8
+    np.testing.assert_array_equal(fed, data.images)
     np.testing.assert_allclose(table.loc[data.image_ids, columns].to_numpy(), from_paths, rtol=0, atol=1e-6)
 
 
@@ -134,7 +146,7 @@ def test_another_model_manifest_or_setting_is_refused(
         (arguments(other, manifest, scores), "model_digest"),
         (arguments(tiny_bundle, short, scores), "input_digest"),
         (arguments(tiny_bundle, manifest, scores, "--set", "rows_per_file=8"), "rows_per_file 16 (now 8)"),
-        (arguments(tiny_bundle, manifest, scores, "--limit", "5"), "input_digest"),
+        (arguments(tiny_bundle, manifest, scores, "--limit", "5"), "(now 5)"),
     ):
         code, _, err = command(*bad)
         assert (code, err.count("\n")) == (2, 1)
@@ -173,19 +185,85 @@ def test_a_part_of_another_hand_is_noticed(scores: Path, manifest: Path, tiny_bu
 
 @pytest.mark.ray
 def test_retry_errors_reads_again_only_what_may_have_passed(
-    scores: Path, manifest: Path, tiny_bundle, phantoms, tmp_path: Path, command
+    ray_here, manifest: Path, tiny_bundle, tmp_path: Path, command
 ) -> None:
-    out = tmp_path / "retry"
-    shutil.copytree(scores, out)
-    before = rows(out).set_index("image_id")
-    (missing,) = before.index[before["error_code"] == "missing"]
-    # The manifest's path of a missing file is null; the retry finds what the frozen input names, still nothing.
-    code, said, err = command(*arguments(tiny_bundle, manifest, out, "--retry-errors"))
+    """A file in the middle of a part is away at first and back for the retry; one that is broken is not read again."""
+    table = pq.read_table(manifest).slice(0, 12).to_pandas()
+    (tmp_path / "pictures").mkdir()
+    for row, path in enumerate(table["path"]):
+        table.loc[row, "path"] = str(tmp_path / "pictures" / Path(path).name)
+        shutil.copy(path, table.loc[row, "path"])
+    Path(table.loc[3, "path"]).write_text("not a picture")
+    away = Path(table.loc[5, "path"])
+    away.rename(tmp_path / "away")
+    table.to_parquet(tmp_path / "m.parquet")
+    given = arguments(tiny_bundle, tmp_path / "m.parquet", tmp_path / "out")
+    code, _, err = command(*given)
+    assert code == 0, err
+    before = rows(tmp_path / "out")
+    assert before["error_code"].dropna().to_dict() == {3: "not_an_image", 5: "missing"}
+
+    (tmp_path / "away").rename(away)
+    shutil.copy(table.loc[0, "path"], table.loc[3, "path"])  # mended too, but its code is none that may pass
+    code, said, err = command(*given, "--retry-errors")
     assert code == 0, err
     assert "scored 1 images" in said
-    after = rows(out).set_index("image_id")
-    pd.testing.assert_frame_equal(after, before)
-    assert after.loc[missing, "error_code"] == "missing"
+    after = rows(tmp_path / "out")
+    assert after["image_id"].tolist() == table["image_id"].tolist()
+    assert after["error_code"].dropna().to_dict() == {3: "not_an_image"}
+    pd.testing.assert_frame_equal(after.drop(index=5), before.drop(index=5))
+    p = [f"p_{name}" for name in tiny_bundle.findings]
+    expected = tiny_bundle.predict([away], batch_size=8)[p].to_numpy()[0]
+    np.testing.assert_allclose(after.loc[5, p].to_numpy(dtype=np.float64), expected, rtol=0, atol=1e-6)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["by_code"] == {"not_an_image": 1}
+
+
+@pytest.mark.ray
+def test_fresh_removes_nothing_before_all_is_known_to_be_right(
+    scores: Path, manifest: Path, tiny_bundle, tmp_path: Path, command
+) -> None:
+    out = tmp_path / "kept"
+    shutil.copytree(scores, out)
+    before = sorted(path for path in out.rglob("*"))
+    for bad in (["--gpu"], ["--set", "cpus_per_actor=64"], ["--manifest", str(tmp_path / "none.parquet")]):
+        code, _, err = command(*arguments(tiny_bundle, manifest, out, "--fresh", *bad))
+        assert (code, err.count("\n")) == (2, 1), err
+        assert sorted(path for path in out.rglob("*")) == before
+
+
+def test_fresh_touches_nobody_elses_folder(manifest: Path, tiny_bundle, tmp_path: Path, command) -> None:
+    mine = tmp_path / "mine"
+    (mine / "scores").mkdir(parents=True)
+    (mine / "scores" / "bach.pdf").write_text("music")
+    (mine / "settings.json").write_text('{"kind": "prepare"}')
+    (tmp_path / "file").write_text("x")
+    for out in (mine, tmp_path / "file"):
+        for more in ([], ["--dry-run"]):
+            code, _, err = command(*arguments(tiny_bundle, manifest, out, "--fresh", *more))
+            assert (code, err.count("\n")) == (2, 1), err
+            assert "another --out" in err
+    assert (mine / "scores" / "bach.pdf").read_text() == "music"
+    assert (mine / "settings.json").exists()
+
+
+@pytest.mark.ray
+def test_an_interrupted_fresh_cannot_pass_off_the_old_rows_as_the_new_models(
+    scores: Path, manifest: Path, tiny_bundle, tmp_path: Path, command
+) -> None:
+    from conftest import make_tiny_bundle
+
+    other = make_tiny_bundle(tmp_path / "other", seed=1)
+    out = tmp_path / "out"
+    shutil.copytree(scores, out)
+    (out / "_SUCCESS").unlink()  # as a kill right after the first removal leaves it
+    code, _, err = command(*arguments(other, manifest, out))
+    assert code == 2
+    assert "model_digest" in err
+    settings = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps({**settings, "model_digest": other.digest}))
+    code, _, err = command(*arguments(other, manifest, out))
+    assert code == 2
+    assert "does not hold the rows it should" in err
 
 
 @pytest.mark.ray
@@ -226,6 +304,15 @@ def test_a_folder_of_six_kinds_gives_one_row_each_and_its_listing_is_frozen(
     assert code == 3
     assert "4 of 6 images failed" in err
     assert err.count("\n") == 1
+
+    code, _, err = command(*given, "--limit", "3")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "rows 6 (now 3)" in err
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(folder / "good.png", tmp_path / "elsewhere")
+    for elsewhere in (tmp_path / "elsewhere", tmp_path / "nowhere"):
+        code, _, err = command(*given[:3], "--images", elsewhere, *given[5:])
+        assert (code, err.count("\n")) == (2, 1)
 
     code, said, _ = command(*given, "--fresh", "--dry-run")
     assert code == 0

@@ -126,16 +126,45 @@ def plain_weights() -> np.ndarray:
     return weights
 
 
-def test_null_labels_and_padding_have_no_effect_on_the_gradient() -> None:
-    one, other = make(n_train=5), make(n_train=5)  # a batch of 8: three rows are padding
-    null = other.train.labels[:, :14] < 0
-    assert null.any()
-    flipped = other.train.labels.copy()
-    flipped[flipped < 0] = -2  # still null, by the rule that a label is 0 or 1
-    object.__setattr__(other.train, "labels", flipped)
-    one.run_epoch(0)
-    other.run_epoch(0)
-    np.testing.assert_array_equal(one.model.get_layer("logits").kernel, other.model.get_layer("logits").kernel)
+def recorded(item: loop.Loop) -> list[tuple[np.ndarray, np.ndarray, float]]:
+    """What each step of an epoch is given: labels, weights, denominator."""
+    steps: list[tuple[np.ndarray, np.ndarray, float]] = []
+    step = item._train_step
+
+    def spy(images, labels, weight, denominator, draws):
+        steps.append((np.asarray(labels), np.asarray(weight), float(denominator)))
+        return step(images, labels, weight, denominator, draws)
+
+    item._train_step = spy
+    item.run_epoch(0)
+    return steps
+
+
+def test_every_label_counts_once_and_nulls_and_padding_never() -> None:
+    item = make(n_train=11)  # a batch of 8 and one of 3, padded with 5
+    steps = recorded(item)
+    known = item.train.labels[:, :14] >= 0
+    assert [weight[:, 0].shape for _, weight, _ in steps] == [(8,), (8,)]
+    assert (steps[1][1][3:] == 0).all(), "padding must have no weight"
+    assert sum(weight.sum() for _, weight, _ in steps) == known.sum() < known.size
+    assert [denominator for *_, denominator in steps] == [weight.sum() for _, weight, _ in steps]
+    positives = sum((labels * weight).sum() for labels, weight, _ in steps)
+    assert positives == (item.train.labels[:, :14] == 1).sum()
+
+
+def test_a_weight_of_zero_takes_an_entry_out_of_the_gradient() -> None:
+    z = tf.constant(np.float32([[0.3, -2.0], [1.5, 0.7]]))
+    weight = np.float32([[1, 0], [0, 1]])
+    gradients = []
+    for hidden in (0.0, 1.0):
+        y = np.float32([[1, hidden], [hidden, 0]])
+        with tf.GradientTape() as tape:
+            tape.watch(z)
+            loss = loop.bce(y, z, weight, np.float32([1, 1]), np.float32([1, 1]), tf.constant(2.0))
+        gradients.append(np.asarray(tape.gradient(loss, z)))
+    np.testing.assert_array_equal(gradients[0], gradients[1])
+    assert (gradients[0][weight == 0] == 0).all()
+    assert (gradients[0][weight == 1] != 0).all()
 
 
 def test_learns_and_validates_every_image_once() -> None:

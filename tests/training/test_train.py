@@ -43,6 +43,7 @@ def test_leaves_a_bundle_that_says_where_it_comes_from(run: tuple[Path, list[str
     assert bundle.findings == FINDINGS
     assert bundle.input_spec.size == 64
     assert source["initial_weights"] == "random"
+    assert source["lineage"] == "known"
     assert source["split"]["kind"] == "patient"
     assert source["prepared_digest"] == PreparedSet(prepared, 64).manifest_digest
     assert 1 <= source["best_epoch"] < 8
@@ -138,6 +139,21 @@ def test_weights_that_do_not_fit_are_one_line_and_no_restart(prepared: Path, tmp
     code, _, err = command("train", prepared, "--out", tmp_path / "run2", *with_settings(f"weights={tmp_path}/none.h5"))
     assert code == 2
     assert "no such file or bundle" in err
+
+
+def test_a_run_that_starts_from_a_bundle_carries_on_what_trained_that(
+    prepared: Path, tiny_bundle, tmp_path: Path, command
+) -> None:
+    given = with_settings("epochs=1", f"weights={tiny_bundle.path}", "findings=15")
+    code, out, err = command("train", prepared, "--out", tmp_path / "run", *given)
+    assert code == 0, err
+    assert "started at random: logits of No_Finding" in out
+    bundle = ray_cxr.load_bundle(tmp_path / "run" / "bundle")
+    split = pq.read_table(bundle.path / "split.parquet").to_pandas().set_index("image_id")
+    assert split.loc["00000099_000.png", "patient_id"] == "99"  # from the first bundle
+    assert len(split) > 20
+    assert bundle.info["provenance"]["initial_weights"] == f"the bundle {tiny_bundle.digest}"
+    assert bundle.info["provenance"]["lineage"] == "unknown"  # the first bundle does not say that it knows
 
 
 def test_no_gpu_is_said_at_once(prepared: Path, tmp_path: Path, command) -> None:
