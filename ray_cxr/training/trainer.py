@@ -437,6 +437,7 @@ def fit_rules(
 
 
 def _weights_words(weights: str) -> str:
-    return {"none": "random", "imagenet": "ImageNet (keras.applications)"}.get(
-        weights, f"the file {Path(weights).name}"
-    )
+    if Path(weights).is_dir():
+        return f"the bundle {load_bundle(weights).digest}"
+    known = {"none": "random", "imagenet": "ImageNet (keras.applications)"}
+    return known.get(weights, f"the file {Path(weights).name}")
