@@ -29,6 +29,8 @@ _OWN_RAY = {
     "RAY_gcs_server_port_wait_time_s": "180",
     # What Ray does by itself where this is unset, with a warning.
     "RAY_AUTH_MODE": "token",
+    # Nothing about a hospital's machine leaves it.
+    "RAY_USAGE_STATS_ENABLED": "0",
     # Its C++ layer prints to the terminal what belongs into its log.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     # No machine of a laptop's Ray is taken back by a cloud.

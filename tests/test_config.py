@@ -264,3 +264,8 @@ def test_any_file_gives_settings_or_one_line(tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.getbasetemp() / "any.toml"
     path.write_bytes(data)
     assert len(outcome(path).splitlines()) == 1
+
+
+def test_several_workers_are_refused_while_they_are_not_ready() -> None:
+    with pytest.raises(ConfigError, match="several workers is not ready yet"):
+        config.load(None, ["workers=2"])
