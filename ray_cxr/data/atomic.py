@@ -31,6 +31,11 @@ def write_parquet(table: pa.Table, path: str | Path, **options: Any) -> None:
     write(path, lambda part: pq.write_table(table, part, **options))
 
 
+def write_arrow(table: pa.Table, path: str | Path) -> None:
+    """Write an Arrow table as a file of Arrow IPC: one record batch, uncompressed."""
+    write(path, lambda part: _write_arrow(part, table))
+
+
 def write_text(path: str | Path, text: str) -> None:
     write(path, lambda part: _write_text(part, text))
 
@@ -46,3 +51,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
+
+
+def _write_arrow(path: Path, table: pa.Table) -> None:
+    with pa.OSFile(str(path), "wb") as stream, pa.ipc.new_file(stream, table.schema) as writer:
+        writer.write_table(table.combine_chunks())  # a batch per chunk, so a single one

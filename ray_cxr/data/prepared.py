@@ -2,21 +2,29 @@
 
     PREPARED/manifest.parquet      the manifest it was made from, frozen
     PREPARED/settings.json         what another run must agree with to continue here
-    PREPARED/224/part-00000.parquet, ...   manifest columns, image (uint8[S*S] or null), error_code, error
+    PREPARED/224/part-00000.arrow, ...   manifest columns, image (uint8[S*S] or null), error_code, error
     PREPARED/224/counts.json       written last: the set of this size is whole
 
 A shard holds exactly one row per manifest row of its range and has a fixed name, so that work is repeated only
 where a shard is absent, and repeating it gives the same bytes.
+
+A shard is an uncompressed Arrow IPC file of one record batch, so that an image is S*S bytes at a known place of it.
+Training takes images in another random order every epoch, and reads each straight from its shard: nothing is unpacked
+or copied first, every worker of a node shares the system's cache of the same files, and of a larger set only the names
+and labels take more of a process's memory (docs/decisions/0009-arrow-shards.md).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import tempfile
-from collections import Counter
-from collections.abc import Iterator
+import os
+import threading
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +45,12 @@ logger = logging.getLogger(__name__)
 
 
 SETTINGS = "settings.json"
+#: Of the prepared folder. 1 had its shards in Parquet.
+FORMAT = 2
+#: Shards that one `Pixels` keeps open: two sets stay below the 256 files that a process may open on macOS.
+OPEN_SHARDS = 100
+#: What one read asks for at most: systems refuse or cut reads of 2 GiB and more.
+READ_BYTES = 2**30
 
 
 def shard_schema(size: int) -> pa.Schema:
@@ -47,7 +61,7 @@ def shard_schema(size: int) -> pa.Schema:
 
 
 def shard_name(index: int) -> str:
-    return f"part-{index:05d}.parquet"
+    return f"part-{index:05d}.arrow"
 
 
 def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) -> dict[int, Counter[str]]:
@@ -106,7 +120,7 @@ def check(manifest: str | Path, out: Path, settings: PrepareSettings) -> tuple[p
         raise TableError(f"{manifest}: no row has a path; make it with `ray-cxr manifest ... --images FOLDER`")
     wanted = {
         "kind": "prepare",
-        "format": 1,
+        "format": FORMAT,
         "manifest_digest": manifests.digest(table),
         "rows": len(table),
         "rows_per_shard": settings.rows_per_shard,
@@ -192,7 +206,7 @@ def _prepare_shard(task: dict[str, Any], out: str, settings: PrepareSettings) ->
             pa.array(messages, pa.string()),
         ]
         shard = pa.Table.from_arrays(arrays, schema=schema)
-        atomic.write_parquet(shard, Path(out) / str(size) / shard_name(task["index"]), compression="zstd")
+        atomic.write_arrow(shard, Path(out) / str(size) / shard_name(task["index"]))
     return {"rows": len(rows), "failed": sum(code is not None for code in codes)}
 
 
@@ -200,12 +214,178 @@ def _count(out: Path, size: int, n_shards: int, rows: int) -> Counter[str]:
     """Count a size's rows from the shards themselves, and mark it whole."""
     counts: Counter[str] = Counter()
     for index in range(n_shards):
-        codes = pq.read_table(out / str(size) / shard_name(index), columns=["error_code"])["error_code"]
+        codes = _read_shard(out / str(size) / shard_name(index), size, ["error_code"]).table["error_code"]
         counts.update("ok" if code is None else code for code in codes.to_pylist())
     if counts.total() != rows:
         raise OutputError(f"{out / str(size)}: holds {counts.total():,} rows for a manifest of {rows:,}; remove it")
     atomic.write_json(out / str(size) / "counts.json", dict(sorted(counts.items())))
     return counts
+
+
+@dataclass(frozen=True)
+class _ShardRows:
+    """Rows of one shard.
+
+    Attributes:
+        table: their columns, copied out of the file.
+        offsets: int64 [n], where in the file each row's image begins, bytes; of no meaning where the image is null.
+        length: of the file, bytes.
+    """
+
+    table: pa.RecordBatch
+    offsets: np.ndarray
+    length: int
+
+
+def _read_shard(path: Path, size: int, columns: Sequence[str], split: str | None = None) -> _ShardRows:
+    """Columns of a shard without its pixels: of every row, or of those of a split whose picture could be prepared.
+
+    Raises:
+        OutputError: the shard is absent, damaged, or not as this version writes it.
+    """
+    # The whole file is mapped, and Arrow reads nothing but what is touched. (Its `included_fields` would not be less:
+    # it sets aside memory for the whole batch, images and all.)
+    try:
+        with pa.memory_map(str(path)) as source:
+            file = source.read_buffer()
+            reader = pa.ipc.open_file(file)
+            if reader.num_record_batches != 1 or not reader.schema.equals(shard_schema(size)):
+                raise pa.ArrowInvalid("other batches or columns")
+            batch = reader.get_batch(0)
+            batch.validate()
+    except FileNotFoundError:
+        raise OutputError(f"{path}: is missing; run `ray-cxr prepare` again to make it") from None
+    except PermissionError:
+        raise OutputError(f"{path}: may not be read; change its permissions") from None
+    except (OSError, pa.ArrowException):
+        raise _damaged(path) from None
+    images = batch.column("image")
+    pixels = images.buffers()[1]
+    first = pixels.address - file.address
+    if not 0 <= first <= file.size - pixels.size:
+        raise _damaged(path)  # compressed: what Arrow shows is unpacked, and lies elsewhere in memory
+    if split is None:
+        rows = np.arange(len(batch))
+    else:
+        usable = pc.and_(pc.equal(batch["split"], split), pc.is_null(batch["error_code"]))
+        rows = pc.indices_nonzero(usable).to_numpy().astype(np.int64)
+    # `take` copies. What is returned must not lie in the map, which would stay for as long as the table does.
+    return _ShardRows(batch.select(columns).take(rows), first + (images.offset + rows) * size * size, file.size)
+
+
+def _damaged(path: Path) -> OutputError:
+    return OutputError(f"{path}: is damaged or not a shard; remove it and run `ray-cxr prepare` again")
+
+
+class Pixels:
+    """The images of a split, uint8 [N,S,S], which stay in their shards until some are asked for.
+
+    `pixels[rows]` reads rows into a fresh uint8 array that nothing else holds: [n,S,S], or [S,S] for one number. `rows`
+    is what numpy takes for one axis: an array of row numbers in any order, repeated or not, a slice, or a number.
+    `np.asarray(pixels)` reads all. Between reads it holds 12 bytes an image and at most `OPEN_SHARDS` open files.
+    Reads from several threads wait for one another.
+
+    Args:
+        paths: the shards.
+        lengths: of those files, bytes.
+        shard_of: int32 [N], which of `paths` holds an image.
+        offsets: int64 [N], where in that file the image begins, bytes.
+        size: S.
+
+    Raises:
+        IndexError: on reading, rows that are not there.
+        OutputError: on reading, a shard that is gone or is not as long as it was.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], lengths: Sequence[int], shard_of: np.ndarray, offsets: np.ndarray, size: int
+    ) -> None:
+        # Absolute, because shards are opened later, perhaps from another working directory.
+        self._paths, self._lengths = [path.absolute() for path in paths], list(lengths)
+        self._shard_of, self._offsets, self.size = shard_of, offsets, size
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard: descriptor, the least recently used first
+        # Without it one thread could close a descriptor that another is about to read.
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._open)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self), self.size, self.size
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        shard_of, offsets = np.asarray(self._shard_of[rows]), np.asarray(self._offsets[rows])
+        images = np.empty((*offsets.shape, self.size, self.size), np.uint8)
+        if images.size:
+            with self._lock:
+                self._read(images.reshape(-1), shard_of.reshape(-1), offsets.reshape(-1))
+        return images
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("the pixels lie in files: an array of them is always a copy")
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Pixels, (self._paths, self._lengths, self._shard_of, self._offsets, self.size)
+
+    def close(self) -> None:
+        """Close the shards; the next read opens them again."""
+        with self._lock:
+            _close_all(self._open)
+
+    def _read(self, into: np.ndarray, shard_of: np.ndarray, offsets: np.ndarray) -> None:
+        """Read images that lie one after another in a file, and were asked for so, at once."""
+        area = self.size * self.size
+        follows = (shard_of[1:] == shard_of[:-1]) & (offsets[1:] == offsets[:-1] + area)
+        for first, end in pairwise([0, *(np.flatnonzero(~follows) + 1).tolist(), len(offsets)]):
+            view = into[first * area : end * area].data
+            self._read_bytes(view, int(shard_of[first]), int(offsets[first]))
+
+    def _read_bytes(self, into: memoryview, shard: int, offset: int) -> None:
+        path, done = self._paths[shard], 0
+        try:
+            descriptor = self._descriptor(shard)
+            while done < len(into):
+                # Read, not mapped: mapped pages would count as this process's memory, up to the whole set.
+                got = os.preadv(descriptor, [into[done : done + READ_BYTES]], offset + done)
+                if not got:
+                    raise _changed(path)
+                done += got
+        except OSError as error:
+            raise OutputError(
+                f"{path}: cannot be read: {error.strerror}; if it is lost, run `ray-cxr prepare` again to make it"
+            ) from None
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        while len(self._open) >= OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1])
+        descriptor = os.open(self._paths[shard], os.O_RDONLY)
+        if os.fstat(descriptor).st_size != self._lengths[shard]:
+            os.close(descriptor)
+            raise _changed(self._paths[shard])
+        self._open[shard] = descriptor
+        return descriptor
+
+
+def _close_all(descriptors: OrderedDict[int, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
+
+
+def _changed(path: Path) -> OutputError:
+    return OutputError(
+        f"{path}: is not as long as it was when it was opened; remove it and run `ray-cxr prepare` again"
+    )
 
 
 @dataclass(frozen=True)
@@ -217,14 +397,14 @@ class SplitData:
         patient_ids: strings or None [N].
         ages: float64 [N], years, NaN where unknown.
         labels: int8 [N,15] in `labels.LABELS` order, -1 where not labelled.
-        images: uint8 [N,S,S], memory-mapped: pages come and go as the system has room, whatever N is.
+        images: uint8 [N,S,S], read from the shards when rows are asked for.
     """
 
     image_ids: np.ndarray
     patient_ids: np.ndarray
     ages: np.ndarray
     labels: np.ndarray
-    images: np.ndarray
+    images: Pixels
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -238,15 +418,23 @@ class PreparedSet:
         size: pixels; None takes the only size there is.
 
     Raises:
-        ConfigError: no such folder or size, several sizes and none named, or an unfinished one.
+        ConfigError: no such folder or size, several sizes and none named, an unfinished one, or one of another format.
     """
 
     def __init__(self, path: str | Path, size: int | None = None) -> None:
         self.path = Path(path)
         try:
-            self._settings = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise ConfigError(f"{path}: not a prepared folder; make one with `ray-cxr prepare`") from None
+            self._settings: dict[str, Any] = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
+            made_by, made_in = self._settings.get("kind", "prepare"), self._settings.get("format", FORMAT)
+        except (OSError, ValueError, AttributeError):
+            made_by, made_in = None, None
+        if made_by != "prepare":
+            raise ConfigError(f"{path}: not a prepared folder; make one with `ray-cxr prepare`")
+        if made_in != FORMAT:
+            raise ConfigError(
+                f"{path}: has format {made_in}, and this version reads format {FORMAT}; "
+                "run `ray-cxr prepare` again into another folder"
+            )
         whole = sorted(int(file.parent.name) for file in self.path.glob("*/counts.json"))
         if not whole:
             raise ConfigError(f"{path}: no size is complete; run `ray-cxr prepare` again to continue it")
@@ -276,66 +464,60 @@ class PreparedSet:
         return manifests.split_info(manifests.read_manifest(self.path / "manifest.parquet"))
 
     def rows(self) -> pa.Table:
-        """The manifest's columns and error_code of every row, without the images."""
-        return pa.concat_tables(
-            pq.read_table(shard, columns=[*manifests.SCHEMA.names, "error_code"]) for shard in self._shards()
-        )
+        """The manifest's columns and error_code of every row, without the images.
+
+        Raises:
+            OutputError: a shard is absent or damaged.
+        """
+        return pa.Table.from_batches(shard.table for shard in self._read([*manifests.SCHEMA.names, "error_code"]))
 
     def usable(self, split: str) -> pa.Table:
         """The rows of a split whose picture could be prepared, as `rows` gives them.
 
         Raises:
+            OutputError: a shard is absent or damaged.
             TableError: there is none.
         """
-        table = self.rows()
-        table = table.filter(pc.and_(pc.equal(table["split"], split), pc.is_null(table["error_code"])))
-        if not len(table):
-            raise TableError(
-                f"{self.path}: no usable image in split {split!r}; make the manifest with --split, "
-                "or with train= and val= tables"
-            )
-        return table
+        read = self._read([*manifests.SCHEMA.names, "error_code"], split)
+        return pa.Table.from_batches(shard.table for shard in read)
 
     def load(self, split: str) -> SplitData:
-        """Read one split; the images go to an unnamed temporary file that ends with this process.
+        """Open one split. Its labels and names are read; its pixels stay where they are, see `Pixels`.
 
         Raises:
+            OutputError: a shard is absent or damaged.
             TableError: the split has no usable image.
         """
-        table = self.usable(split)
-        with tempfile.TemporaryFile(prefix="ray_cxr-") as file:
-            images = np.memmap(file, dtype=np.uint8, mode="w+", shape=(len(table), self.size, self.size))
-        position = 0
-        for batch in self._batches(split):
-            images[position : position + len(batch)] = batch
-            position += len(batch)
+        read = self._read(["image_id", "patient_id", "age", *labels.LABELS], split)
+        table = pa.Table.from_batches(shard.table for shard in read)
+        images = Pixels(
+            self._shards(),
+            [shard.length for shard in read],
+            np.repeat(np.arange(len(read), dtype=np.int32), [len(shard.offsets) for shard in read]),
+            np.concatenate([shard.offsets for shard in read]),
+            self.size,
+        )
         values = np.stack(
             [np.asarray(table[name].fill_null(-1).to_numpy(), dtype=np.int8) for name in labels.LABELS], axis=1
         )
         return SplitData(
-            image_ids=np.array(table["image_id"].to_pylist(), dtype=object),
-            patient_ids=np.array(table["patient_id"].to_pylist(), dtype=object),
+            image_ids=table["image_id"].to_numpy(),
+            patient_ids=table["patient_id"].to_numpy(),
             ages=np.asarray(table["age"].to_numpy(), dtype=float),
             labels=values,
             images=images,
         )
 
     def _shards(self) -> list[Path]:
-        return sorted((self.path / str(self.size)).glob("part-*.parquet"))
+        # By number, so that one that is lost is missed and not passed over.
+        count = -(-self._settings["rows"] // self._settings["rows_per_shard"])
+        return [self.path / str(self.size) / shard_name(index) for index in range(count)]
 
-    def _batches(self, split: str) -> Iterator[np.ndarray]:
-        for shard in self._shards():
-            table = pq.read_table(shard, columns=["split", "error_code", "image"])
-            mask = np.array(
-                [
-                    s == split and code is None
-                    for s, code in zip(*(table[c].to_pylist() for c in ("split", "error_code")), strict=True)
-                ]
+    def _read(self, columns: Sequence[str], split: str | None = None) -> list[_ShardRows]:
+        read = [_read_shard(shard, self.size, columns, split) for shard in self._shards()]
+        if split is not None and not any(len(shard.offsets) for shard in read):
+            raise TableError(
+                f"{self.path}: no usable image in split {split!r}; make the manifest with --split, "
+                "or with train= and val= tables"
             )
-            rows = table.filter(pa.array(mask, pa.bool_()))["image"].combine_chunks()
-            if len(rows):
-                # A fixed-size binary array is one flat buffer: seen as pixels without a copy.
-                flat = np.frombuffer(rows.buffers()[1], dtype=np.uint8)
-                area = self.size * self.size
-                start = rows.offset * area
-                yield flat[start : start + len(rows) * area].reshape(len(rows), self.size, self.size)
+        return read

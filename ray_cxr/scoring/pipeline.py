@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from ray_cxr.config import ScoreSettings
 from ray_cxr.data import atomic, imaging
 from ray_cxr.data import manifest as manifests
-from ray_cxr.data.prepared import SETTINGS, agree, begin, rows_in, shard_name
+from ray_cxr.data.prepared import SETTINGS, agree, begin, rows_in
 from ray_cxr.errors import (
     RETRYABLE_CODES,
     ConfigError,
@@ -139,7 +139,7 @@ def score(
         agree(out, wanted, remedy="use --fresh to start over, or name another --out")
     table = table.slice(0, n_rows)
     report = ScoreReport(rows=n_rows)
-    parts = [out / "scores" / shard_name(index) for index in range(-(-n_rows // settings.rows_per_file))]
+    parts = [out / "scores" / _part_name(index) for index in range(-(-n_rows // settings.rows_per_file))]
     here = [not fresh and part.exists() for part in parts]
     todo = [{"index": i, "retry": False} for i, exists in enumerate(here) if not exists]
     if retry_errors:
@@ -179,6 +179,10 @@ def score(
     atomic.write_text(out / "_SUCCESS", "")
     _judge(report, settings)
     return report
+
+
+def _part_name(index: int) -> str:
+    return f"part-{index:05d}.parquet"
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -348,7 +352,7 @@ class ScoreActor:
 
     def __call__(self, task: dict[str, Any]) -> dict[str, int]:
         rows = pq.ParquetFile(self._out / INPUT).read_row_group(task["index"]).slice(0, task["rows"])
-        part = self._out / "scores" / shard_name(task["index"])
+        part = self._out / "scores" / _part_name(task["index"])
         if not task["retry"]:
             result = self._score(rows)
             scored = len(rows)

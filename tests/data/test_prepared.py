@@ -1,49 +1,136 @@
-"""Prepared sets, made by Ray and read back."""
+"""Prepared sets, made by Ray or by hand, and read back."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ray_cxr.config import InputSpec
-from ray_cxr.data import imaging
-from ray_cxr.data.manifest import read_manifest
+from ray_cxr.config import InputSpec, PrepareSettings
+from ray_cxr.data import atomic, imaging
+from ray_cxr.data import prepared as prepared_sets
+from ray_cxr.data.manifest import SCHEMA, read_manifest
 from ray_cxr.data.prepared import PreparedSet
-from ray_cxr.errors import ConfigError
+from ray_cxr.errors import ConfigError, OutputError, TableError
 
-pytestmark = pytest.mark.ray
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 BROKEN = {"truncated": 1, "empty": 1, "not_an_image": 1, "missing": 1, "corrupt": 1, "blank": 1}
 
 
 def shards(prepared: Path, size: int) -> list[Path]:
-    return sorted((prepared / str(size)).glob("part-*.parquet"))
+    return sorted((prepared / str(size)).glob("part-*.arrow"))
 
 
+def read(shard: Path) -> pa.Table:
+    with pa.OSFile(str(shard)) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def shard_table(images: list[np.ndarray | None], splits: list[str], first: int = 0) -> pa.Table:
+    """The table of a shard; None is a picture that could not be read. Names count from `first`."""
+    size = next(len(image) for image in images if image is not None)
+    codes = ["corrupt" if image is None else None for image in images]
+    columns = {name: [None] * len(images) for name in SCHEMA.names}
+    columns |= {
+        "image_id": [f"{first + i:08d}_000.png" for i in range(len(images))],
+        "split": splits,
+        "image": [None if image is None else image.tobytes() for image in images],
+        "error_code": codes,
+        "error": codes,
+    }
+    return pa.table(columns, schema=prepared_sets.shard_schema(size))
+
+
+def write_set(out: Path, tables: list[pa.Table]) -> Path:
+    """A prepared folder with one shard per table; the last may be shorter than the others."""
+    size = round(tables[0].schema.field("image").type.byte_width ** 0.5)
+    (out / str(size)).mkdir(parents=True)
+    rows = sum(map(len, tables))
+    settings = {"kind": "prepare", "format": 2, "rows": rows, "rows_per_shard": len(tables[0])}
+    (out / "settings.json").write_text(json.dumps(settings))
+    (out / str(size) / "counts.json").write_text(json.dumps({"ok": rows}))
+    for index, table in enumerate(tables):
+        atomic.write_arrow(table, out / str(size) / prepared_sets.shard_name(index))
+    return out
+
+
+def noise(n: int, size: int = 32, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, size, size), dtype=np.uint8)
+
+
+def open_shards() -> list[str]:
+    """The shards that this process has open."""
+    gc.collect()
+    names = []
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            names.append(os.path.basename(os.readlink(entry)))
+        except FileNotFoundError:
+            continue
+    return sorted(name for name in names if name.endswith(".arrow"))
+
+
+@pytest.fixture
+def five(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    """Fifteen training images of 32 pixels in five shards, and the same as an array."""
+    images = noise(15)
+    tables = [shard_table(list(images[i : i + 3]), ["train"] * 3, i) for i in range(0, 15, 3)]
+    return write_set(tmp_path / "five", tables), images
+
+
+@pytest.fixture(scope="module")
+def by_hand(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The phantoms at 64 pixels in shards of 7, made by what runs in Ray's tasks, without Ray."""
+    out = tmp_path_factory.mktemp("by_hand") / "set"
+    settings = PrepareSettings(sizes=(64,), rows_per_shard=7)
+    table, wanted = prepared_sets.check(manifest, out, settings)
+    prepared_sets.begin(out, wanted)
+    atomic.write_parquet(table, out / "manifest.parquet", row_group_size=7)
+    (out / "64").mkdir()
+    n_shards = -(-len(table) // 7)
+    for index in range(n_shards):
+        prepared_sets._prepare_shard({"index": index, "sizes": [64]}, str(out), settings)
+    assert prepared_sets._count(out, 64, n_shards, len(table)) == Counter(ok=len(table) - 6, **BROKEN)
+    return out
+
+
+@pytest.mark.ray
 def test_one_row_per_manifest_row_in_its_order_and_every_failure_with_its_code(prepared: Path, manifest: Path) -> None:
     table = read_manifest(manifest)
     for size in (64, 96):
-        ids = [i for shard in shards(prepared, size) for i in pq.read_table(shard)["image_id"].to_pylist()]
+        ids = [i for shard in shards(prepared, size) for i in read(shard)["image_id"].to_pylist()]
         assert ids == table["image_id"].to_pylist()
         counts = json.loads((prepared / str(size) / "counts.json").read_text())
         assert {code: n for code, n in counts.items() if code != "ok"} == BROKEN
         assert counts["ok"] == len(table) - 6
-    assert max(len(pq.read_table(shard)) for shard in shards(prepared, 64)) == 16
+    assert max(len(read(shard)) for shard in shards(prepared, 64)) == 16
 
 
+@pytest.mark.ray
 def test_pixels_are_those_that_imaging_gives(prepared: Path) -> None:
     for size in (64, 96):
-        table = pq.read_table(shards(prepared, size)[0])
+        table = read(shards(prepared, size)[0])
         assert table.schema.field("image").type.byte_width == size * size
         for path, stored in zip(table["path"].to_pylist(), table["image"].to_pylist(), strict=True):
             expected = imaging.load(path, InputSpec(size=size))
             assert stored == expected.tobytes()
 
 
+@pytest.mark.ray
 def test_a_split_is_read_whole_and_in_order(prepared: Path, manifest: Path) -> None:
     data = PreparedSet(prepared, 64)
     assert data.split_info()["kind"] == "patient"
@@ -57,9 +144,11 @@ def test_a_split_is_read_whole_and_in_order(prepared: Path, manifest: Path) -> N
         assert row["split"] == split
         np.testing.assert_array_equal(part.images[-1], imaging.load(row["path"], data.input_spec))
         np.testing.assert_array_equal(part.labels[-1], row[list(table.columns[9:])].to_numpy(dtype=np.int8))
+        assert part.patient_ids.tolist() == table.set_index("image_id").loc[part.image_ids, "patient_id"].tolist()
     assert seen == len(table) - 6
 
 
+@pytest.mark.ray
 def test_continues_where_a_shard_is_absent_and_leaves_the_others_alone(prepared: Path, manifest: Path, command) -> None:
     first, second, *_ = shards(prepared, 64)
     before = {
@@ -76,6 +165,7 @@ def test_continues_where_a_shard_is_absent_and_leaves_the_others_alone(prepared:
     assert hashlib.sha256(second.read_bytes()).hexdigest() == before[second][1]
 
 
+@pytest.mark.ray
 def test_other_settings_or_another_manifest_are_refused(
     prepared: Path, manifest: Path, tmp_path: Path, command
 ) -> None:
@@ -97,6 +187,296 @@ def test_a_manifest_without_paths_is_refused(manifest: Path, tmp_path: Path, com
     assert "--images" in err
 
 
+@pytest.mark.ray
 def test_which_size_must_be_said_when_there_are_two(prepared: Path) -> None:
     with pytest.raises(ConfigError, match="sizes 64, 96"):
         PreparedSet(prepared)
+
+
+def test_any_choice_of_rows_gives_the_pixels_of_imaging(by_hand: Path, manifest: Path) -> None:
+    data = PreparedSet(by_hand)
+    table = read_manifest(manifest).to_pandas().set_index("image_id")
+    part = data.load("train")
+    n = len(part)
+    expected = np.stack([imaging.load(path, data.input_spec) for path in table.loc[part.image_ids, "path"]])
+    assert n > 14, "more than one shard"
+    assert (part.images.shape, part.images.dtype, len(part.images)) == (expected.shape, np.uint8, n)
+    rng = np.random.default_rng(0)
+    for rows in (
+        rng.permutation(n),
+        np.array([3, 3, 0, n - 1, 3]),
+        np.array([-1, -n]),
+        np.arange(0),
+        slice(2, 9),
+        slice(None, None, -2),
+        slice(5, 5),
+        0,
+        np.int64(n - 1),
+        -1,
+    ):
+        got = part.images[rows]
+        assert got.dtype == np.uint8
+        np.testing.assert_array_equal(got, expected[rows])
+    np.testing.assert_array_equal(np.asarray(part.images), expected)
+    assert np.asarray(part.images, dtype=np.float32).dtype == np.float32
+    with pytest.raises(ValueError, match="always a copy"):
+        np.asarray(part.images, copy=False)
+    for rows in (n, -n - 1, np.array([0, n])):
+        with pytest.raises(IndexError):
+            part.images[rows]
+
+
+def test_what_is_read_is_the_callers_own(five: tuple[Path, np.ndarray]) -> None:
+    folder, images = five
+    pixels = PreparedSet(folder).load("train").images
+    pixels[np.arange(15)][:] = 0
+    np.testing.assert_array_equal(pixels[:], images)
+
+
+def test_pictures_that_failed_and_other_splits_leave_the_right_neighbours(tmp_path: Path) -> None:
+    images = noise(10)
+    failed = {0, 2, 3, 9}
+    splits = ["train", "train", "val", "train", "val", "train", "train", "val", "train", "train"]
+    tables = [
+        shard_table([None if i in failed else images[i] for i in part], [splits[i] for i in part], part[0])
+        for part in (range(4), range(4, 8), range(8, 10))
+    ]
+    data = PreparedSet(write_set(tmp_path / "set", tables))
+    for split in ("train", "val"):
+        rows = [i for i in range(10) if splits[i] == split and i not in failed]
+        part = data.load(split)
+        assert part.image_ids.tolist() == [f"{i:08d}_000.png" for i in rows]
+        assert part.patient_ids.tolist() == [None] * len(rows)
+        assert np.isnan(part.ages).all()
+        assert part.labels.dtype == np.int8
+        assert (part.labels == -1).all()
+        np.testing.assert_array_equal(np.asarray(part.images), images[rows])
+        assert data.usable(split)["image_id"].to_pylist() == part.image_ids.tolist()
+    assert data.rows()["error_code"].to_pylist() == ["corrupt" if i in failed else None for i in range(10)]
+    assert "image" not in data.rows().column_names
+    with pytest.raises(TableError, match="no usable image in split 'test'"):
+        data.load("test")
+
+
+def test_places_are_right_in_a_shard_cut_from_a_larger_table_and_in_one_of_pieces(tmp_path: Path) -> None:
+    images = noise(12)
+    whole = shard_table([None, *images[1:]], ["train"] * 12)
+    cut = whole.slice(3, 4)
+    pieces = pa.concat_tables([whole.slice(9, 2), whole.slice(0, 2)])
+    folder = write_set(tmp_path / "set", [cut, pieces])
+    with pa.OSFile(str(shards(folder, 32)[1])) as source:
+        assert pa.ipc.open_file(source).num_record_batches == 1
+    np.testing.assert_array_equal(PreparedSet(folder).load("train").images[:], images[[3, 4, 5, 6, 9, 10, 1]])
+
+
+def test_only_so_many_shards_are_open_at_once(five: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared_sets, "OPEN_SHARDS", 2)
+    folder, images = five
+    opened: list[str] = []
+    monkeypatch.setattr(
+        os, "open", lambda path, *rest, _open=os.open: opened.append(Path(path).name) or _open(path, *rest)
+    )
+    pixels = PreparedSet(folder).load("train").images
+    opened.clear()
+    for row in (0, 3, 1, 6, 2, 3):  # shards 0, 1, 0, 2, 0, 1
+        np.testing.assert_array_equal(pixels[row], images[row])
+    assert opened == [f"part-{i:05d}.arrow" for i in (0, 1, 2, 1)], "the least recently used is closed"
+    rows = np.random.default_rng(0).integers(0, 15, 200)
+    np.testing.assert_array_equal(pixels[rows], images[rows])
+
+
+@linux
+def test_shards_are_closed_when_done(five: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared_sets, "OPEN_SHARDS", 2)
+    folder, images = five
+    data = PreparedSet(folder)
+    data.rows()
+    split = data.load("train")
+    assert open_shards() == []
+    pixels = split.images
+    pixels[np.arange(15)]
+    assert open_shards() == ["part-00003.arrow", "part-00004.arrow"]
+    pixels.close()
+    assert open_shards() == []
+    np.testing.assert_array_equal(pixels[4], images[4])
+    assert open_shards() == ["part-00001.arrow"]
+    del pixels, split
+    assert open_shards() == []
+
+
+@linux
+def test_no_table_keeps_a_shard_mapped(five: tuple[Path, np.ndarray]) -> None:
+    data = PreparedSet(five[0])
+    kept = data.rows(), data.usable("train"), data.load("train")
+    kept[2].images[:]
+    assert "part-00000.arrow" not in Path("/proc/self/maps").read_text()
+
+
+def test_neighbours_are_read_at_once_and_long_reads_in_parts(
+    five: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, images = five
+    pixels = PreparedSet(folder).load("train").images
+    reads: list[int] = []
+
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int, _read=os.preadv) -> int:
+        reads.append(len(buffers[0]))
+        return _read(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    np.testing.assert_array_equal(pixels[1:8], images[1:8])
+    assert reads == [2 * 1024, 3 * 1024, 2 * 1024]
+    reads.clear()
+    np.testing.assert_array_equal(pixels[[1, 0, 0]], images[[1, 0, 0]])
+    assert reads == [1024] * 3, "not adjacent in this order"
+    reads.clear()
+    monkeypatch.setattr(prepared_sets, "READ_BYTES", 700)
+    np.testing.assert_array_equal(pixels[0:2], images[0:2])
+    assert reads == [700, 700, 648]
+
+
+def test_a_shard_cut_short_replaced_or_removed_is_an_error_whenever_it_happens(five: tuple[Path, np.ndarray]) -> None:
+    folder, images = five
+    pixels = PreparedSet(folder).load("train").images
+    pixels[0]
+    first, second, third, *_ = shards(folder, 32)
+    for shard in (first, second):  # the one is open by now, the other is not
+        os.truncate(shard, 2000)
+    for row in (2, 3):
+        with pytest.raises(OutputError, match=rf"part-0000{row // 3}\.arrow: is not as long .* `ray-cxr prepare`"):
+            pixels[row]
+    atomic.write_arrow(shard_table(list(images[:9]), ["train"] * 9), third)  # longer: its images lie elsewhere
+    with pytest.raises(OutputError, match=r"part-00002\.arrow: is not as long"):
+        pixels[6]
+    third.unlink()
+    with pytest.raises(OutputError, match=r"part-00002\.arrow: cannot be read: No such file .* `ray-cxr prepare`"):
+        pixels[np.array([9, 6])]
+    np.testing.assert_array_equal(pixels[9], images[9])
+
+
+@pytest.mark.parametrize("use", ["load", "usable", "rows"])
+def test_a_shard_that_is_no_shard_is_refused(five: tuple[Path, np.ndarray], use: str) -> None:
+    folder, _ = five
+    shard = shards(folder, 32)[1]
+    good = shard.read_bytes()
+    table = read(shard)
+
+    def refused(message: str) -> None:
+        data = PreparedSet(folder)
+        with pytest.raises(OutputError, match=message) as caught:
+            getattr(data, use)(*["train"] * (use != "rows"))
+        assert "part-00001.arrow: " in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    ends = [np.array([0, 16, 32, end], np.int32).tobytes() for end in (48, 2**30)]  # of the three names
+    assert good.count(ends[0]) == 1
+    for damaged in (
+        b"",
+        good[:-1],
+        good[:1500],
+        good[:8],
+        b"not a shard" * 100,
+        good.replace(b"image", b"imagf"),
+        good.replace(*ends),
+    ):
+        shard.write_bytes(damaged)
+        refused("is damaged or not a shard; remove it and run `ray-cxr prepare` again")
+    batches = table.to_batches(max_chunksize=2)
+    for options, written in (({}, batches), ({"compression": "zstd"}, table.to_batches())):
+        with pa.ipc.new_file(str(shard), table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+            for batch in written:
+                writer.write_batch(batch)
+        refused("is damaged or not a shard")
+    shard.unlink()
+    refused("is missing; run `ray-cxr prepare` again to make it")
+
+
+def test_format_1_is_refused(five: tuple[Path, np.ndarray], manifest: Path, tmp_path: Path) -> None:
+    folder, _ = five
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps({**settings, "format": 1}))
+    with pytest.raises(ConfigError) as caught:
+        PreparedSet(folder)
+    assert str(caught.value) == (
+        f"{folder}: has format 1, and this version reads format 2; run `ray-cxr prepare` again into another folder"
+    )
+    _, wanted = prepared_sets.check(manifest, tmp_path / "new", PrepareSettings())
+    prepared_sets.begin(tmp_path / "old", {**wanted, "format": 1})
+    with pytest.raises(OutputError) as refused:
+        prepared_sets.check(manifest, tmp_path / "old", PrepareSettings())
+    assert str(refused.value) == f"{tmp_path / 'old'}: was begun with another format 1 (now 2); name another --out"
+
+
+@pytest.mark.parametrize("settings", ["[]", "no", '{"kind": "score", "format": 1}'])
+def test_another_folder_is_no_prepared_one(tmp_path: Path, settings: str) -> None:
+    (tmp_path / "settings.json").write_text(settings)
+    with pytest.raises(ConfigError, match="not a prepared folder; make one with `ray-cxr prepare`"):
+        PreparedSet(tmp_path)
+
+
+def test_threads_and_other_processes_read_the_same(
+    five: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepared_sets, "OPEN_SHARDS", 1)
+    folder, images = five
+    monkeypatch.chdir(folder.parent)
+    pixels = PreparedSet("five").load("train").images
+    monkeypatch.chdir("/")
+    choices = [np.random.default_rng(i).integers(0, 15, 40) for i in range(100)]
+    with ThreadPoolExecutor(4) as pool:
+        for rows, got in zip(choices, pool.map(pixels.__getitem__, choices), strict=True):
+            np.testing.assert_array_equal(got, images[rows])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(pixels))[::-1], images[::-1])
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[prepared_sets.Pixels, np.ndarray]:
+    """Images of several shards with gaps between them, and the same as an array."""
+    images = noise(40)
+    gone = {0, 4, 5, 13, 20, 21, 22, 39}
+    tables = [
+        shard_table([None if i in gone else images[i] for i in range(first, first + 8)], ["val"] * 8, first)
+        for first in range(0, 40, 8)
+    ]
+    folder = write_set(tmp_path_factory.mktemp("many") / "set", tables)
+    return PreparedSet(folder).load("val").images, images[[i for i in range(40) if i not in gone]]
+
+
+WHERE = st.integers(-32, 31)
+END = st.none() | st.integers(-50, 50)
+CHOICES = (
+    WHERE
+    | st.lists(WHERE, max_size=50).map(lambda rows: np.array(rows, dtype=np.int64))
+    | st.builds(slice, END, END, st.none() | st.integers(-9, 9).filter(bool))
+)
+
+
+@given(choice=CHOICES)
+def test_rows_are_taken_as_numpy_takes_them(many: tuple[prepared_sets.Pixels, np.ndarray], choice) -> None:
+    pixels, images = many
+    assert len(pixels) == len(images) == 32
+    np.testing.assert_array_equal(pixels[choice], images[choice])
+
+
+READ_ALL = """
+import sys
+import numpy as np
+from ray_cxr.data.prepared import PreparedSet
+images = PreparedSet(sys.argv[1]).load("train").images
+order = np.random.default_rng(0).permutation(len(images))
+for start in range(0, len(order), 32):
+    images[order[start : start + 32]]
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")))
+"""
+
+
+@linux
+def test_peak_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
+    """20,000 images of 64 pixels are 78 MiB; what may grow is the tables of names and labels, some 6 MiB."""
+    shard = shard_table(list(noise(500, size=64)), ["train"] * 500)
+    peaks = []
+    for n_shards in (1, 40):
+        folder = write_set(tmp_path / str(n_shards), [shard] * n_shards)
+        done = subprocess.run([sys.executable, "-c", READ_ALL, folder], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) / 1024)
+    assert peaks[1] - peaks[0] < 15, f"peaks of {peaks} MiB"
