@@ -130,6 +130,14 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--split", choices=["train", "val", "test"])
     one.set_defaults(run=_report)
 
+    one = commands.add_parser("recalibrate", help="calibration and operating points from a site's own labels")
+    one.add_argument("bundle", metavar="BUNDLE")
+    one.add_argument("scores", metavar="SCORES", help="what score left, with this BUNDLE")
+    one.add_argument("--labels", required=True, metavar="M.parquet")
+    one.add_argument("--out", required=True, metavar="BUNDLE2")
+    _settings(one)
+    one.set_defaults(run=_recalibrate)
+
     one = commands.add_parser("import-weights", help="somebody else's Keras weights as a bundle")
     one.add_argument("weights", metavar="F.h5|F.keras")
     one.add_argument("--backbone", required=True, metavar="NAME")
@@ -278,6 +286,40 @@ def _report(arguments: argparse.Namespace) -> None:
             f"{metrics['n_patients']:,} patients"
         )
     _say(f"report: {Path(arguments.out) / 'report.html'}")
+
+
+def _recalibrate(arguments: argparse.Namespace) -> None:
+    chosen = config.load(arguments.config, arguments.overrides, section="recalibrate").recalibrate
+    from ray_cxr.models import recalibration
+
+    bundle = recalibration.recalibrate(
+        arguments.bundle, arguments.scores, arguments.labels, arguments.out, chosen, on_event=_say
+    )
+    made, points = bundle.info["provenance"]["recalibrated"], bundle.info["operating_points"]
+    names = ("finding", "images", "positives", "flags above", "before", "flag rate", "before", "Brier", "before")
+    table = Table(*names, title="Recalibration, on the images that it was fitted on")
+    for name in bundle.findings:
+        row, point, old = made["findings"][name], points[name], made["before"]["operating_points"][name]
+        table.add_row(
+            name,
+            f"{row['n']:,}",
+            f"{row['positives']:,}",
+            *(_none_or(one and one["threshold"], 4) for one in (point, old)),
+            *(_none_or(row[key]) for key in ("flag_rate", "flag_rate_before", "brier", "brier_before")),
+        )
+    _console().print(table)
+    for name, reason in bundle.info["rule_notes"].items():
+        if reason:
+            _say(f"{name}: {reason}")
+    _say(
+        f"calibration by {made['method']} and operating points by {made['rule']}, from {made['images']:,} images of "
+        f"{made['patients']:,} patients: report on others"
+    )
+    _say(f"bundle: {bundle.path}")
+
+
+def _none_or(value: float | None, digits: int = 3) -> str:
+    return "none" if value is None else f"{value:.{digits}f}"
 
 
 def _import_weights(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """All settings, in one place: frozen, validated, and read from one TOML file with a section per command.
 
     [ray]      where Ray runs
-    [prepare]  [train]  [score]
+    [prepare]  [train]  [score]  [recalibrate]
 
 A key that no section knows is refused with the nearest one that exists. `--set key=value` changes a key of the
 command's own section, `--set section.key=value` one of another.
@@ -60,6 +60,24 @@ class RaySettings(Settings):
     object_store_mb: int | None = Field(None, ge=80, description="object store of a Ray of this command's own, MiB")
 
 
+def _checked_rule(value: str) -> str:
+    """A rule of an operating point.
+
+    Raises:
+        ValueError: it is none.
+    """
+    name, _, target = value.partition("=")
+    try:
+        good = (name == "youden" and value == name) or (
+            name in ("sensitivity", "specificity") and 0.0 < float(target) < 1.0
+        )
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError("use youden, sensitivity=X or specificity=X, with X between 0 and 1")
+    return value
+
+
 class PrepareSettings(Settings):
     sizes: tuple[int, ...] = Field((224,), description="sides of the prepared images, pixels")
     aspect: Aspect = Field("stretch", description="pictures that are not square: stretched, padded with black, cropped")
@@ -92,25 +110,61 @@ class TrainSettings(Settings):
     pooling: Literal["avg", "max", "avgmax"] = Field("avg", description="of the last feature map; avgmax: both")
     dense: tuple[Annotated[int, Field(ge=1, le=8192)], ...] = Field((), description="widths of extra dense layers")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="before each dense layer, the output included")
-    loss: Literal["bce", "weighted_bce"] = Field(
+    sync_batchnorm: bool = Field(False, description="BatchNorm over the whole global batch, not each worker's share")
+    loss: Literal["bce", "weighted_bce", "focal", "asymmetric"] = Field(
         "weighted_bce", description="weighted_bce: positives and negatives of a finding weigh the same in total"
     )
-    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="sgd: with Nesterov momentum 0.9")
+    focal_gamma: float = Field(2.0, ge=0.0, le=10.0, description="focal: how much the easy count less; 0 is bce")
+    asymmetric_gamma_positive: float = Field(0.0, ge=0.0, le=10.0, description="asymmetric: focusing of positives")
+    asymmetric_gamma_negative: float = Field(4.0, ge=0.0, le=10.0, description="asymmetric: focusing of negatives")
+    asymmetric_margin: float = Field(
+        0.05, ge=0.0, lt=1.0, description="asymmetric: negatives below this probability count nothing"
+    )
+    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5, description="labels become this and 1 minus this")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="sgd: with Nesterov momentum")
+    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="sgd only")
+    weight_decay: float = Field(1e-4, ge=0.0, le=1.0, description="adamw only; decoupled from the gradient")
     learning_rate: float = Field(1e-4, gt=0.0, le=10.0, description="the highest, where it changes")
-    weight_decay: float = Field(1e-4, ge=0.0, le=1.0, description="adamw only")
-    warmup_epochs: float = Field(0.0, ge=0.0, description="linear warm-up, then a cosine to zero at the last epoch")
+    schedule: Literal["constant", "cosine", "plateau"] = Field(
+        "constant", description="cosine: to zero at the last step; plateau: falls when the AUROC no longer rises"
+    )
+    warmup_epochs: float = Field(0.0, ge=0.0, description="linear rise of the learning rate; parts of an epoch count")
+    plateau_patience: int = Field(2, ge=1, description="plateau: epochs without a better AUROC before a fall")
+    plateau_factor: float = Field(0.1, gt=0.0, lt=1.0, description="plateau: the learning rate is multiplied by this")
+    frozen_epochs: int = Field(0, ge=0, description="first epochs in which only the head learns (transfer learning)")
+    frozen_learning_rate: float | None = Field(
+        None, gt=0.0, le=10.0, description="constant, for those epochs; null: learning_rate"
+    )
+    clip_norm: float | None = Field(None, gt=0.0, description="largest norm of the global batch's gradient; null: any")
+    ema: float | None = Field(
+        None, gt=0.0, lt=1.0, description="momentum of a moving average of the weights, which is validated and kept"
+    )
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = Field(
+        "auto", description="auto: float32 on CPUs, mixed on GPUs (bfloat16 where they have it)"
+    )
+    xla: bool = Field(False, description="compile each worker's step with XLA; slower to start")
+    deterministic: bool | None = Field(
+        None, description="the same bits on every run; null: on CPUs without xla, where it costs little"
+    )
     batch_size: int = Field(32, ge=1, le=65536, description="global batch, over all workers")
     epochs: int = Field(10, ge=1, le=100_000, description="passes over the training images")
     steps_per_epoch: int | None = Field(None, ge=1, description="null: every training image once an epoch")
     patience: int | None = Field(None, ge=1, description="stop after so many epochs without a better AUROC")
+    checkpoint_steps: int | None = Field(None, ge=1, description="a checkpoint every so many steps, too; null: none")
     flip: bool = Field(
         False, description="random left-right flips; off, because a mirrored chest is situs inversus, not a variant"
     )
-    contrast: float = Field(0.1, ge=0.0, le=0.9, description="random contrast, 1 +- this")
+    rotation: float = Field(0.0, ge=0.0, le=45.0, description="random rotation, degrees to either side")
     shift: float = Field(0.04, ge=0.0, le=0.5, description="random shift, fraction of the side")
+    zoom: float = Field(0.0, ge=0.0, le=0.5, description="random zoom, 1 +- this")
+    contrast: float = Field(0.1, ge=0.0, le=0.9, description="random contrast, 1 +- this")
+    calibration: Literal["platt", "temperature"] = Field(
+        "platt", description="platt: slope and intercept; temperature: slope alone"
+    )
+    operating_point: str = Field("youden", description="rule for flags: youden, sensitivity=0.9 or specificity=0.9")
     min_positives: int = Field(5, ge=2, description="calibrate a finding only from so many validation positives")
-    seed: int = Field(0, ge=0, lt=2**31, description="of the start, the order and the augmentation")
-    workers: int = Field(1, ge=1, description="training processes; only 1 so far; --workers N sets it")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the start, the order, dropout and the augmentation")
+    workers: int = Field(1, ge=1, description="training processes; --workers N sets it")
     cpus_per_worker: int | None = Field(None, ge=1, description="null: all CPUs there are, shared out")
     max_failures: int = Field(2, ge=-1, description="restarts from the last checkpoint; -1: without end")
 
@@ -126,13 +180,20 @@ class TrainSettings(Settings):
             raise ValueError(str(error).removeprefix("findings: ")) from None
         return value
 
-    @field_validator("workers")
+    @field_validator("operating_point")
     @classmethod
-    def _workers(cls, value: int) -> int:
-        if value > 1:
-            # The loop is written for many, but has been shown right for one alone.
-            raise ValueError("training on several workers is not ready yet; use 1")
-        return value
+    def _operating_point(cls, value: str) -> str:
+        return _checked_rule(value)
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.xla and self.deterministic:
+            raise ValueError(
+                "deterministic: XLA has no deterministic gradient of max pooling; set one of the two to false"
+            )
+        if self.xla and self.sync_batchnorm:
+            raise ValueError("sync_batchnorm: statistics cannot be exchanged inside XLA; set one of the two to false")
+        return self
 
     def finding_names(self) -> tuple[str, ...]:
         return labels.resolve(self.findings)
@@ -146,6 +207,22 @@ class ScoreSettings(Settings):
     max_pixels: int = Field(100_000_000, ge=1, description="larger pictures are refused before they are decoded")
 
 
+class RecalibrateSettings(Settings):
+    calibration: Literal["platt", "temperature"] | None = Field(
+        None, description="platt: slope and intercept; temperature: slope alone; null: the bundle's own, or platt"
+    )
+    operating_point: str | None = Field(
+        None,
+        description="rule for flags: youden, sensitivity=0.9 or specificity=0.9; null: the bundle's own, or youden",
+    )
+    min_positives: int = Field(5, ge=2, description="fit a finding only from so many positives, and negatives")
+
+    @field_validator("operating_point")
+    @classmethod
+    def _operating_point(cls, value: str | None) -> str | None:
+        return None if value is None else _checked_rule(value)
+
+
 class Config(Settings):
     """The whole file."""
 
@@ -153,6 +230,7 @@ class Config(Settings):
     prepare: PrepareSettings = PrepareSettings()
     train: TrainSettings = TrainSettings()
     score: ScoreSettings = ScoreSettings()
+    recalibrate: RecalibrateSettings = RecalibrateSettings()
 
     @model_validator(mode="before")
     @classmethod

@@ -151,6 +151,10 @@ WRONG: list[tuple[str, str]] = [
     ("report other.parquet --out r --split dev", "invalid choice: 'dev'"),
     ("report other.parquet --out t.csv", "--out t.csv: is a file; name a folder"),
     ("report other.parquet --out r --labels none.parquet", "none.parquet: no such file"),
+    ("recalibrate b s --out b2", "the following arguments are required: --labels"),
+    ("recalibrate b s --labels m.parquet", "the following arguments are required: --out"),
+    ("recalibrate none s --labels m.parquet --out b2", "none: no such folder; name a bundle"),
+    ("recalibrate none s --labels m.parquet --out b2 --set rule=youden", "unknown key 'recalibrate.rule'"),
     ("import-weights w.h5 --out b --findings 14", "the following arguments are required: --backbone"),
     ("import-weights w.h5 --out b --backbone ResNet50", "--findings: say what the outputs are, in their order"),
     ("demo", "the following arguments are required: --out"),
@@ -170,7 +174,7 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(here: Path, command: Comma
     assert sorted(here.rglob("*")) == before, "a refused command wrote something"
 
 
-COMMANDS = ("manifest", "prepare", "train", "score", "report", "import-weights", "demo")
+COMMANDS = ("manifest", "prepare", "train", "score", "report", "recalibrate", "import-weights", "demo")
 
 
 def test_line_breaks_in_an_argument_do_not_break_the_line(here: Path, command: Command) -> None:

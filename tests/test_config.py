@@ -266,6 +266,8 @@ def test_any_file_gives_settings_or_one_line(tmp_path_factory: pytest.TempPathFa
     assert len(outcome(path).splitlines()) == 1
 
 
-def test_several_workers_are_refused_while_they_are_not_ready() -> None:
-    with pytest.raises(ConfigError, match="several workers is not ready yet"):
-        config.load(None, ["workers=2"])
+@pytest.mark.parametrize("bad", ["youdn", "youden=1", "sensitivity", "sensitivity=1.0", "specificity=x", "auroc=0.5"])
+def test_operating_points_have_a_rule(bad: str) -> None:
+    with pytest.raises(ConfigError, match="sensitivity=X or specificity=X"):
+        config.load(None, [f"operating_point={bad}"])
+    assert config.load(None, ["operating_point=sensitivity=0.9"]).train.operating_point == "sensitivity=0.9"

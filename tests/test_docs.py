@@ -33,7 +33,7 @@ def test_every_command_has_its_page_and_stands_in_the_help() -> None:
     helped = subprocess.run(
         [sys.executable, "-m", "ray_cxr.cli", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    for name in ("manifest", "prepare", "train", "score", "report"):
+    for name in ("manifest", "prepare", "train", "score", "report", "recalibrate"):
         assert (ROOT / f"docs/{name}.md").exists()
         assert name in helped
     for name in ("import-weights", "demo"):

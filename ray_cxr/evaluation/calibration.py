@@ -1,4 +1,4 @@
-"""From raw outputs to probabilities (Platt scaling) and to flags (operating points).
+"""From raw outputs to probabilities (Platt or temperature scaling) and to flags (operating points).
 
 Both are fitted per finding on validation images. The flag rule is: raw probability >= threshold.
 """
@@ -6,46 +6,143 @@ Both are fitted per finding on validation images. The flag rule is: raw probabil
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ray_cxr.errors import ConfigError
 from ray_cxr.evaluation import metrics
 
 #: Probabilities are kept this far from 0 and 1 before the logit; float32 cannot resolve more near 1.
 EPSILON = 1e-7
+METHODS = ("platt", "temperature")
+#: The operating points that are told beside the chosen one.
+ALTERNATIVES = ("youden", "sensitivity=0.9", "specificity=0.9")
 _RIDGE = 1e-6
 _STEPS = 100
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Platt scaling: calibrated = sigmoid(slope * logit(p) + intercept), slope > 0, so that order is kept."""
+    """calibrated = sigmoid(slope * logit(p) + intercept), slope > 0, so that order is kept.
+
+    Attributes:
+        slope: for temperature scaling 1 / T.
+        intercept: 0 for temperature scaling.
+        method: `platt` or `temperature`.
+    """
 
     slope: float
     intercept: float
+    method: str = "platt"
 
     def as_dict(self) -> dict[str, Any]:
         """The form in which a bundle keeps it."""
-        return {"method": "platt", "slope": self.slope, "intercept": self.intercept}
+        return {"method": self.method, "slope": self.slope, "intercept": self.intercept}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Calibration:
         """The inverse of `as_dict`.
 
         Raises:
-            ConfigError: another method, or a slope or intercept that is no such number.
+            ConfigError: another method, a slope or intercept that is no such number, or a temperature with an
+                intercept.
         """
         try:
             slope, intercept = float(value["slope"]), float(value["intercept"])
         except (KeyError, TypeError, ValueError):
             raise ConfigError("calibration: needs a slope and an intercept") from None
-        if value.get("method") != "platt" or not (math.isfinite(slope) and math.isfinite(intercept) and slope > 0):
-            raise ConfigError(f"calibration: needs the method 'platt' and a slope > 0 (got {dict(value)!r})")
-        return cls(slope, intercept)
+        method = value.get("method")
+        if method not in METHODS or not (math.isfinite(slope) and math.isfinite(intercept) and slope > 0):
+            raise ConfigError(
+                f"calibration: needs the method 'platt' or 'temperature' and a slope > 0 (got {dict(value)!r})"
+            )
+        if method == "temperature" and intercept != 0.0:
+            raise ConfigError(f"calibration: temperature has the intercept 0 (got {dict(value)!r})")
+        return cls(slope, intercept, method)
+
+
+@dataclass(frozen=True)
+class FittedRules:
+    """What labelled images say about reading raw probabilities; every mapping has every finding as a key.
+
+    Attributes:
+        calibrations: `Calibration.as_dict()`, or None.
+        operating_points: `operating_point(...)` by the chosen rule, or None.
+        expected_flag_rates: the share of the images that the operating point flags, or None.
+        alternatives: the operating points by each of `ALTERNATIVES` that is not the chosen rule, or None.
+        reasons: why there is no calibration or no operating point, in words; None where there are both.
+    """
+
+    calibrations: dict[str, dict[str, Any] | None]
+    operating_points: dict[str, dict[str, Any] | None]
+    expected_flag_rates: dict[str, float | None]
+    alternatives: dict[str, dict[str, dict[str, Any] | None]]
+    reasons: dict[str, str | None]
+
+
+def fit_rules(
+    labels: pd.DataFrame | np.ndarray,
+    probabilities: np.ndarray,
+    findings: Sequence[str],
+    *,
+    method: str = "platt",
+    rule: str = "youden",
+    min_positives: int = 5,
+) -> FittedRules:
+    """Calibration and operating points per finding, each on the images that are labelled for it.
+
+    Args:
+        labels: a table with a column per finding, 0, 1 or null; or an array [N,F] of 0, 1 and NaN or -1 for null.
+        probabilities: float32 [N,F], raw.
+        findings: names of the columns, in the order of `probabilities`.
+        method: of calibration, `platt` or `temperature`.
+        rule: of the operating point; see `operating_point`.
+        min_positives: the least number of positives, and of negatives, to fit anything from.
+
+    Raises:
+        ConfigError: another method or rule.
+        ValueError: shapes differ, a label is not 0, 1 or null, or a probability is not a number in 0..1.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"calibration {method!r}: use {' or '.join(METHODS)}")
+    chosen = _rule(rule)
+    others = [name for name in ALTERNATIVES if _rule(name) != chosen]
+    if isinstance(labels, pd.DataFrame):
+        y = labels[list(findings)].to_numpy(dtype=np.float64, na_value=np.nan)
+    else:
+        y = np.asarray(labels, dtype=np.float64)
+    p = np.asarray(probabilities)
+    if p.ndim != 2 or y.shape != p.shape or p.shape[1] != len(findings):
+        raise ValueError(f"labels are {y.shape}, probabilities {p.shape}, for {len(findings)} findings")
+    fitted = FittedRules({}, {}, {}, {}, {})
+    for j, name in enumerate(findings):
+        known = ~(np.isnan(y[:, j]) | (y[:, j] == -1))
+        one, scores = y[known, j], p[known, j]
+        scaling = _fit(one, scores, min_positives, method)
+        point = _operating_point(one, scores, rule, min_positives)
+        fitted.calibrations[name] = None if isinstance(scaling, str) else scaling.as_dict()
+        fitted.operating_points[name] = None if isinstance(point, str) else point
+        fitted.expected_flag_rates[name] = None if isinstance(point, str) else point["flag_rate"]
+        fitted.alternatives[name] = {
+            other: operating_point(one, scores, other, min_positives=min_positives) for other in others
+        }
+        fitted.reasons[name] = _reason(scaling, point)
+    return fitted
+
+
+def _reason(scaling: Calibration | str, point: dict[str, Any] | str) -> str | None:
+    if isinstance(scaling, str) and scaling == point:
+        return scaling
+    parts = []
+    if isinstance(scaling, str):
+        parts.append(f"no calibration: {scaling}")
+    if isinstance(point, str):
+        parts.append(f"no operating point: {point}")
+    return "; ".join(parts) or None
 
 
 def fit_platt(y: np.ndarray, p: np.ndarray, min_positives: int = 5) -> Calibration | None:
@@ -65,19 +162,66 @@ def fit_platt(y: np.ndarray, p: np.ndarray, min_positives: int = 5) -> Calibrati
     Raises:
         ValueError: as `metrics.auroc`, or a probability outside 0..1.
     """
+    fitted = _fit(y, p, min_positives, "platt")
+    return None if isinstance(fitted, str) else fitted
+
+
+def fit_temperature(y: np.ndarray, p: np.ndarray, min_positives: int = 5) -> Calibration | None:
+    """Fit the slope 1 / T alone on logit(p), the intercept being 0 (Guo et al. 2017), with Platt's targets.
+
+    It makes probabilities bolder or more timid; p = 0.5 stays where it is. A network whose loss weighted positives
+    and negatives alike gives probabilities that are all too high for a rare finding, which only Platt's intercept
+    can mend.
+
+    Args, Returns, Raises: as `fit_platt`.
+    """
+    fitted = _fit(y, p, min_positives, "temperature")
+    return None if isinstance(fitted, str) else fitted
+
+
+def _fit(y: np.ndarray, p: np.ndarray, min_positives: int, method: str) -> Calibration | str:
+    """The calibration, or in words why there is none."""
     y, p = metrics.checked(y, p)
     x = _logit(p)
     positives = int(y.sum())
     negatives = y.size - positives
-    if min(positives, negatives) < max(min_positives, 1) or np.ptp(x) == 0.0:
-        return None
+    lacking = _too_few(positives, negatives, min_positives)
+    if lacking is not None:
+        return lacking
+    if np.ptp(x) == 0.0:
+        return "the scores are all alike"
     target = np.where(y, (positives + 1.0) / (positives + 2.0), 1.0 / (negatives + 2.0))
-    # Centred and scaled, the two parameters are nearly independent and Newton's steps well conditioned.
-    centre, scale = x.mean(), x.std()
-    z = np.column_stack([(x - centre) / scale, np.ones_like(x)])
-    prevalence = positives / y.size
-    beta = np.array([0.0, math.log(prevalence / (1.0 - prevalence))])
-    ridge = np.array([_RIDGE, 0.0])
+    if method == "temperature":
+        scale = math.sqrt(float(np.mean(x**2)))
+        slope, intercept = float(_newton((x / scale)[:, None], target, np.zeros(1), np.zeros(1))[0] / scale), 0.0
+    else:
+        # Centred and scaled, the two parameters are nearly independent and Newton's steps well conditioned.
+        centre, scale = x.mean(), x.std()
+        z = np.column_stack([(x - centre) / scale, np.ones_like(x)])
+        prevalence = positives / y.size
+        start = np.array([0.0, math.log(prevalence / (1.0 - prevalence))])
+        beta = _newton(z, target, start, np.array([_RIDGE, 0.0]))
+        slope, intercept = float(beta[0] / scale), float(beta[1] - beta[0] * centre / scale)
+    if not slope > 0.0:
+        return "the best slope is not positive"
+    return Calibration(slope, intercept, method)
+
+
+def _too_few(positives: int, negatives: int, least: int) -> str | None:
+    """In words, what there is too little of to fit anything from."""
+    if not positives and not negatives:
+        return "no labelled images"
+    least = max(least, 1)
+    parts = [
+        f"{count:,} {kind if count == 1 else kind + 's'}, needs {least:,}"
+        for count, kind in ((positives, "positive"), (negatives, "negative"))
+        if count < least
+    ]
+    return "; ".join(parts) or None
+
+
+def _newton(z: np.ndarray, target: np.ndarray, beta: np.ndarray, ridge: np.ndarray) -> np.ndarray:
+    """The coefficients [k] of least cross-entropy for features z [n,k] and targets [n], from `beta` on."""
     loss = _cross_entropy(z, target, beta, ridge)
     for _ in range(_STEPS):
         q = _expit(z @ beta)
@@ -95,10 +239,7 @@ def fit_platt(y: np.ndarray, p: np.ndarray, min_positives: int = 5) -> Calibrati
         beta, loss = beta - step, new
         if np.abs(step).max() < 1e-10:
             break
-    slope = float(beta[0] / scale)
-    if not slope > 0.0:
-        return None
-    return Calibration(slope, float(beta[1] - beta[0] * centre / scale))
+    return beta
 
 
 def apply(calibration: Calibration | Mapping[str, Any], p: np.ndarray) -> np.ndarray:
@@ -150,13 +291,20 @@ def operating_point(
         ConfigError: a rule that is none of the three, or a target outside 0..1.
         ValueError: as `fit_platt`.
     """
+    found = _operating_point(y, p, rule, min_positives)
+    return None if isinstance(found, str) else found
+
+
+def _operating_point(y: np.ndarray, p: np.ndarray, rule: str, min_positives: int) -> dict[str, Any] | str:
+    """The operating point, or in words why there is none."""
     name, target = _rule(rule)
     y, p64 = metrics.checked(y, np.asarray(p, dtype=np.float32))
     _check_range(p64)
     positives = int(y.sum())
     negatives = y.size - positives
-    if min(positives, negatives) < max(min_positives, 1):
-        return None
+    lacking = _too_few(positives, negatives, min_positives)
+    if lacking is not None:
+        return lacking
     curve = metrics.roc_curve(y, p64)
     assert curve is not None
     # Point k flags the k highest distinct scores. Whole numbers, so that a target of 0.9 means 9 of 10.
@@ -166,15 +314,17 @@ def operating_point(
         gain = true * negatives - false * positives
         best = int(gain.max())
         if best <= 0:
-            return None
+            return "no threshold is better than chance"
         k = int(np.flatnonzero(gain == best)[-1])
     elif name == "sensitivity":
         k = int(np.flatnonzero(true >= math.ceil(target * positives - 1e-9))[0])
     else:
         k = int(np.flatnonzero(negatives - false >= math.ceil(target * negatives - 1e-9))[-1])
     threshold = _between(curve.thresholds, k)
+    if threshold == math.inf:
+        return f"only flagging nothing reaches {rule.strip()}"
     if not 0.0 < threshold < 1.0:
-        return None
+        return "scores saturated at 0 or 1 leave no room for a threshold"
     return {
         "threshold": threshold,
         "rule": rule.strip(),
@@ -200,7 +350,7 @@ def _between(descending: np.ndarray, k: int) -> float:
 def _rule(rule: str) -> tuple[str, float]:
     name, equals, text = rule.strip().partition("=")
     if name == "youden" and not equals:
-        return name, math.nan
+        return name, 0.0
     try:
         target = float(text)
     except ValueError:

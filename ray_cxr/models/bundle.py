@@ -1,6 +1,7 @@
 """A bundle: a folder with all that scoring and reporting need of a trained model. Immutable, and only data.
 
-bundle.json        format, architecture, findings in order, input spec, calibration, operating points, provenance
+bundle.json        format, architecture, findings in order, input spec, calibration, operating points, provenance;
+                   may have operating_alternatives (points by other rules) and rule_notes (why a finding has none)
 model.weights.h5   the weights alone; the network is built again from `architecture`
 config.toml        the resolved settings, which `ray-cxr train --config` takes
 curves.json        learning curves, one object per epoch
@@ -196,6 +197,7 @@ def load_bundle(path: str | Path) -> Bundle:
     bundle = Bundle(path=path, digest=digest, architecture=architecture, input_spec=spec, info=info)
     try:
         bundle.rules  # noqa: B018  -- read now, so that a bad entry is refused on loading and not in mid-run
+        _check_additions(info, findings)
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path}: bundle.json: calibration, operating points or ages are damaged: {error}") from None
     return bundle
@@ -214,12 +216,16 @@ def write_bundle(
     config_toml: str,
     curves: Sequence[Mapping[str, Any]],
     split: pa.Table,
+    operating_alternatives: Mapping[str, Mapping[str, Any]] | None = None,
+    rule_notes: Mapping[str, str | None] | None = None,
 ) -> Bundle:
     """Write a bundle beside its final name, then rename it there: a bundle is whole or absent.
 
     Args:
         save_weights: called with the path to write the `.weights.h5` to.
         split: a table of `SPLIT_SCHEMA`.
+        operating_alternatives: per finding, operating points by other rules than the chosen one (a point or None).
+        rule_notes: per finding, why it has no calibration or no operating point, or None.
 
     Raises:
         OutputError: `out` exists; a bundle is never changed.
@@ -242,8 +248,12 @@ def write_bundle(
             "calibration": dict(calibration),
             "operating_points": dict(operating_points),
             "expected_flag_rates": dict(expected_flag_rates),
-            "provenance": dict(provenance),
         }
+        if operating_alternatives is not None:
+            info["operating_alternatives"] = {name: dict(points) for name, points in operating_alternatives.items()}
+        if rule_notes is not None:
+            info["rule_notes"] = dict(rule_notes)
+        info["provenance"] = dict(provenance)
         save_weights(part / WEIGHTS)
         atomic.write_json(part / "bundle.json", info)
         atomic.write_json(part / "curves.json", list(curves))
@@ -257,6 +267,26 @@ def write_bundle(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return load_bundle(out)
+
+
+def _check_additions(info: Mapping[str, Any], findings: Sequence[str]) -> None:
+    """What older bundles do not have: right where it is there.
+
+    Raises:
+        TypeError, KeyError, ValueError: it is not.
+    """
+    for name in ("operating_alternatives", "rule_notes"):
+        if name in info and (not isinstance(info[name], dict) or set(info[name]) != set(findings)):
+            raise ValueError(f"{name} is not for {', '.join(findings)}")
+    for name, points in info.get("operating_alternatives", {}).items():
+        if not isinstance(points, dict):
+            raise TypeError(f"operating_alternatives of {name} is not an object")
+        for point in points.values():
+            if point is not None:
+                _threshold(point)
+    for name, note in info.get("rule_notes", {}).items():
+        if not isinstance(note, (str, type(None))):
+            raise TypeError(f"rule_notes of {name} is not a text")
 
 
 def _threshold(point: Mapping[str, Any]) -> float:

@@ -32,30 +32,18 @@ def model_card(info: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> 
             lines.append(f"- Ages in training: {source['age_range'][0]:.0f} to {source['age_range'][1]:.0f} years.")
     if curves:
         lines += ["", f"## Training: {len(curves)} epochs, the best of them epoch {source.get('best_epoch')}"]
-    metrics = source.get("validation", {}).get("findings", {})
-    if metrics:
-        lines += [
-            "",
-            "## Validation (it chose the epoch, the calibration and the thresholds: not a test)",
-            "",
-            "| finding | images | positives | AUROC | calibrated | flags above | flag rate |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for name in info["findings"]:
-            row = metrics.get(name, {})
-            point = info["operating_points"][name]
-            lines.append(
-                f"| {name} | {row.get('n', 0):,} | {row.get('positives', 0):,} | {_number(row.get('auroc'))} "
-                f"| {'yes' if info['calibration'][name] else 'no: too few positives or negatives'} "
-                f"| {_number(point['threshold'], 4) if point else 'none'} "
-                f"| {_number(info['expected_flag_rates'][name])} |"
-            )
+    lines += _validation(info)
+    if source.get("recalibrated"):
+        lines += _recalibration(info)
+    lines += _alternatives(info)
+    lines += _lacking(info)
     lines += [
         "",
         "## Limits",
         "",
         "- ChestX-ray14's labels were mined from reports by software; some are wrong.",
-        "- Calibration and thresholds hold for patients like those of validation; fit them again on your own.",
+        "- Calibration and thresholds hold for patients like those that they were fitted on; "
+        "`ray-cxr recalibrate` fits them on your own.",
         "- A probability says nothing about findings that are not in the list.",
         "",
         "## Versions",
@@ -64,6 +52,121 @@ def model_card(info: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> 
         "",
     ]
     return "\n".join(lines)
+
+
+def _validation(info: Mapping[str, Any]) -> list[str]:
+    source = info["provenance"]
+    metrics = source.get("validation", {}).get("findings", {})
+    if not metrics:
+        return []
+    rows: dict[str, list[str]] = {}
+    for name in info["findings"]:
+        row = metrics.get(name, {})
+        rows[name] = [f"{row.get('n', 0):,}", f"{row.get('positives', 0):,}", _number(row.get("auroc"))]
+    if source.get("recalibrated"):
+        # Its thresholds are of other images than these: they stand in a table of their own.
+        title = "## Validation in training (it chose the epoch: not a test)"
+        return ["", title, "", *_table(["images", "positives", "AUROC"], rows)]
+    for name, cells in rows.items():
+        cells += _rules(info, name)
+    heads = ["images", "positives", "AUROC", "calibrated", "flags above", "flag rate"]
+    title = "## Validation (it chose the epoch, the calibration and the thresholds: not a test)"
+    return ["", title, "", *_table(heads, rows)]
+
+
+def _recalibration(info: Mapping[str, Any]) -> list[str]:
+    source = info["provenance"]["recalibrated"]
+    before = source["before"]["operating_points"]
+    rows = {}
+    for name in info["findings"]:
+        row, old = source["findings"][name], before[name]
+        rows[name] = [
+            f"{row['n']:,}",
+            f"{row['positives']:,}",
+            *_rules(info, name),
+            _number(old["threshold"], 4) if old else "none",
+            "none" if row["flag_rate_before"] is None else _number(row["flag_rate_before"]),
+        ]
+    heads = ["images", "positives", "calibrated", "flags above", "flag rate", "flags above before", "flag rate before"]
+    return [
+        "",
+        "## Recalibration (these images chose the calibration and the thresholds: not a test)",
+        "",
+        f"- The same weights as the bundle {source['from']}; its rules are kept in bundle.json.",
+        f"- Fitted on {source['images']:,} images of {source['patients']:,} patients, {source['created']}: "
+        f"calibration by {source['method']}, operating points by {source['rule']}.",
+        "",
+        *_table(heads, rows),
+    ]
+
+
+def _rules(info: Mapping[str, Any], name: str) -> list[str]:
+    """Calibrated, flags above, flag rate."""
+    point, fitted = info["operating_points"][name], info["calibration"][name]
+    return [
+        fitted["method"] if fitted else "no",
+        _number(point["threshold"], 4) if point else "none",
+        _number(info["expected_flag_rates"][name]) if point else "none",
+    ]
+
+
+def _alternatives(info: Mapping[str, Any]) -> list[str]:
+    """A row per finding and a column per rule; findings without any point are left to `_lacking`."""
+    rules = info.get("operating_alternatives", {})
+    heads = list(dict.fromkeys(rule for points in rules.values() for rule in points))
+    rows = {}
+    for name in info["findings"]:
+        points = [rules.get(name, {}).get(rule) for rule in heads]
+        if any(points):
+            rows[name] = [_point(point) for point in points]
+    if not rows:
+        return []
+    return [
+        "",
+        "## Operating points by other rules, on the same images",
+        "",
+        "Flags above (sensitivity, specificity); the bundle does not use them.",
+        "",
+        *_table(heads, rows),
+    ]
+
+
+def _point(point: Mapping[str, Any] | None) -> str:
+    if point is None:
+        return "none"
+    return f"{point['threshold']:.4f} ({point['sensitivity']:.3f}, {point['specificity']:.3f})"
+
+
+def _lacking(info: Mapping[str, Any]) -> list[str]:
+    notes = info.get("rule_notes", {})
+    names: dict[str, list[str]] = {}
+    for name in info["findings"]:
+        lacks = [
+            word
+            for word, table in (("calibration", "calibration"), ("operating point", "operating_points"))
+            if not info[table][name]
+        ]
+        if lacks:
+            reason = notes.get(name) or f"no {' and no '.join(lacks)}: not fitted"
+            names.setdefault(reason, []).append(name)
+    if not names:
+        return []
+    return [
+        "",
+        "## Findings without calibration or operating point",
+        "",
+        "Without a calibration `c_` is null in a score table, without an operating point `flag_` is.",
+        "",
+        *(f"- {', '.join(group)}: {reason}." for reason, group in names.items()),
+    ]
+
+
+def _table(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(['finding', *heads])} |",
+        "|---" * (len(heads) + 1) + "|",
+        *(f"| {' | '.join([name, *cells])} |" for name, cells in rows.items()),
+    ]
 
 
 def split_words(split: Mapping[str, Any]) -> str:

@@ -1,18 +1,23 @@
-"""Platt scaling and operating points: recovered truth, kept order, thresholds that rounding cannot flip."""
+"""Scaling and operating points: recovered truth, kept order, thresholds that rounding cannot flip."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_cxr.errors import ConfigError
 from ray_cxr.evaluation import calibration, metrics
-from ray_cxr.evaluation.calibration import Calibration, operating_point
+from ray_cxr.evaluation.calibration import ALTERNATIVES, Calibration, FittedRules, fit_rules, operating_point
 
 SCORED = st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1, width=32)), min_size=2, max_size=60)
 RULES = st.sampled_from(["youden", "sensitivity=0.9", "specificity=0.9", "sensitivity=1", "specificity=0.5"])
+Fit = Callable[..., Calibration | None]
+FITS = pytest.mark.parametrize("fit", [calibration.fit_platt, calibration.fit_temperature])
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -30,9 +35,52 @@ def test_platt_recovers_slope_and_intercept() -> None:
     assert calibration.apply(got, sigmoid(x)).mean() == pytest.approx(y.mean(), abs=1e-4)
 
 
-def test_platt_survives_separable_and_saturated_scores() -> None:
+def test_temperature_recovers_the_slope() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(-1.0, 1.0, size=200_000)
+    y = rng.random(len(x)) < sigmoid(0.6 * x)
+    got = calibration.fit_temperature(y, sigmoid(x))
+    assert got is not None
+    assert got.slope == pytest.approx(0.6, abs=0.01)
+    assert (got.method, got.intercept) == ("temperature", 0.0)
+    assert calibration.apply(got, np.array([0.5])) == pytest.approx([0.5])
+
+
+def test_temperature_by_hand() -> None:
+    # At logits 1 and -1, 29 of 38 and 10 of 40 are positive: the smoothed mean target there has the odds e^slope.
+    y = np.array([1] * 29 + [0] * 9 + [1] * 10 + [0] * 30)
+    p = sigmoid(np.repeat([1.0, -1.0], [38, 40]))
+    high, low = 40 / 41, 1 / 41
+    share = (29 * high + 9 * low + 10 * (1 - high) + 30 * (1 - low)) / 78
+    got = calibration.fit_temperature(y, p)
+    assert got is not None
+    assert got.slope == pytest.approx(np.log(share / (1 - share)), rel=1e-7)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SCORED)
+def test_no_other_temperature_is_better(rows: list[tuple[int, float]]) -> None:
+    y, p = np.array([r[0] for r in rows]), np.array([r[1] for r in rows], dtype=np.float32)
+    positives = int(y.sum())
+    x = np.clip(p.astype(float), calibration.EPSILON, 1 - calibration.EPSILON)
+    x = np.log(x) - np.log1p(-x)
+    target = np.where(y == 1, (positives + 1) / (positives + 2), 1 / (len(y) - positives + 2))
+
+    def loss(slope: float) -> float:
+        return float(np.sum(np.logaddexp(0, slope * x) - target * slope * x))
+
+    got = calibration.fit_temperature(y, p, min_positives=1)
+    if got is not None:
+        assert loss(got.slope) <= min(loss(got.slope * step) for step in (0.9, 0.99, 1.01, 1.1)) + 1e-9
+    elif 0 < positives < len(y) and np.ptp(x) > 0:
+        # Declined because the loss falls towards slopes below 0 (it is convex, so one step tells).
+        assert loss(-1e-4) <= loss(1e-4)
+
+
+@FITS
+def test_scaling_survives_separable_and_saturated_scores(fit: Fit) -> None:
     y = np.repeat([0, 1], 20)
-    got = calibration.fit_platt(y, np.repeat([0.0, 1.0], 20))
+    got = fit(y, np.repeat([0.0, 1.0], 20))
     assert got is not None
     c = calibration.apply(got, np.array([0.0, 1.0]))
     # Platt's targets: 1/22 and 21/22 are all that 20 images of each class can vouch for.
@@ -49,15 +97,17 @@ def test_platt_survives_separable_and_saturated_scores() -> None:
     ],
     ids=["few positives", "few negatives", "all alike", "order turned round"],
 )
-def test_platt_declines(y: list[int], p: np.ndarray) -> None:
-    assert calibration.fit_platt(np.array(y), p, min_positives=5) is None
+@FITS
+def test_scaling_declines(y: list[int], p: np.ndarray, fit: Fit) -> None:
+    assert fit(np.array(y), p, min_positives=5) is None
 
 
+@FITS
 @settings(max_examples=50, deadline=None)
-@given(SCORED)
-def test_calibration_keeps_order(rows: list[tuple[int, float]]) -> None:
+@given(rows=SCORED)
+def test_calibration_keeps_order(rows: list[tuple[int, float]], fit: Fit) -> None:
     y, p = np.array([r[0] for r in rows]), np.array([r[1] for r in rows], dtype=np.float32)
-    got = calibration.fit_platt(y, p, min_positives=1)
+    got = fit(y, p, min_positives=1)
     if got is None:
         return
     c = calibration.apply(got, p)
@@ -79,6 +129,9 @@ def test_calibration_as_a_bundle_keeps_it() -> None:
     assert Calibration.from_dict(one.as_dict()) == one
     p = np.linspace(0, 1, 5)
     assert (calibration.apply(one.as_dict(), p) == calibration.apply(one, p)).all()
+    cool = Calibration(0.5, 0.0, "temperature")
+    assert cool.as_dict() == {"method": "temperature", "slope": 0.5, "intercept": 0.0}
+    assert Calibration.from_dict(cool.as_dict()) == cool
 
 
 @pytest.mark.parametrize(
@@ -88,6 +141,10 @@ def test_calibration_as_a_bundle_keeps_it() -> None:
         {"method": "platt", "slope": -1.0, "intercept": 0.0},
         {"method": "platt", "slope": float("nan"), "intercept": 0.0},
         {"method": "platt", "slope": 1.0},
+        {"slope": 1.0, "intercept": 0.0},
+        {"method": "temperature", "slope": 1.0, "intercept": 0.5},
+        {"method": "temperature", "slope": -1.0, "intercept": 0.0},
+        {"method": "temperature", "slope": 1.0},
     ],
 )
 def test_bad_calibration_is_refused(value: dict[str, object]) -> None:
@@ -194,7 +251,110 @@ def test_probabilities_outside_the_range_are_refused() -> None:
     for call in (
         lambda p: operating_point(np.array([0, 1]), p),
         lambda p: calibration.fit_platt(np.array([0, 1]), p),
+        lambda p: calibration.fit_temperature(np.array([0, 1]), p),
         lambda p: calibration.apply(Calibration(1.0, 0.0), p),
     ):
         with pytest.raises(ValueError, match=r"0\.\.1"):
             call(np.array([0.5, 1.5]))
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        fit_rules(np.array([[0], [1]]), np.array([[0.5], [1.5]]), ["Mass"], min_positives=1)
+
+
+WRONG_WAY = "no calibration: the best slope is not positive; no operating point: no threshold is better than chance"
+
+
+def site() -> tuple[pd.DataFrame, np.ndarray]:
+    """Five findings on 60 images: a good one, one with few positives, one unlabelled, one the wrong way, one half."""
+    rng = np.random.default_rng(4)
+    y = (np.arange(60) % 3 == 0).astype(float)
+    good = sigmoid(2 * y - 1 + rng.normal(size=60))
+    few = np.zeros(60)
+    few[:3] = 1
+    half = np.where(np.arange(60) < 30, y, np.nan)
+    labels = pd.DataFrame({"Mass": y, "Hernia": few, "Edema": np.nan, "Fibrosis": 1 - y, "Nodule": half})
+    return labels, np.column_stack([good, good, good, good, good]).astype(np.float32)
+
+
+def test_rules_per_finding() -> None:
+    labels, p = site()
+    names = list(labels.columns)
+    got = fit_rules(labels, p, names)
+    y = labels["Mass"].to_numpy().astype(int)
+    platt = calibration.fit_platt(y, p[:, 0])
+    assert platt is not None
+    assert got.calibrations["Mass"] == platt.as_dict()
+    point = operating_point(y, p[:, 0])
+    assert point is not None
+    assert got.operating_points["Mass"] == point
+    assert got.expected_flag_rates["Mass"] == point["flag_rate"]
+    assert got.alternatives["Mass"] == {
+        name: operating_point(y, p[:, 0], name) for name in ("sensitivity=0.9", "specificity=0.9")
+    }
+    assert got.reasons == {
+        "Mass": None,
+        "Hernia": "3 positives, needs 5",
+        "Edema": "no labelled images",
+        "Fibrosis": WRONG_WAY,
+        "Nodule": None,
+    }
+    for name in ("Hernia", "Edema"):
+        assert got.calibrations[name] is got.operating_points[name] is got.expected_flag_rates[name] is None
+        assert got.alternatives[name] == {"sensitivity=0.9": None, "specificity=0.9": None}
+    assert got.calibrations["Fibrosis"] is None
+    # Only the half that is labelled counts.
+    assert got.operating_points["Nodule"] == operating_point(y[:30], p[:30, 0])
+    for part in (got.calibrations, got.operating_points, got.expected_flag_rates, got.alternatives, got.reasons):
+        assert list(part) == names
+
+
+def test_rules_by_another_method_and_rule() -> None:
+    labels, p = site()
+    got = fit_rules(labels, p, list(labels.columns), method="temperature", rule="sensitivity=0.90", min_positives=3)
+    assert got.calibrations["Mass"] is not None
+    assert got.calibrations["Mass"]["method"] == "temperature"
+    for name in ("Mass", "Hernia"):
+        point = got.operating_points[name]
+        assert point is not None
+        assert (point["rule"], point["sensitivity"] >= 0.9) == ("sensitivity=0.90", True)
+    # The chosen rule, however it is written, is no alternative to itself.
+    assert list(got.alternatives["Mass"]) == ["youden", "specificity=0.9"]
+    third = fit_rules(labels, p, list(labels.columns), rule="specificity=0.5")
+    assert tuple(third.alternatives["Mass"]) == ALTERNATIVES
+
+
+def test_rules_from_arrays_tables_and_nulls_are_the_same() -> None:
+    labels, p = site()
+    names = list(labels.columns)
+    expected = fit_rules(labels, p, names)
+    minus = labels.fillna(-1).to_numpy().astype(np.int8)
+    nullable = labels.astype("Int8")[names[::-1]]  # a table's columns are taken by name
+    for form in (labels.to_numpy(), minus, nullable, labels.astype(object).where(labels.notna(), None)):
+        assert fit_rules(form, p, names) == expected
+
+
+def test_reasons_tell_calibration_and_operating_point_apart() -> None:
+    def reason(y: list[int], p: list[float], rule: str = "youden") -> str | None:
+        got: FittedRules = fit_rules(np.array(y)[:, None], np.array(p)[:, None], ["Mass"], rule=rule, min_positives=1)
+        return got.reasons["Mass"]
+
+    alike = "no calibration: the scores are all alike; no operating point: "
+    assert reason([0, 1], [0.3, 0.3]) == alike + "no threshold is better than chance"
+    assert reason([0, 1], [0.3, 0.3], "specificity=0.9") == alike + "only flagging nothing reaches specificity=0.9"
+    assert reason([0] * 5 + [1] * 10, [1e-6] * 5 + [0.0] + [0.9] * 9, "sensitivity=1") == (
+        "no operating point: scores saturated at 0 or 1 leave no room for a threshold"
+    )
+    assert reason([0, 1], [0.3, 0.2]) == WRONG_WAY
+    assert reason([0, 1], [0.3, 0.2], "sensitivity=1") == "no calibration: the best slope is not positive"
+    assert reason([1, 1], [0.3, 0.2]) == "0 negatives, needs 1"
+
+
+def test_rules_refuse_what_does_not_fit() -> None:
+    y, p = np.array([[0], [1]]), np.array([[0.1], [0.9]])
+    with pytest.raises(ConfigError, match="isotonic"):
+        fit_rules(y, p, ["Mass"], method="isotonic")
+    with pytest.raises(ConfigError, match="operating point"):
+        fit_rules(y, p, ["Mass"], rule="f1")
+    with pytest.raises(ValueError, match="for 2 findings"):
+        fit_rules(y, p, ["Mass", "Nodule"])
+    with pytest.raises(ValueError, match="labels must be 0 or 1"):
+        fit_rules(np.array([[0], [2]]), p, ["Mass"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -104,6 +105,86 @@ def test_a_damaged_calibration_is_refused_on_loading(copy: Path) -> None:
     broken = {**info["calibration"], "Effusion": {"method": "platt", "slope": -1.0, "intercept": 0.0}}
     edit(copy, calibration=broken)
     with pytest.raises(BundleError, match="calibration"):
+        ray_cxr.load_bundle(copy)
+
+
+def test_a_temperature_is_read_and_applied(copy: Path) -> None:
+    info = json.loads((copy / "bundle.json").read_text())
+    cool = {"method": "temperature", "slope": 0.5, "intercept": 0.0}
+    edit(copy, calibration={**info["calibration"], "Effusion": cool})
+    frame = ray_cxr.load_bundle(copy).predict(np.random.default_rng(0).integers(0, 256, (1, 64, 64), dtype=np.uint8))
+    p = frame["p_Effusion"].to_numpy(dtype=float)
+    # Half the logit is the square root of the odds.
+    odds = np.sqrt(p / (1 - p))
+    np.testing.assert_allclose(frame["c_Effusion"].to_numpy(dtype=float), odds / (1 + odds), rtol=1e-5)
+    edit(copy, calibration={**info["calibration"], "Effusion": {**cool, "intercept": 0.1}})
+    with pytest.raises(BundleError, match="calibration"):
+        ray_cxr.load_bundle(copy)
+
+
+POINT = {"threshold": 0.25, "sensitivity": 0.9, "specificity": 0.4}
+
+
+def again(source: ray_cxr.Bundle, out: Path, **more: object) -> ray_cxr.Bundle:
+    """The tiny bundle written once more, with additions."""
+    info = source.info
+    return bundles.write_bundle(
+        out,
+        save_weights=lambda path: shutil.copyfile(source.path / bundles.WEIGHTS, path),
+        architecture=source.architecture,
+        input_spec=source.input_spec,
+        calibration=info["calibration"],
+        operating_points=info["operating_points"],
+        expected_flag_rates=info["expected_flag_rates"],
+        provenance=info["provenance"],
+        config_toml="",
+        curves=[],
+        split=pq.read_table(source.path / "split.parquet"),
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def test_alternatives_and_notes_are_kept_and_stand_in_the_card(tiny_bundle, tmp_path: Path) -> None:
+    first, second, *rest = tiny_bundle.findings
+    points = {first: {"specificity=0.9": None}, second: {"specificity=0.9": POINT}}
+    points |= {name: {"specificity=0.9": None} for name in rest}
+    notes = dict.fromkeys(tiny_bundle.findings) | {first: "3 positives, needs 5"}
+    bundle = again(tiny_bundle, tmp_path / "b", operating_alternatives=points, rule_notes=notes)
+    assert bundle.info["operating_alternatives"] == points
+    assert bundle.info["rule_notes"] == notes
+    assert bundle.model_json()["rule_notes"] == notes
+    card = (bundle.path / "MODEL_CARD.md").read_text().splitlines()
+    table = card.index("| finding | specificity=0.9 |")
+    assert card[table + 2 : table + 4] == [f"| {second} | 0.2500 (0.900, 0.400) |", ""]
+    assert f"- {first}: 3 positives, needs 5." in card
+    # No reason was given for these; they are named all the same.
+    info = bundle.info
+    uncalibrated = [name for name in rest if info["operating_points"][name] and not info["calibration"][name]]
+    assert len(uncalibrated) > 1
+    assert f"- {', '.join(uncalibrated)}: no calibration: not fitted." in card
+
+
+def test_bundles_without_alternatives_and_notes_are_read(tiny_bundle) -> None:
+    assert not {"operating_alternatives", "rule_notes"} & set(tiny_bundle.info)
+    assert "other rules" not in (tiny_bundle.path / "MODEL_CARD.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("operating_alternatives", []),
+        ("operating_alternatives", {"Effusion": {}}),
+        ("operating_alternatives", dict.fromkeys(ray_cxr.FINDINGS)),
+        ("operating_alternatives", {name: {"youden": {"threshold": 2.0}} for name in ray_cxr.FINDINGS}),
+        ("operating_alternatives", {name: {"youden": 0.5} for name in ray_cxr.FINDINGS}),
+        ("rule_notes", "none"),
+        ("rule_notes", {"Effusion": None}),
+        ("rule_notes", dict.fromkeys(ray_cxr.FINDINGS, 3)),
+    ],
+)
+def test_damaged_alternatives_and_notes_are_refused_on_loading(copy: Path, key: str, value: object) -> None:
+    edit(copy, **{key: value})
+    with pytest.raises(BundleError, match="damaged"):
         ray_cxr.load_bundle(copy)
 
 
