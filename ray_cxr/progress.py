@@ -22,10 +22,14 @@ class Work:
         total: how many there are in all.
         done: how many an earlier run did already.
         unit: what is counted.
+        line_every: seconds between lines where there is no terminal.
     """
 
-    def __init__(self, what: str, total: int, *, done: int = 0, unit: str = "images") -> None:
+    def __init__(
+        self, what: str, total: int, *, done: int = 0, unit: str = "images", line_every: float = LINE_EVERY_S
+    ) -> None:
         self._what, self._total, self._done, self._unit = what, total, done, unit
+        self._line_every = line_every
         self._first, self._note = done, ""
         self._line_at: int | None = None  # what the last line said, not to say it twice
         self._start = self._said = time.monotonic()
@@ -61,7 +65,7 @@ class Work:
         self._note = note
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, rate=self._rate(), note=note)
-        elif time.monotonic() - self._said >= LINE_EVERY_S:
+        elif time.monotonic() - self._said >= self._line_every:
             self._line()
 
     def _rate(self) -> str:

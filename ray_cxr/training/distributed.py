@@ -1,14 +1,24 @@
-"""The only file that knows `tf.distribute`: one strategy, one replica per worker, the same for 1 and N workers."""
+"""The only file that knows `tf.distribute`: one strategy, one replica per worker, the same for 1 and N workers.
+
+Keras's own optimizers do more than add up gradients under a strategy, and some of it before they are added up: the
+norm that clips is then each worker's own, and with float16 one worker can skip a step that another takes, which hangs
+or parts them. So only numbers cross the wire here. Each worker has a plain model and a plain optimizer; gradients are
+added up inside the strategy, and what follows is the same arithmetic on the same numbers on every worker.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+
+from ray_cxr.errors import RayCxrError
 
 
 class Replicas:
@@ -16,49 +26,93 @@ class Replicas:
 
     Ray Train has set `TF_CONFIG` before; MultiWorkerMirroredStrategy reads it. One worker is a cluster of one.
 
+    Args:
+        gpu: whether this worker computes on its GPU; NCCL then carries the sums.
+
     Attributes:
         rank: this worker's number, from 0.
         count: how many workers there are.
+
+    Raises:
+        RayCxrError: this worker sees more than one device to compute on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, gpu: bool = False) -> None:
         config = json.loads(os.environ.get("TF_CONFIG", "{}"))
         self.rank = int(config.get("task", {}).get("index", 0))
         self.count = len(config.get("cluster", {}).get("worker", [""]))
-        self._strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        how = tf.distribute.experimental.CommunicationImplementation
+        self._strategy = tf.distribute.MultiWorkerMirroredStrategy(
+            communication_options=tf.distribute.experimental.CommunicationOptions(
+                implementation=how.NCCL if gpu else how.RING
+            )
+        )
+        if self._strategy.num_replicas_in_sync != self.count:
+            raise RayCxrError(
+                f"worker {self.rank} sees {self._strategy.num_replicas_in_sync // self.count} GPUs and takes one: "
+                "start a worker for each, with --workers"
+            )
 
-    def scope(self) -> Any:
-        """Where the model and the optimizer must be built, so that their variables are mirrored."""
-        return self._strategy.scope()
+    def compile(self, together: Callable[..., Any], alone: Callable[[Any], Any] = lambda value: value) -> Any:
+        """One graph: `together` runs in the strategy and may call `total`; `alone` then gets what it returned.
 
-    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` of this worker's tensors as one graph run by every worker; returns this worker's result."""
+        What `alone` gets should be the same on all workers, so that what it does with it is as well.
 
-        @tf.function
+        Returns:
+            A function of this worker's tensors; gives what `alone` returns.
+        """
+
+        # Nothing here needs Python rewritten into graph code, and tracing is quicker without it.
+        @tf.function(autograph=False)
         def run(*args: Any) -> Any:
-            return self._strategy.run(function, args=args)
+            return alone(self._strategy.run(together, args=args))
 
         return run
 
-    @staticmethod
-    def gather(value: Any) -> Any:
-        """Inside `compile`: all workers' rows, in order of rank."""
-        context = tf.distribute.get_replica_context()
-        return context.all_gather(value, axis=0) if context.num_replicas_in_sync > 1 else value
+    def total(self, values: Sequence[Any]) -> list[Any]:
+        """Inside `together`: each tensor summed over the workers, in one exchange."""
+        if self.count == 1:
+            return list(values)
+        return list(tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, list(values)))
 
-    @staticmethod
-    def total(value: Any) -> Any:
-        """Inside `compile`: the sum over the workers."""
-        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
+    def gather(self, array: np.ndarray) -> np.ndarray:
+        """All workers' arrays of one shape [...] and dtype, as [workers, ...] in order of rank, on every worker."""
+        if self.count == 1:
+            return array[None]
+
+        def all_of(value: Any) -> Any:
+            return tf.distribute.get_replica_context().all_gather(value[None], axis=0)
+
+        return np.asarray(self.compile(all_of)(tf.constant(array)))
 
     def average(self, variables: Sequence[keras.Variable]) -> None:
-        """Set each variable to its mean over the workers: BatchNorm's statistics are else only one worker's own."""
+        """Set each variable to its mean over the workers."""
         if self.count == 1 or not variables:
             return
+        # A bare read of a variable has no device of its own, and the exchange asks for one.
+        sums = self.compile(lambda: self.total([tf.identity(v.value) for v in variables]))()
+        for variable, value in zip(variables, sums, strict=True):
+            variable.assign(value / self.count)
 
-        def mean() -> list[Any]:
-            context = tf.distribute.get_replica_context()
-            return [context.all_reduce(tf.distribute.ReduceOp.MEAN, tf.convert_to_tensor(v.value)) for v in variables]
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on at least one worker; the answer is the same on all."""
+        return bool(self.gather(np.array(flag, dtype=np.int32)).any())
 
-        for variable, value in zip(variables, self.compile(mean)(), strict=True):
-            variable.assign(value)
+    def agree(self, variables: Iterable[keras.Variable], when: str) -> None:
+        """A guard: every bit of these variables is the same on all workers.
+
+        Raises:
+            RayCxrError: it is not; training on would only be noise.
+        """
+        if self.count == 1:
+            return
+        digest = 0
+        for variable in variables:
+            digest = zlib.crc32(np.asarray(variable).tobytes(), digest)
+        digests = self.gather(np.array(digest, dtype=np.int64))
+        if (digests != digests[0]).any():
+            apart = ", ".join(str(rank) for rank, value in enumerate(digests) if value != digests[0])
+            raise RayCxrError(
+                f"{when}: the weights of worker {apart} are not those of worker 0, which must not happen; "
+                "run the command again to continue from the last checkpoint, and report this"
+            )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,117 +19,46 @@ from ray_cxr.data.prepared import SplitData
 from ray_cxr.errors import ConfigError, RayCxrError
 from ray_cxr.evaluation import metrics
 from ray_cxr.labels import LABELS, NO_FINDING
-from ray_cxr.models import classifier
+from ray_cxr.models import classifier, losses
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import WEIGHTS, load_bundle
+from ray_cxr.training import schedule
+from ray_cxr.training.augmentation import augment
 from ray_cxr.training.distributed import Replicas
+from ray_cxr.training.ingest import Batch, Feed
+from ray_cxr.training.optimizer import FlatOptimizer
 
-logger = logging.getLogger(__name__)
+STATE = "state.npz"
 
 
 @dataclass
 class Progress:
-    """Where training stands after a whole number of epochs; what a checkpoint keeps beside the weights."""
+    """Where training stands; what a checkpoint keeps beside weights and optimizer.
+
+    There is no random state to keep: order, augmentation and dropout are functions of seed, epoch and step.
+
+    Attributes:
+        epochs_done: whole epochs.
+        losses: those of the steps done in the epoch after them; empty between epochs.
+        scores: the selection score of each epoch done, the higher the better.
+        curves: a line of metrics per epoch done.
+        stopped: whether a callback has ended the training.
+    """
 
     epochs_done: int = 0
-    best: float | None = None
-    best_epoch: int | None = None
+    losses: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
     curves: list[dict[str, Any]] = field(default_factory=list)
+    stopped: bool = False
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of n images in an epoch: a pure function of its arguments, whatever the number of workers."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch gave: the mean loss of its steps, the seconds it took and those it waited for images."""
 
-
-def batches(order: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Global batches of row numbers: (rows int64 [B], real bool [B]); the last one padded, its padding not real."""
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        real = np.arange(batch_size) < len(rows)
-        yield np.resize(rows, batch_size), real
-
-
-def finding_weights(values: np.ndarray, loss: str) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of positives and negatives per finding, float32 [F] each, from training labels int8 [N,F], -1 null.
-
-    `weighted_bce` weights a positive by the finding's share of negatives and a negative by its share of positives,
-    so that both sides of a finding add up to the same. `bce` weights all by 1.
-    """
-    if loss == "bce":
-        ones = np.ones(values.shape[1], dtype=np.float32)
-        return ones, ones
-    known = np.maximum((values >= 0).sum(axis=0), 1)
-    prevalence = ((values == 1).sum(axis=0) / known).astype(np.float32)
-    return 1.0 - prevalence, prevalence
-
-
-def bce(labels: Any, logits: Any, weight: Any, positive: Any, negative: Any, denominator: Any) -> Any:
-    """Weighted binary cross-entropy summed over this worker's entries, over the global number of them.
-
-    Args:
-        labels: float [B,F], 0 or 1 (anything where weight is 0).
-        logits: float32 [B,F].
-        weight: float [B,F], 0 for nulls and padding.
-        positive, negative: float [F], see `finding_weights`.
-        denominator: the number of labelled entries in the whole global batch.
-    """
-    losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=labels, logits=logits)
-    sides = labels * positive + (1.0 - labels) * negative
-    return tf.reduce_sum(losses * sides * weight) / denominator
-
-
-def augment(images: Any, draws: Any, settings: TrainSettings) -> Any:
-    """Random flip, shift and contrast of uint8 [B,S,S,1], on the device; the size stays.
-
-    Args:
-        draws: float32 [B,4] uniform in 0..1: flip, horizontal shift, vertical shift, contrast. They come from outside
-            so that the same image gets the same change on any number of workers.
-    """
-    if not (settings.flip or settings.shift or settings.contrast):
-        return images
-    x = tf.cast(images, tf.float32)
-    if settings.flip or settings.shift:
-        side = float(images.shape[1])
-        mirrored = tf.cast(draws[:, 0] < 0.5, tf.float32) if settings.flip else tf.zeros_like(draws[:, 0])
-        dx = tf.round((draws[:, 1] * 2.0 - 1.0) * settings.shift * side)
-        dy = tf.round((draws[:, 2] * 2.0 - 1.0) * settings.shift * side)
-        one, zero = tf.ones_like(dx), tf.zeros_like(dx)
-        # Rows of the projective transform: output (x, y) takes input (a0 x + a1 y + a2, b0 x + b1 y + b2).
-        transforms = tf.stack(
-            [one - 2.0 * mirrored, zero, mirrored * (side - 1.0) + dx, zero, one, dy, zero, zero], axis=1
-        )
-        x = tf.raw_ops.ImageProjectiveTransformV3(
-            images=x,
-            transforms=transforms,
-            output_shape=tf.constant([int(side), int(side)], tf.int32),
-            fill_value=0.0,
-            interpolation="NEAREST",  # whole pixels: nothing to interpolate
-            fill_mode="NEAREST",
-        )
-    if settings.contrast:
-        gain = 1.0 + (draws[:, 3] * 2.0 - 1.0) * settings.contrast
-        mean = tf.reduce_mean(x, axis=[1, 2, 3], keepdims=True)
-        x = mean + (x - mean) * tf.reshape(gain, [-1, 1, 1, 1])
-    return tf.cast(tf.clip_by_value(tf.round(x), 0.0, 255.0), tf.uint8)
-
-
-def learning_rate(settings: TrainSettings, steps_per_epoch: int) -> Any:
-    """A constant, or with warm-up a linear rise and then a cosine to zero at the last step."""
-    if not settings.warmup_epochs:
-        return settings.learning_rate
-    warmup = max(1, round(settings.warmup_epochs * steps_per_epoch))
-    total = max(1, settings.epochs * steps_per_epoch - warmup)
-    return keras.optimizers.schedules.CosineDecay(0.0, total, warmup_target=settings.learning_rate, warmup_steps=warmup)
-
-
-def make_optimizer(settings: TrainSettings, steps_per_epoch: int) -> keras.optimizers.Optimizer:
-    rate = learning_rate(settings, steps_per_epoch)
-    if settings.optimizer == "adamw":
-        return keras.optimizers.AdamW(rate, weight_decay=settings.weight_decay)
-    if settings.optimizer == "adam":
-        return keras.optimizers.Adam(rate)
-    return keras.optimizers.SGD(rate, momentum=0.9, nesterov=True)
+    loss: float
+    seconds: float
+    waited: float
 
 
 class Loop:
@@ -141,6 +70,8 @@ class Loop:
         architecture: what to build.
         train, val: the two splits.
         weights: what to start from: `imagenet`, `none`, a bundle or a file.
+        policy: the Keras dtype policy to compute with: `float32`, `mixed_bfloat16` or `mixed_float16`.
+        callbacks: stock or own `keras.callbacks.Callback`s; every worker runs them, with the same logs.
 
     Raises:
         ConfigError: a batch that the workers cannot share equally, or weights that cannot be had.
@@ -155,6 +86,8 @@ class Loop:
         val: SplitData,
         *,
         weights: str,
+        policy: str = "float32",
+        callbacks: Sequence[keras.callbacks.Callback] = (),
     ) -> None:
         if settings.batch_size % replicas.count:
             raise ConfigError(
@@ -164,107 +97,200 @@ class Loop:
         self.settings, self.replicas = settings, replicas
         self.train, self.val = train, val
         self.findings = architecture.findings
-        self._columns = [LABELS.index(name) for name in self.findings]
-        self._share = settings.batch_size // replicas.count
+        self.columns = [LABELS.index(name) for name in self.findings]
+        feed = (self.columns, settings.batch_size, replicas.rank, replicas.count)
+        self._feed, self._val_feed = Feed(train, *feed), Feed(val, *feed)
         full = math.ceil(len(train) / settings.batch_size)
         self.steps_per_epoch = min(full, settings.steps_per_epoch or full)
         keras.utils.set_random_seed(settings.seed)
-        with replicas.scope():
+        with _policy(policy):
             self.model = classifier.build(architecture, weights="imagenet" if weights == "imagenet" else None)
-            self.random_layers: list[str] = []
-            if weights not in ("imagenet", "none"):
-                source, order = Path(weights), None
-                if source.is_dir():
-                    bundle = load_bundle(source)
-                    source, order = source / WEIGHTS, bundle.findings
-                self.random_layers = classifier.initialise(self.model, architecture, source, order)
-            self._logits = classifier.logits_of(self.model)
-            self.optimizer = make_optimizer(settings, self.steps_per_epoch)
-            self.optimizer.build(self.model.trainable_variables)
-        positive, negative = finding_weights(train.labels[:, self._columns], settings.loss)
-        self._positive, self._negative = tf.constant(positive), tf.constant(negative)
-        self._train_step = replicas.compile(self._step)
-        self._predict_step = replicas.compile(self._predict)
+        self.random_layers: list[str] = []
+        if weights not in ("imagenet", "none"):
+            source, order = Path(weights), None
+            if source.is_dir():
+                bundle = load_bundle(source)
+                source, order = source / WEIGHTS, bundle.findings
+            self.random_layers = classifier.initialise(self.model, architecture, source, order)
+        self._logits = classifier.logits_of(self.model)
+        self._norms = [x for x in self.model.layers if isinstance(x, keras.layers.BatchNormalization)]
+        for layer in self._norms:
+            layer.synchronized = settings.sync_batchnorm
+        self._dropouts = [x.seed_generator for x in self.model.layers if isinstance(x, keras.layers.Dropout)]
+        self._float16 = policy == "mixed_float16"
+        positive, negative = losses.finding_weights(train.labels[:, self.columns], settings.loss)
+        self._loss = losses.make_loss(settings, positive, negative)
+        self._head_only: bool | None = None
+        self._planned_rate: float | None = None
+        self.callbacks = keras.callbacks.CallbackList(
+            list(callbacks), add_history=False, add_progbar=False, model=self.model
+        )
+        self._enter_stage(0)
+        self._predict_step = replicas.compile(lambda images: tf.sigmoid(self._logits(images, training=False)))
 
-    def _step(self, images: Any, labels: Any, weight: Any, denominator: Any, draws: Any) -> Any:
-        images = augment(images, draws, self.settings)
-        with tf.GradientTape() as tape:
+    def _enter_stage(self, epoch: int) -> None:
+        """Freeze or free the backbone as this epoch asks; each stage has an optimizer and a graph of its own."""
+        head_only = epoch < self.settings.frozen_epochs
+        if head_only == self._head_only:
+            return
+        self._head_only, self._planned_rate = head_only, None
+        for layer in self.model.layers:
+            # A frozen BatchNorm also keeps its statistics: Keras runs it as in inference.
+            layer.trainable = not head_only or layer.name.startswith("head_") or layer.name == "logits"
+        self.optimizer = FlatOptimizer(self.settings, self.model.trainable_variables, float16=self._float16)
+        # `compile` only ties the two together, for callbacks that look at model.optimizer.
+        self.model.compile(optimizer=self.optimizer.keras, jit_compile=False, auto_scale_loss=False)
+        gradients = self._gradients
+        if self.settings.xla:
+            gradients = tf.function(gradients, jit_compile=True, autograph=False)
+
+        def together(images: Any, labels: Any, weight: Any, denominator: Any, draws: Any, seeds: Any) -> Any:
+            for generator, seed in zip(self._dropouts, tf.unstack(seeds) if self._dropouts else (), strict=True):
+                generator.state.assign(seed)
+            return self.replicas.total(gradients(augment(images, draws, self.settings), labels, weight, denominator))
+
+        def alone(values: Any) -> Any:
+            loss, *summed = values
+            self.optimizer.apply(summed)
+            return loss
+
+        self._train_step = self.replicas.compile(together, alone)
+
+    def _gradients(self, images: Any, labels: Any, weight: Any, denominator: Any) -> list[Any]:
+        """This worker's part of the global batch's loss, and that loss's gradients: the workers' parts add up."""
+        # Only what learns is watched: a frozen backbone then costs no backward pass.
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            for weight_variable in self.optimizer.weights:
+                tape.watch(weight_variable.value)
             logits = self._logits(images, training=True)
-            loss = bce(labels, logits, weight, self._positive, self._negative, denominator)
-        variables = self.model.trainable_variables
-        # The losses of the workers add up to that of the global batch, and so do their gradients, which
-        # apply_gradients sums over the workers.
-        self.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
-        return self.replicas.total(loss)
+            loss = self._loss(labels, logits, weight, denominator)
+            scaled = self.optimizer.keras.scale_loss(loss)
+        return [loss, *self.optimizer.flatten(tape.gradient(scaled, self.optimizer.weights))]
 
-    def _predict(self, images: Any) -> Any:
-        return self.replicas.gather(tf.sigmoid(self._logits(images, training=False)))
+    def run_epoch(
+        self,
+        progress: Progress,
+        *,
+        on_step: Callable[[int, float], None] | None = None,
+        on_checkpoint: Callable[[], None] | None = None,
+    ) -> Epoch:
+        """Train the epoch after those done, from the step after the losses in `progress`; the losses are added there.
 
-    def _mine(self, values: np.ndarray) -> np.ndarray:
-        start = self.replicas.rank * self._share
-        return values[start : start + self._share]
-
-    def run_epoch(self, epoch: int, on_step: Callable[[int], None] | None = None) -> float:
-        """Train one epoch; the mean loss of its steps.
+        Args:
+            on_step: called with the number of steps done and the last known loss.
+            on_checkpoint: called every `checkpoint_steps` steps, when weights and `progress` belong together.
 
         Raises:
             RayCxrError: a loss that is not finite; names the step and the images of the batch.
         """
-        settings, train = self.settings, self.train
-        order = epoch_order(len(train), settings.seed, epoch)
-        losses = []
-        for step, (rows, real) in enumerate(batches(order, settings.batch_size)):
-            if step == self.steps_per_epoch:
-                break
-            labels = train.labels[rows][:, self._columns].astype(np.float32)
-            weight = (labels >= 0) & real[:, None]
-            draws = np.random.default_rng([settings.seed, epoch, step]).random((settings.batch_size, 4), np.float32)
-            loss = float(
-                self._train_step(
-                    tf.constant(train.images[self._mine(rows)][..., None]),
-                    tf.constant(np.maximum(self._mine(labels), 0.0)),
-                    tf.constant(self._mine(weight).astype(np.float32)),
-                    tf.constant(max(float(weight.sum()), 1.0), tf.float32),
-                    tf.constant(self._mine(draws)),
-                )
-            )
-            if not math.isfinite(loss):
-                ids = ", ".join(map(str, train.image_ids[rows[real]][:8]))
-                raise RayCxrError(
-                    f"the loss is {loss} at epoch {epoch + 1}, step {step + 1} (images {ids}, ...); "
-                    "lower the learning rate"
-                )
-            losses.append(loss)
-            if on_step is not None:
-                on_step(step + 1)
-        self.replicas.average(_statistics(self.model))
-        return float(np.mean(losses))
+        epoch, start = progress.epochs_done, time.monotonic()
+        self._enter_stage(epoch)
+        self.optimizer.take_up()
+        fetched = self._feed.train(self.settings.seed, epoch, len(progress.losses), self.steps_per_epoch)
+        pending: tuple[Batch, Any] | None = None
+        watched = bool(self.callbacks.callbacks)
 
-    def predict(self, data: SplitData) -> np.ndarray:
-        """Probabilities float32 [N,F] of every image of a split, each exactly once, from all workers."""
-        results = []
-        for rows, real in batches(np.arange(len(data)), self.settings.batch_size):
-            images = tf.constant(data.images[self._mine(rows)][..., None])
-            results.append(np.asarray(self._predict_step(images))[real])
-        return np.concatenate(results)
+        def settle() -> None:
+            nonlocal pending
+            if pending is None:
+                return
+            batch, value = pending
+            pending = None
+            loss = float(value)
+            if not math.isfinite(loss):
+                ids = ", ".join(map(str, self.train.image_ids[batch.rows]))
+                raise RayCxrError(
+                    f"the loss is {loss} at epoch {epoch + 1}, step {batch.step + 1}; lower the learning rate, or set "
+                    f"clip_norm; the images of that step: {ids}"
+                )
+            progress.losses.append(loss)
+            if watched:
+                self.callbacks.on_train_batch_end(batch.step, {"loss": loss})
+            if on_step is not None:
+                on_step(batch.step + 1, loss)
+
+        for batch in fetched:
+            if watched:
+                self.callbacks.on_train_batch_begin(batch.step)
+            value = self._step(epoch, batch, progress.scores)
+            # The last step's loss is looked at while the device works on this one, which need not wait for it.
+            settle()
+            pending = batch, value
+            due = self.settings.checkpoint_steps and (batch.step + 1) % self.settings.checkpoint_steps == 0
+            if watched or due:
+                settle()
+            if due and on_checkpoint is not None and batch.step + 1 < self.steps_per_epoch:
+                self._share_statistics()
+                on_checkpoint()
+        settle()
+        self._share_statistics()
+        return Epoch(float(np.mean(progress.losses)), time.monotonic() - start, fetched.waited)
+
+    def _step(self, epoch: int, batch: Batch, scores: Sequence[float]) -> Any:
+        rate = schedule.learning_rate(self.settings, self.steps_per_epoch, epoch, batch.step, scores)
+        if rate != self._planned_rate:
+            # Set only when the plan changes, so that a callback that changes it is not overruled.
+            self._planned_rate = rate
+            self.optimizer.keras.learning_rate = rate
+        seeds = np.random.default_rng([self.settings.seed, epoch, batch.step, self.replicas.rank, 1]).integers(
+            0, 2**32, (len(self._dropouts), 2), dtype=np.uint32
+        )
+        return self._train_step(
+            *map(tf.constant, (batch.images, batch.labels, batch.weight, batch.denominator, batch.draws, seeds))
+        )
+
+    def _share_statistics(self) -> None:
+        """Average BatchNorm's moving statistics, which else are each worker's own; then all must be alike."""
+        self.replicas.average([v for layer in self._norms for v in (layer.moving_mean, layer.moving_variance)])
+        self.replicas.agree(self.shared(), "after the step")
+
+    def shared(self) -> list[keras.Variable]:
+        """The variables that must be the same on all workers: all but dropout's seeds."""
+        seeds = {id(generator.state) for generator in self._dropouts}
+        return [v for v in (*self.model.variables, *self.optimizer.variables) if id(v) not in seeds]
+
+    def predict(self, feed: Feed, n: int) -> np.ndarray:
+        """Probabilities float32 [n,F] of every image of a split, each exactly once, from all workers."""
+        mine = np.stack([np.asarray(self._predict_step(tf.constant(images))) for images in feed.images()])
+        parts = self.replicas.gather(mine)  # [workers, steps, share, F]
+        return np.moveaxis(parts, 0, 1).reshape(-1, parts.shape[-1])[:n]
 
     def validate(self) -> tuple[np.ndarray, dict[str, Any]]:
-        """Validation probabilities float32 [N,F], and `evaluate` of them."""
-        probabilities = self.predict(self.val)
-        return probabilities, evaluate(self.val.labels[:, self._columns], probabilities, self.findings)
+        """Validation probabilities float32 [N,F] of all workers, and `evaluate` of them."""
+        probabilities = self.predict(self._val_feed, len(self.val))
+        return probabilities, evaluate(self.val.labels[:, self.columns], probabilities, self.findings)
+
+    def stop_wanted(self) -> bool:
+        """Whether a callback on any worker has set `model.stop_training`; the answer is the same on all."""
+        return bool(self.callbacks.callbacks) and self.replicas.any(bool(self.model.stop_training))
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer state."""
-        self.model.save_weights(str(folder / "model.weights.h5"))
-        arrays: Any = {f"{i:04d}": np.asarray(v) for i, v in enumerate(self.optimizer.variables)}
-        np.savez(folder / "optimizer.npz", **arrays)
+        """Write the raw weights and the optimizer's state as `state.npz`."""
+        arrays = {f"model-{i:04d}": np.asarray(v) for i, v in enumerate(self.model.variables)}
+        arrays |= {f"optimizer-{i:04d}": np.asarray(v) for i, v in enumerate(self.optimizer.variables)}
+        np.savez(folder / STATE, allow_pickle=False, **arrays)
 
-    def restore(self, folder: Path) -> None:
-        """Take up weights and optimizer state from `save`."""
-        classifier.load_own_weights(self.model, folder / "model.weights.h5")
-        with np.load(folder / "optimizer.npz", allow_pickle=False) as arrays:
-            for i, variable in enumerate(self.optimizer.variables):
-                variable.assign(arrays[f"{i:04d}"])
+    def restore(self, folder: Path, progress: Progress) -> None:
+        """Take up what `save` wrote, at the point that `progress` tells."""
+        # A checkpoint at the end of the frozen stage holds that stage's optimizer, which the next one does not use.
+        fresh = progress.epochs_done == self.settings.frozen_epochs > 0 and not progress.losses
+        self._enter_stage(progress.epochs_done)
+        with np.load(folder / STATE, allow_pickle=False) as arrays:
+            for i, variable in enumerate(self.model.variables):
+                variable.assign(arrays[f"model-{i:04d}"])
+            for i, variable in enumerate(() if fresh else self.optimizer.variables):
+                variable.assign(arrays[f"optimizer-{i:04d}"])
+        self.optimizer.take_up()
+
+
+@contextlib.contextmanager
+def _policy(name: str) -> Iterator[None]:
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def evaluate(values: np.ndarray, probabilities: np.ndarray, findings: tuple[str, ...]) -> dict[str, Any]:
@@ -287,15 +313,12 @@ def evaluate(values: np.ndarray, probabilities: np.ndarray, findings: tuple[str,
     return {"findings": rows, "macro_auroc": float(np.mean(defined)) if defined else None}
 
 
-def _statistics(model: keras.Model) -> list[keras.Variable]:
-    """BatchNorm's moving statistics: what each worker updates from its own images alone."""
-    return [v for v in model.non_trainable_variables if not isinstance(v.dtype, str) or "float" in v.dtype]
-
-
-def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """A call's result and its seconds."""
-    start = time.monotonic()
-    return function(), time.monotonic() - start
+def cross_entropy(probabilities: np.ndarray, values: np.ndarray) -> float | None:
+    """Plain binary cross-entropy over the labelled entries, whatever the training loss; None where there is none."""
+    known = values >= 0
+    p = np.clip(probabilities[known].astype(np.float64), 1e-7, 1 - 1e-7)
+    y = values[known]
+    return float(np.mean(-(y * np.log(p) + (1 - y) * np.log(1 - p)))) if known.any() else None
 
 
 def selection(result: Mapping[str, Any], probabilities: np.ndarray, values: np.ndarray) -> float:
@@ -305,7 +328,5 @@ def selection(result: Mapping[str, Any], probabilities: np.ndarray, values: np.n
     """
     if result["macro_auroc"] is not None:
         return float(result["macro_auroc"])
-    known = values >= 0
-    p = np.clip(probabilities[known].astype(np.float64), 1e-7, 1 - 1e-7)
-    y = values[known]
-    return -float(np.mean(-(y * np.log(p) + (1 - y) * np.log(1 - p)))) if known.any() else -math.inf
+    loss = cross_entropy(probabilities, values)
+    return -loss if loss is not None else -math.inf

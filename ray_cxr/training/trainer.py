@@ -2,7 +2,10 @@
 
 RUN/settings.json    what another run must agree with to continue here
 RUN/ray/             Ray Train's own checkpoints: the latest and the best
+RUN/live.json        the step that rank 0 is at, for whoever watches
+RUN/started.json     when the parts of the start-up were over
 RUN/metrics.csv      one row per epoch
+RUN/tensorboard/     the same for TensorBoard
 RUN/bundle/          written last
 """
 
@@ -11,11 +14,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,23 +31,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tomli_w
 
-from ray_cxr.config import TrainSettings, build
-from ray_cxr.data import atomic
+from ray_cxr.config import TrainSettings
 from ray_cxr.data.prepared import PreparedSet, agree, begin
 from ray_cxr.errors import ConfigError, RayCxrError, own_error
-from ray_cxr.evaluation import calibration
+from ray_cxr.evaluation.calibration import fit_rules
 from ray_cxr.labels import LABELS
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle
+from ray_cxr.progress import Work
+from ray_cxr.training import worker
+from ray_cxr.training.worker import FAILURE, LIVE, METRICS, PROGRESS, RESULT, STARTED, VALIDATION, Callbacks
 from ray_cxr.versions import versions
 
 logger = logging.getLogger(__name__)
-
-#: The operating point that a bundle carries: where sensitivity + specificity is largest (Youden 1950).
-OPERATING_RULE = "youden"
-METRICS = "metrics.csv"
-FAILURE = "failure.json"
-STARTED = "started.json"
 
 
 def train(
@@ -51,6 +52,7 @@ def train(
     settings: TrainSettings,
     *,
     use_gpu: bool = False,
+    callbacks: Callbacks | None = None,
     on_event: Callable[[str], None] = logger.info,
 ) -> Bundle:
     """Train a network on a prepared set; continues an earlier run of the same settings in the same folder.
@@ -60,6 +62,9 @@ def train(
         out: the run's folder, on storage that all nodes share.
         settings: the run's.
         use_gpu: one GPU per worker.
+        callbacks: makes `keras.callbacks.Callback`s, stock or own, once in every worker. They see the logs `loss`,
+            `val_loss`, `val_auroc` and `learning_rate`, the same on all workers, may set `model.stop_training` and,
+            where the schedule is constant, the optimizer's learning rate. Their own state is not in checkpoints.
         on_event: takes one line per event for people.
 
     Returns:
@@ -84,7 +89,9 @@ def train(
             f"train: WARNING: the training images do not show both sides of {', '.join(lacking)}: "
             "what the network says of that will mean nothing"
         )
-    result = _fit(prepared, out, settings, use_gpu=use_gpu, on_event=on_event)
+    if settings.frozen_epochs and settings.weights == "none":
+        on_event("train: WARNING: frozen_epochs keeps a backbone frozen whose weights are random")
+    result = _fit(prepared, out, data, settings, use_gpu=use_gpu, callbacks=callbacks, on_event=on_event)
     with tempfile.TemporaryDirectory(prefix="ray_cxr-") as folder, result.as_directory() as best:
         # Ray's folder may be a view of remote storage: copy what the bundle needs once.
         shutil.copytree(best, folder, dirs_exist_ok=True)
@@ -110,6 +117,11 @@ def check(prepared: str | Path, out: str | Path, settings: TrainSettings) -> Pla
     out = Path(out)
     data = PreparedSet(prepared, settings.size)
     settings = settings.replace(size=data.size)
+    if settings.batch_size % settings.workers:
+        raise ConfigError(
+            f"batch_size: {settings.batch_size} cannot be shared equally by {settings.workers} workers; "
+            f"use {math.ceil(settings.batch_size / settings.workers) * settings.workers}"
+        )
     if settings.weights not in ("imagenet", "none"):
         if not Path(settings.weights).exists():
             raise ConfigError(f"weights: {settings.weights}: no such file or bundle; or say imagenet, or none")
@@ -124,8 +136,7 @@ def check(prepared: str | Path, out: str | Path, settings: TrainSettings) -> Pla
         "format": 1,
         "prepared": data.manifest_digest,
         "input_spec": data.input_spec.model_dump(mode="json"),
-        # More epochs, workers or restarts continue a run; all else makes another one.
-        "train": settings.model_dump(mode="json", exclude={"epochs", "workers", "cpus_per_worker", "max_failures"}),
+        "train": settings.model_dump(mode="json", exclude=_free(settings)),
     }
     agree(out, wanted)
     finished = None
@@ -137,13 +148,29 @@ def check(prepared: str | Path, out: str | Path, settings: TrainSettings) -> Pla
     return Plan(data, settings, wanted, finished)
 
 
+def _free(settings: TrainSettings) -> set[str]:
+    """Settings that may change when a run is continued: they leave what was trained so far as it would be anyway."""
+    free = {"workers", "cpus_per_worker", "max_failures", "checkpoint_steps"}
+    # A cosine ends with the last epoch, so another number of epochs would have made other steps from the start.
+    return free if settings.schedule == "cosine" else {*free, "epochs"}
+
+
 def _one_sided(data: PreparedSet, findings: tuple[str, ...]) -> list[str]:
     """Findings that training shows with one value alone: their outputs cannot mean anything."""
     table = data.usable("train")
     return [name for name in findings if len(set(table[name].drop_null().to_pylist())) < 2]
 
 
-def _fit(prepared: Path, out: Path, settings: TrainSettings, *, use_gpu: bool, on_event: Callable[[str], None]) -> Any:
+def _fit(
+    prepared: Path,
+    out: Path,
+    data: PreparedSet,
+    settings: TrainSettings,
+    *,
+    use_gpu: bool,
+    callbacks: Callbacks | None,
+    on_event: Callable[[str], None],
+) -> Any:
     """Run Ray Train to its end; the best checkpoint."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -163,13 +190,14 @@ def _fit(prepared: Path, out: Path, settings: TrainSettings, *, use_gpu: bool, o
         )
     resources = {"CPU": float(cpus), **({"GPU": 1.0} if use_gpu else {})}
     trainer = TensorflowTrainer(
-        _worker,
+        worker.run,
         train_loop_config={
             "settings": settings.model_dump(mode="json"),
             "prepared": str(prepared.absolute()),
             "out": str(out.absolute()),
             "cpus": cpus,
             "use_gpu": use_gpu,
+            "callbacks": callbacks,
         },
         scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=use_gpu, resources_per_worker=resources),
         run_config=RunConfig(
@@ -181,26 +209,34 @@ def _fit(prepared: Path, out: Path, settings: TrainSettings, *, use_gpu: bool, o
             ),
         ),
     )
-    for name in (FAILURE, STARTED):
+    for name in (FAILURE, STARTED, LIVE):
         (out / name).unlink(missing_ok=True)
+    steps = math.ceil(len(data.usable("train")) / settings.batch_size)
     try:
-        with _telling(out, settings, on_event):
+        with _telling(out, settings, min(steps, settings.steps_per_epoch or steps), on_event):
             result = trainer.fit()
     except Exception as error:
+        _raise_failure(out)
         raise _plain(error) from error
-    if (out / FAILURE).exists():
-        failure = json.loads((out / FAILURE).read_text(encoding="utf-8"))
-        raise (ConfigError if failure["input"] else RayCxrError)(failure["message"])
+    _raise_failure(out)
     ranked = [(metrics["selection"], checkpoint) for checkpoint, metrics in result.best_checkpoints]
     if not ranked:
         raise RayCxrError(f"{out}: training ended without a checkpoint; see {out / 'ray'}")
     return max(ranked, key=lambda pair: pair[0])[1]
 
 
+def _raise_failure(out: Path) -> None:
+    """Raise what a worker has written down as its reason to give up."""
+    if (out / FAILURE).exists():
+        failure = json.loads((out / FAILURE).read_text(encoding="utf-8"))
+        raise (ConfigError if failure["input"] else RayCxrError)(failure["message"])
+
+
 @contextlib.contextmanager
-def _telling(out: Path, settings: TrainSettings, on_event: Callable[[str], None]) -> Iterator[None]:
-    """While Ray Train runs, tell each epoch as its line appears in metrics.csv; rank 0 writes it there."""
+def _telling(out: Path, settings: TrainSettings, steps: int, on_event: Callable[[str], None]) -> Iterator[None]:
+    """While Ray Train runs, show where rank 0 is and tell each epoch as its line appears in metrics.csv."""
     over = threading.Event()
+    began = time.time()
 
     def tell(told: int) -> int:
         lines = _read_metrics(out)
@@ -211,21 +247,26 @@ def _telling(out: Path, settings: TrainSettings, on_event: Callable[[str], None]
                 f"{'undefined' if auroc is None else f'{auroc:.4f}'}, "
                 f"{point['seconds']:.0f} s, {point['images_per_second']:.1f} images/s"
             )
-        return len(lines)
+        return max(told, len(lines))
 
     def follow() -> None:
         told = len(_read_metrics(out))
         if told:
             on_event(f"train: continues after epoch {told}")
-        started = False
-        while not over.wait(0.5):
-            if not started and (out / STARTED).exists():
-                started = True
-                random = json.loads((out / STARTED).read_text(encoding="utf-8"))["random"]
-                if random:
-                    on_event(f"train: WARNING: not in the weights, so started at random: {', '.join(random)}")
+        with Work("train", settings.epochs * steps, done=told * steps, unit="steps", line_every=60.0) as work:
+            at, started = told * steps, False
+            while not over.wait(0.5):
+                if not started and (start := _read_json(out / STARTED)):
+                    started = True
+                    _tell_start(start, began, on_event)
+                told = tell(told)
+                if live := _read_json(out / LIVE):
+                    now = (live["epoch"] - 1) * steps + live["step"]
+                    # After a restart from a checkpoint the count may fall back.
+                    work.advance(now - at, f"epoch {live['epoch']}, loss {live['loss']:.4f}")
+                    at = now
             told = tell(told)
-        tell(told)
+            work.advance(told * steps - at)
 
     thread = threading.Thread(target=follow, name="metrics", daemon=True)
     thread.start()
@@ -236,8 +277,22 @@ def _telling(out: Path, settings: TrainSettings, on_event: Callable[[str], None]
         thread.join()
 
 
-def _write_metrics(out: Path, curves: list[dict[str, Any]]) -> None:
-    atomic.write(out / METRICS, lambda part: pd.DataFrame(curves).to_csv(part, index=False))
+def _tell_start(start: dict[str, Any], began: float, on_event: Callable[[str], None]) -> None:
+    if start["random"]:
+        on_event(f"train: WARNING: not in the weights, so started at random: {', '.join(start['random'])}")
+    at, parts = began, []
+    for what, when in start["times"].items():
+        parts.append(f"{what} {when - at:.0f}")
+        at = when
+    on_event(f"train: first step done after {at - began:.0f} s ({', '.join(parts)}); {start['policy']}")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return value
 
 
 def _read_metrics(out: Path) -> list[dict[str, Any]]:
@@ -260,106 +315,26 @@ def _plain(error: BaseException) -> RayCxrError:
     return RayCxrError(f"training failed: {lines[-1][:300]}")
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """One Ray Train worker. Errors of ours come back as a file: Ray Train would restart what can only fail again."""
-    import ray.train
-
-    try:
-        _train(config)
-    except RayCxrError as error:
-        if ray.train.get_context().get_world_rank() == 0:
-            atomic.write_json(Path(config["out"]) / FAILURE, {"message": str(error), "input": error.exit_code == 2})
-
-
-def _train(config: dict[str, Any]) -> None:
-    """One worker's training, from its data to its last checkpoint."""
-    import os
-
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import ray.train
-
-    from ray_cxr.models import runtime
-    from ray_cxr.training.distributed import Replicas
-    from ray_cxr.training.loop import Loop, Progress, selection, timed
-
-    settings = build(TrainSettings, config["settings"])
-    if config["use_gpu"] and not runtime.use_gpu_memory_as_needed():
-        raise ConfigError("--gpu: this worker sees no GPU; is tensorflow[and-cuda] installed there?")
-    runtime.limit_threads(config["cpus"])
-    replicas = Replicas()
-    data = PreparedSet(config["prepared"], settings.size)
-    architecture = Architecture.of(settings, data.size)
-    checkpoint = ray.train.get_checkpoint()
-    loop = Loop(
-        replicas,
-        settings,
-        architecture,
-        data.load("train"),
-        data.load("val"),
-        weights="none" if checkpoint else settings.weights,
-    )
-    if replicas.rank == 0:
-        atomic.write_json(Path(config["out"]) / STARTED, {"random": loop.random_layers})
-    progress = Progress()
-    if checkpoint:
-        with checkpoint.as_directory() as folder:
-            loop.restore(Path(folder))
-            progress = Progress(**json.loads((Path(folder) / "progress.json").read_text()))
-    columns = [LABELS.index(name) for name in architecture.findings]
-    for epoch in range(progress.epochs_done, settings.epochs):
-        if _out_of_patience(progress, settings):
-            break
-        loss, seconds = timed(lambda epoch=epoch: loop.run_epoch(epoch))  # type: ignore[misc]
-        (probabilities, result), val_seconds = timed(loop.validate)
-        score = selection(result, probabilities, loop.val.labels[:, columns])
-        if progress.best is None or score > progress.best:
-            progress.best, progress.best_epoch = score, epoch + 1
-        progress.epochs_done = epoch + 1
-        point = {
-            "epoch": epoch + 1,
-            "loss": loss,
-            "val_auroc": result["macro_auroc"],
-            "seconds": round(seconds, 3),
-            "val_seconds": round(val_seconds, 3),
-            "images_per_second": round(min(len(loop.train), loop.steps_per_epoch * settings.batch_size) / seconds, 2),
-        }
-        progress.curves.append(point)
-        with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name:
-            folder = Path(name)
-            saved = None
-            if replicas.rank == 0:
-                loop.save(folder)
-                (folder / "progress.json").write_text(json.dumps(asdict(progress)))
-                np.save(folder / "val_probabilities.npy", probabilities, allow_pickle=False)
-                (folder / "val_ids.json").write_text(json.dumps(loop.val.image_ids.tolist()))
-                (folder / "result.json").write_text(json.dumps(result))
-                saved = ray.train.Checkpoint.from_directory(name)
-                _write_metrics(Path(config["out"]), progress.curves)
-            ray.train.report({**point, "selection": score}, checkpoint=saved)
-
-
-def _out_of_patience(progress: Any, settings: TrainSettings) -> bool:
-    return (
-        settings.patience is not None
-        and progress.best_epoch is not None
-        and progress.epochs_done - progress.best_epoch >= settings.patience
-    )
-
-
 def _finish(best: Path, out: Path, data: PreparedSet, settings: TrainSettings) -> Bundle:
     """Fit calibration and operating points on validation, and write the bundle."""
-    progress = json.loads((best / "progress.json").read_text())
-    result = json.loads((best / "result.json").read_text())
-    probabilities = np.load(best / "val_probabilities.npy", allow_pickle=False)
+    scores = json.loads((best / PROGRESS).read_text())["scores"]
+    result = json.loads((best / RESULT).read_text())
+    with np.load(best / VALIDATION, allow_pickle=False) as arrays:
+        probabilities, ids = arrays["probabilities"], arrays["image_ids"]
     rows = data.rows()
     table = rows.select(["image_id", "patient_id", "split", "age", "error_code", *LABELS]).to_pandas()
     table = table[table["error_code"].isna()]
     val = table[table["split"] == "val"].reset_index(drop=True)
-    if val["image_id"].tolist() != json.loads((best / "val_ids.json").read_text()):
+    if val["image_id"].tolist() != ids.tolist():
         raise RayCxrError(f"{out}: the validation images changed during the run; start again in another --out")
     architecture = Architecture.of(settings, data.size)
-    calibrations, points, rates = fit_rules(
-        val[list(architecture.findings)], probabilities, architecture.findings, settings.min_positives
+    rules = fit_rules(
+        val[list(architecture.findings)],
+        probabilities,
+        architecture.findings,
+        method=settings.calibration,
+        rule=settings.operating_point,
+        min_positives=settings.min_positives,
     )
     used = table[table["split"].isin(["train", "val"])]
     split, lineage = _lineage(used, settings.weights)
@@ -376,7 +351,7 @@ def _finish(best: Path, out: Path, data: PreparedSet, settings: TrainSettings) -
             for name, group in used.groupby("split")
         },
         "age_range": [float(ages.min()), float(ages.max())] if len(ages) else None,
-        "best_epoch": progress["best_epoch"],
+        "best_epoch": len(scores),  # the checkpoint is that of the best epoch
         "chosen_by": "validation macro AUROC" if result["macro_auroc"] is not None else "validation loss",
         "validation": result,
         "settings": settings.model_dump(mode="json"),
@@ -390,9 +365,11 @@ def _finish(best: Path, out: Path, data: PreparedSet, settings: TrainSettings) -
         save_weights=lambda path: shutil.copyfile(best / WEIGHTS, path),
         architecture=architecture,
         input_spec=data.input_spec,
-        calibration=calibrations,
-        operating_points=points,
-        expected_flag_rates=rates,
+        calibration=rules.calibrations,
+        operating_points=rules.operating_points,
+        expected_flag_rates=rules.expected_flag_rates,
+        operating_alternatives=rules.alternatives,
+        rule_notes=rules.reasons,
         provenance=provenance,
         config_toml=tomli_w.dumps({"train": plain}),
         curves=curves,
@@ -410,30 +387,6 @@ def _lineage(used: pd.DataFrame, weights: str) -> tuple[pa.Table, str]:
         frame = pd.concat([frame, before[~before["image_id"].isin(frame["image_id"])]], ignore_index=True)
         lineage = earlier.info["provenance"].get("lineage", "unknown")
     return pa.Table.from_pandas(frame, schema=SPLIT_SCHEMA, preserve_index=False), lineage
-
-
-def fit_rules(
-    labels: pd.DataFrame, probabilities: np.ndarray, findings: tuple[str, ...], min_positives: int
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, float | None]]:
-    """Calibration, operating point and flag rate per finding; null where there are too few positives or negatives.
-
-    Args:
-        labels: a column per finding, 0, 1 or null, [N].
-        probabilities: float32 [N,F].
-    """
-    calibrations: dict[str, Any] = {}
-    points: dict[str, Any] = {}
-    rates: dict[str, float | None] = {}
-    for j, name in enumerate(findings):
-        known = labels[name].notna().to_numpy()
-        y = labels[name].to_numpy(dtype=float, na_value=-1)[known].astype(np.int8)
-        p = probabilities[known, j]
-        fitted = calibration.fit_platt(y, p, min_positives)
-        calibrations[name] = fitted.as_dict() if fitted else None
-        enough = min(int(y.sum()), int((1 - y).sum())) >= min_positives
-        points[name] = calibration.operating_point(y, p, OPERATING_RULE) if enough else None
-        rates[name] = points[name]["flag_rate"] if points[name] else None
-    return calibrations, points, rates
 
 
 def _weights_words(weights: str) -> str:

@@ -1,0 +1,209 @@
+"""What one Ray Train worker does: its data, its network, its epochs; and what it leaves for others to see.
+
+RUN/ is on storage that all nodes share; in it rank 0 writes what people watch. Checkpoints go through Ray Train.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ray_cxr.config import TrainSettings, build
+from ray_cxr.data import atomic
+from ray_cxr.data.prepared import PreparedSet
+from ray_cxr.errors import RayCxrError
+from ray_cxr.models.architecture import Architecture
+from ray_cxr.models.bundle import WEIGHTS
+
+if TYPE_CHECKING:
+    from ray_cxr.training.loop import Epoch, Loop, Progress
+
+#: In RUN: a line per epoch; the same for TensorBoard; where rank 0 is; how the start went; why a worker gave up.
+METRICS, EVENTS, LIVE, STARTED, FAILURE = "metrics.csv", "tensorboard", "live.json", "started.json", "failure.json"
+#: In a checkpoint, beside the loop's state; the latter two only at the end of an epoch, with the weights to export.
+PROGRESS, RESULT, VALIDATION = "progress.json", "result.json", "validation.npz"
+#: Seconds between two writings of live.json.
+LIVE_EVERY_S = 2.0
+#: A checkpoint in mid-epoch has no score: it is the latest, and never among the best.
+UNSCORED = -1e30
+#: What callbacks get to see at the end of an epoch.
+LOGS = ("loss", "val_loss", "val_auroc", "learning_rate")
+
+#: Makes the callbacks of one worker; called in each.
+Callbacks = Callable[[], Sequence[Any]]
+
+
+def run(config: dict[str, Any]) -> None:
+    """One worker. Errors of ours come back as a file: Ray Train would restart what can only fail again."""
+    import ray.train
+
+    failure = Path(config["out"]) / FAILURE
+    if failure.exists():
+        return  # a restart after an error of ours
+    try:
+        _train(config)
+    except RayCxrError as error:
+        atomic.write_json(failure, {"message": str(error), "input": error.exit_code == 2})
+        if ray.train.get_context().get_world_size() > 1:
+            raise  # the others may be waiting for this one in an exchange: Ray Train ends them
+
+
+def _train(config: dict[str, Any]) -> None:
+    """One worker's training, from its data to its last checkpoint."""
+    import os
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    times = {"Ray and its workers": time.time()}
+    import ray.train
+
+    from ray_cxr.models import runtime
+    from ray_cxr.training import schedule
+    from ray_cxr.training.distributed import Replicas
+    from ray_cxr.training.loop import Loop, Progress
+
+    times["imports"] = time.time()
+    settings, out, gpu = build(TrainSettings, config["settings"]), Path(config["out"]), bool(config["use_gpu"])
+    policy = runtime.prepare_device(gpu, settings.precision)
+    runtime.limit_threads(config["cpus"])
+    if settings.deterministic if settings.deterministic is not None else not (gpu or settings.xla):
+        runtime.make_deterministic()
+    replicas = Replicas(gpu=gpu)
+    data = PreparedSet(config["prepared"], settings.size)
+    train, val = data.load("train"), data.load("val")
+    times["data"] = time.time()
+    checkpoint = ray.train.get_checkpoint()
+    loop = Loop(
+        replicas,
+        settings,
+        Architecture.of(settings, data.size),
+        train,
+        val,
+        weights="none" if checkpoint else settings.weights,
+        policy=policy,
+        callbacks=config["callbacks"]() if config["callbacks"] else (),
+    )
+    progress = Progress()
+    if checkpoint:
+        with checkpoint.as_directory() as folder:
+            progress = Progress(**json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8")))
+            loop.restore(Path(folder), progress)
+    replicas.agree(loop.shared(), "at the start")
+    times["network"] = time.time()
+    watch = _Watch(out, loop, times, policy, len(progress.curves)) if replicas.rank == 0 else None
+    if watch:
+        watch.metrics(progress)
+
+    def on_step(step: int, loss: float) -> None:
+        if watch:
+            watch.step(progress.epochs_done, step, loss)
+
+    def on_checkpoint() -> None:
+        with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name:
+            _report({"epoch": progress.epochs_done + 1, "selection": UNSCORED}, loop, progress, Path(name))
+
+    loop.callbacks.on_train_begin()
+    while progress.epochs_done < settings.epochs and not progress.stopped:
+        if schedule.out_of_patience(settings, progress.scores):
+            break
+        epoch, first = progress.epochs_done, len(progress.losses)
+        loop.callbacks.on_epoch_begin(epoch)
+        done = loop.run_epoch(progress, on_step=on_step, on_checkpoint=on_checkpoint)
+        with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name:
+            point, selection = _validate(loop, progress, done, loop.steps_per_epoch - first, Path(name))
+            loop.callbacks.on_epoch_end(epoch, {key: point[key] for key in LOGS})
+            progress.epochs_done, progress.losses = epoch + 1, []
+            progress.scores.append(selection)
+            progress.curves.append(point)
+            progress.stopped = loop.stop_wanted()
+            _report({**point, "selection": selection}, loop, progress, Path(name))
+        if watch:
+            watch.metrics(progress)
+    loop.callbacks.on_train_end()
+
+
+def _validate(loop: Loop, progress: Progress, epoch: Epoch, steps: int, folder: Path) -> tuple[dict[str, Any], float]:
+    """The epoch's line of metrics and its selection score; rank 0 leaves in `folder` what a bundle needs."""
+    from ray_cxr.training.loop import cross_entropy, selection
+
+    start = time.monotonic()
+    with loop.optimizer.averaged():
+        probabilities, result = loop.validate()
+        if loop.replicas.rank == 0:
+            loop.model.save_weights(str(folder / WEIGHTS))
+            (folder / RESULT).write_text(json.dumps(result), encoding="utf-8")
+            np.savez(folder / VALIDATION, probabilities=probabilities, image_ids=loop.val.image_ids.astype(str))
+    values = loop.val.labels[:, loop.columns]
+    images = min(steps * loop.settings.batch_size, len(loop.train))
+    point = {
+        "epoch": progress.epochs_done + 1,
+        "loss": epoch.loss,
+        "val_loss": cross_entropy(probabilities, values),
+        "val_auroc": result["macro_auroc"],
+        "learning_rate": float(np.asarray(loop.optimizer.keras.learning_rate)),
+        "seconds": round(epoch.seconds, 3),
+        "wait_seconds": round(epoch.waited, 3),
+        "val_seconds": round(time.monotonic() - start, 3),
+        "images_per_second": round(images / epoch.seconds, 2),
+    }
+    return point, selection(result, probabilities, values)
+
+
+def _report(metrics: dict[str, Any], loop: Loop, progress: Progress, folder: Path) -> None:
+    """Hand rank 0's state to Ray Train as a checkpoint; a meeting of all workers."""
+    import ray.train
+
+    checkpoint = None
+    if loop.replicas.rank == 0:
+        loop.save(folder)
+        (folder / PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+        checkpoint = ray.train.Checkpoint.from_directory(folder)
+    ray.train.report(metrics, checkpoint=checkpoint)
+
+
+class _Watch:
+    """What rank 0 leaves in RUN for people to see."""
+
+    def __init__(self, out: Path, loop: Loop, times: dict[str, float], policy: str, told: int) -> None:
+        self._out, self._loop, self._times, self._policy = out, loop, times, policy
+        self._written, self._told = 0.0, told
+        self._events: Any = None
+
+    def step(self, epoch: int, step: int, loss: float) -> None:
+        if not self._written:
+            self._times["first step"] = time.time()
+            start = {"random": self._loop.random_layers, "policy": self._policy, "times": self._times}
+            atomic.write_json(self._out / STARTED, start)
+        now = time.monotonic()
+        if now - self._written >= LIVE_EVERY_S:
+            self._written = now
+            atomic.write_json(self._out / LIVE, {"epoch": epoch + 1, "step": step, "loss": loss})
+
+    def metrics(self, progress: Progress) -> None:
+        """Write metrics.csv anew, and what it has more than before to TensorBoard's log."""
+        if not progress.curves:
+            return
+        atomic.write(
+            self._out / METRICS,
+            lambda part: pd.DataFrame(progress.curves).to_csv(part, index=False, lineterminator="\n"),
+        )
+        fresh = progress.curves[self._told :]
+        self._told = len(progress.curves)
+        if fresh and self._events is None:
+            from tensorboardX import SummaryWriter
+
+            # Epochs that were logged before a kill and are trained again now replace the old points.
+            self._events = SummaryWriter(str(self._out / EVENTS), purge_step=fresh[0]["epoch"])
+        for point in fresh:
+            for name, value in point.items():
+                if name != "epoch" and value is not None:
+                    self._events.add_scalar(name, value, point["epoch"])
+        if fresh:
+            self._events.flush()
