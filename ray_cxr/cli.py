@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -208,6 +209,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    began = time.time()
     settings = config.load(arguments.config, arguments.overrides, section="train")
     chosen = settings.train
     if arguments.workers is not None:
@@ -217,7 +219,9 @@ def _train(arguments: argparse.Namespace) -> None:
     # All that can be refused is refused before Ray takes its seconds to start.
     plan = trainer.check(arguments.prepared, arguments.out, chosen)
     with contextlib.nullcontext() if plan.finished else start_ray(settings.ray, tensorflow=True):
-        bundle = trainer.train(arguments.prepared, arguments.out, chosen, use_gpu=arguments.gpu, on_event=_say)
+        bundle = trainer.train(
+            arguments.prepared, arguments.out, chosen, use_gpu=arguments.gpu, began=began, on_event=_say
+        )
     table = Table("finding", "val images", "positives", "AUROC", "calibrated", "operating point", title="Validation")
     metrics = bundle.info["provenance"]["validation"]["findings"]
     for name in bundle.findings:
@@ -232,7 +236,18 @@ def _train(arguments: argparse.Namespace) -> None:
         )
     _console().print(table)
     macro = bundle.info["provenance"]["validation"]["macro_auroc"]
+    for name, reason in bundle.info.get("rule_notes", {}).items():
+        if reason:
+            _say(f"{name}: {reason}")
     _say(f"validation macro AUROC {_number(macro)}, epoch {bundle.info['provenance']['best_epoch']}")
+    from ray_cxr.reporting import plots
+
+    picture = Path(arguments.out) / "learning_curves.png"
+    if not (plan.finished and picture.exists()):
+        png, svg = plots.encode(plots.learning_curves(bundle.model_json()["curves"]))
+        picture.write_bytes(png)
+        picture.with_suffix(".svg").write_bytes(svg)
+    _say(f"learning curves: {picture}")
     _say(f"bundle: {bundle.path}")
 
 

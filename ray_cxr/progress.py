@@ -23,13 +23,21 @@ class Work:
         done: how many an earlier run did already.
         unit: what is counted.
         line_every: seconds between lines where there is no terminal.
+        last_line: whether the end is worth a line of its own there.
     """
 
     def __init__(
-        self, what: str, total: int, *, done: int = 0, unit: str = "images", line_every: float = LINE_EVERY_S
+        self,
+        what: str,
+        total: int,
+        *,
+        done: int = 0,
+        unit: str = "images",
+        line_every: float = LINE_EVERY_S,
+        last_line: bool = True,
     ) -> None:
         self._what, self._total, self._done, self._unit = what, total, done, unit
-        self._line_every = line_every
+        self._line_every, self._last_line = line_every, last_line
         self._first, self._note = done, ""
         self._line_at: int | None = None  # what the last line said, not to say it twice
         self._start = self._said = time.monotonic()
@@ -56,7 +64,7 @@ class Work:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif kind is None and self._line_at != self._done:
+        elif kind is None and self._last_line and self._line_at != self._done:
             self._line()
 
     def advance(self, count: int, note: str = "") -> None:

@@ -39,3 +39,21 @@ def test_a_failed_job_does_not_say_it_is_done(capsys: pytest.CaptureFixture[str]
     with pytest.raises(RuntimeError), progress.Work("score", 10):
         raise RuntimeError
     assert capsys.readouterr().err == ""
+
+
+def test_work_whose_end_is_told_otherwise_says_nothing_at_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.Work("train", 10, last_line=False) as work:
+        work.advance(3)
+    assert capsys.readouterr().err == ""
+
+
+def test_lines_come_as_seldom_as_asked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.Work("train", 100, line_every=60.0) as work:
+        now[0] = 59.0
+        work.advance(1)
+        assert capsys.readouterr().err == ""
+        now[0] = 61.0
+        work.advance(1)
+        assert capsys.readouterr().err.startswith("train: 2 of 100")

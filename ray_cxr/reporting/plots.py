@@ -191,14 +191,14 @@ def priority_histogram(priority: np.ndarray) -> Figure:
 
 
 def learning_curves(epochs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training loss and validation AUROC per epoch; epochs that lack a value are left out of its line."""
-    figure = Figure(figsize=(9.6, 3.2), layout=_layout(), facecolor="white")
+    """Training loss, validation cross-entropy and AUROC per epoch; a value that an epoch lacks is left out."""
+    figure = Figure(figsize=(12.6, 3.2), layout=_layout(), facecolor="white")
     numbers = [row["epoch"] for row in epochs if "epoch" in row]
     for ax, key, name, colour in zip(
-        figure.subplots(1, 2),
-        ("loss", "val_auroc"),
-        ("training loss", "validation AUROC (macro)"),
-        (BLUE, VERMILION),
+        figure.subplots(1, 3),
+        ("loss", "val_loss", "val_auroc"),
+        ("training loss", "validation cross-entropy", "validation AUROC (macro)"),
+        (BLUE, GREEN, VERMILION),
         strict=True,
     ):
         points = [(row["epoch"], row[key]) for row in epochs if row.get(key) is not None and "epoch" in row]

@@ -53,6 +53,7 @@ def train(
     *,
     use_gpu: bool = False,
     callbacks: Callbacks | None = None,
+    began: float | None = None,
     on_event: Callable[[str], None] = logger.info,
 ) -> Bundle:
     """Train a network on a prepared set; continues an earlier run of the same settings in the same folder.
@@ -65,6 +66,7 @@ def train(
         callbacks: makes `keras.callbacks.Callback`s, stock or own, once in every worker. They see the logs `loss`,
             `val_loss`, `val_auroc` and `learning_rate`, the same on all workers, may set `model.stop_training` and,
             where the schedule is constant, the optimizer's learning rate. Their own state is not in checkpoints.
+        began: when the command began, seconds since 1970, to say how long it took to the first step; None: now.
         on_event: takes one line per event for people.
 
     Returns:
@@ -74,7 +76,7 @@ def train(
         ConfigError, TableError, OutputError: see the messages.
         RayCxrError: training failed; says how.
     """
-    prepared, out = Path(prepared), Path(out)
+    prepared, out, began = Path(prepared), Path(out), began or time.time()
     plan = check(prepared, out, settings)
     if plan.finished is not None:
         on_event(f"train: {plan.finished.path} is finished already")
@@ -91,7 +93,7 @@ def train(
         )
     if settings.frozen_epochs and settings.weights == "none":
         on_event("train: WARNING: frozen_epochs keeps a backbone frozen whose weights are random")
-    result = _fit(prepared, out, data, settings, use_gpu=use_gpu, callbacks=callbacks, on_event=on_event)
+    result = _fit(prepared, out, data, settings, use_gpu=use_gpu, callbacks=callbacks, began=began, on_event=on_event)
     with tempfile.TemporaryDirectory(prefix="ray_cxr-") as folder, result.as_directory() as best:
         # Ray's folder may be a view of remote storage: copy what the bundle needs once.
         shutil.copytree(best, folder, dirs_exist_ok=True)
@@ -169,6 +171,7 @@ def _fit(
     *,
     use_gpu: bool,
     callbacks: Callbacks | None,
+    began: float,
     on_event: Callable[[str], None],
 ) -> Any:
     """Run Ray Train to its end; the best checkpoint."""
@@ -213,7 +216,7 @@ def _fit(
         (out / name).unlink(missing_ok=True)
     steps = math.ceil(len(data.usable("train")) / settings.batch_size)
     try:
-        with _telling(out, settings, min(steps, settings.steps_per_epoch or steps), on_event):
+        with _telling(out, settings, min(steps, settings.steps_per_epoch or steps), began, on_event):
             result = trainer.fit()
     except Exception as error:
         _raise_failure(out)
@@ -233,10 +236,11 @@ def _raise_failure(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _telling(out: Path, settings: TrainSettings, steps: int, on_event: Callable[[str], None]) -> Iterator[None]:
+def _telling(
+    out: Path, settings: TrainSettings, steps: int, began: float, on_event: Callable[[str], None]
+) -> Iterator[None]:
     """While Ray Train runs, show where rank 0 is and tell each epoch as its line appears in metrics.csv."""
     over = threading.Event()
-    began = time.time()
 
     def tell(told: int) -> int:
         lines = _read_metrics(out)
@@ -251,18 +255,18 @@ def _telling(out: Path, settings: TrainSettings, steps: int, on_event: Callable[
 
     def follow() -> None:
         told = len(_read_metrics(out))
-        if told:
-            on_event(f"train: continues after epoch {told}")
-        with Work("train", settings.epochs * steps, done=told * steps, unit="steps", line_every=60.0) as work:
-            at, started = told * steps, False
+        total = settings.epochs * steps
+        # The epochs have lines of their own, and an end for want of patience is not an unfinished run.
+        with Work("train", total, done=told * steps, unit="steps", line_every=60.0, last_line=False) as work:
+            at, started = told * steps, None
             while not over.wait(0.5):
-                if not started and (start := _read_json(out / STARTED)):
-                    started = True
-                    _tell_start(start, began, on_event)
+                if (start := _read_json(out / STARTED)) and start != started:
+                    _tell_start(start, began, again=started is not None, on_event=on_event)
+                    started = start
                 told = tell(told)
                 if live := _read_json(out / LIVE):
                     now = (live["epoch"] - 1) * steps + live["step"]
-                    # After a restart from a checkpoint the count may fall back.
+                    # After a restart from a checkpoint the count falls back.
                     work.advance(now - at, f"epoch {live['epoch']}, loss {live['loss']:.4f}")
                     at = now
             told = tell(told)
@@ -277,9 +281,15 @@ def _telling(out: Path, settings: TrainSettings, steps: int, on_event: Callable[
         thread.join()
 
 
-def _tell_start(start: dict[str, Any], began: float, on_event: Callable[[str], None]) -> None:
+def _tell_start(start: dict[str, Any], began: float, *, again: bool, on_event: Callable[[str], None]) -> None:
+    if again:
+        on_event("train: WARNING: a worker was lost; Ray Train has started all of them again")
+    if start["epoch"] or start["step"]:
+        on_event(f"train: continues after epoch {start['epoch']}, step {start['step']}")
     if start["random"]:
         on_event(f"train: WARNING: not in the weights, so started at random: {', '.join(start['random'])}")
+    if again:
+        return
     at, parts = began, []
     for what, when in start["times"].items():
         parts.append(f"{what} {when - at:.0f}")

@@ -61,7 +61,7 @@ def _train(config: dict[str, Any]) -> None:
     import os
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    times = {"Ray and its workers": time.time()}
+    times = {"Ray": time.time()}
     import ray.train
 
     from ray_cxr.models import runtime
@@ -69,7 +69,7 @@ def _train(config: dict[str, Any]) -> None:
     from ray_cxr.training.distributed import Replicas
     from ray_cxr.training.loop import Loop, Progress
 
-    times["imports"] = time.time()
+    times["TensorFlow"] = time.time()
     settings, out, gpu = build(TrainSettings, config["settings"]), Path(config["out"]), bool(config["use_gpu"])
     policy = runtime.prepare_device(gpu, settings.precision)
     runtime.limit_threads(config["cpus"])
@@ -97,7 +97,7 @@ def _train(config: dict[str, Any]) -> None:
             loop.restore(Path(folder), progress)
     replicas.agree(loop.shared(), "at the start")
     times["network"] = time.time()
-    watch = _Watch(out, loop, times, policy, len(progress.curves)) if replicas.rank == 0 else None
+    watch = _Watch(out, loop, times, policy, progress) if replicas.rank == 0 else None
     if watch:
         watch.metrics(progress)
 
@@ -171,15 +171,22 @@ def _report(metrics: dict[str, Any], loop: Loop, progress: Progress, folder: Pat
 class _Watch:
     """What rank 0 leaves in RUN for people to see."""
 
-    def __init__(self, out: Path, loop: Loop, times: dict[str, float], policy: str, told: int) -> None:
+    def __init__(self, out: Path, loop: Loop, times: dict[str, float], policy: str, progress: Progress) -> None:
         self._out, self._loop, self._times, self._policy = out, loop, times, policy
-        self._written, self._told = 0.0, told
+        self._begun = progress.epochs_done, len(progress.losses)
+        self._written, self._told = 0.0, len(progress.curves)
         self._events: Any = None
 
     def step(self, epoch: int, step: int, loss: float) -> None:
         if not self._written:
             self._times["first step"] = time.time()
-            start = {"random": self._loop.random_layers, "policy": self._policy, "times": self._times}
+            start = {
+                "epoch": self._begun[0],
+                "step": self._begun[1],
+                "random": self._loop.random_layers,
+                "policy": self._policy,
+                "times": self._times,
+            }
             atomic.write_json(self._out / STARTED, start)
         now = time.monotonic()
         if now - self._written >= LIVE_EVERY_S:

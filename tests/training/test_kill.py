@@ -1,0 +1,175 @@
+"""Two real Ray Train workers, left alone, killed and continued: all end with the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+import ray_cxr
+from ray_cxr.config import TrainSettings
+from ray_cxr.errors import RayCxrError
+from ray_cxr.training import trainer
+
+pytestmark = pytest.mark.ray
+SETTINGS: dict[str, Any] = {
+    "backbone": "TinyCNN",
+    "weights": "none",
+    "size": 64,
+    "batch_size": 6,
+    "epochs": 3,
+    "min_positives": 2,
+    "optimizer": "sgd",
+    "learning_rate": 0.02,
+    "sync_batchnorm": True,
+    "clip_norm": 1.0,
+    "ema": 0.9,
+    "schedule": "cosine",
+    "warmup_epochs": 0.5,
+    "rotation": 5.0,
+    "checkpoint_steps": 4,
+}
+#: What a run leaves but for its times.
+NUMBERS = ["epoch", "loss", "val_loss", "val_auroc", "learning_rate"]
+
+
+def arguments(prepared: Path, out: Path, workers: int) -> list[str]:
+    given = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={str(value).lower()}")]
+    return [
+        "train", str(prepared), "--out", str(out), "--workers", str(workers),
+        *(part.replace("tinycnn", "TinyCNN") for part in given),
+    ]  # fmt: skip
+
+
+def outcome(out: Path) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """The numbers of every epoch, and the bundle's weights."""
+    found: dict[str, np.ndarray] = {}
+
+    def visit(name: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset):
+            found[name] = item[()]
+
+    with h5py.File(ray_cxr.load_bundle(out / "bundle").path / "model.weights.h5") as file:
+        file.visititems(visit)
+    return pd.read_csv(out / "metrics.csv")[NUMBERS], found
+
+
+def assert_same_bits(out: Path, expected: tuple[pd.DataFrame, dict[str, np.ndarray]]) -> None:
+    numbers, weights = outcome(out)
+    pd.testing.assert_frame_equal(numbers, expected[0], check_exact=True)
+    assert set(weights) == set(expected[1])
+    for name, value in expected[1].items():
+        np.testing.assert_array_equal(weights[name], value, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def untouched(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """A run of two workers that nothing happens to."""
+    from ray_cxr.cli import main
+
+    out = tmp_path_factory.mktemp("kill") / "run"
+    assert main(arguments(prepared, out, 2)) == 0
+    return outcome(out)
+
+
+def test_one_worker_makes_the_run_of_two(untouched, prepared: Path, tmp_path: Path, command) -> None:
+    code, said, err = command(*arguments(prepared, tmp_path / "run", 1))
+    assert code == 0, err
+    assert "first step done after" in said
+    numbers, weights = outcome(tmp_path / "run")
+    pd.testing.assert_frame_equal(numbers, untouched[0], check_exact=False, rtol=1e-4)
+    for name, value in untouched[1].items():
+        if np.issubdtype(value.dtype, np.floating):
+            # Relative, and absolute where a weight is about zero, as BatchNorm's shifts are after few steps.
+            np.testing.assert_allclose(weights[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def at(epoch: int, step: int, rank: int, once: Path | None, act: Callable[[Any], None]) -> Callable[[], list[Any]]:
+    """Callbacks that act before one step of one worker; with `once` only in the first life of that worker."""
+
+    def make() -> list[Any]:
+        import json
+        import os
+
+        import keras
+
+        class Act(keras.callbacks.Callback):
+            def on_epoch_begin(self, number: int, logs: object = None) -> None:
+                self.now = number + 1
+
+            def on_train_batch_begin(self, batch: int, logs: object = None) -> None:
+                mine = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+                if (self.now, batch + 1, mine) == (epoch, step, rank) and not (once and once.exists()):
+                    if once:
+                        once.write_text("done")
+                    act(self.model)
+
+        return [Act()]
+
+    return make
+
+
+def test_a_worker_killed_in_mid_epoch_costs_the_steps_since_the_checkpoint(
+    untouched, prepared: Path, tmp_path: Path
+) -> None:
+    def kill(model: Any) -> None:
+        import os
+        import signal
+
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    said: list[str] = []
+    callbacks = at(2, 6, 1, tmp_path / "once", kill)
+    settings = TrainSettings(**SETTINGS, workers=2)
+    trainer.train(prepared, tmp_path / "run", settings, callbacks=callbacks, on_event=said.append)
+    assert (tmp_path / "once").exists()
+    assert "train: WARNING: a worker was lost; Ray Train has started all of them again" in said
+    assert "train: continues after epoch 1, step 4" in said
+    assert_same_bits(tmp_path / "run", untouched)
+
+
+def test_the_command_killed_in_mid_run_continues_to_the_same_weights(untouched, prepared: Path, tmp_path: Path) -> None:
+    """SIGKILL of the command and all that it started, then the same command again; each with a Ray of its own."""
+    out = tmp_path / "run"
+    program = [sys.executable, "-m", "ray_cxr.cli", *arguments(prepared, out, 2)]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with open(tmp_path / "log", "w") as log:
+        first = subprocess.Popen(program, start_new_session=True, stdout=log, stderr=log, env=environment)
+        deadline = time.monotonic() + 200
+        while not (out / "metrics.csv").exists():  # the first epoch is done, the second has begun
+            assert first.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(first.pid, signal.SIGKILL)
+        assert first.wait() == -signal.SIGKILL
+    assert not (out / "bundle").exists()
+    again = subprocess.run(program, capture_output=True, text=True, timeout=250, env=environment)
+    assert again.returncode == 0, again.stderr
+    assert "train: continues after epoch" in again.stdout
+    assert_same_bits(out, untouched)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_step_and_images(prepared: Path, tmp_path: Path) -> None:
+    """Told by both workers at the same step; nothing is tried again."""
+
+    def spoil(model: Any) -> None:
+        kernel = model.get_layer("logits").kernel
+        kernel.assign(kernel * float("nan"))
+
+    settings = TrainSettings(**SETTINGS, workers=2)
+    with pytest.raises(RayCxrError, match="the loss is nan at epoch 1, step 3; lower the learning rate") as caught:
+        trainer.train(
+            prepared, tmp_path / "run", settings, callbacks=at(1, 3, 0, None, spoil), on_event=lambda line: None
+        )
+    assert str(caught.value).count("_0") == 6
+    assert not (tmp_path / "run" / "bundle").exists()
