@@ -1,0 +1,98 @@
+"""The long runs that `scripts/soak` starts: training killed at random, again and again, and what it ends with.
+
+Each round trains the same network as an untouched run did, with two workers. At random moments the command and all
+that it started, or a single worker, gets SIGKILL; the command is started again until it ends by itself. Then every
+number of every epoch and every bit of the weights must be those of the untouched run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).with_name("training")))
+from test_kill import arguments, assert_same_bits, outcome
+
+EPOCHS = 8
+
+
+def training_workers() -> list[int]:
+    """Process ids of Ray Train's workers on this machine."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"RayTrainWorker" in title:
+            found.append(int(folder.name))
+    return found
+
+
+def started(program: list[str], log: Path) -> subprocess.Popen[bytes]:
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with open(log, "ab") as stream:
+        return subprocess.Popen(program, start_new_session=True, stdout=stream, stderr=stream, env=environment)
+
+
+def one_round(number: int, program: list[str], out: Path, expected: object, draw: random.Random) -> None:
+    begun, killed, log = time.monotonic(), {"the command": 0, "a worker": 0}, out.with_suffix(".log")
+    while True:
+        process = started(program, log)
+        while process.poll() is None:
+            try:
+                process.wait(draw.uniform(8, 45))
+            except subprocess.TimeoutExpired:
+                if draw.random() < 0.5:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                    killed["the command"] += 1
+                elif workers := training_workers():
+                    os.kill(draw.choice(workers), signal.SIGKILL)
+                    killed["a worker"] += 1
+        if process.returncode == 0:
+            break
+        if process.returncode != -signal.SIGKILL and "RayCxrError" in log.read_text():
+            raise SystemExit(f"round {number}: failed by itself, see {log}")
+        time.sleep(2)  # Ray's own processes notice that their command is gone
+    assert_same_bits(out, expected)  # type: ignore[arg-type]
+    kills = ", ".join(f"{what} {count} times" for what, count in killed.items())
+    print(f"round {number}: killed {kills}; {time.monotonic() - begun:.0f} s; every bit as untouched", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="an empty folder to work in")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    from ray_cxr.data.manifest import build_manifest, write_manifest
+    from ray_cxr.data.phantoms import write_phantoms
+
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    drawn = write_phantoms(chosen.out / "phantoms", patients=60, size=128)
+    fractions = (0.6, 0.2, 0.2)
+    table, _ = build_manifest([str(drawn.table)], images=str(drawn.images), split="patient", fractions=fractions)
+    write_manifest(table, chosen.out / "m.parquet")
+    command = [sys.executable, "-m", "ray_cxr.cli"]
+    prepared, draw = chosen.out / "prepared", random.Random(chosen.seed)
+    subprocess.run([*command, "prepare", chosen.out / "m.parquet", "--out", prepared, "--size", "64"], check=True)
+
+    def program(out: Path) -> list[str]:
+        return [*command, *arguments(prepared, out, 2), "--set", f"epochs={EPOCHS}"]
+
+    subprocess.run(program(chosen.out / "untouched"), check=True)
+    expected = outcome(chosen.out / "untouched")
+    for number in range(1, chosen.rounds + 1):
+        out = chosen.out / f"round{number}"
+        one_round(number, program(out), out, expected, draw)
+
+
+if __name__ == "__main__":
+    main()
