@@ -52,6 +52,10 @@ class Replicas:
                 f"worker {self.rank} sees {self._strategy.num_replicas_in_sync // self.count} GPUs and takes one: "
                 "start a worker for each, with --workers"
             )
+        # Compiled once: a new graph for each call would stay in memory and take longer than the exchange.
+        self._gather = self.compile(
+            lambda value: tf.distribute.get_replica_context().all_gather(tf.identity(value)[None], axis=0)
+        )
 
     def compile(self, together: Callable[..., Any], alone: Callable[[Any], Any] = lambda value: value) -> Any:
         """One graph: `together` runs in the strategy and may call `total`; `alone` then gets what it returned.
@@ -79,20 +83,17 @@ class Replicas:
         """All workers' arrays of one shape [...] and dtype, as [workers, ...] in order of rank, on every worker."""
         if self.count == 1:
             return array[None]
-
-        def all_of(value: Any) -> Any:
-            return tf.distribute.get_replica_context().all_gather(value[None], axis=0)
-
-        return np.asarray(self.compile(all_of)(tf.constant(array)))
+        return np.asarray(self._gather(tf.constant(array)))
 
     def average(self, variables: Sequence[keras.Variable]) -> None:
-        """Set each variable to its mean over the workers."""
+        """Set each float variable to its mean over the workers, the same bits on all of them."""
         if self.count == 1 or not variables:
             return
-        # A bare read of a variable has no device of its own, and the exchange asks for one.
-        sums = self.compile(lambda: self.total([tf.identity(v.value) for v in variables]))()
-        for variable, value in zip(variables, sums, strict=True):
-            variable.assign(value / self.count)
+        mine = np.concatenate([np.asarray(v, np.float32).ravel() for v in variables])
+        means = self.gather(mine).mean(axis=0, dtype=np.float64)
+        ends = np.cumsum([int(np.prod(v.shape)) for v in variables])
+        for variable, part in zip(variables, np.split(means, ends[:-1]), strict=True):
+            variable.assign(part.reshape(variable.shape).astype(np.float32))
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on at least one worker; the answer is the same on all."""

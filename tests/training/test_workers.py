@@ -183,3 +183,8 @@ def test_a_stop_on_one_worker_is_a_stop_on_all(results) -> None:
     for count in (1, 2):
         for worker in results[count]:
             assert worker["stopped"]["stop"].tolist() == [False, True]
+
+
+def test_meeting_often_makes_no_new_graphs(results) -> None:
+    """One graph for each kind of thing that is gathered; one for each call stayed in memory and took seconds."""
+    assert [int(worker["often"]["graphs"]) for worker in results[2]] == [3, 3]

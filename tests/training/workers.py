@@ -182,6 +182,17 @@ def stopped() -> dict[str, np.ndarray]:
     return {"stop": np.array([quiet, item.stop_wanted()])}
 
 
+def often() -> dict[str, np.ndarray]:
+    """Averaging and gathering again and again: how many graphs that has made."""
+    item = make(16, 4, **SGD)
+    norms = [v for layer in item._norms for v in (layer.moving_mean, layer.moving_variance)]
+    for i in range(5):
+        item.replicas.average(norms)
+        item.replicas.any(i > 3)
+        item.replicas.agree(item.shared(), "here")
+    return {"graphs": np.array(item.replicas._gather.experimental_get_tracing_count())}
+
+
 def saved_by_one(out: Path) -> dict[str, np.ndarray]:
     """Rank 0 alone writes a checkpoint between two steps of all; under other set-ups that has hung."""
     item = make(16, 4, **SGD)
@@ -213,6 +224,7 @@ def main() -> None:
         "overflow": overflow,
         "parted": parted,
         "stopped": stopped,
+        "often": often,
         "saved_by_one": lambda: saved_by_one(out),
     }
     arrays = {f"{name}/{key}": value for name, run in scenarios.items() for key, value in run().items()}
