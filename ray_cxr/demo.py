@@ -22,6 +22,7 @@ TRAINING = (
     "batch_size=32",
     "learning_rate=0.003",
     "warmup_epochs=1",
+    "schedule=cosine",
     "pooling=avgmax",
     "dropout=0.1",
     "loss=bce",
