@@ -91,6 +91,36 @@ def test_stops_for_want_of_patience_and_keeps_the_curve_beyond_the_best_epoch(ru
     assert [point["epoch"] for point in bundle.model_json()["curves"]] == rows["epoch"].tolist()
 
 
+def test_tensorboards_log_and_the_curves_show_the_same_numbers(run: tuple[Path, list[str]]) -> None:
+    from tensorflow.compat.v1.train import summary_iterator
+
+    rows = pd.read_csv(run[0] / "metrics.csv").set_index("epoch")
+    logged: dict[tuple[str, int], float] = {}
+    for file in (run[0] / "tensorboard").glob("events*"):
+        for event in summary_iterator(str(file)):
+            logged |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+    assert {step for _, step in logged} == set(rows.index)
+    for name in ("loss", "val_loss", "val_auroc", "learning_rate"):
+        for epoch, value in rows[name].items():
+            assert logged[name, epoch] == pytest.approx(value, rel=1e-6)
+    assert (run[0] / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (run[0] / "learning_curves.svg").read_text()
+
+
+def test_the_bundle_has_the_points_by_other_rules_and_says_why_some_have_none(run: tuple[Path, list[str]]) -> None:
+    info = ray_cxr.load_bundle(run[0] / "bundle").info
+    known = [name for name in FINDINGS if info["operating_points"][name]]
+    assert known
+    for name in FINDINGS:
+        assert set(info["operating_alternatives"][name]) == {"sensitivity=0.9", "specificity=0.9"}
+        if name in known:
+            assert info["operating_points"][name]["rule"] == "youden"
+            point = info["operating_alternatives"][name]["sensitivity=0.9"]
+            assert point is None or point["sensitivity"] >= 0.9
+        else:
+            assert info["rule_notes"][name]
+
+
 def test_same_command_again_does_nothing(run: tuple[Path, list[str]], command) -> None:
     before = (run[0] / "bundle" / "SHA256SUMS").stat().st_mtime_ns
     code, out, _ = command(*run[1])
@@ -144,7 +174,10 @@ def test_weights_that_do_not_fit_are_one_line_and_no_restart(prepared: Path, tmp
 def test_a_run_that_starts_from_a_bundle_carries_on_what_trained_that(
     prepared: Path, tiny_bundle, tmp_path: Path, command
 ) -> None:
-    given = with_settings("epochs=1", f"weights={tiny_bundle.path}", "findings=15")
+    given = with_settings(
+        *("epochs=1", f"weights={tiny_bundle.path}", "findings=15"),
+        *("calibration=temperature", "operating_point=specificity=0.8", "precision=mixed_bfloat16", "frozen_epochs=1"),
+    )
     code, out, err = command("train", prepared, "--out", tmp_path / "run", *given)
     assert code == 0, err
     assert "started at random: logits of No_Finding" in out
@@ -153,7 +186,48 @@ def test_a_run_that_starts_from_a_bundle_carries_on_what_trained_that(
     assert split.loc["00000099_000.png", "patient_id"] == "99"  # from the first bundle
     assert len(split) > 20
     assert bundle.info["provenance"]["initial_weights"] == f"the bundle {tiny_bundle.digest}"
+    assert "mixed_bfloat16" in out
+    assert {c["method"] for c in bundle.info["calibration"].values() if c} == {"temperature"}
+    assert {p["rule"] for p in bundle.info["operating_points"].values() if p} == {"specificity=0.8"}
+    assert "sensitivity=0.9" in bundle.info["operating_alternatives"]["Mass"]
     assert bundle.info["provenance"]["lineage"] == "unknown"  # the first bundle does not say that it knows
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (("workers=3", "batch_size=16"), "batch_size: 16 cannot be shared equally by 3 workers; use 18"),
+        (("xla=true", "deterministic=true"), "XLA has no deterministic gradient of max pooling"),
+        (("xla=true", "sync_batchnorm=true"), "statistics cannot be exchanged inside XLA"),
+        (("rotation=90",), "rotation: Input should be less than or equal to 45"),
+    ],
+)
+def test_settings_that_cannot_go_together_are_one_line(
+    settings: tuple[str, ...], line: str, prepared: Path, tmp_path: Path, command
+) -> None:
+    code, _, err = command("train", prepared, "--out", tmp_path / "run", *with_settings(*settings))
+    assert (code, err.count("\n")) == (2, 1)
+    assert line in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cosine_cannot_be_given_more_epochs(prepared: Path, tmp_path: Path, command) -> None:
+    """Its rates would have been others from the first step."""
+    from ray_cxr.config import TrainSettings
+    from ray_cxr.training import trainer
+
+    out = tmp_path / "run"
+    for schedule, allowed in (("cosine", False), ("plateau", True)):
+        begun = TrainSettings(backbone="TinyCNN", weights="none", size=64, epochs=2, schedule=schedule)
+        plan = trainer.check(prepared, out, begun)
+        wanted = trainer.check(prepared, out, begun.replace(epochs=3)).wanted
+        assert (wanted == plan.wanted) == allowed
+
+
+def test_more_workers_than_processors_are_one_line(prepared: Path, tmp_path: Path, command) -> None:
+    code, _, err = command("train", prepared, "--out", tmp_path / "run", "--workers", 4, *with_settings())
+    assert (code, err.count("\n")) == (2, 1)
+    assert "4 workers of 1 CPUs need 4, Ray has 2" in err
 
 
 def test_no_gpu_is_said_at_once(prepared: Path, tmp_path: Path, command) -> None:
