@@ -245,8 +245,9 @@ def _train(arguments: argparse.Namespace) -> None:
     picture = Path(arguments.out) / "learning_curves.png"
     if not (plan.finished and picture.exists()):
         png, svg = plots.encode(plots.learning_curves(bundle.model_json()["curves"]))
-        picture.write_bytes(png)
-        picture.with_suffix(".svg").write_bytes(svg)
+        with _writing(arguments.out):
+            picture.write_bytes(png)
+            picture.with_suffix(".svg").write_bytes(svg)
     _say(f"learning curves: {picture}")
     _say(f"bundle: {bundle.path}")
 

@@ -195,6 +195,28 @@ class TrainSettings(Settings):
             raise ValueError("sync_batchnorm: statistics cannot be exchanged inside XLA; set one of the two to false")
         return self
 
+    def idle(self) -> list[str]:
+        """Settings that differ from their default and have no effect beside the others, with the reason."""
+        stage = self.epochs - self.frozen_epochs
+        needs = {
+            "momentum": (self.optimizer == "sgd", "optimizer is not sgd"),
+            "weight_decay": (self.optimizer == "adamw", "optimizer is not adamw"),
+            "focal_gamma": (self.loss == "focal", "loss is not focal"),
+            "asymmetric_gamma_positive": (self.loss == "asymmetric", "loss is not asymmetric"),
+            "asymmetric_gamma_negative": (self.loss == "asymmetric", "loss is not asymmetric"),
+            "asymmetric_margin": (self.loss == "asymmetric", "loss is not asymmetric"),
+            "plateau_patience": (self.schedule == "plateau", "schedule is not plateau"),
+            "plateau_factor": (self.schedule == "plateau", "schedule is not plateau"),
+            "frozen_learning_rate": (self.frozen_epochs > 0, "frozen_epochs is 0"),
+            "learning_rate": (stage > 0 or self.frozen_learning_rate is None, "all epochs are frozen"),
+            "warmup_epochs": (stage > 0, "all epochs are frozen"),
+        }
+        return [
+            f"{name} ({reason})"
+            for name, (used, reason) in needs.items()
+            if not used and getattr(self, name) != type(self).model_fields[name].default
+        ]
+
     def finding_names(self) -> tuple[str, ...]:
         return labels.resolve(self.findings)
 

@@ -266,6 +266,15 @@ def test_any_file_gives_settings_or_one_line(tmp_path_factory: pytest.TempPathFa
     assert len(outcome(path).splitlines()) == 1
 
 
+def test_settings_without_effect_are_named() -> None:
+    chosen = config.TrainSettings(momentum=0.5, focal_gamma=1.0, plateau_factor=0.5, loss="focal")
+    assert chosen.idle() == ["momentum (optimizer is not sgd)", "plateau_factor (schedule is not plateau)"]
+    assert config.TrainSettings().idle() == []
+    assert config.TrainSettings(epochs=2, frozen_epochs=2, warmup_epochs=1).idle() == [
+        "warmup_epochs (all epochs are frozen)"
+    ]
+
+
 @pytest.mark.parametrize("bad", ["youdn", "youden=1", "sensitivity", "sensitivity=1.0", "specificity=x", "auroc=0.5"])
 def test_operating_points_have_a_rule(bad: str) -> None:
     with pytest.raises(ConfigError, match="sensitivity=X or specificity=X"):

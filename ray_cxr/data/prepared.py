@@ -143,7 +143,8 @@ def agree(out: Path, wanted: dict[str, Any], *, remedy: str = "name another --ou
     if not path.exists():
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = _flat(json.loads(path.read_text(encoding="utf-8")))
+        wanted = _flat(wanted)
         differing = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
     except (OSError, ValueError, TypeError, AttributeError):
         raise OutputError(f"{path}: is damaged; {remedy}") from None
@@ -164,6 +165,14 @@ def begin(out: Path, wanted: dict[str, Any]) -> None:
             atomic.write_json(out / SETTINGS, wanted)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error.strerror}; name another --out") from None
+
+
+def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names, so that a difference can be named."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
+    return flat
 
 
 def _short(value: Any) -> str:

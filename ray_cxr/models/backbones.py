@@ -8,8 +8,11 @@ forget it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import fcntl
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -107,7 +110,8 @@ def features(backbone: str, images: Any, weights: str | None) -> Any:
     constructor: Callable[..., Any] = getattr(keras.applications, info.application)
     try:
         # keras.applications refuses ImageNet weights over another name of input; the tensor alone is enough.
-        model = constructor(include_top=False, weights=weights, input_tensor=x, **dict(info.options))
+        with _one_at_a_time() if weights else contextlib.nullcontext():
+            model = constructor(include_top=False, weights=weights, input_tensor=x, **dict(info.options))
     except Exception as error:
         # Keras raises a bare Exception when its download fails.
         if weights != "imagenet" or isinstance(error, (TypeError, KeyError)):
@@ -118,6 +122,16 @@ def features(backbone: str, images: Any, weights: str | None) -> Any:
             "connect to the internet, name a file of weights, or say weights=none to start from random ones"
         ) from None
     return model.output
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Hold a lock that is this user's on this machine: Keras downloads into one file, from any number of workers."""
+    folder = Path.home() / ".keras"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "ray_cxr.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # given up when the file is closed, also by a kill
+        yield
 
 
 def _tiny(x: Any) -> Any:

@@ -43,6 +43,7 @@ class Progress:
         scores: the selection score of each epoch done, the higher the better.
         curves: a line of metrics per epoch done.
         stopped: whether a callback has ended the training.
+        policy: the Keras dtype policy that it is computed with.
     """
 
     epochs_done: int = 0
@@ -50,13 +51,22 @@ class Progress:
     scores: list[float] = field(default_factory=list)
     curves: list[dict[str, Any]] = field(default_factory=list)
     stopped: bool = False
+    policy: str = "float32"
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch gave: the mean loss of its steps, the seconds it took and those it waited for images."""
+    """What one epoch gave.
+
+    Attributes:
+        loss: the mean of its steps, those before a restart included.
+        images: trained on since the start or restart, padding left out.
+        seconds: that these took.
+        waited: the seconds that the slowest worker waited for images.
+    """
 
     loss: float
+    images: int
     seconds: float
     waited: float
 
@@ -126,7 +136,10 @@ class Loop:
             list(callbacks), add_history=False, add_progbar=False, model=self.model
         )
         self._enter_stage(0)
-        self._predict_step = replicas.compile(lambda images: tf.sigmoid(self._logits(images, training=False)))
+        # Half precision is for training: what is measured and what is exported are the same network, in float32.
+        self._exported = self.model if policy == "float32" else classifier.build(architecture)
+        exported = classifier.logits_of(self._exported)
+        self._predict_step = replicas.compile(lambda images: tf.sigmoid(exported(images, training=False)))
 
     def _enter_stage(self, epoch: int) -> None:
         """Freeze or free the backbone as this epoch asks; each stage has an optimizer and a graph of its own."""
@@ -183,7 +196,7 @@ class Loop:
         Raises:
             RayCxrError: a loss that is not finite; names the step and the images of the batch.
         """
-        epoch, start = progress.epochs_done, time.monotonic()
+        epoch, start, images = progress.epochs_done, time.monotonic(), 0
         self._enter_stage(epoch)
         self.optimizer.take_up()
         fetched = self._feed.train(self.settings.seed, epoch, len(progress.losses), self.steps_per_epoch)
@@ -198,11 +211,7 @@ class Loop:
             pending = None
             loss = float(value)
             if not math.isfinite(loss):
-                ids = ", ".join(map(str, self.train.image_ids[batch.rows]))
-                raise RayCxrError(
-                    f"the loss is {loss} at epoch {epoch + 1}, step {batch.step + 1}; lower the learning rate, or set "
-                    f"clip_norm; the images of that step: {ids}"
-                )
+                raise self._not_finite(f"the loss is {loss}", epoch, batch)
             progress.losses.append(loss)
             if watched:
                 self.callbacks.on_train_batch_end(batch.step, {"loss": loss})
@@ -216,22 +225,40 @@ class Loop:
             # The last step's loss is looked at while the device works on this one, which need not wait for it.
             settle()
             pending = batch, value
+            images += len(batch.rows)
             due = self.settings.checkpoint_steps and (batch.step + 1) % self.settings.checkpoint_steps == 0
             if watched or due:
                 settle()
             if due and on_checkpoint is not None and batch.step + 1 < self.steps_per_epoch:
-                self._share_statistics()
+                self._share_statistics(epoch, batch)
                 on_checkpoint()
         settle()
-        self._share_statistics()
-        return Epoch(float(np.mean(progress.losses)), time.monotonic() - start, fetched.waited)
+        self._share_statistics(epoch, batch)
+        waited = float(self.replicas.gather(np.array(fetched.waited)).max())
+        return Epoch(float(np.mean(progress.losses)), images, time.monotonic() - start, waited)
 
-    def _step(self, epoch: int, batch: Batch, scores: Sequence[float]) -> Any:
-        rate = schedule.learning_rate(self.settings, self.steps_per_epoch, epoch, batch.step, scores)
+    def _not_finite(self, what: str, epoch: int, batch: Batch) -> RayCxrError:
+        ids = ", ".join(map(str, self.train.image_ids[batch.rows]))
+        return RayCxrError(
+            f"{what} at epoch {epoch + 1}, step {batch.step + 1}; lower the learning rate or set clip_norm, in another "
+            f"--out; the images of that step: {ids}"
+        )
+
+    def begin_epoch(self, progress: Progress) -> None:
+        """Enter the next epoch's stage and set its first learning rate; callbacks may then change it."""
+        self._enter_stage(progress.epochs_done)
+        self._plan_rate(progress.epochs_done, len(progress.losses), progress.scores)
+        self.callbacks.on_epoch_begin(progress.epochs_done)
+
+    def _plan_rate(self, epoch: int, step: int, scores: Sequence[float]) -> None:
+        rate = schedule.learning_rate(self.settings, self.steps_per_epoch, epoch, step, scores)
         if rate != self._planned_rate:
             # Set only when the plan changes, so that a callback that changes it is not overruled.
             self._planned_rate = rate
             self.optimizer.keras.learning_rate = rate
+
+    def _step(self, epoch: int, batch: Batch, scores: Sequence[float]) -> Any:
+        self._plan_rate(epoch, batch.step, scores)
         seeds = np.random.default_rng([self.settings.seed, epoch, batch.step, self.replicas.rank, 1]).integers(
             0, 2**32, (len(self._dropouts), 2), dtype=np.uint32
         )
@@ -239,10 +266,17 @@ class Loop:
             *map(tf.constant, (batch.images, batch.labels, batch.weight, batch.denominator, batch.draws, seeds))
         )
 
-    def _share_statistics(self) -> None:
-        """Average BatchNorm's moving statistics, which else are each worker's own; then all must be alike."""
+    def _share_statistics(self, epoch: int, batch: Batch) -> None:
+        """Average BatchNorm's moving statistics, which else are each worker's own; then all must be alike.
+
+        Raises:
+            RayCxrError: they are not, or a weight is not finite: a loss shows only what it was computed from.
+        """
         self.replicas.average([v for layer in self._norms for v in (layer.moving_mean, layer.moving_variance)])
-        self.replicas.agree(self.shared(), "after the step")
+        self.replicas.agree(self.shared(), f"epoch {epoch + 1}, step {batch.step + 1}")
+        for variable in self.model.trainable_variables:
+            if not np.isfinite(np.asarray(variable)).all():
+                raise self._not_finite(f"the weights of {variable.path} are not finite", epoch, batch)
 
     def shared(self) -> list[keras.Variable]:
         """The variables that must be the same on all workers: all but dropout's seeds."""
@@ -256,7 +290,10 @@ class Loop:
         return np.moveaxis(parts, 0, 1).reshape(-1, parts.shape[-1])[:n]
 
     def validate(self) -> tuple[np.ndarray, dict[str, Any]]:
-        """Validation probabilities float32 [N,F] of all workers, and `evaluate` of them."""
+        """Validation probabilities float32 [N,F] of all workers, and `evaluate` of them, as the bundle would give."""
+        if self._exported is not self.model:
+            for variable, value in zip(self._exported.variables, self.model.variables, strict=True):
+                variable.assign(value)
         probabilities = self.predict(self._val_feed, len(self.val))
         return probabilities, evaluate(self.val.labels[:, self.columns], probabilities, self.findings)
 
@@ -281,6 +318,14 @@ class Loop:
             for i, variable in enumerate(() if fresh else self.optimizer.variables):
                 variable.assign(arrays[f"optimizer-{i:04d}"])
         self.optimizer.take_up()
+        if not fresh and (progress.losses or progress.epochs_done):
+            # The rate in the state may be a callback's; the plan that it differs from is that of the step before.
+            epoch, step = progress.epochs_done, len(progress.losses) - 1
+            if step < 0:
+                epoch, step = epoch - 1, self.steps_per_epoch - 1
+            self._planned_rate = schedule.learning_rate(
+                self.settings, self.steps_per_epoch, epoch, step, progress.scores[:epoch]
+            )
 
 
 @contextlib.contextmanager

@@ -71,8 +71,8 @@ class FlatOptimizer:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """With `ema`, the model has the averaged weights; the raw ones come back after it."""
-        if not self._ema:
-            yield
+        if not self._ema or not int(np.asarray(self._inner.iterations)):
+            yield  # no step yet, or every one of them skipped: there is no average
             return
         raw = [np.asarray(flat) for flat in self._flats]
         self._inner.finalize_variable_values(self._flats)

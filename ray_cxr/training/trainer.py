@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,18 +28,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tomli_w
 
 from ray_cxr.config import TrainSettings
-from ray_cxr.data.prepared import PreparedSet, agree, begin
-from ray_cxr.errors import ConfigError, RayCxrError, own_error
+from ray_cxr.data.prepared import SETTINGS, PreparedSet, agree, begin
+from ray_cxr.errors import ConfigError, LeakError, RayCxrError, TableError, own_error
 from ray_cxr.evaluation.calibration import fit_rules
 from ray_cxr.labels import LABELS
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle
 from ray_cxr.progress import Work
-from ray_cxr.training import worker
+from ray_cxr.training import schedule, worker
 from ray_cxr.training.worker import FAILURE, LIVE, METRICS, PROGRESS, RESULT, STARTED, VALIDATION, Callbacks
 from ray_cxr.versions import versions
 
@@ -65,7 +66,8 @@ def train(
         use_gpu: one GPU per worker.
         callbacks: makes `keras.callbacks.Callback`s, stock or own, once in every worker. They see the logs `loss`,
             `val_loss`, `val_auroc` and `learning_rate`, the same on all workers, may set `model.stop_training` and,
-            where the schedule is constant, the optimizer's learning rate. Their own state is not in checkpoints.
+            where the schedule is constant, the optimizer's learning rate. Their own state is not in checkpoints. One
+            that writes files should do so where the task index in `TF_CONFIG` is 0.
         began: when the command began, seconds since 1970, to say how long it took to the first step; None: now.
         on_event: takes one line per event for people.
 
@@ -82,8 +84,14 @@ def train(
         on_event(f"train: {plan.finished.path} is finished already")
         return plan.finished
     data, settings = plan.data, plan.settings
+    if not plan.begun:
+        # Nothing was trained here yet, so what an earlier attempt had wanted binds nobody.
+        (out / SETTINGS).unlink(missing_ok=True)
+    resources = _resources(settings, use_gpu=use_gpu)
     begin(out, plan.wanted)
-    if settings.weights == "none":
+    for name in settings.idle():
+        on_event(f"train: WARNING: no effect: {name}")
+    if settings.weights == "none" and not plan.begun:
         on_event("train: WARNING: weights=none: the network starts from RANDOM weights, not from pre-trained ones")
     lacking = _one_sided(data, settings.finding_names())
     if lacking:
@@ -93,20 +101,45 @@ def train(
         )
     if settings.frozen_epochs and settings.weights == "none":
         on_event("train: WARNING: frozen_epochs keeps a backbone frozen whose weights are random")
-    result = _fit(prepared, out, data, settings, use_gpu=use_gpu, callbacks=callbacks, began=began, on_event=on_event)
-    with tempfile.TemporaryDirectory(prefix="ray_cxr-") as folder, result.as_directory() as best:
+    result = _fit(
+        prepared, out, data, settings, resources, use_gpu=use_gpu, callbacks=callbacks, began=began, on_event=on_event
+    )
+    # The run's own word that it ended, and not the absence of a file that says why it did not: on shared storage a
+    # file can be there and not be seen for a while.
+    if result.checkpoint is None:
+        raise RayCxrError(f"{out}: training ended without a checkpoint; see {out / 'ray'}")
+    last = _progress(result.checkpoint)
+    scores, curves = last["scores"], last["curves"]
+    if not (last["stopped"] or len(scores) >= settings.epochs or schedule.out_of_patience(settings, scores)):
+        raise RayCxrError(
+            f"{out}: training ended after {len(scores)} of {settings.epochs} epochs and left no reason; "
+            "run the command again to continue"
+        )
+    ranked = [(metrics["selection"], checkpoint) for checkpoint, metrics in result.best_checkpoints]
+    best = max(ranked, key=lambda pair: pair[0])[1]
+    with tempfile.TemporaryDirectory(prefix="ray_cxr-") as folder, best.as_directory() as seen:
         # Ray's folder may be a view of remote storage: copy what the bundle needs once.
-        shutil.copytree(best, folder, dirs_exist_ok=True)
-        return _finish(Path(folder), out, data, settings)
+        shutil.copytree(seen, folder, dirs_exist_ok=True)
+        return _finish(Path(folder), out, data, settings, curves)
+
+
+def _progress(checkpoint: Any) -> dict[str, Any]:
+    with checkpoint.as_directory() as folder:
+        progress: dict[str, Any] = json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8"))
+    return progress
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that can begin: its data, its settings with size and weights resolved; or the bundle it has made."""
+    """A run that can begin: its data, its settings with size and weights resolved; or the bundle it has made.
+
+    `begun` says whether something has been trained that is to be continued.
+    """
 
     data: PreparedSet
     settings: TrainSettings
     wanted: dict[str, Any]
+    begun: bool
     finished: Bundle | None
 
 
@@ -127,12 +160,17 @@ def check(prepared: str | Path, out: str | Path, settings: TrainSettings) -> Pla
     if settings.weights not in ("imagenet", "none"):
         if not Path(settings.weights).exists():
             raise ConfigError(f"weights: {settings.weights}: no such file or bundle; or say imagenet, or none")
-        if Path(settings.weights).is_dir():
-            load_bundle(settings.weights)
         # Workers have other working directories.
         settings = settings.replace(weights=str(Path(settings.weights).absolute()))
-    for name in ("train", "val"):
-        data.usable(name)
+    data.usable("train")
+    val = data.usable("val")
+    findings = settings.finding_names()
+    if all(val[name].null_count == len(val) for name in findings):
+        raise TableError(
+            f"{data.path}: no image of split 'val' is labelled for {', '.join(findings)}; no epoch could be chosen"
+        )
+    if Path(settings.weights).is_dir():
+        _refuse_leak(load_bundle(settings.weights), val)
     wanted = {
         "kind": "train",
         "format": 1,
@@ -140,14 +178,43 @@ def check(prepared: str | Path, out: str | Path, settings: TrainSettings) -> Pla
         "input_spec": data.input_spec.model_dump(mode="json"),
         "train": settings.model_dump(mode="json", exclude=_free(settings)),
     }
-    agree(out, wanted)
+    begun = (out / "ray" / "checkpoint_manager_snapshot.json").exists() or (out / "bundle").exists()
+    if begun or not _abandoned(out):
+        agree(out, wanted)
     finished = None
     if (out / "bundle").exists():
         finished = load_bundle(out / "bundle")
         done = finished.info["provenance"]["settings"]["epochs"]
         if done != settings.epochs:
             raise ConfigError(f"{out}: is finished with epochs={done}; name another --out for epochs={settings.epochs}")
-    return Plan(data, settings, wanted, finished)
+    return Plan(data, settings, wanted, begun, finished)
+
+
+def _abandoned(out: Path) -> bool:
+    """Whether `out` holds what a training run wanted that never came to its first checkpoint."""
+    try:
+        found = _read_json(out / SETTINGS)
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("kind") == "train"
+
+
+def _refuse_leak(start: Bundle, val: pa.Table) -> None:
+    """Refuse validation images, or patients, that trained the network which is to be trained on.
+
+    Raises:
+        LeakError: there are some; epochs, calibration and operating points would be chosen on what is known already.
+    """
+    split = pq.read_table(start.path / "split.parquet")
+    trained = split.filter(pc.equal(split["split"], "train"))
+    images = pc.is_in(val["image_id"], trained["image_id"].combine_chunks())
+    patients = pc.is_in(val["patient_id"], trained["patient_id"].drop_null().combine_chunks())
+    count = pc.sum(pc.or_(images, patients)).as_py()
+    if count:
+        raise LeakError(
+            f"weights: {count:,} of {len(val):,} validation images, or their patients, trained {start.path}; "
+            "prepare a manifest with that bundle's split, or without those patients in val"
+        )
 
 
 def _free(settings: TrainSettings) -> set[str]:
@@ -163,42 +230,69 @@ def _one_sided(data: PreparedSet, findings: tuple[str, ...]) -> list[str]:
     return [name for name in findings if len(set(table[name].drop_null().to_pylist())) < 2]
 
 
+def _resources(settings: TrainSettings, *, use_gpu: bool) -> dict[str, float]:
+    """What each worker asks Ray for.
+
+    Raises:
+        ConfigError: the nodes cannot hold the workers; Ray would wait for ever.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(node.get("GPU", 0) for node in nodes)
+    if use_gpu and gpus < settings.workers:
+        raise ConfigError(
+            f"--gpu: {settings.workers} workers need as many GPUs, Ray has {gpus:g}; "
+            "leave --gpu out, or connect to a cluster that has them"
+        )
+    if use_gpu:
+        nodes = [node for node in nodes if node.get("GPU", 0) >= 1]
+    cpus = cpus_each(
+        [(node.get("CPU", 0), node.get("GPU", 0) if use_gpu else math.inf) for node in nodes],
+        settings.workers,
+        settings.cpus_per_worker,
+    )
+    if cpus is None:
+        have = ", ".join(f"{node.get('CPU', 0):g}" for node in nodes)
+        raise ConfigError(
+            f"train: {settings.workers} workers of {settings.cpus_per_worker or 1} CPUs do not fit Ray's nodes, "
+            f"which have {have}; lower workers or cpus_per_worker"
+        )
+    return {"CPU": float(cpus), **({"GPU": 1.0} if use_gpu else {})}
+
+
+def cpus_each(nodes: Sequence[tuple[float, float]], workers: int, wanted: int | None) -> int | None:
+    """The most CPUs that each of so many workers can have on nodes of (CPUs, GPUs); None where they do not fit."""
+    most = int(max((cpus for cpus, _ in nodes), default=0))
+    for each in (wanted,) if wanted else range(most, 0, -1):
+        if sum(min(cpus // each, gpus) for cpus, gpus in nodes) >= workers:
+            return each
+    return None
+
+
 def _fit(
     prepared: Path,
     out: Path,
     data: PreparedSet,
     settings: TrainSettings,
+    resources: dict[str, float],
     *,
     use_gpu: bool,
     callbacks: Callbacks | None,
     began: float,
     on_event: Callable[[str], None],
 ) -> Any:
-    """Run Ray Train to its end; the best checkpoint."""
-    import ray
+    """Run Ray Train to its end; its result."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.tensorflow import TensorflowTrainer
 
-    total = ray.cluster_resources()
-    if use_gpu and total.get("GPU", 0) < settings.workers:
-        raise ConfigError(
-            f"--gpu: {settings.workers} workers need as many GPUs, Ray has {total.get('GPU', 0):g}; "
-            "leave --gpu out, or connect to a cluster that has them"
-        )
-    cpus = settings.cpus_per_worker or max(1, int(total.get("CPU", 1)) // settings.workers)
-    if cpus * settings.workers > total.get("CPU", 0):
-        raise ConfigError(
-            f"train: {settings.workers} workers of {cpus} CPUs need {cpus * settings.workers}, "
-            f"Ray has {total.get('CPU', 0):g}; lower workers or cpus_per_worker"
-        )
-    resources = {"CPU": float(cpus), **({"GPU": 1.0} if use_gpu else {})}
     trainer = TensorflowTrainer(
         worker.run,
         train_loop_config={
             "settings": settings.model_dump(mode="json"),
             "prepared": str(prepared.absolute()),
             "out": str(out.absolute()),
-            "cpus": cpus,
+            "cpus": int(resources["CPU"]),
             "use_gpu": use_gpu,
             "callbacks": callbacks,
         },
@@ -206,7 +300,8 @@ def _fit(
         run_config=RunConfig(
             name="ray",
             storage_path=str(out.absolute()),
-            failure_config=FailureConfig(max_failures=settings.max_failures),
+            # Without a limit Ray Train starts its own part again for ever where the workers cannot be placed.
+            failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=3),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute="selection", checkpoint_score_order="max"
             ),
@@ -222,10 +317,7 @@ def _fit(
         _raise_failure(out)
         raise _plain(error) from error
     _raise_failure(out)
-    ranked = [(metrics["selection"], checkpoint) for checkpoint, metrics in result.best_checkpoints]
-    if not ranked:
-        raise RayCxrError(f"{out}: training ended without a checkpoint; see {out / 'ray'}")
-    return max(ranked, key=lambda pair: pair[0])[1]
+    return result
 
 
 def _raise_failure(out: Path) -> None:
@@ -257,7 +349,8 @@ def _telling(
         told = len(_read_metrics(out))
         total = settings.epochs * steps
         # The epochs have lines of their own, and an end for want of patience is not an unfinished run.
-        with Work("train", total, done=told * steps, unit="steps", line_every=60.0, last_line=False) as work:
+        bar = Work("train", total, done=told * steps, unit="steps", line_every=60.0, last_line=False)
+        with bar if told * steps < total else Work("train", 0, last_line=False) as work:
             at, started = told * steps, None
             while not over.wait(0.5):
                 if (start := _read_json(out / STARTED)) and start != started:
@@ -283,7 +376,7 @@ def _telling(
 
 def _tell_start(start: dict[str, Any], began: float, *, again: bool, on_event: Callable[[str], None]) -> None:
     if again:
-        on_event("train: WARNING: a worker was lost; Ray Train has started all of them again")
+        on_event("train: WARNING: a worker failed or was lost; Ray Train has started all of them again")
     if start["epoch"] or start["step"]:
         on_event(f"train: continues after epoch {start['epoch']}, step {start['step']}")
     if start["random"]:
@@ -325,9 +418,14 @@ def _plain(error: BaseException) -> RayCxrError:
     return RayCxrError(f"training failed: {lines[-1][:300]}")
 
 
-def _finish(best: Path, out: Path, data: PreparedSet, settings: TrainSettings) -> Bundle:
-    """Fit calibration and operating points on validation, and write the bundle."""
-    scores = json.loads((best / PROGRESS).read_text())["scores"]
+def _finish(best: Path, out: Path, data: PreparedSet, settings: TrainSettings, curves: list[dict[str, Any]]) -> Bundle:
+    """Fit calibration and operating points on validation, and write the bundle.
+
+    Args:
+        best: the best epoch's checkpoint.
+        curves: of all epochs, also those after the best one, whose checkpoint cannot know of them.
+    """
+    progress = json.loads((best / PROGRESS).read_text(encoding="utf-8"))
     result = json.loads((best / RESULT).read_text())
     with np.load(best / VALIDATION, allow_pickle=False) as arrays:
         probabilities, ids = arrays["probabilities"], arrays["image_ids"]
@@ -361,14 +459,13 @@ def _finish(best: Path, out: Path, data: PreparedSet, settings: TrainSettings) -
             for name, group in used.groupby("split")
         },
         "age_range": [float(ages.min()), float(ages.max())] if len(ages) else None,
-        "best_epoch": len(scores),  # the checkpoint is that of the best epoch
+        "best_epoch": progress["epochs_done"],
+        "precision": progress["policy"],
         "chosen_by": "validation macro AUROC" if result["macro_auroc"] is not None else "validation loss",
         "validation": result,
         "settings": settings.model_dump(mode="json"),
         "versions": versions(),
     }
-    # All epochs, also those after the best one, whose checkpoint cannot know of them.
-    curves = _read_metrics(out)
     plain = {key: value for key, value in settings.model_dump(mode="json").items() if value is not None}
     return write_bundle(
         out / "bundle",

@@ -19,7 +19,7 @@ import pandas as pd
 from ray_cxr.config import TrainSettings, build
 from ray_cxr.data import atomic
 from ray_cxr.data.prepared import PreparedSet
-from ray_cxr.errors import RayCxrError
+from ray_cxr.errors import ConfigError, RayCxrError
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import WEIGHTS
 
@@ -46,14 +46,14 @@ def run(config: dict[str, Any]) -> None:
     import ray.train
 
     failure = Path(config["out"]) / FAILURE
-    if failure.exists():
-        return  # a restart after an error of ours
     try:
         _train(config)
     except RayCxrError as error:
         atomic.write_json(failure, {"message": str(error), "input": error.exit_code == 2})
-        if ray.train.get_context().get_world_size() > 1:
-            raise  # the others may be waiting for this one in an exchange: Ray Train ends them
+        context = ray.train.get_context()
+        if context.get_world_size() > 1:
+            # The others may be waiting for this one in an exchange: Ray Train ends them all. Its logs get no image ids.
+            raise RayCxrError(f"worker {context.get_world_rank()} gave up; {failure} says why") from None
 
 
 def _train(config: dict[str, Any]) -> None:
@@ -76,10 +76,19 @@ def _train(config: dict[str, Any]) -> None:
     if settings.deterministic if settings.deterministic is not None else not (gpu or settings.xla):
         runtime.make_deterministic()
     replicas = Replicas(gpu=gpu)
+    if replicas.any((out / FAILURE).exists()):
+        return  # a restart after an error of ours, which all must leave together
     data = PreparedSet(config["prepared"], settings.size)
     train, val = data.load("train"), data.load("val")
     times["data"] = time.time()
-    checkpoint = ray.train.get_checkpoint()
+    checkpoint, progress = ray.train.get_checkpoint(), Progress(policy=policy)
+    if checkpoint:
+        with checkpoint.as_directory() as folder:
+            progress = Progress(**json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8")))
+        # A run goes on as it began: half precision does not come or go with the machine that it is continued on.
+        policy = progress.policy
+        if progress.epochs_done > settings.epochs:
+            raise ConfigError(f"{out}: has {progress.epochs_done} epochs already, more than epochs={settings.epochs}")
     loop = Loop(
         replicas,
         settings,
@@ -90,10 +99,8 @@ def _train(config: dict[str, Any]) -> None:
         policy=policy,
         callbacks=config["callbacks"]() if config["callbacks"] else (),
     )
-    progress = Progress()
     if checkpoint:
         with checkpoint.as_directory() as folder:
-            progress = Progress(**json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8")))
             loop.restore(Path(folder), progress)
     replicas.agree(loop.shared(), "at the start")
     times["network"] = time.time()
@@ -113,23 +120,24 @@ def _train(config: dict[str, Any]) -> None:
     while progress.epochs_done < settings.epochs and not progress.stopped:
         if schedule.out_of_patience(settings, progress.scores):
             break
-        epoch, first = progress.epochs_done, len(progress.losses)
-        loop.callbacks.on_epoch_begin(epoch)
+        epoch = progress.epochs_done
+        loop.begin_epoch(progress)
         done = loop.run_epoch(progress, on_step=on_step, on_checkpoint=on_checkpoint)
         with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name:
-            point, selection = _validate(loop, progress, done, loop.steps_per_epoch - first, Path(name))
+            point, selection = _validate(loop, progress, done, Path(name))
             loop.callbacks.on_epoch_end(epoch, {key: point[key] for key in LOGS})
             progress.epochs_done, progress.losses = epoch + 1, []
             progress.scores.append(selection)
             progress.curves.append(point)
             progress.stopped = loop.stop_wanted()
-            _report({**point, "selection": selection}, loop, progress, Path(name))
-        if watch:
-            watch.metrics(progress)
+            if watch:
+                watch.metrics(progress)
+            # Of equals the first: Ray Train would keep the last.
+            _report({**point, "selection": selection - 1e-12 * epoch}, loop, progress, Path(name))
     loop.callbacks.on_train_end()
 
 
-def _validate(loop: Loop, progress: Progress, epoch: Epoch, steps: int, folder: Path) -> tuple[dict[str, Any], float]:
+def _validate(loop: Loop, progress: Progress, epoch: Epoch, folder: Path) -> tuple[dict[str, Any], float]:
     """The epoch's line of metrics and its selection score; rank 0 leaves in `folder` what a bundle needs."""
     from ray_cxr.training.loop import cross_entropy, selection
 
@@ -141,7 +149,6 @@ def _validate(loop: Loop, progress: Progress, epoch: Epoch, steps: int, folder: 
             (folder / RESULT).write_text(json.dumps(result), encoding="utf-8")
             np.savez(folder / VALIDATION, probabilities=probabilities, image_ids=loop.val.image_ids.astype(str))
     values = loop.val.labels[:, loop.columns]
-    images = min(steps * loop.settings.batch_size, len(loop.train))
     point = {
         "epoch": progress.epochs_done + 1,
         "loss": epoch.loss,
@@ -151,7 +158,7 @@ def _validate(loop: Loop, progress: Progress, epoch: Epoch, steps: int, folder: 
         "seconds": round(epoch.seconds, 3),
         "wait_seconds": round(epoch.waited, 3),
         "val_seconds": round(time.monotonic() - start, 3),
-        "images_per_second": round(images / epoch.seconds, 2),
+        "images_per_second": round(epoch.images / epoch.seconds, 2),
     }
     return point, selection(result, probabilities, values)
 
@@ -196,6 +203,7 @@ class _Watch:
     def metrics(self, progress: Progress) -> None:
         """Write metrics.csv anew, and what it has more than before to TensorBoard's log."""
         if not progress.curves:
+            (self._out / METRICS).unlink(missing_ok=True)  # of a life that ended before its first checkpoint
             return
         atomic.write(
             self._out / METRICS,

@@ -12,6 +12,7 @@ from workers import SIZE, make, split, train, weights
 from ray_cxr.config import TrainSettings
 from ray_cxr.errors import ConfigError, RayCxrError
 from ray_cxr.labels import FINDINGS, LABELS
+from ray_cxr.models import classifier
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.training import loop
 from ray_cxr.training.distributed import Replicas
@@ -81,8 +82,8 @@ def test_every_option_reaches_the_weights(option: str, trained) -> None:
     assert all(np.isfinite(value).all() for value in one.values())
 
 
-def test_every_field_of_the_settings_is_proven_somewhere() -> None:
-    """A new option needs a test that it does something: name it here with the place."""
+def test_a_new_setting_is_not_forgotten_here() -> None:
+    """It goes into OPTIONS, or among those that other tests are for."""
     here = {word for changes, _ in OPTIONS.values() for word in changes} - {"policy"}
     elsewhere = {
         "backbone", "findings", "weights", "dense", "size",  # test_classifier, test_backbones, test_train
@@ -287,7 +288,7 @@ def test_stock_callbacks_run_and_what_they_do_counts(tmp_path) -> None:
     item.callbacks.on_train_begin()
     progress = Progress()
     for epoch, (loss, auroc) in enumerate([(0.5, 0.6), (0.6, 0.7), (0.7, 0.65)]):
-        item.callbacks.on_epoch_begin(epoch)
+        item.begin_epoch(progress)
         item.run_epoch(progress)
         assert not item.stop_wanted()
         item.callbacks.on_epoch_end(epoch, {"val_loss": loss, "val_auroc": auroc})
@@ -298,6 +299,36 @@ def test_stock_callbacks_run_and_what_they_do_counts(tmp_path) -> None:
     assert item.stop_wanted()
     item.callbacks.on_train_end()
     assert (tmp_path / "log.csv").read_text().count("\n") == 4
+
+
+def test_a_callback_that_sets_the_learning_rate_is_heard_from_the_first_epoch_and_after_a_restart(tmp_path) -> None:
+    wanted = [0.5, 0.25, 0.2, 0.1]
+
+    def begun() -> loop.Loop:
+        return make(
+            callbacks=[keras.callbacks.LearningRateScheduler(lambda epoch, rate: wanted[epoch])],
+            optimizer="sgd",
+            frozen_epochs=2,
+            frozen_learning_rate=0.01,
+            epochs=4,
+            n_train=8,
+        )
+
+    def rate(item: loop.Loop) -> float:
+        return float(np.asarray(item.optimizer.keras.learning_rate))
+
+    item, progress, seen = begun(), Progress(), []
+    for _ in range(3):
+        item.begin_epoch(progress)
+        train(item, 1, progress)
+        seen.append(rate(item))
+    assert seen == pytest.approx(wanted[:3])
+    item.save(tmp_path)
+    again = begun()
+    again.restore(tmp_path, progress)
+    assert rate(again) == pytest.approx(0.2)
+    train(again, 1, progress)  # without the callback's own word
+    assert rate(again) == pytest.approx(0.2)
 
 
 def test_a_callback_may_set_weights_between_epochs() -> None:
@@ -317,6 +348,45 @@ def test_a_loss_that_is_not_finite_names_step_and_every_image() -> None:
         item.run_epoch(Progress())
     assert str(caught.value).count("_000.png") == 8
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_end_the_run_before_they_are_kept() -> None:
+    """A loss shows only what it was computed from: the last step can spoil the weights unseen."""
+
+    class Spoil(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: object = None) -> None:
+            if batch == 2:
+                kernel = self.model.get_layer("logits").kernel
+                kernel.assign(np.full(kernel.shape, np.inf, np.float32))
+
+    item = make(callbacks=[Spoil()])
+    with pytest.raises(RayCxrError, match="weights of logits/kernel are not finite at epoch 1, step 3"):
+        item.run_epoch(Progress())
+
+
+def test_what_is_measured_is_the_network_that_is_exported(tmp_path) -> None:
+    """Trained in half precision, validated in whole: as a bundle, built again from the weights alone, would."""
+    item = make(policy="mixed_bfloat16", learning_rate=0.01)
+    train(item, 1)
+    probabilities, _ = item.validate()
+    item.model.save_weights(str(tmp_path / "w.weights.h5"))
+    plain = classifier.build(Architecture.of(item.settings, SIZE))
+    plain.load_weights(str(tmp_path / "w.weights.h5"))
+    images = np.asarray(item.val.images)[..., None]
+    np.testing.assert_allclose(np.asarray(plain(images, training=False)), probabilities, atol=1e-6)
+
+
+def test_an_average_of_no_steps_is_the_weights_themselves() -> None:
+    item = make(ema=0.9)
+    start = weights(item)[KERNEL]
+    with item.optimizer.averaged():
+        np.testing.assert_array_equal(weights(item)[KERNEL], start)
+
+
+def test_images_are_counted_without_padding_and_from_where_a_restart_took_up() -> None:
+    item = make(n_train=29)
+    assert item.run_epoch(Progress()).images == 29
+    assert item.run_epoch(Progress(losses=[0.5] * 3)).images == 5
 
 
 def test_mixed_precision_computes_in_half_and_keeps_weights_whole() -> None:

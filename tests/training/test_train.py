@@ -132,7 +132,7 @@ def test_same_command_again_does_nothing(run: tuple[Path, list[str]], command) -
 def test_another_setting_in_the_same_folder_is_refused(run: tuple[Path, list[str]], prepared: Path, command) -> None:
     code, _, err = command("train", prepared, "--out", run[0], *with_settings(*RUN[:2], "learning_rate=0.1"))
     assert (code, err.count("\n")) == (2, 1)
-    assert "name another --out" in err
+    assert "train.learning_rate 0.05 (now 0.1); name another --out" in err
 
 
 def test_the_bundles_config_trains_again_unchanged(run: tuple[Path, list[str]], prepared: Path, command) -> None:
@@ -151,11 +151,20 @@ def test_a_run_cut_short_continues_without_training_again(prepared: Path, tmp_pa
     assert code == 0, err
     assert "RANDOM weights" in said
     shutil.rmtree(out / "bundle")
+    # As if that had been on another device: the run goes on in the precision that it began in.
+    for checkpoint in (out / "ray").glob("checkpoint_*/progress.json"):
+        checkpoint.write_text(checkpoint.read_text().replace('"float32"', '"mixed_bfloat16"'))
     code, said, err = command("train", prepared, "--out", out, *with_settings("epochs=2"))
     assert code == 0, err
     assert "continues after epoch 1" in said
     assert "epoch 1 of 2" not in said
     assert "epoch 2 of 2" in said
+    assert "RANDOM weights" not in said
+    assert ray_cxr.load_bundle(out / "bundle").info["provenance"]["precision"] == "mixed_bfloat16"
+    shutil.rmtree(out / "bundle")
+    code, said, err = command("train", prepared, "--out", out, *with_settings("epochs=1"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "has 2 epochs already, more than epochs=1" in err
 
 
 def test_weights_that_do_not_fit_are_one_line_and_no_restart(prepared: Path, tmp_path: Path, command) -> None:
@@ -166,6 +175,11 @@ def test_weights_that_do_not_fit_are_one_line_and_no_restart(prepared: Path, tmp
     code, _, err = command("train", prepared, "--out", tmp_path / "run", *given)
     assert (code, err.count("\n")) == (2, 1)
     assert "is it for MobileNetV3Small" in err
+    # Nothing was trained, so the folder is not bound to those settings.
+    from ray_cxr.config import TrainSettings
+    from ray_cxr.training import trainer
+
+    assert not trainer.check(prepared, tmp_path / "run", TrainSettings(weights="none", size=64)).begun
     code, _, err = command("train", prepared, "--out", tmp_path / "run2", *with_settings(f"weights={tmp_path}/none.h5"))
     assert code == 2
     assert "no such file or bundle" in err
@@ -227,7 +241,92 @@ def test_a_cosine_cannot_be_given_more_epochs(prepared: Path, tmp_path: Path, co
 def test_more_workers_than_processors_are_one_line(prepared: Path, tmp_path: Path, command) -> None:
     code, _, err = command("train", prepared, "--out", tmp_path / "run", "--workers", 4, *with_settings())
     assert (code, err.count("\n")) == (2, 1)
-    assert "4 workers of 1 CPUs need 4, Ray has 2" in err
+    assert "4 workers of 1 CPUs do not fit Ray's nodes, which have 2" in err
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "wanted", "expected"),
+    [
+        ([(2, 9)], 1, None, 2),
+        ([(2, 9)], 2, None, 1),
+        ([(2, 9), (1, 9)], 1, None, 2),  # not 3: no node has them
+        ([(2, 9), (1, 9)], 3, None, 1),
+        ([(16, 9), (8, 9)], 3, None, 8),
+        ([(8, 4)], 4, None, 2),
+        ([(8, 1), (8, 1)], 2, None, 8),  # one GPU each
+        ([(8, 1)], 2, None, None),
+        ([(2, 9)], 3, None, None),
+        ([(4, 9), (4, 9)], 2, 3, 3),
+        ([(4, 9)], 2, 3, None),
+        ([], 1, None, None),
+    ],
+)
+def test_workers_get_what_single_nodes_have(nodes, workers: int, wanted: int | None, expected: int | None) -> None:
+    from ray_cxr.training.trainer import cpus_each
+
+    assert cpus_each(nodes, workers, wanted) == expected
+
+
+def test_validation_images_that_trained_the_starting_bundle_are_refused(prepared: Path, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    import pyarrow as pa
+
+    from ray_cxr.errors import LeakError
+    from ray_cxr.training import trainer
+
+    val = PreparedSet(prepared, 64).usable("val")
+    images, patients = val["image_id"].to_pylist(), val["patient_id"].to_pylist()
+
+    def start(image: str, patient: str | None, split: str) -> SimpleNamespace:
+        table = pa.table({"image_id": [image], "patient_id": pa.array([patient], pa.string()), "split": [split]})
+        pq.write_table(table, tmp_path / "split.parquet")
+        return SimpleNamespace(path=tmp_path)
+
+    trainer._refuse_leak(start("other.png", None, "train"), val)
+    trainer._refuse_leak(start(images[0], patients[0], "val"), val)
+    with pytest.raises(LeakError, match=r"1 of \d+ validation images, or their patients, trained"):
+        trainer._refuse_leak(start(images[0], None, "train"), val)
+    with pytest.raises(LeakError, match=f"{patients.count(patients[0])} of"):
+        trainer._refuse_leak(start("other.png", patients[0], "train"), val)
+
+
+def test_a_validation_split_without_labels_is_refused(prepared: Path, tmp_path: Path, monkeypatch) -> None:
+    import pyarrow as pa
+
+    from ray_cxr.config import TrainSettings
+    from ray_cxr.errors import TableError
+    from ray_cxr.training import trainer
+
+    usable = PreparedSet.usable
+
+    def unlabelled(self: PreparedSet, split: str) -> pa.Table:
+        table = usable(self, split)
+        i = table.schema.get_field_index("Mass")
+        return table.set_column(i, "Mass", pa.nulls(len(table), pa.int8())) if split == "val" else table
+
+    monkeypatch.setattr(PreparedSet, "usable", unlabelled)
+    trainer.check(prepared, tmp_path, TrainSettings(size=64, findings=("Mass", "Edema")))
+    with pytest.raises(TableError, match="no image of split 'val' is labelled for Mass"):
+        trainer.check(prepared, tmp_path, TrainSettings(size=64, findings=("Mass",)))
+
+
+def test_a_run_that_did_not_say_that_it_ended_makes_no_bundle(prepared: Path, tmp_path: Path, monkeypatch) -> None:
+    """Without this a lost reason for a failure, on slow shared storage, would make a bundle of half a run."""
+    import contextlib
+    import json
+    from types import SimpleNamespace
+
+    from ray_cxr.config import TrainSettings
+    from ray_cxr.errors import RayCxrError
+    from ray_cxr.training import trainer
+
+    (tmp_path / "progress.json").write_text(json.dumps({"stopped": False, "scores": [0.5], "curves": [{}]}))
+    checkpoint = SimpleNamespace(as_directory=lambda: contextlib.nullcontext(str(tmp_path)))
+    monkeypatch.setattr(trainer, "_fit", lambda *args, **options: SimpleNamespace(checkpoint=checkpoint))
+    settings = TrainSettings(backbone="TinyCNN", weights="none", size=64, epochs=3)
+    with pytest.raises(RayCxrError, match="ended after 1 of 3 epochs and left no reason; run the command again"):
+        trainer.train(prepared, tmp_path / "run", settings)
 
 
 def test_no_gpu_is_said_at_once(prepared: Path, tmp_path: Path, command) -> None:
