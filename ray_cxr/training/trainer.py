@@ -350,7 +350,7 @@ def _telling(
         total = settings.epochs * steps
         # The epochs have lines of their own, and an end for want of patience is not an unfinished run.
         bar = Work("train", total, done=told * steps, unit="steps", line_every=60.0, last_line=False)
-        with bar if told * steps < total else Work("train", 0, last_line=False) as work:
+        with bar if told * steps < total else Work("train", 0, line_every=math.inf, last_line=False) as work:
             at, started = told * steps, None
             while not over.wait(0.5):
                 if (start := _read_json(out / STARTED)) and start != started:

