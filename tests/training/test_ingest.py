@@ -53,13 +53,18 @@ def test_an_epoch_taken_up_in_the_middle_goes_on_with_the_same_batches() -> None
 
 
 def test_fetching_goes_on_while_the_step_works() -> None:
-    fetched = ingest.Fetched(lambda i: time.sleep(0.05) or i, 6)
-    seen = []
+    """The next item is in the making, or made, before this one has been used."""
+    begun = [threading.Event() for _ in range(6)]
+    fetched = ingest.Fetched(lambda i: begun[i].set() or i, 6)
     for item in fetched:
-        seen.append(item)
-        time.sleep(0.1)  # the step
-    assert seen == list(range(6))
-    assert fetched.waited < 0.15, "only the first item may be waited for"
+        assert all(event.wait(30) for event in begun[item + 1 : item + 2])
+        assert not any(event.is_set() for event in begun[item + 1 + ingest.AHEAD :]), "memory holds only so many"
+
+
+def test_what_was_waited_for_is_counted() -> None:
+    fetched = ingest.Fetched(lambda i: time.sleep(0.2) or i, 1)
+    assert list(fetched) == [0]
+    assert fetched.waited >= 0.1
 
 
 def test_what_fails_in_the_thread_is_raised_where_it_is_used_and_the_thread_ends() -> None:
