@@ -47,6 +47,10 @@ from ray_cxr.versions import versions
 logger = logging.getLogger(__name__)
 
 
+#: Seconds without a first step after which it is said that something may be waited for.
+WAITING_S = 240
+
+
 def train(
     prepared: str | Path,
     out: str | Path,
@@ -300,8 +304,8 @@ def _fit(
         run_config=RunConfig(
             name="ray",
             storage_path=str(out.absolute()),
-            # Without a limit Ray Train starts its own part again for ever where the workers cannot be placed.
-            failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=3),
+            # What other work holds is waited for, as in a queue; what no node has was refused before.
+            failure_config=FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute="selection", checkpoint_score_order="max"
             ),
@@ -351,11 +355,16 @@ def _telling(
         # The epochs have lines of their own, and an end for want of patience is not an unfinished run.
         bar = Work("train", total, done=told * steps, unit="steps", line_every=60.0, last_line=False)
         with bar if told * steps < total else Work("train", 0, line_every=math.inf, last_line=False) as work:
-            at, started = told * steps, None
+            at, started, waiting = told * steps, None, False
             while not over.wait(0.5):
                 if (start := _read_json(out / STARTED)) and start != started:
                     _tell_start(start, began, again=started is not None, on_event=on_event)
                     started = start
+                if not (started or waiting) and time.time() - began > WAITING_S:
+                    waiting = True
+                    on_event(
+                        f"train: no step after {WAITING_S} s; Ray may be waiting for CPUs or GPUs that other work holds"
+                    )
                 told = tell(told)
                 if live := _read_json(out / LIVE):
                     now = (live["epoch"] - 1) * steps + live["step"]
