@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_cxr import labels
-from ray_cxr.data import atomic, demographics, imaging, splits
+from ray_cxr.data import atomic, demographics, splits, storage
 from ray_cxr.errors import ConfigError, TableError
 
 SCHEMA = pa.schema(
@@ -332,15 +332,15 @@ def manifest_of_images(location: str) -> pa.Table:
     Raises:
         InputError: no such folder, or no pictures in it.
     """
-    paths = imaging.list_images(location)
-    names = [imaging.plain_path(path).rsplit("/", 1)[-1] for path in paths]
+    paths = storage.list_images(location)
+    names = [storage.plain_path(path).rsplit("/", 1)[-1] for path in paths]
     if len(set(names)) < len(names):
         # The listing's paths begin with the location as it was given, be it local or a URI.
-        root = imaging.plain_path(location).rstrip("/") + "/"
-        names = [imaging.plain_path(path).removeprefix(root) for path in paths]
+        root = storage.plain_path(location).rstrip("/") + "/"
+        names = [storage.plain_path(path).removeprefix(root) for path in paths]
     columns: dict[str, pa.Array] = {name: pa.nulls(len(paths), kind) for name, kind in _fields()}
     columns["image_id"] = pa.array(names, pa.string())
-    columns["path"] = pa.array([imaging.absolute(path) for path in paths], pa.string())
+    columns["path"] = pa.array([storage.absolute(path) for path in paths], pa.string())
     return pa.table(columns, schema=SCHEMA)
 
 
@@ -551,9 +551,9 @@ def _sha256(path: str) -> str:
 
 def _find_images(image_ids: pd.Series, location: str, report: ManifestReport) -> pd.Series:
     by_name: dict[str, list[str]] = {}
-    files = imaging.list_images(location)
+    files = storage.list_images(location)
     for path in files:
-        by_name.setdefault(imaging.plain_path(path).rsplit("/", 1)[-1], []).append(path)
+        by_name.setdefault(storage.plain_path(path).rsplit("/", 1)[-1], []).append(path)
     wanted = set(image_ids)
     twice = sorted(name for name in by_name.keys() & wanted if len(by_name[name]) > 1)
     if twice:
@@ -562,7 +562,7 @@ def _find_images(image_ids: pd.Series, location: str, report: ManifestReport) ->
             f"--images {location}: {len(twice):,} names are found more than once, such as {first} and {second}; "
             "point --images at one copy"
         )
-    paths = image_ids.map({name: imaging.absolute(found[0]) for name, found in by_name.items()}).astype("object")
+    paths = image_ids.map({name: storage.absolute(found[0]) for name, found in by_name.items()}).astype("object")
     report.images_found = int(paths.notna().sum())
     report.images_missing = int(paths.isna().sum())
     report.files_not_in_table = len(files) - report.images_found

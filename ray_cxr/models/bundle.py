@@ -28,7 +28,7 @@ import pandas as pd
 import pyarrow as pa
 
 from ray_cxr.config import InputSpec, build
-from ray_cxr.data import atomic, imaging
+from ray_cxr.data import atomic, imaging, storage
 from ray_cxr.errors import BundleError, ConfigError, ImageError, OutputError
 from ray_cxr.evaluation.calibration import Calibration
 from ray_cxr.labels import LABELS
@@ -124,7 +124,7 @@ class Bundle:
                 paths.append(None)
                 pixels[i] = imaging.resize(item, self.input_spec)
                 continue
-            ids.append(imaging.plain_path(str(item)).rsplit("/", 1)[-1])
+            ids.append(storage.plain_path(str(item)).rsplit("/", 1)[-1])
             paths.append(str(item))
             try:
                 pixels[i] = imaging.load(str(item), self.input_spec)

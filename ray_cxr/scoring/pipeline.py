@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_cxr.config import ScoreSettings
-from ray_cxr.data import atomic, imaging
+from ray_cxr.data import atomic, imaging, storage
 from ray_cxr.data import manifest as manifests
 from ray_cxr.data.prepared import SETTINGS, agree, begin, rows_in
 from ray_cxr.errors import (
@@ -118,7 +118,7 @@ def score(
         raise ConfigError("score: name one of --manifest and --images")
     bundle = load_bundle(bundle_path)
     frozen = out / INPUT
-    place = None if images is None else imaging.absolute(images)
+    place = None if images is None else storage.absolute(images)
     table = _input_table(manifest, images, place, None if fresh else out)
     n_rows = len(table) if limit is None else min(limit, len(table))
     if not n_rows:

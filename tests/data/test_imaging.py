@@ -20,7 +20,8 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from ray_cxr.config import InputSpec
 from ray_cxr.data import imaging
-from ray_cxr.data.imaging import decode, list_images, load, read_bytes, resize
+from ray_cxr.data.imaging import decode, load, resize
+from ray_cxr.data.storage import list_images, read_bytes
 from ray_cxr.errors import ImageError, InputError
 
 
