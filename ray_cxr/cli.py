@@ -23,6 +23,8 @@ from ray_cxr.errors import ConfigError, RayCxrError, own_error
 EXIT_INTERRUPTED = 130
 
 
+#: When this command began, seconds since the epoch.
+_BEGAN = time.time()
 #: For a Ray of a command's own; whoever sets one of these in the environment is heeded.
 _OWN_RAY = {
     # On a loaded two-core machine Ray's own 60 s for its node process, and 20 s for its head, are too few.
@@ -119,6 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--fresh", action="store_true", help="start over: removes an earlier run's files in SCORES")
     one.add_argument("--retry-errors", action="store_true", help="read files again whose error may have passed")
     one.add_argument("--max-error-rate", type=float, metavar="R", help="exit with 3 when more than this failed (0.5)")
+    one.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "int8"],
+        help="auto: bf16 where the CPU has it and the bundle holds its tolerance in it",
+    )
     one.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
     one.add_argument("--dry-run", action="store_true", help="check everything, count, write nothing")
     _settings(one, gpu=True)
@@ -130,6 +137,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--labels", metavar="M.parquet")
     one.add_argument("--split", choices=["train", "val", "test"])
     one.set_defaults(run=_report)
+
+    one = commands.add_parser("quantize", help="a bundle with 8-bit weights, too, for `score --precision int8`")
+    one.add_argument("bundle", metavar="BUNDLE")
+    one.add_argument("prepared", metavar="PREPARED", help="what prepare left; its train and val images are used")
+    one.add_argument("--out", required=True, metavar="BUNDLE2")
+    _settings(one)
+    one.set_defaults(run=_quantize)
 
     one = commands.add_parser("recalibrate", help="calibration and operating points from a site's own labels")
     one.add_argument("bundle", metavar="BUNDLE")
@@ -257,6 +271,8 @@ def _score(arguments: argparse.Namespace) -> None:
     chosen = settings.score
     if arguments.max_error_rate is not None:
         chosen = chosen.replace(max_error_rate=arguments.max_error_rate)
+    if arguments.precision is not None:
+        chosen = chosen.replace(precision=arguments.precision)
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError(f"--limit {arguments.limit}: give at least 1")
     from ray_cxr.scoring import pipeline
@@ -268,13 +284,21 @@ def _score(arguments: argparse.Namespace) -> None:
         "limit": arguments.limit,
         "use_gpu": arguments.gpu,
     }
-    # All that can be refused is refused before Ray takes its seconds to start.
-    plan = pipeline.score(arguments.model, arguments.out, chosen, fresh=arguments.fresh, dry_run=True, **call)
+    report = pipeline.score(
+        arguments.model,
+        arguments.out,
+        chosen,
+        fresh=arguments.fresh,
+        dry_run=arguments.dry_run,
+        start=lambda: start_ray(settings.ray),
+        began=_BEGAN,
+        **call,
+    )
+    for note in report.notes:
+        _say(f"{arguments.images}: {note}")
     if arguments.dry_run:
-        _say(f"{plan.rows:,} rows, {plan.counts['to score']:,} of them to score; nothing was written")
+        _say(f"{report.rows:,} rows, {report.counts['to score']:,} of them to score; nothing was written")
         return
-    with start_ray(settings.ray) if plan.counts["to score"] else contextlib.nullcontext():
-        report = pipeline.score(arguments.model, arguments.out, chosen, fresh=arguments.fresh, **call)
     table = Table("result", "rows", title="Scores")
     for code, count in report.counts.most_common():
         table.add_row(code, f"{count:,}")
@@ -302,6 +326,15 @@ def _report(arguments: argparse.Namespace) -> None:
             f"{metrics['n_patients']:,} patients"
         )
     _say(f"report: {Path(arguments.out) / 'report.html'}")
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    chosen = config.load(arguments.config, arguments.overrides, section="quantize").quantize
+    from ray_cxr.models import quantization
+
+    with _writing(arguments.out):
+        bundle = quantization.quantize(arguments.bundle, arguments.prepared, arguments.out, chosen, on_event=_say)
+    _say(f"bundle: {bundle.path}")
 
 
 def _recalibrate(arguments: argparse.Namespace) -> None:

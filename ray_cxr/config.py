@@ -83,6 +83,9 @@ class PrepareSettings(Settings):
     aspect: Aspect = Field("stretch", description="pictures that are not square: stretched, padded with black, cropped")
     interpolation: Interpolation = Field("area", description="area averages when shrinking, as anti-aliasing needs")
     rows_per_shard: int = Field(256, ge=1, le=100_000, description="images per shard; also what a kill can cost")
+    decode_timeout_s: float = Field(
+        60.0, gt=0.0, description="a file that takes longer becomes a row of decode_timeout"
+    )
 
     @field_validator("sizes")
     @classmethod
@@ -221,12 +224,40 @@ class TrainSettings(Settings):
         return labels.resolve(self.findings)
 
 
+Precision = Literal["auto", "fp32", "bf16", "int8"]
+
+
 class ScoreSettings(Settings):
+    precision: Precision = Field(
+        "auto", description="auto: bf16 where the CPU has it and the bundle was checked in it, else fp32; --precision"
+    )
     batch_size: int = Field(16, ge=1, le=4096, description="images per forward pass")
-    rows_per_file: int = Field(512, ge=1, le=1_000_000, description="rows per output file; also what a kill can cost")
+    rows_per_file: int = Field(
+        256, ge=1, le=1_000_000, description="rows per output file; a kill costs up to two files' work an actor"
+    )
     cpus_per_actor: int | None = Field(None, ge=1, description="null: up to 4, and never more than a node has")
+    decode: Literal["auto", "inside", "apart"] = Field(
+        "auto",
+        description="inside: by the network's own actors; apart: in tasks of one CPU; auto: apart with --gpu only",
+    )
+    decode_timeout_s: float = Field(
+        60.0, gt=0.0, description="a file that takes longer becomes a row of decode_timeout"
+    )
     max_error_rate: float = Field(0.5, ge=0.0, le=1.0, description="exit with 3 when a larger share failed")
     max_pixels: int = Field(100_000_000, ge=1, description="larger pictures are refused before they are decoded")
+    pseudonym_key: str | None = Field(
+        None, description="file with a secret key: ids read from DICOM tags become keyed hashes; null: as they are"
+    )
+
+
+class QuantizeSettings(Settings):
+    images: int = Field(300, ge=32, le=100_000, description="training images that the ranges of int8 are taken from")
+    check_images: int = Field(2000, ge=32, le=1_000_000, description="validation images that the drift is checked on")
+    max_p99_drift: float = Field(
+        0.03, gt=0.0, lt=1.0, description="largest change allowed in 99 of 100 probabilities, against fp32"
+    )
+    max_auroc_fall: float = Field(0.005, gt=0.0, lt=1.0, description="largest fall allowed in the macro AUROC")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the choice of images")
 
 
 class RecalibrateSettings(Settings):
@@ -252,6 +283,7 @@ class Config(Settings):
     prepare: PrepareSettings = PrepareSettings()
     train: TrainSettings = TrainSettings()
     score: ScoreSettings = ScoreSettings()
+    quantize: QuantizeSettings = QuantizeSettings()
     recalibrate: RecalibrateSettings = RecalibrateSettings()
 
     @model_validator(mode="before")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -130,3 +133,26 @@ def prepared(ray_here, manifest: Path, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("prepared") / "set"
     prepare(manifest, out, PrepareSettings(sizes=(64, 96), rows_per_shard=16))
     return out
+
+
+class Run(NamedTuple):
+    """A finished `train`: its folder, the arguments that made it, and its standard output."""
+
+    out: Path
+    arguments: list[str]
+    said: str
+
+
+@pytest.fixture(scope="session")
+def untouched(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two workers that nothing happens to, as a user runs them, until an epoch is no better than the one before."""
+    from test_kill import UNTIL_WORSE, arguments
+
+    from ray_cxr.cli import main
+
+    out = tmp_path_factory.mktemp("train") / "run"
+    # Nor is there a checkpoint in mid-epoch: the killed runs have them, and they must leave no trace.
+    given = arguments(prepared, out, 2, **UNTIL_WORSE, checkpoint_steps=1000)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(given) == 0
+    return Run(out, given, said.getvalue())

@@ -7,7 +7,7 @@ warning or print gets out (one exception, in GDCM: see `dicom`). Nothing here ha
 changes, so several threads can decode at once.
 
 The kind of a file is told by its first bytes, never by its name. Only the parts of a PNG or JPEG that carry
-pixels are shown to Pillow: text, EXIF, colour profiles, previews and animation are cut out before, which also
+pixels are shown to a decoder: text, EXIF, colour profiles, previews and animation are cut out before, which also
 takes away every decompression bomb that can hide in them.
 
 How stored samples become gray (uint8):
@@ -27,11 +27,12 @@ How stored samples become gray (uint8):
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import cv2
@@ -108,6 +109,11 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if image.min() == image.max():
         raise ImageError("blank", f"all pixels have the value {int(image.min())}")
     return image
+
+
+def is_png_or_jpeg(data: bytes) -> bool:
+    """Whether the first bytes are a PNG's or a JPEG's, which is how `decode` tells."""
+    return data.startswith((_PNG_MAGIC, _JPEG_MAGIC))
 
 
 def resize(image: np.ndarray, spec: InputSpec) -> np.ndarray:
@@ -297,6 +303,10 @@ _PNG_SAMPLES: dict[int, int] = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 #: First row, first column, row step and column step of the seven passes (ISO/IEC 15948, clause 8.2).
 _ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 _INFLATE_AT_ONCE = 64 * 1024  # bytes; they become 66 MB at the very most
+#: Modes of kornia-rs, by colour type, for 8 bits per sample.
+_QUICK_MODES: dict[int, str] = {0: "mono", 2: "rgb", 6: "rgba"}
+#: Larger pictures go to Pillow, which raises MemoryError where memory runs out; Rust ends the process.
+_QUICK_PIXELS = 32 * 1024 * 1024
 #: Far more than 8 KB chunks of the largest picture; each costs a step of a Python loop.
 _MAX_CHUNKS = 1_000_000
 
@@ -310,22 +320,28 @@ def _decode_png(data: bytes, max_pixels: int) -> np.ndarray:
     if depth not in _PNG_DEPTHS.get(colour, ()) or compression or filtering or interlace > 1:
         raise ImageError("corrupt", "the header of the PNG holds values that PNG does not have")
     check_size(height, width, max_pixels)
-    kept = [_PNG_MAGIC, data[start - 8 : end + 4]]
+    view = memoryview(data)
+    kept = [view[: end + 4]]  # signature and header
     palette = False
     pixels: list[memoryview] = []
     for kind, start, end in chunks:
         if kind in (b"PLTE", b"IDAT", b"IEND"):
-            kept.append(data[start - 8 : end + 4])
+            kept.append(view[start - 8 : end + 4])
             palette |= kind == b"PLTE"
             if kind == b"IDAT":
-                pixels.append(memoryview(data)[start:end])
+                pixels.append(view[start:end])
         elif kind[0] & 0x20 == 0:  # an upper-case first letter: a decoder must know this chunk (clause 5.4)
             raise ImageError("corrupt", "the PNG holds a critical chunk that PNG does not have")
     if not pixels:
         raise ImageError("corrupt", "the PNG holds no pixel data")
     if colour == 3 and not palette:
         raise ImageError("corrupt", "the PNG lacks its palette")
-    picture = PngImagePlugin.PngImageFile(io.BytesIO(b"".join(kept)))
+    shown = b"".join(kept)
+    if depth == 8 and colour in _QUICK_MODES and not interlace and height * width <= _QUICK_PIXELS:
+        image = _decode_png_quickly(shown, height, width, _QUICK_MODES[colour])
+        if image is not None:
+            return image
+    picture = PngImagePlugin.PngImageFile(io.BytesIO(shown))
     picture.load()
     # Pillow takes a compressed stream that ends early, in good order, for a whole picture and leaves the rest
     # at zero. Where the last row holds anything else it was reached, and inflating twice is not needed.
@@ -333,6 +349,40 @@ def _decode_png(data: bytes, max_pixels: int) -> np.ndarray:
     if interlace or not np.asarray(last_row).any():
         _check_png_length(pixels, width, height, depth * _PNG_SAMPLES[colour], interlaced=bool(interlace))
     return _gray_array(picture)
+
+
+def _decode_png_quickly(data: bytes, height: int, width: int, mode: str) -> np.ndarray | None:
+    """kornia-rs in place of Pillow for the commonest PNGs: same pixels, half the time; None where it cannot.
+
+    Like Pillow it refuses missing rows and unknown filters and passes over bytes behind the last row. Unlike Pillow
+    it does not compare the Adler-32 of the pixel stream; the CRCs of the chunks cover the same bytes. It holds the
+    GIL while it decodes: threads gain nothing from one another, processes do.
+    """
+    decoder = _quick_decoder()
+    if decoder is None:
+        return None
+    try:
+        samples = decoder(data, (height, width), mode)
+    except Exception:
+        return None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        return None
+    if samples.shape[2] == 1:
+        return samples.reshape(height, width)
+    return _gray_array(Image.frombuffer(mode.upper(), (width, height), samples, "raw", mode.upper(), 0, 1))
+
+
+@functools.cache
+def _quick_decoder() -> Callable[[bytes, tuple[int, int], str], np.ndarray] | None:
+    """kornia-rs's PNG decoder, or None where that package is absent or does not load."""
+    try:
+        from kornia_rs import io as kornia_io
+
+        return kornia_io.decode_image_png_u8
+    except (ImportError, AttributeError):
+        return None
 
 
 def _check_png_length(pixels: list[memoryview], width: int, height: int, bits: int, *, interlaced: bool) -> None:

@@ -8,6 +8,10 @@
 A shard holds exactly one row per manifest row of its range and has a fixed name, so that work is repeated only
 where a shard is absent, and repeating it gives the same bytes.
 
+Pictures inside archives come in the archive's order: the manifest is frozen with each archive's rows together, one
+task reads an archive in one pass, and its rows fill its shards as they come, those without a picture last. No shard
+straddles two archives, so that shards are of several lengths then.
+
 A shard is an uncompressed Arrow IPC file of one record batch, so that an image is S*S bytes at a known place of it.
 Training takes images in another random order every epoch, and reads each straight from its shard: nothing is unpacked
 or copied first, every worker of a node shares the system's cache of the same files, and of a larger set only the names
@@ -16,19 +20,19 @@ and labels take more of a process's memory (docs/decisions/0009-arrow-shards.md)
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,8 +40,9 @@ import pyarrow.parquet as pq
 
 from ray_cxr import labels
 from ray_cxr.config import InputSpec, PrepareSettings
-from ray_cxr.data import atomic, imaging
+from ray_cxr.data import archives, atomic, imaging
 from ray_cxr.data import manifest as manifests
+from ray_cxr.data.sandbox import Decoder, Failure, Picture
 from ray_cxr.errors import ConfigError, ImageError, OutputError, TableError
 from ray_cxr.progress import Work
 
@@ -45,8 +50,8 @@ logger = logging.getLogger(__name__)
 
 
 SETTINGS = "settings.json"
-#: Of the prepared folder. 1 had its shards in Parquet.
-FORMAT = 2
+#: Of the prepared folder. 1 had its shards in Parquet; in 3, which has pictures from archives, their lengths differ.
+FORMAT, FORMAT_WITH_ARCHIVES = 2, 3
 #: Shards that one `Pixels` keeps open: two sets stay below the 256 files that a process may open on macOS.
 OPEN_SHARDS = 100
 #: What one read asks for at most: systems refuse or cut reads of 2 GiB and more.
@@ -83,34 +88,35 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
 
     out = Path(out)
     table, wanted = check(manifest, out, settings)
+    units = archives.units(table["path"], settings.rows_per_shard)
+    n_rows = len(table)
     begin(out, wanted)
     if not (out / "manifest.parquet").exists():
-        # One row group per shard: a task reads its own rows and nothing else.
-        atomic.write_parquet(table, out / "manifest.parquet", row_group_size=settings.rows_per_shard)
-    n_shards = -(-len(table) // settings.rows_per_shard)
+        freeze(table, out / "manifest.parquet", units)
+    del table
     for size in settings.sizes:
         (out / str(size)).mkdir(exist_ok=True)
-    missing = {
-        index: [size for size in settings.sizes if not (out / str(size) / shard_name(index)).exists()]
-        for index in range(n_shards)
-    }
-    todo = [{"index": index, "sizes": sizes} for index, sizes in missing.items() if sizes]
+    todo = [task for unit in units if (task := _task(unit, out, settings.sizes))]
     if todo:
-        done = sum(rows_in(i, len(table), settings.rows_per_shard) for i, sizes in missing.items() if not sizes)
-        # One block per shard, so that a shard is one task, and a lost node costs single shards.
+        done = n_rows - sum(sum(task["rows"]) for task in todo)
+        # One block per task, so that a shard of single files is a task, and a lost node costs single shards.
         work = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
-            _prepare_shard, fn_kwargs={"out": str(out.absolute()), "settings": settings}, num_cpus=1
+            _prepare, fn_kwargs={"out": str(out.absolute()), "settings": settings}, num_cpus=1
         )
         failed = 0
-        with Work("prepare", len(table), done=done) as progress:
+        with Work("prepare", n_rows, done=done) as progress:
             for row in work.iter_rows():
                 failed += row["failed"]
                 progress.advance(row["rows"], f"{failed:,} failed")
-    return {size: _count(out, size, n_shards, len(table)) for size in settings.sizes}
+    ranges = [one for unit in units for one in unit.ranges]
+    return {size: _count(out, size, ranges) for size in settings.sizes}
 
 
 def check(manifest: str | Path, out: Path, settings: PrepareSettings) -> tuple[pa.Table, dict[str, Any]]:
-    """What `prepare` would refuse, refused before Ray starts; the manifest, and what `out` must agree with.
+    """What `prepare` would refuse, refused before Ray starts.
+
+    Returns:
+        The manifest in reading order (`archives.in_reading_order`), and what `out` must agree with.
 
     Raises:
         TableError, OutputError: see `prepare`.
@@ -127,8 +133,24 @@ def check(manifest: str | Path, out: Path, settings: PrepareSettings) -> tuple[p
         "aspect": settings.aspect,
         "interpolation": settings.interpolation,
     }
+    table = archives.in_reading_order(table)
+    units = archives.units(table["path"], settings.rows_per_shard)
+    if any(unit.archive for unit in units):
+        wanted |= {"format": FORMAT_WITH_ARCHIVES, "shards": sum(len(unit.ranges) for unit in units)}
     agree(out, wanted)
     return table, wanted
+
+
+def freeze(table: pa.Table, path: Path, units: Sequence[archives.Unit]) -> None:
+    """Write a table in reading order so that range `i` is row group `i`: a task reads its own rows and nothing else."""
+    ranges = [one for unit in units for one in unit.ranges]
+
+    def produce(part: Path) -> None:
+        with pq.ParquetWriter(part, table.schema) as writer:
+            for one in ranges:
+                writer.write_table(table.slice(one.start, one.rows), row_group_size=one.rows)
+
+    atomic.write(path, produce)
 
 
 def agree(out: Path, wanted: dict[str, Any], *, remedy: str = "name another --out") -> None:
@@ -185,48 +207,156 @@ def rows_in(index: int, rows: int, per_shard: int) -> int:
     return min(rows, (index + 1) * per_shard) - index * per_shard
 
 
-def _prepare_shard(task: dict[str, Any], out: str, settings: PrepareSettings) -> dict[str, int]:
-    """One shard, in a Ray task: decode each picture once, write it at every size still wanted."""
-    cv2.setNumThreads(1)  # Ray gives this task one core; OpenCV would take them all
-    rows = pq.ParquetFile(Path(out) / "manifest.parquet").read_row_group(task["index"])
-    images: dict[int, list[bytes | None]] = {size: [] for size in task["sizes"]}
-    codes: list[str | None] = []
-    messages: list[str | None] = []
-    for path in rows["path"].to_pylist():
-        try:
-            picture = imaging.load(path or "")
-            resized = {size: imaging.resize(picture, settings.spec(size)).tobytes() for size in images}
-        except ImageError as error:
-            codes.append(error.code)
-            messages.append(error.message)
-            for column in images.values():
-                column.append(None)
-            continue
-        codes.append(None)
-        messages.append(None)
-        for size, column in images.items():
-            column.append(resized[size])
-    for size, column in images.items():
-        schema = shard_schema(size)
+def _task(unit: archives.Unit, out: Path, sizes: Sequence[int]) -> dict[str, Any] | None:
+    """What a unit still needs; None where all its shards are there. `rows` counts those of absent shards."""
+    absent = {
+        one.index: one.rows
+        for one in unit.ranges
+        if any(not (out / str(size) / shard_name(one.index)).exists() for size in sizes)
+    }
+    if not absent:
+        return None
+    # All ranges of an archive, those that are there too: which rows are in those is not in the unit.
+    return {
+        "archive": unit.archive or "",
+        "first": unit.ranges[0].index,
+        "lengths": [one.rows for one in unit.ranges],
+        "rows": list(absent.values()),
+    }
+
+
+def _prepare(task: dict[str, Any], out: str, settings: PrepareSettings) -> dict[str, int]:
+    """The absent shards of one unit, in a Ray task: each picture is decoded once, for all sizes."""
+    shards = range(task["first"], task["first"] + len(task["lengths"]))
+    rows = pq.ParquetFile(Path(out) / "manifest.parquet").read_row_groups(list(shards))
+    makers = [
+        _ShardMaker(Path(out) / str(size), size, place, rows, dict(zip(shards, task["lengths"], strict=True)))
+        for place, size in enumerate(settings.sizes)
+    ]
+    left = np.zeros(len(rows), bool)
+    for maker in makers:
+        left |= maker.wanted
+    failed = 0
+    for row, outcome in _outcomes(task["archive"], rows["path"].to_pylist(), left, _decoder(settings)):
+        failed += isinstance(outcome, Failure)
+        for maker in makers:
+            maker.add(row, outcome)
+    return {"rows": sum(task["rows"]), "failed": failed}
+
+
+@functools.lru_cache(maxsize=1)
+def _decoder(settings: PrepareSettings) -> Decoder:
+    """This process's own, so that all tasks of a Ray worker share one child."""
+    specs = [settings.spec(size) for size in settings.sizes]
+    return Decoder(specs, max_pixels=imaging.MAX_PIXELS, timeout_s=settings.decode_timeout_s)
+
+
+def _outcomes(
+    archive: str, paths: list[str | None], left: np.ndarray, decoder: Decoder
+) -> Iterator[tuple[int, Picture | Failure]]:
+    """Every row that is left, once, with its picture: single files in order, an archive's as they come."""
+    rows = np.flatnonzero(left).tolist()
+    if not archive:
+        for row in rows:
+            yield row, decoder.load(paths[row])
+        return
+    members: dict[str, list[int]] = {}
+    for row in rows:
+        members.setdefault(str(paths[row])[len(archive) + 2 :], []).append(row)
+    met: set[str] = set()
+    reason = Failure("missing", "the archive holds no such member", None)
+    try:
+        for name, content in archives.read(archive, members.keys()):
+            met.add(name)
+            if isinstance(content, ImageError):
+                outcome: Picture | Failure = Failure(content.code, content.message, None)
+            else:
+                outcome = decoder.load(content)
+            for row in members[name]:
+                yield row, outcome
+    except ImageError as error:
+        reason = Failure(error.code, error.message, None)
+    for row in rows:
+        if str(paths[row])[len(archive) + 2 :] not in met:
+            yield row, reason
+
+
+class _ShardMaker:
+    """Fills the absent shards of one unit at one size, one after another, and writes each when it is full.
+
+    Args:
+        folder: of the size.
+        size: S.
+        place: which of a picture's images is of this size.
+        rows: the unit's rows of the manifest.
+        lengths: rows of each of the unit's shards, by number.
+
+    Attributes:
+        wanted: bool [n], which rows stand in no shard yet.
+
+    Raises:
+        OutputError: a shard that is there is damaged, or holds rows that are not the unit's.
+    """
+
+    def __init__(self, folder: Path, size: int, place: int, rows: pa.Table, lengths: dict[int, int]) -> None:
+        self._folder, self._size, self._place, self._rows = folder, size, place, rows
+        there = [index for index in lengths if (folder / shard_name(index)).exists()]
+        self.wanted = np.ones(len(rows), bool)
+        if there and len(lengths) == 1:
+            self.wanted[:] = False
+        elif there:
+            # By id, and from the shards themselves: which rows a shard of an archive holds is the archive's order.
+            done = [_read_shard(folder / shard_name(index), size, ["image_id"]).table["image_id"] for index in there]
+            self.wanted &= ~pc.is_in(rows["image_id"], value_set=pa.concat_arrays(done)).to_numpy()
+        self._absent = {index: count for index, count in lengths.items() if index not in there}
+        if self.wanted.sum() != sum(self._absent.values()):
+            raise OutputError(
+                f"{folder}: {', '.join(map(shard_name, there[:3]))}{' ...' * (len(there) > 3)} hold other rows than "
+                "they should; remove them and run `ray-cxr prepare` again"
+            )
+        self._order: list[int] = []
+        self._images: list[bytes | None] = []
+        self._codes: list[str | None] = []
+        self._messages: list[str | None] = []
+
+    def add(self, row: int, outcome: Picture | Failure) -> None:
+        if not self.wanted[row]:
+            return
+        self._order.append(row)
+        self._images.append(None if isinstance(outcome, Failure) else outcome.images[self._place].tobytes())
+        self._codes.append(outcome.code if isinstance(outcome, Failure) else None)
+        self._messages.append(outcome.message if isinstance(outcome, Failure) else None)
+        index = next(iter(self._absent))
+        if len(self._order) == self._absent[index]:
+            self._write(index)
+
+    def _write(self, index: int) -> None:
+        rows = self._rows.take(pa.array(self._order))
         arrays = [rows[name] for name in manifests.SCHEMA.names]
         arrays += [
-            pa.array(column, pa.binary(size * size)),
-            pa.array(codes, pa.string()),
-            pa.array(messages, pa.string()),
+            pa.array(self._images, pa.binary(self._size**2)),
+            pa.array(self._codes, pa.string()),
+            pa.array(self._messages, pa.string()),
         ]
-        shard = pa.Table.from_arrays(arrays, schema=schema)
-        atomic.write_arrow(shard, Path(out) / str(size) / shard_name(task["index"]))
-    return {"rows": len(rows), "failed": sum(code is not None for code in codes)}
+        shard = pa.Table.from_arrays(arrays, schema=shard_schema(self._size))
+        atomic.write_arrow(shard, self._folder / shard_name(index))
+        del self._absent[index]
+        for column in (self._order, self._images, self._codes, self._messages):
+            column.clear()
 
 
-def _count(out: Path, size: int, n_shards: int, rows: int) -> Counter[str]:
+def _count(out: Path, size: int, ranges: Sequence[archives.Range]) -> Counter[str]:
     """Count a size's rows from the shards themselves, and mark it whole."""
     counts: Counter[str] = Counter()
-    for index in range(n_shards):
-        codes = _read_shard(out / str(size) / shard_name(index), size, ["error_code"]).table["error_code"]
+    for one in ranges:
+        path = out / str(size) / shard_name(one.index)
+        codes = _read_shard(path, size, ["error_code"]).table["error_code"]
+        if len(codes) != one.rows:
+            raise OutputError(
+                f"{path}: holds {len(codes):,} rows and should hold {one.rows:,}; remove it and run `ray-cxr prepare` "
+                "again"
+            )
         counts.update("ok" if code is None else code for code in codes.to_pylist())
-    if counts.total() != rows:
-        raise OutputError(f"{out / str(size)}: holds {counts.total():,} rows for a manifest of {rows:,}; remove it")
     atomic.write_json(out / str(size) / "counts.json", dict(sorted(counts.items())))
     return counts
 
@@ -439,9 +569,9 @@ class PreparedSet:
             made_by, made_in = None, None
         if made_by != "prepare":
             raise ConfigError(f"{path}: not a prepared folder; make one with `ray-cxr prepare`")
-        if made_in != FORMAT:
+        if made_in not in (FORMAT, FORMAT_WITH_ARCHIVES):
             raise ConfigError(
-                f"{path}: has format {made_in}, and this version reads format {FORMAT}; "
+                f"{path}: has format {made_in}, and this version reads formats {FORMAT} and {FORMAT_WITH_ARCHIVES}; "
                 "run `ray-cxr prepare` again into another folder"
             )
         whole = sorted(int(file.parent.name) for file in self.path.glob("*/counts.json"))
@@ -519,7 +649,7 @@ class PreparedSet:
 
     def _shards(self) -> list[Path]:
         # By number, so that one that is lost is missed and not passed over.
-        count = -(-self._settings["rows"] // self._settings["rows_per_shard"])
+        count = self._settings.get("shards", -(-self._settings["rows"] // self._settings["rows_per_shard"]))
         return [self.path / str(self.size) / shard_name(index) for index in range(count)]
 
     def _read(self, columns: Sequence[str], split: str | None = None) -> list[_ShardRows]:

@@ -7,6 +7,7 @@ config.toml        the resolved settings, which `ray-cxr train --config` takes
 curves.json        learning curves, one object per epoch
 split.parquet      image_id, patient_id, split: what trained it and what chose it
 MODEL_CARD.md      the same for people
+openvino.xml, ...  the network for OpenVINO, golden images, quality flags: see `exports`; an older bundle has none
 SHA256SUMS         a digest per file; its own SHA-256 is the bundle's digest
 """
 
@@ -17,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,9 +32,11 @@ from ray_cxr.config import InputSpec, build
 from ray_cxr.data import atomic, imaging, storage
 from ray_cxr.errors import BundleError, ConfigError, ImageError, OutputError
 from ray_cxr.evaluation.calibration import Calibration
+from ray_cxr.evaluation.quality import QualityModel, judge
 from ray_cxr.labels import LABELS
-from ray_cxr.models import predictions
+from ray_cxr.models import exports, predictions, runtime
 from ray_cxr.models.architecture import Architecture
+from ray_cxr.models.exports import QUALITY
 
 if TYPE_CHECKING:
     import keras
@@ -42,6 +45,8 @@ FORMAT = 1
 WEIGHTS = "model.weights.h5"
 SUMS = "SHA256SUMS"
 FILES = ("MODEL_CARD.md", "bundle.json", "config.toml", "curves.json", WEIGHTS, "split.parquet")
+#: Entries of bundle.json that belong to the weights and not to how they are read.
+_EXPORTED = ("runtimes", "runtimes_refused", "quality")
 SPLIT_SCHEMA = pa.schema([("image_id", pa.string()), ("patient_id", pa.string()), ("split", pa.string())])
 _SUM_LINE = re.compile(r"^([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9_.-]*)$")
 
@@ -56,6 +61,7 @@ class Bundle:
         architecture: the network.
         input_spec: how a radiograph becomes its input.
         info: `bundle.json` as read: calibration, operating_points, expected_flag_rates, provenance and the rest.
+        files: names of what it holds.
     """
 
     path: Path
@@ -63,6 +69,7 @@ class Bundle:
     architecture: Architecture
     input_spec: InputSpec
     info: Mapping[str, Any] = field(repr=False)
+    files: frozenset[str] = field(repr=False, default=frozenset())
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -85,24 +92,42 @@ class Bundle:
             digest=self.digest,
         )
 
-    def model(self) -> keras.Model:
-        """Build the network and load its weights: uint8 [N,S,S,1] to float32 [N,F]."""
-        from ray_cxr.models import classifier
+    @cached_property
+    def quality(self) -> QualityModel | None:
+        """How ordinary images look to it, where it was made with such images.
 
-        model = classifier.build(self.architecture)
-        classifier.load_own_weights(model, self.path / WEIGHTS)
-        return model
+        Raises:
+            BundleError: the file is not what `quality` writes.
+        """
+        if QUALITY not in self.files:
+            return None
+        try:
+            with np.load(self.path / QUALITY, allow_pickle=False) as arrays:
+                return QualityModel.from_arrays(arrays)
+        except (OSError, ValueError, KeyError) as error:
+            raise BundleError(f"{self.path}: {QUALITY} is damaged ({error}); copy the bundle again") from None
+
+    def model(self, *, policy: str = "float32") -> keras.Model:
+        """Build the network and load its weights: uint8 [N,S,S,1] to float32 [N,F].
+
+        Args:
+            policy: Keras' dtype policy to compute in; weights and probabilities are float32 in all of them.
+        """
+        return _build(self.architecture, self.path / WEIGHTS, policy)
 
     def model_json(self) -> dict[str, Any]:
         """What a score folder keeps of the bundle as `model.json`."""
         return {"digest": self.digest, **self.info, "curves": json.loads((self.path / "curves.json").read_text())}
 
-    def predict(self, images: Sequence[str | Path | np.ndarray] | np.ndarray, *, batch_size: int = 16) -> pd.DataFrame:
+    def predict(
+        self, images: Sequence[str | Path | np.ndarray] | np.ndarray, *, batch_size: int = 16, precision: str = "auto"
+    ) -> pd.DataFrame:
         """Score pictures in this process, without Ray.
 
         Args:
             images: paths or URIs, or arrays uint8 [H,W] of any size; also one array uint8 [N,H,W].
             batch_size: images per forward pass.
+            precision: `auto`, `fp32`, `bf16` or `int8`, as for `ray-cxr score`.
 
         Returns:
             A score table (see `predictions.schema`), one row per picture in the order given. The image_id is the
@@ -110,6 +135,7 @@ class Bundle:
 
         Raises:
             ValueError: an array that is not uint8 [H,W].
+            ConfigError: a precision that the bundle or this machine does not have.
         """
         if isinstance(images, (str, Path)):
             images = [images]
@@ -139,19 +165,24 @@ class Bundle:
             }
         )
         probabilities = np.zeros((len(items), len(self.findings)), dtype=np.float32)
+        flags: list[str | None] = [None] * len(items)
         good = [i for i in range(len(items)) if i not in failures]
         if good:
-            probabilities[good] = self._runtime(batch_size).predict(pixels[good])
-        frame: pd.DataFrame = predictions.assemble(rows, probabilities, failures, self.rules).to_pandas()
+            found = self._runtime(batch_size, precision).predict(pixels[good])
+            probabilities[good] = found.probabilities
+            if self.quality is not None:
+                for i, flag in zip(good, judge(self.quality, pixels[good], found.features), strict=True):
+                    flags[i] = flag
+        frame: pd.DataFrame = predictions.assemble(rows, probabilities, failures, self.rules, flags).to_pandas()
         return frame
 
-    def _runtime(self, batch_size: int) -> Any:
-        from ray_cxr.models.runtime import KerasRuntime
-
-        cache = self.__dict__.setdefault("_runtimes", {})
-        if batch_size not in cache:
-            cache[batch_size] = KerasRuntime(self.model(), batch_size)
-        return cache[batch_size]
+    def _runtime(self, batch_size: int, precision: str) -> runtime.Runtime:
+        chosen = runtime.choose_precision(self.info, precision, gpu=False)
+        cache: dict[Any, runtime.Runtime] = self.__dict__.setdefault("_runtimes", {})
+        if (batch_size, chosen) not in cache:
+            threads = min(8, os.cpu_count() or 1)
+            cache[batch_size, chosen] = runtime.open_runtime(self, chosen, batch_size=batch_size, threads=threads)
+        return cache[batch_size, chosen]
 
 
 def load_bundle(path: str | Path) -> Bundle:
@@ -170,7 +201,7 @@ def load_bundle(path: str | Path) -> Bundle:
         raise BundleError(
             f"{path}: is of format {info['format']}, this ray-cxr reads up to {FORMAT}; install a newer ray-cxr"
         )
-    digest = _verify(path)
+    digest, files = _verify(path)
     try:
         architecture = build(Architecture, info["architecture"])
         spec = build(InputSpec, info["input_spec"])
@@ -194,7 +225,9 @@ def load_bundle(path: str | Path) -> Bundle:
         raise BundleError(f"{path}: bundle.json: provenance is not an object")
     if spec.size != architecture.size:
         raise BundleError(f"{path}: the input spec is {spec.size} pixels, the network {architecture.size}")
-    bundle = Bundle(path=path, digest=digest, architecture=architecture, input_spec=spec, info=info)
+    bundle = Bundle(
+        path=path, digest=digest, architecture=architecture, input_spec=spec, info=info, files=frozenset(files)
+    )
     try:
         bundle.rules  # noqa: B018  -- read now, so that a bad entry is refused on loading and not in mid-run
         _check_additions(info, findings)
@@ -218,6 +251,9 @@ def write_bundle(
     split: pa.Table,
     operating_alternatives: Mapping[str, Mapping[str, Any]] | None = None,
     rule_notes: Mapping[str, str | None] | None = None,
+    ordinary: exports.Ordinary | None = None,
+    like: Bundle | None = None,
+    add: Callable[[Path, dict[str, Any]], None] | None = None,
 ) -> Bundle:
     """Write a bundle beside its final name, then rename it there: a bundle is whole or absent.
 
@@ -226,6 +262,10 @@ def write_bundle(
         split: a table of `SPLIT_SCHEMA`.
         operating_alternatives: per finding, operating points by other rules than the chosen one (a point or None).
         rule_notes: per finding, why it has no calibration or no operating point, or None.
+        ordinary: images to measure precisions and to fit the quality flags on.
+        like: a bundle of the same weights, whose graphs, golden images and quality flags are taken as they are.
+        add: called with the folder and the entries of `bundle.json` so far, to add files of `exports.OPTIONAL_FILES`
+            and entries of its own.
 
     Raises:
         OutputError: `out` exists; a bundle is never changed.
@@ -255,18 +295,42 @@ def write_bundle(
             info["rule_notes"] = dict(rule_notes)
         info["provenance"] = dict(provenance)
         save_weights(part / WEIGHTS)
+        if like is None:
+            info |= exports.export(part, _build(architecture, part / WEIGHTS), architecture, input_spec, ordinary)
+        else:
+            info |= {name: like.info[name] for name in _EXPORTED if name in like.info}
+            for name in like.files & set(exports.OPTIONAL_FILES):
+                shutil.copyfile(like.path / name, part / name)
+        if add is not None:
+            add(part, info)
         atomic.write_json(part / "bundle.json", info)
         atomic.write_json(part / "curves.json", list(curves))
         atomic.write_text(part / "config.toml", config_toml)
         atomic.write_parquet(split.cast(SPLIT_SCHEMA), part / "split.parquet")
         atomic.write_text(part / "MODEL_CARD.md", model_card(info, curves))
-        atomic.write_text(part / SUMS, "".join(f"{_sha256(part / name)}  {name}\n" for name in FILES))
-        for name in (*FILES, SUMS):
+        files = [*FILES, *(name for name in exports.OPTIONAL_FILES if (part / name).exists())]
+        atomic.write_text(part / SUMS, "".join(f"{_sha256(part / name)}  {name}\n" for name in files))
+        for name in (*files, SUMS):
             (part / name).chmod(0o444)
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return load_bundle(out)
+
+
+def _build(architecture: Architecture, weights: Path, policy: str = "float32") -> keras.Model:
+    import keras
+
+    from ray_cxr.models import classifier
+
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = classifier.build(architecture)
+    finally:
+        keras.config.set_dtype_policy(before)
+    classifier.load_own_weights(model, weights)
+    return model
 
 
 def _check_additions(info: Mapping[str, Any], findings: Sequence[str]) -> None:
@@ -310,8 +374,8 @@ def _read_info(path: Path) -> dict[str, Any]:
     return info
 
 
-def _verify(path: Path) -> str:
-    """Check every file against its digest; the digest of them all."""
+def _verify(path: Path) -> tuple[str, set[str]]:
+    """Check every file against its digest; the digest of them all, and their names."""
     try:
         sums = (path / SUMS).read_bytes()
     except OSError:
@@ -336,7 +400,7 @@ def _verify(path: Path) -> str:
     )
     if extra:
         raise BundleError(f"{path}: holds {', '.join(extra[:5])}, which is not part of it; remove it")
-    return hashlib.sha256(sums).hexdigest()
+    return hashlib.sha256(sums).hexdigest(), set(listed)
 
 
 def _sha256(path: Path) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_cxr.errors import RayCxrError
-from ray_cxr.evaluation import calibration
+from ray_cxr.evaluation import calibration, quality
 from ray_cxr.labels import NO_FINDING
 
 #: The highest rank of a finding that has no operating point.
@@ -88,6 +88,7 @@ def assemble(
     probabilities: np.ndarray,
     failures: Mapping[int, tuple[str, str]],
     rules: Rules,
+    judged: Sequence[str | None] | None = None,
 ) -> pa.Table:
     """One score row per manifest row.
 
@@ -96,6 +97,7 @@ def assemble(
         probabilities: float32 [N,F]; rows named in `failures` are ignored.
         failures: row number -> (error_code, message).
         rules: the bundle's.
+        judged: per row the quality flag by pixels and features, or None; None for all: they were not judged.
 
     Returns:
         A table of `schema(rules.findings)`, rows in the order given; every model column null on an error row.
@@ -146,23 +148,25 @@ def assemble(
     else:
         columns["top_finding"], columns["priority"] = pa.nulls(n, pa.string()), pa.nulls(n, pa.float32())
     columns["quality_flag"] = pa.array(
-        [None if bad[i] else flag for i, flag in enumerate(_quality(rows, rules))], pa.string()
+        [None if bad[i] else flag for i, flag in enumerate(_quality(rows, rules, judged))], pa.string()
     )
     columns["model_digest"] = pa.array([rules.digest] * n, pa.string(), mask=bad)
     wanted = schema(findings)
     return pa.table([columns[item.name] for item in wanted], schema=wanted)
 
 
-def _quality(rows: pa.Table, rules: Rules) -> list[str | None]:
-    """The flag of each row by what its tags say; the gravest one where several hold."""
-    flags: list[str | None] = [None] * len(rows)
+def _quality(rows: pa.Table, rules: Rules, judged: Sequence[str | None] | None) -> list[str | None]:
+    """The gravest flag of each row, by what its tags say and what its pixels say."""
+    found: list[list[str | None]] = [[flag] for flag in judged or [None] * len(rows)]
     if "age" in rows.column_names and rules.age_range is not None:
         low, high = rules.age_range
         for i, age in enumerate(rows["age"].to_pylist()):
             if age is not None and not low <= age <= high:
-                flags[i] = "age_outside_training"
+                found[i].append("age_outside_training")
     if "view" in rows.column_names:
         for i, view in enumerate(rows["view"].to_pylist()):
             if view == "LATERAL":
-                flags[i] = "lateral"
-    return flags
+                found[i].append("lateral")
+            elif view in ("PA", "AP") and found[i][0] == "lateral":
+                found[i][0] = None  # the tag says that it is frontal, and the pixels only guess
+    return [quality.gravest(flags) for flags in found]

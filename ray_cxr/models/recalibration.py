@@ -170,6 +170,7 @@ def recalibrate(
             split=_extended(_split(old), used),
             operating_alternatives=rules.alternatives,
             rule_notes=rules.reasons,
+            like=old,
         )
     except OSError as error:
         raise OutputError(f"--out {out}: cannot be written: {error.strerror or error}; name another") from None

@@ -1,11 +1,263 @@
-"""Running a network over batches of images, the same way for a laptop's `predict` and a cluster's `score`."""
+"""Running a network over batches of images, the same way for a laptop's `predict` and a cluster's `score`.
+
+Two engines give the same answers: OpenVINO, from the graph that a bundle carries, on CPUs; and Keras, from the weights,
+on GPUs and for bundles without such a graph. A bundle also carries a few synthetic radiographs with the
+probabilities that Keras gave for them in float32: whoever opens a runtime compares first, and one whose answers
+are further off than `TOLERANCE` is refused.
+"""
 
 from __future__ import annotations
 
-import keras
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
 import numpy as np
 
-from ray_cxr.errors import ConfigError
+from ray_cxr.errors import BundleError, ConfigError
+
+if TYPE_CHECKING:
+    import keras
+
+    from ray_cxr.models.bundle import Bundle
+
+#: Files of a bundle, beside its weights. The graphs hold numbers and names of operations, nothing that runs code.
+GRAPH = "openvino"
+GOLDEN = "golden.npz"
+#: The largest difference from Keras in float32, in any probability, that a runtime may show on the golden images. int8
+#: is compared with int8 as it was made; what quantisation itself changes is checked on validation images.
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.02, "int8": 0.02}
+
+
+class Outputs(NamedTuple):
+    """What a network says of N images.
+
+    Attributes:
+        probabilities: float32 [N,F].
+        features: float32 [N,C], pooled, the input of the last layer.
+    """
+
+    probabilities: np.ndarray
+    features: np.ndarray
+
+
+class Runtime(Protocol):
+    """A network ready to run."""
+
+    def submit(self, images: np.ndarray) -> Future[Outputs]:
+        """Score up to a batch of images, uint8 [n,S,S], n at most the batch size; may wait for room. Thread-safe.
+
+        The array is copied or used up before this returns.
+        """
+
+    def predict(self, images: np.ndarray) -> Outputs:
+        """Score any number of images, uint8 [N,S,S]."""
+
+
+def graph_file(precision: str) -> str:
+    """Name of the graph for a precision: fp32 and bf16 share one."""
+    return f"{GRAPH}-int8.xml" if precision == "int8" else f"{GRAPH}.xml"
+
+
+def openvino() -> Any:
+    """The module, without its telemetry: `import openvino` would send an event to its makers, from a hospital."""
+    if "openvino" not in sys.modules:
+        # With None there its import fails, and OpenVINO and NNCF take the stubs that they bring for this case.
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino as module
+
+    return module
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this machine's CPU computes in bfloat16 (AVX512_BF16, AMX)."""
+    return "BF16" in openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def choose_precision(info: Mapping[str, Any], wanted: str, *, gpu: bool) -> str:
+    """The precision to run a bundle in: `fp32`, `bf16` or `int8`.
+
+    Args:
+        info: the bundle's `bundle.json`.
+        wanted: `auto`: on a CPU bf16 where it has that and the bundle was found to hold its tolerance in it, else fp32;
+            on a GPU bf16. Or one of the three.
+
+    Raises:
+        ConfigError: the bundle or this machine cannot run in what is wanted; says what to do.
+    """
+    graphs = info.get("runtimes", {})
+    if gpu:
+        if wanted == "int8":
+            raise ConfigError("--precision int8: runs on CPUs only; leave --gpu out, or say --precision bf16")
+        return "bf16" if wanted == "auto" else wanted
+    if wanted == "int8" and "int8" not in graphs:
+        raise ConfigError(
+            "--precision int8: the bundle has no int8 weights; `ray-cxr quantize BUNDLE PREPARED` adds them"
+        )
+    if wanted == "auto":
+        return "bf16" if graphs.get("bf16", {}).get("accepted") and cpu_has_bf16() else "fp32"
+    if wanted == "bf16":
+        if "bf16" not in graphs:
+            raise ConfigError(
+                "--precision bf16: the bundle has no OpenVINO graph (it is of an older ray-cxr); say fp32 or auto"
+            )
+        if graphs["bf16"].get("accepted") is False:
+            raise ConfigError(
+                f"--precision bf16: this bundle's probabilities move by {graphs['bf16']['largest_drift']:.3f} in bf16, "
+                f"more than {TOLERANCE['bf16']}; say fp32"
+            )
+        if not cpu_has_bf16():
+            raise ConfigError("--precision bf16: this CPU does not compute in bf16; say fp32 or auto")
+    return wanted
+
+
+def open_runtime(bundle: Bundle, precision: str, *, batch_size: int, threads: int, gpu: bool = False) -> Runtime:
+    """A bundle's network, compiled, and compared with the bundle's golden images.
+
+    Args:
+        precision: of `choose_precision`.
+        threads: CPU threads it may use.
+
+    Raises:
+        ConfigError: this machine cannot run it so.
+        BundleError: its answers on the golden images are not those that the bundle states.
+    """
+    runtime: Runtime
+    if not gpu and "runtimes" in bundle.info:
+        if precision == "bf16" and not cpu_has_bf16():
+            raise ConfigError("this node's CPU does not compute in bf16, as the run began with; use --precision fp32")
+        runtime = OpenVinoRuntime(bundle.path / graph_file(precision), precision, batch_size, threads)
+    else:
+        policy = "float32"
+        if gpu:
+            if not use_gpu_memory_as_needed():
+                raise ConfigError("--gpu: this actor sees no GPU; is requirements-gpu.lock installed there?")
+            policy = "mixed_bfloat16" if precision == "bf16" else "float32"
+        elif "keras" not in sys.modules:
+            limit_threads(threads)
+        runtime = KerasRuntime(bundle.model(policy=policy), batch_size)
+    check(bundle, runtime, precision)
+    return runtime
+
+
+def check(bundle: Bundle, runtime: Runtime, precision: str) -> None:
+    """Compare a runtime with the bundle's golden images; a bundle without them is older and passes.
+
+    Raises:
+        BundleError: further off than `TOLERANCE`.
+    """
+    path = bundle.path / GOLDEN
+    if not path.exists():
+        return
+    with np.load(path, allow_pickle=False) as arrays:
+        images, expected = arrays["images"], arrays["fp32"]
+    if precision == "int8":
+        with np.load(path.with_name("golden-int8.npz"), allow_pickle=False) as arrays:
+            expected = arrays["int8"]
+    drift = np.abs(runtime.predict(images).probabilities - expected).max()
+    if not drift <= TOLERANCE[precision]:  # NaN is refused too
+        raise BundleError(
+            f"{bundle.path}: in {precision} on this machine its probabilities for the golden images are off by "
+            f"{drift:.3g}, more than {TOLERANCE[precision]:g}; use another --precision"
+        )
+
+
+class OpenVinoRuntime:
+    """A graph of OpenVINO on CPU threads, several batches in flight.
+
+    Args:
+        graph: the `.xml` file, its `.bin` beside it.
+        precision: `fp32`, `bf16` or `int8` (the last is in the graph itself).
+        batch_size: every batch is padded to it, so that an image's answer does not depend on its company.
+        threads: one stream, and so one batch at a time, for each.
+    """
+
+    def __init__(self, graph: Path, precision: str, batch_size: int, threads: int) -> None:
+        ov = openvino()
+        core = ov.Core()
+        try:
+            model = core.read_model(graph)
+            size = int(model.input(0).partial_shape[1].get_length())
+            model.reshape([batch_size, size, size, 1])
+            compiled = core.compile_model(
+                model,
+                "CPU",
+                {
+                    # What int8 leaves is quicker in bf16 too, where the CPU has it.
+                    "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" or not cpu_has_bf16() else "bf16",
+                    "INFERENCE_NUM_THREADS": threads,
+                    "NUM_STREAMS": threads,
+                    # Pinned threads of two processes would share one core and leave another idle.
+                    "ENABLE_CPU_PINNING": False,
+                },
+            )
+        except RuntimeError as error:
+            raise BundleError(f"{graph}: OpenVINO cannot run it: {_first_line(error)}") from None
+        self._probabilities, self._features = compiled.output("probabilities"), compiled.output("features")
+        self._shape = (batch_size, size, size, 1)
+        # One more request than streams, so that a stream never waits for its next batch.
+        self._queue = ov.AsyncInferQueue(compiled, threads + 1)
+        self._queue.set_callback(self._done)
+        # The queue gives out idle requests one at a time, and does not say that two threads may ask at once.
+        self._turn = threading.Lock()
+
+    def submit(self, images: np.ndarray) -> Future[Outputs]:
+        n = len(images)
+        batch = np.zeros(self._shape, np.uint8)
+        batch[:n, ..., 0] = images
+        future: Future[Outputs] = Future()
+        with self._turn:
+            # The batch goes along: the request reads it where it lies.
+            self._queue.start_async({0: batch}, (future, n, batch), share_inputs=True)
+        return future
+
+    def _done(self, request: Any, given: tuple[Future[Outputs], int, np.ndarray]) -> None:
+        future, n, _ = given
+        try:
+            found = request.results
+            future.set_result(Outputs(found[self._probabilities][:n].copy(), found[self._features][:n].copy()))
+        except BaseException as error:  # else whoever waits for this batch would wait for ever
+            future.set_exception(error)
+
+    def predict(self, images: np.ndarray) -> Outputs:
+        step = self._shape[0]
+        parts = [self.submit(images[start : start + step]) for start in range(0, max(len(images), 1), step)]
+        found = [part.result() for part in parts]
+        return Outputs(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+
+
+class KerasRuntime:
+    """A Keras model, of any backend, behind the same calls.
+
+    Every batch is padded to one size, so that a graph is traced once and a picture's probabilities do not depend
+    on how many others came with it.
+    """
+
+    def __init__(self, model: keras.Model, batch_size: int) -> None:
+        import keras
+
+        self._model = keras.Model(model.input, [model.output, model.get_layer("logits").input])
+        self._batch_size = batch_size
+        self._turn = threading.Lock()
+
+    def submit(self, images: np.ndarray) -> Future[Outputs]:
+        n = len(images)
+        batch = np.zeros((self._batch_size, *images.shape[1:], 1), np.uint8)
+        batch[:n, ..., 0] = images
+        future: Future[Outputs] = Future()
+        with self._turn:
+            found = self._model.predict_on_batch(batch)
+        future.set_result(Outputs(*(np.asarray(array, dtype=np.float32)[:n] for array in found)))
+        return future
+
+    def predict(self, images: np.ndarray) -> Outputs:
+        step = self._batch_size
+        parts = [self.submit(images[start : start + step]) for start in range(0, max(len(images), 1), step)]
+        return Outputs(*(np.concatenate(arrays) for arrays in zip(*(part.result() for part in parts), strict=True)))
 
 
 def limit_threads(threads: int) -> None:
@@ -13,6 +265,8 @@ def limit_threads(threads: int) -> None:
 
     Without it every process takes a thread per core of the machine, and the actors of one node fight for them.
     """
+    if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+        return
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -68,25 +322,5 @@ def make_deterministic() -> None:
     tf.config.experimental.enable_op_determinism()
 
 
-class KerasRuntime:
-    """A Keras model behind one call.
-
-    Every batch is padded to one size, so that a graph is traced once and a picture's probabilities do not depend
-    on how many others came with it.
-    """
-
-    def __init__(self, model: keras.Model, batch_size: int) -> None:
-        self._model = model
-        self._batch_size = batch_size
-
-    def predict(self, images: np.ndarray) -> np.ndarray:
-        """Probabilities of images uint8 [N,S,S], as float32 [N,F]."""
-        size = self._batch_size
-        results = [np.empty((0, self._model.output.shape[-1]), dtype=np.float32)]
-        for start in range(0, len(images), size):
-            batch = images[start : start + size]
-            n = len(batch)
-            if n < size:
-                batch = np.concatenate([batch, np.zeros((size - n, *batch.shape[1:]), dtype=np.uint8)])
-            results.append(np.asarray(self._model.predict_on_batch(batch[..., None]), dtype=np.float32)[:n])
-        return np.concatenate(results)
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,60 +1,66 @@
 """`score`: a manifest or a folder in, one Parquet row per picture out, through Ray Data.
 
     SCORES/settings.json          what another run must agree with to continue here
-    SCORES/input.parquet          the manifest or the listing, frozen at the first run
+    SCORES/input.parquet          the manifest or the listing, frozen at the first run, in the order of reading
     SCORES/scores/part-00000.parquet, ...   fixed names, one per range of the input, whole or absent
     SCORES/model.json, split.parquet        copied from the bundle
     SCORES/run.json               counts, versions, digests, settings, seconds
     SCORES/_SUCCESS               last, once all rows were counted from the files themselves
 
 What remains to be done is what has no file. A killed run loses at most the ranges in work; a repeated range
-writes the same name.
+writes the same name. `engine` is what the workers do with a range.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import math
+import os
 import shutil
+import threading
 import time
-from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_cxr.config import ScoreSettings
-from ray_cxr.data import atomic, imaging, storage
+from ray_cxr.data import archives, atomic, storage
 from ray_cxr.data import manifest as manifests
-from ray_cxr.data.prepared import SETTINGS, agree, begin, rows_in
-from ray_cxr.errors import (
-    RETRYABLE_CODES,
-    ConfigError,
-    ErrorRateExceeded,
-    ImageError,
-    OutputError,
-    RayCxrError,
-)
-from ray_cxr.models import predictions
-from ray_cxr.models.bundle import load_bundle
+from ray_cxr.data.prepared import SETTINGS, agree, begin
+from ray_cxr.errors import RETRYABLE_CODES, ConfigError, ErrorRateExceeded, OutputError
+from ray_cxr.models.bundle import Bundle, load_bundle
+from ray_cxr.models.runtime import choose_precision
 from ray_cxr.progress import Work
+from ray_cxr.scoring.engine import (
+    INPUT,
+    Job,
+    NetworkActor,
+    ScoreActor,
+    decode_task,
+    part_name,
+    part_path,
+    pseudonym,
+)
 from ray_cxr.versions import versions
 
 logger = logging.getLogger(__name__)
 
 KIND = "score"
-INPUT = "input.parquet"
 #: An actor with more CPUs than this gains little; several actors gain more.
 MAX_CPUS_PER_ACTOR = 4
-#: Batches decoded ahead of the network, so that neither waits for the other and memory stays bounded.
-BATCHES_AHEAD = 3
+#: Ranges that an actor has in work at once: while one drains, the next is being read.
+RANGES_AT_ONCE = 2
+#: Rows per row group of the frozen input, at least: a worker reads single groups, and each has a cost in the footer.
+_GROUP_ROWS = 8192
+#: Seconds between looks at what has been written.
+_LOOK_S = 1.0
 
 
 @dataclass
@@ -67,12 +73,16 @@ class ScoreReport:
         scored_now: rows written by this run.
         seconds: this run's wall time.
         images_per_second: scored_now over seconds.
+        start_up: where the seconds up to the first image scored went; empty where nothing was.
+        notes: with a folder, what it holds besides its images, in sentences.
     """
 
     rows: int
     counts: Counter[str] = field(default_factory=Counter)
     scored_now: int = 0
     seconds: float = 0.0
+    start_up: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def errors(self) -> int:
@@ -95,6 +105,8 @@ def score(
     limit: int | None = None,
     dry_run: bool = False,
     use_gpu: bool = False,
+    start: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    began: float | None = None,
 ) -> ScoreReport:
     """Score every picture of a manifest or folder; continues where an earlier run stopped.
 
@@ -107,6 +119,8 @@ def score(
         limit: score the first so many rows only.
         dry_run: check everything and count, write nothing.
         use_gpu: one GPU per actor.
+        start: gives a context with Ray running; entered once all is checked, and only where there is work.
+        began: when the command began, seconds since the epoch.
 
     Raises:
         InputError: the bundle, the manifest or the folder cannot be used, or `out` is another run's.
@@ -117,7 +131,8 @@ def score(
     if (manifest is None) == (images is None):
         raise ConfigError("score: name one of --manifest and --images")
     bundle = load_bundle(bundle_path)
-    frozen = out / INPUT
+    precision = choose_precision(bundle.info, settings.precision, gpu=use_gpu)
+    key = _secret(settings.pseudonym_key)
     place = None if images is None else storage.absolute(images)
     table = _input_table(manifest, images, place, None if fresh else out)
     n_rows = len(table) if limit is None else min(limit, len(table))
@@ -125,64 +140,124 @@ def score(
         raise ConfigError(f"score: {manifest or images} holds no row to score")
     wanted = {
         "kind": KIND,
-        "format": 1,
+        "format": 2,
         "model_digest": bundle.digest,
+        "precision": precision,
         "images": place,
         "input_digest": manifests.digest(table),
         "rows": n_rows,
         "rows_per_file": settings.rows_per_file,
         "max_pixels": settings.max_pixels,
+        # Tells keys apart and tells nothing of the key.
+        "pseudonyms": None if key is None else pseudonym(key, "ray_cxr"),
     }
     if fresh:
         _refuse_to_remove(out)
     else:
         agree(out, wanted, remedy="use --fresh to start over, or name another --out")
-    table = table.slice(0, n_rows)
-    report = ScoreReport(rows=n_rows)
-    parts = [out / "scores" / _part_name(index) for index in range(-(-n_rows // settings.rows_per_file))]
-    here = [not fresh and part.exists() for part in parts]
-    todo = [{"index": i, "retry": False} for i, exists in enumerate(here) if not exists]
-    if retry_errors:
-        todo += [{"index": i, "retry": True} for i, exists in enumerate(here) if exists and _retryable(parts[i])]
-    for task in todo:
-        task["rows"] = rows_in(task["index"], n_rows, settings.rows_per_file)
+    report = ScoreReport(rows=n_rows, notes=manifests.listing_notes(table))
+    units = archives.units(table["path"].slice(0, n_rows), settings.rows_per_file)
+    ranges = [one for unit in units for one in unit.ranges]
+    there = set() if fresh else _written(out)
+    todo = _tasks(out, units, there, retry_errors=retry_errors)
     if dry_run:
-        report.counts["to score"] = sum(task["rows"] for task in todo)
+        report.counts["to score"] = sum(sum(task["counts"]) for task in todo)
         return report
     if not todo and (out / "_SUCCESS").exists():
-        report.counts = _count(parts, table, bundle.digest)
+        report.counts = _count(out, ranges, table["image_id"], bundle.digest)
         _judge(report, settings)
         return report
 
-    # Everything that can be refused has been by now: only then may an earlier run go.
-    plan = _plan(settings, len(todo), use_gpu=use_gpu) if todo else None
-    if fresh:
-        _remove_run(out)
-    begin(out, wanted)
-    (out / "_SUCCESS").unlink(missing_ok=True)
-    (out / "scores").mkdir(exist_ok=True)
-    if not frozen.exists():
-        # A row group per output file: an actor reads its own rows and nothing else. All rows, also beyond a limit:
-        # it is the listing that is frozen.
-        whole = _input_table(manifest, images, place, out)
-        if manifests.digest(whole) != wanted["input_digest"]:
-            raise OutputError(f"{manifest or images}: changed while the job began; run it again")
-        atomic.write_parquet(whole, frozen, row_group_size=settings.rows_per_file)
-    if plan is not None:
-        _run(Path(bundle_path), bundle.digest, out, todo, settings, report, plan, use_gpu=use_gpu)
+    # All that can be refused without Ray has been by now, before Ray takes its seconds to start.
+    marks = {"command": time.time() if began is None else began, "checked": time.time()}
+    with start() if todo else contextlib.nullcontext():
+        marks["ray"] = time.time()
+        plan = _plan(settings, len(todo), use_gpu=use_gpu) if todo else None
+        # Only now may an earlier run go.
+        if fresh:
+            _remove_run(out)
+        begin(out, wanted)
+        (out / "_SUCCESS").unlink(missing_ok=True)
+        (out / "scores").mkdir(exist_ok=True)
+        if not (out / INPUT).exists():
+            # Row groups of whole ranges: a worker reads its own rows and few others. All rows, also beyond a limit: it
+            # is the listing that is frozen.
+            group = settings.rows_per_file * -(-_GROUP_ROWS // settings.rows_per_file)
+            atomic.write_parquet(table, out / INPUT, row_group_size=group)
+        # Of all the columns only this one is needed from here on, and a million rows of the others are not small.
+        ids = table["image_id"]
+        del table
+        if plan is not None:
+            job = Job(
+                bundle=str(Path(bundle_path).absolute()),
+                out=str(out.absolute()),
+                digest=bundle.digest,
+                precision=precision,
+                settings=settings,
+                spec=bundle.input_spec,
+                use_gpu=use_gpu,
+                key=key,
+                settings_file=(out / SETTINGS).read_bytes(),
+            )
+            _run(job, todo, ranges, there, report, plan, marks)
 
-    report.counts = _count(parts, table, bundle.digest)
+    report.counts = _count(out, ranges, ids, bundle.digest)
     report.seconds = time.monotonic() - started
-    atomic.write_json(out / "model.json", bundle.model_json())
-    atomic.write(out / "split.parquet", lambda part: _copy(bundle.path / "split.parquet", part))
-    _write_run_json(out, report, wanted, settings, bundle_path, manifest or images, plan, use_gpu)
-    atomic.write_text(out / "_SUCCESS", "")
+    _finish(out, bundle, report, wanted, settings, bundle_path, manifest or images, plan, use_gpu)
     _judge(report, settings)
     return report
 
 
-def _part_name(index: int) -> str:
-    return f"part-{index:05d}.parquet"
+def _secret(path: str | None) -> bytes | None:
+    """The key for pseudonyms.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds too little to be secret.
+    """
+    if path is None:
+        return None
+    try:
+        key = Path(path).read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"pseudonym_key {path}: {error.strerror}; name a file that holds a secret") from None
+    if len(key) < 16:
+        raise ConfigError(f"pseudonym_key {path}: holds {len(key)} bytes; a secret of 16 or more cannot be guessed")
+    return key
+
+
+def _written(out: Path) -> set[int]:
+    """Numbers of the output files that are there, by one look at their folder."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(out / "scores") as entries:
+        names = (entry.name for entry in entries)
+        return {int(name[5:-8]) for name in names if name.startswith("part-") and name[5:-8].isdecimal()}
+    return set()
+
+
+def _tasks(out: Path, units: list[archives.Unit], there: set[int], *, retry_errors: bool) -> list[dict[str, Any]]:
+    """What is to be done: per unit the ranges without a file, and where asked those with errors that may pass."""
+    tasks = []
+    for retry in (False, True) if retry_errors else (False,):
+        for unit in units:
+            chosen = [
+                one
+                for one in unit.ranges
+                if (one.index in there and _retryable(part_path(out, one.index)) if retry else one.index not in there)
+            ]
+            if chosen:
+                tasks.append(
+                    {
+                        "indices": [one.index for one in chosen],
+                        "starts": [one.start for one in chosen],
+                        "counts": [one.rows for one in chosen],
+                        "retry": retry,
+                    }
+                )
+    return tasks
+
+
+def _one_row(batch: Any) -> Any:
+    """Nothing but a cut: what was decoded goes on range by range, and is not gathered into blocks of 128 MB."""
+    return batch
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -222,13 +297,14 @@ def _remove_run(out: Path) -> None:
 
 
 def _input_table(manifest: str | None, images: str | None, place: str | None, out: Path | None) -> pa.Table:
+    """The rows to score, in the order of reading."""
     if manifest is not None:
-        return manifests.read_manifest(manifest)
+        return archives.in_reading_order(manifests.read_manifest(manifest))
     assert images is not None
     if out is not None and (out / INPUT).exists() and _began_with(out) == place:
         # Files may have come or gone since; the run goes on over the pictures it began with.
         return manifests.read_manifest(out / INPUT)
-    return manifests.manifest_of_images(images)
+    return archives.in_reading_order(manifests.manifest_of_images(images))
 
 
 def _began_with(out: Path) -> str | None:
@@ -244,7 +320,7 @@ def _retryable(part: Path) -> bool:
     return any(code in RETRYABLE_CODES for code in codes)
 
 
-def actor_plan(node_cpus: list[float], cpus_per_actor: int | None, n_files: int) -> tuple[int, int]:
+def actor_plan(node_cpus: list[float], cpus_per_actor: int | None, n_tasks: int) -> tuple[int, int]:
     """How many actors of how many CPUs fit the nodes: (actors, cpus), both at least 1.
 
     All CPUs may go to actors: nothing else of this job needs one, because the ranges to score come from the driver
@@ -263,18 +339,25 @@ def actor_plan(node_cpus: list[float], cpus_per_actor: int | None, n_files: int)
         raise ConfigError(
             f"score: cpus_per_actor={cpus_per_actor}, and the largest node has {max(sizes)} CPUs; lower it"
         )
-    return max(1, min(fitting, n_files)), cpus_per_actor
+    return max(1, min(fitting, n_tasks)), cpus_per_actor
 
 
 @dataclass(frozen=True)
 class ActorPlan:
-    """How many actors of how many CPUs."""
+    """How the work is laid out.
+
+    Attributes:
+        actors: how many hold the network.
+        cpus: of each; 0 where they are on GPUs.
+        apart: whether decoding is done in tasks of one CPU each, beside the actors.
+    """
 
     actors: int
     cpus: int
+    apart: bool
 
 
-def _plan(settings: ScoreSettings, n_files: int, *, use_gpu: bool) -> ActorPlan:
+def _plan(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
     """What fits the Ray that runs.
 
     Raises:
@@ -282,151 +365,157 @@ def _plan(settings: ScoreSettings, n_files: int, *, use_gpu: bool) -> ActorPlan:
     """
     import ray
 
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if use_gpu and not gpus:
-        raise ConfigError("--gpu: Ray has no GPU; leave --gpu out, or connect to a cluster that has one")
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    actors, cpus = actor_plan(nodes, settings.cpus_per_actor, n_files)
-    return ActorPlan(min(actors, gpus) if use_gpu else actors, cpus)
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if use_gpu:
+        if not gpus:
+            raise ConfigError("--gpu: Ray has no GPU; leave --gpu out, or connect to a cluster that has one")
+        if not sum(nodes) >= 1:
+            raise ConfigError("--gpu: Ray has no CPU that could decode the pictures")
+        # Without a CPU of their own: whatever the actors hold, decoding always finds one, and nothing waits for ever.
+        return ActorPlan(actors=gpus, cpus=0, apart=True)
+    if settings.decode == "apart":
+        if sum(nodes) < 2:
+            raise ConfigError("decode=apart: needs 2 CPUs, one for the network and one to decode; say decode=inside")
+        return ActorPlan(actors=1, cpus=1, apart=True)
+    return ActorPlan(*actor_plan(nodes, settings.cpus_per_actor, n_tasks), apart=False)
 
 
 def _run(
-    bundle_path: Path,
-    digest: str,
-    out: Path,
+    job: Job,
     todo: list[dict[str, Any]],
-    settings: ScoreSettings,
+    ranges: list[archives.Range],
+    there: set[int],
     report: ScoreReport,
     plan: ActorPlan,
-    *,
-    use_gpu: bool,
+    marks: Mapping[str, float],
 ) -> None:
     import ray
 
-    done = report.rows - sum(task["rows"] for task in todo)
-    work = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
-        ScoreActor,
-        fn_constructor_kwargs={
-            "bundle_path": str(bundle_path.absolute()),
-            "digest": digest,
-            "out": str(out.absolute()),
-            "settings": settings,
-            "cpus": plan.cpus,
-            "use_gpu": use_gpu,
-        },
-        compute=ray.data.ActorPoolStrategy(size=plan.actors),
-        num_cpus=plan.cpus,
-        num_gpus=1 if use_gpu else 0,
-    )
-    errors = 0
-    with Work("score", report.rows, done=done) as progress:
-        for row in work.iter_rows():
-            errors += row["errors"]
+    planned = time.time()
+    work = ray.data.from_items(todo, override_num_blocks=len(todo))
+    options: dict[str, Any] = {
+        "fn_constructor_kwargs": {"job": job, "cpus": max(1, plan.cpus)},
+        "compute": ray.data.ActorPoolStrategy(
+            size=plan.actors,
+            max_tasks_in_flight_per_actor=2 * RANGES_AT_ONCE,
+            max_concurrent_calls_per_actor=RANGES_AT_ONCE,
+            enable_true_multi_threading=True,
+        ),
+        "num_cpus": plan.cpus,
+        "num_gpus": 1 if job.use_gpu else 0,
+    }
+    if plan.apart:
+        # Tasks, not actors: Ray starts as many as the free CPUs and the network's appetite allow.
+        decoded = work.flat_map(decode_task, fn_kwargs={"job": job}, num_cpus=1)
+        scored = decoded.map_batches(_one_row, batch_size=1).map(NetworkActor, **options)
+    else:
+        scored = work.map(ScoreActor, **options)
+    retried = {index for task in todo if task["retry"] for index in task["indices"]}
+    done = sum(one.rows for one in ranges if one.index in there and one.index not in retried)
+    with Work("score", report.rows, done=done) as progress, _watching(job, ranges, there - retried, progress):
+        for row in scored.iter_rows():
             report.scored_now += row["scored"]
-            progress.advance(row["rows"], f"{errors:,} errors")
+            if row["first"] and not report.start_up:
+                report.start_up = _start_up(row, planned, marks)
+                took = ", ".join(f"{name} {seconds:.0f}" for name, seconds in report.start_up.items() if name != "all")
+                logger.info("first image scored after %.0f s (%s)", report.start_up["all"], took)
 
 
-class ScoreActor:
-    """Decodes and scores one range after another; decoding in threads, the network in the caller's thread."""
-
-    def __init__(
-        self, bundle_path: str, digest: str, out: str, settings: ScoreSettings, cpus: int, use_gpu: bool
-    ) -> None:
-        import os
-
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        from ray_cxr.models import runtime
-
-        if use_gpu and not runtime.use_gpu_memory_as_needed():
-            raise ConfigError("--gpu: this actor sees no GPU; is tensorflow[and-cuda] installed there?")
-        runtime.limit_threads(cpus)
-        cv2.setNumThreads(1)  # the decoding threads are the parallelism
-        bundle = load_bundle(bundle_path)
-        if bundle.digest != digest:
-            raise RayCxrError(f"{bundle_path}: changed since the job began")
-        self._out = Path(out)
-        self._settings = settings
-        self._spec, self._rules = bundle.input_spec, bundle.rules
-        self._runtime = runtime.KerasRuntime(bundle.model(), settings.batch_size)
-        self._pool = ThreadPoolExecutor(max(1, cpus), thread_name_prefix="decode")
-
-    def __call__(self, task: dict[str, Any]) -> dict[str, int]:
-        rows = pq.ParquetFile(self._out / INPUT).read_row_group(task["index"]).slice(0, task["rows"])
-        part = self._out / "scores" / _part_name(task["index"])
-        if not task["retry"]:
-            result = self._score(rows)
-            scored = len(rows)
-        else:
-            old = pq.read_table(part)
-            again = np.array([code in RETRYABLE_CODES for code in old["error_code"].to_pylist()])
-            new = self._score(rows.filter(pa.array(again)))
-            # Each row keeps its place: take it from the old table, or from the new one behind it.
-            position = np.arange(len(old))
-            position[again] = len(old) + np.arange(len(new))
-            result = pa.concat_tables([old, new]).take(pa.array(position))
-            scored = len(new)
-        atomic.write_parquet(result, part, compression="zstd")
-        errors = sum(code is not None for code in result["error_code"].to_pylist())
-        return {"rows": len(rows), "scored": scored, "errors": errors}
-
-    def _score(self, rows: pa.Table) -> pa.Table:
-        size = self._spec.size
-        probabilities = np.zeros((len(rows), len(self._rules.findings)), dtype=np.float32)
-        failures: dict[int, tuple[str, str]] = {}
-        batch = np.empty((self._settings.batch_size, size, size), dtype=np.uint8)
-        members: list[int] = []
-        for i, outcome in enumerate(self._decoded(rows["path"].to_pylist())):
-            if isinstance(outcome, ImageError):
-                failures[i] = (outcome.code, outcome.message)
-                continue
-            batch[len(members)] = outcome
-            members.append(i)
-            if len(members) == len(batch):
-                probabilities[members] = self._runtime.predict(batch)
-                members = []
-        if members:
-            probabilities[members] = self._runtime.predict(batch[: len(members)])
-        return predictions.assemble(rows, probabilities, failures, self._rules)
-
-    def _decoded(self, paths: list[str | None]) -> Iterator[np.ndarray | ImageError]:
-        """Pictures in order, decoded ahead by a bounded number."""
-        ahead: deque[Future[np.ndarray | ImageError]] = deque()
-        for path in paths:
-            ahead.append(self._pool.submit(self._decode, path))
-            if len(ahead) > BATCHES_AHEAD * self._settings.batch_size:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-    def _decode(self, path: str | None) -> np.ndarray | ImageError:
-        try:
-            return imaging.load(path or "", self._spec, max_pixels=self._settings.max_pixels)
-        except ImageError as error:
-            return error
+def _start_up(row: dict[str, Any], planned: float, marks: Mapping[str, float]) -> dict[str, float]:
+    """Where the seconds from the command to the first image scored went."""
+    return {
+        "all": row["first"] - marks["command"],
+        "checks": marks["checked"] - marks["command"],
+        "Ray": marks["ray"] - marks["checked"],
+        "plan": planned - marks["ray"],
+        "actor": row["born"] - planned,
+        "network": row["ready"] - row["born"],
+        "first pictures": row["first"] - row["ready"],
+    }
 
 
-def _count(parts: list[Path], table: pa.Table, digest: str) -> Counter[str]:
+@contextlib.contextmanager
+def _watching(job: Job, ranges: list[archives.Range], seen: set[int], progress: Work) -> Iterator[None]:
+    """Show what has been written while the block runs, by looking at the folder: an archive is one task for hours."""
+    rows = {one.index: one.rows for one in ranges}
+    seen = set(seen)
+    began = time.time()
+    errors = 0
+    over = threading.Event()
+
+    def look() -> None:
+        nonlocal errors
+        out = Path(job.out)
+        new = [index for index in _written(out) - seen if index in rows]
+        for index in new:
+            path = part_path(out, index)
+            with contextlib.suppress(OSError, pa.ArrowException):
+                if path.stat().st_mtime < began - 1:
+                    continue  # one that is to be read again, and has not been yet
+                metadata = pq.read_metadata(path).metadata or {}
+                errors += int(metadata.get(b"ray_cxr.errors", 0))
+                seen.add(index)
+                progress.advance(rows[index], f"{errors:,} errors")
+
+    def loop() -> None:
+        while not over.wait(_LOOK_S):
+            with contextlib.suppress(OSError):
+                look()
+
+    thread = threading.Thread(target=loop, name="watching", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    look()
+
+
+def _count(out: Path, ranges: list[archives.Range], ids: pa.ChunkedArray, digest: str) -> Counter[str]:
     """Count the rows from the files, and check that they are the input's, each once, in order, by this model.
+
+    Args:
+        ids: image_id of the input's rows, in order.
 
     Raises:
         OutputError: they are not.
     """
     counts: Counter[str] = Counter()
-    position = 0
-    for part in parts:
-        found = pq.read_table(part, columns=["image_id", "error_code", "model_digest"])
-        expected = table["image_id"].slice(position, len(found))
-        models = set(found["model_digest"].to_pylist()) - {None}
-        if found["image_id"].to_pylist() != expected.to_pylist() or models - {digest}:
+    for one in ranges:
+        part = part_path(out, one.index)
+        try:
+            found = pq.read_table(part, columns=["image_id", "error_code", "model_digest"])
+        except (OSError, pa.ArrowException):
+            raise OutputError(f"{part}: is missing or damaged; remove it and run score again") from None
+        expected = ids.slice(one.start, one.rows)
+        models = set(pc.unique(found["model_digest"]).to_pylist()) - {None}
+        if len(found) != one.rows or not pc.all(pc.equal(found["image_id"], expected)).as_py() or models - {digest}:
             raise OutputError(f"{part}: does not hold the rows it should; remove it and run score again")
-        position += len(found)
         counts.update("ok" if code is None else code for code in found["error_code"].to_pylist())
-    if position != len(table):
-        raise OutputError(f"{parts[0].parent}: holds {position:,} rows for an input of {len(table):,}; use --fresh")
-    extra = {path.name for path in parts[0].parent.glob("*.parquet")} - {part.name for part in parts}
+    extra = {path.name for path in (out / "scores").glob("*.parquet")} - {part_name(one.index) for one in ranges}
     if extra:
-        raise OutputError(f"{parts[0].parent}: holds {min(extra)}, which is not of this run; remove it")
+        raise OutputError(f"{out / 'scores'}: holds {min(extra)}, which is not of this run; remove it")
     return counts
+
+
+def _finish(
+    out: Path,
+    bundle: Bundle,
+    report: ScoreReport,
+    wanted: dict[str, Any],
+    settings: ScoreSettings,
+    bundle_path: str | Path,
+    source: str | None,
+    plan: ActorPlan | None,
+    use_gpu: bool,
+) -> None:
+    """Write what stands beside the rows; `_SUCCESS` last."""
+    atomic.write_json(out / "model.json", bundle.model_json())
+    atomic.write(out / "split.parquet", lambda part: _copy(bundle.path / "split.parquet", part))
+    _write_run_json(out, report, wanted, settings, bundle_path, source, plan, use_gpu)
+    atomic.write_text(out / "_SUCCESS", "")
 
 
 def _write_run_json(
@@ -453,13 +542,15 @@ def _write_run_json(
         "split": split,
         "settings": settings.model_dump(mode="json"),
         "use_gpu": use_gpu,
-        "precision": "fp32",
+        "precision": wanted["precision"],
+        "notes": report.notes,
         "actors": plan.actors if plan else None,
         "cpus_per_actor": plan.cpus if plan else None,
         "last_run": {
             "rows_scored": report.scored_now,
             "seconds": round(report.seconds, 3),
-            "images_per_second": None if rate is None or math.isinf(rate) else round(rate, 3),
+            "images_per_second": None if rate is None else round(rate, 3),
+            "start_up": {name: round(seconds, 3) for name, seconds in report.start_up.items()},
         },
         "versions": versions(),
     }

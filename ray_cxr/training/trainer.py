@@ -37,6 +37,7 @@ from ray_cxr.data.prepared import SETTINGS, PreparedSet, agree, begin
 from ray_cxr.errors import ConfigError, LeakError, RayCxrError, TableError, own_error
 from ray_cxr.evaluation.calibration import fit_rules
 from ray_cxr.labels import LABELS
+from ray_cxr.models import exports
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle
 from ray_cxr.progress import Work
@@ -490,6 +491,10 @@ def _finish(best: Path, out: Path, data: PreparedSet, settings: TrainSettings, c
         config_toml=tomli_w.dumps({"train": plain}),
         curves=curves,
         split=split,
+        ordinary=exports.Ordinary(
+            exports.sample(data.load("train").images, settings.seed),
+            exports.sample(data.load("val").images, settings.seed),
+        ),
     )
 
 

@@ -7,8 +7,10 @@ import io
 import os
 import pickle
 import struct
+import sys
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,150 @@ def test_trailing_bytes_are_tolerated() -> None:
     np.testing.assert_array_equal(decode(png_of(ramp()) + b"more"), ramp())
     jpeg = jpeg_of(ramp())
     np.testing.assert_array_equal(decode(jpeg + b"more"), decode(jpeg))
+
+
+# ---------------------------------------------------------------- PNG by two decoders
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], np.ndarray]:
+    """`decode` without kornia-rs."""
+
+    def decoded(data: bytes) -> np.ndarray:
+        with monkeypatch.context() as patch:
+            patch.setattr(imaging, "_quick_decoder", lambda: None)
+            return decode(data)
+
+    return decoded
+
+
+@pytest.fixture
+def quick_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modes that kornia-rs is asked for from here on."""
+    calls: list[str] = []
+    real = imaging._quick_decoder()
+    assert real is not None
+
+    def noted(data: bytes, shape: tuple[int, int], mode: str) -> np.ndarray:
+        calls.append(mode)
+        return real(data, shape, mode)
+
+    monkeypatch.setattr(imaging, "_quick_decoder", lambda: noted)
+    return calls
+
+
+def every_filter(samples: int, width: int = 45, height: int = 50) -> bytes:
+    """8 bits per sample, noise, and rows that take the five filters in turn."""
+    rows = np.random.default_rng(samples).integers(0, 256, (height, width * samples), dtype=np.uint8)
+    filtered = b"".join(bytes([at % 5]) + row.tobytes() for at, row in enumerate(rows))
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[samples]
+    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
+    return head + chunk(b"IDAT", zlib.compress(filtered)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("samples", "modes"), [(1, ["mono"]), (2, []), (3, ["rgb"]), (4, ["rgba"])])
+def test_both_decoders_give_the_same(
+    samples: int, modes: list[str], slow: Callable[[bytes], np.ndarray], quick_calls: list[str]
+) -> None:
+    data = every_filter(samples)
+    image = decode(data)
+    assert quick_calls == modes
+    np.testing.assert_array_equal(image, slow(data))
+    assert image.shape == (50, 45)
+    assert image.flags.c_contiguous
+    assert image.flags.writeable
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png_of(ramp().astype(np.uint16)),
+        png_of(ramp() > 90),
+        png_of(ramp(), "P"),
+        png_of(ramp(), "LA"),
+        raw_png(32, 32, 2, 0, bytes(range(8)) * 32),
+        raw_png(32, 32, 4, 0, bytes(range(16)) * 32),
+        raw_png(32, 32, 16, 2, bytes(range(192)) * 32),
+    ],
+)
+def test_other_kinds_are_pillows(data: bytes, slow: Callable[[bytes], np.ndarray], quick_calls: list[str]) -> None:
+    np.testing.assert_array_equal(decode(data), slow(data))
+    assert quick_calls == []
+
+
+def test_very_large_pictures_are_pillows(monkeypatch: pytest.MonkeyPatch, quick_calls: list[str]) -> None:
+    decode(png_of(ramp(40, 40)))
+    monkeypatch.setattr(imaging, "_QUICK_PIXELS", 1599)
+    decode(png_of(ramp(40, 40)))
+    assert quick_calls == ["mono"]
+
+
+def test_what_kornia_refuses_pillow_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        pass
+
+    raised: list[BaseException] = []
+
+    def refuse(*args: Any) -> np.ndarray:
+        raise raised[0]
+
+    monkeypatch.setattr(imaging, "_quick_decoder", lambda: refuse)
+    for error in (Exception("Doe^Jane"), MemoryError(), PanicException("Doe^Jane")):
+        raised[:] = [error]
+        np.testing.assert_array_equal(decode(png_of(ramp())), ramp())
+    raised[:] = [KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        decode(png_of(ramp()))
+
+
+def test_without_kornia_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    imaging._quick_decoder.cache_clear()
+    monkeypatch.setitem(sys.modules, "kornia_rs", None)
+    try:
+        assert imaging._quick_decoder() is None
+        np.testing.assert_array_equal(decode(png_of(ramp())), ramp())
+    finally:
+        imaging._quick_decoder.cache_clear()
+
+
+@pytest.mark.parametrize("samples", [1, 3, 4])
+def test_both_decoders_refuse_the_same(samples: int, slow: Callable[[bytes], np.ndarray]) -> None:
+    whole = every_filter(samples)
+    at = whole.index(b"IDAT")
+    stream = whole[at + 4 : -16]
+    rows = zlib.decompress(stream)
+    line = 1 + 45 * samples
+
+    def with_pixels(*parts: bytes) -> bytes:
+        return whole[: at - 4] + b"".join(chunk(b"IDAT", part) for part in parts) + chunk(b"IEND", b"")
+
+    refused = {
+        "no stream": with_pixels(b""),
+        "half a stream": with_pixels(stream[: len(stream) // 2]),
+        "no row": with_pixels(zlib.compress(b"")),
+        "no last row": with_pixels(zlib.compress(rows[:-line])),
+        "no last byte": with_pixels(zlib.compress(rows[:-1])),
+        "unknown filter": with_pixels(zlib.compress(b"\5" + rows[1:])),
+        "no stream at all": with_pixels(b"\x13\x37" * 50),
+    }
+    for name, data in refused.items():
+        codes = []
+        for decoder in (decode, slow):
+            with pytest.raises(ImageError) as caught:
+                decoder(data)
+            codes.append((caught.value.code, caught.value.message))
+        assert codes[0][0] == "corrupt", name
+        assert codes[0] == codes[1], name
+    expected = slow(whole)
+    taken = {
+        "cut anywhere": with_pixels(stream[:1], b"", stream[1:50], stream[50:]),
+        "no checksum": with_pixels(stream[:-4]),
+        "bytes behind the stream": with_pixels(stream + b"more"),
+        "rows behind the last": with_pixels(zlib.compress(rows + rows)),
+    }
+    for data in taken.values():
+        np.testing.assert_array_equal(decode(data), expected)
+        np.testing.assert_array_equal(slow(data), expected)
 
 
 # ---------------------------------------------------------------- JPEG to gray
@@ -377,7 +523,7 @@ def test_memory_and_foreign_errors_become_codes(monkeypatch: pytest.MonkeyPatch)
             raise error
 
         monkeypatch.setattr(imaging, "_gray_array", broken)
-        return code_of(png_of(ramp()))
+        return code_of(png_of(ramp().astype(np.uint16)))
 
     assert failing(MemoryError()) == "too_large"
     assert failing(RecursionError()) == "corrupt"
@@ -713,3 +859,17 @@ def test_nothing_to_list(tmp_path: Path) -> None:
             assert str(caught.value).startswith(text)
     with pytest.raises(InputError, match="cannot be listed"):
         list_images("nothing://bucket/folder")
+
+
+# ---------------------------------------------------------------- real files
+
+
+def test_both_decoders_give_the_same_of_real_files(shared: Path, slow: Callable[[bytes], np.ndarray]) -> None:
+    folders = [shared / "nih" / name for name in ("images1024", "images256")]
+    paths = [path for folder in folders for path in sorted(folder.glob("*.png"))[::9]]
+    # The few RGBA files, whatever their place.
+    paths += [path for path in folders[0].glob("*.png") if path.open("rb").read(26)[25] == 6]
+    assert len(paths) > 50
+    for path in paths:
+        data = path.read_bytes()
+        np.testing.assert_array_equal(decode(data), slow(data), err_msg=path.name)

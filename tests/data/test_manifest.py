@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -574,6 +576,92 @@ def test_manifest_of_images_takes_paths_where_names_repeat(tmp_path: Path, uri: 
     for location in [tmp_path.as_uri(), f"{tmp_path.as_uri()}/?x=a/b"] if uri else [str(tmp_path), f"{tmp_path}/"]:
         table = manifest.manifest_of_images(location)
         assert table["image_id"].to_pylist() == ["p 1/view.png", "p2/other.png", "p2/view.png"]
+
+
+# --- archives
+
+
+def archive_of(path: Path, *names: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = io.BytesIO()
+    picture_bytes = np.zeros((32, 32), np.uint8)
+    picture_bytes[0, 0] = 9
+    Image.fromarray(picture_bytes).save(data, "PNG")
+    with tarfile.open(path, "w:gz") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(data.getvalue())
+            tar.addfile(info, io.BytesIO(data.getvalue()))
+    return path
+
+
+@pytest.mark.parametrize("uri", [False, True])
+def test_pictures_are_found_inside_archives(tmp_path: Path, uri: bool) -> None:
+    images = tmp_path / "my images"
+    archive_of(images / "images_001.tar.gz", f"images/{NIH_NAMES[0]}", "images/other.png")
+    archive_of(images / "images_002.tar.gz", NIH_NAMES[1], "README.txt")
+    picture(images / "unpacked" / NIH_NAMES[2])
+    table, report = manifest.build_manifest(
+        [put(tmp_path / "t.csv", NIH_V2020)], images=images.as_uri() if uri else str(images)
+    )
+    *found, missing = table["path"].to_pylist()
+    place = images.as_uri() if uri else str(images)
+    assert found == [
+        f"{place}/images_001.tar.gz::images/{NIH_NAMES[0]}",
+        f"{place}/images_002.tar.gz::{NIH_NAMES[1]}",
+        f"{place}/unpacked/{NIH_NAMES[2]}",
+    ]
+    assert missing is None
+    assert all(imaging.load(path).shape == (32, 32) for path in found)
+    assert (report.images_found, report.images_missing, report.files_not_in_table) == (3, 1, 1)
+    assert report.lines()[2] == "files left out, not being images: 1 .txt"
+
+
+def test_pictures_unpacked_beside_their_archive_are_found_once(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    archive_of(images / "images_001.tar.gz", *(f"images/{name}" for name in NIH_NAMES))
+    for name in NIH_NAMES[:2]:
+        picture(images / "images" / name)
+    table, report = manifest.build_manifest([put(tmp_path / "t.csv", NIH_V2020)], images=str(images))
+    assert [path and "::" in path for path in table["path"].to_pylist()] == [False, False, True, None]
+    assert "2 members of archives not taken, their files lying unpacked beside the archive" in report.lines()
+
+
+def test_a_name_in_two_archives_is_refused(tmp_path: Path) -> None:
+    for number in (1, 2):
+        archive_of(tmp_path / "images" / f"images_00{number}.tar.gz", f"images/{NIH_NAMES[0]}")
+    images = tmp_path / "images"
+    assert refusal(TableError, put(tmp_path / "t.csv", NIH_V2020), images=str(images)) == (
+        f"--images {images}: 1 names are found more than once, such as {images}/images_001.tar.gz::images/"
+        f"{NIH_NAMES[0]} and {images}/images_002.tar.gz::images/{NIH_NAMES[0]}; point --images at one copy"
+    )
+
+
+def test_manifest_of_images_inside_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive_of(tmp_path / "images" / "a.tar.gz", "i/2.png", "i/1.png", "notes.txt")
+    put(tmp_path / "images" / "0.png", b"x")
+    monkeypatch.chdir(tmp_path)
+    table = manifest.manifest_of_images("images/")
+    assert table["image_id"].to_pylist() == ["0.png", "2.png", "1.png"]
+    assert table["path"][1].as_py() == f"{tmp_path}/images/a.tar.gz::i/2.png"
+    manifest.write_manifest(table, tmp_path / "m.parquet")
+    again = manifest.read_manifest(tmp_path / "m.parquet")
+    assert manifest.listing_notes(again) == ["files left out, not being images: 1 .txt"]
+    assert manifest.split_info(again) == {}
+    assert manifest.manifest_of_images("images/a.tar.gz")["image_id"].to_pylist() == ["2.png", "1.png"]
+    archive_of(tmp_path / "images" / "b.tgz", "i/1.png")
+    ids = ["0.png", "a.tar.gz::i/2.png", "a.tar.gz::i/1.png", "b.tgz::i/1.png"]
+    assert manifest.manifest_of_images("images")["image_id"].to_pylist() == ids
+    assert manifest.manifest_of_images((tmp_path / "images").as_uri())["image_id"].to_pylist() == ids
+    archive_of(tmp_path / "twice.tar", "a/1.png", "b/1.png")
+    assert manifest.manifest_of_images("twice.tar")["image_id"].to_pylist() == ["a/1.png", "b/1.png"]
+
+
+def test_listing_notes_of_any_table() -> None:
+    table = pa.table({"image_id": ["a"]})
+    assert manifest.listing_notes(table) == []
+    for text in ("{", "[1]", '{"left_out": 3}'):
+        assert manifest.listing_notes(table.replace_schema_metadata({"ray_cxr.listing": text})) == []
 
 
 def test_manifest_of_images_reads_as_a_manifest(tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,10 +24,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_cxr.config import InputSpec, PrepareSettings
-from ray_cxr.data import atomic, imaging
+from ray_cxr.data import archives, atomic, imaging
+from ray_cxr.data import manifest as manifests
 from ray_cxr.data import prepared as prepared_sets
 from ray_cxr.data.manifest import SCHEMA, read_manifest
 from ray_cxr.data.prepared import PreparedSet
+from ray_cxr.data.sandbox import Decoder
 from ray_cxr.errors import ConfigError, OutputError, TableError
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -92,19 +97,29 @@ def five(tmp_path: Path) -> tuple[Path, np.ndarray]:
     return write_set(tmp_path / "five", tables), images
 
 
+def prepare_here(manifest: Path, out: Path, settings: PrepareSettings) -> dict[int, Counter[str]]:
+    """What `prepare` does, with its tasks one after another in this process."""
+    table, wanted = prepared_sets.check(manifest, out, settings)
+    units = archives.units(table["path"], settings.rows_per_shard)
+    prepared_sets.begin(out, wanted)
+    if not (out / "manifest.parquet").exists():
+        prepared_sets.freeze(table, out / "manifest.parquet", units)
+    for size in settings.sizes:
+        (out / str(size)).mkdir(exist_ok=True)
+    for unit in units:
+        task = prepared_sets._task(unit, out, settings.sizes)
+        if task:
+            prepared_sets._prepare(task, str(out), settings)
+    ranges = [one for unit in units for one in unit.ranges]
+    return {size: prepared_sets._count(out, size, ranges) for size in settings.sizes}
+
+
 @pytest.fixture(scope="module")
 def by_hand(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The phantoms at 64 pixels in shards of 7, made by what runs in Ray's tasks, without Ray."""
     out = tmp_path_factory.mktemp("by_hand") / "set"
-    settings = PrepareSettings(sizes=(64,), rows_per_shard=7)
-    table, wanted = prepared_sets.check(manifest, out, settings)
-    prepared_sets.begin(out, wanted)
-    atomic.write_parquet(table, out / "manifest.parquet", row_group_size=7)
-    (out / "64").mkdir()
-    n_shards = -(-len(table) // 7)
-    for index in range(n_shards):
-        prepared_sets._prepare_shard({"index": index, "sizes": [64]}, str(out), settings)
-    assert prepared_sets._count(out, 64, n_shards, len(table)) == Counter(ok=len(table) - 6, **BROKEN)
+    counts = prepare_here(manifest, out, PrepareSettings(sizes=(64,), rows_per_shard=7))
+    assert counts == {64: Counter(ok=len(read_manifest(manifest)) - 6, **BROKEN)}
     return out
 
 
@@ -398,7 +413,8 @@ def test_format_1_is_refused(five: tuple[Path, np.ndarray], manifest: Path, tmp_
     with pytest.raises(ConfigError) as caught:
         PreparedSet(folder)
     assert str(caught.value) == (
-        f"{folder}: has format 1, and this version reads format 2; run `ray-cxr prepare` again into another folder"
+        f"{folder}: has format 1, and this version reads formats 2 and 3; "
+        "run `ray-cxr prepare` again into another folder"
     )
     _, wanted = prepared_sets.check(manifest, tmp_path / "new", PrepareSettings())
     prepared_sets.begin(tmp_path / "old", {**wanted, "format": 1})
@@ -462,6 +478,7 @@ READ_ALL = """
 import sys
 import numpy as np
 from ray_cxr.data.prepared import PreparedSet
+from ray_cxr.data.sandbox import Decoder
 images = PreparedSet(sys.argv[1]).load("train").images
 order = np.random.default_rng(0).permutation(len(images))
 for start in range(0, len(order), 32):
@@ -480,3 +497,224 @@ def test_peak_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", READ_ALL, folder], capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout) / 1024)
     assert peaks[1] - peaks[0] < 15, f"peaks of {peaks} MiB"
+
+
+# ---------------------------------------------------------------- archives
+
+
+def tar_up(archive: Path, files: list[Path], *, mode: str = "w:gz") -> None:
+    """Files under `images/`, in the order given."""
+    with tarfile.open(archive, mode) as tar:
+        for file in files:
+            tar.add(file, f"images/{file.name}")
+
+
+@pytest.fixture
+def archived(phantoms, manifest: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The phantoms in two archives, neither in the table's order, and a few as single files; and their manifest."""
+    table = read_manifest(manifest)
+    files = [Path(path) for path in table["path"].to_pylist() if path and Path(path).exists()]
+    folder = tmp_path / "download"
+    folder.mkdir()
+    tar_up(folder / "images_001.tar.gz", files[:30][::-1])
+    tar_up(folder / "images_002.tar", files[30:-5][::2] + files[30:-5][1::2], mode="w")
+    for file in files[-5:]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    made, report = manifests.build_manifest([str(phantoms.table)], images=str(folder), split="patient", seed=1)
+    assert report.images_found == len(files)
+    # One that no archive holds, for it came late.
+    paths = made["path"].to_pylist()
+    paths[paths.index(None)] = f"{folder}/images_001.tar.gz::images/late.png"
+    made = made.set_column(made.column_names.index("path"), "path", pa.array(paths, pa.string()))
+    manifests.write_manifest(made, tmp_path / "m.parquet")
+    return folder, tmp_path / "m.parquet"
+
+
+def contents(prepared: Path, size: int) -> dict[str, bytes]:
+    return {shard.name: shard.read_bytes() for shard in shards(prepared, size)}
+
+
+def by_id(prepared: Path, size: int) -> dict[str, dict[str, object]]:
+    rows = [row for shard in shards(prepared, size) for row in read(shard).to_pylist()]
+    found = {str(row["image_id"]): {**row, "path": None, "split": None} for row in rows}
+    assert len(found) == len(rows), "each row once"
+    return found
+
+
+def test_pictures_from_archives_are_those_from_files(
+    archived: tuple[Path, Path], by_hand: Path, tmp_path: Path
+) -> None:
+    _, made = archived
+    out = tmp_path / "set"
+    counts = prepare_here(made, out, PrepareSettings(sizes=(64,), rows_per_shard=7))
+    assert counts[64] == Counter(ok=len(read_manifest(made)) - 6, **BROKEN)
+    found, expected = by_id(out, 64), by_id(by_hand, 64)
+    (late,) = (image_id for image_id, row in found.items() if row["error"] == "the archive holds no such member")
+    assert expected[late]["error_code"] == "missing"
+    expected[late]["error"] = found[late]["error"]
+    assert found == expected
+    # No shard straddles, and the rows of an archive lie in it as the archive gave them.
+    groups = []
+    for shard in shards(out, 64):
+        parts = [archives.split_member(path) for path in read(shard)["path"].to_pylist()]
+        assert len({part and part[0] for part in parts}) == 1
+        groups += [part for part in parts if part]
+    for archive in dict.fromkeys(part[0] for part in groups):
+        inside = [member for name, member in groups if name == archive]
+        with tarfile.open(archive) as tar:
+            order = [name for name in tar.getnames() if name in inside]
+        assert inside == order + [name for name in inside if name not in order]
+    frozen = pq.ParquetFile(out / "manifest.parquet")
+    assert [frozen.metadata.row_group(i).num_rows for i in range(frozen.num_row_groups)] == [
+        len(read(shard)) for shard in shards(out, 64)
+    ]
+    settings = json.loads((out / "settings.json").read_text())
+    assert (settings["format"], settings["shards"]) == (3, len(shards(out, 64)))
+    assert settings["manifest_digest"] == manifests.digest(read_manifest(made))
+
+
+def test_a_set_from_archives_is_read_whole(archived: tuple[Path, Path], tmp_path: Path) -> None:
+    _, made = archived
+    out = tmp_path / "set"
+    prepare_here(made, out, PrepareSettings(sizes=(64,), rows_per_shard=7))
+    data = PreparedSet(out)
+    assert len(data.rows()) == len(read_manifest(made))
+    assert data.split_info() == manifests.split_info(read_manifest(made))
+    paths = dict(zip(*(read_manifest(made)[name].to_pylist() for name in ("image_id", "path")), strict=True))
+    part = data.load("train")
+    for i in (0, len(part) // 2, len(part) - 1):
+        np.testing.assert_array_equal(part.images[i], imaging.load(paths[part.image_ids[i]], data.input_spec))
+
+
+@pytest.mark.parametrize("gone", [[2], [4, 5], [2, 6], "all"])
+def test_an_archive_is_continued_with_the_same_bytes(
+    archived: tuple[Path, Path], tmp_path: Path, gone: list[int] | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, made = archived
+    out, settings = tmp_path / "set", PrepareSettings(sizes=(64,), rows_per_shard=7)
+    prepare_here(made, out, settings)
+    before = contents(out, 64)
+    for shard in shards(out, 64) if gone == "all" else [shards(out, 64)[i] for i in gone]:
+        shard.unlink()
+    read_again: list[tuple[str, int]] = []
+
+    def counting(archive: str, wanted: set[str], _read=archives.read) -> Iterator[object]:
+        read_again.append((Path(archive).name, len(wanted)))
+        return _read(archive, wanted)
+
+    monkeypatch.setattr(archives, "read", counting)
+    prepare_here(made, out, settings)
+    assert contents(out, 64) == before
+    if gone != "all":
+        # Only archives that lack something are read, and only for what is lacking.
+        lost = [read_shard for i, read_shard in enumerate(sorted(before)) if i in gone]
+        names = [Path(archives.split_member(read(out / "64" / name)["path"][0].as_py())[0]).name for name in lost]
+        expected = Counter()
+        for name, shard in zip(names, lost, strict=True):
+            expected[name] += len(read(out / "64" / shard))
+        assert dict(read_again) == expected
+    read_again.clear()
+    prepare_here(made, out, settings)
+    assert read_again == []
+
+
+def test_another_size_of_an_archive_beside_a_half_made_one(archived: tuple[Path, Path], tmp_path: Path) -> None:
+    _, made = archived
+    out = tmp_path / "set"
+    prepare_here(made, out, PrepareSettings(sizes=(64,), rows_per_shard=7))
+    before = contents(out, 64)
+    shards(out, 64)[3].unlink()
+    prepare_here(made, out, PrepareSettings(sizes=(64, 96), rows_per_shard=7))
+    assert contents(out, 64) == before
+    rows = [[row["image_id"] for shard in shards(out, size) for row in read(shard).to_pylist()] for size in (64, 96)]
+    assert rows[0] == rows[1]
+
+
+def test_a_truncated_archive_gives_its_rows_and_errors_for_the_rest(
+    archived: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, made = archived
+    whole = (folder / "images_002.tar").read_bytes()
+    (folder / "images_002.tar").write_bytes(whole[: len(whole) // 2])
+    out, settings = tmp_path / "set", PrepareSettings(sizes=(64,), rows_per_shard=7)
+    counts = prepare_here(made, out, settings)
+    assert counts[64].total() == len(read_manifest(made))
+    rows = [row for row in by_id(out, 64).values() if row["error"] == "the archive ends too early"]
+    assert {row["error_code"] for row in rows} == {"truncated"}
+    assert 5 < len(rows) < 30
+    # Once the download is mended, shards of failed rows can be removed and made again.
+    (folder / "images_002.tar").write_bytes(whole)
+    for shard in shards(out, 64):
+        if "the archive ends too early" in read(shard)["error"].to_pylist():
+            shard.unlink()
+    assert prepare_here(made, out, settings)[64]["truncated"] == 1
+
+
+def test_shards_of_an_archive_that_hold_other_rows_are_refused(archived: tuple[Path, Path], tmp_path: Path) -> None:
+    _, made = archived
+    out, settings = tmp_path / "set", PrepareSettings(sizes=(64,), rows_per_shard=7)
+    prepare_here(made, out, settings)
+    *_, one, other, last = shards(out, 64)
+    other.write_bytes(one.read_bytes())
+    last.unlink()
+    with pytest.raises(OutputError, match=r"64: part-.* hold other rows than they should; remove them"):
+        prepare_here(made, out, settings)
+    one.write_bytes(shards(out, 64)[0].read_bytes())
+    with pytest.raises(OutputError):
+        prepare_here(made, out, settings)
+
+
+def test_pictures_in_an_archive_are_not_all_held(archived: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    """However many there are: those of one shard, although the table has another order."""
+    _, made = archived
+    most = []
+    real = prepared_sets._ShardMaker.add
+
+    def add(self, row, outcome) -> None:
+        real(self, row, outcome)
+        most.append(len(self._images))
+
+    monkeypatch.setattr(prepared_sets._ShardMaker, "add", add)
+    prepare_here(made, tmp_path / "set", PrepareSettings(sizes=(64,), rows_per_shard=4))
+    assert max(most) == 3
+
+
+def test_a_shard_of_another_length_is_refused(by_hand: Path, manifest: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    shutil.copytree(by_hand, out)
+    first, *_, last = shards(out, 64)
+    last.write_bytes(first.read_bytes())
+    with pytest.raises(OutputError, match=r"holds 7 rows and should hold \d; remove it and run `ray-cxr pre"):
+        prepare_here(manifest, out, PrepareSettings(sizes=(64,), rows_per_shard=7))
+
+
+def test_a_file_that_takes_too_long_is_a_row(manifest: Path, tmp_path: Path) -> None:
+    table = read_manifest(manifest).slice(0, 1)
+    manifests.write_manifest(table, tmp_path / "m.parquet")
+    settings = PrepareSettings(sizes=(64,), decode_timeout_s=1e-6)
+    assert prepare_here(tmp_path / "m.parquet", tmp_path / "set", settings) == {64: Counter(decode_timeout=1)}
+
+
+def test_tasks_of_one_process_share_a_decoder() -> None:
+    settings = PrepareSettings(sizes=(64, 96))
+    assert isinstance(prepared_sets._decoder(settings), Decoder)
+    assert prepared_sets._decoder(settings) is prepared_sets._decoder(PrepareSettings(sizes=(96, 64)))
+
+
+@pytest.mark.ray
+def test_archives_are_prepared_by_the_command(
+    ray_here, archived: tuple[Path, Path], tmp_path: Path, command, by_hand: Path
+) -> None:
+    _, made = archived
+    out = tmp_path / "set"
+    arguments = ("prepare", made, "--out", out, "--size", "64", "--set", "rows_per_shard=7")
+    code, said, err = command(*arguments)
+    assert code == 0, err
+    assert "6 failed" in said
+    assert {name: row["image"] for name, row in by_id(out, 64).items()} == {
+        name: row["image"] for name, row in by_id(by_hand, 64).items()
+    }
+    before = contents(out, 64)
+    shards(out, 64)[3].unlink()
+    assert command(*arguments)[0] == 0
+    assert contents(out, 64) == before

@@ -6,20 +6,22 @@ import json
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from ray_cxr.config import ScoreSettings
 from ray_cxr.data.prepared import PreparedSet
+from ray_cxr.data.sandbox import Picture
 from ray_cxr.errors import ConfigError
 from ray_cxr.models import predictions
-from ray_cxr.scoring.pipeline import ScoreActor, actor_plan
+from ray_cxr.scoring.engine import Job, Reading, Work
+from ray_cxr.scoring.pipeline import actor_plan
 
 
 def rows(scores: Path) -> pd.DataFrame:
@@ -63,6 +65,24 @@ def arguments(bundle, manifest: Path, out: Path, *more: str) -> list[str]:
     return [*given, "--set", "rows_per_file=16", "--set", "batch_size=8", *more]
 
 
+def job_of(bundle, out: Path, **settings) -> Job:
+    return Job(
+        bundle=str(bundle.path),
+        out=str(out),
+        digest=bundle.digest,
+        precision="fp32",
+        settings=ScoreSettings(batch_size=8, **settings),
+        spec=bundle.input_spec,
+        use_gpu=False,
+        key=None,
+        settings_file=b"",
+    )
+
+
+def work_of(rows: pa.Table) -> Work:
+    return Work(0, rows, None, None, np.zeros((len(rows), 0), np.float32), left=len(rows))
+
+
 @pytest.mark.ray
 def test_one_row_per_manifest_row_with_the_contracts_columns(scores: Path, manifest: Path, tiny_bundle) -> None:
     table, wanted = rows(scores), pd.read_parquet(manifest)
@@ -94,14 +114,15 @@ def test_pixels_and_probabilities_are_those_of_training_and_of_predict(
     from_prepared = tiny_bundle.predict(np.asarray(data.images), batch_size=8)[columns].to_numpy()
     from_paths = tiny_bundle.predict(table.loc[data.image_ids, "path"].tolist(), batch_size=8)[columns].to_numpy()
     np.testing.assert_array_equal(from_prepared, from_paths)
-    # The tensors that the scoring actor feeds its network, without the actor.
-    actor = ScoreActor.__new__(ScoreActor)
-    actor._spec, actor._settings, actor._pool = (
-        tiny_bundle.input_spec,
-        ScoreSettings(batch_size=8),
-        ThreadPoolExecutor(2),
-    )
-    fed = np.stack(list(actor._decoded(table.loc[data.image_ids, "path"].tolist())))
+    # The tensors that a scoring actor feeds its network, without the actor.
+    reading = Reading(job_of(tiny_bundle, scores), 2)
+    works = [work_of(pq.read_table(scores / "input.parquet"))]
+    fed_by_id = {
+        works[w].rows["image_id"][i].as_py(): found.images[0]
+        for (w, i), found in reading.pictures(works)
+        if isinstance(found, Picture)
+    }
+    fed = np.stack([fed_by_id[name] for name in data.image_ids])
     assert fed.dtype == np.uint8
     np.testing.assert_array_equal(fed, data.images)
     np.testing.assert_allclose(table.loc[data.image_ids, columns].to_numpy(), from_paths, rtol=0, atol=1e-6)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from conftest import Run
 from sklearn.metrics import roc_auc_score
 
 import ray_cxr
@@ -18,26 +22,13 @@ pytestmark = pytest.mark.ray
 SETTINGS = ["backbone=TinyCNN", "weights=none", "size=64", "batch_size=16", "min_positives=2", "learning_rate=0.003"]
 
 
-RUN = ("epochs=8", "patience=1", "learning_rate=0.05")
-
-
 def with_settings(*more: str) -> list[str]:
     return [part for setting in (*SETTINGS, *more) for part in ("--set", setting)]
 
 
-@pytest.fixture(scope="module")
-def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """As a user runs it, until an epoch is no better than the one before."""
-    from ray_cxr.cli import main
-
-    out = tmp_path_factory.mktemp("train") / "run"
-    arguments = ["train", str(prepared), "--out", str(out), *with_settings(*RUN)]
-    assert main(arguments) == 0
-    return out, arguments
-
-
-def test_leaves_a_bundle_that_says_where_it_comes_from(run: tuple[Path, list[str]], prepared: Path) -> None:
-    out, _ = run
+def test_leaves_a_bundle_that_says_where_it_comes_from(untouched: Run, prepared: Path) -> None:
+    out = untouched.out
+    assert "RANDOM weights" in untouched.said
     bundle = ray_cxr.load_bundle(out / "bundle")
     source = bundle.info["provenance"]
     assert bundle.findings == FINDINGS
@@ -55,11 +46,9 @@ def test_leaves_a_bundle_that_says_where_it_comes_from(run: tuple[Path, list[str
     assert "Initial weights: random" in card
 
 
-def test_validation_auroc_is_that_of_the_bundle_on_the_validation_images(
-    run: tuple[Path, list[str]], prepared: Path
-) -> None:
+def test_validation_auroc_is_that_of_the_bundle_on_the_validation_images(untouched: Run, prepared: Path) -> None:
     """The number that was reported, computed again from the exported bundle by other code."""
-    bundle = ray_cxr.load_bundle(run[0] / "bundle")
+    bundle = ray_cxr.load_bundle(untouched.out / "bundle")
     val = PreparedSet(prepared, 64).load("val")
     p = bundle.predict(np.asarray(val.images))[[f"p_{name}" for name in FINDINGS]].to_numpy()
     for j, name in enumerate(FINDINGS):
@@ -72,17 +61,17 @@ def test_validation_auroc_is_that_of_the_bundle_on_the_validation_images(
             assert row["auroc"] is None
 
 
-def test_split_names_what_trained_and_what_chose_it(run: tuple[Path, list[str]], manifest: Path) -> None:
-    split = pq.read_table(run[0] / "bundle" / "split.parquet").to_pandas()
+def test_split_names_what_trained_and_what_chose_it(untouched: Run, manifest: Path) -> None:
+    split = pq.read_table(untouched.out / "bundle" / "split.parquet").to_pandas()
     table = pq.read_table(manifest).to_pandas().set_index("image_id")
     assert set(split["split"]) == {"train", "val"}
     assert (table.loc[split["image_id"], "split"].to_numpy() == split["split"].to_numpy()).all()
     assert (table.loc[split["image_id"], "patient_id"].to_numpy() == split["patient_id"].to_numpy()).all()
 
 
-def test_stops_for_want_of_patience_and_keeps_the_curve_beyond_the_best_epoch(run: tuple[Path, list[str]]) -> None:
-    rows = pd.read_csv(run[0] / "metrics.csv")
-    bundle = ray_cxr.load_bundle(run[0] / "bundle")
+def test_stops_for_want_of_patience_and_keeps_the_curve_beyond_the_best_epoch(untouched: Run) -> None:
+    rows = pd.read_csv(untouched.out / "metrics.csv")
+    bundle = ray_cxr.load_bundle(untouched.out / "bundle")
     best = bundle.info["provenance"]["best_epoch"]
     assert rows["epoch"].tolist() == list(range(1, best + 2))
     assert len(rows) < 8, "the run never got worse: choose another learning rate"
@@ -91,24 +80,24 @@ def test_stops_for_want_of_patience_and_keeps_the_curve_beyond_the_best_epoch(ru
     assert [point["epoch"] for point in bundle.model_json()["curves"]] == rows["epoch"].tolist()
 
 
-def test_tensorboards_log_and_the_curves_show_the_same_numbers(run: tuple[Path, list[str]]) -> None:
+def test_tensorboards_log_and_the_curves_show_the_same_numbers(untouched: Run) -> None:
     from tensorflow.compat.v1.train import summary_iterator
 
-    rows = pd.read_csv(run[0] / "metrics.csv").set_index("epoch")
+    rows = pd.read_csv(untouched.out / "metrics.csv").set_index("epoch")
     logged: dict[tuple[str, int], float] = {}
-    for file in (run[0] / "tensorboard").glob("events*"):
+    for file in (untouched.out / "tensorboard").glob("events*"):
         for event in summary_iterator(str(file)):
             logged |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
     assert {step for _, step in logged} == set(rows.index)
     for name in ("loss", "val_loss", "val_auroc", "learning_rate"):
         for epoch, value in rows[name].items():
             assert logged[name, epoch] == pytest.approx(value, rel=1e-6)
-    assert (run[0] / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (run[0] / "learning_curves.svg").read_text()
+    assert (untouched.out / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (untouched.out / "learning_curves.svg").read_text()
 
 
-def test_the_bundle_has_the_points_by_other_rules_and_says_why_some_have_none(run: tuple[Path, list[str]]) -> None:
-    info = ray_cxr.load_bundle(run[0] / "bundle").info
+def test_the_bundle_has_the_points_by_other_rules_and_says_why_some_have_none(untouched: Run) -> None:
+    info = ray_cxr.load_bundle(untouched.out / "bundle").info
     known = [name for name in FINDINGS if info["operating_points"][name]]
     assert known
     for name in FINDINGS:
@@ -121,46 +110,27 @@ def test_the_bundle_has_the_points_by_other_rules_and_says_why_some_have_none(ru
             assert info["rule_notes"][name]
 
 
-def test_same_command_again_does_nothing(run: tuple[Path, list[str]], command) -> None:
-    before = (run[0] / "bundle" / "SHA256SUMS").stat().st_mtime_ns
-    code, out, _ = command(*run[1])
+def test_same_command_again_does_nothing(untouched: Run, command) -> None:
+    before = (untouched.out / "bundle" / "SHA256SUMS").stat().st_mtime_ns
+    code, out, _ = command(*untouched.arguments)
     assert code == 0
     assert "finished already" in out
-    assert (run[0] / "bundle" / "SHA256SUMS").stat().st_mtime_ns == before
+    assert (untouched.out / "bundle" / "SHA256SUMS").stat().st_mtime_ns == before
 
 
-def test_another_setting_in_the_same_folder_is_refused(run: tuple[Path, list[str]], prepared: Path, command) -> None:
-    code, _, err = command("train", prepared, "--out", run[0], *with_settings(*RUN[:2], "learning_rate=0.1"))
+def test_another_setting_in_the_same_folder_is_refused(untouched: Run, command) -> None:
+    code, _, err = command(*untouched.arguments, "--set", "learning_rate=0.05")
     assert (code, err.count("\n")) == (2, 1)
-    assert "train.learning_rate 0.05 (now 0.1); name another --out" in err
+    assert "train.learning_rate 0.1 (now 0.05); name another --out" in err
 
 
-def test_the_bundles_config_trains_again_unchanged(run: tuple[Path, list[str]], prepared: Path, command) -> None:
+def test_the_bundles_config_trains_again_unchanged(untouched: Run, prepared: Path, command) -> None:
     """`--config bundle/config.toml` is the same run: continuing it is doing nothing."""
-    code, out, err = command("train", prepared, "--out", run[0], "--config", run[0] / "bundle" / "config.toml")
+    code, out, err = command(
+        "train", prepared, "--out", untouched.out, "--config", untouched.out / "bundle" / "config.toml"
+    )
     assert code == 0, err
     assert "finished already" in out
-
-
-def test_a_run_cut_short_continues_without_training_again(prepared: Path, tmp_path: Path, command) -> None:
-    """The bundle is removed, as if the run had died just before it: no epoch is trained again."""
-    import shutil
-
-    out = tmp_path / "run"
-    code, said, err = command("train", prepared, "--out", out, *with_settings("epochs=1"))
-    assert code == 0, err
-    assert "RANDOM weights" in said
-    shutil.rmtree(out / "bundle")
-    # As if that had been on another device: the run goes on in the precision that it began in.
-    for checkpoint in (out / "ray").glob("checkpoint_*/progress.json"):
-        checkpoint.write_text(checkpoint.read_text().replace('"float32"', '"mixed_bfloat16"'))
-    code, said, err = command("train", prepared, "--out", out, *with_settings("epochs=2"))
-    assert code == 0, err
-    assert "continues after epoch 1" in said
-    assert "epoch 1 of 2" not in said
-    assert "epoch 2 of 2" in said
-    assert "RANDOM weights" not in said
-    assert ray_cxr.load_bundle(out / "bundle").info["provenance"]["precision"] == "mixed_bfloat16"
 
 
 def test_weights_that_do_not_fit_are_one_line_and_no_restart(prepared: Path, tmp_path: Path, command) -> None:
@@ -181,26 +151,51 @@ def test_weights_that_do_not_fit_are_one_line_and_no_restart(prepared: Path, tmp
     assert "no such file or bundle" in err
 
 
-def test_a_run_that_starts_from_a_bundle_carries_on_what_trained_that(
-    prepared: Path, tiny_bundle, tmp_path: Path, command
-) -> None:
+@pytest.fixture(scope="module")
+def from_bundle(prepared: Path, tiny_bundle, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One epoch of one worker that start from a bundle, in another precision than that of this device."""
+    from ray_cxr.cli import main
+
+    out = tmp_path_factory.mktemp("from_bundle") / "run"
     given = with_settings(
         *("epochs=1", f"weights={tiny_bundle.path}", "findings=15"),
         *("calibration=temperature", "operating_point=specificity=0.8", "precision=mixed_bfloat16", "frozen_epochs=1"),
     )
-    code, out, err = command("train", prepared, "--out", tmp_path / "run", *given)
-    assert code == 0, err
-    assert "started at random: logits of No_Finding" in out
-    bundle = ray_cxr.load_bundle(tmp_path / "run" / "bundle")
+    arguments = ["train", str(prepared), "--out", str(out), *given]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(arguments) == 0
+    return Run(out, arguments, said.getvalue())
+
+
+def test_a_run_that_starts_from_a_bundle_carries_on_what_trained_that(from_bundle: Run, tiny_bundle) -> None:
+    assert "started at random: logits of No_Finding" in from_bundle.said
+    bundle = ray_cxr.load_bundle(from_bundle.out / "bundle")
     split = pq.read_table(bundle.path / "split.parquet").to_pandas().set_index("image_id")
     assert split.loc["00000099_000.png", "patient_id"] == "99"  # from the first bundle
     assert len(split) > 20
     assert bundle.info["provenance"]["initial_weights"] == f"the bundle {tiny_bundle.digest}"
-    assert "mixed_bfloat16" in out
+    assert "mixed_bfloat16" in from_bundle.said
+    assert bundle.info["provenance"]["precision"] == "mixed_bfloat16"
     assert {c["method"] for c in bundle.info["calibration"].values() if c} == {"temperature"}
     assert {p["rule"] for p in bundle.info["operating_points"].values() if p} == {"specificity=0.8"}
     assert "sensitivity=0.9" in bundle.info["operating_alternatives"]["Mass"]
     assert bundle.info["provenance"]["lineage"] == "unknown"  # the first bundle does not say that it knows
+
+
+def test_a_run_cut_short_continues_without_training_again(from_bundle: Run, tmp_path: Path, command) -> None:
+    """Without a bundle, as if the run had died just before it: no epoch is trained again."""
+    out = tmp_path / "run"
+    shutil.copytree(from_bundle.out, out, ignore=shutil.ignore_patterns("bundle"))
+    # As if that had been on another device: the run goes on in the precision that it began in.
+    for checkpoint in (out / "ray").glob("checkpoint_*/progress.json"):
+        checkpoint.write_text(checkpoint.read_text().replace('"mixed_bfloat16"', '"float32"'))
+    code, said, err = command(*from_bundle.arguments, "--out", out, "--set", "epochs=2")
+    assert code == 0, err
+    assert "continues after epoch 1" in said
+    assert "epoch 1 of 2" not in said
+    assert "epoch 2 of 2" in said
+    assert "started at random" not in said
+    assert ray_cxr.load_bundle(out / "bundle").info["provenance"]["precision"] == "float32"
 
 
 @pytest.mark.parametrize(
