@@ -231,7 +231,9 @@ class ScoreSettings(Settings):
     precision: Precision = Field(
         "auto", description="auto: bf16 where the CPU has it and the bundle was checked in it, else fp32; --precision"
     )
-    batch_size: int = Field(16, ge=1, le=4096, description="images per forward pass")
+    batch_size: int | None = Field(
+        None, ge=1, le=4096, description="images per forward pass; null: 4 on CPUs, which their caches hold, 64 on GPUs"
+    )
     rows_per_file: int = Field(
         256, ge=1, le=1_000_000, description="rows per output file; a kill costs up to two files' work an actor"
     )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from ray_cxr.data.phantoms import PhantomSet
+from ray_cxr.models.bundle import Bundle
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,3 +42,36 @@ def test_training_is_compared_with_fit_and_two_workers_with_one(tmp_path: Path) 
         ("ours", "fit", 0.95),
         ("two", "ours", 0.90),
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it finds its processes in /proc")
+def test_scoring_is_compared_with_a_bare_program_and_pytorch_left_out_with_a_line(
+    tmp_path: Path, tiny_bundle: Bundle, phantoms: PhantomSet
+) -> None:
+    # Nothing here needs Keras or Ray: the bundle is there already, and two threads score with its graph.
+    work, shared, out = tmp_path / "work", tmp_path / "shared", tmp_path / "speed.json"
+    shutil.copytree(tiny_bundle.path, work / "bundle-TinyCNN-64")
+    images = shared / "nih" / "images1024"
+    images.mkdir(parents=True)
+    for path in sorted(phantoms.images.glob("*.png"))[:6]:
+        shutil.copy(path, images)
+    options = "--backbone TinyCNN --size 64 --images 100 --rounds 1 --only bound-fp32 inline-fp32 torch-fp32"
+    done = subprocess.run(
+        [
+            *(sys.executable, "benchmarks/scoring.py", *options.split()),
+            *("--work", str(work), "--shared", str(shared), "--out", str(out)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for text in ("(b) is left out", "(c) bare program, fp32", "start-up of (c) bare program, fp32, s: imports"):
+        assert text in done.stdout
+    result = json.loads(out.read_text())["speed"]
+    assert list(result["contestants"]) == ["bound-fp32", "inline-fp32"]
+    for contestant in result["contestants"].values():
+        assert [run["images"] for run in contestant["rounds"]] == [100]
+        assert all(run["marks"][-1][1] == 100 for run in contestant["rounds"])
+        assert all(run[name] > 0 for run in contestant["rounds"] for name in ("steady", "first", "whole"))
+    assert max(result["agreement"].values()) < 1e-4

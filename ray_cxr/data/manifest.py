@@ -15,7 +15,8 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -264,53 +265,132 @@ def read_manifest(path: str | Path) -> pa.Table:
     Raises:
         TableError: no such file, not Parquet, no `image_id`, a column of a wrong kind, a repeated image_id.
     """
+    with open_manifest(path) as file:
+        return file.read()
+
+
+class ManifestFile:
+    """A manifest that is read column by column, or in batches: a million rows at once are not small.
+
+    Attributes:
+        metadata: of its schema, or None.
+    """
+
+    def __init__(self, path: str | Path, file: pq.ParquetFile) -> None:
+        self._path, self._file = path, file
+        self.metadata: dict[bytes, bytes] | None = file.schema_arrow.metadata
+        if "image_id" not in file.schema_arrow.names:
+            raise TableError(f"{path}: has no column image_id; make it with `ray-cxr manifest`")
+
+    def __len__(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column of `SCHEMA`, checked.
+
+        Raises:
+            TableError: it is of a wrong kind, holds values that it cannot, or names an image twice.
+        """
+        kind = SCHEMA.field(name).type
+        if name not in self._file.schema_arrow.names:
+            return pa.chunked_array([pa.nulls(len(self), kind)], kind)
+        column = self._cast(name, self._read(name), kind)
+        allowed = SPLITS if name == "split" else (0, 1) if name in labels.LABELS else None
+        if allowed is not None:
+            odd = [value for value in column.unique().to_pylist() if value is not None and value not in allowed]
+            if odd:
+                words = ", ".join(map(str, allowed))
+                raise TableError(f"{self._path}: column {name} holds {odd[:5]}; use {words} and null only")
+        if name == "image_id":
+            if column.null_count:
+                raise TableError(f"{self._path}: {column.null_count:,} rows have no image_id")
+            repeated = len(column) - pc.count_distinct(column).as_py()
+            if repeated:
+                raise TableError(
+                    f"{self._path}: {repeated:,} rows repeat an image_id; each image stands in a manifest once"
+                )
+        return column
+
+    def read(self) -> pa.Table:
+        """All of it."""
+        columns = [self.column(name) for name in SCHEMA.names]
+        return pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(self.metadata))
+
+    def digest(self, known: Mapping[str, pa.ChunkedArray]) -> str:
+        """`digest` of the table, one column in memory at a time beside those that are at hand already."""
+        return _digest(lambda name: known[name] if name in known else self.column(name))
+
+    def copy(self, target: Path, row_group_size: int) -> None:
+        """Write its columns of `SCHEMA` as a Parquet file, a row group in memory at a time."""
+        schema = SCHEMA.with_metadata(self.metadata)
+        present = [name for name in SCHEMA.names if name in self._file.schema_arrow.names]
+        with pq.ParquetWriter(target, schema) as writer:
+            for batch in self._file.iter_batches(batch_size=row_group_size, columns=present):
+                arrays = [
+                    batch.column(name).cast(kind) if name in present else pa.nulls(len(batch), kind)
+                    for name, kind in _fields()
+                ]
+                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema), row_group_size=row_group_size)
+
+    def _read(self, name: str) -> pa.ChunkedArray:
+        try:
+            return self._file.read(columns=[name], use_threads=False)[name]
+        except (OSError, pa.ArrowException):
+            raise TableError(f"{self._path}: is damaged; make it again with `ray-cxr manifest`") from None
+
+    def _cast(self, name: str, column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+        try:
+            return column.cast(kind)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            raise TableError(f"{self._path}: column {name} is {column.type}, not {kind}") from None
+
+
+@contextmanager
+def open_manifest(path: str | Path) -> Iterator[ManifestFile]:
+    """Open a manifest to read of it what is needed.
+
+    Raises:
+        TableError: no such file, not Parquet, or no `image_id`.
+    """
     try:
-        table = pq.read_table(path)
+        file = pq.ParquetFile(path)
     except FileNotFoundError:
         raise TableError(f"{path}: no such file; make it with `ray-cxr manifest`") from None
     except (OSError, pa.ArrowInvalid):
         raise TableError(f"{path}: not a Parquet file; make it with `ray-cxr manifest`") from None
-    if "image_id" not in table.column_names:
-        raise TableError(f"{path}: has no column image_id; make it with `ray-cxr manifest`")
-    arrays = []
-    for name, kind in _fields():
-        if name not in table.column_names:
-            arrays.append(pa.nulls(len(table), kind))
-            continue
-        try:
-            arrays.append(table[name].cast(kind))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            raise TableError(f"{path}: column {name} is {table[name].type}, not {kind}") from None
-    result = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(table.schema.metadata))
-    for name, allowed in (("split", SPLITS), *((label, (0, 1)) for label in labels.LABELS)):
-        odd = [value for value in result[name].unique().to_pylist() if value is not None and value not in allowed]
-        if odd:
-            raise TableError(f"{path}: column {name} holds {odd[:5]}; use {', '.join(map(str, allowed))} and null only")
-    ids = result["image_id"]
-    if ids.null_count:
-        raise TableError(f"{path}: {ids.null_count:,} rows have no image_id")
-    repeated = len(ids) - len(ids.unique())
-    if repeated:
-        raise TableError(f"{path}: {repeated:,} rows repeat an image_id; each image stands in a manifest once")
-    return result
+    with file:
+        yield ManifestFile(path, file)
 
 
 def digest(table: pa.Table) -> str:
     """SHA-256 over a manifest's values, hex: the same however the file was written."""
+    return _digest(lambda name: table[name])
+
+
+def _digest(column_of: Callable[[str], pa.ChunkedArray]) -> str:
     sink = hashlib.sha256()
     for name, kind in _fields():
-        column = pa.concat_arrays([pa.array([], kind), *table[name].chunks])
+        column = column_of(name)
         # Only values: how a null's place is filled, and how a file was cut into row groups, is nobody's choice.
-        sink.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).tobytes())
+        sink.update(np.packbits(_numpy(column.is_valid(), bool)).tobytes())
         if pa.types.is_string(kind):
-            texts = column.fill_null("")
-            lengths = pc.binary_length(texts).to_numpy()
-            sink.update(lengths.tobytes())
-            start = int(np.frombuffer(texts.buffers()[1], np.int32)[texts.offset]) if len(texts) else 0
-            sink.update((texts.buffers()[2] or b"")[start : start + int(lengths.sum())])
+            # Chunk by chunk: the texts of a million paths are not copied as a whole.
+            sink.update(_numpy(pc.fill_null(pc.binary_length(column), 0), np.int32).tobytes())
+            for chunk in column.chunks:
+                texts = chunk.fill_null("")
+                if len(texts):
+                    ends = np.frombuffer(texts.buffers()[1], np.int32)
+                    first, last = int(ends[texts.offset]), int(ends[texts.offset + len(texts)])
+                    sink.update(memoryview(texts.buffers()[2] or b"")[first:last])
         else:
-            sink.update(column.fill_null(0).to_numpy(zero_copy_only=False).tobytes())
+            sink.update(_numpy(column.fill_null(0), kind.to_pandas_dtype()).tobytes())
     return sink.hexdigest()
+
+
+def _numpy(column: pa.ChunkedArray, dtype: Any) -> np.ndarray:
+    """A column without nulls, its chunks joined."""
+    chunks = [np.asarray(chunk.to_numpy(zero_copy_only=False), dtype) for chunk in column.chunks]
+    return np.concatenate([np.empty(0, dtype), *chunks])
 
 
 def split_info(table: pa.Table) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,11 +102,8 @@ class Bundle:
         """
         if QUALITY not in self.files:
             return None
-        try:
-            with np.load(self.path / QUALITY, allow_pickle=False) as arrays:
-                return QualityModel.from_arrays(arrays)
-        except (OSError, ValueError, KeyError) as error:
-            raise BundleError(f"{self.path}: {QUALITY} is damaged ({error}); copy the bundle again") from None
+        with runtime.arrays_of(self.path / QUALITY) as arrays:
+            return QualityModel.from_arrays(arrays)
 
     def model(self, *, policy: str = "float32") -> keras.Model:
         """Build the network and load its weights: uint8 [N,S,S,1] to float32 [N,F].
@@ -120,7 +118,7 @@ class Bundle:
         return {"digest": self.digest, **self.info, "curves": json.loads((self.path / "curves.json").read_text())}
 
     def predict(
-        self, images: Sequence[str | Path | np.ndarray] | np.ndarray, *, batch_size: int = 16, precision: str = "auto"
+        self, images: Sequence[str | Path | np.ndarray] | np.ndarray, *, batch_size: int = 4, precision: str = "auto"
     ) -> pd.DataFrame:
         """Score pictures in this process, without Ray.
 
@@ -150,7 +148,7 @@ class Bundle:
                 paths.append(None)
                 pixels[i] = imaging.resize(item, self.input_spec)
                 continue
-            ids.append(storage.plain_path(str(item)).rsplit("/", 1)[-1])
+            ids.append(storage.file_name(str(item)))
             paths.append(str(item))
             try:
                 pixels[i] = imaging.load(str(item), self.input_spec)
@@ -180,9 +178,14 @@ class Bundle:
         chosen = runtime.choose_precision(self.info, precision, gpu=False)
         cache: dict[Any, runtime.Runtime] = self.__dict__.setdefault("_runtimes", {})
         if (batch_size, chosen) not in cache:
-            threads = min(8, os.cpu_count() or 1)
-            cache[batch_size, chosen] = runtime.open_runtime(self, chosen, batch_size=batch_size, threads=threads)
+            cache[batch_size, chosen] = runtime.open_runtime(
+                self, chosen, batch_size=batch_size, threads=runtime.threads_here()
+            )
         return cache[batch_size, chosen]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To another process go the fields alone: networks that were opened here are opened again there."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
 
 def load_bundle(path: str | Path) -> Bundle:
@@ -233,6 +236,10 @@ def load_bundle(path: str | Path) -> Bundle:
         _check_additions(info, findings)
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path}: bundle.json: calibration, operating points or ages are damaged: {error}") from None
+    try:
+        _check_exports(info, bundle.files)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{path}: bundle.json: runtimes or quality are damaged: {error}") from None
     return bundle
 
 
@@ -351,6 +358,60 @@ def _check_additions(info: Mapping[str, Any], findings: Sequence[str]) -> None:
     for name, note in info.get("rule_notes", {}).items():
         if not isinstance(note, (str, type(None))):
             raise TypeError(f"rule_notes of {name} is not a text")
+
+
+def _check_exports(info: Mapping[str, Any], files: Set[str]) -> None:
+    """What `exports` and `quantize` add: entries of the right kind, with exactly their files. Older bundles have none.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: it is not so.
+    """
+    wanted: set[str] = {runtime.GOLDEN} & files  # it may stand alone: Keras, too, is compared with it
+    if "runtimes" in info:
+        runtimes = info["runtimes"]
+        if not isinstance(runtimes, dict):
+            raise TypeError("runtimes is not an object")
+        if not {"fp32", "bf16"} <= set(runtimes) <= set(runtime.TOLERANCE):
+            raise ValueError(f"runtimes are for {', '.join(runtimes)}")
+        for name, entry in runtimes.items():
+            if not isinstance(entry, dict):
+                raise TypeError(f"runtimes: {name} is not an object")
+            if entry["accepted"] is not None and not isinstance(entry["accepted"], bool):
+                raise TypeError(f"runtimes: accepted of {name} is neither true, false nor null")
+            if entry["largest_drift"] is not None or entry["accepted"] is not None:
+                _number(entry["largest_drift"])
+            _number(entry["tolerance"])
+        wanted |= {runtime.GOLDEN, *_graph("fp32")}
+        if "int8" in runtimes:
+            wanted |= {runtime.GOLDEN_INT8, *_graph("int8")}
+    elif not isinstance(info.get("runtimes_refused", ""), str):
+        raise TypeError("runtimes_refused is not a text")
+    quality = info.get("quality")
+    if not isinstance(quality, (dict, type(None))):
+        raise TypeError("quality is not an object")
+    if quality is not None and "lacking" not in quality:
+        for rate in quality["expected_rates"].values():
+            _number(rate)
+        _number(quality["train_images"])
+        _number(quality["held_out_images"])
+        wanted.add(QUALITY)
+    elif quality is not None and not isinstance(quality["lacking"], str):
+        raise TypeError("quality: lacking is not a text")
+    found = files & set(exports.OPTIONAL_FILES)
+    if wanted != found:
+        without = [f"{SUMS} does not list {name}" for name in sorted(wanted - found)]
+        without += [f"nothing is said of {name}" for name in sorted(found - wanted)]
+        raise ValueError("; ".join(without))
+
+
+def _graph(precision: str) -> tuple[str, str]:
+    name = runtime.graph_file(precision)
+    return name, str(Path(name).with_suffix(".bin"))
+
+
+def _number(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise TypeError(f"{value!r} is not a number of 0 or more")
 
 
 def _threshold(point: Mapping[str, Any]) -> float:

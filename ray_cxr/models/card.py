@@ -37,6 +37,8 @@ def model_card(info: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> 
         lines += _recalibration(info)
     lines += _alternatives(info)
     lines += _lacking(info)
+    lines += _precisions(info)
+    lines += _quality(info)
     lines += [
         "",
         "## Limits",
@@ -158,6 +160,59 @@ def _lacking(info: Mapping[str, Any]) -> list[str]:
         "Without a calibration `c_` is null in a score table, without an operating point `flag_` is.",
         "",
         *(f"- {', '.join(group)}: {reason}." for reason, group in names.items()),
+    ]
+
+
+def _precisions(info: Mapping[str, Any]) -> list[str]:
+    """In which precisions it runs on a CPU, and how far each moves the probabilities."""
+    title = ["", "## Precisions on CPUs", ""]
+    refused = info.get("runtimes_refused")
+    if refused:
+        return [*title, f"- fp32 in Keras alone; OpenVINO's graph was left out: {refused}."]
+    runtimes = info.get("runtimes")
+    if not runtimes:
+        return []
+    lines = [
+        *title,
+        "Run by OpenVINO. Whoever opens the bundle compares its answers on eight drawn images with Keras' in float32.",
+        "",
+    ]
+    for name in ("fp32", "bf16"):
+        row = runtimes[name]
+        if row["accepted"] is None:
+            lines.append(f"- {name}: not measured, the machine that made the bundle has none; `auto` does not take it.")
+            continue
+        refusal = "" if row["accepted"] else ": **refused**"
+        lines.append(
+            f"- {name}: moves no probability by more than {row['largest_drift']:.2g}, of {row['tolerance']:g} allowed"
+            f"{refusal}."
+        )
+    made = info["provenance"].get("quantized")
+    if "int8" in runtimes and made:
+        limits = made["settings"]
+        lines.append(
+            f"- int8, on {made['check_images']:,} validation images against fp32: moves probabilities by "
+            f"{made['mean_drift']:.4f} on average, 99 of 100 by less than {made['p99_drift']:.4f} "
+            f"({limits['max_p99_drift']:g} allowed), none by more than {made['largest_drift']:.4f}; the macro AUROC "
+            f"changes by {-made['macro_auroc_fall']:+.4f} (a fall of {limits['max_auroc_fall']:g} allowed). "
+            "Calibration and thresholds are those of fp32."
+        )
+    return lines
+
+
+def _quality(info: Mapping[str, Any]) -> list[str]:
+    """How the quality flags were fitted, or why there are none."""
+    fitted = info.get("quality")
+    if not fitted:
+        return []
+    title = ["", "## Quality flags", ""]
+    if "lacking" in fitted:
+        return [*title, f"- None by pixels and features: {fitted['lacking']}."]
+    rates = ", ".join(f"{name} {100 * rate:.1f} %" for name, rate in fitted["expected_rates"].items())
+    return [
+        *title,
+        f"- Learned from {fitted['train_images']:,} training images, limits from {fitted['held_out_images']:,} others; "
+        f"of such images it flags: {rates}.",
     ]
 
 

@@ -11,6 +11,7 @@ No picture of a patient goes into a bundle: the golden images are drawn.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 
 from ray_cxr.config import InputSpec
 from ray_cxr.data import imaging, phantoms
+from ray_cxr.errors import BundleError
 from ray_cxr.evaluation import quality
 from ray_cxr.models import runtime
 from ray_cxr.models.architecture import Architecture
@@ -26,7 +28,7 @@ from ray_cxr.models.architecture import Architecture
 QUALITY = "quality.npz"
 #: Files of a bundle that an older one may lack.
 OPTIONAL_FILES = (
-    "golden-int8.npz",
+    runtime.GOLDEN_INT8,
     runtime.GOLDEN,
     "openvino-int8.bin",
     "openvino-int8.xml",
@@ -37,6 +39,7 @@ OPTIONAL_FILES = (
 GOLDEN_IMAGES = 8
 #: At most so many images are looked at when a bundle is made; more would cost minutes and tell nothing new.
 MAX_ORDINARY = 1000
+_MAX_DRIFT_IMAGES = 256
 _BATCH = 16
 
 
@@ -78,76 +81,103 @@ def export(
         ordinary: images to measure on beside the golden ones, where there are any.
 
     Returns:
-        The entries `runtimes` (per precision: `largest_drift` against Keras or fp32, `tolerance`, and `accepted`: true,
-        false, or null where this machine cannot tell) and `quality` of `bundle.json`. `runtimes` is absent where
-        OpenVINO's graph does not give what Keras gives: such a bundle runs in Keras alone.
+        Entries of `bundle.json`:
+        `runtimes`: per precision `largest_drift` against Keras (bf16 also against fp32 on validation images; null where
+        this machine cannot tell), `tolerance`, and `accepted`: true, false or null. Absent where OpenVINO's graph does
+        not give what Keras gives: then `runtimes_refused` says why, and the bundle runs in Keras alone.
+        `quality`: of what the flags were fitted, and their `expected_rates`; or why they are `lacking`.
+
+    Raises:
+        BundleError: the network gives no probabilities.
     """
-    images = golden_images(spec)
-    expected = runtime.KerasRuntime(model, _BATCH).predict(images).probabilities
-    np.savez(folder / runtime.GOLDEN, images=images, fp32=expected)
-    graph = folder / runtime.graph_file("fp32")
-    _convert(model, architecture, graph)
-    exact = runtime.OpenVinoRuntime(graph, "fp32", _BATCH, threads=_threads())
-    fp32 = _entry("fp32", _drift(exact.predict(images).probabilities, expected))
-    if not fp32["accepted"]:
-        for path in (graph, graph.with_suffix(".bin")):
-            path.unlink()
-        return {"runtimes_refused": f"OpenVINO's graph is off by {fp32['largest_drift']:.3g}", "quality": None}
-    runtimes = {"fp32": fp32, "bf16": {"largest_drift": None, "tolerance": runtime.TOLERANCE["bf16"], "accepted": None}}
-    quickest: runtime.Runtime = exact
-    held_out = None if ordinary is None else ordinary.validation
-    if runtime.cpu_has_bf16():
-        half = runtime.OpenVinoRuntime(graph, "bf16", _BATCH, threads=_threads())
-        drift = _drift(half.predict(images).probabilities, expected)
-        if held_out is not None and len(held_out):
-            some = held_out[:256]
-            drift = max(drift, _drift(half.predict(some).probabilities, exact.predict(some).probabilities))
-        runtimes["bf16"] = _entry("bf16", drift)
-        if runtimes["bf16"]["accepted"]:
-            quickest = half
-    return {"runtimes": runtimes, "quality": _fit_quality(folder, quickest, ordinary)}
+    import keras
 
-
-def _fit_quality(folder: Path, quickest: runtime.Runtime, ordinary: Ordinary | None) -> dict[str, Any] | None:
-    if ordinary is None or not len(ordinary.train):
-        return None
-    held_out = ordinary.validation
-    model = quality.fit(
-        ordinary.train, quickest.predict(ordinary.train).features, held_out, quickest.predict(held_out).features
+    both = keras.Model(
+        model.input, {"probabilities": model.output, "features": model.get_layer("logits").input}, name="network"
     )
+    images = golden_images(spec)
+    # Called and not `predict`: to trace a large network costs more than to run it once, layer by layer.
+    expected = np.asarray(both(images[..., None], training=False)["probabilities"], dtype=np.float32)
+    if not ((expected >= 0) & (expected <= 1)).all():
+        raise BundleError(f"the network ({architecture.backbone}) gives no probabilities: are its weights damaged?")
+    np.savez(folder / runtime.GOLDEN, images=images, fp32=expected)
+    held_out = images[:0] if ordinary is None else ordinary.validation
+    quickest: runtime.Runtime
+    try:
+        exact = _convert(both, architecture, folder)
+        fp32 = entry("fp32", drift(exact.predict(images).probabilities, expected))
+        refused = None if fp32["accepted"] else f"its answers are off by {fp32['largest_drift']:.3g}"
+    except (BundleError, RuntimeError) as error:
+        refused = f"OpenVINO cannot convert it: {runtime.reason(error)}"
+    if refused is not None:
+        for suffix in (".xml", ".bin"):
+            (folder / runtime.graph_file("fp32")).with_suffix(suffix).unlink(missing_ok=True)
+        quality_entry = _fit_quality(folder, runtime.KerasRuntime(model, _BATCH), ordinary)
+        return {"runtimes_refused": refused, "quality": quality_entry}
+    bf16: dict[str, Any] = {"largest_drift": None, "tolerance": runtime.TOLERANCE["bf16"], "accepted": None}
+    quickest = exact
+    if runtime.cpu_has_bf16():
+        half = runtime.OpenVinoRuntime(folder / runtime.graph_file("bf16"), "bf16", _BATCH, runtime.threads_here())
+        some = held_out[:: max(1, -(-len(held_out) // _MAX_DRIFT_IMAGES))]
+        moved = drift(half.predict(images).probabilities, expected)
+        moved = max(moved, drift(half.predict(some).probabilities, exact.predict(some).probabilities))
+        bf16 = entry("bf16", moved)
+        if bf16["accepted"]:
+            quickest = half
+    return {"runtimes": {"fp32": fp32, "bf16": bf16}, "quality": _fit_quality(folder, quickest, ordinary)}
+
+
+def drift(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference of probabilities [N,F]; 1, the most there can be, where one is no number."""
+    return float(np.nan_to_num(np.abs(found - expected), nan=1.0, posinf=1.0).max(initial=0.0))
+
+
+def entry(precision: str, largest_drift: float) -> dict[str, Any]:
+    """What `bundle.json` says of a precision that was measured."""
+    tolerance = runtime.TOLERANCE[precision]
+    return {"largest_drift": largest_drift, "tolerance": tolerance, "accepted": largest_drift <= tolerance}
+
+
+def _fit_quality(folder: Path, network: runtime.Runtime, ordinary: Ordinary | None) -> dict[str, Any]:
+    if ordinary is None or not len(ordinary.train):
+        return {"lacking": "the bundle was made without images"}
+    train, held_out = ordinary.train, ordinary.validation
+    given = (train, network.predict(train).features, held_out, network.predict(held_out).features)
+    try:
+        model = quality.fit(*given)
+    except ValueError as error:  # features that are no numbers: no reason to lose a trained network
+        return {"lacking": str(error)}
     if model is None:
-        return None
+        return {"lacking": quality.lacking(*given) or "unknown"}
     np.savez(folder / QUALITY, **model.arrays())  # type: ignore[arg-type]
     return {
-        "train_images": len(ordinary.train),
-        "held_out_images": len(held_out),
+        "train_images": model.training,
+        "held_out_images": model.held_out,
         "expected_rates": {name: float(rate) for name, rate in model.expected_rates.items()},
     }
 
 
-def _convert(model: Any, architecture: Architecture, graph: Path) -> None:
-    import keras
+def _convert(both: Any, architecture: Architecture, folder: Path) -> runtime.OpenVinoRuntime:
+    """Write a network of two outputs as OpenVINO's graph, and open it in float32."""
     import tensorflow as tf
 
     ov = runtime.openvino()
-    outputs = {"probabilities": model.output, "features": model.get_layer("logits").input}
-    both = keras.Model(model.input, outputs)
+    weights = [np.asarray(variable) for variable in both.trainable_variables]
+    others = [np.asarray(variable) for variable in both.non_trainable_variables]
+
+    def call(image: Any) -> Any:
+        # Weights as constants. OpenVINO would look for each variable among all others: 20 s for DenseNet121, not 2.
+        constants = ([tf.constant(array) for array in arrays] for arrays in (weights, others))
+        return both.stateless_call(*constants, image, training=False)[0]
+
     images = tf.TensorSpec((None, architecture.size, architecture.size, 1), tf.uint8, name="image")
-    traced = tf.function(lambda image: both(image, training=False)).get_concrete_function(images)
+    traced = tf.function(call, autograph=False).get_concrete_function(images)
+    converted = ov.convert_model(traced)
+    for number, node in enumerate(converted.get_ordered_ops()):
+        if re.fullmatch(r"[A-Za-z]+_\d+", node.get_friendly_name()):
+            # Numbered by all that this process has converted so far; the same weights are to give the same file.
+            node.set_friendly_name(f"{node.get_type_name()}_{number}")
+    graph = folder / runtime.graph_file("fp32")
     # Weights stay in float32: in float16 the graph would not be the network that was validated.
-    ov.save_model(ov.convert_model(traced), graph, compress_to_fp16=False)
-
-
-def _threads() -> int:
-    import os
-
-    return min(8, os.cpu_count() or 1)
-
-
-def _drift(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max())
-
-
-def _entry(precision: str, drift: float) -> dict[str, Any]:
-    tolerance = runtime.TOLERANCE[precision]
-    return {"largest_drift": drift, "tolerance": tolerance, "accepted": drift <= tolerance}
+    ov.save_model(converted, graph, compress_to_fp16=False)
+    return runtime.OpenVinoRuntime(graph, "fp32", _BATCH, runtime.threads_here())

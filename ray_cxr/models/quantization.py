@@ -7,9 +7,13 @@ settings allow, no bundle is written.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import shutil
+import tempfile
+import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,16 +23,17 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from ray_cxr.config import QuantizeSettings
-from ray_cxr.data.prepared import PreparedSet
-from ray_cxr.errors import BundleError, ConfigError
+from ray_cxr.data.prepared import PreparedSet, SplitData
+from ray_cxr.errors import BundleError, ConfigError, OutputError
 from ray_cxr.evaluation import metrics
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import exports, runtime
 from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle
 from ray_cxr.versions import versions
 
+#: The least numbers of images to take ranges from, and to check on.
+MIN_IMAGES = 32
 _BATCH = 16
-_THREADS = 2
 
 
 def quantize(
@@ -41,6 +46,8 @@ def quantize(
 ) -> Bundle:
     """Write a copy of a bundle that can also be run in int8; its rules stay those of float32.
 
+    Where `out` was made of the same bundle, set and settings, it is returned as it is.
+
     Args:
         bundle: with OpenVINO's graph, as `train` and `import-weights` write it.
         prepared: a set of the bundle's size, with images in the splits train and val.
@@ -50,77 +57,122 @@ def quantize(
     Raises:
         BundleError: the bundle has no graph.
         ConfigError: the set does not fit the bundle, holds too few images, or the drift is too large.
-        OutputError: `out` exists.
+        OutputError: `out` is something else.
     """
     old = load_bundle(bundle)
-    if Path(out).exists():
-        raise ConfigError(f"--out {out}: exists already, and a bundle is never changed; name another folder")
     if "runtimes" not in old.info:
-        raise BundleError(f"{bundle}: has no OpenVINO graph (an older ray-cxr made it); train or import it again")
-    data = PreparedSet(Path(prepared), old.architecture.size)
+        reason = old.info.get("runtimes_refused", "an older ray-cxr made it: train or import it again")
+        raise BundleError(f"{bundle}: has no OpenVINO graph to make int8 of ({reason})")
+    data = PreparedSet(prepared, old.architecture.size)
     if data.input_spec != old.input_spec:
-        raise ConfigError(f"{prepared}: was prepared as {data.input_spec}, the bundle takes {old.input_spec}")
+        raise ConfigError(f"{prepared}: was prepared with {data.input_spec}, the bundle takes {old.input_spec}")
+    made = {
+        "from": old.digest,
+        "prepared_digest": data.manifest_digest,
+        "settings": settings.model_dump(mode="json"),
+    }
+    finished = _finished(Path(out), made)
+    if finished is not None:
+        on_event(f"{out}: is done already, from the same bundle, images and settings")
+        return finished
     train, validation = data.load("train"), data.load("val")
-    if len(train.images) < 32 or not len(validation.images):
+    usable = np.flatnonzero(~_trained_on(old, train, validation))
+    if min(len(train), len(usable)) < MIN_IMAGES:
         raise ConfigError(
-            f"{prepared}: has {len(train.images)} images of split train and {len(validation.images)} of val; "
-            "int8 needs 32 to take ranges from, and some to check it on"
+            f"{prepared}: has {len(train):,} images of split train, and {len(usable):,} of split val whose patients "
+            f"trained nothing; int8 needs {MIN_IMAGES} to take ranges from and {MIN_IMAGES} to check it on"
         )
-    rows = _chosen(len(validation.images), settings.check_images, settings.seed)
+    rows = usable[_chosen(len(usable), settings.check_images, settings.seed)]
     labels = {name: validation.labels[rows, j] for j, name in enumerate(LABELS)}
-    checked = np.asarray(validation.images[rows])
+    checked = validation.images[rows]
     ranges = exports.sample(train.images, settings.seed, settings.images)
-    on_event(f"int8: ranges from {len(ranges):,} training images, checked on {len(checked):,} validation images")
-    graph = runtime.openvino().Core().read_model(old.path / runtime.graph_file("fp32"))
-    smaller = _quantized(graph, ranges)
-    measured: dict[str, Any] = {}
-
-    def add(part: Path, info: dict[str, Any]) -> None:
-        path = part / runtime.graph_file("int8")
-        runtime.openvino().save_model(smaller, path, compress_to_fp16=False)
-        exact = runtime.OpenVinoRuntime(part / runtime.graph_file("fp32"), "fp32", _BATCH, _THREADS)
-        fast = runtime.OpenVinoRuntime(path, "int8", _BATCH, _THREADS)
-        measured.update(_measure(exact, fast, checked, labels, old.findings))
+    left_out = len(validation) - len(usable)
+    why = f"; {left_out:,} others are of patients that trained the network" if left_out else ""
+    on_event(f"int8: ranges from {len(ranges):,} training images, checked on {len(checked):,} of validation{why}")
+    with tempfile.TemporaryDirectory() as folder:
+        # Made and judged before anything is written at `out`.
+        path = Path(folder) / runtime.graph_file("int8")
+        runtime.openvino().save_model(
+            _quantized(old.path / runtime.graph_file("fp32"), ranges), path, compress_to_fp16=False
+        )
+        threads = runtime.threads_here()
+        exact = runtime.OpenVinoRuntime(old.path / runtime.graph_file("fp32"), "fp32", _BATCH, threads)
+        fast = runtime.OpenVinoRuntime(path, "int8", _BATCH, threads)
+        measured = _measure(exact, fast, checked, labels, old.findings)
         on_event(_words(measured))
         _refuse(measured, settings)
-        with np.load(part / runtime.GOLDEN, allow_pickle=False) as arrays:
-            np.savez(part / "golden-int8.npz", int8=fast.predict(arrays["images"]).probabilities)
-        info["runtimes"] = {
-            **info["runtimes"],
-            "int8": {
-                "largest_drift": measured["largest_drift"],
-                "tolerance": runtime.TOLERANCE["int8"],
-                "accepted": True,
-            },
-        }
-        info["provenance"]["quantized"] = {
-            "from": old.digest,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "prepared_digest": data.manifest_digest,
-            "range_images": len(ranges),
-            "check_images": len(checked),
-            **measured,
-            "settings": settings.model_dump(mode="json"),
-            "versions": versions(),
-        }
 
-    return write_bundle(
-        out,
-        save_weights=lambda target: shutil.copyfile(old.path / WEIGHTS, target),
-        architecture=old.architecture,
-        input_spec=old.input_spec,
-        calibration=old.info["calibration"],
-        operating_points=old.info["operating_points"],
-        expected_flag_rates=old.info["expected_flag_rates"],
-        operating_alternatives=old.info.get("operating_alternatives"),
-        rule_notes=old.info.get("rule_notes"),
-        provenance=old.info["provenance"],
-        config_toml=(old.path / "config.toml").read_text(encoding="utf-8"),
-        curves=json.loads((old.path / "curves.json").read_text(encoding="utf-8")),
-        split=pq.read_table(old.path / "split.parquet", schema=SPLIT_SCHEMA),
-        like=old,
-        add=add,
-    )
+        def add(part: Path, info: dict[str, Any]) -> None:
+            for file in (path, path.with_suffix(".bin")):
+                shutil.copyfile(file, part / file.name)
+            with runtime.arrays_of(part / runtime.GOLDEN) as arrays:
+                np.savez(part / runtime.GOLDEN_INT8, int8=fast.predict(arrays["images"]).probabilities)
+            info["runtimes"] = {
+                **info["runtimes"],
+                "int8": {
+                    "largest_drift": measured["largest_drift"],
+                    "p99_drift": measured["p99_drift"],
+                    "tolerance": settings.max_p99_drift,
+                    "accepted": True,
+                },
+            }
+            info["provenance"]["quantized"] = {
+                **made,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "range_images": len(ranges),
+                "check_images": len(checked),
+                **measured,
+                "versions": versions(),
+            }
+
+        return write_bundle(
+            out,
+            save_weights=lambda target: shutil.copyfile(old.path / WEIGHTS, target),
+            architecture=old.architecture,
+            input_spec=old.input_spec,
+            calibration=old.info["calibration"],
+            operating_points=old.info["operating_points"],
+            expected_flag_rates=old.info["expected_flag_rates"],
+            operating_alternatives=old.info.get("operating_alternatives"),
+            rule_notes=old.info.get("rule_notes"),
+            provenance=old.info["provenance"],
+            config_toml=(old.path / "config.toml").read_text(encoding="utf-8"),
+            curves=json.loads((old.path / "curves.json").read_text(encoding="utf-8")),
+            split=pq.read_table(old.path / "split.parquet", schema=SPLIT_SCHEMA),
+            like=old,
+            add=add,
+        )
+
+
+def _finished(out: Path, made: dict[str, Any]) -> Bundle | None:
+    """The bundle that an earlier run made of the same inputs.
+
+    Raises:
+        OutputError: `out` is something else.
+        BundleError: it is a damaged bundle.
+    """
+    if not out.exists():
+        return None
+    if not (out / "bundle.json").exists():
+        raise OutputError(f"{out}: exists already and is no bundle; name another --out")
+    bundle = load_bundle(out)
+    found = bundle.info["provenance"].get("quantized")
+    if not isinstance(found, dict) or any(found.get(name) != value for name, value in made.items()):
+        raise OutputError(f"{out}: exists already and was made of something else; name another --out")
+    return bundle
+
+
+def _trained_on(bundle: Bundle, train: SplitData, validation: SplitData) -> np.ndarray:
+    """bool [M]: validation images that trained the bundle or are in `train`, or are of a patient who is."""
+    lineage = pq.read_table(bundle.path / "split.parquet", schema=SPLIT_SCHEMA).to_pydict()
+    images, patients = set(train.image_ids), set(train.patient_ids)
+    for image, patient, split in zip(lineage["image_id"], lineage["patient_id"], lineage["split"], strict=True):
+        if split == "train":
+            images.add(image)
+            patients.add(patient)
+    patients.discard(None)  # nobody knows whose these are
+    given = zip(validation.image_ids, validation.patient_ids, strict=True)
+    return np.array([image in images or patient in patients for image, patient in given], dtype=bool)
 
 
 def _chosen(count: int, at_most: int, seed: int) -> np.ndarray:
@@ -129,15 +181,25 @@ def _chosen(count: int, at_most: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(count, at_most, replace=False))
 
 
-def _quantized(graph: Any, images: np.ndarray) -> Any:
-    runtime.openvino()  # before NNCF brings it in: without telemetry
-    logging.getLogger("nncf").setLevel(logging.ERROR)
-    import nncf
+def _quantized(graph: Path, images: np.ndarray) -> Any:
+    """OpenVINO's model with 8-bit weights and activations, ranges from images [N,S,S]."""
+    ov = runtime.openvino()  # before NNCF brings it in: without telemetry
+    before = logging.getLoggerClass()
+    # NNCF warns of its own imports, draws progress bars, and makes its class that of all loggers to come.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        import nncf
 
-    nncf.set_log_level(logging.ERROR)
-    batches = nncf.Dataset([images[i : i + 1, ..., None] for i in range(len(images))])
-    # Both branches of the last layer stay in the graph; bias correction is the quick one, which the check judges.
-    return nncf.quantize(graph, batches, preset=nncf.QuantizationPreset.MIXED, subset_size=len(images))
+        logging.setLoggerClass(before)
+        log = logging.getLogger("nncf")  # not before the import, which gives it methods of its own
+        log.handlers.clear()  # they hold the stdout of this moment; errors go to stderr without them
+        log.setLevel(logging.ERROR)
+        batches = nncf.Dataset([images[i : i + 1, ..., None] for i in range(len(images))])
+        # MIXED: activations of swish, which go below 0, are not symmetric. The quick bias correction is the default:
+        # the other one runs the network once for every layer, and what is lost is measured afterwards.
+        return nncf.quantize(
+            ov.Core().read_model(graph), batches, preset=nncf.QuantizationPreset.MIXED, subset_size=len(images)
+        )
 
 
 def _measure(
@@ -149,6 +211,7 @@ def _measure(
 ) -> dict[str, Any]:
     """How far int8 moves the probabilities and the AUROC of images [N,S,S] with labels [N] per finding."""
     before, after = exact.predict(images).probabilities, fast.predict(images).probabilities
+    after = np.nan_to_num(after, nan=-1.0)  # no number: as far off as can be, and below all others
     drift = np.abs(after - before)
     falls = {}
     for j, name in enumerate(findings):
@@ -158,7 +221,7 @@ def _measure(
         known = truth >= 0
         one, two = (metrics.auroc(truth[known], p[known, j]) for p in (before, after))
         if one is not None and two is not None:
-            falls[name] = one - two
+            falls[name] = float(one - two)
     return {
         "largest_drift": float(drift.max()),
         "p99_drift": float(np.quantile(drift, 0.99)),
@@ -170,7 +233,7 @@ def _measure(
 
 def _words(measured: dict[str, Any]) -> str:
     fall = measured["macro_auroc_fall"]
-    auroc = "not defined on these images" if fall is None else f"falls by {fall:.4f}"
+    auroc = "is not defined on these images" if fall is None else f"changes by {-fall:+.4f}"
     return (
         f"int8 against float32: probabilities move by {measured['mean_drift']:.4f} on average, "
         f"{measured['p99_drift']:.4f} at most in 99 of 100, {measured['largest_drift']:.4f} at most; "
@@ -185,12 +248,17 @@ def _refuse(measured: dict[str, Any], settings: QuantizeSettings) -> None:
         ConfigError: it does.
     """
     fall = measured["macro_auroc_fall"]
+    if fall is None:
+        raise ConfigError(
+            "no finding of the bundle has positives and negatives among the validation images that were checked, so "
+            "int8's AUROC cannot be; no bundle was written: prepare a set with labels"
+        )
     if measured["p99_drift"] > settings.max_p99_drift:
         raise ConfigError(
             f"int8 moves 1 in 100 probabilities by more than {measured['p99_drift']:.4f}, max_p99_drift allows "
             f"{settings.max_p99_drift}; no bundle was written: give it more images, or stay with bf16"
         )
-    if fall is not None and fall > settings.max_auroc_fall:
+    if fall > settings.max_auroc_fall:
         raise ConfigError(
             f"int8 lowers the macro AUROC by {fall:.4f}, max_auroc_fall allows {settings.max_auroc_fall}; "
             "no bundle was written: give it more images, or stay with bf16"

@@ -8,11 +8,15 @@ are further off than `TOLERANCE` is refused.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
+import queue
 import sys
 import threading
-from collections.abc import Mapping
-from concurrent.futures import Future
+import zipfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -27,10 +31,12 @@ if TYPE_CHECKING:
 
 #: Files of a bundle, beside its weights. The graphs hold numbers and names of operations, nothing that runs code.
 GRAPH = "openvino"
-GOLDEN = "golden.npz"
+GOLDEN, GOLDEN_INT8 = "golden.npz", "golden-int8.npz"
 #: The largest difference from Keras in float32, in any probability, that a runtime may show on the golden images. int8
 #: is compared with int8 as it was made; what quantisation itself changes is checked on validation images.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.02, "int8": 0.02}
+#: Names of a graph's two outputs, in the order of `Outputs`.
+OUTPUTS = ("probabilities", "features")
 
 
 class Outputs(NamedTuple):
@@ -64,18 +70,31 @@ def graph_file(precision: str) -> str:
 
 
 def openvino() -> Any:
-    """The module, without its telemetry: `import openvino` would send an event to its makers, from a hospital."""
-    if "openvino" not in sys.modules:
+    """The module, without its telemetry: `import openvino` and a conversion would report to its makers."""
+    if sys.modules.get("openvino_telemetry") is None:
         # With None there its import fails, and OpenVINO and NNCF take the stubs that they bring for this case.
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    else:
+        # Somebody imported OpenVINO before us. Every report of it and of NNCF goes through this one method.
+        sender: Any = importlib.import_module("openvino_telemetry.utils.sender")
+        sender.TelemetrySender.send = _send_nothing
     import openvino as module
 
     return module
 
 
+def _send_nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
 def cpu_has_bf16() -> bool:
     """Whether this machine's CPU computes in bfloat16 (AVX512_BF16, AMX)."""
     return "BF16" in openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def threads_here() -> int:
+    """CPU threads for a network that has this machine to itself; more than 8 would cost memory and gain little."""
+    return min(8, os.cpu_count() or 1)
 
 
 def choose_precision(info: Mapping[str, Any], wanted: str, *, gpu: bool) -> str:
@@ -84,7 +103,7 @@ def choose_precision(info: Mapping[str, Any], wanted: str, *, gpu: bool) -> str:
     Args:
         info: the bundle's `bundle.json`.
         wanted: `auto`: on a CPU bf16 where it has that and the bundle was found to hold its tolerance in it, else fp32;
-            on a GPU bf16. Or one of the three.
+            on a GPU bf16, which one without it computes in fp32. Or one of the three.
 
     Raises:
         ConfigError: the bundle or this machine cannot run in what is wanted; says what to do.
@@ -94,20 +113,20 @@ def choose_precision(info: Mapping[str, Any], wanted: str, *, gpu: bool) -> str:
         if wanted == "int8":
             raise ConfigError("--precision int8: runs on CPUs only; leave --gpu out, or say --precision bf16")
         return "bf16" if wanted == "auto" else wanted
-    if wanted == "int8" and "int8" not in graphs:
+    if wanted == "int8" and not graphs.get("int8", {}).get("accepted"):
         raise ConfigError(
             "--precision int8: the bundle has no int8 weights; `ray-cxr quantize BUNDLE PREPARED` adds them"
         )
+    half = graphs.get("bf16", {})
     if wanted == "auto":
-        return "bf16" if graphs.get("bf16", {}).get("accepted") and cpu_has_bf16() else "fp32"
+        return "bf16" if half.get("accepted") and cpu_has_bf16() else "fp32"
     if wanted == "bf16":
-        if "bf16" not in graphs:
+        if not graphs:
+            reason = info.get("runtimes_refused", "it is of an older ray-cxr")
+            raise ConfigError(f"--precision bf16: the bundle has no OpenVINO graph ({reason}); say fp32 or auto")
+        if half.get("accepted") is False:
             raise ConfigError(
-                "--precision bf16: the bundle has no OpenVINO graph (it is of an older ray-cxr); say fp32 or auto"
-            )
-        if graphs["bf16"].get("accepted") is False:
-            raise ConfigError(
-                f"--precision bf16: this bundle's probabilities move by {graphs['bf16']['largest_drift']:.3f} in bf16, "
+                f"--precision bf16: this bundle's probabilities move by {half['largest_drift']:.3f} in bf16, "
                 f"more than {TOLERANCE['bf16']}; say fp32"
             )
         if not cpu_has_bf16():
@@ -136,7 +155,12 @@ def open_runtime(bundle: Bundle, precision: str, *, batch_size: int, threads: in
         if gpu:
             if not use_gpu_memory_as_needed():
                 raise ConfigError("--gpu: this actor sees no GPU; is requirements-gpu.lock installed there?")
-            policy = "mixed_bfloat16" if precision == "bf16" else "float32"
+            if precision == "bf16" and _gpu_capability() >= (8, 0):
+                policy = "mixed_bfloat16"
+            else:
+                import tensorflow as tf
+
+                tf.config.experimental.enable_tensor_float_32_execution(False)  # 10 bits of 23: not what fp32 means
         elif "keras" not in sys.modules:
             limit_threads(threads)
         runtime = KerasRuntime(bundle.model(policy=policy), batch_size)
@@ -148,22 +172,36 @@ def check(bundle: Bundle, runtime: Runtime, precision: str) -> None:
     """Compare a runtime with the bundle's golden images; a bundle without them is older and passes.
 
     Raises:
-        BundleError: further off than `TOLERANCE`.
+        BundleError: further off than `TOLERANCE`, or the golden images are damaged.
     """
-    path = bundle.path / GOLDEN
-    if not path.exists():
+    if GOLDEN not in bundle.files:
         return
-    with np.load(path, allow_pickle=False) as arrays:
+    with arrays_of(bundle.path / GOLDEN) as arrays:
         images, expected = arrays["images"], arrays["fp32"]
     if precision == "int8":
-        with np.load(path.with_name("golden-int8.npz"), allow_pickle=False) as arrays:
+        with arrays_of(bundle.path / GOLDEN_INT8) as arrays:
             expected = arrays["int8"]
+    size = bundle.input_spec.size
+    if images.dtype != np.uint8 or images.shape[1:] != (size, size) or not len(images):
+        raise BundleError(f"{bundle.path / GOLDEN}: is damaged: images are {images.dtype} {images.shape}")
+    if expected.dtype != np.float32 or expected.shape != (len(images), len(bundle.findings)):
+        raise BundleError(f"{bundle.path / GOLDEN}: is damaged: probabilities are {expected.dtype} {expected.shape}")
     drift = np.abs(runtime.predict(images).probabilities - expected).max()
     if not drift <= TOLERANCE[precision]:  # NaN is refused too
         raise BundleError(
             f"{bundle.path}: in {precision} on this machine its probabilities for the golden images are off by "
             f"{drift:.3g}, more than {TOLERANCE[precision]:g}; use another --precision"
         )
+
+
+@contextlib.contextmanager
+def arrays_of(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """Open an `.npz` file of a bundle; what is wrong with it or said of it in the block is a BundleError."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            yield arrays
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{path}: is damaged ({reason(error)}); copy the bundle again") from None
 
 
 class OpenVinoRuntime:
@@ -174,14 +212,18 @@ class OpenVinoRuntime:
         precision: `fp32`, `bf16` or `int8` (the last is in the graph itself).
         batch_size: every batch is padded to it, so that an image's answer does not depend on its company.
         threads: one stream, and so one batch at a time, for each.
+
+    Raises:
+        BundleError: not a graph as `exports` writes it.
     """
 
     def __init__(self, graph: Path, precision: str, batch_size: int, threads: int) -> None:
-        ov = openvino()
-        core = ov.Core()
+        core = openvino().Core()
         try:
             model = core.read_model(graph)
             size = int(model.input(0).partial_shape[1].get_length())
+            for name in OUTPUTS:
+                model.output(name)
             model.reshape([batch_size, size, size, 1])
             compiled = core.compile_model(
                 model,
@@ -195,39 +237,33 @@ class OpenVinoRuntime:
                     "ENABLE_CPU_PINNING": False,
                 },
             )
-        except RuntimeError as error:
-            raise BundleError(f"{graph}: OpenVINO cannot run it: {_first_line(error)}") from None
-        self._probabilities, self._features = compiled.output("probabilities"), compiled.output("features")
+        except (RuntimeError, IndexError) as error:
+            raise BundleError(f"{graph}: OpenVINO cannot run it: {reason(error)}") from None
         self._shape = (batch_size, size, size, 1)
         # One more request than streams, so that a stream never waits for its next batch.
-        self._queue = ov.AsyncInferQueue(compiled, threads + 1)
-        self._queue.set_callback(self._done)
-        # The queue gives out idle requests one at a time, and does not say that two threads may ask at once.
-        self._turn = threading.Lock()
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(threads + 1):
+            self._idle.put(compiled.create_infer_request())
+        # A thread waits for each. OpenVINO's own queue calls nobody back for a batch that fails, and is never freed.
+        self._waiting = ThreadPoolExecutor(threads + 1, thread_name_prefix="openvino")
 
     def submit(self, images: np.ndarray) -> Future[Outputs]:
         n = len(images)
         batch = np.zeros(self._shape, np.uint8)
         batch[:n, ..., 0] = images
-        future: Future[Outputs] = Future()
-        with self._turn:
-            # The batch goes along: the request reads it where it lies.
-            self._queue.start_async({0: batch}, (future, n, batch), share_inputs=True)
-        return future
+        return self._waiting.submit(self._run, self._idle.get(), batch, n)
 
-    def _done(self, request: Any, given: tuple[Future[Outputs], int, np.ndarray]) -> None:
-        future, n, _ = given
+    def _run(self, request: Any, batch: np.ndarray, n: int) -> Outputs:
         try:
-            found = request.results
-            future.set_result(Outputs(found[self._probabilities][:n].copy(), found[self._features][:n].copy()))
-        except BaseException as error:  # else whoever waits for this batch would wait for ever
-            future.set_exception(error)
+            # Started and waited for: `infer` would run in this thread, beside the streams.
+            request.start_async({0: batch}, share_inputs=True)
+            request.wait()
+            return Outputs(*(request.get_tensor(name).data[:n].copy() for name in OUTPUTS))
+        finally:
+            self._idle.put(request)
 
     def predict(self, images: np.ndarray) -> Outputs:
-        step = self._shape[0]
-        parts = [self.submit(images[start : start + step]) for start in range(0, max(len(images), 1), step)]
-        found = [part.result() for part in parts]
-        return Outputs(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+        return _in_batches(self, images, self._shape[0])
 
 
 class KerasRuntime:
@@ -255,9 +291,13 @@ class KerasRuntime:
         return future
 
     def predict(self, images: np.ndarray) -> Outputs:
-        step = self._batch_size
-        parts = [self.submit(images[start : start + step]) for start in range(0, max(len(images), 1), step)]
-        return Outputs(*(np.concatenate(arrays) for arrays in zip(*(part.result() for part in parts), strict=True)))
+        return _in_batches(self, images, self._batch_size)
+
+
+def _in_batches(runtime: Runtime, images: np.ndarray, step: int) -> Outputs:
+    # An empty batch, where there are no images at all, has the right shapes.
+    parts = [runtime.submit(images[start : start + step]) for start in range(0, max(len(images), 1), step)]
+    return Outputs(*(np.concatenate(arrays) for arrays in zip(*(part.result() for part in parts), strict=True)))
 
 
 def limit_threads(threads: int) -> None:
@@ -308,11 +348,19 @@ def prepare_device(gpu: bool, precision: str) -> str:
         raise ConfigError("--gpu: this worker sees no GPU; install requirements-gpu.lock there, or leave --gpu out")
     if precision != "auto":
         return precision
-    details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
-    capability = details.get("compute_capability", (0, 0))
+    capability = _gpu_capability()
     if capability >= (8, 0):
         return "mixed_bfloat16"
     return "mixed_float16" if capability >= (7, 0) else "float32"
+
+
+def _gpu_capability() -> tuple[int, int]:
+    """CUDA's compute capability of the first GPU, (0, 0) where it is not known."""
+    import tensorflow as tf
+
+    details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
+    major, minor = details.get("compute_capability") or (0, 0)
+    return int(major), int(minor)
 
 
 def make_deterministic() -> None:
@@ -322,5 +370,8 @@ def make_deterministic() -> None:
     tf.config.experimental.enable_op_determinism()
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def reason(error: BaseException) -> str:
+    """One line of an error's text: the first that does not only name a line of OpenVINO's source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith("Exception from")]
+    return (told or lines or [type(error).__name__])[0][:200]

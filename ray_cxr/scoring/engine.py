@@ -39,8 +39,8 @@ from ray_cxr.models.runtime import Outputs, Runtime, open_runtime
 INPUT = "input.parquet"
 #: Columns that a worker reads of the input.
 COLUMNS = [*predictions.IDENTITY, "age", "view"]
-#: Batches decoded ahead of the network, so that neither waits for the other and memory stays bounded.
-BATCHES_AHEAD = 3
+#: Pictures decoded ahead of the network, at least, so that neither waits for the other; and in batches, for large ones.
+PICTURES_AHEAD, BATCHES_AHEAD = 32, 2
 #: What a DICOM's header may fill in where the input says nothing.
 _FROM_TAGS = ("patient_id", "study_id", "age", "view")
 
@@ -65,6 +65,7 @@ class Job:
         bundle, out: absolute paths, on storage that all nodes share.
         digest: of the bundle; one that has changed since is refused.
         precision: `fp32`, `bf16` or `int8`.
+        batch_size: images per forward pass.
         key: secret for pseudonyms of ids from DICOM headers, or None for the ids themselves.
         settings_file: contents of OUT/settings.json, which a later run replaces before it removes anything.
     """
@@ -76,6 +77,7 @@ class Job:
     settings: ScoreSettings
     spec: InputSpec
     use_gpu: bool
+    batch_size: int
     key: bytes | None = field(repr=False)
     settings_file: bytes = field(repr=False)
 
@@ -135,7 +137,7 @@ class Reading:
         self._job = job
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
-        self._ahead = BATCHES_AHEAD * job.settings.batch_size + decoders
+        self._ahead = max(PICTURES_AHEAD, BATCHES_AHEAD * job.batch_size) + decoders
         self._turn = threading.Lock()
         # The children start while the network is being compiled.
         barrier = threading.Barrier(decoders)
@@ -217,7 +219,7 @@ class Scoring:
         self._runtime: Runtime = open_runtime(
             bundle,
             job.precision,
-            batch_size=job.settings.batch_size,
+            batch_size=job.batch_size,
             threads=threads,
             gpu=job.use_gpu,
         )
@@ -231,7 +233,7 @@ class Scoring:
         Yields:
             Per file written its number, how many of its rows were scored now, and how many of its rows are errors.
         """
-        batch_size = self._job.settings.batch_size
+        batch_size = self._job.batch_size
         batch = np.empty((batch_size, self._size, self._size), np.uint8)
         members: list[Place] = []
         running: deque[tuple[list[Place], np.ndarray, Future[Outputs]]] = deque()

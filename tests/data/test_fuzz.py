@@ -13,7 +13,7 @@ from ray_cxr.data.sandbox import Decoder, Failure
 from ray_cxr.errors import ERROR_CODES
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from soak_fuzz import generated, mutated
+from soak_files import generated, mutated
 
 #: What a file can be refused for by its contents alone.
 CODES = set(ERROR_CODES) - {"missing", "permission", "storage", "decode_timeout", "decoder_crash"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import pickle
 import struct
 import sys
@@ -23,8 +22,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from ray_cxr.config import InputSpec
 from ray_cxr.data import imaging
 from ray_cxr.data.imaging import decode, load, resize
-from ray_cxr.data.storage import list_images, read_bytes
-from ray_cxr.errors import ImageError, InputError
+from ray_cxr.errors import ImageError
 
 
 def ramp(height: int = 40, width: int = 48) -> np.ndarray:
@@ -707,14 +705,6 @@ def test_aspect_is_no_matter_for_a_square(side: int, aspect: Any) -> None:
 # ---------------------------------------------------------------- files
 
 
-def reading_code(path: Any, **limits: int) -> str:
-    with pytest.raises(ImageError) as caught:
-        read_bytes(path, **limits)
-    assert "\n" not in caught.value.message
-    assert str(path) == "" or str(path) not in caught.value.message
-    return caught.value.code
-
-
 def test_load_is_read_decode_resize(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"  # the name says nothing
     file.write_bytes(png_of(ramp(64, 64)))
@@ -722,143 +712,6 @@ def test_load_is_read_decode_resize(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load(str(file), InputSpec(size=32)), resize(ramp(64, 64), InputSpec(size=32)))
     with pytest.raises(ImageError, match="too_large"):
         load(str(file), max_pixels=4095)
-
-
-def test_read_bytes(tmp_path: Path) -> None:
-    file = tmp_path / "ä b%20c.png"
-    file.write_bytes(b"12345")
-    assert read_bytes(str(file)) == b"12345"
-    assert read_bytes(file.as_uri()) == b"12345"
-    assert read_bytes(str(file), max_bytes=5) == b"12345"
-    assert reading_code(str(file), max_bytes=4) == "too_large"
-    assert reading_code(file.as_uri(), max_bytes=4) == "too_large"
-
-
-def test_missing_files(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_bytes(b"1")
-    os.mkfifo(tmp_path / "pipe")
-    for path in (
-        str(tmp_path / "none.png"),
-        (tmp_path / "none.png").as_uri(),
-        str(tmp_path),
-        tmp_path.as_uri(),
-        str(file / "below"),
-        str(tmp_path / "pipe"),
-        "/dev/zero",
-        "a\0b",
-        "",
-        None,
-        float("nan"),
-    ):
-        assert reading_code(path) == "missing"
-
-
-def test_empty_file(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"")
-    assert reading_code(str(tmp_path / "a.png")) == "empty"
-    assert reading_code((tmp_path / "a.png").as_uri()) == "empty"
-
-
-def test_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "a.png"
-    file.write_bytes(b"1")
-    file.chmod(0)
-    if os.access(file, os.R_OK):  # root may read everything
-
-        def refuse(*args: Any) -> None:
-            raise PermissionError(13, "Permission denied")
-
-        monkeypatch.setattr("builtins.open", refuse)
-    assert reading_code(str(file)) == "permission"
-
-
-def test_failing_disk_is_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "a.png"
-    file.write_bytes(b"1")
-
-    def fail(*args: Any) -> None:
-        raise OSError(5, "Input/output error", str(file))
-
-    monkeypatch.setattr("builtins.open", fail)
-    with pytest.raises(ImageError) as caught:
-        read_bytes(str(file))
-    assert caught.value.code == "storage"
-    assert caught.value.message == "the file cannot be read: Input/output error"
-
-
-@pytest.mark.parametrize("uri", ["nothing://a/b.png", "ht!tp://x", "file://%%%/"])
-def test_unknown_store(uri: str) -> None:
-    assert reading_code(uri) in ("storage", "missing")
-    assert reading_code("nothing://a/b.png") == "storage"
-
-
-def make_tree(root: Path) -> None:
-    for name in ("b.PNG", "a.png", "sub/c.JPeG", "sub/d e.jpg", "sub/x.dcm", "sub/y%41.dicom", "notes.txt", "raw"):
-        file = root / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(name.encode())
-    for name in (".hidden.png", "sub/._c.jpeg", ".cache/e.png"):
-        file = root / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(b"no")
-    (root / "sub" / "folder.png").mkdir()
-
-
-TREE = ["a.png", "b.PNG", "sub/c.JPeG", "sub/d e.jpg", "sub/x.dcm", "sub/y%41.dicom"]
-
-
-def test_list_local_folder(tmp_path: Path) -> None:
-    make_tree(tmp_path)
-    found = list_images(str(tmp_path))
-    assert found == [str(tmp_path / name) for name in TREE]
-    assert list_images(f"{tmp_path}/") == found
-    assert [read_bytes(path).decode() for path in found] == TREE
-
-
-def test_list_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_tree(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    assert list_images("sub") == ["sub/c.JPeG", "sub/d e.jpg", "sub/x.dcm", "sub/y%41.dicom"]
-
-
-def test_list_uri(tmp_path: Path) -> None:
-    make_tree(tmp_path)
-    for location in (tmp_path.as_uri(), tmp_path.as_uri() + "/"):
-        found = list_images(location)
-        assert all(path.startswith(tmp_path.as_uri()) for path in found)
-        assert sorted(read_bytes(path).decode() for path in found) == TREE
-
-
-def test_links_are_followed_but_not_for_ever(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "real" / "a.png").write_bytes(b"1")
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root" / "link").symlink_to(tmp_path / "real")
-    (tmp_path / "real" / "up").symlink_to(tmp_path / "root")
-    assert list_images(str(tmp_path / "root")) == [str(tmp_path / "root" / "link" / "a.png")]
-
-
-def test_broken_links_are_listed(tmp_path: Path) -> None:
-    (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
-    assert reading_code(list_images(str(tmp_path))[0]) == "missing"
-
-
-def test_nothing_to_list(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "a.png").write_bytes(b"1")
-    for location, reason in (
-        (tmp_path / "none", "no such folder"),
-        (tmp_path / "empty", "holds no image"),
-        (tmp_path / "a.png", "is a file"),
-    ):
-        for text in (str(location), location.as_uri()):
-            with pytest.raises(InputError, match=reason) as caught:
-                list_images(text)
-            assert "\n" not in str(caught.value)
-            assert str(caught.value).startswith(text)
-    with pytest.raises(InputError, match="cannot be listed"):
-        list_images("nothing://bucket/folder")
 
 
 # ---------------------------------------------------------------- real files

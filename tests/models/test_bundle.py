@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,12 @@ from PIL import Image
 
 import ray_cxr
 from ray_cxr.data import imaging
-from ray_cxr.errors import BundleError, OutputError
+from ray_cxr.errors import BundleError, ConfigError, OutputError
 from ray_cxr.models import bundle as bundles
 from ray_cxr.models import predictions
+
+#: What `exports` adds to a bundle that was made without images.
+EXPORTED = ("golden.npz", "openvino.bin", "openvino.xml")
 
 
 @pytest.fixture
@@ -51,10 +55,11 @@ def test_round_trip_keeps_digest_findings_and_spec(tiny_bundle, copy: Path) -> N
     assert again.digest == tiny_bundle.digest
     assert again.findings == ray_cxr.FINDINGS
     assert again.input_spec.size == 64
-    assert sorted(file.name for file in copy.iterdir()) == sorted([*bundles.FILES, bundles.SUMS])
+    assert again.files == {*bundles.FILES, *EXPORTED}
+    assert {file.name for file in copy.iterdir()} == {*again.files, bundles.SUMS}
 
 
-@pytest.mark.parametrize("name", bundles.FILES)
+@pytest.mark.parametrize("name", [*bundles.FILES, *EXPORTED])
 def test_a_changed_byte_is_noticed(copy: Path, name: str) -> None:
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
@@ -63,7 +68,7 @@ def test_a_changed_byte_is_noticed(copy: Path, name: str) -> None:
         ray_cxr.load_bundle(copy)
 
 
-@pytest.mark.parametrize("name", [*bundles.FILES, bundles.SUMS])
+@pytest.mark.parametrize("name", [*bundles.FILES, *EXPORTED, bundles.SUMS])
 def test_a_missing_file_is_noticed(copy: Path, name: str) -> None:
     (copy / name).unlink()
     with pytest.raises(BundleError, match=rf"{name}"):
@@ -188,6 +193,95 @@ def test_damaged_alternatives_and_notes_are_refused_on_loading(copy: Path, key: 
         ray_cxr.load_bundle(copy)
 
 
+FP32 = {"largest_drift": 0.0, "tolerance": 0.001, "accepted": True}
+BF16 = {"largest_drift": None, "tolerance": 0.02, "accepted": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"runtimes": None}, "runtimes is not an object"),
+        ({"runtimes": []}, "runtimes is not an object"),
+        ({"runtimes": {"fp32": FP32}}, "runtimes are for fp32"),
+        ({"runtimes": {"fp32": FP32, "bf16": BF16, "fp8": FP32}}, "fp8"),
+        ({"runtimes": {"fp32": "quick", "bf16": BF16}}, "fp32 is not an object"),
+        ({"runtimes": {"fp32": {**FP32, "accepted": "yes"}, "bf16": BF16}}, "accepted of fp32"),
+        ({"runtimes": {"fp32": {**FP32, "accepted": 1}, "bf16": BF16}}, "accepted of fp32"),
+        ({"runtimes": {"fp32": FP32, "bf16": {**BF16, "accepted": False}}}, "not a number"),
+        ({"runtimes": {"fp32": {**FP32, "largest_drift": float("nan")}, "bf16": BF16}}, "not a number"),
+        ({"runtimes": {"fp32": {**FP32, "tolerance": "0.1"}, "bf16": BF16}}, "not a number"),
+        ({"runtimes": {"fp32": FP32, "bf16": {"accepted": None}}}, "largest_drift"),
+        ({"runtimes": {"fp32": FP32, "bf16": BF16, "int8": FP32}}, r"does not list golden-int8\.npz; .*openvino-int8"),
+        ({"quality": {}}, "expected_rates"),
+        ({"quality": "none"}, "quality is not an object"),
+        ({"quality": {"lacking": None}}, "lacking is not a text"),
+        ({"quality": {"expected_rates": {"lateral": "few"}}}, "not a number"),
+        (
+            {"quality": {"expected_rates": {}, "train_images": 60, "held_out_images": 30}},
+            r"does not list quality\.npz",
+        ),
+    ],
+)
+def test_damaged_runtimes_and_quality_are_refused_on_loading(copy: Path, changes: dict, reason: str) -> None:
+    edit(copy, **changes)
+    with pytest.raises(BundleError, match=f"runtimes or quality are damaged: .*{reason}") as refused:
+        ray_cxr.load_bundle(copy)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_runtimes_without_their_files_are_refused_even_when_resealed(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    reseal(copy)
+    with pytest.raises(BundleError, match=rf"SHA256SUMS does not list {name}"):
+        ray_cxr.load_bundle(copy)
+
+
+def test_files_that_nothing_is_said_of_are_refused(copy: Path) -> None:
+    (copy / "quality.npz").write_bytes(b"")
+    reseal(copy)
+    with pytest.raises(BundleError, match=r"nothing is said of quality\.npz"):
+        ray_cxr.load_bundle(copy)
+    (copy / "quality.npz").unlink()
+    info = json.loads((copy / "bundle.json").read_text())
+    del info["runtimes"]
+    (copy / "bundle.json").write_text(json.dumps(info))
+    reseal(copy)
+    with pytest.raises(BundleError, match=r"nothing is said of openvino\.bin"):
+        ray_cxr.load_bundle(copy)
+
+
+def aged(path: Path) -> ray_cxr.Bundle:
+    """A bundle as it was before it had runtimes, golden images and quality flags."""
+    for name in EXPORTED:
+        (path / name).unlink()
+    info = json.loads((path / "bundle.json").read_text())
+    del info["runtimes"], info["quality"]
+    (path / "bundle.json").write_text(json.dumps(info))
+    reseal(path)
+    return ray_cxr.load_bundle(path)
+
+
+def test_an_older_bundle_is_read_and_run_by_keras(tiny_bundle, copy: Path) -> None:
+    old = aged(copy)
+    images = np.random.default_rng(3).integers(0, 256, (3, 64, 64), dtype=np.uint8)
+    columns = [f"p_{name}" for name in old.findings]
+    now, before = tiny_bundle.predict(images, precision="fp32"), old.predict(images)
+    np.testing.assert_allclose(now[columns].to_numpy(), before[columns].to_numpy(), rtol=0, atol=1e-5)
+    assert before["quality_flag"].isna().all()
+    for precision in ("bf16", "int8"):
+        with pytest.raises(ConfigError, match=f"--precision {precision}"):
+            old.predict(images, precision=precision)
+
+
+def test_a_bundle_goes_to_another_process_after_predict(tiny_bundle) -> None:
+    images = np.random.default_rng(3).integers(0, 256, (1, 64, 64), dtype=np.uint8)
+    frame = tiny_bundle.predict(images)
+    there = pickle.loads(pickle.dumps(tiny_bundle))
+    assert there == tiny_bundle
+    pd.testing.assert_frame_equal(there.predict(images), frame)
+
+
 @pytest.mark.parametrize("threshold", ["abc", 7.0, 0.0, None])
 def test_a_damaged_operating_point_is_refused_on_loading(copy: Path, threshold: object) -> None:
     info = json.loads((copy / "bundle.json").read_text())
@@ -241,10 +335,11 @@ def test_predict_gives_the_score_columns_in_order_and_errors_as_rows(tiny_bundle
     assert frame.loc[1, [*p, "priority", "top_finding", "model_digest"]].isna().all()
 
 
-def test_predict_does_not_depend_on_the_company(tiny_bundle) -> None:
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_predict_does_not_depend_on_the_company(tiny_bundle, precision: str) -> None:
     images = np.random.default_rng(1).integers(0, 256, (5, 64, 64), dtype=np.uint8)
-    together = tiny_bundle.predict(images, batch_size=4)
-    alone = pd.concat([tiny_bundle.predict(images[i : i + 1], batch_size=4) for i in range(5)])
+    together = tiny_bundle.predict(images, batch_size=4, precision=precision)
+    alone = pd.concat([tiny_bundle.predict(images[i : i + 1], batch_size=4, precision=precision) for i in range(5)])
     columns = [f"p_{name}" for name in tiny_bundle.findings]
     np.testing.assert_array_equal(together[columns].to_numpy(), alone[columns].to_numpy())
 
@@ -253,7 +348,7 @@ def test_predict_is_the_network_on_what_imaging_gives(tiny_bundle) -> None:
     image = np.random.default_rng(2).integers(0, 256, (300, 200), dtype=np.uint8)
     fed = imaging.resize(image, tiny_bundle.input_spec)[None, ..., None]
     expected = np.asarray(tiny_bundle.model()(fed))[0]
-    frame = tiny_bundle.predict([image])
+    frame = tiny_bundle.predict([image], precision="fp32")
     np.testing.assert_allclose(
         frame[[f"p_{name}" for name in tiny_bundle.findings]].to_numpy()[0], expected, rtol=0, atol=1e-6
     )
@@ -267,6 +362,9 @@ def test_loading_and_predicting_need_no_ray(tiny_bundle) -> None:
         "f = b.predict(np.zeros((1, 64, 64), 'uint8') + np.arange(64, dtype='uint8'))\n"
         "assert f['status'].tolist() == ['ok'], f\n"
         "assert 'ray' not in sys.modules\n"
+        # Keras takes seconds to start, and is not needed where the bundle brings its graph.
+        "assert 'tensorflow' not in sys.modules\n"
+        "assert sys.modules['openvino_telemetry'] is None\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

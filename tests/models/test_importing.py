@@ -61,7 +61,7 @@ def test_imported_model_computes_what_the_original_did(tmp_path: Path, suffix: s
     gray = np.random.default_rng(1).integers(0, 256, (3, SIZE, SIZE), dtype=np.uint8)
     rgb = np.repeat(gray[..., None], 3, axis=-1).astype(np.float32)
     theirs = np.asarray(model(keras.applications.mobilenet_v3.preprocess_input(rgb)))
-    frame = bundle.predict(gray)
+    frame = bundle.predict(gray, precision="fp32")
     names = [name.replace("Infiltrate", "Infiltration").replace(" ", "_") for name in ORDER.split(",")]
     assert bundle.findings == tuple(names)
     np.testing.assert_allclose(frame[[f"p_{n}" for n in names]].to_numpy(), theirs, rtol=1e-4, atol=1e-6)
@@ -109,7 +109,7 @@ def test_files_of_keras_2_are_read(tmp_path: Path, whole: bool, nested: bool, sl
     gray = np.random.default_rng(1).integers(0, 256, (1, SIZE, SIZE), dtype=np.uint8)
     theirs = np.asarray(model(gray[..., None]))
     np.testing.assert_allclose(
-        bundle.predict(gray)[[f"p_{n}" for n in FINDINGS]].to_numpy(), theirs, rtol=1e-4, atol=1e-6
+        bundle.predict(gray, precision="fp32")[[f"p_{n}" for n in FINDINGS]].to_numpy(), theirs, rtol=1e-4, atol=1e-6
     )
 
 

@@ -74,6 +74,7 @@ def job_of(bundle, out: Path, **settings) -> Job:
         settings=ScoreSettings(batch_size=8, **settings),
         spec=bundle.input_spec,
         use_gpu=False,
+        batch_size=8,
         key=None,
         settings_file=b"",
     )

@@ -1,6 +1,6 @@
 """Damaged files by the thousand, for `ray-cxr score --images OUT`: every one must become a row.
 
-    python tests/soak_fuzz.py OUT --files 10000 --seed 0
+    python tests/soak_files.py OUT --files 10000 --seed 0
 
 Seeds are generated PNG, JPEG and DICOM files of every kind that is read, and a few real ones from ../shared where
 that is at hand. A file depends on the seed and its number alone, so one that breaks something can be made again:
