@@ -18,7 +18,7 @@ from rich.table import Table
 
 import ray_cxr
 from ray_cxr import config
-from ray_cxr.errors import ConfigError, RayCxrError, own_error
+from ray_cxr.errors import ConfigError, ErrorRateExceeded, RayCxrError, own_error
 
 #: What the shell reports for a program that Ctrl-C ended.
 EXIT_INTERRUPTED = 130
@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ray-cxr {arguments.command}: {_flat(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"ray-cxr {arguments.command}: stopped; the same command continues", file=sys.stderr)
+        again = "the same command without --fresh" if getattr(arguments, "fresh", False) else "the same command"
+        print(f"ray-cxr {arguments.command}: stopped; {again} continues", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return 1
@@ -283,16 +284,22 @@ def _score(arguments: argparse.Namespace) -> None:
         "limit": arguments.limit,
         "use_gpu": arguments.gpu,
     }
-    report = pipeline.score(
-        arguments.model,
-        arguments.out,
-        chosen,
-        fresh=arguments.fresh,
-        dry_run=arguments.dry_run,
-        start=lambda: start_ray(settings.ray),
-        began=psutil.Process().create_time(),  # what was imported before this line counts, too
-        **call,
-    )
+    too_many: ErrorRateExceeded | None = None
+    try:
+        report = pipeline.score(
+            arguments.model,
+            arguments.out,
+            chosen,
+            fresh=arguments.fresh,
+            dry_run=arguments.dry_run,
+            start=lambda: start_ray(settings.ray),
+            began=psutil.Process().create_time(),  # what was imported before this line counts, too
+            **call,
+        )
+    except ErrorRateExceeded as error:
+        if not isinstance(error.report, pipeline.ScoreReport):
+            raise
+        too_many, report = error, error.report
     for note in report.notes:
         _say(f"{arguments.images}: {note}")
     if arguments.dry_run:
@@ -310,6 +317,8 @@ def _score(arguments: argparse.Namespace) -> None:
             f"({report.images_per_second:.1f} images/s, start-up included)"
         )
         _say(f"scores: {arguments.out}")
+    if too_many is not None:
+        raise too_many
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -84,7 +84,7 @@ class PrepareSettings(Settings):
     interpolation: Interpolation = Field("area", description="area averages when shrinking, as anti-aliasing needs")
     rows_per_shard: int = Field(256, ge=1, le=100_000, description="images per shard; also what a kill can cost")
     decode_timeout_s: float = Field(
-        60.0, gt=0.0, description="a file that takes longer becomes a row of decode_timeout"
+        60.0, gt=0.0, le=86_400, description="a file that takes longer becomes a row of decode_timeout"
     )
 
     @field_validator("sizes")
@@ -243,7 +243,7 @@ class ScoreSettings(Settings):
         description="inside: by the network's own actors; apart: in tasks of one CPU; auto: apart with --gpu only",
     )
     decode_timeout_s: float = Field(
-        60.0, gt=0.0, description="a file that takes longer becomes a row of decode_timeout"
+        60.0, gt=0.0, le=86_400, description="a file that takes longer becomes a row of decode_timeout"
     )
     max_error_rate: float = Field(0.5, ge=0.0, le=1.0, description="exit with 3 when a larger share failed")
     max_pixels: int = Field(100_000_000, ge=1, description="larger pictures are refused before they are decoded")

@@ -71,9 +71,18 @@ class OutputError(InputError):
 
 
 class ErrorRateExceeded(RayCxrError):
-    """All rows were written, but more of them failed than `--max-error-rate` allows."""
+    """All rows were written, but more of them failed than `--max-error-rate` allows.
+
+    Args:
+        message: one line.
+        report: what the run found, which is no less wanted for this.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class ImageError(RayCxrError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import pyarrow.parquet as pq
 def write(path: str | Path, produce: Callable[[Path], None]) -> None:
     """Let `produce` write a temporary neighbour of `path`, flush it to disk, then rename it to `path`."""
     path = Path(path)
-    # Hidden, and named after the process: two processes that race write the same bytes, and one rename wins.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Hidden, and of a name that no other writer has, on whatever machine: of two that race one rename wins.
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         produce(part)
         with open(part, "rb") as stream:

@@ -113,9 +113,12 @@ def assemble(
     bad = np.zeros(n, dtype=bool)
     bad[list(failures)] = True
     good = p[~bad]
-    if not ((good >= 0) & (good <= 1)).all():  # NaN fails it too
+    sound = ((good >= 0) & (good <= 1)).all(axis=1)  # NaN fails it too
+    if not sound.all():
+        first = rows["image_id"][int(np.flatnonzero(~bad)[np.flatnonzero(~sound)[0]])].as_py()
         raise RayCxrError(
-            "the network gave a probability that is not a number between 0 and 1; its weights are damaged or diverged"
+            f"{first}: the network gave a probability that is not a number between 0 and 1; its weights are damaged "
+            "or diverged"
         )
 
     columns: dict[str, pa.Array | pa.ChunkedArray] = {name: rows[name] for name in IDENTITY}

@@ -41,6 +41,10 @@ INPUT = "input.parquet"
 COLUMNS = [*predictions.IDENTITY, "age", "view"]
 #: Pictures decoded ahead of the network, at least, so that neither waits for the other; and in batches, for large ones.
 PICTURES_AHEAD, BATCHES_AHEAD = 32, 2
+#: Contents of archive members that wait for a decoder, bytes.
+BYTES_AHEAD = 256 * 1024 * 1024
+#: Keys of a file's metadata.
+RUN_KEY, ERRORS_KEY = b"ray_cxr.run", b"ray_cxr.errors"
 #: What a DICOM's header may fill in where the input says nothing.
 _FROM_TAGS = ("patient_id", "study_id", "age", "view")
 
@@ -57,6 +61,18 @@ def part_path(out: Path, index: int) -> Path:
     return out / "scores" / part_name(index)
 
 
+class Secret:
+    """Bytes that nothing shows: Ray Data describes a job's arguments in its logs and statistics."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: bytes) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return "Secret()"
+
+
 @dataclass(frozen=True)
 class Job:
     """What every worker of a run is told.
@@ -67,7 +83,7 @@ class Job:
         precision: `fp32`, `bf16` or `int8`.
         batch_size: images per forward pass.
         key: secret for pseudonyms of ids from DICOM headers, or None for the ids themselves.
-        settings_file: contents of OUT/settings.json, which a later run replaces before it removes anything.
+        settings_file: contents of OUT/settings.json, which a run with --fresh replaces before it removes anything.
     """
 
     bundle: str
@@ -78,8 +94,13 @@ class Job:
     spec: InputSpec
     use_gpu: bool
     batch_size: int
-    key: bytes | None = field(repr=False)
+    key: Secret | None = field(repr=False)
     settings_file: bytes = field(repr=False)
+
+    @property
+    def run(self) -> str:
+        """What every file of the run carries, so that one of a run with other settings is told apart."""
+        return run_digest(self.settings_file)
 
     def load(self) -> Bundle:
         bundle = load_bundle(self.bundle)
@@ -109,21 +130,52 @@ class Work:
     left: int = 0
 
 
-def take_up(job: Job, task: dict[str, Any], findings: int) -> list[Work]:
-    """The ranges of a task with their rows of the input, ready to be filled."""
+def run_digest(settings_file: bytes) -> str:
+    return hashlib.sha256(settings_file).hexdigest()
+
+
+def run_of(part: Path) -> tuple[str | None, int] | None:
+    """The run that wrote a file of scores and how many of its rows are errors; None where there is no whole file."""
+    try:
+        metadata = pq.read_metadata(part).metadata or {}
+    except (OSError, pa.ArrowException):
+        return None
+    run = metadata.get(RUN_KEY)
+    return (run.decode() if run else None), int(metadata.get(ERRORS_KEY, 0))
+
+
+def take_up(job: Job, task: dict[str, Any], findings: int, positions: list[int] | None = None) -> list[Work]:
+    """The ranges of a task with their rows of the input, ready to be filled; of a range that is there already none.
+
+    Args:
+        task: `indices`, `starts` and `counts` of ranges, and whether they are read again (`retry`).
+        findings: outputs of the network.
+        positions: of a single range that is read again, which of its rows; None: those whose error may have passed.
+    """
     out = Path(job.out)
     works = []
+    groups: dict[int, pa.Table] = {}
     with pq.ParquetFile(out / INPUT) as file:
         ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
         for index, start, count in zip(task["indices"], task["starts"], task["counts"], strict=True):
+            # Where Ray does a task again, because a worker was lost, the ranges that it had finished stay as they are.
+            if not task["retry"] and (run_of(part_path(out, index)) or ("", 0))[0] == job.run:
+                continue
             first = int(np.searchsorted(ends, start, side="right"))
             last = int(np.searchsorted(ends, start + count - 1, side="right"))
+            for group in range(first, last + 1):
+                if group not in groups:
+                    groups[group] = file.read_row_group(group, columns=COLUMNS)
             begin = int(ends[first - 1]) if first else 0
-            rows = file.read_row_groups(list(range(first, last + 1)), columns=COLUMNS).slice(start - begin, count)
+            table = pa.concat_tables([groups[group] for group in range(first, last + 1)])
+            rows = table.slice(start - begin, count)
             old = again = None
             if task["retry"]:
                 old = pq.read_table(part_path(out, index))
-                again = np.array([code in RETRYABLE_CODES for code in old["error_code"].to_pylist()])
+                if positions is None:
+                    again = np.array([code in RETRYABLE_CODES for code in old["error_code"].to_pylist()], bool)
+                else:
+                    again = np.isin(np.arange(count), positions)
                 rows = rows.filter(pa.array(again))
             n = len(rows)
             works.append(Work(index, rows, old, again, np.zeros((n, findings), np.float32), flags=[None] * n, left=n))
@@ -146,19 +198,23 @@ class Reading:
 
     def pictures(self, works: Sequence[Work]) -> Iterator[tuple[Place, Picture | Failure]]:
         """Every row's picture or failure; of single files in order, of an archive in the archive's order."""
-        ahead: deque[tuple[Place, Future[Picture | Failure]]] = deque()
+        ahead: deque[tuple[Place, int, Future[Picture | Failure]]] = deque()
+        held = 0
         # One range after the other: both at once would end at once, and leave the network without work.
         with self._turn:
             for place, source in _sources(works):
+                size = len(source) if isinstance(source, bytes) else 0
+                held += size
                 if isinstance(source, ImageError):
-                    ahead.append((place, _done(Failure(source.code, source.message, None))))
+                    ahead.append((place, size, _done(Failure(source.code, source.message, None))))
                 else:
-                    ahead.append((place, self._pool.submit(self._load, source)))
-                if len(ahead) >= self._ahead:
-                    at, future = ahead.popleft()
+                    ahead.append((place, size, self._pool.submit(self._load, source)))
+                while len(ahead) >= self._ahead or (held > BYTES_AHEAD and ahead):
+                    at, size, future = ahead.popleft()
+                    held -= size
                     yield at, future.result()
         while ahead:
-            at, future = ahead.popleft()
+            at, _, future = ahead.popleft()
             yield at, future.result()
 
     def _begin(self, barrier: threading.Barrier) -> None:
@@ -282,7 +338,8 @@ class Scoring:
                 yield self._write(work)
 
     def _write(self, work: Work) -> tuple[int, int, int]:
-        rows = _with_tags(work.rows, work.tags, self._job.key)
+        key = None if self._job.key is None else self._job.key.value
+        rows = _with_tags(work.rows, work.tags, key)
         result = predictions.assemble(rows, work.probabilities, work.failures, self._rules, work.flags)
         scored = len(result)
         if work.old is not None and work.again is not None:
@@ -295,10 +352,11 @@ class Scoring:
             raise RayCxrError(f"{out}: another run has begun there; this one stops")
         errors = len(result) - result["error_code"].null_count
         # In the file's own metadata, so that the driver can tell the errors so far without reading a column.
-        result = result.replace_schema_metadata({"ray_cxr.errors": str(errors)})
+        result = result.replace_schema_metadata({RUN_KEY: self._job.run, ERRORS_KEY: str(errors)})
         atomic.write_parquet(result, part_path(out, work.index), compression="zstd")
-        work.rows = work.rows.slice(0, 0)
-        work.probabilities = work.probabilities[:0]
+        # Of an archive's ranges each lets go of its memory when it is written; slices would keep it.
+        work.rows, work.old, work.flags = work.rows.schema.empty_table(), None, []
+        work.probabilities = np.empty((0, self.findings), np.float32)
         return work.index, scored, errors
 
 
@@ -327,13 +385,22 @@ class ScoreActor:
     def __init__(self, job: Job, cpus: int) -> None:
         born = time.time()
         self._job = job
-        self._reading = Reading(job, cpus)
-        self._scoring = Scoring(job, cpus)
+        self._failed: RayCxrError | OSError | None = None
+        try:
+            self._reading = Reading(job, cpus)
+            self._scoring = Scoring(job, cpus)
+        except (RayCxrError, OSError) as error:
+            self._failed = error  # told by the first call
         self._times = {"born": born, "ready": time.time()}
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        works = take_up(self._job, task, self._scoring.findings)
-        written = list(self._scoring.score(works, self._reading.pictures(works)))
+        if self._failed is not None:
+            return failure(self._failed)
+        try:
+            works = take_up(self._job, task, self._scoring.findings)
+            written = list(self._scoring.score(works, self._reading.pictures(works)))
+        except (RayCxrError, OSError) as error:
+            return failure(error)
         return summary(written, self._times, self._scoring.first_at)
 
 
@@ -345,26 +412,57 @@ def summary(written: list[tuple[int, int, int]], times: dict[str, float], first_
         "born": times["born"],
         "ready": times["ready"],
         "first": first_at or 0.0,
+        "failed": "",
+        "message": "",
+    }
+
+
+def failure(error: RayCxrError | OSError) -> dict[str, Any]:
+    """An error of ours as a row: of what a worker raises, Ray Data keeps a text and prints all of its trace."""
+    return {
+        **summary([], {"born": 0.0, "ready": 0.0}, None),
+        "failed": type(error).__name__,
+        "message": str(error),
     }
 
 
 # ---------------------------------------------------------------- decoding apart from the network, for GPUs
 
 _READING: dict[Job, Reading] = {}
+#: A row between decoding and network that holds nothing.
+_EMPTY: dict[str, Any] = {
+    "indices": [],
+    "starts": [],
+    "counts": [],
+    "retry": False,
+    "positions": [],
+    "images": b"",
+    "failures": [],
+    "tags": [],
+    "failed": "",
+    "message": "",
+}
 
 
 def decode_task(task: dict[str, Any], job: Job) -> Iterator[dict[str, Any]]:
     """A Ray task of one CPU: the pictures of a unit's ranges, a row per range, uint8 and nothing wider."""
+    try:
+        yield from _decode(task, job)
+    except (RayCxrError, OSError) as error:
+        yield {**_EMPTY, "failed": type(error).__name__, "message": str(error)}
+
+
+def _decode(task: dict[str, Any], job: Job) -> Iterator[dict[str, Any]]:
     reading = _READING.get(job)
     if reading is None:
         _READING.clear()
         reading = _READING[job] = Reading(job, 1)  # kept by the worker process for the next task
     works = take_up(job, task, 0)
     size = job.spec.size
-    images = [np.zeros((len(work.rows), size, size), np.uint8) for work in works]
+    images: list[np.ndarray | None] = [np.zeros((len(work.rows), size, size), np.uint8) for work in works]
     for w, work in enumerate(works):
         if not work.left:
-            yield _decoded(task, w, work, images)
+            yield _decoded(task, work, images, w)
     for (w, i), found in reading.pictures(works):
         work = works[w]
         if found.tags is not None:
@@ -372,25 +470,32 @@ def decode_task(task: dict[str, Any], job: Job) -> Iterator[dict[str, Any]]:
         if isinstance(found, Failure):
             work.failures[i] = (found.code, found.message)
         else:
-            images[w][i] = found.images[0]
+            room = images[w]
+            assert room is not None
+            room[i] = found.images[0]
         work.left -= 1
         if not work.left:
-            yield _decoded(task, w, work, images)
+            yield _decoded(task, work, images, w)
 
 
-def _decoded(task: dict[str, Any], w: int, work: Work, images: list[np.ndarray]) -> dict[str, Any]:
-    row = {
-        "indices": [task["indices"][w]],
-        "starts": [task["starts"][w]],
-        "counts": [task["counts"][w]],
+def _decoded(task: dict[str, Any], work: Work, images: list[np.ndarray | None], w: int) -> dict[str, Any]:
+    """A range's pictures as a row; they are let go of here."""
+    found, images[w] = images[w], None
+    assert found is not None
+    at = list(task["indices"]).index(work.index)
+    count = int(task["counts"][at])
+    return {
+        **_EMPTY,
+        "indices": [work.index],
+        "starts": [task["starts"][at]],
+        "counts": [count],
         "retry": task["retry"],
-        "images": images[w].tobytes(),
+        "positions": list(range(count)) if work.again is None else np.flatnonzero(work.again).tolist(),
+        "images": found.tobytes(),
         # As pairs of JSON-like texts: what Arrow makes of dictionaries with other keys in every row is another schema.
         "failures": [[str(i), code, message] for i, (code, message) in work.failures.items()],
-        "tags": [[str(i), *(_text(found.get(name)) for name in _FROM_TAGS)] for i, found in work.tags.items()],
+        "tags": [[str(i), *(_text(tags.get(name)) for name in _FROM_TAGS)] for i, tags in work.tags.items()],
     }
-    images[w] = images[w][:0]
-    return row
 
 
 def _text(value: Any) -> str:
@@ -403,11 +508,29 @@ class NetworkActor:
     def __init__(self, job: Job, cpus: int) -> None:
         born = time.time()
         self._job = job
-        self._scoring = Scoring(job, cpus)
+        self._failed: RayCxrError | OSError | None = None
+        try:
+            self._scoring = Scoring(job, cpus)
+        except (RayCxrError, OSError) as error:
+            self._failed = error
         self._times = {"born": born, "ready": time.time()}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        (work,) = works = take_up(self._job, row, self._scoring.findings)
+        if row["failed"]:
+            return {**failure(RayCxrError(row["message"])), "failed": row["failed"]}
+        if self._failed is not None:
+            return failure(self._failed)
+        try:
+            return summary(self._written(row), self._times, self._scoring.first_at)
+        except (RayCxrError, OSError) as error:
+            return failure(error)
+
+    def _written(self, row: dict[str, Any]) -> list[tuple[int, int, int]]:
+        # Exactly the rows whose pictures came, whatever has become of the file since.
+        works = take_up(self._job, row, self._scoring.findings, row["positions"])
+        if not works:
+            return []
+        (work,) = works
         size = self._job.spec.size
         images = np.frombuffer(row["images"], np.uint8).reshape(-1, size, size)
         failures = {int(i): Failure(code, message, None) for i, code, message in row["failures"]}
@@ -420,4 +543,4 @@ class NetworkActor:
             ((0, i), failures.get(i) or Picture((images[i],), None)) for i in range(len(work.rows))
         )
         work.tags = tags
-        return summary(list(self._scoring.score(works, pictures)), self._times, self._scoring.first_at)
+        return list(self._scoring.score(works, pictures))

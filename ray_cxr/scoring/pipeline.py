@@ -30,24 +30,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ray_cxr import errors
 from ray_cxr.config import ScoreSettings
 from ray_cxr.data import archives, atomic, storage
 from ray_cxr.data import manifest as manifests
 from ray_cxr.data.prepared import SETTINGS, agree, begin
-from ray_cxr.errors import RETRYABLE_CODES, ConfigError, ErrorRateExceeded, OutputError
+from ray_cxr.errors import RETRYABLE_CODES, ConfigError, ErrorRateExceeded, OutputError, RayCxrError, own_error
 from ray_cxr.models.bundle import Bundle, load_bundle
-from ray_cxr.models.runtime import choose_precision
+from ray_cxr.models.runtime import TOLERANCE, choose_precision
 from ray_cxr.progress import Work
 from ray_cxr.scoring import source
 from ray_cxr.scoring.engine import (
     INPUT,
+    RUN_KEY,
     Job,
     NetworkActor,
     ScoreActor,
+    Secret,
     decode_task,
     part_name,
     part_path,
     pseudonym,
+    run_digest,
+    run_of,
 )
 from ray_cxr.versions import versions
 
@@ -61,6 +66,8 @@ BATCH_SIZE = {False: 4, True: 64}
 MAX_CPUS_PER_ACTOR = 4
 #: Ranges that an actor has in work at once: while one drains, the next is being read.
 RANGES_AT_ONCE = 2
+#: So often an actor that died is started again.
+MAX_RESTARTS = 30
 #: Rows per row group of the frozen input, at least: a worker reads single groups, and each has a cost in the footer.
 _GROUP_ROWS = 8192
 #: Seconds between looks at what has been written.
@@ -135,7 +142,7 @@ def score(
     if (manifest is None) == (images is None):
         raise ConfigError("score: name one of --manifest and --images")
     bundle = load_bundle(bundle_path)
-    precision = choose_precision(bundle.info, settings.precision, gpu=use_gpu)
+    precision = _precision(bundle, settings.precision, None if fresh else out, use_gpu=use_gpu)
     key = _secret(settings.pseudonym_key)
     place = None if images is None else storage.absolute(images)
     rows = _source(manifest, images, place, None if fresh else out)
@@ -153,7 +160,7 @@ def score(
         "rows_per_file": settings.rows_per_file,
         "max_pixels": settings.max_pixels,
         # Tells keys apart and tells nothing of the key.
-        "pseudonyms": None if key is None else pseudonym(key, "ray_cxr"),
+        "pseudonyms": None if key is None else pseudonym(key.value, "ray_cxr"),
     }
     if fresh:
         _refuse_to_remove(out)
@@ -165,10 +172,15 @@ def score(
     there = set() if fresh else _written(out)
     todo = _tasks(out, units, there, retry_errors=retry_errors)
     if dry_run:
-        report.counts["to score"] = sum(sum(task["counts"]) for task in todo)
+        report.counts["to score"] = sum(
+            sum(map(_retryable, [part_path(out, index) for index in task["indices"]]))
+            if task["retry"]
+            else sum(task["counts"])
+            for task in todo
+        )
         return report
     if not todo and (out / "_SUCCESS").exists():
-        report.counts = _count(out, ranges, rows.ids, bundle.digest)
+        report.counts = _count(out, ranges, rows.ids, bundle.digest, run_digest((out / SETTINGS).read_bytes()))
         _judge(report, settings)
         return report
 
@@ -181,12 +193,18 @@ def score(
         if fresh:
             _remove_run(out)
         begin(out, wanted)
+        # Once more, now that it is written: another command may have begun here while Ray started.
+        agree(out, wanted, remedy="use --fresh to start over, or name another --out")
+        settings_file = (out / SETTINGS).read_bytes()
         (out / "_SUCCESS").unlink(missing_ok=True)
         (out / "scores").mkdir(exist_ok=True)
         if not (out / INPUT).exists():
             # Row groups of whole ranges: a worker reads its own rows and few others. All rows, also beyond a limit: it
             # is the listing that is frozen.
             rows.freeze(out / INPUT, settings.rows_per_file * -(-_GROUP_ROWS // settings.rows_per_file))
+            if source.of_manifest(out / INPUT).digest != rows.digest:
+                (out / INPUT).unlink()
+                raise OutputError(f"{manifest or images}: changed while the job began; run it again")
         # Of a million rows only the names are needed from here on.
         ids = rows.ids
         del rows
@@ -201,18 +219,24 @@ def score(
                 use_gpu=use_gpu,
                 batch_size=settings.batch_size or BATCH_SIZE[use_gpu],
                 key=key,
-                settings_file=(out / SETTINGS).read_bytes(),
+                settings_file=settings_file,
             )
             _run(job, todo, ranges, there, report, plan, marks)
 
-    report.counts = _count(out, ranges, ids, bundle.digest)
+    report.counts = _count(out, ranges, ids, bundle.digest, run_digest(settings_file))
     report.seconds = time.monotonic() - started
     _finish(out, bundle, report, wanted, settings, bundle_path, manifest or images, plan, use_gpu)
     _judge(report, settings)
     return report
 
 
-def _secret(path: str | None) -> bytes | None:
+def _precision(bundle: Bundle, wanted: str, out: Path | None, *, use_gpu: bool) -> str:
+    """What `choose_precision` says; a run that goes on keeps, with `auto`, what it began with on whatever machine."""
+    begun = _begun(out).get("precision") if out is not None and wanted == "auto" else None
+    return choose_precision(bundle.info, begun if begun in TOLERANCE else wanted, gpu=use_gpu)
+
+
+def _secret(path: str | None) -> Secret | None:
     """The key for pseudonyms.
 
     Raises:
@@ -226,7 +250,7 @@ def _secret(path: str | None) -> bytes | None:
         raise ConfigError(f"pseudonym_key {path}: {error.strerror}; name a file that holds a secret") from None
     if len(key) < 16:
         raise ConfigError(f"pseudonym_key {path}: holds {len(key)} bytes; a secret of 16 or more cannot be guessed")
-    return key
+    return Secret(key)
 
 
 def _written(out: Path) -> set[int]:
@@ -242,11 +266,9 @@ def _tasks(out: Path, units: list[archives.Unit], there: set[int], *, retry_erro
     tasks = []
     for retry in (False, True) if retry_errors else (False,):
         for unit in units:
-            chosen = [
-                one
-                for one in unit.ranges
-                if (one.index in there and _retryable(part_path(out, one.index)) if retry else one.index not in there)
-            ]
+            chosen = [one for one in unit.ranges if (one.index in there) == retry]
+            if retry:
+                chosen = [one for one in chosen if _retryable(part_path(out, one.index))]
             if chosen:
                 tasks.append(
                     {
@@ -257,11 +279,6 @@ def _tasks(out: Path, units: list[archives.Unit], there: set[int], *, retry_erro
                     }
                 )
     return tasks
-
-
-def _one_row(batch: Any) -> Any:
-    """Nothing but a cut: what was decoded goes on range by range, and is not gathered into blocks of 128 MB."""
-    return batch
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -290,12 +307,14 @@ def _refuse_to_remove(out: Path) -> None:
 
 def _remove_run(out: Path) -> None:
     """Remove an earlier run's files, and nothing that a run did not write."""
-    # _SUCCESS first: a kill in the midst of this must not leave a folder that looks whole. The settings last: until
-    # all rows of the old model are gone, no other model may continue here.
+    # _SUCCESS first: a kill in the midst of this must not leave a folder that looks whole. Then the settings become
+    # such as no run has: whatever still writes for the old run stops, and nothing continues here without --fresh.
     (out / "_SUCCESS").unlink(missing_ok=True)
+    if (out / SETTINGS).exists():
+        atomic.write_json(out / SETTINGS, {"kind": KIND, "removing": True})
     for pattern in ("part-*.parquet", ".part-*.part"):
         for part in (out / "scores").glob(pattern):
-            part.unlink()
+            part.unlink(missing_ok=True)
     for name in ("run.json", "model.json", "split.parquet", INPUT, SETTINGS):
         (out / name).unlink(missing_ok=True)
 
@@ -305,23 +324,32 @@ def _source(manifest: str | None, images: str | None, place: str | None, out: Pa
     if manifest is not None:
         return source.of_manifest(manifest)
     assert images is not None
-    if out is not None and (out / INPUT).exists() and _began_with(out) == place:
+    if out is not None and (out / INPUT).exists() and _begun(out).get("images") == place:
         # Files may have come or gone since; the run goes on over the pictures it began with.
         return source.of_manifest(out / INPUT)
     return source.of_folder(images)
 
 
-def _began_with(out: Path) -> str | None:
+def _begun(out: Path) -> dict[str, Any]:
+    """What a run in this folder was begun with; nothing where there is none, or it cannot be read."""
     try:
-        value = json.loads((out / SETTINGS).read_text(encoding="utf-8")).get("images")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return value if isinstance(value, str) else None
+        found = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-def _retryable(part: Path) -> bool:
-    codes = pq.read_table(part, columns=["error_code"])["error_code"].to_pylist()
-    return any(code in RETRYABLE_CODES for code in codes)
+def _retryable(part: Path) -> int:
+    """How many rows of a file have an error that may have passed.
+
+    Raises:
+        OutputError: the file is damaged.
+    """
+    try:
+        codes = pq.read_table(part, columns=["error_code"])["error_code"].to_pylist()
+    except (OSError, pa.ArrowException):
+        raise OutputError(f"{part}: is damaged; remove it and run score again") from None
+    return sum(code in RETRYABLE_CODES for code in codes)
 
 
 def actor_plan(node_cpus: list[float], cpus_per_actor: int | None, n_tasks: int) -> tuple[int, int]:
@@ -372,6 +400,8 @@ def _plan(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if use_gpu:
+        if settings.decode == "inside":
+            raise ConfigError("decode=inside: with --gpu pictures are decoded apart; leave one of the two out")
         if not gpus:
             raise ConfigError("--gpu: Ray has no GPU; leave --gpu out, or connect to a cluster that has one")
         if not sum(nodes) >= 1:
@@ -402,28 +432,57 @@ def _run(
         "fn_constructor_kwargs": {"job": job, "cpus": max(1, plan.cpus)},
         "compute": ray.data.ActorPoolStrategy(
             size=plan.actors,
-            max_tasks_in_flight_per_actor=2 * RANGES_AT_ONCE,
+            max_tasks_in_flight_per_actor=RANGES_AT_ONCE,
             max_concurrent_calls_per_actor=RANGES_AT_ONCE,
             enable_true_multi_threading=True,
         ),
         "num_cpus": plan.cpus,
         "num_gpus": 1 if job.use_gpu else 0,
+        # Ray Data itself starts a dead actor again for ever, and says nothing. (The way to say it otherwise is
+        # deprecated in 2.60 without another in its place; pyproject holds Ray below 2.61.)
+        "ray_remote_args_fn": _restarts,
     }
     if plan.apart:
         # Tasks, not actors: Ray starts as many as the free CPUs and the network's appetite allow.
         decoded = work.flat_map(decode_task, fn_kwargs={"job": job}, num_cpus=1)
-        scored = decoded.map_batches(_one_row, batch_size=1).map(NetworkActor, **options)
+        scored = decoded.map(NetworkActor, **options)
     else:
         scored = work.map(ScoreActor, **options)
     retried = {index for task in todo if task["retry"] for index in task["indices"]}
     done = sum(one.rows for one in ranges if one.index in there and one.index not in retried)
     with Work("score", report.rows, done=done) as progress, _watching(job, ranges, there - retried, progress):
-        for row in scored.iter_rows():
+        for row in _rows(scored):
+            if row["failed"]:
+                kind = getattr(errors, row["failed"], RayCxrError)
+                raise kind(row["message"])
             report.scored_now += row["scored"]
             if row["first"] and not report.start_up:
                 report.start_up = _start_up(row, planned, marks)
                 took = ", ".join(f"{name} {seconds:.0f}" for name, seconds in report.start_up.items() if name != "all")
                 logger.info("first image scored after %.0f s (%s)", report.start_up["all"], took)
+
+
+def _restarts() -> dict[str, Any]:
+    return {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
+
+
+def _rows(scored: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset; the end of an actor that died once too often as one line.
+
+    Raises:
+        RayCxrError: such an end.
+    """
+    from ray.exceptions import RayActorError, RayError
+
+    try:
+        yield from scored.iter_rows()
+    except RayError as error:
+        if own_error(error) is None and isinstance(error, RayActorError):
+            raise RayCxrError(
+                f"a scoring worker died {MAX_RESTARTS + 1} times, which is most often want of memory; Ray's logs say "
+                "more; what was written stays, and the same command continues"
+            ) from error
+        raise
 
 
 def _start_up(row: dict[str, Any], planned: float, marks: Mapping[str, float]) -> dict[str, float]:
@@ -442,23 +501,23 @@ def _start_up(row: dict[str, Any], planned: float, marks: Mapping[str, float]) -
 @contextlib.contextmanager
 def _watching(job: Job, ranges: list[archives.Range], seen: set[int], progress: Work) -> Iterator[None]:
     """Show what has been written while the block runs, by looking at the folder: an archive is one task for hours."""
+    out = Path(job.out)
     rows = {one.index: one.rows for one in ranges}
     seen = set(seen)
-    began = time.time()
-    errors = 0
+    # Of what is to be read again a file is there already; it counts when it is another one.
+    before = {index: _stamp(part_path(out, index)) for index in _written(out) - seen}
+    errors = sum(found[1] for index in seen if (found := run_of(part_path(out, index))))
     over = threading.Event()
 
     def look() -> None:
         nonlocal errors
-        out = Path(job.out)
-        new = [index for index in _written(out) - seen if index in rows]
-        for index in new:
+        for index in _written(out) - seen:
             path = part_path(out, index)
-            with contextlib.suppress(OSError, pa.ArrowException):
-                if path.stat().st_mtime < began - 1:
-                    continue  # one that is to be read again, and has not been yet
-                metadata = pq.read_metadata(path).metadata or {}
-                errors += int(metadata.get(b"ray_cxr.errors", 0))
+            if index not in rows or before.get(index) == _stamp(path):
+                continue
+            found = run_of(path)
+            if found is not None:
+                errors += found[1]
                 seen.add(index)
                 progress.advance(rows[index], f"{errors:,} errors")
 
@@ -477,11 +536,20 @@ def _watching(job: Job, ranges: list[archives.Range], seen: set[int], progress: 
     look()
 
 
-def _count(out: Path, ranges: list[archives.Range], ids: pa.ChunkedArray, digest: str) -> Counter[str]:
+def _stamp(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        info = path.stat()
+        return info.st_ino, info.st_mtime_ns
+    return None
+
+
+def _count(out: Path, ranges: list[archives.Range], ids: pa.ChunkedArray, digest: str, run: str) -> Counter[str]:
     """Count the rows from the files, and check that they are the input's, each once, in order, by this model.
 
     Args:
         ids: image_id of the input's rows, in order.
+        digest: the bundle's.
+        run: of the settings, as every file carries it.
 
     Raises:
         OutputError: they are not.
@@ -495,7 +563,8 @@ def _count(out: Path, ranges: list[archives.Range], ids: pa.ChunkedArray, digest
             raise OutputError(f"{part}: is missing or damaged; remove it and run score again") from None
         expected = ids.slice(one.start, one.rows)
         models = set(pc.unique(found["model_digest"]).to_pylist()) - {None}
-        if len(found) != one.rows or not pc.all(pc.equal(found["image_id"], expected)).as_py() or models - {digest}:
+        same = len(found) == one.rows and pc.all(pc.equal(found["image_id"], expected), skip_nulls=False).as_py()
+        if not same or models - {digest} or (found.schema.metadata or {}).get(RUN_KEY, b"").decode() != run:
             raise OutputError(f"{part}: does not hold the rows it should; remove it and run score again")
         counts.update("ok" if code is None else code for code in found["error_code"].to_pylist())
     extra = {path.name for path in (out / "scores").glob("*.parquet")} - {part_name(one.index) for one in ranges}
@@ -516,6 +585,8 @@ def _finish(
     use_gpu: bool,
 ) -> None:
     """Write what stands beside the rows; `_SUCCESS` last."""
+    for left in (out / "scores").glob(".part-*.part"):  # of workers that were killed while they wrote
+        left.unlink(missing_ok=True)
     atomic.write_json(out / "model.json", bundle.model_json())
     atomic.write(out / "split.parquet", lambda part: _copy(bundle.path / "split.parquet", part))
     _write_run_json(out, report, wanted, settings, bundle_path, origin, plan, use_gpu)
@@ -532,7 +603,7 @@ def _write_run_json(
     plan: ActorPlan | None,
     use_gpu: bool,
 ) -> None:
-    split = manifests.split_info(pq.read_table(out / INPUT, columns=["image_id"]))
+    split = manifests.split_info(pq.read_schema(out / INPUT).empty_table())
     rate = report.images_per_second
     value = {
         "rows": report.rows,
@@ -567,5 +638,6 @@ def _judge(report: ScoreReport, settings: ScoreSettings) -> None:
         parts = ", ".join(f"{code} {n:,}" for code, n in report.counts.most_common() if code != "ok")
         raise ErrorRateExceeded(
             f"{report.errors:,} of {report.rows:,} images failed ({rate:.1%}, allowed {settings.max_error_rate:.1%}): "
-            f"{parts}; all rows are written; see their error_code"
+            f"{parts}; all rows are written; see their error_code",
+            report,
         )

@@ -199,3 +199,86 @@ def scores_of(tiny_bundle, manifest: Path, tmp_path: Path, command):
         return table
 
     return run
+
+
+def test_a_bundle_that_fails_in_an_actor_is_one_line(
+    ray_here, tiny_bundle, manifest: Path, tmp_path: Path, command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an actor's constructor finds wrong arrives as our own error: here the bundle is gone when it looks."""
+    from ray_cxr.scoring import pipeline
+
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle.path, bundle)
+    run = pipeline._run
+    monkeypatch.setattr(pipeline, "_run", lambda *given: (shutil.move(bundle, tmp_path / "moved"), run(*given)))
+    given = arguments(tiny_bundle, tmp_path / "out", "--manifest", manifest)
+    given[2] = bundle
+    code, _, err = command(*given)
+    assert code == 2, err
+    assert "no such folder" in err
+    assert "Traceback" not in err
+
+
+def test_a_row_read_again_gets_its_own_picture_whatever_became_of_the_file(
+    ray_here, tiny_bundle, manifest: Path, tmp_path: Path, command
+) -> None:
+    """A killed network actor that had written already is asked again: the file then has other errors than were read."""
+    from ray_cxr.config import ScoreSettings
+    from ray_cxr.scoring.engine import Job, NetworkActor, decode_task
+
+    table = pd.read_parquet(manifest)
+    table = table[table["path"].notna()].head(6).reset_index(drop=True)
+    (tmp_path / "p").mkdir()
+    good = [row for row, path in enumerate(table["path"]) if Path(path).stat().st_size > 3000]
+    for row, path in enumerate(table["path"]):
+        table.loc[row, "path"] = str(tmp_path / "p" / f"{row}.png")
+        if row not in good[1:4]:
+            shutil.copy(path, table.loc[row, "path"])
+        else:
+            shutil.copy(path, tmp_path / "p" / f"{row}.away")
+    table.to_parquet(tmp_path / "m.parquet")
+    out = tmp_path / "out"
+    code, _, err = command(*arguments(tiny_bundle, out, "--manifest", tmp_path / "m.parquet", "--precision", "fp32"))
+    assert code == 0, err
+    for row in good[1:3]:  # two of three come back
+        (tmp_path / "p" / f"{row}.away").rename(tmp_path / "p" / f"{row}.png")
+    job = Job(
+        bundle=str(tiny_bundle.path),
+        out=str(out),
+        digest=tiny_bundle.digest,
+        precision="fp32",
+        settings=ScoreSettings(rows_per_file=8),
+        spec=tiny_bundle.input_spec,
+        use_gpu=False,
+        batch_size=4,
+        key=None,
+        settings_file=(out / "settings.json").read_bytes(),
+    )
+    task = {"indices": [0], "starts": [0], "counts": [len(table)], "retry": True}
+    (decoded,) = decode_task(task, job)
+    actor = NetworkActor(job, 1)
+    p = [f"p_{name}" for name in tiny_bundle.findings]
+    for _ in range(2):
+        assert actor(decoded)["files"] == 1
+        found = rows(out)
+        assert found["image_id"].tolist() == table["image_id"].tolist()
+        for row in good:
+            if row == good[3]:
+                assert found.loc[row, "error_code"] == "missing"
+            else:
+                expected = tiny_bundle.predict([table.loc[row, "path"]], precision="fp32")[p].to_numpy()[0]
+                np.testing.assert_allclose(found.loc[row, p].to_numpy(dtype=float), expected, rtol=0, atol=1e-5)
+
+
+def test_a_file_of_a_run_with_other_settings_is_noticed(
+    ray_here, tiny_bundle, manifest: Path, tmp_path: Path, command
+) -> None:
+    """A stale worker's file has the right names and the right model; the run that wrote it is told by its metadata."""
+    for name, precision in (("one", "fp32"), ("two", "auto")):
+        more = ["--set", "max_pixels=90000000"] if name == "two" else []
+        given = arguments(tiny_bundle, tmp_path / name, "--manifest", manifest, "--precision", precision, *more)
+        assert command(*given)[0] == 0
+    shutil.copy(tmp_path / "one/scores/part-00001.parquet", tmp_path / "two/scores/part-00001.parquet")
+    code, _, err = command(*given)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "part-00001.parquet: does not hold the rows it should" in err
