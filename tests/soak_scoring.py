@@ -65,12 +65,12 @@ def one_round(
                 if name == "the command":
                     os.killpg(process.pid, signal.SIGKILL)
                 else:
-                    for victim in processes(VICTIMS[name]):
+                    for victim in processes(VICTIMS[name], session=process.pid):
                         os.kill(victim, signal.SIGKILL)
                 killed[name] += 1
         if process.returncode == 0:
             break
-        for left in processes(b"ray", process.pid):
+        for left in processes(b"ray", session=process.pid):
             os.kill(left, signal.SIGKILL)
     else:
         raise SystemExit(f"round {number}: is not done after 60 starts:\n{log.read_text()[-3000:]}")

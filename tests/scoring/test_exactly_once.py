@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -72,17 +72,24 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes] | None, 
         time.sleep(0.02)
 
 
-def processes(title: bytes, session: int | None = None) -> list[int]:
-    """Process ids by a part of the command line, of one session or of any."""
+def processes(title: bytes, *, session: int | None = None, below: int | None = None) -> list[int]:
+    """Process ids by a part of the command line: of one session, or of those that a process started, and they."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             line, number = (folder / "cmdline").read_bytes(), int(folder.name)
-            if title in line and number != os.getpid() and session in (None, os.getsid(number)):
+            if title in line and (os.getsid(number) == session or (below is not None and below in ancestors(number))):
                 found.append(number)
         except OSError:
             continue
     return found
+
+
+def ancestors(number: int) -> Iterator[int]:
+    while number > 1:
+        # The second field, in brackets, is a name that can hold anything.
+        number = int(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[1])
+        yield number
 
 
 def assert_each_row_once(out: Path, manifest: Path) -> pd.DataFrame:
@@ -117,10 +124,10 @@ def test_the_command_and_its_raylet_killed_again_and_again(slow_manifest: Path, 
 
     process = started(command, log)  # its only node dies under it: it ends by itself, and says something
     wait_for(lambda: parts(out) >= len(kept) + 3, process, log)
-    for raylet in processes(b"/raylet/raylet", process.pid):
+    for raylet in processes(b"/raylet/raylet", session=process.pid):
         os.kill(raylet, signal.SIGKILL)
     assert process.wait(120) not in (0, -signal.SIGKILL), log.read_text()
-    for left in processes(b"ray", process.pid):
+    for left in processes(b"ray", session=process.pid):
         os.kill(left, signal.SIGKILL)
     assert not (out / "_SUCCESS").exists()
 
@@ -150,11 +157,11 @@ def test_a_scoring_actor_and_its_decoders_killed(
 
     def kill() -> None:
         wait_for(lambda: parts(out) >= 2, None)
-        for decoder in processes(b"ray_cxr.data.sandbox"):
+        for decoder in processes(b"ray_cxr.data.sandbox", below=os.getpid()):
             os.kill(decoder, signal.SIGKILL)
             killed.append("decoder")
         wait_for(lambda: parts(out) >= 8, None)
-        for actor in processes(b"ray::MapWorker"):
+        for actor in processes(b"ray::MapWorker", below=os.getpid()):
             os.kill(actor, signal.SIGKILL)
             killed.append("actor")
 
