@@ -26,6 +26,8 @@ from ray_cxr.labels import NO_FINDING
 #: The highest rank of a finding that has no operating point.
 UNFLAGGED = 0.49
 IDENTITY = ("image_id", "path", "patient_id", "study_id")
+#: What else is known of a row, from the manifest or a DICOM header.
+ABOUT = (("age", pa.float64()), ("sex", pa.string()), ("view", pa.string()))
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def schema(findings: Sequence[str]) -> pa.Schema:
             ("priority", pa.float32()),
             ("quality_flag", pa.string()),
             ("model_digest", pa.string()),
+            *ABOUT,
         ]
     )
 
@@ -93,7 +96,7 @@ def assemble(
     """One score row per manifest row.
 
     Args:
-        rows: image_id, path, patient_id, study_id, and age and view where they are known.
+        rows: image_id, path, patient_id, study_id, and age, sex and view where they are known.
         probabilities: float32 [N,F]; rows named in `failures` are ignored.
         failures: row number -> (error_code, message).
         rules: the bundle's.
@@ -122,6 +125,8 @@ def assemble(
         )
 
     columns: dict[str, pa.Array | pa.ChunkedArray] = {name: rows[name] for name in IDENTITY}
+    for name, kind in ABOUT:
+        columns[name] = rows[name] if name in rows.column_names else pa.nulls(n, kind)
     columns["status"] = pa.array(np.where(bad, "error", "ok"), pa.string())
     columns["error_code"] = pa.array([failures[i][0] if i in failures else None for i in range(n)], pa.string())
     columns["error"] = pa.array([failures[i][1] if i in failures else None for i in range(n)], pa.string())

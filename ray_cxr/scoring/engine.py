@@ -38,7 +38,7 @@ from ray_cxr.models.runtime import Outputs, Runtime, open_runtime
 
 INPUT = "input.parquet"
 #: Columns that a worker reads of the input.
-COLUMNS = [*predictions.IDENTITY, "age", "view"]
+COLUMNS = [*predictions.IDENTITY, *(name for name, _ in predictions.ABOUT)]
 #: Pictures decoded ahead of the network, at least, so that neither waits for the other; and in batches, for large ones.
 PICTURES_AHEAD, BATCHES_AHEAD = 32, 2
 #: Contents of archive members that wait for a decoder, bytes.
@@ -46,7 +46,7 @@ BYTES_AHEAD = 256 * 1024 * 1024
 #: Keys of a file's metadata.
 RUN_KEY, ERRORS_KEY = b"ray_cxr.run", b"ray_cxr.errors"
 #: What a DICOM's header may fill in where the input says nothing.
-_FROM_TAGS = ("patient_id", "study_id", "age", "view")
+_FROM_TAGS = ("patient_id", "study_id", "age", "sex", "view")
 
 #: A picture's place: which of the ranges at hand, and which row of it.
 Place = tuple[int, int]

@@ -65,6 +65,9 @@ def test_schema_of_one_finding_literally() -> None:
         ("priority", "float"),
         ("quality_flag", "string"),
         ("model_digest", "string"),
+        ("age", "double"),
+        ("sex", "string"),
+        ("view", "string"),
     ]
 
 

@@ -119,6 +119,8 @@ def test_a_dicom_folder_fills_ids_from_its_headers_and_a_key_hides_them(
     one, two = rows(plain).set_index("image_id"), rows(hidden).set_index("image_id")
     assert sorted(one.index) == ["a/1.dcm", "b/1.dcm", "b/IM0001"]
     assert one["patient_id"].notna().all()
+    assert (one.loc["a/1.dcm", "sex"], one.loc["a/1.dcm", "view"]) == ("M", "AP")
+    assert one.loc["a/1.dcm", "age"] == 58
     assert one.loc["b/1.dcm", "patient_id"] == one.loc["b/IM0001", "patient_id"] != one.loc["a/1.dcm", "patient_id"]
     for column in ("patient_id", "study_id"):
         assert two[column].str.fullmatch("[0-9a-f]{32}").all()
