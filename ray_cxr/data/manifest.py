@@ -281,6 +281,9 @@ class ManifestFile:
         self.metadata: dict[bytes, bytes] | None = file.schema_arrow.metadata
         if "image_id" not in file.schema_arrow.names:
             raise TableError(f"{path}: has no column image_id; make it with `ray-cxr manifest`")
+        twice = sorted(name for name, count in Counter(file.schema_arrow.names).items() if count > 1)
+        if twice:
+            raise TableError(f"{path}: has two columns {twice[0]}; keep one")
 
     def __len__(self) -> int:
         return int(self._file.metadata.num_rows)

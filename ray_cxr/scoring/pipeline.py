@@ -20,6 +20,7 @@ import os
 import shutil
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -442,12 +443,14 @@ def _run(
         # deprecated in 2.60 without another in its place; pyproject holds Ray below 2.61.)
         "ray_remote_args_fn": _restarts,
     }
-    if plan.apart:
-        # Tasks, not actors: Ray starts as many as the free CPUs and the network's appetite allow.
-        decoded = work.flat_map(decode_task, fn_kwargs={"job": job}, num_cpus=1)
-        scored = decoded.map(NetworkActor, **options)
-    else:
-        scored = work.map(ScoreActor, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*ray_remote_args_fn", category=Warning)  # see above
+        if plan.apart:
+            # Tasks, not actors: Ray starts as many as the free CPUs and the network's appetite allow.
+            decoded = work.flat_map(decode_task, fn_kwargs={"job": job}, num_cpus=1)
+            scored = decoded.map(NetworkActor, **options)
+        else:
+            scored = work.map(ScoreActor, **options)
     retried = {index for task in todo if task["retry"] for index in task["indices"]}
     done = sum(one.rows for one in ranges if one.index in there and one.index not in retried)
     with Work("score", report.rows, done=done) as progress, _watching(job, ranges, there - retried, progress):
