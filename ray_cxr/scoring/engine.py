@@ -264,7 +264,7 @@ def _sources(works: Sequence[Work]) -> Iterator[tuple[Place, Source | ImageError
 
 
 class Scoring:
-    """A network, and the files that its answers go into. `add` and `finish` are one caller's; see `score`."""
+    """A network, and the files that its answers go into; several callers can `score` at once."""
 
     def __init__(self, job: Job, threads: int) -> None:
         bundle = job.load()
