@@ -59,7 +59,7 @@ def one_round(
         process = started(program, log)
         while process.poll() is None:
             try:
-                process.wait(draw.uniform(4, 22))
+                process.wait(draw.uniform(3, 20))
             except subprocess.TimeoutExpired:
                 name = draw.choice(["the command", "the command", *VICTIMS])
                 if name == "the command":
@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="an empty folder to work in")
     parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--rows", type=int, default=2500)
+    parser.add_argument("--rows", type=int, default=6000)
     parser.add_argument("--files", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
