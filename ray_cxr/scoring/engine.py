@@ -380,7 +380,7 @@ def pseudonym(key: bytes, value: str) -> str:
 
 
 class ScoreActor:
-    """Decoding and network in one Ray actor, which is quickest on CPUs: pictures never leave the process."""
+    """Decoding and network in one Ray actor, which is quickest on CPUs: no picture goes through Ray's object store."""
 
     def __init__(self, job: Job, cpus: int) -> None:
         born = time.time()

@@ -226,7 +226,7 @@ def score(
 
     report.counts = _count(out, ranges, ids, bundle.digest, run_digest(settings_file))
     report.seconds = time.monotonic() - started
-    _finish(out, bundle, report, wanted, settings, bundle_path, manifest or images, plan, use_gpu)
+    _finish(out, bundle, _record(out, report, wanted, settings, bundle_path, manifest or images, plan, use_gpu))
     _judge(report, settings)
     return report
 
@@ -576,27 +576,17 @@ def _count(out: Path, ranges: list[archives.Range], ids: pa.ChunkedArray, digest
     return counts
 
 
-def _finish(
-    out: Path,
-    bundle: Bundle,
-    report: ScoreReport,
-    wanted: dict[str, Any],
-    settings: ScoreSettings,
-    bundle_path: str | Path,
-    origin: str | None,
-    plan: ActorPlan | None,
-    use_gpu: bool,
-) -> None:
+def _finish(out: Path, bundle: Bundle, record: dict[str, Any]) -> None:
     """Write what stands beside the rows; `_SUCCESS` last."""
     for left in (out / "scores").glob(".part-*.part"):  # of workers that were killed while they wrote
         left.unlink(missing_ok=True)
     atomic.write_json(out / "model.json", bundle.model_json())
     atomic.write(out / "split.parquet", lambda part: _copy(bundle.path / "split.parquet", part))
-    _write_run_json(out, report, wanted, settings, bundle_path, origin, plan, use_gpu)
+    atomic.write_json(out / "run.json", record)
     atomic.write_text(out / "_SUCCESS", "")
 
 
-def _write_run_json(
+def _record(
     out: Path,
     report: ScoreReport,
     wanted: dict[str, Any],
@@ -605,10 +595,11 @@ def _write_run_json(
     origin: str | None,
     plan: ActorPlan | None,
     use_gpu: bool,
-) -> None:
+) -> dict[str, Any]:
+    """What `run.json` says."""
     split = manifests.split_info(pq.read_schema(out / INPUT).empty_table())
     rate = report.images_per_second
-    value = {
+    return {
         "rows": report.rows,
         "ok": report.counts["ok"],
         "errors": report.errors,
@@ -632,7 +623,6 @@ def _write_run_json(
         },
         "versions": versions(),
     }
-    atomic.write_json(out / "run.json", value)
 
 
 def _judge(report: ScoreReport, settings: ScoreSettings) -> None:
