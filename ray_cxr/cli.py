@@ -8,17 +8,20 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pandas as pd
 import psutil
 from rich.console import Console
 from rich.table import Table
 
 import ray_cxr
 from ray_cxr import config
-from ray_cxr.errors import ConfigError, ErrorRateExceeded, RayCxrError, own_error
+from ray_cxr.errors import ConfigError, ErrorRateExceeded, OutputError, RayCxrError, own_error
+from ray_cxr.progress import quiet_stderr
 
 #: What the shell reports for a program that Ctrl-C ended.
 EXIT_INTERRUPTED = 130
@@ -112,6 +115,17 @@ def _parser() -> argparse.ArgumentParser:
     _settings(one, gpu=True)
     one.set_defaults(run=_train)
 
+    one = commands.add_parser("tune", help="search backbones and settings with Ray Tune and Optuna")
+    one.add_argument("prepared", metavar="PREPARED")
+    one.add_argument("--out", required=True, metavar="STUDY")
+    one.add_argument("--trials", type=int, metavar="N", help="in all, those of earlier runs included (20)")
+    one.add_argument("--workers", type=int, metavar="N", help="of each trial")
+    one.add_argument(
+        "--resume", action="store_true", help="continue the search in STUDY, with the settings that it was begun with"
+    )
+    _settings(one, gpu=True)
+    one.set_defaults(run=_tune)
+
     one = commands.add_parser("score", help="score pictures with Ray Data into Parquet, one row each")
     one.add_argument("--model", required=True, metavar="BUNDLE")
     one.add_argument("--out", required=True, metavar="SCORES")
@@ -165,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("demo", help="synthetic radiographs through every step, on a laptop, in minutes")
     one.add_argument("--out", required=True, metavar="DIR")
+    one.add_argument("--tune", action="store_true", help="with a small search before the training")
     one.set_defaults(run=_demo)
     return parser
 
@@ -232,7 +247,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
     # All that can be refused is refused before Ray takes its seconds to start.
     plan = trainer.check(arguments.prepared, arguments.out, chosen)
-    with contextlib.nullcontext() if plan.finished else start_ray(settings.ray, tensorflow=True):
+    with contextlib.nullcontext() if plan.finished else start_ray(settings.ray):
         bundle = trainer.train(
             arguments.prepared, arguments.out, chosen, use_gpu=arguments.gpu, began=began, on_event=_say
         )
@@ -264,6 +279,64 @@ def _train(arguments: argparse.Namespace) -> None:
             picture.with_suffix(".svg").write_bytes(svg)
     _say(f"learning curves: {picture}")
     _say(f"bundle: {bundle.path}")
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    began = time.monotonic()
+    loaded = config.load(arguments.config, arguments.overrides, section="tune")
+    from ray_cxr.tuning import study as studies
+
+    out, base, chosen = Path(arguments.out), loaded.train, loaded.tune
+    if arguments.resume and not studies.begun(out):
+        raise OutputError(f"--resume: {out} holds no search; leave --resume out to begin one there")
+    if arguments.resume and arguments.config is None:
+        # What is said again must agree with what the search was begun with; what is not said is as it was.
+        base, chosen = studies.resumed(out, arguments.overrides)
+    if arguments.workers is not None:
+        base = base.replace(workers=arguments.workers)
+    if arguments.trials is not None:
+        chosen = chosen.replace(trials=arguments.trials)
+    plan = studies.Plan(arguments.prepared, out, base, chosen)
+    if plan.done() and (out / "report.html").exists():
+        _say(f"tune: {out} is finished already: {chosen.trials} trials; --trials N asks for more")
+        return
+    # The dashboard answers Ray Train's question whether a stopped trial's run still lives.
+    with start_ray(loaded.ray, dashboard=True):
+        from ray_cxr.tuning import search  # with Ray, whose environment is set by now
+
+        outcome = search.search(plan, use_gpu=arguments.gpu, on_event=_say)
+    from ray_cxr.reporting import study as page
+
+    with _writing(arguments.out):
+        page.write_study(out, outcome.study, outcome.rows, outcome.facts, outcome.comparison)
+    table = Table("trial", "backbone", "state", "epochs", "AUROC", "seconds", title="Trials, the best first")
+    ranked = outcome.rows.sort_values("val_auroc", ascending=False, na_position="last") if len(outcome.rows) else None
+    for row in [] if ranked is None else ranked.head(15).to_dict("records"):
+        auroc, seconds = row["val_auroc"], row["seconds"]
+        table.add_row(
+            str(row["number"]),
+            row["backbone"],
+            row["state"],
+            str(row["epochs"]),
+            "none" if pd.isna(auroc) else f"{auroc:.4f}",
+            "" if pd.isna(seconds) else f"{seconds:.0f}",
+        )
+    _console().print(table)
+    for row in outcome.rows.to_dict("records"):
+        if row["state"] == "failed":
+            _say(f"trial {row['number']} failed: {row['reason']}")
+    if outcome.comparison is not None:
+        _say(outcome.comparison["verdict"]["headline"])
+    states = Counter(outcome.rows["state"])
+    counts = ", ".join(f"{count} {state}" for state, count in states.most_common()) or "none"
+    _say(f"trials: {counts}; {outcome.epochs} epochs trained, {time.monotonic() - began:.0f} s")
+    _say(f"report: {out / 'report.html'}")
+    if outcome.bundle is None:
+        raise RayCxrError(f"{out}: no trial came to the end of an epoch, so there is no bundle; the table says why")
+    _say(f"best trial: {outcome.best}, settings in {out / 'best.toml'}")
+    _say(f"bundle: {outcome.bundle.path}")
+    if outcome.interrupted:
+        raise KeyboardInterrupt
 
 
 def _score(arguments: argparse.Namespace) -> None:
@@ -385,7 +458,7 @@ def _import_weights(arguments: argparse.Namespace) -> None:
             "--findings: say what the outputs are, in their order, separated by commas "
             "(or 14, 15 for alphabetical order); a wrong order could not be noticed later"
         )
-    with _quiet_stderr():
+    with quiet_stderr():
         from ray_cxr.models import importing
 
     bundle = importing.import_weights(
@@ -403,16 +476,16 @@ def _import_weights(arguments: argparse.Namespace) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from ray_cxr import demo
 
-    demo.run(Path(arguments.out), main, _say)
+    demo.run(Path(arguments.out), main, _say, tune=arguments.tune)
 
 
 @contextlib.contextmanager
-def start_ray(settings: config.RaySettings, *, tensorflow: bool = False) -> Iterator[None]:
+def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Iterator[None]:
     """A Ray to work with: the one that is there already, a cluster's, or one of this command's own.
 
     Args:
         settings: where.
-        tensorflow: import Ray Train's TensorFlow part as well, without what TensorFlow prints past Python.
+        dashboard: a Ray of this command's own gets a dashboard, on this machine alone.
     """
     # Never a Ray that merely happens to run on this machine: "local" starts one of this command's own.
     address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
@@ -422,9 +495,6 @@ def start_ray(settings: config.RaySettings, *, tensorflow: bool = False) -> Iter
             os.environ.setdefault(name, value)
     import ray
 
-    if tensorflow:
-        with _quiet_stderr():
-            import ray.train.tensorflow
     if ray.is_initialized():
         yield
         return
@@ -435,10 +505,10 @@ def start_ray(settings: config.RaySettings, *, tensorflow: bool = False) -> Iter
             "num_cpus": settings.num_cpus,
             "num_gpus": settings.num_gpus,
             "object_store_memory": settings.object_store_mb and settings.object_store_mb << 20,
-            "include_dashboard": False,
+            "include_dashboard": dashboard,
         }
     try:
-        with _quiet_stderr():
+        with quiet_stderr():
             ray.init(address=address, logging_level=logging.WARNING, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RayCxrError(f"Ray at {address!r}: {_flat(error)[:300]}") from None
@@ -450,20 +520,6 @@ def start_ray(settings: config.RaySettings, *, tensorflow: bool = False) -> Iter
         yield
     finally:
         ray.shutdown()
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Send the process's stderr nowhere, C++ included; Python errors are raised as ever."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 @contextlib.contextmanager

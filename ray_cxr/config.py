@@ -1,7 +1,7 @@
 """All settings, in one place: frozen, validated, and read from one TOML file with a section per command.
 
     [ray]      where Ray runs
-    [prepare]  [train]  [score]  [recalibrate]
+    [prepare]  [train]  [tune]  [score]  [quantize]  [recalibrate]
 
 A key that no section knows is refused with the nearest one that exists. `--set key=value` changes a key of the
 command's own section, `--set section.key=value` one of another.
@@ -169,6 +169,9 @@ class TrainSettings(Settings):
     seed: int = Field(0, ge=0, lt=2**31, description="of the start, the order, dropout and the augmentation")
     workers: int = Field(1, ge=1, description="training processes; --workers N sets it")
     cpus_per_worker: int | None = Field(None, ge=1, description="null: all CPUs there are, shared out")
+    gpus_per_worker: float = Field(
+        1.0, gt=0.0, le=1.0, description="with --gpu; a part of one lets runs of one worker share a GPU"
+    )
     max_failures: int = Field(2, ge=-1, description="restarts from the last checkpoint; -1: without end")
 
     @field_validator("findings", mode="before")
@@ -196,6 +199,8 @@ class TrainSettings(Settings):
             )
         if self.xla and self.sync_batchnorm:
             raise ValueError("sync_batchnorm: statistics cannot be exchanged inside XLA; set one of the two to false")
+        if self.gpus_per_worker < 1 and self.workers > 1:
+            raise ValueError("gpus_per_worker: NCCL takes one worker per GPU; a part of a GPU is for workers=1")
         return self
 
     def idle(self) -> list[str]:
@@ -222,6 +227,49 @@ class TrainSettings(Settings):
 
     def finding_names(self) -> tuple[str, ...]:
         return labels.resolve(self.findings)
+
+
+Objective = Literal["auroc", "images_per_second", "calibration_error"]
+
+
+class TuneSettings(Settings):
+    """A search. What every trial shares is [train]; what differs is [tune.space]."""
+
+    trials: int = Field(20, ge=1, le=100_000, description="in all, those of earlier runs included; --trials N sets it")
+    space: dict[str, Any] = Field({}, description="what is searched; empty: a space of its own, see docs/tuning.md")
+    enqueue: tuple[dict[str, Any], ...] = Field((), description="known good settings, tried first, in this order")
+    known: bool = Field(
+        True, description="try ResNet50 and DenseNet121 with settings that are known to work first, where searched"
+    )
+    sampler: Literal["tpe", "random", "cmaes"] = Field(
+        "tpe", description="cmaes: numbers only, one backbone, nothing conditional; needs the extra cmaes"
+    )
+    startup_trials: int = Field(10, ge=0, description="tpe: random ones before it models anything")
+    scheduler: Literal["asha", "halving", "median", "none"] = Field(
+        "asha", description="which trials end early: asha and halving by rungs, median below the others' median"
+    )
+    grace_epochs: int = Field(1, ge=1, description="epochs that every trial gets")
+    reduction_factor: int = Field(3, ge=2, le=100, description="asha, halving: one in so many goes on, so much longer")
+    objectives: tuple[Objective, ...] = Field(
+        ("auroc",), description="auroc alone, or with images_per_second of the exported network, calibration_error"
+    )
+    concurrent: int | None = Field(None, ge=1, description="trials that train at a time; null: as many as fit")
+    ahead: int = Field(
+        1, ge=0, le=100, description="trials started before there is room, so that only their workers have to start"
+    )
+    max_failures: int = Field(1, ge=0, description="new starts of a trial whose process or node was lost")
+    keep: Literal["best", "all"] = Field(
+        "best", description="checkpoints that stay when a trial has ended: those that a bundle may come of, or all"
+    )
+    storage: str | None = Field(None, description="Optuna storage, such as postgresql://...; null: STUDY/study.db")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the sampler")
+
+    @field_validator("objectives")
+    @classmethod
+    def _objectives(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "auroc" not in value or len(set(value)) != len(value):
+            raise ValueError("name auroc, and each of the others at most once")
+        return ("auroc", *(name for name in value if name != "auroc"))
 
 
 Precision = Literal["auto", "fp32", "bf16", "int8"]
@@ -284,6 +332,7 @@ class Config(Settings):
     ray: RaySettings = RaySettings()
     prepare: PrepareSettings = PrepareSettings()
     train: TrainSettings = TrainSettings()
+    tune: TuneSettings = TuneSettings()
     score: ScoreSettings = ScoreSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     recalibrate: RecalibrateSettings = RecalibrateSettings()
@@ -310,18 +359,25 @@ def build(kind: type[_T], values: Mapping[str, Any], *, where: str = "") -> _T:
         raise _refusal((f"{where}: " if where else "") + _one_line(kind, error)) from None
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = (), *, section: str = "train") -> Config:
+def load(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    section: str = "train",
+    start: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Config:
     """Read a TOML file (none: the defaults) and apply `key=value` overrides to it.
 
     Args:
         path: the TOML file, or None.
         overrides: texts such as `epochs=3`, `ray.num_cpus=2`, `dense=[256]`; the value is TOML, or a bare word.
         section: the section that a key without a dot belongs to.
+        start: values of sections in place of a file.
 
     Raises:
         ConfigError: no such file, not TOML, an unknown key, a value out of its range.
     """
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = {name: dict(values) for name, values in (start or {}).items()}
     if path is not None:
         try:
             data = tomllib.loads(Path(path).read_text(encoding="utf-8"))

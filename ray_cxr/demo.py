@@ -28,15 +28,42 @@ TRAINING = (
     "loss=bce",
     "optimizer=adamw",
 )
+#: A search that is small enough for a laptop's evening, and for a test.
+SEARCH = """\
+[train]
+backbone = "TinyCNN"
+weights = "none"
+epochs = 4
+warmup_epochs = 1
+schedule = "cosine"
+optimizer = "adamw"
+
+[tune]
+trials = 4
+reduction_factor = 2
+
+[tune.space]
+learning_rate = { low = 1e-4, high = 1e-2, log = true }
+pooling = ["avg", "max", "avgmax"]
+batch_size = [16, 32]
+loss = ["bce", "weighted_bce"]
+
+[[tune.enqueue]]
+learning_rate = 0.003
+pooling = "avgmax"
+batch_size = 32
+loss = "bce"
+"""
 
 
-def run(out: Path, command: Callable[[Sequence[str]], int], say: Callable[[str], None]) -> None:
+def run(out: Path, command: Callable[[Sequence[str]], int], say: Callable[[str], None], *, tune: bool = False) -> None:
     """Make phantoms, then manifest, prepare, train, score and report, saying each command before it runs.
 
     Args:
         out: the folder for all of it; an interrupted demo continues there.
         command: runs one command line and returns its exit code.
         say: takes one line.
+        tune: with a small search after `prepare`; the training then takes the settings that it found.
 
     Raises:
         RayCxrError: a step failed.
@@ -47,9 +74,16 @@ def run(out: Path, command: Callable[[Sequence[str]], int], say: Callable[[str],
     manifest, prepared, model = out / "manifest.parquet", out / "prepared", out / "run"
     scores, report = out / "scores", out / "report"
     training = [part for setting in TRAINING for part in ("--set", setting)]
+    search = []
+    if tune:
+        # The search finds the settings, and a training of full length uses them.
+        (out / "search.toml").write_text(SEARCH, encoding="utf-8")
+        search = [["tune", str(prepared), "--out", str(out / "study"), "--config", str(out / "search.toml")]]
+        training = ["--config", str(out / "study" / "best.toml"), "--set", "epochs=14"]
     steps: list[list[str]] = [
         ["manifest", str(drawn.table), "--images", str(drawn.images), "--out", str(manifest), *SPLIT],
         ["prepare", str(manifest), "--out", str(prepared), "--size", str(SIZE)],
+        *search,
         ["train", str(prepared), "--out", str(model), *training],
         ["score", "--model", str(model / "bundle"), "--manifest", str(manifest), "--out", str(scores)],
         ["report", str(scores), "--labels", str(manifest), "--split", "test", "--out", str(report)],

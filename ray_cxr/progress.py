@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 #: Seconds between lines where no terminal is attached, as under `ray job submit` or cron.
 LINE_EVERY_S = 15.0
@@ -93,3 +98,72 @@ class Work:
             file=sys.stderr,
             flush=True,
         )
+
+
+class Trials:
+    """A live table of a search's trials on a terminal; where there is none, its events' own lines are enough.
+
+    Args:
+        total: how many trials there will be.
+        done: how many an earlier run brought to an end.
+    """
+
+    def __init__(self, total: int, done: int) -> None:
+        self._total, self._done = total, done
+        self._rows: dict[int, dict[str, str]] = {}
+        self._console = Console(stderr=True)
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live = Live(self._table(), console=self._console, refresh_per_second=2)
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def begin(self, number: int, backbone: str) -> None:
+        """A trial has a process of its own, and waits for its workers."""
+        self._rows[number] = {"backbone": backbone, "state": "waits", "epoch": "", "auroc": ""}
+        self._show()
+
+    def epoch(self, number: int, epoch: int, of: int, auroc: float) -> None:
+        """A trial has done an epoch."""
+        self._rows[number] |= {"state": "trains", "epoch": f"{epoch} of {of}", "auroc": f"{auroc:.4f}"}
+        self._show()
+
+    def end(self, number: int, state: str, auroc: float | None) -> None:
+        """A trial is over, with its best AUROC."""
+        self._done += 1
+        self._rows[number] |= {"state": state, "auroc": "" if auroc is None else f"{auroc:.4f}"}
+        self._show()
+
+    def _show(self) -> None:
+        if self._live is not None:
+            self._live.update(self._table())
+
+    def _table(self) -> Table:
+        best = max((row["auroc"] for row in self._rows.values() if row["auroc"]), default="none yet")
+        table = Table(title=f"{self._done} of {self._total} trials are over; best AUROC here {best}")
+        for name in ("trial", "backbone", "state", "epoch", "AUROC"):
+            table.add_column(name)
+        # As many as a screen holds: the latest.
+        for number, row in sorted(self._rows.items())[-20:]:
+            table.add_row(str(number), row["backbone"], row["state"], row["epoch"], row["auroc"])
+        return table
+
+
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Send the process's stderr nowhere, C++ included; Python errors are raised as ever."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

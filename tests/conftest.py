@@ -87,7 +87,8 @@ def ray_here() -> Iterator[None]:
     from ray_cxr.cli import start_ray
     from ray_cxr.config import RaySettings
 
-    with start_ray(RaySettings(num_cpus=2)):
+    # With its dashboard: it frees what stopped trials of a search hold.
+    with start_ray(RaySettings(num_cpus=2), dashboard=True):
         import ray
 
         assert ray.is_initialized()

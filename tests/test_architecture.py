@@ -37,8 +37,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "cli": BELOW_MODELS | {"models", "training", "tuning", "scoring", "reporting", "demo", "ray_cxr"},
     "jobs": frozenset({"cli"}),
 }
-RAY_ROOMS = ("ray_cxr/training/", "ray_cxr/scoring/", "jobs/")
-RAY_FILES = ("ray_cxr/data/prepared.py", "ray_cxr/tuning.py", "ray_cxr/cli.py")
+RAY_ROOMS = ("ray_cxr/training/", "ray_cxr/tuning/", "ray_cxr/scoring/", "jobs/")
+RAY_FILES = ("ray_cxr/data/prepared.py", "ray_cxr/cli.py")
 #: Files that know something of each finding by name. In them a table keyed by finding may stand, if all its keys are
 #: findings, and short sequences; a long sequence, which would be an order of findings, may not.
 KNOWS_EACH_FINDING = {

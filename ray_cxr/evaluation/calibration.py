@@ -15,6 +15,7 @@ import pandas as pd
 
 from ray_cxr.errors import ConfigError
 from ray_cxr.evaluation import metrics
+from ray_cxr.evaluation.intervals import patient_codes
 
 #: Probabilities are kept this far from 0 and 1 before the logit; float32 cannot resolve more near 1.
 EPSILON = 1e-7
@@ -240,6 +241,62 @@ def _newton(z: np.ndarray, target: np.ndarray, beta: np.ndarray, ridge: np.ndarr
         if np.abs(step).max() < 1e-10:
             break
     return beta
+
+
+def expected_error(y: np.ndarray, p: np.ndarray, bins: int = 10) -> float | None:
+    """Expected calibration error: |mean probability - share of positives| in bins of equal width, weighted by images.
+
+    As in Guo et al. 2017, for one finding: the probability is that of the finding, not of a winning class.
+
+    Args:
+        y: labels [n], 0 or 1.
+        p: probabilities [n] in 0..1.
+        bins: how many.
+
+    Returns:
+        A number in 0..1; None without images.
+    """
+    y, p = metrics.checked(y, p)
+    _check_range(p)
+    if not y.size:
+        return None
+    place = np.minimum((p * bins).astype(np.int64), bins - 1)
+    gaps = np.bincount(place, weights=p - y, minlength=bins)
+    return float(np.abs(gaps).sum() / y.size)
+
+
+def cross_fitted_error(
+    labels: np.ndarray, p: np.ndarray, patients: np.ndarray, *, method: str = "platt", min_positives: int = 5
+) -> float | None:
+    """The mean over findings of the expected calibration error that is left after calibrating on other patients.
+
+    Patients are halved; each half is calibrated by what the other half gives, or left as it is where that has too few
+    positives. Fitted and measured on the same images the error would all but vanish.
+
+    Args:
+        labels: int8 [N,F], -1 where not labelled.
+        p: raw probabilities [N,F].
+        patients: ids [N].
+        method: `platt` or `temperature`.
+        min_positives: a half with fewer positives, or negatives, of a finding calibrates nothing.
+
+    Returns:
+        A number in 0..1; None where nothing is labelled.
+    """
+    half = patient_codes(patients)[0] % 2 == 0
+    errors = []
+    for j in range(labels.shape[1]):
+        known = labels[:, j] >= 0
+        y, q = labels[known, j], p[known, j].astype(np.float64)
+        calibrated = q.copy()
+        for part in (half[known], ~half[known]):
+            rule = _fit(y[~part], q[~part], min_positives, method)
+            if isinstance(rule, Calibration):
+                calibrated[part] = apply(rule, q[part])
+        error = expected_error(y, calibrated)
+        if error is not None:
+            errors.append(error)
+    return float(np.mean(errors)) if errors else None
 
 
 def apply(calibration: Calibration | Mapping[str, Any], p: np.ndarray) -> np.ndarray:

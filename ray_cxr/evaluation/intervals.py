@@ -37,6 +37,21 @@ class Interval:
     reason: str | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class ResampledAuroc:
+    """AUROC in each resample.
+
+    Attributes:
+        values: float64 [n_resamples, F]; NaN where a column has lost a class, or never had both.
+        defined: bool [F], which columns have both classes in the images as they are.
+        n_patients: how many patients each resample draws.
+    """
+
+    values: np.ndarray
+    defined: np.ndarray
+    n_patients: int
+
+
 @dataclass(frozen=True)
 class BootstrapAuroc:
     """Intervals per column of the scores, in their order, and of the macro mean."""
@@ -98,6 +113,31 @@ def bootstrap_auroc(
     Raises:
         ValueError: shapes that do not fit, a label that is neither 0 nor 1, n_resamples < 1.
     """
+    drawn = resampled_aurocs(labels, scores, patients, n_resamples, seed)
+    counted = drawn.defined if macro is None else drawn.defined & np.asarray(macro, dtype=bool)
+    means = drawn.values[:, counted].mean(axis=1) if counted.any() else np.full(n_resamples, np.nan)
+    return BootstrapAuroc(
+        findings=tuple(percentile_interval(column) for column in drawn.values.T),
+        macro=percentile_interval(means),
+        n_patients=drawn.n_patients,
+        n_resamples=n_resamples,
+        seed=seed,
+    )
+
+
+def resampled_aurocs(
+    labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, n_resamples: int = 1000, seed: int = 0
+) -> ResampledAuroc:
+    """AUROC of each column in each resample of patients; what `bootstrap_auroc` takes its percentiles of.
+
+    All columns share their resamples, so columns may be subtracted within a resample.
+
+    Args:
+        labels, scores, patients, n_resamples, seed: as `bootstrap_auroc`.
+
+    Raises:
+        ValueError: as `bootstrap_auroc`.
+    """
     labels, scores = np.asarray(labels), np.asarray(scores)
     if labels.ndim != 2 or labels.shape != scores.shape or len(patients) != len(labels):
         raise ValueError(f"labels {labels.shape}, scores {scores.shape} and {len(patients)} patients do not fit")
@@ -110,17 +150,7 @@ def bootstrap_auroc(
         for f, plan in enumerate(plans):
             if plan is not None:
                 values[rows, f] = plan.aurocs(counts)
-
-    counted = np.ones(len(plans), dtype=bool) if macro is None else np.asarray(macro, dtype=bool)
-    chosen = [f for f, plan in enumerate(plans) if plan is not None and counted[f]]
-    means = values[:, chosen].mean(axis=1) if chosen else np.full(n_resamples, np.nan)
-    return BootstrapAuroc(
-        findings=tuple(_percentiles(values[:, f]) for f in range(len(plans))),
-        macro=_percentiles(means),
-        n_patients=n_patients,
-        n_resamples=n_resamples,
-        seed=seed,
-    )
+    return ResampledAuroc(values, np.array([plan is not None for plan in plans], dtype=bool), n_patients)
 
 
 def bootstrap_ratios(
@@ -148,7 +178,17 @@ def bootstrap_ratios(
         drawn = counts.T.astype(np.float64) @ sums
         part, whole = drawn[:, : parts.shape[1]], drawn[:, parts.shape[1] :]
         np.divide(part, whole, out=values[rows], where=whole > 0)
-    return tuple(_percentiles(values[:, k]) for k in range(parts.shape[1]))
+    return tuple(percentile_interval(values[:, k]) for k in range(parts.shape[1]))
+
+
+def percentile_interval(values: np.ndarray) -> Interval:
+    """The 95% percentile interval of a quantity's resampled values [n]; NaN where it was undefined."""
+    usable = values[~np.isnan(values)]
+    undefined = len(values) - len(usable)
+    if len(usable) < MIN_RESAMPLES:
+        return Interval(None, None, undefined, f"{len(usable)} usable resamples; {MIN_RESAMPLES} are needed")
+    low, high = np.percentile(usable, [2.5, 97.5])
+    return Interval(float(low), float(high), undefined)
 
 
 def delong(y: np.ndarray, s: np.ndarray) -> tuple[float, float] | None:
@@ -254,15 +294,6 @@ def _resamples(n_patients: int, n_images: int, n_resamples: int, seed: int) -> I
             # Counted draws are a multinomial sample, and faster than numpy's multinomial for many classes.
             counts[row] = np.bincount(rng.integers(0, n_patients, n_patients), minlength=n_patients)
         yield slice(start, start + size), np.ascontiguousarray(counts.T)
-
-
-def _percentiles(values: np.ndarray) -> Interval:
-    usable = values[~np.isnan(values)]
-    undefined = len(values) - len(usable)
-    if len(usable) < MIN_RESAMPLES:
-        return Interval(None, None, undefined, f"{len(usable)} usable resamples; {MIN_RESAMPLES} are needed")
-    low, high = np.percentile(usable, [2.5, 97.5])
-    return Interval(float(low), float(high), undefined)
 
 
 def _midranks(x: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The report's page: one file with everything in it, which asks no network for anything.
+"""The reports' pages: one file each with everything in it, which asks no network for anything.
 
 All text passes jinja2's autoescape: an image id may hold anything a file name may.
 """
@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 
 from ray_cxr.reporting import plots
 
 
-def render(view: Mapping[str, Any]) -> str:
-    """The page from what `report.write_report` gathered; every name the template uses must be there.
+def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
+    """A page from what `report.write_report` or `study.write_study` gathered; every name it uses must be there.
 
     Raises:
         jinja2.UndefinedError: a name is missing.
@@ -30,8 +31,16 @@ def render(view: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(num=num, percent=percent, count=count, spaced=plots.spaced, png=_png)
-    return environment.get_template("report.html.j2").render(view)
+    environment.filters.update(
+        num=num,
+        percent=percent,
+        count=count,
+        duration=duration,
+        setting=setting,
+        spaced=plots.spaced,
+        png=_png,
+    )
+    return environment.get_template(template).render(view)
 
 
 def num(value: float | None, digits: int = 3) -> str:
@@ -47,6 +56,29 @@ def percent(value: float | None, digits: int = 1) -> str:
 def count(value: int | None) -> str:
     """A whole number with thousands separated; an en dash for None."""
     return "–" if value is None else f"{value:,}"
+
+
+def duration(seconds: float | None) -> str:
+    """A time as a reader says it: 45 s, 12 min, 3 h 05 min; an en dash for None."""
+    if seconds is None:
+        return "–"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def setting(value: Any) -> str:
+    """A setting's value as a TOML file would hold it, floats to four digits; an en dash for None."""
+    if value is None:
+        return "–"
+    if isinstance(value, (bool, np.bool_)):
+        return "true" if value else "false"
+    if isinstance(value, (float, np.floating)):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(setting(item) for item in value) + "]"
+    return str(value)
 
 
 def _png(data: bytes) -> Markup:

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,14 +40,26 @@ from ray_cxr.labels import LABELS
 from ray_cxr.models import exports
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle
-from ray_cxr.progress import Work
+from ray_cxr.progress import Work, quiet_stderr
 from ray_cxr.training import schedule, worker
-from ray_cxr.training.worker import FAILURE, LIVE, METRICS, PROGRESS, RESULT, STARTED, VALIDATION, Callbacks
+from ray_cxr.training.worker import (
+    FAILURE,
+    LIVE,
+    METRICS,
+    PROGRESS,
+    RESULT,
+    STARTED,
+    UNSCORED,
+    VALIDATION,
+    Callbacks,
+)
 from ray_cxr.versions import versions
 
 logger = logging.getLogger(__name__)
 
 
+#: In RUN/ray: Ray Train's own list of its checkpoints.
+SNAPSHOT = "checkpoint_manager_snapshot.json"
 #: Seconds without a first step after which it is said that something may be waited for.
 WAITING_S = 240
 
@@ -83,22 +95,16 @@ def train(
         ConfigError, TableError, OutputError: see the messages.
         RayCxrError: training failed; says how.
     """
-    prepared, out, began = Path(prepared), Path(out), began or time.time()
+    prepared, out = Path(prepared), Path(out)
     plan = check(prepared, out, settings)
     if plan.finished is not None:
         on_event(f"train: {plan.finished.path} is finished already")
         return plan.finished
-    data, settings = plan.data, plan.settings
-    if not plan.begun:
-        # Nothing was trained here yet, so what an earlier attempt had wanted binds nobody.
-        (out / SETTINGS).unlink(missing_ok=True)
-    resources = _resources(settings, use_gpu=use_gpu)
-    begin(out, plan.wanted)
     for name in settings.idle():
         on_event(f"train: WARNING: no effect: {name}")
     if settings.weights == "none" and not plan.begun:
         on_event("train: WARNING: weights=none: the network starts from RANDOM weights, not from pre-trained ones")
-    lacking = _one_sided(data, settings.finding_names())
+    lacking = _one_sided(plan.data, settings.finding_names())
     if lacking:
         on_event(
             f"train: WARNING: the training images do not show both sides of {', '.join(lacking)}: "
@@ -106,26 +112,106 @@ def train(
         )
     if settings.frozen_epochs and settings.weights == "none":
         on_event("train: WARNING: frozen_epochs keeps a backbone frozen whose weights are random")
+    fit(plan, out, use_gpu=use_gpu, callbacks=callbacks, began=began, on_event=on_event)
+    return export(plan, out, out / "bundle")
+
+
+def fit(
+    plan: Plan,
+    out: Path,
+    *,
+    use_gpu: bool = False,
+    callbacks: Callbacks | None = None,
+    began: float | None = None,
+    on_event: Callable[[str], None] | None = None,
+    listeners: Sequence[Any] = (),
+) -> None:
+    """Train to the end of the run, or from where it was left; RUN/ray then holds the best epoch's checkpoint.
+
+    Args:
+        plan: what `check` gave for this `out`.
+        out: the run's folder.
+        use_gpu, callbacks, began: as in `train`.
+        on_event: takes one line per event for people; None: nobody watches, nor is a bar shown.
+        listeners: Ray Train's own `UserCallback`s, which see each report in the run's controller.
+
+    Raises:
+        ConfigError, OutputError, RayCxrError: see the messages.
+    """
+    out = Path(out)
+    data, settings = plan.data, plan.settings
+    if not plan.begun:
+        # Nothing was trained here yet, so what an earlier attempt had wanted binds nobody.
+        (out / SETTINGS).unlink(missing_ok=True)
+    resources = _resources(settings, use_gpu=use_gpu)
+    begin(out, plan.wanted)
     result = _fit(
-        prepared, out, data, settings, resources, use_gpu=use_gpu, callbacks=callbacks, began=began, on_event=on_event
+        out,
+        data,
+        settings,
+        resources,
+        use_gpu=use_gpu,
+        callbacks=callbacks,
+        began=began or time.time(),
+        on_event=on_event,
+        listeners=listeners,
     )
     # The run's own word that it ended, and not the absence of a file that says why it did not: on shared storage a
     # file can be there and not be seen for a while.
     if result.checkpoint is None:
         raise RayCxrError(f"{out}: training ended without a checkpoint; see {out / 'ray'}")
     last = _progress(result.checkpoint)
-    scores, curves = last["scores"], last["curves"]
+    scores = last["scores"]
     if not (last["stopped"] or len(scores) >= settings.epochs or schedule.out_of_patience(settings, scores)):
         raise RayCxrError(
             f"{out}: training ended after {len(scores)} of {settings.epochs} epochs and left no reason; "
             "run the command again to continue"
         )
-    ranked = [(metrics["selection"], checkpoint) for checkpoint, metrics in result.best_checkpoints]
-    best = max(ranked, key=lambda pair: pair[0])[1]
+
+
+def export(plan: Plan, out: Path, to: Path, *, provenance: Mapping[str, Any] | None = None) -> Bundle:
+    """Make a bundle of the best epoch that a run has trained so far, whether or not it has ended.
+
+    Args:
+        plan: what `check` gave for this run.
+        out: the run's folder.
+        to: the bundle's.
+        provenance: what the bundle should say of its origin besides the run itself.
+
+    Raises:
+        RayCxrError: no epoch was finished yet.
+    """
+    with quiet_stderr():  # what TensorFlow has to say past Python
+        import tensorflow  # noqa: F401
+    best = best_checkpoint(out)
+    if best is None:
+        raise RayCxrError(f"{out}: no epoch was finished yet, so there is nothing to make a bundle of")
     with tempfile.TemporaryDirectory(prefix="ray_cxr-") as folder, best.as_directory() as seen:
         # Ray's folder may be a view of remote storage: copy what the bundle needs once.
         shutil.copytree(seen, folder, dirs_exist_ok=True)
-        return _finish(Path(folder), out, data, settings, curves)
+        # The latest checkpoint's, because the best one's ends with that epoch.
+        curves = _progress(_result(out).checkpoint)["curves"]
+        return _finish(Path(folder), out, to, plan.data, plan.settings, curves, provenance or {})
+
+
+def best_checkpoint(out: Path) -> Any:
+    """Ray Train's checkpoint of the best epoch of a run so far; None before the first is done."""
+    if not (out / "ray" / SNAPSHOT).exists():
+        return None
+    # A checkpoint in mid-epoch has no score.
+    scored = [
+        (metrics["selection"], checkpoint)
+        for checkpoint, metrics in _result(out).best_checkpoints
+        if metrics["selection"] > UNSCORED
+    ]
+    return max(scored, key=lambda pair: pair[0])[1] if scored else None
+
+
+def _result(out: Path) -> Any:
+    """What Ray Train has written down of a run, ended or not."""
+    from ray.train import Result
+
+    return Result.from_path(out / "ray")
 
 
 def _progress(checkpoint: Any) -> dict[str, Any]:
@@ -181,9 +267,9 @@ def check(prepared: str | Path, out: str | Path, settings: TrainSettings) -> Pla
         "format": 1,
         "prepared": data.manifest_digest,
         "input_spec": data.input_spec.model_dump(mode="json"),
-        "train": settings.model_dump(mode="json", exclude=_free(settings)),
+        "train": settings.model_dump(mode="json", exclude=free(settings)),
     }
-    begun = (out / "ray" / "checkpoint_manager_snapshot.json").exists() or (out / "bundle").exists()
+    begun = (out / "ray" / SNAPSHOT).exists() or (out / "bundle").exists()
     if begun or not _abandoned(out):
         agree(out, wanted)
     finished = None
@@ -222,9 +308,9 @@ def _refuse_leak(start: Bundle, val: pa.Table) -> None:
         )
 
 
-def _free(settings: TrainSettings) -> set[str]:
+def free(settings: TrainSettings) -> set[str]:
     """Settings that may change when a run is continued: they leave what was trained so far as it would be anyway."""
-    free = {"workers", "cpus_per_worker", "max_failures", "checkpoint_steps"}
+    free = {"workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "checkpoint_steps"}
     # A cosine ends with the last epoch, so another number of epochs would have made other steps from the start.
     return free if settings.schedule == "cosine" else {*free, "epochs"}
 
@@ -241,42 +327,54 @@ def _resources(settings: TrainSettings, *, use_gpu: bool) -> dict[str, float]:
     Raises:
         ConfigError: the nodes cannot hold the workers; Ray would wait for ever.
     """
+    each, _ = room(settings, use_gpu=use_gpu)
+    return {"CPU": float(each), **({"GPU": settings.gpus_per_worker} if use_gpu else {})}
+
+
+def room(settings: TrainSettings, *, use_gpu: bool, runs: int | None = None) -> tuple[int, int]:
+    """The CPUs that each worker of a run gets on Ray's nodes as they are, and how many such runs fit at a time.
+
+    Args:
+        settings: the runs'.
+        use_gpu: as in `train`.
+        runs: so many should fit, which leaves each worker less; None: a worker gets what it can.
+
+    Raises:
+        ConfigError: not even one fits; Ray would wait for ever.
+    """
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = sum(node.get("GPU", 0) for node in nodes)
-    if use_gpu and gpus < settings.workers:
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(node.get("GPU", 0) for node in alive)
+    if use_gpu and gpus < settings.workers * settings.gpus_per_worker:
         raise ConfigError(
-            f"--gpu: {settings.workers} workers need as many GPUs, Ray has {gpus:g}; "
-            "leave --gpu out, or connect to a cluster that has them"
+            f"--gpu: {settings.workers} workers need {settings.workers * settings.gpus_per_worker:g} GPUs, Ray has "
+            f"{gpus:g}; leave --gpu out, or connect to a cluster that has them"
         )
-    if use_gpu:
-        nodes = [node for node in nodes if node.get("GPU", 0) >= 1]
-    cpus = cpus_each(
-        [(node.get("CPU", 0), node.get("GPU", 0) if use_gpu else math.inf) for node in nodes],
-        settings.workers,
-        settings.cpus_per_worker,
-    )
-    if cpus is None:
-        have = ", ".join(f"{node.get('CPU', 0):g}" for node in nodes)
+    nodes = [
+        (node.get("CPU", 0), node.get("GPU", 0) // settings.gpus_per_worker if use_gpu else math.inf) for node in alive
+    ]
+    each = cpus_each(nodes, settings.workers * (runs or 1), settings.cpus_per_worker)
+    if each is None:
+        have = ", ".join(f"{cpus:g}" for cpus, places in nodes if places)
+        of = f"{runs} runs of " if runs else ""
         raise ConfigError(
-            f"train: {settings.workers} workers of {settings.cpus_per_worker or 1} CPUs do not fit Ray's nodes, "
-            f"which have {have}; lower workers or cpus_per_worker"
+            f"{of}{settings.workers} workers of {settings.cpus_per_worker or 1} CPUs do not fit Ray's nodes, "
+            f"which have {have}; lower {'concurrent, ' if runs else ''}workers or cpus_per_worker"
         )
-    return {"CPU": float(cpus), **({"GPU": 1.0} if use_gpu else {})}
+    return each, int(sum(min(cpus // each, places) for cpus, places in nodes)) // settings.workers
 
 
 def cpus_each(nodes: Sequence[tuple[float, float]], workers: int, wanted: int | None) -> int | None:
-    """The most CPUs that each of so many workers can have on nodes of (CPUs, GPUs); None where they do not fit."""
+    """The most CPUs that each worker can have on nodes of (CPUs, places); None where they do not fit."""
     most = int(max((cpus for cpus, _ in nodes), default=0))
     for each in (wanted,) if wanted else range(most, 0, -1):
-        if sum(min(cpus // each, gpus) for cpus, gpus in nodes) >= workers:
+        if sum(min(cpus // each, places) for cpus, places in nodes) >= workers:
             return each
     return None
 
 
 def _fit(
-    prepared: Path,
     out: Path,
     data: PreparedSet,
     settings: TrainSettings,
@@ -285,22 +383,26 @@ def _fit(
     use_gpu: bool,
     callbacks: Callbacks | None,
     began: float,
-    on_event: Callable[[str], None],
+    on_event: Callable[[str], None] | None,
+    listeners: Sequence[Any],
 ) -> Any:
     """Run Ray Train to its end; its result."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.tensorflow import TensorflowTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    trainer = TensorflowTrainer(
+    from ray_cxr.training.backend import TensorflowCluster
+
+    trainer = DataParallelTrainer(
         worker.run,
         train_loop_config={
             "settings": settings.model_dump(mode="json"),
-            "prepared": str(prepared.absolute()),
+            "prepared": str(data.path.absolute()),
             "out": str(out.absolute()),
             "cpus": int(resources["CPU"]),
             "use_gpu": use_gpu,
             "callbacks": callbacks,
         },
+        backend_config=TensorflowCluster(),
         scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=use_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name="ray",
@@ -310,13 +412,18 @@ def _fit(
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute="selection", checkpoint_score_order="max"
             ),
+            callbacks=list(listeners),
         ),
     )
     for name in (FAILURE, STARTED, LIVE):
         (out / name).unlink(missing_ok=True)
     steps = math.ceil(len(data.usable("train")) / settings.batch_size)
     try:
-        with _telling(out, settings, min(steps, settings.steps_per_epoch or steps), began, on_event):
+        with (
+            _telling(out, settings, min(steps, settings.steps_per_epoch or steps), began, on_event)
+            if on_event
+            else contextlib.nullcontext()
+        ):
             result = trainer.fit()
     except Exception as error:
         _raise_failure(out)
@@ -428,12 +535,21 @@ def _plain(error: BaseException) -> RayCxrError:
     return RayCxrError(f"training failed: {lines[-1][:300]}")
 
 
-def _finish(best: Path, out: Path, data: PreparedSet, settings: TrainSettings, curves: list[dict[str, Any]]) -> Bundle:
+def _finish(
+    best: Path,
+    out: Path,
+    to: Path,
+    data: PreparedSet,
+    settings: TrainSettings,
+    curves: list[dict[str, Any]],
+    more: Mapping[str, Any],
+) -> Bundle:
     """Fit calibration and operating points on validation, and write the bundle.
 
     Args:
         best: the best epoch's checkpoint.
         curves: of all epochs, also those after the best one, whose checkpoint cannot know of them.
+        more: what its provenance says besides.
     """
     progress = json.loads((best / PROGRESS).read_text(encoding="utf-8"))
     result = json.loads((best / RESULT).read_text())
@@ -475,10 +591,11 @@ def _finish(best: Path, out: Path, data: PreparedSet, settings: TrainSettings, c
         "validation": result,
         "settings": settings.model_dump(mode="json"),
         "versions": versions(),
+        **more,
     }
     plain = {key: value for key, value in settings.model_dump(mode="json").items() if value is not None}
     return write_bundle(
-        out / "bundle",
+        to,
         save_weights=lambda path: shutil.copyfile(best / WEIGHTS, path),
         architecture=architecture,
         input_spec=data.input_spec,

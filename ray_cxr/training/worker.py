@@ -20,6 +20,8 @@ from ray_cxr.config import TrainSettings, build
 from ray_cxr.data import atomic
 from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import ConfigError, RayCxrError
+from ray_cxr.evaluation import calibration
+from ray_cxr.labels import NO_FINDING
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import WEIGHTS
 
@@ -149,11 +151,15 @@ def _validate(loop: Loop, progress: Progress, epoch: Epoch, folder: Path) -> tup
             (folder / RESULT).write_text(json.dumps(result), encoding="utf-8")
             np.savez(folder / VALIDATION, probabilities=probabilities, image_ids=loop.val.image_ids.astype(str))
     values = loop.val.labels[:, loop.columns]
+    real = [j for j, name in enumerate(loop.findings) if name != NO_FINDING]
     point = {
         "epoch": progress.epochs_done + 1,
         "loss": epoch.loss,
         "val_loss": cross_entropy(probabilities, values),
         "val_auroc": result["macro_auroc"],
+        "val_calibration_error": calibration.cross_fitted_error(
+            values[:, real], probabilities[:, real], loop.val.patient_ids, method=loop.settings.calibration
+        ),
         "learning_rate": float(np.asarray(loop.optimizer.keras.learning_rate)),
         "seconds": round(epoch.seconds, 3),
         "wait_seconds": round(epoch.waited, 3),

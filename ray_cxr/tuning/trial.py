@@ -1,0 +1,131 @@
+"""One trial: what the tuned function does in its own process. It holds no CPU: its Ray Train workers do.
+
+A trial is a RUN of `train` in STUDY/trials/NNNN. Whatever ends a trial's process, the next one of the same number
+continues there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from ray_cxr.config import TrainSettings, build
+from ray_cxr.data import atomic
+from ray_cxr.errors import RayCxrError
+from ray_cxr.models.architecture import Architecture
+from ray_cxr.training import trainer
+from ray_cxr.training.worker import UNSCORED
+from ray_cxr.tuning.study import curve_of
+
+#: In STUDY: rates of exported networks, one file for each architecture.
+SPEEDS = "speeds"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all trials of a search share.
+
+    Attributes:
+        prepared, out: the prepared folder and the study's.
+        use_gpu: whether workers train on GPUs.
+        measure_threads: CPU threads that an exported network is timed on; None: it is not timed.
+    """
+
+    prepared: str
+    out: str
+    use_gpu: bool
+    measure_threads: int | None
+
+
+def run(config: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Train one trial to its end, reporting each epoch to Tune; what went before a restart is reported again.
+
+    A failure that would only happen again comes back as a result, `failure`: Tune would start whatever raises anew.
+
+    Args:
+        config: `folder`, the trial's, and `settings`, whole.
+        job: what trials share.
+
+    Returns:
+        The last report: that of the last epoch, with `ended`.
+    """
+    settings, folder = build(TrainSettings, config["settings"]), Path(config["folder"])
+    try:
+        plan = trainer.check(job.prepared, folder, settings)
+        rate = None
+        if job.measure_threads is not None:
+            rate = _rate(Path(job.out), Architecture.of(plan.settings, plan.data.size), plan.data, job.measure_threads)
+        points = Points(rate)
+        for epoch in curve_of(folder):
+            tune.report(points.next(epoch))
+        trainer.fit(plan, folder, use_gpu=job.use_gpu, listeners=[Relay(points)])
+        points = Points(rate)
+        last: dict[str, Any] = {}
+        for epoch in curve_of(folder):
+            last = points.next(epoch)
+        return {**last, "ended": 1}
+    except RayCxrError as error:
+        return {"epoch": 0, "val_auroc": float("nan"), "best_val_auroc": float("nan"), "failure": str(error)}
+
+
+class Points:
+    """Epochs as Tune gets them: with the best AUROC so far, which is what a bundle would have."""
+
+    def __init__(self, rate: float | None) -> None:
+        self._best: dict[str, Any] | None = None
+        self._rate = rate
+
+    def next(self, epoch: dict[str, Any]) -> dict[str, Any]:
+        """The report of an epoch, which comes after those that were asked for before."""
+        if self._best is None or epoch["val_auroc"] > self._best["val_auroc"]:
+            self._best = epoch
+        return {
+            "epoch": int(epoch["epoch"]),
+            "loss": epoch["loss"],
+            "val_auroc": epoch["val_auroc"],
+            "best_val_auroc": self._best["val_auroc"],
+            "calibration": self._best["val_calibration_error"],
+            **({} if self._rate is None else {"images_per_second": self._rate}),
+        }
+
+
+class Relay(TuneReportCallback):
+    """Ray's way from a run's controller to Tune; checkpoints in mid-epoch are no news there."""
+
+    def __init__(self, points: Points) -> None:
+        super().__init__()
+        self._points = points
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if metrics[0]["selection"] != UNSCORED:
+            super().after_report(run_context, [self._points.next(metrics[0])], None)
+
+
+def _rate(out: Path, architecture: Architecture, data: Any, threads: int) -> float:
+    """Images a second of the exported network; timed once for each architecture of a study.
+
+    It is timed in a task that holds as many CPUs, in a process of its own: this one stays without TensorFlow.
+    """
+    import hashlib
+    import json
+
+    name = hashlib.sha256(architecture.model_dump_json(exclude={"findings", "dropout"}).encode()).hexdigest()[:16]
+    path = out / SPEEDS / f"{name}.json"
+    if path.exists():
+        return float(json.loads(path.read_text(encoding="utf-8"))["images_per_second"])
+    rate = float(ray.get(ray.remote(_measure).options(num_cpus=threads).remote(architecture, data.input_spec, threads)))
+    path.parent.mkdir(exist_ok=True)
+    known = architecture.model_dump(mode="json", exclude={"findings", "dropout"})
+    atomic.write_json(path, {"images_per_second": rate, "threads": threads, "architecture": known})
+    return rate
+
+
+def _measure(architecture: Architecture, spec: Any, threads: int) -> float:
+    from ray_cxr.models import throughput
+
+    return throughput.images_per_second(architecture, spec, threads=threads)
