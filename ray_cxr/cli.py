@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import socket
 import sys
 import time
 from collections import Counter
@@ -297,18 +298,20 @@ def _tune(arguments: argparse.Namespace) -> None:
     if arguments.trials is not None:
         chosen = chosen.replace(trials=arguments.trials)
     plan = studies.Plan(arguments.prepared, out, base, chosen)
-    if plan.done() and (out / "report.html").exists():
-        _say(f"tune: {out} is finished already: {chosen.trials} trials; --trials N asks for more")
+    if plan.done():
+        _say(f"tune: {out} is finished already; --trials N asks for more than {chosen.trials} trials")
         return
     # The dashboard answers Ray Train's question whether a stopped trial's run still lives.
     with start_ray(loaded.ray, dashboard=True):
         from ray_cxr.tuning import search  # with Ray, whose environment is set by now
 
         outcome = search.search(plan, use_gpu=arguments.gpu, on_event=_say)
+    from ray_cxr.data import atomic
     from ray_cxr.reporting import study as page
 
     with _writing(arguments.out):
         page.write_study(out, outcome.study, outcome.rows, outcome.facts, outcome.comparison)
+        atomic.write_json(out / studies.SUMMARY, {**outcome.facts, "comparison": outcome.comparison})
     table = Table("trial", "backbone", "state", "epochs", "AUROC", "seconds", title="Trials, the best first")
     ranked = outcome.rows.sort_values("val_auroc", ascending=False, na_position="last") if len(outcome.rows) else None
     for row in [] if ranked is None else ranked.head(15).to_dict("records"):
@@ -331,6 +334,8 @@ def _tune(arguments: argparse.Namespace) -> None:
     counts = ", ".join(f"{count} {state}" for state, count in states.most_common()) or "none"
     _say(f"trials: {counts}; {outcome.epochs} epochs trained, {time.monotonic() - began:.0f} s")
     _say(f"report: {out / 'report.html'}")
+    if outcome.interrupted and outcome.bundle is None:
+        raise KeyboardInterrupt
     if outcome.bundle is None:
         raise RayCxrError(f"{out}: no trial came to the end of an epoch, so there is no bundle; the table says why")
     _say(f"best trial: {outcome.best}, settings in {out / 'best.toml'}")
@@ -508,7 +513,7 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
             "include_dashboard": dashboard,
         }
     try:
-        with quiet_stderr():
+        with quiet_stderr(), _found_by_its_own(address):
             ray.init(address=address, logging_level=logging.WARNING, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RayCxrError(f"Ray at {address!r}: {_flat(error)[:300]}") from None
@@ -520,6 +525,32 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _found_by_its_own(address: str) -> Iterator[None]:
+    """While a Ray of this command's own starts: its processes get its address into their environment.
+
+    Without it they look for the one Ray on this machine, and where there are two Ray's state API finds none. Ray Train
+    then never frees what a killed run holds.
+    """
+    if address != "local":
+        yield
+        return
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    added = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

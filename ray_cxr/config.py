@@ -253,13 +253,15 @@ class TuneSettings(Settings):
     objectives: tuple[Objective, ...] = Field(
         ("auroc",), description="auroc alone, or with images_per_second of the exported network, calibration_error"
     )
-    concurrent: int | None = Field(None, ge=1, description="trials that train at a time; null: as many as fit")
+    concurrent: int | None = Field(
+        None, ge=1, description="trials that train at a time; null: as GPUs allow, and one for each node's CPUs"
+    )
     ahead: int = Field(
         1, ge=0, le=100, description="trials started before there is room, so that only their workers have to start"
     )
     max_failures: int = Field(1, ge=0, description="new starts of a trial whose process or node was lost")
     keep: Literal["best", "all"] = Field(
-        "best", description="checkpoints that stay when a trial has ended: those that a bundle may come of, or all"
+        "best", description="checkpoints that stay when the search has ended: those that a bundle may come of, or all"
     )
     storage: str | None = Field(None, description="Optuna storage, such as postgresql://...; null: STUDY/study.db")
     seed: int = Field(0, ge=0, lt=2**31, description="of the sampler")

@@ -31,7 +31,7 @@ SHELL = blocks("sh")
 
 
 def test_the_readme_has_the_blocks_that_this_file_runs() -> None:
-    assert len(SHELL) == 4
+    assert len(SHELL) == 5
     assert SHELL[0].split() == ["scripts/demo", "scripts/test"]
     assert len(blocks("python")) == 1
     assert not blocks("bash")
@@ -125,8 +125,15 @@ def test_your_own_images(checkout: Path, nih: Path) -> None:
     assert (checkout / "runs" / "report" / "report.html").exists()
 
 
+def test_a_search(checkout: Path) -> None:
+    said = run(SHELL[2], checkout)
+    assert "best trial: " in said
+    assert len(pd.read_parquet(checkout / "runs" / "search" / "trials.parquet")) == 2
+    assert (checkout / "runs" / "search" / "report.html").exists()
+
+
 def test_somebody_elses_weights(checkout: Path, nih: Path) -> None:
-    run(SHELL[2], checkout, NIH=str(nih))
+    run(SHELL[3], checkout, NIH=str(nih))
     (part,) = (checkout / "runs" / "screened" / "scores").iterdir()
     assert len(pd.read_parquet(part)) == 20
 
@@ -152,8 +159,9 @@ def test_ray_job_submit(checkout: Path) -> None:
     if any(text.startswith("gcs_server") for text in names_of_processes()):
         pytest.skip("a Ray runs on this machine already, and the README's `ray stop` would end it")
     try:
-        said = run(SHELL[3], checkout)
+        said = run(SHELL[4], checkout)
     finally:
         subprocess.run([ROOT / ".venv" / "bin" / "ray", "stop"], check=False, capture_output=True)
-    assert "succeeded" in said
+    assert said.count("succeeded") >= 2
     assert (checkout / "runs" / "scores-job" / "_SUCCESS").exists()
+    assert len(pd.read_parquet(checkout / "runs" / "search" / "trials.parquet")) == 3

@@ -181,8 +181,10 @@ def export(plan: Plan, out: Path, to: Path, *, provenance: Mapping[str, Any] | N
     Raises:
         RayCxrError: no epoch was finished yet.
     """
-    with quiet_stderr():  # what TensorFlow has to say past Python
-        import tensorflow  # noqa: F401
+    with quiet_stderr():  # what TensorFlow has to say past Python when it is imported and looks for GPUs
+        import tensorflow as tf
+
+        tf.config.list_physical_devices()
     best = best_checkpoint(out)
     if best is None:
         raise RayCxrError(f"{out}: no epoch was finished yet, so there is nothing to make a bundle of")
@@ -327,7 +329,7 @@ def _resources(settings: TrainSettings, *, use_gpu: bool) -> dict[str, float]:
     Raises:
         ConfigError: the nodes cannot hold the workers; Ray would wait for ever.
     """
-    each, _ = room(settings, use_gpu=use_gpu)
+    each, _ = room(settings, use_gpu=use_gpu, runs=1)
     return {"CPU": float(each), **({"GPU": settings.gpus_per_worker} if use_gpu else {})}
 
 
@@ -337,7 +339,7 @@ def room(settings: TrainSettings, *, use_gpu: bool, runs: int | None = None) -> 
     Args:
         settings: the runs'.
         use_gpu: as in `train`.
-        runs: so many should fit, which leaves each worker less; None: a worker gets what it can.
+        runs: so many should fit, which leaves each worker less; None: as many as there are GPUs for, and one on CPUs.
 
     Raises:
         ConfigError: not even one fits; Ray would wait for ever.
@@ -351,25 +353,31 @@ def room(settings: TrainSettings, *, use_gpu: bool, runs: int | None = None) -> 
             f"--gpu: {settings.workers} workers need {settings.workers * settings.gpus_per_worker:g} GPUs, Ray has "
             f"{gpus:g}; leave --gpu out, or connect to a cluster that has them"
         )
-    nodes = [
-        (node.get("CPU", 0), node.get("GPU", 0) // settings.gpus_per_worker if use_gpu else math.inf) for node in alive
-    ]
-    each = cpus_each(nodes, settings.workers * (runs or 1), settings.cpus_per_worker)
+    nodes = [(node.get("CPU", 0), places(node.get("GPU", 0), settings) if use_gpu else math.inf) for node in alive]
+    wanted = max(1, int(sum(held for _, held in nodes)) // settings.workers if use_gpu else 1)
+    each = None
+    for count in (runs,) if runs else range(wanted, 0, -1):  # there may be GPUs without a CPU for each
+        each = each or cpus_each(nodes, settings.workers * count, settings.cpus_per_worker)
     if each is None:
-        have = ", ".join(f"{cpus:g}" for cpus, places in nodes if places)
-        of = f"{runs} runs of " if runs else ""
+        have = ", ".join(f"{cpus:g}" for cpus, held in nodes if held)
+        of = f"{runs} runs of " if runs and runs > 1 else ""
         raise ConfigError(
             f"{of}{settings.workers} workers of {settings.cpus_per_worker or 1} CPUs do not fit Ray's nodes, "
-            f"which have {have}; lower {'concurrent, ' if runs else ''}workers or cpus_per_worker"
+            f"which have {have}; lower {'concurrent, ' if of else ''}workers or cpus_per_worker"
         )
-    return each, int(sum(min(cpus // each, places) for cpus, places in nodes)) // settings.workers
+    return each, int(sum(min(cpus // each, held) for cpus, held in nodes)) // settings.workers
+
+
+def places(gpus: float, settings: TrainSettings) -> int:
+    """How many workers so many GPUs hold; 1 / 0.2 is 5, though 1 // 0.2 is 4."""
+    return int(gpus / settings.gpus_per_worker + 1e-9)
 
 
 def cpus_each(nodes: Sequence[tuple[float, float]], workers: int, wanted: int | None) -> int | None:
     """The most CPUs that each worker can have on nodes of (CPUs, places); None where they do not fit."""
     most = int(max((cpus for cpus, _ in nodes), default=0))
     for each in (wanted,) if wanted else range(most, 0, -1):
-        if sum(min(cpus // each, places) for cpus, places in nodes) >= workers:
+        if sum(min(cpus // each, held) for cpus, held in nodes) >= workers:
             return each
     return None
 

@@ -158,7 +158,11 @@ def _validate(loop: Loop, progress: Progress, epoch: Epoch, folder: Path) -> tup
         "val_loss": cross_entropy(probabilities, values),
         "val_auroc": result["macro_auroc"],
         "val_calibration_error": calibration.cross_fitted_error(
-            values[:, real], probabilities[:, real], loop.val.patient_ids, method=loop.settings.calibration
+            values[:, real],
+            probabilities[:, real],
+            loop.val.patient_ids,
+            method=loop.settings.calibration,
+            min_positives=loop.settings.min_positives,
         ),
         "learning_rate": float(np.asarray(loop.optimizer.keras.learning_rate)),
         "seconds": round(epoch.seconds, 3),

@@ -21,12 +21,12 @@ from typing import Any
 
 import optuna
 import pandas as pd
+import ray
 import tomli_w
 from ray import tune as ray_tune
 from ray.tune.schedulers import (
     ASHAScheduler,
     FIFOScheduler,
-    HyperBandScheduler,
     MedianStoppingRule,
     TrialScheduler,
 )
@@ -43,6 +43,7 @@ from ray_cxr.training import trainer
 from ray_cxr.training.worker import FAILURE
 from ray_cxr.tuning import study as studies
 from ray_cxr.tuning import trial as trials
+from ray_cxr.tuning.halving import Halving
 from ray_cxr.tuning.study import REPORTED, Plan
 from ray_cxr.versions import versions
 
@@ -53,6 +54,8 @@ METRIC = REPORTED["auroc"]
 #: Memory that a trial's own process is counted with. It must ask for something, and may not ask for a CPU: its
 #: workers need them all.
 TRIAL_BYTES = 300 << 20
+#: How long a dashboard may take to answer.
+DASHBOARD_WAIT_S = 90
 #: Fewer other trials than this have no median that could stop one.
 _MEDIAN_OF = 3
 
@@ -115,6 +118,7 @@ def search(
     with _alone(out):
         study = plan.open()
         studies.write_begun(out, plan.base, settings)
+        (out / studies.SUMMARY).unlink(missing_ok=True)
         interrupted = False
         ask = _Ask(plan, study, each)
         done = [one for one in study.get_trials(deepcopy=False) if studies.ended(one)]
@@ -137,9 +141,10 @@ def search(
         for number in rows.loc[rows["state"] != "running", "number"]:
             studies.keep_validation(plan.folder(int(number)))
         bundle = None
-        if best is not None and finish:
+        if best is not None:
             _write_best(plan, study, rows, best, each)
-            bundle = _bundle(plan, study, rows, best, on_event)
+            if finish:
+                bundle = _bundle(plan, study, rows, best, on_event)
         if not interrupted and settings.keep == "best":
             _drop_checkpoints(plan, rows, {best, *studies.pareto(study)})
     epochs = int(rows["epochs"].sum()) if len(rows) else 0
@@ -161,6 +166,7 @@ def search(
         "best_number": best,
         "pareto": studies.pareto(study),
         "interrupted": interrupted,
+        "trials_over": int((rows["state"] != "running").sum()) if len(rows) else 0,
         "versions": versions(),
     }
     return Outcome(study, rows, best, bundle, interrupted, epochs, facts, _compare(plan, rows))
@@ -212,15 +218,28 @@ def _refuse_without_dashboard() -> None:
     Raises:
         ConfigError: nobody answers there.
     """
+    # Asked from where Ray Train will ask: a process on the head node, which must find this Ray among several.
+    ask = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001}, max_retries=0)(_state_api_answers)
+    deadline = time.monotonic() + DASHBOARD_WAIT_S
+    while (reason := ray.get(ask.remote())) is not None:
+        # It answers some seconds after Ray itself, on a loaded machine many.
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                "this Ray's dashboard does not answer, so what stopped trials hold would never be free again; start "
+                f"Ray with its dashboard, one Ray on a machine, or set tune.scheduler=none ({reason})"
+            )
+        time.sleep(1)
+
+
+def _state_api_answers() -> str | None:
+    """None where Ray's state API is found from here; else why not."""
     from ray.util.state import list_nodes
 
     try:
         list_nodes(limit=1, timeout=20)
     except Exception as error:  # of its HTTP client, or of Ray's
-        raise ConfigError(
-            "this Ray has no dashboard that answers, so what stopped trials hold would never be free again; start Ray "
-            f"with its dashboard, or set tune.scheduler=none ({type(error).__name__})"
-        ) from None
+        return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    return None
 
 
 @contextlib.contextmanager
@@ -255,11 +274,18 @@ def _tell_what_goes_on(
         on_event(f"tune: {len(done)} trials are done already and stay as they are")
     for number in ask.left:
         epochs = len(studies.curve_of(plan.folder(number)))
-        kept = trainer.best_checkpoint(plan.folder(number)) is not None
-        how = f"continues after epoch {epochs}" if epochs and kept else "was not at the end of an epoch: starts again"
+        kept = (plan.folder(number) / "ray" / trainer.SNAPSHOT).exists()
+        how = f"continues from its checkpoint, {epochs} epochs done" if kept else "had no checkpoint yet: starts again"
         on_event(f"tune: trial {number} {how}")
     if plan.settings.trials > len(done):
+        if plan.base.weights == "none" and "weights" not in plan.space.fields:
+            on_event("tune: WARNING: weights=none: every trial starts from RANDOM weights, not from pre-trained ones")
+        if plan.settings.sampler == "cmaes" and plan.settings.scheduler != "none":
+            on_event(
+                "tune: WARNING: cmaes learns from finished trials only; with a scheduler that stops them it gets few"
+            )
         for place, (_, missing) in enumerate(plan.points):
+            missing = [field for field in missing if field in plan.space.fields]
             if missing and not done:
                 on_event(f"tune: known settings {place}: the sampler chooses {', '.join(missing)}")
         workers = plan.base.workers
@@ -278,14 +304,18 @@ def _run(plan: Plan, ask: _Ask, watch: _Watch, job: trials.Job, trial: Trial, le
         return trial(config, job)
 
     settings = plan.settings
+    # Those ahead have their processes ready and wait for room, holding nothing that workers need.
+    most = at_a_time + settings.ahead
+    made = scheduler(settings, plan.base.epochs, watch.earlier(), trials=left, most=most)
+    if isinstance(made, Halving):
+        ask.room = made.room
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(tuned, {"memory": TRIAL_BYTES}),
         tune_config=ray_tune.TuneConfig(
             search_alg=ask,
-            scheduler=scheduler(settings, plan.base.epochs, watch.earlier()),
+            scheduler=made,
             num_samples=left,
-            # Those ahead have their processes ready and wait for room, holding nothing that workers need.
-            max_concurrent_trials=at_a_time + settings.ahead,
+            max_concurrent_trials=most,
             trial_name_creator=lambda one: one.config["name"],
             trial_dirname_creator=lambda one: one.config["name"],
         ),
@@ -307,8 +337,13 @@ def _quiet() -> Iterator[None]:
     """Tune's own lines are of its files; ours are of the trials."""
     loud = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
     before = [one.level for one in loud]
-    # Loggers of every trial would write each result three times more.
-    added = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+    added = {
+        # Loggers of every trial would write each result three times more.
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        # A trial that failed has no value of some objectives, which is no reason to end the search.
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    }
     kept = {name: os.environ.get(name) for name in added}
     os.environ.update(added)
     for one in loud:
@@ -330,7 +365,12 @@ class _Earlier:
 
 
 def scheduler(
-    settings: TuneSettings, epochs: int, earlier: Mapping[int, Sequence[Mapping[str, Any]]]
+    settings: TuneSettings,
+    epochs: int,
+    earlier: Mapping[int, Sequence[Mapping[str, Any]]],
+    *,
+    trials: int,
+    most: int,
 ) -> TrialScheduler:
     """Ray's scheduler as the settings ask for it, told what trials of earlier runs have shown.
 
@@ -338,6 +378,8 @@ def scheduler(
         settings: of the search.
         epochs: of a whole trial.
         earlier: the reports of each trial that is over, by its number.
+        trials: how many will come.
+        most: processes at a time.
     """
     common: dict[str, Any] = {"time_attr": "epoch", "metric": METRIC, "mode": "max"}
     made: TrialScheduler
@@ -357,8 +399,15 @@ def scheduler(
             min_time_slice=math.inf,  # else it pauses trials, which would start their workers anew
         )
     elif settings.scheduler == "halving":
-        return HyperBandScheduler(
-            **common, max_t=epochs, reduction_factor=settings.reduction_factor, stop_last_trials=False
+        return Halving(
+            metric=METRIC,
+            time_attr="epoch",
+            epochs=epochs,
+            grace=settings.grace_epochs,
+            reduction=settings.reduction_factor,
+            trials=trials,
+            most=most,
+            known=lambda trial: len(studies.curve_of(Path(trial.config["folder"]))),
         )
     else:
         return FIFOScheduler()
@@ -366,7 +415,11 @@ def scheduler(
         stand_in = _Earlier(number)
         made.on_trial_add(None, stand_in)
         for report in reports:
-            made.on_trial_result(None, stand_in, dict(report))
+            if settings.scheduler == "median":
+                # Only taken note of: what a median says now of a trial that is over is no matter.
+                made.on_trial_complete(None, stand_in, dict(report))
+            else:
+                made.on_trial_result(None, stand_in, dict(report))
         if settings.scheduler == "asha":
             made.on_trial_remove(None, stand_in)
     return made
@@ -392,6 +445,8 @@ class _Ask(OptunaSearch):
         )
         self._plan, self._cpus = plan, cpus
         self._ot_study = study
+        #: Whether another trial may begin; None: Ray's limit on those that were begun says so.
+        self.room: Callable[[], bool] | None = None
         #: Numbers of the trials that an earlier run began and left.
         self.left = [one.number for one in study.get_trials(deepcopy=False) if studies.state_of(one) == "running"]
 
@@ -399,8 +454,14 @@ class _Ask(OptunaSearch):
         """Nothing: Tune pickles a search to restore it, which is done from Optuna's storage here."""
         return {}
 
+    def set_max_concurrency(self, max_concurrent: int) -> bool:
+        """Whether this, and not Ray, holds the number of trials down."""
+        return self.room is not None
+
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The next trial's configuration."""
+        """The next trial's configuration; None: not yet."""
+        if self.room is not None and not self.room():
+            return None
         if self.left:
             number = self.left.pop(0)
             frozen = self._ot_study.get_trials(deepcopy=False)[number]
@@ -410,8 +471,7 @@ class _Ask(OptunaSearch):
             trial = self._ot_study.ask()
         self._plan.space.suggest(trial)
         self._ot_trials[trial_id] = trial
-        starts = int(trial.user_attrs.get("starts", 0)) + 1
-        trial.set_user_attr("starts", starts)
+        self.starts(trial_id)
         folder = self._plan.folder(trial.number)
         folder.mkdir(parents=True, exist_ok=True)
         settings = self._plan.settings_of(trial).replace(cpus_per_worker=self._cpus)
@@ -421,6 +481,11 @@ class _Ask(OptunaSearch):
             "folder": str(folder.absolute()),
             "settings": settings.model_dump(mode="json"),
         }
+
+    def starts(self, trial_id: str) -> None:
+        """Count one more start of a trial, its first or after its process was lost."""
+        trial = self._ot_trials[trial_id]
+        trial.set_user_attr("starts", int(trial.user_attrs.get("starts", 0)) + 1)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Tell Optuna of an epoch; with several objectives it takes none."""
@@ -438,11 +503,14 @@ class _Ask(OptunaSearch):
         if "failure" in result:
             self.failed(trial_id, str(result["failure"]))
             return
-        self._completed_trials.add(trial_id)
-        trial, ended = self._ot_trials[trial_id], "ended" in result
+        trial, ended = self._ot_trials[trial_id], _ended(result, self._plan.base.epochs)
         if result.get("images_per_second") is not None:
             trial.set_user_attr("images_per_second", result["images_per_second"])
         values = studies.objectives_of(result, self._plan.settings.objectives)
+        if values is None:
+            self.failed(trial_id, f"it gave no {' and '.join(self._plan.settings.objectives)}")
+            return
+        self._completed_trials.add(trial_id)
         if ended or len(self._plan.settings.objectives) > 1:
             trial.set_user_attr("state", "finished" if ended else "stopped")
             self._ot_study.tell(trial, values)
@@ -458,6 +526,11 @@ class _Ask(OptunaSearch):
         trial = self._ot_trials[trial_id]
         trial.set_user_attr("reason", " ".join(reason.split())[:500])
         self._ot_study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+    def reason(self, trial_id: str) -> str | None:
+        """Why a trial failed, as Optuna was told."""
+        reason: str | None = self._ot_trials[trial_id].user_attrs.get("reason")
+        return reason
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: Optuna's storage has it."""
@@ -475,6 +548,9 @@ class _Watch(ray_tune.Callback):
         self._plan, self._study, self._ask, self._board, self._on_event = plan, study, ask, board, on_event
         self._over = 0
         rows = studies.record(plan, study)
+        #: Epochs of each trial that were told; a trial that starts again reports those that it has anew.
+        self._told = {int(row["number"]): int(row["epochs"]) for row in rows.to_dict("records")}
+        self._begun: set[int] = set()
         best = studies.best_of(study, rows)
         self._best = -math.inf if best is None else float(rows.loc[rows["number"] == best, "val_auroc"].iloc[0])
         self._earlier = {
@@ -498,9 +574,14 @@ class _Watch(ray_tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         config = trial.config
         values = self._plan.space.values(self._ask._ot_trials[trial.trial_id].params)
-        self._board.begin(config["number"], config["settings"]["backbone"])
-        shown = ", ".join(f"{name} {_short(value)}" for name, value in values.items() if name != "backbone")
-        self._on_event(f"tune: trial {config['number']} begins: {config['settings']['backbone']}, {shown}")
+        number, backbone = config["number"], config["settings"]["backbone"]
+        self._board.begin(number, backbone)
+        if number in self._begun:
+            self._on_event(f"tune: trial {number} goes on after epoch {self._told.get(number, 0)}")
+            return
+        self._begun.add(number)
+        shown = [f"{name} {_short(value)}" for name, value in values.items() if name != "backbone"]
+        self._on_event(f"tune: trial {number} begins: {', '.join([backbone, *shown])}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -509,18 +590,24 @@ class _Watch(ray_tune.Callback):
             return
         number, total = trial.config["number"], trial.config["settings"]["epochs"]
         self._board.epoch(number, result["epoch"], total, result["val_auroc"])
+        if result["epoch"] <= self._told.get(number, 0):
+            return
+        self._told[number] = result["epoch"]
+        self._best = max(self._best, result[METRIC])
         self._on_event(f"tune: trial {number}, epoch {result['epoch']} of {total}: AUROC {result['val_auroc']:.4f}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number, last = trial.config["number"], trial.last_result or {}
+        # Of one that was stopped while it waited for others, Tune does not say how far it had come.
+        self._ask.on_trial_complete(trial.trial_id, last)
         self._over += 1
-        if "failure" in last:
-            self._end(number, "failed", f"failed: {last['failure']}", None)
+        reason = self._ask.reason(trial.trial_id)
+        if reason is not None:
+            self._end(number, "failed", f"failed: {reason}", None)
             return
         auroc = last[METRIC]
-        record = ", the best so far" if auroc > self._best else ""
-        self._best = max(self._best, auroc)
-        if "ended" in last:
+        record = ", the best so far" if auroc >= self._best else ""
+        if _ended(last, trial.config["settings"]["epochs"]):
             self._end(number, "finished", f"is finished: AUROC {auroc:.4f}{record}", auroc)
         else:
             self._end(number, "stopped", f"is stopped after epoch {last['epoch']}: AUROC {auroc:.4f}{record}", auroc)
@@ -534,6 +621,7 @@ class _Watch(ray_tune.Callback):
         self._end(number, "failed", f"failed: {reason}", None)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._ask.starts(trial.trial_id)
         self._on_event(f"tune: trial {trial.config['number']}: its process was lost; it starts again where it was")
 
     def _end(self, number: int, state: str, words: str, auroc: float | None) -> None:
@@ -551,6 +639,11 @@ def _reason(trial: Any) -> str:
         return str(inner)
     lines = [line for line in str(error or "its process was lost").strip().splitlines() if line.strip()]
     return f"its process was lost, or raised: {lines[-1].strip()[:300]}"
+
+
+def _ended(result: Mapping[str, Any], epochs: int) -> bool:
+    """Whether a trial came to its end; it may be told to stop just there."""
+    return "ended" in result or result["epoch"] >= epochs
 
 
 def _short(value: Any) -> str:

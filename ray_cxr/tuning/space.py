@@ -49,6 +49,7 @@ _FIXED: dict[str, str] = {
     "seed": "a search over seeds picks luck",
     "workers": _HOW,
     "cpus_per_worker": _HOW,
+    "gpus_per_worker": _HOW,
     "max_failures": _HOW,
     "checkpoint_steps": _HOW,
     "deterministic": _HOW,

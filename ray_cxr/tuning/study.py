@@ -7,13 +7,17 @@ STUDY/trials.parquet     one row per trial
 STUDY/best.toml          the best trial's settings, as `train` takes them
 STUDY/bundle/            and its bundle
 STUDY/report.html        and what all this looks like
+STUDY/summary.json       the search as a whole, for programs; written last
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+import types
+import typing
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,7 +29,6 @@ import numpy as np
 import optuna
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ray_cxr.config import TrainSettings, TuneSettings, load
 from ray_cxr.data import atomic
@@ -38,6 +41,8 @@ from ray_cxr.training.worker import METRICS, VALIDATION
 from ray_cxr.tuning.space import KNOWN, Space
 
 TRIALS = "trials"
+#: In STUDY: what a search came to, for programs; written after everything else, and gone while one is at work.
+SUMMARY = "summary.json"
 #: In STUDY: the settings as they were given.
 BEGUN = "begun.json"
 #: How an objective is called in a trial's reports, and which way is better.
@@ -49,6 +54,8 @@ DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
 }
 #: Settings of the search that change nothing of what a trial is.
 _FREE = {"trials", "concurrent", "ahead", "max_failures", "keep", "storage"}
+#: Before the name of a setting that was searched, in the record.
+PARAM = "param_"
 _COMPLETE, _PRUNED = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
 _FAIL, _RUNNING = optuna.trial.TrialState.FAIL, optuna.trial.TrialState.RUNNING
 _WAITING = optuna.trial.TrialState.WAITING
@@ -85,25 +92,36 @@ class Plan:
             )
         if len(settings.objectives) > 1 and settings.sampler == "cmaes":
             raise ConfigError("tune.sampler: cmaes takes one objective; use tpe")
+        if len(sizes) > 1 and "size" not in self.space.fields:
+            raise ConfigError(
+                f"{prepared}: has sizes {', '.join(map(str, sizes))}; set train.size, or search them: "
+                'size = "prepared" under [tune.space]'
+            )
         self.sampler(0)  # refuses what it cannot search
+        self.storage_words()  # refuses what is no storage
         self.points = _points(settings, self.space)
-        for number, size in enumerate(sizes):  # a run's own refusals, for each size once
-            backbone = self.space.backbones[0]
-            trainer.check(self.prepared, self.out / TRIALS / f".{number}", base.replace(size=size, backbone=backbone))
+        # A run's own refusals, for each size and each start once.
+        starts = [one.describe()["choices"] for one in self.space.parameters if one.field == "weights"]
+        for size in sizes:
+            for weights in itertools.chain.from_iterable(starts or [[base.weights]]):
+                one = base.replace(size=size, backbone=self.space.backbones[0], weights=weights)
+                trainer.check(self.prepared, self.out / TRIALS / ".check", one)
         self.wanted = {
             "kind": "tune",
             "format": 1,
             "prepared": first.manifest_digest,
             "sizes": list(sizes),
             "input_spec": first.input_spec.model_dump(mode="json", exclude={"size"}),
-            "train": base.model_dump(mode="json", exclude={*trainer.free(base), "size", *self.space.fields}),
+            # Not `epochs`, which a run may have more of: trials of several budgets cannot be compared.
+            "train": base.model_dump(
+                mode="json", exclude={*(trainer.free(base) - {"epochs"}), "size", *self.space.fields}
+            ),
             "tune": settings.model_dump(mode="json", exclude={*_FREE, "space"}),
             "space": {name: json.dumps(entry, sort_keys=True) for name, entry in self.space.describe().items()},
         }
         digest = hashlib.sha256(json.dumps(self.wanted, sort_keys=True).encode()).hexdigest()
         self.name = f"ray-cxr-{digest[:16]}"
-        if (self.out / SETTINGS).exists():
-            agree(self.out, {**self.wanted, "id": folder_id(self.out)})
+        agree(self.out, {**self.wanted, "id": folder_id(self.out)} if (self.out / SETTINGS).exists() else self.wanted)
 
     def sampler(self, asked: int) -> optuna.samplers.BaseSampler:
         """Optuna's sampler; another seed for each number of trials that were asked for before.
@@ -126,32 +144,40 @@ class Plan:
             return _cmaes(self.space, seed)
 
     def storage_words(self) -> str:
-        """Where Optuna's storage is, without a password."""
+        """Where Optuna's storage is, without a password.
+
+        Raises:
+            ConfigError: it is none.
+        """
         url = self.settings.storage or f"sqlite:///{self.out / 'study.db'}"
         from sqlalchemy.engine import make_url
         from sqlalchemy.exc import ArgumentError
 
         try:
-            return make_url(url).render_as_string(hide_password=True)
-        except ArgumentError:
+            parts = make_url(url)
+        except (ArgumentError, ValueError):
             raise ConfigError(
                 "tune.storage: not an Optuna storage; write a database URL such as sqlite:////data/studies.db or "
                 "postgresql://user@host/name"
             ) from None
+        if "@" in (parts.host or ""):
+            # What stands before it would be shown as the host.
+            raise ConfigError("tune.storage: has two @; write that of the password as %40")
+        # A password may stand among the options, too.
+        return parts.set(query={}).render_as_string(hide_password=True)
 
     def open(self) -> optuna.Study:
         """The study, made if there is none yet; its folder is then bound to these settings.
 
         Raises:
-            OutputError: the storage holds this search already, begun by another folder.
+            OutputError: the storage holds this search already, begun by another folder; or the folder has trials that
+                another storage knows of.
             RayCxrError: the storage cannot be opened.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.out.mkdir(parents=True, exist_ok=True)
         here = self.out / SETTINGS
-        if not here.exists():
-            atomic.write_json(here, {**self.wanted, "id": uuid.uuid4().hex})
-        mine = folder_id(self.out)
+        mine = folder_id(self.out) if here.exists() else uuid.uuid4().hex
         words = self.storage_words()
         url = self.settings.storage or f"sqlite:///{self.out.absolute() / 'study.db'}"
         wait = {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {}
@@ -164,8 +190,16 @@ class Plan:
                 directions=list(map(DIRECTIONS.__getitem__, self.settings.objectives)),
                 pruner=optuna.pruners.NopPruner(),
             )
+            if not study.get_trials(deepcopy=False) and any((self.out / TRIALS).glob("[0-9]*")):
+                raise OutputError(
+                    f"{self.out}: has trials that {words} knows nothing of; continue with the storage that they were "
+                    f"begun with (--set storage=...), or remove {self.out / TRIALS}"
+                )
             owner = study.user_attrs.get("folder")
             if owner is None and not study.get_trials(deepcopy=False):
+                # The folder first: a study that is nobody's yet anybody may have.
+                if not here.exists():
+                    atomic.write_json(here, {**self.wanted, "id": mine})
                 study.set_user_attr("folder", mine)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -181,18 +215,18 @@ class Plan:
                 f"began; continue it there, or name another storage than for {self.out}"
             )
         study.sampler = self.sampler(len(study.get_trials(deepcopy=False)))
-        if not study.get_trials(deepcopy=False):
-            for point, _ in self.points:
-                study.enqueue_trial(point)
+        for point, _ in self.points:
+            # Each once, however often the search is continued.
+            study.enqueue_trial(point, skip_if_exists=True)
         return study
 
     def done(self) -> bool:
-        """Whether the study has as many trials as are wanted, all at their end, and their results are written."""
-        path = self.out / "trials.parquet"
-        if not path.exists():
+        """Whether as many trials as are wanted came to their end, and all that is written of them was written."""
+        try:
+            summary = json.loads((self.out / SUMMARY).read_text(encoding="utf-8"))
+            return int(summary["trials_over"]) >= self.settings.trials
+        except (OSError, ValueError, KeyError, TypeError):
             return False
-        states = pq.read_table(path, columns=["state"])["state"].to_pylist()
-        return len(states) >= self.settings.trials and "running" not in states and (self.out / "bundle").exists()
 
     def settings_of(self, trial: optuna.trial.FrozenTrial | optuna.Trial) -> TrainSettings:
         """A trial's settings, whole; its workers have other working directories."""
@@ -315,7 +349,7 @@ def record(plan: Plan, study: optuna.Study) -> pd.DataFrame:
                 "state": state,
                 "reason": attributes.get("reason"),
                 "backbone": values.get("backbone", plan.base.backbone),
-                **{f"param_{field}": values.get(field) for field in plan.space.fields if field != "backbone"},
+                **{f"{PARAM}{field}": values.get(field) for field in plan.space.fields if field != "backbone"},
                 "epochs": len(curve),
                 "best_epoch": best["epoch"] if best else None,
                 "val_auroc": best["val_auroc"] if best else None,
@@ -328,7 +362,11 @@ def record(plan: Plan, study: optuna.Study) -> pd.DataFrame:
                 "curve": curve,
             }
         )
-    return pd.DataFrame(rows, columns=None if rows else [*_FIRST, "curve"])
+    frame = pd.DataFrame(rows, columns=None if rows else [*_FIRST, "curve"])
+    for name in [str(name) for name in frame.columns if str(name).startswith(PARAM)]:
+        # A whole number stays one, although other trials were not asked for it.
+        frame[name] = pd.Series([row[name] for row in rows], dtype=object)
+    return frame
 
 
 _FIRST = ["number", "state", "reason", "backbone", "epochs", "best_epoch", "val_auroc", "calibration_error"]
@@ -364,10 +402,16 @@ def table(rows: pd.DataFrame) -> pa.Table:
             values = [[{field.name: point.get(field.name) for field in _EPOCH} for point in curve] for curve in values]
         elif name not in kinds:
             values = [json.dumps(list(value)) if isinstance(value, (list, tuple)) else value for value in values]
-            if len({type(value) for value in values if value is not None} - {int, float}) > 1:
-                values = [None if value is None else str(value) for value in values]
-        columns[name] = pa.array(values, kinds.get(name))
+        columns[name] = pa.array(values, kinds.get(name) or _kind(name.removeprefix(PARAM)))
     return pa.table(columns)
+
+
+def _kind(field: str) -> pa.DataType:
+    """How a column holds the values of a setting, whichever of them there are."""
+    annotation = TrainSettings.model_fields[field].annotation
+    parts = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    known: dict[Any, pa.DataType] = {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
+    return next((known[part] for part in parts if part in known), pa.string())
 
 
 def _plain(value: Any) -> Any:

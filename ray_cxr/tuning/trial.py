@@ -114,11 +114,18 @@ def _rate(out: Path, architecture: Architecture, data: Any, threads: int) -> flo
     import hashlib
     import json
 
-    name = hashlib.sha256(architecture.model_dump_json(exclude={"findings", "dropout"}).encode()).hexdigest()[:16]
+    text = f"{threads} {architecture.model_dump_json(exclude={'findings', 'dropout'})}"
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = out / SPEEDS / f"{name}.json"
     if path.exists():
         return float(json.loads(path.read_text(encoding="utf-8"))["images_per_second"])
-    rate = float(ray.get(ray.remote(_measure).options(num_cpus=threads).remote(architecture, data.input_spec, threads)))
+    rate = float(
+        ray.get(
+            ray.remote(_measure)
+            .options(num_cpus=threads, scheduling_strategy="DEFAULT")
+            .remote(architecture, data.input_spec, threads)
+        )
+    )
     path.parent.mkdir(exist_ok=True)
     known = architecture.model_dump(mode="json", exclude={"findings", "dropout"})
     atomic.write_json(path, {"images_per_second": rate, "threads": threads, "architecture": known})

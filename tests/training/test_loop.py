@@ -90,6 +90,7 @@ def test_a_new_setting_is_not_forgotten_here() -> None:
         "epochs", "patience", "frozen_epochs", "frozen_learning_rate", "ema", "steps_per_epoch",  # below
         "plateau_patience", "plateau_factor",  # test_schedule
         "precision", "deterministic", "workers", "cpus_per_worker", "max_failures", "checkpoint_steps",  # test_train
+        "gpus_per_worker",  # test_train
         "calibration", "operating_point", "min_positives",  # test_train
         "xla",  # below, and test_workers
     }  # fmt: skip

@@ -258,6 +258,46 @@ def test_workers_get_what_single_nodes_have(nodes, workers: int, wanted: int | N
     assert cpus_each(nodes, workers, wanted) == expected
 
 
+@pytest.mark.parametrize(
+    ("nodes", "settings", "gpu", "runs", "expected"),
+    [
+        ([(2, 0)], {"workers": 2}, False, None, (1, 1)),  # the laptop: a run's own processes must hold no CPU
+        ([(2, 0)], {}, False, None, (2, 1)),
+        ([(2, 0)], {}, False, 2, (1, 2)),
+        ([(8, 0)] * 4, {}, False, None, (8, 4)),
+        ([(8, 0)] * 4, {"workers": 2}, False, None, (8, 2)),
+        ([(8, 0)], {"cpus_per_worker": 3}, False, None, (3, 2)),
+        ([(16, 8)], {}, True, None, (2, 8)),  # no GPU idles because one run took all CPUs
+        ([(16, 8)], {}, True, 1, (16, 1)),
+        ([(16, 8), (64, 0)], {"workers": 2}, True, None, (2, 4)),
+        ([(4, 1)], {"gpus_per_worker": 0.2}, True, None, (1, 4)),
+        ([(10, 1)], {"gpus_per_worker": 0.2}, True, None, (2, 5)),  # 1 // 0.2 is 4
+        ([(2, 8)], {}, True, None, (1, 2)),  # GPUs without a CPU
+    ],
+)
+def test_how_many_runs_fit_and_what_their_workers_get(
+    nodes, settings: dict, gpu: bool, runs: int | None, expected: tuple[int, int], monkeypatch
+) -> None:
+    import ray
+
+    from ray_cxr.config import TrainSettings
+    from ray_cxr.training import trainer
+
+    alive = [{"Alive": True, "Resources": {"CPU": cpus, **({"GPU": gpus} if gpus else {})}} for cpus, gpus in nodes]
+    monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 99, "GPU": 99}}])
+    assert trainer.room(TrainSettings(**settings), use_gpu=gpu, runs=runs) == expected
+
+
+def test_a_part_of_a_gpu_is_for_one_worker() -> None:
+    """NCCL takes no two workers on one GPU."""
+    from ray_cxr.config import TrainSettings, build
+    from ray_cxr.errors import ConfigError
+
+    assert TrainSettings(gpus_per_worker=0.5).gpus_per_worker == 0.5
+    with pytest.raises(ConfigError, match="gpus_per_worker: NCCL takes one worker per GPU"):
+        build(TrainSettings, {"gpus_per_worker": 0.5, "workers": 2})
+
+
 def test_validation_images_that_trained_the_starting_bundle_are_refused(prepared: Path, tmp_path: Path) -> None:
     from types import SimpleNamespace
 
