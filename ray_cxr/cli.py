@@ -337,9 +337,13 @@ def _tune(arguments: argparse.Namespace) -> None:
     if outcome.interrupted and outcome.bundle is None:
         raise KeyboardInterrupt
     if outcome.bundle is None:
-        raise RayCxrError(f"{out}: no trial came to the end of an epoch, so there is no bundle; the table says why")
+        raise RayCxrError(
+            outcome.gave_up or f"{out}: no trial came to the end of an epoch, so there is no bundle; the table says why"
+        )
     _say(f"best trial: {outcome.best}, settings in {out / 'best.toml'}")
     _say(f"bundle: {outcome.bundle.path}")
+    if outcome.gave_up is not None:
+        raise RayCxrError(outcome.gave_up)
     if outcome.interrupted:
         raise KeyboardInterrupt
 

@@ -116,7 +116,9 @@ class Trials:
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
-            self._live = Live(self._table(), console=self._console, refresh_per_second=2)
+            # Lines for a pipe go into it, and not above the table.
+            to_terminal = sys.stdout.isatty()
+            self._live = Live(self._table(), console=self._console, refresh_per_second=2, redirect_stdout=to_terminal)
             self._live.start()
         return self
 
@@ -125,8 +127,9 @@ class Trials:
             self._live.stop()
 
     def begin(self, number: int, backbone: str) -> None:
-        """A trial has a process of its own, and waits for its workers."""
-        self._rows[number] = {"backbone": backbone, "state": "waits", "epoch": "", "auroc": ""}
+        """A trial has a process of its own, its first or another, and waits for its workers."""
+        before = self._rows.get(number, {"epoch": "", "auroc": ""})
+        self._rows[number] = {**before, "backbone": backbone, "state": "waits"}
         self._show()
 
     def epoch(self, number: int, epoch: int, of: int, auroc: float) -> None:

@@ -125,7 +125,8 @@ def fit(
     began: float | None = None,
     on_event: Callable[[str], None] | None = None,
     listeners: Sequence[Any] = (),
-) -> None:
+    queue: bool = False,
+) -> list[dict[str, Any]]:
     """Train to the end of the run, or from where it was left; RUN/ray then holds the best epoch's checkpoint.
 
     Args:
@@ -134,6 +135,10 @@ def fit(
         use_gpu, callbacks, began: as in `train`.
         on_event: takes one line per event for people; None: nobody watches, nor is a bar shown.
         listeners: Ray Train's own `UserCallback`s, which see each report in the run's controller.
+        queue: wait for nodes that hold the workers, should there be none now; `cpus_per_worker` must be set.
+
+    Returns:
+        A line of metrics per epoch, from the last checkpoint: metrics.csv is another node's, and may be seen late.
 
     Raises:
         ConfigError, OutputError, RayCxrError: see the messages.
@@ -143,7 +148,11 @@ def fit(
     if not plan.begun:
         # Nothing was trained here yet, so what an earlier attempt had wanted binds nobody.
         (out / SETTINGS).unlink(missing_ok=True)
-    resources = _resources(settings, use_gpu=use_gpu)
+    if not queue:
+        settings = settings.replace(cpus_per_worker=room(settings, use_gpu=use_gpu, runs=1)[0])
+    resources = {"CPU": float(settings.cpus_per_worker or 1)}
+    if use_gpu:
+        resources["GPU"] = settings.gpus_per_worker
     begin(out, plan.wanted)
     result = _fit(
         out,
@@ -167,6 +176,8 @@ def fit(
             f"{out}: training ended after {len(scores)} of {settings.epochs} epochs and left no reason; "
             "run the command again to continue"
         )
+    curves: list[dict[str, Any]] = last["curves"]
+    return curves
 
 
 def export(plan: Plan, out: Path, to: Path, *, provenance: Mapping[str, Any] | None = None) -> Bundle:
@@ -323,16 +334,6 @@ def _one_sided(data: PreparedSet, findings: tuple[str, ...]) -> list[str]:
     return [name for name in findings if len(set(table[name].drop_null().to_pylist())) < 2]
 
 
-def _resources(settings: TrainSettings, *, use_gpu: bool) -> dict[str, float]:
-    """What each worker asks Ray for.
-
-    Raises:
-        ConfigError: the nodes cannot hold the workers; Ray would wait for ever.
-    """
-    each, _ = room(settings, use_gpu=use_gpu, runs=1)
-    return {"CPU": float(each), **({"GPU": settings.gpus_per_worker} if use_gpu else {})}
-
-
 def room(settings: TrainSettings, *, use_gpu: bool, runs: int | None = None) -> tuple[int, int]:
     """The CPUs that each worker of a run gets on Ray's nodes as they are, and how many such runs fit at a time.
 
@@ -370,7 +371,7 @@ def room(settings: TrainSettings, *, use_gpu: bool, runs: int | None = None) -> 
 
 def places(gpus: float, settings: TrainSettings) -> int:
     """How many workers so many GPUs hold; 1 / 0.2 is 5, though 1 // 0.2 is 4."""
-    return int(gpus / settings.gpus_per_worker + 1e-9)
+    return int(gpus) * int(1 / settings.gpus_per_worker + 1e-9)  # Ray takes no worker's part from two GPUs
 
 
 def cpus_each(nodes: Sequence[tuple[float, float]], workers: int, wanted: int | None) -> int | None:

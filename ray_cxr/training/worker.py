@@ -49,13 +49,27 @@ def run(config: dict[str, Any]) -> None:
 
     failure = Path(config["out"]) / FAILURE
     try:
-        _train(config)
+        try:
+            _train(config)
+        except Exception as error:
+            if not _out_of_memory(error):
+                raise
+            settings = config["settings"]
+            raise RayCxrError(
+                f"out of memory with batch_size={settings['batch_size']} over {settings['workers']} workers and images "
+                f"of {settings['size']} pixels; lower one of them, or take more workers"
+            ) from error
     except RayCxrError as error:
         atomic.write_json(failure, {"message": str(error), "input": error.exit_code == 2})
         context = ray.train.get_context()
         if context.get_world_size() > 1:
             # The others may be waiting for this one in an exchange: Ray Train ends them all. Its logs get no image ids.
             raise RayCxrError(f"worker {context.get_world_rank()} gave up; {failure} says why") from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether TensorFlow, or Python, could not have the memory it asked for: it would ask for as much again."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
 
 
 def _train(config: dict[str, Any]) -> None:

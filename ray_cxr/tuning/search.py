@@ -13,12 +13,15 @@ import logging
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pandas as pd
 import ray
@@ -30,11 +33,14 @@ from ray.tune.schedulers import (
     MedianStoppingRule,
     TrialScheduler,
 )
+from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
+from ray.tune.trainable import wrap_function
+from sqlalchemy.exc import SQLAlchemyError
 
 from ray_cxr.config import TuneSettings
 from ray_cxr.data import atomic
-from ray_cxr.errors import ConfigError, OutputError, own_error
+from ray_cxr.errors import BundleError, ConfigError, OutputError, RayCxrError, own_error
 from ray_cxr.evaluation import comparison
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.models.bundle import Bundle, load_bundle
@@ -56,6 +62,8 @@ METRIC = REPORTED["auroc"]
 TRIAL_BYTES = 300 << 20
 #: How long a dashboard may take to answer.
 DASHBOARD_WAIT_S = 90
+#: So many trials that fail one after the other before any epoch are not the settings' fault.
+HOPELESS = 5
 #: Fewer other trials than this have no median that could stop one.
 _MEDIAN_OF = 3
 
@@ -69,6 +77,7 @@ class Outcome:
         best: the number of the best trial; None where none has an AUROC.
         bundle: its bundle.
         interrupted: whether Ctrl-C ended it.
+        gave_up: why no more trials were begun; None where nothing was amiss.
         epochs: that were trained in all.
         study: Optuna's.
         facts: what a report says of the search as a whole.
@@ -80,6 +89,7 @@ class Outcome:
     best: int | None
     bundle: Bundle | None
     interrupted: bool
+    gave_up: str | None
     epochs: int
     facts: dict[str, Any]
     comparison: dict[str, Any] | None
@@ -111,15 +121,14 @@ def search(
     """
     began = time.monotonic()
     settings, out = plan.settings, plan.out
-    if settings.scheduler != "none":
-        _refuse_without_dashboard()
+    _refuse_without_dashboard()
     each, fits = trainer.room(plan.base, use_gpu=use_gpu, runs=settings.concurrent)
     at_a_time = settings.concurrent or fits
     with _alone(out):
-        study = plan.open()
         studies.write_begun(out, plan.base, settings)
+        study = plan.open()
         (out / studies.SUMMARY).unlink(missing_ok=True)
-        interrupted = False
+        interrupted, gave_up = False, None
         ask = _Ask(plan, study, each)
         done = [one for one in study.get_trials(deepcopy=False) if studies.ended(one)]
         _tell_what_goes_on(plan, study, ask, done, at_a_time, each, on_event)
@@ -133,7 +142,15 @@ def search(
             )
             with Trials(settings.trials, len(done)) as board:
                 watch = _Watch(plan, study, ask, board, on_event)
-                interrupted = _run(plan, ask, watch, job, trial, left, at_a_time)
+                over = _run(plan, ask, watch, job, trial, left, at_a_time)
+            if ask.hopeless():
+                gave_up = (
+                    f"{out}: {HOPELESS} trials in a row failed before their first epoch, so no more were begun; mend "
+                    "what their reasons say, then the same command goes on"
+                )
+            interrupted = over < left and gave_up is None
+            if interrupted:
+                on_event("tune: stopped; what there is so far is being written")
         rows = studies.record(plan, study)
         best = studies.best_of(study, rows)
         pq_rows = studies.table(rows)
@@ -161,15 +178,22 @@ def search(
         "workers": plan.base.workers,
         "concurrent": at_a_time,
         "epochs_spent": epochs,
-        "epochs_full": len(rows) * plan.base.epochs,
-        "seconds": round(time.monotonic() - began, 1),
+        "epochs_full": epochs + _spared(rows, plan.base.epochs),
+        "seconds": round(float(rows["seconds"].sum()), 1) if len(rows) else 0.0,
+        "seconds_of_command": round(time.monotonic() - began, 1),
         "best_number": best,
         "pareto": studies.pareto(study),
         "interrupted": interrupted,
         "trials_over": int((rows["state"] != "running").sum()) if len(rows) else 0,
         "versions": versions(),
     }
-    return Outcome(study, rows, best, bundle, interrupted, epochs, facts, _compare(plan, rows))
+    return Outcome(study, rows, best, bundle, interrupted, gave_up, epochs, facts, _compare(plan, rows))
+
+
+def _spared(rows: pd.DataFrame, epochs: int) -> int:
+    """Epochs that stopped trials would have had still."""
+    stopped = rows.loc[rows["state"] == "stopped", "epochs"] if len(rows) else pd.Series(dtype=int)
+    return int((epochs - stopped).sum())
 
 
 def _scheduler_words(settings: TuneSettings) -> str:
@@ -186,6 +210,8 @@ def _compare(plan: Plan, rows: pd.DataFrame) -> dict[str, Any] | None:
     """The backbones side by side; None where there is one."""
     if len(plan.space.backbones) < 2:
         return None
+    # Trials are compared at the length that all of them have.
+    cut = plan.settings.scheduler != "none"
     curves = [
         comparison.TrialCurve(
             number=int(row["number"]),
@@ -195,7 +221,7 @@ def _compare(plan: Plan, rows: pd.DataFrame) -> dict[str, Any] | None:
         )
         for row in rows.to_dict("records")
     ]
-    compared = comparison.compare_backbones(curves, plan.settings.grace_epochs)
+    compared = comparison.compare_backbones(curves, plan.settings.grace_epochs if cut else plan.base.epochs)
     paired = None
     if compared.pair is not None:
         numbers = [result.best_trial for result in compared.pair]
@@ -203,8 +229,13 @@ def _compare(plan: Plan, rows: pd.DataFrame) -> dict[str, Any] | None:
         first, second = found
         if first is not None and second is not None:
             columns = [j for j, name in enumerate(plan.base.finding_names()) if name != NO_FINDING]
+            # An image that failed at one size only is in one of the two.
+            _, mine, theirs = np.intersect1d(first.image_ids, second.image_ids, return_indices=True)
             paired = comparison.paired_macro_auroc(
-                first[0][:, columns], first[1][:, columns], second[1][:, columns], first[2]
+                first.labels[mine][:, columns],
+                first.probabilities[mine][:, columns],
+                second.probabilities[theirs][:, columns],
+                first.patients[mine],
             )
     return comparison.comparison_record(compared, paired)
 
@@ -225,8 +256,8 @@ def _refuse_without_dashboard() -> None:
         # It answers some seconds after Ray itself, on a loaded machine many.
         if time.monotonic() > deadline:
             raise ConfigError(
-                "this Ray's dashboard does not answer, so what stopped trials hold would never be free again; start "
-                f"Ray with its dashboard, one Ray on a machine, or set tune.scheduler=none ({reason})"
+                "this Ray's dashboard does not answer, so what stopped or lost trials hold would never be free again; "
+                f"start Ray with its dashboard, and one Ray on a machine ({reason})"
             )
         time.sleep(1)
 
@@ -297,11 +328,21 @@ def _tell_what_goes_on(
             on_event("tune: halving begins new brackets; those of the earlier run are over")
 
 
-def _run(plan: Plan, ask: _Ask, watch: _Watch, job: trials.Job, trial: Trial, left: int, at_a_time: int) -> bool:
-    """Let Ray Tune run so many trials; whether Ctrl-C ended that."""
+def _run(plan: Plan, ask: _Ask, watch: _Watch, job: trials.Job, trial: Trial, left: int, at_a_time: int) -> int:
+    """Let Ray Tune run so many trials; how many came to an end.
+
+    Raises:
+        RayCxrError: Tune itself failed.
+    """
 
     def tuned(config: dict[str, Any]) -> dict[str, Any]:
         return trial(config, job)
+
+    class Named(wrap_function(tuned)):  # type: ignore[misc]
+        """Ray's class around the function, with the trial's name in the dashboard's list of actors."""
+
+        def __repr__(self) -> str:
+            return str(self.config["name"])
 
     settings = plan.settings
     # Those ahead have their processes ready and wait for room, holding nothing that workers need.
@@ -310,7 +351,7 @@ def _run(plan: Plan, ask: _Ask, watch: _Watch, job: trials.Job, trial: Trial, le
     if isinstance(made, Halving):
         ask.room = made.room
     tuner = ray_tune.Tuner(
-        ray_tune.with_resources(tuned, {"memory": TRIAL_BYTES}),
+        ray_tune.with_resources(Named, {"memory": TRIAL_BYTES}),
         tune_config=ray_tune.TuneConfig(
             search_alg=ask,
             scheduler=made,
@@ -327,9 +368,22 @@ def _run(plan: Plan, ask: _Ask, watch: _Watch, job: trials.Job, trial: Trial, le
             verbose=0,
         ),
     )
-    with _quiet():
-        tuner.fit()
-    return watch.interrupted(left)
+    # Tune takes over Ctrl-C and gives it back only after one.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    try:
+        with _quiet():
+            tuner.fit()
+    except ray_tune.TuneError as error:
+        inner = own_error(error)
+        lines = [line for line in str(inner or error).splitlines() if line.strip()] or [type(error).__name__]
+        raise RayCxrError(
+            f"{plan.out}: Ray Tune gave up: {lines[-1].strip()[:300]}; the same command, or --resume, goes on"
+        ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return watch.over
 
 
 @contextlib.contextmanager
@@ -445,6 +499,7 @@ class _Ask(OptunaSearch):
         )
         self._plan, self._cpus = plan, cpus
         self._ot_study = study
+        self._in_a_row = 0
         #: Whether another trial may begin; None: Ray's limit on those that were begun says so.
         self.room: Callable[[], bool] | None = None
         #: Numbers of the trials that an earlier run began and left.
@@ -459,7 +514,9 @@ class _Ask(OptunaSearch):
         return self.room is not None
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The next trial's configuration; None: not yet."""
+        """The next trial's configuration; None: not yet; or that there will be no more."""
+        if self.hopeless():
+            return Searcher.FINISHED
         if self.room is not None and not self.room():
             return None
         if self.left:
@@ -475,6 +532,9 @@ class _Ask(OptunaSearch):
         folder = self._plan.folder(trial.number)
         folder.mkdir(parents=True, exist_ok=True)
         settings = self._plan.settings_of(trial).replace(cpus_per_worker=self._cpus)
+        # Any trial can be trained again, or have a bundle made of it, by itself.
+        whole = {name: value for name, value in settings.model_dump(mode="json").items() if value is not None}
+        atomic.write_text(folder / "trial.toml", tomli_w.dumps({"train": whole}))
         return {
             "number": trial.number,
             "name": f"trial-{trial.number:04d}-{settings.backbone}",
@@ -494,7 +554,7 @@ class _Ask(OptunaSearch):
         trial = self._ot_trials[trial_id]
         known = self._ot_study.get_trials(deepcopy=False)[trial.number].intermediate_values
         if result["epoch"] not in known:
-            trial.report(result[METRIC], result["epoch"])
+            self._kept(lambda: trial.report(result[METRIC], result["epoch"]))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell Optuna how a trial ended; what raised is told by `failed`, which knows why."""
@@ -505,27 +565,43 @@ class _Ask(OptunaSearch):
             return
         trial, ended = self._ot_trials[trial_id], _ended(result, self._plan.base.epochs)
         if result.get("images_per_second") is not None:
-            trial.set_user_attr("images_per_second", result["images_per_second"])
+            self._kept(lambda: trial.set_user_attr("images_per_second", result["images_per_second"]))
         values = studies.objectives_of(result, self._plan.settings.objectives)
         if values is None:
             self.failed(trial_id, f"it gave no {' and '.join(self._plan.settings.objectives)}")
             return
-        self._completed_trials.add(trial_id)
         if ended or len(self._plan.settings.objectives) > 1:
-            trial.set_user_attr("state", "finished" if ended else "stopped")
-            self._ot_study.tell(trial, values)
+            self._kept(lambda: trial.set_user_attr("state", "finished" if ended else "stopped"))
+            self._kept(lambda: self._ot_study.tell(trial, values))
         else:
             self.on_trial_result(trial_id, result)
-            self._ot_study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            self._kept(lambda: self._ot_study.tell(trial, state=optuna.trial.TrialState.PRUNED))
+        self._completed_trials.add(trial_id)
+        self._in_a_row = 0
+
+    def _kept(self, act: Callable[[], Any]) -> None:
+        """Write to Optuna's storage, which other programs may hold for a while, or which starts anew just now."""
+        for wait in (1, 2, 4, 8, 16, 32):
+            try:
+                act()
+                return
+            except (optuna.exceptions.StorageInternalError, SQLAlchemyError):
+                time.sleep(wait)
+        act()
+
+    def hopeless(self) -> bool:
+        """Whether so many trials failed at once, one after the other, that more would, too."""
+        return self._in_a_row >= HOPELESS
 
     def failed(self, trial_id: str, reason: str) -> None:
         """Tell Optuna that a trial failed, and why."""
         if trial_id in self._completed_trials:
             return
-        self._completed_trials.add(trial_id)
         trial = self._ot_trials[trial_id]
-        trial.set_user_attr("reason", " ".join(reason.split())[:500])
-        self._ot_study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        self._kept(lambda: trial.set_user_attr("reason", " ".join(reason.split())[:500]))
+        self._kept(lambda: self._ot_study.tell(trial, state=optuna.trial.TrialState.FAIL))
+        self._completed_trials.add(trial_id)
+        self._in_a_row = 0 if studies.curve_of(self._plan.folder(trial.number)) else self._in_a_row + 1
 
     def reason(self, trial_id: str) -> str | None:
         """Why a trial failed, as Optuna was told."""
@@ -546,7 +622,8 @@ class _Watch(ray_tune.Callback):
         self, plan: Plan, study: optuna.Study, ask: _Ask, board: Trials, on_event: Callable[[str], None]
     ) -> None:
         self._plan, self._study, self._ask, self._board, self._on_event = plan, study, ask, board, on_event
-        self._over = 0
+        #: How many trials came to an end.
+        self.over = 0
         rows = studies.record(plan, study)
         #: Epochs of each trial that were told; a trial that starts again reports those that it has anew.
         self._told = {int(row["number"]): int(row["epochs"]) for row in rows.to_dict("records")}
@@ -566,10 +643,6 @@ class _Watch(ray_tune.Callback):
     def earlier(self) -> dict[int, list[dict[str, Any]]]:
         """The reports of trials that an earlier run brought to an end, by number."""
         return self._earlier
-
-    def interrupted(self, left: int) -> bool:
-        """Whether fewer trials came to an end than there were to be."""
-        return self._over < left
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         config = trial.config
@@ -600,7 +673,7 @@ class _Watch(ray_tune.Callback):
         number, last = trial.config["number"], trial.last_result or {}
         # Of one that was stopped while it waited for others, Tune does not say how far it had come.
         self._ask.on_trial_complete(trial.trial_id, last)
-        self._over += 1
+        self.over += 1
         reason = self._ask.reason(trial.trial_id)
         if reason is not None:
             self._end(number, "failed", f"failed: {reason}", None)
@@ -617,7 +690,7 @@ class _Watch(ray_tune.Callback):
         reason = _reason(trial)
         atomic.write_json(self._plan.folder(number) / FAILURE, {"message": reason, "input": False})
         self._ask.failed(trial.trial_id, reason)
-        self._over += 1
+        self.over += 1
         self._end(number, "failed", f"failed: {reason}", None)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -627,8 +700,18 @@ class _Watch(ray_tune.Callback):
     def _end(self, number: int, state: str, words: str, auroc: float | None) -> None:
         self._board.end(number, state, auroc)
         self._on_event(f"tune: trial {number} {words}")
-        rows = studies.record(self._plan, self._study)
-        atomic.write_parquet(studies.table(rows), self._plan.out / "trials.parquet")
+        try:
+            rows = studies.record(self._plan, self._study)
+            atomic.write_parquet(studies.table(rows), self._plan.out / "trials.parquet")
+            for one in rows.loc[rows["state"] != "running", "number"]:
+                studies.keep_validation(self._plan.folder(int(one)))
+            if self._plan.settings.keep == "best":
+                best = studies.best_of(self._study, rows)
+                # What ended just now may still be at its files.
+                _drop_checkpoints(self._plan, rows, {best, number, *studies.pareto(self._study)})
+        except (OSError, optuna.exceptions.OptunaError) as error:
+            # A look at where the search is, not a part of it; it is written again at the next trial's end.
+            self._on_event(f"tune: WARNING: trials.parquet could not be brought up to date: {error}")
 
 
 def _reason(trial: Any) -> str:
@@ -676,7 +759,8 @@ def _bundle(
     row = rows.loc[rows["number"] == best].iloc[0]
     origin = {"study": plan.name, "trial": best, "trials": len(rows), "epochs": int(row["epochs"])}
     target = plan.out / "bundle"
-    if target.exists():
+    old = plan.out / ".bundle.old"
+    with contextlib.suppress(BundleError):  # a kill may have left half of one, or none
         there = load_bundle(target)
         if {**there.info["provenance"].get("tuned", {}), "trials": 0} == {**origin, "trials": 0}:
             return there
@@ -686,9 +770,11 @@ def _bundle(
     shutil.rmtree(fresh, ignore_errors=True)
     on_event(f"tune: making the bundle of trial {best}")
     trainer.export(run, plan.folder(best), fresh, provenance={"tuned": origin})
+    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(old)
     fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
     return load_bundle(target)
 
 

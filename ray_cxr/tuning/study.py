@@ -2,7 +2,7 @@
 
 STUDY/settings.json      what a later run must agree with to continue here
 STUDY/study.db           Optuna's storage, unless another is named
-STUDY/trials/0003/       a trial, which is a RUN of `train` without a bundle
+STUDY/trials/0003/       a trial, which is a RUN of `train` without a bundle; trial.toml are its settings
 STUDY/trials.parquet     one row per trial
 STUDY/best.toml          the best trial's settings, as `train` takes them
 STUDY/bundle/            and its bundle
@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import optuna
@@ -90,8 +90,12 @@ class Plan:
             raise ConfigError(
                 f"tune.grace_epochs: {settings.grace_epochs} is more than train.epochs={base.epochs}; lower it"
             )
-        if len(settings.objectives) > 1 and settings.sampler == "cmaes":
-            raise ConfigError("tune.sampler: cmaes takes one objective; use tpe")
+        if settings.sampler == "cmaes":
+            if len(settings.objectives) > 1:
+                raise ConfigError("tune.sampler: cmaes takes one objective; use tpe")
+            if settings.storage is not None:
+                # Optuna keeps its state there as a pickle, and runs what it reads back.
+                raise ConfigError("tune.sampler: cmaes is for the study's own file; leave tune.storage out, or use tpe")
         if len(sizes) > 1 and "size" not in self.space.fields:
             raise ConfigError(
                 f"{prepared}: has sizes {', '.join(map(str, sizes))}; set train.size, or search them: "
@@ -224,7 +228,8 @@ class Plan:
         """Whether as many trials as are wanted came to their end, and all that is written of them was written."""
         try:
             summary = json.loads((self.out / SUMMARY).read_text(encoding="utf-8"))
-            return int(summary["trials_over"]) >= self.settings.trials
+            over, best = int(summary["trials_over"]), summary["best_number"]
+            return over >= self.settings.trials and best is not None and (self.out / "bundle").exists()
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -449,22 +454,38 @@ def _write_bytes(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def validation_of(plan: Plan, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """A trial's best epoch on validation: labels int8 [N,F], probabilities float32 [N,F], patients [N]."""
+class Validation(NamedTuple):
+    """A trial's best epoch on the validation images.
+
+    Attributes:
+        image_ids: str [N].
+        labels: int8 [N,F], -1 where not labelled.
+        probabilities: float32 [N,F].
+        patients: ids [N].
+    """
+
+    image_ids: np.ndarray
+    labels: np.ndarray
+    probabilities: np.ndarray
+    patients: np.ndarray
+
+
+def validation_of(plan: Plan, number: int) -> Validation | None:
+    """What a trial's best epoch gave on validation; None where nothing of it was kept."""
     path = plan.folder(number) / VALIDATION
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as arrays:
         probabilities, ids = arrays["probabilities"], arrays["image_ids"]
     size = plan.base.size or prepared_sizes(plan.prepared)[0]
-    val = PreparedSet(plan.prepared, size).usable("val")
-    frame = val.select(["image_id", "patient_id", *LABELS]).to_pandas().set_index("image_id")
+    rows = PreparedSet(plan.prepared, size).rows().select(["image_id", "patient_id", *LABELS])
+    frame = rows.to_pandas().set_index("image_id")
     if not set(ids) <= set(frame.index):
         return None
     frame = frame.loc[ids]
     names = list(plan.base.finding_names())
     labels = frame[names].astype("float64").fillna(-1).to_numpy().astype(np.int8)
-    return labels, probabilities, frame["patient_id"].to_numpy()
+    return Validation(ids, labels, probabilities, frame["patient_id"].to_numpy())
 
 
 def begun(out: Path) -> bool:

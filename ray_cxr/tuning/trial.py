@@ -6,6 +6,7 @@ continues there.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def run(config: dict[str, Any], job: Job) -> dict[str, Any]:
     """Train one trial to its end, reporting each epoch to Tune; what went before a restart is reported again.
 
     A failure that would only happen again comes back as a result, `failure`: Tune would start whatever raises anew.
+    What may pass, such as a folder that cannot be read just now, is raised. Resources that are gone are waited for.
 
     Args:
         config: `folder`, the trial's, and `settings`, whole.
@@ -55,22 +57,25 @@ def run(config: dict[str, Any], job: Job) -> dict[str, Any]:
         The last report: that of the last epoch, with `ended`.
     """
     settings, folder = build(TrainSettings, config["settings"]), Path(config["folder"])
+    plan = trainer.check(job.prepared, folder, settings)
+    rate = None
+    if job.measure_threads is not None:
+        rate = _rate(Path(job.out), Architecture.of(plan.settings, plan.data.size), plan.data, job.measure_threads)
+    points = Points(rate)
+    for epoch in curve_of(folder):
+        tune.report(points.next(epoch))
+    relay = Relay(points)
     try:
-        plan = trainer.check(job.prepared, folder, settings)
-        rate = None
-        if job.measure_threads is not None:
-            rate = _rate(Path(job.out), Architecture.of(plan.settings, plan.data.size), plan.data, job.measure_threads)
-        points = Points(rate)
-        for epoch in curve_of(folder):
-            tune.report(points.next(epoch))
-        trainer.fit(plan, folder, use_gpu=job.use_gpu, listeners=[Relay(points)])
-        points = Points(rate)
-        last: dict[str, Any] = {}
-        for epoch in curve_of(folder):
-            last = points.next(epoch)
-        return {**last, "ended": 1}
+        curves = trainer.fit(plan, folder, use_gpu=job.use_gpu, listeners=[relay], queue=True)
     except RayCxrError as error:
-        return {"epoch": 0, "val_auroc": float("nan"), "best_val_auroc": float("nan"), "failure": str(error)}
+        # The images of the step that failed stand in the trial's own failure.json; a reason travels further.
+        reason = str(error).split("; lower the learning rate or set clip_norm")[0]
+        return {"epoch": 0, "val_auroc": float("nan"), "best_val_auroc": float("nan"), "failure": reason}
+    relay.wait()
+    points, last = Points(rate), {}
+    for epoch in curves:
+        last = points.next(epoch)
+    return {**last, "ended": 1}
 
 
 class Points:
@@ -82,6 +87,8 @@ class Points:
 
     def next(self, epoch: dict[str, Any]) -> dict[str, Any]:
         """The report of an epoch, which comes after those that were asked for before."""
+        if epoch["val_auroc"] is None:
+            raise RayCxrError("an epoch has no validation AUROC: no finding has both sides among the images it was on")
         if self._best is None or epoch["val_auroc"] > self._best["val_auroc"]:
             self._best = epoch
         return {
@@ -104,6 +111,17 @@ class Relay(TuneReportCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if metrics[0]["selection"] != UNSCORED:
             super().after_report(run_context, [self._points.next(metrics[0])], None)
+
+    def wait(self) -> None:
+        """Wait until Tune has taken all that was handed on.
+
+        A last report that comes after the function's own would find Tune's queue of one full, and its reader waiting to
+        put it there.
+        """
+        deadline = time.monotonic() + 60
+        while not self._training_actor_item_queue.empty() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)  # it is out of the queue a moment before it is with Tune
 
 
 def _rate(out: Path, architecture: Architecture, data: Any, threads: int) -> float:

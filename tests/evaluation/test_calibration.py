@@ -358,3 +358,134 @@ def test_rules_refuse_what_does_not_fit() -> None:
         fit_rules(y, p, ["Mass", "Nodule"])
     with pytest.raises(ValueError, match="labels must be 0 or 1"):
         fit_rules(np.array([[0], [2]]), p, ["Mass"])
+
+
+def plain_error(y: list[int], p: list[float], bins: int) -> float:
+    """The expected calibration error, said as a sentence: bin by bin, weighted by images."""
+    total = 0.0
+    for place in range(bins):
+        here = [(a, b) for a, b in zip(y, p, strict=True) if min(int(b * bins), bins - 1) == place]
+        if here:
+            share, mean = sum(a for a, _ in here) / len(here), sum(b for _, b in here) / len(here)
+            total += len(here) / len(y) * abs(mean - share)
+    return total
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1)), min_size=1, max_size=40), bins=st.integers(1, 20))
+def test_expected_error_is_what_it_says(rows: list[tuple[int, float]], bins: int) -> None:
+    y, p = [row[0] for row in rows], [row[1] for row in rows]
+    got = calibration.expected_error(np.array(y), np.array(p), bins)
+    assert got == pytest.approx(plain_error(y, p, bins), abs=1e-12)
+    assert 0 <= got <= 1
+    order = np.random.default_rng(0).permutation(len(y))
+    assert calibration.expected_error(np.array(y)[order], np.array(p)[order], bins) == pytest.approx(got, abs=1e-12)
+
+
+def test_expected_error_by_hand() -> None:
+    # In 0.0..0.1 two images at 0.05, none positive; in 0.9..1.0 two at 0.95 and 1.0, one positive.
+    y, p = np.array([0, 0, 0, 1]), np.array([0.05, 0.05, 1.0, 0.95])
+    assert calibration.expected_error(y, p) == pytest.approx(0.5 * 0.05 + 0.5 * (0.975 - 0.5))
+    assert calibration.expected_error(y, p, bins=1) == pytest.approx(0.5125 - 0.25)
+    assert calibration.expected_error(np.array([], int), np.array([])) is None
+    with pytest.raises(ValueError, match="probabilit"):
+        calibration.expected_error(np.array([0, 1]), np.array([0.5, 1.5]))
+
+
+def test_probabilities_that_come_true_have_a_small_error_and_others_a_large_one() -> None:
+    rng = np.random.default_rng(0)
+    p = sigmoid(rng.normal(-1, 1.5, size=100_000))
+    y = (rng.random(len(p)) < p).astype(int)
+    small = calibration.expected_error(y, p)
+    assert small is not None
+    assert small < 0.01
+    too_high = calibration.expected_error(y, p**0.5)
+    assert too_high == pytest.approx((p**0.5 - p).mean(), abs=0.01)
+
+
+def simulated(patients: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two findings on two images a patient whose raw probabilities are all too high, a tenth of the labels missing."""
+    rng = np.random.default_rng(seed)
+    ids = np.array([f"p{i // 2}" for i in rng.permutation(2 * patients)])
+    true = sigmoid(rng.normal(-1.5, 1.5, size=(2 * patients, 2)))
+    labels = (rng.random(true.shape) < true).astype(np.int8)
+    labels[rng.random(true.shape) < 0.1] = -1
+    x = np.log(true / (1 - true))
+    return labels, sigmoid(0.5 * x + 1.5), ids
+
+
+def plain_cross_fitted(labels: np.ndarray, p: np.ndarray, patients: np.ndarray, fit: Fit, least: int = 5) -> float:
+    """Every other patient, in order of appearance, makes one half; each half is calibrated by the other."""
+    seen: list[str] = []
+    for patient in patients:
+        if patient not in seen:
+            seen.append(patient)
+    errors = []
+    for j in range(labels.shape[1]):
+        y: list[int] = []
+        calibrated: list[float] = []
+        for half in (0, 1):
+            rows = [i for i in range(len(p)) if labels[i, j] != -1 and seen.index(patients[i]) % 2 == half]
+            others = [i for i in range(len(p)) if labels[i, j] != -1 and seen.index(patients[i]) % 2 != half]
+            rule = fit(labels[others, j], p[others, j], least)
+            y += labels[rows, j].tolist()
+            calibrated += (p[rows, j] if rule is None else calibration.apply(rule, p[rows, j])).tolist()
+        errors.append(plain_error(y, calibrated, 10))
+    return sum(errors) / len(errors)
+
+
+@pytest.mark.parametrize("method", ["platt", "temperature"])
+def test_cross_fitted_error_is_what_it_says(method: str) -> None:
+    labels, p, patients = simulated(60)
+    fit = {"platt": calibration.fit_platt, "temperature": calibration.fit_temperature}[method]
+    got = calibration.cross_fitted_error(labels, p, patients, method=method)
+    assert got == pytest.approx(plain_cross_fitted(labels, p, patients, fit), abs=1e-9)
+
+
+def test_cross_fitting_leaves_what_calibration_cannot_mend() -> None:
+    labels, p, patients = simulated(2000)
+    known = labels >= 0
+    raw = np.mean([calibration.expected_error(labels[known[:, j], j], p[known[:, j], j]) for j in range(2)])
+    left = calibration.cross_fitted_error(labels, p, patients)
+    assert left is not None
+    assert raw > 0.3
+    assert left < 0.03
+    # Temperature has no intercept, which is what is lacking here.
+    cooled = calibration.cross_fitted_error(labels, p, patients, method="temperature")
+    assert cooled is not None
+    assert left < cooled <= raw
+    # Where the order is turned round, as a bundle would have it: nothing is calibrated.
+    turned = calibration.cross_fitted_error(labels, 1 - p, patients)
+    raw = np.mean([calibration.expected_error(labels[known[:, j], j], 1 - p[known[:, j], j]) for j in range(2)])
+    assert turned == pytest.approx(raw)
+
+
+def test_patients_are_halved_and_not_images() -> None:
+    """A patient with many images that say the opposite of everybody's: his own half does not learn from him."""
+    labels, p, patients = simulated(60)
+    labels[:30] = labels[:30] ^ 1
+    labels[labels < 0] = -1
+    found = []
+    for ids in (np.where(np.arange(120) < 30, "odd", patients), patients):
+        found.append(calibration.cross_fitted_error(labels, p, ids))
+        assert found[-1] == pytest.approx(plain_cross_fitted(labels, p, ids, calibration.fit_platt), abs=1e-9)
+    assert found[0] != pytest.approx(found[1], abs=1e-3)
+
+
+def test_cross_fitted_error_of_too_little() -> None:
+    labels, p, patients = simulated(60)
+    assert calibration.cross_fitted_error(np.full_like(labels, -1), p, patients) is None
+    # A finding that nobody labelled does not count.
+    half = labels.copy()
+    half[:, 1] = -1
+    alone = calibration.cross_fitted_error(labels[:, :1], p[:, :1], patients)
+    assert calibration.cross_fitted_error(half, p, patients) == pytest.approx(alone)
+    # With too few positives probabilities stay as they are.
+    known = labels[:, 0] >= 0
+    raw = calibration.expected_error(labels[known, 0], p[known, 0])
+    few = calibration.cross_fitted_error(labels[:, :1], p[:, :1], patients, min_positives=1000)
+    assert few == pytest.approx(raw)
+    unknown = calibration.cross_fitted_error(labels, p, np.array([None] * len(p), object))
+    assert unknown is not None
+    one_patient = calibration.cross_fitted_error(labels[:, :1], p[:, :1], np.array(["a"] * len(p)))
+    assert one_patient == pytest.approx(raw)

@@ -468,9 +468,9 @@ def test_weights_have_whole_paths_because_workers_stand_elsewhere(
     (trial,) = asked(plan, plan.open(), 1)
     assert plan.settings_of(trial).weights == str(tmp_path / "w.h5")
     plan = plan_of(images, Path("other"), space={"weights": ["none", "v.h5"]}, enqueue=({"weights": "v.h5"},))
-    first, second = (*asked(plan, plan.open(), 1), plan.base)
-    assert plan.settings_of(first).weights == str(tmp_path / "v.h5")
-    assert second.weights == "none"
+    (trial,) = asked(plan, plan.open(), 1)
+    assert plan.settings_of(trial).weights == str(tmp_path / "v.h5")
+    assert plan.base.weights == "none"
 
 
 # The record
@@ -657,7 +657,7 @@ def test_validation_probabilities_with_their_labels_and_patients(images: Path, t
     ids, p = val["image_id"].to_numpy()[::-1], np.arange(8, dtype=np.float32).reshape(4, 2)
     plan.folder(0).mkdir(parents=True)
     np.savez(plan.folder(0) / "validation.npz", probabilities=p, image_ids=ids.astype(str))
-    labels, probabilities, patients = studies.validation_of(plan, 0)  # type: ignore[misc]
+    _, labels, probabilities, patients = studies.validation_of(plan, 0)  # type: ignore[misc]
     assert labels.dtype == np.int8
     assert (labels == val[["Mass", "Edema"]].to_numpy()[::-1]).all()
     assert (probabilities == p).all()
