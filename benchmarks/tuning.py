@@ -108,6 +108,8 @@ SPACE: dict[str, Any] = {
 SEED, FRESH_SEED = 0, 101
 #: Bars: epochs that may be spent, as a part of the rival's; seconds of overhead per trial.
 HALF, OVERHEAD_S = 0.5, 5.0
+#: Why a trial of a search that has spent its epochs is not trained.
+SPENT = "the search has spent its epochs"
 #: TensorFlow's graphs stay in a process; above so many bytes it is ended, and Ray starts another in its place.
 MEMORY_BYTES = 3 << 30
 #: With --overhead.
@@ -246,8 +248,11 @@ def _read(path: Path) -> dict[str, Any]:
     return known
 
 
-def light_trial(trainer: Any) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
-    """A trial for `search`, which reports as `ray_cxr.tuning.trial.run` does and lets `trainer` train."""
+def light_trial(trainer: Any, budget: float) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
+    """A trial for `search`, which reports as `ray_cxr.tuning.trial.run` does and lets `trainer` train.
+
+    One that begins when the trials before it have spent the budget fails at once: nothing of it will be looked at.
+    """
 
     def trial(config: dict[str, Any], job: Any) -> dict[str, Any]:
         import ray
@@ -255,14 +260,18 @@ def light_trial(trainer: Any) -> Callable[[dict[str, Any], Any], dict[str, Any]]
 
         from ray_cxr.tuning.trial import Points
 
+        folder, nan = Path(config["folder"]), float("nan")
         points, curve, last = Points(None), [], {}
+        before = sum(len(path.read_text().splitlines()) - 1 for path in folder.parent.glob(f"*/{METRICS}"))
         for number in range(1, config["settings"]["epochs"] + 1):
-            point = ray.get(trainer.epoch.remote(config["settings"], number))
+            if before < budget:
+                point = ray.get(trainer.epoch.remote(config["settings"], number))
+            else:
+                point = {"failure": SPENT}
             if "failure" in point:
-                nan = float("nan")
                 return {"epoch": 0, "val_auroc": nan, "best_val_auroc": nan, "failure": point["failure"]}
             curve.append(point)
-            pd.DataFrame(curve).to_csv(Path(config["folder"]) / METRICS, index=False, lineterminator="\n")
+            pd.DataFrame(curve).to_csv(folder / METRICS, index=False, lineterminator="\n")
             last = points.next(point)
             tune.report(last)
         return {**last, "ended": 1}
@@ -299,9 +308,24 @@ def base_settings(epochs: int) -> TrainSettings:
 
 
 def run_search(
-    prepared: Path, folder: Path, method: str, seed: int, trials: int, epochs: int, trainer: Any
+    prepared: Path,
+    folder: Path,
+    method: str,
+    seed: int,
+    trials: int,
+    epochs: int,
+    trainer: Any,
+    budget: float = math.inf,
 ) -> dict[str, Any]:
-    """One search: its trials in the order in which they ended, each with settings, epochs, AUROC and state."""
+    """One search: its trials in the order in which they ended, each with settings, epochs, AUROC and state.
+
+    Args:
+        prepared, folder: the images and the search's folder.
+        method, seed: a key of `METHODS`, and the sampler's.
+        trials, epochs: how many trials at most, and of how many epochs.
+        trainer: an actor of `Trainer`.
+        budget: no trial begins when so many epochs are spent.
+    """
     from ray_cxr.tuning import search
 
     sampler, scheduler = METHODS[method]
@@ -320,7 +344,7 @@ def run_search(
     plan = studies.Plan(prepared, folder, base_settings(epochs), settings)
     tuned = functools.partial(search.ray_tune.TuneConfig, reuse_actors=True)
     with mock.patch.object(search.ray_tune, "TuneConfig", tuned):
-        outcome = search.search(plan, trial=light_trial(trainer), finish=False, on_event=lambda line: None)
+        outcome = search.search(plan, trial=light_trial(trainer, budget), finish=False, on_event=lambda line: None)
     if outcome.interrupted:
         raise KeyboardInterrupt
     asked = outcome.study.get_trials(deepcopy=False)
@@ -338,6 +362,7 @@ def run_search(
             }
             # One at a time: the order of the numbers is that in which they ended.
             for row in outcome.rows.sort_values("number").to_dict("records")
+            if row["reason"] != SPENT
         ],
     }
 
@@ -386,15 +411,18 @@ def compare(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[s
         searches = []
         for seed in range(arguments.seeds):
             found: dict[str, Any] = {}
-            for method in METHODS:
+            budget = math.inf
+            for method in METHODS:  # the rival first: what it spends is what the others may
                 start = time.monotonic()
                 trials = arguments.trials if method == RIVAL else arguments.asha_trials
                 folder = arguments.work / "searches" / f"{method}-{seed}"
-                found[method] = run_search(prepared, folder, method, seed, trials, arguments.epochs, trainer)
-                found[method]["seconds"] = time.monotonic() - start
-                last = history(found[method]["trials"])[-1]
+                one = run_search(prepared, folder, method, seed, trials, arguments.epochs, trainer, budget)
+                found[method] = {**one, "seconds": time.monotonic() - start}
+                last = history(one["trials"])[-1]
+                if method == RIVAL:
+                    budget = last["spent"]
                 say(
-                    f"seed {seed}, {method}: {trials} trials, {last['spent']} epochs, validation AUROC "
+                    f"seed {seed}, {method}: {len(one['trials'])} trials, {last['spent']} epochs, validation AUROC "
                     f"{last['auroc'] or math.nan:.4f}; {found[method]['seconds']:.0f} s"
                 )
             searches.append({"seed": seed, "methods": found, **judged(found)})
@@ -696,7 +724,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one small search of each method, to see that all works")
     parser.add_argument("--seeds", help="searches of each method (5)", **whole)
     parser.add_argument("--trials", help="of random search (20); with --overhead: of each search (6)", **whole)
-    parser.add_argument("--asha-trials", help="of the others; three times as many", **whole)
+    parser.add_argument("--asha-trials", help="of the others at most; four times as many", **whole)
     parser.add_argument("--epochs", default=9, help="of a whole trial (9)", **whole)
     parser.add_argument("--retrain", help="fresh seeds that each winner is trained with (3)", **whole)
     parser.add_argument("--rounds", default=1, help="--overhead: searches with each setting (1)", **whole)
@@ -706,7 +734,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     quick = arguments.quick
     arguments.seeds = arguments.seeds or (1 if quick else 5)
     arguments.trials = arguments.trials or (6 if arguments.overhead else 4 if quick else 20)
-    arguments.asha_trials = arguments.asha_trials or 3 * arguments.trials
+    arguments.asha_trials = arguments.asha_trials or 4 * arguments.trials
     arguments.retrain = arguments.retrain or (1 if quick else 3)
     if arguments.overhead and arguments.trials < 2:
         parser.error(f"--trials {arguments.trials}: with --overhead the first trial is told apart; give 2 or more")

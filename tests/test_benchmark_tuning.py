@@ -168,7 +168,7 @@ def test_wrong_arguments_are_refused(tuning: ModuleType, capsys: pytest.CaptureF
         assert stop.value.code == 2
     capsys.readouterr()
     given = tuning.parse(["--work", "w"])
-    assert (given.seeds, given.trials, given.asha_trials, given.retrain) == (5, 20, 60, 3)
+    assert (given.seeds, given.trials, given.asha_trials, given.retrain) == (5, 20, 80, 3)
 
 
 @pytest.mark.ray

@@ -17,7 +17,7 @@ from ray_cxr.tuning.space import Space
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "PATIENTS", 3)
+    monkeypatch.setattr(demo, "PATIENTS", 8)
 
 
 def recorded(out: Path, *, tune: bool, fails: str = "") -> list[list[str]]:

@@ -56,6 +56,7 @@ class Halving(FIFOScheduler):
         count = math.ceil(trials / reduction ** len(self.rungs))
         self.sizes = [trials // count + (place < trials % count) for place in range(count)]
         self._brackets: list[list[Trial]] = [[]]
+        self._closed = False
         self._bracket_of: dict[Trial, int] = {}
         #: Of the trials that are not over: how many rungs they have passed, and their scores at the one they wait at.
         self._passed: dict[Trial, int] = {}
@@ -64,6 +65,10 @@ class Halving(FIFOScheduler):
     def room(self) -> bool:
         """Whether another trial may begin beside those that run or are about to."""
         return len(self._passed) - len(self._waits) < self._most
+
+    def no_more(self) -> None:
+        """Fewer trials come than were to come: those that wait need not wait for them."""
+        self._closed = True
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """A trial is new, or its process was lost and it comes again."""
@@ -105,6 +110,8 @@ class Halving(FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Trials that go on after a rung come before new ones."""
+        if self._closed:
+            self._judge(tune_controller, len(self._brackets) - 1)
         live = [trial for trial in self._passed if trial.status in (Trial.PENDING, Trial.RUNNING)]
         if len(live) < self._most:
             for trial in self._passed:
@@ -120,7 +127,7 @@ class Halving(FIFOScheduler):
             place: of the bracket.
             current: the trial that is being reported, which its caller stops.
         """
-        if len(self._brackets[place]) < self.sizes[place]:
+        if len(self._brackets[place]) < self.sizes[place] and not self._closed:
             return
         for rung in range(len(self.rungs)):
             left = [trial for trial in self._brackets[place] if self._passed.get(trial, math.inf) <= rung]

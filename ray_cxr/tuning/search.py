@@ -143,7 +143,7 @@ def search(
             with Trials(settings.trials, len(done)) as board:
                 watch = _Watch(plan, study, ask, board, on_event)
                 over = _run(plan, ask, watch, job, trial, left, at_a_time)
-            if ask.hopeless():
+            if ask.gave_up:
                 gave_up = (
                     f"{out}: {HOPELESS} trials in a row failed before their first epoch, so no more were begun; mend "
                     "what their reasons say, then the same command goes on"
@@ -349,7 +349,7 @@ def _run(plan: Plan, ask: _Ask, watch: _Watch, job: trials.Job, trial: Trial, le
     most = at_a_time + settings.ahead
     made = scheduler(settings, plan.base.epochs, watch.earlier(), trials=left, most=most)
     if isinstance(made, Halving):
-        ask.room = made.room
+        ask.room, ask.no_more = made.room, made.no_more
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(Named, {"memory": TRIAL_BYTES}),
         tune_config=ray_tune.TuneConfig(
@@ -500,8 +500,12 @@ class _Ask(OptunaSearch):
         self._plan, self._cpus = plan, cpus
         self._ot_study = study
         self._in_a_row = 0
+        #: Whether so many trials failed at once, one after the other, that more would, too.
+        self.gave_up = False
         #: Whether another trial may begin; None: Ray's limit on those that were begun says so.
         self.room: Callable[[], bool] | None = None
+        #: Told that no more trials will come than have come.
+        self.no_more: Callable[[], None] = lambda: None
         #: Numbers of the trials that an earlier run began and left.
         self.left = [one.number for one in study.get_trials(deepcopy=False) if studies.state_of(one) == "running"]
 
@@ -515,7 +519,9 @@ class _Ask(OptunaSearch):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next trial's configuration; None: not yet; or that there will be no more."""
-        if self.hopeless():
+        if self._in_a_row >= HOPELESS:
+            self.gave_up = True
+            self.no_more()
             return Searcher.FINISHED
         if self.room is not None and not self.room():
             return None
@@ -588,10 +594,6 @@ class _Ask(OptunaSearch):
             except (optuna.exceptions.StorageInternalError, SQLAlchemyError):
                 time.sleep(wait)
         act()
-
-    def hopeless(self) -> bool:
-        """Whether so many trials failed at once, one after the other, that more would, too."""
-        return self._in_a_row >= HOPELESS
 
     def failed(self, trial_id: str, reason: str) -> None:
         """Tell Optuna that a trial failed, and why."""

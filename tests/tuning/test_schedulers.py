@@ -53,6 +53,8 @@ class Tune:
         self.trials: list[Fake] = []
         self.order = list(order)
         self.crowd = 0
+        #: So many trials come, and then no more.
+        self.comes = len(trials)
 
     def stop_trial(self, trial: Fake) -> None:
         """As TuneController.stop_trial."""
@@ -66,6 +68,9 @@ class Tune:
 
     def run(self) -> None:
         for step in range(10_000):
+            if len(self.trials) == self.comes:
+                self.coming = []
+                self.made.no_more()
             if self.coming and self.made.room():
                 self.trials.append(self.coming.pop(0))
                 self.made.on_trial_add(self, self.trials[-1])
@@ -208,6 +213,21 @@ def test_whatever_happens_to_trials_each_rung_keeps_its_share(
         if not trial.fate or trial.fate[0] == "failed":
             # No more processes than rungs that it had to wait at.
             assert trial.starts <= 1 + len(made.rungs) + (given_trials[trial.number][2] is not None)
+
+
+@pytest.mark.parametrize("comes", range(1, 9))
+def test_those_that_wait_go_on_when_no_more_will_come(comes: int) -> None:
+    made = halving(9, 9)
+    trials = [Fake(number, score / 10) for number, score in enumerate([5, 1, 9, 3, 8, 2, 7, 4, 6])]
+    tune = Tune(made, trials, 9, 2, [0, 1, 1])
+    tune.comes = comes
+    tune.run()
+    done = Counter(trial.done for trial in trials[:comes])
+    further = math.ceil(comes / 3)
+    last = math.ceil(further / 3)
+    assert done == Counter({1: comes - further, 3: further - last, 9: last})
+    best = max(range(comes), key=lambda number: trials[number].score)
+    assert trials[best].done == 9
 
 
 def test_a_score_that_is_no_number_is_the_worst() -> None:

@@ -86,7 +86,7 @@ def fake(act: Act | None = None, rates: dict[int, float] | None = None) -> Any:
     return run
 
 
-def plan_of(prepared: Path, out: Path, dropouts: list[float], **settings: Any) -> Plan:
+def plan_of(prepared: Path, out: Path, dropouts: list[float], base: TrainSettings = BASE, **settings: Any) -> Plan:
     """A search whose trials have these dropouts, in this order."""
     given = {
         "trials": len(dropouts),
@@ -97,7 +97,7 @@ def plan_of(prepared: Path, out: Path, dropouts: list[float], **settings: Any) -
         "reduction_factor": 2,
         **settings,
     }
-    return Plan(prepared, out, BASE, TuneSettings(**given))
+    return Plan(prepared, out, base, TuneSettings(**given))
 
 
 def notes(out: Path) -> list[tuple[int, str, float]]:
@@ -327,6 +327,28 @@ def test_halving_lets_trials_wait_for_the_others_without_a_process(prepared: Pat
     assert done.printed == ""
 
 
+def test_trials_that_all_fail_end_the_search_and_those_that_wait_need_not(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first waits at its rung for eight others, of which the first two fail and the rest never comes."""
+    from ray_cxr.tuning import search
+
+    def act(number: int, epoch: int, noted: Callable[[str], bool]) -> None:
+        if number:
+            raise ValueError("no such file")
+
+    monkeypatch.setattr(search, "HOPELESS", 2)
+    base = BASE.replace(epochs=9)
+    plan = plan_of(prepared, tmp_path / "study", [0.3], base, trials=9, scheduler="halving", reduction_factor=3)
+    done = searched(plan, fake(act))
+    assert f"{plan.out}: 2 trials in a row failed before their first epoch" in done.outcome.gave_up
+    assert not done.outcome.interrupted
+    rows = done.rows
+    assert rows["state"].tolist() == ["finished"] + ["failed"] * (len(rows) - 1)
+    assert rows.loc[0, "epochs"] == 9
+    assert 3 <= len(rows) <= 5  # those that were begun before it was known
+
+
 def test_a_second_search_in_the_same_folder_is_refused(prepared: Path, tmp_path: Path) -> None:
     from ray_cxr.tuning import search
 
@@ -352,9 +374,9 @@ def test_a_ray_whose_dashboard_does_not_answer_is_refused(
     said = str(caught.value)
     assert said.splitlines() == [said]
     assert said.startswith(
-        "this Ray's dashboard does not answer, so what stopped trials hold would never be free again"
+        "this Ray's dashboard does not answer, so what stopped or lost trials hold would never be free again; start "
     )
-    assert said.endswith("set tune.scheduler=none (ConnectionError: nobody there)")
+    assert said.endswith("(ConnectionError: nobody there)")
     assert not (tmp_path / "study").exists()
 
 

@@ -690,9 +690,17 @@ def test_what_a_search_was_begun_with_and_what_is_said_again(images: Path, tmp_p
 def test_done_is_as_many_as_are_wanted_and_all_that_is_written_of_them(images: Path, tmp_path: Path) -> None:
     plan = plan_of(images, tmp_path, trials=4)
     assert not plan.done()
-    for summary, done in (('{"trials_over": 3}', False), ('{"trials_over": 4}', True), ("{}", False), ("[", False)):
+    (tmp_path / "bundle").mkdir()
+    for summary, done in (
+        ('{"trials_over": 3, "best_number": 1}', False),
+        ('{"trials_over": 4, "best_number": null}', False),
+        ('{"trials_over": 4}', False),
+        ("[", False),
+        ('{"trials_over": 4, "best_number": 0}', True),
+    ):
         (tmp_path / studies.SUMMARY).write_text(summary)
         assert plan.done() == done
-    (tmp_path / studies.SUMMARY).write_text('{"trials_over": 4}')
     assert plan_of(images, tmp_path, trials=3).done()
     assert not plan_of(images, tmp_path, trials=5).done()
+    (tmp_path / "bundle").rmdir()
+    assert not plan.done()
