@@ -264,10 +264,9 @@ def light_trial(trainer: Any, budget: float) -> Callable[[dict[str, Any], Any], 
         points, curve, last = Points(None), [], {}
         before = sum(len(path.read_text().splitlines()) - 1 for path in folder.parent.glob(f"*/{METRICS}"))
         for number in range(1, config["settings"]["epochs"] + 1):
+            point = {"failure": SPENT}
             if before < budget:
                 point = ray.get(trainer.epoch.remote(config["settings"], number))
-            else:
-                point = {"failure": SPENT}
             if "failure" in point:
                 return {"epoch": 0, "val_auroc": nan, "best_val_auroc": nan, "failure": point["failure"]}
             curve.append(point)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -169,25 +167,3 @@ def test_wrong_arguments_are_refused(tuning: ModuleType, capsys: pytest.CaptureF
     capsys.readouterr()
     given = tuning.parse(["--work", "w"])
     assert (given.seeds, given.trials, given.asha_trials, given.retrain) == (5, 20, 80, 3)
-
-
-@pytest.mark.ray
-def test_small_searches_run_and_are_compared(tmp_path: Path) -> None:
-    out = tmp_path / "searches.json"
-    options = "--quick --trials 2 --asha-trials 3 --epochs 3 --patients 92"
-    done = subprocess.run(
-        [sys.executable, "benchmarks/tuning.py", *options.split(), "--work", str(tmp_path / "work"), "--out", str(out)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "tpe-asha at half of random's epochs: test AUROC" in done.stdout
-    result = json.loads(out.read_text())["searches"]
-    (one,) = result["searches"]
-    assert one["budget"] == 6
-    assert [len(found["trials"]) for found in one["methods"].values()] == [2, 3, 3]
-    # The same seed asks for the same random settings, whichever scheduler looks on.
-    random, asha = (one["methods"][name]["trials"] for name in ("random", "random-asha"))
-    assert [trial["params"] for trial in asha[:2]] == [trial["params"] for trial in random]
-    assert all(0.0 <= winner["test"] <= 1.0 for winner in one["winners"].values())
