@@ -188,7 +188,8 @@ def asha(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Searched:
 
 def test_a_bad_trial_is_stopped_early_and_told_as_such(asha: Searched) -> None:
     rows, trials = asha.rows, asha.trials
-    assert rows["state"].to_dict() == {0: "finished", 1: "stopped", 2: "failed", 3: "finished", 4: "failed"}
+    wanted = {0: "finished", 1: "stopped", 2: "failed", 3: "finished", 4: "failed"}
+    assert rows["state"].to_dict() == wanted, asha.said
     assert rows["epochs"].to_dict() == {0: 3, 1: 1, 2: 1, 3: 3, 4: 0}
     assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "FAIL", "COMPLETE", "FAIL"]
     assert trials[0].value == pytest.approx(0.703)
@@ -298,7 +299,7 @@ def test_several_objectives_make_a_front_and_stopped_trials_are_on_it(
     assert [trial.state.name for trial in kept] == ["COMPLETE"] * 5 + ["FAIL"]
     assert kept[4].values == [pytest.approx(0.551), 99.0]  # noqa: PD011
     assert second.rows["images_per_second"].tolist()[:5] == [10.0, 20.0, 15.0, 50.0, 99.0]
-    assert second.rows["state"].tolist() == ["finished"] * 4 + ["stopped", "failed"]
+    assert second.rows["state"].tolist() == ["finished"] * 4 + ["stopped", "failed"], second.said
     assert second.rows.loc[5, "reason"] == "nothing came of it"  # it has neither objective, and the search went on
     assert second.outcome.best == 0
     assert second.printed == ""
@@ -314,7 +315,7 @@ def test_halving_lets_trials_wait_for_the_others_without_a_process(prepared: Pat
     plan = plan_of(prepared, tmp_path / "study", [0.5, 0.2, 0.3], scheduler="halving", reduction_factor=3, concurrent=1)
     done = searched(plan, fake(act))
     rows = done.rows
-    assert rows["state"].tolist() == ["finished", "stopped", "stopped"]
+    assert rows["state"].tolist() == ["finished", "stopped", "stopped"], done.said
     assert rows["epochs"].tolist() == [3, 1, 1]
     assert [epoch["epoch"] for epoch in rows.loc[0, "curve"]] == [1, 2, 3]
     assert [trial.state.name for trial in done.trials] == ["COMPLETE", "PRUNED", "PRUNED"]
@@ -344,7 +345,7 @@ def test_trials_that_all_fail_end_the_search_and_those_that_wait_need_not(
     assert f"{plan.out}: 2 trials in a row failed before their first epoch" in done.outcome.gave_up
     assert not done.outcome.interrupted
     rows = done.rows
-    assert rows["state"].tolist() == ["finished"] + ["failed"] * (len(rows) - 1)
+    assert rows["state"].tolist() == ["finished"] + ["failed"] * (len(rows) - 1), done.said
     assert rows.loc[0, "epochs"] == 9
     assert 3 <= len(rows) <= 5  # those that were begun before it was known
 
