@@ -34,7 +34,6 @@ epochs = 3
 batch_size = 8
 min_positives = 2
 pooling = "avgmax"
-checkpoint_steps = 3
 
 [tune]
 trials = 4
