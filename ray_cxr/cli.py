@@ -517,7 +517,7 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
             "include_dashboard": dashboard,
         }
     try:
-        with quiet_stderr(), _found_by_its_own(address):
+        with quiet_stderr(), _found_by_its_own(address if dashboard else ""):
             ray.init(address=address, logging_level=logging.WARNING, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RayCxrError(f"Ray at {address!r}: {_flat(error)[:300]}") from None
