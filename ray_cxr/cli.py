@@ -248,7 +248,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
     # All that can be refused is refused before Ray takes its seconds to start.
     plan = trainer.check(arguments.prepared, arguments.out, chosen)
-    with contextlib.nullcontext() if plan.finished else start_ray(settings.ray, dashboard=True):
+    with contextlib.nullcontext() if plan.finished else start_ray(settings.ray):
         bundle = trainer.train(
             arguments.prepared, arguments.out, chosen, use_gpu=arguments.gpu, began=began, on_event=_say
         )

@@ -224,7 +224,8 @@ def _result(out: Path) -> Any:
     """What Ray Train has written down of a run, ended or not."""
     from ray.train import Result
 
-    return Result.from_path(out / "ray")
+    # Ray takes a relative path for an address without a scheme.
+    return Result.from_path((out / "ray").resolve())
 
 
 def _progress(checkpoint: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from sklearn.metrics import roc_auc_score
 import ray_cxr
 from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.labels import FINDINGS
+from ray_cxr.training import trainer
 
 pytestmark = pytest.mark.ray
 SETTINGS = ["backbone=TinyCNN", "weights=none", "size=64", "batch_size=16", "min_positives=2", "learning_rate=0.003"]
@@ -59,6 +60,12 @@ def test_validation_auroc_is_that_of_the_bundle_on_the_validation_images(untouch
             assert row["auroc"] == pytest.approx(roc_auc_score(y, p[:, j]), abs=0.02)
         else:
             assert row["auroc"] is None
+
+
+def test_a_run_may_be_named_by_a_relative_path(untouched: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train's Result.from_path takes such a path for an address; the README's commands name their runs so."""
+    monkeypatch.chdir(untouched.out.parent)
+    assert trainer.best_checkpoint(Path(untouched.out.name)) is not None
 
 
 def test_split_names_what_trained_and_what_chose_it(untouched: Run, manifest: Path) -> None:
