@@ -23,6 +23,7 @@ from ray_cxr.evaluation import intervals
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING
 from ray_cxr.reporting import plots
 from ray_cxr.reporting import report as report_module
+from ray_cxr.reporting.examples import examples
 from ray_cxr.reporting.report import write_report
 
 FEW = ("Cardiomegaly", "Effusion", "Hernia")
@@ -457,7 +458,7 @@ def test_examples_without_operating_points_are_the_ends_of_the_scores(archive: A
         flags[:] = -1
     result = {"digests": {}, "counts": {}, "notes": [], "findings": {}}
     evaluated = report_module._evaluate(table, archive.labels(), "test", result, 10, 0)
-    groups = report_module._examples(table, evaluated, 0)
+    groups = examples(table, evaluated, 0)
     assert [title for title, _ in groups] == [
         "Positives that score high", "Positives that score low", "Negatives that score high",
     ]  # fmt: skip

@@ -1,0 +1,120 @@
+"""Scores joined with labels, and the guard against images and patients that trained the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ray_cxr.errors import InputError, LeakError, TableError
+from ray_cxr.labels import LABELS
+from ray_cxr.reporting.scores import Scores, provenance, strings
+
+UNKNOWN_TRAINING = "not all images that trained the model are known"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The images with both scores and labels, in the labels' order; `rows` are their rows in `Scores`."""
+
+    rows: np.ndarray
+    labels: dict[str, np.ndarray]
+    patients: np.ndarray
+
+
+def describe_split(split: str | None, info: Mapping[str, Any]) -> str:
+    """The split in words, for every place where a number stands.
+
+    Args:
+        split: the evaluated part, or None for all rows.
+        info: what the manifest's metadata says: kind and seed.
+    """
+    if split is None:
+        return "all labelled images, whatever their split"
+    kind = info.get("kind")
+    if kind == "official":
+        return f"official {split} split"
+    if kind == "patient":
+        return f"{split} split of a random patient split, seed {info.get('seed')}"
+    if kind == "given":
+        return f"{split} split as the tables gave it"
+    return f"{split} split of unknown origin"
+
+
+def join(table: Scores, labelled: pa.Table, path: str | Path, split: str | None, counts: dict[str, Any]) -> Evaluated:
+    ids = strings(labelled, "image_id", str(path))
+    splits = strings(labelled, "split", str(path))
+    chosen = np.ones(len(ids), dtype=bool)
+    if split is not None:
+        if all(value is None for value in splits):
+            raise InputError(f"--split {split}: {path} has no splits; leave --split out, or give it splits")
+        chosen = splits == split
+        if not chosen.any():
+            there = ", ".join(sorted({value for value in splits if value is not None}))
+            raise InputError(f"--split {split}: {path} has no such rows; its splits are {there}")
+    rows = pd.Index(table.ids).get_indexer(pd.Index(ids[chosen]))
+    both = rows >= 0
+    if not both.any():
+        where = f"the {split} split of {path}" if split else str(path)
+        raise InputError(
+            f"{table.source} and {where} have no image in common; "
+            f"compare their image_id, such as {table.ids[0]!r} and {ids[chosen][0]!r}"
+        )
+    failed = np.zeros(len(rows), dtype=bool)
+    failed[both] = ~table.ok[rows[both]]
+    elsewhere = np.isin(table.ids, ids[~chosen])
+    counts.update(
+        labelled=int(chosen.sum()),
+        evaluated=int((both & ~failed).sum()),
+        labelled_not_scored=int((~both).sum()),
+        labelled_errors=int(failed.sum()),
+        scored_not_labelled=int((~np.isin(table.ids, ids)).sum()),
+        scored_other_split=int(elsewhere.sum()),
+    )
+    kept = both & ~failed
+    rows = rows[kept]
+    values = {}
+    for finding in LABELS:
+        known = labelled[finding].drop_null().unique().to_pylist()
+        if not {0, 1}.issuperset(known):
+            raise TableError(f"{path}: column {finding} holds {sorted(known)}; use 0, 1 and null (not labelled)")
+        values[finding] = pc.fill_null(labelled[finding], -1).to_numpy()[chosen][kept]
+    patients = strings(labelled, "patient_id", str(path))[chosen][kept]
+    # Where the labels do not know the patient, the score table may.
+    patients = np.where([patient is None for patient in patients], table.patients[rows], patients)
+    return Evaluated(rows, values, patients)
+
+
+def guard(table: Scores, evaluated: Evaluated, split: str | None) -> dict[str, Any]:
+    if table.trained is None:
+        return {"checked": False, "reason": UNKNOWN_TRAINING}
+    images, patients = table.trained
+    same_images = int(np.isin(table.ids[evaluated.rows], images).sum())
+    known = {patient for patient in patients if patient is not None}
+    shared = {patient for patient in evaluated.patients if patient in known}
+    if split not in ("train", "val") and (same_images or shared):
+        among = "the test split" if split else "the labels"
+        remedy = (
+            "use a manifest whose test split excludes them"
+            if split
+            else "add `--split test`, or use a manifest that excludes them"
+        )
+        raise LeakError(
+            f"{same_images:,} images and {len(shared):,} patients of {among} trained this model; {remedy} "
+            "(`--split train` or `--split val` evaluates training images as such)"
+        )
+    known_all = provenance(table).get("lineage") != "unknown"
+    return {
+        "checked": known_all,
+        "reason": None if known_all else UNKNOWN_TRAINING,
+        "training_images": len(images),
+        "training_patients": len(known),
+        "shared_images": same_images,
+        "shared_patients": len(shared),
+    }

@@ -1,0 +1,71 @@
+"""The worklist: one row per study, what is most urgent first, what failed last and never left out."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ray_cxr.labels import NO_FINDING
+from ray_cxr.reporting.scores import Scores
+
+#: A spreadsheet takes a cell that begins so for a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def worklist(table: Scores) -> list[dict[str, str]]:
+    """One row per study (per image without one), highest priority first; failures last, never left out."""
+    studies: dict[tuple[str, ...], list[int]] = {}
+    for row, study in enumerate(table.studies):
+        key = ("image", table.ids[row]) if study is None else ("study", table.patients[row] or "", study)
+        studies.setdefault(key, []).append(row)
+    names = [f for f in table.findings if f in table.flags and f != NO_FINDING]
+    lines = []
+    for rows in studies.values():
+        ranked = sorted(rows, key=lambda row: (-_or_lowest(float(table.priority[row])), table.ids[row]))
+        best = ranked[0]
+        priority = float(table.priority[best])
+        lines.append(
+            (
+                (
+                    -_or_lowest(priority),
+                    table.patients[best] or "",
+                    table.studies[best] or "",
+                    table.ids[best],
+                ),
+                {
+                    "priority": "" if np.isnan(priority) else str(np.float32(priority)),
+                    "top_finding": table.top_findings[best] or "",
+                    "flagged": "|".join(f for f in names if any(table.flags[f][row] == 1 for row in rows)),
+                    "patient_id": table.patients[best] or "",
+                    "study_id": table.studies[best] or "",
+                    "image_id": table.ids[best],
+                    "n_images": str(len(rows)),
+                    "n_errors": str(sum(not table.ok[row] for row in rows)),
+                    "errors": _joined(table.codes[row] or "unknown" for row in rows if not table.ok[row]),
+                    "quality_flags": _joined(table.quality_flags[row] for row in rows),
+                },
+            )
+        )
+    return [line for _, line in sorted(lines, key=lambda pair: pair[0])]
+
+
+def _or_lowest(priority: float) -> float:
+    return float("-inf") if np.isnan(priority) else priority
+
+
+def _joined(values: Any) -> str:
+    return "|".join(sorted({value for value in values if value}))
+
+
+def as_csv(lines: Sequence[Mapping[str, str]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    for line in lines:
+        # Numbers stay numbers; a text that a spreadsheet would run gets an apostrophe.
+        writer.writerow({k: f"'{v}" if k != "priority" and v.startswith(_FORMULA) else v for k, v in line.items()})
+    return buffer.getvalue()
