@@ -43,6 +43,8 @@ RAY_FILES = ("ray_cxr/data/prepared.py", "ray_cxr/cli.py")
 #: findings, and short sequences; a long sequence, which would be an order of findings, may not.
 KNOWS_EACH_FINDING = {
     "ray_cxr/data/phantoms.py": 5,  # how each finding is drawn, and which four go with it
+    "ray_cxr/data/consensus.py": 5,  # which four make up an airspace opacity
+    "ray_cxr/evaluation/published.py": 4,  # what others have measured of each
 }
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
