@@ -75,3 +75,22 @@ def test_scoring_is_compared_with_a_bare_program_and_pytorch_left_out_with_a_lin
         assert all(run["marks"][-1][1] == 100 for run in contestant["rounds"])
         assert all(run[name] > 0 for run in contestant["rounds"] for name in ("steady", "first", "whole"))
     assert max(result["agreement"].values()) < 1e-4
+
+
+def test_intervals_are_compared_with_a_loop_that_gives_the_same_ones(tmp_path: Path) -> None:
+    out = tmp_path / "speed.json"
+    options = "--images 400 --patients 60 --findings 2 --resamples 80 --rival-resamples 2 --rounds 2"
+    done = subprocess.run(
+        [sys.executable, "benchmarks/evaluation.py", *options.split(), "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for text in ("400 images of 60 patients", "loop with scikit-learn", "from 2 resamples", "<= 60 s: met"):
+        assert text in done.stdout
+    result = json.loads(out.read_text())["bootstrap"]
+    assert {name: len(seconds) for name, seconds in result["seconds"].items()} == {"ours": 2, "sklearn": 2, "areas": 2}
+    assert result["largest_difference"] < 1e-9
+    assert set(result["ratios"]) == {"sklearn/ours", "areas/ours"}
+    assert all(ratio > 0 for ratio in result["ratios"].values())

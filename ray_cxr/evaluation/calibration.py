@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ EPSILON = 1e-7
 METHODS = ("platt", "temperature")
 #: The operating points that are told beside the chosen one.
 ALTERNATIVES = ("youden", "sensitivity=0.9", "specificity=0.9")
+#: Standard errors on either side of a 95% interval.
+_REACH = NormalDist().inv_cdf(0.975)
 _RIDGE = 1e-6
 _STEPS = 100
 
@@ -83,6 +86,27 @@ class FittedRules:
     expected_flag_rates: dict[str, float | None]
     alternatives: dict[str, dict[str, dict[str, Any] | None]]
     reasons: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """The images whose probability lies in low <= p < high; 1 belongs to the last bin.
+
+    Attributes:
+        low, high: the bin.
+        n: how many images.
+        predicted: their mean probability, or None without images.
+        observed: the share of positives among them, or None without images.
+        observed_low, observed_high: its 95% interval, or None without images.
+    """
+
+    low: float
+    high: float
+    n: int
+    predicted: float | None
+    observed: float | None
+    observed_low: float | None
+    observed_high: float | None
 
 
 def fit_rules(
@@ -260,9 +284,65 @@ def expected_error(y: np.ndarray, p: np.ndarray, bins: int = 10) -> float | None
     _check_range(p)
     if not y.size:
         return None
-    place = np.minimum((p * bins).astype(np.int64), bins - 1)
-    gaps = np.bincount(place, weights=p - y, minlength=bins)
+    gaps = np.bincount(_places(p, bins), weights=p - y, minlength=bins)
     return float(np.abs(gaps).sum() / y.size)
+
+
+def reliability(
+    y: np.ndarray, p: np.ndarray, bins: int = 10, patients: np.ndarray | None = None
+) -> tuple[ReliabilityBin, ...]:
+    """The reliability curve: what share was positive where so much was predicted, in bins of equal width.
+
+    These are the bins of `expected_error`, which is the mean of |predicted - observed| over them, weighted by n.
+
+    The interval of the observed share is Wilson's (1927). Images of one patient are not independent, so with
+    `patients` the number of images in it is replaced by as many independent ones as would give the variance seen
+    between patients, never more than there are (Kish's design effect); where all images of a bin agree, and no
+    variance is seen, by the number of its patients.
+
+    Args:
+        y: labels [n], 0 or 1.
+        p: probabilities [n] in 0..1.
+        bins: how many.
+        patients: ids [n], see `patient_codes`; None takes all images as independent.
+
+    Returns:
+        All bins from 0 to 1, empty ones among them.
+
+    Raises:
+        ValueError: as `metrics.auroc`; a probability outside 0..1, or another number of patients.
+    """
+    y, p = metrics.checked(y, p)
+    _check_range(p)
+    codes = np.arange(y.size) if patients is None else patient_codes(patients)[0]
+    if codes.size != y.size:
+        raise ValueError(f"{y.size} labels and {codes.size} patients do not fit")
+    place = _places(p, bins)
+    return tuple(_reliability_bin(i, bins, *(column[place == i] for column in (y, p, codes))) for i in range(bins))
+
+
+def _reliability_bin(i: int, bins: int, y: np.ndarray, p: np.ndarray, codes: np.ndarray) -> ReliabilityBin:
+    if not y.size:
+        return ReliabilityBin(i / bins, (i + 1) / bins, 0, None, None, None, None)
+    observed = float(y.mean())
+    apart = np.bincount(np.unique(codes, return_inverse=True)[1], weights=y - observed)
+    spread = float((apart**2).sum()) / y.size**2
+    independent = float(len(apart)) if spread == 0 else min(float(y.size), observed * (1 - observed) / spread)
+    low, high = _wilson(observed, independent)
+    return ReliabilityBin(i / bins, (i + 1) / bins, int(y.size), float(p.mean()), observed, low, high)
+
+
+def _wilson(share: float, n: float) -> tuple[float, float]:
+    """Wilson's 95% interval of a share seen in n independent images."""
+    square = _REACH**2 / n
+    centre = (share + square / 2) / (1 + square)
+    reach = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
+    return max(0.0, centre - reach), min(1.0, centre + reach)
+
+
+def _places(p: np.ndarray, bins: int) -> np.ndarray:
+    """The bin of each probability, int64 [n]."""
+    return np.minimum((p * bins).astype(np.int64), bins - 1)
 
 
 def cross_fitted_error(

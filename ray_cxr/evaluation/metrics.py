@@ -54,6 +54,12 @@ class Confusion:
         return _ratio(self.true_negatives, self.true_negatives + self.false_negatives)
 
     @property
+    def f1(self) -> float | None:
+        """The harmonic mean of sensitivity and PPV, in counts; None only where nothing is positive or flagged."""
+        twice = 2 * self.true_positives
+        return _ratio(twice, twice + self.false_positives + self.false_negatives)
+
+    @property
     def flag_rate(self) -> float | None:
         flagged = self.true_positives + self.false_positives
         return _ratio(flagged, flagged + self.true_negatives + self.false_negatives)
@@ -194,6 +200,35 @@ def sensitivity_specificity(y: np.ndarray, flags: np.ndarray) -> tuple[float | N
     return counts.sensitivity, counts.specificity
 
 
+def predictive_values_at(
+    sensitivity: float | None, specificity: float | None, prevalence: float
+) -> tuple[float | None, float | None]:
+    """What PPV and NPV would be where the finding has another prevalence, by Bayes' theorem.
+
+    It holds as far as sensitivity and specificity carry over: the sick there must be as sick, and the well as well,
+    as here.
+
+    Args:
+        sensitivity, specificity: in 0..1; None where undefined.
+        prevalence: share of positives in the population asked about, in 0..1.
+
+    Returns:
+        (PPV, NPV); each None where sensitivity or specificity is, or where nobody would be flagged (PPV) or nobody
+        would not be (NPV).
+
+    Raises:
+        ValueError: a number outside 0..1.
+    """
+    for name, value in (("sensitivity", sensitivity), ("specificity", specificity), ("prevalence", prevalence)):
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} is {value}; it must lie in 0..1")
+    if sensitivity is None or specificity is None:
+        return None, None
+    hits, misses = prevalence * sensitivity, prevalence * (1.0 - sensitivity)
+    passes, alarms = (1.0 - prevalence) * specificity, (1.0 - prevalence) * (1.0 - specificity)
+    return _ratio(hits, hits + alarms), _ratio(passes, passes + misses)
+
+
 def brier(y: np.ndarray, p: np.ndarray) -> float | None:
     """Mean squared difference of probabilities and labels (Brier 1950); None without rows. 0 is best.
 
@@ -231,5 +266,5 @@ def _by_score(y: np.ndarray, s: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, 
     return np.add.reduceat(w * y, starts), np.add.reduceat(w * ~y, starts), s[starts]
 
 
-def _ratio(part: int, whole: int) -> float | None:
+def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None

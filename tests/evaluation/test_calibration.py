@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from ray_cxr.errors import ConfigError
 from ray_cxr.evaluation import calibration, metrics
@@ -390,6 +391,53 @@ def test_expected_error_by_hand() -> None:
     assert calibration.expected_error(np.array([], int), np.array([])) is None
     with pytest.raises(ValueError, match="probabilit"):
         calibration.expected_error(np.array([0, 1]), np.array([0.5, 1.5]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1)), min_size=1, max_size=60), bins=st.integers(1, 12))
+def test_reliability_curve_is_what_the_expected_error_is_made_of(rows: list[tuple[int, float]], bins: int) -> None:
+    y, p = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
+    curve = calibration.reliability(y, p, bins)
+    assert [(one.low, one.high) for one in curve] == [(i / bins, (i + 1) / bins) for i in range(bins)]
+    assert sum(one.n for one in curve) == len(rows)
+    total = 0.0
+    for one in curve:
+        if one.n == 0:
+            assert (one.predicted, one.observed, one.observed_low, one.observed_high) == (None,) * 4
+            continue
+        assert one.predicted is not None
+        assert one.observed is not None
+        total += one.n / len(rows) * abs(one.predicted - one.observed)
+        wilson = stats.binomtest(round(one.observed * one.n), one.n).proportion_ci(method="wilson")
+        assert (one.observed_low, one.observed_high) == pytest.approx((wilson.low, wilson.high), abs=1e-9)
+    assert calibration.expected_error(y, p, bins) == pytest.approx(total, abs=1e-12)
+
+
+def test_copies_of_a_patients_images_do_not_narrow_the_reliability_interval() -> None:
+    y, p = np.array([0, 1, 1, 0, 1, 0, 0]), np.array([0.1, 0.1, 0.15, 0.12, 0.9, 0.95, 0.5])
+    once = calibration.reliability(y, p, 5)
+    thrice = calibration.reliability(np.repeat(y, 3), np.repeat(p, 3), 5, patients=np.repeat(np.arange(7), 3))
+    for one, more in zip(once, thrice, strict=True):
+        assert more.n == 3 * one.n
+        for name in ("predicted", "observed", "observed_low", "observed_high"):
+            assert getattr(more, name) == pytest.approx(getattr(one, name), abs=1e-12)
+    with pytest.raises(ValueError, match="do not fit"):
+        calibration.reliability(y, p, 5, patients=np.arange(3))
+    with pytest.raises(ValueError, match="probabilit"):
+        calibration.reliability(y, p + 1)
+
+
+def test_reliability_interval_is_never_narrower_than_that_of_independent_images() -> None:
+    rng = np.random.default_rng(0)
+    y, p = rng.integers(0, 2, 60), rng.random(60)
+    for one, more in zip(
+        calibration.reliability(y, p), calibration.reliability(y, p, patients=rng.integers(0, 20, 60)), strict=True
+    ):
+        assert one.observed_low is not None
+        assert one.observed_high is not None
+        assert more.observed_low is not None
+        assert more.observed_high is not None
+        assert more.observed_high - more.observed_low >= one.observed_high - one.observed_low - 1e-12
 
 
 def test_probabilities_that_come_true_have_a_small_error_and_others_a_large_one() -> None:

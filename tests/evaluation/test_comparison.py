@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from ray_cxr.evaluation import comparison, intervals, metrics
 from ray_cxr.evaluation.comparison import Comparison, PairedAuroc, TrialCurve
@@ -118,6 +119,53 @@ def test_a_network_against_itself() -> None:
     y, a, _, patients = two_networks(20, 0)
     got = comparison.paired_macro_auroc(y, a, a, patients, n_resamples=50)
     assert (got.difference, got.low, got.high, got.p) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_findings_are_compared_each_as_if_alone_and_in_the_mean_together() -> None:
+    y, a, b, patients = two_networks(40, 3, better=0.5)
+    y, a, b = (np.hstack([table, table[:, :1] * 0, table[:, 1:]]) for table in (y, a, b))
+    a[4, 1] = b[9, 1] = np.nan
+    chosen = np.array([True, True, True, False])
+    got = comparison.paired_findings(y, a, b, patients, n_resamples=100, seed=2, macro=chosen)
+    whole = comparison.paired_macro_auroc(y[:, :2], a[:, :2], b[:, :2], patients, n_resamples=100, seed=2)
+    assert got.macro.columns == (0, 1)
+    assert got.macro == whole
+    for f in (0, 1, 3):
+        part = slice(f, f + 1)
+        alone = comparison.paired_macro_auroc(y[:, part], a[:, part], b[:, part], patients, n_resamples=100, seed=2)
+        one = got.findings[f]
+        for name in ("a", "b", "difference", "low", "high", "p", "undefined", "reason"):
+            assert getattr(one, name) == getattr(alone, name)
+        kept = ~np.isnan(a[:, f]) & ~np.isnan(b[:, f])
+        assert (one.n, one.positives) == (kept.sum(), y[kept, f].sum())
+        assert one.delong_p == pytest.approx(plain_delong_p(y[kept, f], a[kept, f], b[kept, f]), rel=1e-9)
+    absent = got.findings[2]
+    assert (absent.a, absent.difference, absent.low, absent.p, absent.delong_p) == (None,) * 5
+    assert absent.reason == absent.delong_reason == "no positive images"
+    assert absent.undefined == 100
+
+
+def plain_delong_p(y: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
+    """From the U statistics' definition, pair by pair."""
+    wins = [(s[y == 1][:, None] > s[y == 0][None]) + 0.5 * (s[y == 1][:, None] == s[y == 0][None]) for s in (a, b)]
+    apart = wins[0] - wins[1]
+    variance = apart.mean(axis=1).var(ddof=1) / len(apart) + apart.mean(axis=0).var(ddof=1) / apart.shape[1]
+    return float(2 * stats.norm.sf(abs(apart.mean()) / math.sqrt(variance)))
+
+
+def test_what_cannot_be_compared_is_none_with_a_reason() -> None:
+    y, a, _, patients = two_networks(20, 0)
+    same = comparison.paired_findings(y, a, a, patients, n_resamples=50).findings[0]
+    assert (same.difference, same.p, same.reason) == (0.0, 1.0, None)
+    assert (same.delong_p, same.delong_reason) == (None, "the difference has no variance between these images")
+    few = comparison.paired_findings(y, a, a[:, ::-1], patients, n_resamples=10).findings[0]
+    assert few.difference is not None
+    assert (few.low, few.p) == (None, None)
+    assert few.reason == "10 usable resamples; 40 are needed"
+    y[:, 0] = 0
+    y[0, 0] = 1
+    single = comparison.paired_findings(y, a, a[:, ::-1], patients, n_resamples=50).findings[0]
+    assert single.delong_reason == "fewer than two positive or two negative images"
 
 
 def test_swapped_networks_mirror_the_result() -> None:

@@ -80,6 +80,23 @@ def test_area_under_the_roc_curve_is_the_auroc(rows: list[tuple[int, float]]) ->
         assert got == (pytest.approx(sensitivity), pytest.approx(1 - x))
 
 
+@settings(deadline=None)
+@given(TIED, st.data())
+def test_weighted_auroc_equals_sklearn(rows: list[tuple[int, float]], data: st.DataObject) -> None:
+    y, s = both_classes(rows)
+    w = np.array(data.draw(st.lists(st.integers(1, 9), min_size=len(y), max_size=len(y)))) / 4
+    assert metrics.auroc(y, s, w) == pytest.approx(sklearn_metrics.roc_auc_score(y, s, sample_weight=w), abs=1e-12)
+
+
+def test_auroc_equals_sklearn_on_as_many_images_as_the_official_test_set() -> None:
+    rng = np.random.default_rng(0)
+    y = (rng.random(25_596) < 0.03).astype(np.uint8)
+    s = (1 / (1 + np.exp(4 - y - rng.normal(size=len(y))))).astype(np.float32).round(4)  # with ties
+    assert metrics.auroc(y, s) == pytest.approx(sklearn_metrics.roc_auc_score(y, s), abs=1e-12)
+    expected = sklearn_metrics.average_precision_score(y, s)
+    assert metrics.average_precision(y, s) == pytest.approx(expected, abs=1e-12)
+
+
 def test_auroc_by_hand() -> None:
     # Pairs (positive, negative): .8 beats both; .4 beats .1 and ties .4, so 3.5 of 4.
     assert metrics.auroc(np.array([1, 1, 0, 0]), np.array([0.8, 0.4, 0.4, 0.1])) == 0.875
@@ -118,11 +135,49 @@ def test_confusion_by_hand() -> None:
     assert (cells.false_positives, cells.true_negatives) == (1, 1)
     assert (cells.sensitivity, cells.specificity) == (2 / 3, 1 / 2)
     assert (cells.ppv, cells.npv, cells.flag_rate) == (2 / 3, 1 / 2, 3 / 5)
+    assert cells.f1 == 4 / 6
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
+def test_f1_equals_sklearn(rows: list[tuple[bool, bool]]) -> None:
+    y, flags = np.array([row[0] for row in rows], int), np.array([row[1] for row in rows])
+    expected = sklearn_metrics.f1_score(y, flags, zero_division=np.nan)
+    got = metrics.confusion(y, flags).f1
+    assert got == pytest.approx(expected) if got is not None else np.isnan(expected)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
+def test_predictive_values_at_the_prevalence_of_the_sample_are_those_of_the_sample(
+    rows: list[tuple[bool, bool]],
+) -> None:
+    y, flags = np.array([row[0] for row in rows], int), np.array([row[1] for row in rows])
+    cells = metrics.confusion(y, flags)
+    got = metrics.predictive_values_at(cells.sensitivity, cells.specificity, float(y.mean()))
+    if cells.sensitivity is None or cells.specificity is None:
+        assert got == (None, None)
+    else:
+        assert [value is None for value in got] == [value is None for value in (cells.ppv, cells.npv)]
+        pairs = [(a, b) for a, b in zip(got, (cells.ppv, cells.npv), strict=True) if a is not None]
+        assert all(a == pytest.approx(b) for a, b in pairs)
+
+
+def test_predictive_values_at_a_prevalence_by_hand() -> None:
+    # Of 1,000 people 10 are sick, 9 of whom are flagged; of the 990 others, 99 are.
+    assert metrics.predictive_values_at(0.9, 0.9, 0.01) == (pytest.approx(9 / 108), pytest.approx(891 / 892))
+    assert metrics.predictive_values_at(0.9, 1.0, 0.0) == (None, 1.0)
+    assert metrics.predictive_values_at(1.0, 0.5, 1.0) == (1.0, None)
+    with pytest.raises(ValueError, match="prevalence"):
+        metrics.predictive_values_at(0.9, 0.9, 5.0)
+    with pytest.raises(ValueError, match="sensitivity"):
+        metrics.predictive_values_at(float("nan"), 0.9, 0.5)
 
 
 def test_rates_without_a_denominator_are_none() -> None:
     cells = metrics.confusion(np.array([0, 0]), np.array([False, False]))
     assert (cells.sensitivity, cells.ppv, cells.specificity, cells.npv) == (None, None, 1.0, 1.0)
+    assert cells.f1 is None
     assert metrics.confusion(np.zeros(0), np.zeros(0, dtype=bool)).flag_rate is None
 
 
