@@ -36,12 +36,12 @@ from ray_cxr.config import TrainSettings
 from ray_cxr.data.prepared import SETTINGS, PreparedSet, agree, begin
 from ray_cxr.errors import ConfigError, LeakError, RayCxrError, TableError, own_error
 from ray_cxr.evaluation.calibration import fit_rules
-from ray_cxr.labels import LABELS
 from ray_cxr.models import exports
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle
 from ray_cxr.progress import Work, quiet_stderr
 from ray_cxr.training import schedule, worker
+from ray_cxr.training.provenance import COLUMNS, demographics, evaluation, score_quantiles
 from ray_cxr.training.worker import (
     FAILURE,
     LIVE,
@@ -566,7 +566,7 @@ def _finish(
     with np.load(best / VALIDATION, allow_pickle=False) as arrays:
         probabilities, ids = arrays["probabilities"], arrays["image_ids"]
     rows = data.rows()
-    table = rows.select(["image_id", "patient_id", "split", "age", "error_code", *LABELS]).to_pandas()
+    table = rows.select(["image_id", "split", "error_code", *COLUMNS]).to_pandas()
     table = table[table["error_code"].isna()]
     val = table[table["split"] == "val"].reset_index(drop=True)
     if val["image_id"].tolist() != ids.tolist():
@@ -595,10 +595,20 @@ def _finish(
             for name, group in used.groupby("split")
         },
         "age_range": [float(ages.min()), float(ages.max())] if len(ages) else None,
+        "demographics": {str(name): demographics(group) for name, group in used.groupby("split")},
         "best_epoch": progress["epochs_done"],
         "precision": progress["policy"],
         "chosen_by": "validation macro AUROC" if result["macro_auroc"] is not None else "validation loss",
         "validation": result,
+        "evaluation": evaluation(
+            val,
+            probabilities,
+            architecture.findings,
+            rules,
+            method=settings.calibration,
+            min_positives=settings.min_positives,
+        ),
+        "score_quantiles": score_quantiles(probabilities, architecture.findings),
         "settings": settings.model_dump(mode="json"),
         "versions": versions(),
         **more,

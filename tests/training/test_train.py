@@ -62,6 +62,34 @@ def test_validation_auroc_is_that_of_the_bundle_on_the_validation_images(untouch
             assert row["auroc"] is None
 
 
+def test_the_bundle_says_who_was_in_the_images_and_how_good_it_is_for_whom(untouched: Run, manifest: Path) -> None:
+    bundle = ray_cxr.load_bundle(untouched.out / "bundle")
+    source = bundle.info["provenance"]
+    split = pq.read_table(bundle.path / "split.parquet").to_pandas()
+    table = pq.read_table(manifest).to_pandas().set_index("image_id").loc[split["image_id"]]
+    for name in ("train", "val"):
+        told, rows = source["demographics"][name], table[table["split"] == name]
+        assert told["images"] == source["images"][name]["images"] == len(rows)
+        assert told["sex"].get("F", 0) == (rows["sex"] == "F").sum()
+        assert told["view"].get("PA", 0) == (rows["view"] == "PA").sum()
+        assert told["age"]["median"] == pytest.approx(rows["age"].median())
+    measured = source["evaluation"]
+    assert measured["split"] == "val"
+    for name in FINDINGS:
+        row = source["validation"]["findings"][name]
+        cell = measured["findings"][name]
+        assert (cell["n"], cell["positives"]) == (row["n"], row["positives"])
+        assert cell["auroc"] == (row["auroc"] if row["auroc"] is None else pytest.approx(row["auroc"], abs=1e-12))
+        # The phantoms' validation images are too few to keep deciles of.
+        assert source["score_quantiles"][name] is None
+    assert measured["means"]["auroc"]["value"] == pytest.approx(source["validation"]["macro_auroc"], abs=1e-12)
+    assert {group["attribute"] for group in measured["groups"]} == {"sex", "age_band", "view", "follow_up"}
+    card = (bundle.path / "MODEL_CARD.md").read_text()
+    for title in ("Intended use", "Who is in the images", "Subgroups (of validation: not a test)", "Calibration"):
+        assert f"## {title}" in card
+    assert "sex: F" in card
+
+
 def test_a_run_may_be_named_by_a_relative_path(untouched: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray Train's Result.from_path takes such a path for an address; the README's commands name their runs so."""
     monkeypatch.chdir(untouched.out.parent)

@@ -1,0 +1,147 @@
+"""What a bundle keeps of its images and of validation, against pandas and scikit-learn. No Ray here."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from ray_cxr.evaluation.calibration import fit_rules
+from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING
+from ray_cxr.training import provenance
+
+N = 240
+COMMON, RARE, UNLABELLED = FINDINGS[0], FINDINGS[1], FINDINGS[2]
+NAMES = (COMMON, RARE, UNLABELLED, NO_FINDING)
+
+
+def table(seed: int = 0) -> pd.DataFrame:
+    """Two images of each patient; RARE is positive twice, UNLABELLED nowhere labelled."""
+    rng = np.random.default_rng(seed)
+    frame = pd.DataFrame(
+        {
+            "patient_id": [str(i // 2) for i in range(N)],
+            "sex": np.where(np.arange(N) // 2 % 3, "M", "F").astype(object),
+            "age": rng.integers(10, 90, N).astype(float),
+            "view": np.where(rng.random(N) < 0.5, "PA", "AP").astype(object),
+            "follow_up": pd.array(np.arange(N) % 2, dtype="Int32"),
+        }
+    )
+    frame.loc[:19, "sex"] = None
+    frame.loc[:9, "age"] = np.nan
+    for name in LABELS:
+        frame[name] = pd.array((rng.random(N) < 0.4).astype(int), dtype="Int8")
+    frame.loc[5:8, COMMON] = pd.NA
+    frame[RARE] = pd.array([1, 0] * 2 + [0] * (N - 4), dtype="Int8")
+    frame[UNLABELLED] = pd.array([pd.NA] * N, dtype="Int8")
+    return frame
+
+
+def scores(frame: pd.DataFrame, seed: int = 1) -> np.ndarray:
+    y = frame[list(NAMES)].to_numpy(dtype=float, na_value=0.0)
+    return (1 / (1 + np.exp(-(y + np.random.default_rng(seed).normal(size=y.shape))))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def told() -> dict:
+    frame = table()
+    p = scores(frame)
+    rules = fit_rules(frame[list(NAMES)], p, NAMES)
+    return provenance.evaluation(frame, p, NAMES, rules, method="platt", min_positives=5, n_resamples=60)
+
+
+def test_numbers_are_those_of_other_code(told: dict) -> None:
+    frame = table()
+    p = scores(frame)
+    for name in (COMMON, RARE):
+        cell = told["findings"][name]
+        known = frame[name].notna().to_numpy()
+        y, s = frame.loc[known, name].to_numpy(dtype=int), p[known, NAMES.index(name)]
+        assert (cell["n"], cell["positives"]) == (known.sum(), y.sum())
+        assert cell["auroc"] == pytest.approx(roc_auc_score(y, s), abs=1e-12)
+        assert cell["average_precision"] == pytest.approx(average_precision_score(y, s), abs=1e-9)
+        assert cell["auroc_low"] < cell["auroc"] < cell["auroc_high"]
+
+
+def test_calibrating_on_other_patients_mends_what_is_far_off(told: dict) -> None:
+    cell = told["findings"][COMMON]
+    assert 0 < cell["ece_calibrated"] < cell["ece_raw"]
+
+
+def test_what_was_not_fitted_is_none(told: dict) -> None:
+    rare, unlabelled = told["findings"][RARE], told["findings"][UNLABELLED]
+    assert rare["small"]
+    assert (rare["sensitivity"], rare["rates_reason"], rare["ece_calibrated"]) == (None, "no operating point", None)
+    assert (unlabelled["n"], unlabelled["auroc"], unlabelled["reason"]) == (0, None, "no labelled images")
+    assert unlabelled["ece_raw"] is None
+    assert unlabelled["average_precision"] is None
+
+
+def test_no_finding_is_in_no_mean(told: dict) -> None:
+    assert told["findings"][NO_FINDING]["auroc"] is not None
+    assert told["means"]["auroc"]["findings"] == [COMMON, RARE]
+    assert told["means"]["auroc"]["value"] == pytest.approx(
+        np.mean([told["findings"][name]["auroc"] for name in (COMMON, RARE)])
+    )
+
+
+def test_groups_are_of_one_attribute_and_hold_means(told: dict) -> None:
+    found = {(group["attribute"], group["value"]): group for group in told["groups"]}
+    assert found["sex", "unknown"]["n"] == 20
+    assert ("view", "PA") in found
+    assert not any("&" in attribute for attribute, _ in found)
+    assert "findings" not in found["sex", "M"]
+    assert found["sex", "M"]["own"]["sensitivity"]["findings"] == [COMMON]
+
+
+def test_a_finding_that_is_missed_in_one_group_is_named() -> None:
+    frame = table()
+    p = scores(frame)
+    missed = ((frame["sex"] == "F") & (frame[COMMON] == 1).fillna(False)).to_numpy(dtype=bool)
+    p[missed, 0] = 0.001
+    rules = fit_rules(frame[list(NAMES)], p, NAMES)
+    found = provenance.evaluation(frame, p, NAMES, rules, method="platt", min_positives=5, n_resamples=100)
+    assert found["comparisons"] >= len(found["differences"]) >= 1
+    one = next(one for one in found["differences"] if one["attribute"] == "sex")
+    assert (one["finding"], one["value"], one["reference"], one["quantity"]) == (COMMON, "F", "M", "sensitivity")
+    assert one["high"] < -0.3
+
+
+def test_who_is_in_the_images() -> None:
+    frame = table()
+    counts = provenance.demographics(frame)
+    assert (counts["images"], counts["patients"]) == (N, N // 2)
+    assert counts["sex"] == {"F": (frame["sex"] == "F").sum(), "M": (frame["sex"] == "M").sum(), "unknown": 20}
+    assert counts["age"]["median"] == frame["age"].median()
+    assert counts["age_band"]["unknown"] == 10
+    assert counts["follow_up"] == {"first image": N // 2, "later image": N // 2}
+    assert counts["findings"][COMMON] == {"n": N - 4, "positives": int(frame[COMMON].sum())}
+    assert counts["findings"][UNLABELLED] == {"n": 0, "positives": 0}
+    json.dumps(counts, allow_nan=False)
+
+
+def test_a_table_without_any_description_is_unknown_and_no_error() -> None:
+    frame = table().assign(sex=None, age=np.nan, view=None, follow_up=pd.array([pd.NA] * N, dtype="Int32"))
+    counts = provenance.demographics(frame)
+    assert counts["sex"] == counts["age_band"] == counts["view"] == counts["follow_up"] == {"unknown": N}
+    assert counts["age"] == {"q1": None, "median": None, "q3": None}
+
+
+def test_everything_is_plain_and_fixed_by_its_seed(told: dict) -> None:
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    frame = table()
+    p = scores(frame)
+    rules = fit_rules(frame[list(NAMES)], p, NAMES)
+    again = provenance.evaluation(frame, p, NAMES, rules, method="platt", min_positives=5, n_resamples=60)
+    assert again == told
+
+
+def test_quantiles_of_scores_by_finding() -> None:
+    p = scores(table())
+    kept = provenance.score_quantiles(p, NAMES)
+    assert set(kept) == set(NAMES)
+    assert kept[COMMON]["edges"][4] == pytest.approx(np.median(p[:, 0]), abs=1e-6)
+    assert provenance.score_quantiles(p[:20], NAMES)[COMMON] is None
