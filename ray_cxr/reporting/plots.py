@@ -9,14 +9,19 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ray_cxr.evaluation import metrics
@@ -24,6 +29,9 @@ from ray_cxr.evaluation import metrics
 # Okabe & Ito (2008): distinct under the common colour deficiencies, and in grey print by lightness.
 BLUE, VERMILION, GREEN, SKY, ORANGE = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#E69F00"
 INK, MUTED, FAINT = "#1a1a1a", "#5f6368", "#d9dce0"
+#: Greyed, and still read: 4.6 to 1 against white.
+GREY = "#70757a"
+DASHED = (0, (4, 3))
 DPI = 150
 #: A curve has as many points as an archive has images; an eye follows fewer.
 _POINTS = 500
@@ -38,6 +46,9 @@ class Panel:
         y, s: labels [n] and scores [n], both classes present.
         auroc, low, high, average_precision: for the title; an interval of None is left out.
         at: sensitivity, specificity and positive predictive value at the operating point, or None.
+        band: false positive rates [k], ascending, and the interval's lower and upper sensitivity [k] there, or None.
+        ap_low, ap_high: interval of the average precision, for the title; None is left out.
+        threshold: the operating point's, on the scale of `s`, or None.
     """
 
     finding: str
@@ -48,6 +59,10 @@ class Panel:
     high: float | None
     average_precision: float | None
     at: tuple[float | None, float | None, float | None] | None = None
+    band: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    ap_low: float | None = None
+    ap_high: float | None = None
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +102,7 @@ def encode(figure: Figure) -> tuple[bytes, bytes]:
 def auroc_overview(panels: Sequence[Panel], macro: Mapping[str, Any] | None) -> Figure:
     """AUROC and its interval of every finding, best on top, with the macro mean as a band."""
     rows = sorted(panels, key=lambda panel: panel.auroc)
-    figure, ax = _single(7.2, 1.3 + 0.32 * len(rows))
+    figure, ax = single(7.2, 1.3 + 0.32 * len(rows))
     for row, panel in enumerate(rows):
         if panel.low is not None and panel.high is not None:
             ax.plot([panel.low, panel.high], [row, row], color=BLUE, linewidth=2.2, solid_capstyle="butt")
@@ -96,7 +111,7 @@ def auroc_overview(panels: Sequence[Panel], macro: Mapping[str, Any] | None) -> 
     ax.set_ylim(-0.7, len(rows) - 0.3)
     lowest = min([0.5, *(panel.low if panel.low is not None else (panel.auroc) for panel in rows)])
     ax.set_xlim(max(0.0, lowest - 0.03), 1.01)
-    ax.axvline(0.5, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    ax.axvline(0.5, color=MUTED, linewidth=1, linestyle=DASHED)
     if macro and macro.get("auroc") is not None:
         if macro.get("auroc_low") is not None:
             ax.axvspan(macro["auroc_low"], macro["auroc_high"], color=ORANGE, alpha=0.25, linewidth=0)
@@ -108,34 +123,44 @@ def auroc_overview(panels: Sequence[Panel], macro: Mapping[str, Any] | None) -> 
 
 
 def roc(panels: Sequence[Panel]) -> Figure:
-    """ROC curves, one panel per finding; the dot is the operating point."""
-    figure, axes = _grid(len(panels))
+    """ROC curves, one panel per finding, with a band where one is given; the dot is the operating point."""
+    known: list[Artist] = [line_key("chance", MUTED, DASHED)]
+    if any(panel.at and panel.at[0] is not None for panel in panels):
+        known.append(mark_key("operating point", VERMILION, "o"))
+    if any(panel.band is not None for panel in panels):
+        known.append(Patch(color=SKY, alpha=0.45, linewidth=0, label="95% interval of the curve"))
+    figure, axes = grid(len(panels), known)
     for ax, panel in zip(axes, panels, strict=True):
         curve = metrics.roc_curve(panel.y, panel.s)
         assert curve is not None
-        ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        ax.plot(*_thin(curve.x, curve.y), color=BLUE, linewidth=1.7)
+        ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=DASHED)
+        if panel.band is not None:
+            ax.fill_between(*panel.band, color=SKY, alpha=0.45, linewidth=0)
+        ax.plot(*thin(curve.x, curve.y), color=BLUE, linewidth=1.7)
         if panel.at and panel.at[0] is not None and panel.at[1] is not None:
             ax.plot([1 - panel.at[1]], [panel.at[0]], "o", color=VERMILION, markersize=6, clip_on=False, zorder=4)
-        _title(ax, panel.finding, "AUROC", panel.auroc, panel.low, panel.high)
-        _unit_square(ax, "1 − specificity", "sensitivity")
+        title(ax, panel.finding, "AUROC", panel.auroc, panel.low, panel.high)
+        unit_square(ax, "1 − specificity", "sensitivity")
     return figure
 
 
 def precision_recall(panels: Sequence[Panel]) -> Figure:
     """Precision against recall, one panel per finding; dashed: the prevalence, which is chance."""
-    figure, axes = _grid(len(panels))
+    known: list[Artist] = [line_key("prevalence, which is chance", MUTED, DASHED)]
+    if any(panel.at and panel.at[0] is not None for panel in panels):
+        known.append(mark_key("operating point", VERMILION, "o"))
+    figure, axes = grid(len(panels), known)
     for ax, panel in zip(axes, panels, strict=True):
         curve = metrics.precision_recall_curve(panel.y, panel.s)
         prevalence = float(np.mean(panel.y))
-        ax.plot([0, 1], [prevalence, prevalence], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        ax.plot([0, 1], [prevalence, prevalence], color=MUTED, linewidth=1, linestyle=DASHED)
         x, y = np.concatenate([[0.0], curve.x]), np.concatenate([curve.y[:1], curve.y])
         # Steps, as average precision sums them: between two thresholds there is no precision to interpolate.
-        ax.plot(*_thin(x, y), color=BLUE, linewidth=1.5, drawstyle="steps-pre")
+        ax.plot(*thin(x, y), color=BLUE, linewidth=1.5, drawstyle="steps-pre")
         if panel.at and panel.at[0] is not None and panel.at[2] is not None:
             ax.plot([panel.at[0]], [panel.at[2]], "o", color=VERMILION, markersize=6, clip_on=False, zorder=4)
-        _title(ax, panel.finding, "average precision", panel.average_precision, None, None)
-        _unit_square(ax, "recall (sensitivity)", "precision")
+        title(ax, panel.finding, "average precision", panel.average_precision, panel.ap_low, panel.ap_high)
+        unit_square(ax, "recall (sensitivity)", "precision")
     return figure
 
 
@@ -146,7 +171,7 @@ def prevalence(rows: Sequence[tuple[str, float, int, float | None]]) -> Figure:
         rows: (finding, share of positives, number of positives, share flagged or None).
     """
     rows = sorted(rows, key=lambda row: row[1])
-    figure, ax = _single(7.2, 1.3 + 0.32 * len(rows))
+    figure, ax = single(7.2, 1.3 + 0.32 * len(rows))
     places = list(range(len(rows)))
     ax.barh(places, [row[1] for row in rows], height=0.62, color=SKY, label="labelled positive")
     flagged = [(place, row[3]) for place, row in zip(places, rows, strict=True) if row[3] is not None]
@@ -177,7 +202,7 @@ def priority_histogram(priority: np.ndarray) -> Figure:
     Args:
         priority: floats [n], n > 0, finite.
     """
-    figure, ax = _single(7.2, 3.2)
+    figure, ax = single(7.2, 3.2)
     inside = bool((priority >= 0).all() and (priority <= 1).all())
     ax.hist(priority, bins=40, range=(0, 1) if inside else None, color=SKY, edgecolor=BLUE, linewidth=0.6)
     if inside:
@@ -192,7 +217,7 @@ def priority_histogram(priority: np.ndarray) -> Figure:
 
 def learning_curves(epochs: Sequence[Mapping[str, Any]]) -> Figure:
     """Training loss, validation cross-entropy and AUROC per epoch; a value that an epoch lacks is left out."""
-    figure = Figure(figsize=(12.6, 3.2), layout=_layout(), facecolor="white")
+    figure = Figure(figsize=(12.6, 3.2), layout=layout(), facecolor="white")
     numbers = [row["epoch"] for row in epochs if "epoch" in row]
     for ax, key, name, colour in zip(
         figure.subplots(1, 3),
@@ -202,7 +227,7 @@ def learning_curves(epochs: Sequence[Mapping[str, Any]]) -> Figure:
         strict=True,
     ):
         points = [(row["epoch"], row[key]) for row in epochs if row.get(key) is not None and "epoch" in row]
-        _style(ax)
+        style(ax)
         ax.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, linewidth=1.6) if points else None
         if points and key == "val_auroc":
             epoch, best = max(points, key=lambda point: point[1])
@@ -225,14 +250,9 @@ def examples(groups: Sequence[tuple[str, Sequence[Example]]]) -> Figure:
     """
     groups = [(name, tiles) for name, tiles in groups if tiles]
     columns = max(2, *(len(tiles) for _, tiles in groups))
-    # Placed by hand, in inches from the top left, so that all pictures are of one size and nothing collides.
     tile, band, margin = 2.75, 4.75, 0.12
     width, height = columns * tile + margin, len(groups) * band
-    figure = Figure(figsize=(width, height), facecolor="white")
-
-    def box(left: float, top: float, wide: float, high: float) -> tuple[float, float, float, float]:
-        return left / width, 1 - (top + high) / height, wide / width, high / height
-
+    figure, box = sheet(width, height)
     for row, (name, tiles) in enumerate(groups):
         top = row * band
         figure.text(
@@ -246,25 +266,18 @@ def examples(groups: Sequence[tuple[str, Sequence[Example]]]) -> Figure:
         )
         for column, example in enumerate(tiles):
             left = margin + column * tile
-            _picture(figure.add_axes(box(left, top + 0.72, 2.6, 2.6)), example)
+            radiograph(figure.add_axes(box(left, top + 0.72, 2.6, 2.6)), example)
             # Names take the left of the bars' line: written over the bars they would hide the threshold.
-            _bars(figure.add_axes(box(left + 1.42, top + 3.98, 1.12, 0.5)), example)
+            bars(figure.add_axes(box(left + 1.42, top + 3.98, 1.12, 0.5)), example)
     return figure
 
 
-def _picture(ax: Axes, tile: Example) -> None:
+def radiograph(ax: Axes, tile: Example, wide: int = 42) -> None:
+    """One picture (or why there is none) with its heading above, and label and flags, `wide` letters a line, below."""
     if tile.picture is None:
-        ax.set_facecolor("#b5b9be")
-        ax.text(0.5, 0.5, f"cannot be shown:\n{tile.code}", ha="center", va="center", fontsize=9, color=INK)
-        ax.set_xlim(0, 1)
-        ax.set_ylim(0, 1)
+        blank(ax, f"cannot be shown:\n{tile.code}")
     else:
-        ax.imshow(tile.picture, cmap="gray", vmin=0, vmax=255)
-        ax.set_anchor("W")
-    ax.set_xticks([])
-    ax.set_yticks([])
-    for spine in ax.spines.values():
-        spine.set_visible(False)
+        scan(ax, tile.picture)
     # Offsets from the axes' box in points: a tall picture narrows the box, which must not move the text.
     ax.annotate(
         spaced(tile.heading),
@@ -276,7 +289,7 @@ def _picture(ax: Axes, tile: Example) -> None:
         fontweight="bold",
         color=INK,
     )
-    lines = "\n".join([_listed("label", tile.true), _listed("flags", tile.flagged)])
+    lines = "\n".join([listed("label", tile.true, wide), listed("flags", tile.flagged, wide)])
     ax.annotate(
         lines,
         (0, 0),
@@ -290,14 +303,37 @@ def _picture(ax: Axes, tile: Example) -> None:
     )
 
 
-def _listed(word: str, findings: Sequence[str]) -> str:
+def scan(ax: Axes, picture: np.ndarray) -> None:
+    """A radiograph, uint8[H,W], or an overlay, uint8[H,W,3], without a frame; a tall one stands at the left."""
+    ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
+    ax.set_anchor("W")
+    _bare(ax)
+
+
+def blank(ax: Axes, words: str) -> None:
+    """A grey field that says why there is no picture."""
+    ax.set_facecolor("#c2c6ca")
+    ax.text(0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center", fontsize=9, color=INK)
+    _bare(ax)
+
+
+def _bare(ax: Axes) -> None:
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def listed(word: str, findings: Sequence[str], wide: int = 42) -> str:
+    """Findings after a word, in two lines at most."""
     text = ", ".join(spaced(name) for name in findings) or "none"
-    lines = textwrap.wrap(f"{word}: {text}", width=42)
+    lines = textwrap.wrap(f"{word}: {text}", width=wide)
     # Two lines at most, so that tiles stay in line; the score table holds the rest.
     return "\n".join(lines[:2]) + (" …" if len(lines) > 2 else "")
 
 
-def _bars(ax: Axes, tile: Example) -> None:
+def bars(ax: Axes, tile: Example) -> None:
+    """The example's highest raw probabilities as bars, each with its threshold as a tick."""
     names = [f"{spaced(finding)}  {p:.2f}" for finding, p, _ in tile.bars]
     for place, (_, p, threshold) in enumerate(tile.bars):
         reached = threshold is not None and p >= threshold
@@ -314,30 +350,101 @@ def _bars(ax: Axes, tile: Example) -> None:
     ax.tick_params(length=0, pad=3)
 
 
-def _layout() -> ConstrainedLayoutEngine:
+def layout() -> ConstrainedLayoutEngine:
+    """What places the axes of a figure that is not placed by hand."""
     return ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
 
 
-def _single(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout=_layout(), facecolor="white")
+def single(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of one pair of axes, in inches."""
+    figure = Figure(figsize=(width, height), layout=layout(), facecolor="white")
     ax = figure.subplots()
-    _style(ax)
+    style(ax)
     return figure, ax
 
 
-def _grid(count: int) -> tuple[Figure, list[Axes]]:
-    columns = min(count, 4)
-    rows = math.ceil(count / columns)
-    figure = Figure(figsize=(max(2.75 * columns, 3.6), 3.05 * rows), layout=_layout(), facecolor="white")
-    axes = list(np.asarray(figure.subplots(rows, columns, squeeze=False)).ravel())
-    for ax in axes[count:]:
-        ax.axis("off")
-    for ax in axes[:count]:
-        _style(ax)
-    return figure, axes[:count]
+#: Left, top, width and height in inches from the top left, as the fractions that `Figure.add_axes` takes.
+Box = Callable[[float, float, float, float], tuple[float, float, float, float]]
 
 
-def _style(ax: Axes) -> None:
+def sheet(width: float, height: float) -> tuple[Figure, Box]:
+    """An empty figure to place axes on by hand, so that they are of one size and nothing collides."""
+    figure = Figure(figsize=(width, height), facecolor="white")
+
+    def box(left: float, top: float, wide: float, high: float) -> tuple[float, float, float, float]:
+        return left / width, 1 - (top + high) / height, wide / width, high / height
+
+    return figure, box
+
+
+def grid(count: int, handles: Sequence[Artist], below: float = 0.0) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` square panels, four a row, with room for a title above each, and a key above all.
+
+    Args:
+        count: number of panels.
+        handles: of the key.
+        below: height in inches of a flat panel below each; those follow the square ones in the answer.
+    """
+    columns = max(1, min(count, 4))
+    cell, side, gap = 2.75, 2.05, 0.14
+    tall = 3.0 + (below + gap if below else 0.0)
+    width = max(cell * columns + 0.1, 3.6)
+    top = 0.2 + 0.2 * math.ceil(len(handles) / key_columns(width, handles))
+    figure, box = sheet(width, top + tall * max(1, math.ceil(count / columns)))
+    key(figure, handles)
+    squares, flats = [], []
+    for place in range(count):
+        left, down = 0.6 + place % columns * cell, top + 0.45 + place // columns * tall
+        squares.append(figure.add_axes(box(left, down, side, side)))
+        if below:
+            flats.append(figure.add_axes(box(left, down + side + gap, side, below)))
+    for ax in [*squares, *flats]:
+        style(ax)
+    return figure, [*squares, *flats]
+
+
+def key(figure: Figure, handles: Sequence[Artist]) -> None:
+    """What the marks mean, above all of a figure placed by hand, in as many columns as have room."""
+    figure.legend(
+        handles=list(handles),
+        loc="upper left",
+        ncols=key_columns(figure.get_figwidth(), handles),
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=INK,
+        borderaxespad=0.15,
+    )
+
+
+def key_columns(width: float, handles: Sequence[Artist]) -> int:
+    """How many marks of a key fit side by side into `width` inches."""
+    widest = 0.55 + max(inches(str(handle.get_label()), 8.5) for handle in handles)
+    return int(np.clip((width - 0.1) // widest, 1, len(handles)))
+
+
+def inches(text: str, size: float, *, bold: bool = False) -> float:
+    """Width of a text in the figures' type."""
+    if not text.strip():
+        return 0.0
+    # A blank at either end has no outline, yet takes room.
+    properties = FontProperties(size=size, weight="bold" if bold else "normal")
+    return float(text_to_path.get_text_width_height_descent(text.replace(" ", "n"), properties, False)[0]) / 72
+
+
+def line_key(label: str, colour: str, linestyle: Any = "-") -> Line2D:
+    """A line, for a key."""
+    return Line2D([], [], color=colour, linestyle=linestyle, linewidth=1.4, label=label)
+
+
+def mark_key(label: str, colour: str, marker: str, face: str | None = None) -> Line2D:
+    """A marker, for a key; hollow with another `face`."""
+    return Line2D(
+        [], [], color=colour, marker=marker, linestyle="", markersize=6, label=label, markerfacecolor=face or colour
+    )
+
+
+def style(ax: Axes) -> None:
+    """The frame, ticks and labels that all axes here have."""
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -347,7 +454,8 @@ def _style(ax: Axes) -> None:
     ax.yaxis.label.set(fontsize=8.5, color=MUTED)
 
 
-def _unit_square(ax: Axes, x: str, y: str) -> None:
+def unit_square(ax: Axes, x: str, y: str) -> None:
+    """Both axes from 0 to 1, named `x` and `y`."""
     ax.set_xlim(-0.01, 1.01)
     ax.set_ylim(-0.01, 1.01)
     ax.set_aspect("equal")
@@ -355,21 +463,35 @@ def _unit_square(ax: Axes, x: str, y: str) -> None:
     ax.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
     ax.set_xlabel(x, fontsize=8)
     ax.set_ylabel(y, fontsize=8)
+    ax.yaxis.set_label_coords(-0.15, 0.5)
     ax.grid(color=FAINT, linewidth=0.6)
 
 
-def _title(ax: Axes, finding: str, quantity: str, value: float | None, low: float | None, high: float | None) -> None:
+def title(ax: Axes, finding: str, quantity: str, value: float | None, low: float | None, high: float | None) -> None:
+    """A panel's finding, and below it a quantity with its interval."""
     shown = "undefined" if value is None else f"{value:.3f}"
     if low is not None and high is not None:
         shown += f" ({low:.3f}–{high:.3f})"
-    ax.set_title(spaced(finding), fontsize=10, fontweight="bold", color=INK, loc="left", pad=16)
-    ax.text(0.0, 1.03, f"{quantity} {shown}", transform=ax.transAxes, fontsize=7.8, color=INK, va="bottom")
+    heading(ax, finding, f"{quantity} {shown}")
 
 
-def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def heading(ax: Axes, finding: str, line: str) -> None:
+    """A panel's finding, in two lines where it is long, and a line below it."""
+    name, size = spaced(finding), 10.0
+    if len(name) > 24:
+        name, size = "\n".join(textwrap.wrap(name, 32)[:2]), 8.0
+    ax.set_title(name, fontsize=size, fontweight="bold", color=INK, loc="left", pad=16)
+    ax.text(0.0, 1.03, line, transform=ax.transAxes, fontsize=7.8, color=INK, va="bottom")
+
+
+def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Points of a curve at even steps along its length, both ends kept."""
     if len(x) <= _POINTS:
         return x, y
     along = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(x), np.diff(y)))])
     kept = np.unique(np.searchsorted(along, np.linspace(0.0, along[-1], _POINTS)).clip(0, len(x) - 1))
     return x[kept], y[kept]
+
+
+# The page of a search draws with these too.
+_single, _layout, _style = single, layout, style
