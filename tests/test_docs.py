@@ -33,7 +33,7 @@ def test_every_command_has_its_page_and_stands_in_the_help() -> None:
     helped = subprocess.run(
         [sys.executable, "-m", "ray_cxr.cli", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    for name in ("manifest", "prepare", "train", "tune", "score", "quantize", "report", "recalibrate"):
+    for name in ("manifest", "prepare", "train", "tune", "score", "quantize", "report", "recalibrate", "export-sr"):
         page = {"train": "training", "tune": "tuning", "score": "scoring", "quantize": "scoring"}.get(name, name)
         assert (ROOT / f"docs/{page}.md").exists()
         assert name in helped

@@ -355,6 +355,9 @@ def _pixels(ds: Any, syntax: str, rows: int, columns: int, samples: int, allocat
             return np.bitwise_and(decode_jpeg(jpeg, rows * columns), (1 << min(bits, 8)) - 1)
         if syntax in _JPEG_2000:
             options["decoding_plugin"] = "pylibjpeg"
+        elif syntax in _JPEG_LS:
+            # Not whatever else is installed: what GDCM refuses is refused, on every machine.
+            options["decoding_plugin"] = "gdcm"
         elif syntax == "1.2.840.10008.1.2.5":
             # Eight times slower than pylibjpeg-rle, which panics over damaged data and prints a backtrace.
             options["decoding_plugin"] = "pydicom"

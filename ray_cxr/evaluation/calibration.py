@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
 
@@ -289,11 +290,17 @@ def expected_error(y: np.ndarray, p: np.ndarray, bins: int = 10) -> float | None
 
 
 def reliability(
-    y: np.ndarray, p: np.ndarray, bins: int = 10, patients: np.ndarray | None = None
+    y: np.ndarray,
+    p: np.ndarray,
+    bins: int = 10,
+    patients: np.ndarray | None = None,
+    *,
+    equal_counts: bool = False,
 ) -> tuple[ReliabilityBin, ...]:
-    """The reliability curve: what share was positive where so much was predicted, in bins of equal width.
+    """The reliability curve: what share was positive where so much was predicted.
 
-    These are the bins of `expected_error`, which is the mean of |predicted - observed| over them, weighted by n.
+    Bins of equal width are those of `expected_error`, which is the mean of |predicted - observed| over them, weighted
+    by n. Of a rare finding they put nearly all images into the first; bins of equal counts show more.
 
     The interval of the observed share is Wilson's (1927). Images of one patient are not independent, so with
     `patients` the number of images in it is replaced by as many independent ones as would give the variance seen
@@ -305,6 +312,7 @@ def reliability(
         p: probabilities [n] in 0..1.
         bins: how many.
         patients: ids [n], see `patient_codes`; None takes all images as independent.
+        equal_counts: bins that hold as many images each, as far as equal probabilities allow; fewer where they do not.
 
     Returns:
         All bins from 0 to 1, empty ones among them.
@@ -317,19 +325,29 @@ def reliability(
     codes = np.arange(y.size) if patients is None else patient_codes(patients)[0]
     if codes.size != y.size:
         raise ValueError(f"{y.size} labels and {codes.size} patients do not fit")
-    place = _places(p, bins)
-    return tuple(_reliability_bin(i, bins, *(column[place == i] for column in (y, p, codes))) for i in range(bins))
+    if equal_counts:
+        inner = np.unique(np.quantile(p, np.arange(1, bins) / bins)) if p.size else np.zeros(0)
+        inner = inner[(inner > 0) & (inner < 1)]
+        place = np.searchsorted(inner, p, side="right")
+        edges = [0.0, *inner.tolist(), 1.0]
+    else:
+        place = _places(p, bins)
+        edges = [i / bins for i in range(bins + 1)]
+    return tuple(
+        _reliability_bin(*ends, *(column[place == i] for column in (y, p, codes)))
+        for i, ends in enumerate(pairwise(edges))
+    )
 
 
-def _reliability_bin(i: int, bins: int, y: np.ndarray, p: np.ndarray, codes: np.ndarray) -> ReliabilityBin:
+def _reliability_bin(lowest: float, highest: float, y: np.ndarray, p: np.ndarray, codes: np.ndarray) -> ReliabilityBin:
     if not y.size:
-        return ReliabilityBin(i / bins, (i + 1) / bins, 0, None, None, None, None)
+        return ReliabilityBin(lowest, highest, 0, None, None, None, None)
     observed = float(y.mean())
     apart = np.bincount(np.unique(codes, return_inverse=True)[1], weights=y - observed)
     spread = float((apart**2).sum()) / y.size**2
     independent = float(len(apart)) if spread == 0 else min(float(y.size), observed * (1 - observed) / spread)
     low, high = _wilson(observed, independent)
-    return ReliabilityBin(i / bins, (i + 1) / bins, int(y.size), float(p.mean()), observed, low, high)
+    return ReliabilityBin(lowest, highest, int(y.size), float(p.mean()), observed, low, high)
 
 
 def _wilson(share: float, n: float) -> tuple[float, float]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+from PIL import Image
 
 from ray_cxr.data import imaging
+from ray_cxr.data.heatmaps import FOLDER, HeatMap, read_heatmaps
 from ray_cxr.errors import ImageError
 from ray_cxr.labels import FINDINGS, NO_FINDING
-from ray_cxr.reporting import plots
+from ray_cxr.reporting import figures, plots
 from ray_cxr.reporting.labelled import Evaluated
 from ray_cxr.reporting.scores import Scores, number
 
 _EXAMPLES = 4
+_RADIOGRAPHS = 12
+#: On the page of heat maps, per band.
+_CASES = 3
 
 
 def examples(table: Scores, evaluated: Evaluated, seed: int) -> list[tuple[str, list[plots.Example]]]:
@@ -87,3 +94,83 @@ def _picture(path: str | None) -> tuple[np.ndarray | None, str | None]:
         return imaging.load(path), None
     except ImageError as error:
         return None, error.code
+
+
+def radiographs(table: Scores, evaluated: Evaluated, seed: int) -> list[figures.Radiograph]:
+    """A seeded random draw of the evaluated images, as they were given."""
+    chosen = np.random.default_rng(seed).permutation(len(evaluated.rows))[:_RADIOGRAPHS]
+    tiles = []
+    for case in sorted(int(one) for one in chosen):
+        picture, code = _picture(table.paths[evaluated.rows[case]])
+        judged = any(evaluated.labels[f][case] >= 0 for f in FINDINGS)
+        known = tuple(f for f in FINDINGS if evaluated.labels[f][case] == 1) if judged else None
+        tiles.append(figures.Radiograph(picture, code, known, _note(evaluated, case)))
+    return tiles
+
+
+def _note(evaluated: Evaluated, case: int) -> str:
+    """View, sex and age, as far as they are known."""
+    age = evaluated.age[case]
+    parts = (evaluated.view[case], evaluated.sex[case], None if np.isnan(age) else f"{age:.0f} years")
+    return ", ".join(part for part in parts if part)
+
+
+def heatmap_cases(table: Scores, evaluated: Evaluated) -> list[tuple[str, list[figures.HeatmapExample]]]:
+    """The best and the worst predictions with their heat maps; nothing where the scores hold none.
+
+    Best: positives that are flagged with the highest scores. Worst: positives missed with the lowest, negatives
+    flagged with the highest. One of each finding before a second of any. Heat maps are drawn for an image's highest
+    findings, so those missed by far have none; cases with a map come first.
+    """
+    if table.home is None or not (Path(table.home) / FOLDER).is_dir():
+        return []
+    maps = read_heatmaps(table.home, set(table.ids[evaluated.rows]))
+    bands = (("Best: found with the highest scores", 1, 1, -1.0), ("Missed with the lowest scores", 1, 0, 1.0),
+             ("False alarms with the highest scores", 0, 1, -1.0))  # fmt: skip
+    shown: set[int] = set()
+    groups = []
+    for title, label, flag, sign in bands:
+        ranked = []
+        for finding in table.findings:
+            if finding == NO_FINDING or finding not in table.flags:
+                continue
+            p = table.p[finding][evaluated.rows]
+            flags = table.flags[finding][evaluated.rows]
+            for case in np.flatnonzero((evaluated.labels[finding] == label) & (flags == flag)):
+                lacking = (table.ids[evaluated.rows[case]], finding) not in maps
+                ranked.append((lacking, sign * float(p[case]), finding, int(case)))
+        chosen = _one_of_each(sorted(ranked), shown)
+        groups.append((title, [_with_map(table, evaluated, maps, finding, case) for finding, case in chosen]))
+    return groups
+
+
+def _one_of_each(ranked: list[tuple[bool, float, str, int]], shown: set[int]) -> list[tuple[str, int]]:
+    """The first few, no finding twice while there are others, and no image twice."""
+    chosen: list[tuple[str, int]] = []
+    for again in (False, True):
+        for _, _, finding, case in ranked:
+            if len(chosen) == _CASES:
+                return chosen
+            if case not in shown and (again or finding not in {name for name, _ in chosen}):
+                shown.add(case)
+                chosen.append((finding, case))
+    return chosen
+
+
+def _with_map(
+    table: Scores, evaluated: Evaluated, maps: dict[tuple[str, str], HeatMap], finding: str, case: int
+) -> figures.HeatmapExample:
+    example = _example(table, evaluated, finding, case)
+    row = evaluated.rows[case]
+    found, score = maps.get((table.ids[row], finding)), float(table.p[finding][row])
+    if found is None:
+        why = "its score is not among the image's highest"
+        return figures.HeatmapExample(example, finding, None, why, score)
+    if found.evidence == 0:
+        return figures.HeatmapExample(example, finding, None, "nothing in the picture speaks for it", score)
+    try:
+        with Image.open(found.overlay) as picture:
+            overlay = np.asarray(picture.convert("RGB"))
+    except OSError:
+        return figures.HeatmapExample(example, finding, None, f"{found.overlay.name} cannot be read", score)
+    return figures.HeatmapExample(example, finding, overlay, score=score)

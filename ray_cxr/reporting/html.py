@@ -1,11 +1,13 @@
 """The reports' pages: one file each with everything in it, which asks no network for anything.
 
-All text passes jinja2's autoescape: an image id may hold anything a file name may.
+All text of a page passes jinja2's autoescape, and that of Markdown the filter `md`: an image id may hold anything a
+file name may.
 """
 
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # always: jinja2's own rule goes by the ending and would not know .j2
+        autoescape=not template.endswith(".md.j2"),  # jinja2's own rule goes by the ending and would not know .j2
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -37,6 +39,7 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
         count=count,
         duration=duration,
         setting=setting,
+        md=markdown,
         spaced=plots.spaced,
         png=_png,
     )
@@ -79,6 +82,11 @@ def setting(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(setting(item) for item in value) + "]"
     return str(value)
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows as it is, within a line and within a table's cell."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(str(text).split()))
 
 
 def _png(data: bytes) -> Markup:

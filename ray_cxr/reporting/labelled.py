@@ -14,18 +14,30 @@ import pyarrow.compute as pc
 
 from ray_cxr.errors import InputError, LeakError, TableError
 from ray_cxr.labels import LABELS
-from ray_cxr.reporting.scores import Scores, provenance, strings
+from ray_cxr.reporting.scores import Scores, floats, provenance, strings
 
 UNKNOWN_TRAINING = "not all images that trained the model are known"
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The images with both scores and labels, in the labels' order; `rows` are their rows in `Scores`."""
+    """The images with both scores and labels, in the labels' order; one entry per image in every array [n].
+
+    Attributes:
+        rows: their rows in `Scores`.
+        labels: per finding int8, -1 where it is not labelled.
+        patients: object ids, None where nobody knows.
+        sex, view: object, None where not known.
+        age, follow_up: float, years and number of the image, NaN where not known.
+    """
 
     rows: np.ndarray
     labels: dict[str, np.ndarray]
     patients: np.ndarray
+    sex: np.ndarray
+    age: np.ndarray
+    view: np.ndarray
+    follow_up: np.ndarray
 
 
 def describe_split(split: str | None, info: Mapping[str, Any]) -> str:
@@ -68,13 +80,13 @@ def join(table: Scores, labelled: pa.Table, path: str | Path, split: str | None,
         )
     failed = np.zeros(len(rows), dtype=bool)
     failed[both] = ~table.ok[rows[both]]
-    elsewhere = np.isin(table.ids, ids[~chosen])
+    elsewhere = pd.Index(table.ids).isin(ids[~chosen])
     counts.update(
         labelled=int(chosen.sum()),
         evaluated=int((both & ~failed).sum()),
         labelled_not_scored=int((~both).sum()),
         labelled_errors=int(failed.sum()),
-        scored_not_labelled=int((~np.isin(table.ids, ids)).sum()),
+        scored_not_labelled=int((~pd.Index(table.ids).isin(ids)).sum()),
         scored_other_split=int(elsewhere.sum()),
     )
     kept = both & ~failed
@@ -88,26 +100,45 @@ def join(table: Scores, labelled: pa.Table, path: str | Path, split: str | None,
     patients = strings(labelled, "patient_id", str(path))[chosen][kept]
     # Where the labels do not know the patient, the score table may.
     patients = np.where([patient is None for patient in patients], table.patients[rows], patients)
-    return Evaluated(rows, values, patients)
+    return Evaluated(
+        rows,
+        values,
+        patients,
+        sex=strings(labelled, "sex", str(path))[chosen][kept],
+        age=floats(labelled, "age", str(path))[chosen][kept],
+        view=strings(labelled, "view", str(path))[chosen][kept],
+        follow_up=floats(labelled, "follow_up", str(path))[chosen][kept],
+    )
 
 
-def guard(table: Scores, evaluated: Evaluated, split: str | None) -> dict[str, Any]:
+def guard(table: Scores, rows: np.ndarray, patients: np.ndarray, split: str | None, among: str) -> dict[str, Any]:
+    """Whether images, or their patients, trained the model.
+
+    Args:
+        table: whose model.
+        rows: int [n], of the table.
+        patients: ids [n].
+        split: the evaluated split; images of `train` and `val` may have trained the model, and are labelled so.
+        among: what the images are, for the error.
+
+    Raises:
+        LeakError: some did, in an evaluation of `test` or of no named split.
+    """
     if table.trained is None:
         return {"checked": False, "reason": UNKNOWN_TRAINING}
-    images, patients = table.trained
-    same_images = int(np.isin(table.ids[evaluated.rows], images).sum())
-    known = {patient for patient in patients if patient is not None}
-    shared = {patient for patient in evaluated.patients if patient in known}
+    images, trained = table.trained
+    same_images = int(pd.Index(table.ids[rows]).isin(images).sum())
+    known = {patient for patient in trained if patient is not None}
+    shared = {patient for patient in patients if patient in known}
     if split not in ("train", "val") and (same_images or shared):
-        among = "the test split" if split else "the labels"
         remedy = (
             "use a manifest whose test split excludes them"
             if split
-            else "add `--split test`, or use a manifest that excludes them"
+            else "add `--labels M.parquet` with `--split test`, or use a table that excludes them"
         )
         raise LeakError(
-            f"{same_images:,} images and {len(shared):,} patients of {among} trained this model; {remedy} "
-            "(`--split train` or `--split val` evaluates training images as such)"
+            f"{table.source}: {same_images:,} images and {len(shared):,} patients of {among} trained this model; "
+            f"{remedy} (`--split train` or `--split val` evaluates training images as such)"
         )
     known_all = provenance(table).get("lineage") != "unknown"
     return {

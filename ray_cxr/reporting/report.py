@@ -18,11 +18,21 @@ from matplotlib.figure import Figure
 
 from ray_cxr.data import atomic, manifest
 from ray_cxr.errors import ERROR_CODES, InputError, OutputError
-from ray_cxr.reporting import html, plots
-from ray_cxr.reporting.examples import examples
+from ray_cxr.evaluation import drift, subgroups
+from ray_cxr.labels import LABELS, NO_FINDING
+from ray_cxr.reporting import html, pictures, plots, tables
+from ray_cxr.reporting.against import (
+    Population,
+    against_boxes,
+    against_consensus,
+    against_published,
+    against_scores,
+)
 from ray_cxr.reporting.labelled import Evaluated, describe_split, guard, join
-from ray_cxr.reporting.measures import measure
+from ray_cxr.reporting.measures import Measured, columns, measure
+from ray_cxr.reporting.prevalence import read_prevalences
 from ray_cxr.reporting.scores import Place, Scores, n_patients, number, provenance, read_scores
+from ray_cxr.reporting.summary import remarks, summary
 from ray_cxr.reporting.worklist import as_csv, worklist
 
 _log = logging.getLogger(__name__)
@@ -31,11 +41,24 @@ _PICTURES = (
     "auroc",
     "roc",
     "precision_recall",
+    "reliability",
+    "distributions",
+    "subgroups",
+    "subgroup_differences",
+    "compared",
+    "consensus",
+    "localisation",
+    "drift",
     "examples",
+    "heatmaps",
+    "radiographs",
     "learning_curves",
     "prevalence",
+    "cooccurrence",
     "priority",
 )
+#: Of the subgroups' intervals at most, and of those of two attributes crossed: there are hundreds of them.
+_SUBGROUP_RESAMPLES, _CROSSING_RESAMPLES = 500, 200
 
 
 def write_report(
@@ -44,16 +67,25 @@ def write_report(
     *,
     labels: str | Path | None = None,
     split: str | None = None,
+    consensus: str | Path | None = None,
+    boxes: str | Path | None = None,
+    compare: str | Path | None = None,
+    prevalence: str | Path | None = None,
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write metrics.json, pictures (PNG and SVG), worklist.csv and, last, report.html into `out`.
+    """Write metrics.json, metrics.parquet, pictures (PNG and SVG), worklist.csv, report.md and, last, report.html.
 
     Args:
         scores: what `ray-cxr score` wrote; or Parquet, a file or a folder, with image_id and p_<Finding>.
         out: the folder for the report; an older report in it is replaced.
         labels: a manifest with labels; None reports what was found without saying how well.
         split: evaluate only the labels' rows of `train`, `val` or `test`; None takes all rows.
+        consensus: a table of radiologists' labels, see `data.consensus`; of the evaluated images, or without `labels`
+            of all that were scored.
+        boxes: a table of boxes, see `data.boxes`, for the heat maps that `score --heatmaps` drew.
+        compare: another score table, compared with this one on the labelled images that both have.
+        prevalence: a TOML file of shares per finding, see `prevalence`, to give predictive values for.
         n_resamples: patient-bootstrap resamples.
         seed: of the bootstrap and of the choice of examples.
 
@@ -61,8 +93,8 @@ def write_report(
         What was written to metrics.json: float64 unrounded; what is undefined is None, with its reason.
 
     Raises:
-        InputError: the scores are unfinished, are none, or share no image with the labels; `split` without
-            labels.
+        InputError: the scores are unfinished, are none, or share no image with the labels, the consensus table, the
+            boxes or the other scores; `split` or `compare` without labels, `prevalence` without any; no heat maps.
         TableError: a table names an image twice or holds values that it cannot hold.
         LeakError: an image or patient that trained the model is in an evaluation of `test` or of no named
             split.
@@ -72,15 +104,60 @@ def write_report(
         raise InputError(f"--split {split}: use train, val or test")
     if split is not None and labels is None:
         raise InputError(f"--split {split}: needs --labels, whose rows it chooses")
+    if compare is not None and labels is None:
+        raise InputError(f"--compare {compare}: needs --labels; without them neither table is better or worse")
+    if prevalence is not None and labels is None and consensus is None:
+        raise InputError(f"--prevalence {prevalence}: needs --labels or --consensus, which sensitivity is taken from")
     if n_resamples < 1:
         raise InputError(f"n_resamples is {n_resamples}; it must be at least 1")
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out}: is a file; name a folder")
+    shares = {} if prevalence is None else read_prevalences(str(prevalence))
 
     table = read_scores(scores)
     _log.debug("%s: %d rows, %d errors", table.source, len(table.ids), int((~table.ok).sum()))
-    result: dict[str, Any] = {
+    result = _empty(table, split)
+    drawn: dict[str, Figure] = {}
+    evaluated = None
+    if labels is not None:
+        evaluated = _labelled(table, labels, split, result)
+        measured = _evaluate(table, evaluated, result, shares, n_resamples, seed)
+        drawn |= pictures.of_evaluation(table, evaluated, measured, seed)
+        found = _subgroups(table, evaluated, result, n_resamples, seed)
+        if found is not None:
+            drawn |= pictures.of_subgroups(found, measured.macro)
+    if compare is not None and evaluated is not None:
+        result["compared"] = against_scores(
+            table, evaluated, str(compare), split, result["split_label"], n_resamples=n_resamples, seed=seed
+        )
+        drawn["compared"] = pictures.of_comparison(result["compared"], "these scores", "the others")
+    population = Population.of(table, evaluated, split, result["split_label"])
+    if consensus is not None:
+        result["consensus"], agreed = against_consensus(
+            table, population, str(consensus), prevalences=shares, n_resamples=n_resamples, seed=seed
+        )
+        chart = pictures.of_consensus(agreed)
+        drawn |= {} if chart is None else {"consensus": chart}
+    if boxes is not None:
+        result["localisation"], located = against_boxes(
+            table, population, str(boxes), n_resamples=n_resamples, seed=seed
+        )
+        drawn["localisation"] = pictures.of_boxes(located)
+    result["intervals"] = _method(n_resamples, seed) if labels or consensus or boxes else None
+    chart = pictures.of_drift(result["drift"]) if result["drift"] else None
+    drawn |= {} if chart is None else {"drift": chart}
+    priority = table.priority[np.isfinite(table.priority)]
+    if labels is None and len(priority):
+        drawn["priority"] = plots.priority_histogram(priority)
+    epochs = table.model.get("curves") or []
+    if epochs:
+        drawn["learning_curves"] = plots.learning_curves(epochs)
+    return _write(out, table, result, drawn)
+
+
+def _empty(table: Scores, split: str | None) -> dict[str, Any]:
+    return {
         "split": split,
         "split_label": None,
         "split_kind": None,
@@ -89,24 +166,77 @@ def write_report(
         "n_patients": n_patients(table.patients[table.ok]),
         "findings": {},
         "macro": None,
+        "weighted": None,
         "counts": _counts(table),
         "flag_rates": _flag_rates(table),
+        "drift": _drift(table),
         "digests": _digests(table),
         "intervals": None,
         "leak_check": None,
+        "subgroups": None,
+        "published": [],
+        "consensus": None,
+        "compared": None,
+        "localisation": None,
         "notes": _notes(table),
     }
-    figures: dict[str, Figure] = {}
-    if labels is not None:
-        evaluated = _evaluate(table, labels, split, result, n_resamples, seed)
-        figures.update(_evaluation_figures(table, evaluated, result, seed))
-    priority = table.priority[np.isfinite(table.priority)]
-    if labels is None and len(priority):
-        figures["priority"] = plots.priority_histogram(priority)
-    epochs = table.model.get("curves") or []
-    if epochs:
-        figures["learning_curves"] = plots.learning_curves(epochs)
-    return _write(out, table, result, figures)
+
+
+def _method(n_resamples: int, seed: int) -> dict[str, Any]:
+    return {
+        "method": "percentile bootstrap over patients",
+        "level": 0.95,
+        "n_resamples": n_resamples,
+        "seed": seed,
+        "delong": "logit scale, images taken as independent",
+    }
+
+
+def _stacked(table: Scores, of: Mapping[str, np.ndarray], missing: Any) -> np.ndarray:
+    """Columns of the table's findings, [n,F]."""
+    return np.column_stack([of.get(f, np.full(len(table.ids), missing)) for f in table.findings])
+
+
+def _drift(table: Scores) -> dict[str, Any] | None:
+    """What was flagged against what validation led to expect; None for another system's scores."""
+    if not table.own:
+        return None
+    found = drift.measure(
+        drift.Expected.of(table.model),
+        table.findings,
+        _stacked(table, table.flags, np.int8(-1)),
+        _stacked(table, table.p, np.nan),
+        table.quality_flags,
+        table.ok,
+        table.patients,
+    )
+    return found.as_dict()
+
+
+def _subgroups(
+    table: Scores, evaluated: Evaluated, result: dict[str, Any], n_resamples: int, seed: int
+) -> subgroups.Subgroups | None:
+    """Fills `result`; None where nothing is known of the people."""
+    groups = subgroups.groups(evaluated.sex, evaluated.age, evaluated.view, evaluated.follow_up)
+    if all(not group.known for group in groups):
+        result["subgroups"] = {"reason": "the labels tell neither sex, age, view nor follow-up"}
+        return None
+    names = [f for f in table.findings if (evaluated.labels[f] >= 0).any()]
+    rows = evaluated.rows
+    found = subgroups.measure(
+        groups,
+        np.column_stack([evaluated.labels[f] for f in names]),
+        np.column_stack([table.p[f][rows] for f in names]),
+        np.column_stack([table.flags[f][rows] if f in table.flags else np.full(len(rows), -1) for f in names]),
+        evaluated.patients,
+        names,
+        n_resamples=min(n_resamples, _SUBGROUP_RESAMPLES),
+        n_resamples_crossings=min(n_resamples, _CROSSING_RESAMPLES),
+        seed=seed,
+        macro=np.array([f != NO_FINDING for f in names], dtype=bool),
+    )
+    result["subgroups"] = found.as_dict()
+    return found
 
 
 def _counts(table: Scores) -> dict[str, Any]:
@@ -169,10 +299,8 @@ def _notes(table: Scores) -> list[str]:
     return notes
 
 
-def _evaluate(
-    table: Scores, path: str | Path, split: str | None, result: dict[str, Any], n_resamples: int, seed: int
-) -> Evaluated:
-    """Join, guard, measure; fills `result`."""
+def _labelled(table: Scores, path: str | Path, split: str | None, result: dict[str, Any]) -> Evaluated:
+    """Join and guard; fills `result` with what was joined."""
     labelled = manifest.read_manifest(path)
     info = manifest.split_info(labelled)
     evaluated = join(table, labelled, path, split, result["counts"])
@@ -182,7 +310,9 @@ def _evaluate(
     place = Place.of(str(path))
     result["digests"]["labels"] = hashlib.sha256(place.bytes()).hexdigest() if place.is_file else None
     result["digests"]["tables"] = info.get("tables") or info.get("digests")
-    result["leak_check"] = guard(table, evaluated, split)
+    result["leak_check"] = guard(
+        table, evaluated.rows, evaluated.patients, split, "the test split" if split else "the labels"
+    )
     if split in ("train", "val"):
         use = "fitted its weights" if split == "train" else "chose its best epoch, calibration and operating points"
         result["notes"].insert(
@@ -192,80 +322,66 @@ def _evaluate(
         )
     result["n_images"] = len(evaluated.rows)
     result["n_patients"] = n_patients(evaluated.patients)
-    result["intervals"] = {
-        "method": "percentile bootstrap over patients",
-        "level": 0.95,
-        "n_resamples": n_resamples,
-        "seed": seed,
-        "delong": "logit scale, images taken as independent",
-    }
-    measure(table, evaluated, result, n_resamples, seed)
     return evaluated
 
 
-def _evaluation_figures(table: Scores, evaluated: Evaluated, result: dict[str, Any], seed: int) -> dict[str, Figure]:
-    figures: dict[str, Figure] = {}
-    panels = []
-    for finding, entry in result["findings"].items():
-        if entry["auroc"] is None:
-            continue
-        labels, p = evaluated.labels[finding], table.p[finding][evaluated.rows]
-        usable = (labels >= 0) & ~np.isnan(p)
-        panels.append(
-            plots.Panel(
-                finding=finding,
-                y=labels[usable],
-                s=p[usable],
-                auroc=entry["auroc"],
-                low=entry["auroc_low"],
-                high=entry["auroc_high"],
-                average_precision=entry["average_precision"],
-                at=(entry["sensitivity"], entry["specificity"], entry["ppv"]),
-            )
-        )
-    if panels:
-        figures["auroc"] = plots.auroc_overview(panels, result["macro"])
-        figures["roc"] = plots.roc(panels)
-        figures["precision_recall"] = plots.precision_recall(panels)
-    present = [
-        (finding, entry["prevalence"], entry["positives"], entry["flag_rate"])
-        for finding, entry in result["findings"].items()
-        if entry["prevalence"] is not None
-    ]
-    if present:
-        figures["prevalence"] = plots.prevalence(present)
-    groups = examples(table, evaluated, seed)
-    if any(tiles for _, tiles in groups):
-        figures["examples"] = plots.examples(groups)
-    return figures
+def _evaluate(
+    table: Scores,
+    evaluated: Evaluated,
+    result: dict[str, Any],
+    prevalences: Mapping[str, float],
+    n_resamples: int,
+    seed: int,
+) -> Measured:
+    """Measure; fills `result`."""
+    labels = {f: evaluated.labels[f] for f in LABELS}
+    measured = measure(
+        columns(table, evaluated.rows),
+        labels,
+        evaluated.patients,
+        prevalences=prevalences,
+        n_resamples=n_resamples,
+        seed=seed,
+    )
+    result["findings"], result["macro"], result["weighted"] = measured.findings, measured.macro, measured.weighted
+    result["published"] = against_published(result)
+    return measured
 
 
-def _write(out: Path, table: Scores, result: dict[str, Any], figures: Mapping[str, Figure]) -> dict[str, Any]:
+def _write(out: Path, table: Scores, result: dict[str, Any], drawn: Mapping[str, Figure]) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("report.html", *(f"{picture}.{kind}" for picture in _PICTURES for kind in ("png", "svg"))):
+    for name in (
+        "report.html",
+        "report.md",
+        *(f"{picture}.{kind}" for picture in _PICTURES for kind in ("png", "svg")),
+    ):
         (out / name).unlink(missing_ok=True)
-    pictures: dict[str, bytes] = {}
+    shown: dict[str, bytes] = {}
     for name in _PICTURES:
-        if name in figures:
+        if name in drawn:
             _log.debug("drawing %s", name)
-            pictures[name], vector = plots.encode(figures[name])
-            (out / f"{name}.png").write_bytes(pictures[name])
+            shown[name], vector = plots.encode(drawn[name])
+            (out / f"{name}.png").write_bytes(shown[name])
             (out / f"{name}.svg").write_bytes(vector)
     lines = worklist(table)
     atomic.write_text(out / "worklist.csv", as_csv(lines))
     atomic.write_json(out / "metrics.json", result)
+    atomic.write_parquet(tables.metrics_table(result), out / "metrics.parquet")
     view = {
         "m": result,
         "source": table.source,
         "own": table.own,
         "has_priority": bool(np.isfinite(table.priority).any()),
         "model": _model_facts(table),
-        "summary": _summary(result),
-        "pictures": pictures,
+        "summary": summary(result),
+        "pictures": shown,
         "worklist": lines[:25],
         "worklist_total": len(lines),
-        "remarks": _remarks(result["findings"]),
+        "remarks": remarks(result["findings"]),
+        "attributes": pictures.ATTRIBUTES,
+        "assumed": {f: one for f, one in result["findings"].items() if one["assumed_prevalence"] is not None},
     }
+    atomic.write_text(out / "report.md", html.render(view, "report.md.j2"))
     atomic.write_text(out / "report.html", html.render(view))
     _log.debug("report in %s", out)
     return result
@@ -289,75 +405,3 @@ def _model_facts(table: Scores) -> list[tuple[str, str]]:
         if isinstance(value, (str, int, float)):
             facts.append((str(name).replace("_", " ").capitalize(), value))
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
-
-
-def _remarks(findings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """What must be said of a finding's numbers beside the numbers."""
-    remarks = {}
-    for finding, entry in findings.items():
-        parts = []
-        if entry["reason"]:
-            parts.append(f"undefined: {entry['reason']}")
-        if entry["caution"]:
-            parts.append(entry["caution"])
-        if entry["unscored"] and entry["auroc"] is not None:
-            parts.append(f"{entry['unscored']:,} labelled images have no score for it")
-        if parts:
-            remarks[finding] = "; ".join(parts)
-    return remarks
-
-
-def _summary(result: Mapping[str, Any]) -> list[str]:
-    """The report in a few sentences."""
-    counts, macro = result["counts"], result["macro"]
-    out = []
-    if macro is None:
-        out.append(
-            f"{counts['scored']:,} of {counts['rows']:,} images were scored, of {result['n_patients']:,} "
-            "patients. There are no labels, so this report says what was found, not how well."
-        )
-    else:
-        out.append(
-            f"{result['n_images']:,} images of {result['n_patients']:,} patients were evaluated: "
-            f"{result['split_label']}."
-        )
-        if macro["auroc"] is None:
-            out.append(f"There is no macro AUROC: {macro['reason']}.")
-        else:
-            found = result["findings"]
-            between = (
-                f" (95% interval {macro['auroc_low']:.3f} to {macro['auroc_high']:.3f})"
-                if macro["auroc_low"] is not None
-                else " (no interval)"
-            )
-            of = f"{len(macro['findings'])} findings" if len(macro["findings"]) > 1 else "one finding"
-            out.append(f"Macro AUROC is {macro['auroc']:.3f}{between} over {of}.")
-            ranked = sorted(macro["findings"], key=lambda f: found[f]["auroc"])
-            if len(ranked) > 1:
-                weak = ranked[: min(3, len(ranked) // 2)]
-                out.append(
-                    "Weakest: "
-                    + ", ".join(f"{plots.spaced(f)} {found[f]['auroc']:.3f}" for f in weak)
-                    + f". Strongest: {plots.spaced(ranked[-1])} {found[ranked[-1]]['auroc']:.3f}."
-                )
-            chance = [f for f in ranked if found[f]["auroc_low"] is not None and found[f]["auroc_low"] <= 0.5]
-            if chance:
-                out.append(f"Not told apart from chance: {', '.join(map(plots.spaced, chance))}.")
-        unsure = [f for f, entry in result["findings"].items() if entry["caution"]]
-        if unsure:
-            out.append(f"Do not lean on the intervals of {', '.join(map(plots.spaced, unsure))}: see the remarks.")
-        undefined = [f for f, entry in result["findings"].items() if entry["auroc"] is None]
-        if undefined:
-            out.append(f"No AUROC can be given for {', '.join(map(plots.spaced, undefined))}; the table says why.")
-    if counts["errors"]:
-        parts = ", ".join(f"{code} {n:,}" for code, n in counts["by_code"].items())
-        out.append(
-            f"{counts['errors']:,} of {counts['rows']:,} images "
-            f"({html.percent(counts['errors'] / counts['rows'], 2)}) could not be scored: {parts}. "
-            "They are at the end of the worklist and in no number above."
-        )
-    else:
-        out.append("No image failed.")
-    if macro is not None and counts["labelled_not_scored"]:
-        out.append(f"{counts['labelled_not_scored']:,} labelled images have no row in the scores.")
-    return out

@@ -32,12 +32,14 @@ class Scores:
         flags: per finding, int8 with -1 for null.
         priority: float64, NaN for null.
         own: written by `ray-cxr score`, not by another system.
+        home: the SCORES folder, where it is this machine's and not behind a URI; None otherwise.
         model, run: `model.json` and `run.json`, or empty.
         trained: image_id and patient_id of the images that trained the model; None where that is not known.
     """
 
     source: str
     own: bool
+    home: str | None
     ids: np.ndarray
     paths: np.ndarray
     patients: np.ndarray
@@ -80,6 +82,7 @@ def read_scores(path: str | Path) -> Scores:
         table,
         source=str(path),
         own=home is not None,
+        home=home.path if home is not None and isinstance(home.fs, pafs.LocalFileSystem) else None,
         model=home.json("model.json") if home else {},
         run=home.json("run.json") if home else {},
         trained=trained,
@@ -185,6 +188,7 @@ def _parse(
     *,
     source: str,
     own: bool,
+    home: str | None,
     model: dict[str, Any],
     run: dict[str, Any],
     trained: tuple[np.ndarray, np.ndarray] | None,
@@ -237,7 +241,7 @@ def _parse(
         ok = status == "ok"
     else:
         ok = np.ones(len(ids), dtype=bool)
-    priority = _floats(table, "priority", source)
+    priority = floats(table, "priority", source)
     top = text["top_finding"]
     if "priority" not in table.column_names:
         priority, top = _priority(p, ok)
@@ -245,6 +249,7 @@ def _parse(
     return Scores(
         source=source,
         own=own,
+        home=home,
         ids=ids,
         paths=text["path"],
         patients=text["patient_id"],
@@ -279,7 +284,7 @@ def strings(table: pa.Table, name: str, source: str) -> np.ndarray:
     return out
 
 
-def _floats(table: pa.Table, name: str, source: str) -> np.ndarray:
+def floats(table: pa.Table, name: str, source: str) -> np.ndarray:
     if name not in table.column_names:
         return np.full(len(table), np.nan)
     try:
@@ -290,7 +295,7 @@ def _floats(table: pa.Table, name: str, source: str) -> np.ndarray:
 
 
 def _probabilities(table: pa.Table, name: str, source: str) -> np.ndarray:
-    values = _floats(table, name, source)
+    values = floats(table, name, source)
     bad = (values < 0) | (values > 1)
     if bad.any():
         raise TableError(
@@ -302,7 +307,7 @@ def _probabilities(table: pa.Table, name: str, source: str) -> np.ndarray:
 
 def _flags(table: pa.Table, name: str, source: str) -> np.ndarray:
     """bool|null as int8 with -1 for null."""
-    values = _floats(table, name, source)
+    values = floats(table, name, source)
     if not (np.isnan(values) | (values == 0) | (values == 1)).all():
         raise TableError(f"{source}: column {name} must hold true, false or null")
     return np.where(np.isnan(values), -1, values).astype(np.int8)

@@ -537,3 +537,19 @@ def test_cross_fitted_error_of_too_little() -> None:
     assert unknown is not None
     one_patient = calibration.cross_fitted_error(labels[:, :1], p[:, :1], np.array(["a"] * len(p)))
     assert one_patient == pytest.approx(raw)
+
+
+def test_reliability_bins_of_equal_counts_hold_equal_counts() -> None:
+    rng = np.random.default_rng(3)
+    p = rng.beta(1, 40, 1000)
+    y = rng.random(1000) < p
+    bins = calibration.reliability(y, p, equal_counts=True)
+    assert [one.n for one in bins] == [100] * 10
+    order = np.argsort(p)
+    for k, one in enumerate(bins):
+        rows = order[100 * k : 100 * (k + 1)]
+        assert one.predicted == pytest.approx(p[rows].mean(), abs=1e-15)
+        assert one.observed == y[rows].mean()
+        assert one.low <= p[rows].min() <= p[rows].max() <= one.high
+    # One value throughout is one bin, not ten of which nine are empty.
+    assert [one.n for one in calibration.reliability(y, np.full(1000, 0.02), equal_counts=True)] in ([1000], [0, 1000])

@@ -21,10 +21,11 @@ from ray_cxr.data import manifest
 from ray_cxr.errors import InputError, LeakError, OutputError, TableError
 from ray_cxr.evaluation import intervals
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING
-from ray_cxr.reporting import plots
-from ray_cxr.reporting import report as report_module
+from ray_cxr.reporting import pictures, plots
 from ray_cxr.reporting.examples import examples
+from ray_cxr.reporting.labelled import join
 from ray_cxr.reporting.report import write_report
+from ray_cxr.reporting.scores import read_scores
 
 FEW = ("Cardiomegaly", "Effusion", "Hernia")
 
@@ -157,7 +158,7 @@ def drawing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Most tests read numbers and text: for them pictures are not drawn, which takes seconds."""
     if "drawn" not in request.fixturenames:
         monkeypatch.setattr(plots, "encode", lambda figure: (b"png", b"svg"))
-        monkeypatch.setattr(report_module, "_evaluation_figures", lambda *_: {})
+        monkeypatch.setattr(pictures, "of_evaluation", lambda *_: {})
 
 
 @pytest.fixture
@@ -453,11 +454,11 @@ def test_the_rows_of_an_unfinished_run_are_not_taken_for_another_systems(archive
 
 
 def test_examples_without_operating_points_are_the_ends_of_the_scores(archive: Archive, tmp_path: Path) -> None:
-    table = report_module.read_scores(archive.scores())
+    table = read_scores(archive.scores())
     for flags in table.flags.values():
         flags[:] = -1
-    result = {"digests": {}, "counts": {}, "notes": [], "findings": {}}
-    evaluated = report_module._evaluate(table, archive.labels(), "test", result, 10, 0)
+    labels = archive.labels()
+    evaluated = join(table, manifest.read_manifest(labels), labels, "test", {})
     groups = examples(table, evaluated, 0)
     assert [title for title, _ in groups] == [
         "Positives that score high", "Positives that score low", "Negatives that score high",
