@@ -40,6 +40,7 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
         duration=duration,
         setting=setting,
         md=markdown,
+        sentence=sentence,
         spaced=plots.spaced,
         png=_png,
     )
@@ -82,6 +83,11 @@ def setting(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(setting(item) for item in value) + "]"
     return str(value)
+
+
+def sentence(text: str) -> str:
+    """With a capital first; the rest, names among it, as it is."""
+    return text[:1].upper() + text[1:]
 
 
 def markdown(text: str) -> str:

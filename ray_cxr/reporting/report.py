@@ -378,6 +378,7 @@ def _write(out: Path, table: Scores, result: dict[str, Any], drawn: Mapping[str,
         "worklist": lines[:25],
         "worklist_total": len(lines),
         "remarks": remarks(result["findings"]),
+        "consensus_remarks": remarks(result["consensus"]["findings"]) if result["consensus"] else {},
         "attributes": pictures.ATTRIBUTES,
         "assumed": {f: one for f, one in result["findings"].items() if one["assumed_prevalence"] is not None},
     }

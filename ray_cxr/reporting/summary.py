@@ -100,7 +100,9 @@ def _others(result: Mapping[str, Any]) -> list[str]:
                 f"{compared['n_images']:,} images, {'more' if sure else 'no more'} than chance explains."
             )
     groups = result["subgroups"]
-    if groups is not None and "comparisons" in groups:
+    if groups is not None and "comparisons" in groups and not groups["comparisons"]["single"]["made"]:
+        out.append("Groups of people and views have too few patients here to be compared.")
+    elif groups is not None and "comparisons" in groups:
         out.append(f"Between groups of people and views: {groups['comparisons']['single']['words']}.")
     if located is not None and located["overall"]["hit_rate"] is not None:
         one = located["overall"]

@@ -58,7 +58,7 @@ def test_consensus_labels_replace_the_mined_ones(archive: Archive, tmp_path: Pat
     )
     assert found["findings"]["Effusion"]["auroc"] != m["findings"]["Effusion"]["auroc"]
     assert list(found["left_out"]) == ["Fracture"]
-    assert "Fracture is left out" in page
+    assert "Column Fracture was left out" in page
     assert len(found["digest"]) == 64
 
 
@@ -96,7 +96,8 @@ def test_adjudicated_composites_are_mapped_by_their_rule(tmp_path: Path, table: 
     assert entry["auroc"] == pytest.approx(sklearn_metrics.roc_auc_score(either[rows], highest), abs=1e-12)
     flagged = ((archive.p["Mass"] >= archive.threshold) | (archive.p["Nodule"] >= archive.threshold))[rows]
     assert entry["sensitivity"] == pytest.approx(sklearn_metrics.recall_score(either[rows], flagged), abs=1e-15)
-    assert "Airspace opacity: the highest calibrated score of Consolidation, Edema, Infiltration, Pneumonia" in page
+    assert "Airspace opacity is scored by the highest score of Consolidation, Edema, Infiltration, Pneumonia" in page
+    assert "Nodule or mass: calibrated scores." in page
 
 
 @pytest.mark.parametrize("what", ["consensus", "boxes"])
