@@ -141,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=["auto", "fp32", "bf16", "int8"],
         help="auto: bf16 where the CPU has it and the bundle holds its tolerance in it",
     )
+    one.add_argument(
+        "--heatmaps", type=int, metavar="K", help="pictures of where it sees each image's K highest-ranked findings"
+    )
     one.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
     one.add_argument("--dry-run", action="store_true", help="check everything, count, write nothing")
     _settings(one, gpu=True)
@@ -151,7 +154,16 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", required=True, metavar="REPORT")
     one.add_argument("--labels", metavar="M.parquet")
     one.add_argument("--split", choices=["train", "val", "test"])
+    one.add_argument("--consensus", metavar="CSV", help="radiologists' labels: an image column and one per finding")
+    one.add_argument("--boxes", metavar="CSV", help="boxes as in BBox_List_2017, for heat maps that score drew")
+    one.add_argument("--compare", metavar="SCORES2", help="other scores of the same images")
+    one.add_argument("--prevalence", metavar="F.toml", help="lines such as Effusion = 0.12, to give PPV and NPV for")
     one.set_defaults(run=_report)
+
+    one = commands.add_parser("export-sr", help="DICOM Structured Reports of what was found, one per study")
+    one.add_argument("scores", metavar="SCORES", help="what score left; its DICOM files are read again")
+    one.add_argument("--out", required=True, metavar="DIR", help="holds patients' names and ids afterwards")
+    one.set_defaults(run=_export_sr)
 
     one = commands.add_parser("quantize", help="a bundle with 8-bit weights, too, for `score --precision int8`")
     one.add_argument("bundle", metavar="BUNDLE")
@@ -365,6 +377,7 @@ def _score(arguments: argparse.Namespace) -> None:
         "retry_errors": arguments.retry_errors,
         "limit": arguments.limit,
         "use_gpu": arguments.gpu,
+        "heatmaps": arguments.heatmaps,
     }
     too_many: ErrorRateExceeded | None = None
     try:
@@ -385,7 +398,8 @@ def _score(arguments: argparse.Namespace) -> None:
     for note in report.notes:
         _say(f"{arguments.images}: {note}")
     if arguments.dry_run:
-        _say(f"{report.rows:,} rows, {report.counts['to score']:,} of them to score; nothing was written")
+        drawn = "" if report.heatmaps is None else f", heat maps of up to {report.heatmaps.to_draw:,} to draw"
+        _say(f"{report.rows:,} rows, {report.counts['to score']:,} of them to score{drawn}; nothing was written")
         return
     table = Table("result", "rows", title="Scores")
     for code, count in report.counts.most_common():
@@ -399,6 +413,9 @@ def _score(arguments: argparse.Namespace) -> None:
             f"({report.images_per_second:.1f} images/s, start-up included)"
         )
         _say(f"scores: {arguments.out}")
+    if report.heatmaps is not None:
+        for line in report.heatmaps.lines():
+            _say(line)
     if too_many is not None:
         raise too_many
 
@@ -407,7 +424,16 @@ def _report(arguments: argparse.Namespace) -> None:
     from ray_cxr.reporting import report
 
     with _writing(arguments.out):
-        metrics = report.write_report(arguments.scores, arguments.out, labels=arguments.labels, split=arguments.split)
+        metrics = report.write_report(
+            arguments.scores,
+            arguments.out,
+            labels=arguments.labels,
+            split=arguments.split,
+            consensus=arguments.consensus,
+            boxes=arguments.boxes,
+            compare=arguments.compare,
+            prevalence=arguments.prevalence,
+        )
     macro = metrics["macro"]
     if macro and macro["auroc"] is not None:
         _say(
@@ -416,6 +442,20 @@ def _report(arguments: argparse.Namespace) -> None:
             f"{metrics['n_patients']:,} patients"
         )
     _say(f"report: {Path(arguments.out) / 'report.html'}")
+
+
+def _export_sr(arguments: argparse.Namespace) -> None:
+    if not arguments.out:
+        raise ConfigError("--out: is empty; name where to write")
+    from ray_cxr.reporting import dicom_sr
+
+    export = dicom_sr.export_sr(arguments.scores, arguments.out)
+    for outcome, words in dicom_sr.WORDS.items():
+        if export.outcomes[outcome]:
+            _say(f"{export.outcomes[outcome]:,} {words}")
+    partial = f", {export.partial:,} of them without an image of their study" if export.partial else ""
+    _say(f"reports: {export.reports:,} in {arguments.out}{partial}; {export.written:,} written now")
+    export.raise_for_failures()
 
 
 def _quantize(arguments: argparse.Namespace) -> None:

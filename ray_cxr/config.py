@@ -275,6 +275,7 @@ class TuneSettings(Settings):
 
 
 Precision = Literal["auto", "fp32", "bf16", "int8"]
+HeatMapMethod = Literal["gradcam", "hirescam"]
 
 
 class ScoreSettings(Settings):
@@ -300,6 +301,8 @@ class ScoreSettings(Settings):
     pseudonym_key: str | None = Field(
         None, description="file with a secret key: ids read from DICOM tags become keyed hashes; null: as they are"
     )
+    heatmap_method: HeatMapMethod = Field("gradcam", description="how `--heatmaps K` finds what speaks for a finding")
+    heatmap_pixels: int = Field(512, ge=64, le=2048, description="longer side of the pictures of `--heatmaps K`")
 
 
 class QuantizeSettings(Settings):

@@ -57,11 +57,13 @@ _NONSENSE = "an answer that cannot be read"
 class Picture:
     """One radiograph: uint8[S, S] per spec, in the order of the specs, each the caller's own.
 
-    `tags` are `dicom.read_tags` of a DICOM where they were asked for, else None.
+    `tags` are `dicom.read_tags` of a DICOM where they were asked for, else None; `shape` is height and width in pixels
+    before the resize, None where nobody told.
     """
 
     images: tuple[np.ndarray, ...]
     tags: Mapping[str, Any] | None
+    shape: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -209,12 +211,13 @@ class Decoder:
             if size != sum(spec.size**2 for spec in self._specs):
                 raise EOFError(_NONSENSE)
             tags = answer["tags"]
+            height, width = map(int, answer["shape"])
         except (ValueError, KeyError, TypeError):  # native code wrote over the child's memory
             raise EOFError(_NONSENSE) from None
         images = tuple(np.empty((spec.size, spec.size), np.uint8) for spec in self._specs)
         for image in images:
             child.read_into(image.data.cast("B"), deadline)
-        return Picture(images, tags)
+        return Picture(images, tags, (height, width))
 
 
 class _Child:
@@ -403,7 +406,7 @@ def _load(
             if tags:
                 found = _tags(data)
             image = imaging.decode(data, max_pixels=max_pixels)
-            return {"tags": found}, [imaging.resize(image, spec) for spec in specs]
+            return {"tags": found, "shape": image.shape}, [imaging.resize(image, spec) for spec in specs]
     except ImageError as error:
         return {"code": error.code, "message": error.message, "tags": found}, []
 

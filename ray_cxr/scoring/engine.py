@@ -183,10 +183,16 @@ def take_up(job: Job, task: dict[str, Any], findings: int, positions: list[int] 
 
 
 class Reading:
-    """Decoders in child processes, each with a thread that waits for it."""
+    """Decoders in child processes, each with a thread that waits for it.
 
-    def __init__(self, job: Job, decoders: int) -> None:
+    Args:
+        decoders: how many.
+        more: sizes to make of each picture beside the network's own, which comes first.
+    """
+
+    def __init__(self, job: Job, decoders: int, more: Sequence[InputSpec] = ()) -> None:
         self._job = job
+        self._specs = (job.spec, *more)
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
         self._ahead = max(PICTURES_AHEAD, BATCHES_AHEAD * job.batch_size) + decoders
@@ -225,7 +231,7 @@ class Reading:
         if not hasattr(self._local, "decoder"):
             settings = self._job.settings
             self._local.decoder = Decoder(
-                (self._job.spec,), max_pixels=settings.max_pixels, timeout_s=settings.decode_timeout_s, tags=True
+                self._specs, max_pixels=settings.max_pixels, timeout_s=settings.decode_timeout_s, tags=True
             )
         found: Decoder = self._local.decoder
         return found

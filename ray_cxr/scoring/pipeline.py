@@ -4,6 +4,7 @@
     SCORES/input.parquet          the manifest or the listing, frozen at the first run, in the order of reading
     SCORES/scores/part-00000.parquet, ...   fixed names, one per range of the input, whole or absent
     SCORES/model.json, split.parquet        copied from the bundle
+    SCORES/heatmaps/              where they were asked for: see `heatmaps`
     SCORES/run.json               counts, versions, digests, settings, seconds
     SCORES/_SUCCESS               last, once all rows were counted from the files themselves
 
@@ -23,7 +24,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ from ray_cxr import errors
 from ray_cxr.config import ScoreSettings
 from ray_cxr.data import archives, atomic, storage
 from ray_cxr.data import manifest as manifests
+from ray_cxr.data.heatmaps import FOLDER
 from ray_cxr.data.prepared import SETTINGS, agree, begin
 from ray_cxr.errors import RETRYABLE_CODES, ConfigError, ErrorRateExceeded, OutputError, RayCxrError, own_error
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.models.runtime import TOLERANCE, choose_precision
 from ray_cxr.progress import Work
+from ray_cxr.scoring import heatmaps as drawing
 from ray_cxr.scoring import source
 from ray_cxr.scoring.engine import (
     INPUT,
@@ -60,6 +63,8 @@ from ray_cxr.versions import versions
 logger = logging.getLogger(__name__)
 
 KIND = "score"
+#: Folder of the rows.
+SCORES = "scores"
 #: Images per forward pass, without and with a GPU. On a CPU a batch of 16 overflows its caches: DenseNet121 in bfloat16
 #: takes 33 ms of a core for each image in one, 22 ms in a batch of 4.
 BATCH_SIZE = {False: 4, True: 64}
@@ -71,6 +76,8 @@ RANGES_AT_ONCE = 2
 MAX_RESTARTS = 30
 #: Rows per row group of the frozen input, at least: a worker reads single groups, and each has a cost in the footer.
 _GROUP_ROWS = 8192
+#: Settings that stand under `heatmaps` in run.json.
+_OF_HEATMAPS = {"heatmap_method", "heatmap_pixels"}
 #: Seconds between looks at what has been written.
 _LOOK_S = 1.0
 
@@ -87,6 +94,7 @@ class ScoreReport:
         images_per_second: scored_now over seconds.
         start_up: where the seconds up to the first image scored went; empty where nothing was.
         notes: with a folder, what it holds besides its images, in sentences.
+        heatmaps: where they were asked for.
     """
 
     rows: int
@@ -95,6 +103,7 @@ class ScoreReport:
     seconds: float = 0.0
     start_up: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    heatmaps: drawing.HeatMapReport | None = None
 
     @property
     def errors(self) -> int:
@@ -117,6 +126,7 @@ def score(
     limit: int | None = None,
     dry_run: bool = False,
     use_gpu: bool = False,
+    heatmaps: int | None = None,
     start: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     began: float | None = None,
 ) -> ScoreReport:
@@ -131,6 +141,7 @@ def score(
         limit: score the first so many rows only.
         dry_run: check everything and count, write nothing.
         use_gpu: one GPU per actor.
+        heatmaps: draw so many of each image's highest-ranked findings, once all are scored.
         start: gives a context with Ray running; entered once all is checked, and only where there is work.
         began: when the command began, seconds since the epoch.
 
@@ -143,6 +154,7 @@ def score(
     if (manifest is None) == (images is None):
         raise ConfigError("score: name one of --manifest and --images")
     bundle = load_bundle(bundle_path)
+    asked = None if heatmaps is None else drawing.asked_of(bundle, settings, heatmaps)
     precision = _precision(bundle, settings.precision, None if fresh else out, use_gpu=use_gpu)
     key = _secret(settings.pseudonym_key)
     place = None if images is None else storage.absolute(images)
@@ -170,8 +182,15 @@ def score(
     report = ScoreReport(rows=n_rows, notes=rows.notes)
     units = archives.units(rows.paths.slice(0, n_rows), settings.rows_per_file)
     ranges = [one for unit in units for one in unit.ranges]
-    there = set() if fresh else _written(out)
+    there = set() if fresh else _written(out / SCORES)
     todo = _tasks(out, units, there, retry_errors=retry_errors)
+    # Of what is scored already; what is scored now is drawn with it.
+    to_draw: set[int] = set()
+    if asked is not None:
+        to_draw = {one.index for one in ranges}
+        if not fresh and (out / SETTINGS).exists():
+            run = run_digest((out / SETTINGS).read_bytes())
+            to_draw = drawing.remaining(out, to_draw, run, asked, retry=retry_errors)
     if dry_run:
         report.counts["to score"] = sum(
             sum(map(_retryable, [part_path(out, index) for index in task["indices"]]))
@@ -179,17 +198,24 @@ def score(
             else sum(task["counts"])
             for task in todo
         )
+        if asked is not None:
+            anew = to_draw.union(*(task["indices"] for task in todo))
+            report.heatmaps = drawing.HeatMapReport(asked.count)
+            report.heatmaps.to_draw = sum(one.rows for one in ranges if one.index in anew)
         return report
-    if not todo and (out / "_SUCCESS").exists():
+    if not todo and not to_draw and (out / "_SUCCESS").exists():
         report.counts = _count(out, ranges, rows.ids, bundle.digest, run_digest((out / SETTINGS).read_bytes()))
+        if asked is not None:
+            report.heatmaps = drawing.count(out, ranges, asked)
         _judge(report, settings)
         return report
 
     # All that can be refused without Ray has been by now, before Ray takes its seconds to start.
     marks = {"command": time.time() if began is None else began, "checked": time.time()}
-    with start() if todo else contextlib.nullcontext():
+    with start() if todo or to_draw else contextlib.nullcontext():
         marks["ray"] = time.time()
         plan = _plan(settings, len(todo), use_gpu=use_gpu) if todo else None
+        plan_to_draw = _plan_to_draw(settings, len(units), use_gpu=use_gpu) if asked and (todo or to_draw) else None
         # Only now may an earlier run go.
         if fresh:
             _remove_run(out)
@@ -198,7 +224,7 @@ def score(
         agree(out, wanted, remedy="use --fresh to start over, or name another --out")
         settings_file = (out / SETTINGS).read_bytes()
         (out / "_SUCCESS").unlink(missing_ok=True)
-        (out / "scores").mkdir(exist_ok=True)
+        (out / SCORES).mkdir(exist_ok=True)
         if not (out / INPUT).exists():
             # Row groups of whole ranges: a worker reads its own rows and few others. All rows, also beyond a limit: it
             # is the listing that is frozen.
@@ -209,24 +235,25 @@ def score(
         # Of a million rows only the names are needed from here on.
         ids = rows.ids
         del rows
+        job = Job(
+            bundle=str(Path(bundle_path).absolute()),
+            out=str(out.absolute()),
+            digest=bundle.digest,
+            precision=precision,
+            settings=settings,
+            spec=bundle.input_spec,
+            use_gpu=use_gpu,
+            batch_size=settings.batch_size or BATCH_SIZE[use_gpu],
+            key=key,
+            settings_file=settings_file,
+        )
         if plan is not None:
-            job = Job(
-                bundle=str(Path(bundle_path).absolute()),
-                out=str(out.absolute()),
-                digest=bundle.digest,
-                precision=precision,
-                settings=settings,
-                spec=bundle.input_spec,
-                use_gpu=use_gpu,
-                batch_size=settings.batch_size or BATCH_SIZE[use_gpu],
-                key=key,
-                settings_file=settings_file,
-            )
             _run(job, todo, ranges, there, report, plan, marks)
-
-    report.counts = _count(out, ranges, ids, bundle.digest, run_digest(settings_file))
-    report.seconds = time.monotonic() - started
-    _finish(out, bundle, _record(out, report, wanted, settings, bundle_path, manifest or images, plan, use_gpu))
+        report.counts = _count(out, ranges, ids, bundle.digest, job.run)
+        report.seconds = time.monotonic() - started
+        if asked is not None:
+            report.heatmaps = _draw(job, asked, units, plan_to_draw, retry=retry_errors)
+    _finish(out, bundle, _record(out, report, wanted, settings, bundle_path, manifest or images, plan, use_gpu, asked))
     _judge(report, settings)
     return report
 
@@ -254,9 +281,9 @@ def _secret(path: str | None) -> Secret | None:
     return Secret(key)
 
 
-def _written(out: Path) -> set[int]:
+def _written(folder: Path) -> set[int]:
     """Numbers of the output files that are there, by one look at their folder."""
-    with contextlib.suppress(FileNotFoundError), os.scandir(out / "scores") as entries:
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         names = (entry.name for entry in entries)
         return {int(name[5:-8]) for name in names if name.startswith("part-") and name[5:-8].isdecimal()}
     return set()
@@ -314,8 +341,9 @@ def _remove_run(out: Path) -> None:
     if (out / SETTINGS).exists():
         atomic.write_json(out / SETTINGS, {"kind": KIND, "removing": True})
     for pattern in ("part-*.parquet", ".part-*.part"):
-        for part in (out / "scores").glob(pattern):
+        for part in (out / SCORES).glob(pattern):
             part.unlink(missing_ok=True)
+    drawing.remove(out)
     for name in ("run.json", "model.json", "split.parquet", INPUT, SETTINGS):
         (out / name).unlink(missing_ok=True)
 
@@ -416,6 +444,20 @@ def _plan(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
     return ActorPlan(*actor_plan(nodes, settings.cpus_per_actor, n_tasks), apart=False)
 
 
+def _plan_to_draw(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
+    """The same for heat maps, where each actor decodes for itself."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not use_gpu:
+        return ActorPlan(*actor_plan([node.get("CPU", 0.0) for node in nodes], settings.cpus_per_actor, n_tasks), False)
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    if not gpus:
+        raise ConfigError("--gpu: Ray has no GPU; leave --gpu out, or connect to a cluster that has one")
+    each = min(int(node.get("CPU", 0) // node["GPU"]) for node in nodes if node.get("GPU", 0) >= 1)
+    return ActorPlan(min(gpus, n_tasks), min(MAX_CPUS_PER_ACTOR, each), False)
+
+
 def _run(
     job: Job,
     todo: list[dict[str, Any]],
@@ -429,35 +471,18 @@ def _run(
 
     planned = time.time()
     work = ray.data.from_items(todo, override_num_blocks=len(todo))
-    options: dict[str, Any] = {
-        "fn_constructor_kwargs": {"job": job, "cpus": max(1, plan.cpus)},
-        "compute": ray.data.ActorPoolStrategy(
-            size=plan.actors,
-            max_tasks_in_flight_per_actor=RANGES_AT_ONCE,
-            max_concurrent_calls_per_actor=RANGES_AT_ONCE,
-            enable_true_multi_threading=True,
-        ),
-        "num_cpus": plan.cpus,
-        "num_gpus": 1 if job.use_gpu else 0,
-        # Ray Data itself starts a dead actor again for ever, and says nothing. (The way to say it otherwise is
-        # deprecated in 2.60 without another in its place; pyproject holds Ray below 2.61.)
-        "ray_remote_args_fn": _restarts,
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*ray_remote_args_fn", category=Warning)  # see above
-        if plan.apart:
-            # Tasks, not actors: Ray starts as many as the free CPUs and the network's appetite allow.
-            decoded = work.flat_map(decode_task, fn_kwargs={"job": job}, num_cpus=1)
-            scored = decoded.map(NetworkActor, **options)
-        else:
-            scored = work.map(ScoreActor, **options)
+    given = {"job": job, "cpus": max(1, plan.cpus)}
+    if plan.apart:
+        # Tasks, not actors: Ray starts as many as the free CPUs and the network's appetite allow.
+        decoded = work.flat_map(decode_task, fn_kwargs={"job": job}, num_cpus=1)
+        scored = _by_actors(decoded, NetworkActor, given, plan, RANGES_AT_ONCE)
+    else:
+        scored = _by_actors(work, ScoreActor, given, plan, RANGES_AT_ONCE)
     retried = {index for task in todo if task["retry"] for index in task["indices"]}
     done = sum(one.rows for one in ranges if one.index in there and one.index not in retried)
-    with Work("score", report.rows, done=done) as progress, _watching(job, ranges, there - retried, progress):
+    progress = Work("score", report.rows, done=done)
+    with progress, _watching(Path(job.out) / SCORES, ranges, there - retried, progress, _errors_of, "errors"):
         for row in _rows(scored):
-            if row["failed"]:
-                kind = getattr(errors, row["failed"], RayCxrError)
-                raise kind(row["message"])
             report.scored_now += row["scored"]
             if row["first"] and not report.start_up:
                 report.start_up = _start_up(row, planned, marks)
@@ -465,12 +490,63 @@ def _run(
                 logger.info("first image scored after %.0f s (%s)", report.start_up["all"], took)
 
 
+def _draw(
+    job: Job, asked: drawing.Asked, units: list[archives.Unit], plan: ActorPlan | None, *, retry: bool
+) -> drawing.HeatMapReport:
+    """The second pass: heat maps of what was scored."""
+    began = time.monotonic()
+    out, ranges = Path(job.out), [one for unit in units for one in unit.ranges]
+    indices = {one.index for one in ranges}
+    left = drawing.remaining(out, indices, job.run, asked, retry=retry)
+    todo = drawing.tasks(units, left, retry=retry)
+    drawn = 0
+    if todo and plan is not None:
+        import ray
+
+        (out / FOLDER).mkdir(exist_ok=True)
+        plan = replace(plan, actors=min(plan.actors, len(todo)))
+        job = replace(job, batch_size=job.settings.batch_size or drawing.BATCH_SIZE[job.use_gpu])
+        given = {"job": job, "asked": asked, "cpus": max(1, plan.cpus)}
+        work = ray.data.from_items(todo, override_num_blocks=len(todo))
+        rows = _rows(_by_actors(work, drawing.HeatMapActor, given, plan, 1))
+        total, done = (sum(one.rows for one in ranges if one.index in some) for some in (indices, indices - left))
+        progress = Work("heat maps", total, done=done)
+        with progress, _watching(out / FOLDER, ranges, indices - left, progress, drawing.failures_of, "failed"):
+            drawn = sum(row["images"] for row in rows)
+    report = drawing.count(out, ranges, asked)
+    report.drawn_now, report.seconds = drawn, time.monotonic() - began
+    return report
+
+
+def _by_actors(work: Any, actor: type, given: dict[str, Any], plan: ActorPlan, at_once: int) -> Any:
+    """A Ray dataset whose rows go through a pool of actors, each with so many rows in work at once."""
+    import ray
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*ray_remote_args_fn", category=Warning)  # see below
+        return work.map(
+            actor,
+            fn_constructor_kwargs=given,
+            compute=ray.data.ActorPoolStrategy(
+                size=plan.actors,
+                max_tasks_in_flight_per_actor=at_once,
+                max_concurrent_calls_per_actor=at_once,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=plan.cpus,
+            num_gpus=1 if given["job"].use_gpu else 0,
+            # Ray Data itself starts a dead actor again for ever, and says nothing. (The way to say it otherwise is
+            # deprecated in 2.60 without another in its place; pyproject holds Ray below 2.61.)
+            ray_remote_args_fn=_restarts,
+        )
+
+
 def _restarts() -> dict[str, Any]:
     return {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
 
 
 def _rows(scored: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset; the end of an actor that died once too often as one line.
+    """The rows of a dataset; an error that stands in one, and an actor that died once too often, as one line.
 
     Raises:
         RayCxrError: such an end.
@@ -478,7 +554,11 @@ def _rows(scored: Any) -> Iterator[dict[str, Any]]:
     from ray.exceptions import RayActorError, RayError
 
     try:
-        yield from scored.iter_rows()
+        for row in scored.iter_rows():
+            if row["failed"]:
+                kind = getattr(errors, row["failed"], RayCxrError)
+                raise kind(row["message"])
+            yield row
     except RayError as error:
         if own_error(error) is None and isinstance(error, RayActorError):
             raise RayCxrError(
@@ -502,27 +582,39 @@ def _start_up(row: dict[str, Any], planned: float, marks: Mapping[str, float]) -
 
 
 @contextlib.contextmanager
-def _watching(job: Job, ranges: list[archives.Range], seen: set[int], progress: Work) -> Iterator[None]:
-    """Show what has been written while the block runs, by looking at the folder: an archive is one task for hours."""
-    out = Path(job.out)
+def _watching(
+    folder: Path,
+    ranges: list[archives.Range],
+    seen: set[int],
+    progress: Work,
+    errors_of: Callable[[Path], int | None],
+    word: str,
+) -> Iterator[None]:
+    """Show what has been written while the block runs, by looking at the folder: an archive is one task for hours.
+
+    Args:
+        seen: ranges that are there and stay as they are.
+        errors_of: how many errors a file holds; None where it is not whole.
+        word: for these.
+    """
     rows = {one.index: one.rows for one in ranges}
     seen = set(seen)
     # Of what is to be read again a file is there already; it counts when it is another one.
-    before = {index: _stamp(part_path(out, index)) for index in _written(out) - seen}
-    errors = sum(found[1] for index in seen if (found := run_of(part_path(out, index))))
+    before = {index: _stamp(folder / part_name(index)) for index in _written(folder) - seen}
+    errors = sum(errors_of(folder / part_name(index)) or 0 for index in seen)
     over = threading.Event()
 
     def look() -> None:
         nonlocal errors
-        for index in _written(out) - seen:
-            path = part_path(out, index)
+        for index in _written(folder) - seen:
+            path = folder / part_name(index)
             if index not in rows or before.get(index) == _stamp(path):
                 continue
-            found = run_of(path)
+            found = errors_of(path)
             if found is not None:
-                errors += found[1]
+                errors += found
                 seen.add(index)
-                progress.advance(rows[index], f"{errors:,} errors")
+                progress.advance(rows[index], f"{errors:,} {word}")
 
     def loop() -> None:
         while not over.wait(_LOOK_S):
@@ -537,6 +629,11 @@ def _watching(job: Job, ranges: list[archives.Range], seen: set[int], progress: 
         over.set()
         thread.join()
     look()
+
+
+def _errors_of(part: Path) -> int | None:
+    found = run_of(part)
+    return None if found is None else found[1]
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -570,16 +667,17 @@ def _count(out: Path, ranges: list[archives.Range], ids: pa.ChunkedArray, digest
         if not same or models - {digest} or (found.schema.metadata or {}).get(RUN_KEY, b"").decode() != run:
             raise OutputError(f"{part}: does not hold the rows it should; remove it and run score again")
         counts.update("ok" if code is None else code for code in found["error_code"].to_pylist())
-    extra = {path.name for path in (out / "scores").glob("*.parquet")} - {part_name(one.index) for one in ranges}
+    extra = {path.name for path in (out / SCORES).glob("*.parquet")} - {part_name(one.index) for one in ranges}
     if extra:
-        raise OutputError(f"{out / 'scores'}: holds {min(extra)}, which is not of this run; remove it")
+        raise OutputError(f"{out / SCORES}: holds {min(extra)}, which is not of this run; remove it")
     return counts
 
 
 def _finish(out: Path, bundle: Bundle, record: dict[str, Any]) -> None:
     """Write what stands beside the rows; `_SUCCESS` last."""
-    for left in (out / "scores").glob(".part-*.part"):  # of workers that were killed while they wrote
+    for left in (out / SCORES).glob(".part-*.part"):  # of workers that were killed while they wrote
         left.unlink(missing_ok=True)
+    drawing.tidy(out)
     atomic.write_json(out / "model.json", bundle.model_json())
     atomic.write(out / "split.parquet", lambda part: _copy(bundle.path / "split.parquet", part))
     atomic.write_json(out / "run.json", record)
@@ -595,8 +693,15 @@ def _record(
     origin: str | None,
     plan: ActorPlan | None,
     use_gpu: bool,
+    asked: drawing.Asked | None,
 ) -> dict[str, Any]:
     """What `run.json` says."""
+    before = _last_record(out)
+    more = {name: value for name, value in before.items() if name == FOLDER and (out / FOLDER).is_dir()}
+    if asked is not None and report.heatmaps is not None:
+        more = {FOLDER: report.heatmaps.record(asked)}
+        if plan is None:  # nothing was scored: what was said of that stays
+            more |= {name: before[name] for name in ("actors", "cpus_per_actor", "last_run") if name in before}
     split = manifests.split_info(pq.read_schema(out / INPUT).empty_table())
     rate = report.images_per_second
     return {
@@ -609,7 +714,7 @@ def _record(
         "input": origin,
         "input_digest": wanted["input_digest"],
         "split": split,
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json", exclude=_OF_HEATMAPS),
         "use_gpu": use_gpu,
         "precision": wanted["precision"],
         "notes": report.notes,
@@ -621,8 +726,17 @@ def _record(
             "images_per_second": None if rate is None else round(rate, 3),
             "start_up": {name: round(seconds, 3) for name, seconds in report.start_up.items()},
         },
+        **more,
         "versions": versions(),
     }
+
+
+def _last_record(out: Path) -> dict[str, Any]:
+    """`run.json` of an earlier run; nothing where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _judge(report: ScoreReport, settings: ScoreSettings) -> None:
