@@ -28,6 +28,8 @@ TRAINING = (
     "loss=bce",
     "optimizer=adamw",
 )
+#: Heat maps of each image's two highest findings: enough to see hits and false alarms by.
+MAPS = ("--heatmaps", "2")
 #: A search that is small enough for a laptop's evening, and for a test.
 SEARCH = """\
 [train]
@@ -85,7 +87,7 @@ def run(out: Path, command: Callable[[Sequence[str]], int], say: Callable[[str],
         ["prepare", str(manifest), "--out", str(prepared), "--size", str(SIZE)],
         *search,
         ["train", str(prepared), "--out", str(model), *training],
-        ["score", "--model", str(model / "bundle"), "--manifest", str(manifest), "--out", str(scores)],
+        ["score", "--model", str(model / "bundle"), "--manifest", str(manifest), "--out", str(scores), *MAPS],
         ["report", str(scores), "--labels", str(manifest), "--split", "test", "--out", str(report)],
     ]
     for step in steps:

@@ -25,6 +25,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -718,6 +719,9 @@ def _record(
         "use_gpu": use_gpu,
         "precision": wanted["precision"],
         "notes": report.notes,
+        # When the last row was scored: heat maps that are drawn later change nothing of what was found.
+        "finished": (before.get("finished") if plan is None else None)
+        or datetime.now(UTC).isoformat(timespec="seconds"),
         "actors": plan.actors if plan else None,
         "cpus_per_actor": plan.cpus if plan else None,
         "last_run": {
