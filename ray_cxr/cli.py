@@ -559,8 +559,9 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
     try:
         with quiet_stderr(), _found_by_its_own(address if dashboard else ""):
             ray.init(address=address, logging_level=logging.WARNING, **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise RayCxrError(f"Ray at {address!r}: {_flat(error)[:300]}") from None
+    except Exception as error:  # Ray raises bare ones where a node does not come up within its own 30 seconds
+        hint = "; the machine may be busy: run the command again" if "timed out during startup" in str(error) else ""
+        raise RayCxrError(f"Ray at {address!r}: {_flat(error)[:300]}{hint}") from None
     # The commands show progress of their own, of images and not of blocks, and Ray Data need not say so.
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
