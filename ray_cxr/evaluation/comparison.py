@@ -315,7 +315,7 @@ def _finding_difference(pair: _Pair, f: int) -> PairedFinding:
     assert first is not None
     assert second is not None
     differences = pair.differences(np.array([f]))
-    interval = intervals.percentile_interval(differences)
+    interval = intervals.percentile_interval(differences, certain=True)
     correlated = intervals.delong_paired(y, a, b)
     delong_p = None if correlated is None else intervals.normal_p(correlated[0] - correlated[1], correlated[2])
     delong_reason = None
@@ -358,7 +358,7 @@ def _macro_difference(pair: _Pair, counted: np.ndarray) -> PairedAuroc:
         )
     first, second = (_macro(pair.labels, scores, columns) for scores in (pair.a, pair.b))
     differences = pair.differences(np.array(columns))
-    interval = intervals.percentile_interval(differences)
+    interval = intervals.percentile_interval(differences, certain=True)
     return PairedAuroc(
         a=first,
         b=second,

@@ -329,13 +329,22 @@ def bootstrap_ratios(
     return tuple(percentile_interval(values[:, k]) for k in range(parts.shape[1]))
 
 
-def percentile_interval(values: np.ndarray) -> Interval:
-    """The 95% percentile interval of a quantity's resampled values [n]; NaN where it was undefined."""
+def percentile_interval(values: np.ndarray, *, certain: bool = False) -> Interval:
+    """The 95% percentile interval of a quantity's resampled values [n]; NaN where it was undefined.
+
+    Args:
+        values: floats [n].
+        certain: one value throughout is an interval of no width, as of the difference of a network to itself; of all
+            else it is none, because resamples of a few images without an error are without one, too.
+    """
     usable = values[~np.isnan(values)]
     undefined = len(values) - len(usable)
     if len(usable) < MIN_RESAMPLES:
         return Interval(None, None, undefined, f"{len(usable)} usable resamples; {MIN_RESAMPLES} are needed")
     low, high = np.percentile(usable, [2.5, 97.5])
+    if usable.min() == usable.max() and not certain:
+        # Not certainty: a bootstrap cannot draw what it has not seen, such as a positive that is missed.
+        return Interval(None, None, undefined, "every resample gives the same")
     return Interval(float(low), float(high), undefined)
 
 

@@ -165,7 +165,7 @@ class Difference:
     false negative rate differs by +0.1.
 
     Attributes:
-        finding: None for the mean over `findings`, those that both groups define.
+        finding: None for the mean over `findings`, those that every group of the attribute defines (`Measured.shared`).
         quantity: `auroc` or `sensitivity`.
         low, high: 95% percentiles of the difference over resamples of patients.
         reason: why there is none, or no interval.
@@ -451,7 +451,9 @@ def _attribute(
     if largest is not None:
         for i in compared:
             if i != largest:
-                differences += _differences(measured[i], measured[largest], values[i], values[largest], images)
+                differences += _differences(
+                    measured[i], measured[largest], values[i], values[largest], images, everywhere
+                )
     return measured, differences
 
 
@@ -594,12 +596,16 @@ def _means(
 
 
 def _differences(
-    one: Measured, reference: Measured, a: Mapping[str, _Values], b: Mapping[str, _Values], images: _Images
+    one: Measured,
+    reference: Measured,
+    a: Mapping[str, _Values],
+    b: Mapping[str, _Values],
+    images: _Images,
+    everywhere: Mapping[str, np.ndarray],
 ) -> Iterator[Difference]:
-    """Of AUROC and of sensitivity, first of their means over what both define, then of each finding."""
+    """Of AUROC and of sensitivity, first of their means over what all groups define, then of each finding."""
     for quantity in ("auroc", "sensitivity"):
-        both = ~np.isnan(a[quantity].point) & ~np.isnan(b[quantity].point)
-        columns = both & images.counted
+        columns = everywhere[quantity] & images.counted
         plain = Difference(
             attribute=one.attribute,
             value=one.value,

@@ -167,7 +167,7 @@ class Localisation:
 
     Attributes:
         finding: its name.
-        boxes: number of boxes.
+        boxes: number of cases with a map, an image and a finding each.
         hit: share of boxes that the map's peak falls into, or None.
         hit_chance: the same for a point thrown anywhere, or None.
         accuracy: by threshold T, the share of boxes overlapped with IoU >= T.
@@ -654,7 +654,7 @@ def localisation(rows: Sequence[Localisation]) -> Figure:
         *(plots.mark_key(f"T = {threshold:g}", *looks[threshold]) for threshold in thresholds),
     ]
     tall = max(_ROW, 0.09 + 0.105 * len(thresholds))
-    figure, axes = _forest(lines, ("", "boxes"), names if thresholds else names[:1], known, row=tall)
+    figure, axes = _forest(lines, ("", "cases"), names if thresholds else names[:1], known, row=tall)
     for ax in axes:
         ax.set_xlim(-0.02, 1.02)
         ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])

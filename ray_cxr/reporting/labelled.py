@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,8 @@ def describe_split(split: str | None, info: Mapping[str, Any]) -> str:
 
 def join(table: Scores, labelled: pa.Table, path: str | Path, split: str | None, counts: dict[str, Any]) -> Evaluated:
     ids = strings(labelled, "image_id", str(path))
+    if not len(ids):
+        raise InputError(f"--labels {path}: holds no rows; make it again with `ray-cxr manifest`")
     splits = strings(labelled, "split", str(path))
     chosen = np.ones(len(ids), dtype=bool)
     if split is not None:
@@ -126,26 +129,52 @@ def guard(table: Scores, rows: np.ndarray, patients: np.ndarray, split: str | No
     """
     if table.trained is None:
         return {"checked": False, "reason": UNKNOWN_TRAINING}
-    images, trained = table.trained
-    same_images = int(pd.Index(table.ids[rows]).isin(images).sum())
-    known = {patient for patient in trained if patient is not None}
-    shared = {patient for patient in patients if patient in known}
-    if split not in ("train", "val") and (same_images or shared):
+    training = table.trained
+    same = pd.Index(training.images).isin(table.ids[rows])
+    known = {patient for patient in training.patients if patient is not None}
+    # Two tables may write one patient in two ways, and either may be the training's.
+    theirs = table.patients[rows]
+    shared = {patient for patient in (*patients, *theirs) if patient in known}
+    if split not in ("train", "val") and (same.any() or shared):
         remedy = (
             "use a manifest whose test split excludes them"
             if split
             else "add `--labels M.parquet` with `--split test`, or use a table that excludes them"
         )
         raise LeakError(
-            f"{table.source}: {same_images:,} images and {len(shared):,} patients of {among} trained this model; "
+            f"{table.source}: {int(same.sum()):,} images and {len(shared):,} patients of {among} trained this model; "
             f"{remedy} (`--split train` or `--split val` evaluates training images as such)"
         )
     known_all = provenance(table).get("lineage") != "unknown"
     return {
         "checked": known_all,
         "reason": None if known_all else UNKNOWN_TRAINING,
-        "training_images": len(images),
+        "training_images": len(training.images),
         "training_patients": len(known),
-        "shared_images": same_images,
+        "shared_images": int(same.sum()),
+        "shared_by_part": dict(sorted(Counter(str(part) for part in training.parts[same]).items())),
         "shared_patients": len(shared),
+        "unknown_patients": sum(a is None and b is None for a, b in zip(patients, theirs, strict=True)),
     }
+
+
+def leak_words(found: Mapping[str, Any], split: str | None) -> str:
+    """What the guard saw, in a sentence's end: `passed: ...`, or `not possible: ...`."""
+    if "shared_images" not in found:
+        return f"not possible: {found['reason']}"
+    unknown = found["unknown_patients"]
+    rest = f"; of {unknown:,} images nobody knows the patient, so only the images themselves were looked for"
+    if found["shared_images"] or found["shared_patients"]:
+        parts = ", ".join(f"{n:,} as its {part} images" for part, n in found["shared_by_part"].items())
+        words = (
+            f"{found['shared_images']:,} images{f' ({parts})' if parts else ''} and {found['shared_patients']:,} "
+            f"patients here trained the model, as the named split {split} says"
+        )
+    elif not found["checked"]:
+        words = f"not possible: {found['reason']}; none of those known is in this evaluation"
+    else:
+        words = (
+            f"passed: none of the {found['training_images']:,} training images and their "
+            f"{found['training_patients']:,} patients is in this evaluation"
+        )
+    return words + (rest if unknown else "")

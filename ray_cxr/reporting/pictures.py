@@ -89,7 +89,11 @@ def _reliability(table: Scores, evaluated: Evaluated, measured: Measured) -> lis
         labels, c = evaluated.labels[finding], table.c[finding][evaluated.rows]
         known = (labels >= 0) & ~np.isnan(c)
         bins = [
-            one for one in calibration.reliability(labels[known], c[known], patients=evaluated.patients[known]) if one.n
+            one
+            for one in calibration.reliability(
+                labels[known], c[known], patients=evaluated.patients[known], equal_counts=True
+            )
+            if one.n
         ]
         predicted, observed, low, high = (
             np.array([getattr(one, name) for one in bins], dtype=np.float64)
@@ -123,7 +127,9 @@ def of_subgroups(found: subgroups.Subgroups, macro: Mapping[str, Any]) -> dict[s
         for one in groups
     ]
     counted = {one.value: one.n for one in groups}
-    whole = macro["auroc"]
+    # A mean over other findings than the groups' would be no line to hold them against.
+    alike = all(set(one.shared.auroc.findings) == set(macro["findings"]) for one in groups if one.shared.auroc.findings)
+    whole = macro["auroc"] if alike else None
     columns = [
         figures.ForestColumn("macro AUROC", whole, "" if whole is None else f"all images {whole:.3f}"),
         figures.ForestColumn("mean sensitivity"),

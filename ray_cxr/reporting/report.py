@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from ray_cxr.data import atomic, manifest
 from ray_cxr.errors import ERROR_CODES, InputError, OutputError
-from ray_cxr.evaluation import drift, subgroups
+from ray_cxr.evaluation import drift, published, subgroups
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.reporting import html, pictures, plots, tables
 from ray_cxr.reporting.against import (
@@ -28,7 +28,7 @@ from ray_cxr.reporting.against import (
     against_published,
     against_scores,
 )
-from ray_cxr.reporting.labelled import Evaluated, describe_split, guard, join
+from ray_cxr.reporting.labelled import Evaluated, describe_split, guard, join, leak_words
 from ray_cxr.reporting.measures import Measured, columns, measure
 from ray_cxr.reporting.prevalence import read_prevalences
 from ray_cxr.reporting.scores import Place, Scores, n_patients, number, provenance, read_scores
@@ -116,6 +116,7 @@ def write_report(
     shares = {} if prevalence is None else read_prevalences(str(prevalence))
 
     table = read_scores(scores)
+    _refuse_inside(out, table)
     _log.debug("%s: %d rows, %d errors", table.source, len(table.ids), int((~table.ok).sum()))
     result = _empty(table, split)
     drawn: dict[str, Figure] = {}
@@ -144,6 +145,7 @@ def write_report(
             table, population, str(boxes), n_resamples=n_resamples, seed=seed
         )
         drawn["localisation"] = pictures.of_boxes(located)
+    result["drift"] = _drift(table, evaluated, result["split_label"])
     result["intervals"] = _method(n_resamples, seed) if labels or consensus or boxes else None
     chart = pictures.of_drift(result["drift"]) if result["drift"] else None
     drawn |= {} if chart is None else {"drift": chart}
@@ -154,6 +156,12 @@ def write_report(
     if epochs:
         drawn["learning_curves"] = plots.learning_curves(epochs)
     return _write(out, table, result, drawn)
+
+
+def _refuse_inside(out: Path, table: Scores) -> None:
+    """A report's metrics.parquet in the folder that scores are read from would be read as scores the next time."""
+    if table.folder is not None and out.resolve().is_relative_to(table.folder):
+        raise OutputError(f"--out {out}: lies among the scores in {table.folder}; name another folder")
 
 
 def _empty(table: Scores, split: str | None) -> dict[str, Any]:
@@ -169,7 +177,7 @@ def _empty(table: Scores, split: str | None) -> dict[str, Any]:
         "weighted": None,
         "counts": _counts(table),
         "flag_rates": _flag_rates(table),
-        "drift": _drift(table),
+        "drift": None,
         "digests": _digests(table),
         "intervals": None,
         "leak_check": None,
@@ -197,20 +205,28 @@ def _stacked(table: Scores, of: Mapping[str, np.ndarray], missing: Any) -> np.nd
     return np.column_stack([of.get(f, np.full(len(table.ids), missing)) for f in table.findings])
 
 
-def _drift(table: Scores) -> dict[str, Any] | None:
-    """What was flagged against what validation led to expect; None for another system's scores."""
+def _drift(table: Scores, evaluated: Evaluated | None, words: str | None) -> dict[str, Any] | None:
+    """What was flagged against what validation led to expect; None for another system's scores.
+
+    With labels of the evaluated images, because the others may have trained the model; without of all.
+    """
     if not table.own:
         return None
+    rows = np.arange(len(table.ids)) if evaluated is None else evaluated.rows
     found = drift.measure(
         drift.Expected.of(table.model),
         table.findings,
-        _stacked(table, table.flags, np.int8(-1)),
-        _stacked(table, table.p, np.nan),
-        table.quality_flags,
-        table.ok,
-        table.patients,
+        _stacked(table, table.flags, np.int8(-1))[rows],
+        _stacked(table, table.p, np.nan)[rows],
+        table.quality_flags[rows],
+        table.ok[rows],
+        table.patients[rows] if evaluated is None else evaluated.patients,
     )
-    return found.as_dict()
+    entry = {"images": "all scored images" if evaluated is None else f"the evaluated images ({words})"}
+    entry |= found.as_dict()
+    if evaluated is not None:
+        del entry["errors"]  # what failed was not evaluated, and is counted elsewhere
+    return entry
 
 
 def _subgroups(
@@ -222,6 +238,9 @@ def _subgroups(
         result["subgroups"] = {"reason": "the labels tell neither sex, age, view nor follow-up"}
         return None
     names = [f for f in table.findings if (evaluated.labels[f] >= 0).any()]
+    if not names:
+        result["subgroups"] = {"reason": "no finding is both scored and labelled"}
+        return None
     rows = evaluated.rows
     found = subgroups.measure(
         groups,
@@ -279,10 +298,12 @@ def _notes(table: Scores) -> list[str]:
     """What a reader must know to read the rest rightly."""
     notes = []
     if not table.own:
-        notes.append(
-            "These are another system's predictions. Nothing tells which images trained it, so a leak "
-            "between its training and this evaluation cannot be ruled out here."
+        whose = (
+            "These rows name the model that made them, but nothing beside them tells which images trained it"
+            if table.model_digests
+            else "These are another system's predictions. Nothing tells which images trained it"
         )
+        notes.append(f"{whose}, so a leak between its training and this evaluation cannot be ruled out here.")
     if len(table.model_digests) > 1:
         notes.append(f"The rows come from {len(table.model_digests)} different models; the numbers mix them.")
     source = provenance(table)
@@ -313,6 +334,18 @@ def _labelled(table: Scores, path: str | Path, split: str | None, result: dict[s
     result["leak_check"] = guard(
         table, evaluated.rows, evaluated.patients, split, "the test split" if split else "the labels"
     )
+    other = sum(n for part, n in result["leak_check"].get("shared_by_part", {}).items() if part != split)
+    if split in ("train", "val") and other:
+        result["notes"].insert(
+            0,
+            f"These labels call {other:,} images {split} that the model knows as its "
+            f"{'val' if split == 'train' else 'train'} images: the labels' split is not the model's.",
+        )
+    if info.get("kind") == "official" and split == "test" and len(evaluated.rows) != published.OFFICIAL_TEST_IMAGES:
+        result["notes"].append(
+            f"These are {len(evaluated.rows):,} images; NIH's official test split has "
+            f"{published.OFFICIAL_TEST_IMAGES:,}."
+        )
     if split in ("train", "val"):
         use = "fitted its weights" if split == "train" else "chose its best epoch, calibration and operating points"
         result["notes"].insert(
@@ -379,8 +412,13 @@ def _write(out: Path, table: Scores, result: dict[str, Any], drawn: Mapping[str,
         "worklist_total": len(lines),
         "remarks": remarks(result["findings"]),
         "consensus_remarks": remarks(result["consensus"]["findings"]) if result["consensus"] else {},
+        "leak_words": leak_words,
         "attributes": pictures.ATTRIBUTES,
-        "assumed": {f: one for f, one in result["findings"].items() if one["assumed_prevalence"] is not None},
+        "assumed": {
+            f: one
+            for f, one in (result["findings"] or (result["consensus"] or {}).get("findings", {})).items()
+            if one["assumed_prevalence"] is not None
+        },
     }
     atomic.write_text(out / "report.md", html.render(view, "report.md.j2"))
     atomic.write_text(out / "report.html", html.render(view))

@@ -21,6 +21,20 @@ from ray_cxr.evaluation import calibration, intervals
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING, canonical
 
 
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """The images that fitted a model's weights or chose its epoch and thresholds: object arrays [n] of str.
+
+    Attributes:
+        images, patients: ids; a patient that is not known is None.
+        parts: `train` or `val`, None where the bundle does not say.
+    """
+
+    images: np.ndarray
+    patients: np.ndarray
+    parts: np.ndarray
+
+
 @dataclass(frozen=True)
 class Scores:
     """A score table in memory, one entry per row in every array [n].
@@ -32,13 +46,15 @@ class Scores:
         flags: per finding, int8 with -1 for null.
         priority: float64, NaN for null.
         own: written by `ray-cxr score`, not by another system.
+        folder: where its Parquet files were looked for, with all folders below; None for a file, or behind a URI.
         home: the SCORES folder, where it is this machine's and not behind a URI; None otherwise.
         model, run: `model.json` and `run.json`, or empty.
-        trained: image_id and patient_id of the images that trained the model; None where that is not known.
+        trained: the images that trained the model; None where they are not known.
     """
 
     source: str
     own: bool
+    folder: str | None
     home: str | None
     ids: np.ndarray
     paths: np.ndarray
@@ -57,7 +73,7 @@ class Scores:
     ignored: tuple[str, ...]
     model: dict[str, Any]
     run: dict[str, Any]
-    trained: tuple[np.ndarray, np.ndarray] | None
+    trained: Trained | None
 
 
 def read_scores(path: str | Path) -> Scores:
@@ -82,6 +98,7 @@ def read_scores(path: str | Path) -> Scores:
         table,
         source=str(path),
         own=home is not None,
+        folder=place.path if not place.is_file and isinstance(place.fs, pafs.LocalFileSystem) else None,
         home=home.path if home is not None and isinstance(home.fs, pafs.LocalFileSystem) else None,
         model=home.json("model.json") if home else {},
         run=home.json("run.json") if home else {},
@@ -101,7 +118,7 @@ class Place:
     def of(cls, text: str) -> Place:
         try:
             fs, path = (
-                pafs.FileSystem.from_uri(text) if "://" in text else (pafs.LocalFileSystem(), os.path.abspath(text))
+                pafs.FileSystem.from_uri(text) if "://" in text else (pafs.LocalFileSystem(), os.path.realpath(text))
             )
             info = fs.get_file_info(path)
         except (OSError, ValueError) as error:
@@ -188,10 +205,11 @@ def _parse(
     *,
     source: str,
     own: bool,
+    folder: str | None,
     home: str | None,
     model: dict[str, Any],
     run: dict[str, Any],
-    trained: tuple[np.ndarray, np.ndarray] | None,
+    trained: Trained | None,
 ) -> Scores:
     if "image_id" not in table.column_names:
         raise TableError(f"{source}: has no column image_id")
@@ -249,6 +267,7 @@ def _parse(
     return Scores(
         source=source,
         own=own,
+        folder=folder,
         home=home,
         ids=ids,
         paths=text["path"],
@@ -327,15 +346,16 @@ def _priority(p: Mapping[str, np.ndarray], ok: np.ndarray) -> tuple[np.ndarray, 
     return np.where(known, highest, np.nan), top
 
 
-def _trained(place: Place) -> tuple[np.ndarray, np.ndarray] | None:
-    """image_id and patient_id of what trained the model; None where the file names none, as an imported model's."""
+def _trained(place: Place) -> Trained | None:
+    """What trained the model; None where the file names none, as an imported model's."""
     with place.fs.open_input_file(place.path) as stream:
         table = pq.read_table(stream)
     used = strings(table, "split", place.path)
     kept = np.isin(used, ("train", "val")) if "split" in table.column_names else np.ones(len(table), dtype=bool)
     if not kept.any():
         return None
-    return strings(table, "image_id", place.path)[kept], strings(table, "patient_id", place.path)[kept]
+    ids, patients = (strings(table, name, place.path)[kept] for name in ("image_id", "patient_id"))
+    return Trained(ids, patients, used[kept])
 
 
 def n_patients(patients: np.ndarray) -> int:

@@ -7,6 +7,10 @@ from typing import Any
 
 from ray_cxr.reporting import html, plots
 
+#: What a table shows beside AUROC, by its key.
+_NAMES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV"}
+CONSTANT = "no interval: every resample gives the same"
+
 
 def remarks(findings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """What must be said of a finding's numbers beside the numbers."""
@@ -17,6 +21,9 @@ def remarks(findings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
             parts.append(f"undefined: {entry['reason']}")
         if entry["caution"]:
             parts.append(entry["caution"])
+        constant = [_NAMES[name] for name in _NAMES if entry["undefined"].get(f"{name}_low") == CONSTANT]
+        if constant:
+            parts.append(f"no interval for {', '.join(constant)}: every resample gives the same, which is no certainty")
         if entry["unscored"] and entry["auroc"] is not None:
             parts.append(f"{entry['unscored']:,} labelled images have no score for it")
         if parts:
@@ -29,9 +36,14 @@ def summary(result: Mapping[str, Any]) -> list[str]:
     counts, macro = result["counts"], result["macro"]
     out = []
     if macro is None:
+        how = (
+            "Without --labels this report says how well for the images of the consensus table alone."
+            if result["consensus"] is not None
+            else "There are no labels, so this report says what was found, not how well."
+        )
         out.append(
-            f"{counts['scored']:,} of {counts['rows']:,} images were scored, of {result['n_patients']:,} "
-            "patients. There are no labels, so this report says what was found, not how well."
+            f"{counts['scored']:,} of {counts['rows']:,} images were scored, of {result['n_patients']:,} patients. "
+            + how
         )
     else:
         out.append(
@@ -57,9 +69,14 @@ def summary(result: Mapping[str, Any]) -> list[str]:
                     + ", ".join(f"{plots.spaced(f)} {found[f]['auroc']:.3f}" for f in weak)
                     + f". Strongest: {plots.spaced(ranked[-1])} {found[ranked[-1]]['auroc']:.3f}."
                 )
-            chance = [f for f in ranked if found[f]["auroc_low"] is not None and found[f]["auroc_low"] <= 0.5]
+            sure = [f for f in ranked if found[f]["auroc_low"] is not None]
+            chance = [f for f in sure if found[f]["auroc_low"] <= 0.5 <= found[f]["auroc_high"]]
             if chance:
                 out.append(f"Not told apart from chance: {', '.join(map(plots.spaced, chance))}.")
+            inverted = [f for f in ranked if found[f]["auroc"] == 0.0 or (f in sure and found[f]["auroc_high"] < 0.5)]
+            if inverted:
+                names = ", ".join(map(plots.spaced, inverted))
+                out.append(f"Worse than chance: {names}. Are these scores, or these labels, the wrong way round?")
         unsure = [f for f, entry in result["findings"].items() if entry["caution"]]
         if unsure:
             out.append(f"Do not lean on the intervals of {', '.join(map(plots.spaced, unsure))}: see the remarks.")
@@ -87,7 +104,9 @@ def _others(result: Mapping[str, Any]) -> list[str]:
     if agreed is not None:
         macro = agreed["macro"]
         shown = f"macro AUROC {_ends(macro, 'auroc')}" if macro["auroc"] is not None else "no AUROC can be given"
-        out.append(f"Against {agreed['source']}, on {agreed['n_images']:,} images: {shown}.")
+        unsure = [name for name, entry in agreed["findings"].items() if entry["caution"]]
+        warned = f" Do not lean on the intervals of {', '.join(map(plots.spaced, unsure))}." if unsure else ""
+        out.append(f"Against {agreed['source']}, on {agreed['n_images']:,} images: {shown}.{warned}")
     if compared is not None:
         macro = compared["macro"]
         if macro["difference"] is None:
@@ -111,7 +130,7 @@ def _others(result: Mapping[str, Any]) -> list[str]:
             f"a random point would in {html.percent(one['chance'], 0)}."
         )
     if result["drift"] is not None:
-        out.append(f"Against what validation led to expect: {result['drift']['words']}")
+        out.append(f"Against what validation led to expect, of {result['drift']['images']}: {result['drift']['words']}")
     return out
 
 

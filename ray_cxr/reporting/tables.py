@@ -42,7 +42,8 @@ def metrics_table(result: Mapping[str, Any]) -> pa.Table:
             theirs = split | {"labels_sha256": result[name]["digest"]}
             found = _evaluation(result[name], name) if name == "consensus" else _localisation(result[name])
             rows += [{**row, **theirs} for row in found]
-    rows += [{**row, **split} for row in _drift(result["drift"])]
+    evaluated = split if result["macro"] is not None else dict.fromkeys(split)
+    rows += [{**row, **evaluated} for row in _drift(result["drift"])]
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
@@ -128,3 +129,6 @@ def _drift(found: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
         of = {"section": "drift", "finding": finding, "n": one["n"], "reason": one["reason"]}
         yield {**of, "metric": "flag rate", "value": one["observed"], "low": one["low"], "high": one["high"]}
         yield {**of, "metric": "expected flag rate", "value": one["expected"]}
+    for finding, one in found["scores"].items() if found is not None else ():
+        of = {"section": "drift", "finding": finding, "n": one["n"], "reason": one["reason"]}
+        yield {**of, "metric": "population stability index", "value": one["psi"]}

@@ -176,7 +176,8 @@ def test_differences_are_of_groups_drawn_together() -> None:
     assert found.groups[0].own.auroc.low < found.groups[0].own.auroc.high
     assert len(found.differences) == 6
     for one in found.differences:
-        assert (one.difference, one.low, one.high, one.excludes_zero) == (0.0, 0.0, 0.0, False)
+        assert (one.difference, one.low, one.high, one.excludes_zero) == (0.0, None, None, None)
+        assert one.reason == "every resample gives the same"
 
 
 def test_a_difference_is_a_groups_value_less_the_largest_groups() -> None:

@@ -15,13 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from sklearn import metrics as sklearn_metrics
-from test_report import Archive, archive, drawing, report  # noqa: F401  # fixtures
+from test_report import FEW, Archive, archive, drawing, report  # noqa: F401  # fixtures
 
-from ray_cxr.data import heatmaps
-from ray_cxr.errors import InputError, LeakError, TableError
+from ray_cxr.data import heatmaps, manifest
+from ray_cxr.errors import InputError, LeakError, OutputError, TableError
 from ray_cxr.labels import FINDINGS
-from ray_cxr.reporting import tables
+from ray_cxr.reporting import measures, pictures, tables
+from ray_cxr.reporting.labelled import join
 from ray_cxr.reporting.report import write_report
+from ray_cxr.reporting.scores import read_scores
 
 Files = Callable[[str, list[list[object]]], str]
 
@@ -326,3 +328,116 @@ def test_the_report_in_markdown_says_the_same(archive: Archive, tmp_path: Path) 
         else:
             widths = []
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["macro"]["auroc"] == m["macro"]["auroc"]
+
+
+def test_what_no_resample_can_move_has_no_interval(archive: Archive, tmp_path: Path) -> None:
+    """None of the positives is flagged: 0 of so many is no certainty, and [0, 0] would say so."""
+    positive = archive.y["Effusion"] == 1
+    archive.p["Effusion"][positive] = np.linspace(0.1, 0.2, positive.sum(), dtype=np.float32)
+    archive.p["Effusion"][~positive] = np.linspace(0.19, 0.25, (~positive).sum(), dtype=np.float32)
+    m, page = report(archive, tmp_path / "out", labels=archive.labels(), split="test")
+    one = m["findings"]["Effusion"]
+    assert (one["sensitivity"], one["sensitivity_low"], one["sensitivity_high"]) == (0.0, None, None)
+    assert one["undefined"]["sensitivity_low"] == "no interval: every resample gives the same"
+    assert "no interval for sensitivity, specificity: every resample gives the same" in page
+    assert "Worse than chance: Effusion." in page
+
+
+def test_drift_of_labelled_scores_is_of_the_evaluated_images(archive: Archive, tmp_path: Path) -> None:
+    scores = archive.scores()
+    labelled, _ = report(archive, tmp_path / "a", scores=scores, labels=archive.labels(), split="test")
+    plain, _ = report(archive, tmp_path / "b", scores=scores)
+    assert (
+        labelled["drift"]["flags"]["Effusion"]["n"] == labelled["n_images"] < plain["drift"]["flags"]["Effusion"]["n"]
+    )
+    assert labelled["drift"]["images"].startswith("the evaluated images (test split")
+    rows = pq.read_table(tmp_path / "b" / "metrics.parquet").to_pandas()
+    assert rows["split"].isna().all()
+
+
+def test_reliability_is_drawn_in_classes_of_equal_counts(
+    archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = read_scores(archive.scores())
+    labels = archive.labels()
+    evaluated = join(table, manifest.read_manifest(labels), labels, "test", {})
+    scored = measures.columns(table, evaluated.rows)
+    found = measures.measure(scored, evaluated.labels, evaluated.patients, prevalences={}, n_resamples=40, seed=0)
+    (panel,) = (one for one in pictures._reliability(table, evaluated, found) if one.finding == "Effusion")
+    assert len(panel.predicted) == 10
+    shares = np.histogram(panel.p, [0, *((panel.predicted[1:] + panel.predicted[:-1]) / 2), 1])[0]
+    assert shares.max() <= 2 * shares.min()
+
+
+@pytest.mark.parametrize("kind", ["all null", "No_Finding alone", "others"])
+def test_labels_of_nothing_that_was_scored_are_no_crash(archive: Archive, tmp_path: Path, kind: str) -> None:
+    n = len(archive.ids)
+    nothing = dict.fromkeys(FEW, [None] * n) | {"No_Finding": [1] * n if kind == "No_Finding alone" else [None] * n}
+    if kind == "others":
+        nothing["Mass"] = archive.y["Effusion"].tolist()
+    m, _ = report(archive, tmp_path / "out", labels=archive.labels(sex=["F", "M"] * (n // 2), **nothing), split="test")
+    assert m["macro"]["auroc"] is None
+    assert m["macro"]["reason"] == "no finding has a defined AUROC"
+
+
+def test_a_manifest_without_rows_is_one_line(archive: Archive, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no rows"):
+        write_report(archive.scores(), tmp_path / "out", labels=archive.labels(keep=[]))
+
+
+def test_a_report_among_the_scores_is_refused(archive: Archive, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    pq.write_table(pa.table({"image_id": archive.ids, "p_Effusion": archive.p["Effusion"]}), folder / "a.parquet")
+    with pytest.raises(OutputError, match="lies among the scores"):
+        write_report(folder, folder / "report")
+    with pytest.raises(OutputError, match="lies among the scores"):
+        write_report(archive.scores(), Path(archive.scores()) / "scores")
+    write_report(archive.scores(), Path(archive.scores()) / "report")  # beside them it may
+    write_report(archive.scores(), Path(archive.scores()) / "report")
+
+
+def test_a_patient_whom_the_labels_spell_otherwise_is_found_by_the_scores_spelling(
+    archive: Archive, tmp_path: Path
+) -> None:
+    n = len(archive.ids)
+    labels = archive.labels(
+        image_id=[*archive.ids], patient_id=[f"X{k}" for k in archive.patient], split=["test"] * n, keep=range(1, n, 3)
+    )
+    # The images themselves did not train it, others of the same patients did.
+    scores = Path(archive.scores())
+    trained = pq.read_table(scores / "split.parquet").to_pandas()
+    trained = trained[~trained["image_id"].isin(archive.ids[1::3])]
+    pq.write_table(pa.Table.from_pandas(trained, preserve_index=False), scores / "split.parquet")
+    with pytest.raises(LeakError, match="0 images and 15 patients"):
+        write_report(scores, tmp_path / "out", labels=labels, split="test")
+
+
+def test_where_no_patient_is_known_the_leak_check_says_so(archive: Archive, tmp_path: Path) -> None:
+    archive.patient = [None] * len(archive.ids)
+    m, page = report(archive, tmp_path / "out", labels=archive.labels(), split="test")
+    assert m["leak_check"]["unknown_patients"] == m["n_images"]
+    assert "nobody knows the patient, so only the images themselves were looked for" in page
+
+
+def test_a_split_that_is_not_the_models_is_told(archive: Archive, tmp_path: Path) -> None:
+    n = len(archive.ids)
+    m, page = report(archive, tmp_path / "out", labels=archive.labels(split=["val"] * n), split="val")
+    assert m["leak_check"]["shared_by_part"] == {"train": 30, "val": 15}
+    assert "These labels call 30 images val that the model knows as its train images" in page
+
+
+def test_a_link_to_the_rows_is_still_the_models_folder(archive: Archive, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(Path(archive.scores()) / "scores")
+    with pytest.raises(LeakError):
+        write_report(tmp_path / "link", tmp_path / "out", labels=archive.labels())
+
+
+def test_prevalences_with_a_consensus_alone_are_shown(archive: Archive, tmp_path: Path, table: Files) -> None:
+    (tmp_path / "p.toml").write_text("Effusion = 0.02\n")
+    rows = np.flatnonzero(archive.split == "test")
+    path = table("c.csv", consensus_of(archive, rows))
+    m, page = report(archive, tmp_path / "out", consensus=path, prevalence=tmp_path / "p.toml")
+    assert f"{m['consensus']['findings']['Effusion']['ppv_at_prevalence']:.3f}" in page
+    assert "against the consensus table" in page
+    assert "There are no labels" not in page
