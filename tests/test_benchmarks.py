@@ -44,6 +44,7 @@ def test_training_is_compared_with_fit_and_two_workers_with_one(tmp_path: Path) 
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it finds its processes in /proc")
 def test_scoring_is_compared_with_a_bare_program_and_pytorch_left_out_with_a_line(
     tmp_path: Path, tiny_bundle: Bundle, phantoms: PhantomSet

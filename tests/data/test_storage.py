@@ -478,6 +478,7 @@ def test_access_that_is_not_allowed_is_permission(s3: tuple[str, str]) -> None:
     assert read_bytes(f"s3://chests/set/sub/c.png{options}") == b"c"
 
 
+@pytest.mark.slow
 def test_a_store_that_is_down_is_told_in_seconds(s3: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     options = "?endpoint_override=127.0.0.1:1&scheme=http&region=moon-1"
     start = time.monotonic()

@@ -112,6 +112,7 @@ ROWS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(ROWS, st.sampled_from([0.0, 0.02, 0.5, 1.0]))
 def test_all_quantities_equal_measuring_each_resamples_rows(
@@ -312,6 +313,7 @@ def test_images_of_one_patient_widen_the_interval() -> None:
     assert clustered.high - clustered.low > 1.5 * (independent.high - independent.low)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_at_their_rate() -> None:
     """1,000 sets of 400 patients, 40% of them positive, whose one to three images share much of their score.
 

@@ -40,6 +40,7 @@ def test_normalisation_equals_preprocess_input(backbone: str) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * max(1.0, np.abs(theirs).max() / 10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["ResNet50", "DenseNet121", "EfficientNetV2B0", "MobileNetV3Small"])
 def test_features_equal_the_stock_network_on_preprocessed_rgb(backbone: str) -> None:
     """The whole way: our flat graph on gray uint8 against keras.applications on its own preprocess_input."""

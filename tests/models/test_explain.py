@@ -141,6 +141,7 @@ def test_every_backbone_has_maps(backbone: str) -> None:
     assert maps.max() > 0
 
 
+@pytest.mark.slow
 def test_a_trained_network_looks_where_the_finding_is_drawn() -> None:
     """Phantoms with and without a Mass: the highest cell lies on the mass far more often than by chance."""
     count, unseen = 160, 40

@@ -50,6 +50,7 @@ def tiny(outputs: tuple[str, ...] = FINDINGS) -> keras.Model:
     return classifier.build(Architecture(backbone="TinyCNN", size=SIZE, findings=outputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "nested"), [(".h5", True), (".keras", False), (".weights.h5", True)])
 def test_imported_model_computes_what_the_original_did(tmp_path: Path, suffix: str, nested: bool) -> None:
     model = somebodys(nested=nested)

@@ -284,6 +284,7 @@ sent.clear()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["we", "somebody"])
 def test_nothing_is_reported_and_nothing_is_printed_but_our_lines(first: str, images: Path, tmp_path: Path) -> None:
     """Both libraries keep silent under pytest and in CI jobs by themselves: only another process tells."""

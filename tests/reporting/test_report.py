@@ -490,6 +490,7 @@ def test_without_labels(archive: Archive, tmp_path: Path) -> None:
     assert "roc.png" not in names
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawn")
 def test_pictures_are_written_and_old_ones_removed(archive: Archive, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -571,6 +572,7 @@ def test_text_from_tables_is_escaped(archive: Archive, tmp_path: Path) -> None:
     assert hostile.tags.count("script") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawn")
 def test_page_asks_no_network_for_anything(archive: Archive, tmp_path: Path) -> None:
     _, page = report(archive, tmp_path / "out", labels=archive.labels(), split="test")

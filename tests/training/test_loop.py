@@ -73,6 +73,7 @@ def test_the_same_settings_give_the_same_bits(trained) -> None:
         np.testing.assert_array_equal(value, trained({})[name], err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_reaches_the_weights(option: str, trained) -> None:
     """Class weights that are computed and never used are this field's classic fault."""
@@ -97,6 +98,7 @@ def test_a_new_setting_is_not_forgotten_here() -> None:
     assert set(TrainSettings.model_fields) == here | elsewhere
 
 
+@pytest.mark.slow
 def test_xla_takes_the_same_steps(trained) -> None:
     options = {"optimizer": "sgd", "learning_rate": 0.05}
     compiled = make(xla=True, **options)
@@ -188,6 +190,7 @@ def test_a_run_continued_in_mid_epoch_has_the_bits_of_an_uninterrupted_one(done:
     continue_from_a_stop(done, tmp_path, *straight)
 
 
+@pytest.mark.slow
 def test_a_run_continued_in_half_precision_has_the_same_bits(tmp_path) -> None:
     """The loss scale and its counter are part of the state."""
     item = make(policy="mixed_float16", **EVERYTHING)
