@@ -45,12 +45,14 @@ def of_evaluation(table: Scores, evaluated: Evaluated, measured: Measured, seed:
         positive = np.column_stack([evaluated.labels[f] == 1 for f in judged]).astype(np.int64)
         drawn["cooccurrence"] = figures.cooccurrence(positive.T @ positive, judged, len(evaluated.rows))
     groups = examples(table, evaluated, seed)
-    if any(tiles for _, tiles in groups):
+    if any(tile.picture is not None for _, tiles in groups for tile in tiles):
         drawn["examples"] = plots.examples(groups)
     cases = heatmap_cases(table, evaluated)
     if any(tiles for _, tiles in cases):
         drawn["heatmaps"] = figures.heatmap_examples(cases)
-    drawn["radiographs"] = figures.radiographs(radiographs(table, evaluated, seed))
+    scans = radiographs(table, evaluated, seed)
+    if any(one.picture is not None for one in scans):  # a page of grey squares tells nobody anything
+        drawn["radiographs"] = figures.radiographs(scans)
     return drawn
 
 

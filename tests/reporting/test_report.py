@@ -57,7 +57,7 @@ class Archive:
         pictures = root / "pictures"
         pictures.mkdir(parents=True)
         self.paths = [str(pictures / name) for name in self.ids]
-        for i in range(0, n, 7):
+        for i in range(0, n, 4):
             picture = rng.integers(0, 255, (48, 40), dtype=np.uint8)
             Image.fromarray(picture).save(self.paths[i])
         self.study: list[str | None] = [f"s{i // 3}" if i % 3 < 2 else None for i in range(n)]
