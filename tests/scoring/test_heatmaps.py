@@ -333,6 +333,7 @@ def test_archives_oblong_pictures_and_foreign_names(
         assert one.on_picture().shape == one.picture
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 @pytest.mark.timeout(420)
 def test_a_run_killed_while_it_draws_continues(tiny_bundle, tmp_path: Path) -> None:
