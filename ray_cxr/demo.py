@@ -28,8 +28,8 @@ TRAINING = (
     "loss=bce",
     "optimizer=adamw",
 )
-#: Heat maps of each image's two highest findings: enough to see hits and false alarms by.
-MAPS = ("--heatmaps", "2")
+#: Heat maps of each image's two highest findings, small: enough to see hits and false alarms by.
+MAPS = ("--heatmaps", "2", "--set", "heatmap_pixels=256")
 #: A search that is small enough for a laptop's evening, and for a test.
 SEARCH = """\
 [train]
