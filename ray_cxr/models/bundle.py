@@ -450,6 +450,9 @@ def _verify(path: Path) -> tuple[str, set[str]]:
     for name in FILES:
         if name not in listed:
             raise BundleError(f"{path}: {SUMS} does not list {name}; the bundle is damaged, copy it again")
+    foreign = sorted(set(listed) - {*FILES, *exports.OPTIONAL_FILES})
+    if foreign:  # nothing would read it, and nothing but what is read belongs into a bundle
+        raise BundleError(f"{path}: {SUMS} lists {', '.join(foreign[:5])}, which no bundle holds; do not use this one")
     for name, expected in listed.items():
         file = path / name
         if file.is_symlink() or not file.is_file():

@@ -19,6 +19,9 @@ from ray_cxr.models import backbones
 from ray_cxr.models.architecture import Architecture
 
 OUTPUT_LAYER = "findings"
+#: More than the weights of any backbone here; a file that declares more is a mistake, or meant to fill the memory.
+MAX_WEIGHTS_BYTES = 2 * 1024**3
+_TOO_LARGE = f"declares more than {MAX_WEIGHTS_BYTES >> 30} GiB of weights, which no backbone here has"
 
 
 def build(architecture: Architecture, *, weights: str | None = None) -> keras.Model:
@@ -177,18 +180,21 @@ def stored_arrays(path: Path) -> dict[str, list[np.ndarray]]:
                 names = [name for name in archive.namelist() if name.endswith(".weights.h5")]
                 if len(names) != 1:
                     raise ConfigError(f"{path}: is a zip file without a model.weights.h5; is it a .keras file?")
+                if archive.getinfo(names[0]).file_size > MAX_WEIGHTS_BYTES:
+                    raise ConfigError(f"{path}: {_TOO_LARGE}")
                 with h5py.File(io.BytesIO(archive.read(names[0])), "r") as file:
                     return _arrays_of(file, path)
         with h5py.File(path, "r") as file:
             return _arrays_of(file, path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file of weights") from None
-    except (OSError, zipfile.BadZipFile, RuntimeError) as error:
+    except (OSError, zipfile.BadZipFile, RuntimeError, KeyError, ValueError) as error:
         raise ConfigError(f"{path}: not a Keras file of weights: {_first_line(error)}") from None
 
 
 def _arrays_of(file: h5py.File, path: Path) -> dict[str, list[np.ndarray]]:
     group = file.get("model_weights", file)
+    numbers = _Numbers(file, path)
     if "layer_names" in group.attrs:  # Keras 1 and 2
         result: dict[str, list[np.ndarray]] = {}
         for raw in group.attrs["layer_names"]:
@@ -201,27 +207,48 @@ def _arrays_of(file: h5py.File, path: Path) -> dict[str, list[np.ndarray]]:
             for item, owner in zip(inner, owners, strict=True):
                 # keras.applications once wrote conv1/conv where it now writes conv1_conv.
                 key = (owner if nested else name).replace("/", "_")
-                result.setdefault(key, []).append(np.asarray(layer[item]))
+                result.setdefault(key, []).append(numbers.read(layer[item]))
         return result
     if "layers" in group:  # Keras 3
         found: dict[str, list[np.ndarray]] = {}
-        _walk_keras3(group["layers"], found)
+        _walk_keras3(group["layers"], found, numbers)
         return found
     raise ConfigError(f"{path}: an HDF5 file without Keras weights in it")
 
 
-def _walk_keras3(group: h5py.Group, found: dict[str, list[np.ndarray]]) -> None:
+class _Numbers:
+    """Reads arrays of one HDF5 file, and of no other: links and external storage in it could name any file at all.
+
+    Raises:
+        ConfigError: an array lies elsewhere, or all together are larger than any network's.
+    """
+
+    def __init__(self, file: h5py.File, path: Path) -> None:
+        self._file, self._path, self._left = file, path, MAX_WEIGHTS_BYTES
+
+    def read(self, array: Any) -> np.ndarray:
+        if not isinstance(array, h5py.Dataset):
+            raise ConfigError(f"{self._path}: {array.name} is not an array; is it a Keras file of weights?")
+        if array.external or array.is_virtual or array.file.id != self._file.id:
+            raise ConfigError(f"{self._path}: {array.name} lies in another file; weights must stand in the file itself")
+        self._left -= array.nbytes
+        if self._left < 0:  # before anything is read: a few bytes can declare any shape
+            raise ConfigError(f"{self._path}: {_TOO_LARGE}")
+        return np.asarray(array)
+
+
+def _walk_keras3(group: h5py.Group, found: dict[str, list[np.ndarray]], numbers: _Numbers) -> None:
     for key in group:
         child = group[key]
         if not isinstance(child, h5py.Group):
             continue
         if "vars" in child and len(child["vars"]):
-            numbers = sorted(child["vars"], key=int)
+            order = sorted(child["vars"], key=int)
             # Keras 3 keeps the layer's own name as an attribute; its key is only the class and a number.
             name = _text(child["vars"].attrs.get("name", child.attrs.get("name", key)))
-            found[name] = [np.asarray(child["vars"][number]) for number in numbers]
+            found[name] = [numbers.read(child["vars"][number]) for number in order]
         if "layers" in child:
-            _walk_keras3(child["layers"], found)
+            _walk_keras3(child["layers"], found, numbers)
 
 
 def _text(value: Any) -> str:

@@ -37,6 +37,8 @@ GOLDEN, GOLDEN_INT8 = "golden.npz", "golden-int8.npz"
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.02, "int8": 0.02}
 #: Names of a graph's two outputs, in the order of `Outputs`.
 OUTPUTS = ("probabilities", "features")
+#: Some golden images and some statistics are a few MiB; a small zip file can unpack to any size.
+_MAX_UNPACKED = 256 * 1024**2
 
 
 class Outputs(NamedTuple):
@@ -198,9 +200,12 @@ def check(bundle: Bundle, runtime: Runtime, precision: str) -> None:
 def arrays_of(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
     """Open an `.npz` file of a bundle; what is wrong with it or said of it in the block is a BundleError."""
     try:
+        with zipfile.ZipFile(path) as packed:
+            if sum(item.file_size for item in packed.infolist()) > _MAX_UNPACKED:
+                raise ValueError(f"unpacks to more than {_MAX_UNPACKED >> 20} MiB")
         with np.load(path, allow_pickle=False) as arrays:
             yield arrays
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, MemoryError, ValueError, zipfile.BadZipFile) as error:
         raise BundleError(f"{path}: is damaged ({reason(error)}); copy the bundle again") from None
 
 
