@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -21,11 +22,14 @@ from rich.table import Table
 
 import ray_cxr
 from ray_cxr import config
-from ray_cxr.errors import ConfigError, ErrorRateExceeded, OutputError, RayCxrError, own_error
+from ray_cxr.errors import ConfigError, ErrorRateExceeded, InputError, OutputError, RayCxrError, own_error
 from ray_cxr.progress import quiet_stderr
 
 #: What the shell reports for a program that Ctrl-C ended.
 EXIT_INTERRUPTED = 130
+#: So many nodes of a cluster are asked for their version, and waited for so long: one that is just starting is slow.
+_NODES_ASKED = 32
+_ANSWER_TIMEOUT_S = 60.0
 
 
 #: For a Ray of a command's own; whoever sets one of these in the environment is heeded.
@@ -560,6 +564,8 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
         with quiet_stderr(), _found_by_its_own(address if dashboard else ""):
             ray.init(address=address, logging_level=logging.WARNING, **own)
     except Exception as error:  # Ray raises bare ones where a node does not come up within its own 30 seconds
+        if differing := _version_mismatch(str(error)):
+            raise InputError(f"Ray at {address!r}: {differing}") from None
         hint = "; the machine may be busy: run the command again" if "timed out during startup" in str(error) else ""
         raise RayCxrError(f"Ray at {address!r}: {_flat(error)[:300]}{hint}") from None
     # The commands show progress of their own, of images and not of blocks, and Ray Data need not say so.
@@ -567,9 +573,63 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     try:
+        if address != "local":
+            _refuse_other_versions(address)
         yield
     finally:
         ray.shutdown()
+
+
+def _version_mismatch(said: str) -> str | None:
+    """Ray's six lines on its own or Python's version being another, as one; None where it says another thing."""
+    found = re.findall(r"^\s*(Ray|Python): (\S+)$", said, re.MULTILINE)
+    if "Version mismatch" not in said or [name for name, _ in found] != ["Ray", "Python"] * 2:
+        return None
+    (_, ray_there), (_, python_there), (_, ray_here), (_, python_here) = found
+    return (
+        f"the cluster has Ray {ray_there} and Python {python_there}, this command Ray {ray_here} and Python "
+        f"{python_here}; make them equal (scripts/setup with PYTHON=..., on both sides), or submit the command as a "
+        "job, which runs on the cluster"
+    )
+
+
+def _refuse_other_versions(address: str) -> None:
+    """Ask the nodes of a cluster for their ray_cxr: what is sent to them calls the one that is there.
+
+    Raises:
+        InputError: a node has another version, or none.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def version_there() -> str | None:  # nested, so that it travels by value and needs no ray_cxr to be run
+        try:
+            import ray_cxr
+        except ImportError:
+            return None
+        return ray_cxr.__version__
+
+    nodes = [node for node in ray.nodes() if node["Alive"]][:_NODES_ASKED]
+    asked = {
+        ray.remote(version_there)
+        .options(
+            num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        )
+        .remote(): node["NodeManagerAddress"]
+        for node in nodes
+    }
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_TIMEOUT_S) if asked else ([], [])
+    for one in answered:
+        try:
+            there = ray.get(one)
+        except ray.exceptions.RayError:
+            continue  # a node that has just gone; what is wrong with one that stays, the command itself will meet
+        if there != ray_cxr.__version__:
+            has = f"has ray_cxr {there}" if there else "has no ray_cxr"
+            raise InputError(
+                f"Ray at {address!r}: the node {asked[one]} {has}, this command is {ray_cxr.__version__}; install this "
+                "version there, or submit the command as a job with --working-dir, which takes it along"
+            )
 
 
 @contextlib.contextmanager
