@@ -7,8 +7,10 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,17 +23,16 @@ from rich.console import Console
 from rich.table import Table
 
 import ray_cxr
-from ray_cxr import config
+from ray_cxr import cluster, config
 from ray_cxr.errors import ConfigError, ErrorRateExceeded, InputError, OutputError, RayCxrError, own_error
 from ray_cxr.progress import quiet_stderr
 
 #: What the shell reports for a program that Ctrl-C ended.
 EXIT_INTERRUPTED = 130
-#: So many nodes of a cluster are asked for their version, and waited for so long: one that is just starting is slow.
-_NODES_ASKED = 32
-_ANSWER_TIMEOUT_S = 60.0
 
 
+#: For any Ray: its C++ layer prints to the terminal what belongs into its log.
+_ANY_RAY = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
 #: For a Ray of a command's own; whoever sets one of these in the environment is heeded.
 _OWN_RAY = {
     # On a loaded two-core machine Ray's own 60 s for its node process, and 20 s for its head, are too few.
@@ -41,8 +42,7 @@ _OWN_RAY = {
     "RAY_AUTH_MODE": "token",
     # Nothing about a hospital's machine leaves it.
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Its C++ layer prints to the terminal what belongs into its log.
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    **_ANY_RAY,
     # No machine of a laptop's Ray is taken back by a cloud.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
@@ -543,18 +543,18 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
     # Never a Ray that merely happens to run on this machine: "local" starts one of this command's own.
     address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
     # Ray's C++ layer reads its environment once, on import; set later, client and server would disagree.
-    if address == "local" and "ray" not in sys.modules:
-        for name, value in _OWN_RAY.items():
+    if "ray" not in sys.modules:
+        for name, value in (_OWN_RAY if address == "local" else _ANY_RAY).items():
             os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
+        cluster.place_work(settings.on_head)
         yield
         return
     own: dict[str, Any] = {}
     if address == "local":
         own = {
-            "log_to_driver": False,  # workers' own chatter stays in Ray's log folder; their errors are raised
             "num_cpus": settings.num_cpus,
             "num_gpus": settings.num_gpus,
             "object_store_memory": settings.object_store_mb and settings.object_store_mb << 20,
@@ -562,22 +562,33 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
         }
     try:
         with quiet_stderr(), _found_by_its_own(address if dashboard else ""):
-            ray.init(address=address, logging_level=logging.WARNING, **own)
+            # Workers' own chatter stays in Ray's log folder; their errors are raised.
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **own)
     except Exception as error:  # Ray raises bare ones where a node does not come up within its own 30 seconds
         if differing := _version_mismatch(str(error)):
             raise InputError(f"Ray at {address!r}: {differing}") from None
         hint = "; the machine may be busy: run the command again" if "timed out during startup" in str(error) else ""
         raise RayCxrError(f"Ray at {address!r}: {_flat(error)[:300]}{hint}") from None
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:
+        # What `ray job stop` sends. Ray's own handler ends the process where it stands, with nothing said.
+        signal.signal(signal.SIGTERM, _stop)
     # The commands show progress of their own, of images and not of blocks, and Ray Data need not say so.
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    # A task that was lost with its worker is no reason for a traceback: what it leaves undone is said, and done again.
+    logging.getLogger("ray.data._internal.execution.streaming_executor_state").setLevel(logging.CRITICAL)
     try:
         if address != "local":
             _refuse_other_versions(address)
+            cluster.wait_for_work(settings.on_head)
+        cluster.place_work(settings.on_head)
         yield
     finally:
         ray.shutdown()
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _version_mismatch(said: str) -> str | None:
@@ -599,8 +610,6 @@ def _refuse_other_versions(address: str) -> None:
     Raises:
         InputError: a node has another version, or none.
     """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     def version_there() -> str | None:  # nested, so that it travels by value and needs no ray_cxr to be run
         try:
@@ -609,27 +618,21 @@ def _refuse_other_versions(address: str) -> None:
             return None
         return ray_cxr.__version__
 
-    nodes = [node for node in ray.nodes() if node["Alive"]][:_NODES_ASKED]
-    asked = {
-        ray.remote(version_there)
-        .options(
-            num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        )
-        .remote(): node["NodeManagerAddress"]
-        for node in nodes
-    }
-    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_TIMEOUT_S) if asked else ([], [])
-    for one in answered:
-        try:
-            there = ray.get(one)
-        except ray.exceptions.RayError:
-            continue  # a node that has just gone; what is wrong with one that stays, the command itself will meet
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    for node, there in cluster.ask(version_there, alive):
         if there != ray_cxr.__version__:
             has = f"has ray_cxr {there}" if there else "has no ray_cxr"
             raise InputError(
-                f"Ray at {address!r}: the node {asked[one]} {has}, this command is {ray_cxr.__version__}; install this "
-                "version there, or submit the command as a job with --working-dir, which takes it along"
+                f"Ray at {address!r}: the node {node['NodeManagerAddress']} {has}, this command is "
+                f"{ray_cxr.__version__}; install this version there, or submit the command as a job with "
+                "--working-dir, which takes it along"
             )
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

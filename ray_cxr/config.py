@@ -58,6 +58,9 @@ class RaySettings(Settings):
     num_cpus: int | None = Field(None, ge=1, description="CPUs of a Ray of this command's own; null: all")
     num_gpus: int | None = Field(None, ge=0, description="GPUs of a Ray of this command's own; null: all")
     object_store_mb: int | None = Field(None, ge=80, description="object store of a Ray of this command's own, MiB")
+    on_head: bool | None = Field(
+        None, description="whether a cluster's head decodes, trains and scores; null: where no other node has a CPU"
+    )
 
 
 def _checked_rule(value: str) -> str:

@@ -16,7 +16,7 @@ from ray_cxr.labels import FINDINGS, LABELS
 ROOT = Path(__file__).parents[1]
 
 BOTTOM = frozenset({"errors", "labels"})
-BELOW_DATA = BOTTOM | {"config", "progress", "versions"}
+BELOW_DATA = BOTTOM | {"config", "progress", "versions", "cluster"}
 BELOW_MODELS = BELOW_DATA | {"data", "evaluation"}
 #: What each room may import besides itself. `ray_cxr` is the package itself, for its version.
 ALLOWED: dict[str, frozenset[str]] = {
@@ -25,6 +25,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "ray_cxr": BOTTOM | {"models"},  # lazily, so that `ray_cxr.load_bundle` is there
     "progress": BOTTOM,
     "versions": BOTTOM | {"ray_cxr"},
+    "cluster": BOTTOM,
     "config": BOTTOM,
     "data": BELOW_DATA,
     "evaluation": BELOW_DATA,
@@ -38,7 +39,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "jobs": frozenset({"cli"}),
 }
 RAY_ROOMS = ("ray_cxr/training/", "ray_cxr/tuning/", "ray_cxr/scoring/", "jobs/")
-RAY_FILES = ("ray_cxr/data/prepared.py", "ray_cxr/cli.py")
+RAY_FILES = ("ray_cxr/cluster.py", "ray_cxr/data/prepared.py", "ray_cxr/cli.py")
 #: Files that know something of each finding by name. In them a table keyed by finding may stand, if all its keys are
 #: findings, and short sequences; a long sequence, which would be an order of findings, may not.
 KNOWS_EACH_FINDING = {

@@ -34,7 +34,10 @@ class Cluster:
         self.shut = 0
 
     def nodes(self) -> list[dict[str, Any]]:
-        alive = [{"NodeID": hex_id(name), "NodeManagerAddress": name, "Alive": True} for name in self.answers]
+        alive = [
+            {"NodeID": hex_id(name), "NodeManagerAddress": name, "Alive": True, "Resources": {}}
+            for name in self.answers
+        ]
         return [{"NodeID": hex_id("gone"), "NodeManagerAddress": "gone", "Alive": False}, *alive]
 
     def remote(self, *arguments: Any, **options: Any) -> Any:
@@ -75,6 +78,7 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cluster], None]:
         monkeypatch.setattr(ray, "init", lambda **_: None)
         for name in ("nodes", "remote", "wait", "get", "shutdown"):
             monkeypatch.setattr(ray, name, getattr(cluster, name))
+        monkeypatch.setattr(cli.cluster, "wait_for_work", lambda on_head: None)
         with cli.start_ray(RaySettings(address=address)):
             pass
 

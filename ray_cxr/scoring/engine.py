@@ -415,6 +415,7 @@ def summary(written: list[tuple[int, int, int]], times: dict[str, float], first_
     return {
         "scored": sum(scored for _, scored, _ in written),
         "files": len(written),
+        "done": [index for index, _, _ in written],
         "born": times["born"],
         "ready": times["ready"],
         "first": first_at or 0.0,

@@ -452,15 +452,16 @@ class HeatMapActor:
                 # Where Ray does a task again, because a worker was lost, what it had drawn stays as it is.
                 indices = remaining(Path(self._job.out), indices, self._job.run, self._asked, retry=False)
             works = self._drawing.take_up(sorted(indices))
-            return _answer(sum(self._drawing.draw(works, self._reading.pictures(works))))
+            return _answer(sum(self._drawing.draw(works, self._reading.pictures(works))), done=sorted(indices))
         except (RayCxrError, OSError) as error:
             return _answer(0, error)
 
 
-def _answer(images: int, failed: RayCxrError | OSError | None = None) -> dict[str, Any]:
+def _answer(images: int, failed: RayCxrError | OSError | None = None, *, done: Sequence[int] = ()) -> dict[str, Any]:
     """What a task tells the driver; an error of ours as a row, see `engine.failure`."""
     return {
         "images": images,
+        "done": list(done),
         "failed": "" if failed is None else type(failed).__name__,
         "message": "" if failed is None else str(failed),
     }

@@ -15,6 +15,7 @@ writes the same name. `engine` is what the workers do with a range.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -33,7 +34,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ray_cxr import errors
+from ray_cxr import cluster, errors
 from ray_cxr.config import ScoreSettings
 from ray_cxr.data import archives, atomic, storage
 from ray_cxr.data import manifest as manifests
@@ -75,6 +76,10 @@ MAX_CPUS_PER_ACTOR = 4
 RANGES_AT_ONCE = 2
 #: So often an actor that died is started again.
 MAX_RESTARTS = 30
+#: So many tasks may be lost with their actors, for each of them, before all is laid out anew.
+MAX_LOST = 20
+#: So often all is laid out anew when nothing has come of it.
+MAX_IDLE_ROUNDS = 2
 #: Rows per row group of the frozen input, at least: a worker reads single groups, and each has a cost in the footer.
 _GROUP_ROWS = 8192
 #: Settings that stand under `heatmaps` in run.json.
@@ -224,6 +229,7 @@ def score(
         # Once more, now that it is written: another command may have begun here while Ray started.
         agree(out, wanted, remedy="use --fresh to start over, or name another --out")
         settings_file = (out / SETTINGS).read_bytes()
+        cluster.require_shared(out, **{"--model": bundle_path, "a picture at": _first_place(rows)})
         (out / "_SUCCESS").unlink(missing_ok=True)
         (out / SCORES).mkdir(exist_ok=True)
         if not (out / INPUT).exists():
@@ -249,7 +255,8 @@ def score(
             settings_file=settings_file,
         )
         if plan is not None:
-            _run(job, todo, ranges, there, report, plan, marks)
+            with cluster.watched("score"):
+                _run(job, todo, ranges, there, report, plan, marks)
         report.counts = _count(out, ranges, ids, bundle.digest, job.run)
         report.seconds = time.monotonic() - started
         if asked is not None:
@@ -360,6 +367,14 @@ def _source(manifest: str | None, images: str | None, place: str | None, out: Pa
     return source.of_folder(images)
 
 
+def _first_place(rows: source.Source) -> str | None:
+    """Where the first picture, or its archive, should be."""
+    path = rows.paths[0].as_py()
+    inside = archives.split_member(path) if path else None
+    place: str | None = inside[0] if inside else path
+    return place
+
+
 def _begun(out: Path) -> dict[str, Any]:
     """What a run in this folder was begun with; nothing where there is none, or it cannot be read."""
     try:
@@ -425,10 +440,9 @@ def _plan(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
     Raises:
         ConfigError: nothing does.
     """
-    import ray
-
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+    resources = [node["Resources"] for node in cluster.working()]
+    nodes = [found.get("CPU", 0.0) for found in resources]
+    gpus = int(sum(found.get("GPU", 0) for found in resources))
     if use_gpu:
         if settings.decode == "inside":
             raise ConfigError("decode=inside: with --gpu pictures are decoded apart; leave one of the two out")
@@ -447,9 +461,7 @@ def _plan(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
 
 def _plan_to_draw(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
     """The same for heat maps, where each actor decodes for itself."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in cluster.working()]
     if not use_gpu:
         return ActorPlan(*actor_plan([node.get("CPU", 0.0) for node in nodes], settings.cpus_per_actor, n_tasks), False)
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
@@ -468,22 +480,28 @@ def _run(
     plan: ActorPlan,
     marks: Mapping[str, float],
 ) -> None:
-    import ray
-
     planned = time.time()
-    work = ray.data.from_items(todo, override_num_blocks=len(todo))
+    out = Path(job.out)
     given = {"job": job, "cpus": max(1, plan.cpus)}
-    if plan.apart:
-        # Tasks, not actors: Ray starts as many as the free CPUs and the network's appetite allow.
-        decoded = work.flat_map(decode_task, fn_kwargs={"job": job}, num_cpus=1)
-        scored = _by_actors(decoded, NetworkActor, given, plan, RANGES_AT_ONCE)
-    else:
-        scored = _by_actors(work, ScoreActor, given, plan, RANGES_AT_ONCE)
+
+    def lay_out(tasks: list[dict[str, Any]]) -> Any:
+        import ray
+
+        work = ray.data.from_items(tasks, override_num_blocks=len(tasks))
+        if plan.apart:
+            # Tasks, not actors: Ray starts as many as the free CPUs and the network's appetite allow.
+            work = work.flat_map(decode_task, fn_kwargs={"job": job}, num_cpus=1)
+            return _by_actors(work, NetworkActor, given, plan, RANGES_AT_ONCE, len(tasks))
+        return _by_actors(work, ScoreActor, given, plan, RANGES_AT_ONCE, len(tasks))
+
+    def written(task: dict[str, Any], index: int) -> bool:
+        return not task["retry"] and (run_of(part_path(out, index)) or ("", 0))[0] == job.run
+
     retried = {index for task in todo if task["retry"] for index in task["indices"]}
     done = sum(one.rows for one in ranges if one.index in there and one.index not in retried)
     progress = Work("score", report.rows, done=done)
     with progress, _watching(Path(job.out) / SCORES, ranges, there - retried, progress, _errors_of, "errors"):
-        for row in _rows(scored):
+        for row in _in_rounds(todo, lay_out, written):
             report.scored_now += row["scored"]
             if row["first"] and not report.start_up:
                 report.start_up = _start_up(row, planned, marks)
@@ -508,8 +526,15 @@ def _draw(
         plan = replace(plan, actors=min(plan.actors, len(todo)))
         job = replace(job, batch_size=job.settings.batch_size or drawing.BATCH_SIZE[job.use_gpu])
         given = {"job": job, "asked": asked, "cpus": max(1, plan.cpus)}
-        work = ray.data.from_items(todo, override_num_blocks=len(todo))
-        rows = _rows(_by_actors(work, drawing.HeatMapActor, given, plan, 1))
+
+        def lay_out(tasks: list[dict[str, Any]]) -> Any:
+            work = ray.data.from_items(tasks, override_num_blocks=len(tasks))
+            return _by_actors(work, drawing.HeatMapActor, given, plan, 1, len(tasks))
+
+        def is_drawn(task: dict[str, Any], index: int) -> bool:
+            return not task["retry"] and not drawing.remaining(out, {index}, job.run, asked, retry=False)
+
+        rows = _in_rounds(todo, lay_out, is_drawn)
         total, done = (sum(one.rows for one in ranges if one.index in some) for some in (indices, indices - left))
         progress = Work("heat maps", total, done=done)
         with progress, _watching(out / FOLDER, ranges, indices - left, progress, drawing.failures_of, "failed"):
@@ -519,17 +544,23 @@ def _draw(
     return report
 
 
-def _by_actors(work: Any, actor: type, given: dict[str, Any], plan: ActorPlan, at_once: int) -> Any:
-    """A Ray dataset whose rows go through a pool of actors, each with so many rows in work at once."""
+def _by_actors(work: Any, actor: type, given: dict[str, Any], plan: ActorPlan, at_once: int, most: int) -> Any:
+    """A Ray dataset whose rows go through a pool of actors, each with so many rows in work at once.
+
+    Args:
+        most: actors, however many nodes join.
+    """
     import ray
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*ray_remote_args_fn", category=Warning)  # see below
-        return work.map(
+        done = work.map(
             actor,
             fn_constructor_kwargs=given,
             compute=ray.data.ActorPoolStrategy(
-                size=plan.actors,
+                min_size=1,
+                initial_size=plan.actors,
+                max_size=max(plan.actors, most),
                 max_tasks_in_flight_per_actor=at_once,
                 max_concurrent_calls_per_actor=at_once,
                 enable_true_multi_threading=True,
@@ -540,33 +571,85 @@ def _by_actors(work: Any, actor: type, given: dict[str, Any], plan: ActorPlan, a
             # deprecated in 2.60 without another in its place; pyproject holds Ray below 2.61.)
             ray_remote_args_fn=_restarts,
         )
+    # What was lost is left out here, and `_in_rounds` sees to it; an actor that dies and dies again ends this first.
+    done.context.max_errored_blocks = MAX_LOST * plan.actors
+    # Actors that are as busy as they can be are reason enough for more where a node has joined; none is taken away.
+    scaling = done.context.autoscaling_config
+    scaling.actor_pool_util_upscaling_threshold, scaling.actor_pool_util_downscaling_threshold = 0.9, 0.0
+    return done
 
 
 def _restarts() -> dict[str, Any]:
-    return {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
+    # A task is not done again by the actor that lost it: where its node is gone Ray would wait for another to join.
+    return {"max_restarts": MAX_RESTARTS, "max_task_retries": 0}
+
+
+def _in_rounds(
+    todo: list[dict[str, Any]],
+    lay_out: Callable[[list[dict[str, Any]]], Any],
+    is_done: Callable[[dict[str, Any], int], bool],
+) -> Iterator[dict[str, Any]]:
+    """The rows of what `lay_out` makes of the tasks; what was lost with a worker is laid out again over the others.
+
+    Args:
+        todo: tasks, each with `indices` of ranges; another entry of theirs that is a list has an element for each.
+        lay_out: gives a Ray dataset for tasks.
+        is_done: whether a task's range needs nothing more, though no row said that it was done.
+
+    Raises:
+        RayCxrError: workers died, and nothing came of it.
+    """
+    from ray.exceptions import RayError
+
+    idle = 0
+    while todo:
+        done: set[int] = set()
+        ended: RayError | None = None
+        try:
+            for row in _rows(lay_out(todo)):
+                done.update(row["done"])
+                yield row
+        except RayError as error:
+            if own_error(error) is not None:
+                raise
+            ended = error
+        left = [kept for task in todo if (kept := _without(task, done, is_done))]
+        ranges, before = (sum(len(task["indices"]) for task in tasks) for tasks in (left, todo))
+        idle = idle + 1 if ranges == before else 0
+        if left and idle == MAX_IDLE_ROUNDS:
+            raise RayCxrError(
+                f"scoring workers died again and again, with {ranges:,} files to write, which is most often want of "
+                "memory; Ray's logs say more; what was written stays, and the same command continues"
+            ) from ended
+        if left:
+            logger.warning("WARNING: workers were lost; %s files that they had in work are done again", f"{ranges:,}")
+        todo = left
+
+
+def _without(
+    task: dict[str, Any], done: set[int], is_done: Callable[[dict[str, Any], int], bool]
+) -> dict[str, Any] | None:
+    """A task without the ranges that are done; None where none is left."""
+    keep = [index not in done and not is_done(task, index) for index in task["indices"]]
+    if not any(keep):
+        return None
+    return {
+        name: list(itertools.compress(value, keep)) if isinstance(value, list) else value
+        for name, value in task.items()
+    }
 
 
 def _rows(scored: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset; an error that stands in one, and an actor that died once too often, as one line.
+    """The rows of a dataset; an error that stands in one is raised.
 
     Raises:
-        RayCxrError: such an end.
+        RayCxrError: such an error.
     """
-    from ray.exceptions import RayActorError, RayError
-
-    try:
-        for row in scored.iter_rows():
-            if row["failed"]:
-                kind = getattr(errors, row["failed"], RayCxrError)
-                raise kind(row["message"])
-            yield row
-    except RayError as error:
-        if own_error(error) is None and isinstance(error, RayActorError):
-            raise RayCxrError(
-                f"a scoring worker died {MAX_RESTARTS + 1} times, which is most often want of memory; Ray's logs say "
-                "more; what was written stays, and the same command continues"
-            ) from error
-        raise
+    for row in scored.iter_rows():
+        if row["failed"]:
+            kind = getattr(errors, row["failed"], RayCxrError)
+            raise kind(row["message"])
+        yield row
 
 
 def _start_up(row: dict[str, Any], planned: float, marks: Mapping[str, float]) -> dict[str, float]:

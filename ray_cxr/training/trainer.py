@@ -32,6 +32,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tomli_w
 
+from ray_cxr import cluster
 from ray_cxr.config import TrainSettings
 from ray_cxr.data.prepared import SETTINGS, PreparedSet, agree, begin
 from ray_cxr.errors import ConfigError, LeakError, RayCxrError, TableError, own_error
@@ -346,9 +347,7 @@ def room(settings: TrainSettings, *, use_gpu: bool, runs: int | None = None) -> 
     Raises:
         ConfigError: not even one fits; Ray would wait for ever.
     """
-    import ray
-
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    alive = [node["Resources"] for node in cluster.working()]
     gpus = sum(node.get("GPU", 0) for node in alive)
     if use_gpu and gpus < settings.workers * settings.gpus_per_worker:
         raise ConfigError(
@@ -413,7 +412,12 @@ def _fit(
             "callbacks": callbacks,
         },
         backend_config=TensorflowCluster(),
-        scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            label_selector=cluster.selector(),
+        ),
         run_config=RunConfig(
             name="ray",
             storage_path=str(out.absolute()),

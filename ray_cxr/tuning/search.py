@@ -38,6 +38,7 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.tune.trainable import wrap_function
 from sqlalchemy.exc import SQLAlchemyError
 
+from ray_cxr import cluster
 from ray_cxr.config import TuneSettings
 from ray_cxr.data import atomic
 from ray_cxr.errors import BundleError, ConfigError, OutputError, RayCxrError, own_error
@@ -139,6 +140,7 @@ def search(
                 out=str(out.absolute()),
                 use_gpu=use_gpu,
                 measure_threads=each if "images_per_second" in settings.objectives else None,
+                where=cluster.selector(),
             )
             with Trials(settings.trials, len(done)) as board:
                 watch = _Watch(plan, study, ask, board, on_event)

@@ -15,6 +15,7 @@ import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from ray_cxr import cluster
 from ray_cxr.config import TrainSettings, build
 from ray_cxr.data import atomic
 from ray_cxr.errors import RayCxrError
@@ -35,12 +36,14 @@ class Job:
         prepared, out: the prepared folder and the study's.
         use_gpu: whether workers train on GPUs.
         measure_threads: CPU threads that an exported network is timed on; None: it is not timed.
+        where: nodes that may work, as a label selector of Ray's; None: all.
     """
 
     prepared: str
     out: str
     use_gpu: bool
     measure_threads: int | None
+    where: dict[str, str] | None
 
 
 def run(config: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -56,6 +59,7 @@ def run(config: dict[str, Any], job: Job) -> dict[str, Any]:
     Returns:
         The last report: that of the last epoch, with `ended`.
     """
+    cluster.place_as(job.where)
     settings, folder = build(TrainSettings, config["settings"]), Path(config["folder"])
     plan = trainer.check(job.prepared, folder, settings)
     rate = None
@@ -140,7 +144,7 @@ def _rate(out: Path, architecture: Architecture, data: Any, threads: int) -> flo
     rate = float(
         ray.get(
             ray.remote(_measure)
-            .options(num_cpus=threads, scheduling_strategy="DEFAULT")
+            .options(num_cpus=threads, scheduling_strategy="DEFAULT", label_selector=cluster.selector())
             .remote(architecture, data.input_spec, threads)
         )
     )

@@ -218,6 +218,7 @@ def test_what_is_absent_is_drawn_again_and_nothing_else(
     assert 0 < run["heatmaps"]["last_run"]["images"] <= 16
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 def test_pictures_lost_since_are_counted_and_can_be_retried(
     ray_here, tiny_bundle, manifest: Path, tmp_path: Path, command
