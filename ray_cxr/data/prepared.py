@@ -38,7 +38,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ray_cxr import labels
+from ray_cxr import labels, telemetry
 from ray_cxr.config import InputSpec, PrepareSettings
 from ray_cxr.data import archives, atomic, imaging
 from ray_cxr.data import manifest as manifests
@@ -238,9 +238,13 @@ def _prepare(task: dict[str, Any], out: str, settings: PrepareSettings) -> dict[
         left |= maker.wanted
     failed = 0
     for row, outcome in _outcomes(task["archive"], rows["path"].to_pylist(), left, _decoder(settings)):
-        failed += isinstance(outcome, Failure)
+        telemetry.count(telemetry.IMAGES_PREPARED, 1)
+        if isinstance(outcome, Failure):
+            failed += 1
+            telemetry.count(telemetry.IMAGE_ERRORS, 1, "prepare", outcome.code)
         for maker in makers:
             maker.add(row, outcome)
+    telemetry.flush()
     return {"rows": sum(task["rows"]), "failed": failed}
 
 
@@ -251,6 +255,13 @@ def _decoder(settings: PrepareSettings) -> Decoder:
     return Decoder(specs, max_pixels=imaging.MAX_PIXELS, timeout_s=settings.decode_timeout_s)
 
 
+def _load(decoder: Decoder, source: str | bytes | None) -> Picture | Failure:
+    outcome = decoder.load(source)
+    if decoder.seconds:
+        telemetry.decoded("prepare", decoder.seconds)
+    return outcome
+
+
 def _outcomes(
     archive: str, paths: list[str | None], left: np.ndarray, decoder: Decoder
 ) -> Iterator[tuple[int, Picture | Failure]]:
@@ -258,7 +269,7 @@ def _outcomes(
     rows = np.flatnonzero(left).tolist()
     if not archive:
         for row in rows:
-            yield row, decoder.load(paths[row])
+            yield row, _load(decoder, paths[row])
         return
     members: dict[str, list[int]] = {}
     for row in rows:
@@ -271,7 +282,7 @@ def _outcomes(
             if isinstance(content, ImageError):
                 outcome: Picture | Failure = Failure(content.code, content.message, None)
             else:
-                outcome = decoder.load(content)
+                outcome = _load(decoder, content)
             for row in members[name]:
                 yield row, outcome
     except ImageError as error:

@@ -86,6 +86,9 @@ class Decoder:
         timeout_s: a file that takes longer, reading included, is given up.
         tags: read the header fields of DICOM files, too.
 
+    Attributes:
+        seconds: what the last `load` took, the start of a child left out; 0 where there was nothing to read.
+
     Raises:
         ValueError: a timeout that is not positive and finite.
     """
@@ -103,6 +106,7 @@ class Decoder:
             "alarm_s": self._timeout_s + _ALARM_MARGIN_S,
             "tags": tags,
         }
+        self.seconds = 0.0
         self._child: _Child | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
 
@@ -136,6 +140,7 @@ class Decoder:
         """
         request: dict[str, Any] = {}
         body: bytes | memoryview = b""
+        self.seconds = 0.0
         if isinstance(source, (bytes, bytearray, memoryview)):
             body = source if isinstance(source, bytes) else memoryview(source).cast("B")
         elif isinstance(source, (str, os.PathLike)):
@@ -145,7 +150,8 @@ class Decoder:
         how = ""
         for _ in range(2):
             child = self._ready()
-            deadline = time.monotonic() + self._timeout_s
+            begun = time.monotonic()
+            deadline = begun + self._timeout_s
             try:
                 child.send(request, body, deadline)
                 return self._answer(child, deadline)
@@ -156,6 +162,8 @@ class Decoder:
             except BaseException:  # an interrupt: the answer to this file must not become the next one's
                 self.close()
                 raise
+            finally:
+                self.seconds += time.monotonic() - begun
             self.close()
             if how == _ALARM:  # this process may have slept for longer than the child's own alarm
                 return Failure("decode_timeout", f"not read and decoded within {self._timeout_s:g} s", None)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import queue
 import threading
 import time
 from collections import deque
@@ -26,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ray_cxr import telemetry
 from ray_cxr.config import InputSpec, ScoreSettings
 from ray_cxr.data import archives, atomic
 from ray_cxr.data.prepared import SETTINGS
@@ -48,6 +50,8 @@ RUN_KEY, ERRORS_KEY = b"ray_cxr.run", b"ray_cxr.errors"
 #: What a DICOM's header may fill in where the input says nothing.
 _FROM_TAGS = ("patient_id", "study_id", "age", "sex", "view")
 
+#: How long a batch took; waited for, because a future wakes who waits for it before it calls anybody back.
+Took = queue.SimpleQueue[float]
 #: A picture's place: which of the ranges at hand, and which row of it.
 Place = tuple[int, int]
 Source = str | bytes | None
@@ -188,10 +192,11 @@ class Reading:
     Args:
         decoders: how many.
         more: sizes to make of each picture beside the network's own, which comes first.
+        command: what its metrics are counted under.
     """
 
-    def __init__(self, job: Job, decoders: int, more: Sequence[InputSpec] = ()) -> None:
-        self._job = job
+    def __init__(self, job: Job, decoders: int, more: Sequence[InputSpec] = (), command: str = "score") -> None:
+        self._job, self._command = job, command
         self._specs = (job.spec, *more)
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
@@ -237,7 +242,11 @@ class Reading:
         return found
 
     def _load(self, source: Source) -> Picture | Failure:
-        return self._decoder().load(source)
+        decoder = self._decoder()
+        found = decoder.load(source)
+        if decoder.seconds:
+            telemetry.decoded(self._command, decoder.seconds)
+        return found
 
 
 def _done(value: Picture | Failure) -> Future[Picture | Failure]:
@@ -298,11 +307,13 @@ class Scoring:
         batch_size = self._job.batch_size
         batch = np.empty((batch_size, self._size, self._size), np.uint8)
         members: list[Place] = []
-        running: deque[tuple[list[Place], np.ndarray, Future[Outputs]]] = deque()
+        running: deque[tuple[list[Place], np.ndarray, Future[Outputs], Took]] = deque()
 
         def launch() -> None:
-            images = batch[: len(members)].copy()
-            running.append((members.copy(), images, self._runtime.submit(images)))
+            images, took, began = batch[: len(members)].copy(), Took(), time.monotonic()
+            future = self._runtime.submit(images)
+            future.add_done_callback(lambda _: took.put(time.monotonic() - began))
+            running.append((members.copy(), images, future, took))
             members.clear()
 
         for w, work in enumerate(works):
@@ -330,9 +341,10 @@ class Scoring:
             yield from self._settle(works, *running.popleft())
 
     def _settle(
-        self, works: Sequence[Work], places: list[Place], images: np.ndarray, future: Future[Outputs]
+        self, works: Sequence[Work], places: list[Place], images: np.ndarray, future: Future[Outputs], took: Took
     ) -> Iterator[tuple[int, int, int]]:
         found = future.result()
+        telemetry.inferred("score", took.get())
         if self.first_at is None:
             self.first_at = time.time()
         flags = [None] * len(places) if self._quality is None else quality.judge(self._quality, images, found.features)
@@ -360,6 +372,7 @@ class Scoring:
         # In the file's own metadata, so that the driver can tell the errors so far without reading a column.
         result = result.replace_schema_metadata({RUN_KEY: self._job.run, ERRORS_KEY: str(errors)})
         atomic.write_parquet(result, part_path(out, work.index), compression="zstd")
+        telemetry.wrote(telemetry.IMAGES_SCORED, "score", scored, (code for code, _ in work.failures.values()))
         # Of an archive's ranges each lets go of its memory when it is written; slices would keep it.
         work.rows, work.old, work.flags = work.rows.schema.empty_table(), None, []
         work.probabilities = np.empty((0, self.findings), np.float32)
@@ -457,6 +470,8 @@ def decode_task(task: dict[str, Any], job: Job) -> Iterator[dict[str, Any]]:
         yield from _decode(task, job)
     except (RayCxrError, OSError) as error:
         yield {**_EMPTY, "failed": type(error).__name__, "message": str(error)}
+    finally:
+        telemetry.flush()
 
 
 def _decode(task: dict[str, Any], job: Job) -> Iterator[dict[str, Any]]:

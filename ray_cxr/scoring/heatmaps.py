@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ray_cxr import telemetry
 from ray_cxr.config import HeatMapMethod, InputSpec, ScoreSettings
 from ray_cxr.data import archives, atomic
 from ray_cxr.data.heatmaps import FOLDER, SCHEMA, area_of, overlay_name
@@ -335,7 +337,9 @@ class Drawing:
         # Every batch is filled up to one size, so that the network is traced once.
         filled = np.zeros((size, chosen.shape[1]), np.int32)
         filled[: len(batch)] = chosen
+        began = time.monotonic()
         maps, again = self._cam.explain(images, filled)
+        telemetry.inferred("heatmaps", time.monotonic() - began)
         running = [
             self._pool.submit(self._rows, works[w], i, picture, chosen[n], p[n], again[n], maps[n])
             for n, ((w, i), picture) in enumerate(batch)
@@ -414,6 +418,7 @@ class Drawing:
         table = pa.Table.from_pylist(in_order, SCHEMA).replace_schema_metadata({_KEY: json.dumps(state)})
         before = _overlays(part)
         atomic.write_parquet(table, part, compression="zstd")
+        telemetry.wrote(telemetry.IMAGES_DRAWN, "heatmaps", len(rows), codes)
         for name in before - set(table["overlay"].to_pylist()):  # of scores that have changed since
             (part.parent / name).unlink(missing_ok=True)
         return len(rows) - len(codes)
@@ -439,7 +444,7 @@ class HeatMapActor:
         self._failed: RayCxrError | OSError | None = None
         try:
             self._drawing = Drawing(job, asked, cpus)
-            self._reading = Reading(job, cpus, self._drawing.more)
+            self._reading = Reading(job, cpus, self._drawing.more, "heatmaps")
         except (RayCxrError, OSError) as error:
             self._failed = error  # told by the first call
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ray_cxr import telemetry
 from ray_cxr.config import TrainSettings, build
 from ray_cxr.data import atomic
 from ray_cxr.data.prepared import PreparedSet
@@ -138,6 +139,8 @@ def _train(config: dict[str, Any]) -> None:
             break
         epoch = progress.epochs_done
         loop.begin_epoch(progress)
+        if watch:
+            watch.began()
         done = loop.run_epoch(progress, on_step=on_step, on_checkpoint=on_checkpoint)
         with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name:
             point, selection = _validate(loop, progress, done, Path(name))
@@ -148,6 +151,7 @@ def _train(config: dict[str, Any]) -> None:
             progress.stopped = loop.stop_wanted()
             if watch:
                 watch.metrics(progress)
+                watch.tell(point)
             # Of equals the first: Ray Train would keep the last.
             _report({**point, "selection": selection - 1e-12 * epoch}, loop, progress, Path(name))
     loop.callbacks.on_train_end()
@@ -206,6 +210,11 @@ class _Watch:
         self._out, self._loop, self._times, self._policy = out, loop, times, policy
         self._begun = progress.epochs_done, len(progress.losses)
         self._written, self._told = 0.0, len(progress.curves)
+        self._stepped = time.monotonic()
+
+    def began(self) -> None:
+        """An epoch's first step begins."""
+        self._stepped = time.monotonic()
 
     def step(self, epoch: int, step: int, loss: float) -> None:
         if not self._written:
@@ -219,9 +228,25 @@ class _Watch:
             }
             atomic.write_json(self._out / STARTED, start)
         now = time.monotonic()
+        # The last step of an epoch has what is left.
+        size = self._loop.settings.batch_size
+        telemetry.count(telemetry.IMAGES_TRAINED, min(size, len(self._loop.train) - (step - 1) * size), self._out.name)
+        telemetry.count(telemetry.TRAIN_STEPS, 1, self._out.name)
+        telemetry.count(telemetry.TRAIN_STEP_SECONDS, now - self._stepped, self._out.name)
+        self._stepped = now
         if now - self._written >= LIVE_EVERY_S:
             self._written = now
             atomic.write_json(self._out / LIVE, {"epoch": epoch + 1, "step": step, "loss": loss})
+
+    def tell(self, point: dict[str, Any]) -> None:
+        """An epoch's line to Ray's metrics."""
+        run = self._out.name
+        telemetry.count(telemetry.TRAIN_WAIT_SECONDS, point["wait_seconds"], run)
+        telemetry.show(telemetry.TRAIN_EPOCH, point["epoch"], run)
+        telemetry.show(telemetry.TRAIN_LOSS, point["loss"], run)
+        telemetry.show(telemetry.VAL_LOSS, point["val_loss"], run)
+        telemetry.show(telemetry.VAL_AUROC, point["val_auroc"], run)
+        telemetry.flush()
 
     def metrics(self, progress: Progress) -> None:
         """Write metrics.csv anew, and what it has more than before to TensorBoard's log."""
