@@ -58,7 +58,7 @@ IMAGE_ERRORS = Metric(
     "ray_cxr_image_errors_total", "counter", "images", "Of these, images that failed, by code.", ("command", "code")
 )
 IMAGES_DECODED = Metric(
-    "ray_cxr_images_decoded_total", "counter", "images", "Files given to a decoder, good or bad.", ("command",)
+    "ray_cxr_images_decoded_total", "counter", "files", "Files given to a decoder, good or bad.", ("command",)
 )
 DECODE_SECONDS = Metric(
     "ray_cxr_decode_seconds_total",
