@@ -231,6 +231,67 @@ def test_decoders_tell_every_file_they_were_given(
         assert decoder.seconds == 0
 
 
+def test_prepare_tells_every_row(
+    manifest: Path, given: list[tuple[Metric, float, dict[str, str]]], tmp_path: Path
+) -> None:
+    """A task as Ray runs it, in this process."""
+    from ray_cxr.config import PrepareSettings
+    from ray_cxr.data import archives, prepared
+
+    settings, out = PrepareSettings(sizes=(32, 64), rows_per_shard=1000), tmp_path / "set"
+    table, wanted = prepared.check(manifest, out, settings)
+    (unit,) = archives.units(table["path"], settings.rows_per_shard)
+    prepared.begin(out, wanted)
+    prepared.freeze(table, out / "manifest.parquet", [unit])
+    for size in settings.sizes:
+        (out / str(size)).mkdir()
+    task = prepared._task(unit, out, settings.sizes)
+    assert task is not None
+    prepared._prepare(task, str(out), settings)
+    prepared._decoder.cache_clear()
+    counts = prepared._count(out, 64, unit.ranges)
+    told = totals(given)
+    assert told.pop((telemetry.DECODE_SECONDS.name, "prepare")) > 0
+    assert told == {
+        (telemetry.IMAGES_PREPARED.name,): len(table),
+        (telemetry.IMAGES_DECODED.name, "prepare"): len(table) - table["path"].null_count,
+        **{(telemetry.IMAGE_ERRORS.name, "prepare", code): n for code, n in counts.items() if code != "ok"},
+    }
+    assert counts.total() > counts["ok"]
+
+
+def test_training_tells_every_step_and_epoch(given: list[tuple[Metric, float, dict[str, str]]], tmp_path: Path) -> None:
+    """Twenty images in batches of eight are three steps, the last of four images; their seconds are the clock's."""
+    from types import SimpleNamespace
+
+    from ray_cxr.config import TrainSettings
+    from ray_cxr.training import worker
+
+    out = tmp_path / "patients" / "run7"
+    out.mkdir(parents=True)
+    loop: Any = SimpleNamespace(settings=TrainSettings(batch_size=8), train=range(20), random_layers=[])
+    progress: Any = SimpleNamespace(epochs_done=0, losses=[], curves=[])  # as in a run that begins, without TensorFlow
+    watch = worker._Watch(out, loop, {}, "float32", progress)
+    begun = time.monotonic()
+    watch.began()
+    for step in (1, 2, 3):
+        time.sleep(0.01)
+        watch.step(0, step, 0.5)
+    passed = time.monotonic() - begun
+    watch.tell({"epoch": 1, "loss": 0.5, "val_loss": 0.6, "val_auroc": None, "wait_seconds": 0.25})
+    told = totals(given)
+    seconds = told.pop((telemetry.TRAIN_STEP_SECONDS.name, "run7"))
+    assert 0.03 <= seconds <= passed
+    assert told == {
+        (telemetry.IMAGES_TRAINED.name, "run7"): 20,
+        (telemetry.TRAIN_STEPS.name, "run7"): 3,
+        (telemetry.TRAIN_WAIT_SECONDS.name, "run7"): 0.25,
+        (telemetry.TRAIN_EPOCH.name, "run7"): 1,
+        (telemetry.TRAIN_LOSS.name, "run7"): 0.5,
+        (telemetry.VAL_LOSS.name, "run7"): 0.6,
+    }
+
+
 # --- at the port
 
 
