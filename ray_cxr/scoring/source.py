@@ -12,6 +12,10 @@ import pyarrow.compute as pc
 from ray_cxr.data import archives, atomic
 from ray_cxr.data import manifest as manifests
 
+#: Row groups of the frozen input: of so many rows at least, and about so many at most. A worker reads the groups of its own
+#: rows and, each time, the file's footer, which grows with their number.
+_GROUP_ROWS, _MAX_GROUPS = 8192, 1000
+
 
 @dataclass(frozen=True)
 class Source:
@@ -32,6 +36,11 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def group_rows(rows: int, rows_per_file: int) -> int:
+    """Rows of a row group of the frozen input: whole ranges, so that a worker reads its own rows and few others."""
+    return rows_per_file * -(-max(_GROUP_ROWS, rows // _MAX_GROUPS) // rows_per_file)
 
 
 def of_manifest(path: str | Path) -> Source:
