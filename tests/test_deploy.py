@@ -82,6 +82,44 @@ def test_the_machines_on_premise_keep_their_doors_shut() -> None:
     assert "0.0.0.0" not in (ROOT / "deploy" / "onpremise.yaml").read_text()
 
 
+# --- Google Cloud
+
+
+def gcp() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "deploy" / "gcp.yaml").read_text(encoding="utf-8"))
+
+
+def test_ray_accepts_google_clouds_and_knows_every_key() -> None:
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    jsonschema.validate(gcp(), schema)
+    assert set(gcp()["provider"]) <= set(schema["properties"]["provider"]["properties"])
+    validate_config(prepare_config(gcp()))
+    # Of Google's own schema no package is here: what is used of it, by hand.
+    for kind in gcp()["available_node_types"].values():
+        assert set(kind["node_config"]) <= {"machineType", "disks", "networkInterfaces", "scheduling"}
+
+
+def test_google_clouds_is_the_same_cluster_and_keeps_its_doors_shut() -> None:
+    text, aws = (ROOT / "deploy" / "gcp.yaml").read_text(), yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    for name in ("file_mounts", "rsync_exclude", "setup_commands", "head_start_ray_commands", "max_workers"):
+        assert gcp()[name] == aws[name]
+    assert gcp()["worker_start_ray_commands"] == aws["worker_start_ray_commands"]
+    kinds = gcp()["available_node_types"]
+    assert kinds["head"]["resources"] == {"CPU": 0}
+    assert "scheduling" not in kinds["head"]["node_config"], "the head must not be taken back"
+    for name, kind in kinds.items():
+        assert [kind.get(key) for key in ("min_workers", "max_workers")] == [
+            aws["available_node_types"][name].get(key) for key in ("min_workers", "max_workers")
+        ]
+        assert "networkInterfaces" in kind["node_config"], "Google's own network lets all the world knock"
+        assert name == "head" or kind["node_config"]["scheduling"]["provisioningModel"] == "SPOT"
+    assert "0.0.0.0" not in text
+    lines = text.splitlines()
+    for i, line in enumerate(lines):
+        if "CHANGEME" in line:
+            assert "# CHANGE" in "\n".join(lines[max(0, i - 3) : i + 1]), line
+
+
 # --- Kubernetes
 
 
@@ -190,7 +228,10 @@ def test_the_image_takes_what_is_there_and_nothing_else() -> None:
     assert {"requirements.lock", "requirements-gpu.lock"} <= taken
 
 
-@pytest.mark.parametrize("file", [*sorted(KUBERAY.iterdir()), ROOT / "deploy" / "onpremise.yaml", ROOT / "Dockerfile"])
+@pytest.mark.parametrize(
+    "file",
+    [*sorted(KUBERAY.iterdir()), *sorted((ROOT / "deploy").glob("*.yaml")), ROOT / "cluster.yaml", ROOT / "Dockerfile"],
+)
 def test_names_are_of_things_that_are_there(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     for job in re.findall(r"\bjobs/\w+\.py", text):
