@@ -155,13 +155,14 @@ def names_of_processes() -> list[str]:
 
 
 def test_ray_job_submit(checkout: Path) -> None:
-    """Really a head with its job server. `ray stop` ends every Ray of this machine, so there must be none before."""
+    """Really a head with its job server, and two nodes. `ray stop` ends every Ray of this machine, so there must be none before."""
     if any(text.startswith("gcs_server") for text in names_of_processes()):
         pytest.skip("a Ray runs on this machine already, and the README's `ray stop` would end it")
     try:
         said = run(SHELL[4], checkout)
     finally:
         subprocess.run([ROOT / ".venv" / "bin" / "ray", "stop"], check=False, capture_output=True)
+    assert said.count("Ray runtime started") == 3
     assert said.count("succeeded") >= 2
     assert (checkout / "runs" / "scores-job" / "_SUCCESS").exists()
     assert len(pd.read_parquet(checkout / "runs" / "search" / "trials.parquet")) == 3
