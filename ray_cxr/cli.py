@@ -24,6 +24,7 @@ from rich.table import Table
 
 import ray_cxr
 from ray_cxr import cluster, config
+from ray_cxr.data import remote, storage
 from ray_cxr.errors import ConfigError, ErrorRateExceeded, InputError, OutputError, RayCxrError, own_error
 from ray_cxr.progress import quiet_stderr
 
@@ -31,6 +32,31 @@ from ray_cxr.progress import quiet_stderr
 EXIT_INTERRUPTED = 130
 
 
+#: Arguments that name a file or folder, with what the command calls them, and those of them that may lie in a bucket.
+#: (`--images` is not among them: `data.storage` says what it takes.)
+_PLACES = {
+    "tables": "TABLE",
+    "train_val_list": "--train-val-list",
+    "test_list": "--test-list",
+    "manifest": "M.parquet",
+    "prepared": "PREPARED",
+    "model": "--model",
+    "bundle": "BUNDLE",
+    "weights": "F.h5|F.keras",
+    "scores": "SCORES",
+    "labels": "--labels",
+    "consensus": "--consensus",
+    "boxes": "--boxes",
+    "compare": "--compare",
+    "prevalence": "--prevalence",
+    "config": "--config",
+    "out": "--out",
+}
+_IN_BUCKETS = {
+    "manifest": {"out"},
+    "score": {"model", "manifest", "out"},
+    "report": {"scores", "labels", "compare", "out"},
+}
 #: For any Ray: its C++ layer prints to the terminal what belongs into its log.
 _ANY_RAY = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
 #: For a Ray of a command's own; whoever sets one of these in the environment is heeded.
@@ -63,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], None] = arguments.run
     try:
+        _refuse_addresses(arguments)
         run(arguments)
     except RayCxrError as error:
         print(f"ray-cxr {arguments.command}: {_flat(error)}", file=sys.stderr)
@@ -80,6 +107,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ray-cxr {arguments.command}: {_flat(inner)}", file=sys.stderr)
         return inner.exit_code if isinstance(inner, RayCxrError) else 1
     return 0
+
+
+def _refuse_addresses(arguments: argparse.Namespace) -> None:
+    """Refuse `s3://...` where a command can only use files of this machine, and other addresses everywhere.
+
+    Raises:
+        ConfigError, InputError: such an argument. As a local path it would be a folder `s3:`.
+    """
+    allowed = _IN_BUCKETS.get(arguments.command, set())
+    for name, words in _PLACES.items():
+        given = getattr(arguments, name, None)
+        for one in given if isinstance(given, list) else [given]:
+            text = (one or "").partition("=")[2] if name == "tables" and "=" in (one or "") else one
+            if not text or not remote.is_address(text):
+                continue
+            if name in allowed:
+                remote.path(text)
+                continue
+            here = "write to a folder and copy that" if name == "out" else "copy it to this machine and name the copy"
+            raise ConfigError(f"{words} {storage.shown(text)}: {arguments.command} takes a local path there; {here}")
 
 
 def _flat(error: BaseException) -> str:
@@ -445,7 +492,7 @@ def _report(arguments: argparse.Namespace) -> None:
             f"over {len(macro['findings'])} findings, {metrics['n_images']:,} images of "
             f"{metrics['n_patients']:,} patients"
         )
-    _say(f"report: {Path(arguments.out) / 'report.html'}")
+    _say(f"report: {remote.path(arguments.out) / 'report.html'}")
 
 
 def _export_sr(arguments: argparse.Namespace) -> None:

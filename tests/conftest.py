@@ -7,12 +7,16 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# For the S3 server of the tests, and before a Ray is started, whose workers keep its environment: never anybody's own.
+os.environ.update(AWS_ACCESS_KEY_ID="nobody", AWS_SECRET_ACCESS_KEY="nothing-secret", AWS_EC2_METADATA_DISABLED="true")
+for _name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
+    os.environ.pop(_name, None)
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 
@@ -93,6 +97,52 @@ def ray_here() -> Iterator[None]:
 
         assert ray.is_initialized()
         yield
+
+
+class Bucket(NamedTuple):
+    """A bucket of S3 on this machine.
+
+    Attributes:
+        client: boto3's, an oracle that has nothing to do with Arrow.
+        options: of its addresses.
+        endpoint: where its server listens.
+    """
+
+    client: Any
+    options: str
+    endpoint: str
+
+    def __call__(self, key: str) -> str:
+        return f"s3://chests/{key}{self.options}"
+
+    def keys(self, prefix: str = "") -> list[str]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket="chests", Prefix=prefix)
+        return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+
+    def get(self, key: str) -> bytes:
+        return self.client.get_object(Bucket="chests", Key=key)["Body"].read()
+
+    def put(self, key: str, data: bytes) -> None:
+        self.client.put_object(Bucket="chests", Key=key, Body=data)
+
+    def upload(self, folder: Path, prefix: str) -> None:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                self.put(f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[Bucket]:
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    address = "{}:{}".format(*server.get_host_and_port())
+    client = boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1")
+    client.create_bucket(Bucket="chests")
+    yield Bucket(client, f"?endpoint_override={address}&scheme=http", f"http://{address}")
+    server.stop()
 
 
 @pytest.fixture

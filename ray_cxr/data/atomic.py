@@ -12,10 +12,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ray_cxr.data import remote
+
 
 def write(path: str | Path, produce: Callable[[Path], None]) -> None:
-    """Let `produce` write a temporary neighbour of `path`, flush it to disk, then rename it to `path`."""
-    path = Path(path)
+    """Let `produce` write a temporary neighbour of `path`, flush it to disk, then rename it to `path`.
+
+    Of a path in a bucket the temporary file is on this machine, and a PUT takes the place of the rename.
+    """
+    path = remote.path(path)
+    if (there := remote.stored(path)) is not None:
+        there.write(produce)
+        return
     # Hidden, and of a name that no other writer has, on whatever machine: of two that race one rename wins.
     part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_cxr.config import InputSpec
+from ray_cxr.data import remote
 from ray_cxr.errors import TableError
 
 FOLDER = "heatmaps"
@@ -111,15 +112,15 @@ def read_heatmaps(scores: str | Path, image_ids: Collection[str] | None = None) 
     Raises:
         TableError: there are no heat maps, or a file of them is damaged.
     """
-    folder = Path(scores) / FOLDER
+    folder = remote.path(scores) / FOLDER
     parts = sorted(folder.glob("part-*.parquet"))
     if not parts:
         raise TableError(f"{scores}: holds no heat maps; `ray-cxr score ... --heatmaps K` draws them")
     wanted = None if image_ids is None else set(image_ids)
     found: dict[tuple[str, str], HeatMap] = {}
-    for part in parts:
+    for part, file in zip(parts, remote.contents(parts), strict=True):
         try:
-            rows = pq.read_table(part, columns=SCHEMA.names).cast(SCHEMA).to_pylist()
+            rows = pq.read_table(file, columns=SCHEMA.names).cast(SCHEMA).to_pylist()
             for row in rows:
                 if row["finding"] is not None and (wanted is None or row["image_id"] in wanted):
                     found[row["image_id"], row["finding"]] = _heat_map(row, folder)

@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_cxr import labels
-from ray_cxr.data import atomic, demographics, splits, storage
+from ray_cxr.data import atomic, demographics, remote, splits, storage
 from ray_cxr.errors import ConfigError, TableError
 
 SCHEMA = pa.schema(
@@ -253,7 +253,7 @@ def read_table(path: str, report: ManifestReport | None = None) -> pd.DataFrame:
 
 def write_manifest(table: pa.Table, out: str | Path) -> None:
     """Write a manifest atomically: a reader sees the old file or the new one, never a half."""
-    out = Path(out)
+    out = remote.path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Small row groups let a scoring task read its own rows and not the table.
     atomic.write_parquet(table, out, row_group_size=8192)
@@ -356,7 +356,7 @@ def open_manifest(path: str | Path) -> Iterator[ManifestFile]:
         TableError: no such file, not Parquet, or no `image_id`.
     """
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(remote.path(path))
     except FileNotFoundError:
         raise TableError(f"{path}: no such file; make it with `ray-cxr manifest`") from None
     except (OSError, pa.ArrowInvalid):

@@ -97,7 +97,7 @@ def open_stream(path: str) -> Iterator[Callable[[int], bytes]]:
     """
     with failures():
         if _URI.match(path):
-            store, inner = _open_uri(path)
+            store, inner = open_uri(path)
             stream = store.open_input_stream(inner, compression=None)
         else:
             _check_regular(path)
@@ -128,11 +128,15 @@ def failures() -> Iterator[None]:
     except MemoryError:
         raise ImageError("too_large", "the file does not fit into memory") from None
     except Exception as error:  # each store has its own exceptions, and their texts can hold keys and host names
-        if _refused(error):
+        if refused(error):
             raise ImageError("permission", "the store does not permit to read the file") from None
-        aws = _AWS_ERROR.search(str(error))
-        said = aws[1] if aws else error.strerror if isinstance(error, OSError) else None
-        raise ImageError("storage", f"the file cannot be read: {_one_line(said or type(error).__name__)}") from None
+        raise ImageError("storage", f"the file cannot be read: {said(error)}") from None
+
+
+def said(error: Exception) -> str:
+    """What failed, in a word or a short line that holds nothing of the address or the store's own text."""
+    aws = _AWS_ERROR.search(str(error))
+    return _one_line((aws[1] if aws else error.strerror if isinstance(error, OSError) else "") or type(error).__name__)
 
 
 @dataclass(frozen=True)
@@ -322,7 +326,7 @@ def _read_local(path: str, max_bytes: int) -> bytes:
 
 
 def _read_uri(uri: str, max_bytes: int) -> bytes:
-    store, path = _open_uri(uri)
+    store, path = open_uri(uri)
     if not isinstance(store, (arrow_fs.S3FileSystem, arrow_fs.GcsFileSystem)):
         # Those two say themselves what is missing; here opening a pipe would wait for ever.
         info = store.get_file_info(path)
@@ -342,7 +346,7 @@ def _check_bytes(size: int, max_bytes: int) -> None:
         raise ImageError("too_large", f"more than {max_bytes} bytes")
 
 
-def _refused(error: Exception) -> bool:
+def refused(error: Exception) -> bool:
     """Whether a store said that the access is not allowed; Arrow has this as text only."""
     text = str(error)
     return isinstance(error, PermissionError) or any(
@@ -354,7 +358,7 @@ def _refused(error: Exception) -> bool:
 # --- stores
 
 
-def _open_uri(uri: str) -> tuple[Any, str]:
+def open_uri(uri: str) -> tuple[Any, str]:
     """The store of a URI and the path in it; opened once per bucket or folder, since that can cost a request."""
     place, mark, options = uri.partition("?")
     _refuse_keys(place)
@@ -411,6 +415,8 @@ def _bucket(scheme: str, bucket: str, options: str) -> Any:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if "endpoint_override" not in values and endpoint:
         values["endpoint_override"] = endpoint
+    # What is written in one piece is one PUT then, and not the three requests of a large upload.
+    values.setdefault("allow_delayed_open", True)
     if "region" not in values and "endpoint_override" not in values:
         # As pyarrow does for an address: the bucket is asked where it is, since AWS refuses requests elsewhere.
         values["region"] = arrow_fs.resolve_s3_region(bucket.rpartition("@")[2])
@@ -476,7 +482,7 @@ def _list_uri(location: str, root: str, left_out: Counter[str]) -> pa.ChunkedArr
     place = shown(location)
     mark, options = location.partition("?")[1:]
     try:
-        store, base = _open_uri(location)
+        store, base = open_uri(location)
         kind = store.get_file_info(base).type
         if kind == arrow_fs.FileType.NotFound:
             raise InputError(f"{place}: no such folder; name one that holds images")
@@ -490,7 +496,7 @@ def _list_uri(location: str, root: str, left_out: Counter[str]) -> pa.ChunkedArr
     except ImageError as error:
         raise InputError(f"{place}: cannot be listed: {error.message}") from None
     except Exception as error:  # each store has its own exceptions, and their texts can hold what the address holds
-        detail = "the access is not allowed" if _refused(error) else _store_detail(error, options)
+        detail = "the access is not allowed" if refused(error) else _store_detail(error, options)
         raise InputError(f"{place}: cannot be listed ({detail}); check the address and the access to it") from None
 
 
@@ -529,7 +535,7 @@ def _sniff(store: Any, base: str, inner: str) -> bool:
     except (FileNotFoundError, PermissionError):
         return False
     except OSError as error:
-        if _refused(error):
+        if refused(error):
             return False
         raise
 

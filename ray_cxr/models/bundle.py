@@ -30,7 +30,7 @@ import pandas as pd
 import pyarrow as pa
 
 from ray_cxr.config import InputSpec, build
-from ray_cxr.data import atomic, imaging, storage
+from ray_cxr.data import atomic, imaging, remote, storage
 from ray_cxr.errors import BundleError, ConfigError, ImageError, OutputError
 from ray_cxr.evaluation.calibration import Calibration
 from ray_cxr.evaluation.quality import QualityModel, judge
@@ -194,9 +194,9 @@ def load_bundle(path: str | Path) -> Bundle:
     Raises:
         BundleError: not a bundle, a newer format, a missing, added or changed file, findings that do not agree.
     """
-    path = Path(path)
+    given, path = path, remote.folder_here(remote.path(path))
     if not path.is_dir():
-        raise BundleError(f"{path}: no such folder; name a bundle, as `ray-cxr train` leaves in RUN/bundle")
+        raise BundleError(f"{given}: no such folder; name a bundle, as `ray-cxr train` leaves in RUN/bundle")
     info = _read_info(path)
     if type(info.get("format")) is not int or info["format"] < 1:
         raise BundleError(f"{path}: bundle.json names no format; is it a bundle?")

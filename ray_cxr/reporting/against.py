@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ray_cxr.data import remote
 from ray_cxr.data.boxes import read_boxes
 from ray_cxr.data.consensus import ConsensusLabels, read_consensus
 from ray_cxr.data.heatmaps import FOLDER, WHOLE, HeatMap, read_heatmaps
@@ -209,7 +209,7 @@ def against_boxes(
         LeakError: some of them trained the model, and the split does not say so.
     """
     found = read_boxes(path)
-    if table.home is None or not (Path(table.home) / FOLDER).is_dir():
+    if table.home is None or not (remote.path(table.home) / FOLDER).is_dir():
         raise InputError(
             f"--boxes {path}: {table.source} holds no heat maps; draw them first: `ray-cxr score ... --heatmaps "
             f"{len(FINDINGS)}`"

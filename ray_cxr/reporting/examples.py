@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
 
-from ray_cxr.data import imaging
+from ray_cxr.data import imaging, remote
 from ray_cxr.data.heatmaps import FOLDER, HeatMap, read_heatmaps
 from ray_cxr.errors import ImageError
 from ray_cxr.labels import FINDINGS, NO_FINDING
@@ -122,7 +120,7 @@ def heatmap_cases(table: Scores, evaluated: Evaluated) -> list[tuple[str, list[f
     flagged with the highest. One of each finding before a second of any. Heat maps are drawn for an image's highest
     findings, so those missed by far have none; cases with a map come first.
     """
-    if table.home is None or not (Path(table.home) / FOLDER).is_dir():
+    if table.home is None or not (remote.path(table.home) / FOLDER).is_dir():
         return []
     maps = read_heatmaps(table.home, set(table.ids[evaluated.rows]))
     bands = (("Best: found with the highest scores", 1, 1, -1.0), ("Missed with the lowest scores", 1, 0, 1.0),

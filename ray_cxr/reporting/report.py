@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ray_cxr.data import atomic, manifest
+from ray_cxr.data import atomic, manifest, remote
 from ray_cxr.errors import ERROR_CODES, InputError, OutputError
 from ray_cxr.evaluation import drift, published, subgroups
 from ray_cxr.labels import LABELS, NO_FINDING
@@ -110,7 +110,8 @@ def write_report(
         raise InputError(f"--prevalence {prevalence}: needs --labels or --consensus, which sensitivity is taken from")
     if n_resamples < 1:
         raise InputError(f"n_resamples is {n_resamples}; it must be at least 1")
-    out = Path(out)
+    out = remote.path(out)
+    remote.check_bucket(out)
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out}: is a file; name a folder")
     shares = {} if prevalence is None else read_prevalences(str(prevalence))
@@ -160,7 +161,7 @@ def write_report(
 
 def _refuse_inside(out: Path, table: Scores) -> None:
     """A report's metrics.parquet in the folder that scores are read from would be read as scores the next time."""
-    if table.folder is not None and out.resolve().is_relative_to(table.folder):
+    if table.folder is not None and remote.is_inside(out, remote.path(table.folder)):
         raise OutputError(f"--out {out}: lies among the scores in {table.folder}; name another folder")
 
 
@@ -383,12 +384,9 @@ def _evaluate(
 
 def _write(out: Path, table: Scores, result: dict[str, Any], drawn: Mapping[str, Figure]) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
-    for name in (
-        "report.html",
-        "report.md",
-        *(f"{picture}.{kind}" for picture in _PICTURES for kind in ("png", "svg")),
-    ):
-        (out / name).unlink(missing_ok=True)
+    ours = {"report.html", "report.md", *(f"{picture}.{kind}" for picture in _PICTURES for kind in ("png", "svg"))}
+    for old in [path for path in out.glob("*") if path.name in ours]:
+        old.unlink(missing_ok=True)
     shown: dict[str, bytes] = {}
     for name in _PICTURES:
         if name in drawn:

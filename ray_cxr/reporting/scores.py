@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from ray_cxr.errors import InputError, TableError
+from ray_cxr.data import remote, storage
+from ray_cxr.errors import ImageError, InputError, TableError
 from ray_cxr.evaluation import calibration, intervals
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING, canonical
 
@@ -46,8 +48,9 @@ class Scores:
         flags: per finding, int8 with -1 for null.
         priority: float64, NaN for null.
         own: written by `ray-cxr score`, not by another system.
-        folder: where its Parquet files were looked for, with all folders below; None for a file, or behind a URI.
-        home: the SCORES folder, where it is this machine's and not behind a URI; None otherwise.
+        folder: where its Parquet files were looked for, with all folders below, as `remote.path` takes it; None for a
+            file, and for stores that are only read.
+        home: the SCORES folder, likewise; None where there is none.
         model, run: `model.json` and `run.json`, or empty.
         trained: the images that trained the model; None where they are not known.
     """
@@ -98,8 +101,8 @@ def read_scores(path: str | Path) -> Scores:
         table,
         source=str(path),
         own=home is not None,
-        folder=place.path if not place.is_file and isinstance(place.fs, pafs.LocalFileSystem) else None,
-        home=home.path if home is not None and isinstance(home.fs, pafs.LocalFileSystem) else None,
+        folder=None if place.is_file else place.address(str(path)),
+        home=None if home is None else home.address(str(path)),
         model=home.json("model.json") if home else {},
         run=home.json("run.json") if home else {},
         trained=trained,
@@ -116,21 +119,29 @@ class Place:
 
     @classmethod
     def of(cls, text: str) -> Place:
+        shown = storage.shown(text)
         try:
-            fs, path = (
-                pafs.FileSystem.from_uri(text) if "://" in text else (pafs.LocalFileSystem(), os.path.realpath(text))
-            )
+            fs, path = storage.open_uri(text) if "://" in text else (pafs.LocalFileSystem(), os.path.realpath(text))
             info = fs.get_file_info(path)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{text}: cannot be opened ({reason}); check the path and the permissions") from None
+        except ImageError as error:
+            raise InputError(f"{shown}: {error.message}") from None
+        except Exception as error:  # each store has its own, and their texts can hold what the address holds
+            reason = "the access is not allowed" if storage.refused(error) else storage.said(error)
+            raise InputError(f"{shown}: cannot be opened ({reason}); check the path and the permissions") from None
         if info.type == pafs.FileType.NotFound:
-            raise InputError(f"{text}: no such file or folder; name what `ray-cxr score` wrote, or a Parquet file")
+            raise InputError(f"{shown}: no such file or folder; name what `ray-cxr score` wrote, or a Parquet file")
         return cls(fs, path.rstrip("/"), info.type == pafs.FileType.File)
 
     def child(self, name: str) -> Place:
         path = f"{self.path}/{name}"
         return Place(self.fs, path, self.fs.get_file_info(path).type == pafs.FileType.File)
+
+    def address(self, given: str) -> str | None:
+        """It as `remote.path` takes it, where this was opened as `given`; None of another store."""
+        if isinstance(self.fs, pafs.LocalFileSystem):
+            return self.path
+        there = remote.stored(remote.path(given)) if given.lower().startswith("s3://") else None
+        return None if there is None else str(there.at(self.path))
 
     def has(self, name: str) -> bool:
         return bool(self.fs.get_file_info(f"{self.path}/{name}").type != pafs.FileType.NotFound)
@@ -177,15 +188,18 @@ class Place:
             )
         if not files:
             raise InputError(f"{shown}: holds no Parquet files; name what `ray-cxr score` wrote")
-        parts = []
-        for name in files:
+
+        def read(name: str) -> pa.Table:
             try:
                 with self.fs.open_input_file(name) as stream:
-                    file = pq.ParquetFile(stream)
-                    wanted = [column for column in file.schema_arrow.names if _wanted(column)]
-                    parts.append(file.read(columns=wanted))
+                    file = pq.ParquetFile(stream, pre_buffer=True)
+                    return file.read(columns=[column for column in file.schema_arrow.names if _wanted(column)])
             except (OSError, pa.ArrowInvalid):
                 raise TableError(f"{name}: not a readable Parquet file") from None
+
+        # Several at a time: of what a bucket takes to answer, nearly all is waiting.
+        with ThreadPoolExecutor(remote.THREADS, thread_name_prefix="scores") as pool:
+            parts = list(pool.map(read, files))
         try:
             return pa.concat_tables(parts, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:

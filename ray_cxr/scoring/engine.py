@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from ray_cxr import telemetry
 from ray_cxr.config import InputSpec, ScoreSettings
-from ray_cxr.data import archives, atomic
+from ray_cxr.data import archives, atomic, remote
 from ray_cxr.data.prepared import SETTINGS
 from ray_cxr.data.sandbox import Decoder, Failure, Picture
 from ray_cxr.errors import RETRYABLE_CODES, ImageError, RayCxrError
@@ -82,7 +82,7 @@ class Job:
     """What every worker of a run is told.
 
     Attributes:
-        bundle, out: absolute paths, on storage that all nodes share.
+        bundle, out: absolute paths or addresses, on storage that all nodes share.
         digest: of the bundle; one that has changed since is refused.
         precision: `fp32`, `bf16` or `int8`.
         batch_size: images per forward pass.
@@ -105,6 +105,11 @@ class Job:
     def run(self) -> str:
         """What every file of the run carries, so that one of a run with other settings is told apart."""
         return run_digest(self.settings_file)
+
+    @property
+    def folder(self) -> Path:
+        """`out` as a path."""
+        return remote.path(self.out)
 
     def load(self) -> Bundle:
         bundle = load_bundle(self.bundle)
@@ -138,8 +143,10 @@ def run_digest(settings_file: bytes) -> str:
     return hashlib.sha256(settings_file).hexdigest()
 
 
-def run_of(part: Path) -> tuple[str | None, int] | None:
+def run_of(part: pa.NativeFile | None) -> tuple[str | None, int] | None:
     """The run that wrote a file of scores and how many of its rows are errors; None where there is no whole file."""
+    if part is None:
+        return None
     try:
         metadata = pq.read_metadata(part).metadata or {}
     except (OSError, pa.ArrowException):
@@ -156,14 +163,14 @@ def take_up(job: Job, task: dict[str, Any], findings: int, positions: list[int] 
         findings: outputs of the network.
         positions: of a single range that is read again, which of its rows; None: those whose error may have passed.
     """
-    out = Path(job.out)
+    out = job.folder
     works = []
     groups: dict[int, pa.Table] = {}
     with pq.ParquetFile(out / INPUT) as file:
         ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
         for index, start, count in zip(task["indices"], task["starts"], task["counts"], strict=True):
             # Where Ray does a task again, because a worker was lost, the ranges that it had finished stay as they are.
-            if not task["retry"] and (run_of(part_path(out, index)) or ("", 0))[0] == job.run:
+            if not task["retry"] and (run_of(remote.content(part_path(out, index))) or ("", 0))[0] == job.run:
                 continue
             first = int(np.searchsorted(ends, start, side="right"))
             last = int(np.searchsorted(ends, start + count - 1, side="right"))
@@ -175,7 +182,7 @@ def take_up(job: Job, task: dict[str, Any], findings: int, positions: list[int] 
             rows = table.slice(start - begin, count)
             old = again = None
             if task["retry"]:
-                old = pq.read_table(part_path(out, index))
+                old = pq.read_table(remote.content(part_path(out, index)))
                 if positions is None:
                     again = np.array([code in RETRYABLE_CODES for code in old["error_code"].to_pylist()], bool)
                 else:
@@ -365,7 +372,7 @@ class Scoring:
             position = np.arange(len(work.old))
             position[work.again] = len(work.old) + np.arange(scored)
             result = pa.concat_tables([work.old, result]).take(pa.array(position))
-        out = Path(self._job.out)
+        out = self._job.folder
         if (out / SETTINGS).read_bytes() != self._job.settings_file:
             raise RayCxrError(f"{out}: another run has begun there; this one stops")
         errors = len(result) - result["error_code"].null_count

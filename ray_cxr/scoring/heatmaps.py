@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from ray_cxr import telemetry
 from ray_cxr.config import HeatMapMethod, InputSpec, ScoreSettings
-from ray_cxr.data import archives, atomic
+from ray_cxr.data import archives, atomic, remote
 from ray_cxr.data.heatmaps import FOLDER, SCHEMA, area_of, overlay_name
 from ray_cxr.data.prepared import SETTINGS
 from ray_cxr.data.sandbox import Failure, Picture
@@ -141,7 +141,7 @@ def map_path(out: Path, index: int) -> Path:
     return out / FOLDER / part_name(index)
 
 
-def failures_of(part: Path) -> int | None:
+def failures_of(part: pa.NativeFile | None) -> int | None:
     """How many images of a file of maps have none; None where there is no whole file."""
     state = _state(part)
     return None if state is None else int(state["failures"])
@@ -159,8 +159,9 @@ def remaining(out: Path, indices: Iterable[int], run: str, asked: Asked, *, retr
         OutputError: the folder holds maps of another method or size.
     """
     left = set()
-    for index in indices:
-        state = _state(map_path(out, index))
+    indices = sorted(indices)
+    for index, part in zip(indices, remote.contents(map_path(out, index) for index in indices), strict=True):
+        state = _state(part)
         if state is None or state["run"] != run:
             left.add(index)
             continue
@@ -187,11 +188,15 @@ def count(out: Path, ranges: Sequence[archives.Range], asked: Asked) -> HeatMapR
         OutputError: a file is missing or damaged, or holds other images.
     """
     report = HeatMapReport(asked.count)
-    for one in ranges:
+    maps = remote.contents(map_path(out, one.index) for one in ranges)
+    rows = remote.contents(part_path(out, one.index) for one in ranges)
+    for one, map_file, score_file in zip(ranges, maps, rows, strict=True):
         part = map_path(out, one.index)
         try:
-            found = pq.read_table(part, columns=["image_id", "finding", "evidence", "error_code"])
-            scored = _scored(part_path(out, one.index), ["image_id"])["image_id"].to_pylist()
+            scored = _scored(score_file, ["image_id"])["image_id"].to_pylist()
+            if map_file is None:
+                raise FileNotFoundError
+            found = pq.read_table(map_file, columns=["image_id", "finding", "evidence", "error_code"])
         except (OSError, pa.ArrowException):
             raise OutputError(f"{part}: is missing or damaged; remove it and run score again") from None
         ids = found["image_id"].to_pylist()
@@ -227,8 +232,10 @@ def _diseases(findings: Sequence[str]) -> list[int]:
     return [number for number, name in enumerate(findings) if name != NO_FINDING]
 
 
-def _state(part: Path) -> dict[str, Any] | None:
+def _state(part: pa.NativeFile | None) -> dict[str, Any] | None:
     """What a file of maps says of itself; None where there is no whole one."""
+    if part is None:
+        return None
     try:
         found = json.loads((pq.read_metadata(part).metadata or {})[_KEY])
     except (OSError, ValueError, KeyError, pa.ArrowException):
@@ -243,8 +250,14 @@ def _digest(path: Path) -> str:
         return ""
 
 
-def _scored(part: Path, columns: list[str]) -> pa.Table:
-    """The rows of a file of scores that have scores."""
+def _scored(part: pa.NativeFile | None, columns: list[str]) -> pa.Table:
+    """The rows of a file of scores that have scores.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if part is None:
+        raise FileNotFoundError
     table = pq.read_table(part, columns=[*columns, "status"])
     return table.filter(pa.array([status == "ok" for status in table["status"].to_pylist()], pa.bool_()))
 
@@ -281,11 +294,11 @@ class Drawing:
 
     def take_up(self, indices: Sequence[int]) -> list[Work]:
         """The scored rows of ranges, with their probabilities."""
-        out = Path(self._job.out)
+        out = self._job.folder
         columns = ["image_id", "path", *(f"p_{name}" for name in self._findings)]
         works = []
         for index in indices:
-            rows = _scored(part_path(out, index), columns)
+            rows = _scored(remote.content(part_path(out, index)), columns)
             p = np.column_stack([rows[f"p_{name}"].to_numpy() for name in self._findings]).astype(np.float32)
             works.append(Work(index, rows, None, None, p, left=len(rows)))
         return works
@@ -297,7 +310,7 @@ class Drawing:
             Per file written how many images it has maps of.
         """
         done: list[dict[int, list[dict[str, Any]]]] = [{} for _ in works]
-        digests = [_digest(part_path(Path(self._job.out), work.index)) for work in works]
+        digests = [_digest(part_path(self._job.folder, work.index)) for work in works]
         batch: list[tuple[Place, Picture]] = []
         for w, work in enumerate(works):
             if not work.left:
@@ -379,7 +392,7 @@ class Drawing:
             finding = self._findings[number]
             name = overlay_name(image_id, finding)
             png = self._explain.encode(self._explain.overlay(shown, cells, area, side=self._asked.side))
-            atomic.write(Path(self._job.out) / FOLDER / name, functools.partial(_write_bytes, data=png))
+            atomic.write(self._job.folder / FOLDER / name, functools.partial(_write_bytes, data=png))
             rows.append(
                 {
                     "image_id": image_id,
@@ -402,7 +415,7 @@ class Drawing:
         return {"image_id": work.rows["image_id"][i].as_py(), "error_code": code, "error": message}
 
     def _write(self, work: Work, rows: dict[int, list[dict[str, Any]]], digest: str) -> int:
-        out = Path(self._job.out)
+        out = self._job.folder
         part = map_path(out, work.index)
         if (out / SETTINGS).read_bytes() != self._job.settings_file:
             raise RayCxrError(f"{out}: another run has begun there; this one stops")
@@ -426,9 +439,10 @@ class Drawing:
 
 def _overlays(part: Path) -> set[str]:
     """Names of pictures that a file of maps lists; those of a foreign file are none of ours."""
-    if _state(part) is None:
+    file = remote.content(part)
+    if _state(file) is None:
         return set()
-    names = pq.read_table(part, columns=["overlay"])["overlay"].to_pylist()
+    names = pq.read_table(file, columns=["overlay"])["overlay"].to_pylist()
     return {name for name in names if name and "/" not in name and name.endswith(".png")}
 
 
@@ -455,7 +469,7 @@ class HeatMapActor:
             indices = {int(index) for index in task["indices"]}
             if not task["retry"]:
                 # Where Ray does a task again, because a worker was lost, what it had drawn stays as it is.
-                indices = remaining(Path(self._job.out), indices, self._job.run, self._asked, retry=False)
+                indices = remaining(self._job.folder, indices, self._job.run, self._asked, retry=False)
             works = self._drawing.take_up(sorted(indices))
             return _answer(sum(self._drawing.draw(works, self._reading.pictures(works))), done=sorted(indices))
         except (RayCxrError, OSError) as error:

@@ -18,7 +18,6 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import shutil
 import threading
 import time
@@ -36,7 +35,7 @@ import pyarrow.parquet as pq
 
 from ray_cxr import cluster, errors
 from ray_cxr.config import ScoreSettings
-from ray_cxr.data import archives, atomic, storage
+from ray_cxr.data import archives, atomic, remote, storage
 from ray_cxr.data import manifest as manifests
 from ray_cxr.data.heatmaps import FOLDER
 from ray_cxr.data.prepared import SETTINGS, agree, begin
@@ -154,7 +153,7 @@ def score(
         ErrorRateExceeded: all rows are there, and more of them failed than `max_error_rate` allows.
     """
     started = time.monotonic()
-    out = Path(out)
+    out = remote.path(out)
     if (manifest is None) == (images is None):
         raise ConfigError("score: name one of --manifest and --images")
     bundle = load_bundle(bundle_path)
@@ -197,7 +196,7 @@ def score(
             to_draw = drawing.remaining(out, to_draw, run, asked, retry=retry_errors)
     if dry_run:
         report.counts["to score"] = sum(
-            sum(map(_retryable, [part_path(out, index) for index in task["indices"]]))
+            sum(_retryable([part_path(out, index) for index in task["indices"]]))
             if task["retry"]
             else sum(task["counts"])
             for task in todo
@@ -240,8 +239,8 @@ def score(
         ids = rows.ids
         del rows
         job = Job(
-            bundle=str(Path(bundle_path).absolute()),
-            out=str(out.absolute()),
+            bundle=remote.address(remote.path(bundle_path)),
+            out=remote.address(out),
             digest=bundle.digest,
             precision=precision,
             settings=settings,
@@ -288,8 +287,8 @@ def _secret(path: str | None) -> Secret | None:
 
 def _written(folder: Path) -> set[int]:
     """Numbers of the output files that are there, by one look at their folder."""
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-        names = (entry.name for entry in entries)
+    with contextlib.suppress(FileNotFoundError):
+        names = [path.name for path in folder.iterdir()]
         return {int(name[5:-8]) for name in names if name.startswith("part-") and name[5:-8].isdecimal()}
     return set()
 
@@ -297,11 +296,11 @@ def _written(folder: Path) -> set[int]:
 def _tasks(out: Path, units: list[archives.Unit], there: set[int], *, retry_errors: bool) -> list[dict[str, Any]]:
     """What is to be done: per unit the ranges without a file, and where asked those with errors that may pass."""
     tasks = []
+    written = sorted(there) if retry_errors else []
+    errors = dict(zip(written, _retryable([part_path(out, index) for index in written]), strict=True))
     for retry in (False, True) if retry_errors else (False,):
         for unit in units:
-            chosen = [one for one in unit.ranges if (one.index in there) == retry]
-            if retry:
-                chosen = [one for one in chosen if _retryable(part_path(out, one.index))]
+            chosen = [one for one in unit.ranges if (one.index in there) == retry and (not retry or errors[one.index])]
             if chosen:
                 tasks.append(
                     {
@@ -381,17 +380,31 @@ def _begun(out: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _retryable(part: Path) -> int:
-    """How many rows of a file have an error that may have passed.
+def _retryable(parts: list[Path]) -> Iterator[int]:
+    """How many rows of each file have an error that may have passed.
 
     Raises:
-        OutputError: the file is damaged.
+        OutputError: a file is damaged.
+    """
+    for part, file in zip(parts, remote.contents(parts), strict=True):
+        codes = _column_values(part, file, ["error_code"])["error_code"].to_pylist()
+        yield sum(code in RETRYABLE_CODES for code in codes)
+
+
+def _column_values(part: Path, file: pa.NativeFile | None, columns: list[str]) -> pa.Table:
+    """Columns of a file of scores.
+
+    Raises:
+        OutputError: it is missing or damaged.
     """
     try:
-        codes = pq.read_table(part, columns=["error_code"])["error_code"].to_pylist()
+        if file is None:
+            raise FileNotFoundError
+        # Not `read_table`, which costs two to three times as much for so small a file.
+        with pq.ParquetFile(file) as opened:
+            return opened.read(columns=columns, use_threads=False)
     except (OSError, pa.ArrowException):
-        raise OutputError(f"{part}: is damaged; remove it and run score again") from None
-    return sum(code in RETRYABLE_CODES for code in codes)
+        raise OutputError(f"{part}: is missing or damaged; remove it and run score again") from None
 
 
 def actor_plan(node_cpus: list[float], cpus_per_actor: int | None, n_tasks: int) -> tuple[int, int]:
@@ -478,7 +491,7 @@ def _run(
     marks: Mapping[str, float],
 ) -> None:
     planned = time.time()
-    out = Path(job.out)
+    out = job.folder
     given = {"job": job, "cpus": max(1, plan.cpus)}
 
     def lay_out(tasks: list[dict[str, Any]]) -> Any:
@@ -492,12 +505,12 @@ def _run(
         return _by_actors(work, ScoreActor, given, plan, RANGES_AT_ONCE, len(tasks))
 
     def written(task: dict[str, Any], index: int) -> bool:
-        return not task["retry"] and (run_of(part_path(out, index)) or ("", 0))[0] == job.run
+        return not task["retry"] and (run_of(remote.content(part_path(out, index))) or ("", 0))[0] == job.run
 
     retried = {index for task in todo if task["retry"] for index in task["indices"]}
     done = sum(one.rows for one in ranges if one.index in there and one.index not in retried)
     progress = Work("score", report.rows, done=done)
-    with progress, _watching(Path(job.out) / SCORES, ranges, there - retried, progress, _errors_of, "errors"):
+    with progress, _watching(job.folder / SCORES, ranges, there - retried, progress, _errors_of, "errors"):
         for row in _in_rounds(todo, lay_out, written):
             report.scored_now += row["scored"]
             if row["first"] and not report.start_up:
@@ -511,7 +524,7 @@ def _draw(
 ) -> drawing.HeatMapReport:
     """The second pass: heat maps of what was scored."""
     began = time.monotonic()
-    out, ranges = Path(job.out), [one for unit in units for one in unit.ranges]
+    out, ranges = job.folder, [one for unit in units for one in unit.ranges]
     indices = {one.index for one in ranges}
     left = drawing.remaining(out, indices, job.run, asked, retry=retry)
     todo = drawing.tasks(units, left, retry=retry)
@@ -668,7 +681,7 @@ def _watching(
     ranges: list[archives.Range],
     seen: set[int],
     progress: Work,
-    errors_of: Callable[[Path], int | None],
+    errors_of: Callable[[pa.NativeFile | None], int | None],
     word: str,
 ) -> Iterator[None]:
     """Show what has been written while the block runs, by looking at the folder: an archive is one task for hours.
@@ -682,16 +695,15 @@ def _watching(
     seen = set(seen)
     # Of what is to be read again a file is there already; it counts when it is another one.
     before = {index: _stamp(folder / part_name(index)) for index in _written(folder) - seen}
-    errors = sum(errors_of(folder / part_name(index)) or 0 for index in seen)
+    errors = sum(errors_of(file) or 0 for file in remote.contents(folder / part_name(index) for index in seen))
     over = threading.Event()
 
     def look() -> None:
         nonlocal errors
-        for index in _written(folder) - seen:
-            path = folder / part_name(index)
-            if index not in rows or before.get(index) == _stamp(path):
-                continue
-            found = errors_of(path)
+        new = _written(folder) - seen
+        new = {i for i in new if i in rows and (i not in before or before[i] != _stamp(folder / part_name(i)))}
+        for index, file in zip(new, remote.contents(folder / part_name(index) for index in new), strict=True):
+            found = errors_of(file)
             if found is not None:
                 errors += found
                 seen.add(index)
@@ -712,15 +724,15 @@ def _watching(
     look()
 
 
-def _errors_of(part: Path) -> int | None:
+def _errors_of(part: pa.NativeFile | None) -> int | None:
     found = run_of(part)
     return None if found is None else found[1]
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _stamp(path: Path) -> tuple[int, float] | None:
     with contextlib.suppress(OSError):
         info = path.stat()
-        return info.st_ino, info.st_mtime_ns
+        return info.st_ino, info.st_mtime
     return None
 
 
@@ -736,14 +748,9 @@ def _count(out: Path, ranges: list[archives.Range], ids: pa.ChunkedArray, digest
         OutputError: they are not.
     """
     counts: Counter[str] = Counter()
-    for one in ranges:
-        part = part_path(out, one.index)
-        try:
-            # Not `read_table`, which costs two to three times as much for so small a file.
-            with pq.ParquetFile(part) as file:
-                found = file.read(columns=["image_id", "error_code", "model_digest"], use_threads=False)
-        except (OSError, pa.ArrowException):
-            raise OutputError(f"{part}: is missing or damaged; remove it and run score again") from None
+    parts = [part_path(out, one.index) for one in ranges]
+    for one, part, file in zip(ranges, parts, remote.contents(parts), strict=True):
+        found = _column_values(part, file, ["image_id", "error_code", "model_digest"])
         expected = ids.slice(one.start, one.rows)
         models = set(pc.unique(found["model_digest"]).to_pylist()) - {None}
         same = len(found) == one.rows and pc.all(pc.equal(found["image_id"], expected), skip_nulls=False).as_py()
