@@ -54,6 +54,8 @@ _PLACES = {
 }
 _IN_BUCKETS = {
     "manifest": {"out"},
+    "prepare": {"manifest", "out"},
+    "train": {"prepared", "out"},
     "score": {"model", "manifest", "out"},
     "report": {"scores", "labels", "compare", "out"},
 }
@@ -291,7 +293,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         chosen = chosen.replace(sizes=sizes)
     from ray_cxr.data import prepared
 
-    prepared.check(arguments.manifest, Path(arguments.out), chosen)  # before Ray takes its seconds to start
+    prepared.check(arguments.manifest, remote.path(arguments.out), chosen)  # before Ray takes its seconds to start
     with start_ray(settings.ray):
         counts = prepared.prepare(arguments.manifest, arguments.out, chosen)
     for size, codes in counts.items():
@@ -335,14 +337,14 @@ def _train(arguments: argparse.Namespace) -> None:
     _say(f"validation macro AUROC {_number(macro)}, epoch {bundle.info['provenance']['best_epoch']}")
     from ray_cxr.reporting import plots
 
-    picture = Path(arguments.out) / "learning_curves.png"
+    picture = remote.path(arguments.out) / "learning_curves.png"
     if not (plan.finished and picture.exists()):
         png, svg = plots.encode(plots.learning_curves(bundle.model_json()["curves"]))
         with _writing(arguments.out):
             picture.write_bytes(png)
             picture.with_suffix(".svg").write_bytes(svg)
     _say(f"learning curves: {picture}")
-    _say(f"bundle: {bundle.path}")
+    _say(f"bundle: {picture.parent / 'bundle'}")
 
 
 def _tune(arguments: argparse.Namespace) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import secrets
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_cxr.data import remote
+from ray_cxr.errors import OutputError
 
 
 def write(path: str | Path, produce: Callable[[Path], None]) -> None:
@@ -33,6 +38,36 @@ def write(path: str | Path, produce: Callable[[Path], None]) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, last: str) -> Iterator[Path]:
+    """A folder to fill, which is at `path` when the block has ended well and not before.
+
+    In a bucket, which has no folders to rename, its files come one after another and the one named `last` at the end:
+    without that one the folder does not count, and is filled again.
+
+    Raises:
+        OutputError: the bucket holds other files there.
+    """
+    if (there := remote.stored(path)) is None:
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        try:
+            yield part
+            part.rename(path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return
+    with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name:
+        yield Path(name)
+        files = sorted(Path(name).iterdir(), key=lambda file: (file.name == last, file.name))
+        foreign = {one.name for one in there.glob("*") if one.name} - {file.name for file in files}
+        if foreign:
+            raise OutputError(f"{path}: holds {min(foreign)}, which is not of this; name another folder")
+        for file in files:
+            write(path / file.name, functools.partial(shutil.copyfile, file))
 
 
 def write_parquet(table: pa.Table, path: str | Path, **options: Any) -> None:

@@ -40,7 +40,7 @@ import pyarrow.parquet as pq
 
 from ray_cxr import labels, telemetry
 from ray_cxr.config import InputSpec, PrepareSettings
-from ray_cxr.data import archives, atomic, imaging
+from ray_cxr.data import archives, atomic, imaging, remote
 from ray_cxr.data import manifest as manifests
 from ray_cxr.data.sandbox import Decoder, Failure, Picture
 from ray_cxr.errors import ConfigError, ImageError, OutputError, TableError
@@ -86,7 +86,7 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
     """
     import ray
 
-    out = Path(out)
+    out = remote.path(out)
     table, wanted = check(manifest, out, settings)
     units = archives.units(table["path"], settings.rows_per_shard)
     n_rows = len(table)
@@ -96,12 +96,13 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
     del table
     for size in settings.sizes:
         (out / str(size)).mkdir(exist_ok=True)
-    todo = [task for unit in units if (task := _task(unit, out, settings.sizes))]
+    there = [{path.name for path in (out / str(size)).glob("part-*.arrow")} for size in settings.sizes]
+    todo = [task for unit in units if (task := _task(unit, there))]
     if todo:
         done = n_rows - sum(sum(task["rows"]) for task in todo)
         # One block per task, so that a shard of single files is a task, and a lost node costs single shards.
         work = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
-            _prepare, fn_kwargs={"out": str(out.absolute()), "settings": settings}, num_cpus=1
+            _prepare, fn_kwargs={"out": remote.address(out), "settings": settings}, num_cpus=1
         )
         failed = 0
         with Work("prepare", n_rows, done=done) as progress:
@@ -159,6 +160,7 @@ def agree(out: Path, wanted: dict[str, Any], *, remedy: str = "name another --ou
     Raises:
         OutputError: it was not; the message names each difference.
     """
+    remote.check_bucket(out)
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: is a file; name another --out")
     path = out / SETTINGS
@@ -207,13 +209,13 @@ def rows_in(index: int, rows: int, per_shard: int) -> int:
     return min(rows, (index + 1) * per_shard) - index * per_shard
 
 
-def _task(unit: archives.Unit, out: Path, sizes: Sequence[int]) -> dict[str, Any] | None:
-    """What a unit still needs; None where all its shards are there. `rows` counts those of absent shards."""
-    absent = {
-        one.index: one.rows
-        for one in unit.ranges
-        if any(not (out / str(size) / shard_name(one.index)).exists() for size in sizes)
-    }
+def _task(unit: archives.Unit, there: Sequence[set[str]]) -> dict[str, Any] | None:
+    """What a unit still needs; None where all its shards are there. `rows` counts those of absent shards.
+
+    Args:
+        there: names of the shards of each size.
+    """
+    absent = {one.index: one.rows for one in unit.ranges if any(shard_name(one.index) not in names for names in there)}
     if not absent:
         return None
     # All ranges of an archive, those that are there too: which rows are in those is not in the unit.
@@ -228,9 +230,10 @@ def _task(unit: archives.Unit, out: Path, sizes: Sequence[int]) -> dict[str, Any
 def _prepare(task: dict[str, Any], out: str, settings: PrepareSettings) -> dict[str, int]:
     """The absent shards of one unit, in a Ray task: each picture is decoded once, for all sizes."""
     shards = range(task["first"], task["first"] + len(task["lengths"]))
-    rows = pq.ParquetFile(Path(out) / "manifest.parquet").read_row_groups(list(shards))
+    folder = remote.path(out)
+    rows = pq.ParquetFile(folder / "manifest.parquet").read_row_groups(list(shards))
     makers = [
-        _ShardMaker(Path(out) / str(size), size, place, rows, dict(zip(shards, task["lengths"], strict=True)))
+        _ShardMaker(folder / str(size), size, place, rows, dict(zip(shards, task["lengths"], strict=True)))
         for place, size in enumerate(settings.sizes)
     ]
     left = np.zeros(len(rows), bool)
@@ -359,9 +362,9 @@ class _ShardMaker:
 def _count(out: Path, size: int, ranges: Sequence[archives.Range]) -> Counter[str]:
     """Count a size's rows from the shards themselves, and mark it whole."""
     counts: Counter[str] = Counter()
-    for one in ranges:
-        path = out / str(size) / shard_name(one.index)
-        codes = _read_shard(path, size, ["error_code"]).table["error_code"]
+    paths = [out / str(size) / shard_name(one.index) for one in ranges]
+    found = remote.ahead(functools.partial(_codes, size=size), paths)
+    for one, path, codes in zip(ranges, paths, found, strict=True):
         if len(codes) != one.rows:
             raise OutputError(
                 f"{path}: holds {len(codes):,} rows and should hold {one.rows:,}; remove it and run `ray-cxr prepare` "
@@ -370,6 +373,28 @@ def _count(out: Path, size: int, ranges: Sequence[archives.Range]) -> Counter[st
         counts.update("ok" if code is None else code for code in codes.to_pylist())
     atomic.write_json(out / str(size) / "counts.json", dict(sorted(counts.items())))
     return counts
+
+
+def _codes(path: Path, size: int) -> pa.Array:
+    """The column error_code of a shard; of a bucket no more is fetched.
+
+    Raises:
+        OutputError: as `_read_shard`.
+    """
+    try:
+        with remote.opened(path) as source:
+            schema = pa.ipc.open_file(source).schema
+            if not schema.equals(shard_schema(size)):
+                raise _damaged(path)
+            only = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index("error_code")])
+            batch = pa.ipc.open_file(source, options=only).get_batch(0)
+            batch.validate()
+            # Copied, because it may lie in a map of the file.
+            return batch.column(0).take(pa.array(np.arange(len(batch))))
+    except FileNotFoundError:
+        raise _lost(path) from None
+    except (OSError, pa.ArrowException):
+        raise _damaged(path) from None
 
 
 @dataclass(frozen=True)
@@ -396,7 +421,7 @@ def _read_shard(path: Path, size: int, columns: Sequence[str], split: str | None
     # The whole file is mapped, and Arrow reads nothing but what is touched. (Its `included_fields` would not be less:
     # it sets aside memory for the whole batch, images and all.)
     try:
-        with pa.memory_map(str(path)) as source:
+        with pa.memory_map(os.fspath(path)) as source:
             file = source.read_buffer()
             reader = pa.ipc.open_file(file)
             if reader.num_record_batches != 1 or not reader.schema.equals(shard_schema(size)):
@@ -404,7 +429,7 @@ def _read_shard(path: Path, size: int, columns: Sequence[str], split: str | None
             batch = reader.get_batch(0)
             batch.validate()
     except FileNotFoundError:
-        raise OutputError(f"{path}: is missing; run `ray-cxr prepare` again to make it") from None
+        raise _lost(path) from None
     except PermissionError:
         raise OutputError(f"{path}: may not be read; change its permissions") from None
     except (OSError, pa.ArrowException):
@@ -421,6 +446,10 @@ def _read_shard(path: Path, size: int, columns: Sequence[str], split: str | None
         rows = pc.indices_nonzero(usable).to_numpy().astype(np.int64)
     # `take` copies. What is returned must not lie in the map, which would stay for as long as the table does.
     return _ShardRows(batch.select(columns).take(rows), first + (images.offset + rows) * size * size, file.size)
+
+
+def _lost(path: Path | str) -> OutputError:
+    return OutputError(f"{path}: is missing; run `ray-cxr prepare` again to make it")
 
 
 def _damaged(path: Path) -> OutputError:
@@ -572,7 +601,7 @@ class PreparedSet:
     """
 
     def __init__(self, path: str | Path, size: int | None = None) -> None:
-        self.path = Path(path)
+        self.path = remote.path(path)
         try:
             self._settings: dict[str, Any] = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
             made_by, made_in = self._settings.get("kind", "prepare"), self._settings.get("format", FORMAT)
@@ -585,7 +614,8 @@ class PreparedSet:
                 f"{path}: has format {made_in}, and this version reads formats {FORMAT} and {FORMAT_WITH_ARCHIVES}; "
                 "run `ray-cxr prepare` again into another folder"
             )
-        whole = sorted(int(file.parent.name) for file in self.path.glob("*/counts.json"))
+        sizes = [folder.name for folder in self.path.glob("*") if folder.name.isdecimal()]
+        whole = sorted(int(name) for name in sizes if (self.path / name / "counts.json").exists())
         if not whole:
             raise ConfigError(f"{path}: no size is complete; run `ray-cxr prepare` again to continue it")
         if size is None:
@@ -641,7 +671,7 @@ class PreparedSet:
         read = self._read(["image_id", "patient_id", "age", *labels.LABELS], split)
         table = pa.Table.from_batches(shard.table for shard in read)
         images = Pixels(
-            self._shards(),
+            self._shards,
             [shard.length for shard in read],
             np.repeat(np.arange(len(read), dtype=np.int32), [len(shard.offsets) for shard in read]),
             np.concatenate([shard.offsets for shard in read]),
@@ -658,13 +688,18 @@ class PreparedSet:
             images=images,
         )
 
+    @functools.cached_property
     def _shards(self) -> list[Path]:
+        """On this machine, where `Pixels` reads them; of a bucket each is fetched once by all processes here."""
         # By number, so that one that is lost is missed and not passed over.
         count = self._settings.get("shards", -(-self._settings["rows"] // self._settings["rows_per_shard"]))
-        return [self.path / str(self.size) / shard_name(index) for index in range(count)]
+        try:
+            return remote.here([self.path / str(self.size) / shard_name(index) for index in range(count)])
+        except FileNotFoundError as error:  # of a bucket; on a disk whoever reads it finds that out
+            raise _lost(error.filename) from None
 
     def _read(self, columns: Sequence[str], split: str | None = None) -> list[_ShardRows]:
-        read = [_read_shard(shard, self.size, columns, split) for shard in self._shards()]
+        read = [_read_shard(shard, self.size, columns, split) for shard in self._shards]
         if split is not None and not any(len(shard.offsets) for shard in read):
             raise TableError(
                 f"{self.path}: no usable image in split {split!r}; make the manifest with --split, "

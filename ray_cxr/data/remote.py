@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import quote, unquote
 
 import pyarrow as pa
@@ -38,6 +38,8 @@ from ray_cxr.errors import ImageError, InputError, RayCxrError
 CACHE_VARIABLE = "RAY_CXR_CACHE"
 #: Requests at a time where many objects are wanted: nearly all of it is waiting.
 THREADS = 16
+
+T = TypeVar("T")
 
 #: `s3:/b` and `s3:` are slips of the pen for an address; as local names they would be a folder `s3:`.
 _ADDRESS = re.compile(r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*)(?P<slashes>://|:/|:$)")
@@ -74,6 +76,8 @@ def path(text: str | os.PathLike[str]) -> Path:
             one.store()
     except ImageError as error:
         raise InputError(f"{place}: {error.message}") from None
+    except pa.ArrowInvalid:
+        raise InputError(f"{place}: its options are not such as s3 has; see docs/storage.md") from None
     return cast(Path, one)
 
 
@@ -302,6 +306,17 @@ def address(place: Path) -> str:
     return str(place.absolute())
 
 
+@contextlib.contextmanager
+def opened(place: Path) -> Iterator[pa.NativeFile]:
+    """A file to be read here and there: of a bucket only what is read is fetched."""
+    if (there := stored(place)) is None:
+        with pa.memory_map(str(place)) as source:
+            yield source
+        return
+    with _failures(there), there.store().open_input_file(there.inner) as source:
+        yield source
+
+
 def is_inside(place: Path, folder: Path) -> bool:
     """Whether a path is a folder's, or the folder itself; links are followed."""
     one, other = (str(path.resolve()).partition("?")[0].rstrip("/") for path in (place, folder))
@@ -337,12 +352,12 @@ def content(place: Path) -> pa.NativeFile | None:
 
 def contents(paths: Iterable[Path]) -> Iterator[pa.NativeFile | None]:
     """`content` of each, in order and some of them ahead: a bucket answers many requests in the time of one."""
-    return _ahead(content, paths)
+    return ahead(content, paths)
 
 
 def here(paths: Sequence[Path]) -> list[Path]:
     """Files of this machine as they are, of a bucket copies, see `StorePath.here`; fetched several at a time."""
-    return list(_ahead(lambda one: Path(os.fspath(one)), paths))
+    return list(ahead(lambda one: Path(os.fspath(one)), paths))
 
 
 def folder_here(place: Path) -> Path:
@@ -404,9 +419,10 @@ def _caching(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _ahead(work: Callable[[Path], Any], paths: Iterable[Path]) -> Iterator[Any]:
+def ahead(work: Callable[[Path], T], paths: Iterable[Path]) -> Iterator[T]:
+    """What `work` makes of each path, in order, some of them at a time."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="store") as pool:
-        running: deque[Future[Any]] = deque()
+        running: deque[Future[T]] = deque()
         try:
             for one in paths:
                 running.append(pool.submit(work, one))
@@ -438,7 +454,7 @@ def _failures(place: StorePath, done: str = "read") -> Iterator[None]:
         raise
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise _missing(place) from None
-    except (OSError, pa.ArrowException) as error:
+    except OSError as error:
         if storage.refused(error):
             raise InputError(
                 f"{place}: may not be {done}: the store does not permit it; check the credentials in the environment"

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -243,6 +242,11 @@ def load_bundle(path: str | Path) -> Bundle:
     return bundle
 
 
+def written(path: Path) -> bool:
+    """Whether a bundle is there, or on a disk anything at all; in a bucket its sums come last."""
+    return (path / SUMS).exists() if remote.stored(path) else path.exists()
+
+
 def write_bundle(
     out: str | Path,
     *,
@@ -279,13 +283,10 @@ def write_bundle(
     """
     from ray_cxr.models.card import model_card
 
-    out = Path(out)
-    if out.exists():
+    out = remote.path(out)
+    if written(out):
         raise OutputError(f"{out}: exists already, and a bundle is never changed; name another folder")
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with atomic.new_folder(out, SUMS) as part:
         info = {
             "format": FORMAT,
             "backbone": architecture.backbone,
@@ -319,9 +320,6 @@ def write_bundle(
         atomic.write_text(part / SUMS, "".join(f"{_sha256(part / name)}  {name}\n" for name in files))
         for name in (*files, SUMS):
             (part / name).chmod(0o444)
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return load_bundle(out)
 
 

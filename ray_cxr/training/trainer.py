@@ -12,6 +12,7 @@ RUN/bundle/          written last
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -34,12 +35,13 @@ import tomli_w
 
 from ray_cxr import cluster
 from ray_cxr.config import TrainSettings
+from ray_cxr.data import remote
 from ray_cxr.data.prepared import SETTINGS, PreparedSet, agree, begin
 from ray_cxr.errors import ConfigError, LeakError, RayCxrError, TableError, own_error
 from ray_cxr.evaluation.calibration import fit_rules
 from ray_cxr.models import exports
 from ray_cxr.models.architecture import Architecture
-from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle
+from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle, written
 from ray_cxr.progress import Work, quiet_stderr
 from ray_cxr.training import schedule, worker
 from ray_cxr.training.provenance import COLUMNS, demographics, evaluation, score_quantiles
@@ -96,10 +98,10 @@ def train(
         ConfigError, TableError, OutputError: see the messages.
         RayCxrError: training failed; says how.
     """
-    prepared, out = Path(prepared), Path(out)
+    prepared, out = remote.path(prepared), remote.path(out)
     plan = check(prepared, out, settings)
     if plan.finished is not None:
-        on_event(f"train: {plan.finished.path} is finished already")
+        on_event(f"train: {out / 'bundle'} is finished already")
         return plan.finished
     for name in settings.idle():
         on_event(f"train: WARNING: no effect: {name}")
@@ -144,7 +146,6 @@ def fit(
     Raises:
         ConfigError, OutputError, RayCxrError: see the messages.
     """
-    out = Path(out)
     data, settings = plan.data, plan.settings
     if not plan.begun:
         # Nothing was trained here yet, so what an earlier attempt had wanted binds nobody.
@@ -226,7 +227,8 @@ def _result(out: Path) -> Any:
     from ray.train import Result
 
     # Ray takes a relative path for an address without a scheme.
-    return Result.from_path((out / "ray").resolve())
+    store, path = remote.arrow((out / "ray").resolve())
+    return Result.from_path(path, storage_filesystem=store)
 
 
 def _progress(checkpoint: Any) -> dict[str, Any]:
@@ -255,7 +257,7 @@ def check(prepared: str | Path, out: str | Path, settings: TrainSettings) -> Pla
     Raises:
         ConfigError, TableError, OutputError, BundleError: see the messages.
     """
-    out = Path(out)
+    out = remote.path(out)
     data = PreparedSet(prepared, settings.size)
     settings = settings.replace(size=data.size)
     if settings.batch_size % settings.workers:
@@ -284,11 +286,11 @@ def check(prepared: str | Path, out: str | Path, settings: TrainSettings) -> Pla
         "input_spec": data.input_spec.model_dump(mode="json"),
         "train": settings.model_dump(mode="json", exclude=free(settings)),
     }
-    begun = (out / "ray" / SNAPSHOT).exists() or (out / "bundle").exists()
+    begun = (out / "ray" / SNAPSHOT).exists() or written(out / "bundle")
     if begun or not _abandoned(out):
         agree(out, wanted)
     finished = None
-    if (out / "bundle").exists():
+    if written(out / "bundle"):
         finished = load_bundle(out / "bundle")
         done = finished.info["provenance"]["settings"]["epochs"]
         if done != settings.epochs:
@@ -401,12 +403,13 @@ def _fit(
 
     from ray_cxr.training.backend import TensorflowCluster
 
+    store, path = remote.arrow(out)
     trainer = DataParallelTrainer(
         worker.run,
         train_loop_config={
             "settings": settings.model_dump(mode="json"),
-            "prepared": str(data.path.absolute()),
-            "out": str(out.absolute()),
+            "prepared": remote.address(data.path),
+            "out": remote.address(out),
             "cpus": int(resources["CPU"]),
             "use_gpu": use_gpu,
             "callbacks": callbacks,
@@ -420,7 +423,8 @@ def _fit(
         ),
         run_config=RunConfig(
             name="ray",
-            storage_path=str(out.absolute()),
+            storage_path=path,
+            storage_filesystem=store,
             # What other work holds is waited for, as in a queue; what no node has was refused before.
             failure_config=FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=CheckpointConfig(
@@ -531,7 +535,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _read_metrics(out: Path) -> list[dict[str, Any]]:
     try:
-        frame = pd.read_csv(out / METRICS)
+        frame = pd.read_csv(io.BytesIO((out / METRICS).read_bytes()))
     except FileNotFoundError:
         return []
     rows = frame.to_dict("records")

@@ -5,7 +5,9 @@ RUN/ is on storage that all nodes share; in it rank 0 writes what people watch. 
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ import pandas as pd
 
 from ray_cxr import telemetry
 from ray_cxr.config import TrainSettings, build
-from ray_cxr.data import atomic
+from ray_cxr.data import atomic, remote
 from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import ConfigError, RayCxrError
 from ray_cxr.evaluation import calibration
@@ -48,7 +50,7 @@ def run(config: dict[str, Any]) -> None:
     """One worker. Errors of ours come back as a file: Ray Train would restart what can only fail again."""
     import ray.train
 
-    failure = Path(config["out"]) / FAILURE
+    failure = remote.path(config["out"]) / FAILURE
     try:
         try:
             _train(config)
@@ -87,7 +89,7 @@ def _train(config: dict[str, Any]) -> None:
     from ray_cxr.training.loop import Loop, Progress
 
     times["TensorFlow"] = time.time()
-    settings, out, gpu = build(TrainSettings, config["settings"]), Path(config["out"]), bool(config["use_gpu"])
+    settings, out, gpu = build(TrainSettings, config["settings"]), remote.path(config["out"]), bool(config["use_gpu"])
     policy = runtime.prepare_device(gpu, settings.precision)
     runtime.limit_threads(config["cpus"])
     if settings.deterministic if settings.deterministic is not None else not (gpu or settings.xla):
@@ -259,12 +261,16 @@ class _Watch:
         )
         from tensorboardX import SummaryWriter
 
+        (self._out / EVENTS).mkdir(exist_ok=True)
         for point in progress.curves[self._told :]:
             # A file for each epoch, because only closing one writes all of it. An epoch that was logged before a kill
             # and is trained again replaces its old points.
             epoch = point["epoch"]
-            with SummaryWriter(str(self._out / EVENTS), purge_step=epoch, filename_suffix=f".{epoch:05d}") as writer:
-                for name, value in point.items():
-                    if name != "epoch" and value is not None:
-                        writer.add_scalar(name, value, epoch)
+            with tempfile.TemporaryDirectory(prefix="ray_cxr-") as folder:
+                with SummaryWriter(folder, purge_step=epoch, filename_suffix=f".{epoch:05d}") as writer:
+                    for name, value in point.items():
+                        if name != "epoch" and value is not None:
+                            writer.add_scalar(name, value, epoch)
+                for events in Path(folder).iterdir():
+                    atomic.write(self._out / EVENTS / events.name, functools.partial(shutil.copyfile, events))
         self._told = len(progress.curves)

@@ -106,8 +106,9 @@ def prepare_here(manifest: Path, out: Path, settings: PrepareSettings) -> dict[i
         prepared_sets.freeze(table, out / "manifest.parquet", units)
     for size in settings.sizes:
         (out / str(size)).mkdir(exist_ok=True)
+    there = [{path.name for path in (out / str(size)).iterdir()} for size in settings.sizes]
     for unit in units:
-        task = prepared_sets._task(unit, out, settings.sizes)
+        task = prepared_sets._task(unit, there)
         if task:
             prepared_sets._prepare(task, str(out), settings)
     ranges = [one for unit in units for one in unit.ranges]

@@ -121,7 +121,7 @@ def test_a_kill_in_the_midst_and_the_same_command_again(bucket, tiny_bundle, man
         first = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 90
         while not parts() and first.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
+            time.sleep(0.05)
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()
     wanted = pq.read_table(manifest, columns=["image_id"])["image_id"].to_pylist()
@@ -133,4 +133,83 @@ def test_a_kill_in_the_midst_and_the_same_command_again(bucket, tiny_bundle, man
     assert second.returncode == 0, second.stderr
     assert rows(bucket, "killed/out")["image_id"].tolist() == wanted
     assert {name: bucket.get(f"killed/out/{name}") for name in done} == kept
+    assert not list(tmp_path.glob("s3*"))
+
+
+def test_scores_in_a_bucket_are_reported_as_those_on_a_disk(
+    ray_here, bucket, cache: Path, tiny_bundle, manifest: Path, tmp_path: Path, command, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["--manifest", manifest, "--heatmaps", "1"]
+    code, _, err = command(*arguments(tiny_bundle.path, bucket("told/scores"), *given))
+    assert code == 0, err
+    for key in bucket.keys("told/scores/"):
+        if not key.endswith("/"):
+            copy = tmp_path / "copy" / key.removeprefix("told/scores/")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(bucket.get(key))
+    maps = [key for key in bucket.keys("told/scores/heatmaps/") if key.endswith(".png")]
+    assert len(maps) == (rows(bucket, "told/scores")["status"] == "ok").sum()
+    bucket.put("told/m.parquet", manifest.read_bytes())
+    code, _, err = command("report", tmp_path / "copy", "--out", tmp_path / "report", "--labels", manifest)
+    assert code == 0, err
+    bucket.put("told/report/roc.png", b"of an older report")
+    there = ["--labels", bucket("told/m.parquet")]
+    code, said, err = command("report", bucket("told/scores"), "--out", bucket("told/report"), *there)
+    assert code == 0, err
+    assert "told/report/report.html" in said
+    assert names(bucket, "told/report") == {path.name for path in (tmp_path / "report").iterdir()}
+    assert bucket.get("told/report/metrics.json") == (tmp_path / "report" / "metrics.json").read_bytes()
+    assert bucket.get("told/report/worklist.csv") == (tmp_path / "report" / "worklist.csv").read_bytes()
+    page = bucket.get("told/report/report.html").decode()
+    assert page.count("data:image/png") == (tmp_path / "report" / "report.html").read_text().count("data:image/png")
+    code, _, err = command("report", bucket("told/scores"), "--out", bucket("told/scores/scores/report"))
+    assert (code, "lies among the scores" in err) == (2, True)
+    bucket.client.delete_object(Bucket="chests", Key="told/scores/_SUCCESS")
+    code, _, err = command("report", bucket("told/scores"), "--out", bucket("told/report"))
+    assert (code, "score did not finish" in err) == (2, True)
+    assert not list(tmp_path.glob("s3*"))
+
+
+def test_a_set_is_prepared_trained_on_and_continued_in_a_bucket(
+    ray_here, bucket, cache: Path, manifest: Path, prepared: Path, tmp_path: Path, command, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bucket.put("train/m.parquet", manifest.read_bytes())
+    prepare = ["prepare", bucket("train/m.parquet"), "--out", bucket("train/set"), "--size", "64"]
+    prepare += ["--set", "rows_per_shard=16"]
+    code, said, err = command(*prepare)
+    assert code == 0, err
+    shards = {name for name in names(bucket, "train/set") if name.endswith(".arrow")}
+    assert shards == {f"64/{path.name}" for path in (prepared / "64").glob("*.arrow")}
+    for name in shards:
+        assert bucket.get(f"train/set/{name}") == (prepared / name).read_bytes()
+    bucket.client.delete_object(Bucket="chests", Key=f"train/set/{min(shards)}")
+    code, _, err = command("train", bucket("train/set"), "--out", bucket("train/run"))
+    assert (code, f"{Path(min(shards)).name}" in err, "is missing; run" in err) == (2, True, True), err
+    assert command(*prepare) == (0, said, "") or command(*prepare)[0] == 0
+    assert bucket.get(f"train/set/{min(shards)}") == (prepared / min(shards)).read_bytes()
+
+    train = ["train", bucket("train/set"), "--out", bucket("train/run")]
+    for setting in ("backbone=TinyCNN", "weights=none", "batch_size=16", "min_positives=2", "schedule=constant"):
+        train += ["--set", setting]
+    code, _, err = command(*train, "--set", "epochs=1")
+    assert code == 0, err
+    there = names(bucket, "train/run")
+    assert {"settings.json", "metrics.csv", "bundle/SHA256SUMS", "learning_curves.png"} <= there
+    assert any(name.startswith("ray/checkpoint") and name.endswith("progress.json") for name in there)
+    assert any(name.startswith("tensorboard/events") for name in there)
+
+    # As a run that was killed before its bundle was whole: it goes on from its checkpoint.
+    for name in ("SHA256SUMS", "curves.json"):
+        bucket.client.delete_object(Bucket="chests", Key=f"train/run/bundle/{name}")
+    code, said, err = command(*train, "--set", "epochs=2")
+    assert code == 0, err
+    assert "continues after epoch 1" in said
+    assert [line.split(",")[0] for line in bucket.get("train/run/metrics.csv").decode().split()] == ["epoch", "1", "2"]
+    code, said, err = command(*train, "--set", "epochs=2")
+    assert (code, "is finished already" in said) == (0, True), err
+    out = tmp_path / "scores"
+    code, _, err = command(*arguments(bucket("train/run/bundle"), str(out), "--manifest", manifest, "--dry-run"))
+    assert code == 0, err
     assert not list(tmp_path.glob("s3*"))
