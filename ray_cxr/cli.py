@@ -56,8 +56,12 @@ _IN_BUCKETS = {
     "manifest": {"out"},
     "prepare": {"manifest", "out"},
     "train": {"prepared", "out"},
+    "tune": {"prepared"},
     "score": {"model", "manifest", "out"},
     "report": {"scores", "labels", "compare", "out"},
+    "quantize": {"bundle", "prepared", "out"},
+    "recalibrate": {"bundle", "scores", "labels", "out"},
+    "import-weights": {"out"},
 }
 #: For any Ray: its C++ layer prints to the terminal what belongs into its log.
 _ANY_RAY = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
@@ -517,7 +521,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
     with _writing(arguments.out):
         bundle = quantization.quantize(arguments.bundle, arguments.prepared, arguments.out, chosen, on_event=_say)
-    _say(f"bundle: {bundle.path}")
+    _say(f"bundle: {bundle.place}")
 
 
 def _recalibrate(arguments: argparse.Namespace) -> None:
@@ -547,7 +551,7 @@ def _recalibrate(arguments: argparse.Namespace) -> None:
         f"calibration by {made['method']} and operating points by {made['rule']}, from {made['images']:,} images of "
         f"{made['patients']:,} patients: report on others"
     )
-    _say(f"bundle: {bundle.path}")
+    _say(f"bundle: {bundle.place}")
 
 
 def _none_or(value: float | None, digits: int = 3) -> str:
@@ -572,7 +576,7 @@ def _import_weights(arguments: argparse.Namespace) -> None:
     )
     _say(f"outputs: {', '.join(bundle.findings)}")
     _say("no calibration and no operating points: those columns of a score table will be null")
-    _say(f"bundle: {bundle.path}")
+    _say(f"bundle: {bundle.place}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

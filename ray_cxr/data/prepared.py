@@ -589,6 +589,12 @@ class SplitData:
         return len(self.image_ids)
 
 
+def complete_sizes(prepared: Path) -> list[int]:
+    """The sizes of a prepared folder whose shards are all there, pixels."""
+    names = [folder.name for folder in prepared.glob("*") if folder.name.isdecimal()]
+    return sorted(int(name) for name in names if (prepared / name / "counts.json").exists())
+
+
 class PreparedSet:
     """One size of a prepared folder, open for reading.
 
@@ -614,8 +620,7 @@ class PreparedSet:
                 f"{path}: has format {made_in}, and this version reads formats {FORMAT} and {FORMAT_WITH_ARCHIVES}; "
                 "run `ray-cxr prepare` again into another folder"
             )
-        sizes = [folder.name for folder in self.path.glob("*") if folder.name.isdecimal()]
-        whole = sorted(int(name) for name in sizes if (self.path / name / "counts.json").exists())
+        whole = complete_sizes(self.path)
         if not whole:
             raise ConfigError(f"{path}: no size is complete; run `ray-cxr prepare` again to continue it")
         if size is None:

@@ -56,12 +56,13 @@ class Bundle:
     """A verified bundle.
 
     Attributes:
-        path: its folder.
+        path: its folder, or that of its copies on this machine, see `remote.folder_here`.
         digest: SHA-256 over its contents, hex.
         architecture: the network.
         input_spec: how a radiograph becomes its input.
         info: `bundle.json` as read: calibration, operating_points, expected_flag_rates, provenance and the rest.
         files: names of what it holds.
+        place: where it was opened, for people.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Bundle:
     input_spec: InputSpec
     info: Mapping[str, Any] = field(repr=False)
     files: frozenset[str] = field(repr=False, default=frozenset())
+    place: str = ""
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -193,9 +195,18 @@ def load_bundle(path: str | Path) -> Bundle:
     Raises:
         BundleError: not a bundle, a newer format, a missing, added or changed file, findings that do not agree.
     """
-    given, path = path, remote.folder_here(remote.path(path))
+    place = remote.path(path)
+    here = remote.folder_here(place)
+    try:
+        return _load(here, str(place))
+    except BundleError as error:
+        # Whoever reads it is to mend the bundle and not the copies of it.
+        raise BundleError(str(error).replace(str(here), str(place))) from None
+
+
+def _load(path: Path, place: str) -> Bundle:
     if not path.is_dir():
-        raise BundleError(f"{given}: no such folder; name a bundle, as `ray-cxr train` leaves in RUN/bundle")
+        raise BundleError(f"{path}: no such folder; name a bundle, as `ray-cxr train` leaves in RUN/bundle")
     info = _read_info(path)
     if type(info.get("format")) is not int or info["format"] < 1:
         raise BundleError(f"{path}: bundle.json names no format; is it a bundle?")
@@ -228,7 +239,13 @@ def load_bundle(path: str | Path) -> Bundle:
     if spec.size != architecture.size:
         raise BundleError(f"{path}: the input spec is {spec.size} pixels, the network {architecture.size}")
     bundle = Bundle(
-        path=path, digest=digest, architecture=architecture, input_spec=spec, info=info, files=frozenset(files)
+        path=path,
+        digest=digest,
+        architecture=architecture,
+        input_spec=spec,
+        info=info,
+        files=frozenset(files),
+        place=place,
     )
     try:
         bundle.rules  # noqa: B018  -- read now, so that a bad entry is refused on loading and not in mid-run

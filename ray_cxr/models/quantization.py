@@ -23,12 +23,13 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from ray_cxr.config import QuantizeSettings
+from ray_cxr.data import remote
 from ray_cxr.data.prepared import PreparedSet, SplitData
 from ray_cxr.errors import BundleError, ConfigError, OutputError
 from ray_cxr.evaluation import metrics
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import exports, runtime
-from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle
+from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle, written
 from ray_cxr.versions import versions
 
 #: The least numbers of images to take ranges from, and to check on.
@@ -71,7 +72,7 @@ def quantize(
         "prepared_digest": data.manifest_digest,
         "settings": settings.model_dump(mode="json"),
     }
-    finished = _finished(Path(out), made)
+    finished = _finished(remote.path(out), made)
     if finished is not None:
         on_event(f"{out}: is done already, from the same bundle, images and settings")
         return finished
@@ -151,7 +152,7 @@ def _finished(out: Path, made: dict[str, Any]) -> Bundle | None:
         OutputError: `out` is something else.
         BundleError: it is a damaged bundle.
     """
-    if not out.exists():
+    if not written(out):
         return None
     if not (out / "bundle.json").exists():
         raise OutputError(f"{out}: exists already and is no bundle; name another --out")

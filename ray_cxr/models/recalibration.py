@@ -30,11 +30,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_cxr.config import RecalibrateSettings
-from ray_cxr.data import manifest
+from ray_cxr.data import manifest, remote
 from ray_cxr.errors import ConfigError, InputError, LeakError, OutputError, TableError
 from ray_cxr.evaluation import calibration, intervals, metrics
 from ray_cxr.evaluation.calibration import FittedRules
-from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle
+from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle, written
 from ray_cxr.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -111,13 +111,13 @@ def recalibrate(
         InputError: the scores are unfinished, nothing is in common, or no finding has enough positives.
         OutputError: `out` is something else, or cannot be written.
     """
-    out, settings = Path(out), settings or RecalibrateSettings()
+    out, scores, settings = remote.path(out), remote.path(scores), settings or RecalibrateSettings()
     old = load_bundle(bundle)
-    for inside in (old.path, Path(scores)):
+    for inside in (remote.path(bundle), scores):
         # A bundle with one more file in it, or scores with one more table, would be damaged.
-        if inside.resolve() in out.resolve().parents:
+        if remote.is_inside(out.resolve().parent, inside):
             raise OutputError(f"{out}: lies inside {inside}; name another --out")
-    table = _read_scores(Path(scores), old)
+    table = _read_scores(scores, old)
     labelled = manifest.read_manifest(labels)
     method = settings.calibration or _only(old, "calibration", "method") or "platt"
     rule = settings.operating_point or _only(old, "operating_points", "rule") or "youden"
@@ -189,7 +189,7 @@ def _finished(out: Path, made: dict[str, Any]) -> Bundle | None:
         OutputError: `out` is something else.
         BundleError: it is a damaged bundle.
     """
-    if not out.exists():
+    if not written(out):
         return None
     if not (out / "bundle.json").exists():
         raise OutputError(f"{out}: exists already and is no bundle; name another --out")
@@ -224,7 +224,9 @@ def _read_scores(path: Path, bundle: Bundle) -> _Scores:
     if not files:
         raise InputError(f"{path}: holds no scores/part-*.parquet; {remedy}")
     probabilities = [f"p_{name}" for name in bundle.findings]
-    parts = [_read_part(file, bundle, str(path)) for file in files]
+    parts = [
+        _read_part(name, file, bundle, str(path)) for name, file in zip(files, remote.contents(files), strict=True)
+    ]
     whole = pa.concat_tables(parts)
     ids = whole["image_id"].to_pylist()
     if not ids:
@@ -248,11 +250,11 @@ def _read_scores(path: Path, bundle: Bundle) -> _Scores:
     return _Scores(ids, whole["patient_id"].to_pylist(), ok, p)
 
 
-def _read_part(file: Path, bundle: Bundle, source: str) -> pa.Table:
+def _read_part(file: Path, content: pa.NativeFile, bundle: Bundle, source: str) -> pa.Table:
     texts = ["image_id", "patient_id", "status", "model_digest"]
     try:
         # Read as one file: the name of a folder must not become a column.
-        with pq.ParquetFile(file) as part:
+        with pq.ParquetFile(content) as part:
             names = part.schema_arrow.names
             p = [name for name in names if name.startswith("p_")]
             table = part.read(columns=[*texts, *p])
@@ -269,14 +271,14 @@ def _read_part(file: Path, bundle: Bundle, source: str) -> pa.Table:
     )
     if others:
         raise ConfigError(
-            f"{source}: {others:,} of {len(table):,} rows of {file.name} were not scored with {bundle.path} "
-            f"(digest {bundle.digest[:12]}); score them with it: ray-cxr score --model {bundle.path}"
+            f"{source}: {others:,} of {len(table):,} rows of {file.name} were not scored with {bundle.place} "
+            f"(digest {bundle.digest[:12]}); score them with it: ray-cxr score --model {bundle.place}"
         )
     wanted = [f"p_{name}" for name in bundle.findings]
     odd = sorted({*p} ^ {*wanted})
     if odd:
         verb = "has" if odd[0] in p else "lacks"
-        raise TableError(f"{file}: {verb} the column {odd[0]}, unlike the findings of {bundle.path}; score again")
+        raise TableError(f"{file}: {verb} the column {odd[0]}, unlike the findings of {bundle.place}; score again")
     schema = pa.schema([*((name, pa.string()) for name in texts), *((name, pa.float32()) for name in wanted)])
     try:
         return table.select(schema.names).cast(schema)
@@ -325,7 +327,7 @@ def _choose(
         raise InputError(f"{scores}: all {left_out['errors']:,} images to fit on are error rows; see their error_code")
     leave("unlabelled", frame[list(bundle.findings)].isna().all(axis=1))
     if frame.empty:
-        raise TableError(f"{labels}: has no label for any finding of {bundle.path}: {', '.join(bundle.findings)}")
+        raise TableError(f"{labels}: has no label for any finding of {bundle.place}: {', '.join(bundle.findings)}")
     notes = _guard(frame, bundle, labels)
     splits = frame["split"].value_counts()
     parts = [

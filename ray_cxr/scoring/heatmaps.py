@@ -214,8 +214,7 @@ def remove(out: Path) -> None:
     """Remove an earlier run's maps, and nothing that a run did not write."""
     folder = out / FOLDER
     for pattern in ("part-*.parquet", *(f"*.{name}.png" for name in LABELS)):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+        remote.remove(folder.glob(pattern))
     tidy(out)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -345,8 +345,7 @@ def _remove_run(out: Path) -> None:
     if (out / SETTINGS).exists():
         atomic.write_json(out / SETTINGS, {"kind": KIND, "removing": True})
     for pattern in ("part-*.parquet", ".part-*.part"):
-        for part in (out / SCORES).glob(pattern):
-            part.unlink(missing_ok=True)
+        remote.remove((out / SCORES).glob(pattern))
     drawing.remove(out)
     for name in ("run.json", "model.json", "split.parquet", INPUT, SETTINGS):
         (out / name).unlink(missing_ok=True)
@@ -711,7 +710,7 @@ def _watching(
 
     def loop() -> None:
         while not over.wait(_LOOK_S):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, RayCxrError):
                 look()
 
     thread = threading.Thread(target=loop, name="watching", daemon=True)

@@ -528,7 +528,7 @@ def _tell_start(start: dict[str, Any], began: float, *, again: bool, on_event: C
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, RayCxrError):  # what a bucket does not tell now it tells when it is asked again
         return None
     return value
 
@@ -536,7 +536,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def _read_metrics(out: Path) -> list[dict[str, Any]]:
     try:
         frame = pd.read_csv(io.BytesIO((out / METRICS).read_bytes()))
-    except FileNotFoundError:
+    except (FileNotFoundError, RayCxrError):
         return []
     rows = frame.to_dict("records")
     return [{str(key): None if pd.isna(value) else value for key, value in row.items()} for row in rows]

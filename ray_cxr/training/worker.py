@@ -5,6 +5,7 @@ RUN/ is on storage that all nodes share; in it rank 0 writes what people watch. 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
@@ -238,7 +239,8 @@ class _Watch:
         self._stepped = now
         if now - self._written >= LIVE_EVERY_S:
             self._written = now
-            atomic.write_json(self._out / LIVE, {"epoch": epoch + 1, "step": step, "loss": loss})
+            with contextlib.suppress(RayCxrError):  # a bucket that stumbles: nothing but the next look needs this file
+                atomic.write_json(self._out / LIVE, {"epoch": epoch + 1, "step": step, "loss": loss})
 
     def tell(self, point: dict[str, Any]) -> None:
         """An epoch's line to Ray's metrics."""

@@ -40,7 +40,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ray_cxr import cluster
 from ray_cxr.config import TuneSettings
-from ray_cxr.data import atomic
+from ray_cxr.data import atomic, remote
 from ray_cxr.errors import BundleError, ConfigError, OutputError, RayCxrError, own_error
 from ray_cxr.evaluation import comparison
 from ray_cxr.labels import NO_FINDING
@@ -136,7 +136,7 @@ def search(
         left = settings.trials - len(done)
         if left > 0:
             job = trials.Job(
-                prepared=str(plan.prepared.absolute()),
+                prepared=remote.address(plan.prepared),
                 out=str(out.absolute()),
                 use_gpu=use_gpu,
                 measure_threads=each if "images_per_second" in settings.objectives else None,

@@ -31,8 +31,8 @@ import pandas as pd
 import pyarrow as pa
 
 from ray_cxr.config import TrainSettings, TuneSettings, load
-from ray_cxr.data import atomic
-from ray_cxr.data.prepared import SETTINGS, PreparedSet, agree
+from ray_cxr.data import atomic, remote
+from ray_cxr.data.prepared import SETTINGS, PreparedSet, agree, complete_sizes
 from ray_cxr.errors import ConfigError, OutputError, RayCxrError, TableError
 from ray_cxr.evaluation import metrics
 from ray_cxr.labels import LABELS, NO_FINDING
@@ -81,7 +81,7 @@ class Plan:
         Raises:
             ConfigError, TableError, OutputError: see the messages.
         """
-        self.prepared, self.out, self.settings = Path(prepared), Path(out), settings
+        self.prepared, self.out, self.settings = remote.path(prepared), Path(out), settings
         sizes = prepared_sizes(self.prepared) if base.size is None else (base.size,)
         self.base, self.space = base, Space.read(settings.space, base, sizes)
         first = PreparedSet(self.prepared, sizes[0])
@@ -259,7 +259,7 @@ def prepared_sizes(prepared: Path) -> tuple[int, ...]:
     Raises:
         ConfigError: it is none, or has none.
     """
-    whole = tuple(sorted(int(file.parent.name) for file in prepared.glob("*/counts.json")))
+    whole = tuple(complete_sizes(prepared))
     return whole or (PreparedSet(prepared).size,)  # which refuses, and says why
 
 

@@ -233,7 +233,7 @@ GIVEN = {
     "manifest": {"": False, "--train-val-list": False, "--test-list": False, "--out": True},
     "prepare": {"": True, "--out": True, "--config": False},
     "train": {"": True, "--out": True, "--config": False},
-    "tune": {"": False, "--out": False, "--config": False},
+    "tune": {"": True, "--out": False, "--config": False},
     "score": {"--model": True, "--manifest": True, "--out": True, "--config": False},
     "report": {
         "": True,
@@ -245,8 +245,9 @@ GIVEN = {
         "--prevalence": False,
     },
     "export-sr": {"": False, "--out": False},
-    "recalibrate": {"": False, "--labels": False, "--out": False},
-    "import-weights": {"": False, "--out": False},
+    "quantize": {"": True, "--out": True, "--config": False},
+    "recalibrate": {"": True, "--labels": True, "--out": True},
+    "import-weights": {"": False, "--out": True},
     "demo": {"--out": False},
 }
 NEEDED = {
@@ -257,6 +258,7 @@ NEEDED = {
     "score": ["--model", "b", "--manifest", "m", "--out", "o"],
     "report": ["s", "--out", "o"],
     "export-sr": ["s", "--out", "o"],
+    "quantize": ["b", "p", "--out", "o"],
     "recalibrate": ["b", "s", "--labels", "l", "--out", "o"],
     "import-weights": ["w", "--backbone", "TinyCNN", "--out", "o"],
     "demo": ["--out", "o"],
