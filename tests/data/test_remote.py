@@ -12,9 +12,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import make_tiny_bundle
 
 from ray_cxr.data import atomic, remote, storage
-from ray_cxr.errors import InputError, RayCxrError
+from ray_cxr.errors import BundleError, InputError, OutputError, RayCxrError
+from ray_cxr.models.bundle import load_bundle, written
 
 
 @pytest.fixture(autouse=True)
@@ -284,3 +286,53 @@ def test_no_command_makes_a_folder_of_an_address(
         assert (code, err.count("\n")) == (2, 1), err
         assert storage.shown(text) in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_in_a_bucket_is_whole_or_none(bucket, tiny_bundle, command, cache: Path) -> None:
+    place = remote.path(bucket("made/bundle"))
+    for name in ("MODEL_CARD.md", "bundle.json", "curves.json"):  # an upload that was cut off
+        bucket.put(f"made/bundle/{name}", (tiny_bundle.path / name).read_bytes())
+    assert not written(place)
+    with pytest.raises(BundleError, match="has no SHA256SUMS"):
+        load_bundle(place)
+    made = make_tiny_bundle(place)
+    assert written(place)
+    assert (made.digest, made.place) == (tiny_bundle.digest, str(place))
+    assert made.path.is_relative_to(cache)
+    for path in tiny_bundle.path.iterdir():
+        assert bucket.get(f"made/bundle/{path.name}") == path.read_bytes()
+    with pytest.raises(OutputError, match="exists already"):
+        make_tiny_bundle(place)
+    assert load_bundle(str(place)).digest == tiny_bundle.digest
+
+    # A byte changed in the bucket is noticed, and it is the bucket's that the message names.
+    bucket.put("made/bundle/curves.json", tiny_bundle.path.joinpath("curves.json").read_bytes()[:-1] + b" ")
+    with pytest.raises(BundleError) as caught:
+        load_bundle(place)
+    assert str(caught.value).startswith(f"{place}: curves.json is not as it was written")
+    bucket.put("made/other/notes.txt", b"mine")
+    with pytest.raises(OutputError, match=r"holds notes\.txt, which is not of this"):
+        make_tiny_bundle(remote.path(bucket("made/other")))
+    assert bucket.keys("made/other/") == ["made/other/notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"--out": "nonesuch/out"}, "there is no bucket nonesuch; make it, or name another"),
+        ({"--model": "chests/none"}, "no such folder; name a bundle"),
+        ({"--manifest": "chests/none.parquet"}, "no such file; make it with `ray-cxr manifest`"),
+        ({"--out": "chests/taken"}, "is a file; name another --out"),
+    ],
+)
+def test_score_says_in_a_line_what_a_bucket_lacks(
+    bucket, tiny_bundle, manifest: Path, command, changed: dict[str, str], words: str
+) -> None:
+    bucket.put("taken", b"x")
+    given = {"--model": tiny_bundle.path, "--manifest": manifest, "--out": bucket("unused")}
+    given |= {name: f"s3://{place}{bucket.options}" for name, place in changed.items()}
+    code, _, err = command("score", *[word for pair in given.items() for word in pair])
+    assert (code, err.count("\n")) == (2, 1), err
+    assert words in err
+    assert next(iter(changed.values())) in err
+    assert bucket.keys("unused") == []
