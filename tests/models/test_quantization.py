@@ -149,6 +149,21 @@ def test_done_again_it_does_nothing(bundle, made, images: Path) -> None:
     assert said == [f"{new.path}: is done already, from the same bundle, images and settings"]
 
 
+def test_all_of_it_may_lie_in_a_bucket(
+    bucket, bundle, made, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_CXR_CACHE", str(tmp_path / "cache"))
+    bucket.upload(bundle.path, "int8/old")
+    bucket.upload(images, "int8/set")
+    given = (bucket("int8/old"), bucket("int8/set"), bucket("int8/new"), QuantizeSettings())
+    quantization.quantize(*given)
+    assert {key.removeprefix("int8/new/") for key in bucket.keys("int8/new/")} == made[0].files | {"SHA256SUMS"}
+    assert bucket.get("int8/new/openvino-int8.bin") == (made[0].path / "openvino-int8.bin").read_bytes()
+    said: list[str] = []
+    quantization.quantize(*given, on_event=said.append)
+    assert said == [f"{given[2]}: is done already, from the same bundle, images and settings"]
+
+
 def test_int8_can_be_made_anew_of_a_bundle_that_has_it(made, images: Path, tmp_path: Path) -> None:
     new, _ = made
     more = quantization.quantize(new.path, images, tmp_path / "b", QuantizeSettings(images=32), on_event=str)

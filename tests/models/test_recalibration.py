@@ -175,6 +175,27 @@ def test_calibration_comes_from_the_sites_labels(site: Site, command: Command) -
     assert row["brier"] < row["brier_before"]
 
 
+def test_all_of_it_may_lie_in_a_bucket(
+    bucket, site: Site, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_CXR_CACHE", str(tmp_path / "cache"))
+    expected = done(command(*site.write().arguments()), site)
+    bucket.upload(site.bundle.path, "site/bundle")
+    bucket.upload(site.scores, "site/scores")
+    bucket.put("site/m.parquet", site.table.read_bytes())
+    there = ["recalibrate", bucket("site/bundle"), bucket("site/scores"), "--labels", bucket("site/m.parquet"), "--out"]
+    code, said, err = command(*there, bucket("site/new"))
+    assert (code, err) == (0, "")
+    assert said.splitlines()[-1] == f"bundle: {bucket('site/new')}"
+    info = json.loads(bucket.get("site/new/bundle.json"))
+    for name in ("calibration", "operating_points", "expected_flag_rates"):
+        assert info[name] == expected.info[name]
+    assert command(*there, bucket("site/new"))[0] == 0
+    code, _, err = command(*there, bucket("site/scores/new"))
+    assert (code, f"lies inside {bucket('site/scores')}" in err) == (2, True)
+    assert not [key for key in bucket.keys("site/scores") if "new" in key]
+
+
 def test_the_network_is_the_same_and_its_reading_is_not(site: Site, command: Command) -> None:
     old = site.bundle
     new = done(command(*site.write().arguments()), site)
