@@ -17,6 +17,7 @@ from conftest import make_tiny_bundle
 from ray_cxr.data import atomic, remote, storage
 from ray_cxr.errors import BundleError, InputError, OutputError, RayCxrError
 from ray_cxr.models.bundle import load_bundle, written
+from ray_cxr.scoring import pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +118,20 @@ def test_a_changed_object_is_never_taken_for_the_old_one(bucket, cache: Path) ->
         folders.append(remote.folder_here(remote.path(bucket("changing"))))
         assert (folders[-1] / "x.bin").read_bytes() == data
     assert remote.folder_here(remote.path(bucket("changing"))) == folders[1]
+
+
+def test_what_is_there_is_found_by_listing(bucket, caplog: pytest.LogCaptureFixture) -> None:
+    """Two requests for 1,030 files, of which a page holds a thousand; and a file's contents are two more."""
+    folder = remote.path(bucket("many"))
+    for number in range(1030):
+        bucket.put(f"many/part-{number:05d}.parquet", b"x")
+    with caplog.at_level("INFO", "werkzeug"):
+        caplog.clear()
+        assert pipeline._written(folder) == set(range(1030))
+        assert len(caplog.records) == 2
+        caplog.clear()
+        assert remote.content(folder / "part-00000.parquet").read() == b"x"
+        assert len(caplog.records) == 2
 
 
 def test_one_copy_serves_all_who_ask(bucket, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,7 @@ def test_scores_in_a_bucket_are_reported_as_those_on_a_disk(
     ray_here, bucket, cache: Path, tiny_bundle, manifest: Path, tmp_path: Path, command, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    given = ["--manifest", manifest, "--heatmaps", "1"]
+    given = ["--manifest", manifest, "--heatmaps", "1", "--limit", "24"]
     code, _, err = command(*arguments(tiny_bundle.path, bucket("told/scores"), *given))
     assert code == 0, err
     for key in bucket.keys("told/scores/"):
@@ -187,7 +187,7 @@ def test_a_set_is_prepared_trained_on_and_continued_in_a_bucket(
     bucket.client.delete_object(Bucket="chests", Key=f"train/set/{min(shards)}")
     code, _, err = command("train", bucket("train/set"), "--out", bucket("train/run"))
     assert (code, f"{Path(min(shards)).name}" in err, "is missing; run" in err) == (2, True, True), err
-    assert command(*prepare) == (0, said, "") or command(*prepare)[0] == 0
+    assert command(*prepare)[0] == 0
     assert bucket.get(f"train/set/{min(shards)}") == (prepared / min(shards)).read_bytes()
 
     train = ["train", bucket("train/set"), "--out", bucket("train/run")]
