@@ -1,7 +1,7 @@
 """cluster.yaml: Ray and EC2 know all of it, and it keeps what it promises.
 
-Ray's launcher brings its own schema and its own start-up code, which runs here in a simulated AWS (moto); what EC2 takes comes
-with botocore. None of it needs a network or an account.
+Ray's launcher brings its own schema and its own start-up code, which runs here in a simulated AWS (moto); what EC2
+takes comes with botocore. None of it needs a network or an account.
 """
 
 from __future__ import annotations

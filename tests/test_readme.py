@@ -155,7 +155,10 @@ def names_of_processes() -> list[str]:
 
 
 def test_ray_job_submit(checkout: Path) -> None:
-    """Really a head with its job server, and two nodes. `ray stop` ends every Ray of this machine, so there must be none before."""
+    """Really a head with its job server, and two nodes.
+
+    `ray stop` ends every Ray of this machine, so there must be none before.
+    """
     if any(text.startswith("gcs_server") for text in names_of_processes()):
         pytest.skip("a Ray runs on this machine already, and the README's `ray stop` would end it")
     try:

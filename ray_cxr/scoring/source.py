@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 from ray_cxr.data import archives, atomic
 from ray_cxr.data import manifest as manifests
 
-#: Row groups of the frozen input: of so many rows at least, and about so many at most. A worker reads the groups of its own
-#: rows and, each time, the file's footer, which grows with their number.
+#: Row groups of the frozen input: of so many rows at least, and about so many at most. A worker reads the groups of its
+#: own rows and, each time, the file's footer, which grows with their number.
 _GROUP_ROWS, _MAX_GROUPS = 8192, 1000
 
 
