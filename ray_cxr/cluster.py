@@ -128,7 +128,7 @@ def require_shared(out: str | Path, **inputs: str | Path | None) -> None:
     """Refuse folders that are not the same for all nodes; on a single node nothing is asked.
 
     Args:
-        out: a folder that exists; a file is written into it and removed again.
+        out: a folder that exists, in which a file is written and removed again; or a place in a bucket.
         inputs: other paths that workers open, by what a user calls them; what is not here either is left out.
 
     Raises:
@@ -142,21 +142,26 @@ def require_shared(out: str | Path, **inputs: str | Path | None) -> None:
 
         return [name for name, path in paths.items() if not os.path.exists(path)]
 
-    out = Path(out).absolute()
-    probe = out / f".seen-{secrets.token_hex(8)}"
-    paths = {name: Path(path).absolute() for name, path in inputs.items() if path and Path(path).exists()}
+    local = {name: Path(path).absolute() for name, path in inputs.items() if path and "://" not in str(path)}
+    wanted = {name: path for name, path in local.items() if path.exists()}
+    probe = None
     try:
-        probe.touch()
-        wanted = {"--out": probe, **paths}
+        if "://" not in str(out):
+            local["--out"] = Path(out).absolute()
+            probe = wanted["--out"] = local["--out"] / f".seen-{secrets.token_hex(8)}"
+            probe.touch()
+        if not wanted:
+            return
         for node, lacking in ask(unseen, working(), {name: str(path) for name, path in wanted.items()}):
             for name in lacking:
                 raise OutputError(
-                    f"{name} {out if name == '--out' else paths[name]}: the node {node['NodeManagerAddress']} does not "
-                    "see it, and every node works on the same files: name a path on storage that all of them mount "
-                    "at the same place, or an s3:// address"
+                    f"{name} {local[name]}: the node {node['NodeManagerAddress']} does not see it, and every node "
+                    "works on the same files: name a path on storage that all of them mount at the same place, or an "
+                    "s3:// address"
                 )
     finally:
-        probe.unlink(missing_ok=True)
+        if probe is not None:
+            probe.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -57,6 +57,16 @@ _ENGINES: dict[bytes, Callable[[], Any]] = {
 }
 
 
+def first_place(paths: pa.ChunkedArray) -> str | None:
+    """Where the first picture of a table, or its archive, should be; None where the table names none."""
+    named = paths.drop_null()
+    if not len(named):
+        return None
+    path: str = named[0].as_py()
+    inside = split_member(path)
+    return inside[0] if inside else path
+
+
 def read(
     archive: str, wanted: Container[str], *, max_bytes: int = MAX_BYTES
 ) -> Iterator[tuple[str, bytes | ImageError]]:

@@ -38,7 +38,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ray_cxr import labels, telemetry
+from ray_cxr import cluster, labels, telemetry
 from ray_cxr.config import InputSpec, PrepareSettings
 from ray_cxr.data import archives, atomic, imaging, remote
 from ray_cxr.data import manifest as manifests
@@ -91,6 +91,7 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
     units = archives.units(table["path"], settings.rows_per_shard)
     n_rows = len(table)
     begin(out, wanted)
+    cluster.require_shared(out, **{"a picture at": archives.first_place(table["path"])})
     if not (out / "manifest.parquet").exists():
         freeze(table, out / "manifest.parquet", units)
     del table
@@ -105,7 +106,7 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
             _prepare, fn_kwargs={"out": remote.address(out), "settings": settings}, num_cpus=1
         )
         failed = 0
-        with Work("prepare", n_rows, done=done) as progress:
+        with Work("prepare", n_rows, done=done) as progress, cluster.watched("prepare"):
             for row in work.iter_rows():
                 failed += row["failed"]
                 progress.advance(row["rows"], f"{failed:,} failed")

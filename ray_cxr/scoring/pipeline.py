@@ -226,7 +226,7 @@ def score(
         # Once more, now that it is written: another command may have begun here while Ray started.
         agree(out, wanted, remedy="use --fresh to start over, or name another --out")
         settings_file = (out / SETTINGS).read_bytes()
-        cluster.require_shared(out, **{"--model": bundle_path, "a picture at": _first_place(rows)})
+        cluster.require_shared(out, **{"--model": bundle_path, "a picture at": archives.first_place(rows.paths)})
         (out / "_SUCCESS").unlink(missing_ok=True)
         (out / SCORES).mkdir(exist_ok=True)
         if not (out / INPUT).exists():
@@ -360,14 +360,6 @@ def _source(manifest: str | None, images: str | None, place: str | None, out: Pa
         # Files may have come or gone since; the run goes on over the pictures it began with.
         return source.of_manifest(out / INPUT)
     return source.of_folder(images)
-
-
-def _first_place(rows: source.Source) -> str | None:
-    """Where the first picture, or its archive, should be."""
-    path = rows.paths[0].as_py()
-    inside = archives.split_member(path) if path else None
-    place: str | None = inside[0] if inside else path
-    return place
 
 
 def _begun(out: Path) -> dict[str, Any]:

@@ -115,7 +115,10 @@ def train(
         )
     if settings.frozen_epochs and settings.weights == "none":
         on_event("train: WARNING: frozen_epochs keeps a backbone frozen whose weights are random")
-    fit(plan, out, use_gpu=use_gpu, callbacks=callbacks, began=began, on_event=on_event)
+    out.mkdir(parents=True, exist_ok=True)
+    cluster.require_shared(out, PREPARED=prepared, weights=plan.settings.weights)
+    with cluster.watched("train", on_event):
+        fit(plan, out, use_gpu=use_gpu, callbacks=callbacks, began=began, on_event=on_event)
     return export(plan, out, out / "bundle")
 
 

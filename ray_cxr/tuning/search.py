@@ -127,6 +127,7 @@ def search(
     at_a_time = settings.concurrent or fits
     with _alone(out):
         studies.write_begun(out, plan.base, settings)
+        cluster.require_shared(out, PREPARED=plan.prepared)
         study = plan.open()
         (out / studies.SUMMARY).unlink(missing_ok=True)
         interrupted, gave_up = False, None
