@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import queue
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +39,8 @@ from ray_cxr.evaluation import quality
 from ray_cxr.models import predictions
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.models.runtime import Outputs, Runtime, open_runtime
+
+logger = logging.getLogger(__name__)
 
 INPUT = "input.parquet"
 #: Columns that a worker reads of the input.
@@ -415,8 +419,8 @@ class ScoreActor:
         try:
             self._reading = Reading(job, cpus)
             self._scoring = Scoring(job, cpus)
-        except (RayCxrError, OSError) as error:
-            self._failed = error  # told by the first call
+        except Exception as error:
+            self._failed = told(error)  # by the first call
         self._times = {"born": born, "ready": time.time()}
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
@@ -425,8 +429,8 @@ class ScoreActor:
         try:
             works = take_up(self._job, task, self._scoring.findings)
             written = list(self._scoring.score(works, self._reading.pictures(works)))
-        except (RayCxrError, OSError) as error:
-            return failure(error)
+        except Exception as error:
+            return failure(told(error))
         return summary(written, self._times, self._scoring.first_at)
 
 
@@ -442,6 +446,21 @@ def summary(written: list[tuple[int, int, int]], times: dict[str, float], first_
         "failed": "",
         "message": "",
     }
+
+
+def told(error: Exception) -> RayCxrError | OSError:
+    """An error as it may be told: ours in its own words; of any other where it arose, since its words may hold ids.
+
+    None is raised: Ray Data would leave the task out, as it does those that are lost with a worker.
+    """
+    if isinstance(error, RayCxrError | OSError):
+        return error
+    trace = traceback.extract_tb(error.__traceback__)
+    logger.error("%s\n%s", type(error).__name__, "".join(trace.format()))
+    where = f"{Path(trace[-1].filename).name}, line {trace[-1].lineno}" if trace else "an unknown place"
+    return RayCxrError(
+        f"scoring failed with {type(error).__name__} in {where}; the worker's file in Ray's logs says how"
+    )
 
 
 def failure(error: RayCxrError | OSError) -> dict[str, Any]:
@@ -475,8 +494,9 @@ def decode_task(task: dict[str, Any], job: Job) -> Iterator[dict[str, Any]]:
     """A Ray task of one CPU: the pictures of a unit's ranges, a row per range, uint8 and nothing wider."""
     try:
         yield from _decode(task, job)
-    except (RayCxrError, OSError) as error:
-        yield {**_EMPTY, "failed": type(error).__name__, "message": str(error)}
+    except Exception as error:
+        known = told(error)
+        yield {**_EMPTY, "failed": type(known).__name__, "message": str(known)}
     finally:
         telemetry.flush()
 
@@ -540,8 +560,8 @@ class NetworkActor:
         self._failed: RayCxrError | OSError | None = None
         try:
             self._scoring = Scoring(job, cpus)
-        except (RayCxrError, OSError) as error:
-            self._failed = error
+        except Exception as error:
+            self._failed = told(error)
         self._times = {"born": born, "ready": time.time()}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -551,8 +571,8 @@ class NetworkActor:
             return failure(self._failed)
         try:
             return summary(self._written(row), self._times, self._scoring.first_at)
-        except (RayCxrError, OSError) as error:
-            return failure(error)
+        except Exception as error:
+            return failure(told(error))
 
     def _written(self, row: dict[str, Any]) -> list[tuple[int, int, int]]:
         # Exactly the rows whose pictures came, whatever has become of the file since.

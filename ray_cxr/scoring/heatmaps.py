@@ -36,7 +36,7 @@ from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError, RayCxrErro
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import predictions, runtime
 from ray_cxr.models.bundle import Bundle
-from ray_cxr.scoring.engine import Job, Place, Reading, Work, part_name, part_path
+from ray_cxr.scoring.engine import Job, Place, Reading, Work, part_name, part_path, told
 
 #: Images per forward pass, without and with a GPU.
 BATCH_SIZE = {False: 16, True: 64}
@@ -458,8 +458,8 @@ class HeatMapActor:
         try:
             self._drawing = Drawing(job, asked, cpus)
             self._reading = Reading(job, cpus, self._drawing.more, "heatmaps")
-        except (RayCxrError, OSError) as error:
-            self._failed = error  # told by the first call
+        except Exception as error:
+            self._failed = told(error)  # by the first call
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         if self._failed is not None:
@@ -471,8 +471,8 @@ class HeatMapActor:
                 indices = remaining(self._job.folder, indices, self._job.run, self._asked, retry=False)
             works = self._drawing.take_up(sorted(indices))
             return _answer(sum(self._drawing.draw(works, self._reading.pictures(works))), done=sorted(indices))
-        except (RayCxrError, OSError) as error:
-            return _answer(0, error)
+        except Exception as error:
+            return _answer(0, told(error))
 
 
 def _answer(images: int, failed: RayCxrError | OSError | None = None, *, done: Sequence[int] = ()) -> dict[str, Any]:
