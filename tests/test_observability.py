@@ -245,7 +245,7 @@ def test_prepare_tells_every_row(
     prepared.freeze(table, out / "manifest.parquet", [unit])
     for size in settings.sizes:
         (out / str(size)).mkdir()
-    task = prepared._task(unit, out, settings.sizes)
+    task = prepared._task(unit, [set[str]() for _ in settings.sizes])
     assert task is not None
     prepared._prepare(task, str(out), settings)
     prepared._decoder.cache_clear()
