@@ -209,6 +209,9 @@ def arrays_of(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
         raise BundleError(f"{path}: is damaged ({reason(error)}); copy the bundle again") from None
 
 
+_FIRST_LOOK = threading.Lock()
+
+
 class OpenVinoRuntime:
     """A graph of OpenVINO on CPU threads, several batches in flight.
 
@@ -247,8 +250,15 @@ class OpenVinoRuntime:
         self._shape = (batch_size, size, size, 1)
         # One more request than streams, so that a stream never waits for its next batch.
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        for _ in range(threads + 1):
-            self._idle.put(compiled.create_infer_request())
+        requests = [compiled.create_infer_request() for _ in range(threads + 1)]
+        # The first look at an element type, or at a tensor's data, makes a table in OpenVINO's C++. Two threads that
+        # take it together can wait for ever, one for Python's lock while it holds the table's, one the other way round.
+        with _FIRST_LOOK:
+            compiled.input(0).get_element_type().to_dtype()
+            for name in OUTPUTS:
+                requests[0].get_tensor(name).data  # noqa: B018
+        for request in requests:
+            self._idle.put(request)
         # A thread waits for each. OpenVINO's own queue calls nobody back for a batch that fails, and is never freed.
         self._waiting = ThreadPoolExecutor(threads + 1, thread_name_prefix="openvino")
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import gc
+import subprocess
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -345,3 +347,16 @@ def test_openvino_comes_in_by_one_door() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             found |= {(path.name, name) for name in names if name.split(".")[0] in ("openvino", "nncf")}
     assert found == {("runtime.py", "openvino"), ("quantization.py", "nncf")}
+
+
+@pytest.mark.soak
+def test_first_batches_of_two_threads_do_not_wait_for_each_other(tiny_bundle) -> None:
+    """In a process of its own each time, several beside each other: one in sixteen hung so."""
+    code = (
+        "import numpy as np, ray_cxr\n"
+        f"bundle = ray_cxr.load_bundle({str(tiny_bundle.path)!r})\n"
+        "assert bundle.predict(np.zeros((20, 64, 64), 'uint8'))['status'].size == 20\n"
+    )
+    for _ in range(25):
+        several = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
+        assert [one.wait(120) for one in several] == [0] * 4
