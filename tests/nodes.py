@@ -87,10 +87,10 @@ class Nodes:
         }
 
     def start_head(self) -> None:
-        """A head that only coordinates: no CPU of it is for work."""
+        """A head, with a CPU that no work may go to."""
         self._start(
             "head",
-            "--head", f"--port={self.port}", "--num-cpus=0", "--dashboard-host=127.0.0.1",
+            "--head", f"--port={self.port}", "--num-cpus=1", "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={free_port()}", f"--temp-dir={self.temp}",
         )  # fmt: skip
         until(lambda: self._listens(self.dashboard), 120, lambda: self.log("head"))
