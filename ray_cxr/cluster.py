@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_cxr.errors import OutputError, RayCxrError
+from ray_cxr.errors import ConfigError, OutputError, RayCxrError
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ _where: dict[str, str] | None = None
 
 def wait_for_work(on_head: bool | None, say: Callable[[str], None] = logger.warning) -> None:
     """Wait until a node with a CPU is there, and ask for one: a cluster that grows by demand may have none yet.
+
+    Ray keeps one such request for a cluster: whoever made another by hand has to make it again afterwards.
 
     Raises:
         RayCxrError: none came in time.
@@ -67,11 +69,16 @@ def place_work(on_head: bool | None) -> None:
 
     Args:
         on_head: whether the head works; None: where no other node has a CPU.
+
+    Raises:
+        ConfigError: the head must not, and there is no other node.
     """
     alive = _alive()
     heads = [node for node in alive if HEAD in node["Resources"]]
     others = [node for node in alive if HEAD not in node["Resources"] and node["Resources"].get("CPU", 0) >= 1]
     off = bool(heads and others) if on_head is None else not on_head
+    if off and not others:
+        raise ConfigError("ray.on_head=false: no other node has a CPU; leave it out, or let a node join")
     place_as({NODE_ID: f"!{heads[0]['NodeID']}"} if off and heads else None)
 
     from ray.data import DataContext
@@ -94,6 +101,12 @@ def working() -> list[Node]:
     """The nodes of `ray.nodes()` that are alive and may work."""
     not_this = (selector() or {}).get(NODE_ID, "").removeprefix("!")
     return [node for node in _alive() if node["NodeID"] != not_this]
+
+
+def head_hint(resource: str) -> str:
+    """What to add to a line that says that this is lacking, where the head has it and may not work."""
+    heads = [node for node in _alive() if HEAD in node["Resources"] and node["Resources"].get(resource, 0)]
+    return f"; the head's {resource}s are used with --set ray.on_head=true alone" if selector() and heads else ""
 
 
 def _alive() -> list[Node]:
@@ -128,11 +141,11 @@ def require_shared(out: str | Path, **inputs: str | Path | None) -> None:
     """Refuse folders that are not the same for all nodes; on a single node nothing is asked.
 
     Args:
-        out: a folder that exists, in which a file is written and removed again; or a place in a bucket.
+        out: a folder, made where it is not there, in which a file is written and removed again; or a place in a bucket.
         inputs: other paths that workers open, by what a user calls them; what is not here either is left out.
 
     Raises:
-        OutputError: a node that may work does not see one of them.
+        OutputError: a node that may work does not see one of them, or `out` cannot be written.
     """
     if len(_alive()) < 2:
         return
@@ -149,7 +162,11 @@ def require_shared(out: str | Path, **inputs: str | Path | None) -> None:
         if "://" not in str(out):
             local["--out"] = Path(out).absolute()
             probe = wanted["--out"] = local["--out"] / f".seen-{secrets.token_hex(8)}"
-            probe.touch()
+            try:
+                local["--out"].mkdir(parents=True, exist_ok=True)
+                probe.touch()
+            except OSError as error:
+                raise OutputError(f"{out}: cannot be written: {error.strerror}; name another --out") from None
         if not wanted:
             return
         for node, lacking in ask(unseen, working(), {name: str(path) for name, path in wanted.items()}):
@@ -161,7 +178,8 @@ def require_shared(out: str | Path, **inputs: str | Path | None) -> None:
                 )
     finally:
         if probe is not None:
-            probe.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                probe.unlink()
 
 
 @contextlib.contextmanager
@@ -177,7 +195,10 @@ def watched(what: str, say: Callable[[str], None] = logger.warning) -> Iterator[
     def loop() -> None:
         known = {node["NodeID"] for node in working()}
         while not over.wait(_LOOK_S):
-            nodes = working()
+            try:
+                nodes = working()
+            except Exception:  # Ray itself is gone, and whoever works with it says so
+                continue
             now, cpus = {node["NodeID"] for node in nodes}, sum(node["Resources"].get("CPU", 0) for node in nodes)
             for gone in known - now:
                 rest = f"{len(now)} left, with {cpus:g} CPUs" if now else "none is left: waiting for one to join"

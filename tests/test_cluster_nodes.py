@@ -13,7 +13,7 @@ import ray.autoscaler.sdk
 from ray.data import DataContext
 
 from ray_cxr import cluster
-from ray_cxr.errors import OutputError, RayCxrError
+from ray_cxr.errors import ConfigError, OutputError, RayCxrError
 
 
 def node(name: str, cpus: float, *, head: bool = False, alive: bool = True) -> dict[str, Any]:
@@ -166,3 +166,29 @@ def test_a_cluster_that_stays_without_one_is_one_line(
     with pytest.raises(RayCxrError, match="no node that may work for 0 s; see `ray status`"):
         cluster.wait_for_work(False, lambda line: None)
     cluster.wait_for_work(None)  # the head may, where nothing else is said
+
+
+def test_a_head_that_must_not_work_alone_is_refused(nodes: list[dict[str, Any]]) -> None:
+    """Ray would look for another node for ever."""
+    nodes.append(node("h", 4, head=True))
+    with pytest.raises(ConfigError, match=r"ray\.on_head=false: no other node has a CPU"):
+        cluster.place_work(False)
+
+
+def test_gpus_of_a_head_that_does_not_work_are_named(nodes: list[dict[str, Any]]) -> None:
+    nodes += [node("h", 8, head=True), node("a", 1)]
+    nodes[0]["Resources"]["GPU"] = 1.0
+    cluster.place_work(None)
+    assert cluster.head_hint("GPU") == "; the head's GPUs are used with --set ray.on_head=true alone"
+    cluster.place_work(True)
+    assert cluster.head_hint("GPU") == ""
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(
+    nodes: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes += [node("h", 0, head=True), node("a", 2)]
+    asks(lambda name, path: True, monkeypatch)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"file: cannot be written: .*; name another --out"):
+        cluster.require_shared(tmp_path / "file")

@@ -90,8 +90,8 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
     table, wanted = check(manifest, out, settings)
     units = archives.units(table["path"], settings.rows_per_shard)
     n_rows = len(table)
-    begin(out, wanted)
     cluster.require_shared(out, **{"a picture at": archives.first_place(table["path"])})
+    begin(out, wanted)
     if not (out / "manifest.parquet").exists():
         freeze(table, out / "manifest.parquet", units)
     del table

@@ -453,6 +453,8 @@ def told(error: Exception) -> RayCxrError | OSError:
 
     None is raised: Ray Data would leave the task out, as it does those that are lost with a worker.
     """
+    if isinstance(error, ImageError):
+        return RayCxrError(error.message)  # the driver makes an error anew from its text alone
     if isinstance(error, RayCxrError | OSError):
         return error
     trace = traceback.extract_tb(error.__traceback__)

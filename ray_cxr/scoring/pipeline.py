@@ -219,6 +219,9 @@ def score(
         marks["ray"] = time.time()
         plan = _plan(settings, len(todo), use_gpu=use_gpu) if todo else None
         plan_to_draw = _plan_to_draw(settings, len(units), use_gpu=use_gpu) if asked and (todo or to_draw) else None
+        if todo or to_draw:
+            pictures = archives.first_place(rows.paths)
+            cluster.require_shared(out, **{"--model": bundle_path, "a picture at": pictures})
         # Only now may an earlier run go.
         if fresh:
             _remove_run(out)
@@ -226,7 +229,6 @@ def score(
         # Once more, now that it is written: another command may have begun here while Ray started.
         agree(out, wanted, remedy="use --fresh to start over, or name another --out")
         settings_file = (out / SETTINGS).read_bytes()
-        cluster.require_shared(out, **{"--model": bundle_path, "a picture at": archives.first_place(rows.paths)})
         (out / "_SUCCESS").unlink(missing_ok=True)
         (out / SCORES).mkdir(exist_ok=True)
         if not (out / INPUT).exists():
@@ -250,13 +252,13 @@ def score(
             key=key,
             settings_file=settings_file,
         )
-        if plan is not None:
-            with cluster.watched("score"):
+        with cluster.watched("score") if todo or to_draw else contextlib.nullcontext():
+            if plan is not None:
                 _run(job, todo, ranges, there, report, plan, marks)
-        report.counts = _count(out, ranges, ids, bundle.digest, job.run)
-        report.seconds = time.monotonic() - started
-        if asked is not None:
-            report.heatmaps = _draw(job, asked, units, plan_to_draw, retry=retry_errors)
+            report.counts = _count(out, ranges, ids, bundle.digest, job.run)
+            report.seconds = time.monotonic() - started
+            if asked is not None:
+                report.heatmaps = _draw(job, asked, units, plan_to_draw, retry=retry_errors)
     _finish(out, bundle, _record(out, report, wanted, settings, bundle_path, manifest or images, plan, use_gpu, asked))
     _judge(report, settings)
     return report
@@ -448,7 +450,8 @@ def _plan(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
         if settings.decode == "inside":
             raise ConfigError("decode=inside: with --gpu pictures are decoded apart; leave one of the two out")
         if not gpus:
-            raise ConfigError("--gpu: Ray has no GPU; leave --gpu out, or connect to a cluster that has one")
+            hint = cluster.head_hint("GPU")
+            raise ConfigError(f"--gpu: Ray has no GPU; leave --gpu out, or connect to a cluster that has one{hint}")
         if not sum(nodes) >= 1:
             raise ConfigError("--gpu: Ray has no CPU that could decode the pictures")
         # Without a CPU of their own: whatever the actors hold, decoding always finds one, and nothing waits for ever.
@@ -467,7 +470,8 @@ def _plan_to_draw(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> Ac
         return ActorPlan(*actor_plan([node.get("CPU", 0.0) for node in nodes], settings.cpus_per_actor, n_tasks), False)
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     if not gpus:
-        raise ConfigError("--gpu: Ray has no GPU; leave --gpu out, or connect to a cluster that has one")
+        hint = cluster.head_hint("GPU")
+        raise ConfigError(f"--gpu: Ray has no GPU; leave --gpu out, or connect to a cluster that has one{hint}")
     each = min(int(node.get("CPU", 0) // node["GPU"]) for node in nodes if node.get("GPU", 0) >= 1)
     return ActorPlan(min(gpus, n_tasks), min(MAX_CPUS_PER_ACTOR, each), False)
 
@@ -508,6 +512,9 @@ def _run(
                 report.start_up = _start_up(row, planned, marks)
                 took = ", ".join(f"{name} {seconds:.0f}" for name, seconds in report.start_up.items() if name != "all")
                 logger.info("first image scored after %.0f s (%s)", report.start_up["all"], took)
+    # A worker that was lost can have written files and told nobody.
+    new = _written(out / SCORES) - there
+    report.scored_now = max(report.scored_now, sum(one.rows for one in ranges if one.index in new))
 
 
 def _draw(
@@ -574,7 +581,7 @@ def _by_actors(work: Any, actor: type, given: dict[str, Any], plan: ActorPlan, a
         )
     # What was lost is left out here, and `_in_rounds` sees to it; an actor that dies and dies again ends this first.
     done.context.max_errored_blocks = MAX_LOST * plan.actors
-    # Actors that are as busy as they can be are reason enough for more where a node has joined; none is taken away.
+    # Actors that are as busy as they can be are reason enough for more where a node has joined; idle ones stay.
     scaling = done.context.autoscaling_config
     scaling.actor_pool_util_upscaling_threshold, scaling.actor_pool_util_downscaling_threshold = 0.9, 0.0
     return done

@@ -115,7 +115,6 @@ def train(
         )
     if settings.frozen_epochs and settings.weights == "none":
         on_event("train: WARNING: frozen_epochs keeps a backbone frozen whose weights are random")
-    out.mkdir(parents=True, exist_ok=True)
     cluster.require_shared(out, PREPARED=prepared, weights=plan.settings.weights)
     with cluster.watched("train", on_event):
         fit(plan, out, use_gpu=use_gpu, callbacks=callbacks, began=began, on_event=on_event)
@@ -357,7 +356,7 @@ def room(settings: TrainSettings, *, use_gpu: bool, runs: int | None = None) -> 
     if use_gpu and gpus < settings.workers * settings.gpus_per_worker:
         raise ConfigError(
             f"--gpu: {settings.workers} workers need {settings.workers * settings.gpus_per_worker:g} GPUs, Ray has "
-            f"{gpus:g}; leave --gpu out, or connect to a cluster that has them"
+            f"{gpus:g}; leave --gpu out, or connect to a cluster that has them{cluster.head_hint('GPU')}"
         )
     nodes = [(node.get("CPU", 0), places(node.get("GPU", 0), settings) if use_gpu else math.inf) for node in alive]
     wanted = max(1, int(sum(held for _, held in nodes)) // settings.workers if use_gpu else 1)

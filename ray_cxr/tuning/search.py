@@ -126,8 +126,8 @@ def search(
     each, fits = trainer.room(plan.base, use_gpu=use_gpu, runs=settings.concurrent)
     at_a_time = settings.concurrent or fits
     with _alone(out):
-        studies.write_begun(out, plan.base, settings)
         cluster.require_shared(out, PREPARED=plan.prepared)
+        studies.write_begun(out, plan.base, settings)
         study = plan.open()
         (out / studies.SUMMARY).unlink(missing_ok=True)
         interrupted, gave_up = False, None

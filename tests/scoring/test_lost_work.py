@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ray.exceptions import ActorDiedError
 
-from ray_cxr.errors import ConfigError, RayCxrError
+from ray_cxr.config import ScoreSettings
+from ray_cxr.errors import ConfigError, OutputError, RayCxrError
 from ray_cxr.scoring import engine, pipeline
 
 
@@ -108,3 +112,26 @@ def test_a_fault_in_the_code_is_told_by_its_place_and_not_by_its_words(caplog: p
     assert "Meier" not in said + caplog.text
     mine = ConfigError("in our own words")
     assert engine.told(mine) is mine
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_that_is_refused_is_left_as_it_was(
+    fresh: bool, tiny_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is an earlier run removed, nor does one begin that the corrected command would not agree with."""
+    out = tmp_path / "scores"
+    pq.write_table(pa.table({"image_id": ["1.png"], "path": [str(tmp_path / "1.png")]}), tmp_path / "m.parquet")
+    if fresh:
+        (out / "scores").mkdir(parents=True)
+        (out / "settings.json").write_text('{"kind": "score"}')
+        (out / "scores" / "part-00000.parquet").write_text("earlier")
+    before = sorted(out.rglob("*"))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OutputError("a node does not see it")
+
+    monkeypatch.setattr(pipeline, "_plan", lambda *_, **__: pipeline.ActorPlan(1, 1, False))
+    monkeypatch.setattr(pipeline.cluster, "require_shared", refuse)
+    with pytest.raises(OutputError, match="a node does not see it"):
+        pipeline.score(tiny_bundle.path, out, ScoreSettings(), manifest=str(tmp_path / "m.parquet"), fresh=fresh)
+    assert sorted(out.rglob("*")) == before
