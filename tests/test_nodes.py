@@ -117,7 +117,16 @@ def test_prepare_train_score_and_report_as_jobs(nodes: Nodes, manifest: Path, tm
     jobs: dict[str, list[object]] = {
         "prepare": [manifest, "--out", tmp_path / "prepared", "--size", "64"],
         "train": training_arguments(tmp_path / "prepared", tmp_path / "run"),
-        "score": ["--model", tmp_path / "run" / "bundle", "--manifest", manifest, "--out", tmp_path / "scores"],
+        "score": [
+            "--model",
+            tmp_path / "run" / "bundle",
+            "--manifest",
+            manifest,
+            "--out",
+            tmp_path / "scores",
+            "--set",
+            "rows_per_file=16",
+        ],
         "report": [tmp_path / "scores", "--labels", manifest, "--split", "test", "--out", tmp_path / "report"],
     }
     for job, arguments in jobs.items():
