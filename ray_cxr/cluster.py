@@ -100,7 +100,7 @@ def selector() -> dict[str, str] | None:
 def working() -> list[Node]:
     """The nodes of `ray.nodes()` that are alive and may work."""
     not_this = (selector() or {}).get(NODE_ID, "").removeprefix("!")
-    return [node for node in _alive() if node["NodeID"] != not_this]
+    return [node for node in _alive() if node.get("NodeID") != not_this]
 
 
 def head_hint(resource: str) -> str:
