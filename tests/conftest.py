@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -180,15 +181,73 @@ def manifest(phantoms, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+class InProcessDataset:
+    """Stand-in for a Ray dataset: runs the same functions and actors in this process, one row after another."""
+
+    def __init__(self, rows: Iterable[Any], **_: Any) -> None:
+        self._rows = rows
+        self.context = SimpleNamespace(max_errored_blocks=0, autoscaling_config=SimpleNamespace())
+
+    def map(self, call: Any, *, fn_kwargs: Any = None, fn_constructor_kwargs: Any = None, **_: Any) -> InProcessDataset:
+        function = call(**fn_constructor_kwargs or {}) if isinstance(call, type) else call
+        return InProcessDataset(function(row, **fn_kwargs or {}) for row in self._rows)
+
+    def flat_map(self, call: Any, *, fn_kwargs: Any = None, **_: Any) -> InProcessDataset:
+        return InProcessDataset(one for row in self._rows for one in call(row, **fn_kwargs or {}))
+
+    def iter_rows(self) -> Iterator[Any]:
+        return iter(self._rows)
+
+
+@contextlib.contextmanager
+def replace_ray() -> Iterator[None]:
+    """Run `prepare`, `score` and heat maps in this process: for tests of what they write, not of how Ray spreads it."""
+    import ray.data
+
+    from ray_cxr import cli, cluster
+
+    node = {"NodeID": "here", "Alive": True, "NodeManagerAddress": "127.0.0.1", "Resources": {"CPU": 2.0}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray.data, "from_items", InProcessDataset)
+        patch.setattr(cluster, "_alive", lambda: [node])
+        patch.setattr(cli, "start_ray", lambda *_, **__: contextlib.nullcontext())
+        yield
+
+
+@pytest.fixture
+def without_ray() -> Iterator[None]:
+    """`prepare`, `score` and heat maps run in this process, without Ray."""
+    with replace_ray():
+        yield
+
+
 @pytest.fixture(scope="session")
-def prepared(ray_here, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The phantoms at 64 and 96 pixels, in shards of 16."""
+def prepared(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The phantoms at 64 and 96 pixels, in shards of 16; made without Ray."""
     from ray_cxr.config import PrepareSettings
     from ray_cxr.data.prepared import prepare
 
     out = tmp_path_factory.mktemp("prepared") / "set"
-    prepare(manifest, out, PrepareSettings(sizes=(64, 96), rows_per_shard=16))
+    with replace_ray():
+        prepare(manifest, out, PrepareSettings(sizes=(64, 96), rows_per_shard=16))
     return out
+
+
+@pytest.fixture(scope="session")
+def scores(tiny_bundle: Any, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The phantoms scored by `tiny_bundle` in fp32, 16 rows per file; made without Ray. Copy it before changing it."""
+    from ray_cxr.cli import main
+
+    out = tmp_path_factory.mktemp("scores") / "out"
+    with replace_ray(), contextlib.redirect_stdout(io.StringIO()):
+        assert main(score_arguments(tiny_bundle.path, manifest, out)) == 0
+    return out
+
+
+def score_arguments(bundle: Path, manifest: Path, out: Path, *more: object) -> list[str]:
+    """Arguments of `score` as the fixture `scores` was made with."""
+    given = ["score", "--model", bundle, "--manifest", manifest, "--out", out, "--precision", "fp32"]
+    return [*map(str, given), "--set", "rows_per_file=16", "--set", "batch_size=8", *map(str, more)]
 
 
 class Run(NamedTuple):
@@ -200,7 +259,7 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def untouched(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def untouched(ray_here: None, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two workers that nothing happens to, as a user runs them, until an epoch is no better than the one before."""
     from test_kill import UNTIL_WORSE, arguments
 

@@ -16,7 +16,7 @@ from ray_cxr.models.bundle import Bundle
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.soak
+@pytest.mark.long
 @pytest.mark.ray  # slow, as those with Ray are: it starts four TensorFlows
 def test_training_is_compared_with_fit_and_two_workers_with_one(tmp_path: Path) -> None:
     out = tmp_path / "speed.json"

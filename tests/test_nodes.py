@@ -184,7 +184,7 @@ def test_a_node_lost_in_mid_score_and_one_that_joins_late(
             assert b"SECRET-PATIENT" not in file.read_bytes(), file
 
 
-@pytest.mark.soak
+@pytest.mark.long
 def test_a_job_that_is_stopped_continues(nodes: Nodes, images: Path, tiny_bundle: Any, tmp_path: Path) -> None:
     out = tmp_path / "scores"
     given = score_arguments(tiny_bundle, images, out, "--limit", 800)
@@ -204,7 +204,7 @@ def test_a_job_that_is_stopped_continues(nodes: Nodes, images: Path, tiny_bundle
     assert (out / "_SUCCESS").exists()
 
 
-@pytest.mark.soak
+@pytest.mark.long
 def test_networks_go_to_gpus_and_nowhere_else(nodes: Nodes, images: Path, tiny_bundle: Any, tmp_path: Path) -> None:
     """The GPU is declared and not there, which the actor on that node finds out and says."""
     with_gpu = {name for name in ("b", "c") if nodes.has(name)}
@@ -236,7 +236,7 @@ def test_a_folder_that_is_not_shared_is_refused(nodes: Nodes, images: Path, tiny
 # ---------------------------------------------------------------- long ones, for scripts/soak
 
 
-@pytest.mark.soak
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_node_lost_in_mid_training(nodes: Nodes, manifest: Path, tmp_path: Path) -> None:
     """Ray Train starts both workers again on what is left, from the last checkpoint."""
@@ -258,7 +258,7 @@ def test_a_node_lost_in_mid_training(nodes: Nodes, manifest: Path, tmp_path: Pat
     ray_cxr.load_bundle(tmp_path / "run" / "bundle")
 
 
-@pytest.mark.soak
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_head_lost_and_the_job_submitted_again(images: Path, tiny_bundle: Any, tmp_path: Path) -> None:
     out, given = tmp_path / "scores", score_arguments(tiny_bundle, images, tmp_path / "scores")
@@ -286,7 +286,7 @@ def test_the_head_lost_and_the_job_submitted_again(images: Path, tiny_bundle: An
     assert_each_row_once(out, images)
 
 
-@pytest.mark.soak
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_real_radiographs_with_a_node_lost(nodes: Nodes, shared: Path, tiny_bundle: Any, tmp_path: Path) -> None:
     """What a closing note shows: a job with a token, three nodes, real images, one node killed on the way."""

@@ -349,7 +349,7 @@ def test_openvino_comes_in_by_one_door() -> None:
     assert found == {("runtime.py", "openvino"), ("quantization.py", "nncf")}
 
 
-@pytest.mark.soak
+@pytest.mark.long
 def test_first_batches_of_two_threads_do_not_wait_for_each_other(tiny_bundle) -> None:
     """In a process of its own each time, several beside each other: one in sixteen hung so."""
     code = (

@@ -218,7 +218,7 @@ def test_what_is_absent_is_drawn_again_and_nothing_else(
     assert 0 < run["heatmaps"]["last_run"]["images"] <= 16
 
 
-@pytest.mark.soak
+@pytest.mark.long
 @pytest.mark.ray
 def test_pictures_lost_since_are_counted_and_can_be_retried(
     ray_here, tiny_bundle, manifest: Path, tmp_path: Path, command
@@ -334,7 +334,7 @@ def test_archives_oblong_pictures_and_foreign_names(
         assert one.on_picture().shape == one.picture
 
 
-@pytest.mark.soak
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.timeout(420)
 def test_a_run_killed_while_it_draws_continues(tiny_bundle, tmp_path: Path) -> None:

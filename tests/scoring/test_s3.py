@@ -136,7 +136,7 @@ def test_a_kill_in_the_midst_and_the_same_command_again(bucket, tiny_bundle, man
     assert not list(tmp_path.glob("s3*"))
 
 
-@pytest.mark.soak
+@pytest.mark.long
 def test_scores_in_a_bucket_are_reported_as_those_on_a_disk(
     ray_here, bucket, cache: Path, tiny_bundle, manifest: Path, tmp_path: Path, command, monkeypatch
 ) -> None:

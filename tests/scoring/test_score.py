@@ -370,7 +370,7 @@ def test_limit_takes_the_first_rows(ray_here, manifest: Path, tiny_bundle, tmp_p
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("cpus", [1, pytest.param(16, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("cpus", [1, pytest.param(16, marks=pytest.mark.long)])
 def test_works_where_ray_has_other_numbers_of_cpus(cpus: int, manifest: Path, tiny_bundle, tmp_path: Path) -> None:
     """Its own process with its own Ray: two actors that take every CPU hang a pipeline that reads with tasks."""
     given = arguments(tiny_bundle, manifest, tmp_path / "out", "--limit", "32", "--set", f"ray.num_cpus={cpus}")

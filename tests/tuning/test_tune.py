@@ -243,7 +243,7 @@ def test_the_same_command_again_does_nothing_and_another_search_is_refused(
     assert len(study.rows()) == 4
 
 
-@pytest.mark.soak
+@pytest.mark.long
 def test_two_objectives_two_workers_a_trial(prepared: Path, tmp_path: Path, command) -> None:
     """AUROC and the exported network's speed; what Optuna calls best is the front."""
     settings = [
