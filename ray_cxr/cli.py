@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import logging
 import os
 import re
+import secrets
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -24,7 +28,7 @@ from rich.table import Table
 
 import ray_cxr
 from ray_cxr import cluster, config
-from ray_cxr.data import remote, storage
+from ray_cxr.data import atomic, remote, storage
 from ray_cxr.errors import ConfigError, ErrorRateExceeded, InputError, OutputError, RayCxrError, own_error
 from ray_cxr.progress import quiet_stderr
 
@@ -375,7 +379,6 @@ def _tune(arguments: argparse.Namespace) -> None:
         from ray_cxr.tuning import search  # with Ray, whose environment is set by now
 
         outcome = search.search(plan, use_gpu=arguments.gpu, on_event=_say)
-    from ray_cxr.data import atomic
     from ray_cxr.reporting import study as page
 
     with _writing(arguments.out):
@@ -607,6 +610,7 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
         return
     own: dict[str, Any] = {}
     if address == "local":
+        _ensure_token()
         own = {
             "num_cpus": settings.num_cpus,
             "num_gpus": settings.num_gpus,
@@ -642,6 +646,32 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
         ray.shutdown()
         if in_main_thread:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _ensure_token() -> None:
+    """Make sure that a Ray of this command's own finds a token, wherever the home folder is missing or not writable.
+
+    Ray reads `~/.ray/auth_token` by HOME. Where none can be kept there, it lies in a private temporary folder until
+    this process ends.
+    """
+    if os.environ.get("RAY_AUTH_MODE") != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        return
+    home = Path(os.environ.get("HOME") or os.devnull)
+    try:
+        kept = home / ".ray" / "auth_token"
+        if not (kept.is_file() and kept.read_text(encoding="utf-8").strip()):
+            kept.parent.mkdir(exist_ok=True)
+            atomic.write(kept, _write_token)
+    except (OSError, UnicodeDecodeError):
+        folder = Path(tempfile.mkdtemp(prefix="ray_cxr-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        _write_token(folder / "auth_token")
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(folder / "auth_token")
+
+
+def _write_token(path: Path) -> None:
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32), encoding="utf-8")
 
 
 def _version_mismatch(said: str) -> str | None:

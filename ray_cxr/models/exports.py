@@ -83,7 +83,7 @@ def export(
     Returns:
         Entries of `bundle.json`:
         `runtimes`: per precision `largest_drift` against Keras (bf16 also against fp32 on validation images; null where
-        this machine cannot tell), `tolerance`, and `accepted`: true, false or null. Absent where OpenVINO's graph does
+        this machine cannot run it, with a `reason` if its CPU has bf16), `tolerance`, and `accepted`: true, false or null. Absent where OpenVINO's graph does
         not give what Keras gives: then `runtimes_refused` says why, and the bundle runs in Keras alone.
         `quality`: of what the flags were fitted, and their `expected_rates`; or why they are `lacking`.
 
@@ -108,7 +108,7 @@ def export(
         fp32 = entry("fp32", drift(exact.predict(images).probabilities, expected))
         refused = None if fp32["accepted"] else f"its answers are off by {fp32['largest_drift']:.3g}"
     except (BundleError, RuntimeError) as error:
-        refused = f"OpenVINO cannot convert it: {runtime.reason(error)}"
+        refused = f"OpenVINO cannot convert it: {_reason(error, folder)}"
     if refused is not None:
         for suffix in (".xml", ".bin"):
             (folder / runtime.graph_file("fp32")).with_suffix(suffix).unlink(missing_ok=True)
@@ -117,14 +117,23 @@ def export(
     bf16: dict[str, Any] = {"largest_drift": None, "tolerance": runtime.TOLERANCE["bf16"], "accepted": None}
     quickest = exact
     if runtime.cpu_has_bf16():
-        half = runtime.OpenVinoRuntime(folder / runtime.graph_file("bf16"), "bf16", _BATCH, runtime.threads_here())
         some = held_out[:: max(1, -(-len(held_out) // _MAX_DRIFT_IMAGES))]
-        moved = drift(half.predict(images).probabilities, expected)
-        moved = max(moved, drift(half.predict(some).probabilities, exact.predict(some).probabilities))
-        bf16 = entry("bf16", moved)
-        if bf16["accepted"]:
-            quickest = half
+        try:
+            half = runtime.OpenVinoRuntime(folder / runtime.graph_file("bf16"), "bf16", _BATCH, runtime.threads_here())
+            moved = drift(half.predict(images).probabilities, expected)
+            moved = max(moved, drift(half.predict(some).probabilities, exact.predict(some).probabilities))
+        except (BundleError, RuntimeError) as error:
+            bf16["reason"] = f"the machine that made it cannot run it: {_reason(error, folder)}"
+        else:
+            bf16 = entry("bf16", moved)
+            if bf16["accepted"]:
+                quickest = half
     return {"runtimes": {"fp32": fp32, "bf16": bf16}, "quality": _fit_quality(folder, quickest, ordinary)}
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """One line of an error's text, without the temporary folder that a bundle is written in."""
+    return runtime.reason(error).replace(f"{folder}/", "")
 
 
 def drift(found: np.ndarray, expected: np.ndarray) -> float:
