@@ -83,8 +83,9 @@ def export(
     Returns:
         Entries of `bundle.json`:
         `runtimes`: per precision `largest_drift` against Keras (bf16 also against fp32 on validation images; null where
-        this machine cannot run it, with a `reason` if its CPU has bf16), `tolerance`, and `accepted`: true, false or null. Absent where OpenVINO's graph does
-        not give what Keras gives: then `runtimes_refused` says why, and the bundle runs in Keras alone.
+        this machine cannot run it, with a `reason` if its CPU has bf16), `tolerance`, and `accepted`: true, false or
+        null. Absent where OpenVINO's graph does not give what Keras gives: then `runtimes_refused` says why, and the
+        bundle runs in Keras alone.
         `quality`: of what the flags were fitted, and their `expected_rates`; or why they are `lacking`.
 
     Raises:

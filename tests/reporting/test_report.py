@@ -1,11 +1,8 @@
-"""The report from outside: folders in, metrics.json, worklist.csv, pictures and the page out."""
+"""The report from outside: folders in; metrics.json, worklist.csv, figures and the page out."""
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,155 +12,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from score_archive import FEW, Archive, Report, report
 from sklearn import metrics as sklearn_metrics
 
 from ray_cxr.data import manifest
 from ray_cxr.errors import InputError, LeakError, OutputError, TableError
 from ray_cxr.evaluation import intervals
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING
-from ray_cxr.reporting import pictures, plots
+from ray_cxr.reporting import measures, pictures
 from ray_cxr.reporting.examples import examples
-from ray_cxr.reporting.labelled import join
+from ray_cxr.reporting.labelled import describe_split, join
 from ray_cxr.reporting.report import write_report
 from ray_cxr.reporting.scores import read_scores
 
-FEW = ("Cardiomegaly", "Effusion", "Hernia")
-
-
-class Archive:
-    """A made-up archive: images of patients, labels, and a SCORES folder whose model knows something.
-
-    Every patient has three images. Patients 0-9 are train, 10-14 val, the rest test. The last test patient's images
-    failed, each with another code. Hernia has no positive at all. Pictures exist for a few images only.
-    """
-
-    def __init__(
-        self, root: Path, patients: int = 60, findings: Sequence[str] = (*FEW, NO_FINDING), seed: int = 0
-    ) -> None:
-        rng = np.random.default_rng(seed)
-        self.root, self.findings = root, tuple(findings)
-        n = 3 * patients
-        self.patient = [f"{i // 3}" for i in range(n)]
-        self.ids = [f"{i // 3:08d}_{i % 3:03d}.png" for i in range(n)]
-        number = np.arange(n) // 3
-        self.split = np.where(number < 10, "train", np.where(number < 15, "val", "test"))
-        self.y = {f: (rng.random(n) < 0.3).astype(np.int8) for f in findings}
-        if "Hernia" in self.y:
-            self.y["Hernia"][:] = 0
-        self.p = {
-            f: (1 / (1 + np.exp(-(2.0 * y - 2.0 + rng.normal(size=n))))).astype(np.float32) for f, y in self.y.items()
-        }
-        self.ok = number < patients - 1
-        pictures = root / "pictures"
-        pictures.mkdir(parents=True)
-        self.paths = [str(pictures / name) for name in self.ids]
-        for i in range(0, n, 4):
-            picture = rng.integers(0, 255, (48, 40), dtype=np.uint8)
-            Image.fromarray(picture).save(self.paths[i])
-        self.study: list[str | None] = [f"s{i // 3}" if i % 3 < 2 else None for i in range(n)]
-        self.threshold = 0.3
-
-    def labels(self, **changes: Any) -> str:
-        n = len(self.ids)
-        columns: dict[str, Any] = {
-            "image_id": self.ids,
-            "path": self.paths,
-            "patient_id": self.patient,
-            "split": list(self.split),
-            **{f: values.tolist() for f, values in self.y.items()},
-            **changes,
-        }
-        keep = columns.pop("keep", range(n))
-        info = columns.pop("info", {"kind": "patient", "seed": 0, "tables": {"table.csv": "ab" * 32}})
-        arrays = {}
-        for item in manifest.SCHEMA:
-            values = columns.get(item.name, [None] * n)
-            arrays[item.name] = pa.array([values[i] for i in keep], item.type)
-        table = pa.table(arrays).replace_schema_metadata({manifest.SPLIT_KEY: json.dumps(info).encode()})
-        path = self.root / "labels.parquet"
-        pq.write_table(table, path)
-        return str(path)
-
-    def scores(self, *, ids: Sequence[str] | None = None, success: bool = True, **model: Any) -> str:
-        n = len(self.ids)
-        bad = ~self.ok
-        codes = ["missing", "corrupt", "missing"] * n
-        top = np.array(self.findings)[np.argmax([self.p[f] for f in self.findings if f != NO_FINDING], axis=0)]
-        columns: dict[str, pa.Array] = {
-            "image_id": pa.array(ids or self.ids),
-            "path": pa.array(self.paths),
-            "patient_id": pa.array(self.patient, pa.string()),
-            "study_id": pa.array(self.study, pa.string()),
-            "status": pa.array(["error" if b else "ok" for b in bad]),
-            "error_code": pa.array([codes[i] if bad[i] else None for i in range(n)], pa.string()),
-            "error": pa.array(["it broke" if b else None for b in bad], pa.string()),
-        }
-        for f in self.findings:
-            columns[f"p_{f}"] = pa.array(self.p[f], pa.float32(), mask=bad)
-            columns[f"c_{f}"] = pa.array(self.p[f] * 0.9, pa.float32(), mask=bad)
-            columns[f"flag_{f}"] = pa.array(self.p[f] >= self.threshold, pa.bool_(), mask=bad)
-        columns["top_finding"] = pa.array(top, pa.string(), mask=bad)
-        highest = np.max([self.p[f] for f in self.findings if f != NO_FINDING], axis=0)
-        columns["priority"] = pa.array(highest, pa.float32(), mask=bad)
-        columns["quality_flag"] = pa.array(["lateral" if i == 50 else None for i in range(n)])
-        columns["model_digest"] = pa.array(["d1" * 32] * n, mask=bad)
-        columns["embedding"] = pa.array([[0.0, 1.0]] * n)  # what a report has no use for
-        folder = self.root / "SCORES"
-        (folder / "scores").mkdir(parents=True, exist_ok=True)
-        table = pa.table(columns)
-        for part, start in enumerate(range(0, n, 70)):
-            pq.write_table(table.slice(start, 70), folder / "scores" / f"{part:05d}.parquet")
-        trained = np.isin(self.split, ("train", "val"))
-        pq.write_table(
-            pa.table(
-                {
-                    "image_id": np.array(self.ids)[trained],
-                    "patient_id": np.array(self.patient)[trained],
-                    "split": self.split[trained],
-                }
-            ),
-            folder / "split.parquet",
-        )
-        point = {"threshold": self.threshold, "rule": "youden", "n": 45, "positives": 9, "flag_rate": 0.4}
-        described = {
-            "format": 1,
-            "digest": "d1" * 32,
-            "backbone": "TinyCNN",
-            "findings": list(self.findings),
-            "input_spec": {"size": 64, "aspect": "stretch", "interpolation": "area"},
-            "calibration": dict.fromkeys(self.findings),
-            "operating_points": dict.fromkeys(self.findings, point),
-            "expected_flag_rates": dict.fromkeys(self.findings, 0.4),
-            "provenance": {"split": {"kind": "patient"}, "initial_weights": "random", "lineage": "known"},
-            "curves": [
-                {"epoch": e, "loss": 0.7 / e, "val_auroc": None if e == 1 else 1 - 0.4 / e, "seconds": 2.0}
-                for e in range(1, 7)
-            ],
-            **model,
-        }
-        (folder / "model.json").write_text(json.dumps(described))
-        (folder / "run.json").write_text(json.dumps({"rows": n, "input_digest": "aa"}))
-        (folder / "_SUCCESS").unlink(missing_ok=True)
-        if success:
-            (folder / "_SUCCESS").write_text("")
-        return str(folder)
-
-    def tested(self, finding: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rows = (self.split == "test") & self.ok
-        return self.y[finding][rows], self.p[finding][rows], np.array(self.patient)[rows]
-
-
-@pytest.fixture(autouse=True)
-def drawing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most tests read numbers and text: for them pictures are not drawn, which takes seconds."""
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(plots, "encode", lambda figure: (b"png", b"svg"))
-        monkeypatch.setattr(pictures, "of_evaluation", lambda *_: {})
-
-
-@pytest.fixture
-def drawn() -> None:
-    """For tests that look at the pictures."""
+#: Images of an archive.
+N = 180
 
 
 @pytest.fixture
@@ -171,63 +34,85 @@ def archive(tmp_path: Path) -> Archive:
     return Archive(tmp_path / "archive")
 
 
-def report(archive: Archive, out: Path, scores: str | None = None, **options: Any) -> tuple[dict[str, Any], str]:
-    """metrics.json as it was written, and the page."""
-    options.setdefault("n_resamples", 60)
-    returned = write_report(scores or archive.scores(), out, **options)
-    written = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    assert written == json.loads(json.dumps(returned, allow_nan=False))
-    return written, (out / "report.html").read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """A report on the test split; five scored images have no label, one labelled image has no score."""
+    home = tmp_path_factory.mktemp("evaluated")
+    archive = Archive(home / "archive")
+    scores, ids = archive.scores(), [*archive.ids]
+    ids[-4], archive.ok[-4] = "unscored.png", False
+    labels = archive.labels(keep=range(5, N), image_id=ids)
+    return report(archive, home / "out", scores=scores, labels=labels, split="test")
 
 
-def read_worklist(out: Path) -> list[dict[str, str]]:
-    with open(out / "worklist.csv", encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    home = tmp_path_factory.mktemp("unlabelled")
+    return report(Archive(home / "archive"), home / "out")
 
 
-def test_numbers_equal_sklearn_on_the_same_rows(archive: Archive, tmp_path: Path) -> None:
-    m, _ = report(archive, tmp_path / "out", labels=archive.labels(), split="test")
+def test_numbers_equal_sklearn_on_the_same_rows(evaluated: Report) -> None:
+    m, archive = evaluated.metrics, evaluated.archive
     assert (m["split"], m["split_kind"], m["split_seed"]) == ("test", "patient", 0)
-    assert (m["n_images"], m["n_patients"]) == (3 * 44, 44)
+    assert (m["n_images"], m["n_patients"]) == (3 * 44 - 1, 44)
+    rows = archive.tested
     for finding in ("Cardiomegaly", "Effusion", NO_FINDING):
-        y, p, patients = archive.tested(finding)
-        got = m["findings"][finding]
-        assert (got["n"], got["positives"]) == (len(y), y.sum())
-        assert got["auroc"] == pytest.approx(sklearn_metrics.roc_auc_score(y, p), abs=1e-12)
-        expected = sklearn_metrics.average_precision_score(y, p)
-        assert got["average_precision"] == pytest.approx(expected, abs=1e-12)
+        y, p, patients = archive.y[finding][rows], archive.p[finding][rows], np.array(archive.patient)[rows]
         flags = p >= archive.threshold
-        assert got["sensitivity"] == pytest.approx(sklearn_metrics.recall_score(y, flags), abs=1e-15)
-        assert got["specificity"] == pytest.approx(sklearn_metrics.recall_score(1 - y, ~flags), abs=1e-15)
-        assert got["ppv"] == pytest.approx(sklearn_metrics.precision_score(y, flags), abs=1e-15)
-        assert got["threshold"] == archive.threshold
+        got = m["findings"][finding]
+        expected = {
+            "n": len(y),
+            "positives": y.sum(),
+            "auroc": sklearn_metrics.roc_auc_score(y, p),
+            "average_precision": sklearn_metrics.average_precision_score(y, p),
+            "sensitivity": sklearn_metrics.recall_score(y, flags),
+            "specificity": sklearn_metrics.recall_score(1 - y, ~flags),
+            "ppv": sklearn_metrics.precision_score(y, flags),
+            "threshold": archive.threshold,
+            "reason": None,
+        }
+        assert {name: got[name] for name in expected} == pytest.approx(expected, abs=1e-12)
         assert got["sensitivity_low"] <= got["sensitivity"] <= got["sensitivity_high"]
         interval = intervals.bootstrap_auroc(y[:, None], p[:, None], patients, n_resamples=60).findings[0]
         assert (got["auroc_low"], got["auroc_high"]) == (interval.low, interval.high)
         assert got["auroc_delong_low"] < got["auroc"] < got["auroc_delong_high"]
-        assert got["reason"] is None
 
 
-def test_macro_leaves_no_finding_and_the_undefined_out(archive: Archive, tmp_path: Path) -> None:
-    m, page = report(archive, tmp_path / "out", labels=archive.labels(), split="test")
+def test_page_and_markdown_show_the_computed_numbers(evaluated: Report) -> None:
+    text = (evaluated.out / "report.md").read_text(encoding="utf-8")
+    line = next(line for line in text.splitlines() if line.startswith("| Effusion |"))
+    for shown in (line, evaluated.page):
+        assert f"{evaluated.metrics['findings']['Effusion']['auroc']:.3f}" in shown
+    for shown in (text, evaluated.page):
+        assert "test split of a random patient split, seed 0" in shown
+        assert "Research use only" in shown
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert tables
+    for table in tables:
+        assert len({row.replace("\\|", "").count("|") for row in table.splitlines()}) == 1
+
+
+def test_macro_excludes_no_finding_and_undefined_findings(evaluated: Report) -> None:
+    m = evaluated.metrics
     assert m["macro"]["findings"] == ["Cardiomegaly", "Effusion"]
     assert m["macro"]["auroc"] == np.mean([m["findings"][f]["auroc"] for f in ("Cardiomegaly", "Effusion")])
     assert m["macro"]["auroc_low"] < m["macro"]["auroc"] < m["macro"]["auroc_high"]
     hernia = m["findings"]["Hernia"]
-    assert hernia["auroc"] is None
-    assert hernia["auroc_low"] is None
-    assert hernia["average_precision"] is None
-    assert hernia["sensitivity"] is None
+    assert [hernia[name] for name in ("auroc", "auroc_low", "average_precision", "sensitivity")] == [None] * 4
     assert hernia["reason"] == "no positive images"
-    assert hernia["n"] == 3 * 44
-    assert "undefined: no positive images" in page
+    assert hernia["n"] == m["n_images"]
+    assert "undefined: no positive images" in evaluated.page
 
 
-def test_every_row_is_counted(archive: Archive, tmp_path: Path) -> None:
-    keep = list(range(5, len(archive.ids)))  # five scored images have no label
-    labels = archive.labels(keep=keep, image_id=[*archive.ids[:-4], "unscored.png", *archive.ids[-3:]])
-    m, page = report(archive, tmp_path / "out", labels=labels, split="test")
-    assert m["counts"] == {
+def test_every_undefined_number_has_a_reason(evaluated: Report) -> None:
+    for entry in evaluated.metrics["findings"].values():
+        for name in ("auroc", "average_precision", "sensitivity", "ppv", "npv", "f1", "brier", "ppv_at_prevalence"):
+            assert (entry[name] is None) == (name in entry["undefined"]), name
+
+
+def test_every_row_is_counted(evaluated: Report) -> None:
+    counts = evaluated.metrics["counts"]
+    assert counts == {
         "rows": 180,
         "scored": 177,
         "errors": 3,
@@ -240,284 +125,277 @@ def test_every_row_is_counted(archive: Archive, tmp_path: Path) -> None:
         "scored_not_labelled": 6,
         "scored_other_split": 40,
     }
-    assert m["counts"]["labelled"] == sum(
-        m["counts"][name] for name in ("evaluated", "labelled_errors", "labelled_not_scored")
-    )
-    assert "3 of 180 images (1.67%) could not be scored: missing 2, corrupt 1" in page
+    parts = ("evaluated", "labelled_errors", "labelled_not_scored")
+    assert counts["labelled"] == sum(counts[name] for name in parts)
+    assert "3 of 180 images (1.67%)" in evaluated.page
 
 
-def test_null_labels_are_not_negatives(archive: Archive, tmp_path: Path) -> None:
-    values: list[int | None] = archive.y["Effusion"].tolist()
-    rows = [i for i in range(len(values)) if i % 2]
-    for i in rows:
-        values[i] = None
-    m, _ = report(archive, tmp_path / "out", labels=archive.labels(Effusion=values), split="test")
-    kept = np.array([v is not None for v in values]) & (archive.split == "test") & archive.ok
-    got = m["findings"]["Effusion"]
-    assert got["n"] == kept.sum()
+def test_null_labels_are_not_negatives_and_each_gap_has_a_reason(archive: Archive, tmp_path: Path) -> None:
+    effusion = [None if i % 2 else int(y) for i, y in enumerate(archive.y["Effusion"])]
+    mass = [i % 2 for i in range(N)]
+    labels = archive.labels(Effusion=effusion, Mass=mass, Cardiomegaly=[None] * N)
+    found = report(archive, tmp_path / "out", labels=labels, split="test").metrics["findings"]
+    kept = archive.tested & (np.arange(N) % 2 == 0)
+    assert found["Effusion"]["n"] == kept.sum()
     expected = sklearn_metrics.roc_auc_score(archive.y["Effusion"][kept], archive.p["Effusion"][kept])
-    assert got["auroc"] == pytest.approx(expected, abs=1e-12)
+    assert found["Effusion"]["auroc"] == pytest.approx(expected, abs=1e-12)
+    assert (found["Cardiomegaly"]["n"], found["Cardiomegaly"]["reason"]) == (0, "no labelled images")
+    assert "no column" in found["Mass"]["reason"]
+    assert found["Mass"]["positives"] == 66
+    assert list(found) == ["Cardiomegaly", "Effusion", "Hernia", "Mass", NO_FINDING]
 
 
-def test_findings_on_one_side_only_are_listed(archive: Archive, tmp_path: Path) -> None:
-    n = len(archive.ids)
-    labels = archive.labels(Mass=[i % 2 for i in range(n)], Effusion=[None] * n)
-    m, _ = report(archive, tmp_path / "out", labels=labels, split="test")
-    assert m["findings"]["Mass"]["reason"] == "labelled, but the scores have no column for it"
-    assert m["findings"]["Mass"]["positives"] == 66
-    assert m["findings"]["Effusion"]["reason"] == "no labelled images"
-    assert m["findings"]["Effusion"]["n"] == 0
-    assert list(m["findings"]) == ["Cardiomegaly", "Effusion", "Hernia", "Mass", NO_FINDING]
+@pytest.mark.parametrize("kind", ["all null", "No_Finding alone", "others"])
+def test_labels_without_a_scored_finding_leave_the_macro_undefined(archive: Archive, tmp_path: Path, kind: str) -> None:
+    nothing: dict[str, Any] = dict.fromkeys((*FEW, "No_Finding"), [None] * N)
+    if kind == "No_Finding alone":
+        nothing["No_Finding"] = [1] * N
+    if kind == "others":
+        nothing["Mass"] = archive.y["Effusion"].tolist()
+    labels = archive.labels(sex=["F", "M"] * (N // 2), **nothing)
+    macro = report(archive, tmp_path / "out", labels=labels, split="test").metrics["macro"]
+    assert (macro["auroc"], macro["reason"]) == (None, "no finding has a defined AUROC")
+
+
+def test_number_without_variation_between_resamples_has_no_interval(archive: Archive, tmp_path: Path) -> None:
+    """No positive is flagged: [0, 0] would be a false certainty."""
+    positive = archive.y["Effusion"] == 1
+    archive.p["Effusion"][positive] = np.linspace(0.1, 0.2, positive.sum(), dtype=np.float32)
+    archive.p["Effusion"][~positive] = np.linspace(0.19, 0.25, (~positive).sum(), dtype=np.float32)
+    found = report(archive, tmp_path / "out", labels=archive.labels(), split="test")
+    one = found.metrics["findings"]["Effusion"]
+    assert (one["sensitivity"], one["sensitivity_low"], one["sensitivity_high"]) == (0.0, None, None)
+    assert one["undefined"]["sensitivity_low"] in found.page
+    assert "Worse than chance: Effusion." in found.page
+
+
+# ---------------------------------------------------------------- the leak guard
 
 
 @pytest.mark.parametrize("split", [None, "test"])
 def test_training_images_are_refused(archive: Archive, tmp_path: Path, split: str | None) -> None:
-    # As if the labels had been split anew: what trained the model is now called test.
-    labels = archive.labels(split=["test"] * len(archive.ids))
+    # As if the labels had been split again: what trained the model is now called test.
+    labels = archive.labels(split=["test"] * N)
     with pytest.raises(LeakError, match="45 images and 15 patients") as caught:
         report(archive, tmp_path / "out", labels=labels, split=split)
     assert ("`--split test`" in str(caught.value)) == (split is None)
     assert not (tmp_path / "out").exists()
 
 
-def test_another_image_of_a_training_patient_is_refused(archive: Archive, tmp_path: Path) -> None:
-    patients = [*archive.patient]
-    patients[100] = "3"
-    labels = archive.labels(patient_id=patients)
-    with pytest.raises(LeakError, match="0 images and 1 patients"):
-        report(archive, tmp_path / "out", labels=labels, split="test")
+@pytest.mark.parametrize("prefix", ["", "X"])
+def test_other_images_of_training_patients_are_refused(archive: Archive, tmp_path: Path, prefix: str) -> None:
+    """Also where labels and scores spell the patients differently."""
+    patients = [f"{prefix}{patient}" for patient in archive.patient]
+    labels = archive.labels(patient_id=patients, split=["test"] * N, keep=range(1, N, 3))
+    scores = Path(archive.scores())
+    trained = pq.read_table(scores / "split.parquet")
+    others = [name not in archive.ids[1::3] for name in trained["image_id"].to_pylist()]
+    pq.write_table(trained.filter(pa.array(others)), scores / "split.parquet")
+    with pytest.raises(LeakError, match="0 images and 15 patients"):
+        write_report(scores, tmp_path / "out", labels=labels, split="test")
 
 
-def test_a_folder_inside_scores_does_not_slip_past_the_guard(archive: Archive, tmp_path: Path) -> None:
-    inside = Path(archive.scores()) / "scores"
-    for path in (inside, inside / "00000.parquet"):
+def test_paths_inside_the_score_folder_do_not_bypass_the_guard(archive: Archive, tmp_path: Path) -> None:
+    inside, labels = Path(archive.scores()) / "scores", archive.labels()
+    (tmp_path / "link").symlink_to(inside)
+    for path in (inside, inside / "00000.parquet", tmp_path / "link"):
         with pytest.raises(LeakError):
-            write_report(path, tmp_path / "out", labels=archive.labels())
+            write_report(path, tmp_path / "out", labels=labels)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_training_splits_are_evaluated_as_such(archive: Archive, tmp_path: Path, split: str) -> None:
-    m, page = report(archive, tmp_path / "out", labels=archive.labels(), split=split)
-    assert m["split"] == split
-    assert m["leak_check"]["shared_images"] == m["n_images"] == {"train": 30, "val": 15}[split]
-    assert m["notes"][0].startswith(f"This is the {split} split")
-    assert f"This is the {split} split" in page
+@pytest.mark.parametrize(("split", "shared"), [("train", {"train": 30}), ("val", {"val": 15})])
+def test_training_splits_are_evaluated_and_marked(
+    archive: Archive, tmp_path: Path, split: str, shared: dict[str, int]
+) -> None:
+    found = report(archive, tmp_path / "out", labels=archive.labels(), split=split)
+    assert found.metrics["split"] == split
+    assert found.metrics["leak_check"]["shared_by_part"] == shared
+    assert found.metrics["leak_check"]["shared_images"] == found.metrics["n_images"] == shared[split]
+    assert found.metrics["notes"][0].startswith(f"This is the {split} split")
+    assert f"This is the {split} split" in found.page
+
+
+def test_labels_with_another_split_than_the_model_are_reported(archive: Archive, tmp_path: Path) -> None:
+    archive.patient = [None] * N
+    found = report(archive, tmp_path / "out", labels=archive.labels(split=["val"] * N), split="val")
+    check = found.metrics["leak_check"]
+    assert check["shared_by_part"] == {"train": 30, "val": 15}
+    assert "call 30 images val that the model knows as its train images" in found.page
+    assert check["unknown_patients"] == found.metrics["n_images"]
+    assert f"{check['unknown_patients']} images nobody knows the patient" in found.page
+
+
+@pytest.mark.parametrize("imported", [True, False])
+def test_no_leak_check_is_claimed_without_all_training_images(archive: Archive, tmp_path: Path, imported: bool) -> None:
+    scores = Path(archive.scores(curves=[], provenance={"initial_weights": "random", "lineage": "unknown"}))
+    if imported:  # import-weights writes a split without rows
+        pq.write_table(pq.read_table(scores / "split.parquet").slice(0, 0), scores / "split.parquet")
+    found = report(archive, tmp_path / "out", scores=str(scores), labels=archive.labels(), split="test")
+    assert found.metrics["leak_check"]["checked"] is False
+    assert "passed: none of the" not in found.page
+    assert "cannot be ruled out here" in found.page
+    assert "may never have been trained" in found.page
 
 
 @pytest.mark.parametrize(
-    ("info", "label"),
+    ("split", "info", "words"),
     [
-        ({"kind": "official", "seed": 0}, "official test split"),
-        ({"kind": "patient", "seed": 7}, "test split of a random patient split, seed 7"),
-        ({"kind": "given", "seed": None}, "test split as the tables gave it"),
-        ({}, "test split of unknown origin"),
+        ("test", {"kind": "official", "seed": 0}, "official test split"),
+        ("val", {"kind": "patient", "seed": 7}, "val split of a random patient split, seed 7"),
+        ("test", {"kind": "given", "seed": None}, "test split as the tables gave it"),
+        ("test", {}, "test split of unknown origin"),
+        (None, {"kind": "official", "seed": 0}, "all labelled images, whatever their split"),
     ],
 )
-def test_numbers_carry_their_split(archive: Archive, tmp_path: Path, info: dict[str, Any], label: str) -> None:
-    m, page = report(archive, tmp_path / "out", labels=archive.labels(info=info), split="test")
-    assert m["split_label"] == label
-    assert page.count(label) >= 2
+def test_splits_are_described(split: str | None, info: dict[str, Any], words: str) -> None:
+    assert describe_split(split, info) == words
 
 
-def test_unfinished_scores_are_refused(archive: Archive, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="score did not finish; run it again to continue"):
-        write_report(archive.scores(success=False), tmp_path / "out")
+# ---------------------------------------------------------------- refusals
 
 
-def test_split_needs_labels_that_have_it(archive: Archive, tmp_path: Path) -> None:
-    scores, n = archive.scores(), len(archive.ids)
-    with pytest.raises(InputError, match="needs --labels"):
-        write_report(scores, tmp_path / "out", split="test")
-    with pytest.raises(InputError, match="has no splits"):
-        write_report(scores, tmp_path / "out", labels=archive.labels(split=[None] * n), split="test")
-    with pytest.raises(InputError, match="its splits are train"):
-        write_report(scores, tmp_path / "out", labels=archive.labels(split=["train"] * n), split="test")
-    with pytest.raises(InputError, match="use train, val or test"):
-        write_report(scores, tmp_path / "out", labels=archive.labels(), split="Test")
+@pytest.mark.parametrize(
+    ("columns", "split", "error", "names"),
+    [
+        (None, "test", InputError, "--labels"),
+        ({}, "Test", InputError, "--split Test"),
+        ({"split": [None] * N}, "test", InputError, "has no splits"),
+        ({"split": ["train"] * N}, "test", InputError, "train"),
+        ({"keep": []}, None, InputError, "holds no rows"),
+        ({"image_id": [f"other_{i}.png" for i in range(N)]}, None, InputError, "other_0.png"),
+        ({"Effusion": [2] * N}, "test", TableError, r"Effusion holds \[2\]"),
+        ({"Effusion": [-1] * N}, "test", TableError, r"Effusion holds \[-1\]"),
+    ],
+)
+def test_unusable_labels_are_refused(
+    archive: Archive, tmp_path: Path, columns: dict[str, Any] | None, split: str, error: type[Exception], names: str
+) -> None:
+    labels = None if columns is None else archive.labels(**columns)
+    with pytest.raises(error, match=names) as caught:
+        write_report(archive.scores(), tmp_path / "out", labels=labels, split=split)
+    assert "\n" not in str(caught.value)
 
 
-def test_nothing_in_common_is_refused(archive: Archive, tmp_path: Path) -> None:
-    labels = archive.labels(image_id=[f"other_{i}.png" for i in range(len(archive.ids))])
-    with pytest.raises(InputError, match="no image in common"):
-        write_report(archive.scores(), tmp_path / "out", labels=labels)
-
-
-def test_an_image_scored_twice_is_refused(archive: Archive, tmp_path: Path) -> None:
-    scores = archive.scores(ids=[*archive.ids[:-1], archive.ids[0]])
-    with pytest.raises(TableError, match="1 images have more than one row"):
-        write_report(scores, tmp_path / "out")
-
-
-@pytest.mark.parametrize("label", [2, -1])
-def test_other_labels_than_0_and_1_are_refused(archive: Archive, tmp_path: Path, label: int) -> None:
-    values = archive.y["Effusion"].tolist()
-    values[100] = label
-    with pytest.raises(TableError, match=r"Effusion holds \[.*\]; use 0, 1 and null"):
-        write_report(archive.scores(), tmp_path / "out", labels=archive.labels(Effusion=values), split="test")
-
-
-def test_out_that_is_a_file_is_refused(archive: Archive, tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("")
-    with pytest.raises(OutputError, match="is a file"):
-        write_report(archive.scores(), tmp_path / "out")
-
-
-def test_no_scores_at_all_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such file or folder"):
+def test_unusable_scores_are_refused(archive: Archive, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="absent"):
         write_report(tmp_path / "absent", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no Parquet files"):
         write_report(tmp_path / "empty", tmp_path / "out")
-    (tmp_path / "text.parquet").write_text("no")
-    with pytest.raises(TableError, match="not a readable Parquet file"):
+    (tmp_path / "text.parquet").write_text("no", encoding="utf-8")
+    with pytest.raises(TableError, match=r"text\.parquet"):
         write_report(tmp_path / "text.parquet", tmp_path / "out")
+    with pytest.raises(TableError, match="1 images have more than one row"):
+        write_report(archive.scores(ids=[*archive.ids[:-1], archive.ids[0]]), tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"p_Mass": [0.1]}, "no column image_id"),
-        ({"image_id": ["a"]}, "no column p_<Finding>"),
-        ({"image_id": ["a"], "p_Mass": [1.5]}, r"outside 0\.\.1"),
-        ({"image_id": ["a"], "p_Mass": ["high"]}, "not numbers"),
-        ({"image_id": ["a"], "p_Mass": [0.1], "status": ["fine"]}, "use ok or error"),
-        ({"image_id": ["a"], "p_Infiltrate": [0.1], "p_Infiltration": [0.2]}, "same finding"),
-        ({"image_id": pa.array([], pa.string()), "p_Mass": pa.array([], pa.float32())}, "holds no rows"),
-        ({"image_id": pa.array([None], pa.string()), "p_Mass": [0.1]}, "have no image_id"),
-    ],
-)
-def test_bad_tables_are_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
-    pq.write_table(pa.table(columns), tmp_path / "p.parquet")
-    with pytest.raises(TableError, match=message):
-        write_report(tmp_path / "p.parquet", tmp_path / "out")
-
-
-@pytest.mark.parametrize("folder", [False, True])
-def test_another_systems_predictions(archive: Archive, tmp_path: Path, folder: bool) -> None:
-    table = pa.table(
-        {
-            "image_id": archive.ids,
-            "p_Effusion": archive.p["Effusion"].astype(np.float64),
-            "p_Pleural Thickening": archive.p["Cardiomegaly"],
-            "p_Lung Lesion": archive.p["Cardiomegaly"],
-        }
-    )
-    path = tmp_path / "theirs"
-    if folder:
-        path.mkdir()
-        pq.write_table(table.slice(0, 100), path / "a.parquet")
-        pq.write_table(table.slice(100), path / "b.parquet")
-    else:
-        pq.write_table(table, path)
-    m, page = report(archive, tmp_path / "out", scores=str(path), labels=archive.labels())
-    assert m["split"] is None
-    assert m["n_images"] == len(archive.ids)
-    expected = sklearn_metrics.roc_auc_score(archive.y["Effusion"], archive.p["Effusion"])
-    assert m["findings"]["Effusion"]["auroc"] == pytest.approx(expected, abs=1e-12)
-    assert m["findings"]["Effusion"]["sensitivity"] is None
-    assert m["macro"]["findings"] == ["Effusion"]
-    assert m["leak_check"]["checked"] is False
-    assert "another system" in page
-    assert "p_Lung Lesion" in page
-    best = read_worklist(tmp_path / "out")[0]
-    highest = np.maximum(archive.p["Effusion"], archive.p["Cardiomegaly"])
-    assert best["image_id"] == archive.ids[int(highest.argmax())]
-
-
-@pytest.mark.parametrize("how", ["imported", "started from a file"])
-def test_where_the_training_images_are_not_all_known_no_leak_check_is_claimed(
-    archive: Archive, tmp_path: Path, how: str
-) -> None:
-    scores = Path(archive.scores(provenance={"initial_weights": "a file", "lineage": "unknown"}))
-    if how == "imported":  # as import-weights leaves it: nothing is known to have trained it
-        empty = pq.read_table(scores / "split.parquet").slice(0, 0)
-        pq.write_table(empty, scores / "split.parquet")
-    m, page = report(archive, tmp_path / "out", scores=str(scores), labels=archive.labels(), split="test")
-    assert m["leak_check"]["checked"] is False
-    assert "passed: none of the" not in page
-    assert "cannot be ruled out here" in page
-
-
-def test_a_net_that_was_never_trained_is_called_so(archive: Archive, tmp_path: Path) -> None:
-    _, page = report(archive, tmp_path / "out", scores=archive.scores(curves=[]), labels=archive.labels(), split="test")
-    assert "may never have been trained" in page
-
-
-def test_the_rows_of_an_unfinished_run_are_not_taken_for_another_systems(archive: Archive, tmp_path: Path) -> None:
-    scores = Path(archive.scores(success=False))
+def test_unfinished_scores_are_refused(archive: Archive, tmp_path: Path) -> None:
+    """Also by their inside, and before `score` wrote anything but rows."""
+    scores = Path(archive.scores(finished=False))
+    with pytest.raises(InputError, match="did not finish"):
+        write_report(scores, tmp_path / "out")
     for name in ("run.json", "model.json", "split.parquet"):
         (scores / name).unlink()
-    (scores / "settings.json").write_text("{}")
+    (scores / "settings.json").write_text("{}", encoding="utf-8")
     for inside in (scores, scores / "scores", next((scores / "scores").iterdir())):
         with pytest.raises(InputError, match="did not finish"):
             write_report(inside, tmp_path / "out", labels=archive.labels())
 
 
-def test_examples_without_operating_points_are_the_ends_of_the_scores(archive: Archive, tmp_path: Path) -> None:
-    table = read_scores(archive.scores())
-    for flags in table.flags.values():
-        flags[:] = -1
-    labels = archive.labels()
-    evaluated = join(table, manifest.read_manifest(labels), labels, "test", {})
-    groups = examples(table, evaluated, 0)
-    assert [title for title, _ in groups] == [
-        "Positives that score high", "Positives that score low", "Negatives that score high",
-    ]  # fmt: skip
-    assert groups[0][1]
-    for tile in groups[0][1]:
-        assert tile.heading in tile.true
+@pytest.mark.parametrize(
+    ("columns", "names"),
+    [
+        ({"p_Mass": [0.1]}, "image_id"),
+        ({"image_id": ["a"]}, "p_<Finding>"),
+        ({"image_id": ["a"], "p_Mass": [1.5]}, "p_Mass"),
+        ({"image_id": ["a"], "p_Mass": [-0.1]}, "p_Mass"),
+        ({"image_id": ["a"], "p_Mass": ["high"]}, "p_Mass"),
+        ({"image_id": ["a"], "p_Mass": [0.1], "status": ["fine"]}, "fine"),
+        ({"image_id": ["a"], "p_Infiltrate": [0.1], "p_Infiltration": [0.2]}, "p_Infiltrate and p_Infiltration"),
+        ({"image_id": pa.array([], pa.string()), "p_Mass": pa.array([], pa.float32())}, "holds no rows"),
+        ({"image_id": pa.array([None], pa.string()), "p_Mass": [0.1]}, "image_id"),
+    ],
+)
+def test_bad_tables_are_refused(tmp_path: Path, columns: dict[str, Any], names: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "p.parquet")
+    with pytest.raises(TableError, match=names):
+        write_report(tmp_path / "p.parquet", tmp_path / "out")
 
 
-def test_missing_probabilities_of_another_system_are_counted(archive: Archive, tmp_path: Path) -> None:
-    p = archive.p["Effusion"].astype(np.float64)
-    p[:7] = np.nan
-    pq.write_table(pa.table({"image_id": archive.ids, "p_Effusion": p}), tmp_path / "theirs.parquet")
-    m, page = report(archive, tmp_path / "out", scores=str(tmp_path / "theirs.parquet"), labels=archive.labels())
-    assert (m["findings"]["Effusion"]["n"], m["findings"]["Effusion"]["unscored"]) == (len(p) - 7, 7)
-    assert "7 labelled images have no score for it" in page
+def test_unusable_output_is_refused(archive: Archive, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    pq.write_table(pa.table({"image_id": archive.ids, "p_Effusion": archive.p["Effusion"]}), theirs / "a.parquet")
+    scores = Path(archive.scores())
+    for given, out in ((scores, tmp_path / "file"), (theirs, theirs / "report"), (scores, scores / "scores")):
+        with pytest.raises(OutputError, match=f"--out {out}"):
+            write_report(given, out)
+    for _ in range(2):  # next to the rows it may lie, and the second report does not read the first as scores
+        report(archive, scores / "report", scores=str(scores))
 
 
-def test_without_labels(archive: Archive, tmp_path: Path) -> None:
-    m, page = report(archive, tmp_path / "out")
+# ---------------------------------------------------------------- other inputs
+
+
+def test_predictions_of_another_system_are_evaluated(archive: Archive, tmp_path: Path) -> None:
+    effusion = archive.p["Effusion"].astype(np.float64)
+    effusion[:7] = np.nan
+    columns = {"p_Effusion": effusion, "p_Pleural Thickening": archive.p["Cardiomegaly"], "p_Lung Lesion": effusion}
+    table = pa.table({"image_id": archive.ids, **columns})
+    (tmp_path / "theirs").mkdir()
+    pq.write_table(table.slice(0, 100), tmp_path / "theirs" / "a.parquet")
+    pq.write_table(table.slice(100), tmp_path / "theirs" / "b.parquet")
+    found = report(archive, tmp_path / "out", scores=str(tmp_path / "theirs"), labels=archive.labels())
+    m = found.metrics
+    assert (m["split"], m["n_images"], m["leak_check"]["checked"]) == (None, N, False)
+    one = m["findings"]["Effusion"]
+    expected = sklearn_metrics.roc_auc_score(archive.y["Effusion"][7:], effusion[7:])
+    assert one["auroc"] == pytest.approx(expected, abs=1e-12)
+    assert (one["sensitivity"], one["n"], one["unscored"]) == (None, N - 7, 7)
+    assert m["macro"]["findings"] == ["Effusion"]
+    for words in ("another system", "p_Lung Lesion", "7 labelled images have no score for it"):
+        assert words in found.page
+    highest = np.fmax(effusion, archive.p["Cardiomegaly"])
+    assert found.worklist()[0]["image_id"] == archive.ids[int(highest.argmax())]
+
+
+def test_report_without_labels_counts_and_flags(unlabelled: Report) -> None:
+    m, archive = unlabelled.metrics, unlabelled.archive
     assert (m["split"], m["findings"], m["macro"]) == (None, {}, None)
     assert (m["n_images"], m["n_patients"]) == (177, 59)
     assert m["counts"]["by_code"] == {"missing": 2, "corrupt": 1}
     observed = (archive.p["Effusion"][archive.ok] >= archive.threshold).mean()
     assert m["flag_rates"]["Effusion"] == {"observed": pytest.approx(observed), "expected": 0.4, "n": 177}
-    assert "says what was found, not how well" in page
-    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert m["drift"]["flags"]["Effusion"]["n"] == 177
+    names = {path.name for path in unlabelled.out.iterdir()}
     assert {"priority.png", "priority.svg", "learning_curves.png", "worklist.csv"} <= names
     assert "roc.png" not in names
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("drawn")
-def test_pictures_are_written_and_old_ones_removed(archive: Archive, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    scores = archive.scores()
-    report(archive, out, scores=scores, labels=archive.labels(), split="test")
-    for name in ("auroc", "roc", "precision_recall", "examples", "learning_curves", "prevalence"):
-        with Image.open(out / f"{name}.png") as picture:
-            assert picture.width > 400
-            assert round(picture.info["dpi"][0]) == 150
-        assert (out / f"{name}.svg").read_text().startswith("<?xml")
-    assert not (out / "priority.png").exists()
-    report(archive, out, scores=scores)
-    assert not (out / "roc.png").exists()
-    assert (out / "priority.png").exists()
+def test_all_labels_of_the_whole_list_are_reported(tmp_path: Path) -> None:
+    archive = Archive(tmp_path / "archive", patients=40, findings=LABELS)
+    m = report(archive, tmp_path / "out", labels=archive.labels(), split="test").metrics
+    assert list(m["findings"]) == list(LABELS)
+    assert m["macro"]["findings"] == [f for f in FINDINGS if f != "Hernia"]
 
 
-def test_the_same_input_gives_the_same_files(archive: Archive, tmp_path: Path) -> None:
-    scores, labels = archive.scores(), archive.labels()
-    for name in ("one", "two"):
-        report(archive, tmp_path / name, scores=scores, labels=labels, split="test")
-    for name in ("metrics.json", "worklist.csv", "report.html"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+def test_report_of_failed_images_only(archive: Archive, tmp_path: Path) -> None:
+    archive.ok[:] = False
+    scores = archive.scores(curves=[])
+    found = report(archive, tmp_path / "out", scores=scores, labels=archive.labels(), split="test")
+    assert (found.metrics["n_images"], found.metrics["macro"]["auroc"]) == (0, None)
+    assert found.metrics["macro"]["findings"] == []
+    assert all(entry["auroc"] is None for entry in found.metrics["findings"].values())
+    assert "180 of 180 images (100.00%)" in found.page
+    assert len(found.worklist()) == 120
 
 
-def test_worklist_has_one_row_per_study(archive: Archive, tmp_path: Path) -> None:
-    report(archive, tmp_path / "out")
-    rows = read_worklist(tmp_path / "out")
+# ---------------------------------------------------------------- files
+
+
+def test_worklist_has_one_row_per_study(unlabelled: Report) -> None:
+    archive, rows = unlabelled.archive, unlabelled.worklist()
     assert len(rows) == 120  # of three images two share a study and one has none
     assert sum(int(row["n_images"]) for row in rows) == 180
     assert sum(int(row["n_errors"]) for row in rows) == 3
@@ -526,78 +404,88 @@ def test_worklist_has_one_row_per_study(archive: Archive, tmp_path: Path) -> Non
     assert [row["priority"] for row in rows[-2:]] == ["", ""]
     assert {row["errors"] for row in rows[-2:]} == {"corrupt|missing", "missing"}
     study = next(row for row in rows if row["patient_id"] == "20" and row["study_id"] == "s20")
-    first = 60
-    diseases = [f for f in archive.findings if f != NO_FINDING]
-    highest = max(archive.p[f][i] for f in diseases for i in (first, first + 1))
-    assert np.float32(study["priority"]) == highest
-    flagged = [f for f in diseases if max(archive.p[f][first : first + 2]) >= archive.threshold]
-    assert study["flagged"] == "|".join(flagged)
-    assert NO_FINDING not in study["flagged"]
+    highest = {f: archive.p[f][60:62].max() for f in archive.diseases}
+    assert np.float32(study["priority"]) == max(highest.values())
+    assert study["flagged"] == "|".join(f for f, p in highest.items() if p >= archive.threshold)
 
 
-def test_worklist_cells_are_no_formulas(archive: Archive, tmp_path: Path) -> None:
-    ids = [*archive.ids]
-    ids[0], ids[3], ids[6], ids[9] = "=HYPERLINK(1)", "+1.png", "-1.png", "@a.png"
-    archive.patient[0] = "=1+1"
-    report(archive, tmp_path / "out", scores=archive.scores(ids=ids))
-    cells = {cell for row in read_worklist(tmp_path / "out") for cell in row.values()}
-    assert {"'=1+1"} <= cells
-    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
+def test_the_same_input_gives_the_same_files(unlabelled: Report, evaluated: Report, tmp_path: Path) -> None:
+    for one in (unlabelled, evaluated):
+        scores = str(one.archive.root / "SCORES")
+        again = report(one.archive, tmp_path / one.out.parent.name, scores=scores, **one.given)
+        for name in ("metrics.json", "worklist.csv", "report.html"):
+            assert (one.out / name).read_bytes() == (again.out / name).read_bytes()
 
 
 class Tags(HTMLParser):
-    def __init__(self) -> None:
+    """Tags of a page, and the addresses that a browser would load."""
+
+    def __init__(self, page: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.urls: list[str] = []
+        self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.urls += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
 
 
-def test_text_from_tables_is_escaped(archive: Archive, tmp_path: Path) -> None:
-    plain = Tags()
-    plain.feed(report(archive, tmp_path / "plain")[1])
+def test_hostile_text_is_escaped_in_page_and_worklist(unlabelled: Report, archive: Archive, tmp_path: Path) -> None:
     ids = [*archive.ids]
     ids[int(archive.p["Effusion"].argmax())] = '<img src=x onerror="alert(1)">.png'
-    archive.patient = [f"<b>{patient}</b>" for patient in archive.patient]
+    ids[2], ids[5], ids[8], ids[11] = "=HYPERLINK(1)", "+1.png", "-1.png", "@a.png"
+    archive.patient = ["=1+1", *(f"<b>{patient}</b>" for patient in archive.patient[1:])]
     archive.study = ["</td><script>alert(2)</script>" if s else None for s in archive.study]
     scores = archive.scores(ids=ids, backbone="<i>x</i>", provenance={"<u>": "<s>"})
-    _, page = report(archive, tmp_path / "hostile", scores=scores)
-    hostile = Tags()
-    hostile.feed(page)
-    assert "&lt;img src=x onerror=" in page
+    found = report(archive, tmp_path / "hostile", scores=scores)
+    hostile, plain = Tags(found.page), Tags(unlabelled.page)
+    assert "&lt;img src=x onerror=" in found.page
     assert sorted(set(hostile.tags)) == sorted(set(plain.tags))
     assert hostile.tags.count("script") == 1
+    cells = {cell for row in found.worklist() for cell in row.values()}
+    assert {"'=1+1", "'=HYPERLINK(1)", "'+1.png", "'-1.png", "'@a.png"} <= cells
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("drawn")
-def test_page_asks_no_network_for_anything(archive: Archive, tmp_path: Path) -> None:
-    _, page = report(archive, tmp_path / "out", labels=archive.labels(), split="test")
-    tags = Tags()
-    tags.feed(page)
+def test_figures_are_in_the_folder_and_in_a_page_that_loads_nothing(archive: Archive, tmp_path: Path) -> None:
+    out, scores = tmp_path / "out", archive.scores()
+    tags = Tags(report(archive, out, scores=scores, draw=True, labels=archive.labels(), split="test").page)
     assert tags.urls
     assert all(url.startswith("data:image/png;base64,") for url in tags.urls)
-    assert not re.search(r"@import|url\(|https?://", page)
-    assert "Research use only" in page
+    text = (out / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"@import|url\(|https?://", text)
+    for name in ("auroc", "roc", "precision_recall", "examples", "learning_curves", "prevalence"):
+        with Image.open(out / f"{name}.png") as picture:
+            assert picture.width > 400
+        assert (out / f"{name}.svg").read_text(encoding="utf-8").startswith("<?xml")
+    assert not (out / "priority.png").exists()
+    report(archive, out, scores=scores)  # a report without labels replaces it
+    assert not (out / "roc.png").exists()
+    assert (out / "priority.png").exists()
 
 
-def test_all_labels_of_the_whole_list(tmp_path: Path) -> None:
-    archive = Archive(tmp_path / "archive", patients=40, findings=LABELS)
-    m, _ = report(archive, tmp_path / "out", labels=archive.labels(), split="test")
-    assert list(m["findings"]) == list(LABELS)
-    assert m["macro"]["findings"] == [f for f in FINDINGS if f != "Hernia"]
+def test_examples_without_operating_points_are_the_ends_of_the_scores(archive: Archive) -> None:
+    table, labels = read_scores(archive.scores()), archive.labels()
+    for flags in table.flags.values():
+        flags[:] = -1
+    evaluated = join(table, manifest.read_manifest(labels), labels, "test", {})
+    groups = dict(examples(table, evaluated, 0))
+    assert list(groups) == ["Positives that score high", "Positives that score low", "Negatives that score high"]
+    high, low, negative = ([tile.heading in tile.true for tile in tiles] for tiles in groups.values())
+    assert (all(high), all(low), any(negative)) == (True, True, False)
+    assert high
+    assert negative
 
 
-def test_all_failed(archive: Archive, tmp_path: Path) -> None:
-    archive.ok[:] = False
-    scores = archive.scores(curves=[])
-    m, page = report(archive, tmp_path / "out", scores=scores, labels=archive.labels(), split="test")
-    assert m["n_images"] == 0
-    assert m["macro"]["auroc"] is None
-    assert m["macro"]["findings"] == []
-    assert all(entry["auroc"] is None for entry in m["findings"].values())
-    assert "180 of 180 images (100.00%) could not be scored" in page
-    assert len(read_worklist(tmp_path / "out")) == 120
+def test_reliability_bins_have_equal_counts(archive: Archive) -> None:
+    table, labels = read_scores(archive.scores()), archive.labels()
+    evaluated = join(table, manifest.read_manifest(labels), labels, "test", {})
+    scored = measures.columns(table, evaluated.rows)
+    found = measures.measure(scored, evaluated.labels, evaluated.patients, prevalences={}, n_resamples=10, seed=0)
+    (panel,) = (one for one in pictures._reliability(table, evaluated, found) if one.finding == "Effusion")
+    assert len(panel.predicted) == 10
+    edges = [0, *((panel.predicted[1:] + panel.predicted[:-1]) / 2), 1]
+    shares = np.histogram(panel.p, edges)[0]
+    assert shares.max() <= 2 * shares.min()
