@@ -626,6 +626,7 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
             raise InputError(f"Ray at {address!r}: {differing}") from None
         hint = "; the machine may be busy: run the command again" if "timed out during startup" in str(error) else ""
         raise RayCxrError(f"Ray at {address!r}: {_flat(error)[:300]}{hint}") from None
+    cluster.set_own(address == "local")
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:
         # What `ray job stop` sends. Ray's own handler ends the process where it stands, with nothing said.
@@ -644,6 +645,7 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
         yield
     finally:
         ray.shutdown()
+        cluster.set_own(False)
         if in_main_thread:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

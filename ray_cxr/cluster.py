@@ -30,6 +30,8 @@ JOIN_TIMEOUT_S = 300.0
 _LOOK_S = 2.0
 #: Nodes that may work, as a label selector of Ray's; None: all. Of this process.
 _where: dict[str, str] | None = None
+#: Whether this process started the Ray that it uses, which then ends with it.
+_own = False
 
 
 def wait_for_work(on_head: bool | None, say: Callable[[str], None] = logger.warning) -> None:
@@ -84,6 +86,17 @@ def place_work(on_head: bool | None) -> None:
     from ray.data import DataContext
 
     DataContext.get_current().execution_options.label_selector = selector()
+
+
+def set_own(own: bool) -> None:
+    """Record whether this process started the Ray that it uses."""
+    global _own
+    _own = own
+
+
+def is_own() -> bool:
+    """Return whether this process started the Ray that it uses; no other process then uses that Ray."""
+    return _own
 
 
 def place_as(where: dict[str, str] | None) -> None:

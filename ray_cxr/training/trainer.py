@@ -401,12 +401,11 @@ def _fit(
 ) -> Any:
     """Run Ray Train to its end; its result."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from ray_cxr.training.backend import TensorflowCluster
+    from ray_cxr.training.backend import TensorflowCluster, Trainer
 
     store, path = remote.arrow(out)
-    trainer = DataParallelTrainer(
+    trainer = Trainer(
         worker.run,
         train_loop_config={
             "settings": settings.model_dump(mode="json"),
