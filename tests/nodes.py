@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -119,6 +120,7 @@ class Nodes:
             job.wait()
         for name in [*self._nodes][::-1]:
             self.kill(name)
+        shutil.rmtree(self.temp, ignore_errors=True)
 
     def has(self, name: str) -> bool:
         return name in self._nodes

@@ -1,4 +1,4 @@
-"""Every command of the README but scripts/test, run as it stands there.
+"""The README's commands: all of them are parsed in the gate, and all but scripts/test run in `scripts/test all`.
 
 The commands run in a copy of the tracked files that shares this environment, with `$NIH` set to phantoms under NIH's
 file names and `$WEIGHTS` to `none`, because a test must not depend on a download.
@@ -11,23 +11,68 @@ import gzip
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
+import click
 import pandas as pd
 import pytest
 
+from ray_cxr import cli
+
 ROOT = Path(__file__).parents[1]
-pytestmark = [pytest.mark.readme, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 
 def blocks(language: str) -> list[str]:
+    """Return the contents of README's fenced blocks of a language."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [content for name, content in found if name == language]
 
 
 SHELL = blocks("sh")
+COMMANDS = [line for block in [*SHELL, *blocks("")] for line in block.splitlines() if line.strip()]
+
+
+def parse(words: list[str]) -> None:
+    """Parse a command with the program's own parser; SystemExit or a click error where it does not fit."""
+    match words:
+        case ["ray-cxr", *arguments]:
+            cli._parser().parse_args(arguments)
+        case ["ray", *arguments]:
+            from ray.scripts.scripts import cli as ray_cli
+
+            if "--" in arguments:
+                place = arguments.index("--")
+                arguments, (_, script, *rest) = arguments[:place], arguments[place + 1 :]
+                arguments += ["--", "true"]
+                cli._parser().parse_args([Path(script).stem, *rest])
+                assert (ROOT / script).is_file()
+            group = ray_cli
+            while hasattr(group, "commands") and arguments[0] in group.commands:
+                group, arguments = group.commands[arguments[0]], arguments[1:]
+            group.make_context(group.name, arguments)
+        case ["." | "export", *_]:
+            pass
+        case [script]:
+            assert os.access(ROOT / script, os.X_OK)
+        case _:
+            raise AssertionError(f"not a command that this test knows: {words}")
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_is_one_that_the_program_takes(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # some options name files that must exist
+    parse(shlex.split(line.partition(" > ")[0], comments=True))
+
+
+def test_a_wrong_command_is_noticed() -> None:
+    for line in ("ray-cxr score --modle runs/x", "ray job submit --adress x -- python jobs/score.py", "scripts/none"):
+        with pytest.raises((SystemExit, AssertionError, click.ClickException)):
+            parse(shlex.split(line))
 
 
 def test_the_readme_has_the_blocks_that_this_file_runs() -> None:
@@ -56,7 +101,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def nih(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few phantoms under the names that NIH's download has, and somebody's DenseNet121."""
+    """A few phantoms under the names that NIH's download has, and third-party weights of a DenseNet121."""
     from ray_cxr.data.phantoms import write_phantoms
 
     # 24 images: more than the 20 of a --limit, and one batch to train on.
@@ -100,14 +145,15 @@ def run(commands: str, checkout: Path, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.readme
 def test_scripts_demo(checkout: Path) -> None:
-    said = run(SHELL[0].replace("scripts/test", ""), checkout)
+    printed = run(SHELL[0].replace("scripts/test", ""), checkout)
     out = checkout / "demo-out"
     metrics = json.loads((out / "report" / "metrics.json").read_text())
     assert metrics["macro"]["auroc"] > 0.9, "the drawn findings must really be learnt"
-    assert f"macro AUROC on the test split {metrics['macro']['auroc']:.3f}" in said
-    assert "demo: open demo-out/report/report.html" in said
-    assert "Traceback" not in said
+    assert f"macro AUROC on the test split {metrics['macro']['auroc']:.3f}" in printed
+    assert "demo: open demo-out/report/report.html" in printed
+    assert "Traceback" not in printed
     scores = pd.concat([pd.read_parquet(part) for part in sorted((out / "scores" / "scores").iterdir())])
     assert len(scores) == scores["image_id"].nunique() == len(pd.read_parquet(out / "manifest.parquet"))
     assert sorted(scores["error_code"].dropna()) == [
@@ -117,32 +163,36 @@ def test_scripts_demo(checkout: Path) -> None:
         assert (out / "report" / name).stat().st_size > 500
 
 
+@pytest.mark.readme
 def test_your_own_images(checkout: Path, nih: Path) -> None:
     lines = SHELL[1].splitlines()
     assert lines[1] == "export NIH=~/nih WEIGHTS=imagenet"
-    said = run("\n".join([lines[0], *lines[2:]]), checkout, NIH=str(nih), WEIGHTS="none")
-    assert "RANDOM weights" in said
+    printed = run("\n".join([lines[0], *lines[2:]]), checkout, NIH=str(nih), WEIGHTS="none")
+    assert "RANDOM weights" in printed
     assert (checkout / "runs" / "report" / "report.html").exists()
 
 
+@pytest.mark.readme
 def test_a_search(checkout: Path) -> None:
-    said = run(SHELL[2], checkout)
-    assert "best trial: " in said
+    printed = run(SHELL[2], checkout)
+    assert "best trial: " in printed
     assert len(pd.read_parquet(checkout / "runs" / "search" / "trials.parquet")) == 2
     assert (checkout / "runs" / "search" / "report.html").exists()
 
 
-def test_somebody_elses_weights(checkout: Path, nih: Path) -> None:
+@pytest.mark.readme
+def test_third_party_weights(checkout: Path, nih: Path) -> None:
     run(SHELL[3], checkout, NIH=str(nih))
     (part,) = (checkout / "runs" / "screened" / "scores").iterdir()
     assert len(pd.read_parquet(part)) == 20
 
 
+@pytest.mark.readme
 def test_python(checkout: Path, nih: Path) -> None:
     shutil.copy(next((nih / "images").rglob("*.png")), checkout / "picture.png")
     (checkout / "example.py").write_text(blocks("python")[0])
-    said = run(".venv/bin/python example.py", checkout)
-    assert re.search(r"picture\.png\s+ok", said)
+    printed = run(".venv/bin/python example.py", checkout)
+    assert re.search(r"picture\.png\s+ok", printed)
 
 
 def names_of_processes() -> list[str]:
@@ -154,6 +204,7 @@ def names_of_processes() -> list[str]:
     return names
 
 
+@pytest.mark.readme
 def test_ray_job_submit(checkout: Path) -> None:
     """Really a head with its job server, and two nodes.
 
@@ -162,10 +213,10 @@ def test_ray_job_submit(checkout: Path) -> None:
     if any(text.startswith("gcs_server") for text in names_of_processes()):
         pytest.skip("a Ray runs on this machine already, and the README's `ray stop` would end it")
     try:
-        said = run(SHELL[4], checkout)
+        printed = run(SHELL[4], checkout)
     finally:
         subprocess.run([ROOT / ".venv" / "bin" / "ray", "stop"], check=False, capture_output=True)
-    assert said.count("Ray runtime started") == 3
-    assert said.count("succeeded") >= 2
+    assert printed.count("Ray runtime started") == 3
+    assert printed.count("succeeded") >= 2
     assert (checkout / "runs" / "scores-job" / "_SUCCESS").exists()
     assert len(pd.read_parquet(checkout / "runs" / "search" / "trials.parquet")) == 3

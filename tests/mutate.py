@@ -1,0 +1,265 @@
+"""Show that the gate can fail: change single lines of the product and count how many changes its tests notice.
+
+usage: python tests/mutate.py [--seed 1] [--count 40] [--jobs 2] [--list] [--ray]
+
+A seed fixes the changes: COUNT lines, spread evenly over scoring, training, evaluation and data, one change each, made
+in a copy of the tree. Kinds: a condition or boundary (`<` to `<=`, `==` to `!=`, `and` to `or`, a dropped `not`), a
+sign (`+` to `-`), a number plus one, a dropped call (such as fsync, rename, flush), two swapped arguments, columns or
+branches. Text, log lines and type annotations are left alone.
+
+A change is tried against the tests that run the line, as coverage.py saw them in this process's children; then against
+all tests of the same folder; with `--ray` also against that folder's tests with Ray. It is caught when one fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("scoring", "training", "evaluation", "data")
+#: Folders of tests that belong to the gate and are relevant to a package besides its own.
+ALSO = {"data": ["tests/test_security.py"], "training": [], "scoring": [], "evaluation": ["tests/reporting"]}
+COMPARISONS: dict[type, str] = {
+    ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
+    ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
+}  # fmt: skip
+OPERATORS: dict[type, str] = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*"}
+GATE = "not ray and not long and not readme"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One changed line: `old` at `column` of `line` in `file` becomes `new`."""
+
+    file: str
+    line: int
+    start: int
+    end: int
+    new: str
+    kind: str
+
+    def apply(self, text: str) -> str:
+        lines = text.splitlines(keepends=True)
+        old = lines[self.line - 1].encode()
+        lines[self.line - 1] = (old[: self.start] + self.new.encode() + old[self.end :]).decode()
+        return "".join(lines)
+
+
+def changes(file: str, text: str) -> Iterator[Change]:
+    """Yield every change of a file that this script knows; each within one line."""
+    tree = ast.parse(text)
+    rows = [row.encode() for row in text.splitlines()]
+    skipped = set(_skipped(tree))
+
+    def segment(node: ast.AST) -> str:
+        return rows[node.lineno - 1][node.col_offset : node.end_col_offset].decode()
+
+    def change(node: ast.AST, new: str, kind: str) -> Change:
+        return Change(file, node.lineno, node.col_offset, node.end_col_offset, new, kind)
+
+    def swapped(whole: ast.AST, first: ast.AST, second: ast.AST, kind: str) -> Change:
+        row = rows[whole.lineno - 1]
+        new = segment(second).encode() + row[first.end_col_offset : second.col_offset] + segment(first).encode()
+        return Change(file, whole.lineno, first.col_offset, second.end_col_offset, new.decode(), kind)
+
+    for node in ast.walk(tree):
+        if node in skipped or getattr(node, "lineno", None) is None or node.lineno != node.end_lineno:
+            continue
+        match node:
+            case ast.Compare(left=left, ops=[operator], comparators=[right]):
+                new = f"{segment(left)} {COMPARISONS[type(operator)]} {segment(right)}"
+                yield change(node, new, "condition")
+            case ast.BoolOp(op=operator, values=[first, second]):
+                word = "or" if isinstance(operator, ast.And) else "and"
+                yield change(node, f"({segment(first)}) {word} ({segment(second)})", "condition")
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                yield change(node, segment(operand), "condition")
+            case ast.BinOp(op=operator) if type(operator) in OPERATORS and not _is_text(node) and not _is_path(node):
+                new = f"{segment(node.left)} {OPERATORS[type(operator)]} {segment(node.right)}"
+                yield change(node, new, "sign")
+            case ast.Constant(value=value) if type(value) is int:
+                yield change(node, str(value + 1), "number")
+            case ast.Expr(value=ast.Call() as call) if not segment(call).startswith(("logger.", "super()")):
+                yield change(node, "pass", "dropped call")
+            case ast.IfExp(body=body, orelse=orelse):
+                yield change(
+                    node, f"{segment(orelse)} if {segment(node.test)} else {segment(body)}", "swapped branches"
+                )
+            case ast.Call(args=[ast.Name() as first, ast.Name() as second, *_]):
+                yield swapped(node, first, second, "swapped arguments")
+            case ast.List(elts=[first, second, *_]) | ast.Tuple(elts=[first, second, *_]) if _are_names(first, second):
+                yield swapped(node, first, second, "swapped columns")
+            case _:
+                pass
+
+
+def _are_names(*nodes: ast.AST) -> bool:
+    return all(isinstance(node, ast.Constant) and isinstance(node.value, str) for node in nodes)
+
+
+def _is_text(node: ast.BinOp) -> bool:
+    return any(isinstance(part, ast.JoinedStr) or _are_names(part) for part in (node.left, node.right))
+
+
+def _is_path(node: ast.BinOp) -> bool:
+    """Whether this looks like `folder / NAME`: as a product it could only fail at once."""
+    right = node.right
+    return isinstance(node.op, ast.Div) and (_are_names(right) or (isinstance(right, ast.Name) and right.id.isupper()))
+
+
+def _skipped(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield all nodes of annotations, raised errors, texts, log lines and decorators: no test may depend on wording."""
+    for node in ast.walk(tree):
+        parts: list[ast.AST | None] = []
+        match node:
+            case ast.AnnAssign(annotation=annotation):
+                parts = [annotation]
+            case ast.arg(annotation=annotation):
+                parts = [annotation]
+            case ast.FunctionDef():
+                parts = [node.returns, *node.decorator_list]
+            case ast.ClassDef():
+                parts = [*node.decorator_list]
+            case ast.Call(func=ast.Attribute(attr="isin"), args=[chosen]):
+                parts = [chosen]  # a set: its order means nothing
+            case ast.Raise() | ast.JoinedStr() | ast.Subscript(value=ast.Name(id="dict" | "list" | "tuple" | "set")):
+                parts = [node]
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="logger" | "telemetry"))):
+                parts = [node]
+            case _:
+                pass
+        for part in parts:
+            if part is not None:
+                yield from ast.walk(part)
+
+
+def choose(seed: int, count: int) -> list[Change]:
+    """Return `count` changes, one per line, as many of each package; the same for the same seed and sources."""
+    randomness = random.Random(seed)
+    chosen: list[Change] = []
+    for place, package in enumerate(PACKAGES):
+        by_line: dict[tuple[str, int], list[Change]] = {}
+        for path in sorted((ROOT / "ray_cxr" / package).rglob("*.py")):
+            file = path.relative_to(ROOT).as_posix()
+            for change in changes(file, path.read_text(encoding="utf-8")):
+                by_line.setdefault((change.file, change.line), []).append(change)
+        share = count * (place + 1) // len(PACKAGES) - count * place // len(PACKAGES)
+        chosen += [randomness.choice(by_line[line]) for line in randomness.sample(sorted(by_line), share)]
+    return chosen
+
+
+def measure(data: Path, copy: Path) -> None:
+    """Run the gate's tests without Ray once and keep which test ran which line."""
+    config = data.with_suffix(".rc")
+    config.write_text(f"[run]\nsource = ray_cxr\ndata_file = {data}\ndynamic_context = test_function\n", "utf-8")
+    program = [sys.executable, "-m", "pytest", "-q", "-m", GATE, "-n", "2", "-p", "no:cacheprovider", "--cov"]
+    subprocess.run([*program, f"--cov-config={config}", "--cov-report=", "--cov-context=test"], cwd=copy, check=True)
+
+
+def tests_of(data: Path, change: Change) -> list[str]:
+    """Return the tests that ran a line, by what `measure` found."""
+    with sqlite3.connect(data) as database:
+        rows = database.execute(
+            "select context.context, line_bits.numbits from line_bits join file on file.id = line_bits.file_id "
+            "join context on context.id = line_bits.context_id where file.path like ?",
+            (f"%/{change.file}",),
+        ).fetchall()
+    byte, bit = divmod(change.line, 8)
+    hit = [name for name, bits in rows if len(bits) > byte and bits[byte] >> bit & 1]
+    return sorted({name.split("|")[0] for name in hit if name.startswith("tests/")})
+
+
+def catch(change: Change, data: Path, copy: Path, *, with_ray: bool) -> str | None:
+    """Return the step that noticed a change, or None."""
+    file = copy / change.file
+    original = file.read_text(encoding="utf-8")
+    package = change.file.split("/")[1]
+    folder = [f"tests/{package}", *ALSO[package]]
+    narrow = tests_of(data, change)
+    steps = [("tests that run the line", ["-m", GATE, *narrow[:400]])] if narrow else []
+    steps.append(("tests of the folder", ["-m", GATE, *folder]))
+    if with_ray:
+        steps.append(("tests with Ray", ["-m", "ray and not long", f"tests/{package}"]))
+    try:
+        file.write_text(change.apply(original), encoding="utf-8")
+        for step, arguments in steps:
+            program = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
+            try:
+                done = subprocess.run(program, cwd=copy, capture_output=True, timeout=600)
+            except subprocess.TimeoutExpired:
+                return f"{step} (time limit)"
+            if done.returncode not in (0, 5):  # 5: no test was chosen
+                return step
+        return None
+    finally:
+        file.write_text(original, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--ray", action="store_true", help="also run the folder's tests with Ray")
+    parser.add_argument("--list", action="store_true", help="print the changes and stop")
+    parser.add_argument("--coverage", type=Path, help="a file that an earlier run left: which test runs which line")
+    given = parser.parse_args()
+    chosen = choose(given.seed, given.count)
+
+    def describe(change: Change) -> str:
+        row = (ROOT / change.file).read_text(encoding="utf-8").splitlines()[change.line - 1]
+        new = change.apply((ROOT / change.file).read_text(encoding="utf-8")).splitlines()[change.line - 1]
+        return f"{change.file}:{change.line} {change.kind}\n    - {row.strip()}\n    + {new.strip()}"
+
+    if given.list:
+        print("\n".join(map(describe, chosen)))
+        return
+    with tempfile.TemporaryDirectory(prefix="mutate-") as name:
+        folder = Path(name)
+        copies: SimpleQueue[Path] = SimpleQueue()
+        tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for number in range(given.jobs):
+            copy = folder / str(number) / "checkout"
+            for path in filter(None, tracked.split("\0")):
+                (copy / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / path, copy / path)
+            (copy / ".venv").symlink_to(ROOT / ".venv")
+            if (ROOT.parent / "shared").exists():
+                (copy.parent / "shared").symlink_to(ROOT.parent / "shared")
+            copies.put(copy)
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+        data = given.coverage or folder / "coverage"
+        if not data.exists():
+            measure(data.absolute(), folder / "0" / "checkout")
+
+        def attempt(change: Change) -> tuple[Change, str | None]:
+            copy = copies.get()
+            try:
+                found = catch(change, data, copy, with_ray=given.ray)
+            finally:
+                copies.put(copy)
+            print(f"{'caught by ' + found if found else 'MISSED'}: {describe(change)}", flush=True)
+            return change, found
+
+        with ThreadPoolExecutor(given.jobs) as pool:
+            outcomes = list(pool.map(attempt, chosen))
+    caught = sum(found is not None for _, found in outcomes)
+    print(json.dumps({"seed": given.seed, "changes": len(chosen), "caught": caught}))
+
+
+if __name__ == "__main__":
+    main()
