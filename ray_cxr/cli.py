@@ -620,7 +620,7 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
     try:
         with quiet_stderr(), _found_by_its_own(address if dashboard else ""):
             # Workers' own chatter stays in Ray's log folder; their errors are raised.
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **own)
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **own)  # noqa: TID251
     except Exception as error:  # Ray raises bare ones where a node does not come up within its own 30 seconds
         if differing := _version_mismatch(str(error)):
             raise InputError(f"Ray at {address!r}: {differing}") from None

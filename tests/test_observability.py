@@ -206,27 +206,17 @@ def test_without_ray_nothing_is_made_and_nothing_kept(
     assert capfd.readouterr() == ("", "")
 
 
-def test_decoders_tell_every_file_they_were_given(
-    phantoms: Any, given: list[tuple[Metric, float, dict[str, str]]], tmp_path: Path
-) -> None:
-    """The seconds are those of the files: no more than the clock saw, and the start of the process is not in them."""
+def test_decode_seconds_are_those_of_the_file(phantoms: Any, tmp_path: Path) -> None:
+    """At most the time that passed, and without the start of the child process."""
     from ray_cxr.config import InputSpec
     from ray_cxr.data.sandbox import Decoder
 
-    files = sorted(phantoms.images.rglob("*.png"))[:4]
+    first, second = sorted(phantoms.images.rglob("*.png"))[:2]
     with Decoder([InputSpec(size=64)]) as decoder:
-        begun = time.monotonic()
-        decoder.load(str(files[0]))
-        assert 0 < decoder.seconds < time.monotonic() - begun
-        first = time.monotonic() - begun - decoder.seconds  # the start, imports and all
-        assert first > decoder.seconds
-        before = time.monotonic()
-        for file in files[1:]:
-            decoder.load(str(file))
-            assert 0 < decoder.seconds <= time.monotonic() - before
-            before = time.monotonic()
-        decoder.load(str(tmp_path / "none.png"))
-        assert decoder.seconds > 0
+        for source in (str(first), str(second), str(tmp_path / "none.png")):
+            begun = time.monotonic()
+            decoder.load(source)
+            assert 0 < decoder.seconds < time.monotonic() - begun
         decoder.load(None)
         assert decoder.seconds == 0
 
@@ -310,6 +300,7 @@ def at_the_port() -> dict[str, list[tuple[dict[str, str], float]]]:
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_port_shows_what_score_has_done(
     ray_here: None, tiny_bundle: Any, manifest: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -335,7 +326,7 @@ def test_port_shows_what_score_has_done(
             if tags["WorkerId"] in workers and all(tags[tag] == text for tag, text in wanted.items())
         )
 
-    deadline = time.monotonic() + 30  # Ray hands on every 10 s, and as an actor ends
+    deadline = time.monotonic() + 120  # Ray exports every 10 s, and as an actor ends
     while True:
         found = at_the_port()
         workers = {tags["WorkerId"] for tags, _ in found[telemetry.IMAGES_SCORED.name]} - before
