@@ -1,13 +1,137 @@
-"""What a user reads where Ray does not start."""
+"""Connecting to Ray: versions are compared, and every failure is one line. Ray is a stand-in."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import ray
+from ray._private import utils
 
+import ray_cxr
 from ray_cxr import cli
 from ray_cxr.config import RaySettings
-from ray_cxr.errors import RayCxrError
+from ray_cxr.errors import InputError, RayCxrError
+
+HERE = ray_cxr.__version__
+REAL_REMOTE = ray.remote
+HEAD = "10.0.0.1:6379"
+
+
+def hex_id(name: str) -> str:
+    """A node id of the length that Ray requires."""
+    return hashlib.sha224(name.encode()).hexdigest()
+
+
+class Cluster:
+    """Answers the calls of `start_ray` by the version of each node; an exception is a lost node."""
+
+    def __init__(self, answers: dict[str, str | Exception | None], silent: tuple[str, ...] = ()) -> None:
+        self.answers, self.silent = answers, silent
+        self.queried: list[str] = []
+        self.options_seen: list[dict[str, Any]] = []
+        self.shutdowns = 0
+
+    def nodes(self) -> list[dict[str, Any]]:
+        def node(name: str, alive: bool) -> dict[str, Any]:
+            return {"NodeID": hex_id(name), "NodeManagerAddress": name, "Alive": alive, "Resources": {}}
+
+        return [node("gone", False), *(node(name, True) for name in self.answers)]
+
+    def remote(self, *arguments: Any, **options: Any) -> Any:
+        if options or arguments[0].__module__ != cli.__name__:
+            return REAL_REMOTE(*arguments, **options)  # Ray decorates its own functions on import
+        assert arguments[0]() == HERE
+        return self
+
+    def options(self, **options: Any) -> Any:
+        self.options_seen.append(options)
+        return type("Task", (), {"remote": lambda _: self._query(options["scheduling_strategy"].node_id)})()
+
+    def _query(self, node_id: str) -> str:
+        (name,) = [name for name in self.answers if hex_id(name) == node_id]
+        self.queried.append(name)
+        return name
+
+    def wait(self, refs: list[str], *, num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        assert num_returns == len(refs)
+        assert timeout > 0
+        return [ref for ref in refs if ref not in self.silent], [ref for ref in refs if ref in self.silent]
+
+    def get(self, ref: str) -> str | None:
+        answer = self.answers[ref]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def shutdown(self) -> None:
+        self.shutdowns += 1
+
+
+Connect = Callable[..., None]
+
+
+@pytest.fixture
+def connect(monkeypatch: pytest.MonkeyPatch) -> Connect:
+    def run(cluster: Cluster | None = None, address: str = HEAD, init: Callable[..., None] = lambda **_: None) -> None:
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "init", init)
+        for name in ("nodes", "remote", "wait", "get", "shutdown") if cluster else ():
+            monkeypatch.setattr(ray, name, getattr(cluster, name))
+        monkeypatch.setattr(cli.cluster, "wait_for_work", lambda on_head: None)
+        with cli.start_ray(RaySettings(address=address)):
+            pass
+
+    return run
+
+
+def test_nodes_of_the_same_version_are_used(connect: Connect) -> None:
+    cluster = Cluster({"a": HERE, "b": HERE})
+    connect(cluster)
+    assert cluster.queried == ["a", "b"]
+    assert [one["num_cpus"] for one in cluster.options_seen] == [0, 0], "a head without CPUs answers too"
+    assert cluster.shutdowns == 1
+
+
+@pytest.mark.parametrize(("version", "words"), [("9.9.9", "has ray_cxr 9.9.9"), (None, "has no ray_cxr")])
+def test_node_with_another_version_is_refused(version: str | None, words: str, connect: Connect) -> None:
+    cluster = Cluster({"a": HERE, "10.0.0.7": version})
+    with pytest.raises(InputError) as caught:
+        connect(cluster)
+    message = str(caught.value)
+    assert f"node 10.0.0.7 {words}, this command is {HERE};" in message
+    assert "\n" not in message
+    assert cluster.shutdowns == 1, "the connection stayed open"
+
+
+def test_lost_and_slow_nodes_are_skipped(connect: Connect) -> None:
+    connect(Cluster({"a": HERE, "b": ray.exceptions.RayError("lost"), "slow": "9.9.9"}, silent=("slow",)))
+    connect(Cluster({}))
+
+
+def test_large_clusters_are_sampled_and_a_local_ray_is_not_queried(connect: Connect) -> None:
+    large, local = Cluster({f"n{number}": HERE for number in range(1000)}), Cluster({"a": "9.9.9"})
+    connect(large)
+    connect(local, address="local")
+    assert 10 < len(large.queried) < 100
+    assert not local.queried
+
+
+@pytest.mark.parametrize(("other_ray", "other_python"), [("2.9.0", "3.11.4"), (ray.__version__, "3.9.1")])
+def test_ray_or_python_of_another_version_is_refused(other_ray: str, other_python: str, connect: Connect) -> None:
+    """The text comes from Ray itself."""
+
+    def init(**_: object) -> None:
+        utils.check_version_info({"ray_version": other_ray, "python_version": other_python}, "node 10.0.0.1")
+
+    with pytest.raises(InputError) as caught:
+        connect(init=init)
+    message = str(caught.value)
+    assert message.startswith(f"Ray at '{HEAD}': ")
+    assert f"Ray {other_ray} and Python {other_python}, this command Ray {ray.__version__} and Python 3." in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -15,17 +139,16 @@ from ray_cxr.errors import RayCxrError
     [
         Exception("The current node timed out during startup. This could happen\nbecause the machine is slow."),
         ConnectionError("nobody\nthere"),
+        RuntimeError("Version mismatch: in other words"),
     ],
 )
-def test_a_ray_that_does_not_start_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(**_: object) -> None:
+def test_ray_that_does_not_start_is_one_line(error: Exception, connect: Connect) -> None:
+    def init(**_: object) -> None:
         raise error
 
-    monkeypatch.setattr(ray, "init", fail)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    with pytest.raises(RayCxrError) as caught, cli.start_ray(RaySettings()):
-        pass
-    said = str(caught.value)
-    assert said.startswith("Ray at 'local': ")
-    assert "\n" not in said
-    assert ("run the command again" in said) == ("timed out" in str(error))
+    with pytest.raises(RayCxrError) as caught:
+        connect(address="local", init=init)
+    message = str(caught.value)
+    assert message.startswith(f"Ray at 'local': {' '.join(str(error).split())}")
+    assert "\n" not in message
+    assert ("run the command again" in message) == ("timed out" in message)

@@ -6,21 +6,17 @@ import pytest
 
 from ray_cxr.data import demographics
 
-
-@pytest.mark.parametrize(
-    ("text", "years"),
-    [("058Y", 58.0), ("58", 58.0), (" 7y ", 7.0), ("006M", 0.5), ("052W", 52 * 7 / 365.25), ("014D", 14 / 365.25)],
-)
-def test_age(text: str, years: float) -> None:
-    assert demographics.parse_age(text) == pytest.approx(years)
+AGES = {"058Y": 58.0, "58": 58.0, " 7y ": 7.0, "58.5": 58.5, "006M": 0.5, "026W": 26 * 7 / 365.25, "010d": 10 / 365.25}
 
 
-@pytest.mark.parametrize("text", ["", "Y", "about 50", "-5", "58X", "5 8"])
-def test_age_that_cannot_be_read(text: str) -> None:
-    assert demographics.parse_age(text) is None
+def test_ages_are_in_years() -> None:
+    assert {text: demographics.parse_age(text) for text in AGES} == pytest.approx(AGES, abs=1e-12)
+    assert demographics.parse_age("000D") == 0.0
+    for text in ("", "Y", "-3", "58YY", "58X", "5 8", "about 50", "nan"):
+        assert demographics.parse_age(text) is None
 
 
 def test_sex_and_view() -> None:
     assert [demographics.parse_sex(text) for text in ("M", "female", " f ", "O", "")] == ["M", "F", "F", None, None]
-    views = [demographics.parse_view(text) for text in ("pa", "LL", "Lateral", "RAO", " ")]
-    assert views == ["PA", "LATERAL", "LATERAL", "RAO", None]
+    views = [demographics.parse_view(text) for text in ("pa", "AP ", "LL", "Lateral", "RAO", " ")]
+    assert views == ["PA", "AP", "LATERAL", "LATERAL", "RAO", None]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ray_cxr.data import imaging, manifest
-from ray_cxr.errors import ConfigError, InputError, LeakError, RayCxrError, TableError
+from ray_cxr.errors import ConfigError, LeakError, RayCxrError, TableError
 from ray_cxr.labels import FINDINGS, LABELS
 
 #: As NIH's table of 2017: ages with units, padded patient ids, a comma at the end of every line.
@@ -135,12 +135,9 @@ def test_renamed_columns_are_recognised(tmp_path: Path, header: str) -> None:
     table, report = build_text(tmp_path, f"{header}\n{body}")
     assert table.equals(build_text(tmp_path, NIH_V2020)[0])
     assert report.ignored_columns == []
-
-
-def test_unused_columns_are_reported(tmp_path: Path) -> None:
     _, report = build_text(tmp_path, "Image Index,Finding Labels,Notes,Room\na.png,Mass,x,1\n")
     assert report.ignored_columns == ["Notes", "Room"]
-    assert "Notes, Room" in report.lines()[-1]
+    assert report.lines()[-1].endswith("Notes, Room")
 
 
 @pytest.mark.parametrize(
@@ -158,33 +155,23 @@ def test_encodings_of_a_table(tmp_path: Path, data: bytes) -> None:
     assert build_text(tmp_path, data)[0].equals(build_text(tmp_path, NIH_V2020)[0])
 
 
-def test_impossible_and_unreadable_ages_are_null_and_counted(tmp_path: Path) -> None:
-    ages = ["120", "121", "148Y", "?", "", "1400M", "1500M"]
-    lines = "".join(f"{i}.png,Mass,{age}\n" for i, age in enumerate(ages))
-    table, report = build_text(tmp_path, f"Image,Finding Labels,Age\n{lines}")
-    assert table["age"].to_pylist() == [120.0, None, None, None, None, pytest.approx(1400 / 12), None]
-    assert (report.absurd_ages, report.unreadable_ages) == (3, 1)
-
-
-def test_follow_up_numbers(tmp_path: Path) -> None:
-    lines = "".join(f"{i}.png,Mass,{n}\n" for i, n in enumerate(["7", "007", "2.0", "", "x", "1e20", "inf"]))
-    table, _ = build_text(tmp_path, f"Image,Finding Labels,Follow-up #\n{lines}")
-    assert table["follow_up"].to_pylist() == [7, 7, 2, None, None, None, None]
+def test_ages_and_follow_up_numbers_that_cannot_be_are_null(tmp_path: Path) -> None:
+    ages = ["120", "121", "148Y", "?", "x", "", "1400M", "1500M"]
+    visits = ["7", "007", "2.0", "", "x", "3", "1e20", "inf"]
+    lines = "".join(f"{i}.png,Mass,{age},{visit}\n" for i, (age, visit) in enumerate(zip(ages, visits, strict=True)))
+    table, report = build_text(tmp_path, f"Image,Finding Labels,Age,Follow-up #\n{lines}")
+    assert table["age"].to_pylist() == [120.0, None, None, None, None, None, pytest.approx(1400 / 12), None]
+    assert table["follow_up"].to_pylist() == [7, 7, 2, None, None, 3, None, None]
+    assert (report.absurd_ages, report.unreadable_ages) == (3, 2)
 
 
 def test_only_nih_patient_ids_lose_their_zeros(tmp_path: Path) -> None:
-    """In NIH's copies 1 and 00000001 are one patient; elsewhere 007 and 7 may be two people."""
-    text = "Image,Mass,PatientId\na.png,0,007\nb.png,0,7\n00000007_000.png,0,00000007\n00000007_001.png,0,7.0\n"
-    assert build_text(tmp_path, text)[0]["patient_id"].to_pylist() == ["007", "7", "7", "7"]
-
-
-def test_leak_of_a_patient_in_two_spellings(tmp_path: Path) -> None:
-    """A single foreign row in a table must not hide that 00000001 and 1 are the same NIH patient."""
-    a = put(tmp_path / "a.csv", "Image,PatientId,Mass\n00000001_000.png,1,0\n")
-    b = put(tmp_path / "b.csv", "Image,PatientId,Mass\n00000001_001.png,00000001,0\nextra.png,007,0\n")
-    tables = [f"train={a}", f"test={b}"]
-    assert "1 (test+train)" in refusal(LeakError, *tables)
-    assert build(*tables, on_leak="drop")[0]["patient_id"].to_pylist() == ["1", "007"]
+    """In NIH's copies 1 and 00000001 are one patient; elsewhere 008 and 8 may be two people."""
+    lines = "a.png,008,0\nb.png,8,0\n00000007_000.png,00000007,0\n00000007_001.png,7.0,0\n"
+    table, _ = build_text(tmp_path, f"Image,PatientId,Mass\n{lines}")
+    assert table["patient_id"].to_pylist() == ["008", "8", "7", "7"]
+    train = put(tmp_path / "train.csv", "Image,PatientId,Mass\n00000007_002.png,7,1\n")
+    assert "1 patients" in refusal(LeakError, f"train={train}", f"test={tmp_path / 't.csv'}")
 
 
 # --- labels
@@ -192,9 +179,7 @@ def test_leak_of_a_patient_in_two_spellings(tmp_path: Path) -> None:
 
 def test_blank_text_labels_are_null(tmp_path: Path) -> None:
     table, report = build_text(tmp_path, "Image,Finding Labels\na.png,\nb.png,Mass\n")
-    blank, mass = table.to_pylist()
-    assert {blank[name] for name in LABELS} == {None}
-    assert positives(mass) == ["Mass"]
+    assert all(table[name].to_pylist() == [None, int(name == "Mass")] for name in LABELS)
     assert report.unlabelled_rows == 1
 
 
@@ -220,9 +205,6 @@ def test_one_hot_table_with_no_finding_column(tmp_path: Path) -> None:
     assert table["Pleural_Thickening"].to_pylist() == [0, 0, None, 0]
     assert table["Hernia"].null_count == 4
     assert report.unlabelled_rows == 1
-
-
-def test_one_hot_table_of_some_findings_leaves_no_finding_null(tmp_path: Path) -> None:
     assert build_text(tmp_path, "Image,Mass\na.png,0\n")[0]["No_Finding"].to_pylist() == [None]
 
 
@@ -230,7 +212,6 @@ def test_one_hot_table_of_some_findings_leaves_no_finding_null(tmp_path: Path) -
     ("text", "parts"),
     [
         ("", ["empty"]),
-        ("\n\n", ["empty"]),
         ("Image,Finding Labels\n", ["no rows"]),
         ("Patient ID,Finding Labels\n1,Mass\n", ["no image column", "Patient ID, Finding Labels"]),
         ("Image Index,Patient ID\na.png,1\n", ["'Finding Labels'", "Image Index, Patient ID"]),
@@ -250,7 +231,6 @@ def test_one_hot_table_of_some_findings_leaves_no_finding_null(tmp_path: Path) -
         (b"\x89PNG\r\n\x1a\n\xff\xfe", ["UTF-8"]),
         ("Image,Finding Labels\nä.png,Mass\n".encode("latin-1"), ["UTF-8"]),
         (gzip.compress(b"Image,Finding Labels\na.png,Mass\n" * 99, mtime=0)[:-20], ["damaged gzip"]),
-        (b"\x1f\x8b\x08\x00" + b"\x00" * 6 + b"\xff" * 20, ["damaged gzip"]),
     ],
 )
 def test_bad_table_is_refused(tmp_path: Path, text: str | bytes, parts: list[str]) -> None:
@@ -265,7 +245,7 @@ def test_missing_table_folder_and_uri_are_refused(tmp_path: Path) -> None:
         assert refusal(TableError, path).startswith(f"{path}: ")
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.one_of(st.binary(max_size=200), st.text(alphabet='Image,Finding Labels\n"|01-.png', max_size=200)))
 def test_any_bytes_make_a_manifest_or_a_table_error(
     tmp_path_factory: pytest.TempPathFactory, data: bytes | str
@@ -284,19 +264,15 @@ def test_any_bytes_make_a_manifest_or_a_table_error(
 
 def test_tables_are_concatenated_and_repeats_refused(tmp_path: Path) -> None:
     a = put(tmp_path / "a.csv", f"{HEAD}1.png,Mass,1\n2.png,Edema,2\n")
-    b = put(tmp_path / "b.csv", "Image,Edema\n3.png,1\n")
-    c = put(tmp_path / "c.csv", f"{HEAD}4.png,Mass,4\n2.png,Mass,2\n1.png,Mass,1\n")
-    d = put(tmp_path / "d.csv", f"{HEAD}1.png,Mass,1\n1.png,Mass,1\n")
-    assert build(a, b)[0]["image_id"].to_pylist() == ["1.png", "2.png", "3.png"]
+    b = put(tmp_path / "b" / "a.csv", "Image,Edema\n3.png,1\n")
+    c = put(tmp_path / "c.csv", f"{HEAD}4.png,Mass,4\n4.png,Mass,4\n2.png,Mass,2\n1.png,Mass,1\n")
+    table, _ = build(a, b)
+    assert table["image_id"].to_pylist() == ["1.png", "2.png", "3.png"]
+    assert set(manifest.split_info(table)["tables"]) == {a, b}, "equal names need their folders"
     message = refusal(TableError, a, b, c)
-    assert message.startswith("2 images")
+    assert message.startswith("3 images")
     assert "'1.png' in a.csv and c.csv" in message
-    assert "'1.png' in d.csv" in refusal(TableError, d)
-
-
-def test_tables_with_equal_names_keep_their_digests(tmp_path: Path) -> None:
-    a, b = (put(tmp_path / name / "t.csv", f"{HEAD}{name}.png,Mass,1\n") for name in "ab")
-    assert set(manifest.split_info(build(a, b)[0])["tables"]) == {a, b}
+    assert "'4.png' in c.csv;" in refusal(TableError, c)
 
 
 def three(folder: Path, *, val_patient: str = "3", more_test: str = "") -> list[str]:
@@ -325,13 +301,10 @@ def test_leak_between_tables_is_refused_or_dropped(tmp_path: Path) -> None:
     assert report.lines()[-1].startswith("2 rows removed")
     assert report.dropped_by_split == manifest.split_info(table)["dropped_by_split"] == {"train": 2}
 
-
-def test_image_in_two_tables_is_a_leak_that_drop_resolves(tmp_path: Path) -> None:
-    tables = three(tmp_path, more_test="1.png,Mass,1\n")
+    tables = three(tmp_path, more_test="1.png,Mass,1\n")  # the same image in two tables
     assert "1 (test+train)" in refusal(LeakError, *tables)
     table, _ = build(*tables, on_leak="drop")
-    rows = zip(*(table[name].to_pylist() for name in ("image_id", "patient_id", "split")), strict=True)
-    assert [row for row in rows if row[1] == "1"] == [("1.png", "1", "test")]
+    assert table["image_id"].to_pylist() == ["2.png", "2b.png", "3.png", "4.png", "1.png"]
 
 
 def test_rows_without_patients_in_two_tables(tmp_path: Path) -> None:
@@ -368,14 +341,6 @@ def test_patient_split_is_recorded_and_repeatable(tmp_path: Path) -> None:
     assert table.equals(build_text(tmp_path, NIH_V2020, **options)[0])
 
 
-def test_patient_split_refuses_bad_fractions_seeds_and_unknown_patients(tmp_path: Path) -> None:
-    path = put(tmp_path / "t.csv", NIH_V2020)
-    assert "--fractions 0.5,0.5" in refusal(ConfigError, path, split="patient", fractions=(0.5, 0.5))
-    assert "--seed -1" in refusal(ConfigError, path, split="patient", seed=-1)
-    bare = put(tmp_path / "b.csv", "Image,Finding Labels\n1.png,Mass\n")
-    assert "patient ids" in refusal(TableError, bare, split="patient")
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_official_split(tmp_path: Path, packed: bool) -> None:
     def write_list(name: str, *images: str) -> str:
@@ -399,14 +364,12 @@ def test_official_split(tmp_path: Path, packed: bool) -> None:
         (TableError, f"{NIH_NAMES[0]}\n{NIH_NAMES[2]}\n", f"{NIH_NAMES[2]}\n", NIH_NAMES[2]),
         (TableError, "x.png\n", None, "/test.txt: no such file"),
         (TableError, "x.png\n", "\n", "/test.txt: the list is empty"),
-        (TableError, "x.png\n", b"\x1f\x8b\x08\x00zz", "/test.txt: is a damaged gzip"),
-        (TableError, "x.png\n", b"\xff\xfe\x00", "/test.txt: is not text in UTF-8"),
         (TableError, "x.png\n", "y.png\n", "/test.txt; are they NIH's lists?"),
         (LeakError, f"{NIH_NAMES[0]}\n", f"{NIH_NAMES[1]}\n", "1 (test+train)"),
     ],
 )
 def test_official_split_refuses_bad_lists(
-    tmp_path: Path, kind: type[RayCxrError], train_val: str, test: str | bytes | None, part: str
+    tmp_path: Path, kind: type[RayCxrError], train_val: str, test: str | None, part: str
 ) -> None:
     lists = {"train_val_list": put(tmp_path / "a.txt", train_val), "test_list": str(tmp_path / "test.txt")}
     if test is not None:
@@ -417,23 +380,31 @@ def test_official_split_refuses_bad_lists(
 # --- images
 
 
-@pytest.mark.parametrize("layout", ["flat", "nih", "uri", "blanks", "uri blanks", "uri options"])
+@pytest.mark.parametrize("layout", ["flat", "nih", "archives", "uri", "uri blanks #1", "uri archives", "uri options"])
 def test_images_are_found_in_any_layout(tmp_path: Path, layout: str) -> None:
-    folder = tmp_path / ("my images #1" if "blanks" in layout else "images")
-    for i, name in enumerate((*NIH_NAMES, "other.png")):
-        put(folder / (f"images_00{i}/images" if layout == "nih" else ".") / name, png())
-    location = str(folder)
-    if "uri" in layout:
-        location = folder.as_uri() + ("?anonymous=a/b" if "options" in layout else "")
-    table, report = build_text(tmp_path, NIH_V2020, images=location)
-    *found, missing = table["path"].to_pylist()
-    assert missing is None
-    assert all(path.startswith("file://" if "uri" in layout else "/") for path in found)
-    if "options" not in layout:
-        assert [imaging.load(path).shape for path in found] == [(32, 32)] * 3
+    folder = tmp_path / layout
+    location = folder.as_uri() if "uri" in layout else str(folder)
+    if "archives" in layout:
+        write_tar(folder / "a.tar.gz", f"images/{NIH_NAMES[0]}", "images/other.png", f"images/{NIH_NAMES[2]}")
+        write_tar(folder / "b.tar.gz", NIH_NAMES[1], "README.txt")
+        inner = [f"a.tar.gz::images/{NIH_NAMES[0]}", f"b.tar.gz::{NIH_NAMES[1]}", f"images/{NIH_NAMES[2]}"]
+    else:
+        inner = [f"images_00{i}/images/{name}" if layout == "nih" else name for i, name in enumerate(NIH_NAMES)]
+        put(folder / "other.png", png())
+    for name in inner:
+        if "::" not in name:
+            put(folder / name, png())
+    options = "?anonymous=a/b" if "options" in layout else ""
+    table, report = build_text(tmp_path, NIH_V2020, images=location + options)
+    assert table["path"].to_pylist() == [*(f"{location}/{name}{options}" for name in inner), None]
+    if not options:
+        assert [imaging.load(path).shape for path in table["path"].to_pylist()[:3]] == [(32, 32)] * 3
     assert (report.images_found, report.images_missing, report.files_not_in_table) == (3, 1, 1)
-    counts = "pictures: 3 found, 1 in the table but not on disk, 1 on disk but not in the table"
-    assert report.lines()[1] == counts
+    assert report.lines()[1] == "pictures: 3 found, 1 in the table but not on disk, 1 on disk but not in the table"
+    if "archives" in layout:
+        assert (report.not_images, report.unpacked_members) == ({".txt": 1}, 1)
+        assert report.lines()[2].endswith("1 .txt")
+        assert report.lines()[3].startswith("1 members of archives")
 
 
 def test_local_paths_are_absolute_and_file_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,12 +430,11 @@ def test_name_found_twice_is_refused(tmp_path: Path, kind: str) -> None:
     assert f"{images}/a{between}{NIH_NAMES[0]} and {images}/b{between}{NIH_NAMES[0]}" in message
 
 
-def test_useless_image_folders_are_refused(tmp_path: Path) -> None:
-    path, empty, images = put(tmp_path / "t.csv", NIH_V2020), tmp_path / "empty", tmp_path / "images"
-    empty.mkdir()
-    put(images / "x.png", b"x")
-    for folder, kind in ((tmp_path / "none", InputError), (empty, InputError), (images, TableError)):
-        assert str(folder) in refusal(kind, path, images=str(folder))
+def test_folder_without_any_named_image_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "x.png", b"x")
+    message = refusal(TableError, put(tmp_path / "t.csv", NIH_V2020), images=str(tmp_path / "images"))
+    assert message.startswith(f"--images {tmp_path / 'images'}: ")
+    assert NIH_NAMES[0] in message
 
 
 def test_found_only_leaves_out_and_counts_rows_without_image(tmp_path: Path) -> None:
@@ -477,43 +447,12 @@ def test_found_only_leaves_out_and_counts_rows_without_image(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("uri", [False, True])
-def test_images_are_found_inside_archives(tmp_path: Path, uri: bool) -> None:
-    images = tmp_path / "my images"
-    write_tar(images / "images_001.tar.gz", f"images/{NIH_NAMES[0]}", "images/other.png")
-    write_tar(images / "images_002.tar.gz", NIH_NAMES[1], "README.txt")
-    put(images / "unpacked" / NIH_NAMES[2], png())
-    place = images.as_uri() if uri else str(images)
-    table, report = build_text(tmp_path, NIH_V2020, images=place)
-    *found, missing = table["path"].to_pylist()
-    assert found == [
-        f"{place}/images_001.tar.gz::images/{NIH_NAMES[0]}",
-        f"{place}/images_002.tar.gz::{NIH_NAMES[1]}",
-        f"{place}/unpacked/{NIH_NAMES[2]}",
-    ]
-    assert missing is None
-    assert all(imaging.load(path).shape == (32, 32) for path in found)
-    assert (report.images_found, report.images_missing, report.files_not_in_table) == (3, 1, 1)
-    assert report.not_images == {".txt": 1}
-    assert report.lines()[2].endswith("1 .txt")
-
-
-def test_unpacked_members_are_found_once(tmp_path: Path) -> None:
-    images = tmp_path / "images"
-    write_tar(images / "images_001.tar.gz", *(f"images/{name}" for name in NIH_NAMES))
-    for name in NIH_NAMES[:2]:
-        put(images / "images" / name, b"x")
-    table, report = build_text(tmp_path, NIH_V2020, images=str(images))
-    assert [path and "::" in path for path in table["path"].to_pylist()] == [False, False, True, None]
-    assert report.unpacked_members == 2
-    assert report.lines()[2].startswith("2 members of archives")
-
-
-@pytest.mark.parametrize("uri", [False, True])
 def test_manifest_of_images_uses_names_or_paths_as_ids(tmp_path: Path, uri: bool) -> None:
     """Names where they are unique; paths below the folder where any name repeats."""
     for name in ("b.png", "sub 1/a.png", "sub 1/note.txt", ".hidden.png"):
         put(tmp_path / name, b"x")
-    for location in [tmp_path.as_uri(), f"{tmp_path.as_uri()}/?x=a/b"] if uri else [str(tmp_path), f"{tmp_path}/"]:
+    root = tmp_path.as_uri() if uri else str(tmp_path)
+    for location in (root, f"{root}/{'?x=a/b' if uri else ''}"):
         table = manifest.manifest_of_images(location)
         assert table.schema.equals(manifest.SCHEMA)
         assert table["image_id"].to_pylist() == ["b.png", "a.png"]
@@ -569,8 +508,7 @@ def test_written_manifest_is_read_back(tmp_path: Path) -> None:
     table, _ = build_text(tmp_path, NIH_2017, split="patient")
     manifest.write_manifest(table, tmp_path / "new" / "m.parquet")
     again = manifest.read_manifest(tmp_path / "new" / "m.parquet")
-    assert again.equals(table)
-    assert manifest.split_info(again) == manifest.split_info(table)
+    assert (again, manifest.split_info(again)) == (table, manifest.split_info(table))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["m.parquet"]
 
 
@@ -634,7 +572,7 @@ def random_manifest(count: int) -> pa.Table:
     return pa.table(columns, schema=manifest.SCHEMA)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 40), st.sampled_from(["zstd", "none"]), st.booleans())
 def test_digest_does_not_depend_on_file_layout(
     tmp_path_factory: pytest.TempPathFactory, count: int, group: int, cut: int, codec: str, dictionary: bool

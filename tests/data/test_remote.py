@@ -60,9 +60,9 @@ def test_path_operations_are_alike_on_a_disk_and_in_a_bucket(
     assert not remote.is_inside(folder, folder / "in")
     assert not remote.is_inside(folder.with_name(f"{folder.name}2"), folder)
 
-    for operation in (Path.read_bytes, Path.stat, Path.unlink):
+    for operation in ("read_bytes", "stat", "unlink"):
         with pytest.raises(FileNotFoundError):
-            getattr(folder / "none", operation.__name__)()
+            getattr(folder / "none", operation)()
     (folder / "none").unlink(missing_ok=True)
     (folder / "sub.json").unlink()
     assert not (folder / "sub.json").exists()
@@ -72,26 +72,31 @@ def test_path_operations_are_alike_on_a_disk_and_in_a_bucket(
     assert not remote.folder_here(folder / "none").exists()
 
 
-def test_written_objects_are_seen_by_another_client(bucket) -> None:
+def test_objects_appear_whole_or_not_at_all(bucket) -> None:
+    def fail(part: Path) -> None:
+        part.write_bytes(b"half")
+        raise ZeroDivisionError
+
     atomic.write_text(remote.path(bucket("w/a b/c.txt")), "x")
     atomic.write(remote.path(bucket("w/large")), lambda part: part.write_bytes(bytes(12_000_000)) and None)
+    for name in ("a b/c.txt", "new"):
+        with pytest.raises(ZeroDivisionError):
+            atomic.write(remote.path(bucket(f"w/{name}")), fail)
     assert bucket.keys("w/") == ["w/a b/c.txt", "w/large"]
     assert bucket.get("w/a b/c.txt") == b"x"
     assert bucket.get("w/large") == bytes(12_000_000)
 
 
-def test_failed_write_leaves_nothing(bucket) -> None:
-    bucket.put("half/old", b"old")
-
-    def produce(part: Path) -> None:
-        part.write_bytes(b"half")
-        raise ZeroDivisionError
-
-    for name in ("old", "new"):
-        with pytest.raises(ZeroDivisionError):
-            atomic.write(remote.path(bucket(f"half/{name}")), produce)
-    assert bucket.keys("half/") == ["half/old"]
-    assert bucket.get("half/old") == b"old"
+def test_file_that_completes_a_folder_is_written_last(bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    write = atomic.write
+    monkeypatch.setattr(atomic, "write", lambda path, produce: (order.append(path.name), write(path, produce)))
+    with atomic.new_folder(remote.path(bucket("folder")), "b") as folder:
+        for name in "abc":
+            (folder / name).write_bytes(b"x")
+        assert bucket.keys("folder/") == []
+    assert order == ["a", "c", "b"]
+    assert bucket.keys("folder/") == ["folder/a", "folder/b", "folder/c"]
 
 
 def test_changed_object_gets_a_new_copy(bucket, cache: Path) -> None:
@@ -133,14 +138,18 @@ def test_requests_do_not_grow_with_the_number_of_files(
     assert downloads == ["part-00000.parquet"]
 
 
-def test_cache_open_to_others_is_refused(bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_of_another_user_or_open_to_others_is_refused(
+    bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bucket.put("open/x", b"x")
-    (tmp_path / "own").mkdir(mode=0o700)
-    (tmp_path / "open").mkdir()
-    (tmp_path / "open").chmod(0o755)
+    for name, mode in {"world": 0o705, "group": 0o750, "own": 0o700}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(mode)
     (tmp_path / "link").symlink_to(tmp_path / "own")
-    for name in ("open", "link"):
+    user = os.getuid()
+    for name in ("world", "group", "link", "own"):
         monkeypatch.setenv(remote.CACHE_VARIABLE, str(tmp_path / name))
+        monkeypatch.setattr(os, "getuid", lambda other=(name == "own"): user + other)
         with pytest.raises(InputError, match=str(tmp_path / name)):
             os.fspath(remote.path(bucket("open/x")))
         assert not any((tmp_path / name).iterdir())
@@ -245,6 +254,7 @@ def test_commands_refuse_addresses_that_they_cannot_use(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_bundle_in_a_bucket_is_whole_or_none(bucket, tiny_bundle, command, cache: Path) -> None:
     place = remote.path(bucket("made/bundle"))
     for name in ("MODEL_CARD.md", "bundle.json", "curves.json"):  # an upload that was cut off
@@ -273,6 +283,7 @@ def test_bundle_in_a_bucket_is_whole_or_none(bucket, tiny_bundle, command, cache
     assert bucket.keys("made/other/") == ["made/other/notes.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "place", "part"),
     [
