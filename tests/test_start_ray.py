@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,3 +156,65 @@ def test_ray_that_does_not_start_is_one_line(error: Exception, connect: Connect)
     assert message.startswith(f"Ray at 'local': {' '.join(str(error).split())}")
     assert "\n" not in message
     assert ("run the command again" in message) == ("timed out" in message)
+
+
+# ---------------------------------------------------------------- the token of a local Ray
+
+
+def token_file(monkeypatch: pytest.MonkeyPatch, home: Path | None) -> Path:
+    """Return the file in which a local Ray finds its token, with this HOME."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "")  # so that what is set below is undone afterwards
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    if home is None:
+        monkeypatch.delenv("HOME", raising=False)
+    else:
+        monkeypatch.setenv("HOME", str(home))
+    cli._ensure_token()
+    found = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(found) if found else Path(os.environ["HOME"]) / ".ray" / "auth_token"
+    assert len(path.read_text(encoding="utf-8")) >= 32
+    assert path.stat().st_mode & 0o777 == 0o600
+    return path
+
+
+def test_the_token_is_kept_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = token_file(monkeypatch, tmp_path)
+    assert first == tmp_path / ".ray" / "auth_token"
+    before = first.read_bytes()
+    assert token_file(monkeypatch, tmp_path).read_bytes() == before
+    first.write_bytes(b"")  # as Ray leaves it on a full disk
+    assert token_file(monkeypatch, tmp_path).read_bytes() != b""
+
+
+@pytest.mark.parametrize("home", ["unset", "missing", "a file", "read-only", "full"])
+def test_a_home_that_cannot_hold_the_token_is_not_needed(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "home"
+    if home == "a file":
+        folder.write_text("")
+    elif home != "missing":
+        folder.mkdir()
+    if home in ("read-only", "full"):  # root could write to a read-only folder
+        number = errno.EROFS if home == "read-only" else errno.ENOSPC
+
+        def fail(path: Path, produce: object) -> None:
+            raise OSError(number, os.strerror(number), str(path))
+
+        monkeypatch.setattr(cli.atomic, "write", fail)
+    found = token_file(monkeypatch, None if home == "unset" else folder)
+    assert tmp_path not in found.parents
+    assert found.parent.stat().st_mode & 0o777 == 0o700
+    shutil.rmtree(found.parent)
+
+
+@pytest.mark.parametrize("own", ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"])
+def test_a_token_of_the_environment_is_left_alone(own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv(own, "mine")
+    cli._ensure_token()
+    assert os.environ[own] == "mine"
+    assert not list(tmp_path.iterdir())
