@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import tomllib
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -51,14 +49,6 @@ zoom = { low = 0, high = 0.1 }
 """
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    yield
-    optuna.logging.set_verbosity(before)
-
-
 def read(text: str, base: TrainSettings = BASE, sizes: Sequence[int] = SIZES) -> Space:
     return Space.read(tomllib.loads(text), base, sizes)
 
@@ -72,8 +62,8 @@ def refuse(text: str, base: TrainSettings = BASE, sizes: Sequence[int] = SIZES) 
     return message
 
 
-def new_study(seed: int = 0, sampler: optuna.samplers.BaseSampler | None = None) -> optuna.Study:
-    return optuna.create_study(direction="maximize", sampler=sampler or optuna.samplers.RandomSampler(seed=seed))
+def new_study() -> optuna.Study:
+    return optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
 
 
 def draw(space: Space, count: int) -> list[dict[str, Any]]:
@@ -91,7 +81,7 @@ def test_names_fields_and_choices() -> None:
     always += " warmup_epochs flip momentum clip_norm dense"
     assert space.names == (*always.split(), "rotation@ResNet50", "rotation@DenseNet121|TinyCNN", "zoom")
     assert space.fields == (*always.split(), "rotation", "zoom")
-    assert space.categorical == tuple("backbone size batch_size optimizer ema weights flip dense".split())
+    assert space.categorical == ("backbone", "size", "batch_size", "optimizer", "ema", "weights", "flip", "dense")
     assert space.backbones == ("ResNet50", "DenseNet121", "TinyCNN")
     assert space.conditional
     small = read("momentum = [0, 0.9]", TrainSettings(backbone="TinyCNN", optimizer="sgd"))
@@ -113,33 +103,23 @@ def test_names_have_no_slash_and_differ() -> None:
 REFUSED: list[tuple[str, ...]] = [
     # What is searched
     ("droput = [0.1]", ".droput", "'dropout'"),
-    ("zzzz = [0.1]", ".zzzz", "'zzzz'"),
     ('"drop\\nout" = [0.1]', ".drop out", "'dropout'"),
     ("[when]", ""),
     # Choices
     ("dropout = 0.3", ".dropout", "[train]"),
-    ('backbone = "ResNet50"', ".backbone", "[train]"),
-    ("flip = 1979-05-27", ".flip"),
     ("dropout = []", ".dropout", "empty"),
-    ("dropout = [0.1, 0.2, 0.1]", ".dropout.2", "0.1"),
     ("dropout = [0, 0.0]", ".dropout.1", "0.0"),
     ("dense = [[8], [8]]", ".dense.1", "[8]"),
-    ('ema = ["null", "none"]', ".ema.1", "none"),
     ("dropout = [0.1, 1.0]", ".dropout.1", "1.0"),
-    ('dropout = ["none"]', ".dropout.0"),
-    ("dropout = [{ low = 0, high = 0.1 }]", ".dropout.0"),
-    ('backbone = ["ResNet51"]', ".backbone.0", "'ResNet50'"),
     ("dense = [512, 256]", ".dense.0", "512", "dense = [[], [256]]"),
     ("dense = [[], [0]]", ".dense.1.0", "0"),
     (f"frozen_epochs = [1, {2**53 + 1}]", ".frozen_epochs.1", str(2**53)),
     ("frozen_epochs = [1, 0x" + "f" * 5000 + "]", ".frozen_epochs.1"),
     # Ranges
-    ("dropout = {}", ".dropout", "low", "high"),
     ("dropout = { low = 0 }", ".dropout", "low", "high"),
     ("dropout = { low = 0.5, high = 0.1 }", ".dropout", "0.5", "0.1"),
     ("dropout = { low = 0, hihg = 0.1 }", ".dropout", "'hihg'", "'high'"),
     ("dropout = { low = 0, high = 1 }", ".dropout.high", "1"),
-    ("dropout = { low = -0.1, high = 0.5 }", ".dropout.low", "-0.1"),
     ("dropout = { low = nan, high = 0.5 }", ".dropout.low"),
     ("warmup_epochs = { low = 0, high = inf }", ".warmup_epochs.high", "inf"),
     ('dropout = { low = "0", high = 0.5 }', ".dropout.low", "'0'"),
@@ -147,17 +127,14 @@ REFUSED: list[tuple[str, ...]] = [
     ("dropout = { low = 0, high = 0.5, step = true }", ".dropout.step", "True"),
     ("dropout = { low = 0, high = 0.5, step = 0 }", ".dropout.step", "0"),
     ("dropout = { low = 0, high = 0.5, step = nan }", ".dropout.step", "nan"),
-    ("dropout = { low = 0, high = 0.5, step = inf }", ".dropout.step", "inf"),
     ("dropout = { low = 0, high = 0.5, step = 1e-9 }", ".dropout.step", "1000000"),
     ("dropout = { low = 0, high = 0.5, step = 0.2 }", ".dropout.step", "0.4 or 0.6"),
     ("dropout = { low = 0, high = 0.5, log = 1 }", ".dropout.log", "true or false"),
     ("dropout = { low = 0, high = 0.5, log = true }", ".dropout.low", "0.0"),
     ("dropout = { low = 0.1, high = 0.5, log = true, step = 0.1 }", ".dropout", "log", "step"),
     ("flip = { low = 0, high = 1 }", ".flip", "choices"),
-    ("backbone = { low = 0, high = 1 }", ".backbone", "choices"),
     ("dense = { low = 0, high = 1 }", ".dense", "choices"),
     ("frozen_epochs = { low = 0.5, high = 3 }", ".frozen_epochs.low"),
-    ("frozen_epochs = { low = 0, high = 2.5 }", ".frozen_epochs.high"),
     ("frozen_epochs = { low = 0, high = 3, step = 1.5 }", ".frozen_epochs.step", "1.5"),
     ("frozen_epochs = { low = 0, high = 3, step = 2 }", ".frozen_epochs.step", "2 or 4"),
     ("frozen_epochs = { low = 0, high = 10_000_000_000_000_000 }", ".frozen_epochs.high"),
@@ -165,9 +142,7 @@ REFUSED: list[tuple[str, ...]] = [
     ("size = [224, 300]", ".size.1", "300", "224, 320"),
     ('size = ["none"]', ".size.0", "none"),
     ('size = "prepard"', ".size", '"prepared"'),
-    ("size = 224", ".size", '"prepared"'),
     ("size = { low = 224, high = 320 }", ".size", '"prepared"'),
-    ("size = []", ".size", "empty"),
     # Conditions
     ("when = 3", ".when"),
     ("flip = [true]\n[when]\ndropout = [0.1]", '.when."dropout"', "field=value"),
@@ -219,10 +194,6 @@ def test_a_wrong_table_is_refused(refused: tuple[str, ...]) -> None:
     assert not [word for word in words if word not in message.removeprefix(f"tune.space{place}")]
 
 
-def test_settings_that_are_never_searched_exist() -> None:
-    assert module._FIXED.keys() < TrainSettings.model_fields.keys()
-
-
 @pytest.mark.parametrize(
     ("text", "place", "hint"),
     [
@@ -242,10 +213,10 @@ def test_batches_that_the_workers_cannot_share_are_refused(text: str, place: str
 
 
 def test_batches_that_the_workers_can_share() -> None:
-    base = TrainSettings(workers=3)
-    space = read("batch_size = { low = 15, high = 45, step = 6 }", base)
-    assert {space.settings(params, base).batch_size for params in draw(space, 100)} == {15, 21, 27, 33, 39, 45}
-    assert draw(read("batch_size = { low = 15, high = 15, log = true }", base), 1) == [{"batch_size": 15}]
+    space = read("batch_size = { low = 15, high = 45, step = 6 }", TrainSettings(workers=3))
+    assert {params["batch_size"] for params in draw(space, 100)} == {15, 21, 27, 33, 39, 45}
+    one = read("batch_size = { low = 15, high = 15, log = true }", TrainSettings(workers=3))
+    assert draw(one, 1) == [{"batch_size": 15}]
 
 
 def test_settings_that_exclude_each_other_may_be_searched_under_a_condition() -> None:
@@ -254,6 +225,8 @@ def test_settings_that_exclude_each_other_may_be_searched_under_a_condition() ->
         space = read(text, base)
         for params in draw(space, 50):
             space.settings(params, base)
+        with pytest.raises(ConfigError, match=r"^sync_batchnorm: "):
+            space.settings({"sync_batchnorm": True, "xla": True}, base)
     # Where xla is not searched, it is as the base has it.
     assert "sync_batchnorm=true: " in refuse(text, TrainSettings(xla=True))
     assert "xla=true: deterministic: " in refuse("xla = [true, false]", TrainSettings(deterministic=True))
@@ -268,11 +241,11 @@ def test_every_trial_has_a_size() -> None:
 
 
 def test_the_backbone_comes_first_and_all_parameters_appear() -> None:
-    for space in (read(FULL), read("")):
-        trials = draw(space, 100)
-        assert {next(iter(params)) for params in trials} == {"backbone"}
-        assert {params["backbone"] for params in trials} == set(space.backbones)
-        assert {name for params in trials for name in params} == set(space.names)
+    space = read(FULL)
+    trials = draw(space, 100)
+    assert {next(iter(params)) for params in trials} == {"backbone"}
+    assert {params["backbone"] for params in trials} == set(space.backbones)
+    assert {name for params in trials for name in params} == set(space.names)
 
 
 @pytest.mark.parametrize(
@@ -347,136 +320,79 @@ def test_values_of_another_space_are_refused(params: dict[str, Any], words: list
     assert all(word in str(caught.value) for word in words)
 
 
-def test_settings_that_the_base_does_not_allow_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^sync_batchnorm: "):
-        read("xla = [true, false]").settings({"xla": True}, TrainSettings(sync_batchnorm=True))
-    with pytest.raises(ConfigError, match=r"^dropout: "):
-        read(FULL).settings({"dropout": 1.5}, BASE)
-
-
-class DrawnTrial:
-    """A trial whose values hypothesis draws, both ends of every range included."""
-
-    def __init__(self, data: st.DataObject) -> None:
-        self.data = data
-        self.params: dict[str, Any] = {}
-
-    def _suggest(self, name: str, strategy: st.SearchStrategy[Any]) -> Any:
-        assert name not in self.params
-        self.params[name] = self.data.draw(strategy)
-        return self.params[name]
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self._suggest(name, st.sampled_from(choices))
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        return self._suggest(name, st.integers(0, (high - low) // step).map(lambda i: low + i * step))
-
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
-    ) -> float:
-        if step is None:
-            return self._suggest(name, st.floats(low, high) | st.sampled_from([low, high]))
-        return self._suggest(name, st.integers(0, round((high - low) / step)).map(lambda i: low + i * step))
-
-
-@settings(max_examples=60)
-@given(st.data(), st.integers(1, 5), st.sampled_from([(224,), (224, 320), (64, 96, 128)]))
-def test_every_trial_of_the_default_space_is_valid(data: st.DataObject, workers: int, sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("workers", range(1, 6))
+@pytest.mark.parametrize("sizes", [(224,), (224, 320), (64, 96, 128)])
+def test_every_trial_of_the_default_space_is_valid(workers: int, sizes: tuple[int, ...]) -> None:
     base = TrainSettings(workers=workers, batch_size=32 * workers, size=sizes[0])
     space = Space.read({}, base, sizes)
-    trial = DrawnTrial(data)
-    space.suggest(trial)  # type: ignore[arg-type]
-    chosen = space.settings(trial.params, base)
-    assert chosen.batch_size % workers == 0
-    assert chosen.size in sizes
-    assert chosen.idle() == []
-    assert space.point(space.values(trial.params), "here")[0] == pytest.approx(trial.params)
-
-
-@settings(max_examples=40)
-@given(st.data())
-def test_every_trial_of_a_full_space_is_a_point_of_it(data: st.DataObject) -> None:
-    space = read(FULL)
-    trial = DrawnTrial(data)
-    space.suggest(trial)  # type: ignore[arg-type]
-    values = space.values(trial.params)
-    assert space.settings(trial.params, BASE).replace(**values) == space.settings(trial.params, BASE)
-    params, left_out = space.point(values, "here")
-    assert space.values(params) == values
-    assert left_out == []
+    for params in draw(space, 20):
+        chosen = space.settings(params, base)
+        assert chosen.batch_size % workers == 0
+        assert chosen.size in sizes
+        assert chosen.idle() == []
+        assert space.point(space.values(params), "here")[0] == pytest.approx(params)
 
 
 FIELDS = st.sampled_from([*TrainSettings.model_fields, "when", "droput", ""])
-SCALARS = st.one_of(
-    st.booleans(),
-    st.integers(),
-    st.integers(0, 100),
-    st.sampled_from([10**400, -(10**400), 2**53, math.inf, math.nan, 1e308, 5e-324, 0.1, 0.5]),
-    st.floats(),
-    st.text(),
-    st.sampled_from(["none", "prepared", "ResNet50", "TinyCNN", "adam", "sgd"]),
-    st.dates(),
-)
-RAW = st.one_of(
-    SCALARS,
-    st.lists(SCALARS | st.lists(SCALARS, max_size=2), max_size=3),
-    st.fixed_dictionaries(
-        {"low": SCALARS, "high": SCALARS}, optional={"log": st.booleans() | SCALARS, "step": SCALARS, "x": SCALARS}
-    ),
-)
-WHOLE = tomllib.loads(FULL)
-WHENS = WHOLE.pop("when")
-DECIDING = {field: WHOLE[field] for field in ("backbone", "optimizer", "ema")}
+WORDS = ["none", "prepared", "ResNet50", "TinyCNN", "adam", "sgd"]
+NUMBERS = [10**400, -(10**400), 2**53, math.inf, math.nan, 1e308, 5e-324, 0, 1, 8, 0.1, 0.5]
+SCALARS = st.booleans() | st.integers() | st.floats() | st.text() | st.dates() | st.sampled_from([*NUMBERS, *WORDS])
+LISTS = st.lists(SCALARS | st.lists(SCALARS, max_size=2), max_size=3)
+ENDS = {"low": SCALARS, "high": SCALARS}
+RANGES = st.fixed_dictionaries(ENDS, optional={"log": st.booleans() | SCALARS, "step": SCALARS, "x": SCALARS})
+WILD = st.dictionaries(FIELDS, SCALARS | LISTS | RANGES, max_size=1)
+GOOD = tomllib.loads(FULL)
+WHENS = GOOD.pop("when")
+DECIDING = {field: GOOD[field] for field in ("backbone", "optimizer", "ema")}
 CONDITIONS = st.tuples(FIELDS, st.sampled_from(["true", "none", "ResNet50", "sgd|adam", "1e-3", "[]", ""])).map(
     "=".join
 )
 
 
-def tables(*known: Mapping[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
-    """Some keys of good tables, and sometimes one of anything."""
-    good = [pair for table in known for pair in table.items()]
-    some = st.lists(st.sampled_from(good), max_size=6).map(dict)
-    return some | st.tuples(some, st.dictionaries(FIELDS, RAW, max_size=1)).map(lambda both: {**both[0], **both[1]})
+def some(table: Mapping[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.lists(st.sampled_from(list(table.items())), max_size=6).map(dict)
 
 
-@settings(max_examples=150)
-@given(
-    st.tuples(st.sampled_from([{}, DECIDING]), tables(WHOLE)).map(lambda both: {**both[0], **both[1]}),
-    st.lists(st.sampled_from(list(WHENS.items())), max_size=3).map(dict)
-    | st.dictionaries(st.sampled_from(list(WHENS)) | CONDITIONS | st.text(), tables(*WHENS.values()), max_size=2)
-    | st.dictionaries(CONDITIONS, SCALARS, max_size=1),
-    st.integers(1, 3),
-    st.data(),
-)
-def test_any_table_gives_valid_settings_or_one_line(
-    table: dict[str, Any], whens: dict[str, Any], workers: int, data: st.DataObject
-) -> None:
-    base = TrainSettings(workers=workers)
+def merge(*parts: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.tuples(*parts).map(lambda tables: {key: value for table in tables for key, value in table.items()})
+
+
+def read_or_refuse(table: dict[str, Any], base: TrainSettings) -> tuple[Space | None, str]:
     try:
-        space = Space.read({**table, "when": whens} if whens else table, base, SIZES)
+        return Space.read(table, base, SIZES), ""
     except ConfigError as error:
-        assert len(str(error).splitlines()) == 1
+        return None, str(error)
+
+
+@settings(max_examples=100)
+@given(
+    merge(st.sampled_from([{}, DECIDING]), some(GOOD), WILD),
+    some(WHENS)
+    | st.dictionaries(
+        st.sampled_from(list(WHENS)) | CONDITIONS | st.text(), merge(some(GOOD), WILD) | SCALARS, max_size=2
+    ),
+    st.integers(1, 3),
+)
+def test_any_table_gives_valid_settings_or_one_line(table: dict[str, Any], whens: dict[str, Any], workers: int) -> None:
+    base = TrainSettings(workers=workers)
+    space, message = read_or_refuse({**table, "when": whens} if whens else table, base)
+    if space is None:
+        assert len(message.splitlines()) == 1
         return
     json.dumps(space.describe())
-    trial = DrawnTrial(data)
-    space.suggest(trial)  # type: ignore[arg-type]
-    for params in (trial.params, *draw(space, 2)):
+    for params in draw(space, 3):
         space.settings(params, base)
 
 
 @settings(max_examples=50)
-@given(st.integers(0, 50), st.integers(1, 400), st.integers(0, 40), st.sampled_from([10, 100, 1000]), st.data())
-def test_a_range_has_any_number_of_whole_steps(
-    first: int, stride: int, count: int, scale: int, data: st.DataObject
-) -> None:
+@given(st.integers(0, 50), st.integers(1, 400), st.integers(0, 40), st.sampled_from([10, 100, 1000]), st.integers(0))
+def test_a_range_has_any_number_of_whole_steps(first: int, stride: int, count: int, scale: int, chosen: int) -> None:
     low, step, high = first / scale, stride / scale, (first + count * stride) / scale
     space = Space.read({"warmup_epochs": {"low": low, "high": high, "step": step}}, BASE, SIZES)
-    chosen = data.draw(st.integers(0, count))
-    value = (first + chosen * stride) / scale
+    value = (first + chosen % (count + 1) * stride) / scale
     params, _ = space.point({"warmup_epochs": value}, "here")
     assert space.values(params) == {"warmup_epochs": value}
-    study = new_study(chosen)
+    study = new_study()
     study.enqueue_trial(params)
     for _ in range(3):
         trial = study.ask()
@@ -527,18 +443,16 @@ POINT = {
 }
 
 
-@pytest.mark.parametrize("group", [False, True])
-def test_the_next_trial_has_the_values_of_an_enqueued_point(group: bool) -> None:
+def test_the_next_trial_has_the_values_of_an_enqueued_point() -> None:
     space = read(FULL)
     params, left_out = space.point(POINT, "here")
     assert left_out == []
-    rotation = params.pop("rotation@ResNet50")
-    assert (type(rotation), rotation) == (float, 3.0)
-    encoded = {"dense": "[512, 256]", "ema": None}
-    assert params == {**{name: value for name, value in POINT.items() if name != "rotation"}, **encoded}
-    params["rotation@ResNet50"] = rotation
+    expected = {**POINT, "dense": "[512, 256]", "ema": None, "rotation@ResNet50": 3.0}
+    del expected["rotation"]
+    assert params == expected
+    assert type(params["rotation@ResNet50"]) is float
     assert space.point({**POINT, "ema": None}, "here")[0] == params
-    study = new_study(sampler=tpe(group))
+    study = new_study()
     for _ in range(2):
         study.enqueue_trial(params)
         trial = study.ask()
@@ -581,50 +495,9 @@ def test_a_point_outside_the_space_is_refused_or_left_out(changes: dict[str, Any
     params, left_out = space.point(values, "runs/a", strict=False)
     assert left_out == [bad]
     assert set(space.values(params)) == set(values) - {bad}
-
-
-def test_fields_that_depend_on_a_value_left_out_are_left_out() -> None:
+    # Dense layers are searched with a ResNet50 only.
     params, left_out = read(FULL).point({"dense": [256], "backbone": "ResNet50V2"}, "here", strict=False)
     assert (params, left_out) == ({}, ["dense", "backbone"])
-
-
-def test_all_settings_of_a_run_are_a_point() -> None:
-    run = TrainSettings(backbone="ResNet50", optimizer="sgd", momentum=0.8, size=320, dropout=0.2, clip_norm=1.0)
-    params, left_out = read(FULL).point(run.model_dump(), "here", strict=False)
-    assert read(FULL).values(params).items() <= run.model_dump().items()
-    assert {"epochs", "clip_norm", "findings"} < set(left_out)
-    assert set(params) >= {"momentum", "size", "dense", "ema", "zoom", "rotation@ResNet50"}
-
-
-def test_a_restarted_trial_gets_the_same_values() -> None:
-    """The study's storage has the trial, and the process is another."""
-    space = read(FULL)
-    study = new_study(3)
-    for _ in range(20):
-        trial = study.ask()
-        space.suggest(trial)
-        before = trial.params
-        again = optuna.trial.Trial(study, trial._trial_id)
-        pickle.loads(pickle.dumps(space)).suggest(again)
-        assert again.params == before
-
-
-def tpe(group: bool = True) -> optuna.samplers.TPESampler:
-    with warnings.catch_warnings():
-        # Optuna calls `group` experimental.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(multivariate=True, group=group, seed=1, n_startup_trials=5)
-
-
-@pytest.mark.parametrize("text", ["", FULL])
-def test_tpe_learns_in_the_space(text: str) -> None:
-    space = read(text)
-    study = new_study(sampler=tpe())
-    for _ in range(30):
-        trial = study.ask()
-        space.suggest(trial)
-        study.tell(trial, -abs(math.log10(space.settings(trial.params, BASE).learning_rate) + 3.5))
-    assert study.best_value > -0.3
 
 
 def test_equal_spaces_have_equal_descriptions() -> None:
