@@ -1,4 +1,4 @@
-"""The public names, and that naming the package costs nobody the start of TensorFlow or Ray."""
+"""The public names, and which imports start TensorFlow or Ray."""
 
 from __future__ import annotations
 
@@ -11,45 +11,47 @@ import pytest
 
 import ray_cxr
 
+MODULES = (
+    "ray_cxr",
+    "ray_cxr.cli",
+    "ray_cxr.data.manifest",
+    "ray_cxr.data.prepared",
+    "ray_cxr.models.predictions",
+    "ray_cxr.models.bundle",
+    "ray_cxr.scoring.pipeline",
+    "ray_cxr.reporting.report",
+)
 
-def test_public_names() -> None:
+
+def test_public_names_and_version() -> None:
     assert ray_cxr.__all__ == ["FINDINGS", "Bundle", "RayCxrError", "__version__", "load_bundle"]
-
-
-def test_version_is_the_one_of_pyproject() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
     assert ray_cxr.__version__ == project["project"]["version"]
-
-
-def test_unknown_name() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'load_model'"):
+    with pytest.raises(AttributeError, match="load_model"):
         _ = ray_cxr.load_model  # type: ignore[attr-defined]
 
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stderr == ""
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "ray_cxr",
-        "ray_cxr.cli",
-        "ray_cxr.data.manifest",
-        "ray_cxr.data.prepared",
-        "ray_cxr.models.predictions",
-        "ray_cxr.models.bundle",
-        "ray_cxr.scoring.pipeline",
-        "ray_cxr.reporting.report",
-    ],
-)
-def test_import_brings_neither_tensorflow_nor_keras_nor_ray(module: str) -> None:
-    code = f"import sys, {module}; print(sorted({{'tensorflow', 'keras', 'ray'}} & set(sys.modules)))"
-    assert run(code) == "[]"
+def test_imports_and_help_start_neither_tensorflow_nor_ray() -> None:
+    """Nor do they wait for highdicom; the bundle's names are imported on first use."""
+    code = f"""
+import contextlib, importlib, io, sys
+for name in {MODULES}:
+    importlib.import_module(name)
+    print(name, sorted({{"tensorflow", "keras", "ray", "highdicom"}} & set(sys.modules)))
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    sys.modules["ray_cxr.cli"].main(["--help"])
+print("help", sorted({{"tensorflow", "keras", "ray", "highdicom"}} & set(sys.modules)))
+"""
+    assert run(code).splitlines() == [f"{name} []" for name in (*MODULES, "help")]
 
 
-def test_all_names_are_there() -> None:
-    """In a process of its own: the bundle's names are imported when asked for."""
+@pytest.mark.slow
+def test_all_public_names_exist() -> None:
+    """In a process of its own, because other tests import the modules behind them."""
     assert run("import ray_cxr; print([n for n in ray_cxr.__all__ if not hasattr(ray_cxr, n)])") == "[]"

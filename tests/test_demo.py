@@ -1,4 +1,4 @@
-"""The demo's steps, as far as they can be looked at without running them; the README's tests run them."""
+"""The demo's steps without running them; the README's tests run them."""
 
 from __future__ import annotations
 
@@ -15,43 +15,42 @@ from ray_cxr.errors import RayCxrError
 from ray_cxr.tuning.space import Space
 
 
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "PATIENTS", 8)
+@pytest.fixture(autouse=True)
+def few_patients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "PATIENTS", 4)
 
 
-def recorded(out: Path, *, tune: bool, fails: str = "") -> list[list[str]]:
+def record_steps(out: Path, *, tune: bool, failing: str = "") -> list[list[str]]:
     steps: list[list[str]] = []
 
     def command(arguments: Sequence[str]) -> int:
         steps.append(list(arguments))
         if arguments[0] == "report":
             (out / "report").mkdir()
-            (out / "report" / "metrics.json").write_text(json.dumps({"macro": {"auroc": 0.5}}))
-        return int(arguments[0] == fails)
+            (out / "report" / "metrics.json").write_text(json.dumps({"macro": {"auroc": 0.5}}), encoding="utf-8")
+        return int(arguments[0] == failing)
 
     demo.run(out, command, lambda line: None, tune=tune)
     return steps
 
 
-def test_the_steps_with_and_without_a_search(few: None, tmp_path: Path) -> None:
-    plain, searched = recorded(tmp_path / "a", tune=False), recorded(tmp_path / "b", tune=True)
-    assert [step[0] for step in plain] == ["manifest", "prepare", "train", "score", "report"]
-    assert [step[0] for step in searched] == ["manifest", "prepare", "tune", "train", "score", "report"]
-    # What the search finds is what is trained.
-    study = Path(searched[2][searched[2].index("--out") + 1])
-    assert searched[3][searched[3].index("--config") + 1] == str(study / "best.toml")
+def test_demo_runs_each_command_in_order(tmp_path: Path) -> None:
+    steps = record_steps(tmp_path, tune=False)
+    assert [step[0] for step in steps] == ["manifest", "prepare", "train", "score", "report"]
 
 
-def test_the_demos_search_is_one(few: None, tmp_path: Path) -> None:
-    step = recorded(tmp_path, tune=True)[2]
-    whole = build(Config, tomllib.loads(Path(step[step.index("--config") + 1]).read_text()))
-    space = Space.read(whole.tune.space, whole.train, [demo.SIZE])
+def test_demo_trains_what_its_valid_search_found(tmp_path: Path) -> None:
+    steps = record_steps(tmp_path, tune=True)
+    assert [step[0] for step in steps] == ["manifest", "prepare", "tune", "train", "score", "report"]
+    _, _, tune, train, *_ = ({name: step[step.index(name) + 1] for name in step if name[:2] == "--"} for step in steps)
+    assert train["--config"] == str(Path(tune["--out"]) / "best.toml")
+    search = build(Config, tomllib.loads(Path(tune["--config"]).read_text(encoding="utf-8")))
+    space = Space.read(search.tune.space, search.train, [demo.SIZE])
     assert "learning_rate" in space.fields
-    for point in whole.tune.enqueue:
+    for point in search.tune.enqueue:
         space.point(point, "enqueue")
 
 
-def test_a_step_that_fails_ends_the_demo(few: None, tmp_path: Path) -> None:
-    with pytest.raises(RayCxrError, match="the step `tune` ended with 1"):
-        recorded(tmp_path, tune=True, fails="tune")
+def test_demo_stops_at_a_failed_step(tmp_path: Path) -> None:
+    with pytest.raises(RayCxrError, match="`tune`"):
+        record_steps(tmp_path, tune=True, failing="tune")

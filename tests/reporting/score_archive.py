@@ -1,0 +1,168 @@
+"""A made-up archive with labels and scores, and the report on it: shared by the tests of reports."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from ray_cxr.data import manifest
+from ray_cxr.labels import NO_FINDING
+from ray_cxr.reporting import pictures, plots
+from ray_cxr.reporting.report import write_report
+
+FEW = ("Cardiomegaly", "Effusion", "Hernia")
+
+
+class Archive:
+    """Images of patients, labels, and a score folder whose model is better than chance.
+
+    Every patient has three images. Patients 0-9 are train, 10-14 val, the rest test. The images of the last patient
+    failed, with different codes. Hernia has no positive. Only a few image files exist.
+    """
+
+    def __init__(self, root: Path, patients: int = 60, findings: Sequence[str] = (*FEW, NO_FINDING)) -> None:
+        rng = np.random.default_rng(0)
+        self.root, self.findings = root, tuple(findings)
+        self.diseases = [finding for finding in findings if finding != NO_FINDING]
+        self.n = n = 3 * patients
+        number = np.arange(n) // 3
+        self.patient: list[str | None] = [str(one) for one in number]
+        self.ids = [f"{i // 3:08d}_{i % 3:03d}.png" for i in range(n)]
+        self.study: list[str | None] = [f"s{i // 3}" if i % 3 < 2 else None for i in range(n)]
+        self.split = np.where(number < 10, "train", np.where(number < 15, "val", "test"))
+        self.ok = number < patients - 1
+        self.threshold = 0.3
+        self.y = {f: (rng.random(n) < 0.3).astype(np.int8) for f in findings}
+        if "Hernia" in self.y:
+            self.y["Hernia"][:] = 0
+        logits = {f: 2.0 * y - 2.0 + rng.normal(size=n) for f, y in self.y.items()}
+        self.p = {f: (1 / (1 + np.exp(-values))).astype(np.float32) for f, values in logits.items()}
+        (root / "pictures").mkdir(parents=True)
+        self.paths = [str(root / "pictures" / name) for name in self.ids]
+        for path in self.paths[::4]:
+            Image.fromarray(rng.integers(0, 255, (48, 40), dtype=np.uint8)).save(path)
+
+    @property
+    def tested(self) -> np.ndarray:
+        """Which images an evaluation of the test split has."""
+        return (self.split == "test") & self.ok
+
+    def labels(self, *, keep: Sequence[int] | None = None, info: dict[str, Any] | None = None, **changes: Any) -> str:
+        """Write the manifest. Keywords replace columns; `keep` selects rows; `info` describes the split."""
+        columns: dict[str, Any] = {"image_id": self.ids, "path": self.paths, "patient_id": self.patient}
+        columns |= {"split": list(self.split), **{f: y.tolist() for f, y in self.y.items()}, **changes}
+        rows = range(self.n) if keep is None else keep
+        arrays = {}
+        for item in manifest.SCHEMA:
+            values = columns.get(item.name, [None] * self.n)
+            arrays[item.name] = pa.array([values[i] for i in rows], item.type)
+        info = {"kind": "patient", "seed": 0, "tables": {"table.csv": "ab" * 32}} if info is None else info
+        table = pa.table(arrays).replace_schema_metadata({manifest.SPLIT_KEY: json.dumps(info).encode()})
+        pq.write_table(table, self.root / "labels.parquet")
+        return str(self.root / "labels.parquet")
+
+    def people(self) -> str:
+        """Write labels with sex, view, age and follow-up; even patients are men."""
+        patient = np.arange(self.n) // 3
+        return self.labels(
+            sex=["F" if k % 2 else "M" for k in patient],
+            view=["PA" if i % 3 else "AP" for i in range(self.n)],
+            age=[float(20 + k) for k in patient],
+            follow_up=[i % 3 for i in range(self.n)],
+        )
+
+    def scores(self, *, ids: Sequence[str] | None = None, finished: bool = True, **model: Any) -> str:
+        """Write the score folder. Keywords replace entries of model.json."""
+        failed, codes = ~self.ok, ["missing", "corrupt", "missing"] * self.n
+        columns: dict[str, Any] = {
+            "image_id": pa.array(ids or self.ids),
+            "path": pa.array(self.paths),
+            "patient_id": pa.array(self.patient, pa.string()),
+            "study_id": pa.array(self.study, pa.string()),
+            "status": pa.array(np.where(failed, "error", "ok")),
+            "error_code": pa.array([codes[i] if failed[i] else None for i in range(self.n)], pa.string()),
+            "quality_flag": pa.array(["lateral" if i == 50 else None for i in range(self.n)]),
+            "model_digest": pa.array(["d1" * 32] * self.n, mask=failed),
+            "embedding": pa.array([[0.0, 1.0]] * self.n),  # a report does not read it
+        }
+        for f in self.findings:
+            columns[f"p_{f}"] = pa.array(self.p[f], pa.float32(), mask=failed)
+            columns[f"c_{f}"] = pa.array(self.p[f] * 0.9, pa.float32(), mask=failed)
+            columns[f"flag_{f}"] = pa.array(self.p[f] >= self.threshold, pa.bool_(), mask=failed)
+        stacked = np.stack([self.p[f] for f in self.diseases])
+        columns["top_finding"] = pa.array(np.array(self.diseases)[stacked.argmax(axis=0)], pa.string(), mask=failed)
+        columns["priority"] = pa.array(stacked.max(axis=0), pa.float32(), mask=failed)
+        folder = self.root / "SCORES"
+        (folder / "scores").mkdir(parents=True, exist_ok=True)
+        for part, start in enumerate(range(0, self.n, 70)):
+            pq.write_table(pa.table(columns).slice(start, 70), folder / "scores" / f"{part:05d}.parquet")
+        used = pa.table({"image_id": self.ids, "patient_id": pa.array(self.patient, pa.string()), "split": self.split})
+        pq.write_table(used.filter(pa.array(self.split != "test")), folder / "split.parquet")
+        point = {"threshold": self.threshold, "rule": "youden", "n": 45, "positives": 9, "flag_rate": 0.4}
+        described = {
+            "format": 1,
+            "digest": "d1" * 32,
+            "backbone": "TinyCNN",
+            "findings": list(self.findings),
+            "input_spec": {"size": 64, "aspect": "stretch", "interpolation": "area"},
+            "calibration": dict.fromkeys(self.findings),
+            "operating_points": dict.fromkeys(self.findings, point),
+            "expected_flag_rates": dict.fromkeys(self.findings, 0.4),
+            "provenance": {"split": {"kind": "patient"}, "initial_weights": "random", "lineage": "known"},
+            "curves": [
+                {"epoch": e, "loss": 0.7 / e, "val_auroc": None if e == 1 else 1 - 0.4 / e, "seconds": 2.0}
+                for e in (1, 2, 3)
+            ],
+            **model,
+        }
+        (folder / "model.json").write_text(json.dumps(described), encoding="utf-8")
+        (folder / "run.json").write_text(json.dumps({"rows": self.n, "input_digest": "aa"}), encoding="utf-8")
+        (folder / "_SUCCESS").unlink(missing_ok=True)
+        if finished:
+            (folder / "_SUCCESS").touch()
+        return str(folder)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report that was written: its folder, metrics.json and the page; and the archive that it is of."""
+
+    out: Path
+    metrics: dict[str, Any]
+    page: str
+    archive: Archive
+    given: dict[str, Any] = field(default_factory=dict)
+
+    def worklist(self) -> list[dict[str, str]]:
+        with open(self.out / "worklist.csv", encoding="utf-8", newline="") as stream:
+            return list(csv.DictReader(stream))
+
+
+@contextlib.contextmanager
+def without_drawing() -> Iterator[None]:
+    """Leave out the figures, which take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "encode", lambda figure: (b"png", b"svg"))
+        patch.setattr(pictures, "of_evaluation", lambda *_: {})
+        yield
+
+
+def report(archive: Archive, out: Path, *, scores: str | None = None, draw: bool = False, **given: Any) -> Report:
+    """Write a report; `draw` draws its figures."""
+    given = {"n_resamples": 60, **given}
+    with contextlib.nullcontext() if draw else without_drawing():
+        returned = write_report(scores or archive.scores(), out, **given)
+    written = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(returned, allow_nan=False))
+    return Report(out, written, (out / "report.html").read_text(encoding="utf-8"), archive, given)
