@@ -7,7 +7,8 @@ can say, its list of banned names in pyproject.toml says: `ray.init`, `tf.distri
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ Files = Mapping[str, ast.Module]
 Check = Callable[[Files], list[str]]
 
 
+@functools.cache
 def files() -> dict[str, ast.Module]:
     """Every Python file of the package and the jobs, by its path below the repository."""
     paths = sorted([*ROOT.glob("ray_cxr/**/*.py"), *ROOT.glob("jobs/**/*.py")])

@@ -33,9 +33,6 @@ def columns(rows: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([row[0] for row in rows]), np.array([row[1] for row in rows], dtype=np.float32)
 
 
-# ---- scaling ----
-
-
 def test_scaling_by_hand() -> None:
     """At logit 1, 29 of 38 images are positive; at logit -1, 10 of 60. So Platt's targets are 40/41 and 1/61."""
     y = np.repeat([1, 0, 1, 0], [29, 9, 10, 50])
@@ -52,65 +49,29 @@ def test_scaling_by_hand() -> None:
     assert (got.intercept, got.method) == (0.0, "temperature")
 
 
-@settings(max_examples=40)
-@given(LABELLED)
-def test_no_other_temperature_is_better(rows: list[tuple[int, float]]) -> None:
-    y, p = columns(rows)
-    positives = int(y.sum())
-    x = np.clip(p.astype(float), calibration.EPSILON, 1 - calibration.EPSILON)
-    x = np.log(x) - np.log1p(-x)
-    target = np.where(y == 1, (positives + 1) / (positives + 2), 1 / (len(y) - positives + 2))
-
-    def loss(slope: float) -> float:
-        return float(np.sum(np.logaddexp(0, slope * x) - target * slope * x))
-
-    got = fit_temperature(y, p, min_positives=1)
-    if got is not None:
-        assert loss(got.slope) <= min(loss(got.slope * step) for step in (0.9, 0.99, 1.01, 1.1)) + 1e-9
-    elif 0 < positives < len(y) and np.ptp(x) > 0:
-        # The loss is convex, so one step shows that it falls towards slopes below 0.
-        assert loss(-1e-4) <= loss(1e-4)
-
-
-@FITS
-@settings(max_examples=30)
-@given(rows=LABELLED)
-def test_calibration_keeps_order(rows: list[tuple[int, float]], fit: Fit) -> None:
-    y, p = columns(rows)
-    got = fit(y, p, min_positives=1)
-    if got is not None:
-        calibrated = calibration.apply(got, p)
-        assert calibrated.dtype == np.float32
-        assert ((calibrated >= 0) & (calibrated <= 1)).all()
-        assert (np.diff(calibrated[np.argsort(p)]) >= 0).all()
-
-
-@FITS
-def test_scaling_of_separable_saturated_scores_is_finite(fit: Fit) -> None:
-    got = fit(np.repeat([0, 1], 20), np.repeat([0.0, 1.0], 20))
-    assert calibration.apply(got, np.array([0.0, 1.0])) == pytest.approx([1 / 22, 21 / 22], abs=1e-4)
-
-
 @FITS
 def test_scaling_declines(fit: Fit) -> None:
     assert fit(np.array([1, 0] * 10), np.full(20, 0.3)) is None  # equal scores
     assert fit(np.repeat([0, 1], 10), np.linspace(0.9, 0.1, 20)) is None  # reversed order
-    for y, p in ((np.repeat([1, 0], [5, 40]), np.linspace(1, 0, 45)), (np.repeat([1, 0], [40, 5]), np.linspace(1, 0, 45))):
+    for y, p in (
+        (np.repeat([1, 0], [5, 40]), np.linspace(1, 0, 45)),
+        (np.repeat([1, 0], [40, 5]), np.linspace(1, 0, 45)),
+    ):
         assert fit(y, p, min_positives=5) is not None
         assert fit(y, p, min_positives=6) is None
     assert fit(np.ones(9, int), np.linspace(0.1, 0.9, 9), min_positives=0) is None
+    # Separable and saturated scores have a finite slope.
+    got = fit(np.repeat([0, 1], 20), np.repeat([0.0, 1.0], 20))
+    assert calibration.apply(got, np.array([0.0, 1.0])) == pytest.approx([1 / 22, 21 / 22], abs=1e-4)
 
 
-def test_apply_by_hand() -> None:
+def test_apply_by_hand_and_from_a_bundle() -> None:
     # logit(.8) = log 4; 2 log 4 - log 4 = log 4 again.
     rule = Calibration(2.0, -np.log(4.0))
     for form in (rule, rule.as_dict()):
         got = calibration.apply(form, np.array([0.8, 0.5, np.nan]))
         assert got[:2] == pytest.approx([0.8, 0.2], abs=1e-6)
         assert np.isnan(got[2])
-
-
-def test_calibration_survives_the_bundle() -> None:
     for rule in (Calibration(1.5, -0.25), Calibration(0.5, 0.0, "temperature")):
         assert rule.as_dict() == {"method": rule.method, "slope": rule.slope, "intercept": rule.intercept}
         assert Calibration.from_dict(rule.as_dict()) == rule
@@ -134,9 +95,6 @@ def test_bad_calibration_is_refused(value: dict[str, object]) -> None:
         Calibration.from_dict(value)
 
 
-# ---- operating points ----
-
-
 def test_operating_points_by_hand() -> None:
     y = np.array([0, 0, 0, 1, 0, 1, 1, 1, 1, 1])
     p = np.array([0.125, 0.25, 0.375, 0.5, 0.5625, 0.625, 0.75, 0.8125, 0.875, 0.9375])
@@ -153,6 +111,14 @@ def test_operating_points_by_hand() -> None:
     for rule in ("sensitivity=0.9", "specificity=0.75"):
         point = operating_point(y, p, rule)
         assert (point["threshold"], point["sensitivity"], point["specificity"]) == (0.4375, 1.0, 0.75)
+    # Enough of each class is needed.
+    for labels in (np.array([0, 0, 1]), np.array([0, 1, 1])):
+        assert operating_point(labels, p[:3], min_positives=1) is not None
+        assert operating_point(labels, p[:3], min_positives=2) is None
+    # A threshold between neighbouring float32.
+    p = np.array([np.float32(0.3), np.nextafter(np.float32(0.3), np.float32(1))])
+    point = operating_point(np.array([0, 1]), p)
+    assert calibration.flags(p, point["threshold"]).tolist() == [False, True]
     # A target of 0.9 is met by 9 of 10.
     point = operating_point(np.repeat([1, 0], 10), np.linspace(0.95, 0.05, 20), "sensitivity=0.9")
     assert point["sensitivity"] == 0.9
@@ -170,15 +136,248 @@ def test_operating_point_keeps_its_rule(rows: list[tuple[int, float]], rule: str
     cells = metrics.confusion(y, flags)
     rates = (cells.sensitivity, cells.specificity, cells.flag_rate)
     assert rates == (point["sensitivity"], point["specificity"], point["flag_rate"])
-    others = {float(t): metrics.sensitivity_specificity(y, p >= t) for t in p}
+    lowest = p[flags].min()
+    others = {t: metrics.sensitivity_specificity(y, p >= t) for t in p}
     name, _, target = rule.partition("=")
     if name == "youden":
         best = max(map(sum, others.values()))
         assert point["sensitivity"] + point["specificity"] == pytest.approx(best, abs=1e-12)
-        # Of equal thresholds the more sensitive.
-        assert all(t >= point["threshold"] for t, rates in others.items() if sum(rates) > best - 1e-9)
+        # Of equals, the more sensitive.
+        assert all(t >= lowest for t, both in others.items() if sum(both) > best - 1e-9)
     elif name == "sensitivity":
         assert point[name] >= float(target) - 1e-12
-        assert all(rates[0] < float(target) for t, rates in others.items() if not flags[p == np.float32(t)].all() or 0)
+        assert all(both[0] < float(target) for t, both in others.items() if t > lowest)
     else:
         assert point[name] >= float(target) - 1e-12
+        assert all(both[1] < float(target) for t, both in others.items() if t < lowest)
+
+
+@pytest.mark.parametrize("rule", ["", "f1", "youden=1", "sensitivity", "sensitivity=0", "specificity=1.1"])
+def test_unknown_rules_are_refused(rule: str) -> None:
+    with pytest.raises(ConfigError, match="operating point"):
+        operating_point(np.array([0, 1]), np.array([0.1, 0.9]), rule)
+
+
+def test_values_outside_0_to_1_are_refused() -> None:
+    y = np.array([0, 1])
+    for wrong in (1.5, -0.5):
+        p = np.array([0.5, wrong])
+        for function in (operating_point, fit_platt, calibration.expected_error, calibration.reliability):
+            with pytest.raises(ValueError, match=r"0\.\.1"):
+                function(y, p)
+        with pytest.raises(ValueError, match=r"0\.\.1"):
+            calibration.apply(Calibration(1.0, 0.0), p)
+
+
+def site() -> tuple[pd.DataFrame, np.ndarray]:
+    """Five findings on 60 images: usual, few positives, unlabelled, reversed, labelled on the first half only."""
+    y = (np.arange(60) % 3 == 0).astype(float)
+    few = np.where(np.arange(60) < 3, 1.0, 0.0)
+    half = np.where(np.arange(60) < 30, y, np.nan)
+    labels = pd.DataFrame({"Mass": y, "Hernia": few, "Edema": np.nan, "Fibrosis": 1 - y, "Nodule": half})
+    p = sigmoid(2 * y - 1 + np.random.default_rng(4).normal(size=60))
+    return labels, np.repeat(p[:, None], 5, axis=1).astype(np.float32)
+
+
+def test_rules_per_finding() -> None:
+    labels, p = site()
+    names = list(labels.columns)
+    got = fit_rules(labels, p, names)
+    y = labels["Mass"].to_numpy().astype(int)
+    point = operating_point(y, p[:, 0])
+    assert got.calibrations["Mass"] == fit_platt(y, p[:, 0]).as_dict()
+    assert got.operating_points["Mass"] == point
+    assert got.expected_flag_rates["Mass"] == point["flag_rate"]
+    others = {rule: operating_point(y, p[:, 0], rule) for rule in ("sensitivity=0.9", "specificity=0.9")}
+    assert got.alternatives["Mass"] == others
+    assert got.operating_points["Nodule"] == operating_point(y[:30], p[:30, 0])
+    for name in ("Hernia", "Edema", "Fibrosis"):
+        assert got.calibrations[name] is got.operating_points[name] is got.expected_flag_rates[name] is None
+        assert got.reasons[name]
+    assert got.alternatives["Hernia"] == dict.fromkeys(others)
+    assert got.reasons["Mass"] is got.reasons["Nodule"] is None
+    assert "3 positives, needs 5" in got.reasons["Hernia"]
+    for part in (got.calibrations, got.operating_points, got.expected_flag_rates, got.alternatives, got.reasons):
+        assert list(part) == names
+
+
+def test_rules_by_another_method_and_rule() -> None:
+    labels, p = site()
+    names = list(labels.columns)
+    got = fit_rules(labels, p, names, method="temperature", rule="sensitivity=0.90", min_positives=3)
+    assert got.calibrations["Mass"]["method"] == "temperature"
+    for name in ("Mass", "Hernia"):
+        point = got.operating_points[name]
+        assert (point["rule"], point["sensitivity"] >= 0.9) == ("sensitivity=0.90", True)
+    # The chosen rule, however it is written, is no alternative to itself.
+    assert list(got.alternatives["Mass"]) == ["youden", "specificity=0.9"]
+    assert len(fit_rules(labels, p, names, rule="specificity=0.5").alternatives["Mass"]) == 3
+
+
+def test_rules_from_arrays_tables_and_nulls_are_the_same() -> None:
+    labels, p = site()
+    names = list(labels.columns)
+    expected = fit_rules(labels, p, names)
+    minus = labels.fillna(-1).to_numpy().astype(np.int8)
+    nullable = labels.astype("Int8")[names[::-1]]  # columns of a table are taken by name
+    for form in (labels.to_numpy(), minus, nullable, labels.astype(object).where(labels.notna(), None)):
+        assert fit_rules(form, p, names) == expected
+
+
+@pytest.mark.parametrize(
+    ("y", "p", "rule", "missing", "part"),
+    [
+        ([0, 1], [0.3, 0.3], "youden", ["calibration", "operating point"], "alike"),
+        ([0, 1], [0.3, 0.2], "youden", ["calibration", "operating point"], "better than chance"),
+        ([0, 1], [0.3, 0.3], "specificity=0.9", ["calibration", "operating point"], "specificity=0.9"),
+        ([0] * 5 + [1] * 10, [1e-6] * 5 + [0.0] + [0.9] * 9, "sensitivity=1", ["operating point"], "saturated"),
+        ([0, 1], [0.3, 0.2], "sensitivity=1", ["calibration"], "slope"),
+        ([1, 1], [0.3, 0.2], "youden", [], "0 negatives, needs 1"),  # the reason of both
+        ([0, 0], [0.3, 0.2], "sensitivity=1", [], "0 positives, needs 1"),
+    ],
+)
+def test_rules_that_are_missing_have_a_reason(
+    y: list[int], p: list[float], rule: str, missing: list[str], part: str
+) -> None:
+    got = fit_rules(np.array(y)[:, None], np.array(p)[:, None], ["Mass"], rule=rule, min_positives=1)
+    reason = got.reasons["Mass"]
+    assert part in reason
+    assert [what for what in ("calibration", "operating point") if f"no {what}" in reason] == missing
+    for what, value in (("calibration", got.calibrations), ("operating point", got.operating_points)):
+        assert (value["Mass"] is None) == (what in missing or not missing)
+
+
+def test_rules_refuse_bad_input() -> None:
+    p = np.array([[0.1], [0.9]])
+    for options, part in (({"method": "isotonic"}, "isotonic"), ({"rule": "f1"}, "f1")):
+        with pytest.raises(ConfigError, match=part):
+            fit_rules(np.array([[0], [1]]), p, ["Mass"], **options)
+    for labels, findings in (([[0], [1]], ["Mass", "Nodule"]), ([[0], [1], [1]], ["Mass"]), ([[0], [2]], ["Mass"])):
+        with pytest.raises(ValueError, match=r"labels"):
+            fit_rules(np.array(labels), p, findings)
+
+
+def plain_error(y: list[int], p: list[float], bins: int = 10) -> float:
+    """The expected calibration error bin by bin, weighted by images."""
+    total = 0.0
+    for place in range(bins):
+        inside = [(a, b) for a, b in zip(y, p, strict=True) if min(int(b * bins), bins - 1) == place]
+        if inside:
+            share, mean = (sum(pair[k] for pair in inside) / len(inside) for k in (0, 1))
+            total += len(inside) / len(y) * abs(mean - share)
+    return total
+
+
+@settings(max_examples=60)
+@given(rows=st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1)), min_size=1, max_size=40), bins=st.integers(1, 12))
+def test_expected_error_and_reliability_curve_equal_their_definition(rows: list[tuple[int, float]], bins: int) -> None:
+    y, p = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
+    assert calibration.expected_error(y, p, bins) == pytest.approx(plain_error(y.tolist(), p.tolist(), bins), abs=1e-12)
+    curve = calibration.reliability(y, p, bins)
+    assert [(one.low, one.high) for one in curve] == [(i / bins, (i + 1) / bins) for i in range(bins)]
+    assert sum(one.n for one in curve) == len(rows)
+    total = 0.0
+    for one in curve:
+        if one.n == 0:
+            assert (one.predicted, one.observed, one.observed_low, one.observed_high) == (None,) * 4
+            continue
+        total += one.n / len(rows) * abs(one.predicted - one.observed)
+        wilson = stats.binomtest(round(one.observed * one.n), one.n).proportion_ci(method="wilson")
+        assert (one.observed_low, one.observed_high) == pytest.approx((wilson.low, wilson.high), abs=1e-9)
+    assert calibration.expected_error(y, p, bins) == pytest.approx(total, abs=1e-12)
+
+
+def test_reliability_interval_counts_patients_and_not_images() -> None:
+    y, p = np.array([0, 1, 1, 0, 1, 0, 0]), np.array([0.1, 0.1, 0.15, 0.12, 0.9, 0.95, 0.5])
+    once = calibration.reliability(y, p, 5)
+    thrice = calibration.reliability(np.repeat(y, 3), np.repeat(p, 3), 5, patients=np.repeat(np.arange(7), 3))
+    for one, more in zip(once, thrice, strict=True):
+        assert more.n == 3 * one.n
+        for name in ("predicted", "observed", "observed_low", "observed_high"):
+            assert getattr(more, name) == pytest.approx(getattr(one, name), abs=1e-12)
+    # Whatever the patients, the interval is never narrower than that of independent images.
+    rng = np.random.default_rng(0)
+    y, p = rng.integers(0, 2, 60), rng.random(60)
+    grouped = calibration.reliability(y, p, patients=rng.integers(0, 20, 60))
+    for one, more in zip(calibration.reliability(y, p), grouped, strict=True):
+        assert more.observed_high - more.observed_low >= one.observed_high - one.observed_low - 1e-12
+    with pytest.raises(ValueError, match="patients"):
+        calibration.reliability(y, p, patients=np.arange(3))
+
+
+def test_reliability_bins_of_equal_counts() -> None:
+    rng = np.random.default_rng(3)
+    p = rng.beta(1, 40, 200)
+    y = rng.random(200) < p
+    bins = calibration.reliability(y, p, equal_counts=True)
+    assert [one.n for one in bins] == [20] * 10
+    assert (bins[0].low, bins[-1].high) == (0.0, 1.0)
+    order = np.argsort(p)
+    for k, one in enumerate(bins):
+        rows = order[20 * k : 20 * (k + 1)]
+        assert one.predicted == pytest.approx(p[rows].mean(), abs=1e-12)
+        assert one.observed == y[rows].mean()
+        assert one.low <= p[rows].min() <= p[rows].max() <= one.high
+    # Equal probabilities are one bin, not ten of which nine are empty.
+    for value in (0.02, 0.0, 1.0):
+        assert [one.n for one in calibration.reliability(y, np.full(200, value), equal_counts=True) if one.n] == [200]
+    assert calibration.reliability(y[:0], p[:0], equal_counts=True)[0].n == 0
+
+
+def overconfident(patients: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two findings on two images a patient whose probabilities are all too high; a tenth of the labels is missing."""
+    rng = np.random.default_rng(0)
+    ids = np.array([f"p{i // 2}" for i in rng.permutation(2 * patients)])
+    x = rng.normal(-1.5, 1.5, size=(2 * patients, 2))
+    labels = (rng.random(x.shape) < sigmoid(x)).astype(np.int8)
+    labels[rng.random(x.shape) < 0.1] = -1
+    return labels, sigmoid(0.5 * x + 1.5), ids
+
+
+def plain_cross_fitted(labels: np.ndarray, p: np.ndarray, patients: np.ndarray, fit: Fit, least: int = 5) -> float:
+    """Every other patient, in order of appearance, makes one half; each half is calibrated by the other."""
+    seen = list(dict.fromkeys(patients.tolist()))
+    half = np.array([seen.index(patient) % 2 for patient in patients])
+    errors = []
+    for j in range(labels.shape[1]):
+        y: list[int] = []
+        calibrated: list[float] = []
+        for part in (0, 1):
+            rows, others = ((labels[:, j] != -1) & (half == side) for side in (part, 1 - part))
+            rule = fit(labels[others, j], p[others, j], least)
+            y += labels[rows, j].tolist()
+            calibrated += (p[rows, j] if rule is None else calibration.apply(rule, p[rows, j])).tolist()
+        errors.append(plain_error(y, calibrated))
+    return sum(errors) / len(errors)
+
+
+@pytest.mark.parametrize("case", ["platt", "temperature", "reversed scores", "one large patient", "few positives"])
+def test_cross_fitted_error_equals_its_definition(case: str) -> None:
+    labels, p, patients = overconfident()
+    method, least = "temperature" if case == "temperature" else "platt", 5
+    if case == "reversed scores":  # nothing is calibrated
+        p = 1 - p
+    elif case == "one large patient":
+        patients = np.where(np.arange(120) < 30, "large", patients)
+    elif case == "few positives":
+        least = 1000
+    got = calibration.cross_fitted_error(labels, p, patients, method=method, min_positives=least)
+    fit = fit_temperature if method == "temperature" else fit_platt
+    assert got == pytest.approx(plain_cross_fitted(labels, p, patients, fit, least), abs=1e-9)
+
+
+def test_cross_fitted_error_without_labels_or_patients() -> None:
+    labels, p, patients = overconfident()
+    assert calibration.cross_fitted_error(np.full_like(labels, -1), p, patients) is None
+    assert calibration.expected_error(np.array([], int), np.array([])) is None
+    half = labels.copy()
+    half[:, 1] = -1  # a finding without labels does not count
+    alone = calibration.cross_fitted_error(labels[:, :1], p[:, :1], patients)
+    assert calibration.cross_fitted_error(half, p, patients) == pytest.approx(alone)
+    # Unknown patients are patients of their own.
+    unknown = calibration.cross_fitted_error(labels, p, np.array([None] * len(p), object))
+    assert unknown == pytest.approx(calibration.cross_fitted_error(labels, p, np.arange(len(p))))
+    # One patient leaves nothing to calibrate from.
+    known = labels[:, 0] >= 0
+    single = calibration.cross_fitted_error(labels[:, :1], p[:, :1], np.array(["a"] * len(p)))
+    assert single == pytest.approx(calibration.expected_error(labels[known, 0], p[known, 0]))
