@@ -342,7 +342,7 @@ def percentile_interval(values: np.ndarray, *, certain: bool = False) -> Interva
     if len(usable) < MIN_RESAMPLES:
         return Interval(None, None, undefined, f"{len(usable)} usable resamples; {MIN_RESAMPLES} are needed")
     low, high = np.percentile(usable, [2.5, 97.5])
-    if usable.min() == usable.max() and not certain:
+    if np.ptp(usable) <= 1e-12 * max(1.0, float(np.abs(usable).max())) and not certain:  # equal but for rounding
         # Not certainty: a bootstrap cannot draw what it has not seen, such as a positive that is missed.
         return Interval(None, None, undefined, "every resample gives the same")
     return Interval(float(low), float(high), undefined)
