@@ -14,12 +14,17 @@ from typing import Any, NamedTuple
 import hypothesis
 import pytest
 
+from ray_cxr.cli import _OWN_RAY
+
 # The gate tries the same examples on every machine, however long they take there.
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("here")
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# As `start_ray` sets them before it imports Ray, whose C++ reads them once; some test files import Ray first.
+for _name, _value in _OWN_RAY.items():
+    os.environ.setdefault(_name, _value)
 # For the S3 server of the tests, and before a Ray is started, whose workers keep its environment: never anybody's own.
 os.environ.update(AWS_ACCESS_KEY_ID="nobody", AWS_SECRET_ACCESS_KEY="nothing-secret", AWS_EC2_METADATA_DISABLED="true")
 for _name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_SESSION_TOKEN"):

@@ -1,8 +1,8 @@
 """The long runs that `scripts/soak` starts: training killed at random, again and again, and what it ends with.
 
-Each round trains the same network as an untouched run did, with two workers. At random moments the command and all
-that it started, or a single worker, gets SIGKILL; the command is started again until it ends by itself. Then every
-number of every epoch and every bit of the weights must be those of the untouched run.
+Each round trains the same model as an untouched run did, with two workers. At random moments the command and all that
+it started, or a single worker, gets SIGKILL; the command is started again until it ends by itself. Then every number
+of every epoch and every bit of the weights must be those of the untouched run.
 """
 
 from __future__ import annotations
@@ -15,17 +15,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).with_name("training")))
 from test_kill import arguments, assert_same_bits, outcome
 
-EPOCHS = 8
-
 
 def training_workers() -> list[int]:
-    """Process ids of Ray Train's workers on this machine."""
+    """Return the process ids of Ray Train's workers on this machine."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -38,13 +35,14 @@ def training_workers() -> list[int]:
 
 
 def started(program: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a command in a process group of its own, without a Ray address."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     with open(log, "ab") as stream:
         return subprocess.Popen(program, start_new_session=True, stdout=stream, stderr=stream, env=environment)
 
 
-def one_round(number: int, program: list[str], out: Path, expected: object, draw: random.Random) -> None:
-    begun, killed, log = time.monotonic(), {"the command": 0, "a worker": 0}, out.with_suffix(".log")
+def run_round(number: int, program: list[str], out: Path, expected: Any, draw: random.Random) -> None:
+    start, kills, log = time.monotonic(), {"the command": 0, "a worker": 0}, out.with_suffix(".log")
     while True:
         process = started(program, log)
         while process.poll() is None:
@@ -54,27 +52,18 @@ def one_round(number: int, program: list[str], out: Path, expected: object, draw
                 if draw.random() < 0.5:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-                    killed["the command"] += 1
+                    kills["the command"] += 1
                 elif workers := training_workers():
                     os.kill(draw.choice(workers), signal.SIGKILL)
-                    killed["a worker"] += 1
+                    kills["a worker"] += 1
         if process.returncode == 0:
             break
-        if process.returncode != -signal.SIGKILL and not killed["a worker"]:
-            raise SystemExit(f"round {number}: failed by itself:\n{log.read_text()}")
+        if process.returncode != -signal.SIGKILL and not kills["a worker"]:
+            raise SystemExit(f"round {number}: failed by itself:\n{log.read_text(encoding='utf-8')}")
         time.sleep(2)  # Ray's own processes notice that their command is gone
-    assert_same_bits(out, expected)  # type: ignore[arg-type]
-    kills = ", ".join(f"{what} {count} times" for what, count in killed.items())
-    print(f"round {number}: killed {kills}; {time.monotonic() - begun:.0f} s; every bit as untouched", flush=True)
-
-
-def difference(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> float:
-    """The largest difference of two sets of weights, relative to the size of its tensor (at least 0.1)."""
-    return max(
-        float(np.abs(one[name] - value).max()) / max(float(np.abs(value).max()), 0.1)
-        for name, value in two.items()
-        if np.issubdtype(value.dtype, np.floating) and value.size
-    )
+    assert_same_bits(out, expected)
+    shown = ", ".join(f"{what} {count} times" for what, count in kills.items())
+    print(f"round {number}: killed {shown}; {time.monotonic() - start:.0f} s; every bit as untouched", flush=True)
 
 
 def main() -> None:
@@ -95,17 +84,13 @@ def main() -> None:
     prepared, draw = chosen.out / "prepared", random.Random(chosen.seed)
     subprocess.run([*command, "prepare", chosen.out / "m.parquet", "--out", prepared, "--size", "64"], check=True)
 
-    def program(out: Path) -> list[str]:
-        return [*command, *arguments(prepared, out, 2), "--set", f"epochs={EPOCHS}"]
+    def program(name: str) -> list[str]:
+        return [*command, *arguments(prepared, chosen.out / name, 2, epochs=8, patience=8)]
 
-    subprocess.run(program(chosen.out / "untouched"), check=True)
+    subprocess.run(program("untouched"), check=True)
     expected = outcome(chosen.out / "untouched")
-    one = [*command, *arguments(prepared, chosen.out / "one", 1), "--set", f"epochs={EPOCHS}"]
-    subprocess.run(one, check=True)
-    print(f"one worker against two: {difference(outcome(chosen.out / 'one')[1], expected[1]):.1e}", flush=True)
     for number in range(1, chosen.rounds + 1):
-        out = chosen.out / f"round{number}"
-        one_round(number, program(out), out, expected, draw)
+        run_round(number, program(f"round{number}"), chosen.out / f"round{number}", expected, draw)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
@@ -19,17 +20,12 @@ Arrays = dict[str, np.ndarray]
 READS, FOUND = ("trained", "validated"), ("probabilities", "aurocs")
 
 
-def free_ports(count: int) -> int:
-    """Return the first of `count` neighbouring free ports."""
-    for first in range(23000, 60000, 97):
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return first
-    raise AssertionError("no free ports")
+def free_ports(count: int) -> list[str]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [str(probe.getsockname()[1]) for probe in probes]
 
 
 def read_scenarios(path: Path) -> dict[str, Arrays]:
@@ -44,12 +40,11 @@ def read_scenarios(path: Path) -> dict[str, Arrays]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Arrays]]]:
     """The arrays that `workers.py` saved, by number of workers, rank and scenario. All three processes run at once."""
-    out, port = tmp_path_factory.mktemp("workers"), free_ports(3)
+    out, ports = tmp_path_factory.mktemp("workers"), free_ports(3)
     program = [sys.executable, str(Path(__file__).with_name("workers.py")), str(out)]
-    places = {(2, 0): port, (2, 1): port, (1, 0): port + 2}
     processes = [
-        subprocess.Popen([*program, str(rank), str(count), str(first)], stderr=subprocess.PIPE, text=True)
-        for (count, rank), first in places.items()
+        subprocess.Popen([*program, *place], stderr=subprocess.PIPE, text=True)
+        for place in (["0", *ports[:2]], ["1", *ports[:2]], ["0", ports[2]])
     ]
     try:
         # The limit is the proof that nothing hangs.

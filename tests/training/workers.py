@@ -1,9 +1,9 @@
 """Run scenarios of the training loop in several real processes, as Ray Train's workers do, and save the results.
 
-    python workers.py OUT RANK COUNT PORT
+    python workers.py OUT RANK PORT...
 
-Each scenario trains with the real loop under the real strategy. OUT/<count>-<rank>.npz then holds its arrays as
-`scenario/name`. The tests compare ranks with each other, and two workers with one.
+There is a port for each worker. Each scenario trains with the real loop under the real strategy; its arrays are in
+OUT/<count>-<rank>.npz as `scenario/name`. The tests compare ranks with each other, and two workers with one.
 """
 
 from __future__ import annotations
@@ -23,21 +23,15 @@ N_TRAIN, N_VAL = 29, 13
 SGD = {"optimizer": "sgd", "momentum": 0.9, "learning_rate": 0.05, "sync_batchnorm": True}
 
 
-class Recorder(np.ndarray):
-    """Images that remember which rows were read, in order."""
+class Images:
+    """Pixels uint8 [N,S,S] that remember which rows were read, in order."""
 
-    reads: list[np.ndarray]
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels, self.reads = pixels, []
 
-    @classmethod
-    def of(cls, images: np.ndarray) -> Recorder:
-        view = images.view(cls)
-        view.reads = []
-        return view
-
-    def __getitem__(self, rows: Any) -> Any:
-        if isinstance(rows, np.ndarray):
-            self.reads.append(rows.copy())
-        return np.asarray(super().__getitem__(rows)).view(np.ndarray)
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        self.reads.append(rows)
+        return self.pixels[rows]
 
 
 def split(n: int, seed: int = 0, size: int = SIZE) -> Any:
@@ -51,7 +45,7 @@ def split(n: int, seed: int = 0, size: int = SIZE) -> Any:
     images[labels[:, LABELS.index("Effusion")] == 1, : size // 2, : size // 2] += 100
     labels[rng.random(labels.shape) < 0.1] = -1
     ids = np.array([f"{i:08d}_000.png" for i in range(n)], dtype=object)
-    return SplitData(ids, ids, np.full(n, 50.0), labels, Recorder.of(images))
+    return SplitData(ids, ids, np.full(n, 50.0), labels, Images(images))
 
 
 def make(n_train: int = 24, n_val: int = 10, *, policy: str = "float32", callbacks: Any = (), **changes: object) -> Any:
@@ -63,16 +57,8 @@ def make(n_train: int = 24, n_val: int = 10, *, policy: str = "float32", callbac
 
     base: dict[str, object] = {"backbone": "TinyCNN", "weights": "none", "batch_size": 8, "size": SIZE}
     settings = TrainSettings(**{**base, "contrast": 0, "shift": 0, **changes})  # type: ignore[arg-type]
-    return Loop(
-        Replicas(),
-        settings,
-        Architecture.of(settings, SIZE),
-        split(n_train),
-        split(n_val, 1),
-        weights=settings.weights,
-        policy=policy,
-        callbacks=callbacks,
-    )
+    start = {"weights": settings.weights, "policy": policy, "callbacks": callbacks}
+    return Loop(Replicas(), settings, Architecture.of(settings, SIZE), split(n_train), split(n_val, 1), **start)
 
 
 def train(item: Any, epochs: int, progress: Any = None) -> Any:
@@ -191,8 +177,8 @@ def exchanges() -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    out, rank, count, port = Path(sys.argv[1]), *map(int, sys.argv[2:])
-    cluster = {"worker": [f"127.0.0.1:{port + i}" for i in range(count)]}
+    out, rank, ports = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    cluster, count = {"worker": [f"127.0.0.1:{port}" for port in ports]}, len(ports)
     os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": rank}})
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     from ray_cxr.models import runtime
