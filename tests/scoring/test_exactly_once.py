@@ -30,9 +30,9 @@ IDS = [f"{row:05d}.png" for row in range(ROWS)]
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def large_manifest(tmp_path_factory) -> Path:
     """A manifest of enough large images that a run can be killed in the middle; two rows have no file."""
-    folder = tmp_path_factory.mktemp("many")
+    folder = tmp_path_factory.mktemp("large_manifest")
     noise = np.random.default_rng(0)
     for number in range(6):
         image = noise.integers(0, 256, (900, 900), dtype=np.uint8)
@@ -59,10 +59,10 @@ def assert_each_row_once(out: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("folder", ["scores", pytest.param("heatmaps", marks=pytest.mark.long)])
-def test_killed_command_continues(many: Path, tiny_bundle, tmp_path: Path, folder: str) -> None:
+def test_killed_command_continues(large_manifest, tiny_bundle, tmp_path: Path, folder: str) -> None:
     """The same command finishes the run and keeps the finished files. Its Ray has one CPU."""
     out, log = tmp_path / "out", tmp_path / "log"
-    given = arguments(tiny_bundle, many, out, "--set", "ray.num_cpus=1")
+    given = arguments(tiny_bundle, large_manifest, out, "--set", "ray.num_cpus=1")
     given += ["--heatmaps", "1"] * (folder == "heatmaps")
     process = start_command(given, log)
     wait_until(lambda: count_parts(out, folder) >= 3, process)
@@ -89,9 +89,9 @@ def test_killed_command_continues(many: Path, tiny_bundle, tmp_path: Path, folde
 @pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.timeout(420)
-def test_killed_raylet_ends_the_command_and_the_next_one_continues(many: Path, tiny_bundle, tmp_path: Path) -> None:
+def test_killed_raylet_ends_a_command_that_can_be_continued(large_manifest, tiny_bundle, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
-    given = arguments(tiny_bundle, many, out)
+    given = arguments(tiny_bundle, large_manifest, out)
     process = start_command(given, log)
     wait_until(lambda: count_parts(out) >= 3, process)
     for raylet in find_processes(b"/raylet/raylet", session=process.pid):
@@ -105,7 +105,9 @@ def test_killed_raylet_ends_the_command_and_the_next_one_continues(many: Path, t
 
 
 @pytest.mark.ray
-def test_killed_actor_and_decoders_are_restarted(ray_here, many: Path, tiny_bundle, tmp_path: Path, command) -> None:
+def test_killed_actor_and_decoders_are_restarted(
+    ray_here, large_manifest, tiny_bundle, tmp_path: Path, command
+) -> None:
     """One command survives both kills; only the ranges in progress are scored again."""
     out, killed = tmp_path / "out", []
     kept: dict[Path, int] = {}
@@ -123,7 +125,7 @@ def test_killed_actor_and_decoders_are_restarted(ray_here, many: Path, tiny_bund
 
     thread = threading.Thread(target=kill)
     thread.start()
-    code, _, err = command(*arguments(tiny_bundle, many, out))
+    code, _, err = command(*arguments(tiny_bundle, large_manifest, out))
     thread.join()
     assert code == 0, err
     assert "actor" in killed

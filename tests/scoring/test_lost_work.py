@@ -1,8 +1,9 @@
-"""What becomes of work that is lost with a worker, and of a fault in the code of one. Ray Data is a stand-in."""
+"""What becomes of the work of a lost worker, and of an error in one. A stand-in replaces Ray Data."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,81 +16,78 @@ from ray_cxr.config import ScoreSettings
 from ray_cxr.errors import ConfigError, OutputError, RayCxrError
 from ray_cxr.scoring import engine, pipeline
 
+Task = dict[str, Any]
+
 
 class Dataset:
-    """Gives a row per task; tasks of a lost actor are left out, as `max_errored_blocks` has it, or end it all."""
+    """Gives a row per task. Ranges of a lost actor are left out, or end the iteration."""
 
-    def __init__(self, tasks: list[dict[str, Any]], lost: set[int], *, ends: bool = False) -> None:
-        self.tasks, self.lost, self.ends = tasks, lost, ends
+    def __init__(
+        self, tasks: list[Task], lost: set[int] = frozenset(), *, dies: bool = False, failed: Any = None
+    ) -> None:
+        self._tasks, self._lost, self._dies, self._failed = tasks, lost, dies, failed
 
-    def iter_rows(self) -> Any:
-        for task in self.tasks:
-            done = [index for index in task["indices"] if index not in self.lost]
-            if done:
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        if self._failed is not None:
+            yield {**engine.failure(self._failed), "done": []}
+        for task in self._tasks:
+            if done := [index for index in task["indices"] if index not in self._lost]:
                 yield {"failed": "", "message": "", "done": done}
-        if self.ends:
+        if self._dies:
             raise ActorDiedError()
 
 
-def tasks(*groups: list[int], retry: bool = False) -> list[dict[str, Any]]:
+def make_tasks(*groups: list[int]) -> list[Task]:
     return [
-        {"indices": group, "starts": [10 * i for i in group], "counts": [10] * len(group), "retry": retry}
+        {"indices": group, "starts": [10 * i for i in group], "counts": [10] * len(group), "retry": False}
         for group in groups
     ]
 
 
-@pytest.mark.parametrize("ends", [False, True])
-def test_what_is_lost_is_laid_out_again_and_nothing_else(ends: bool, caplog: pytest.LogCaptureFixture) -> None:
-    laid: list[list[dict[str, Any]]] = []
+@pytest.mark.parametrize("dies", [False, True])
+def test_only_lost_ranges_are_scheduled_again(dies: bool, caplog) -> None:
+    rounds: list[list[Task]] = []
 
-    def lay_out(given: list[dict[str, Any]]) -> Dataset:
-        laid.append(given)
-        return Dataset(given, {2, 3, 5} if len(laid) == 1 else set(), ends=ends and len(laid) == 1)
+    def lay_out(tasks: list[Task]) -> Dataset:
+        rounds.append(tasks)
+        return Dataset(tasks, {2, 3, 5}, dies=dies) if len(rounds) == 1 else Dataset(tasks)
 
     with caplog.at_level(logging.WARNING):
-        # 5 has its file though no row said so: its worker died between the two.
-        rows = list(pipeline._in_rounds(tasks([0, 1], [2, 3], [4, 5]), lay_out, lambda task, index: index == 5))
+        # 5 has its file although no row reported it: its worker died between the two.
+        rows = list(pipeline._in_rounds(make_tasks([0, 1], [2, 3], [4, 5]), lay_out, lambda task, index: index == 5))
     assert [index for row in rows for index in row["done"]] == [0, 1, 4, 2, 3]
-    assert laid[1] == tasks([2, 3])
-    assert "2 files that they had in work are done again" in caplog.text
+    assert rounds[1:] == [make_tasks([2, 3])]
+    assert "2 files" in caplog.text
 
 
-def test_a_part_of_a_task_takes_its_own_rows_with_it() -> None:
-    (left,) = tasks([4, 5, 6])
-    assert pipeline._without(left, {5}, lambda task, index: False) == {
-        "indices": [4, 6], "starts": [40, 60], "counts": [10, 10], "retry": False,
-    }  # fmt: skip
-    assert pipeline._without(left, {4, 5, 6}, lambda task, index: False) is None
+def test_rest_of_a_task_keeps_its_own_rows() -> None:
+    (task,) = make_tasks([4, 5, 6])
+    assert pipeline._without(task, {5}, lambda task, index: False) == make_tasks([4, 6])[0]
+    assert pipeline._without(task, {4, 5, 6}, lambda task, index: False) is None
 
 
-def test_workers_that_die_and_die_again_end_it_with_a_line() -> None:
-    rounds = 0
-
-    def lay_out(given: list[dict[str, Any]]) -> Dataset:
-        nonlocal rounds
-        rounds += 1
-        return Dataset(given, {1}, ends=True)
-
-    with pytest.raises(RayCxrError, match=r"died again and again, with 1 files to write.*the same command continues"):
-        list(pipeline._in_rounds(tasks([0], [1]), lay_out, lambda task, index: False))
-    assert rounds == 1 + pipeline.MAX_IDLE_ROUNDS
-
-
-def test_an_error_of_ours_in_a_row_is_raised_as_it_is_and_at_once() -> None:
-    class Refusing(Dataset):
-        def iter_rows(self) -> Any:
-            yield {**engine.failure(ConfigError("no GPU there")), "done": []}
-
+@pytest.mark.parametrize(
+    ("behaviour", "error", "message", "expected_rounds"),
+    [
+        ({"lost": {1}, "dies": True}, RayCxrError, "1 files to write", 1 + pipeline.MAX_IDLE_ROUNDS),
+        ({"failed": ConfigError("no GPU there")}, ConfigError, "^no GPU there$", 1),
+    ],
+    ids=["workers keep dying", "an error of ours"],
+)
+def test_run_ends_with_an_error(behaviour: Any, error: type[Exception], message: str, expected_rounds: int) -> None:
     rounds = []
-    with pytest.raises(ConfigError, match="no GPU there"):
-        list(
-            pipeline._in_rounds(tasks([0]), lambda given: rounds.append(1) or Refusing(given, set()), lambda *_: False)
-        )
-    assert len(rounds) == 1
+
+    def lay_out(tasks: list[Task]) -> Dataset:
+        rounds.append(tasks)
+        return Dataset(tasks, **behaviour)
+
+    with pytest.raises(error, match=message):
+        list(pipeline._in_rounds(make_tasks([0], [1]), lay_out, lambda task, index: False))
+    assert len(rounds) == expected_rounds
 
 
-def test_a_fault_in_the_code_is_told_by_its_place_and_not_by_its_words(caplog: pytest.LogCaptureFixture) -> None:
-    """A foreign error's words can hold a patient's id; swallowed it would look like a lost worker."""
+def test_foreign_error_is_reported_by_its_place_and_not_by_its_words(caplog) -> None:
+    """The words of a foreign error can hold a patient's id; without a report it would look like a lost worker."""
 
     class Broken(engine.ScoreActor):
         def __init__(self) -> None:
@@ -98,27 +96,22 @@ def test_a_fault_in_the_code_is_told_by_its_place_and_not_by_its_words(caplog: p
 
     row = Broken()({"indices": [0]})
     assert row["failed"] == "RayCxrError"
-    assert "scoring failed with AttributeError in " in row["message"]
-
-    def fail() -> None:
-        raise ValueError("patient " + "Mei" + "er")
+    assert "AttributeError in " in row["message"]
 
     with caplog.at_level(logging.ERROR):
         try:
-            fail()
+            raise ValueError("patient " + "Mei" + "er")
         except ValueError as error:
-            said = str(engine.told(error))
-    assert "ValueError in test_lost_work.py, line" in said
-    assert "Meier" not in said + caplog.text
-    mine = ConfigError("in our own words")
-    assert engine.told(mine) is mine
+            message = str(engine.told(error))
+    assert "ValueError in test_lost_work.py, line" in message
+    assert "Meier" not in message + caplog.text
+    own = ConfigError("in our own words")
+    assert engine.told(own) is own
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_folder_that_is_refused_is_left_as_it_was(
-    fresh: bool, tiny_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither is an earlier run removed, nor does one begin that the corrected command would not agree with."""
+def test_refused_folder_is_left_as_it_was(fresh: bool, tiny_bundle: Any, tmp_path: Path, monkeypatch) -> None:
+    """No earlier run is removed, and no settings are written that the corrected command would not agree with."""
     out = tmp_path / "scores"
     pq.write_table(pa.table({"image_id": ["1.png"], "path": [str(tmp_path / "1.png")]}), tmp_path / "m.parquet")
     if fresh:
