@@ -1,10 +1,9 @@
-"""Damaged files by the thousand, for `ray-cxr score --images OUT`: every one must become a row.
+"""Damaged files for `ray-cxr score --images OUT`: every one must become a row.
 
     python tests/soak_files.py OUT --files 10000 --seed 0
 
-Seeds are generated PNG, JPEG and DICOM files of every kind that is read, and a few real ones from ../shared where
-that is at hand. A file depends on the seed and its number alone, so one that breaks something can be made again:
-`--only 1234` writes that one.
+Seeds are generated PNG, JPEG and DICOM files of every kind that is read, and a few real ones from ../shared if that
+folder exists. A file depends on the seed and its number alone: `--only 1234` writes that one again.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import random
 import struct
 import sys
 import zlib
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -29,20 +27,13 @@ import test_dicom
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+UIDS = "1.2.840.10008.1.2"
 
 
 class Seed(NamedTuple):
     name: str
     suffix: str
     data: bytes
-
-
-def picture(height: int = 72, width: int = 64) -> np.ndarray:
-    """uint8[H, W] with slopes, noise and a black border, so that every PNG filter and JPEG table is used."""
-    noise = np.random.default_rng(0).integers(0, 9, (height, width))
-    image = (np.arange(height)[:, None] * 2 + np.arange(width)[None, :] + noise).astype(np.uint8)
-    image[:4] = image[:, :4] = 0
-    return image
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -53,57 +44,50 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
 
 @functools.cache
 def generated() -> tuple[Seed, ...]:
-    gray = picture()
+    """Images with slopes, noise and a black border, so that every PNG filter and JPEG table is used."""
+    noise = np.random.default_rng(0).integers(0, 9, (72, 64))
+    gray = (np.arange(72)[:, None] * 2 + np.arange(64)[None, :] + noise).astype(np.uint8)
+    gray[:4] = gray[:, :4] = 0
     whole = Image.fromarray(gray)
     rgb = Image.fromarray(np.stack([gray, gray[::-1], 255 - gray], axis=-1))
     wide = gray.astype(np.uint16) * 16
     frame = saved(whole, "JPEG", quality=90)
     j2k = saved(whole, "JPEG2000", no_jp2=True, irreversible=False)
-    rle = test_dicom.dataset(wide, 12)
-    rle.compress("1.2.840.10008.1.2.5")
     eight, sixteen = test_dicom.golden(np.uint8), test_dicom.golden(np.uint16)
-    pngs = {
-        "gray": saved(whole, "PNG"),
-        "rgb": saved(rgb, "PNG"),
-        "rgba": saved(rgb.convert("RGBA"), "PNG"),
-        "gray_alpha": saved(whole.convert("LA"), "PNG"),
-        "palette": saved(rgb.quantize(16), "PNG"),
-        "16_bit": saved(Image.fromarray(wide), "PNG"),
-        "1_bit": saved(whole.point(lambda value: 255 * (value > 90)).convert("1"), "PNG"),
-        "text": saved(whole, "PNG", dpi=(72, 72), exif=b"Exif\0\0" + bytes(20)),
+    window = {"WindowCenter": "1000", "WindowWidth": "2000", "RescaleSlope": "1"}
+    files = {
+        "gray.png": saved(whole, "PNG"),
+        "rgb.png": saved(rgb, "PNG"),
+        "rgba.png": saved(rgb.convert("RGBA"), "PNG"),
+        "gray_alpha.png": saved(whole.convert("LA"), "PNG"),
+        "palette.png": saved(rgb.quantize(16), "PNG"),
+        "16_bit.png": saved(Image.fromarray(wide), "PNG"),
+        "1_bit.png": saved(whole.point(lambda value: 255 * (value > 90)).convert("1"), "PNG"),
+        "text.png": saved(whole, "PNG", dpi=(72, 72), exif=b"Exif\0\0" + bytes(20)),
+        "gray.jpg": frame,
+        "colour.jpg": saved(rgb, "JPEG"),
+        "progressive.jpg": saved(rgb, "JPEG", progressive=True),
+        "cmyk.jpg": saved(rgb.convert("CMYK"), "JPEG"),
+        "restart.jpg": saved(whole, "JPEG", restart_marker_blocks=4),
+        "8_bit.dcm": test_dicom.file_of(gray),
+        "12_bit.dcm": test_dicom.file_of(wide, 12, **window),
+        "rgb.dcm": test_dicom.file_of(np.asarray(rgb)),
+        "implicit.dcm": test_dicom.file_of(wide, 12, UIDS),
+        "big_endian.dcm": test_dicom.file_of(wide, 12, f"{UIDS}.2"),
+        "deflated.dcm": test_dicom.file_of(wide, 12, f"{UIDS}.1.99"),
+        "jpeg.dcm": test_dicom.encapsulated(gray, f"{UIDS}.4.50", frame),
+        "jpeg_2000.dcm": test_dicom.encapsulated(gray, f"{UIDS}.4.90", j2k),
+        "rle.dcm": test_dicom.compressed(wide, f"{UIDS}.5"),
+        "jpeg_ls.dcm": test_dicom.encapsulated(eight, f"{UIDS}.4.80", test_dicom.LS_8),
+        "jpeg_ls_16.dcm": test_dicom.encapsulated(sixteen, f"{UIDS}.4.80", test_dicom.LS_16),
+        "lossless.dcm": test_dicom.encapsulated(eight, f"{UIDS}.4.70", test_dicom.LOSSLESS_8),
+        "lossless_16.dcm": test_dicom.encapsulated(sixteen, f"{UIDS}.4.57", test_dicom.LOSSLESS_16),
     }
-    jpegs = {
-        "gray": frame,
-        "colour": saved(rgb, "JPEG"),
-        "progressive": saved(rgb, "JPEG", progressive=True),
-        "cmyk": saved(rgb.convert("CMYK"), "JPEG"),
-        "restart": saved(whole, "JPEG", restart_marker_blocks=4),
-    }
-    dicoms = {
-        "8_bit": test_dicom.file_of(gray),
-        "12_bit": test_dicom.file_of(wide, 12, WindowCenter="1000", WindowWidth="2000", RescaleSlope="1"),
-        "rgb": test_dicom.file_of(np.asarray(rgb)),
-        "implicit": test_dicom.file_of(wide, 12, "1.2.840.10008.1.2"),
-        "big_endian": test_dicom.file_of(wide, 12, "1.2.840.10008.1.2.2"),
-        "deflated": test_dicom.file_of(wide, 12, "1.2.840.10008.1.2.1.99"),
-        "jpeg": test_dicom.encapsulated(gray, "1.2.840.10008.1.2.4.50", frame),
-        "jpeg_2000": test_dicom.encapsulated(gray, "1.2.840.10008.1.2.4.90", j2k),
-        "rle": test_dicom.written(rle),
-        "jpeg_ls": test_dicom.encapsulated(eight, "1.2.840.10008.1.2.4.80", test_dicom.LS_8),
-        "jpeg_ls_16": test_dicom.encapsulated(sixteen, "1.2.840.10008.1.2.4.80", test_dicom.LS_16),
-        "lossless": test_dicom.encapsulated(eight, "1.2.840.10008.1.2.4.70", test_dicom.LOSSLESS_8),
-        "lossless_16": test_dicom.encapsulated(sixteen, "1.2.840.10008.1.2.4.57", test_dicom.LOSSLESS_16),
-    }
-    return tuple(
-        Seed(f"{suffix}_{name}", suffix, data)
-        for suffix, group in (("png", pngs), ("jpg", jpegs), ("dcm", dicoms))
-        for name, data in group.items()
-    )
+    return tuple(Seed(name.replace(".", "_"), name[-3:], data) for name, data in files.items())
 
 
 @functools.cache
 def real() -> tuple[Seed, ...]:
-    """Small NIH files, one large one and the DICOM files of ../shared; none where that is not at hand."""
     paths = sorted(SHARED.glob("nih/images256/*.png"))[::60]
     paths += sorted(SHARED.glob("nih/images1024/*.png"))[:1] + sorted(SHARED.glob("dicom/*.dcm"))
     return tuple(Seed(f"real_{path.stem}", path.suffix[1:], path.read_bytes()) for path in paths)
@@ -112,7 +96,7 @@ def real() -> tuple[Seed, ...]:
 # ---------------------------------------------------------------- blind to the format
 
 
-def flipped(data: bytearray, draw: random.Random) -> bytearray:
+def flip(data: bytearray, draw: random.Random) -> bytearray:
     # Half of the time near the start, where the headers are.
     end = len(data) if draw.random() < 0.5 else min(len(data), 600)
     for _ in range(draw.choice((1, 1, 2, 5, 20))):
@@ -124,27 +108,19 @@ def cut(data: bytearray, draw: random.Random) -> bytearray:
     return data[: draw.randrange(len(data))]
 
 
-def hole(data: bytearray, draw: random.Random) -> bytearray:
+def replace(data: bytearray, draw: random.Random) -> bytearray:
+    """Delete, insert, repeat or clear some bytes."""
     at, length = draw.randrange(len(data)), draw.choice((1, 4, 64, 4096))
-    kind = draw.randrange(4)
-    if kind == 0:
-        del data[at : at + length]
-    elif kind == 1:
-        data[at:at] = draw.randbytes(length)
-    elif kind == 2:
-        data[at:at] = data[at : at + length]
-    else:
-        data[at : at + length] = bytes(len(data[at : at + length]))
+    old = data[at : at + length]
+    data[at : at + length] = draw.choice((b"", draw.randbytes(length) + old, old + old, bytes(len(old))))
     return data
 
 
-def spliced(data: bytearray, draw: random.Random) -> bytearray:
+def splice(data: bytearray, draw: random.Random) -> bytearray:
+    """Join two files, at any place or after the headers."""
     other = draw.choice(generated()).data
-    return data[: draw.randrange(len(data))] + other[draw.randrange(len(other)) :]
-
-
-def other_head(data: bytearray, draw: random.Random) -> bytearray:
-    other = draw.choice(generated()).data
+    if draw.random() < 0.5:
+        return data[: draw.randrange(len(data))] + other[draw.randrange(len(other)) :]
     length = draw.choice((2, 8, 33, 132, 300))
     return bytearray(other[:length]) + data[length:]
 
@@ -163,7 +139,7 @@ def chunks(data: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def png(parts: list[tuple[bytes, bytes]]) -> bytearray:
-    """A PNG whose checksums are right, so that what is wrong in it reaches the decoder."""
+    """A PNG whose checksums are right, so that its damage reaches the decoder."""
     out = bytearray(PNG_MAGIC)
     for kind, body in parts:
         out += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -175,56 +151,48 @@ def png_header(data: bytearray, draw: random.Random) -> bytearray:
     values = list(struct.unpack(">IIBBBBB", parts[0][1]))
     which = draw.randrange(7)
     sizes = (0, 1, 31, values[0] + 1, values[1] - 1, 9_000, 65_536, 2**31 - 1, 2**32 - 1)
-    values[which] = draw.choice(sizes) if which < 2 else draw.choice((0, 1, 2, 3, 4, 6, 8, 16, 255))
-    parts[0] = (b"IHDR", struct.pack(">IIBBBBB", *values))
-    return png(parts)
+    values[which] = draw.choice(sizes if which < 2 else (0, 1, 2, 3, 4, 6, 8, 16, 255))
+    return png([(b"IHDR", struct.pack(">IIBBBBB", *values)), *parts[1:]])
 
 
 def png_pixels(data: bytearray, draw: random.Random) -> bytearray:
-    """Damage below right checksums: to the compressed stream, or to the rows inside it."""
+    """Damage the compressed stream, or the rows inside it."""
     parts = chunks(bytes(data))
     stream = b"".join(body for kind, body in parts if kind == b"IDAT")
     if draw.random() < 0.5:
-        changed = bytes(flipped(bytearray(stream), draw))
+        changed = bytes(flip(bytearray(stream), draw))
     else:
         rows = bytearray(zlib.decompress(stream))
-        changed = zlib.compress(draw.choice((flipped, cut, hole))(rows, draw), draw.choice((0, 1, 9)))
-    others = [part for part in parts if part[0] != b"IDAT"]
+        changed = zlib.compress(draw.choice((flip, cut, replace))(rows, draw), draw.choice((0, 1, 9)))
+    *others, end = [part for part in parts if part[0] != b"IDAT"]
     at = draw.randrange(len(changed) + 1)
-    return png([*others[:-1], (b"IDAT", changed[:at]), (b"IDAT", changed[at:]), others[-1]])
+    return png([*others, (b"IDAT", changed[:at]), (b"IDAT", changed[at:]), end])
 
 
 def png_chunks(data: bytearray, draw: random.Random) -> bytearray:
+    """Repeat, move, rename or insert a chunk, or give it a wrong length."""
     parts = chunks(bytes(data))
-    at, to = draw.randrange(len(parts)), draw.randrange(len(parts))
-    kind = draw.randrange(5)
-    if kind == 0:
+    at, to, change = draw.randrange(len(parts)), draw.randrange(len(parts)), draw.randrange(5)
+    if change == 0:
         parts.insert(to, parts[at])
-    elif kind == 1:
+    elif change == 1:
         parts.insert(to, parts.pop(at))
-    elif kind == 2:
-        del parts[at]
-    elif kind == 3:
+    elif change == 2:
         parts[at] = (draw.choice((b"IDAT", b"PLTE", b"tRNS", b"acTL", b"fdAT", b"ABCD", b"IEND")), parts[at][1])
-    else:
+    elif change == 3:
         parts.insert(to, (draw.choice((b"iCCP", b"zTXt", b"tRNS", b"PLTE", b"eXIf")), draw.randbytes(30)))
+    else:
+        start, length = len(png(parts[:at])), len(parts[at][1])
+        wrong = draw.choice((0, length + 1, max(0, length - 1), 2**31 - 1, 2**31, 2**32 - 1))
+        return data[:start] + struct.pack(">I", wrong) + data[start + 4 :]
     return png(parts)
-
-
-def png_length(data: bytearray, draw: random.Random) -> bytearray:
-    at = len(PNG_MAGIC)
-    for _ in range(draw.randrange(len(chunks(bytes(data))))):
-        at += int.from_bytes(data[at : at + 4], "big") + 12
-    length = int.from_bytes(data[at : at + 4], "big")
-    data[at : at + 4] = struct.pack(">I", draw.choice((0, length + 1, max(0, length - 1), 2**31 - 1, 2**31, 2**32 - 1)))
-    return data
 
 
 # ---------------------------------------------------------------- JPEG and DICOM
 
 
 def jpeg_segment(data: bytearray, draw: random.Random) -> bytearray:
-    """A length, a table or the frame header of a JPEG, in a file or inside a DICOM."""
+    """Change a length, a table or the frame header of a JPEG, in a file or inside a DICOM."""
     start = data.find(b"\xff\xd8\xff")
     found, at = [], start + 2
     while start >= 0 and at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xD9:
@@ -232,7 +200,7 @@ def jpeg_segment(data: bytearray, draw: random.Random) -> bytearray:
         found.append((at, length))
         at += 2 + length
     if not found:
-        return flipped(data, draw)
+        return flip(data, draw)
     at, length = draw.choice(found)
     if draw.random() < 0.3:
         data[at + 2 : at + 4] = struct.pack(">H", draw.choice((0, 1, 2, length - 1 & 0xFFFF, length + 1, 0xFFFF)))
@@ -242,52 +210,45 @@ def jpeg_segment(data: bytearray, draw: random.Random) -> bytearray:
     return data
 
 
-#: Rows, Columns, samples, bits, frames, photometric, planar, window, rescale, padding, LUTs, pixel data.
-TAGS = (
-    (0x28, 0x10), (0x28, 0x11), (0x28, 0x02), (0x28, 0x100), (0x28, 0x101), (0x28, 0x102), (0x28, 0x103),
-    (0x28, 0x08), (0x28, 0x04), (0x28, 0x06), (0x28, 0x1050), (0x28, 0x1051), (0x28, 0x1052), (0x28, 0x1053),
-    (0x28, 0x120), (0x28, 0x3000), (0x28, 0x3010), (0x08, 0x60), (0x02, 0x00), (0x02, 0x10), (0x7FE0, 0x10),
-)  # fmt: skip
-SYNTAXES = tuple(
-    f"1.2.840.10008.1.2{end}"
-    for end in ("", ".1", ".2", ".1.99", ".5", ".4.50", ".4.51", ".4.57", ".4.70", ".4.80", ".4.81", ".4.90", ".4.91")
-)
+#: Group 0028: samples, photometric, planar, frames, rows, columns, bits, padding, window, rescale and LUTs.
+IMAGE_TAGS = (2, 4, 6, 8, 0x10, 0x11, 0x100, 0x101, 0x102, 0x103, 0x120, 0x1050, 0x1051, 0x1052, 0x1053, 0x3000, 0x3010)
+TAGS = (*((0x28, element) for element in IMAGE_TAGS), (0x08, 0x60), (0x02, 0x00), (0x02, 0x10), (0x7FE0, 0x10))
+SYNTAXES = ("", ".1", ".2", ".1.99", ".5", *(f".4.{end}" for end in (50, 51, 57, 70, 80, 81, 90, 91)))
 
 
 def dicom_element(data: bytearray, draw: random.Random) -> bytearray:
-    """The kind, the length or the value of an element that says how pixels are to be read."""
+    """Change the kind, the length or the value of an element that says how to read the pixels."""
     present = [at for tag in TAGS if (at := data.find(struct.pack("<HH", *tag))) > 0]
     if not present:
-        return flipped(data, draw)
-    at = draw.choice(present)
-    kind = draw.randrange(4)
-    if kind == 0:
-        data[at + 4 : at + 6] = draw.choice((b"US", b"SS", b"OW", b"OB", b"SQ", b"UN", b"DS", b"??"))
-    elif kind == 1:
-        data[at + 6 : at + 8] = struct.pack("<H", draw.choice((0, 1, 2, 3, 4, 255, 0xFFFE, 0xFFFF)))
-    else:
-        data[at + 8 : at + 10] = struct.pack(
-            "<H", draw.choice((0, 1, 2, 7, 8, 12, 15, 16, 17, 32, 255, 0x7FFF, 0xFFFF))
+        return flip(data, draw)
+    offset, values = draw.choice(
+        (
+            (4, (b"US", b"SS", b"OW", b"OB", b"SQ", b"UN", b"DS", b"??")),
+            (6, (0, 1, 2, 3, 4, 255, 0xFFFE, 0xFFFF)),
+            (8, (0, 1, 2, 7, 8, 12, 15, 16, 17, 32, 255, 0x7FFF, 0xFFFF)),
         )
+    )
+    value, at = draw.choice(values), draw.choice(present) + offset
+    data[at : at + 2] = value if isinstance(value, bytes) else struct.pack("<H", value)
     return data
 
 
 def dicom_syntax(data: bytearray, draw: random.Random) -> bytearray:
-    """Another transfer syntax than the one in which the pixel data are."""
+    """Name another transfer syntax than that of the pixel data."""
     at = data.find(b"\x02\0\x10\0UI")
     if at < 0:
-        return flipped(data, draw)
+        return flip(data, draw)
     length = int.from_bytes(data[at + 6 : at + 8], "little")
-    uid = draw.choice(SYNTAXES).encode()
+    uid = f"{UIDS}{draw.choice(SYNTAXES)}".encode()
     uid += b"\0" * (len(uid) % 2)
     data[at + 6 : at + 8 + length] = struct.pack("<H", len(uid)) + uid
     return data
 
 
 Mutation = Callable[[bytearray, random.Random], bytearray]
-BLIND: tuple[Mutation, ...] = (flipped, cut, hole, spliced, other_head)
+BLIND: tuple[Mutation, ...] = (flip, cut, replace, splice)
 OWN: dict[str, tuple[Mutation, ...]] = {
-    "png": (png_header, png_pixels, png_pixels, png_chunks, png_length),
+    "png": (png_header, png_pixels, png_pixels, png_chunks),
     "jpg": (jpeg_segment, jpeg_segment),
     "dcm": (dicom_element, dicom_element, dicom_syntax, jpeg_segment),
 }
@@ -296,16 +257,15 @@ OWN: dict[str, tuple[Mutation, ...]] = {
 def mutated(seed: int, number: int, *, with_real: bool = True) -> tuple[str, bytes]:
     """Name and contents of one damaged file."""
     draw = random.Random(f"{seed}/{number}")
-    seeds = real() if with_real and real() and draw.random() < 0.1 else generated()
-    source = draw.choice(seeds)
-    mutation = draw.choice(BLIND + OWN[source.suffix])
-    data = mutation(bytearray(source.data), draw)
-    names = [mutation.__name__]
-    if draw.random() < 0.2 and data:
-        again = draw.choice((flipped, hole, cut))
-        data = again(data, draw)
-        names.append(again.__name__)
-    return f"{number:06d}_{source.name}_{'_'.join(names)}.{source.suffix}", bytes(data)
+    source = draw.choice(real() if with_real and real() and draw.random() < 0.1 else generated())
+    mutations = [draw.choice(BLIND + OWN[source.suffix])]
+    if draw.random() < 0.2:
+        mutations.append(draw.choice((flip, replace, cut)))
+    data = bytearray(source.data)
+    for mutation in mutations:
+        data = mutation(data, draw) if data else data
+    name = "_".join([f"{number:06d}", source.name, *(mutation.__name__ for mutation in mutations)])
+    return f"{name}.{source.suffix}", bytes(data)
 
 
 def main() -> None:
@@ -313,16 +273,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="the number of the one file to write")
+    parser.add_argument("--only", type=int, help="number of the one file to write")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    size, kinds = 0, Counter()
-    for number in range(arguments.files) if arguments.only is None else [arguments.only]:
+    numbers = range(arguments.files) if arguments.only is None else [arguments.only]
+    for number in numbers:
         name, data = mutated(arguments.seed, number)
         (arguments.out / name).write_bytes(data)
-        size += len(data)
-        kinds[Path(name).suffix] += 1
-    print(f"{sum(kinds.values())} files, {size / 1e6:.0f} MB: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
+    print(f"{len(numbers)} files in {arguments.out}")
 
 
 if __name__ == "__main__":

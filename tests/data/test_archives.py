@@ -1,4 +1,4 @@
-"""Archives read in one pass, whatever is wrong with them; and how work over a table is cut."""
+"""Archives are read in one pass, whatever is wrong with them; and how work over a table is cut."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
@@ -34,15 +35,13 @@ def header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str = 
     return info
 
 
-def tar_of(*members: tuple[str, bytes] | tarfile.TarInfo, form: int = tarfile.PAX_FORMAT) -> bytes:
-    """A plain tar archive: of names and contents, and of headers without contents."""
+def tar_of(*members: tuple[str | tarfile.TarInfo, bytes] | tarfile.TarInfo, form: int = tarfile.PAX_FORMAT) -> bytes:
+    """A plain tar archive of members (name or header, and contents), and of headers without contents."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=form) as tar:
         for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-            else:
-                tar.addfile(header(member[0], len(member[1])), io.BytesIO(member[1]))
+            info, data = member if isinstance(member, tuple) else (member, b"")
+            tar.addfile(header(info, len(data)) if isinstance(info, str) else info, io.BytesIO(data))
     return out.getvalue()
 
 
@@ -56,14 +55,14 @@ def noise(count: int, seed: int = 0) -> bytes:
 
 
 class Everything(Container[str]):
-    """Wants all and has no length."""
+    """Contains every name and has no length."""
 
     def __contains__(self, name: object) -> bool:
         return True
 
 
-def all_of(archive: str, wanted: Container[str] | None = None, **limits: int) -> list[tuple[str, Any]]:
-    """What `read` gives: contents, or the code of an error; at the end the code of the archive's own error."""
+def contents(archive: str, wanted: Container[str] | None = None, **limits: int) -> list[tuple[str, Any]]:
+    """Name and data, or error code, of each member that `read` yields; the last item is the archive's own error."""
     found: list[tuple[str, Any]] = []
     try:
         for name, content in read(archive, Everything() if wanted is None else wanted, **limits):
@@ -75,6 +74,7 @@ def all_of(archive: str, wanted: Container[str] | None = None, **limits: int) ->
 
 
 THREE = [("i/1.png", b"one"), ("i/2.png", noise(70_000)), ("i/3.png", b"three")]
+SMALL = [(name, data[:600]) for name, data in THREE]
 
 COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
     "plain": lambda data: data,
@@ -82,8 +82,8 @@ COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
     "bzip2": bz2.compress,
     "xz": lzma.compress,
     "gzip in two streams": lambda data: gzip.compress(data[:1000]) + gzip.compress(data[1000:]),
-    "gzip on a tape": lambda data: gzip.compress(data) + bytes(9000),
-    "gzip with something behind": lambda data: gzip.compress(data) + b"more",
+    "gzip with zeros after it": lambda data: gzip.compress(data) + bytes(9000),
+    "gzip with text after it": lambda data: gzip.compress(data) + b"more",
     "bzip2 in two streams": lambda data: bz2.compress(data[:1000]) + bz2.compress(data[1000:]),
 }
 
@@ -92,14 +92,14 @@ COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", COMPRESSED)
-@pytest.mark.parametrize("uri", [False, True])
-def test_members_come_in_the_archives_order(tmp_path: Path, kind: str, uri: bool) -> None:
-    put(tmp_path / "x.tar", COMPRESSED[kind](tar_of(*THREE)))  # its name does not say how it is compressed
-    archive = (tmp_path / "x.tar").as_uri() if uri else str(tmp_path / "x.tar")
-    assert all_of(archive) == THREE
-    assert all_of(archive, {"i/3.png", "i/1.png", "none"}) == [THREE[0], THREE[2]]
-    assert all_of(archive, []) == []
-    assert list_members(archive) == ["i/1.png", "i/2.png", "i/3.png"]
+def test_members_come_in_the_order_of_the_archive(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.tar"  # the name does not say how it is compressed
+    path.write_bytes(COMPRESSED[kind](tar_of(*THREE)))
+    for archive in (str(path), path.as_uri()):
+        assert contents(archive) == THREE
+        assert contents(archive, {"i/3.png", "i/1.png", "none"}) == [THREE[0], THREE[2]]
+        assert contents(archive, []) == []
+        assert list_members(archive) == ["i/1.png", "i/2.png", "i/3.png"]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -107,7 +107,7 @@ def test_every_form_of_tar(tmp_path: Path, form: int) -> None:
     members = [(f"{'d' * 60}/{'e' * 60}/{i}.png", noise(i * 511, i)) for i in range(1, 6)]
     if form != tarfile.USTAR_FORMAT:
         members.append(("ä" * 200 + ".png", b"long"))
-    assert all_of(put(tmp_path / "x.tar", tar_of(*members, form=form))) == members
+    assert contents(put(tmp_path / "x.tar", tar_of(*members, form=form))) == members
 
 
 def test_tar_from_before_posix(tmp_path: Path) -> None:
@@ -115,81 +115,75 @@ def test_tar_from_before_posix(tmp_path: Path) -> None:
     block[257:265] = bytes(8)
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block[:512])
-    assert all_of(put(tmp_path / "x.tar", bytes(block))) == [("a.png", b"old")]
+    assert contents(put(tmp_path / "x.tar", bytes(block))) == [("a.png", b"old")]
 
 
 def test_reading_ends_with_the_last_wanted_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "_FETCH_BYTES", 4096)
     data = tar_of(("a.png", b"a"), ("b.png", b"b"), ("c.png", noise(500_000)))
-    archive = put(tmp_path / "x.tar", data[:5000])  # what is behind is not even there
-    assert all_of(archive, ["b.png", "a.png"]) == [("a.png", b"a"), ("b.png", b"b")]
-    assert all_of(archive, ["c.png"]) == [("", "truncated")]
+    archive = put(tmp_path / "x.tar", data[:5000])  # the rest is missing
+    assert contents(archive, ["b.png", "a.png"]) == [("a.png", b"a"), ("b.png", b"b")]
+    assert contents(archive, ["c.png"]) == [("", "truncated")]
 
 
-def test_a_name_that_occurs_again_is_passed_over(tmp_path: Path) -> None:
+def test_the_first_of_two_equal_names_counts(tmp_path: Path) -> None:
     archive = put(tmp_path / "x.tar", tar_of(("a.png", b"first"), ("b.png", b"b"), ("a.png", b"second")))
-    assert all_of(archive) == [("a.png", b"first"), ("b.png", b"b")]
+    assert contents(archive) == [("a.png", b"first"), ("b.png", b"b")]
     assert list_members(archive) == ["a.png", "b.png"]
 
 
-def test_members_that_are_no_files(tmp_path: Path) -> None:
+def test_members_that_are_no_files_have_codes(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(b"outside")
-    archive = put(
-        tmp_path / "x.tar",
-        tar_of(
-            ("a.png", b"a"),
-            header("soft.png", kind=tarfile.SYMTYPE, link=str(tmp_path / "secret.png")),
-            header("hard.png", kind=tarfile.LNKTYPE, link="a.png"),
-            header("folder.png", kind=tarfile.DIRTYPE),
-            header("device.png", kind=tarfile.CHRTYPE),
-            ("empty.png", b""),
-            ("large.png", bytes(101)),
-            ("../../etc/b.png", b"b"),
-        ),
-    )
-    assert all_of(archive, max_bytes=100) == [
+    expected = {
+        header("soft.png", kind=tarfile.SYMTYPE, link=str(tmp_path / "secret.png")): "missing",
+        header("hard.png", kind=tarfile.LNKTYPE, link="a.png"): "missing",
+        header("folder.png", kind=tarfile.DIRTYPE): "missing",
+        header("device.png", kind=tarfile.CHRTYPE): "missing",
+        header("empty.png"): "empty",
+    }
+    members = (
         ("a.png", b"a"),
-        ("soft.png", "missing"),
-        ("hard.png", "missing"),
-        ("folder.png", "missing"),
-        ("device.png", "missing"),
-        ("empty.png", "empty"),
+        *expected,
+        ("large.png", bytes(101)),
+        ("most.png", bytes(100)),
+        ("../../etc/b.png", b"b"),
+    )
+    archive = put(tmp_path / "x.tar", tar_of(*members))
+    assert contents(archive, max_bytes=100) == [
+        ("a.png", b"a"),
+        *((info.name, code) for info, code in expected.items()),
         ("large.png", "too_large"),
+        ("most.png", bytes(100)),
         ("../../etc/b.png", b"b"),
     ]
-    # A folder above has a name that begins with a dot; nothing is unpacked, so that it does no harm either.
-    assert list_members(archive) == ["a.png", "empty.png", "large.png"]
+    # The name of a parent folder starts with a dot; as nothing is unpacked, reading it is safe, too.
+    assert list_members(archive) == ["a.png", "empty.png", "large.png", "most.png"]
 
 
-def test_what_is_listed(tmp_path: Path) -> None:
+def test_images_are_listed_and_other_files_counted(tmp_path: Path) -> None:
     dicom = bytes(128) + b"DICM" + bytes(10)
-    archive = put(
-        tmp_path / "x.tar",
-        tar_of(
-            ("./b.PNG", b"b"),
-            ("a.jpeg", b"a"),
-            ("._a.jpeg", b"mac"),
-            (".cache/c.png", b"c"),
-            ("d/IM0001", dicom),
-            ("d/1.2.840.9", dicom),
-            ("d/README", b"text"),
-            ("d/DICOMDIR", dicom),
-            ("d/t.csv", b"t"),
-        ),
-    )
-    assert list_members(archive) == ["./b.PNG", "a.jpeg", "d/IM0001", "d/1.2.840.9"]
+    files = {
+        "./b.PNG": b"b",
+        "a.jpeg": b"a",
+        "d/IM0001": dicom,
+        "d/1.2.840.9": dicom,
+        "._a.jpeg": b"mac",
+        ".cache/c.png": b"c",
+        "d/README": b"text",
+        "d/DICOMDIR": dicom,
+        "d/t.csv": b"t",
+    }
     left_out: Counter[str] = Counter()
-    archives.scan(archive, left_out)
+    archive = put(tmp_path / "x.tar", tar_of(*files.items()))
+    assert archives.scan(archive, left_out) == ["./b.PNG", "a.jpeg", "d/IM0001", "d/1.2.840.9"]
     assert left_out == {"": 2, ".csv": 1}
 
 
-# ---------------------------------------------------------------- what can be wrong
+# ---------------------------------------------------------------- damage
 
 
-def test_archives_that_are_none(tmp_path: Path) -> None:
+def test_files_that_are_no_archives_have_codes(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.tar")
-    closed = tmp_path / "closed.tar"
-    closed.write_bytes(tar_of(*THREE))
     for archive, code in (
         (str(tmp_path / "none.tar"), "missing"),
         ((tmp_path / "none.tar").as_uri(), "missing"),
@@ -206,66 +200,64 @@ def test_archives_that_are_none(tmp_path: Path) -> None:
         (put(tmp_path / "7.tar.gz", b"\x1f\x8b\x08"), "truncated"),
         (put(tmp_path / "8.tar.xz", b"\xfd7zXZ\0" + noise(2000)), "corrupt"),
     ):
-        assert all_of(archive) == [("", code)], archive
+        assert contents(archive) == [("", code)], archive
         with pytest.raises(InputError) as caught:
             list_members(archive)
-        assert str(caught.value).startswith(f"{archive}: cannot be read as a tar archive: ")
-        assert str(caught.value).endswith(f"({code}); copy or download it again, or move it away")
-    assert all_of(put(tmp_path / "9.tar", tar_of())) == []
+        assert str(caught.value).startswith(f"{archive}: ")
+        assert f"({code})" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert contents(put(tmp_path / "9.tar", tar_of())) == []
 
 
-def test_an_archive_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = put(tmp_path / "x.tar", tar_of(*THREE))
 
     def refuse(*args: Any, **options: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", refuse)
-    assert all_of(archive) == [("", "permission")]
+    assert contents(archive) == [("", "permission")]
 
 
 @pytest.mark.parametrize("kind", ["plain", "gzip", "bzip2", "xz"])
-def test_every_cut_is_noticed_and_keeps_what_came_before(tmp_path: Path, kind: str) -> None:
-    whole = COMPRESSED[kind](tar_of(*[(name, data[:600]) for name, data in THREE]))
-    expected = [(name, data[:600]) for name, data in THREE]
-    # A plain archive may end within the zeros behind its end mark.
+def test_every_cut_is_found_and_keeps_the_members_before_it(tmp_path: Path, kind: str) -> None:
+    whole = COMPRESSED[kind](tar_of(*SMALL))
+    # A plain archive may end within the zeros after its end mark.
     end = 6 * 512 + 512 + 511 if kind == "plain" else len(whole)
-    for cut in range(6, end, 7):
-        found = all_of(put(tmp_path / "x.tar", whole[:cut]))
-        # Fewer than the 512 bytes of a header tell nobody that they are the beginning of an archive.
-        assert found[-1] in ([("", "truncated")] if cut >= 512 or kind != "plain" else [("", "not_an_image")]), cut
-        assert found[:-1] == expected[: len(found) - 1]
+    for cut in {*range(6, end, 37), 511, 512, end - 1}:
+        found = contents(put(tmp_path / "x.tar", whole[:cut]))
+        # Fewer bytes than the 512 of a header do not show that the file is an archive.
+        assert found[-1] == ("", "truncated" if cut >= 512 or kind != "plain" else "not_an_image"), cut
+        assert found[:-1] == SMALL[: len(found) - 1]
 
 
-def test_a_damaged_header_in_the_midst_is_not_the_end(tmp_path: Path) -> None:
+def test_a_damaged_header_is_not_the_end(tmp_path: Path) -> None:
     data = bytearray(tar_of(("a.png", b"a"), ("b.png", b"b"), ("c.png", b"c")))
     data[1024 + 5] ^= 1
-    assert all_of(put(tmp_path / "x.tar", bytes(data))) == [("a.png", b"a"), ("", "corrupt")]
-    with pytest.raises(InputError, match="a header inside the archive is damaged"):
-        list_members(str(tmp_path / "x.tar"))
-    assert all_of(str(tmp_path / "x.tar"), {"a.png"}) == [("a.png", b"a")]
+    archive = put(tmp_path / "x.tar", bytes(data))
+    assert contents(archive) == [("a.png", b"a"), ("", "corrupt")]
+    assert contents(archive, {"a.png"}) == [("a.png", b"a")]
+    with pytest.raises(InputError, match="corrupt"):
+        list_members(archive)
 
 
-def test_a_changed_bit_in_compressed_data_is_noticed_at_the_end(tmp_path: Path) -> None:
+def test_a_changed_bit_in_compressed_data_is_found_at_the_end(tmp_path: Path) -> None:
     data = bytearray(gzip.compress(tar_of(("a.png", noise(50_000)))))
     data[25_000] ^= 1
-    assert all_of(put(tmp_path / "x.tar.gz", bytes(data)))[-1] == ("", "corrupt")
+    assert contents(put(tmp_path / "x.tar.gz", bytes(data)))[-1] == ("", "corrupt")
 
 
 @pytest.mark.parametrize("field", ["size", "GNU.sparse.size", "GNU.sparse.map", "path", "hdrcharset"])
-@pytest.mark.parametrize("value", ["-5", "x", "9" * 30, "", "1,2,3"])
-def test_odd_extended_headers_raise_image_errors_only(tmp_path: Path, field: str, value: str) -> None:
-    info = header("a.png", 1)
-    info.pax_headers = {field: value}
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        tar.addfile(info, io.BytesIO(b"a"))
-        tar.addfile(header("b.png", 1), io.BytesIO(b"b"))
-    for _, content in all_of(put(tmp_path / "x.tar", out.getvalue())):
-        assert content in (b"a", b"b", "corrupt", "truncated", "too_large", "empty", "missing")
+def test_odd_extended_headers_raise_image_errors_only(tmp_path: Path, field: str) -> None:
+    for value in ("-5", "x", "9" * 30, "", "1,2,3"):
+        odd = header("a.png", 1)
+        odd.pax_headers = {field: value}
+        archive = put(tmp_path / "x.tar", tar_of((odd, b"a"), ("b.png", b"b")))
+        found = {content for _, content in contents(archive)}
+        assert found <= {b"a", b"b", "corrupt", "truncated", "too_large", "empty", "missing"}, value
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, derandomize=True)
 @given(
     kind=st.sampled_from(["plain", "gzip", "bzip2", "xz"]),
     flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=5),
@@ -273,87 +265,93 @@ def test_odd_extended_headers_raise_image_errors_only(tmp_path: Path, field: str
 def test_damage_raises_image_errors_only(
     tmp_path_factory: pytest.TempPathFactory, kind: str, flips: list[tuple[int, int]]
 ) -> None:
-    data = bytearray(COMPRESSED[kind](tar_of(*[(name, content[:600]) for name, content in THREE])))
+    data = bytearray(COMPRESSED[kind](tar_of(*SMALL)))
     for place, change in flips:
         data[place % len(data)] ^= change
-    found = all_of(put(tmp_path_factory.getbasetemp() / "damaged.tar", bytes(data)), max_bytes=10_000)
-    assert len(found) <= 4
+    assert len(contents(put(tmp_path_factory.getbasetemp() / "damaged.tar", bytes(data)), max_bytes=10_000)) <= 4
 
 
 BOMBS = """
-import io, resource, sys, tarfile, zlib
+import re, sys
 from ray_cxr.data import archives
 from ray_cxr.errors import ImageError
-limit = int(sys.argv[2]) * 2**20
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-codes = []
-try:
-    for name, content in archives.read(sys.argv[1], {"bomb.png", "z.png"}, max_bytes=2**20):
-        codes.append(content.code if isinstance(content, ImageError) else content)
-except ImageError as error:
-    codes.append(error.code)
-assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before < limit, "too much memory"
-print(codes)
+
+def peak():  # of this process alone, KiB
+    with open("/proc/self/status") as status:
+        return int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read())[1])
+
+before = peak()
+for archive in sys.argv[1:]:
+    codes = []
+    try:
+        for name, content in archives.read(archive, {"bomb.png", "z.png"}, max_bytes=2**20):
+            codes.append(content.code if isinstance(content, ImageError) else content)
+    except ImageError as error:
+        codes.append(error.code)
+    print(codes)
+assert peak() - before < 48 * 1024, "too much memory"
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
-@pytest.mark.parametrize(("kind", "codes"), [(tarfile.REGTYPE, "['too_large', b'z']"), (b"L", "['corrupt']")])
-def test_a_bomb_is_not_read_into_memory(tmp_path: Path, kind: bytes, codes: str) -> None:
-    """A member, or a long name, of 256 MiB of zeros, which gzip makes 1 MB."""
-    size = 2**28
-    with gzip.open(tmp_path / "x.tar.gz", "wb", compresslevel=1) as out:
-        out.write(header("bomb.png", size, kind).tobuf(tarfile.GNU_FORMAT))
-        for _ in range(size // 2**22):
-            out.write(bytes(2**22))
-        out.write(tar_of(("z.png", b"z")))
-    arguments = [sys.executable, "-c", BOMBS, str(tmp_path / "x.tar.gz"), "48"]
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc exists on Linux only")
+def test_bombs_are_not_read_into_memory(tmp_path: Path) -> None:
+    """A member and a long name of 128 MiB of zeros, which gzip packs into 0.6 MB."""
+    size = 2**27
+    for name, kind in (("member.tar.gz", tarfile.REGTYPE), ("name.tar.gz", tarfile.GNUTYPE_LONGNAME)):
+        packer = zlib.compressobj(1, wbits=zlib.MAX_WBITS | 16)
+        parts = [packer.compress(header("bomb.png", size, kind).tobuf(tarfile.GNU_FORMAT))]
+        parts += [packer.compress(bytes(2**22)) for _ in range(size // 2**22)]
+        parts += [packer.compress(tar_of(("z.png", b"z"))), packer.flush()]
+        put(tmp_path / name, b"".join(parts))
+    arguments = [sys.executable, "-c", BOMBS, str(tmp_path / "member.tar.gz"), str(tmp_path / "name.tar.gz")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == codes
+    assert done.stdout.splitlines() == ["['too_large', b'z']", "['corrupt']"]
 
 
 def test_headers_are_not_kept(tmp_path: Path) -> None:
-    archive = put(tmp_path / "x.tar", header("0.txt").tobuf() * 2000 + tar_of(("z.png", b"z")))
+    archive = put(tmp_path / "x.tar", header("0.txt").tobuf() * 500 + tar_of(("z.png", b"z")))
     for _ in read(archive, {"z.png"}):
         assert sum(isinstance(one, tarfile.TarInfo) for one in gc.get_objects()) < 10
 
 
-def test_a_store_that_fails_in_the_midst_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive = put(tmp_path / "x.tar", tar_of(*[(f"{i}.png", noise(2000, i)) for i in range(10)]))
+@pytest.mark.parametrize(
+    ("failures", "passes", "complete"),
+    [
+        ((8, 15), 3, True),
+        ((8, 15, 20), 3, False),  # at most two retries
+        ((8, 8), 2, False),  # no progress
+        ((0,), 1, False),  # down from the start
+    ],
+)
+def test_a_store_that_fails_after_some_bytes_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: tuple[int, ...], passes: int, complete: bool
+) -> None:
+    members = [(f"{i}.png", noise(2000, i)) for i in range(10)]
+    archive = put(tmp_path / "x.tar", tar_of(*members))
+    original, calls = storage.open_stream, []
+
+    @contextlib.contextmanager
+    def open_stream(path: str) -> Iterator[Callable[[int], bytes]]:
+        calls.append(0)
+        with original(path) as fetch:
+
+            def some(count: int) -> bytes:
+                calls[-1] += 1
+                if len(calls) <= len(failures) and calls[-1] > failures[len(calls) - 1]:
+                    raise ImageError("storage", "the connection broke")
+                return fetch(count)
+
+            yield some
+
     monkeypatch.setattr(archives, "_FETCH_BYTES", 1000)
-    calls: list[int] = []
-
-    def failing_after(*counts: int) -> None:
-        calls.clear()
-
-        @contextlib.contextmanager
-        def open_stream(path: str) -> Iterator[Callable[[int], bytes]]:
-            calls.append(0)
-            with original(path) as fetch:
-
-                def some(count: int) -> bytes:
-                    calls[-1] += 1
-                    if len(calls) <= len(counts) and calls[-1] > counts[len(calls) - 1]:
-                        raise ImageError("storage", "the connection broke")
-                    return fetch(count)
-
-                yield some
-
-        monkeypatch.setattr(storage, "open_stream", open_stream)
-
-    original = storage.open_stream
-    failing_after(8, 15)
-    found = all_of(archive)
-    assert [name for name, _ in found] == [f"{i}.png" for i in range(10)]
-    assert len(calls) == 3
-    failing_after(8, 15, 20)
-    assert all_of(archive)[-1] == ("", "storage")
-    failing_after(8, 8)  # no further than before
-    assert all_of(archive)[-1] == ("", "storage")
-    assert len(calls) == 2
-    failing_after(0)  # down from the start
-    assert all_of(archive) == [("", "storage")]
-    assert len(calls) == 1
+    monkeypatch.setattr(storage, "open_stream", open_stream)
+    found = contents(archive)
+    assert len(calls) == passes
+    if complete:
+        assert found == members
+    else:
+        assert found[-1] == ("", "storage")
+        assert found[:-1] == members[: len(found) - 1]
 
 
 # ---------------------------------------------------------------- how work is cut
@@ -364,12 +362,9 @@ def table_of(paths: list[str | None], chunk: int = 3) -> pa.Table:
     return pa.table({"row": range(len(paths)), "path": pa.chunked_array(chunks, pa.string())})
 
 
-def test_in_reading_order_moves_each_archives_rows_together() -> None:
+def test_reading_order_moves_the_rows_of_each_archive_together() -> None:
     table = table_of(["a.tar::1", "x.png", "s3://b/c.tgz?q=1::2", None, "a.tar::0", "a.png", "s3://b/c.tgz?q=1::1"])
     assert in_reading_order(table)["row"].to_pylist() == [1, 3, 5, 0, 4, 2, 6]
-
-
-def test_a_table_in_reading_order_comes_back_as_it_is() -> None:
     for paths in (["b.png", None, "a.png", "z.tar::1", "z.tar::0", "a.tar::1"], ["b.png", "a::b"], []):
         table = table_of(paths)
         assert in_reading_order(table) is table
@@ -389,8 +384,9 @@ def test_units_by_hand() -> None:
 PLACES = st.sampled_from([None, "1.png", "s3://b/2.png", "a.tar::", "b.tar.gz::", "s3://b/a.tar?x=1::"])
 
 
+@settings(max_examples=50, derandomize=True)
 @given(st.lists(st.tuples(PLACES, st.integers(0, 3)), max_size=40), st.integers(1, 9), st.integers(1, 7))
-def test_units_cover_every_row_once_and_straddle_nothing(
+def test_units_cover_every_row_once_and_no_range_straddles_archives(
     rows: list[tuple[str | None, int]], rows_per_file: int, chunk: int
 ) -> None:
     table = in_reading_order(table_of([place and f"{place}{i}" for place, i in rows], chunk))
@@ -408,14 +404,4 @@ def test_units_cover_every_row_once_and_straddle_nothing(
             assert {parts and parts[0] for parts in inside} == {unit.archive}
             assert 1 <= one.rows <= rows_per_file
     named = [unit.archive for unit in found if unit.archive]
-    assert len(named) == len(set(named)), "one unit an archive"
-
-
-def test_without_archives_rows_are_cut_as_they_ever_were() -> None:
-    table = table_of([f"{i}.png" for i in range(1000)], 100)
-    assert [(unit.archive, unit.ranges[0].start, unit.rows) for unit in units(table["path"], 256)] == [
-        (None, 0, 256),
-        (None, 256, 256),
-        (None, 512, 256),
-        (None, 768, 232),
-    ]
+    assert len(named) == len(set(named)), "one unit per archive"
