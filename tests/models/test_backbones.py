@@ -1,6 +1,10 @@
-"""Every backbone is flat, and normalises exactly as keras.applications says it must."""
+"""Every backbone is flat and normalises exactly as keras.applications requires."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import keras
 import numpy as np
@@ -23,12 +27,17 @@ APPLICATIONS = {
 SIZE = 64
 
 
-def build(backbone: str, **more: object) -> keras.Model:
-    return classifier.build(Architecture(backbone=backbone, size=SIZE, findings=FINDINGS, **more))
+def architecture(backbone: str = "TinyCNN", **more: Any) -> Architecture:
+    return Architecture(**{"backbone": backbone, "size": SIZE, "findings": FINDINGS, **more})
 
 
-def test_the_list_is_what_the_settings_offer() -> None:
-    assert list(backbones.BACKBONES) == list(TrainSettings.model_fields["backbone"].annotation.__args__)
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[keras.Model, Path]:
+    """A TinyCNN whose outputs are in reverse order, and its file of weights."""
+    model = classifier.build(architecture(findings=tuple(reversed(FINDINGS))))
+    path = tmp_path_factory.mktemp("weights") / "source.weights.h5"
+    model.save_weights(str(path))
+    return model, path
 
 
 @pytest.mark.parametrize("backbone", APPLICATIONS)
@@ -40,39 +49,46 @@ def test_normalisation_equals_preprocess_input(backbone: str) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * max(1.0, np.abs(theirs).max() / 10))
 
 
+LARGE = [pytest.param(name, marks=pytest.mark.long) for name in ("ResNet50", "DenseNet121", "EfficientNetV2B0")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["ResNet50", "DenseNet121", "EfficientNetV2B0", "MobileNetV3Small"])
+@pytest.mark.parametrize("backbone", ["MobileNetV3Small", *LARGE])
 def test_features_equal_the_stock_network_on_preprocessed_rgb(backbone: str) -> None:
     """The whole way: our flat graph on gray uint8 against keras.applications on its own preprocess_input."""
-    model = build(backbone)
+    model = classifier.build(architecture(backbone))
+    assert not [layer.name for layer in model.layers if isinstance(layer, keras.Model)]
     stock = getattr(keras.applications, backbone)(include_top=False, weights=None, input_shape=(SIZE, SIZE, 3))
-    ours_by_name = {layer.name: layer for layer in model.layers if layer.weights}
     for layer in stock.layers:
         if layer.weights:
-            layer.set_weights(ours_by_name[layer.name].get_weights())
+            layer.set_weights(model.get_layer(layer.name).get_weights())
     gray = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 1), dtype=np.uint8)
-    features = keras.Model(model.input, model.get_layer("pool").input)
+    ours, out = keras.Model(model.input, [model.get_layer("pool").input, model.output])(gray)
     rgb = np.repeat(gray, 3, axis=-1).astype(np.float32)
     theirs = np.asarray(stock(APPLICATIONS[backbone].preprocess_input(rgb)))
-    ours = np.asarray(features(gray))
     assert np.ptp(theirs) > 0
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+    assert (out.shape, out.dtype) == ((2, 14), np.float32)
+    assert ((np.asarray(out) > 0) & (np.asarray(out) < 1)).all()
 
 
-@pytest.mark.parametrize("backbone", ["ResNet50V2", "DenseNet169", "TinyCNN"])
-def test_is_flat_and_gives_one_probability_per_finding(backbone: str) -> None:
-    model = build(backbone)
-    assert not [layer.name for layer in model.layers if isinstance(layer, keras.Model)]
-    out = np.asarray(model(np.zeros((2, SIZE, SIZE, 1), np.uint8)))
-    assert out.shape == (2, 14)
-    assert out.dtype == np.float32
-    assert ((out > 0) & (out < 1)).all()
+def test_all_backbones_are_offered_and_constructed_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(backbones.BACKBONES) == list(TrainSettings.model_fields["backbone"].annotation.__args__)
+    for name in APPLICATIONS:
+        calls: list[dict[str, Any]] = []
+
+        def construct(*, input_tensor: Any, calls: list[dict[str, Any]] = calls, **given: Any) -> SimpleNamespace:
+            calls.append(given)
+            return SimpleNamespace(output=input_tensor)
+
+        monkeypatch.setattr(keras.applications, name, construct)
+        assert classifier.build(architecture(name)).output.shape == (None, 14)
+        options = {"include_preprocessing": True} if name in ("EfficientNetV2B0", "MobileNetV3Small") else {}
+        assert calls == [{"include_top": False, "weights": None, **options}]
 
 
-def test_head_is_as_asked() -> None:
-    model = classifier.build(
-        Architecture(backbone="TinyCNN", size=SIZE, findings=LABELS, pooling="avgmax", dense=(32, 8), dropout=0.25)
-    )
+def test_head_follows_the_architecture() -> None:
+    model = classifier.build(architecture(findings=LABELS, pooling="avgmax", dense=(32, 8), dropout=0.25))
     names = [layer.name for layer in model.layers]
     assert {"head_dropout0", "head_dense0", "head_dropout1", "head_dense1", "head_dropout"} <= set(names)
     assert model.get_layer("head_dense0").kernel.shape == (2 * 96, 32)
@@ -81,59 +97,48 @@ def test_head_is_as_asked() -> None:
     assert model.output.shape == (None, 15)
 
 
-def test_unknown_weights_of_our_own_net_are_refused() -> None:
+def test_unavailable_imagenet_weights_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="TinyCNN has no 'imagenet' weights"):
-        classifier.build(Architecture(backbone="TinyCNN", size=SIZE, findings=FINDINGS), weights="imagenet")
-
-
-def test_imagenet_is_asked_of_keras_and_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+        classifier.build(architecture(), weights="imagenet")
+    requested = []
 
     def refuse(*_: object, weights: str | None, **__: object) -> None:
-        asked.append(weights)
+        requested.append(weights)
         raise Exception("URL fetch failure on https://example.invalid/w.h5: -- no network\nmore")
 
+    monkeypatch.setenv("HOME", str(tmp_path))  # Keras keeps its downloads there
     monkeypatch.setattr(keras.applications, "DenseNet121", refuse)
-    with pytest.raises(ConfigError) as caught:
-        classifier.build(Architecture(backbone="DenseNet121", size=SIZE, findings=FINDINGS), weights="imagenet")
-    assert asked == ["imagenet"]
-    assert "weights=none" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"DenseNet121.*weights=none") as caught:
+        classifier.build(architecture("DenseNet121"), weights="imagenet")
+    assert requested == ["imagenet"]
     assert "\n" not in str(caught.value)
 
 
-def test_start_from_a_file_takes_the_backbone_and_says_what_stayed_random(tmp_path) -> None:
-    source = build("TinyCNN")
-    path = tmp_path / "source.weights.h5"
-    source.save_weights(str(path))
-    architecture = Architecture(backbone="TinyCNN", size=SIZE, findings=FINDINGS)
-    model = classifier.build(architecture)
+def test_weights_of_a_file_start_the_backbone_and_its_outputs_stay_random(source: tuple[keras.Model, Path]) -> None:
+    theirs, path = source
+    model = classifier.build(architecture())
     fresh = model.get_layer("logits").get_weights()[0]
-    # A file does not say what its outputs are: none is taken, although the shapes agree.
-    assert classifier.initialise(model, architecture, path) == [f"logits of {name}" for name in FINDINGS]
+    # A file does not name its outputs: none is taken, although the shapes agree.
+    assert classifier.initialise(model, architecture(), path) == [f"logits of {name}" for name in FINDINGS]
     np.testing.assert_array_equal(model.get_layer("logits").get_weights()[0], fresh)
     for name in ("tiny_conv0", "tiny_bn3"):
-        for a, b in zip(model.get_layer(name).get_weights(), source.get_layer(name).get_weights(), strict=True):
+        for a, b in zip(model.get_layer(name).get_weights(), theirs.get_layer(name).get_weights(), strict=True):
             np.testing.assert_array_equal(a, b)
 
 
-def test_outputs_of_known_order_are_taken_by_name(tmp_path) -> None:
-    """A bundle's outputs in another order, and another choice of them: each finding gets its own column."""
-    order = tuple(reversed(FINDINGS))
-    source = classifier.build(Architecture(backbone="TinyCNN", size=SIZE, findings=order))
-    path = tmp_path / "source.weights.h5"
-    source.save_weights(str(path))
-    architecture = Architecture(backbone="TinyCNN", size=SIZE, findings=LABELS)
-    model = classifier.build(architecture)
-    assert classifier.initialise(model, architecture, path, order) == ["logits of No_Finding"]
-    ours, theirs = (item.get_layer("logits").get_weights() for item in (model, source))
+def test_outputs_of_known_order_are_taken_by_name(source: tuple[keras.Model, Path]) -> None:
+    theirs, path = source
+    model = classifier.build(architecture(findings=LABELS))
+    known = tuple(reversed(FINDINGS))
+    assert classifier.initialise(model, architecture(findings=LABELS), path, known) == ["logits of No_Finding"]
+    (kernel, bias), (their_kernel, their_bias) = (one.get_layer("logits").get_weights() for one in (model, theirs))
     for j, name in enumerate(FINDINGS):
-        np.testing.assert_array_equal(ours[0][:, j], theirs[0][:, order.index(name)])
-        assert ours[1][j] == theirs[1][order.index(name)]
+        np.testing.assert_array_equal(kernel[:, j], their_kernel[:, known.index(name)])
+        assert bias[j] == their_bias[known.index(name)]
 
 
-def test_start_from_a_file_of_another_backbone_is_refused(tmp_path) -> None:
-    path = tmp_path / "source.weights.h5"
-    build("TinyCNN").save_weights(str(path))
-    architecture = Architecture(backbone="MobileNetV3Small", size=SIZE, findings=FINDINGS)
-    with pytest.raises(ConfigError, match="is it for MobileNetV3Small"):
-        classifier.initialise(classifier.build(architecture), architecture, path)
+def test_weights_of_another_backbone_are_refused(source: tuple[keras.Model, Path]) -> None:
+    _, path = source
+    other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="conv1"), keras.layers.Dense(2)])
+    with pytest.raises(ConfigError, match="'conv1'; is it for MobileNetV3Small"):
+        classifier.initialise(other, architecture("MobileNetV3Small"), path)

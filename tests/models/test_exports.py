@@ -1,9 +1,10 @@
-"""What a bundle carries beside its weights: graph, golden images, what ordinary images look like."""
+"""Files of a bundle besides its weights: graph, golden images, quality statistics."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -18,18 +19,18 @@ from ray_cxr.models import bundle as bundles
 from ray_cxr.models import classifier, exports, runtime
 from ray_cxr.models.architecture import Architecture
 
+pytestmark = pytest.mark.slow
 SIZE = 64
 
 
 def drawn(first: int, end: int) -> np.ndarray:
-    """Radiographs of synthetic patients, uint8 [end - first,64,64]."""
-    return np.stack(
-        [phantoms.draw(phantoms.anatomy(7, patient, 0, size=SIZE)) for patient in range(first + 1, end + 1)]
-    )
+    """Draw radiographs of synthetic patients, uint8 [end - first,64,64]."""
+    patients = range(first + 1, end + 1)
+    return np.stack([phantoms.draw(phantoms.anatomy(7, patient, 0, size=SIZE)) for patient in patients])
 
 
 def write(out: Path, **more: object) -> bundles.Bundle:
-    """A TinyCNN of two findings with random weights."""
+    """Write a bundle of a TinyCNN with two findings and random weights."""
     names = FINDINGS[:2]
     architecture = Architecture(backbone="TinyCNN", size=SIZE, findings=names)
     keras.utils.set_random_seed(4)
@@ -56,24 +57,33 @@ def images() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def bundle(images: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> bundles.Bundle:
-    """Made with sixty images to learn from and thirty held out, as `train` makes it."""
+    """Made with 60 training and 30 validation images, as `train` does."""
     return write(tmp_path_factory.mktemp("exports") / "b", ordinary=exports.Ordinary(images[:60], images[60:90]))
 
 
-def test_golden_images_are_the_same_for_ever_and_no_patients() -> None:
-    images = exports.golden_images(InputSpec(size=SIZE))
+@pytest.fixture(scope="module")
+def model(bundle: bundles.Bundle) -> keras.Model:
+    return bundle.model()
+
+
+@pytest.fixture(scope="module")
+def fp32(bundle: bundles.Bundle) -> runtime.Runtime:
+    return runtime.open_runtime(bundle, "fp32", batch_size=16, threads=1)
+
+
+def card_of(bundle: bundles.Bundle) -> str:
+    return (bundle.path / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def test_golden_images_are_drawn_and_the_file_holds_the_answers_of_keras(bundle, model: keras.Model) -> None:
+    images = exports.golden_images(bundle.input_spec)
     assert (images.dtype, images.shape) == (np.uint8, (exports.GOLDEN_IMAGES, SIZE, SIZE))
-    np.testing.assert_array_equal(images, exports.golden_images(InputSpec(size=SIZE)))
     assert images.std(axis=(1, 2)).min() > 20
     assert len({image.tobytes() for image in images}) == len(images)
-
-
-def test_the_golden_file_holds_what_keras_says_of_them(bundle: bundles.Bundle) -> None:
     with np.load(bundle.path / runtime.GOLDEN, allow_pickle=False) as arrays:
-        images, expected = arrays["images"], arrays["fp32"]
-    np.testing.assert_array_equal(images, exports.golden_images(bundle.input_spec))
-    found = bundle.model().predict(images[..., None], verbose=0)
-    np.testing.assert_allclose(expected, found, rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(arrays["images"], images)
+        expected = model.predict(images[..., None], verbose=0)
+        np.testing.assert_allclose(arrays["fp32"], expected, rtol=0, atol=1e-5)
 
 
 def test_two_exports_of_the_same_weights_are_the_same_bytes(bundle: bundles.Bundle, images, tmp_path: Path) -> None:
@@ -87,102 +97,105 @@ def test_two_exports_of_the_same_weights_are_the_same_bytes(bundle: bundles.Bund
     assert again.digest == bundle.digest
 
 
-def test_what_is_measured_stands_in_the_bundle_and_its_card(bundle: bundles.Bundle) -> None:
+def test_measured_drift_is_in_the_bundle_and_its_card(bundle: bundles.Bundle) -> None:
     fp32, bf16 = bundle.info["runtimes"]["fp32"], bundle.info["runtimes"]["bf16"]
     assert fp32["accepted"] is True
     assert fp32["largest_drift"] < 1e-5
     assert (fp32["tolerance"], bf16["tolerance"]) == (1e-3, 0.02)
-    card = (bundle.path / "MODEL_CARD.md").read_text()
-    assert f"- fp32: moves no probability by more than {fp32['largest_drift']:.2g}, of 0.001 allowed." in card
+    assert f"- fp32: moves no probability by more than {fp32['largest_drift']:.2g}, " in card_of(bundle)
     if runtime.cpu_has_bf16():
-        assert 0 < bf16["largest_drift"] <= 0.02
-        assert f"- bf16: moves no probability by more than {bf16['largest_drift']:.2g}, of 0.02 allowed." in card
-    assert "- Learned from 60 training images, limits from 30 others" in card
+        assert 0 < bf16["largest_drift"] <= bf16["tolerance"]
+        assert f"- bf16: moves no probability by more than {bf16['largest_drift']:.2g}, " in card_of(bundle)
+    else:
+        assert bf16 == {"largest_drift": None, "tolerance": 0.02, "accepted": None}
 
 
-def test_a_machine_without_bf16_leaves_it_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: False)
-    info = write(tmp_path / "b").info
-    assert info["runtimes"]["bf16"] == {"largest_drift": None, "tolerance": 0.02, "accepted": None}
-    assert "- bf16: not measured" in (tmp_path / "b" / "MODEL_CARD.md").read_text()
-    assert runtime.choose_precision(info, "auto", gpu=False) == "fp32"
-
-
-@pytest.mark.skipif(not runtime.cpu_has_bf16(), reason="this CPU does not compute in bf16")
-def test_bf16_that_moves_too_far_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(runtime.TOLERANCE, "bf16", 1e-9)
-    info = write(tmp_path / "b").info
-    assert info["runtimes"]["bf16"]["accepted"] is False
-    assert ": **refused**." in (tmp_path / "b" / "MODEL_CARD.md").read_text()
-    assert runtime.choose_precision(info, "auto", gpu=False) == "fp32"
-
-
-@pytest.mark.parametrize("how", ["off", "fails"])
-def test_a_graph_that_is_not_keras_is_left_out_and_keras_runs(
-    how: str, images: np.ndarray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("has_bf16", "golden", "others", "drift", "accepted"),
+    [
+        (False, 0.0, 0.0, None, None),
+        (True, 0.01, 0.0, 0.01, True),
+        (True, 0.0, 0.019, 0.019, True),
+        (True, 0.021, 0.0, 0.021, False),
+        (True, 0.0, 0.021, 0.021, False),
+    ],
+)
+def test_bf16_is_measured_where_the_cpu_has_it(
+    bundle, model, fp32, images, monkeypatch, tmp_path: Path, has_bf16, golden, others, drift, accepted
 ) -> None:
-    if how == "off":
+    """The stand-in for bf16 is off by `golden` on the golden images and by `others` on the validation images."""
+
+    def predict(pixels: np.ndarray) -> runtime.Outputs:
+        found = fp32.predict(pixels)
+        off = np.float32(golden if len(pixels) == exports.GOLDEN_IMAGES else others)
+        return found._replace(probabilities=found.probabilities + off)
+
+    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(runtime, "OpenVinoRuntime", lambda *_: SimpleNamespace(predict=predict))
+    monkeypatch.setattr(exports, "_convert", lambda *_: fp32)
+    ordinary = exports.Ordinary(images[:0], images[60:90])
+    info = exports.export(tmp_path, model, bundle.architecture, bundle.input_spec, ordinary)
+    expected = {"largest_drift": drift and pytest.approx(drift, abs=1e-5), "tolerance": 0.02, "accepted": accepted}
+    assert info["runtimes"]["bf16"] == expected
+    assert runtime.choose_precision(info, "auto", gpu=False) == ("bf16" if accepted else "fp32")
+
+
+@pytest.mark.parametrize("reason", ["off by", "no such op"])
+def test_bundle_whose_graph_is_refused_runs_in_keras(model, images, monkeypatch, tmp_path: Path, reason: str) -> None:
+    if reason == "off by":
         monkeypatch.setitem(runtime.TOLERANCE, "fp32", -1.0)
     else:
         monkeypatch.setattr(runtime, "openvino", lambda: (_ for _ in ()).throw(RuntimeError("no such op\nat 0x0")))
-    ordinary = exports.Ordinary(images[:60], images[60:90])
-    bundle = write(tmp_path / "b", ordinary=ordinary)
+    bundle = write(tmp_path / "b", ordinary=exports.Ordinary(images[:60], images[60:90]))
     monkeypatch.undo()
     assert "runtimes" not in bundle.info
-    assert ("its answers are off by" if how == "off" else "cannot convert it: no such op") in (
-        bundle.info["runtimes_refused"]
-    )
+    assert reason in bundle.info["runtimes_refused"]
+    assert "\n" not in bundle.info["runtimes_refused"]
     assert bundle.files == {*bundles.FILES, runtime.GOLDEN, exports.QUALITY}
-    assert "in Keras alone" in (bundle.path / "MODEL_CARD.md").read_text()
-    expected = bundle.model().predict(images[:3, ..., None], verbose=0)
+    assert "in Keras alone" in card_of(bundle)
+    expected = model.predict(images[:3, ..., None], verbose=0)  # all bundles here have the same random weights
     frame = bundle.predict(images[:3])
-    np.testing.assert_allclose(frame[[f"p_{name}" for name in bundle.findings]].to_numpy(), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(frame[[f"p_{name}" for name in bundle.findings]].to_numpy(), expected, rtol=0, atol=1e-5)
 
 
-def test_weights_that_give_no_numbers_make_no_bundle(tmp_path: Path) -> None:
-    architecture = Architecture(backbone="TinyCNN", size=SIZE, findings=FINDINGS[:2])
-    model = classifier.build(architecture)
-    kernel, bias = model.get_layer("logits").get_weights()
-    model.get_layer("logits").set_weights([kernel, bias * np.nan])
+def test_weights_without_probabilities_make_no_bundle(bundle: bundles.Bundle, tmp_path: Path) -> None:
+    broken = bundle.model()
+    kernel, bias = broken.get_layer("logits").get_weights()
+    broken.get_layer("logits").set_weights([kernel, bias * np.nan])
     with pytest.raises(BundleError, match="gives no probabilities"):
-        write(tmp_path / "b", save_weights=lambda path: model.save_weights(str(path)))
+        write(tmp_path / "b", save_weights=lambda path: broken.save_weights(str(path)))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_quality_comes_back_as_it_was_fitted_and_flags_what_is_unlike(bundle: bundles.Bundle, images) -> None:
-    model = bundle.quality
-    assert model is not None
+def test_quality_is_read_as_fitted_and_flags_unlike_images(bundle: bundles.Bundle, images) -> None:
+    fitted = bundle.quality
+    assert fitted is not None
+    assert (fitted.training, fitted.held_out) == (60, 30)
     assert bundle.info["quality"] == {
         "train_images": 60,
         "held_out_images": 30,
-        "expected_rates": {name: model.expected_rates[name] for name in quality.JUDGED},
+        "expected_rates": {name: fitted.expected_rates[name] for name in quality.JUDGED},
     }
-    assert (model.training, model.held_out) == (60, 30)
+    assert "- Learned from 60 training images, limits from 30 others" in card_of(bundle)
     noise = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE), dtype=np.uint8)
-    frame = bundle.predict(np.concatenate([images[90:], 255 - images[90:], noise]))
+    frame = bundle.predict(np.concatenate([images[90:], 255 - images[90:], noise]), precision="fp32")
     flags = frame["quality_flag"].astype(object).where(frame["quality_flag"].notna(), None).tolist()
     assert flags[:20].count(None) >= 18
     assert flags[20:40].count("inverted") >= 18
     assert flags[40:] == ["not_frontal_chest"] * 2
 
 
-@pytest.mark.parametrize(
-    ("count", "reason"),
-    [(None, "the bundle was made without images"), (0, "made without images"), (40, "60 and 30 are needed")],
-)
-def test_where_there_are_no_flags_the_reason_stands(
-    count: int | None, reason: str, images: np.ndarray, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("count", "reason"), [(None, "without images"), (0, "without images"), (40, "60 and 30")])
+def test_missing_quality_has_a_reason(fp32, images, tmp_path: Path, count: int | None, reason: str) -> None:
     ordinary = None if count is None else exports.Ordinary(images[:count], images[:0])
-    bundle = write(tmp_path / "b", ordinary=ordinary)
-    assert set(bundle.info["quality"]) == {"lacking"}
-    assert reason in bundle.info["quality"]["lacking"]
-    assert bundle.quality is None
-    assert f"{reason}." in (bundle.path / "MODEL_CARD.md").read_text()
+    entry = exports._fit_quality(tmp_path, fp32, ordinary)
+    assert set(entry) == {"lacking"}
+    assert reason in entry["lacking"]
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_copy_with_other_rules_keeps_graphs_golden_images_and_quality(bundle: bundles.Bundle, tmp_path: Path) -> None:
-    """As `recalibrate` writes it."""
+def test_copy_with_other_rules_keeps_graphs_golden_images_and_quality(bundle: bundles.Bundle, tmp_path: Path) -> None:
+    """`recalibrate` writes such a copy. A damaged quality file in it is refused."""
     copy = write(
         tmp_path / "b",
         save_weights=lambda path: shutil.copyfile(bundle.path / bundles.WEIGHTS, path),
@@ -196,26 +209,16 @@ def test_a_copy_with_other_rules_keeps_graphs_golden_images_and_quality(bundle: 
         assert (copy.path / name).read_bytes() == (bundle.path / name).read_bytes()
     for name in ("runtimes", "quality"):
         assert copy.info[name] == bundle.info[name]
-
-
-def test_a_damaged_quality_file_is_one_line(bundle: bundles.Bundle, tmp_path: Path) -> None:
-    def add(part: Path, info: dict) -> None:
-        (part / exports.QUALITY).write_bytes(b"PK\x03\x04")
-
-    broken = write(
-        tmp_path / "b",
-        save_weights=lambda path: shutil.copyfile(bundle.path / bundles.WEIGHTS, path),
-        like=bundle,
-        add=add,
-    )
+    (copy.path / exports.QUALITY).chmod(0o644)
+    (copy.path / exports.QUALITY).write_bytes(b"PK\x03\x04")
     with pytest.raises(BundleError, match=r"quality\.npz: is damaged"):
-        broken.predict(drawn(0, 1))
+        copy.predict(drawn(0, 1), precision="fp32")
 
 
-def test_a_sample_is_chosen_by_its_seed() -> None:
-    images = np.arange(50, dtype=np.uint8)[:, None, None]
-    assert exports.sample(images, 0, 50).tobytes() == images.tobytes()
+def test_sample_is_chosen_by_its_seed() -> None:
+    images = np.arange(50, dtype=np.uint8)
+    np.testing.assert_array_equal(exports.sample(images, 0, 50), images)
     some = exports.sample(images, 0, 10)
-    assert len(set(some.ravel().tolist())) == 10
+    assert len({*some.tolist()}) == 10
     np.testing.assert_array_equal(some, exports.sample(images, 0, 10))
-    assert some.tobytes() != exports.sample(images, 1, 10).tobytes()
+    assert some.tolist() != exports.sample(images, 1, 10).tolist()
