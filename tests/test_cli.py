@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,13 +32,9 @@ Image Index,Finding Labels,Patient ID
 """
 FILES = {
     "t.csv": TABLE,
-    "no_columns.csv": "a,b\n1,2\n",
-    "bad_label.csv": "Image Index,Finding Labels\n1.png,Masss\n",
     "leak_a.csv": "Image,Finding Labels,Patient ID\n1.png,Mass,1\n",
     "leak_b.csv": "Image,Finding Labels,Patient ID\n2.png,Mass,1\n",
-    "bad.toml": "train = 3\n",
     "unknown.toml": "[score]\nbatchsize = 3\n",
-    "notes.txt": "nothing\n",
     "unfinished/settings.json": "{}",
     "prepared_half/settings.json": "{}",
     "bundle_half/bundle.json": "{}",
@@ -56,70 +51,48 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "start_ray", refuse)
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one of everything, good and bad."""
-    folder = tmp_path_factory.mktemp("files")
-    for name in ("empty", "images", "unfinished/scores", "prepared_half", "bundle_half"):
-        (folder / name).mkdir(parents=True)
-    for name, text in FILES.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    Image.new("L", (64, 64)).save(folder / "images" / "1_000.png")
-    pq.write_table(pa.table({"image_id": ["1_000.png"], "p_Mass": [0.5]}), folder / "other.parquet")
-    pq.write_table(pa.table({"name": ["1_000.png"]}), folder / "no_id.parquet")
-    manifest.write_manifest(manifest.build_manifest([str(folder / "t.csv")])[0], folder / "m.parquet")
-    return folder
-
-
 @pytest.fixture
-def copy(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of `files`, as the working directory, that a test may write to."""
-    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one of everything, good and bad; the working directory."""
     monkeypatch.chdir(tmp_path)
+    for name in ("empty", "images", "unfinished/scores", "prepared_half", "bundle_half"):
+        Path(name).mkdir(parents=True)
+    for name, text in FILES.items():
+        Path(name).write_text(text, encoding="utf-8")
+    Image.new("L", (64, 64)).save("images/1_000.png")
+    pq.write_table(pa.table({"image_id": ["1_000.png"], "p_Mass": [0.5]}), "other.parquet")
+    pq.write_table(pa.table({"name": ["1_000.png"]}), "no_id.parquet")
+    manifest.write_manifest(manifest.build_manifest(["t.csv"])[0], "m.parquet")
     return tmp_path
 
 
 #: A command line, and what its one line must name.
 WRONG: list[tuple[str, str]] = [
     ("", "COMMAND"),
-    ("predict", "'predict'"),
-    ("--frobnicate manifest t.csv --out o.parquet", "--frobnicate"),
+    ("a\nb", r"'a\nb'"),
+    ("manifest t.csv --out o --x\ny", "--x y"),
     ("manifest", "TABLE, --out"),
     ("manifest t.csv --out o.parquet --frobnicate", "--frobnicate"),
     ("manifest none.csv --out o.parquet", "none.csv: no such file"),
-    ("manifest empty --out o.parquet", "empty: "),
-    ("manifest no_columns.csv --out o.parquet", "no_columns.csv: has no image column"),
-    ("manifest bad_label.csv --out o.parquet", "bad_label.csv: line 2 (1.png): unknown finding 'Masss'"),
     ("manifest train=leak_a.csv test=leak_b.csv --out o.parquet", "1 (test"),
-    ("manifest t.csv --out o.parquet --images none", "none: no such folder"),
-    ("manifest t.csv --out o.parquet --split half", "'half'"),
     ("manifest t.csv --out o.parquet --split official", "--split official: "),
     ("manifest t.csv --out o.parquet --split patient --fractions a,b,c", "--fractions a,b,c: "),
-    ("manifest t.csv --out o.parquet --split patient --fractions=-1,1,1", "--fractions -1,1,1: "),
-    ("manifest t.csv --out o.parquet --split patient --seed x", "--seed: invalid int value: 'x'"),
     ("manifest t.csv --out empty", "--out empty: "),
-    ("manifest t.csv --out notes.txt/m.parquet", "--out notes.txt/m.parquet: "),
     ("prepare", "M.parquet, --out"),
     ("prepare no_id.parquet --out p", "no_id.parquet: has no column image_id"),
     ("prepare m.parquet --out p --size big", "--size big: "),
-    ("prepare m.parquet --out p --size 224,", "--size 224,: "),
-    ("prepare m.parquet --out p --config none.toml", "--config none.toml: "),
-    ("prepare m.parquet --out p --config bad.toml", "--config bad.toml: train is a section"),
     ("train none --out run", "none: not a prepared folder"),
     ("train prepared_half --out run", "prepared_half: "),
     ("train prepared_half --out run --workers 0", "workers: "),
     ("train prepared_half --out run --config unknown.toml", "'score.batchsize'; did you mean 'batch_size'?"),
     ("score --out s --images images", "--model"),
     ("score --model b --out s", "--manifest --images"),
-    ("score --model b --out s --images images --manifest m.parquet", "--manifest"),
     ("score --model none --out s --images images", "none: no such folder"),
     ("score --model empty --out s --images images", "empty: has no bundle.json"),
     ("score --model bundle_half --out s --images images", "bundle_half: bundle.json"),
     ("score --model none --out s --images images --limit 0", "--limit 0: "),
     ("score --model none --out s --images images --max-error-rate 1.5", "max_error_rate: "),
-    ("score --model none --out s --images images --set batch=3", "'score.batch'; did you mean 'batch_size'"),
     ("report none --out r", "none: no such file or folder"),
-    ("report empty --out r", "empty: holds no Parquet files"),
     ("report unfinished --out r", "unfinished: "),
     ("report no_id.parquet --out r", "no_id.parquet: "),
     ("report t.csv --out r", "t.csv: "),
@@ -127,7 +100,6 @@ WRONG: list[tuple[str, str]] = [
     ("report other.parquet --out t.csv", "--out t.csv: "),
     ("report other.parquet --out r --labels none.parquet", "none.parquet: no such file"),
     ("recalibrate b s --out b2", "--labels"),
-    ("recalibrate none s --labels m.parquet --out b2", "none: no such folder"),
     ("import-weights w.h5 --out b --findings 14", "--backbone"),
     ("import-weights w.h5 --out b --backbone ResNet50", "--findings: "),
     ("demo", "--out"),
@@ -135,25 +107,14 @@ WRONG: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize(("line", "part"), WRONG, ids=[line or "nothing" for line, _ in WRONG])
-def test_wrong_arguments_are_one_line_and_exit_code_2(
-    files: Path, command: Command, monkeypatch: pytest.MonkeyPatch, line: str, part: str
-) -> None:
-    monkeypatch.chdir(files)
+def test_wrong_arguments_are_one_line_and_exit_code_2(files: Path, command: Command, line: str, part: str) -> None:
     before = sorted(files.rglob("*"))
-    code, out, err = command(*line.split())
-    assert (code, out) == (2, "")
-    assert err.endswith("\n")
-    assert err.count("\n") == 1
+    code, out, err = command(*(line.split(" ") if line else ()))
+    assert (code, out, err.count("\n"), err[-1]) == (2, "", 1, "\n")
     assert part in err
-    name = line.split()[0] if line and not line.startswith("--") else ""
+    name = line.split(" ")[0]
     assert err.startswith(f"ray-cxr {name}: " if name in COMMANDS and "unrecognized" not in err else "ray-cxr: ")
     assert sorted(files.rglob("*")) == before, "a refused command wrote something"
-
-
-def test_line_breaks_in_an_argument_do_not_break_the_line(copy: Path, command: Command) -> None:
-    for arguments in (["a\nb"], ["manifest", "a\nb", "--out", "o"], ["manifest", "t.csv", "--out", "o", "--x\ny"]):
-        code, _, err = command(*arguments)
-        assert (code, err.count("\n")) == (2, 1)
 
 
 JOB = str(Path(__file__).parents[1] / "jobs" / "train.py")
@@ -162,37 +123,29 @@ JOB = str(Path(__file__).parents[1] / "jobs" / "train.py")
 @pytest.mark.parametrize(
     ("program", "arguments", "start"),
     [
-        (("-m", "ray_cxr.cli"), "score --model none --out s --images images", "ray-cxr score: none: no such folder"),
-        ((JOB,), "none --out run", "ray-cxr train: none: not a prepared folder"),
+        (["-m", "ray_cxr.cli", "score"], "--model none --out s --images images", "ray-cxr score: none: "),
+        ([JOB], "none --out run", "ray-cxr train: none: "),
     ],
-    ids=["command", "job"],
 )
-def test_own_process_prints_nothing_but_the_error(
-    copy: Path, program: tuple[str, ...], arguments: str, start: str
-) -> None:
+def test_own_process_prints_nothing_but_the_error(files: Path, program: list[str], arguments: str, start: str) -> None:
     """Logging, warnings and imports may print in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(Path(ray_cxr.__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, *program, *arguments.split()], cwd=copy, env=environment, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1
+    line = [sys.executable, *program, *arguments.split()]
+    done = subprocess.run(line, cwd=files, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith(start)
 
 
 def test_version_and_help(command: Command) -> None:
     assert command("--version") == (0, f"ray-cxr {ray_cxr.__version__}\n", "")
-    code, general, err = command("--help")
-    assert (code, err) == (0, "")
-    for name in COMMANDS:
-        assert f"    {name} " in general or f"    {name}\n" in general
-        code, out, err = command(name, "--help")
+    for name in ("", *COMMANDS):
+        code, out, err = command(*name.split(), "--help")
         assert (code, err) == (0, "")
-        assert out.startswith(f"usage: ray-cxr {name} ")
+        assert out.startswith(f"usage: ray-cxr {name}")
 
 
-def test_manifest_from_table_to_file(copy: Path, command: Command) -> None:
-    (copy / "t.csv.gz").write_bytes(gzip.compress(TABLE.encode()))
+def test_manifest_from_table_to_file(files: Path, command: Command) -> None:
+    (files / "t.csv.gz").write_bytes(gzip.compress(TABLE.encode()))
     line = "manifest t.csv.gz --images images --out new/m.parquet --split patient --fractions 0.34,0.33,0.33 --seed 1"
     code, out, err = command(*line.split())
     assert (code, err) == (0, "")
@@ -202,19 +155,14 @@ def test_manifest_from_table_to_file(copy: Path, command: Command) -> None:
     assert second.startswith("pictures: 1 found, 3 ")
     assert last == "manifest: new/m.parquet"
     assert table["image_id"].to_pylist() == ["1_000.png", "1_001.png", "2_000.png", "3_000.png"]
-    assert table["path"].to_pylist() == [str(copy / "images" / "1_000.png"), None, None, None]
+    assert table["path"].to_pylist() == [str(files / "images" / "1_000.png"), None, None, None]
     assert sorted(set(table["split"].to_pylist())) == ["test", "train", "val"]
     assert manifest.split_info(table)["fractions"] == [0.34, 0.33, 0.33]
     before = Path("new/m.parquet").read_bytes()
     assert command(*line.split())[0] == 0
     assert Path("new/m.parquet").read_bytes() == before, "the same command wrote other bytes"
-
-
-def test_manifest_drops_a_leak_on_request(copy: Path, command: Command) -> None:
     line = "manifest train=leak_a.csv test=leak_b.csv --out m2.parquet --on-leak drop"
-    code, out, err = command(*line.split())
-    assert (code, err) == (0, "")
-    assert out.startswith("1 images of 1 patients: test 1\n1 rows removed")
+    assert command(*line.split())[1].startswith("1 images of 1 patients: test 1\n1 rows removed")
 
 
 class Wrapped(Exception):

@@ -1,13 +1,8 @@
-"""cluster.yaml: Ray and EC2 accept every key of it, and it keeps its promises.
-
-Ray's launcher brings its own schema and its own start-up code, which runs here in a simulated AWS (moto); the shapes
-of EC2's requests come with botocore. None of it needs a network or an account.
-"""
+"""cluster.yaml: Ray and a simulated EC2 accept every key of it, and it keeps its promises."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,12 +23,6 @@ def cluster() -> dict[str, Any]:
     return yaml.safe_load(TEXT)
 
 
-@pytest.fixture
-def kinds(cluster: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Node types by name."""
-    return cluster["available_node_types"]
-
-
 def test_ray_accepts_every_key(cluster: dict[str, Any]) -> None:
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text(encoding="utf-8"))
     assert schema["additionalProperties"] is False
@@ -43,31 +32,25 @@ def test_ray_accepts_every_key(cluster: dict[str, Any]) -> None:
     validate_config(prepare_config(cluster))
 
 
-def test_ec2_accepts_every_key_below_node_config(kinds: dict[str, dict[str, Any]]) -> None:
+def test_ec2_accepts_every_key_below_node_config(cluster: dict[str, Any]) -> None:
     session = pytest.importorskip("botocore.session", reason="botocore: run scripts/setup dev").get_session()
     from botocore.validate import ParamValidator
 
     model = session.get_service_model("ec2").operation_model("RunInstances")
-    markets = {None, *session.get_service_model("ec2").shape_for("MarketType").enum}
-    for kind in kinds.values():
+    for kind in cluster["available_node_types"].values():
         request = {**kind["node_config"], "MinCount": 1, "MaxCount": 1}
         report = ParamValidator().validate(request, model.input_shape)
         assert not report.has_errors(), report.generate_report()
-        assert request.get("InstanceMarketOptions", {}).get("MarketType") in markets
         # The validator does find a misspelt key.
         assert ParamValidator().validate({**request, "ImageID": "ami-1"}, model.input_shape).has_errors()
 
 
-def test_node_types(cluster: dict[str, Any], kinds: dict[str, dict[str, Any]]) -> None:
-    assert cluster["head_node_type"] == "head"
-    assert set(kinds) == {"head", "cpu", "gpu"}
-    assert kinds["head"]["resources"] == {"CPU": 0}
-    assert "InstanceMarketOptions" not in kinds["head"]["node_config"], "a spot head can be reclaimed"
-    assert 1 <= kinds["cpu"]["min_workers"] < kinds["cpu"]["max_workers"]
-    for name in ("cpu", "gpu"):
-        assert kinds[name]["resources"] == {}, "Ray detects what the machine has"
-        assert kinds[name]["max_workers"] <= cluster["max_workers"]
-        assert kinds[name]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+def test_head_does_no_work_and_is_no_spot_machine(cluster: dict[str, Any]) -> None:
+    kinds = cluster["available_node_types"]
+    head = kinds[cluster["head_node_type"]]
+    assert head["resources"] == {"CPU": 0}
+    assert "InstanceMarketOptions" not in head["node_config"], "a spot head can be reclaimed"
+    assert all(kinds[name]["resources"] == {} for name in ("cpu", "gpu")), "Ray detects what the machine has"
 
 
 def test_no_port_is_open_to_the_world_and_nodes_need_the_token(cluster: dict[str, Any]) -> None:
@@ -79,13 +62,6 @@ def test_no_port_is_open_to_the_world_and_nodes_need_the_token(cluster: dict[str
     assert "0.0.0.0" not in TEXT
     assert cluster["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert "chmod 600 ~/.ray/auth_token" in cluster["setup_commands"]
-
-
-def test_packages_come_from_the_lock_files(cluster: dict[str, Any]) -> None:
-    assert "pip" not in re.findall(r"\w+", TEXT.replace("python3", ""))
-    # Ray's code for AWS imports boto3 on the head, which starts the workers.
-    assert cluster["head_setup_commands"] == ["cd ~/ray_cxr && scripts/setup dev"]
-    assert re.search(r"^boto3==", (ROOT / "requirements-dev.lock").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -111,8 +87,6 @@ def test_ray_start_up_opens_no_port_and_grants_no_role(tmp_path: Path, monkeypat
     import boto3
     from ray.autoscaler._private.aws import config as rays
 
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        monkeypatch.setenv(name, "none")
     monkeypatch.setenv("HOME", str(tmp_path))  # Ray keeps the key to the machines in ~/.ssh
     (tmp_path / ".ssh").mkdir()
     region = yaml.safe_load(TEXT)["provider"]["region"]

@@ -40,12 +40,10 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     ("present", "on_head", "working"),
     [
         ([("h", 4)], None, ["h"]),
-        ([("h", 4)], True, ["h"]),
         ([("h", 4), ("a", 2)], None, ["a"]),
         ([("h", 0), ("a", 2), ("b", 2)], None, ["a", "b"]),
         ([("h", 4), ("a", 0)], None, ["h", "a"]),  # the other node has no CPU
         ([("h", 4), ("a", 2)], True, ["h", "a"]),
-        ([("h", 4), ("a", 2)], False, ["a"]),
     ],
 )
 def test_head_works_only_where_it_is_alone_or_configured_to(
@@ -71,14 +69,11 @@ def test_idle_head(nodes: Nodes) -> None:
     assert cluster.head_hint("GPU") == ""
 
 
-Sees = Callable[[str, str], bool]
-
-
 @pytest.fixture
-def query(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Callable[[Sees], list[list[str]]]:
+def query(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
     """Let each node of `nodes` answer by what it sees; returns the names of the nodes of each query."""
 
-    def replace(sees: Sees) -> list[list[str]]:
+    def replace(sees: Callable[[str, str], bool]) -> list[list[str]]:
         queried: list[list[str]] = []
 
         def ask(function: Any, nodes: Any, paths: dict[str, str]) -> Iterator[tuple[Any, list[str]]]:
@@ -95,29 +90,25 @@ def query(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Callable[[Sees], lis
     return replace
 
 
-def test_output_folder_that_a_node_does_not_see_is_refused(query: Any, tmp_path: Path) -> None:
-    queried = query(lambda name, path: name != "b")
-    with pytest.raises(OutputError, match=rf"^--out {tmp_path}: the node b\.there "):
-        cluster.require_shared(tmp_path)
-    assert queried == [["a", "b"]], "the head does no work and need not see it"
-    assert not list(tmp_path.iterdir()), "the probe file is removed"
-
-
-def test_input_that_a_node_does_not_see_is_refused_by_its_option(query: Any, tmp_path: Path) -> None:
-    model = tmp_path / "bundle"
+def test_folder_that_a_node_does_not_see_is_refused_by_its_option(query: Any, nodes: Nodes, tmp_path: Path) -> None:
+    out, model = tmp_path / "out", tmp_path / "bundle"
     model.mkdir()
+    queried = query(lambda name, path: name != "b")
+    with pytest.raises(OutputError, match=rf"^--out {out}: the node b\.there "):
+        cluster.require_shared(out)
+    assert queried == [["a", "b"]], "the head does no work and need not see it"
+    assert not list(out.iterdir()), "the probe file is removed"
+
     query(lambda name, path: path != str(model))
     with pytest.raises(OutputError, match=rf"^--model {model}: the node a\.there "):
-        cluster.require_shared(tmp_path, **{"--model": model, "--manifest": None, "pictures": "/none/here/either"})
+        cluster.require_shared(out, **{"--model": model, "--manifest": None, "pictures": "/none/here/either"})
 
-
-def test_output_folder_that_cannot_be_created_is_refused(query: Any, nodes: Nodes, tmp_path: Path) -> None:
     queried = query(lambda name, path: False)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=f"^{tmp_path / 'file'}: "):
         cluster.require_shared(tmp_path / "file")
     nodes[:] = [node("h", 2), node("dead", 2, alive=False)]
-    cluster.require_shared(tmp_path)
+    cluster.require_shared(out)
     assert not queried, "a single node shares its own disk"
 
 

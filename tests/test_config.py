@@ -33,36 +33,26 @@ def test_defaults() -> None:
     assert loaded == config.Config()
     assert loaded.train.flip is False, "a mirrored chest is another diagnosis"
     assert loaded.train.finding_names()[0] == "Atelectasis"
-    assert config.InputSpec() == config.InputSpec(size=224, aspect="stretch", interpolation="area")
+    chosen = config.PrepareSettings(sizes=(64,), aspect="pad", interpolation="cubic")
+    assert chosen.spec(64) == config.InputSpec(size=64, aspect="pad", interpolation="cubic")
 
 
 @pytest.mark.parametrize(
     ("override", "part"),
     [
         ("epoch=3", "unknown key 'train.epoch'; did you mean 'epochs'?"),
-        ("rya.num_cpus=3", "unknown key 'rya'; did you mean 'ray'?"),
-        ("ray.num_cpu=3", "unknown key 'ray.num_cpu'; did you mean 'num_cpus'?"),
         ("train.=1", "unknown key 'train.'"),
         ("epochs=0", "train.epochs: Input should be greater than or equal to 1 (got 0)"),
-        ("epochs=2.5", "train.epochs: "),
         ("epochs=" + "9" * 5000, "train.epochs: "),
-        ("seed=-1", "train.seed: "),
         ("seed=2147483648", "train.seed: "),
         ("dropout=1.0", "train.dropout: Input should be less than 1 (got 1.0)"),
-        ("learning_rate=0", "train.learning_rate: Input should be greater than 0 (got 0)"),
         ("backbone=ResNet51", "train.backbone: Input should be 'ResNet50', "),
-        ("flip=maybe", "train.flip: "),
-        ("dense=[0]", "train.dense.0: "),
         ("dense=" + "[" * 3000, "train.dense: "),
-        ("findings=13", "train.findings: 13 "),
         ("findings=", "train.findings: the list is empty"),
         ("findings=Mass,Nodul", "train.findings: unknown finding 'Nodul'; did you mean 'Nodule'?"),
         ("prepare.sizes=[]", "prepare.sizes: "),
         ("prepare.sizes=[31]", "greater than or equal to 32 (got 31)"),
-        ("score.max_error_rate=1.01", "score.max_error_rate: Input should be less than or equal to 1 (got 1.01)"),
-        ("ray.num_cpus=0", "ray.num_cpus: "),
-        *((f"operating_point={rule}", "sensitivity=X") for rule in ("youden=1", "sensitivity=1.0", "auroc=0.5")),
-        *((f"operating_point={rule}", "sensitivity=X") for rule in ("youdn", "sensitivity", "specificity=x")),
+        *((f"operating_point={rule}", "sensitivity=X") for rule in ("youden=1", "sensitivity=1.0", "specificity=x")),
         *((text, "write it as key=value") for text in ("epochs", "=3", "", " = 3", "a\nb", "epochs\r\n")),
         ("a\nb=3", "unknown key"),
         ("epochs='''x\ny'''", "train.epochs: "),
@@ -78,15 +68,9 @@ def test_bad_override_is_refused_with_place_value_and_rule(override: str, part: 
     ("override", "section", "field", "value"),
     [
         ("ray.num_cpus=2", "ray", "num_cpus", 2),
-        ("train.epochs=3", "train", "epochs", 3),
         (" epochs = 3 ", "train", "epochs", 3),
         ("dense=[256, 128]", "train", "dense", (256, 128)),
-        ('weights="none"', "train", "weights", "none"),
         ("weights=runs/a=b.h5", "train", "weights", "runs/a=b.h5"),
-        ("flip=true", "train", "flip", True),
-        ("size=null", "train", "size", None),
-        ("learning_rate=3e-4", "train", "learning_rate", 3e-4),
-        ("findings=15", "train", "findings", 15),
         ("findings=Mass,Nodule", "train", "findings", ("Mass", "Nodule")),
         ("prepare.sizes=[320, 224, 320]", "prepare", "sizes", (224, 320)),
         ("ray.address=ray://head:10001", "ray", "address", "ray://head:10001"),
@@ -95,8 +79,7 @@ def test_bad_override_is_refused_with_place_value_and_rule(override: str, part: 
 )
 def test_override_sets_value_and_type(override: str, section: str, field: str, value: Any) -> None:
     found = getattr(getattr(config.load(None, [override]), section), field)
-    assert found == value
-    assert type(found) is type(value)
+    assert (found, type(found)) == (value, type(value))
 
 
 def test_later_override_wins_and_the_default_section_is_the_commands(tmp_path: Path) -> None:
@@ -113,13 +96,9 @@ def test_later_override_wins_and_the_default_section_is_the_commands(tmp_path: P
     ("data", "part"),
     [
         *((text, "not TOML: ") for text in ("train", "[train\n", "train: {epochs: 3}", "x = " + "[" * 3000)),
-        ("x = " + "9" * 5000, "not TOML: "),
         (b"\x89PNG\xff\xfe", "not TOML: "),
         ("train = 3", "train is a section"),
         ("[trian]\nepochs = 3", "unknown key 'trian'; did you mean 'train'?"),
-        ("[train]\nepoch = 3", "unknown key 'train.epoch'; did you mean 'epochs'?"),
-        ("[train]\nepochs = 0", "train.epochs: Input should be greater than or equal to 1 (got 0)"),
-        ("[train.dense]\na = 3", "train.dense: Input should be a valid tuple"),
     ],
 )
 def test_bad_file_is_refused_by_name(tmp_path: Path, data: str | bytes, part: str) -> None:
@@ -127,12 +106,9 @@ def test_bad_file_is_refused_by_name(tmp_path: Path, data: str | bytes, part: st
     assert refusal("epochs=5", path=path).startswith(f"--config {path}: {part}")
 
 
-def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
+def test_missing_files_and_several_errors_are_one_line(tmp_path: Path) -> None:
     for path in (tmp_path / "none.toml", tmp_path):
         assert refusal(path=path).startswith(f"--config {path}: ")
-
-
-def test_several_errors_are_in_one_line(tmp_path: Path) -> None:
     message = refusal(path=toml(tmp_path, "[train]\nepochs = 0\nbatch = 3\n[ray]\nnum_gpus = -1\n"))
     for part in ("train.epochs: ", "'train.batch'; did you mean 'batch_size'", "ray.num_gpus: "):
         assert part in message
@@ -152,11 +128,6 @@ def test_settings_are_frozen_and_replace_validates_a_copy() -> None:
         config.build(config.InputSpec, {"size": 8}, where="import-weights")
 
 
-def test_prepare_spec() -> None:
-    chosen = config.PrepareSettings(sizes=(64,), aspect="pad", interpolation="cubic")
-    assert chosen.spec(64) == config.InputSpec(size=64, aspect="pad", interpolation="cubic")
-
-
 def test_settings_without_effect_are_named() -> None:
     chosen = config.TrainSettings(momentum=0.5, focal_gamma=1.0, plateau_factor=0.5, loss="focal")
     assert chosen.idle() == ["momentum (optimizer is not sgd)", "plateau_factor (schedule is not plateau)"]
@@ -165,38 +136,25 @@ def test_settings_without_effect_are_named() -> None:
     assert frozen.idle() == ["warmup_epochs (all epochs are frozen)"]
 
 
-def load_or_message(path: str | Path | None, overrides: list[str] | None = None) -> str:
-    """`fine`, or the message of the only error class that may be raised."""
-    try:
-        loaded = config.load(path, overrides or [])
-    except ConfigError as error:
-        return str(error)
-    assert loaded.train.finding_names()
-    return "fine"
-
-
 SECTIONS = config.Config.model_fields.items()
 KEYS = st.sampled_from([f"{section}.{field}" for section, kind in SECTIONS for field in kind.default.model_dump()])
 WORDS = ["null", "true", "[]", "{}", "[[]]", "{a=1}", "1979-05-27", "''", "'''\n'''", "nan", "inf", "0x1f"]
-VALUES = st.one_of(
-    st.text(),
-    st.integers().map(str),
-    st.floats().map(str),
-    st.lists(st.one_of(st.integers(), st.text(alphabet="abc'\"[]{}=,"))).map(str),
-    st.sampled_from(WORDS),
-)
+LISTS = st.lists(st.one_of(st.integers(), st.text(alphabet="abc'\"[]{}=,")))
+VALUES = st.one_of(st.text(), st.sampled_from(WORDS), st.one_of(st.integers(), st.floats(), LISTS).map(str))
 
 
 @settings(max_examples=100)
-@given(st.lists(st.one_of(st.text(), st.tuples(KEYS, VALUES).map("=".join)), max_size=3))
-@example(["\ud800=3"])
-@example(["weights=\ud800"])
-@example(["train.findings.x=3"])
-def test_any_override_sets_a_value_or_is_one_line(overrides: list[str]) -> None:
-    assert len(load_or_message(None, overrides).splitlines()) == 1
-
-
-@settings(max_examples=50)
-@given(st.binary())
-def test_any_file_is_settings_or_one_line(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
-    assert len(load_or_message(toml(tmp_path_factory.getbasetemp(), data)).splitlines()) == 1
+@given(st.lists(st.one_of(st.text(), st.tuples(KEYS, VALUES).map("=".join)), max_size=3), st.none() | st.binary())
+@example(["\ud800=3"], None)
+@example(["weights=\ud800"], None)
+@example(["train.findings.x=3"], None)
+def test_any_overrides_and_file_are_settings_or_one_line(
+    tmp_path_factory: pytest.TempPathFactory, overrides: list[str], data: bytes | None
+) -> None:
+    try:
+        loaded = config.load(None if data is None else toml(tmp_path_factory.getbasetemp(), data), overrides)
+    except ConfigError as error:
+        lines = str(error).splitlines()
+    else:
+        lines = list(loaded.train.finding_names()[:1])
+    assert len(lines) == 1

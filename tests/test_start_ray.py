@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray
@@ -91,31 +92,22 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Connect:
     return run
 
 
+def refusal(call: Callable[[], None], kind: type[RayCxrError] = InputError) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 def test_nodes_of_the_same_version_are_used(connect: Connect) -> None:
     cluster = Cluster({"a": HERE, "b": HERE})
     connect(cluster)
     assert cluster.queried == ["a", "b"]
     assert [one["num_cpus"] for one in cluster.options_seen] == [0, 0], "a head without CPUs answers too"
     assert cluster.shutdowns == 1
-
-
-@pytest.mark.parametrize(("version", "words"), [("9.9.9", "has ray_cxr 9.9.9"), (None, "has no ray_cxr")])
-def test_node_with_another_version_is_refused(version: str | None, words: str, connect: Connect) -> None:
-    cluster = Cluster({"a": HERE, "10.0.0.7": version})
-    with pytest.raises(InputError) as caught:
-        connect(cluster)
-    message = str(caught.value)
-    assert f"node 10.0.0.7 {words}, this command is {HERE};" in message
-    assert "\n" not in message
-    assert cluster.shutdowns == 1, "the connection stayed open"
-
-
-def test_lost_and_slow_nodes_are_skipped(connect: Connect) -> None:
+    # Lost and slow nodes are skipped, large clusters are sampled, and a local Ray is not queried.
     connect(Cluster({"a": HERE, "b": ray.exceptions.RayError("lost"), "slow": "9.9.9"}, silent=("slow",)))
     connect(Cluster({}))
-
-
-def test_large_clusters_are_sampled_and_a_local_ray_is_not_queried(connect: Connect) -> None:
     large, local = Cluster({f"n{number}": HERE for number in range(1000)}), Cluster({"a": "9.9.9"})
     connect(large)
     connect(local, address="local")
@@ -123,38 +115,31 @@ def test_large_clusters_are_sampled_and_a_local_ray_is_not_queried(connect: Conn
     assert not local.queried
 
 
+@pytest.mark.parametrize(("version", "words"), [("9.9.9", "has ray_cxr 9.9.9"), (None, "has no ray_cxr")])
+def test_node_with_another_version_is_refused(version: str | None, words: str, connect: Connect) -> None:
+    cluster = Cluster({"a": HERE, "10.0.0.7": version})
+    message = refusal(lambda: connect(cluster))
+    assert f"node 10.0.0.7 {words}, this command is {HERE};" in message
+    assert cluster.shutdowns == 1, "the connection stayed open"
+
+
 @pytest.mark.parametrize(("other_ray", "other_python"), [("2.9.0", "3.11.4"), (ray.__version__, "3.9.1")])
 def test_ray_or_python_of_another_version_is_refused(other_ray: str, other_python: str, connect: Connect) -> None:
-    """The text comes from Ray itself."""
-
     def init(**_: object) -> None:
         utils.check_version_info({"ray_version": other_ray, "python_version": other_python}, "node 10.0.0.1")
 
-    with pytest.raises(InputError) as caught:
-        connect(init=init)
-    message = str(caught.value)
+    message = refusal(lambda: connect(init=init))
     assert message.startswith(f"Ray at '{HEAD}': ")
     assert f"Ray {other_ray} and Python {other_python}, this command Ray {ray.__version__} and Python 3." in message
-    assert "\n" not in message
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        Exception("The current node timed out during startup. This could happen\nbecause the machine is slow."),
-        ConnectionError("nobody\nthere"),
-        RuntimeError("Version mismatch: in other words"),
-    ],
-)
+SLOW = "The current node timed out during startup. This could happen\nbecause the machine is slow."
+
+
+@pytest.mark.parametrize("error", [Exception(SLOW), RuntimeError("Version mismatch: in other\nwords")])
 def test_ray_that_does_not_start_is_one_line(error: Exception, connect: Connect) -> None:
-    def init(**_: object) -> None:
-        raise error
-
-    with pytest.raises(RayCxrError) as caught:
-        connect(address="local", init=init)
-    message = str(caught.value)
+    message = refusal(lambda: connect(address="local", init=Mock(side_effect=error)), RayCxrError)
     assert message.startswith(f"Ray at 'local': {' '.join(str(error).split())}")
-    assert "\n" not in message
     assert ("run the command again" in message) == ("timed out" in message)
 
 

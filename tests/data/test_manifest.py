@@ -5,8 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import json
-import tarfile
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_storage import tar_bytes
 
 from ray_cxr.data import imaging, manifest
 from ray_cxr.errors import ConfigError, LeakError, RayCxrError, TableError
@@ -56,13 +56,7 @@ def png() -> bytes:
 
 
 def write_tar(path: Path, *names: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = png()
-    with tarfile.open(path, "w:gz") as tar:
-        for name in names:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    put(path, tar_bytes(dict.fromkeys(names, png())))
 
 
 def build(*tables: str, **options: Any) -> tuple[pa.Table, manifest.ManifestReport]:
@@ -87,16 +81,7 @@ def positives(row: dict[str, Any]) -> list[str]:
     return [name for name in LABELS if row[name] == 1]
 
 
-# --- tables
-
-
-def test_schema() -> None:
-    columns = "image_id:string path:string patient_id:string study_id:string age:double sex:string view:string"
-    expected = f"{columns} follow_up:int32 split:string {' '.join(f'{label}:int8' for label in LABELS)}"
-    assert " ".join(f"{item.name}:{item.type}" for item in manifest.SCHEMA) == expected
-
-
-def test_nih_table_of_2017(tmp_path: Path) -> None:
+def test_nih_tables_of_2017_and_2020(tmp_path: Path) -> None:
     table, report = build_text(tmp_path, NIH_2017)
     rows = table.to_pylist()
     assert table["image_id"].to_pylist() == [*NIH_NAMES, "00000003_000.png"]
@@ -111,48 +96,37 @@ def test_nih_table_of_2017(tmp_path: Path) -> None:
     assert all(row["split"] is row["path"] is row["study_id"] is None for row in rows)
     assert (report.absurd_ages, report.unreadable_ages, report.ignored_columns) == (1, 0, [])
     assert report.lines() == ["4 images of 3 patients", "1 ages over 120 years made null"]
-
-
-def test_nih_table_of_2020_has_the_same_patients_and_labels(tmp_path: Path) -> None:
-    old, new = (build_text(tmp_path, text)[0] for text in (NIH_2017, NIH_V2020))
-    for name in ("image_id", "patient_id", "sex", "view", "follow_up", *LABELS):
-        assert old[name].equals(new[name]), name
+    # NIH's table of 2020 differs in its ages only.
+    new, _ = build_text(tmp_path, NIH_V2020)
+    assert new.drop_columns("age").equals(table.drop_columns("age"))
     assert new["age"].to_pylist() == [58.0, 58.0, 81.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Sex,View Position,"
-        "OriginalImageWidth,OriginalImageHeight,OriginalImagePixelSpacing_x,OriginalImagePixelSpacing_y",
-        "image_index,finding_labels,follow_up,patient_id,age,sex,view,Width,Height,PixelSpacingX,PixelSpacingY",
-        'Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"OriginalImage['
-        'Width","Height]","OriginalImagePixelSpacing[x","y]"',
-    ],
-)
-def test_renamed_columns_are_recognised(tmp_path: Path, header: str) -> None:
-    body = NIH_V2020.partition("\n")[2]
-    table, report = build_text(tmp_path, f"{header}\n{body}")
-    assert table.equals(build_text(tmp_path, NIH_V2020)[0])
-    assert report.ignored_columns == []
-    _, report = build_text(tmp_path, "Image Index,Finding Labels,Notes,Room\na.png,Mass,x,1\n")
-    assert report.ignored_columns == ["Notes", "Room"]
-    assert report.lines()[-1].endswith("Notes, Room")
+BODY = NIH_V2020.partition("\n")[2]
+HEADERS = [
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Sex,View Position,"
+    "OriginalImageWidth,OriginalImageHeight,OriginalImagePixelSpacing_x,OriginalImagePixelSpacing_y",
+    "image_index,finding_labels,follow_up,patient_id,age,sex,view,Width,Height,PixelSpacingX,PixelSpacingY",
+    'Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"OriginalImage['
+    'Width","Height]","OriginalImagePixelSpacing[x","y]"',
+]
 
 
 @pytest.mark.parametrize(
     "data",
     [
+        *(f"{header}\n{BODY}" for header in HEADERS),
         gzip.compress(NIH_V2020.encode(), mtime=0),
         b"\xef\xbb\xbf" + NIH_V2020.encode(),
-        NIH_V2020.replace("\n", "\r\n").encode(),
-        NIH_V2020.replace("\n", "\n\n").encode() + b",,\n\n",
-        NIH_V2020.rstrip("\n").encode(),
+        NIH_V2020.replace("\n", "\r\n"),
+        NIH_V2020.replace("\n", "\n\n") + ",,\n\n",
+        NIH_V2020.rstrip("\n"),
     ],
-    ids=["gzip", "byte order mark", "crlf", "blank lines", "no final line end"],
 )
-def test_encodings_of_a_table(tmp_path: Path, data: bytes) -> None:
-    assert build_text(tmp_path, data)[0].equals(build_text(tmp_path, NIH_V2020)[0])
+def test_headers_and_encodings_of_a_table(tmp_path: Path, data: str | bytes) -> None:
+    table, report = build_text(tmp_path, data)
+    assert table.equals(build_text(tmp_path, NIH_V2020)[0])
+    assert report.ignored_columns == []
 
 
 def test_ages_and_follow_up_numbers_that_cannot_be_are_null(tmp_path: Path) -> None:
@@ -174,38 +148,32 @@ def test_only_nih_patient_ids_lose_their_zeros(tmp_path: Path) -> None:
     assert "1 patients" in refusal(LeakError, f"train={train}", f"test={tmp_path / 't.csv'}")
 
 
-# --- labels
-
-
-def test_blank_text_labels_are_null(tmp_path: Path) -> None:
-    table, report = build_text(tmp_path, "Image,Finding Labels\na.png,\nb.png,Mass\n")
-    assert all(table[name].to_pylist() == [None, int(name == "Mass")] for name in LABELS)
-    assert report.unlabelled_rows == 1
-
-
 def test_one_hot_table_without_no_finding_column(tmp_path: Path) -> None:
     """No_Finding is 1 where all 14 are 0, null where any is null."""
-    rows = {"none": {}, "mass": {"Mass": "1", "Nodule": "1.0", "Edema": "0.0"}, "part": {"Mass": ""}}
-    rows["both"] = {"Mass": "", "Edema": "1"}
+    rows = {"none": {}, "mass": {"Mass": "1", "Nodule": "1.0", "Edema": "0.0"}, "both": {"Mass": "", "Edema": "1"}}
     lines = [",".join([image, *(values.get(name, "0") for name in FINDINGS)]) for image, values in rows.items()]
     table, report = build_text(tmp_path, "\n".join([f"Image,{','.join(FINDINGS)}", *lines]))
-    none, mass, part, both = table.to_pylist()
+    none, mass, both = table.to_pylist()
     assert (positives(none), positives(mass), mass["No_Finding"]) == (["No_Finding"], ["Mass", "Nodule"], 0)
-    assert (part["Mass"], part["Edema"], part["No_Finding"]) == (None, 0, None)
     assert (both["Mass"], both["Edema"], both["No_Finding"]) == (None, 1, None)
     assert report.unlabelled_rows == 0
 
 
 def test_one_hot_table_with_no_finding_column(tmp_path: Path) -> None:
-    header = "Image,Mass,Pleural Thickening,Infiltrate,No Finding"
-    table, report = build_text(tmp_path, f"{header}\na.png,0,0,0,1\nb.png,1,0,,0\nc.png,,,,\nd.png,0,0,0,0\n")
+    header = "Image,Mass,Pleural Thickening,Infiltrate,No Finding,Notes"
+    table, report = build_text(tmp_path, f"{header}\na.png,0,0,0,1,\nb.png,1,0,,0,x\nc.png,,,,,\nd.png,0,0,0,0,\n")
     assert table["No_Finding"].to_pylist() == [1, 0, None, 0]
     assert table["Mass"].to_pylist() == [0, 1, None, 0]
     assert table["Infiltration"].to_pylist() == [0, None, None, 0]
     assert table["Pleural_Thickening"].to_pylist() == [0, 0, None, 0]
     assert table["Hernia"].null_count == 4
-    assert report.unlabelled_rows == 1
+    assert (report.unlabelled_rows, report.ignored_columns) == (1, ["Notes"])
+    assert "Notes" in report.lines()[-1]
     assert build_text(tmp_path, "Image,Mass\na.png,0\n")[0]["No_Finding"].to_pylist() == [None]
+    # The text of a blank cell is no label either.
+    table, report = build_text(tmp_path, "Image,Finding Labels\na.png,\nb.png,Mass\n")
+    assert all(table[name].to_pylist() == [None, int(name == "Mass")] for name in LABELS)
+    assert report.unlabelled_rows == 1
 
 
 @pytest.mark.parametrize(
@@ -220,16 +188,12 @@ def test_one_hot_table_with_no_finding_column(tmp_path: Path) -> None:
         ("Image,Mass,Mass\na.png,1,0\n", ["'Mass' twice"]),
         ("Image,Mass\na.png,1\n,1\n", ["line 3", "no image name"]),
         ("Image,Finding Labels,Sex\na.png,Mass,M\nb.png,Ma\n", ["line 3 has 2 columns, the header 3"]),
-        ("Image,Finding Labels\na.png,Mass\nb.png,Mass,Edema\n", ["line 3 has 3 columns, the header 2"]),
         ('Image,Finding Labels\na.png,"Mass\nb.png,Mass\n', ["CSV"]),
         ("Image,Finding Labels\na.png,Mass\n\nb.png,Nodul\nc.png,Nodul\n", ["line 4 (b.png)", "'Nodul'", "'Nodule'"]),
         ("Image,Finding Labels\na.png,Mass\nb.png,No Finding|Mass\n", ["line 3 (b.png)", "'No Finding'"]),
         ("Image,Mass,No Finding\na.png,0,1\nb.png,1,1\n", ["line 3", "No Finding is 1"]),
         ("Image,Edema,Mass\na.png,0,1\nb.png,0,-1.0\n", ["line 3", "Mass is '-1.0'"]),
-        ("Image,Edema,Mass\na.png,0,1\nb.png,0,0.5\n", ["line 3", "Mass is '0.5'"]),
-        ("Image,Edema,Mass\na.png,0,2\nb.png,0,nan\n", ["line 2", "Mass is '2'"]),
         (b"\x89PNG\r\n\x1a\n\xff\xfe", ["UTF-8"]),
-        ("Image,Finding Labels\nä.png,Mass\n".encode("latin-1"), ["UTF-8"]),
         (gzip.compress(b"Image,Finding Labels\na.png,Mass\n" * 99, mtime=0)[:-20], ["damaged gzip"]),
     ],
 )
@@ -238,11 +202,6 @@ def test_bad_table_is_refused(tmp_path: Path, text: str | bytes, parts: list[str
     message = refusal(TableError, path)
     assert message.startswith(f"{path}: ")
     assert all(part in message for part in parts)
-
-
-def test_missing_table_folder_and_uri_are_refused(tmp_path: Path) -> None:
-    for path in (f"{tmp_path}/none.csv", str(tmp_path), "s3://bucket/t.csv"):
-        assert refusal(TableError, path).startswith(f"{path}: ")
 
 
 @settings(max_examples=40)
@@ -259,9 +218,6 @@ def test_any_bytes_make_a_manifest_or_a_table_error(
         assert len(table)
 
 
-# --- several tables
-
-
 def test_tables_are_concatenated_and_repeats_refused(tmp_path: Path) -> None:
     a = put(tmp_path / "a.csv", f"{HEAD}1.png,Mass,1\n2.png,Edema,2\n")
     b = put(tmp_path / "b" / "a.csv", "Image,Edema\n3.png,1\n")
@@ -276,24 +232,18 @@ def test_tables_are_concatenated_and_repeats_refused(tmp_path: Path) -> None:
 
 
 def three(folder: Path, *, val_patient: str = "3", more_test: str = "") -> list[str]:
-    texts = {
-        "train": f"{HEAD}1.png,Mass,1\n2.png,Edema,2\n2b.png,Edema,2\n",
-        "val": f"{HEAD}3.png,Mass,{val_patient}\n",
-        "test": f"{HEAD}4.png,Mass,4\n{more_test}",
-    }
-    return [f"{name}={put(folder / f'{name}.csv', text)}" for name, text in texts.items()]
+    train = "1.png,Mass,1\n2.png,Edema,2\n2b.png,Edema,2\n"
+    rows = {"train": train, "val": f"3.png,Mass,{val_patient}\n", "test": f"4.png,Mass,4\n{more_test}"}
+    return [f"{name}={put(folder / f'{name}.csv', HEAD + text)}" for name, text in rows.items()]
 
 
-def test_split_by_table(tmp_path: Path) -> None:
+def test_leak_between_tables_is_refused_or_dropped(tmp_path: Path) -> None:
     table, report = build(*three(tmp_path))
     assert table["split"].to_pylist() == ["train", "train", "train", "val", "test"]
     assert report.by_split == {"train": 3, "val": 1, "test": 1}
     info = manifest.split_info(table)
-    assert (info["kind"], info["seed"], info["fractions"]) == ("given", None, None)
-    assert set(info["tables"]) == {"train.csv", "val.csv", "test.csv"}
+    assert (info["kind"], info["seed"], set(info["tables"])) == ("given", None, {"train.csv", "val.csv", "test.csv"})
 
-
-def test_leak_between_tables_is_refused_or_dropped(tmp_path: Path) -> None:
     tables = three(tmp_path, val_patient="2")
     assert "2 (val+train)" in refusal(LeakError, *tables)
     table, report = build(*tables, on_leak="drop")
@@ -315,7 +265,9 @@ def test_rows_without_patients_in_two_tables(tmp_path: Path) -> None:
     assert any(line.startswith("2 rows have a split but no patient id") for line in report.lines())
 
 
-def test_contradicting_options_are_refused(tmp_path: Path) -> None:
+def test_bad_table_paths_and_contradicting_options_are_refused(tmp_path: Path) -> None:
+    for path in (f"{tmp_path}/none.csv", str(tmp_path), "s3://bucket/t.csv"):
+        assert refusal(TableError, path).startswith(f"{path}: ")
     train, val, test = three(tmp_path)
     plain = test.partition("=")[2]
     assert "prefix" in refusal(ConfigError, train, val.partition("=")[2])
@@ -325,34 +277,26 @@ def test_contradicting_options_are_refused(tmp_path: Path) -> None:
     assert "--images" in refusal(ConfigError, plain, found_only=True)
 
 
-# --- splits
-
-
 def test_patient_split_is_recorded_and_repeatable(tmp_path: Path) -> None:
     options: dict[str, Any] = {"split": "patient", "fractions": (0.4, 0.3, 0.3), "seed": 5}
     table, _ = build_text(tmp_path, NIH_V2020, **options)
-    assert json.loads(table.schema.metadata[b"ray_cxr.split"]) == {
-        "kind": "patient",
-        "seed": 5,
-        "fractions": [0.4, 0.3, 0.3],
-        "tables": {"t.csv": hashlib.sha256(NIH_V2020.encode()).hexdigest()},
-    }
+    tables = {"t.csv": hashlib.sha256(NIH_V2020.encode()).hexdigest()}
+    expected = {"kind": "patient", "seed": 5, "fractions": [0.4, 0.3, 0.3], "tables": tables}
+    assert manifest.split_info(table) == expected
     assert set(table["split"].to_pylist()) == {"test", "train", "val"}
     assert table.equals(build_text(tmp_path, NIH_V2020, **options)[0])
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_official_split(tmp_path: Path, packed: bool) -> None:
+def test_official_split(tmp_path: Path) -> None:
     def write_list(name: str, *images: str) -> str:
         data = "\r\n".join([*images, ""]).encode()
-        return put(tmp_path / name, gzip.compress(data, mtime=0) if packed else data)
+        return put(tmp_path / name, gzip.compress(data, mtime=0) if name == "test" else data)
 
     train_val = write_list("train_val", *NIH_NAMES[:2], "99999999_000.png")
     lists = {"train_val_list": train_val, "test_list": write_list("test", NIH_NAMES[2])}
     table, report = build_text(tmp_path, NIH_V2020, split="official", **lists)
     assert table["split"].to_pylist() == ["train", "train", "test", None]
     assert (report.listed_not_in_table, report.in_neither_list) == (1, 1)
-    assert sum("list" in line for line in report.lines()) == 2
     info = manifest.split_info(table)
     assert (info["kind"], info["seed"], info["fractions"]) == ("official", 0, None)
     assert set(info["lists"]) == {"train_val", "test"}
@@ -377,9 +321,6 @@ def test_official_split_refuses_bad_lists(
     assert part in refusal(kind, put(tmp_path / "t.csv", NIH_V2020), split="official", **lists)
 
 
-# --- images
-
-
 @pytest.mark.parametrize("layout", ["flat", "nih", "archives", "uri", "uri blanks #1", "uri archives", "uri options"])
 def test_images_are_found_in_any_layout(tmp_path: Path, layout: str) -> None:
     folder = tmp_path / layout
@@ -400,11 +341,9 @@ def test_images_are_found_in_any_layout(tmp_path: Path, layout: str) -> None:
     if not options:
         assert [imaging.load(path).shape for path in table["path"].to_pylist()[:3]] == [(32, 32)] * 3
     assert (report.images_found, report.images_missing, report.files_not_in_table) == (3, 1, 1)
-    assert report.lines()[1] == "pictures: 3 found, 1 in the table but not on disk, 1 on disk but not in the table"
     if "archives" in layout:
         assert (report.not_images, report.unpacked_members) == ({".txt": 1}, 1)
-        assert report.lines()[2].endswith("1 .txt")
-        assert report.lines()[3].startswith("1 members of archives")
+        assert len(report.lines()) == 4
 
 
 def test_local_paths_are_absolute_and_file_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,30 +354,25 @@ def test_local_paths_are_absolute_and_file_uris_stay(tmp_path: Path, monkeypatch
         assert table["path"].to_pylist() == [f"{root}/b.png"]
 
 
-@pytest.mark.parametrize("kind", ["folders", "archives"])
-def test_name_found_twice_is_refused(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("between", ["/", ".tar.gz::images/"])
+def test_name_found_twice_is_refused(tmp_path: Path, between: str) -> None:
     images = tmp_path / "images"
     for place in ("a", "b"):
-        if kind == "archives":
+        if between != "/":
             write_tar(images / f"{place}.tar.gz", f"images/{NIH_NAMES[0]}", "images/not_in_the_table.png")
         else:
             put(images / place / NIH_NAMES[0], b"x")
             put(images / place / "not_in_the_table.png", b"x")
-    between = ".tar.gz::images/" if kind == "archives" else "/"
     message = refusal(TableError, put(tmp_path / "t.csv", NIH_V2020), images=str(images))
     assert message.startswith(f"--images {images}: 1 ")
     assert f"{images}/a{between}{NIH_NAMES[0]} and {images}/b{between}{NIH_NAMES[0]}" in message
 
 
-def test_folder_without_any_named_image_is_refused(tmp_path: Path) -> None:
-    put(tmp_path / "images" / "x.png", b"x")
+def test_rows_without_image_are_left_out_on_request_and_no_image_at_all_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "b.png", b"x")
     message = refusal(TableError, put(tmp_path / "t.csv", NIH_V2020), images=str(tmp_path / "images"))
     assert message.startswith(f"--images {tmp_path / 'images'}: ")
     assert NIH_NAMES[0] in message
-
-
-def test_found_only_leaves_out_and_counts_rows_without_image(tmp_path: Path) -> None:
-    put(tmp_path / "images" / "b.png", b"x")
     text = f"{HEAD}a.png,Mass,1\nb.png,Mass,2\n"
     table, report = build_text(tmp_path, text, images=str(tmp_path / "images"), found_only=True)
     assert table["image_id"].to_pylist() == ["b.png"]
@@ -476,7 +410,6 @@ def test_manifest_of_images_inside_archives(tmp_path: Path, monkeypatch: pytest.
     manifest.write_manifest(table, tmp_path / "m.parquet")
     again = manifest.read_manifest(tmp_path / "m.parquet")
     assert again.equals(table)
-    assert manifest.digest(again) == manifest.digest(table)
     assert [line.rpartition(": ")[2] for line in manifest.listing_notes(again)] == ["1 .txt"]
     assert manifest.split_info(again) == {}
     write_tar(tmp_path / "images" / "b.tgz", "i/1.png")
@@ -496,9 +429,6 @@ def test_bad_metadata() -> None:
         manifest.split_info(table.replace_schema_metadata({"ray_cxr.split": "{"}))
 
 
-# --- reading back
-
-
 def write(path: Path, table: pa.Table, **options: Any) -> Path:
     pq.write_table(table, path, **options)
     return path
@@ -509,10 +439,7 @@ def test_written_manifest_is_read_back(tmp_path: Path) -> None:
     manifest.write_manifest(table, tmp_path / "new" / "m.parquet")
     again = manifest.read_manifest(tmp_path / "new" / "m.parquet")
     assert (again, manifest.split_info(again)) == (table, manifest.split_info(table))
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["m.parquet"]
-
-
-def test_reading_fills_absent_columns_and_casts(tmp_path: Path) -> None:
+    # Absent columns are filled, other types are cast.
     columns = {"Mass": pa.array([1, None], pa.int64()), "image_id": ["a", "b"], "patient_id": [7, 8]}
     table = manifest.read_manifest(write(tmp_path / "m.parquet", pa.table(columns)))
     assert table.schema.equals(manifest.SCHEMA)
@@ -532,28 +459,23 @@ IDS = pa.array(["a", "b"])
         ({"image_id": ["a", None]}, "1 rows have no image_id"),
         ({"image_id": IDS, "age": ["x", "y"]}, "column age is string, not double"),
         ({"image_id": IDS, "Mass": [0.5, 1.0]}, "column Mass is double, not int8"),
-        ({"image_id": IDS, "Mass": [[1], [0]]}, "column Mass is list<"),
         ({"image_id": IDS, "Mass": [1, 300]}, "column Mass is int64, not int8"),
         ({"image_id": IDS, "Mass": [1, -1]}, "column Mass holds [-1]"),
-        ({"image_id": IDS, "No_Finding": [2, 0]}, "column No_Finding holds [2]"),
         ({"image_id": IDS, "split": ["train", "dev"]}, "column split holds ['dev']"),
     ],
 )
 def test_bad_columns_are_refused(tmp_path: Path, columns: dict[str, Any], part: str) -> None:
     path = write(tmp_path / "m.parquet", pa.table(columns))
-    with pytest.raises(TableError) as caught:
+    with pytest.raises(TableError, match=f"^{path}: .*{re.escape(part)}"):
         manifest.read_manifest(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert part in str(caught.value)
 
 
 def test_files_that_are_no_manifest_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "twice", pa.Table.from_arrays([IDS, IDS], names=["image_id", "image_id"]))
     texts = [put(tmp_path / f"{i}", data) for i, data in enumerate((b"", b"PAR1", b"Image,Mass\na.png,1\n"))]
-    for one in (path, *texts, tmp_path, tmp_path / "none.parquet"):
-        with pytest.raises(TableError) as caught:
-            manifest.read_manifest(one)
-        assert str(caught.value).startswith(f"{one}: ")
+    twice = write(tmp_path / "twice", pa.Table.from_arrays([IDS, IDS], names=["image_id", "image_id"]))
+    for path in (twice, *texts, tmp_path, tmp_path / "none.parquet"):
+        with pytest.raises(TableError, match=f"^{path}: "):
+            manifest.read_manifest(path)
 
 
 def random_manifest(count: int) -> pa.Table:
@@ -592,31 +514,26 @@ def test_digest_does_not_depend_on_file_layout(
 def test_digest_changes_with_any_value() -> None:
     table = random_manifest(9)
     digests = {manifest.digest(table)}
-    for name, kind in zip(manifest.SCHEMA.names, manifest.SCHEMA.types, strict=True):
-        values = table[name].to_pylist()
+    for index, field in enumerate(manifest.SCHEMA):
         for row in (0, 8):
-            other = list(values)
-            other[row] = (None, {"string": "x", "double": 1.5}.get(str(kind), 1))[values[row] is None]
-            changed = table.set_column(table.column_names.index(name), name, pa.array(other, kind))
-            digests.add(manifest.digest(changed))
+            values = table[index].to_pylist()
+            values[row] = {"string": "x", "double": 1.5}.get(str(field.type), 1) if values[row] is None else None
+            digests.add(manifest.digest(table.set_column(index, field, pa.array(values, field.type))))
     digests |= {manifest.digest(table.slice(1)), manifest.digest(table.take([1, 0, *range(2, 9)]))}
     assert len(digests) == 1 + 2 * len(manifest.SCHEMA) + 2
 
 
-def test_digest_separates_null_zero_blank_and_text_boundaries() -> None:
+def test_digest_separates_null_zero_blank_and_text_boundaries(tmp_path: Path) -> None:
+    """Prepared folders and score runs name their input by it, so that it is stable over versions too."""
+
     def digest(**columns: list[Any]) -> str:
-        count = len(next(iter(columns.values())))
-        values = {name: columns.get(name, [None] * count) for name in manifest.SCHEMA.names}
-        return manifest.digest(pa.table(values, schema=manifest.SCHEMA))
+        nulls = [None] * max(map(len, columns.values()))
+        return manifest.digest(pa.table({**dict.fromkeys(manifest.SCHEMA.names, nulls), **columns}, manifest.SCHEMA))
 
     assert digest(Mass=[0]) != digest(Mass=[None])
     assert digest(Mass=[1]) != digest(Nodule=[1])
     assert digest(sex=[""]) != digest(sex=[None])
     assert digest(image_id=["ab", "c"]) != digest(image_id=["a", "bc"])
     assert digest(image_id=["a"]) != digest(path=["a"])
-
-
-def test_digest_is_stable_over_versions(tmp_path: Path) -> None:
-    """Prepared folders and score runs name their input by it."""
     table, _ = build_text(tmp_path, NIH_V2020)
     assert manifest.digest(table) == "dab02e1e5af8df98b2c984ae630179f35176e820709586462be0f0fcfd6acb8b"
