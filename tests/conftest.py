@@ -39,6 +39,27 @@ if os.environ.get("RAY_CXR_TEST_NO_BF16"):
 SHARED = Path(__file__).parents[1].parent / "shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests with Ray together: with `--dist loadgroup` one process runs them, and starts one Ray for all."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print how long the tests took that start Ray, and the others."""
+    parts = {"with Ray": (set[str](), [0.0]), "without Ray": (set[str](), [0.0])}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                names, seconds = parts["with Ray" if "ray" in report.keywords else "without Ray"]
+                names.add(report.nodeid)
+                seconds[0] += report.duration
+    for part, (names, seconds) in parts.items():
+        if names:
+            terminalreporter.write_line(f"{part}: {len(names)} tests, {seconds[0]:.0f} s of one process")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real images and tables; tests that need it say so when they skip."""

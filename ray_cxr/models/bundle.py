@@ -116,7 +116,7 @@ class Bundle:
 
     def model_json(self) -> dict[str, Any]:
         """What a score folder keeps of the bundle as `model.json`."""
-        return {"digest": self.digest, **self.info, "curves": json.loads((self.path / "curves.json").read_text())}
+        return {"digest": self.digest, **self.info, "curves": json.loads((self.path / "curves.json").read_text(encoding="utf-8"))}
 
     def predict(
         self, images: Sequence[str | Path | np.ndarray] | np.ndarray, *, batch_size: int = 4, precision: str = "auto"
