@@ -34,9 +34,11 @@ def record_steps(out: Path, *, tune: bool, failing: str = "") -> list[list[str]]
     return steps
 
 
-def test_demo_runs_each_command_in_order(tmp_path: Path) -> None:
+def test_demo_runs_each_command_in_order_until_one_fails(tmp_path: Path) -> None:
     steps = record_steps(tmp_path, tune=False)
     assert [step[0] for step in steps] == ["manifest", "prepare", "train", "score", "report"]
+    with pytest.raises(RayCxrError, match="`tune`"):
+        record_steps(tmp_path / "failing", tune=True, failing="tune")
 
 
 def test_demo_trains_what_its_valid_search_found(tmp_path: Path) -> None:
@@ -49,8 +51,3 @@ def test_demo_trains_what_its_valid_search_found(tmp_path: Path) -> None:
     assert "learning_rate" in space.fields
     for point in search.tune.enqueue:
         space.point(point, "enqueue")
-
-
-def test_demo_stops_at_a_failed_step(tmp_path: Path) -> None:
-    with pytest.raises(RayCxrError, match="`tune`"):
-        record_steps(tmp_path, tune=True, failing="tune")

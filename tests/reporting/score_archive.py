@@ -72,16 +72,6 @@ class Archive:
         pq.write_table(table, self.root / "labels.parquet")
         return str(self.root / "labels.parquet")
 
-    def people(self) -> str:
-        """Write labels with sex, view, age and follow-up; even patients are men."""
-        patient = np.arange(self.n) // 3
-        return self.labels(
-            sex=["F" if k % 2 else "M" for k in patient],
-            view=["PA" if i % 3 else "AP" for i in range(self.n)],
-            age=[float(20 + k) for k in patient],
-            follow_up=[i % 3 for i in range(self.n)],
-        )
-
     def scores(self, *, ids: Sequence[str] | None = None, finished: bool = True, **model: Any) -> str:
         """Write the score folder. Keywords replace entries of model.json."""
         failed, codes = ~self.ok, ["missing", "corrupt", "missing"] * self.n
@@ -151,10 +141,11 @@ class Report:
 
 @contextlib.contextmanager
 def without_drawing() -> Iterator[None]:
-    """Leave out the figures, which take seconds."""
+    """Leave out the figures and the plotting script, which take seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "encode", lambda figure: (b"png", b"svg"))
         patch.setattr(pictures, "of_evaluation", lambda *_: {})
+        patch.setattr("plotly.offline.get_plotlyjs", lambda: "window.Plotly = {};")
         yield
 
 

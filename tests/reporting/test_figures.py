@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex
@@ -52,8 +50,7 @@ def panel(finding: str = "Mass", n: int = 200, **more: Any) -> plots.Panel:
 def reliability_panel(finding: str = "Mass", scale: float = 1.0, **more: Any) -> Reliability:
     predicted, observed = scale * np.array([0.1, 0.3, 0.6]), scale * np.array([0.12, 0.25, 0.7])
     p, error = scale * np.random.default_rng(2).random(300), Estimate(0.031, 0.02, 0.05)
-    one = Reliability(finding, p, predicted, observed, observed * 0.8, observed * 1.2, error)
-    return replace(one, **more)
+    return replace(Reliability(finding, p, predicted, observed, observed * 0.8, observed * 1.2, error), **more)
 
 
 RELIABILITY = [
@@ -154,23 +151,16 @@ def test_png_and_svg_are_well_formed(name: str, drawn: dict[str, Figure], monkey
 
 
 def test_figures_without_data_say_so() -> None:
-    for figure in (
-        figures.reliability([]),
-        figures.distributions([]),
-        figures.cooccurrence(np.zeros((0, 0), dtype=int), [], 0),
-        figures.subgroup_forest([], COLUMNS),
-        figures.compared([], "a", "b"),
-        figures.drift([]),
-        figures.localisation([]),
-        figures.heatmap_examples([("Best", [])]),
-        figures.radiographs([]),
-    ):
+    empty = [draw([]) for draw in (figures.reliability, figures.distributions, figures.drift, figures.localisation)]
+    empty += [figures.cooccurrence(np.zeros((0, 0), dtype=int), [], 0), figures.subgroup_forest([], COLUMNS)]
+    empty += [figures.compared([], "a", "b"), figures.heatmap_examples([("Best", [])]), figures.radiographs([])]
+    for figure in empty:
         assert all_text(figure).startswith("Nothing to show: ")
         assert not figure.axes
     assert plots.roc([]).axes == []
 
 
-def test_roc_has_a_band_where_given(drawn: dict[str, Figure]) -> None:
+def test_curves_have_an_interval_where_given(drawn: dict[str, Figure]) -> None:
     with_band, without, _ = drawn["roc"].axes
     (band,) = with_band.findobj(PolyCollection)
     corners = band.get_paths()[0].vertices
@@ -180,11 +170,7 @@ def test_roc_has_a_band_where_given(drawn: dict[str, Figure]) -> None:
     assert max(len(line.get_xdata()) for line in without.lines) < 2500, "long curves are thinned"
     assert {"95% interval of the curve", "operating point"} <= set(texts(drawn["roc"]))
     plain = all_text(plots.roc([panel(at=None)]))
-    assert "95% interval of the curve" not in plain
-    assert "operating point" not in plain
-
-
-def test_precision_recall_shows_the_interval_where_given(drawn: dict[str, Figure]) -> None:
+    assert not [words for words in ("95% interval of the curve", "operating point") if words in plain]
     assert {"average precision 0.410 (0.360–0.470)", "average precision 0.410"} <= set(texts(drawn["precision_recall"]))
 
 
@@ -200,22 +186,12 @@ def test_reliability_shows_the_given_points_and_intervals(drawn: dict[str, Figur
     values = steps.get_data().values
     assert values[values >= 1].sum() == len(one.p)
     assert {"ECE 0.031 (0.020–0.050)", "ECE undefined"} <= set(texts(drawn["reliability"]))
-
-
-def test_reliability_of_a_rare_finding_fills_its_axes(drawn: dict[str, Figure]) -> None:
+    # A rare finding fills its axes.
     ax = drawn["reliability"].axes[4]
     assert ax.get_xlim()[1] == ax.get_ylim()[1] <= 0.02
     (head,) = points(ax, "^")  # its interval goes on beyond the frame
     assert list(head.get_xdata()) == [RELIABILITY[2].predicted[0]]
     assert list(head.get_ydata()) == [ax.get_ylim()[1]]
-
-
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=10, unique=True))
-@settings(max_examples=25, deadline=None)
-def test_reliability_axes_hold_all_points(rows: list[tuple[float, float, float]]) -> None:
-    predicted, observed, high = map(np.array, zip(*rows, strict=True))
-    end = figures._end(Reliability("Mass", predicted, predicted, observed, observed, high, None))
-    assert max(predicted.max(), observed.max()) <= end <= 1
 
 
 def test_distributions_show_positives_above_negatives_and_the_threshold(drawn: dict[str, Figure]) -> None:
@@ -227,27 +203,23 @@ def test_distributions_show_positives_above_negatives_and_the_threshold(drawn: d
     (line,) = [line for line in ax.lines if line.get_xdata()[0] == line.get_xdata()[1]]
     assert line.get_xdata()[0] == pytest.approx(math.log(0.2 / 0.8))
     low, high = ax.get_xlim()
-    for tick in ax.get_xticklabels():
-        place, p = tick.get_position()[0], float(tick.get_text())
-        assert low <= place <= high
-        assert place == pytest.approx(math.log(p / (1 - p)), abs=1e-9)
+    ticks = {tick.get_position()[0]: float(tick.get_text()) for tick in ax.get_xticklabels()}
+    assert list(ticks) == pytest.approx([math.log(p / (1 - p)) for p in ticks.values()], abs=1e-9)
+    assert low <= min(ticks) <= max(ticks) <= high
 
 
-def test_distributions_take_scores_of_any_range(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distributions_take_scores_of_any_range() -> None:
     one = panel(n=20)
     odd = [[0.3, 0.3], [0.0, 1.0], [0.4999, 0.5], [1e-9, 2e-9]]
     scores = [20 * one.s - 7, *(np.array(values)[one.y] for values in odd)]
     figure = figures.distributions([replace(one, s=s, threshold=1.5 if s.max() > 1 else None) for s in scores])
     assert "raw score" in texts(figure)
     assert any(line.get_xdata()[0] == 1.5 for line in figure.axes[0].lines)
-    monkeypatch.setattr(plots, "DPI", 40)
-    assert len(plots.encode(figure)[0]) > 1000
 
 
 def test_cooccurrence_shows_counts_and_shares_of_the_row(drawn: dict[str, Figure]) -> None:
-    found = texts(drawn["cooccurrence"])
-    for cell in ("40\n20%", "10\n25%", "10\n50%", "20\n10%", "0\n0%"):  # the diagonal: share of all images
-        assert cell in found
+    found = texts(drawn["cooccurrence"])  # in the diagonal: share of all images
+    assert {"40\n20%", "10\n25%", "10\n50%", "20\n10%", "0\n0%"} <= set(found)
     assert found.count("0\n–") == 2  # a row without images has no shares
     with pytest.raises(ValueError, match="for 2 findings"):
         figures.cooccurrence(COUNTS, ["Mass", "Edema"], 200)
@@ -255,8 +227,8 @@ def test_cooccurrence_shows_counts_and_shares_of_the_row(drawn: dict[str, Figure
 
 def test_forest_shows_every_row_with_its_numbers(drawn: dict[str, Figure]) -> None:
     found, (first, second) = texts(drawn["subgroup_forest"]), charts(drawn["subgroup_forest"])
-    for text in ("Sex", "Female", "1,200", "300", "0.810 (0.790–0.830)", "−0.020 (−0.050 to +0.010)", "Age"):
-        assert text in found
+    numbers = {"0.810 (0.790–0.830)", "−0.020 (−0.050 to +0.010)"}
+    assert {"Sex", "Female", "1,200", "300", "Age", *numbers} <= set(found)
     assert (found.count("Sex"), found.count("undefined")) == (1, 1)
     assert places(first, "o") == [0.81, 0.80, 0.82]
     assert places(second, "o") == [-0.02, 0.02]
@@ -269,8 +241,6 @@ def test_forest_marks_small_groups_and_keeps_the_scale_of_the_others(drawn: dict
     *firm, small = points(ax, "o")
     assert (small.get_markerfacecolor(), to_hex(str(small.get_color()))) == ("white", plots.GREY)
     assert all(line.get_markerfacecolor() == plots.BLUE for line in firm)
-    (label,) = [text for text in drawn["subgroup_forest"].findobj(Text) if text.get_text().strip() == "80 and over"]
-    assert label.get_color() == plots.GREY
     low, high = ax.get_xlim()
     assert high - low < 0.15
     assert len(points(ax, "<")) == len(points(ax, ">")) == 1
@@ -291,10 +261,8 @@ def test_comparison_shows_differences_and_whether_they_exclude_zero(drawn: dict[
     assert (float(diamond.get_xdata()[0]), float(diamond.get_ydata()[0])) == (0.004, 0)  # the macro mean, on top
     faces = {float(line.get_xdata()[0]): line.get_markerfacecolor() for line in points(ax, "o")}
     assert faces == {0.012: "white", -0.02: plots.BLUE}
-    found = all_text(drawn["compared"])
-    for text in ("+0.012 (−0.003 to +0.027), p 0.11", "p < 0.001", "p 0.008", "undefined"):
-        assert text in found
-    assert "right of 0: a system with a name" in found
+    for text in ("+0.012 (−0.003 to +0.027), p 0.11", "p < 0.001", "p 0.008", "undefined", "right of 0: a system with"):
+        assert text in all_text(drawn["compared"])
 
 
 def test_drift_shows_ratios_and_which_exceed_chance(drawn: dict[str, Figure]) -> None:
@@ -308,14 +276,6 @@ def test_drift_shows_ratios_and_which_exceed_chance(drawn: dict[str, Figure]) ->
     assert {"× 1/2", "× 1", "× 2"} <= {tick.get_text() for tick in ax.get_xticklabels()}
     assert {"none flagged", "0%", "0.4%", "not known", "no ratio"} <= set(texts(drawn["drift"]))
     assert "no ratio" in texts(figures.drift([Drift("Mass", Estimate(0.1, 0.05, 0.15), 0.0, True)]))
-
-
-@pytest.mark.parametrize(("ratio", "reach"), [(1e-4, 1.0), (1e-4, 1e3), (1.0, 1e3), (17.0, 2.0), (1e3, 1.0)])
-def test_drift_axis_holds_every_point(ratio: float, reach: float) -> None:
-    observed = Estimate(ratio * 1e-4, ratio * 1e-4 / reach, ratio * 1e-4 * reach)
-    (ax,) = charts(figures.drift([Drift("Mass", observed, 1e-4, True)]))
-    low, high = ax.get_xlim()
-    assert low < places(ax, "D")[0] < high
 
 
 def test_localisation_has_a_mark_per_threshold_and_chance(drawn: dict[str, Figure]) -> None:
@@ -332,31 +292,16 @@ def test_heat_map_tiles_show_labels_flags_and_reasons(drawn: dict[str, Figure]) 
     figure = drawn["heatmap_examples"]
     shapes = [image.get_array().shape for ax in figure.axes for image in ax.images]
     assert sorted(shapes) == [(40, 32), (40, 32), (40, 32, 3), (40, 32, 3)]
-    text = all_text(figure)
-    assert "label: Mass, Edema\nflags: none" in text
-    assert "heat map: Mass, p 0.91" in text
-    assert "cannot be shown: truncated" in text.replace("\n", " ")
-    assert "no heat map: not among the highest findings" in text.replace("\n", " ")
+    text = all_text(figure).replace("\n", " ")
+    for words in ("label: Mass, Edema flags: none", "heat map: Mass, p 0.91", "cannot be shown: truncated"):
+        assert words in text
+    assert "no heat map: not among the highest findings" in text
     assert {"Best", "Worst"} <= set(texts(figure))
     assert "none" not in texts(figure), "groups without tiles are left out"
 
 
 def test_radiographs_show_their_labels(drawn: dict[str, Figure]) -> None:
     found = texts(drawn["radiographs"])
-    for text in ("Mass, Pleural Thickening\nPA, F, 58 years", "no finding", "not labelled"):
-        assert text in found
-    assert "cannot be shown:\ntruncated" in found
+    words = {"Mass, Pleural Thickening\nPA, F, 58 years", "no finding", "not labelled", "cannot be shown:\ntruncated"}
+    assert words <= set(found)
     assert any(text.startswith("Atelectasis") and text.endswith(" …") for text in found), "long lists are cut"
-
-
-@pytest.mark.parametrize(
-    ("estimate", "how", "text"),
-    [
-        (Estimate(0.8123, 0.79, 0.8314), {}, "0.812 (0.790–0.831)"),
-        (Estimate(0.8123), {}, "0.812"),
-        (Estimate(0.0123, -0.003, 0.027), {"signed": True}, "+0.012 (−0.003 to +0.027)"),
-        (Estimate(0.81, 0.79, 0.83), {"percent": True}, "81% (79–83%)"),
-    ],
-)
-def test_estimates_are_formatted(estimate: Estimate, how: dict[str, bool], text: str) -> None:
-    assert estimate.written(**how) == text
