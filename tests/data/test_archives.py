@@ -88,9 +88,6 @@ COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-# ---------------------------------------------------------------- reading
-
-
 @pytest.mark.parametrize("kind", COMPRESSED)
 def test_members_come_in_the_order_of_the_archive(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.tar"  # the name does not say how it is compressed
@@ -102,16 +99,13 @@ def test_members_come_in_the_order_of_the_archive(tmp_path: Path, kind: str) -> 
         assert list_members(archive) == ["i/1.png", "i/2.png", "i/3.png"]
 
 
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_every_form_of_tar(tmp_path: Path, form: int) -> None:
-    members = [(f"{'d' * 60}/{'e' * 60}/{i}.png", noise(i * 511, i)) for i in range(1, 6)]
-    if form != tarfile.USTAR_FORMAT:
-        members.append(("ä" * 200 + ".png", b"long"))
-    assert contents(put(tmp_path / "x.tar", tar_of(*members, form=form))) == members
-
-
-def test_tar_from_before_posix(tmp_path: Path) -> None:
-    block = bytearray(tar_of(("a.png", b"old"), form=tarfile.USTAR_FORMAT))
+def test_every_form_of_tar(tmp_path: Path) -> None:
+    for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        members = [(f"{'d' * 60}/{'e' * 60}/{i}.png", noise(i * 511, i)) for i in range(1, 6)]
+        if form != tarfile.USTAR_FORMAT:
+            members.append(("ä" * 200 + ".png", b"long"))
+        assert contents(put(tmp_path / "x.tar", tar_of(*members, form=form))) == members
+    block = bytearray(tar_of(("a.png", b"old"), form=tarfile.USTAR_FORMAT))  # as before POSIX
     block[257:265] = bytes(8)
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block[:512])
@@ -119,17 +113,15 @@ def test_tar_from_before_posix(tmp_path: Path) -> None:
 
 
 def test_reading_ends_with_the_last_wanted_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The first of two equal names counts.
+    archive = put(tmp_path / "x.tar", tar_of(("a.png", b"first"), ("b.png", b"b"), ("a.png", b"second")))
+    assert contents(archive) == [("a.png", b"first"), ("b.png", b"b")]
+    assert list_members(archive) == ["a.png", "b.png"]
     monkeypatch.setattr(archives, "_FETCH_BYTES", 4096)
     data = tar_of(("a.png", b"a"), ("b.png", b"b"), ("c.png", noise(500_000)))
     archive = put(tmp_path / "x.tar", data[:5000])  # the rest is missing
     assert contents(archive, ["b.png", "a.png"]) == [("a.png", b"a"), ("b.png", b"b")]
     assert contents(archive, ["c.png"]) == [("", "truncated")]
-
-
-def test_the_first_of_two_equal_names_counts(tmp_path: Path) -> None:
-    archive = put(tmp_path / "x.tar", tar_of(("a.png", b"first"), ("b.png", b"b"), ("a.png", b"second")))
-    assert contents(archive) == [("a.png", b"first"), ("b.png", b"b")]
-    assert list_members(archive) == ["a.png", "b.png"]
 
 
 def test_members_that_are_no_files_have_codes(tmp_path: Path) -> None:
@@ -141,20 +133,13 @@ def test_members_that_are_no_files_have_codes(tmp_path: Path) -> None:
         header("device.png", kind=tarfile.CHRTYPE): "missing",
         header("empty.png"): "empty",
     }
-    members = (
-        ("a.png", b"a"),
-        *expected,
-        ("large.png", bytes(101)),
-        ("most.png", bytes(100)),
-        ("../../etc/b.png", b"b"),
-    )
-    archive = put(tmp_path / "x.tar", tar_of(*members))
+    files = (("large.png", bytes(101)), ("most.png", bytes(100)), ("../../etc/b.png", b"b"))
+    archive = put(tmp_path / "x.tar", tar_of(("a.png", b"a"), *expected, *files))
     assert contents(archive, max_bytes=100) == [
         ("a.png", b"a"),
         *((info.name, code) for info, code in expected.items()),
         ("large.png", "too_large"),
-        ("most.png", bytes(100)),
-        ("../../etc/b.png", b"b"),
+        *files[1:],
     ]
     # The name of a parent folder starts with a dot; as nothing is unpacked, reading it is safe, too.
     assert list_members(archive) == ["a.png", "empty.png", "large.png", "most.png"]
@@ -179,10 +164,7 @@ def test_images_are_listed_and_other_files_counted(tmp_path: Path) -> None:
     assert left_out == {"": 2, ".csv": 1}
 
 
-# ---------------------------------------------------------------- damage
-
-
-def test_files_that_are_no_archives_have_codes(tmp_path: Path) -> None:
+def test_files_that_are_no_archives_have_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe.tar")
     for archive, code in (
         (str(tmp_path / "none.tar"), "missing"),
@@ -195,7 +177,6 @@ def test_files_that_are_no_archives_have_codes(tmp_path: Path) -> None:
         (put(tmp_path / "2.tar.gz", b"<html>" * 200), "not_an_image"),
         (put(tmp_path / "3.tar.gz", b"PK\3\4" + noise(2000)), "not_an_image"),
         (put(tmp_path / "4.tar.gz", gzip.compress(b"text")), "not_an_image"),
-        (put(tmp_path / "5.tar.gz", b"x"), "not_an_image"),
         (put(tmp_path / "6.tar.gz", b"\x1f\x8b" + noise(2000)), "corrupt"),
         (put(tmp_path / "7.tar.gz", b"\x1f\x8b\x08"), "truncated"),
         (put(tmp_path / "8.tar.xz", b"\xfd7zXZ\0" + noise(2000)), "corrupt"),
@@ -206,11 +187,8 @@ def test_files_that_are_no_archives_have_codes(tmp_path: Path) -> None:
         assert str(caught.value).startswith(f"{archive}: ")
         assert f"({code})" in str(caught.value)
         assert "\n" not in str(caught.value)
-    assert contents(put(tmp_path / "9.tar", tar_of())) == []
-
-
-def test_an_archive_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive = put(tmp_path / "x.tar", tar_of(*THREE))
+    archive = put(tmp_path / "9.tar", tar_of())
+    assert contents(archive) == []
 
     def refuse(*args: Any, **options: Any) -> None:
         raise PermissionError(13, "Permission denied")
@@ -231,19 +209,14 @@ def test_every_cut_is_found_and_keeps_the_members_before_it(tmp_path: Path, kind
         assert found[:-1] == SMALL[: len(found) - 1]
 
 
-def test_a_damaged_header_is_not_the_end(tmp_path: Path) -> None:
+def test_a_changed_bit_is_corrupt(tmp_path: Path) -> None:
     data = bytearray(tar_of(("a.png", b"a"), ("b.png", b"b"), ("c.png", b"c")))
-    data[1024 + 5] ^= 1
+    data[1024 + 5] ^= 1  # in a header, which is not the end of the archive
     archive = put(tmp_path / "x.tar", bytes(data))
     assert contents(archive) == [("a.png", b"a"), ("", "corrupt")]
     assert contents(archive, {"a.png"}) == [("a.png", b"a")]
-    with pytest.raises(InputError, match="corrupt"):
-        list_members(archive)
-
-
-def test_a_changed_bit_in_compressed_data_is_found_at_the_end(tmp_path: Path) -> None:
     data = bytearray(gzip.compress(tar_of(("a.png", noise(50_000)))))
-    data[25_000] ^= 1
+    data[25_000] ^= 1  # in compressed data, which is found at the end
     assert contents(put(tmp_path / "x.tar.gz", bytes(data)))[-1] == ("", "corrupt")
 
 
@@ -352,9 +325,6 @@ def test_a_store_that_fails_after_some_bytes_is_read_again(
     else:
         assert found[-1] == ("", "storage")
         assert found[:-1] == members[: len(found) - 1]
-
-
-# ---------------------------------------------------------------- how work is cut
 
 
 def table_of(paths: list[str | None], chunk: int = 3) -> pa.Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import re
 import struct
@@ -161,8 +160,6 @@ def code_of(data: bytes, **limits: int) -> str:
     return caught.value.code
 
 
-# ---------------------------------------------------------------- gray values
-
 INVERTED = {"PhotometricInterpretation": "MONOCHROME1"}
 WINDOW = window(50, 100)
 RESCALE = {"RescaleSlope": "2", "RescaleIntercept": "-100"}
@@ -211,7 +208,6 @@ PIXELS: dict[str, tuple[Any, int, dict[str, Any], tuple[int, ...], list[int]]] =
     "width 1": (U8, 8, window(50, 1), (49, 50, 51), [0, 255, 255]),
     "width 1, value on the edge": (U8, 8, window(50.5, 1), (50, 51), [0, 255]),  # white above c - 0.5
     "width 0": (U16, 12, window(5, 0), (100, 600, 1100), [0, 128, 255]),
-    "width -5": (U16, 12, window(5, -5), (100, 600, 1100), [0, 128, 255]),
     # Lookup tables
     "VOI LUT of 8 bits": (U16, 12, VOI_8, (99, 100, 101, 102, 103, 104), [0, 0, 10, 200, 255, 255]),
     "VOI LUT before window": (U16, 12, VOI_12, (0, 1, 2), [0, 128, 255]),  # 2048 / 4095 * 255 = 127.5
@@ -228,14 +224,9 @@ PIXELS: dict[str, tuple[Any, int, dict[str, Any], tuple[int, ...], list[int]]] =
 
 @pytest.mark.parametrize(("dtype", "bits", "fields", "stored", "gray"), PIXELS.values(), ids=PIXELS)
 def test_gray_values(dtype: Any, bits: int, fields: dict[str, Any], stored: tuple[int, ...], gray: list[int]) -> None:
-    assert decode_dicom(file_of(tile(*stored, dtype=dtype), bits, **fields))[0, : len(gray)].tolist() == gray
-
-
-def test_8_bit_unsigned_is_unchanged_and_contiguous() -> None:
-    gray = decode_dicom(file_of(ramp()))
-    assert gray.dtype == np.uint8
-    assert gray.flags.c_contiguous
-    np.testing.assert_array_equal(gray, ramp())
+    image = decode_dicom(file_of(tile(*stored, dtype=dtype), bits, **fields))
+    assert image[0, : len(gray)].tolist() == gray
+    assert (image.dtype, image.flags.c_contiguous) == (np.uint8, True)
 
 
 def test_colour_is_luma() -> None:
@@ -244,9 +235,6 @@ def test_colour_is_luma() -> None:
     ybr[0, :3, 0] = [0, 77, 255]
     assert decode_dicom(file_of(rgb))[0, :5].tolist() == [76, 150, 29, 255, 7]
     assert decode_dicom(file_of(ybr, PhotometricInterpretation="YBR_FULL"))[0, :3].tolist() == [0, 77, 255]
-
-
-# ---------------------------------------------------------------- transfer syntaxes
 
 
 @pytest.mark.parametrize(
@@ -262,9 +250,7 @@ def test_uncompressed_syntaxes(syntax: str) -> None:
     assert decode_dicom(data)[0, :3].tolist() == [0, 128, 255]
 
 
-@functools.cache
-def compressed_files() -> dict[str, tuple[bytes, np.ndarray]]:
-    """Files of every compressed transfer syntax, with their gray values."""
+def test_compressed_syntaxes() -> None:
     frame = jpeg_of(ramp())
     files = {"JPEG": (encapsulated(ramp(), JPEGBaseline8Bit, frame), decode(frame))}
     image = ramp()
@@ -281,11 +267,7 @@ def compressed_files() -> dict[str, tuple[bytes, np.ndarray]]:
     ):
         files[f"{syntax}, uint8"] = (encapsulated(golden(np.uint8), syntax, eight), golden(np.uint8))
         files[f"{syntax}, uint16"] = (encapsulated(golden(np.uint16), syntax, sixteen), golden(np.uint8))
-    return files
-
-
-def test_compressed_syntaxes() -> None:
-    for name, (data, expected) in compressed_files().items():
+    for name, (data, expected) in files.items():
         np.testing.assert_array_equal(decode_dicom(data), expected, err_msg=name)
         assert code_of(data[: len(data) * 3 // 4]) == "truncated", name
 
@@ -307,36 +289,24 @@ def test_cut_codestream_is_truncated() -> None:
         assert code_of(encapsulated(image, syntax, frame)) == "truncated", (syntax, len(frame))
 
 
-@pytest.mark.parametrize("precision", [0, 1, 17, 200])
-def test_impossible_precision_never_reaches_gdcm(precision: int) -> None:
+def test_impossible_precision_never_reaches_gdcm() -> None:
     frame = bytearray(LS_16)
-    frame[frame.index(b"\xff\xf7") + 4] = precision
-    assert code_of(encapsulated(golden(np.uint16), JPEGLSLossless, bytes(frame))) == "corrupt"
+    for precision in (1, 17):
+        frame[frame.index(b"\xff\xf7") + 4] = precision
+        assert code_of(encapsulated(golden(np.uint16), JPEGLSLossless, bytes(frame))) == "corrupt"
 
 
-@pytest.mark.parametrize(
-    "uid",
-    [
-        "1.2.840.10008.1.2.4.56",  # a retired JPEG process
-        "1.2.840.10008.1.2.4.94",  # JPIP: the pixels are somewhere else
-        "1.2.826.0.1.3680043.99",  # not registered
-    ],
-)
-def test_unsupported_transfer_syntax_is_named(uid: str) -> None:
-    data = encapsulated(ramp(), JPEGBaseline8Bit, b"1234").replace(JPEGBaseline8Bit.encode(), uid.encode())
-    with pytest.raises(ImageError, match=re.escape(uid)) as caught:
-        decode_dicom(data)
-    assert caught.value.code == "unsupported_transfer_syntax"
-
-
-def test_jpeg_of_12_bits_is_unsupported() -> None:
+def test_unsupported_transfer_syntax_is_named() -> None:
+    # A retired JPEG process; JPIP, whose pixels are somewhere else; one that is not registered.
+    for uid in ("1.2.840.10008.1.2.4.56", "1.2.840.10008.1.2.4.94", "1.2.826.0.1.3680043.99"):
+        data = encapsulated(ramp(), JPEGBaseline8Bit, b"1234").replace(JPEGBaseline8Bit.encode(), uid.encode())
+        with pytest.raises(ImageError, match=re.escape(uid)) as caught:
+            decode_dicom(data)
+        assert caught.value.code == "unsupported_transfer_syntax"
     frame = bytearray(jpeg_of(ramp()))
     at = frame.index(b"\xff\xc0")
     frame[at + 1 : at + 5] = b"\xc1\x00\x0b\x0c"  # extended sequential, 12 bits
     assert code_of(encapsulated(ramp(np.uint16), JPEGExtended12Bit, bytes(frame), 12)) == "unsupported_transfer_syntax"
-
-
-# ---------------------------------------------------------------- refusals
 
 
 def test_modalities() -> None:
@@ -364,7 +334,6 @@ def test_modalities() -> None:
         ({"HighBit": 3}, "corrupt"),
         ({"SamplesPerPixel": 2}, "corrupt"),
         ({"PhotometricInterpretation": "NONSENSE"}, "corrupt"),
-        ({"PhotometricInterpretation": ""}, "corrupt"),
         ({"RescaleSlope": "nan"}, "corrupt"),
         ({"VOILUTSequence": [lut([9, 0, 8], [1, 2])]}, "corrupt"),
         ({"VOILUTSequence": [lut([2, 0, 7], [1, 2])]}, "corrupt"),
@@ -374,13 +343,9 @@ def test_refused_headers(fields: dict[str, Any], code: str) -> None:
     assert code_of(file_of(ramp(), **fields)) == code
 
 
-def test_missing_elements() -> None:
+def test_missing_elements_and_the_pixel_limit() -> None:
     assert code_of(without(dataset(ramp()), "PixelData")) == "not_a_radiograph"
-    assert code_of(without(dataset(ramp()), "PixelData", "Rows", "Columns")) == "not_a_radiograph"
     assert code_of(without(dataset(ramp()), "Rows")) == "corrupt"
-
-
-def test_pixel_limit() -> None:
     assert code_of(file_of(ramp()), max_pixels=1919) == "too_large"
     assert decode_dicom(file_of(ramp()), max_pixels=1920).shape == (48, 40)
 
@@ -417,43 +382,30 @@ def test_cut_pixel_data_are_truncated() -> None:
         assert code_of(data[:end]) in ("truncated", "not_a_radiograph", "corrupt")
 
 
-# ---------------------------------------------------------------- without a preamble
+def test_files_without_a_preamble() -> None:
+    for syntax in (ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian):
+        np.testing.assert_array_equal(decode(file_of(ramp(), syntax=syntax)[132:]), ramp())
+    for syntax in (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian):  # a bare data set
+        ds = dataset(ramp(np.uint16), syntax=syntax, **WINDOW)
+        expected = decode_dicom(written(ds))
+        del ds.file_meta
+        out, order = io.BytesIO(), {"implicit_vr": syntax.is_implicit_VR, "little_endian": syntax.is_little_endian}
+        ds.save_as(out, **order, enforce_file_format=False)
+        assert out.getvalue()[128:132] != b"DICM"
+        np.testing.assert_array_equal(decode_dicom(out.getvalue()), expected)
 
 
-@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian])
-def test_bare_data_set(syntax: pydicom.uid.UID) -> None:
-    ds = dataset(ramp(np.uint16), syntax=syntax, **WINDOW)
-    expected = decode_dicom(written(ds))
-    del ds.file_meta
-    out = io.BytesIO()
-    ds.save_as(out, implicit_vr=syntax.is_implicit_VR, little_endian=syntax.is_little_endian, enforce_file_format=False)
-    assert out.getvalue()[128:132] != b"DICM"
-    np.testing.assert_array_equal(decode_dicom(out.getvalue()), expected)
-
-
-@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian])
-def test_missing_preamble(syntax: str) -> None:
-    np.testing.assert_array_equal(decode(file_of(ramp(), syntax=syntax)[132:]), ramp())
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"Name,Age\n" * 100,
+def test_other_contents_are_not_an_image() -> None:
+    for data in (
         b"\x08\x00" + b"text that goes on and on" * 50,
         b"\x08\x00\x05\x00CS\x02\x00AB" * 50,
         b"GIF89a" + bytes(500),
         jpeg_of(ramp()),
-    ],
-)
-def test_other_contents_are_not_an_image(data: bytes) -> None:
-    assert code_of(data) == "not_an_image"
-    with pytest.raises(ImageError, match="not_an_image"):
-        read_tags(data)
+    ):
+        assert code_of(data) == "not_an_image"
+        with pytest.raises(ImageError, match="not_an_image"):
+            read_tags(data)
     assert not looks_like_dicom(b"")
-
-
-# ---------------------------------------------------------------- tags
 
 
 def test_tags() -> None:
@@ -462,16 +414,10 @@ def test_tags() -> None:
     assert read_tags(file_of(ramp(), **fields, ViewPosition="pa")) == {**tags, "view": "PA"}
     empty = without(dataset(ramp()), "PatientID", "PixelData")
     assert read_tags(empty) == {"patient_id": None, "study_id": None, "age": None, "sex": None, "view": None}
-
-
-@pytest.mark.parametrize(
-    ("fields", "view"),
-    [
+    for positions, view in (
         ({"ViewPosition": "LL"}, "LATERAL"),
         ({"PatientPosition": "AP"}, "AP"),
         ({"PatientPosition": "HFS"}, None),
         ({"PatientPosition": "AP", "ViewPosition": "PA"}, "PA"),
-    ],
-)
-def test_view_comes_from_view_position_first(fields: dict[str, str], view: str | None) -> None:
-    assert read_tags(file_of(ramp(), **fields))["view"] == view
+    ):
+        assert read_tags(file_of(ramp(), **positions))["view"] == view

@@ -31,11 +31,8 @@ def decoder() -> Iterator[Decoder]:
         yield decoder
 
 
-def test_every_seed_is_an_image(decoder: Decoder) -> None:
-    assert [seed.name for seed in generated() if isinstance(decoder.load(seed.data), Failure)] == []
-
-
 def test_a_damaged_file_gives_an_image_or_a_code(decoder: Decoder) -> None:
+    assert [seed.name for seed in generated() if isinstance(decoder.load(seed.data), Failure)] == []
     found: Counter[str] = Counter()
     child = decoder._child
     for number in range(400):

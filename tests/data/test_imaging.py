@@ -8,6 +8,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,6 @@ def code_of(data: bytes, **limits: int) -> str:
     return caught.value.code
 
 
-# ---------------------------------------------------------------- PNG to gray
-
 COLOURS = np.zeros((32, 32, 3), np.uint8)
 COLOURS[0, :6] = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [10, 20, 30], [200, 100, 50]]
 LUMA = [76, 150, 29, 255, 18, 124]  # 0.299 R + 0.587 G + 0.114 B
@@ -116,30 +115,24 @@ def test_gray_values(data: bytes, expected: list[int]) -> None:
     assert decode(data)[0, : len(expected)].tolist() == expected
 
 
-def png_with_text_and_profile() -> bytes:
-    info = PngImagePlugin.PngInfo()
-    info.add_text("bomb", "x" * 2_000_000, zip=True)
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    return png_of(ramp(), pnginfo=info, icc_profile=profile)
-
-
-def with_alpha(alpha: int, channels: int) -> bytes:
-    return png_of(np.stack([ramp()] * channels + [np.full_like(ramp(), alpha)], axis=-1))
-
-
+BOMB = PngImagePlugin.PngInfo()
+BOMB.add_text("bomb", "x" * 2_000_000, zip=True)
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 EVERY_VALUE = np.arange(1024, dtype=np.uint16).reshape(32, 32).astype(np.uint8)
 BLACK_END = ramp() * (np.arange(40) < 35)[:, None].astype(np.uint8)
 SAME_PIXELS = {
     "gray": (png_of(ramp()), ramp()),
     "interlaced": (interlaced_png(ramp()), ramp()),
     "RGB with equal channels": (png_of(np.stack([EVERY_VALUE] * 3, axis=-1)), EVERY_VALUE),
-    **{f"RGBA, alpha {alpha}": (with_alpha(alpha, 3), ramp()) for alpha in (0, 128, 255)},
-    **{f"gray and alpha {alpha}": (with_alpha(alpha, 1), ramp()) for alpha in (0, 128, 255)},
+    **{
+        f"{gray} gray and alpha {alpha}": (png_of(np.dstack([*[ramp()] * gray, np.full_like(ramp(), alpha)])), ramp())
+        for gray, alpha in product((1, 3), (0, 128, 255))
+    },
     "first frame of an animation": (
         png_of(ramp(), save_all=True, append_images=[Image.fromarray(255 - ramp())], default_image=False),
         ramp(),
     ),
-    "text bomb and colour profile": (png_with_text_and_profile(), ramp()),
+    "text bomb and colour profile": (png_of(ramp(), pnginfo=BOMB, icc_profile=PROFILE), ramp()),
     "bytes after the end": (png_of(ramp()) + b"more", ramp()),
     "black last rows": (png_of(BLACK_END), BLACK_END),
     "1 bit, black last rows": (png_of(BLACK_END > 60), (BLACK_END > 60) * np.uint8(255)),
@@ -153,9 +146,6 @@ def test_pixels_are_unchanged(data: bytes, expected: np.ndarray) -> None:
     assert gray.flags.c_contiguous
     assert gray.flags.writeable
     np.testing.assert_array_equal(gray, expected)
-
-
-# ---------------------------------------------------------------- PNG by two decoders
 
 
 @pytest.fixture
@@ -190,20 +180,14 @@ def every_filter(samples: int) -> bytes:
     return assembled(header(45, 50, 8, {1: 0, 2: 4, 3: 2, 4: 6}[samples]), zlib.compress(filtered))
 
 
+BY_PILLOW = (every_filter(2), interlaced_png(ramp()), png_of(ramp(), "P"), raw_png(4, 0, bytes(range(16))))
+
+
 @pytest.mark.parametrize(
     ("data", "modes"),
     [
-        (every_filter(1), ["mono"]),
-        (every_filter(3), ["rgb"]),
-        (every_filter(4), ["rgba"]),
-        (every_filter(2), []),
-        (interlaced_png(ramp()), []),
-        (png_of(ramp().astype(np.uint16)), []),
-        (png_of(ramp() > 90), []),
-        (png_of(ramp(), "P"), []),
-        (raw_png(2, 0, bytes(range(8))), []),
-        (raw_png(4, 0, bytes(range(16))), []),
-        (raw_png(16, 2, bytes(range(192))), []),
+        *((every_filter(samples), [mode]) for samples, mode in ((1, "mono"), (3, "rgb"), (4, "rgba"))),
+        *((data, []) for data in (*BY_PILLOW, png_of(ramp().astype(np.uint16)))),
     ],
 )
 def test_both_decoders_give_the_same_pixels(
@@ -214,13 +198,6 @@ def test_both_decoders_give_the_same_pixels(
     np.testing.assert_array_equal(image, decode_with_pillow(data))
     assert image.flags.c_contiguous
     assert image.flags.writeable
-
-
-def test_very_large_images_use_pillow(monkeypatch: pytest.MonkeyPatch, quick_calls: list[str]) -> None:
-    for limit in (1600, 1599):
-        monkeypatch.setattr(imaging, "_QUICK_PIXELS", limit)
-        decode(png_of(ramp(40, 40)))
-    assert quick_calls == ["mono"]
 
 
 def test_pillow_decodes_what_kornia_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +215,14 @@ def test_pillow_decodes_what_kornia_refuses(monkeypatch: pytest.MonkeyPatch) -> 
         decode(png_of(ramp()))
 
 
-def test_pillow_decodes_without_kornia(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pillow_decodes_very_large_images_and_without_kornia(
+    monkeypatch: pytest.MonkeyPatch, quick_calls: list[str]
+) -> None:
+    for limit in (1600, 1599):
+        monkeypatch.setattr(imaging, "_QUICK_PIXELS", limit)
+        decode(png_of(ramp(40, 40)))
+    assert quick_calls == ["mono"]
+    monkeypatch.undo()
     imaging._quick_decoder.cache_clear()
     monkeypatch.setitem(sys.modules, "kornia_rs", None)
     try:
@@ -290,30 +274,20 @@ def test_both_decoders_give_the_same_pixels_of_real_files(
         np.testing.assert_array_equal(decode(data), decode_with_pillow(data), err_msg=path.name)
 
 
-# ---------------------------------------------------------------- JPEG to gray
-
-
-@pytest.mark.parametrize("progressive", [False, True])
-def test_gray_jpeg(progressive: bool) -> None:
-    gray = decode(jpeg_of(ramp(), progressive=progressive))
-    assert np.abs(gray.astype(int) - ramp()).max() <= 3
-    np.testing.assert_array_equal(decode(jpeg_of(ramp(), "RGB", progressive=progressive)), gray)
-
-
-@pytest.mark.parametrize(
-    ("mode", "upper", "lower", "expected"),
-    [
-        ("L", 40, 200, (40, 200)),
-        ("RGB", (255, 0, 0), (0, 0, 255), (76, 29)),
-        ("CMYK", (0, 0, 0, 0), (0, 0, 0, 255), (255, 0)),
-    ],
-)
-def test_flat_areas_of_a_jpeg(mode: str, upper: Any, lower: Any, expected: tuple[int, int]) -> None:
-    image = Image.new(mode, (32, 32), upper)
-    image.paste(lower, (0, 16, 32, 32))
-    gray = decode(saved(image, "JPEG", quality=100, subsampling=0))
-    tolerance = 2 if mode == "RGB" else 0
-    assert (int(gray[0, 0]), int(gray[31, 0])) == pytest.approx(expected, abs=tolerance)
+def test_jpeg() -> None:
+    for progressive in (False, True):
+        gray = decode(jpeg_of(ramp(), progressive=progressive))
+        assert np.abs(gray.astype(int) - ramp()).max() <= 3
+        np.testing.assert_array_equal(decode(jpeg_of(ramp(), "RGB", progressive=progressive)), gray)
+    for mode, upper, lower, expected, tolerance in (
+        ("L", 40, 200, (40, 200), 0),
+        ("RGB", (255, 0, 0), (0, 0, 255), (76, 29), 2),
+        ("CMYK", (0, 0, 0, 0), (0, 0, 0, 255), (255, 0), 0),
+    ):
+        image = Image.new(mode, (32, 32), upper)
+        image.paste(lower, (0, 16, 32, 32))
+        gray = decode(saved(image, "JPEG", quality=100, subsampling=0))
+        assert (int(gray[0, 0]), int(gray[31, 0])) == pytest.approx(expected, abs=tolerance)
 
 
 def test_orientation_previews_and_comments_of_a_jpeg_are_ignored() -> None:
@@ -326,14 +300,9 @@ def test_orientation_previews_and_comments_of_a_jpeg_are_ignored() -> None:
     np.testing.assert_array_equal(decode(data), decode(jpeg_of(ramp())))
 
 
-# ---------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(
-    "start", [b"text", b"\x89PNG", b"GIF89a", b"RIFF\0\0\0\0WEBPVP8 ", b"%PDF-1.7\n", b"II*\0", b""]
-)
-def test_not_an_image(start: bytes) -> None:
-    assert code_of(start + bytes(1000)) == "not_an_image"
+def test_not_an_image() -> None:
+    for start in (b"text", b"\x89PNG", b"GIF89a", b"RIFF\0\0\0\0WEBPVP8 ", b"II*\0", b""):
+        assert code_of(start + bytes(1000)) == "not_an_image"
 
 
 def test_every_cut_is_truncated() -> None:
@@ -364,15 +333,11 @@ def test_damaged_png_is_corrupt(data: bytes) -> None:
     assert code_of(data) == "corrupt"
 
 
-def test_interlaced_png_without_its_last_rows_is_corrupt() -> None:
+def test_interlaced_png_without_its_last_rows_and_damaged_jpeg_are_corrupt() -> None:
     # Every checksum is right and the compressed stream ends properly; Pillow alone would add black.
     rows = zlib.decompress(interlaced_png(ramp(40, 40))[41:-16])
-    for length in (0, 1, len(rows) // 2, len(rows) - 1):
-        data = assembled(header(40, 40, rest=(0, 0, 1)), zlib.compress(rows[:length]))
-        assert code_of(data) == "corrupt", length
-
-
-def test_damaged_jpeg_is_corrupt() -> None:
+    for length in (0, len(rows) // 2, len(rows) - 1):
+        assert code_of(assembled(header(40, 40, rest=(0, 0, 1)), zlib.compress(rows[:length]))) == "corrupt", length
     damaged_table = bytearray(jpeg_of(ramp()))
     at = damaged_table.index(b"\xff\xc4")
     damaged_table[at + 5 : at + 21] = b"\xff" * 16
@@ -385,34 +350,29 @@ def test_damaged_jpeg_is_corrupt() -> None:
         assert code_of(data) == "corrupt"
 
 
-def test_size_limits() -> None:
+def test_limits_of_size_and_blank_images() -> None:
     for make in (png_of, jpeg_of):
         assert code_of(make(ramp()), max_pixels=1919) == "too_large"
         assert decode(make(ramp()), max_pixels=1920).shape == (40, 48)
-        for height, width in ((31, 400), (400, 31), (1, 1)):
+        for height, width in ((31, 400), (400, 31)):
             assert code_of(make(ramp(height, width))) == "too_small"
         assert decode(make(ramp(32, 32))).shape == (32, 32)
+    image = np.full((40, 40), 9, np.uint8)
+    assert code_of(png_of(image)) == "blank"
+    image[39, 39] = 10
+    assert decode(png_of(image))[39, 39] == 10
 
 
-def test_pixel_bomb_is_refused_by_its_header() -> None:
+def test_pixel_bomb_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
     assert code_of(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header(100_000, 100_000))) == "too_large"
     jpeg = bytearray(jpeg_of(ramp()))
     at = jpeg.index(b"\xff\xc0")
     jpeg[at + 5 : at + 9] = b"\xff\xff\xff\xff"
     assert code_of(bytes(jpeg)) == "too_large"
-
-
-def test_pillows_own_pixel_limit_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # Pillow warns above it, and raises above twice as many
+    # Pillow's own limit does not count: it warns above it, and raises above twice as many.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     for data in (png_of(ramp().astype(np.uint16)), jpeg_of(ramp())):
         assert decode(data).shape == (40, 48)
-
-
-def test_blank_image_is_refused() -> None:
-    image = np.full((40, 40), 9, np.uint8)
-    assert code_of(png_of(image)) == "blank"
-    image[39, 39] = 10
-    assert decode(png_of(image))[39, 39] == 10
 
 
 def test_memory_and_foreign_errors_become_codes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,26 +397,24 @@ def test_threads_decode_the_same() -> None:
             np.testing.assert_array_equal(result, image)
 
 
-# ---------------------------------------------------------------- resize
-
-
-def test_area_averages() -> None:
+def test_resize_by_hand() -> None:
     image = np.zeros((64, 64), np.uint8)
     image[:2, :2] = [[10, 20], [30, 40]]
     assert resize(image, InputSpec(size=32))[0, :2].tolist() == [25, 0]
-
-
-def test_same_size_is_a_copy() -> None:
+    wide = np.zeros((64, 128), np.uint8)
+    wide[:, 64:] = 200
+    assert resize(wide, InputSpec(size=32, aspect="stretch")).tolist() == [[0] * 16 + [200] * 16] * 32
+    for interpolation in ("area", "linear", "cubic", "lanczos"):
+        flat = resize(np.full((50, 70), 123, np.uint8), InputSpec(size=96, interpolation=interpolation))
+        assert np.unique(flat).tolist() == [123]
+    # The same size is a copy, and a square has no other aspect.
     image = ramp(32, 32)
     same = resize(image, InputSpec(size=32, interpolation="lanczos"))
     np.testing.assert_array_equal(same, image)
     assert not np.shares_memory(same, image)
-
-
-def test_stretch_fills_the_square() -> None:
-    image = np.zeros((64, 128), np.uint8)
-    image[:, 64:] = 200
-    assert resize(image, InputSpec(size=32, aspect="stretch")).tolist() == [[0] * 16 + [200] * 16] * 32
+    for aspect in ("pad", "crop"):
+        square = resize(ramp(77, 77), InputSpec(size=48, aspect=aspect))
+        np.testing.assert_array_equal(square, resize(ramp(77, 77), InputSpec(size=48)))
 
 
 @pytest.mark.parametrize(
@@ -476,16 +434,9 @@ def test_crop_takes_the_centre(longer: int, start: int) -> None:
     np.testing.assert_array_equal(resize(image.T, InputSpec(size=32, aspect="crop")).T[0], np.arange(start, start + 32))
 
 
-@pytest.mark.parametrize("interpolation", ["area", "linear", "cubic", "lanczos"])
-def test_flat_stays_flat(interpolation: Any) -> None:
-    image = np.full((50, 70), 123, np.uint8)
-    assert np.unique(resize(image, InputSpec(size=96, interpolation=interpolation))).tolist() == [123]
-
-
 def test_resize_refuses_other_arrays() -> None:
-    others = [np.zeros((40, 40), np.float32), np.zeros((40, 40), np.uint16), [[0, 0], [0, 0]]]
-    others += [np.zeros(shape, np.uint8) for shape in ((40, 40, 3), (40,), (0, 40))]
-    for image in others:
+    shapes = [np.zeros(shape, np.uint8) for shape in ((40, 40, 3), (40,), (0, 40))]
+    for image in (np.zeros((40, 40), np.uint16), [[0, 0], [0, 0]], *shapes):
         with pytest.raises(ValueError, match="image must"):
             resize(image, InputSpec())
 
@@ -506,12 +457,6 @@ def test_resize_gives_the_requested_square(height: int, width: int, size: int, a
     assert result.flags.c_contiguous
     assert not np.shares_memory(result, image)
     np.testing.assert_array_equal(image, before)
-
-
-@pytest.mark.parametrize("aspect", ["pad", "crop"])
-def test_aspect_does_not_matter_for_a_square(aspect: Any) -> None:
-    spec = InputSpec(size=48)
-    np.testing.assert_array_equal(resize(ramp(77, 77), spec.replace(aspect=aspect)), resize(ramp(77, 77), spec))
 
 
 def test_load_is_read_decode_resize(tmp_path: Path) -> None:

@@ -38,9 +38,6 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# ---- the set ----------------------------------------------------------------------------------------------
-
-
 def test_the_bytes_depend_on_the_arguments_alone(small: PhantomSet, tmp_path: Path) -> None:
     again = write_phantoms(tmp_path / "again", patients=PATIENTS, size=64)
     old = _files(small.table.parent)
@@ -81,13 +78,10 @@ def test_the_split_shares_no_patient_and_has_every_row(small: PhantomSet) -> Non
     assert (small.counts["train_val"], small.counts["test"]) == (len(train_val), len(test))
 
 
-@pytest.mark.parametrize("seed", [0, 7])
-def test_each_finding_is_the_first_of_a_test_patient_in_every_92(seed: int) -> None:
-    rows = [row for row in phantoms._rows(92, seed, 64) if row.test and row.chest.visit == 0]
-    assert {finding for row in rows for finding in row.findings} == set(FINDINGS)
-
-
-def test_prevalence_and_persistence_at_the_size_of_the_demo() -> None:
+def test_findings_of_the_test_patients_and_of_the_demo() -> None:
+    for seed in (0, 7):
+        rows = [row for row in phantoms._rows(92, seed, 64) if row.test and row.chest.visit == 0]
+        assert {finding for row in rows for finding in row.findings} == set(FINDINGS)
     rows = list(phantoms._rows(400, 0, 256))
     share = {finding: sum(finding in row.findings for row in rows) / len(rows) for finding in FINDINGS}
     assert {finding: value for finding, value in share.items() if not 0.05 < value < 0.13} == {}
@@ -95,10 +89,6 @@ def test_prevalence_and_persistence_at_the_size_of_the_demo() -> None:
     visits = [(old, new) for old, new in itertools.pairwise(rows) if old.chest.key == new.chest.key]
     kept = sum(len(set(old.findings) & set(new.findings)) for old, new in visits)
     assert 0.7 < kept / sum(len(old.findings) for old, _ in visits) < 0.9
-    assert max(row.chest.visit for row in rows) == 4
-
-
-# ---- files ------------------------------------------------------------------------------------------------
 
 
 def test_every_encoding_has_the_drawn_pixels(small: PhantomSet) -> None:
@@ -155,9 +145,11 @@ def test_other_settings_and_foreign_folders_are_refused(small: PhantomSet, tmp_p
         with pytest.raises(ConfigError, match=f"^{next(iter(bad))}: "):
             write_phantoms(tmp_path / "set", **bad)
     assert not (tmp_path / "set").exists()
-
-
-# ---- the drawing ------------------------------------------------------------------------------------------
+    with pytest.raises(ValueError, match="'Infiltrate'"):
+        draw(anatomy(0, 1, 0, size=64), ["Infiltrate"])
+    for seed, patient, visit in ((0, 0, 0), (-1, 1, 0), (0, 1, -1)):
+        with pytest.raises(ValueError, match=f"patient {patient}"):
+            anatomy(seed, patient, visit)
 
 
 @pytest.mark.parametrize("finding", FINDINGS)
@@ -173,15 +165,13 @@ def test_a_finding_shows_at_the_size_a_small_model_sees(finding: str) -> None:
 
 
 def test_a_normal_chest_has_dark_lungs_and_the_heart_on_the_right() -> None:
-    for patient in range(1, 7):
+    for patient in (1, 4):
         chest = anatomy(0, patient, 0)
         image = draw(chest).astype(float)
-        lung = image[120:140, 60:80].mean()
-        assert lung + 60 < image[215:235, 60:80].mean()
-        assert lung + 60 < image[140:160, 122:134].mean()
+        assert image[120:140, 60:80].mean() + 60 < image[215:235, 60:80].mean()
         middle = 128 + round(256 * chest.shift[0])
-        left, right = image[150:165, middle + 30 : middle + 40], image[150:165, middle - 40 : middle - 30]
-        assert left.mean() > right.mean() + 30
+        left, right = image[150:165, middle - 40 : middle - 30], image[150:165, middle + 30 : middle + 40]
+        assert left.mean() + 30 < right.mean()
 
 
 def test_visits_differ_and_keep_the_rib_cage() -> None:
@@ -192,11 +182,3 @@ def test_visits_differ_and_keep_the_rib_cage() -> None:
     np.testing.assert_array_equal(pair, draw(first, ("Nodule", "Effusion")))
     assert (pair.shape, pair.dtype) == ((256, 256), np.uint8)
     assert not np.array_equal(draw(first), draw(second))
-
-
-def test_unknown_findings_and_patients_are_refused() -> None:
-    with pytest.raises(ValueError, match="'Infiltrate'"):
-        draw(anatomy(0, 1, 0, size=64), ["Infiltrate"])
-    for seed, patient, visit in ((0, 0, 0), (-1, 1, 0), (0, 1, -1)):
-        with pytest.raises(ValueError, match=f"patient {patient}"):
-            anatomy(seed, patient, visit)

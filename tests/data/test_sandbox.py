@@ -29,7 +29,7 @@ SPECS = (InputSpec(size=48), InputSpec(size=64, aspect="pad", interpolation="lin
 
 #: What goes wrong in the child, by the first bytes of a file. Python imports a module of this name when it starts.
 SITECUSTOMIZE = """
-import ctypes, os, signal, sys, time
+import ctypes, os, signal, sys
 from ray_cxr.data import imaging
 
 def misbehave(data, **limits):
@@ -39,8 +39,6 @@ def misbehave(data, **limits):
         ctypes.string_at(0)
     elif word == b"EXIT":
         os._exit(7)
-    elif word == b"SLEEP":
-        time.sleep(600)
     elif word == b"HANG":
         open(place, "w").close()
         ctypes.PyDLL(None).sleep(600)  # in C, with Python's lock held
@@ -88,19 +86,12 @@ def decoder() -> Iterator[Decoder]:
 
 
 @pytest.fixture(scope="module")
-def broken_site(tmp_path_factory) -> Iterator[None]:
-    """Children that start now misbehave."""
+def broken_decoder(tmp_path_factory) -> Iterator[Decoder]:
+    """A decoder whose child misbehaves, as all that start now."""
     folder = tmp_path_factory.mktemp("site")
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, Decoder(SPECS) as one:
         patch.syspath_prepend(str(folder))
-        yield
-
-
-@pytest.fixture(scope="module")
-def broken_decoder(broken_site: None) -> Iterator[Decoder]:
-    """A decoder whose child misbehaves."""
-    with Decoder(SPECS) as one:
         yield one
 
 
@@ -159,28 +150,13 @@ def test_pixels_are_those_of_load(decoder: Decoder, tmp_path: Path) -> None:
     assert_good(result)  # the caller's own: later files do not change it
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"text",
-        GOOD[:-20],
-        GOOD[:60] + b"\0" + GOOD[61:],
-        png_of(np.full((40, 40), 7, np.uint8)),
-        png_of(ramp(20, 90)),
-        b"\xff\xd8\xff\xd9",
-        bytes(128) + b"DICM",
-    ],
-)
-def test_codes_and_messages_are_those_of_decode(decoder: Decoder, data: bytes) -> None:
-    with pytest.raises(ImageError) as caught:
-        imaging.decode(data)
-    result = decoder.load(data)
-    assert isinstance(result, Failure)
-    assert (result.code, result.message) == (caught.value.code, caught.value.message)
-
-
-def test_codes_of_paths(decoder: Decoder, tmp_path: Path) -> None:
+def test_codes_and_messages_are_those_of_this_process(decoder: Decoder, tmp_path: Path) -> None:
+    for data in (b"", b"text", GOOD[:-20], png_of(np.full((40, 40), 7, np.uint8)), bytes(128) + b"DICM"):
+        with pytest.raises(ImageError) as caught:
+            imaging.decode(data)
+        result = decoder.load(data)
+        assert isinstance(result, Failure)
+        assert (result.code, result.message) == (caught.value.code, caught.value.message)
     (tmp_path / "empty.png").touch()
     for path in (tmp_path / "none.png", tmp_path, tmp_path / "empty.png", "", "a\0b", "nothing://a/b.png"):
         with pytest.raises(ImageError) as caught:
@@ -201,7 +177,10 @@ def test_tags_of_a_dicom(decoder: Decoder) -> None:
     assert decoder.load(data[:140]).tags is None
 
 
-def test_pixel_limit_and_no_tags_by_default() -> None:
+def test_pixel_limit_timeout_and_no_tags_by_default() -> None:
+    for seconds in (0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="timeout_s"):
+            Decoder(SPECS, timeout_s=seconds)
     with Decoder(SPECS, max_pixels=32 * 32) as one:
         assert assert_good(one.load(test_dicom.file_of(ramp(32, 32))), ramp(32, 32)).tags is None
         assert one.load(GOOD) == Failure("too_large", "70 x 90 pixels; the limit is 1024", None)
@@ -223,13 +202,12 @@ def test_pixel_limit_and_no_tags_by_default() -> None:
 def test_harmful_file_costs_its_row(broken_decoder: Decoder, contents: bytes, code: str, message: str) -> None:
     result = broken_decoder.load(contents)
     assert isinstance(result, Failure)
-    assert (result.code, result.tags) == (code, None)
-    assert message in result.message
+    assert (result.code, result.tags, message in result.message) == (code, None, True)
     assert "Doe" not in result.message
     assert_good(broken_decoder.load(GOOD))
 
 
-@pytest.mark.parametrize("kind", ["SLEEP", "HANG", "stopped child"])
+@pytest.mark.parametrize("kind", ["HANG", "stopped child"])
 def test_file_that_never_ends_costs_its_row(impatient_decoder: Decoder, tmp_path: Path, monkeypatch, kind: str) -> None:
     process = pid(impatient_decoder)
     contents = b"%s %s" % (kind.encode(), os.fsencode(tmp_path / "mark"))
@@ -298,12 +276,6 @@ def test_child_lives_from_start_to_close(tmp_path: Path, monkeypatch) -> None:
             assert os.readlink(f"/proc/self/fd/{end}") not in pipes
 
 
-@pytest.mark.parametrize("seconds", [0, -1.0, float("inf"), float("nan")])
-def test_timeout_must_be_positive(seconds: float) -> None:
-    with pytest.raises(ValueError, match="timeout_s"):
-        Decoder(SPECS, timeout_s=seconds)
-
-
 def test_child_that_cannot_start_is_an_error(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: no such file')")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -328,7 +300,8 @@ def test_child_killed_while_it_starts_is_started_again(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("hangs", [False, True])
-def test_child_ends_with_its_parent(broken_site: None, tmp_path: Path, hangs: bool) -> None:
+@pytest.mark.usefixtures("broken_decoder")
+def test_child_ends_with_its_parent(tmp_path: Path, hangs: bool) -> None:
     """At the end of its input; where native code hangs, by its own alarm after one second."""
     mark = tmp_path / "mark"
     program = textwrap.dedent(f"""

@@ -53,10 +53,8 @@ def test_scaling_by_hand() -> None:
 def test_scaling_declines(fit: Fit) -> None:
     assert fit(np.array([1, 0] * 10), np.full(20, 0.3)) is None  # equal scores
     assert fit(np.repeat([0, 1], 10), np.linspace(0.9, 0.1, 20)) is None  # reversed order
-    for y, p in (
-        (np.repeat([1, 0], [5, 40]), np.linspace(1, 0, 45)),
-        (np.repeat([1, 0], [40, 5]), np.linspace(1, 0, 45)),
-    ):
+    for counts in ((5, 40), (40, 5)):
+        y, p = np.repeat([1, 0], counts), np.linspace(1, 0, 45)
         assert fit(y, p, min_positives=5) is not None
         assert fit(y, p, min_positives=6) is None
     assert fit(np.ones(9, int), np.linspace(0.1, 0.9, 9), min_positives=0) is None
@@ -77,37 +75,28 @@ def test_apply_by_hand_and_from_a_bundle() -> None:
         assert Calibration.from_dict(rule.as_dict()) == rule
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        {"method": "isotonic", "slope": 1.0, "intercept": 0.0},
-        {"method": "platt", "slope": -1.0, "intercept": 0.0},
-        {"method": "platt", "slope": 0.0, "intercept": 0.0},
-        {"method": "platt", "slope": float("nan"), "intercept": 0.0},
-        {"method": "platt", "slope": 1.0, "intercept": float("inf")},
-        {"method": "platt", "slope": 1.0},
-        {"slope": 1.0, "intercept": 0.0},
-        {"method": "temperature", "slope": 1.0, "intercept": 0.5},
-    ],
-)
-def test_bad_calibration_is_refused(value: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="calibration"):
-        Calibration.from_dict(value)
+def test_bad_calibration_is_refused() -> None:
+    names = ("method", "slope", "intercept")
+    for values in (
+        ("isotonic", 1.0, 0.0),
+        ("platt", -1.0, 0.0),
+        ("platt", 0.0, 0.0),
+        ("platt", float("nan"), 0.0),
+        ("platt", 1.0, float("inf")),
+        ("platt", 1.0),
+        (None, 1.0, 0.0),
+        ("temperature", 1.0, 0.5),
+    ):
+        with pytest.raises(ConfigError, match="calibration"):
+            Calibration.from_dict(dict(zip(names, values, strict=False)))
 
 
 def test_operating_points_by_hand() -> None:
     y = np.array([0, 0, 0, 1, 0, 1, 1, 1, 1, 1])
     p = np.array([0.125, 0.25, 0.375, 0.5, 0.5625, 0.625, 0.75, 0.8125, 0.875, 0.9375])
     # Above .5625: 5 of 6 positives and no negative (J = .833); above .375: all 6 and one negative (J = .75).
-    assert operating_point(y, p) == {
-        "threshold": 0.59375,
-        "rule": "youden",
-        "sensitivity": 5 / 6,
-        "specificity": 1.0,
-        "flag_rate": 0.5,
-        "n": 10,
-        "positives": 6,
-    }
+    rates = {"sensitivity": 5 / 6, "specificity": 1.0, "flag_rate": 0.5}
+    assert operating_point(y, p) == {"threshold": 0.59375, "rule": "youden", **rates, "n": 10, "positives": 6}
     for rule in ("sensitivity=0.9", "specificity=0.75"):
         point = operating_point(y, p, rule)
         assert (point["threshold"], point["sensitivity"], point["specificity"]) == (0.4375, 1.0, 0.75)
@@ -152,14 +141,11 @@ def test_operating_point_keeps_its_rule(rows: list[tuple[int, float]], rule: str
         assert all(both[1] < float(target) for t, both in others.items() if t < lowest)
 
 
-@pytest.mark.parametrize("rule", ["", "f1", "youden=1", "sensitivity", "sensitivity=0", "specificity=1.1"])
-def test_unknown_rules_are_refused(rule: str) -> None:
-    with pytest.raises(ConfigError, match="operating point"):
-        operating_point(np.array([0, 1]), np.array([0.1, 0.9]), rule)
-
-
-def test_values_outside_0_to_1_are_refused() -> None:
+def test_unknown_rules_and_values_outside_0_to_1_are_refused() -> None:
     y = np.array([0, 1])
+    for rule in ("", "f1", "youden=1", "sensitivity", "sensitivity=0", "specificity=1.1"):
+        with pytest.raises(ConfigError, match="operating point"):
+            operating_point(y, np.array([0.1, 0.9]), rule)
     for wrong in (1.5, -0.5):
         p = np.array([0.5, wrong])
         for function in (operating_point, fit_platt, calibration.expected_error, calibration.reliability):
@@ -199,11 +185,12 @@ def test_rules_per_finding() -> None:
     assert "3 positives, needs 5" in got.reasons["Hernia"]
     for part in (got.calibrations, got.operating_points, got.expected_flag_rates, got.alternatives, got.reasons):
         assert list(part) == names
-
-
-def test_rules_by_another_method_and_rule() -> None:
-    labels, p = site()
-    names = list(labels.columns)
+    # Arrays, tables in any order and nulls give the same rules.
+    minus = labels.fillna(-1).to_numpy().astype(np.int8)
+    nullable = labels.astype("Int8")[names[::-1]]  # columns of a table are taken by name
+    for form in (labels.to_numpy(), minus, nullable, labels.astype(object).where(labels.notna(), None)):
+        assert fit_rules(form, p, names) == got
+    # Another method and rule.
     got = fit_rules(labels, p, names, method="temperature", rule="sensitivity=0.90", min_positives=3)
     assert got.calibrations["Mass"]["method"] == "temperature"
     for name in ("Mass", "Hernia"):
@@ -212,16 +199,12 @@ def test_rules_by_another_method_and_rule() -> None:
     # The chosen rule, however it is written, is no alternative to itself.
     assert list(got.alternatives["Mass"]) == ["youden", "specificity=0.9"]
     assert len(fit_rules(labels, p, names, rule="specificity=0.5").alternatives["Mass"]) == 3
-
-
-def test_rules_from_arrays_tables_and_nulls_are_the_same() -> None:
-    labels, p = site()
-    names = list(labels.columns)
-    expected = fit_rules(labels, p, names)
-    minus = labels.fillna(-1).to_numpy().astype(np.int8)
-    nullable = labels.astype("Int8")[names[::-1]]  # columns of a table are taken by name
-    for form in (labels.to_numpy(), minus, nullable, labels.astype(object).where(labels.notna(), None)):
-        assert fit_rules(form, p, names) == expected
+    for options, part in (({"method": "isotonic"}, "isotonic"), ({"rule": "f1"}, "f1")):
+        with pytest.raises(ConfigError, match=part):
+            fit_rules(labels, p, names, **options)
+    for wrong, findings in (([[0], [1]], ["Mass", "Nodule"]), ([[0], [1], [1]], ["Mass"]), ([[0], [2]], ["Mass"])):
+        with pytest.raises(ValueError, match="labels"):
+            fit_rules(np.array(wrong), np.array([[0.1], [0.9]]), findings)
 
 
 @pytest.mark.parametrize(
@@ -245,16 +228,6 @@ def test_rules_that_are_missing_have_a_reason(
     assert [what for what in ("calibration", "operating point") if f"no {what}" in reason] == missing
     for what, value in (("calibration", got.calibrations), ("operating point", got.operating_points)):
         assert (value["Mass"] is None) == (what in missing or not missing)
-
-
-def test_rules_refuse_bad_input() -> None:
-    p = np.array([[0.1], [0.9]])
-    for options, part in (({"method": "isotonic"}, "isotonic"), ({"rule": "f1"}, "f1")):
-        with pytest.raises(ConfigError, match=part):
-            fit_rules(np.array([[0], [1]]), p, ["Mass"], **options)
-    for labels, findings in (([[0], [1]], ["Mass", "Nodule"]), ([[0], [1], [1]], ["Mass"]), ([[0], [2]], ["Mass"])):
-        with pytest.raises(ValueError, match=r"labels"):
-            fit_rules(np.array(labels), p, findings)
 
 
 def plain_error(y: list[int], p: list[float], bins: int = 10) -> float:

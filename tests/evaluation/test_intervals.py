@@ -51,9 +51,7 @@ def written_out(patients: np.ndarray, n_resamples: int, seed: int) -> Iterator[n
         yield np.concatenate([rows[known[i]] for i in rng.integers(0, len(known), len(known))])
 
 
-def plain_quantities(
-    y: np.ndarray, s: np.ndarray, flags: np.ndarray, p: np.ndarray, prevalence: float
-) -> dict[str, float | None]:
+def plain_quantities(y: np.ndarray, s: np.ndarray, flags: np.ndarray, p: np.ndarray, prevalence: float) -> dict:
     """What `metrics` and `calibration` return for one finding in some rows."""
     scored, judged, calibrated = (y >= 0) & ~np.isnan(s), (y >= 0) & (flags >= 0), (y >= 0) & ~np.isnan(p)
     cells = metrics.confusion(y[judged], flags[judged] == 1)
@@ -93,29 +91,18 @@ def test_intervals_equal_measuring_the_rows_of_each_resample(
     flags = np.where(rng.random(rows) < 0.1, -1, s > 2)
     # Multiples of 1/8 and their squares add up exactly in any order.
     p = rng.choice([np.nan, 0.0, 0.125, 0.375, 0.5, 0.875, 1.0], rows)
-    got = intervals.bootstrap_findings(
-        y[:, None],
-        s[:, None],
-        patients,
-        flags=flags.astype(np.int8)[:, None],
-        calibrated=p[:, None],
-        assumed_prevalence=np.array([prevalence]),
-        roc_grid=5,
-        n_resamples=50,
-        seed=3,
-    )
+    options = {"flags": flags.astype(np.int8)[:, None], "calibrated": p[:, None], "roc_grid": 5, "n_resamples": 50}
+    options["assumed_prevalence"] = np.array([prevalence])
+    got = intervals.bootstrap_findings(y[:, None], s[:, None], patients, **options, seed=3)
     drawn = [[part[kept] for part in (y, s, flags, p)] for kept in written_out(patients, 50, seed=3)]
     expected = [plain_quantities(*parts, prevalence) for parts in drawn]
     assert tuple(got.findings[0]) == intervals.QUANTITIES == tuple(expected[0])
     for name, interval in got.findings[0].items():
         values = [each[name] for each in expected if each[name] is not None]
         assert interval.undefined == 50 - len(values), name
-        if len(values) >= 40 and np.ptp(values) > 1e-12:
-            assert ends(interval) == percentiles(values), name
-            assert interval.reason is None
-        else:
-            assert ends(interval) == (None, None), name
-            assert interval.reason
+        known = len(values) >= 40 and np.ptp(values) > 1e-12
+        assert ends(interval) == (percentiles(values) if known else (None, None)), name
+        assert (interval.reason is None) == known, name
     curves = []
     for label, score, _, _ in drawn:
         scored = (label >= 0) & ~np.isnan(score)
@@ -142,10 +129,8 @@ def test_means_are_over_the_findings_that_count() -> None:
     weights = np.array([np.sum(y[:, f] == 1) for f in got.counted])
     plain, weighted = [], []
     for kept in written_out(patients, 60, seed=4):
-        values = []
-        for f in got.counted:
-            known = kept[y[kept, f] >= 0]
-            values.append(metrics.average_precision(y[known, f], s[known, f]))
+        known = [(f, kept[y[kept, f] >= 0]) for f in got.counted]
+        values = [metrics.average_precision(y[rows, f], s[rows, f]) for f, rows in known]
         plain.append(np.mean(values))
         weighted.append(np.sum(values * weights) / weights.sum())
     assert ends(got.macro["average_precision"]) == percentiles(plain)
@@ -158,17 +143,14 @@ def test_means_are_over_the_findings_that_count() -> None:
     none = intervals.bootstrap_findings(y, s, patients, macro=np.zeros(5, bool), n_resamples=60, roc_grid=0)
     for mean in (none.macro["auroc"], none.weighted["auroc"]):
         assert (ends(mean), bool(mean.reason)) == ((None, None), True)
-
-
-def test_a_mean_leaves_out_resamples_that_lack_a_finding() -> None:
+    # A mean leaves out resamples that lack a finding: one positive patient is absent from about 1/e of them.
     y = np.zeros((50, 2), dtype=np.int8)
-    y[0, 0] = y[::2, 1] = 1  # one positive patient: absent from about 1/e of the resamples
+    y[0, 0] = y[::2, 1] = 1
     s = np.random.default_rng(0).random((50, 2))
     got = intervals.bootstrap_findings(y, s, np.arange(50), n_resamples=200, roc_grid=0)
     lost = sum(0 not in rows for rows in written_out(np.arange(50), 200, seed=0))
     assert [finding["auroc"].undefined for finding in got.findings] == [lost, 0]
-    for mean in (*got.macro.values(), *got.weighted.values()):
-        assert mean.undefined == lost > 0
+    assert {mean.undefined for mean in (*got.macro.values(), *got.weighted.values())} == {lost}
 
 
 def test_missing_input_has_no_interval_and_a_reason() -> None:
@@ -176,10 +158,8 @@ def test_missing_input_has_no_interval_and_a_reason() -> None:
     assert (codes.tolist(), k) == ([0, 1, 0, 2, 3, 4], 5)  # unknown patients are patients of their own
     y, s, patients = simulated(30, 2, seed=2)
     flags = np.stack([(s[:, 0] > 0).astype(np.int8), np.full(len(s), -1, np.int8)], axis=1)
-    prevalence = np.array([math.nan, 0.1])
-    first, second = intervals.bootstrap_findings(
-        y, s, patients, flags=flags, assumed_prevalence=prevalence, n_resamples=60
-    ).findings
+    given = {"flags": flags, "assumed_prevalence": np.array([math.nan, 0.1]), "n_resamples": 60}
+    first, second = intervals.bootstrap_findings(y, s, patients, **given).findings
     assert first["ppv"].reason is first["auroc"].reason is None
     assert "prevalence" in first["ppv_at_prevalence"].reason
     assert "flags" in second["ppv_at_prevalence"].reason
@@ -240,9 +220,7 @@ def test_interval_needs_enough_values_that_differ() -> None:
     same = intervals.percentile_interval(np.ones(50))
     assert (ends(same), bool(same.reason)) == ((None, None), True)
     assert intervals.percentile_interval(np.ones(50), certain=True) == intervals.Interval(1.0, 1.0, 0)
-
-
-def test_ratio_interval_equals_resampling_rows() -> None:
+    # The interval of a ratio
     y, _, patients = simulated(30, 3, seed=4)
     flags = np.random.default_rng(0).random(y.shape) < 0.5
     got = intervals.bootstrap_ratios((y == 1) & flags, y == 1, patients, n_resamples=140, seed=1)
@@ -289,7 +267,7 @@ def test_delong_agrees_with_published_numbers() -> None:
         got = (a - b, math.sqrt(variance), intervals.normal_p(a - b, variance))
         assert got == pytest.approx((difference, error, p), abs=5e-5)
     assert intervals.normal_p(0.0, 0.0) is None
-    for y in (np.array([1, 0, 0]), np.array([1, 1, 0])):  # needs two of each class
+    for y in (np.array([1, 0, 0]), np.array([1, 1, 0])):  # two of each class are needed
         assert intervals.delong(y, np.arange(3)) is intervals.delong_paired(y, np.arange(3), np.zeros(3)) is None
 
 
