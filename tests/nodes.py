@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, each started by `ray start` as on machines of their own."""
+"""A Ray cluster of several nodes on this machine, each started by `ray start` as on separate machines."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-#: So often a node is started that does not come up.
-STARTS = 4
 #: The programs beside this interpreter.
 BIN = Path(sys.executable).parent
 
@@ -28,12 +26,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def until(what: Callable[[], Any], seconds: float, said: Callable[[], str] = str) -> None:
-    """Wait for it.
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    Raises:
-        AssertionError: it did not come; `said` tells what there is to know.
-    """
+
+def until(what: Callable[[], Any], seconds: float, said: Callable[[], str] = str) -> None:
+    """Wait for a condition; fail with the text of `said` when it does not come."""
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, said()
@@ -41,16 +40,15 @@ def until(what: Callable[[], Any], seconds: float, said: Callable[[], str] = str
 
 
 class Nodes:
-    """A head and its nodes, each a process group that can be killed; a token keeps others out.
-
-    Args:
-        folder: for logs; must not be there yet.
-    """
+    """A head and its nodes, each a process group that can be killed; a token keeps others out."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
         self.folder = folder
         self.port, self.dashboard = free_port(), free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        #: The address of the job server.
+        self.jobs = f"http://127.0.0.1:{self.dashboard}"
         self.token = secrets.token_hex(32)
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._jobs: dict[Path, subprocess.Popen[bytes]] = {}
@@ -58,29 +56,18 @@ class Nodes:
         self.temp = Path("/tmp") / f"ray-{secrets.token_hex(4)}"
 
     @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    @property
-    def jobs(self) -> str:
-        """Where `ray job submit` finds the job server."""
-        return f"http://127.0.0.1:{self.dashboard}"
-
-    @property
     def environment(self) -> dict[str, str]:
-        """Of a program that may take part."""
-        kept = {
-            key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
-        }
+        """The environment of programs that have the token."""
+        ours = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
         return {
-            **kept,
+            **{key: value for key, value in os.environ.items() if key not in ours},
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "RAY_USAGE_STATS_ENABLED": "0",
-            # A node that is gone is noticed after some 10 seconds and not after 30.
+            # A lost node is noticed after about 10 seconds, not 30.
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "5",
-            # A busy machine needs longer than Ray gives it.
+            # More time than Ray gives, for a busy machine.
             "RAY_raylet_start_wait_time_s": "180",
             "RAY_gcs_server_port_wait_time_s": "180",
             "RAY_agent_register_timeout_ms": "120000",
@@ -88,28 +75,37 @@ class Nodes:
         }
 
     def start_head(self) -> None:
-        """A head, with a CPU that no work may go to."""
+        """Start a head with a CPU that no work may use."""
         self._start(
             "head",
             "--head", f"--port={self.port}", "--num-cpus=1", "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={free_port()}", f"--temp-dir={self.temp}",
         )  # fmt: skip
-        until(lambda: self._listens(self.dashboard), 120, lambda: self.log("head"))
+        until(lambda: _listens(self.dashboard), 120, lambda: self.log("head"))
 
     def add(self, name: str, *, cpus: int = 1, gpus: int = 0, hidden: Path | None = None) -> None:
-        """One more node; GPUs are declared, and none need be there.
-
-        Args:
-            hidden: a folder that is another one for this node, as on a machine without the shared storage; needs root.
-        """
+        """Start one more node; its GPUs need not exist. For this node `hidden` is an empty folder (needs root)."""
         own = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(hidden)] if hidden else []
         self._start(name, f"--address={self.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}", before=own)
 
+    def count(self) -> int:
+        return self.ray("status", "--address", self.address).stdout.count("node_")
+
+    @contextlib.contextmanager
+    def extra(self, name: str, **options: Any) -> Iterator[None]:
+        """One more node for a while."""
+        before = self.count()
+        self.add(name, **options)
+        try:
+            until(lambda: self.count() > before, 120, lambda: self.log(name))
+            yield
+        finally:
+            self.kill(name)
+
     def kill(self, name: str) -> None:
-        """As a power cut: SIGKILL to all of a node's processes, its workers and their children included."""
+        """Send SIGKILL to all processes of a node, workers and their children included, like a power cut."""
         process = self._nodes.pop(name)
-        session = process.pid
-        for number in _of_session(session):
+        for number in _of_session(process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
         process.wait()
@@ -122,15 +118,8 @@ class Nodes:
             self.kill(name)
         shutil.rmtree(self.temp, ignore_errors=True)
 
-    def has(self, name: str) -> bool:
-        return name in self._nodes
-
-    def count(self) -> int:
-        """Nodes that the cluster counts, the head among them."""
-        return self.ray("status", "--address", self.address).stdout.count("node_")
-
     def where(self, *titles: str) -> set[str]:
-        """The nodes with a process whose command line holds one of these."""
+        """The nodes with a process whose command line has one of these."""
         found = set()
         for name, process in self._nodes.items():
             for number in _of_session(process.pid):
@@ -144,23 +133,14 @@ class Nodes:
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def submit(self, job: str, arguments: Sequence[object], *, name: str) -> Path:
-        """`ray job submit` of one of jobs/, as in README, in the background.
-
-        Returns:
-            A file with all that it says; `finished` waits for its exit code.
-        """
-        program = [
-            "ray", "job", "submit", "--address", self.jobs, "--working-dir", ".", "--submission-id", name, "--",
-            sys.executable, f"jobs/{job}.py", *map(str, arguments),
-        ]  # fmt: skip
+        """Run `ray job submit` of a script of jobs/ in the background, and return the file of its output."""
+        options = ["--address", self.jobs, "--working-dir", ".", "--submission-id", name, "--"]
+        program = [str(BIN / "ray"), "job", "submit", *options, sys.executable, f"jobs/{job}.py", *map(str, arguments)]
         log = self.folder / f"job-{name}.log"
-        # The head's agent, which starts jobs, comes up a while after the job server.
+        # The head's agent, which starts jobs, is there some time after the job server.
         for _ in range(20):
-            with open(log, "wb") as stream:
-                self._jobs[log] = subprocess.Popen(
-                    [str(BIN / program[0]), *program[1:]], cwd=ROOT, env=self.environment, stdout=stream, stderr=stream
-                )
-            until(lambda: "submitted successfully" in log.read_text() or self._jobs[log].poll() is not None, 120)
+            self._jobs[log] = self._background(program, log)
+            until(lambda: "submitted successfully" in log.read_text() or self.over(log), 120)
             if "No available agent" not in log.read_text():
                 break
             time.sleep(1)
@@ -169,35 +149,37 @@ class Nodes:
     def over(self, log: Path) -> bool:
         return self._jobs[log].poll() is not None
 
-    def finished(self, log: Path, seconds: float = 240) -> int:
-        """The exit code of `ray job submit`."""
+    def finished(self, log: Path, seconds: float = 240) -> tuple[int, str]:
+        """The exit code and the output of `ray job submit`."""
         until(lambda: self.over(log), seconds, log.read_text)
-        return self._jobs.pop(log).wait()
+        return self._jobs.pop(log).wait(), log.read_text()
 
     def ray(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
-        """A command of Ray's, to the end."""
+        """Run a command of Ray to its end."""
         return subprocess.run(
             [str(BIN / "ray"), *arguments], cwd=ROOT, env={**self.environment, **changes}, text=True, timeout=120,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
+    def _background(self, program: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+        """Start a program in a session of its own."""
+        with open(log, "wb") as stream:
+            return subprocess.Popen(
+                program, cwd=ROOT, env=self.environment, stdout=stream, stderr=stream, start_new_session=True
+            )
+
     def _start(self, name: str, *arguments: str, before: Sequence[str] = ()) -> None:
         log = self.folder / f"{name}.log"
-        for _ in range(STARTS):
-            agent = free_port()
-            ports = [f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={free_port()}"]
+        for _ in range(4):
+            ports = [f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"]
             program = [
                 *before, str(BIN / "ray"), "start", "--block", "--disable-usage-stats",
                 "--object-store-memory=200000000", "--min-worker-port=0", "--max-worker-port=0", *ports, *arguments,
             ]  # fmt: skip
-            with open(log, "wb") as stream:
-                process = subprocess.Popen(
-                    program, env=self.environment, stdout=stream, stderr=stream, start_new_session=True
-                )
-            self._nodes[name] = process
+            process = self._nodes[name] = self._background(program, log)
             begun = time.monotonic()
             while process.poll() is None and "Ray runtime started" not in self.log(name):
-                # Ray itself gives a node's agent 15 seconds, which a busy machine may not; `ray start` then waits on.
+                # On a busy machine the agent can miss Ray's limit of 15 seconds; `ray start` then waits forever.
                 if time.monotonic() - begun > 60 and name not in self.where("raylet/raylet"):
                     break
                 time.sleep(0.5)
@@ -207,11 +189,6 @@ class Nodes:
             self.kill(name)
         raise AssertionError(self.log(name))
 
-    @staticmethod
-    def _listens(port: int) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
-
 
 def _of_session(session: int) -> list[int]:
     found = []
@@ -220,3 +197,16 @@ def _of_session(session: int) -> list[int]:
             if os.getsid(int(folder.name)) == session:
                 found.append(int(folder.name))
     return found
+
+
+@contextlib.contextmanager
+def cluster(folder: Path, **gpus: int) -> Iterator[Nodes]:
+    """A head and nodes, each with its number of declared GPUs."""
+    nodes = Nodes(folder)
+    try:
+        nodes.start_head()
+        for name, count in gpus.items():
+            nodes.add(name, gpus=count)
+        yield nodes
+    finally:
+        nodes.stop()

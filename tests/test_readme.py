@@ -1,12 +1,11 @@
-"""The README's commands: all of them are parsed in the gate, and all but scripts/test run in `scripts/test all`.
+"""The README's commands: the gate parses all of them, and `scripts/test all` runs all but scripts/test.
 
-The commands run in a copy of the tracked files that shares this environment, with `$NIH` set to phantoms under NIH's
-file names and `$WEIGHTS` to `none`, because a test must not depend on a download.
+They run in a copy of the tracked files that shares this environment. `$NIH` is a folder of phantoms under NIH's file
+names, and `$WEIGHTS` is `none`, because a test must not depend on a download.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import click
 import pandas as pd
+import psutil
 import pytest
 
 from ray_cxr import cli
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(900)
 
 
 def blocks(language: str) -> list[str]:
-    """Return the contents of README's fenced blocks of a language."""
+    """The fenced blocks of a language in the README."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [content for name, content in found if name == language]
@@ -38,7 +38,7 @@ COMMANDS = [line for block in [*SHELL, *blocks("")] for line in block.splitlines
 
 
 def parse(words: list[str]) -> None:
-    """Parse a command with the program's own parser; SystemExit or a click error where it does not fit."""
+    """Parse a command with the parser of its program."""
     match words:
         case ["ray-cxr", *arguments]:
             cli._parser().parse_args(arguments)
@@ -52,7 +52,7 @@ def parse(words: list[str]) -> None:
                 cli._parser().parse_args([Path(script).stem, *rest])
                 assert (ROOT / script).is_file()
             group = ray_cli
-            while hasattr(group, "commands") and arguments[0] in group.commands:
+            while arguments and arguments[0] in getattr(group, "commands", {}):
                 group, arguments = group.commands[arguments[0]], arguments[1:]
             group.make_context(group.name, arguments)
         case ["." | "export", *_]:
@@ -64,23 +64,17 @@ def parse(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_command_is_one_that_the_program_takes(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_is_valid(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # some options name files that must exist
     parse(shlex.split(line.partition(" > ")[0], comments=True))
 
 
-def test_a_wrong_command_is_noticed() -> None:
+def test_wrong_commands_and_new_blocks_are_noticed() -> None:
     for line in ("ray-cxr score --modle runs/x", "ray job submit --adress x -- python jobs/score.py", "scripts/none"):
         with pytest.raises((SystemExit, AssertionError, click.ClickException)):
             parse(shlex.split(line))
-
-
-def test_the_readme_has_the_blocks_that_this_file_runs() -> None:
-    assert len(SHELL) == 5
     assert SHELL[0].split() == ["scripts/demo", "scripts/test"]
-    assert len(blocks("python")) == 1
-    assert not blocks("bash")
-    assert not blocks("console")
+    assert [len(blocks(language)) for language in ("sh", "python", "bash", "console")] == [5, 1, 0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +82,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("readme") / "checkout"
     try:
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        names = [name for name in listed.split("\0") if name]
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout: cannot tell which files belong to it")
-    for name in names:
+    for name in filter(None, listed.split("\0")):
         if (ROOT / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
@@ -101,46 +94,32 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def nih(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few phantoms under the names that NIH's download has, and third-party weights of a DenseNet121."""
+    """Phantoms under the names of NIH's download, and third-party weights of a DenseNet121."""
+    import keras
+
     from ray_cxr.data.phantoms import write_phantoms
 
     # 24 images: more than the 20 of a --limit, and one batch to train on.
     drawn = write_phantoms(tmp_path_factory.mktemp("nih") / "phantoms", patients=9, size=256, broken=False)
     folder = tmp_path_factory.mktemp("nih") / "nih"
-    (folder / "images" / "images_001" / "images").mkdir(parents=True)
-    for picture in drawn.images.iterdir():
-        shutil.copy(picture, folder / "images" / "images_001" / "images" / picture.name)
-    for source, name in (
-        (drawn.table, "Data_Entry_2017_v2020.csv.gz"),
-        (drawn.train_val_list, "train_val_list.txt.gz"),
-        (drawn.test_list, "test_list.txt.gz"),
-    ):
+    shutil.copytree(drawn.images, folder / "images" / "images_001" / "images")
+    names = ("Data_Entry_2017_v2020.csv.gz", "train_val_list.txt.gz", "test_list.txt.gz")
+    for source, name in zip((drawn.table, drawn.train_val_list, drawn.test_list), names, strict=True):
         (folder / name).write_bytes(gzip.compress(source.read_bytes()))
-    code = (
-        "import keras, sys\n"
-        "m = keras.applications.DenseNet121(\n"
-        "    include_top=False, weights=None, input_shape=(224, 224, 3), pooling='avg')\n"
-        "keras.Model(m.input, keras.layers.Dense(14, activation='sigmoid')(m.output)).save_weights(sys.argv[1])\n"
-    )
-    python = ROOT / ".venv" / "bin" / "python"
-    subprocess.run([python, "-c", code, folder / "theirs.weights.h5"], check=True, capture_output=True)
+    backbone = keras.applications.DenseNet121(False, None, input_shape=(224, 224, 3), pooling="avg")
+    head = keras.layers.Dense(14, activation="sigmoid")(backbone.output)
+    keras.Model(backbone.input, head).save_weights(folder / "theirs.weights.h5")
     return folder
 
 
-def run(commands: str, checkout: Path, **environment: str) -> str:
-    """Run a block with `sh -eu`; its output, which stands in the failure message too."""
+def run(commands: str, checkout: Path, **changes: str) -> str:
+    """The output of a block that runs with `sh -eu`."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    path = f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"
+    environment = {**inherited, "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}", **changes}
     done = subprocess.run(
-        ["sh", "-euxc", commands],
-        cwd=checkout,
-        env={**inherited, "PATH": path, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=800,
-        check=False,
-    )
+        ["sh", "-euxc", commands], cwd=checkout, env=environment, text=True, timeout=800, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -150,15 +129,14 @@ def test_scripts_demo(checkout: Path) -> None:
     printed = run(SHELL[0].replace("scripts/test", ""), checkout)
     out = checkout / "demo-out"
     metrics = json.loads((out / "report" / "metrics.json").read_text())
-    assert metrics["macro"]["auroc"] > 0.9, "the drawn findings must really be learnt"
+    assert metrics["macro"]["auroc"] > 0.9, "the drawn findings must be learnt"
     assert f"macro AUROC on the test split {metrics['macro']['auroc']:.3f}" in printed
     assert "demo: open demo-out/report/report.html" in printed
     assert "Traceback" not in printed
     scores = pd.concat([pd.read_parquet(part) for part in sorted((out / "scores" / "scores").iterdir())])
     assert len(scores) == scores["image_id"].nunique() == len(pd.read_parquet(out / "manifest.parquet"))
-    assert sorted(scores["error_code"].dropna()) == [
-        "blank", "corrupt", "empty", "missing", "not_an_image", "truncated",
-    ]  # fmt: skip
+    codes = ["blank", "corrupt", "empty", "missing", "not_an_image", "truncated"]
+    assert sorted(scores["error_code"].dropna()) == codes
     for name in ("report.html", "roc.png", "examples.png", "worklist.csv"):
         assert (out / "report" / name).stat().st_size > 500
 
@@ -195,22 +173,10 @@ def test_python(checkout: Path, nih: Path) -> None:
     assert re.search(r"picture\.png\s+ok", printed)
 
 
-def names_of_processes() -> list[str]:
-    """Of all processes, where the system tells (Linux)."""
-    names = []
-    for file in Path("/proc").glob("[0-9]*/comm"):
-        with contextlib.suppress(OSError):  # it ended in between
-            names.append(file.read_text())
-    return names
-
-
 @pytest.mark.readme
 def test_ray_job_submit(checkout: Path) -> None:
-    """Really a head with its job server, and two nodes.
-
-    `ray stop` ends every Ray of this machine, so there must be none before.
-    """
-    if any(text.startswith("gcs_server") for text in names_of_processes()):
+    """A head with its job server, and two nodes; `ray stop` ends every Ray of this machine, so it must have none."""
+    if any(process.info["name"] == "gcs_server" for process in psutil.process_iter(["name"])):
         pytest.skip("a Ray runs on this machine already, and the README's `ray stop` would end it")
     try:
         printed = run(SHELL[4], checkout)
