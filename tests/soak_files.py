@@ -1,14 +1,11 @@
-"""Damaged files for `ray-cxr score --images OUT`: every one must become a row.
-
-    python tests/soak_files.py OUT --files 10000 --seed 0
+"""Damaged files for the decoders and for `score`: each must give an image or a code, and a row.
 
 Seeds are generated PNG, JPEG and DICOM files of every kind that is read, and a few real ones from ../shared if that
-folder exists. A file depends on the seed and its number alone: `--only 1234` writes that one again.
+folder exists. A file depends on the seed and its number alone: `mutated(seed, number)`.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import io
 import random
@@ -93,9 +90,6 @@ def real() -> tuple[Seed, ...]:
     return tuple(Seed(f"real_{path.stem}", path.suffix[1:], path.read_bytes()) for path in paths)
 
 
-# ---------------------------------------------------------------- blind to the format
-
-
 def flip(data: bytearray, draw: random.Random) -> bytearray:
     # Half of the time near the start, where the headers are.
     end = len(data) if draw.random() < 0.5 else min(len(data), 600)
@@ -123,9 +117,6 @@ def splice(data: bytearray, draw: random.Random) -> bytearray:
         return data[: draw.randrange(len(data))] + other[draw.randrange(len(other)) :]
     length = draw.choice((2, 8, 33, 132, 300))
     return bytearray(other[:length]) + data[length:]
-
-
-# ---------------------------------------------------------------- PNG
 
 
 def chunks(data: bytes) -> list[tuple[bytes, bytes]]:
@@ -186,9 +177,6 @@ def png_chunks(data: bytearray, draw: random.Random) -> bytearray:
         wrong = draw.choice((0, length + 1, max(0, length - 1), 2**31 - 1, 2**31, 2**32 - 1))
         return data[:start] + struct.pack(">I", wrong) + data[start + 4 :]
     return png(parts)
-
-
-# ---------------------------------------------------------------- JPEG and DICOM
 
 
 def jpeg_segment(data: bytearray, draw: random.Random) -> bytearray:
@@ -266,22 +254,3 @@ def mutated(seed: int, number: int, *, with_real: bool = True) -> tuple[str, byt
         data = mutation(data, draw) if data else data
     name = "_".join([f"{number:06d}", source.name, *(mutation.__name__ for mutation in mutations)])
     return f"{name}.{source.suffix}", bytes(data)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--files", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="number of the one file to write")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    numbers = range(arguments.files) if arguments.only is None else [arguments.only]
-    for number in numbers:
-        name, data = mutated(arguments.seed, number)
-        (arguments.out / name).write_bytes(data)
-    print(f"{len(numbers)} files in {arguments.out}")
-
-
-if __name__ == "__main__":
-    main()

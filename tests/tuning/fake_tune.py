@@ -14,11 +14,11 @@ Reports = Iterator[dict[str, Any]]
 
 
 class ProcessLostError(Exception):
-    """The process of a trial is lost; Tune restarts it."""
+    """Tune restarts the process of the trial."""
 
 
 class ProcessFailedError(Exception):
-    """The process of a trial raises, and Tune gives the trial up."""
+    """Tune gives the trial up."""
 
 
 @dataclass(eq=False)
@@ -35,21 +35,14 @@ class FakeTrial:
 
 @dataclass
 class FakeTune:
-    """Run trials, one report at a time.
-
-    Attributes:
-        scheduler, searcher, callback: as Tune takes them.
-        start: makes a process for a trial: its reports, the last with `ended` or `failure`.
-        order: chooses which of the running trials reports next.
-        most: trials at a time.
-    """
+    """Run trials, one report at a time."""
 
     scheduler: Any
     searcher: Any
     callback: Any
-    start: Callable[[FakeTrial], Reports]
-    order: Sequence[int] = (0,)
-    most: int = 1_000
+    start: Callable[[FakeTrial], Reports]  # the last report has `ended` or `failure`
+    order: Sequence[int] = (0,)  # which of the running trials reports next
+    most: int = 1_000  # trials at a time
     trials: list[FakeTrial] = field(default_factory=list)
     most_alive: int = 0
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -22,21 +23,13 @@ from ray_cxr.tuning.search import METRIC, scheduler
 
 @dataclass
 class History:
-    """What happens to a trial.
+    """What happens to a trial."""
 
-    Attributes:
-        score: what it reports at every epoch.
-        known: epochs of an earlier run.
-        fate: `lost` (once) or `failed`, and the epoch at which that happens to its process.
-        done: epochs of all its processes.
-        last: the last epoch that it reported.
-    """
-
-    score: float
-    known: int = 0
-    fate: tuple[str, int] | None = None
-    done: int = 0
-    last: int = 0
+    score: float  # at every epoch
+    known: int = 0  # epochs of an earlier run
+    fate: tuple[str, int] | None = None  # `lost` (once) or `failed`, and the epoch at which that happens
+    done: int = 0  # epochs of all its processes
+    last: int = 0  # the last epoch that it reported
 
     def reports(self, epochs: int) -> Reports:
         for epoch in range(1, epochs + 1):
@@ -70,8 +63,8 @@ def run_halving(
     halving: Halving, histories: Sequence[History], epochs: int, order: Sequence[int], count: int
 ) -> FakeTune:
     """Run a search of `count` trials, of which only those in `histories` come."""
-    queue = Queue(halving, histories)
-    tune = FakeTune(halving, queue, MagicMock(), lambda trial: trial.config.reports(epochs), order)
+    start = lambda trial: trial.config.reports(epochs)  # noqa: E731
+    tune = FakeTune(halving, Queue(halving, histories), MagicMock(), start, order)
     tune.run(count)
     assert halving.room()
     return tune
@@ -102,38 +95,25 @@ def test_a_third_of_the_trials_passes_each_rung(count: int) -> None:
         (20, 10, 1, 3, [1, 3, 9], [20]),
         (20, 4, 1, 3, [1, 3], [7, 7, 6]),
         (9, 3, 1, 3, [1], [3, 3, 3]),
-        (4, 3, 1, 3, [1], [2, 2]),
         (1, 10, 1, 3, [1, 3, 9], [1]),
         (3, 5, 5, 3, [], [1, 1, 1]),
         (8, 16, 2, 2, [2, 4, 8], [8]),
     ],
 )
-def test_rungs_and_brackets(
-    trials: int, epochs: int, grace: int, reduction: int, rungs: list[int], sizes: list[int]
-) -> None:
+def test_rungs_and_brackets(trials: int, epochs: int, grace: int, reduction: int, rungs: Any, sizes: Any) -> None:
     halving = make_halving(trials, epochs, grace=grace, reduction=reduction)
     assert (halving.rungs, halving.sizes) == (rungs, sizes)
 
 
 FATES = st.none() | st.tuples(st.sampled_from(["lost", "failed"]), st.integers(1, 9))
+DRAWN = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), FATES), min_size=1, max_size=14)
+ORDERS = st.lists(st.integers(0, 20), min_size=1, max_size=40)
 
 
 @settings(max_examples=100)
-@given(
-    drawn=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), FATES), min_size=1, max_size=14),
-    epochs=st.integers(1, 9),
-    grace=st.integers(1, 9),
-    reduction=st.integers(2, 4),
-    most=st.integers(1, 5),
-    order=st.lists(st.integers(0, 20), min_size=1, max_size=40),
-)
+@given(DRAWN, st.integers(1, 9), st.integers(1, 9), st.integers(2, 4), st.integers(1, 5), ORDERS)
 def test_each_rung_keeps_its_share_with_lost_failed_and_resumed_trials(
-    drawn: list[tuple[int, int, tuple[str, int] | None]],
-    epochs: int,
-    grace: int,
-    reduction: int,
-    most: int,
-    order: list[int],
+    drawn: list[Any], epochs: int, grace: int, reduction: int, most: int, order: list[int]
 ) -> None:
     histories = [History(score / 10, known, fate) for score, known, fate in drawn]
     for number, one in enumerate(histories):

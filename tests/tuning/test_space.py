@@ -83,47 +83,36 @@ def test_names_fields_and_choices() -> None:
     assert space.fields == (*always.split(), "rotation", "zoom")
     assert space.categorical == ("backbone", "size", "batch_size", "optimizer", "ema", "weights", "flip", "dense")
     assert space.backbones == ("ResNet50", "DenseNet121", "TinyCNN")
-    assert space.conditional
     small = read("momentum = [0, 0.9]", TrainSettings(backbone="TinyCNN", optimizer="sgd"))
     assert small.names == small.fields == small.categorical == ("momentum",)
     assert small.backbones == ("TinyCNN",)
-    assert not small.conditional
-    once = 'backbone = ["ResNet50", "TinyCNN"]\n[when."backbone = TinyCNN"]\ndropout = [0.1, 0.2]'
-    assert read(once).names == ("backbone", "dropout")
-
-
-def test_names_have_no_slash_and_differ() -> None:
+    assert (space.conditional, small.conditional) == (True, False)
+    # Names have no slash and differ.
     text = 'weights = ["runs/a", "runs%2Fa", "runs/b"]\n'
     for dropout, weights in enumerate(("runs/a", "runs%2Fa", "runs/b"), 1):
         text += f'[when."weights={weights}"]\ndropout = [0.{dropout}]\n'
     assert read(text).names == ("weights", "dropout@runs%2Fa", "dropout@runs%252Fa", "dropout@runs%2Fb")
 
 
+FLIP, IF_TRUE = "flip = [true, false]\n", '[when."flip=true"]\n'
 #: A table, the key that the message names first, and what else it names.
 REFUSED: list[tuple[str, ...]] = [
-    # What is searched
     ("droput = [0.1]", ".droput", "'dropout'"),
     ('"drop\\nout" = [0.1]', ".drop out", "'dropout'"),
     ("[when]", ""),
-    # Choices
     ("dropout = 0.3", ".dropout", "[train]"),
     ("dropout = []", ".dropout", "empty"),
     ("dropout = [0, 0.0]", ".dropout.1", "0.0"),
-    ("dense = [[8], [8]]", ".dense.1", "[8]"),
-    ("dropout = [0.1, 1.0]", ".dropout.1", "1.0"),
     ("dense = [512, 256]", ".dense.0", "512", "dense = [[], [256]]"),
     ("dense = [[], [0]]", ".dense.1.0", "0"),
     (f"frozen_epochs = [1, {2**53 + 1}]", ".frozen_epochs.1", str(2**53)),
     ("frozen_epochs = [1, 0x" + "f" * 5000 + "]", ".frozen_epochs.1"),
-    # Ranges
     ("dropout = { low = 0 }", ".dropout", "low", "high"),
     ("dropout = { low = 0.5, high = 0.1 }", ".dropout", "0.5", "0.1"),
     ("dropout = { low = 0, hihg = 0.1 }", ".dropout", "'hihg'", "'high'"),
     ("dropout = { low = 0, high = 1 }", ".dropout.high", "1"),
     ("dropout = { low = nan, high = 0.5 }", ".dropout.low"),
-    ("warmup_epochs = { low = 0, high = inf }", ".warmup_epochs.high", "inf"),
     ('dropout = { low = "0", high = 0.5 }', ".dropout.low", "'0'"),
-    ("dropout = { low = false, high = 0.5 }", ".dropout.low", "False"),
     ("dropout = { low = 0, high = 0.5, step = true }", ".dropout.step", "True"),
     ("dropout = { low = 0, high = 0.5, step = 0 }", ".dropout.step", "0"),
     ("dropout = { low = 0, high = 0.5, step = nan }", ".dropout.step", "nan"),
@@ -133,55 +122,34 @@ REFUSED: list[tuple[str, ...]] = [
     ("dropout = { low = 0, high = 0.5, log = true }", ".dropout.low", "0.0"),
     ("dropout = { low = 0.1, high = 0.5, log = true, step = 0.1 }", ".dropout", "log", "step"),
     ("flip = { low = 0, high = 1 }", ".flip", "choices"),
-    ("dense = { low = 0, high = 1 }", ".dense", "choices"),
     ("frozen_epochs = { low = 0.5, high = 3 }", ".frozen_epochs.low"),
     ("frozen_epochs = { low = 0, high = 3, step = 1.5 }", ".frozen_epochs.step", "1.5"),
     ("frozen_epochs = { low = 0, high = 3, step = 2 }", ".frozen_epochs.step", "2 or 4"),
     ("frozen_epochs = { low = 0, high = 10_000_000_000_000_000 }", ".frozen_epochs.high"),
-    # Sizes
     ("size = [224, 300]", ".size.1", "300", "224, 320"),
-    ('size = ["none"]', ".size.0", "none"),
     ('size = "prepard"', ".size", '"prepared"'),
-    ("size = { low = 224, high = 320 }", ".size", '"prepared"'),
-    # Conditions
     ("when = 3", ".when"),
     ("flip = [true]\n[when]\ndropout = [0.1]", '.when."dropout"', "field=value"),
     ('flip = [true]\n[when."flip=true"]', '.when."flip=true"'),
-    ('flip = [true]\n[when]\n"flip=true" = 3', '.when."flip=true"'),
     ('[when."backbone=ResNet50"]\ndropout = [0.1]', '.when."backbone=ResNet50"', "[tune.space]"),
     ('backbone = ["TinyCNN"]\n[when."bakcbone=x"]\ndropout = [0.1]', '.when."bakcbone=x"', "'backbone'"),
     ('backbone = ["TinyCNN"]\n[when."backbone=TinyCNM"]\ndropout = [0.1]', '.when."backbone=TinyCNM"', "(TinyCNN)"),
-    ('backbone = ["TinyCNN"]\n[when."backbone="]\ndropout = [0.1]', '.when."backbone="', "''"),
     ('backbone = ["TinyCNN"]\n[when."backbone=TinyCNN|"]\ndropout = [0.1]', '.when."backbone=TinyCNN|"', "''"),
     ('flip = [true]\n[when."flip=' + "[" * 3000 + '"]\ndropout = [0.1]', '.when."flip=' + "[" * 3000 + '"', "(true)"),
-    ('flip = [true]\n[when."flip\\n=x"]\ndropout = [0.1]', '.when."flip =x"'),
     ('zoom = { low = 0, high = 0.1 }\n[when."zoom=0.1"]\nflip = [true]', '.when."zoom=0.1"', "range"),
     ('ema = [0.9]\n[when."ema=0.9"]\nflip = [true]\n[when."flip=true"]\ndropout = [0.1]', '.when."flip=true"', "flip"),
     ('flip = [true]\n[when."flip=true".when."flip=true"]\ndropout = [0.1]', '.when."flip=true".when'),
     ('flip = [true]\n[when."flip=true"]\nbackbone = ["ResNet50"]', '.when."flip=true".backbone', "[tune.space]"),
     ('flip = [true]\nzoom = [0.1]\n[when."flip=true"]\nzoom = [0.2]', '.when."flip=true".zoom', "[tune.space]"),
+    (f'{FLIP}ema = [0.9]\n{IF_TRUE}zoom = [0]\n[when."ema=0.9"]\nzoom = [0.1]', '.when."ema=0.9".zoom', '"flip=true"'),
     (
-        'flip = [true, false]\nema = [0.9]\n[when."flip=true"]\ndropout = [0.2]\n[when."ema=0.9"]\ndropout = [0.3]',
-        '.when."ema=0.9".dropout',
-        '"flip=true"',
-    ),
-    (
-        'flip = [true, false]\n[when."flip=true|false"]\ndropout = [0.2]\n[when."flip=true"]\ndropout = [0.3]',
-        '.when."flip=true".dropout',
+        f'{FLIP}[when."flip=true|false"]\nzoom = [0]\n{IF_TRUE}zoom = [0.1]',
+        '.when."flip=true".zoom',
         '"flip=true|false"',
     ),
     ('flip = [true]\n[when."flip=true"]\nepoch = [1]', '.when."flip=true".epoch', "'epoch'"),
-    ('flip = [true]\n[when."flip=true"]\nzoom = { low = 0, high = 1 }', '.when."flip=true".zoom.high', "1"),
     ('flip = [true, false]\n[when."flip=true"]\nsize = "prepared"', ".when", "flip=false", "[train]"),
-    # Settings that exclude each other
-    ("xla = [true, false]\nsync_batchnorm = [false, true]", "", "xla=true, sync_batchnorm=true"),
-    ('xla = [true, false]\n[when."xla=true"]\nsync_batchnorm = [true]', "", "xla=true, sync_batchnorm=true"),
-    (
-        'flip = [true, false]\n[when."flip=true"]\nsync_batchnorm = [true]\nxla = [true]',
-        "",
-        "flip=true, sync_batchnorm=true, xla=true",
-    ),
-    # Settings that are never searched
+    (f"{FLIP}{IF_TRUE}sync_batchnorm = [true]\nxla = [true]", "", "flip=true, sync_batchnorm=true, xla=true"),
     *((f"{field} = [1, 2]", f".{field}", "[train]") for field in module._FIXED),
 ]
 
@@ -195,28 +163,27 @@ def test_a_wrong_table_is_refused(refused: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "place", "hint"),
+    ("batches", "place", "hint"),
     [
-        ("batch_size = [16, 32]", "0", "use 18"),
-        ("batch_size = { low = 16, high = 48 }", "low", "use 18"),
-        ("batch_size = { low = 15, high = 45 }", "step", "multiple of 3"),
-        ("batch_size = { low = 15, high = 47, step = 16 }", "step", "multiple of 3"),
-        ("batch_size = { low = 15, high = 45, log = true }", "log", "step = 3"),
+        ("[16, 32]", "0", "use 18"),
+        ("{ low = 16, high = 48 }", "low", "use 18"),
+        ("{ low = 15, high = 45 }", "step", "multiple of 3"),
+        ("{ low = 15, high = 47, step = 16 }", "step", "multiple of 3"),
+        ("{ low = 15, high = 45, log = true }", "log", "step = 3"),
+        ("{ low = 15, high = 45, step = 6 }", "", {15, 21, 27, 33, 39, 45}),
+        ("{ low = 15, high = 15, log = true }", "", {15}),
     ],
 )
-def test_batches_that_the_workers_cannot_share_are_refused(text: str, place: str, hint: str) -> None:
-    message = refuse(text, TrainSettings(workers=3))
-    assert message.startswith(f"tune.space.batch_size.{place}: ")
-    assert "3 workers" in message
-    assert hint in message
-    read(text)
-
-
-def test_batches_that_the_workers_can_share() -> None:
-    space = read("batch_size = { low = 15, high = 45, step = 6 }", TrainSettings(workers=3))
-    assert {params["batch_size"] for params in draw(space, 100)} == {15, 21, 27, 33, 39, 45}
-    one = read("batch_size = { low = 15, high = 15, log = true }", TrainSettings(workers=3))
-    assert draw(one, 1) == [{"batch_size": 15}]
+def test_batches_that_the_workers_cannot_share_are_refused(batches: str, place: str, hint: Any) -> None:
+    text, three = f"batch_size = {batches}", TrainSettings(workers=3)
+    if place:
+        message = refuse(text, three)
+        assert message.startswith(f"tune.space.batch_size.{place}: ")
+        assert "3 workers" in message
+        assert hint in message
+        read(text)
+    else:
+        assert {params["batch_size"] for params in draw(read(text, three), 100)} == hint
 
 
 def test_settings_that_exclude_each_other_may_be_searched_under_a_condition() -> None:
@@ -240,25 +207,12 @@ def test_every_trial_has_a_size() -> None:
     assert read(text + '[when."flip=false"]\nsize = [224]').names == ("flip", "size@true", "size@false")
 
 
-def test_the_backbone_comes_first_and_all_parameters_appear() -> None:
-    space = read(FULL)
-    trials = draw(space, 100)
-    assert {next(iter(params)) for params in trials} == {"backbone"}
-    assert {params["backbone"] for params in trials} == set(space.backbones)
-    assert {name for params in trials for name in params} == set(space.names)
-
-
 @pytest.mark.parametrize(
     ("choices", "condition", "held"),
     [
-        ("batch_size = [16, 32]", "batch_size=32", {32}),
         ("batch_size = [16, 32, 64]", " batch_size = 64 | 16 ", {16, 64}),
         ("dropout = [0.1, 0.001]", "dropout=1e-3", {0.001}),
-        ("dropout = [0, 0.1]", "dropout=0", {0.0}),
-        ("flip = [true, false]", "flip=false", {False}),
-        ("ema = [0.9, 'null']", "ema=null", {None}),
         ("ema = [0.9, 'null']", "ema=none", {None}),
-        ("weights = ['none', 'imagenet']", "weights=none", {"none"}),
         ("weights = ['runs/a=b.h5', 'imagenet']", "weights=runs/a=b.h5", {"runs/a=b.h5"}),
         ("weights = ['1', 'imagenet']", "weights=1", {"1"}),
         ("dense = [[], [512,256]]", "dense=[512,256]", {(512, 256)}),
@@ -278,7 +232,10 @@ def test_values_have_the_types_of_the_settings_and_conditions_hold() -> None:
     kinds: dict[str, type] = {"size": int, "batch_size": int, "frozen_epochs": int, "plateau_patience": int}
     kinds |= {"warmup_epochs": float, "dropout": float, "dense": tuple, "flip": bool, "weights": str}
     seen: dict[str, set[Any]] = {}
-    for params in draw(space, 300):
+    trials = draw(space, 300)
+    assert {next(iter(params)) for params in trials} == {"backbone"}
+    assert {name for params in trials for name in params} == set(space.names)
+    for params in trials:
         assert all(value is None or type(value) in (bool, int, float, str) for value in params.values())
         sgd, resnet = params["optimizer"] == "sgd", params["backbone"] == "ResNet50"
         conditions = {"momentum": sgd, "clip_norm": not sgd, "dense": resnet, "zoom": params["ema"] is None}
@@ -294,9 +251,8 @@ def test_values_have_the_types_of_the_settings_and_conditions_hold() -> None:
         assert chosen.epochs == 3
         assert {field: getattr(chosen, field) for field in values} == values
     assert seen["dropout"] == {0.0, 0.1, 0.2, 0.3, 0.4, 0.5}
-    assert seen["dense"] == {(), (256,), (512, 256)}
-    assert seen["ema"] == {None, 0.99, 0.999}
-    assert seen["size"] == {224, 320}
+    assert (seen["dense"], seen["ema"]) == ({(), (256,), (512, 256)}, {None, 0.99, 0.999})
+    assert (seen["size"], seen["backbone"]) == ({224, 320}, set(space.backbones))
     assert seen["plateau_patience"] == {1, 3, 5, 7, 9}
     assert seen["frozen_epochs"] <= set(range(1, 9))
 
@@ -306,9 +262,7 @@ def test_values_have_the_types_of_the_settings_and_conditions_hold() -> None:
     [
         ({"droput": 0.1}, ["droput", "'dropout'"]),
         ({"batch_size": 17}, ["batch_size", "17", "16, 32, 64"]),
-        ({"dense": "[1]"}, ["dense", "'[1]'", "[], [256], [512, 256]"]),
         ({"dropout": "x"}, ["dropout", "'x'"]),
-        ({"dropout": None}, ["dropout", "None"]),
         ({"dropout": math.nan}, ["dropout", "nan"]),
         ({"rotation@ResNet50": 1.0, "rotation@DenseNet121|TinyCNN": 1.0}, ["rotation@DenseNet121|TinyCNN"]),
     ],
@@ -344,9 +298,8 @@ WILD = st.dictionaries(FIELDS, SCALARS | LISTS | RANGES, max_size=1)
 GOOD = tomllib.loads(FULL)
 WHENS = GOOD.pop("when")
 DECIDING = {field: GOOD[field] for field in ("backbone", "optimizer", "ema")}
-CONDITIONS = st.tuples(FIELDS, st.sampled_from(["true", "none", "ResNet50", "sgd|adam", "1e-3", "[]", ""])).map(
-    "=".join
-)
+WANTED = st.sampled_from(["true", "none", "ResNet50", "sgd|adam", "1e-3", "[]", ""])
+CONDITIONS = st.sampled_from(list(WHENS)) | st.tuples(FIELDS, WANTED).map("=".join) | st.text()
 
 
 def some(table: Mapping[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -357,27 +310,18 @@ def merge(*parts: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[s
     return st.tuples(*parts).map(lambda tables: {key: value for table in tables for key, value in table.items()})
 
 
-def read_or_refuse(table: dict[str, Any], base: TrainSettings) -> tuple[Space | None, str]:
-    try:
-        return Space.read(table, base, SIZES), ""
-    except ConfigError as error:
-        return None, str(error)
-
-
 @settings(max_examples=100)
 @given(
     merge(st.sampled_from([{}, DECIDING]), some(GOOD), WILD),
-    some(WHENS)
-    | st.dictionaries(
-        st.sampled_from(list(WHENS)) | CONDITIONS | st.text(), merge(some(GOOD), WILD) | SCALARS, max_size=2
-    ),
+    some(WHENS) | st.dictionaries(CONDITIONS, merge(some(GOOD), WILD) | SCALARS, max_size=2),
     st.integers(1, 3),
 )
 def test_any_table_gives_valid_settings_or_one_line(table: dict[str, Any], whens: dict[str, Any], workers: int) -> None:
     base = TrainSettings(workers=workers)
-    space, message = read_or_refuse({**table, "when": whens} if whens else table, base)
-    if space is None:
-        assert len(message.splitlines()) == 1
+    try:
+        space = Space.read({**table, "when": whens} if whens else table, base, SIZES)
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017
         return
     json.dumps(space.describe())
     for params in draw(space, 3):
@@ -402,56 +346,38 @@ def test_a_range_has_any_number_of_whole_steps(first: int, stride: int, count: i
 
 
 def test_default_space() -> None:
-    space = Space.read({}, BASE, SIZES)
-    assert space == Space.read(default_space(BASE, SIZES), BASE, SIZES)
-    assert space.backbones == ("ResNet50", "DenseNet121")
-    assert space.conditional
-    assert space.names == space.fields
-    assert {"size", "batch_size", "dense", "weight_decay", "focal_gamma"} < set(space.fields)
-    for params in draw(space, 100):
-        values = space.values(params)
-        assert ("weight_decay" in values) == (values["optimizer"] == "adamw")
-        assert ("focal_gamma" in values) == (values["loss"] == "focal")
-        assert ("dense" in values) == (values["backbone"] == "ResNet50")
-    assert "size" not in Space.read({}, BASE, [224]).fields
+    assert read("") == Space.read(default_space(BASE, SIZES), BASE, SIZES)
+    assert {"size", "batch_size", "dense", "weight_decay", "focal_gamma"} < set(read("").fields)
+    assert "size" not in read("", sizes=[224]).fields
     assert default_space(TrainSettings(workers=32), SIZES)["batch_size"] == [32, 64]
-    assert "batch_size" not in Space.read({}, TrainSettings(workers=3), SIZES).fields
+    assert "batch_size" not in read("", TrainSettings(workers=3)).fields
 
 
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: known["backbone"])
 def test_known_configurations_are_points_of_the_default_space(known: Mapping[str, Any]) -> None:
-    space = Space.read({}, BASE, SIZES)
+    space = read("")
     params, left_out = space.point(known, "known")
     assert left_out == []
     assert space.values(params) == known
-    BASE.replace(**known)
     params, left_out = read("optimizer = ['sgd']\nloss = ['bce', 'weighted_bce']").point(known, "x", strict=False)
     assert params == {"loss": known["loss"]}
     assert left_out == [field for field in known if field != "loss"]
 
 
-POINT = {
-    "dense": [512, 256],  # before the backbone that decides whether it is searched
-    "backbone": "ResNet50",
-    "rotation": 3,
-    "dropout": 0.3,
-    "ema": "none",
-    "zoom": 0.05,
-    "batch_size": 64,
-    "learning_rate": 1e-5,
-    "flip": False,
-}
+#: Dense layers stand before the backbone that decides whether they are searched.
+POINT = {"dense": [512, 256], "backbone": "ResNet50", "rotation": 3, "dropout": 0.3, "ema": "none", "zoom": 0.05}
+POINT |= {"batch_size": 64, "learning_rate": 1e-5, "flip": False}
 
 
 def test_the_next_trial_has_the_values_of_an_enqueued_point() -> None:
     space = read(FULL)
     params, left_out = space.point(POINT, "here")
     assert left_out == []
-    expected = {**POINT, "dense": "[512, 256]", "ema": None, "rotation@ResNet50": 3.0}
-    del expected["rotation"]
-    assert params == expected
+    searched = {"dense": "[512, 256]", "ema": None, "rotation@ResNet50": 3.0}
+    assert params == {name: value for name, value in POINT.items() if name != "rotation"} | searched
     assert type(params["rotation@ResNet50"]) is float
     assert space.point({**POINT, "ema": None}, "here")[0] == params
+    assert space.point({"dense": [256], "backbone": "ResNet50V2"}, "", strict=False) == ({}, ["dense", "backbone"])
     study = new_study()
     for _ in range(2):
         study.enqueue_trial(params)
@@ -466,19 +392,14 @@ def test_the_next_trial_has_the_values_of_an_enqueued_point() -> None:
     ("changes", "words"),
     [
         ({"droput": 0.1}, "'dropout'"),
-        ({"epochs": 3}, ""),
         ({"momentum": 0.9}, "optimizer=sgd"),
-        ({"momentum": 0.9, "optimizer": "adam"}, "optimizer=sgd"),
         ({"momentum": 0.4, "optimizer": "sgd"}, "0.5 to"),
         ({"momentum": 1.5, "optimizer": "sgd"}, "1.5"),
         ({"rotation": 11}, "0.0 to 10.0"),
-        ({"batch_size": 48}, "16, 32, 64"),
         ({"dropout": 0.25}, "0.0 to 0.5 in steps of 0.1"),
-        ({"dense": [256, 512]}, "[], [256], [512, 256]"),
         ({"dense": 256}, "256"),
         ({"clip_norm": None, "optimizer": "adam"}, "none"),
         ({"size": 300}, "224, 320"),
-        ({"size": None}, "none"),
         ({"a\nb": 1}, "a b"),
     ],
 )
@@ -495,40 +416,28 @@ def test_a_point_outside_the_space_is_refused_or_left_out(changes: dict[str, Any
     params, left_out = space.point(values, "runs/a", strict=False)
     assert left_out == [bad]
     assert set(space.values(params)) == set(values) - {bad}
-    # Dense layers are searched with a ResNet50 only.
-    params, left_out = read(FULL).point({"dense": [256], "backbone": "ResNet50V2"}, "here", strict=False)
-    assert (params, left_out) == ({}, ["dense", "backbone"])
-
-
-def test_equal_spaces_have_equal_descriptions() -> None:
-    description = read(FULL).describe()
-    assert json.loads(json.dumps(description)) == description
-    assert list(description) == list(read(FULL).names)
-    other = (
-        FULL.replace('"prepared"', "[320, 224]")
-        .replace("low = 0, high = 2 }", "high = 2.0, low = 0.0, log = false }")
-        .replace('"none", 0.99', '"null", 0.99')
-        .replace("adam|adamw", "adamw | adam")
-        .replace("frozen_epochs = { low = 1,", "frozen_epochs = { low = 1.0,")
-    )
-    assert other != FULL
-    assert read(other).describe() == description
-    assert read(other) == read(FULL)
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("old", "new", "is_equal"),
     [
-        ("[16, 32, 64]", "[16, 32]"),
-        ("[16, 32, 64]", "[16, 64, 32]"),
-        ("high = 0.5, step = 0.1", "high = 0.4, step = 0.1"),
-        (", step = 0.1", ""),
-        ("3e-3, log = true", "3e-3"),
-        ("adam|adamw", "adamw"),
-        ('"prepared"', "[224]"),
-        ("zoom", "shift"),
+        ('"prepared"', "[320, 224]", True),
+        ("low = 0, high = 2 }", "high = 2.0, low = 0.0, log = false }", True),
+        ('"none", 0.99', '"null", 0.99', True),
+        ("adam|adamw", "adamw | adam", True),
+        ("[16, 32, 64]", "[16, 32]", False),
+        ("[16, 32, 64]", "[16, 64, 32]", False),
+        ("high = 0.5, step = 0.1", "high = 0.4, step = 0.1", False),
+        (", step = 0.1", "", False),
+        ("3e-3, log = true", "3e-3", False),
+        ("adam|adamw", "adamw", False),
+        ("zoom", "shift", False),
     ],
 )
-def test_other_spaces_have_other_descriptions(old: str, new: str) -> None:
+def test_equal_spaces_have_equal_descriptions(old: str, new: str, is_equal: bool) -> None:
     assert FULL.count(old) == 1
-    assert read(FULL.replace(old, new)).describe() != read(FULL).describe()
+    space, other = read(FULL), read(FULL.replace(old, new))
+    description = space.describe()
+    assert json.loads(json.dumps(description)) == description
+    assert list(description) == list(space.names)
+    assert (other.describe() == description, other == space) == (is_equal, is_equal)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import signal
@@ -27,12 +26,7 @@ pytestmark = pytest.mark.ray
 
 #: Two small backbones stand in for ResNet and DenseNet; dense layers are searched with the first only.
 SHORT = """
-[train]
-weights = "none"
-size = 64
-epochs = 1
-batch_size = 16
-min_positives = 2
+train = { weights = "none", size = 64, epochs = 1, batch_size = 16, min_positives = 2 }
 [tune]
 trials = 2
 scheduler = "none"
@@ -49,13 +43,7 @@ dense = [[], [16]]
 #: Trial 0 learns, trial 1 has another backbone, trial 2 starts from weights that are not numbers, and the learning rate
 #: of trial 3 is too high.
 LONG = """
-[train]
-weights = "none"
-size = 64
-epochs = 5
-batch_size = 8
-min_positives = 2
-pooling = "avgmax"
+train = { weights = "none", size = 64, epochs = 5, batch_size = 8, min_positives = 2, pooling = "avgmax" }
 [tune]
 trials = 4
 grace_epochs = 2
@@ -77,15 +65,14 @@ def read_rows(out: Path) -> pd.DataFrame:
     return pq.read_table(out / "trials.parquet").to_pandas().set_index("number")
 
 
-def load_trials(out: Path) -> tuple[optuna.Study, list[optuna.trial.FrozenTrial]]:
+def load_study(out: Path) -> optuna.Study:
     storage = f"sqlite:///{out / 'study.db'}"
     (name,) = optuna.get_all_study_names(storage)
-    study = optuna.load_study(study_name=name, storage=storage)
-    return study, study.trials
+    return optuna.load_study(study_name=name, storage=storage)
 
 
 def check_bundle(out: Path, prepared: Path) -> int:
-    """Check that the bundle is that of the best trial and can predict; return the trial's number."""
+    """Check that the bundle is that of the best trial, whose number is returned, and can predict."""
     rows = read_rows(out)
     best = rows.loc[rows["state"] != "failed", "val_auroc"].idxmax()
     bundle = ray_cxr.load_bundle(out / "bundle")
@@ -94,8 +81,7 @@ def check_bundle(out: Path, prepared: Path) -> int:
     assert bundle.info["provenance"]["validation"]["macro_auroc"] == rows.loc[best, "val_auroc"]
     assert bundle.architecture.backbone == rows.loc[best, "backbone"]
     assert len(bundle.predict(PreparedSet(prepared, 64).load("val").images[:3])) == 3
-    # No other checkpoints are needed.
-    assert [path.parent.name for path in out.glob("trials/*/ray")] == [f"{best:04d}"]
+    assert [path.parent.name for path in out.glob("trials/*/ray")] == [f"{best:04d}"]  # no other checkpoints
     return int(best)
 
 
@@ -108,48 +94,29 @@ def test_tune_compares_two_backbones(ray_here: None, prepared: Path, tmp_path: P
     assert rows["state"].tolist() == ["finished"] * 2
     assert rows["backbone"].tolist() == ["TinyCNN", "MobileNetV3Small"]
     assert rows["param_dense"].fillna("none").tolist() == ["[16]", "none"]
-    assert [trial.value for trial in load_trials(out)[1]] == rows["val_auroc"].tolist()
+    assert [trial.value for trial in load_study(out).trials] == rows["val_auroc"].tolist()
     best = check_bundle(out, prepared)
     chosen = config.load(out / "best.toml").train
     assert (chosen.backbone, chosen.learning_rate) == tuple(rows.loc[best, ["backbone", "param_learning_rate"]])
-    page = (out / "report.html").read_text(encoding="utf-8")
-    assert "TinyCNN" in page
-    assert "MobileNetV3Small" in page
-    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    assert (summary["trials_over"], summary["best_number"]) == (2, best)
+    assert "MobileNetV3Small" in (out / "report.html").read_text(encoding="utf-8")
     # The same command does nothing, and another search is refused.
     before = (out / "bundle" / "SHA256SUMS").stat().st_mtime_ns
-    code, printed, err = command("tune", prepared, "--out", out, "--config", settings)
+    code, _, err = command("tune", prepared, "--out", out, "--config", settings)
     assert code == 0, err
-    assert str(out) in printed
     assert (out / "bundle" / "SHA256SUMS").stat().st_mtime_ns == before
-    other = tmp_path / "other.toml"
-    other.write_text(SHORT.replace("high = 1.0", "high = 2.0"), encoding="utf-8")
-    for options, named in (
-        (["--config", other], "space.learning_rate"),
-        (["--config", settings, "--set", "train.label_smoothing=0.1"], "train.label_smoothing 0.0 (now 0.1)"),
-        (["--resume", "--set", "scheduler=median"], "tune.scheduler none (now median)"),
-    ):
-        code, _, err = command("tune", prepared, "--out", out, *options)
-        assert (code, err.count("\n")) == (2, 1)
-        assert named in err
+    code, _, err = command("tune", prepared, "--out", out, "--resume", "--set", "scheduler=median")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "tune.scheduler none (now median)" in err
 
 
 class Study(NamedTuple):
-    """A search that was killed and resumed.
-
-    Attributes:
-        prepared, out: folders.
-        printed: the output of the last run.
-        left: the trial that the kill interrupted.
-        written: when the trials were written that were done before.
-    """
+    """A search that was killed and resumed."""
 
     prepared: Path
     out: Path
-    printed: str
-    left: int
-    written: dict[int, float]
+    printed: str  # by the last run
+    left: int  # the trial that the kill interrupted
+    written: dict[int, float]  # when the trials were written that were done before
 
 
 def write_nan_weights(path: Path) -> Path:
@@ -204,10 +171,7 @@ def study(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Study:
     code, interrupted = run_until("epoch 1 of 5", signal.SIGINT)
     assert code == 130, interrupted
     assert "Traceback" not in interrupted
-    assert "Resume experiment with" not in interrupted
-    assert (out / "best.toml").exists()
-    assert (out / "report.html").exists()
-    assert (out / "bundle").exists()
+    assert all((out / name).exists() for name in ("best.toml", "report.html", "bundle"))
     code, killed = run_until(r"is (finished|stopped)(.|\n)*, epoch [1-4] of 5", signal.SIGKILL)
     assert code == -signal.SIGKILL
     left = int(re.findall(r"trial (\d+), epoch", killed)[-1])
@@ -242,12 +206,11 @@ def test_failed_and_stopped_trials_are_recorded(study: Study) -> None:
     assert rows.loc[2, "reason"].startswith("the loss is nan")
     assert 2 <= rows.loc[3, "epochs"] < 5  # it trains until the decision arrives
     assert rows.loc[3, "val_auroc"] < rows.loc[0, "val_auroc"]
-    _, trials = load_trials(study.out)
+    trials = load_study(study.out).trials
     assert [trial.state.name for trial in trials][2:] == ["FAIL", "PRUNED"]
     assert trials[0].value == rows.loc[0, "val_auroc"]
     aurocs = [point["val_auroc"] for point in rows.loc[3, "curve"]]
     assert trials[3].intermediate_values == {epoch: max(aurocs[:epoch]) for epoch in (1, 2)}
-    assert "the loss is nan" in (study.out / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.long
@@ -264,12 +227,9 @@ def test_training_with_best_toml_repeats_the_best_trial(study: Study, tmp_path: 
 @pytest.mark.long
 def test_two_objectives_and_two_workers_per_trial(ray_here: None, prepared: Path, tmp_path: Path, command) -> None:
     """The speed of the exported model is an objective, and Optuna's best trials are the front."""
-    settings = [
-        *("train.backbone=TinyCNN", "train.weights=none", "train.size=64", "train.epochs=1", "train.batch_size=16"),
-        *("objectives=['images_per_second', 'auroc']", "trials=2", "scheduler=none", "known=false"),
-        "space={dense=[[], [512, 512]]}",
-        "enqueue=[{dense=[]}, {dense=[512, 512]}]",
-    ]
+    settings = ["train.backbone=TinyCNN", "train.weights=none", "train.size=64", "train.epochs=1", "known=false"]
+    settings += ["train.batch_size=16", "objectives=['images_per_second', 'auroc']", "trials=2", "scheduler=none"]
+    settings += ["space={dense=[[], [512, 512]]}", "enqueue=[{dense=[]}, {dense=[512, 512]}]"]
     out = tmp_path / "study"
     options = [part for setting in settings for part in ("--set", setting)]
     code, printed, err = command("tune", prepared, "--out", out, "--workers", 2, *options)
@@ -279,10 +239,9 @@ def test_two_objectives_and_two_workers_per_trial(ray_here: None, prepared: Path
     assert rows["state"].tolist() == ["finished"] * 2
     assert (rows["images_per_second"] > 0).all()
     assert len(list((out / "speeds").iterdir())) == 2
-    study, trials = load_trials(out)
+    study = load_study(out)
     assert study.metric_names == ["auroc", "images_per_second"]
-    values = [trial.values for trial in trials]  # noqa: PD011
+    values = [trial.values for trial in study.trials]  # noqa: PD011
     assert values == rows[["val_auroc", "images_per_second"]].to_numpy().tolist()
     front = {a for a in (0, 1) if not all(x <= y for x, y in zip(values[a], values[1 - a], strict=True))}
     assert {trial.number for trial in study.best_trials} == front
-    assert "Pareto" in (out / "report.html").read_text(encoding="utf-8")
