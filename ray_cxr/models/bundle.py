@@ -116,7 +116,8 @@ class Bundle:
 
     def model_json(self) -> dict[str, Any]:
         """What a score folder keeps of the bundle as `model.json`."""
-        return {"digest": self.digest, **self.info, "curves": json.loads((self.path / "curves.json").read_text(encoding="utf-8"))}
+        curves = json.loads((self.path / "curves.json").read_text(encoding="utf-8"))
+        return {"digest": self.digest, **self.info, "curves": curves}
 
     def predict(
         self, images: Sequence[str | Path | np.ndarray] | np.ndarray, *, batch_size: int = 4, precision: str = "auto"

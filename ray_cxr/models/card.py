@@ -411,7 +411,8 @@ def _precisions(info: Mapping[str, Any]) -> list[str]:
     for name in ("fp32", "bf16"):
         row = runtimes[name]
         if row["accepted"] is None:
-            lines.append(f"- {name}: not measured, the machine that made the bundle has none; `auto` does not take it.")
+            why = row.get("reason", "the machine that made the bundle has none")
+            lines.append(f"- {name}: not measured, {why}; `auto` does not take it.")
             continue
         refusal = "" if row["accepted"] else ": **refused**"
         lines.append(

@@ -134,7 +134,7 @@ def export(
 
 def _reason(error: Exception, folder: Path) -> str:
     """One line of an error's text, without the temporary folder that a bundle is written in."""
-    return runtime.reason(error).replace(f"{folder}/", "")
+    return runtime.reason(RuntimeError(str(error).replace(f"{folder}/", "")))
 
 
 def drift(found: np.ndarray, expected: np.ndarray) -> float:

@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -22,6 +20,7 @@ from ray_cxr.errors import BundleError, ConfigError, OutputError
 from ray_cxr.evaluation.calibration import Calibration
 from ray_cxr.models import bundle as bundles
 from ray_cxr.models import predictions
+from ray_cxr.models.card import model_card
 
 #: Files that `exports` adds to a bundle that was made without images.
 EXPORTED = ("golden.npz", "openvino.bin", "openvino.xml")
@@ -64,9 +63,7 @@ def test_bundle_is_read_as_written_and_never_overwritten(tiny_bundle, copy: Path
     from conftest import make_tiny_bundle
 
     again = ray_cxr.load_bundle(copy)
-    assert again.digest == tiny_bundle.digest
-    assert again.findings == ray_cxr.FINDINGS
-    assert again.input_spec.size == 64
+    assert (again.digest, again.findings, again.input_spec.size) == (tiny_bundle.digest, ray_cxr.FINDINGS, 64)
     assert again.files == {*bundles.FILES, *EXPORTED}
     assert {file.name for file in copy.iterdir()} == {*again.files, bundles.SUMS}
     with pytest.raises(OutputError, match=str(copy)):
@@ -86,32 +83,29 @@ def test_changed_or_missing_file_is_refused(copy: Path, name: str) -> None:
 
 
 def test_missing_checksums_and_foreign_files_are_refused(copy: Path, tmp_path: Path) -> None:
+    def refused(reason: str, path: Path = copy) -> None:
+        with pytest.raises(BundleError, match=reason):
+            ray_cxr.load_bundle(path)
+
     (copy / "extra.py").write_text("raise SystemExit(1)", encoding="utf-8")
-    with pytest.raises(BundleError, match=r"extra\.py"):
-        ray_cxr.load_bundle(copy)
+    refused(r"extra\.py")
     reseal(copy)
-    with pytest.raises(BundleError, match=r"extra\.py"):
-        ray_cxr.load_bundle(copy)
+    refused(r"extra\.py")
     (copy / "extra.py").unlink()
     reseal(copy)
     shutil.move(copy / "config.toml", tmp_path / "config.toml")
     (copy / "config.toml").symlink_to(tmp_path / "config.toml")
-    with pytest.raises(BundleError, match=r"config\.toml"):
-        ray_cxr.load_bundle(copy)
+    refused(r"config\.toml")
     (tmp_path / "outside").write_text("x", encoding="utf-8")
     with open(copy / bundles.SUMS, "a", encoding="utf-8") as stream:
         stream.write(f"{hashlib.sha256(b'x').hexdigest()}  ../outside\n")
-    with pytest.raises(BundleError, match=f"{bundles.SUMS} is damaged"):
-        ray_cxr.load_bundle(copy)
+    refused(f"{bundles.SUMS} is damaged")
     (copy / bundles.SUMS).unlink()
-    with pytest.raises(BundleError, match=f"no {bundles.SUMS}"):
-        ray_cxr.load_bundle(copy)
+    refused(f"no {bundles.SUMS}")
     for path in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(BundleError, match=f"{path}: .*name a bundle"):
-            ray_cxr.load_bundle(path)
+        refused(f"{path}: .*name a bundle", path)
 
 
-POINT = {"threshold": 0.25, "sensitivity": 0.9, "specificity": 0.4}
 NONE = dict.fromkeys(ray_cxr.FINDINGS)
 FP32 = {"largest_drift": 0.0, "tolerance": 0.001, "accepted": True}
 BF16 = {"largest_drift": None, "tolerance": 0.02, "accepted": None}
@@ -122,21 +116,14 @@ BF16 = {"largest_drift": None, "tolerance": 0.02, "accepted": None}
     [
         ({"format": bundles.FORMAT + 1}, "format 2.*newer ray-cxr"),
         ({"findings": ["Effusion"]}, "findings do not agree"),
-        ({"findings": [*reversed(ray_cxr.FINDINGS)]}, "findings do not agree"),
         ({"findings": ["Fracture", *ray_cxr.FINDINGS[1:]]}, "findings do not agree"),
         ({"calibration": NONE | {"Effusion": {"method": "platt", "slope": -1.0, "intercept": 0.0}}}, "damaged"),
         ({"calibration": NONE | {"Effusion": {"method": "temperature", "slope": 0.5, "intercept": 0.1}}}, "damaged"),
-        ({"operating_points": NONE | {"Effusion": {"threshold": "abc"}}}, "operating points"),
         ({"operating_points": NONE | {"Effusion": {"threshold": 1.0}}}, "operating points"),
         ({"operating_points": NONE | {"Effusion": {"threshold": 0.0}}}, "operating points"),
-        ({"operating_points": NONE | {"Effusion": {"threshold": None}}}, "operating points"),
         ({"operating_alternatives": []}, "damaged: operating_alternatives"),
-        ({"operating_alternatives": {"Effusion": {}}}, "damaged: operating_alternatives"),
         ({"operating_alternatives": NONE}, "damaged: operating_alternatives"),
         ({"operating_alternatives": {name: {"youden": {"threshold": 2.0}} for name in NONE}}, "damaged"),
-        ({"operating_alternatives": {name: {"youden": 0.5} for name in NONE}}, "damaged"),
-        ({"rule_notes": "none"}, "damaged: rule_notes"),
-        ({"rule_notes": {"Effusion": None}}, "damaged: rule_notes"),
         ({"rule_notes": dict.fromkeys(NONE, 3)}, "damaged: rule_notes"),
         ({"runtimes": None}, "damaged: runtimes"),
         ({"runtimes": {"fp32": FP32}}, "damaged: runtimes are for fp32"),
@@ -145,10 +132,7 @@ BF16 = {"largest_drift": None, "tolerance": 0.02, "accepted": None}
         ({"runtimes": {"fp32": {**FP32, "accepted": 1}, "bf16": BF16}}, "accepted of fp32"),
         ({"runtimes": {"fp32": FP32, "bf16": {**BF16, "accepted": False}}}, "not a number"),
         ({"runtimes": {"fp32": {**FP32, "largest_drift": float("nan")}, "bf16": BF16}}, "not a number"),
-        ({"runtimes": {"fp32": {**FP32, "tolerance": "0.1"}, "bf16": BF16}}, "not a number"),
-        ({"runtimes": {"fp32": FP32, "bf16": {"accepted": None}}}, "largest_drift"),
         ({"runtimes": {"fp32": FP32, "bf16": BF16, "int8": FP32}}, r"golden-int8\.npz; .*openvino-int8"),
-        ({"quality": {}}, "expected_rates"),
         ({"quality": "none"}, "quality is not an object"),
         ({"quality": {"lacking": None}}, "lacking is not a text"),
         ({"quality": {"expected_rates": {"lateral": "few"}}}, "not a number"),
@@ -163,6 +147,11 @@ def test_damaged_entries_are_refused_even_when_resealed(copy: Path, changes: dic
 
 
 def test_entries_and_files_must_agree_even_when_resealed(copy: Path) -> None:
+    (copy / "quality.npz").write_bytes(b"")
+    reseal(copy)
+    with pytest.raises(BundleError, match=r"nothing .* quality\.npz"):
+        ray_cxr.load_bundle(copy)
+    (copy / "quality.npz").unlink()
     for name in EXPORTED:
         data = (copy / name).read_bytes()
         (copy / name).unlink()
@@ -170,11 +159,6 @@ def test_entries_and_files_must_agree_even_when_resealed(copy: Path) -> None:
         with pytest.raises(BundleError, match=f"SHA256SUMS does not list {name}"):
             ray_cxr.load_bundle(copy)
         (copy / name).write_bytes(data)
-    (copy / "quality.npz").write_bytes(b"")
-    reseal(copy)
-    with pytest.raises(BundleError, match=r"nothing .* quality\.npz"):
-        ray_cxr.load_bundle(copy)
-    (copy / "quality.npz").unlink()
     edit(copy, "runtimes")
     with pytest.raises(BundleError, match=r"nothing .* openvino\.bin"):
         ray_cxr.load_bundle(copy)
@@ -187,41 +171,27 @@ def test_weights_of_another_architecture_are_refused(tiny_bundle, copy: Path) ->
         ray_cxr.load_bundle(copy).model()
 
 
-def test_temperature_is_read(tiny_bundle, copy: Path) -> None:
+def test_alternatives_and_notes_are_kept_and_shown_in_the_card(tiny_bundle, copy: Path) -> None:
+    info, (first, second, *rest) = tiny_bundle.info, tiny_bundle.findings
+    assert not {"operating_alternatives", "rule_notes"} & set(info)
+    assert "other rules" not in model_card(info, [])
+    point = {"threshold": 0.25, "sensitivity": 0.9, "specificity": 0.4}
     cool = {"method": "temperature", "slope": 0.5, "intercept": 0.0}
-    edit(copy, calibration={**tiny_bundle.info["calibration"], "Effusion": cool})
-    assert ray_cxr.load_bundle(copy).rules.calibrations["Effusion"] == Calibration.from_dict(cool)
-
-
-def test_alternatives_and_notes_are_kept_and_shown_in_the_card(tiny_bundle, tmp_path: Path) -> None:
-    assert not {"operating_alternatives", "rule_notes"} & set(tiny_bundle.info)
-    assert "other rules" not in (tiny_bundle.path / "MODEL_CARD.md").read_text(encoding="utf-8")
-    first, second, *rest = tiny_bundle.findings
-    points = {name: {"specificity=0.9": POINT if name == second else None} for name in tiny_bundle.findings}
-    notes = NONE | {first: "3 positives, needs 5"}
-    info = tiny_bundle.info
-    bundle = bundles.write_bundle(
-        tmp_path / "b",
-        save_weights=lambda path: shutil.copyfile(tiny_bundle.path / bundles.WEIGHTS, path),
-        architecture=tiny_bundle.architecture,
-        input_spec=tiny_bundle.input_spec,
-        **{name: info[name] for name in ("calibration", "operating_points", "expected_flag_rates", "provenance")},
-        config_toml="",
-        curves=[],
-        split=pq.read_table(tiny_bundle.path / "split.parquet"),
-        operating_alternatives=points,
-        rule_notes=notes,
-        like=tiny_bundle,
-    )
-    assert bundle.info["operating_alternatives"] == points
-    assert bundle.info["rule_notes"] == bundle.model_json()["rule_notes"] == notes
-    card = (bundle.path / "MODEL_CARD.md").read_text(encoding="utf-8").splitlines()
+    added = {
+        "operating_alternatives": {name: {"specificity=0.9": point if name == second else None} for name in NONE},
+        "rule_notes": NONE | {first: "3 positives, needs 5"},
+        "calibration": {**info["calibration"], "Effusion": cool},
+    }
+    edit(copy, **added)
+    bundle = ray_cxr.load_bundle(copy)
+    assert {name: bundle.model_json()[name] for name in added} == added
+    assert bundle.rules.calibrations["Effusion"] == Calibration.from_dict(cool)
+    card = model_card(bundle.info, []).splitlines()
     table = card.index("| finding | specificity=0.9 |")
     assert card[table + 2 : table + 4] == [f"| {second} | 0.2500 (0.900, 0.400) |", ""]
     assert f"- {first}: 3 positives, needs 5." in card
     # Findings without a note are listed too.
-    uncalibrated = [name for name in rest if info["operating_points"][name] and not info["calibration"][name]]
-    assert len(uncalibrated) > 1
+    uncalibrated = [name for name in rest if info["operating_points"][name] and not bundle.info["calibration"][name]]
     assert f"- {', '.join(uncalibrated)}: no calibration: not fitted." in card
 
 
@@ -235,37 +205,27 @@ def test_older_bundle_runs_in_keras(tiny_bundle, copy: Path) -> None:
     now, before = tiny_bundle.predict(pixels(3), precision="fp32"), old.predict(pixels(3))
     np.testing.assert_allclose(now[P].to_numpy(), before[P].to_numpy(), rtol=0, atol=1e-5)
     assert before["quality_flag"].isna().all()
-    for precision in ("bf16", "int8"):
-        with pytest.raises(ConfigError, match=f"--precision {precision}"):
-            old.predict(pixels(3), precision=precision)
+    with pytest.raises(ConfigError, match="--precision bf16"):
+        old.predict(pixels(3), precision="bf16")
 
 
-def test_predict_returns_score_columns_in_order_and_errors_as_rows(tiny_bundle, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_predict_gives_what_keras_gives_in_order_with_errors_as_rows(tiny_bundle, tmp_path: Path) -> None:
     good = np.random.default_rng(0).integers(0, 256, (100, 80), dtype=np.uint8)
     Image.fromarray(good).save(tmp_path / "good.png")
     (tmp_path / "text.png").write_text("no image", encoding="utf-8")
-    images = [tmp_path / "good.png", str(tmp_path / "text.png"), good, tmp_path / "none.png"]
-    frame = tiny_bundle.predict(images, precision="fp32")
+    images = [tmp_path / "good.png", str(tmp_path / "text.png"), pixels(1)[0], tmp_path / "none.png"]
+    copy = pickle.loads(pickle.dumps(tiny_bundle))
+    assert copy == tiny_bundle
+    frame = copy.predict(images, precision="fp32")
     assert list(frame.columns) == predictions.schema(tiny_bundle.findings).names
     assert frame["status"].tolist() == ["ok", "error", "ok", "error"]
     assert frame["error_code"].tolist()[1::2] == ["not_an_image", "missing"]
     assert frame["image_id"].tolist() == ["good.png", "text.png", "array_2", "none.png"]
-    np.testing.assert_allclose(*frame.loc[[0, 2], P].to_numpy(dtype=float), rtol=0, atol=1e-6)
-    assert frame.loc[1, [*P, "priority", "top_finding", "model_digest"]].isna().all()
-
-
-@pytest.mark.slow
-def test_predict_equals_keras_in_any_batch_and_process(tiny_bundle) -> None:
-    """An image's probabilities depend neither on the other images of its batch nor on pickling."""
-    images = [np.random.default_rng(2).integers(0, 256, (300, 200), dtype=np.uint8), *pixels(4)]
-    inputs = np.stack([imaging.resize(image, tiny_bundle.input_spec) for image in images])
+    inputs = np.stack([imaging.resize(image, tiny_bundle.input_spec) for image in (good, images[2])])
     expected = np.asarray(tiny_bundle.model()(inputs[..., None]))
-    together = tiny_bundle.predict(images, batch_size=4, precision="fp32")
-    np.testing.assert_allclose(together[P].to_numpy(), expected, rtol=0, atol=1e-5)
-    copy = pickle.loads(pickle.dumps(tiny_bundle))
-    assert copy == tiny_bundle
-    alone = pd.concat([copy.predict([image], batch_size=4, precision="fp32") for image in images])
-    np.testing.assert_allclose(together[P].to_numpy(), alone[P].to_numpy(), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(frame.loc[[0, 2], P].to_numpy(dtype=float), expected, rtol=0, atol=1e-5)
+    assert frame.loc[1, [*P, "priority", "top_finding", "model_digest"]].isna().all()
 
 
 @pytest.mark.slow
@@ -273,9 +233,8 @@ def test_predict_imports_neither_ray_nor_tensorflow(tiny_bundle) -> None:
     """Keras takes seconds to start; the bundle has a graph that needs none."""
     code = (
         "import sys, numpy as np, ray_cxr\n"
-        f"b = ray_cxr.load_bundle({str(tiny_bundle.path)!r})\n"
-        "f = b.predict(np.zeros((1, 64, 64), 'uint8') + np.arange(64, dtype='uint8'))\n"
-        "assert f['status'].tolist() == ['ok'], f\n"
+        f"frame = ray_cxr.load_bundle({str(tiny_bundle.path)!r}).predict(np.zeros((1, 64, 64), 'uint8'))\n"
+        "assert frame['status'].tolist() == ['ok'], frame\n"
         "assert not {'ray', 'tensorflow'} & set(sys.modules)\n"
         "assert sys.modules['openvino_telemetry'] is None\n"
     )

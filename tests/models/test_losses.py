@@ -17,18 +17,16 @@ ONES = np.ones(3, np.float32)
 #: Every kind: with whole and broken exponents, margins from 0 to 0.999, with and without label smoothing.
 CASES: list[dict[str, Any]] = [
     {"loss": "bce"},
-    {"loss": "bce", "label_smoothing": 0.1},
-    {"loss": "weighted_bce"},
     {"loss": "weighted_bce", "label_smoothing": 0.1},
-    {"loss": "focal"},
+    {"loss": "focal", "focal_gamma": 0.0},
     {"loss": "focal", "focal_gamma": 0.5},
     {"loss": "focal", "focal_gamma": 10.0, "label_smoothing": 0.2},
     {"loss": "asymmetric"},
     {"loss": "asymmetric", "asymmetric_gamma_positive": 1.0, "label_smoothing": 0.1},
     {"loss": "asymmetric", "asymmetric_gamma_positive": 0.3, "asymmetric_gamma_negative": 0.3},
     {"loss": "asymmetric", "asymmetric_gamma_negative": 0.0, "asymmetric_margin": 0.3},
+    {"loss": "asymmetric", "asymmetric_gamma_positive": 0.0, "asymmetric_gamma_negative": 0.0},
     {"loss": "asymmetric", "asymmetric_margin": 0.0},
-    {"loss": "asymmetric", "asymmetric_margin": 1e-6},
     {"loss": "asymmetric", "asymmetric_margin": 1e-300},
     {"loss": "asymmetric", "asymmetric_margin": 0.999},
 ]
@@ -59,16 +57,21 @@ def plain(case: dict[str, Any], y: np.ndarray, z: np.ndarray, weight: np.ndarray
 
 
 def value_and_gradient(
-    case: dict[str, Any], y: np.ndarray, z: np.ndarray, weight: np.ndarray, denominator: float
+    case: dict[str, Any], y: np.ndarray, z: np.ndarray, weight: np.ndarray, denominator: float, **graph: Any
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Run eagerly, or as the `tf.function` of these options."""
     loss = make_loss(TrainSettings(**case), *weights_of(case))
-    logits = tf.constant(z)
-    with tf.GradientTape() as tape:
-        tape.watch(logits)
-        value = loss(tf.constant(y), logits, tf.constant(weight), tf.constant(denominator, tf.float32))
-    assert value.dtype == tf.float32
-    assert value.shape == ()
-    return value.numpy(), tape.gradient(value, logits).numpy()
+
+    def run(labels: Any, logits: Any, mask: Any, count: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(logits)
+            value = loss(labels, logits, mask, count)
+        return value, tape.gradient(value, logits)
+
+    given = (*map(tf.constant, (y, z, weight)), tf.constant(denominator, tf.float32))
+    value, gradient = (tf.function(run, **graph) if graph else run)(*given)
+    assert (value.dtype, value.shape) == (tf.float32, ())
+    return value.numpy(), gradient.numpy()
 
 
 def batch(seed: int, rows: int = 6, spread: float = 3.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
@@ -86,8 +89,7 @@ def test_weights_balance_positives_and_negatives_of_a_finding() -> None:
     np.testing.assert_allclose(positive, [0.75, 1 / 3, 1], rtol=1e-6)
     np.testing.assert_allclose(negative, [0.25, 2 / 3, 0], rtol=1e-6)
     for kind in ("bce", "focal", "asymmetric"):
-        for side in finding_weights(values, kind):
-            assert (side.dtype, side.tolist()) == (np.float32, [1.0, 1.0, 1.0])
+        np.testing.assert_array_equal(finding_weights(values, kind), np.ones((2, 3)))
 
 
 @each_case
@@ -103,47 +105,24 @@ def test_value_and_gradient_are_those_of_the_plain_formula(case: dict[str, Any])
             assert gradient[place] == pytest.approx((up - down) / 2e-5, rel=1e-4, abs=1e-9), (seed, place)
 
 
-def test_values_worked_by_hand() -> None:
-    """p = 0.8, so log p = -0.223144 and log(1 - p) = -1.609438."""
-    z = np.float32([[np.log(4.0)]])
-    present, absent, one = np.float32([[1]]), np.float32([[0]]), np.float32([[1]])
-    unit = np.ones(1, np.float32)
-
-    def value(y: np.ndarray, positive: np.ndarray = unit, negative: np.ndarray = unit, **case: Any) -> Any:
-        return pytest.approx(float(make_loss(TrainSettings(**case), positive, negative)(y, z, one, 1.0)), rel=1e-5)
-
-    assert value(present, loss="bce") == 0.223144
-    assert value(absent, loss="bce", label_smoothing=0.1) == 0.1 * 0.223144 + 0.9 * 1.609438
-    sides = {"positive": np.float32([0.75]), "negative": np.float32([0.25]), "loss": "weighted_bce"}
-    assert value(present, **sides, label_smoothing=0.1) == 0.9 * 0.75 * 0.223144 + 0.1 * 0.25 * 1.609438
-    assert value(present, loss="focal") == 0.2**2 * 0.223144
-    assert value(absent, loss="focal") == 0.8**2 * 1.609438
-    # The shifted probability is 0.75, and -log 0.25 is 1.386294.
-    assert value(absent, loss="asymmetric") == 0.75**4 * 1.386294
-    assert value(present, loss="asymmetric", asymmetric_gamma_positive=1.0) == 0.2 * 0.223144
-
-
-UNFOCUSED = {"asymmetric_gamma_positive": 0.0, "asymmetric_gamma_negative": 0.0, "asymmetric_margin": 0.0}
-DOUBLE = {"asymmetric_gamma_positive": 2.0, "asymmetric_gamma_negative": 2.0, "asymmetric_margin": 0.0}
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(
-    ("degenerate", "simpler"),
+    ("label", "expected", "case"),
     [
-        ({"loss": "focal", "focal_gamma": 0.0}, {"loss": "bce"}),
-        ({"loss": "asymmetric", **UNFOCUSED}, {"loss": "bce"}),
-        ({"loss": "asymmetric", **DOUBLE}, {"loss": "focal", "focal_gamma": 2.0}),
+        (1, 0.223144, {"loss": "bce"}),
+        (0, 0.1 * 0.223144 + 0.9 * 1.609438, {"loss": "bce", "label_smoothing": 0.1}),
+        (1, 0.9 * 0.75 * 0.223144 + 0.1 * 0.25 * 1.609438, {"loss": "weighted_bce", "label_smoothing": 0.1}),
+        (1, 0.2**2 * 0.223144, {"loss": "focal"}),
+        (0, 0.8**2 * 1.609438, {"loss": "focal"}),
+        (0, 0.75**4 * 1.386294, {"loss": "asymmetric"}),
+        (1, 0.2 * 0.223144, {"loss": "asymmetric", "asymmetric_gamma_positive": 1.0}),
     ],
 )
-def test_degenerate_parameters_give_the_simpler_loss_to_the_bit(degenerate, simpler, smoothing: float) -> None:
-    data = batch(2, rows=64, spread=20.0)
-    for ours, theirs in zip(
-        value_and_gradient({**degenerate, "label_smoothing": smoothing}, *data),
-        value_and_gradient({**simpler, "label_smoothing": smoothing}, *data),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(ours, theirs)
+def test_values_worked_by_hand(label: int, expected: float, case: dict[str, Any]) -> None:
+    """p = 0.8: log p = -0.223144, log(1 - p) = -1.609438. Shifted by the margin it is 0.75; log 0.25 = -1.386294."""
+    one = np.ones((1, 1), np.float32)
+    sides = np.float32([[0.75], [0.25]] if case["loss"] == "weighted_bce" else [[1], [1]])
+    value = make_loss(TrainSettings(**case), *sides)(one * label, np.float32([[np.log(4.0)]]), one, 1.0)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
 
 
 EXTREME = np.float32([1e4, 1e3, 200, 104, 89, 88, 50, 17, 16, 3, 1, 1e-3, 1e-20, 1e-45, 0])
@@ -154,8 +133,7 @@ def test_extreme_logits_have_finite_loss_and_gradient(case: dict[str, Any]) -> N
     z = np.repeat(np.tile(np.concatenate([EXTREME, -EXTREME]), 2)[:, None], 3, axis=1)
     y = np.repeat(np.repeat(np.float32([0, 1]), len(z) // 2)[:, None], 3, axis=1)
     value, gradient = value_and_gradient(case, y, z, np.ones_like(z), 1.0)
-    assert np.isfinite(value)
-    assert value >= 0.0
+    assert 0.0 <= value < np.inf
     assert np.isfinite(gradient).all(), z[~np.isfinite(gradient)]
 
 
@@ -167,15 +145,6 @@ def test_confident_mistake_costs_its_logit_and_keeps_its_gradient(case: dict[str
         value, gradient = value_and_gradient(case, one * np.float32(label), one * np.float32(z), one, 3.0)
         assert value == pytest.approx(1e4)
         np.testing.assert_allclose(gradient, np.sign(z) / 3, rtol=1e-6)
-
-
-def test_asymmetric_ignores_only_negatives_below_the_margin() -> None:
-    """p = 0.0474 is below the margin of 0.05, p = 0.0522 is not."""
-    y, weight = np.zeros((2, 3), np.float32), np.ones((2, 3), np.float32)
-    z = np.float32([[-3.0] * 3, [-2.9] * 3])
-    _, gradient = value_and_gradient({"loss": "asymmetric", "asymmetric_gamma_negative": 0.0}, y, z, weight, 1.0)
-    assert (gradient[0] == 0.0).all()
-    assert (gradient[1] > 0.0).all()
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.1, 1.0, 4.0])
@@ -197,16 +166,14 @@ def test_masked_entries_reach_neither_value_nor_gradient(case: dict[str, Any]) -
     y, z, weight, denominator = batch(5)
     weight[:, 1] = 0.0
     clean = value_and_gradient(case, y, z, weight, denominator)
-    assert 0 < weight.sum() < 12
     for hidden in (np.nan, np.inf, -np.inf, -1.0, 1e38):
         dirty_y, dirty_z = np.where(weight, y, np.float32(hidden)), np.where(weight, z, np.float32(hidden))
         value, gradient = value_and_gradient(case, dirty_y, dirty_z, weight, denominator)
         np.testing.assert_array_equal(value, clean[0])
         np.testing.assert_array_equal(gradient, clean[1])
         assert (gradient[weight == 0] == 0.0).all()
-    empty, nothing = value_and_gradient(case, y * np.nan, z, weight * 0.0, 1.0)
-    assert empty == 0.0
-    assert (nothing == 0.0).all()
+    for nothing in value_and_gradient(case, y * np.nan, z, weight * 0.0, 1.0):
+        assert (nothing == 0.0).all()
     # A labelled entry hides nothing.
     z[tuple(np.argwhere(weight)[0])] = np.nan
     assert np.isnan(value_and_gradient(case, y, z, weight, denominator)[0])
@@ -229,16 +196,8 @@ def test_graphs_and_xla_equal_eager(jit: bool, cases: list[dict[str, Any]]) -> N
     y[weight == 0] = np.nan
     z[0], weight[0] = np.float32([1e4, -1e4, 0.0]), 1.0
     y[0] = np.float32([1, 0, 1])
-    losses = [make_loss(TrainSettings(**case), *weights_of(case)) for case in cases]
-
-    @tf.function(jit_compile=jit)
-    def run(labels: Any, logits: Any, mask: Any) -> Any:
-        with tf.GradientTape(persistent=True) as tape:
-            tape.watch(logits)
-            values = [loss(labels, logits, mask, denominator) for loss in losses]
-        return values, [tape.gradient(value, logits) for value in values]
-
-    for case, value, gradient in zip(cases, *run(*map(tf.constant, (y, z, weight))), strict=True):
+    for case in cases:
+        value, gradient = value_and_gradient(case, y, z, weight, denominator, jit_compile=jit)
         eager = value_and_gradient(case, y, z, weight, denominator)
         np.testing.assert_allclose(value, eager[0], rtol=1e-5, atol=1e-12, err_msg=str(case))
         np.testing.assert_allclose(gradient, eager[1], rtol=1e-4, atol=1e-8, err_msg=str(case))
@@ -246,7 +205,7 @@ def test_graphs_and_xla_equal_eager(jit: bool, cases: list[dict[str, Any]]) -> N
 
 def test_half_precision_logits_are_summed_in_float32() -> None:
     """The sum over a large batch would stand still in bfloat16: 256 + 1 is 256 there."""
-    y, z, weight = np.zeros((2000, 3), np.float32), np.zeros((2000, 3), np.float32), np.ones((2000, 3), np.float32)
-    value = make_loss(TrainSettings(loss="bce"), ONES, ONES)(y, tf.cast(z, tf.bfloat16), weight, 6000.0)
+    y, z = np.zeros((2000, 3), np.float32), tf.zeros((2000, 3), tf.bfloat16)
+    value = make_loss(TrainSettings(loss="bce"), ONES, ONES)(y, z, y + 1, 6000.0)
     assert value.dtype == tf.float32
     assert float(value) == pytest.approx(np.log(2), rel=1e-5)

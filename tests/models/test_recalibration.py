@@ -1,4 +1,4 @@
-"""Recalibration end to end: a site's scores and labels give a new bundle, or one line that names the problem."""
+"""Recalibration: a site's scores and labels give a new bundle, or one line that names the problem."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import io
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,10 +36,9 @@ TRAINED = "00000099_000.png"  # the image, of patient 99, that trained the tiny 
 
 
 class Site:
-    """A hospital's 240 images, two per patient, with labels and with scores that are far too low.
+    """A hospital's 240 images, two per patient, with labels (-1: null) and with scores that are far too low.
 
-    Labels are int8 [N,15] with -1 for null: a fifth of COMMON is null, RARE has three positives, UNLABELLED has no
-    label. The tiny bundle has a calibration for CALIBRATED, and none for COMMON.
+    A fifth of COMMON is null, RARE has three positives, UNLABELLED no label. The bundle calibrates only CALIBRATED.
     """
 
     def __init__(self, home: Path, bundle: Bundle) -> None:
@@ -143,18 +140,13 @@ def test_rules_are_fitted_on_the_sites_labels(finished: Recalibrated) -> None:
     site, new, _ = finished
     y = site.labels[:, [LABELS.index(name) for name in FINDINGS]]
     rules = calibration.fit_rules(y, site.p, FINDINGS, method="platt", rule="youden", min_positives=5)
-    for name, expected in (
-        ("operating_points", rules.operating_points),
-        ("expected_flag_rates", rules.expected_flag_rates),
-        ("operating_alternatives", rules.alternatives),
-        ("rule_notes", rules.reasons),
-    ):
-        assert new.info[name] == expected
+    assert new.info["operating_points"] == rules.operating_points
+    assert new.info["expected_flag_rates"] == rules.expected_flag_rates
+    assert new.info["operating_alternatives"] == rules.alternatives
     for name, fitted in rules.calibrations.items():
         assert new.info["calibration"][name] == pytest.approx(fitted)
-    assert new.info["rule_notes"][RARE] == "3 positives, needs 5"
+    assert new.info["rule_notes"] == rules.reasons
     assert {name for name, reason in new.info["rule_notes"].items() if reason} == {RARE, UNLABELLED}
-    assert set(new.info["operating_alternatives"][COMMON]) == {"sensitivity=0.9", "specificity=0.9"}
 
 
 def test_provenance_compares_the_rules_before_and_after(finished: Recalibrated) -> None:
@@ -176,7 +168,7 @@ def test_provenance_compares_the_rules_before_and_after(finished: Recalibrated) 
     assert (rows[COMMON]["n"], rows[COMMON]["brier_before"]) == (N * 4 // 5, None)
 
 
-def test_provenance_names_the_sources_and_keeps_the_old_rules(finished: Recalibrated) -> None:
+def test_provenance_names_the_sources_and_keeps_the_old_rules(finished: Recalibrated, tmp_path: Path) -> None:
     site, new, _ = finished
     source = dict(new.info["provenance"])
     made = source.pop("recalibrated")
@@ -187,47 +179,32 @@ def test_provenance_names_the_sources_and_keeps_the_old_rules(finished: Recalibr
     assert made["labels_digest"] == manifest.digest(manifest.read_manifest(site.table))
     assert (made["method"], made["rule"], made["min_positives"]) == ("platt", "youden", 5)
     assert (made["images"], made["patients"]) == (N, N // 2)
-    assert {"created", "versions", "scores_digest", "left_out"} <= set(made)
     # The images chose the thresholds, so no report may take them for a test.
     used = [(name, patient, "val") for name, patient in zip(site.ids, site.patients, strict=True)]
     assert sorted(split_of(new)) == [*split_of(site.bundle), *used]
-
-
-def test_images_that_chose_the_thresholds_are_no_test(finished: Recalibrated, tmp_path: Path) -> None:
-    scored = Site(tmp_path, finished.bundle).write()
+    scored = Site(tmp_path, new).write()
     with pytest.raises(LeakError, match=f"{N} images and {N // 2} patients"):
         report.write_report(scored.scores, tmp_path / "report", labels=scored.table)
 
 
-def test_output_and_card_show_the_new_rules_and_no_patient(finished: Recalibrated) -> None:
+def test_output_and_card_name_no_patient(finished: Recalibrated) -> None:
     site, new, output = finished
-    card = (new.path / "MODEL_CARD.md").read_text(encoding="utf-8")
-    point = new.info["operating_points"][CALIBRATED]
-    for text, start in ((output, CALIBRATED), (card, f"| {CALIBRATED} | {N} |")):
-        row = next(line for line in text.splitlines() if start in line)
-        for part in (f" {N} ", f" {point['threshold']:.4f} ", " 0.5000 ", f" {point['flag_rate']:.3f} "):
-            assert part in row
+    for text in (output, (new.path / "MODEL_CARD.md").read_text(encoding="utf-8")):
+        assert f" {new.info['operating_points'][CALIBRATED]['threshold']:.4f} " in text
         assert f"{RARE}: 3 positives, needs 5" in text
         assert "NAME^" not in text
-    assert site.bundle.digest in card
-    assert f"{N} of no split" in output
-    assert "WARNING" not in output
     assert output.splitlines()[-1] == f"bundle: {site.out}"
 
 
 def test_weights_stay_and_predict_uses_the_new_rules(finished: Recalibrated) -> None:
     old, new = finished.site.bundle, finished.bundle
-    assert new.digest != old.digest
     for name in ("model.weights.h5", "config.toml", "curves.json"):
         assert (new.path / name).read_bytes() == (old.path / name).read_bytes()
-    assert (new.architecture, new.input_spec) == (old.architecture, old.input_spec)
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64), dtype=np.uint8)
     first, second = old.predict(images, precision="fp32"), new.predict(images, precision="fp32")
     columns = [f"p_{name}" for name in FINDINGS]
     np.testing.assert_allclose(first[columns], second[columns], rtol=0, atol=1e-6)
     assert set(second["model_digest"]) == {new.digest}
-    assert first[f"c_{COMMON}"].isna().all()
-    assert second[f"c_{COMMON}"].notna().all()
     p = second[f"p_{CALIBRATED}"].to_numpy(dtype=np.float32)
     expected = calibration.apply(new.rules.calibrations[CALIBRATED], p)
     np.testing.assert_allclose(second[f"c_{CALIBRATED}"].to_numpy(dtype=float), expected, rtol=1e-5)
@@ -236,17 +213,18 @@ def test_weights_stay_and_predict_uses_the_new_rules(finished: Recalibrated) -> 
 
 
 def test_second_run_changes_nothing(finished: Recalibrated, command: Command) -> None:
-    before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in finished.site.out.iterdir()}
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in finished.site.out.iterdir()}
     code, out, err = command(*finished.site.arguments())
     assert (code, err, out.splitlines()[-1]) == (0, "", f"bundle: {finished.site.out}")
-    after = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in finished.site.out.iterdir()}
-    assert after == before
+    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in finished.site.out.iterdir()} == before
 
 
-def test_other_or_damaged_result_in_out_is_refused(finished: Recalibrated, site: Site, command: Command) -> None:
+def test_other_or_damaged_result_or_source_in_out_is_refused(finished: Recalibrated, site: Site, command) -> None:
     for setting in ("operating_point=specificity=0.9", "calibration=temperature", "min_positives=6"):
         result = command(*finished.site.arguments("--set", setting))
         assert_refused(result, f"another {setting.split('=')[0]};", "--out")
+    for place in (finished.site.bundle.path, finished.site.scores, finished.site.table):
+        assert_refused(command(*finished.site.arguments(out=place / "new")), f"{place}/new: ", "--out")
     site.labels[7, LABELS.index(COMMON)] ^= 1
     site.p[7] /= 2
     assert_refused(command(*site.write().arguments(out=finished.site.out)), "another scores, another labels;")
@@ -261,14 +239,12 @@ def test_method_and_rule_are_settings_and_stay_with_the_bundle(site: Site, comma
     code, _, err = command(*site.write().arguments("--config", toml, "--set", "operating_point=sensitivity=0.9"))
     assert (code, err) == (0, "")
     new = ray_cxr.load_bundle(site.out)
-    made = new.info["provenance"]["recalibrated"]
-    assert (made["method"], made["rule"], made["min_positives"]) == ("temperature", "sensitivity=0.9", 3)
+    assert new.info["provenance"]["recalibrated"]["min_positives"] == 3
     y, p = site.known(COMMON)
     threshold = new.rules.thresholds[COMMON]
     assert (p[y == 1] >= threshold).mean() >= 0.9
     assert (p[y == 1] > p[p > threshold].min()).mean() < 0.9
-    scaling = new.info["calibration"][COMMON]
-    assert (scaling["method"], scaling["intercept"]) == ("temperature", 0.0)
+    assert new.info["calibration"][COMMON]["method"] == "temperature"
     assert new.info["operating_points"][RARE]["positives"] == 3
     # Again, from the new bundle and without settings: it keeps its method, its rule and its history.
     third = Site(site.home / "again", new).write()
@@ -298,9 +274,6 @@ def test_images_are_chosen_by_split_score_and_label(site: Site, command: Command
     assert made["findings"][CALIBRATED]["positives"] == int(site.labels[3:119, LABELS.index(CALIBRATED)].sum())
     counts = {"test": 61, "test_patients": 1, "train": 48, "not_scored": 1, "errors": 2, "unlabelled": 1}
     assert made["left_out"] == {**counts, "not_labelled": 10}
-    left_out = next(line for line in out.splitlines() if "left out: " in line)
-    found = [int(part.split()[0]) for part in left_out.split("left out: ")[1].split(", ")]
-    assert found == list(made["left_out"].values())
 
 
 def test_unknown_training_images_and_patients_are_reported(site: Site, command: Command) -> None:
@@ -313,47 +286,17 @@ def test_unknown_training_images_and_patients_are_reported(site: Site, command: 
     code, out, _ = command(*site.write().arguments())
     assert (code, "WARNING: 2 images have no patient id" in out) == (0, True), out
     # Each counts as a patient of its own.
-    made = ray_cxr.load_bundle(site.out).info["provenance"]["recalibrated"]
-    assert made["patients"] == N // 2 + 1
+    assert ray_cxr.load_bundle(site.out).info["provenance"]["recalibrated"]["patients"] == N // 2 + 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"splits": ["test"] * N}, ["site.parquet", f"its {N} scored images are all of split test or train"]),
-        ({"splits": ["train", "train", "test", "test"] * (N // 4)}, ["site.parquet", "split val"]),
-        ({"ids": [TRAINED, *IDS[1:]]}, ["site.parquet", "1 images and 0 patients trained this bundle"]),
-        (
-            {"patients": [*PATIENTS[:4], "99", "99", *PATIENTS[6:]], "splits": ["val"] * N},
-            ["site.parquet", "0 images and 1 patients trained this bundle", "put a prefix"],
-        ),
-        ({"failures": dict.fromkeys(range(N), ("missing", "gone"))}, [f"scores-of-site: all {N} images"]),
-        ({"labels": np.full((N, len(LABELS)), -1)}, ["site.parquet: has no label"]),
-        ({"labels": np.zeros((N, len(LABELS)))}, [f"these {N} images (14 findings: 0 positives, needs 5)"]),
-    ],
-    ids=["test", "train or test", "training image", "training patient", "errors", "no labels", "no positives"],
-)
-def test_images_that_cannot_be_used_are_refused(site: Site, command: Command, changes: Any, words: list[str]) -> None:
-    vars(site).update(changes)
-    site.write()
-    before = sorted(site.home.rglob("*"))
-    assert_refused(command(*site.arguments()), *words)
-    assert sorted(site.home.rglob("*")) == before
+def changed(**changes: Any) -> Callable[[Site], object]:
+    """Write the site again with other images, patients, splits or labels."""
+    return lambda site: (vars(site).update(changes), site.write())
 
 
 def training_patient_in_the_scores(site: Site) -> None:
     change_column(site.part(1), "patient_id", lambda values: ["99", *values[1:]])
     change_column(site.table, "patient_id", lambda values: pa.nulls(len(values), pa.string()))
-
-
-def file_for_scores(site: Site) -> None:
-    shutil.rmtree(site.scores)
-    site.scores.touch()
-
-
-def empty_scores(site: Site) -> None:
-    shutil.rmtree(site.scores)
-    site.scores.mkdir()
 
 
 def tampered_bundle(site: Site) -> None:
@@ -363,7 +306,6 @@ def tampered_bundle(site: Site) -> None:
 
 
 def part(name: str, change: Callable[[list[Any]], Any]) -> Callable[[Site], None]:
-    """Change a column of the second score file."""
     return lambda site: change_column(site.part(1), name, change)
 
 
@@ -371,16 +313,20 @@ def columns(change: Callable[[pa.Table], pa.Table]) -> Callable[[Site], None]:
     return lambda site: change_table(site.part(1), change)
 
 
-P, OTHER = f"p_{COMMON}", "0" * 64
-DAMAGED: list[tuple[Callable[[Site], Any], str]] = [
+P = f"p_{COMMON}"
+REFUSED: list[tuple[Callable[[Site], Any], str]] = [
+    (changed(splits=["train", "train", "test", "test"] * (N // 4)), "are all of split test or train"),
+    (changed(ids=[TRAINED, *IDS[1:]]), "1 images and 0 patients trained this bundle"),
+    (changed(patients=["99", *PATIENTS[1:]], splits=["val"] * N), "0 images and 1 patients trained this bundle"),
+    (changed(failures=dict.fromkeys(range(N), ("missing", "gone"))), f"scores-of-site: all {N} images"),
+    (changed(labels=np.full((N, len(LABELS)), -1)), "site.parquet: has no label"),
+    (changed(labels=np.zeros((N, len(LABELS)))), f"these {N} images (14 findings: 0 positives, needs 5)"),
     (training_patient_in_the_scores, "0 images and 1 patients trained this bundle"),
-    (part("model_digest", lambda values: [OTHER] * len(values)), "120 of 120 rows of part-00001.parquet"),
-    (part("model_digest", lambda values: [OTHER, *values[1:]]), "1 of 120 rows of part-00001.parquet"),
-    (part("model_digest", lambda values: pa.nulls(120, pa.string())), "120 of 120 rows of part-00001.parquet"),
+    (part("model_digest", lambda values: ["0" * 64, None, *values[2:]]), "2 of 120 rows of part-00001.parquet"),
     (lambda site: (site.scores / "_SUCCESS").unlink(), "scores-of-site: score did not finish"),
     (lambda site: shutil.rmtree(site.scores), "scores-of-site: no such folder"),
-    (empty_scores, "scores-of-site: holds no scores;"),
-    (file_for_scores, "scores-of-site: is a file"),
+    (lambda site: [shutil.rmtree(site.scores), site.scores.mkdir()], "scores-of-site: holds no scores;"),
+    (lambda site: [shutil.rmtree(site.scores), site.scores.touch()], "scores-of-site: is a file"),
     (lambda site: shutil.rmtree(site.scores / "scores"), "scores-of-site: holds no scores/part-"),
     (lambda site: site.part(1).write_bytes(b"PAR1"), "part-00001.parquet: not a readable"),
     (columns(lambda table: table.drop_columns(["model_digest"])), "part-00001.parquet: has no column model_digest"),
@@ -393,30 +339,19 @@ DAMAGED: list[tuple[Callable[[Site], Any], str]] = [
     (part(P, lambda values: [np.nan, 1.5, *values[2:]]), "scores-of-site: 2 scored rows"),
     (lambda site: change_column(site.table, "image_id", lambda ids: [ids[1], *ids[1:]]), "site.parquet: 1 rows"),
     (lambda site: site.table.unlink(), "site.parquet: no such file"),
-    (
-        lambda site: change_column(site.table, "image_id", lambda ids: [f"other_{i}.png" for i in range(N)]),
-        "'site_0000.png' and 'other_0.png'",
-    ),
+    (lambda site: change_column(site.table, "image_id", lambda ids: [f"x{i}" for i in range(N)]), "0000.png' and 'x0'"),
     (tampered_bundle, "copy: config.toml"),
     (lambda site: site.out.mkdir(), "recalibrated: exists already"),
-    (lambda site: site.out.touch(), "recalibrated: exists already"),
     (lambda site: shutil.copytree(site.bundle.path, site.out), "recalibrated: exists already and is a bundle"),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "words"), DAMAGED, ids=[words for _, words in DAMAGED])
-def test_damaged_files_are_refused_and_nothing_is_written(site: Site, command: Command, spoil, words: str) -> None:
+@pytest.mark.parametrize(("spoil", "words"), REFUSED)
+def test_unusable_files_are_refused_and_nothing_is_written(site: Site, command: Command, spoil, words: str) -> None:
     spoil(site.write())
     before = sorted(site.home.rglob("*"))
     assert_refused(command(*site.arguments()), words)
     assert sorted(site.home.rglob("*")) == before
-
-
-def test_out_inside_a_source_or_below_a_file_is_refused(finished: Recalibrated, command: Command) -> None:
-    site = finished.site
-    for place in (site.bundle.path, site.scores, site.table):
-        assert_refused(command(*site.arguments(out=place / "new")), f"{place}/new: ", "--out")
-    assert ray_cxr.load_bundle(site.bundle.path).digest == site.bundle.digest
 
 
 def test_inputs_and_output_may_be_in_a_bucket(bucket, finished, command: Command, tmp_path, monkeypatch) -> None:
@@ -427,24 +362,9 @@ def test_inputs_and_output_may_be_in_a_bucket(bucket, finished, command: Command
     bucket.put("site/m.parquet", site.table.read_bytes())
     given = ["recalibrate", bucket("site/bundle"), bucket("site/scores"), "--labels", bucket("site/m.parquet"), "--out"]
     code, out, err = command(*given, bucket("site/new"))
-    assert (code, err) == (0, "")
-    assert out.splitlines()[-1] == f"bundle: {bucket('site/new')}"
+    assert (code, err, out.splitlines()[-1]) == (0, "", f"bundle: {bucket('site/new')}")
     info = json.loads(bucket.get("site/new/bundle.json"))
-    for name in ("calibration", "operating_points", "expected_flag_rates"):
-        assert info[name] == finished.bundle.info[name]
+    assert info["operating_points"] == finished.bundle.info["operating_points"]
     assert command(*given, bucket("site/new"))[0] == 0
     assert_refused(command(*given, bucket("site/scores/new")), f"lies inside {bucket('site/scores')}")
     assert not [key for key in bucket.keys("site/scores") if "new" in key]
-
-
-@pytest.mark.slow
-def test_neither_ray_nor_tensorflow_is_imported(finished: Recalibrated, tmp_path: Path) -> None:
-    code = (
-        "import sys\nfrom ray_cxr.cli import main\n"
-        f"code = main({[str(item) for item in finished.site.arguments(out=tmp_path / 'new')]!r})\n"
-        "assert not {'ray', 'tensorflow', 'keras'} & set(sys.modules)\n"
-        "raise SystemExit(code)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith(f"bundle: {tmp_path / 'new'}\n")

@@ -1,18 +1,14 @@
-"""Choice of device and precision, and equal answers from OpenVINO and Keras.
-
-There is no GPU: the GPU tests replace TensorFlow's answers.
-"""
+"""Choice of device and precision, and equal answers from OpenVINO and Keras. TensorFlow's GPU is made up."""
 
 from __future__ import annotations
 
 import gc
+import importlib
 import re
-import subprocess
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -32,50 +28,45 @@ BATCH = 4
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """TensorFlow reports one GPU; its memory settings are recorded under `growth`."""
-    state: dict[str, Any] = {"devices": ["GPU:0"], "capability": (9, 0), "growth": []}
+    state: dict[str, Any] = {"devices": ["GPU:0"], "details": {}, "growth": []}
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: state["devices"])
-    monkeypatch.setattr(
-        tf.config.experimental, "set_memory_growth", lambda device, on: state["growth"].append((device, on))
-    )
-    monkeypatch.setattr(
-        tf.config.experimental,
-        "get_device_details",
-        lambda device: {"compute_capability": state["capability"]} if state["capability"] else {},
-    )
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", lambda *given: state["growth"].append(given))
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda device: state["details"])
     return state
 
 
 @pytest.mark.parametrize(
-    ("capability", "precision", "policy"),
+    ("details", "precision", "policy"),
     [
-        ((9, 0), "auto", "mixed_bfloat16"),
-        ((8, 0), "auto", "mixed_bfloat16"),
-        ((7, 5), "auto", "mixed_float16"),
-        ((6, 1), "auto", "float32"),
-        (None, "auto", "float32"),
-        ((9, 0), "float32", "float32"),
+        ({"compute_capability": (8, 0)}, "auto", "mixed_bfloat16"),
+        ({"compute_capability": (7, 0)}, "auto", "mixed_float16"),
+        ({"compute_capability": (6, 1)}, "auto", "float32"),
+        ({}, "auto", "float32"),
+        ({"compute_capability": (9, 0)}, "float32", "float32"),
     ],
 )
-def test_gpu_trains_in_the_precision_that_it_has(gpu, capability, precision: str, policy: str) -> None:
-    gpu["capability"] = capability
+def test_gpu_trains_in_the_precision_that_it_has(gpu, details, precision: str, policy: str) -> None:
+    gpu["details"] = details
     assert runtime.prepare_device(True, precision) == policy
     assert gpu["growth"] == [("GPU:0", True)], "TensorFlow would take all of its memory"
 
 
-def test_missing_gpu_is_refused(gpu, tiny_bundle) -> None:
+def test_missing_gpu_or_bf16_is_refused(gpu, tiny_bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu["devices"] = []
-    with pytest.raises(ConfigError, match=r"--gpu: .*requirements-gpu\.lock"):
+    with pytest.raises(ConfigError, match=r"--gpu: "):
         runtime.prepare_device(True, "auto")
-    with pytest.raises(ConfigError, match=r"--gpu: .*requirements-gpu\.lock"):
+    with pytest.raises(ConfigError, match=r"--gpu: "):
         runtime.open_runtime(tiny_bundle, "fp32", batch_size=BATCH, threads=1, gpu=True)
+    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: False)
+    with pytest.raises(ConfigError, match=r"this node's CPU.*--precision fp32"):
+        runtime.open_runtime(tiny_bundle, "bf16", batch_size=BATCH, threads=1)
 
 
 def test_cpu_hides_gpus_and_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden: list[tuple[list[str], str]] = []
-    monkeypatch.setattr(tf.config, "set_visible_devices", lambda devices, kind: hidden.append((devices, kind)))
+    hidden: list[object] = []
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda *given: hidden.append(given))
     monkeypatch.setattr(tf.config.optimizer, "set_experimental_options", lambda options: None)
-    assert runtime.prepare_device(False, "auto") == "float32"
-    assert runtime.prepare_device(False, "mixed_bfloat16") == "mixed_bfloat16"
+    assert [runtime.prepare_device(False, given) for given in ("auto", "mixed_float16")] == ["float32", "mixed_float16"]
     assert hidden == [([], "GPU")] * 2
 
 
@@ -94,20 +85,15 @@ def info_of(**graphs: dict[str, Any]) -> dict[str, Any]:
     [
         (info_of(bf16=GOOD), True, "auto", False, "bf16"),
         (info_of(bf16=GOOD), False, "auto", False, "fp32"),
-        (info_of(bf16=FAR), True, "auto", False, "fp32"),
         (info_of(bf16=OPEN), True, "auto", False, "fp32"),
         ({}, True, "auto", False, "fp32"),
-        ({}, True, "fp32", False, "fp32"),
         (info_of(bf16=GOOD), True, "fp32", False, "fp32"),
         (info_of(bf16=OPEN), True, "bf16", False, "bf16"),
         (info_of(bf16=GOOD, int8=GOOD), False, "int8", False, "int8"),
-        (info_of(bf16=GOOD, int8=GOOD), True, "auto", False, "bf16"),
         (info_of(bf16=FAR), False, "auto", True, "bf16"),
-        ({}, False, "fp32", True, "fp32"),
         ({}, False, "bf16", True, "bf16"),
         (info_of(bf16=GOOD), False, "bf16", False, "--precision bf16: this CPU"),
         (info_of(bf16=FAR), True, "bf16", False, "--precision bf16: .* 0.500 in bf16, more than 0.02"),
-        ({}, True, "bf16", False, "--precision bf16: .*no OpenVINO graph"),
         ({"runtimes_refused": "off by 1"}, True, "bf16", False, "--precision bf16: .*no OpenVINO graph .*off by 1"),
         (info_of(bf16=GOOD), True, "int8", False, "--precision int8: .*ray-cxr quantize"),
         (info_of(bf16=GOOD, int8=FAR), True, "int8", False, "--precision int8: .*ray-cxr quantize"),
@@ -123,23 +109,12 @@ def test_precision_is_chosen_or_refused(monkeypatch, info, has_bf16: bool, wante
             runtime.choose_precision(info, wanted, gpu=gpu)
 
 
-def test_bf16_run_stops_on_a_node_without_bf16(tiny_bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: False)
-    with pytest.raises(ConfigError, match=r"this node's CPU.*--precision fp32"):
-        runtime.open_runtime(tiny_bundle, "bf16", batch_size=BATCH, threads=1)
-
-
 @pytest.mark.parametrize(
     ("capability", "precision", "policy"),
-    [
-        ((8, 0), "bf16", "mixed_bfloat16"),
-        ((7, 5), "bf16", "float32"),
-        (None, "bf16", "float32"),
-        ((9, 0), "fp32", "float32"),
-    ],
+    [((8, 0), "bf16", "mixed_bfloat16"), ((7, 5), "bf16", "float32"), ((9, 0), "fp32", "float32")],
 )
 def test_gpu_scores_in_bf16_or_in_full_float32(tiny_bundle, gpu, monkeypatch, capability, precision, policy) -> None:
-    gpu["capability"] = capability
+    gpu["details"] = {"compute_capability": capability}
     calls: list[object] = []
     monkeypatch.setattr(tf.config.experimental, "enable_tensor_float_32_execution", calls.append)
     monkeypatch.setattr(bundles.Bundle, "model", lambda self, *, policy: calls.append(policy))
@@ -178,10 +153,8 @@ def test_openvino_equals_keras_in_any_batch(tiny_bundle, by_keras, fp32, images,
     scale = np.abs(expected.features).max()
     np.testing.assert_allclose(found.probabilities, expected.probabilities, rtol=0, atol=tolerance)
     np.testing.assert_allclose(found.features, expected.features, rtol=0, atol=2 * scale * tolerance)
-    for array in (*found, *expected):
-        assert array.dtype == np.float32
-    if precision == "bf16":
-        assert (found.probabilities != expected.probabilities).any(), "this was not bf16"
+    assert {array.dtype for array in (*found, *expected)} == {np.dtype(np.float32)}
+    assert precision == "fp32" or (found.probabilities != expected.probabilities).any(), "this was not bf16"
     # In the same place of a batch an image has the same bits, whatever the others are.
     replaced = images.copy()
     replaced[np.arange(len(images)) % BATCH != 0] = 7
@@ -189,8 +162,7 @@ def test_openvino_equals_keras_in_any_batch(tiny_bundle, by_keras, fp32, images,
     np.testing.assert_allclose(opened.predict(images[::-1]).probabilities[::-1], found.probabilities, atol=tolerance)
     # No images give no rows.
     for engine in (opened, by_keras):
-        empty = engine.predict(images[:0])
-        assert [array.shape for array in empty] == [(0, array.shape[1]) for array in expected]
+        assert [array.shape for array in engine.predict(images[:0])] == [(0, array.shape[1]) for array in expected]
     assert len(tiny_bundle.predict([])) == 0
 
 
@@ -209,72 +181,57 @@ def test_several_threads_may_submit_and_reuse_their_arrays(fp32: runtime.Runtime
         np.testing.assert_allclose(future.result(timeout=120).probabilities[0], expected[k % 11], rtol=0, atol=1e-6)
 
 
-def write_brittle_graph(path: Path) -> None:
-    """Write a graph that fails at run time where the brightest gray of a batch is not its number of images."""
-    ov = runtime.openvino()
-    ops = ov.opset13
-    image = ops.parameter([-1, 64, 64, 1], np.uint8, name="image")
-    brightest = ops.reduce_max(ops.convert(image, "i64"), np.array([0, 1, 2, 3]), keep_dims=False)
-    means = ops.reduce_mean(ops.convert(image, "f32"), np.array([1, 2]), keep_dims=False)
-    shape = ops.concat([ops.unsqueeze(brightest, np.array(0)), ops.constant(np.array([3], np.int64))], 0)
-    three = ops.reshape(ops.tile(means, np.array([1, 3])), shape, special_zero=False)
-    three.output(0).set_names({"probabilities"})
-    means.output(0).set_names({"features"})
-    model = ov.Model([ops.result(three), ops.result(means)], [image], "brittle")
-    ov.save_model(model, path, compress_to_fp16=False)
-
-
-def test_failed_batch_raises_and_the_next_one_runs(tmp_path: Path) -> None:
-    """OpenVINO's own queue would wait forever."""
-    write_brittle_graph(tmp_path / "g.xml")
-    opened = runtime.OpenVinoRuntime(tmp_path / "g.xml", "fp32", BATCH, 1)
-    good = np.full((BATCH, 64, 64), BATCH, np.uint8)
-    assert opened.predict(good).probabilities.shape == (BATCH, 3)
-    failed = [opened.submit(good + np.uint8(k)) for k in range(1, 6)]
+def test_failed_batch_raises_and_the_next_one_runs(tiny_bundle, images: np.ndarray) -> None:
+    opened = runtime.OpenVinoRuntime(tiny_bundle.path / "openvino.xml", "fp32", BATCH, 1)
+    expected = opened.predict(images[:2]).probabilities
+    opened._shape, shape = (BATCH, 32, 32, 1), opened._shape  # OpenVINO refuses such a batch
+    failed = [opened.submit(images[:1, :32, :32]) for _ in range(5)]
+    opened._shape = shape
     for future in failed:
         with pytest.raises(RuntimeError):
             future.result(timeout=120)
-    assert opened.submit(good).result(timeout=120).probabilities.shape == (BATCH, 3)
+    np.testing.assert_array_equal(opened.submit(images[:2]).result(timeout=120).probabilities, expected)
     with pytest.raises(ValueError, match="broadcast"):
-        opened.submit(np.zeros((BATCH + 1, 64, 64), np.uint8))
+        opened.submit(images[: BATCH + 1])
     # An unused runtime is freed. Not the one above: the tracebacks of its failures hold it.
-    opened = runtime.OpenVinoRuntime(tmp_path / "g.xml", "fp32", BATCH, 1)
-    opened.predict(good)
+    opened = runtime.OpenVinoRuntime(tiny_bundle.path / "openvino.xml", "fp32", BATCH, 1)
+    opened.predict(images)
     held = weakref.ref(opened)
     del opened
     gc.collect()
     assert held() is None
 
 
-@pytest.mark.parametrize("content", [b"", b"no graph", b"<?xml version='1.0'?><net name='x' version='11'></net>"])
-def test_file_that_is_no_graph_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "g.xml").write_bytes(content)
+def test_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
     (tmp_path / "g.bin").write_bytes(b"")
-    with pytest.raises(BundleError, match=r"g\.xml: ") as refused:
-        runtime.OpenVinoRuntime(tmp_path / "g.xml", "fp32", BATCH, 1)
-    assert "\n" not in str(refused.value)
+    for content in (b"", b"no graph", b"<?xml version='1.0'?><net name='x' version='11'></net>"):
+        (tmp_path / "g.xml").write_bytes(content)
+        with pytest.raises(BundleError, match=r"g\.xml: [^\n]*$"):
+            runtime.OpenVinoRuntime(tmp_path / "g.xml", "fp32", BATCH, 1)
+
+
+def change_golden(bundle: Path, change: Any) -> None:
+    """Put arrays of `change(images, probabilities)` in place of the golden ones."""
+    with np.load(bundle / runtime.GOLDEN) as arrays:
+        given = dict(arrays)
+    np.savez(bundle / runtime.GOLDEN, **(given | change(given["images"], given["fp32"])))
+    reseal(bundle)
 
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda images, p: {"images": images, "fp32": p + np.float32(0.01)}, r"off by 0\.01, more than 0\.001"),
-        (lambda images, p: {"images": images, "fp32": p * np.nan}, "off by nan"),
-        (lambda images, p: {"images": images[:, :32], "fp32": p}, r"golden\.npz: is damaged: images"),
+        (lambda images, p: {"fp32": p + np.float32(0.01)}, r"off by 0\.01, more than 0\.001"),
+        (lambda images, p: {"fp32": p * np.nan}, "off by nan"),
+        (lambda images, p: {"images": images[:, :32]}, r"golden\.npz: is damaged: images"),
         (lambda images, p: {"images": images[:0], "fp32": p[:0]}, r"golden\.npz: is damaged: images"),
-        (lambda images, p: {"images": images, "fp32": p[:, :1]}, r"golden\.npz: is damaged: probabilities"),
-        (lambda images, p: {"images": images, "fp32": np.array([object()])}, r"golden\.npz: is damaged"),
-        (None, r"golden\.npz: is damaged"),
+        (lambda images, p: {"fp32": p[:, :1]}, r"golden\.npz: is damaged: probabilities"),
+        (lambda images, p: {"fp32": np.array([object()])}, r"golden\.npz: is damaged"),
     ],
 )
 def test_answers_other_than_the_golden_ones_are_refused(tiny_bundle, fp32, tmp_path, spoil, reason: str) -> None:
     copy = writable_copy(tiny_bundle, tmp_path / "copy")
-    if spoil is None:
-        (copy / runtime.GOLDEN).write_bytes(b"no arrays")
-    else:
-        with np.load(tiny_bundle.path / runtime.GOLDEN) as arrays:
-            np.savez(copy / runtime.GOLDEN, **spoil(arrays["images"], arrays["fp32"]))
-    reseal(copy)
+    change_golden(copy, spoil)
     with pytest.raises(BundleError, match=reason):
         runtime.check(load_bundle(copy), fp32, "fp32")
 
@@ -282,9 +239,7 @@ def test_answers_other_than_the_golden_ones_are_refused(tiny_bundle, fp32, tmp_p
 @pytest.mark.slow
 def test_predict_checks_openvino_and_keras_against_the_golden_images(tiny_bundle, tmp_path: Path) -> None:
     copy = writable_copy(tiny_bundle, tmp_path / "copy")
-    with np.load(tiny_bundle.path / runtime.GOLDEN) as arrays:
-        np.savez(copy / runtime.GOLDEN, images=arrays["images"], fp32=1 - arrays["fp32"])
-    reseal(copy)
+    change_golden(copy, lambda images, p: {"fp32": 1 - p})
     with pytest.raises(BundleError, match="golden images are off by"):
         load_bundle(copy).predict(np.zeros((1, 64, 64), np.uint8), precision="fp32")
     for name in ("openvino.xml", "openvino.bin"):
@@ -298,7 +253,6 @@ def test_predict_checks_openvino_and_keras_against_the_golden_images(tiny_bundle
 def test_keras_in_bfloat16_stays_near_and_its_policy_does_not_leak(tiny_bundle, by_keras, images: np.ndarray) -> None:
     model = tiny_bundle.model(policy="mixed_bfloat16")
     assert keras.config.dtype_policy().name == "float32"
-    assert "bfloat16" in {layer.compute_dtype for layer in model.layers}
     half, exact = runtime.KerasRuntime(model, BATCH).predict(images), by_keras.predict(images)
     assert half.probabilities.dtype == half.features.dtype == np.float32
     np.testing.assert_allclose(half.probabilities, exact.probabilities, rtol=0, atol=runtime.TOLERANCE["bf16"])
@@ -307,26 +261,13 @@ def test_keras_in_bfloat16_stays_near_and_its_policy_does_not_leak(tiny_bundle, 
 
 
 def test_openvino_is_imported_in_one_place_and_reports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Imported elsewhere, or first by other code, it would report to its makers."""
     sources = {path.name: path.read_text(encoding="utf-8") for path in Path(runtime.__file__).parents[1].rglob("*.py")}
     found = {name for name, text in sources.items() if re.search(r"^ *(import|from) (openvino|nncf)\b", text, re.M)}
     assert found == {"runtime.py", "quantization.py"}
-    sender = SimpleNamespace(TelemetrySender=SimpleNamespace(send=None))
     module = runtime.openvino()
-    monkeypatch.setitem(sys.modules, "openvino_telemetry", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "openvino_telemetry.utils.sender", sender)
+    monkeypatch.delitem(sys.modules, "openvino_telemetry")  # as where other code imports it first
+    sender = importlib.import_module("openvino_telemetry.utils.sender").TelemetrySender
+    monkeypatch.setattr(sender, "send", None)
     assert runtime.openvino() is module
-    assert sender.TelemetrySender.send is runtime._send_nothing
-
-
-@pytest.mark.long
-def test_first_batches_of_two_threads_do_not_deadlock(tiny_bundle) -> None:
-    """Four processes at once, repeated: one in sixteen used to hang."""
-    code = (
-        "import numpy as np, ray_cxr\n"
-        f"bundle = ray_cxr.load_bundle({str(tiny_bundle.path)!r})\n"
-        "assert bundle.predict(np.zeros((20, 64, 64), 'uint8'))['status'].size == 20\n"
-    )
-    for _ in range(10):
-        several = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
-        assert [one.wait(250) for one in several] == [0] * 4
+    assert sender.send is runtime._send_nothing
+    sender.send(object(), "event", label="x")
