@@ -40,9 +40,12 @@ SHARED = Path(__file__).parents[1].parent / "shared"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests with Ray together: with `--dist loadgroup` one process runs them, and starts one Ray for all."""
+    """Keep tests with Ray together: with `--dist loadgroup` one process runs them, and starts one Ray for all.
+
+    Files that start processes of their own are in groups of their own, which the other process can run.
+    """
     for item in items:
-        if item.get_closest_marker("ray"):
+        if item.get_closest_marker("ray") and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group("ray"))
 
 
