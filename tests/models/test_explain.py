@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ray_cxr.config import InputSpec
-from ray_cxr.data import imaging, phantoms
+from ray_cxr.data import imaging
 from ray_cxr.data.heatmaps import WHOLE, Area, area_of, content, on_picture
 from ray_cxr.labels import FINDINGS
 from ray_cxr.models import backbones, classifier
@@ -28,7 +28,7 @@ QUICK = "TinyCNN"
 HEADS = [{"pooling": "avg"}, {"pooling": "max"}, {"pooling": "avgmax", "dense": (12, 8), "dropout": 0.5}]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def eagerly() -> Iterator[None]:
     """For a few images a graph costs more than it saves."""
     tf.config.run_functions_eagerly(True)
@@ -36,9 +36,7 @@ def eagerly() -> Iterator[None]:
     tf.config.run_functions_eagerly(False)
 
 
-def build_model(
-    backbone: str = "TinyCNN", size: int = SIZE, findings: tuple[str, ...] = FINDINGS, **head
-) -> keras.Model:
+def build_model(backbone: str = QUICK, size: int = SIZE, findings: tuple = FINDINGS, **head) -> keras.Model:
     keras.utils.set_random_seed(1)
     return classifier.build(Architecture(backbone=backbone, size=size, findings=findings, **head))
 
@@ -68,42 +66,17 @@ def expected_map(model: keras.Model, image: np.ndarray, finding: int, method: st
 
 @pytest.mark.parametrize("method", ["gradcam", "hirescam"])
 @pytest.mark.parametrize("head", range(len(HEADS)))
-@pytest.mark.usefixtures("eagerly")
 def test_maps_equal_the_formula_under_a_plain_tape(head: int, method: str) -> None:
     model, images, chosen = shared_model(head), make_images(2), np.array([[0, 5], [13, 0]])
-    maps = GradCam(model, method).maps(images, chosen)
+    maps, probabilities = (found := GradCam(model, method).explain(images, chosen)).maps, found.probabilities
     assert (maps.shape, maps.dtype) == ((2, 2, 4, 4), np.float32)
+    np.testing.assert_allclose(probabilities, np.asarray(model(images)), rtol=0, atol=1e-6)
     for i, k in np.ndindex(2, 2):
         expected = expected_map(model, images[i], int(chosen[i, k]), method)
         np.testing.assert_allclose(maps[i, k], expected, rtol=1e-4, atol=1e-6)
     assert maps.max() > 0
 
 
-@pytest.mark.usefixtures("eagerly")
-def test_maps_sum_to_the_logit_less_its_bias_where_the_head_is_an_average() -> None:
-    """The two halves, for and against, are the logit: a bias of 1 for each sign of the weights."""
-    model, images = build_model(), make_images(2)
-    kernel = model.get_layer("logits").kernel.numpy()
-    cam, chosen = GradCam(model), np.tile(np.arange(14), (2, 1))
-    logits = np.asarray(classifier.logits_of(model)(images))
-    positive = cam.maps(images, chosen)
-    model.get_layer("logits").set_weights([-kernel, np.ones(14, np.float32)])
-    negative = cam.maps(images, chosen)
-    np.testing.assert_allclose((positive - negative).sum(axis=(2, 3)), logits, rtol=1e-4, atol=1e-5)
-    assert not np.logical_and(positive > 0, negative > 0).any()
-
-
-@pytest.mark.usefixtures("eagerly")
-def test_images_of_a_batch_do_not_affect_one_another() -> None:
-    model, images = shared_model(2), make_images(4)
-    cam = GradCam(model)
-    found = cam.explain(images, np.tile([1, 2, 3], (4, 1)))
-    np.testing.assert_allclose(found.probabilities, np.asarray(model(images)), rtol=0, atol=1e-6)
-    alone = cam.maps(images[2:3], np.array([[3, 1, 2]]))
-    np.testing.assert_allclose(alone[0], found.maps[2, [2, 0, 1]], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.usefixtures("eagerly")
 def test_map_without_evidence_is_zero_and_its_overlay_gray() -> None:
     model = build_model()
     kernel, bias = model.get_layer("logits").get_weights()
@@ -118,68 +91,27 @@ def test_map_without_evidence_is_zero_and_its_overlay_gray() -> None:
 @pytest.mark.parametrize(
     "backbone", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in backbones.BACKBONES if name != QUICK)]
 )
-@pytest.mark.usefixtures("eagerly")
 def test_every_backbone_has_maps(backbone: str) -> None:
     model = build_model(backbone, size=64)
     maps = GradCam(model).maps(make_images(1, 64), np.arange(14)[None])
     h, w = model.get_layer("pool").input.shape[1:3]
-    assert maps.shape == (1, 14, h, w)
-    assert h > 1
-    assert np.isfinite(maps).all()
-    assert maps.min() >= 0
-    assert maps.max() > 0
-
-
-@pytest.mark.slow
-def test_trained_model_looks_where_the_finding_is_drawn() -> None:
-    """Phantoms with and without a Mass: the evidence lies on the mass, far more of it than by chance."""
-    count, unseen = 80, 20
-    anatomies = [phantoms.anatomy(3, patient, 0, size=64) for patient in range(1, count + 1)]
-    healthy = [phantoms.draw(one) for one in anatomies]
-    ill = [phantoms.draw(one, ("Mass",)) for one in anatomies]
-    images = np.stack([imaging.resize(one, InputSpec(size=48)) for one in (*healthy, *ill)])[..., None]
-    labels = np.repeat([[0.0], [1.0]], count, axis=0)
-    seen = np.r_[0 : count - unseen, count : 2 * count - unseen]
-    model = build_model(size=48, findings=("Mass",))
-    model.compile(keras.optimizers.Adam(3e-3), "binary_crossentropy")
-    model.fit(images[seen], labels[seen], batch_size=24, epochs=10, verbose=0)
-
-    maps = GradCam(model).maps(images[-unseen:], np.zeros((unseen, 1), np.int32))[:, 0]
-    evidence, areas = [], []
-    for cells, without, with_it in zip(maps, healthy[-unseen:], ill[-unseen:], strict=True):
-        mass = np.abs(with_it.astype(int) - without) > 24
-        strength = on_picture(cells, WHOLE, mass.shape)
-        evidence.append(strength[mass].sum() / max(strength.sum(), 1e-6))
-        areas.append(mass.mean())
-    assert np.mean(evidence) > 2 * np.mean(areas), (np.mean(evidence), np.mean(areas))
-
-
-# ---------------------------------------------------------------- where a map lies
+    assert (maps.shape, h > 1) == ((1, 14, h, w), True)
+    assert 0 <= maps.min() < maps.max() < np.inf
 
 
 @settings(max_examples=60)
-@given(
-    height=st.integers(32, 400),
-    width=st.integers(32, 400),
-    aspect=st.sampled_from(["stretch", "pad", "crop"]),
-    where=st.tuples(st.floats(0, 1), st.floats(0, 1)),
-)
-def test_spot_in_the_input_is_drawn_on_the_spot_in_the_original(
-    height: int, width: int, aspect: str, where: tuple[float, float]
-) -> None:
+@given(*[st.integers(32, 400)] * 2, st.sampled_from(["stretch", "pad", "crop"]), *[st.floats(0, 1)] * 2)
+def test_spot_in_the_input_is_drawn_on_the_spot_in_the_original(height, width, aspect: str, down, right) -> None:
     """The resize itself is the oracle: what it makes of a bright square, as a map, lies on that square again."""
     spec = InputSpec(size=64, aspect=aspect)
     side = max(6, min(height, width) // 6)
-    top, left = int(where[0] * (height - side)), int(where[1] * (width - side))
+    top, left = int(down * (height - side)), int(right * (width - side))
     image = np.zeros((height, width), np.uint8)
     image[top : top + side, left : left + side] = 255
-    seen = imaging.resize(image, spec)
-    laid = on_picture(seen.astype(np.float32), area_of(spec, height, width), (height, width))
-    inside = on_picture(np.ones((8, 8), np.float32), area_of(spec, height, width), (height, width)) > 0.5
-    if aspect != "crop":
-        assert inside.all()
-    if not seen.any():
-        return
+    seen, area = imaging.resize(image, spec), area_of(spec, height, width)
+    laid = on_picture(seen.astype(np.float32), area, image.shape)
+    inside = on_picture(np.ones((8, 8), np.float32), area, image.shape) > 0.5
+    assert inside.all() or aspect == "crop"
     pixel = max(height, width) / 64 + 1  # the input's own blur, on either side
     found, visible = np.argwhere(laid > 127), np.argwhere((image > 0) & inside)
     if len(found) and len(visible):
@@ -187,33 +119,18 @@ def test_spot_in_the_input_is_drawn_on_the_spot_in_the_original(
         assert (np.abs(found.max(axis=0) - visible.max(axis=0)) <= 1.5 * pixel).all()
 
 
-@given(height=st.integers(32, 3000), width=st.integers(32, 3000), size=st.integers(32, 512))
-@settings(max_examples=40)
-def test_margins_of_padding_are_those_of_the_resize(height: int, width: int, size: int) -> None:
-    spec = InputSpec(size=size, aspect="pad", interpolation="linear")
-    white = np.nonzero(imaging.resize(np.full((height, width), 255, np.uint8), spec))
-    top, left, rows, columns = content(spec, height, width)
-    assert (white[0].min(), white[1].min()) == (top, left)
-    assert (white[0].max() + 1, white[1].max() + 1) == (top + rows, left + columns)
-
-
-def test_areas_by_hand() -> None:
-    """An image of 100 x 200 in a square input of 64."""
+def test_areas_and_cells_by_hand() -> None:
+    # An image of 100 x 200 in a square input of 64.
     assert area_of(InputSpec(size=64), 100, 200) == WHOLE
     assert area_of(InputSpec(size=64, aspect="pad"), 100, 200) == Area(-0.5, 0.0, 1.5, 1.0)
+    assert content(InputSpec(size=64, aspect="pad"), 200, 99) == (0, 16, 64, 32)
     assert area_of(InputSpec(size=64, aspect="crop"), 100, 200) == Area(0.0, 0.25, 1.0, 0.75)
-
-
-def test_cells_on_an_image_by_hand() -> None:
+    # Cells on an image.
     cells = np.array([[0.0, 4.0]], np.float32)
     np.testing.assert_allclose(on_picture(cells, WHOLE, (1, 4)), [[0, 1, 3, 4]])
-    cropped = on_picture(cells + 1, Area(0.0, 0.25, 1.0, 0.75), (1, 4))
-    np.testing.assert_allclose(cropped, [[0, 1, 5, 0]])
+    np.testing.assert_allclose(on_picture(cells + 1, Area(0.0, 0.25, 1.0, 0.75), (1, 4)), [[0, 1, 5, 0]])
     padded = on_picture(np.array([[8.0], [1.0], [2.0], [8.0]], np.float32), Area(-0.5, 0.0, 1.5, 1.0), (2, 1))
     np.testing.assert_allclose(padded, [[1], [2]])
-
-
-# ---------------------------------------------------------------- overlays
 
 
 def test_overlay_has_the_proportions_of_the_image_and_colour_on_the_place() -> None:
@@ -230,15 +147,6 @@ def test_overlay_has_the_proportions_of_the_image_and_colour_on_the_place() -> N
     # Padded to a square, the same corner of the input is the margin, left of the image; nothing of it may show.
     padded = overlay(image, cells, area_of(InputSpec(size=64, aspect="pad"), 300, 150), side=200)
     assert np.ptp(padded[:, 55:].astype(int), axis=2).max() == 0
-
-
-def test_strong_evidence_hides_more_of_the_image_than_weak() -> None:
-    dark, light = np.full((64, 64), 0, np.uint8), np.full((64, 64), 255, np.uint8)
-    cells = np.linspace(0, 1, 16, dtype=np.float32).reshape(1, 16)
-    contrast = overlay(light, cells, side=64).astype(int) - overlay(dark, cells, side=64)
-    assert (np.diff(contrast.sum(axis=(0, 2))) <= 0).all()
-    assert contrast[0, 0].tolist() == [255, 255, 255]
-    assert (contrast[0, -1] < 130).all()
 
 
 def test_bounded_keeps_proportions() -> None:

@@ -58,6 +58,13 @@ def modification_times(folder: Path, pattern: str = "*") -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern) if path.is_file()}
 
 
+def assert_done(outcome: tuple[int, str, str]) -> str:
+    """Exit code 0; returns what was printed."""
+    code, said, err = outcome
+    assert code == 0, err
+    return said
+
+
 def assert_refused(outcome: tuple[int, str, str], *words: str) -> None:
     """Exit code 2 and one line on stderr, which names what is wrong."""
     code, _, err = outcome
@@ -72,9 +79,6 @@ def write_archive(path: Path, members: list[tuple[str, bytes]]) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-
-
-# ---------------------------------------------------------------- processes, for the tests that kill some
 
 
 def start_command(given: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from score_folders import (
     arguments,
+    assert_done,
     count_parts,
     find_processes,
     modification_times,
@@ -24,8 +25,7 @@ from score_folders import (
     wait_until,
 )
 
-ROWS, ROWS_PER_FILE = 640, 16
-MISSING = [5, 500]
+ROWS, ROWS_PER_FILE, MISSING = 640, 16, [5, 500]
 IDS = [f"{row:05d}.png" for row in range(ROWS)]
 
 
@@ -38,9 +38,7 @@ def large_manifest(tmp_path_factory) -> Path:
         image = noise.integers(0, 256, (900, 900), dtype=np.uint8)
         Image.fromarray(image).save(folder / f"{number}.png", compress_level=1)
     paths = [str(folder / ("none.png" if row in MISSING else f"{row % 6}.png")) for row in range(ROWS)]
-    pq.write_table(
-        pa.table({"image_id": [f"{row:05d}.png" for row in range(ROWS)], "path": paths}), folder / "m.parquet"
-    )
+    pq.write_table(pa.table({"image_id": IDS, "path": paths}), folder / "m.parquet")
     return folder / "m.parquet"
 
 
@@ -58,16 +56,30 @@ def assert_each_row_once(out: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(420)
-@pytest.mark.parametrize("folder", ["scores", pytest.param("heatmaps", marks=pytest.mark.long)])
-def test_killed_command_continues(large_manifest, tiny_bundle, tmp_path: Path, folder: str) -> None:
+@pytest.mark.parametrize(
+    ("victim", "folder"),
+    [
+        ("command", "scores"),
+        pytest.param("command", "heatmaps", marks=pytest.mark.long),
+        pytest.param("raylet", "scores", marks=pytest.mark.long),
+    ],
+)
+def test_killed_command_continues(large_manifest, tiny_bundle, tmp_path: Path, victim: str, folder: str) -> None:
     """The same command finishes the run and keeps the finished files. Its Ray has one CPU."""
     out, log = tmp_path / "out", tmp_path / "log"
-    given = arguments(tiny_bundle, large_manifest, out, "--set", "ray.num_cpus=1")
-    given += ["--heatmaps", "1"] * (folder == "heatmaps")
+    maps = ["--heatmaps", "1"] if folder == "heatmaps" else []
+    given = arguments(tiny_bundle, large_manifest, out, "--set", "ray.num_cpus=1", *maps)
     process = start_command(given, log)
     wait_until(lambda: count_parts(out, folder) >= 3, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    if victim == "raylet":
+        for raylet in find_processes(b"/raylet/raylet", session=process.pid):
+            os.kill(raylet, signal.SIGKILL)
+        assert process.wait(200) not in (0, -signal.SIGKILL), log.read_text(encoding="utf-8")
+        for remaining in find_processes(b"ray", session=process.pid):
+            os.kill(remaining, signal.SIGKILL)
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     wait_until(lambda: not find_processes(b"ray_cxr.data.sandbox", session=process.pid))
     assert count_parts(out, folder) < ROWS // ROWS_PER_FILE
     assert not (out / "_SUCCESS").exists()
@@ -87,30 +99,9 @@ def test_killed_command_continues(large_manifest, tiny_bundle, tmp_path: Path, f
 
 
 @pytest.mark.ray
-@pytest.mark.long
-@pytest.mark.timeout(420)
-def test_killed_raylet_ends_a_command_that_can_be_continued(large_manifest, tiny_bundle, tmp_path: Path) -> None:
-    out, log = tmp_path / "out", tmp_path / "log"
-    given = arguments(tiny_bundle, large_manifest, out)
-    process = start_command(given, log)
-    wait_until(lambda: count_parts(out) >= 3, process)
-    for raylet in find_processes(b"/raylet/raylet", session=process.pid):
-        os.kill(raylet, signal.SIGKILL)
-    assert process.wait(200) not in (0, -signal.SIGKILL), log.read_text(encoding="utf-8")
-    for remaining in find_processes(b"ray", session=process.pid):
-        os.kill(remaining, signal.SIGKILL)
-    assert not (out / "_SUCCESS").exists()
-    assert start_command(given, log).wait(300) == 0, log.read_text(encoding="utf-8")
-    assert_each_row_once(out)
-
-
-@pytest.mark.ray
-def test_killed_actor_and_decoders_are_restarted(
-    ray_here, large_manifest, tiny_bundle, tmp_path: Path, command
-) -> None:
+def test_killed_actor_and_decoders_restart(ray_here, large_manifest, tiny_bundle, tmp_path: Path, command) -> None:
     """One command survives both kills; only the ranges in progress are scored again."""
-    out, killed = tmp_path / "out", []
-    kept: dict[Path, int] = {}
+    out, killed, kept = tmp_path / "out", [], {}
 
     def kill() -> None:
         wait_until(lambda: count_parts(out) >= 2)
@@ -125,10 +116,9 @@ def test_killed_actor_and_decoders_are_restarted(
 
     thread = threading.Thread(target=kill)
     thread.start()
-    code, _, err = command(*arguments(tiny_bundle, large_manifest, out))
+    outcome = command(*arguments(tiny_bundle, large_manifest, out))
     thread.join()
-    assert code == 0, err
-    assert "actor" in killed
-    assert "decoder" in killed
+    assert_done(outcome)
+    assert set(killed) == {"actor", "decoder"}
     assert_each_row_once(out)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept

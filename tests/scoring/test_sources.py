@@ -1,15 +1,21 @@
-"""`score` from archives and DICOM folders, and with decoding apart from the model. Without Ray, save for two tests."""
+"""`score` from archives and DICOM folders, and with decoding apart from the model. Without Ray, save for one test."""
 
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pydicom
 import pytest
-from score_folders import arguments, assert_refused, make_job, read_rows, write_archive
+from score_folders import arguments, assert_done, assert_refused, make_job, read_rows, write_archive
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from test_dicom import file_of
+
+from ray_cxr.scoring import pipeline
+from ray_cxr.scoring.engine import NetworkActor, decode_task
 
 pytestmark = pytest.mark.slow
 P = "^p_"
@@ -38,8 +44,7 @@ def test_archives_give_the_rows_of_their_files(tiny_bundle, members, tmp_path: P
     tables = []
     for folder in (plain, packed):
         out = folder.with_suffix(".out")
-        code, said, err = command(*arguments(tiny_bundle, folder, out, *small_files))
-        assert code == 0, err
+        said = assert_done(command(*arguments(tiny_bundle, folder, out, *small_files)))
         assert ("1 .txt" in said) == (folder == packed), "files that are no images are counted"
         tables.append(read_rows(out).set_index("image_id").sort_index())
     one, two = tables
@@ -54,9 +59,7 @@ def test_archives_give_the_rows_of_their_files(tiny_bundle, members, tmp_path: P
     parts[3].unlink()
     (out / "_SUCCESS").unlink()
     (packed / "images_001.tar.gz").rename(tmp_path / "away")
-    code, said, err = command(*arguments(tiny_bundle, packed, out, *small_files))
-    assert code == 0, err
-    assert "scored 2 images" in said
+    assert "scored 2 images" in assert_done(command(*arguments(tiny_bundle, packed, out, *small_files)))
     pd.testing.assert_frame_equal(read_rows(out).set_index("image_id").sort_index(), two, rtol=0, atol=1e-6)
 
 
@@ -73,8 +76,7 @@ def test_damaged_and_missing_archives_are_errors_of_their_rows(tiny_bundle, memb
     table = pd.DataFrame({"image_id": [f"{i}.png" for i in range(len(paths))], "path": paths})
     table.to_parquet(tmp_path / "m.parquet")
     given = arguments(tiny_bundle, tmp_path / "m.parquet", tmp_path / "out", "--max-error-rate", "1")
-    code, _, err = command(*given)
-    assert code == 0, err
+    assert_done(command(*given))
     found = read_rows(tmp_path / "out").set_index("image_id").loc[table["image_id"]]
     expected = ["ok"] * 3 + ["truncated"] * 3 + ["ok"] + ["missing"] * 4
     assert found["error_code"].fillna("ok").tolist() == expected
@@ -84,43 +86,25 @@ def test_damaged_and_missing_archives_are_errors_of_their_rows(tiny_bundle, memb
 def write_dicom(path: Path, patient: str, **fields: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
-    ds = pydicom.Dataset()
-    ds.file_meta = pydicom.dataset.FileMetaDataset()
-    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
-    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = pydicom.uid.generate_uid()
-    ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    ds.Modality, ds.PatientID, ds.StudyInstanceUID = "DX", patient, f"1.2.{len(patient)}"
-    ds.Rows, ds.Columns = pixels.shape
-    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
-    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 8, 8, 7
-    ds.PixelData = pixels.tobytes()
-    for name, value in fields.items():
-        setattr(ds, name, value)
-    ds.save_as(path, enforce_file_format=True)
+    path.write_bytes(file_of(pixels, PatientID=patient, StudyInstanceUID=f"1.2.{len(patient)}", **fields))
 
 
 @pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize("decode", ["inside", "apart"])
 def test_dicom_headers_fill_ids_which_a_key_hides(tiny_bundle, tmp_path: Path, command, decode: str) -> None:
-    folder, key, short = tmp_path / "dicom", tmp_path / "key", tmp_path / "short"
+    folder, key, short, plain, hidden = (tmp_path / name for name in ("dicom", "key", "short", "plain", "hidden"))
     write_dicom(folder / "a" / "1.dcm", "Doe^Jane", PatientAge="058Y", PatientSex="M", ViewPosition="AP")
     write_dicom(folder / "b" / "1.dcm", "Roe")
     write_dicom(folder / "b" / "IM0001", "Roe")  # no suffix
     write_dicom(folder / "b" / "ct.dcm", "Roe", Modality="CT", SOPClassUID="1.2.840.10008.5.1.4.1.1.2")
     key.write_text("a secret of more than sixteen bytes")
     short.write_text("secret")
-    plain, hidden = tmp_path / "plain", tmp_path / "hidden"
     more = ["--set", f"decode={decode}"]
     for out, options in ((plain, more), (hidden, [*more, "--set", f"pseudonym_key={key}"])):
-        code, _, err = command(*arguments(tiny_bundle, folder, out, *options))
-        assert code == 0, err
+        assert_done(command(*arguments(tiny_bundle, folder, out, *options)))
     one, two = (read_rows(out).set_index("image_id") for out in (plain, hidden))
-    assert one["patient_id"].to_dict() == {
-        "a/1.dcm": "Doe^Jane",
-        "b/1.dcm": "Roe",
-        "b/IM0001": "Roe",
-        "b/ct.dcm": "Roe",
-    }
+    patients = {"a/1.dcm": "Doe^Jane", "b/1.dcm": "Roe", "b/IM0001": "Roe", "b/ct.dcm": "Roe"}
+    assert one["patient_id"].to_dict() == patients
     assert one["error_code"].dropna().to_dict() == {"b/ct.dcm": "not_a_radiograph"}
     assert one.loc["a/1.dcm", ["sex", "view", "age"]].tolist() == ["M", "AP", 58]
     for column in ("patient_id", "study_id"):
@@ -137,19 +121,9 @@ def test_dicom_headers_fill_ids_which_a_key_hides(tiny_bundle, tmp_path: Path, c
             assert_refused(command(*given), f"pseudonym_key {bad}")
 
 
-@pytest.mark.usefixtures("without_ray")
-def test_decoding_apart_gives_the_same_rows(tiny_bundle, manifest: Path, scores: Path, tmp_path: Path, command) -> None:
-    """Tasks decode and an actor holds the model, as with GPUs."""
-    code, _, err = command(*arguments(tiny_bundle, manifest, tmp_path / "out", "--set", "decode=apart"))
-    assert code == 0, err
-    pd.testing.assert_frame_equal(read_rows(tmp_path / "out"), read_rows(scores), rtol=0, atol=1e-5)
-
-
 @pytest.mark.ray
 def test_error_in_an_actor_is_one_line(ray_here, tiny_bundle, manifest: Path, tmp_path, command, monkeypatch) -> None:
     """The constructor of an actor finds no bundle: it is removed once the checks of the command are done."""
-    from ray_cxr.scoring import pipeline
-
     bundle = shutil.copytree(tiny_bundle.path, tmp_path / "bundle")
     run = pipeline._run
     monkeypatch.setattr(pipeline, "_run", lambda *given: (shutil.move(bundle, tmp_path / "moved"), run(*given)))
@@ -157,23 +131,16 @@ def test_error_in_an_actor_is_one_line(ray_here, tiny_bundle, manifest: Path, tm
     assert_refused(outcome, str(bundle), "no such folder")
 
 
-def test_repeated_task_keeps_each_row_and_its_image_together(
-    without_ray, tiny_bundle, manifest: Path, tmp_path: Path, command
-) -> None:
+def test_repeated_task_keeps_rows_and_images_together(without_ray, tiny_bundle, manifest, tmp_path, command) -> None:
     """A restarted actor gets its task again. By then its own first write has changed which rows are errors."""
-    from ray_cxr.scoring.engine import NetworkActor, decode_task
-
     table = pd.read_parquet(manifest)
     table = table[table["path"].notna()].head(5).reset_index(drop=True)
-    (tmp_path / "images").mkdir()
     for row, path in enumerate(table["path"]):
-        table.loc[row, "path"] = shutil.copy(path, f"{tmp_path}/images/{row}.png")
-    for row in (1, 2, 3):
-        shutil.move(table.loc[row, "path"], tmp_path / f"{row}.away")
+        table.loc[row, "path"] = f"{tmp_path}/{row}.png"
+        shutil.copy(path, tmp_path / (f"{row}.away" if row in (1, 2, 3) else f"{row}.png"))
     table.to_parquet(tmp_path / "m.parquet")
     out = tmp_path / "out"
-    code, _, err = command(*arguments(tiny_bundle, tmp_path / "m.parquet", out, "--max-error-rate", "1"))
-    assert code == 0, err
+    assert_done(command(*arguments(tiny_bundle, tmp_path / "m.parquet", out, "--max-error-rate", "1")))
     for row in (1, 2):  # two of three come back
         shutil.move(tmp_path / f"{row}.away", table.loc[row, "path"])
     job = make_job(tiny_bundle, out, rows_per_file=16)

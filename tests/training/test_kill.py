@@ -45,11 +45,11 @@ def outcome(out: Path) -> tuple[pd.DataFrame, dict[str, list[np.ndarray]]]:
     return pd.read_csv(out / "metrics.csv")[NUMBERS], weights
 
 
-def assert_same_bits(out: Path, expected: tuple[pd.DataFrame, dict[str, list[np.ndarray]]]) -> None:
-    numbers, weights = outcome(out)
-    pd.testing.assert_frame_equal(numbers, expected[0], check_exact=True)
-    assert set(weights) == set(expected[1])
-    for name, arrays in expected[1].items():
+def assert_same_bits(out: Path, expected: Path) -> None:
+    (numbers, weights), (expected_numbers, expected_weights) = outcome(out), outcome(expected)
+    pd.testing.assert_frame_equal(numbers, expected_numbers, check_exact=True)
+    assert set(weights) == set(expected_weights)
+    for name, arrays in expected_weights.items():
         for found, array in zip(weights[name], arrays, strict=True):
             np.testing.assert_array_equal(found, array, err_msg=name)
 
@@ -119,7 +119,7 @@ def test_a_killed_command_resumes_to_the_same_weights(untouched, prepared: Path,
     start = json.loads((out / "started.json").read_text(encoding="utf-8"))
     assert (start["epoch"], start["step"]) == (1, 4)
     assert "RANDOM weights" not in text, "only a new run starts from random weights"
-    assert_same_bits(out, outcome(untouched.out))
+    assert_same_bits(out, untouched.out)
 
 
 @pytest.mark.long
@@ -139,7 +139,7 @@ def test_a_killed_worker_is_restarted_to_the_same_weights(untouched, prepared: P
     trainer.train(prepared, tmp_path / "run", settings, callbacks=callbacks, on_event=lines.append)
     lost = lines.index("train: WARNING: a worker failed or was lost; Ray Train has started all of them again")
     assert lines[lost + 1] == "train: continues after epoch 1, step 4"
-    assert_same_bits(tmp_path / "run", outcome(untouched.out))
+    assert_same_bits(tmp_path / "run", untouched.out)
 
 
 def main() -> None:

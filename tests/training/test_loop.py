@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import keras
 import numpy as np
@@ -13,7 +14,6 @@ import tensorflow as tf
 from keras.callbacks import LambdaCallback
 from workers import SIZE, make, split, train, weights
 
-from ray_cxr.config import TrainSettings
 from ray_cxr.errors import ConfigError, RayCxrError
 from ray_cxr.models import classifier
 from ray_cxr.models.architecture import Architecture
@@ -33,20 +33,12 @@ OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"warmup_epochs": 2.0}, {}),
     ({"schedule": "cosine", "epochs": 1}, {}),
     ({"flip": True}, {}),
-    ({"shift": 0.2}, {}),
-    ({"rotation": 20.0}, {}),
-    ({"zoom": 0.3}, {}),
     ({"contrast": 0.5}, {}),
     ({"dropout": 0.5}, {}),
-    ({"batch_size": 4}, {}),
-    ({"pooling": "max"}, {}),
     ({"seed": 7}, {}),
     ({"loss": "bce"}, {"loss": "weighted_bce"}),
     (FOCAL, {"loss": "bce"}),
     (FOCAL | {"focal_gamma": 4.0}, FOCAL),
-    (ASYMMETRIC, {"loss": "bce"}),
-    (ASYMMETRIC | {"asymmetric_gamma_positive": 2.0}, ASYMMETRIC),
-    (ASYMMETRIC | {"asymmetric_gamma_negative": 2.0}, ASYMMETRIC),
     (ASYMMETRIC | {"asymmetric_margin": 0.3}, ASYMMETRIC),
     ({"label_smoothing": 0.2}, {}),
     ({"sync_batchnorm": True}, {}),  # another formula of the variance, so other last bits
@@ -130,11 +122,13 @@ def test_every_label_counts_once_and_nulls_and_padding_never(monkeypatch) -> Non
 
 @pytest.mark.slow
 def test_learns_and_validates_every_image_once() -> None:
-    item = make(64, 13, learning_rate=0.01, findings=("Effusion",))
+    item = make(64, 13, learning_rate=0.01, findings=("Mass", "Effusion"))
+    assert item.findings == ("Effusion", "Mass")
+    assert item.columns == [loop.LABELS.index(name) for name in item.findings]
     train(item, 6)
     probabilities, result = item.validate()
-    assert probabilities.shape == (13, 1)
-    assert result["findings"]["Effusion"]["auroc"] == result["macro_auroc"] == 1.0
+    assert probabilities.shape == (13, 2)
+    assert result["findings"]["Effusion"]["auroc"] == 1.0
 
 
 #: Everything that has a state or is drawn at random: both stages, dropout, EMA, a schedule, augmentation.
@@ -149,10 +143,6 @@ def train_uninterrupted(policy: str) -> tuple[dict[str, np.ndarray], Progress]:
     return weights(item), progress
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("done", "steps", "policy"), [(0, 2, "float32"), (1, 0, "float32"), (1, 2, "float32"), (1, 2, "mixed_float16")]
@@ -162,12 +152,9 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(done: int, steps: in
     first = make(policy=policy, checkpoint_steps=2, **EVERYTHING)
     progress = train(first, done)
 
-    def stop() -> None:
-        raise Stop
-
     if steps:
-        with pytest.raises(Stop):
-            first.run_epoch(progress, on_checkpoint=stop)
+        with pytest.raises(KeyboardInterrupt):
+            first.run_epoch(progress, on_checkpoint=Mock(side_effect=KeyboardInterrupt))
     assert len(progress.losses) == steps
     first.save(tmp_path)
     second = make(policy=policy, **EVERYTHING)
@@ -212,6 +199,10 @@ def test_an_epoch_counts_its_steps_and_images(monkeypatch) -> None:
     assert item.run_epoch(Progress()).images == 29
     assert item.run_epoch(Progress(losses=[0.5] * 3)).images == 5, "a resumed epoch has its last batch left"
     assert [make(n, 4, steps_per_epoch=2).steps_per_epoch for n in (29, 5)] == [2, 1]
+    replicas = Replicas()
+    replicas.count = 3
+    with pytest.raises(ConfigError, match="use 9"):
+        loop.Loop(replicas, item.settings, Architecture.of(item.settings, SIZE), split(8), split(4), weights="none")
 
 
 def test_stock_callbacks_run_and_take_effect(tmp_path, eager) -> None:
@@ -299,30 +290,13 @@ def test_mixed_precision_is_validated_as_it_is_exported(tmp_path) -> None:
     np.testing.assert_allclose(np.asarray(plain(images, training=False)), probabilities, atol=1e-6)
 
 
-def test_selection_uses_the_loss_where_no_auroc_is_defined() -> None:
+def test_selection_uses_the_macro_auroc_without_no_finding_and_else_the_loss() -> None:
     values, p = np.array([[1], [1]], dtype=np.int8), np.float32([[0.9], [0.8]])
     result = loop.evaluate(values, p, ("Effusion",))
     assert result == {"findings": {"Effusion": {"n": 2, "positives": 2, "auroc": None}}, "macro_auroc": None}
     assert loop.selection(result, p, values) == pytest.approx(np.log(0.9 * 0.8) / 2, rel=1e-6)
     assert loop.selection(result, p, -values) == -np.inf
-    assert loop.selection({"macro_auroc": 0.5}, p, values) == 0.5
-
-
-def test_no_finding_does_not_count_in_the_macro_auroc() -> None:
     values, p = np.array([[1, 0], [0, 1]], dtype=np.int8), np.float32([[0.9, 0.9], [0.1, 0.1]])
     result = loop.evaluate(values, p, ("Effusion", "No_Finding"))
     assert (result["findings"]["No_Finding"]["auroc"], result["macro_auroc"]) == (0.0, 1.0)
-
-
-def test_a_batch_that_workers_cannot_share_is_refused() -> None:
-    replicas, settings = Replicas(), TrainSettings(backbone="TinyCNN", weights="none", batch_size=8)
-    replicas.count = 3
-    with pytest.raises(ConfigError, match="use 9"):
-        loop.Loop(replicas, settings, Architecture.of(settings, SIZE), split(8), split(4), weights="none")
-
-
-def test_outputs_are_the_findings_in_their_fixed_order() -> None:
-    item = make(findings=("Mass", "Effusion"))
-    assert item.findings == ("Effusion", "Mass")
-    assert item.columns == [loop.LABELS.index(name) for name in item.findings]
-    assert item.model.output.shape == (None, 2)
+    assert loop.selection({"macro_auroc": 0.5}, p, values) == 0.5

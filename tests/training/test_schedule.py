@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import keras
@@ -16,11 +17,8 @@ from ray_cxr.training import schedule
 
 def rates(steps: int = 10, **changes: object) -> list[float]:
     settings = TrainSettings(learning_rate=0.1, **changes)
-    return [
-        schedule.learning_rate(settings, steps, epoch, step, ())
-        for epoch in range(settings.epochs)
-        for step in range(steps)
-    ]
+    places = itertools.product(range(settings.epochs), range(steps))
+    return [schedule.learning_rate(settings, steps, epoch, step, ()) for epoch, step in places]
 
 
 def test_rate_is_constant_after_a_warm_up_that_is_never_zero() -> None:
@@ -57,10 +55,6 @@ def test_plateau_falls_where_the_callback_of_keras_falls(scores: list[float], pa
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_best_epoch_is_the_first_of_the_highest() -> None:
-    assert [schedule.best_epoch(scores) for scores in ([], [0.5, 0.7, 0.7, 0.6])] == [None, 2]
-
-
 @pytest.mark.parametrize(
     ("patience", "frozen", "scores", "ends"),
     [
@@ -74,4 +68,5 @@ def test_the_best_epoch_is_the_first_of_the_highest() -> None:
     ],
 )
 def test_patience_counts_the_epochs_since_the_best(patience, frozen: int, scores: list[float], ends: bool) -> None:
+    assert [schedule.best_epoch(found) for found in ([], [0.5, 0.7, 0.7, 0.6])] == [None, 2]
     assert schedule.out_of_patience(TrainSettings(patience=patience, frozen_epochs=frozen), scores) == ends

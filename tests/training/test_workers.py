@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
-from workers import N_TRAIN, N_VAL, split
+from workers import N_TRAIN, N_VAL
 
 # The marker `ray` stands for three processes with TensorFlow; Ray itself is not used.
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("workers"), pytest.mark.timeout(900)]
 Arrays = dict[str, np.ndarray]
-#: What `plain` saves besides weights.
-READS, FOUND = ("trained", "validated"), ("probabilities", "aurocs")
+#: The rows that `plain` read.
+READS = ("trained", "validated")
 
 
 def free_ports(count: int) -> list[str]:
@@ -57,7 +56,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
     return {count: [read_scenarios(out / f"{count}-{rank}.npz") for rank in range(count)] for count in (1, 2)}
 
 
-@pytest.mark.parametrize("scenario", ["plain", "clipped", "xla", "unsynchronised", "overflow"])
+@pytest.mark.parametrize("scenario", ["plain", "clipped", "unsynchronised", "overflow"])
 def test_weights_and_optimizer_state_have_the_same_bits_on_both_workers(results, scenario: str) -> None:
     one, other = (worker[scenario] for worker in results[2])
     names = set(one) - {"own statistics", *READS}
@@ -67,25 +66,22 @@ def test_weights_and_optimizer_state_have_the_same_bits_on_both_workers(results,
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-@pytest.mark.parametrize("scenario", ["plain", "clipped", "xla"])
+@pytest.mark.parametrize("scenario", ["plain", "clipped"])
 def test_two_workers_take_the_steps_of_one(results, scenario: str) -> None:
     """The same global batches give the same weights and predictions, to 1e-5 of each tensor's size."""
     together, alone = results[2][0][scenario], results[1][0][scenario]
     assert set(together) == set(alone)
-    for name in set(alone) - {*READS, "aurocs"}:
+    for name in set(alone) - set(READS):
         expected = alone[name]
         if np.issubdtype(expected.dtype, np.floating):
             scale = max(float(np.abs(expected).max()), 1e-30)
             assert np.abs(together[name] - expected).max() / scale < 1e-5, name
 
 
-def test_statistics_differ_between_workers_before_they_are_averaged(results) -> None:
-    """Otherwise the equal bits above would show nothing about the averaging."""
+def test_statistics_and_weights_are_averaged(results) -> None:
+    """Statistics differ between workers before it; otherwise the equal bits above would show nothing about it."""
     one, other = (worker["unsynchronised"]["own statistics"] for worker in results[2])
     assert np.abs(one - other).max() > 1e-6
-
-
-def test_averaged_weights_differ_from_the_raw_ones(results) -> None:
     arrays = results[2][0]["unsynchronised"]
     name = next(name for name in arrays if name.startswith("averaged") and name.endswith("tiny_conv0/kernel"))
     assert np.abs(arrays[name] - arrays[name.replace("averaged", "model")]).max() > 1e-5
@@ -99,24 +95,9 @@ def test_every_image_is_read_exactly_once(results, count: int) -> None:
         for name in READS
     )
     assert sorted(trained[:N_TRAIN]) == list(range(N_TRAIN)) != trained[:N_TRAIN].tolist()
-    assert len(trained) == 32
+    assert (len(trained), validated[:N_VAL].tolist()) == (32, list(range(N_VAL)))
     assert set(trained[N_TRAIN:]) <= set(trained[24:N_TRAIN])
     np.testing.assert_array_equal(trained, results[1][0]["plain"]["trained"], "the order depends on the worker count")
-    assert validated[:N_VAL].tolist() == list(range(N_VAL))
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_validation_auroc_equals_scikit_learn_over_all_workers_predictions(results, count: int) -> None:
-    probabilities, found = (results[count][0]["plain"][name] for name in FOUND)
-    assert probabilities.shape == (N_VAL, 14)
-    labels = split(N_VAL, 1).labels
-    expected = []
-    for j in range(14):
-        known = labels[:, j] >= 0
-        both = 0 < labels[known, j].sum() < known.sum()
-        expected.append(roc_auc_score(labels[known, j], probabilities[known, j]) if both else np.nan)
-    assert np.isfinite(expected).sum() > 7
-    np.testing.assert_allclose(found, [*expected, np.nanmean(expected)], atol=1e-12)
 
 
 def test_an_overflow_on_one_worker_skips_the_step_on_both(results) -> None:
