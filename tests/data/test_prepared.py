@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 import tarfile
 from collections import Counter
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from ray_cxr.config import InputSpec, PrepareSettings
 from ray_cxr.data import archives, atomic, imaging
@@ -155,8 +157,12 @@ def test_resume_makes_what_is_missing(prepared: Path, manifest: Path, tmp_path: 
 
 @pytest.mark.usefixtures("without_ray")
 def test_file_that_takes_too_long_is_a_row(manifest: Path, tmp_path: Path) -> None:
-    manifests.write_manifest(read_manifest(manifest).slice(0, 1), tmp_path / "m.parquet")
-    settings = PrepareSettings(sizes=(64,), decode_timeout_s=1e-6)
+    """64 million pixels in 20 ms."""
+    Image.new("L", (8000, 8000)).save(tmp_path / "large.png", compress_level=1)
+    table = read_manifest(manifest).slice(0, 1)
+    table = table.set_column(table.schema.get_field_index("path"), "path", [[str(tmp_path / "large.png")]])
+    manifests.write_manifest(table, tmp_path / "m.parquet")
+    settings = PrepareSettings(sizes=(64,), decode_timeout_s=0.02)
     assert prepare(tmp_path / "m.parquet", tmp_path / "set", settings) == {64: Counter(decode_timeout=1)}
 
 
@@ -493,6 +499,46 @@ def test_shards_with_other_rows_of_their_archive_are_refused(download: Path, cop
         target.write_bytes(source.read_bytes())
         with pytest.raises(OutputError, match=r"64: part-.* remove them"):
             prepare(download / "m.parquet", copy, SETTINGS)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_images_of_one_shard_at_most_are_in_memory(download: Path, tmp_path: Path, monkeypatch) -> None:
+    """An archive is read in one pass, and its rows fill its shards as they come."""
+    waiting = []
+    real = prepared_sets._ShardMaker.add
+
+    def add(self, row, outcome) -> None:
+        real(self, row, outcome)
+        waiting.append(len(self._images))
+
+    monkeypatch.setattr(prepared_sets._ShardMaker, "add", add)
+    prepare(download / "m.parquet", tmp_path / "set", SETTINGS)
+    assert max(waiting) == 6
+
+
+READ_ALL = """
+import sys
+import numpy as np
+from ray_cxr.data.prepared import PreparedSet
+images = PreparedSet(sys.argv[1]).load("train").images
+order = np.random.default_rng(0).permutation(len(images))
+for start in range(0, len(order), 32):
+    images[order[start : start + 32]]
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")))
+"""
+
+
+@linux
+@pytest.mark.long
+def test_peak_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
+    """20,000 images of 64 pixels are 78 MiB; the tables of names and labels may grow, by some 6 MiB."""
+    shard = shard_table(list(noise(500, size=64)), ["train"] * 500)
+    peaks = []
+    for n_shards in (1, 40):
+        folder = write_set(tmp_path / str(n_shards), [shard] * n_shards)
+        done = subprocess.run([sys.executable, "-c", READ_ALL, folder], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) / 1024)
+    assert peaks[1] - peaks[0] < 20, f"peaks of {peaks} MiB"
 
 
 @pytest.mark.ray

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ray_cxr.config import InputSpec
-from ray_cxr.data import imaging
+from ray_cxr.data import imaging, phantoms
 from ray_cxr.data.heatmaps import WHOLE, Area, area_of, content, on_picture
 from ray_cxr.labels import FINDINGS
 from ray_cxr.models import backbones, classifier
@@ -125,7 +125,6 @@ def test_areas_and_cells_by_hand() -> None:
     assert area_of(InputSpec(size=64, aspect="pad"), 100, 200) == Area(-0.5, 0.0, 1.5, 1.0)
     assert content(InputSpec(size=64, aspect="pad"), 200, 99) == (0, 16, 64, 32)
     assert area_of(InputSpec(size=64, aspect="crop"), 100, 200) == Area(0.0, 0.25, 1.0, 0.75)
-    # Cells on an image.
     cells = np.array([[0.0, 4.0]], np.float32)
     np.testing.assert_allclose(on_picture(cells, WHOLE, (1, 4)), [[0, 1, 3, 4]])
     np.testing.assert_allclose(on_picture(cells + 1, Area(0.0, 0.25, 1.0, 0.75), (1, 4)), [[0, 1, 5, 0]])
@@ -165,3 +164,27 @@ def test_png_has_no_metadata() -> None:
     with Image.open(io.BytesIO(data)) as image:
         np.testing.assert_array_equal(np.asarray(image), rgb)
         assert not image.info, "a chunk of metadata"
+
+
+@pytest.mark.slow
+def test_trained_model_looks_where_the_finding_is_drawn() -> None:
+    """Phantoms with and without a Mass: the evidence lies on the mass, far more of it than by chance."""
+    count, unseen = 80, 20
+    anatomies = [phantoms.anatomy(3, patient, 0, size=64) for patient in range(1, count + 1)]
+    healthy = [phantoms.draw(one) for one in anatomies]
+    ill = [phantoms.draw(one, ("Mass",)) for one in anatomies]
+    images = np.stack([imaging.resize(one, InputSpec(size=48)) for one in (*healthy, *ill)])[..., None]
+    labels = np.repeat([[0.0], [1.0]], count, axis=0)
+    seen = np.r_[0 : count - unseen, count : 2 * count - unseen]
+    model = build_model(size=48, findings=("Mass",))
+    model.compile(keras.optimizers.Adam(3e-3), "binary_crossentropy")
+    model.fit(images[seen], labels[seen], batch_size=24, epochs=10, verbose=0)
+
+    maps = GradCam(model).maps(images[-unseen:], np.zeros((unseen, 1), np.int32))[:, 0]
+    evidence, areas = [], []
+    for cells, without, with_it in zip(maps, healthy[-unseen:], ill[-unseen:], strict=True):
+        mass = np.abs(with_it.astype(int) - without) > 24
+        strength = on_picture(cells, WHOLE, mass.shape)
+        evidence.append(strength[mass].sum() / max(strength.sum(), 1e-6))
+        areas.append(mass.mean())
+    assert np.mean(evidence) > 2 * np.mean(areas), (np.mean(evidence), np.mean(areas))
