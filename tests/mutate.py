@@ -164,8 +164,8 @@ def choose(seed: int, count: int) -> list[Change]:
 
 def measure(data: Path, copy: Path) -> None:
     """Run the gate's tests without Ray once and keep which test ran which line."""
-    config = data.with_suffix(".rc")
-    config.write_text(f"[run]\nsource = ray_cxr\ndata_file = {data}\ndynamic_context = test_function\n", "utf-8")
+    config = data.parent / "settings.rc"  # not named like the data, whose neighbours coverage.py removes
+    config.write_text(f"[run]\nsource = ray_cxr\ndata_file = {data}\n", "utf-8")
     program = [sys.executable, "-m", "pytest", "-q", "-m", GATE, "-n", "2", "-p", "no:cacheprovider", "--cov"]
     subprocess.run([*program, f"--cov-config={config}", "--cov-report=", "--cov-context=test"], cwd=copy, check=True)
 
