@@ -39,6 +39,7 @@ if os.environ.get("RAY_CXR_TEST_NO_BF16"):
 SHARED = Path(__file__).parents[1].parent / "shared"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep tests with Ray together: with `--dist loadgroup` one process runs them, and starts one Ray for all.
 
