@@ -39,17 +39,6 @@ if os.environ.get("RAY_CXR_TEST_NO_BF16"):
 SHARED = Path(__file__).parents[1].parent / "shared"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests with Ray together: with `--dist loadgroup` one process runs them, and starts one Ray for all.
-
-    Files that start processes of their own are in groups of their own, which the other process can run.
-    """
-    for item in items:
-        if item.get_closest_marker("ray") and not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print how long the tests took that start Ray, and the others."""
     parts = {"with Ray": (set[str](), [0.0]), "without Ray": (set[str](), [0.0])}

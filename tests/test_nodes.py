@@ -21,7 +21,7 @@ from PIL import Image
 
 import ray_cxr
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("nodes"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 #: Many small files, so that work is left when a node is lost.
 ROWS, ROWS_PER_FILE = 800, 16
 #: Command lines of processes that score images.

@@ -13,7 +13,7 @@ import pytest
 from workers import N_TRAIN, N_VAL
 
 # The marker `ray` stands for three processes with TensorFlow; Ray itself is not used.
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("workers"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 Arrays = dict[str, np.ndarray]
 #: The rows that `plain` read.
 READS = ("trained", "validated")
