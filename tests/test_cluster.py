@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -90,7 +91,10 @@ def test_ray_start_up_opens_no_port_and_grants_no_role(tmp_path: Path, monkeypat
     monkeypatch.setenv("HOME", str(tmp_path))  # Ray keeps the key to the machines in ~/.ssh
     (tmp_path / ".ssh").mkdir()
     region = yaml.safe_load(TEXT)["provider"]["region"]
-    with moto.mock_aws():
+    with contextlib.ExitStack() as stack:
+        aws = moto.mock_aws()
+        aws.start(reset=False)  # the session's S3 server keeps its buckets in the same place
+        stack.callback(aws.stop, remove_data=False)
         ec2, iam = boto3.client("ec2", region), boto3.client("iam", region)
         vpc = ec2.describe_vpcs()["Vpcs"][0]["VpcId"]
         group = ec2.create_security_group(GroupName="ray-cxr", Description="nodes", VpcId=vpc)["GroupId"]

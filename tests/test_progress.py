@@ -48,7 +48,9 @@ def test_failed_jobs_and_jobs_with_their_own_summary_log_no_last_line(capsys: py
 
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """A terminal of 80 columns and 40 lines."""
+    """A terminal of 80 columns and 40 lines, whatever this process runs in."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     written = io.StringIO()
     made = functools.partial(Console, file=written, force_terminal=True, width=80, height=40)
     monkeypatch.setattr(progress, "Console", lambda **options: made())

@@ -237,8 +237,17 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> _Header:
+        return cls._checked(super().frombuf, buf, encoding, errors)
+
+    @classmethod
+    def _frombuf(cls, buf: bytes, encoding: str | None, errors: str, **options: Any) -> _Header:
+        # Newer Pythons, and Debian's patched 3.11.2, read headers through this one and not through `frombuf`.
+        return cls._checked(super()._frombuf, buf, encoding, errors, **options)  # type: ignore[misc]
+
+    @classmethod
+    def _checked(cls, read: Callable[..., Any], buf: bytes | bytearray, *given: Any, **options: Any) -> _Header:
         try:
-            header = super().frombuf(buf, encoding, errors)  # type: ignore[arg-type]
+            header: _Header = read(buf, *given, **options)
         except tarfile.TarError:
             if not any(buf):
                 raise  # the block of zeros that ends an archive
