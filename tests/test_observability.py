@@ -174,6 +174,23 @@ def test_prepare_counts_every_row(without_ray: None, manifest: Path, given: Give
     assert counts.total() == len(pd.read_parquet(manifest)) > counts["ok"]
 
 
+@pytest.mark.slow
+def test_score_counts_every_row(
+    without_ray: None, tiny_bundle: Any, manifest: Path, given: Given, tmp_path: Path, command: Any
+) -> None:
+    code, _, err = command(*score_arguments(tiny_bundle.path, manifest, tmp_path / "out"))
+    assert code == 0, err
+    rows = pd.concat([pd.read_parquet(part) for part in sorted((tmp_path / "out" / "scores").glob("*.parquet"))])
+    sums = totals(given)
+    for metric in (telemetry.DECODE_SECONDS, telemetry.INFER_SECONDS, telemetry.BATCHES_INFERRED):
+        assert sums.pop((metric.name, "score")) > 0
+    assert sums == {
+        (telemetry.IMAGES_SCORED.name,): len(rows),
+        (telemetry.IMAGES_DECODED.name, "score"): rows["path"].notna().sum(),
+        **{(telemetry.IMAGE_ERRORS.name, "score", code): n for code, n in rows["error_code"].value_counts().items()},
+    }
+
+
 def test_training_counts_every_step_and_epoch(given: Given, tmp_path: Path) -> None:
     """Twenty images in batches of eight are three steps, the last of four images; their seconds are measured."""
     from ray_cxr.config import TrainSettings
