@@ -144,7 +144,7 @@ def test_a_validation_split_without_an_auroc_is_refused(label: int | None) -> No
 
     def refuse_undefined(base: TrainSettings) -> None:
         table = pa.table({name: pa.array(values, pa.int8()) for name, values in labels.items()})
-        studies._refuse_undefined(SimpleNamespace(path="prepared", usable={"val": table}.get), base)  # type: ignore
+        studies._refuse_undefined(SimpleNamespace(path="prepared", usable={"val": table}.get), base)  # type: ignore[arg-type]
 
     labels = {name: [label] * 4 for name in LABELS} | {"No_Finding": [0, 1, 0, 1]}
     for findings in (14, 15):
