@@ -70,7 +70,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from ray_cxr import cli
+from ray_cxr import cli, session
 from ray_cxr.config import RaySettings, TrainSettings, TuneSettings, build
 from ray_cxr.data import atomic
 from ray_cxr.data.phantoms import write_phantoms
@@ -396,7 +396,7 @@ def reached(points: Sequence[Mapping[str, Any]], auroc: float) -> int | None:
 def compare(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """All searches, and their winners trained anew."""
     began = time.monotonic()
-    with cli.start_ray(RaySettings(num_cpus=CPUS), dashboard=True):
+    with session.start_ray(RaySettings(num_cpus=CPUS), dashboard=True):
         import ray
 
         prepared = prepare(arguments.work, arguments.patients)
@@ -580,7 +580,7 @@ def measure_overhead(arguments: argparse.Namespace, say: Callable[[str], None]) 
     """Real trials with a process ahead and without, in turn."""
     before, runs = os.getloadavg()[0], []
     start = time.monotonic()
-    with cli.start_ray(RaySettings(num_cpus=CPUS), dashboard=True):
+    with session.start_ray(RaySettings(num_cpus=CPUS), dashboard=True):
         ray_s = time.monotonic() - start
         say(f"Ray started in {ray_s:.0f} s")
         prepared = prepare(arguments.work, arguments.patients)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import hypothesis
 import pytest
 
-from ray_cxr.cli import _OWN_RAY
+from ray_cxr.session import OWN_RAY
 
 # The gate tries the same examples on every machine, however long they take there.
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True)
@@ -23,7 +23,7 @@ hypothesis.settings.load_profile("here")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # As `start_ray` sets them before it imports Ray, whose C++ reads them once; some test files import Ray first.
-for _name, _value in _OWN_RAY.items():
+for _name, _value in OWN_RAY.items():
     os.environ.setdefault(_name, _value)
 # For the S3 server of the tests, and before a Ray is started, whose workers keep its environment: never anybody's own.
 os.environ.update(AWS_ACCESS_KEY_ID="nobody", AWS_SECRET_ACCESS_KEY="nothing-secret", AWS_EC2_METADATA_DISABLED="true")
@@ -120,8 +120,8 @@ def make_tiny_bundle(out: Path, *, seed: int = 0, size: int = 64, findings: tupl
 @pytest.fixture(scope="session")
 def ray_here() -> Iterator[None]:
     """One Ray of two CPUs for the whole session; the commands find it running and use it."""
-    from ray_cxr.cli import start_ray
     from ray_cxr.config import RaySettings
+    from ray_cxr.session import start_ray
 
     # With its dashboard: it frees what stopped trials of a search hold.
     with start_ray(RaySettings(num_cpus=2), dashboard=True):

@@ -16,7 +16,7 @@ import ray
 from ray._private import utils
 
 import ray_cxr
-from ray_cxr import cli
+from ray_cxr import session
 from ray_cxr.config import RaySettings
 from ray_cxr.errors import InputError, RayCxrError
 
@@ -46,7 +46,7 @@ class Cluster:
         return [node("gone", False), *(node(name, True) for name in self.answers)]
 
     def remote(self, *arguments: Any, **options: Any) -> Any:
-        if options or arguments[0].__module__ != cli.__name__:
+        if options or arguments[0].__module__ != session.__name__:
             return REAL_REMOTE(*arguments, **options)  # Ray decorates its own functions on import
         assert arguments[0]() == HERE
         return self
@@ -85,8 +85,8 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Connect:
         monkeypatch.setattr(ray, "init", init)
         for name in ("nodes", "remote", "wait", "get", "shutdown") if cluster else ():
             monkeypatch.setattr(ray, name, getattr(cluster, name))
-        monkeypatch.setattr(cli.cluster, "wait_for_work", lambda on_head: None)
-        with cli.start_ray(RaySettings(address=address)):
+        monkeypatch.setattr(session.cluster, "wait_for_work", lambda on_head: None)
+        with session.start_ray(RaySettings(address=address)):
             pass
 
     return run
@@ -156,7 +156,7 @@ def token_file(monkeypatch: pytest.MonkeyPatch, home: Path | None) -> Path:
         monkeypatch.delenv("HOME", raising=False)
     else:
         monkeypatch.setenv("HOME", str(home))
-    cli._ensure_token()
+    session.ensure_token()
     found = os.environ.get("RAY_AUTH_TOKEN_PATH")
     path = Path(found) if found else Path(os.environ["HOME"]) / ".ray" / "auth_token"
     assert len(path.read_text(encoding="utf-8")) >= 32
@@ -188,7 +188,7 @@ def test_a_home_that_cannot_hold_the_token_is_not_needed(
         def fail(path: Path, produce: object) -> None:
             raise OSError(number, os.strerror(number), str(path))
 
-        monkeypatch.setattr(cli.atomic, "write", fail)
+        monkeypatch.setattr(session.atomic, "write", fail)
     found = token_file(monkeypatch, None if home == "unset" else folder)
     assert tmp_path not in found.parents
     assert found.parent.stat().st_mode & 0o777 == 0o700
@@ -200,6 +200,6 @@ def test_a_token_of_the_environment_is_left_alone(own: str, tmp_path: Path, monk
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv(own, "mine")
-    cli._ensure_token()
+    session.ensure_token()
     assert os.environ[own] == "mine"
     assert not list(tmp_path.iterdir())
