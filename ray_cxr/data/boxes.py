@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ray_cxr.data import manifest
+from ray_cxr.data import identity, manifest
 from ray_cxr.errors import TableError
 from ray_cxr.labels import FINDINGS, NO_FINDING, canonical, suggestion
 
@@ -61,6 +61,7 @@ def read_boxes(path: str) -> Boxes:
     ids = raw[columns["image"]].str.strip()
     if (ids == "").any():
         raise TableError(f"{path}: line {manifest._line(ids == '')} has no image name")
+    identity.check_series(raw[columns["image"]], path, images=True)
     return Boxes(
         image_ids=ids.to_numpy(dtype=object),
         findings=_findings(raw[columns["finding"]], path),

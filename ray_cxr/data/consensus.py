@@ -27,7 +27,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from ray_cxr.data import manifest
+from ray_cxr.data import identity, manifest
 from ray_cxr.errors import TableError
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING, canonical, suggestion
 
@@ -112,6 +112,9 @@ def read_consensus(path: str) -> ConsensusLabels:
     ids = raw[places["image_id"]].str.strip()
     if (ids == "").any():
         raise TableError(f"{path}: line {manifest._line(ids == '')} has no image name")
+    for name in identity.COLUMNS:
+        if name in places:
+            identity.check_series(raw[places[name]], path, images=name == "image_id")
     columns = _label_columns(raw, path)
     table = pd.DataFrame({name: _values(raw[column], path) for name, column in columns.items()}, index=raw.index)
     _refuse_clash(table, path)

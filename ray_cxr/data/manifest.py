@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_cxr import labels
-from ray_cxr.data import atomic, demographics, remote, splits, storage
+from ray_cxr.data import atomic, demographics, identity, remote, splits, storage
 from ray_cxr.errors import ConfigError, TableError
 
 SCHEMA = pa.schema(
@@ -233,6 +233,9 @@ def read_table(path: str, report: ManifestReport | None = None) -> pd.DataFrame:
     blank = out["image_id"] == ""
     if blank.any():
         raise TableError(f"{path}: line {_line(blank)} has no image name")
+    for name in identity.COLUMNS:
+        if name in columns:
+            identity.check_series(raw[columns[name]], path, images=name == "image_id")
 
     nih = "labels" in columns
     out["patient_id"] = _patients(raw, columns, out["image_id"])
@@ -297,22 +300,29 @@ class ManifestFile:
         kind = SCHEMA.field(name).type
         if name not in self._file.schema_arrow.names:
             return pa.chunked_array([pa.nulls(len(self), kind)], kind)
-        column = self._cast(name, self._read(name), kind)
+        column = self._read(name)
+        if name in identity.COLUMNS:
+            return self._ids(name, column)
+        column = self._cast(name, column, kind)
         allowed = SPLITS if name == "split" else (0, 1) if name in labels.LABELS else None
         if allowed is not None:
             odd = [value for value in column.unique().to_pylist() if value is not None and value not in allowed]
             if odd:
                 words = ", ".join(map(str, allowed))
                 raise TableError(f"{self._path}: column {name} holds {odd[:5]}; use {words} and null only")
+        return column
+
+    def _ids(self, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        ids = identity.read_ids(column, name, str(self._path))
         if name == "image_id":
-            if column.null_count:
-                raise TableError(f"{self._path}: {column.null_count:,} rows have no image_id")
-            repeated = len(column) - pc.count_distinct(column).as_py()
+            if ids.null_count:
+                raise TableError(f"{self._path}: {ids.null_count:,} rows have no image_id")
+            repeated = len(ids) - pc.count_distinct(ids).as_py()
             if repeated:
                 raise TableError(
                     f"{self._path}: {repeated:,} rows repeat an image_id; each image stands in a manifest once"
                 )
-        return column
+        return ids
 
     def read(self) -> pa.Table:
         """All of it."""
@@ -330,7 +340,7 @@ class ManifestFile:
         with pq.ParquetWriter(target, schema) as writer:
             for batch in self._file.iter_batches(batch_size=row_group_size, columns=present):
                 arrays = [
-                    batch.column(name).cast(kind) if name in present else pa.nulls(len(batch), kind)
+                    _cast_batch(batch.column(name), name, kind) if name in present else pa.nulls(len(batch), kind)
                     for name, kind in _fields()
                 ]
                 writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema), row_group_size=row_group_size)
@@ -388,6 +398,11 @@ def _digest(column_of: Callable[[str], pa.ChunkedArray]) -> str:
         else:
             sink.update(_numpy(column.fill_null(0), kind.to_pandas_dtype()).tobytes())
     return sink.hexdigest()
+
+
+def _cast_batch(column: pa.Array, name: str, kind: pa.DataType) -> pa.Array:
+    """A batch of a column that was checked as a whole, as `SCHEMA` has it."""
+    return identity.to_text(column) if name in identity.COLUMNS else column.cast(kind)
 
 
 def _numpy(column: pa.ChunkedArray, dtype: Any) -> np.ndarray:
@@ -648,9 +663,12 @@ def _read_text(path: str, what: str) -> str:
 
 
 def _read_list(path: str) -> list[str]:
-    names = [line.strip() for line in _read_text(path, "split list").splitlines() if line.strip()]
-    if not names:
+    lines = [line.strip() for line in _read_text(path, "split list").splitlines()]
+    named = {number: line for number, line in enumerate(lines, 1) if line}
+    if not named:
         raise TableError(f"{path}: the list is empty")
+    names = list(named.values())
+    identity.check_names(names, list(named), path)
     return names
 
 

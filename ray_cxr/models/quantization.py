@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from ray_cxr.config import QuantizeSettings
-from ray_cxr.data import remote
+from ray_cxr.data import identity, remote
 from ray_cxr.data.prepared import PreparedSet, SplitData
 from ray_cxr.errors import BundleError, ConfigError, OutputError
 from ray_cxr.evaluation import metrics
@@ -165,7 +165,7 @@ def _finished(out: Path, made: dict[str, Any]) -> Bundle | None:
 
 def _trained_on(bundle: Bundle, train: SplitData, validation: SplitData) -> np.ndarray:
     """bool [M]: validation images that trained the bundle or are in `train`, or are of a patient who is."""
-    lineage = pq.read_table(bundle.path / "split.parquet", schema=SPLIT_SCHEMA).to_pydict()
+    lineage = identity.read_split(bundle.path, SPLIT_SCHEMA).to_pydict()
     images, patients = set(train.image_ids), set(train.patient_ids)
     for image, patient, split in zip(lineage["image_id"], lineage["patient_id"], lineage["split"], strict=True):
         if split == "train":

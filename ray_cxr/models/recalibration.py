@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_cxr.config import RecalibrateSettings
-from ray_cxr.data import manifest, remote
+from ray_cxr.data import identity, manifest, remote
 from ray_cxr.errors import ConfigError, InputError, LeakError, OutputError, TableError
 from ray_cxr.evaluation import calibration, intervals, metrics
 from ray_cxr.evaluation.calibration import FittedRules
@@ -279,6 +279,7 @@ def _read_part(file: Path, content: pa.NativeFile, bundle: Bundle, source: str) 
     if odd:
         verb = "has" if odd[0] in p else "lacks"
         raise TableError(f"{file}: {verb} the column {odd[0]}, unlike the findings of {bundle.place}; score again")
+    identity.check_table(table, str(file))
     schema = pa.schema([*((name, pa.string()) for name in texts), *((name, pa.float32()) for name in wanted)])
     try:
         return table.select(schema.names).cast(schema)
@@ -348,7 +349,7 @@ def _choose(
 
 
 def _split(bundle: Bundle) -> pd.DataFrame:
-    return pq.read_table(bundle.path / "split.parquet", schema=SPLIT_SCHEMA).to_pandas()
+    return identity.read_split(bundle.path, SPLIT_SCHEMA).to_pandas()
 
 
 def _guard(frame: pd.DataFrame, bundle: Bundle, labels: str) -> list[str]:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from ray_cxr.data import remote, storage
+from ray_cxr.data import identity, remote, storage
 from ray_cxr.errors import ImageError, InputError, TableError
 from ray_cxr.evaluation import calibration, intervals
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING, canonical
@@ -309,7 +309,9 @@ def strings(table: pa.Table, name: str, source: str) -> np.ndarray:
     if name not in table.column_names:
         return np.full(len(table), None, dtype=object)
     try:
-        values = pc.cast(table[name], pa.string()).to_pylist()
+        ids = name in identity.COLUMNS
+        text = identity.read_ids(table[name], name, source) if ids else pc.cast(table[name], pa.string())
+        values = text.to_pylist()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise TableError(f"{source}: column {name} is {table[name].type}, not text") from None
     out = np.empty(len(values), dtype=object)

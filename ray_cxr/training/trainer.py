@@ -30,12 +30,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import tomli_w
 
 from ray_cxr import cluster
 from ray_cxr.config import TrainSettings
-from ray_cxr.data import remote
+from ray_cxr.data import identity, remote
 from ray_cxr.data.prepared import SETTINGS, PreparedSet, agree, begin
 from ray_cxr.errors import ConfigError, LeakError, RayCxrError, TableError, own_error
 from ray_cxr.evaluation.calibration import fit_rules
@@ -315,7 +314,7 @@ def _refuse_leak(start: Bundle, val: pa.Table) -> None:
     Raises:
         LeakError: there are some; epochs, calibration and operating points would be chosen on what is known already.
     """
-    split = pq.read_table(start.path / "split.parquet")
+    split = identity.read_split(start.path)
     trained = split.filter(pc.equal(split["split"], "train"))
     images = pc.is_in(val["image_id"], trained["image_id"].combine_chunks())
     patients = pc.is_in(val["patient_id"], trained["patient_id"].drop_null().combine_chunks())
@@ -650,7 +649,7 @@ def _lineage(used: pd.DataFrame, weights: str) -> tuple[pa.Table, str]:
     lineage = "known" if weights in ("none", "imagenet") else "unknown"  # ImageNet holds no radiographs of patients
     if Path(weights).is_dir():
         earlier = load_bundle(weights)
-        before = pq.read_table(earlier.path / "split.parquet").to_pandas()
+        before = identity.read_split(earlier.path).to_pandas()
         frame = pd.concat([frame, before[~before["image_id"].isin(frame["image_id"])]], ignore_index=True)
         lineage = earlier.info["provenance"].get("lineage", "unknown")
     return pa.Table.from_pandas(frame, schema=SPLIT_SCHEMA, preserve_index=False), lineage

@@ -1,0 +1,203 @@
+"""Ids of patients, studies and images in tables: text that still is what the source wrote.
+
+A spreadsheet keeps 15 digits of a number and shows long ones as `2.05367E+37`; a float64 keeps 53 bits. Both turn the
+ids of many patients into one, and one patient into two people of which one is in train and one in test. Such columns
+are refused here, for every table that the package reads. `12E10` can be a pseudonym and is kept; so is `12345.0`,
+which pandas writes where another id is missing, and which lost nothing.
+
+The errors name the file, the column and the line of an example, never the id itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ray_cxr.errors import TableError
+
+#: The columns of a manifest and of scores that say whose image it is, and which.
+COLUMNS: tuple[str, ...] = ("image_id", "patient_id", "study_id")
+REMEDY = (
+    "format the column as text in the spreadsheet before saving, or export the table again from the source, "
+    "ids as text in UTF-8"
+)
+
+#: A column that would look like this by a smaller chance has lost digits.
+_CHANCE = 1e-4
+_SPREADSHEET_DIGITS = 15
+_FIRST_ROWS = 1000
+#: Integers below 2**bits are exact in a float.
+_FLOAT_BITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}
+
+_EXPONENT = r"^[+-]?(?:[0-9]+[.,][0-9]+[eE][+-]?|[0-9][.,]?[eE][+-])[0-9]+$"
+_LONG_FLOAT = r"^[+-]?[0-9]{16,300}[.,]0+$"
+_LONG_INTEGER = r"^[+-]?[1-9][0-9]{15,299}$"
+_CELL_ERROR = r"^#(?:#{2,}|N/A|NV|[A-ZÀ-Þ0-9/]+[!?])$"
+_REPLACED = "\ufffd"
+_SUSPICIOUS = "|".join((_EXPONENT, _LONG_FLOAT, _LONG_INTEGER, _CELL_ERROR, _REPLACED))
+
+
+def check_series(column: pd.Series, source: str, *, images: bool = False) -> None:
+    """Refuse a text column whose ids are no longer those of the source.
+
+    Args:
+        column: text, its name the header's, its index the lines of the file.
+        source: the file, for the error.
+        images: the ids are names of files.
+
+    Raises:
+        TableError: see the module's docstring.
+    """
+    text = pa.chunked_array([pa.array(column.str.strip(), pa.string(), from_pandas=True)])
+    _check_text(text, f"{source}: line", column.index, str(column.name), images=images)
+
+
+def check_names(names: Sequence[str], lines: Sequence[int], source: str) -> None:
+    """Refuse a list of image names as `check_series` refuses a column."""
+    _check_text(
+        pa.chunked_array([pa.array(names, pa.string())]), f"{source}: line", lines, "the image name", images=True
+    )
+
+
+def read_ids(column: pa.ChunkedArray, name: str, source: str) -> pa.ChunkedArray:
+    """Return a Parquet column of ids as string [n], with nulls where a float is NaN.
+
+    Args:
+        name: of the column, one of `COLUMNS`.
+        source: the file, for the error.
+
+    Raises:
+        TableError: it holds ids that lost digits, bytes that are not UTF-8, or a type that is no text.
+    """
+    column = _decode_dictionary(column)
+    if pa.types.is_floating(column.type):
+        _check_floats(column, name, source)
+    try:
+        # Through bytes, because Arrow does not look at those of what a file calls a string.
+        text = to_text(column).cast(pa.binary()).cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise TableError(f"{source}: column {name} is {column.type}, not text in UTF-8; {REMEDY}") from None
+    _check_text(text, f"{source}: row", range(1, len(text) + 1), name, images=name == "image_id")
+    return text
+
+
+def to_text(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
+    """Return a part of a checked column as string [n], as `read_ids` does."""
+    column = _decode_dictionary(column)
+    if pa.types.is_floating(column.type):
+        column = _drop_nan(column)
+    return column.cast(pa.string())
+
+
+def check_table(table: pa.Table, source: str) -> pa.Table:
+    """Return a table after checking its identity columns as `read_ids` does."""
+    for name in COLUMNS:
+        if name in table.column_names:
+            read_ids(table[name], name, source)
+    return table
+
+
+def read_split(folder: Path, schema: pa.Schema | None = None) -> pa.Table:
+    """Read the images that trained a bundle, its `split.parquet`.
+
+    Raises:
+        TableError: an older version trained it with ids that lost digits; no leak can be found with these.
+    """
+    file = folder / "split.parquet"
+    return check_table(pq.read_table(file, schema=schema), str(file))
+
+
+def _decode_dictionary(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
+    """The values of a column that repeats them by number, as pandas writes categories."""
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _drop_nan(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
+    """Floats, float64, with null for NaN: a patient who is not known is none, and not one called nan."""
+    wide = column.cast(pa.float64())
+    return pc.if_else(pc.is_nan(wide), pa.scalar(None, pa.float64()), wide)
+
+
+def _check_floats(column: pa.ChunkedArray, name: str, source: str) -> None:
+    """Refuse floats that are not whole, or too large to be exact."""
+    bits = _FLOAT_BITS[column.type]
+    wide = _drop_nan(column)
+    for bad, reason in (
+        (pc.greater_equal(pc.abs(wide), 2.0**bits), f"a float of {bits} bits, too large for all its digits to be kept"),
+        (pc.not_equal(pc.floor(wide), wide), "a number with a fraction"),
+    ):
+        row = pc.index(bad, True).as_py()
+        if row >= 0:
+            raise _error(f"{source}: row", row + 1, name, reason)
+
+
+def _check_text(text: pa.ChunkedArray, place: str, lines: Iterable[int], name: str, *, images: bool) -> None:
+    rows = pc.indices_nonzero(pc.fill_null(pc.match_substring_regex(text, _SUSPICIOUS), False))
+    if not len(rows):
+        return
+    suspects = text.take(rows)
+    position = _find_loss(suspects, images=images)
+    if position is not None:
+        row, reason = rows[position[0]].as_py(), position[1]
+        raise _error(place, list(lines)[row], name, reason)
+
+
+def _find_loss(suspects: pa.ChunkedArray, *, images: bool) -> tuple[int, str] | None:
+    """The first of the suspicious ids that has lost something, and what; None where all are whole."""
+    for pattern, reason in (
+        (_EXPONENT, "a number in exponent form, in which digits are lost"),
+        (_CELL_ERROR, "the error value of a spreadsheet's cell"),
+        *(() if images else ((_REPLACED, "text with a replacement character, for a letter that is lost"),)),
+    ):
+        found = pc.index(pc.match_substring_regex(suspects, pattern), True).as_py()
+        if found >= 0:
+            return found, reason
+    for position in pc.indices_nonzero(pc.match_substring_regex(suspects, _LONG_FLOAT)).to_pylist():
+        if abs(int(suspects[position].as_py().replace(",", ".").partition(".")[0])) >= 2**53:
+            return position, "a float of 53 bits, too large for all its digits to be kept"
+    integers = pc.match_substring_regex(suspects, _LONG_INTEGER)
+    reason = _describe_rounding(suspects.filter(integers))
+    return (pc.index(integers, True).as_py(), reason) if reason else None
+
+
+def _describe_rounding(texts: pa.ChunkedArray) -> str | None:
+    """How a column's integers of more than 15 digits were rounded; None where they were not, or it may be a chance."""
+    for count_digits, reason in (
+        (_count_zeroed, "a number with zeros after its first 15 digits, as all long ones of the column"),
+        (_count_lost_in_floats, "a number that passed through a float of 53 bits, as all long ones of the column"),
+    ):
+        # The first rows settle it for nearly every column, and a million numbers take seconds.
+        for part in (texts.slice(0, _FIRST_ROWS), texts):
+            digits = count_digits([abs(int(value)) for value in part.unique().to_pylist()])
+            if digits is None:
+                break
+        else:
+            if digits is not None and digits > -math.log10(_CHANCE):
+                return reason
+    return None
+
+
+def _count_zeroed(numbers: Sequence[int]) -> float | None:
+    """Digits that a spreadsheet set to zero; None where any is not."""
+    if any(set(str(n)[_SPREADSHEET_DIGITS:]) != {"0"} for n in numbers):
+        return None
+    return sum(len(str(n)) - _SPREADSHEET_DIGITS for n in numbers)
+
+
+def _count_lost_in_floats(numbers: Sequence[int]) -> float | None:
+    """Digits that a float64 lost; None where any number is none. 0 where the lowest bits are never used."""
+    if any(int(float(n)) != n for n in numbers):
+        return None
+    steps = [int(max(math.ulp(float(n)), 1.0)) for n in numbers]
+    in_use = any(n // step % 2 for n, step in zip(numbers, steps, strict=True))
+    return in_use * sum(math.log10(step) for step in steps)
+
+
+def _error(place: str, line: int, name: str, reason: str) -> TableError:
+    return TableError(f"{place} {line}: {name} is {reason}: different ids can become equal; {REMEDY}")

@@ -1,0 +1,249 @@
+"""Ids that a spreadsheet or a float has changed are refused, in every table; all others stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ray_cxr.data import boxes, consensus, identity, manifest
+from ray_cxr.errors import TableError
+from ray_cxr.reporting import scores
+
+REMEDY = "export the table again from the source"
+GOOD = "P-1"
+#: Seventeen digits as a spreadsheet keeps them: two zeros at the end.
+ROUNDED = ["12345678901234500", "12345678901235600", "98765432109876500"]
+
+LOST = [
+    ["2.05367E+37"],
+    ["2,05367E+37"],
+    ["-1.5e12"],
+    ["1.23457E15"],
+    ["1.23456789012346E+015"],
+    ["2E+37"],
+    ["2e-7"],
+    ["12345678901234567.0"],
+    ["12345678901234567,0"],
+    ["9007199254740992.00"],
+    ROUNDED,
+    ["10000000000000000000"],
+    [str(int(float(7**21 + i * 10**14))) for i in range(1, 6)],
+    ["#N/A"],
+    ["#NV"],
+    ["#BEZUG!"],
+    ["#NAME?"],
+    ["########"],
+]
+KEPT = [
+    ["12E10"],
+    ["12E+10"],
+    ["2E37"],
+    ["A1.5E+10"],
+    ["1.5E+10-B"],
+    ["1.2.840.10008.1"],
+    ["12345.0"],
+    ["1234567890123456.0"],
+    ["12.5"],
+    ["#17"],
+    ["nan"],
+    ["M\xdc-17"],
+    [r"M\xdc-17"],
+    ROUNDED[:2],  # as likely as 1 in 10,000
+    ["1234567890123450000"],
+    [*ROUNDED, "12345678901234567"],
+    ["00012345678901234500000"],
+    ["1" * 40],
+    ["12345678901234567168"],  # what a float64 keeps, and by chance in 1 of 2,048
+    [str((1 << 62) + (i << 22)) for i in range(9)],  # low bits without a use, and far more of them than a float loses
+]
+
+
+def csv(path: Path, header: str, rows: list[str]) -> str:
+    path.write_text("\n".join([header, *rows, ""]), encoding="utf-8")
+    return str(path)
+
+
+def quoted(values: list[str]) -> list[str]:
+    return ['"' + value + '"' for value in values]
+
+
+def ids(values: list[str]) -> list[str]:
+    """The rows of an id's table: each value once between two good ones."""
+    return [GOOD, *values, GOOD + "b"]
+
+
+def in_one_hot(home: Path, values: list[str], column: str) -> object:
+    names = {"patient_id": "Patient ID", "study_id": "StudyInstanceUID"}
+    if column == "image_id":
+        return manifest.read_table(csv(home / "t.csv", "Image,Mass", [f"{x},1" for x in quoted(ids(values))]))
+    rows = [f"{i}.png,{x},1" for i, x in enumerate(quoted(ids(values)))]
+    return manifest.read_table(csv(home / "t.csv", f"Image,{names[column]},Mass", rows))
+
+
+def in_nih(home: Path, values: list[str], column: str) -> object:
+    rows = [f"{i}.png,Mass,{x}" for i, x in enumerate(quoted(ids(values)))]
+    return manifest.read_table(csv(home / "t.csv", "Image Index,Finding Labels,Patient ID", rows))
+
+
+def in_consensus(home: Path, values: list[str], column: str) -> object:
+    if column == "image_id":
+        return consensus.read_consensus(csv(home / "t.csv", "Image,Mass", [f"{x},1" for x in quoted(ids(values))]))
+    rows = [f"{i}.png,{x},1" for i, x in enumerate(quoted(ids(values)))]
+    return consensus.read_consensus(csv(home / "t.csv", "Image,Patient ID,Mass", rows))
+
+
+def in_boxes(home: Path, values: list[str], column: str) -> object:
+    rows = [f"{x},Mass,1,1,9,9" for x in quoted(ids(values))]
+    return boxes.read_boxes(csv(home / "t.csv", "Image,Finding,x,y,w,h", rows))
+
+
+def in_list(home: Path, values: list[str], column: str) -> object:
+    return manifest._read_list(csv(home / "t.csv", GOOD, values))
+
+
+def parquet(home: Path, column: str, values: Any, **more: Any) -> str:
+    columns = {"image_id": [f"{i}.png" for i in range(len(values))], **more, column: values}
+    pq.write_table(pa.table(columns), home / "t.parquet")
+    return str(home / "t.parquet")
+
+
+def in_manifest(home: Path, values: Any, column: str) -> object:
+    return manifest.read_manifest(parquet(home, column, ids(values) if isinstance(values, list) else values))
+
+
+def in_scores(home: Path, values: Any, column: str) -> object:
+    values = ids(values) if isinstance(values, list) else values
+    return scores.read_scores(parquet(home, column, values, p_Mass=[0.5] * len(values)))
+
+
+TABLES: list[tuple[Callable[[Path, Any, str], object], str, str]] = [
+    (in_one_hot, "patient_id", "Patient ID"),
+    (in_one_hot, "study_id", "StudyInstanceUID"),
+    (in_one_hot, "image_id", "Image"),
+    (in_nih, "patient_id", "Patient ID"),
+    (in_consensus, "patient_id", "Patient ID"),
+    (in_consensus, "image_id", "Image"),
+    (in_boxes, "image_id", "Image"),
+    (in_list, "image_id", "the image name"),
+    *((table, name, name) for table in (in_manifest, in_scores) for name in identity.COLUMNS),
+]
+
+
+def test_ids_that_lost_digits_are_told_from_ids_that_look_odd() -> None:
+    for values in LOST:
+        with pytest.raises(TableError, match=r"^t.csv: line 3: Patient ID .*" + REMEDY) as caught:
+            identity.check_series(series(values), "t.csv")
+        assert not [value for value in values if value in str(caught.value)], "an id must not stand in an error"
+    for values in KEPT:
+        identity.check_series(series(values), "t.csv")
+
+
+def series(values: list[str]) -> pd.Series:
+    rows = ids(values)
+    return pd.Series(rows, index=range(2, 2 + len(rows)), name="Patient ID", dtype=str)
+
+
+@pytest.mark.parametrize(("table", "column", "shown"), TABLES)
+def test_every_table_refuses_ids_that_lost_digits(
+    tmp_path: Path, table: Callable[[Path, Any, str], object], column: str, shown: str
+) -> None:
+    for values in (["2,05367E+37"], ["12345678901234567.0"], ROUNDED):
+        with pytest.raises(TableError) as caught:
+            table(tmp_path, values, column)
+        message = str(caught.value)
+        place = "row 2" if table in (in_manifest, in_scores) else "line 2" if table is in_list else "line 3"
+        assert message.startswith(f"{tmp_path}/t."), values
+        assert f": {place}: {shown} " in message, (values, message)
+        assert REMEDY in message
+        assert "\n" not in message
+        assert not [value for value in values if value in message], "an id must not stand in an error"
+    for values in (["12E10"], ["12345.0"], ROUNDED[:2]):
+        table(tmp_path, values, column)
+
+
+def test_replacement_characters_are_refused_in_ids_of_people_but_not_in_names_of_files(tmp_path: Path) -> None:
+    for table, column, _ in TABLES:
+        if column == "image_id":
+            table(tmp_path, ["M\ufffd-17"], column)
+        else:
+            with pytest.raises(TableError, match=f"replacement character.*{REMEDY}"):
+                table(tmp_path, ["M\ufffd-17"], column)
+
+
+def test_ids_stay_as_they_are(tmp_path: Path) -> None:
+    found = manifest.read_table(in_path(tmp_path, ["12E10", "12345.0", "007", ""]))
+    assert found["patient_id"].tolist() == ["12E10", "12345", "007", None]
+
+
+def in_path(home: Path, values: list[str]) -> str:
+    return csv(home / "t.csv", "Image,Patient ID,Mass", [f"{i}.png,{x},1" for i, x in enumerate(values)])
+
+
+@pytest.mark.parametrize("table", [in_manifest, in_scores])
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (pa.array([1.0, 2.0**53]), "53 bits"),
+        (pa.array([1.0, -(2.0**60)]), "53 bits"),
+        (pa.array([1.0, float("inf")]), "53 bits"),
+        (pa.array([1.0, 2.0**24], pa.float32()), "24 bits"),
+        (pa.array([1.0, 2.0**24], pa.float32()).dictionary_encode(), "24 bits"),
+        (pa.array([1.0, 2.0**11], pa.float16()), "11 bits"),
+        (pa.array([1.0, 1.5]), "fraction"),
+        (pa.array([1.0, 1e10]), "exponent form"),
+        (pa.array([1.0, 12345678901.0]), "exponent form"),
+        (pa.array(["a", "2.05367E+37"]).dictionary_encode(), "exponent form"),
+        (pa.array([1, 12345678901234500000], pa.uint64()), "15 digits"),
+        (pa.array(["a", "2.05367E+37"], pa.large_string()), "exponent form"),
+    ],
+)
+def test_parquet_columns_that_lost_digits_are_refused(
+    tmp_path: Path, table: Callable[[Path, Any, str], object], values: pa.Array, reason: str
+) -> None:
+    for column in identity.COLUMNS:
+        with pytest.raises(TableError, match=f"t.parquet: row 2: {column} .*{reason}.*{REMEDY}"):
+            table(tmp_path, values, column)
+
+
+def test_floats_that_lost_nothing_are_read_and_nan_is_no_patient(tmp_path: Path) -> None:
+    values = pa.array([12345.0, float("nan"), None, 0.0, 1234567890.0])
+    expected = ["12345", None, None, "0", "1234567890"]
+    path = parquet(tmp_path, "patient_id", values, p_Mass=[0.5] * 5)
+    assert manifest.read_manifest(path)["patient_id"].to_pylist() == expected
+    with manifest.open_manifest(path) as file:  # as `score` freezes its input, two rows at a time
+        file.copy(tmp_path / "copy.parquet", 2)
+    assert manifest.read_manifest(tmp_path / "copy.parquet")["patient_id"].to_pylist() == expected
+    assert scores.read_scores(path).patients.tolist() == expected
+
+
+def test_bytes_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    raw = pa.array([b"M\xdc-17", b"M\xc4-17"])
+    invalid = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
+    for values in (raw, invalid):
+        path = parquet(tmp_path, "patient_id", values, p_Mass=[0.5] * 2)
+        for read in (manifest.read_manifest, scores.read_scores):
+            with pytest.raises(TableError, match="patient_id"):
+                read(path)
+
+
+def test_split_of_an_older_bundle_is_refused(tmp_path: Path) -> None:
+    table = pa.table({"image_id": ["a"], "patient_id": ["2.05367E+37"], "split": ["train"]})
+    pq.write_table(table, tmp_path / "split.parquet")
+    for read in (identity.read_split, lambda folder: scores._trained(scores.Place.of(str(folder / "split.parquet")))):
+        with pytest.raises(TableError, match=r"split.parquet: row 1: patient_id .*exponent form"):
+            read(tmp_path)
+    sound = table.set_column(1, "patient_id", pa.array(["17"]))
+    pq.write_table(sound, tmp_path / "split.parquet")
+    assert identity.read_split(tmp_path).equals(sound)
+
+
+def test_example_is_the_first_line(tmp_path: Path) -> None:
+    column = pd.Series(["a", "1", "2E+37", "2E+38"], index=[2, 3, 7, 8], name="Patient ID")
+    with pytest.raises(TableError, match=r"^t\.csv: line 7: Patient ID "):
+        identity.check_series(column, "t.csv")
