@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, cast
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import pyarrow as pa
 from pyarrow import fs as arrow_fs
@@ -70,8 +70,8 @@ def path(text: str | os.PathLike[str]) -> Path:
     bucket, _, key = rest.partition("/")
     if found["slashes"] != "://" or not bucket:
         raise InputError(f"{place}: names no bucket; write it as s3://BUCKET/FOLDER")
-    one = StorePath(bucket, unquote(key).strip("/"), mark + options)
     try:
+        one = StorePath(bucket, storage.unescape(key).strip("/"), mark + options)
         with _failures(one, "opened"):
             one.store()
     except ImageError as error:

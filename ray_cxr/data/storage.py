@@ -267,7 +267,11 @@ def plain_path(path: str) -> str:
     inside = split_member(path)
     if inside:
         return f"{plain_path(inside[0])}::{inside[1]}"
-    return unquote(path.partition("?")[0])
+    place = path.partition("?")[0]
+    try:
+        return unquote(place, errors="strict")
+    except UnicodeDecodeError:  # no name of ours; as it is, so that two such names stay two
+        return place
 
 
 def plain_paths(paths: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -365,12 +369,24 @@ def open_uri(uri: str) -> tuple[Any, str]:
     scheme, _, rest = place.partition("://")
     if scheme.lower() in ("s3", "gs", "gcs"):
         bucket, _, key = rest.partition("/")
-        return _bucket(scheme.lower(), bucket, options), unquote(f"{bucket.rpartition('@')[2]}/{key}").rstrip("/")
+        return _bucket(scheme.lower(), bucket, options), unescape(f"{bucket.rpartition('@')[2]}/{key}").rstrip("/")
     folder, _, name = place.rpartition("/")
     if not name or folder.endswith("/") or "#" in place:
         return arrow_fs.FileSystem.from_uri(uri)
     store, path = _store(folder + mark + options)
-    return store, f"{path.rstrip('/')}/{unquote(name)}"
+    return store, f"{path.rstrip('/')}/{unescape(name)}"
+
+
+def unescape(text: str) -> str:
+    """Return the name that a URI's escapes (`%20`) stand for.
+
+    Raises:
+        ImageError: they are not UTF-8; with replacement characters `%DC` and `%C4` would be one name.
+    """
+    try:
+        return unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise ImageError("missing", "the address has escapes that are not UTF-8") from None
 
 
 def _refuse_keys(place: str) -> None:

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_cxr.data import storage
+from ray_cxr.data import remote, storage
 from ray_cxr.data.storage import list_images, listing, read_bytes, split_member
 from ray_cxr.errors import ImageError, InputError
 
@@ -320,3 +320,16 @@ def test_addresses_with_keys_or_unknown_options_are_refused_without_secrets() ->
             assert part in message
             assert "AKIA" not in message
             assert "hush" not in message
+
+
+def test_escapes_that_are_not_utf8_never_make_two_names_one(tmp_path: Path) -> None:
+    """With replacement characters `%DC` and `%C4` would name one file, and give one image_id."""
+    uris = [f"{(tmp_path / 'M').as_uri()}{escape}-17.dcm" for escape in ("%DC", "%C4")]
+    (tmp_path / "M\ufffd-17.dcm").write_bytes(b"another patient's")
+    assert len({storage.file_name(uri) for uri in uris}) == 2
+    assert storage.file_names(pa.chunked_array([uris])).to_pylist() == ["M%DC-17.dcm", "M%C4-17.dcm"]
+    for uri in uris:
+        with pytest.raises(ImageError, match="not UTF-8"):
+            storage.read_bytes(uri)
+    with pytest.raises(InputError, match="not UTF-8"):
+        remote.path("s3://bucket/M%DC-17")
