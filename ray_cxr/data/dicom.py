@@ -43,6 +43,7 @@ from pydicom.encaps import get_frame
 from pydicom.pixels import get_decoder
 
 from ray_cxr.data.demographics import parse_age, parse_sex, parse_view
+from ray_cxr.data.dicom_text import read_identity
 from ray_cxr.data.imaging import (
     MAX_PIXELS,
     JpegStream,
@@ -150,7 +151,8 @@ def read_tags(data: bytes) -> dict[str, Any]:
     """The header fields that a manifest takes; nothing is logged.
 
     Returns:
-        `patient_id` and `study_id` (Study Instance UID): str | None. `age`: float years | None, from 058Y,
+        `patient_id` and `study_id` (Study Instance UID): str | None, distinct for distinct bytes (see
+        `dicom_text`). `age`: float years | None, from 058Y,
         006M, 002W, 010D or bare digits (years, as converted archives write them). `sex`: `M`, `F` or None.
         `view`: see `demographics.parse_view`; from View Position, else from Patient Position where that says
         PA or AP (some converted archives put it there).
@@ -165,8 +167,8 @@ def read_tags(data: bytes) -> dict[str, Any]:
         if not view and position in ("PA", "AP"):
             view = position
         return {
-            "patient_id": _text(ds, "PatientID") or None,
-            "study_id": _text(ds, "StudyInstanceUID") or None,
+            "patient_id": read_identity(ds, "PatientID") or None,
+            "study_id": read_identity(ds, "StudyInstanceUID") or None,
             "age": parse_age(_text(ds, "PatientAge")),
             "sex": parse_sex(_text(ds, "PatientSex")),
             "view": parse_view(view),

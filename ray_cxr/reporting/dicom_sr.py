@@ -55,7 +55,7 @@ from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
 from pydicom.uid import UID
 
-from ray_cxr.data import archives, atomic, storage
+from ray_cxr.data import archives, atomic, dicom_text, identity, storage
 from ray_cxr.data.dicom import looks_like_dicom
 from ray_cxr.data.imaging import decoder_errors
 from ray_cxr.data.prepared import agree, begin
@@ -318,7 +318,7 @@ class _Image:
 
     Attributes:
         patient: whose it is, to compare with the other images of the study.
-        copied: the elements of `_COPIED`, as Explicit VR Little Endian.
+        copied: the elements of `_COPIED`, text byte for byte, as Explicit VR Little Endian.
     """
 
     study: str
@@ -450,7 +450,7 @@ def _read_scores(path: Path) -> _Scores:
         except (OSError, pa.ArrowException):
             raise TableError(f"{part}: is missing or damaged; remove it and run score again") from None
         sink.update(hashlib.sha256(data).digest())
-    table = pa.concat_tables(tables).combine_chunks()
+    table = identity.check_table(pa.concat_tables(tables).combine_chunks(), str(path))
     return _Scores(
         model=scorer,
         table=table.select(names),
@@ -635,20 +635,23 @@ def _image(ds: Dataset) -> _Image:
         if not _UID_TEXT.fullmatch(value) or len(value) > 64:
             raise ImageError("corrupt", f"the DICOM header gives no usable {keyword}")
         uids[keyword] = value
-    copied = Dataset()
-    for keyword in _COPIED:
-        if keyword in ds and not (keyword == "PatientAge" and not _AGE.fullmatch(str(ds.PatientAge))):
-            copied.add(ds[keyword])
+    if not dicom_text.writes_ascii(ds):
+        raise ImageError("corrupt", "the DICOM header declares a character set that DICOM does not define")
+    # Before anything else looks at the text, since pydicom keeps what it decoded.
+    copied = dicom_text.copy_elements(ds, _COPIED)
+    patient = (dicom_text.read_identity(ds, "PatientID"), dicom_text.read_identity(ds, "IssuerOfPatientID"))
+    if not patient[0]:  # then the name must do
+        patient = ("", dicom_text.read_identity(ds, "PatientName").strip("^ "))
+    if "PatientAge" in copied and not _AGE.fullmatch(str(ds.PatientAge)):
+        del copied.PatientAge
     buffer = io.BytesIO()
     copied.save_as(buffer, implicit_vr=False, little_endian=True)
-    # Of images without an id the name must do.
-    patient = (str(ds.get("PatientID") or "").strip(), str(ds.get("IssuerOfPatientID") or "").strip())
     return _Image(
         study=uids["StudyInstanceUID"],
         series=uids["SeriesInstanceUID"],
         instance=uids["SOPInstanceUID"],
         sop_class=uids["SOPClassUID"],
-        patient=patient if patient[0] else ("", str(ds.get("PatientName") or "").strip("^ ")),
+        patient=patient,
         copied=buffer.getvalue(),
     )
 
@@ -839,6 +842,7 @@ def _document(job: _Job) -> Dataset:
     # referred to is in the evidence, and nothing in the tree is 3D.
     root.ContentSequence = sr.ContentSequence(is_root=False)
     header = pydicom.dcmread(io.BytesIO(images[0].copied), force=True)
+    copied = dicom_text.copy_elements(header, header.keys())
     when = _local(model.finished, header)
     document = sr.ComprehensiveSR(
         evidence=[_evidence(image) for image in images],
@@ -870,8 +874,7 @@ def _document(job: _Job) -> Dataset:
         tool.ContributionDateTime = f"{when:%Y%m%d%H%M%S}"
     for keyword in _REQUIRED:
         setattr(document, keyword, None)
-    for element in header:
-        document.add(element)
+    dicom_text.add_elements(document, copied)
     return document
 
 

@@ -18,8 +18,10 @@ import pyarrow.parquet as pq
 import pydicom
 import pytest
 from highdicom import sr
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sr.codedict import codes
+from pydicom.tag import Tag
 from pydicom.uid import UID, ComputedRadiographyImageStorage, ExplicitVRLittleEndian
 
 from ray_cxr.data.dicom import read_tags
@@ -425,6 +427,64 @@ def test_image_that_fails_costs_only_its_study(site: Site, command: Command) -> 
     assert sorted(site.documents()) == ["1", "9"]
     everything = out + err + (site.out / "export.json").read_text(encoding="utf-8") + str(reasons)
     assert not [word for word in IDENTIFYING if word in everything]
+
+
+@pytest.mark.parametrize(
+    "charset",
+    [
+        None,
+        "ISO_IR 100",
+        "ISO_IR 192",
+        "ISO-IR 192",
+        "GB18030",
+        ["", "ISO 2022 IR 87"],
+        ["ISO_IR 192", "ISO 2022 IR 87"],
+        "no such term",
+    ],
+)
+def test_text_of_the_image_is_copied_byte_for_byte(site: Site, command: Command, charset: Any) -> None:
+    stored = {
+        "PatientID": (b"PAT-4711\xdc", b"PAT-4711\xc4"),
+        "PatientName": (b"Zweistein^J\xf6rg=\xff\x1b$Z", b"Zweistein^J\xf6rg=\xff\x1b$Z"),
+        "StudyDescription": (b"Th\xf3rax", b"Th\xfarax"),
+    }
+    for number in (1, 2):
+        path = site.add(number, number, SpecificCharacterSet="ISO_IR 100")
+        ds = pydicom.dcmread(path)
+        ds.SpecificCharacterSet = charset
+        if charset is None:
+            del ds.SpecificCharacterSet
+        ds.set_original_encoding(False, True, ds._character_set)
+        for keyword, values in stored.items():
+            tag = Tag(keyword)
+            value = values[number - 1] + b" " * (len(values[number - 1]) % 2)
+            ds[tag] = RawDataElement(tag, ds[tag].VR, len(value), value, 0, False, True)
+        ds.save_as(path)
+    site.export(command)
+    assert [row["outcome"] for row in site.images()] == ["exported"] * 2
+    for study, document in site.documents().items():
+        for keyword, values in stored.items():
+            assert document.get_item(keyword).value.rstrip(b" ") == values[int(study) - 1], keyword
+        found = document.get("SpecificCharacterSet")
+        assert found == charset
+        assert document.Manufacturer == dicom_sr.MANUFACTURER
+        assert document.SeriesDescription == dicom_sr.SERIES_DESCRIPTION
+        assert any(getattr(item, "TextValue", None) == dicom_sr.RESEARCH_ONLY for item in document.ContentSequence)
+
+
+def test_images_of_a_study_with_undecodable_ids_of_two_patients_fail(site: Site, command: Command) -> None:
+    for number, raw in ((1, b"M\xdc-1"), (2, b"M\xc4-1")):
+        path = site.add(number, 7, SpecificCharacterSet="ISO_IR 192", PatientID="MUXX-1")
+        path.write_bytes(path.read_bytes().replace(b"MUXX-1", raw + b"  "))
+    site.export(command, code=3)
+    assert {row["reason"] for row in site.images()} == {"corrupt: the images of the study are of different patients"}
+
+
+def test_character_set_that_is_none_fails(site: Site, command: Command) -> None:
+    path = site.add(1, 1, SpecificCharacterSet="ISO_IR 100")
+    path.write_bytes(path.read_bytes().replace(b"ISO_IR 100", b"utf-16    "))
+    out, err = site.export(command, code=3)
+    assert "declares a character set" in str(site.images()[0]["reason"]) + out + err
 
 
 def test_patients_are_named_in_the_documents_only(
