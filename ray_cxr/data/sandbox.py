@@ -55,7 +55,7 @@ _NONSENSE = "an answer that cannot be read"
 
 @dataclass(frozen=True)
 class Picture:
-    """One radiograph: uint8[S, S] per spec, in the order of the specs, each the caller's own.
+    """One radiograph: uint8[S, S] per spec, in the order of the specs, each the caller's own; uint8[H, W] for None.
 
     `tags` are `dicom.read_tags` of a DICOM where they were asked for, else None; `shape` is height and width in pixels
     before the resize, None where nobody told.
@@ -81,7 +81,7 @@ class Decoder:
     The child starts with `start` or the first `load`, and anew after it was lost.
 
     Args:
-        specs: the sizes to make of each picture.
+        specs: the sizes to make of each image; None for its own size.
         max_pixels: larger pictures are refused before they are decoded.
         timeout_s: a file that takes longer, reading included, is given up.
         tags: read the header fields of DICOM files, too.
@@ -94,14 +94,20 @@ class Decoder:
     """
 
     def __init__(
-        self, specs: Sequence[InputSpec], *, max_pixels: int = MAX_PIXELS, timeout_s: float = 60.0, tags: bool = False
+        self,
+        specs: Sequence[InputSpec | None],
+        *,
+        max_pixels: int = MAX_PIXELS,
+        timeout_s: float = 60.0,
+        tags: bool = False,
     ) -> None:
         if not 0 < timeout_s < float("inf"):
             raise ValueError(f"timeout_s must be positive and finite, got {timeout_s}")
         self._specs = tuple(specs)
         self._timeout_s = float(timeout_s)
+        self._max_pixels = max_pixels
         self._settings = {
-            "specs": [spec.model_dump() for spec in self._specs],
+            "specs": [None if spec is None else spec.model_dump() for spec in self._specs],
             "max_pixels": max_pixels,
             "alarm_s": self._timeout_s + _ALARM_MARGIN_S,
             "tags": tags,
@@ -216,13 +222,15 @@ class Decoder:
                 if size or answer["code"] not in ERROR_CODES:
                     raise EOFError(_NONSENSE)
                 return Failure(answer["code"], answer["message"], answer["tags"])
-            if size != sum(spec.size**2 for spec in self._specs):
-                raise EOFError(_NONSENSE)
             tags = answer["tags"]
             height, width = map(int, answer["shape"])
+            shapes = [(height, width) if spec is None else (spec.size, spec.size) for spec in self._specs]
+            possible = height > 0 and 0 < height * width <= self._max_pixels
+            if not possible or size != sum(rows * columns for rows, columns in shapes):
+                raise EOFError(_NONSENSE)
         except (ValueError, KeyError, TypeError):  # native code wrote over the child's memory
             raise EOFError(_NONSENSE) from None
-        images = tuple(np.empty((spec.size, spec.size), np.uint8) for spec in self._specs)
+        images = tuple(np.empty(shape, np.uint8) for shape in shapes)
         for image in images:
             child.read_into(image.data.cast("B"), deadline)
         return Picture(images, tags, (height, width))
@@ -403,7 +411,7 @@ def _receive(descriptor: int) -> tuple[dict[str, Any], bytes]:
 
 
 def _load(
-    path: str | None, data: bytes, specs: Sequence[InputSpec], max_pixels: int, tags: bool
+    path: str | None, data: bytes, specs: Sequence[InputSpec | None], max_pixels: int, tags: bool
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
     """The JSON object and the pixels of an answer."""
     found: dict[str, Any] | None = None
@@ -414,7 +422,8 @@ def _load(
             if tags:
                 found = _tags(data)
             image = imaging.decode(data, max_pixels=max_pixels)
-            return {"tags": found, "shape": image.shape}, [imaging.resize(image, spec) for spec in specs]
+            images = [image if spec is None else imaging.resize(image, spec) for spec in specs]
+            return {"tags": found, "shape": image.shape}, images
     except ImageError as error:
         return {"code": error.code, "message": error.message, "tags": found}, []
 
@@ -434,7 +443,7 @@ def _tags(data: bytes) -> dict[str, Any] | None:
 def _serve(requests: int, answers: int) -> None:
     """Answer requests until the parent closes the pipe or is gone."""
     settings, _ = _receive(requests)
-    specs = [InputSpec(**spec) for spec in settings["specs"]]
+    specs = [None if spec is None else InputSpec(**spec) for spec in settings["specs"]]
     cv2.setNumThreads(1)  # the parent starts as many children as there are cores to use
     _shut(sys.stderr.fileno())
     _send(answers, {"ready": True}, [])

@@ -137,6 +137,15 @@ def test_pixels_are_those_of_load(decoder: Decoder, tmp_path: Path) -> None:
     assert_good(result)  # the caller's own: later files do not change it
 
 
+def test_image_in_its_own_size() -> None:
+    with Decoder([None, SPECS[0]]) as one:
+        result = one.load(GOOD)
+        assert isinstance(result, Picture)
+        np.testing.assert_array_equal(result.images[0], ramp())
+        np.testing.assert_array_equal(result.images[1], imaging.resize(ramp(), SPECS[0]))
+        assert one.load(b"text") == Failure("not_an_image", "the contents are neither PNG, JPEG nor DICOM", None)
+
+
 def test_codes_and_messages_are_those_of_this_process(decoder: Decoder, tmp_path: Path) -> None:
     for data in (b"", b"text", GOOD[:-20], png_of(np.full((40, 40), 7, np.uint8)), bytes(128) + b"DICM"):
         with pytest.raises(ImageError) as caught:
