@@ -6,7 +6,9 @@ C.7.6.3):
 1. stored values: the bits that Bits Stored, High Bit and Pixel Representation name (PS3.3, C.7.6.3.1);
 2. Modality LUT, or Rescale Slope and Intercept (C.11.1);
 3. VOI LUT, else the first window, as LINEAR, LINEAR_EXACT or SIGMOID (C.11.2.1). A window whose width the
-   standard forbids (below 1 for LINEAR, 0 or less for the others) is taken as none;
+   standard forbids (below 1 for LINEAR, 0 or less for the others) is taken as none. A LUT item without a
+   descriptor or without data is no LUT; a window without a centre or a width is no window. White of a VOI LUT is
+   that of the bits its entries use, where its descriptor is wrong about them (see `_lut_bits`);
 4. to 0..255, rounded. Without VOI LUT and window: up to 8 bits stored, the full range of the stored values,
    so that 8-bit unsigned values stay as they are; above 8 bits, the picture's own minimum and maximum after
    step 2, padding left out, since the header then does not say which part of the range is meant to be seen;
@@ -34,7 +36,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pydicom
@@ -84,6 +86,8 @@ _JPEG_2000 = frozenset(
         "1.2.840.10008.1.2.4.203",
     }
 )
+#: Header numbers that pydicom or this module needs, and their values where they are absent or empty.
+_DEFAULTS = {"NumberOfFrames": 1, "SamplesPerPixel": 1, "PixelRepresentation": 0, "PlanarConfiguration": 0}
 _ROWS_AT_ONCE = 256  # numpy widens table indices to 64 bits, which a whole large picture has no room for
 
 
@@ -125,14 +129,15 @@ def decode_dicom(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     with decoder_errors("DICOM"):
         ds, syntax = _read(data, max_pixels)
         _check_modality(ds)
-        if _number(ds, "NumberOfFrames", 1) > 1:
+        _set_defaults(ds)
+        if ds.NumberOfFrames > 1:
             raise ImageError("not_a_radiograph", "the DICOM file holds several frames")
         rows, columns = _number(ds, "Rows"), _number(ds, "Columns")
         check_size(rows, columns, max_pixels)
         photometric = _text(ds, "PhotometricInterpretation").upper()
-        samples = _number(ds, "SamplesPerPixel", 1)
+        samples = ds.SamplesPerPixel
         allocated = _number(ds, "BitsAllocated")
-        bits = _number(ds, "BitsStored", allocated)
+        bits = ds.BitsStored = _number(ds, "BitsStored", allocated)
         if photometric in _PHOTOMETRIC_REFUSED:
             raise ImageError("not_a_radiograph", f"the photometric interpretation is {photometric}")
         if allocated in (32, 64):
@@ -314,22 +319,47 @@ def _text(ds: Any, keyword: str) -> str:
     return "" if value is None else str(value).replace("\0", "").strip()
 
 
-def _number(ds: Any, keyword: str, default: int | None = None) -> int:
-    """An element as an integer; `corrupt` where it is absent and has no default."""
-    value = ds.get(keyword)
-    if value is None or value == "":
-        if default is None:
-            raise ImageError("corrupt", f"the DICOM file lacks {keyword}")
-        return default
-    return int(value)
+def _set_defaults(ds: Any) -> None:
+    """Write the default of each header number that is absent or empty, before pydicom raises over it."""
+    for keyword, default in _DEFAULTS.items():
+        setattr(ds, keyword, _number(ds, keyword, default))
 
 
-def _decimals(ds: Any, keyword: str) -> list[float]:
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, str):
+        value = value.strip("\0 ")
+    return value is None or (hasattr(value, "__len__") and len(value) == 0)
+
+
+def _values(ds: Any, keyword: str) -> list[Any]:
+    """The values of an element, None for each that is empty; `[None]` where the element is absent."""
     value = ds.get(keyword)
-    if value is None or value == "":
-        return []
     several = isinstance(value, (list, tuple, pydicom.multival.MultiValue))
-    return [float(item) for item in (value if several else [value])]
+    return [None if _is_empty(item) else item for item in (value if several else [value])]
+
+
+def _first(ds: Any, keyword: str) -> Any:
+    """The first value of an element that is not empty, or None."""
+    return next((item for item in _values(ds, keyword) if item is not None), None)
+
+
+def _number(ds: Any, keyword: str, default: int | None = None) -> int:
+    """The first value of an element as an integer; `corrupt` where there is none and no default."""
+    value = _first(ds, keyword)
+    if value is not None:
+        return int(value)
+    if default is None:
+        raise ImageError("corrupt", f"the DICOM file lacks {keyword}")
+    return default
+
+
+def _decimals(ds: Any, keyword: str) -> list[float | None]:
+    return [None if item is None else float(item) for item in _values(ds, keyword)]
+
+
+def _decimal(ds: Any, keyword: str, default: float) -> float:
+    value = _first(ds, keyword)
+    return default if value is None else float(value)
 
 
 # ---------------------------------------------------------------- stored values
@@ -360,9 +390,17 @@ def _pixels(ds: Any, syntax: str, rows: int, columns: int, samples: int, allocat
         elif syntax in _JPEG_LS:
             # Not whatever else is installed: what GDCM refuses is refused, on every machine.
             options["decoding_plugin"] = "gdcm"
+            assert jpeg is not None
+            if jpeg.precision in (6, 7):
+                raise ImageError("unsupported_transfer_syntax", f"no decoder for {jpeg.precision} bits of {syntax}")
         elif syntax == "1.2.840.10008.1.2.5":
             # Eight times slower than pylibjpeg-rle, which panics over damaged data and prints a backtrace.
             options["decoding_plugin"] = "pydicom"
+        if jpeg is not None and syntax not in _JPEG_LS:
+            # GDCM ends the whole process where fewer bits than those allocated are stored and 8 are allocated
+            # (gdcmImageCodec.cxx, CleanupUnusedBits). Its samples fill bytes or words, whatever the header says.
+            container = 8 if jpeg.precision <= 8 else 16
+            options |= {"bits_allocated": container, "bits_stored": container, "pixel_representation": 0}
     array, _ = decoder.as_array(ds, raw=False, **options)
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
     if array.shape != ((rows, columns) if samples == 1 else (rows, columns, 3)) or array.dtype.kind not in "ui":
@@ -377,7 +415,7 @@ def _pixels(ds: Any, syntax: str, rows: int, columns: int, samples: int, allocat
         if unused:
             codes = np.right_shift(codes, unused)
     # Overlays of old files and the sign lie in the bits above those stored.
-    return np.bitwise_and(codes, (1 << bits) - 1)
+    return np.bitwise_and(codes, (1 << min(bits, 8 * codes.itemsize)) - 1)
 
 
 def _check_native_length(ds: Any, values: int, allocated: int) -> None:
@@ -475,7 +513,7 @@ def _mapped(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 def _displayed(codes: np.ndarray, ds: Any, bits: int, *, inverted: bool) -> np.ndarray:
     """Steps 2 to 6 of the module's docstring, worked out once per possible stored value."""
-    signed = _number(ds, "PixelRepresentation", 0) == 1
+    signed = ds.PixelRepresentation == 1
     values = np.arange(1 << bits, dtype=np.int64)
     if signed:
         values[values >= 1 << (bits - 1)] -= 1 << bits
@@ -500,7 +538,7 @@ def _displayed(codes: np.ndarray, ds: Any, bits: int, *, inverted: bool) -> np.n
 
 def _padding(ds: Any, values: np.ndarray, bits: int, signed: bool) -> np.ndarray:
     """Which stored values are padding: bool, one per value."""
-    if ds.get("PixelPaddingValue") is None:
+    if _first(ds, "PixelPaddingValue") is None:
         return np.zeros(len(values), dtype=bool)
     first = _number(ds, "PixelPaddingValue")
     ends = sorted(_as_stored(end, bits, signed) for end in (first, _number(ds, "PixelPaddingRangeLimit", first)))
@@ -518,12 +556,11 @@ def _as_stored(value: int, bits: int, signed: bool) -> int:
 
 def _modality_values(ds: Any, values: np.ndarray, signed: bool) -> np.ndarray:
     """Modality LUT or rescale (PS3.3, C.11.1): float64, one per stored value."""
-    sequence = ds.get("ModalityLUTSequence")
-    if sequence:
-        entries, first, _ = _lut(sequence[0], ds, signed)
-        return entries[np.clip(values - first, 0, len(entries) - 1)].astype(np.float64)
-    slope = (_decimals(ds, "RescaleSlope") or [1.0])[0]
-    intercept = (_decimals(ds, "RescaleIntercept") or [0.0])[0]
+    lut = _first_lut(ds, "ModalityLUTSequence", signed)
+    if lut is not None:
+        return lut.entries[np.clip(values - lut.first, 0, len(lut.entries) - 1)].astype(np.float64)
+    slope = _decimal(ds, "RescaleSlope", 1.0)
+    intercept = _decimal(ds, "RescaleIntercept", 0.0)
     if not (math.isfinite(slope) and math.isfinite(intercept)):
         raise ImageError("corrupt", "the rescale values of the DICOM file are not finite")
     return values * slope + intercept
@@ -531,16 +568,16 @@ def _modality_values(ds: Any, values: np.ndarray, signed: bool) -> np.ndarray:
 
 def _voi(ds: Any, modality: np.ndarray, signed: bool) -> np.ndarray | None:
     """VOI LUT or window (PS3.3, C.11.2): float64 in 0..1, one per stored value; None without either."""
-    sequence = ds.get("VOILUTSequence")
-    if sequence:
-        entries, first, bits = _lut(sequence[0], ds, signed or bool(modality.min() < 0))
-        index = np.clip(np.floor(modality + 0.5) - first, 0, len(entries) - 1).astype(np.int64)
-        return np.minimum(entries[index] / ((1 << bits) - 1), 1.0)
-    centres, widths = _decimals(ds, "WindowCenter"), _decimals(ds, "WindowWidth")
-    if not centres or not widths:
+    lut = _first_lut(ds, "VOILUTSequence", signed or bool(modality.min() < 0))
+    if lut is not None:
+        index = np.clip(np.floor(modality + 0.5) - lut.first, 0, len(lut.entries) - 1).astype(np.int64)
+        return np.minimum(lut.entries[index] / ((1 << _lut_bits(lut)) - 1), 1.0)
+    pairs = zip(_decimals(ds, "WindowCenter"), _decimals(ds, "WindowWidth"), strict=False)
+    window = next(((centre, width) for centre, width in pairs if centre is not None and width is not None), None)
+    if window is None:
         return None
     name = _text(ds, "VOILUTFunction").upper()
-    centre, width = centres[0], widths[0]
+    centre, width = window
     usable = width > 0 if name in _WINDOWS else width >= 1
     if not (usable and math.isfinite(centre) and math.isfinite(width)):
         return None
@@ -578,21 +615,61 @@ _WINDOWS: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
 }
 
 
-def _lut(item: Any, ds: Any, signed: bool) -> tuple[np.ndarray, int, int]:
-    """Entries, first value mapped and bits per entry of a LUT (PS3.3, C.11.1.1 and C.11.2.1.1)."""
-    descriptor = item.LUTDescriptor
-    count = (int(descriptor[0]) & 0xFFFF) or 65536  # 65536 does not fit into its field and is written as 0
-    first = _as_stored(int(descriptor[1]), 16, signed)
-    bits = int(descriptor[2])
+class _Lut(NamedTuple):
+    """A lookup table (PS3.3, C.11.1.1 and C.11.2.1.1)."""
+
+    entries: np.ndarray  # int64[N], unsigned 16-bit values
+    first: int  # the value that the first entry is for
+    bits: int  # per entry, as declared
+
+
+def _first_lut(ds: Any, keyword: str, signed: bool) -> _Lut | None:
+    """The first LUT of a sequence that has a descriptor and data; some devices write items without."""
+    sequence = ds.get(keyword)
+    for item in sequence if isinstance(sequence, pydicom.sequence.Sequence) else ():
+        descriptor = _lut_descriptor(item)  # before the data, which pydicom cannot convert without it
+        if descriptor is not None and not _is_empty(item.get("LUTData")):
+            return _lut(item.LUTData, descriptor, ds, signed)
+    return None
+
+
+def _lut_descriptor(item: Any) -> tuple[int, int, int] | None:
+    """Number of entries, first value mapped and bits per entry, as stored; None where all are absent or empty."""
+    try:
+        values = _values(item, "LUTDescriptor")
+        if all(value is None for value in values):
+            return None
+        count, first, bits = (int(value) for value in values[:3])
+    except Exception:  # also pydicom's own, for a length that is no whole number of values
+        raise ImageError("corrupt", "a LUTDescriptor of the DICOM file does not hold three numbers") from None
     if not 8 <= bits <= 16:
-        raise ImageError("corrupt", "a LUT of the DICOM file has entries that are not of 8 to 16 bits")
-    raw = item.LUTData
+        raise ImageError("corrupt", f"a LUTDescriptor of the DICOM file gives {bits} bits per entry, not 8 to 16")
+    return count, first, bits
+
+
+def _lut(raw: Any, descriptor: tuple[int, int, int], ds: Any, signed: bool) -> _Lut:
+    count = (descriptor[0] & 0xFFFF) or 65536  # 65536 does not fit into its field and is written as 0
     if isinstance(raw, (bytes, bytearray)):
         little = ds.original_encoding[1] is not False
         packed = len(raw) in (count, count + count % 2)  # 8-bit entries without the byte between them
-        entries = np.frombuffer(raw, dtype=np.uint8 if packed else "<u2" if little else ">u2")
+        whole = raw if packed else raw[: len(raw) // 2 * 2]
+        entries = np.frombuffer(whole, dtype=np.uint8 if packed else "<u2" if little else ">u2")
     else:
         entries = np.atleast_1d(np.asarray(raw, dtype=np.int64)) & 0xFFFF
     if len(entries) < count:
         raise ImageError("corrupt", "a LUT of the DICOM file is shorter than it says")
-    return entries[:count].astype(np.int64), first, bits
+    return _Lut(entries[:count].astype(np.int64), _as_stored(descriptor[1], 16, signed), descriptor[2])
+
+
+def _lut_bits(lut: _Lut) -> int:
+    """Bits per entry whose largest value is white: those that the entries use, where the declared ones are wrong.
+
+    Some vendors declare 16 bits for entries of 12 or 14, and other viewers show such images at full brightness. Entries
+    of 15 bits are a dark table of 16. Where entries need more bits than declared, the declared ones would show most of
+    the image as white; one step above white is a rounded white and is shown as that.
+    """
+    largest = int(lut.entries.max())
+    used = max(8, largest.bit_length())
+    if used < lut.bits:
+        return used if used <= 14 else lut.bits
+    return used if largest > 1 << lut.bits else lut.bits

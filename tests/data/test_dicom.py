@@ -7,6 +7,7 @@ import io
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from pydicom.uid import (
 
 from ray_cxr.data.dicom import decode_dicom, looks_like_dicom, read_tags
 from ray_cxr.data.imaging import decode
+from ray_cxr.data.sandbox import Decoder, Failure, Picture
 from ray_cxr.errors import ImageError
 
 SECRET = "Doe^Jane"
@@ -141,15 +143,51 @@ def jpeg_of(image: np.ndarray) -> bytes:
     return data + b"\0" * (len(data) % 2)
 
 
-def lut(descriptor: list[int], data: list[int] | bytes) -> Dataset:
+ABSENT = object()
+
+
+def jpeg_lossless(image: np.ndarray, precision: int) -> bytes:
+    """A JPEG of process 14 (ITU-T T.81, H): differences to the left neighbour, all lengths coded with 5 bits."""
+    samples = np.atleast_3d(image).astype(int)
+    height, width, components = samples.shape
+    predicted = np.concatenate([np.roll(samples[:, :1], 1, axis=0), samples[:, :-1]], axis=1)
+    predicted[0, 0] = 1 << (precision - 1)
+    bits = ""
+    for difference in (samples - predicted).ravel().tolist():
+        length = abs(difference).bit_length()
+        bits += f"{length:05b}"
+        if length:
+            bits += f"{difference if difference > 0 else difference + (1 << length) - 1:0{length}b}"
+    bits += "1" * (-len(bits) % 8)
+    scan = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    frame = struct.pack(">BHHB", precision, height, width, components)
+    frame += b"".join(bytes([number + 1, 0x11, 0]) for number in range(components))
+    table = bytes([0, 0, 0, 0, 0, 17, *[0] * 11, *range(17)])
+    start = bytes([components, *(byte for number in range(components) for byte in (number + 1, 0)), 1, 0, 0])
+    segments = [(0xC3, frame), (0xC4, table), (0xDA, start)]
+    data = b"\xff\xd8" + b"".join(b"\xff%c" % kind + struct.pack(">H", len(body) + 2) + body for kind, body in segments)
+    data += scan + b"\xff\xd9"
+    return data + b"\0" * (len(data) % 2)
+
+
+def lut(descriptor: Any, data: Any) -> Dataset:
     item = Dataset()
-    item.add_new("LUTDescriptor", "US", descriptor)
-    item.add_new("LUTData", "OW" if isinstance(data, bytes) else "US", data)
+    if descriptor is not ABSENT:
+        item.add_new("LUTDescriptor", "US", descriptor)
+    if data is not ABSENT:
+        item.add_new("LUTData", "US" if isinstance(data, list) else "OW", data)
     return item
 
 
 def window(centre: float, width: int) -> dict[str, str]:
     return {"WindowCenter": str(centre), "WindowWidth": str(width)}
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Iterator[Decoder]:
+    """A child process that returns images in their own size."""
+    with Decoder([None]) as one:
+        yield one
 
 
 def code_of(data: bytes, **limits: int) -> str:
@@ -173,6 +211,15 @@ PADDING_RANGE = {"PixelPaddingValue": 4095, "PixelPaddingRangeLimit": 4000}
 VOI_8 = {"VOILUTSequence": [lut([4, 100, 8], [0, 10, 200, 255])]}
 VOI_12 = {**window(1, 1), "VOILUTSequence": [lut([3, 0, 12], [0, 2048, 4095])]}
 VOI_SIGNED = {"VOILUTSequence": [lut([3, 0xFFFF, 8], [5, 100, 250])]}  # it starts at -1
+#: Declared bits and entries per case; the gray values follow from the scale that the comment names.
+VOI_16_USES_12 = {"VOILUTSequence": [lut([4, 0, 16], [0, 1024, 2048, 4095])]}
+VOI_16_USES_14 = {"VOILUTSequence": [lut([4, 0, 16], [0, 4096, 8192, 16383])]}
+VOI_16_USES_15 = {"VOILUTSequence": [lut([4, 0, 16], [0, 8192, 16384, 32767])]}
+VOI_16_USES_3 = {"VOILUTSequence": [lut([4, 0, 16], [0, 1, 5, 7])]}
+VOI_12_USES_10 = {"VOILUTSequence": [lut([3, 0, 12], [0, 512, 1023])]}
+VOI_ZERO = {"VOILUTSequence": [lut([3, 0, 16], [0, 0, 0])]}
+VOI_8_NEEDS_12 = {"VOILUTSequence": [lut([3, 0, 8], [0, 2048, 4095])]}
+VOI_12_ROUNDED_UP = {"VOILUTSequence": [lut([3, 0, 12], [0, 2048, 4096])]}
 VOI_BYTES = {"VOILUTSequence": [lut([4, 0, 8], b"\x05\x64\xfa\xff")]}
 MODALITY = {**EXACT, "ModalityLUTSequence": [lut([4, 0, 12], [100, 60, 40, 0])]}
 
@@ -213,6 +260,16 @@ PIXELS: dict[str, tuple[Any, int, dict[str, Any], tuple[int, ...], list[int]]] =
     "VOI LUT before window": (U16, 12, VOI_12, (0, 1, 2), [0, 128, 255]),  # 2048 / 4095 * 255 = 127.5
     "VOI LUT of signed values": (I16, 16, VOI_SIGNED, (-2, -1, 0, 1), [5, 5, 100, 250]),
     "VOI LUT of bytes": (U16, 12, VOI_BYTES, (0, 1, 2), [5, 100, 250]),
+    # 16 bits declared and fewer in use: white is that of the bits in use, 8 at least. 15 in use: a dark table.
+    "VOI LUT that uses 12 of 16 bits": (U16, 12, VOI_16_USES_12, (0, 1, 2, 3), [0, 64, 128, 255]),
+    "VOI LUT that uses 14 of 16 bits": (U16, 12, VOI_16_USES_14, (0, 1, 2, 3), [0, 64, 128, 255]),
+    "VOI LUT that uses 15 of 16 bits": (U16, 12, VOI_16_USES_15, (0, 1, 2, 3), [0, 32, 64, 127]),
+    "VOI LUT that uses 3 of 16 bits": (U16, 12, VOI_16_USES_3, (0, 1, 2, 3), [0, 1, 5, 7]),
+    "VOI LUT that uses 10 of 12 bits": (U16, 12, VOI_12_USES_10, (0, 1, 2), [0, 128, 255]),
+    "VOI LUT of zeros": (U16, 12, VOI_ZERO, (0, 1, 2), [0, 0, 0]),
+    # Fewer declared than the entries need: also the bits in use. One step above white is rounding.
+    "VOI LUT of 12 bits declared as 8": (U16, 12, VOI_8_NEEDS_12, (0, 1, 2), [0, 128, 255]),
+    "VOI LUT rounded above white": (U16, 12, VOI_12_ROUNDED_UP, (0, 1, 2), [0, 128, 255]),
     "modality LUT before window": (U16, 12, MODALITY, (0, 1, 2, 3), [255, 153, 102, 0]),
     # Padding is black and does not count for minimum and maximum.
     "padding": (U16, 12, PADDING, (4000, 100, 600, 1100), [0, 0, 128, 255]),
@@ -227,6 +284,111 @@ def test_gray_values(dtype: Any, bits: int, fields: dict[str, Any], stored: tupl
     image = decode_dicom(file_of(tile(*stored, dtype=dtype), bits, **fields))
     assert image[0, : len(gray)].tolist() == gray
     assert (image.dtype, image.flags.c_contiguous) == (np.uint8, True)
+
+
+#: Items without a table: nothing at all, or an empty or absent descriptor or data.
+EMPTY_LUTS: dict[str, Dataset] = {
+    "item": Dataset(),
+    "descriptor and data": lut(None, None),
+    "no descriptor": lut(ABSENT, [0, 255]),
+    "empty descriptor": lut([], [0, 255]),
+    "no data": lut([2, 0, 8], ABSENT),
+    "no value of data": lut([2, 0, 8], None),
+    "empty data": lut([2, 0, 8], b""),
+}
+SYNTAXES = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
+
+
+@pytest.mark.parametrize("name", EMPTY_LUTS)
+@pytest.mark.parametrize("sequence", ["VOILUTSequence", "ModalityLUTSequence"])
+def test_empty_lut_is_none(name: str, sequence: str) -> None:
+    image = tile(*INPUT)
+    for syntax in SYNTAXES:
+        empty = {sequence: [EMPTY_LUTS[name]]}
+        assert decode_dicom(file_of(image, 12, syntax, **empty, **WINDOW))[0, :7].tolist() == LINEAR
+        # Without a window: the range of the image, which is 0 to 200.
+        assert decode_dicom(file_of(image, 12, syntax, **empty))[0, :7].tolist() == [0, 26, 51, 64, 77, 128, 255]
+
+
+def test_rescale_applies_where_the_modality_lut_is_empty() -> None:
+    for items in ([], [lut(None, None)], [Dataset(), lut([2, 0, 8], b"")]):
+        data = file_of(tile(50, 60, 70), 12, **EXACT, **RESCALE, ModalityLUTSequence=items, VOILUTSequence=items)
+        assert decode_dicom(data)[0, :3].tolist() == [0, 51, 102]
+
+
+def test_first_lut_with_a_table_is_used() -> None:
+    table = lut([4, 100, 8], [0, 10, 200, 255])
+    for empty in EMPTY_LUTS.values():
+        data = file_of(tile(99, 101, 102, 103), 12, VOILUTSequence=[empty, table], **WINDOW)
+        assert decode_dicom(data)[0, :4].tolist() == [0, 10, 200, 255]
+        data = file_of(tile(0, 1, 2, 3), 12, **EXACT, ModalityLUTSequence=[empty, lut([4, 0, 12], [100, 60, 40, 0])])
+        assert decode_dicom(data)[0, :4].tolist() == [255, 153, 102, 0]
+
+
+@pytest.mark.parametrize("descriptor", [[2], [2, 0], [2, 0, 7], [2, 0, 0], [2, 0, 17]])
+def test_incomplete_lut_descriptor_is_named(descriptor: list[int]) -> None:
+    for sequence in ("VOILUTSequence", "ModalityLUTSequence"):
+        for syntax in SYNTAXES:
+            with pytest.raises(ImageError, match="LUTDescriptor") as caught:
+                decode_dicom(file_of(ramp(np.uint16), 12, syntax, **{sequence: [lut(descriptor, b"\0\0\xff\0")]}))
+            assert caught.value.code == "corrupt"
+            assert "Error" not in caught.value.message
+
+
+#: Header fields with empty values, and the gray values of `INPUT` in 12 bits.
+SCALED = [0, 26, 51, 64, 77, 128, 255]
+EMPTY_NUMBERS: dict[str, tuple[dict[str, Any], list[int]]] = {
+    # The first window that has both of its values.
+    "empty first centre": ({"WindowCenter": ["", "50"], "WindowWidth": ["9", "100"]}, LINEAR),
+    "empty first width": ({"WindowCenter": ["9", "50"], "WindowWidth": ["", "100"]}, LINEAR),
+    "empty first window": ({"WindowCenter": ["", "50"], "WindowWidth": ["", "100"]}, LINEAR),
+    "empty second window": ({"WindowCenter": ["50", ""], "WindowWidth": ["100", ""]}, LINEAR),
+    "no whole window": ({"WindowCenter": ["", "50"], "WindowWidth": ["100", ""]}, SCALED),
+    "empty window": ({"WindowCenter": "", "WindowWidth": None}, SCALED),
+    "blank window": ({"WindowCenter": " ", "WindowWidth": " "}, SCALED),
+    "empty width": ({"WindowCenter": "50", "WindowWidth": ""}, SCALED),
+    "empty rescale": ({**WINDOW, "RescaleSlope": "", "RescaleIntercept": None}, LINEAR),
+    "blank rescale": ({**WINDOW, "RescaleSlope": "  ", "RescaleIntercept": " "}, LINEAR),
+    # x -> 2 x - 50
+    "empty first slope": (
+        {**EXACT, "RescaleSlope": ["", "2"], "RescaleIntercept": "-50"},
+        [0, 0, 77, 128, 179, 255, 255],
+    ),
+    "empty padding": ({**WINDOW, "PixelPaddingValue": None}, LINEAR),
+    "empty padding range": ({**WINDOW, "PixelPaddingValue": 4000, "PixelPaddingRangeLimit": None}, LINEAR),
+    **{
+        f"empty {keyword}": ({**WINDOW, keyword: value}, LINEAR)
+        for keyword in ("PixelRepresentation", "SamplesPerPixel", "HighBit", "NumberOfFrames", "PlanarConfiguration")
+        for value in (None,)
+    },
+    "blank NumberOfFrames": ({**WINDOW, "NumberOfFrames": " "}, LINEAR),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY_NUMBERS)
+def test_empty_header_number_is_as_if_absent(name: str) -> None:
+    fields, gray = EMPTY_NUMBERS[name]
+    for syntax in SYNTAXES:
+        assert decode_dicom(file_of(tile(*INPUT), 12, syntax, **fields))[0, :7].tolist() == gray
+
+
+def test_header_numbers_that_may_be_absent() -> None:
+    for keyword in ("PixelRepresentation", "SamplesPerPixel", "HighBit"):
+        for syntax in SYNTAXES:
+            data = without(dataset(tile(*INPUT), 12, syntax, **WINDOW), keyword)
+            assert decode_dicom(data)[0, :7].tolist() == LINEAR
+    np.testing.assert_array_equal(decode_dicom(file_of(ramp(), BitsStored=None)), ramp())
+    compressed_ds = dataset(ramp())
+    compressed_ds.compress(JPEG2000Lossless)
+    np.testing.assert_array_equal(decode_dicom(without(compressed_ds, "PixelRepresentation")), ramp())
+    colour = np.stack([ramp()] * 3, axis=-1)
+    np.testing.assert_array_equal(decode_dicom(file_of(colour, PlanarConfiguration=None)), ramp())
+
+
+@pytest.mark.parametrize("keyword", ["Rows", "Columns", "BitsAllocated"])
+def test_empty_size_is_named(keyword: str) -> None:
+    with pytest.raises(ImageError, match=f"corrupt: .*lacks {keyword}"):
+        decode_dicom(file_of(ramp(), **{keyword: None}))
 
 
 def test_colour_is_luma() -> None:
@@ -270,6 +432,44 @@ def test_compressed_syntaxes() -> None:
     for name, (data, expected) in files.items():
         np.testing.assert_array_equal(decode_dicom(data), expected, err_msg=name)
         assert code_of(data[: len(data) * 3 // 4]) == "truncated", name
+
+
+#: Bits allocated and stored and precision of a lossless JPEG; samples; first stored values, and their gray values.
+LOSSLESS: dict[str, tuple[int, int, int, int, tuple[int, ...], list[int]]] = {
+    # x / 63 * 255. GDCM ended the process over less than 8 of 8 bits.
+    "6 of 8 bits": (8, 6, 6, 1, (0, 1, 32, 63), [0, 4, 130, 255]),
+    "6 of 8 bits, 8 in the JPEG": (8, 6, 8, 1, (0, 1, 32, 63), [0, 4, 130, 255]),
+    "6 of 8 bits, signed": (8, 6, 6, 1, (0x20, 0x3F, 0, 0x1F), [0, 125, 130, 255]),
+    "1 of 8 bits, 2 in the JPEG": (8, 1, 2, 1, (0, 1), [0, 255]),
+    "8 of 16 bits": (16, 8, 8, 1, (0, 1, 200, 255), [0, 1, 200, 255]),
+    "12 of 16 bits, 8 in the JPEG": (16, 12, 8, 1, (0, 100, 200), [0, 128, 255]),
+    "10 of 16 bits": (16, 10, 10, 1, (100, 500, 900), [0, 128, 255]),
+    "12 of 16 bits, 16 in the JPEG": (16, 12, 16, 1, (100, 600, 1100), [0, 128, 255]),
+    "7 of 8 bits, colour": (8, 7, 7, 3, (0, 1, 64, 127), [0, 2, 129, 255]),  # x / 127 * 255
+}
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_lossless_jpeg_of_any_precision(decoder: Decoder, name: str) -> None:
+    allocated, stored, precision, samples, values, gray = LOSSLESS[name]
+    image = tile(*values)
+    if samples == 3:
+        image = np.stack([image] * 3, axis=-1)
+    fields = {"BitsAllocated": allocated, "PixelRepresentation": int("signed" in name)}
+    for syntax in (JPEGLossless, JPEGLosslessSV1):
+        data = encapsulated(image, syntax, jpeg_lossless(image, precision), stored, **fields)
+        found = decoder.load(data)  # in a child process: a failure would be a crash
+        assert isinstance(found, Picture), found
+        assert found.images[0][0, : len(gray)].tolist() == gray
+
+
+def test_precision_without_a_decoder_is_unsupported(decoder: Decoder) -> None:
+    frame = bytearray(LS_8)
+    for precision in (6, 7):
+        frame[frame.index(b"\xff\xf7") + 4] = precision
+        found = decoder.load(encapsulated(golden(np.uint8), JPEGLSLossless, bytes(frame), precision))
+        assert isinstance(found, Failure)
+        assert (found.code, f"{precision} bits" in found.message) == ("unsupported_transfer_syntax", True)
 
 
 def test_cut_codestream_is_truncated() -> None:
