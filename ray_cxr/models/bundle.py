@@ -30,7 +30,8 @@ import pyarrow as pa
 
 from ray_cxr.config import InputSpec, build
 from ray_cxr.data import atomic, imaging, remote, storage
-from ray_cxr.errors import BundleError, ConfigError, ImageError, OutputError
+from ray_cxr.data.sandbox import Decoder, Failure
+from ray_cxr.errors import BundleError, ConfigError, OutputError
 from ray_cxr.evaluation.calibration import Calibration
 from ray_cxr.evaluation.quality import QualityModel, judge
 from ray_cxr.labels import LABELS
@@ -122,7 +123,7 @@ class Bundle:
     def predict(
         self, images: Sequence[str | Path | np.ndarray] | np.ndarray, *, batch_size: int = 4, precision: str = "auto"
     ) -> pd.DataFrame:
-        """Score pictures in this process, without Ray.
+        """Score images without Ray; files are decoded in a child process, which a damaged file may end.
 
         Args:
             images: paths or URIs, or arrays uint8 [H,W] of any size; also one array uint8 [N,H,W].
@@ -131,31 +132,24 @@ class Bundle:
 
         Returns:
             A score table (see `predictions.schema`), one row per picture in the order given. The image_id is the
-            file's name, or `array_0`, `array_1`, ...; an unreadable file is a row of status `error`.
+            file's name, or `array_0`, `array_1`, ...; a file that cannot be read, that ends its decoder or that takes
+            more than a minute is a row of status `error`.
 
         Raises:
             ValueError: an array that is not uint8 [H,W].
             ConfigError: a precision that the bundle or this machine does not have.
+            RayCxrError: the child process cannot start.
         """
         if isinstance(images, (str, Path)):
             images = [images]
         items = list(images)
-        pixels = np.zeros((len(items), self.input_spec.size, self.input_spec.size), dtype=np.uint8)
-        failures: dict[int, tuple[str, str]] = {}
-        ids: list[str] = []
-        paths: list[str | None] = []
-        for i, item in enumerate(items):
-            if isinstance(item, np.ndarray):
-                ids.append(f"array_{i}")
-                paths.append(None)
-                pixels[i] = imaging.resize(item, self.input_spec)
-                continue
-            ids.append(storage.file_name(str(item)))
-            paths.append(str(item))
-            try:
-                pixels[i] = imaging.load(str(item), self.input_spec)
-            except ImageError as error:
-                failures[i] = (error.code, error.message)
+        paths = [None if isinstance(item, np.ndarray) else str(item) for item in items]
+        ids = [f"array_{i}" if path is None else storage.file_name(path) for i, path in enumerate(paths)]
+        with Decoder([self.input_spec]) as decoder:
+            if any(paths):
+                decoder.start()  # the child starts while this process opens the runtime
+                self._runtime(batch_size, precision)
+            pixels, failures = _load_images(items, self.input_spec, decoder)
         rows = pa.table(
             {
                 "image_id": pa.array(ids, pa.string()),
@@ -188,6 +182,24 @@ class Bundle:
     def __getstate__(self) -> dict[str, Any]:
         """To another process go the fields alone: networks that were opened here are opened again there."""
         return {one.name: getattr(self, one.name) for one in fields(self)}
+
+
+def _load_images(
+    items: Sequence[Any], spec: InputSpec, decoder: Decoder
+) -> tuple[np.ndarray, dict[int, tuple[str, str]]]:
+    """Load arrays in this process and files through the decoder: uint8 [N,S,S], and code and message by row."""
+    pixels = np.zeros((len(items), spec.size, spec.size), dtype=np.uint8)
+    failures: dict[int, tuple[str, str]] = {}
+    for i, item in enumerate(items):
+        if isinstance(item, np.ndarray):
+            pixels[i] = imaging.resize(item, spec)
+            continue
+        found = decoder.load(str(item))
+        if isinstance(found, Failure):
+            failures[i] = (found.code, found.message)
+        else:
+            pixels[i] = found.images[0]
+    return pixels, failures
 
 
 def load_bundle(path: str | Path) -> Bundle:

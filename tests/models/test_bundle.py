@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 from PIL import Image
 
 import ray_cxr
-from ray_cxr.data import imaging
+from ray_cxr.data import imaging, sandbox
+from ray_cxr.data.sandbox import _Child as Child
 from ray_cxr.errors import BundleError, ConfigError, OutputError
 from ray_cxr.evaluation.calibration import Calibration
 from ray_cxr.models import bundle as bundles
@@ -226,6 +228,60 @@ def test_predict_gives_what_keras_gives_in_order_with_errors_as_rows(tiny_bundle
     expected = np.asarray(tiny_bundle.model()(inputs[..., None]))
     np.testing.assert_allclose(frame.loc[[0, 2], P].to_numpy(dtype=float), expected, rtol=0, atol=1e-5)
     assert frame.loc[1, [*P, "priority", "top_finding", "model_digest"]].isna().all()
+
+
+#: A decoder that ends its process over some files, as native code can; Python imports this module when it starts.
+ABORT = """
+import os
+from ray_cxr.data import imaging
+
+decode = imaging.decode
+imaging.decode = lambda data, **limits: os.abort() if data == b"ABORT" else decode(data, **limits)
+"""
+#: `predict` in a script without an `if __name__ == "__main__"`, and in a daemon process.
+SCRIPT = """
+import multiprocessing, sys, ray_cxr
+
+def run(bundle, images):
+    frame = ray_cxr.load_bundle(bundle).predict(images)
+    print(frame["status"].tolist(), frame["error_code"].tolist(), flush=True)
+
+process = multiprocessing.get_context("fork").Process(target=run, args=(sys.argv[1], sys.argv[2:]), daemon=True)
+process.start()
+process.join()
+run(sys.argv[1], sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_predict_survives_a_decoder_that_aborts(tiny_bundle, tmp_path: Path) -> None:
+    Image.fromarray(pixels(1)[0]).save(tmp_path / "good.png")
+    (tmp_path / "bad.dcm").write_bytes(b"ABORT")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(ABORT, encoding="utf-8")
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    images = [str(tmp_path / name) for name in ("good.png", "bad.dcm", "good.png")]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), str(tiny_bundle.path), *images],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), *filter(None, sys.path)])},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    expected = "['ok', 'error', 'ok'] [None, 'decoder_crash', None]\n"
+    assert (done.returncode, done.stdout.replace("nan", "None")) == (0, 2 * expected), done.stderr
+
+
+@pytest.mark.slow
+def test_predict_starts_one_decoder_a_call_and_none_for_arrays(tiny_bundle, tmp_path: Path, monkeypatch) -> None:
+    started: list[sandbox._Child] = []
+    monkeypatch.setattr(sandbox, "_Child", lambda settings: started.append(Child(settings)) or started[-1])
+    Image.fromarray(pixels(1)[0]).save(tmp_path / "good.png")
+    assert tiny_bundle.predict(pixels(2))["status"].tolist() == ["ok"] * 2
+    assert started == []
+    frame = tiny_bundle.predict([tmp_path / "good.png"] * 3)
+    assert frame["status"].tolist() == ["ok"] * 3
+    assert [child.alive() for child in started] == [False]
 
 
 @pytest.mark.slow
