@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from ray_cxr.data import imaging, remote
+from ray_cxr.data import remote
 from ray_cxr.data.heatmaps import FOLDER, HeatMap, read_heatmaps
-from ray_cxr.errors import ImageError
+from ray_cxr.data.sandbox import Decoder, Failure
 from ray_cxr.labels import FINDINGS, NO_FINDING
 from ray_cxr.reporting import figures, plots
 from ray_cxr.reporting.labelled import Evaluated
@@ -38,7 +38,7 @@ def examples(table: Scores, evaluated: Evaluated, seed: int) -> list[tuple[str, 
         called = {f: _tenths(table.p[f][evaluated.rows]) for f in names}
     names = [f for f in names if f in called]
     shown: set[int] = set()
-    groups = []
+    groups: list[tuple[str, list[tuple[str, int]]]] = []
     for title, label, flag in kinds:
         queues: list[tuple[str, list[int]]] = []
         for position in rng.permutation(len(names)):
@@ -54,8 +54,12 @@ def examples(table: Scores, evaluated: Evaluated, seed: int) -> list[tuple[str, 
                     case = queue.pop(0)
                     shown.add(case)
                     chosen.append((finding, case))
-        groups.append((title, [_example(table, evaluated, finding, case) for finding, case in chosen]))
-    return groups
+        groups.append((title, chosen))
+    with Decoder([None]) as decoder:
+        return [
+            (title, [_example(table, evaluated, finding, case, decoder) for finding, case in chosen])
+            for title, chosen in groups
+        ]
 
 
 def _tenths(p: np.ndarray) -> np.ndarray:
@@ -67,9 +71,9 @@ def _tenths(p: np.ndarray) -> np.ndarray:
     return np.where(p >= high, 1, np.where(p <= low, 0, -1))
 
 
-def _example(table: Scores, evaluated: Evaluated, heading: str, case: int) -> plots.Example:
+def _example(table: Scores, evaluated: Evaluated, heading: str, case: int, decoder: Decoder) -> plots.Example:
     row = evaluated.rows[case]
-    picture, code = _picture(table.paths[row])
+    picture, code = _load(table.paths[row], decoder)
     points = table.model.get("operating_points") or {}
     ranked = sorted(
         ((f, float(table.p[f][row])) for f in table.findings if f != NO_FINDING and not np.isnan(table.p[f][row])),
@@ -85,24 +89,22 @@ def _example(table: Scores, evaluated: Evaluated, heading: str, case: int) -> pl
     )
 
 
-def _picture(path: str | None) -> tuple[np.ndarray | None, str | None]:
-    if path is None:
-        return None, "missing"
-    try:
-        return imaging.load(path), None
-    except ImageError as error:
-        return None, error.code
+def _load(path: str | None, decoder: Decoder) -> tuple[np.ndarray | None, str | None]:
+    """Load an image in its own size, or return why that fails; in a child process, which a damaged file may end."""
+    found = decoder.load(path)
+    return (None, found.code) if isinstance(found, Failure) else (found.images[0], None)
 
 
 def radiographs(table: Scores, evaluated: Evaluated, seed: int) -> list[figures.Radiograph]:
     """A seeded random draw of the evaluated images, as they were given."""
     chosen = np.random.default_rng(seed).permutation(len(evaluated.rows))[:_RADIOGRAPHS]
     tiles = []
-    for case in sorted(int(one) for one in chosen):
-        picture, code = _picture(table.paths[evaluated.rows[case]])
-        judged = any(evaluated.labels[f][case] >= 0 for f in FINDINGS)
-        known = tuple(f for f in FINDINGS if evaluated.labels[f][case] == 1) if judged else None
-        tiles.append(figures.Radiograph(picture, code, known, _note(evaluated, case)))
+    with Decoder([None]) as decoder:
+        for case in sorted(int(one) for one in chosen):
+            picture, code = _load(table.paths[evaluated.rows[case]], decoder)
+            judged = any(evaluated.labels[f][case] >= 0 for f in FINDINGS)
+            known = tuple(f for f in FINDINGS if evaluated.labels[f][case] == 1) if judged else None
+            tiles.append(figures.Radiograph(picture, code, known, _note(evaluated, case)))
     return tiles
 
 
@@ -126,7 +128,7 @@ def heatmap_cases(table: Scores, evaluated: Evaluated) -> list[tuple[str, list[f
     bands = (("Best: found with the highest scores", 1, 1, -1.0), ("Missed with the lowest scores", 1, 0, 1.0),
              ("False alarms with the highest scores", 0, 1, -1.0))  # fmt: skip
     shown: set[int] = set()
-    groups = []
+    groups: list[tuple[str, list[tuple[str, int]]]] = []
     for title, label, flag, sign in bands:
         ranked = []
         for finding in table.findings:
@@ -137,9 +139,12 @@ def heatmap_cases(table: Scores, evaluated: Evaluated) -> list[tuple[str, list[f
             for case in np.flatnonzero((evaluated.labels[finding] == label) & (flags == flag)):
                 lacking = (table.ids[evaluated.rows[case]], finding) not in maps
                 ranked.append((lacking, sign * float(p[case]), finding, int(case)))
-        chosen = _one_of_each(sorted(ranked), shown)
-        groups.append((title, [_with_map(table, evaluated, maps, finding, case) for finding, case in chosen]))
-    return groups
+        groups.append((title, _one_of_each(sorted(ranked), shown)))
+    with Decoder([None]) as decoder:
+        return [
+            (title, [_with_map(table, evaluated, maps, finding, case, decoder) for finding, case in chosen])
+            for title, chosen in groups
+        ]
 
 
 def _one_of_each(ranked: list[tuple[bool, float, str, int]], shown: set[int]) -> list[tuple[str, int]]:
@@ -156,9 +161,14 @@ def _one_of_each(ranked: list[tuple[bool, float, str, int]], shown: set[int]) ->
 
 
 def _with_map(
-    table: Scores, evaluated: Evaluated, maps: dict[tuple[str, str], HeatMap], finding: str, case: int
+    table: Scores,
+    evaluated: Evaluated,
+    maps: dict[tuple[str, str], HeatMap],
+    finding: str,
+    case: int,
+    decoder: Decoder,
 ) -> figures.HeatmapExample:
-    example = _example(table, evaluated, finding, case)
+    example = _example(table, evaluated, finding, case, decoder)
     row = evaluated.rows[case]
     found, score = maps.get((table.ids[row], finding)), float(table.p[finding][row])
     if found is None:

@@ -16,11 +16,13 @@ from score_archive import FEW, Archive, Report, report
 from sklearn import metrics as sklearn_metrics
 
 from ray_cxr.data import manifest
+from ray_cxr.data.sandbox import Decoder
 from ray_cxr.errors import InputError, LeakError, OutputError, TableError
 from ray_cxr.evaluation import intervals
 from ray_cxr.evaluation.published import OFFICIAL_TEST_IMAGES
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting import measures, pictures, plots
+from ray_cxr.reporting.examples import _load as load_example
 from ray_cxr.reporting.examples import examples
 from ray_cxr.reporting.labelled import join
 from ray_cxr.reporting.report import write_report
@@ -403,6 +405,16 @@ def test_figures_are_in_the_folder_and_in_a_page_that_loads_nothing(
     report(archive, out, scores=scores)  # a report without labels replaces it
     assert {"priority", "learning_curves"} <= {path.stem for path in out.glob("*.svg")}
     assert not (out / "roc.png").exists()
+
+
+def test_decoder_that_aborts_costs_its_example(archive: Archive, tmp_path: Path, monkeypatch) -> None:
+    site = "import os\nfrom ray_cxr.data import imaging\nimaging.decode = lambda data, **limits: os.abort()\n"
+    (tmp_path / "sitecustomize.py").write_text(site, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with Decoder([None]) as decoder:
+        path = next(path for path in read_scores(archive.scores()).paths if path is not None)
+        assert load_example(path, decoder) == (None, "decoder_crash")
+        assert load_example(None, decoder) == (None, "missing")
 
 
 def test_examples_and_reliability_follow_the_scores(archive: Archive) -> None:
