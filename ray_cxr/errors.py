@@ -107,8 +107,12 @@ class ImageError(RayCxrError):
         return f"{self.code}: {self.message}"
 
 
+#: Errors of the operating system that mean a lost connection to Ray, and not a file.
+_OF_RAY_ITSELF = (ConnectionError, TimeoutError)
+
+
 def own_error(error: BaseException) -> RayCxrError | OSError | None:
-    """The error of ours, or of the operating system, inside the wrappings that Ray puts around a worker's error."""
+    """Return the error of ours, or of the operating system, that Ray has wrapped; None if there is none."""
     queue: list[object] = [error]
     seen: set[int] = set()
     while queue:
@@ -116,10 +120,13 @@ def own_error(error: BaseException) -> RayCxrError | OSError | None:
         if not isinstance(one, BaseException) or id(one) in seen:
             continue
         seen.add(id(one))
-        if isinstance(one, (RayCxrError, OSError)) and not isinstance(one, (ConnectionError, TimeoutError)):
+        # Ray's wrapper is an instance of the class that it wraps as well, and its message is a traceback.
+        wrapped = getattr(one, "cause", None)
+        is_wrapper = isinstance(wrapped, BaseException)
+        if isinstance(one, (RayCxrError, OSError)) and not (is_wrapper or isinstance(one, _OF_RAY_ITSELF)):
             return one
         # Not __context__: an error that merely happened while another was handled is another error.
-        queue += [one.__cause__, getattr(one, "cause", None)]
+        queue += [wrapped, one.__cause__]
         failures = getattr(one, "worker_failures", None)
         if isinstance(failures, dict):
             queue += list(failures.values())

@@ -19,7 +19,7 @@ from ray_cxr.labels import FINDINGS, LABELS
 ROOT = Path(__file__).parents[1]
 
 BOTTOM = frozenset({"errors", "labels"})
-BELOW_DATA = BOTTOM | {"config", "progress", "telemetry", "versions", "cluster"}
+BELOW_DATA = BOTTOM | {"config", "progress", "telemetry", "versions", "cluster", "tasks"}
 BELOW_MODELS = BELOW_DATA | {"data", "evaluation"}
 #: What each room may import besides itself. `ray_cxr` is the package itself, for its version.
 ALLOWED: dict[str, frozenset[str]] = {
@@ -29,6 +29,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "progress": BOTTOM,
     "versions": BOTTOM | {"ray_cxr"},
     "cluster": BOTTOM,
+    "tasks": BOTTOM,
     "telemetry": frozenset(),
     "config": BOTTOM,
     "data": BELOW_DATA,
@@ -45,7 +46,13 @@ ALLOWED: dict[str, frozenset[str]] = {
 }
 RAY_ROOMS = ("ray_cxr/training/", "ray_cxr/tuning/", "ray_cxr/scoring/", "jobs/")
 #: telemetry gives counts to ray.util.metrics, so that the rooms that count need not import Ray.
-RAY_FILES = ("ray_cxr/cluster.py", "ray_cxr/data/prepared.py", "ray_cxr/session.py", "ray_cxr/telemetry.py")
+RAY_FILES = (
+    "ray_cxr/cluster.py",
+    "ray_cxr/tasks.py",
+    "ray_cxr/data/prepared.py",
+    "ray_cxr/session.py",
+    "ray_cxr/telemetry.py",
+)
 #: Files that may have tables keyed by finding, if all keys are findings; and how many findings are too many for a
 #: sequence, which would be a second order of findings.
 KNOWS_EACH_FINDING = {

@@ -27,7 +27,7 @@ import os
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +45,16 @@ from ray_cxr.data import manifest as manifests
 from ray_cxr.data.sandbox import Decoder, Failure, Picture
 from ray_cxr.errors import ConfigError, ImageError, OutputError, TableError
 from ray_cxr.progress import Work
+from ray_cxr.tasks import (
+    MAX_LOST_PER_WORKER,
+    SUCCESS,
+    Task,
+    map_once,
+    poll,
+    run_with_retries,
+    sanitize_error,
+    to_columns,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -97,21 +107,59 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
     del table
     for size in settings.sizes:
         (out / str(size)).mkdir(exist_ok=True)
-    there = [{path.name for path in (out / str(size)).glob("part-*.arrow")} for size in settings.sizes]
-    todo = [task for unit in units if (task := _task(unit, there))]
-    if todo:
-        done = n_rows - sum(sum(task["rows"]) for task in todo)
-        # One block per task, so that a shard of single files is a task, and a lost node costs single shards.
-        work = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
-            _prepare, fn_kwargs={"out": remote.address(out), "settings": settings}, num_cpus=1
-        )
-        failed = 0
-        with Work("prepare", n_rows, done=done) as progress, cluster.watched("prepare"):
-            for row in work.iter_rows():
-                failed += row["failed"]
-                progress.advance(row["rows"], f"{failed:,} failed")
+
+    def find_pending(*_: Any) -> list[Task]:
+        written = [_written(out, size) for size in settings.sizes]
+        return [task for unit in units if (task := _task(unit, written))]
+
+    def build_dataset(pending: list[Task]) -> Any:
+        # One block per task, so that a lost node costs few shards.
+        dataset = ray.data.from_items(pending, override_num_blocks=len(pending))
+        given = {"out": remote.address(out), "settings": settings}
+        dataset = map_once(dataset, _prepare, fn_kwargs=given, num_cpus=1)
+        cpus = sum(node["Resources"].get("CPU", 0) for node in cluster.working())
+        dataset.context.max_errored_blocks = int(MAX_LOST_PER_WORKER * max(1, cpus))
+        return dataset
+
     ranges = [one for unit in units for one in unit.ranges]
+    if todo := find_pending():
+        pending = sum(sum(task["rows"]) for task in todo)
+        progress = Work("prepare", n_rows, done=n_rows - pending)
+        look = _progress_of(out, settings.sizes, ranges, progress)
+        with progress, cluster.watched("prepare"), poll(look, "prepare"):
+            for _ in run_with_retries(todo, build_dataset, find_pending):
+                pass  # `look` shows what the tasks write
     return {size: _count(out, size, ranges) for size in settings.sizes}
+
+
+def _written(out: Path, size: int) -> set[str]:
+    """Return the names of a size's shards that are there."""
+    return {path.name for path in (out / str(size)).glob("part-*.arrow")}
+
+
+def _progress_of(
+    out: Path, sizes: Sequence[int], ranges: Sequence[archives.Range], progress: Work
+) -> Callable[[], bool]:
+    """Return a function that shows the shards written since its last call, and returns whether there were any."""
+
+    def find() -> set[int]:
+        names = set.intersection(*(_written(out, size) for size in sizes))
+        return {one.index for one in ranges if shard_name(one.index) in names}
+
+    rows = {one.index: one.rows for one in ranges}
+    seen, failed = find(), 0
+
+    def look() -> bool:
+        nonlocal failed
+        new = find() - seen
+        for index in new:
+            codes = _codes(out / str(sizes[0]) / shard_name(index), sizes[0])
+            failed += len(codes) - codes.null_count
+            seen.add(index)
+            progress.advance(rows[index], f"{failed:,} failed")
+        return bool(new)
+
+    return look
 
 
 def check(manifest: str | Path, out: Path, settings: PrepareSettings) -> tuple[pa.Table, dict[str, Any]]:
@@ -224,12 +272,23 @@ def _task(unit: archives.Unit, there: Sequence[set[str]]) -> dict[str, Any] | No
         "archive": unit.archive or "",
         "first": unit.ranges[0].index,
         "lengths": [one.rows for one in unit.ranges],
+        "indices": list(absent),
         "rows": list(absent.values()),
     }
 
 
-def _prepare(task: dict[str, Any], out: str, settings: PrepareSettings) -> dict[str, int]:
-    """The absent shards of one unit, in a Ray task: each picture is decoded once, for all sizes."""
+def _prepare(task: Task, out: str, settings: PrepareSettings) -> dict[str, Any]:
+    """Write the absent shards of one unit, in a Ray task; each image is decoded once for all sizes."""
+    try:
+        _write_shards(task, out, settings)
+    except Exception as error:
+        return {"done": [], **to_columns(sanitize_error(error, "prepare"))}
+    finally:
+        telemetry.flush()
+    return {"done": task["indices"], **SUCCESS}
+
+
+def _write_shards(task: Task, out: str, settings: PrepareSettings) -> None:
     shards = range(task["first"], task["first"] + len(task["lengths"]))
     folder = remote.path(out)
     rows = pq.ParquetFile(folder / "manifest.parquet").read_row_groups(list(shards))
@@ -240,16 +299,12 @@ def _prepare(task: dict[str, Any], out: str, settings: PrepareSettings) -> dict[
     left = np.zeros(len(rows), bool)
     for maker in makers:
         left |= maker.wanted
-    failed = 0
     for row, outcome in _outcomes(task["archive"], rows["path"].to_pylist(), left, _decoder(settings)):
         telemetry.count(telemetry.IMAGES_PREPARED, 1)
         if isinstance(outcome, Failure):
-            failed += 1
             telemetry.count(telemetry.IMAGE_ERRORS, 1, "prepare", outcome.code)
         for maker in makers:
             maker.add(row, outcome)
-    telemetry.flush()
-    return {"rows": sum(task["rows"]), "failed": failed}
 
 
 @functools.lru_cache(maxsize=1)

@@ -17,7 +17,6 @@ import logging
 import queue
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_cxr import telemetry
+from ray_cxr import tasks, telemetry
 from ray_cxr.config import InputSpec, ScoreSettings
 from ray_cxr.data import archives, atomic, remote
 from ray_cxr.data.prepared import SETTINGS
@@ -415,12 +414,12 @@ class ScoreActor:
     def __init__(self, job: Job, cpus: int) -> None:
         born = time.time()
         self._job = job
-        self._failed: RayCxrError | OSError | None = None
+        self._failed: RayCxrError | None = None
         try:
             self._reading = Reading(job, cpus)
             self._scoring = Scoring(job, cpus)
         except Exception as error:
-            self._failed = told(error)  # by the first call
+            self._failed = tasks.sanitize_error(error, "score")  # by the first call
         self._times = {"born": born, "ready": time.time()}
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
@@ -430,7 +429,7 @@ class ScoreActor:
             works = take_up(self._job, task, self._scoring.findings)
             written = list(self._scoring.score(works, self._reading.pictures(works)))
         except Exception as error:
-            return failure(told(error))
+            return failure(tasks.sanitize_error(error, "score"))
         return summary(written, self._times, self._scoring.first_at)
 
 
@@ -443,35 +442,13 @@ def summary(written: list[tuple[int, int, int]], times: dict[str, float], first_
         "born": times["born"],
         "ready": times["ready"],
         "first": first_at or 0.0,
-        "failed": "",
-        "message": "",
+        **tasks.SUCCESS,
     }
 
 
-def told(error: Exception) -> RayCxrError | OSError:
-    """An error as it may be told: ours in its own words; of any other where it arose, since its words may hold ids.
-
-    None is raised: Ray Data would leave the task out, as it does those that are lost with a worker.
-    """
-    if isinstance(error, ImageError):
-        return RayCxrError(error.message)  # the driver makes an error anew from its text alone
-    if isinstance(error, RayCxrError | OSError):
-        return error
-    trace = traceback.extract_tb(error.__traceback__)
-    logger.error("%s\n%s", type(error).__name__, "".join(trace.format()))
-    where = f"{Path(trace[-1].filename).name}, line {trace[-1].lineno}" if trace else "an unknown place"
-    return RayCxrError(
-        f"scoring failed with {type(error).__name__} in {where}; the worker's file in Ray's logs says how"
-    )
-
-
-def failure(error: RayCxrError | OSError) -> dict[str, Any]:
-    """An error of ours as a row: of what a worker raises, Ray Data keeps a text and prints all of its trace."""
-    return {
-        **summary([], {"born": 0.0, "ready": 0.0}, None),
-        "failed": type(error).__name__,
-        "message": str(error),
-    }
+def failure(error: RayCxrError) -> dict[str, Any]:
+    """Return the row of a task that failed."""
+    return {**summary([], {"born": 0.0, "ready": 0.0}, None), **tasks.to_columns(error)}
 
 
 # ---------------------------------------------------------------- decoding apart from the network, for GPUs
@@ -487,8 +464,7 @@ _EMPTY: dict[str, Any] = {
     "images": b"",
     "failures": [],
     "tags": [],
-    "failed": "",
-    "message": "",
+    **tasks.SUCCESS,
 }
 
 
@@ -497,8 +473,7 @@ def decode_task(task: dict[str, Any], job: Job) -> Iterator[dict[str, Any]]:
     try:
         yield from _decode(task, job)
     except Exception as error:
-        known = told(error)
-        yield {**_EMPTY, "failed": type(known).__name__, "message": str(known)}
+        yield {**_EMPTY, **tasks.to_columns(tasks.sanitize_error(error, "score"))}
     finally:
         telemetry.flush()
 
@@ -559,22 +534,22 @@ class NetworkActor:
     def __init__(self, job: Job, cpus: int) -> None:
         born = time.time()
         self._job = job
-        self._failed: RayCxrError | OSError | None = None
+        self._failed: RayCxrError | None = None
         try:
             self._scoring = Scoring(job, cpus)
         except Exception as error:
-            self._failed = told(error)
+            self._failed = tasks.sanitize_error(error, "score")
         self._times = {"born": born, "ready": time.time()}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        if row["failed"]:
-            return {**failure(RayCxrError(row["message"])), "failed": row["failed"]}
+        if row["error_type"]:
+            return {**failure(RayCxrError(row["message"])), "error_type": row["error_type"]}
         if self._failed is not None:
             return failure(self._failed)
         try:
             return summary(self._written(row), self._times, self._scoring.first_at)
         except Exception as error:
-            return failure(told(error))
+            return failure(tasks.sanitize_error(error, "score"))
 
     def _written(self, row: dict[str, Any]) -> list[tuple[int, int, int]]:
         # Exactly the rows whose pictures came, whatever has become of the file since.

@@ -36,7 +36,8 @@ from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError, RayCxrErro
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import predictions, runtime
 from ray_cxr.models.bundle import Bundle
-from ray_cxr.scoring.engine import Job, Place, Reading, Work, part_name, part_path, told
+from ray_cxr.scoring.engine import Job, Place, Reading, Work, part_name, part_path
+from ray_cxr.tasks import SUCCESS, sanitize_error, to_columns
 
 #: Images per forward pass, without and with a GPU.
 BATCH_SIZE = {False: 16, True: 64}
@@ -454,12 +455,12 @@ class HeatMapActor:
 
     def __init__(self, job: Job, asked: Asked, cpus: int) -> None:
         self._job, self._asked = job, asked
-        self._failed: RayCxrError | OSError | None = None
+        self._failed: RayCxrError | None = None
         try:
             self._drawing = Drawing(job, asked, cpus)
             self._reading = Reading(job, cpus, self._drawing.more, "heatmaps")
         except Exception as error:
-            self._failed = told(error)  # by the first call
+            self._failed = sanitize_error(error, "score --heatmaps")  # by the first call
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         if self._failed is not None:
@@ -472,14 +473,9 @@ class HeatMapActor:
             works = self._drawing.take_up(sorted(indices))
             return _answer(sum(self._drawing.draw(works, self._reading.pictures(works))), done=sorted(indices))
         except Exception as error:
-            return _answer(0, told(error))
+            return _answer(0, sanitize_error(error, "score --heatmaps"))
 
 
-def _answer(images: int, failed: RayCxrError | OSError | None = None, *, done: Sequence[int] = ()) -> dict[str, Any]:
-    """What a task tells the driver; an error of ours as a row, see `engine.failure`."""
-    return {
-        "images": images,
-        "done": list(done),
-        "failed": "" if failed is None else type(failed).__name__,
-        "message": "" if failed is None else str(failed),
-    }
+def _answer(images: int, failed: RayCxrError | None = None, *, done: Sequence[int] = ()) -> dict[str, Any]:
+    """Return the row of a task."""
+    return {"images": images, "done": list(done), **(SUCCESS if failed is None else to_columns(failed))}

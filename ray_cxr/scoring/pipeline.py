@@ -19,7 +19,6 @@ import itertools
 import json
 import logging
 import shutil
-import threading
 import time
 import warnings
 from collections import Counter
@@ -33,13 +32,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ray_cxr import cluster, errors
+from ray_cxr import cluster
 from ray_cxr.config import ScoreSettings
 from ray_cxr.data import archives, atomic, remote, storage
 from ray_cxr.data import manifest as manifests
 from ray_cxr.data.heatmaps import FOLDER
 from ray_cxr.data.prepared import SETTINGS, agree, begin
-from ray_cxr.errors import RETRYABLE_CODES, ConfigError, ErrorRateExceeded, OutputError, RayCxrError, own_error
+from ray_cxr.errors import RETRYABLE_CODES, ConfigError, ErrorRateExceeded, OutputError
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.models.runtime import TOLERANCE, choose_precision
 from ray_cxr.progress import Work
@@ -59,6 +58,7 @@ from ray_cxr.scoring.engine import (
     run_digest,
     run_of,
 )
+from ray_cxr.tasks import MAX_LOST_PER_WORKER, Task, poll, run_with_retries
 from ray_cxr.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -75,14 +75,8 @@ MAX_CPUS_PER_ACTOR = 4
 RANGES_AT_ONCE = 2
 #: So often an actor that died is started again.
 MAX_RESTARTS = 30
-#: So many tasks may be lost with their actors, for each of them, before all is laid out anew.
-MAX_LOST = 20
-#: So often all is laid out anew when nothing has come of it.
-MAX_IDLE_ROUNDS = 2
 #: Settings that stand under `heatmaps` in run.json.
 _OF_HEATMAPS = {"heatmap_method", "heatmap_pixels"}
-#: Seconds between looks at what has been written.
-_LOOK_S = 1.0
 
 
 @dataclass
@@ -489,7 +483,7 @@ def _run(
     out = job.folder
     given = {"job": job, "cpus": max(1, plan.cpus)}
 
-    def lay_out(tasks: list[dict[str, Any]]) -> Any:
+    def build_dataset(tasks: list[Task]) -> Any:
         import ray
 
         work = ray.data.from_items(tasks, override_num_blocks=len(tasks))
@@ -499,14 +493,18 @@ def _run(
             return _by_actors(work, NetworkActor, given, plan, RANGES_AT_ONCE, len(tasks))
         return _by_actors(work, ScoreActor, given, plan, RANGES_AT_ONCE, len(tasks))
 
-    def written(task: dict[str, Any], index: int) -> bool:
+    def is_written(task: Task, index: int) -> bool:
         return not task["retry"] and (run_of(remote.content(part_path(out, index))) or ("", 0))[0] == job.run
+
+    def find_pending(tasks: list[Task], done: set[int]) -> list[Task]:
+        return _remaining(tasks, done, is_written)
 
     retried = {index for task in todo if task["retry"] for index in task["indices"]}
     done = sum(one.rows for one in ranges if one.index in there and one.index not in retried)
     progress = Work("score", report.rows, done=done)
-    with progress, _watching(job.folder / SCORES, ranges, there - retried, progress, _errors_of, "errors"):
-        for row in _in_rounds(todo, lay_out, written):
+    look = _progress_of(job.folder / SCORES, ranges, there - retried, progress, _errors_of, "errors")
+    with progress, poll(look, "score"):
+        for row in run_with_retries(todo, build_dataset, find_pending):
             report.scored_now += row["scored"]
             if row["first"] and not report.start_up:
                 report.start_up = _start_up(row, planned, marks)
@@ -535,17 +533,18 @@ def _draw(
         job = replace(job, batch_size=job.settings.batch_size or drawing.BATCH_SIZE[job.use_gpu])
         given = {"job": job, "asked": asked, "cpus": max(1, plan.cpus)}
 
-        def lay_out(tasks: list[dict[str, Any]]) -> Any:
+        def build_dataset(tasks: list[Task]) -> Any:
             work = ray.data.from_items(tasks, override_num_blocks=len(tasks))
             return _by_actors(work, drawing.HeatMapActor, given, plan, 1, len(tasks))
 
-        def is_drawn(task: dict[str, Any], index: int) -> bool:
+        def is_drawn(task: Task, index: int) -> bool:
             return not task["retry"] and not drawing.remaining(out, {index}, job.run, asked, retry=False)
 
-        rows = _in_rounds(todo, lay_out, is_drawn)
+        rows = run_with_retries(todo, build_dataset, lambda tasks, done: _remaining(tasks, done, is_drawn))
         total, done = (sum(one.rows for one in ranges if one.index in some) for some in (indices, indices - left))
         progress = Work("heat maps", total, done=done)
-        with progress, _watching(out / FOLDER, ranges, indices - left, progress, drawing.failures_of, "failed"):
+        look = _progress_of(out / FOLDER, ranges, indices - left, progress, drawing.failures_of, "failed")
+        with progress, poll(look, "score --heatmaps"):
             drawn = sum(row["images"] for row in rows)
     report = drawing.count(out, ranges, asked)
     report.drawn_now, report.seconds = drawn, time.monotonic() - began
@@ -579,8 +578,8 @@ def _by_actors(work: Any, actor: type, given: dict[str, Any], plan: ActorPlan, a
             # deprecated in 2.60 without another in its place; pyproject holds Ray below 2.61.)
             ray_remote_args_fn=_restarts,
         )
-    # What was lost is left out here, and `_in_rounds` sees to it; an actor that dies and dies again ends this first.
-    done.context.max_errored_blocks = MAX_LOST * plan.actors
+    # Lost tasks are skipped here and retried by `run_with_retries`. An actor that keeps dying ends the round.
+    done.context.max_errored_blocks = MAX_LOST_PER_WORKER * plan.actors
     # Actors that are as busy as they can be are reason enough for more where a node has joined; idle ones stay.
     scaling = done.context.autoscaling_config
     scaling.actor_pool_util_upscaling_threshold, scaling.actor_pool_util_downscaling_threshold = 0.9, 0.0
@@ -592,72 +591,22 @@ def _restarts() -> dict[str, Any]:
     return {"max_restarts": MAX_RESTARTS, "max_task_retries": 0}
 
 
-def _in_rounds(
-    todo: list[dict[str, Any]],
-    lay_out: Callable[[list[dict[str, Any]]], Any],
-    is_done: Callable[[dict[str, Any], int], bool],
-) -> Iterator[dict[str, Any]]:
-    """The rows of what `lay_out` makes of the tasks; what was lost with a worker is laid out again over the others.
+def _remaining(tasks: list[Task], done: set[int], is_done: Callable[[Task, int], bool]) -> list[Task]:
+    """Return the tasks without the ranges that are done, by a row's report or by their file.
 
-    Args:
-        todo: tasks, each with `indices` of ranges; another entry of theirs that is a list has an element for each.
-        lay_out: gives a Ray dataset for tasks.
-        is_done: whether a task's range needs nothing more, though no row said that it was done.
-
-    Raises:
-        RayCxrError: workers died, and nothing came of it.
+    An entry of a task that is a list has one element per range.
     """
-    from ray.exceptions import RayError
-
-    idle = 0
-    while todo:
-        done: set[int] = set()
-        ended: RayError | None = None
-        try:
-            for row in _rows(lay_out(todo)):
-                done.update(row["done"])
-                yield row
-        except RayError as error:
-            if own_error(error) is not None:
-                raise
-            ended = error
-        left = [kept for task in todo if (kept := _without(task, done, is_done))]
-        ranges, before = (sum(len(task["indices"]) for task in tasks) for tasks in (left, todo))
-        idle = idle + 1 if ranges == before else 0
-        if left and idle == MAX_IDLE_ROUNDS:
-            raise RayCxrError(
-                f"scoring workers died again and again, with {ranges:,} files to write, which is most often want of "
-                "memory; Ray's logs say more; what was written stays, and the same command continues"
-            ) from ended
-        if left:
-            logger.warning("WARNING: workers were lost; %s files that they had in work are done again", f"{ranges:,}")
-        todo = left
-
-
-def _without(
-    task: dict[str, Any], done: set[int], is_done: Callable[[dict[str, Any], int], bool]
-) -> dict[str, Any] | None:
-    """A task without the ranges that are done; None where none is left."""
-    keep = [index not in done and not is_done(task, index) for index in task["indices"]]
-    if not any(keep):
-        return None
-    return {
-        name: list(itertools.compress(value, keep)) if isinstance(value, list) else value
-        for name, value in task.items()
-    }
-
-
-def _rows(scored: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset; an error that stands in one is raised.
-
-    Raises:
-        RayCxrError: such an error.
-    """
-    for row in scored.iter_rows():
-        if row["failed"]:
-            kind = getattr(errors, row["failed"], RayCxrError)
-            raise kind(row["message"])
-        yield row
+    left = []
+    for task in tasks:
+        keep = [index not in done and not is_done(task, index) for index in task["indices"]]
+        if any(keep):
+            left.append(
+                {
+                    name: list(itertools.compress(value, keep)) if isinstance(value, list) else value
+                    for name, value in task.items()
+                }
+            )
+    return left
 
 
 def _start_up(row: dict[str, Any], planned: float, marks: Mapping[str, float]) -> dict[str, float]:
@@ -673,31 +622,30 @@ def _start_up(row: dict[str, Any], planned: float, marks: Mapping[str, float]) -
     }
 
 
-@contextlib.contextmanager
-def _watching(
+def _progress_of(
     folder: Path,
     ranges: list[archives.Range],
     seen: set[int],
     progress: Work,
     errors_of: Callable[[pa.NativeFile | None], int | None],
     word: str,
-) -> Iterator[None]:
-    """Show what has been written while the block runs, by looking at the folder: an archive is one task for hours.
+) -> Callable[[], bool]:
+    """Return a function that shows the files written since its last call, and returns whether there were any.
 
     Args:
-        seen: ranges that are there and stay as they are.
-        errors_of: how many errors a file holds; None where it is not whole.
-        word: for these.
+        seen: ranges whose files stay as they are.
+        errors_of: number of errors in a file; None where the file is incomplete.
+        word: for these errors.
     """
     rows = {one.index: one.rows for one in ranges}
     seen = set(seen)
-    # Of what is to be read again a file is there already; it counts when it is another one.
+    # A range that is scored again has a file already; it counts once the file is another one.
     before = {index: _stamp(folder / part_name(index)) for index in _written(folder) - seen}
     errors = sum(errors_of(file) or 0 for file in remote.contents(folder / part_name(index) for index in seen))
-    over = threading.Event()
 
-    def look() -> None:
+    def look() -> bool:
         nonlocal errors
+        known = len(seen)
         new = _written(folder) - seen
         new = {i for i in new if i in rows and (i not in before or before[i] != _stamp(folder / part_name(i)))}
         for index, file in zip(new, remote.contents(folder / part_name(index) for index in new), strict=True):
@@ -706,20 +654,9 @@ def _watching(
                 errors += found
                 seen.add(index)
                 progress.advance(rows[index], f"{errors:,} {word}")
+        return len(seen) > known
 
-    def loop() -> None:
-        while not over.wait(_LOOK_S):
-            with contextlib.suppress(OSError, RayCxrError):
-                look()
-
-    thread = threading.Thread(target=loop, name="watching", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-    look()
+    return look
 
 
 def _errors_of(part: pa.NativeFile | None) -> int | None:

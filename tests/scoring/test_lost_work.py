@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError
 
+from ray_cxr import tasks as ray_tasks
 from ray_cxr.errors import ConfigError, RayCxrError
 from ray_cxr.scoring import engine, pipeline
 
@@ -26,7 +27,7 @@ class Dataset:
             yield {**engine.failure(self._failed), "done": []}
         for task in self._tasks:
             if done := [index for index in task["indices"] if index not in self._lost]:
-                yield {"failed": "", "message": "", "done": done}
+                yield {**ray_tasks.SUCCESS, "done": done}
         if self._dies:
             raise ActorDiedError()
 
@@ -39,36 +40,41 @@ def make_tasks(*groups: list[int]) -> list[Task]:
 def test_only_lost_ranges_are_scheduled_again(dies: bool, caplog) -> None:
     rounds: list[list[Task]] = []
 
-    def lay_out(tasks: list[Task]) -> Dataset:
+    def build_dataset(tasks: list[Task]) -> Dataset:
         rounds.append(tasks)
         return Dataset(tasks, {2, 3, 5}, dies=dies) if len(rounds) == 1 else Dataset(tasks)
 
+    def find_pending(tasks: list[Task], done: set[int]) -> list[Task]:
+        return pipeline._remaining(tasks, done, lambda task, index: index == 5)
+
     with caplog.at_level(logging.WARNING):
         # 5 has its file although no row reported it: its worker died between the two.
-        rows = list(pipeline._in_rounds(make_tasks([0, 1], [2, 3], [4, 5]), lay_out, lambda task, index: index == 5))
+        rows = list(ray_tasks.run_with_retries(make_tasks([0, 1], [2, 3], [4, 5]), build_dataset, find_pending))
     assert [index for row in rows for index in row["done"]] == [0, 1, 4, 2, 3]
     assert rounds[1:] == [make_tasks([2, 3])]
     assert "2 files" in caplog.text
-    (task,) = make_tasks([4, 5, 6])
-    assert pipeline._without(task, {5}, lambda task, index: False) == make_tasks([4, 6])[0]
+    assert find_pending(make_tasks([3, 4, 6], [5]), {4}) == make_tasks([3, 6])
 
 
 @pytest.mark.parametrize(
     ("behaviour", "error", "message", "expected_rounds"),
     [
-        ({"lost": {1}, "dies": True}, RayCxrError, "1 files to write", 1 + pipeline.MAX_IDLE_ROUNDS),
+        ({"lost": {1}, "dies": True}, RayCxrError, "1 output files", 1 + ray_tasks.MAX_IDLE_ROUNDS),
         ({"failed": ConfigError("no GPU there")}, ConfigError, "^no GPU there$", 1),
     ],
 )
 def test_run_ends_with_an_error(behaviour: Any, error: type[Exception], message: str, expected_rounds: int) -> None:
     rounds = []
 
-    def lay_out(tasks: list[Task]) -> Dataset:
+    def build_dataset(tasks: list[Task]) -> Dataset:
         rounds.append(tasks)
         return Dataset(tasks, **behaviour)
 
+    def find_pending(tasks: list[Task], done: set[int]) -> list[Task]:
+        return pipeline._remaining(tasks, done, lambda task, index: False)
+
     with pytest.raises(error, match=message):
-        list(pipeline._in_rounds(make_tasks([0], [1]), lay_out, lambda task, index: False))
+        list(ray_tasks.run_with_retries(make_tasks([0], [1]), build_dataset, find_pending))
     assert len(rounds) == expected_rounds
 
 
@@ -77,15 +83,15 @@ def test_foreign_error_is_reported_by_its_place_and_not_by_its_words(caplog) -> 
     broken = engine.ScoreActor.__new__(engine.ScoreActor)
     broken._failed = broken._job = None  # type: ignore[assignment]
     row = broken({"indices": [0]})
-    assert row["failed"] == "RayCxrError"
+    assert row["error_type"] == "RayCxrError"
     assert "AttributeError in " in row["message"]
 
     with caplog.at_level(logging.ERROR):
         try:
             raise ValueError("patient " + "Mei" + "er")
         except ValueError as error:
-            message = str(engine.told(error))
+            message = str(ray_tasks.sanitize_error(error, "score"))
     assert "ValueError in test_lost_work.py, line" in message
     assert "Meier" not in message + caplog.text
     own = ConfigError("in our own words")
-    assert engine.told(own) is own
+    assert ray_tasks.sanitize_error(own, "score") is own

@@ -1,0 +1,209 @@
+"""Tasks and actors of Ray Data: errors as rows, retries with an end, progress without a timeout.
+
+Ray Data keeps only the text of an exception that a task raises, prints its traceback, and skips the task where
+`max_errored_blocks` allows that. So a task catches its own exceptions and returns them in two columns:
+
+    error_type   name of a class in `errors`; empty when the task succeeded
+    message      one line without patient data
+
+Ray Data retries a task for ever after its worker died, without a word. So tasks of this package ask for no retries, and
+`run_with_retries` submits lost tasks again until a whole round makes no progress.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray_cxr import errors
+from ray_cxr.errors import ImageError, RayCxrError, own_error
+
+logger = logging.getLogger(__name__)
+
+Task = dict[str, Any]
+
+#: Lost tasks that one round tolerates per worker, before it ends and the rest is submitted again.
+MAX_LOST_PER_WORKER = 20
+#: Rounds without progress before the command gives up.
+MAX_IDLE_ROUNDS = 2
+#: Seconds between looks at the output folder.
+POLL_S = 1.0
+#: Seconds without a finished file after which a warning is logged, and between such warnings.
+STALL_S = 600.0
+
+#: The two columns of a task that succeeded.
+SUCCESS: Mapping[str, str] = {"error_type": "", "message": ""}
+
+
+def configure() -> None:
+    """Set the options of Ray Data for all later datasets of this process and for their tasks."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    # By default Ray Data ends a dataset that returns nothing for 30 minutes. One archive is one task, and waiting for
+    # spot machines is no failure. `poll` reports a stall instead.
+    context.execution_no_progress_timeout_s = -1
+    # Otherwise an exception outside the tasks' own handlers arrives without its type.
+    context.raise_original_map_exception = True
+    # The commands show the progress of images, not of blocks.
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    # Ray Data logs a traceback for each lost task, which is submitted again.
+    logging.getLogger("ray.data._internal.execution.streaming_executor_state").setLevel(logging.CRITICAL)
+    # It logs a traceback for an exception that ends a dataset, which becomes one line.
+    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)
+
+
+def sanitize_error(error: Exception, command: str) -> RayCxrError:
+    """Return an error whose message may be shown: our own as it is, any other by its type and place.
+
+    The message of a foreign exception can quote a file's contents, and so a patient's id.
+    """
+    if isinstance(error, ImageError):
+        return RayCxrError(error.message)  # the driver rebuilds an error from its message alone
+    if isinstance(error, RayCxrError):
+        return error
+    if isinstance(error, OSError):
+        place, reason = error.filename or command, error.strerror or error
+        return RayCxrError(f"{place}: {reason}; the same command continues once this is fixed")
+    trace = traceback.extract_tb(error.__traceback__)
+    logger.error("%s\n%s", type(error).__name__, "".join(trace.format()))
+    where = f"{Path(trace[-1].filename).name}, line {trace[-1].lineno}" if trace else "an unknown place"
+    return RayCxrError(
+        f"{command} failed with {type(error).__name__} in {where}; see the worker's log in Ray's log folder"
+    )
+
+
+def to_columns(error: RayCxrError) -> dict[str, str]:
+    """Return the two columns that carry a sanitized error to the driver."""
+    return {"error_type": type(error).__name__, "message": str(error)}
+
+
+def read_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a dataset as its tasks return them.
+
+    Raises:
+        RayCxrError: the error that a row carries, or one line about an exception of Ray Data itself.
+        RayError: a worker was lost.
+    """
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        for row in dataset.iter_rows():
+            if row["error_type"]:
+                raise _rebuild(row["error_type"], row["message"])
+            yield row
+    except RayError as error:
+        if (own := own_error(error)) is not None:
+            clean = sanitize_error(own, "Ray Data")
+            # Ray Data appends lines of its own to the message.
+            raise _rebuild(type(clean).__name__, str(clean).splitlines()[0]) from None
+        if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
+            raise RayCxrError(f"a task failed with {type(error.cause).__name__}; see Ray's log folder") from error
+        raise
+    except RayCxrError:
+        raise
+    except Exception as error:  # Ray Data has exceptions of its own, which share no base class
+        reason = " ".join(str(error).split())[:300]
+        raise RayCxrError(f"Ray Data failed ({type(error).__name__}: {reason}); the same command continues") from error
+
+
+def _rebuild(error_type: str, message: str) -> RayCxrError:
+    kind: type[RayCxrError] = getattr(errors, error_type, RayCxrError)
+    return kind(message)
+
+
+def run_with_retries(
+    tasks: list[Task],
+    build_dataset: Callable[[list[Task]], Any],
+    find_pending: Callable[[list[Task], set[int]], list[Task]],
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of all tasks; submit again, on the workers that are left, what was lost with a worker.
+
+    Args:
+        tasks: each with `indices`, the numbers of the output files that it writes.
+        build_dataset: makes a Ray dataset of tasks. Its rows have `done`, the numbers of files that are finished,
+            `error_type` and `message`.
+        find_pending: returns what is left of tasks, given the numbers that rows reported as done.
+
+    Raises:
+        RayCxrError: an error that a task returned; or workers keep dying.
+    """
+    from ray.exceptions import RayError
+
+    configure()
+    idle = 0
+    while tasks:
+        done: set[int] = set()
+        lost: RayError | None = None
+        try:
+            for row in read_rows(build_dataset(tasks)):
+                done.update(row["done"])
+                yield row
+        except RayError as error:
+            lost = error
+        left = find_pending(tasks, done)
+        files, before = (sum(len(task["indices"]) for task in some) for some in (left, tasks))
+        idle = idle + 1 if files == before else 0
+        if left and idle == MAX_IDLE_ROUNDS:
+            last = f", last with {type(lost).__name__}" if lost else ""
+            raise RayCxrError(
+                f"workers keep dying ({files:,} output files pending{last}). The usual cause is too little memory; "
+                "Ray's log folder has the workers' logs. Finished files stay, and the same command continues"
+            ) from lost
+        if left:
+            logger.warning("WARNING: workers were lost; %s files that they had in progress are retried", f"{files:,}")
+        tasks = left
+
+
+def map_once(dataset: Any, function: Callable[..., Any], **options: Any) -> Any:
+    """Map the rows of a dataset by tasks that Ray does not retry, for `run_with_retries`."""
+    with warnings.catch_warnings():
+        # Ray 2.60 deprecates `max_retries` here and has no replacement yet; pyproject.toml holds Ray below 2.61.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args", category=Warning)
+        return dataset.map(function, max_retries=0, **options)
+
+
+@contextlib.contextmanager
+def poll(look: Callable[[], bool], command: str) -> Iterator[None]:
+    """Call `look` every second while the block runs and once after it; warn while nothing is finished.
+
+    A task returns at its end, which for an archive can be hours away. Its files appear one by one.
+
+    Args:
+        look: shows what has been finished since the last call; returns whether there was anything.
+        command: its name, for the warning.
+    """
+    over = threading.Event()
+
+    def loop() -> None:
+        last = time.monotonic()
+        while not over.wait(POLL_S):
+            with contextlib.suppress(OSError, RayCxrError):  # a bucket may answer the next time
+                if look():
+                    last = time.monotonic()
+            if time.monotonic() - last >= STALL_S:
+                logger.warning(
+                    "%s: WARNING: no file finished for %.0f minutes; storage may be slow, or Ray waits for CPUs or "
+                    "GPUs that other work holds (see `ray status`)",
+                    command,
+                    STALL_S / 60,
+                )
+                last = time.monotonic()
+
+    thread = threading.Thread(target=loop, name="poll", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    look()
