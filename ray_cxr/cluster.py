@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,27 @@ def place_work(on_head: bool | None) -> None:
     from ray.data import DataContext
 
     DataContext.get_current().execution_options.label_selector = selector()
+
+
+def exempt_from_proxies(hosts: Iterable[str]) -> dict[str, str]:
+    """Reach hosts of the cluster without the proxy that `http_proxy` or `https_proxy` name.
+
+    gRPC (TensorFlow's workers) and Ray's state API would send even traffic to this machine through the proxy. Other
+    traffic of this process, and of processes that it starts, still uses the proxy.
+
+    Returns:
+        The variables of the environment that were set.
+    """
+    hosts = [host.strip("[]") for host in hosts if host]
+    general = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    variables = {}
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):  # gRPC reads the last one first
+        entries = [entry.strip() for entry in (os.environ.get(name) or general).split(",") if entry.strip()]
+        if "*" not in entries:
+            entries += [host for host in dict.fromkeys(hosts) if host not in entries]
+        variables[name] = ",".join(entries)
+    os.environ.update(variables)
+    return variables
 
 
 def set_own(own: bool) -> None:
@@ -164,7 +186,7 @@ def require_shared(out: str | Path, **inputs: str | Path | None) -> None:
         return
 
     def unseen(paths: Mapping[str, str]) -> list[str]:
-        import os
+        import os  # nested, see `ask`
 
         return [name for name, path in paths.items() if not os.path.exists(path)]
 

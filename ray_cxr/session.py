@@ -11,18 +11,23 @@ import secrets
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
+
+import psutil
 
 import ray_cxr
 from ray_cxr import cluster, config
 from ray_cxr.data import atomic
 from ray_cxr.errors import InputError, RayCxrError
 from ray_cxr.progress import quiet_stderr
+
+logger = logging.getLogger(__name__)
 
 #: For any Ray: its C++ layer prints to the terminal what belongs into its log.
 ANY_RAY = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
@@ -41,13 +46,27 @@ OWN_RAY = {
 }
 
 
+#: Seconds that a cluster is given to answer.
+JOIN_TIMEOUT_S = 30.0
+#: Seconds without an answer after which a cluster counts as gone. Ray itself ends the process after 60, without a line.
+LOSS_TIMEOUT_S = 45.0
+#: Seconds that a command is given to end after its Ray is gone.
+END_TIMEOUT_S = 5.0
+#: Seconds between looks at whether Ray is still there.
+_LOOK_S = 1.0
+
+
 @contextlib.contextmanager
 def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Iterator[None]:
-    """A Ray to work with: the one that is there already, a cluster's, or one of this command's own.
+    """Use the Ray that this process has, join a cluster, or start a Ray of the command's own.
 
     Args:
-        settings: where.
-        dashboard: a Ray of this command's own gets a dashboard, on this machine alone.
+        settings: which.
+        dashboard: a Ray of the command's own gets a dashboard, on this machine alone.
+
+    Raises:
+        RayCxrError: Ray does not start, the cluster does not answer, or Ray goes away while the block runs.
+        InputError: the cluster has other versions.
     """
     # Never a Ray that merely happens to run on this machine: "local" starts one of this command's own.
     address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
@@ -61,19 +80,22 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
         cluster.place_work(settings.on_head)
         yield
         return
-    own: dict[str, Any] = {}
+    exempt = cluster.exempt_from_proxies(_own_addresses())
     if address == "local":
         ensure_token()
-        own = {
+        options: dict[str, Any] = {
             "num_cpus": settings.num_cpus,
             "num_gpus": settings.num_gpus,
             "object_store_memory": settings.object_store_mb and settings.object_store_mb << 20,
             "include_dashboard": dashboard,
         }
+    else:
+        source = "ray.address" if settings.address else "RAY_ADDRESS"
+        options = _join_options(_wait_for_answer(address, source), exempt)
     try:
         with quiet_stderr(), _found_by_its_own(address if dashboard else ""):
             # Workers' own chatter stays in Ray's log folder; their errors are raised.
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **own)  # noqa: TID251
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **options)  # noqa: TID251
     except Exception as error:  # Ray raises bare ones where a node does not come up within its own 30 seconds
         if differing := _version_mismatch(str(error)):
             raise InputError(f"Ray at {address!r}: {differing}") from None
@@ -84,23 +106,194 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
     if in_main_thread:
         # What `ray job stop` sends. Ray's own handler ends the process where it stands, with nothing said.
         signal.signal(signal.SIGTERM, _stop)
-    # The commands show progress of their own, of images and not of blocks, and Ray Data need not say so.
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    # A task that was lost with its worker is no reason for a traceback: what it leaves undone is said, and done again.
-    logging.getLogger("ray.data._internal.execution.streaming_executor_state").setLevel(logging.CRITICAL)
+    watch = _Watch(address)
     try:
-        if address != "local":
-            _refuse_other_versions(address)
-            cluster.wait_for_work(settings.on_head)
-        cluster.place_work(settings.on_head)
-        yield
+        with _report_sudden_end(), watch:
+            if address != "local":
+                _refuse_other_versions(address)
+                cluster.wait_for_work(settings.on_head)
+            cluster.place_work(settings.on_head)
+            yield
     finally:
-        ray.shutdown()
+        if watch.reason is None:  # otherwise it would wait for a Ray that is gone
+            ray.shutdown()
         cluster.set_own(False)
         if in_main_thread:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _own_addresses() -> list[str]:
+    """Return the names and addresses of this machine."""
+    found = ["localhost", socket.gethostname()]
+    for addresses in psutil.net_if_addrs().values():
+        found += [one.address.partition("%")[0] for one in addresses if one.family in (socket.AF_INET, socket.AF_INET6)]
+    return found
+
+
+def _wait_for_answer(address: str, source: str) -> str:
+    """Wait until a cluster answers; Ray itself tries for many minutes without a word.
+
+    Args:
+        address: as a user gives it.
+        source: where it was given, `ray.address` or `RAY_ADDRESS`.
+
+    Returns:
+        HOST:PORT.
+
+    Raises:
+        InputError: an address of another kind.
+        RayCxrError: no answer within `JOIN_TIMEOUT_S`.
+    """
+    if address.startswith(("http://", "https://")):
+        raise InputError(
+            f"{source}={address}: is the address for `ray job submit`; give HOST:6379 or ray://HOST:10001, or unset it "
+            "for a Ray on this machine"
+        )
+    target = address.removeprefix("ray://")
+    if address == "auto":
+        from ray._private.services import canonicalize_bootstrap_address
+
+        try:
+            target = canonicalize_bootstrap_address(address)
+        except ConnectionError:
+            raise RayCxrError(f"{source}=auto: no Ray runs on this machine; start one, or leave it out") from None
+    logger.info("joining Ray at %s (%s)", target, source)
+    if not _answers(target, JOIN_TIMEOUT_S):
+        raise RayCxrError(
+            f"Ray at {target} ({source}): no answer within {JOIN_TIMEOUT_S:.0f} s; check that the cluster runs "
+            f"(`ray status --address {target}`) and that this machine reaches it, or leave {source} out for a Ray on "
+            "this machine"
+        )
+    return target
+
+
+def _answers(target: str, timeout_s: float) -> bool:
+    """Return whether a server of gRPC answers at HOST:PORT within some seconds."""
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # its handshake needs Ray's certificates
+        host, _, port = target.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+        except (OSError, ValueError):
+            return False
+        return True
+    import grpc
+
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=timeout_s)
+        except grpc.FutureTimeoutError:
+            return False
+    return True
+
+
+def _join_options(target: str, exempt: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options of `ray.init` for a cluster: behind a proxy, workers must reach its head without it."""
+    cluster.exempt_from_proxies([target.rpartition(":")[0]])
+    proxies = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "grpc_proxy")
+    if not any(os.environ.get(name) for name in proxies):
+        return {}
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a job's own variables are among these already
+    return {"runtime_env": {"env_vars": {name: os.environ[name] for name in exempt}}}
+
+
+@contextlib.contextmanager
+def _report_sudden_end() -> Iterator[None]:
+    """Make sure that a line is printed when this process is killed while the block runs.
+
+    Ray's C++ layer ends the process at once when the node's raylet is gone, and the system may kill it for its memory.
+    A shell waits for one line of this process; at the end of the pipe without it, the shell prints the message.
+    """
+    message = (
+        "ray-cxr: the command was ended from outside: Ray went away (`ray stop`, or its node was lost), or the system "
+        "killed it (memory?); the same command continues"
+    )
+    script = 'read -r line || printf "%s\\n" "$1" >&2'
+    try:
+        shell = subprocess.Popen(
+            ["sh", "-c", script, "sh", message],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            shell.communicate(b"ended\n", timeout=5)
+
+
+class _Watch:
+    """Notices that Ray goes away while a block runs, and ends the block with an error.
+
+    The calls of a command would wait for Ray until its C++ layer ends the process, without a line.
+
+    Attributes:
+        reason: what is wrong; None while Ray is there.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.reason: str | None = None
+        self._over = threading.Event()
+        self._servers: list[psutil.Process] = []
+        self._target: str | None = None
+        if not address.startswith("ray://"):
+            import ray
+
+            self._target = ray.get_runtime_context().gcs_address
+        if address == "local":
+            names = ("gcs_server", "raylet")
+            self._servers = [child for child in psutil.Process().children() if child.name() in names]
+        self._thread = threading.Thread(target=self._loop, name="ray-watch", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        # An error can be the consequence of a lost Ray, and arrive before this thread has noticed the loss.
+        if error is not None and not isinstance(error, InputError) and self.reason is None and not self._is_there(0):
+            self.reason = self._describe()
+        self._over.set()
+        if self.reason is not None:
+            raise RayCxrError(self.reason) from error
+
+    def _loop(self) -> None:
+        while not self._over.wait(_LOOK_S):
+            if self._is_there(LOSS_TIMEOUT_S):
+                continue
+            self.reason = self._describe()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # also out of a system call
+            if not self._over.wait(END_TIMEOUT_S):
+                # The main thread waits inside Ray and cannot be interrupted.
+                os._exit(1)  # `_report_sudden_end` prints why
+            return
+
+    def _is_there(self, patience_s: float) -> bool:
+        """Return whether Ray still answers; a cluster's head may restart within some seconds."""
+        if self._target is None:
+            return True
+        if self._servers:
+            alive = all(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in self._servers)
+            return alive and not _refuses(self._target)
+        return _answers(self._target, 2.0) or (patience_s > 0 and _answers(self._target, patience_s))
+
+    def _describe(self) -> str:
+        where = f" at {self._target}" if self._target and not self._servers else ""
+        return f"Ray{where} went away (`ray stop`, or its node was lost); the same command continues"
+
+
+def _refuses(target: str) -> bool:
+    """Return whether nobody listens at HOST:PORT; a server that is slow to answer still listens."""
+    host, _, port = target.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), 2.0).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def ensure_token() -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import logging
 import os
 import shutil
-from collections.abc import Callable
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -75,6 +83,10 @@ class Cluster:
         self.shutdowns += 1
 
 
+class NoWatch(contextlib.nullcontext[None]):
+    reason = None
+
+
 Connect = Callable[..., None]
 
 
@@ -86,6 +98,8 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Connect:
         for name in ("nodes", "remote", "wait", "get", "shutdown") if cluster else ():
             monkeypatch.setattr(ray, name, getattr(cluster, name))
         monkeypatch.setattr(session.cluster, "wait_for_work", lambda on_head: None)
+        monkeypatch.setattr(session, "_wait_for_answer", lambda address, source: address)
+        monkeypatch.setattr(session, "_Watch", NoWatch)
         with session.start_ray(RaySettings(address=address)):
             pass
 
@@ -141,6 +155,143 @@ def test_ray_that_does_not_start_is_one_line(error: Exception, connect: Connect)
     message = refusal(lambda: connect(address="local", init=Mock(side_effect=error)), RayCxrError)
     assert message.startswith(f"Ray at 'local': {' '.join(str(error).split())}")
     assert ("run the command again" in message) == ("timed out" in message)
+
+
+# ---------------------------------------------------------------- a cluster that is gone, or goes away
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port that accepts connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("source", ["ray.address", "RAY_ADDRESS"])
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+@pytest.mark.parametrize("listens", [False, True])
+def test_cluster_that_does_not_answer_is_named_and_given_up(
+    source: str, scheme: str, listens: bool, port: int, monkeypatch, caplog
+) -> None:
+    target = f"127.0.0.1:{port if listens else closed_port()}"
+    monkeypatch.setattr(session, "JOIN_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", Mock(side_effect=AssertionError("Ray would wait for minutes")))
+    settings = RaySettings(address=scheme + target) if source == "ray.address" else RaySettings()
+    if source == "RAY_ADDRESS":
+        monkeypatch.setenv("RAY_ADDRESS", scheme + target)
+
+    def connect() -> None:
+        with session.start_ray(settings):
+            pass
+
+    with caplog.at_level(logging.INFO):
+        message = refusal(connect, RayCxrError)
+    assert target in message
+    assert source in message
+    assert target in caplog.text
+
+
+def test_address_of_the_job_api_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(InputError, match="ray job submit"), session.start_ray(RaySettings()):
+        pass
+
+
+class Server:
+    """A stand-in for a process of Ray."""
+
+    alive = True
+
+    def is_running(self) -> bool:
+        return self.alive
+
+    def status(self) -> str:
+        return "sleeping"
+
+
+@pytest.mark.parametrize("lost", ["process", "port"])
+def test_own_ray_that_goes_away_ends_a_block_with_one_line(lost: str, port: int, monkeypatch) -> None:
+    monkeypatch.setattr(session, "_LOOK_S", 0.01)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=f"127.0.0.1:{port}"))
+    watch, server = session._Watch("local"), Server()
+    watch._servers = [server]
+
+    def lose() -> None:
+        with watch:
+            time.sleep(0.1)
+            assert watch.reason is None
+            if lost == "process":
+                server.alive = False
+            else:
+                watch._target = f"127.0.0.1:{closed_port()}"
+            time.sleep(60)
+
+    assert "the same command continues" in refusal(lose, RayCxrError)
+
+
+def test_errors_of_a_command_stay_while_ray_is_there(port: int, monkeypatch) -> None:
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=f"127.0.0.1:{port}"))
+    for error in (KeyboardInterrupt, RayCxrError("a reason"), ValueError("another")):
+        watch = session._Watch("local")
+        watch._servers = [Server()]
+        with pytest.raises(type(error) if isinstance(error, Exception) else error), watch:
+            raise error
+
+
+@pytest.mark.parametrize("ending", ["os._exit(3)", "os.kill(os.getpid(), 9)", "sys.exit(0)", "raise KeyboardInterrupt"])
+def test_a_command_that_is_killed_leaves_a_line(ending: str) -> None:
+    program = f"import os, sys\nfrom ray_cxr import session\nwith session._report_sudden_end():\n    {ending}\n"
+    done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert ("the same command continues" in done.stderr) == ending.startswith("os.")
+
+
+# ---------------------------------------------------------------- proxies
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, dict.fromkeys(("no_proxy", "NO_PROXY", "no_grpc_proxy"), "10.0.0.1,::1")),
+        ({"NO_PROXY": "a.org, 10.0.0.1"}, dict.fromkeys(("no_proxy", "no_grpc_proxy"), "a.org,10.0.0.1,::1")),
+        ({"no_proxy": "a.org", "no_grpc_proxy": "b.org"}, {"no_grpc_proxy": "b.org,10.0.0.1,::1"}),
+        ({"no_proxy": "*"}, {"no_proxy": "*", "NO_PROXY": "*", "no_grpc_proxy": "*"}),
+    ],
+)
+def test_only_hosts_of_the_cluster_are_exempt_from_proxies(given: dict[str, str], expected: dict[str, str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+            patch.setenv(name, given.get(name, ""))
+        patch.setenv("https_proxy", "http://10.9.9.9:3128")
+        for _ in range(2):  # twice changes nothing more
+            session.cluster.exempt_from_proxies(["10.0.0.1", "[::1]", ""])
+            assert {name: os.environ[name] for name in expected} == expected
+        assert os.environ["https_proxy"] == "http://10.9.9.9:3128"
+        if given.get("no_proxy") != "*":
+            assert not urllib.request.proxy_bypass_environment("pypi.org")
+        assert urllib.request.proxy_bypass_environment("10.0.0.1")
+
+
+def test_workers_of_a_cluster_behind_a_proxy_reach_its_head(connect: Connect, monkeypatch) -> None:
+    options: dict[str, Any] = {}
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    for proxy in ("", "http://10.9.9.9:3128"):
+        monkeypatch.setenv("http_proxy", proxy)
+        connect(Cluster({}), init=lambda **given: options.update(given))
+        assert ("runtime_env" in options) == bool(proxy)
+    variables = options["runtime_env"]["env_vars"]
+    assert {"10.0.0.1", "localhost", "127.0.0.1"} <= set(variables["no_grpc_proxy"].split(","))
 
 
 # ---------------------------------------------------------------- the token of a local Ray

@@ -6,6 +6,7 @@ which never compute with it: some ten seconds of a core for each start of a run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -24,6 +25,10 @@ from ray_cxr import cluster
 POLL = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 
 
+#: Seconds that the workers of a run on a cluster are given to stop after Ctrl-C.
+ABORT_TIMEOUT_S = 30.0
+
+
 class Trainer(DataParallelTrainer):
     """Ray Train's trainer without helper actors that have nothing to do here.
 
@@ -32,6 +37,8 @@ class Trainer(DataParallelTrainer):
     a Ray of this command's own nothing outlives the command.
     """
 
+    _controller: Any = None
+
     def _create_default_callbacks(self) -> list[Any]:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback) if cluster.is_own() else (DatasetsCallback,)
         return [one for one in super()._create_default_callbacks() if not isinstance(one, unused)]
@@ -39,7 +46,18 @@ class Trainer(DataParallelTrainer):
     def fit(self) -> Any:
         for name, value in POLL.items():
             os.environ.setdefault(name, value)
-        return super().fit()
+        try:
+            return super().fit()
+        except KeyboardInterrupt:
+            # A Ray of this command's own ends with the command, and all workers with it.
+            if self._controller is not None and not cluster.is_own():
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.get(self._controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
+            raise
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        # Ray's handler ends the process without a line, and stays after the run.
+        self._controller = controller
 
 
 class TensorflowCluster(BackendConfig):
@@ -68,4 +86,5 @@ def _free_address() -> str:
 
 
 def _set_place(addresses: list[str], rank: int) -> None:
+    cluster.exempt_from_proxies(address.rpartition(":")[0] for address in addresses)
     os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})

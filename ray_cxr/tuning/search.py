@@ -266,9 +266,10 @@ def _refuse_without_dashboard() -> None:
 
 
 def _state_api_answers() -> str | None:
-    """None where Ray's state API is found from here; else why not."""
+    """Return why Ray's state API does not answer from here; None when it does."""
     from ray.util.state import list_nodes
 
+    cluster.exempt_from_proxies([ray.util.get_node_ip_address(), "127.0.0.1", "localhost"])
     try:
         list_nodes(limit=1, timeout=20)
     except Exception as error:  # of its HTTP client, or of Ray's
