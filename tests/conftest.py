@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import runpy
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,16 +120,29 @@ def make_tiny_bundle(out: Path, *, seed: int = 0, size: int = 64, findings: tupl
 
 @pytest.fixture(scope="session")
 def ray_here() -> Iterator[None]:
-    """One Ray of two CPUs for the whole session; the commands find it running and use it."""
+    """One Ray of two CPUs for the whole session; the commands find it running and use it.
+
+    Its processes have a proxy in their environment that accepts connections and never answers, as in a hospital.
+    """
     from ray_cxr.config import RaySettings
     from ray_cxr.session import start_ray
 
-    # With its dashboard: it frees what stopped trials of a search hold.
-    with start_ray(RaySettings(num_cpus=2), dashboard=True):
-        import ray
+    with contextlib.ExitStack() as stack, socket.socket() as proxy:
+        proxy.bind(("127.0.0.1", 0))
+        proxy.listen()
+        environment = stack.enter_context(pytest.MonkeyPatch.context())
+        for name in ("http_proxy", "https_proxy"):
+            environment.setenv(name, "http://127.0.0.1:{1}".format(*proxy.getsockname()))
+        for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+            environment.setenv(name, "")  # restored in the end
+        # With its dashboard: it frees what stopped trials of a search hold.
+        with start_ray(RaySettings(num_cpus=2), dashboard=True):
+            import ray
 
-        assert ray.is_initialized()
-        yield
+            assert ray.is_initialized()
+            for name in ("http_proxy", "https_proxy"):
+                environment.delenv(name)
+            yield
 
 
 class Bucket(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,7 @@ class Nodes:
         before = self.count()
         self.add(name, **options)
         try:
-            until(lambda: self.count() > before, 120, lambda: self.log(name))
+            until(lambda: self.count() > before, 300, lambda: self.log(name))
             yield
         finally:
             self.kill(name)
@@ -145,6 +147,13 @@ class Nodes:
                 break
             time.sleep(1)
         return log
+
+    def stop_job(self, name: str) -> None:
+        """Do what `ray job stop` does, without the seconds that its start takes."""
+        stop = urllib.request.Request(f"{self.jobs}/api/jobs/{name}/stop", method="POST")
+        stop.add_header("Authorization", f"Bearer {self.token}")
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(stop, timeout=60) as answer:
+            assert json.load(answer) == {"stopped": True}
 
     def over(self, log: Path) -> bool:
         return self._jobs[log].poll() is not None

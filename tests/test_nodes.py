@@ -170,8 +170,7 @@ def test_a_job_that_is_stopped_continues(nodes: Nodes, images: Path, tiny_bundle
     given = score_arguments(tiny_bundle, images, out, "--limit", 640)
     log = nodes.submit("score", given, name="stopped")
     wait_for_parts(nodes, log, out)
-    stop = nodes.ray("job", "stop", "stopped", "--address", nodes.jobs)
-    assert stop.returncode == 0, stop.stdout
+    nodes.stop_job("stopped")
     printed = nodes.finished(log)[1]
     kept = parts(out)
     assert 4 <= len(kept) < 640 // ROWS_PER_FILE

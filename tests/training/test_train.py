@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,6 +75,11 @@ def test_two_workers_train_until_patience_ends(untouched: Run, prepared: Path) -
     logged = {(value.tag, event.step): value.simple_value for event in events for value in event.summary.value}
     for name in ("loss", "val_loss", "val_auroc", "learning_rate"):
         assert [logged[name, epoch] for epoch in rows["epoch"]] == pytest.approx(rows[name].tolist(), rel=1e-6)
+
+
+@pytest.mark.ray
+def test_ctrl_c_after_a_run_is_not_left_to_ray_train(untouched: Run) -> None:
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.ray

@@ -1,0 +1,128 @@
+"""A command with a Ray of its own: another Ray on the machine, a proxy, Ctrl-C, and the loss of its Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from nodes import BIN, free_port, until
+
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(900)]
+
+TRAIN = {"backbone": "TinyCNN", "weights": "none", "size": 64, "batch_size": 6, "min_positives": 2}
+FILE_OF_ADDRESS = Path("/tmp/ray/ray_current_cluster")
+
+
+@pytest.fixture(scope="module")
+def other_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A Ray as `ray start` leaves it, in the folder where every other Ray looks for one."""
+    log = tmp_path_factory.mktemp("other") / "log"
+    ports = [f"--port={free_port()}", f"--dashboard-port={free_port()}", f"--ray-client-server-port={free_port()}"]
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
+    before = FILE_OF_ADDRESS.read_text() if FILE_OF_ADDRESS.exists() else None
+    FILE_OF_ADDRESS.unlink(missing_ok=True)
+    with log.open("wb") as stream:
+        given = [BIN / "ray", "start", "--head", "--block", "--num-cpus=1", *ports]
+        process = subprocess.Popen(given, stdout=stream, stderr=stream, env=environment, start_new_session=True)
+    try:
+        until(FILE_OF_ADDRESS.exists, 120, log.read_text)
+        until(lambda: "Ray runtime started" in log.read_text(), 120, log.read_text)
+        yield
+    finally:
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            child.kill()
+        process.wait()
+        FILE_OF_ADDRESS.unlink(missing_ok=True)
+        if before is not None:
+            FILE_OF_ADDRESS.write_text(before)
+
+
+def start(log: Path, *given: object, program: str = "from ray_cxr.cli import main; raise SystemExit(main())") -> Any:
+    """Start a command whose proxy is a closed port."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment |= dict.fromkeys(("http_proxy", "https_proxy"), f"http://127.0.0.1:{free_port()}")
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-c", program, *map(str, given)],
+            stdout=stream, stderr=stream, env=environment, start_new_session=True,
+        )  # fmt: skip
+
+
+def train(prepared: Path, out: Path, **changes: object) -> list[str]:
+    settings = [part for key, value in (TRAIN | changes).items() for part in ("--set", f"{key}={value}")]
+    return ["train", str(prepared), "--out", str(out), *settings]
+
+
+def test_commands_are_independent_of_another_ray(other_ray: None, manifest: Path, tmp_path: Path) -> None:
+    sets, run, out = tmp_path / "sets", tmp_path / "run", tmp_path / "scores"
+    for given in (
+        ["prepare", manifest, "--out", sets, "--size", "64"],
+        train(sets, run, epochs=2, workers=2),
+        ["score", "--model", run / "bundle", "--manifest", manifest, "--out", out],
+    ):
+        log = tmp_path / f"{given[0]}.log"
+        assert start(log, *given).wait(300) == 0, log.read_text()
+    assert (out / "_SUCCESS").exists()
+
+
+def test_search_is_independent_of_another_ray(other_ray: None, prepared: Path, tmp_path: Path) -> None:
+    config = tmp_path / "tune.toml"
+    settings = "".join(f"{key} = {value!r}\n" for key, value in (TRAIN | {"epochs": 1}).items())
+    config.write_text(f"[train]\n{settings}[tune]\ntrials = 1\n")
+    log = tmp_path / "log"
+    assert start(log, "tune", prepared, "--out", tmp_path / "study", "--config", config).wait(400) == 0, log.read_text()
+
+
+def stop_in_mid_run(prepared: Path, folder: Path, how: str) -> tuple[int, str, float]:
+    """Start a long run and stop it after its first step; returns exit code, log and seconds."""
+    log = folder / "log"
+    process = start(log, *train(prepared, folder / "run", epochs=5000, patience=5000))
+    until(lambda: "first step done" in log.read_text() or process.poll() is not None, 200, log.read_text)
+    children = {child.name(): child for child in psutil.Process(process.pid).children()}
+    began = time.monotonic()
+    if how == "Ctrl-C":
+        process.send_signal(signal.SIGINT)
+    for name in {"gcs_server", "raylet"} & set(how.split()):
+        children[name].terminate()
+    code = process.wait(100)
+    seconds = time.monotonic() - began
+    time.sleep(1)  # a line may come right after the end
+    return code, log.read_text(), seconds
+
+
+def test_ctrl_c_in_training_says_that_the_same_command_continues(prepared: Path, tmp_path: Path) -> None:
+    code, log, seconds = stop_in_mid_run(prepared, tmp_path, "Ctrl-C")
+    assert code == 130, log
+    assert log.splitlines()[-1] == "ray-cxr train: stopped; the same command continues"
+    assert seconds < 60
+
+
+@pytest.mark.parametrize("lost", ["gcs_server", "raylet", "gcs_server raylet"])
+def test_ray_that_goes_away_in_training_ends_it_with_a_line(lost: str, prepared: Path, tmp_path: Path) -> None:
+    code, log, seconds = stop_in_mid_run(prepared, tmp_path, lost)
+    assert code == 1, log
+    assert "Ray went away" in log.splitlines()[-1]
+    assert "Traceback" not in log
+    assert seconds < 55, "Ray's own limit"
+
+
+def test_ctrl_c_during_export_ends_the_command(prepared: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    program = (
+        "import time\nfrom ray_cxr.cli import main\nfrom ray_cxr.training import trainer\n"
+        "def wait(*_, **__):\n    print('exporting', flush=True)\n    time.sleep(100)\n"
+        "trainer._finish = wait\nraise SystemExit(main())"
+    )
+    process = start(log, *train(prepared, tmp_path / "run", epochs=1), program=program)
+    until(lambda: "exporting" in log.read_text() or process.poll() is not None, 200, log.read_text)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, log.read_text()
+    assert log.read_text().splitlines()[-1] == "ray-cxr train: stopped; the same command continues"
