@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -273,15 +275,28 @@ def test_predict_survives_a_decoder_that_aborts(tiny_bundle, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_predict_starts_one_decoder_a_call_and_none_for_arrays(tiny_bundle, tmp_path: Path, monkeypatch) -> None:
+def test_predict_keeps_one_decoder_and_starts_none_for_arrays(tiny_bundle, tmp_path: Path, monkeypatch) -> None:
     started: list[sandbox._Child] = []
     monkeypatch.setattr(sandbox, "_Child", lambda settings: started.append(Child(settings)) or started[-1])
+    bundle = ray_cxr.load_bundle(tiny_bundle.path)
     Image.fromarray(pixels(1)[0]).save(tmp_path / "good.png")
-    assert tiny_bundle.predict(pixels(2))["status"].tolist() == ["ok"] * 2
+    files = [tmp_path / "good.png"] * 3
+    assert bundle.predict(pixels(2))["status"].tolist() == ["ok"] * 2
     assert started == []
-    frame = tiny_bundle.predict([tmp_path / "good.png"] * 3)
-    assert frame["status"].tolist() == ["ok"] * 3
-    assert [child.alive() for child in started] == [False]
+    for _ in range(2):
+        assert bundle.predict(files)["status"].tolist() == ["ok"] * 3
+    assert [child.alive() for child in started] == [True]
+    with ThreadPoolExecutor(4) as pool:
+        frames = list(pool.map(bundle.predict, [files] * 8))
+    assert all(frame.equals(frames[0]) for frame in frames)
+    assert sum(child.alive() for child in started) == 1
+    started[0].kill()
+    with pytest.raises(ValueError, match="uint8"):
+        bundle.predict([files[0], np.zeros((4, 4))])
+    assert bundle.predict(files)["status"].tolist() == ["ok"] * 3
+    del bundle
+    gc.collect()
+    assert [child.alive() for child in started] == [False] * len(started)
 
 
 @pytest.mark.slow
