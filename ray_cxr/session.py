@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 #: For any Ray: its C++ layer prints to the terminal what belongs into its log.
 ANY_RAY = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
-#: For a Ray of a command's own; whoever sets one of these in the environment is heeded.
+#: Defaults for a Ray that a command starts; a variable that is set in the environment wins.
 OWN_RAY = {
     # On a loaded two-core machine Ray's own 60 s for its node process, and 20 s for its head, are too few.
     "RAY_raylet_start_wait_time_s": "180",
     "RAY_gcs_server_port_wait_time_s": "180",
-    # What Ray does by itself where this is unset, with a warning.
+    # Ray's default when this is unset, without its warning.
     "RAY_AUTH_MODE": "token",
     # Nothing about a hospital's machine leaves it.
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -285,7 +285,7 @@ class _Watch:
 
 
 def _refuses(target: str) -> bool:
-    """Return whether nobody listens at HOST:PORT; a server that is slow to answer still listens."""
+    """Return whether no server listens at HOST:PORT; one that is slow to answer still listens."""
     host, _, port = target.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), 2.0).close()

@@ -6,7 +6,7 @@ Ray Data keeps only the text of an exception that a task raises, prints its trac
     error_type   name of a class in `errors`; empty when the task succeeded
     message      one line without patient data
 
-Ray Data retries a task for ever after its worker died, without a word. So tasks of this package ask for no retries, and
+Ray Data silently retries a task without limit after its worker died. So tasks of this package ask for no retries, and
 `run_with_retries` submits lost tasks again until a whole round makes no progress.
 """
 
@@ -104,14 +104,14 @@ def read_rows(dataset: Any) -> Iterator[dict[str, Any]]:
     except RayError as error:
         if (own := own_error(error)) is not None:
             clean = sanitize_error(own, "Ray Data")
-            # Ray Data appends lines of its own to the message.
+            # Ray Data appends lines to the message.
             raise _rebuild(type(clean).__name__, str(clean).splitlines()[0]) from None
         if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
             raise RayCxrError(f"a task failed with {type(error.cause).__name__}; see Ray's log folder") from error
         raise
     except RayCxrError:
         raise
-    except Exception as error:  # Ray Data has exceptions of its own, which share no base class
+    except Exception as error:  # Ray Data's exceptions share no base class
         reason = " ".join(str(error).split())[:300]
         raise RayCxrError(f"Ray Data failed ({type(error).__name__}: {reason}); the same command continues") from error
 
@@ -126,13 +126,13 @@ def run_with_retries(
     build_dataset: Callable[[list[Task]], Any],
     find_pending: Callable[[list[Task], set[int]], list[Task]],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows of all tasks; submit again, on the workers that are left, what was lost with a worker.
+    """Yield the rows of all tasks, and submit tasks that were lost with a worker again.
 
     Args:
         tasks: each with `indices`, the numbers of the output files that it writes.
         build_dataset: makes a Ray dataset of tasks. Its rows have `done`, the numbers of files that are finished,
             `error_type` and `message`.
-        find_pending: returns what is left of tasks, given the numbers that rows reported as done.
+        find_pending: returns the pending part of tasks, given the numbers that rows reported as done.
 
     Raises:
         RayCxrError: an error that a task returned; or workers keep dying.

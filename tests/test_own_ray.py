@@ -1,4 +1,4 @@
-"""A command with a Ray of its own: another Ray on the machine, a proxy, Ctrl-C, and the loss of its Ray."""
+"""A command that starts its own Ray: another Ray on the machine, a proxy, Ctrl-C, and the loss of its Ray."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ def stop_in_mid_run(prepared: Path, folder: Path, how: str) -> tuple[int, str, f
     process = start(log, *train(prepared, folder / "run", epochs=5000, patience=5000))
     until(lambda: "first step done" in log.read_text() or process.poll() is not None, 200, log.read_text)
     children = {child.name(): child for child in psutil.Process(process.pid).children()}
-    began = time.monotonic()
+    stopped_at = time.monotonic()
     if how == "Ctrl-C":
         process.send_signal(signal.SIGINT)
     for name in {"gcs_server", "raylet"} & set(how.split()):
         children[name].terminate()
     code = process.wait(100)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - stopped_at
     time.sleep(1)  # a line may come right after the end
     return code, log.read_text(), seconds
 

@@ -90,10 +90,10 @@ def test_tasks_whose_workers_keep_dying_end_the_run(ray_here: None) -> None:
 
         os._exit(1)
 
-    began = time.monotonic()
+    started = time.monotonic()
     with pytest.raises(RayCxrError, match="2 output files pending"):
         run(die, 2)
-    assert time.monotonic() - began < 100
+    assert time.monotonic() - started < 100
 
 
 def test_lost_task_is_retried(ray_here: None, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_command_reports_a_folder_that_cannot_be_written_in_one_line(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    # Nobody can make a file in /proc, not even root.
+    # Not even root can make a file in /proc.
     name = {"prepare": "64", "score": "scores", "heatmaps": "heatmaps"}[folder]
     os.symlink("/proc", out / name)
     if folder == "prepare":

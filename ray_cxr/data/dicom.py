@@ -398,7 +398,7 @@ def _pixels(ds: Any, syntax: str, rows: int, columns: int, samples: int, allocat
             options["decoding_plugin"] = "pydicom"
         if jpeg is not None and syntax not in _JPEG_LS:
             # GDCM ends the whole process where fewer bits than those allocated are stored and 8 are allocated
-            # (gdcmImageCodec.cxx, CleanupUnusedBits). Its samples fill bytes or words, whatever the header says.
+            # (gdcmImageCodec.cxx, CleanupUnusedBits). Its samples fill bytes or words, also where the header differs.
             container = 8 if jpeg.precision <= 8 else 16
             options |= {"bits_allocated": container, "bits_stored": container, "pixel_representation": 0}
     array, _ = decoder.as_array(ds, raw=False, **options)

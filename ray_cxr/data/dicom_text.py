@@ -95,7 +95,7 @@ def add_elements(ds: Dataset, copied: Dataset) -> None:
 
 
 def _copy_element(ds: Dataset, tag: BaseTag) -> DataElement | RawDataElement:
-    """An element that is written as it stands in the file, whatever the byte order and VRs of that."""
+    """Return an element that is written with the bytes it has in the file, from any byte order and VR."""
     element = ds.get_item(tag)
     if isinstance(element, RawDataElement) and _is_text(element):
         vr = element.VR if element.VR in STR_VR else _lookup_vr(tag)

@@ -135,7 +135,7 @@ TABLES: list[tuple[Callable[[Path, Any, str], object], str, str]] = [
 ]
 
 
-def test_ids_that_lost_digits_are_told_from_ids_that_look_odd() -> None:
+def test_ids_that_lost_digits_are_distinguished_from_ids_that_look_odd() -> None:
     for values in LOST:
         with pytest.raises(TableError, match=r"^t.csv: line 3: Patient ID .*" + REMEDY) as caught:
             identity.check_series(series(values), "t.csv")
