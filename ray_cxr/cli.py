@@ -89,12 +89,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
-        inner = own_error(error)  # what a task or worker raised, out of Ray's wrappings
+        inner = own_error(error) or _describe_ray_error(error)
         if inner is None:
             raise
         print(f"ray-cxr {arguments.command}: {_flat(inner)}", file=sys.stderr)
         return inner.exit_code if isinstance(inner, RayCxrError) else 1
     return 0
+
+
+def _describe_ray_error(error: Exception) -> RayCxrError | None:
+    """Return one line about an exception of Ray; None for any other exception."""
+    # Importing Ray takes seconds; a command that never imported it has none of its exceptions.
+    ray_errors = sys.modules.get("ray.exceptions")
+    if ray_errors is None or not isinstance(error, ray_errors.RayError):
+        return None
+    reason = (str(error).strip().splitlines() or [""])[-1][:300]
+    return RayCxrError(f"Ray failed ({type(error).__name__}: {reason}); see Ray's log folder, then run it again")
 
 
 def _refuse_addresses(arguments: argparse.Namespace) -> None:

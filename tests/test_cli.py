@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from ray.exceptions import ActorDiedError
 
 import ray_cxr
 from ray_cxr import cli
@@ -182,6 +183,7 @@ class Wrapped(Exception):
         (Wrapped(TableError("inside")), 2, "inside"),
         (Wrapped(OSError(28, "No space left on device")), 1, "[Errno 28] No space left on device"),
         (KeyboardInterrupt(), 130, "stopped"),
+        (ActorDiedError(), 1, "Ray failed (ActorDiedError: "),
         (ZeroDivisionError("a bug"), None, ""),
     ],
 )

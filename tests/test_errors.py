@@ -60,6 +60,15 @@ def test_own_error_is_found(error: BaseException) -> None:
     assert errors.own_error(error) is OURS
 
 
+def test_own_error_is_found_in_what_ray_raises_for_it() -> None:
+    """Ray's exception is an instance of our class as well, and its text is a traceback."""
+    from ray.exceptions import RayTaskError
+
+    raised_by_ray = RayTaskError("prepare", "Traceback ...", OURS).as_instanceof_cause()
+    assert isinstance(raised_by_ray, errors.TableError)
+    assert errors.own_error(raised_by_ray) is OURS
+
+
 def test_operating_system_errors_count_but_lost_connections_do_not() -> None:
     full = OSError(28, "No space left on device")
     assert errors.own_error(Wrapping(cause=full)) is full
