@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,6 +53,8 @@ JOIN_TIMEOUT_S = 30.0
 LOSS_TIMEOUT_S = 45.0
 #: Seconds that a command is given to end after its Ray is gone.
 END_TIMEOUT_S = 5.0
+#: Seconds in which Ray's processes end after a `ray stop`.
+SHUTDOWN_S = 3.0
 #: Seconds between looks at whether Ray is still there.
 _LOOK_S = 1.0
 
@@ -218,11 +221,17 @@ def _report_sudden_end() -> Iterator[None]:
     except OSError:
         yield
         return
-    try:
-        yield
-    finally:
+
+    def end() -> None:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             shell.communicate(b"ended\n", timeout=5)
+
+    try:
+        yield
+    except BaseException:
+        atexit.register(end)  # until the error is printed, Ray can still end this process
+        raise
+    end()
 
 
 class _Watch:
@@ -252,9 +261,12 @@ class _Watch:
         self._thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        # An error can be the consequence of a lost Ray, and arrive before this thread has noticed the loss.
-        if error is not None and not isinstance(error, InputError) and self.reason is None and not self._is_there(0):
-            self.reason = self._describe()
+        # An error of Ray can be the consequence of a lost Ray, whose processes end some moments later.
+        deadline = time.monotonic() + (SHUTDOWN_S if _comes_from_ray(error) else 0)
+        while self.reason is None and time.monotonic() < deadline:
+            if not self._is_there(0):
+                self.reason = self._describe()
+            time.sleep(0.1)
         self._over.set()
         if self.reason is not None:
             raise RayCxrError(self.reason) from error
@@ -282,6 +294,15 @@ class _Watch:
     def _describe(self) -> str:
         where = f" at {self._target}" if self._target and not self._servers else ""
         return f"Ray{where} went away (`ray stop`, or its node was lost); the same command continues"
+
+
+def _comes_from_ray(error: BaseException | None) -> bool:
+    """Return whether an exception of Ray is this error or its cause."""
+    while error is not None:
+        if type(error).__module__.partition(".")[0] == "ray":
+            return True
+        error = error.__cause__
+    return False
 
 
 def _refuses(target: str) -> bool:
