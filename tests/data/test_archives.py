@@ -348,6 +348,9 @@ def test_units_by_hand() -> None:
         Unit("a.tar", (Range(2, 3, 2), Range(3, 5, 1))),
         Unit("b.tar", (Range(4, 6, 1),)),
     ]
+    # Single files of a chunk with archives and of a chunk without share a range.
+    mixed = pa.chunked_array([["a.tar::1", "1.png"], ["2.png", None]])
+    assert units(mixed, 3) == [Unit("a.tar", (Range(0, 0, 1),)), Unit(None, (Range(1, 1, 3),))]
     assert units(pa.chunked_array([], pa.string()), 2) == []
 
 

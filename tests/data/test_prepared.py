@@ -136,6 +136,8 @@ def test_resume_makes_what_is_missing(prepared: Path, manifest: Path, tmp_path: 
     given = ["prepare", manifest, "--out", out, "--size", "64,96", "--set", "rows_per_shard=16"]
     code, said, err = command(*given)
     assert (code, f"size 64: {len(read_manifest(manifest)) - 6:,} images, 6 failed" in said) == (0, True), err
+    total = len(read_manifest(manifest))
+    assert [f"prepare: {done} of {total} images" in err for done in (total - 16, total)] == [True, True], err
     assert first.stat().st_mtime_ns == kept
     assert contents(out, 64) == before
 

@@ -224,6 +224,7 @@ def test_verdict() -> None:
         assert got.answer == answer
         assert (better or "A") in got.headline
         assert ("is better than" in got.headline) == (better is not None)
+        assert ("hardly" in got.details) == (half < abs(difference)), "an interval without 0 is not turned round"
     # At the level, where the patients show no difference.
     case = compared()
     for p, smallest, answer in ((0.05, 0.01, "no"), (0.049, 0.01, "disagree"), (0.5, 0.05, "undecided")):

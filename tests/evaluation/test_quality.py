@@ -224,6 +224,8 @@ def test_bad_input_is_refused(fitted: QualityModel, chests: Images) -> None:
     x, f = chests[:90], features(chests[:90])
     with pytest.raises(ValueError, match="differ"):
         fit(x, f, x, f[:, :3])
+    with pytest.raises(ValueError, match="images"):
+        fit(x.astype(np.float32), f, x, f)
     with pytest.raises(ValueError, match="not finite"):
         fit(x, np.where(np.arange(24) == 4, np.inf, f), x, f)
 

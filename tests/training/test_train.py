@@ -382,6 +382,16 @@ def test_unfinished_run_makes_no_bundle(progress, message: str, prepared: Path, 
         trainer.export(trainer.check(prepared, out, settings), out, out / "bundle")
 
 
+def test_last_epochs_are_reported_before_the_run_returns(tmp_path: Path) -> None:
+    lines: list[str] = []
+    settings = TrainSettings(epochs=2)
+    rows = "".join(f"{epoch},0.5,0.25,3.0,10.0,{epoch / 4}\n" for epoch in (1, 2))
+    with trainer._telling(tmp_path, settings, 3, 0.0, lines.append):
+        header = "epoch,loss,val_loss,seconds,images_per_second,val_auroc\n"
+        (tmp_path / "metrics.csv").write_text(header + rows)
+    assert [line.partition(":")[2].partition(":")[0] for line in lines] == [" epoch 1 of 2", " epoch 2 of 2"]
+
+
 def test_start_and_restart_are_reported() -> None:
     start = {"epoch": 2, "step": 4, "random": ["head_dense0"], "policy": "float32", "times": {"data": 15.0}}
     lines: list[str] = []
