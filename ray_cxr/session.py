@@ -276,7 +276,8 @@ class _Watch:
             if self._is_there(LOSS_TIMEOUT_S):
                 continue
             self.reason = self._describe()
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # also out of a system call
+            # `_stop` raises in the main thread, also out of a system call. A background job ignores SIGINT.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
             if not self._over.wait(END_TIMEOUT_S):
                 # The main thread waits inside Ray and cannot be interrupted.
                 os._exit(1)  # `_report_sudden_end` prints why

@@ -45,13 +45,18 @@ def other_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             FILE_OF_ADDRESS.write_text(before)
 
 
-def start(log: Path, *given: object, program: str = "from ray_cxr.cli import main; raise SystemExit(main())") -> Any:
+#: A background job ignores Ctrl-C, and so do its children.
+DEFAULT_SIGINT = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+COMMAND = "from ray_cxr.cli import main\nraise SystemExit(main())\n"
+
+
+def start(log: Path, *given: object, program: str = COMMAND) -> Any:
     """Start a command whose proxy is a closed port."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     environment |= dict.fromkeys(("http_proxy", "https_proxy"), f"http://127.0.0.1:{free_port()}")
     with log.open("wb") as stream:
         return subprocess.Popen(
-            [sys.executable, "-c", program, *map(str, given)],
+            [sys.executable, "-c", DEFAULT_SIGINT + program, *map(str, given)],
             stdout=stream, stderr=stream, env=environment, start_new_session=True,
         )  # fmt: skip
 

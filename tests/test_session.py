@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -222,6 +223,7 @@ class Server:
 @pytest.mark.parametrize("lost", ["process", "port"])
 def test_own_ray_that_goes_away_ends_a_block_with_one_line(lost: str, port: int, monkeypatch) -> None:
     monkeypatch.setattr(session, "_LOOK_S", 0.01)
+    before = signal.signal(signal.SIGTERM, session._stop)  # as `start_ray` does
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=f"127.0.0.1:{port}"))
     watch, server = session._Watch("local"), Server()
     watch._servers = [server]
@@ -237,6 +239,7 @@ def test_own_ray_that_goes_away_ends_a_block_with_one_line(lost: str, port: int,
             time.sleep(60)
 
     assert "the same command continues" in refusal(lose, RayCxrError)
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_errors_of_a_command_stay_while_ray_is_there(port: int, monkeypatch) -> None:

@@ -24,6 +24,9 @@ def write(path: str | Path, produce: Callable[[Path], None]) -> None:
     """Let `produce` write a temporary neighbour of `path`, flush it to disk, then rename it to `path`.
 
     Of a path in a bucket the temporary file is on this machine, and a PUT takes the place of the rename.
+
+    Raises:
+        OSError: a file system refused something; it names `path`.
     """
     path = remote.path(path)
     if (there := remote.stored(path)) is not None:
@@ -36,6 +39,10 @@ def write(path: str | Path, produce: Callable[[Path], None]) -> None:
         with open(part, "rb") as stream:
             os.fsync(stream.fileno())  # else a power cut can leave the new name with no data behind it
         os.replace(part, path)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(part)):  # Arrow's errors name no file
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -60,6 +60,19 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     assert list(json.loads(target.read_bytes()).items()) == [("b", "ä"), ("a", 1)]
 
 
+def test_an_error_of_the_file_system_names_the_file(tmp_path: Path) -> None:
+    """Arrow's own error names none."""
+
+    def write(part: Path) -> None:
+        part.symlink_to("/dev/full")
+        pq.write_table(pa.table({"x": [1]}), part)
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        atomic.write(tmp_path / "a.parquet", write)
+    assert caught.value.filename == str(tmp_path / "a.parquet")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     with pytest.raises(RuntimeError), atomic.new_folder(target, "last.txt") as part:

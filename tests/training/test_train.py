@@ -79,7 +79,8 @@ def test_two_workers_train_until_patience_ends(untouched: Run, prepared: Path) -
 
 @pytest.mark.ray
 def test_ctrl_c_after_a_run_is_not_left_to_ray_train(untouched: Run) -> None:
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    """In a background job the handler is `SIG_IGN`."""
+    assert signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN)
 
 
 @pytest.mark.ray
