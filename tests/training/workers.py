@@ -85,8 +85,11 @@ def plain(out: Path) -> dict[str, np.ndarray]:
     progress = train(item, 1)
     trained = np.concatenate(item.train.images.reads)
     if item.replicas.rank == 0:
-        item.save(out)
-        item.model.save_weights(str(out / "saved.weights.h5"))
+        # The run of one worker and the run of two save at the same time.
+        folder = out / f"saved-{item.replicas.count}"
+        folder.mkdir()
+        item.save(folder)
+        item.model.save_weights(str(folder / "saved.weights.h5"))
     train(item, 1, progress)
     probabilities, result = item.validate()
     validated, macro = np.concatenate(item.val.images.reads), np.array(result["macro_auroc"])
