@@ -246,6 +246,7 @@ class _Watch:
     def __init__(self, address: str) -> None:
         self.reason: str | None = None
         self._over = threading.Event()
+        self._ending = threading.Lock()
         self._servers: list[psutil.Process] = []
         self._target: str | None = None
         if not address.startswith("ray://"):
@@ -258,16 +259,18 @@ class _Watch:
         self._thread = threading.Thread(target=self._loop, name="ray-watch", daemon=True)
 
     def __enter__(self) -> None:
-        self._thread.start()
+        if threading.current_thread() is threading.main_thread():  # the only thread that a signal can interrupt
+            self._thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        with self._ending:
+            self._over.set()
         # An error of Ray can be the consequence of a lost Ray, whose processes end some moments later.
         deadline = time.monotonic() + (SHUTDOWN_S if _comes_from_ray(error) else 0)
         while self.reason is None and time.monotonic() < deadline:
             if not self._is_there(0):
                 self.reason = self._describe()
             time.sleep(0.1)
-        self._over.set()
         if self.reason is not None:
             raise RayCxrError(self.reason) from error
 
@@ -275,9 +278,12 @@ class _Watch:
         while not self._over.wait(_LOOK_S):
             if self._is_there(LOSS_TIMEOUT_S):
                 continue
-            self.reason = self._describe()
-            # `_stop` raises in the main thread, also out of a system call. A background job ignores SIGINT.
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            with self._ending:
+                if self._over.is_set():  # the block has ended, and Ray was shut down after it
+                    return
+                self.reason = self._describe()
+                # `_stop` raises in the main thread, also out of a system call. A background job ignores SIGINT.
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
             if not self._over.wait(END_TIMEOUT_S):
                 # The main thread waits inside Ray and cannot be interrupted.
                 os._exit(1)  # `_report_sudden_end` prints why

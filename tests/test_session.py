@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -240,6 +241,25 @@ def test_own_ray_that_goes_away_ends_a_block_with_one_line(lost: str, port: int,
 
     assert "the same command continues" in refusal(lose, RayCxrError)
     signal.signal(signal.SIGTERM, before)
+
+
+def test_ray_that_is_shut_down_after_the_block_is_not_lost(port: int, monkeypatch) -> None:
+    monkeypatch.setattr(session, "_LOOK_S", 0.01)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=f"127.0.0.1:{port}"))
+    monkeypatch.setattr(signal, "pthread_kill", Mock(side_effect=AssertionError))
+    watch = session._Watch("local")
+    looking = threading.Event()
+
+    def look(_: float) -> bool:
+        looking.set()
+        time.sleep(0.2)
+        return False
+
+    monkeypatch.setattr(watch, "_is_there", look)
+    with watch:
+        assert looking.wait(10)
+    watch._thread.join(10)
+    assert watch.reason is None
 
 
 def test_errors_of_a_command_stay_while_ray_is_there(port: int, monkeypatch) -> None:
