@@ -166,7 +166,9 @@ def measure(data: Path, copy: Path) -> None:
     """Run the gate's tests without Ray once and keep which test ran which line."""
     config = data.parent / "settings.rc"  # not named like the data, whose neighbours coverage.py removes
     config.write_text(f"[run]\nsource = ray_cxr\ndata_file = {data}\n", "utf-8")
-    program = [sys.executable, "-m", "pytest", "-q", "-m", GATE, "-n", "2", "-p", "no:cacheprovider", "--cov"]
+    # A replaced worker would delete the data of the other one.
+    workers = ["-n", "2", "--dist", "loadscope", "--max-worker-restart", "0"]
+    program = [sys.executable, "-m", "pytest", "-q", "-m", GATE, *workers, "-p", "no:cacheprovider", "--cov"]
     subprocess.run([*program, f"--cov-config={config}", "--cov-report=", "--cov-context=test"], cwd=copy, check=True)
 
 
