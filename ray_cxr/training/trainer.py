@@ -475,9 +475,10 @@ def _telling(
             )
         return max(told, len(lines))
 
+    known = len(_read_metrics(out))  # before the thread starts, which can take a while
+
     def follow() -> None:
-        told = len(_read_metrics(out))
-        total = settings.epochs * steps
+        told, total = known, settings.epochs * steps
         # The epochs have lines of their own, and an end for want of patience is not an unfinished run.
         bar = Work("train", total, done=told * steps, unit="steps", line_every=60.0, last_line=False)
         with bar if told * steps < total else Work("train", 0, line_every=math.inf, last_line=False) as work:
