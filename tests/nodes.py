@@ -66,6 +66,9 @@ class Nodes:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "RAY_USAGE_STATS_ENABLED": "0",
+            # A proxy that is a closed port, as in a hospital; `ray job submit` itself reaches the head.
+            **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9"),
+            "no_proxy": "127.0.0.1,localhost",
             # A lost node is noticed after about 10 seconds, not 30.
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "5",
