@@ -363,7 +363,7 @@ def _decode_png_quickly(data: bytes, height: int, width: int, mode: str) -> np.n
         return None
     try:
         samples = decoder(data, (height, width), mode)
-    except Exception:
+    except Exception:  # Pillow decodes the file next, and gives the image or the error code
         return None
     except BaseException as error:
         if type(error).__name__ != "PanicException":
