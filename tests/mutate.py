@@ -5,7 +5,8 @@ usage: python tests/mutate.py [--seed 1] [--count 40] [--jobs 2] [--list] [--ray
 A seed fixes the changes: COUNT lines, spread evenly over scoring, training, evaluation and data, one change each, made
 in a copy of the tree. Kinds: a condition or boundary (`<` to `<=`, `==` to `!=`, `and` to `or`, a dropped `not`), a
 sign (`+` to `-`), a number plus one, a dropped call (such as fsync, rename, flush), two swapped arguments, columns or
-branches. Text, log lines and type annotations are left alone.
+branches. Text, log lines, type annotations, tuning constants (`BLOCK_ROWS = 8192`) and the digits of `round` are left
+alone.
 
 A change is tried against the tests that run the line, as coverage.py saw them in this process's children; then against
 all tests of the same folder; with `--ray` also against that folder's tests with Ray. It is caught when one fails.
@@ -136,6 +137,10 @@ def _skipped(tree: ast.AST) -> Iterator[ast.AST]:
                 parts = [*node.decorator_list]
             case ast.Call(func=ast.Attribute(attr="isin"), args=[chosen]):
                 parts = [chosen]  # a set: its order means nothing
+            case ast.Call(func=ast.Name(id="round"), args=[_, digits]):
+                parts = [digits]  # how much of a duration is shown
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant() | ast.BinOp() as value) if name.isupper():
+                parts = [value]  # a size or a time that any other value near it would serve as well
             case ast.Raise() | ast.JoinedStr() | ast.Subscript(value=ast.Name(id="dict" | "list" | "tuple" | "set")):
                 parts = [node]
             case ast.Call(func=ast.Attribute(value=ast.Name(id="logger" | "telemetry"))):
