@@ -48,9 +48,10 @@ from rich.console import Console
 from rich.table import Table
 from sklearn import metrics as sklearn_metrics
 
-from ray_cxr.data import atomic, manifest
+from ray_cxr.data import manifest
 from ray_cxr.evaluation import calibration, intervals
 from ray_cxr.labels import FINDINGS
+from ray_cxr.storage import atomic
 from ray_cxr.versions import versions
 
 #: Seconds that all intervals of the official test set may take.

@@ -35,7 +35,8 @@ from typing import Any
 import scoring  # beside this file: how processes are started, watched and ended, and what is scored
 from rich.console import Console
 
-from ray_cxr.data import atomic, storage
+from ray_cxr.storage import atomic
+from ray_cxr.storage.files import find_images
 from ray_cxr.versions import versions
 
 SAMPLE_S = 1.0
@@ -389,7 +390,7 @@ def listing(files: int, work: Path) -> dict[str, Any]:
             (folder / f"{i // 10_000:05d}").mkdir(parents=True, exist_ok=True)
         (folder / f"{i // 10_000:05d}" / f"{i:08d}.png").touch()
     began = time.monotonic()
-    found = storage.listing(str(folder))
+    found = find_images(str(folder))
     return {"files": len(found.paths), "seconds": time.monotonic() - began}
 
 

@@ -170,7 +170,7 @@ def make_bundle(spec: dict[str, Any], said: Said) -> None:
 
 
 def draw_phantoms(spec: dict[str, Any], said: Said) -> None:
-    from ray_cxr.data.phantoms import write_phantoms
+    from ray_cxr.imaging.phantoms import write_phantoms
 
     write_phantoms(Path(spec["out"]), patients=48, size=1024, broken=False)
     said.end()
@@ -181,7 +181,8 @@ def score_bare(spec: dict[str, Any], said: Said) -> None:
     import cv2
     import numpy as np
 
-    from ray_cxr.data import imaging, sandbox
+    from ray_cxr.imaging import sandbox
+    from ray_cxr.imaging.decode import load_image
     from ray_cxr.models import runtime
     from ray_cxr.models.bundle import load_bundle
 
@@ -203,7 +204,7 @@ def score_bare(spec: dict[str, Any], said: Said) -> None:
     submitted: list[tuple[list[int], Any]] = []
 
     def in_process(path: str) -> Any:
-        return imaging.load(path, spec_in)
+        return load_image(path, spec_in)
 
     def in_child(decoder: Any, path: str) -> Any:
         return decoder.load(path).images[0]
@@ -1220,7 +1221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from ray_cxr.data import atomic
+    from ray_cxr.storage import atomic
     from ray_cxr.versions import versions
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends, too

@@ -52,8 +52,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_cxr.config import Backbone, TrainSettings, build
-from ray_cxr.data import atomic, prepared
+from ray_cxr.data import prepared
 from ray_cxr.errors import ConfigError
+from ray_cxr.storage import atomic
+from ray_cxr.storage.run_folder import create_run
 from ray_cxr.versions import versions
 
 #: Threads of a contestant in all.
@@ -400,7 +402,7 @@ def write_set(out: Path, size: int, rows: dict[str, int]) -> Path:
     splits = np.repeat(list(rows), list(rows.values())).tolist()
     per_shard = 1024
     settings = {"kind": "prepare", "format": prepared.FORMAT, "rows": len(splits), "rows_per_shard": per_shard}
-    prepared.begin(out, settings)
+    create_run(out, settings)
     (out / str(size)).mkdir()
     schema = prepared.shard_schema(size)
     for index, first in enumerate(range(0, len(splits), per_shard)):

@@ -72,10 +72,10 @@ from rich.table import Table
 
 from ray_cxr import cli, session
 from ray_cxr.config import RaySettings, TrainSettings, TuneSettings, build
-from ray_cxr.data import atomic
-from ray_cxr.data.phantoms import write_phantoms
 from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import RayCxrError, own_error
+from ray_cxr.imaging.phantoms import write_phantoms
+from ray_cxr.storage import atomic
 from ray_cxr.training.worker import METRICS, STARTED
 from ray_cxr.tuning import study as studies
 from ray_cxr.versions import versions

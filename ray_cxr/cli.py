@@ -20,10 +20,11 @@ from rich.table import Table
 
 import ray_cxr
 from ray_cxr import config
-from ray_cxr.data import atomic, remote, storage
 from ray_cxr.errors import ConfigError, ErrorRateExceeded, OutputError, RayCxrError, own_error
 from ray_cxr.progress import quiet_stderr
 from ray_cxr.session import start_ray
+from ray_cxr.storage import atomic, remote
+from ray_cxr.storage.paths import redact
 
 #: What the shell reports for a program that Ctrl-C ended.
 EXIT_INTERRUPTED = 130
@@ -124,7 +125,7 @@ def _refuse_addresses(arguments: argparse.Namespace) -> None:
                 remote.path(text)
                 continue
             here = "write to a folder and copy that" if name == "out" else "copy it to this machine and name the copy"
-            raise ConfigError(f"{words} {storage.shown(text)}: {arguments.command} takes a local path there; {here}")
+            raise ConfigError(f"{words} {redact(text)}: {arguments.command} takes a local path there; {here}")
 
 
 def _flat(error: BaseException) -> str:

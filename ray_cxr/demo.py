@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ray_cxr.data import phantoms
 from ray_cxr.errors import RayCxrError
+from ray_cxr.imaging import phantoms
 
 #: Enough patients that each finding has positives to learn from, few enough for minutes on two cores.
 PATIENTS = 440

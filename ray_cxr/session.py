@@ -24,9 +24,9 @@ import psutil
 
 import ray_cxr
 from ray_cxr import cluster, config
-from ray_cxr.data import atomic
 from ray_cxr.errors import InputError, RayCxrError
 from ray_cxr.progress import quiet_stderr
+from ray_cxr.storage import atomic
 
 logger = logging.getLogger(__name__)
 

@@ -65,7 +65,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory):
     """Twenty-four synthetic patients, and six more whose files are broken."""
-    from ray_cxr.data.phantoms import write_phantoms
+    from ray_cxr.imaging.phantoms import write_phantoms
 
     return write_phantoms(tmp_path_factory.mktemp("phantoms") / "set", patients=24, size=128)
 

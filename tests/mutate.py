@@ -31,9 +31,19 @@ from pathlib import Path
 from queue import SimpleQueue
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("scoring", "training", "evaluation", "data")
+PACKAGES = {
+    "scoring": ["scoring"],
+    "training": ["training"],
+    "evaluation": ["evaluation"],
+    "data": ["data", "imaging", "storage"],
+}
 #: Folders of tests that belong to the gate and are relevant to a package besides its own.
-ALSO = {"data": ["tests/test_security.py"], "training": [], "scoring": [], "evaluation": ["tests/reporting"]}
+ALSO = {
+    "data": ["tests/test_security.py"],
+    "imaging": ["tests/test_security.py"],
+    "storage": ["tests/test_security.py", "tests/data"],
+    "evaluation": ["tests/reporting"],
+}
 COMPARISONS: dict[type, str] = {
     ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
     ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
@@ -156,9 +166,9 @@ def choose(seed: int, count: int) -> list[Change]:
     """Return `count` changes, one per line, as many of each package; the same for the same seed and sources."""
     randomness = random.Random(seed)
     chosen: list[Change] = []
-    for place, package in enumerate(PACKAGES):
+    for place, packages in enumerate(PACKAGES.values()):
         by_line: dict[tuple[str, int], list[Change]] = {}
-        for path in sorted((ROOT / "ray_cxr" / package).rglob("*.py")):
+        for path in sorted(path for package in packages for path in (ROOT / "ray_cxr" / package).rglob("*.py")):
             file = path.relative_to(ROOT).as_posix()
             for change in changes(file, path.read_text(encoding="utf-8")):
                 by_line.setdefault((change.file, change.line), []).append(change)
@@ -195,7 +205,7 @@ def catch(change: Change, data: Path, copy: Path, *, with_ray: bool) -> str | No
     file = copy / change.file
     original = file.read_text(encoding="utf-8")
     package = change.file.split("/")[1]
-    folder = [f"tests/{package}", *ALSO[package]]
+    folder = [f"tests/{package}", *ALSO.get(package, [])]
     narrow = tests_of(data, change)
     steps = [("tests that run the line", ["-m", GATE, *narrow[:400]])] if narrow else []
     steps.append(("tests of the folder", ["-m", GATE, *folder]))

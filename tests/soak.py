@@ -36,13 +36,13 @@ from conftest import make_tiny_bundle  # noqa: E402
 
 import ray_cxr  # noqa: E402
 from ray_cxr.data.manifest import build_manifest, write_manifest  # noqa: E402
-from ray_cxr.data.phantoms import write_phantoms  # noqa: E402
+from ray_cxr.imaging.phantoms import write_phantoms  # noqa: E402
 
 STARTS = 60  # per round
 #: What a kill can hit besides the command with all that it started, by a part of its command line.
 VICTIMS = {
     "actors": b"ray::MapWorker",
-    "decoders": b"ray_cxr.data.sandbox",
+    "decoders": b"ray_cxr.imaging.sandbox",
     "raylet": b"/raylet/raylet",
     "workers": b"RayTrainWorker",
 }

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).with_name("data")))
+sys.path.insert(0, str(Path(__file__).with_name("imaging")))
 import test_dicom
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

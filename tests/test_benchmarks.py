@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ray_cxr.data.phantoms import PhantomSet
+from ray_cxr.imaging.phantoms import PhantomSet
 from ray_cxr.models.bundle import Bundle
 
 ROOT = Path(__file__).parents[1]

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 #: Many small files, so that work is left when a node is lost.
 ROWS, ROWS_PER_FILE = 800, 16
 #: Command lines of processes that score images.
-WORK = ("ray::MapWorker", "ray_cxr.data.sandbox")
+WORK = ("ray::MapWorker", "ray_cxr.imaging.sandbox")
 
 
 @pytest.fixture(scope="module")

@@ -146,7 +146,7 @@ def test_nothing_is_recorded_without_ray(monkeypatch: pytest.MonkeyPatch, capfd:
 
 def test_decode_seconds_leave_out_the_start_of_the_child(phantoms: Any, tmp_path: Path) -> None:
     from ray_cxr.config import InputSpec
-    from ray_cxr.data.sandbox import Decoder
+    from ray_cxr.imaging.sandbox import Decoder
 
     image = next(phantoms.images.rglob("*.png"))
     with Decoder([InputSpec(size=64)]) as decoder:

@@ -97,7 +97,7 @@ def nih(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Phantoms under the names of NIH's download, and third-party weights of a DenseNet121."""
     import keras
 
-    from ray_cxr.data.phantoms import write_phantoms
+    from ray_cxr.imaging.phantoms import write_phantoms
 
     # 24 images: more than the 20 of a --limit, and one batch to train on.
     drawn = write_phantoms(tmp_path_factory.mktemp("nih") / "phantoms", patients=9, size=256, broken=False)

@@ -1,6 +1,6 @@
 """Files made to do harm: to run code, to read other files, to fill the memory, to leave their folder.
 
-More is in tests/data (archives, images), tests/models/test_bundle.py and tests/test_architecture.py (forbidden calls).
+More: tests/storage (archives), tests/imaging, tests/models/test_bundle.py, tests/test_architecture.py (forbidden calls).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import pytest
 from PIL import Image
 
 import ray_cxr
-from ray_cxr.data import archives
 from ray_cxr.errors import BundleError, ConfigError
 from ray_cxr.labels import FINDINGS
 from ray_cxr.models import bundle as bundles
 from ray_cxr.models import classifier, runtime
+from ray_cxr.storage.archives import read_members
 
 ROOT = Path(__file__).parents[1]
 
@@ -220,7 +220,7 @@ def test_members_of_an_archive_are_read_and_never_written(tmp_path: Path) -> Non
             member.size = 3
             tar.addfile(member, io.BytesIO(b"abc"))
     before = sorted(tmp_path.rglob("*"))
-    assert dict(archives.read(str(archive), set(names))) == dict.fromkeys(names, b"abc")
+    assert dict(read_members(str(archive), set(names))) == dict.fromkeys(names, b"abc")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -257,14 +257,14 @@ import logging, sys, warnings
 logging.basicConfig(level=logging.DEBUG)
 warnings.simplefilter("always")
 from ray_cxr.config import InputSpec
-from ray_cxr.data.imaging import load
-from ray_cxr.data.sandbox import Decoder
+from ray_cxr.imaging.decode import load_image
+from ray_cxr.imaging.sandbox import Decoder
 from ray_cxr.errors import ImageError
 with Decoder([InputSpec(size=32)], tags=False) as decoder:
     for path in sys.argv[1:]:
         print(decoder.load(path))
         try:
-            print(load(path).shape)
+            print(load_image(path).shape)
         except ImageError as error:
             print(repr(error))
 """
@@ -272,7 +272,7 @@ with Decoder([InputSpec(size=32)], tags=False) as decoder:
 
 @pytest.mark.slow
 def test_no_patient_data_in_messages_about_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "tests" / "data")
+    monkeypatch.syspath_prepend(ROOT / "tests" / "imaging")
     from test_dicom import dataset, written
 
     pixels = np.arange(64 * 64, dtype=np.uint32).astype(np.uint8).reshape(64, 64)

@@ -28,8 +28,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_cxr import labels
-from ray_cxr.data import atomic, demographics, identity, remote, splits, storage
+from ray_cxr.data import identity, splits
 from ray_cxr.errors import ConfigError, TableError
+from ray_cxr.imaging import demographics
+from ray_cxr.storage import atomic, remote
+from ray_cxr.storage.files import Listing, find_images
+from ray_cxr.storage.paths import file_names, format_suffixes, make_absolute, plain_path, plain_paths, redact
 
 SCHEMA = pa.schema(
     [
@@ -436,12 +440,10 @@ def manifest_of_images(location: str) -> pa.Table:
     Raises:
         InputError: no such folder, or no pictures in it.
     """
-    found = storage.listing(location)
-    ids = storage.file_names(found.paths)
+    found = find_images(location)
+    ids = file_names(found.paths)
     if pc.count_distinct(ids).as_py() < len(ids):
-        ids = pc.binary_replace_slice(
-            storage.plain_paths(found.paths), 0, len(storage.plain_path(found.root).encode()), ""
-        )
+        ids = pc.binary_replace_slice(plain_paths(found.paths), 0, len(plain_path(found.root).encode()), "")
     # Columns of a kind share their nulls, which saves 30 bytes a row.
     nulls = {kind: pa.nulls(len(ids), kind) for _, kind in _fields()}
     columns: dict[str, Any] = {name: nulls[kind] for name, kind in _fields()}
@@ -464,15 +466,15 @@ def listing_lines(left_out: dict[str, int], unpacked: int) -> list[str]:
     """`Listing.left_out` and `Listing.unpacked` as sentences, those with nothing to say left out."""
     lines = []
     if left_out:
-        lines.append(f"files left out, not being images: {storage.suffixes_text(left_out)}")
+        lines.append(f"files left out, not being images: {format_suffixes(left_out)}")
     if unpacked:
         lines.append(f"{unpacked:,} members of archives not taken, their files lying unpacked beside the archive")
     return lines
 
 
-def _absolute(found: storage.Listing) -> pa.ChunkedArray:
+def _absolute(found: Listing) -> pa.ChunkedArray:
     """The paths of a listing as `storage.absolute` gives them."""
-    root = storage.absolute(found.root.removesuffix("/"))
+    root = make_absolute(found.root.removesuffix("/"))
     if found.root.endswith("/"):
         root = root.rstrip("/") + "/"
     return pc.binary_replace_slice(found.paths, 0, len(found.root.encode()), root)
@@ -687,11 +689,11 @@ def _sha256(path: str) -> str:
 
 
 def _find_images(image_ids: pd.Series, location: str, report: ManifestReport) -> pd.Series:
-    found = storage.listing(location)
+    found = find_images(location)
     report.not_images, report.unpacked_members = found.left_out, found.unpacked
     wanted = pa.array(image_ids, pa.string())
     # For each file the row that names it; the table of a million names is built once, in Arrow.
-    rows = pc.index_in(storage.file_names(found.paths), value_set=wanted)
+    rows = pc.index_in(file_names(found.paths), value_set=wanted)
     files = pc.indices_nonzero(pc.is_valid(rows))
     named = rows.take(files).to_numpy()
     first = np.full(len(wanted), -1)
@@ -702,7 +704,7 @@ def _find_images(image_ids: pd.Series, location: str, report: ManifestReport) ->
         row = int(np.flatnonzero(twice)[np.argmin(image_ids.to_numpy()[twice].astype(str))])
         one, other = found.paths.take(files.filter(pa.array(named == row))).slice(0, 2).to_pylist()
         raise TableError(
-            f"--images {storage.shown(location)}: {int(twice.sum()):,} names are found more than once, such as "
+            f"--images {redact(location)}: {int(twice.sum()):,} names are found more than once, such as "
             f"{one} and {other}; point --images at one copy"
         )
     report.images_found = int((first >= 0).sum())
@@ -710,7 +712,7 @@ def _find_images(image_ids: pd.Series, location: str, report: ManifestReport) ->
     report.files_not_in_table = len(paths) - report.images_found
     if report.images_found == 0:
         raise TableError(
-            f"--images {storage.shown(location)}: none of its {len(paths):,} pictures is named in the tables; "
+            f"--images {redact(location)}: none of its {len(paths):,} pictures is named in the tables; "
             f"the tables want names such as {image_ids.iloc[0]!r}"
         )
     picked = paths.take(pa.array(first, mask=first < 0))

@@ -40,11 +40,15 @@ import pyarrow.parquet as pq
 
 from ray_cxr import cluster, labels, telemetry
 from ray_cxr.config import InputSpec, PrepareSettings
-from ray_cxr.data import archives, atomic, imaging, remote
 from ray_cxr.data import manifest as manifests
-from ray_cxr.data.sandbox import Decoder, Failure, Picture
+from ray_cxr.data.ranges import Range, Unit, first_location, group_by_archive, plan_units
 from ray_cxr.errors import ConfigError, ImageError, OutputError, TableError
+from ray_cxr.imaging.pixels import MAX_PIXELS
+from ray_cxr.imaging.sandbox import Decoder, Failure, Picture
 from ray_cxr.progress import Work
+from ray_cxr.storage import atomic, remote
+from ray_cxr.storage.archives import read_members
+from ray_cxr.storage.run_folder import SETTINGS, check_run, create_run
 from ray_cxr.tasks import (
     MAX_LOST_PER_WORKER,
     SUCCESS,
@@ -59,7 +63,6 @@ from ray_cxr.tasks import (
 logger = logging.getLogger(__name__)
 
 
-SETTINGS = "settings.json"
 #: Of the prepared folder. 1 had its shards in Parquet; in 3, which has pictures from archives, their lengths differ.
 FORMAT, FORMAT_WITH_ARCHIVES = 2, 3
 #: Shards that one `Pixels` keeps open: two sets stay below the 256 files that a process may open on macOS.
@@ -98,10 +101,10 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
 
     out = remote.path(out)
     table, wanted = check(manifest, out, settings)
-    units = archives.units(table["path"], settings.rows_per_shard)
+    units = plan_units(table["path"], settings.rows_per_shard)
     n_rows = len(table)
-    cluster.require_shared(out, **{"a picture at": archives.first_place(table["path"])})
-    begin(out, wanted)
+    cluster.require_shared(out, **{"a picture at": first_location(table["path"])})
+    create_run(out, wanted)
     if not (out / "manifest.parquet").exists():
         freeze(table, out / "manifest.parquet", units)
     del table
@@ -137,9 +140,7 @@ def _written(out: Path, size: int) -> set[str]:
     return {path.name for path in (out / str(size)).glob("part-*.arrow")}
 
 
-def _progress_of(
-    out: Path, sizes: Sequence[int], ranges: Sequence[archives.Range], progress: Work
-) -> Callable[[], bool]:
+def _progress_of(out: Path, sizes: Sequence[int], ranges: Sequence[Range], progress: Work) -> Callable[[], bool]:
     """Return a function that shows the shards written since its last call, and returns whether there were any."""
 
     def find() -> set[int]:
@@ -183,15 +184,15 @@ def check(manifest: str | Path, out: Path, settings: PrepareSettings) -> tuple[p
         "aspect": settings.aspect,
         "interpolation": settings.interpolation,
     }
-    table = archives.in_reading_order(table)
-    units = archives.units(table["path"], settings.rows_per_shard)
+    table = group_by_archive(table)
+    units = plan_units(table["path"], settings.rows_per_shard)
     if any(unit.archive for unit in units):
         wanted |= {"format": FORMAT_WITH_ARCHIVES, "shards": sum(len(unit.ranges) for unit in units)}
-    agree(out, wanted)
+    check_run(out, wanted)
     return table, wanted
 
 
-def freeze(table: pa.Table, path: Path, units: Sequence[archives.Unit]) -> None:
+def freeze(table: pa.Table, path: Path, units: Sequence[Unit]) -> None:
     """Write a table in reading order so that range `i` is row group `i`: a task reads its own rows and nothing else."""
     ranges = [one for unit in units for one in unit.ranges]
 
@@ -203,62 +204,12 @@ def freeze(table: pa.Table, path: Path, units: Sequence[archives.Unit]) -> None:
     atomic.write(path, produce)
 
 
-def agree(out: Path, wanted: dict[str, Any], *, remedy: str = "name another --out") -> None:
-    """Check that what `out` holds, if anything, was begun with the same input and settings.
-
-    Raises:
-        OutputError: it was not; the message names each difference.
-    """
-    remote.check_bucket(out)
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: is a file; name another --out")
-    path = out / SETTINGS
-    if not path.exists():
-        return
-    try:
-        found = _flat(json.loads(path.read_text(encoding="utf-8")))
-        wanted = _flat(wanted)
-        differing = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise OutputError(f"{path}: is damaged; {remedy}") from None
-    if differing:
-        shown = ", ".join(f"{name} {_short(found.get(name))} (now {_short(wanted.get(name))})" for name in differing)
-        raise OutputError(f"{out}: was begun with another {shown}; {remedy}")
-
-
-def begin(out: Path, wanted: dict[str, Any]) -> None:
-    """Make `out` and write down what a later run must agree with.
-
-    Raises:
-        OutputError: the folder cannot be made or written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not (out / SETTINGS).exists():
-            atomic.write_json(out / SETTINGS, wanted)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror}; name another --out") from None
-
-
-def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names, so that a difference can be named."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:12] + "..."
-
-
 def rows_in(index: int, rows: int, per_shard: int) -> int:
     """How many rows the shard or output file of a number holds."""
     return min(rows, (index + 1) * per_shard) - index * per_shard
 
 
-def _task(unit: archives.Unit, there: Sequence[set[str]]) -> dict[str, Any] | None:
+def _task(unit: Unit, there: Sequence[set[str]]) -> dict[str, Any] | None:
     """What a unit still needs; None where all its shards are there. `rows` counts those of absent shards.
 
     Args:
@@ -311,7 +262,7 @@ def _write_shards(task: Task, out: str, settings: PrepareSettings) -> None:
 def _decoder(settings: PrepareSettings) -> Decoder:
     """This process's own, so that all tasks of a Ray worker share one child."""
     specs = [settings.spec(size) for size in settings.sizes]
-    return Decoder(specs, max_pixels=imaging.MAX_PIXELS, timeout_s=settings.decode_timeout_s)
+    return Decoder(specs, max_pixels=MAX_PIXELS, timeout_s=settings.decode_timeout_s)
 
 
 def _load(decoder: Decoder, source: str | bytes | None) -> Picture | Failure:
@@ -336,7 +287,7 @@ def _outcomes(
     met: set[str] = set()
     reason = Failure("missing", "the archive holds no such member", None)
     try:
-        for name, content in archives.read(archive, members.keys()):
+        for name, content in read_members(archive, members.keys()):
             met.add(name)
             if isinstance(content, ImageError):
                 outcome: Picture | Failure = Failure(content.code, content.message, None)
@@ -415,7 +366,7 @@ class _ShardMaker:
             column.clear()
 
 
-def _count(out: Path, size: int, ranges: Sequence[archives.Range]) -> Counter[str]:
+def _count(out: Path, size: int, ranges: Sequence[Range]) -> Counter[str]:
     """Count a size's rows from the shards themselves, and mark it whole."""
     counts: Counter[str] = Counter()
     paths = [out / str(size) / shard_name(one.index) for one in ranges]

@@ -31,15 +31,17 @@ import pandas as pd
 import pyarrow as pa
 
 from ray_cxr.config import InputSpec, build
-from ray_cxr.data import atomic, imaging, remote, storage
-from ray_cxr.data.sandbox import Decoder, Failure
 from ray_cxr.errors import BundleError, ConfigError, OutputError
 from ray_cxr.evaluation.calibration import Calibration
 from ray_cxr.evaluation.quality import QualityModel, judge
+from ray_cxr.imaging.resize import resize
+from ray_cxr.imaging.sandbox import Decoder, Failure
 from ray_cxr.labels import LABELS
 from ray_cxr.models import exports, predictions, runtime
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.exports import QUALITY
+from ray_cxr.storage import atomic, remote
+from ray_cxr.storage.paths import file_name
 
 if TYPE_CHECKING:
     import keras
@@ -146,7 +148,7 @@ class Bundle:
             images = [images]
         items = list(images)
         paths = [None if isinstance(item, np.ndarray) else str(item) for item in items]
-        ids = [f"array_{i}" if path is None else storage.file_name(path) for i, path in enumerate(paths)]
+        ids = [f"array_{i}" if path is None else file_name(path) for i, path in enumerate(paths)]
         with self._borrow_decoder() as decoder:
             if any(paths):
                 decoder.start()  # the child starts while this process opens the runtime
@@ -211,7 +213,7 @@ def _load_images(
     failures: dict[int, tuple[str, str]] = {}
     for i, item in enumerate(items):
         if isinstance(item, np.ndarray):
-            pixels[i] = imaging.resize(item, spec)
+            pixels[i] = resize(item, spec)
             continue
         found = decoder.load(str(item))
         if isinstance(found, Failure):

@@ -24,9 +24,9 @@ import keras
 import numpy as np
 
 from ray_cxr.config import HeatMapMethod, InputSpec
-from ray_cxr.data import imaging
-from ray_cxr.data.heatmaps import WHOLE, Area, content, on_picture
 from ray_cxr.errors import ConfigError
+from ray_cxr.imaging.overlays import WHOLE, Area, content, on_picture
+from ray_cxr.imaging.resize import resize
 
 #: Names that `classifier.build` gives the head's first layer; its input is the feature map.
 _POOLS = ("pool_avg", "pool")
@@ -143,7 +143,7 @@ def bounded(picture: np.ndarray, side: int) -> np.ndarray:
     if max(picture.shape) == side:
         return picture
     spec = InputSpec(size=side, aspect="pad")
-    return unpadded(imaging.resize(picture, spec), spec, (picture.shape[0], picture.shape[1]))
+    return unpadded(resize(picture, spec), spec, (picture.shape[0], picture.shape[1]))
 
 
 def unpadded(padded: np.ndarray, spec: InputSpec, shape: tuple[int, int]) -> np.ndarray:

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from ray_cxr.config import InputSpec
-from ray_cxr.data import imaging, phantoms
 from ray_cxr.errors import BundleError
 from ray_cxr.evaluation import quality
+from ray_cxr.imaging import phantoms
+from ray_cxr.imaging.resize import resize
 from ray_cxr.models import runtime
 from ray_cxr.models.architecture import Architecture
 
@@ -67,7 +68,7 @@ def sample(images: Any, seed: int, at_most: int = MAX_ORDINARY) -> np.ndarray:
 def golden_images(spec: InputSpec) -> np.ndarray:
     """Synthetic radiographs uint8 [8,S,S], the same for ever."""
     drawn = (phantoms.draw(phantoms.anatomy(0, patient, 0, size=256)) for patient in range(1, GOLDEN_IMAGES + 1))
-    return np.stack([imaging.resize(image, spec) for image in drawn])
+    return np.stack([resize(image, spec) for image in drawn])
 
 
 def export(

@@ -23,13 +23,14 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from ray_cxr.config import QuantizeSettings
-from ray_cxr.data import identity, remote
+from ray_cxr.data import identity
 from ray_cxr.data.prepared import PreparedSet, SplitData
 from ray_cxr.errors import BundleError, ConfigError, OutputError
 from ray_cxr.evaluation import metrics
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import exports, runtime
 from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle, written
+from ray_cxr.storage import remote
 from ray_cxr.versions import versions
 
 #: The least numbers of images to take ranges from, and to check on.

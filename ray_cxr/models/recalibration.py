@@ -30,11 +30,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_cxr.config import RecalibrateSettings
-from ray_cxr.data import identity, manifest, remote
+from ray_cxr.data import identity, manifest
 from ray_cxr.errors import ConfigError, InputError, LeakError, OutputError, TableError
 from ray_cxr.evaluation import calibration, intervals, metrics
 from ray_cxr.evaluation.calibration import FittedRules
 from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle, written
+from ray_cxr.storage import remote
 from ray_cxr.versions import versions
 
 logger = logging.getLogger(__name__)

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ray_cxr.data import remote
 from ray_cxr.data.boxes import read_boxes
 from ray_cxr.data.consensus import ConsensusLabels, read_consensus
-from ray_cxr.data.heatmaps import FOLDER, WHOLE, HeatMap, read_heatmaps
 from ray_cxr.errors import InputError
 from ray_cxr.evaluation import comparison, localisation, published
+from ray_cxr.imaging.overlays import FOLDER, WHOLE, HeatMap, read_heatmaps
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING
 from ray_cxr.reporting.labelled import Evaluated, guard
 from ray_cxr.reporting.measures import Measured, columns, composed, measure
 from ray_cxr.reporting.scores import Scores, n_patients, read_scores
+from ray_cxr.storage import remote
 
 #: Cells along a side of a heat map that is laid over a picture of which the network saw a part, or more than all.
 _LAID_SIDE = 256

@@ -55,14 +55,19 @@ from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
 from pydicom.uid import UID
 
-from ray_cxr.data import archives, atomic, dicom_text, identity, storage
-from ray_cxr.data.dicom import looks_like_dicom
-from ray_cxr.data.imaging import decoder_errors
-from ray_cxr.data.prepared import agree, begin
+from ray_cxr.data import identity
 from ray_cxr.errors import ErrorRateExceeded, ImageError, InputError, OutputError, RayCxrError, TableError
 from ray_cxr.evaluation import quality
+from ray_cxr.imaging import dicom_text
+from ray_cxr.imaging.dicom import looks_like_dicom
+from ray_cxr.imaging.pixels import decoder_errors
 from ray_cxr.labels import LABELS
 from ray_cxr.progress import Work
+from ray_cxr.storage import atomic
+from ray_cxr.storage.archives import read_members
+from ray_cxr.storage.paths import file_name, split_member
+from ray_cxr.storage.run_folder import check_run, create_run
+from ray_cxr.storage.stores import open_stream
 
 # It logs UIDs, and people's names where they look odd to it.
 logging.getLogger("highdicom").setLevel(logging.CRITICAL + 1)
@@ -365,7 +370,7 @@ def export_sr(scores: str | Path, out: str | Path) -> Export:
     started = time.monotonic()
     out = Path(out)
     found = _read_scores(Path(scores))
-    agree(out, found.identity)
+    check_run(out, found.identity)
     done = _finished(out, found)
     if done is not None:
         return done
@@ -376,7 +381,7 @@ def export_sr(scores: str | Path, out: str | Path) -> Export:
             f"{scores}: none of its {len(outcomes):,} rows is a DICOM image that was scored; structured reports refer "
             "to DICOM images: score a folder of DICOM files"
         )
-    begin(out, found.identity)
+    create_run(out, found.identity)
     try:
         (out / "_SUCCESS").unlink(missing_ok=True)
         export = _write(out, found, images, outcomes, reasons)
@@ -499,7 +504,7 @@ def _look(scores: _Scores) -> tuple[dict[int, _Image], list[str], dict[int, str]
     todo = [
         (row, path)
         for row, (path, outcome) in enumerate(zip(paths, outcomes, strict=True))
-        if outcome == NOT_DICOM and path is not None and not storage.file_name(path).lower().endswith(_PICTURES)
+        if outcome == NOT_DICOM and path is not None and not file_name(path).lower().endswith(_PICTURES)
     ]
     images: dict[int, _Image] = {}
     reasons: dict[int, str] = {}
@@ -547,7 +552,7 @@ def _headers(todo: list[tuple[int, str]]) -> Iterator[tuple[int, _Image | ImageE
     members: dict[str, dict[str, list[int]]] = {}
     single: list[tuple[int, str]] = []
     for row, path in todo:
-        inside = storage.split_member(path)
+        inside = split_member(path)
         if inside is None:
             single.append((row, path))
         else:
@@ -559,7 +564,7 @@ def _headers(todo: list[tuple[int, str]]) -> Iterator[tuple[int, _Image | ImageE
     for archive, wanted in members.items():
         reason = ImageError("missing", "the archive holds no such member")
         try:
-            for name, content in archives.read(archive, frozenset(wanted)):
+            for name, content in read_members(archive, frozenset(wanted)):
                 found = content if isinstance(content, ImageError) else _header(io.BytesIO(content).read)
                 yield from ((row, found) for row in wanted.pop(name))
         except ImageError as error:
@@ -569,7 +574,7 @@ def _headers(todo: list[tuple[int, str]]) -> Iterator[tuple[int, _Image | ImageE
 
 def _header_of(path: str) -> _Image | ImageError | None:
     try:
-        with storage.open_stream(path) as fetch:
+        with open_stream(path) as fetch:
             return _header(fetch)
     except ImageError as error:
         return error

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from ray_cxr.data import remote
-from ray_cxr.data.heatmaps import FOLDER, HeatMap, read_heatmaps
-from ray_cxr.data.sandbox import Decoder, Failure
+from ray_cxr.imaging.overlays import FOLDER, HeatMap, read_heatmaps
+from ray_cxr.imaging.sandbox import Decoder, Failure
 from ray_cxr.labels import FINDINGS, NO_FINDING
 from ray_cxr.reporting import figures, plots
 from ray_cxr.reporting.labelled import Evaluated
 from ray_cxr.reporting.scores import Scores, number
+from ray_cxr.storage import remote
 
 _EXAMPLES = 4
 _RADIOGRAPHS = 12

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ray_cxr.data import atomic, manifest, remote
+from ray_cxr.data import manifest
 from ray_cxr.errors import ERROR_CODES, InputError, OutputError
 from ray_cxr.evaluation import drift, published, subgroups
 from ray_cxr.labels import LABELS, NO_FINDING
@@ -34,6 +34,7 @@ from ray_cxr.reporting.prevalence import read_prevalences
 from ray_cxr.reporting.scores import Place, Scores, n_patients, number, provenance, read_scores
 from ray_cxr.reporting.summary import remarks, summary
 from ray_cxr.reporting.worklist import as_csv, worklist
+from ray_cxr.storage import atomic, remote
 
 _log = logging.getLogger(__name__)
 #: What a report consists of; an older report's pictures must not survive into a newer one.

@@ -17,10 +17,13 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from ray_cxr.data import identity, remote, storage
+from ray_cxr.data import identity
 from ray_cxr.errors import ImageError, InputError, TableError
 from ray_cxr.evaluation import calibration, intervals
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING, canonical
+from ray_cxr.storage import remote
+from ray_cxr.storage.paths import redact
+from ray_cxr.storage.stores import describe_error, is_access_denied, open_uri
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,14 +122,14 @@ class Place:
 
     @classmethod
     def of(cls, text: str) -> Place:
-        shown = storage.shown(text)
+        shown = redact(text)
         try:
-            fs, path = storage.open_uri(text) if "://" in text else (pafs.LocalFileSystem(), os.path.realpath(text))
+            fs, path = open_uri(text) if "://" in text else (pafs.LocalFileSystem(), os.path.realpath(text))
             info = fs.get_file_info(path)
         except ImageError as error:
             raise InputError(f"{shown}: {error.message}") from None
         except Exception as error:  # each store has its own, and their texts can hold what the address holds
-            reason = "the access is not allowed" if storage.refused(error) else storage.said(error)
+            reason = "the access is not allowed" if is_access_denied(error) else describe_error(error)
             raise InputError(f"{shown}: cannot be opened ({reason}); check the path and the permissions") from None
         if info.type == pafs.FileType.NotFound:
             raise InputError(f"{shown}: no such file or folder; name what `ray-cxr score` wrote, or a Parquet file")

@@ -31,9 +31,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
-from ray_cxr.data import atomic
 from ray_cxr.errors import OutputError
 from ray_cxr.reporting import html, plots
+from ray_cxr.storage import atomic
 
 _log = logging.getLogger(__name__)
 

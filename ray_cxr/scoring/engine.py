@@ -30,14 +30,16 @@ import pyarrow.parquet as pq
 
 from ray_cxr import tasks, telemetry
 from ray_cxr.config import InputSpec, ScoreSettings
-from ray_cxr.data import archives, atomic, remote
-from ray_cxr.data.prepared import SETTINGS
-from ray_cxr.data.sandbox import Decoder, Failure, Picture
 from ray_cxr.errors import RETRYABLE_CODES, ImageError, RayCxrError
 from ray_cxr.evaluation import quality
+from ray_cxr.imaging.sandbox import Decoder, Failure, Picture
 from ray_cxr.models import predictions
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.models.runtime import Outputs, Runtime, open_runtime
+from ray_cxr.storage import atomic, remote
+from ray_cxr.storage.archives import read_members
+from ray_cxr.storage.paths import split_member
+from ray_cxr.storage.run_folder import SETTINGS
 
 logger = logging.getLogger(__name__)
 
@@ -270,7 +272,7 @@ def _sources(works: Sequence[Work]) -> Iterator[tuple[Place, Source | ImageError
     members: dict[str, dict[str, list[Place]]] = {}
     for w, work in enumerate(works):
         for i, path in enumerate(work.rows["path"].to_pylist()):
-            inside = archives.split_member(path)
+            inside = split_member(path)
             if inside is None:
                 yield (w, i), path
             else:
@@ -278,7 +280,7 @@ def _sources(works: Sequence[Work]) -> Iterator[tuple[Place, Source | ImageError
     for archive, wanted in members.items():
         reason = ImageError("missing", "the archive holds no such member")
         try:
-            for name, content in archives.read(archive, frozenset(wanted)):
+            for name, content in read_members(archive, frozenset(wanted)):
                 for place in wanted.pop(name):
                     yield place, content
         except ImageError as error:

@@ -28,15 +28,16 @@ import pyarrow.parquet as pq
 
 from ray_cxr import telemetry
 from ray_cxr.config import HeatMapMethod, InputSpec, ScoreSettings
-from ray_cxr.data import archives, atomic, remote
-from ray_cxr.data.heatmaps import FOLDER, SCHEMA, area_of, overlay_name
-from ray_cxr.data.prepared import SETTINGS
-from ray_cxr.data.sandbox import Failure, Picture
+from ray_cxr.data.ranges import Range, Unit
 from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError, RayCxrError
+from ray_cxr.imaging.overlays import FOLDER, SCHEMA, area_of, overlay_name
+from ray_cxr.imaging.sandbox import Failure, Picture
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import predictions, runtime
 from ray_cxr.models.bundle import Bundle
 from ray_cxr.scoring.engine import Job, Place, Reading, Work, part_name, part_path
+from ray_cxr.storage import atomic, remote
+from ray_cxr.storage.run_folder import SETTINGS
 from ray_cxr.tasks import SUCCESS, sanitize_error, to_columns
 
 #: Images per forward pass, without and with a GPU.
@@ -176,13 +177,13 @@ def remaining(out: Path, indices: Iterable[int], run: str, asked: Asked, *, retr
     return left
 
 
-def tasks(units: Sequence[archives.Unit], left: set[int], *, retry: bool) -> list[dict[str, Any]]:
+def tasks(units: Sequence[Unit], left: set[int], *, retry: bool) -> list[dict[str, Any]]:
     """A task for each unit with ranges that are left: an archive is read once for all of its own."""
     chosen = ([one.index for one in unit.ranges if one.index in left] for unit in units)
     return [{"indices": indices, "retry": retry} for indices in chosen if indices]
 
 
-def count(out: Path, ranges: Sequence[archives.Range], asked: Asked) -> HeatMapReport:
+def count(out: Path, ranges: Sequence[Range], asked: Asked) -> HeatMapReport:
     """Count the maps from their files, and check that each scored image has its own or an error.
 
     Raises:

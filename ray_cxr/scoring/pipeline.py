@@ -34,11 +34,10 @@ import pyarrow.parquet as pq
 
 from ray_cxr import cluster
 from ray_cxr.config import ScoreSettings
-from ray_cxr.data import archives, atomic, remote, storage
 from ray_cxr.data import manifest as manifests
-from ray_cxr.data.heatmaps import FOLDER
-from ray_cxr.data.prepared import SETTINGS, agree, begin
+from ray_cxr.data.ranges import Range, Unit, first_location, plan_units
 from ray_cxr.errors import RETRYABLE_CODES, ConfigError, ErrorRateExceeded, OutputError
+from ray_cxr.imaging.overlays import FOLDER
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.models.runtime import TOLERANCE, choose_precision
 from ray_cxr.progress import Work
@@ -58,6 +57,9 @@ from ray_cxr.scoring.engine import (
     run_digest,
     run_of,
 )
+from ray_cxr.storage import atomic, remote
+from ray_cxr.storage.paths import make_absolute
+from ray_cxr.storage.run_folder import SETTINGS, check_run, create_run
 from ray_cxr.tasks import MAX_LOST_PER_WORKER, Task, poll, run_with_retries
 from ray_cxr.versions import versions
 
@@ -154,7 +156,7 @@ def score(
     asked = None if heatmaps is None else drawing.asked_of(bundle, settings, heatmaps)
     precision = _precision(bundle, settings.precision, None if fresh else out, use_gpu=use_gpu)
     key = _secret(settings.pseudonym_key)
-    place = None if images is None else storage.absolute(images)
+    place = None if images is None else make_absolute(images)
     rows = _source(manifest, images, place, None if fresh else out)
     n_rows = len(rows) if limit is None else min(limit, len(rows))
     if not n_rows:
@@ -175,9 +177,9 @@ def score(
     if fresh:
         _refuse_to_remove(out)
     else:
-        agree(out, wanted, remedy="use --fresh to start over, or name another --out")
+        check_run(out, wanted, remedy="use --fresh to start over, or name another --out")
     report = ScoreReport(rows=n_rows, notes=rows.notes)
-    units = archives.units(rows.paths.slice(0, n_rows), settings.rows_per_file)
+    units = plan_units(rows.paths.slice(0, n_rows), settings.rows_per_file)
     ranges = [one for unit in units for one in unit.ranges]
     there = set() if fresh else _written(out / SCORES)
     todo = _tasks(out, units, there, retry_errors=retry_errors)
@@ -214,14 +216,14 @@ def score(
         plan = _plan(settings, len(todo), use_gpu=use_gpu) if todo else None
         plan_to_draw = _plan_to_draw(settings, len(units), use_gpu=use_gpu) if asked and (todo or to_draw) else None
         if todo or to_draw:
-            pictures = archives.first_place(rows.paths)
+            pictures = first_location(rows.paths)
             cluster.require_shared(out, **{"--model": bundle_path, "a picture at": pictures})
         # Only now may an earlier run go.
         if fresh:
             _remove_run(out)
-        begin(out, wanted)
+        create_run(out, wanted)
         # Once more, now that it is written: another command may have begun here while Ray started.
-        agree(out, wanted, remedy="use --fresh to start over, or name another --out")
+        check_run(out, wanted, remedy="use --fresh to start over, or name another --out")
         settings_file = (out / SETTINGS).read_bytes()
         (out / "_SUCCESS").unlink(missing_ok=True)
         (out / SCORES).mkdir(exist_ok=True)
@@ -289,7 +291,7 @@ def _written(folder: Path) -> set[int]:
     return set()
 
 
-def _tasks(out: Path, units: list[archives.Unit], there: set[int], *, retry_errors: bool) -> list[dict[str, Any]]:
+def _tasks(out: Path, units: list[Unit], there: set[int], *, retry_errors: bool) -> list[dict[str, Any]]:
     """What is to be done: per unit the ranges without a file, and where asked those with errors that may pass."""
     tasks = []
     written = sorted(there) if retry_errors else []
@@ -473,7 +475,7 @@ def _plan_to_draw(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> Ac
 def _run(
     job: Job,
     todo: list[dict[str, Any]],
-    ranges: list[archives.Range],
+    ranges: list[Range],
     there: set[int],
     report: ScoreReport,
     plan: ActorPlan,
@@ -516,7 +518,7 @@ def _run(
 
 
 def _draw(
-    job: Job, asked: drawing.Asked, units: list[archives.Unit], plan: ActorPlan | None, *, retry: bool
+    job: Job, asked: drawing.Asked, units: list[Unit], plan: ActorPlan | None, *, retry: bool
 ) -> drawing.HeatMapReport:
     """The second pass: heat maps of what was scored."""
     began = time.monotonic()
@@ -624,7 +626,7 @@ def _start_up(row: dict[str, Any], planned: float, marks: Mapping[str, float]) -
 
 def _progress_of(
     folder: Path,
-    ranges: list[archives.Range],
+    ranges: list[Range],
     seen: set[int],
     progress: Work,
     errors_of: Callable[[pa.NativeFile | None], int | None],
@@ -671,7 +673,7 @@ def _stamp(path: Path) -> tuple[int, float] | None:
     return None
 
 
-def _count(out: Path, ranges: list[archives.Range], ids: pa.ChunkedArray, digest: str, run: str) -> Counter[str]:
+def _count(out: Path, ranges: list[Range], ids: pa.ChunkedArray, digest: str, run: str) -> Counter[str]:
     """Count the rows from the files, and check that they are the input's, each once, in order, by this model.
 
     Args:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_cxr.data import archives, atomic
 from ray_cxr.data import manifest as manifests
+from ray_cxr.data.ranges import group_by_archive
+from ray_cxr.storage import atomic
 
 #: Row groups of the frozen input: of so many rows at least, and about so many at most. A worker reads the groups of its
 #: own rows and, each time, the file's footer, which grows with their number.
@@ -70,7 +71,7 @@ def of_folder(location: str) -> Source:
 
 def of_table(table: pa.Table) -> Source:
     """A manifest in memory; rows inside archives are moved together."""
-    table = archives.in_reading_order(table)
+    table = group_by_archive(table)
     return Source(
         table["image_id"],
         table["path"],

@@ -34,14 +34,16 @@ import tomli_w
 
 from ray_cxr import cluster
 from ray_cxr.config import TrainSettings
-from ray_cxr.data import identity, remote
-from ray_cxr.data.prepared import SETTINGS, PreparedSet, agree, begin
+from ray_cxr.data import identity
+from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import ConfigError, LeakError, RayCxrError, TableError, own_error
 from ray_cxr.evaluation.calibration import fit_rules
 from ray_cxr.models import exports
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle, written
 from ray_cxr.progress import Work, quiet_stderr
+from ray_cxr.storage import remote
+from ray_cxr.storage.run_folder import SETTINGS, check_run, create_run
 from ray_cxr.training import schedule, worker
 from ray_cxr.training.provenance import COLUMNS, demographics, evaluation, score_quantiles
 from ray_cxr.training.worker import (
@@ -156,7 +158,7 @@ def fit(
     resources = {"CPU": float(settings.cpus_per_worker or 1)}
     if use_gpu:
         resources["GPU"] = settings.gpus_per_worker
-    begin(out, plan.wanted)
+    create_run(out, plan.wanted)
     result = _fit(
         out,
         data,
@@ -289,7 +291,7 @@ def check(prepared: str | Path, out: str | Path, settings: TrainSettings) -> Pla
     }
     begun = (out / "ray" / SNAPSHOT).exists() or written(out / "bundle")
     if begun or not _abandoned(out):
-        agree(out, wanted)
+        check_run(out, wanted)
     finished = None
     if written(out / "bundle"):
         finished = load_bundle(out / "bundle")

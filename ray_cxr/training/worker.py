@@ -21,13 +21,13 @@ import pandas as pd
 
 from ray_cxr import telemetry
 from ray_cxr.config import TrainSettings, build
-from ray_cxr.data import atomic, remote
 from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import ConfigError, RayCxrError
 from ray_cxr.evaluation import calibration
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import WEIGHTS
+from ray_cxr.storage import atomic, remote
 
 if TYPE_CHECKING:
     from ray_cxr.training.loop import Epoch, Loop, Progress

@@ -40,12 +40,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ray_cxr import cluster
 from ray_cxr.config import TuneSettings
-from ray_cxr.data import atomic, remote
 from ray_cxr.errors import BundleError, ConfigError, OutputError, RayCxrError, own_error
 from ray_cxr.evaluation import comparison
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.progress import Trials
+from ray_cxr.storage import atomic, remote
 from ray_cxr.training import trainer
 from ray_cxr.training.worker import FAILURE
 from ray_cxr.tuning import study as studies

@@ -31,11 +31,12 @@ import pandas as pd
 import pyarrow as pa
 
 from ray_cxr.config import TrainSettings, TuneSettings, load
-from ray_cxr.data import atomic, remote
-from ray_cxr.data.prepared import SETTINGS, PreparedSet, agree, complete_sizes
+from ray_cxr.data.prepared import PreparedSet, complete_sizes
 from ray_cxr.errors import ConfigError, OutputError, RayCxrError, TableError
 from ray_cxr.evaluation import metrics
 from ray_cxr.labels import LABELS, NO_FINDING
+from ray_cxr.storage import atomic, remote
+from ray_cxr.storage.run_folder import SETTINGS, check_run
 from ray_cxr.training import trainer
 from ray_cxr.training.worker import METRICS, VALIDATION
 from ray_cxr.tuning.space import KNOWN, Space
@@ -125,7 +126,9 @@ class Plan:
         }
         digest = hashlib.sha256(json.dumps(self.wanted, sort_keys=True).encode()).hexdigest()
         self.name = f"ray-cxr-{digest[:16]}"
-        agree(self.out, {**self.wanted, "id": folder_id(self.out)} if (self.out / SETTINGS).exists() else self.wanted)
+        check_run(
+            self.out, {**self.wanted, "id": folder_id(self.out)} if (self.out / SETTINGS).exists() else self.wanted
+        )
 
     def sampler(self, asked: int) -> optuna.samplers.BaseSampler:
         """Optuna's sampler; another seed for each number of trials that were asked for before.

@@ -17,9 +17,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from ray_cxr import cluster
 from ray_cxr.config import TrainSettings, build
-from ray_cxr.data import atomic
 from ray_cxr.errors import RayCxrError
 from ray_cxr.models.architecture import Architecture
+from ray_cxr.storage import atomic
 from ray_cxr.training import trainer
 from ray_cxr.training.worker import UNSCORED
 from ray_cxr.tuning.study import curve_of

@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_storage import tar_bytes
+from test_files import tar_bytes
 
-from ray_cxr.data import imaging, manifest
+from ray_cxr.data import manifest
 from ray_cxr.errors import ConfigError, LeakError, RayCxrError, TableError
+from ray_cxr.imaging.decode import load_image
 from ray_cxr.labels import FINDINGS, LABELS
 
 #: As NIH's table of 2017: ages with units, padded patient ids, a comma at the end of every line.
@@ -339,7 +340,7 @@ def test_images_are_found_in_any_layout(tmp_path: Path, layout: str) -> None:
     table, report = build_text(tmp_path, NIH_V2020, images=location + options)
     assert table["path"].to_pylist() == [*(f"{location}/{name}{options}" for name in inner), None]
     if not options:
-        assert [imaging.load(path).shape for path in table["path"].to_pylist()[:3]] == [(32, 32)] * 3
+        assert [load_image(path).shape for path in table["path"].to_pylist()[:3]] == [(32, 32)] * 3
     assert (report.images_found, report.images_missing, report.files_not_in_table) == (3, 1, 1)
     if "archives" in layout:
         assert (report.not_images, report.unpacked_members) == ({".txt": 1}, 1)

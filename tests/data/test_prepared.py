@@ -25,12 +25,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ray_cxr.config import InputSpec, PrepareSettings
-from ray_cxr.data import archives, atomic, imaging
 from ray_cxr.data import manifest as manifests
 from ray_cxr.data import prepared as prepared_sets
 from ray_cxr.data.manifest import SCHEMA, read_manifest
 from ray_cxr.data.prepared import PreparedSet, prepare
 from ray_cxr.errors import ConfigError, OutputError, TableError
+from ray_cxr.imaging.decode import load_image
+from ray_cxr.storage import atomic
+from ray_cxr.storage.archives import read_members
+from ray_cxr.storage.paths import split_member
+from ray_cxr.storage.run_folder import create_run
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 BROKEN = {"truncated": 1, "empty": 1, "not_an_image": 1, "missing": 1, "corrupt": 1, "blank": 1}
@@ -102,7 +106,7 @@ def test_shards_hold_each_row_of_the_manifest_once(prepared: Path, manifest: Pat
         for row in rows:
             assert (row["image"] is None) == (row["error"] is not None) == (row["error_code"] is not None)
         for row in rows[:16:3]:
-            assert row["image"] == imaging.load(row["path"], InputSpec(size=size)).tobytes()
+            assert row["image"] == load_image(row["path"], InputSpec(size=size)).tobytes()
     assert [len(read(shard)) for shard in shards(prepared, 64)][:-1] == [16] * (len(table) // 16)
 
 
@@ -118,7 +122,7 @@ def test_splits_have_the_labels_and_pixels_of_the_manifest(prepared: Path, manif
         seen += len(part)
         rows = table.loc[part.image_ids]
         assert set(rows["split"]) == {split}
-        np.testing.assert_array_equal(part.images[-1], imaging.load(rows["path"].iloc[-1], data.input_spec))
+        np.testing.assert_array_equal(part.images[-1], load_image(rows["path"].iloc[-1], data.input_spec))
         np.testing.assert_array_equal(part.labels, rows[list(table.columns[8:])].fillna(-1).to_numpy(dtype=np.int8))
         assert part.patient_ids.tolist() == rows["patient_id"].tolist()
     assert seen == len(table) - 6
@@ -303,7 +307,7 @@ def test_other_formats_and_folders_are_refused(five_shards, manifest: Path, tmp_
     with pytest.raises(ConfigError, match="format 1, and this version reads formats 2 and 3"):
         PreparedSet(folder)
     _, wanted = prepared_sets.check(manifest, tmp_path / "new", PrepareSettings())
-    prepared_sets.begin(tmp_path / "old", {**wanted, "format": 1})
+    create_run(tmp_path / "old", {**wanted, "format": 1})
     with pytest.raises(OutputError, match=r"old: .*format 1 \(now 2\)"):
         prepared_sets.check(manifest, tmp_path / "old", PrepareSettings())
     for text in ("[]", "no", '{"kind": "score", "format": 1}'):
@@ -419,11 +423,11 @@ def test_archives_give_the_rows_of_their_files(download: Path, archive_set: Path
     expected[late]["error"] = found[late]["error"]
     assert found == expected
     inside = next(row for row in read_rows(archive_set, 64) if row["image"] and "::" in row["path"])
-    assert imaging.load(inside["path"], InputSpec(size=64)).tobytes() == inside["image"]
+    assert load_image(inside["path"], InputSpec(size=64)).tobytes() == inside["image"]
     # No shard holds rows of two archives, and its rows are in the order of their archive.
     members: dict[str, list[str]] = {}
     for shard in shards(archive_set, 64):
-        parts = [archives.split_member(path) for path in read(shard)["path"].to_pylist()]
+        parts = [split_member(path) for path in read(shard)["path"].to_pylist()]
         assert len({part and part[0] for part in parts}) == 1
         for part in filter(None, parts):
             members.setdefault(part[0], []).append(part[1])
@@ -450,16 +454,16 @@ def test_resume_reads_archives_for_missing_rows_only(download: Path, copy: Path,
     expected: Counter[str] = Counter()
     for shard in [shard for i, shard in enumerate(shards(copy, 64)) if i in lost]:
         rows = read(shard)
-        if inside := archives.split_member(rows["path"][0].as_py()):
+        if inside := split_member(rows["path"][0].as_py()):
             expected[Path(inside[0]).name] += len(rows)
         shard.unlink()
     wanted_rows: list[tuple[str, int]] = []
 
-    def count_rows(archive: str, wanted: set[str], _read=archives.read) -> Iterator[object]:
+    def count_rows(archive: str, wanted: set[str], _read=read_members) -> Iterator[object]:
         wanted_rows.append((Path(archive).name, len(wanted)))
         return _read(archive, wanted)
 
-    monkeypatch.setattr(archives, "read", count_rows)
+    monkeypatch.setattr(prepared_sets, "read_members", count_rows)
     prepare(download / "m.parquet", copy, SETTINGS)
     assert contents(copy, 64) == before
     assert dict(wanted_rows) == expected

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from ray_cxr.config import InputSpec
-from ray_cxr.data import imaging, phantoms
 from ray_cxr.evaluation import quality
 from ray_cxr.evaluation.quality import FLAGS, QualityModel, fit, gravest, judge, lacking
+from ray_cxr.imaging import phantoms
+from ray_cxr.imaging.decode import load_image
 
 SIZE = 64
 TRAINING, HELD_OUT, ORDINARY = 100, 60, 50
@@ -276,7 +277,7 @@ def test_damaged_arrays_are_refused(fitted: QualityModel) -> None:
 @pytest.mark.slow
 def test_real_images(shared: Path) -> None:
     paths = sorted((shared / "nih" / "images256").glob("*.png"))
-    images = np.stack([imaging.load(str(path), InputSpec(size=SIZE)) for path in paths])
+    images = np.stack([load_image(str(path), InputSpec(size=SIZE)) for path in paths])
     patients = np.array([path.name[:8] for path in paths])
     training = np.isin(patients, np.random.default_rng(0).permutation(np.unique(patients))[:300])
     rest = np.flatnonzero(~training)
@@ -289,7 +290,7 @@ def test_real_images(shared: Path) -> None:
     turned = np.ascontiguousarray(np.rot90(x, axes=(1, 2)))
     assert share(judge(model, turned, features(x)), None) <= 0.2
     # One file, stored with its two tags: MONOCHROME1 read as if it were MONOCHROME2 is the commonest inversion.
-    film = imaging.load(str(shared / "dicom" / "cr_chest_monochrome2_jpeg.dcm"), InputSpec(size=SIZE))[None]
+    film = load_image(str(shared / "dicom" / "cr_chest_monochrome2_jpeg.dcm"), InputSpec(size=SIZE))[None]
     assert sorted(map(str, flagged(model, np.concatenate([film, 255 - film])))) == ["None", "inverted"]
     # This image is a photographic negative in the release itself, which its tables do not say.
     at = [path.name for path in paths].index("00017625_000.png")

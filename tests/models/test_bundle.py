@@ -18,10 +18,11 @@ import pytest
 from PIL import Image
 
 import ray_cxr
-from ray_cxr.data import imaging, sandbox
-from ray_cxr.data.sandbox import _Child as Child
 from ray_cxr.errors import BundleError, ConfigError, OutputError
 from ray_cxr.evaluation.calibration import Calibration
+from ray_cxr.imaging import sandbox
+from ray_cxr.imaging.resize import resize
+from ray_cxr.imaging.sandbox import _Child as Child
 from ray_cxr.models import bundle as bundles
 from ray_cxr.models import predictions
 from ray_cxr.models.card import model_card
@@ -226,7 +227,7 @@ def test_predict_gives_what_keras_gives_in_order_with_errors_as_rows(tiny_bundle
     assert frame["status"].tolist() == ["ok", "error", "ok", "error"]
     assert frame["error_code"].tolist()[1::2] == ["not_an_image", "missing"]
     assert frame["image_id"].tolist() == ["good.png", "text.png", "array_2", "none.png"]
-    inputs = np.stack([imaging.resize(image, tiny_bundle.input_spec) for image in (good, images[2])])
+    inputs = np.stack([resize(image, tiny_bundle.input_spec) for image in (good, images[2])])
     expected = np.asarray(tiny_bundle.model()(inputs[..., None]))
     np.testing.assert_allclose(frame.loc[[0, 2], P].to_numpy(dtype=float), expected, rtol=0, atol=1e-5)
     assert frame.loc[1, [*P, "priority", "top_finding", "model_digest"]].isna().all()
@@ -235,10 +236,10 @@ def test_predict_gives_what_keras_gives_in_order_with_errors_as_rows(tiny_bundle
 #: A decoder that ends its process over some files, as native code can; Python imports this module when it starts.
 ABORT = """
 import os
-from ray_cxr.data import imaging
+from ray_cxr.imaging import decode as decoding
 
-decode = imaging.decode
-imaging.decode = lambda data, **limits: os.abort() if data == b"ABORT" else decode(data, **limits)
+decode = decoding.decode
+decoding.decode = lambda data, **limits: os.abort() if data == b"ABORT" else decode(data, **limits)
 """
 #: `predict` in a script without an `if __name__ == "__main__"`, and in a daemon process.
 SCRIPT = """

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ray_cxr.config import InputSpec
-from ray_cxr.data import imaging, phantoms
-from ray_cxr.data.heatmaps import WHOLE, Area, area_of, content, on_picture
+from ray_cxr.imaging import phantoms
+from ray_cxr.imaging.overlays import WHOLE, Area, area_of, content, on_picture
+from ray_cxr.imaging.resize import resize
 from ray_cxr.labels import FINDINGS
 from ray_cxr.models import backbones, classifier
 from ray_cxr.models.architecture import Architecture
@@ -108,7 +109,7 @@ def test_spot_in_the_input_is_drawn_on_the_spot_in_the_original(height, width, a
     top, left = int(down * (height - side)), int(right * (width - side))
     image = np.zeros((height, width), np.uint8)
     image[top : top + side, left : left + side] = 255
-    seen, area = imaging.resize(image, spec), area_of(spec, height, width)
+    seen, area = resize(image, spec), area_of(spec, height, width)
     laid = on_picture(seen.astype(np.float32), area, image.shape)
     inside = on_picture(np.ones((8, 8), np.float32), area, image.shape) > 0.5
     assert inside.all() or aspect == "crop"
@@ -155,7 +156,7 @@ def test_bounded_keeps_proportions() -> None:
     assert bounded(same, SIZE) is same
     spec = InputSpec(size=256, aspect="pad")
     image = np.random.default_rng(0).integers(0, 256, (300, 500), dtype=np.uint8)
-    np.testing.assert_array_equal(unpadded(imaging.resize(image, spec), spec, (300, 500)), bounded(image, 256))
+    np.testing.assert_array_equal(unpadded(resize(image, spec), spec, (300, 500)), bounded(image, 256))
 
 
 def test_png_has_no_metadata() -> None:
@@ -173,7 +174,7 @@ def test_trained_model_looks_where_the_finding_is_drawn() -> None:
     anatomies = [phantoms.anatomy(3, patient, 0, size=64) for patient in range(1, count + 1)]
     healthy = [phantoms.draw(one) for one in anatomies]
     ill = [phantoms.draw(one, ("Mass",)) for one in anatomies]
-    images = np.stack([imaging.resize(one, InputSpec(size=48)) for one in (*healthy, *ill)])[..., None]
+    images = np.stack([resize(one, InputSpec(size=48)) for one in (*healthy, *ill)])[..., None]
     labels = np.repeat([[0.0], [1.0]], count, axis=0)
     seen = np.r_[0 : count - unseen, count : 2 * count - unseen]
     model = build_model(size=48, findings=("Mass",))

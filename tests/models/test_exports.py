@@ -13,9 +13,9 @@ from test_bundle import reseal, writable_copy
 
 from ray_cxr import load_bundle
 from ray_cxr.config import InputSpec
-from ray_cxr.data import phantoms
 from ray_cxr.errors import BundleError
 from ray_cxr.evaluation import quality
+from ray_cxr.imaging import phantoms
 from ray_cxr.labels import FINDINGS
 from ray_cxr.models import bundle as bundles
 from ray_cxr.models import classifier, exports, runtime

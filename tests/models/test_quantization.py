@@ -20,12 +20,14 @@ from test_exports import SIZE, drawn, write
 
 import ray_cxr
 from ray_cxr.config import PrepareSettings, QuantizeSettings
-from ray_cxr.data import atomic, manifest, prepared
+from ray_cxr.data import manifest, prepared
 from ray_cxr.errors import BundleError, ConfigError, OutputError
 from ray_cxr.labels import LABELS
 from ray_cxr.models import bundle as bundles
 from ray_cxr.models import classifier, exports, quantization, runtime
 from ray_cxr.models.architecture import Architecture
+from ray_cxr.storage import atomic
+from ray_cxr.storage.run_folder import create_run
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +44,7 @@ def prepare(out: Path, *, size: int = SIZE, **settings: Any) -> Path:
     path = out.with_name(f"{out.name}.parquet")
     manifest.write_manifest(pa.Table.from_pylist(rows, manifest.SCHEMA), path)
     _, wanted = prepared.check(path, out, PrepareSettings(sizes=(size,), **settings))
-    prepared.begin(out, wanted)
+    create_run(out, wanted)
     shutil.move(path, out / "manifest.parquet")
     for row, picture in zip(rows, pictures, strict=True):
         row["image"] = picture.tobytes()

@@ -24,8 +24,8 @@ from pydicom.sr.codedict import codes
 from pydicom.tag import Tag
 from pydicom.uid import UID, ComputedRadiographyImageStorage, ExplicitVRLittleEndian
 
-from ray_cxr.data.dicom import read_tags
 from ray_cxr.evaluation.calibration import Calibration
+from ray_cxr.imaging.dicom import read_tags
 from ray_cxr.labels import FINDINGS, LABELS
 from ray_cxr.models import predictions
 from ray_cxr.models.bundle import Bundle

@@ -16,10 +16,10 @@ from score_archive import FEW, Archive, Report, report
 from sklearn import metrics as sklearn_metrics
 
 from ray_cxr.data import manifest
-from ray_cxr.data.sandbox import Decoder
 from ray_cxr.errors import InputError, LeakError, OutputError, TableError
 from ray_cxr.evaluation import intervals
 from ray_cxr.evaluation.published import OFFICIAL_TEST_IMAGES
+from ray_cxr.imaging.sandbox import Decoder
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting import measures, pictures, plots
 from ray_cxr.reporting.examples import _load as load_example
@@ -408,7 +408,7 @@ def test_figures_are_in_the_folder_and_in_a_page_that_loads_nothing(
 
 
 def test_decoder_that_aborts_costs_its_example(archive: Archive, tmp_path: Path, monkeypatch) -> None:
-    site = "import os\nfrom ray_cxr.data import imaging\nimaging.decode = lambda data, **limits: os.abort()\n"
+    site = "import os\nfrom ray_cxr.imaging import decode\ndecode.decode = lambda data, **limits: os.abort()\n"
     (tmp_path / "sitecustomize.py").write_text(site, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     with Decoder([None]) as decoder:

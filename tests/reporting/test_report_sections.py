@@ -13,8 +13,8 @@ import pytest
 from score_archive import Archive, Report, report
 from sklearn.metrics import recall_score, roc_auc_score
 
-from ray_cxr.data import heatmaps
 from ray_cxr.errors import InputError, LeakError, TableError
+from ray_cxr.imaging import overlays
 from ray_cxr.labels import FINDINGS, LABELS
 from ray_cxr.reporting import tables
 from ray_cxr.reporting.report import write_report
@@ -36,17 +36,17 @@ def write_consensus(path: Path, archive: Archive, rows: np.ndarray) -> str:
 
 def add_heatmaps(scores: str, archive: Archive, rows: np.ndarray, hits: set[int]) -> None:
     """Heat maps of 4 x 4 cells for Effusion: the highest is the upper left one, or the lower right."""
-    folder = Path(scores) / heatmaps.FOLDER
+    folder = Path(scores) / overlays.FOLDER
     folder.mkdir()
     lines = []
     for i in rows:
         cells = np.zeros((4, 4), np.float32)
         cells[(0, 0) if i in hits else (3, 3)] = 1.0
-        line = dict.fromkeys(heatmaps.SCHEMA.names) | {"image_id": archive.ids[i], "finding": "Effusion", "rank": 1}
+        line = dict.fromkeys(overlays.SCHEMA.names) | {"image_id": archive.ids[i], "finding": "Effusion", "rank": 1}
         line |= {"p": 0.5, "evidence": 1.0, "height": 4, "width": 4, "map": cells.ravel().tolist()}
         line |= {"top": 0.0, "left": 0.0, "bottom": 1.0, "right": 1.0, "picture_height": 48, "picture_width": 40}
         lines.append(line | {"overlay": f"{i}.png"})
-    pq.write_table(pa.Table.from_pylist(lines, heatmaps.SCHEMA), folder / "part-00000.parquet")
+    pq.write_table(pa.Table.from_pylist(lines, overlays.SCHEMA), folder / "part-00000.parquet")
 
 
 @pytest.fixture(scope="module")

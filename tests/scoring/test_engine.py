@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from ray_cxr import telemetry
-from ray_cxr.data.sandbox import Failure, Picture
+from ray_cxr.imaging.sandbox import Failure, Picture
 from ray_cxr.scoring import engine, heatmaps
 from ray_cxr.scoring.engine import Work
 

@@ -80,7 +80,7 @@ def test_killed_command_continues(large_manifest, tiny_bundle, tmp_path: Path, v
     else:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    wait_until(lambda: not find_processes(b"ray_cxr.data.sandbox", session=process.pid))
+    wait_until(lambda: not find_processes(b"ray_cxr.imaging.sandbox", session=process.pid))
     assert count_parts(out, folder) < ROWS // ROWS_PER_FILE
     assert not (out / "_SUCCESS").exists()
     kept = modification_times(out, "part-*.parquet")
@@ -105,7 +105,7 @@ def test_killed_actor_and_decoders_restart(ray_here, large_manifest, tiny_bundle
 
     def kill() -> None:
         wait_until(lambda: count_parts(out) >= 2)
-        for decoder in find_processes(b"ray_cxr.data.sandbox", below=os.getpid()):
+        for decoder in find_processes(b"ray_cxr.imaging.sandbox", below=os.getpid()):
             os.kill(decoder, signal.SIGKILL)
             killed.append("decoder")
         wait_until(lambda: count_parts(out) >= 6)

@@ -29,9 +29,10 @@ from score_folders import (
 
 from ray_cxr.cli import main
 from ray_cxr.config import InputSpec
-from ray_cxr.data import imaging
-from ray_cxr.data.heatmaps import SCHEMA, area_of, overlay_name, read_heatmaps
 from ray_cxr.errors import TableError
+from ray_cxr.imaging.decode import load_image
+from ray_cxr.imaging.overlays import SCHEMA, area_of, overlay_name, read_heatmaps
+from ray_cxr.imaging.resize import resize
 from ray_cxr.labels import FINDINGS, NO_FINDING
 from ray_cxr.models import predictions
 from ray_cxr.scoring.engine import Reading
@@ -94,8 +95,8 @@ def test_maps_are_those_of_the_model_on_the_same_pixels(with_maps: Path, tiny_bu
     scored = read_rows(with_maps).query("status == 'ok'").set_index("image_id")
     read = read_heatmaps(with_maps, image_ids=scored.index[3:7])
     assert len(read) == 12
-    originals = [imaging.load(scored.loc[image_id, "path"]) for image_id, _ in read]
-    seen = np.stack([imaging.resize(original, tiny_bundle.input_spec) for original in originals])[..., None]
+    originals = [load_image(scored.loc[image_id, "path"]) for image_id, _ in read]
+    seen = np.stack([resize(original, tiny_bundle.input_spec) for original in originals])[..., None]
     chosen = np.array([[tiny_bundle.findings.index(finding)] for _, finding in read])
     expected = GradCam(tiny_bundle.model()).maps(seen, chosen)[:, 0]
     for found, cells, original in zip(read.values(), expected, originals, strict=True):

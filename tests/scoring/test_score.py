@@ -20,15 +20,15 @@ from PIL import Image
 from score_folders import arguments, assert_done, assert_refused, make_job, modification_times, read_rows
 
 from ray_cxr import cli
-from ray_cxr.data import atomic
 from ray_cxr.data.prepared import PreparedSet
-from ray_cxr.data.sandbox import Picture
 from ray_cxr.errors import ConfigError, OutputError, RayCxrError
+from ray_cxr.imaging.sandbox import Picture
 from ray_cxr.models import predictions
 from ray_cxr.scoring import pipeline
 from ray_cxr.scoring.engine import Reading, Work
 from ray_cxr.scoring.pipeline import actor_plan
 from ray_cxr.scoring.source import group_rows
+from ray_cxr.storage import atomic
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from score_folders import arguments, assert_done, assert_refused, make_job, read_rows, write_archive
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "imaging"))
 from test_dicom import file_of
 
 from ray_cxr.scoring import pipeline

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from ray_cxr.config import TrainSettings, TuneSettings
-from ray_cxr.data import atomic
 from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import ConfigError, InputError, OutputError, RayCxrError, TableError
 from ray_cxr.labels import LABELS
+from ray_cxr.storage import atomic
 from ray_cxr.tuning import study as studies
 from ray_cxr.tuning.study import Plan
 

@@ -143,8 +143,8 @@ def study(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Study:
     from ray_cxr.cli import main
     from ray_cxr.config import PrepareSettings
     from ray_cxr.data.manifest import build_manifest, write_manifest
-    from ray_cxr.data.phantoms import write_phantoms
     from ray_cxr.data.prepared import prepare
+    from ray_cxr.imaging.phantoms import write_phantoms
 
     folder = tmp_path_factory.mktemp("tune")
     prepared, out, settings, log = (folder / name for name in ("prepared", "study", "search.toml", "log"))

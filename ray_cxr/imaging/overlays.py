@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_cxr.config import InputSpec
-from ray_cxr.data import remote
 from ray_cxr.errors import TableError
+from ray_cxr.storage import remote
 
 FOLDER = "heatmaps"
 #: One row per map, an image's in order of rank; or one for an image that could not be read again, with `error_code`

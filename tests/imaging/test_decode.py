@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
 
 from ray_cxr.config import InputSpec
-from ray_cxr.data import imaging
-from ray_cxr.data.imaging import decode, load, resize
 from ray_cxr.errors import ImageError
+from ray_cxr.imaging import png
+from ray_cxr.imaging.decode import decode, load_image
+from ray_cxr.imaging.resize import resize
 
 
 class PanicException(BaseException):
@@ -152,7 +153,7 @@ def test_pixels_are_unchanged(data: bytes, expected: np.ndarray) -> None:
 def decode_with_pillow(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], np.ndarray]:
     def decoded(data: bytes) -> np.ndarray:
         with monkeypatch.context() as patch:
-            patch.setattr(imaging, "_quick_decoder", lambda: None)
+            patch.setattr(png, "_quick_decoder", lambda: None)
             return decode(data)
 
     return decoded
@@ -162,14 +163,14 @@ def decode_with_pillow(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], np.
 def quick_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The mode of every call of kornia-rs."""
     calls: list[str] = []
-    real = imaging._quick_decoder()
+    real = png._quick_decoder()
     assert real is not None
 
     def record(data: bytes, shape: tuple[int, int], mode: str) -> np.ndarray:
         calls.append(mode)
         return real(data, shape, mode)
 
-    monkeypatch.setattr(imaging, "_quick_decoder", lambda: record)
+    monkeypatch.setattr(png, "_quick_decoder", lambda: record)
     return calls
 
 
@@ -206,7 +207,7 @@ def test_pillow_decodes_what_kornia_refuses(monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*args: Any) -> np.ndarray:
         raise raised[0]
 
-    monkeypatch.setattr(imaging, "_quick_decoder", lambda: refuse)
+    monkeypatch.setattr(png, "_quick_decoder", lambda: refuse)
     for error in (Exception("Doe^Jane"), MemoryError(), PanicException("Doe^Jane")):
         raised[:] = [error]
         np.testing.assert_array_equal(decode(png_of(ramp())), ramp())
@@ -219,17 +220,17 @@ def test_pillow_decodes_very_large_images_and_without_kornia(
     monkeypatch: pytest.MonkeyPatch, quick_calls: list[str]
 ) -> None:
     for limit in (1600, 1599):
-        monkeypatch.setattr(imaging, "_QUICK_PIXELS", limit)
+        monkeypatch.setattr(png, "_QUICK_PIXELS", limit)
         decode(png_of(ramp(40, 40)))
     assert quick_calls == ["mono"]
     monkeypatch.undo()
-    imaging._quick_decoder.cache_clear()
+    png._quick_decoder.cache_clear()
     monkeypatch.setitem(sys.modules, "kornia_rs", None)
     try:
-        assert imaging._quick_decoder() is None
+        assert png._quick_decoder() is None
         np.testing.assert_array_equal(decode(png_of(ramp())), ramp())
     finally:
-        imaging._quick_decoder.cache_clear()
+        png._quick_decoder.cache_clear()
 
 
 @pytest.mark.parametrize("samples", [1, 3, 4])
@@ -380,7 +381,7 @@ def test_memory_and_foreign_errors_become_codes(monkeypatch: pytest.MonkeyPatch)
         def broken(image: Any) -> np.ndarray:
             raise error
 
-        monkeypatch.setattr(imaging, "_gray_array", broken)
+        monkeypatch.setattr(png, "to_gray", broken)
         return code_of(png_of(ramp().astype(np.uint16)))
 
     assert failing(MemoryError()) == "too_large"
@@ -462,7 +463,7 @@ def test_resize_gives_the_requested_square(height: int, width: int, size: int, a
 def test_load_is_read_decode_resize(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"  # the name does not matter
     file.write_bytes(png_of(ramp(64, 64)))
-    np.testing.assert_array_equal(load(str(file)), ramp(64, 64))
-    np.testing.assert_array_equal(load(str(file), InputSpec(size=32)), resize(ramp(64, 64), InputSpec(size=32)))
+    np.testing.assert_array_equal(load_image(str(file)), ramp(64, 64))
+    np.testing.assert_array_equal(load_image(str(file), InputSpec(size=32)), resize(ramp(64, 64), InputSpec(size=32)))
     with pytest.raises(ImageError, match="too_large"):
-        load(str(file), max_pixels=4095)
+        load_image(str(file), max_pixels=4095)

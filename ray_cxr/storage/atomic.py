@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_cxr.data import remote
 from ray_cxr.errors import OutputError
+from ray_cxr.storage import remote
 
 
 def write(path: str | Path, produce: Callable[[Path], None]) -> None:

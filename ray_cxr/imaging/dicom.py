@@ -44,18 +44,11 @@ import pydicom.config
 from pydicom.encaps import get_frame
 from pydicom.pixels import get_decoder
 
-from ray_cxr.data.demographics import parse_age, parse_sex, parse_view
-from ray_cxr.data.dicom_text import read_identity
-from ray_cxr.data.imaging import (
-    MAX_PIXELS,
-    JpegStream,
-    check_size,
-    decode_jpeg,
-    decoder_errors,
-    luma,
-    parse_jpeg,
-)
 from ray_cxr.errors import ImageError
+from ray_cxr.imaging.demographics import parse_age, parse_sex, parse_view
+from ray_cxr.imaging.dicom_text import read_identity
+from ray_cxr.imaging.jpeg import JpegStream, decode_jpeg, parse_jpeg
+from ray_cxr.imaging.pixels import MAX_PIXELS, check_size, decoder_errors, luma
 
 #: Modalities that can be a radiograph: OT, SC and none at all are how converted archives come.
 RADIOGRAPH_MODALITIES: frozenset[str] = frozenset({"CR", "DX", "RG", "OT", "SC", ""})

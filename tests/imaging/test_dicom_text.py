@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_cxr.data import dicom_text
-from ray_cxr.data.dicom import read_tags
+from ray_cxr.imaging import dicom_text
+from ray_cxr.imaging.dicom import read_tags
 
 CHARSETS = [
     None,

@@ -1,10 +1,8 @@
-"""Tar archives, read as they were downloaded: nothing is unpacked to disk, one pass serves many members.
+"""Tar archives, read as they were downloaded: nothing is unpacked to disk, and one pass serves many members.
 
-NIH's ChestX-ray14 comes as twelve `images_001.tar.gz` of some 10,000 PNGs each. A tar archive has no index, and a
-compressed one cannot be entered in the middle, so whoever wants several members takes them in the archive's order.
-A path inside is `ARCHIVE::MEMBER`. Links in archives are not followed.
-
-`units` says how work over a table is cut, so that each archive is read by one task.
+NIH's ChestX-ray14 comes as twelve `images_001.tar.gz` of about 10,000 PNGs each. A tar archive has no index, and a
+compressed one cannot be entered in the middle, so several members are read in the archive's order. A path inside is
+`ARCHIVE::MEMBER`. Links in archives are not followed.
 """
 
 from __future__ import annotations
@@ -16,19 +14,12 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from ray_cxr.data import storage
-from ray_cxr.data.storage import MAX_BYTES, split_member
 from ray_cxr.errors import ImageError, InputError
 from ray_cxr.progress import Work
-
-__all__ = ["Range", "Unit", "in_reading_order", "list_members", "read", "split_member", "units"]
+from ray_cxr.storage.paths import get_suffix, has_dicom_magic, is_image_name, may_be_dicom, redact
+from ray_cxr.storage.stores import MAX_BYTES, open_stream
 
 #: An archive whose store fails in the midst is read again from the start, so often at most.
 RETRIES = 2
@@ -57,17 +48,7 @@ _ENGINES: dict[bytes, Callable[[], Any]] = {
 }
 
 
-def first_place(paths: pa.ChunkedArray) -> str | None:
-    """Where the first picture of a table, or its archive, should be; None where the table names none."""
-    named = paths.drop_null()
-    if not len(named):
-        return None
-    path: str = named[0].as_py()
-    inside = split_member(path)
-    return inside[0] if inside else path
-
-
-def read(
+def read_members(
     archive: str, wanted: Container[str], *, max_bytes: int = MAX_BYTES
 ) -> Iterator[tuple[str, bytes | ImageError]]:
     """Wanted members of an archive, in its order, in one pass that ends with the last of them.
@@ -119,13 +100,13 @@ def _read_once(
                 return
 
 
-def read_one(archive: str, member: str, *, max_bytes: int = MAX_BYTES) -> bytes:
+def read_member(archive: str, member: str, *, max_bytes: int = MAX_BYTES) -> bytes:
     """One member.
 
     Raises:
-        ImageError: as `read` raises and yields; `missing` where the archive does not hold it.
+        ImageError: as `read_members` raises and yields; `missing` where the archive does not hold it.
     """
-    for _, content in read(archive, (member,), max_bytes=max_bytes):
+    for _, content in read_members(archive, (member,), max_bytes=max_bytes):
         if isinstance(content, ImageError):
             raise content
         return content
@@ -133,15 +114,15 @@ def read_one(archive: str, member: str, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def list_members(archive: str) -> list[str]:
-    """Names of the images in an archive by the rules of `storage.listing`, in its order, each once.
+    """Names of the images in an archive by the rules of `find_images`, in its order, each once.
 
     Raises:
         InputError: the archive cannot be read to its end.
     """
-    return scan(archive, Counter())
+    return scan_archive(archive, Counter())
 
 
-def scan(archive: str, left_out: Counter[str]) -> list[str]:
+def scan_archive(archive: str, left_out: Counter[str]) -> list[str]:
     """`list_members`, which adds to `left_out` how many other files there are, by suffix."""
     names: dict[str, None] = {}
     try:
@@ -150,29 +131,26 @@ def scan(archive: str, left_out: Counter[str]) -> list[str]:
                 parts = info.name.removeprefix("./").split("/")
                 if info.type not in _PLAIN or info.name in names or any(part.startswith(".") for part in parts):
                     continue
-                if storage.is_image_name(parts[-1]) or (
-                    storage.may_be_dicom(parts[-1]) and storage.is_dicom(stream.read(min(info.size, 132)))
+                if is_image_name(parts[-1]) or (
+                    may_be_dicom(parts[-1]) and has_dicom_magic(stream.read(min(info.size, 132)))
                 ):
                     names[info.name] = None
                 else:
-                    left_out[storage.suffix_of(parts[-1])] += 1
+                    left_out[get_suffix(parts[-1])] += 1
     except ImageError as error:
         raise InputError(
-            f"{storage.shown(archive)}: cannot be read as a tar archive: {error.message} ({error.code}); "
+            f"{redact(archive)}: cannot be read as a tar archive: {error.message} ({error.code}); "
             "copy or download it again, or move it away"
         ) from None
     return list(names)
 
 
-def scan_all(archives: Sequence[str], left_out: Counter[str]) -> Iterator[list[str]]:
-    """`scan` of each archive in turn, which tells how far it is where that takes long."""
+def scan_archives(archives: Sequence[str], left_out: Counter[str]) -> Iterator[list[str]]:
+    """`scan_archive` of each archive in turn, which tells how far it is where that takes long."""
     with Work("list", len(archives), unit="archives", last_line=False) as progress:
         for archive in archives:
-            yield scan(archive, left_out)
+            yield scan_archive(archive, left_out)
             progress.advance(1)
-
-
-# --- the format
 
 
 @contextmanager
@@ -180,9 +158,9 @@ def _open(archive: str) -> Iterator[tuple[Iterator[tarfile.TarInfo], _Stream]]:
     """The members of an archive, and the bytes behind the header of the one that came last.
 
     Raises:
-        ImageError: see `read`; also while the members are gone through.
+        ImageError: see `read_members`; also while the members are gone through.
     """
-    with storage.open_stream(archive) as fetch:
+    with open_stream(archive) as fetch:
         stream = _Stream(_unpacked(fetch))
         head = stream.head()
         if not head:
@@ -363,97 +341,3 @@ def _decompressed(make: Callable[[], Any], data: bytes, pieces: Iterator[bytes])
         data = data.lstrip(b"\0")
         if not any(data.startswith(magic) for magic in _ENGINES):
             return  # gzip, too, leaves aside what else stands behind
-
-
-# --- how work is cut
-
-
-@dataclass(frozen=True)
-class Range:
-    """Rows that become one output file.
-
-    Attributes:
-        index: number of the file.
-        start: first row of the table.
-        rows: how many.
-    """
-
-    index: int
-    start: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What one task reads.
-
-    Attributes:
-        archive: read in one pass, for all ranges; None for single files.
-        ranges: in the table's order; of single files one.
-    """
-
-    archive: str | None
-    ranges: tuple[Range, ...]
-
-    @property
-    def rows(self) -> int:
-        return sum(one.rows for one in self.ranges)
-
-
-def in_reading_order(table: pa.Table) -> pa.Table:
-    """A table with a column `path` so ordered that each archive's rows stand together.
-
-    Single files (and rows without a path) come first, then the archives in order of their first appearance; among
-    themselves all keep their order. A table that is so already comes back as it is.
-    """
-    codes, _ = _archives(table["path"])
-    order = np.argsort(codes, kind="stable")
-    if (codes[order] == codes).all():
-        return table
-    return table.take(pa.array(order))
-
-
-def units(paths: pa.ChunkedArray, rows_per_file: int) -> list[Unit]:
-    """Cut a table in reading order into output files and tasks.
-
-    No range straddles two archives, or an archive and single files. Ranges are numbered from 0 in the table's order. A
-    table without archives is cut every `rows_per_file` rows.
-
-    Args:
-        paths: the column, string.
-        rows_per_file: the most rows of a range.
-    """
-    codes, names = _archives(paths)
-    found: list[Unit] = []
-    index = 0
-    edges = np.flatnonzero(np.diff(codes)) + 1
-    for start, end in zip([0, *edges.tolist()], [*edges.tolist(), len(codes)], strict=True):
-        ranges = [
-            Range(index + i, at, min(rows_per_file, end - at)) for i, at in enumerate(range(start, end, rows_per_file))
-        ]
-        if not ranges:
-            continue
-        index += len(ranges)
-        code = int(codes[start])
-        if code < 0:
-            found += [Unit(None, (one,)) for one in ranges]
-        else:
-            found.append(Unit(names[code], tuple(ranges)))
-    return found
-
-
-def _archives(paths: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """Which archive holds each row, int32 [n], -1 for none; archives are numbered by their first appearance."""
-    numbers: dict[str, int] = {}
-    codes = np.full(len(paths), -1, np.int32)
-    at = 0
-    for part in storage.parts(paths):
-        if pc.any(pc.match_substring(part, "::")).as_py():
-            archive = pc.struct_field(pc.extract_regex(part, storage.MEMBER_PATTERN), "archive").dictionary_encode()
-            # The last entry serves index -1, which stands for null.
-            lookup = np.array(
-                [*(numbers.setdefault(name, len(numbers)) for name in archive.dictionary.to_pylist()), -1]
-            )
-            codes[at : at + len(part)] = lookup[archive.indices.fill_null(-1).to_numpy()]
-        at += len(part)
-    return codes, list(numbers)

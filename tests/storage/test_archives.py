@@ -24,9 +24,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_cxr.data import archives, storage
-from ray_cxr.data.archives import Range, Unit, in_reading_order, list_members, read, units
+from ray_cxr.data.ranges import Range, Unit, group_by_archive, plan_units
 from ray_cxr.errors import ImageError, InputError
+from ray_cxr.storage import archives, stores
+from ray_cxr.storage.archives import list_members, read_members, scan_archive
+from ray_cxr.storage.paths import split_member
 
 
 def header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
@@ -65,7 +67,7 @@ def contents(archive: str, wanted: Container[str] | None = None, **limits: int) 
     """Name and data, or error code, of each member that `read` yields; the last item is the archive's own error."""
     found: list[tuple[str, Any]] = []
     try:
-        for name, content in read(archive, Everything() if wanted is None else wanted, **limits):
+        for name, content in read_members(archive, Everything() if wanted is None else wanted, **limits):
             assert not isinstance(content, ImageError) or "\n" not in content.message
             found.append((name, content.code if isinstance(content, ImageError) else content))
     except ImageError as error:
@@ -160,7 +162,7 @@ def test_images_are_listed_and_other_files_counted(tmp_path: Path) -> None:
     }
     left_out: Counter[str] = Counter()
     archive = put(tmp_path / "x.tar", tar_of(*files.items()))
-    assert archives.scan(archive, left_out) == ["./b.PNG", "a.jpeg", "d/IM0001", "d/1.2.840.9"]
+    assert scan_archive(archive, left_out) == ["./b.PNG", "a.jpeg", "d/IM0001", "d/1.2.840.9"]
     assert left_out == {"": 2, ".csv": 1}
 
 
@@ -246,7 +248,7 @@ def test_damage_raises_image_errors_only(
 
 BOMBS = """
 import re, sys
-from ray_cxr.data import archives
+from ray_cxr.storage.archives import read_members
 from ray_cxr.errors import ImageError
 
 def peak():  # of this process alone, KiB
@@ -257,7 +259,7 @@ before = peak()
 for archive in sys.argv[1:]:
     codes = []
     try:
-        for name, content in archives.read(archive, {"bomb.png", "z.png"}, max_bytes=2**20):
+        for name, content in read_members(archive, {"bomb.png", "z.png"}, max_bytes=2**20):
             codes.append(content.code if isinstance(content, ImageError) else content)
     except ImageError as error:
         codes.append(error.code)
@@ -283,7 +285,7 @@ def test_bombs_are_not_read_into_memory(tmp_path: Path) -> None:
 
 def test_headers_are_not_kept(tmp_path: Path) -> None:
     archive = put(tmp_path / "x.tar", header("0.txt").tobuf() * 500 + tar_of(("z.png", b"z")))
-    for _ in read(archive, {"z.png"}):
+    for _ in read_members(archive, {"z.png"}):
         assert sum(isinstance(one, tarfile.TarInfo) for one in gc.get_objects()) < 10
 
 
@@ -301,7 +303,7 @@ def test_a_store_that_fails_after_some_bytes_is_read_again(
 ) -> None:
     members = [(f"{i}.png", noise(2000, i)) for i in range(10)]
     archive = put(tmp_path / "x.tar", tar_of(*members))
-    original, calls = storage.open_stream, []
+    original, calls = stores.open_stream, []
 
     @contextlib.contextmanager
     def open_stream(path: str) -> Iterator[Callable[[int], bytes]]:
@@ -317,7 +319,7 @@ def test_a_store_that_fails_after_some_bytes_is_read_again(
             yield some
 
     monkeypatch.setattr(archives, "_FETCH_BYTES", 1000)
-    monkeypatch.setattr(storage, "open_stream", open_stream)
+    monkeypatch.setattr(archives, "open_stream", open_stream)
     found = contents(archive)
     assert len(calls) == passes
     if complete:
@@ -334,15 +336,15 @@ def table_of(paths: list[str | None], chunk: int = 3) -> pa.Table:
 
 def test_reading_order_moves_the_rows_of_each_archive_together() -> None:
     table = table_of(["a.tar::1", "x.png", "s3://b/c.tgz?q=1::2", None, "a.tar::0", "a.png", "s3://b/c.tgz?q=1::1"])
-    assert in_reading_order(table)["row"].to_pylist() == [1, 3, 5, 0, 4, 2, 6]
+    assert group_by_archive(table)["row"].to_pylist() == [1, 3, 5, 0, 4, 2, 6]
     for paths in (["b.png", None, "a.png", "z.tar::1", "z.tar::0", "a.tar::1"], ["b.png", "a::b"], []):
         table = table_of(paths)
-        assert in_reading_order(table) is table
+        assert group_by_archive(table) is table
 
 
 def test_units_by_hand() -> None:
     paths = ["1.png", "2.png", "3.png", "a.tar::1", "a.tar::2", "a.tar::3", "b.tar::1"]
-    assert units(table_of(paths)["path"], 2) == [
+    assert plan_units(table_of(paths)["path"], 2) == [
         Unit(None, (Range(0, 0, 2),)),
         Unit(None, (Range(1, 2, 1),)),
         Unit("a.tar", (Range(2, 3, 2), Range(3, 5, 1))),
@@ -350,8 +352,8 @@ def test_units_by_hand() -> None:
     ]
     # Single files of a chunk with archives and of a chunk without share a range.
     mixed = pa.chunked_array([["a.tar::1", "1.png"], ["2.png", None]])
-    assert units(mixed, 3) == [Unit("a.tar", (Range(0, 0, 1),)), Unit(None, (Range(1, 1, 3),))]
-    assert units(pa.chunked_array([], pa.string()), 2) == []
+    assert plan_units(mixed, 3) == [Unit("a.tar", (Range(0, 0, 1),)), Unit(None, (Range(1, 1, 3),))]
+    assert plan_units(pa.chunked_array([], pa.string()), 2) == []
 
 
 PLACES = st.sampled_from([None, "1.png", "s3://b/2.png", "a.tar::", "b.tar.gz::", "s3://b/a.tar?x=1::"])
@@ -362,10 +364,10 @@ PLACES = st.sampled_from([None, "1.png", "s3://b/2.png", "a.tar::", "b.tar.gz::"
 def test_units_cover_every_row_once_and_no_range_straddles_archives(
     rows: list[tuple[str | None, int]], rows_per_file: int, chunk: int
 ) -> None:
-    table = in_reading_order(table_of([place and f"{place}{i}" for place, i in rows], chunk))
+    table = group_by_archive(table_of([place and f"{place}{i}" for place, i in rows], chunk))
     assert sorted(table["row"].to_pylist()) == list(range(len(rows)))
     paths = table["path"].to_pylist()
-    found = units(table["path"], rows_per_file)
+    found = plan_units(table["path"], rows_per_file)
     ranges = [one for unit in found for one in unit.ranges]
     assert [one.index for one in ranges] == list(range(len(ranges)))
     assert [row for one in ranges for row in range(one.start, one.start + one.rows)] == list(range(len(rows)))
@@ -373,7 +375,7 @@ def test_units_cover_every_row_once_and_no_range_straddles_archives(
         assert unit.rows == sum(one.rows for one in unit.ranges)
         assert unit.archive is not None or len(unit.ranges) == 1
         for one in unit.ranges:
-            inside = [storage.split_member(path) for path in paths[one.start : one.start + one.rows]]
+            inside = [split_member(path) for path in paths[one.start : one.start + one.rows]]
             assert {parts and parts[0] for parts in inside} == {unit.archive}
             assert 1 <= one.rows <= rows_per_file
     named = [unit.archive for unit in found if unit.archive]

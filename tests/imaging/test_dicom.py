@@ -30,10 +30,10 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from ray_cxr.data.dicom import decode_dicom, looks_like_dicom, read_tags
-from ray_cxr.data.imaging import decode
-from ray_cxr.data.sandbox import Decoder, Failure, Picture
 from ray_cxr.errors import ImageError
+from ray_cxr.imaging.decode import decode
+from ray_cxr.imaging.dicom import decode_dicom, looks_like_dicom, read_tags
+from ray_cxr.imaging.sandbox import Decoder, Failure, Picture
 
 SECRET = "Doe^Jane"
 U8, U16, I8, I16 = np.uint8, np.uint16, np.int8, np.int16

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ray_cxr.data import atomic
+from ray_cxr.storage import atomic
 
 
 def test_a_file_is_flushed_under_a_hidden_name_and_then_renamed(

@@ -1,6 +1,6 @@
 """Reading and decoding in a child process: a crash of native code, or a file that never ends, costs one row.
 
-    parent                                    child: python -m ray_cxr.data.sandbox
+    parent                                    child: python -m ray_cxr.imaging.sandbox
     Decoder.load(path or contents)  -- stdin -->  read_bytes, decode, read_tags, resize
     Picture | Failure               <- stdout --  pixels, or a code and a message
 
@@ -36,9 +36,11 @@ import cv2
 import numpy as np
 
 from ray_cxr.config import InputSpec
-from ray_cxr.data import imaging, storage
-from ray_cxr.data.imaging import MAX_PIXELS
 from ray_cxr.errors import ERROR_CODES, ImageError, RayCxrError
+from ray_cxr.imaging.decode import decode, is_png_or_jpeg
+from ray_cxr.imaging.pixels import MAX_PIXELS, decoder_errors
+from ray_cxr.imaging.resize import resize
+from ray_cxr.storage.files import read_bytes
 
 #: How long a child may take until it is ready, seconds: mostly imports, on a machine that may be busy.
 START_TIMEOUT_S = 120.0
@@ -212,7 +214,7 @@ class Decoder:
                 if not child.ready:
                     self.close()
         raise RayCxrError(
-            f"the decoder process cannot start ({reason}); see what `{sys.executable} -m ray_cxr.data.sandbox` says"
+            f"the decoder process cannot start ({reason}); see what `{sys.executable} -m ray_cxr.imaging.sandbox` says"
         )
 
     def _answer(self, child: _Child, deadline: float) -> Picture | Failure:
@@ -246,7 +248,7 @@ class _Child:
         try:
             self._process = subprocess.Popen(
                 # -P: `python -m` looks into the working directory first, which may hold a numpy.py of the user's.
-                [sys.executable, "-P", "-W", "ignore", "-m", "ray_cxr.data.sandbox"],
+                [sys.executable, "-P", "-W", "ignore", "-m", "ray_cxr.imaging.sandbox"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
@@ -416,13 +418,13 @@ def _load(
     """The JSON object and the pixels of an answer."""
     found: dict[str, Any] | None = None
     try:
-        with imaging.decoder_errors("image"):  # what is left: no memory to resize, or a decoder's print that fails
+        with decoder_errors("image"):  # what is left: no memory to resize, or a decoder's print that fails
             if path is not None:
-                data = storage.read_bytes(path)
+                data = read_bytes(path)
             if tags:
                 found = _tags(data)
-            image = imaging.decode(data, max_pixels=max_pixels)
-            images = [image if spec is None else imaging.resize(image, spec) for spec in specs]
+            image = decode(data, max_pixels=max_pixels)
+            images = [image if spec is None else resize(image, spec) for spec in specs]
             return {"tags": found, "shape": image.shape}, images
     except ImageError as error:
         return {"code": error.code, "message": error.message, "tags": found}, []
@@ -430,9 +432,9 @@ def _load(
 
 def _tags(data: bytes) -> dict[str, Any] | None:
     """`dicom.read_tags` where the data are a DICOM whose header can be read, else None."""
-    if not data or imaging.is_png_or_jpeg(data):
+    if not data or is_png_or_jpeg(data):
         return None
-    from ray_cxr.data import dicom  # slow to import, and an archive of PNGs never needs it
+    from ray_cxr.imaging import dicom  # slow to import, and an archive of PNGs never needs it
 
     try:
         return dicom.read_tags(data) if dicom.looks_like_dicom(data) else None

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from ray_cxr.config import InputSpec
-from ray_cxr.data.dicom import read_tags
-from ray_cxr.data.imaging import decode
-from ray_cxr.data.sandbox import Decoder, Failure
 from ray_cxr.errors import ERROR_CODES, ImageError
+from ray_cxr.imaging.decode import decode
+from ray_cxr.imaging.dicom import read_tags
+from ray_cxr.imaging.sandbox import Decoder, Failure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from soak_files import SYNTAXES, UIDS, generated, mutated, saved, test_dicom

@@ -31,8 +31,9 @@ from urllib.parse import quote
 import pyarrow as pa
 from pyarrow import fs as arrow_fs
 
-from ray_cxr.data import storage
 from ray_cxr.errors import ImageError, InputError, RayCxrError
+from ray_cxr.storage.paths import redact
+from ray_cxr.storage.stores import describe_error, is_access_denied, open_uri, unescape
 
 #: Names the folder for copies, which must be on a disk of the machine; without it one in the system's temporary folder.
 CACHE_VARIABLE = "RAY_CXR_CACHE"
@@ -63,7 +64,7 @@ def path(text: str | os.PathLike[str]) -> Path:
     found = _ADDRESS.match(text)
     if found is None:
         return Path(text)
-    scheme, place = found["scheme"].lower(), storage.shown(text)
+    scheme, place = found["scheme"].lower(), redact(text)
     if scheme != "s3":
         raise InputError(f"{place}: only s3:// and paths on this machine can be used here; copy it, or name another")
     rest, mark, options = text[found.end() :].partition("?")
@@ -71,7 +72,7 @@ def path(text: str | os.PathLike[str]) -> Path:
     if found["slashes"] != "://" or not bucket:
         raise InputError(f"{place}: names no bucket; write it as s3://BUCKET/FOLDER")
     try:
-        one = StorePath(bucket, storage.unescape(key).strip("/"), mark + options)
+        one = StorePath(bucket, unescape(key).strip("/"), mark + options)
         with _failures(one, "opened"):
             one.store()
     except ImageError as error:
@@ -151,7 +152,7 @@ class StorePath:
 
     def store(self) -> Any:
         """The file system that holds it."""
-        return storage.open_uri(str(self))[0]
+        return open_uri(str(self))[0]
 
     @property
     def inner(self) -> str:
@@ -464,11 +465,11 @@ def _failures(place: StorePath, done: str = "read") -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise _missing(place) from None
     except OSError as error:
-        if storage.refused(error):
+        if is_access_denied(error):
             raise InputError(
                 f"{place}: may not be {done}: the store does not permit it; check the credentials in the environment"
             ) from None
-        said = storage.said(error)
+        said = describe_error(error)
         if said == "NO_SUCH_BUCKET":
             raise InputError(f"{place}: cannot be {done}: there is no such bucket; make it, or name another") from None
         raise RayCxrError(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_cxr.data.dicom import read_tags
-from ray_cxr.data.imaging import load
+from ray_cxr.imaging.decode import load_image
+from ray_cxr.imaging.dicom import read_tags
 
 
 def assert_pixels(image: np.ndarray, pixels: list[int], sha256: str) -> None:
@@ -28,20 +28,20 @@ def assert_pixels(image: np.ndarray, pixels: list[int], sha256: str) -> None:
 )
 def test_dicom_equals_its_png(shared: Path, name: str, pixels: list[int], sha256: str) -> None:
     for path in (shared / "nih" / "images1024" / f"{name}.png", shared / "dicom" / f"nih_{name}.dcm"):
-        image = load(str(path))
+        image = load_image(str(path))
         assert image.shape == (1024, 1024)
         assert_pixels(image, pixels, sha256)
 
 
 def test_monochrome1_and_2_are_inverses(shared: Path) -> None:
-    one, two = (load(str(shared / "dicom" / f"cr_chest_monochrome{kind}_jpeg.dcm")) for kind in (1, 2))
+    one, two = (load_image(str(shared / "dicom" / f"cr_chest_monochrome{kind}_jpeg.dcm")) for kind in (1, 2))
     np.testing.assert_array_equal(one, 255 - two)
     assert_pixels(two, [0, 208, 229], "938432fbb18d79f48568dc5b1fb06ffd2ace4a4ded4bfc490c35981e58f053fb")
 
 
 def test_rgba_gives_its_channel(shared: Path) -> None:
     path = shared / "nih" / "images1024" / "00000100_000.png"
-    image = load(str(path))
+    image = load_image(str(path))
     with Image.open(path) as stored:
         assert stored.mode == "RGBA"
         np.testing.assert_array_equal(image, np.asarray(stored)[:, :, 0])

@@ -19,9 +19,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_cxr.data import remote, storage
-from ray_cxr.data.storage import list_images, listing, read_bytes, split_member
 from ray_cxr.errors import ImageError, InputError
+from ray_cxr.storage import remote, stores
+from ray_cxr.storage.files import Listing, find_images, list_images, read_bytes
+from ray_cxr.storage.paths import (
+    MEMBER_PATTERN,
+    file_name,
+    file_names,
+    format_suffixes,
+    make_absolute,
+    plain_path,
+    redact,
+    split_member,
+)
 
 DICOM = bytes(128) + b"DICM" + bytes(100)
 
@@ -53,12 +63,12 @@ def reading_code(path: Any, **limits: int) -> str:
 
 def listing_error(location: str) -> str:
     with pytest.raises(InputError) as caught:
-        listing(location)
+        find_images(location)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def names(found: storage.Listing) -> list[str]:
+def names(found: Listing) -> list[str]:
     assert all(path.startswith(found.root) for path in found.paths.to_pylist())
     return [path.removeprefix(found.root) for path in found.paths.to_pylist()]
 
@@ -107,7 +117,7 @@ def test_listing_of_a_folder(tmp_path: Path, address: Any, monkeypatch: pytest.M
     write_files(tmp_path, {name: name.encode() for name in (*TREE, *hidden)})
     (tmp_path / "sub" / "folder.png").mkdir()
     for location in (address(tmp_path), f"{address(tmp_path)}/"):
-        found = listing(location)
+        found = find_images(location)
         assert found.root == f"{address(tmp_path)}/"
         assert [read_bytes(path).decode() for path in found.paths.to_pylist()] == TREE
         assert found.left_out == {".txt": 1, "": 1}
@@ -137,7 +147,7 @@ def test_locations_without_images_are_refused(tmp_path: Path, address: Any) -> N
     }.items():
         assert listing_error(address(tmp_path / name)).startswith(f"{address(tmp_path / name)}: {part}")
     counts = {".txt": 1200, "": 3, ".a": 2, ".b": 2, ".c": 1, ".d": 1, ".e": 1}
-    assert storage.suffixes_text(counts) == "1,200 .txt, 3 without suffix, 2 .a, 2 .b, 1 .c, 2 others"
+    assert format_suffixes(counts) == "1,200 .txt, 3 without suffix, 2 .a, 2 .b, 1 .c, 2 others"
 
 
 NAMES = st.text(st.sampled_from("ab-.0~"), min_size=1, max_size=3).filter(lambda name: not name.startswith("."))
@@ -156,7 +166,7 @@ def test_dicom_files_without_suffix_are_found_by_their_first_bytes(tmp_path: Pat
     others = {"PAT/1.2.840.3": DICOM[:131], "PAT/README": b"DICM", "DICOMDIR": DICOM, "sub/dicomdir": DICOM}
     write_files(tmp_path, {**images, **others, "scan.dcm.bak": DICOM, "notes.TXT": b""})
     os.mkfifo(tmp_path / "PIPE")
-    found = listing(address(tmp_path))
+    found = find_images(address(tmp_path))
     assert names(found) == sorted(images)
     pipe = 1 if address is str else 0  # Arrow lists files and folders only
     assert found.left_out == {"": len(others) + pipe, ".bak": 1, ".txt": 1}
@@ -169,7 +179,7 @@ def test_names_that_are_not_utf8_are_counted(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "b.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as tar:
         for name in ("ö.png", "o.png"):
             tar.addfile(tarfile.TarInfo(name))
-    found = listing(str(tmp_path))
+    found = find_images(str(tmp_path))
     assert names(found) == ["a.png", "b.tar::o.png"]
     assert found.left_out == {"not named in UTF-8": 2}
 
@@ -187,22 +197,22 @@ PIECES = st.sampled_from([".tar", ".tar.gz", ".TGZ", "::", ":", "?", "s3://", "a
 @given(st.lists(PIECES, max_size=9).map("".join))
 def test_python_and_arrow_split_members_alike(path: str) -> None:
     assert [split_member(path) for path, _ in MEMBERS] == [parts for _, parts in MEMBERS]
-    found = pc.extract_regex(pa.array([path]), storage.MEMBER_PATTERN)[0].as_py()
+    found = pc.extract_regex(pa.array([path]), MEMBER_PATTERN)[0].as_py()
     assert (found and (found["archive"], found["member"])) == split_member(path)
 
 
 def test_names_in_paths_and_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert storage.absolute("x/../a.tar::./i/b.png") == f"{tmp_path}/a.tar::./i/b.png"
-    assert storage.absolute("s3://b/a.tar?x=1::i") == "s3://b/a.tar?x=1::i"
-    assert storage.plain_path("s3://b/a%20b.tar?x=1/2::i/%20?.png") == "s3://b/a b.tar::i/%20?.png"
+    assert make_absolute("x/../a.tar::./i/b.png") == f"{tmp_path}/a.tar::./i/b.png"
+    assert make_absolute("s3://b/a.tar?x=1::i") == "s3://b/a.tar?x=1::i"
+    assert plain_path("s3://b/a%20b.tar?x=1/2::i/%20?.png") == "s3://b/a b.tar::i/%20?.png"
     paths = ["/a/b.png", "s3://b/c%20d.png?x=a/b", "/a/b.tar::c.png", "/a/b.tar::d/c.png", "/a/x::y.png", None]
     expected = ["b.png", "c d.png", "c.png", "c.png", "x::y.png", None]
-    assert [path and storage.file_name(path) for path in paths] == expected
-    assert storage.file_names(pa.chunked_array([paths[:2], paths[2:]])).to_pylist() == expected
+    assert [path and file_name(path) for path in paths] == expected
+    assert file_names(pa.chunked_array([paths[:2], paths[2:]])).to_pylist() == expected
     # An address in a message holds no key and no options.
-    assert storage.shown("s3://KEY:SECRET@bucket/a?x=SECRET") == "s3://bucket/a"
-    assert storage.shown("/a/b@c?d") == "/a/b@c?d"
+    assert redact("s3://KEY:SECRET@bucket/a?x=SECRET") == "s3://bucket/a"
+    assert redact("/a/b@c?d") == "/a/b@c?d"
 
 
 def test_archives_are_read_and_listed_in_their_place(tmp_path: Path, address: Any) -> None:
@@ -210,7 +220,7 @@ def test_archives_are_read_and_listed_in_their_place(tmp_path: Path, address: An
     first = tar_bytes({"images/2.png": b"22", "images/1 %.png": b"1", "note.txt": b"n", "images/0.png": b""})
     files = {name: name.encode() for name in ("a.png", "images_001.tar.gz.md5", "z.png")}
     write_files(root, {**files, "images_001.tar.gz": first, "sub/images_002.tar": tar_bytes({"3.png": b"3"}, "w")})
-    found = listing(address(root))
+    found = find_images(address(root))
     members = [f"images_001.tar.gz::images/{name}.png" for name in ("2", "1 %", "0")]
     assert names(found) == ["a.png", *members, "sub/images_002.tar::3.png", "z.png"]
     assert found.left_out == {".txt": 1, ".md5": 1}
@@ -228,9 +238,9 @@ def test_archives_are_read_and_listed_in_their_place(tmp_path: Path, address: An
 def test_members_unpacked_beside_their_archive_are_taken_once(tmp_path: Path, place: str, address: Any) -> None:
     write_files(tmp_path, {"images_001.tar.gz": tar_bytes({f"images/{i} .png": b"x" for i in range(3)})})
     write_files(tmp_path, {f"{place}/{i} .png": b"x" for i in range(2)})
-    found = listing(address(tmp_path))
+    found = find_images(address(tmp_path))
     assert found.unpacked == 2
-    assert sorted(map(storage.file_name, found.paths.to_pylist())) == ["0 .png", "1 .png", "2 .png"]
+    assert sorted(map(file_name, found.paths.to_pylist())) == ["0 .png", "1 .png", "2 .png"]
     assert sum("::" in path for path in found.paths.to_pylist()) == 1
 
 
@@ -262,7 +272,7 @@ def s3(bucket: Any) -> str:
 
 
 def test_bucket_is_listed_and_read(s3: str, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = listing(f"s3://images/set{s3}")
+    found = find_images(f"s3://images/set{s3}")
     members = [f"images_001.tar.gz{s3}::images/{i}.png" for i in range(3)]
     inner = [f"a%20b.png{s3}", f"empty.png{s3}", *members, f"sub/IM1{s3}", f"sub/c.png{s3}"]
     assert found.paths.to_pylist() == [f"s3://images/set/{name}" for name in inner]
@@ -270,11 +280,11 @@ def test_bucket_is_listed_and_read(s3: str, bucket: Any, monkeypatch: pytest.Mon
     contents = [read_bytes(path) for path in found.paths.to_pylist() if "empty" not in path]
     assert [contents[0], *map(len, contents[1:4]), *contents[4:]] == [b"a b", *[200_000] * 3, DICOM, b"c"]
     monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.endpoint)  # names the store too
-    storage._bucket.cache_clear()
+    stores._bucket.cache_clear()
     for location in (f"s3://images{s3}", f"s3://images/{s3}", "s3://images/set"):
-        assert len(listing(location).paths) == 7
+        assert len(find_images(location).paths) == 7
     assert read_bytes("s3://images/set/sub/c.png") == b"c"
-    storage._bucket.cache_clear()
+    stores._bucket.cache_clear()
 
 
 def test_missing_objects_and_buckets(s3: str) -> None:
@@ -297,15 +307,15 @@ def test_refused_access_is_permission(s3: str, bucket: Any) -> None:
 
 
 def test_unreachable_store_is_storage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "MAX_ATTEMPTS", 1)
-    storage._bucket.cache_clear()
+    monkeypatch.setattr(stores, "MAX_ATTEMPTS", 1)
+    stores._bucket.cache_clear()
     options = "?endpoint_override=127.0.0.1:1&scheme=http&region=moon-1"
     assert reading_code(f"s3://images/a.png{options}") == "storage"
     assert reading_code(f"s3://images/a.tar{options}::a.png") == "storage"
     message = listing_error(f"s3://images/set{options}")
     assert "NETWORK_CONNECTION" in message
     assert "moon-1" not in message
-    storage._bucket.cache_clear()
+    stores._bucket.cache_clear()
     google = "gs://anonymous@images/a.png?endpoint_override=127.0.0.1:1&scheme=http&retry_limit_seconds=1"
     assert reading_code(google) == "storage"
 
@@ -326,10 +336,10 @@ def test_escapes_that_are_not_utf8_never_make_two_names_one(tmp_path: Path) -> N
     """With replacement characters `%DC` and `%C4` would name one file, and give one image_id."""
     uris = [f"{(tmp_path / 'M').as_uri()}{escape}-17.dcm" for escape in ("%DC", "%C4")]
     (tmp_path / "M\ufffd-17.dcm").write_bytes(b"another patient's")
-    assert len({storage.file_name(uri) for uri in uris}) == 2
-    assert storage.file_names(pa.chunked_array([uris])).to_pylist() == ["M%DC-17.dcm", "M%C4-17.dcm"]
+    assert len({file_name(uri) for uri in uris}) == 2
+    assert file_names(pa.chunked_array([uris])).to_pylist() == ["M%DC-17.dcm", "M%C4-17.dcm"]
     for uri in uris:
         with pytest.raises(ImageError, match="not UTF-8"):
-            storage.read_bytes(uri)
+            read_bytes(uri)
     with pytest.raises(InputError, match="not UTF-8"):
         remote.path("s3://bucket/M%DC-17")

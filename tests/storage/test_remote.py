@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_tiny_bundle
-from test_storage import no_access
+from test_files import no_access
 
-from ray_cxr.data import atomic, remote, storage
 from ray_cxr.errors import BundleError, InputError, OutputError, RayCxrError
 from ray_cxr.models.bundle import load_bundle, written
 from ray_cxr.scoring import pipeline
+from ray_cxr.storage import atomic, remote, stores
 
 
 @pytest.fixture(autouse=True)
@@ -182,12 +182,12 @@ def test_store_errors_are_one_line(bucket, name: str, monkeypatch: pytest.Monkey
     bucket.put("shut/x", b"x")
     with no_access(bucket.endpoint), pytest.raises(InputError, match="credentials") as refused:
         OPERATIONS[name](remote.path(bucket("shut/x")))
-    monkeypatch.setattr(storage, "MAX_ATTEMPTS", 1)
-    storage._bucket.cache_clear()
+    monkeypatch.setattr(stores, "MAX_ATTEMPTS", 1)
+    stores._bucket.cache_clear()
     place = remote.path("s3://chests/x?anonymous=true&endpoint_override=127.0.0.1:1&scheme=http&region=moon-1")
     with pytest.raises(RayCxrError, match="NETWORK_CONNECTION") as unreachable:
         OPERATIONS[name](place)
-    storage._bucket.cache_clear()
+    stores._bucket.cache_clear()
     assert "\n" not in f"{refused.value}{unreachable.value}"
 
 

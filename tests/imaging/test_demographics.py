@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ray_cxr.data import demographics
+from ray_cxr.imaging import demographics
 
 AGES = {"058Y": 58.0, "58": 58.0, " 7y ": 7.0, "58.5": 58.5, "006M": 0.5, "026W": 26 * 7 / 365.25, "010d": 10 / 365.25}
 

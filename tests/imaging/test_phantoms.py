@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_cxr.data import phantoms
-from ray_cxr.data.imaging import load
-from ray_cxr.data.phantoms import PhantomSet, anatomy, draw, write_phantoms
 from ray_cxr.errors import ConfigError, ImageError, OutputError
+from ray_cxr.imaging import phantoms
+from ray_cxr.imaging.decode import load_image
+from ray_cxr.imaging.phantoms import PhantomSet, anatomy, draw, write_phantoms
 from ray_cxr.labels import FINDINGS, NO_FINDING, parse
 
 PATIENTS = 23  # one of every slot, so that every finding occurs
@@ -99,7 +99,7 @@ def test_every_encoding_has_the_drawn_pixels(small: PhantomSet) -> None:
             assert (image.mode, image.size) == (mode, (64, 64))
         findings = [] if found[name] == (NO_FINDING,) else found[name]
         expected = draw(anatomy(0, patient, 0, size=64), findings)
-        np.testing.assert_array_equal(load(str(small.images / name)), expected)
+        np.testing.assert_array_equal(load_image(str(small.images / name)), expected)
 
 
 def test_broken_files_are_broken_as_named(small: PhantomSet) -> None:
@@ -111,7 +111,7 @@ def test_broken_files_are_broken_as_named(small: PhantomSet) -> None:
         assert found[path.name] == (NO_FINDING,)
         assert path.name in test
         with pytest.raises(ImageError) as caught:
-            load(str(path))
+            load_image(str(path))
         assert caught.value.code == code
     assert small.counts["broken"] == 6
 

@@ -18,9 +18,11 @@ import pytest
 from PIL import Image
 
 from ray_cxr.config import InputSpec
-from ray_cxr.data import imaging, sandbox
-from ray_cxr.data.sandbox import Decoder, Failure, Picture
 from ray_cxr.errors import ImageError, RayCxrError
+from ray_cxr.imaging import sandbox
+from ray_cxr.imaging.decode import decode, load_image
+from ray_cxr.imaging.resize import resize
+from ray_cxr.imaging.sandbox import Decoder, Failure, Picture
 
 sys.path.insert(0, str(Path(__file__).parent))
 import test_dicom
@@ -30,7 +32,7 @@ SPECS = (InputSpec(size=48), InputSpec(size=64, aspect="pad", interpolation="lin
 #: What goes wrong in the child, by the first bytes of a file. Python imports a module of this name when it starts.
 SITECUSTOMIZE = """
 import ctypes, os, signal, sys
-from ray_cxr.data import imaging
+from ray_cxr.imaging import decode as decoding
 
 def misbehave(data, **limits):
     word, _, rest = data.partition(b" ")
@@ -60,7 +62,7 @@ def misbehave(data, **limits):
         rest = data
     return decode(rest, **limits)
 
-decode, imaging.decode = imaging.decode, misbehave
+decode, decoding.decode = decoding.decode, misbehave
 """
 
 
@@ -116,7 +118,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def assert_good(result: Picture | Failure, image: np.ndarray | None = None) -> Picture:
     assert isinstance(result, Picture), result
     for found, spec in zip(result.images, SPECS, strict=True):
-        np.testing.assert_array_equal(found, imaging.resize(ramp() if image is None else image, spec))
+        np.testing.assert_array_equal(found, resize(ramp() if image is None else image, spec))
     return result
 
 
@@ -129,7 +131,7 @@ def test_pixels_are_those_of_load(decoder: Decoder, tmp_path: Path) -> None:
         assert (result.tags, result.shape) == (None, (70, 90))
         for image in result.images:
             assert (image.dtype, image.flags.c_contiguous, image.flags.writeable) == (np.uint8, True, True)
-    np.testing.assert_array_equal(result.images[0], imaging.load(str(plain), SPECS[0]))
+    np.testing.assert_array_equal(result.images[0], load_image(str(plain), SPECS[0]))
     noise = np.random.default_rng(0).integers(0, 256, (1500, 1500), dtype=np.uint8)
     data = png_of(noise)
     assert len(data) > 2 * sandbox._PIPE_BYTES
@@ -142,21 +144,21 @@ def test_image_in_its_own_size() -> None:
         result = one.load(GOOD)
         assert isinstance(result, Picture)
         np.testing.assert_array_equal(result.images[0], ramp())
-        np.testing.assert_array_equal(result.images[1], imaging.resize(ramp(), SPECS[0]))
+        np.testing.assert_array_equal(result.images[1], resize(ramp(), SPECS[0]))
         assert one.load(b"text") == Failure("not_an_image", "the contents are neither PNG, JPEG nor DICOM", None)
 
 
 def test_codes_and_messages_are_those_of_this_process(decoder: Decoder, tmp_path: Path) -> None:
     for data in (b"", b"text", GOOD[:-20], png_of(np.full((40, 40), 7, np.uint8)), bytes(128) + b"DICM"):
         with pytest.raises(ImageError) as caught:
-            imaging.decode(data)
+            decode(data)
         result = decoder.load(data)
         assert isinstance(result, Failure)
         assert (result.code, result.message) == (caught.value.code, caught.value.message)
     (tmp_path / "empty.png").touch()
     for path in (tmp_path / "none.png", tmp_path, tmp_path / "empty.png", "", "a\0b", "nothing://a/b.png"):
         with pytest.raises(ImageError) as caught:
-            imaging.load(str(path))
+            load_image(str(path))
         assert decoder.load(str(path)) == Failure(caught.value.code, caught.value.message, None)
     for no_path in (None, float("nan")):
         assert decoder.load(no_path) == Failure("missing", "there is no path", None)
@@ -298,7 +300,7 @@ def test_child_ends_with_its_parent(tmp_path: Path, hangs: bool) -> None:
     mark = tmp_path / "mark"
     program = textwrap.dedent(f"""
         from ray_cxr.config import InputSpec
-        from ray_cxr.data import sandbox
+        from ray_cxr.imaging import sandbox
         sandbox._ALARM_MARGIN_S = -599.0
         one = sandbox.Decoder([InputSpec()], timeout_s=600.0)
         one._ready()

@@ -1,0 +1,112 @@
+"""How the rows of a table are partitioned into output files and tasks: one task reads each archive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ray_cxr.storage.paths import MEMBER_PATTERN, iter_slices, split_member
+
+
+def first_location(paths: pa.ChunkedArray) -> str | None:
+    """Where the first picture of a table, or its archive, should be; None where the table names none."""
+    named = paths.drop_null()
+    if not len(named):
+        return None
+    path: str = named[0].as_py()
+    inside = split_member(path)
+    return inside[0] if inside else path
+
+
+@dataclass(frozen=True)
+class Range:
+    """Rows that become one output file.
+
+    Attributes:
+        index: number of the file.
+        start: first row of the table.
+        rows: how many.
+    """
+
+    index: int
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one task reads.
+
+    Attributes:
+        archive: read in one pass, for all ranges; None for single files.
+        ranges: in the table's order; of single files one.
+    """
+
+    archive: str | None
+    ranges: tuple[Range, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(one.rows for one in self.ranges)
+
+
+def group_by_archive(table: pa.Table) -> pa.Table:
+    """A table with a column `path` so ordered that each archive's rows stand together.
+
+    Single files (and rows without a path) come first, then the archives in order of their first appearance; among
+    themselves all keep their order. A table that is so already comes back as it is.
+    """
+    codes, _ = _archives(table["path"])
+    order = np.argsort(codes, kind="stable")
+    if (codes[order] == codes).all():
+        return table
+    return table.take(pa.array(order))
+
+
+def plan_units(paths: pa.ChunkedArray, rows_per_file: int) -> list[Unit]:
+    """Cut a table in reading order into output files and tasks.
+
+    No range straddles two archives, or an archive and single files. Ranges are numbered from 0 in the table's order. A
+    table without archives is cut every `rows_per_file` rows.
+
+    Args:
+        paths: the column, string.
+        rows_per_file: the most rows of a range.
+    """
+    codes, names = _archives(paths)
+    found: list[Unit] = []
+    index = 0
+    edges = np.flatnonzero(np.diff(codes)) + 1
+    for start, end in zip([0, *edges.tolist()], [*edges.tolist(), len(codes)], strict=True):
+        ranges = [
+            Range(index + i, at, min(rows_per_file, end - at)) for i, at in enumerate(range(start, end, rows_per_file))
+        ]
+        if not ranges:
+            continue
+        index += len(ranges)
+        code = int(codes[start])
+        if code < 0:
+            found += [Unit(None, (one,)) for one in ranges]
+        else:
+            found.append(Unit(names[code], tuple(ranges)))
+    return found
+
+
+def _archives(paths: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
+    """Which archive holds each row, int32 [n], -1 for none; archives are numbered by their first appearance."""
+    numbers: dict[str, int] = {}
+    codes = np.full(len(paths), -1, np.int32)
+    at = 0
+    for part in iter_slices(paths):
+        if pc.any(pc.match_substring(part, "::")).as_py():
+            archive = pc.struct_field(pc.extract_regex(part, MEMBER_PATTERN), "archive").dictionary_encode()
+            # The last entry serves index -1, which stands for null.
+            lookup = np.array(
+                [*(numbers.setdefault(name, len(numbers)) for name in archive.dictionary.to_pylist()), -1]
+            )
+            codes[at : at + len(part)] = lookup[archive.indices.fill_null(-1).to_numpy()]
+        at += len(part)
+    return codes, list(numbers)

@@ -1,0 +1,1 @@
+"""Radiographs: decoding, DICOM, resizing, the sandboxed decoder process, phantoms and heat map overlays."""

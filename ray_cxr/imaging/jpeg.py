@@ -1,0 +1,112 @@
+"""JPEG: parse the segments, drop all but what pixels need, decode."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+from typing import NamedTuple
+
+import numpy as np
+from PIL import JpegImagePlugin
+
+from ray_cxr.errors import ImageError
+from ray_cxr.imaging.pixels import check_size, to_gray
+
+JPEG_MAGIC = b"\xff\xd8\xff"
+
+
+class JpegStream(NamedTuple):
+    """A complete JPEG or JPEG-LS stream; sizes in pixels, `precision` in bits per sample."""
+
+    height: int
+    width: int
+    precision: int
+    components: int
+    #: The stream from SOI to EOI without comments and application segments (JFIF and Adobe stay: they tell
+    #: the colour space).
+    stream: bytes
+
+
+def parse_jpeg(data: bytes, *, jpeg_ls: bool = False) -> JpegStream:
+    """Walk the segments of a JPEG (ITU-T T.81, B.1) or a JPEG-LS (T.87, C.1) without decoding pixels.
+
+    Bytes after EOI are ignored. Entropy-coded data are only searched for the next marker: what is wrong
+    inside them is left to the decoder, and libjpeg conceals some of it.
+
+    Raises:
+        ImageError: `truncated` where the data end before EOI, `corrupt` where they are not made of segments.
+    """
+    # A byte FF inside entropy-coded data is followed by a stuffed zero byte (T.81) or zero bit (T.87).
+    marker_after_scan = _LS_MARKER if jpeg_ls else _MARKER
+    size: tuple[int, int, int, int] | None = None
+    kept: list[bytes] = [data[:2]]
+    scans = 0
+    at = 2
+    if data[:2] != b"\xff\xd8":
+        raise ImageError("corrupt", "a JPEG stream that does not begin with SOI")
+    while True:
+        start = at
+        while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] in (b"\xff", b""):
+            at += 1  # fill bytes
+        if at + 2 > len(data):
+            raise ImageError("truncated", "the JPEG ends before its end marker")
+        if data[at] != 0xFF:
+            raise ImageError("corrupt", "bytes between the segments of the JPEG")
+        marker = data[at + 1]
+        at += 2
+        if marker == 0xD9:
+            if size is None or not scans:
+                raise ImageError("corrupt", "the JPEG holds no picture")
+            return JpegStream(*size, b"".join([*kept, b"\xff\xd9"]))
+        if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # TEM, RSTn: stand alone
+            continue
+        if marker in (0x00, 0xD8):
+            raise ImageError("corrupt", "a marker of the JPEG where none can be")
+        if at + 2 > len(data):
+            raise ImageError("truncated", "the JPEG ends inside a segment")
+        length = int.from_bytes(data[at : at + 2], "big")
+        if length < 2:
+            raise ImageError("corrupt", "a segment of the JPEG has no length")
+        if at + length > len(data):
+            raise ImageError("truncated", "the JPEG ends inside a segment")
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            if size is not None or length < 8:
+                raise ImageError("corrupt", "the frame header of the JPEG is damaged")
+            precision, height, width, components = struct.unpack_from(">BHHB", data, at + 2)
+            size = (height, width, precision, components)
+        at += length
+        if marker == 0xDA:
+            if size is None:
+                raise ImageError("corrupt", "the JPEG has a scan before its frame header")
+            following = marker_after_scan.search(data, at)
+            if following is None:
+                raise ImageError("truncated", "the JPEG ends inside its pixel data")
+            at = following.start()
+            scans += 1
+        if not (0xE0 <= marker <= 0xEF or marker == 0xFE) or marker in (0xE0, 0xEE):
+            kept.append(data[start:at])
+
+
+_MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")
+_LS_MARKER = re.compile(rb"\xff+[\x80-\xcf\xd8-\xfe]")
+
+
+def decode_jpeg(jpeg: JpegStream, max_pixels: int) -> np.ndarray:
+    """Decode an 8-bit JPEG to uint8[H, W].
+
+    Raises:
+        ImageError: `too_large`, `too_small`, `truncated`, `corrupt`.
+    """
+    check_size(jpeg.height, jpeg.width, max_pixels)
+    if jpeg.precision != 8:
+        raise ImageError("corrupt", f"a JPEG of {jpeg.precision} bits per sample; only 8 can be decoded")
+    # The plug-in's class, not Image.open: that one warns of large pictures by a limit of its own.
+    picture = JpegImagePlugin.JpegImageFile(io.BytesIO(jpeg.stream))
+    try:
+        picture.load()
+    except OSError as error:
+        if "truncated" in str(error):
+            raise ImageError("truncated", "the pixel data of the JPEG end too early") from None
+        raise
+    return to_gray(picture)

@@ -1,0 +1,60 @@
+"""The only resize of radiographs: from their own size straight to the model's input."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from ray_cxr.config import InputSpec
+
+_INTERPOLATION: dict[str, int] = {
+    "area": cv2.INTER_AREA,
+    "linear": cv2.INTER_LINEAR,
+    "cubic": cv2.INTER_CUBIC,
+    "lanczos": cv2.INTER_LANCZOS4,
+}
+
+
+def resize(image: np.ndarray, spec: InputSpec) -> np.ndarray:
+    """Bring a picture to the model's square input, straight from its own size.
+
+    Args:
+        image: uint8[H, W].
+        spec: side S, interpolation and aspect. `stretch` scales both sides to S. `pad` keeps the proportions
+            and centres the picture on black (an odd remainder goes below or to the right). `crop` takes the
+            centred square first (an odd remainder is lost below or to the right).
+
+    Returns:
+        uint8[S, S], always a new array; equal to the input where that is S x S already.
+
+    Raises:
+        ValueError: another dtype, not two dimensions, or an empty side.
+    """
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        raise ValueError(f"image must be a uint8 array, got {getattr(image, 'dtype', type(image).__name__)}")
+    if image.ndim != 2 or 0 in image.shape:
+        raise ValueError(f"image must have the shape [H, W], got {list(image.shape)}")
+    size = spec.size
+    height, width = image.shape
+    if (height, width) == (size, size):
+        return image.copy(order="C")
+    if spec.aspect == "crop":
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        return _scaled(image[top : top + side, left : left + side], size, size, spec)
+    if spec.aspect == "pad":
+        longest = max(height, width)
+        rows = max(1, (2 * height * size + longest) // (2 * longest))  # round to nearest, in integers
+        columns = max(1, (2 * width * size + longest) // (2 * longest))
+        top, left = (size - rows) // 2, (size - columns) // 2
+        canvas = np.zeros((size, size), dtype=np.uint8)
+        canvas[top : top + rows, left : left + columns] = _scaled(image, rows, columns, spec)
+        return canvas
+    return _scaled(image, size, size, spec)
+
+
+def _scaled(image: np.ndarray, rows: int, columns: int, spec: InputSpec) -> np.ndarray:
+    if image.shape == (rows, columns):
+        return image.copy(order="C")
+    image = np.ascontiguousarray(image)
+    return np.asarray(cv2.resize(image, (columns, rows), interpolation=_INTERPOLATION[spec.interpolation]))

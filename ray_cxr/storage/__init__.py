@@ -1,0 +1,1 @@
+"""Files: paths and URIs, stores, archives, whole-file writes, and the folders that runs write."""

@@ -1,0 +1,222 @@
+"""One file on a local disk or in a store that `pyarrow.fs` opens: read its bytes, with errors as `ImageError`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import parse_qsl, unquote
+
+from pyarrow import fs as arrow_fs
+
+from ray_cxr.errors import ImageError
+from ray_cxr.storage.paths import is_uri, to_one_line
+
+#: Larger files are refused before they are read, bytes.
+MAX_BYTES = 512 * 1024 * 1024
+#: What a request to s3:// or gs:// may take. A store that is not there is an error in seconds, and one that stumbles
+#: is asked again.
+CONNECT_TIMEOUT_S = 5.0
+REQUEST_TIMEOUT_S = 30.0
+MAX_ATTEMPTS = 5
+RETRY_LIMIT_S = 60
+_AWS_ERROR = re.compile(r"AWS Error ([A-Z][A-Z0-9_]*) ")
+
+
+def read_file(path: str, max_bytes: int) -> bytes:
+    """Return the contents of one file, local or by URI.
+
+    Raises:
+        ImageError: as `files.read_bytes`.
+    """
+    with storage_errors():
+        data = _read_uri(path, max_bytes) if is_uri(path) else _read_local(path, max_bytes)
+    if not data:
+        raise ImageError("empty", "the file holds 0 bytes")
+    return data
+
+
+@contextlib.contextmanager
+def open_stream(path: str) -> Iterator[Callable[[int], bytes]]:
+    """A file to be read from its start to its end: `read(n)` gives up to n bytes, none at the end.
+
+    Raises:
+        ImageError: `missing`, `permission` or `storage`; also from `read`.
+    """
+    with storage_errors():
+        if is_uri(path):
+            store, inner = open_uri(path)
+            stream = store.open_input_stream(inner, compression=None)
+        else:
+            _check_regular(path)
+            stream = open(path, "rb", buffering=0)  # noqa: SIM115
+
+    def read(count: int) -> bytes:
+        with storage_errors():
+            return bytes(stream.read(count) or b"")
+
+    try:
+        yield read
+    finally:
+        with contextlib.suppress(Exception):  # what closing a broken connection says is no news
+            stream.close()
+
+
+@contextlib.contextmanager
+def storage_errors() -> Iterator[None]:
+    """Turn what a disk or a store raises inside the block into an `ImageError`, without the store's own text."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise ImageError("missing", "no such file") from None
+    except PermissionError:
+        raise ImageError("permission", "no permission to read the file") from None
+    except MemoryError:
+        raise ImageError("too_large", "the file does not fit into memory") from None
+    except Exception as error:  # each store has its own exceptions, and their texts can hold keys and host names
+        if is_access_denied(error):
+            raise ImageError("permission", "the store does not permit to read the file") from None
+        raise ImageError("storage", f"the file cannot be read: {describe_error(error)}") from None
+
+
+def describe_error(error: Exception) -> str:
+    """What failed, in a word or a short line that holds nothing of the address or the store's own text."""
+    aws = _AWS_ERROR.search(str(error))
+    return to_one_line(
+        (aws[1] if aws else error.strerror if isinstance(error, OSError) else "") or type(error).__name__
+    )
+
+
+def _check_regular(path: str) -> os.stat_result:
+    if "\0" in path:
+        raise ImageError("missing", "no such file")
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):  # a pipe would wait for ever, /dev/zero would never end
+        raise ImageError("missing", "the path names a folder or a device, not a file")
+    return info
+
+
+def _read_local(path: str, max_bytes: int) -> bytes:
+    _check_bytes(_check_regular(path).st_size, max_bytes)
+    with open(path, "rb") as file:
+        data = file.read(max_bytes + 1)
+    _check_bytes(len(data), max_bytes)
+    return data
+
+
+def _read_uri(uri: str, max_bytes: int) -> bytes:
+    store, path = open_uri(uri)
+    if not isinstance(store, (arrow_fs.S3FileSystem, arrow_fs.GcsFileSystem)):
+        # Those two say themselves what is missing; here opening a pipe would wait for ever.
+        info = store.get_file_info(path)
+        if info.type == arrow_fs.FileType.NotFound:
+            raise ImageError("missing", "no such file")
+        if info.type == arrow_fs.FileType.Directory:
+            raise ImageError("missing", "the path names a folder, not a file")
+    with store.open_input_file(path) as stream:
+        _check_bytes(stream.size(), max_bytes)
+        data = bytes(stream.read(max_bytes + 1))
+    _check_bytes(len(data), max_bytes)
+    return data
+
+
+def _check_bytes(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise ImageError("too_large", f"more than {max_bytes} bytes")
+
+
+def is_access_denied(error: Exception) -> bool:
+    """Whether a store said that the access is not allowed; Arrow has this as text only."""
+    text = str(error)
+    return isinstance(error, PermissionError) or any(
+        word in text
+        for word in ("ACCESS_DENIED", "HTTP response code 403", "INVALID_ACCESS_KEY_ID", "PERMISSION_DENIED")
+    )
+
+
+def open_uri(uri: str) -> tuple[Any, str]:
+    """The store of a URI and the path in it; opened once per bucket or folder, since that can cost a request."""
+    place, mark, options = uri.partition("?")
+    _refuse_keys(place)
+    scheme, _, rest = place.partition("://")
+    if scheme.lower() in ("s3", "gs", "gcs"):
+        bucket, _, key = rest.partition("/")
+        return _bucket(scheme.lower(), bucket, options), unescape(f"{bucket.rpartition('@')[2]}/{key}").rstrip("/")
+    folder, _, name = place.rpartition("/")
+    if not name or folder.endswith("/") or "#" in place:
+        return arrow_fs.FileSystem.from_uri(uri)
+    store, path = _store(folder + mark + options)
+    return store, f"{path.rstrip('/')}/{unescape(name)}"
+
+
+def unescape(text: str) -> str:
+    """Return the name that a URI's escapes (`%20`) stand for.
+
+    Raises:
+        ImageError: they are not UTF-8; with replacement characters `%DC` and `%C4` would be one name.
+    """
+    try:
+        return unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise ImageError("missing", "the address has escapes that are not UTF-8") from None
+
+
+def _refuse_keys(place: str) -> None:
+    # Paths stand in manifests and score tables, which are passed on.
+    user = re.match(r"[A-Za-z0-9+.\-]+://([^/]*)@", place)
+    if user and user[1] != "anonymous":
+        raise ImageError("storage", "the address holds a key; leave it out and set it in the environment")
+
+
+@functools.lru_cache(maxsize=256)
+def _store(folder: str) -> tuple[Any, str]:
+    return arrow_fs.FileSystem.from_uri(folder)
+
+
+@functools.lru_cache(maxsize=256)
+def _bucket(scheme: str, bucket: str, options: str) -> Any:
+    """The store of a bucket, which asks again where a request fails."""
+    if scheme in ("gs", "gcs"):
+        if "retry_limit_seconds" not in options:
+            options += f"{'&' if options else ''}retry_limit_seconds={RETRY_LIMIT_S}"
+        return arrow_fs.FileSystem.from_uri(f"gs://{bucket}?{options}")[0]
+    chosen = dict(parse_qsl(options, keep_blank_values=True))
+    unknown = chosen.keys() - {
+        "region",
+        "scheme",
+        "endpoint_override",
+        "anonymous",
+        "allow_delayed_open",
+        "allow_bucket_creation",
+        "allow_bucket_deletion",
+        "tls_ca_file_path",
+        "force_virtual_addressing",
+    }
+    if unknown:
+        raise ImageError("storage", f"the address has options that s3 does not: {', '.join(sorted(unknown))}")
+    values: dict[str, Any] = dict(chosen)
+    for name, value in chosen.items():
+        if value.lower() in ("true", "false", "1", "0") and name not in ("region", "scheme", "endpoint_override"):
+            values[name] = value.lower() in ("true", "1")
+    if bucket.startswith("anonymous@"):
+        values["anonymous"] = True
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if "endpoint_override" not in values and endpoint:
+        values["endpoint_override"] = endpoint
+    # What is written in one piece is one PUT then, and not the three requests of a large upload.
+    values.setdefault("allow_delayed_open", True)
+    if "region" not in values and "endpoint_override" not in values:
+        # As pyarrow does for an address: the bucket is asked where it is, since AWS refuses requests elsewhere.
+        values["region"] = arrow_fs.resolve_s3_region(bucket.rpartition("@")[2])
+    return arrow_fs.S3FileSystem(
+        **values,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=REQUEST_TIMEOUT_S,
+        retry_strategy=arrow_fs.AwsStandardS3RetryStrategy(max_attempts=MAX_ATTEMPTS),
+    )
