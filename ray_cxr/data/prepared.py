@@ -44,7 +44,7 @@ from ray_cxr.data import manifest as manifests
 from ray_cxr.data.ranges import Range, Unit, first_location, group_by_archive, plan_units
 from ray_cxr.errors import ConfigError, ImageError, OutputError, TableError
 from ray_cxr.imaging.pixels import MAX_PIXELS
-from ray_cxr.imaging.sandbox import Decoder, Failure, Picture
+from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
 from ray_cxr.progress import Work
 from ray_cxr.storage import atomic, remote
 from ray_cxr.storage.archives import read_members
@@ -265,7 +265,7 @@ def _decoder(settings: PrepareSettings) -> Decoder:
     return Decoder(specs, max_pixels=MAX_PIXELS, timeout_s=settings.decode_timeout_s)
 
 
-def _load(decoder: Decoder, source: str | bytes | None) -> Picture | Failure:
+def _load(decoder: Decoder, source: str | bytes | None) -> DecodedImage | Failure:
     outcome = decoder.load(source)
     if decoder.seconds:
         telemetry.decoded("prepare", decoder.seconds)
@@ -274,7 +274,7 @@ def _load(decoder: Decoder, source: str | bytes | None) -> Picture | Failure:
 
 def _outcomes(
     archive: str, paths: list[str | None], left: np.ndarray, decoder: Decoder
-) -> Iterator[tuple[int, Picture | Failure]]:
+) -> Iterator[tuple[int, DecodedImage | Failure]]:
     """Every row that is left, once, with its picture: single files in order, an archive's as they come."""
     rows = np.flatnonzero(left).tolist()
     if not archive:
@@ -290,7 +290,7 @@ def _outcomes(
         for name, content in read_members(archive, members.keys()):
             met.add(name)
             if isinstance(content, ImageError):
-                outcome: Picture | Failure = Failure(content.code, content.message, None)
+                outcome: DecodedImage | Failure = Failure(content.code, content.message, None)
             else:
                 outcome = _load(decoder, content)
             for row in members[name]:
@@ -340,7 +340,7 @@ class _ShardMaker:
         self._codes: list[str | None] = []
         self._messages: list[str | None] = []
 
-    def add(self, row: int, outcome: Picture | Failure) -> None:
+    def add(self, row: int, outcome: DecodedImage | Failure) -> None:
         if not self.wanted[row]:
             return
         self._order.append(row)

@@ -86,7 +86,7 @@ class HeatMap:
     p: float
     cells: np.ndarray
     area: Area
-    picture: tuple[int, int]
+    image_shape: tuple[int, int]
     overlay: Path
 
     @property
@@ -94,9 +94,9 @@ class HeatMap:
         """Sum of the cells; 0 means that nothing in the picture speaks for the finding."""
         return float(self.cells.sum())
 
-    def on_picture(self, shape: tuple[int, int] | None = None) -> np.ndarray:
+    def project(self, shape: tuple[int, int] | None = None) -> np.ndarray:
         """The map on the original's pixels, or on those of a smaller picture of it: float32 [H,W]."""
-        return on_picture(self.cells, self.area, shape or self.picture)
+        return project_cells(self.cells, self.area, shape or self.image_shape)
 
 
 def read_heatmaps(scores: str | Path, image_ids: Collection[str] | None = None) -> dict[tuple[str, str], HeatMap]:
@@ -137,7 +137,7 @@ def _heat_map(row: dict[str, Any], folder: Path) -> HeatMap:
         p=row["p"],
         cells=np.array(row["map"], np.float32).reshape(row["height"], row["width"]),
         area=Area(*(row[edge] for edge in Area._fields)),
-        picture=(row["picture_height"], row["picture_width"]),
+        image_shape=(row["picture_height"], row["picture_width"]),
         overlay=folder / row["overlay"],
     )
 
@@ -178,7 +178,7 @@ def area_of(spec: InputSpec, height: int, width: int) -> Area:
     return Area(-top / rows, -left / columns, (spec.size - top) / rows, (spec.size - left) / columns)
 
 
-def on_picture(cells: np.ndarray, area: Area, shape: tuple[int, int]) -> np.ndarray:
+def project_cells(cells: np.ndarray, area: Area, shape: tuple[int, int]) -> np.ndarray:
     """Lay a map over a picture, linear between the middles of its cells; 0 outside of what it covers.
 
     Args:

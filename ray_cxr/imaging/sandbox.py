@@ -2,7 +2,7 @@
 
     parent                                    child: python -m ray_cxr.imaging.sandbox
     Decoder.load(path or contents)  -- stdin -->  read_bytes, decode, read_tags, resize
-    Picture | Failure               <- stdout --  pixels, or a code and a message
+    DecodedImage | Failure               <- stdout --  pixels, or a code and a message
 
 Both directions carry frames: the lengths of the two parts that follow, a JSON object, raw bytes. The child runs
 what `imaging` runs, so pixels and codes are those of decoding in-process. What decoders print goes to the null
@@ -56,7 +56,7 @@ _NONSENSE = "an answer that cannot be read"
 
 
 @dataclass(frozen=True)
-class Picture:
+class DecodedImage:
     """One radiograph: uint8[S, S] per spec, in the order of the specs, each the caller's own; uint8[H, W] for None.
 
     `tags` are `dicom.read_tags` of a DICOM where they were asked for, else None; `shape` is height and width in pixels
@@ -131,7 +131,7 @@ class Decoder:
         # Where nobody calls `close`, too: no child stays behind, and Popen does not warn of one.
         self._finalizer = weakref.finalize(self, self._child.kill)
 
-    def load(self, source: str | bytes | None) -> Picture | Failure:
+    def load(self, source: str | bytes | None) -> DecodedImage | Failure:
         """Read, decode and resize one radiograph.
 
         A child that is lost over a file may have been killed for another reason, so the file gets a second one;
@@ -141,7 +141,7 @@ class Decoder:
             source: a path or URI for `storage.read_bytes`, the contents of a file, or None (`missing`).
 
         Returns:
-            A `Picture`, or a `Failure` with any code of `imaging.load`, `decode_timeout` or `decoder_crash`.
+            A `DecodedImage`, or a `Failure` with any code of `imaging.load`, `decode_timeout` or `decoder_crash`.
 
         Raises:
             RayCxrError: the child cannot be started, whatever the file.
@@ -217,7 +217,7 @@ class Decoder:
             f"the decoder process cannot start ({reason}); see what `{sys.executable} -m ray_cxr.imaging.sandbox` says"
         )
 
-    def _answer(self, child: _Child, deadline: float) -> Picture | Failure:
+    def _answer(self, child: _Child, deadline: float) -> DecodedImage | Failure:
         try:
             answer, size = child.receive(deadline)
             if "code" in answer:
@@ -235,7 +235,7 @@ class Decoder:
         images = tuple(np.empty(shape, np.uint8) for shape in shapes)
         for image in images:
             child.read_into(image.data.cast("B"), deadline)
-        return Picture(images, tags, (height, width))
+        return DecodedImage(images, tags, (height, width))
 
 
 class _Child:

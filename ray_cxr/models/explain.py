@@ -25,7 +25,7 @@ import numpy as np
 
 from ray_cxr.config import HeatMapMethod, InputSpec
 from ray_cxr.errors import ConfigError
-from ray_cxr.imaging.overlays import WHOLE, Area, content, on_picture
+from ray_cxr.imaging.overlays import WHOLE, Area, content, project_cells
 from ray_cxr.imaging.resize import resize
 
 #: Names that `classifier.build` gives the head's first layer; its input is the feature map.
@@ -129,7 +129,7 @@ def overlay(picture: np.ndarray, cells: np.ndarray, area: Area = WHOLE, *, side:
     peak = float(cells.max())
     if not peak > 0:
         return np.repeat(gray[..., None], 3, axis=2)
-    strength = on_picture(cells / peak, area, (gray.shape[0], gray.shape[1]))
+    strength = project_cells(cells / peak, area, (gray.shape[0], gray.shape[1]))
     # In 256 steps, as many as a colour has: colour and cover of each come from one table.
     step = np.rint(strength * 255).astype(np.uint8)
     colours, left = _table()

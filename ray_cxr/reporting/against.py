@@ -184,7 +184,7 @@ def against_scores(
     }
 
 
-class _OnPictures:
+class _ProjectedMaps:
     """Heat maps by image and finding, each over the whole picture, as boxes are."""
 
     def __init__(self, found: Mapping[tuple[str, str], HeatMap]) -> None:
@@ -195,7 +195,7 @@ class _OnPictures:
         if one is None:
             return None
         # As it is where it can be: each cell then is exactly what the network gave.
-        return one.cells if one.area == WHOLE else one.on_picture((_LAID_SIDE, _LAID_SIDE))
+        return one.cells if one.area == WHOLE else one.project((_LAID_SIDE, _LAID_SIDE))
 
 
 def against_boxes(
@@ -226,7 +226,7 @@ def against_boxes(
     checked = guard(table, np.unique(rows), patients, population.split, "the boxed images")
     maps = read_heatmaps(table.home, set(found.image_ids[there]))
     measured = localisation.measure(
-        _OnPictures(maps),  # type: ignore[arg-type]  # it is asked with `get` alone
+        _ProjectedMaps(maps),  # type: ignore[arg-type]  # it is asked with `get` alone
         found.image_ids[there],
         found.findings[there],
         found.xywh[there],

@@ -32,7 +32,7 @@ from ray_cxr import tasks, telemetry
 from ray_cxr.config import InputSpec, ScoreSettings
 from ray_cxr.errors import RETRYABLE_CODES, ImageError, RayCxrError
 from ray_cxr.evaluation import quality
-from ray_cxr.imaging.sandbox import Decoder, Failure, Picture
+from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
 from ray_cxr.models import predictions
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.models.runtime import Outputs, Runtime, open_runtime
@@ -219,9 +219,9 @@ class Reading:
         for _ in range(decoders):
             self._pool.submit(self._begin, barrier)
 
-    def pictures(self, works: Sequence[Work]) -> Iterator[tuple[Place, Picture | Failure]]:
+    def iter_images(self, works: Sequence[Work]) -> Iterator[tuple[Place, DecodedImage | Failure]]:
         """Every row's picture or failure; of single files in order, of an archive in the archive's order."""
-        ahead: deque[tuple[Place, int, Future[Picture | Failure]]] = deque()
+        ahead: deque[tuple[Place, int, Future[DecodedImage | Failure]]] = deque()
         held = 0
         # One range after the other: both at once would end at once, and leave the network without work.
         with self._turn:
@@ -253,7 +253,7 @@ class Reading:
         found: Decoder = self._local.decoder
         return found
 
-    def _load(self, source: Source) -> Picture | Failure:
+    def _load(self, source: Source) -> DecodedImage | Failure:
         decoder = self._decoder()
         found = decoder.load(source)
         if decoder.seconds:
@@ -261,8 +261,8 @@ class Reading:
         return found
 
 
-def _done(value: Picture | Failure) -> Future[Picture | Failure]:
-    future: Future[Picture | Failure] = Future()
+def _done(value: DecodedImage | Failure) -> Future[DecodedImage | Failure]:
+    future: Future[DecodedImage | Failure] = Future()
     future.set_result(value)
     return future
 
@@ -309,7 +309,7 @@ class Scoring:
         self.first_at: float | None = None
 
     def score(
-        self, works: Sequence[Work], pictures: Iterator[tuple[Place, Picture | Failure]]
+        self, works: Sequence[Work], pictures: Iterator[tuple[Place, DecodedImage | Failure]]
     ) -> Iterator[tuple[int, int, int]]:
         """Take pictures in any order; write each range when its last row is there.
 
@@ -429,7 +429,7 @@ class ScoreActor:
             return failure(self._failed)
         try:
             works = take_up(self._job, task, self._scoring.findings)
-            written = list(self._scoring.score(works, self._reading.pictures(works)))
+            written = list(self._scoring.score(works, self._reading.iter_images(works)))
         except Exception as error:
             return failure(tasks.sanitize_error(error, "score"))
         return summary(written, self._times, self._scoring.first_at)
@@ -491,7 +491,7 @@ def _decode(task: dict[str, Any], job: Job) -> Iterator[dict[str, Any]]:
     for w, work in enumerate(works):
         if not work.left:
             yield _decoded(task, work, images, w)
-    for (w, i), found in reading.pictures(works):
+    for (w, i), found in reading.iter_images(works):
         work = works[w]
         if found.tags is not None:
             work.tags[i] = found.tags
@@ -567,8 +567,8 @@ class NetworkActor:
             found: dict[str, Any] = {name: text or None for name, text in zip(_FROM_TAGS, texts, strict=True)}
             found["age"] = None if found["age"] is None else float(found["age"])
             tags[int(i)] = found
-        pictures: Iterator[tuple[Place, Picture | Failure]] = (
-            ((0, i), failures.get(i) or Picture((images[i],), None)) for i in range(len(work.rows))
+        pictures: Iterator[tuple[Place, DecodedImage | Failure]] = (
+            ((0, i), failures.get(i) or DecodedImage((images[i],), None)) for i in range(len(work.rows))
         )
         work.tags = tags
         return list(self._scoring.score(works, pictures))

@@ -31,7 +31,7 @@ from ray_cxr.config import HeatMapMethod, InputSpec, ScoreSettings
 from ray_cxr.data.ranges import Range, Unit
 from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError, RayCxrError
 from ray_cxr.imaging.overlays import FOLDER, SCHEMA, area_of, overlay_name
-from ray_cxr.imaging.sandbox import Failure, Picture
+from ray_cxr.imaging.sandbox import DecodedImage, Failure
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import predictions, runtime
 from ray_cxr.models.bundle import Bundle
@@ -304,7 +304,7 @@ class Drawing:
             works.append(Work(index, rows, None, None, p, left=len(rows)))
         return works
 
-    def draw(self, works: Sequence[Work], pictures: Iterator[tuple[Place, Picture | Failure]]) -> Iterator[int]:
+    def draw(self, works: Sequence[Work], pictures: Iterator[tuple[Place, DecodedImage | Failure]]) -> Iterator[int]:
         """Take pictures in any order; write a range when its last one is there.
 
         Yields:
@@ -312,7 +312,7 @@ class Drawing:
         """
         done: list[dict[int, list[dict[str, Any]]]] = [{} for _ in works]
         digests = [_digest(part_path(self._job.folder, work.index)) for work in works]
-        batch: list[tuple[Place, Picture]] = []
+        batch: list[tuple[Place, DecodedImage]] = []
         for w, work in enumerate(works):
             if not work.left:
                 yield self._write(work, done[w], digests[w])
@@ -337,7 +337,7 @@ class Drawing:
     def _settle(
         self,
         works: Sequence[Work],
-        batch: list[tuple[Place, Picture]],
+        batch: list[tuple[Place, DecodedImage]],
         done: Sequence[dict[int, list[dict[str, Any]]]],
     ) -> list[int]:
         """Draw a batch and empty it; returns the ranges that its pictures are of."""
@@ -374,7 +374,7 @@ class Drawing:
         self,
         work: Work,
         i: int,
-        picture: Picture,
+        picture: DecodedImage,
         chosen: np.ndarray,
         p: np.ndarray,
         again: np.ndarray,
@@ -472,7 +472,7 @@ class HeatMapActor:
                 # Where Ray does a task again, because a worker was lost, what it had drawn stays as it is.
                 indices = remaining(self._job.folder, indices, self._job.run, self._asked, retry=False)
             works = self._drawing.take_up(sorted(indices))
-            return _answer(sum(self._drawing.draw(works, self._reading.pictures(works))), done=sorted(indices))
+            return _answer(sum(self._drawing.draw(works, self._reading.iter_images(works))), done=sorted(indices))
         except Exception as error:
             return _answer(0, sanitize_error(error, "score --heatmaps"))
 

@@ -33,7 +33,7 @@ from pydicom.uid import (
 from ray_cxr.errors import ImageError
 from ray_cxr.imaging.decode import decode
 from ray_cxr.imaging.dicom import decode_dicom, looks_like_dicom, read_tags
-from ray_cxr.imaging.sandbox import Decoder, Failure, Picture
+from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
 
 SECRET = "Doe^Jane"
 U8, U16, I8, I16 = np.uint8, np.uint16, np.int8, np.int16
@@ -459,7 +459,7 @@ def test_lossless_jpeg_of_any_precision(decoder: Decoder, name: str) -> None:
     for syntax in (JPEGLossless, JPEGLosslessSV1):
         data = encapsulated(image, syntax, jpeg_lossless(image, precision), stored, **fields)
         found = decoder.load(data)  # in a child process: a failure would be a crash
-        assert isinstance(found, Picture), found
+        assert isinstance(found, DecodedImage), found
         assert found.images[0][0, : len(gray)].tolist() == gray
 
 

@@ -22,7 +22,7 @@ from ray_cxr.errors import ImageError, RayCxrError
 from ray_cxr.imaging import sandbox
 from ray_cxr.imaging.decode import decode, load_image
 from ray_cxr.imaging.resize import resize
-from ray_cxr.imaging.sandbox import Decoder, Failure, Picture
+from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
 
 sys.path.insert(0, str(Path(__file__).parent))
 import test_dicom
@@ -115,8 +115,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def assert_good(result: Picture | Failure, image: np.ndarray | None = None) -> Picture:
-    assert isinstance(result, Picture), result
+def assert_good(result: DecodedImage | Failure, image: np.ndarray | None = None) -> DecodedImage:
+    assert isinstance(result, DecodedImage), result
     for found, spec in zip(result.images, SPECS, strict=True):
         np.testing.assert_array_equal(found, resize(ramp() if image is None else image, spec))
     return result
@@ -142,7 +142,7 @@ def test_pixels_are_those_of_load(decoder: Decoder, tmp_path: Path) -> None:
 def test_image_in_its_own_size() -> None:
     with Decoder([None, SPECS[0]]) as one:
         result = one.load(GOOD)
-        assert isinstance(result, Picture)
+        assert isinstance(result, DecodedImage)
         np.testing.assert_array_equal(result.images[0], ramp())
         np.testing.assert_array_equal(result.images[1], resize(ramp(), SPECS[0]))
         assert one.load(b"text") == Failure("not_an_image", "the contents are neither PNG, JPEG nor DICOM", None)

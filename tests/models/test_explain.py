@@ -16,7 +16,7 @@ from PIL import Image
 
 from ray_cxr.config import InputSpec
 from ray_cxr.imaging import phantoms
-from ray_cxr.imaging.overlays import WHOLE, Area, area_of, content, on_picture
+from ray_cxr.imaging.overlays import WHOLE, Area, area_of, content, project_cells
 from ray_cxr.imaging.resize import resize
 from ray_cxr.labels import FINDINGS
 from ray_cxr.models import backbones, classifier
@@ -110,8 +110,8 @@ def test_spot_in_the_input_is_drawn_on_the_spot_in_the_original(height, width, a
     image = np.zeros((height, width), np.uint8)
     image[top : top + side, left : left + side] = 255
     seen, area = resize(image, spec), area_of(spec, height, width)
-    laid = on_picture(seen.astype(np.float32), area, image.shape)
-    inside = on_picture(np.ones((8, 8), np.float32), area, image.shape) > 0.5
+    laid = project_cells(seen.astype(np.float32), area, image.shape)
+    inside = project_cells(np.ones((8, 8), np.float32), area, image.shape) > 0.5
     assert inside.all() or aspect == "crop"
     pixel = max(height, width) / 64 + 1  # the input's own blur, on either side
     found, visible = np.argwhere(laid > 127), np.argwhere((image > 0) & inside)
@@ -127,9 +127,9 @@ def test_areas_and_cells_by_hand() -> None:
     assert content(InputSpec(size=64, aspect="pad"), 200, 99) == (0, 16, 64, 32)
     assert area_of(InputSpec(size=64, aspect="crop"), 100, 200) == Area(0.0, 0.25, 1.0, 0.75)
     cells = np.array([[0.0, 4.0]], np.float32)
-    np.testing.assert_allclose(on_picture(cells, WHOLE, (1, 4)), [[0, 1, 3, 4]])
-    np.testing.assert_allclose(on_picture(cells + 1, Area(0.0, 0.25, 1.0, 0.75), (1, 4)), [[0, 1, 5, 0]])
-    padded = on_picture(np.array([[8.0], [1.0], [2.0], [8.0]], np.float32), Area(-0.5, 0.0, 1.5, 1.0), (2, 1))
+    np.testing.assert_allclose(project_cells(cells, WHOLE, (1, 4)), [[0, 1, 3, 4]])
+    np.testing.assert_allclose(project_cells(cells + 1, Area(0.0, 0.25, 1.0, 0.75), (1, 4)), [[0, 1, 5, 0]])
+    padded = project_cells(np.array([[8.0], [1.0], [2.0], [8.0]], np.float32), Area(-0.5, 0.0, 1.5, 1.0), (2, 1))
     np.testing.assert_allclose(padded, [[1], [2]])
 
 
@@ -185,7 +185,7 @@ def test_trained_model_looks_where_the_finding_is_drawn() -> None:
     evidence, areas = [], []
     for cells, without, with_it in zip(maps, healthy[-unseen:], ill[-unseen:], strict=True):
         mass = np.abs(with_it.astype(int) - without) > 24
-        strength = on_picture(cells, WHOLE, mass.shape)
+        strength = project_cells(cells, WHOLE, mass.shape)
         evidence.append(strength[mass].sum() / max(strength.sum(), 1e-6))
         areas.append(mass.mean())
     assert np.mean(evidence) > 2 * np.mean(areas), (np.mean(evidence), np.mean(areas))

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from ray_cxr import telemetry
-from ray_cxr.imaging.sandbox import Failure, Picture
+from ray_cxr.imaging.sandbox import DecodedImage, Failure
 from ray_cxr.scoring import engine, heatmaps
 from ray_cxr.scoring.engine import Work
 
@@ -34,9 +34,9 @@ def test_images_ahead_of_the_model_are_bounded() -> None:
     submitted: list[str] = []
     reading = engine.Reading.__new__(engine.Reading)
     reading._ahead, reading._turn = 5, threading.Lock()
-    image = Picture((np.zeros((SIZE, SIZE), np.uint8),), None)
+    image = DecodedImage((np.zeros((SIZE, SIZE), np.uint8),), None)
     reading._pool = SimpleNamespace(submit=lambda _, path: submitted.append(path) or finished(image))  # type: ignore[assignment]
-    waiting = [len(submitted) - count for count, _ in enumerate(reading.pictures([make_work(12)]))]
+    waiting = [len(submitted) - count for count, _ in enumerate(reading.iter_images([make_work(12)]))]
     assert waiting == [5, 5, 5, 5, 5, 5, 5, 5, 4, 3, 2, 1]
 
 
@@ -51,7 +51,7 @@ def test_batches_are_full_but_for_the_last(monkeypatch: pytest.MonkeyPatch) -> N
     scoring._job, scoring._size, scoring._quality = SimpleNamespace(batch_size=4), SIZE, None  # type: ignore[assignment]
     scoring._runtime, scoring.first_at = SimpleNamespace(submit=submit), None  # type: ignore[assignment]
     monkeypatch.setattr(scoring, "_write", lambda work: (work.index, len(work.rows), len(work.failures)))
-    images = [Picture((np.zeros((SIZE, SIZE), np.uint8),), None) for _ in range(10)]
+    images = [DecodedImage((np.zeros((SIZE, SIZE), np.uint8),), None) for _ in range(10)]
     found = [((0, row), image) for row, image in enumerate(images)]
     found.insert(3, ((0, 10), Failure("blank", "all pixels have one value", None)))  # takes no place in a batch
     work = make_work(11)

@@ -102,7 +102,7 @@ def test_maps_are_those_of_the_model_on_the_same_pixels(with_maps: Path, tiny_bu
     for found, cells, original in zip(read.values(), expected, originals, strict=True):
         np.testing.assert_allclose(found.cells, cells, rtol=1e-3, atol=1e-5)
         assert found.evidence == pytest.approx(cells.sum(), rel=1e-3, abs=1e-4)
-        assert found.picture == original.shape
+        assert found.image_shape == original.shape
         shown = np.asarray(Image.open(found.overlay)).astype(int)
         assert np.abs(shown - overlay(original, found.cells, found.area, side=SIDE)).max() <= 1
 
@@ -215,7 +215,7 @@ def test_image_that_changed_since_scoring_gets_no_map(copy: Path, tiny_bundle) -
     job = make_job(tiny_bundle, copy)
     drawing = Drawing(job, Asked(2, "gradcam", 64), 1)
     works = drawing.take_up([0])
-    (images,) = drawing.draw(works, Reading(job, 1, drawing.more).pictures(works))
+    (images,) = drawing.draw(works, Reading(job, 1, drawing.more).iter_images(works))
     found = pd.read_parquet(copy / "heatmaps" / "part-00000.parquet").set_index("image_id")
     assert found["error_code"].dropna().to_dict() == {table["image_id"][2].as_py(): "changed"}
     assert len(found) == 2 * images + 1
@@ -243,12 +243,12 @@ def test_maps_of_oblong_images_in_archives_with_foreign_ids(tmp_path: Path, comm
     assert_done(command(*arguments(bundle, tmp_path / "m.parquet", tmp_path / "out", "--heatmaps", 5)))
     found = read_heatmaps(tmp_path / "out")
     assert set(found) == {(image_id, "Mass") for image_id in ids}
-    assert [found[one, "Mass"].picture for one in ids] == [shapes[name] for name in ("b.png", "a.png", "c.png")]
+    assert [found[one, "Mass"].image_shape for one in ids] == [shapes[name] for name in ("b.png", "a.png", "c.png")]
     assert [Image.open(found[one, "Mass"].overlay).size for one in ids] == [(32, 128), (128, 64), (128, 128)]
     for one in found.values():
         assert one.overlay.parent == tmp_path / "out" / "heatmaps"
-        assert one.area == area_of(bundle.input_spec, *one.picture)
-        assert one.on_picture().shape == one.picture
+        assert one.area == area_of(bundle.input_spec, *one.image_shape)
+        assert one.project().shape == one.image_shape
 
 
 def test_runs_and_folders_without_maps_are_refused(tmp_path: Path, manifest: Path, tiny_bundle, command) -> None:

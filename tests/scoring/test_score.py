@@ -22,7 +22,7 @@ from score_folders import arguments, assert_done, assert_refused, make_job, modi
 from ray_cxr import cli
 from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import ConfigError, OutputError, RayCxrError
-from ray_cxr.imaging.sandbox import Picture
+from ray_cxr.imaging.sandbox import DecodedImage
 from ray_cxr.models import predictions
 from ray_cxr.scoring import pipeline
 from ray_cxr.scoring.engine import Reading, Work
@@ -91,8 +91,8 @@ def test_score_predict_and_the_prepared_set_agree(scores: Path, prepared: Path, 
     works = [Work(0, work, None, None, np.zeros((len(work), 0), np.float32), left=len(work))]
     fed = {
         work["image_id"][i].as_py(): found.images[0]
-        for (_, i), found in Reading(make_job(tiny_bundle, scores), 1).pictures(works)
-        if isinstance(found, Picture)
+        for (_, i), found in Reading(make_job(tiny_bundle, scores), 1).iter_images(works)
+        if isinstance(found, DecodedImage)
     }
     np.testing.assert_array_equal(np.stack([fed[name] for name in data.image_ids]), data.images)
     expected = tiny_bundle.predict(np.asarray(data.images), batch_size=8, precision="fp32").filter(regex="^p_")
