@@ -46,9 +46,8 @@ from ray_cxr.errors import ConfigError, ImageError, OutputError, TableError
 from ray_cxr.imaging.pixels import MAX_PIXELS
 from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
 from ray_cxr.progress import Work
-from ray_cxr.storage import atomic, remote
+from ray_cxr.storage import atomic, remote, run_folder
 from ray_cxr.storage.archives import read_members
-from ray_cxr.storage.run_folder import SETTINGS, check_run, create_run
 from ray_cxr.tasks import (
     MAX_LOST_PER_WORKER,
     SUCCESS,
@@ -104,7 +103,7 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
     units = plan_units(table["path"], settings.rows_per_shard)
     n_rows = len(table)
     cluster.require_shared(out, **{"a picture at": first_location(table["path"])})
-    create_run(out, wanted)
+    run_folder.create_run(out, wanted)
     if not (out / "manifest.parquet").exists():
         freeze(table, out / "manifest.parquet", units)
     del table
@@ -188,7 +187,7 @@ def check(manifest: str | Path, out: Path, settings: PrepareSettings) -> tuple[p
     units = plan_units(table["path"], settings.rows_per_shard)
     if any(unit.archive for unit in units):
         wanted |= {"format": FORMAT_WITH_ARCHIVES, "shards": sum(len(unit.ranges) for unit in units)}
-    check_run(out, wanted)
+    run_folder.check_run(out, wanted)
     return table, wanted
 
 
@@ -615,12 +614,9 @@ class PreparedSet:
 
     def __init__(self, path: str | Path, size: int | None = None) -> None:
         self.path = remote.path(path)
-        try:
-            self._settings: dict[str, Any] = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
-            made_by, made_in = self._settings.get("kind", "prepare"), self._settings.get("format", FORMAT)
-        except (OSError, ValueError, AttributeError):
-            made_by, made_in = None, None
-        if made_by != "prepare":
+        self._settings = run_folder.read_settings(self.path)
+        made_in = self._settings.get("format", FORMAT)
+        if not self._settings or self._settings.get("kind", "prepare") != "prepare":
             raise ConfigError(f"{path}: not a prepared folder; make one with `ray-cxr prepare`")
         if made_in not in (FORMAT, FORMAT_WITH_ARCHIVES):
             raise ConfigError(

@@ -1,62 +1,184 @@
-"""The folder that a command writes: what a later run must agree with to continue there."""
+"""Run folders: the settings a run started with, its completion mark, and its lock.
+
+    OUT/settings.json   written first: what a later run must agree with to continue here
+    OUT/_SUCCESS        written last: all output is complete
+    OUT/.lock           held while a command writes here; the system releases it when the process ends
+
+`OUT` may be in a bucket, except for `lock`, which needs a local path.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_cxr.errors import OutputError
+from ray_cxr.errors import InputError, OutputError
 from ray_cxr.storage import atomic, remote
 
 SETTINGS = "settings.json"
+SUCCESS = "_SUCCESS"
 
 
-def check_run(out: Path, wanted: dict[str, Any], *, remedy: str = "name another --out") -> None:
-    """Check that what `out` holds, if anything, was begun with the same input and settings.
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; `{}` if the file is missing, damaged, or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_settings(out: Path) -> dict[str, Any]:
+    """Return the settings of the run in `out`; `{}` if there is none or its file is damaged."""
+    return read_json(out / SETTINGS)
+
+
+def has_settings(out: Path) -> bool:
+    return (out / SETTINGS).exists()
+
+
+def digest_settings(out: Path) -> str:
+    """Return the SHA-256 of settings.json, which tells one run from another in the same folder.
 
     Raises:
-        OutputError: it was not; the message names each difference.
+        OSError: the file is missing or cannot be read.
+    """
+    return hashlib.sha256((out / SETTINGS).read_bytes()).hexdigest()
+
+
+def check_run(out: Path, settings: Mapping[str, Any], *, remedy: str = "choose another --out") -> None:
+    """Check that a run in `out`, if there is one, started with the same input and settings.
+
+    Raises:
+        OutputError: `out` is a file, its settings are damaged, or they differ; the message names each difference.
     """
     remote.check_bucket(out)
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: is a file; name another --out")
-    path = out / SETTINGS
-    if not path.exists():
+    _refuse_file(out)
+    if not has_settings(out):
         return
-    try:
-        found = _flat(json.loads(path.read_text(encoding="utf-8")))
-        wanted = _flat(wanted)
-        differing = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise OutputError(f"{path}: is damaged; {remedy}") from None
-    if differing:
-        shown = ", ".join(f"{name} {_short(found.get(name))} (now {_short(wanted.get(name))})" for name in differing)
-        raise OutputError(f"{out}: was begun with another {shown}; {remedy}")
+    found = _flatten(read_settings(out))
+    if not found:
+        raise OutputError(f"{out / SETTINGS}: damaged; {remedy}")
+    wanted = _flatten(settings)
+    changed = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
+    if changed:
+        shown = ", ".join(
+            f"{name} {_shorten(found.get(name))} (now {_shorten(wanted.get(name))})" for name in differing
+        )
+        raise OutputError(f"{out}: its run started with other settings: {shown}; {remedy}")
 
 
-def create_run(out: Path, wanted: dict[str, Any]) -> None:
-    """Make `out` and write down what a later run must agree with.
+def create_run(out: Path, settings: Mapping[str, Any]) -> None:
+    """Make `out` and write its settings, unless they exist.
 
     Raises:
         OutputError: the folder cannot be made or written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not (out / SETTINGS).exists():
-            atomic.write_json(out / SETTINGS, wanted)
+        if not has_settings(out):
+            atomic.write_json(out / SETTINGS, settings)
     except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror}; name another --out") from None
+        raise _cannot_write(out, error) from None
 
 
-def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names, so that a difference can be named."""
+def replace_settings(out: Path, settings: Mapping[str, Any]) -> None:
+    """Overwrite the settings of the run in `out`: its remaining workers stop when they notice."""
+    atomic.write_json(out / SETTINGS, settings)
+
+
+def remove_settings(out: Path) -> None:
+    """Remove the settings, so that a run with other ones can start in `out`."""
+    (out / SETTINGS).unlink(missing_ok=True)
+
+
+def refuse_foreign(out: Path, kind: str) -> None:
+    """Refuse to remove anything from a folder that a command of this kind did not start.
+
+    Raises:
+        OutputError: `out` is a file, or a non-empty folder without a run of `kind`.
+    """
+    _refuse_file(out)
+    if out.exists() and read_settings(out).get("kind") != kind and any(out.iterdir()):
+        raise OutputError(f"{out}: holds files but no run of {kind}, so --fresh removes nothing; choose another --out")
+
+
+def is_complete(out: Path) -> bool:
+    return (out / SUCCESS).exists()
+
+
+def mark_complete(out: Path) -> None:
+    """Write `_SUCCESS`; call it after everything else is written."""
+    atomic.write_text(out / SUCCESS, "")
+
+
+def clear_complete(out: Path) -> None:
+    """Remove `_SUCCESS`; call it before anything else in the folder changes."""
+    (out / SUCCESS).unlink(missing_ok=True)
+
+
+def check_complete(path: Path, command: str) -> None:
+    """Check that `path` holds a finished run of `command`, to read it.
+
+    Raises:
+        InputError: no such folder, no run, or an unfinished one.
+    """
+    remedy = f"pass the folder that `ray-cxr {command}` wrote"
+    if not path.exists():
+        raise InputError(f"{path}: no such folder; {remedy}")
+    if not path.is_dir():
+        raise InputError(f"{path}: is a file; {remedy}")
+    if not is_complete(path):
+        if has_settings(path):
+            raise InputError(f"{path}: {command} did not finish; run it again to continue")
+        raise InputError(f"{path}: not a folder that `ray-cxr {command}` wrote; {remedy}")
+
+
+@contextlib.contextmanager
+def lock(out: Path, command: str) -> Iterator[None]:
+    """Hold the lock of a local folder, which is made if needed, while one process of `command` writes there.
+
+    Raises:
+        OutputError: another process holds it, or the folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise _cannot_write(out, error) from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"{out}: another `ray-cxr {command}` is running here; wait for it, or stop it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_file(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: is a file; choose another --out")
+
+
+def _cannot_write(out: Path, error: OSError) -> OutputError:
+    return OutputError(f"{out}: cannot be written: {error.strerror or error}; choose another --out")
+
+
+def _flatten(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Put nested settings under dotted names, so that a message can name a difference."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
+        flat |= _flatten(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
     return flat
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:12] + "..."
