@@ -68,9 +68,7 @@ def check_run(out: Path, settings: Mapping[str, Any], *, remedy: str = "choose a
     wanted = _flatten(settings)
     changed = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
     if changed:
-        shown = ", ".join(
-            f"{name} {_shorten(found.get(name))} (now {_shorten(wanted.get(name))})" for name in differing
-        )
+        shown = ", ".join(f"{name} {_shorten(found.get(name))} (now {_shorten(wanted.get(name))})" for name in changed)
         raise OutputError(f"{out}: its run started with other settings: {shown}; {remedy}")
 
 
