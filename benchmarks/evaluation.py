@@ -49,7 +49,7 @@ from rich.table import Table
 from sklearn import metrics as sklearn_metrics
 
 from ray_cxr.data import manifest
-from ray_cxr.evaluation import calibration, intervals
+from ray_cxr.evaluation import intervals, metrics
 from ray_cxr.labels import FINDINGS
 from ray_cxr.storage import atomic
 from ray_cxr.versions import versions
@@ -62,7 +62,7 @@ REPORT_BAR_S = 90.0
 SAME = 1e-9
 PREVALENCE = 0.05
 GRID = 101
-SCALARS = intervals.QUANTITIES
+SCALARS = tuple(metric.key for metric in metrics.METRICS)
 
 
 class BenchmarkError(Exception):
@@ -150,7 +150,7 @@ def rates(y: np.ndarray, flags: np.ndarray, p: np.ndarray) -> list[float]:
     sensitivity, specificity = over(tp, tp + fn), over(tn, tn + fp)
     hits, alarms = PREVALENCE * sensitivity, (1 - PREVALENCE) * (1 - specificity)
     misses, passes = PREVALENCE * (1 - sensitivity), (1 - PREVALENCE) * specificity
-    error = calibration.expected_error(y, p)
+    error = metrics.expected_calibration_error(y, p)
     return [
         sensitivity,
         specificity,

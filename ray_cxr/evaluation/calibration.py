@@ -268,27 +268,6 @@ def _newton(z: np.ndarray, target: np.ndarray, beta: np.ndarray, ridge: np.ndarr
     return beta
 
 
-def expected_error(y: np.ndarray, p: np.ndarray, bins: int = 10) -> float | None:
-    """Expected calibration error: |mean probability - share of positives| in bins of equal width, weighted by images.
-
-    As in Guo et al. 2017, for one finding: the probability is that of the finding, not of a winning class.
-
-    Args:
-        y: labels [n], 0 or 1.
-        p: probabilities [n] in 0..1.
-        bins: how many.
-
-    Returns:
-        A number in 0..1; None without images.
-    """
-    y, p = metrics.checked(y, p)
-    _check_range(p)
-    if not y.size:
-        return None
-    gaps = np.bincount(_places(p, bins), weights=p - y, minlength=bins)
-    return float(np.abs(gaps).sum() / y.size)
-
-
 def reliability(
     y: np.ndarray,
     p: np.ndarray,
@@ -299,8 +278,8 @@ def reliability(
 ) -> tuple[ReliabilityBin, ...]:
     """The reliability curve: what share was positive where so much was predicted.
 
-    Bins of equal width are those of `expected_error`, which is the mean of |predicted - observed| over them, weighted
-    by n. Of a rare finding they put nearly all images into the first; bins of equal counts show more.
+    Bins of equal width are those of `metrics.expected_calibration_error`, the mean of |predicted - observed| over
+    them, weighted by n. Of a rare finding they put nearly all images into the first; bins of equal counts show more.
 
     The interval of the observed share is Wilson's (1927). Images of one patient are not independent, so with
     `patients` the number of images in it is replaced by as many independent ones as would give the variance seen
@@ -331,7 +310,7 @@ def reliability(
         place = np.searchsorted(inner, p, side="right")
         edges = [0.0, *inner.tolist(), 1.0]
     else:
-        place = _places(p, bins)
+        place = metrics.probability_bins(p, bins)
         edges = [i / bins for i in range(bins + 1)]
     return tuple(
         _reliability_bin(*ends, *(column[place == i] for column in (y, p, codes)))
@@ -356,11 +335,6 @@ def _wilson(share: float, n: float) -> tuple[float, float]:
     centre = (share + square / 2) / (1 + square)
     reach = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
     return max(0.0, centre - reach), min(1.0, centre + reach)
-
-
-def _places(p: np.ndarray, bins: int) -> np.ndarray:
-    """The bin of each probability, int64 [n]."""
-    return np.minimum((p * bins).astype(np.int64), bins - 1)
 
 
 def cross_fitted_error(
@@ -391,7 +365,7 @@ def cross_fitted_error(
             rule = _fit(y[~part], q[~part], min_positives, method)
             if isinstance(rule, Calibration):
                 calibrated[part] = apply(rule, q[part])
-        error = expected_error(y, calibrated)
+        error = metrics.expected_calibration_error(y, calibrated)
         if error is not None:
             errors.append(error)
     return float(np.mean(errors)) if errors else None

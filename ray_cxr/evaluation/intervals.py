@@ -17,19 +17,14 @@ from typing import TypeVar
 import numpy as np
 
 from ray_cxr.evaluation import metrics
+from ray_cxr.evaluation.roc_steps import Ranking
 
 #: Fewer usable resamples than this have no 2.5th percentile apart from their minimum.
 MIN_RESAMPLES = 40
-#: Quantities of a finding at its flags, in a fixed order; see `bootstrap_findings`.
-RATES = ("sensitivity", "specificity", "ppv", "npv", "f1", "flag_rate", "ppv_at_prevalence", "npv_at_prevalence")
-#: All that `bootstrap_findings` gives for a finding.
-QUANTITIES = ("auroc", "average_precision", *RATES, "brier", "expected_calibration_error")
 #: Weights held at once by a thread, which bounds memory: 4 Mi int32, and a few copies of that size at most.
 _CELLS = 4 << 20
 #: Findings worked on at once. numpy lets go of the interpreter in all that takes long here.
 _THREADS = min(4, os.cpu_count() or 1)
-#: Bins of the expected calibration error, as `calibration.expected_error` has them.
-_BINS = 10
 _One = TypeVar("_One")
 
 
@@ -94,7 +89,7 @@ class BootstrapFindings:
     """Intervals of everything that a report says of a finding, from one set of resamples.
 
     Attributes:
-        findings: per column, in their order, an interval for each of `QUANTITIES`.
+        findings: per column, in their order, an interval for each key of `metrics.METRICS`.
         macro: intervals of the plain means of `auroc` and of `average_precision`.
         weighted: the same means, each finding weighted by its positive images in the sample as it is.
         roc: per column its band; None without an interval, or where no grid was asked for.
@@ -261,7 +256,8 @@ def bootstrap_findings(
     codes, n_patients = patient_codes(patients)
     rankings = [_ranking(labels[:, f], scores[:, f], codes) for f in range(count)]
     tables = [_Sums(labels, flags, calibrated, assumed_prevalence, codes, n_patients, f) for f in range(count)]
-    values = {name: np.full((n_resamples, count), np.nan) for name in QUANTITIES}
+    keys = [metric.key for metric in metrics.METRICS]
+    values = {name: np.full((n_resamples, count), np.nan) for name in keys}
     curves = np.full((count, n_resamples, roc_grid), np.nan)
     with ThreadPoolExecutor(_THREADS) as pool:
         for rows, counts in _resamples(n_patients, len(labels), n_resamples, seed):
@@ -276,8 +272,8 @@ def bootstrap_findings(
                 ranking = rankings[f]
                 if ranking is not None:
                     steps = ranking.steps(drawn)
-                    values["auroc"][rows, f] = steps.aurocs()
-                    values["average_precision"][rows, f] = steps.average_precisions()
+                    for metric in metrics.RANKING_METRICS:
+                        values[metric.key][rows, f] = metric.resample(steps)
                     if roc_grid:
                         curves[f, rows] = steps.sensitivities(roc_grid)
 
@@ -288,7 +284,7 @@ def bootstrap_findings(
     both = {name: values[name][:, counted] for name in ("auroc", "average_precision")}
     return BootstrapFindings(
         findings=tuple(
-            {name: _explained(values[name][:, f], tables[f].missing(name)) for name in QUANTITIES} for f in range(count)
+            {name: _explained(values[name][:, f], tables[f].missing(name)) for name in keys} for f in range(count)
         ),
         macro={name: _mean_interval(drawn) for name, drawn in both.items()},
         weighted={name: _mean_interval(drawn, weights) for name, drawn in both.items()},
@@ -422,105 +418,7 @@ def delong_interval(auc: float, variance: float, level: float = 0.95) -> tuple[f
     return _expit(centre - reach), _expit(centre + reach)
 
 
-@dataclass(frozen=True)
-class _Steps:
-    """The ROC curve of one finding in b resamples, one step for each distinct score of a positive image, highest first.
-
-    Between two steps no positive is passed, so nothing that is measured here needs to know what lies there.
-
-    Attributes:
-        gains, true: int32 [b, G], weight of the positives in a step, and up to and with it.
-        before, upto: int32 [b, G], weight of the negatives with a higher score than the step's, and with the same
-            in addition.
-        negatives: int64 [b], weight of all of them.
-    """
-
-    gains: np.ndarray
-    true: np.ndarray
-    before: np.ndarray
-    upto: np.ndarray
-    negatives: np.ndarray
-
-    def aurocs(self) -> np.ndarray:
-        """float64 [b], NaN where a class has no weight. Whole numbers up to the division, as `metrics.auroc`."""
-        passed = np.einsum("bg,bg->b", self.gains, self.before, dtype=np.float64)
-        tied = passed if self.upto is self.before else np.einsum("bg,bg->b", self.gains, self.upto, dtype=np.float64)
-        total = 2.0 * self._positives() * self.negatives
-        result = np.full(len(total), np.nan)
-        np.divide(total - passed - tied, total, out=result, where=total > 0)
-        return result
-
-    def average_precisions(self) -> np.ndarray:
-        """float64 [b], NaN where a class has no weight."""
-        precision = self.true / np.maximum(self.true + self.upto, 1)  # a step without any weight gains nothing
-        sums = np.einsum("bg,bg->b", self.gains, precision)
-        positives = self._positives()
-        result = np.full(len(sums), np.nan)
-        np.divide(sums, positives, out=result, where=(positives > 0) & (self.negatives > 0))
-        return result
-
-    def sensitivities(self, grid: int) -> np.ndarray:
-        """Sensitivity float64 [b, grid] where the curve has the false positive rate i / (grid - 1); else NaN."""
-        result = np.full((len(self.negatives), grid), np.nan)
-        for row, negatives in enumerate(self.negatives):
-            positives = int(self.true[row, -1])
-            if not positives or not negatives:
-                continue
-            scaled = np.arange(grid) * negatives  # in whole numbers, so that no rate falls short of its step
-            allowed = scaled / (grid - 1)
-            full = self.upto[row].searchsorted((scaled // (grid - 1)).astype(np.int32), side="right")
-            sums = np.concatenate([[0], self.true[row]])[full].astype(np.float64)
-            part = np.flatnonzero(full < self.true.shape[1])  # straight across the ties of the next step
-            here = full[part]
-            before, upto = self.before[row, here], self.upto[row, here]
-            share = np.clip((allowed[part] - before) / np.maximum(upto - before, 1), 0.0, 1.0)
-            sums[part] += share * self.gains[row, here]
-            result[row] = sums / positives
-        return result
-
-    def _positives(self) -> np.ndarray:
-        return self.true[:, -1].astype(np.float64)
-
-
-@dataclass(frozen=True)
-class _Ranking:
-    """One finding's images, sorted once from the highest score down, so that a resample costs one pass over them.
-
-    Attributes:
-        positive_codes, negative_codes: patients of the images of either class.
-        ends: the last positive of each distinct score.
-        before, upto: how many negatives have a higher score than that, and a higher one or the same.
-    """
-
-    positive_codes: np.ndarray
-    negative_codes: np.ndarray
-    ends: np.ndarray
-    before: np.ndarray
-    upto: np.ndarray
-
-    def steps(self, drawn: np.ndarray) -> _Steps:
-        """For the numbers of times that each patient was drawn, int32 [b, patients], rows contiguous."""
-        true = _passed(drawn, self.positive_codes)[:, self.ends + 1]
-        false = _passed(drawn, self.negative_codes)
-        before = false[:, self.before]
-        return _Steps(
-            gains=np.diff(true, axis=1, prepend=np.int32(0)),
-            true=true,
-            before=before,
-            upto=before if np.array_equal(self.before, self.upto) else false[:, self.upto],
-            negatives=false[:, -1].astype(np.int64),
-        )
-
-
-def _passed(drawn: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Weight of the first 0, 1, ... len(codes) images, int32 [b, len(codes) + 1]."""
-    passed = np.zeros((len(drawn), len(codes) + 1), dtype=np.int32)
-    # The mode spares numpy a copy; every code is a column.
-    np.cumsum(drawn.take(codes, axis=1, mode="clip"), axis=1, out=passed[:, 1:])
-    return passed
-
-
-def _ranking(labels: np.ndarray, scores: np.ndarray, codes: np.ndarray) -> _Ranking | None:
+def _ranking(labels: np.ndarray, scores: np.ndarray, codes: np.ndarray) -> Ranking | None:
     kept = ~np.isnan(scores.astype(np.float64)) & (labels >= 0)
     y, s = metrics.checked(labels[kept], scores[kept])
     if metrics.undefined_reason(y) is not None:
@@ -531,7 +429,7 @@ def _ranking(labels: np.ndarray, scores: np.ndarray, codes: np.ndarray) -> _Rank
     positive, negative = order[y[order]], order[~y[order]]
     values, tops = falling[positive], falling[negative]
     ends = np.flatnonzero(np.concatenate([values[1:] != values[:-1], [True]]))
-    return _Ranking(
+    return Ranking(
         positive_codes=codes[positive],
         negative_codes=codes[negative],
         ends=ends,
@@ -573,38 +471,29 @@ class _Sums:
                 self._errors = _errors(y[seen] == 1, p[seen], codes[seen], n_patients)
 
     def missing(self, name: str) -> str | None:
-        """Why the quantity cannot be had whatever the labels; None where it can."""
-        if name in RATES and self._cells is None:
+        """Return why the metric is undefined whatever the labels; None if it may be defined."""
+        rates = {metric.key: metric for metric in metrics.RATE_METRICS}
+        if name in rates and self._cells is None:
             return "no flags on labelled images"
-        if name.endswith("_at_prevalence") and np.isnan(self._prevalence):
+        if name in rates and rates[name].at_prevalence and np.isnan(self._prevalence):
             return "no assumed prevalence"
-        if name in ("brier", "expected_calibration_error") and self._errors is None:
+        if name in {metric.key for metric in metrics.PROBABILITY_METRICS} and self._errors is None:
             return "no calibrated probabilities of labelled images"
         return None
 
     def ratios(self, drawn: np.ndarray) -> dict[str, np.ndarray]:
-        """Each quantity that can be had, float64 [b], NaN where undefined, of drawn float64 [b, patients]."""
+        """Compute each metric that can be, float64 [b], NaN where undefined, from drawn float64 [b, patients]."""
         found: dict[str, np.ndarray] = {}
         if self._cells is not None:
             tn, fp, fn, tp = (drawn @ self._cells).T
-            found = {
-                "sensitivity": _over(tp, tp + fn),
-                "specificity": _over(tn, tn + fp),
-                "ppv": _over(tp, tp + fp),
-                "npv": _over(tn, tn + fn),
-                "f1": _over(2.0 * tp, 2.0 * tp + fp + fn),
-                "flag_rate": _over(tp + fp, tp + fp + tn + fn),
-            }
-            if not np.isnan(self._prevalence):
-                sick, well = self._prevalence, 1.0 - self._prevalence
-                hits, misses = sick * found["sensitivity"], sick * (1.0 - found["sensitivity"])
-                passes, alarms = well * found["specificity"], well * (1.0 - found["specificity"])
-                found["ppv_at_prevalence"] = _over(hits, hits + alarms)
-                found["npv_at_prevalence"] = _over(passes, passes + misses)
+            cells = metrics.Confusion(tp, fp, tn, fn)
+            for rate in metrics.RATE_METRICS:
+                if not (rate.at_prevalence and np.isnan(self._prevalence)):
+                    found[rate.key] = rate.value(cells, self._prevalence)
         if self._errors is not None:
-            sums = drawn @ self._errors
-            found["brier"] = _over(sums[:, 1], sums[:, 0])
-            found["expected_calibration_error"] = _over(np.abs(sums[:, 2:]).sum(axis=1), sums[:, 0])
+            columns = drawn @ self._errors
+            sums = metrics.ErrorSums(columns[:, 0], columns[:, 1], columns[:, 2:])
+            found |= {metric.key: metric.resample(sums) for metric in metrics.PROBABILITY_METRICS}
         return found
 
 
@@ -612,13 +501,14 @@ def _errors(y: np.ndarray, p: np.ndarray, codes: np.ndarray, n_patients: int) ->
     """Images, squared errors and, bin by bin, errors p - y of each patient, float64 [patients, 2 + bins]."""
     if ((p < 0) | (p > 1)).any():
         raise ValueError("calibrated probabilities must lie in 0..1")
-    place = np.minimum((p * _BINS).astype(np.int64), _BINS - 1)
-    gaps = np.bincount(_BINS * codes + place, weights=p - y, minlength=_BINS * n_patients)
+    bins = metrics.CALIBRATION_BINS
+    place = metrics.probability_bins(p)
+    gaps = np.bincount(bins * codes + place, weights=p - y, minlength=bins * n_patients)
     return np.column_stack(
         [
             np.bincount(codes, minlength=n_patients),
             np.bincount(codes, weights=(p - y) ** 2, minlength=n_patients),
-            gaps.reshape(n_patients, _BINS),
+            gaps.reshape(n_patients, bins),
         ]
     )
 
@@ -628,12 +518,6 @@ def _column(table: np.ndarray, labels: np.ndarray, f: int, what: str) -> np.ndar
     if table.shape != labels.shape:
         raise ValueError(f"labels {labels.shape} and {what} {table.shape} do not fit")
     return table[:, f]
-
-
-def _over(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    result = np.full(len(part), np.nan)
-    np.divide(part, whole, out=result, where=whole > 0)
-    return result
 
 
 def _explained(values: np.ndarray, missing: str | None) -> Interval:

@@ -1,14 +1,28 @@
-"""How good a finding's scores are. A quantity that the data cannot define is None, never 0, 0.5 or NaN.
+"""Metrics of one finding, and the registry `METRICS` that drives everything a report shows of them.
 
-Labels are `uint8`, `int8` or `bool` arrays [n] of 0 and 1; the caller leaves rows without a label out. Scores
-are finite floats [n] in which larger means more likely; only their order matters to all but `brier`.
+Labels are `uint8`, `int8` or `bool` arrays [n] of 0 and 1; rows without a label must be left out. Scores are finite
+floats [n], larger meaning more likely. A metric that the data cannot define is None, never 0, 0.5 or NaN.
+
+To add a metric, append an entry to `METRICS`. Bootstrap intervals, metrics.json, metrics.parquet, the tables of
+report.html and report.md, and the check of the table in docs/report.md follow from it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
+
+from ray_cxr.evaluation.roc_steps import RocSteps
+
+#: Bins of the expected calibration error, of equal width.
+CALIBRATION_BINS = 10
+#: An int in one sample, float64 [b] in b bootstrap resamples.
+Count: TypeAlias = Any
+#: `float | None` in one sample; float64 [b], NaN where undefined, in b bootstrap resamples.
+Rate: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -16,9 +30,9 @@ class Curve:
     """A curve over thresholds, from "flag nothing" to "flag everything".
 
     Attributes:
-        x, y: float64[k]. ROC: false positive rate and sensitivity. Precision-recall: recall and precision.
-        thresholds: float64[k]; a point's rates are those of the rule score >= threshold. The first point of a
-            ROC curve, where nothing is flagged, has the threshold infinity.
+        x, y: float64 [k]. ROC: false positive rate and sensitivity. Precision-recall: recall and precision.
+        thresholds: float64 [k]; each point has the rates of the rule score >= threshold. A ROC curve starts at
+            infinity, where nothing is flagged.
     """
 
     x: np.ndarray
@@ -28,45 +42,56 @@ class Curve:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Counts of images at one threshold; each rate is None where its denominator is 0."""
+    """Counts of images at one threshold. A rate with the denominator 0 is None, or NaN in resamples."""
 
-    true_positives: int
-    false_positives: int
-    true_negatives: int
-    false_negatives: int
+    true_positives: Count
+    false_positives: Count
+    true_negatives: Count
+    false_negatives: Count
 
     @property
-    def sensitivity(self) -> float | None:
+    def sensitivity(self) -> Rate:
         return _ratio(self.true_positives, self.true_positives + self.false_negatives)
 
     @property
-    def specificity(self) -> float | None:
+    def specificity(self) -> Rate:
         return _ratio(self.true_negatives, self.true_negatives + self.false_positives)
 
     @property
-    def ppv(self) -> float | None:
-        """Positive predictive value: of the flagged, the share that is positive."""
+    def ppv(self) -> Rate:
         return _ratio(self.true_positives, self.true_positives + self.false_positives)
 
     @property
-    def npv(self) -> float | None:
-        """Negative predictive value: of those not flagged, the share that is negative."""
+    def npv(self) -> Rate:
         return _ratio(self.true_negatives, self.true_negatives + self.false_negatives)
 
     @property
-    def f1(self) -> float | None:
-        """The harmonic mean of sensitivity and PPV, in counts; None only where nothing is positive or flagged."""
+    def f1(self) -> Rate:
         twice = 2 * self.true_positives
         return _ratio(twice, twice + self.false_positives + self.false_negatives)
 
     @property
-    def flag_rate(self) -> float | None:
+    def flag_rate(self) -> Rate:
         flagged = self.true_positives + self.false_positives
         return _ratio(flagged, flagged + self.true_negatives + self.false_negatives)
 
 
+@dataclass(frozen=True)
+class ErrorSums:
+    """Sums of calibration errors p - y in b bootstrap resamples.
+
+    Attributes:
+        images, squared: float64 [b], number of images and sum of squared errors.
+        by_bin: float64 [b, CALIBRATION_BINS], sum of errors in each bin of the probability.
+    """
+
+    images: np.ndarray
+    squared: np.ndarray
+    by_bin: np.ndarray
+
+
 def undefined_reason(y: np.ndarray) -> str | None:
-    """Why nothing that compares positives with negatives can be computed from labels [n]; None if it can."""
+    """Return why labels [n] define no comparison of positives with negatives; None if they do."""
     y = np.asarray(y)
     if y.size == 0:
         return "no labelled images"
@@ -79,22 +104,20 @@ def undefined_reason(y: np.ndarray) -> str | None:
 
 
 def auroc(y: np.ndarray, s: np.ndarray, weights: np.ndarray | None = None) -> float | None:
-    """Area under the ROC curve: P(score of a positive > score of a negative), ties counting one half.
+    """Compute the area under the ROC curve: P(score of a positive > score of a negative), ties counting one half.
 
-    Without weights this is the Mann-Whitney statistic in whole numbers (what midranks give), so the one
-    division at the end is all the rounding there is.
+    Without weights this is the Mann-Whitney statistic in integers, rounded only by the final division.
 
     Args:
         y: labels [n], 0 or 1.
         s: scores [n].
-        weights: floats or counts [n] >= 0; a count of k is the same as k copies of the row.
+        weights: floats or counts [n] >= 0; a count of k equals k copies of the row.
 
     Returns:
-        float64 in 0..1, or None where a class is absent (or has no weight).
+        float64 in 0..1, or None if a class is absent or has no weight.
 
     Raises:
-        ValueError: shapes differ, a label is not 0 or 1, a score is not finite, a weight is negative or not
-            finite.
+        ValueError: shapes differ, a label is not 0 or 1, a score or weight is not finite, or a weight is negative.
     """
     y, s = checked(y, s)
     if weights is None:
@@ -115,16 +138,13 @@ def auroc(y: np.ndarray, s: np.ndarray, weights: np.ndarray | None = None) -> fl
 
 
 def average_precision(y: np.ndarray, s: np.ndarray) -> float | None:
-    """Average precision: the sum over thresholds of (gain in recall) x (precision).
+    """Compute average precision: the sum over thresholds of (gain in recall) x (precision).
 
-    Tied scores are one threshold. A score without any skill reaches the prevalence, so values compare only
-    within one set of images.
-
-    Returns:
-        float64, or None where a class is absent.
+    Tied scores share one threshold. A score without skill reaches the prevalence, so compare values only on the same
+    images. Return None if a class is absent.
 
     Raises:
-        ValueError: as `auroc`.
+        ValueError: see `auroc`.
     """
     y, s = checked(y, s)
     if undefined_reason(y) is not None:
@@ -134,10 +154,10 @@ def average_precision(y: np.ndarray, s: np.ndarray) -> float | None:
 
 
 def roc_curve(y: np.ndarray, s: np.ndarray) -> Curve | None:
-    """The ROC curve with one point per distinct score; None where a class is absent.
+    """Compute the ROC curve with one point per distinct score; None if a class is absent.
 
     Raises:
-        ValueError: as `auroc`.
+        ValueError: see `auroc`.
     """
     y, s = checked(y, s)
     if undefined_reason(y) is not None:
@@ -153,10 +173,10 @@ def roc_curve(y: np.ndarray, s: np.ndarray) -> Curve | None:
 
 
 def precision_recall_curve(y: np.ndarray, s: np.ndarray) -> Curve:
-    """Recall (x) and precision (y) with one point per distinct score, from the highest score down.
+    """Compute recall (x) and precision (y) with one point per distinct score, highest score first.
 
     Raises:
-        ValueError: as `auroc`, or no positive label.
+        ValueError: see `auroc`; or no label is positive.
     """
     y, s = checked(y, s)
     positive, negative, values = _by_score(y, s, np.ones(y.size, dtype=np.int64))
@@ -168,11 +188,7 @@ def precision_recall_curve(y: np.ndarray, s: np.ndarray) -> Curve:
 
 
 def confusion(y: np.ndarray, flags: np.ndarray) -> Confusion:
-    """Counts of flags against labels.
-
-    Args:
-        y: labels [n], 0 or 1.
-        flags: bool [n].
+    """Count flags, bool [n], against labels [n].
 
     Raises:
         ValueError: shapes differ, or a label is not 0 or 1.
@@ -191,10 +207,10 @@ def confusion(y: np.ndarray, flags: np.ndarray) -> Confusion:
 
 
 def sensitivity_specificity(y: np.ndarray, flags: np.ndarray) -> tuple[float | None, float | None]:
-    """Sensitivity and specificity of flags; each None where its class is absent.
+    """Compute sensitivity and specificity of flags; each is None if its class is absent.
 
     Raises:
-        ValueError: as `confusion`.
+        ValueError: see `confusion`.
     """
     counts = confusion(y, flags)
     return counts.sensitivity, counts.specificity
@@ -203,47 +219,83 @@ def sensitivity_specificity(y: np.ndarray, flags: np.ndarray) -> tuple[float | N
 def predictive_values_at(
     sensitivity: float | None, specificity: float | None, prevalence: float
 ) -> tuple[float | None, float | None]:
-    """What PPV and NPV would be where the finding has another prevalence, by Bayes' theorem.
+    """Compute the PPV and NPV expected at another prevalence, by Bayes' theorem.
 
-    It holds as far as sensitivity and specificity carry over: the sick there must be as sick, and the well as well,
-    as here.
+    The result holds if sensitivity and specificity carry over, that is if positives and negatives have the same
+    spectrum of disease in both populations.
 
     Args:
-        sensitivity, specificity: in 0..1; None where undefined.
-        prevalence: share of positives in the population asked about, in 0..1.
+        sensitivity, specificity: in 0..1, or None.
+        prevalence: share of positives in the other population, in 0..1.
 
     Returns:
-        (PPV, NPV); each None where sensitivity or specificity is, or where nobody would be flagged (PPV) or nobody
-        would not be (NPV).
+        (PPV, NPV). Both are None if an argument is None; PPV if nothing would be flagged, NPV if everything would.
 
     Raises:
-        ValueError: a number outside 0..1.
+        ValueError: a number is outside 0..1.
     """
     for name, value in (("sensitivity", sensitivity), ("specificity", specificity), ("prevalence", prevalence)):
         if value is not None and not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} is {value}; it must lie in 0..1")
+    return _predictive_values(sensitivity, specificity, prevalence)
+
+
+def _predictive_values(sensitivity: Rate, specificity: Rate, prevalence: float) -> tuple[Rate, Rate]:
     if sensitivity is None or specificity is None:
         return None, None
-    hits, misses = prevalence * sensitivity, prevalence * (1.0 - sensitivity)
-    passes, alarms = (1.0 - prevalence) * specificity, (1.0 - prevalence) * (1.0 - specificity)
-    return _ratio(hits, hits + alarms), _ratio(passes, passes + misses)
+    true_positives, false_negatives = prevalence * sensitivity, prevalence * (1.0 - sensitivity)
+    true_negatives, false_positives = (1.0 - prevalence) * specificity, (1.0 - prevalence) * (1.0 - specificity)
+    return (
+        _ratio(true_positives, true_positives + false_positives),
+        _ratio(true_negatives, true_negatives + false_negatives),
+    )
 
 
 def brier(y: np.ndarray, p: np.ndarray) -> float | None:
-    """Mean squared difference of probabilities and labels (Brier 1950); None without rows. 0 is best.
+    """Compute the mean squared difference of probabilities and labels (Brier 1950); None without rows.
 
     Raises:
-        ValueError: as `auroc`.
+        ValueError: see `auroc`.
     """
     y, p = checked(y, p)
     return float(np.mean((p - y) ** 2)) if y.size else None
 
 
-def checked(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Labels as bool [n] and scores as float64 [n].
+def expected_calibration_error(y: np.ndarray, p: np.ndarray, bins: int = CALIBRATION_BINS) -> float | None:
+    """Compute |mean probability - share of positives| in bins of equal width, averaged with the bins' image counts.
+
+    As in Guo et al. 2017, but for one finding: p is the finding's probability, not that of the winning class.
+
+    Args:
+        y: labels [n], 0 or 1.
+        p: probabilities [n] in 0..1.
+        bins: number of bins.
+
+    Returns:
+        A number in 0..1; None without images.
 
     Raises:
-        ValueError: not one-dimensional, shapes differ, a label is not 0 or 1, or a score is not finite.
+        ValueError: see `auroc`; or a probability is outside 0..1.
+    """
+    y, p = checked(y, p)
+    if ((p < 0.0) | (p > 1.0)).any():
+        raise ValueError("probabilities must lie in 0..1")
+    if not y.size:
+        return None
+    errors = np.bincount(probability_bins(p, bins), weights=p - y, minlength=bins)
+    return float(np.abs(errors).sum() / y.size)
+
+
+def probability_bins(p: np.ndarray, bins: int = CALIBRATION_BINS) -> np.ndarray:
+    """Return the bin of equal width that each probability falls into, int64 [n]."""
+    return np.minimum((p * bins).astype(np.int64), bins - 1)
+
+
+def checked(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return labels as bool [n] and scores as float64 [n].
+
+    Raises:
+        ValueError: an array is not one-dimensional, shapes differ, a label is not 0 or 1, or a score is not finite.
     """
     y, s = np.asarray(y), np.asarray(s)
     if y.ndim != 1 or y.shape != s.shape:
@@ -266,5 +318,188 @@ def _by_score(y: np.ndarray, s: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, 
     return np.add.reduceat(w * y, starts), np.add.reduceat(w * ~y, starts), s[starts]
 
 
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
+def _ratio(part: Any, whole: Any) -> Rate:
+    if not np.ndim(whole):
+        return part / whole if whole else None
+    result = np.full(np.shape(whole), np.nan)
+    np.divide(part, whole, out=result, where=whole > 0)
+    return result
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What the report knows of a metric.
+
+    Attributes:
+        key: its name in metrics.json, next to `<key>_low` and `<key>_high`, and in metrics.parquet.
+        label: its column heading.
+        meaning: one sentence for the documentation and the page.
+        table: the page's table that shows it: `main`, `more` or `prevalence`.
+        digits: decimals on the page.
+        percent: shown as a percentage.
+    """
+
+    key: str
+    label: str
+    meaning: str
+    table: str = "more"
+    digits: int = 3
+    percent: bool = False
+
+
+@dataclass(frozen=True)
+class RankingMetric(Metric):
+    """A metric of the order of raw scores.
+
+    Attributes:
+        value: function of labels [n] and scores [n].
+        resample: function of the ROC curves of b resamples; float64 [b], NaN where undefined.
+    """
+
+    value: Callable[[np.ndarray, np.ndarray], float | None] = auroc
+    resample: Callable[[RocSteps], np.ndarray] = RocSteps.aurocs
+
+
+@dataclass(frozen=True)
+class RateMetric(Metric):
+    """A metric of flags at the operating point.
+
+    Attributes:
+        value: function of the counts and of the assumed prevalence; serves the sample and all resamples.
+        undefined: the reason given where it is None.
+        at_prevalence: needs an assumed prevalence.
+    """
+
+    value: Callable[[Confusion, float], Rate] = lambda cells, prevalence: None
+    undefined: str = ""
+    at_prevalence: bool = False
+
+
+@dataclass(frozen=True)
+class ProbabilityMetric(Metric):
+    """A metric of calibrated probabilities.
+
+    Attributes:
+        value: function of labels [n] and probabilities [n].
+        resample: function of the sums of errors in b resamples; float64 [b].
+    """
+
+    value: Callable[[np.ndarray, np.ndarray], float | None] = brier
+    resample: Callable[[ErrorSums], np.ndarray] = lambda sums: _ratio(sums.squared, sums.images)
+
+
+RANKING_METRICS = (
+    RankingMetric(
+        "auroc",
+        "AUROC",
+        "Probability that an image with the finding scores higher than one without it, ties counting one half; "
+        "0.5 is chance.",
+        "main",
+        value=auroc,
+        resample=RocSteps.aurocs,
+    ),
+    RankingMetric(
+        "average_precision",
+        "Average precision",
+        "Precision averaged over the ranks of the positive images; a score without skill reaches the prevalence.",
+        "main",
+        value=average_precision,
+        resample=RocSteps.average_precisions,
+    ),
+)
+RATE_METRICS = (
+    RateMetric(
+        "sensitivity",
+        "Sensitivity",
+        "Share of the images with the finding that are flagged.",
+        "main",
+        2,
+        value=lambda cells, _: cells.sensitivity,
+        undefined="no positive images",
+    ),
+    RateMetric(
+        "specificity",
+        "Specificity",
+        "Share of the images without the finding that are not flagged.",
+        "main",
+        2,
+        value=lambda cells, _: cells.specificity,
+        undefined="no negative images",
+    ),
+    RateMetric(
+        "ppv",
+        "PPV",
+        "Positive predictive value: share of the flagged images that have the finding; depends on the prevalence.",
+        "main",
+        2,
+        value=lambda cells, _: cells.ppv,
+        undefined="no image is flagged",
+    ),
+    RateMetric(
+        "npv",
+        "NPV",
+        "Negative predictive value: share of the images not flagged that lack the finding; depends on the prevalence.",
+        value=lambda cells, _: cells.npv,
+        undefined="every image is flagged",
+    ),
+    RateMetric(
+        "f1",
+        "F1",
+        "Harmonic mean of PPV and sensitivity.",
+        value=lambda cells, _: cells.f1,
+        undefined="no positive images, and none flagged",
+    ),
+    RateMetric(
+        "flag_rate",
+        "Flagged",
+        "Share of the labelled images that are flagged.",
+        digits=1,
+        percent=True,
+        value=lambda cells, _: cells.flag_rate,
+        undefined="no labelled images",
+    ),
+    RateMetric(
+        "ppv_at_prevalence",
+        "PPV at this prevalence",
+        "PPV expected at the prevalence given with `--prevalence`, from sensitivity and specificity by Bayes' theorem.",
+        "prevalence",
+        value=lambda cells, prevalence: _predictive_values(cells.sensitivity, cells.specificity, prevalence)[0],
+        undefined="nothing would be flagged",
+        at_prevalence=True,
+    ),
+    RateMetric(
+        "npv_at_prevalence",
+        "NPV at this prevalence",
+        "NPV expected at the prevalence given with `--prevalence`, from sensitivity and specificity by Bayes' theorem.",
+        "prevalence",
+        value=lambda cells, prevalence: _predictive_values(cells.sensitivity, cells.specificity, prevalence)[1],
+        undefined="everything would be flagged",
+        at_prevalence=True,
+    ),
+)
+PROBABILITY_METRICS = (
+    ProbabilityMetric(
+        "brier",
+        "Brier score",
+        "Mean squared difference between calibrated probability and label; 0 is best.",
+        digits=4,
+        value=brier,
+        resample=lambda sums: _ratio(sums.squared, sums.images),
+    ),
+    ProbabilityMetric(
+        "expected_calibration_error",
+        "Calibration error",
+        "Expected calibration error: mean distance of calibrated probability and observed share in ten bins of equal "
+        "width.",
+        value=expected_calibration_error,
+        resample=lambda sums: _ratio(np.abs(sums.by_bin).sum(axis=1), sums.images),
+    ),
+)
+#: Every metric that a report computes with an interval, in the order of metrics.json.
+METRICS: tuple[Metric, ...] = (*RANKING_METRICS, *RATE_METRICS, *PROBABILITY_METRICS)
+
+
+def markdown_table() -> str:
+    """Return the table of metrics in docs/report.md."""
+    rows = [f"| {metric.label} | `{metric.key}` | {metric.meaning} |" for metric in METRICS]
+    return "\n".join(["| metric | key | meaning |", "|---|---|---|", *rows]) + "\n"

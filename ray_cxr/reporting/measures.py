@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ray_cxr.data.consensus import composite_flags, composite_scores
-from ray_cxr.evaluation import calibration, intervals, metrics
+from ray_cxr.evaluation import intervals, metrics
 from ray_cxr.evaluation.intervals import Interval, RocBand
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting.scores import Scores, n_patients, number
@@ -291,7 +291,7 @@ def _calibrated(entry: dict[str, Any], c: np.ndarray | None, labels: np.ndarray)
         entry["undefined"] |= dict.fromkeys(OF_CALIBRATED, "no calibrated probabilities")
         return
     entry["brier"] = metrics.brier(labels[known], c[known])
-    entry["expected_calibration_error"] = calibration.expected_error(labels[known], c[known])
+    entry["expected_calibration_error"] = metrics.expected_calibration_error(labels[known], c[known])
     entry["mean_calibrated"] = float(c[known].mean())
 
 

@@ -92,7 +92,7 @@ def evaluation(
         known = y[:, j] >= 0
         one, p = y[known, j], probabilities[known, j]
         cells[name]["average_precision"] = metrics.average_precision(one, p)
-        cells[name]["ece_raw"] = calibration.expected_error(one, p)
+        cells[name]["ece_raw"] = metrics.expected_calibration_error(one, p)
         cells[name]["ece_calibrated"] = None
         if rules.calibrations[name] is not None:
             cells[name]["ece_calibrated"] = calibration.cross_fitted_error(

@@ -148,7 +148,7 @@ def test_unknown_rules_and_values_outside_0_to_1_are_refused() -> None:
             operating_point(y, np.array([0.1, 0.9]), rule)
     for wrong in (1.5, -0.5):
         p = np.array([0.5, wrong])
-        for function in (operating_point, fit_platt, calibration.expected_error, calibration.reliability):
+        for function in (operating_point, fit_platt, metrics.expected_calibration_error, calibration.reliability):
             with pytest.raises(ValueError, match=r"0\.\.1"):
                 function(y, p)
         with pytest.raises(ValueError, match=r"0\.\.1"):
@@ -245,7 +245,8 @@ def plain_error(y: list[int], p: list[float], bins: int = 10) -> float:
 @given(rows=st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1)), min_size=1, max_size=40), bins=st.integers(1, 12))
 def test_expected_error_and_reliability_curve_equal_their_definition(rows: list[tuple[int, float]], bins: int) -> None:
     y, p = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
-    assert calibration.expected_error(y, p, bins) == pytest.approx(plain_error(y.tolist(), p.tolist(), bins), abs=1e-12)
+    expected = plain_error(y.tolist(), p.tolist(), bins)
+    assert metrics.expected_calibration_error(y, p, bins) == pytest.approx(expected, abs=1e-12)
     curve = calibration.reliability(y, p, bins)
     assert [(one.low, one.high) for one in curve] == [(i / bins, (i + 1) / bins) for i in range(bins)]
     assert sum(one.n for one in curve) == len(rows)
@@ -257,7 +258,7 @@ def test_expected_error_and_reliability_curve_equal_their_definition(rows: list[
         total += one.n / len(rows) * abs(one.predicted - one.observed)
         wilson = stats.binomtest(round(one.observed * one.n), one.n).proportion_ci(method="wilson")
         assert (one.observed_low, one.observed_high) == pytest.approx((wilson.low, wilson.high), abs=1e-9)
-    assert calibration.expected_error(y, p, bins) == pytest.approx(total, abs=1e-12)
+    assert metrics.expected_calibration_error(y, p, bins) == pytest.approx(total, abs=1e-12)
 
 
 def test_reliability_interval_counts_patients_and_not_images() -> None:
@@ -342,7 +343,7 @@ def test_cross_fitted_error_equals_its_definition(case: str) -> None:
 def test_cross_fitted_error_without_labels_or_patients() -> None:
     labels, p, patients = overconfident()
     assert calibration.cross_fitted_error(np.full_like(labels, -1), p, patients) is None
-    assert calibration.expected_error(np.array([], int), np.array([])) is None
+    assert metrics.expected_calibration_error(np.array([], int), np.array([])) is None
     half = labels.copy()
     half[:, 1] = -1  # a finding without labels does not count
     alone = calibration.cross_fitted_error(labels[:, :1], p[:, :1], patients)
@@ -353,4 +354,4 @@ def test_cross_fitted_error_without_labels_or_patients() -> None:
     # One patient leaves nothing to calibrate from.
     known = labels[:, 0] >= 0
     single = calibration.cross_fitted_error(labels[:, :1], p[:, :1], np.array(["a"] * len(p)))
-    assert single == pytest.approx(calibration.expected_error(labels[known, 0], p[known, 0]))
+    assert single == pytest.approx(metrics.expected_calibration_error(labels[known, 0], p[known, 0]))

@@ -1,0 +1,105 @@
+"""ROC curves of many bootstrap resamples at once, from one sort of the images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class RocSteps:
+    """The ROC curve of one finding in b resamples, one step per distinct score of a positive image, highest first.
+
+    No positive lies between two steps, so the metrics below need no other points.
+
+    Attributes:
+        gains, true: int32 [b, G], weight of the positives in a step, and cumulative including the step.
+        before, upto: int32 [b, G], weight of the negatives with a higher score than the step, and with a higher or
+            equal score.
+        negatives: int64 [b], weight of all negatives.
+    """
+
+    gains: np.ndarray
+    true: np.ndarray
+    before: np.ndarray
+    upto: np.ndarray
+    negatives: np.ndarray
+
+    def aurocs(self) -> np.ndarray:
+        """Compute AUROC, float64 [b], NaN where a class has no weight; in integers up to the division."""
+        passed = np.einsum("bg,bg->b", self.gains, self.before, dtype=np.float64)
+        tied = passed if self.upto is self.before else np.einsum("bg,bg->b", self.gains, self.upto, dtype=np.float64)
+        total = 2.0 * self._positives() * self.negatives
+        result = np.full(len(total), np.nan)
+        np.divide(total - passed - tied, total, out=result, where=total > 0)
+        return result
+
+    def average_precisions(self) -> np.ndarray:
+        """Compute average precision, float64 [b], NaN where a class has no weight."""
+        precision = self.true / np.maximum(self.true + self.upto, 1)  # a step without weight adds nothing
+        sums = np.einsum("bg,bg->b", self.gains, precision)
+        positives = self._positives()
+        result = np.full(len(sums), np.nan)
+        np.divide(sums, positives, out=result, where=(positives > 0) & (self.negatives > 0))
+        return result
+
+    def sensitivities(self, grid: int) -> np.ndarray:
+        """Compute sensitivity at the false positive rates i / (grid - 1), float64 [b, grid]; NaN where undefined."""
+        result = np.full((len(self.negatives), grid), np.nan)
+        for row, negatives in enumerate(self.negatives):
+            positives = int(self.true[row, -1])
+            if not positives or not negatives:
+                continue
+            scaled = np.arange(grid) * negatives  # in integers, so that rounding moves no rate below its step
+            allowed = scaled / (grid - 1)
+            full = self.upto[row].searchsorted((scaled // (grid - 1)).astype(np.int32), side="right")
+            sums = np.concatenate([[0], self.true[row]])[full].astype(np.float64)
+            part = np.flatnonzero(full < self.true.shape[1])  # interpolate linearly across the ties of the next step
+            step = full[part]
+            before, upto = self.before[row, step], self.upto[row, step]
+            share = np.clip((allowed[part] - before) / np.maximum(upto - before, 1), 0.0, 1.0)
+            sums[part] += share * self.gains[row, step]
+            result[row] = sums / positives
+        return result
+
+    def _positives(self) -> np.ndarray:
+        return self.true[:, -1].astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """One finding's images sorted once by falling score, so that a resample costs one pass over them.
+
+    Attributes:
+        positive_codes, negative_codes: int64, patient codes of the images of each class.
+        ends: int64 [G], index of the last positive of each distinct score.
+        before, upto: int64 [G], number of negatives with a higher score, and with a higher or equal score.
+    """
+
+    positive_codes: np.ndarray
+    negative_codes: np.ndarray
+    ends: np.ndarray
+    before: np.ndarray
+    upto: np.ndarray
+
+    def steps(self, drawn: np.ndarray) -> RocSteps:
+        """Build the steps of b resamples; `drawn` counts each patient's draws, int32 [b, patients], rows contiguous."""
+        true = _cumulative_weight(drawn, self.positive_codes)[:, self.ends + 1]
+        false = _cumulative_weight(drawn, self.negative_codes)
+        before = false[:, self.before]
+        return RocSteps(
+            gains=np.diff(true, axis=1, prepend=np.int32(0)),
+            true=true,
+            before=before,
+            upto=before if np.array_equal(self.before, self.upto) else false[:, self.upto],
+            negatives=false[:, -1].astype(np.int64),
+        )
+
+
+def _cumulative_weight(drawn: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Return the weight of the first 0, 1, ..., len(codes) images, int32 [b, len(codes) + 1]."""
+    weight = np.zeros((len(drawn), len(codes) + 1), dtype=np.int32)
+    # mode="clip" saves a copy; every code is a valid column.
+    np.cumsum(drawn.take(codes, axis=1, mode="clip"), axis=1, out=weight[:, 1:])
+    return weight
