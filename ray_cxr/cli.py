@@ -255,13 +255,14 @@ def _settings(parser: argparse.ArgumentParser, *, gpu: bool = False) -> None:
 
 
 def _manifest(arguments: argparse.Namespace) -> None:
-    from ray_cxr.data import manifest
+    from ray_cxr.data.manifest import write_manifest
+    from ray_cxr.data.manifest_builder import build_manifest
 
     try:
         fractions = [float(part) for part in arguments.fractions.split(",")]
     except ValueError:
         raise ConfigError(f"--fractions {arguments.fractions}: give three numbers, such as 0.7,0.1,0.2") from None
-    table, report = manifest.build_manifest(
+    table, report = build_manifest(
         arguments.tables,
         images=arguments.images,
         split=arguments.split,
@@ -273,7 +274,7 @@ def _manifest(arguments: argparse.Namespace) -> None:
         found_only=arguments.found_only,
     )
     with _writing(arguments.out):
-        manifest.write_manifest(table, arguments.out)
+        write_manifest(table, arguments.out)
     for line in report.lines():
         _say(line)
     _say(f"manifest: {arguments.out}")

@@ -211,7 +211,8 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
 @pytest.fixture(scope="session")
 def manifest(phantoms, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A manifest of the phantoms, split by patient."""
-    from ray_cxr.data.manifest import build_manifest, write_manifest
+    from ray_cxr.data.manifest import write_manifest
+    from ray_cxr.data.manifest_builder import build_manifest
 
     table, _ = build_manifest(
         [str(phantoms.table)], images=str(phantoms.images), split="patient", fractions=(0.6, 0.2, 0.2), seed=1

@@ -35,7 +35,8 @@ import test_kill  # noqa: E402
 from conftest import make_tiny_bundle  # noqa: E402
 
 import ray_cxr  # noqa: E402
-from ray_cxr.data.manifest import build_manifest, write_manifest  # noqa: E402
+from ray_cxr.data.manifest import write_manifest  # noqa: E402
+from ray_cxr.data.manifest_builder import build_manifest  # noqa: E402
 from ray_cxr.imaging.phantoms import write_phantoms  # noqa: E402
 
 STARTS = 60  # per round

@@ -19,6 +19,7 @@ from ray.exceptions import ActorDiedError
 import ray_cxr
 from ray_cxr import cli
 from ray_cxr.data import manifest
+from ray_cxr.data.manifest_builder import build_manifest
 from ray_cxr.errors import ErrorRateExceeded, ImageError, TableError
 
 Command = Callable[..., tuple[int, str, str]]
@@ -63,7 +64,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Image.new("L", (64, 64)).save("images/1_000.png")
     pq.write_table(pa.table({"image_id": ["1_000.png"], "p_Mass": [0.5]}), "other.parquet")
     pq.write_table(pa.table({"name": ["1_000.png"]}), "no_id.parquet")
-    manifest.write_manifest(manifest.build_manifest(["t.csv"])[0], "m.parquet")
+    manifest.write_manifest(build_manifest(["t.csv"])[0], "m.parquet")
     return tmp_path
 
 
@@ -153,7 +154,7 @@ def test_manifest_from_table_to_file(files: Path, command: Command) -> None:
     table = manifest.read_manifest("new/m.parquet")
     first, second, last = out.splitlines()
     assert first.startswith("4 images of 3 patients: train ")
-    assert second.startswith("pictures: 1 found, 3 ")
+    assert second.startswith("images: 1 found, 3 ")
     assert last == "manifest: new/m.parquet"
     assert table["image_id"].to_pylist() == ["1_000.png", "1_001.png", "2_000.png", "3_000.png"]
     assert table["path"].to_pylist() == [str(files / "images" / "1_000.png"), None, None, None]

@@ -1,21 +1,19 @@
-"""Labels that radiologists agreed on, from a table of their own: an image column and one column per finding.
+"""Labels that several radiologists agreed on: a table with an image column and one column per finding.
 
-Two kinds are known. Any table with one-hot columns named like our findings; and the adjudicated labels of NIH
-images (Majkowska et al., Radiology 2020), whose four columns are not quite ours:
+Two kinds of tables are read. The first is any one-hot table with columns named like our findings. The second holds
+the adjudicated labels of NIH images (Majkowska et al., Radiology 2020), whose four columns differ from ours:
 
-    Pneumothorax      ours
-    Nodule or mass    ours in two: Mass, Nodule
-    Airspace opacity  ours in four: Consolidation, Edema, Infiltration, Pneumonia
-    Fracture          not ours; left out by name
+    Pneumothorax      one of our findings
+    Nodule or mass    a composite of Mass and Nodule
+    Airspace opacity  a composite of Consolidation, Edema, Infiltration and Pneumonia
+    Fracture          not one of our findings; left out by name
 
-A composite is present where any of its findings is; its score is the highest of theirs, and it is flagged where any
-of them is. Which findings make up a composite is fixed here, and by what the words mean. Airspace opacity is air
-spaces filled with something else. That holds of the four. Atelectasis is not among them: a collapsed lung loses
-its air and is filled with nothing, and plate-like ones are lines. It agrees with how the readers used the words: in
-the table's `val` part, which is none of NIH's test images, 41% of the 96 images that NIH labels with Atelectasis alone
-are airspace opacities, against 57 to 67% for each of the four alone and 23% for No Finding. Effusion is not among them
-either, though most images with one have an opacity too: it lies outside the lung. Mass and Nodule have a composite of
-their own.
+A composite is present where any of its findings is. Its score is their highest score, and it is flagged where any of
+them is flagged. The members of each composite are fixed here by the meaning of the terms. Airspace opacity means that
+air spaces are filled, which holds for the four findings above. Atelectasis is excluded: a collapsed lung loses its
+air and is not filled. The readers used the term in the same way. In the table's `val` part, which holds no NIH test
+images, 41% of the 96 images with Atelectasis alone are airspace opacities. The four members alone reach 57 to 67%, and
+No Finding 23%. Effusion is excluded too: it lies outside the lung, although most images with one also have an opacity.
 """
 
 from __future__ import annotations
@@ -27,36 +25,37 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from ray_cxr.data import identity, manifest
+from ray_cxr.data.csv_table import COLUMNS, KNOWN_HEADERS, CsvTable, hash_file, normalize_header, read_csv
 from ray_cxr.errors import TableError
-from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING, canonical, suggestion
+from ray_cxr.labels import FINDINGS, LABELS, canonical, suggestion
 
-#: What a consensus may name that is several of our findings, under the name that the table of 2020 gives it.
+#: Consensus labels that combine several of our findings, named as the table of 2020 names them.
 COMPOSITES: dict[str, tuple[str, ...]] = {
     "Airspace opacity": ("Consolidation", "Edema", "Infiltration", "Pneumonia"),
     "Nodule or mass": ("Mass", "Nodule"),
 }
 
+_COLUMNS = {"image_id": COLUMNS["image_id"], "patient_id": COLUMNS["patient_id"], "part": ("setid", "split")}
 _ADJUDICATED = frozenset({"fracture", "pneumothorax", "airspaceopacity", "noduleormass"})
-_VALUES = {"": -1, "0": 0, "0.0": 0, "no": 0, "1": 1, "1.0": 1, "yes": 1}
-_FRACTURE = "none of the 14 findings is a fracture, so no score stands for it"
+_VALUES: Mapping[str, int] = {"": -1, "0": 0, "0.0": 0, "no": 0, "1": 1, "1.0": 1, "yes": 1}
+_FRACTURE = "fracture is not one of the 14 findings, so it has no score"
 
 
 @dataclass(frozen=True, eq=False)
 class ConsensusLabels:
-    """A consensus table as read.
+    """A consensus table.
 
     Attributes:
-        image_ids: str objects [n], each once, in the order of the file.
-        patient_ids: str objects [n], None where the table does not say; written as a manifest writes them.
-        parts: str objects [n], the table's own division (`val`, `test`), None where it has none. It is not NIH's:
-            the `val` of the adjudicated table lies in NIH's train and val images.
-        labels: by finding, then by composite, int8 [n]: 1, 0, and -1 where the table says nothing.
-        composites: for each composite among the labels, the findings whose scores stand for it.
+        image_ids: str objects [n], unique, in the order of the file.
+        patient_ids: str objects [n], None where unknown; written as in a manifest.
+        parts: str objects [n], the table's own division (`val`, `test`), None where it has none. It differs from
+            NIH's: the `val` of the adjudicated table lies in NIH's train and val images.
+        labels: by finding, then by composite, int8 [n]: 1, 0, and -1 where the table does not say.
+        composites: the findings of each composite among the labels.
         kind: `adjudicated` for the table of 2020, `consensus` for any other.
-        source: where the labels come from, in words.
+        source: origin of the labels, as text.
         digest: SHA-256 of the file, hex.
-        notes: what a reader should know of how the table was mapped, as sentences.
+        notes: sentences on how the table was mapped to our findings.
         left_out: columns that look like labels and were not used, with the reason.
         unused: other columns that were not used.
     """
@@ -77,15 +76,15 @@ class ConsensusLabels:
         return len(self.image_ids)
 
     def of_part(self, part: str) -> ConsensusLabels:
-        """The rows of one of the table's own parts.
+        """Return the rows of one of the table's own parts.
 
         Raises:
-            TableError: it has no such rows.
+            TableError: the table has no such rows.
         """
         chosen = self.parts == part
         if not chosen.any():
-            there = ", ".join(sorted({str(name) for name in self.parts if name is not None})) or "none"
-            raise TableError(f"the consensus table has no part {part!r}; its parts are: {there}")
+            known = ", ".join(sorted({str(name) for name in self.parts if name is not None})) or "none"
+            raise TableError(f"the consensus table has no part {part!r}; its parts are: {known}")
         return replace(
             self,
             image_ids=self.image_ids[chosen],
@@ -98,58 +97,54 @@ class ConsensusLabels:
 def read_consensus(path: str) -> ConsensusLabels:
     """Read a consensus table, CSV or gzipped CSV.
 
-    Values are 0 and 1 (or NO and YES), blank where a finding was not judged. A column of 0 and 1 that names no
-    finding of ours is left out by name. A repeated row is taken once; the same image with other labels is an error.
+    Values are 0 and 1 (or NO and YES); blank means not judged. Columns of 0 and 1 that name none of our findings are
+    listed in `left_out`. Repeated rows are merged; one image with different labels is an error.
 
     Raises:
         TableError: no such file, no image column, no column for any finding, a value that is neither 0 nor 1, No
             Finding together with a finding, one image with two sets of labels.
     """
-    raw = manifest._read_csv(path)
-    if not len(raw):
-        raise TableError(f"{path}: the table has a header but no rows")
-    places = _places(raw, path)
-    ids = raw[places["image_id"]].str.strip()
-    if (ids == "").any():
-        raise TableError(f"{path}: line {manifest._line(ids == '')} has no image name")
-    for name in identity.COLUMNS:
-        if name in places:
-            identity.check_series(raw[places[name]], path, images=name == "image_id")
-    columns = _label_columns(raw, path)
-    table = pd.DataFrame({name: _values(raw[column], path) for name, column in columns.items()}, index=raw.index)
-    _refuse_clash(table, path)
-    table["image_id"] = ids
-    table["patient_id"] = manifest._patients(raw, places, ids)
-    table["part"] = manifest._nullable(raw[places["part"]]) if "part" in places else None
-    once, repeated = _once(table, path)
-    words = {manifest._word(str(name)) for name in raw.columns}
-    kind: Literal["adjudicated", "consensus"] = "adjudicated" if words >= _ADJUDICATED else "consensus"
-    left_out, unused = _rest(raw, {*places.values(), *columns.values()})
-    composites = {name: COMPOSITES[name] for name in columns if name in COMPOSITES}
+    table = read_csv(path)
+    columns = table.find_columns(_COLUMNS)
+    image_ids = table.read_image_ids(columns)
+    label_columns = _find_labels(table)
+    expected = "0 or 1 (NO or YES), or blank where it was not judged"
+    rows = pd.DataFrame(
+        {name: table.read_values(column, _VALUES, expected) for name, column in label_columns.items()},
+        index=table.rows.index,
+    )
+    table.refuse_contradictions(rows)
+    rows["image_id"] = image_ids
+    rows["patient_id"] = table.read_patient_ids(columns.get("patient_id"), image_ids)
+    rows["part"] = table.read_optional(columns.get("part"))
+    unique = _merge_repeats(rows, table)
+    adjudicated = {normalize_header(name) for name in table.headers} >= _ADJUDICATED
+    left_out, unused = _sort_unused(table, {*columns.values(), *label_columns.values()})
+    composites = {name: COMPOSITES[name] for name in label_columns if name in COMPOSITES}
     return ConsensusLabels(
-        image_ids=once["image_id"].to_numpy(dtype=object),
-        patient_ids=_or_none(once["patient_id"]),
-        parts=_or_none(once["part"]),
-        labels={name: once[name].to_numpy(dtype=np.int8) for name in columns},
+        image_ids=unique["image_id"].to_numpy(dtype=object),
+        patient_ids=unique["patient_id"].to_numpy(dtype=object),
+        parts=unique["part"].to_numpy(dtype=object),
+        labels={name: unique[name].to_numpy(dtype=np.int8) for name in label_columns},
         composites=composites,
-        kind=kind,
+        kind="adjudicated" if adjudicated else "consensus",
         source=(
             "labels of NIH images adjudicated by radiologists (Majkowska et al., Radiology 2020)"
-            if kind == "adjudicated"
-            else "a consensus table given by the user"
+            if adjudicated
+            else "a consensus table from the user"
         ),
-        digest=manifest._sha256(path),
-        notes=tuple(_notes(composites, left_out, repeated)),
+        digest=hash_file(path),
+        notes=tuple(_describe(composites, left_out, len(rows) - len(unique))),
         left_out=left_out,
         unused=unused,
     )
 
 
 def composite_scores(name: str, members: Sequence[str], p: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The score of a composite: for each image the highest of its findings'.
+    """Return the score of a composite: for each image the highest score of its findings.
 
-    The probability that any of several findings is there is at least the highest of theirs, and more than that only
-    so far as they come without one another. Raw and calibrated scores must not be mixed.
+    The probability that any of several findings is present is at least the highest of theirs. It exceeds that only as
+    far as the findings occur independently. Do not mix raw and calibrated scores.
 
     Args:
         name: of the composite, for the error.
@@ -160,18 +155,18 @@ def composite_scores(name: str, members: Sequence[str], p: Mapping[str, np.ndarr
         float64 [n], NaN where any of the findings has no score.
 
     Raises:
-        TableError: `p` lacks a finding: a maximum over the others would be another quantity.
+        TableError: `p` lacks a finding.
     """
     _refuse_missing(name, members, p, "score")
     return np.asarray(np.max(np.stack([np.asarray(p[finding], dtype=np.float64) for finding in members]), axis=0))
 
 
 def composite_flags(name: str, members: Sequence[str], flags: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Whether a composite is flagged: where any of its findings is.
+    """Return the flag of a composite: set where any of its findings is flagged.
 
     Args:
-        name, members: as `composite_scores`.
-        flags: by finding, whole numbers or bools [n]: 1, 0, and -1 where it is not known.
+        name, members: as in `composite_scores`.
+        flags: by finding, integers or bools [n]: 1, 0, and -1 where unknown.
 
     Returns:
         int8 [n]: 1 where any is 1, 0 where all are 0, -1 elsewhere.
@@ -184,114 +179,75 @@ def composite_flags(name: str, members: Sequence[str], flags: Mapping[str, np.nd
     return np.where((rows == 1).any(axis=0), 1, np.where((rows == 0).all(axis=0), 0, -1)).astype(np.int8)
 
 
-def _refuse_missing(name: str, members: Sequence[str], there: Mapping[str, np.ndarray], what: str) -> None:
-    missing = [finding for finding in members if finding not in there]
+def _refuse_missing(name: str, members: Sequence[str], values: Mapping[str, np.ndarray], what: str) -> None:
+    missing = [finding for finding in members if finding not in values]
     if missing:
         raise TableError(
-            f"{name}: needs a {what} of each of {', '.join(members)}; there is none of {', '.join(missing)}, "
-            "so leave the composite out or use a model that gives all of them"
+            f"{name}: needs a {what} for each of {', '.join(members)}; there is none of {', '.join(missing)}. "
+            "Leave the composite out, or use a model with all of them"
         )
 
 
-def _places(raw: pd.DataFrame, path: str) -> dict[str, str]:
-    """The columns that say which image, which patient, which part."""
-    known = {name: manifest._COLUMNS[name] for name in ("image_id", "patient_id")} | {"part": ("setid", "split")}
-    words = {manifest._word(str(name)): str(name) for name in reversed(list(raw.columns))}
-    found = {
-        name: next((words[word] for word in spellings if word in words), None) for name, spellings in known.items()
-    }
-    if found["image_id"] is None:
-        raise TableError(
-            f"{path}: has no image column ('Image Index' or 'Image'); its columns are: {manifest._shown(raw.columns)}"
-        )
-    return {name: column for name, column in found.items() if column is not None}
-
-
-def _label_columns(raw: pd.DataFrame, path: str) -> dict[str, str]:
-    """Columns by the finding or composite that they name: findings in `LABELS` order, then composites."""
-    composites = {manifest._word(name): name for name in COMPOSITES}
+def _find_labels(table: CsvTable) -> dict[str, str]:
+    """Return headers by finding or composite: findings in `LABELS` order, then composites."""
+    composites = {normalize_header(name): name for name in COMPOSITES}
     found: dict[str, str] = {}
-    for column in map(str, raw.columns):
-        label = canonical(column) or composites.get(manifest._word(column))
+    for column in table.headers:
+        label = canonical(column) or composites.get(normalize_header(column))
         if label is None:
             continue
         if label in found:
-            raise TableError(f"{path}: {found[label]!r} and {column!r} both spell {label}; remove one of the two")
+            raise TableError(f"{table.path}: {found[label]!r} and {column!r} both spell {label}; remove one of them")
         found[label] = column
     if not found:
         raise TableError(
-            f"{path}: has no column for any finding; a consensus table has one column of 0 and 1 per finding, named as "
-            f"{FINDINGS[0]}; its columns are: {manifest._shown(raw.columns)}"
+            f"{table.path}: has no column for any finding; a consensus table has one column of 0 and 1 per finding, "
+            f"such as {FINDINGS[0]}; its columns are: {table.shown_headers()}"
         )
     return {label: found[label] for label in (*LABELS, *COMPOSITES) if label in found}
 
 
-def _values(text: pd.Series, path: str) -> pd.Series:
-    words = text.str.strip().str.lower()
-    bad = ~words.isin(list(_VALUES))
-    if bad.any():
-        raise TableError(
-            f"{path}: line {manifest._line(bad)}: {text.name} is {text[bad].iloc[0].strip()!r}; "
-            "use 0 or 1 (NO or YES), or blank where it was not judged"
-        )
-    return words.map(_VALUES).astype("int8")
-
-
-def _refuse_clash(table: pd.DataFrame, path: str) -> None:
-    if NO_FINDING not in table:
-        return
-    clash = (table[NO_FINDING] == 1) & (table.drop(columns=NO_FINDING) == 1).any(axis=1)
-    if clash.any():
-        raise TableError(f"{path}: line {manifest._line(clash)}: No Finding is 1 together with a finding; mend the row")
-
-
-def _once(table: pd.DataFrame, path: str) -> tuple[pd.DataFrame, int]:
-    """The table with each image once, and how many rows were repeats of another."""
-    once = table.drop_duplicates()
-    again = once["image_id"].duplicated()
+def _merge_repeats(rows: pd.DataFrame, table: CsvTable) -> pd.DataFrame:
+    unique = rows.drop_duplicates()
+    again = unique["image_id"].duplicated()
     if again.any():
-        image = once.loc[again, "image_id"].iloc[0]
-        first = once.index[(once["image_id"] == image).to_numpy()][0]
-        raise TableError(
-            f"{path}: line {manifest._line(again)}: {image} has other labels (or another patient or part) than on "
-            f"line {first}; a consensus has one set per image"
+        image = unique.loc[again, "image_id"].iloc[0]
+        first = unique.index[(unique["image_id"] == image).to_numpy()][0]
+        raise table.error(
+            again,
+            f"{image} has other labels (or another patient or part) than on line {first}; keep one set per image",
         )
-    return once, len(table) - len(once)
+    return unique
 
 
-def _rest(raw: pd.DataFrame, used: set[str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Columns not used: those that look like labels, with why; and the others."""
-    known = {word for words in manifest._COLUMNS.values() for word in words}
+def _sort_unused(table: CsvTable, used: set[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return unused columns that look like labels, with the reason; and the other unused columns."""
     left_out: dict[str, str] = {}
     unused: list[str] = []
-    for column in map(str, raw.columns):
+    for column in table.headers:
         if column in used or column.startswith("Unnamed"):
             continue
-        word = manifest._word(column)
-        values = set(raw[column].str.strip().str.lower().unique())
-        if word in known or not values <= set(_VALUES) or values == {""}:
+        header = normalize_header(column)
+        values = set(table.rows[column].str.strip().str.lower().unique())
+        if header in KNOWN_HEADERS or not values <= set(_VALUES) or values == {""}:
             unused.append(column)
-        elif word == "fracture":
+        elif header == "fracture":
             left_out[column] = _FRACTURE
         else:
-            left_out[column] = f"names no finding of ours{suggestion(column, FINDINGS)}"
+            left_out[column] = f"it names none of the 14 findings{suggestion(column, FINDINGS)}"
     return left_out, tuple(unused)
 
 
-def _notes(composites: Mapping[str, tuple[str, ...]], left_out: Mapping[str, str], repeated: int) -> list[str]:
+def _describe(composites: Mapping[str, tuple[str, ...]], left_out: Mapping[str, str], repeated: int) -> list[str]:
     notes = [
-        f"{name} is scored by the highest score of {', '.join(members)}, and flagged where any of them is."
+        f"The score of {name} is the highest score of {', '.join(members)}; it is flagged where any of them is."
         for name, members in composites.items()
     ]
     if "Airspace opacity" in composites:
         notes.append(
-            "Atelectasis does not count as airspace opacity: a collapsed lung loses its air and is filled with nothing."
+            "Atelectasis does not count as airspace opacity: a collapsed lung loses its air and is not filled."
         )
     notes += [f"Column {name} was left out: {reason}." for name, reason in left_out.items()]
     if repeated:
-        notes.append(f"{repeated:,} rows that repeat another were taken once.")
+        notes.append(f"{repeated:,} rows repeat another row and were merged with it.")
     return notes
-
-
-def _or_none(column: pd.Series) -> np.ndarray:
-    return column.astype("object").where(column.notna(), None).to_numpy(dtype=object)

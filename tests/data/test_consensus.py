@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_cxr.data import consensus, manifest
+from ray_cxr.data import consensus, manifest_builder
 from ray_cxr.errors import TableError
 
 TABLE = """\
@@ -128,7 +128,7 @@ def test_composite_has_the_highest_score_and_any_flag_of_its_members(rows: list[
 
 def test_composite_needs_all_its_members() -> None:
     for combine in (consensus.composite_scores, consensus.composite_flags):
-        with pytest.raises(TableError, match=r"^Nodule or mass: .*none of Mass,"):
+        with pytest.raises(TableError, match=r"^Nodule or mass: .*none of Mass\."):
             combine("Nodule or mass", ("Mass", "Nodule"), {"Nodule": np.zeros(2)})
 
 
@@ -144,5 +144,5 @@ def test_real_adjudicated_table(shared: Path) -> None:
         images = set(table.of_part(part).image_ids)
         assert len(images) == count
         assert images <= set(gzip.decompress((meta / name).read_bytes()).decode().split())
-    entry = manifest.read_table(str(meta / "Data_Entry_2017_v2020.csv.gz")).set_index("image_id")["patient_id"]
+    entry = manifest_builder.read_table(str(meta / "Data_Entry_2017_v2020.csv.gz")).set_index("image_id")["patient_id"]
     assert (entry.loc[table.image_ids].to_numpy() == table.patient_ids).all()

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ray_cxr.data import boxes, consensus, identity, manifest
+from ray_cxr.data import boxes, consensus, csv_table, identity, manifest, manifest_builder
 from ray_cxr.errors import TableError
 from ray_cxr.reporting import scores
 
@@ -81,14 +81,14 @@ def ids(values: list[str]) -> list[str]:
 def in_one_hot(home: Path, values: list[str], column: str) -> object:
     names = {"patient_id": "Patient ID", "study_id": "StudyInstanceUID"}
     if column == "image_id":
-        return manifest.read_table(csv(home / "t.csv", "Image,Mass", [f"{x},1" for x in quoted(ids(values))]))
+        return manifest_builder.read_table(csv(home / "t.csv", "Image,Mass", [f"{x},1" for x in quoted(ids(values))]))
     rows = [f"{i}.png,{x},1" for i, x in enumerate(quoted(ids(values)))]
-    return manifest.read_table(csv(home / "t.csv", f"Image,{names[column]},Mass", rows))
+    return manifest_builder.read_table(csv(home / "t.csv", f"Image,{names[column]},Mass", rows))
 
 
 def in_nih(home: Path, values: list[str], column: str) -> object:
     rows = [f"{i}.png,Mass,{x}" for i, x in enumerate(quoted(ids(values)))]
-    return manifest.read_table(csv(home / "t.csv", "Image Index,Finding Labels,Patient ID", rows))
+    return manifest_builder.read_table(csv(home / "t.csv", "Image Index,Finding Labels,Patient ID", rows))
 
 
 def in_consensus(home: Path, values: list[str], column: str) -> object:
@@ -104,7 +104,7 @@ def in_boxes(home: Path, values: list[str], column: str) -> object:
 
 
 def in_list(home: Path, values: list[str], column: str) -> object:
-    return manifest._read_list(csv(home / "t.csv", GOOD, values))
+    return csv_table.read_image_list(csv(home / "t.csv", GOOD, values))
 
 
 def parquet(home: Path, column: str, values: Any, **more: Any) -> str:
@@ -177,7 +177,7 @@ def test_replacement_characters_are_refused_in_ids_of_people_but_not_in_names_of
 
 
 def test_ids_stay_as_they_are(tmp_path: Path) -> None:
-    found = manifest.read_table(in_path(tmp_path, ["12E10", "12345.0", "007", ""]))
+    found = manifest_builder.read_table(in_path(tmp_path, ["12E10", "12345.0", "007", ""]))
     assert found["patient_id"].tolist() == ["12E10", "12345", "007", None]
 
 
@@ -235,7 +235,10 @@ def test_bytes_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
 def test_split_of_an_older_bundle_is_refused(tmp_path: Path) -> None:
     table = pa.table({"image_id": ["a"], "patient_id": ["2.05367E+37"], "split": ["train"]})
     pq.write_table(table, tmp_path / "split.parquet")
-    for read in (identity.read_split, lambda folder: scores._trained(scores.Place.of(str(folder / "split.parquet")))):
+    for read in (
+        identity.read_split,
+        lambda folder: scores.read_training_images(scores.Location.of(str(folder / "split.parquet"))),
+    ):
         with pytest.raises(TableError, match=r"split.parquet: row 1: patient_id .*exponent form"):
             read(tmp_path)
     sound = table.set_column(1, "patient_id", pa.array(["17"]))

@@ -26,6 +26,7 @@ from PIL import Image
 
 from ray_cxr.config import InputSpec, PrepareSettings
 from ray_cxr.data import manifest as manifests
+from ray_cxr.data import manifest_builder
 from ray_cxr.data import prepared as prepared_sets
 from ray_cxr.data.manifest import SCHEMA, read_manifest
 from ray_cxr.data.prepared import PreparedSet, prepare
@@ -382,7 +383,7 @@ def download(phantoms, manifest: Path, tmp_path_factory) -> Path:
                 tar.add(file, f"images/{file.name}")
     for file in files[-5:]:
         shutil.copy(file, folder)
-    made, report = manifests.build_manifest([str(phantoms.table)], images=str(folder), split="patient", seed=1)
+    made, report = manifest_builder.build_manifest([str(phantoms.table)], images=str(folder), split="patient", seed=1)
     assert report.images_found == len(files)
     # One that no archive holds.
     paths = made["path"].to_pylist()

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from ray_cxr.data import manifest
+from ray_cxr.data import manifest, manifest_builder
 from ray_cxr.errors import LeakError
 from ray_cxr.labels import FINDINGS, LABELS
 
@@ -17,7 +17,7 @@ COUNTS = (11559, 2776, 4667, 2303, 13317, 2516, 1686, 227, 19894, 5782, 6331, 33
 #: Patients that are in train-small.csv and in valid-small.csv.
 LEAKED = ("13256", "13993", "15826", "16014", "17138", "18464", "2274", "23325", "28208", "28214", "8760")
 
-Built = tuple[pa.Table, manifest.ManifestReport]
+Built = tuple[pa.Table, manifest_builder.ManifestReport]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def meta(shared: Path) -> Path:
 def whole(meta: Path) -> Built:
     lists = {f"{name}_list": str(meta / f"{name}_list.txt.gz") for name in ("train_val", "test")}
     table, images = meta / "Data_Entry_2017_v2020.csv.gz", meta.parent / "images1024"
-    return manifest.build_manifest([str(table)], images=str(images), split="official", **lists)
+    return manifest_builder.build_manifest([str(table)], images=str(images), split="official", **lists)
 
 
 def counts(column: pa.ChunkedArray) -> dict[str, int]:
@@ -61,10 +61,10 @@ def test_leak_of_the_small_tables_is_refused_or_dropped(meta: Path) -> None:
     files = {"train": "train-small.csv", "val": "valid-small.csv", "test": "test.csv"}
     tables = [f"{split}={meta / name}" for split, name in files.items()]
     with pytest.raises(LeakError, match=r"^11 patients") as caught:
-        manifest.build_manifest(tables)
+        manifest_builder.build_manifest(tables)
     assert all(f" {patient} (val+train)" in str(caught.value) for patient in LEAKED)
 
-    table, report = manifest.build_manifest(tables, on_leak="drop")
+    table, report = manifest_builder.build_manifest(tables, on_leak="drop")
     assert report.by_split == {"train": 852, "val": 109, "test": 420}
     assert (report.dropped_rows, report.dropped_by_split) == (23, {"train": 23})
     chosen = zip(table["patient_id"].to_pylist(), table["split"].to_pylist(), strict=True)
@@ -73,7 +73,7 @@ def test_leak_of_the_small_tables_is_refused_or_dropped(meta: Path) -> None:
 
 def test_one_hot_and_text_labels_agree(whole: Built, meta: Path) -> None:
     """NIH's README: 418 of the 420 rows of test.csv have the labels of Data_Entry."""
-    table, _ = manifest.build_manifest([str(meta / "test.csv")])
+    table, _ = manifest_builder.build_manifest([str(meta / "test.csv")])
     names = ["image_id", "patient_id", *FINDINGS]
     same_images = whole[0].filter(pc.is_in(whole[0]["image_id"], table["image_id"])).select(names)
     rows = {row["image_id"]: row for row in same_images.to_pylist()}

@@ -142,7 +142,8 @@ def study(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Study:
 
     from ray_cxr.cli import main
     from ray_cxr.config import PrepareSettings
-    from ray_cxr.data.manifest import build_manifest, write_manifest
+    from ray_cxr.data.manifest import write_manifest
+    from ray_cxr.data.manifest_builder import build_manifest
     from ray_cxr.data.prepared import prepare
     from ray_cxr.imaging.phantoms import write_phantoms
 

@@ -1,0 +1,214 @@
+"""CSV tables as text: every cell is a string, and every row is known by its line in the file.
+
+All readers of tables (manifest, consensus labels, boxes, split lists) share the parser, the spellings of columns and
+the checks in this module, so that their errors name file and line in the same way.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ray_cxr import labels
+from ray_cxr.data import identity
+from ray_cxr.errors import TableError
+
+#: Spellings of the columns that several kinds of tables have, normalised by `normalize_header`.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "image_id": ("imageindex", "image", "imageid", "imagename", "filename"),
+    "labels": ("findinglabels",),
+    "patient_id": ("patientid", "patient"),
+    "study_id": ("studyid", "studyinstanceuid"),
+    "age": ("patientage", "age"),
+    "sex": ("patientgender", "patientsex", "sex", "gender"),
+    "view": ("viewposition", "view"),
+    "follow_up": ("followup",),
+}
+KNOWN_HEADERS = frozenset(spelling for spellings in COLUMNS.values() for spelling in spellings)
+_NIH_NAME = re.compile(r"^\d{8}_\d{3}\.png$")
+
+
+@dataclass(frozen=True, eq=False)
+class CsvTable:
+    """A table with at least one row.
+
+    Attributes:
+        path: the file, as errors name it.
+        rows: the cells as text; the index holds line numbers.
+    """
+
+    path: str
+    rows: pd.DataFrame
+
+    @property
+    def headers(self) -> list[str]:
+        return [str(name) for name in self.rows.columns]
+
+    def shown_headers(self) -> str:
+        return ", ".join(self.headers[:12]) + (" ..." if len(self.headers) > 12 else "")
+
+    def find_columns(self, spellings: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+        """Return for each name the header that spells it; names without a column are left out."""
+        headers = {normalize_header(name): name for name in reversed(self.headers)}
+        found = {}
+        for name, known in spellings.items():
+            if spelling := next((one for one in known if one in headers), None):
+                found[name] = headers[spelling]
+        return found
+
+    def read_image_ids(self, columns: Mapping[str, str]) -> pd.Series:
+        """Return the image names, after a check of all columns of ids.
+
+        Args:
+            columns: headers by name, from `find_columns`.
+
+        Raises:
+            TableError: no image column, a row without a name, or ids that lost digits.
+        """
+        if "image_id" not in columns:
+            raise TableError(
+                f"{self.path}: has no image column ('Image Index' or 'Image'); its columns are: {self.shown_headers()}"
+            )
+        ids = self.rows[columns["image_id"]].str.strip()
+        if (ids == "").any():
+            raise self.error(ids == "", "has no image name")
+        for name in identity.COLUMNS:
+            if name in columns:
+                identity.check_series(self.rows[columns[name]], self.path, images=name == "image_id")
+        return ids
+
+    def read_patient_ids(self, column: str | None, image_ids: pd.Series) -> pd.Series:
+        """Return the patient ids as a manifest writes them; None for blanks and for a table without the column.
+
+        Copies of NIH's table write one patient as 1 or 00000001; in other tables 007 and 7 may be two people. The name
+        of an NIH image starts with its patient's number, which separates the two cases row by row.
+        """
+        if column is None:
+            return self.read_optional(None)
+        ids = self.read_optional(column).str.replace(r"^(\d+)\.0+$", r"\1", regex=True)
+        ids = ids.where(ids.notna(), None)
+        named = image_ids.where(image_ids.str.match(_NIH_NAME)).str.slice(0, 8)
+        same = named.notna() & ids.notna() & (ids.astype("string").str.zfill(8) == named)
+        return ids.mask(same.fillna(False).astype(bool), ids.astype("string").str.lstrip("0").astype("object"))
+
+    def read_optional(self, column: str | None) -> pd.Series:
+        """Return a column's text without outer blanks, None for empty cells and for a table without the column."""
+        if column is None:
+            return pd.Series([None] * len(self.rows), index=self.rows.index, dtype="object")
+        text = self.rows[column].str.strip().astype("object")
+        return text.where(text != "", None)
+
+    def read_values(self, column: str, values: Mapping[str, int | None], expected: str) -> pd.Series:
+        """Translate the cells of a column, in lower case and without outer blanks, to Int8.
+
+        Raises:
+            TableError: a cell that `values` does not list; `expected` says what to write.
+        """
+        text = self.rows[column].str.strip().str.lower()
+        bad = ~text.isin(list(values))
+        if bad.any():
+            raise self.error(bad, f"{column} is {self.rows[column][bad].iloc[0].strip()!r}; use {expected}")
+        return text.map(values).astype("Int8")
+
+    def refuse_contradictions(self, values: pd.DataFrame) -> None:
+        """Refuse rows with No Finding together with another label; `values` has a column per label.
+
+        Raises:
+            TableError: there is one.
+        """
+        if labels.NO_FINDING in values:
+            others = values.drop(columns=labels.NO_FINDING)
+            clash = (values[labels.NO_FINDING] == 1).fillna(False) & (others == 1).any(axis=1)
+            if clash.any():
+                raise self.error(clash, "No Finding is 1 together with a finding; correct the row")
+
+    def error(self, bad: pd.Series, reason: str) -> TableError:
+        """Return the error for the first row where `bad` is true."""
+        return TableError(f"{self.path}: line {bad.index[int(np.argmax(bad.to_numpy()))]}: {reason}")
+
+
+def normalize_header(header: str) -> str:
+    """Return a header in lower case with letters and digits only, as `COLUMNS` spells it."""
+    return re.sub(r"[^a-z0-9]", "", header.lower())
+
+
+def read_csv(path: str) -> CsvTable:
+    """Read a CSV file, gzipped or not.
+
+    Raises:
+        TableError: the file is missing, is not CSV, has no rows, a column twice, or a row of another length.
+    """
+    # strict: otherwise a quotation mark that is never closed swallows the rest of the table.
+    reader = csv.reader(io.StringIO(_read_text(path, "CSV table"), newline=""), strict=True)
+    lines: dict[int, list[str]] = {}
+    try:
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                lines[reader.line_num] = row
+    except csv.Error as error:
+        raise TableError(f"{path}: line {reader.line_num}: cannot be read as CSV: {error}") from None
+    if not lines:
+        raise TableError(f"{path}: the table is empty")
+    header = lines.pop(next(iter(lines)))
+    if not lines:
+        raise TableError(f"{path}: the table has a header but no rows")
+    named = max(i for i, name in enumerate(header) if name.strip()) + 1
+    for line, row in lines.items():
+        if len(row) < named or any(cell.strip() for cell in row[len(header) :]):
+            raise TableError(f"{path}: line {line} has {len(row)} columns, the header {len(header)}; correct the row")
+        row[len(header) :] = []
+        row += [""] * (len(header) - len(row))
+    names: list[str] = []
+    for i, name in enumerate(header):
+        if name in names and (normalize_header(name) in KNOWN_HEADERS or labels.canonical(name)):
+            raise TableError(f"{path}: has the column {name!r} twice; remove one of them")
+        names.append(f"Unnamed {i}" if not name.strip() else f"{name} ({i})" if name in names else name)
+    return CsvTable(path, pd.DataFrame(list(lines.values()), columns=names, index=list(lines), dtype=str))
+
+
+def read_image_list(path: str) -> list[str]:
+    """Read a list of image names, one per line, gzipped or not.
+
+    Raises:
+        TableError: the file is missing, empty, or its names lost digits.
+    """
+    lines = [line.strip() for line in _read_text(path, "split list").splitlines()]
+    named = {number: line for number, line in enumerate(lines, 1) if line}
+    if not named:
+        raise TableError(f"{path}: the list is empty")
+    names = list(named.values())
+    identity.check_names(names, list(named), path)
+    return names
+
+
+def hash_file(path: str | Path) -> str:
+    """Return the SHA-256 of a local file, hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_text(path: str, what: str) -> str:
+    """Read a local text file; gzip is recognised by its first bytes."""
+    if "://" in path:
+        raise TableError(f"{path}: is a URI; copy the {what} to this machine and pass the copy")
+    try:
+        data = Path(path).read_bytes()
+        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise TableError(f"{path}: no such file; pass an existing {what}") from None
+    except UnicodeDecodeError:
+        raise TableError(f"{path}: not text in UTF-8; pass a {what}, or save it as UTF-8") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise TableError(f"{path}: damaged gzip file; copy it again") from None
+    except OSError as error:
+        raise TableError(f"{path}: cannot be read: {error.strerror or error}; pass a {what}") from None

@@ -1,0 +1,136 @@
+"""Table dialects: how each kind of label table writes its columns, ages and labels.
+
+`detect_dialect` picks one of `DIALECTS` by the columns that hold labels. To add a dialect, derive from `Dialect` (or
+from `OneHotDialect`, if the table has a column per finding) and append an instance to `DIALECTS`.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from ray_cxr import labels
+from ray_cxr.data.csv_table import COLUMNS, CsvTable
+from ray_cxr.errors import TableError
+from ray_cxr.imaging import demographics
+
+
+class Dialect(ABC):
+    """One kind of label table.
+
+    Attributes:
+        description: the columns that hold its labels, as an error names them.
+        columns: normalised spellings of the other columns by their name in a manifest.
+    """
+
+    description: str
+    columns: Mapping[str, tuple[str, ...]] = COLUMNS
+
+    @abstractmethod
+    def find_label_columns(self, table: CsvTable) -> list[str]:
+        """Return the headers of the columns with labels; an empty list if the table is of another dialect."""
+
+    @abstractmethod
+    def read_labels(self, table: CsvTable, image_ids: pd.Series) -> pd.DataFrame:
+        """Return Int8 [n,15] with the columns `labels.LABELS`: 1, 0, or null where the table does not say.
+
+        Raises:
+            TableError: an unknown finding or value, with its line.
+        """
+
+    def parse_age(self, text: str) -> float | None:
+        """Return an age in years, or None if the text is not an age."""
+        return demographics.parse_age(text)
+
+    def is_redundant(self, header: str) -> bool:
+        """Whether every table of this dialect has this column and a manifest does not need it."""
+        return False
+
+
+class NihDialect(Dialect):
+    """NIH's `Data_Entry`: one text column of findings, separated by `|`.
+
+    Its header breaks bracketed names at the comma. Its copies differ in the names of columns, in ages (`058Y` or `58`)
+    and in patient ids (`00000001` or `1`).
+    """
+
+    description = "'Finding Labels'"
+    _SIZE_COLUMN = re.compile(r"OriginalImage|Height|Width|^[xy]\]?$|Spacing")
+
+    def find_label_columns(self, table: CsvTable) -> list[str]:
+        return list(table.find_columns({"labels": COLUMNS["labels"]}).values())
+
+    def read_labels(self, table: CsvTable, image_ids: pd.Series) -> pd.DataFrame:
+        text = table.rows[self.find_label_columns(table)[0]]
+        codes, unique = pd.factorize(text)
+        rows = np.zeros((len(unique), len(labels.LABELS)), dtype=float)
+        for position, value in enumerate(unique):
+            if not value.strip():
+                rows[position] = np.nan
+                continue
+            try:
+                rows[position] = labels.encode(labels.parse(value))
+            except TableError as error:
+                first = int(np.argmax(codes == position))
+                raise TableError(f"{table.path}: line {text.index[first]} ({image_ids.iloc[first]}): {error}") from None
+        return pd.DataFrame(rows[codes], columns=list(labels.LABELS), index=text.index).astype("Int8")
+
+    def is_redundant(self, header: str) -> bool:
+        return self._SIZE_COLUMN.search(header) is not None
+
+
+class OneHotDialect(Dialect):
+    """A column of 0 and 1 per finding; findings without a column are not labelled.
+
+    Without a No Finding column, No_Finding is 1 where all 14 findings are 0, and null where any is null.
+
+    Attributes:
+        values: the label of each cell text; None means not labelled. Map the texts of uncertain labels here.
+    """
+
+    description = "a column for any finding"
+    values: Mapping[str, int | None] = {"": None, "0": 0, "0.0": 0, "1": 1, "1.0": 1}
+
+    def find_label_columns(self, table: CsvTable) -> list[str]:
+        return [name for name in table.headers if labels.canonical(name)]
+
+    def read_labels(self, table: CsvTable, image_ids: pd.Series) -> pd.DataFrame:
+        index = table.rows.index
+        out = pd.DataFrame({name: pd.array([None] * len(index), dtype="Int8") for name in labels.LABELS}, index=index)
+        seen: dict[str, str] = {}
+        for column in self.find_label_columns(table):
+            label = str(labels.canonical(column))
+            if label in seen:
+                raise TableError(f"{table.path}: {seen[label]!r} and {column!r} both spell {label}; remove one of them")
+            seen[label] = column
+            out[label] = table.read_values(column, self.values, "0, 1 or blank (not labelled)")
+        if labels.NO_FINDING in seen:
+            table.refuse_contradictions(out)
+        else:
+            findings = out[list(labels.FINDINGS)]
+            all_negative = (findings.fillna(0).sum(axis=1) == 0).astype("Int8")
+            out[labels.NO_FINDING] = all_negative.mask(findings.isna().any(axis=1))
+        return out
+
+
+DIALECTS: tuple[Dialect, ...] = (NihDialect(), OneHotDialect())
+
+
+def detect_dialect(table: CsvTable) -> Dialect:
+    """Return the dialect of a table.
+
+    Raises:
+        TableError: it has no labels, or labels of two dialects.
+    """
+    found = [dialect for dialect in DIALECTS if dialect.find_label_columns(table)]
+    if not found:
+        expected = " nor ".join(dialect.description for dialect in DIALECTS)
+        raise TableError(f"{table.path}: has neither {expected}; its columns are: {table.shown_headers()}")
+    if len(found) > 1:
+        both = " and in ".join(", ".join(dialect.find_label_columns(table)) for dialect in found)
+        raise TableError(f"{table.path}: has labels in {both}; keep one of the two")
+    return found[0]

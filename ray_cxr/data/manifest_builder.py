@@ -1,0 +1,285 @@
+"""Build a manifest: read label tables, find their images, assign splits."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ray_cxr.data import splits
+from ray_cxr.data.csv_table import hash_file, read_csv, read_image_list
+from ray_cxr.data.dialects import Dialect, detect_dialect
+from ray_cxr.data.manifest import SCHEMA, SPLIT_KEY, SPLITS, absolute_paths, describe_listing
+from ray_cxr.errors import ConfigError, TableError
+from ray_cxr.imaging import demographics
+from ray_cxr.storage.files import find_images
+from ray_cxr.storage.paths import file_names, redact
+
+#: Higher ages are typing errors: NIH's first table holds ages such as 411.
+MAX_AGE_YEARS = 120.0
+
+
+@dataclass
+class ManifestReport:
+    """What `build_manifest` found; every number counts rows, files or patients."""
+
+    rows: int = 0
+    patients: int = 0
+    by_split: dict[str, int] = field(default_factory=dict)
+    absurd_ages: int = 0
+    unreadable_ages: int = 0
+    unlabelled_rows: int = 0
+    dropped_rows: int = 0
+    dropped_by_split: dict[str, int] = field(default_factory=dict)
+    images_found: int | None = None
+    images_missing: int | None = None
+    files_not_in_table: int | None = None
+    not_images: dict[str, int] = field(default_factory=dict)
+    unpacked_members: int = 0
+    listed_not_in_table: int = 0
+    in_neither_list: int = 0
+    left_out: int = 0
+    unguarded: int = 0
+    ignored_columns: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """Return the report as sentences; counts of 0 are left out."""
+        out = [f"{self.rows:,} images of {self.patients:,} patients"]
+        if self.by_split:
+            out[0] += f": {_format_counts(self.by_split)}"
+        if self.images_found is not None:
+            out.append(
+                f"images: {self.images_found:,} found, {self.images_missing:,} in the table but not on disk, "
+                f"{self.files_not_in_table:,} on disk but not in the table"
+            )
+        out += describe_listing(self.not_images, self.unpacked_members)
+        for count, text in (
+            (self.absurd_ages, f"ages over {MAX_AGE_YEARS:.0f} years set to null"),
+            (self.unreadable_ages, "unreadable ages set to null"),
+            (self.unlabelled_rows, "rows without any label"),
+            (self.unguarded, "rows have a split but no patient id: leaks among them cannot be detected"),
+            (self.left_out, "rows left out because their image was not found (--found-only)"),
+            (self.listed_not_in_table, "names in the split lists that no table has"),
+            (self.in_neither_list, "images in neither split list (split is null)"),
+        ):
+            if count:
+                out.append(f"{count:,} {text}")
+        if self.dropped_rows:
+            out.append(
+                f"{self.dropped_rows:,} rows removed because their patient is in a more protected split: "
+                f"{_format_counts(self.dropped_by_split)}"
+            )
+        if self.ignored_columns:
+            out.append(f"unused columns: {', '.join(self.ignored_columns)}")
+        return out
+
+
+def build_manifest(
+    tables: Sequence[str],
+    *,
+    images: str | None = None,
+    split: str | None = None,
+    train_val_list: str | None = None,
+    test_list: str | None = None,
+    fractions: Sequence[float] = (0.7, 0.1, 0.2),
+    seed: int = 0,
+    on_leak: str = "error",
+    found_only: bool = False,
+) -> tuple[pa.Table, ManifestReport]:
+    """Read tables, find images, assign splits.
+
+    Args:
+        tables: paths of CSV files, `.gz` allowed; or `train=A.csv`, `val=B.csv`, `test=C.csv`.
+        images: a folder or URI with the images, in any layout, also inside tar archives; None leaves `path` null.
+        split: `official` (needs both lists), `patient`, or None.
+        fractions: train, val, test shares of patients for `patient`.
+        on_leak: `error` or `drop`.
+        found_only: leave out rows whose image is not in `images`; they are counted.
+
+    Returns:
+        The manifest as an Arrow table of `SCHEMA`, the split's description in its metadata; and the counts.
+
+    Raises:
+        TableError, LeakError, ConfigError: see the messages.
+    """
+    report = ManifestReport()
+    named = [_parse_table_argument(text) for text in tables]
+    by_table = any(name for name, _ in named)
+    if by_table and not all(name for name, _ in named):
+        raise ConfigError("tables: either every table has a prefix (train=, val=, test=) or none has")
+    if by_table and split:
+        raise ConfigError(f"--split {split}: the tables' prefixes already define the split; drop one of the two")
+    if found_only and images is None:
+        raise ConfigError("--found-only: needs --images")
+    if split == "official" and not (train_val_list and test_list):
+        raise ConfigError("--split official: needs --train-val-list and --test-list")
+    if split != "official" and (train_val_list or test_list):
+        raise ConfigError("--train-val-list and --test-list: need --split official")
+
+    frames = [read_table(path, report).assign(split=name, _table=Path(path).name) for name, path in named]
+    data = pd.concat(frames, ignore_index=True)
+    if not by_table:
+        _refuse_repeats(data)
+    info: dict[str, Any] = {
+        "kind": "given" if by_table else split,
+        "seed": seed if split else None,
+        "fractions": list(fractions) if split == "patient" else None,
+        "tables": _hash_files([path for _, path in named]),
+    }
+    if split == "patient":
+        data["split"] = splits.patient_split(data["patient_id"], fractions, seed)
+    elif train_val_list and test_list:
+        data["split"] = _read_official_split(data, train_val_list, test_list, seed, report)
+        info["lists"] = _hash_files([train_val_list, test_list])
+
+    keep = splits.resolve_leaks(data["patient_id"], data["split"], on_leak)
+    if not keep.all():
+        report.dropped_by_split = _count_by_split(data.loc[~keep, "split"])
+        report.dropped_rows = int((~keep).sum())
+        info["dropped_by_split"] = report.dropped_by_split
+        data = data[keep].reset_index(drop=True)
+    # After the check for leaks: an image in the tables of two splits is reported as a patient in two splits.
+    _refuse_repeats(data)
+
+    data["path"] = None
+    if images is not None:
+        data["path"] = _find_paths(data["image_id"], images, report)
+        if found_only:
+            report.left_out = report.images_missing or 0
+            info["rows_without_picture_left_out"] = report.left_out
+            data = data[data["path"].notna()].reset_index(drop=True)
+
+    report.rows = len(data)
+    report.unguarded = int((data["split"].notna() & data["patient_id"].isna()).sum())
+    report.patients = int(data["patient_id"].nunique())
+    report.by_split = _count_by_split(data["split"])
+    table = pa.table({one.name: pa.array(data[one.name], type=one.type, from_pandas=True) for one in SCHEMA})
+    return table.replace_schema_metadata({SPLIT_KEY: json.dumps(info, sort_keys=True).encode()}), report
+
+
+def read_table(path: str, report: ManifestReport | None = None) -> pd.DataFrame:
+    """Read a CSV file of any dialect into a manifest's columns, without `path` and `split`.
+
+    Raises:
+        TableError: no such file, no image column, no labels, unknown findings, bad values; each with its place.
+    """
+    report = report if report is not None else ManifestReport()
+    table = read_csv(path)
+    dialect = detect_dialect(table)
+    rows, columns = table.rows, table.find_columns(dialect.columns)
+    image_ids = table.read_image_ids(columns)
+    out = pd.DataFrame(index=rows.index)
+    out["image_id"] = image_ids
+    out["patient_id"] = table.read_patient_ids(columns.get("patient_id"), image_ids)
+    out["study_id"] = table.read_optional(columns.get("study_id"))
+    out["age"] = _read_ages(rows[columns["age"]], dialect, report) if "age" in columns else np.nan
+    for name, parse in (("sex", demographics.parse_sex), ("view", demographics.parse_view)):
+        out[name] = rows[columns[name]].map(parse).astype("object") if name in columns else None
+    out["follow_up"] = pd.array([None] * len(rows), dtype="Int32")
+    if "follow_up" in columns:
+        visits = pd.to_numeric(rows[columns["follow_up"]], errors="coerce").round()
+        out["follow_up"] = visits.where(visits.abs() < 2**31).astype("Int32")
+    values = dialect.read_labels(table, image_ids)
+    report.unlabelled_rows += int(values.isna().all(axis=1).sum())
+    used = {*columns.values(), *dialect.find_label_columns(table), *report.ignored_columns}
+    report.ignored_columns += [
+        name
+        for name in table.headers
+        if name not in used and not name.startswith("Unnamed") and not dialect.is_redundant(name)
+    ]
+    return pd.concat([out, values], axis=1)
+
+
+def _parse_table_argument(text: str) -> tuple[str | None, str]:
+    """Split `train=A.csv` into split and path; a plain path has no split."""
+    name, equals, path = text.partition("=")
+    return (name, path) if equals and name in SPLITS else (None, text)
+
+
+def _read_ages(text: pd.Series, dialect: Dialect, report: ManifestReport) -> pd.Series:
+    ages = text.map({value: dialect.parse_age(value) for value in text.unique()}).astype(float)
+    absurd = ages > MAX_AGE_YEARS
+    report.unreadable_ages += int((ages.isna() & (text.str.strip() != "")).sum())
+    report.absurd_ages += int(absurd.sum())
+    return ages.mask(absurd)
+
+
+def _refuse_repeats(data: pd.DataFrame) -> None:
+    repeated = data[data.duplicated("image_id", keep=False)]
+    if len(repeated):
+        first = repeated["image_id"].iloc[0]
+        tables = sorted(set(repeated.loc[repeated["image_id"] == first, "_table"]))
+        raise TableError(
+            f"{repeated['image_id'].nunique():,} images occur more than once, such as {first!r} "
+            f"in {' and '.join(tables)}; keep one row per image"
+        )
+
+
+def _read_official_split(
+    data: pd.DataFrame, train_val_list: str, test_list: str, seed: int, report: ManifestReport
+) -> pd.Series:
+    train_val, test = (frozenset(read_image_list(path)) for path in (train_val_list, test_list))
+    report.listed_not_in_table = len((train_val | test) - set(data["image_id"]))
+    result = splits.official_split(data["image_id"], data["patient_id"], train_val, test, seed)
+    report.in_neither_list = int(result.isna().sum())
+    if report.in_neither_list == len(data):
+        raise TableError(f"no image of the tables is in {train_val_list} or {test_list}; are they NIH's lists?")
+    return result
+
+
+def _count_by_split(column: pd.Series) -> dict[str, int]:
+    counts = column.value_counts()
+    return {name: int(counts[name]) for name in SPLITS if name in counts}
+
+
+def _format_counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def _hash_files(paths: Sequence[str]) -> dict[str, str]:
+    """Return SHA-256 by file name, or by path where two files have the same name."""
+    names = Counter(Path(path).name for path in paths)
+    return {Path(path).name if names[Path(path).name] == 1 else path: hash_file(path) for path in paths}
+
+
+def _find_paths(image_ids: pd.Series, location: str, report: ManifestReport) -> pd.Series:
+    """Return for each image the path of its file below `location`, or None.
+
+    Raises:
+        TableError: no file has a name from the tables, or several files share one.
+    """
+    found = find_images(location)
+    report.not_images, report.unpacked_members = found.left_out, found.unpacked
+    wanted = pa.array(image_ids, pa.string())
+    # For each file the row that names it: the hash table of a million names is built once, in Arrow.
+    rows = pc.index_in(file_names(found.paths), value_set=wanted)
+    files = pc.indices_nonzero(pc.is_valid(rows))
+    named = rows.take(files).to_numpy()
+    first = np.full(len(wanted), -1)
+    first[named[::-1]] = files.to_numpy()[::-1]
+    twice = np.bincount(named, minlength=len(wanted)) > 1
+    if twice.any():
+        row = int(np.flatnonzero(twice)[np.argmin(image_ids.to_numpy()[twice].astype(str))])
+        one, other = found.paths.take(files.filter(pa.array(named == row))).slice(0, 2).to_pylist()
+        raise TableError(
+            f"--images {redact(location)}: {int(twice.sum()):,} names occur more than once, such as "
+            f"{one} and {other}; point --images at one copy"
+        )
+    report.images_found = int((first >= 0).sum())
+    report.images_missing = len(wanted) - report.images_found
+    report.files_not_in_table = len(found.paths) - report.images_found
+    if report.images_found == 0:
+        raise TableError(
+            f"--images {redact(location)}: none of its {len(found.paths):,} images is in the tables, "
+            f"which name images such as {image_ids.iloc[0]!r}; check --images"
+        )
+    picked = absolute_paths(found).take(pa.array(first, mask=first < 0))
+    return pd.Series(picked.to_pylist(), index=image_ids.index, dtype="object")
