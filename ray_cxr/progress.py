@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
+import rich.progress
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 #: Seconds between lines where no terminal is attached, as under `ray job submit` or cron.
 LINE_EVERY_S = 15.0
 
 
-class Work:
+class Progress:
     """Progress of a known amount of work, on stderr.
 
     Args:
@@ -47,17 +47,17 @@ class Work:
         self._line_at: int | None = None  # what the last line said, not to say it twice
         self._start = self._said = time.monotonic()
         self._console = Console(stderr=True)
-        self._bar: Progress | None = None
+        self._bar: rich.progress.Progress | None = None
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.BarColumn(),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TextColumn("{task.fields[rate]}"),
+                rich.progress.TimeRemainingColumn(),
+                rich.progress.TextColumn("{task.fields[note]}"),
                 console=self._console,
             )
             self._bar.start()

@@ -14,7 +14,7 @@ from ray_cxr import progress
 
 
 def test_a_job_logs_where_it_starts_and_its_total(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.Work("prepare", 10, done=6) as work:
+    with progress.Progress("prepare", 10, done=6) as work:
         assert capsys.readouterr().err.startswith("prepare: 6 of 10 images")
         work.advance(2, "1 errors")
         work.advance(2, "2 errors")
@@ -25,7 +25,7 @@ def test_a_job_logs_where_it_starts_and_its_total(capsys: pytest.CaptureFixture[
 def test_a_long_job_logs_its_rate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(progress, "time", clock)
-    with progress.Work("score", 100, line_every=20.0) as work:
+    with progress.Progress("score", 100, line_every=20.0) as work:
         clock.now = 19.0
         work.advance(38)
         assert capsys.readouterr().err == ""
@@ -35,9 +35,9 @@ def test_a_long_job_logs_its_rate(capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 def test_failed_jobs_and_jobs_with_their_own_summary_log_no_last_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RuntimeError), progress.Work("score", 10):
+    with pytest.raises(RuntimeError), progress.Progress("score", 10):
         raise RuntimeError
-    with progress.Work("train", 10, last_line=False) as work:
+    with progress.Progress("train", 10, last_line=False) as work:
         work.advance(3)
     with progress.Trials(3, 1) as board:  # the events of a search have their own lines
         board.begin(1, "TinyCNN")

@@ -45,7 +45,7 @@ from ray_cxr.data.ranges import Range, Unit, first_location, group_by_archive, p
 from ray_cxr.errors import ConfigError, ImageError, OutputError, TableError
 from ray_cxr.imaging.pixels import MAX_PIXELS
 from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
-from ray_cxr.progress import Work
+from ray_cxr.progress import Progress
 from ray_cxr.storage import atomic, remote, run_folder
 from ray_cxr.storage.archives import read_members
 from ray_cxr.tasks import (
@@ -126,7 +126,7 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
     ranges = [one for unit in units for one in unit.ranges]
     if todo := find_pending():
         pending = sum(sum(task["rows"]) for task in todo)
-        progress = Work("prepare", n_rows, done=n_rows - pending)
+        progress = Progress("prepare", n_rows, done=n_rows - pending)
         look = _progress_of(out, settings.sizes, ranges, progress)
         with progress, cluster.watched("prepare"), poll(look, "prepare"):
             for _ in run_with_retries(todo, build_dataset, find_pending):
@@ -139,7 +139,7 @@ def _written(out: Path, size: int) -> set[str]:
     return {path.name for path in (out / str(size)).glob("part-*.arrow")}
 
 
-def _progress_of(out: Path, sizes: Sequence[int], ranges: Sequence[Range], progress: Work) -> Callable[[], bool]:
+def _progress_of(out: Path, sizes: Sequence[int], ranges: Sequence[Range], progress: Progress) -> Callable[[], bool]:
     """Return a function that shows the shards written since its last call, and returns whether there were any."""
 
     def find() -> set[int]:

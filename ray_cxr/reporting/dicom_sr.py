@@ -62,7 +62,7 @@ from ray_cxr.imaging import dicom_text
 from ray_cxr.imaging.dicom import looks_like_dicom
 from ray_cxr.imaging.pixels import decoder_errors
 from ray_cxr.labels import LABELS
-from ray_cxr.progress import Work
+from ray_cxr.progress import Progress
 from ray_cxr.storage import atomic
 from ray_cxr.storage.archives import read_members
 from ray_cxr.storage.paths import file_name, split_member
@@ -508,7 +508,7 @@ def _look(scores: _Scores) -> tuple[dict[int, _Image], list[str], dict[int, str]
     ]
     images: dict[int, _Image] = {}
     reasons: dict[int, str] = {}
-    with Work("read headers", len(todo), unit="files") as progress:
+    with Progress("read headers", len(todo), unit="files") as progress:
         for row, found in _headers(todo):
             if isinstance(found, _Image) and _is_another(found, studies[row]):
                 found = ImageError("corrupt", "the file is of another study than when it was scored")
@@ -694,7 +694,7 @@ def _write(
         )
         for rows in studies
     ]
-    with Work("write reports", len(studies), unit="reports") as progress:
+    with Progress("write reports", len(studies), unit="reports") as progress:
         for rows, job, made in zip(studies, jobs, _made(jobs), strict=True):
             for row in rows:
                 if isinstance(made, str):

@@ -40,7 +40,7 @@ from ray_cxr.errors import RETRYABLE_CODES, ConfigError, ErrorRateExceeded, Outp
 from ray_cxr.imaging.overlays import FOLDER
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.models.runtime import TOLERANCE, choose_precision
-from ray_cxr.progress import Work
+from ray_cxr.progress import Progress
 from ray_cxr.scoring import heatmaps as drawing
 from ray_cxr.scoring import source
 from ray_cxr.scoring.engine import (
@@ -503,7 +503,7 @@ def _run(
 
     retried = {index for task in todo if task["retry"] for index in task["indices"]}
     done = sum(one.rows for one in ranges if one.index in there and one.index not in retried)
-    progress = Work("score", report.rows, done=done)
+    progress = Progress("score", report.rows, done=done)
     look = _progress_of(job.folder / SCORES, ranges, there - retried, progress, _errors_of, "errors")
     with progress, poll(look, "score"):
         for row in run_with_retries(todo, build_dataset, find_pending):
@@ -544,7 +544,7 @@ def _draw(
 
         rows = run_with_retries(todo, build_dataset, lambda tasks, done: _remaining(tasks, done, is_drawn))
         total, done = (sum(one.rows for one in ranges if one.index in some) for some in (indices, indices - left))
-        progress = Work("heat maps", total, done=done)
+        progress = Progress("heat maps", total, done=done)
         look = _progress_of(out / FOLDER, ranges, indices - left, progress, drawing.failures_of, "failed")
         with progress, poll(look, "score --heatmaps"):
             drawn = sum(row["images"] for row in rows)
@@ -628,7 +628,7 @@ def _progress_of(
     folder: Path,
     ranges: list[Range],
     seen: set[int],
-    progress: Work,
+    progress: Progress,
     errors_of: Callable[[pa.NativeFile | None], int | None],
     word: str,
 ) -> Callable[[], bool]:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray_cxr.errors import ImageError, InputError
-from ray_cxr.progress import Work
+from ray_cxr.progress import Progress
 from ray_cxr.storage.paths import get_suffix, has_dicom_magic, is_image_name, may_be_dicom, redact
 from ray_cxr.storage.stores import MAX_BYTES, open_stream
 
@@ -147,7 +147,7 @@ def scan_archive(archive: str, left_out: Counter[str]) -> list[str]:
 
 def scan_archives(archives: Sequence[str], left_out: Counter[str]) -> Iterator[list[str]]:
     """`scan_archive` of each archive in turn, which tells how far it is where that takes long."""
-    with Work("list", len(archives), unit="archives", last_line=False) as progress:
+    with Progress("list", len(archives), unit="archives", last_line=False) as progress:
         for archive in archives:
             yield scan_archive(archive, left_out)
             progress.advance(1)

@@ -41,7 +41,7 @@ from ray_cxr.evaluation.calibration import fit_rules
 from ray_cxr.models import exports
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle, written
-from ray_cxr.progress import Work, quiet_stderr
+from ray_cxr.progress import Progress, quiet_stderr
 from ray_cxr.storage import remote
 from ray_cxr.storage.run_folder import SETTINGS, check_run, create_run
 from ray_cxr.training import schedule, worker
@@ -482,8 +482,8 @@ def _telling(
     def follow() -> None:
         told, total = known, settings.epochs * steps
         # The epochs have lines of their own, and an end for want of patience is not an unfinished run.
-        bar = Work("train", total, done=told * steps, unit="steps", line_every=60.0, last_line=False)
-        with bar if told * steps < total else Work("train", 0, line_every=math.inf, last_line=False) as work:
+        bar = Progress("train", total, done=told * steps, unit="steps", line_every=60.0, last_line=False)
+        with bar if told * steps < total else Progress("train", 0, line_every=math.inf, last_line=False) as work:
             at, started, waiting = told * steps, None, False
             while not over.wait(0.5):
                 if (start := _read_json(out / STARTED)) and start != started:
