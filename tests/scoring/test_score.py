@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -77,6 +78,7 @@ def test_rows_and_run_json_follow_the_manifest(scores: Path, manifest: Path, tin
     assert (run["precision"], run["split"]["kind"]) == ("fp32", "patient")
     assert run["last_run"]["rows_scored"] == n
     assert run["last_run"]["images_per_second"] > 0
+    assert 0 < run["last_run"]["seconds"] < time.monotonic()  # of this run, not of the machine
     assert model["findings"] == list(tiny_bundle.findings)
     assert model["operating_points"]["Cardiomegaly"]["threshold"] == 0.5
     assert (scores / "split.parquet").read_bytes() == (tiny_bundle.path / "split.parquet").read_bytes()
