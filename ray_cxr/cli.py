@@ -21,7 +21,7 @@ from rich.table import Table
 import ray_cxr
 from ray_cxr import config
 from ray_cxr.errors import ConfigError, ErrorRateExceeded, OutputError, RayCxrError, own_error
-from ray_cxr.progress import quiet_stderr
+from ray_cxr.progress import silence_stderr
 from ray_cxr.session import start_ray
 from ray_cxr.storage import atomic, remote
 from ray_cxr.storage.paths import redact
@@ -557,7 +557,7 @@ def _import_weights(arguments: argparse.Namespace) -> None:
             "--findings: say what the outputs are, in their order, separated by commas "
             "(or 14, 15 for alphabetical order); a wrong order could not be noticed later"
         )
-    with quiet_stderr():
+    with silence_stderr():
         from ray_cxr.models import importing
 
     bundle = importing.import_weights(

@@ -25,7 +25,7 @@ import psutil
 import ray_cxr
 from ray_cxr import cluster, config
 from ray_cxr.errors import InputError, RayCxrError
-from ray_cxr.progress import quiet_stderr
+from ray_cxr.progress import silence_stderr
 from ray_cxr.storage import atomic
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
         source = "ray.address" if settings.address else "RAY_ADDRESS"
         options = _join_options(_wait_for_answer(address, source), exempt)
     try:
-        with quiet_stderr(), _found_by_its_own(address if dashboard else ""):
+        with silence_stderr(), _found_by_its_own(address if dashboard else ""):
             # Workers' own chatter stays in Ray's log folder; their errors are raised.
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **options)  # noqa: TID251
     except Exception as error:  # Ray raises bare ones where a node does not come up within its own 30 seconds

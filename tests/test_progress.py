@@ -39,10 +39,10 @@ def test_failed_jobs_and_jobs_with_their_own_summary_log_no_last_line(capsys: py
         raise RuntimeError
     with progress.Progress("train", 10, last_line=False) as work:
         work.advance(3)
-    with progress.Trials(3, 1) as board:  # the events of a search have their own lines
-        board.begin(1, "TinyCNN")
-        board.epoch(1, 1, 3, 0.5)
-        board.end(1, "finished", 0.5)
+    with progress.TrialTable(3, 1) as board:  # the events of a search have their own lines
+        board.start_trial(1, "TinyCNN")
+        board.end_epoch(1, 1, 3, 0.5)
+        board.end_trial(1, "finished", 0.5)
     assert capsys.readouterr() == ("", "")
 
 
@@ -67,14 +67,14 @@ def last_table(screen: io.StringIO) -> tuple[str, list[list[str]]]:
 
 
 def test_trials_on_a_terminal_are_a_table(screen: io.StringIO) -> None:
-    with progress.Trials(9, 2) as board:
-        board.begin(2, "ResNet50")
-        board.begin(3, "TinyCNN")
-        board.epoch(2, 1, 10, 0.71234)
-        board.begin(4, "TinyCNN")
-        board.epoch(3, 4, 10, 0.5)
-        board.end(3, "stopped", 0.6)
-        board.end(4, "failed", None)
+    with progress.TrialTable(9, 2) as board:
+        board.start_trial(2, "ResNet50")
+        board.start_trial(3, "TinyCNN")
+        board.end_epoch(2, 1, 10, 0.71234)
+        board.start_trial(4, "TinyCNN")
+        board.end_epoch(3, 4, 10, 0.5)
+        board.end_trial(3, "stopped", 0.6)
+        board.end_trial(4, "failed", None)
     title, (first, *others) = last_table(screen)
     assert (title[:13], title[-6:]) == ("4 of 9 trials", "0.7123")
     assert first[:2] + first[3:] == ["2", "ResNet50", "1 of 10", "0.7123"]
@@ -82,13 +82,13 @@ def test_trials_on_a_terminal_are_a_table(screen: io.StringIO) -> None:
 
 
 def test_a_terminal_shows_the_latest_trials_each_once(screen: io.StringIO) -> None:
-    with progress.Trials(100, 0) as board:
-        board.begin(0, "TinyCNN")
-        board.end(0, "failed", None)
+    with progress.TrialTable(100, 0) as board:
+        board.start_trial(0, "TinyCNN")
+        board.end_trial(0, "failed", None)
         for number in range(30):
-            board.begin(number, "TinyCNN")
-            board.epoch(number, 1, 2, number / 100)
-        board.begin(29, "TinyCNN")  # starts again after its process was lost, and keeps its values
+            board.start_trial(number, "TinyCNN")
+            board.end_epoch(number, 1, 2, number / 100)
+        board.start_trial(29, "TinyCNN")  # starts again after its process was lost, and keeps its values
     title, rows = last_table(screen)
     assert title.startswith("1 of 100 trials")
     assert [int(row[0]) for row in rows] == list(range(10, 30))
@@ -96,7 +96,7 @@ def test_a_terminal_shows_the_latest_trials_each_once(screen: io.StringIO) -> No
 
 
 def test_a_failed_search_restores_the_cursor(screen: io.StringIO) -> None:
-    with pytest.raises(RuntimeError), progress.Trials(1, 0):
+    with pytest.raises(RuntimeError), progress.TrialTable(1, 0):
         raise RuntimeError
     hidden, shown = screen.getvalue().rfind("\x1b[?25l"), screen.getvalue().rfind("\x1b[?25h")
     assert shown > hidden >= 0

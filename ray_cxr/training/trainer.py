@@ -41,7 +41,7 @@ from ray_cxr.evaluation.calibration import fit_rules
 from ray_cxr.models import exports
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle, written
-from ray_cxr.progress import Progress, quiet_stderr
+from ray_cxr.progress import Progress, silence_stderr
 from ray_cxr.storage import remote
 from ray_cxr.storage.run_folder import SETTINGS, check_run, create_run
 from ray_cxr.training import schedule, worker
@@ -197,7 +197,7 @@ def export(plan: Plan, out: Path, to: Path, *, provenance: Mapping[str, Any] | N
     Raises:
         RayCxrError: no epoch was finished yet.
     """
-    with quiet_stderr():  # what TensorFlow has to say past Python when it is imported and looks for GPUs
+    with silence_stderr():  # what TensorFlow has to say past Python when it is imported and looks for GPUs
         import tensorflow as tf
 
         tf.config.list_physical_devices()

@@ -44,7 +44,7 @@ from ray_cxr.errors import BundleError, ConfigError, OutputError, RayCxrError, o
 from ray_cxr.evaluation import comparison
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.models.bundle import Bundle, load_bundle
-from ray_cxr.progress import Trials
+from ray_cxr.progress import TrialTable
 from ray_cxr.storage import atomic, remote
 from ray_cxr.training import trainer
 from ray_cxr.training.worker import FAILURE
@@ -143,7 +143,7 @@ def search(
                 measure_threads=each if "images_per_second" in settings.objectives else None,
                 where=cluster.selector(),
             )
-            with Trials(settings.trials, len(done)) as board:
+            with TrialTable(settings.trials, len(done)) as board:
                 watch = _Watch(plan, study, ask, board, on_event)
                 over = _run(plan, ask, watch, job, trial, left, at_a_time)
             if ask.gave_up:
@@ -625,7 +625,7 @@ class _Watch(ray_tune.Callback):
     """Says what happens, and keeps trials.parquet up to date while the search runs."""
 
     def __init__(
-        self, plan: Plan, study: optuna.Study, ask: _Ask, board: Trials, on_event: Callable[[str], None]
+        self, plan: Plan, study: optuna.Study, ask: _Ask, board: TrialTable, on_event: Callable[[str], None]
     ) -> None:
         self._plan, self._study, self._ask, self._board, self._on_event = plan, study, ask, board, on_event
         #: How many trials came to an end.
@@ -654,7 +654,7 @@ class _Watch(ray_tune.Callback):
         config = trial.config
         values = self._plan.space.values(self._ask._ot_trials[trial.trial_id].params)
         number, backbone = config["number"], config["settings"]["backbone"]
-        self._board.begin(number, backbone)
+        self._board.start_trial(number, backbone)
         if number in self._begun:
             self._on_event(f"tune: trial {number} goes on after epoch {self._told.get(number, 0)}")
             return
@@ -668,7 +668,7 @@ class _Watch(ray_tune.Callback):
         if "failure" in result or "ended" in result:
             return
         number, total = trial.config["number"], trial.config["settings"]["epochs"]
-        self._board.epoch(number, result["epoch"], total, result["val_auroc"])
+        self._board.end_epoch(number, result["epoch"], total, result["val_auroc"])
         if result["epoch"] <= self._told.get(number, 0):
             return
         self._told[number] = result["epoch"]
@@ -704,7 +704,7 @@ class _Watch(ray_tune.Callback):
         self._on_event(f"tune: trial {trial.config['number']}: its process was lost; it starts again where it was")
 
     def _end(self, number: int, state: str, words: str, auroc: float | None) -> None:
-        self._board.end(number, state, auroc)
+        self._board.end_trial(number, state, auroc)
         self._on_event(f"tune: trial {number} {words}")
         try:
             rows = studies.record(self._plan, self._study)
