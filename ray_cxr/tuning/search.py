@@ -141,7 +141,7 @@ def search(
                 out=str(out.absolute()),
                 use_gpu=use_gpu,
                 measure_threads=each if "images_per_second" in settings.objectives else None,
-                where=cluster.selector(),
+                where=cluster.get_selector(),
             )
             with TrialTable(settings.trials, len(done)) as board:
                 watch = _Watch(plan, study, ask, board, on_event)
@@ -269,7 +269,7 @@ def _state_api_answers() -> str | None:
     """Return why Ray's state API does not answer from here; None when it does."""
     from ray.util.state import list_nodes
 
-    cluster.exempt_from_proxies([ray.util.get_node_ip_address(), "127.0.0.1", "localhost"])
+    cluster.bypass_proxies([ray.util.get_node_ip_address(), "127.0.0.1", "localhost"])
     try:
         list_nodes(limit=1, timeout=20)
     except Exception as error:  # of its HTTP client, or of Ray's

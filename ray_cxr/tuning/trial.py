@@ -59,7 +59,7 @@ def run(config: dict[str, Any], job: Job) -> dict[str, Any]:
     Returns:
         The last report: that of the last epoch, with `ended`.
     """
-    cluster.place_as(job.where)
+    cluster.set_selector(job.where)
     settings, folder = build(TrainSettings, config["settings"]), Path(config["folder"])
     plan = trainer.check(job.prepared, folder, settings)
     rate = None
@@ -144,7 +144,7 @@ def _rate(out: Path, architecture: Architecture, data: Any, threads: int) -> flo
     rate = float(
         ray.get(
             ray.remote(_measure)
-            .options(num_cpus=threads, scheduling_strategy="DEFAULT", label_selector=cluster.selector())
+            .options(num_cpus=threads, scheduling_strategy="DEFAULT", label_selector=cluster.get_selector())
             .remote(architecture, data.input_spec, threads)
         )
     )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ray_cxr.config import TrainSettings
 from ray_cxr.errors import ConfigError
-from ray_cxr.tuning import space as module
+from ray_cxr.tuning import space_table
 from ray_cxr.tuning.space import KNOWN, Space, default_space
 
 BASE = TrainSettings()
@@ -150,7 +150,7 @@ REFUSED: list[tuple[str, ...]] = [
     ('flip = [true]\n[when."flip=true"]\nepoch = [1]', '.when."flip=true".epoch', "'epoch'"),
     ('flip = [true, false]\n[when."flip=true"]\nsize = "prepared"', ".when", "flip=false", "[train]"),
     (f"{FLIP}{IF_TRUE}sync_batchnorm = [true]\nxla = [true]", "", "flip=true, sync_batchnorm=true, xla=true"),
-    *((f"{field} = [1, 2]", f".{field}", "[train]") for field in module._FIXED),
+    *((f"{field} = [1, 2]", f".{field}", "[train]") for field in space_table.NOT_SEARCHABLE),
 ]
 
 

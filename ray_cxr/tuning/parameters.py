@@ -1,0 +1,146 @@
+"""Parameters of a search space: choices and ranges, each perhaps under a condition."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from ray_cxr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
+
+
+@dataclass(frozen=True)
+class Condition:
+    """True for a trial whose `field` has one of `values`."""
+
+    field: str
+    values: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return f"{self.field}={'|'.join(map(format_value, self.values))}"
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        return self.field in values and values[self.field] in self.values
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A parameter with a list of values; `name` is its name in Optuna."""
+
+    name: str
+    field: str
+    condition: Condition | None
+    choices: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return ", ".join(map(format_value, self.choices))
+
+    def __contains__(self, value: Any) -> bool:
+        return value in self.choices
+
+    def suggest(self, trial: BaseTrial) -> Any:
+        return self.decode(trial.suggest_categorical(self.name, [self.encode(choice) for choice in self.choices]))
+
+    def encode(self, value: Any) -> Any:
+        """Return a choice in a type that Optuna can store."""
+        return json.dumps(list(value)) if isinstance(value, tuple) else value
+
+    def decode(self, value: Any) -> Any:
+        for choice in self.choices:
+            if self.encode(choice) == value:
+                return choice
+        raise space_error(f"parameter {self.name}: {shorten_repr(value)} is not one of its choices ({self})")
+
+    def describe(self) -> dict[str, Any]:
+        return {"choices": [list(choice) if isinstance(choice, tuple) else choice for choice in self.choices]}
+
+
+@dataclass(frozen=True)
+class Range:
+    """A parameter from `low` to `high`, both included; an integer if `whole`."""
+
+    name: str
+    field: str
+    condition: Condition | None
+    low: float
+    high: float
+    step: float | None
+    log: bool
+    whole: bool
+
+    def __str__(self) -> str:
+        return f"{self.low} to {self.high}" + (f" in steps of {self.step}" if self.step else "")
+
+    def __contains__(self, value: Any) -> bool:
+        if value is None or not self.low <= value <= self.high:
+            return False
+        # Optuna uses the same tolerance.
+        return self.step is None or abs((value - self.low) / self.step - self._count_steps(value, self.step)) < 1e-8
+
+    def _count_steps(self, value: float, step: float) -> int:
+        return round((value - self.low) / step)
+
+    def suggest(self, trial: BaseTrial) -> Any:
+        if self.whole:
+            low, high, step = int(self.low), int(self.high), int(self.step or 1)
+            return self.decode(trial.suggest_int(self.name, low, high, step=step, log=self.log))
+        return self.decode(trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log))
+
+    def encode(self, value: Any) -> Any:
+        return self.decode(value)
+
+    def decode(self, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise space_error(f"parameter {self.name}: {shorten_repr(value)} is not a number")
+        if self.whole and value == int(value):
+            return int(value)
+        if self.step is None or value not in self:
+            return value
+        # Optuna returns 0.30000000000000004, which would appear in every report.
+        steps = self._count_steps(value, self.step)
+        return float(Decimal(str(self.low)) + steps * Decimal(str(self.step)))
+
+    def describe(self) -> dict[str, Any]:
+        return {"low": self.low, "high": self.high, "step": self.step, "log": self.log}
+
+
+Parameter = Choices | Range
+
+
+def format_value(value: Any) -> str:
+    """Return a value as a condition spells it."""
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def matches_text(text: str, value: Any) -> bool:
+    """Return whether the text of a condition means this value."""
+    if text == format_value(value):
+        return True
+    if isinstance(value, str):
+        return False
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return bool((tuple(parsed) if isinstance(parsed, list) else parsed) == value)
+
+
+def shorten_repr(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def space_error(text: str) -> ConfigError:
+    """Return an error with `text` on one line; the user's own text may contain line breaks."""
+    return ConfigError(" ".join(text.split()))
