@@ -1,7 +1,7 @@
-"""The nodes of the Ray that runs: which of them may work, and whether all of them see the same files.
+"""The nodes of the current Ray: which of them may work, and whether all of them see the same files.
 
-The head of a cluster coordinates: its processes hold the state of every job, and a head that is out of memory or CPU
-takes all of them with it. So nothing is decoded, trained or scored there, unless it is the only node that could.
+The head of a cluster holds the state of every job; if it runs out of memory or CPU, all jobs fail. So no image is
+decoded, trained on or scored there unless it is the only node with a CPU.
 """
 
 from __future__ import annotations
@@ -10,104 +10,93 @@ import contextlib
 import logging
 import os
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ray_cxr.errors import ConfigError, OutputError, RayCxrError
+from ray_cxr.progress import run_periodically
 
 logger = logging.getLogger(__name__)
 
 Node = dict[str, Any]
-#: The resource that Ray gives the head of a cluster, and the label that it gives every node.
+#: The resource that marks the head of a cluster, and the label of every node that holds its id.
 HEAD, NODE_ID = "node:__internal_head__", "ray.io/node-id"
-#: So many nodes are asked, and waited for so long: one that is just starting is slow.
-ASKED, ANSWER_TIMEOUT_S = 32, 60.0
-#: Seconds that a cluster without a node that may work is given to get one.
+#: A query goes to at most 32 nodes and waits 60 s for them: a node that is just starting is slow.
+MAX_QUERIED, ANSWER_TIMEOUT_S = 32, 60.0
+#: Seconds to wait for a first node that may work.
 JOIN_TIMEOUT_S = 300.0
-#: Seconds between looks at which nodes are there.
-_LOOK_S = 2.0
-#: Nodes that may work, as a label selector of Ray's; None: all. Of this process.
-_where: dict[str, str] | None = None
-#: Whether this process started the Ray that it uses, which then ends with it.
+#: Seconds between two looks at the nodes.
+_POLL_S = 2.0
+#: This process's label selector of the nodes that may work; None: all.
+_selector: dict[str, str] | None = None
 _own = False
 
 
-def wait_for_work(on_head: bool | None, say: Callable[[str], None] = logger.warning) -> None:
-    """Wait until a node with a CPU is there, and ask for one: a cluster that grows by demand may have none yet.
+def wait_for_node(on_head: bool | None, on_event: Callable[[str], None] = logger.warning) -> None:
+    """Wait until a node with a CPU has joined, and request one: an autoscaling cluster may start without any.
 
-    Ray keeps one such request for a cluster: whoever made another by hand has to make it again afterwards.
+    Ray keeps one such request per cluster, so this replaces a request that the user made.
 
     Raises:
-        RayCxrError: none came in time.
+        RayCxrError: none joined within `JOIN_TIMEOUT_S`.
     """
-    if _with_cpu(on_head):
+
+    def has_node() -> bool:
+        nodes = [node for node in _list_alive() if node["Resources"].get("CPU", 0) >= 1]
+        return any(HEAD not in node["Resources"] for node in nodes) if on_head is False else bool(nodes)
+
+    if has_node():
         return
     from ray.autoscaler.sdk import request_resources
 
-    say("no node with a CPU has joined the cluster yet; waiting for one")
+    on_event("no node with a CPU has joined the cluster yet; waiting for one")
     request_resources(num_cpus=1)
     try:
         deadline = time.monotonic() + JOIN_TIMEOUT_S
-        while not _with_cpu(on_head):
+        while not has_node():
             if time.monotonic() > deadline:
                 raise RayCxrError(
                     f"the cluster has had no node that may work for {JOIN_TIMEOUT_S:.0f} s; see `ray status` there, "
-                    "and whether its nodes reach the head's port"
+                    "and check that its nodes reach the head's port"
                 )
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
     finally:
         request_resources(bundles=[])
 
 
-def _with_cpu(on_head: bool | None) -> list[Node]:
-    nodes = [node for node in _alive() if node["Resources"].get("CPU", 0) >= 1]
-    return [node for node in nodes if HEAD not in node["Resources"]] if on_head is False else nodes
-
-
-def place_work(on_head: bool | None) -> None:
-    """Say where work of this process may go; Ray Data's own options say so to every dataset.
+def select_nodes(on_head: bool | None) -> None:
+    """Choose the nodes on which this process's tasks, actors and datasets may run.
 
     Args:
-        on_head: whether the head works; None: where no other node has a CPU.
+        on_head: whether the head works; None: only if no other node has a CPU.
 
     Raises:
-        ConfigError: the head must not, and there is no other node.
+        ConfigError: the head must not work, and there is no other node.
     """
-    alive = _alive()
+    alive = _list_alive()
     heads = [node for node in alive if HEAD in node["Resources"]]
     others = [node for node in alive if HEAD not in node["Resources"] and node["Resources"].get("CPU", 0) >= 1]
-    off = bool(heads and others) if on_head is None else not on_head
-    if off and not others:
-        raise ConfigError("ray.on_head=false: no other node has a CPU; leave it out, or let a node join")
-    place_as({NODE_ID: f"!{heads[0]['NodeID']}"} if off and heads else None)
+    exclude_head = bool(heads and others) if on_head is None else not on_head
+    if exclude_head and not others:
+        raise ConfigError("ray.on_head=false: no other node has a CPU; omit it, or let a node join")
+    set_selector({NODE_ID: f"!{heads[0]['NodeID']}"} if exclude_head and heads else None)
 
     from ray.data import DataContext
 
-    DataContext.get_current().execution_options.label_selector = selector()
+    DataContext.get_current().execution_options.label_selector = get_selector()
 
 
-def exempt_from_proxies(hosts: Iterable[str]) -> dict[str, str]:
-    """Reach hosts of the cluster without the proxy that `http_proxy` or `https_proxy` name.
+def set_selector(selector: dict[str, str] | None) -> None:
+    """Set the label selector for Ray tasks and actors, as another process of the same command chose it."""
+    global _selector
+    _selector = selector
 
-    gRPC (TensorFlow's workers) and Ray's state API would send even traffic to this machine through the proxy. Other
-    traffic of this process, and of processes that it starts, still uses the proxy.
 
-    Returns:
-        The variables of the environment that were set.
-    """
-    hosts = [host.strip("[]") for host in hosts if host]
-    general = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    variables = {}
-    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):  # gRPC reads the last one first
-        entries = [entry.strip() for entry in (os.environ.get(name) or general).split(",") if entry.strip()]
-        if "*" not in entries:
-            entries += [host for host in dict.fromkeys(hosts) if host not in entries]
-        variables[name] = ",".join(entries)
-    os.environ.update(variables)
-    return variables
+def get_selector() -> dict[str, str] | None:
+    """Return Ray's label selector of the nodes that may work; None: all nodes."""
+    return _selector
 
 
 def set_own(own: bool) -> None:
@@ -121,95 +110,121 @@ def is_own() -> bool:
     return _own
 
 
-def place_as(where: dict[str, str] | None) -> None:
-    """Work that is no dataset's goes where another process of this command was told: what `selector` says there."""
-    global _where
-    _where = where
+@contextlib.contextmanager
+def set_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables while the block runs, and restore them after it."""
+    saved = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
-def selector() -> dict[str, str] | None:
-    """Where work may go, as a label selector of Ray's; None: anywhere."""
-    return _where
+def bypass_proxies(hosts: Iterable[str]) -> dict[str, str]:
+    """Reach hosts of the cluster without the proxy of `http_proxy` and `https_proxy`.
+
+    gRPC (TensorFlow's workers) and Ray's state API would send even local traffic through the proxy. Other traffic of
+    this process and its children still uses it.
+
+    Returns:
+        The environment variables that were set.
+    """
+    hosts = [host.strip("[]") for host in hosts if host]
+    general = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    variables = {}
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):  # gRPC prefers the last one
+        entries = [entry.strip() for entry in (os.environ.get(name) or general).split(",") if entry.strip()]
+        if "*" not in entries:
+            entries += [host for host in dict.fromkeys(hosts) if host not in entries]
+        variables[name] = ",".join(entries)
+    os.environ.update(variables)
+    return variables
 
 
-def working() -> list[Node]:
-    """The nodes of `ray.nodes()` that are alive and may work."""
-    not_this = (selector() or {}).get(NODE_ID, "").removeprefix("!")
-    return [node for node in _alive() if node.get("NodeID") != not_this]
+def list_nodes() -> list[Node]:
+    """Return the nodes of `ray.nodes()` that are alive and may work."""
+    excluded = (get_selector() or {}).get(NODE_ID, "").removeprefix("!")
+    return [node for node in _list_alive() if node.get("NodeID") != excluded]
 
 
-def head_hint(resource: str) -> str:
-    """What to add to a line that says that this is lacking, where the head has it and may not work."""
-    heads = [node for node in _alive() if HEAD in node["Resources"] and node["Resources"].get(resource, 0)]
-    return f"; the head's {resource}s are used with --set ray.on_head=true alone" if selector() and heads else ""
-
-
-def _alive() -> list[Node]:
+def _list_alive() -> list[Node]:
     import ray
 
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def ask(function: Callable[..., Any], nodes: Sequence[Node], *arguments: Any) -> Iterator[tuple[Node, Any]]:
-    """What a function answers on each of these nodes; one that does not answer in time, or has gone, is left out.
+def hint_at_head(resource: str) -> str:
+    """Return the end of an error about a missing resource: a hint if the head has it but may not work, else ''."""
+    heads = [node for node in _list_alive() if HEAD in node["Resources"] and node["Resources"].get(resource, 0)]
+    return f"; the head's {resource}s are used with --set ray.on_head=true alone" if get_selector() and heads else ""
+
+
+def query_nodes(function: Callable[..., Any], nodes: Sequence[Node], *arguments: Any) -> Iterator[tuple[Node, Any]]:
+    """Run a function on each node and yield its results; nodes that are lost or too slow are left out.
 
     Args:
-        function: must be nested in another, so that it travels by value and needs no ray_cxr to be run.
+        function: must be nested in another function, so that Ray sends its code and the node needs no ray_cxr.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def there(node: Node) -> Any:
+    def submit(node: Node) -> Any:
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         task = ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy)
         return task.remote(*arguments)
 
-    asked = {there(node): node for node in nodes[:ASKED]}
-    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_TIMEOUT_S) if asked else ([], [])
-    for one in answered:
-        # What is wrong with a node that stays, the work itself will meet.
+    queries = {submit(node): node for node in nodes[:MAX_QUERIED]}
+    finished, _ = ray.wait(list(queries), num_returns=len(queries), timeout=ANSWER_TIMEOUT_S) if queries else ([], [])
+    for query in finished:
+        # A lasting fault of a node shows again in the work itself.
         with contextlib.suppress(ray.exceptions.RayError):
-            yield asked[one], ray.get(one)
+            yield queries[query], ray.get(query)
 
 
 def require_shared(out: str | Path, **inputs: str | Path | None) -> None:
-    """Refuse folders that are not the same for all nodes; on a single node nothing is asked.
+    """Refuse folders that are not the same on all nodes; with a single node, do nothing.
 
     Args:
-        out: a folder, made where it is not there, in which a file is written and removed again; or a place in a bucket.
-        inputs: other paths that workers open, by what a user calls them; what is not here either is left out.
+        out: a folder, made if missing, in which a probe file is written and removed; or an address in a bucket.
+        inputs: other paths that workers open, by their names on the command line. Paths missing here are ignored.
 
     Raises:
         OutputError: a node that may work does not see one of them, or `out` cannot be written.
     """
-    if len(_alive()) < 2:
+    if len(_list_alive()) < 2:
         return
 
-    def unseen(paths: Mapping[str, str]) -> list[str]:
-        import os  # nested, see `ask`
+    def find_missing(paths: Mapping[str, str]) -> list[str]:
+        import os  # nested, see `query_nodes`
 
         return [name for name, path in paths.items() if not os.path.exists(path)]
 
-    local = {name: Path(path).absolute() for name, path in inputs.items() if path and "://" not in str(path)}
-    wanted = {name: path for name, path in local.items() if path.exists()}
+    paths = {name: Path(path).absolute() for name, path in inputs.items() if path and "://" not in str(path)}
+    places = {name: path for name, path in paths.items() if path.exists()}
     probe = None
     try:
         if "://" not in str(out):
-            local["--out"] = Path(out).absolute()
-            probe = wanted["--out"] = local["--out"] / f".seen-{secrets.token_hex(8)}"
+            paths["--out"] = Path(out).absolute()
+            probe = places["--out"] = paths["--out"] / f".seen-{secrets.token_hex(8)}"
             try:
-                local["--out"].mkdir(parents=True, exist_ok=True)
+                paths["--out"].mkdir(parents=True, exist_ok=True)
                 probe.touch()
             except OSError as error:
-                raise OutputError(f"{out}: cannot be written: {error.strerror}; name another --out") from None
-        if not wanted:
+                raise OutputError(f"{out}: cannot be written: {error.strerror}; choose another --out") from None
+        if not places:
             return
-        for node, lacking in ask(unseen, working(), {name: str(path) for name, path in wanted.items()}):
-            for name in lacking:
+        for node, missing in query_nodes(
+            find_missing, list_nodes(), {name: str(path) for name, path in places.items()}
+        ):
+            for name in missing:
                 raise OutputError(
-                    f"{name} {local[name]}: the node {node['NodeManagerAddress']} does not see it, and every node "
-                    "works on the same files: name a path on storage that all of them mount at the same place, or an "
-                    "s3:// address"
+                    f"{name} {paths[name]}: not found on the node {node['NodeManagerAddress']}; every node needs the "
+                    "same files: use storage that all nodes mount at the same path, or an s3:// address"
                 )
     finally:
         if probe is not None:
@@ -218,34 +233,28 @@ def require_shared(out: str | Path, **inputs: str | Path | None) -> None:
 
 
 @contextlib.contextmanager
-def watched(what: str, say: Callable[[str], None] = logger.warning) -> Iterator[None]:
-    """While the block runs, say which nodes go and come: Ray itself would wait for a lost one without a word.
+def log_node_changes(command: str, on_event: Callable[[str], None] = logger.warning) -> Iterator[None]:
+    """Log which nodes leave and join while the block runs; Ray itself waits for a lost node without a message.
 
     Args:
-        what: the command, which begins each line.
-        say: takes the lines.
+        command: the start of each line.
+        on_event: takes the lines.
     """
-    over = threading.Event()
+    known = {node["NodeID"] for node in list_nodes()}
 
-    def loop() -> None:
-        known = {node["NodeID"] for node in working()}
-        while not over.wait(_LOOK_S):
-            try:
-                nodes = working()
-            except Exception:  # Ray itself is gone, and whoever works with it says so
-                continue
-            now, cpus = {node["NodeID"] for node in nodes}, sum(node["Resources"].get("CPU", 0) for node in nodes)
-            for gone in known - now:
-                rest = f"{len(now)} left, with {cpus:g} CPUs" if now else "none is left: waiting for one to join"
-                say(f"{what}: WARNING: the node {gone[:8]} is lost, {rest}; what it had in work is done again")
-            for new in now - known:
-                say(f"{what}: the node {new[:8]} has joined: {len(now)} nodes with {cpus:g} CPUs")
-            known = now
+    def compare() -> None:
+        nonlocal known
+        try:
+            nodes = list_nodes()
+        except Exception:  # Ray itself is gone; the block's own calls raise the error
+            return
+        current, cpus = {node["NodeID"] for node in nodes}, sum(node["Resources"].get("CPU", 0) for node in nodes)
+        for lost in known - current:
+            rest = f"{len(current)} left, with {cpus:g} CPUs" if current else "none is left: waiting for one to join"
+            on_event(f"{command}: WARNING: the node {lost[:8]} is lost, {rest}; its unfinished work is done again")
+        for new in current - known:
+            on_event(f"{command}: the node {new[:8]} has joined: {len(current)} nodes with {cpus:g} CPUs")
+        known = current
 
-    thread = threading.Thread(target=loop, name="nodes", daemon=True)
-    thread.start()
-    try:
+    with run_periodically(compare, _POLL_S, "nodes"):
         yield
-    finally:
-        over.set()
-        thread.join()

@@ -80,10 +80,10 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
     import ray
 
     if ray.is_initialized():
-        cluster.place_work(settings.on_head)
+        cluster.select_nodes(settings.on_head)
         yield
         return
-    exempt = cluster.exempt_from_proxies(_own_addresses())
+    exempt = cluster.bypass_proxies(_own_addresses())
     if address == "local":
         ensure_token()
         options: dict[str, Any] = {
@@ -114,8 +114,8 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
         with _report_sudden_end(), watch:
             if address != "local":
                 _refuse_other_versions(address)
-                cluster.wait_for_work(settings.on_head)
-            cluster.place_work(settings.on_head)
+                cluster.wait_for_node(settings.on_head)
+            cluster.select_nodes(settings.on_head)
             yield
     finally:
         if watch.reason is None:  # otherwise it would wait for a Ray that is gone
@@ -191,7 +191,7 @@ def _answers(target: str, timeout_s: float) -> bool:
 
 def _join_options(target: str, exempt: Mapping[str, str]) -> dict[str, Any]:
     """Return the options of `ray.init` for a cluster: behind a proxy, workers must reach its head without it."""
-    cluster.exempt_from_proxies([target.rpartition(":")[0]])
+    cluster.bypass_proxies([target.rpartition(":")[0]])
     proxies = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "grpc_proxy")
     if not any(os.environ.get(name) for name in proxies):
         return {}
@@ -380,7 +380,7 @@ def _refuse_other_versions(address: str) -> None:
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    for node, there in cluster.ask(version_there, alive):
+    for node, there in cluster.query_nodes(version_there, alive):
         if there != ray_cxr.__version__:
             has = f"has ray_cxr {there}" if there else "has no ray_cxr"
             raise InputError(

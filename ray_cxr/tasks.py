@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 import traceback
 import warnings
@@ -24,6 +23,7 @@ from typing import Any
 
 from ray_cxr import errors
 from ray_cxr.errors import ImageError, RayCxrError, own_error
+from ray_cxr.progress import run_periodically
 
 logger = logging.getLogger(__name__)
 
@@ -182,28 +182,22 @@ def poll(look: Callable[[], bool], command: str) -> Iterator[None]:
         look: shows what has been finished since the last call; returns whether there was anything.
         command: its name, for the warning.
     """
-    over = threading.Event()
+    last = time.monotonic()
 
-    def loop() -> None:
-        last = time.monotonic()
-        while not over.wait(POLL_S):
-            with contextlib.suppress(OSError, RayCxrError):  # a bucket may answer the next time
-                if look():
-                    last = time.monotonic()
-            if time.monotonic() - last >= STALL_S:
-                logger.warning(
-                    "%s: WARNING: no file finished for %.0f minutes; storage may be slow, or Ray waits for CPUs or "
-                    "GPUs that other work holds (see `ray status`)",
-                    command,
-                    STALL_S / 60,
-                )
+    def check() -> None:
+        nonlocal last
+        with contextlib.suppress(OSError, RayCxrError):  # a bucket may answer the next time
+            if look():
                 last = time.monotonic()
+        if time.monotonic() - last >= STALL_S:
+            logger.warning(
+                "%s: WARNING: no file finished for %.0f minutes; storage may be slow, or Ray waits for CPUs or "
+                "GPUs that other work holds (see `ray status`)",
+                command,
+                STALL_S / 60,
+            )
+            last = time.monotonic()
 
-    thread = threading.Thread(target=loop, name="poll", daemon=True)
-    thread.start()
-    try:
+    with run_periodically(check, POLL_S, "poll"):
         yield
-    finally:
-        over.set()
-        thread.join()
     look()

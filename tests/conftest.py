@@ -250,7 +250,7 @@ def replace_ray() -> Iterator[None]:
     node = {"NodeID": "here", "Alive": True, "NodeManagerAddress": "127.0.0.1", "Resources": {"CPU": 2.0}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray.data, "from_items", InProcessDataset)
-        patch.setattr(cluster, "_alive", lambda: [node])
+        patch.setattr(cluster, "_list_alive", lambda: [node])
         patch.setattr(cli, "start_ray", lambda *_, **__: contextlib.nullcontext())
         yield
 

@@ -30,8 +30,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "ray_cxr": BOTTOM | {"models"},  # lazily, so that `ray_cxr.load_bundle` is there
     "progress": BOTTOM,
     "versions": BOTTOM | {"ray_cxr"},
-    "cluster": BOTTOM,
-    "tasks": BOTTOM,
+    "cluster": BOTTOM | {"progress"},
+    "tasks": BOTTOM | {"progress"},
     "telemetry": frozenset(),
     "config": BOTTOM,
     "storage": BELOW_STORAGE,
@@ -39,8 +39,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "data": BELOW_DATA,
     "evaluation": BELOW_STORAGE,
     "models": BELOW_MODELS,
-    "training": BELOW_MODELS | {"models"},
-    "tuning": BELOW_MODELS | {"models", "training"},
+    "training": BELOW_MODELS | {"models", "reporting"},
+    "tuning": BELOW_MODELS | {"models", "training", "reporting"},
     "scoring": BELOW_MODELS | {"models"},
     "reporting": BELOW_MODELS,
     "demo": BELOW_MODELS | {"models"},  # it runs the commands, and is handed them

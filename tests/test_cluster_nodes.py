@@ -29,10 +29,10 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     """The value of `ray.nodes()`, which the test changes."""
     current: Nodes = []
     monkeypatch.setattr(ray, "nodes", lambda: list(current))
-    monkeypatch.setattr(cluster, "_LOOK_S", 0.01)
+    monkeypatch.setattr(cluster, "_POLL_S", 0.01)
     before = DataContext.get_current().execution_options.label_selector
     yield current
-    cluster.place_as(None)
+    cluster.set_selector(None)
     DataContext.get_current().execution_options.label_selector = before
 
 
@@ -50,23 +50,23 @@ def test_head_works_only_where_it_is_alone_or_configured_to(
     present: list[tuple[str, int]], on_head: bool | None, working: list[str], nodes: Nodes
 ) -> None:
     nodes += [*(node(name, cpus) for name, cpus in present), node("dead", 8, alive=False)]
-    cluster.place_work(on_head)
-    assert [one["NodeID"] for one in cluster.working()] == working
+    cluster.select_nodes(on_head)
+    assert [one["NodeID"] for one in cluster.list_nodes()] == working
     selector = None if "h" in working else {"ray.io/node-id": "!h"}
-    assert cluster.selector() == DataContext.get_current().execution_options.label_selector == selector
+    assert cluster.get_selector() == DataContext.get_current().execution_options.label_selector == selector
 
 
 def test_idle_head(nodes: Nodes) -> None:
     nodes.append(node("h", 8))
     nodes[0]["Resources"]["GPU"] = 1.0
     with pytest.raises(ConfigError, match=r"^ray\.on_head=false: "):
-        cluster.place_work(False)
+        cluster.select_nodes(False)
     nodes.append(node("a", 1))
-    cluster.place_work(None)
-    assert "--set ray.on_head=true" in cluster.head_hint("GPU")
-    assert cluster.head_hint("TPU") == ""
-    cluster.place_work(True)
-    assert cluster.head_hint("GPU") == ""
+    cluster.select_nodes(None)
+    assert "--set ray.on_head=true" in cluster.hint_at_head("GPU")
+    assert cluster.hint_at_head("TPU") == ""
+    cluster.select_nodes(True)
+    assert cluster.hint_at_head("GPU") == ""
 
 
 @pytest.fixture
@@ -82,11 +82,11 @@ def query(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[l
             for one in nodes:
                 yield one, [name for name, path in paths.items() if not sees(one["NodeID"], path)]
 
-        monkeypatch.setattr(cluster, "ask", ask)
+        monkeypatch.setattr(cluster, "query_nodes", ask)
         return queried
 
     nodes += [node("h", 0), node("a", 2), node("b", 2)]
-    cluster.place_work(None)
+    cluster.select_nodes(None)
     return replace
 
 
@@ -94,13 +94,13 @@ def test_folder_that_a_node_does_not_see_is_refused_by_its_option(query: Any, no
     out, model = tmp_path / "out", tmp_path / "bundle"
     model.mkdir()
     queried = query(lambda name, path: name != "b")
-    with pytest.raises(OutputError, match=rf"^--out {out}: the node b\.there "):
+    with pytest.raises(OutputError, match=rf"^--out {out}: .* the node b\.there"):
         cluster.require_shared(out)
     assert queried == [["a", "b"]], "the head does no work and need not see it"
     assert not list(out.iterdir()), "the probe file is removed"
 
     query(lambda name, path: path != str(model))
-    with pytest.raises(OutputError, match=rf"^--model {model}: the node a\.there "):
+    with pytest.raises(OutputError, match=rf"^--model {model}: .* the node a\.there"):
         cluster.require_shared(out, **{"--model": model, "--manifest": None, "pictures": "/none/here/either"})
 
     queried = query(lambda name, path: False)
@@ -116,7 +116,7 @@ def test_lost_and_new_nodes_are_reported(nodes: Nodes, monkeypatch: pytest.Monke
     lines: list[str] = []
     looks: list[None] = []
     nodes += [node("h", 0), node("aaaaaaaaaa", 2), node("bbbbbbbbbb", 2)]
-    cluster.place_work(None)
+    cluster.select_nodes(None)
     monkeypatch.setattr(ray, "nodes", lambda: looks.append(None) or list(nodes))
 
     def wait_for(items: list[Any], count: int) -> None:
@@ -124,7 +124,7 @@ def test_lost_and_new_nodes_are_reported(nodes: Nodes, monkeypatch: pytest.Monke
         while len(items) < count and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    with cluster.watched("score", lines.append):
+    with cluster.log_node_changes("score", lines.append):
         wait_for(looks, 2)
         nodes.pop()
         wait_for(lines, 1)
@@ -152,12 +152,12 @@ def test_cluster_without_a_worker_requests_one_and_waits(nodes: Nodes, monkeypat
     monkeypatch.setattr(ray.autoscaler.sdk, "request_resources", request)
     nodes.append(node("h", 0))
     for _ in range(2):
-        cluster.wait_for_work(None, lines.append)
+        cluster.wait_for_node(None, lines.append)
     assert requests == [{"num_cpus": 1}, {"bundles": []}], "the request is withdrawn"
     assert len(lines) == 1
 
     monkeypatch.setattr(cluster, "JOIN_TIMEOUT_S", 0.0)
     nodes[:] = [node("h", 4)]
     with pytest.raises(RayCxrError, match="`ray status`"):
-        cluster.wait_for_work(False, lines.append)
-    cluster.wait_for_work(None)  # by default a head alone may work
+        cluster.wait_for_node(False, lines.append)
+    cluster.wait_for_node(None)  # by default a head alone may work

@@ -296,7 +296,7 @@ def test_only_hosts_of_the_cluster_are_exempt_from_proxies(given: dict[str, str]
             patch.setenv(name, given.get(name, ""))
         patch.setenv("https_proxy", "http://10.9.9.9:3128")
         for _ in range(2):  # twice changes nothing more
-            session.cluster.exempt_from_proxies(["10.0.0.1", "[::1]", ""])
+            session.cluster.bypass_proxies(["10.0.0.1", "[::1]", ""])
             assert {name: os.environ[name] for name in expected} == expected
         assert os.environ["https_proxy"] == "http://10.9.9.9:3128"
         if given.get("no_proxy") != "*":

@@ -119,7 +119,7 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
         dataset = ray.data.from_items(pending, override_num_blocks=len(pending))
         given = {"out": remote.address(out), "settings": settings}
         dataset = map_once(dataset, _prepare, fn_kwargs=given, num_cpus=1)
-        cpus = sum(node["Resources"].get("CPU", 0) for node in cluster.working())
+        cpus = sum(node["Resources"].get("CPU", 0) for node in cluster.list_nodes())
         dataset.context.max_errored_blocks = int(MAX_LOST_PER_WORKER * max(1, cpus))
         return dataset
 
@@ -128,7 +128,7 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
         pending = sum(sum(task["rows"]) for task in todo)
         progress = Progress("prepare", n_rows, done=n_rows - pending)
         look = _progress_of(out, settings.sizes, ranges, progress)
-        with progress, cluster.watched("prepare"), poll(look, "prepare"):
+        with progress, cluster.log_node_changes("prepare"), poll(look, "prepare"):
             for _ in run_with_retries(todo, build_dataset, find_pending):
                 pass  # `look` shows what the tasks write
     return {size: _count(out, size, ranges) for size in settings.sizes}

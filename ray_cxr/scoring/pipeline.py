@@ -248,7 +248,7 @@ def score(
             key=key,
             settings_file=settings_file,
         )
-        with cluster.watched("score") if todo or to_draw else contextlib.nullcontext():
+        with cluster.log_node_changes("score") if todo or to_draw else contextlib.nullcontext():
             if plan is not None:
                 _run(job, todo, ranges, there, report, plan, marks)
             report.counts = _count(out, ranges, ids, bundle.digest, job.run)
@@ -439,14 +439,14 @@ def _plan(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
     Raises:
         ConfigError: nothing does.
     """
-    resources = [node["Resources"] for node in cluster.working()]
+    resources = [node["Resources"] for node in cluster.list_nodes()]
     nodes = [found.get("CPU", 0.0) for found in resources]
     gpus = int(sum(found.get("GPU", 0) for found in resources))
     if use_gpu:
         if settings.decode == "inside":
             raise ConfigError("decode=inside: with --gpu pictures are decoded apart; leave one of the two out")
         if not gpus:
-            hint = cluster.head_hint("GPU")
+            hint = cluster.hint_at_head("GPU")
             raise ConfigError(f"--gpu: Ray has no GPU; leave --gpu out, or connect to a cluster that has one{hint}")
         if not sum(nodes) >= 1:
             raise ConfigError("--gpu: Ray has no CPU that could decode the pictures")
@@ -461,12 +461,12 @@ def _plan(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
 
 def _plan_to_draw(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
     """The same for heat maps, where each actor decodes for itself."""
-    nodes = [node["Resources"] for node in cluster.working()]
+    nodes = [node["Resources"] for node in cluster.list_nodes()]
     if not use_gpu:
         return ActorPlan(*actor_plan([node.get("CPU", 0.0) for node in nodes], settings.cpus_per_actor, n_tasks), False)
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     if not gpus:
-        hint = cluster.head_hint("GPU")
+        hint = cluster.hint_at_head("GPU")
         raise ConfigError(f"--gpu: Ray has no GPU; leave --gpu out, or connect to a cluster that has one{hint}")
     each = min(int(node.get("CPU", 0) // node["GPU"]) for node in nodes if node.get("GPU", 0) >= 1)
     return ActorPlan(min(gpus, n_tasks), min(MAX_CPUS_PER_ACTOR, each), False)

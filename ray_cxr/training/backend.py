@@ -86,5 +86,5 @@ def _free_address() -> str:
 
 
 def _set_place(addresses: list[str], rank: int) -> None:
-    cluster.exempt_from_proxies(address.rpartition(":")[0] for address in addresses)
+    cluster.bypass_proxies(address.rpartition(":")[0] for address in addresses)
     os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})

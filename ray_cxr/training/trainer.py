@@ -117,7 +117,7 @@ def train(
     if settings.frozen_epochs and settings.weights == "none":
         on_event("train: WARNING: frozen_epochs keeps a backbone frozen whose weights are random")
     cluster.require_shared(out, PREPARED=prepared, weights=plan.settings.weights)
-    with cluster.watched("train", on_event):
+    with cluster.log_node_changes("train", on_event):
         fit(plan, out, use_gpu=use_gpu, callbacks=callbacks, began=began, on_event=on_event)
     return export(plan, out, out / "bundle")
 
@@ -352,12 +352,12 @@ def room(settings: TrainSettings, *, use_gpu: bool, runs: int | None = None) -> 
     Raises:
         ConfigError: not even one fits; Ray would wait for ever.
     """
-    alive = [node["Resources"] for node in cluster.working()]
+    alive = [node["Resources"] for node in cluster.list_nodes()]
     gpus = sum(node.get("GPU", 0) for node in alive)
     if use_gpu and gpus < settings.workers * settings.gpus_per_worker:
         raise ConfigError(
             f"--gpu: {settings.workers} workers need {settings.workers * settings.gpus_per_worker:g} GPUs, Ray has "
-            f"{gpus:g}; leave --gpu out, or connect to a cluster that has them{cluster.head_hint('GPU')}"
+            f"{gpus:g}; leave --gpu out, or connect to a cluster that has them{cluster.hint_at_head('GPU')}"
         )
     nodes = [(node.get("CPU", 0), places(node.get("GPU", 0), settings) if use_gpu else math.inf) for node in alive]
     wanted = max(1, int(sum(held for _, held in nodes)) // settings.workers if use_gpu else 1)
@@ -421,7 +421,7 @@ def _fit(
             num_workers=settings.workers,
             use_gpu=use_gpu,
             resources_per_worker=resources,
-            label_selector=cluster.selector(),
+            label_selector=cluster.get_selector(),
         ),
         run_config=RunConfig(
             name="ray",

@@ -335,7 +335,7 @@ def test_a_cosine_run_refuses_more_epochs(schedule: str, allowed: bool, prepared
 )
 def test_capacity_for_runs(nodes, settings: dict, gpu: bool, runs: int | None, expected, monkeypatch) -> None:
     working = [{"Resources": {"CPU": cpus, **({"GPU": gpus} if gpus else {})}} for cpus, gpus in nodes]
-    monkeypatch.setattr(cluster, "working", lambda: working)
+    monkeypatch.setattr(cluster, "list_nodes", lambda: working)
     assert trainer.room(TrainSettings(**settings), use_gpu=gpu, runs=runs) == expected
 
 

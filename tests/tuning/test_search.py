@@ -172,7 +172,7 @@ def run_search(plan: Plan, trial: Any, place: str = "on Ray") -> Searched:
         if place == IN_PROCESS:
             patch.setattr(search.ray_tune, "Tuner", InProcessTuner(trial))
             patch.setattr(search, "_refuse_without_dashboard", lambda: None)
-            patch.setattr(cluster, "_alive", lambda: [{"NodeID": "here", "Resources": {"CPU": 2.0}}])
+            patch.setattr(cluster, "_list_alive", lambda: [{"NodeID": "here", "Resources": {"CPU": 2.0}}])
         outcome = search.search(plan, trial=trial, finish=False, on_event=events.append)
     # Ray itself, not Tune, reports a killed process.
     lines = printed.getvalue().splitlines(keepends=True)
