@@ -167,10 +167,10 @@ def test_third_party_weights(checkout: Path, nih: Path) -> None:
 
 @pytest.mark.readme
 def test_python(checkout: Path, nih: Path) -> None:
-    shutil.copy(next((nih / "images").rglob("*.png")), checkout / "picture.png")
+    shutil.copy(next((nih / "images").rglob("*.png")), checkout / "image.png")
     (checkout / "example.py").write_text(blocks("python")[0])
     printed = run(".venv/bin/python example.py", checkout)
-    assert re.search(r"picture\.png\s+ok", printed)
+    assert re.search(r"image\.png\s+ok", printed)
 
 
 @pytest.mark.readme
