@@ -60,7 +60,8 @@ RAY_FILES = (
 #: Files that may have tables keyed by finding, if all keys are findings; and how many findings are too many for a
 #: sequence, which would be a second order of findings.
 KNOWS_EACH_FINDING = {
-    "ray_cxr/imaging/phantoms.py": 5,  # how each finding is drawn, and which four go with it
+    "ray_cxr/imaging/phantoms.py": 5,  # the four companions of each finding
+    "ray_cxr/imaging/phantom_findings.py": 5,  # the drawing of each finding
     "ray_cxr/data/consensus.py": 5,  # which four make up an airspace opacity
     "ray_cxr/evaluation/published.py": 4,  # what others have measured of each
 }

@@ -15,8 +15,9 @@ import pytest
 from ray_cxr.config import InputSpec
 from ray_cxr.evaluation import quality
 from ray_cxr.evaluation.quality import FLAGS, QualityModel, fit, gravest, judge, lacking
-from ray_cxr.imaging import phantoms
 from ray_cxr.imaging.decode import load_image
+from ray_cxr.imaging.phantom_anatomy import sample_anatomy
+from ray_cxr.imaging.phantom_findings import draw_phantom
 
 SIZE = 64
 TRAINING, HELD_OUT, ORDINARY = 100, 60, 50
@@ -42,7 +43,7 @@ def chests() -> Images:
     findings = ("Effusion", "Mass", "Cardiomegaly")
     return np.stack(
         [
-            phantoms.draw(phantoms.anatomy(0, patient, 0, size=SIZE), findings[patient % 3 :][: patient % 6 == 0])
+            draw_phantom(sample_anatomy(0, patient, 0, size=SIZE), findings[patient % 3 :][: patient % 6 == 0])
             for patient in range(1, TRAINING + HELD_OUT + ORDINARY + 1)
         ]
     )

@@ -15,7 +15,9 @@ from PIL import Image
 from ray_cxr.errors import ConfigError, ImageError, OutputError
 from ray_cxr.imaging import phantoms
 from ray_cxr.imaging.decode import load_image
-from ray_cxr.imaging.phantoms import PhantomSet, anatomy, draw, write_phantoms
+from ray_cxr.imaging.phantom_anatomy import sample_anatomy
+from ray_cxr.imaging.phantom_findings import draw_phantom
+from ray_cxr.imaging.phantoms import PhantomSet, write_phantoms
 from ray_cxr.labels import FINDINGS, NO_FINDING, parse
 
 PATIENTS = 23  # one of every slot, so that every finding occurs
@@ -48,7 +50,8 @@ def test_the_bytes_depend_on_the_arguments_alone(small: PhantomSet, tmp_path: Pa
     assert {item for item in _files(tmp_path / "few").items() if item[0] in names} <= old.items()
     assert few.counts["broken"] == 0
     assert len(names) == len(_rows(few)) == few.counts["images"]
-    assert (draw(anatomy(0, 1, 0, size=64)) != draw(anatomy(1, 1, 0, size=64))).mean() > 0.5
+    one, other = (draw_phantom(sample_anatomy(seed, 1, 0, size=64)) for seed in (0, 1))
+    assert (one != other).mean() > 0.5
 
 
 def test_the_table_is_in_nihs_dialect(small: PhantomSet) -> None:
@@ -80,9 +83,9 @@ def test_the_split_shares_no_patient_and_has_every_row(small: PhantomSet) -> Non
 
 def test_findings_of_the_test_patients_and_of_the_demo() -> None:
     for seed in (0, 7):
-        rows = [row for row in phantoms._rows(92, seed, 64) if row.test and row.chest.visit == 0]
+        rows = [row for row in phantoms._plan_rows(92, seed, 64) if row.test and row.chest.visit == 0]
         assert {finding for row in rows for finding in row.findings} == set(FINDINGS)
-    rows = list(phantoms._rows(400, 0, 256))
+    rows = list(phantoms._plan_rows(400, 0, 256))
     share = {finding: sum(finding in row.findings for row in rows) / len(rows) for finding in FINDINGS}
     assert {finding: value for finding, value in share.items() if not 0.05 < value < 0.13} == {}
     assert 0.33 < sum(not row.findings for row in rows) / len(rows) < 0.45
@@ -98,7 +101,7 @@ def test_every_encoding_has_the_drawn_pixels(small: PhantomSet) -> None:
         with Image.open(small.images / name) as image:
             assert (image.mode, image.size) == (mode, (64, 64))
         findings = [] if found[name] == (NO_FINDING,) else found[name]
-        expected = draw(anatomy(0, patient, 0, size=64), findings)
+        expected = draw_phantom(sample_anatomy(0, patient, 0, size=64), findings)
         np.testing.assert_array_equal(load_image(str(small.images / name)), expected)
 
 
@@ -136,7 +139,7 @@ def test_other_settings_and_foreign_folders_are_refused(small: PhantomSet, tmp_p
         write_phantoms(small.table.parent, patients=5, size=64)
     thesis = tmp_path / "thesis.txt"
     thesis.write_text("mine", encoding="utf-8")
-    with pytest.raises(OutputError, match="no phantoms"):
+    with pytest.raises(OutputError, match="not phantoms"):
         write_phantoms(tmp_path, patients=4, size=64)
     with pytest.raises(OutputError, match="is a file"):
         write_phantoms(thesis, patients=4, size=64)
@@ -146,18 +149,18 @@ def test_other_settings_and_foreign_folders_are_refused(small: PhantomSet, tmp_p
             write_phantoms(tmp_path / "set", **bad)
     assert not (tmp_path / "set").exists()
     with pytest.raises(ValueError, match="'Infiltrate'"):
-        draw(anatomy(0, 1, 0, size=64), ["Infiltrate"])
+        draw_phantom(sample_anatomy(0, 1, 0, size=64), ["Infiltrate"])
     for seed, patient, visit in ((0, 0, 0), (-1, 1, 0), (0, 1, -1)):
         with pytest.raises(ValueError, match=f"patient {patient}"):
-            anatomy(seed, patient, visit)
+            sample_anatomy(seed, patient, visit)
 
 
 @pytest.mark.parametrize("finding", FINDINGS)
 def test_a_finding_shows_at_the_size_a_small_model_sees(finding: str) -> None:
     """A finding changes at least 8 of 64 x 64 pixels by far more than the noise (0.6 gray values)."""
     for patient in (1, 3, 5):
-        chest = anatomy(0, patient, 0)
-        change = draw(chest, [finding]).astype(float) - draw(chest)
+        chest = sample_anatomy(0, patient, 0)
+        change = draw_phantom(chest, [finding]).astype(float) - draw_phantom(chest)
         assert (np.abs(change.reshape(64, 4, 64, 4).mean(axis=(1, 3))) > 20).sum() >= 8, patient
         if finding not in ("Cardiomegaly", "Emphysema"):
             assert (change == 0).mean() > 0.5
@@ -166,8 +169,8 @@ def test_a_finding_shows_at_the_size_a_small_model_sees(finding: str) -> None:
 
 def test_a_normal_chest_has_dark_lungs_and_the_heart_on_the_right() -> None:
     for patient in (1, 4):
-        chest = anatomy(0, patient, 0)
-        image = draw(chest).astype(float)
+        chest = sample_anatomy(0, patient, 0)
+        image = draw_phantom(chest).astype(float)
         assert image[120:140, 60:80].mean() + 60 < image[215:235, 60:80].mean()
         middle = 128 + round(256 * chest.shift[0])
         left, right = image[150:165, middle - 40 : middle - 30], image[150:165, middle + 30 : middle + 40]
@@ -175,10 +178,10 @@ def test_a_normal_chest_has_dark_lungs_and_the_heart_on_the_right() -> None:
 
 
 def test_visits_differ_and_keep_the_rib_cage() -> None:
-    first, second = anatomy(0, 9, 0), anatomy(0, 9, 1)
+    first, second = sample_anatomy(0, 9, 0), sample_anatomy(0, 9, 1)
     assert (first.half_width, first.rib_pitch, first.sex) == (second.half_width, second.rib_pitch, second.sex)
     assert second.age == first.age + 1
-    pair = draw(first, ["Effusion", "Nodule"])
-    np.testing.assert_array_equal(pair, draw(first, ("Nodule", "Effusion")))
+    pair = draw_phantom(first, ["Effusion", "Nodule"])
+    np.testing.assert_array_equal(pair, draw_phantom(first, ("Nodule", "Effusion")))
     assert (pair.shape, pair.dtype) == ((256, 256), np.uint8)
-    assert not np.array_equal(draw(first), draw(second))
+    assert not np.array_equal(draw_phantom(first), draw_phantom(second))

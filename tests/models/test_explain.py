@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ray_cxr.config import InputSpec
-from ray_cxr.imaging import phantoms
 from ray_cxr.imaging.overlays import WHOLE, Area, area_of, content, project_cells
+from ray_cxr.imaging.phantom_anatomy import sample_anatomy
+from ray_cxr.imaging.phantom_findings import draw_phantom
 from ray_cxr.imaging.resize import resize
 from ray_cxr.labels import FINDINGS
 from ray_cxr.models import backbones, classifier
@@ -171,9 +172,9 @@ def test_png_has_no_metadata() -> None:
 def test_trained_model_looks_where_the_finding_is_drawn() -> None:
     """Phantoms with and without a Mass: the evidence lies on the mass, far more of it than by chance."""
     count, unseen = 80, 20
-    anatomies = [phantoms.anatomy(3, patient, 0, size=64) for patient in range(1, count + 1)]
-    healthy = [phantoms.draw(one) for one in anatomies]
-    ill = [phantoms.draw(one, ("Mass",)) for one in anatomies]
+    anatomies = [sample_anatomy(3, patient, 0, size=64) for patient in range(1, count + 1)]
+    healthy = [draw_phantom(one) for one in anatomies]
+    ill = [draw_phantom(one, ("Mass",)) for one in anatomies]
     images = np.stack([resize(one, InputSpec(size=48)) for one in (*healthy, *ill)])[..., None]
     labels = np.repeat([[0.0], [1.0]], count, axis=0)
     seen = np.r_[0 : count - unseen, count : 2 * count - unseen]
