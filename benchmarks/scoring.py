@@ -140,15 +140,14 @@ def make_bundle(spec: dict[str, Any], said: Said) -> None:
     from ray_cxr.labels import FINDINGS
     from ray_cxr.models import classifier
     from ray_cxr.models.architecture import Architecture
-    from ray_cxr.models.bundle import SPLIT_SCHEMA, write_bundle
+    from ray_cxr.models.bundle import SPLIT_SCHEMA
+    from ray_cxr.models.bundle_writer import BundleContent, write_bundle
 
     architecture = Architecture(backbone=spec["backbone"], size=spec["size"], findings=FINDINGS)
     keras.utils.set_random_seed(0)
     model = classifier.build(architecture)
     point = {"threshold": 0.5, "rule": "youden", "sensitivity": 0.5, "specificity": 0.5, "flag_rate": 0.5}
-    write_bundle(
-        spec["out"],
-        save_weights=lambda path: model.save_weights(str(path)),
+    content = BundleContent(
         architecture=architecture,
         input_spec=InputSpec(size=spec["size"]),
         # Calibrated and flagged, as a trained one is: that is part of a row's cost.
@@ -166,6 +165,7 @@ def make_bundle(spec: dict[str, Any], said: Said) -> None:
         curves=[],
         split=SPLIT_SCHEMA.empty_table(),
     )
+    write_bundle(spec["out"], content, model)
     said.end()
 
 
@@ -183,7 +183,6 @@ def score_bare(spec: dict[str, Any], said: Said) -> None:
 
     from ray_cxr.imaging import sandbox
     from ray_cxr.imaging.decode import load_image
-    from ray_cxr.models import runtime
     from ray_cxr.models.bundle import load_bundle
 
     said.stage("imports")
@@ -195,7 +194,7 @@ def score_bare(spec: dict[str, Any], said: Said) -> None:
         for decoder in decoders:
             decoder.start()
     cv2.setNumThreads(1)
-    network = runtime.open_runtime(bundle, spec["precision"], batch_size=BATCH, threads=THREADS)
+    network = bundle.open_runtime(spec["precision"], batch_size=BATCH, threads=THREADS)
     said.stage("network")
     ids, paths = _rows(spec["manifest"], spec["images"])
     said.stage("manifest")

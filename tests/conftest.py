@@ -85,16 +85,15 @@ def make_tiny_bundle(out: Path, *, seed: int = 0, size: int = 64, findings: tupl
     from ray_cxr.labels import FINDINGS
     from ray_cxr.models import classifier
     from ray_cxr.models.architecture import Architecture
-    from ray_cxr.models.bundle import SPLIT_SCHEMA, write_bundle
+    from ray_cxr.models.bundle import SPLIT_SCHEMA
+    from ray_cxr.models.bundle_writer import BundleContent, write_bundle
 
     names = findings or FINDINGS
     architecture = Architecture(backbone="TinyCNN", size=size, findings=names)
     keras.utils.set_random_seed(seed)
     model = classifier.build(architecture)
     point = {"threshold": 0.5, "rule": "youden", "sensitivity": 0.5, "specificity": 0.5, "flag_rate": 0.5}
-    return write_bundle(
-        out,
-        save_weights=lambda path: model.save_weights(str(path)),
+    content = BundleContent(
         architecture=architecture,
         input_spec=InputSpec(size=size),
         calibration={
@@ -116,6 +115,7 @@ def make_tiny_bundle(out: Path, *, seed: int = 0, size: int = 64, findings: tupl
             {"image_id": ["00000099_000.png"], "patient_id": ["99"], "split": ["train"]}, schema=SPLIT_SCHEMA
         ),
     )
+    return write_bundle(out, content, model)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from ray_cxr.labels import FINDINGS, LABELS
 
 ROOT = Path(__file__).parents[1]
 
-BOTTOM = frozenset({"errors", "labels"})
+BOTTOM = frozenset({"errors", "labels", "extras"})
 BELOW_STORAGE = BOTTOM | {"config", "progress", "telemetry", "versions", "cluster", "tasks"}
 BELOW_IMAGING = BELOW_STORAGE | {"storage"}
 BELOW_DATA = BELOW_IMAGING | {"imaging"}
@@ -27,6 +27,7 @@ BELOW_MODELS = BELOW_DATA | {"data", "evaluation"}
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "labels": frozenset({"errors"}),
+    "extras": frozenset({"errors"}),
     "ray_cxr": BOTTOM | {"models"},  # lazily, so that `ray_cxr.load_bundle` is there
     "progress": BOTTOM,
     "versions": BOTTOM | {"ray_cxr"},

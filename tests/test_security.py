@@ -109,12 +109,12 @@ def test_code_in_place_of_a_file_of_a_bundle_is_refused(
 def test_object_arrays_and_zip_bombs_in_a_bundle_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NumPy keeps Python objects as a pickle inside its own format."""
     np.savez(tmp_path / "x.npz", images=np.array([Touch(tmp_path / "ran")], dtype=object))
-    with pytest.raises(BundleError, match="damaged"), runtime.arrays_of(tmp_path / "x.npz") as arrays:
+    with pytest.raises(BundleError, match="damaged"), runtime.open_arrays(tmp_path / "x.npz") as arrays:
         arrays["images"]
     assert not (tmp_path / "ran").exists()
     monkeypatch.setattr(runtime, "_MAX_UNPACKED", 1 << 20)
     np.savez_compressed(tmp_path / "y.npz", images=np.zeros(2 << 20, np.uint8))
-    with pytest.raises(BundleError, match="unpacks to more than 1 MiB"), runtime.arrays_of(tmp_path / "y.npz"):
+    with pytest.raises(BundleError, match="unpacks to more than 1 MiB"), runtime.open_arrays(tmp_path / "y.npz"):
         pass
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import keras
 from keras import layers, ops
 
-from ray_cxr.errors import ConfigError
+from ray_cxr.errors import ConfigError, first_line
 
 
 @keras.saving.register_keras_serializable(package="ray_cxr")
@@ -116,7 +116,7 @@ def features(backbone: str, images: Any, weights: str | None) -> Any:
         # Keras raises a bare Exception when its download fails.
         if weights != "imagenet" or isinstance(error, (TypeError, KeyError)):
             raise
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = first_line(error)
         raise ConfigError(
             f"weights: the ImageNet weights of {backbone} cannot be had ({reason}); "
             "connect to the internet, name a file of weights, or say weights=none to start from random ones"

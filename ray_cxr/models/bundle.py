@@ -1,14 +1,16 @@
-"""A bundle: a folder with all that scoring and reporting need of a trained model. Immutable, and only data.
+"""Read a bundle: a folder with everything that scoring and reporting need of a trained model. Immutable, data only.
 
 bundle.json        format, architecture, findings in order, input spec, calibration, operating points, provenance;
                    may have operating_alternatives (points by other rules) and rule_notes (why a finding has none)
-model.weights.h5   the weights alone; the network is built again from `architecture`
-config.toml        the resolved settings, which `ray-cxr train --config` takes
+model.weights.h5   the weights alone; the model is rebuilt from `architecture`
+config.toml        the resolved settings, which `ray-cxr train --config` accepts
 curves.json        learning curves, one object per epoch
-split.parquet      image_id, patient_id, split: what trained it and what chose it
-MODEL_CARD.md      the same for people
-openvino.xml, ...  the network for OpenVINO, golden images, quality flags: see `exports`; an older bundle has none
-SHA256SUMS         a digest per file; its own SHA-256 is the bundle's digest
+split.parquet      image_id, patient_id, split: the images that trained it and those that selected it
+MODEL_CARD.md      the model card
+openvino.xml, ...  the OpenVINO graph, golden images, quality flags: see `exports`; bundles of older versions lack them
+SHA256SUMS         the digest of each file; its own SHA-256 is the bundle's digest
+
+`bundle_writer` writes bundles.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ import json
 import math
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+import sys
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -31,16 +33,16 @@ import pandas as pd
 import pyarrow as pa
 
 from ray_cxr.config import InputSpec, build
-from ray_cxr.errors import BundleError, ConfigError, OutputError
+from ray_cxr.errors import BundleError, ConfigError
 from ray_cxr.evaluation.calibration import Calibration
 from ray_cxr.evaluation.quality import QualityModel, judge
 from ray_cxr.imaging.resize import resize
 from ray_cxr.imaging.sandbox import Decoder, Failure
 from ray_cxr.labels import LABELS
-from ray_cxr.models import exports, predictions, runtime
+from ray_cxr.models import predictions, runtime
 from ray_cxr.models.architecture import Architecture
-from ray_cxr.models.exports import QUALITY
-from ray_cxr.storage import atomic, remote
+from ray_cxr.models.runtime import GOLDEN, GOLDEN_INT8, TOLERANCE
+from ray_cxr.storage import remote
 from ray_cxr.storage.paths import file_name
 
 if TYPE_CHECKING:
@@ -48,10 +50,19 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 WEIGHTS = "model.weights.h5"
+QUALITY = "quality.npz"
 SUMS = "SHA256SUMS"
 FILES = ("MODEL_CARD.md", "bundle.json", "config.toml", "curves.json", WEIGHTS, "split.parquet")
-#: Entries of bundle.json that belong to the weights and not to how they are read.
-_EXPORTED = ("runtimes", "runtimes_refused", "quality")
+#: Files that bundles of older versions lack.
+OPTIONAL_FILES = (
+    GOLDEN_INT8,
+    GOLDEN,
+    "openvino-int8.bin",
+    "openvino-int8.xml",
+    "openvino.bin",
+    "openvino.xml",
+    QUALITY,
+)
 SPLIT_SCHEMA = pa.schema([("image_id", pa.string()), ("patient_id", pa.string()), ("split", pa.string())])
 _SUM_LINE = re.compile(r"^([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9_.-]*)$")
 
@@ -61,13 +72,13 @@ class Bundle:
     """A verified bundle.
 
     Attributes:
-        path: its folder, or that of its copies on this machine, see `remote.folder_here`.
+        path: its folder, or a local copy of it, see `remote.folder_here`.
         digest: SHA-256 over its contents, hex.
-        architecture: the network.
-        input_spec: how a radiograph becomes its input.
-        info: `bundle.json` as read: calibration, operating_points, expected_flag_rates, provenance and the rest.
-        files: names of what it holds.
-        place: where it was opened, for people.
+        architecture: what `model` builds.
+        input_spec: how a radiograph is resized for it.
+        info: the content of `bundle.json`.
+        files: names of its files.
+        place: the path or URI that was opened, for messages.
     """
 
     path: Path
@@ -85,8 +96,7 @@ class Bundle:
 
     @cached_property
     def rules(self) -> predictions.Rules:
-        """How its probabilities become a score table's rows."""
-        points = self.info["operating_points"]
+        """How its probabilities become the rows of a score table."""
         ages = self.info["provenance"].get("age_range")
         return predictions.Rules(
             findings=self.findings,
@@ -94,40 +104,98 @@ class Bundle:
                 name: Calibration.from_dict(fitted) if fitted else None
                 for name, fitted in self.info["calibration"].items()
             },
-            thresholds={name: _threshold(point) if point else None for name, point in points.items()},
+            thresholds={
+                name: _read_threshold(point) if point else None for name, point in self.info["operating_points"].items()
+            },
             age_range=(float(ages[0]), float(ages[1])) if ages else None,
             digest=self.digest,
         )
 
     @cached_property
     def quality(self) -> QualityModel | None:
-        """How ordinary images look to it, where it was made with such images.
+        """Statistics of ordinary images, for the quality flags; None if the bundle was made without images.
 
         Raises:
-            BundleError: the file is not what `quality` writes.
+            BundleError: the file is damaged.
         """
         if QUALITY not in self.files:
             return None
-        with runtime.arrays_of(self.path / QUALITY) as arrays:
+        with runtime.open_arrays(self.path / QUALITY) as arrays:
             return QualityModel.from_arrays(arrays)
 
     def model(self, *, policy: str = "float32") -> keras.Model:
-        """Build the network and load its weights: uint8 [N,S,S,1] to float32 [N,F].
+        """Build the Keras model and load its weights: uint8 [N,S,S,1] to float32 [N,F].
 
         Args:
-            policy: Keras' dtype policy to compute in; weights and probabilities are float32 in all of them.
+            policy: Keras' dtype policy for computation; weights and probabilities are always float32.
         """
-        return _build(self.architecture, self.path / WEIGHTS, policy)
+        from ray_cxr.models import classifier
+
+        return classifier.load_model(self.architecture, self.path / WEIGHTS, policy)
 
     def model_json(self) -> dict[str, Any]:
-        """What a score folder keeps of the bundle as `model.json`."""
+        """Return the content of `model.json` in a score folder."""
         curves = json.loads((self.path / "curves.json").read_text(encoding="utf-8"))
         return {"digest": self.digest, **self.info, "curves": curves}
+
+    def open_runtime(self, precision: str, *, batch_size: int, threads: int, gpu: bool = False) -> runtime.Runtime:
+        """Open the model for scoring and compare its answers with the golden images.
+
+        Args:
+            precision: a result of `choose_precision`.
+            threads: CPU threads it may use.
+
+        Raises:
+            ConfigError: this machine does not support the precision, or has no GPU.
+            BundleError: the answers for the golden images differ from those in the bundle.
+        """
+        opened: runtime.Runtime
+        if not gpu and "runtimes" in self.info:
+            if precision == "bf16" and not runtime.cpu_has_bf16():
+                raise ConfigError("the run uses bf16, which this node's CPU does not support; use --precision fp32")
+            graph = self.path / runtime.graph_file(precision)
+            opened = runtime.OpenVinoRuntime(graph, precision, batch_size, threads)
+        else:
+            policy = "float32"
+            if gpu:
+                policy = runtime.prepare_gpu(precision)
+            elif "keras" not in sys.modules:
+                runtime.limit_threads(threads)
+            opened = runtime.KerasRuntime(self.model(policy=policy), batch_size)
+        self.check_golden(opened, precision)
+        return opened
+
+    def check_golden(self, opened: runtime.Runtime, precision: str) -> None:
+        """Compare a runtime with the golden images; bundles of older versions have none and pass.
+
+        Raises:
+            BundleError: the difference exceeds `TOLERANCE`, or the golden images are damaged.
+        """
+        if GOLDEN not in self.files:
+            return
+        path, size = self.path / GOLDEN, self.input_spec.size
+        with runtime.open_arrays(path) as arrays:
+            images, expected = arrays["images"], arrays["fp32"]
+        if precision == "int8":
+            with runtime.open_arrays(self.path / GOLDEN_INT8) as arrays:
+                expected = arrays["int8"]
+        if images.dtype != np.uint8 or images.shape[1:] != (size, size) or not len(images):
+            raise BundleError(f"{path}: damaged: images are {images.dtype} {images.shape}; copy the bundle again")
+        if expected.dtype != np.float32 or expected.shape != (len(images), len(self.findings)):
+            raise BundleError(
+                f"{path}: damaged: probabilities are {expected.dtype} {expected.shape}; copy the bundle again"
+            )
+        drift = np.abs(opened.predict(images).probabilities - expected).max()
+        if not drift <= TOLERANCE[precision]:  # refuses NaN too
+            raise BundleError(
+                f"{self.path}: in {precision} on this machine, probabilities of the golden images are off by "
+                f"{drift:.3g} ({TOLERANCE[precision]:g} is allowed); use another --precision"
+            )
 
     def predict(
         self, images: Sequence[str | Path | np.ndarray] | np.ndarray, *, batch_size: int = 4, precision: str = "auto"
     ) -> pd.DataFrame:
-        """Score images without Ray; files are decoded in a child process, which a damaged file may end.
+        """Score images without Ray. A child process decodes files, so a damaged file cannot end this process.
 
         Args:
             images: paths or URIs, or arrays uint8 [H,W] of any size; also one array uint8 [N,H,W].
@@ -135,13 +203,13 @@ class Bundle:
             precision: `auto`, `fp32`, `bf16` or `int8`, as for `ray-cxr score`.
 
         Returns:
-            A score table (see `predictions.schema`), one row per picture in the order given. The image_id is the
-            file's name, or `array_0`, `array_1`, ...; a file that cannot be read, that ends its decoder or that takes
-            more than a minute is a row of status `error`.
+            A score table (see `predictions.schema`), one row per image, in order. The image_id is the file's name, or
+            `array_0`, `array_1`, .... A file that cannot be read, that crashes its decoder, or that takes more than a
+            minute is a row with status `error`.
 
         Raises:
-            ValueError: an array that is not uint8 [H,W].
-            ConfigError: a precision that the bundle or this machine does not have.
+            ValueError: an array is not uint8 [H,W].
+            ConfigError: the bundle or this machine does not support the precision.
             RayCxrError: the child process cannot start.
         """
         if isinstance(images, (str, Path)):
@@ -152,7 +220,7 @@ class Bundle:
         with self._borrow_decoder() as decoder:
             if any(paths):
                 decoder.start()  # the child starts while this process opens the runtime
-                self._runtime(batch_size, precision)
+                self._cached_runtime(batch_size, precision)
             pixels, failures = _load_images(items, self.input_spec, decoder)
         rows = pa.table(
             {
@@ -166,89 +234,93 @@ class Bundle:
         flags: list[str | None] = [None] * len(items)
         good = [i for i in range(len(items)) if i not in failures]
         if good:
-            found = self._runtime(batch_size, precision).predict(pixels[good])
-            probabilities[good] = found.probabilities
+            outputs = self._cached_runtime(batch_size, precision).predict(pixels[good])
+            probabilities[good] = outputs.probabilities
             if self.quality is not None:
-                for i, flag in zip(good, judge(self.quality, pixels[good], found.features), strict=True):
+                for i, flag in zip(good, judge(self.quality, pixels[good], outputs.features), strict=True):
                     flags[i] = flag
         frame: pd.DataFrame = predictions.assemble(rows, probabilities, failures, self.rules, flags).to_pandas()
         return frame
 
     @contextlib.contextmanager
     def _borrow_decoder(self) -> Iterator[Decoder]:
-        """Yield a decoder for one caller; its child process, whose start takes 0.4 s of a core, stays for later calls.
+        """Yield a decoder for one caller. Its child process takes 0.4 s to start and is kept for later calls.
 
         The child ends with this object or this process.
         """
-        kept: dict[int, Decoder] = self.__dict__.setdefault("_decoders", {})
+        decoders: dict[int, Decoder] = self.__dict__.setdefault("_decoders", {})
         number = os.getpid()  # a forked process must not share the pipes of its parent
-        decoder = kept.pop(number, None) or Decoder([self.input_spec])
+        decoder = decoders.pop(number, None) or Decoder([self.input_spec])
         try:
             yield decoder
         except BaseException:
             decoder.close()
             raise
-        if kept.setdefault(number, decoder) is not decoder:  # another thread was faster
+        if decoders.setdefault(number, decoder) is not decoder:  # another thread returned its decoder first
             decoder.close()
 
-    def _runtime(self, batch_size: int, precision: str) -> runtime.Runtime:
+    def _cached_runtime(self, batch_size: int, precision: str) -> runtime.Runtime:
         chosen = runtime.choose_precision(self.info, precision, gpu=False)
         cache: dict[Any, runtime.Runtime] = self.__dict__.setdefault("_runtimes", {})
         if (batch_size, chosen) not in cache:
-            cache[batch_size, chosen] = runtime.open_runtime(
-                self, chosen, batch_size=batch_size, threads=runtime.threads_here()
-            )
+            threads = runtime.default_threads()
+            cache[batch_size, chosen] = self.open_runtime(chosen, batch_size=batch_size, threads=threads)
         return cache[batch_size, chosen]
 
     def __getstate__(self) -> dict[str, Any]:
-        """To another process go the fields alone: networks that were opened here are opened again there."""
+        """Pickle the fields alone; runtimes and decoders belong to this process."""
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
 
 def _load_images(
     items: Sequence[Any], spec: InputSpec, decoder: Decoder
 ) -> tuple[np.ndarray, dict[int, tuple[str, str]]]:
-    """Load arrays in this process and files through the decoder: uint8 [N,S,S], and code and message by row."""
+    """Resize arrays here and files in the decoder: uint8 [N,S,S], and error code and message by row."""
     pixels = np.zeros((len(items), spec.size, spec.size), dtype=np.uint8)
     failures: dict[int, tuple[str, str]] = {}
     for i, item in enumerate(items):
         if isinstance(item, np.ndarray):
             pixels[i] = resize(item, spec)
             continue
-        found = decoder.load(str(item))
-        if isinstance(found, Failure):
-            failures[i] = (found.code, found.message)
+        result = decoder.load(str(item))
+        if isinstance(result, Failure):
+            failures[i] = (result.code, result.message)
         else:
-            pixels[i] = found.images[0]
+            pixels[i] = result.images[0]
     return pixels, failures
 
 
 def load_bundle(path: str | Path) -> Bundle:
-    """Open a bundle, verifying that every byte is as it was written. Executes nothing from it.
+    """Open a bundle and verify every byte of it. Executes nothing from it.
 
     Raises:
-        BundleError: not a bundle, a newer format, a missing, added or changed file, findings that do not agree.
+        BundleError: not a bundle, a newer format, a missing, added or changed file, or inconsistent findings.
     """
     place = remote.path(path)
     here = remote.folder_here(place)
     try:
         return _load(here, str(place))
     except BundleError as error:
-        # Whoever reads it is to mend the bundle and not the copies of it.
+        # Name the bundle, not its local copy: the bundle is what the reader must fix.
         raise BundleError(str(error).replace(str(here), str(place))) from None
+
+
+def is_written(path: Path) -> bool:
+    """Return whether anything exists at a path; in a bucket, whether a complete bundle does (its sums come last)."""
+    return (path / SUMS).exists() if remote.stored(path) else path.exists()
 
 
 def _load(path: Path, place: str) -> Bundle:
     if not path.is_dir():
-        raise BundleError(f"{path}: no such folder; name a bundle, as `ray-cxr train` leaves in RUN/bundle")
+        raise BundleError(f"{path}: no such folder; pass a bundle, e.g. the folder RUN/bundle of `ray-cxr train`")
     info = _read_info(path)
     if type(info.get("format")) is not int or info["format"] < 1:
-        raise BundleError(f"{path}: bundle.json names no format; is it a bundle?")
+        raise BundleError(f"{path}: bundle.json has no format; pass a bundle")
     if info["format"] > FORMAT:
         raise BundleError(
-            f"{path}: is of format {info['format']}, this ray-cxr reads up to {FORMAT}; install a newer ray-cxr"
+            f"{path}: format {info['format']} is newer than this ray-cxr reads ({FORMAT}); install a newer ray-cxr"
         )
-    digest, files = _verify(path)
+    digest, files = _verify_files(path)
     try:
         architecture = build(Architecture, info["architecture"])
         spec = build(InputSpec, info["input_spec"])
@@ -271,18 +343,10 @@ def _load(path: Path, place: str) -> Bundle:
     if not isinstance(provenance, dict):
         raise BundleError(f"{path}: bundle.json: provenance is not an object")
     if spec.size != architecture.size:
-        raise BundleError(f"{path}: the input spec is {spec.size} pixels, the network {architecture.size}")
-    bundle = Bundle(
-        path=path,
-        digest=digest,
-        architecture=architecture,
-        input_spec=spec,
-        info=info,
-        files=frozenset(files),
-        place=place,
-    )
+        raise BundleError(f"{path}: the input spec is {spec.size} pixels, the model's input {architecture.size}")
+    bundle = Bundle(path, digest, architecture, spec, info, frozenset(files), place)
     try:
-        bundle.rules  # noqa: B018  -- read now, so that a bad entry is refused on loading and not in mid-run
+        bundle.rules  # noqa: B018  -- a bad entry must fail here and not during a run
         _check_additions(info, findings)
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path}: bundle.json: calibration, operating points or ages are damaged: {error}") from None
@@ -293,107 +357,11 @@ def _load(path: Path, place: str) -> Bundle:
     return bundle
 
 
-def written(path: Path) -> bool:
-    """Whether a bundle is there, or on a disk anything at all; in a bucket its sums come last."""
-    return (path / SUMS).exists() if remote.stored(path) else path.exists()
-
-
-def write_bundle(
-    out: str | Path,
-    *,
-    save_weights: Any,
-    architecture: Architecture,
-    input_spec: InputSpec,
-    calibration: Mapping[str, Any],
-    operating_points: Mapping[str, Any],
-    expected_flag_rates: Mapping[str, float | None],
-    provenance: Mapping[str, Any],
-    config_toml: str,
-    curves: Sequence[Mapping[str, Any]],
-    split: pa.Table,
-    operating_alternatives: Mapping[str, Mapping[str, Any]] | None = None,
-    rule_notes: Mapping[str, str | None] | None = None,
-    ordinary: exports.Ordinary | None = None,
-    like: Bundle | None = None,
-    add: Callable[[Path, dict[str, Any]], None] | None = None,
-) -> Bundle:
-    """Write a bundle beside its final name, then rename it there: a bundle is whole or absent.
-
-    Args:
-        save_weights: called with the path to write the `.weights.h5` to.
-        split: a table of `SPLIT_SCHEMA`.
-        operating_alternatives: per finding, operating points by other rules than the chosen one (a point or None).
-        rule_notes: per finding, why it has no calibration or no operating point, or None.
-        ordinary: images to measure precisions and to fit the quality flags on.
-        like: a bundle of the same weights, whose graphs, golden images and quality flags are taken as they are.
-        add: called with the folder and the entries of `bundle.json` so far, to add files of `exports.OPTIONAL_FILES`
-            and entries of its own.
-
-    Raises:
-        OutputError: `out` exists; a bundle is never changed.
-    """
-    from ray_cxr.models.card import model_card
-
-    out = remote.path(out)
-    if written(out):
-        raise OutputError(f"{out}: exists already, and a bundle is never changed; name another folder")
-    with atomic.new_folder(out, SUMS) as part:
-        info = {
-            "format": FORMAT,
-            "backbone": architecture.backbone,
-            "findings": list(architecture.findings),
-            "architecture": architecture.model_dump(mode="json"),
-            "input_spec": input_spec.model_dump(mode="json"),
-            "calibration": dict(calibration),
-            "operating_points": dict(operating_points),
-            "expected_flag_rates": dict(expected_flag_rates),
-        }
-        if operating_alternatives is not None:
-            info["operating_alternatives"] = {name: dict(points) for name, points in operating_alternatives.items()}
-        if rule_notes is not None:
-            info["rule_notes"] = dict(rule_notes)
-        info["provenance"] = dict(provenance)
-        save_weights(part / WEIGHTS)
-        if like is None:
-            info |= exports.export(part, _build(architecture, part / WEIGHTS), architecture, input_spec, ordinary)
-        else:
-            info |= {name: like.info[name] for name in _EXPORTED if name in like.info}
-            for name in like.files & set(exports.OPTIONAL_FILES):
-                shutil.copyfile(like.path / name, part / name)
-        if add is not None:
-            add(part, info)
-        atomic.write_json(part / "bundle.json", info)
-        atomic.write_json(part / "curves.json", list(curves))
-        atomic.write_text(part / "config.toml", config_toml)
-        atomic.write_parquet(split.cast(SPLIT_SCHEMA), part / "split.parquet")
-        atomic.write_text(part / "MODEL_CARD.md", model_card(info, curves))
-        files = [*FILES, *(name for name in exports.OPTIONAL_FILES if (part / name).exists())]
-        atomic.write_text(part / SUMS, "".join(f"{_sha256(part / name)}  {name}\n" for name in files))
-        for name in (*files, SUMS):
-            (part / name).chmod(0o444)
-    return load_bundle(out)
-
-
-def _build(architecture: Architecture, weights: Path, policy: str = "float32") -> keras.Model:
-    import keras
-
-    from ray_cxr.models import classifier
-
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(policy)
-    try:
-        model = classifier.build(architecture)
-    finally:
-        keras.config.set_dtype_policy(before)
-    classifier.load_own_weights(model, weights)
-    return model
-
-
 def _check_additions(info: Mapping[str, Any], findings: Sequence[str]) -> None:
-    """What older bundles do not have: right where it is there.
+    """Check the entries that bundles of older versions lack.
 
     Raises:
-        TypeError, KeyError, ValueError: it is not.
+        TypeError, KeyError, ValueError: one is present and wrong.
     """
     for name in ("operating_alternatives", "rule_notes"):
         if name in info and (not isinstance(info[name], dict) or set(info[name]) != set(findings)):
@@ -403,24 +371,24 @@ def _check_additions(info: Mapping[str, Any], findings: Sequence[str]) -> None:
             raise TypeError(f"operating_alternatives of {name} is not an object")
         for point in points.values():
             if point is not None:
-                _threshold(point)
+                _read_threshold(point)
     for name, note in info.get("rule_notes", {}).items():
         if not isinstance(note, (str, type(None))):
             raise TypeError(f"rule_notes of {name} is not a text")
 
 
 def _check_exports(info: Mapping[str, Any], files: Set[str]) -> None:
-    """What `exports` and `quantize` add: entries of the right kind, with exactly their files. Older bundles have none.
+    """Check that the entries of `exports` and `quantize` are well formed and that exactly their files are present.
 
     Raises:
-        AttributeError, KeyError, TypeError, ValueError: it is not so.
+        AttributeError, KeyError, TypeError, ValueError: they are not.
     """
-    wanted: set[str] = {runtime.GOLDEN} & files  # it may stand alone: Keras, too, is compared with it
+    expected: set[str] = {GOLDEN} & files  # without graphs, Keras is compared with it
     if "runtimes" in info:
         runtimes = info["runtimes"]
         if not isinstance(runtimes, dict):
             raise TypeError("runtimes is not an object")
-        if not {"fp32", "bf16"} <= set(runtimes) <= set(runtime.TOLERANCE):
+        if not {"fp32", "bf16"} <= set(runtimes) <= set(TOLERANCE):
             raise ValueError(f"runtimes are for {', '.join(runtimes)}")
         for name, entry in runtimes.items():
             if not isinstance(entry, dict):
@@ -428,11 +396,11 @@ def _check_exports(info: Mapping[str, Any], files: Set[str]) -> None:
             if entry["accepted"] is not None and not isinstance(entry["accepted"], bool):
                 raise TypeError(f"runtimes: accepted of {name} is neither true, false nor null")
             if entry["largest_drift"] is not None or entry["accepted"] is not None:
-                _number(entry["largest_drift"])
-            _number(entry["tolerance"])
-        wanted |= {runtime.GOLDEN, *_graph("fp32")}
+                _check_number(entry["largest_drift"])
+            _check_number(entry["tolerance"])
+        expected |= {GOLDEN, "openvino.xml", "openvino.bin"}
         if "int8" in runtimes:
-            wanted |= {runtime.GOLDEN_INT8, *_graph("int8")}
+            expected |= {GOLDEN_INT8, "openvino-int8.xml", "openvino-int8.bin"}
     elif not isinstance(info.get("runtimes_refused", ""), str):
         raise TypeError("runtimes_refused is not a text")
     quality = info.get("quality")
@@ -440,30 +408,25 @@ def _check_exports(info: Mapping[str, Any], files: Set[str]) -> None:
         raise TypeError("quality is not an object")
     if quality is not None and "lacking" not in quality:
         for rate in quality["expected_rates"].values():
-            _number(rate)
-        _number(quality["train_images"])
-        _number(quality["held_out_images"])
-        wanted.add(QUALITY)
+            _check_number(rate)
+        _check_number(quality["train_images"])
+        _check_number(quality["held_out_images"])
+        expected.add(QUALITY)
     elif quality is not None and not isinstance(quality["lacking"], str):
         raise TypeError("quality: lacking is not a text")
-    found = files & set(exports.OPTIONAL_FILES)
-    if wanted != found:
-        without = [f"{SUMS} does not list {name}" for name in sorted(wanted - found)]
-        without += [f"nothing is said of {name}" for name in sorted(found - wanted)]
-        raise ValueError("; ".join(without))
+    present = files & set(OPTIONAL_FILES)
+    if expected != present:
+        problems = [f"{SUMS} does not list {name}" for name in sorted(expected - present)]
+        problems += [f"nothing refers to {name}" for name in sorted(present - expected)]
+        raise ValueError("; ".join(problems))
 
 
-def _graph(precision: str) -> tuple[str, str]:
-    name = runtime.graph_file(precision)
-    return name, str(Path(name).with_suffix(".bin"))
-
-
-def _number(value: Any) -> None:
+def _check_number(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise TypeError(f"{value!r} is not a number of 0 or more")
 
 
-def _threshold(point: Mapping[str, Any]) -> float:
+def _read_threshold(point: Mapping[str, Any]) -> float:
     value = float(point["threshold"])
     if not 0.0 < value < 1.0:
         raise ValueError(f"an operating point of {value} is not between 0 and 1")
@@ -475,47 +438,48 @@ def _read_info(path: Path) -> dict[str, Any]:
         info = json.loads((path / "bundle.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BundleError(
-            f"{path}: has no bundle.json; name a bundle, as `ray-cxr train` leaves in RUN/bundle"
+            f"{path}: has no bundle.json; pass a bundle, e.g. the folder RUN/bundle of `ray-cxr train`"
         ) from None
     except (OSError, ValueError):
-        raise BundleError(f"{path}: bundle.json cannot be read as JSON; the bundle is damaged, copy it again") from None
+        raise BundleError(f"{path}: bundle.json is not readable JSON; the bundle is damaged, copy it again") from None
     if not isinstance(info, dict):
         raise BundleError(f"{path}: bundle.json is not a JSON object; the bundle is damaged, copy it again")
     return info
 
 
-def _verify(path: Path) -> tuple[str, set[str]]:
-    """Check every file against its digest; the digest of them all, and their names."""
+def _verify_files(path: Path) -> tuple[str, set[str]]:
+    """Check every file against its digest; return the bundle's digest and the names of its files."""
     try:
         sums = (path / SUMS).read_bytes()
     except OSError:
         raise BundleError(f"{path}: has no {SUMS}; the bundle is incomplete, copy it again") from None
     listed: dict[str, str] = {}
     for line in sums.decode("utf-8", "replace").splitlines():
-        match = _SUM_LINE.match(line)  # a name without a slash: nothing outside the folder is ever opened
+        match = _SUM_LINE.match(line)  # a name without a slash, so that no file outside the folder is opened
         if match is None:
             raise BundleError(f"{path}: {SUMS} is damaged; copy the bundle again")
         listed[match[2]] = match[1]
     for name in FILES:
         if name not in listed:
             raise BundleError(f"{path}: {SUMS} does not list {name}; the bundle is damaged, copy it again")
-    foreign = sorted(set(listed) - {*FILES, *exports.OPTIONAL_FILES})
-    if foreign:  # nothing would read it, and nothing but what is read belongs into a bundle
-        raise BundleError(f"{path}: {SUMS} lists {', '.join(foreign[:5])}, which no bundle holds; do not use this one")
+    foreign = sorted(set(listed) - {*FILES, *OPTIONAL_FILES})
+    if foreign:
+        raise BundleError(f"{path}: {SUMS} lists {', '.join(foreign[:5])}, which no bundle contains; do not use it")
     for name, expected in listed.items():
         file = path / name
         if file.is_symlink() or not file.is_file():
             raise BundleError(f"{path}: {name} is missing; the bundle is incomplete, copy it again")
-        if _sha256(file) != expected:
-            raise BundleError(f"{path}: {name} is not as it was written (SHA-256 differs); copy the bundle again")
+        if sha256(file) != expected:
+            raise BundleError(f"{path}: {name} was changed (SHA-256 differs); copy the bundle again")
     extra = sorted(
         item.name for item in path.iterdir() if item.name not in listed and item.name != SUMS and item.name[0] != "."
     )
     if extra:
-        raise BundleError(f"{path}: holds {', '.join(extra[:5])}, which is not part of it; remove it")
+        raise BundleError(f"{path}: contains {', '.join(extra[:5])}, which is not part of the bundle; remove it")
     return hashlib.sha256(sums).hexdigest(), set(listed)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, hex."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

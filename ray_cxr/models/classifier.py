@@ -1,4 +1,4 @@
-"""From settings to one flat Keras model: uint8 [N,S,S,1] in, one probability per finding out."""
+"""Build a flat Keras model from settings and load its weights: uint8 [N,S,S,1] in, one probability per finding out."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ import numpy as np
 from keras import layers
 
 from ray_cxr import labels
-from ray_cxr.errors import BundleError, ConfigError
+from ray_cxr.errors import BundleError, ConfigError, first_line
 from ray_cxr.models import backbones
 from ray_cxr.models.architecture import Architecture
 
 OUTPUT_LAYER = "findings"
-#: More than the weights of any backbone here; a file that declares more is a mistake, or meant to fill the memory.
+#: More than the weights of any backbone here; a file that declares more is broken, or meant to exhaust the memory.
 MAX_WEIGHTS_BYTES = 2 * 1024**3
-_TOO_LARGE = f"declares more than {MAX_WEIGHTS_BYTES >> 30} GiB of weights, which no backbone here has"
+_TOO_LARGE = f"declares more than {MAX_WEIGHTS_BYTES >> 30} GiB of weights, more than any backbone here"
 
 
 def build(architecture: Architecture, *, weights: str | None = None) -> keras.Model:
-    """Build the network, flat: no model nested in another, so that heat maps and exports see every layer.
+    """Build the model without nested models, so that heat maps and exports see every layer.
 
     Args:
-        architecture: what to build.
-        weights: `imagenet` or None (random), for the backbone.
+        weights: of the backbone, `imagenet` or None (random).
 
     Returns:
-        A Keras model from uint8 [N,S,S,1] to float32 [N,F] probabilities (sigmoid, float32 under any policy).
+        A model from uint8 [N,S,S,1] to float32 [N,F] probabilities (sigmoid, float32 under any policy).
     """
     images = keras.Input((architecture.size, architecture.size, 1), dtype="uint8", name="image")
     x = backbones.features(architecture.backbone, images, weights)
@@ -47,14 +46,14 @@ def build(architecture: Architecture, *, weights: str | None = None) -> keras.Mo
         x = _dropout(x, architecture.dropout, f"head_dropout{number}")
         x = layers.Dense(width, activation="relu", name=f"head_dense{number}")(x)
     x = _dropout(x, architecture.dropout, "head_dropout")
-    # Logits and sigmoid in float32: half precision turns small probabilities, the interesting ones, into steps.
+    # Logits and sigmoid in float32: half precision rounds small probabilities, the ones that matter, into steps.
     x = layers.Dense(len(architecture.findings), dtype="float32", name="logits")(x)
     x = layers.Activation("sigmoid", dtype="float32", name=OUTPUT_LAYER)(x)
     return keras.Model(images, x, name=f"{architecture.backbone}_{architecture.size}")
 
 
-def logits_of(model: keras.Model) -> keras.Model:
-    """The same network up to its logits, sharing all weights: losses are exact on logits, not on probabilities."""
+def build_logits_model(model: keras.Model) -> keras.Model:
+    """Return the model up to its logits, with shared weights: losses are exact on logits, not on probabilities."""
     return keras.Model(model.input, model.get_layer("logits").output, name=f"{model.name}_logits")
 
 
@@ -62,44 +61,51 @@ def _dropout(x: Any, rate: float, name: str) -> Any:
     return layers.Dropout(rate, name=name)(x) if rate else x
 
 
-def load_own_weights(model: keras.Model, path: str | Path) -> None:
-    """Load a `.weights.h5` that this package wrote, naming the first variable that does not fit.
-
-    Raises:
-        BundleError: not a weights file, or another architecture's.
-    """
-    try:
-        model.load_weights(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise BundleError(f"{path}: the weights do not fit {model.name}: {_first_line(error)}") from None
-
-
-def initialise(
-    model: keras.Model, architecture: Architecture, path: str | Path, source_findings: Sequence[str] | None = None
-) -> list[str]:
-    """Start from somebody's weights: a bundle's, or a file for the same backbone, by layer name and shape.
-
-    Every backbone layer must be found. A head of another shape keeps its random start. The outputs are taken one by
-    one, by the name of the finding; of a file, whose order nobody states, they are taken only where told.
+def load_model(architecture: Architecture, weights: Path, policy: str = "float32") -> keras.Model:
+    """Build the model and load a `.weights.h5` that this package wrote.
 
     Args:
-        source_findings: the order of the source's outputs; None where it is not known.
-
-    Returns:
-        What starts at random: names of layers, and `logits of <Finding>`.
+        policy: Keras' dtype policy for this model; that of the process stays as it is.
 
     Raises:
-        ConfigError: no such file, or a backbone layer is absent from it or has another shape.
+        BundleError: not a weights file, or one of another architecture.
+    """
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = build(architecture)
+    finally:
+        keras.config.set_dtype_policy(before)
+    try:
+        model.load_weights(str(weights))
+    except (OSError, ValueError, KeyError) as error:
+        raise BundleError(f"{weights}: the weights do not fit {model.name}: {first_line(error)}") from None
+    return model
+
+
+def initialize_weights(
+    model: keras.Model, architecture: Architecture, path: str | Path, source_findings: Sequence[str] | None = None
+) -> list[str]:
+    """Start from the weights of a bundle or of a file for the same backbone, matched by layer name and shape.
+
+    Every backbone layer must be in the file. A head of another shape stays random. Outputs are copied one by one, by
+    the name of the finding; without `source_findings` they stay random.
+
+    Args:
+        source_findings: the order of the file's outputs; None if unknown.
+
+    Returns:
+        The parts that stay random: names of layers, and `logits of <Finding>`.
+
+    Raises:
+        ConfigError: the file is missing, lacks a backbone layer, or has one of another shape.
     """
     path = Path(path)
     stored = stored_arrays(path)
     random: list[str] = []
-    for layer in model.layers:
-        if not layer.weights or layer.name == "logits":
-            continue
-        arrays = stored.get(layer.name)
-        shapes = [tuple(weight.shape) for weight in layer.weights]
-        if arrays is not None and [array.shape for array in arrays] == shapes:
+    for layer in _inner_layers(model):
+        arrays, shapes = stored.get(layer.name), _shapes(layer.weights)
+        if arrays is not None and _shapes(arrays) == shapes:
             layer.set_weights(arrays)
         elif layer.name.startswith("head_"):
             random.append(layer.name)
@@ -107,7 +113,7 @@ def initialise(
             raise ConfigError(f"weights: {path} has no layer {layer.name!r}; is it for {architecture.backbone}?")
         else:
             raise ConfigError(
-                f"weights: {path}: layer {layer.name!r} has shapes {[a.shape for a in arrays]}, "
+                f"weights: {path}: layer {layer.name!r} has shapes {_shapes(arrays)}, "
                 f"{architecture.backbone} needs {shapes}"
             )
     layer = model.get_layer("logits")
@@ -124,55 +130,56 @@ def initialise(
     return random
 
 
-def import_foreign(model: keras.Model, path: str | Path) -> None:
-    """Load somebody else's `.h5`, `.weights.h5` or `.keras` of the same backbone, with one dense output layer.
+def load_third_party_weights(model: keras.Model, path: str | Path) -> None:
+    """Load a third-party `.h5`, `.weights.h5` or `.keras` of the same backbone, with one dense output layer.
 
-    Layers are taken by name; the one that is left over becomes the output. Nothing of the file's own model
-    description is executed, so that a file cannot run code.
+    Layers are matched by name; the remaining one becomes the output. The file's model description is never executed,
+    so a file cannot run code.
 
     Raises:
-        ConfigError: a layer is missing, has another shape, or the output cannot be told.
+        ConfigError: a layer is missing or has another shape, or the output layer is ambiguous.
     """
     stored = stored_arrays(Path(path))
     used: set[str] = set()
-    n_outputs = model.get_layer("logits").kernel.shape[-1]
-    for layer in model.layers:
-        if not layer.weights or layer.name == "logits":
-            continue
-        arrays = stored.get(layer.name)
-        shapes = [tuple(weight.shape) for weight in layer.weights]
+    for layer in _inner_layers(model):
+        arrays, shapes = stored.get(layer.name), _shapes(layer.weights)
         if arrays is None:
             near = labels.suggestion(layer.name, stored)
             raise ConfigError(f"{path}: has no layer {layer.name!r}{near}; is it for another backbone?")
-        if [array.shape for array in arrays] != shapes:
-            raise ConfigError(f"{path}: layer {layer.name!r} has shapes {[a.shape for a in arrays]}, not {shapes}")
+        if _shapes(arrays) != shapes:
+            raise ConfigError(f"{path}: layer {layer.name!r} has shapes {_shapes(arrays)}, not {shapes}")
         layer.set_weights(arrays)
         used.add(layer.name)
-    left = {name: arrays for name, arrays in stored.items() if name not in used and arrays}
-    width = model.get_layer("logits").kernel.shape[0]
-    fitting = [
-        name
-        for name, arrays in left.items()
-        if len(arrays) == 2 and arrays[0].ndim == 2 and arrays[0].shape[0] == width
-    ]
-    if len(fitting) != 1 or len(left) != 1:
-        shown = ", ".join(f"{name} {[a.shape for a in arrays]}" for name, arrays in list(left.items())[:6]) or "none"
+    rest = {name: arrays for name, arrays in stored.items() if name not in used and arrays}
+    width, n_outputs = model.get_layer("logits").kernel.shape
+    fitting = [a for a in rest.values() if len(a) == 2 and a[0].ndim == 2 and a[0].shape[0] == width]
+    if len(fitting) != 1 or len(rest) != 1:
+        shown = ", ".join(f"{name} {_shapes(arrays)}" for name, arrays in list(rest.items())[:6]) or "none"
         raise ConfigError(
-            f"{path}: expected, besides the backbone, one dense output layer from {width} features; found: {shown}"
+            f"{path}: expected the backbone and one dense output layer from {width} features; found: {shown}"
         )
-    kernel, bias = left[fitting[0]]
-    if kernel.shape[1] != n_outputs:
-        raise ConfigError(f"{path}: its output has {kernel.shape[1]} columns, but {n_outputs} findings were named")
-    model.get_layer("logits").set_weights([kernel, bias])
+    columns = fitting[0][0].shape[1]
+    if columns != n_outputs:
+        raise ConfigError(f"{path}: its output has {columns} columns, but {n_outputs} findings were named")
+    model.get_layer("logits").set_weights(fitting[0])
+
+
+def _inner_layers(model: keras.Model) -> list[Any]:
+    """Return the layers with weights, without the output layer."""
+    return [layer for layer in model.layers if layer.weights and layer.name != "logits"]
+
+
+def _shapes(arrays: Sequence[Any]) -> list[tuple[int, ...]]:
+    return [tuple(array.shape) for array in arrays]
 
 
 def stored_arrays(path: Path) -> dict[str, list[np.ndarray]]:
-    """The weights in a Keras file by layer name, in each layer's own order; reads numbers only.
+    """Read the weights of a Keras file by layer name, in each layer's order; reads numbers only.
 
-    Knows the HDF5 of Keras 1 and 2 (whole models, and weights alone), `.weights.h5` of Keras 3, and `.keras`.
+    Supports the HDF5 of Keras 1 and 2 (whole models, and weights alone), `.weights.h5` of Keras 3, and `.keras`.
 
     Raises:
-        ConfigError: no such file, or not one of these.
+        ConfigError: no such file, or another format.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -183,78 +190,72 @@ def stored_arrays(path: Path) -> dict[str, list[np.ndarray]]:
                 if archive.getinfo(names[0]).file_size > MAX_WEIGHTS_BYTES:
                     raise ConfigError(f"{path}: {_TOO_LARGE}")
                 with h5py.File(io.BytesIO(archive.read(names[0])), "r") as file:
-                    return _arrays_of(file, path)
+                    return _read_arrays(file, path)
         with h5py.File(path, "r") as file:
-            return _arrays_of(file, path)
+            return _read_arrays(file, path)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file of weights") from None
+        raise ConfigError(f"{path}: no such weights file") from None
     except (OSError, zipfile.BadZipFile, RuntimeError, KeyError, ValueError) as error:
-        raise ConfigError(f"{path}: not a Keras file of weights: {_first_line(error)}") from None
+        raise ConfigError(f"{path}: not a Keras weights file: {first_line(error)}") from None
 
 
-def _arrays_of(file: h5py.File, path: Path) -> dict[str, list[np.ndarray]]:
+def _read_arrays(file: h5py.File, path: Path) -> dict[str, list[np.ndarray]]:
     group = file.get("model_weights", file)
-    numbers = _Numbers(file, path)
+    reader = _ArrayReader(file, path)
+    result: dict[str, list[np.ndarray]] = {}
     if "layer_names" in group.attrs:  # Keras 1 and 2
-        result: dict[str, list[np.ndarray]] = {}
         for raw in group.attrs["layer_names"]:
             name = _text(raw)
             layer = group[name]
             inner = [_text(item) for item in layer.attrs.get("weight_names", [])]
             owners = [item.rpartition("/")[0].removeprefix(f"{name}/") for item in inner]
-            # A nested backbone keeps all its variables under its own name; their paths say which layer each is of.
+            # A nested backbone stores all variables under its own name; their paths contain the name of the layer.
             nested = len(set(owners)) > 1
             for item, owner in zip(inner, owners, strict=True):
                 # keras.applications once wrote conv1/conv where it now writes conv1_conv.
                 key = (owner if nested else name).replace("/", "_")
-                result.setdefault(key, []).append(numbers.read(layer[item]))
-        return result
-    if "layers" in group:  # Keras 3
-        found: dict[str, list[np.ndarray]] = {}
-        _walk_keras3(group["layers"], found, numbers)
-        return found
-    raise ConfigError(f"{path}: an HDF5 file without Keras weights in it")
+                result.setdefault(key, []).append(reader.read(layer[item]))
+    elif "layers" in group:
+        _walk_keras3(group["layers"], result, reader)
+    else:
+        raise ConfigError(f"{path}: an HDF5 file without Keras weights")
+    return result
 
 
-class _Numbers:
-    """Reads arrays of one HDF5 file, and of no other: links and external storage in it could name any file at all.
+class _ArrayReader:
+    """Reads arrays of one HDF5 file. Links and external storage, which could name any other file, are refused.
 
     Raises:
-        ConfigError: an array lies elsewhere, or all together are larger than any network's.
+        ConfigError: an array is in another file, or all together are larger than any model.
     """
 
     def __init__(self, file: h5py.File, path: Path) -> None:
-        self._file, self._path, self._left = file, path, MAX_WEIGHTS_BYTES
+        self._file, self._path, self._remaining = file, path, MAX_WEIGHTS_BYTES
 
     def read(self, array: Any) -> np.ndarray:
         if not isinstance(array, h5py.Dataset):
-            raise ConfigError(f"{self._path}: {array.name} is not an array; is it a Keras file of weights?")
+            raise ConfigError(f"{self._path}: {array.name} is not an array; is it a Keras weights file?")
         if array.external or array.is_virtual or array.file.id != self._file.id:
-            raise ConfigError(f"{self._path}: {array.name} lies in another file; weights must stand in the file itself")
-        self._left -= array.nbytes
-        if self._left < 0:  # before anything is read: a few bytes can declare any shape
+            raise ConfigError(f"{self._path}: {array.name} lies in another file; weights must be in the file itself")
+        self._remaining -= array.nbytes
+        if self._remaining < 0:  # checked before reading: a few bytes can declare any shape
             raise ConfigError(f"{self._path}: {_TOO_LARGE}")
         return np.asarray(array)
 
 
-def _walk_keras3(group: h5py.Group, found: dict[str, list[np.ndarray]], numbers: _Numbers) -> None:
+def _walk_keras3(group: h5py.Group, result: dict[str, list[np.ndarray]], reader: _ArrayReader) -> None:
     for key in group:
         child = group[key]
         if not isinstance(child, h5py.Group):
             continue
         if "vars" in child and len(child["vars"]):
             order = sorted(child["vars"], key=int)
-            # Keras 3 keeps the layer's own name as an attribute; its key is only the class and a number.
+            # The name of the layer is an attribute; the key is its class and a number.
             name = _text(child["vars"].attrs.get("name", child.attrs.get("name", key)))
-            found[name] = [numbers.read(child["vars"][number]) for number in order]
+            result[name] = [reader.read(child["vars"][number]) for number in order]
         if "layers" in child:
-            _walk_keras3(child["layers"], found, numbers)
+            _walk_keras3(child["layers"], result, reader)
 
 
 def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

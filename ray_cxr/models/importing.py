@@ -1,14 +1,11 @@
-"""`import-weights`: somebody else's Keras weights as a bundle, so that a CheXNet file can screen on day one."""
+"""`import-weights`: turn third-party Keras weights, such as a CheXNet file, into a bundle."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-import pyarrow as pa
 import tomli_w
 
 from ray_cxr import labels
@@ -16,15 +13,16 @@ from ray_cxr.config import Aspect, InputSpec, Interpolation, TrainSettings, buil
 from ray_cxr.errors import ConfigError
 from ray_cxr.models import classifier
 from ray_cxr.models.architecture import Architecture
-from ray_cxr.models.bundle import SPLIT_SCHEMA, Bundle, write_bundle
+from ray_cxr.models.bundle import SPLIT_SCHEMA, Bundle, sha256
+from ray_cxr.models.bundle_writer import BundleContent, write_bundle
 from ray_cxr.versions import versions
 
 
 def parse_findings(text: str) -> tuple[str, ...]:
-    """`14`, `15`, or names in the order of the file's outputs, separated by commas.
+    """Parse `14`, `15`, or comma-separated names in the order of the file's outputs.
 
     Raises:
-        ConfigError: an unknown name, a name twice, or another number.
+        ConfigError: an unknown or repeated name, or another number.
     """
     if text.strip().isdigit():
         return labels.resolve(int(text))
@@ -43,12 +41,12 @@ def import_weights(
 ) -> Bundle:
     """Make a bundle of a Keras `.h5`, `.weights.h5` or `.keras` file: a backbone, pooling, one dense output layer.
 
-    The input is normalised as keras.applications' `preprocess_input` does for this backbone. Images and patients
-    that trained the file are unknown, and so are calibration and operating points: those columns are null.
+    The input is normalised as keras.applications' `preprocess_input` does for this backbone. The training images are
+    unknown, and so are calibration and operating points: those columns are null in a score table.
 
     Args:
         path: the file. Only numbers are read from it; a model description inside is never executed.
-        findings: what its outputs are, in their order; a wrong order cannot be noticed, so it must be given.
+        findings: the file's outputs in order. The file cannot reveal a wrong order.
         size: side of the input, pixels.
 
     Raises:
@@ -60,33 +58,29 @@ def import_weights(
     spec = build(InputSpec, {"size": size, "aspect": aspect, "interpolation": interpolation}, where="import-weights")
     architecture = build(Architecture, {"backbone": backbone, "size": size, "findings": names}, where="import-weights")
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file of weights")
+        raise ConfigError(f"{path}: no such weights file")
     model = classifier.build(architecture)
-    classifier.import_foreign(model, path)
-    with open(path, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    settings = build(TrainSettings, {"backbone": backbone, "size": size, "findings": names})
-    plain = {key: value for key, value in settings.model_dump(mode="json").items() if value is not None}
-    nothing = dict.fromkeys(names)
-    return write_bundle(
-        out,
-        save_weights=lambda target: model.save_weights(str(target)),
+    classifier.load_third_party_weights(model, path)
+    settings = build(TrainSettings, {"backbone": backbone, "size": size, "findings": names}).model_dump(mode="json")
+    unknown = dict.fromkeys(names)
+    content = BundleContent(
         architecture=architecture,
         input_spec=spec,
-        calibration=nothing,
-        operating_points=nothing,
-        expected_flag_rates=nothing,
+        calibration=unknown,
+        operating_points=unknown,
+        expected_flag_rates=unknown,
         provenance={
-            "origin": f"imported from {path.name}; the images that trained it are unknown",
-            "initial_weights": f"the file {path.name}, SHA-256 {digest}",
+            "origin": f"imported from {path.name}; its training images are unknown",
+            "initial_weights": f"the file {path.name}, SHA-256 {sha256(path)}",
             "lineage": "unknown",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "split": {},
             "age_range": None,
-            "settings": json.loads(settings.model_dump_json()),
+            "settings": settings,
             "versions": versions(),
         },
-        config_toml=tomli_w.dumps({"train": plain}),
+        config_toml=tomli_w.dumps({"train": {key: value for key, value in settings.items() if value is not None}}),
         curves=[],
-        split=pa.table({name: pa.array([], pa.string()) for name in SPLIT_SCHEMA.names}, schema=SPLIT_SCHEMA),
+        split=SPLIT_SCHEMA.empty_table(),
     )
+    return write_bundle(out, content, model)

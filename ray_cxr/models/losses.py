@@ -34,7 +34,7 @@ from ray_cxr.config import TrainSettings
 Loss = Callable[[Any, Any, Any, Any], Any]
 
 
-def finding_weights(values: np.ndarray, loss: str) -> tuple[np.ndarray, np.ndarray]:
+def compute_finding_weights(values: np.ndarray, loss: str) -> tuple[np.ndarray, np.ndarray]:
     """Weights of positives and negatives per finding, float32 [F] each, from training labels int8 [N,F], -1 null.
 
     `weighted_bce` weights a positive by the finding's share of negatives and a negative by its share of positives,

@@ -1,15 +1,14 @@
-"""`quantize`: 8-bit weights and activations beside a bundle's own, checked on validation images.
+"""`quantize`: add an 8-bit graph to a copy of a bundle, after checking it on validation images.
 
-NNCF's post-training quantisation: ranges of activations from training images, weights per channel. The probabilities
-of the result are compared with float32's on validation images; where they, or the AUROC, move further than the
-settings allow, no bundle is written.
+NNCF quantises after training: ranges of activations come from training images, weights are scaled per channel. The
+probabilities of the result are compared with those of float32 on validation images. If they or the AUROC move further
+than the settings allow, no bundle is written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import shutil
 import tempfile
@@ -20,22 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
+from ray_cxr import extras
 from ray_cxr.config import QuantizeSettings
 from ray_cxr.data import identity
 from ray_cxr.data.prepared import PreparedSet, SplitData
-from ray_cxr.errors import BundleError, ConfigError, OutputError
+from ray_cxr.errors import BundleError, ConfigError
 from ray_cxr.evaluation import metrics
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import exports, runtime
-from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle, write_bundle, written
+from ray_cxr.models.bundle import SPLIT_SCHEMA, Bundle, load_bundle
+from ray_cxr.models.bundle_writer import derive_bundle, find_finished
 from ray_cxr.storage import remote
 from ray_cxr.versions import versions
 
-#: The least numbers of images to take ranges from, and to check on.
+#: Minimum number of images for the ranges, and for the check.
 MIN_IMAGES = 32
 _BATCH = 16
+_INPUTS = {"from": "bundle", "prepared_digest": "prepared set", "settings": "configuration"}
 
 
 def quantize(
@@ -46,80 +47,77 @@ def quantize(
     *,
     on_event: Callable[[str], None] = print,
 ) -> Bundle:
-    """Write a copy of a bundle that can also be run in int8; its rules stay those of float32.
+    """Write a copy of a bundle that can also run in int8; calibration and operating points stay those of float32.
 
-    Where `out` was made of the same bundle, set and settings, it is returned as it is.
+    If `out` was made from the same bundle, prepared set and settings, it is returned unchanged.
 
     Args:
-        bundle: with OpenVINO's graph, as `train` and `import-weights` write it.
-        prepared: a set of the bundle's size, with images in the splits train and val.
+        bundle: with an OpenVINO graph, as `train` and `import-weights` write it.
+        prepared: a set of the bundle's size with images in the splits train and val.
         out: the new bundle.
-        on_event: takes lines about what was measured.
+        on_event: called with lines about the measurements.
 
     Raises:
         BundleError: the bundle has no graph.
-        ConfigError: the set does not fit the bundle, holds too few images, or the drift is too large.
-        OutputError: `out` is something else.
+        ConfigError: NNCF is missing, the set does not fit the bundle or is too small, or the drift is too large.
+        OutputError: `out` exists and is something else.
     """
+    extras.require("nncf", "quantize")
     old = load_bundle(bundle)
     if "runtimes" not in old.info:
-        reason = old.info.get("runtimes_refused", "an older ray-cxr made it: train or import it again")
-        raise BundleError(f"{bundle}: has no OpenVINO graph to make int8 of ({reason})")
+        reason = old.info.get("runtimes_refused", "an older ray-cxr wrote it; train or import it again")
+        raise BundleError(f"{bundle}: has no OpenVINO graph to quantise ({reason})")
     data = PreparedSet(prepared, old.architecture.size)
     if data.input_spec != old.input_spec:
-        raise ConfigError(f"{prepared}: was prepared with {data.input_spec}, the bundle takes {old.input_spec}")
-    made = {
+        raise ConfigError(f"{prepared}: prepared with {data.input_spec}, but the bundle takes {old.input_spec}")
+    inputs = {
         "from": old.digest,
         "prepared_digest": data.manifest_digest,
         "settings": settings.model_dump(mode="json"),
     }
-    finished = _finished(remote.path(out), made)
+    finished = find_finished(remote.path(out), "quantized", inputs, _INPUTS)
     if finished is not None:
-        on_event(f"{out}: is done already, from the same bundle, images and settings")
+        on_event(f"{out}: finished already, with the same bundle, images and settings")
         return finished
     train, validation = data.load("train"), data.load("val")
-    usable = np.flatnonzero(~_trained_on(old, train, validation))
+    usable = np.flatnonzero(~_find_trained(old, train, validation))
     if min(len(train), len(usable)) < MIN_IMAGES:
         raise ConfigError(
-            f"{prepared}: has {len(train):,} images of split train, and {len(usable):,} of split val whose patients "
-            f"trained nothing; int8 needs {MIN_IMAGES} to take ranges from and {MIN_IMAGES} to check it on"
+            f"{prepared}: has {len(train):,} images of split train and {len(usable):,} of split val whose patients are "
+            f"not in training; int8 needs at least {MIN_IMAGES} of each"
         )
-    rows = usable[_chosen(len(usable), settings.check_images, settings.seed)]
+    rows = usable[exports.sample_rows(len(usable), settings.seed, settings.check_images)]
     labels = {name: validation.labels[rows, j] for j, name in enumerate(LABELS)}
     checked = validation.images[rows]
-    ranges = exports.sample(train.images, settings.seed, settings.images)
+    ranges = exports.sample_images(train.images, settings.seed, settings.images)
     left_out = len(validation) - len(usable)
-    why = f"; {left_out:,} others are of patients that trained the network" if left_out else ""
-    on_event(f"int8: ranges from {len(ranges):,} training images, checked on {len(checked):,} of validation{why}")
-    with tempfile.TemporaryDirectory() as folder:
-        # Made and judged before anything is written at `out`.
-        path = Path(folder) / runtime.graph_file("int8")
-        runtime.openvino().save_model(
-            _quantized(old.path / runtime.graph_file("fp32"), ranges), path, compress_to_fp16=False
-        )
-        threads = runtime.threads_here()
-        exact = runtime.OpenVinoRuntime(old.path / runtime.graph_file("fp32"), "fp32", _BATCH, threads)
-        fast = runtime.OpenVinoRuntime(path, "int8", _BATCH, threads)
-        measured = _measure(exact, fast, checked, labels, old.findings)
-        on_event(_words(measured))
-        _refuse(measured, settings)
+    note = f"; {left_out:,} others left out, because their patients are in training" if left_out else ""
+    on_event(f"int8: ranges from {len(ranges):,} training images, check on {len(checked):,} validation images{note}")
+    with tempfile.TemporaryDirectory() as folder:  # measured before anything is written at `out`
+        graph = Path(folder) / runtime.graph_file("int8")
+        fp32 = old.path / runtime.graph_file("fp32")
+        runtime.import_openvino().save_model(_quantize_graph(fp32, ranges), graph, compress_to_fp16=False)
+        threads = runtime.default_threads()
+        exact = runtime.OpenVinoRuntime(fp32, "fp32", _BATCH, threads)
+        quantized = runtime.OpenVinoRuntime(graph, "int8", _BATCH, threads)
+        measured = _measure_drift(exact, quantized, checked, labels, old.findings)
+        on_event(_describe(measured))
+        _check_drift(measured, settings)
 
         def add(part: Path, info: dict[str, Any]) -> None:
-            for file in (path, path.with_suffix(".bin")):
+            for file in (graph, graph.with_suffix(".bin")):
                 shutil.copyfile(file, part / file.name)
-            with runtime.arrays_of(part / runtime.GOLDEN) as arrays:
-                np.savez(part / runtime.GOLDEN_INT8, int8=fast.predict(arrays["images"]).probabilities)
-            info["runtimes"] = {
-                **info["runtimes"],
-                "int8": {
-                    "largest_drift": measured["largest_drift"],
-                    "p99_drift": measured["p99_drift"],
-                    "tolerance": settings.max_p99_drift,
-                    "accepted": True,
-                },
+            with runtime.open_arrays(part / runtime.GOLDEN) as arrays:
+                np.savez(part / runtime.GOLDEN_INT8, int8=quantized.predict(arrays["images"]).probabilities)
+            int8 = {
+                "largest_drift": measured["largest_drift"],
+                "p99_drift": measured["p99_drift"],
+                "tolerance": settings.max_p99_drift,
+                "accepted": True,
             }
+            info["runtimes"] = {**info["runtimes"], "int8": int8}
             info["provenance"]["quantized"] = {
-                **made,
+                **inputs,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "range_images": len(ranges),
                 "check_images": len(checked),
@@ -127,93 +125,53 @@ def quantize(
                 "versions": versions(),
             }
 
-        return write_bundle(
-            out,
-            save_weights=lambda target: shutil.copyfile(old.path / WEIGHTS, target),
-            architecture=old.architecture,
-            input_spec=old.input_spec,
-            calibration=old.info["calibration"],
-            operating_points=old.info["operating_points"],
-            expected_flag_rates=old.info["expected_flag_rates"],
-            operating_alternatives=old.info.get("operating_alternatives"),
-            rule_notes=old.info.get("rule_notes"),
-            provenance=old.info["provenance"],
-            config_toml=(old.path / "config.toml").read_text(encoding="utf-8"),
-            curves=json.loads((old.path / "curves.json").read_text(encoding="utf-8")),
-            split=pq.read_table(old.path / "split.parquet", schema=SPLIT_SCHEMA),
-            like=old,
-            add=add,
-        )
+        return derive_bundle(old, out, add=add)
 
 
-def _finished(out: Path, made: dict[str, Any]) -> Bundle | None:
-    """The bundle that an earlier run made of the same inputs.
-
-    Raises:
-        OutputError: `out` is something else.
-        BundleError: it is a damaged bundle.
-    """
-    if not written(out):
-        return None
-    if not (out / "bundle.json").exists():
-        raise OutputError(f"{out}: exists already and is no bundle; name another --out")
-    bundle = load_bundle(out)
-    found = bundle.info["provenance"].get("quantized")
-    if not isinstance(found, dict) or any(found.get(name) != value for name, value in made.items()):
-        raise OutputError(f"{out}: exists already and was made of something else; name another --out")
-    return bundle
-
-
-def _trained_on(bundle: Bundle, train: SplitData, validation: SplitData) -> np.ndarray:
-    """bool [M]: validation images that trained the bundle or are in `train`, or are of a patient who is."""
+def _find_trained(bundle: Bundle, train: SplitData, validation: SplitData) -> np.ndarray:
+    """Return bool [M]: validation images whose image or patient trained the bundle or is in `train`."""
     lineage = identity.read_split(bundle.path, SPLIT_SCHEMA).to_pydict()
     images, patients = set(train.image_ids), set(train.patient_ids)
     for image, patient, split in zip(lineage["image_id"], lineage["patient_id"], lineage["split"], strict=True):
         if split == "train":
             images.add(image)
             patients.add(patient)
-    patients.discard(None)  # nobody knows whose these are
-    given = zip(validation.image_ids, validation.patient_ids, strict=True)
-    return np.array([image in images or patient in patients for image, patient in given], dtype=bool)
+    patients.discard(None)  # unknown patients match nothing
+    pairs = zip(validation.image_ids, validation.patient_ids, strict=True)
+    return np.array([image in images or patient in patients for image, patient in pairs], dtype=bool)
 
 
-def _chosen(count: int, at_most: int, seed: int) -> np.ndarray:
-    if count <= at_most:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(seed).choice(count, at_most, replace=False))
-
-
-def _quantized(graph: Path, images: np.ndarray) -> Any:
-    """OpenVINO's model with 8-bit weights and activations, ranges from images [N,S,S]."""
-    ov = runtime.openvino()  # before NNCF brings it in: without telemetry
+def _quantize_graph(graph: Path, images: np.ndarray) -> Any:
+    """Return OpenVINO's model with 8-bit weights and activations, ranges from images [N,S,S]."""
+    ov = runtime.import_openvino()  # before NNCF imports it, to keep telemetry off
     before = logging.getLoggerClass()
-    # NNCF warns of its own imports, draws progress bars, and makes its class that of all loggers to come.
+    # NNCF warns about its own imports, draws progress bars, and replaces the class of all later loggers.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         import nncf
 
         logging.setLoggerClass(before)
-        log = logging.getLogger("nncf")  # not before the import, which gives it methods of its own
-        log.handlers.clear()  # they hold the stdout of this moment; errors go to stderr without them
+        log = logging.getLogger("nncf")  # after the import, which adds methods to it
+        log.handlers.clear()  # they hold this moment's stdout; without them, errors go to stderr
         log.setLevel(logging.ERROR)
         batches = nncf.Dataset([images[i : i + 1, ..., None] for i in range(len(images))])
-        # MIXED: activations of swish, which go below 0, are not symmetric. The quick bias correction is the default:
-        # the other one runs the network once for every layer, and what is lost is measured afterwards.
+        # MIXED: activations of swish go below 0 and are not symmetric. NNCF's default is the fast bias correction; the
+        # other one runs the model once per layer, and the loss of accuracy is measured afterwards anyway.
         return nncf.quantize(
             ov.Core().read_model(graph), batches, preset=nncf.QuantizationPreset.MIXED, subset_size=len(images)
         )
 
 
-def _measure(
+def _measure_drift(
     exact: runtime.Runtime,
-    fast: runtime.Runtime,
+    quantized: runtime.Runtime,
     images: np.ndarray,
     labels: dict[str, np.ndarray],
     findings: tuple[str, ...],
 ) -> dict[str, Any]:
-    """How far int8 moves the probabilities and the AUROC of images [N,S,S] with labels [N] per finding."""
-    before, after = exact.predict(images).probabilities, fast.predict(images).probabilities
-    after = np.nan_to_num(after, nan=-1.0)  # no number: as far off as can be, and below all others
+    """Measure how far int8 moves the probabilities and the AUROC of images [N,S,S] with labels [N] per finding."""
+    before, after = exact.predict(images).probabilities, quantized.predict(images).probabilities
+    after = np.nan_to_num(after, nan=-1.0)  # NaN counts as the largest drift and the lowest rank
     drift = np.abs(after - before)
     falls = {}
     for j, name in enumerate(findings):
@@ -221,9 +179,9 @@ def _measure(
         if truth is None or name == NO_FINDING:
             continue
         known = truth >= 0
-        one, two = (metrics.auroc(truth[known], p[known, j]) for p in (before, after))
-        if one is not None and two is not None:
-            falls[name] = float(one - two)
+        old, new = (metrics.auroc(truth[known], p[known, j]) for p in (before, after))
+        if old is not None and new is not None:
+            falls[name] = float(old - new)
     return {
         "largest_drift": float(drift.max()),
         "p99_drift": float(np.quantile(drift, 0.99)),
@@ -233,35 +191,31 @@ def _measure(
     }
 
 
-def _words(measured: dict[str, Any]) -> str:
+def _describe(measured: dict[str, Any]) -> str:
     fall = measured["macro_auroc_fall"]
-    auroc = "is not defined on these images" if fall is None else f"changes by {-fall:+.4f}"
+    auroc = "is undefined on these images" if fall is None else f"changes by {-fall:+.4f}"
     return (
-        f"int8 against float32: probabilities move by {measured['mean_drift']:.4f} on average, "
-        f"{measured['p99_drift']:.4f} at most in 99 of 100, {measured['largest_drift']:.4f} at most; "
+        f"int8 against float32: probabilities move by {measured['mean_drift']:.4f} on average, by up to "
+        f"{measured['p99_drift']:.4f} in 99 of 100, by up to {measured['largest_drift']:.4f} overall; "
         f"macro AUROC {auroc}"
     )
 
 
-def _refuse(measured: dict[str, Any], settings: QuantizeSettings) -> None:
-    """Refuse int8 that moves further than the settings allow.
-
-    Raises:
-        ConfigError: it does.
-    """
+def _check_drift(measured: dict[str, Any], settings: QuantizeSettings) -> None:
+    """Raises: ConfigError: int8 moves the probabilities or the AUROC further than the settings allow."""
     fall = measured["macro_auroc_fall"]
     if fall is None:
         raise ConfigError(
-            "no finding of the bundle has positives and negatives among the validation images that were checked, so "
-            "int8's AUROC cannot be; no bundle was written: prepare a set with labels"
+            "quantize: the AUROC of int8 cannot be checked, because no finding has positives and negatives among the "
+            "checked validation images; no bundle was written. Prepare a set with labels"
         )
+    problem = None
     if measured["p99_drift"] > settings.max_p99_drift:
-        raise ConfigError(
-            f"int8 moves 1 in 100 probabilities by more than {measured['p99_drift']:.4f}, max_p99_drift allows "
-            f"{settings.max_p99_drift}; no bundle was written: give it more images, or stay with bf16"
+        problem = (
+            f"moves 1 in 100 probabilities by more than {measured['p99_drift']:.4f} (max_p99_drift is "
+            f"{settings.max_p99_drift})"
         )
-    if fall > settings.max_auroc_fall:
-        raise ConfigError(
-            f"int8 lowers the macro AUROC by {fall:.4f}, max_auroc_fall allows {settings.max_auroc_fall}; "
-            "no bundle was written: give it more images, or stay with bf16"
-        )
+    elif fall > settings.max_auroc_fall:
+        problem = f"lowers the macro AUROC by {fall:.4f} (max_auroc_fall is {settings.max_auroc_fall})"
+    if problem:
+        raise ConfigError(f"quantize: int8 {problem}; no bundle was written. Use more images, or keep bf16")

@@ -1,9 +1,8 @@
-"""Running a network over batches of images, the same way for a laptop's `predict` and a cluster's `score`.
+"""Run a model over batches of images; `Bundle.predict` and the cluster's `score` share this code.
 
-Two engines give the same answers: OpenVINO, from the graph that a bundle carries, on CPUs; and Keras, from the weights,
-on GPUs and for bundles without such a graph. A bundle also carries a few synthetic radiographs with the
-probabilities that Keras gave for them in float32: whoever opens a runtime compares first, and one whose answers
-are further off than `TOLERANCE` is refused.
+On CPUs OpenVINO runs the graph of the bundle. Keras runs the weights on GPUs, and for bundles without a graph. A bundle
+also holds a few synthetic radiographs with the probabilities that Keras gave for them in float32. Opening a runtime
+(`Bundle.open_runtime`) compares its answers with these and refuses a difference above `TOLERANCE`.
 """
 
 from __future__ import annotations
@@ -27,22 +26,20 @@ from ray_cxr.errors import BundleError, ConfigError
 if TYPE_CHECKING:
     import keras
 
-    from ray_cxr.models.bundle import Bundle
-
-#: Files of a bundle, beside its weights. The graphs hold numbers and names of operations, nothing that runs code.
+#: Files of a bundle. The graphs hold numbers and names of operations, nothing that runs code.
 GRAPH = "openvino"
 GOLDEN, GOLDEN_INT8 = "golden.npz", "golden-int8.npz"
-#: The largest difference from Keras in float32, in any probability, that a runtime may show on the golden images. int8
-#: is compared with int8 as it was made; what quantisation itself changes is checked on validation images.
+#: Largest accepted difference of any probability on the golden images, from Keras in float32. int8 is compared with the
+#: int8 of `quantize`; the effect of quantisation itself is checked on validation images.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.02, "int8": 0.02}
 #: Names of a graph's two outputs, in the order of `Outputs`.
 OUTPUTS = ("probabilities", "features")
-#: Some golden images and some statistics are a few MiB; a small zip file can unpack to any size.
+#: Golden images and statistics take a few MiB; a small zip file can unpack to any size.
 _MAX_UNPACKED = 256 * 1024**2
 
 
 class Outputs(NamedTuple):
-    """What a network says of N images.
+    """Results for N images.
 
     Attributes:
         probabilities: float32 [N,F].
@@ -54,12 +51,12 @@ class Outputs(NamedTuple):
 
 
 class Runtime(Protocol):
-    """A network ready to run."""
+    """A model that is ready to run."""
 
     def submit(self, images: np.ndarray) -> Future[Outputs]:
-        """Score up to a batch of images, uint8 [n,S,S], n at most the batch size; may wait for room. Thread-safe.
+        """Score one batch, uint8 [n,S,S] with n up to the batch size. Thread-safe; blocks while no slot is free.
 
-        The array is copied or used up before this returns.
+        The caller may reuse the array once this returns.
         """
 
     def predict(self, images: np.ndarray) -> Outputs:
@@ -67,22 +64,22 @@ class Runtime(Protocol):
 
 
 def graph_file(precision: str) -> str:
-    """Name of the graph for a precision: fp32 and bf16 share one."""
+    """Return the name of the graph for a precision; fp32 and bf16 share one."""
     return f"{GRAPH}-int8.xml" if precision == "int8" else f"{GRAPH}.xml"
 
 
-def openvino() -> Any:
-    """The module, without its telemetry: `import openvino` and a conversion would report to its makers."""
+def import_openvino() -> Any:
+    """Import OpenVINO without its telemetry, which would report each import and each conversion to its vendor."""
     if sys.modules.get("openvino_telemetry") is None:
-        # With None there its import fails, and OpenVINO and NNCF take the stubs that they bring for this case.
+        # With None there the import fails, and OpenVINO and NNCF use the stubs that they ship for this case.
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     else:
-        # Somebody imported OpenVINO before us. Every report of it and of NNCF goes through this one method.
+        # Another module imported OpenVINO first. All reports of OpenVINO and NNCF go through this one method.
         sender: Any = importlib.import_module("openvino_telemetry.utils.sender")
         sender.TelemetrySender.send = _send_nothing
-    import openvino as module
+    import openvino
 
-    return module
+    return openvino
 
 
 def _send_nothing(*_: Any, **__: Any) -> None:
@@ -90,115 +87,55 @@ def _send_nothing(*_: Any, **__: Any) -> None:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this machine's CPU computes in bfloat16 (AVX512_BF16, AMX)."""
-    return "BF16" in openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    """Return whether this machine's CPU computes in bfloat16 (AVX512_BF16, AMX)."""
+    return "BF16" in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def threads_here() -> int:
-    """CPU threads for a network that has this machine to itself; more than 8 would cost memory and gain little."""
+def default_threads() -> int:
+    """Return the CPU threads for one model per machine: at most 8, since more cost memory and gain little."""
     return min(8, os.cpu_count() or 1)
 
 
-def choose_precision(info: Mapping[str, Any], wanted: str, *, gpu: bool) -> str:
-    """The precision to run a bundle in: `fp32`, `bf16` or `int8`.
+def choose_precision(info: Mapping[str, Any], requested: str, *, gpu: bool) -> str:
+    """Return the precision to run a bundle in: `fp32`, `bf16` or `int8`.
 
     Args:
         info: the bundle's `bundle.json`.
-        wanted: `auto`: on a CPU bf16 where it has that and the bundle was found to hold its tolerance in it, else fp32;
-            on a GPU bf16, which one without it computes in fp32. Or one of the three.
+        requested: one of the three, or `auto`. On a CPU `auto` is bf16 if the CPU supports it and the bundle passed
+            its tolerance, else fp32. On a GPU it is bf16; GPUs without bfloat16 then compute in float32.
 
     Raises:
-        ConfigError: the bundle or this machine cannot run in what is wanted; says what to do.
+        ConfigError: the bundle or this machine does not support the requested precision.
     """
-    graphs = info.get("runtimes", {})
+    runtimes = info.get("runtimes", {})
     if gpu:
-        if wanted == "int8":
-            raise ConfigError("--precision int8: runs on CPUs only; leave --gpu out, or say --precision bf16")
-        return "bf16" if wanted == "auto" else wanted
-    if wanted == "int8" and not graphs.get("int8", {}).get("accepted"):
+        if requested == "int8":
+            raise ConfigError("--precision int8: runs on CPUs only; omit --gpu, or use --precision bf16")
+        return "bf16" if requested == "auto" else requested
+    if requested == "int8" and not runtimes.get("int8", {}).get("accepted"):
         raise ConfigError(
-            "--precision int8: the bundle has no int8 weights; `ray-cxr quantize BUNDLE PREPARED` adds them"
+            "--precision int8: the bundle has no int8 graph; add one with `ray-cxr quantize BUNDLE PREPARED`"
         )
-    half = graphs.get("bf16", {})
-    if wanted == "auto":
-        return "bf16" if half.get("accepted") and cpu_has_bf16() else "fp32"
-    if wanted == "bf16":
-        if not graphs:
-            reason = info.get("runtimes_refused", "it is of an older ray-cxr")
-            raise ConfigError(f"--precision bf16: the bundle has no OpenVINO graph ({reason}); say fp32 or auto")
-        if half.get("accepted") is False:
+    bf16 = runtimes.get("bf16", {})
+    if requested == "auto":
+        return "bf16" if bf16.get("accepted") and cpu_has_bf16() else "fp32"
+    if requested == "bf16":
+        if not runtimes:
+            reason = info.get("runtimes_refused", "an older ray-cxr wrote it")
+            raise ConfigError(f"--precision bf16: the bundle has no OpenVINO graph ({reason}); use fp32 or auto")
+        if bf16.get("accepted") is False:
             raise ConfigError(
-                f"--precision bf16: this bundle's probabilities move by {half['largest_drift']:.3f} in bf16, "
-                f"more than {TOLERANCE['bf16']}; say fp32"
+                f"--precision bf16: changes probabilities of this bundle by up to {bf16['largest_drift']:.3f}, "
+                f"{TOLERANCE['bf16']} is allowed; use fp32"
             )
         if not cpu_has_bf16():
-            raise ConfigError("--precision bf16: this CPU does not compute in bf16; say fp32 or auto")
-    return wanted
-
-
-def open_runtime(bundle: Bundle, precision: str, *, batch_size: int, threads: int, gpu: bool = False) -> Runtime:
-    """A bundle's network, compiled, and compared with the bundle's golden images.
-
-    Args:
-        precision: of `choose_precision`.
-        threads: CPU threads it may use.
-
-    Raises:
-        ConfigError: this machine cannot run it so.
-        BundleError: its answers on the golden images are not those that the bundle states.
-    """
-    runtime: Runtime
-    if not gpu and "runtimes" in bundle.info:
-        if precision == "bf16" and not cpu_has_bf16():
-            raise ConfigError("this node's CPU does not compute in bf16, as the run began with; use --precision fp32")
-        runtime = OpenVinoRuntime(bundle.path / graph_file(precision), precision, batch_size, threads)
-    else:
-        policy = "float32"
-        if gpu:
-            if not use_gpu_memory_as_needed():
-                raise ConfigError("--gpu: this actor sees no GPU; is requirements-gpu.lock installed there?")
-            if precision == "bf16" and _gpu_capability() >= (8, 0):
-                policy = "mixed_bfloat16"
-            else:
-                import tensorflow as tf
-
-                tf.config.experimental.enable_tensor_float_32_execution(False)  # 10 bits of 23: not what fp32 means
-        elif "keras" not in sys.modules:
-            limit_threads(threads)
-        runtime = KerasRuntime(bundle.model(policy=policy), batch_size)
-    check(bundle, runtime, precision)
-    return runtime
-
-
-def check(bundle: Bundle, runtime: Runtime, precision: str) -> None:
-    """Compare a runtime with the bundle's golden images; a bundle without them is older and passes.
-
-    Raises:
-        BundleError: further off than `TOLERANCE`, or the golden images are damaged.
-    """
-    if GOLDEN not in bundle.files:
-        return
-    with arrays_of(bundle.path / GOLDEN) as arrays:
-        images, expected = arrays["images"], arrays["fp32"]
-    if precision == "int8":
-        with arrays_of(bundle.path / GOLDEN_INT8) as arrays:
-            expected = arrays["int8"]
-    size = bundle.input_spec.size
-    if images.dtype != np.uint8 or images.shape[1:] != (size, size) or not len(images):
-        raise BundleError(f"{bundle.path / GOLDEN}: is damaged: images are {images.dtype} {images.shape}")
-    if expected.dtype != np.float32 or expected.shape != (len(images), len(bundle.findings)):
-        raise BundleError(f"{bundle.path / GOLDEN}: is damaged: probabilities are {expected.dtype} {expected.shape}")
-    drift = np.abs(runtime.predict(images).probabilities - expected).max()
-    if not drift <= TOLERANCE[precision]:  # NaN is refused too
-        raise BundleError(
-            f"{bundle.path}: in {precision} on this machine its probabilities for the golden images are off by "
-            f"{drift:.3g}, more than {TOLERANCE[precision]:g}; use another --precision"
-        )
+            raise ConfigError("--precision bf16: this CPU does not compute in bfloat16; use fp32 or auto")
+    return requested
 
 
 @contextlib.contextmanager
-def arrays_of(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
-    """Open an `.npz` file of a bundle; what is wrong with it or said of it in the block is a BundleError."""
+def open_arrays(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """Open an `.npz` file of a bundle. An error of the file, or in the block that uses it, becomes a BundleError."""
     try:
         with zipfile.ZipFile(path) as packed:
             if sum(item.file_size for item in packed.infolist()) > _MAX_UNPACKED:
@@ -206,27 +143,27 @@ def arrays_of(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
         with np.load(path, allow_pickle=False) as arrays:
             yield arrays
     except (OSError, EOFError, KeyError, MemoryError, ValueError, zipfile.BadZipFile) as error:
-        raise BundleError(f"{path}: is damaged ({reason(error)}); copy the bundle again") from None
+        raise BundleError(f"{path}: damaged ({summarize_error(error)}); copy the bundle again") from None
 
 
-_FIRST_LOOK = threading.Lock()
+_FIRST_ACCESS = threading.Lock()
 
 
 class OpenVinoRuntime:
-    """A graph of OpenVINO on CPU threads, several batches in flight.
+    """An OpenVINO graph on CPU threads, with several batches in flight.
 
     Args:
-        graph: the `.xml` file, its `.bin` beside it.
-        precision: `fp32`, `bf16` or `int8` (the last is in the graph itself).
-        batch_size: every batch is padded to it, so that an image's answer does not depend on its company.
-        threads: one stream, and so one batch at a time, for each.
+        graph: the `.xml` file, with its `.bin` next to it.
+        precision: `fp32`, `bf16` or `int8` (the last is part of the graph).
+        batch_size: every batch is padded to it, so that the result of an image does not depend on the others.
+        threads: each is one stream, which runs one batch at a time.
 
     Raises:
-        BundleError: not a graph as `exports` writes it.
+        BundleError: not a graph that `exports` writes.
     """
 
     def __init__(self, graph: Path, precision: str, batch_size: int, threads: int) -> None:
-        core = openvino().Core()
+        core = import_openvino().Core()
         try:
             model = core.read_model(graph)
             size = int(model.input(0).partial_shape[1].get_length())
@@ -237,7 +174,7 @@ class OpenVinoRuntime:
                 model,
                 "CPU",
                 {
-                    # What int8 leaves is quicker in bf16 too, where the CPU has it.
+                    # On CPUs with bf16, the operations that int8 leaves in float are faster in it too.
                     "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" or not cpu_has_bf16() else "bf16",
                     "INFERENCE_NUM_THREADS": threads,
                     "NUM_STREAMS": threads,
@@ -246,31 +183,31 @@ class OpenVinoRuntime:
                 },
             )
         except (RuntimeError, IndexError) as error:
-            raise BundleError(f"{graph}: OpenVINO cannot run it: {reason(error)}") from None
+            raise BundleError(f"{graph}: OpenVINO cannot run it: {summarize_error(error)}") from None
         self._shape = (batch_size, size, size, 1)
         # One more request than streams, so that a stream never waits for its next batch.
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         requests = [compiled.create_infer_request() for _ in range(threads + 1)]
-        # The first look at an element type, or at a tensor's data, makes a table in OpenVINO's C++. Two threads that
-        # take it together can wait for ever, one for Python's lock while it holds the table's, one the other way round.
-        with _FIRST_LOOK:
+        # The first access to an element type, or to a tensor's data, fills a table in OpenVINO's C++. Two threads that
+        # do so at once can deadlock: one holds the table's lock and waits for Python's, the other the reverse.
+        with _FIRST_ACCESS:
             compiled.input(0).get_element_type().to_dtype()
             for name in OUTPUTS:
                 requests[0].get_tensor(name).data  # noqa: B018
         for request in requests:
             self._idle.put(request)
-        # A thread waits for each. OpenVINO's own queue calls nobody back for a batch that fails, and is never freed.
-        self._waiting = ThreadPoolExecutor(threads + 1, thread_name_prefix="openvino")
+        # One waiting thread per request. OpenVINO's own queue has no callback for failed batches and is never freed.
+        self._pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="openvino")
 
     def submit(self, images: np.ndarray) -> Future[Outputs]:
         n = len(images)
         batch = np.zeros(self._shape, np.uint8)
         batch[:n, ..., 0] = images
-        return self._waiting.submit(self._run, self._idle.get(), batch, n)
+        return self._pool.submit(self._run, self._idle.get(), batch, n)
 
     def _run(self, request: Any, batch: np.ndarray, n: int) -> Outputs:
         try:
-            # Started and waited for: `infer` would run in this thread, beside the streams.
+            # Not `infer`, which would run in this thread instead of a stream.
             request.start_async({0: batch}, share_inputs=True)
             request.wait()
             return Outputs(*(request.get_tensor(name).data[:n].copy() for name in OUTPUTS))
@@ -278,14 +215,14 @@ class OpenVinoRuntime:
             self._idle.put(request)
 
     def predict(self, images: np.ndarray) -> Outputs:
-        return _in_batches(self, images, self._shape[0])
+        return _predict_batches(self, images, self._shape[0])
 
 
 class KerasRuntime:
-    """A Keras model, of any backend, behind the same calls.
+    """A Keras model of any backend.
 
-    Every batch is padded to one size, so that a graph is traced once and a picture's probabilities do not depend
-    on how many others came with it.
+    Every batch is padded to one size: the graph is traced once, and the result of an image does not depend on the
+    number of others.
     """
 
     def __init__(self, model: keras.Model, batch_size: int) -> None:
@@ -293,32 +230,32 @@ class KerasRuntime:
 
         self._model = keras.Model(model.input, [model.output, model.get_layer("logits").input])
         self._batch_size = batch_size
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     def submit(self, images: np.ndarray) -> Future[Outputs]:
         n = len(images)
         batch = np.zeros((self._batch_size, *images.shape[1:], 1), np.uint8)
         batch[:n, ..., 0] = images
         future: Future[Outputs] = Future()
-        with self._turn:
-            found = self._model.predict_on_batch(batch)
-        future.set_result(Outputs(*(np.asarray(array, dtype=np.float32)[:n] for array in found)))
+        with self._lock:
+            arrays = self._model.predict_on_batch(batch)
+        future.set_result(Outputs(*(np.asarray(array, dtype=np.float32)[:n] for array in arrays)))
         return future
 
     def predict(self, images: np.ndarray) -> Outputs:
-        return _in_batches(self, images, self._batch_size)
+        return _predict_batches(self, images, self._batch_size)
 
 
-def _in_batches(runtime: Runtime, images: np.ndarray, step: int) -> Outputs:
-    # An empty batch, where there are no images at all, has the right shapes.
+def _predict_batches(runtime: Runtime, images: np.ndarray, step: int) -> Outputs:
+    # Without images, one empty batch gives the right shapes.
     parts = [runtime.submit(images[start : start + step]) for start in range(0, max(len(images), 1), step)]
     return Outputs(*(np.concatenate(arrays) for arrays in zip(*(part.result() for part in parts), strict=True)))
 
 
 def limit_threads(threads: int) -> None:
-    """Give TensorFlow so many threads in this process; must come before its first operation.
+    """Limit TensorFlow's threads in this process; call it before the first operation.
 
-    Without it every process takes a thread per core of the machine, and the actors of one node fight for them.
+    By default every process starts one thread per core, and the actors of one node compete for the cores.
     """
     if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
         return
@@ -329,7 +266,7 @@ def limit_threads(threads: int) -> None:
 
 
 def use_gpu_memory_as_needed() -> int:
-    """Stop TensorFlow from taking a whole GPU at its first use; returns how many GPUs this process sees."""
+    """Stop TensorFlow from reserving a whole GPU at its first use; return the number of visible GPUs."""
     import tensorflow as tf
 
     gpus = tf.config.list_physical_devices("GPU")
@@ -339,28 +276,28 @@ def use_gpu_memory_as_needed() -> int:
 
 
 def prepare_device(gpu: bool, precision: str) -> str:
-    """Choose where this process computes; must come before TensorFlow's first operation.
+    """Select the device of this process; call it before TensorFlow's first operation.
 
     Args:
-        gpu: on its GPU; else on the CPU, also where GPUs are visible.
+        gpu: use the GPU. Otherwise the CPU, even if GPUs are visible.
         precision: `auto`, or a Keras dtype policy.
 
     Returns:
-        The Keras dtype policy: for `auto` float32 on CPUs, mixed_bfloat16 on GPUs that have it (compute capability
-        8.0), mixed_float16 on those with tensor cores (7.0), float32 on older ones.
+        The Keras dtype policy. For `auto`: float32 on CPUs, mixed_bfloat16 on GPUs of compute capability 8.0 or more,
+        mixed_float16 from 7.0 (tensor cores), float32 on older GPUs.
 
     Raises:
-        ConfigError: a GPU is wanted and none is seen.
+        ConfigError: no GPU is visible.
     """
     import tensorflow as tf
 
     if not gpu:
         tf.config.set_visible_devices([], "GPU")
-        # Grappler takes 8 s over DenseNet121's training graph, and on a CPU the steps are no faster for it.
+        # Grappler takes 8 s for DenseNet121's training graph, and does not make steps on a CPU faster.
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
         return "float32" if precision == "auto" else precision
     if not use_gpu_memory_as_needed():
-        raise ConfigError("--gpu: this worker sees no GPU; install requirements-gpu.lock there, or leave --gpu out")
+        raise ConfigError("--gpu: this worker sees no GPU; install requirements-gpu.lock there, or omit --gpu")
     if precision != "auto":
         return precision
     capability = _gpu_capability()
@@ -370,7 +307,7 @@ def prepare_device(gpu: bool, precision: str) -> str:
 
 
 def _gpu_capability() -> tuple[int, int]:
-    """CUDA's compute capability of the first GPU, (0, 0) where it is not known."""
+    """Return CUDA's compute capability of the first GPU; (0, 0) if it is unknown."""
     import tensorflow as tf
 
     details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
@@ -378,15 +315,31 @@ def _gpu_capability() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def prepare_gpu(precision: str) -> str:
+    """Prepare this process to score on its GPU; return the Keras dtype policy for `fp32` or `bf16`.
+
+    Raises:
+        ConfigError: no GPU is visible.
+    """
+    if not use_gpu_memory_as_needed():
+        raise ConfigError("--gpu: this actor sees no GPU; check that requirements-gpu.lock is installed there")
+    if precision == "bf16" and _gpu_capability() >= (8, 0):
+        return "mixed_bfloat16"
+    import tensorflow as tf
+
+    tf.config.experimental.enable_tensor_float_32_execution(False)  # TF32 keeps 10 of 23 bits
+    return "float32"
+
+
 def make_deterministic() -> None:
-    """The same bits on every run: TensorFlow then picks only kernels that add in a fixed order."""
+    """Restrict TensorFlow to kernels that add in a fixed order, so that every run gives the same bits."""
     import tensorflow as tf
 
     tf.config.experimental.enable_op_determinism()
 
 
-def reason(error: BaseException) -> str:
-    """One line of an error's text: the first that does not only name a line of OpenVINO's source."""
+def summarize_error(error: BaseException) -> str:
+    """Return the first line of an error that is more than a location in OpenVINO's source; at most 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if not line.startswith("Exception from")]
-    return (told or lines or [type(error).__name__])[0][:200]
+    useful = [line for line in lines if not line.startswith("Exception from")]
+    return (useful or lines or [type(error).__name__])[0][:200]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import logging
 import queue
 import threading
@@ -30,12 +31,12 @@ import pyarrow.parquet as pq
 
 from ray_cxr import tasks, telemetry
 from ray_cxr.config import InputSpec, ScoreSettings
-from ray_cxr.errors import RETRYABLE_CODES, ImageError, RayCxrError
+from ray_cxr.errors import RETRYABLE_CODES, ImageError, RayCxrError, from_record
 from ray_cxr.evaluation import quality
 from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
 from ray_cxr.models import predictions
 from ray_cxr.models.bundle import Bundle, load_bundle
-from ray_cxr.models.runtime import Outputs, Runtime, open_runtime
+from ray_cxr.models.runtime import Outputs, Runtime
 from ray_cxr.storage import atomic, remote
 from ray_cxr.storage.archives import read_members
 from ray_cxr.storage.paths import split_member
@@ -299,8 +300,7 @@ class Scoring:
         self._rules, self._quality = bundle.rules, bundle.quality
         self.findings = len(bundle.findings)
         self._size = bundle.input_spec.size
-        self._runtime: Runtime = open_runtime(
-            bundle,
+        self._runtime: Runtime = bundle.open_runtime(
             job.precision,
             batch_size=job.batch_size,
             threads=threads,
@@ -450,7 +450,7 @@ def summary(written: list[tuple[int, int, int]], times: dict[str, float], first_
 
 def failure(error: RayCxrError) -> dict[str, Any]:
     """Return the row of a task that failed."""
-    return {**summary([], {"born": 0.0, "ready": 0.0}, None), **tasks.to_columns(error)}
+    return {**summary([], {"born": 0.0, "ready": 0.0}, None), **tasks.encode_error(error)}
 
 
 # ---------------------------------------------------------------- decoding apart from the network, for GPUs
@@ -475,7 +475,7 @@ def decode_task(task: dict[str, Any], job: Job) -> Iterator[dict[str, Any]]:
     try:
         yield from _decode(task, job)
     except Exception as error:
-        yield {**_EMPTY, **tasks.to_columns(tasks.sanitize_error(error, "score"))}
+        yield {**_EMPTY, **tasks.encode_error(tasks.sanitize_error(error, "score"))}
     finally:
         telemetry.flush()
 
@@ -544,8 +544,8 @@ class NetworkActor:
         self._times = {"born": born, "ready": time.time()}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        if row["error_type"]:
-            return {**failure(RayCxrError(row["message"])), "error_type": row["error_type"]}
+        if row["error"]:
+            return failure(from_record(json.loads(row["error"])))
         if self._failed is not None:
             return failure(self._failed)
         try:

@@ -121,14 +121,14 @@ class Loop:
             if source.is_dir():
                 bundle = load_bundle(source)
                 source, order = source / WEIGHTS, bundle.findings
-            self.random_layers = classifier.initialise(self.model, architecture, source, order)
-        self._logits = classifier.logits_of(self.model)
+            self.random_layers = classifier.initialize_weights(self.model, architecture, source, order)
+        self._logits = classifier.build_logits_model(self.model)
         self._norms = [x for x in self.model.layers if isinstance(x, keras.layers.BatchNormalization)]
         for layer in self._norms:
             layer.synchronized = settings.sync_batchnorm
         self._dropouts = [x.seed_generator for x in self.model.layers if isinstance(x, keras.layers.Dropout)]
         self._float16 = policy == "mixed_float16"
-        positive, negative = losses.finding_weights(train.labels[:, self.columns], settings.loss)
+        positive, negative = losses.compute_finding_weights(train.labels[:, self.columns], settings.loss)
         self._loss = losses.make_loss(settings, positive, negative)
         self._head_only: bool | None = None
         self._planned_rate: float | None = None
@@ -138,7 +138,7 @@ class Loop:
         self._enter_stage(0)
         # Half precision is for training: what is measured and what is exported are the same network, in float32.
         self._exported = self.model if policy == "float32" else classifier.build(architecture)
-        exported = classifier.logits_of(self._exported)
+        exported = classifier.build_logits_model(self._exported)
         self._predict_step = replicas.compile(lambda images: tf.sigmoid(exported(images, training=False)))
 
     def _enter_stage(self, epoch: int) -> None:
@@ -251,7 +251,7 @@ class Loop:
         self.callbacks.on_epoch_begin(progress.epochs_done)
 
     def _plan_rate(self, epoch: int, step: int, scores: Sequence[float]) -> None:
-        rate = schedule.learning_rate(self.settings, self.steps_per_epoch, epoch, step, scores)
+        rate = schedule.compute_learning_rate(self.settings, self.steps_per_epoch, epoch, step, scores)
         if rate != self._planned_rate:
             # Set only when the plan changes, so that a callback that changes it is not overruled.
             self._planned_rate = rate
@@ -323,7 +323,7 @@ class Loop:
             epoch, step = progress.epochs_done, len(progress.losses) - 1
             if step < 0:
                 epoch, step = epoch - 1, self.steps_per_epoch - 1
-            self._planned_rate = schedule.learning_rate(
+            self._planned_rate = schedule.compute_learning_rate(
                 self.settings, self.steps_per_epoch, epoch, step, progress.scores[:epoch]
             )
 

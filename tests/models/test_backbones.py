@@ -113,7 +113,7 @@ def test_weights_of_a_file_start_the_backbone_and_known_outputs(source: tuple[ke
     model = classifier.build(architecture())
     fresh = model.get_layer("logits").get_weights()[0]
     # A file does not name its outputs: none is taken, although the shapes agree.
-    assert classifier.initialise(model, architecture(), path) == [f"logits of {name}" for name in FINDINGS]
+    assert classifier.initialize_weights(model, architecture(), path) == [f"logits of {name}" for name in FINDINGS]
     np.testing.assert_array_equal(model.get_layer("logits").get_weights()[0], fresh)
     for name in ("tiny_conv0", "tiny_bn3"):
         for a, b in zip(model.get_layer(name).get_weights(), theirs.get_layer(name).get_weights(), strict=True):
@@ -121,7 +121,7 @@ def test_weights_of_a_file_start_the_backbone_and_known_outputs(source: tuple[ke
     # Outputs of known order are taken by their names.
     model = classifier.build(architecture(findings=LABELS))
     known = tuple(reversed(FINDINGS))
-    assert classifier.initialise(model, architecture(findings=LABELS), path, known) == ["logits of No_Finding"]
+    assert classifier.initialize_weights(model, architecture(findings=LABELS), path, known) == ["logits of No_Finding"]
     for ours, other in zip(*(one.get_layer("logits").get_weights() for one in (model, theirs)), strict=True):
         order = [known.index(name) for name in FINDINGS]
         np.testing.assert_array_equal(ours[..., : len(order)], other[..., order])
@@ -131,4 +131,4 @@ def test_weights_of_another_backbone_are_refused(source: tuple[keras.Model, Path
     _, path = source
     other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="conv1"), keras.layers.Dense(2)])
     with pytest.raises(ConfigError, match="'conv1'; is it for MobileNetV3Small"):
-        classifier.initialise(other, architecture("MobileNetV3Small"), path)
+        classifier.initialize_weights(other, architecture("MobileNetV3Small"), path)

@@ -80,7 +80,7 @@ def test_changed_or_missing_file_is_refused(copy: Path, name: str) -> None:
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
     (copy / name).write_bytes(data)
-    with pytest.raises(BundleError, match=f"{name} (is not as it was written|cannot be read as JSON)"):
+    with pytest.raises(BundleError, match=f"{name} (was changed|is not readable JSON)"):
         ray_cxr.load_bundle(copy)
     (copy / name).unlink()
     with pytest.raises(BundleError, match=name):
@@ -108,7 +108,7 @@ def test_missing_checksums_and_foreign_files_are_refused(copy: Path, tmp_path: P
     (copy / bundles.SUMS).unlink()
     refused(f"no {bundles.SUMS}")
     for path in (tmp_path / "nowhere", tmp_path):
-        refused(f"{path}: .*name a bundle", path)
+        refused(f"{path}: .*pass a bundle", path)
 
 
 NONE = dict.fromkeys(ray_cxr.FINDINGS)
@@ -154,7 +154,7 @@ def test_damaged_entries_are_refused_even_when_resealed(copy: Path, changes: dic
 def test_entries_and_files_must_agree_even_when_resealed(copy: Path) -> None:
     (copy / "quality.npz").write_bytes(b"")
     reseal(copy)
-    with pytest.raises(BundleError, match=r"nothing .* quality\.npz"):
+    with pytest.raises(BundleError, match=r"nothing refers to quality\.npz"):
         ray_cxr.load_bundle(copy)
     (copy / "quality.npz").unlink()
     for name in EXPORTED:
@@ -165,7 +165,7 @@ def test_entries_and_files_must_agree_even_when_resealed(copy: Path) -> None:
             ray_cxr.load_bundle(copy)
         (copy / name).write_bytes(data)
     edit(copy, "runtimes")
-    with pytest.raises(BundleError, match=r"nothing .* openvino\.bin"):
+    with pytest.raises(BundleError, match=r"nothing refers to openvino\.bin"):
         ray_cxr.load_bundle(copy)
 
 

@@ -40,7 +40,9 @@ def whole() -> dict[str, Any]:
     p = (1 / (1 + np.exp(-(y + np.random.default_rng(1).normal(size=y.shape))))).astype(np.float32)
     p[(table["sex"] == "F").to_numpy() & (y[:, 4] == 1), 4] = 0.01  # missed in all women
     rules = fit_rules(table[list(FINDINGS)], p, FINDINGS)
-    measured = provenance.evaluation(table, p, FINDINGS, rules, method="platt", min_positives=5, n_resamples=100)
+    measured = provenance.evaluate_validation(
+        table, p, FINDINGS, rules, method="platt", min_positives=5, n_resamples=100
+    )
     return {
         "backbone": "DenseNet121",
         "input_spec": {"size": 224, "aspect": "stretch", "interpolation": "area"},
@@ -57,7 +59,7 @@ def whole() -> dict[str, Any]:
             "split": {"kind": "patient", "seed": 3, "fractions": [0.7, 0.1, 0.2], "tables": {"t.csv": "e2" * 32}},
             "images": {name: {"images": N, "patients": N // 2} for name in ("train", "val")},
             "age_range": [5.0, 89.0],
-            "demographics": {name: provenance.demographics(table) for name in ("train", "val")},
+            "demographics": {name: provenance.describe_images(table) for name in ("train", "val")},
             "validation": {"findings": measured["findings"]},
             "evaluation": measured,
         },

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import keras
 import numpy as np
@@ -15,11 +16,13 @@ from ray_cxr import load_bundle
 from ray_cxr.config import InputSpec
 from ray_cxr.errors import BundleError
 from ray_cxr.evaluation import quality
-from ray_cxr.imaging import phantoms
+from ray_cxr.imaging.phantom_anatomy import sample_anatomy
+from ray_cxr.imaging.phantom_findings import draw_phantom
 from ray_cxr.labels import FINDINGS
 from ray_cxr.models import bundle as bundles
 from ray_cxr.models import classifier, exports, runtime
 from ray_cxr.models.architecture import Architecture
+from ray_cxr.models.bundle_writer import BundleContent, write_bundle
 
 pytestmark = pytest.mark.slow
 SIZE = 64
@@ -28,26 +31,27 @@ SIZE = 64
 def drawn(first: int, end: int) -> np.ndarray:
     """Draw radiographs of synthetic patients, uint8 [end - first,64,64]."""
     patients = range(first + 1, end + 1)
-    return np.stack([phantoms.draw(phantoms.anatomy(7, patient, 0, size=SIZE)) for patient in patients])
+    return np.stack([draw_phantom(sample_anatomy(7, patient, 0, size=SIZE)) for patient in patients])
 
 
-def write(out: Path, **more: object) -> bundles.Bundle:
+def write(out: Path, weights: Any = None, images: Any = None, **changes: Any) -> bundles.Bundle:
     """Write a bundle of a TinyCNN with two findings and random weights."""
     names = FINDINGS[:2]
     architecture = Architecture(backbone="TinyCNN", size=SIZE, findings=names)
     keras.utils.set_random_seed(4)
     model = classifier.build(architecture)
-    given = {
-        "save_weights": lambda path: model.save_weights(str(path)),
-        "architecture": architecture,
-        "input_spec": InputSpec(size=SIZE),
-        **{name: dict.fromkeys(names) for name in ("calibration", "operating_points", "expected_flag_rates")},
-        "provenance": {"origin": "made by a test", "initial_weights": "random"},
-        "config_toml": "",
-        "curves": [],
-        "split": bundles.SPLIT_SCHEMA.empty_table(),
-    }
-    return bundles.write_bundle(out, **(given | more))  # type: ignore[arg-type]
+    content = BundleContent(
+        architecture=architecture,
+        input_spec=InputSpec(size=SIZE),
+        calibration=dict.fromkeys(names),
+        operating_points=dict.fromkeys(names),
+        expected_flag_rates=dict.fromkeys(names),
+        provenance={"origin": "made by a test", "initial_weights": "random"},
+        config_toml="",
+        curves=[],
+        split=bundles.SPLIT_SCHEMA.empty_table(),
+    )
+    return write_bundle(out, replace(content, **changes), weights or model, images=images)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ def images() -> np.ndarray:
 @pytest.fixture(scope="module")
 def bundle(images: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> bundles.Bundle:
     """Made with 60 training and 30 validation images, as `train` does."""
-    return write(tmp_path_factory.mktemp("exports") / "b", ordinary=exports.Ordinary(images[:60], images[60:90]))
+    return write(tmp_path_factory.mktemp("exports") / "b", images=exports.SampleImages(images[:60], images[60:90]))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,7 @@ def model(bundle: bundles.Bundle) -> keras.Model:
 
 @pytest.fixture(scope="module")
 def fp32(bundle: bundles.Bundle) -> runtime.Runtime:
-    return runtime.open_runtime(bundle, "fp32", batch_size=16, threads=1)
+    return bundle.open_runtime("fp32", batch_size=16, threads=1)
 
 
 def refuse_graphs(monkeypatch: pytest.MonkeyPatch, *refused: str) -> None:
@@ -104,11 +108,8 @@ def test_golden_images_are_drawn_and_the_file_holds_the_answers_of_keras(bundle,
 def test_two_exports_of_the_same_weights_are_the_same_bytes(bundle: bundles.Bundle, images, tmp_path: Path) -> None:
     for _ in range(2):  # names that Keras counts up must not reach the graph
         classifier.build(bundle.architecture)
-    again = write(
-        tmp_path / "b",
-        save_weights=lambda path: shutil.copyfile(bundle.path / bundles.WEIGHTS, path),
-        ordinary=exports.Ordinary(images[:60], images[60:90]),
-    )
+    sample = exports.SampleImages(images[:60], images[60:90])
+    again = write(tmp_path / "b", bundle.path / bundles.WEIGHTS, sample)
     assert again.digest == bundle.digest
 
 
@@ -145,8 +146,8 @@ def test_bf16_is_measured_where_the_cpu_has_it(
     monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: has_bf16)
     monkeypatch.setattr(runtime, "OpenVinoRuntime", lambda *_: SimpleNamespace(predict=predict))
     monkeypatch.setattr(exports, "_convert", lambda *_: fp32)
-    ordinary = exports.Ordinary(images[:0], images[60:90])
-    info = exports.export(tmp_path, model, bundle.architecture, bundle.input_spec, ordinary)
+    sample = exports.SampleImages(images[:0], images[60:90])
+    info = exports.export(tmp_path, model, bundle.architecture, bundle.input_spec, sample)
     expected = {"largest_drift": drift and pytest.approx(drift, abs=1e-5), "tolerance": 0.02, "accepted": accepted}
     assert info["runtimes"]["bf16"] == expected
     assert runtime.choose_precision(info, "auto", gpu=False) == ("bf16" if accepted else "fp32")
@@ -154,7 +155,7 @@ def test_bf16_is_measured_where_the_cpu_has_it(
 
 def test_graph_that_cannot_run_in_bf16_does_not_cost_the_bundle(model, images, monkeypatch, tmp_path: Path) -> None:
     refuse_graphs(monkeypatch, "bf16")
-    write(tmp_path / "b", ordinary=exports.Ordinary(images[:60], images[60:90]))
+    write(tmp_path / "b", images=exports.SampleImages(images[:60], images[60:90]))
     bundle = load_bundle(tmp_path / "b")
     bf16 = dict(bundle.info["runtimes"]["bf16"])
     reason = bf16.pop("reason")
@@ -170,10 +171,12 @@ def test_bundle_whose_graph_is_refused_runs_in_keras(model, images, monkeypatch,
     if reason == "off by":
         monkeypatch.setitem(runtime.TOLERANCE, "fp32", -1.0)
     elif reason == "not installed":
-        monkeypatch.setattr(runtime, "openvino", lambda: (_ for _ in ()).throw(RuntimeError("not installed\nat 0x0")))
+        monkeypatch.setattr(
+            runtime, "import_openvino", lambda: (_ for _ in ()).throw(RuntimeError("not installed\nat 0x0"))
+        )
     else:
         refuse_graphs(monkeypatch, *runtime.TOLERANCE)
-    bundle = write(tmp_path / "b", ordinary=exports.Ordinary(images[:60], images[60:90]))
+    bundle = write(tmp_path / "b", images=exports.SampleImages(images[:60], images[60:90]))
     monkeypatch.undo()
     assert "runtimes" not in bundle.info
     refused = bundle.info["runtimes_refused"]
@@ -188,8 +191,8 @@ def test_weights_without_probabilities_make_no_bundle(bundle: bundles.Bundle, tm
     broken = bundle.model()
     kernel, bias = broken.get_layer("logits").get_weights()
     broken.get_layer("logits").set_weights([kernel, bias * np.nan])
-    with pytest.raises(BundleError, match="gives no probabilities"):
-        write(tmp_path / "b", save_weights=lambda path: broken.save_weights(str(path)))
+    with pytest.raises(BundleError, match=r"TinyCNN: .*not probabilities"):
+        write(tmp_path / "b", broken)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -207,9 +210,9 @@ def test_quality_is_read_as_fitted_and_flags_unlike_images(bundle: bundles.Bundl
 
 
 def test_missing_quality_has_a_reason(fp32, images, tmp_path: Path) -> None:
-    none, few = exports.Ordinary(images[:0], images[:0]), exports.Ordinary(images[:40], images[:0])
-    for ordinary, reason in ((None, "without images"), (none, "without images"), (few, "60 and 30")):
-        entry = exports._fit_quality(tmp_path, fp32, ordinary)
+    none, few = exports.SampleImages(images[:0], images[:0]), exports.SampleImages(images[:40], images[:0])
+    for sample, reason in ((None, "without images"), (none, "without images"), (few, "60 and 30")):
+        entry = exports._fit_quality(tmp_path, fp32, sample)
         assert set(entry) == {"lacking"}
         assert reason in entry["lacking"]
     assert list(tmp_path.iterdir()) == []
@@ -219,13 +222,13 @@ def test_damaged_quality_file_is_refused(bundle: bundles.Bundle, tmp_path: Path)
     copy = writable_copy(bundle, tmp_path / "b")
     (copy / exports.QUALITY).write_bytes(b"PK\x03\x04")
     reseal(copy)
-    with pytest.raises(BundleError, match=r"quality\.npz: is damaged"):
+    with pytest.raises(BundleError, match=r"quality\.npz: damaged"):
         load_bundle(copy).predict(drawn(0, 1), precision="fp32")
 
 
 def test_sample_is_chosen_by_its_seed() -> None:
     images = np.arange(50, dtype=np.uint8)
-    np.testing.assert_array_equal(exports.sample(images, 0, 50), images)
-    first, again, other = (exports.sample(images, seed, 10).tolist() for seed in (0, 0, 1))
+    np.testing.assert_array_equal(exports.sample_images(images, 0, 50), images)
+    first, again, other = (exports.sample_images(images, seed, 10).tolist() for seed in (0, 0, 1))
     assert len({*first}) == 10
     assert first == again != other

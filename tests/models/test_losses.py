@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from ray_cxr.config import TrainSettings
-from ray_cxr.models.losses import finding_weights, make_loss
+from ray_cxr.models.losses import compute_finding_weights, make_loss
 
 POSITIVE, NEGATIVE = np.float32([0.9, 0.5, 0.2]), np.float32([0.1, 0.5, 0.8])
 ONES = np.ones(3, np.float32)
@@ -84,12 +84,12 @@ def batch(seed: int, rows: int = 6, spread: float = 3.0) -> tuple[np.ndarray, np
 
 def test_weights_balance_positives_and_negatives_of_a_finding() -> None:
     values = np.array([[1, 1, -1], [0, 1, -1], [0, -1, -1], [0, 0, -1]], dtype=np.int8)
-    positive, negative = finding_weights(values, "weighted_bce")
+    positive, negative = compute_finding_weights(values, "weighted_bce")
     assert positive.dtype == negative.dtype == np.float32
     np.testing.assert_allclose(positive, [0.75, 1 / 3, 1], rtol=1e-6)
     np.testing.assert_allclose(negative, [0.25, 2 / 3, 0], rtol=1e-6)
     for kind in ("bce", "focal", "asymmetric"):
-        np.testing.assert_array_equal(finding_weights(values, kind), np.ones((2, 3)))
+        np.testing.assert_array_equal(compute_finding_weights(values, kind), np.ones((2, 3)))
 
 
 @each_case

@@ -18,7 +18,7 @@ from conftest import make_tiny_bundle
 from test_files import no_access
 
 from ray_cxr.errors import BundleError, InputError, OutputError, RayCxrError
-from ray_cxr.models.bundle import load_bundle, written
+from ray_cxr.models.bundle import is_written, load_bundle
 from ray_cxr.scoring import pipeline
 from ray_cxr.storage import atomic, remote, stores
 
@@ -241,11 +241,11 @@ def test_bundle_in_a_bucket_is_whole_or_none(bucket, tiny_bundle, command, cache
     place = remote.path(bucket("made/bundle"))
     for name in ("MODEL_CARD.md", "bundle.json", "curves.json"):  # an upload that was cut off
         bucket.put(f"made/bundle/{name}", (tiny_bundle.path / name).read_bytes())
-    assert not written(place)
+    assert not is_written(place)
     with pytest.raises(BundleError, match="SHA256SUMS"):
         load_bundle(place)
     made = make_tiny_bundle(place)
-    assert written(place)
+    assert is_written(place)
     assert (made.digest, made.place) == (tiny_bundle.digest, str(place))
     assert made.path.is_relative_to(cache)
     for path in tiny_bundle.path.iterdir():

@@ -1,0 +1,28 @@
+"""Packages that only some commands need, and the extra of ray-cxr that installs each."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from ray_cxr.errors import ConfigError
+
+EXTRAS = {"highdicom": "dicom-sr", "nncf": "int8", "plotly": "plots", "cmaes": "cmaes"}
+
+
+def is_installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def install_hint(package: str) -> str:
+    """Return which package is needed and the command that installs it."""
+    return f"needs {package}. Install it with: pip install 'ray-cxr[{EXTRAS[package]}]'"
+
+
+def require(package: str, command: str) -> None:
+    """Check that a command's optional package is installed, without importing it.
+
+    Raises:
+        ConfigError: it is not; the message names the extra.
+    """
+    if not is_installed(package):
+        raise ConfigError(f"{command}: {install_hint(package)}")

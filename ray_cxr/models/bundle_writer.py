@@ -1,0 +1,186 @@
+"""Write bundles: of a trained or imported model, or copies of a bundle with changes. `bundle` describes the format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from ray_cxr.config import InputSpec
+from ray_cxr.data import identity
+from ray_cxr.errors import OutputError
+from ray_cxr.models import exports
+from ray_cxr.models.architecture import Architecture
+from ray_cxr.models.bundle import (
+    FILES,
+    FORMAT,
+    OPTIONAL_FILES,
+    SPLIT_SCHEMA,
+    SUMS,
+    WEIGHTS,
+    Bundle,
+    is_written,
+    load_bundle,
+    sha256,
+)
+from ray_cxr.models.card import model_card
+from ray_cxr.storage import atomic, remote
+
+if TYPE_CHECKING:
+    import keras
+
+#: Entries of bundle.json that depend on the weights alone.
+_EXPORTED = ("runtimes", "runtimes_refused", "quality")
+
+
+@dataclass(frozen=True)
+class BundleContent:
+    """What a bundle states about its weights.
+
+    Attributes:
+        split: a table of `SPLIT_SCHEMA`.
+        operating_alternatives: per finding, operating points by other rules than the chosen one (a point or None).
+        rule_notes: per finding, why it has no calibration or no operating point, or None.
+    """
+
+    architecture: Architecture
+    input_spec: InputSpec
+    calibration: Mapping[str, Any]
+    operating_points: Mapping[str, Any]
+    expected_flag_rates: Mapping[str, float | None]
+    provenance: Mapping[str, Any]
+    config_toml: str
+    curves: Sequence[Mapping[str, Any]]
+    split: pa.Table
+    operating_alternatives: Mapping[str, Mapping[str, Any]] | None = None
+    rule_notes: Mapping[str, str | None] | None = None
+
+    def info(self) -> dict[str, Any]:
+        """Return the entries of bundle.json, without those of `exports`."""
+        info = {
+            "format": FORMAT,
+            "backbone": self.architecture.backbone,
+            "findings": list(self.architecture.findings),
+            "architecture": self.architecture.model_dump(mode="json"),
+            "input_spec": self.input_spec.model_dump(mode="json"),
+            "calibration": dict(self.calibration),
+            "operating_points": dict(self.operating_points),
+            "expected_flag_rates": dict(self.expected_flag_rates),
+        }
+        if self.operating_alternatives is not None:
+            info["operating_alternatives"] = {name: dict(rules) for name, rules in self.operating_alternatives.items()}
+        if self.rule_notes is not None:
+            info["rule_notes"] = dict(self.rule_notes)
+        return {**info, "provenance": dict(self.provenance)}
+
+
+def write_bundle(
+    out: str | Path,
+    content: BundleContent,
+    weights: Path | keras.Model,
+    *,
+    images: exports.SampleImages | None = None,
+    source: Bundle | None = None,
+    add: Callable[[Path, dict[str, Any]], None] | None = None,
+) -> Bundle:
+    """Write a bundle next to its final name and rename it, so that it is complete or absent.
+
+    Args:
+        weights: a `.weights.h5` file to copy, or a model whose weights to save.
+        images: used to measure precisions and to fit the quality flags.
+        source: a bundle with the same weights; its graphs, golden images and quality flags are copied.
+        add: called with the folder and the entries of bundle.json, to add files of `OPTIONAL_FILES` and entries.
+
+    Raises:
+        OutputError: `out` exists; bundles are never changed.
+    """
+    out = remote.path(out)
+    if is_written(out):
+        raise OutputError(f"{out}: exists already, and bundles are never changed; choose another folder")
+    with atomic.new_folder(out, SUMS) as folder:
+        info = content.info()
+        if isinstance(weights, Path):
+            shutil.copyfile(weights, folder / WEIGHTS)
+        else:
+            weights.save_weights(str(folder / WEIGHTS))
+        if source is None:
+            from ray_cxr.models import classifier
+
+            # Export what was written, in float32: the given model may compute in another policy.
+            model = classifier.load_model(content.architecture, folder / WEIGHTS)
+            info |= exports.export(folder, model, content.architecture, content.input_spec, images)
+        else:
+            info |= {name: source.info[name] for name in _EXPORTED if name in source.info}
+            for name in source.files & set(OPTIONAL_FILES):
+                shutil.copyfile(source.path / name, folder / name)
+        if add is not None:
+            add(folder, info)
+        atomic.write_json(folder / "bundle.json", info)
+        atomic.write_json(folder / "curves.json", list(content.curves))
+        atomic.write_text(folder / "config.toml", content.config_toml)
+        atomic.write_parquet(content.split.cast(SPLIT_SCHEMA), folder / "split.parquet")
+        atomic.write_text(folder / "MODEL_CARD.md", model_card(info, content.curves))
+        files = [*FILES, *(name for name in OPTIONAL_FILES if (folder / name).exists())]
+        atomic.write_text(folder / SUMS, "".join(f"{sha256(folder / name)}  {name}\n" for name in files))
+        for name in (*files, SUMS):
+            (folder / name).chmod(0o444)
+    return load_bundle(out)
+
+
+def derive_bundle(
+    source: Bundle, out: str | Path, *, add: Callable[[Path, dict[str, Any]], None] | None = None, **changes: Any
+) -> Bundle:
+    """Write a copy of a bundle with the same weights.
+
+    Args:
+        add: see `write_bundle`.
+        changes: fields of `BundleContent` that differ.
+
+    Raises:
+        OutputError: `out` exists.
+    """
+    content = BundleContent(
+        architecture=source.architecture,
+        input_spec=source.input_spec,
+        calibration=source.info["calibration"],
+        operating_points=source.info["operating_points"],
+        expected_flag_rates=source.info["expected_flag_rates"],
+        provenance=source.info["provenance"],
+        config_toml=(source.path / "config.toml").read_text(encoding="utf-8"),
+        curves=json.loads((source.path / "curves.json").read_text(encoding="utf-8")),
+        split=identity.read_split(source.path, SPLIT_SCHEMA),
+        operating_alternatives=source.info.get("operating_alternatives"),
+        rule_notes=source.info.get("rule_notes"),
+    )
+    return write_bundle(out, replace(content, **changes), source.path / WEIGHTS, source=source, add=add)
+
+
+def find_finished(out: Path, step: str, inputs: Mapping[str, Any], names: Mapping[str, str]) -> Bundle | None:
+    """Return the bundle at `out` if an earlier run wrote it from the same inputs; None if there is nothing.
+
+    Args:
+        step: the entry of the provenance that holds the inputs, `quantized` or `recalibrated`.
+        inputs: the values that must be equal.
+        names: the name of each in a message.
+
+    Raises:
+        OutputError: `out` is not a bundle, or was made from other inputs.
+        BundleError: it is a damaged bundle.
+    """
+    if not is_written(out):
+        return None
+    if not (out / "bundle.json").exists():
+        raise OutputError(f"{out}: exists already and is not a bundle; choose another --out")
+    bundle = load_bundle(out)
+    recorded = bundle.info["provenance"].get(step)
+    if not isinstance(recorded, dict):
+        raise OutputError(f"{out}: exists already and is a bundle that was not {step}; choose another --out")
+    changed = [names[name] for name, value in inputs.items() if recorded.get(name) != value]
+    if changed:
+        raise OutputError(f"{out}: was made from another {', another '.join(changed)}; choose another --out")
+    return bundle
