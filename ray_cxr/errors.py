@@ -7,6 +7,7 @@
     │   ├── LeakError                      a patient (or a training image) where it must not be
     │   ├── BundleError                    a bundle: missing or changed files, another format
     │   └── OutputError                    the output folder belongs to another run
+    ├── DivergedError             exit 1   a loss or a weight is not finite; carries its `reason`
     ├── ErrorRateExceeded         exit 3   done, but more images failed than was allowed
     └── ImageError                one image that cannot be used; carries its `code`
 
@@ -15,6 +16,9 @@ patient's name: messages end up in logs and reports.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 #: The codes an `ImageError`, and so the column `error_code` of a score table, can hold.
 ERROR_CODES: tuple[str, ...] = (
@@ -39,9 +43,18 @@ RETRYABLE_CODES: frozenset[str] = frozenset({"missing", "permission", "storage",
 
 
 class RayCxrError(Exception):
-    """Base of all errors raised on purpose; `exit_code` is what the command line exits with."""
+    """Base of all errors raised on purpose.
+
+    Attributes:
+        exit_code: exit code of the command line.
+        fields: attributes that `to_record` keeps in addition to the message.
+    """
 
     exit_code = 1
+    fields: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
 
 
 class InputError(RayCxrError):
@@ -75,7 +88,7 @@ class ErrorRateExceeded(RayCxrError):
 
     Args:
         message: one line.
-        report: what the run found, which is no less wanted for this.
+        report: the report of the finished run; it does not leave the process.
     """
 
     exit_code = 3
@@ -83,6 +96,21 @@ class ErrorRateExceeded(RayCxrError):
     def __init__(self, message: str, report: object = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+class DivergedError(RayCxrError):
+    """A loss or a weight is not finite.
+
+    Args:
+        message: one line.
+        reason: what diverged, at which epoch and step.
+    """
+
+    fields = ("reason",)
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class ImageError(RayCxrError):
@@ -96,15 +124,36 @@ class ImageError(RayCxrError):
         ValueError: the code is not in `ERROR_CODES`.
     """
 
+    fields = ("code",)
+
     def __init__(self, code: str, message: str) -> None:
         if code not in ERROR_CODES:
             raise ValueError(f"unknown image error code {code!r}")
-        super().__init__(code, message)  # both in args, so that it survives pickling between processes
+        super().__init__(message)
+        self.args = (code, message)  # so that it survives pickling between processes
         self.code = code
         self.message = message
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
+
+
+def to_record(error: RayCxrError) -> dict[str, Any]:
+    """Return an error as JSON data, to carry it to another process or into a file."""
+    message = error.message if isinstance(error, ImageError) else str(error)
+    return {
+        "type": type(error).__name__,
+        "message": message,
+        "details": {name: getattr(error, name) for name in error.fields},
+    }
+
+
+def from_record(record: Mapping[str, Any]) -> RayCxrError:
+    """Rebuild the error of a record; a type that this version does not know becomes its base class."""
+    kind = globals().get(record["type"])
+    if not (isinstance(kind, type) and issubclass(kind, RayCxrError)):
+        return RayCxrError(record["message"])
+    return kind(message=record["message"], **record["details"])
 
 
 #: Errors of the operating system that mean a lost connection to Ray, and not a file.
@@ -131,3 +180,22 @@ def own_error(error: BaseException) -> RayCxrError | OSError | None:
         if isinstance(failures, dict):
             queue += list(failures.values())
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, at most 300 characters; its type's name if it has none."""
+    return _nonempty_lines(error)[0][:300]
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an exception's message, at most 300 characters; its type's name if it has none."""
+    return _nonempty_lines(error)[-1][:300]
+
+
+def _nonempty_lines(error: BaseException) -> list[str]:
+    return str(error).strip().splitlines() or [type(error).__name__]
+
+
+def one_line(value: object) -> str:
+    """Return a text, or an exception's message, with every run of whitespace as one space."""
+    return " ".join(str(value).split())

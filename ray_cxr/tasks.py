@@ -1,10 +1,8 @@
 """Tasks and actors of Ray Data: errors as rows, retries with an end, progress without a timeout.
 
 Ray Data keeps only the text of an exception that a task raises, prints its traceback, and skips the task where
-`max_errored_blocks` allows that. So a task catches its own exceptions and returns them in two columns:
-
-    error_type   name of a class in `errors`; empty when the task succeeded
-    message      one line without patient data
+`max_errored_blocks` allows that. So a task catches its own exceptions and returns them in the column `error`: a record
+of `errors.to_record` as JSON, or an empty text when the task succeeded.
 
 Ray Data silently retries a task without limit after its worker died. So tasks of this package ask for no retries, and
 `run_with_retries` submits lost tasks again until a whole round makes no progress.
@@ -13,6 +11,7 @@ Ray Data silently retries a task without limit after its worker died. So tasks o
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 import traceback
@@ -21,8 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_cxr import errors
-from ray_cxr.errors import ImageError, RayCxrError, own_error
+from ray_cxr.errors import ImageError, RayCxrError, from_record, one_line, own_error, to_record
 from ray_cxr.progress import run_periodically
 
 logger = logging.getLogger(__name__)
@@ -38,8 +36,8 @@ POLL_S = 1.0
 #: Seconds without a finished file after which a warning is logged, and between such warnings.
 STALL_S = 600.0
 
-#: The two columns of a task that succeeded.
-SUCCESS: Mapping[str, str] = {"error_type": "", "message": ""}
+#: The column `error` of a task that succeeded.
+SUCCESS: Mapping[str, str] = {"error": ""}
 
 
 def configure() -> None:
@@ -68,7 +66,7 @@ def sanitize_error(error: Exception, command: str) -> RayCxrError:
     The message of a foreign exception can quote a file's contents, and so a patient's id.
     """
     if isinstance(error, ImageError):
-        return RayCxrError(error.message)  # the driver rebuilds an error from its message alone
+        return RayCxrError(error.message)  # it is about an archive or a table, and ends the command
     if isinstance(error, RayCxrError):
         return error
     if isinstance(error, OSError):
@@ -82,9 +80,9 @@ def sanitize_error(error: Exception, command: str) -> RayCxrError:
     )
 
 
-def to_columns(error: RayCxrError) -> dict[str, str]:
-    """Return the two columns that carry a sanitized error to the driver."""
-    return {"error_type": type(error).__name__, "message": str(error)}
+def encode_error(error: RayCxrError) -> dict[str, str]:
+    """Return the column that carries a sanitized error to the driver."""
+    return {"error": json.dumps(to_record(error))}
 
 
 def read_rows(dataset: Any) -> Iterator[dict[str, Any]]:
@@ -98,27 +96,23 @@ def read_rows(dataset: Any) -> Iterator[dict[str, Any]]:
 
     try:
         for row in dataset.iter_rows():
-            if row["error_type"]:
-                raise _rebuild(row["error_type"], row["message"])
+            if row["error"]:
+                raise from_record(json.loads(row["error"]))
             yield row
     except RayError as error:
         if (own := own_error(error)) is not None:
             clean = sanitize_error(own, "Ray Data")
-            # Ray Data appends lines to the message.
-            raise _rebuild(type(clean).__name__, str(clean).splitlines()[0]) from None
+            record = to_record(clean)
+            record["message"] = record["message"].splitlines()[0]  # Ray Data appends lines to it
+            raise from_record(record) from None
         if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
             raise RayCxrError(f"a task failed with {type(error.cause).__name__}; see Ray's log folder") from error
         raise
     except RayCxrError:
         raise
     except Exception as error:  # Ray Data's exceptions share no base class
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise RayCxrError(f"Ray Data failed ({type(error).__name__}: {reason}); the same command continues") from error
-
-
-def _rebuild(error_type: str, message: str) -> RayCxrError:
-    kind: type[RayCxrError] = getattr(errors, error_type, RayCxrError)
-    return kind(message)
 
 
 def run_with_retries(
@@ -130,8 +124,8 @@ def run_with_retries(
 
     Args:
         tasks: each with `indices`, the numbers of the output files that it writes.
-        build_dataset: makes a Ray dataset of tasks. Its rows have `done`, the numbers of files that are finished,
-            `error_type` and `message`.
+        build_dataset: makes a Ray dataset of tasks. Its rows have `done`, the numbers of finished files, and
+            `error`.
         find_pending: returns the pending part of tasks, given the numbers that rows reported as done.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import pytest
@@ -13,8 +14,9 @@ def test_tree_and_exit_codes() -> None:
     base, wrong_input = errors.RayCxrError, errors.InputError
     kinds = (errors.ConfigError, errors.TableError, errors.LeakError, errors.BundleError, errors.OutputError)
     assert all(kind.__bases__ == (wrong_input,) and kind.exit_code == 2 for kind in kinds)
-    assert wrong_input.__bases__ == errors.ErrorRateExceeded.__bases__ == errors.ImageError.__bases__ == (base,)
-    assert [one.exit_code for one in (base, wrong_input, errors.ErrorRateExceeded, errors.ImageError)] == [1, 2, 3, 1]
+    others = (wrong_input, errors.ErrorRateExceeded, errors.ImageError, errors.DivergedError)
+    assert all(kind.__bases__ == (base,) for kind in others)
+    assert [kind.exit_code for kind in (base, *others)] == [1, 2, 3, 1, 1]
 
 
 def test_image_errors() -> None:
@@ -25,6 +27,30 @@ def test_image_errors() -> None:
         assert (error.code, error.message, str(error)) == (code, "what is wrong", f"{code}: what is wrong")
     with pytest.raises(ValueError, match="'broken'"):
         errors.ImageError("broken", "x")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.RayCxrError("plain"),
+        errors.BundleError("b: not a bundle"),
+        errors.ErrorRateExceeded("9 of 10 images failed", report=object()),
+        errors.DivergedError("the loss is nan at epoch 1; lower the rate", "the loss is nan"),
+        errors.ImageError("blank", "one value"),
+    ],
+)
+def test_error_survives_as_a_record(error: errors.RayCxrError) -> None:
+    found = errors.from_record(json.loads(json.dumps(errors.to_record(error))))
+    assert (type(found), str(found), found.exit_code) == (type(error), str(error), error.exit_code)
+    for name in error.fields:
+        assert getattr(found, name) == getattr(error, name)
+    assert type(pickle.loads(pickle.dumps(error if error.fields else found))) is type(error)
+
+
+@pytest.mark.parametrize("name", ["Unknown", "Mapping", "to_record"])
+def test_record_of_an_unknown_type_is_a_plain_error(name: str) -> None:
+    found = errors.from_record({"type": name, "message": "what is wrong", "details": {"field": 1}})
+    assert (type(found), str(found)) == (errors.RayCxrError, "what is wrong")
 
 
 def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:

@@ -57,7 +57,7 @@ def test_silent_task_outlives_the_limit_of_ray_data(ray_here: None, monkeypatch,
         import time
 
         time.sleep(4)
-        return {"done": task["indices"], "error_type": "", "message": ""}
+        return {"done": task["indices"], "error": ""}
 
     monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 1)
     monkeypatch.setattr(tasks, "STALL_S", 1.0)
@@ -105,7 +105,7 @@ def test_lost_task_is_retried(ray_here: None, tmp_path: Path) -> None:
         if task["indices"][0] == 1 and not os.path.exists(marker):
             open(marker, "w").close()
             os._exit(1)
-        return {"done": task["indices"], "error_type": "", "message": ""}
+        return {"done": task["indices"], "error": ""}
 
     rows, rounds = run(die_once, 3)
     assert sorted(index for row in rows for index in row["done"]) == [0, 1, 2]

@@ -38,7 +38,7 @@ from ray_cxr.models.bundle import Bundle
 from ray_cxr.scoring.engine import Job, Place, Reading, Work, part_name, part_path
 from ray_cxr.storage import atomic, remote
 from ray_cxr.storage.run_folder import SETTINGS
-from ray_cxr.tasks import SUCCESS, sanitize_error, to_columns
+from ray_cxr.tasks import SUCCESS, encode_error, sanitize_error
 
 #: Images per forward pass, without and with a GPU.
 BATCH_SIZE = {False: 16, True: 64}
@@ -479,4 +479,4 @@ class HeatMapActor:
 
 def _answer(images: int, failed: RayCxrError | None = None, *, done: Sequence[int] = ()) -> dict[str, Any]:
     """Return the row of a task."""
-    return {"images": images, "done": list(done), **(SUCCESS if failed is None else to_columns(failed))}
+    return {"images": images, "done": list(done), **(SUCCESS if failed is None else encode_error(failed))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -83,8 +84,9 @@ def test_foreign_error_is_reported_by_its_place_and_not_by_its_words(caplog) -> 
     broken = engine.ScoreActor.__new__(engine.ScoreActor)
     broken._failed = broken._job = None  # type: ignore[assignment]
     row = broken({"indices": [0]})
-    assert row["error_type"] == "RayCxrError"
-    assert "AttributeError in " in row["message"]
+    record = json.loads(row["error"])
+    assert record["type"] == "RayCxrError"
+    assert "AttributeError in " in record["message"]
 
     with caplog.at_level(logging.ERROR):
         try:
