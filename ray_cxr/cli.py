@@ -302,19 +302,22 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    began = time.time()
+    started = time.time()
     settings = config.load(arguments.config, arguments.overrides, section="train")
     chosen = settings.train
     if arguments.workers is not None:
         chosen = chosen.replace(workers=arguments.workers)
     from ray_cxr.training import trainer
 
-    # All that can be refused is refused before Ray takes its seconds to start.
-    plan = trainer.check(arguments.prepared, arguments.out, chosen)
-    with contextlib.nullcontext() if plan.finished else start_ray(settings.ray):
-        bundle = trainer.train(
-            arguments.prepared, arguments.out, chosen, use_gpu=arguments.gpu, began=began, on_event=_say
-        )
+    bundle = trainer.train(
+        arguments.prepared,
+        arguments.out,
+        chosen,
+        use_gpu=arguments.gpu,
+        started=started,
+        on_event=_say,
+        start_ray=lambda: start_ray(settings.ray),
+    )
     table = Table("finding", "val images", "positives", "AUROC", "calibrated", "operating point", title="Validation")
     metrics = bundle.info["provenance"]["validation"]["findings"]
     for name in bundle.findings:
@@ -333,16 +336,9 @@ def _train(arguments: argparse.Namespace) -> None:
         if reason:
             _say(f"{name}: {reason}")
     _say(f"validation macro AUROC {_number(macro)}, epoch {bundle.info['provenance']['best_epoch']}")
-    from ray_cxr.reporting import plots
-
-    picture = remote.path(arguments.out) / "learning_curves.png"
-    if not (plan.finished and picture.exists()):
-        png, svg = plots.encode(plots.learning_curves(bundle.model_json()["curves"]))
-        with _writing(arguments.out):
-            picture.write_bytes(png)
-            picture.with_suffix(".svg").write_bytes(svg)
-    _say(f"learning curves: {picture}")
-    _say(f"bundle: {picture.parent / 'bundle'}")
+    out = remote.path(arguments.out)
+    _say(f"learning curves: {out / trainer.CURVES}")
+    _say(f"bundle: {out / 'bundle'}")
 
 
 def _tune(arguments: argparse.Namespace) -> None:

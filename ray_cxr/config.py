@@ -206,8 +206,8 @@ class TrainSettings(Settings):
             raise ValueError("gpus_per_worker: NCCL takes one worker per GPU; a part of a GPU is for workers=1")
         return self
 
-    def idle(self) -> list[str]:
-        """Settings that differ from their default and have no effect beside the others, with the reason."""
+    def list_unused(self) -> list[str]:
+        """Return the changed settings that have no effect with the other settings, each with the reason."""
         stage = self.epochs - self.frozen_epochs
         needs = {
             "momentum": (self.optimizer == "sgd", "optimizer is not sgd"),

@@ -124,7 +124,7 @@ def test_ctrl_c_during_export_ends_the_command(prepared: Path, tmp_path: Path) -
     program = (
         "import time\nfrom ray_cxr.cli import main\nfrom ray_cxr.training import trainer\n"
         "def wait(*_, **__):\n    print('exporting', flush=True)\n    time.sleep(100)\n"
-        "trainer._finish = wait\nraise SystemExit(main())"
+        "trainer.export_bundle = wait\nraise SystemExit(main())"
     )
     process = start(log, *train(prepared, tmp_path / "run", epochs=1), program=program)
     until(lambda: "exporting" in log.read_text() or process.poll() is not None, 200, log.read_text)

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from ray_cxr.config import TrainSettings
 from ray_cxr.data.prepared import SplitData
-from ray_cxr.errors import ConfigError, RayCxrError
+from ray_cxr.errors import ConfigError, DivergedError
 from ray_cxr.evaluation import metrics
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import classifier, losses
@@ -194,7 +194,7 @@ class Loop:
             on_checkpoint: called every `checkpoint_steps` steps, when weights and `progress` belong together.
 
         Raises:
-            RayCxrError: a loss that is not finite; names the step and the images of the batch.
+            DivergedError: a loss that is not finite; names the step and the images of the batch.
         """
         epoch, start, images = progress.epochs_done, time.monotonic(), 0
         self._enter_stage(epoch)
@@ -237,11 +237,12 @@ class Loop:
         waited = float(self.replicas.gather(np.array(fetched.waited)).max())
         return Epoch(float(np.mean(progress.losses)), images, time.monotonic() - start, waited)
 
-    def _not_finite(self, what: str, epoch: int, batch: Batch) -> RayCxrError:
+    def _not_finite(self, what: str, epoch: int, batch: Batch) -> DivergedError:
         ids = ", ".join(map(str, self.train.image_ids[batch.rows]))
-        return RayCxrError(
-            f"{what} at epoch {epoch + 1}, step {batch.step + 1}; lower the learning rate or set clip_norm, in another "
-            f"--out; the images of that step: {ids}"
+        reason = f"{what} at epoch {epoch + 1}, step {batch.step + 1}"
+        return DivergedError(
+            f"{reason}; lower the learning rate or set clip_norm, in another --out; the images of that step: {ids}",
+            reason,
         )
 
     def begin_epoch(self, progress: Progress) -> None:
@@ -270,7 +271,7 @@ class Loop:
         """Average BatchNorm's moving statistics, which else are each worker's own; then all must be alike.
 
         Raises:
-            RayCxrError: they are not, or a weight is not finite: a loss shows only what it was computed from.
+            DivergedError: a weight is not finite: a loss shows only what it was computed from.
         """
         self.replicas.average([v for layer in self._norms for v in (layer.moving_mean, layer.moving_variance)])
         self.replicas.agree(self.shared(), f"epoch {epoch + 1}, step {batch.step + 1}")

@@ -24,7 +24,7 @@ N_RESAMPLES = 200
 _WHOLE = "all"
 
 
-def demographics(table: pd.DataFrame) -> dict[str, Any]:
+def describe_images(table: pd.DataFrame) -> dict[str, Any]:
     """Who and what is in the images of one split: `subgroups.describe`, and under `findings` n and positives of each.
 
     Args:
@@ -37,12 +37,12 @@ def demographics(table: pd.DataFrame) -> dict[str, Any]:
     return told
 
 
-def score_quantiles(probabilities: np.ndarray, findings: Sequence[str]) -> dict[str, dict[str, Any] | None]:
+def compute_score_quantiles(probabilities: np.ndarray, findings: Sequence[str]) -> dict[str, dict[str, Any] | None]:
     """Deciles of the raw probabilities [N,F], by finding; see `drift.score_quantiles`."""
     return {name: drift.score_quantiles(probabilities[:, j]) for j, name in enumerate(findings)}
 
 
-def evaluation(
+def evaluate_validation(
     table: pd.DataFrame,
     probabilities: np.ndarray,
     findings: Sequence[str],

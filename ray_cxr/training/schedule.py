@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ray_cxr.config import TrainSettings
 
 
-def learning_rate(
+def compute_learning_rate(
     settings: TrainSettings, steps_per_epoch: int, epoch: int, step: int, scores: Sequence[float]
 ) -> float:
     """The learning rate of one step.
@@ -31,11 +31,11 @@ def learning_rate(
         total = max(1, (settings.epochs - settings.frozen_epochs) * steps_per_epoch - warmup)
         return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, (at - warmup) / total)))
     if settings.schedule == "plateau":
-        return settings.learning_rate * settings.plateau_factor ** falls(settings, scores)
+        return settings.learning_rate * settings.plateau_factor ** count_falls(settings, scores)
     return settings.learning_rate
 
 
-def falls(settings: TrainSettings, scores: Sequence[float]) -> int:
+def count_falls(settings: TrainSettings, scores: Sequence[float]) -> int:
     """How often the plateau rule has lowered the rate: after each `plateau_patience` epochs without a better score."""
     best, waited, count = -math.inf, 0, 0
     for score in scores[settings.frozen_epochs :]:
@@ -48,14 +48,14 @@ def falls(settings: TrainSettings, scores: Sequence[float]) -> int:
     return count
 
 
-def best_epoch(scores: Sequence[float]) -> int | None:
+def find_best_epoch(scores: Sequence[float]) -> int | None:
     """The epoch, from 1, of the highest score; of equals the first."""
     return None if not scores else max(range(len(scores)), key=lambda i: (scores[i], -i)) + 1
 
 
-def out_of_patience(settings: TrainSettings, scores: Sequence[float]) -> bool:
+def is_out_of_patience(settings: TrainSettings, scores: Sequence[float]) -> bool:
     """Whether `patience` epochs have passed since the best one; frozen epochs do not count as waiting."""
-    best = best_epoch(scores)
+    best = find_best_epoch(scores)
     if settings.patience is None or best is None:
         return False
     return len(scores) - max(best, min(settings.frozen_epochs, len(scores))) >= settings.patience

@@ -138,7 +138,7 @@ def _train(config: dict[str, Any]) -> None:
 
     loop.callbacks.on_train_begin()
     while progress.epochs_done < settings.epochs and not progress.stopped:
-        if schedule.out_of_patience(settings, progress.scores):
+        if schedule.is_out_of_patience(settings, progress.scores):
             break
         epoch = progress.epochs_done
         loop.begin_epoch(progress)

@@ -46,7 +46,9 @@ from ray_cxr.labels import NO_FINDING
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.progress import TrialTable
 from ray_cxr.storage import atomic, remote
-from ray_cxr.training import trainer
+from ray_cxr.training.checkpoints import SNAPSHOT
+from ray_cxr.training.export import export_bundle
+from ray_cxr.training.planning import plan_resources, plan_training
 from ray_cxr.training.worker import FAILURE
 from ray_cxr.tuning import study as studies
 from ray_cxr.tuning import trial as trials
@@ -123,7 +125,7 @@ def search(
     began = time.monotonic()
     settings, out = plan.settings, plan.out
     _refuse_without_dashboard()
-    each, fits = trainer.room(plan.base, use_gpu=use_gpu, runs=settings.concurrent)
+    each, fits = plan_resources(plan.base, use_gpu=use_gpu, runs=settings.concurrent)
     at_a_time = settings.concurrent or fits
     with _alone(out):
         cluster.require_shared(out, PREPARED=plan.prepared)
@@ -309,7 +311,7 @@ def _tell_what_goes_on(
         on_event(f"tune: {len(done)} trials are done already and stay as they are")
     for number in ask.left:
         epochs = len(studies.curve_of(plan.folder(number)))
-        kept = (plan.folder(number) / "ray" / trainer.SNAPSHOT).exists()
+        kept = (plan.folder(number) / "ray" / SNAPSHOT).exists()
         how = f"continues from its checkpoint, {epochs} epochs done" if kept else "had no checkpoint yet: starts again"
         on_event(f"tune: trial {number} {how}")
     if plan.settings.trials > len(done):
@@ -402,17 +404,14 @@ def _quiet() -> Iterator[None]:
         # A trial that failed has no value of some objectives, which is no reason to end the search.
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     }
-    kept = {name: os.environ.get(name) for name in added}
-    os.environ.update(added)
     for one in loud:
         one.setLevel(logging.CRITICAL)
     try:
-        yield
+        with cluster.set_environment(added):
+            yield
     finally:
         for one, level in zip(loud, before, strict=True):
             one.setLevel(level)
-        for name, value in kept.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 class _Earlier:
@@ -771,11 +770,11 @@ def _bundle(
         if {**there.info["provenance"].get("tuned", {}), "trials": 0} == {**origin, "trials": 0}:
             return there
     settings = plan.settings_of(study.get_trials(deepcopy=False)[best])
-    run = trainer.check(plan.prepared, plan.folder(best), settings)
+    run = plan_training(plan.prepared, plan.folder(best), settings)
     fresh = plan.out / ".bundle.new"
     shutil.rmtree(fresh, ignore_errors=True)
     on_event(f"tune: making the bundle of trial {best}")
-    trainer.export(run, plan.folder(best), fresh, provenance={"tuned": origin})
+    export_bundle(run, fresh, more={"tuned": origin})
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)

@@ -32,12 +32,13 @@ import pyarrow as pa
 
 from ray_cxr.config import TrainSettings, TuneSettings, load
 from ray_cxr.data.prepared import PreparedSet, complete_sizes
-from ray_cxr.errors import ConfigError, OutputError, RayCxrError, TableError
+from ray_cxr.errors import ConfigError, OutputError, RayCxrError, TableError, first_line
 from ray_cxr.evaluation import metrics
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.storage import atomic, remote
 from ray_cxr.storage.run_folder import SETTINGS, check_run
-from ray_cxr.training import trainer
+from ray_cxr.training.checkpoints import SNAPSHOT, find_best_checkpoint
+from ray_cxr.training.planning import list_free_settings, plan_training
 from ray_cxr.training.worker import METRICS, VALIDATION
 from ray_cxr.tuning.space import KNOWN, Space
 
@@ -110,7 +111,7 @@ class Plan:
         for size in sizes:
             for weights in itertools.chain.from_iterable(starts or [[base.weights]]):
                 one = base.replace(size=size, backbone=self.space.backbones[0], weights=weights)
-                trainer.check(self.prepared, self.out / TRIALS / ".check", one)
+                plan_training(self.prepared, self.out / TRIALS / ".check", one)
         self.wanted = {
             "kind": "tune",
             "format": 1,
@@ -119,7 +120,7 @@ class Plan:
             "input_spec": first.input_spec.model_dump(mode="json", exclude={"size"}),
             # Not `epochs`, which a run may have more of: trials of several budgets cannot be compared.
             "train": base.model_dump(
-                mode="json", exclude={*(trainer.free(base) - {"epochs"}), "size", *self.space.fields}
+                mode="json", exclude={*(list_free_settings(base) - {"epochs"}), "size", *self.space.fields}
             ),
             "tune": settings.model_dump(mode="json", exclude={*_FREE, "space"}),
             "space": {name: json.dumps(entry, sort_keys=True) for name, entry in self.space.describe().items()},
@@ -215,7 +216,7 @@ class Plan:
         except RayCxrError:
             raise
         except Exception as error:  # whatever a database driver raises
-            raise RayCxrError(f"tune.storage: {words}: {_first_line(error)}") from None
+            raise RayCxrError(f"tune.storage: {words}: {first_line(error)}") from None
         if owner != mine:
             raise OutputError(
                 f"tune.storage: {words} holds a search of the same data and space ({self.name}) that another folder "
@@ -306,10 +307,6 @@ def _cmaes(space: Space, seed: int) -> optuna.samplers.BaseSampler:
     except ImportError:
         raise ConfigError("tune.sampler: cmaes needs its package; pip install 'ray-cxr[cmaes]', or use tpe") from None
     return optuna.samplers.CmaEsSampler(seed=seed)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def ended(trial: optuna.trial.FrozenTrial) -> bool:
@@ -443,10 +440,10 @@ def pareto(study: optuna.Study) -> list[int]:
 
 def keep_validation(folder: Path) -> None:
     """Copy the best epoch's validation probabilities out of Ray Train's checkpoints, which may be removed."""
-    snapshot = folder / "ray" / trainer.SNAPSHOT
+    snapshot = folder / "ray" / SNAPSHOT
     if (folder / VALIDATION).exists() or not snapshot.exists():
         return
-    best = trainer.best_checkpoint(folder)
+    best = find_best_checkpoint(folder)
     if best is not None:
         with best.as_directory() as seen:
             source = (Path(seen) / VALIDATION).read_bytes()

@@ -1,11 +1,12 @@
-"""One trial: what the tuned function does in its own process. It holds no CPU: its Ray Train workers do.
+"""One trial: the function that Ray Tune runs in a process of its own.
 
-A trial is a RUN of `train` in STUDY/trials/NNNN. Whatever ends a trial's process, the next one of the same number
-continues there.
+A trial is a RUN of `train` in STUDY/trials/NNNN. Its process holds no CPU, because its Ray Train workers need them. If
+the process ends early, the next process of the same trial continues in that folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,83 +17,106 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from ray_cxr import cluster
-from ray_cxr.config import TrainSettings, build
-from ray_cxr.errors import RayCxrError
+from ray_cxr.config import InputSpec, TrainSettings, build
+from ray_cxr.errors import DivergedError, RayCxrError
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.storage import atomic
+from ray_cxr.storage.run_folder import read_json
 from ray_cxr.training import trainer
+from ray_cxr.training.planning import plan_training
 from ray_cxr.training.worker import UNSCORED
-from ray_cxr.tuning.study import curve_of
+from ray_cxr.tuning.records import read_curve
 
-#: In STUDY: rates of exported networks, one file for each architecture.
+#: In STUDY: measured images per second of exported models, one file per architecture.
 SPEEDS = "speeds"
+#: Seconds to wait until Tune has read all reports of a trial.
+REPORTS_WAIT_S = 60
 
 
 @dataclass(frozen=True)
-class Job:
-    """What all trials of a search share.
+class TrialContext:
+    """The values that all trials of a search share.
 
     Attributes:
         prepared, out: the prepared folder and the study's.
         use_gpu: whether workers train on GPUs.
-        measure_threads: CPU threads that an exported network is timed on; None: it is not timed.
-        where: nodes that may work, as a label selector of Ray's; None: all.
+        measure_threads: CPU threads for timing an exported model; None: do not time it.
+        selector: Ray's label selector of the nodes that may work; None: all nodes.
     """
 
     prepared: str
     out: str
     use_gpu: bool
     measure_threads: int | None
-    where: dict[str, str] | None
+    selector: dict[str, str] | None
 
 
-def run(config: dict[str, Any], job: Job) -> dict[str, Any]:
-    """Train one trial to its end, reporting each epoch to Tune; what went before a restart is reported again.
+def run_trial(config: dict[str, Any], context: TrialContext) -> dict[str, Any]:
+    """Train one trial to its end and report each epoch to Tune, including the epochs before a restart.
 
-    A failure that would only happen again comes back as a result, `failure`: Tune would start whatever raises anew.
-    What may pass, such as a folder that cannot be read just now, is raised. Resources that are gone are waited for.
+    A failure that would repeat is returned as a result with `failure`, because Tune restarts a trial that raises.
+    Failures that may pass are raised, such as a folder that cannot be read. The trial waits for missing resources.
 
     Args:
-        config: `folder`, the trial's, and `settings`, whole.
-        job: what trials share.
+        config: `folder`, the trial's, and `settings`, complete.
+        context: the search's.
 
     Returns:
-        The last report: that of the last epoch, with `ended`.
+        The report of the last epoch, with `ended`.
     """
-    cluster.set_selector(job.where)
+    cluster.set_selector(context.selector)
     settings, folder = build(TrainSettings, config["settings"]), Path(config["folder"])
-    plan = trainer.check(job.prepared, folder, settings)
+    plan = plan_training(context.prepared, folder, settings)
     rate = None
-    if job.measure_threads is not None:
-        rate = _rate(Path(job.out), Architecture.of(plan.settings, plan.data.size), plan.data, job.measure_threads)
-    points = Points(rate)
-    for epoch in curve_of(folder):
-        tune.report(points.next(epoch))
-    relay = Relay(points)
+    if context.measure_threads is not None:
+        architecture = Architecture.of(plan.settings, plan.data.size)
+        rate = _measure_rate(Path(context.out), architecture, plan.data.input_spec, context.measure_threads)
+    builder = ReportBuilder(rate)
+    for epoch in read_curve(folder):
+        tune.report(builder.build(epoch))
+    forwarder = ReportForwarder(builder)
     try:
-        curves = trainer.fit(plan, folder, use_gpu=job.use_gpu, listeners=[relay], queue=True)
+        curves = trainer.fit(plan, use_gpu=context.use_gpu, listeners=[forwarder], queue=True)
     except RayCxrError as error:
-        # The images of the step that failed stand in the trial's own failure.json; a reason travels further.
-        reason = str(error).split("; lower the learning rate or set clip_norm")[0]
-        return {"epoch": 0, "val_auroc": float("nan"), "best_val_auroc": float("nan"), "failure": reason}
-    relay.wait()
-    points, last = Points(rate), {}
+        return build_failure(error)
+    forwarder.wait()
+    builder, last = ReportBuilder(rate), {}
     for epoch in curves:
-        last = points.next(epoch)
+        last = builder.build(epoch)
     return {**last, "ended": 1}
 
 
-class Points:
-    """Epochs as Tune gets them: with the best AUROC so far, which is what a bundle would have."""
+def build_failure(error: RayCxrError) -> dict[str, Any]:
+    """Return the report of a failed trial.
+
+    It contains no image ids: those of a diverged step remain in the trial's failure.json.
+    """
+    nan = float("nan")
+    reason = error.reason if isinstance(error, DivergedError) else str(error)
+    return {"epoch": 0, "val_auroc": nan, "best_val_auroc": nan, "failure": reason}
+
+
+class ReportBuilder:
+    """Convert epochs to Tune's reports, which contain the best AUROC so far: that of a bundle made now.
+
+    Args:
+        rate: images per second of the exported model; None: not measured.
+    """
 
     def __init__(self, rate: float | None) -> None:
         self._best: dict[str, Any] | None = None
         self._rate = rate
 
-    def next(self, epoch: dict[str, Any]) -> dict[str, Any]:
-        """The report of an epoch, which comes after those that were asked for before."""
+    def build(self, epoch: dict[str, Any]) -> dict[str, Any]:
+        """Return the report of the next epoch.
+
+        Raises:
+            RayCxrError: the epoch has no validation AUROC.
+        """
         if epoch["val_auroc"] is None:
-            raise RayCxrError("an epoch has no validation AUROC: no finding has both sides among the images it was on")
+            raise RayCxrError(
+                "an epoch has no validation AUROC: no finding has both positives and negatives among its images"
+            )
         if self._best is None or epoch["val_auroc"] > self._best["val_auroc"]:
             self._best = epoch
         return {
@@ -105,56 +129,47 @@ class Points:
         }
 
 
-class Relay(TuneReportCallback):
-    """Ray's way from a run's controller to Tune; checkpoints in mid-epoch are no news there."""
+class ReportForwarder(TuneReportCallback):
+    """Forward reports of a run's controller to Tune, except those of checkpoints during an epoch."""
 
-    def __init__(self, points: Points) -> None:
+    def __init__(self, builder: ReportBuilder) -> None:
         super().__init__()
-        self._points = points
+        self._builder = builder
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if metrics[0]["selection"] != UNSCORED:
-            super().after_report(run_context, [self._points.next(metrics[0])], None)
+            super().after_report(run_context, [self._builder.build(metrics[0])], None)
 
     def wait(self) -> None:
-        """Wait until Tune has taken all that was handed on.
+        """Wait until Tune has read all forwarded reports.
 
-        A last report that comes after the function's own would find Tune's queue of one full, and its reader waiting to
-        put it there.
+        If one arrived after the function's result, it would block on Tune's queue, which holds one report.
         """
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + REPORTS_WAIT_S
         while not self._training_actor_item_queue.empty() and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(0.5)  # it is out of the queue a moment before it is with Tune
+        time.sleep(0.5)  # a report leaves the queue a moment before Tune has it
 
 
-def _rate(out: Path, architecture: Architecture, data: Any, threads: int) -> float:
-    """Images a second of the exported network; timed once for each architecture of a study.
+def _measure_rate(out: Path, architecture: Architecture, spec: InputSpec, threads: int) -> float:
+    """Return images per second of the exported model, measured once per architecture of a study.
 
-    It is timed in a task that holds as many CPUs, in a process of its own: this one stays without TensorFlow.
+    A task with `threads` CPUs measures it in another process, so that this one never imports TensorFlow.
     """
-    import hashlib
-    import json
-
+    identity = architecture.model_dump(mode="json", exclude={"findings", "dropout"})
     text = f"{threads} {architecture.model_dump_json(exclude={'findings', 'dropout'})}"
-    name = hashlib.sha256(text.encode()).hexdigest()[:16]
-    path = out / SPEEDS / f"{name}.json"
-    if path.exists():
-        return float(json.loads(path.read_text(encoding="utf-8"))["images_per_second"])
-    rate = float(
-        ray.get(
-            ray.remote(_measure)
-            .options(num_cpus=threads, scheduling_strategy="DEFAULT", label_selector=cluster.get_selector())
-            .remote(architecture, data.input_spec, threads)
-        )
-    )
+    path = out / SPEEDS / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    known = read_json(path)
+    if known:
+        return float(known["images_per_second"])
+    options = {"num_cpus": threads, "scheduling_strategy": "DEFAULT", "label_selector": cluster.get_selector()}
+    rate = float(ray.get(ray.remote(_measure).options(**options).remote(architecture, spec, threads)))
     path.parent.mkdir(exist_ok=True)
-    known = architecture.model_dump(mode="json", exclude={"findings", "dropout"})
-    atomic.write_json(path, {"images_per_second": rate, "threads": threads, "architecture": known})
+    atomic.write_json(path, {"images_per_second": rate, "threads": threads, "architecture": identity})
     return rate
 
 
-def _measure(architecture: Architecture, spec: Any, threads: int) -> float:
+def _measure(architecture: Architecture, spec: InputSpec, threads: int) -> float:
     from ray_cxr.models import throughput
 
     return throughput.images_per_second(architecture, spec, threads=threads)

@@ -43,7 +43,7 @@ def scores(frame: pd.DataFrame, seed: int = 1) -> np.ndarray:
 
 def evaluate(frame: pd.DataFrame, p: np.ndarray) -> dict:
     rules = fit_rules(frame[list(NAMES)], p, NAMES)
-    return provenance.evaluation(frame, p, NAMES, rules, method="platt", min_positives=5, n_resamples=50)
+    return provenance.evaluate_validation(frame, p, NAMES, rules, method="platt", min_positives=5, n_resamples=50)
 
 
 def test_numbers_are_those_of_scikit_learn() -> None:
@@ -90,7 +90,7 @@ def test_a_finding_that_is_missed_in_one_group_is_named() -> None:
 
 def test_demographics_count_images_and_patients_also_where_nothing_describes_them() -> None:
     frame = table()
-    counts = provenance.demographics(frame)
+    counts = provenance.describe_images(frame)
     assert (counts["images"], counts["patients"]) == (N, N // 2)
     assert counts["sex"] == {"F": (frame["sex"] == "F").sum(), "M": (frame["sex"] == "M").sum(), "unknown": 20}
     assert counts["age"]["median"] == frame["age"].median()
@@ -100,14 +100,14 @@ def test_demographics_count_images_and_patients_also_where_nothing_describes_the
     assert counts["findings"][UNLABELLED] == {"n": 0, "positives": 0}
     json.dumps(counts, allow_nan=False)
     frame = frame.assign(sex=None, age=np.nan, view=None, follow_up=pd.array([pd.NA] * N, dtype="Int32"))
-    counts = provenance.demographics(frame)
+    counts = provenance.describe_images(frame)
     assert counts["sex"] == counts["age_band"] == counts["view"] == counts["follow_up"] == {"unknown": N}
     assert counts["age"] == {"q1": None, "median": None, "q3": None}
 
 
 def test_score_quantiles_need_enough_images() -> None:
     p = scores(table())
-    kept = provenance.score_quantiles(p, NAMES)
+    kept = provenance.compute_score_quantiles(p, NAMES)
     assert list(kept) == list(NAMES)
     assert kept[COMMON]["edges"][4] == pytest.approx(np.median(p[:, 0]), abs=1e-6)
-    assert provenance.score_quantiles(p[:20], NAMES)[COMMON] is None
+    assert provenance.compute_score_quantiles(p[:20], NAMES)[COMMON] is None

@@ -18,7 +18,7 @@ from ray_cxr.training import schedule
 def rates(steps: int = 10, **changes: object) -> list[float]:
     settings = TrainSettings(learning_rate=0.1, **changes)
     places = itertools.product(range(settings.epochs), range(steps))
-    return [schedule.learning_rate(settings, steps, epoch, step, ()) for epoch, step in places]
+    return [schedule.compute_learning_rate(settings, steps, epoch, step, ()) for epoch, step in places]
 
 
 def test_rate_is_constant_after_a_warm_up_that_is_never_zero() -> None:
@@ -51,7 +51,7 @@ def test_plateau_falls_where_the_callback_of_keras_falls(scores: list[float], pa
     for epoch, score in enumerate(scores):
         stock.on_epoch_end(epoch, {"score": score})
     expected = float(np.asarray(optimizer.learning_rate))
-    found = schedule.learning_rate(settings, 10, len(scores), 0, scores) / settings.learning_rate
+    found = schedule.compute_learning_rate(settings, 10, len(scores), 0, scores) / settings.learning_rate
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -68,5 +68,5 @@ def test_plateau_falls_where_the_callback_of_keras_falls(scores: list[float], pa
     ],
 )
 def test_patience_counts_the_epochs_since_the_best(patience, frozen: int, scores: list[float], ends: bool) -> None:
-    assert [schedule.best_epoch(found) for found in ([], [0.5, 0.7, 0.7, 0.6])] == [None, 2]
-    assert schedule.out_of_patience(TrainSettings(patience=patience, frozen_epochs=frozen), scores) == ends
+    assert [schedule.find_best_epoch(found) for found in ([], [0.5, 0.7, 0.7, 0.6])] == [None, 2]
+    assert schedule.is_out_of_patience(TrainSettings(patience=patience, frozen_epochs=frozen), scores) == ends

@@ -31,7 +31,10 @@ from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import LeakError, RayCxrError, TableError
 from ray_cxr.labels import FINDINGS
 from ray_cxr.models import runtime
-from ray_cxr.training import trainer
+from ray_cxr.training import planning, trainer
+from ray_cxr.training.checkpoints import SNAPSHOT, find_best_checkpoint
+from ray_cxr.training.export import export_bundle
+from ray_cxr.training.monitor import RunMonitor
 from ray_cxr.training.worker import VALIDATION
 
 SETTINGS: dict[str, Any] = {"backbone": "TinyCNN", "weights": "none", "size": 64, "batch_size": 16, "min_positives": 2}
@@ -87,7 +90,7 @@ def test_ctrl_c_after_a_run_is_not_left_to_ray_train(untouched: Run) -> None:
 def test_bundle_reproduces_its_validation(untouched: Run, prepared: Path, manifest: Path, monkeypatch) -> None:
     """The exported bundle gives the validated probabilities again; scikit-learn gives their AUROC."""
     monkeypatch.chdir(untouched.out.parent)  # Ray Train would take a relative path for an address
-    checkpoint = trainer.best_checkpoint(Path(untouched.out.name))
+    checkpoint = find_best_checkpoint(Path(untouched.out.name))
     with checkpoint.as_directory() as folder, np.load(Path(folder) / VALIDATION) as arrays:
         validated = arrays["probabilities"]
     bundle = ray_cxr.load_bundle(untouched.out / "bundle")
@@ -122,7 +125,7 @@ def read_result(path: str | Path, storage_filesystem: Any = None) -> SimpleNames
     """Stand in for Ray Train's `Result.from_path`: the checkpoints that `LocalTrainer` listed, the latest one last."""
     from ray.train import Checkpoint
 
-    listed = Path(path) / trainer.SNAPSHOT
+    listed = Path(path) / SNAPSHOT
     entries = read_json(listed) if listed.exists() else []
     found = [(Checkpoint.from_directory(Path(path) / name), metrics) for name, metrics in entries]
     return SimpleNamespace(checkpoint=found[-1][0] if found else None, best_checkpoints=found)
@@ -147,7 +150,7 @@ class LocalTrainer:
         return read_result(self._folder)
 
     def _report(self, metrics: dict[str, Any], checkpoint: Any) -> None:
-        listed = self._folder / trainer.SNAPSHOT
+        listed = self._folder / SNAPSHOT
         entries = read_json(listed) if listed.exists() else []
         name = f"checkpoint_{len(entries)}"
         with checkpoint.as_directory() as folder:
@@ -235,7 +238,7 @@ def test_a_run_without_its_bundle_continues_until_a_callback_stops_it(
     assert bundle.info["provenance"]["precision"] == "float32"
     assert pd.read_csv(out / "metrics.csv")["epoch"].tolist() == [1, 2]
     # Metrics and scores of checkpoints: one in mid-epoch has no score, and is never the best.
-    assert [metrics["selection"] > -2 for _, metrics in read_json(out / "ray" / trainer.SNAPSHOT)] == [False, True] * 2
+    assert [metrics["selection"] > -2 for _, metrics in read_json(out / "ray" / SNAPSHOT)] == [False, True] * 2
 
 
 @pytest.mark.slow
@@ -286,7 +289,7 @@ def test_weights_that_do_not_fit_do_not_bind_the_folder(prepared: Path, tmp_path
     given = train_arguments(prepared, tmp_path / "run", weights=weights)
     assert_refused(command(*given), "TinyCNN", str(weights))
     # Nothing was trained, so that other settings may use the folder.
-    assert not trainer.check(prepared, tmp_path / "run", TrainSettings(weights="none", size=64)).begun
+    assert not planning.plan_training(prepared, tmp_path / "run", TrainSettings(weights="none", size=64)).started
 
 
 @pytest.mark.parametrize(
@@ -312,7 +315,7 @@ def test_settings_that_do_not_fit_are_refused(settings, options, part, prepared:
 def test_a_cosine_run_refuses_more_epochs(schedule: str, allowed: bool, prepared: Path, tmp_path: Path) -> None:
     """Its learning rates would have been others from the first step."""
     settings = TrainSettings(weights="none", size=64, epochs=2, schedule=schedule)
-    wanted = [trainer.check(prepared, tmp_path, settings.replace(epochs=n)).wanted for n in (2, 3)]
+    wanted = [planning.plan_training(prepared, tmp_path, settings.replace(epochs=n)).run_settings for n in (2, 3)]
     assert (wanted[0] == wanted[1]) == allowed
 
 
@@ -336,7 +339,7 @@ def test_a_cosine_run_refuses_more_epochs(schedule: str, allowed: bool, prepared
 def test_capacity_for_runs(nodes, settings: dict, gpu: bool, runs: int | None, expected, monkeypatch) -> None:
     working = [{"Resources": {"CPU": cpus, **({"GPU": gpus} if gpus else {})}} for cpus, gpus in nodes]
     monkeypatch.setattr(cluster, "list_nodes", lambda: working)
-    assert trainer.room(TrainSettings(**settings), use_gpu=gpu, runs=runs) == expected
+    assert planning.plan_resources(TrainSettings(**settings), use_gpu=gpu, runs=runs) == expected
 
 
 def test_validation_images_that_trained_the_starting_bundle_are_refused(prepared: Path, tmp_path: Path) -> None:
@@ -346,7 +349,7 @@ def test_validation_images_that_trained_the_starting_bundle_are_refused(prepared
     def refuse(image: str, patient: str | None, split: str) -> None:
         table = pa.table({"image_id": [image], "patient_id": pa.array([patient], pa.string()), "split": [split]})
         pq.write_table(table, tmp_path / "split.parquet")
-        trainer._refuse_leak(SimpleNamespace(path=tmp_path), val)
+        planning.refuse_leak(SimpleNamespace(path=tmp_path), val)
 
     refuse("other.png", None, "train")
     refuse(images[0], patients[0], "val")
@@ -361,9 +364,9 @@ def test_a_validation_split_without_labels_is_refused(prepared: Path, tmp_path: 
     unlabelled = val.set_column(val.column_names.index("Mass"), "Mass", pa.nulls(len(val), pa.int8()))
     tables = {"train": PreparedSet(prepared, 64).usable("train"), "val": unlabelled}
     monkeypatch.setattr(PreparedSet, "usable", lambda _, split: tables[split])
-    trainer.check(prepared, tmp_path, TrainSettings(size=64, findings=("Mass", "Edema")))
+    planning.plan_training(prepared, tmp_path, TrainSettings(size=64, findings=("Mass", "Edema")))
     with pytest.raises(TableError, match="Mass"):
-        trainer.check(prepared, tmp_path, TrainSettings(size=64, findings=("Mass",)))
+        planning.plan_training(prepared, tmp_path, TrainSettings(size=64, findings=("Mass",)))
 
 
 @pytest.mark.parametrize(
@@ -375,28 +378,28 @@ def test_unfinished_run_makes_no_bundle(progress, message: str, prepared: Path, 
     """On slow shared storage the reason of a failure may be seen late: the checkpoint itself must say that it ended."""
     (tmp_path / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
     checkpoint = progress and SimpleNamespace(as_directory=lambda: contextlib.nullcontext(str(tmp_path)))
-    monkeypatch.setattr(trainer, "_fit", lambda *args, **options: SimpleNamespace(checkpoint=checkpoint))
+    monkeypatch.setattr(trainer, "_run_workers", lambda *args, **options: SimpleNamespace(checkpoint=checkpoint))
     settings, out = TrainSettings(**SETTINGS, epochs=3), tmp_path / "run"
     with pytest.raises(RayCxrError, match=message):
         trainer.train(prepared, out, settings)
     with pytest.raises(RayCxrError, match="no epoch"):
-        trainer.export(trainer.check(prepared, out, settings), out, out / "bundle")
+        export_bundle(planning.plan_training(prepared, out, settings), out / "bundle")
 
 
 def test_last_epochs_are_reported_before_the_run_returns(tmp_path: Path) -> None:
     lines: list[str] = []
-    settings = TrainSettings(epochs=2)
     rows = "".join(f"{epoch},0.5,0.25,3.0,10.0,{epoch / 4}\n" for epoch in (1, 2))
-    with trainer._telling(tmp_path, settings, 3, 0.0, lines.append):
+    with RunMonitor(tmp_path, 2, 3, 0.0, lines.append).report():
         header = "epoch,loss,val_loss,seconds,images_per_second,val_auroc\n"
         (tmp_path / "metrics.csv").write_text(header + rows)
     assert [line.partition(":")[2].partition(":")[0] for line in lines] == [" epoch 1 of 2", " epoch 2 of 2"]
 
 
-def test_start_and_restart_are_reported() -> None:
+def test_start_and_restart_are_reported(tmp_path: Path) -> None:
     start = {"epoch": 2, "step": 4, "random": ["head_dense0"], "policy": "float32", "times": {"data": 15.0}}
     lines: list[str] = []
-    trainer._tell_start(start, 10.0, again=True, on_event=lines.append)
+    monitor = RunMonitor(tmp_path, 2, 3, 10.0, lines.append)
+    monitor.report_start(start, is_restart=True)
     assert ["lost" in lines[0], "epoch 2, step 4" in lines[1], "head_dense0" in lines[2]] == [True] * 3
-    trainer._tell_start(start | {"epoch": 0, "step": 0, "random": []}, 10.0, again=False, on_event=lines.append)
+    monitor.report_start(start | {"epoch": 0, "step": 0, "random": []}, is_restart=False)
     assert lines[3:] == ["train: first step done after 5 s (data 5); float32"]

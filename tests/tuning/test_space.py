@@ -283,7 +283,7 @@ def test_every_trial_of_the_default_space_is_valid(workers: int, sizes: tuple[in
         chosen = space.settings(params, base)
         assert chosen.batch_size % workers == 0
         assert chosen.size in sizes
-        assert chosen.idle() == []
+        assert chosen.list_unused() == []
         assert space.point(space.values(params), "here")[0] == pytest.approx(params)
 
 

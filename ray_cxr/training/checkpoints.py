@@ -1,0 +1,41 @@
+"""Read the checkpoints that Ray Train keeps of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ray_cxr.storage import remote
+from ray_cxr.training.worker import PROGRESS, UNSCORED
+
+#: In RUN/ray: Ray Train's own list of its checkpoints.
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+
+def find_best_checkpoint(out: Path) -> Any:
+    """Return Ray Train's checkpoint of the best epoch so far of a run; None before the first epoch has finished."""
+    if not (out / "ray" / SNAPSHOT).exists():
+        return None
+    scored = [
+        (metrics["selection"], checkpoint)
+        for checkpoint, metrics in read_result(out).best_checkpoints
+        if metrics["selection"] > UNSCORED
+    ]
+    return max(scored, key=lambda pair: pair[0])[1] if scored else None
+
+
+def read_result(out: Path) -> Any:
+    """Return Ray Train's stored result of a run, finished or not."""
+    from ray.train import Result
+
+    # Ray mistakes a relative path for an address without a scheme.
+    store, path = remote.arrow((out / "ray").resolve())
+    return Result.from_path(path, storage_filesystem=store)
+
+
+def read_progress(checkpoint: Any) -> dict[str, Any]:
+    """Return the fields of `loop.Progress` in a checkpoint."""
+    with checkpoint.as_directory() as folder:
+        progress: dict[str, Any] = json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8"))
+    return progress

@@ -1,0 +1,124 @@
+"""Show a running training: read the files that rank 0 writes, log each start and epoch, and move the progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ray_cxr.errors import RayCxrError
+from ray_cxr.progress import Progress, run_periodically
+from ray_cxr.storage.run_folder import read_json
+from ray_cxr.training.worker import LIVE, METRICS, STARTED
+
+#: Seconds without a first step after which a line says that Ray may be waiting.
+WAITING_S = 240
+_POLL_S = 0.5
+
+
+class RunMonitor:
+    """Report on a run in another process.
+
+    Args:
+        out: the run's folder.
+        epochs: of the whole run.
+        steps_per_epoch: of each.
+        started: when the command started, seconds since 1970.
+        on_event: takes one line per event.
+    """
+
+    def __init__(
+        self, out: Path, epochs: int, steps_per_epoch: int, started: float, on_event: Callable[[str], None]
+    ) -> None:
+        self._out, self._epochs, self._steps_per_epoch = out, epochs, steps_per_epoch
+        self._started, self._on_event = started, on_event
+        self._start: dict[str, Any] | None = None
+        self._has_warned = False
+        self._reported = len(read_metrics(out))  # epochs of an earlier run
+        self._step, total = self._reported * steps_per_epoch, epochs * steps_per_epoch
+        # Each epoch has a line of its own, and early stopping is no unfinished run: no last line.
+        if self._step < total:
+            self._progress = Progress("train", total, done=self._step, unit="steps", line_every=60.0, last_line=False)
+        else:
+            self._progress = Progress("train", 0, line_every=math.inf, last_line=False)
+
+    @contextlib.contextmanager
+    def report(self) -> Iterator[None]:
+        """Report while the block runs, and the last epochs after it."""
+        with self._progress:
+            try:
+                with run_periodically(self._update, _POLL_S, "metrics"):
+                    yield
+            finally:
+                self._report_epochs()
+                self._advance(self._reported * self._steps_per_epoch)
+
+    def _update(self) -> None:
+        start = _read(self._out / STARTED)
+        if start and start != self._start:
+            self.report_start(start, is_restart=self._start is not None)
+            self._start = start
+        if not (self._start or self._has_warned) and time.time() - self._started > WAITING_S:
+            self._has_warned = True
+            self._on_event(
+                f"train: no step after {WAITING_S} s; Ray may be waiting for CPUs or GPUs that other work holds"
+            )
+        self._report_epochs()
+        if live := _read(self._out / LIVE):
+            step = (live["epoch"] - 1) * self._steps_per_epoch + live["step"]
+            self._advance(step, f"epoch {live['epoch']}, loss {live['loss']:.4f}")
+
+    def report_start(self, start: dict[str, Any], *, is_restart: bool) -> None:
+        """Log what rank 0 wrote to started.json."""
+        if is_restart:
+            self._on_event("train: WARNING: a worker failed or was lost; Ray Train restarted all of them")
+        if start["epoch"] or start["step"]:
+            self._on_event(f"train: continues after epoch {start['epoch']}, step {start['step']}")
+        if start["random"]:
+            self._on_event(f"train: WARNING: not in the weights, initialised randomly: {', '.join(start['random'])}")
+        if is_restart:
+            return
+        previous, parts = self._started, []
+        for name, at in start["times"].items():
+            parts.append(f"{name} {at - previous:.0f}")
+            previous = at
+        self._on_event(
+            f"train: first step done after {previous - self._started:.0f} s ({', '.join(parts)}); {start['policy']}"
+        )
+
+    def _report_epochs(self) -> None:
+        points = read_metrics(self._out)
+        for point in points[self._reported :]:
+            auroc = "undefined" if point["val_auroc"] is None else f"{point['val_auroc']:.4f}"
+            self._on_event(
+                f"train: epoch {point['epoch']} of {self._epochs}: loss {point['loss']:.4f}, validation AUROC {auroc}, "
+                f"{point['seconds']:.0f} s, {point['images_per_second']:.1f} images/s"
+            )
+        self._reported = max(self._reported, len(points))
+
+    def _advance(self, step: int, note: str = "") -> None:
+        # After a restart from a checkpoint the step is lower than before.
+        self._progress.advance(step - self._step, note)
+        self._step = step
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(RayCxrError):  # a bucket may answer the next time
+        return read_json(path)
+    return {}
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.csv, with None for missing values; none if it cannot be read now."""
+    try:
+        frame = pd.read_csv(io.BytesIO((out / METRICS).read_bytes()))
+    except (FileNotFoundError, RayCxrError):
+        return []
+    rows = frame.to_dict("records")
+    return [{str(key): None if pd.isna(value) else value for key, value in row.items()} for row in rows]

@@ -1,0 +1,180 @@
+"""Check a training run before Ray starts, and divide the CPUs and GPUs of Ray's nodes among its workers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ray_cxr import cluster
+from ray_cxr.config import TrainSettings
+from ray_cxr.data import identity
+from ray_cxr.data.prepared import PreparedSet
+from ray_cxr.errors import ConfigError, LeakError, TableError
+from ray_cxr.models.bundle import Bundle, is_written, load_bundle
+from ray_cxr.storage import remote
+from ray_cxr.storage.run_folder import check_run, read_settings
+from ray_cxr.training.checkpoints import SNAPSHOT
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """A training run that passed all checks.
+
+    Attributes:
+        out: the run's folder.
+        data: the prepared set.
+        settings: with size and weights resolved.
+        run_settings: the content of settings.json, with which later runs in `out` must agree.
+        started: whether an earlier run trained something that this one continues.
+        bundle: the run's bundle if it is finished, else None.
+    """
+
+    out: Path
+    data: PreparedSet
+    settings: TrainSettings
+    run_settings: dict[str, Any]
+    started: bool
+    bundle: Bundle | None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        steps = math.ceil(len(self.data.usable("train")) / self.settings.batch_size)
+        return min(steps, self.settings.steps_per_epoch or steps)
+
+    def list_warnings(self) -> list[str]:
+        """Return one line for each setting or finding that makes a run worse than it looks."""
+        settings = self.settings
+        warnings = [f"no effect: {name}" for name in settings.list_unused()]
+        if settings.weights == "none" and not self.started:
+            warnings.append("weights=none: the model starts from RANDOM weights, not from pre-trained ones")
+        table = self.data.usable("train")
+        constant = [name for name in settings.finding_names() if len(set(table[name].drop_null().to_pylist())) < 2]
+        if constant:
+            warnings.append(
+                f"the training images lack positives or negatives of {', '.join(constant)}: the model's output for "
+                "them is meaningless"
+            )
+        if settings.frozen_epochs and settings.weights == "none":
+            warnings.append("frozen_epochs freezes a backbone with random weights")
+        return warnings
+
+
+def plan_training(prepared: str | Path, out: str | Path, settings: TrainSettings) -> TrainPlan:
+    """Check the arguments of `train`, before Ray takes its seconds to start.
+
+    Raises:
+        ConfigError, TableError, LeakError, OutputError, BundleError: an argument is wrong.
+    """
+    out = remote.path(out)
+    data = PreparedSet(prepared, settings.size)
+    settings = settings.replace(size=data.size)
+    if settings.batch_size % settings.workers:
+        raise ConfigError(
+            f"batch_size: {settings.batch_size} is no multiple of {settings.workers} workers; "
+            f"use {math.ceil(settings.batch_size / settings.workers) * settings.workers}"
+        )
+    if settings.weights not in ("imagenet", "none"):
+        if not Path(settings.weights).exists():
+            raise ConfigError(f"weights: {settings.weights}: no such file or bundle; or use imagenet or none")
+        # Workers have other working directories.
+        settings = settings.replace(weights=str(Path(settings.weights).absolute()))
+    data.usable("train")
+    val = data.usable("val")
+    findings = settings.finding_names()
+    if all(val[name].null_count == len(val) for name in findings):
+        raise TableError(
+            f"{data.path}: no image of split 'val' is labelled for {', '.join(findings)}, so no epoch can be chosen"
+        )
+    if Path(settings.weights).is_dir():
+        refuse_leak(load_bundle(settings.weights), val)
+    run_settings = {
+        "kind": "train",
+        "format": 1,
+        "prepared": data.manifest_digest,
+        "input_spec": data.input_spec.model_dump(mode="json"),
+        "train": settings.model_dump(mode="json", exclude=list_free_settings(settings)),
+    }
+    finished = is_written(out / "bundle")
+    started = finished or (out / "ray" / SNAPSHOT).exists()
+    if started or read_settings(out).get("kind") != "train":  # a run without a checkpoint does not bind its folder
+        check_run(out, run_settings)
+    bundle = load_bundle(out / "bundle") if finished else None
+    if bundle is not None and (epochs := bundle.info["provenance"]["settings"]["epochs"]) != settings.epochs:
+        raise ConfigError(f"{out}: is finished with epochs={epochs}; choose another --out for epochs={settings.epochs}")
+    return TrainPlan(out, data, settings, run_settings, started, bundle)
+
+
+def refuse_leak(start: Bundle, val: pa.Table) -> None:
+    """Refuse validation images or patients that trained the starting weights.
+
+    Raises:
+        LeakError: there are some; they would choose the epoch, the calibration and the operating points.
+    """
+    split = identity.read_split(start.path)
+    trained = split.filter(pc.equal(split["split"], "train"))
+    images = pc.is_in(val["image_id"], trained["image_id"].combine_chunks())
+    patients = pc.is_in(val["patient_id"], trained["patient_id"].drop_null().combine_chunks())
+    count = pc.sum(pc.or_(images, patients)).as_py()
+    if count:
+        raise LeakError(
+            f"weights: {count:,} of {len(val):,} validation images, or their patients, trained {start.path}; "
+            "prepare a manifest with that bundle's split, or without those patients in val"
+        )
+
+
+def list_free_settings(settings: TrainSettings) -> set[str]:
+    """Return the settings that may change when a run continues, because they do not affect the steps so far."""
+    free = {"workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "checkpoint_steps"}
+    # A cosine ends with the last epoch: another number of epochs changes the learning rates from the first step.
+    return free if settings.schedule == "cosine" else {*free, "epochs"}
+
+
+def plan_resources(settings: TrainSettings, *, use_gpu: bool, runs: int | None = None) -> tuple[int, int]:
+    """Return the CPUs per worker on Ray's current nodes, and how many such runs fit at a time.
+
+    Args:
+        runs: number of runs to fit, which leaves fewer CPUs for each worker; None: as many as the GPUs hold, or one
+            on CPUs.
+
+    Raises:
+        ConfigError: not even one run fits; Ray would wait forever.
+    """
+    resources = [node["Resources"] for node in cluster.list_nodes()]
+    gpus = sum(node.get("GPU", 0) for node in resources)
+    if use_gpu and gpus < settings.workers * settings.gpus_per_worker:
+        raise ConfigError(
+            f"--gpu: {settings.workers} workers need {settings.workers * settings.gpus_per_worker:g} GPUs, Ray has "
+            f"{gpus:g}; omit --gpu, or join a cluster that has them{cluster.hint_at_head('GPU')}"
+        )
+    # Ray gives no worker parts of two GPUs. 1 / 0.2 is 5, though 1 // 0.2 is 4.
+    per_gpu = int(1 / settings.gpus_per_worker + 1e-9)
+    nodes = [(node.get("CPU", 0), int(node.get("GPU", 0)) * per_gpu if use_gpu else math.inf) for node in resources]
+    most = max(1, int(sum(slots for _, slots in nodes)) // settings.workers if use_gpu else 1)
+    cpus = None
+    for count in (runs,) if runs else range(most, 0, -1):  # some GPUs may have no CPU
+        cpus = cpus or _fit_cpus(nodes, settings.workers * count, settings.cpus_per_worker)
+    if cpus is None:
+        available = ", ".join(f"{cpus:g}" for cpus, slots in nodes if slots)
+        prefix = f"{runs} runs of " if runs and runs > 1 else ""
+        raise ConfigError(
+            f"{prefix}{settings.workers} workers of {settings.cpus_per_worker or 1} CPUs do not fit Ray's nodes, "
+            f"which have {available}; lower {'concurrent, ' if prefix else ''}workers or cpus_per_worker"
+        )
+    return cpus, _count_workers(nodes, cpus) // settings.workers
+
+
+def _fit_cpus(nodes: Sequence[tuple[float, float]], workers: int, requested: int | None) -> int | None:
+    """Return the most CPUs per worker on nodes of (CPUs, worker slots); None if the workers do not fit."""
+    most = int(max((cpus for cpus, _ in nodes), default=0))
+    candidates = (requested,) if requested else range(most, 0, -1)
+    return next((cpus for cpus in candidates if _count_workers(nodes, cpus) >= workers), None)
+
+
+def _count_workers(nodes: Sequence[tuple[float, float]], cpus_each: int) -> int:
+    return int(sum(min(cpus // cpus_each, slots) for cpus, slots in nodes))
