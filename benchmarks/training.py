@@ -52,7 +52,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_cxr.config import Backbone, TrainSettings, build
-from ray_cxr.data import prepared
+from ray_cxr.data import prepared, shards
 from ray_cxr.errors import ConfigError
 from ray_cxr.storage import atomic
 from ray_cxr.storage.run_folder import create_run
@@ -404,7 +404,7 @@ def write_set(out: Path, size: int, rows: dict[str, int]) -> Path:
     settings = {"kind": "prepare", "format": prepared.FORMAT, "rows": len(splits), "rows_per_shard": per_shard}
     create_run(out, settings)
     (out / str(size)).mkdir()
-    schema = prepared.shard_schema(size)
+    schema = shards.shard_schema(size)
     for index, first in enumerate(range(0, len(splits), per_shard)):
         n = min(per_shard, len(splits) - first)
         known: dict[str, Any] = {
@@ -422,7 +422,7 @@ def write_set(out: Path, size: int, rows: dict[str, int]) -> Path:
             else:
                 columns.append(known.get(field.name, pa.nulls(n, field.type)))
         shard = pa.Table.from_arrays(columns, schema=schema)
-        atomic.write_arrow(shard, out / str(size) / prepared.shard_name(index))
+        atomic.write_arrow(shard, out / str(size) / shards.shard_name(index))
     atomic.write_json(out / str(size) / "counts.json", {"ok": len(splits)})
     return out
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 from ray_cxr.config import InputSpec, PrepareSettings
 from ray_cxr.data import manifest as manifests
-from ray_cxr.data import manifest_builder
+from ray_cxr.data import manifest_builder, shards
 from ray_cxr.data import prepared as prepared_sets
 from ray_cxr.data.manifest import SCHEMA, read_manifest
 from ray_cxr.data.prepared import PreparedSet, prepare
@@ -43,7 +43,7 @@ BROKEN = {"truncated": 1, "empty": 1, "not_an_image": 1, "missing": 1, "corrupt"
 SETTINGS = PrepareSettings(sizes=(64,), rows_per_shard=7)
 
 
-def shards(prepared: Path, size: int) -> list[Path]:
+def list_shards(prepared: Path, size: int) -> list[Path]:
     return sorted((prepared / str(size)).glob("part-*.arrow"))
 
 
@@ -53,11 +53,11 @@ def read(shard: Path) -> pa.Table:
 
 
 def read_rows(prepared: Path, size: int) -> list[dict[str, object]]:
-    return [row for shard in shards(prepared, size) for row in read(shard).to_pylist()]
+    return [row for shard in list_shards(prepared, size) for row in read(shard).to_pylist()]
 
 
 def contents(prepared: Path, size: int) -> dict[str, bytes]:
-    return {shard.name: shard.read_bytes() for shard in shards(prepared, size)}
+    return {shard.name: shard.read_bytes() for shard in list_shards(prepared, size)}
 
 
 def shard_table(images: list[np.ndarray | None], splits: list[str], first: int = 0) -> pa.Table:
@@ -68,7 +68,7 @@ def shard_table(images: list[np.ndarray | None], splits: list[str], first: int =
     columns["image_id"] = [f"{first + i:08d}_000.png" for i in range(len(images))]
     columns["split"] = splits
     columns["image"] = [None if image is None else image.tobytes() for image in images]
-    return pa.table(columns, schema=prepared_sets.shard_schema(size))
+    return pa.table(columns, schema=shards.shard_schema(size))
 
 
 def write_set(out: Path, tables: list[pa.Table]) -> Path:
@@ -80,7 +80,7 @@ def write_set(out: Path, tables: list[pa.Table]) -> Path:
     (out / "settings.json").write_text(json.dumps(settings))
     (out / str(size) / "counts.json").write_text(json.dumps({"ok": rows}))
     for index, table in enumerate(tables):
-        atomic.write_arrow(table, out / str(size) / prepared_sets.shard_name(index))
+        atomic.write_arrow(table, out / str(size) / shards.shard_name(index))
     return out
 
 
@@ -108,7 +108,7 @@ def test_shards_hold_each_row_of_the_manifest_once(prepared: Path, manifest: Pat
             assert (row["image"] is None) == (row["error"] is not None) == (row["error_code"] is not None)
         for row in rows[:16:3]:
             assert row["image"] == load_image(row["path"], InputSpec(size=size)).tobytes()
-    assert [len(read(shard)) for shard in shards(prepared, 64)][:-1] == [16] * (len(table) // 16)
+    assert [len(read(shard)) for shard in list_shards(prepared, 64)][:-1] == [16] * (len(table) // 16)
 
 
 def test_splits_have_the_labels_and_pixels_of_the_manifest(prepared: Path, manifest: Path) -> None:
@@ -132,7 +132,7 @@ def test_splits_have_the_labels_and_pixels_of_the_manifest(prepared: Path, manif
 @pytest.mark.usefixtures("without_ray")
 def test_resume_makes_what_is_missing(prepared: Path, manifest: Path, tmp_path: Path, command) -> None:
     out = shutil.copytree(prepared, tmp_path / "set")
-    before, first, second = contents(out, 64), *shards(out, 64)[:2]
+    before, first, second = contents(out, 64), *list_shards(out, 64)[:2]
     second.unlink()
     (out / "64" / "counts.json").unlink()
     with pytest.raises(ConfigError, match="no complete size 64"):
@@ -156,7 +156,7 @@ def test_resume_makes_what_is_missing(prepared: Path, manifest: Path, tmp_path: 
     ):
         code, _, err = command(*bad)
         assert (code, err.count("\n"), word in err) == (2, 1, True), err
-    last = shards(out, 64)[-1]
+    last = list_shards(out, 64)[-1]
     last.write_bytes(first.read_bytes())
     code, _, err = command(*given)
     assert (code, err.count("\n"), last.name in err) == (2, 1, True), err
@@ -202,7 +202,7 @@ def test_shards_cut_from_larger_tables_are_read_right(tmp_path: Path) -> None:
     whole = shard_table([None, *images[1:]], ["train"] * 12)
     pieces = pa.concat_tables([whole.slice(9, 2), whole.slice(0, 2)])
     folder = write_set(tmp_path / "set", [whole.slice(3, 4), pieces])
-    with pa.OSFile(str(shards(folder, 32)[1])) as source:
+    with pa.OSFile(str(list_shards(folder, 32)[1])) as source:
         assert pa.ipc.open_file(source).num_record_batches == 1
     np.testing.assert_array_equal(PreparedSet(folder).load("train").images[:], images[[3, 4, 5, 6, 9, 10, 1]])
 
@@ -217,7 +217,7 @@ def test_shards_are_closed_and_unmapped_when_done(five_shards, monkeypatch) -> N
                 found.append(entry.readlink())
         return sorted(path.name for path in found if folder in path.parents)
 
-    monkeypatch.setattr(prepared_sets, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
     folder, images = five_shards
     data = PreparedSet(folder)
     tables = data.rows(), data.usable("train")
@@ -251,7 +251,7 @@ def test_neighbours_are_read_at_once_and_long_reads_in_parts(five_shards, monkey
         (slice(0, 2), 700, [700, 700, 648]),
     ):
         reads.clear()
-        monkeypatch.setattr(prepared_sets, "READ_BYTES", limit)
+        monkeypatch.setattr(shards, "READ_BYTES", limit)
         np.testing.assert_array_equal(pixels[rows], images[rows])
         assert reads == expected
 
@@ -260,7 +260,7 @@ def test_shard_that_changes_after_it_was_opened_is_an_error(five_shards) -> None
     folder, images = five_shards
     pixels = PreparedSet(folder).load("train").images
     pixels[0]
-    first, second, third, *_ = shards(folder, 32)
+    first, second, third, *_ = list_shards(folder, 32)
     for shard, row in ((first, 2), (second, 3)):  # the one is open by now, the other is not
         os.truncate(shard, 2000)
         with pytest.raises(OutputError, match=rf"part-0000{row // 3}\.arrow: .* `ray-cxr prepare`"):
@@ -276,7 +276,7 @@ def test_shard_that_changes_after_it_was_opened_is_an_error(five_shards) -> None
 
 def test_damaged_shard_is_refused(five_shards) -> None:
     folder, _ = five_shards
-    shard = shards(folder, 32)[1]
+    shard = list_shards(folder, 32)[1]
     good, table = shard.read_bytes(), read(shard)
 
     def assert_is_refused(message: str) -> None:
@@ -290,22 +290,22 @@ def test_damaged_shard_is_refused(five_shards) -> None:
     renamed, overflowing = good.replace(b"image", b"imagf"), good.replace(*ends)
     for damaged in (b"", good[:-1], good[:1500], good[:8], b"not a shard" * 100, renamed, overflowing):
         shard.write_bytes(damaged)
-        assert_is_refused("is damaged or not a shard")
+        assert_is_refused("damaged or not a shard")
     two_batches = table.to_batches(max_chunksize=2)
     for options, written in (({}, two_batches), ({"compression": "zstd"}, table.to_batches())):
         with pa.ipc.new_file(str(shard), table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
             for batch in written:
                 writer.write_batch(batch)
-        assert_is_refused("is damaged or not a shard")
+        assert_is_refused("damaged or not a shard")
     shard.unlink()
-    assert_is_refused("is missing")
+    assert_is_refused("missing")
 
 
 def test_other_formats_and_folders_are_refused(five_shards, manifest: Path, tmp_path: Path) -> None:
     folder, _ = five_shards
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     (folder / "settings.json").write_text(json.dumps({**settings, "format": 1}))
-    with pytest.raises(ConfigError, match="format 1, and this version reads formats 2 and 3"):
+    with pytest.raises(ConfigError, match="format 1, but this version reads formats 2 and 3"):
         PreparedSet(folder)
     _, wanted = prepared_sets.check(manifest, tmp_path / "new", PrepareSettings())
     create_run(tmp_path / "old", {**wanted, "format": 1})
@@ -318,7 +318,7 @@ def test_other_formats_and_folders_are_refused(five_shards, manifest: Path, tmp_
 
 
 def test_threads_and_pickled_copies_read_the_same(five_shards, monkeypatch) -> None:
-    monkeypatch.setattr(prepared_sets, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 1)
     folder, images = five_shards
     monkeypatch.chdir(folder.parent)
     pixels = PreparedSet(folder.name).load("train").images
@@ -331,7 +331,7 @@ def test_threads_and_pickled_copies_read_the_same(five_shards, monkeypatch) -> N
 
 
 @pytest.fixture(scope="module")
-def with_gaps(tmp_path_factory) -> tuple[prepared_sets.Pixels, np.ndarray]:
+def with_gaps(tmp_path_factory) -> tuple[shards.Pixels, np.ndarray]:
     """Images of several shards with gaps between them, and the same as an array."""
     images = noise(40)
     failed = {0, 4, 5, 13, 20, 21, 22, 39}
@@ -427,7 +427,7 @@ def test_archives_give_the_rows_of_their_files(download: Path, archive_set: Path
     assert load_image(inside["path"], InputSpec(size=64)).tobytes() == inside["image"]
     # No shard holds rows of two archives, and its rows are in the order of their archive.
     members: dict[str, list[str]] = {}
-    for shard in shards(archive_set, 64):
+    for shard in list_shards(archive_set, 64):
         parts = [split_member(path) for path in read(shard)["path"].to_pylist()]
         assert len({part and part[0] for part in parts}) == 1
         for part in filter(None, parts):
@@ -440,7 +440,7 @@ def test_archives_give_the_rows_of_their_files(download: Path, archive_set: Path
 
     source, data = read_manifest(download / "m.parquet"), PreparedSet(archive_set)
     frozen = pq.ParquetFile(archive_set / "manifest.parquet").metadata
-    lengths = [len(read(shard)) for shard in shards(archive_set, 64)]
+    lengths = [len(read(shard)) for shard in list_shards(archive_set, 64)]
     assert [frozen.row_group(i).num_rows for i in range(frozen.num_row_groups)] == lengths
     settings = json.loads((archive_set / "settings.json").read_text(encoding="utf-8"))
     digest = manifests.digest(source)
@@ -453,7 +453,7 @@ def test_archives_give_the_rows_of_their_files(download: Path, archive_set: Path
 def test_resume_reads_archives_for_missing_rows_only(download: Path, copy: Path, lost, monkeypatch) -> None:
     before = contents(copy, 64)
     expected: Counter[str] = Counter()
-    for shard in [shard for i, shard in enumerate(shards(copy, 64)) if i in lost]:
+    for shard in [shard for i, shard in enumerate(list_shards(copy, 64)) if i in lost]:
         rows = read(shard)
         if inside := split_member(rows["path"][0].as_py()):
             expected[Path(inside[0]).name] += len(rows)
@@ -476,7 +476,7 @@ def test_resume_reads_archives_for_missing_rows_only(download: Path, copy: Path,
 @pytest.mark.usefixtures("without_ray")
 def test_second_size_is_added_to_an_unfinished_one(download: Path, copy: Path) -> None:
     before = contents(copy, 64)
-    shards(copy, 64)[3].unlink()
+    list_shards(copy, 64)[3].unlink()
     prepare(download / "m.parquet", copy, SETTINGS.replace(sizes=(64, 96)))
     assert contents(copy, 64) == before
     ids = [[row["image_id"] for row in read_rows(copy, size)] for size in (64, 96)]
@@ -500,7 +500,7 @@ def test_truncated_archive_gives_its_rows_and_errors_for_the_rest(download: Path
 
 @pytest.mark.usefixtures("without_ray")
 def test_shards_with_other_rows_of_their_archive_are_refused(download: Path, copy: Path) -> None:
-    first, *_, one, other, last = shards(copy, 64)
+    first, *_, one, other, last = list_shards(copy, 64)
     last.unlink()
     for source, target in ((one, other), (first, one)):
         target.write_bytes(source.read_bytes())
@@ -512,13 +512,13 @@ def test_shards_with_other_rows_of_their_archive_are_refused(download: Path, cop
 def test_images_of_one_shard_at_most_are_in_memory(download: Path, tmp_path: Path, monkeypatch) -> None:
     """An archive is read in one pass, and its rows fill its shards as they come."""
     waiting = []
-    real = prepared_sets._ShardMaker.add
+    real = shards.ShardWriter.add
 
     def add(self, row, outcome) -> None:
         real(self, row, outcome)
         waiting.append(len(self._images))
 
-    monkeypatch.setattr(prepared_sets._ShardMaker, "add", add)
+    monkeypatch.setattr(shards.ShardWriter, "add", add)
     prepare(download / "m.parquet", tmp_path / "set", SETTINGS)
     assert max(waiting) == 6
 
