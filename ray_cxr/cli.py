@@ -1,4 +1,4 @@
-"""`ray-cxr`: the commands. Arguments become calls, and errors become one line."""
+"""`ray-cxr`: parse arguments, call the package, print results. Every error is one line and an exit code."""
 
 from __future__ import annotations
 
@@ -20,81 +20,53 @@ from rich.table import Table
 
 import ray_cxr
 from ray_cxr import config
-from ray_cxr.errors import ConfigError, ErrorRateExceeded, OutputError, RayCxrError, own_error
+from ray_cxr.errors import (
+    ConfigError,
+    ErrorRateExceeded,
+    InputError,
+    OutputError,
+    RayCxrError,
+    last_line,
+    one_line,
+    own_error,
+)
 from ray_cxr.progress import silence_stderr
 from ray_cxr.session import start_ray
 from ray_cxr.storage import atomic, remote
 from ray_cxr.storage.paths import redact
 
-#: What the shell reports for a program that Ctrl-C ended.
+#: The shell's exit code for a program that Ctrl-C ended.
 EXIT_INTERRUPTED = 130
-
-
-#: Arguments that name a file or folder, with what the command calls them, and those of them that may lie in a bucket.
-#: (`--images` is not among them: `data.storage` says what it takes.)
-_PLACES = {
-    "tables": "TABLE",
-    "train_val_list": "--train-val-list",
-    "test_list": "--test-list",
-    "manifest": "M.parquet",
-    "prepared": "PREPARED",
-    "model": "--model",
-    "bundle": "BUNDLE",
-    "weights": "F.h5|F.keras",
-    "scores": "SCORES",
-    "labels": "--labels",
-    "consensus": "--consensus",
-    "boxes": "--boxes",
-    "compare": "--compare",
-    "prevalence": "--prevalence",
-    "config": "--config",
-    "out": "--out",
-}
-_IN_BUCKETS = {
-    "manifest": {"out"},
-    "prepare": {"manifest", "out"},
-    "train": {"prepared", "out"},
-    "tune": {"prepared"},
-    "score": {"model", "manifest", "out"},
-    "report": {"scores", "labels", "compare", "out"},
-    "quantize": {"bundle", "prepared", "out"},
-    "recalibrate": {"bundle", "scores", "labels", "out"},
-    "import-weights": {"out"},
-}
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help", file=sys.stderr)
+        print(f"{self.prog}: {one_line(message)}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code (0 done, 1 failed, 2 wrong input, 3 too many errors)."""
-    # Before anything imports TensorFlow: its C++ start-up lines are no news to anybody.
+    """Run one command and return its exit code (0 done, 1 failed, 2 wrong input, 3 too many errors)."""
+    # TensorFlow's C++ code reads this on import.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("ray_cxr").setLevel(logging.INFO)
-    arguments = _parser().parse_args(argv)
+    arguments = _build_parser().parse_args(argv)
     run: Callable[[argparse.Namespace], None] = arguments.run
     try:
-        _refuse_addresses(arguments)
         run(arguments)
-    except RayCxrError as error:
-        print(f"ray-cxr {arguments.command}: {_flat(error)}", file=sys.stderr)
-        return error.exit_code
+    except BrokenPipeError:
+        return 1
     except KeyboardInterrupt:
         again = "the same command without --fresh" if getattr(arguments, "fresh", False) else "the same command"
         print(f"ray-cxr {arguments.command}: stopped; {again} continues", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        return 1
     except Exception as error:
-        inner = own_error(error) or _describe_ray_error(error)
-        if inner is None:
+        cause = error if isinstance(error, RayCxrError) else own_error(error) or _describe_ray_error(error)
+        if cause is None:
             raise
-        print(f"ray-cxr {arguments.command}: {_flat(inner)}", file=sys.stderr)
-        return inner.exit_code if isinstance(inner, RayCxrError) else 1
+        print(f"ray-cxr {arguments.command}: {one_line(cause)}", file=sys.stderr)
+        return cause.exit_code if isinstance(cause, RayCxrError) else 1
     return 0
 
 
@@ -104,154 +76,188 @@ def _describe_ray_error(error: Exception) -> RayCxrError | None:
     ray_errors = sys.modules.get("ray.exceptions")
     if ray_errors is None or not isinstance(error, ray_errors.RayError):
         return None
-    reason = (str(error).strip().splitlines() or [""])[-1][:300]
-    return RayCxrError(f"Ray failed ({type(error).__name__}: {reason}); see Ray's log folder, then run it again")
+    return RayCxrError(
+        f"Ray failed ({type(error).__name__}: {last_line(error)}); see Ray's log folder, then run it again"
+    )
 
 
-def _refuse_addresses(arguments: argparse.Namespace) -> None:
-    """Refuse `s3://...` where a command can only use files of this machine, and other addresses everywhere.
-
-    Raises:
-        ConfigError, InputError: such an argument. As a local path it would be a folder `s3:`.
-    """
-    allowed = _IN_BUCKETS.get(arguments.command, set())
-    for name, words in _PLACES.items():
-        given = getattr(arguments, name, None)
-        for one in given if isinstance(given, list) else [given]:
-            text = (one or "").partition("=")[2] if name == "tables" and "=" in (one or "") else one
-            if not text or not remote.is_address(text):
-                continue
-            if name in allowed:
-                remote.path(text)
-                continue
-            here = "write to a folder and copy that" if name == "out" else "copy it to this machine and name the copy"
-            raise ConfigError(f"{words} {redact(text)}: {arguments.command} takes a local path there; {here}")
+def _any_path(text: str) -> str:
+    """Argument type: a path on this machine, or `s3://BUCKET/...`."""
+    try:
+        remote.path(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
-def _flat(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _local_input(text: str) -> str:
+    """Argument type: a file or folder on this machine. An address would otherwise name a local folder `s3:`."""
+    if remote.is_address(text):
+        raise argparse.ArgumentTypeError(f"{redact(text)}: needs a local path; copy it to this machine")
+    return text
 
 
-def _parser() -> argparse.ArgumentParser:
+def _local_output(text: str) -> str:
+    """Argument type: a file or folder to write on this machine."""
+    if remote.is_address(text):
+        raise argparse.ArgumentTypeError(f"{redact(text)}: needs a local path; write to a folder and copy that")
+    return text
+
+
+def _table(text: str) -> str:
+    """Argument type: a table on this machine, or `train=TABLE`, `val=TABLE`, `test=TABLE`."""
+    _local_input(text.partition("=")[2] or text)
+    return text
+
+
+def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ray-cxr", description=ray_cxr.__doc__)
     parser.add_argument("--version", action="version", version=f"ray-cxr {ray_cxr.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
-
-    one = commands.add_parser("manifest", help="tables and a folder of pictures to one manifest")
-    one.add_argument(
-        "tables", nargs="+", metavar="TABLE", help="CSV (.gz allowed); or train=A.csv val=B.csv test=C.csv"
-    )
-    one.add_argument("--out", required=True, metavar="M.parquet")
-    one.add_argument("--images", metavar="DIR_OR_URI", help="where the pictures are, in any layout")
-    one.add_argument("--found-only", action="store_true", help="leave out rows whose picture is not there")
-    one.add_argument("--split", choices=["official", "patient"])
-    one.add_argument("--train-val-list", metavar="F")
-    one.add_argument("--test-list", metavar="F")
-    one.add_argument("--fractions", default="0.7,0.1,0.2", help="train,val,test for --split patient (%(default)s)")
-    one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--on-leak", choices=["error", "drop"], default="error", help="a patient in two splits")
-    one.set_defaults(run=_manifest)
-
-    one = commands.add_parser("prepare", help="decode and resize every picture once, into Parquet")
-    one.add_argument("manifest", metavar="M.parquet")
-    one.add_argument("--out", required=True, metavar="PREPARED")
-    one.add_argument("--size", metavar="224[,320...]", help="sides in pixels; one set each")
-    _settings(one)
-    one.set_defaults(run=_prepare)
-
-    one = commands.add_parser("train", help="train a network with Ray Train; leaves RUN/bundle")
-    one.add_argument("prepared", metavar="PREPARED")
-    one.add_argument("--out", required=True, metavar="RUN")
-    one.add_argument("--workers", type=int, metavar="N")
-    _settings(one, gpu=True)
-    one.set_defaults(run=_train)
-
-    one = commands.add_parser("tune", help="search backbones and settings with Ray Tune and Optuna")
-    one.add_argument("prepared", metavar="PREPARED")
-    one.add_argument("--out", required=True, metavar="STUDY")
-    one.add_argument("--trials", type=int, metavar="N", help="in all, those of earlier runs included (20)")
-    one.add_argument("--workers", type=int, metavar="N", help="of each trial")
-    one.add_argument(
-        "--resume", action="store_true", help="continue the search in STUDY, with the settings that it was begun with"
-    )
-    _settings(one, gpu=True)
-    one.set_defaults(run=_tune)
-
-    one = commands.add_parser("score", help="score pictures with Ray Data into Parquet, one row each")
-    one.add_argument("--model", required=True, metavar="BUNDLE")
-    one.add_argument("--out", required=True, metavar="SCORES")
-    source = one.add_mutually_exclusive_group(required=True)
-    source.add_argument("--manifest", metavar="M.parquet")
-    source.add_argument("--images", metavar="DIR_OR_URI")
-    one.add_argument("--fresh", action="store_true", help="start over: removes an earlier run's files in SCORES")
-    one.add_argument("--retry-errors", action="store_true", help="read files again whose error may have passed")
-    one.add_argument("--max-error-rate", type=float, metavar="R", help="exit with 3 when more than this failed (0.5)")
-    one.add_argument(
-        "--precision",
-        choices=["auto", "fp32", "bf16", "int8"],
-        help="auto: bf16 where the CPU has it and the bundle holds its tolerance in it",
-    )
-    one.add_argument(
-        "--heatmaps", type=int, metavar="K", help="pictures of where it sees each image's K highest-ranked findings"
-    )
-    one.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
-    one.add_argument("--dry-run", action="store_true", help="check everything, count, write nothing")
-    _settings(one, gpu=True)
-    one.set_defaults(run=_score)
-
-    one = commands.add_parser("report", help="scores (and labels) to report.html, metrics.json and pictures")
-    one.add_argument("scores", metavar="SCORES", help="what score left; or any Parquet with image_id and p_<Finding>")
-    one.add_argument("--out", required=True, metavar="REPORT")
-    one.add_argument("--labels", metavar="M.parquet")
-    one.add_argument("--split", choices=["train", "val", "test"])
-    one.add_argument("--consensus", metavar="CSV", help="radiologists' labels: an image column and one per finding")
-    one.add_argument("--boxes", metavar="CSV", help="boxes as in BBox_List_2017, for heat maps that score drew")
-    one.add_argument("--compare", metavar="SCORES2", help="other scores of the same images")
-    one.add_argument("--prevalence", metavar="F.toml", help="lines such as Effusion = 0.12, to give PPV and NPV for")
-    one.set_defaults(run=_report)
-
-    one = commands.add_parser("export-sr", help="DICOM Structured Reports of what was found, one per study")
-    one.add_argument("scores", metavar="SCORES", help="what score left; its DICOM files are read again")
-    one.add_argument("--out", required=True, metavar="DIR", help="holds patients' names and ids afterwards")
-    one.set_defaults(run=_export_sr)
-
-    one = commands.add_parser("quantize", help="a bundle with 8-bit weights, too, for `score --precision int8`")
-    one.add_argument("bundle", metavar="BUNDLE")
-    one.add_argument("prepared", metavar="PREPARED", help="what prepare left; its train and val images are used")
-    one.add_argument("--out", required=True, metavar="BUNDLE2")
-    _settings(one)
-    one.set_defaults(run=_quantize)
-
-    one = commands.add_parser("recalibrate", help="calibration and operating points from a site's own labels")
-    one.add_argument("bundle", metavar="BUNDLE")
-    one.add_argument("scores", metavar="SCORES", help="what score left, with this BUNDLE")
-    one.add_argument("--labels", required=True, metavar="M.parquet")
-    one.add_argument("--out", required=True, metavar="BUNDLE2")
-    _settings(one)
-    one.set_defaults(run=_recalibrate)
-
-    one = commands.add_parser("import-weights", help="somebody else's Keras weights as a bundle")
-    one.add_argument("weights", metavar="F.h5|F.keras")
-    one.add_argument("--backbone", required=True, metavar="NAME")
-    one.add_argument("--out", required=True, metavar="BUNDLE")
-    one.add_argument(
-        "--findings", metavar="LIST", help="names of its outputs in their order, by commas; or 14, 15: alphabetical"
-    )
-    one.add_argument("--size", type=int, default=224, help="side of its input, pixels (%(default)s)")
-    one.set_defaults(run=_import_weights)
-
-    one = commands.add_parser("demo", help="synthetic radiographs through every step, on a laptop, in minutes")
-    one.add_argument("--out", required=True, metavar="DIR")
-    one.add_argument("--tune", action="store_true", help="with a small search before the training")
-    one.set_defaults(run=_demo)
+    _add_data_commands(commands)
+    _add_training_commands(commands)
+    _add_score_command(commands)
+    _add_report_commands(commands)
+    _add_bundle_commands(commands)
+    demo = commands.add_parser("demo", help="run every step on synthetic radiographs, on a laptop, in minutes")
+    demo.add_argument("--out", required=True, type=_local_output, metavar="DIR")
+    demo.add_argument("--tune", action="store_true", help="also run a small search before the training")
+    demo.set_defaults(run=_demo)
     return parser
 
 
-def _settings(parser: argparse.ArgumentParser, *, gpu: bool = False) -> None:
-    parser.add_argument("--config", metavar="F.toml", help="settings; see docs/settings.md")
+def _add_data_commands(commands: Any) -> None:
+    manifest = commands.add_parser("manifest", help="combine tables and a folder of images into one manifest")
+    manifest.add_argument(
+        "tables", nargs="+", type=_table, metavar="TABLE", help="CSV (.gz allowed), or train=A.csv val=B.csv test=C.csv"
+    )
+    manifest.add_argument("--out", required=True, type=_any_path, metavar="M.parquet")
+    manifest.add_argument("--images", metavar="DIR_OR_URI", help="location of the images, in any layout")
+    manifest.add_argument("--found-only", action="store_true", help="drop rows without an image file")
+    manifest.add_argument("--split", choices=["official", "patient"])
+    manifest.add_argument("--train-val-list", type=_local_input, metavar="F")
+    manifest.add_argument("--test-list", type=_local_input, metavar="F")
+    manifest.add_argument("--fractions", default="0.7,0.1,0.2", help="train,val,test for --split patient (%(default)s)")
+    manifest.add_argument("--seed", type=int, default=0)
+    manifest.add_argument("--on-leak", choices=["error", "drop"], default="error", help="for patients in two splits")
+    manifest.set_defaults(run=_manifest)
+
+    prepare = commands.add_parser("prepare", help="decode and resize every image once, into Parquet")
+    prepare.add_argument("manifest", type=_any_path, metavar="M.parquet")
+    prepare.add_argument("--out", required=True, type=_any_path, metavar="PREPARED")
+    prepare.add_argument("--size", metavar="224[,320...]", help="sides in pixels; one prepared set each")
+    _add_settings(prepare)
+    prepare.set_defaults(run=_prepare)
+
+
+def _add_training_commands(commands: Any) -> None:
+    train = commands.add_parser("train", help="train a model with Ray Train; writes RUN/bundle")
+    train.add_argument("prepared", type=_any_path, metavar="PREPARED")
+    train.add_argument("--out", required=True, type=_any_path, metavar="RUN")
+    train.add_argument("--workers", type=int, metavar="N")
+    _add_settings(train, gpu=True)
+    train.set_defaults(run=_train)
+
+    tune = commands.add_parser("tune", help="search backbones and settings with Ray Tune and Optuna")
+    tune.add_argument("prepared", type=_any_path, metavar="PREPARED")
+    tune.add_argument("--out", required=True, type=_local_output, metavar="STUDY")
+    tune.add_argument("--trials", type=int, metavar="N", help="total, including earlier runs (20)")
+    tune.add_argument("--workers", type=int, metavar="N", help="per trial")
+    tune.add_argument(
+        "--resume", action="store_true", help="continue the search in STUDY with the settings that it started with"
+    )
+    _add_settings(tune, gpu=True)
+    tune.set_defaults(run=_tune)
+
+
+def _add_score_command(commands: Any) -> None:
+    score = commands.add_parser("score", help="score images with Ray Data into Parquet, one row each")
+    score.add_argument("--model", required=True, type=_any_path, metavar="BUNDLE")
+    score.add_argument("--out", required=True, type=_any_path, metavar="SCORES")
+    source = score.add_mutually_exclusive_group(required=True)
+    source.add_argument("--manifest", type=_any_path, metavar="M.parquet")
+    source.add_argument("--images", metavar="DIR_OR_URI")
+    score.add_argument("--fresh", action="store_true", help="start over; removes an earlier run's files in SCORES")
+    score.add_argument("--retry-errors", action="store_true", help="read files again that failed temporarily")
+    score.add_argument("--max-error-rate", type=float, metavar="R", help="exit with 3 if a larger share fails (0.5)")
+    score.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "int8"],
+        help="auto: bf16 if the CPU supports it and the bundle was validated in it",
+    )
+    score.add_argument(
+        "--heatmaps", type=int, metavar="K", help="also draw heat maps of each image's K highest-ranked findings"
+    )
+    score.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
+    score.add_argument("--dry-run", action="store_true", help="check everything, count, write nothing")
+    _add_settings(score, gpu=True)
+    score.set_defaults(run=_score)
+
+
+def _add_report_commands(commands: Any) -> None:
+    report = commands.add_parser("report", help="turn scores (and labels) into report.html, metrics.json and figures")
+    report.add_argument(
+        "scores", type=_any_path, metavar="SCORES", help="folder from score, or a Parquet with image_id and p_<Finding>"
+    )
+    report.add_argument("--out", required=True, type=_any_path, metavar="REPORT")
+    report.add_argument("--labels", type=_any_path, metavar="M.parquet")
+    report.add_argument("--split", choices=["train", "val", "test"])
+    report.add_argument(
+        "--consensus", type=_local_input, metavar="CSV", help="radiologists' labels: an image column, one per finding"
+    )
+    report.add_argument(
+        "--boxes", type=_local_input, metavar="CSV", help="boxes as in BBox_List_2017, to evaluate heat maps from score"
+    )
+    report.add_argument("--compare", type=_any_path, metavar="SCORES2", help="other scores of the same images")
+    report.add_argument(
+        "--prevalence", type=_local_input, metavar="F.toml", help="lines such as Effusion = 0.12, for PPV and NPV"
+    )
+    report.set_defaults(run=_report)
+
+    export = commands.add_parser("export-sr", help="write DICOM Structured Reports of the findings, one per study")
+    export.add_argument(
+        "scores", type=_local_input, metavar="SCORES", help="folder from score; its DICOM files are read again"
+    )
+    export.add_argument(
+        "--out", required=True, type=_local_output, metavar="DIR", help="will hold patients' names and ids"
+    )
+    export.set_defaults(run=_export_sr)
+
+
+def _add_bundle_commands(commands: Any) -> None:
+    quantize = commands.add_parser("quantize", help="add 8-bit weights to a bundle, for `score --precision int8`")
+    quantize.add_argument("bundle", type=_any_path, metavar="BUNDLE")
+    quantize.add_argument(
+        "prepared", type=_any_path, metavar="PREPARED", help="folder from prepare; uses its train and val images"
+    )
+    quantize.add_argument("--out", required=True, type=_any_path, metavar="BUNDLE2")
+    _add_settings(quantize)
+    quantize.set_defaults(run=_quantize)
+
+    recalibrate = commands.add_parser("recalibrate", help="fit calibration and operating points to a site's own labels")
+    recalibrate.add_argument("bundle", type=_any_path, metavar="BUNDLE")
+    recalibrate.add_argument("scores", type=_any_path, metavar="SCORES", help="folder from score with this BUNDLE")
+    recalibrate.add_argument("--labels", required=True, type=_any_path, metavar="M.parquet")
+    recalibrate.add_argument("--out", required=True, type=_any_path, metavar="BUNDLE2")
+    _add_settings(recalibrate)
+    recalibrate.set_defaults(run=_recalibrate)
+
+    importer = commands.add_parser("import-weights", help="make a bundle of third-party Keras weights")
+    importer.add_argument("weights", type=_local_input, metavar="F.h5|F.keras")
+    importer.add_argument("--backbone", required=True, metavar="NAME")
+    importer.add_argument("--out", required=True, type=_any_path, metavar="BUNDLE")
+    importer.add_argument(
+        "--findings", metavar="LIST", help="names of its outputs in order, comma-separated; or 14, 15: alphabetical"
+    )
+    importer.add_argument("--size", type=int, default=224, help="side of its input, pixels (%(default)s)")
+    importer.set_defaults(run=_import_weights)
+
+
+def _add_settings(parser: argparse.ArgumentParser, *, gpu: bool = False) -> None:
+    parser.add_argument("--config", type=_local_input, metavar="F.toml", help="settings; see docs/settings.md")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value")
     if gpu:
-        parser.add_argument("--gpu", action="store_true", help="one GPU per worker or actor")
+        parser.add_argument("--gpu", action="store_true", help="use one GPU per worker or actor")
 
 
 def _manifest(arguments: argparse.Namespace) -> None:
@@ -261,7 +267,7 @@ def _manifest(arguments: argparse.Namespace) -> None:
     try:
         fractions = [float(part) for part in arguments.fractions.split(",")]
     except ValueError:
-        raise ConfigError(f"--fractions {arguments.fractions}: give three numbers, such as 0.7,0.1,0.2") from None
+        raise ConfigError(f"--fractions {arguments.fractions}: needs three numbers, such as 0.7,0.1,0.2") from None
     table, report = build_manifest(
         arguments.tables,
         images=arguments.images,
@@ -273,11 +279,11 @@ def _manifest(arguments: argparse.Namespace) -> None:
         on_leak=arguments.on_leak,
         found_only=arguments.found_only,
     )
-    with _writing(arguments.out):
+    with _explain_write_errors(arguments.out):
         write_manifest(table, arguments.out)
     for line in report.lines():
-        _say(line)
-    _say(f"manifest: {arguments.out}")
+        _print(line)
+    _print(f"manifest: {arguments.out}")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -287,18 +293,18 @@ def _prepare(arguments: argparse.Namespace) -> None:
         try:
             sizes = tuple(int(part) for part in arguments.size.split(","))
         except ValueError:
-            raise ConfigError(f"--size {arguments.size}: give pixels, such as 224 or 224,320") from None
+            raise ConfigError(f"--size {arguments.size}: needs pixels, such as 224 or 224,320") from None
         chosen = chosen.replace(sizes=sizes)
     from ray_cxr.data import prepared
 
-    prepared.check(arguments.manifest, remote.path(arguments.out), chosen)  # before Ray takes its seconds to start
+    prepared.check(arguments.manifest, remote.path(arguments.out), chosen)  # before Ray takes seconds to start
     with start_ray(settings.ray):
         counts = prepared.prepare(arguments.manifest, arguments.out, chosen)
     for size, codes in counts.items():
         failed = codes.total() - codes["ok"]
         detail = ", ".join(f"{code} {count:,}" for code, count in codes.most_common() if code != "ok")
-        _say(f"size {size}: {codes['ok']:,} images, {failed:,} failed" + (f": {detail}" if detail else ""))
-    _say(f"prepared: {arguments.out}")
+        _print(f"size {size}: {codes['ok']:,} images, {failed:,} failed" + (f": {detail}" if detail else ""))
+    _print(f"prepared: {arguments.out}")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -315,7 +321,7 @@ def _train(arguments: argparse.Namespace) -> None:
         chosen,
         use_gpu=arguments.gpu,
         started=started,
-        on_event=_say,
+        on_event=_print,
         start_ray=lambda: start_ray(settings.ray),
     )
     table = Table("finding", "val images", "positives", "AUROC", "calibrated", "operating point", title="Validation")
@@ -326,19 +332,19 @@ def _train(arguments: argparse.Namespace) -> None:
             name,
             f"{row['n']:,}",
             f"{row['positives']:,}",
-            _number(row["auroc"]),
+            _format(row["auroc"]),
             "yes" if bundle.info["calibration"][name] else "no",
-            _number(point["threshold"] if point else None),
+            _format(point["threshold"] if point else None),
         )
-    _console().print(table)
+    _print_table(table)
     macro = bundle.info["provenance"]["validation"]["macro_auroc"]
     for name, reason in bundle.info.get("rule_notes", {}).items():
         if reason:
-            _say(f"{name}: {reason}")
-    _say(f"validation macro AUROC {_number(macro)}, epoch {bundle.info['provenance']['best_epoch']}")
+            _print(f"{name}: {reason}")
+    _print(f"validation macro AUROC {_format(macro)}, epoch {bundle.info['provenance']['best_epoch']}")
     out = remote.path(arguments.out)
-    _say(f"learning curves: {out / trainer.CURVES}")
-    _say(f"bundle: {out / 'bundle'}")
+    _print(f"learning curves: {out / trainer.CURVES}")
+    _print(f"bundle: {out / 'bundle'}")
 
 
 def _tune(arguments: argparse.Namespace) -> None:
@@ -358,16 +364,16 @@ def _tune(arguments: argparse.Namespace) -> None:
         chosen = chosen.replace(trials=arguments.trials)
     plan = studies.Plan(arguments.prepared, out, base, chosen)
     if plan.done():
-        _say(f"tune: {out} is finished already; --trials N asks for more than {chosen.trials} trials")
+        _print(f"tune: {out} is finished already; --trials N asks for more than {chosen.trials} trials")
         return
     # The dashboard answers Ray Train's question whether a stopped trial's run still lives.
     with start_ray(loaded.ray, dashboard=True):
         from ray_cxr.tuning import search  # with Ray, whose environment is set by now
 
-        outcome = search.search(plan, use_gpu=arguments.gpu, on_event=_say)
+        outcome = search.search(plan, use_gpu=arguments.gpu, on_event=_print)
     from ray_cxr.reporting import study as page
 
-    with _writing(arguments.out):
+    with _explain_write_errors(arguments.out):
         page.write_study(out, outcome.study, outcome.rows, outcome.facts, outcome.comparison)
         atomic.write_json(out / studies.SUMMARY, {**outcome.facts, "comparison": outcome.comparison})
     table = Table("trial", "backbone", "state", "epochs", "AUROC", "seconds", title="Trials, the best first")
@@ -382,24 +388,24 @@ def _tune(arguments: argparse.Namespace) -> None:
             "none" if pd.isna(auroc) else f"{auroc:.4f}",
             "" if pd.isna(seconds) else f"{seconds:.0f}",
         )
-    _console().print(table)
+    _print_table(table)
     for row in outcome.rows.to_dict("records"):
         if row["state"] == "failed":
-            _say(f"trial {row['number']} failed: {row['reason']}")
+            _print(f"trial {row['number']} failed: {row['reason']}")
     if outcome.comparison is not None:
-        _say(outcome.comparison["verdict"]["headline"])
+        _print(outcome.comparison["verdict"]["headline"])
     states = Counter(outcome.rows["state"])
     counts = ", ".join(f"{count} {state}" for state, count in states.most_common()) or "none"
-    _say(f"trials: {counts}; {outcome.epochs} epochs trained, {time.monotonic() - began:.0f} s")
-    _say(f"report: {out / 'report.html'}")
+    _print(f"trials: {counts}; {outcome.epochs} epochs trained, {time.monotonic() - began:.0f} s")
+    _print(f"report: {out / 'report.html'}")
     if outcome.interrupted and outcome.bundle is None:
         raise KeyboardInterrupt
     if outcome.bundle is None:
         raise RayCxrError(
             outcome.gave_up or f"{out}: no trial came to the end of an epoch, so there is no bundle; the table says why"
         )
-    _say(f"best trial: {outcome.best}, settings in {out / 'best.toml'}")
-    _say(f"bundle: {outcome.bundle.path}")
+    _print(f"best trial: {outcome.best}, settings in {out / 'best.toml'}")
+    _print(f"bundle: {outcome.bundle.path}")
     if outcome.gave_up is not None:
         raise RayCxrError(outcome.gave_up)
     if outcome.interrupted:
@@ -414,7 +420,7 @@ def _score(arguments: argparse.Namespace) -> None:
     if arguments.precision is not None:
         chosen = chosen.replace(precision=arguments.precision)
     if arguments.limit is not None and arguments.limit < 1:
-        raise ConfigError(f"--limit {arguments.limit}: give at least 1")
+        raise ConfigError(f"--limit {arguments.limit}: must be at least 1")
     from ray_cxr.scoring import pipeline
 
     call: dict[str, Any] = {
@@ -442,26 +448,26 @@ def _score(arguments: argparse.Namespace) -> None:
             raise
         too_many, report = error, error.report
     for note in report.notes:
-        _say(f"{arguments.images}: {note}")
+        _print(f"{arguments.images}: {note}")
     if arguments.dry_run:
         drawn = "" if report.heatmaps is None else f", heat maps of up to {report.heatmaps.to_draw:,} to draw"
-        _say(f"{report.rows:,} rows, {report.counts['to score']:,} of them to score{drawn}; nothing was written")
+        _print(f"{report.rows:,} rows, {report.counts['to score']:,} of them to score{drawn}; nothing was written")
         return
     table = Table("result", "rows", title="Scores")
     for code, count in report.counts.most_common():
         table.add_row(code, f"{count:,}")
-    _console().print(table)
+    _print_table(table)
     if report.images_per_second is None:
-        _say(f"scores: {arguments.out} is finished; nothing was left to do")
+        _print(f"scores: {arguments.out} is already complete")
     else:
-        _say(
+        _print(
             f"scored {report.scored_now:,} images in {report.seconds:.0f} s "
             f"({report.images_per_second:.1f} images/s, start-up included)"
         )
-        _say(f"scores: {arguments.out}")
+        _print(f"scores: {arguments.out}")
     if report.heatmaps is not None:
         for line in report.heatmaps.lines():
-            _say(line)
+            _print(line)
     if too_many is not None:
         raise too_many
 
@@ -469,7 +475,7 @@ def _score(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from ray_cxr.reporting import report
 
-    with _writing(arguments.out):
+    with _explain_write_errors(arguments.out):
         metrics = report.write_report(
             arguments.scores,
             arguments.out,
@@ -482,25 +488,25 @@ def _report(arguments: argparse.Namespace) -> None:
         )
     macro = metrics["macro"]
     if macro and macro["auroc"] is not None:
-        _say(
-            f"macro AUROC {macro['auroc']:.3f} ({_number(macro['auroc_low'])} to {_number(macro['auroc_high'])}) "
+        _print(
+            f"macro AUROC {macro['auroc']:.3f} ({_format(macro['auroc_low'])} to {_format(macro['auroc_high'])}) "
             f"over {len(macro['findings'])} findings, {metrics['n_images']:,} images of "
             f"{metrics['n_patients']:,} patients"
         )
-    _say(f"report: {remote.path(arguments.out) / 'report.html'}")
+    _print(f"report: {remote.path(arguments.out) / 'report.html'}")
 
 
 def _export_sr(arguments: argparse.Namespace) -> None:
     if not arguments.out:
-        raise ConfigError("--out: is empty; name where to write")
+        raise ConfigError("--out: is empty; name a folder to write")
     from ray_cxr.reporting import dicom_sr
 
     export = dicom_sr.export_sr(arguments.scores, arguments.out)
-    for outcome, words in dicom_sr.WORDS.items():
+    for outcome, words in dicom_sr.OUTCOME_TEXTS.items():
         if export.outcomes[outcome]:
-            _say(f"{export.outcomes[outcome]:,} {words}")
+            _print(f"{export.outcomes[outcome]:,} {words}")
     partial = f", {export.partial:,} of them without an image of their study" if export.partial else ""
-    _say(f"reports: {export.reports:,} in {arguments.out}{partial}; {export.written:,} written now")
+    _print(f"reports: {export.reports:,} in {arguments.out}{partial}; {export.written:,} written now")
     export.raise_for_failures()
 
 
@@ -508,9 +514,9 @@ def _quantize(arguments: argparse.Namespace) -> None:
     chosen = config.load(arguments.config, arguments.overrides, section="quantize").quantize
     from ray_cxr.models import quantization
 
-    with _writing(arguments.out):
-        bundle = quantization.quantize(arguments.bundle, arguments.prepared, arguments.out, chosen, on_event=_say)
-    _say(f"bundle: {bundle.place}")
+    with _explain_write_errors(arguments.out):
+        bundle = quantization.quantize(arguments.bundle, arguments.prepared, arguments.out, chosen, on_event=_print)
+    _print(f"bundle: {bundle.place}")
 
 
 def _recalibrate(arguments: argparse.Namespace) -> None:
@@ -518,7 +524,7 @@ def _recalibrate(arguments: argparse.Namespace) -> None:
     from ray_cxr.models import recalibration
 
     bundle = recalibration.recalibrate(
-        arguments.bundle, arguments.scores, arguments.labels, arguments.out, chosen, on_event=_say
+        arguments.bundle, arguments.scores, arguments.labels, arguments.out, chosen, on_event=_print
     )
     made, points = bundle.info["provenance"]["recalibrated"], bundle.info["operating_points"]
     names = ("finding", "images", "positives", "flags above", "before", "flag rate", "before", "Brier", "before")
@@ -529,29 +535,25 @@ def _recalibrate(arguments: argparse.Namespace) -> None:
             name,
             f"{row['n']:,}",
             f"{row['positives']:,}",
-            *(_none_or(one and one["threshold"], 4) for one in (point, old)),
-            *(_none_or(row[key]) for key in ("flag_rate", "flag_rate_before", "brier", "brier_before")),
+            *(_format(one and one["threshold"], 4, "none") for one in (point, old)),
+            *(_format(row[key], missing="none") for key in ("flag_rate", "flag_rate_before", "brier", "brier_before")),
         )
-    _console().print(table)
+    _print_table(table)
     for name, reason in bundle.info["rule_notes"].items():
         if reason:
-            _say(f"{name}: {reason}")
-    _say(
+            _print(f"{name}: {reason}")
+    _print(
         f"calibration by {made['method']} and operating points by {made['rule']}, from {made['images']:,} images of "
         f"{made['patients']:,} patients: report on others"
     )
-    _say(f"bundle: {bundle.place}")
-
-
-def _none_or(value: float | None, digits: int = 3) -> str:
-    return "none" if value is None else f"{value:.{digits}f}"
+    _print(f"bundle: {bundle.place}")
 
 
 def _import_weights(arguments: argparse.Namespace) -> None:
     if arguments.findings is None:
         raise ConfigError(
-            "--findings: say what the outputs are, in their order, separated by commas "
-            "(or 14, 15 for alphabetical order); a wrong order could not be noticed later"
+            "--findings: name the outputs in their order, comma-separated (or 14, 15 for alphabetical order); "
+            "a wrong order cannot be detected later"
         )
     with silence_stderr():
         from ray_cxr.models import importing
@@ -563,21 +565,21 @@ def _import_weights(arguments: argparse.Namespace) -> None:
         findings=importing.parse_findings(arguments.findings),
         size=arguments.size,
     )
-    _say(f"outputs: {', '.join(bundle.findings)}")
-    _say("no calibration and no operating points: those columns of a score table will be null")
-    _say(f"bundle: {bundle.place}")
+    _print(f"outputs: {', '.join(bundle.findings)}")
+    _print("no calibration or operating points; those columns of score tables will be null")
+    _print(f"bundle: {bundle.place}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
     from ray_cxr import demo
 
-    demo.run(Path(arguments.out), main, _say, tune=arguments.tune)
+    demo.run_demo(Path(arguments.out), main, _print, tune=arguments.tune)
 
 
 @contextlib.contextmanager
-def _writing(out: str) -> Iterator[None]:
+def _explain_write_errors(out: str) -> Iterator[None]:
     if not out:
-        raise ConfigError("--out: is empty; name where to write")
+        raise ConfigError("--out: is empty; name a file or folder to write")
     try:
         yield
     except OSError as error:
@@ -585,16 +587,16 @@ def _writing(out: str) -> Iterator[None]:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}{at}") from None
 
 
-def _console() -> Console:
-    # A pipe has no width; without one rich would fold tables at 80 columns.
-    return Console(width=None if sys.stdout.isatty() else 110)
+def _print_table(table: Table) -> None:
+    # Without a terminal, rich would fold tables at 80 columns.
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"
+def _format(value: float | None, digits: int = 3, missing: str = "undefined") -> str:
+    return missing if value is None else f"{value:.{digits}f}"
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(line, flush=True)
 
 

@@ -29,7 +29,7 @@ from ray_cxr.imaging.dicom import read_tags
 from ray_cxr.labels import FINDINGS, LABELS
 from ray_cxr.models import predictions
 from ray_cxr.models.bundle import Bundle
-from ray_cxr.reporting import dicom_sr
+from ray_cxr.reporting import dicom_sr, sr_document
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -202,12 +202,12 @@ def read_groups(document: Dataset) -> dict[str, dict[str, Any]]:
 
 
 def test_codes_are_unique_and_well_formed() -> None:
-    assert [row.finding for row in dicom_sr.CODES.values()] == list(dicom_sr.CODES)
-    assert set(dicom_sr.CODES) == set(LABELS)
-    assert len({(row.scheme, row.value) for row in dicom_sr.CODES.values()}) == len(LABELS)
-    assert dicom_sr.SCHEME.startswith("99")
-    for code in [row.code for row in dicom_sr.CODES.values()] + list(dicom_sr.QUALITY_CODES.values()):
-        assert code.scheme_designator in ("SCT", "DCM", "RADLEX", dicom_sr.SCHEME)
+    assert [row.finding for row in sr_document.CODES.values()] == list(sr_document.CODES)
+    assert set(sr_document.CODES) == set(LABELS)
+    assert len({(row.scheme, row.value) for row in sr_document.CODES.values()}) == len(LABELS)
+    assert sr_document.SCHEME.startswith("99")
+    for code in [row.code for row in sr_document.CODES.values()] + list(sr_document.QUALITY_CODES.values()):
+        assert code.scheme_designator in ("SCT", "DCM", "RADLEX", sr_document.SCHEME)
         assert 0 < len(code.value) <= 16, "Code Value is a short string"
         assert 0 < len(code.meaning) <= 64
         assert code.scheme_designator != "RADLEX" or re.fullmatch(r"RID[0-9]+", code.value)
@@ -218,7 +218,7 @@ def test_public_codes_have_the_meaning_of_dicoms_dictionary(scheme: str) -> None
     dictionary, meanings = getattr(codes, scheme), defaultdict(set)
     for entry in (getattr(dictionary, keyword) for keyword in dictionary.dir()):
         meanings[entry.value].add(entry.meaning.removesuffix(" (disorder)"))
-    used = [*(row.code for row in dicom_sr.CODES.values()), dicom_sr.PROBABILITY]
+    used = [*(row.code for row in sr_document.CODES.values()), sr_document.PROBABILITY]
     found = {code.value: {code.meaning} for code in used if code.scheme_designator == scheme}
     assert found
     assert {value: meanings[value] for value in found} == found
@@ -231,22 +231,22 @@ def test_documents_hold_the_scores(exported: Site) -> None:
     for image, row in ((1, 0), (2, 2)):
         scored = exported.table.slice(row, 1).to_pylist()[0]
         source = (f"{ROOT}.1.{row + 1}", ComputedRadiographyImageStorage)
-        top = dicom_sr.CODES[scored["top_finding"]]
+        top = sr_document.CODES[scored["top_finding"]]
         expected[f"Image {image}"] = {
             "image": source,
             "PRIORITY": scored["priority"],
             "TOP_FINDING": (top.value, top.scheme),
-            "QUALITY": ("AGE_OUTSIDE", dicom_sr.SCHEME) if row == 0 else None,
+            "QUALITY": ("AGE_OUTSIDE", sr_document.SCHEME) if row == 0 else None,
         }
         for name in FINDINGS:
-            flag, code = scored[f"flag_{name}"], dicom_sr.CODES[name]
+            flag, code = scored[f"flag_{name}"], sr_document.CODES[name]
             expected[f"Image {image}, {name}"] = {
                 "image": source,
                 FINDING: (code.value, code.scheme),
                 "UNCALIBRATED": scored[f"p_{name}"],
-                dicom_sr.PROBABILITY.value: scored[f"c_{name}"],
+                sr_document.PROBABILITY.value: scored[f"c_{name}"],
                 "OPERATING_POINT": exported.model[0].thresholds[name],
-                "FLAG": None if flag is None else ("FLAGGED" if flag else "NOT_FLAGGED", dicom_sr.SCHEME),
+                "FLAG": None if flag is None else ("FLAGGED" if flag else "NOT_FLAGGED", sr_document.SCHEME),
             }
     assert groups == {
         name: {code: value for code, value in values.items() if value is not None} for name, values in expected.items()
@@ -261,7 +261,7 @@ def test_documents_name_their_device_and_are_unverified(exported: Site) -> None:
     document = sr.srread(exported.out / f"{exported.images()[0]['report']}.dcm")
     assert isinstance(document, sr.ComprehensiveSR)
     assert isinstance(document.content, sr.MeasurementReport)
-    assert len(document.content.get_image_measurement_groups(finding_type=dicom_sr.CODES[FINDINGS[1]].code)) == 2
+    assert len(document.content.get_image_measurement_groups(finding_type=sr_document.CODES[FINDINGS[1]].code)) == 2
     flags = (document.Modality, document.VerificationFlag, document.PreliminaryFlag, document.CompletionFlag)
     assert flags == ("SR", "UNVERIFIED", "PRELIMINARY", "COMPLETE")
     assert "VerifyingObserverSequence" not in document
@@ -269,11 +269,11 @@ def test_documents_name_their_device_and_are_unverified(exported: Site) -> None:
     found = {meaning(item): item.get("UID") or item.get("TextValue") for item in items(document)}
     assert found["Comment"].startswith("Research use only, not for diagnosis.")
     digest = exported.model[0].digest
-    assert found["Device Observer UID"] == dicom_sr.device_uid(digest)
+    assert found["Device Observer UID"] == sr_document.device_uid(digest)
     assert found["Device Observer Serial Number"] == document.DeviceSerialNumber == digest
     assert "TinyCNN" in found["Device Observer Model Name"]
     assert "ray-cxr 9.8.7" in document.SoftwareVersions
-    assert document.CodingSchemeIdentificationSequence[0].CodingSchemeDesignator == dicom_sr.SCHEME
+    assert document.CodingSchemeIdentificationSequence[0].CodingSchemeDesignator == sr_document.SCHEME
 
 
 def test_patient_study_and_time_zone_are_those_of_the_image(exported: Site) -> None:
@@ -346,8 +346,8 @@ def test_the_same_scores_give_the_same_files(site: Site, command: Command, tmp_p
 def test_other_processes_write_the_same_documents(
     exported: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dicom_sr, "_MANY", 2)
-    monkeypatch.setattr(dicom_sr, "_PROCESSES", 1)
+    monkeypatch.setattr(dicom_sr, "_MIN_PARALLEL", 2)
+    monkeypatch.setattr(dicom_sr, "_MAX_PROCESSES", 1)
     dicom_sr.export_sr(exported.scores, tmp_path / "elsewhere")
     assert read_files(tmp_path / "elsewhere") == read_files(exported.out)
 
@@ -467,9 +467,9 @@ def test_text_of_the_image_is_copied_byte_for_byte(site: Site, command: Command,
             assert document.get_item(keyword).value.rstrip(b" ") == values[int(study) - 1], keyword
         found = document.get("SpecificCharacterSet")
         assert found == charset
-        assert document.Manufacturer == dicom_sr.MANUFACTURER
-        assert document.SeriesDescription == dicom_sr.SERIES_DESCRIPTION
-        assert any(getattr(item, "TextValue", None) == dicom_sr.RESEARCH_ONLY for item in document.ContentSequence)
+        assert document.Manufacturer == sr_document.MANUFACTURER
+        assert document.SeriesDescription == sr_document.SERIES_DESCRIPTION
+        assert any(getattr(item, "TextValue", None) == sr_document.RESEARCH_ONLY for item in document.ContentSequence)
 
 
 def test_images_of_a_study_with_undecodable_ids_of_two_patients_fail(site: Site, command: Command) -> None:
@@ -511,11 +511,11 @@ def change_row(site: Site, change: Callable[[dict[str, Any]], object]) -> None:
     ("spoil", "names"),
     [
         (lambda site: (site.scores / "_SUCCESS").unlink(), "scores: score did not finish"),
-        (lambda site: shutil.rmtree(site.scores), "scores: is not a folder that `ray-cxr score` wrote"),
+        (lambda site: shutil.rmtree(site.scores), "scores: no such folder"),
         (lambda site: (site.scores / "model.json").unlink(), "model.json"),
         (lambda site: change_row(site, lambda row: row.pop(f"p_{FINDINGS[0]}")), f"p_{FINDINGS[0]}"),
         (lambda site: (site.scores / "scores" / "part-00000.parquet").write_bytes(b"PAR1"), "part-00000.parquet"),
-        (lambda site: change_row(site, lambda row: row.update(path="a.png")), "none of its 1 rows is a DICOM image"),
+        (lambda site: change_row(site, lambda row: row.update(path="a.png")), "none of its 1 rows is a scored DICOM image"),
         (lambda site: shutil.copytree(site.scores, site.out), "reports"),
         (lambda site: site.out.write_text("", encoding="utf-8"), "reports: is a file"),
     ],

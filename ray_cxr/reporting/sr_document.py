@@ -1,0 +1,327 @@
+"""Build one study's DICOM structured report: a Comprehensive SR of TID 1500, Measurement Report (DICOM PS3.16).
+
+For each image it has
+
+- a measurement group (TID 1501) with the image's priority, top finding and quality flag;
+- a measurement group per finding: its code, the calibrated probability if there is one, the raw probability, the
+  operating point, and whether the image is flagged.
+
+The observer is a device whose UID derives from the model's digest: another training, quantisation or calibration is
+another device. Every document states that it is unverified (VerificationFlag, PreliminaryFlag, and in words).
+
+All UIDs derive from the content and never from a clock or random numbers (see `_uid`): the same scores give the same
+files, and a PACS that receives them twice keeps one. The texts in this module are part of the content; raise `FORMAT`
+when one changes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import itertools
+import json
+import logging
+import re
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pydicom
+from highdicom import sr
+from highdicom.base import CodingSchemeIdentificationItem
+from pydicom.dataset import Dataset
+from pydicom.sr.coding import Code
+from pydicom.uid import UID
+
+from ray_cxr.evaluation import quality
+from ray_cxr.imaging import dicom_text
+from ray_cxr.reporting.sr_studies import ImageHeader, ReportContent, ScoringModel, keep_invalid_values
+
+# highdicom logs UIDs, and names of people if they look unusual to it.
+logging.getLogger("highdicom").setLevel(logging.CRITICAL + 1)
+
+#: Raised whenever the same scores would give another document.
+FORMAT = 1
+#: The private coding scheme, for concepts without a public code (PS3.16, 8.2: the designator begins with 99).
+SCHEME = "99RAYCXR"
+RESEARCH_ONLY = (
+    "Research use only, not for diagnosis. Made by a computer program from single images and reviewed by nobody. "
+    "A probability is of this model on images like those it was calibrated on; a finding below its operating point "
+    "has not been ruled out."
+)
+MANUFACTURER = "ray-cxr"
+SERIES_DESCRIPTION = "ray-cxr findings, research use only"
+#: Far from the numbers that modalities assign.
+SERIES_NUMBER = 9901
+
+_NAMESPACE = uuid.UUID("f2b4cf0c-5f0b-4f3c-9b8a-6f9f3a1f6a52")
+#: Attributes of the patient and study modules that every document must have, empty if unknown (type 2).
+_REQUIRED = (
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+)
+
+
+@dataclass(frozen=True)
+class FindingCode:
+    """A finding's code and its source.
+
+    Attributes:
+        source: `PS3.16` for codes of DICOM's dictionary, which are free for use in DICOM; `RadLex 4.3`, also free; or
+            why the private scheme is used.
+    """
+
+    finding: str
+    value: str
+    scheme: str
+    meaning: str
+    source: str
+
+    @property
+    def code(self) -> Code:
+        return Code(self.value, self.scheme, self.meaning)
+
+
+#: SNOMED CT only where DICOM's dictionary has it; other codes need a licence in some countries. None is guessed.
+CODES: dict[str, FindingCode] = {
+    row.finding: row
+    for row in (
+        FindingCode("Atelectasis", "RID28493", "RADLEX", "atelectasis", "RadLex 4.3; PS3.16 has the plate-like one alone"),
+        FindingCode(
+            "Cardiomegaly",
+            "CARDIOMEGALY",
+            SCHEME,
+            "Cardiomegaly",
+            "none in RadLex 4.3; PS3.16 gives SCT 287272002 two meanings, one an enlarged septal foramen of the heart",
+        ),
+        FindingCode("Consolidation", "RID43255", "RADLEX", "consolidation", "RadLex 4.3; none in PS3.16"),
+        FindingCode("Edema", "19242006", "SCT", "Pulmonary edema", "PS3.16, CID 3700"),
+        FindingCode("Effusion", "60046008", "SCT", "Pleural effusion", "PS3.16, CID 8134"),
+        FindingCode("Emphysema", "RID4799", "RADLEX", "emphysema", "RadLex 4.3; PS3.16 has the mediastinal one alone"),
+        FindingCode("Fibrosis", "112674009", "SCT", "Fibrosis", "PS3.16, CID 6335"),
+        FindingCode("Hernia", "HERNIA", SCHEME, "Hernia", "none in PS3.16; none in RadLex that could be verified"),
+        FindingCode("Infiltration", "112121", "DCM", "Infiltrate", "PS3.16, CID 6102, Chest Finding or Feature"),
+        FindingCode("Mass", "4147007", "SCT", "Mass", "PS3.16, CID 6102, Chest Finding or Feature"),
+        FindingCode("Nodule", "27925004", "SCT", "Nodule", "PS3.16, CID 6102, Chest Finding or Feature"),
+        FindingCode("Pleural_Thickening", "PLEURALTHICK", SCHEME, "Pleural thickening", "none in PS3.16 or RadLex 4.3"),
+        FindingCode("Pneumonia", "RID5350", "RADLEX", "pneumonia", "RadLex 4.3; none in PS3.16"),
+        FindingCode("Pneumothorax", "36118008", "SCT", "Pneumothorax", "PS3.16, CID 6102, Chest Finding or Feature"),
+        FindingCode("No_Finding", "NO_FINDING", SCHEME, "None of the findings", "an output of the network, no observation"),
+    )
+}
+
+PROBABILITY = Code("122157", "DCM", "Probability")
+UNCALIBRATED = Code("UNCALIBRATED", SCHEME, "Output of the network, not calibrated")
+OPERATING_POINT = Code("OPERATING_POINT", SCHEME, "Operating point, on the output that is not calibrated")
+CALIBRATION = Code("CALIBRATED", SCHEME, "Calibrated")
+FLAG = Code("FLAG", SCHEME, "Against the operating point")
+FLAGGED = Code("FLAGGED", SCHEME, "Flagged: at or above the operating point")
+NOT_FLAGGED = Code("NOT_FLAGGED", SCHEME, "Not flagged: below the operating point")
+PRIORITY = Code("PRIORITY", SCHEME, "Reading priority, 0 to 1; from 0.5 on a finding is flagged")
+TOP_FINDING = Code("TOP_FINDING", SCHEME, "Finding with the highest rank")
+QUALITY = Code("QUALITY", SCHEME, "Why the image may be unlike those of the training")
+#: The quality flags of a score table, gravest first.
+QUALITY_CODES: dict[str, Code] = dict(
+    zip(
+        quality.FLAGS,
+        (
+            Code("INVERTED", SCHEME, "Black and white are exchanged"),
+            Code("LATERAL", SCHEME, "Lateral view"),
+            Code("NOT_FRONTAL", SCHEME, "Not like a frontal chest radiograph"),
+            Code("OUT_OF_DISTRIB", SCHEME, "Features unlike those of the training"),
+            Code("AGE_OUTSIDE", SCHEME, "Age outside that of the training"),
+        ),
+        strict=True,
+    )
+)
+_COMMENT = Code("121106", "DCM", "Comment")
+_PROCEDURE = Code("43468-8", "LN", "XR unspecified body region")
+_NO_UNITS = Code("1", "UCUM", "no units")
+
+
+def build_document(content: ReportContent) -> tuple[str, bytes] | str:
+    """Return a document's UID and bytes; if its header cannot be used, the type of the error.
+
+    The error's message is dropped, because it quotes the header.
+    """
+    try:
+        with keep_invalid_values():
+            document = _build(content)
+            buffer = io.BytesIO()
+            document.save_as(buffer, enforce_file_format=True)
+        return str(document.SOPInstanceUID), buffer.getvalue()
+    except Exception as error:
+        return type(error).__name__
+
+
+def _uid(*content: object) -> str:
+    """Return the UID of some content: 2.25 and a name-based UUID (PS3.5, B.2; RFC 4122, version 5)."""
+    return f"2.25.{uuid.uuid5(_NAMESPACE, json.dumps(content)).int}"
+
+
+def device_uid(model_digest: str) -> str:
+    """Return the UID of a bundle as a device."""
+    return _uid("device", model_digest)
+
+
+def _build(content: ReportContent) -> Dataset:
+    """Build a study's report. Its UID covers everything but the time and the data of patient and study."""
+    model, images, missing = content.model, content.images, content.missing
+    study = images[0].study
+    instances = [image.instance for image in images]
+    uid = _uid(
+        "report", FORMAT, study, model.digest, model.version, model.thresholds, missing, instances, content.values
+    )
+    report = sr.MeasurementReport(
+        observation_context=sr.ObservationContext(observer_device_context=_build_observer(model)),
+        procedure_reported=_PROCEDURE,
+        imaging_measurements=list(
+            itertools.chain.from_iterable(
+                _build_groups(model, image, values, uid, number)
+                for number, (image, values) in enumerate(zip(images, content.values, strict=True), 1)
+            )
+        ),
+    )
+    root = report[0]
+    items = root.ContentSequence
+    # Before the measurements, so that every reader sees it first.
+    items.insert(
+        len(items) - 1,
+        sr.TextContentItem(_COMMENT, RESEARCH_ONLY, relationship_type=sr.RelationshipTypeValues.CONTAINS),
+    )
+    # An empty tree for the constructor. highdicom would walk the whole tree four times to check references and 3D
+    # coordinates, which doubles the time; all references are in the evidence, and nothing is 3D.
+    root.ContentSequence = sr.ContentSequence(is_root=False)
+    header = pydicom.dcmread(io.BytesIO(images[0].copied), force=True)
+    copied = dicom_text.copy_elements(header, header.keys())
+    when = _local_time(model.finished, header)
+    document = sr.ComprehensiveSR(
+        evidence=[_describe_image(image) for image in images],
+        content=root,
+        series_instance_uid=_uid("series", study, model.digest),
+        series_number=SERIES_NUMBER,
+        sop_instance_uid=uid,
+        instance_number=1,
+        manufacturer=MANUFACTURER,
+        manufacturer_model_name=model.name,
+        software_versions=(f"ray-cxr {model.version}", f"model {model.digest[:16]}"),
+        device_serial_number=model.digest,
+        series_description=SERIES_DESCRIPTION,
+        content_date=when.date(),
+        content_time=when.time(),
+        coding_schemes=[
+            CodingSchemeIdentificationItem(SCHEME, name="ray-cxr private codes", responsible_organization="ray-cxr")
+        ],
+        is_complete=not missing,
+        is_final=False,
+        is_verified=False,
+    )
+    document.ContentSequence = items
+    if missing:
+        total = missing + len(images)
+        document.CompletionFlagDescription = f"{missing} of {total} images are not in this document"
+    document.InstanceCreationDate, document.InstanceCreationTime = document.ContentDate, document.ContentTime
+    for tool in document.ContributingEquipmentSequence:  # highdicom writes the current time
+        tool.ContributionDateTime = f"{when:%Y%m%d%H%M%S}"
+    for keyword in _REQUIRED:
+        setattr(document, keyword, None)
+    dicom_text.add_elements(document, copied)
+    return document
+
+
+def _describe_image(image: ImageHeader) -> Dataset:
+    """Return the reference to an image, without the patient: highdicom would log a name that looks unusual to it."""
+    evidence = Dataset()
+    evidence.StudyInstanceUID, evidence.SeriesInstanceUID = image.study, image.series
+    evidence.SOPInstanceUID, evidence.SOPClassUID = image.instance, UID(image.sop_class)
+    for keyword in _REQUIRED:
+        setattr(evidence, keyword, "")
+    return evidence
+
+
+def _local_time(when: datetime.datetime, header: Dataset) -> datetime.datetime:
+    """Convert to a time without zone, as DICOM stores it: in the image's time zone, or in this machine's."""
+    offset = re.fullmatch(r"([+-])(\d\d)([0-5]\d)", str(header.get("TimezoneOffsetFromUTC") or "").strip())
+    zone = None
+    if offset and int(offset[2]) <= 14:
+        minutes = int(offset[2]) * 60 + int(offset[3])
+        zone = datetime.timezone(datetime.timedelta(minutes=-minutes if offset[1] == "-" else minutes))
+    return when.astimezone(zone).replace(tzinfo=None)
+
+
+def _build_observer(model: ScoringModel) -> sr.ObserverContext:
+    return sr.ObserverContext(
+        observer_type=Code("121007", "DCM", "Device"),
+        observer_identifying_attributes=sr.DeviceObserverIdentifyingAttributes(
+            uid=device_uid(model.digest),
+            name=f"ray-cxr {model.version}, model {model.digest[:16]}",
+            manufacturer_name=MANUFACTURER,
+            model_name=model.name,
+            serial_number=model.digest,
+        ),
+    )
+
+
+def _build_groups(
+    model: ScoringModel, image: ImageHeader, values: dict[str, Any], uid: str, number: int
+) -> Iterator[sr.MeasurementsAndQualitativeEvaluations]:
+    """Yield the measurement groups of an image: one for the whole image, then one per finding."""
+    evaluations = []
+    if values["top_finding"] is not None:
+        evaluations.append(sr.QualitativeEvaluation(TOP_FINDING, CODES[values["top_finding"]].code))
+    if values["quality_flag"] is not None:
+        evaluations.append(sr.QualitativeEvaluation(QUALITY, QUALITY_CODES[values["quality_flag"]]))
+    priority = values["priority"]
+    yield _build_group(
+        image,
+        uid,
+        f"Image {number}",
+        measurements=[] if priority is None else [_measure(PRIORITY, priority)],
+        evaluations=evaluations,
+    )
+    for j, finding in enumerate(model.findings):
+        measurements = [_measure(UNCALIBRATED, values["p"][j])]
+        if values["c"][j] is not None:
+            measurements.insert(0, _measure(PROBABILITY, values["c"][j], method=CALIBRATION))
+        threshold = model.thresholds[j]
+        if threshold is not None:
+            measurements.append(_measure(OPERATING_POINT, float(threshold)))
+        flag = values["flags"][j]
+        yield _build_group(
+            image,
+            uid,
+            f"Image {number}, {finding}",
+            finding=CODES[finding].code,
+            measurements=measurements,
+            evaluations=[] if flag < 0 else [sr.QualitativeEvaluation(FLAG, FLAGGED if flag else NOT_FLAGGED)],
+        )
+
+
+def _build_group(
+    image: ImageHeader,
+    uid: str,
+    name: str,
+    *,
+    finding: Code | None = None,
+    measurements: list[sr.Measurement],
+    evaluations: list[sr.QualitativeEvaluation],
+) -> sr.MeasurementsAndQualitativeEvaluations:
+    return sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(uid=_uid("group", uid, name), identifier=name),
+        finding_type=finding,
+        measurements=measurements,
+        qualitative_evaluations=evaluations,
+        source_images=[sr.SourceImageForMeasurementGroup(UID(image.sop_class), image.instance)],
+    )
+
+
+def _measure(name: Code, value: float, method: Code | None = None) -> sr.Measurement:
+    return sr.Measurement(name=name, value=float(value), unit=_NO_UNITS, method=method)

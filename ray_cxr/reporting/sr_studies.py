@@ -1,0 +1,440 @@
+"""Plan DICOM structured reports: read scores and image headers, and group the images by study. Needs no highdicom."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import io
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pydicom
+import pydicom.config
+from pydicom.dataset import Dataset
+
+from ray_cxr.data import identity
+from ray_cxr.errors import ImageError, TableError
+from ray_cxr.imaging import dicom_text
+from ray_cxr.imaging.dicom import looks_like_dicom
+from ray_cxr.imaging.pixels import decoder_errors
+from ray_cxr.labels import LABELS
+from ray_cxr.progress import Progress
+from ray_cxr.storage import run_folder
+from ray_cxr.storage.archives import read_members
+from ray_cxr.storage.paths import file_name, split_member
+from ray_cxr.storage.stores import open_stream
+
+#: Outcomes of a row of the scores.
+EXPORTED, NOT_SCORED, NOT_DICOM, REPEATED, FAILED = "exported", "not_scored", "not_dicom", "repeated", "failed"
+
+_MAX_HEADER = 64 * 1024 * 1024
+_FETCH_BYTES = 64 * 1024
+#: Files with these suffixes are not opened.
+_NOT_DICOM_SUFFIXES = (".png", ".jpg", ".jpeg")
+#: Reading a header from a store is a request, and most of it is waiting.
+_THREADS, _BATCH_ROWS = 8, 512
+#: Elements that are copied from an image's header into its study's document. They identify the patient and the study
+#: (Patient, Patient Study and General Study modules, PS3.3, C.7.1.1, C.7.2.2, C.7.2.1).
+_COPIED = (
+    "SpecificCharacterSet",
+    "TimezoneOffsetFromUTC",
+    "PatientName",
+    "PatientID",
+    "IssuerOfPatientID",
+    "IssuerOfPatientIDQualifiersSequence",
+    "TypeOfPatientID",
+    "OtherPatientIDsSequence",
+    "PatientBirthDate",
+    "PatientBirthTime",
+    "PatientSex",
+    "PatientAge",
+    "PatientIdentityRemoved",
+    "DeidentificationMethod",
+    "DeidentificationMethodCodeSequence",
+    "LongitudinalTemporalInformationModified",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "StudyDescription",
+    "AccessionNumber",
+    "IssuerOfAccessionNumberSequence",
+    "ReferringPhysicianName",
+)
+#: The format of PatientAge (PS3.5, 6.2, AS). Archives often store another one; the element is optional.
+_AGE = re.compile(r"[0-9]{3}[DWMY]")
+UID_TEXT = re.compile(r"[0-9]+(\.[0-9]+)+")
+
+
+@dataclass(frozen=True)
+class ScoringModel:
+    """The model that scored.
+
+    Attributes:
+        findings: its outputs, in order.
+        thresholds: per finding the operating point on the raw probability, or None.
+        digest: the bundle's digest.
+        version: the ray-cxr that scored.
+        finished: when scoring ended.
+    """
+
+    findings: tuple[str, ...]
+    thresholds: tuple[float | None, ...]
+    backbone: str
+    digest: str
+    version: str
+    finished: datetime.datetime
+
+    @property
+    def name(self) -> str:
+        return f"ray-cxr chest radiograph findings, {self.backbone}"[:64]
+
+
+@dataclass(frozen=True)
+class ScoreFolder:
+    """A score folder in memory.
+
+    Attributes:
+        table: image_id, path, study_id, status, top_finding, priority and quality_flag.
+        p, c: float32 [N,F], raw and calibrated probabilities, NaN where null.
+        flags: int8 [N,F], -1 where null.
+        settings_digest: SHA-256 of the run's settings, hex.
+        digest: SHA-256 over the score files, hex.
+    """
+
+    model: ScoringModel
+    table: pa.Table
+    p: np.ndarray
+    c: np.ndarray
+    flags: np.ndarray
+    settings_digest: str
+    digest: str
+
+    def values(self, row: int) -> dict[str, Any]:
+        """Return the results of an image, for JSON."""
+        return {
+            "p": self.p[row].tolist(),
+            "c": [None if np.isnan(value) else value for value in self.c[row].tolist()],
+            "flags": self.flags[row].tolist(),
+            **{name: self.table[name][row].as_py() for name in ("top_finding", "priority", "quality_flag")},
+        }
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """UIDs and identity from an image's header.
+
+    Attributes:
+        patient: the patient, for comparison within a study.
+        copied: the elements of `_COPIED`, text byte for byte, as Explicit VR Little Endian.
+    """
+
+    study: str
+    series: str
+    instance: str
+    sop_class: str
+    patient: tuple[str, ...]
+    copied: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ReportContent:
+    """The content of one document.
+
+    Attributes:
+        images: of one study, in the order of the scores.
+        values: per image its results, see `ScoreFolder.values`.
+        missing: number of images of the study that are not among them.
+    """
+
+    model: ScoringModel
+    images: tuple[ImageHeader, ...]
+    values: tuple[dict[str, Any], ...]
+    missing: int
+
+
+@dataclass
+class ExportPlan:
+    """What to export.
+
+    Attributes:
+        outcomes: per row of the scores `EXPORTED`, ....
+        headers: by row, of the images to export.
+        reasons: by row, of the failed images.
+    """
+
+    outcomes: list[str]
+    headers: dict[int, ImageHeader] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def fail(self, row: int, reason: str) -> None:
+        self.outcomes[row], self.reasons[row] = FAILED, reason
+        self.headers.pop(row, None)
+
+    def studies(self) -> list[list[int]]:
+        """Return the rows of each study, in the order of the scores."""
+        rows: dict[str, list[int]] = defaultdict(list)
+        for row in sorted(self.headers):
+            rows[self.headers[row].study].append(row)
+        return list(rows.values())
+
+
+def read_scores(path: Path) -> ScoreFolder:
+    """Read a finished score folder.
+
+    Raises:
+        InputError: not a score folder, or not finished.
+        TableError: a file is damaged or lacks a column.
+    """
+    run_folder.check_complete(path, "score")
+    try:
+        info = json.loads((path / "model.json").read_text(encoding="utf-8"))
+        run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        findings = tuple(info["findings"])
+        points = info["operating_points"]
+        model = ScoringModel(
+            findings=findings,
+            thresholds=tuple(points[name]["threshold"] if points[name] else None for name in findings),
+            backbone=str(info["architecture"]["backbone"]),
+            digest=str(info["digest"]),
+            version=str(run.get("versions", {}).get("ray-cxr", "unknown")),
+            finished=_read_time(run.get("finished"), path / "run.json"),
+        )
+        settings_digest = run_folder.digest_settings(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise TableError(f"{path}: model.json, run.json or settings.json is missing or damaged; score again") from None
+    if not findings or set(findings) - set(LABELS):
+        raise TableError(f"{path}: model.json has unknown findings; run score again with --fresh")
+    parts = sorted((path / "scores").glob("part-*.parquet"))
+    if not parts:
+        raise TableError(f"{path}: has no scores/part-*.parquet; run score again with --fresh")
+    names = ["image_id", "path", "study_id", "status", "top_finding", "priority", "quality_flag"]
+    columns = [*names, *(f"{kind}_{name}" for kind in ("p", "c", "flag") for name in findings)]
+    sink = hashlib.sha256()
+    tables = []
+    for part in parts:
+        try:
+            data = part.read_bytes()
+            file = pq.ParquetFile(pa.BufferReader(data))
+            absent = [name for name in columns if name not in file.schema_arrow.names]
+            if absent:
+                raise TableError(f"{part}: has no column {absent[0]}; remove it and run score again")
+            tables.append(file.read(columns=columns).select(columns))
+        except (OSError, pa.ArrowException):
+            raise TableError(f"{part}: is missing or damaged; remove it and run score again") from None
+        sink.update(hashlib.sha256(data).digest())
+    table = identity.check_table(pa.concat_tables(tables).combine_chunks(), str(path))
+
+    def stack(kind: str, dtype: pa.DataType, null: float) -> np.ndarray:
+        return np.column_stack([table[f"{kind}_{name}"].cast(dtype).fill_null(null).to_numpy() for name in findings])
+
+    return ScoreFolder(
+        model=model,
+        table=table.select(names),
+        p=stack("p", pa.float32(), np.nan),
+        c=stack("c", pa.float32(), np.nan),
+        flags=stack("flag", pa.int8(), -1),
+        settings_digest=settings_digest,
+        digest=sink.hexdigest(),
+    )
+
+
+def _read_time(text: str | None, file: Path) -> datetime.datetime:
+    """Return the end of scoring in UTC from `run.json`; if it is absent, the time of that file."""
+    if text is None:
+        return datetime.datetime.fromtimestamp(int(file.stat().st_mtime), datetime.UTC)
+    return datetime.datetime.fromisoformat(text).astimezone(datetime.UTC)
+
+
+def plan_export(scores: ScoreFolder) -> ExportPlan:
+    """Read the header of every scored image that may be DICOM, and decide the outcome of every row."""
+    paths, studies = scores.table["path"].to_pylist(), scores.table["study_id"].to_pylist()
+    plan = ExportPlan([NOT_DICOM if status == "ok" else NOT_SCORED for status in scores.table["status"].to_pylist()])
+    candidates = [
+        (row, path)
+        for row, (path, outcome) in enumerate(zip(paths, plan.outcomes, strict=True))
+        if outcome == NOT_DICOM and path is not None and not file_name(path).lower().endswith(_NOT_DICOM_SUFFIXES)
+    ]
+    with Progress("read headers", len(candidates), unit="files") as progress:
+        for row, header in _read_headers(candidates):
+            if isinstance(header, ImageHeader) and _was_replaced(header, studies[row]):
+                header = ImageError("corrupt", "the file is of another study than when it was scored")
+            if isinstance(header, ImageError):
+                plan.fail(row, f"{header.code}: {header.message}")
+            elif header is not None:
+                plan.outcomes[row], plan.headers[row] = EXPORTED, header
+            progress.advance(1, f"{len(plan.reasons):,} failed")
+    for rows in plan.studies():
+        if len({plan.headers[row].patient for row in rows}) > 1:
+            # One document would put the findings of one patient into another's record.
+            for row in rows:
+                plan.fail(row, "corrupt: the images of the study are of different patients")
+    # Within a study: poorly anonymised files can share UIDs across patients.
+    seen: set[tuple[str, str]] = set()
+    for row in sorted(plan.headers):
+        name = (plan.headers[row].study, plan.headers[row].instance)
+        if name in seen:
+            plan.outcomes[row] = REPEATED
+            del plan.headers[row]
+        seen.add(name)
+    return plan
+
+
+def _was_replaced(header: ImageHeader, study: str | None) -> bool:
+    """Return whether a row's study_id is a UID and not this image's. It can also be a pseudonym or a table's own id."""
+    return study is not None and UID_TEXT.fullmatch(study) is not None and study != header.study
+
+
+def _read_headers(candidates: list[tuple[int, str]]) -> Iterator[tuple[int, ImageHeader | ImageError | None]]:
+    """Yield each file's header: an error if it cannot be read, None if it is not DICOM."""
+    members: dict[str, dict[str, list[int]]] = {}
+    single: list[tuple[int, str]] = []
+    for row, path in candidates:
+        inside = split_member(path)
+        if inside is None:
+            single.append((row, path))
+        else:
+            members.setdefault(inside[0], {}).setdefault(inside[1], []).append(row)
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="headers") as pool:
+        for start in range(0, len(single), _BATCH_ROWS):
+            batch = single[start : start + _BATCH_ROWS]
+            yield from zip((row for row, _ in batch), pool.map(_read_file, [path for _, path in batch]), strict=True)
+    for archive, wanted in members.items():
+        reason = ImageError("missing", "the archive has no such member")
+        try:
+            for name, content in read_members(archive, frozenset(wanted)):
+                header = content if isinstance(content, ImageError) else _read_header(io.BytesIO(content).read)
+                yield from ((row, header) for row in wanted.pop(name))
+        except ImageError as error:
+            reason = ImageError(error.code, f"the archive: {error.message}")
+        yield from ((row, reason) for rows in wanted.values() for row in rows)
+
+
+def _read_file(path: str) -> ImageHeader | ImageError | None:
+    try:
+        with open_stream(path) as fetch:
+            return _read_header(fetch)
+    except ImageError as error:
+        return error
+
+
+def _read_header(fetch: Callable[[int], bytes]) -> ImageHeader | ImageError | None:
+    """Read a file up to its pixels; return None if it is not DICOM."""
+    try:
+        with decoder_errors("DICOM"):
+            file = _HeaderStream(fetch)
+            head = file.read(256)
+            if not looks_like_dicom(head):
+                return None if head else ImageError("empty", "the file holds 0 bytes")
+            file.seek(0)
+            ds = pydicom.dcmread(file, stop_before_pixels=True, force=head[128:132] != b"DICM")
+            if "Rows" not in ds:
+                raise ImageError("truncated", "the DICOM header describes no image")
+            return _parse_header(ds)
+    except ImageError as error:
+        return error
+
+
+class _HeaderStream(io.RawIOBase):
+    """The start of a stream as a seekable file, fetched on demand."""
+
+    def __init__(self, fetch: Callable[[int], bytes]) -> None:
+        self._fetch = fetch
+        self._data = bytearray()
+        self._position = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        end = _MAX_HEADER + 1 if size is None or size < 0 else self._position + size
+        while len(self._data) < end and (chunk := self._fetch(_FETCH_BYTES)):
+            self._data += chunk
+            if len(self._data) > _MAX_HEADER:
+                raise ImageError("too_large", f"the DICOM header has more than {_MAX_HEADER} bytes")
+        result = bytes(self._data[self._position : end])
+        self._position += len(result)
+        return result
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        if whence == io.SEEK_END:
+            self._position = len(self._data)
+            self.read()
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._data)}[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+
+def _parse_header(ds: Dataset) -> ImageHeader:
+    """Raises: ImageError: a UID that a report needs is missing, or the character set is undefined."""
+    uids = {}
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"):
+        value = str(ds.get(keyword) or "")
+        if not UID_TEXT.fullmatch(value) or len(value) > 64:
+            raise ImageError("corrupt", f"the DICOM header has no valid {keyword}")
+        uids[keyword] = value
+    if not dicom_text.writes_ascii(ds):
+        raise ImageError("corrupt", "the DICOM header declares a character set that DICOM does not define")
+    # Before any text is accessed, since pydicom keeps the decoded text.
+    copied = dicom_text.copy_elements(ds, _COPIED)
+    patient = (dicom_text.read_identity(ds, "PatientID"), dicom_text.read_identity(ds, "IssuerOfPatientID"))
+    if not patient[0]:
+        patient = ("", dicom_text.read_identity(ds, "PatientName").strip("^ "))
+    if "PatientAge" in copied and not _AGE.fullmatch(str(ds.PatientAge)):
+        del copied.PatientAge
+    buffer = io.BytesIO()
+    copied.save_as(buffer, implicit_vr=False, little_endian=True)
+    return ImageHeader(
+        study=uids["StudyInstanceUID"],
+        series=uids["SeriesInstanceUID"],
+        instance=uids["SOPInstanceUID"],
+        sop_class=uids["SOPClassUID"],
+        patient=patient,
+        copied=buffer.getvalue(),
+    )
+
+
+def collect_contents(scores: ScoreFolder, plan: ExportPlan) -> list[ReportContent]:
+    """Return the content of each study's document, in the order of `plan.studies()`."""
+    study_ids = scores.table["study_id"].to_pylist()
+    lost: dict[str, int] = defaultdict(int)  # rows per study_id that are in no document
+    for study, outcome in zip(study_ids, plan.outcomes, strict=True):
+        lost[study] += outcome in (NOT_SCORED, FAILED, NOT_DICOM)
+    return [
+        ReportContent(
+            scores.model,
+            tuple(plan.headers[row] for row in rows),
+            tuple(scores.values(row) for row in rows),
+            sum(lost[study] for study in {study_ids[row] for row in rows} - {None}),
+        )
+        for rows in plan.studies()
+    ]
+
+
+@contextlib.contextmanager
+def keep_invalid_values() -> Iterator[None]:
+    """Make pydicom write a hospital's values unchanged, even where they violate the standard, as the PACS has them.
+
+    The setting is global to all threads, so use it around a whole export.
+    """
+    before = pydicom.config.settings.writing_validation_mode
+    pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
+    try:
+        yield
+    finally:
+        pydicom.config.settings.writing_validation_mode = before
