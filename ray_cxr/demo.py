@@ -58,7 +58,7 @@ loss = "bce"
 """
 
 
-def run(out: Path, command: Callable[[Sequence[str]], int], say: Callable[[str], None], *, tune: bool = False) -> None:
+def run_demo(out: Path, command: Callable[[Sequence[str]], int], say: Callable[[str], None], *, tune: bool = False) -> None:
     """Make phantoms, then manifest, prepare, train, score and report, saying each command before it runs.
 
     Args:

@@ -30,7 +30,7 @@ def record_steps(out: Path, *, tune: bool, failing: str = "") -> list[list[str]]
             (out / "report" / "metrics.json").write_text(json.dumps({"macro": {"auroc": 0.5}}), encoding="utf-8")
         return int(arguments[0] == failing)
 
-    demo.run(out, command, lambda line: None, tune=tune)
+    demo.run_demo(out, command, lambda line: None, tune=tune)
     return steps
 
 
