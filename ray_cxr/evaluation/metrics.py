@@ -495,6 +495,8 @@ PROBABILITY_METRICS = (
         resample=lambda sums: _ratio(np.abs(sums.by_bin).sum(axis=1), sums.images),
     ),
 )
+#: Tables of the page that show metrics; see `Metric.table`.
+TABLES = ("main", "more", "prevalence")
 #: Every metric that a report computes with an interval, in the order of metrics.json.
 METRICS: tuple[Metric, ...] = (*RANKING_METRICS, *RATE_METRICS, *PROBABILITY_METRICS)
 

@@ -1,1 +1,1 @@
-"""From a score table, with or without labels, to a report: numbers, pictures, a page and a worklist."""
+"""Reports on score tables, with or without labels: metrics, figures, pages and a worklist."""

@@ -1,7 +1,7 @@
-"""The reports' pages: one file each with everything in it, which asks no network for anything.
+"""Render pages as self-contained files that load nothing from the network.
 
-All text of a page passes jinja2's autoescape, and that of Markdown the filter `md`: an image id may hold anything a
-file name may.
+jinja2 escapes every text of an HTML page, and the filter `md` every text in Markdown, because an image id may contain
+any character of a file name.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from ray_cxr.evaluation.metrics import Metric
 from ray_cxr.reporting import plots
 
 
 def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
-    """A page from what `report.write_report` or `study.write_study` gathered; every name it uses must be there.
+    """Render a template with the values in `view`.
 
     Raises:
-        jinja2.UndefinedError: a name is missing.
+        jinja2.UndefinedError: the template uses a name that `view` lacks.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=not template.endswith(".md.j2"),  # jinja2's own rule goes by the ending and would not know .j2
+        autoescape=not template.endswith(".md.j2"),  # jinja2's own rule does not know .j2
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -43,27 +44,33 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
         sentence=sentence,
         spaced=plots.spaced,
         png=_png,
+        metric=format_metric,
     )
     return environment.get_template(template).render(view)
 
 
 def num(value: float | None, digits: int = 3) -> str:
-    """A number with fixed digits; an en dash for None."""
+    """Format a number with fixed decimals; an en dash for None."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def format_metric(value: float | None, metric: Metric) -> str:
+    """Format a metric's value with its unit and decimals; an en dash for None."""
+    return (percent if metric.percent else num)(value, metric.digits)
+
+
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share as per cent; an en dash for None."""
+    """Format a share as a percentage; an en dash for None."""
     return "–" if value is None else f"{100 * value:.{digits}f}%"
 
 
 def count(value: int | None) -> str:
-    """A whole number with thousands separated; an en dash for None."""
+    """Format an integer with thousands separators; an en dash for None."""
     return "–" if value is None else f"{value:,}"
 
 
 def duration(seconds: float | None) -> str:
-    """A time as a reader says it: 45 s, 12 min, 3 h 05 min; an en dash for None."""
+    """Format a duration: 45 s, 12 min, 3 h 05 min; an en dash for None."""
     if seconds is None:
         return "–"
     if seconds < 90:
@@ -73,7 +80,7 @@ def duration(seconds: float | None) -> str:
 
 
 def setting(value: Any) -> str:
-    """A setting's value as a TOML file would hold it, floats to four digits; an en dash for None."""
+    """Format a setting as in TOML, floats with four digits; an en dash for None."""
     if value is None:
         return "–"
     if isinstance(value, (bool, np.bool_)):
@@ -86,15 +93,15 @@ def setting(value: Any) -> str:
 
 
 def sentence(text: str) -> str:
-    """With a capital first; the rest, names among it, as it is."""
+    """Capitalise the first letter and keep the rest, such as names, unchanged."""
     return text[:1].upper() + text[1:]
 
 
 def markdown(text: str) -> str:
-    """Text that Markdown shows as it is, within a line and within a table's cell."""
+    """Escape a text for Markdown, including table cells."""
     return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(str(text).split()))
 
 
 def _png(data: bytes) -> Markup:
-    # Base64 holds no character that HTML could misread.
+    # Base64 contains no character that is special in HTML.
     return Markup("data:image/png;base64," + base64.b64encode(data).decode("ascii"))

@@ -1,4 +1,7 @@
-"""The numbers of a report: per finding and over all, each with its interval or the reason why there is none."""
+"""Evaluate scores against labels: every metric of `evaluation.metrics.METRICS`, per finding and averaged.
+
+Each number has an interval from resampled patients, or the reason why it has none.
+"""
 
 from __future__ import annotations
 
@@ -10,299 +13,392 @@ from typing import Any
 import numpy as np
 
 from ray_cxr.data.consensus import composite_flags, composite_scores
-from ray_cxr.evaluation import intervals, metrics
-from ray_cxr.evaluation.intervals import Interval, RocBand
+from ray_cxr.evaluation import metrics
+from ray_cxr.evaluation.bootstrap import DerivedOutputs, RocBand, bootstrap_findings
+from ray_cxr.evaluation.delong import delong, delong_interval
+from ray_cxr.evaluation.intervals import Interval
 from ray_cxr.labels import NO_FINDING
-from ray_cxr.reporting.scores import Scores, n_patients, number
+from ray_cxr.reporting.scores import Scores, count_patients, finite_or_none
 
 _log = logging.getLogger(__name__)
 
-#: With fewer positive (or negative) patients than this the bootstrap's interval is too narrow to trust.
+#: With fewer positive (or negative) patients the bootstrap interval is too narrow.
 FEW_PATIENTS = 10
-#: What is measured at an operating point, and needs flags.
-AT_POINT = ("sensitivity", "specificity", "ppv", "npv", "f1", "flag_rate")
-#: What is measured of calibrated probabilities.
-OF_CALIBRATED = ("brier", "expected_calibration_error")
-#: Every quantity that has an interval, by its key in metrics.json.
-WITH_INTERVAL = ("auroc", "average_precision", *AT_POINT, "ppv_at_prevalence", "npv_at_prevalence", *OF_CALIBRATED)
 
 
 @dataclass(frozen=True)
-class Columns:
-    """What a model says of some images, one entry per image in every array [n].
+class Bootstrap:
+    """Settings of the patient bootstrap, which all sections of a report share."""
+
+    n_resamples: int
+    seed: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "method": "percentile bootstrap over patients",
+            "level": 0.95,
+            "n_resamples": self.n_resamples,
+            "seed": self.seed,
+            "delong": "logit scale, images taken as independent",
+        }
+
+
+@dataclass(frozen=True)
+class ModelOutputs:
+    """A model's predictions, one entry per image in every array [n].
 
     Attributes:
         p, c: per finding, raw and calibrated probability, float64 with NaN for null.
         flags: per finding, int8 with -1 for null.
-        points, expected: per finding, its operating point and the flag rate that validation led to expect.
+        operating_points, expected_flag_rates: per finding, as in model.json.
     """
 
     p: dict[str, np.ndarray]
     c: dict[str, np.ndarray]
     flags: dict[str, np.ndarray]
-    points: Mapping[str, Any]
-    expected: Mapping[str, Any]
+    operating_points: Mapping[str, Any]
+    expected_flag_rates: Mapping[str, Any]
+
+    @classmethod
+    def select(cls, table: Scores, rows: np.ndarray) -> ModelOutputs:
+        return cls(
+            p={finding: values[rows] for finding, values in table.p.items()},
+            c={finding: values[rows] for finding, values in table.c.items()},
+            flags={finding: values[rows] for finding, values in table.flags.items()},
+            operating_points=table.operating_points,
+            expected_flag_rates=table.model.get("expected_flag_rates") or {},
+        )
+
+    def add_composites(self, composites: Mapping[str, tuple[str, ...]]) -> tuple[ModelOutputs, dict[str, str]]:
+        """Add composite findings: the highest score of the members, flagged if any member is.
+
+        Raw scores of different findings share no scale, so calibrated ones are used if every member has them. A
+        composite is skipped if the model lacks a member.
+
+        Returns:
+            The outputs, and `calibrated` or `raw` for each composite added.
+        """
+        p, flags, scales = dict(self.p), dict(self.flags), {}
+        for name, members in composites.items():
+            if all(member in self.p for member in members):
+                calibrated = all(
+                    member in self.c and np.array_equal(np.isnan(self.c[member]), np.isnan(self.p[member]))
+                    for member in members
+                )
+                scales[name] = "calibrated" if calibrated else "raw"
+                p[name] = composite_scores(name, members, self.c if calibrated else self.p)
+            if all(member in self.flags for member in members):
+                flags[name] = composite_flags(name, members, self.flags)
+        return ModelOutputs(p, self.c, flags, self.operating_points, self.expected_flag_rates), scales
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What `measure` found.
+class Measurement:
+    """A metric's value and 95% interval; `reason` explains a missing value, `interval_reason` a missing interval."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+    interval_reason: str | None = None
+
+    @classmethod
+    def combine(cls, value: float | None, reason: str | None, interval: Interval) -> Measurement:
+        if value is None:
+            return cls(reason=reason)
+        return cls(value, interval.low, interval.high, None, interval.reason)
+
+
+@dataclass(frozen=True)
+class FindingResult:
+    """Everything measured of one finding.
 
     Attributes:
-        findings: an entry for metrics.json per finding.
-        macro, weighted: the means' entries.
-        bands: per finding the interval of its ROC curve, where there is one.
+        n, positives, positive_patients: labelled and scored images, positive images, and patients with one.
+        unscored: labelled images without a score.
+        metrics: by key, in the order of `METRICS`.
+        reason: why AUROC is undefined, or None.
+        caution: why AUROC's interval is missing or too narrow, or None.
+        delong: DeLong's interval of AUROC, or None.
+        undefined_resamples: resamples in which AUROC is undefined.
+        roc_band: interval of the ROC curve, or None.
     """
 
-    findings: dict[str, dict[str, Any]]
-    macro: dict[str, Any]
-    weighted: dict[str, Any]
-    bands: dict[str, RocBand]
+    n: int
+    positives: int
+    unscored: int
+    metrics: dict[str, Measurement]
+    positive_patients: int = 0
+    prevalence: float | None = None
+    reason: str | None = None
+    caution: str | None = None
+    delong: tuple[float, float] | None = None
+    undefined_resamples: int | None = None
+    threshold: float | None = None
+    rule: str | None = None
+    expected_flag_rate: float | None = None
+    assumed_prevalence: float | None = None
+    mean_calibrated: float | None = None
+    roc_band: RocBand | None = None
+
+    @property
+    def auroc(self) -> Measurement:
+        return self.metrics["auroc"]
+
+    def to_json(self) -> dict[str, Any]:
+        reasons = {key: one.reason for key, one in self.metrics.items() if one.value is None}
+        return {
+            "n": self.n,
+            "positives": self.positives,
+            "positive_patients": self.positive_patients,
+            "prevalence": self.prevalence,
+            "unscored": self.unscored,
+            **_flatten(self.metrics),
+            "auroc_undefined_resamples": self.undefined_resamples,
+            "auroc_delong_low": self.delong[0] if self.delong else None,
+            "auroc_delong_high": self.delong[1] if self.delong else None,
+            "threshold": self.threshold,
+            "rule": self.rule,
+            "expected_flag_rate": self.expected_flag_rate,
+            "assumed_prevalence": self.assumed_prevalence,
+            "mean_calibrated": self.mean_calibrated,
+            "reason": self.reason,
+            "caution": self.caution,
+            "undefined": reasons
+            | {
+                f"{key}_low": f"no interval: {one.interval_reason}"
+                for key, one in self.metrics.items()
+                if one.value is not None and one.low is None
+            },
+        }
 
 
-def columns(table: Scores, rows: np.ndarray) -> Columns:
-    """The scores of these rows."""
-    return Columns(
-        p={f: values[rows] for f, values in table.p.items()},
-        c={f: values[rows] for f, values in table.c.items()},
-        flags={f: values[rows] for f, values in table.flags.items()},
-        points=table.model.get("operating_points") or {},
-        expected=table.model.get("expected_flag_rates") or {},
-    )
+@dataclass(frozen=True)
+class MeanResult:
+    """A mean over findings of each ranking metric.
 
-
-def composed(given: Columns, composites: Mapping[str, tuple[str, ...]]) -> tuple[Columns, dict[str, str]]:
-    """With a column for each composite finding: the highest score of its members, flagged where any member is.
-
-    Calibrated scores are taken where all members have them, because raw ones of several findings have no common scale:
-    the commonest finding would mostly be the highest. A composite of which the model lacks a member is left without
-    a column.
-
-    Returns:
-        The columns, and for each composite that has one `calibrated` or `raw`.
+    Attributes:
+        metrics: by key; without `reason`.
+        findings: those averaged: the findings with a defined AUROC, without No_Finding.
+        reason: why there is no mean, or None.
+        undefined_resamples: resamples in which a finding's AUROC is undefined.
+        weights: how findings are weighted, or None for equal weights.
     """
-    p, flags, scales = dict(given.p), dict(given.flags), {}
-    for name, members in composites.items():
-        if all(member in given.p for member in members):
-            usable = all(member in given.c for member in members)
-            usable = usable and all(
-                np.array_equal(np.isnan(given.c[member]), np.isnan(given.p[member])) for member in members
-            )
-            scales[name] = "calibrated" if usable else "raw"
-            p[name] = composite_scores(name, members, given.c if usable else given.p)
-        if all(member in given.flags for member in members):
-            flags[name] = composite_flags(name, members, given.flags)
-    return Columns(p, given.c, flags, given.points, given.expected), scales
+
+    metrics: dict[str, Measurement]
+    findings: list[str]
+    reason: str | None
+    undefined_resamples: int
+    weights: str | None = None
+
+    @property
+    def auroc(self) -> Measurement:
+        return self.metrics["auroc"]
+
+    def to_json(self) -> dict[str, Any]:
+        return ({"weights": self.weights} if self.weights else {}) | {
+            **_flatten(self.metrics),
+            "undefined_resamples": self.undefined_resamples,
+            "findings": self.findings,
+            "reason": self.reason,
+        }
 
 
-def measure(
-    scored: Columns,
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Results per finding, and their means with equal weights and weighted by positives."""
+
+    findings: dict[str, FindingResult]
+    macro: MeanResult
+    weighted: MeanResult
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "findings": {name: one.to_json() for name, one in self.findings.items()},
+            "macro": self.macro.to_json(),
+            "weighted": self.weighted.to_json(),
+        }
+
+
+def _flatten(measured: Mapping[str, Measurement]) -> dict[str, float | None]:
+    return {
+        f"{key}{suffix}": value
+        for key, one in measured.items()
+        for suffix, value in (("", one.value), ("_low", one.low), ("_high", one.high))
+    }
+
+
+def evaluate(
+    outputs: ModelOutputs,
     labels: Mapping[str, np.ndarray],
     patients: np.ndarray,
     *,
     prevalences: Mapping[str, float],
-    n_resamples: int,
-    seed: int,
-) -> Measured:
-    """All numbers of these images.
+    bootstrap: Bootstrap,
+) -> EvaluationResult:
+    """Compute all metrics of these images.
 
     Args:
-        scored: the model's columns, [n] each.
-        labels: per finding int8 [n] with -1 where not labelled, in the order of the report.
+        outputs: the model's predictions, [n] each.
+        labels: per finding int8 [n], -1 if not labelled, in the order of the report.
         patients: ids [n].
         prevalences: per finding, the prevalence to compute predictive values for, 0..1.
-        n_resamples, seed: of the bootstrap, which all findings and quantities share.
+        bootstrap: settings; all findings and metrics share the resamples.
     """
-    names = [f for f in labels if f in scored.p or (labels[f] >= 0).any()]
-    shared = [finding for finding in names if finding in scored.p]
-    _log.debug("bootstrap: %d resamples of %d images", n_resamples, len(patients))
-    boot = intervals.bootstrap_findings(
-        _stacked([labels[f] for f in shared], len(patients)),
-        _stacked([scored.p[f] for f in shared], len(patients)),
+    n = len(patients)
+    names = [finding for finding in labels if finding in outputs.p or (labels[finding] >= 0).any()]
+    scored = [finding for finding in names if finding in outputs.p]
+    _log.debug("bootstrap: %d resamples of %d images", bootstrap.n_resamples, n)
+    found = bootstrap_findings(
+        _stack([labels[f] for f in scored], n),
+        _stack([outputs.p[f] for f in scored], n),
         patients,
-        flags=_stacked([scored.flags.get(f, np.full(len(patients), -1)) for f in shared], len(patients)),
-        calibrated=_stacked([scored.c.get(f, np.full(len(patients), np.nan)) for f in shared], len(patients)),
-        assumed_prevalence=np.array([prevalences.get(f, np.nan) for f in shared], dtype=np.float64),
-        macro=np.array([finding != NO_FINDING for finding in shared], dtype=bool),
-        n_resamples=n_resamples,
-        seed=seed,
+        DerivedOutputs(
+            flags=_stack([outputs.flags.get(f, np.full(n, -1)) for f in scored], n),
+            calibrated=_stack([outputs.c.get(f, np.full(n, np.nan)) for f in scored], n),
+            assumed_prevalence=np.array([prevalences.get(f, np.nan) for f in scored], dtype=np.float64),
+        ),
+        macro=np.array([finding != NO_FINDING for finding in scored], dtype=bool),
+        n_resamples=bootstrap.n_resamples,
+        seed=bootstrap.seed,
     )
-    entries: dict[str, dict[str, Any]] = {}
-    bands = {}
+    results = {}
     for finding in names:
-        entries[finding] = _empty_entry()
-        if finding not in shared:
-            entries[finding].update(_unscored(labels[finding]))
-            continue
-        found = boot.findings[shared.index(finding)]
-        _measure_one(entries[finding], scored, finding, labels[finding], patients, prevalences.get(finding))
-        _with_intervals(entries[finding], found)
-        band = boot.roc[shared.index(finding)]
-        if band is not None:
-            bands[finding] = band
-    counted = [f for f, e in entries.items() if e["auroc"] is not None and f != NO_FINDING]
-    return Measured(
-        findings=entries,
-        macro=_mean(entries, counted, boot.macro, n_resamples, np.ones(len(counted))),
-        weighted={
-            "weights": "positives",
-            **_mean(entries, counted, boot.weighted, n_resamples, np.array([entries[f]["positives"] for f in counted])),
-        },
-        bands=bands,
+        if finding in scored:
+            place = scored.index(finding)
+            results[finding] = _evaluate_finding(
+                outputs,
+                finding,
+                labels[finding],
+                patients,
+                prevalences.get(finding),
+                found.findings[place],
+                found.roc[place],
+            )
+        else:
+            results[finding] = _report_unscored(labels[finding])
+    averaged = [f for f, one in results.items() if one.auroc.value is not None and f != NO_FINDING]
+    positives = np.array([results[finding].positives for finding in averaged])
+    return EvaluationResult(
+        results,
+        macro=_average(results, averaged, np.ones(len(averaged)), found.macro, bootstrap.n_resamples),
+        weighted=_average(results, averaged, positives, found.weighted, bootstrap.n_resamples, "positives"),
     )
 
 
-def _stacked(arrays: list[np.ndarray], n: int) -> np.ndarray:
+def _stack(arrays: list[np.ndarray], n: int) -> np.ndarray:
     return np.column_stack(arrays) if arrays else np.zeros((n, 0))
 
 
-def _mean(
-    entries: Mapping[str, Mapping[str, Any]],
-    counted: list[str],
+def _average(
+    results: Mapping[str, FindingResult],
+    findings: list[str],
+    weights: np.ndarray,
     found: Mapping[str, Interval],
     n_resamples: int,
-    weights: np.ndarray,
-) -> dict[str, Any]:
-    """A mean over findings of AUROC and of average precision; a finding without the one has not the other."""
-    out: dict[str, Any] = {}
-    for key in ("auroc", "average_precision"):
-        values = [entries[f][key] for f in counted]
-        out[key] = float(np.average(values, weights=weights)) if counted else None
-        out[f"{key}_low"], out[f"{key}_high"] = found[key].low, found[key].high
-    out["undefined_resamples"] = found["auroc"].undefined if counted else n_resamples
-    out["findings"] = counted
-    out["reason"] = None if counted else "no finding has a defined AUROC"
-    return out
-
-
-def _empty_entry() -> dict[str, Any]:
-    numbers = (
-        "auroc_undefined_resamples auroc_delong_low auroc_delong_high threshold rule expected_flag_rate "
-        "assumed_prevalence mean_calibrated reason caution"
+    name: str | None = None,
+) -> MeanResult:
+    means = {}
+    for metric in metrics.RANKING_METRICS:
+        values = [results[finding].metrics[metric.key].value for finding in findings]
+        mean = float(np.average(np.array(values, dtype=np.float64), weights=weights)) if findings else None
+        means[metric.key] = Measurement(mean, found[metric.key].low, found[metric.key].high)
+    return MeanResult(
+        means,
+        findings,
+        None if findings else "no finding has a defined AUROC",
+        found["auroc"].undefined if findings else n_resamples,
+        name,
     )
-    return {
-        "n": 0,
-        "positives": 0,
-        "positive_patients": 0,
-        "prevalence": None,
-        "unscored": 0,
-        **dict.fromkeys(key for name in WITH_INTERVAL for key in (name, f"{name}_low", f"{name}_high")),
-        **dict.fromkeys(numbers.split()),
-        "undefined": {},
-    }
 
 
-def _unscored(labels: np.ndarray) -> dict[str, Any]:
-    """The entry of a finding that the labels have and the scores have not."""
+def _report_unscored(labels: np.ndarray) -> FindingResult:
     n, reason = int((labels >= 0).sum()), "labelled, but the scores have no column for it"
-    return {
-        "n": n,
-        "positives": int((labels == 1).sum()),
-        "unscored": n,
-        "reason": reason,
-        "undefined": dict.fromkeys(WITH_INTERVAL, reason),
-    }
+    return FindingResult(
+        n=n,
+        positives=int((labels == 1).sum()),
+        unscored=n,
+        metrics={metric.key: Measurement(reason=reason) for metric in metrics.METRICS},
+        reason=reason,
+    )
 
 
-def _measure_one(
-    entry: dict[str, Any],
-    scored: Columns,
+def _evaluate_finding(
+    outputs: ModelOutputs,
     finding: str,
     labels: np.ndarray,
     patients: np.ndarray,
     prevalence: float | None,
-) -> None:
-    p = scored.p[finding]
-    usable = (labels >= 0) & ~np.isnan(p)
-    entry["unscored"] = int(((labels >= 0) & np.isnan(p)).sum())
-    _discrimination(entry, labels[usable], p[usable], patients[usable])
-    _at_point(entry, scored, finding, labels, prevalence)
-    _calibrated(entry, scored.c.get(finding), labels)
-
-
-def _discrimination(entry: dict[str, Any], y: np.ndarray, p: np.ndarray, patients: np.ndarray) -> None:
-    entry["n"], entry["positives"] = len(y), int(y.sum())
-    entry["positive_patients"] = n_patients(patients[y == 1])
-    entry["prevalence"] = float(y.mean()) if len(y) else None
-    entry["reason"] = metrics.undefined_reason(y)
-    if entry["reason"] is not None:
-        entry["undefined"] |= dict.fromkeys(("auroc", "average_precision"), entry["reason"])
-        return
-    entry["auroc"] = metrics.auroc(y, p)
-    entry["average_precision"] = metrics.average_precision(y, p)
-    pair = intervals.delong(y, p)
-    bounds = intervals.delong_interval(*pair) if pair else None
-    if bounds:
-        entry["auroc_delong_low"], entry["auroc_delong_high"] = bounds
-    negative_patients = n_patients(patients[y == 0])
-    few, kind = min((entry["positive_patients"], "positive"), (negative_patients, "negative"))
-    if few < FEW_PATIENTS:
-        who = f"only {few} {kind} patients" if few > 1 else f"only one {kind} patient"
-        entry["caution"] = f"{who}: the interval is narrower than the truth"
-    elif entry["auroc"] in (0.0, 1.0):
-        entry["caution"] = "the classes separate fully here: the bootstrap cannot see beyond that"
-
-
-def _at_point(
-    entry: dict[str, Any], scored: Columns, finding: str, labels: np.ndarray, prevalence: float | None
-) -> None:
-    point = scored.points.get(finding) or {}
-    entry["threshold"], entry["rule"] = number(point.get("threshold")), point.get("rule")
-    entry["expected_flag_rate"] = number(scored.expected.get(finding))
-    entry["assumed_prevalence"] = prevalence
-    undefined: dict[str, str] = entry["undefined"]
-    if prevalence is None:
-        undefined |= dict.fromkeys(("ppv_at_prevalence", "npv_at_prevalence"), "no prevalence was given")
-    flags = scored.flags.get(finding)
-    seen = (labels >= 0) & (flags >= 0) if flags is not None else np.zeros(len(labels), dtype=bool)
-    if flags is None or not seen.any():
-        lacking = "no labelled images" if flags is not None and (flags >= 0).any() else "no operating point"
-        undefined |= dict.fromkeys((*AT_POINT, "ppv_at_prevalence", "npv_at_prevalence"), lacking)
-        return
-    cells = metrics.confusion(labels[seen], flags[seen] == 1)
-    reasons = {
-        "sensitivity": "no positive images",
-        "specificity": "no negative images",
-        "ppv": "no image is flagged",
-        "npv": "every image is flagged",
-        "f1": "no positive images, and none flagged",
-        "flag_rate": "no labelled images",
+    found: Mapping[str, Interval],
+    band: RocBand | None,
+) -> FindingResult:
+    labelled, p, c = labels >= 0, outputs.p[finding], outputs.c.get(finding)
+    usable = labelled & ~np.isnan(p)
+    y, s = labels[usable], p[usable]
+    reason = metrics.undefined_reason(y)
+    values: dict[str, tuple[float | None, str | None]] = {
+        metric.key: (None if reason else metric.value(y, s), reason) for metric in metrics.RANKING_METRICS
     }
-    for name in AT_POINT:
-        entry[name] = getattr(cells, name)
-        if entry[name] is None:
-            undefined[name] = reasons[name]
-    if prevalence is None:
-        return
-    if cells.sensitivity is None or cells.specificity is None:
-        lacking = undefined.get("sensitivity") or undefined["specificity"]
-        undefined |= dict.fromkeys(("ppv_at_prevalence", "npv_at_prevalence"), lacking)
-        return
-    values = metrics.predictive_values_at(cells.sensitivity, cells.specificity, prevalence)
-    for name, value in zip(("ppv_at_prevalence", "npv_at_prevalence"), values, strict=True):
-        entry[name] = value
-        if value is None:
-            undefined[name] = "nothing would be flagged" if name.startswith("ppv") else "everything would be flagged"
+    values |= _compute_rates(outputs.flags.get(finding), labels, prevalence)
+    calibrated = labelled & ~np.isnan(c) if c is not None else np.zeros(len(labels), dtype=bool)
+    for metric in metrics.PROBABILITY_METRICS:
+        value = metric.value(labels[calibrated], c[calibrated]) if c is not None else None
+        values[metric.key] = value, "no calibrated probabilities"
+    measured = {key: Measurement.combine(value, why, found[key]) for key, (value, why) in values.items()}
+    point = outputs.operating_points.get(finding) or {}
+    positive_patients = count_patients(patients[usable][y == 1])
+    variance = delong(y, s) if reason is None else None
+    return FindingResult(
+        n=len(y),
+        positives=int(y.sum()),
+        unscored=int((labelled & np.isnan(p)).sum()),
+        metrics=measured,
+        positive_patients=positive_patients,
+        prevalence=float(y.mean()) if len(y) else None,
+        reason=reason,
+        caution=_caution(measured["auroc"], positive_patients, count_patients(patients[usable][y == 0])),
+        delong=delong_interval(*variance) if variance else None,
+        undefined_resamples=found["auroc"].undefined,
+        threshold=finite_or_none(point.get("threshold")),
+        rule=point.get("rule"),
+        expected_flag_rate=finite_or_none(outputs.expected_flag_rates.get(finding)),
+        assumed_prevalence=prevalence,
+        mean_calibrated=float(c[calibrated].mean()) if c is not None and calibrated.any() else None,
+        roc_band=band,
+    )
 
 
-def _calibrated(entry: dict[str, Any], c: np.ndarray | None, labels: np.ndarray) -> None:
-    known = (labels >= 0) & ~np.isnan(c) if c is not None else np.zeros(len(labels), dtype=bool)
-    if c is None or not known.any():
-        entry["undefined"] |= dict.fromkeys(OF_CALIBRATED, "no calibrated probabilities")
-        return
-    entry["brier"] = metrics.brier(labels[known], c[known])
-    entry["expected_calibration_error"] = metrics.expected_calibration_error(labels[known], c[known])
-    entry["mean_calibrated"] = float(c[known].mean())
+def _caution(auroc: Measurement, positive_patients: int, negative_patients: int) -> str | None:
+    """Explain why AUROC's interval is missing or should not be trusted."""
+    if auroc.value is None:
+        return None
+    if auroc.low is None:
+        return f"no interval: {auroc.interval_reason}"
+    few, kind = min((positive_patients, "positive"), (negative_patients, "negative"))
+    if few < FEW_PATIENTS:
+        count = f"only {few} {kind} patients" if few > 1 else f"only one {kind} patient"
+        return f"{count}, so the interval is too narrow"
+    if auroc.value in (0.0, 1.0):
+        return "the scores separate the classes completely, so the bootstrap cannot estimate the uncertainty"
+    return None
 
 
-def _with_intervals(entry: dict[str, Any], found: Mapping[str, Interval]) -> None:
-    for name in WITH_INTERVAL:
-        if entry[name] is None:
+def _compute_rates(
+    flags: np.ndarray | None, labels: np.ndarray, prevalence: float | None
+) -> dict[str, tuple[float | None, str | None]]:
+    """Return each rate at the operating point, with the reason if it is None."""
+    judged = (labels >= 0) & (flags >= 0) if flags is not None else np.zeros(len(labels), dtype=bool)
+    if flags is None or not judged.any():
+        reason = "no labelled images" if flags is not None and (flags >= 0).any() else "no operating point"
+        return {metric.key: (None, reason) for metric in metrics.RATE_METRICS}
+    cells = metrics.confusion(labels[judged], flags[judged] == 1)
+    rates: dict[str, tuple[float | None, str | None]] = {}
+    for metric in metrics.RATE_METRICS:
+        if metric.at_prevalence and prevalence is None:
+            rates[metric.key] = None, "no prevalence was given"
             continue
-        interval = found[name]
-        entry[f"{name}_low"], entry[f"{name}_high"] = interval.low, interval.high
-        if interval.low is None:
-            entry["undefined"][f"{name}_low"] = f"no interval: {interval.reason}"
-    entry["auroc_undefined_resamples"] = found["auroc"].undefined
-    if entry["auroc"] is not None and found["auroc"].low is None:
-        entry["caution"] = f"no interval: {found['auroc'].reason}"
+        reason = metric.undefined
+        if metric.at_prevalence and (cells.sensitivity is None or cells.specificity is None):
+            reason = "no positive images" if cells.sensitivity is None else "no negative images"
+        rates[metric.key] = metric.value(cells, np.nan if prevalence is None else prevalence), reason
+    return rates

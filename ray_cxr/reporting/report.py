@@ -1,14 +1,12 @@
-"""The report: reads a score table, joins labels, guards against leaks, writes numbers, pictures and a page.
+"""The report: evaluate a score table against labels and reference standards, and write numbers, figures and a page.
 
-Nothing is lost on the way: every row of either table ends in a count of `metrics.json`, and every image, the
-failed ones too, in `worklist.csv`.
+Every row of scores and labels appears in a count of metrics.json, and every image, failed or not, in worklist.csv.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,28 +15,27 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ray_cxr.data import manifest
-from ray_cxr.errors import ERROR_CODES, InputError, OutputError
-from ray_cxr.evaluation import drift, published, subgroups
+from ray_cxr.errors import InputError, OutputError
+from ray_cxr.evaluation import metrics, published
+from ray_cxr.evaluation.groups import build_groups
+from ray_cxr.evaluation.subgroups import LabelledScores, Subgroups, measure_groups
 from ray_cxr.labels import LABELS, NO_FINDING
-from ray_cxr.reporting import html, pictures, plots, tables
-from ray_cxr.reporting.against import (
-    Population,
-    against_boxes,
-    against_consensus,
-    against_published,
-    against_scores,
-)
-from ray_cxr.reporting.labelled import Evaluated, describe_split, guard, join, leak_words
-from ray_cxr.reporting.measures import Measured, columns, measure
+from ray_cxr.reporting import figure_set, html, plots, tables
+from ray_cxr.reporting.comparators import Population, compare_with_boxes, compare_with_consensus, compare_with_scores
+from ray_cxr.reporting.curve_figures import learning_curves, priority_histogram
+from ray_cxr.reporting.evaluation_set import EvaluationSet, describe_split, join_labels
+from ray_cxr.reporting.leakage import check_leakage
+from ray_cxr.reporting.measures import Bootstrap, ModelOutputs, evaluate
 from ray_cxr.reporting.prevalence import read_prevalences
-from ray_cxr.reporting.scores import Place, Scores, n_patients, number, provenance, read_scores
-from ray_cxr.reporting.summary import remarks, summary
-from ray_cxr.reporting.worklist import as_csv, worklist
+from ray_cxr.reporting.result import Counts, LabelResults, ReportResult, measure_drift, measure_flag_rates
+from ray_cxr.reporting.scores import Location, Scores, count_patients, read_scores
+from ray_cxr.reporting.summary import list_remarks, summarize
+from ray_cxr.reporting.worklist import build_worklist, format_csv
 from ray_cxr.storage import atomic, remote
 
 _log = logging.getLogger(__name__)
-#: What a report consists of; an older report's pictures must not survive into a newer one.
-_PICTURES = (
+#: Figures of a report; those of an older report are removed first.
+_FIGURES = (
     "auroc",
     "roc",
     "precision_recall",
@@ -58,8 +55,9 @@ _PICTURES = (
     "cooccurrence",
     "priority",
 )
-#: Of the subgroups' intervals at most, and of those of two attributes crossed: there are hundreds of them.
+#: Maximum resamples for subgroups, and for two attributes crossed, of which there are hundreds.
 _SUBGROUP_RESAMPLES, _CROSSING_RESAMPLES = 500, 200
+_WORKLIST_ROWS = 25
 
 
 def write_report(
@@ -75,371 +73,276 @@ def write_report(
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write metrics.json, metrics.parquet, pictures (PNG and SVG), worklist.csv, report.md and, last, report.html.
+    """Write metrics.json, metrics.parquet, figures (PNG and SVG), worklist.csv, report.md and, last, report.html.
 
     Args:
-        scores: what `ray-cxr score` wrote; or Parquet, a file or a folder, with image_id and p_<Finding>.
+        scores: the folder that `ray-cxr score` wrote; or a Parquet file or folder with image_id and p_<Finding>.
         out: the folder for the report; an older report in it is replaced.
-        labels: a manifest with labels; None reports what was found without saying how well.
+        labels: a manifest with labels; None reports scores without an evaluation.
         split: evaluate only the labels' rows of `train`, `val` or `test`; None takes all rows.
-        consensus: a table of radiologists' labels, see `data.consensus`; of the evaluated images, or without `labels`
-            of all that were scored.
+        consensus: a table of radiologists' labels, see `data.consensus`; compared on the evaluated images, or without
+            `labels` on all scored images.
         boxes: a table of boxes, see `data.boxes`, for the heat maps that `score --heatmaps` drew.
-        compare: another score table, compared with this one on the labelled images that both have.
-        prevalence: a TOML file of shares per finding, see `prevalence`, to give predictive values for.
+        compare: another score table, compared on the labelled images that both tables have.
+        prevalence: a TOML file of shares per finding, see `prevalence`, to compute predictive values for.
         n_resamples: patient-bootstrap resamples.
         seed: of the bootstrap and of the choice of examples.
 
     Returns:
-        What was written to metrics.json: float64 unrounded; what is undefined is None, with its reason.
+        The content of metrics.json: float64 unrounded; undefined numbers are None, with a reason.
 
     Raises:
-        InputError: the scores are unfinished, are none, or share no image with the labels, the consensus table, the
-            boxes or the other scores; `split` or `compare` without labels, `prevalence` without any; no heat maps.
-        TableError: a table names an image twice or holds values that it cannot hold.
-        LeakError: an image or patient that trained the model is in an evaluation of `test` or of no named
-            split.
-        OutputError: `out` is a file.
+        InputError: the scores are incomplete, or share no image with the labels, the consensus table, the boxes or
+            the other scores; an option lacks the labels it needs; there are no heat maps.
+        TableError: a table names an image twice or holds invalid values.
+        LeakError: an evaluated image or patient trained the model, in an evaluation of `test` or of no named split.
+        OutputError: `out` is a file, or lies among the scores.
     """
-    if split is not None and split not in manifest.SPLITS:
-        raise InputError(f"--split {split}: use train, val or test")
-    if split is not None and labels is None:
-        raise InputError(f"--split {split}: needs --labels, whose rows it chooses")
-    if compare is not None and labels is None:
-        raise InputError(f"--compare {compare}: needs --labels; without them neither table is better or worse")
-    if prevalence is not None and labels is None and consensus is None:
-        raise InputError(f"--prevalence {prevalence}: needs --labels or --consensus, which sensitivity is taken from")
+    _check_options(labels, split, consensus, compare, prevalence)
     if n_resamples < 1:
         raise InputError(f"n_resamples is {n_resamples}; it must be at least 1")
+    bootstrap = Bootstrap(n_resamples, seed)
     out = remote.path(out)
     remote.check_bucket(out)
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out}: is a file; name a folder")
-    shares = {} if prevalence is None else read_prevalences(str(prevalence))
-
+    prevalences = {} if prevalence is None else read_prevalences(str(prevalence))
     table = read_scores(scores)
-    _refuse_inside(out, table)
-    _log.debug("%s: %d rows, %d errors", table.source, len(table.ids), int((~table.ok).sum()))
-    result = _empty(table, split)
-    drawn: dict[str, Figure] = {}
-    evaluated = None
-    if labels is not None:
-        evaluated = _labelled(table, labels, split, result)
-        measured = _evaluate(table, evaluated, result, shares, n_resamples, seed)
-        drawn |= pictures.of_evaluation(table, evaluated, measured, seed)
-        found = _subgroups(table, evaluated, result, n_resamples, seed)
-        if found is not None:
-            drawn |= pictures.of_subgroups(found, measured.macro)
-    if compare is not None and evaluated is not None:
-        result["compared"] = against_scores(
-            table, evaluated, str(compare), split, result["split_label"], n_resamples=n_resamples, seed=seed
-        )
-        drawn["compared"] = pictures.of_comparison(result["compared"], "these scores", "the others")
-    population = Population.of(table, evaluated, split, result["split_label"])
-    if consensus is not None:
-        result["consensus"], agreed = against_consensus(
-            table, population, str(consensus), prevalences=shares, n_resamples=n_resamples, seed=seed
-        )
-        chart = pictures.of_consensus(agreed)
-        drawn |= {} if chart is None else {"consensus": chart}
-    if boxes is not None:
-        result["localisation"], located = against_boxes(
-            table, population, str(boxes), n_resamples=n_resamples, seed=seed
-        )
-        drawn["localisation"] = pictures.of_boxes(located)
-    result["drift"] = _drift(table, evaluated, result["split_label"])
-    result["intervals"] = _method(n_resamples, seed) if labels or consensus or boxes else None
-    chart = pictures.of_drift(result["drift"]) if result["drift"] else None
-    drawn |= {} if chart is None else {"drift": chart}
-    priority = table.priority[np.isfinite(table.priority)]
-    if labels is None and len(priority):
-        drawn["priority"] = plots.priority_histogram(priority)
-    epochs = table.model.get("curves") or []
-    if epochs:
-        drawn["learning_curves"] = plots.learning_curves(epochs)
-    return _write(out, table, result, drawn)
-
-
-def _refuse_inside(out: Path, table: Scores) -> None:
-    """A report's metrics.parquet in the folder that scores are read from would be read as scores the next time."""
     if table.folder is not None and remote.is_inside(out, remote.path(table.folder)):
+        # The next report would read this one's metrics.parquet as scores.
         raise OutputError(f"--out {out}: lies among the scores in {table.folder}; name another folder")
+    _log.debug("%s: %d rows, %d errors", table.source, len(table.ids), int((~table.ok).sum()))
 
-
-def _empty(table: Scores, split: str | None) -> dict[str, Any]:
-    return {
-        "split": split,
-        "split_label": None,
-        "split_kind": None,
-        "split_seed": None,
-        "n_images": int(table.ok.sum()),
-        "n_patients": n_patients(table.patients[table.ok]),
-        "findings": {},
-        "macro": None,
-        "weighted": None,
-        "counts": _counts(table),
-        "flag_rates": _flag_rates(table),
-        "drift": None,
-        "digests": _digests(table),
-        "intervals": None,
-        "leak_check": None,
-        "subgroups": None,
-        "published": [],
-        "consensus": None,
-        "compared": None,
-        "localisation": None,
-        "notes": _notes(table),
-    }
-
-
-def _method(n_resamples: int, seed: int) -> dict[str, Any]:
-    return {
-        "method": "percentile bootstrap over patients",
-        "level": 0.95,
-        "n_resamples": n_resamples,
-        "seed": seed,
-        "delong": "logit scale, images taken as independent",
-    }
-
-
-def _stacked(table: Scores, of: Mapping[str, np.ndarray], missing: Any) -> np.ndarray:
-    """Columns of the table's findings, [n,F]."""
-    return np.column_stack([of.get(f, np.full(len(table.ids), missing)) for f in table.findings])
-
-
-def _drift(table: Scores, evaluated: Evaluated | None, words: str | None) -> dict[str, Any] | None:
-    """What was flagged against what validation led to expect; None for another system's scores.
-
-    With labels of the evaluated images, because the others may have trained the model; without of all.
-    """
-    if not table.own:
-        return None
-    rows = np.arange(len(table.ids)) if evaluated is None else evaluated.rows
-    found = drift.measure(
-        drift.Expected.of(table.model),
-        table.findings,
-        _stacked(table, table.flags, np.int8(-1))[rows],
-        _stacked(table, table.p, np.nan)[rows],
-        table.quality_flags[rows],
-        table.ok[rows],
-        table.patients[rows] if evaluated is None else evaluated.patients,
+    labelled = None if labels is None else _evaluate_labels(table, labels, split, prevalences, bootstrap)
+    evaluated, split_label = (labelled.images, labelled.split_label) if labelled else (None, None)
+    population = Population.select(table, evaluated, split, split_label)
+    result = ReportResult(
+        split=split,
+        n_images=len(population.rows),
+        n_patients=count_patients(population.patients),
+        labelled=labelled,
+        counts=Counts.count(table, evaluated.counts if evaluated else None),
+        flag_rates=measure_flag_rates(table),
+        drift=measure_drift(table, evaluated, split_label),
+        digests=_read_digests(table, labels, labelled),
+        bootstrap=bootstrap if labels or consensus or boxes else None,
+        consensus=None
+        if consensus is None
+        else compare_with_consensus(table, population, str(consensus), prevalences=prevalences, bootstrap=bootstrap),
+        compared=None
+        if compare is None or labelled is None
+        else compare_with_scores(table, labelled.images, str(compare), split, labelled.split_label, bootstrap),
+        boxes=None if boxes is None else compare_with_boxes(table, population, str(boxes), bootstrap),
+        notes=_list_notes(table, split, labelled, len(population.rows)),
     )
-    entry = {"images": "all scored images" if evaluated is None else f"the evaluated images ({words})"}
-    entry |= found.as_dict()
-    if evaluated is not None:
-        del entry["errors"]  # what failed was not evaluated, and is counted elsewhere
-    return entry
+    return _write(out, table, result, _draw_figures(table, result, seed))
 
 
-def _subgroups(
-    table: Scores, evaluated: Evaluated, result: dict[str, Any], n_resamples: int, seed: int
-) -> subgroups.Subgroups | None:
-    """Fills `result`; None where nothing is known of the people."""
-    groups = subgroups.groups(evaluated.sex, evaluated.age, evaluated.view, evaluated.follow_up)
+def _evaluate_labels(
+    table: Scores, labels: str | Path, split: str | None, prevalences: Mapping[str, float], bootstrap: Bootstrap
+) -> LabelResults:
+    rows = manifest.read_manifest(labels)
+    info = manifest.split_info(rows)
+    images = join_labels(table, rows, labels, split)
+    population = "the test split" if split else "the labels"
+    leak_check = check_leakage(table, images.rows, images.patients, split, population)
+    evaluation = evaluate(
+        ModelOutputs.select(table, images.rows),
+        {finding: images.labels[finding] for finding in LABELS},
+        images.patients,
+        prevalences=prevalences,
+        bootstrap=bootstrap,
+    )
+    return LabelResults(
+        images=images,
+        info=info,
+        split_label=describe_split(split, info),
+        leak_check=leak_check,
+        evaluation=evaluation,
+        subgroups=_measure_subgroups(table, images, bootstrap),
+        published=published.beside(
+            split, info.get("kind"), n_images=len(images.rows), findings=evaluation.macro.findings
+        ),
+    )
+
+
+def _check_options(
+    labels: str | Path | None,
+    split: str | None,
+    consensus: str | Path | None,
+    compare: str | Path | None,
+    prevalence: str | Path | None,
+) -> None:
+    if split is not None and split not in manifest.SPLITS:
+        raise InputError(f"--split {split}: use train, val or test")
+    if split is not None and labels is None:
+        raise InputError(f"--split {split}: needs --labels, whose rows it selects")
+    if compare is not None and labels is None:
+        raise InputError(f"--compare {compare}: needs --labels, to compute the AUROC of both tables")
+    if prevalence is not None and labels is None and consensus is None:
+        raise InputError(f"--prevalence {prevalence}: needs --labels or --consensus, to measure sensitivity")
+
+
+def _measure_subgroups(table: Scores, evaluated: EvaluationSet, bootstrap: Bootstrap) -> Subgroups | str:
+    """Measure every subgroup, or return the reason why there is none."""
+    groups = build_groups(evaluated.sex, evaluated.age, evaluated.view, evaluated.follow_up)
     if all(not group.known for group in groups):
-        result["subgroups"] = {"reason": "the labels tell neither sex, age, view nor follow-up"}
-        return None
+        return "the labels hold neither sex, age, view nor follow-up"
     names = [f for f in table.findings if (evaluated.labels[f] >= 0).any()]
     if not names:
-        result["subgroups"] = {"reason": "no finding is both scored and labelled"}
-        return None
+        return "no finding is both scored and labelled"
     rows = evaluated.rows
-    found = subgroups.measure(
-        groups,
+    images = LabelledScores(
         np.column_stack([evaluated.labels[f] for f in names]),
         np.column_stack([table.p[f][rows] for f in names]),
         np.column_stack([table.flags[f][rows] if f in table.flags else np.full(len(rows), -1) for f in names]),
         evaluated.patients,
         names,
-        n_resamples=min(n_resamples, _SUBGROUP_RESAMPLES),
-        n_resamples_crossings=min(n_resamples, _CROSSING_RESAMPLES),
-        seed=seed,
         macro=np.array([f != NO_FINDING for f in names], dtype=bool),
     )
-    result["subgroups"] = found.as_dict()
-    return found
+    return measure_groups(
+        groups,
+        images,
+        n_resamples=min(bootstrap.n_resamples, _SUBGROUP_RESAMPLES),
+        n_resamples_crossings=min(bootstrap.n_resamples, _CROSSING_RESAMPLES),
+        seed=bootstrap.seed,
+    )
 
 
-def _counts(table: Scores) -> dict[str, Any]:
-    codes = Counter(code or "unknown" for code in table.codes[~table.ok])
-    ordered = [*ERROR_CODES, *sorted(set(codes) - set(ERROR_CODES))]
-    return {
-        "rows": len(table.ids),
-        "scored": int(table.ok.sum()),
-        "errors": int((~table.ok).sum()),
-        "by_code": {code: codes[code] for code in ordered if codes[code]},
-        "quality_flags": dict(sorted(Counter(flag for flag in table.quality_flags if flag).items())),
-    }
-
-
-def _flag_rates(table: Scores) -> dict[str, Any]:
-    """Share of scored images flagged, and the share that the operating point led to expect."""
-    expected = table.model.get("expected_flag_rates") or {}
-    rates: dict[str, Any] = {}
-    for finding in table.findings:
-        flags = table.flags.get(finding)
-        known = flags[flags >= 0] if flags is not None else np.zeros(0)
-        rates[finding] = {
-            "observed": float(known.mean()) if len(known) else None,
-            "expected": number(expected.get(finding)),
-            "n": len(known),
-        }
-    return rates
-
-
-def _digests(table: Scores) -> dict[str, Any]:
+def _read_digests(table: Scores, labels: str | Path | None, labelled: LabelResults | None) -> dict[str, Any]:
+    location = None if labels is None else Location.of(str(labels))
+    info = labelled.info if labelled else {}
     return {
         "model": list(table.model_digests) or [digest for digest in [table.model.get("digest")] if digest],
         "input": table.run.get("input_digest"),
-        "labels": None,
-        "tables": None,
+        "labels": hashlib.sha256(location.read_bytes()).hexdigest() if location and location.is_file else None,
+        "tables": info.get("tables") or info.get("digests"),
     }
 
 
-def _notes(table: Scores) -> list[str]:
-    """What a reader must know to read the rest rightly."""
+def _list_notes(table: Scores, split: str | None, labelled: LabelResults | None, n_images: int) -> list[str]:
+    """List what a reader must know to interpret the numbers."""
     notes = []
-    if not table.own:
-        whose = (
-            "These rows name the model that made them, but nothing beside them tells which images trained it"
-            if table.model_digests
-            else "These are another system's predictions. Nothing tells which images trained it"
-        )
-        notes.append(f"{whose}, so a leak between its training and this evaluation cannot be ruled out here.")
-    if len(table.model_digests) > 1:
-        notes.append(f"The rows come from {len(table.model_digests)} different models; the numbers mix them.")
-    source = provenance(table)
-    if source.get("initial_weights") == "random" and not table.model.get("curves"):
-        notes.append("The model starts from random weights and has no learning curve: it may never have been trained.")
-    if table.own and (table.trained is None or source.get("lineage") == "unknown"):
+    if split in ("train", "val"):
+        use = "fit the weights" if split == "train" else "select the epoch, the calibration and the operating points"
         notes.append(
-            "Not all images that trained this model are known, so a leak between its training and this evaluation "
-            "cannot be ruled out here."
+            f"This is the {split} split. If the model was trained on this manifest, these images served to {use}: the "
+            "results show the fit to known images, not the performance on new patients."
         )
+        other = {"train": "val", "val": "train"}[split]
+        mismatched = labelled.leak_check.shared_by_part.get(other, 0) if labelled else 0
+        if mismatched:
+            notes.append(
+                f"The labels assign {mismatched:,} images to {split} that are {other} images of the model: the split "
+                "of the labels differs from the model's."
+            )
+    untraced = "so a leak between its training and this evaluation cannot be excluded."
+    if not table.is_own and table.model_digests:
+        notes.append(
+            f"The rows name the model that scored them, but its training images are not recorded here, {untraced}"
+        )
+    elif not table.is_own:
+        notes.append(
+            f"These predictions come from another system. Its training images are not recorded here, {untraced}"
+        )
+    if len(table.model_digests) > 1:
+        notes.append(f"The rows come from {len(table.model_digests)} different models; the results mix them.")
+    if table.provenance.get("initial_weights") == "random" and not table.model.get("curves"):
+        notes.append("The model has random initial weights and no learning curve: it may never have been trained.")
+    if table.is_own and (table.training is None or table.provenance.get("lineage") == "unknown"):
+        notes.append(f"Not all images that trained this model are known, {untraced}")
     if table.ignored:
         shown = ", ".join(table.ignored[:8]) + (" …" if len(table.ignored) > 8 else "")
-        notes.append(f"Columns that name no known finding were not used: {shown}.")
+        notes.append(f"Columns of unknown findings were ignored: {shown}.")
+    official = labelled is not None and labelled.info.get("kind") == "official" and split == "test"
+    if official and n_images != published.OFFICIAL_TEST_IMAGES:
+        notes.append(
+            f"The evaluation covers {n_images:,} of the {published.OFFICIAL_TEST_IMAGES:,} images of NIH's official "
+            "test split."
+        )
     return notes
 
 
-def _labelled(table: Scores, path: str | Path, split: str | None, result: dict[str, Any]) -> Evaluated:
-    """Join and guard; fills `result` with what was joined."""
-    labelled = manifest.read_manifest(path)
-    info = manifest.split_info(labelled)
-    evaluated = join(table, labelled, path, split, result["counts"])
-    result["split_label"] = describe_split(split, info)
-    result["split_kind"] = info.get("kind")
-    result["split_seed"] = info.get("seed")
-    place = Place.of(str(path))
-    result["digests"]["labels"] = hashlib.sha256(place.bytes()).hexdigest() if place.is_file else None
-    result["digests"]["tables"] = info.get("tables") or info.get("digests")
-    result["leak_check"] = guard(
-        table, evaluated.rows, evaluated.patients, split, "the test split" if split else "the labels"
-    )
-    other = sum(n for part, n in result["leak_check"].get("shared_by_part", {}).items() if part != split)
-    if split in ("train", "val") and other:
-        result["notes"].insert(
-            0,
-            f"These labels call {other:,} images {split} that the model knows as its "
-            f"{'val' if split == 'train' else 'train'} images: the labels' split is not the model's.",
-        )
-    if info.get("kind") == "official" and split == "test" and len(evaluated.rows) != published.OFFICIAL_TEST_IMAGES:
-        result["notes"].append(
-            f"These are {len(evaluated.rows):,} images; NIH's official test split has "
-            f"{published.OFFICIAL_TEST_IMAGES:,}."
-        )
-    if split in ("train", "val"):
-        use = "fitted its weights" if split == "train" else "chose its best epoch, calibration and operating points"
-        result["notes"].insert(
-            0,
-            f"This is the {split} split, which, if the model was trained on this manifest, {use}: the "
-            "numbers say how well it fits and not how well it will do on new patients.",
-        )
-    result["n_images"] = len(evaluated.rows)
-    result["n_patients"] = n_patients(evaluated.patients)
-    return evaluated
+def _draw_figures(table: Scores, result: ReportResult, seed: int) -> dict[str, Figure]:
+    figures: dict[str, Figure | None] = {}
+    if result.labelled:
+        labelled = result.labelled
+        figures |= figure_set.draw_evaluation(table, labelled.images, labelled.evaluation, seed)
+        if isinstance(labelled.subgroups, Subgroups):
+            figures |= figure_set.draw_subgroups(labelled.subgroups, labelled.evaluation.macro)
+    if result.compared:
+        figures["compared"] = figure_set.draw_comparison(result.compared, "these scores", "the others")
+    if result.consensus:
+        figures["consensus"] = figure_set.draw_consensus(result.consensus.evaluation)
+    if result.boxes:
+        figures["localisation"] = figure_set.draw_localisation(result.boxes.localisation)
+    if result.drift:
+        figures["drift"] = figure_set.draw_drift(result.drift.measured)
+    priority = table.priority[np.isfinite(table.priority)]
+    if result.labelled is None and len(priority):
+        figures["priority"] = priority_histogram(priority)
+    epochs = table.model.get("curves") or []
+    if epochs:
+        figures["learning_curves"] = learning_curves(epochs)
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def _evaluate(
-    table: Scores,
-    evaluated: Evaluated,
-    result: dict[str, Any],
-    prevalences: Mapping[str, float],
-    n_resamples: int,
-    seed: int,
-) -> Measured:
-    """Measure; fills `result`."""
-    labels = {f: evaluated.labels[f] for f in LABELS}
-    measured = measure(
-        columns(table, evaluated.rows),
-        labels,
-        evaluated.patients,
-        prevalences=prevalences,
-        n_resamples=n_resamples,
-        seed=seed,
-    )
-    result["findings"], result["macro"], result["weighted"] = measured.findings, measured.macro, measured.weighted
-    result["published"] = against_published(result)
-    return measured
-
-
-def _write(out: Path, table: Scores, result: dict[str, Any], drawn: Mapping[str, Figure]) -> dict[str, Any]:
+def _write(out: Path, table: Scores, result: ReportResult, figures: Mapping[str, Figure]) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
-    ours = {"report.html", "report.md", *(f"{picture}.{kind}" for picture in _PICTURES for kind in ("png", "svg"))}
-    for old in [path for path in out.glob("*") if path.name in ours]:
-        old.unlink(missing_ok=True)
-    shown: dict[str, bytes] = {}
-    for name in _PICTURES:
-        if name in drawn:
+    stale = {"report.html", "report.md", *(f"{name}.{kind}" for name in _FIGURES for kind in ("png", "svg"))}
+    for path in [path for path in out.glob("*") if path.name in stale]:
+        path.unlink(missing_ok=True)
+    encoded: dict[str, bytes] = {}
+    for name in _FIGURES:
+        if name in figures:
             _log.debug("drawing %s", name)
-            shown[name], vector = plots.encode(drawn[name])
-            (out / f"{name}.png").write_bytes(shown[name])
+            encoded[name], vector = plots.encode(figures[name])
+            (out / f"{name}.png").write_bytes(encoded[name])
             (out / f"{name}.svg").write_bytes(vector)
-    lines = worklist(table)
-    atomic.write_text(out / "worklist.csv", as_csv(lines))
-    atomic.write_json(out / "metrics.json", result)
-    atomic.write_parquet(tables.metrics_table(result), out / "metrics.parquet")
+    rows = build_worklist(table)
+    plain = result.to_json()
+    atomic.write_text(out / "worklist.csv", format_csv(rows))
+    atomic.write_json(out / "metrics.json", plain)
+    atomic.write_parquet(tables.build_table(plain), out / "metrics.parquet")
     view = {
-        "m": result,
+        "m": plain,
         "source": table.source,
-        "own": table.own,
-        "has_priority": bool(np.isfinite(table.priority).any()),
-        "model": _model_facts(table),
-        "summary": summary(result),
-        "pictures": shown,
-        "worklist": lines[:25],
-        "worklist_total": len(lines),
-        "remarks": remarks(result["findings"]),
-        "consensus_remarks": remarks(result["consensus"]["findings"]) if result["consensus"] else {},
-        "leak_words": leak_words,
-        "attributes": pictures.ATTRIBUTES,
+        "figures": encoded,
+        "model": _describe_model(table),
+        "summary": summarize(result),
+        "worklist": rows[:_WORKLIST_ROWS],
+        "worklist_total": len(rows),
+        "columns": {name: [one for one in metrics.METRICS if one.table == name] for name in metrics.TABLES},
+        "probability_metrics": metrics.PROBABILITY_METRICS,
+        "remarks": list_remarks(result.labelled.evaluation) if result.labelled else {},
+        "consensus_remarks": list_remarks(result.consensus.evaluation) if result.consensus else {},
+        "leak_check": result.labelled.leak_check.describe(result.split) if result.labelled else "",
+        "compared_leak_check": result.compared.leak_check.describe(result.split) if result.compared else "",
+        "attributes": figure_set.ATTRIBUTES,
         "assumed": {
-            f: one
-            for f, one in (result["findings"] or (result["consensus"] or {}).get("findings", {})).items()
+            finding: one
+            for finding, one in (plain["findings"] or (plain["consensus"] or {}).get("findings", {})).items()
             if one["assumed_prevalence"] is not None
         },
     }
     atomic.write_text(out / "report.md", html.render(view, "report.md.j2"))
     atomic.write_text(out / "report.html", html.render(view))
     _log.debug("report in %s", out)
-    return result
+    return plain
 
 
-def _model_facts(table: Scores) -> list[tuple[str, str]]:
-    """What is known of the model, as rows of two texts."""
-    model = table.model
-    spec = model.get("input_spec") or {}
+def _describe_model(table: Scores) -> list[tuple[str, str]]:
+    """List what is known of the model, as pairs of name and value."""
+    spec = table.model.get("input_spec") or {}
     facts = [
-        ("Backbone", model.get("backbone")),
-        (
-            "Input",
-            f"{spec['size']} × {spec['size']} pixels, {spec.get('aspect')}" if spec.get("size") else None,
-        ),
+        ("Backbone", table.model.get("backbone")),
+        ("Input", f"{spec['size']} × {spec['size']} pixels, {spec.get('aspect')}" if spec.get("size") else None),
         ("Findings", ", ".join(plots.spaced(finding) for finding in table.findings)),
-        ("Model digest", ", ".join(table.model_digests) or model.get("digest")),
+        ("Model digest", ", ".join(table.model_digests) or table.model.get("digest")),
     ]
-    described = model.get("provenance")
-    for name, value in sorted(described.items()) if isinstance(described, Mapping) else ():
-        if isinstance(value, (str, int, float)):
-            facts.append((str(name).replace("_", " ").capitalize(), value))
+    facts += [
+        (str(name).replace("_", " ").capitalize(), value)
+        for name, value in sorted(table.provenance.items())
+        if isinstance(value, (str, int, float))
+    ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]

@@ -1,4 +1,4 @@
-"""Score tables, ours or another system's, in memory and checked."""
+"""Score tables in memory, from `ray-cxr score` or another system, with their values checked."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from ray_cxr.data import identity
-from ray_cxr.errors import ImageError, InputError, TableError
+from ray_cxr.errors import ImageError, InputError, TableError, first_line
 from ray_cxr.evaluation import calibration, intervals
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING, canonical
 from ray_cxr.storage import remote
 from ray_cxr.storage.paths import redact
 from ray_cxr.storage.stores import describe_error, is_access_denied, open_uri
 
+_TEXT = ("image_id", "path", "patient_id", "study_id", "status", "error_code", "top_finding", "quality_flag")
+
 
 @dataclass(frozen=True, eq=False)
-class Trained:
+class TrainingImages:
     """The images that fitted a model's weights or chose its epoch and thresholds: object arrays [n] of str.
 
     Attributes:
-        images, patients: ids; a patient that is not known is None.
-        parts: `train` or `val`, None where the bundle does not say.
+        images, patients: ids; None for an unknown patient.
+        parts: `train` or `val`, None if the bundle does not record it.
     """
 
     images: np.ndarray
@@ -45,23 +47,23 @@ class Scores:
     """A score table in memory, one entry per row in every array [n].
 
     Attributes:
+        is_own: `ray-cxr score` wrote it, not another system.
+        folder: the folder searched for Parquet files, as `remote.path` takes it; None for a file or a read-only store.
+        run_folder: the SCORES folder, in the same form; None if there is none.
         ids, paths, patients, studies, codes, top_findings, quality_flags: object arrays of str or None.
         ok: bool; False on error rows.
         p, c: per finding, raw and calibrated probability, float64 with NaN for null.
         flags: per finding, int8 with -1 for null.
         priority: float64, NaN for null.
-        own: written by `ray-cxr score`, not by another system.
-        folder: where its Parquet files were looked for, with all folders below, as `remote.path` takes it; None for a
-            file, and for stores that are only read.
-        home: the SCORES folder, likewise; None where there is none.
+        ignored: columns named like predictions of an unknown finding.
         model, run: `model.json` and `run.json`, or empty.
-        trained: the images that trained the model; None where they are not known.
+        training: the model's training images; None if unknown.
     """
 
     source: str
-    own: bool
+    is_own: bool
     folder: str | None
-    home: str | None
+    run_folder: str | None
     ids: np.ndarray
     paths: np.ndarray
     patients: np.ndarray
@@ -79,241 +81,271 @@ class Scores:
     ignored: tuple[str, ...]
     model: dict[str, Any]
     run: dict[str, Any]
-    trained: Trained | None
+    training: TrainingImages | None
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        value = self.model.get("provenance")
+        return value if isinstance(value, Mapping) else {}
+
+    @property
+    def operating_points(self) -> Mapping[str, Any]:
+        return self.model.get("operating_points") or {}
+
+    def threshold(self, finding: str) -> float | None:
+        return finite_or_none((self.operating_points.get(finding) or {}).get("threshold"))
 
 
 def read_scores(path: str | Path) -> Scores:
-    """A SCORES folder, or another system's predictions.
+    """Read a SCORES folder, or the Parquet file or folder of another system's predictions.
 
     Raises:
-        InputError: nothing there, a run of `ray-cxr score` that did not finish, or no Parquet files.
-        TableError: no image_id or p_<Finding> column, an image named twice, a value that cannot be.
+        InputError: nothing is there, the run of `ray-cxr score` is incomplete, or there is no Parquet file.
+        TableError: a column image_id or p_<Finding> is missing, an image is named twice, or a value is out of range.
     """
-    place = Place.of(str(path))
-    home = place.home()
-    if home is not None:
-        if not home.has("_SUCCESS"):
+    location = Location.of(str(path))
+    run = location.find_run()
+    if run is not None:
+        if not run.has("_SUCCESS"):
             raise InputError(f"{path}: score did not finish; run it again to continue")
-        # Naming the folder's inside must not slip past the leak guard.
-        place = place if place.is_file else home.child("scores")
-    table = place.read_parquet(str(path))
-    trained = None
-    if home is not None and home.has("split.parquet"):
-        trained = _trained(home.child("split.parquet"))
-    return _parse(
-        table,
-        source=str(path),
-        own=home is not None,
-        folder=None if place.is_file else place.address(str(path)),
-        home=None if home is None else home.address(str(path)),
-        model=home.json("model.json") if home else {},
-        run=home.json("run.json") if home else {},
-        trained=trained,
+        # A path inside a SCORES folder must not bypass the leak check.
+        location = location if location.is_file else run.child("scores")
+    return _Columns(location.read_parquet(str(path)), str(path)).to_scores(
+        is_own=run is not None,
+        folder=None if location.is_file else location.address(str(path)),
+        run_folder=None if run is None else run.address(str(path)),
+        model=run.read_json("model.json") if run else {},
+        run=run.read_json("run.json") if run else {},
+        training=read_training_images(run.child("split.parquet")) if run and run.has("split.parquet") else None,
     )
 
 
 @dataclass(frozen=True)
-class Place:
-    """A file or folder, local or behind a URI that Arrow knows."""
+class Location:
+    """A file or folder, local or behind a URI that Arrow can open."""
 
     fs: pafs.FileSystem
     path: str
     is_file: bool
 
     @classmethod
-    def of(cls, text: str) -> Place:
+    def of(cls, text: str) -> Location:
+        """Open a path or URI.
+
+        Raises:
+            InputError: it does not exist or cannot be opened.
+        """
         shown = redact(text)
         try:
             fs, path = open_uri(text) if "://" in text else (pafs.LocalFileSystem(), os.path.realpath(text))
             info = fs.get_file_info(path)
         except ImageError as error:
             raise InputError(f"{shown}: {error.message}") from None
-        except Exception as error:  # each store has its own, and their texts can hold what the address holds
-            reason = "the access is not allowed" if is_access_denied(error) else describe_error(error)
+        except Exception as error:  # each store raises its own types, whose texts may repeat credentials of the address
+            reason = "access denied" if is_access_denied(error) else describe_error(error)
             raise InputError(f"{shown}: cannot be opened ({reason}); check the path and the permissions") from None
         if info.type == pafs.FileType.NotFound:
-            raise InputError(f"{shown}: no such file or folder; name what `ray-cxr score` wrote, or a Parquet file")
+            raise InputError(f"{shown}: not found. Pass the folder that `ray-cxr score` wrote, or a Parquet file.")
         return cls(fs, path.rstrip("/"), info.type == pafs.FileType.File)
 
-    def child(self, name: str) -> Place:
+    def child(self, name: str) -> Location:
         path = f"{self.path}/{name}"
-        return Place(self.fs, path, self.fs.get_file_info(path).type == pafs.FileType.File)
+        return Location(self.fs, path, self.fs.get_file_info(path).type == pafs.FileType.File)
 
-    def address(self, given: str) -> str | None:
-        """It as `remote.path` takes it, where this was opened as `given`; None of another store."""
+    def parent(self) -> Location:
+        return Location(self.fs, self.path.rpartition("/")[0] or "/", False)
+
+    def address(self, opened_as: str) -> str | None:
+        """Return the location as `remote.path` takes it; None in a store other than S3."""
         if isinstance(self.fs, pafs.LocalFileSystem):
             return self.path
-        there = remote.stored(remote.path(given)) if given.lower().startswith("s3://") else None
-        return None if there is None else str(there.at(self.path))
+        store = remote.stored(remote.path(opened_as)) if opened_as.lower().startswith("s3://") else None
+        return None if store is None else str(store.at(self.path))
 
     def has(self, name: str) -> bool:
         return bool(self.fs.get_file_info(f"{self.path}/{name}").type != pafs.FileType.NotFound)
 
-    def home(self) -> Place | None:
-        """The SCORES folder that this is, or is inside of."""
+    def find_run(self) -> Location | None:
+        """Return the SCORES folder that this location is, or lies inside."""
         if not self.is_file and any(self.has(name) for name in ("run.json", "model.json", "scores")):
             return self
         inside = self.parent() if self.is_file else self
         if inside.path.rpartition("/")[2] == "scores":
             above = inside.parent()
-            # settings.json: an unfinished run's rows are no other system's predictions either.
+            # settings.json: rows of an incomplete run must not pass as another system's predictions.
             if any(above.has(name) for name in ("run.json", "model.json", "settings.json")):
                 return above
         return None
 
-    def parent(self) -> Place:
-        return Place(self.fs, self.path.rpartition("/")[0] or "/", False)
-
-    def bytes(self) -> bytes:
+    def read_bytes(self) -> bytes:
         with self.fs.open_input_stream(self.path) as stream:
             return bytes(stream.read())
 
-    def json(self, name: str) -> dict[str, Any]:
+    def read_json(self, name: str) -> dict[str, Any]:
         if not self.has(name):
             return {}
         try:
-            value = json.loads(self.child(name).bytes())
+            value = json.loads(self.child(name).read_bytes())
         except ValueError:
             raise InputError(f"{self.path}/{name}: not JSON; run score again") from None
         return value if isinstance(value, dict) else {}
 
     def read_parquet(self, shown: str) -> pa.Table:
+        """Read the columns that reports use from one file or from all files below a folder.
+
+        Raises:
+            InputError: there is no Parquet file.
+            TableError: a file is not Parquet, or the files' schemas do not match.
+        """
         if self.is_file:
             files = [self.path]
         else:
-            found = self.fs.get_file_info(pafs.FileSelector(self.path, recursive=True, allow_not_found=True))
+            entries = self.fs.get_file_info(pafs.FileSelector(self.path, recursive=True, allow_not_found=True))
             files = sorted(
-                item.path
-                for item in found
-                if item.type == pafs.FileType.File
-                and item.path.endswith(".parquet")
-                and not item.base_name.startswith((".", "_"))
+                entry.path
+                for entry in entries
+                if entry.type == pafs.FileType.File
+                and entry.path.endswith(".parquet")
+                and not entry.base_name.startswith((".", "_"))
             )
         if not files:
-            raise InputError(f"{shown}: holds no Parquet files; name what `ray-cxr score` wrote")
+            raise InputError(f"{shown}: no Parquet files. Pass the folder that `ray-cxr score` wrote.")
 
         def read(name: str) -> pa.Table:
             try:
                 with self.fs.open_input_file(name) as stream:
                     file = pq.ParquetFile(stream, pre_buffer=True)
-                    return file.read(columns=[column for column in file.schema_arrow.names if _wanted(column)])
+                    return file.read(columns=[column for column in file.schema_arrow.names if _is_used(column)])
             except (OSError, pa.ArrowInvalid):
                 raise TableError(f"{name}: not a readable Parquet file") from None
 
-        # Several at a time: of what a bucket takes to answer, nearly all is waiting.
+        # In parallel, because reading from a bucket is mostly waiting.
         with ThreadPoolExecutor(remote.THREADS, thread_name_prefix="scores") as pool:
             parts = list(pool.map(read, files))
         try:
             return pa.concat_tables(parts, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise TableError(f"{shown}: its Parquet files do not fit together: {str(error).splitlines()[0]}") from None
+            raise TableError(f"{shown}: its Parquet files do not fit together: {first_line(error)}") from None
 
 
-_TEXT = ("image_id", "path", "patient_id", "study_id", "status", "error_code", "top_finding", "quality_flag")
-
-
-def _wanted(column: str) -> bool:
-    # Embeddings and whatever else a table holds would only cost memory.
+def _is_used(column: str) -> bool:
     return column in (*_TEXT, "priority", "model_digest") or column.startswith(("p_", "c_", "flag_"))
 
 
-def _parse(
-    table: pa.Table,
-    *,
-    source: str,
-    own: bool,
-    folder: str | None,
-    home: str | None,
-    model: dict[str, Any],
-    run: dict[str, Any],
-    trained: Trained | None,
-) -> Scores:
-    if "image_id" not in table.column_names:
-        raise TableError(f"{source}: has no column image_id")
-    if len(table) == 0:
-        raise TableError(f"{source}: holds no rows")
-    text = {name: strings(table, name, source) for name in _TEXT}
-    ids = text["image_id"]
-    if any(name is None for name in ids):
-        raise TableError(f"{source}: {sum(name is None for name in ids):,} rows have no image_id")
-    repeated = [name for name, n in Counter(ids).items() if n > 1]
-    if repeated:
-        raise TableError(
-            f"{source}: {len(repeated):,} images have more than one row, such as {repeated[0]!r}; "
-            "each image may be scored once"
+class _Columns:
+    """Checked access to the columns of a score table."""
+
+    def __init__(self, table: pa.Table, source: str) -> None:
+        self.table, self.source = table, source
+        if "image_id" not in table.column_names:
+            raise TableError(f"{source}: has no column image_id")
+        if len(table) == 0:
+            raise TableError(f"{source}: holds no rows")
+
+    def to_scores(self, **origin: Any) -> Scores:
+        """Build the score table; `origin` holds the fields that the Parquet files do not."""
+        text = {name: read_texts(self.table, name, self.source) for name in _TEXT}
+        ids, ok = text["image_id"], self._read_ok(text["status"])
+        self._check_ids(ids)
+        columns, ignored = self._name_columns()
+        findings = tuple(label for label in LABELS if label in columns["p_"])
+        if not findings:
+            raise TableError(f"{self.source}: has no column p_<Finding>, such as p_{FINDINGS[0]}")
+        p = {finding: self._probabilities(columns["p_"][finding]) for finding in findings}
+        c = {finding: self._probabilities(name) for finding, name in columns["c_"].items() if finding in findings}
+        flags = {finding: self._flags(name) for finding, name in columns["flag_"].items() if finding in findings}
+        points = origin["model"].get("operating_points") or {}
+        for finding in findings:
+            if finding not in flags and points.get(finding):
+                flagged = calibration.flags(p[finding], points[finding]["threshold"]).astype(np.int8)
+                flags[finding] = np.where(np.isnan(p[finding]), np.int8(-1), flagged)
+        priority, top = read_floats(self.table, "priority", self.source), text["top_finding"]
+        if "priority" not in self.table.column_names:
+            priority, top = _rank_by_highest(p, ok)
+        digests = read_texts(self.table, "model_digest", self.source)
+        return Scores(
+            source=self.source,
+            ids=ids,
+            paths=text["path"],
+            patients=text["patient_id"],
+            studies=text["study_id"],
+            ok=ok,
+            codes=text["error_code"],
+            top_findings=top,
+            priority=np.where(ok, priority, np.nan),
+            quality_flags=text["quality_flag"],
+            model_digests=tuple(sorted({digest for digest in digests if digest is not None})),
+            findings=findings,
+            p={finding: np.where(ok, values, np.nan) for finding, values in p.items()},
+            c={finding: np.where(ok, values, np.nan) for finding, values in c.items()},
+            flags={finding: np.where(ok, values, np.int8(-1)) for finding, values in flags.items()},
+            ignored=tuple(ignored),
+            **origin,
         )
 
-    columns: dict[str, dict[str, str]] = {"p_": {}, "c_": {}, "flag_": {}}
-    ignored: list[str] = []
-    for name in table.column_names:
-        for prefix, known in columns.items():
-            if not name.startswith(prefix):
-                continue
-            finding = canonical(name.removeprefix(prefix))
-            if finding is None:
-                ignored.append(name)
-            elif finding in known:
-                raise TableError(f"{source}: the columns {known[finding]} and {name} are the same finding")
-            else:
-                known[finding] = name
-    findings = tuple(label for label in LABELS if label in columns["p_"])
-    if not findings:
-        raise TableError(f"{source}: has no column p_<Finding>, such as p_{FINDINGS[0]}")
-    p = {finding: _probabilities(table, columns["p_"][finding], source) for finding in findings}
-    c = {f: _probabilities(table, name, source) for f, name in columns["c_"].items() if f in findings}
-    flags = {f: _flags(table, name, source) for f, name in columns["flag_"].items() if f in findings}
-    points = model.get("operating_points") or {}
-    for finding in findings:
-        if finding not in flags and points.get(finding):
-            flagged = calibration.flags(p[finding], points[finding]["threshold"]).astype(np.int8)
-            flags[finding] = np.where(np.isnan(p[finding]), np.int8(-1), flagged)
+    def _check_ids(self, ids: np.ndarray) -> None:
+        if any(name is None for name in ids):
+            raise TableError(f"{self.source}: {sum(name is None for name in ids):,} rows have no image_id")
+        repeated = [name for name, n in Counter(ids).items() if n > 1]
+        if repeated:
+            raise TableError(
+                f"{self.source}: {len(repeated):,} images have more than one row, such as {repeated[0]!r}; "
+                "keep one row per image"
+            )
 
-    if "status" in table.column_names:
-        status = text["status"]
+    def _read_ok(self, status: np.ndarray) -> np.ndarray:
+        if "status" not in self.table.column_names:
+            return np.ones(len(status), dtype=bool)
         wrong = sorted({str(value) for value in status} - {"ok", "error"})
         if wrong:
-            raise TableError(f"{source}: status is {wrong[0]!r} in some rows; use ok or error")
-        ok = status == "ok"
-    else:
-        ok = np.ones(len(ids), dtype=bool)
-    priority = floats(table, "priority", source)
-    top = text["top_finding"]
-    if "priority" not in table.column_names:
-        priority, top = _priority(p, ok)
-    digests = strings(table, "model_digest", source)
-    return Scores(
-        source=source,
-        own=own,
-        folder=folder,
-        home=home,
-        ids=ids,
-        paths=text["path"],
-        patients=text["patient_id"],
-        studies=text["study_id"],
-        ok=ok,
-        codes=text["error_code"],
-        top_findings=top,
-        priority=np.where(ok, priority, np.nan),
-        quality_flags=text["quality_flag"],
-        model_digests=tuple(sorted({digest for digest in digests if digest is not None})),
-        findings=findings,
-        p={f: np.where(ok, values, np.nan) for f, values in p.items()},
-        c={f: np.where(ok, values, np.nan) for f, values in c.items()},
-        flags={f: np.where(ok, values, np.int8(-1)) for f, values in flags.items()},
-        ignored=tuple(ignored),
-        model=model,
-        run=run,
-        trained=trained,
-    )
+            raise TableError(f"{self.source}: status is {wrong[0]!r} in some rows; use ok or error")
+        return np.asarray(status == "ok")
+
+    def _name_columns(self) -> tuple[dict[str, dict[str, str]], list[str]]:
+        """Return the columns by prefix and finding, and those of unknown findings."""
+        columns: dict[str, dict[str, str]] = {"p_": {}, "c_": {}, "flag_": {}}
+        ignored: list[str] = []
+        for name in self.table.column_names:
+            for prefix, known in columns.items():
+                if not name.startswith(prefix):
+                    continue
+                finding = canonical(name.removeprefix(prefix))
+                if finding is None:
+                    ignored.append(name)
+                elif finding in known:
+                    raise TableError(f"{self.source}: the columns {known[finding]} and {name} are the same finding")
+                else:
+                    known[finding] = name
+        return columns, ignored
+
+    def _probabilities(self, name: str) -> np.ndarray:
+        values = read_floats(self.table, name, self.source)
+        bad = (values < 0) | (values > 1)
+        if bad.any():
+            raise TableError(
+                f"{self.source}: {int(bad.sum()):,} values of {name} are outside 0..1, such as {values[bad][0]:g}; "
+                "the column must hold probabilities"
+            )
+        return values
+
+    def _flags(self, name: str) -> np.ndarray:
+        values = read_floats(self.table, name, self.source)
+        if not (np.isnan(values) | (values == 0) | (values == 1)).all():
+            raise TableError(f"{self.source}: column {name} must hold true, false or null")
+        return np.where(np.isnan(values), -1, values).astype(np.int8)
 
 
-def strings(table: pa.Table, name: str, source: str) -> np.ndarray:
-    """A column as an object array of str or None; all None where there is no such column."""
+def read_texts(table: pa.Table, name: str, source: str) -> np.ndarray:
+    """Return a column as an object array of str or None; all None if the column is missing.
+
+    Raises:
+        TableError: the column holds no text.
+    """
     if name not in table.column_names:
         return np.full(len(table), None, dtype=object)
     try:
-        ids = name in identity.COLUMNS
-        text = identity.read_ids(table[name], name, source) if ids else pc.cast(table[name], pa.string())
+        is_id = name in identity.COLUMNS
+        text = identity.read_ids(table[name], name, source) if is_id else pc.cast(table[name], pa.string())
         values = text.to_pylist()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise TableError(f"{source}: column {name} is {table[name].type}, not text") from None
@@ -322,7 +354,12 @@ def strings(table: pa.Table, name: str, source: str) -> np.ndarray:
     return out
 
 
-def floats(table: pa.Table, name: str, source: str) -> np.ndarray:
+def read_floats(table: pa.Table, name: str, source: str) -> np.ndarray:
+    """Return a column as float64 with NaN for null; all NaN if the column is missing.
+
+    Raises:
+        TableError: the column holds no numbers.
+    """
     if name not in table.column_names:
         return np.full(len(table), np.nan)
     try:
@@ -332,27 +369,8 @@ def floats(table: pa.Table, name: str, source: str) -> np.ndarray:
     return np.asarray(pc.fill_null(values, float("nan")).combine_chunks().to_numpy(zero_copy_only=False))
 
 
-def _probabilities(table: pa.Table, name: str, source: str) -> np.ndarray:
-    values = floats(table, name, source)
-    bad = (values < 0) | (values > 1)
-    if bad.any():
-        raise TableError(
-            f"{source}: {int(bad.sum()):,} values of {name} are outside 0..1, such as {values[bad][0]:g}; "
-            "the column must hold probabilities"
-        )
-    return values
-
-
-def _flags(table: pa.Table, name: str, source: str) -> np.ndarray:
-    """bool|null as int8 with -1 for null."""
-    values = floats(table, name, source)
-    if not (np.isnan(values) | (values == 0) | (values == 1)).all():
-        raise TableError(f"{source}: column {name} must hold true, false or null")
-    return np.where(np.isnan(values), -1, values).astype(np.int8)
-
-
-def _priority(p: Mapping[str, np.ndarray], ok: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Highest raw probability and its finding, for tables that bring no priority; No_Finding never counts."""
+def _rank_by_highest(p: Mapping[str, np.ndarray], ok: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the highest raw probability and its finding, without No_Finding, for tables without a priority."""
     names = [finding for finding in p if finding != NO_FINDING]
     top = np.full(len(ok), None, dtype=object)
     if not names:
@@ -365,26 +383,21 @@ def _priority(p: Mapping[str, np.ndarray], ok: np.ndarray) -> tuple[np.ndarray, 
     return np.where(known, highest, np.nan), top
 
 
-def _trained(place: Place) -> Trained | None:
-    """What trained the model; None where the file names none, as an imported model's."""
-    with place.fs.open_input_file(place.path) as stream:
+def read_training_images(location: Location) -> TrainingImages | None:
+    """Read `split.parquet` of a bundle; None if it names no training image, as for an imported model."""
+    with location.fs.open_input_file(location.path) as stream:
         table = pq.read_table(stream)
-    used = strings(table, "split", place.path)
-    kept = np.isin(used, ("train", "val")) if "split" in table.column_names else np.ones(len(table), dtype=bool)
+    parts = read_texts(table, "split", location.path)
+    kept = np.isin(parts, ("train", "val")) if "split" in table.column_names else np.ones(len(table), dtype=bool)
     if not kept.any():
         return None
-    ids, patients = (strings(table, name, place.path)[kept] for name in ("image_id", "patient_id"))
-    return Trained(ids, patients, used[kept])
+    ids, patients = (read_texts(table, name, location.path)[kept] for name in ("image_id", "patient_id"))
+    return TrainingImages(ids, patients, parts[kept])
 
 
-def n_patients(patients: np.ndarray) -> int:
+def count_patients(patients: np.ndarray) -> int:
     return intervals.patient_codes(patients)[1]
 
 
-def number(value: Any) -> float | None:
+def finite_or_none(value: Any) -> float | None:
     return float(value) if value is not None and np.isfinite(value) else None
-
-
-def provenance(table: Scores) -> Mapping[str, Any]:
-    value = table.model.get("provenance")
-    return value if isinstance(value, Mapping) else {}

@@ -1,139 +1,149 @@
-"""A report in a few sentences, for a reader who reads no further."""
+"""A report's main results in a few sentences, and remarks on single findings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable
 
+from ray_cxr.evaluation.intervals import NO_VARIATION
+from ray_cxr.evaluation.metrics import METRICS
+from ray_cxr.evaluation.subgroups import Subgroups
 from ray_cxr.reporting import html, plots
-
-#: What a table shows beside AUROC, by its key.
-_NAMES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV"}
-CONSTANT = "no interval: every resample gives the same"
+from ray_cxr.reporting.measures import EvaluationResult, Measurement
+from ray_cxr.reporting.result import ReportResult
 
 
-def remarks(findings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """What must be said of a finding's numbers beside the numbers."""
+def list_remarks(evaluation: EvaluationResult) -> dict[str, str]:
+    """Return, per finding, what a reader must know about its results."""
     remarks = {}
-    for finding, entry in findings.items():
+    for finding, one in evaluation.findings.items():
         parts = []
-        if entry["reason"]:
-            parts.append(f"undefined: {entry['reason']}")
-        if entry["caution"]:
-            parts.append(entry["caution"])
-        constant = [_NAMES[name] for name in _NAMES if entry["undefined"].get(f"{name}_low") == CONSTANT]
+        if one.reason:
+            parts.append(f"undefined: {one.reason}")
+        if one.caution:
+            parts.append(one.caution)
+        shown = [metric for metric in METRICS if metric.table == "main" and metric.key != "auroc"]
+        constant = [m.label for m in shown if one.metrics[m.key].interval_reason == NO_VARIATION]
         if constant:
-            parts.append(f"no interval for {', '.join(constant)}: every resample gives the same, which is no certainty")
-        if entry["unscored"] and entry["auroc"] is not None:
-            parts.append(f"{entry['unscored']:,} labelled images have no score for it")
+            parts.append(f"no interval for {', '.join(constant)}: {NO_VARIATION}")
+        if one.unscored and one.auroc.value is not None:
+            parts.append(f"{one.unscored:,} labelled images have no score")
         if parts:
             remarks[finding] = "; ".join(parts)
     return remarks
 
 
-def summary(result: Mapping[str, Any]) -> list[str]:
-    """The report in a few sentences."""
-    counts, macro = result["counts"], result["macro"]
-    out = []
-    if macro is None:
-        how = (
-            "Without --labels this report says how well for the images of the consensus table alone."
-            if result["consensus"] is not None
-            else "There are no labels, so this report says what was found, not how well."
+def summarize(result: ReportResult) -> list[str]:
+    """Summarize a report in a few sentences."""
+    counts, joined = result.counts, result.counts.joined
+    sentences = []
+    if result.labelled is None:
+        limit = (
+            "Only the images of the consensus table could be evaluated, because there are no other labels."
+            if result.consensus
+            else "There are no labels, so the scores are reported without an evaluation."
         )
-        out.append(
-            f"{counts['scored']:,} of {counts['rows']:,} images were scored, of {result['n_patients']:,} patients. "
-            + how
-        )
-    else:
-        out.append(
-            f"{result['n_images']:,} images of {result['n_patients']:,} patients were evaluated: "
-            f"{result['split_label']}."
-        )
-        if macro["auroc"] is None:
-            out.append(f"There is no macro AUROC: {macro['reason']}.")
-        else:
-            found = result["findings"]
-            between = (
-                f" (95% interval {macro['auroc_low']:.3f} to {macro['auroc_high']:.3f})"
-                if macro["auroc_low"] is not None
-                else " (no interval)"
-            )
-            of = f"{len(macro['findings'])} findings" if len(macro["findings"]) > 1 else "one finding"
-            out.append(f"Macro AUROC is {macro['auroc']:.3f}{between} over {of}.")
-            ranked = sorted(macro["findings"], key=lambda f: found[f]["auroc"])
-            if len(ranked) > 1:
-                weak = ranked[: min(3, len(ranked) // 2)]
-                out.append(
-                    "Weakest: "
-                    + ", ".join(f"{plots.spaced(f)} {found[f]['auroc']:.3f}" for f in weak)
-                    + f". Strongest: {plots.spaced(ranked[-1])} {found[ranked[-1]]['auroc']:.3f}."
-                )
-            sure = [f for f in ranked if found[f]["auroc_low"] is not None]
-            chance = [f for f in sure if found[f]["auroc_low"] <= 0.5 <= found[f]["auroc_high"]]
-            if chance:
-                out.append(f"Not told apart from chance: {', '.join(map(plots.spaced, chance))}.")
-            inverted = [f for f in ranked if found[f]["auroc"] == 0.0 or (f in sure and found[f]["auroc_high"] < 0.5)]
-            if inverted:
-                names = ", ".join(map(plots.spaced, inverted))
-                out.append(f"Worse than chance: {names}. Are these scores, or these labels, the wrong way round?")
-        unsure = [f for f, entry in result["findings"].items() if entry["caution"]]
-        if unsure:
-            out.append(f"Do not lean on the intervals of {', '.join(map(plots.spaced, unsure))}: see the remarks.")
-        undefined = [f for f, entry in result["findings"].items() if entry["auroc"] is None]
-        if undefined:
-            out.append(f"No AUROC can be given for {', '.join(map(plots.spaced, undefined))}; the table says why.")
-    if counts["errors"]:
-        parts = ", ".join(f"{code} {n:,}" for code, n in counts["by_code"].items())
-        out.append(
-            f"{counts['errors']:,} of {counts['rows']:,} images "
-            f"({html.percent(counts['errors'] / counts['rows'], 2)}) could not be scored: {parts}. "
-            "They are at the end of the worklist and in no number above."
+        sentences.append(
+            f"{counts.scored:,} of {counts.rows:,} images of {result.n_patients:,} patients were scored. {limit}"
         )
     else:
-        out.append("No image failed.")
-    if macro is not None and counts["labelled_not_scored"]:
-        out.append(f"{counts['labelled_not_scored']:,} labelled images have no row in the scores.")
-    return out + _others(result)
-
-
-def _others(result: Mapping[str, Any]) -> list[str]:
-    """A sentence for each thing that was looked at beside the labels."""
-    out = []
-    agreed, compared, located = result["consensus"], result["compared"], result["localisation"]
-    if agreed is not None:
-        macro = agreed["macro"]
-        shown = f"macro AUROC {_ends(macro, 'auroc')}" if macro["auroc"] is not None else "no AUROC can be given"
-        unsure = [name for name, entry in agreed["findings"].items() if entry["caution"]]
-        warned = f" Do not lean on the intervals of {', '.join(map(plots.spaced, unsure))}." if unsure else ""
-        out.append(f"Against {agreed['source']}, on {agreed['n_images']:,} images: {shown}.{warned}")
-    if compared is not None:
-        macro = compared["macro"]
-        if macro["difference"] is None:
-            out.append(f"No macro AUROC can be compared with {compared['other']}: {macro['reason']}.")
-        else:
-            sure = macro["low"] is not None and (macro["low"] > 0 or macro["high"] < 0)
-            between = f" (95% interval {macro['low']:+.3f} to {macro['high']:+.3f})" if macro["low"] is not None else ""
-            out.append(
-                f"Macro AUROC less that of {compared['other']}: {macro['difference']:+.3f}{between} on the same "
-                f"{compared['n_images']:,} images, {'more' if sure else 'no more'} than chance explains."
-            )
-    groups = result["subgroups"]
-    if groups is not None and "comparisons" in groups and not groups["comparisons"]["single"]["made"]:
-        out.append("Groups of people and views have too few patients here to be compared.")
-    elif groups is not None and "comparisons" in groups:
-        out.append(f"Between groups of people and views: {groups['comparisons']['single']['words']}.")
-    if located is not None and located["overall"]["hit_rate"] is not None:
-        one = located["overall"]
-        out.append(
-            f"Heat maps point into the radiologist's box in {html.percent(one['hit_rate'], 0)} of {one['n']:,} cases; "
-            f"a random point would in {html.percent(one['chance'], 0)}."
+        images, patients = f"{result.n_images:,} images", f"{result.n_patients:,} patients"
+        sentences.append(f"{images} of {patients} were evaluated: {result.labelled.split_label}.")
+        sentences += _summarize_evaluation(result.labelled.evaluation)
+    if counts.errors:
+        codes = ", ".join(f"{code} {n:,}" for code, n in counts.by_code.items())
+        sentences.append(
+            f"{counts.errors:,} of {counts.rows:,} images ({html.percent(counts.errors / counts.rows, 2)}) could not "
+            f"be scored: {codes}. They are listed at the end of the worklist and excluded from all results above."
         )
-    if result["drift"] is not None:
-        out.append(f"Against what validation led to expect, of {result['drift']['images']}: {result['drift']['words']}")
-    return out
+    else:
+        sentences.append("No image failed.")
+    if joined is not None and joined.labelled_not_scored:
+        sentences.append(f"{joined.labelled_not_scored:,} labelled images are missing from the scores.")
+    return sentences + _summarize_comparisons(result)
 
 
-def _ends(entry: Mapping[str, Any], name: str) -> str:
-    low, high = entry[f"{name}_low"], entry[f"{name}_high"]
-    return f"{entry[name]:.3f}" + (f" (95% interval {low:.3f} to {high:.3f})" if low is not None else " (no interval)")
+def _summarize_evaluation(evaluation: EvaluationResult) -> list[str]:
+    macro, findings = evaluation.macro, evaluation.findings
+    sentences = []
+    if macro.auroc.value is None:
+        sentences.append(f"The macro AUROC is undefined: {macro.reason}.")
+    else:
+        averaged = f"{len(macro.findings)} findings" if len(macro.findings) > 1 else "one finding"
+        sentences.append(f"The macro AUROC over {averaged} is {_format(macro.auroc)}.")
+        aurocs = {finding: findings[finding].auroc.value or 0.0 for finding in macro.findings}
+        ranked = sorted(aurocs, key=lambda finding: aurocs[finding])
+        if len(ranked) > 1:
+            lowest = ", ".join(f"{plots.spaced(f)} {aurocs[f]:.3f}" for f in ranked[: min(3, len(ranked) // 2)])
+            sentences.append(f"Lowest: {lowest}. Highest: {plots.spaced(ranked[-1])} {aurocs[ranked[-1]]:.3f}.")
+        bounds = {f: (findings[f].auroc.low, findings[f].auroc.high) for f in ranked}
+        known = {f: (low, high) for f, (low, high) in bounds.items() if low is not None and high is not None}
+        chance = [f for f, (low, high) in known.items() if low <= 0.5 <= high]
+        if chance:
+            sentences.append(f"Not distinguishable from chance: {_list_findings(chance)}.")
+        inverted = [f for f in ranked if aurocs[f] == 0.0 or (f in known and known[f][1] < 0.5)]
+        if inverted:
+            sentences.append(
+                f"Worse than chance: {_list_findings(inverted)}. Check whether scores or labels are inverted."
+            )
+    cautioned = [finding for finding, one in findings.items() if one.caution]
+    if cautioned:
+        sentences.append(f"Interpret these intervals with caution (see the remarks): {_list_findings(cautioned)}.")
+    undefined = [finding for finding, one in findings.items() if one.auroc.value is None]
+    if undefined:
+        sentences.append(f"AUROC is undefined for {_list_findings(undefined)}; the remarks give the reason.")
+    return sentences
+
+
+def _summarize_comparisons(result: ReportResult) -> list[str]:
+    """Return one sentence per reference standard, comparator, subgroup analysis and drift check."""
+    sentences = []
+    if result.consensus is not None:
+        consensus = result.consensus
+        macro = consensus.evaluation.macro.auroc
+        shown = f"the macro AUROC is {_format(macro)}" if macro.value is not None else "AUROC is undefined"
+        cautioned = [name for name, one in consensus.evaluation.findings.items() if one.caution]
+        warning = f" Interpret these intervals with caution: {_list_findings(cautioned)}." if cautioned else ""
+        source = consensus.reference.source
+        sentences.append(f"Against {source}, on {consensus.n_images:,} images, {shown}.{warning}")
+    if result.compared is not None:
+        other, paired = result.compared.other, result.compared.macro
+        if paired.difference is None:
+            sentences.append(f"The macro AUROC cannot be compared with {other}: {paired.reason}.")
+        elif paired.low is None or paired.high is None:
+            sentences.append(
+                f"The macro AUROC differs from that of {other} by {paired.difference:+.3f} (no interval) on the same "
+                f"{result.compared.n_images:,} images."
+            )
+        else:
+            excludes = "excludes" if paired.low > 0 or paired.high < 0 else "includes"
+            sentences.append(
+                f"The macro AUROC differs from that of {other} by {paired.difference:+.3f} (95% interval "
+                f"{paired.low:+.3f} to {paired.high:+.3f}, which {excludes} 0) on the same "
+                f"{result.compared.n_images:,} images."
+            )
+    groups = result.labelled.subgroups if result.labelled else None
+    if isinstance(groups, Subgroups):
+        if groups.single.made:
+            sentences.append(f"Subgroups: {groups.single.summary}.")
+        else:
+            sentences.append("All subgroups have too few patients to be compared.")
+    if result.boxes is not None:
+        overall = result.boxes.localisation.overall
+        if overall.hit_rate.value is not None:
+            sentences.append(
+                f"Heat maps peak inside the radiologist's box in {html.percent(overall.hit_rate.value, 0)} of "
+                f"{overall.n:,} cases, against {html.percent(overall.chance, 0)} for a random point."
+            )
+    if result.drift is not None:
+        sentences.append(f"Drift of {result.drift.images} against validation: {result.drift.measured.words}")
+    return sentences
+
+
+def _list_findings(findings: Iterable[str]) -> str:
+    return ", ".join(map(plots.spaced, findings))
+
+
+def _format(one: Measurement) -> str:
+    if one.low is None or one.high is None:
+        return f"{one.value:.3f} (no interval)"
+    return f"{one.value:.3f} (95% interval {one.low:.3f} to {one.high:.3f})"

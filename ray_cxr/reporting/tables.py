@@ -1,4 +1,4 @@
-"""metrics.parquet: every number of a report in one long table, a row each, for programs that want to filter."""
+"""metrics.parquet: all of metrics.json as one long table with a row per number."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from ray_cxr.reporting.measures import WITH_INTERVAL
+from ray_cxr.evaluation.metrics import METRICS, RANKING_METRICS
 
 SCHEMA = pa.schema(
     [
         ("section", pa.string()),  # findings | macro | weighted | subgroups | differences | consensus | compared | ...
-        ("finding", pa.string()),  # null: of all
-        ("attribute", pa.string()),  # of a subgroup
+        ("finding", pa.string()),  # null: all findings
+        ("attribute", pa.string()),  # of a subgroup, such as sex
         ("group", pa.string()),
         ("metric", pa.string()),
         ("value", pa.float64()),
@@ -21,7 +21,7 @@ SCHEMA = pa.schema(
         ("high", pa.float64()),
         ("n", pa.int64()),
         ("positives", pa.int64()),
-        ("reason", pa.string()),  # why there is no value, or no interval
+        ("reason", pa.string()),  # why there is no value or interval
         ("split", pa.string()),
         ("split_kind", pa.string()),
         ("split_seed", pa.int64()),
@@ -30,8 +30,8 @@ SCHEMA = pa.schema(
 )
 
 
-def metrics_table(result: Mapping[str, Any]) -> pa.Table:
-    """The numbers of a report, each with its split and the digest of the labels it rests on."""
+def build_table(result: Mapping[str, Any]) -> pa.Table:
+    """Flatten the content of metrics.json; each row has its split and the digest of its labels."""
     split = {name: result[name] for name in ("split", "split_kind", "split_seed")}
     own = split | {"labels_sha256": result["digests"]["labels"]}
     rows = [{**row, **own} for row in _evaluation(result)]
@@ -50,11 +50,11 @@ def metrics_table(result: Mapping[str, Any]) -> pa.Table:
 def _evaluation(result: Mapping[str, Any], section: str | None = None) -> Iterator[dict[str, Any]]:
     for finding, entry in result["findings"].items():
         counts = {"finding": finding, "n": entry["n"], "positives": entry["positives"]}
-        for name in (*WITH_INTERVAL, "prevalence"):
+        for name in (*(metric.key for metric in METRICS), "prevalence"):
             yield {"section": section or "findings", **counts, **_number(entry, name, entry["undefined"])}
     for kind in ("macro", "weighted"):
         entry = result[kind]
-        for name in ("auroc", "average_precision") if entry is not None else ():
+        for name in (metric.key for metric in RANKING_METRICS if entry is not None):
             row = _number(entry, name, {name: entry["reason"]})
             yield {"section": f"{section} {kind}" if section else kind, "n": result["n_images"], **row}
 

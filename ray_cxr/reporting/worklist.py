@@ -1,4 +1,4 @@
-"""The worklist: one row per study, what is most urgent first, what failed last and never left out."""
+"""The worklist: one row per study, highest priority first, failed images last."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting.scores import Scores
 
-#: A spreadsheet takes a cell that begins so for a formula.
+#: A spreadsheet runs a cell that starts with one of these as a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-def worklist(table: Scores) -> list[dict[str, str]]:
-    """One row per study (per image without one), highest priority first; failures last, never left out."""
+def build_worklist(table: Scores) -> list[dict[str, str]]:
+    """Return one row per study, or per image without a study id, highest priority first and failures last."""
     studies: dict[tuple[str, ...], list[int]] = {}
     for row, study in enumerate(table.studies):
         key = ("image", table.ids[row]) if study is None else ("study", table.patients[row] or "", study)
@@ -25,13 +25,13 @@ def worklist(table: Scores) -> list[dict[str, str]]:
     names = [f for f in table.findings if f in table.flags and f != NO_FINDING]
     lines = []
     for rows in studies.values():
-        ranked = sorted(rows, key=lambda row: (-_or_lowest(float(table.priority[row])), table.ids[row]))
+        ranked = sorted(rows, key=lambda row: (-_sort_value(float(table.priority[row])), table.ids[row]))
         best = ranked[0]
         priority = float(table.priority[best])
         lines.append(
             (
                 (
-                    -_or_lowest(priority),
+                    -_sort_value(priority),
                     table.patients[best] or "",
                     table.studies[best] or "",
                     table.ids[best],
@@ -45,27 +45,27 @@ def worklist(table: Scores) -> list[dict[str, str]]:
                     "image_id": table.ids[best],
                     "n_images": str(len(rows)),
                     "n_errors": str(sum(not table.ok[row] for row in rows)),
-                    "errors": _joined(table.codes[row] or "unknown" for row in rows if not table.ok[row]),
-                    "quality_flags": _joined(table.quality_flags[row] for row in rows),
+                    "errors": _join(table.codes[row] or "unknown" for row in rows if not table.ok[row]),
+                    "quality_flags": _join(table.quality_flags[row] for row in rows),
                 },
             )
         )
     return [line for _, line in sorted(lines, key=lambda pair: pair[0])]
 
 
-def _or_lowest(priority: float) -> float:
+def _sort_value(priority: float) -> float:
     return float("-inf") if np.isnan(priority) else priority
 
 
-def _joined(values: Any) -> str:
+def _join(values: Any) -> str:
     return "|".join(sorted({value for value in values if value}))
 
 
-def as_csv(lines: Sequence[Mapping[str, str]]) -> str:
+def format_csv(lines: Sequence[Mapping[str, str]]) -> str:
+    """Return the rows as CSV; a text that a spreadsheet would run as a formula gets an apostrophe."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=list(lines[0]), lineterminator="\n")
     writer.writeheader()
     for line in lines:
-        # Numbers stay numbers; a text that a spreadsheet would run gets an apostrophe.
         writer.writerow({k: f"'{v}" if k != "priority" and v.startswith(_FORMULA) else v for k, v in line.items()})
     return buffer.getvalue()

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ray_cxr.data import manifest
 from ray_cxr.labels import NO_FINDING
-from ray_cxr.reporting import pictures, plots
+from ray_cxr.reporting import figure_set, plots
 from ray_cxr.reporting.report import write_report
 
 FEW = ("Cardiomegaly", "Effusion", "Hernia")
@@ -48,8 +48,8 @@ class Archive:
             self.y["Hernia"][:] = 0
         logits = {f: 2.0 * y - 2.0 + rng.normal(size=n) for f, y in self.y.items()}
         self.p = {f: (1 / (1 + np.exp(-values))).astype(np.float32) for f, values in logits.items()}
-        (root / "pictures").mkdir(parents=True)
-        self.paths = [str(root / "pictures" / name) for name in self.ids]
+        (root / "images").mkdir(parents=True)
+        self.paths = [str(root / "images" / name) for name in self.ids]
         for path in self.paths[::4]:
             Image.fromarray(rng.integers(0, 255, (48, 40), dtype=np.uint8)).save(path)
 
@@ -144,7 +144,7 @@ def without_drawing() -> Iterator[None]:
     """Leave out the figures and the plotting script, which take seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "encode", lambda figure: (b"png", b"svg"))
-        patch.setattr(pictures, "of_evaluation", lambda *_: {})
+        patch.setattr(figure_set, "draw_evaluation", lambda *_: {})
         patch.setattr("plotly.offline.get_plotlyjs", lambda: "window.Plotly = {};")
         yield
 

@@ -21,30 +21,24 @@ from matplotlib.text import Text
 from PIL import Image
 
 from ray_cxr.labels import FINDINGS
-from ray_cxr.reporting import figures, plots
-from ray_cxr.reporting.figures import (
-    Difference,
-    Drift,
-    Estimate,
-    ForestColumn,
-    ForestRow,
-    HeatmapExample,
-    Localisation,
-    Radiograph,
-    Reliability,
-)
+from ray_cxr.reporting import curve_figures, forest_figures, image_figures, label_figures, plots
+from ray_cxr.reporting.curve_figures import Panel, Reliability
+from ray_cxr.reporting.forest_figures import Difference, Drift, ForestColumn, ForestRow, Localisation
+from ray_cxr.reporting.image_figures import Example, HeatmapExample, Radiograph
+from ray_cxr.reporting.plots import Estimate
 
 LONG = "Enlarged_Cardiomediastinum_with_a_tortuous_Aorta"
 IMAGE = np.random.default_rng(0).integers(0, 255, (40, 32), dtype=np.uint8)
 GRID = np.linspace(0, 1, 11)
 BAND = (GRID, np.clip(GRID - 0.1, 0, 1), np.clip(GRID + 0.2, 0, 1))
+PRECISION = Estimate(0.41, 0.36, 0.47)
 COUNTS = np.array([[40, 10, 0], [10, 20, 0], [0, 0, 0]])
 
 
-def panel(finding: str = "Mass", n: int = 200, **more: Any) -> plots.Panel:
+def panel(finding: str = "Mass", n: int = 200, **more: Any) -> Panel:
     y = (np.arange(n) % 5 == 0).astype(np.uint8)
     s = 1 / (1 + np.exp(-(y + np.random.default_rng(1).normal(size=n) - 2)))
-    return replace(plots.Panel(finding, y, s, 0.76, 0.71, 0.8, 0.41, (0.7, 0.6, 0.3)), **more)
+    return replace(Panel(finding, y, s, Estimate(0.76, 0.71, 0.8), Estimate(0.41), (0.7, 0.6, 0.3)), **more)
 
 
 def reliability_panel(finding: str = "Mass", scale: float = 1.0, **more: Any) -> Reliability:
@@ -81,16 +75,16 @@ DRIFT = [
 ]
 LEVELS = {0.1: Estimate(0.6, 0.5, 0.7), 0.5: Estimate(0.2, 0.1, 0.3)}
 LOCALISATION = [
-    Localisation("Mass", 85, Estimate(0.5, 0.4, 0.6), 0.07, LEVELS, {0.1: 0.12}),
-    Localisation("Nodule", 79, None, None, {}, {}),
+    Localisation("Mass", 85, Estimate(0.5, 0.4, 0.6), 0.07, LEVELS),
+    Localisation("Nodule", 79, None, None, {}),
 ]
-EXAMPLE = plots.Example(
+EXAMPLE = Example(
     IMAGE, None, "Mass", ("Mass", "Edema"), (), (("Mass", 0.8, 0.5), ("Edema", 0.3, 0.4), ("Hernia", 0.1, None))
 )
 OVERLAY = np.repeat(IMAGE[..., None], 3, axis=2)
 TILES = [
     HeatmapExample(EXAMPLE, "Mass", OVERLAY, score=0.91),
-    HeatmapExample(replace(EXAMPLE, picture=None, code="truncated"), "Edema", None, "not among the highest findings"),
+    HeatmapExample(replace(EXAMPLE, image=None, code="truncated"), "Edema", None, "not among the highest findings"),
 ]
 SCANS = [
     Radiograph(IMAGE, None, ("Mass", "Pleural_Thickening"), "PA, F, 58 years"),
@@ -100,17 +94,17 @@ SCANS = [
 ]
 
 ALL: dict[str, Callable[[], Figure]] = {
-    "roc": lambda: plots.roc([panel(band=BAND), panel("Edema", n=25_000), panel(LONG)]),
-    "precision_recall": lambda: plots.precision_recall([panel(ap_low=0.36, ap_high=0.47), panel(LONG)]),
-    "reliability": lambda: figures.reliability(RELIABILITY),
-    "distributions": lambda: figures.distributions([panel(threshold=0.2), panel(LONG, n=20)]),
-    "cooccurrence": lambda: figures.cooccurrence(COUNTS, ["Mass", "Edema", LONG], 200),
-    "subgroup_forest": lambda: figures.subgroup_forest(FOREST, COLUMNS),
-    "compared": lambda: figures.compared(DIFFERENCES, "a system with a name of some length", LONG),
-    "drift": lambda: figures.drift(DRIFT),
-    "localisation": lambda: figures.localisation(LOCALISATION),
-    "heatmap_examples": lambda: figures.heatmap_examples([("Best", TILES), ("none", []), ("Worst", TILES[:1])]),
-    "radiographs": lambda: figures.radiographs(SCANS),
+    "roc": lambda: curve_figures.roc([panel(band=BAND), panel("Edema", n=25_000), panel(LONG)]),
+    "precision_recall": lambda: curve_figures.precision_recall([panel(average_precision=PRECISION), panel(LONG)]),
+    "reliability": lambda: curve_figures.reliability(RELIABILITY),
+    "distributions": lambda: curve_figures.distributions([panel(threshold=0.2), panel(LONG, n=20)]),
+    "cooccurrence": lambda: label_figures.cooccurrence(COUNTS, ["Mass", "Edema", LONG], 200),
+    "subgroup_forest": lambda: forest_figures.subgroup_forest(FOREST, COLUMNS),
+    "compared": lambda: forest_figures.compared(DIFFERENCES, "a system with a name of some length", LONG),
+    "drift": lambda: forest_figures.drift(DRIFT),
+    "localisation": lambda: forest_figures.localisation(LOCALISATION),
+    "heatmap_examples": lambda: image_figures.heatmap_examples([("Best", TILES), ("none", []), ("Worst", TILES[:1])]),
+    "radiographs": lambda: image_figures.radiographs(SCANS),
 }
 
 
@@ -143,21 +137,29 @@ def charts(figure: Figure) -> list[Axes]:
 def test_png_and_svg_are_well_formed(name: str, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "DPI", 40)
     png, svg = plots.encode(drawn[name])
-    with Image.open(io.BytesIO(png)) as picture:
-        assert picture.format == "PNG"
-        np.testing.assert_allclose(picture.size, 40 * drawn[name].get_size_inches(), atol=1)
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.format == "PNG"
+        np.testing.assert_allclose(image.size, 40 * drawn[name].get_size_inches(), atol=1)
     assert ElementTree.fromstring(svg).tag.endswith("svg")
     assert b"date" not in svg.lower()
 
 
 def test_figures_without_data_say_so() -> None:
-    empty = [draw([]) for draw in (figures.reliability, figures.distributions, figures.drift, figures.localisation)]
-    empty += [figures.cooccurrence(np.zeros((0, 0), dtype=int), [], 0), figures.subgroup_forest([], COLUMNS)]
-    empty += [figures.compared([], "a", "b"), figures.heatmap_examples([("Best", [])]), figures.radiographs([])]
+    empty = [
+        curve_figures.reliability([]),
+        curve_figures.distributions([]),
+        forest_figures.drift([]),
+        forest_figures.localisation([]),
+        forest_figures.subgroup_forest([], COLUMNS),
+        forest_figures.compared([], "a", "b"),
+        label_figures.cooccurrence(np.zeros((0, 0), dtype=int), [], 0),
+        image_figures.heatmap_examples([("Best", [])]),
+        image_figures.radiographs([]),
+    ]
     for figure in empty:
         assert all_text(figure).startswith("Nothing to show: ")
         assert not figure.axes
-    assert plots.roc([]).axes == []
+    assert curve_figures.roc([]).axes == []
 
 
 def test_curves_have_an_interval_where_given(drawn: dict[str, Figure]) -> None:
@@ -169,7 +171,7 @@ def test_curves_have_an_interval_where_given(drawn: dict[str, Figure]) -> None:
     assert not without.findobj(PolyCollection)
     assert max(len(line.get_xdata()) for line in without.lines) < 2500, "long curves are thinned"
     assert {"95% interval of the curve", "operating point"} <= set(texts(drawn["roc"]))
-    plain = all_text(plots.roc([panel(at=None)]))
+    plain = all_text(curve_figures.roc([panel(rates=None)]))
     assert not [words for words in ("95% interval of the curve", "operating point") if words in plain]
     assert {"average precision 0.410 (0.360–0.470)", "average precision 0.410"} <= set(texts(drawn["precision_recall"]))
 
@@ -189,7 +191,7 @@ def test_reliability_shows_the_given_points_and_intervals(drawn: dict[str, Figur
     # A rare finding fills its axes.
     ax = drawn["reliability"].axes[4]
     assert ax.get_xlim()[1] == ax.get_ylim()[1] <= 0.02
-    (head,) = points(ax, "^")  # its interval goes on beyond the frame
+    (head,) = points(ax, "^")  # its interval extends beyond the frame
     assert list(head.get_xdata()) == [RELIABILITY[2].predicted[0]]
     assert list(head.get_ydata()) == [ax.get_ylim()[1]]
 
@@ -212,7 +214,7 @@ def test_distributions_take_scores_of_any_range() -> None:
     one = panel(n=20)
     odd = [[0.3, 0.3], [0.0, 1.0], [0.4999, 0.5], [1e-9, 2e-9]]
     scores = [20 * one.s - 7, *(np.array(values)[one.y] for values in odd)]
-    figure = figures.distributions([replace(one, s=s, threshold=1.5 if s.max() > 1 else None) for s in scores])
+    figure = curve_figures.distributions([replace(one, s=s, threshold=1.5 if s.max() > 1 else None) for s in scores])
     assert "raw score" in texts(figure)
     assert any(line.get_xdata()[0] == 1.5 for line in figure.axes[0].lines)
 
@@ -222,7 +224,7 @@ def test_cooccurrence_shows_counts_and_shares_of_the_row(drawn: dict[str, Figure
     assert {"40\n20%", "10\n25%", "10\n50%", "20\n10%", "0\n0%"} <= set(found)
     assert found.count("0\n–") == 2  # a row without images has no shares
     with pytest.raises(ValueError, match="for 2 findings"):
-        figures.cooccurrence(COUNTS, ["Mass", "Edema"], 200)
+        label_figures.cooccurrence(COUNTS, ["Mass", "Edema"], 200)
 
 
 def test_forest_shows_every_row_with_its_numbers(drawn: dict[str, Figure]) -> None:
@@ -248,11 +250,11 @@ def test_forest_marks_small_groups_and_keeps_the_scale_of_the_others(drawn: dict
 
 def test_forest_of_undefined_or_small_groups_is_drawn() -> None:
     undefined = [replace(row, estimates=(None, None)) for row in FOREST]
-    assert all_text(figures.subgroup_forest(undefined, COLUMNS)).count("undefined") == 6
-    small = figures.subgroup_forest([replace(row, small=True) for row in FOREST], COLUMNS)
+    assert all_text(forest_figures.subgroup_forest(undefined, COLUMNS)).count("undefined") == 6
+    small = forest_figures.subgroup_forest([replace(row, small=True) for row in FOREST], COLUMNS)
     assert len(places(charts(small)[0], "o")) == 3
     with pytest.raises(ValueError, match="one per column"):
-        figures.subgroup_forest(FOREST, COLUMNS[:1])
+        forest_figures.subgroup_forest(FOREST, COLUMNS[:1])
 
 
 def test_comparison_shows_differences_and_whether_they_exclude_zero(drawn: dict[str, Figure]) -> None:
@@ -274,17 +276,16 @@ def test_drift_shows_ratios_and_which_exceed_chance(drawn: dict[str, Figure]) ->
     assert ax.get_xscale() == "log"
     assert low * high == pytest.approx(1)
     assert {"× 1/2", "× 1", "× 2"} <= {tick.get_text() for tick in ax.get_xticklabels()}
-    assert {"none flagged", "0%", "0.4%", "not known", "no ratio"} <= set(texts(drawn["drift"]))
-    assert "no ratio" in texts(figures.drift([Drift("Mass", Estimate(0.1, 0.05, 0.15), 0.0, True)]))
+    assert {"none flagged", "0%", "0.4%", "unknown", "no ratio"} <= set(texts(drawn["drift"]))
+    assert "no ratio" in texts(forest_figures.drift([Drift("Mass", Estimate(0.1, 0.05, 0.15), 0.0, True)]))
 
 
 def test_localisation_has_a_mark_per_threshold_and_chance(drawn: dict[str, Figure]) -> None:
     hits, found = charts(drawn["localisation"])
     assert (places(hits, "o"), places(found, "o"), places(found, "s")) == ([0.5], [0.6], [0.2])
     assert {"T = 0.1", "T = 0.5", "chance", "85", "50% (40–60%)"} <= set(texts(drawn["localisation"]))
-    for ax, chance in ((hits, 0.07), (found, 0.12)):
-        assert sum(list(line.get_xdata()) == [chance, chance] for line in ax.lines) == 1
-    without = figures.localisation([Localisation("Mass", 3, Estimate(0.5), None, {}, {})])
+    assert sum(list(line.get_xdata()) == [0.07, 0.07] for line in hits.lines) == 1
+    without = forest_figures.localisation([Localisation("Mass", 3, Estimate(0.5), None, {})])
     assert len(charts(without)) == 1
 
 

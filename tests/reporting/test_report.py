@@ -17,14 +17,15 @@ from sklearn import metrics as sklearn_metrics
 
 from ray_cxr.data import manifest
 from ray_cxr.errors import InputError, LeakError, OutputError, TableError
-from ray_cxr.evaluation import intervals
+from ray_cxr.evaluation.bootstrap import bootstrap_auroc
 from ray_cxr.evaluation.published import OFFICIAL_TEST_IMAGES
 from ray_cxr.imaging.sandbox import Decoder
 from ray_cxr.labels import NO_FINDING
-from ray_cxr.reporting import measures, pictures, plots
-from ray_cxr.reporting.examples import _load as load_example
-from ray_cxr.reporting.examples import examples
-from ray_cxr.reporting.labelled import join
+from ray_cxr.reporting import plots
+from ray_cxr.reporting.evaluation_set import join_labels
+from ray_cxr.reporting.examples import load_image, sample_examples
+from ray_cxr.reporting.figure_set import build_reliability
+from ray_cxr.reporting.measures import Bootstrap, ModelOutputs, evaluate
 from ray_cxr.reporting.report import write_report
 from ray_cxr.reporting.scores import read_scores
 
@@ -75,7 +76,7 @@ def test_numbers_equal_sklearn_on_the_same_rows(evaluated: Report) -> None:
         }
         assert {name: got[name] for name in expected} == pytest.approx(expected, abs=1e-12)
         assert got["sensitivity_low"] <= got["sensitivity"] <= got["sensitivity_high"]
-        interval = intervals.bootstrap_auroc(y[:, None], p[:, None], patients, n_resamples=60).findings[0]
+        interval = bootstrap_auroc(y[:, None], p[:, None], patients, n_resamples=60).findings[0]
         assert (got["auroc_low"], got["auroc_high"]) == (interval.low, interval.high)
         assert got["auroc_delong_low"] < got["auroc"] < got["auroc_delong_high"]
 
@@ -206,10 +207,10 @@ def test_labels_with_another_split_than_the_model_are_reported(archive: Archive,
     found = report(
         archive, tmp_path / "out", labels=archive.labels(split=["val"] * N, info={"kind": "given"}), split="val"
     )
-    assert "val split as the tables gave it" in found.page
+    assert "val split as given in the tables" in found.page
     check = found.metrics["leak_check"]
     assert check["shared_by_part"] == {"train": 30, "val": 15}
-    assert "call 30 images val that the model knows as its train images" in found.page
+    assert "assign 30 images to val that are train images of the model" in found.page
     assert check["unknown_patients"] == found.metrics["n_images"]
 
 
@@ -221,7 +222,7 @@ def test_no_leak_check_is_claimed_without_all_training_images(archive: Archive, 
     found = report(archive, tmp_path / "out", scores=str(scores), labels=archive.labels(), split="test")
     assert found.metrics["leak_check"]["checked"] is False
     assert "passed: none of the" not in found.page
-    assert "cannot be ruled out here" in found.page
+    assert "a leak between its training and this evaluation cannot be excluded" in found.page
 
 
 @pytest.mark.parametrize(
@@ -397,8 +398,8 @@ def test_figures_are_in_the_folder_and_in_a_page_that_loads_nothing(
     assert not re.search(r"@import|url\(|https?://", page.source)
     names = {"auroc", "roc", "precision_recall", "examples", "learning_curves", "prevalence"}
     for path in [*out.glob("*.png")]:
-        with Image.open(path) as picture:
-            assert picture.width > 130
+        with Image.open(path) as image:
+            assert image.width > 130
         assert path.with_suffix(".svg").read_text(encoding="utf-8").startswith("<?xml")
     assert names <= {path.stem for path in out.glob("*.png")}
     assert not (out / "priority.png").exists()
@@ -413,22 +414,22 @@ def test_decoder_that_aborts_costs_its_example(archive: Archive, tmp_path: Path,
     monkeypatch.syspath_prepend(str(tmp_path))
     with Decoder([None]) as decoder:
         path = next(path for path in read_scores(archive.scores()).paths if path is not None)
-        assert load_example(path, decoder) == (None, "decoder_crash")
-        assert load_example(None, decoder) == (None, "missing")
+        assert load_image(path, decoder) == (None, "decoder_crash")
+        assert load_image(None, decoder) == (None, "missing")
 
 
 def test_examples_and_reliability_follow_the_scores(archive: Archive) -> None:
     table, labels = read_scores(archive.scores()), archive.labels()
-    evaluated = join(table, manifest.read_manifest(labels), labels, "test", {})
-    scored = measures.columns(table, evaluated.rows)
-    found = measures.measure(scored, evaluated.labels, evaluated.patients, prevalences={}, n_resamples=10, seed=0)
-    (panel,) = (one for one in pictures._reliability(table, evaluated, found) if one.finding == "Effusion")
+    evaluated = join_labels(table, manifest.read_manifest(labels), labels, "test")
+    outputs, bootstrap = ModelOutputs.select(table, evaluated.rows), Bootstrap(10, 0)
+    found = evaluate(outputs, evaluated.labels, evaluated.patients, prevalences={}, bootstrap=bootstrap)
+    (panel,) = (one for one in build_reliability(table, evaluated, found) if one.finding == "Effusion")
     edges = [0, *((panel.predicted[1:] + panel.predicted[:-1]) / 2), 1]
     shares = np.histogram(panel.p, edges)[0]
     assert shares.max() <= 2 * shares.min(), "bins of equal counts"
     for flags in table.flags.values():
         flags[:] = -1  # without operating points the examples are the ends of the scores
-    groups = dict(examples(table, evaluated, 0))
-    assert list(groups) == ["Positives that score high", "Positives that score low", "Negatives that score high"]
+    groups = dict(sample_examples(table, evaluated, 0))
+    assert list(groups) == ["High-scoring positives", "Low-scoring positives", "High-scoring negatives"]
     high, low, negative = ({tile.heading in tile.true for tile in tiles} for tiles in groups.values())
     assert (high, low | {True}, negative) == ({True}, {True}, {False})

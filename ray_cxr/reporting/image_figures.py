@@ -1,0 +1,216 @@
+"""Pages of radiographs: examples, heat maps, and a random sample with labels."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ray_cxr.reporting import plots
+from ray_cxr.reporting.plots import FAINT, INK, MUTED, ORANGE, SKY, spaced
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tile of the page of examples.
+
+    Attributes:
+        image: uint8 [H, W], or None with the error's `code`.
+        heading: the finding that it is an example of.
+        true, flagged: findings by label and by flag.
+        bars: (finding, raw probability, threshold or None), highest first.
+    """
+
+    image: np.ndarray | None
+    code: str | None
+    heading: str
+    true: tuple[str, ...]
+    flagged: tuple[str, ...]
+    bars: tuple[tuple[str, float, float | None], ...]
+
+
+@dataclass(frozen=True)
+class HeatmapExample:
+    """One tile of the page of heat maps.
+
+    Attributes:
+        example: the radiograph with its findings and highest probabilities.
+        finding: the finding that the heat map explains.
+        overlay: uint8 [H, W, 3], or None with the `reason`.
+        score: the finding's raw probability, or None.
+    """
+
+    example: Example
+    finding: str
+    overlay: np.ndarray | None
+    reason: str | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Radiograph:
+    """One tile of the page of radiographs.
+
+    Attributes:
+        image: uint8 [H, W], or None with the error's `code`.
+        findings: positive labels; None for an image without labels.
+        note: view, sex and age.
+    """
+
+    image: np.ndarray | None
+    code: str | None
+    findings: tuple[str, ...] | None
+    note: str = ""
+
+
+def examples(groups: Sequence[tuple[str, Sequence[Example]]]) -> Figure:
+    """Draw one band per group; each tile shows a radiograph, its findings, and its three highest probabilities.
+
+    Args:
+        groups: (name such as "Missed", tiles); groups without tiles are skipped, but at least one must have tiles.
+    """
+    groups = [(name, tiles) for name, tiles in groups if tiles]
+    columns = max(2, *(len(tiles) for _, tiles in groups))
+    tile, band, margin = 2.75, 4.75, 0.12
+    width, height = columns * tile + margin, len(groups) * band
+    figure, box = plots.sheet(width, height)
+    for row, (name, tiles) in enumerate(groups):
+        top = row * band
+        figure.text(
+            margin / width, 1 - (top + 0.14) / height, name, va="top", fontsize=13, fontweight="bold", color=INK
+        )
+        for column, example in enumerate(tiles):
+            left = margin + column * tile
+            _draw_example(figure.add_axes(box(left, top + 0.72, 2.6, 2.6)), example)
+            # Names left of the bars, because text over the bars would hide the threshold.
+            _draw_bars(figure.add_axes(box(left + 1.42, top + 3.98, 1.12, 0.5)), example)
+    return figure
+
+
+def _draw_example(ax: Axes, tile: Example, width: int = 42) -> None:
+    """Draw an image or its error code, with a heading above and labels and flags below, `width` characters per line."""
+    if tile.image is None:
+        _draw_placeholder(ax, f"cannot be shown:\n{tile.code}")
+    else:
+        _draw_image(ax, tile.image)
+    # Offsets in points from the axes, because a tall image narrows the axes and must not move the text.
+    ax.annotate(spaced(tile.heading), (0, 1), (0, 5), "axes fraction", "offset points",
+                fontsize=10, fontweight="bold", color=INK)  # fmt: skip
+    lines = "\n".join([_wrap_findings("label", tile.true, width), _wrap_findings("flags", tile.flagged, width)])
+    _write_below(ax, lines, 7.5)
+
+
+def _write_below(ax: Axes, text: str, size: float) -> None:
+    ax.annotate(text, (0, 0), (0, -4), "axes fraction", "offset points", va="top",
+                fontsize=size, color=INK, linespacing=1.25)  # fmt: skip
+
+
+def _draw_image(ax: Axes, image: np.ndarray) -> None:
+    """Draw a radiograph, uint8 [H, W], or an overlay, uint8 [H, W, 3], without a frame and aligned to the left."""
+    ax.imshow(image, cmap="gray", vmin=0, vmax=255)
+    ax.set_anchor("W")
+    _hide_frame(ax)
+
+
+def _draw_placeholder(ax: Axes, text: str) -> None:
+    """Fill the axes with grey and a text."""
+    ax.set_facecolor("#c2c6ca")
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", fontsize=9, color=INK)
+    _hide_frame(ax)
+
+
+def _hide_frame(ax: Axes) -> None:
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def _wrap_findings(name: str, findings: Sequence[str], width: int) -> str:
+    """List findings after a name, in at most two lines, so that tiles stay aligned."""
+    text = ", ".join(spaced(finding) for finding in findings) or "none"
+    lines = textwrap.wrap(f"{name}: {text}", width=width)
+    return "\n".join(lines[:2]) + (" …" if len(lines) > 2 else "")
+
+
+def _draw_bars(ax: Axes, tile: Example) -> None:
+    """Draw the highest raw probabilities as bars, each with a tick at its threshold."""
+    names = [f"{spaced(finding)}  {p:.2f}" for finding, p, _ in tile.bars]
+    for place, (_, p, threshold) in enumerate(tile.bars):
+        reached = threshold is not None and p >= threshold
+        ax.barh([place], [p], height=0.7, color=ORANGE if reached else SKY)
+        if threshold is not None:
+            ax.plot([threshold] * 2, [place - 0.42, place + 0.42], color=INK, linewidth=1.3)
+    ax.set_ylim(2.6, -0.6)
+    ax.set_xlim(0, 1)
+    ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=7, color=MUTED)
+    ax.set_yticks(range(len(names)), names, fontsize=7.5, color=INK)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+    ax.spines["bottom"].set_color(FAINT)
+    ax.tick_params(length=0, pad=3)
+
+
+def heatmap_examples(groups: Sequence[tuple[str, Sequence[HeatmapExample]]]) -> Figure:
+    """Draw one band per group; each tile shows a radiograph and its heat map.
+
+    Args:
+        groups: (name such as "Missed, lowest scores", tiles); groups without tiles are skipped.
+    """
+    groups = [(name, tiles) for name, tiles in groups if tiles]
+    if not groups:
+        return plots.empty("no examples")
+    columns = min(3, max(len(tiles) for _, tiles in groups))
+    side, tile, band, head, margin = 2.2, 4.72, 3.5, 0.45, 0.12
+    lines = [math.ceil(len(tiles) / columns) for _, tiles in groups]
+    figure, box = plots.sheet(columns * tile + margin, sum(lines) * band + len(groups) * head)
+    width, height = figure.get_size_inches()
+    top = 0.0
+    for (name, tiles), count in zip(groups, lines, strict=True):
+        figure.text(
+            margin / width, 1 - (top + 0.14) / height, name, va="top", fontsize=13, fontweight="bold", color=INK
+        )
+        for place, one in enumerate(tiles):
+            left, down = margin + place % columns * tile, top + head + 0.27 + place // columns * band
+            _draw_example(figure.add_axes(box(left, down, side, side)), one.example, 38)
+            right = left + side + 0.06
+            _draw_overlay(figure.add_axes(box(right, down, side, side)), one)
+            _draw_bars(figure.add_axes(box(right + 1.42, down + side + 0.1, side - 1.44, 0.5)), one.example)
+        top += head + count * band
+    return figure
+
+
+def _draw_overlay(ax: Axes, one: HeatmapExample) -> None:
+    if one.overlay is None:
+        _draw_placeholder(ax, textwrap.fill(f"no heat map: {one.reason or 'not drawn'}", 26))
+    else:
+        _draw_image(ax, one.overlay)
+    score = "" if one.score is None else f", p {one.score:.2g}"
+    ax.annotate(f"heat map: {spaced(one.finding)}{score}", (0, 1), (0, 5), "axes fraction", "offset points",
+                fontsize=8.5, color=INK)  # fmt: skip
+
+
+def radiographs(tiles: Sequence[Radiograph]) -> Figure:
+    """Draw a page of radiographs with their labels."""
+    if not tiles:
+        return plots.empty("no radiographs")
+    columns = min(6, math.ceil(math.sqrt(len(tiles))))
+    rows = math.ceil(len(tiles) / columns)
+    side, tile, band = 2.1, 2.25, 2.72
+    figure, box = plots.sheet(columns * tile + 0.13, rows * band + 0.1)
+    for place, one in enumerate(tiles):
+        ax = figure.add_axes(box(0.14 + place % columns * tile, 0.1 + place // columns * band, side, side))
+        if one.image is None:
+            _draw_placeholder(ax, f"cannot be shown:\n{one.code}")
+        else:
+            _draw_image(ax, one.image)
+        names = "not labelled" if one.findings is None else ", ".join(map(spaced, one.findings)) or "no finding"
+        lines = textwrap.wrap(names, 36)
+        below = ["\n".join(lines[:2]) + (" …" if len(lines) > 2 else ""), *([one.note] if one.note else [])]
+        _write_below(ax, "\n".join(below), 7.8)
+    return figure

@@ -1,0 +1,127 @@
+"""Figures of labels: prevalence and co-occurrence."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from ray_cxr.reporting import plots
+from ray_cxr.reporting.plots import FAINT, INK, MUTED, SKY, VERMILION, spaced
+
+
+def prevalence(rows: Sequence[tuple[str, float, int, float | None]]) -> Figure:
+    """Plot the share of positive images per finding, and the share flagged.
+
+    Args:
+        rows: (finding, share of positives, number of positives, share flagged or None).
+    """
+    rows = sorted(rows, key=lambda row: row[1])
+    figure, ax = plots.single(7.2, 1.3 + 0.32 * len(rows))
+    places = list(range(len(rows)))
+    ax.barh(places, [row[1] for row in rows], height=0.62, color=SKY, label="labelled positive")
+    flagged = [(place, row[3]) for place, row in zip(places, rows, strict=True) if row[3] is not None]
+    if flagged:
+        positions, shares = zip(*flagged, strict=True)
+        ax.plot(shares, positions, "D", color=VERMILION, markersize=5.5, label="flagged")
+    top = max([0.01, *(max(row[1], row[3] or 0.0) for row in rows)])
+    ax.set_xlim(0, top * 1.05)
+    ax.set_yticks(places, [f"{spaced(row[0])} ({row[2]:,})" for row in rows])
+    ax.set_ylim(-0.7, len(rows) - 0.3)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+    ax.set_xlabel("share of labelled images (number of positives in brackets)")
+    ax.grid(axis="x", color=FAINT, linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.legend(loc="lower left", frameon=False, fontsize=8.5, ncols=2, bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
+    return figure
+
+
+def cooccurrence(counts: np.ndarray, findings: Sequence[str], n: int) -> Figure:
+    """Plot how often findings are labelled together, as a share of the images with the row's finding.
+
+    Args:
+        counts: integers [F, F], images with both findings; the diagonal holds all images with the finding.
+        findings: F names.
+        n: number of images, for the shares on the diagonal.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    counts = np.asarray(counts)
+    size = len(findings)
+    if counts.shape != (size, size):
+        raise ValueError(f"counts have the shape {counts.shape}; {(size, size)} is needed for {size} findings")
+    if not size or not n:
+        return plots.empty("no labelled images")
+    names = [spaced(finding) for finding in findings]
+    totals = np.diag(counts)
+    shares = counts / np.maximum(totals, 1)[:, None]
+    off = ~np.eye(size, dtype=bool) & (totals > 0)[:, None]
+    most = max(0.01, float(shares[off].max())) if off.any() else 0.01
+    cell, slope = 0.52, math.radians(50)
+    lengths = [plots.inches(name, 8.5) for name in names]
+    left, high = 0.25 + max(lengths), 0.45 + max(lengths) * math.sin(slope)
+    ends = [(place + 0.8) * cell + length * math.cos(slope) for place, length in enumerate(lengths)]
+    wide = max(left + max(cell * size + 1.1, *ends), 4.5)
+    figure, box = plots.sheet(wide, high + cell * size + 0.45)
+    ax = figure.add_axes(box(left, high, cell * size, cell * size))
+    colours = colormaps["Blues"].copy()
+    colours.set_bad(FAINT)
+    mesh = ax.pcolormesh(
+        np.where(off, shares, np.nan), cmap=colours, norm=Normalize(0, most), edgecolors="white", linewidth=0.8
+    )
+    ax.set_ylim(size, 0)
+    for row, column in np.ndindex(counts.shape):
+        share = float(totals[row] / n if row == column else shares[row, column])
+        defined = row == column or bool(totals[row])
+        dark = bool(off[row, column]) and _luminance(colours(share / most)) < 0.22
+        _cell(ax, row, column, int(counts[row, column]), share if defined else None, "white" if dark else INK)
+    middles = np.arange(size) + 0.5
+    ax.set_yticks(middles, names, fontsize=8.5)
+    ax.xaxis.tick_top()
+    ax.set_xticks(middles, names, fontsize=8.5, rotation=math.degrees(slope), ha="left", rotation_mode="anchor")
+    ax.tick_params(length=0, pad=3, labelcolor=INK)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    _colour_bar(figure, figure.add_axes(box(left + cell * size + 0.2, high, 0.16, min(cell * size, 2.6))), mesh)
+    caption = f"Share of the images with the row's finding that also have the column's. Diagonal: of all {n:,} images."
+    x, y, _, _ = box(0.12, figure.get_figheight() - 0.08, 0, 0)
+    figure.text(x, y, textwrap.fill(caption, int(wide * 15)), fontsize=plots.SMALL_TEXT, color=MUTED)
+    return figure
+
+
+def _cell(ax: Axes, row: int, column: int, count: int, share: float | None, colour: str) -> None:
+    ax.text(
+        column + 0.5,
+        row + 0.5,
+        f"{count:,}\n{'–' if share is None else plots.share_percent(share)}",
+        ha="center",
+        va="center",
+        fontsize=6.6,
+        linespacing=1.2,
+        color=colour,
+        fontweight="bold" if row == column else "normal",
+    )
+
+
+def _colour_bar(figure: Figure, ax: Axes, mesh: QuadMesh) -> None:
+    bar = figure.colorbar(mesh, cax=ax)
+    ax.yaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: plots.percent(share)))
+    ax.tick_params(labelsize=8, color=MUTED, labelcolor=INK, length=3)
+    bar.set_label("share of row", fontsize=8, color=MUTED)
+    bar.outline.set_visible(False)
+
+
+def _luminance(colour: Sequence[float]) -> float:
+    """Return the relative luminance of an sRGB colour (WCAG 2)."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

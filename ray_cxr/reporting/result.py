@@ -1,0 +1,205 @@
+"""Everything a report states, as typed results; `ReportResult.to_json` is the content of metrics.json."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ray_cxr.errors import ERROR_CODES
+from ray_cxr.evaluation import drift
+from ray_cxr.evaluation.published import Published
+from ray_cxr.evaluation.subgroups import Subgroups
+from ray_cxr.reporting.comparators import BoxResult, ConsensusResult, ScoreComparison
+from ray_cxr.reporting.evaluation_set import EvaluationSet, JoinCounts
+from ray_cxr.reporting.leakage import LeakCheck
+from ray_cxr.reporting.measures import Bootstrap, EvaluationResult
+from ray_cxr.reporting.scores import Scores, finite_or_none
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Where every row of the scores and labels went.
+
+    Attributes:
+        rows, scored, errors: rows of the score table, and those with and without scores.
+        by_code: errors by code, in the order of `ERROR_CODES`.
+        quality_flags: scored images by quality flag.
+        joined: the join with the labels, or None without labels.
+    """
+
+    rows: int
+    scored: int
+    errors: int
+    by_code: dict[str, int]
+    quality_flags: dict[str, int]
+    joined: JoinCounts | None
+
+    @classmethod
+    def count(cls, table: Scores, joined: JoinCounts | None) -> Counts:
+        codes = Counter(code or "unknown" for code in table.codes[~table.ok])
+        ordered = [*ERROR_CODES, *sorted(set(codes) - set(ERROR_CODES))]
+        return cls(
+            rows=len(table.ids),
+            scored=int(table.ok.sum()),
+            errors=int((~table.ok).sum()),
+            by_code={code: codes[code] for code in ordered if codes[code]},
+            quality_flags=dict(sorted(Counter(flag for flag in table.quality_flags if flag).items())),
+            joined=joined,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        plain = asdict(self)
+        return plain | (plain.pop("joined") or {})
+
+
+@dataclass(frozen=True)
+class FlagRate:
+    """Share of a finding's images that are flagged, and the share expected from validation."""
+
+    observed: float | None
+    expected: float | None
+    n: int
+
+
+def measure_flag_rates(table: Scores) -> dict[str, FlagRate]:
+    expected = table.model.get("expected_flag_rates") or {}
+    rates = {}
+    for finding in table.findings:
+        flags = table.flags.get(finding, np.zeros(0, dtype=np.int8))
+        known = flags[flags >= 0]
+        observed = float(known.mean()) if len(known) else None
+        rates[finding] = FlagRate(observed, finite_or_none(expected.get(finding)), len(known))
+    return rates
+
+
+@dataclass(frozen=True)
+class DriftResult:
+    """Flag rates and scores compared with validation.
+
+    Attributes:
+        images: which images were compared.
+        measured: the comparison.
+        with_errors: include the error rate, which is not known of an evaluation set.
+    """
+
+    images: str
+    measured: drift.Drift
+    with_errors: bool
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {"images": self.images, **self.measured.as_dict()}
+        if not self.with_errors:
+            del plain["errors"]
+        return plain
+
+
+def measure_drift(table: Scores, evaluated: EvaluationSet | None, split_label: str | None) -> DriftResult | None:
+    """Compare the evaluated images, or without labels all, with validation; None for another system's scores."""
+    if not table.is_own:
+        return None
+    rows = np.arange(len(table.ids)) if evaluated is None else evaluated.rows
+
+    def stack(columns: Mapping[str, np.ndarray], missing: Any) -> np.ndarray:
+        return np.column_stack([columns.get(f, np.full(len(table.ids), missing)) for f in table.findings])[rows]
+
+    measured = drift.measure(
+        drift.Expected.of(table.model),
+        table.findings,
+        stack(table.flags, np.int8(-1)),
+        stack(table.p, np.nan),
+        table.quality_flags[rows],
+        table.ok[rows],
+        table.patients[rows] if evaluated is None else evaluated.patients,
+    )
+    images = "all scored images" if evaluated is None else f"the evaluated images ({split_label})"
+    return DriftResult(images, measured, with_errors=evaluated is None)
+
+
+@dataclass(frozen=True)
+class LabelResults:
+    """The evaluation against labels.
+
+    Attributes:
+        images: the evaluated images.
+        info: the manifest's description of its split: kind, seed, digests of the tables.
+        split_label: the evaluated split, described.
+        subgroups: results, or the reason why there are none.
+        published: published results, each with the reason why it is not comparable, or None.
+    """
+
+    images: EvaluationSet
+    info: Mapping[str, Any]
+    split_label: str
+    leak_check: LeakCheck
+    evaluation: EvaluationResult
+    subgroups: Subgroups | str
+    published: list[tuple[Published, str | None]]
+
+    def to_json(self) -> dict[str, Any]:
+        subgroups = self.subgroups
+        return {
+            "split_label": self.split_label,
+            "split_kind": self.info.get("kind"),
+            "split_seed": self.info.get("seed"),
+            "leak_check": self.leak_check.to_json(),
+            **self.evaluation.to_json(),
+            "subgroups": {"reason": subgroups} if isinstance(subgroups, str) else subgroups.to_json(),
+            "published": [
+                {**one.as_dict(), "comparable": reason is None, "reason": reason} for one, reason in self.published
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """A report's results.
+
+    Attributes:
+        split: the evaluated split, or None for all rows.
+        n_images, n_patients: evaluated, or without labels scored.
+        labelled: the evaluation against labels, or None without labels.
+        digests: SHA-256 by what they are of: model, input, labels, tables.
+        bootstrap: None if nothing has intervals.
+        notes: what a reader must know to interpret the rest.
+    """
+
+    split: str | None
+    n_images: int
+    n_patients: int
+    labelled: LabelResults | None
+    counts: Counts
+    flag_rates: dict[str, FlagRate]
+    drift: DriftResult | None
+    digests: dict[str, Any]
+    bootstrap: Bootstrap | None
+    consensus: ConsensusResult | None
+    compared: ScoreComparison | None
+    boxes: BoxResult | None
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        keys = ("split_label", "split_kind", "split_seed", "macro", "weighted", "leak_check", "subgroups")
+        unlabelled = dict.fromkeys(keys) | {"findings": {}, "published": []}
+        labelled = self.labelled.to_json() if self.labelled else unlabelled
+        drift, bootstrap = self.drift, self.bootstrap
+        return {
+            "split": self.split,
+            **{key: labelled[key] for key in ("split_label", "split_kind", "split_seed")},
+            "n_images": self.n_images,
+            "n_patients": self.n_patients,
+            **{key: labelled[key] for key in ("findings", "macro", "weighted")},
+            "counts": self.counts.to_json(),
+            "flag_rates": {finding: asdict(rate) for finding, rate in self.flag_rates.items()},
+            "drift": drift.to_json() if drift else None,
+            "digests": self.digests,
+            "intervals": bootstrap.to_json() if bootstrap else None,
+            **{key: labelled[key] for key in ("leak_check", "subgroups", "published")},
+            "consensus": self.consensus.to_json() if self.consensus else None,
+            "compared": self.compared.to_json() if self.compared else None,
+            "localisation": self.boxes.to_json() if self.boxes else None,
+            "notes": self.notes,
+        }
