@@ -23,10 +23,9 @@ from PIL import Image
 from score_archive import without_drawing
 
 from ray_cxr.errors import OutputError
-from ray_cxr.evaluation import comparison as comparing
-from ray_cxr.reporting import html, plots
-from ray_cxr.reporting import study as study_module
-from ray_cxr.reporting.study import write_study
+from ray_cxr.evaluation import backbones, paired
+from ray_cxr.reporting import html, plots, search_page
+from ray_cxr.reporting.search_page import write_search_page
 
 UNIT = FloatDistribution(0.0, 1.0)
 Space = Mapping[str, BaseDistribution]
@@ -134,20 +133,20 @@ class Search:
     def comparison(self) -> dict[str, Any]:
         rows = self.table[["number", "backbone", "state", "curve"]].itertuples(index=False)
         curves = [
-            comparing.TrialCurve(number, backbone, state, tuple((p["epoch"], p["val_auroc"]) for p in curve))
+            backbones.TrialCurve(number, backbone, state, tuple((p["epoch"], p["val_auroc"]) for p in curve))
             for number, backbone, state, curve in rows
         ]
-        compared = comparing.compare_backbones(curves, 2, n=200)
+        compared = backbones.compare_backbones(curves, 2, n=200)
         y, noise = np.tile([[0, 1], [1, 0]], (50, 1)), np.random.default_rng(0).normal(size=(2, 100, 2))
-        paired = comparing.paired_macro_auroc(y, y + noise[0], noise[1], np.arange(100), n_resamples=50)
-        return comparing.comparison_record(compared, paired if compared.pair else None)
+        difference = paired.paired_macro_auroc(y, y + noise[0], noise[1], np.arange(100), n_resamples=50)
+        return backbones.comparison_record(compared, difference if compared.pair else None)
 
 
 def write_page(search: Search, out: Path, *, compare: bool = True, with_figures: bool = False) -> Page:
     level = optuna.logging.get_verbosity()
     with contextlib.nullcontext() if with_figures else without_drawing(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        write_study(out, search.study, search.table, search.facts, search.comparison() if compare else None)
+        write_search_page(out, search.study, search.table, search.facts, search.comparison() if compare else None)
     assert optuna.logging.get_verbosity() == level
     return Page((out / "report.html").read_text(encoding="utf-8"))
 
@@ -241,8 +240,8 @@ def test_importances_follow_the_direction_of_the_objective(direction: str, first
         params = {"high": high, "low": low}
         trial = optuna.trial.create_trial(values=[1.0, value], params=params, distributions=dict.fromkeys(params, UNIT))
         study.add_trial(trial)
-    with study_module._quiet():
-        objective = study_module._objectives(study, ["a", "b"])[1]
+    with search_page._quiet():
+        objective = search_page._objectives(study, ["a", "b"])[1]
         found = optuna.importance.get_param_importances(study, target=objective.loss)
     assert next(iter(found)) == first
     assert found[first] > 0.8
@@ -326,7 +325,7 @@ def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_values_are_none_and_a_dash_in_the_page() -> None:
-    one, other = study_module.read_trials(Search(["running", "failed"]).table.iloc[::-1])
+    one, other = search_page.read_trials(Search(["running", "failed"]).table.iloc[::-1])
     assert (one.number, one.calibration_error, one.reason) == (0, None, None)
     assert (other.val_auroc, other.best_epoch, other.curve) == (None, None, ())
     values = (None, True, 1.23456e-5, [512, 128])

@@ -18,7 +18,7 @@ from ray.tune.search import Searcher
 
 from ray_cxr.config import TuneSettings
 from ray_cxr.tuning.halving import Halving
-from ray_cxr.tuning.search import METRIC, scheduler
+from ray_cxr.tuning.schedulers import METRIC, create_scheduler
 
 
 @dataclass
@@ -51,9 +51,9 @@ class Queue:
 
     def suggest(self, trial_id: str) -> History | str | None:
         if not self.left:
-            self.halving.no_more()
+            self.halving.close()
             return Searcher.FINISHED
-        return self.left.pop(0) if self.halving.room() else None
+        return self.left.pop(0) if self.halving.has_capacity() else None
 
     def on_trial_result(self, trial_id: str, result: dict[str, float]) -> None:
         """Nothing: halving alone decides."""
@@ -66,13 +66,15 @@ def run_halving(
     start = lambda trial: trial.config.reports(epochs)  # noqa: E731
     tune = FakeTune(halving, Queue(halving, histories), MagicMock(), start, order)
     tune.run(count)
-    assert halving.room()
+    assert halving.has_capacity()
     return tune
 
 
 def make_halving(trials: int, epochs: int, *, grace: int = 1, reduction: int = 3, most: int = 2) -> Halving:
     sizes = {"grace": grace, "reduction": reduction, "trials": trials, "most": most}
-    return Halving(metric=METRIC, time_attr="epoch", epochs=epochs, **sizes, known=lambda trial: trial.config.known)
+    return Halving(
+        metric=METRIC, time_attr="epoch", epochs=epochs, **sizes, count_epochs=lambda trial: trial.config.known
+    )
 
 
 @pytest.mark.parametrize("count", range(1, 10))
@@ -171,7 +173,7 @@ def test_schedulers_know_the_trials_of_an_earlier_run(
 ) -> None:
     curves = [[{"epoch": epoch, METRIC: value} for epoch, value in enumerate(row, 1)] for row in (*earlier, aurocs)]
     settings = TuneSettings(scheduler=chosen, grace_epochs=grace)
-    made = scheduler(settings, 9, dict(enumerate(curves[:-1])), trials=1, most=1)
+    made = create_scheduler(settings, 9, dict(enumerate(curves[:-1])), trials=1, most=1)
     trial = FakeTrial("t0", None, Trial.RUNNING)
     made.on_trial_add(None, trial)
     decisions = [made.on_trial_result(None, trial, report) for report in curves[-1]]

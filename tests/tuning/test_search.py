@@ -24,8 +24,8 @@ from fake_tune import FakeTune
 from ray_cxr import cluster, config
 from ray_cxr.config import TrainSettings, TuneSettings
 from ray_cxr.errors import ConfigError, OutputError
-from ray_cxr.tuning import search
-from ray_cxr.tuning.study import Plan
+from ray_cxr.tuning import dashboard, search, searcher
+from ray_cxr.tuning.plan import StudyPlan
 
 BASE = TrainSettings(backbone="TinyCNN", weights="none", size=64, epochs=3)
 EPOCH = {"loss": 0.5, "val_loss": 0.7, "learning_rate": 0.1, "val_calibration_error": 0.1}
@@ -44,7 +44,7 @@ def fake_trial(
 
     def epochs(given: dict[str, Any], job: Any) -> Iterator[dict[str, Any]]:
         from ray_cxr.tuning import trial
-        from ray_cxr.tuning.study import curve_of
+        from ray_cxr.tuning.records import read_curve
 
         number, folder, notes = given["number"], Path(given["folder"]), Path(job.out) / "notes"
 
@@ -56,9 +56,9 @@ def fake_trial(
             return f"{what} " in notes.read_text(encoding="utf-8")
 
         note("start")
-        points, last, rows = trial.Points(rates and rates[number]), {}, curve_of(folder)
+        builder, last, rows = trial.ReportBuilder(rates and rates[number]), {}, read_curve(folder)
         for row in rows:
-            last = points.next(row)
+            last = builder.build(row)
             yield last
         for epoch in range(len(rows) + 1, given["settings"]["epochs"] + 1):
             try:
@@ -72,7 +72,7 @@ def fake_trial(
             pd.DataFrame(rows).to_csv(folder / "part", index=False)
             (folder / "part").rename(folder / "metrics.csv")
             note(f"epoch{epoch}")
-            last = points.next(rows[-1])
+            last = builder.build(rows[-1])
             yield last
         note("end")
         yield {**last, "ended": 1}
@@ -119,12 +119,12 @@ def place(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def plan_of(prepared: Path, out: Path, dropouts: list[float], base: TrainSettings = BASE, **settings: Any) -> Plan:
+def plan_of(prepared: Path, out: Path, dropouts: list[float], base: TrainSettings = BASE, **settings: Any) -> StudyPlan:
     """A search whose trials have these dropouts, in this order."""
     values: dict[str, Any] = {"trials": len(dropouts), "known": False, "concurrent": 2, "reduction_factor": 2}
     values |= {"space": {"dropout": {"low": 0.0, "high": 0.5}}, **settings}
     points = tuple({"dropout": value} for value in dropouts)
-    return Plan(prepared, out, base, TuneSettings(enqueue=points, **values))
+    return StudyPlan(prepared, out, base, TuneSettings(enqueue=points, **values))
 
 
 def interrupt(trial: int) -> Act:
@@ -141,7 +141,7 @@ def interrupt(trial: int) -> Act:
 class Searched:
     """A finished search."""
 
-    plan: Plan
+    plan: StudyPlan
     outcome: Any
     events: list[str]
     printed: str
@@ -163,7 +163,7 @@ class Searched:
         return Counter(number for number, what, _ in self.notes() if what == "start")
 
 
-def run_search(plan: Plan, trial: Any, place: str = "on Ray") -> Searched:
+def run_search(plan: StudyPlan, trial: Any, place: str = "on Ray") -> Searched:
     events: list[str] = []
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
@@ -171,7 +171,7 @@ def run_search(plan: Plan, trial: Any, place: str = "on Ray") -> Searched:
         patch.setattr(sys, "stderr", printed)
         if place == IN_PROCESS:
             patch.setattr(search.ray_tune, "Tuner", InProcessTuner(trial))
-            patch.setattr(search, "_refuse_without_dashboard", lambda: None)
+            patch.setattr(search, "check_dashboard", lambda: None)
             patch.setattr(cluster, "_list_alive", lambda: [{"NodeID": "here", "Resources": {"CPU": 2.0}}])
         outcome = search.search(plan, trial=trial, finish=False, on_event=events.append)
     # Ray itself, not Tune, reports a killed process.
@@ -324,7 +324,7 @@ def test_trials_that_all_fail_end_the_search(place: str, prepared: Path, tmp_pat
         if number:
             raise ValueError("no such file")
 
-    monkeypatch.setattr(search, "HOPELESS", 2)
+    monkeypatch.setattr(searcher, "MAX_FAILED_TRIALS", 2)
     base = BASE.replace(epochs=9)
     plan = plan_of(prepared, tmp_path / "study", [0.3], base, trials=9, scheduler="halving", reduction_factor=3)
     done = run_search(plan, fake_trial(act), place)
@@ -348,10 +348,10 @@ def test_a_second_command_in_the_same_folder_is_refused(prepared: Path, tmp_path
 
 
 def test_a_ray_without_its_dashboard_is_refused(prepared: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(search, "DASHBOARD_WAIT_S", 0)
-    monkeypatch.setattr(search, "_state_api_answers", lambda: "ConnectionError: no answer")
-    monkeypatch.setattr(search.ray, "remote", lambda **_: lambda function: SimpleNamespace(remote=function))
-    monkeypatch.setattr(search.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(dashboard, "WAIT_S", 0)
+    monkeypatch.setattr(dashboard, "_query_state_api", lambda: "ConnectionError: no answer")
+    monkeypatch.setattr(dashboard.ray, "remote", lambda **_: lambda function: SimpleNamespace(remote=function))
+    monkeypatch.setattr(dashboard.ray, "get", lambda answer: answer)
     with pytest.raises(ConfigError) as caught:
         search.search(plan_of(prepared, tmp_path / "study", [0.1]), trial=fake_trial(), finish=False)
     message = str(caught.value)

@@ -21,8 +21,9 @@ from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import ConfigError, InputError, OutputError, RayCxrError, TableError
 from ray_cxr.labels import LABELS
 from ray_cxr.storage import atomic
-from ray_cxr.tuning import study as studies
-from ray_cxr.tuning.study import Plan
+from ray_cxr.tuning import plan as plans
+from ray_cxr.tuning import records
+from ray_cxr.tuning.plan import StudyPlan
 
 BASE = TrainSettings(backbone="TinyCNN", weights="none", size=64, epochs=4, batch_size=8)
 SPACE: dict[str, Any] = {"dropout": {"low": 0.0, "high": 0.5}}
@@ -44,11 +45,11 @@ FULL: dict[str, Any] = {
 }
 
 
-def plan_of(prepared: Path, out: Path, base: TrainSettings = BASE, **settings: Any) -> Plan:
-    return Plan(prepared, out, base, TuneSettings(**{"space": SPACE, "known": False, **settings}))
+def plan_of(prepared: Path, out: Path, base: TrainSettings = BASE, **settings: Any) -> StudyPlan:
+    return StudyPlan(prepared, out, base, TuneSettings(**{"space": SPACE, "known": False, **settings}))
 
 
-def ask(plan: Plan, study: optuna.Study, count: int) -> list[optuna.Trial]:
+def ask(plan: StudyPlan, study: optuna.Study, count: int) -> list[optuna.Trial]:
     """Start the next `count` trials."""
     trials = [study.ask() for _ in range(count)]
     for trial in trials:
@@ -56,8 +57,8 @@ def ask(plan: Plan, study: optuna.Study, count: int) -> list[optuna.Trial]:
     return trials
 
 
-def first_dropouts(plan: Plan, count: int) -> list[float]:
-    return [trial.params["dropout"] for trial in ask(plan, plan.open(), count)]
+def first_dropouts(plan: StudyPlan, count: int) -> list[float]:
+    return [trial.params["dropout"] for trial in ask(plan, plan.open_study(), count)]
 
 
 def epoch_row(epoch: int, auroc: float | None) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def epoch_row(epoch: int, auroc: float | None) -> dict[str, Any]:
     return {**row, "val_calibration_error": 0.25 / epoch, **rates}
 
 
-def write_curve(plan: Plan, number: int, *aurocs: float | None) -> None:
+def write_curve(plan: StudyPlan, number: int, *aurocs: float | None) -> None:
     """Write a trial's epochs as its run does."""
     folder = plan.folder(number)
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +126,7 @@ def test_wrong_folders_are_refused(prepared: Path, tmp_path: Path, command) -> N
     assert "64, 96" in message
     assert "train.size" in message
     searched = plan_of(prepared, out, BASE.replace(size=None), space={**SPACE, "size": "prepared"})
-    assert searched.wanted["sizes"] == [64, 96]
+    assert searched.run_settings["sizes"] == [64, 96]
     code, _, err = command("tune", prepared, "--out", out, "--resume")
     assert (code, err.count("\n")) == (2, 1)
     assert f"--resume: {out} " in err
@@ -144,7 +145,7 @@ def test_a_validation_split_without_an_auroc_is_refused(label: int | None) -> No
 
     def refuse_undefined(base: TrainSettings) -> None:
         table = pa.table({name: pa.array(values, pa.int8()) for name, values in labels.items()})
-        studies._refuse_undefined(SimpleNamespace(path="prepared", usable={"val": table}.get), base)  # type: ignore[arg-type]
+        plans._check_validation_split(SimpleNamespace(path="prepared", usable={"val": table}.get), base)  # type: ignore[arg-type]
 
     labels = {name: [label] * 4 for name in LABELS} | {"No_Finding": [0, 1, 0, 1]}
     for findings in (14, 15):
@@ -178,7 +179,7 @@ def test_another_search_in_the_same_folder_is_refused(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "study"
-    plan_of(prepared, out).open()
+    plan_of(prepared, out).open_study()
     assert "train.epochs 4 (now 9)" in refuse(OutputError, prepared, out, BASE.replace(epochs=9))
     changes: list[tuple[dict[str, Any], str]] = [
         ({"space": {"dropout": {"low": 0.0, "high": 0.4}}}, "space.dropout "),
@@ -197,18 +198,18 @@ def test_another_search_in_the_same_folder_is_refused(
 def test_a_storage_belongs_to_one_folder_and_a_folder_to_one_storage(prepared: Path, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'all.db'}"
     first = plan_of(prepared, tmp_path / "a", storage=storage)
-    ask(first, first.open(), 1)
+    ask(first, first.open_study(), 1)
     with pytest.raises(OutputError) as caught:
-        plan_of(prepared, tmp_path / "b", storage=storage).open()
+        plan_of(prepared, tmp_path / "b", storage=storage).open_study()
     assert str(caught.value).startswith(f"tune.storage: {storage} ")
     assert first.name in str(caught.value)
-    assert plan_of(prepared, tmp_path / "b", space={"dropout": [0.1, 0.2]}, storage=storage).open().trials == []
+    assert plan_of(prepared, tmp_path / "b", space={"dropout": [0.1, 0.2]}, storage=storage).open_study().trials == []
     # `--resume` does not know the storage, because it may hold a password.
     write_curve(first, 0, 0.6)
     for _ in range(2):
         with pytest.raises(OutputError, match=r"a: .*storage"):
-            plan_of(prepared, tmp_path / "a").open()
-    assert len(plan_of(prepared, tmp_path / "a", storage=storage).open().trials) == 1
+            plan_of(prepared, tmp_path / "a").open_study()
+    assert len(plan_of(prepared, tmp_path / "a", storage=storage).open_study().trials) == 1
 
 
 @pytest.mark.parametrize(
@@ -225,13 +226,13 @@ def test_a_broken_storage_is_refused_without_its_password(storage: str, shown: s
     """Neither the drivers nor the servers exist."""
     plan = plan_of(prepared, tmp_path / "study", storage=storage)
     with pytest.raises(RayCxrError) as caught:
-        plan.open()
+        plan.open_study()
     message = str(caught.value)
     assert message.splitlines() == [message]
     assert message.startswith("tune.storage: ")
     assert shown in message
-    studies.write_begun(plan.out, plan.base, plan.settings)
-    assert "cret" not in message + plan.storage_words()
+    plans.save_start_settings(plan.out, plan.base, plan.settings)
+    assert "cret" not in message + plan.describe_storage()
     files = [path for path in plan.out.rglob("*") if path.is_file()]
     assert {path.name for path in files} == {"begun.json"}  # no settings.json: the folder is still free
     assert not any(b"secret" in path.read_bytes() for path in files)
@@ -242,7 +243,7 @@ def test_a_resumed_study_draws_other_values(sampler: str, prepared: Path, tmp_pa
     runs = []
     for _ in range(2):
         plan = plan_of(prepared, tmp_path / "study", sampler=sampler)
-        trials = ask(plan, study := plan.open(), 3)
+        trials = ask(plan, study := plan.open_study(), 3)
         runs.append([trial.params["dropout"] for trial in trials])
         study.tell(trials[0], 0.5)
     assert len({*runs[0], *runs[1]}) == 6
@@ -257,10 +258,10 @@ def test_samplers_print_nothing(
 ) -> None:
     """They model the space after two trials and see finished, stopped and failed ones."""
     plan = plan_of(prepared, tmp_path, space=space, sampler=sampler, startup_trials=2)
-    study = plan.open()
+    study = plan.open_study()
     for i in range(6):
         (trial,) = ask(plan, study, 1)
-        assert plan.settings_of(trial).epochs == 4
+        assert plan.build_settings(trial).epochs == 4
         if i % 3 == 2:
             trial.report(0.5, 1)
             study.tell(trial, state=TrialState.PRUNED if i == 2 else TrialState.FAIL)
@@ -273,16 +274,16 @@ def test_known_points_come_first_and_once(prepared: Path, tmp_path: Path) -> Non
     points = ({"backbone": "TinyCNN", "learning_rate": 1e-3, "batch_size": 8}, {"backbone": "ResNet50", "dense": [256]})
     settings = {"space": FULL, "enqueue": points, "known": True, "trials": 3}
     plan = plan_of(prepared, tmp_path, **settings)
-    study = plan.open()
+    study = plan.open_study()
     first, second, third, fourth = ask(plan, study, 4)
     assert {name: first.params[name] for name in points[0]} == points[0]
-    assert plan.settings_of(second).dense == (256,)
+    assert plan.build_settings(second).dense == (256,)
     assert (third.params["backbone"], third.params["learning_rate"]) == ("ResNet50", 1e-4)
     assert len(plan.points) == 3  # DenseNet121 is not searched
     assert "dense" in plan.points[2][1]  # [512] is no choice here, so the sampler chooses
     study.tell(first, 0.7)
     again = plan_of(prepared, tmp_path, **settings)
-    (fifth,) = ask(again, again.open(), 1)
+    (fifth,) = ask(again, again.open_study(), 1)
     assert not {fourth.params["learning_rate"], fifth.params["learning_rate"]} & {1e-3, 1e-4}
 
 
@@ -298,7 +299,7 @@ def test_a_kill_does_not_lose_enqueued_points(prepared: Path, tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(optuna.Study, "enqueue_trial", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            plan_of(prepared, tmp_path, enqueue=points).open()
+            plan_of(prepared, tmp_path, enqueue=points).open_study()
     assert first_dropouts(plan_of(prepared, tmp_path, enqueue=points), 3) == [0.1, 0.2, 0.3]
 
 
@@ -309,12 +310,12 @@ def test_weights_are_absolute_paths(prepared: Path, tmp_path: Path, monkeypatch:
     searched = {"space": {"weights": ["none", "w.h5"]}, "enqueue": ({"weights": "w.h5"},)}
     for out, base, settings in (("a", BASE.replace(weights="w.h5"), {}), ("b", BASE, searched)):
         plan = plan_of(prepared, Path(out), base, **settings)
-        (trial,) = ask(plan, plan.open(), 1)
-        assert plan.settings_of(trial).weights == str(tmp_path / "w.h5")
+        (trial,) = ask(plan, plan.open_study(), 1)
+        assert plan.build_settings(trial).weights == str(tmp_path / "w.h5")
 
 
 @pytest.fixture
-def recorded(prepared: Path, tmp_path: Path) -> tuple[Plan, optuna.Study]:
+def recorded(prepared: Path, tmp_path: Path) -> tuple[StudyPlan, optuna.Study]:
     """A finished trial, a stopped, a failed and a running one, and one that waits."""
     points: tuple[dict[str, Any], ...] = (
         {"backbone": "ResNet50", "batch_size": 16, "ema": 0.99, "flip": True, "dense": [512, 256]},
@@ -326,7 +327,7 @@ def recorded(prepared: Path, tmp_path: Path) -> tuple[Plan, optuna.Study]:
     rest = {"batch_size": 8, "ema": "none", "flip": False, "schedule": "constant"}
     points = tuple({**rest, "learning_rate": number / 1000, **point} for number, point in enumerate(points, 1))
     plan = plan_of(prepared, tmp_path / "study", space=FULL, enqueue=points)
-    study = plan.open()
+    study = plan.open_study()
     finished, stopped, failed, running = ask(plan, study, 4)
     write_curve(plan, 0, 0.6, 0.8, 0.7)
     finished.set_user_attr("images_per_second", 12.5)
@@ -353,12 +354,12 @@ KINDS = {
 }
 
 
-def test_the_record_has_a_row_for_each_started_trial(recorded: tuple[Plan, optuna.Study], tmp_path: Path) -> None:
-    rows = studies.record(*recorded)
+def test_the_record_has_a_row_for_each_started_trial(recorded: tuple[StudyPlan, optuna.Study], tmp_path: Path) -> None:
+    rows = records.build_trial_table(*recorded)
     assert isinstance(rows.loc[1, "param_plateau_patience"], int)  # though others have none
     assert rows.loc[0, "param_dense"] == (512, 256)
     assert (abs(pd.Timestamp.now("UTC") - rows["started"]) < pd.Timedelta(minutes=30)).all()
-    atomic.write_parquet(studies.table(rows), tmp_path / "trials.parquet")
+    atomic.write_parquet(records.to_arrow(rows), tmp_path / "trials.parquet")
     table = pq.read_table(tmp_path / "trials.parquet")
     expected: dict[str, list[Any]] = {
         "number": [0, 1, 2, 3],
@@ -389,28 +390,28 @@ def test_the_record_has_a_row_for_each_started_trial(recorded: tuple[Plan, optun
 
 
 def test_the_types_of_the_table_do_not_depend_on_its_trials(
-    recorded: tuple[Plan, optuna.Study], prepared: Path, tmp_path: Path
+    recorded: tuple[StudyPlan, optuna.Study], prepared: Path, tmp_path: Path
 ) -> None:
     def kinds(rows: pd.DataFrame) -> dict[str, pa.DataType]:
-        return {field.name: field.type for field in studies.table(rows).schema}
+        return {field.name: field.type for field in records.to_arrow(rows).schema}
 
-    rows = studies.record(*recorded)
+    rows = records.build_trial_table(*recorded)
     expected = KINDS | {"curve": kinds(rows)["curve"]}
     assert {field.name for field in expected["curve"].value_type} == set(epoch_row(1, 0.5))
     for part in (rows, rows.iloc[3:], rows.iloc[:1]):
         assert kinds(part) == expected
     plan = plan_of(prepared, tmp_path / "empty", enqueue=({"dropout": 0.1},))
-    empty = studies.record(plan, study := plan.open())
+    empty = records.build_trial_table(plan, plan.open_study())
     assert len(empty) == 0
-    assert studies.best_of(study, empty) is None
+    assert records.find_best_trial(empty) is None
     assert kinds(empty) == {name: kind for name, kind in expected.items() if not name.startswith("param_")}
 
 
-def test_the_best_trial_is_the_highest_that_did_not_fail(recorded: tuple[Plan, optuna.Study]) -> None:
+def test_the_best_trial_is_the_highest_that_did_not_fail(recorded: tuple[StudyPlan, optuna.Study]) -> None:
     plan, study = recorded
 
     def best() -> int | None:
-        return studies.best_of(study, studies.record(plan, study))
+        return records.find_best_trial(records.build_trial_table(plan, study))
 
     assert best() == 0  # not the failed one with 0.95
     write_curve(plan, 1, 0.7, 0.8)
@@ -426,11 +427,11 @@ def test_the_best_trial_is_the_highest_that_did_not_fail(recorded: tuple[Plan, o
 
 def test_a_missing_curve_is_empty(prepared: Path, tmp_path: Path) -> None:
     plan = plan_of(prepared, tmp_path)
-    assert studies.curve_of(plan.folder(0)) == []
+    assert records.read_curve(plan.folder(0)) == []
     write_curve(plan, 0, 0.5, None)
-    assert [row["val_auroc"] for row in studies.curve_of(plan.folder(0))] == [0.5, None]
+    assert [row["val_auroc"] for row in records.read_curve(plan.folder(0))] == [0.5, None]
     (plan.folder(0) / "metrics.csv").write_bytes(b"")
-    assert studies.curve_of(plan.folder(0)) == []
+    assert records.read_curve(plan.folder(0)) == []
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(1, 100)), min_size=1, max_size=8))
@@ -443,57 +444,57 @@ def test_the_front_is_what_no_other_trial_beats_in_everything(values: list[tuple
     def is_beaten(one: tuple[float, float]) -> bool:
         return any(a >= one[0] and b <= one[1] and (a, b) != one for a, b in values)
 
-    assert studies.pareto(study) == [i for i, one in enumerate(values) if not is_beaten(one)]
-    assert studies.pareto(optuna.create_study()) == []
+    assert records.list_pareto_front(study) == [i for i, one in enumerate(values) if not is_beaten(one)]
+    assert records.list_pareto_front(optuna.create_study()) == []
 
 
 def test_values_of_a_trial_in_the_order_of_its_objectives() -> None:
     names = ("auroc", "images_per_second", "calibration_error")
     report = {"best_val_auroc": 0.7, "val_auroc": 0.6, "images_per_second": 20, "calibration": 0.1}
-    assert studies.objectives_of(report, names) == [0.7, 20.0, 0.1]
-    assert studies.objectives_of(report, ("auroc",)) == [0.7]
+    assert records.read_objectives(report, names) == [0.7, 20.0, 0.1]
+    assert records.read_objectives(report, ("auroc",)) == [0.7]
     for missing in (None, float("nan"), float("inf")):
-        assert studies.objectives_of({**report, "calibration": missing}, names) is None
+        assert records.read_objectives({**report, "calibration": missing}, names) is None
 
 
 def test_validation_probabilities_have_their_labels_and_patients(prepared: Path, tmp_path: Path) -> None:
     plan = plan_of(prepared, tmp_path)
-    assert studies.validation_of(plan, 0) is None
+    assert records.load_validation(plan, 0) is None
     names = list(plan.base.finding_names())
     val = PreparedSet(prepared, 64).usable("val").to_pandas().iloc[::-1]
     ids = val["image_id"].to_numpy().astype(str)
     p = np.random.default_rng(0).random((len(ids), len(names)), np.float32)
     plan.folder(0).mkdir(parents=True)
     np.savez(plan.folder(0) / "validation.npz", probabilities=p, image_ids=ids)
-    _, labels, probabilities, patients = studies.validation_of(plan, 0)  # type: ignore[misc]
+    _, labels, probabilities, patients = records.load_validation(plan, 0)  # type: ignore[misc]
     assert labels.dtype == np.int8
     assert (labels == val[names].fillna(-1).to_numpy()).all()
     assert (probabilities == p).all()
     assert patients.tolist() == val["patient_id"].tolist()
     np.savez(plan.folder(0) / "validation.npz", probabilities=p, image_ids=np.array(["a"] * len(ids)))
-    assert studies.validation_of(plan, 0) is None
+    assert records.load_validation(plan, 0) is None
 
 
 def test_resume_knows_the_settings_and_takes_overrides(prepared: Path, tmp_path: Path) -> None:
     plan = plan_of(prepared, tmp_path, trials=5, enqueue=({"dropout": 0.1},), storage="sqlite:///x.db", seed=4)
-    assert not studies.begun(tmp_path)
-    studies.write_begun(tmp_path, plan.base, plan.settings)
-    assert studies.begun(tmp_path)
-    assert studies.resumed(tmp_path, []) == (plan.base, plan.settings.replace(storage=None))
-    base, settings = studies.resumed(tmp_path, ["trials=9", "tune.keep=all", "train.cpus_per_worker=1"])
+    assert not plans.has_search(tmp_path)
+    plans.save_start_settings(tmp_path, plan.base, plan.settings)
+    assert plans.has_search(tmp_path)
+    assert plans.load_start_settings(tmp_path, []) == (plan.base, plan.settings.replace(storage=None))
+    base, settings = plans.load_start_settings(tmp_path, ["trials=9", "tune.keep=all", "train.cpus_per_worker=1"])
     assert (settings.trials, settings.keep, settings.seed, base.cpus_per_worker) == (9, "all", 4, 1)
-    assert Plan(prepared, tmp_path, base, settings).name == plan.name
+    assert StudyPlan(prepared, tmp_path, base, settings).name == plan.name
     with pytest.raises(ConfigError, match=r"'tune\.trails'.*'trials'"):
-        studies.resumed(tmp_path, ["trails=9"])
+        plans.load_start_settings(tmp_path, ["trails=9"])
     for damaged in ("", "[]", '{"train": {}}', '{"train": 1, "tune": 2}'):
         (tmp_path / "begun.json").write_text(damaged, encoding="utf-8")
         with pytest.raises(OutputError, match=r"begun\.json: .*--resume"):
-            studies.resumed(tmp_path, [])
+            plans.load_start_settings(tmp_path, [])
 
 
 def test_a_search_is_done_when_all_its_trials_and_its_bundle_are_there(prepared: Path, tmp_path: Path) -> None:
     plan = plan_of(prepared, tmp_path, trials=4)
-    assert not plan.done()
+    assert not plan.is_finished()
     (tmp_path / "bundle").mkdir()
     for summary, done in (
         ('{"trials_over": 3, "best_number": 1}', False),
@@ -502,9 +503,9 @@ def test_a_search_is_done_when_all_its_trials_and_its_bundle_are_there(prepared:
         ("[", False),
         ('{"trials_over": 4, "best_number": 0}', True),
     ):
-        (tmp_path / studies.SUMMARY).write_text(summary, encoding="utf-8")
-        assert plan.done() == done
-    assert plan_of(prepared, tmp_path, trials=3).done()
-    assert not plan_of(prepared, tmp_path, trials=5).done()
+        (tmp_path / plans.SUMMARY).write_text(summary, encoding="utf-8")
+        assert plan.is_finished() == done
+    assert plan_of(prepared, tmp_path, trials=3).is_finished()
+    assert not plan_of(prepared, tmp_path, trials=5).is_finished()
     (tmp_path / "bundle").rmdir()
-    assert not plan.done()
+    assert not plan.is_finished()

@@ -189,7 +189,7 @@ def test_resume_keeps_finished_trials_and_continues_the_interrupted_one(study: S
     assert study.left not in study.written
     for number, when in study.written.items():
         assert (study.out / f"trials/{number:04d}/metrics.csv").stat().st_mtime == when
-        assert f"trial {number} begins" not in study.printed
+        assert f"trial {number} starts" not in study.printed
     assert re.search(rf"tune: trial {study.left} .* checkpoint, [1-5] epochs", study.printed), study.printed
     rows = read_rows(study.out)
     assert rows.loc[study.left, "restarts"] >= 1

@@ -16,14 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
 import pandas as pd
-import plotly.graph_objects as go
-import plotly.io
-import plotly.offline
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,9 +28,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
+from ray_cxr import extras
 from ray_cxr.errors import OutputError
 from ray_cxr.reporting import html, plots
 from ray_cxr.storage import atomic
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Trial:
 
     Attributes:
         number, state, reason, backbone, epochs, best_epoch, val_auroc, images_per_second, calibration_error,
-            seconds, started, restarts: as `write_study` takes them.
+            seconds, started, restarts: as `write_search_page` takes them.
         params: value by name of what was searched, the backbone left out; only those that the trial has.
         curve: (epoch, validation AUROC) of the epochs whose AUROC is defined, in order.
     """
@@ -114,7 +115,7 @@ class Chapter:
     drawings: tuple[Drawing, ...]
 
 
-def write_study(
+def write_search_page(
     out: Path,
     study: optuna.Study,
     trials: pd.DataFrame,
@@ -177,7 +178,7 @@ def write_study(
         # Without a figure the page does well without the five megabytes that draw them.
         "plotly": _plotly() if any(d.figure for c in chapters for d in c.drawings) else None,
     }
-    atomic.write_text(out / "report.html", html.render(view, "study.html.j2"))
+    atomic.write_text(out / "report.html", html.render(view, "search_page.html.j2"))
     _log.debug("report in %s", out)
 
 
@@ -315,7 +316,7 @@ _Looks = Mapping[str, tuple[str, str, Any]]
 
 def history(rows: Sequence[Trial], looks: _Looks) -> Figure:
     """Validation AUROC of every trial by its number, and the best of the finished so far."""
-    figure, ax = plots._single(9.6, 3.7)
+    figure, ax = plots.single(9.6, 3.7)
     failed = [row.number for row in rows if row.state == "failed"]
     ax.plot(failed, [0.02] * len(failed), "x", color=plots.MUTED, markersize=5, transform=ax.get_xaxis_transform())
     for name, look in looks.items():
@@ -343,7 +344,7 @@ def backbones(rows: Sequence[Trial], looks: _Looks, comparison: Mapping[str, Any
     Args:
         rows: trials that have a curve and did not fail.
         looks: colour, marker and line by backbone.
-        comparison: as `write_study` takes it.
+        comparison: as `write_search_page` takes it.
     """
     names = [name for name in sorted(looks) if any(row.backbone == name for row in rows)]
     panels = [("all epochs of each trial", [(row.number, max(value for _, value in row.curve)) for row in rows])]
@@ -352,10 +353,10 @@ def backbones(rows: Sequence[Trial], looks: _Looks, comparison: Mapping[str, Any
         if found:
             title = f"first {comparison['grace']} epochs of each trial: equal length"
             panels.append((title, sorted(found.items())))
-    figure = Figure(figsize=(5.2 * len(panels), 1.25 + 0.62 * len(names)), layout=plots._layout(), facecolor="white")
+    figure = Figure(figsize=(5.2 * len(panels), 1.25 + 0.62 * len(names)), layout=plots.layout(), facecolor="white")
     by_number = {row.number: row for row in rows}
     for ax, (title, points) in zip(np.ravel(figure.subplots(1, len(panels), sharey=True)), panels, strict=True):
-        plots._style(ax)
+        plots.style(ax)
         for place, name in enumerate(reversed(names)):
             mine = [(n, value) for n, value in points if n in by_number and by_number[n].backbone == name]
             _strip(ax, place, mine, by_number, looks[name])
@@ -397,7 +398,7 @@ def _points(ax: Axes, points: Sequence[tuple[float, float, str]], look: tuple[st
 
 def curves(rows: Sequence[Trial], looks: _Looks, best: int | None) -> Figure:
     """Validation AUROC per epoch of every trial; a cross ends those that were stopped, a bar those that failed."""
-    figure, ax = plots._single(9.6, 4.2)
+    figure, ax = plots.single(9.6, 4.2)
     for row in rows:
         if not row.curve:
             continue
@@ -706,8 +707,12 @@ def _drawing(
     draw: Callable[[], go.Figure], reason: str | None, *, height: int, width: int, title: str = "", right: int = 20
 ) -> Drawing:
     """A plot, unless `reason` says why there is none; whatever Optuna stumbles over becomes the reason."""
+    if reason is None and not extras.is_installed("plotly"):
+        reason = f"Interactive plots: {extras.install_hint('plotly')}"
     if reason is not None:
         return Drawing(None, reason)
+    import plotly.io
+
     try:
         figure = draw()
     except Exception as error:  # a plot is no reason to lose the page of a search of days
@@ -731,6 +736,8 @@ def _drawing(
 
 def _plotly() -> Markup:
     """The script that draws the plots."""
+    import plotly.offline
+
     script = str(plotly.offline.get_plotlyjs())
     # It may stand in the page as it is only while no text in it could end its element.
     assert "</script" not in script.lower()
@@ -747,8 +754,8 @@ _AXIS = {
     "automargin": True,
     "title": {"standoff": 12},
 }
-_TEMPLATE = go.layout.Template(
-    layout={
+_TEMPLATE = {
+    "layout": {
         "font": {"family": "system-ui, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif", "color": plots.INK},
         "colorway": [look[0] for look in _LOOKS],
         "paper_bgcolor": "white",
@@ -757,4 +764,4 @@ _TEMPLATE = go.layout.Template(
         "yaxis": _AXIS,
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
     }
-)
+}

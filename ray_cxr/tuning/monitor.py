@@ -1,0 +1,141 @@
+"""Log the events of a search, and keep trials.parquet up to date while it runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from ray.tune import Callback
+
+from ray_cxr.errors import RayCxrError, last_line, own_error, to_record
+from ray_cxr.progress import TrialTable
+from ray_cxr.storage import atomic
+from ray_cxr.training.worker import FAILURE
+from ray_cxr.tuning.plan import StudyPlan
+from ray_cxr.tuning.records import build_trial_table, find_best_trial
+from ray_cxr.tuning.results import drop_checkpoints, write_trials
+from ray_cxr.tuning.schedulers import METRIC
+from ray_cxr.tuning.searcher import StudySearcher, is_finished
+from ray_cxr.tuning.trial import ReportBuilder
+
+
+class SearchMonitor(Callback):
+    """Ray Tune's callback of a search.
+
+    Args:
+        plan: of the search.
+        study: Optuna's.
+        searcher: of the search.
+        table: shows the trials on a terminal.
+        on_event: takes one line per event.
+
+    Attributes:
+        ended: number of trials that have ended.
+        earlier: the reports of trials that an earlier run ended, by number.
+    """
+
+    def __init__(
+        self,
+        plan: StudyPlan,
+        study: optuna.Study,
+        searcher: StudySearcher,
+        table: TrialTable,
+        on_event: Callable[[str], None],
+    ) -> None:
+        self._plan, self._study, self._searcher, self._table, self._on_event = plan, study, searcher, table, on_event
+        self.ended = 0
+        rows = build_trial_table(plan, study)
+        records = rows.to_dict("records")
+        #: Logged epochs of each trial; a restarted trial reports its earlier epochs again.
+        self._logged = {int(row["number"]): int(row["epochs"]) for row in records}
+        self._started: set[int] = set()
+        best = find_best_trial(rows)
+        self._best = -math.inf if best is None else float(rows.loc[rows["number"] == best, "val_auroc"].iloc[0])
+        self.earlier = {
+            int(row["number"]): list(map(ReportBuilder(None).build, row["curve"]))
+            for row in records
+            if row["state"] in ("finished", "stopped")
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing, as `StudySearcher`."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        number, backbone = trial.config["number"], trial.config["settings"]["backbone"]
+        self._table.start_trial(number, backbone)
+        if number in self._started:
+            self._on_event(f"tune: trial {number} continues after epoch {self._logged.get(number, 0)}")
+            return
+        self._started.add(number)
+        values = self._searcher.get_values(trial.trial_id)
+        settings = [f"{name} {_format(value)}" for name, value in values.items() if name != "backbone"]
+        self._on_event(f"tune: trial {number} starts: {', '.join([backbone, *settings])}")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "failure" in result or "ended" in result:
+            return
+        number, epochs = trial.config["number"], trial.config["settings"]["epochs"]
+        epoch, auroc = result["epoch"], result["val_auroc"]
+        self._table.end_epoch(number, epoch, epochs, auroc)
+        if epoch <= self._logged.get(number, 0):
+            return
+        self._logged[number] = epoch
+        self._best = max(self._best, result[METRIC])
+        self._on_event(f"tune: trial {number}, epoch {epoch} of {epochs}: AUROC {auroc:.4f}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        last = trial.last_result or {}
+        # Tune does not notify the searcher of a trial that was stopped while it waited at a rung.
+        self._searcher.on_trial_complete(trial.trial_id, last)
+        reason = self._searcher.get_reason(trial.trial_id)
+        if reason is not None:
+            self._end_trial(trial, "failed", f"failed: {reason}", None)
+            return
+        auroc = last[METRIC]
+        text = f"AUROC {auroc:.4f}{', the best so far' if auroc >= self._best else ''}"
+        if is_finished(last, trial.config["settings"]["epochs"]):
+            self._end_trial(trial, "finished", f"is finished: {text}", auroc)
+        else:
+            self._end_trial(trial, "stopped", f"is stopped after epoch {last['epoch']}: {text}", auroc)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        reason = _describe_error(trial)
+        failure = self._plan.folder(trial.config["number"]) / FAILURE
+        atomic.write_json(failure, to_record(RayCxrError(reason)))
+        self._searcher.fail(trial.trial_id, reason)
+        self._end_trial(trial, "failed", f"failed: {reason}", None)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._searcher.count_start(trial.trial_id)
+        self._on_event(f"tune: trial {trial.config['number']} lost its process; it continues in a new one")
+
+    def _end_trial(self, trial: Any, state: str, text: str, auroc: float | None) -> None:
+        number = trial.config["number"]
+        self.ended += 1
+        self._table.end_trial(number, state, auroc)
+        self._on_event(f"tune: trial {number} {text}")
+        try:
+            rows = write_trials(self._plan, self._study)
+            # The trial that has just ended may still use its files.
+            drop_checkpoints(self._plan, self._study, rows, keep={number})
+        except (OSError, optuna.exceptions.OptunaError) as error:
+            # The next trial's end writes the file again.
+            self._on_event(f"tune: WARNING: cannot update trials.parquet: {error}")
+
+
+def _describe_error(trial: Any) -> str:
+    """Return why Tune gave a trial up, on one line."""
+    error = trial.get_pickled_error() if trial.pickled_error_file else None
+    cause = own_error(error) if error is not None else None
+    if cause is not None:
+        return str(cause)
+    return "its process was lost" + (f", or raised: {last_line(error)}" if error is not None else "")
+
+
+def _format(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(list(value) if isinstance(value, tuple) else value)

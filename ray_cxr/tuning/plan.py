@@ -1,0 +1,307 @@
+"""The plan of a search: its data, settings and space, checked before Ray starts; and Optuna's study.
+
+STUDY/settings.json      what a later run must agree with to continue here
+STUDY/begun.json         the settings of the first command, for --resume
+STUDY/study.db           Optuna's storage, unless tune.storage names another
+STUDY/trials/0003/       a trial, which is a RUN of `train` without a bundle; trial.toml holds its settings
+STUDY/trials.parquet     one row per trial
+STUDY/best.toml          the best trial's settings, as `train` reads them
+STUDY/bundle/            the best trial's bundle
+STUDY/report.html        the report, next to its figures
+STUDY/summary.json       the search as a whole, for programs; written last, and removed while a search runs
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+
+from ray_cxr import extras
+from ray_cxr.config import TrainSettings, TuneSettings, load
+from ray_cxr.data.prepared import PreparedSet, complete_sizes
+from ray_cxr.errors import ConfigError, OutputError, RayCxrError, TableError, first_line
+from ray_cxr.evaluation import metrics
+from ray_cxr.labels import NO_FINDING
+from ray_cxr.storage import atomic, remote
+from ray_cxr.storage.run_folder import check_run, create_run, has_settings, read_json, read_settings
+from ray_cxr.training.planning import list_free_settings, plan_training
+from ray_cxr.tuning.space import KNOWN, Space
+
+#: Names in STUDY.
+TRIALS, TABLE, SUMMARY, START_SETTINGS = "trials", "trials.parquet", "summary.json", "begun.json"
+#: The objectives, and which way is better.
+DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
+    "auroc": "maximize",
+    "images_per_second": "maximize",
+    "calibration_error": "minimize",
+}
+#: Settings of the search that do not change its trials.
+_FREE = {"trials", "concurrent", "ahead", "max_failures", "keep", "storage"}
+
+
+class StudyPlan:
+    """A search that passed all checks.
+
+    Attributes:
+        prepared: the prepared folder.
+        out: the study's folder.
+        settings: of the search.
+        base: the training settings that all trials share.
+        space: the settings that differ between trials.
+        run_settings: the content of settings.json, with which later runs in `out` must agree.
+        name: of Optuna's study; contains the digest of `run_settings`.
+        points: configurations to try first, as Optuna's parameters, each with the fields left out.
+    """
+
+    def __init__(self, prepared: str | Path, out: str | Path, base: TrainSettings, settings: TuneSettings) -> None:
+        """Check everything that can be refused before Ray starts.
+
+        Raises:
+            ConfigError, TableError, OutputError: an argument is wrong, or `out` holds another search.
+        """
+        self.prepared, self.out, self.settings = remote.path(prepared), Path(out), settings
+        sizes = list_prepared_sizes(self.prepared) if base.size is None else (base.size,)
+        self.base, self.space = base, Space.read(settings.space, base, sizes)
+        data = PreparedSet(self.prepared, sizes[0])
+        _check_validation_split(data, base)
+        if settings.grace_epochs > base.epochs:
+            raise ConfigError(
+                f"tune.grace_epochs: {settings.grace_epochs} is more than train.epochs={base.epochs}; lower it"
+            )
+        if len(sizes) > 1 and "size" not in self.space.fields:
+            raise ConfigError(
+                f"{prepared}: has sizes {', '.join(map(str, sizes))}; set train.size, or search them: "
+                'size = "prepared" under [tune.space]'
+            )
+        if settings.sampler == "cmaes":
+            _check_cmaes(settings, self.space)
+        self.describe_storage()  # refuses a wrong storage
+        self.points = _collect_points(settings, self.space)
+        # Check each size and each starting weights once, as `train` does.
+        starts = [one.describe()["choices"] for one in self.space.parameters if one.field == "weights"]
+        for size, weights in itertools.product(sizes, itertools.chain.from_iterable(starts or [[base.weights]])):
+            trial = base.replace(size=size, backbone=self.space.backbones[0], weights=weights)
+            plan_training(self.prepared, self.out / TRIALS / ".check", trial)
+        # A run may have more epochs later; a search may not, because trials of several budgets cannot be compared.
+        free = {*(list_free_settings(base) - {"epochs"}), "size", *self.space.fields}
+        self.run_settings = {
+            "kind": "tune",
+            "format": 1,
+            "prepared": data.manifest_digest,
+            "sizes": list(sizes),
+            "input_spec": data.input_spec.model_dump(mode="json", exclude={"size"}),
+            "train": base.model_dump(mode="json", exclude=free),
+            "tune": settings.model_dump(mode="json", exclude={*_FREE, "space"}),
+            "space": {name: json.dumps(entry, sort_keys=True) for name, entry in self.space.describe().items()},
+        }
+        digest = hashlib.sha256(json.dumps(self.run_settings, sort_keys=True).encode()).hexdigest()
+        self.name = f"ray-cxr-{digest[:16]}"
+        existing = {"id": str(read_settings(self.out).get("id", ""))} if has_settings(self.out) else {}
+        check_run(self.out, {**self.run_settings, **existing})
+
+    def create_sampler(self, trials: int) -> optuna.samplers.BaseSampler:
+        """Return Optuna's sampler, with a seed that depends on the number of trials already suggested.
+
+        With the first seed, a continued search would draw the study's first trials again.
+        """
+        seed = int(np.random.default_rng([self.settings.seed, trials]).integers(2**31))
+        if self.settings.sampler == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        if self.settings.sampler == "cmaes":
+            return optuna.samplers.CmaEsSampler(seed=seed)
+        with _ignore_experimental():  # sampling of conditional parameters in groups: experimental since Optuna 2.8
+            return optuna.samplers.TPESampler(
+                seed=seed, multivariate=True, group=True, n_startup_trials=self.settings.startup_trials
+            )
+
+    def describe_storage(self) -> str:
+        """Return the address of Optuna's storage without its password.
+
+        Raises:
+            ConfigError: the address is invalid.
+        """
+        from sqlalchemy.engine import make_url
+        from sqlalchemy.exc import ArgumentError
+
+        try:
+            parts = make_url(self.settings.storage or f"sqlite:///{self.out / 'study.db'}")
+        except (ArgumentError, ValueError):
+            raise ConfigError(
+                "tune.storage: not an Optuna storage; write a database URL such as sqlite:////data/studies.db or "
+                "postgresql://user@host/name"
+            ) from None
+        if "@" in (parts.host or ""):
+            # The part before it would be shown as the host.
+            raise ConfigError("tune.storage: contains two @; write the password's as %40")
+        # The options may contain a password too.
+        return parts.set(query={}).render_as_string(hide_password=True)
+
+    def open_study(self) -> optuna.Study:
+        """Return Optuna's study, created if needed; its folder is then bound to these settings.
+
+        Raises:
+            OutputError: the storage holds this search, started from another folder; or the folder has trials of
+                another storage.
+            RayCxrError: the storage cannot be opened.
+        """
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.out.mkdir(parents=True, exist_ok=True)
+        identity = read_settings(self.out).get("id") or uuid.uuid4().hex
+        storage = self.describe_storage()
+        try:
+            study = self._create_study()
+            if not study.get_trials(deepcopy=False) and any((self.out / TRIALS).glob("[0-9]*")):
+                raise OutputError(
+                    f"{self.out}: has trials that {storage} does not know; continue with their storage "
+                    f"(--set storage=...), or remove {self.out / TRIALS}"
+                )
+            owner = study.user_attrs.get("folder")
+            if owner is None and not study.get_trials(deepcopy=False):
+                # The folder first: any folder may claim a study without an owner.
+                create_run(self.out, {**self.run_settings, "id": identity})
+                study.set_user_attr("folder", identity)
+                with _ignore_experimental():
+                    study.set_metric_names(list(self.settings.objectives))
+                owner = identity
+        except RayCxrError:
+            raise
+        except Exception as error:  # any error of a database driver
+            raise RayCxrError(f"tune.storage: {storage}: {first_line(error)}") from None
+        if owner != identity:
+            raise OutputError(
+                f"tune.storage: {storage} holds the same search ({self.name}), started from another folder; continue "
+                f"it there, or name another storage for {self.out}"
+            )
+        study.sampler = self.create_sampler(len(study.get_trials(deepcopy=False)))
+        for point, _ in self.points:
+            study.enqueue_trial(point, skip_if_exists=True)
+        return study
+
+    def _create_study(self) -> optuna.Study:
+        url = self.settings.storage or f"sqlite:///{self.out.absolute() / 'study.db'}"
+        options = {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {}
+        return optuna.create_study(
+            storage=optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True, **options}),
+            study_name=self.name,
+            load_if_exists=True,
+            directions=[DIRECTIONS[name] for name in self.settings.objectives],
+            pruner=optuna.pruners.NopPruner(),
+        )
+
+    def is_finished(self) -> bool:
+        """Return whether all requested trials have ended and all their output is written."""
+        summary = read_json(self.out / SUMMARY)
+        try:
+            ended, best = int(summary["trials_over"]), summary["best_number"]
+        except (KeyError, TypeError, ValueError):
+            return False
+        return ended >= self.settings.trials and best is not None and (self.out / "bundle").exists()
+
+    def build_settings(self, trial: optuna.trial.FrozenTrial | optuna.Trial) -> TrainSettings:
+        """Return a trial's complete settings; paths are absolute, because workers have other working directories."""
+        settings = self.space.settings(trial.params, self.base)
+        if settings.weights in ("imagenet", "none"):
+            return settings
+        return settings.replace(weights=str(Path(settings.weights).absolute()))
+
+    def folder(self, number: int) -> Path:
+        """Return a trial's folder, a RUN."""
+        return self.out / TRIALS / f"{number:04d}"
+
+
+def list_prepared_sizes(prepared: Path) -> tuple[int, ...]:
+    """Return the complete sizes of a prepared folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    return tuple(complete_sizes(prepared)) or (PreparedSet(prepared).size,)  # PreparedSet raises with the reason
+
+
+def has_search(out: Path) -> bool:
+    """Return whether a search was started in this folder."""
+    return (out / START_SETTINGS).exists()
+
+
+def save_start_settings(out: Path, base: TrainSettings, settings: TuneSettings) -> None:
+    """Save the settings for `--resume`, except the storage, which may contain a password."""
+    plain = settings.model_dump(mode="json", exclude={"storage"})
+    atomic.write_json(out / START_SETTINGS, {"train": base.model_dump(mode="json"), "tune": plain})
+
+
+def load_start_settings(out: Path, overrides: Sequence[str]) -> tuple[TrainSettings, TuneSettings]:
+    """Return the settings that a study was started with, after applying `--set key=value`.
+
+    Raises:
+        OutputError: the file is damaged.
+        ConfigError: an override is wrong.
+    """
+    saved = read_json(out / START_SETTINGS)
+    try:
+        start = {"train": dict(saved["train"]), "tune": dict(saved["tune"])}
+    except (KeyError, TypeError, ValueError):
+        raise OutputError(f"{out / START_SETTINGS}: damaged; pass the settings again instead of --resume") from None
+    loaded = load(None, overrides, section="tune", start=start)
+    return loaded.train, loaded.tune
+
+
+@contextlib.contextmanager
+def _ignore_experimental() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+def _check_validation_split(data: PreparedSet, base: TrainSettings) -> None:
+    """Refuse a validation split without an AUROC, which could not rank trials.
+
+    Raises:
+        TableError: no finding has both positives and negatives there.
+    """
+    val = data.usable("val")
+    for name in base.finding_names():
+        if name != NO_FINDING and metrics.undefined_reason(val[name].drop_null().to_numpy()) is None:
+            return
+    raise TableError(
+        f"{data.path}: no finding has both positives and negatives among the {len(val):,} images of split 'val', so "
+        "trials cannot be ranked by AUROC; prepare a larger split"
+    )
+
+
+def _collect_points(settings: TuneSettings, space: Space) -> list[tuple[dict[str, Any], list[str]]]:
+    points = [space.point(values, f"tune.enqueue[{place}]") for place, values in enumerate(settings.enqueue)]
+    if settings.known:
+        known = [values for values in KNOWN if values["backbone"] in space.backbones]
+        points += [space.point(values, "known", strict=False) for values in known]
+    return points
+
+
+def _check_cmaes(settings: TuneSettings, space: Space) -> None:
+    """Refuse a search that CMA-ES cannot do.
+
+    Raises:
+        ConfigError: the message names the reason.
+    """
+    reasons = {
+        "supports only one objective": len(settings.objectives) > 1,
+        # Optuna keeps the sampler's state there as a pickle, and executes what it reads back.
+        "supports only the study's own file; leave tune.storage out": settings.storage is not None,
+        f"supports only one backbone, and the space has {', '.join(space.backbones)}; set train.backbone and remove it "
+        "from tune.space": len(space.backbones) > 1,
+        "supports no conditions, and tune.space has `when`": space.conditional,
+        f"supports only numbers, and {', '.join(space.categorical)} have choices": bool(space.categorical),
+        extras.install_hint("cmaes"): not extras.is_installed("cmaes"),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ConfigError(f"tune.sampler: cmaes {reason}, or use tpe")

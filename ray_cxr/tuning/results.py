@@ -1,0 +1,222 @@
+"""Write the results of a search: trials.parquet, best.toml, the bundle, the report and summary.json."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+import tomli_w
+
+from ray_cxr.errors import BundleError, OutputError
+from ray_cxr.evaluation import backbones
+from ray_cxr.evaluation.paired import PairedAuroc, paired_macro_auroc
+from ray_cxr.labels import NO_FINDING
+from ray_cxr.models.bundle import Bundle, load_bundle
+from ray_cxr.reporting.search_page import write_search_page
+from ray_cxr.storage import atomic
+from ray_cxr.training.export import export_bundle
+from ray_cxr.training.planning import plan_training
+from ray_cxr.tuning.plan import DIRECTIONS, SUMMARY, TABLE, StudyPlan, list_prepared_sizes
+from ray_cxr.tuning.records import (
+    build_trial_table,
+    copy_validation,
+    find_best_trial,
+    list_pareto_front,
+    load_validation,
+    to_arrow,
+)
+from ray_cxr.tuning.schedulers import describe_scheduler
+from ray_cxr.versions import versions
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The result of a search.
+
+    Attributes:
+        study: Optuna's.
+        rows: one row per trial; see `records.build_trial_table`.
+        best: the number of the best trial; None if no trial has an AUROC.
+        bundle: the best trial's bundle.
+        interrupted: whether Ctrl-C ended the search.
+        gave_up: why the search started no more trials; None if it did not give up.
+        epochs: number of trained epochs.
+        facts: the facts of summary.json and the report.
+        comparison: of the backbones; None if there is only one.
+    """
+
+    study: optuna.Study
+    rows: pd.DataFrame
+    best: int | None
+    bundle: Bundle | None
+    interrupted: bool
+    gave_up: str | None
+    epochs: int
+    facts: dict[str, Any]
+    comparison: dict[str, Any] | None
+
+
+def write_trials(plan: StudyPlan, study: optuna.Study) -> pd.DataFrame:
+    """Write trials.parquet, copy the validation probabilities of ended trials, and return the rows."""
+    rows = build_trial_table(plan, study)
+    atomic.write_parquet(to_arrow(rows), plan.out / TABLE)
+    for number in rows.loc[rows["state"] != "running", "number"]:
+        copy_validation(plan.folder(int(number)))
+    return rows
+
+
+def drop_checkpoints(plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame, keep: Collection[int] = ()) -> None:
+    """Remove the checkpoints of ended trials that cannot become the bundle, if `tune.keep` is `best`."""
+    if plan.settings.keep != "best":
+        return
+    kept = {find_best_trial(rows), *list_pareto_front(study), *keep}
+    for number in rows.loc[rows["state"] != "running", "number"]:
+        if int(number) not in kept:
+            shutil.rmtree(plan.folder(int(number)) / "ray", ignore_errors=True)
+
+
+def write_best_settings(plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame, best: int, cpus: int) -> None:
+    """Write best.toml, with which `train` repeats the best trial.
+
+    Args:
+        plan, study, rows: of the search.
+        best: the trial's number.
+        cpus: of each worker.
+    """
+    settings = plan.build_settings(study.get_trials(deepcopy=False)[best])
+    settings = settings.replace(size=settings.size or list_prepared_sizes(plan.prepared)[0])
+    plain = {key: value for key, value in settings.model_dump(mode="json").items() if value is not None}
+    row = rows.loc[rows["number"] == best].iloc[0]
+    head = (
+        f"# Trial {best} of {plan.name}: validation AUROC {row['val_auroc']:.4f} in epoch {row['best_epoch']:.0f}, "
+        f"{row['state']} after {row['epochs']} of {settings.epochs}.\n"
+        f"# The AUROC is optimistic: it is the best of {len(rows)} trials on the same validation images.\n"
+        "#   ray-cxr train PREPARED --config best.toml --out RUN\n"
+        f"# Each worker had {cpus} CPUs; set cpus_per_worker={cpus} to get the same bits on other machines.\n\n"
+    )
+    atomic.write_text(plan.out / "best.toml", head + tomli_w.dumps({"train": plain}))
+
+
+def export_best(
+    plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame, best: int, on_event: Callable[[str], None]
+) -> Bundle:
+    """Export the best trial's bundle to STUDY/bundle, unless it is there already with the same epochs."""
+    row = rows.loc[rows["number"] == best].iloc[0]
+    origin = {"study": plan.name, "trial": best, "trials": len(rows), "epochs": int(row["epochs"])}
+    target, old, new = (plan.out / name for name in ("bundle", ".bundle.old", ".bundle.new"))
+    with contextlib.suppress(BundleError):  # missing, or incomplete after a kill
+        existing = load_bundle(target)
+        if {**existing.info["provenance"].get("tuned", {}), "trials": 0} == {**origin, "trials": 0}:
+            return existing
+    settings = plan.build_settings(study.get_trials(deepcopy=False)[best])
+    shutil.rmtree(new, ignore_errors=True)
+    on_event(f"tune: exporting the bundle of trial {best}")
+    export_bundle(plan_training(plan.prepared, plan.folder(best), settings), new, more={"tuned": origin})
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return load_bundle(target)
+
+
+def write_report(result: SearchResult, plan: StudyPlan) -> None:
+    """Write the report with its figures and, last, summary.json.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    try:
+        write_search_page(plan.out, result.study, result.rows, result.facts, result.comparison)
+        atomic.write_json(plan.out / SUMMARY, {**result.facts, "comparison": result.comparison})
+    except OSError as error:
+        raise OutputError(f"{plan.out}: cannot write the report: {error.strerror or error}") from None
+
+
+def collect_facts(
+    plan: StudyPlan,
+    study: optuna.Study,
+    rows: pd.DataFrame,
+    *,
+    concurrent: int,
+    interrupted: bool,
+    command_seconds: float,
+) -> dict[str, Any]:
+    """Return the facts of summary.json and of the report.
+
+    Args:
+        plan, study, rows: of the search.
+        concurrent: number of trials at a time.
+        interrupted: whether Ctrl-C ended the search.
+        command_seconds: wall time of the command.
+    """
+    settings, epochs = plan.settings, int(rows["epochs"].sum())
+    stopped = rows.loc[rows["state"] == "stopped", "epochs"]
+    return {
+        "title": f"Search in {plan.out.name}",
+        "prepared": str(plan.prepared),
+        "study_name": plan.name,
+        "storage": plan.describe_storage(),
+        "objectives": list(settings.objectives),
+        "directions": [DIRECTIONS[name] for name in settings.objectives],
+        "trials_wanted": settings.trials,
+        "sampler": settings.sampler,
+        "scheduler": describe_scheduler(settings),
+        "workers": plan.base.workers,
+        "concurrent": concurrent,
+        "epochs_spent": epochs,
+        "epochs_full": epochs + int((plan.base.epochs - stopped).sum()),
+        "seconds": round(float(rows["seconds"].sum()), 1),
+        "seconds_of_command": round(command_seconds, 1),
+        "best_number": find_best_trial(rows),
+        "pareto": list_pareto_front(study),
+        "interrupted": interrupted,
+        "trials_over": int((rows["state"] != "running").sum()),
+        "versions": versions(),
+    }
+
+
+def compare_backbones(plan: StudyPlan, rows: pd.DataFrame) -> dict[str, Any] | None:
+    """Compare the backbones at equal length; None if there is only one."""
+    if len(plan.space.backbones) < 2:
+        return None
+    curves = [
+        backbones.TrialCurve(
+            number=int(row["number"]),
+            backbone=row["backbone"],
+            state=row["state"],
+            curve=tuple((int(point["epoch"]), point["val_auroc"]) for point in row["curve"]),
+        )
+        for row in rows.to_dict("records")
+    ]
+    # All trials reach the grace period; without a scheduler they reach the last epoch.
+    length = plan.base.epochs if plan.settings.scheduler == "none" else plan.settings.grace_epochs
+    compared = backbones.compare_backbones(curves, length)
+    return backbones.comparison_record(compared, _compare_best(plan, compared))
+
+
+def _compare_best(plan: StudyPlan, compared: backbones.Comparison) -> PairedAuroc | None:
+    """Compare the best trials of the two best backbones on the same validation images; None if they were not kept."""
+    if compared.pair is None:
+        return None
+    first, second = (
+        None if backbone.best_trial is None else load_validation(plan, backbone.best_trial)
+        for backbone in compared.pair
+    )
+    if first is None or second is None:
+        return None
+    columns = [j for j, name in enumerate(plan.base.finding_names()) if name != NO_FINDING]
+    # An image that failed at only one size is missing from one of them.
+    _, mine, theirs = np.intersect1d(first.image_ids, second.image_ids, return_indices=True)
+    return paired_macro_auroc(
+        first.labels[mine][:, columns],
+        first.probabilities[mine][:, columns],
+        second.probabilities[theirs][:, columns],
+        first.patients[mine],
+    )
