@@ -1,4 +1,4 @@
-"""Start a Ray for one command, or join a cluster. The only module that calls `ray.init`."""
+"""Start Ray for one command, or join a cluster. No other module calls `ray.init`."""
 
 from __future__ import annotations
 
@@ -24,56 +24,54 @@ import psutil
 
 import ray_cxr
 from ray_cxr import cluster, config
-from ray_cxr.errors import InputError, RayCxrError
+from ray_cxr.errors import InputError, RayCxrError, one_line
 from ray_cxr.progress import silence_stderr
 from ray_cxr.storage import atomic
 
 logger = logging.getLogger(__name__)
 
-#: For any Ray: its C++ layer prints to the terminal what belongs into its log.
+#: For any Ray: keeps its C++ layer from printing log lines to the terminal.
 ANY_RAY = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
-#: Defaults for a Ray that a command starts; a variable that is set in the environment wins.
+#: Defaults for a Ray that a command starts; variables in the environment win.
 OWN_RAY = {
-    # On a loaded two-core machine Ray's own 60 s for its node process, and 20 s for its head, are too few.
+    # On a loaded two-core machine, Ray's defaults of 60 s for its node process and 20 s for its head are too short.
     "RAY_raylet_start_wait_time_s": "180",
     "RAY_gcs_server_port_wait_time_s": "180",
-    # Ray's default when this is unset, without its warning.
+    # Ray's default, without its warning.
     "RAY_AUTH_MODE": "token",
-    # Nothing about a hospital's machine leaves it.
+    # Send no usage statistics from a hospital's machine.
     "RAY_USAGE_STATS_ENABLED": "0",
     **ANY_RAY,
-    # No machine of a laptop's Ray is taken back by a cloud.
+    # No cloud reclaims a local Ray's machine.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-
-
-#: Seconds that a cluster is given to answer.
+#: Seconds to wait for a cluster to answer.
 JOIN_TIMEOUT_S = 30.0
-#: Seconds without an answer after which a cluster counts as gone. Ray itself ends the process after 60, without a line.
+#: Seconds without an answer after which a cluster counts as lost. Ray itself ends the process after 60, silently.
 LOSS_TIMEOUT_S = 45.0
-#: Seconds that a command is given to end after its Ray is gone.
+#: Seconds for a command to end after its Ray was lost.
 END_TIMEOUT_S = 5.0
-#: Seconds in which Ray's processes end after a `ray stop`.
+#: Seconds in which Ray's processes end after `ray stop`.
 SHUTDOWN_S = 3.0
-#: Seconds between looks at whether Ray is still there.
-_LOOK_S = 1.0
+#: Seconds between two checks of whether Ray still runs.
+_POLL_S = 1.0
 
 
 @contextlib.contextmanager
 def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Iterator[None]:
-    """Use the Ray that this process has, join a cluster, or start a Ray of the command's own.
+    """Use this process's Ray, join a cluster, or start a local Ray that ends with the block.
 
     Args:
-        settings: which.
-        dashboard: a Ray of the command's own gets a dashboard, on this machine alone.
+        settings: which Ray to use.
+        dashboard: start a local Ray with its dashboard, which only this machine reaches.
 
     Raises:
-        RayCxrError: Ray does not start, the cluster does not answer, or Ray goes away while the block runs.
+        RayCxrError: Ray does not start, the cluster does not answer, or Ray is lost while the block runs.
         InputError: the cluster has other versions.
     """
-    # Never a Ray that merely happens to run on this machine: "local" starts one of this command's own.
+    # "local" starts a new Ray; Ray's default would join one that happens to run on this machine.
     address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
-    # Ray's C++ layer reads its environment once, on import; set later, client and server would disagree.
+    # Ray's C++ layer reads its environment on import. Set later, client and server would disagree.
     if "ray" not in sys.modules:
         for name, value in (OWN_RAY if address == "local" else ANY_RAY).items():
             os.environ.setdefault(name, value)
@@ -83,9 +81,11 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
         cluster.select_nodes(settings.on_head)
         yield
         return
-    exempt = cluster.bypass_proxies(_own_addresses())
+    bypassed = cluster.bypass_proxies(_list_own_addresses())
+    variables: dict[str, str] = {}
     if address == "local":
         ensure_token()
+        variables = _build_address_variables() if dashboard else {}
         options: dict[str, Any] = {
             "num_cpus": settings.num_cpus,
             "num_gpus": settings.num_gpus,
@@ -94,22 +94,25 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
         }
     else:
         source = "ray.address" if settings.address else "RAY_ADDRESS"
-        options = _join_options(_wait_for_answer(address, source), exempt)
+        options = _build_join_options(_wait_for_answer(address, source), bypassed)
     try:
-        with silence_stderr(), _found_by_its_own(address if dashboard else ""):
-            # Workers' own chatter stays in Ray's log folder; their errors are raised.
+        with (
+            silence_stderr(),
+            cluster.set_environment(variables),
+        ):
+            # Workers' output stays in Ray's log folder; their errors are raised.
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **options)  # noqa: TID251
-    except Exception as error:  # Ray raises bare ones where a node does not come up within its own 30 seconds
-        if differing := _version_mismatch(str(error)):
-            raise InputError(f"Ray at {address!r}: {differing}") from None
+    except Exception as error:  # Ray raises a bare Exception if a node does not start within 30 seconds
+        if mismatch := _describe_version_mismatch(str(error)):
+            raise InputError(f"Ray at {address!r}: {mismatch}") from None
         hint = "; the machine may be busy: run the command again" if "timed out during startup" in str(error) else ""
-        raise RayCxrError(f"Ray at {address!r}: {' '.join(str(error).split())[:300]}{hint}") from None
+        raise RayCxrError(f"Ray at {address!r}: {one_line(error)[:300]}{hint}") from None
     cluster.set_own(address == "local")
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:
-        # What `ray job stop` sends. Ray's own handler ends the process where it stands, with nothing said.
-        signal.signal(signal.SIGTERM, _stop)
-    watch = _Watch(address)
+        # `ray job stop` sends SIGTERM, and Ray's own handler would end the process without a message.
+        signal.signal(signal.SIGTERM, _interrupt)
+    watch = _RayWatch(address)
     try:
         with _report_sudden_end(), watch:
             if address != "local":
@@ -118,39 +121,38 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
             cluster.select_nodes(settings.on_head)
             yield
     finally:
-        if watch.reason is None:  # otherwise it would wait for a Ray that is gone
+        if watch.loss is None:  # else it would wait for a Ray that no longer exists
             ray.shutdown()
         cluster.set_own(False)
         if in_main_thread:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _own_addresses() -> list[str]:
-    """Return the names and addresses of this machine."""
-    found = ["localhost", socket.gethostname()]
-    for addresses in psutil.net_if_addrs().values():
-        found += [one.address.partition("%")[0] for one in addresses if one.family in (socket.AF_INET, socket.AF_INET6)]
-    return found
+def _list_own_addresses() -> list[str]:
+    """Return the host names and IP addresses of this machine."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    addresses = [one for interface in psutil.net_if_addrs().values() for one in interface if one.family in families]
+    return ["localhost", socket.gethostname(), *(one.address.partition("%")[0] for one in addresses)]
 
 
 def _wait_for_answer(address: str, source: str) -> str:
-    """Wait until a cluster answers; Ray itself tries for many minutes without a word.
+    """Wait until a cluster answers; Ray itself would try for many minutes without a message.
 
     Args:
-        address: as a user gives it.
-        source: where it was given, `ray.address` or `RAY_ADDRESS`.
+        address: as the user wrote it.
+        source: where it comes from, `ray.address` or `RAY_ADDRESS`.
 
     Returns:
         HOST:PORT.
 
     Raises:
-        InputError: an address of another kind.
+        InputError: the address of the job API.
         RayCxrError: no answer within `JOIN_TIMEOUT_S`.
     """
     if address.startswith(("http://", "https://")):
         raise InputError(
-            f"{source}={address}: is the address for `ray job submit`; give HOST:6379 or ray://HOST:10001, or unset it "
-            "for a Ray on this machine"
+            f"{source}={address}: is the address for `ray job submit`; use HOST:6379 or ray://HOST:10001, or unset it "
+            "to start Ray on this machine"
         )
     target = address.removeprefix("ray://")
     if address == "auto":
@@ -159,19 +161,19 @@ def _wait_for_answer(address: str, source: str) -> str:
         try:
             target = canonicalize_bootstrap_address(address)
         except ConnectionError:
-            raise RayCxrError(f"{source}=auto: no Ray runs on this machine; start one, or leave it out") from None
+            raise RayCxrError(f"{source}=auto: no Ray runs on this machine; start one, or unset it") from None
     logger.info("joining Ray at %s (%s)", target, source)
-    if not _answers(target, JOIN_TIMEOUT_S):
+    if not _is_reachable(target, JOIN_TIMEOUT_S):
         raise RayCxrError(
             f"Ray at {target} ({source}): no answer within {JOIN_TIMEOUT_S:.0f} s; check that the cluster runs "
-            f"(`ray status --address {target}`) and that this machine reaches it, or leave {source} out for a Ray on "
+            f"(`ray status --address {target}`) and that this machine reaches it, or unset {source} to start Ray on "
             "this machine"
         )
     return target
 
 
-def _answers(target: str, timeout_s: float) -> bool:
-    """Return whether a server of gRPC answers at HOST:PORT within some seconds."""
+def _is_reachable(target: str, timeout_s: float) -> bool:
+    """Return whether a gRPC server answers at HOST:PORT within `timeout_s` seconds."""
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # its handshake needs Ray's certificates
         host, _, port = target.rpartition(":")
         try:
@@ -189,26 +191,26 @@ def _answers(target: str, timeout_s: float) -> bool:
     return True
 
 
-def _join_options(target: str, exempt: Mapping[str, str]) -> dict[str, Any]:
-    """Return the options of `ray.init` for a cluster: behind a proxy, workers must reach its head without it."""
+def _build_join_options(target: str, bypassed: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options of `ray.init` for a cluster. Behind a proxy, workers must bypass it to reach the head."""
     cluster.bypass_proxies([target.rpartition(":")[0]])
     proxies = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "grpc_proxy")
     if not any(os.environ.get(name) for name in proxies):
         return {}
-    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a job's own variables are among these already
-    return {"runtime_env": {"env_vars": {name: os.environ[name] for name in exempt}}}
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # they include a job's own variables already
+    return {"runtime_env": {"env_vars": {name: os.environ[name] for name in bypassed}}}
 
 
 @contextlib.contextmanager
 def _report_sudden_end() -> Iterator[None]:
-    """Make sure that a line is printed when this process is killed while the block runs.
+    """Print a line even if this process is killed while the block runs.
 
-    Ray's C++ layer ends the process at once when the node's raylet is gone, and the system may kill it for its memory.
-    A shell waits for one line of this process; at the end of the pipe without it, the shell prints the message.
+    Ray's C++ layer ends the process at once when the raylet is lost, and the system may kill it for its memory.
+    A shell reads one line from this process. If the pipe closes without that line, the shell prints the message.
     """
     message = (
-        "ray-cxr: the command was ended from outside: Ray went away (`ray stop`, or its node was lost), or the system "
-        "killed it (memory?); the same command continues"
+        "ray-cxr: the command was killed: Ray stopped (`ray stop`, or its node was lost), or the system killed it "
+        "(out of memory?); the same command continues"
     )
     script = 'read -r line || printf "%s\\n" "$1" >&2'
     try:
@@ -222,30 +224,30 @@ def _report_sudden_end() -> Iterator[None]:
         yield
         return
 
-    def end() -> None:
+    def dismiss() -> None:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             shell.communicate(b"ended\n", timeout=5)
 
     try:
         yield
     except BaseException:
-        atexit.register(end)  # until the error is printed, Ray can still end this process
+        atexit.register(dismiss)  # until the error is printed, Ray can still end this process
         raise
-    end()
+    dismiss()
 
 
-class _Watch:
-    """Notices that Ray goes away while a block runs, and ends the block with an error.
+class _RayWatch:
+    """End a block with an error when Ray is lost.
 
-    The calls of a command would wait for Ray until its C++ layer ends the process, without a line.
+    Without it, the block's calls wait until Ray's C++ layer ends the process silently.
 
     Attributes:
-        reason: what is wrong; None while Ray is there.
+        loss: the error message; None while Ray runs.
     """
 
     def __init__(self, address: str) -> None:
-        self.reason: str | None = None
-        self._over = threading.Event()
+        self.loss: str | None = None
+        self._ended = threading.Event()
         self._ending = threading.Lock()
         self._servers: list[psutil.Process] = []
         self._target: str | None = None
@@ -259,48 +261,48 @@ class _Watch:
         self._thread = threading.Thread(target=self._loop, name="ray-watch", daemon=True)
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # the only thread that a signal can interrupt
+        if threading.current_thread() is threading.main_thread():  # signals interrupt no other thread
             self._thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         with self._ending:
-            self._over.set()
-        # An error of Ray can be the consequence of a lost Ray, whose processes end some moments later.
+            self._ended.set()
+        # Ray may raise an error before the last of its processes has ended.
         deadline = time.monotonic() + (SHUTDOWN_S if _comes_from_ray(error) else 0)
-        while self.reason is None and time.monotonic() < deadline:
-            if not self._is_there(0):
-                self.reason = self._describe()
+        while self.loss is None and time.monotonic() < deadline:
+            if not self._is_running(0):
+                self.loss = self._describe()
             time.sleep(0.1)
-        if self.reason is not None:
-            raise RayCxrError(self.reason) from error
+        if self.loss is not None:
+            raise RayCxrError(self.loss) from error
 
     def _loop(self) -> None:
-        while not self._over.wait(_LOOK_S):
-            if self._is_there(LOSS_TIMEOUT_S):
+        while not self._ended.wait(_POLL_S):
+            if self._is_running(LOSS_TIMEOUT_S):
                 continue
             with self._ending:
-                if self._over.is_set():  # the block has ended, and Ray was shut down after it
+                if self._ended.is_set():  # the block has ended and Ray was shut down
                     return
-                self.reason = self._describe()
-                # `_stop` raises in the main thread, also out of a system call. A background job ignores SIGINT.
+                self.loss = self._describe()
+                # `_interrupt` raises in the main thread, even during a system call. A background job ignores SIGINT.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-            if not self._over.wait(END_TIMEOUT_S):
-                # The main thread waits inside Ray and cannot be interrupted.
+            if not self._ended.wait(END_TIMEOUT_S):
+                # The main thread is blocked inside Ray.
                 os._exit(1)  # `_report_sudden_end` prints why
             return
 
-    def _is_there(self, patience_s: float) -> bool:
-        """Return whether Ray still answers; a cluster's head may restart within some seconds."""
+    def _is_running(self, patience_s: float) -> bool:
+        """Return whether Ray answers; a cluster's head may take `patience_s` seconds, because it may be restarting."""
         if self._target is None:
             return True
         if self._servers:
             alive = all(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in self._servers)
-            return alive and not _refuses(self._target)
-        return _answers(self._target, 2.0) or (patience_s > 0 and _answers(self._target, patience_s))
+            return alive and not _is_refused(self._target)
+        return _is_reachable(self._target, 2.0) or (patience_s > 0 and _is_reachable(self._target, patience_s))
 
     def _describe(self) -> str:
         where = f" at {self._target}" if self._target and not self._servers else ""
-        return f"Ray{where} went away (`ray stop`, or its node was lost); the same command continues"
+        return f"Ray{where} stopped (`ray stop`, or its node was lost); the same command continues"
 
 
 def _comes_from_ray(error: BaseException | None) -> bool:
@@ -312,8 +314,8 @@ def _comes_from_ray(error: BaseException | None) -> bool:
     return False
 
 
-def _refuses(target: str) -> bool:
-    """Return whether no server listens at HOST:PORT; one that is slow to answer still listens."""
+def _is_refused(target: str) -> bool:
+    """Return whether no server listens at HOST:PORT; a server that is slow to answer still listens."""
     host, _, port = target.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), 2.0).close()
@@ -325,19 +327,19 @@ def _refuses(target: str) -> bool:
 
 
 def ensure_token() -> None:
-    """Make sure that a Ray of this command's own finds a token, wherever the home folder is missing or not writable.
+    """Create the token of a local Ray, unless there is one.
 
-    Ray reads `~/.ray/auth_token` by HOME. Where none can be kept there, it lies in a private temporary folder until
+    Ray reads `$HOME/.ray/auth_token`. If that cannot be written, the token lies in a private temporary folder until
     this process ends.
     """
     if os.environ.get("RAY_AUTH_MODE") != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         return
     home = Path(os.environ.get("HOME") or os.devnull)
     try:
-        kept = home / ".ray" / "auth_token"
-        if not (kept.is_file() and kept.read_text(encoding="utf-8").strip()):
-            kept.parent.mkdir(exist_ok=True)
-            atomic.write(kept, _write_token)
+        path = home / ".ray" / "auth_token"
+        if not (path.is_file() and path.read_text(encoding="utf-8").strip()):
+            path.parent.mkdir(exist_ok=True)
+            atomic.write(path, _write_token)
     except (OSError, UnicodeDecodeError):
         folder = Path(tempfile.mkdtemp(prefix="ray_cxr-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -350,27 +352,26 @@ def _write_token(path: Path) -> None:
     path.write_text(secrets.token_hex(32), encoding="utf-8")
 
 
-def _version_mismatch(said: str) -> str | None:
-    """Ray's six lines on its own or Python's version being another, as one; None where it says another thing."""
-    found = re.findall(r"^\s*(Ray|Python): (\S+)$", said, re.MULTILINE)
-    if "Version mismatch" not in said or [name for name, _ in found] != ["Ray", "Python"] * 2:
+def _describe_version_mismatch(message: str) -> str | None:
+    """Return one line for Ray's six about another version of Ray or Python; None for any other message."""
+    found = re.findall(r"^\s*(Ray|Python): (\S+)$", message, re.MULTILINE)
+    if "Version mismatch" not in message or [name for name, _ in found] != ["Ray", "Python"] * 2:
         return None
-    (_, ray_there), (_, python_there), (_, ray_here), (_, python_here) = found
+    (_, cluster_ray), (_, cluster_python), (_, own_ray), (_, own_python) = found
     return (
-        f"the cluster has Ray {ray_there} and Python {python_there}, this command Ray {ray_here} and Python "
-        f"{python_here}; make them equal (scripts/setup with PYTHON=..., on both sides), or submit the command as a "
-        "job, which runs on the cluster"
+        f"the cluster has Ray {cluster_ray} and Python {cluster_python}, this command Ray {own_ray} and Python "
+        f"{own_python}; install the same versions (scripts/setup with PYTHON=...), or submit the command as a job"
     )
 
 
 def _refuse_other_versions(address: str) -> None:
-    """Ask the nodes of a cluster for their ray_cxr: what is sent to them calls the one that is there.
+    """Compare the cluster's ray_cxr with this one: tasks call the node's own version.
 
     Raises:
         InputError: a node has another version, or none.
     """
 
-    def version_there() -> str | None:  # nested, so that it travels by value and needs no ray_cxr to be run
+    def read_version() -> str | None:  # nested, see `query_nodes`
         try:
             import ray_cxr
         except ImportError:
@@ -380,41 +381,27 @@ def _refuse_other_versions(address: str) -> None:
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    for node, there in cluster.query_nodes(version_there, alive):
-        if there != ray_cxr.__version__:
-            has = f"has ray_cxr {there}" if there else "has no ray_cxr"
+    for node, version in cluster.query_nodes(read_version, alive):
+        if version != ray_cxr.__version__:
+            has = f"has ray_cxr {version}" if version else "has no ray_cxr"
             raise InputError(
                 f"Ray at {address!r}: the node {node['NodeManagerAddress']} {has}, this command is "
                 f"{ray_cxr.__version__}; install this version there, or submit the command as a job with "
-                "--working-dir, which takes it along"
+                "--working-dir, which uploads it"
             )
 
 
-def _stop(number: int, frame: Any) -> NoReturn:
+def _interrupt(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
-def _found_by_its_own(address: str) -> Iterator[None]:
-    """While a Ray of this command's own starts: its processes get its address into their environment.
+def _build_address_variables() -> dict[str, str]:
+    """Return environment variables that give the processes of a local Ray its address.
 
-    Without it they look for the one Ray on this machine, and where there are two Ray's state API finds none. Ray Train
-    then never frees what a killed run holds.
+    Without it they search this machine for a Ray. With two Rays on the machine, Ray's state API finds none, and Ray
+    Train never frees the resources of a killed run.
     """
-    if address != "local":
-        yield
-        return
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = str(probe.getsockname()[1])
-    added = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"127.0.0.1:{port}"}
-    before = {name: os.environ.get(name) for name in added}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    return {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"127.0.0.1:{port}"}

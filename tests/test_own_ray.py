@@ -114,7 +114,7 @@ def test_ctrl_c_in_training_says_that_the_same_command_continues(prepared: Path,
 def test_ray_that_goes_away_in_training_ends_it_with_a_line(lost: str, prepared: Path, tmp_path: Path) -> None:
     code, log, seconds = stop_in_mid_run(prepared, tmp_path, lost)
     assert code == 1, log
-    assert "Ray went away" in log.splitlines()[-1]
+    assert "`ray stop`" in log.splitlines()[-1]
     assert "Traceback" not in log
     assert seconds < 55, "Ray's own limit"
 

@@ -86,7 +86,7 @@ class Cluster:
 
 
 class NoWatch(contextlib.nullcontext[None]):
-    reason = None
+    loss = None
 
 
 Connect = Callable[..., None]
@@ -99,9 +99,9 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Connect:
         monkeypatch.setattr(ray, "init", init)
         for name in ("nodes", "remote", "wait", "get", "shutdown") if cluster else ():
             monkeypatch.setattr(ray, name, getattr(cluster, name))
-        monkeypatch.setattr(session.cluster, "wait_for_work", lambda on_head: None)
+        monkeypatch.setattr(session.cluster, "wait_for_node", lambda on_head: None)
         monkeypatch.setattr(session, "_wait_for_answer", lambda address, source: address)
-        monkeypatch.setattr(session, "_Watch", NoWatch)
+        monkeypatch.setattr(session, "_RayWatch", NoWatch)
         with session.start_ray(RaySettings(address=address)):
             pass
 
@@ -223,16 +223,16 @@ class Server:
 
 @pytest.mark.parametrize("lost", ["process", "port"])
 def test_own_ray_that_goes_away_ends_a_block_with_one_line(lost: str, port: int, monkeypatch) -> None:
-    monkeypatch.setattr(session, "_LOOK_S", 0.01)
-    before = signal.signal(signal.SIGTERM, session._stop)  # as `start_ray` does
+    monkeypatch.setattr(session, "_POLL_S", 0.01)
+    before = signal.signal(signal.SIGTERM, session._interrupt)  # as `start_ray` does
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=f"127.0.0.1:{port}"))
-    watch, server = session._Watch("local"), Server()
+    watch, server = session._RayWatch("local"), Server()
     watch._servers = [server]
 
     def lose() -> None:
         with watch:
             time.sleep(0.1)
-            assert watch.reason is None
+            assert watch.loss is None
             if lost == "process":
                 server.alive = False
             else:
@@ -244,10 +244,10 @@ def test_own_ray_that_goes_away_ends_a_block_with_one_line(lost: str, port: int,
 
 
 def test_ray_that_is_shut_down_after_the_block_is_not_lost(port: int, monkeypatch) -> None:
-    monkeypatch.setattr(session, "_LOOK_S", 0.01)
+    monkeypatch.setattr(session, "_POLL_S", 0.01)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=f"127.0.0.1:{port}"))
     monkeypatch.setattr(signal, "pthread_kill", Mock(side_effect=AssertionError))
-    watch = session._Watch("local")
+    watch = session._RayWatch("local")
     looking = threading.Event()
 
     def look(_: float) -> bool:
@@ -255,17 +255,17 @@ def test_ray_that_is_shut_down_after_the_block_is_not_lost(port: int, monkeypatc
         time.sleep(0.2)
         return False
 
-    monkeypatch.setattr(watch, "_is_there", look)
+    monkeypatch.setattr(watch, "_is_running", look)
     with watch:
         assert looking.wait(10)
     watch._thread.join(10)
-    assert watch.reason is None
+    assert watch.loss is None
 
 
 def test_errors_of_a_command_stay_while_ray_is_there(port: int, monkeypatch) -> None:
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=f"127.0.0.1:{port}"))
     for error in (KeyboardInterrupt, RayCxrError("a reason"), ValueError("another")):
-        watch = session._Watch("local")
+        watch = session._RayWatch("local")
         watch._servers = [Server()]
         with pytest.raises(type(error) if isinstance(error, Exception) else error), watch:
             raise error
