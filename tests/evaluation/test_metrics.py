@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -146,3 +148,11 @@ def test_bad_input_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=part):
             metrics.auroc(np.array(y), np.array(s), None if weights is None else np.array(weights))
+
+
+def test_each_metric_is_registered_once_and_documented() -> None:
+    keys = [metric.key for metric in metrics.METRICS]
+    assert len(set(keys)) == len(keys)
+    assert {metric.table for metric in metrics.METRICS} == set(metrics.TABLES)
+    docs = Path(__file__).parents[2] / "docs" / "report.md"
+    assert metrics.markdown_table() in docs.read_text(encoding="utf-8")
