@@ -1,1 +1,1 @@
-"""Tables, pictures and prepared sets."""
+"""Manifests, the tables they come from, and prepared sets."""

@@ -15,7 +15,7 @@ from ray_cxr.data.csv_table import COLUMNS, CsvTable, hash_file, normalize_heade
 from ray_cxr.errors import TableError
 from ray_cxr.labels import FINDINGS, NO_FINDING, canonical, suggestion
 
-#: NIH drew on PNGs of this side length, so its boxes use these pixels whatever the size of the image file.
+#: NIH drew on PNGs of this side length, so its boxes are in these pixels for files of any size.
 IMAGE_SIDE = 1024
 
 _NUMBERS = {"x": ("bboxx", "x"), "y": ("bboxy", "y"), "w": ("bboxw", "w", "width"), "h": ("bboxh", "h", "height")}

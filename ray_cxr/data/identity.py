@@ -1,11 +1,10 @@
-"""Ids of patients, studies and images in tables: text that still is what the source wrote.
+"""Ids of patients, studies and images in tables, and the check that they lost no digits.
 
-A spreadsheet keeps 15 digits of a number and shows long ones as `2.05367E+37`; a float64 keeps 53 bits. Both turn the
-ids of many patients into one, and one patient into two people of which one is in train and one in test. Such columns
-are refused here, for every table that the package reads. `12E10` can be a pseudonym and is kept; so is `12345.0`,
-which pandas writes where another id is missing, and which lost nothing.
+A spreadsheet keeps 15 digits of a number and shows long ones as `2.05367E+37`; a float64 keeps 53 bits. Both can merge
+the ids of many patients, or split one patient between train and test. All readers of tables refuse such columns.
+`12E10` may be a pseudonym and is accepted. `12345.0` is accepted too: pandas writes it if another id is missing.
 
-The errors name the file, the column and the line of an example, never the id itself.
+Errors name the file, the column and the line of an example, never the id.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ import pyarrow.parquet as pq
 
 from ray_cxr.errors import TableError
 
-#: The columns of a manifest and of scores that say whose image it is, and which.
+#: The columns of a manifest and of scores that identify an image, its patient and its study.
 COLUMNS: tuple[str, ...] = ("image_id", "patient_id", "study_id")
 REMEDY = (
     "format the column as text in the spreadsheet before saving, or export the table again from the source, "
     "ids as text in UTF-8"
 )
 
-#: A column that would look like this by a smaller chance has lost digits.
+#: A column whose pattern has a smaller probability than this by chance has lost digits.
 _CHANCE = 1e-4
 _SPREADSHEET_DIGITS = 15
 _FIRST_ROWS = 1000
@@ -44,15 +43,15 @@ _SUSPICIOUS = "|".join((_EXPONENT, _LONG_FLOAT, _LONG_INTEGER, _CELL_ERROR, _REP
 
 
 def check_series(column: pd.Series, source: str, *, images: bool = False) -> None:
-    """Refuse a text column whose ids are no longer those of the source.
+    """Refuse a text column with ids that lost digits.
 
     Args:
-        column: text, its name the header's, its index the lines of the file.
+        column: text; its name is the header, its index the lines of the file.
         source: the file, for the error.
-        images: the ids are names of files.
+        images: the ids are file names.
 
     Raises:
-        TableError: see the module's docstring.
+        TableError: see the docstring of the module.
     """
     text = pa.chunked_array([pa.array(column.str.strip(), pa.string(), from_pandas=True)])
     _check_text(text, f"{source}: line", column.index, str(column.name), images=images)
@@ -73,13 +72,13 @@ def read_ids(column: pa.ChunkedArray, name: str, source: str) -> pa.ChunkedArray
         source: the file, for the error.
 
     Raises:
-        TableError: it holds ids that lost digits, bytes that are not UTF-8, or a type that is no text.
+        TableError: ids that lost digits, bytes that are not UTF-8, or another type than text.
     """
     column = _decode_dictionary(column)
     if pa.types.is_floating(column.type):
         _check_floats(column, name, source)
     try:
-        # Through bytes, because Arrow does not look at those of what a file calls a string.
+        # Through binary, because Arrow does not validate the bytes of a string column.
         text = to_text(column).cast(pa.binary()).cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise TableError(f"{source}: column {name} is {column.type}, not text in UTF-8; {REMEDY}") from None
@@ -104,28 +103,28 @@ def check_table(table: pa.Table, source: str) -> pa.Table:
 
 
 def read_split(folder: Path, schema: pa.Schema | None = None) -> pa.Table:
-    """Read the images that trained a bundle, its `split.parquet`.
+    """Read `split.parquet`, the images that trained a bundle.
 
     Raises:
-        TableError: an older version trained it with ids that lost digits; no leak can be found with these.
+        TableError: an older version trained it with ids that lost digits, so leaks cannot be detected.
     """
     file = folder / "split.parquet"
     return check_table(pq.read_table(file, schema=schema), str(file))
 
 
 def _decode_dictionary(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
-    """The values of a column that repeats them by number, as pandas writes categories."""
+    """Return the values of a dictionary-encoded column, which pandas writes for categories."""
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
 def _drop_nan(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
-    """Floats, float64, with null for NaN: a patient who is not known is none, and not one called nan."""
+    """Return floats as float64 with null for NaN; otherwise unknown patients become one patient `nan`."""
     wide = column.cast(pa.float64())
     return pc.if_else(pc.is_nan(wide), pa.scalar(None, pa.float64()), wide)
 
 
 def _check_floats(column: pa.ChunkedArray, name: str, source: str) -> None:
-    """Refuse floats that are not whole, or too large to be exact."""
+    """Refuse floats that are not integers, or too large to be exact."""
     bits = _FLOAT_BITS[column.type]
     wide = _drop_nan(column)
     for bad, reason in (
@@ -149,11 +148,11 @@ def _check_text(text: pa.ChunkedArray, place: str, lines: Iterable[int], name: s
 
 
 def _find_loss(suspects: pa.ChunkedArray, *, images: bool) -> tuple[int, str] | None:
-    """The first of the suspicious ids that has lost something, and what; None where all are whole."""
+    """Return the position of the first damaged id and the reason; None if all are intact."""
     for pattern, reason in (
         (_EXPONENT, "a number in exponent form, in which digits are lost"),
         (_CELL_ERROR, "the error value of a spreadsheet's cell"),
-        *(() if images else ((_REPLACED, "text with a replacement character, for a letter that is lost"),)),
+        *(() if images else ((_REPLACED, "text with a replacement character instead of a letter"),)),
     ):
         found = pc.index(pc.match_substring_regex(suspects, pattern), True).as_py()
         if found >= 0:
@@ -167,12 +166,12 @@ def _find_loss(suspects: pa.ChunkedArray, *, images: bool) -> tuple[int, str] | 
 
 
 def _describe_rounding(texts: pa.ChunkedArray) -> str | None:
-    """How a column's integers of more than 15 digits were rounded; None where they were not, or it may be a chance."""
+    """Return how integers of more than 15 digits were rounded; None if they were not, or it may be chance."""
     for count_digits, reason in (
         (_count_zeroed, "a number with zeros after its first 15 digits, as all long ones of the column"),
         (_count_lost_in_floats, "a number that passed through a float of 53 bits, as all long ones of the column"),
     ):
-        # The first rows settle it for nearly every column, and a million numbers take seconds.
+        # The first rows decide nearly every column; a million numbers take seconds.
         for part in (texts.slice(0, _FIRST_ROWS), texts):
             digits = count_digits([abs(int(value)) for value in part.unique().to_pylist()])
             if digits is None:
@@ -184,14 +183,14 @@ def _describe_rounding(texts: pa.ChunkedArray) -> str | None:
 
 
 def _count_zeroed(numbers: Sequence[int]) -> float | None:
-    """Digits that a spreadsheet set to zero; None where any is not."""
+    """Return the number of digits that a spreadsheet set to zero; None if any is not zero."""
     if any(set(str(n)[_SPREADSHEET_DIGITS:]) != {"0"} for n in numbers):
         return None
     return sum(len(str(n)) - _SPREADSHEET_DIGITS for n in numbers)
 
 
 def _count_lost_in_floats(numbers: Sequence[int]) -> float | None:
-    """Digits that a float64 lost; None where any number is none. 0 where the lowest bits are never used."""
+    """Return the number of digits lost in float64; None if any number is not a float64, 0 if no low bit is used."""
     if any(int(float(n)) != n for n in numbers):
         return None
     steps = [int(max(math.ulp(float(n)), 1.0)) for n in numbers]

@@ -194,7 +194,7 @@ def _make_task(unit: Unit, existing: Sequence[set[str]]) -> Task | None:
     }
     if not missing:
         return None
-    # The lengths of all shards of an archive, because only the existing shards tell which rows they hold.
+    # All lengths, because an existing shard of an archive has to be read to know its rows.
     return {
         "archive": unit.archive or "",
         "first": unit.ranges[0].index,

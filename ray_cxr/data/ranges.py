@@ -1,4 +1,4 @@
-"""How the rows of a table are partitioned into output files and tasks: one task reads each archive."""
+"""Partition the rows of a table into output files and tasks; one task reads each archive."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ray_cxr.storage.paths import MEMBER_PATTERN, iter_slices, split_member
 
 
 def first_location(paths: pa.ChunkedArray) -> str | None:
-    """Where the first picture of a table, or its archive, should be; None where the table names none."""
+    """Return the path of the first image of a table, or of its archive; None if the table has no paths."""
     named = paths.drop_null()
     if not len(named):
         return None
@@ -38,11 +38,11 @@ class Range:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one task reads.
+    """The input of one task.
 
     Attributes:
-        archive: read in one pass, for all ranges; None for single files.
-        ranges: in the table's order; of single files one.
+        archive: read in one pass for all ranges; None for single files.
+        ranges: in the table's order; one range for single files.
     """
 
     archive: str | None
@@ -54,10 +54,10 @@ class Unit:
 
 
 def group_by_archive(table: pa.Table) -> pa.Table:
-    """A table with a column `path` so ordered that each archive's rows stand together.
+    """Sort a table with a column `path` so that the rows of each archive are together.
 
-    Single files (and rows without a path) come first, then the archives in order of their first appearance; among
-    themselves all keep their order. A table that is so already comes back as it is.
+    Single files and rows without a path come first, then the archives by their first appearance. The sort is stable; a
+    table that is already sorted is returned unchanged.
     """
     codes, _ = _archives(table["path"])
     order = np.argsort(codes, kind="stable")
@@ -69,12 +69,11 @@ def group_by_archive(table: pa.Table) -> pa.Table:
 def plan_units(paths: pa.ChunkedArray, rows_per_file: int) -> list[Unit]:
     """Cut a table in reading order into output files and tasks.
 
-    No range straddles two archives, or an archive and single files. Ranges are numbered from 0 in the table's order. A
-    table without archives is cut every `rows_per_file` rows.
+    No range spans two archives, or an archive and single files. Ranges are numbered from 0 in the table's order.
 
     Args:
         paths: the column, string.
-        rows_per_file: the most rows of a range.
+        rows_per_file: maximum number of rows of a range.
     """
     codes, names = _archives(paths)
     found: list[Unit] = []
@@ -96,14 +95,14 @@ def plan_units(paths: pa.ChunkedArray, rows_per_file: int) -> list[Unit]:
 
 
 def _archives(paths: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """Which archive holds each row, int32 [n], -1 for none; archives are numbered by their first appearance."""
+    """Return each row's archive, int32 [n], -1 for none, and the archives in order of their first appearance."""
     numbers: dict[str, int] = {}
     codes = np.full(len(paths), -1, np.int32)
     at = 0
     for part in iter_slices(paths):
         if pc.any(pc.match_substring(part, "::")).as_py():
             archive = pc.struct_field(pc.extract_regex(part, MEMBER_PATTERN), "archive").dictionary_encode()
-            # The last entry serves index -1, which stands for null.
+            # The last entry is for index -1, which means null.
             lookup = np.array(
                 [*(numbers.setdefault(name, len(numbers)) for name in archive.dictionary.to_pylist()), -1]
             )
