@@ -18,7 +18,7 @@ RUN apt-get update \
 
 WORKDIR /opt/ray_cxr
 
-# Apart from the code: an edited line of ours must not install everything anew.
+# Before the code, so that a changed line of code does not repeat the installation.
 COPY requirements.lock requirements-gpu.lock ./
 RUN pip install --no-cache-dir --disable-pip-version-check --require-hashes --requirement "$LOCK"
 

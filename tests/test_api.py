@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import ray_cxr
+from ray_cxr import extras
 
 MODULES = (
     "ray_cxr",
@@ -38,20 +39,73 @@ def run(code: str) -> str:
 
 
 def test_imports_and_help_start_neither_tensorflow_nor_ray() -> None:
-    """Nor do they wait for highdicom; the bundle's names are imported on first use."""
+    """The optional packages are not imported either."""
     code = f"""
 import contextlib, importlib, io, sys
 for name in {MODULES}:
     importlib.import_module(name)
-    print(name, sorted({{"tensorflow", "keras", "ray", "highdicom"}} & set(sys.modules)))
+    print(name, sorted({{"tensorflow", "keras", "ray", "highdicom", "nncf"}} & set(sys.modules)))
 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     sys.modules["ray_cxr.cli"].main(["--help"])
-print("help", sorted({{"tensorflow", "keras", "ray", "highdicom"}} & set(sys.modules)))
+print("help", sorted({{"tensorflow", "keras", "ray", "highdicom", "nncf"}} & set(sys.modules)))
 """
     assert run(code).splitlines() == [f"{name} []" for name in (*MODULES, "help")]
 
 
 @pytest.mark.slow
 def test_all_public_names_exist() -> None:
-    """In a process of its own, because other tests import the modules behind them."""
+    """In a child process, because other tests import the modules behind them."""
     assert run("import ray_cxr; print([n for n in ray_cxr.__all__ if not hasattr(ray_cxr, n)])") == "[]"
+
+
+#: Makes every optional package look absent: `import` and `find_spec` find nothing.
+WITHOUT_EXTRAS = f"import sys; sys.modules.update(dict.fromkeys({list(extras.EXTRAS)}))\n"
+
+
+@pytest.mark.slow
+def test_bundle_is_made_and_predicts_without_extras(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+import numpy as np
+from conftest import make_tiny_bundle
+bundle = make_tiny_bundle(Path({str(tmp_path / "b")!r}))
+print(bundle.predict(np.zeros((2, 64, 64), np.uint8))["status"].tolist())
+import ray_cxr.reporting.report, ray_cxr.reporting.search_page, ray_cxr.scoring.pipeline, ray_cxr.tuning.search
+assert not [name for name in {list(extras.EXTRAS)} if sys.modules[name]]
+"""
+    path = f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS + path + code], capture_output=True, encoding="utf-8", check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "['ok', 'ok']\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package", "extra"),
+    [
+        (["export-sr", "scores", "--out", "reports"], "highdicom", "dicom-sr"),
+        (["quantize", "bundle", "prepared", "--out", "int8"], "nncf", "int8"),
+    ],
+)
+def test_command_names_its_missing_extra(
+    arguments: list[str], package: str, extra: str, command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(*arguments)
+    (line,) = err.splitlines()
+    assert code == 2
+    assert f"{arguments[0]}: needs {package}." in line
+    assert f"pip install 'ray-cxr[{extra}]'" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_extra_is_declared_and_locked() -> None:
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = project["optional-dependencies"]
+    for package, extra in extras.EXTRAS.items():
+        assert [line.split(">=")[0] for line in declared[extra]] == [package]
+        assert not [line for line in project["dependencies"] if line.split(">=")[0] == package]
+        locked = f"\n{package}==" in (root / "requirements.lock").read_text(encoding="utf-8")
+        assert locked == (extra != "cmaes")

@@ -1,4 +1,4 @@
-"""scripts/setup and scripts/wheels: their calls of pip. A stand-in for Python records them; nothing is installed."""
+"""Tests of scripts/setup and scripts/wheels. A fake Python records their calls of pip; nothing is installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAND_IN = """#!/bin/sh
+FAKE_PYTHON = """#!/bin/sh
 case "$1 $2" in
   "-c "*) exit 0 ;;
   "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
@@ -27,7 +27,7 @@ def checkout(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, target / name)
     for kind in ("", "-dev", "-gpu"):
         (target / f"requirements{kind}.lock").write_text(kind, encoding="utf-8")
-    python.write_text(STAND_IN, encoding="utf-8")
+    python.write_text(FAKE_PYTHON, encoding="utf-8")
     python.chmod(0o755)
     wheels.mkdir()
     (wheels / "one-1-py3-none-any.whl").touch()
@@ -35,7 +35,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def run(checkout: Path, script: str, *arguments: str) -> tuple[int, list[str], str]:
-    """From the folder above the checkout: exit code, calls of pip, stderr."""
+    """Run a script from the folder above the checkout: exit code, calls of pip, stderr."""
     home, calls = checkout.parent, checkout.parent / "calls"
     calls.write_text("", encoding="utf-8")
     env = {**os.environ, "PYTHON": str(home / "python"), "CALLS": str(calls)}
@@ -76,9 +76,9 @@ def test_wheels_downloads_a_lock_with_its_hashes(checkout: Path) -> None:
     ("arguments", "names"),
     [
         (["setup", "production"], "'production'"),
-        (["setup", "--wheels"], "--wheels: name the folder"),
+        (["setup", "--wheels"], "--wheels: pass the folder"),
         (["setup", "dev", "--wheels", "checkout"], "--wheels checkout"),
-        (["wheels"], "name a folder"),
+        (["wheels"], "pass a folder"),
         (["wheels", "x", "cpu"], "'cpu'"),
     ],
 )
