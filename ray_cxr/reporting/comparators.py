@@ -16,8 +16,7 @@ import pandas as pd
 from ray_cxr.data.boxes import read_boxes
 from ray_cxr.data.consensus import ConsensusLabels, read_consensus
 from ray_cxr.errors import InputError
-from ray_cxr.evaluation import localisation
-from ray_cxr.evaluation.localisation import Localisation
+from ray_cxr.evaluation.localisation import Localisation, LocalisationSettings, measure_localisation
 from ray_cxr.evaluation.paired import PairedAuroc, PairedFinding, paired_findings
 from ray_cxr.imaging.overlays import FOLDER, WHOLE, HeatMap, read_heatmaps
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING
@@ -271,7 +270,7 @@ class BoxResult:
             "images": self.images,
             "counts": self.counts,
             "leak_check": self.leak_check.to_json(),
-            **self.localisation.as_dict(),
+            **self.localisation.to_json(),
         }
 
 
@@ -318,13 +317,13 @@ def compare_with_boxes(table: Scores, population: Population, path: str, bootstr
     rows = population.rows[places[kept]]
     patients = population.patients[places[kept]]
     checked = check_leakage(table, np.unique(rows), patients, population.split, "the boxed images")
-    measured = localisation.measure(
+    measured = measure_localisation(
         _ProjectedMaps(read_heatmaps(table.run_folder, set(boxes.image_ids[kept]))),
         boxes.image_ids[kept],
         boxes.findings[kept],
         boxes.xywh[kept],
         patients,
-        image_side=boxes.image_side,
+        settings=LocalisationSettings(image_side=boxes.image_side),
         n_resamples=bootstrap.n_resamples,
         seed=bootstrap.seed,
     )

@@ -115,7 +115,9 @@ def build_reliability(
             continue
         labels, c = evaluated.labels[finding], table.c[finding][evaluated.rows]
         known = (labels >= 0) & ~np.isnan(c)
-        bins = calibration.reliability(labels[known], c[known], patients=evaluated.patients[known], equal_counts=True)
+        bins = calibration.reliability_curve(
+            labels[known], c[known], patients=evaluated.patients[known], equal_counts=True
+        )
         predicted, observed, low, high = (
             np.array([getattr(one, name) for one in bins if one.n], dtype=np.float64)
             for name in ("predicted", "observed", "observed_low", "observed_high")
@@ -205,7 +207,9 @@ def draw_localisation(found: localisation.Localisation) -> Figure:
     """Draw hit rate and overlap per finding and of all findings."""
     rows = []
     for name, one in (*found.findings.items(), ("All findings", found.overall)):
-        levels = {level: _to_estimate(rate) for level, rate in zip(found.iou_levels, one.accuracy, strict=True)}
+        levels = {
+            level: _to_estimate(rate) for level, rate in zip(found.settings.iou_levels, one.accuracy, strict=True)
+        }
         accuracy = {level: rate for level, rate in levels.items() if rate is not None}
         rows.append(forest_figures.Localisation(name, one.n, _to_estimate(one.hit_rate), one.chance, accuracy))
     return forest_figures.localisation(rows)

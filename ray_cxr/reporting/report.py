@@ -160,7 +160,7 @@ def _evaluate_labels(
         leak_check=leak_check,
         evaluation=evaluation,
         subgroups=_measure_subgroups(table, images, bootstrap),
-        published=published.beside(
+        published=published.list_published(
             split, info.get("kind"), n_images=len(images.rows), findings=evaluation.macro.findings
         ),
     )

@@ -91,7 +91,7 @@ class DriftResult:
     with_errors: bool
 
     def to_json(self) -> dict[str, Any]:
-        plain = {"images": self.images, **self.measured.as_dict()}
+        plain = {"images": self.images, **self.measured.to_json()}
         if not self.with_errors:
             del plain["errors"]
         return plain
@@ -106,8 +106,8 @@ def measure_drift(table: Scores, evaluated: EvaluationSet | None, split_label: s
     def stack(columns: Mapping[str, np.ndarray], missing: Any) -> np.ndarray:
         return np.column_stack([columns.get(f, np.full(len(table.ids), missing)) for f in table.findings])[rows]
 
-    measured = drift.measure(
-        drift.Expected.of(table.model),
+    measured = drift.measure_drift(
+        drift.Expected.from_model(table.model),
         table.findings,
         stack(table.flags, np.int8(-1)),
         stack(table.p, np.nan),
@@ -149,7 +149,7 @@ class LabelResults:
             **self.evaluation.to_json(),
             "subgroups": {"reason": subgroups} if isinstance(subgroups, str) else subgroups.to_json(),
             "published": [
-                {**one.as_dict(), "comparable": reason is None, "reason": reason} for one, reason in self.published
+                {**one.to_json(), "comparable": reason is None, "reason": reason} for one, reason in self.published
             ],
         }
 

@@ -257,7 +257,7 @@ class _Columns:
         points = origin["model"].get("operating_points") or {}
         for finding in findings:
             if finding not in flags and points.get(finding):
-                flagged = calibration.flags(p[finding], points[finding]["threshold"]).astype(np.int8)
+                flagged = calibration.apply_threshold(p[finding], points[finding]["threshold"]).astype(np.int8)
                 flags[finding] = np.where(np.isnan(p[finding]), np.int8(-1), flagged)
         priority, top = read_floats(self.table, "priority", self.source), text["top_finding"]
         if "priority" not in self.table.column_names:
