@@ -1,6 +1,6 @@
-# One image for the head, the workers and the jobs: docker build --tag ray-cxr:0.1.0 .
-# With CUDA's libraries, for GPU workers:           docker build --build-arg LOCK=requirements-gpu.lock --tag ray-cxr:0.1.0-gpu .
-# Both hold the same versions of everything else, so they work in one cluster. Patients' data and tokens never go in.
+# One image for head, workers and jobs:    docker build --tag ray-cxr:0.1.0 .
+# With CUDA's libraries, for GPU workers:  docker build --build-arg LOCK=requirements-gpu.lock --tag ray-cxr:0.1.0-gpu .
+# All other versions are the same, so both work in one cluster. Neither contains patient data or tokens.
 FROM python:3.11.13-slim-bookworm
 
 ARG LOCK=requirements.lock
@@ -10,7 +10,7 @@ ENV PYTHONUNBUFFERED=1 \
     RAY_USAGE_STATS_ENABLED=0 \
     PIP_ROOT_USER_ACTION=ignore
 
-# KubeRay's probes of a pod ask Ray with wget.
+# KubeRay's pod probes use wget.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends wget \
     && rm -rf /var/lib/apt/lists/* \
