@@ -7,7 +7,7 @@ as rare as there, half of the scores rounded so that some are tied. Both give, f
 average precision, the ROC curve at 101 false positive rates, sensitivity, specificity, PPV, NPV, F1, flag rate, PPV and
 NPV at an assumed prevalence, Brier score and expected calibration error, from resampled patients.
 
-    ours      `intervals.bootstrap_findings`, all resamples, on as many threads as it takes by itself
+    ours      `bootstrap_findings`, all resamples, with its default number of threads
     sklearn   a plain loop on one thread: for each resample the rows of the drawn patients, for each finding
               scikit-learn's functions on them; few resamples, and its time for all is extrapolated from their mean
     areas     what the same loop spends on roc_auc_score and average_precision_score alone, and on picking the rows
@@ -49,7 +49,8 @@ from rich.table import Table
 from sklearn import metrics as sklearn_metrics
 
 from ray_cxr.data import manifest
-from ray_cxr.evaluation import intervals, metrics
+from ray_cxr.evaluation import metrics
+from ray_cxr.evaluation.bootstrap import THREADS, BootstrapFindings, DerivedOutputs, bootstrap_findings
 from ray_cxr.labels import FINDINGS
 from ray_cxr.storage import atomic
 from ray_cxr.versions import versions
@@ -95,14 +96,12 @@ def draw(images: int, patients: int, findings: int, seed: int = 0) -> Images:
     return Images(labels, scores, flags, scores.astype(np.float64), codes)
 
 
-def ours(images: Images, n_resamples: int, seed: int = 0) -> intervals.BootstrapFindings:
-    return intervals.bootstrap_findings(
+def ours(images: Images, n_resamples: int, seed: int = 0) -> BootstrapFindings:
+    return bootstrap_findings(
         images.labels,
         images.scores,
         images.patients,
-        flags=images.flags,
-        calibrated=images.calibrated,
-        assumed_prevalence=np.full(images.labels.shape[1], PREVALENCE),
+        DerivedOutputs(images.flags, images.calibrated, np.full(images.labels.shape[1], PREVALENCE)),
         roc_grid=GRID,
         n_resamples=n_resamples,
         seed=seed,
@@ -226,7 +225,7 @@ def bootstrap(arguments: argparse.Namespace) -> dict[str, Any]:
             name: getattr(arguments, name)
             for name in ("images", "patients", "findings", "resamples", "rival_resamples", "rounds")
         },
-        "threads": intervals._THREADS,
+        "threads": THREADS,
         "largest_difference": worst,
         "seconds": taken,
         "medians": medians,

@@ -1,6 +1,6 @@
-"""From raw outputs to probabilities (Platt or temperature scaling) and to flags (operating points).
+"""Turn raw outputs into probabilities (Platt or temperature scaling) and into flags (operating points).
 
-Both are fitted per finding on validation images. The flag rule is: raw probability >= threshold.
+Both are fitted per finding on validation images. An image is flagged if its raw probability is >= the threshold.
 """
 
 from __future__ import annotations
@@ -9,33 +9,30 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import NormalDist
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit, logit
 
 from ray_cxr.errors import ConfigError
 from ray_cxr.evaluation import metrics
-from ray_cxr.evaluation.intervals import patient_codes
+from ray_cxr.evaluation.intervals import patient_codes, wilson_interval
 
-#: Probabilities are kept this far from 0 and 1 before the logit; float32 cannot resolve more near 1.
+#: Probabilities are clipped to this distance from 0 and 1 before the logit; float32 has no finer resolution near 1.
 EPSILON = 1e-7
 METHODS = ("platt", "temperature")
-#: The operating points that are told beside the chosen one.
+#: Operating points reported next to the chosen one.
 ALTERNATIVES = ("youden", "sensitivity=0.9", "specificity=0.9")
-#: Standard errors on either side of a 95% interval.
-_REACH = NormalDist().inv_cdf(0.975)
 _RIDGE = 1e-6
-_STEPS = 100
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """calibrated = sigmoid(slope * logit(p) + intercept), slope > 0, so that order is kept.
+    """calibrated = sigmoid(slope * logit(p) + intercept); slope > 0 keeps the order of images.
 
     Attributes:
-        slope: for temperature scaling 1 / T.
+        slope: 1 / T for temperature scaling.
         intercept: 0 for temperature scaling.
         method: `platt` or `temperature`.
     """
@@ -45,16 +42,15 @@ class Calibration:
     method: str = "platt"
 
     def as_dict(self) -> dict[str, Any]:
-        """The form in which a bundle keeps it."""
+        """Return the form stored in a bundle."""
         return {"method": self.method, "slope": self.slope, "intercept": self.intercept}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Calibration:
-        """The inverse of `as_dict`.
+        """Read the form that `as_dict` returns.
 
         Raises:
-            ConfigError: another method, a slope or intercept that is no such number, or a temperature with an
-                intercept.
+            ConfigError: unknown method, invalid slope or intercept, or a temperature with an intercept.
         """
         try:
             slope, intercept = float(value["slope"]), float(value["intercept"])
@@ -70,35 +66,47 @@ class Calibration:
         return cls(slope, intercept, method)
 
 
+class OperatingPoint(TypedDict):
+    """A threshold and its rates on the images it was chosen on, as stored in a bundle."""
+
+    threshold: float
+    rule: str
+    sensitivity: float
+    specificity: float
+    flag_rate: float
+    n: int
+    positives: int
+
+
 @dataclass(frozen=True)
 class FittedRules:
-    """What labelled images say about reading raw probabilities; every mapping has every finding as a key.
+    """Calibrations and operating points; every mapping has every finding as a key.
 
     Attributes:
         calibrations: `Calibration.as_dict()`, or None.
-        operating_points: `operating_point(...)` by the chosen rule, or None.
-        expected_flag_rates: the share of the images that the operating point flags, or None.
-        alternatives: the operating points by each of `ALTERNATIVES` that is not the chosen rule, or None.
-        reasons: why there is no calibration or no operating point, in words; None where there are both.
+        operating_points: by the chosen rule, or None.
+        expected_flag_rates: share of the images that the operating point flags, or None.
+        alternatives: operating points by each of `ALTERNATIVES` except the chosen rule, or None.
+        reasons: why calibration or operating point is missing; None if both exist.
     """
 
     calibrations: dict[str, dict[str, Any] | None]
-    operating_points: dict[str, dict[str, Any] | None]
+    operating_points: dict[str, OperatingPoint | None]
     expected_flag_rates: dict[str, float | None]
-    alternatives: dict[str, dict[str, dict[str, Any] | None]]
+    alternatives: dict[str, dict[str, OperatingPoint | None]]
     reasons: dict[str, str | None]
 
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """The images whose probability lies in low <= p < high; 1 belongs to the last bin.
+    """The images with low <= probability < high; the last bin includes 1.
 
     Attributes:
-        low, high: the bin.
-        n: how many images.
-        predicted: their mean probability, or None without images.
-        observed: the share of positives among them, or None without images.
-        observed_low, observed_high: its 95% interval, or None without images.
+        low, high: limits of the bin.
+        n: number of images.
+        predicted: mean probability, or None without images.
+        observed: share of positives, or None without images.
+        observed_low, observed_high: 95% interval of the share, or None without images.
     """
 
     low: float
@@ -119,24 +127,24 @@ def fit_rules(
     rule: str = "youden",
     min_positives: int = 5,
 ) -> FittedRules:
-    """Calibration and operating points per finding, each on the images that are labelled for it.
+    """Fit calibration and operating point per finding, each on the images labelled for it.
 
     Args:
-        labels: a table with a column per finding, 0, 1 or null; or an array [N,F] of 0, 1 and NaN or -1 for null.
+        labels: table with a column per finding, 0, 1 or null; or array [N,F] of 0, 1, and NaN or -1 for null.
         probabilities: float32 [N,F], raw.
-        findings: names of the columns, in the order of `probabilities`.
-        method: of calibration, `platt` or `temperature`.
-        rule: of the operating point; see `operating_point`.
-        min_positives: the least number of positives, and of negatives, to fit anything from.
+        findings: column names, in the order of `probabilities`.
+        method: calibration method, `platt` or `temperature`.
+        rule: rule for the operating point; see `find_operating_point`.
+        min_positives: minimum number of positives, and of negatives, to fit from.
 
     Raises:
-        ConfigError: another method or rule.
+        ConfigError: unknown method or rule.
         ValueError: shapes differ, a label is not 0, 1 or null, or a probability is not a number in 0..1.
     """
     if method not in METHODS:
         raise ConfigError(f"calibration {method!r}: use {' or '.join(METHODS)}")
-    chosen = _rule(rule)
-    others = [name for name in ALTERNATIVES if _rule(name) != chosen]
+    chosen = _parse_rule(rule)
+    others = [name for name in ALTERNATIVES if _parse_rule(name) != chosen]
     if isinstance(labels, pd.DataFrame):
         y = labels[list(findings)].to_numpy(dtype=np.float64, na_value=np.nan)
     else:
@@ -149,84 +157,77 @@ def fit_rules(
         known = ~(np.isnan(y[:, j]) | (y[:, j] == -1))
         one, scores = y[known, j], p[known, j]
         scaling = _fit(one, scores, min_positives, method)
-        point = _operating_point(one, scores, rule, min_positives)
+        point = _find_operating_point(one, scores, rule, min_positives)
         fitted.calibrations[name] = None if isinstance(scaling, str) else scaling.as_dict()
         fitted.operating_points[name] = None if isinstance(point, str) else point
         fitted.expected_flag_rates[name] = None if isinstance(point, str) else point["flag_rate"]
         fitted.alternatives[name] = {
-            other: operating_point(one, scores, other, min_positives=min_positives) for other in others
+            other: find_operating_point(one, scores, other, min_positives=min_positives) for other in others
         }
-        fitted.reasons[name] = _reason(scaling, point)
+        fitted.reasons[name] = _join_reasons(scaling, point)
     return fitted
 
 
-def _reason(scaling: Calibration | str, point: dict[str, Any] | str) -> str | None:
+def _join_reasons(scaling: Calibration | str, point: OperatingPoint | str) -> str | None:
     if isinstance(scaling, str) and scaling == point:
         return scaling
-    parts = []
-    if isinstance(scaling, str):
-        parts.append(f"no calibration: {scaling}")
-    if isinstance(point, str):
-        parts.append(f"no operating point: {point}")
-    return "; ".join(parts) or None
+    named = (("calibration", scaling), ("operating point", point))
+    return "; ".join(f"no {name}: {reason}" for name, reason in named if isinstance(reason, str)) or None
 
 
 def fit_platt(y: np.ndarray, p: np.ndarray, min_positives: int = 5) -> Calibration | None:
-    """Fit slope and intercept on logit(p) by Newton's method, with Platt's smoothed targets (Platt 1999).
+    """Fit slope and intercept on logit(p), with Platt's smoothed targets (Platt 1999).
 
-    The targets (P + 1) / (P + 2) and 1 / (N + 2) in place of 1 and 0 keep the slope finite on separable data.
+    The targets (P + 1) / (P + 2) and 1 / (N + 2) instead of 1 and 0 keep the slope finite on separable data.
 
     Args:
         y: labels [n], 0 or 1.
         p: raw probabilities [n] in 0..1.
-        min_positives: the least number of positives, and of negatives, to fit from.
+        min_positives: minimum number of positives, and of negatives.
 
     Returns:
-        None with too few positives or negatives, with scores all alike, or where the best slope is not
-        positive: a finding whose order would be turned round must not be calibrated.
+        None with too few positives or negatives, if all scores are equal, or if the best slope is not positive, which
+        would reverse the order of images.
 
     Raises:
-        ValueError: as `metrics.auroc`, or a probability outside 0..1.
+        ValueError: see `metrics.auroc`; or a probability is outside 0..1.
     """
     fitted = _fit(y, p, min_positives, "platt")
     return None if isinstance(fitted, str) else fitted
 
 
 def fit_temperature(y: np.ndarray, p: np.ndarray, min_positives: int = 5) -> Calibration | None:
-    """Fit the slope 1 / T alone on logit(p), the intercept being 0 (Guo et al. 2017), with Platt's targets.
+    """Fit only the slope 1 / T on logit(p), with intercept 0 (Guo et al. 2017) and Platt's targets.
 
-    It makes probabilities bolder or more timid; p = 0.5 stays where it is. A network whose loss weighted positives
-    and negatives alike gives probabilities that are all too high for a rare finding, which only Platt's intercept
-    can mend.
+    Probabilities move away from or towards 0.5. A model whose loss gave both classes equal weight overestimates a rare
+    finding everywhere; only Platt's intercept corrects that.
 
-    Args, Returns, Raises: as `fit_platt`.
+    Args, Returns, Raises: see `fit_platt`.
     """
     fitted = _fit(y, p, min_positives, "temperature")
     return None if isinstance(fitted, str) else fitted
 
 
 def _fit(y: np.ndarray, p: np.ndarray, min_positives: int, method: str) -> Calibration | str:
-    """The calibration, or in words why there is none."""
+    """Return the calibration, or the reason why there is none."""
     y, p = metrics.checked(y, p)
-    x = _logit(p)
+    x = _clipped_logit(p)
     positives = int(y.sum())
     negatives = y.size - positives
-    lacking = _too_few(positives, negatives, min_positives)
-    if lacking is not None:
-        return lacking
+    reason = _too_few(positives, negatives, min_positives)
+    if reason is not None:
+        return reason
     if np.ptp(x) == 0.0:
-        return "the scores are all alike"
+        return "all scores are equal"
     target = np.where(y, (positives + 1.0) / (positives + 2.0), 1.0 / (negatives + 2.0))
     if method == "temperature":
         scale = math.sqrt(float(np.mean(x**2)))
-        slope, intercept = float(_newton((x / scale)[:, None], target, np.zeros(1), np.zeros(1))[0] / scale), 0.0
+        slope, intercept = float(_fit_logistic((x / scale)[:, None], target, np.zeros(1), np.zeros(1))[0] / scale), 0.0
     else:
-        # Centred and scaled, the two parameters are nearly independent and Newton's steps well conditioned.
+        # Centred and scaled, the two parameters are nearly independent and the problem is well conditioned.
         centre, scale = x.mean(), x.std()
         z = np.column_stack([(x - centre) / scale, np.ones_like(x)])
-        prevalence = positives / y.size
-        start = np.array([0.0, math.log(prevalence / (1.0 - prevalence))])
-        beta = _newton(z, target, start, np.array([_RIDGE, 0.0]))
+        beta = _fit_logistic(z, target, np.array([0.0, logit(positives / y.size)]), np.array([_RIDGE, 0.0]))
         slope, intercept = float(beta[0] / scale), float(beta[1] - beta[0] * centre / scale)
     if not slope > 0.0:
         return "the best slope is not positive"
@@ -234,7 +235,6 @@ def _fit(y: np.ndarray, p: np.ndarray, min_positives: int, method: str) -> Calib
 
 
 def _too_few(positives: int, negatives: int, least: int) -> str | None:
-    """In words, what there is too little of to fit anything from."""
     if not positives and not negatives:
         return "no labelled images"
     least = max(least, 1)
@@ -246,29 +246,22 @@ def _too_few(positives: int, negatives: int, least: int) -> str | None:
     return "; ".join(parts) or None
 
 
-def _newton(z: np.ndarray, target: np.ndarray, beta: np.ndarray, ridge: np.ndarray) -> np.ndarray:
-    """The coefficients [k] of least cross-entropy for features z [n,k] and targets [n], from `beta` on."""
-    loss = _cross_entropy(z, target, beta, ridge)
-    for _ in range(_STEPS):
-        q = _expit(z @ beta)
-        gradient = z.T @ (q - target) + ridge * beta
-        hessian = (z * (q * (1.0 - q))[:, None]).T @ z + np.diag(ridge + 1e-12)
-        step = np.linalg.solve(hessian, gradient)
-        # Halving guards against the overshoot of a full step far from the optimum; the loss is convex.
-        for _ in range(40):
-            new = _cross_entropy(z, target, beta - step, ridge)
-            if new <= loss:
-                break
-            step = step / 2.0
-        else:
-            break
-        beta, loss = beta - step, new
-        if np.abs(step).max() < 1e-10:
-            break
-    return beta
+def _fit_logistic(z: np.ndarray, target: np.ndarray, start: np.ndarray, ridge: np.ndarray) -> np.ndarray:
+    """Return coefficients [k] that minimise cross-entropy for features z [n,k], targets [n] and an L2 penalty [k]."""
+    from scipy.optimize import least_squares  # slow to import
+
+    def gradient(beta: np.ndarray) -> np.ndarray:
+        return np.asarray(z.T @ (expit(z @ beta) - target) + ridge * beta)
+
+    def hessian(beta: np.ndarray) -> np.ndarray:
+        q = expit(z @ beta)
+        return np.asarray((z * (q * (1.0 - q))[:, None]).T @ z + np.diag(ridge + 1e-12))
+
+    # The gradient's root rather than the loss' minimum: near it the loss is constant in float64, the gradient is not.
+    return np.asarray(least_squares(gradient, start, jac=hessian, xtol=1e-13, ftol=None, gtol=None).x)
 
 
-def reliability(
+def reliability_curve(
     y: np.ndarray,
     p: np.ndarray,
     bins: int = 10,
@@ -276,28 +269,27 @@ def reliability(
     *,
     equal_counts: bool = False,
 ) -> tuple[ReliabilityBin, ...]:
-    """The reliability curve: what share was positive where so much was predicted.
+    """Compute the share of positives in each bin of predicted probability.
 
-    Bins of equal width are those of `metrics.expected_calibration_error`, the mean of |predicted - observed| over
-    them, weighted by n. Of a rare finding they put nearly all images into the first; bins of equal counts show more.
+    `metrics.expected_calibration_error` averages |predicted - observed| over bins of equal width. For a rare finding
+    nearly all images fall into the first of them; bins of equal counts show more.
 
-    The interval of the observed share is Wilson's (1927). Images of one patient are not independent, so with
-    `patients` the number of images in it is replaced by as many independent ones as would give the variance seen
-    between patients, never more than there are (Kish's design effect); where all images of a bin agree, and no
-    variance is seen, by the number of its patients.
+    The interval is Wilson's. With `patients` it uses an effective number of images: as many independent ones as would
+    give the variance seen between patients (Kish's design effect), at most n. If all images of a bin agree, it is the
+    number of patients.
 
     Args:
         y: labels [n], 0 or 1.
         p: probabilities [n] in 0..1.
-        bins: how many.
-        patients: ids [n], see `patient_codes`; None takes all images as independent.
-        equal_counts: bins that hold as many images each, as far as equal probabilities allow; fewer where they do not.
+        bins: number of bins.
+        patients: ids [n], see `patient_codes`; None treats all images as independent.
+        equal_counts: bins with equal numbers of images; fewer bins if many probabilities are equal.
 
     Returns:
-        All bins from 0 to 1, empty ones among them.
+        All bins from 0 to 1, including empty ones.
 
     Raises:
-        ValueError: as `metrics.auroc`; a probability outside 0..1, or another number of patients.
+        ValueError: see `metrics.auroc`; a probability is outside 0..1, or the number of patients differs.
     """
     y, p = metrics.checked(y, p)
     _check_range(p)
@@ -313,8 +305,8 @@ def reliability(
         place = metrics.probability_bins(p, bins)
         edges = [i / bins for i in range(bins + 1)]
     return tuple(
-        _reliability_bin(*ends, *(column[place == i] for column in (y, p, codes)))
-        for i, ends in enumerate(pairwise(edges))
+        _reliability_bin(*limits, *(column[place == i] for column in (y, p, codes)))
+        for i, limits in enumerate(pairwise(edges))
     )
 
 
@@ -322,121 +314,113 @@ def _reliability_bin(lowest: float, highest: float, y: np.ndarray, p: np.ndarray
     if not y.size:
         return ReliabilityBin(lowest, highest, 0, None, None, None, None)
     observed = float(y.mean())
-    apart = np.bincount(np.unique(codes, return_inverse=True)[1], weights=y - observed)
-    spread = float((apart**2).sum()) / y.size**2
-    independent = float(len(apart)) if spread == 0 else min(float(y.size), observed * (1 - observed) / spread)
-    low, high = _wilson(observed, independent)
+    deviations = np.bincount(np.unique(codes, return_inverse=True)[1], weights=y - observed)
+    variance = float((deviations**2).sum()) / y.size**2
+    independent = float(len(deviations))
+    if variance > 0:
+        independent = min(float(y.size), observed * (1 - observed) / variance)
+    low, high = wilson_interval(observed, independent)
     return ReliabilityBin(lowest, highest, int(y.size), float(p.mean()), observed, low, high)
-
-
-def _wilson(share: float, n: float) -> tuple[float, float]:
-    """Wilson's 95% interval of a share seen in n independent images."""
-    square = _REACH**2 / n
-    centre = (share + square / 2) / (1 + square)
-    reach = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
-    return max(0.0, centre - reach), min(1.0, centre + reach)
 
 
 def cross_fitted_error(
     labels: np.ndarray, p: np.ndarray, patients: np.ndarray, *, method: str = "platt", min_positives: int = 5
 ) -> float | None:
-    """The mean over findings of the expected calibration error that is left after calibrating on other patients.
+    """Compute the expected calibration error after calibration on other patients, averaged over findings.
 
-    Patients are halved; each half is calibrated by what the other half gives, or left as it is where that has too few
-    positives. Fitted and measured on the same images the error would all but vanish.
+    Patients are split in halves; each half is calibrated with a fit on the other, or not at all if that has too few
+    positives. Fitted and measured on the same images, the error would nearly vanish.
 
     Args:
-        labels: int8 [N,F], -1 where not labelled.
+        labels: int8 [N,F], -1 if not labelled.
         p: raw probabilities [N,F].
         patients: ids [N].
         method: `platt` or `temperature`.
-        min_positives: a half with fewer positives, or negatives, of a finding calibrates nothing.
+        min_positives: minimum number of positives, and of negatives, in the half that is fitted.
 
     Returns:
-        A number in 0..1; None where nothing is labelled.
+        A number in 0..1; None without labels.
     """
     half = patient_codes(patients)[0] % 2 == 0
     errors = []
     for j in range(labels.shape[1]):
         known = labels[:, j] >= 0
-        y, q = labels[known, j], p[known, j].astype(np.float64)
-        calibrated = q.copy()
+        y, raw = labels[known, j], p[known, j].astype(np.float64)
+        calibrated = raw.copy()
         for part in (half[known], ~half[known]):
-            rule = _fit(y[~part], q[~part], min_positives, method)
+            rule = _fit(y[~part], raw[~part], min_positives, method)
             if isinstance(rule, Calibration):
-                calibrated[part] = apply(rule, q[part])
+                calibrated[part] = apply_calibration(rule, raw[part])
         error = metrics.expected_calibration_error(y, calibrated)
         if error is not None:
             errors.append(error)
     return float(np.mean(errors)) if errors else None
 
 
-def apply(calibration: Calibration | Mapping[str, Any], p: np.ndarray) -> np.ndarray:
-    """Calibrated probabilities float32, in the shape of p; NaN stays NaN.
+def apply_calibration(calibration: Calibration | Mapping[str, Any], p: np.ndarray) -> np.ndarray:
+    """Return calibrated probabilities, float32, in the shape of p; NaN stays NaN.
 
     Args:
-        calibration: a `Calibration`, or the form in which a bundle keeps it.
+        calibration: a `Calibration`, or the form stored in a bundle.
         p: raw probabilities in 0..1, any shape.
 
     Raises:
-        ConfigError: as `Calibration.from_dict`.
-        ValueError: a probability outside 0..1.
+        ConfigError: see `Calibration.from_dict`.
+        ValueError: a probability is outside 0..1.
     """
     if not isinstance(calibration, Calibration):
         calibration = Calibration.from_dict(calibration)
-    return _expit(calibration.slope * _logit(p) + calibration.intercept).astype(np.float32)
+    return np.asarray(expit(calibration.slope * _clipped_logit(p) + calibration.intercept), dtype=np.float32)
 
 
-def flags(p: np.ndarray, threshold: float) -> np.ndarray:
-    """The flag rule: bool, True where the raw probability is at or above the threshold."""
+def apply_threshold(p: np.ndarray, threshold: float) -> np.ndarray:
+    """Return flags, bool: True where the raw probability is at or above the threshold."""
     return np.asarray(p, dtype=np.float64) >= threshold
 
 
-def operating_point(
+def find_operating_point(
     y: np.ndarray, p: np.ndarray, rule: str = "youden", min_positives: int = 1
-) -> dict[str, Any] | None:
-    """The threshold that a rule picks on these images, and what it gives on them.
+) -> OperatingPoint | None:
+    """Choose a threshold by a rule, and measure it on the same images.
 
-    Rules: `youden` maximises sensitivity + specificity - 1 (Youden 1950; of equals, the more sensitive);
-    `sensitivity=0.9` is the highest threshold that keeps that sensitivity; `specificity=0.9` the lowest that
-    keeps that specificity.
+    `youden` maximises sensitivity + specificity - 1 (Youden 1950), with ties resolved towards sensitivity.
+    `sensitivity=0.9` is the highest threshold with at least that sensitivity; `specificity=0.9` the lowest with at
+    least that specificity.
 
-    The threshold lies strictly inside 0..1, midway between two neighbouring scores, and is itself a float32:
-    comparing it in float32 or in float64 gives the same flags, and a score that differs in its last bits
-    falls on the same side.
+    The threshold lies strictly inside 0..1, midway between two neighbouring scores, and is exact in float32:
+    comparisons in float32 and float64 give the same flags, and rounding of a score does not change its flag.
 
     Args:
         y: labels [n], 0 or 1.
-        p: raw probabilities [n]; taken as float32, as the score table holds them.
+        p: raw probabilities [n]; converted to float32, as in the score table.
         rule: see above.
-        min_positives: None with fewer positives, or fewer negatives, than this.
+        min_positives: minimum number of positives, and of negatives.
 
     Returns:
-        threshold, sensitivity, specificity, flag_rate (floats), rule (str), n and positives (ints); or None
-        where there is no such threshold: a class is absent or too small, `youden` finds nothing better than
-        chance, only flagging nothing reaches the specificity, or scores saturated at 0 or 1 leave no room.
+        None if a class is absent or too small, `youden` finds nothing better than chance, only flagging nothing
+        reaches the specificity, or scores saturated at 0 or 1 allow no threshold.
 
     Raises:
-        ConfigError: a rule that is none of the three, or a target outside 0..1.
-        ValueError: as `fit_platt`.
+        ConfigError: unknown rule, or a target outside 0..1.
+        ValueError: see `fit_platt`.
     """
-    found = _operating_point(y, p, rule, min_positives)
+    found = _find_operating_point(y, p, rule, min_positives)
     return None if isinstance(found, str) else found
 
 
-def _operating_point(y: np.ndarray, p: np.ndarray, rule: str, min_positives: int) -> dict[str, Any] | str:
-    """The operating point, or in words why there is none."""
-    name, target = _rule(rule)
+def _find_operating_point(y: np.ndarray, p: np.ndarray, rule: str, min_positives: int) -> OperatingPoint | str:
+    """Return the operating point, or the reason why there is none."""
+    name, target = _parse_rule(rule)
     y, p64 = metrics.checked(y, np.asarray(p, dtype=np.float32))
     _check_range(p64)
     positives = int(y.sum())
     negatives = y.size - positives
-    lacking = _too_few(positives, negatives, min_positives)
-    if lacking is not None:
-        return lacking
+    reason = _too_few(positives, negatives, min_positives)
+    if reason is not None:
+        return reason
     curve = metrics.roc_curve(y, p64)
     assert curve is not None
-    # Point k flags the k highest distinct scores. Whole numbers, so that a target of 0.9 means 9 of 10.
+    # Point k flags the k highest distinct scores. Integers, so that a target of 0.9 means 9 of 10.
     true = np.rint(curve.y * positives).astype(np.int64)
     false = np.rint(curve.x * negatives).astype(np.int64)
     if name == "youden":
@@ -449,34 +433,34 @@ def _operating_point(y: np.ndarray, p: np.ndarray, rule: str, min_positives: int
         k = int(np.flatnonzero(true >= math.ceil(target * positives - 1e-9))[0])
     else:
         k = int(np.flatnonzero(negatives - false >= math.ceil(target * negatives - 1e-9))[-1])
-    threshold = _between(curve.thresholds, k)
+    threshold = _threshold_below(curve.thresholds, k)
     if threshold == math.inf:
         return f"only flagging nothing reaches {rule.strip()}"
     if not 0.0 < threshold < 1.0:
-        return "scores saturated at 0 or 1 leave no room for a threshold"
-    return {
-        "threshold": threshold,
-        "rule": rule.strip(),
-        "sensitivity": float(true[k] / positives),
-        "specificity": float((negatives - false[k]) / negatives),
-        "flag_rate": float((true[k] + false[k]) / y.size),
-        "n": int(y.size),
-        "positives": positives,
-    }
+        return "scores saturated at 0 or 1 allow no threshold"
+    return OperatingPoint(
+        threshold=threshold,
+        rule=rule.strip(),
+        sensitivity=float(true[k] / positives),
+        specificity=float((negatives - false[k]) / negatives),
+        flag_rate=float((true[k] + false[k]) / y.size),
+        n=int(y.size),
+        positives=positives,
+    )
 
 
-def _between(descending: np.ndarray, k: int) -> float:
-    """A float32 threshold that flags exactly the k highest distinct scores; `descending[0]` is infinity."""
+def _threshold_below(descending: np.ndarray, k: int) -> float:
+    """Return a float32 threshold that flags exactly the k highest distinct scores; `descending[0]` is infinity."""
     if k == 0:
         return math.inf
     lowest_flagged = np.float32(descending[k])
     highest_unflagged = np.float32(0.0) if k == len(descending) - 1 else np.float32(descending[k + 1])
     middle = np.float32((float(lowest_flagged) + float(highest_unflagged)) / 2.0)
-    # Between two neighbouring float32 there is no third: then the flagged score itself is the threshold.
+    # No float32 lies between two neighbours: then the flagged score is the threshold.
     return float(middle if middle > highest_unflagged else lowest_flagged)
 
 
-def _rule(rule: str) -> tuple[str, float]:
+def _parse_rule(rule: str) -> tuple[str, float]:
     name, equals, text = rule.strip().partition("=")
     if name == "youden" and not equals:
         return name, 0.0
@@ -496,18 +480,7 @@ def _check_range(p: np.ndarray) -> None:
         raise ValueError("probabilities must lie in 0..1")
 
 
-def _logit(p: np.ndarray) -> np.ndarray:
+def _clipped_logit(p: np.ndarray) -> np.ndarray:
     p = np.asarray(p, dtype=np.float64)
     _check_range(p)
-    p = np.clip(p, EPSILON, 1.0 - EPSILON)
-    return np.log(p) - np.log1p(-p)
-
-
-def _expit(x: np.ndarray) -> np.ndarray:
-    # tanh saturates where exp would overflow.
-    return 0.5 * (1.0 + np.tanh(0.5 * np.asarray(x)))
-
-
-def _cross_entropy(z: np.ndarray, target: np.ndarray, beta: np.ndarray, ridge: np.ndarray) -> float:
-    x = z @ beta
-    return float(np.sum(np.logaddexp(0.0, x) - target * x) + 0.5 * np.sum(ridge * beta**2))
+    return np.asarray(logit(np.clip(p, EPSILON, 1.0 - EPSILON)))

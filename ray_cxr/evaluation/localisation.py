@@ -1,52 +1,73 @@
-"""Does a heat map point at what the radiologist boxed? Two questions, neither of which is about the diagnosis.
+"""Localisation: how well heat maps match the boxes that radiologists drew.
 
-Pointing game: does the map's maximum lie in a box of its finding, or within a tolerance of one (after Zhang et al.,
-Top-down Neural Attention by Excitation Backprop, ECCV 2016; 15 pixels, here of 1024)? A box is grown by the
-tolerance on every side. Where several cells share the maximum, the hit is the share of them that lie in a box: what a
-blind choice among them would hit on average.
+Pointing game (after Zhang et al., Top-down Neural Attention by Excitation Backprop, ECCV 2016): a map hits if its
+maximum lies in a box of its finding or within a tolerance of one, here 15 of 1024 pixels on every side. If several
+cells share the maximum, the hit is the share of them inside a box.
 
-Overlap: the region where the map is at least half its maximum, against the union of the boxes of its finding, as
-intersection over union (IoU); and the share of maps whose IoU reaches each of four levels (T(IoU), as in Wang et al.,
-CVPR 2017). Half the maximum was settled on before any map was measured; a share chosen by what it gives would flatter.
+Overlap: intersection over union (IoU) of the region above half the map's maximum with the union of the boxes, and the
+share of maps whose IoU reaches each of four levels (T(IoU), as in Wang et al., CVPR 2017). The share of one half was
+fixed before any map was measured; tuning it on the results would inflate them.
 
-Coordinates: a map [h,w] covers the whole image, its cells are h x w equal rectangles, and a value belongs to the
-centre of its cell. The maximum is looked for among the cells themselves. For the overlap a map of fewer than
-`WORKING_SIDE` cells along an axis is interpolated to that many, bilinearly and flat beyond the outermost centres; each
-cell of the result is in the region or not, and areas, of cells cut by the edges of boxes too, are exact.
+Coordinates: a map [h,w] covers the whole image with h x w equal cells, and a value belongs to its cell's centre. The
+maximum is taken over the cells. For the overlap, a map with fewer than `WORKING_SIDE` cells along an axis is
+interpolated bilinearly to that many, constant beyond the outermost centres. Each resulting cell is in the region or
+not. Areas are exact, including those of cells cut by box edges.
 
-How good a rate is depends on the size of the boxes: one round a heart is often hit by chance. So the rate that a
-point drawn at random would reach stands beside each.
+Rates depend on box size, since a box around a heart is often hit by chance. So each rate is reported with that of a
+random point.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
 
-from ray_cxr.evaluation import intervals
+from ray_cxr.evaluation.bootstrap import bootstrap_ratios
+from ray_cxr.evaluation.intervals import NO_VARIATION, Interval
 from ray_cxr.labels import FINDINGS
 
-#: Cells along an axis, at least, of the map whose region is compared with boxes.
+#: Minimum cells along an axis of the map whose region is compared with boxes.
 WORKING_SIDE = 256
-#: Pixels of the image that a maximum may lie beside a box and still be a hit.
-TOLERANCE = 15.0
-#: The region is where a map is at least this share of its maximum.
-MAP_SHARE = 0.5
-#: T(IoU) is given at these.
-IOU_LEVELS = (0.1, 0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
-class Rate:
+class LocalisationSettings:
+    """Definitions of a hit and of overlap.
+
+    Attributes:
+        image_side: side of the image in the boxes' coordinates, in pixels.
+        tolerance: of the pointing game, in these pixels; with 0 the maximum must lie in the box.
+        map_share: the region is where a map is at least this share of its maximum, between 0 and 1.
+        iou_levels: levels of T(IoU).
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    image_side: float = 1024.0
+    tolerance: float = 15.0
+    map_share: float = 0.5
+    iou_levels: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75)
+
+    def __post_init__(self) -> None:
+        if self.image_side <= 0 or self.tolerance < 0 or not 0 < self.map_share < 1:
+            raise ValueError(
+                f"image_side {self.image_side}, tolerance {self.tolerance}, map_share {self.map_share}: out of range"
+            )
+
+
+@dataclass(frozen=True)
+class LocalisationRate:
     """A mean over maps with its 95% patient-bootstrap interval.
 
     Attributes:
-        value: None where there is no map.
+        value: None without maps.
         low, high: percentiles, or None.
-        reason: what is None and why; None where nothing is.
+        reason: why a value is None; None if all are defined.
     """
 
     value: float | None
@@ -54,26 +75,28 @@ class Rate:
     high: float | None = None
     reason: str | None = None
 
+    def to_json(self, name: str) -> dict[str, Any]:
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high, f"{name}_reason": self.reason}
+
 
 @dataclass(frozen=True)
 class FindingLocalisation:
-    """How well the maps of one finding, or of all, point. A case is an image with at least one box of a finding.
+    """Results of one finding, or of all. A case is an image with at least one box of a finding.
 
     Attributes:
-        boxes: as given.
-        cases: images with boxes; over all findings, pairs of an image and a finding.
-        n: cases with a map, which all rates are over.
-        patients: of those.
-        missing: cases without a map, which no rate counts: cases = n + missing.
-        flat: maps without positive evidence (nothing above 0, or one value throughout); each is a miss with IoU 0.
-        hits: maps that hit; with a shared maximum a fraction.
+        boxes, cases: numbers of boxes and cases.
+        n: cases with a map, over which all rates are taken.
+        patients: patients of those.
+        missing: cases without a map; cases = n + missing.
+        flat: maps without positive evidence (nothing above 0, or constant); each is a miss with IoU 0.
+        hits: maps that hit; fractional with a shared maximum.
         hit_rate: hits / n.
-        hit_rate_of_all: hits / cases, that is, with a missing map as a miss; None without cases.
-        chance: mean hit rate of a point drawn evenly from the image; None where n is 0.
-        box_share: mean share of the image that the boxes cover, which is also the IoU of a map that marks all of it;
-            None where n is 0.
+        hit_rate_of_all: hits / cases, a missing map counting as a miss; None without cases.
+        chance: mean hit rate of a uniformly random point; None if n is 0.
+        box_share: mean share of the image inside boxes, which is also the IoU of a map that marks everything; None if
+            n is 0.
         iou: mean IoU.
-        accuracy: T(IoU) at each of `Localisation.iou_levels`: the share of maps with at least that IoU.
+        accuracy: T(IoU) at each of `iou_levels`: share of maps with at least that IoU.
     """
 
     boxes: int
@@ -83,45 +106,37 @@ class FindingLocalisation:
     missing: int
     flat: int
     hits: float
-    hit_rate: Rate
+    hit_rate: LocalisationRate
     hit_rate_of_all: float | None
     chance: float | None
     box_share: float | None
-    iou: Rate
-    accuracy: tuple[Rate, ...]
+    iou: LocalisationRate
+    accuracy: tuple[LocalisationRate, ...]
 
 
 @dataclass(frozen=True)
 class Localisation:
-    """What `measure` found.
+    """Results per finding that has a box, in canonical order, and over all cases.
 
     Attributes:
-        findings: by finding that has a box, in their one order.
-        overall: over all cases, each counting once.
-        image_side: of the boxes' coordinates, in pixels.
-        tolerance: of the pointing game, in these pixels.
-        map_share: of a map's maximum, from which on its region counts.
-        iou_levels: of T(IoU).
-        n_resamples, seed: of the bootstrap.
+        n_resamples, seed: settings of the bootstrap.
     """
 
     findings: Mapping[str, FindingLocalisation]
     overall: FindingLocalisation
-    image_side: float
-    tolerance: float
-    map_share: float
-    iou_levels: tuple[float, ...]
+    settings: LocalisationSettings
     n_resamples: int
     seed: int
 
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry of metrics.json."""
+        settings = self.settings
         return {
-            "image_side": self.image_side,
-            "tolerance": self.tolerance,
-            "map_share": self.map_share,
+            "image_side": float(settings.image_side),
+            "tolerance": float(settings.tolerance),
+            "map_share": float(settings.map_share),
             "working_side": WORKING_SIDE,
-            "iou_levels": list(self.iou_levels),
+            "iou_levels": [float(level) for level in settings.iou_levels],
             "intervals": {
                 "method": "percentile bootstrap over patients",
                 "level": 0.95,
@@ -134,39 +149,26 @@ class Localisation:
         }
 
     def notes(self) -> list[str]:
-        """What a reader must know before the rates, as sentences; none where nothing is amiss."""
+        """Return caveats that precede the rates, as sentences."""
         one = self.overall
         notes = []
         if one.missing:
             notes.append(
                 f"{one.missing:,} of {one.cases:,} pairs of a boxed image and finding have no heat map and are in no "
-                "rate; where maps were made for the highest scores only, the rates flatter."
+                "rate; if maps were drawn for the highest scores only, the rates are too high."
             )
         if one.flat:
             notes.append(f"{one.flat:,} of {one.n:,} heat maps show no positive evidence; they count as misses.")
         return notes
 
     def _entry(self, one: FindingLocalisation) -> dict[str, Any]:
-        counts = (
-            "boxes",
-            "cases",
-            "n",
-            "patients",
-            "missing",
-            "flat",
-            "hits",
-            "hit_rate_of_all",
-            "chance",
-            "box_share",
-        )
-        levels = (f"{level:g}" for level in self.iou_levels)
+        before = ("boxes", "cases", "n", "patients", "missing", "flat", "hits")
+        levels = zip(self.settings.iou_levels, one.accuracy, strict=True)
         return {
-            **{name: getattr(one, name) for name in counts},
-            **_flat_entry("hit_rate", one.hit_rate),
-            **_flat_entry("iou", one.iou),
-            "accuracy": {
-                level: _flat_entry("accuracy", rate) for level, rate in zip(levels, one.accuracy, strict=True)
-            },
+            **{name: getattr(one, name) for name in (*before, "hit_rate_of_all", "chance", "box_share")},
+            **one.hit_rate.to_json("hit_rate"),
+            **one.iou.to_json("iou"),
+            "accuracy": {f"{level:g}": rate.to_json("accuracy") for level, rate in levels},
         }
 
 
@@ -180,8 +182,8 @@ class _Case:
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """One case's map: hit 0..1, IoU, and what no map decides."""
+class _MapResult:
+    """Measurements of one case's map; chance and box_share depend on the boxes alone."""
 
     case: _Case
     hit: float
@@ -191,80 +193,69 @@ class _Measured:
     box_share: float
 
 
-def measure(
+def measure_localisation(
     maps: Mapping[tuple[str, str], np.ndarray],
     image_ids: Sequence[str] | np.ndarray,
     findings: Sequence[str] | np.ndarray,
     xywh: np.ndarray,
     patients: Sequence[str | None] | np.ndarray | None = None,
     *,
-    image_side: float = 1024.0,
-    tolerance: float = TOLERANCE,
-    map_share: float = MAP_SHARE,
-    iou_levels: Sequence[float] = IOU_LEVELS,
+    settings: LocalisationSettings | None = None,
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> Localisation:
     """Compare heat maps with boxes.
 
     Args:
-        maps: by image and finding, floats [h,w] over the whole image, any size, larger where the finding is seen;
-            values below 0 are evidence against it and count as none. Each is asked for once (`maps.get`) and not kept.
+        maps: by image and finding, floats [h,w] over the whole image, larger for more evidence; negative values count
+            as none. Each map is read once with `maps.get` and not kept.
         image_ids, findings: [n], one per box.
         xywh: floats [n,4], left, top, width and height of each box in pixels of an image of side `image_side`.
-        patients: ids [n], one per box; an image whose patient is None is a patient of its own. Default: all are.
-        image_side: of the boxes' coordinates.
-        tolerance: of the pointing game, in the same pixels; 0 asks for the box itself.
-        map_share: of the maximum, between 0 and 1.
-        iou_levels: for T(IoU).
-        n_resamples, seed: of the patient bootstrap.
+        patients: ids [n], one per box; an image with patient None counts as a separate patient. Default: all do.
+        settings: definitions of a hit and of overlap.
+        n_resamples, seed: settings of the patient bootstrap.
 
     Raises:
-        ValueError: lengths that do not fit, a box without area, a map that is not [h,w] or not finite, a setting out
-            of its range.
+        ValueError: lengths differ, a box has no area, or a map is not [h,w] or not finite.
     """
+    settings = settings or LocalisationSettings()
     xywh = np.asarray(xywh, dtype=np.float64).reshape(-1, 4)
     if not len(image_ids) == len(findings) == len(xywh) or (patients is not None and len(patients) != len(xywh)):
         raise ValueError(f"{len(image_ids)} images, {len(findings)} findings and {len(xywh)} boxes do not fit")
     if not np.isfinite(xywh).all() or (xywh[:, 2:] <= 0).any():
         raise ValueError("boxes must be finite and have an area")
-    if image_side <= 0 or tolerance < 0 or not 0 < map_share < 1:
-        raise ValueError(f"image_side {image_side}, tolerance {tolerance}, map_share {map_share}: out of range")
-    cases = _cases(image_ids, findings, xywh, patients)
-    measured: list[_Measured] = []
+    cases = _group_boxes(image_ids, findings, xywh, patients)
+    measured: list[_MapResult] = []
     for (image, finding), case in cases.items():
         found = maps.get((image, finding))
         if found is not None:
-            heat = _checked(found, f"the map of {finding} in {image}")
-            measured.append(_measure_one(case, heat, image_side, tolerance, map_share))
-    present = {case.finding for case in cases.values()}
-    names = [*(f for f in FINDINGS if f in present), *sorted(present - set(FINDINGS))]
-    groups = [[one for one in measured if one.case.finding == name] for name in names] + [measured]
-    rates = _rates(groups, measured, tuple(iou_levels), n_resamples, seed)
+            measured.append(_measure_map(case, _check_map(found, f"the map of {finding} in {image}"), settings))
     all_cases = list(cases.values())
+    present = {case.finding for case in all_cases}
+    names = [*(f for f in FINDINGS if f in present), *sorted(present - set(FINDINGS))]
+    # Results per finding; None stands for all findings.
+    members = [np.array([name in (None, one.case.finding) for one in measured], bool) for name in (*names, None)]
+    rates = _compute_rates(measured, members, settings.iou_levels, n_resamples, seed)
     results = [
-        _summary([case for case in all_cases if name in (None, case.finding)], group, rate)
-        for name, group, rate in zip([*names, None], groups, rates, strict=True)
+        _summarize([case for case in all_cases if name in (None, case.finding)], list(compress(measured, member)), rate)
+        for name, member, rate in zip((*names, None), members, rates, strict=True)
     ]
     return Localisation(
         findings=dict(zip(names, results[:-1], strict=True)),
         overall=results[-1],
-        image_side=float(image_side),
-        tolerance=float(tolerance),
-        map_share=float(map_share),
-        iou_levels=tuple(float(level) for level in iou_levels),
+        settings=settings,
         n_resamples=n_resamples,
         seed=seed,
     )
 
 
-def _cases(
+def _group_boxes(
     image_ids: Sequence[str] | np.ndarray,
     findings: Sequence[str] | np.ndarray,
     xywh: np.ndarray,
     patients: Sequence[str | None] | np.ndarray | None,
 ) -> dict[tuple[str, str], _Case]:
-    """Boxes by image and finding, in the order of their first box."""
+    """Group boxes by image and finding, in the order of first appearance."""
     rows: dict[tuple[str, str], list[int]] = {}
     for row, (image, finding) in enumerate(zip(image_ids, findings, strict=True)):
         rows.setdefault((str(image), str(finding)), []).append(row)
@@ -272,13 +263,13 @@ def _cases(
     cases = {}
     for (image, finding), which in rows.items():
         patient = None if patients is None else patients[which[0]]
-        # One id for all findings of an image of no known patient; a pair, so that it is no patient's by accident.
+        # All findings of an image without a patient share one id; the pair keeps it apart from patients' ids.
         known = ("image", image) if patient is None or patient != patient else ("patient", patient)
         cases[image, finding] = _Case(finding, known, edges[which])
     return cases
 
 
-def _checked(heat: np.ndarray, which: str) -> np.ndarray:
+def _check_map(heat: np.ndarray, which: str) -> np.ndarray:
     heat = np.asarray(heat)
     if heat.ndim != 2 or not heat.size:
         raise ValueError(f"{which} has the shape {heat.shape}; a map is [h,w]")
@@ -288,21 +279,22 @@ def _checked(heat: np.ndarray, which: str) -> np.ndarray:
     return heat
 
 
-def _measure_one(case: _Case, heat: np.ndarray, side: float, tolerance: float, share: float) -> _Measured:
+def _measure_map(case: _Case, heat: np.ndarray, settings: LocalisationSettings) -> _MapResult:
+    side, tolerance = settings.image_side, settings.tolerance
     grown = case.boxes + np.array([-tolerance, -tolerance, tolerance, tolerance])
     flat = bool(heat.max() <= 0 or heat.max() == heat.min())
-    return _Measured(
+    return _MapResult(
         case=case,
         hit=0.0 if flat else _hit(heat, grown, side),
-        iou=0.0 if flat else _iou(heat, case.boxes, side, share),
+        iou=0.0 if flat else _iou(heat, case.boxes, side, settings.map_share),
         flat=flat,
-        chance=_covered(grown, side) / side**2,
-        box_share=_covered(case.boxes, side) / side**2,
+        chance=_union_area(grown, side) / side**2,
+        box_share=_union_area(case.boxes, side) / side**2,
     )
 
 
 def _hit(heat: np.ndarray, boxes: np.ndarray, side: float) -> float:
-    """The share of the cells with the highest value whose centre lies in a box."""
+    """Return the share of the maximal cells whose centre lies in a box."""
     rows, columns = np.nonzero(heat == heat.max())
     y = (rows + 0.5) * side / heat.shape[0]
     x = (columns + 0.5) * side / heat.shape[1]
@@ -314,7 +306,7 @@ def _hit(heat: np.ndarray, boxes: np.ndarray, side: float) -> float:
 
 def _iou(heat: np.ndarray, boxes: np.ndarray, side: float, share: float) -> float:
     height, width = (max(n, WORKING_SIDE) for n in heat.shape)
-    # Of the map itself: between centres nothing is higher, and the interpolated cells may step over its peak.
+    # The maximum of the map itself: interpolated cells can miss its peak and never exceed it.
     threshold = share * heat.max()
     fine = _interpolated(_interpolated(heat, height).T, width).T
     region = fine >= threshold
@@ -329,7 +321,7 @@ def _iou(heat: np.ndarray, boxes: np.ndarray, side: float, share: float) -> floa
 
 
 def _interpolated(values: np.ndarray, n_out: int) -> np.ndarray:
-    """Values of equal cells of axis 0, taken linearly from their centres to those of `n_out` cells."""
+    """Interpolate axis 0 linearly from the centres of equal cells to those of `n_out` cells."""
     n = len(values)
     if n == n_out:
         return values
@@ -340,15 +332,15 @@ def _interpolated(values: np.ndarray, n_out: int) -> np.ndarray:
     return np.asarray(values[below] * (1.0 - part) + values[above] * part)
 
 
-def _covered(boxes: np.ndarray, side: float) -> float:
-    """Area of the union of boxes that lies within the image."""
+def _union_area(boxes: np.ndarray, side: float) -> float:
+    """Return the area of the union of boxes within the image."""
     y_edges, x_edges = _edges(boxes[:, [1, 3]], 1, side), _edges(boxes[:, [0, 2]], 1, side)
     boxed = _within(boxes, (y_edges[1:] + y_edges[:-1]) / 2, (x_edges[1:] + x_edges[:-1]) / 2)
     return float(np.diff(y_edges) @ boxed @ np.diff(x_edges))
 
 
 def _edges(of_boxes: np.ndarray, cells: int, side: float) -> np.ndarray:
-    """Every place along an axis where a cell or a box begins or ends, within the image, ascending."""
+    """Return all edges of cells and boxes along an axis, within the image, ascending."""
     return np.unique(np.concatenate([np.arange(cells + 1) * side / cells, np.clip(of_boxes.ravel(), 0.0, side)]))
 
 
@@ -357,31 +349,29 @@ def _cell(middles: np.ndarray, cells: int, side: float) -> np.ndarray:
 
 
 def _within(boxes: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Whether points lie in any box, bool [len(y),len(x)]."""
+    """Return whether points lie in any box, bool [len(y),len(x)]."""
     result = np.zeros((len(y), len(x)), dtype=bool)
     for left, top, right, bottom in boxes:
         result |= ((top <= y) & (y <= bottom))[:, None] & ((left <= x) & (x <= right))
     return result
 
 
-def _rates(
-    groups: Sequence[Sequence[_Measured]],
-    measured: Sequence[_Measured],
+def _compute_rates(
+    measured: Sequence[_MapResult],
+    members: Sequence[np.ndarray],
     levels: tuple[float, ...],
     n_resamples: int,
     seed: int,
-) -> list[tuple[Rate, ...]]:
-    """Hit rate, mean IoU and T(IoU) of each group, all from the same resamples of patients."""
+) -> list[tuple[LocalisationRate, ...]]:
+    """Compute hit rate, mean IoU and T(IoU) of groups, bool [n] each, from the same resamples of patients."""
     if not measured:
-        return [tuple(_rate([], None) for _ in range(2 + len(levels))) for _ in groups]
+        return [tuple(_rate([], None) for _ in range(2 + len(levels))) for _ in members]
     values = np.array([[one.hit, one.iou, *(one.iou >= level for level in levels)] for one in measured])
-    ids = [id(one) for one in measured]
-    members = [np.isin(ids, [id(one) for one in group]) for group in groups]
     wholes = np.hstack([np.repeat(member[:, None], values.shape[1], axis=1) for member in members]).astype(np.float64)
     parts = np.hstack([values * member[:, None] for member in members])
     patients = np.empty(len(measured), dtype=object)
     patients[:] = [one.case.patient for one in measured]
-    bounds = intervals.bootstrap_ratios(parts, wholes, patients, n_resamples, seed)
+    bounds = bootstrap_ratios(parts, wholes, patients, n_resamples, seed)
     k = values.shape[1]
     return [
         tuple(_rate(values[member, column], bounds[group * k + column]) for column in range(k))
@@ -389,17 +379,19 @@ def _rates(
     ]
 
 
-def _rate(values: Sequence[float] | np.ndarray, bounds: intervals.Interval | None) -> Rate:
+def _rate(values: Sequence[float] | np.ndarray, bounds: Interval | None) -> LocalisationRate:
     if not len(values) or bounds is None:
-        return Rate(None, reason="no heat map")
+        return LocalisationRate(None, reason="no heat map")
     value = float(np.mean(values))
     if bounds.low is not None and bounds.low == bounds.high:
-        # As with all hits: resampling knows of no uncertainty there, which is not to say that there is none.
-        return Rate(value, reason="no interval: every resample gives the same")
-    return Rate(value, bounds.low, bounds.high, f"no interval: {bounds.reason}" if bounds.reason else None)
+        # As when all maps hit in almost every resample; equal limits do not mean certainty.
+        return LocalisationRate(value, reason=f"no interval: {NO_VARIATION}")
+    return LocalisationRate(value, bounds.low, bounds.high, f"no interval: {bounds.reason}" if bounds.reason else None)
 
 
-def _summary(cases: Sequence[_Case], group: Sequence[_Measured], rates: tuple[Rate, ...]) -> FindingLocalisation:
+def _summarize(
+    cases: Sequence[_Case], group: Sequence[_MapResult], rates: tuple[LocalisationRate, ...]
+) -> FindingLocalisation:
     hits = float(sum(one.hit for one in group))
     return FindingLocalisation(
         boxes=sum(len(case.boxes) for case in cases),
@@ -416,7 +408,3 @@ def _summary(cases: Sequence[_Case], group: Sequence[_Measured], rates: tuple[Ra
         iou=rates[1],
         accuracy=rates[2:],
     )
-
-
-def _flat_entry(name: str, rate: Rate) -> dict[str, Any]:
-    return {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high, f"{name}_reason": rate.reason}

@@ -1,18 +1,17 @@
-"""Is this picture one the model can be asked about? A flag per image, from its pixels and the network's features.
+"""Quality flags: decide from pixels and model features whether an image resembles the training images.
 
-Two descriptions of the training images are kept, both of the same kind (`Subspace`): one of thumbnails of
-16 x 16 with mean 0 and deviation 1, so that brightness and contrast do not count, and one of the features that the
-network's last layer reads. Each gives a distance d, about 2 for an ordinary image. With the limits of the model:
+Two descriptions of the training images (`Subspace`) are kept: one of thumbnails of 16 x 16, standardised to mean 0 and
+deviation 1 so that brightness and contrast do not count, and one of the features that the model's last layer reads.
+Each yields a distance d, about 2 for an ordinary image. With the model's limits:
 
     inverted             d(negative) <= limit, and d(image) > 1.25 d(negative)
-    lateral              d(image) > limit, and d(image made symmetric) <= limit: only its asymmetry is unlike, and
-                         that is the lesser part of it
+    lateral              d(image) > limit, and d(symmetrised image) <= limit: only its asymmetry is unusual, and that
+                         is less than half of its variance
     not_frontal_chest    d(image) > limit, and neither of these
     out_of_distribution  d(features) > limit of the features
 
-Limits come from images that the descriptions were not made from, and are set so that about one ordinary image in
-a hundred passes them. An image is scored whatever its flag. What this finds and what it does not:
-docs/decisions/0010-quality-flags.md.
+Limits come from held-out images and flag about one ordinary image in a hundred. An image is scored regardless of its
+flag. What this detects and what not: docs/decisions/0010-quality-flags.md.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Every quality flag, gravest first: a cause that can be named, then what is only unlike, then what is well known.
+#: All quality flags, most severe first: known causes, then unusual images, then known limits of the training data.
 FLAGS = ("inverted", "lateral", "not_frontal_chest", "out_of_distribution", "age_outside_training")
-#: Those of them that `judge` gives.
+#: Flags that `judge_images` returns.
 JUDGED = FLAGS[:4]
-#: The least numbers of images to describe, and to set limits from.
+#: Minimum numbers of images to describe, and to set limits from.
 MIN_TRAINING, MIN_HELD_OUT = 60, 30
-#: More training images than these add nothing but time.
+#: More training images take time and change little.
 MAX_TRAINING = 2000
 
-_FORMAT = 1  # raised when a distance is measured otherwise, so that older limits are not taken for its
+_FORMAT = 1  # raised when the definition of a distance changes, which invalidates stored limits
 _SIDE = 16
 _AXES = 16
 _SHRINKAGE = 0.1
-_NEARER = 1.25  # ordinary images and their negatives lie a factor of 1.4 and more apart
-# Of squares: twice as far as is ordinary. Features answer to noise and clipped tones that do a reader no harm.
+_NEARER = 1.25  # distances of ordinary images and their negatives differ by a factor of at least 1.4
+# Squared, so twice the ordinary distance: features react to noise and clipped tones that do not disturb a reader.
 _FEATURE_MARGIN = 4.0
 _FLAT = 0.5  # deviation in grays below which a thumbnail shows nothing
 _FOLDS = 5
@@ -44,15 +43,15 @@ _FOLDS = 5
 
 @dataclass(frozen=True, eq=False)
 class Subspace:
-    """Where training vectors lie: a mean, the directions in which they vary most, and how far they stray from those.
+    """Description of training vectors: a mean, the directions of largest variance, and the variance outside them.
 
     d = mean_k(c_k^2 / variance_k) + |rest|^2 / residual, with c the coordinates of the scaled vector along the axes.
 
     Attributes:
-        mean, scale: float64 [D]; a vector is centred and divided first. scale > 0.
+        mean, scale: float64 [D], to centre and divide a vector; scale > 0.
         axes: float64 [D,K], orthonormal columns.
         variances: float64 [K] > 0, of the training vectors along the axes.
-        residual: mean squared length of what the axes leave, > 0.
+        residual: mean squared length outside the axes, > 0.
     """
 
     mean: np.ndarray
@@ -62,9 +61,9 @@ class Subspace:
     residual: float
 
     def distances(self, vectors: np.ndarray) -> np.ndarray:
-        """d of vectors float64 [N,D], as float64 [N]; each to the bit the same whatever the others are."""
+        """Return d, float64 [N], of vectors float64 [N,D]; each is bitwise independent of the others."""
         x = (vectors - self.mean) / self.scale
-        # One product a row: a product of the whole batch adds in an order that depends on the batch.
+        # One product per row: the order of summation in a batched product depends on the batch.
         along = np.matmul(x[:, None, :], self.axes)[:, 0]
         rest = np.maximum((x**2).sum(axis=1) - (along**2).sum(axis=1), 0.0)
         return np.asarray((along**2 / self.variances).mean(axis=1) + rest / self.residual)
@@ -72,15 +71,15 @@ class Subspace:
 
 @dataclass(frozen=True, eq=False)
 class QualityModel:
-    """What ordinary images look like, and how far is too far.
+    """Descriptions of ordinary images, and limits of their distances.
 
     Attributes:
         pixels: of standardised thumbnails and their mirror images, D = 256.
-        features: of the network's pooled features, D = C.
-        pixel_limit, feature_limit: greatest ordinary distances, > 0.
-        expected_rates: per flag of `JUDGED` the share of held-out images that had it, each judged by limits set
-            without it (five folds); with `held_out` images, rates below 1 / held_out cannot be told from 0.
-        training, held_out: numbers of images behind the descriptions and behind the limits.
+        features: of the model's pooled features, D = C.
+        pixel_limit, feature_limit: largest ordinary distances, > 0.
+        expected_rates: per flag of `JUDGED` the share of held-out images with it, each judged by limits set without it
+            (five folds). Rates below 1 / held_out are indistinguishable from 0.
+        training, held_out: numbers of images behind descriptions and limits.
     """
 
     pixels: Subspace
@@ -92,7 +91,7 @@ class QualityModel:
     held_out: int
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The form in which a bundle keeps it, for `np.savez`; the inverse is `from_arrays`."""
+        """Return the form stored in a bundle, for `np.savez`."""
         result = {"format": np.array(_FORMAT, dtype=np.int64)}
         for name, space in (("pixels", self.pixels), ("features", self.features)):
             result[f"{name}_mean"], result[f"{name}_scale"] = space.mean, space.scale
@@ -105,16 +104,16 @@ class QualityModel:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> QualityModel:
-        """The model that `arrays` describes.
+        """Read the form that `arrays` returns.
 
         Raises:
-            ValueError: an array is missing, unknown, of another shape or dtype, not finite or out of its range.
+            ValueError: an array is missing, unknown, of another shape or dtype, not finite or out of range.
         """
         if "format" not in arrays:
             raise ValueError("quality model: no array 'format'")
         if arrays["format"].shape != () or arrays["format"].dtype != np.int64 or arrays["format"] != _FORMAT:
             raise ValueError(f"quality model: format {arrays['format']}, this version reads {_FORMAT}; train again")
-        # The two free lengths, of the features and of each set of axes, are taken from the means and variances.
+        # Means and variances set the two free lengths, of the features and of each set of axes.
         length = {name: array.shape[0] if array.ndim == 1 else 0 for name, array in arrays.items()}
         shapes: dict[str, tuple[int, ...]] = {"format": (), "limits": (2,), "expected_rates": (len(JUDGED),)}
         shapes["counts"] = (2,)
@@ -136,7 +135,7 @@ class QualityModel:
                 raise ValueError(f"quality model: {name} holds a value that is not positive")
         rates = arrays["expected_rates"]
         if (rates < 0).any() or rates.sum() > 1 + 1e-9:
-            raise ValueError(f"quality model: expected_rates {rates.tolist()} are no shares of one whole")
+            raise ValueError(f"quality model: expected_rates {rates.tolist()} must be shares whose sum is at most 1")
         return cls(
             _subspace(arrays, "pixels"),
             _subspace(arrays, "features"),
@@ -148,11 +147,11 @@ class QualityModel:
         )
 
 
-def gravest(flags: Iterable[str | None]) -> str | None:
-    """The gravest of some flags, None where there is none; the order is that of `FLAGS`.
+def find_most_severe(flags: Iterable[str | None]) -> str | None:
+    """Return the first flag in the order of `FLAGS`, or None.
 
     Raises:
-        ValueError: an unknown flag.
+        ValueError: unknown flag.
     """
     present = {flag for flag in flags if flag is not None}
     if not present <= set(FLAGS):
@@ -160,7 +159,7 @@ def gravest(flags: Iterable[str | None]) -> str | None:
     return next((flag for flag in FLAGS if flag in present), None)
 
 
-def fit(
+def fit_quality_model(
     images: np.ndarray,
     features: np.ndarray,
     held_out_images: np.ndarray,
@@ -168,20 +167,20 @@ def fit(
     *,
     seed: int = 0,
 ) -> QualityModel | None:
-    """Describe training images, and set limits by images held out.
+    """Describe training images, and set limits on held-out images.
 
-    With fewer than `MIN_HELD_OUT` images held out, a third of the training images is drawn and held out too; a
-    patient who is then on both sides makes the limits a little tighter than they should be.
+    With fewer than `MIN_HELD_OUT` held-out images, a random third of the training images is held out too. Patients on
+    both sides then make the limits slightly too tight.
 
     Args:
-        images: uint8 [N,S,S], as the network is given them. Pictures of one tone are left out.
-        features: float32 [N,C], what the network's last layer reads for these images.
+        images: uint8 [N,S,S], input of the model. Uniform images are omitted.
+        features: float32 [N,C], input of the model's last layer for these images.
         held_out_images: uint8 [M,S,S] of other patients; M may be 0.
         held_out_features: float32 [M,C].
-        seed: of what is drawn: the held-out third, `MAX_TRAINING` images of more, and the folds.
+        seed: for the held-out third, the choice of `MAX_TRAINING` images, and the folds.
 
     Returns:
-        None where there is too little to learn from; `lacking` says why.
+        None if there are too few images; see `explain_missing_model`.
 
     Raises:
         ValueError: shapes or dtypes differ from the above, or a feature is not finite.
@@ -196,10 +195,10 @@ def fit(
         held = (np.concatenate([held[0], train[0][moved]]), np.concatenate([held[1], train[1][moved]]))
     order = np.sort(order[:MAX_TRAINING])
     train = (train[0][order], train[1][order])
-    if _lacking(len(train[0]), len(held[0]), train[1]) is not None:
+    if _too_few(len(train[0]), len(held[0]), train[1]) is not None:
         return None
     thumbnails = train[0].reshape(-1, _SIDE, _SIDE)
-    # A heart on the right is rare, a picture turned round is not: mirror images are ordinary.
+    # Mirrored exports are common, unlike hearts on the right: mirror images count as ordinary.
     pixels = _describe(np.concatenate([thumbnails, thumbnails[:, :, ::-1]]).reshape(-1, _SIDE * _SIDE))
     space = _describe(train[1])
     distances = _distances(pixels, space, *held)
@@ -216,30 +215,30 @@ def fit(
     )
 
 
-def lacking(
+def explain_missing_model(
     images: np.ndarray, features: np.ndarray, held_out_images: np.ndarray, held_out_features: np.ndarray
 ) -> str | None:
-    """Why `fit` would give no model from these, in words; None if it would give one."""
+    """Return why `fit_quality_model` returns None for these images; None if it returns a model."""
     train, held = _usable(images, features), len(_usable(held_out_images, held_out_features)[0])
     n = len(train[0])
     moved = n // 3 if held < MIN_HELD_OUT else 0
-    return _lacking(n - moved, held + moved, train[1])
+    return _too_few(n - moved, held + moved, train[1])
 
 
-def judge(model: QualityModel, images: np.ndarray, features: np.ndarray) -> list[str | None]:
-    """The gravest flag of each image, one of `JUDGED`, or None; it does not depend on the rest of the batch.
+def judge_images(model: QualityModel, images: np.ndarray, features: np.ndarray) -> list[str | None]:
+    """Return the most severe flag of each image, one of `JUDGED` or None, independent of the rest of the batch.
 
     Args:
-        model: from `fit`.
-        images: uint8 [N,S,S], S >= 16, as the network is given them.
-        features: float32 [N,C], of the same images. One that is not finite makes its image out of distribution.
+        model: see `fit_quality_model`.
+        images: uint8 [N,S,S], S >= 16, input of the model.
+        features: float32 [N,C] of the same images. If one is not finite, its image is out of distribution.
 
     Raises:
-        ValueError: shapes or dtypes differ from the above, or C is not the model's.
+        ValueError: shapes or dtypes differ from the above, or C differs from the model's.
     """
     _check(images, features)
     if features.shape[1] != len(model.features.mean):
-        raise ValueError(f"{features.shape[1]} features an image, the quality model has {len(model.features.mean)}")
+        raise ValueError(f"{features.shape[1]} features per image, the quality model has {len(model.features.mean)}")
     distances = _distances(model.pixels, model.features, _thumbnails(images), features.astype(np.float64))
     return _flags(distances, model.pixel_limit, model.feature_limit)
 
@@ -257,7 +256,7 @@ def _check(images: np.ndarray, features: np.ndarray) -> None:
 
 
 def _usable(images: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Thumbnails float64 [n,256] and features float64 [n,C] of the images that show anything."""
+    """Return thumbnails float64 [n,256] and features float64 [n,C] of the images that are not uniform."""
     _check(images, features)
     if not np.isfinite(features).all():
         raise ValueError("features: some are not finite")
@@ -266,22 +265,22 @@ def _usable(images: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.nd
     return thumbnails[shows], features[shows].astype(np.float64)
 
 
-def _lacking(training: int, held_out: int, features: np.ndarray) -> str | None:
+def _too_few(training: int, held_out: int, features: np.ndarray) -> str | None:
     if training < MIN_TRAINING or held_out < MIN_HELD_OUT:
         return (
             f"{training} images to learn from and {held_out} to set limits by; "
             f"{MIN_TRAINING} and {MIN_HELD_OUT} are needed"
         )
     if np.ptp(features, axis=0).max(initial=0.0) == 0.0:
-        return "the network gives every image the same features"
+        return "all images have the same features"
     return None
 
 
 def _thumbnails(images: np.ndarray) -> np.ndarray:
-    """Images uint8 [N,S,S] as standardised thumbnails float64 [N,256]; NaN where nothing is shown.
+    """Return standardised thumbnails float64 [N,256] of images uint8 [N,S,S]; NaN for uniform images.
 
-    A pixel of a thumbnail is the sum over a block of S // 16 pixels a side. Where 16 does not divide S, at most one
-    row is left out between two blocks.
+    A pixel of a thumbnail averages a block of S // 16 pixels per side. If 16 does not divide S, at most one row is
+    skipped between two blocks.
     """
     n, side = images.shape[:2]
     block = side // _SIDE
@@ -289,29 +288,28 @@ def _thumbnails(images: np.ndarray) -> np.ndarray:
         starts = np.arange(_SIDE) * (side - block) // (_SIDE - 1)
         kept = (starts[:, None] + np.arange(block)).ravel()
         images = images[:, kept][:, :, kept]
-    # Sums of integers are exact: no batch can differ. uint16 holds 257 rows, which is S = 4127.
+    # Sums of integers are exact in any batch. uint16 holds sums of 257 rows, up to S = 4127.
     narrow = np.uint16 if block <= 257 else np.uint32
     rows = images.reshape(n, _SIDE, block, _SIDE * block).sum(axis=2, dtype=narrow)
     sums = rows.reshape(n, _SIDE, _SIDE, block).sum(axis=3, dtype=np.uint32)
-    return _standardised(sums.reshape(n, _SIDE * _SIDE) / block**2, _FLAT)
+    return _standardise(sums.reshape(n, _SIDE * _SIDE) / block**2, _FLAT)
 
 
-def _standardised(x: np.ndarray, flat: float) -> np.ndarray:
-    """Rows of x [N,D] with mean 0 and deviation 1; NaN where the deviation is below `flat`."""
+def _standardise(x: np.ndarray, flat: float) -> np.ndarray:
+    """Scale rows of x [N,D] to mean 0 and deviation 1; NaN if the deviation is below `flat`."""
     x = x - x.mean(axis=1, keepdims=True)
     deviation = np.sqrt((x**2).mean(axis=1, keepdims=True))
     return np.asarray(x / np.where(deviation < flat, np.nan, deviation))
 
 
 def _describe(vectors: np.ndarray) -> Subspace:
-    """The subspace of vectors float64 [n,D] that are not all alike."""
+    """Describe vectors float64 [n,D] that are not all equal."""
     n, d = vectors.shape
     mean, variance = vectors.mean(axis=0), vectors.var(axis=0)
-    # A pixel or feature that hardly ever moves counts for more than others when it does, but not without bound.
+    # A pixel or feature that rarely varies weighs more when it does, up to a limit.
     scale = np.sqrt(variance + _SHRINKAGE * variance.mean())
     x = (vectors - mean) / scale
     k = min(_AXES, d, n // 4)
-    # Eigenvectors from the smaller of the two products.
     if d <= n:
         values, turned = np.linalg.eigh(x.T @ x / n)
         axes = turned[:, ::-1][:, :k]
@@ -319,18 +317,18 @@ def _describe(vectors: np.ndarray) -> Subspace:
         values, turned = np.linalg.eigh(x @ x.T / n)
         axes = np.linalg.qr(x.T @ turned[:, ::-1][:, :k])[0]
     total = float(values.sum())
-    floor = 1e-6 * total  # directions without any variance: fewer features alive than axes
+    floor = 1e-6 * total  # some directions may have no variance: fewer varying features than axes
     variances = np.maximum(values[::-1][:k], floor)
     residual = max(total - float(values[::-1][:k].sum()), floor)
     return Subspace(mean, scale, np.ascontiguousarray(axes), variances, residual)
 
 
 def _distances(pixels: Subspace, space: Subspace, thumbnails: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """float64 [N,4]: of the image, its negative, the image made symmetric, its features; infinite where undefined."""
+    """Return d of image, negative, symmetrised image and features, float64 [N,4]; infinite if undefined."""
     n = len(thumbnails)
-    pictures = thumbnails.reshape(n, _SIDE, _SIDE)
-    # Undefined where more than half of the picture's variance is asymmetry: a chest from the side has less.
-    symmetric = _standardised(((pictures + pictures[:, :, ::-1]) / 2).reshape(n, _SIDE * _SIDE), np.sqrt(0.5))
+    grids = thumbnails.reshape(n, _SIDE, _SIDE)
+    # Undefined if more than half of the variance is asymmetry; a lateral chest has less.
+    symmetric = _standardise(((grids + grids[:, :, ::-1]) / 2).reshape(n, _SIDE * _SIDE), np.sqrt(0.5))
     broken = ~np.isfinite(features).all(axis=1)
     of_features = space.distances(np.where(broken[:, None], 0.0, features))
     of_features[broken] = np.inf
@@ -339,15 +337,15 @@ def _distances(pixels: Subspace, space: Subspace, thumbnails: np.ndarray, featur
 
 
 def _limits(distances: np.ndarray) -> tuple[float, float]:
-    """The greatest ordinary distances, of pixels and of features, from `_distances` of held-out images."""
+    """Return the largest ordinary distances of pixels and of features from `_distances` of held-out images."""
     return _limit(distances[:, 0]), _FEATURE_MARGIN * _limit(distances[:, 3])
 
 
 def _limit(distances: np.ndarray) -> float:
-    """Three deviations above the median of the logarithms, and no less than the 99 % quantile.
+    """Return the median plus three deviations on the log scale, and at least the 99% quantile.
 
-    The deviation is taken between the median and the 84 % quantile: the few odd images that archives hold do not
-    stretch it. The quantile is the promise that no more than 1 % are flagged, should the tail be heavier.
+    The deviation is the distance from median to 84% quantile, which a few unusual images do not affect. The 99%
+    quantile ensures that at most 1% are flagged if the tail is heavier.
     """
     middle, upper, high = np.quantile(distances, [0.5, 0.84, 0.99])
     return float(max(middle * (upper / middle) ** 3, high))

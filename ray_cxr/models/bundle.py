@@ -35,7 +35,7 @@ import pyarrow as pa
 from ray_cxr.config import InputSpec, build
 from ray_cxr.errors import BundleError, ConfigError
 from ray_cxr.evaluation.calibration import Calibration
-from ray_cxr.evaluation.quality import QualityModel, judge
+from ray_cxr.evaluation.quality import QualityModel, judge_images
 from ray_cxr.imaging.resize import resize
 from ray_cxr.imaging.sandbox import Decoder, Failure
 from ray_cxr.labels import LABELS
@@ -237,7 +237,7 @@ class Bundle:
             outputs = self._cached_runtime(batch_size, precision).predict(pixels[good])
             probabilities[good] = outputs.probabilities
             if self.quality is not None:
-                for i, flag in zip(good, judge(self.quality, pixels[good], outputs.features), strict=True):
+                for i, flag in zip(good, judge_images(self.quality, pixels[good], outputs.features), strict=True):
                     flags[i] = flag
         frame: pd.DataFrame = predictions.assemble(rows, probabilities, failures, self.rules, flags).to_pandas()
         return frame

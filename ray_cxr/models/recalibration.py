@@ -359,8 +359,8 @@ def _measure(y: np.ndarray, p: np.ndarray, name: str, old: Bundle, rules: Fitted
     }
     for when, (scaling, point) in sides.items():
         flagged = point and y.size
-        row[f"flag_rate{when}"] = float(calibration.flags(p, point["threshold"]).mean()) if flagged else None
-        row[f"brier{when}"] = metrics.brier(y, calibration.apply(scaling, p)) if scaling else None
+        row[f"flag_rate{when}"] = float(calibration.apply_threshold(p, point["threshold"]).mean()) if flagged else None
+        row[f"brier{when}"] = metrics.brier(y, calibration.apply_calibration(scaling, p)) if scaling else None
     return row
 
 

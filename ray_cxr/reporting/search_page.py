@@ -135,7 +135,7 @@ def write_search_page(
             directions, trials_wanted, sampler, scheduler, workers, concurrent, epochs_spent, epochs_full (what
             trials of full length would have cost), seconds, best_number or None, pareto (numbers), interrupted,
             versions.
-        comparison: what `evaluation.comparison.comparison_record` gave, or None.
+        comparison: what `evaluation.backbones.comparison_record` gave, or None.
 
     Raises:
         OutputError: `out` is a file.

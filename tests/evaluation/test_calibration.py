@@ -13,7 +13,7 @@ from scipy import stats
 
 from ray_cxr.errors import ConfigError
 from ray_cxr.evaluation import calibration, metrics
-from ray_cxr.evaluation.calibration import Calibration, fit_platt, fit_rules, fit_temperature, operating_point
+from ray_cxr.evaluation.calibration import Calibration, find_operating_point, fit_platt, fit_rules, fit_temperature
 
 Fit = Callable[..., Calibration | None]
 LABELLED = st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1, width=32)), min_size=2, max_size=40)
@@ -60,14 +60,14 @@ def test_scaling_declines(fit: Fit) -> None:
     assert fit(np.ones(9, int), np.linspace(0.1, 0.9, 9), min_positives=0) is None
     # Separable and saturated scores have a finite slope.
     got = fit(np.repeat([0, 1], 20), np.repeat([0.0, 1.0], 20))
-    assert calibration.apply(got, np.array([0.0, 1.0])) == pytest.approx([1 / 22, 21 / 22], abs=1e-4)
+    assert calibration.apply_calibration(got, np.array([0.0, 1.0])) == pytest.approx([1 / 22, 21 / 22], abs=1e-4)
 
 
 def test_apply_by_hand_and_from_a_bundle() -> None:
     # logit(.8) = log 4; 2 log 4 - log 4 = log 4 again.
     rule = Calibration(2.0, -np.log(4.0))
     for form in (rule, rule.as_dict()):
-        got = calibration.apply(form, np.array([0.8, 0.5, np.nan]))
+        got = calibration.apply_calibration(form, np.array([0.8, 0.5, np.nan]))
         assert got[:2] == pytest.approx([0.8, 0.2], abs=1e-6)
         assert np.isnan(got[2])
     for rule in (Calibration(1.5, -0.25), Calibration(0.5, 0.0, "temperature")):
@@ -96,31 +96,31 @@ def test_operating_points_by_hand() -> None:
     p = np.array([0.125, 0.25, 0.375, 0.5, 0.5625, 0.625, 0.75, 0.8125, 0.875, 0.9375])
     # Above .5625: 5 of 6 positives and no negative (J = .833); above .375: all 6 and one negative (J = .75).
     rates = {"sensitivity": 5 / 6, "specificity": 1.0, "flag_rate": 0.5}
-    assert operating_point(y, p) == {"threshold": 0.59375, "rule": "youden", **rates, "n": 10, "positives": 6}
+    assert find_operating_point(y, p) == {"threshold": 0.59375, "rule": "youden", **rates, "n": 10, "positives": 6}
     for rule in ("sensitivity=0.9", "specificity=0.75"):
-        point = operating_point(y, p, rule)
+        point = find_operating_point(y, p, rule)
         assert (point["threshold"], point["sensitivity"], point["specificity"]) == (0.4375, 1.0, 0.75)
     # Enough of each class is needed.
     for labels in (np.array([0, 0, 1]), np.array([0, 1, 1])):
-        assert operating_point(labels, p[:3], min_positives=1) is not None
-        assert operating_point(labels, p[:3], min_positives=2) is None
+        assert find_operating_point(labels, p[:3], min_positives=1) is not None
+        assert find_operating_point(labels, p[:3], min_positives=2) is None
     # A threshold between neighbouring float32.
     p = np.array([np.float32(0.3), np.nextafter(np.float32(0.3), np.float32(1))])
-    point = operating_point(np.array([0, 1]), p)
-    assert calibration.flags(p, point["threshold"]).tolist() == [False, True]
+    point = find_operating_point(np.array([0, 1]), p)
+    assert calibration.apply_threshold(p, point["threshold"]).tolist() == [False, True]
     # A target of 0.9 is met by 9 of 10.
-    point = operating_point(np.repeat([1, 0], 10), np.linspace(0.95, 0.05, 20), "sensitivity=0.9")
+    point = find_operating_point(np.repeat([1, 0], 10), np.linspace(0.95, 0.05, 20), "sensitivity=0.9")
     assert point["sensitivity"] == 0.9
 
 
 @given(LABELLED, RULES)
 def test_operating_point_keeps_its_rule(rows: list[tuple[int, float]], rule: str) -> None:
     y, p = columns(rows)
-    point = operating_point(y, p, rule)
+    point = find_operating_point(y, p, rule)
     if point is None:
         return
     assert 0.0 < point["threshold"] < 1.0
-    flags = calibration.flags(p, point["threshold"])
+    flags = calibration.apply_threshold(p, point["threshold"])
     assert (flags == (p >= np.float32(point["threshold"]))).all()  # the same flags in float32
     cells = metrics.confusion(y, flags)
     rates = (cells.sensitivity, cells.specificity, cells.flag_rate)
@@ -145,14 +145,15 @@ def test_unknown_rules_and_values_outside_0_to_1_are_refused() -> None:
     y = np.array([0, 1])
     for rule in ("", "f1", "youden=1", "sensitivity", "sensitivity=0", "specificity=1.1"):
         with pytest.raises(ConfigError, match="operating point"):
-            operating_point(y, np.array([0.1, 0.9]), rule)
+            find_operating_point(y, np.array([0.1, 0.9]), rule)
     for wrong in (1.5, -0.5):
         p = np.array([0.5, wrong])
-        for function in (operating_point, fit_platt, metrics.expected_calibration_error, calibration.reliability):
+        functions = (find_operating_point, fit_platt, metrics.expected_calibration_error, calibration.reliability_curve)
+        for function in functions:
             with pytest.raises(ValueError, match=r"0\.\.1"):
                 function(y, p)
         with pytest.raises(ValueError, match=r"0\.\.1"):
-            calibration.apply(Calibration(1.0, 0.0), p)
+            calibration.apply_calibration(Calibration(1.0, 0.0), p)
 
 
 def site() -> tuple[pd.DataFrame, np.ndarray]:
@@ -170,13 +171,13 @@ def test_rules_per_finding() -> None:
     names = list(labels.columns)
     got = fit_rules(labels, p, names)
     y = labels["Mass"].to_numpy().astype(int)
-    point = operating_point(y, p[:, 0])
+    point = find_operating_point(y, p[:, 0])
     assert got.calibrations["Mass"] == fit_platt(y, p[:, 0]).as_dict()
     assert got.operating_points["Mass"] == point
     assert got.expected_flag_rates["Mass"] == point["flag_rate"]
-    others = {rule: operating_point(y, p[:, 0], rule) for rule in ("sensitivity=0.9", "specificity=0.9")}
+    others = {rule: find_operating_point(y, p[:, 0], rule) for rule in ("sensitivity=0.9", "specificity=0.9")}
     assert got.alternatives["Mass"] == others
-    assert got.operating_points["Nodule"] == operating_point(y[:30], p[:30, 0])
+    assert got.operating_points["Nodule"] == find_operating_point(y[:30], p[:30, 0])
     for name in ("Hernia", "Edema", "Fibrosis"):
         assert got.calibrations[name] is got.operating_points[name] is got.expected_flag_rates[name] is None
         assert got.reasons[name]
@@ -210,7 +211,7 @@ def test_rules_per_finding() -> None:
 @pytest.mark.parametrize(
     ("y", "p", "rule", "missing", "part"),
     [
-        ([0, 1], [0.3, 0.3], "youden", ["calibration", "operating point"], "alike"),
+        ([0, 1], [0.3, 0.3], "youden", ["calibration", "operating point"], "equal"),
         ([0, 1], [0.3, 0.2], "youden", ["calibration", "operating point"], "better than chance"),
         ([0, 1], [0.3, 0.3], "specificity=0.9", ["calibration", "operating point"], "specificity=0.9"),
         ([0] * 5 + [1] * 10, [1e-6] * 5 + [0.0] + [0.9] * 9, "sensitivity=1", ["operating point"], "saturated"),
@@ -247,7 +248,7 @@ def test_expected_error_and_reliability_curve_equal_their_definition(rows: list[
     y, p = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
     expected = plain_error(y.tolist(), p.tolist(), bins)
     assert metrics.expected_calibration_error(y, p, bins) == pytest.approx(expected, abs=1e-12)
-    curve = calibration.reliability(y, p, bins)
+    curve = calibration.reliability_curve(y, p, bins)
     assert [(one.low, one.high) for one in curve] == [(i / bins, (i + 1) / bins) for i in range(bins)]
     assert sum(one.n for one in curve) == len(rows)
     total = 0.0
@@ -263,8 +264,8 @@ def test_expected_error_and_reliability_curve_equal_their_definition(rows: list[
 
 def test_reliability_interval_counts_patients_and_not_images() -> None:
     y, p = np.array([0, 1, 1, 0, 1, 0, 0]), np.array([0.1, 0.1, 0.15, 0.12, 0.9, 0.95, 0.5])
-    once = calibration.reliability(y, p, 5)
-    thrice = calibration.reliability(np.repeat(y, 3), np.repeat(p, 3), 5, patients=np.repeat(np.arange(7), 3))
+    once = calibration.reliability_curve(y, p, 5)
+    thrice = calibration.reliability_curve(np.repeat(y, 3), np.repeat(p, 3), 5, patients=np.repeat(np.arange(7), 3))
     for one, more in zip(once, thrice, strict=True):
         assert more.n == 3 * one.n
         for name in ("predicted", "observed", "observed_low", "observed_high"):
@@ -272,18 +273,18 @@ def test_reliability_interval_counts_patients_and_not_images() -> None:
     # Whatever the patients, the interval is never narrower than that of independent images.
     rng = np.random.default_rng(0)
     y, p = rng.integers(0, 2, 60), rng.random(60)
-    grouped = calibration.reliability(y, p, patients=rng.integers(0, 20, 60))
-    for one, more in zip(calibration.reliability(y, p), grouped, strict=True):
+    grouped = calibration.reliability_curve(y, p, patients=rng.integers(0, 20, 60))
+    for one, more in zip(calibration.reliability_curve(y, p), grouped, strict=True):
         assert more.observed_high - more.observed_low >= one.observed_high - one.observed_low - 1e-12
     with pytest.raises(ValueError, match="patients"):
-        calibration.reliability(y, p, patients=np.arange(3))
+        calibration.reliability_curve(y, p, patients=np.arange(3))
 
 
 def test_reliability_bins_of_equal_counts() -> None:
     rng = np.random.default_rng(3)
     p = rng.beta(1, 40, 200)
     y = rng.random(200) < p
-    bins = calibration.reliability(y, p, equal_counts=True)
+    bins = calibration.reliability_curve(y, p, equal_counts=True)
     assert [one.n for one in bins] == [20] * 10
     assert (bins[0].low, bins[-1].high) == (0.0, 1.0)
     order = np.argsort(p)
@@ -294,8 +295,9 @@ def test_reliability_bins_of_equal_counts() -> None:
         assert one.low <= p[rows].min() <= p[rows].max() <= one.high
     # Equal probabilities are one bin, not ten of which nine are empty.
     for value in (0.02, 0.0, 1.0):
-        assert [one.n for one in calibration.reliability(y, np.full(200, value), equal_counts=True) if one.n] == [200]
-    assert calibration.reliability(y[:0], p[:0], equal_counts=True)[0].n == 0
+        bins = calibration.reliability_curve(y, np.full(200, value), equal_counts=True)
+        assert [one.n for one in bins if one.n] == [200]
+    assert calibration.reliability_curve(y[:0], p[:0], equal_counts=True)[0].n == 0
 
 
 def overconfident(patients: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -320,7 +322,7 @@ def plain_cross_fitted(labels: np.ndarray, p: np.ndarray, patients: np.ndarray, 
             rows, others = ((labels[:, j] != -1) & (half == side) for side in (part, 1 - part))
             rule = fit(labels[others, j], p[others, j], least)
             y += labels[rows, j].tolist()
-            calibrated += (p[rows, j] if rule is None else calibration.apply(rule, p[rows, j])).tolist()
+            calibrated += (p[rows, j] if rule is None else calibration.apply_calibration(rule, p[rows, j])).tolist()
         errors.append(plain_error(y, calibrated))
     return sum(errors) / len(errors)
 

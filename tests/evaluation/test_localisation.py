@@ -11,7 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_cxr.evaluation.localisation import FindingLocalisation, measure
+from ray_cxr.evaluation.localisation import (
+    FindingLocalisation,
+    Localisation,
+    LocalisationSettings,
+    measure_localisation,
+)
 
 SIDE = 1024
 
@@ -22,11 +27,19 @@ def peak(row: int, column: int, side: int = 8) -> np.ndarray:
     return heat
 
 
+def measure(*arguments: Any, **options: Any) -> Localisation:
+    """Pass the settings among the options as `LocalisationSettings`."""
+    names = LocalisationSettings.__dataclass_fields__
+    settings = LocalisationSettings(**{name: value for name, value in options.items() if name in names})
+    rest = {name: value for name, value in options.items() if name not in names}
+    return measure_localisation(*arguments, settings=settings, **rest)
+
+
 def one(heat: np.ndarray | None, boxes: list[tuple[float, ...]], **options: Any) -> FindingLocalisation:
     """One image, one finding."""
     maps = {} if heat is None else {("a", "Mass"): heat}
-    options = {"n_resamples": 50, **options}
-    return measure(maps, ["a"] * len(boxes), ["Mass"] * len(boxes), np.array(boxes), **options).overall
+    n = len(boxes)
+    return measure(maps, ["a"] * n, ["Mass"] * n, np.array(boxes), **{"n_resamples": 50, **options}).overall
 
 
 def random_cases(n: int, seed: int) -> tuple[dict[tuple[str, str], np.ndarray], list[str], list[str], Any]:
@@ -119,7 +132,7 @@ def test_accuracy_counts_maps_that_reach_each_level() -> None:
     assert [rate.value for rate in result.overall.accuracy] == [1.0, 1.0, 0.5, 0.25]
     assert result.overall.iou.value == pytest.approx((1.0 + 0.625 + 0.3125 + 0.25) / 4)
     other = measure(maps, ids, ["Mass"] * 4, tall, n_resamples=50, iou_levels=(0.3,))
-    assert other.as_dict()["overall"]["accuracy"]["0.3"]["accuracy"] == 0.75
+    assert other.to_json()["overall"]["accuracy"]["0.3"]["accuracy"] == 0.75
 
 
 def test_flat_and_missing_maps_are_counted_and_not_dropped() -> None:
@@ -147,7 +160,7 @@ def test_flat_and_missing_maps_are_counted_and_not_dropped() -> None:
         assert (rate.value, rate.low, rate.high, bool(rate.reason)) == (None, None, None, True)
     empty = measure({}, [], [], np.empty((0, 4)))
     assert (empty.findings, empty.overall.cases, empty.overall.hit_rate_of_all, empty.notes()) == ({}, 0, None, [])
-    json.dumps(empty.as_dict())
+    json.dumps(empty.to_json())
 
 
 def test_chance_is_what_random_points_hit() -> None:
@@ -198,7 +211,7 @@ def test_results_by_finding_and_as_json() -> None:
     assert mass.hit_rate.low <= mass.hit_rate.value <= mass.hit_rate.high
     assert measure(maps, ids, findings, boxes, n_resamples=60) == result
     assert measure(maps, ids, findings, boxes, n_resamples=60, seed=1).overall.iou != result.overall.iou
-    read = json.loads(json.dumps(result.as_dict(), allow_nan=False))
+    read = json.loads(json.dumps(result.to_json(), allow_nan=False))
     entry = read["findings"]["Mass"]
     assert (read["tolerance"], read["map_share"], read["iou_levels"]) == (15.0, 0.5, [0.1, 0.25, 0.5, 0.75])
     assert (entry["hit_rate"], entry["hit_rate_low"]) == (mass.hit_rate.value, mass.hit_rate.low)

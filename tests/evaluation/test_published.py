@@ -23,7 +23,7 @@ def record(name: str) -> published.Published:
 
 
 def reasons(*arguments: object, **options: object) -> dict[str, str | None]:
-    return {one.name: reason for one, reason in published.beside(*arguments, **options)}  # type: ignore[arg-type]
+    return {one.name: reason for one, reason in published.list_published(*arguments, **options)}  # type: ignore[arg-type]
 
 
 def test_figures_are_those_of_the_notes(shared: Path) -> None:
@@ -60,9 +60,9 @@ def test_records_are_consistent() -> None:
         if one.mean is not None and one.aurocs:
             # As printed, to three digits.
             assert abs(np.mean([auroc.value for auroc in one.aurocs.values()]) - one.mean) <= 0.0005
-    plain = json.loads(json.dumps(record("CheXNeXt 2018").as_dict()))
+    plain = json.loads(json.dumps(record("CheXNeXt 2018").to_json()))
     assert plain["aurocs"]["Edema"] == {"auroc": 0.924, "auroc_low": 0.886, "auroc_high": 0.955}
-    assert record("ResNet-50, official split").as_dict()["mean_to"] == 0.815
+    assert record("ResNet-50, official split").to_json()["mean_to"] == 0.815
 
 
 def test_only_the_same_images_and_labels_are_comparable() -> None:
@@ -70,7 +70,7 @@ def test_only_the_same_images_and_labels_are_comparable() -> None:
     for given in product(splits, kinds, ("nih", "consensus"), (None, 1, WHOLE)):
         split, kind, labels, n_images = given
         same = given == ("test", "official", "nih", WHOLE)
-        pairs = published.beside(split, kind, labels, n_images=n_images)
+        pairs = published.list_published(split, kind, labels, n_images=n_images)
         assert {one.name for one, _ in pairs} == {one.name for one in published.PUBLISHED}
         assert [reason is None for _, reason in pairs] == [same and one.tested == "official" for one, _ in pairs]
         if same:

@@ -14,7 +14,14 @@ import pytest
 
 from ray_cxr.config import InputSpec
 from ray_cxr.evaluation import quality
-from ray_cxr.evaluation.quality import FLAGS, QualityModel, fit, gravest, judge, lacking
+from ray_cxr.evaluation.quality import (
+    FLAGS,
+    QualityModel,
+    explain_missing_model,
+    find_most_severe,
+    fit_quality_model,
+    judge_images,
+)
 from ray_cxr.imaging.decode import load_image
 from ray_cxr.imaging.phantom_anatomy import sample_anatomy
 from ray_cxr.imaging.phantom_findings import draw_phantom
@@ -34,7 +41,7 @@ def features(images: Images) -> np.ndarray:
 
 
 def fit_images(train: Images, held_out: Images) -> QualityModel | None:
-    return fit(train, features(train), held_out, features(held_out))
+    return fit_quality_model(train, features(train), held_out, features(held_out))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +68,7 @@ def ordinary(chests: Images) -> Images:
 
 
 def flagged(model: QualityModel, images: Images) -> list[str | None]:
-    return judge(model, images, features(images))
+    return judge_images(model, images, features(images))
 
 
 def share(flags: list[str | None], *names: str | None) -> float:
@@ -72,7 +79,7 @@ def test_ordinary_images_are_rarely_flagged(fitted: QualityModel, ordinary: Imag
     # Means of pixels follow any change of tone; the features of a model do not.
     tones = {"flatter": np.rint(64 + 0.5 * ordinary), "darker": np.rint(255 * (ordinary / 255) ** 1.25)}
     for name, changed in {**tones, "none": ordinary, "mirrored": ordinary[:, :, ::-1]}.items():
-        flags = judge(fitted, np.ascontiguousarray(changed, dtype=np.uint8), features(ordinary))
+        flags = judge_images(fitted, np.ascontiguousarray(changed, dtype=np.uint8), features(ordinary))
         assert share(flags, None) >= 0.94, name
 
 
@@ -86,7 +93,7 @@ def test_other_images_are_not_frontal_chests(fitted: QualityModel, ordinary: Ima
         "blank": np.full_like(ordinary, 77),
     }.items():
         # By the pixels alone: the features are those of ordinary images.
-        flags = judge(fitted, np.ascontiguousarray(changed, dtype=np.uint8), features(ordinary))
+        flags = judge_images(fitted, np.ascontiguousarray(changed, dtype=np.uint8), features(ordinary))
         assert share(flags, None) <= 0.02, name
         assert share(flags, "not_frontal_chest") >= 0.9, name
 
@@ -94,10 +101,10 @@ def test_other_images_are_not_frontal_chests(fitted: QualityModel, ordinary: Ima
 def test_negatives_and_odd_features_are_flagged(fitted: QualityModel, chests: Images, ordinary: Images) -> None:
     assert share(flagged(fitted, 255 - ordinary), "inverted") >= 0.98
     usual = features(ordinary)
-    assert share(judge(fitted, ordinary, usual + 100 * usual.std(axis=0)), "out_of_distribution") >= 0.94
+    assert share(judge_images(fitted, ordinary, usual + 100 * usual.std(axis=0)), "out_of_distribution") >= 0.94
     broken = usual[:3].copy()
     broken[0, 4], broken[1, 0] = np.nan, -np.inf
-    assert judge(fitted, ordinary[:3], broken) == ["out_of_distribution", "out_of_distribution", None]
+    assert judge_images(fitted, ordinary[:3], broken) == ["out_of_distribution", "out_of_distribution", None]
     # A few negatives among the training images do no harm.
     train, held_out, _ = np.split(chests.copy(), [TRAINING, TRAINING + HELD_OUT])
     for some in (train[:2], held_out[:1]):
@@ -124,12 +131,12 @@ def test_flags_by_hand() -> None:
     assert quality._flags(np.array(list(distances)), 2.0, 3.0) == list(distances.values())
 
 
-def test_gravest() -> None:
-    assert gravest([]) is gravest([None, None]) is None
-    assert [gravest([flag, FLAGS[-1]]) for flag in FLAGS] == list(FLAGS)
-    assert gravest(["age_outside_training", None, "out_of_distribution"]) == "out_of_distribution"
+def test_most_severe_flag() -> None:
+    assert find_most_severe([]) is find_most_severe([None, None]) is None
+    assert [find_most_severe([flag, FLAGS[-1]]) for flag in FLAGS] == list(FLAGS)
+    assert find_most_severe(["age_outside_training", None, "out_of_distribution"]) == "out_of_distribution"
     with pytest.raises(ValueError, match="upside_down"):
-        gravest(["upside_down"])
+        find_most_severe(["upside_down"])
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +179,7 @@ def test_asymmetry_is_undefined_where_it_is_the_greater_part(
     odd = np.tile(np.repeat([1.0, -1.0], 8), 16)[None]
     even = np.tile(np.repeat([1.0, -1.0, 1.0], [4, 8, 4]), 16)[None]
     for weight, finite in ((0.9, True), (1.1, False)):
-        mixed = quality._standardised(even + weight * odd, 0.5)
+        mixed = quality._standardise(even + weight * odd, 0.5)
         got = quality._distances(*spaces, mixed, np.zeros((1, 5)))[0]
         assert np.isfinite(got).tolist() == [True, True, finite, True]
         if finite:
@@ -201,13 +208,14 @@ def test_fitting_needs_enough_images(chests: Images, monkeypatch: pytest.MonkeyP
         images, others = chests[:train], chests[90 : 90 + held_out]
         model = fit_images(images, others)
         assert (None if model is None else (model.training, model.held_out)) == counts
-        assert (lacking(images, features(images), others, features(others)) is None) == (counts is not None)
+        reason = explain_missing_model(images, features(images), others, features(others))
+        assert (reason is None) == (counts is not None)
     blank = chests[:90].copy()
     blank[7] = 40  # does not count
-    assert "29" in lacking(blank, features(blank), blank[:0], features(blank[:0]))
+    assert "29" in explain_missing_model(blank, features(blank), blank[:0], features(blank[:0]))
     constant = (chests[:90], np.ones((90, 5), np.float32), chests[:0], np.ones((0, 5), np.float32))
-    assert fit(*constant) is None
-    assert "features" in lacking(*constant)
+    assert fit_quality_model(*constant) is None
+    assert "features" in explain_missing_model(*constant)
     monkeypatch.setattr(quality, "MAX_TRAINING", 70)
     assert fit_images(chests[:100], chests[100:140]).training == 70
 
@@ -216,20 +224,20 @@ def test_bad_input_is_refused(fitted: QualityModel, chests: Images) -> None:
     images, vectors = np.zeros((3, 32, 32), np.uint8), np.zeros((3, 24), np.float32)
     for wrong in (images.astype(np.float32), np.zeros((3, 32, 40), np.uint8), images[:, :15, :15], images[0]):
         with pytest.raises(ValueError, match="images"):
-            judge(fitted, wrong, vectors)
+            judge_images(fitted, wrong, vectors)
     for wrong in (vectors[:2], vectors.astype(np.int64), np.zeros((3, 25), np.float32), vectors[0]):
         with pytest.raises(ValueError, match="features"):
-            judge(fitted, images, wrong)
+            judge_images(fitted, images, wrong)
     # The smallest and the empty batch are judged.
-    assert judge(fitted, images[:1, :16, :16], features(chests[:1])) == ["not_frontal_chest"]
-    assert judge(fitted, images[:0], vectors[:0]) == []
+    assert judge_images(fitted, images[:1, :16, :16], features(chests[:1])) == ["not_frontal_chest"]
+    assert judge_images(fitted, images[:0], vectors[:0]) == []
     x, f = chests[:90], features(chests[:90])
     with pytest.raises(ValueError, match="differ"):
-        fit(x, f, x, f[:, :3])
+        fit_quality_model(x, f, x, f[:, :3])
     with pytest.raises(ValueError, match="images"):
-        fit(x.astype(np.float32), f, x, f)
+        fit_quality_model(x.astype(np.float32), f, x, f)
     with pytest.raises(ValueError, match="not finite"):
-        fit(x, np.where(np.arange(24) == 4, np.inf, f), x, f)
+        fit_quality_model(x, np.where(np.arange(24) == 4, np.inf, f), x, f)
 
 
 def test_fitting_again_and_storing_give_the_same_model(chests: Images, fitted: QualityModel, ordinary: Images) -> None:
@@ -286,10 +294,10 @@ def test_real_images(shared: Path) -> None:
     model = fit_images(images[training], images[rest[::2]])
     usual = flagged(model, x)
     assert len(x) - usual.count(None) <= 4
-    assert judge(model, np.ascontiguousarray(x[:, :, ::-1]), features(x)).count(None) >= len(x) - 4
+    assert judge_images(model, np.ascontiguousarray(x[:, :, ::-1]), features(x)).count(None) >= len(x) - 4
     assert share(flagged(model, 255 - x), "inverted") >= 0.95
     turned = np.ascontiguousarray(np.rot90(x, axes=(1, 2)))
-    assert share(judge(model, turned, features(x)), None) <= 0.2
+    assert share(judge_images(model, turned, features(x)), None) <= 0.2
     # One file, stored with its two tags: MONOCHROME1 read as if it were MONOCHROME2 is the commonest inversion.
     film = load_image(str(shared / "dicom" / "cr_chest_monochrome2_jpeg.dcm"), InputSpec(size=SIZE))[None]
     assert sorted(map(str, flagged(model, np.concatenate([film, 255 - film])))) == ["None", "inverted"]

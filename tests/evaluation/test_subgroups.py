@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_cxr.evaluation import intervals, metrics, subgroups
+from ray_cxr.evaluation import bootstrap, groups, metrics, subgroups
 
 NAMES = ("A", "B")
 ATTRIBUTES = ("sex", "age_band", "view", "follow_up")
@@ -45,17 +45,18 @@ def crowd(patients: int, each: int, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def groups_of(c: dict[str, np.ndarray], **more: bool) -> list[subgroups.Group]:
-    return subgroups.groups(c["sex"], c["age"], c["view"], c["follow_up"], **more)
+def groups_of(c: dict[str, np.ndarray], **more: bool) -> list[groups.Group]:
+    return groups.build_groups(c["sex"], c["age"], c["view"], c["follow_up"], **more)
 
 
-def measured(c: dict, found: list[subgroups.Group] | None = None, **more: object) -> subgroups.Subgroups:
-    given: dict = {"n_resamples": 60, "n_resamples_crossings": 50, **more}
+def measured(c: dict, found: list[groups.Group] | None = None, **more: object) -> subgroups.Subgroups:
     found = groups_of(c) if found is None else found
-    return subgroups.measure(found, c["labels"], c["scores"], c["flags"], c["patients"], NAMES, **given)
+    macro = more.pop("macro", None)
+    images = subgroups.LabelledScores(c["labels"], c["scores"], c["flags"], c["patients"], NAMES, macro)
+    return subgroups.measure_groups(found, images, **{"n_resamples": 60, "n_resamples_crossings": 50, **more})
 
 
-def of(found: subgroups.Subgroups, attribute: str, value: str) -> subgroups.Measured:
+def of(found: subgroups.Subgroups, attribute: str, value: str) -> subgroups.GroupResult:
     return next(one for one in found.groups if (one.attribute, one.value) == (attribute, value))
 
 
@@ -67,7 +68,7 @@ def difference(found: subgroups.Subgroups, finding: str | None, quantity: str) -
 @settings(max_examples=40)
 @given(st.lists(PERSON, min_size=1, max_size=20))
 def test_every_image_is_in_one_group_of_each_attribute(rows: list[tuple]) -> None:
-    found = subgroups.groups(*columns(rows))
+    found = groups.build_groups(*columns(rows))
     for attribute in ATTRIBUTES:
         masks = [group.mask for group in found if group.attribute == attribute]
         assert (np.sum(masks, axis=0) == 1).all()
@@ -76,12 +77,12 @@ def test_every_image_is_in_one_group_of_each_attribute(rows: list[tuple]) -> Non
     assert len(mask) == len(found)
     for group in found:
         if group.crossing:
-            one, other = group.attribute.split(subgroups.AND)
-            a, b = group.value.split(subgroups.AND)
+            one, other = group.attribute.split(groups.AND)
+            a, b = group.value.split(groups.AND)
             assert (group.mask == (mask[one, a] & mask[other, b])).all()
-            assert subgroups.UNKNOWN not in (a, b)
+            assert groups.UNKNOWN not in (a, b)
     # A description counts the same groups.
-    counts = subgroups.describe(*columns(rows), np.arange(len(rows)) // 2)
+    counts = groups.describe_population(*columns(rows), np.arange(len(rows)) // 2)
     assert (counts["images"], counts["patients"]) == (len(rows), (len(rows) + 1) // 2)
     for group in found:
         assert group.crossing or counts[group.attribute][group.value] == group.mask.sum()
@@ -94,13 +95,13 @@ def test_age_bands_and_other_values() -> None:
     ages = [0, 17.9, 18, 39.99, 40, 59, 60, 79.5, 80, 104, None, float("nan"), -1, pd.NA]
     bands = ["0-17"] * 2 + ["18-39"] * 2 + ["40-59"] * 2 + ["60-79"] * 2 + ["80+"] * 2 + ["unknown"] * 4
     for age, band in zip(ages, bands, strict=True):
-        found = subgroups.groups(*columns([("F", age, "PA", 0)]), crossings=False)
+        found = groups.build_groups(*columns([("F", age, "PA", 0)]), crossings=False)
         assert [(group.attribute, group.value) for group in found] == list(
             zip(ATTRIBUTES, ("F", band, "PA", "first image"), strict=True)
         )
     # Values stand in order, and unknown last.
     rows = [("M", 90.0, "PA", 3), (None, None, None, None), ("F", 2.0, "AP", 0), ("M", 30.0, " ", -1)]
-    found = subgroups.groups(*columns(rows), crossings=False)
+    found = groups.build_groups(*columns(rows), crossings=False)
     values = {name: [group.value for group in found if group.attribute == name] for name in ATTRIBUTES}
     assert values["age_band"] == ["0-17", "18-39", "80+", "unknown"]
     assert values["view"] == ["AP", "PA", "unknown"]
@@ -109,7 +110,7 @@ def test_age_bands_and_other_values() -> None:
     crossed = {group.attribute for group in groups_of(crowd(5, 2)) if group.crossing}
     assert crossed == {"sex & view", "sex & follow_up", "view & follow_up"}
     with pytest.raises(ValueError, match="images"):
-        subgroups.groups(*columns(rows)[:3], np.zeros(3))
+        groups.build_groups(*columns(rows)[:3], np.zeros(3))
 
 
 def test_a_group_is_measured_as_if_it_were_alone() -> None:
@@ -138,9 +139,9 @@ def test_a_group_is_measured_as_if_it_were_alone() -> None:
 
 def test_all_images_as_a_group_have_the_intervals_of_all_images() -> None:
     c, options = crowd(60, 3), {"n_resamples": 100, "seed": 5}
-    whole = measured(c, [subgroups.Group("all", "all", np.ones(180, dtype=bool))], **options).groups[0]
+    whole = measured(c, [groups.Group("all", "all", np.ones(180, dtype=bool))], **options).groups[0]
     table = (c["labels"], c["scores"], c["patients"])
-    plain = intervals.bootstrap_findings(*table, flags=c["flags"], roc_grid=0, **options)
+    plain = bootstrap.bootstrap_findings(*table, bootstrap.DerivedOutputs(c["flags"]), roc_grid=0, **options)
     for cell, finding in zip(whole.cells, plain.findings, strict=True):
         for name in ("auroc", "sensitivity", "specificity"):
             got = (getattr(cell, f"{name}_low"), getattr(cell, f"{name}_high"))
@@ -154,7 +155,7 @@ def test_small_cells_are_marked_and_kept() -> None:
         # Every patient has a positive and a negative image of each finding.
         c["labels"][:] = np.tile([[1], [0], [1]], (80, 2))
         mask = c["patients"] < few
-        parts = [subgroups.Group("few", "few", mask), subgroups.Group("few", "rest", ~mask)]
+        parts = [groups.Group("few", "few", mask), groups.Group("few", "rest", ~mask)]
         found = measured(c, parts)
         assert [group.small for group in found.groups] == [small, False]
         assert all(cell.small == small and cell.auroc is not None for cell in found.groups[0].cells)
@@ -202,7 +203,7 @@ def test_differences_share_their_resamples() -> None:
     for name in ("labels", "scores", "flags"):
         c[name][1::2] = c[name][::2]
     first = np.arange(120) % 2 == 0
-    found = measured(c, [subgroups.Group("copy", "one", first), subgroups.Group("copy", "two", ~first)])
+    found = measured(c, [groups.Group("copy", "one", first), groups.Group("copy", "two", ~first)])
     assert found.groups[0].own.auroc.low < found.groups[0].own.auroc.high
     assert len(found.differences) == 6
     for one in found.differences:
@@ -236,9 +237,9 @@ def test_memory_does_not_change_numbers_and_results_are_json(monkeypatch: pytest
     c = crowd(50, 3)
     whole = measured(c)
     monkeypatch.setattr(subgroups, "_CELLS", 1)
-    monkeypatch.setattr(subgroups, "_RATES_AT_A_TIME", 7)
+    monkeypatch.setattr(bootstrap, "_CELLS", 7 * 150)
     assert measured(c) == whole
-    plain = whole.as_dict()
+    plain = whole.to_json()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     row = next(one for one in plain["groups"] if one["value"] == "F")
     assert set(row["findings"]) == set(NAMES)
@@ -252,6 +253,6 @@ def test_bad_input_is_refused() -> None:
         with pytest.raises(ValueError, match="do not fit"):
             measured({**c, name: c[name][1:]}, found)
     with pytest.raises(ValueError, match="mask"):
-        measured(c, [subgroups.Group("sex", "F", np.ones(3, bool)), *found[1:]])
+        measured(c, [groups.Group("sex", "F", np.ones(3, bool)), *found[1:]])
     with pytest.raises(ValueError, match="at least 1"):
         measured(c, found, n_resamples=0)

@@ -162,7 +162,7 @@ def test_provenance_compares_the_rules_before_and_after(finished: Recalibrated) 
         "flag_rate_before": pytest.approx((p >= 0.5).mean()),
         "flag_rate": pytest.approx((p >= threshold).mean()),
         "brier_before": pytest.approx(brier_score_loss(y, before), abs=1e-6),
-        "brier": pytest.approx(brier_score_loss(y, calibration.apply(fitted, p)), abs=1e-6),
+        "brier": pytest.approx(brier_score_loss(y, calibration.apply_calibration(fitted, p)), abs=1e-6),
     }
     assert rows[CALIBRATED]["brier"] < rows[CALIBRATED]["brier_before"]
     assert (rows[COMMON]["n"], rows[COMMON]["brier_before"]) == (N * 4 // 5, None)
@@ -206,7 +206,7 @@ def test_weights_stay_and_predict_uses_the_new_rules(finished: Recalibrated) -> 
     np.testing.assert_allclose(first[columns], second[columns], rtol=0, atol=1e-6)
     assert set(second["model_digest"]) == {new.digest}
     p = second[f"p_{CALIBRATED}"].to_numpy(dtype=np.float32)
-    expected = calibration.apply(new.rules.calibrations[CALIBRATED], p)
+    expected = calibration.apply_calibration(new.rules.calibrations[CALIBRATED], p)
     np.testing.assert_allclose(second[f"c_{CALIBRATED}"].to_numpy(dtype=float), expected, rtol=1e-5)
     assert (second[f"flag_{CALIBRATED}"] == (p >= new.rules.thresholds[CALIBRATED])).all()
     assert second[[f"{kind}_{name}" for kind in ("c", "flag") for name in (RARE, UNLABELLED)]].isna().all(axis=None)

@@ -1,0 +1,394 @@
+"""Compare the backbones of a hyper-parameter search, and judge whether the best two differ by more than noise.
+
+Two yardsticks measure different noise. The paired patient bootstrap shows whether two trained models would change
+ranks on other patients. The permutation test shows whether trials differ more between two backbones than within one.
+Neither covers what was not repeated, such as another seed or other settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+
+from ray_cxr.evaluation.paired import PairedAuroc
+
+State = Literal["finished", "stopped", "failed", "running"]
+Answer = Literal["yes", "no", "disagree", "undecided"]
+
+#: p below this level counts as more than noise, as does a 95% interval without 0.
+LEVEL = 0.05
+#: With fewer values, quartiles equal the extremes.
+_MIN_QUARTILES = 3
+#: Values permuted at once, to bound memory.
+_CELLS = 1 << 20
+
+
+@dataclass(frozen=True)
+class PermutationTest:
+    """Comparison of two small groups by their medians.
+
+    Attributes:
+        difference: median of the first minus that of the second, or None.
+        p: two-sided, or None.
+        smallest: smallest p that these values allow in any arrangement, or None.
+        arrangements: number of arrangements evaluated.
+        exact: whether those are all possible arrangements.
+        reason: why the other values are None; None otherwise.
+    """
+
+    difference: float | None
+    p: float | None
+    smallest: float | None
+    arrangements: int
+    exact: bool
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class TrialCurve:
+    """Learning curve of one trial.
+
+    Attributes:
+        number: number in the search, from 0.
+        backbone: name of its backbone.
+        state: how it ended, or "running".
+        curve: (epoch, validation AUROC) per trained epoch, None if undefined.
+    """
+
+    number: int
+    backbone: str
+    state: State
+    curve: tuple[tuple[int, float | None], ...]
+
+
+@dataclass(frozen=True)
+class BackboneResult:
+    """Validation macro AUROC that one backbone reached.
+
+    A failed trial's epochs count as spent; its AUROC does not count, because it left no model.
+
+    Attributes:
+        backbone: its name.
+        trials, finished, stopped, failed, running: numbers of trials.
+        epochs: total over its trials.
+        best, best_trial: highest AUROC and the number of its trial, or None.
+        best_at_budget: highest AUROC within the first `Comparison.budget` epochs, trials in order, or None.
+        median, lower, upper: median and quartiles of `values`; None with too few values.
+        values: highest AUROC in the first `Comparison.grace` epochs of each trial that has as many, trials in order.
+        numbers: trials of `values`.
+    """
+
+    backbone: str
+    trials: int
+    finished: int
+    stopped: int
+    failed: int
+    running: int
+    epochs: int
+    best: float | None
+    best_trial: int | None
+    best_at_budget: float | None
+    median: float | None
+    lower: float | None
+    upper: float | None
+    values: tuple[float, ...]
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Backbones side by side.
+
+    Attributes:
+        backbones: best first; those without an AUROC last.
+        grace: epochs per trial that `BackboneResult.values` compares.
+        budget: epochs per backbone that `BackboneResult.best_at_budget` compares; 0 without any epoch.
+        test: permutation test of the `values` of the best two; None if fewer than two have an AUROC.
+    """
+
+    backbones: tuple[BackboneResult, ...]
+    grace: int
+    budget: int
+    test: PermutationTest | None
+
+    @property
+    def pair(self) -> tuple[BackboneResult, BackboneResult] | None:
+        """The best two backbones; None if fewer than two have an AUROC."""
+        return (self.backbones[0], self.backbones[1]) if self.test is not None else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the best two backbones differ by more than noise.
+
+    Attributes:
+        answer: "yes" or "no" if both yardsticks agree, "disagree" if not, "undecided" if one is missing.
+        headline: the answer in one sentence.
+        details: one sentence per yardstick with its numbers; empty without two backbones.
+        noise: which noise the yardsticks cover, and which not; empty without two backbones.
+    """
+
+    answer: Answer
+    headline: str
+    details: str
+    noise: str
+
+
+def permutation_test(x: Sequence[float], y: Sequence[float], n: int = 10_000, seed: int = 0) -> PermutationTest:
+    """Test the difference of two groups' medians, two-sided, by permuting values between the groups.
+
+    If there are at most `n` arrangements, all are evaluated. Otherwise `n` random ones are drawn, and the observed one
+    is added.
+
+    Args:
+        x, y: finite values of each group.
+        n: maximum number of arrangements.
+        seed: seed of the draw.
+
+    Raises:
+        ValueError: a value is not finite, or n < 1.
+    """
+    values = np.array([*x, *y], dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("values must be finite; leave trials without a value out")
+    if n < 1:
+        raise ValueError(f"n is {n}; it must be at least 1")
+    size = len(x)
+    if size < 2 or len(y) < 2:
+        return PermutationTest(None, None, None, 0, False, f"groups of {size} and {len(y)} values; each needs two")
+    observed = float(np.median(values[:size]) - np.median(values[size:]))
+    exact = math.comb(len(values), size) <= n
+    if exact:
+        gaps = _median_gaps(values, np.array(list(combinations(range(len(values)), size))))
+    else:
+        rng = np.random.default_rng(seed)
+        step = max(1, _CELLS // len(values))
+        sizes = [min(step, n - start) for start in range(0, n, step)]
+        # The positions of the smallest random numbers are a draw without replacement.
+        draws = (np.argpartition(rng.random((rows, len(values))), size, axis=1)[:, :size] for rows in sizes)
+        gaps = np.concatenate([_median_gaps(values, members) for members in draws])
+    added = 0 if exact else 1
+    rounding = 1e-12 * max(1.0, float(np.abs(values).max()))
+    return PermutationTest(
+        difference=observed,
+        p=(int((gaps >= abs(observed) - rounding).sum()) + added) / (len(gaps) + added),
+        smallest=(int((gaps >= gaps.max() - rounding).sum()) + added) / (len(gaps) + added),
+        arrangements=len(gaps),
+        exact=exact,
+    )
+
+
+def compare_backbones(trials: Sequence[TrialCurve], grace: int, n: int = 10_000, seed: int = 0) -> Comparison:
+    """Compare backbones by their best epoch, at equal cost, and per trial at equal length.
+
+    The best of many trials exceeds the best of few, and ten epochs exceed three. So the result also holds the best
+    within as many epochs as the least trained backbone had, and each trial's best within `grace` epochs.
+
+    Args:
+        trials: all trials, in any order.
+        grace: epochs that every trial has unless it failed.
+        n, seed: see `permutation_test`, which compares the best two backbones.
+
+    Raises:
+        ValueError: grace < 1.
+    """
+    if grace < 1:
+        raise ValueError(f"grace is {grace}; it must be at least 1")
+    groups: dict[str, list[TrialCurve]] = {}
+    for trial in sorted(trials, key=lambda trial: trial.number):
+        groups.setdefault(trial.backbone, []).append(trial)
+    # A backbone without epochs has no result, and must not reduce the others' budget to 0.
+    spent = [total for group in groups.values() if (total := sum(len(trial.curve) for trial in group))]
+    budget = min(spent, default=0)
+    results = [_summarize(name, group, grace, budget) for name, group in groups.items()]
+    results.sort(key=lambda result: (result.best is None, -(result.best or 0.0), result.backbone))
+    test = None
+    if len(results) > 1 and results[1].best is not None:
+        test = permutation_test(results[0].values, results[1].values, n, seed)
+    return Comparison(tuple(results), grace, budget, test)
+
+
+def judge_backbones(compared: Comparison, paired: PairedAuroc | None, trials: tuple[int, int] | None = None) -> Verdict:
+    """Decide whether the best two backbones differ by more than noise.
+
+    Args:
+        compared: comparison of all trials.
+        paired: best trial of the best backbone against that of the second, on the validation images; None if not
+            computed.
+        trials: numbers of those two trials, if they are not the `best_trial` of the two.
+    """
+    if compared.pair is None:
+        named = [result.backbone for result in compared.backbones if result.best is not None]
+        why = f"only one backbone, {named[0]}, has a validation AUROC" if named else "no trial has a validation AUROC"
+        return Verdict("undecided", f"No verdict on backbones: {why}.", "", "")
+    assert compared.test is not None
+    first, second = compared.pair
+    by_patients, patients_text = _judge_by_patients(first, second, paired, trials)
+    by_trials, trials_text = _judge_by_trials(first, second, compared.test, compared.grace)
+    names = f"{first.backbone} and {second.backbone}"
+    answer: Answer
+    if by_patients is None or by_trials is None:
+        answer = "undecided"
+        signs = {"patients": by_patients, "trials": by_trials}
+        missing = " and between ".join(name for name, sign in signs.items() if sign is None)
+        headline = f"No verdict on {names}: too little data to estimate the noise between {missing}."
+    elif by_patients != by_trials:
+        answer = "disagree"
+        headline = f"Neither of {names} is shown to be better: the tests over patients and over trials disagree."
+    elif by_patients == 0:
+        answer = "no"
+        headline = f"{names} are not shown to differ by more than noise, neither between patients nor between trials."
+    else:
+        answer = "yes"
+        better, other = (first, second) if by_patients > 0 else (second, first)
+        headline = (
+            f"{better.backbone} is better than {other.backbone} by more than noise, both between patients and between "
+            "trials."
+        )
+    return Verdict(answer, headline, f"{patients_text} {trials_text}", _explain_noise(first, second, compared))
+
+
+def comparison_record(
+    compared: Comparison, paired: PairedAuroc | None, trials: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Return comparison and verdict as a JSON object.
+
+    Args:
+        compared, paired, trials: see `judge_backbones`.
+
+    Returns:
+        grace, budget, backbones (list of `BackboneResult`), pair (names and trial numbers of the best two, or None),
+        patients (`PairedAuroc` or None), trials (`PermutationTest` or None), verdict (`Verdict`).
+    """
+    pair = None
+    if compared.pair is not None:
+        first, second = compared.pair
+        numbers = trials or (first.best_trial, second.best_trial)
+        pair = {"a": first.backbone, "b": second.backbone, "trial_a": numbers[0], "trial_b": numbers[1]}
+    return {
+        "grace": compared.grace,
+        "budget": compared.budget,
+        "backbones": [_to_json(result) for result in compared.backbones],
+        "pair": pair,
+        "patients": None if paired is None else _to_json(paired),
+        "trials": None if compared.test is None else _to_json(compared.test),
+        "verdict": _to_json(judge_backbones(compared, paired, trials)),
+    }
+
+
+def _median_gaps(values: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Return the distance of the medians when values[members[b]] form one group, float64 [b]."""
+    outside = np.ones((len(members), len(values)), dtype=bool)
+    np.put_along_axis(outside, members, False, axis=1)
+    rest = np.broadcast_to(values, outside.shape)[outside].reshape(len(members), -1)
+    return np.asarray(np.abs(np.median(values[members], axis=1) - np.median(rest, axis=1)))
+
+
+def _summarize(name: str, trials: Sequence[TrialCurve], grace: int, budget: int) -> BackboneResult:
+    """Summarise one backbone's trials, which are in order of their numbers."""
+    states = [trial.state for trial in trials]
+    best: tuple[float, int] | None = None
+    left, at_budget = budget, None
+    values: dict[int, float] = {}
+    for trial in trials:
+        curve = sorted(trial.curve, key=lambda point: point[0])
+        affordable, left = curve[:left], max(0, left - len(curve))
+        if trial.state == "failed":
+            continue
+        if (top := _highest(curve)) is not None and (best is None or top > best[0]):
+            best = top, trial.number
+        if (top := _highest(affordable)) is not None and (at_budget is None or top > at_budget):
+            at_budget = top
+        if len(curve) >= grace and (top := _highest(curve[:grace])) is not None:
+            values[trial.number] = top
+    q1, median, q3 = np.percentile([*values.values()], [25, 50, 75]).tolist() if values else [None] * 3
+    few = len(values) < _MIN_QUARTILES
+    return BackboneResult(
+        backbone=name,
+        trials=len(trials),
+        finished=states.count("finished"),
+        stopped=states.count("stopped"),
+        failed=states.count("failed"),
+        running=states.count("running"),
+        epochs=sum(len(trial.curve) for trial in trials),
+        best=None if best is None else best[0],
+        best_trial=None if best is None else best[1],
+        best_at_budget=at_budget,
+        median=median,
+        lower=None if few else q1,
+        upper=None if few else q3,
+        values=tuple(values.values()),
+        numbers=tuple(values),
+    )
+
+
+def _highest(curve: Sequence[tuple[int, float | None]]) -> float | None:
+    values = [float(value) for _, value in curve if value is not None and math.isfinite(value)]
+    return max(values, default=None)
+
+
+def _judge_by_patients(
+    first: BackboneResult, second: BackboneResult, paired: PairedAuroc | None, trials: tuple[int, int] | None
+) -> tuple[int | None, str]:
+    """Return the better one (1 first, -1 second, 0 neither, None unknown), and a sentence for `Verdict.details`."""
+    one, other = trials or (first.best_trial, second.best_trial)
+    pair = f"trial {one} ({first.backbone}) against trial {other} ({second.backbone})"
+    if paired is None:
+        return None, f"Patients: {pair} was not compared."
+    if paired.difference is None or paired.low is None or paired.high is None:
+        return None, f"Patients: {pair} cannot be compared: {paired.reason}."
+    sign = 1 if paired.low > 0 else -1 if paired.high < 0 else 0
+    return sign, (
+        f"Patients: {pair} is {_format_signed(paired.difference)} macro AUROC on the same validation images (95% "
+        f"interval {_format_signed(paired.low)} to {_format_signed(paired.high)}, {_format_p(paired.p)}); other "
+        f"patients {'could hardly' if sign else 'could'} reverse the order."
+    )
+
+
+def _judge_by_trials(
+    first: BackboneResult, second: BackboneResult, test: PermutationTest, grace: int
+) -> tuple[int | None, str]:
+    """Return the better one and a sentence, as `_judge_by_patients`, from the spread between trials."""
+    length = f"the first {f'{grace} epochs' if grace != 1 else 'epoch'} of each"
+    if test.p is None or test.difference is None or test.smallest is None:
+        return None, f"Trials: medians over {length} cannot be compared: {test.reason}."
+    each = [f"{one.median:.3f} ({one.backbone}, {len(one.values)} trials)" for one in (first, second)]
+    medians = f"Trials: the median over {length} is {each[0]} and {each[1]}"
+    if test.smallest >= LEVEL:
+        return None, f"{medians}; the trials are too few or too much alike: p cannot fall below {test.smallest:.3f}."
+    sign = 0 if test.p >= LEVEL else 1 if test.difference > 0 else -1
+    return sign, (
+        f"{medians}: they differ {'more than' if sign else 'no more than'} trials of one backbone differ among "
+        f"themselves (permutation {_format_p(test.p)})."
+    )
+
+
+def _explain_noise(first: BackboneResult, second: BackboneResult, compared: Comparison) -> str:
+    backbones = sum(result.best is not None for result in compared.backbones)
+    selected = f" The two backbones were selected as the best of {backbones}, partly by luck." if backbones > 2 else ""
+    return (
+        "Sources of noise: the interval covers validation patients only, for two fixed models. It does not cover that "
+        f"they are the best of {first.trials} and of {second.trials} trials, selected on these same images, nor other "
+        "seeds: every trial was trained with one. The spread between trials mixes settings and luck. Trials are not "
+        "independent, because a search samples later trials near earlier good ones. An early lead (epochs: "
+        f"{compared.grace}) may not last, and a small number of trials proves little either way.{selected}"
+    )
+
+
+def _format_signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _format_p(value: float | None) -> str:
+    if value is None:
+        return "p unknown"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def _to_json(result: BackboneResult | PairedAuroc | PermutationTest | Verdict) -> dict[str, Any]:
+    return {key: list(item) if isinstance(item, tuple) else item for key, item in asdict(result).items()}

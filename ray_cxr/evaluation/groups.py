@@ -1,0 +1,147 @@
+"""Groups of images by sex, age, view and follow-up, and by pairs of these attributes.
+
+sex        F, M, unknown
+age_band   0-17, 18-39, 40-59, 60-79, 80+ (completed years), unknown
+view       PA, AP and any other view in the table, unknown
+follow_up  first image (number 0), later image (above 0), unknown
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from typing import Any
+
+import numpy as np
+
+from ray_cxr.evaluation.intervals import patient_codes
+
+UNKNOWN = "unknown"
+#: Lower limits of the age bands in years, and their names.
+AGE_LIMITS = (0, 18, 40, 60, 80)
+AGE_BANDS = (*(f"{low}-{high - 1}" for low, high in pairwise(AGE_LIMITS)), f"{AGE_LIMITS[-1]}+")
+FIRST, LATER = "first image", "later image"
+#: Joins the attributes of a crossing, and their values.
+AND = " & "
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Images that share an attribute's value.
+
+    Attributes:
+        attribute: such as `sex`, or `sex & view` for a crossing.
+        value: such as `F`, or `F & PA`.
+        mask: bool [n].
+        crossing: whether two attributes are combined.
+    """
+
+    attribute: str
+    value: str
+    mask: np.ndarray
+    crossing: bool = False
+
+    @property
+    def known(self) -> bool:
+        """Whether the attribute is recorded for these images."""
+        return self.value != UNKNOWN
+
+
+def build_groups(
+    sex: np.ndarray, age: np.ndarray, view: np.ndarray, follow_up: np.ndarray, *, crossings: bool = True
+) -> list[Group]:
+    """Return the groups that images fall into; none is empty.
+
+    Args:
+        sex, view: objects [n], text; anything else counts as unknown.
+        age: floats [n], years; NaN, None and negative values count as unknown.
+        follow_up: numbers [n], 0 for a patient's first image; NaN, None and negative values count as unknown.
+        crossings: add the pairs of attributes, for images with both known. An attribute with a single known value is
+            not crossed, because that would repeat existing groups.
+
+    Returns:
+        Groups attribute by attribute, `unknown` last, then the crossings.
+
+    Raises:
+        ValueError: lengths differ.
+    """
+    values = {
+        "sex": _clean_text(sex),
+        "age_band": _age_bands(_to_floats(age)),
+        "view": _clean_text(view),
+        "follow_up": _first_or_later(_to_floats(follow_up)),
+    }
+    if len({len(column) for column in values.values()}) != 1:
+        raise ValueError(f"columns are of {', '.join(str(len(column)) for column in values.values())} images")
+    single = [
+        [Group(attribute, value, column == value) for value in _sorted_values(attribute, column)]
+        for attribute, column in values.items()
+    ]
+    groups = [group for part in single for group in part]
+    known = [part for part in ([group for group in part if group.known] for part in single) if len(part) > 1]
+    if crossings:
+        groups += [group for one, other in combinations(known, 2) for group in _cross(one, other)]
+    return groups
+
+
+def describe_population(
+    sex: np.ndarray, age: np.ndarray, view: np.ndarray, follow_up: np.ndarray, patients: np.ndarray
+) -> dict[str, Any]:
+    """Count images per group as plain numbers, for a model card.
+
+    Args:
+        sex, age, view, follow_up: see `build_groups`.
+        patients: ids [n]; see `intervals.patient_codes`.
+
+    Returns:
+        images and patients; per attribute the number of images with each value; and under `age` median, q1 and q3 in
+        years over images, None if no age is known.
+    """
+    years = _to_floats(age)
+    years = years[years >= 0]  # drops NaN too
+    quartiles = np.quantile(years, [0.25, 0.5, 0.75]).tolist() if years.size else [None] * 3
+    counts: dict[str, Any] = {"images": len(patients), "patients": patient_codes(patients)[1]}
+    for group in build_groups(sex, age, view, follow_up, crossings=False):
+        counts.setdefault(group.attribute, {})[group.value] = int(group.mask.sum())
+    counts["age"] = dict(zip(("q1", "median", "q3"), quartiles, strict=True))
+    return counts
+
+
+def _cross(one: Sequence[Group], other: Sequence[Group]) -> Iterator[Group]:
+    for a in one:
+        for b in other:
+            mask = a.mask & b.mask
+            if mask.any():
+                yield Group(f"{a.attribute}{AND}{b.attribute}", f"{a.value}{AND}{b.value}", mask, crossing=True)
+
+
+def _sorted_values(attribute: str, column: np.ndarray) -> list[str]:
+    """Return the values present: age bands ascending, first before later, others sorted; `unknown` last."""
+    present = set(column.tolist())
+    known = {"age_band": AGE_BANDS, "follow_up": (FIRST, LATER)}.get(attribute, sorted(present - {UNKNOWN}))
+    return [value for value in (*known, UNKNOWN) if value in present]
+
+
+def _clean_text(values: np.ndarray) -> np.ndarray:
+    found = [value.strip() if isinstance(value, str) and value.strip() else UNKNOWN for value in values]
+    return np.array(found, dtype=object)
+
+
+def _to_floats(values: np.ndarray) -> np.ndarray:
+    """Convert numbers, None, NaN and pandas' NA to float64 with NaN."""
+    array = np.asarray(values)
+    if array.dtype != object:
+        return array.astype(np.float64)
+    kinds = (int, float, np.integer, np.floating)
+    return np.array([float(value) if isinstance(value, kinds) else np.nan for value in array], dtype=np.float64)
+
+
+def _age_bands(age: np.ndarray) -> np.ndarray:
+    names = np.array([UNKNOWN, *AGE_BANDS], dtype=object)
+    place = np.searchsorted(AGE_LIMITS, age, side="right")
+    return np.asarray(names[np.where(np.isnan(age), 0, place)])
+
+
+def _first_or_later(follow_up: np.ndarray) -> np.ndarray:
+    return np.select([follow_up == 0, follow_up > 0], [FIRST, LATER], UNKNOWN).astype(object)

@@ -1,0 +1,220 @@
+"""The bootstrap against resamples written out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ray_cxr.evaluation import bootstrap, intervals, metrics
+from ray_cxr.evaluation.bootstrap import BootstrapFindings, DerivedOutputs
+
+RATES = ("sensitivity", "specificity", "ppv", "npv", "f1", "flag_rate")
+
+
+def simulated(patients: int, per_patient: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels and scores [n,2] that images of a patient share much of, and patients."""
+    rng = np.random.default_rng(seed)
+    codes = np.repeat(np.arange(patients), per_patient)
+    y = (rng.random((patients, 2)) < 0.4)[codes].astype(np.int8)
+    s = y + rng.normal(size=(patients, 2))[codes] + 0.5 * rng.normal(size=(len(codes), 2))
+    return y, s, codes
+
+
+def bootstrap_findings(*table: np.ndarray, **options: Any) -> BootstrapFindings:
+    """Pass the derived outputs among the options as `DerivedOutputs`."""
+    names = DerivedOutputs.__dataclass_fields__
+    derived = DerivedOutputs(**{name: options.pop(name) for name in names if name in options})
+    return bootstrap.bootstrap_findings(*table, derived, **options)
+
+
+def ends(interval: intervals.Interval) -> tuple[float | None, float | None]:
+    return interval.low, interval.high
+
+
+def percentiles(values: list[float]) -> object:
+    return pytest.approx(tuple(np.percentile(values, [2.5, 97.5])), abs=1e-12)
+
+
+def written_out(patients: np.ndarray, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """The rows of each resample, those of a patient once per draw."""
+    rng = np.random.default_rng(seed)
+    known = list(dict.fromkeys(patients.tolist()))
+    rows = {patient: np.flatnonzero(patients == patient) for patient in known}
+    for _ in range(n_resamples):
+        yield np.concatenate([rows[known[i]] for i in rng.integers(0, len(known), len(known))])
+
+
+def plain_quantities(y: np.ndarray, s: np.ndarray, flags: np.ndarray, p: np.ndarray, prevalence: float) -> dict:
+    """What `metrics` and `calibration` return for one finding in some rows."""
+    scored, judged, calibrated = (y >= 0) & ~np.isnan(s), (y >= 0) & (flags >= 0), (y >= 0) & ~np.isnan(p)
+    cells = metrics.confusion(y[judged], flags[judged] == 1)
+    ppv, npv = metrics.predictive_values_at(cells.sensitivity, cells.specificity, prevalence)
+    return {
+        "auroc": metrics.auroc(y[scored], s[scored]),
+        "average_precision": metrics.average_precision(y[scored], s[scored]),
+        **{name: getattr(cells, name) for name in RATES},
+        "ppv_at_prevalence": ppv,
+        "npv_at_prevalence": npv,
+        "brier": metrics.brier(y[calibrated], p[calibrated]),
+        "expected_calibration_error": metrics.expected_calibration_error(y[calibrated], p[calibrated]),
+    }
+
+
+def plain_sensitivity(curve: metrics.Curve, rate: float) -> float:
+    """Along the straight lines between the points of the ROC curve, at their upper end where they are upright."""
+    at = curve.x <= rate + 1e-12
+    left, low = curve.x[at][-1], curve.y[at][-1]
+    if at.all():
+        return float(low)
+    right, high = curve.x[~at][0], curve.y[~at][0]
+    return float(low + (high - low) * (rate - left) / (right - left))
+
+
+@pytest.mark.parametrize(
+    ("seed", "rows", "positives", "prevalence"),
+    [(0, 40, 0.4, 0.02), (1, 40, 0.1, 0.0), (2, 12, 0.5, 1.0), (3, 25, 0.9, 0.5), (4, 40, 0.0, 0.5)],
+)
+def test_intervals_equal_measuring_the_rows_of_each_resample(
+    seed: int, rows: int, positives: float, prevalence: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    patients = rng.integers(0, max(5, rows // 3), rows)
+    y = np.where(rng.random(rows) < 0.1, -1, rng.random(rows) < positives)
+    s = np.where(rng.random(rows) < 0.1, np.nan, rng.integers(0, 6, rows) + y)
+    flags = np.where(rng.random(rows) < 0.1, -1, s > 2)
+    # Multiples of 1/8 and their squares add up exactly in any order.
+    p = rng.choice([np.nan, 0.0, 0.125, 0.375, 0.5, 0.875, 1.0], rows)
+    options = {"flags": flags.astype(np.int8)[:, None], "calibrated": p[:, None], "roc_grid": 5, "n_resamples": 50}
+    options["assumed_prevalence"] = np.array([prevalence])
+    got = bootstrap_findings(y[:, None], s[:, None], patients, **options, seed=3)
+    drawn = [[part[kept] for part in (y, s, flags, p)] for kept in written_out(patients, 50, seed=3)]
+    expected = [plain_quantities(*parts, prevalence) for parts in drawn]
+    assert list(got.findings[0]) == [metric.key for metric in metrics.METRICS] == list(expected[0])
+    for name, interval in got.findings[0].items():
+        values = [each[name] for each in expected if each[name] is not None]
+        assert interval.undefined == 50 - len(values), name
+        known = len(values) >= 40 and np.ptp(values) > 1e-12
+        assert ends(interval) == (percentiles(values) if known else (None, None)), name
+        assert (interval.reason is None) == known, name
+    curves = []
+    for label, score, _, _ in drawn:
+        scored = (label >= 0) & ~np.isnan(score)
+        curve = metrics.roc_curve(label[scored], score[scored])
+        if curve is not None:
+            curves.append([plain_sensitivity(curve, rate) for rate in np.linspace(0, 1, 5)])
+    band = got.roc[0]
+    assert (band is None) == (len(curves) < 40)
+    if band is not None:
+        low, high = np.percentile(curves, [2.5, 97.5], axis=0)
+        np.testing.assert_allclose(band.low, low, atol=1e-12)
+        np.testing.assert_allclose(band.high, high, atol=1e-12)
+        assert band.false_positive_rate.tolist() == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_means_are_over_the_findings_that_count() -> None:
+    y, s, patients = simulated(30, 2, seed=2)
+    y, s = np.hstack([y, 1 - y, np.zeros_like(y[:, :1])]), np.hstack([s, -(s**3), s[:, :1]])
+    y[:7, 1] = -1
+    chosen = np.array([True, True, False, True, True])
+    got = bootstrap_findings(y, s, patients, macro=chosen, n_resamples=60, roc_grid=0, seed=4)
+    assert got.counted == (0, 1, 3)
+    assert got.roc == (None,) * 5
+    weights = np.array([np.sum(y[:, f] == 1) for f in got.counted])
+    plain, weighted = [], []
+    for kept in written_out(patients, 60, seed=4):
+        known = [(f, kept[y[kept, f] >= 0]) for f in got.counted]
+        values = [metrics.average_precision(y[rows, f], s[rows, f]) for f, rows in known]
+        plain.append(np.mean(values))
+        weighted.append(np.sum(values * weights) / weights.sum())
+    assert ends(got.macro["average_precision"]) == percentiles(plain)
+    assert ends(got.weighted["average_precision"]) == percentiles(weighted)
+    # `bootstrap_auroc` draws the same resamples.
+    alone = bootstrap.bootstrap_auroc(y, s, patients, macro=chosen, n_resamples=60, seed=4)
+    assert got.macro["auroc"] == alone.macro
+    assert tuple(finding["auroc"] for finding in got.findings) == alone.findings
+    assert (ends(alone.findings[4]), alone.findings[4].undefined) == ((None, None), 60)
+    none = bootstrap_findings(y, s, patients, macro=np.zeros(5, bool), n_resamples=60, roc_grid=0)
+    for mean in (none.macro["auroc"], none.weighted["auroc"]):
+        assert (ends(mean), bool(mean.reason)) == ((None, None), True)
+    # A mean leaves out resamples that lack a finding: one positive patient is absent from about 1/e of them.
+    y = np.zeros((50, 2), dtype=np.int8)
+    y[0, 0] = y[::2, 1] = 1
+    s = np.random.default_rng(0).random((50, 2))
+    got = bootstrap_findings(y, s, np.arange(50), n_resamples=200, roc_grid=0)
+    lost = sum(0 not in rows for rows in written_out(np.arange(50), 200, seed=0))
+    assert [finding["auroc"].undefined for finding in got.findings] == [lost, 0]
+    assert {mean.undefined for mean in (*got.macro.values(), *got.weighted.values())} == {lost}
+
+
+def test_missing_input_has_no_interval_and_a_reason() -> None:
+    y, s, patients = simulated(30, 2, seed=2)
+    flags = np.stack([(s[:, 0] > 0).astype(np.int8), np.full(len(s), -1, np.int8)], axis=1)
+    given = {"flags": flags, "assumed_prevalence": np.array([math.nan, 0.1]), "n_resamples": 60}
+    first, second = bootstrap_findings(y, s, patients, **given).findings
+    assert first["ppv"].reason is first["auroc"].reason is None
+    assert "prevalence" in first["ppv_at_prevalence"].reason
+    assert "flags" in second["ppv_at_prevalence"].reason
+    assert "flags" in second["f1"].reason
+    for name in ("brier", "expected_calibration_error"):
+        assert "calibrated" in first[name].reason
+        assert (first[name].low, first[name].undefined) == (None, 60)
+
+
+def test_seed_fixes_the_numbers_and_chunks_and_threads_do_not_change_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, s, patients = simulated(40, 3, seed=0)
+    y[:, 1], s[:, 1] = y[:, 0], s[:, 0]
+
+    def measured(seed: int = 0) -> tuple[object, ...]:
+        flags = (s > 0).astype(np.int8)
+        got = bootstrap_findings(y, s, patients, flags=flags, n_resamples=150, roc_grid=9, seed=seed)
+        assert got.findings[0] == got.findings[1]  # findings share their resamples
+        bands = [(band.low.tolist(), band.high.tolist()) for band in got.roc]
+        auroc = bootstrap.bootstrap_auroc(y, s, patients, n_resamples=150, seed=seed)
+        return got.findings, got.macro, got.weighted, bands, auroc
+
+    whole = measured()
+    assert measured() == whole != measured(seed=1)
+    monkeypatch.setattr(bootstrap, "THREADS", 1)
+    assert measured() == whole
+    monkeypatch.setattr(bootstrap, "_CELLS", 500)
+    assert measured() == whole
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"flags": np.zeros((4, 2), np.int8)}, "flags"),
+        ({"calibrated": np.zeros((3, 1))}, "calibrated"),
+        ({"calibrated": np.full((4, 1), 1.5)}, "0..1"),
+        ({"calibrated": np.full((4, 1), -0.5)}, "0..1"),
+        ({"assumed_prevalence": np.array([1.5])}, "0..1"),
+        ({"assumed_prevalence": np.array([0.5, 0.5])}, "1 findings"),
+        ({"macro": np.array([True, True])}, "1 findings"),
+        ({"roc_grid": 1}, "roc_grid"),
+        ({"roc_grid": -1}, "roc_grid"),
+        ({"n_resamples": 0}, "at least 1"),
+        ({"scores": np.zeros((4, 2))}, "do not fit"),
+        ({"patients": np.arange(3)}, "do not fit"),
+    ],
+)
+def test_bad_input_is_refused(given: dict[str, Any], part: str) -> None:
+    table = {"labels": np.array([[0], [1], [0], [1]]), "scores": np.zeros((4, 1)), "patients": np.arange(4)}
+    arrays = [given.get(name, array) for name, array in table.items()]
+    with pytest.raises(ValueError, match=part):
+        bootstrap_findings(*arrays, **{name: value for name, value in given.items() if name not in table})
+
+
+def test_intervals_of_ratios() -> None:
+    y, _, patients = simulated(30, 3, seed=4)
+    flags = np.random.default_rng(0).random(y.shape) < 0.5
+    got = bootstrap.bootstrap_ratios((y == 1) & flags, y == 1, patients, n_resamples=140, seed=1)
+    for f in (0, 1):
+        values = [flags[rows, f][y[rows, f] == 1].mean() for rows in written_out(patients, 140, seed=1)]
+        assert ends(got[f]) == percentiles(values)
+    for shape in ((3, 1), (4, 2)):
+        with pytest.raises(ValueError, match="do not fit"):
+            bootstrap.bootstrap_ratios(np.zeros(shape), np.zeros((4, 1)), np.arange(4))
