@@ -11,17 +11,17 @@ _LATERAL = frozenset({"LL", "RL", "LAT", "LATERAL"})
 
 
 def parse_age(text: str) -> float | None:
-    """Age in years of `058Y`, `006M`, `002W`, `010D` (DICOM's Age String) or `58`; None where it cannot be read."""
+    """Return the age in years of `058Y`, `006M`, `002W`, `010D` (DICOM's Age String) or `58`; None if unreadable."""
     match = _AGE.fullmatch(text.strip().upper())
     return float(match[1]) / _PER_YEAR[match[2]] if match else None
 
 
 def parse_sex(text: str) -> str | None:
-    """`M`, `F`, or None for anything else."""
+    """Return `M`, `F`, or None for other text."""
     return _SEXES.get(text.strip().upper())
 
 
 def parse_view(text: str) -> str | None:
-    """`PA`, `AP`, `LATERAL` (also LL, RL, LAT), another word as it is in upper case, or None for a blank."""
+    """Return `PA`, `AP`, `LATERAL` (also for LL, RL, LAT), other text in upper case, or None for a blank."""
     word = text.strip().upper()
     return "LATERAL" if word in _LATERAL else word or None

@@ -133,10 +133,8 @@ def window_linear_exact(x: np.ndarray, centre: float, width: float) -> np.ndarra
 
 def window_sigmoid(x: np.ndarray, centre: float, width: float) -> np.ndarray:
     """Apply PS3.3, C.11.2.1.3.1: 1 / (1 + exp(-4 (x - c) / w)), in 0..1."""
-    exponent = np.clip(
-        -4.0 * (x - centre) / width, -700.0, 700.0
-    )  # larger values overflow exp without changing the result
-    return 1.0 / (1.0 + np.exp(exponent))
+    # Clipped, because exp overflows for larger values, which do not change the result.
+    return 1.0 / (1.0 + np.exp(np.clip(-4.0 * (x - centre) / width, -700.0, 700.0)))
 
 
 _WINDOWS: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {

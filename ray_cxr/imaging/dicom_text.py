@@ -1,9 +1,9 @@
-"""Ids and other text of a DICOM header, without the loss of decoding.
+"""Lossless ids and text from DICOM headers.
 
-Headers often declare another character set than their bytes are in. pydicom then puts a replacement character for what
-it cannot decode: `MÜ-17` and `MÄ-17` in Latin-1, declared as UTF-8, become one id. Here an id that cannot be decoded is
-written from its bytes, with `\\xNN` for all that are not printable ASCII: `M\\xdc-17`. A backslash separates values in
-DICOM, so that no decoded id holds one, and it is written as `\\x5c` itself.
+Headers often declare another character set than that of their bytes. pydicom then writes replacement characters:
+`MÜ-17` and `MÄ-17` in Latin-1, declared as UTF-8, become the same id. An id that cannot be decoded is therefore written
+from its bytes, with `\\xNN` for everything except printable ASCII: `M\\xdc-17`. DICOM separates values by backslashes,
+so no decoded id has one; in such an id it is written as `\\x5c`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pydicom.sequence import Sequence
 from pydicom.tag import BaseTag, Tag
 from pydicom.valuerep import STR_VR, TEXT_VR_DELIMS
 
-#: What ends up in decoded text where bytes did not fit, or must not stand in an id: control characters, as those of
-#: escape sequences that are not known; backslashes; surrogates, which no table can hold; replacement characters.
+#: Signs of failed decoding, or not allowed in an id: control characters, as of unknown escape sequences; backslashes;
+#: surrogates, which no table can hold; replacement characters.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff\ufffd]")
-#: Padding, and what else of ASCII is blank. Not more: the last byte of UTF-8, read as Latin-1, can be a blank.
+#: Padding and ASCII blanks only: the last byte of UTF-8, read as Latin-1, can be another blank.
 _BLANK = b" \0\t\n\v\f\r"
 
 
 def read_identity(ds: Dataset, keyword: str) -> str:
-    """Return an element that identifies something as text, distinct for distinct bytes; empty where there is none.
+    """Return an element with an id as text, distinct for distinct bytes; empty if it is absent.
 
     Args:
         ds: as read from a file, this element not yet accessed.
@@ -47,7 +47,7 @@ def _is_text(element: RawDataElement) -> bool:
 def _decode_id(raw: bytes, encodings: Any) -> str:
     try:
         text = decode_bytes(raw, [encodings] if isinstance(encodings, str) else encodings, TEXT_VR_DELIMS)
-    except (UnicodeError, LookupError, ValueError):  # a Python codec that is no character set, declared as one
+    except (UnicodeError, LookupError, ValueError):  # the declared codec of Python is not a character set
         text = "\ufffd"
     if not _UNFIT.search(text):
         return text
@@ -55,7 +55,7 @@ def _decode_id(raw: bytes, encodings: Any) -> str:
 
 
 def writes_ascii(ds: Dataset) -> bool:
-    """Whether text in ASCII stays as it is under the character set that a header declares, as in all of DICOM's."""
+    """Whether the declared character set keeps ASCII unchanged, as all of DICOM's do."""
     encodings = ds.original_character_set
     first = encodings if isinstance(encodings, str) else encodings[0]
     try:
@@ -65,14 +65,14 @@ def writes_ascii(ds: Dataset) -> bool:
 
 
 def copy_elements(ds: Dataset, tags: Iterable[str | BaseTag]) -> Dataset:
-    """Return a data set with these elements of another, text byte for byte.
+    """Copy elements of a data set, text byte for byte.
 
     Args:
         ds: as read from a file.
-        tags: those that it lacks are left out. With Specific Character Set among them the bytes keep their meaning.
+        tags: absent ones are left out. Include Specific Character Set to keep the meaning of the bytes.
 
     Returns:
-        What pydicom writes in Explicit VR Little Endian without decoding the text.
+        A data set that pydicom writes in Explicit VR Little Endian without decoding the text.
     """
     encodings = ds.original_character_set
     copied = Dataset(parent_encoding=encodings)
@@ -84,7 +84,7 @@ def copy_elements(ds: Dataset, tags: Iterable[str | BaseTag]) -> Dataset:
 
 
 def add_elements(ds: Dataset, copied: Dataset) -> None:
-    """Add the elements of `copy_elements`, written and read again or not, to a data set whose other text is ASCII.
+    """Add elements of `copy_elements`, also after writing and reading them, to a data set whose other text is ASCII.
 
     The character set becomes that of the copied elements, so that pydicom writes them as they are.
     """
@@ -95,7 +95,7 @@ def add_elements(ds: Dataset, copied: Dataset) -> None:
 
 
 def _copy_element(ds: Dataset, tag: BaseTag) -> DataElement | RawDataElement:
-    """Return an element that is written with the bytes it has in the file, from any byte order and VR."""
+    """Return an element that pydicom writes with its original bytes, for any byte order and VR."""
     element = ds.get_item(tag)
     if isinstance(element, RawDataElement) and _is_text(element):
         vr = element.VR if element.VR in STR_VR else _lookup_vr(tag)

@@ -1,4 +1,4 @@
-"""JPEG: parse the segments, drop all but what pixels need, decode."""
+"""Decode JPEGs after removing all segments that pixels do not need."""
 
 from __future__ import annotations
 
@@ -23,19 +23,18 @@ class JpegStream(NamedTuple):
     width: int
     precision: int
     components: int
-    #: The stream from SOI to EOI without comments and application segments (JFIF and Adobe stay: they tell
-    #: the colour space).
+    #: From SOI to EOI without comments and application segments, except JFIF and Adobe, which define the colour space.
     stream: bytes
 
 
 def parse_jpeg(data: bytes, *, jpeg_ls: bool = False) -> JpegStream:
-    """Walk the segments of a JPEG (ITU-T T.81, B.1) or a JPEG-LS (T.87, C.1) without decoding pixels.
+    """Parse the segments of a JPEG (ITU-T T.81, B.1) or a JPEG-LS (T.87, C.1) without decoding pixels.
 
-    Bytes after EOI are ignored. Entropy-coded data are only searched for the next marker: what is wrong
-    inside them is left to the decoder, and libjpeg conceals some of it.
+    Bytes after EOI are ignored. Entropy-coded data are only searched for the next marker, so their faults are left to
+    the decoder; libjpeg conceals some.
 
     Raises:
-        ImageError: `truncated` where the data end before EOI, `corrupt` where they are not made of segments.
+        ImageError: `truncated` if the data end before EOI, `corrupt` if they do not consist of segments.
     """
     # A byte FF inside entropy-coded data is followed by a stuffed zero byte (T.81) or zero bit (T.87).
     marker_after_scan = _LS_MARKER if jpeg_ls else _MARKER
@@ -44,7 +43,7 @@ def parse_jpeg(data: bytes, *, jpeg_ls: bool = False) -> JpegStream:
     scans = 0
     at = 2
     if data[:2] != b"\xff\xd8":
-        raise ImageError("corrupt", "a JPEG stream that does not begin with SOI")
+        raise ImageError("corrupt", "the JPEG stream has no start marker")
     while True:
         start = at
         while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] in (b"\xff", b""):
@@ -52,17 +51,17 @@ def parse_jpeg(data: bytes, *, jpeg_ls: bool = False) -> JpegStream:
         if at + 2 > len(data):
             raise ImageError("truncated", "the JPEG ends before its end marker")
         if data[at] != 0xFF:
-            raise ImageError("corrupt", "bytes between the segments of the JPEG")
+            raise ImageError("corrupt", "the JPEG has bytes between its segments")
         marker = data[at + 1]
         at += 2
         if marker == 0xD9:
             if size is None or not scans:
-                raise ImageError("corrupt", "the JPEG holds no picture")
+                raise ImageError("corrupt", "the JPEG holds no image")
             return JpegStream(*size, b"".join([*kept, b"\xff\xd9"]))
-        if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # TEM, RSTn: stand alone
+        if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # TEM, RSTn: without contents
             continue
         if marker in (0x00, 0xD8):
-            raise ImageError("corrupt", "a marker of the JPEG where none can be")
+            raise ImageError("corrupt", "the JPEG has a misplaced marker")
         if at + 2 > len(data):
             raise ImageError("truncated", "the JPEG ends inside a segment")
         length = int.from_bytes(data[at : at + 2], "big")
@@ -100,13 +99,13 @@ def decode_jpeg(jpeg: JpegStream, max_pixels: int) -> np.ndarray:
     """
     check_size(jpeg.height, jpeg.width, max_pixels)
     if jpeg.precision != 8:
-        raise ImageError("corrupt", f"a JPEG of {jpeg.precision} bits per sample; only 8 can be decoded")
-    # The plug-in's class, not Image.open: that one warns of large pictures by a limit of its own.
-    picture = JpegImagePlugin.JpegImageFile(io.BytesIO(jpeg.stream))
+        raise ImageError("corrupt", f"the JPEG has {jpeg.precision} bits per sample; only 8 can be decoded")
+    # Not Image.open, which has its own limit and warns about large images.
+    image = JpegImagePlugin.JpegImageFile(io.BytesIO(jpeg.stream))
     try:
-        picture.load()
+        image.load()
     except OSError as error:
         if "truncated" in str(error):
-            raise ImageError("truncated", "the pixel data of the JPEG end too early") from None
+            raise ImageError("truncated", "the pixel data of the JPEG are incomplete") from None
         raise
-    return to_gray(picture)
+    return to_gray(image)

@@ -1,4 +1,4 @@
-"""PNG: check the chunks, drop all but what pixels need, decode."""
+"""Decode PNGs after checking their chunks and removing those that pixels do not need."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ray_cxr.errors import ImageError
 from ray_cxr.imaging.pixels import check_size, to_gray
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-#: Bit depths that PNG allows, by colour type (ISO/IEC 15948, table 11.1).
+#: Allowed bit depths by colour type (ISO/IEC 15948, table 11.1).
 _PNG_DEPTHS: dict[int, tuple[int, ...]] = {
     0: (1, 2, 4, 8, 16),
     2: (8, 16),
@@ -23,27 +23,32 @@ _PNG_DEPTHS: dict[int, tuple[int, ...]] = {
     4: (8, 16),
     6: (8, 16),
 }
-#: Samples per pixel, by colour type.
+#: Samples per pixel by colour type.
 _PNG_SAMPLES: dict[int, int] = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 #: First row, first column, row step and column step of the seven passes (ISO/IEC 15948, clause 8.2).
 _ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
-_INFLATE_AT_ONCE = 64 * 1024  # bytes; they become 66 MB at the very most
-#: Modes of kornia-rs, by colour type, for 8 bits per sample.
-_QUICK_MODES: dict[int, str] = {0: "mono", 2: "rgb", 6: "rgba"}
-#: Larger pictures go to Pillow, which raises MemoryError where memory runs out; Rust ends the process.
-_QUICK_PIXELS = 32 * 1024 * 1024
-#: Far more than 8 KB chunks of the largest picture; each costs a step of a Python loop.
+_INFLATE_BYTES = 64 * 1024  # bytes, which inflate to at most 66 MB
+#: Modes of kornia-rs by colour type, for 8 bits per sample.
+_KORNIA_MODES: dict[int, str] = {0: "mono", 2: "rgb", 6: "rgba"}
+#: Larger images go to Pillow, which raises MemoryError when out of memory; Rust aborts the process.
+_KORNIA_PIXELS = 32 * 1024 * 1024
+#: Far more than the 8 KB chunks of the largest image; each costs a step of a Python loop.
 _MAX_CHUNKS = 1_000_000
 
 
 def decode_png(data: bytes, max_pixels: int) -> np.ndarray:
+    """Decode a PNG to uint8[H, W].
+
+    Raises:
+        ImageError: `too_large`, `too_small`, `truncated`, `corrupt`.
+    """
     chunks = _png_chunks(data)
     kind, start, end = next(chunks)
     if kind != b"IHDR" or end - start != 13:
-        raise ImageError("corrupt", "the PNG does not begin with its header chunk")
+        raise ImageError("corrupt", "the first chunk of the PNG is not its header")
     width, height, depth, colour, compression, filtering, interlace = struct.unpack(">IIBBBBB", data[start:end])
     if depth not in _PNG_DEPTHS.get(colour, ()) or compression or filtering or interlace > 1:
-        raise ImageError("corrupt", "the header of the PNG holds values that PNG does not have")
+        raise ImageError("corrupt", "the header of the PNG has invalid values")
     check_size(height, width, max_pixels)
     view = memoryview(data)
     kept = [view[: end + 4]]  # signature and header
@@ -55,40 +60,40 @@ def decode_png(data: bytes, max_pixels: int) -> np.ndarray:
             palette |= kind == b"PLTE"
             if kind == b"IDAT":
                 pixels.append(view[start:end])
-        elif kind[0] & 0x20 == 0:  # an upper-case first letter: a decoder must know this chunk (clause 5.4)
-            raise ImageError("corrupt", "the PNG holds a critical chunk that PNG does not have")
+        elif kind[0] & 0x20 == 0:  # upper case: decoders must support this chunk (clause 5.4)
+            raise ImageError("corrupt", "the PNG has an unknown critical chunk")
     if not pixels:
-        raise ImageError("corrupt", "the PNG holds no pixel data")
+        raise ImageError("corrupt", "the PNG has no pixel data")
     if colour == 3 and not palette:
-        raise ImageError("corrupt", "the PNG lacks its palette")
-    shown = b"".join(kept)
-    if depth == 8 and colour in _QUICK_MODES and not interlace and height * width <= _QUICK_PIXELS:
-        image = _decode_png_quickly(shown, height, width, _QUICK_MODES[colour])
+        raise ImageError("corrupt", "the PNG has no palette")
+    reduced = b"".join(kept)
+    if depth == 8 and colour in _KORNIA_MODES and not interlace and height * width <= _KORNIA_PIXELS:
+        image = _decode_with_kornia(reduced, height, width, _KORNIA_MODES[colour])
         if image is not None:
             return image
-    picture = PngImagePlugin.PngImageFile(io.BytesIO(shown))
-    picture.load()
-    # Pillow takes a compressed stream that ends early, in good order, for a whole picture and leaves the rest
-    # at zero. Where the last row holds anything else it was reached, and inflating twice is not needed.
-    last_row = picture.crop((0, height - 1, width, height))
+    image = PngImagePlugin.PngImageFile(io.BytesIO(reduced))
+    image.load()
+    # Pillow accepts a compressed stream that ends early and leaves the remaining rows 0. A last row with other values
+    # is complete, so inflating twice is not needed.
+    last_row = image.crop((0, height - 1, width, height))
     if interlace or not np.asarray(last_row).any():
         _check_png_length(pixels, width, height, depth * _PNG_SAMPLES[colour], interlaced=bool(interlace))
-    return to_gray(picture)
+    return to_gray(image)
 
 
-def _decode_png_quickly(data: bytes, height: int, width: int, mode: str) -> np.ndarray | None:
-    """kornia-rs in place of Pillow for the commonest PNGs: same pixels, half the time; None where it cannot.
+def _decode_with_kornia(data: bytes, height: int, width: int, mode: str) -> np.ndarray | None:
+    """Decode with kornia-rs, which takes half of Pillow's time for the same pixels; None if it fails.
 
-    Like Pillow it refuses missing rows and unknown filters and passes over bytes behind the last row. Unlike Pillow
-    it does not compare the Adler-32 of the pixel stream; the CRCs of the chunks cover the same bytes. It holds the
-    GIL while it decodes: threads gain nothing from one another, processes do.
+    Like Pillow it refuses missing rows and unknown filters and ignores bytes after the last row. Unlike Pillow it does
+    not check the Adler-32 of the pixel stream, whose bytes the CRCs of the chunks cover. It holds the GIL, so only
+    processes decode in parallel.
     """
-    decoder = _quick_decoder()
+    decoder = _load_kornia()
     if decoder is None:
         return None
     try:
         samples = decoder(data, (height, width), mode)
-    except Exception:  # Pillow decodes the file next, and gives the image or the error code
+    except Exception:  # Pillow then decodes the file or finds the error
         return None
     except BaseException as error:
         if type(error).__name__ != "PanicException":
@@ -100,8 +105,8 @@ def _decode_png_quickly(data: bytes, height: int, width: int, mode: str) -> np.n
 
 
 @functools.cache
-def _quick_decoder() -> Callable[[bytes, tuple[int, int], str], np.ndarray] | None:
-    """kornia-rs's PNG decoder, or None where that package is absent or does not load."""
+def _load_kornia() -> Callable[[bytes, tuple[int, int], str], np.ndarray] | None:
+    """Return kornia-rs's PNG decoder, or None if the package is missing or does not load."""
     try:
         from kornia_rs import io as kornia_io
 
@@ -111,7 +116,7 @@ def _quick_decoder() -> Callable[[bytes, tuple[int, int], str], np.ndarray] | No
 
 
 def _check_png_length(pixels: list[memoryview], width: int, height: int, bits: int, *, interlaced: bool) -> None:
-    """Inflate the pixel data without keeping them, and refuse them where rows are missing."""
+    """Inflate the pixel data without keeping them, to refuse missing rows."""
     passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
     expected = 0
     for top, left, down, right in passes:
@@ -120,15 +125,15 @@ def _check_png_length(pixels: list[memoryview], width: int, height: int, bits: i
     stream = zlib.decompressobj()
     found = 0
     for part in pixels:
-        for at in range(0, len(part), _INFLATE_AT_ONCE):
-            found += len(stream.decompress(part[at : at + _INFLATE_AT_ONCE]))
+        for at in range(0, len(part), _INFLATE_BYTES):
+            found += len(stream.decompress(part[at : at + _INFLATE_BYTES]))
             if found >= expected:
                 return
-    raise ImageError("corrupt", "the pixel data of the PNG lack rows")
+    raise ImageError("corrupt", "the pixel data of the PNG are incomplete")
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Type, and start and end of the contents, of each chunk up to IEND; every CRC is compared."""
+    """Yield type, start and end of the contents of each chunk up to IEND, after checking its CRC."""
     at = len(PNG_MAGIC)
     view = memoryview(data)
     for _ in range(_MAX_CHUNKS):
@@ -138,7 +143,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         kind = data[at + 4 : at + 8]
         start, end = at + 8, at + 8 + length
         if length > 0x7FFFFFFF or not kind.isalpha():
-            raise ImageError("corrupt", "a chunk of the PNG has no valid header")
+            raise ImageError("corrupt", "a chunk of the PNG has an invalid header")
         if end + 4 > len(data):
             raise ImageError("truncated", "the PNG ends inside a chunk")
         if zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
@@ -147,4 +152,4 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         if kind == b"IEND":
             return
         at = end + 4
-    raise ImageError("corrupt", "the PNG is cut into too many chunks")
+    raise ImageError("corrupt", "the PNG has too many chunks")

@@ -1,4 +1,4 @@
-"""The only resize of radiographs: from their own size straight to the model's input."""
+"""The only resize of radiographs: from the original size straight to the model's input."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _INTERPOLATION: dict[str, int] = {
 
 
 def resize(image: np.ndarray, spec: InputSpec) -> np.ndarray:
-    """Bring a picture to the model's square input, straight from its own size.
+    """Resize an image to the model's square input.
 
     Args:
         image: uint8[H, W].
         spec: side S, interpolation and aspect. `stretch` scales both sides to S. `pad` keeps the proportions
-            and centres the picture on black (an odd remainder goes below or to the right). `crop` takes the
-            centred square first (an odd remainder is lost below or to the right).
+            and centres the image on black. `crop` takes the centred square first. An odd remainder is added or lost
+            at the bottom or right.
 
     Returns:
-        uint8[S, S], always a new array; equal to the input where that is S x S already.
+        uint8[S, S], always a new array; equal to an input of S x S.
 
     Raises:
         ValueError: another dtype, not two dimensions, or an empty side.
@@ -41,19 +41,30 @@ def resize(image: np.ndarray, spec: InputSpec) -> np.ndarray:
     if spec.aspect == "crop":
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
-        return _scaled(image[top : top + side, left : left + side], size, size, spec)
+        return _scale(image[top : top + side, left : left + side], size, size, spec)
     if spec.aspect == "pad":
-        longest = max(height, width)
-        rows = max(1, (2 * height * size + longest) // (2 * longest))  # round to nearest, in integers
-        columns = max(1, (2 * width * size + longest) // (2 * longest))
-        top, left = (size - rows) // 2, (size - columns) // 2
+        top, left, rows, columns = locate_in_input(spec, height, width)
         canvas = np.zeros((size, size), dtype=np.uint8)
-        canvas[top : top + rows, left : left + columns] = _scaled(image, rows, columns, spec)
+        canvas[top : top + rows, left : left + columns] = _scale(image, rows, columns, spec)
         return canvas
-    return _scaled(image, size, size, spec)
+    return _scale(image, size, size, spec)
 
 
-def _scaled(image: np.ndarray, rows: int, columns: int, spec: InputSpec) -> np.ndarray:
+def locate_in_input(spec: InputSpec, height: int, width: int) -> tuple[int, int, int, int]:
+    """Return where `resize` puts an image of this size in the model's input, pixels: (top, left, rows, columns).
+
+    This is the whole input, except for the margins of `pad`.
+    """
+    size = spec.size
+    if spec.aspect != "pad":
+        return 0, 0, size, size
+    longest = max(height, width)
+    rows = max(1, (2 * height * size + longest) // (2 * longest))  # round to nearest, in integers
+    columns = max(1, (2 * width * size + longest) // (2 * longest))
+    return (size - rows) // 2, (size - columns) // 2, rows, columns
+
+
+def _scale(image: np.ndarray, rows: int, columns: int, spec: InputSpec) -> np.ndarray:
     if image.shape == (rows, columns):
         return image.copy(order="C")
     image = np.ascontiguousarray(image)

@@ -153,7 +153,7 @@ def test_pixels_are_unchanged(data: bytes, expected: np.ndarray) -> None:
 def decode_with_pillow(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], np.ndarray]:
     def decoded(data: bytes) -> np.ndarray:
         with monkeypatch.context() as patch:
-            patch.setattr(png, "_quick_decoder", lambda: None)
+            patch.setattr(png, "_load_kornia", lambda: None)
             return decode(data)
 
     return decoded
@@ -163,14 +163,14 @@ def decode_with_pillow(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], np.
 def quick_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The mode of every call of kornia-rs."""
     calls: list[str] = []
-    real = png._quick_decoder()
+    real = png._load_kornia()
     assert real is not None
 
     def record(data: bytes, shape: tuple[int, int], mode: str) -> np.ndarray:
         calls.append(mode)
         return real(data, shape, mode)
 
-    monkeypatch.setattr(png, "_quick_decoder", lambda: record)
+    monkeypatch.setattr(png, "_load_kornia", lambda: record)
     return calls
 
 
@@ -207,7 +207,7 @@ def test_pillow_decodes_what_kornia_refuses(monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*args: Any) -> np.ndarray:
         raise raised[0]
 
-    monkeypatch.setattr(png, "_quick_decoder", lambda: refuse)
+    monkeypatch.setattr(png, "_load_kornia", lambda: refuse)
     for error in (Exception("Doe^Jane"), MemoryError(), PanicException("Doe^Jane")):
         raised[:] = [error]
         np.testing.assert_array_equal(decode(png_of(ramp())), ramp())
@@ -220,17 +220,17 @@ def test_pillow_decodes_very_large_images_and_without_kornia(
     monkeypatch: pytest.MonkeyPatch, quick_calls: list[str]
 ) -> None:
     for limit in (1600, 1599):
-        monkeypatch.setattr(png, "_QUICK_PIXELS", limit)
+        monkeypatch.setattr(png, "_KORNIA_PIXELS", limit)
         decode(png_of(ramp(40, 40)))
     assert quick_calls == ["mono"]
     monkeypatch.undo()
-    png._quick_decoder.cache_clear()
+    png._load_kornia.cache_clear()
     monkeypatch.setitem(sys.modules, "kornia_rs", None)
     try:
-        assert png._quick_decoder() is None
+        assert png._load_kornia() is None
         np.testing.assert_array_equal(decode(png_of(ramp())), ramp())
     finally:
-        png._quick_decoder.cache_clear()
+        png._load_kornia.cache_clear()
 
 
 @pytest.mark.parametrize("samples", [1, 3, 4])
