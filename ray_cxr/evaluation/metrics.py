@@ -65,6 +65,26 @@ class Confusion:
     def npv(self) -> Rate:
         return _ratio(self.true_negatives, self.true_negatives + self.false_negatives)
 
+    def expect_at(self, prevalence: float) -> Confusion | None:
+        """Return the shares of images expected at another prevalence, by Bayes' theorem; None if a class is absent.
+
+        Sensitivity and specificity carry over if positives and negatives have the same spectrum of disease there.
+
+        Raises:
+            ValueError: the prevalence is outside 0..1.
+        """
+        if not 0.0 <= prevalence <= 1.0:
+            raise ValueError(f"prevalence is {prevalence}; it must lie in 0..1")
+        sensitivity, specificity = self.sensitivity, self.specificity
+        if sensitivity is None or specificity is None:
+            return None
+        return Confusion(
+            true_positives=prevalence * sensitivity,
+            false_positives=(1.0 - prevalence) * (1.0 - specificity),
+            true_negatives=(1.0 - prevalence) * specificity,
+            false_negatives=prevalence * (1.0 - sensitivity),
+        )
+
     @property
     def f1(self) -> Rate:
         twice = 2 * self.true_positives
@@ -162,14 +182,9 @@ def roc_curve(y: np.ndarray, s: np.ndarray) -> Curve | None:
     y, s = checked(y, s)
     if undefined_reason(y) is not None:
         return None
-    positive, negative, values = _by_score(y, s, np.ones(y.size, dtype=np.int64))
-    true = np.cumsum(positive[::-1], dtype=np.float64)
-    false = np.cumsum(negative[::-1], dtype=np.float64)
-    return Curve(
-        x=np.concatenate([[0.0], false / false[-1]]),
-        y=np.concatenate([[0.0], true / true[-1]]),
-        thresholds=np.concatenate([[np.inf], values[::-1]]),
-    )
+    from sklearn import metrics as sklearn_metrics  # the import takes a second, which only reports need to spend
+
+    return Curve(*sklearn_metrics.roc_curve(y, s, drop_intermediate=False))
 
 
 def precision_recall_curve(y: np.ndarray, s: np.ndarray) -> Curve:
@@ -203,51 +218,6 @@ def confusion(y: np.ndarray, flags: np.ndarray) -> Confusion:
         false_positives=flagged - both,
         true_negatives=y.size - positives - flagged + both,
         false_negatives=positives - both,
-    )
-
-
-def sensitivity_specificity(y: np.ndarray, flags: np.ndarray) -> tuple[float | None, float | None]:
-    """Compute sensitivity and specificity of flags; each is None if its class is absent.
-
-    Raises:
-        ValueError: see `confusion`.
-    """
-    counts = confusion(y, flags)
-    return counts.sensitivity, counts.specificity
-
-
-def predictive_values_at(
-    sensitivity: float | None, specificity: float | None, prevalence: float
-) -> tuple[float | None, float | None]:
-    """Compute the PPV and NPV expected at another prevalence, by Bayes' theorem.
-
-    The result holds if sensitivity and specificity carry over, that is if positives and negatives have the same
-    spectrum of disease in both populations.
-
-    Args:
-        sensitivity, specificity: in 0..1, or None.
-        prevalence: share of positives in the other population, in 0..1.
-
-    Returns:
-        (PPV, NPV). Both are None if an argument is None; PPV if nothing would be flagged, NPV if everything would.
-
-    Raises:
-        ValueError: a number is outside 0..1.
-    """
-    for name, value in (("sensitivity", sensitivity), ("specificity", specificity), ("prevalence", prevalence)):
-        if value is not None and not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} is {value}; it must lie in 0..1")
-    return _predictive_values(sensitivity, specificity, prevalence)
-
-
-def _predictive_values(sensitivity: Rate, specificity: Rate, prevalence: float) -> tuple[Rate, Rate]:
-    if sensitivity is None or specificity is None:
-        return None, None
-    true_positives, false_negatives = prevalence * sensitivity, prevalence * (1.0 - sensitivity)
-    true_negatives, false_positives = (1.0 - prevalence) * specificity, (1.0 - prevalence) * (1.0 - specificity)
-    return (
-        _ratio(true_positives, true_positives + false_positives),
-        _ratio(true_negatives, true_negatives + false_negatives),
     )
 
 
@@ -328,13 +298,13 @@ def _ratio(part: Any, whole: Any) -> Rate:
 
 @dataclass(frozen=True)
 class Metric:
-    """What the report knows of a metric.
+    """What a report needs to know of a metric.
 
     Attributes:
         key: its name in metrics.json, next to `<key>_low` and `<key>_high`, and in metrics.parquet.
         label: its column heading.
         meaning: one sentence for the documentation and the page.
-        table: the page's table that shows it: `main`, `more` or `prevalence`.
+        table: the page's table that shows it, one of `TABLES`.
         digits: decimals on the page.
         percent: shown as a percentage.
     """
@@ -349,12 +319,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class RankingMetric(Metric):
-    """A metric of the order of raw scores.
-
-    Attributes:
-        value: function of labels [n] and scores [n].
-        resample: function of the ROC curves of b resamples; float64 [b], NaN where undefined.
-    """
+    """A metric of labels [n] and raw scores [n]; `resample` computes it from ROC curves, float64 [b], NaN undefined."""
 
     value: Callable[[np.ndarray, np.ndarray], float | None] = auroc
     resample: Callable[[RocSteps], np.ndarray] = RocSteps.aurocs
@@ -362,46 +327,47 @@ class RankingMetric(Metric):
 
 @dataclass(frozen=True)
 class RateMetric(Metric):
-    """A metric of flags at the operating point.
+    """A rate at the operating point: a property of `Confusion`, or of the confusion expected at a prevalence.
 
     Attributes:
-        value: function of the counts and of the assumed prevalence; serves the sample and all resamples.
-        undefined: the reason given where it is None.
-        at_prevalence: needs an assumed prevalence.
+        undefined: the reason given if it is None.
+        rate: the property; by default the one called like the key.
+        at_prevalence: compute it at an assumed prevalence.
     """
 
-    value: Callable[[Confusion, float], Rate] = lambda cells, prevalence: None
     undefined: str = ""
+    rate: str = ""
     at_prevalence: bool = False
+
+    def value(self, cells: Confusion, prevalence: float) -> Rate:
+        """Compute the rate from counts of the sample, or from counts of all resamples at once."""
+        if self.at_prevalence:
+            expected = cells.expect_at(prevalence)
+            return None if expected is None else getattr(expected, self.rate)
+        return getattr(cells, self.rate or self.key)
 
 
 @dataclass(frozen=True)
 class ProbabilityMetric(Metric):
-    """A metric of calibrated probabilities.
-
-    Attributes:
-        value: function of labels [n] and probabilities [n].
-        resample: function of the sums of errors in b resamples; float64 [b].
-    """
+    """A metric of labels [n] and calibrated probabilities [n]; `resample` computes it from sums of errors."""
 
     value: Callable[[np.ndarray, np.ndarray], float | None] = brier
     resample: Callable[[ErrorSums], np.ndarray] = lambda sums: _ratio(sums.squared, sums.images)
 
 
+_AUROC = "Probability that an image with the finding scores higher than one without it (ties one half); 0.5 is chance."
+_PRECISION = "Precision averaged over the ranks of the positive images; a score without skill reaches the prevalence."
+_PPV = "Positive predictive value: share of the flagged images that have the finding; depends on the prevalence."
+_NPV = "Negative predictive value: share of the images not flagged that lack the finding; depends on the prevalence."
+_EXPECTED = "expected at the prevalence given with `--prevalence`, from sensitivity and specificity by Bayes' theorem."
+_BRIER = "Mean squared difference between calibrated probability and label; 0 is best."
+_ECE = "Mean distance of calibrated probability and observed share in ten bins of equal width, weighted by images."
 RANKING_METRICS = (
-    RankingMetric(
-        "auroc",
-        "AUROC",
-        "Probability that an image with the finding scores higher than one without it, ties counting one half; "
-        "0.5 is chance.",
-        "main",
-        value=auroc,
-        resample=RocSteps.aurocs,
-    ),
+    RankingMetric("auroc", "AUROC", _AUROC, "main"),
     RankingMetric(
         "average_precision",
         "Average precision",
-        "Precision averaged over the ranks of the positive images; a score without skill reaches the prevalence.",
+        _PRECISION,
         "main",
         value=average_precision,
         resample=RocSteps.average_precisions,
@@ -414,7 +380,6 @@ RATE_METRICS = (
         "Share of the images with the finding that are flagged.",
         "main",
         2,
-        value=lambda cells, _: cells.sensitivity,
         undefined="no positive images",
     ),
     RateMetric(
@@ -423,74 +388,44 @@ RATE_METRICS = (
         "Share of the images without the finding that are not flagged.",
         "main",
         2,
-        value=lambda cells, _: cells.specificity,
         undefined="no negative images",
     ),
-    RateMetric(
-        "ppv",
-        "PPV",
-        "Positive predictive value: share of the flagged images that have the finding; depends on the prevalence.",
-        "main",
-        2,
-        value=lambda cells, _: cells.ppv,
-        undefined="no image is flagged",
-    ),
-    RateMetric(
-        "npv",
-        "NPV",
-        "Negative predictive value: share of the images not flagged that lack the finding; depends on the prevalence.",
-        value=lambda cells, _: cells.npv,
-        undefined="every image is flagged",
-    ),
-    RateMetric(
-        "f1",
-        "F1",
-        "Harmonic mean of PPV and sensitivity.",
-        value=lambda cells, _: cells.f1,
-        undefined="no positive images, and none flagged",
-    ),
+    RateMetric("ppv", "PPV", _PPV, "main", 2, undefined="no image is flagged"),
+    RateMetric("npv", "NPV", _NPV, undefined="every image is flagged"),
+    RateMetric("f1", "F1", "Harmonic mean of PPV and sensitivity.", undefined="no positive images, and none flagged"),
     RateMetric(
         "flag_rate",
         "Flagged",
         "Share of the labelled images that are flagged.",
         digits=1,
         percent=True,
-        value=lambda cells, _: cells.flag_rate,
         undefined="no labelled images",
     ),
     RateMetric(
         "ppv_at_prevalence",
         "PPV at this prevalence",
-        "PPV expected at the prevalence given with `--prevalence`, from sensitivity and specificity by Bayes' theorem.",
+        f"PPV {_EXPECTED}",
         "prevalence",
-        value=lambda cells, prevalence: _predictive_values(cells.sensitivity, cells.specificity, prevalence)[0],
         undefined="nothing would be flagged",
+        rate="ppv",
         at_prevalence=True,
     ),
     RateMetric(
         "npv_at_prevalence",
         "NPV at this prevalence",
-        "NPV expected at the prevalence given with `--prevalence`, from sensitivity and specificity by Bayes' theorem.",
+        f"NPV {_EXPECTED}",
         "prevalence",
-        value=lambda cells, prevalence: _predictive_values(cells.sensitivity, cells.specificity, prevalence)[1],
         undefined="everything would be flagged",
+        rate="npv",
         at_prevalence=True,
     ),
 )
 PROBABILITY_METRICS = (
-    ProbabilityMetric(
-        "brier",
-        "Brier score",
-        "Mean squared difference between calibrated probability and label; 0 is best.",
-        digits=4,
-        value=brier,
-        resample=lambda sums: _ratio(sums.squared, sums.images),
-    ),
+    ProbabilityMetric("brier", "Brier score", _BRIER, digits=4),
     ProbabilityMetric(
         "expected_calibration_error",
         "Calibration error",
-        "Expected calibration error: mean distance of calibrated probability and observed share in ten bins of equal "
-        "width.",
+        _ECE,
         value=expected_calibration_error,
         resample=lambda sums: _ratio(np.abs(sums.by_bin).sum(axis=1), sums.images),
     ),

@@ -62,8 +62,8 @@ def test_roc_curve_has_the_auroc_as_its_area(rows: list[tuple[int, float]]) -> N
     assert (curve.x[0], curve.y[0], curve.x[-1], curve.y[-1]) == (0, 0, 1, 1)
     assert np.trapezoid(curve.y, curve.x) == pytest.approx(metrics.auroc(y, s), abs=1e-12)
     for x, sensitivity, threshold in zip(curve.x, curve.y, curve.thresholds, strict=True):
-        got = metrics.sensitivity_specificity(y, s >= threshold)
-        assert got == (pytest.approx(sensitivity), pytest.approx(1 - x))
+        cells = metrics.confusion(y, s >= threshold)
+        assert (cells.sensitivity, cells.specificity) == (pytest.approx(sensitivity), pytest.approx(1 - x))
 
 
 def test_precision_recall_curve_by_hand() -> None:
@@ -108,11 +108,11 @@ def test_rates_equal_sklearn_and_predictive_values_their_definition(rows: list[t
     y, flags = np.array([row[0] for row in rows], int), np.array([row[1] for row in rows])
     cells = metrics.confusion(y, flags)
     # Predictive values at the prevalence of the sample are those of the sample.
-    at_sample = metrics.predictive_values_at(cells.sensitivity, cells.specificity, float(y.mean()))
-    if cells.sensitivity is None or cells.specificity is None:
-        assert at_sample == (None, None)
-    else:
-        assert at_sample == tuple(None if value is None else pytest.approx(value) for value in (cells.ppv, cells.npv))
+    at_sample = cells.expect_at(float(y.mean()))
+    assert (at_sample is None) == (cells.sensitivity is None or cells.specificity is None)
+    if at_sample is not None:
+        expected = [None if value is None else pytest.approx(value) for value in (cells.ppv, cells.npv)]
+        assert [at_sample.ppv, at_sample.npv] == expected
     expected = {
         "f1": sklearn_metrics.f1_score(y, flags, zero_division=np.nan),
         "sensitivity": sklearn_metrics.recall_score(y, flags, zero_division=np.nan),
@@ -126,13 +126,15 @@ def test_rates_equal_sklearn_and_predictive_values_their_definition(rows: list[t
 
 
 def test_predictive_values_at_a_prevalence_by_hand() -> None:
-    # Of 1,000 people 10 are positive, 9 of whom are flagged; of the 990 others, 99 are.
-    assert metrics.predictive_values_at(0.9, 0.9, 0.01) == (pytest.approx(9 / 108), pytest.approx(891 / 892))
-    assert metrics.predictive_values_at(0.9, 1.0, 0.0) == (None, 1.0)
-    assert metrics.predictive_values_at(1.0, 0.5, 1.0) == (1.0, None)
-    for name, values in (("prevalence", (0.9, 0.9, 5.0)), ("sensitivity", (np.nan, 0.9, 0.5)), ("specif", (1, -1, 0))):
-        with pytest.raises(ValueError, match=name):
-            metrics.predictive_values_at(*values)
+    # 9 of 10 positives and 99 of 990 negatives would be flagged.
+    cells = metrics.Confusion(9, 1, 9, 1).expect_at(0.01)
+    assert (cells.ppv, cells.npv) == (pytest.approx(9 / 108), pytest.approx(891 / 892))
+    cells = metrics.Confusion(9, 0, 9, 1).expect_at(0.0)
+    assert (cells.ppv, cells.npv) == (None, 1.0)
+    cells = metrics.Confusion(9, 5, 5, 0).expect_at(1.0)
+    assert (cells.ppv, cells.npv) == (1.0, None)
+    with pytest.raises(ValueError, match="prevalence is 5"):
+        metrics.Confusion(1, 1, 1, 1).expect_at(5.0)
 
 
 def test_bad_input_is_refused() -> None:
