@@ -52,7 +52,8 @@ def plain_quantities(y: np.ndarray, s: np.ndarray, flags: np.ndarray, p: np.ndar
     """What `metrics` and `calibration` return for one finding in some rows."""
     scored, judged, calibrated = (y >= 0) & ~np.isnan(s), (y >= 0) & (flags >= 0), (y >= 0) & ~np.isnan(p)
     cells = metrics.confusion(y[judged], flags[judged] == 1)
-    ppv, npv = metrics.predictive_values_at(cells.sensitivity, cells.specificity, prevalence)
+    expected = cells.expect_at(prevalence)
+    ppv, npv = (expected.ppv, expected.npv) if expected else (None, None)
     return {
         "auroc": metrics.auroc(y[scored], s[scored]),
         "average_precision": metrics.average_precision(y[scored], s[scored]),
