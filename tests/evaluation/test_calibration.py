@@ -126,7 +126,8 @@ def test_operating_point_keeps_its_rule(rows: list[tuple[int, float]], rule: str
     rates = (cells.sensitivity, cells.specificity, cells.flag_rate)
     assert rates == (point["sensitivity"], point["specificity"], point["flag_rate"])
     lowest = p[flags].min()
-    others = {t: metrics.sensitivity_specificity(y, p >= t) for t in p}
+    counted = {t: metrics.confusion(y, p >= t) for t in p}
+    others = {t: (cells.sensitivity, cells.specificity) for t, cells in counted.items()}
     name, _, target = rule.partition("=")
     if name == "youden":
         best = max(map(sum, others.values()))
