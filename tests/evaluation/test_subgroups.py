@@ -128,7 +128,8 @@ def test_a_group_is_measured_as_if_it_were_alone() -> None:
             assert (cell.finding, cell.n, cell.positives) == (NAMES[j], rows.sum(), y.sum())
             patients = (cell.n_patients, cell.positive_patients, cell.negative_patients)
             assert patients == tuple(len(np.unique(people[part])) for part in (y >= 0, y == 1, y == 0))
-            rates = metrics.sensitivity_specificity(y, flags == 1)
+            cells = metrics.confusion(y, flags == 1)
+            rates = (cells.sensitivity, cells.specificity)
             expected = (metrics.auroc(y, s), *rates)
             assert (cell.auroc, cell.sensitivity, cell.specificity) == pytest.approx(expected, abs=1e-12)
         for name in ("auroc", "sensitivity", "specificity"):
