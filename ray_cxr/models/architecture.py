@@ -1,4 +1,4 @@
-"""The description of a network, as a bundle keeps it; free of Keras, so that reading one is quick."""
+"""The description of a model in a bundle. Imports no Keras, so that reading one is fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ray_cxr.config import Backbone, Settings, TrainSettings
 
 
 class Architecture(Settings):
-    """All that is needed to build a network again without running anybody's code."""
+    """Everything that rebuilds a model without executing code from a bundle."""
 
     backbone: Backbone
     size: int = Field(ge=32, le=2048)
@@ -21,7 +21,7 @@ class Architecture(Settings):
 
     @classmethod
     def of(cls, settings: TrainSettings, size: int) -> Architecture:
-        """The architecture that training settings ask for, at an image size in pixels."""
+        """Return the architecture of training settings at an image size in pixels."""
         return cls(
             backbone=settings.backbone,
             size=size,

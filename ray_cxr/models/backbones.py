@@ -1,9 +1,8 @@
 """The backbones, each with the normalisation that its ImageNet weights were trained with.
 
-One hard-coded mean and standard deviation for all backbones is this field's commonest bug: keras.applications'
-ResNet50 wants BGR minus the mean, DenseNet wants scaled RGB over the deviation, ResNet50V2 wants -1 to 1, and
-EfficientNetV2 and MobileNetV3 normalise inside. Here the rule is a layer of the graph, so that no caller can
-forget it.
+One mean and standard deviation for all backbones is a common bug: in keras.applications, ResNet50 expects BGR minus the
+mean, DenseNet scaled RGB over the deviation, ResNet50V2 -1 to 1, and EfficientNetV2 and MobileNetV3 normalise inside.
+Here the normalisation is a layer of the graph, so that no caller can forget it.
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ from ray_cxr.errors import ConfigError, first_line
 
 @keras.saving.register_keras_serializable(package="ray_cxr")
 class GrayToInput(layers.Layer):
-    """uint8 gray [N,S,S,1] to what one backbone expects: float [N,S,S,C], `x * scale + offset` per channel.
+    """Maps uint8 gray [N,S,S,1] to the input of a backbone: float [N,S,S,C], `x * scale + offset` per channel.
 
     Args:
-        scale: one number per output channel.
-        offset: likewise. Gray is repeated over the channels first.
+        scale, offset: one number per output channel. Gray is repeated over the channels first.
     """
 
     def __init__(self, scale: tuple[float, ...], offset: tuple[float, ...], **kwargs: Any) -> None:
@@ -36,7 +34,7 @@ class GrayToInput(layers.Layer):
         self.offset = tuple(float(value) for value in offset)
 
     def call(self, images: Any) -> Any:
-        # In float32 whatever the compute policy: bfloat16 cannot hold 256 grays, and the offsets need more still.
+        # In float32 under any policy: bfloat16 cannot represent 256 grays, and the offsets need more digits.
         x = ops.repeat(ops.cast(images, "float32"), len(self.scale), axis=-1)
         x = x * ops.convert_to_tensor(self.scale, "float32") + ops.convert_to_tensor(self.offset, "float32")
         return ops.cast(x, self.compute_dtype)
@@ -50,12 +48,12 @@ class GrayToInput(layers.Layer):
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """One backbone of the list.
+    """How a backbone is constructed and what input it expects.
 
     Attributes:
-        application: name of its constructor in keras.applications; None for our own.
-        scale, offset: its input is gray * scale + offset, per channel (see `GrayToInput`).
-        options: further arguments of the constructor.
+        application: its constructor in keras.applications; None for TinyCNN.
+        scale, offset: see `GrayToInput`.
+        options: additional arguments of the constructor.
     """
 
     application: str | None
@@ -86,31 +84,33 @@ BACKBONES: dict[str, BackboneInfo] = {
 
 
 def features(backbone: str, images: Any, weights: str | None) -> Any:
-    """Build a backbone flat onto an input: its layers become the caller's model's own, none is nested.
+    """Build a backbone on top of an input, without a nested model.
 
     Args:
         backbone: a key of `BACKBONES`.
         images: a symbolic uint8 [N,S,S,1].
-        weights: `imagenet`, or None for random ones.
+        weights: `imagenet`, or None for random weights.
 
     Returns:
         The symbolic last feature map [N,h,w,C].
 
     Raises:
-        ConfigError: an unknown backbone; weights that cannot be had, with the reason.
+        ConfigError: the backbone is unknown, or its weights are unavailable.
     """
     if backbone not in BACKBONES:
-        raise ConfigError(f"backbone: unknown {backbone!r}; one of {', '.join(BACKBONES)}")
+        raise ConfigError(f"backbone: unknown {backbone!r}; use one of {', '.join(BACKBONES)}")
     info = BACKBONES[backbone]
     x = GrayToInput(info.scale, info.offset, name="normalisation")(images)
     if info.application is None:
         if weights is not None:
-            raise ConfigError(f"weights: {backbone} has no {weights!r} weights; use --set weights=none, or a file")
+            raise ConfigError(
+                f"weights: {backbone} has no {weights!r} weights; use --set weights=none or a weights file"
+            )
         return _tiny(x)
     constructor: Callable[..., Any] = getattr(keras.applications, info.application)
     try:
-        # keras.applications refuses ImageNet weights over another name of input; the tensor alone is enough.
-        with _one_at_a_time() if weights else contextlib.nullcontext():
+        # As `input_tensor`: keras.applications rejects ImageNet weights if the input has another name.
+        with _lock_downloads() if weights else contextlib.nullcontext():
             model = constructor(include_top=False, weights=weights, input_tensor=x, **dict(info.options))
     except Exception as error:
         # Keras raises a bare Exception when its download fails.
@@ -118,24 +118,24 @@ def features(backbone: str, images: Any, weights: str | None) -> Any:
             raise
         reason = first_line(error)
         raise ConfigError(
-            f"weights: the ImageNet weights of {backbone} cannot be had ({reason}); "
-            "connect to the internet, name a file of weights, or say weights=none to start from random ones"
+            f"weights: the ImageNet weights of {backbone} are unavailable ({reason}); connect to the internet, pass a "
+            "weights file, or use weights=none for random weights"
         ) from None
     return model.output
 
 
 @contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Hold a lock that is this user's on this machine: Keras downloads into one file, from any number of workers."""
+def _lock_downloads() -> Iterator[None]:
+    """Hold this user's lock on this machine, since Keras' workers all download into the same file."""
     folder = Path.home() / ".keras"
     folder.mkdir(exist_ok=True)
     with open(folder / "ray_cxr.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # given up when the file is closed, also by a kill
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a kill
         yield
 
 
 def _tiny(x: Any) -> Any:
-    """A small residual-free CNN of about 100,000 weights: minutes on a laptop's CPU; for demos and tests."""
+    """Build a plain CNN of about 100,000 weights, for demos and tests: it trains in minutes on a laptop's CPU."""
     for stage, width in enumerate((16, 32, 64, 96)):
         x = layers.Conv2D(width, 3, padding="same", use_bias=False, name=f"tiny_conv{stage}")(x)
         x = layers.BatchNormalization(momentum=0.9, name=f"tiny_bn{stage}")(x)

@@ -1,17 +1,17 @@
-"""Heat maps: which places of a picture speak for a finding, as the network sees it.
+"""Compute heat maps: the regions of an image that support a finding according to the model.
 
-Grad-CAM (Selvaraju et al., ICCV 2017, equations 1 and 2) on the last feature map A, before the head pools it. For the
-logit y of a finding, on cells (i, j) and channels c:
+Grad-CAM (Selvaraju et al., ICCV 2017, equations 1 and 2) on the last feature map A, before pooling. For the logit y of
+a finding, on cells (i, j) and channels c:
 
     gradcam     map = ReLU( sum_c a_c A_c ),  a_c = mean over the cells of dy / dA_c
     hirescam    map = ReLU( sum_c dy / dA_c * A_c ),  cell by cell (Draelos and Carin, arXiv 2011.08891)
 
-The two are the same where the head is an average and one dense layer. A map is in units of the logit, and kept so: with
-such a head its sum, before the ReLU, is the logit less the bias. A map of zeros says that no place speaks for the
-finding; it is none that one could scale up.
+The two agree if the head is an average and one dense layer. Maps are in units of the logit and are not scaled: with
+such a head the sum before the ReLU is the logit minus the bias. A map of zeros means that no region supports the
+finding.
 
-The logit, not the probability: the sigmoid's slope would dim every map of a confident network. One forward pass of
-the backbone serves all findings; what is derived is the head alone.
+The logit is used, because the sigmoid's slope would dim the maps of a confident model. One forward pass of the backbone
+serves all findings; gradients go through the head only.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ import numpy as np
 
 from ray_cxr.config import HeatMapMethod, InputSpec
 from ray_cxr.errors import ConfigError
-from ray_cxr.imaging.overlays import WHOLE, Area, content, project_cells
-from ray_cxr.imaging.resize import resize
+from ray_cxr.imaging.overlays import WHOLE, Area, project_cells
+from ray_cxr.imaging.resize import locate_in_input, resize
 
 #: Names that `classifier.build` gives the head's first layer; its input is the feature map.
 _POOLS = ("pool_avg", "pool")
-#: The strongest place hides so much of the picture below it; with an exponent below 1 weak ones are seen on white, too.
+#: Opacity of the strongest cell, and the exponent of weaker ones: below 1 they remain visible on white.
 _OPACITY, _EXPONENT = 0.6, 0.7
-#: Of matplotlib: rises evenly in lightness and is readable without red and green. Left out are its ends, which nobody
-#: sees on black lungs and white bones.
+#: A matplotlib colour map that rises evenly in lightness and is readable without red and green. Its ends are omitted:
+#: they are invisible on black lungs and white bones.
 _COLOURS, _DARKEST, _LIGHTEST = "inferno", 64, 220
 
 
 class Explanation(NamedTuple):
-    """What a network says of n images, and why.
+    """Results for n images.
 
     Attributes:
         maps: float32 [n,K,h,w], 0 and above.
@@ -50,19 +50,19 @@ class Explanation(NamedTuple):
 
 
 class GradCam:
-    """Heat maps of a network of `classifier.build`, whatever its backbone and head.
+    """Heat maps of any model of `classifier.build`.
 
     Args:
         model: uint8 [N,S,S,1] to probabilities [N,F].
         method: see the top of this module.
 
     Raises:
-        ConfigError: Keras runs on another backend than TensorFlow, whose gradients these are.
+        ConfigError: Keras runs on another backend than TensorFlow.
     """
 
     def __init__(self, model: keras.Model, method: HeatMapMethod = "gradcam") -> None:
         if keras.config.backend() != "tensorflow":
-            raise ConfigError(f"heat maps: need Keras on TensorFlow, and KERAS_BACKEND is {keras.config.backend()}")
+            raise ConfigError(f"heat maps: need Keras on TensorFlow, but KERAS_BACKEND is {keras.config.backend()}")
         import tensorflow as tf
 
         pool = next(model.get_layer(name) for name in _POOLS if name in {layer.name for layer in model.layers})
@@ -71,34 +71,30 @@ class GradCam:
         self._method = method
         self._run = tf.function(self._explain, reduce_retracing=True)
 
-    def maps(self, images: np.ndarray, findings: np.ndarray) -> np.ndarray:
-        """Heat maps of some findings of each image.
+    def explain(self, images: np.ndarray, findings: np.ndarray) -> Explanation:
+        """Compute heat maps of some findings of each image.
 
         Args:
             images: uint8 [n,S,S,1].
-            findings: int [n,K], numbers of the network's outputs.
+            findings: int [n,K], indices of the model's outputs.
 
         Returns:
-            float32 [n,K,h,w], 0 and above, in units of the logit.
+            Maps float32 [n,K,h,w], 0 and above, in units of the logit; and all probabilities.
         """
-        return self.explain(images, findings).maps
-
-    def explain(self, images: np.ndarray, findings: np.ndarray) -> Explanation:
-        """`maps`, with the probabilities that come along."""
-        found = self._run(np.asarray(images, np.uint8), np.asarray(findings, np.int32))
-        return Explanation(*(np.asarray(one, dtype=np.float32) for one in found))
+        arrays = self._run(np.asarray(images, np.uint8), np.asarray(findings, np.int32))
+        return Explanation(*(np.asarray(array, dtype=np.float32) for array in arrays))
 
     def _explain(self, images: Any, findings: Any) -> tuple[Any, Any]:
         import tensorflow as tf
 
         features = self._backbone(images, training=False)
-        # Persistent: one pass back through the head for each of the K findings. Pictures do not touch one another
-        # there, so that the gradient of a sum over them is each picture's own.
+        # Persistent: one backward pass through the head per finding. Images do not interact in the head, so the
+        # gradient of a sum over images is each image's own.
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(features)
             logits = self._head(features, training=False)
-            wanted = tf.unstack(tf.gather(logits, findings, batch_dims=1), axis=1)
-        maps = [self._map(features, tape.gradient(logit, features)) for logit in wanted]
+            selected = tf.unstack(tf.gather(logits, findings, batch_dims=1), axis=1)
+        maps = [self._map(features, tape.gradient(logit, features)) for logit in selected]
         return tf.stack(maps, axis=1), tf.sigmoid(logits)
 
     def _map(self, features: Any, gradient: Any) -> Any:
@@ -110,60 +106,60 @@ class GradCam:
         return tf.nn.relu(tf.reduce_sum(gradient * features, axis=-1))
 
 
-def overlay(picture: np.ndarray, cells: np.ndarray, area: Area = WHOLE, *, side: int = 512) -> np.ndarray:
-    """A heat map over its picture, for looking at.
+def draw_overlay(image: np.ndarray, cells: np.ndarray, area: Area = WHOLE, *, side: int = 512) -> np.ndarray:
+    """Draw a heat map over its image.
 
-    The colours run from this map's 0 to its own highest cell, so that two pictures' colours do not compare; the weaker
-    a place, the more of the picture is seen. A map of zeros leaves the picture gray.
+    Colours run from 0 to the highest cell of this map, so colours of two images do not compare. Weak regions let the
+    image show through; a map of zeros leaves it gray.
 
     Args:
-        picture: uint8 [H,W].
+        image: uint8 [H,W].
         cells: float32 [h,w], 0 and above.
-        area: what of the picture the cells cover, see `heatmaps.area_of`.
-        side: of the longer side of the result, pixels.
+        area: the part of the image that the cells cover, see `overlays.compute_area`.
+        side: longer side of the result, pixels.
 
     Returns:
-        uint8 RGB [H',W',3], in the picture's proportions.
+        uint8 RGB [H',W',3] with the proportions of the image.
     """
-    gray = bounded(picture, side)
+    gray = scale_to_side(image, side)
     peak = float(cells.max())
     if not peak > 0:
         return np.repeat(gray[..., None], 3, axis=2)
     strength = project_cells(cells / peak, area, (gray.shape[0], gray.shape[1]))
-    # In 256 steps, as many as a colour has: colour and cover of each come from one table.
+    # 256 steps, so that colour and opacity come from one table.
     step = np.rint(strength * 255).astype(np.uint8)
-    colours, left = _table()
+    colours, remaining = _color_table()
     blended = cv2.LUT(cv2.merge((step, step, step)), colours)
-    under = cv2.multiply(gray, cv2.LUT(step, left), scale=1 / 255)
+    under = cv2.multiply(gray, cv2.LUT(step, remaining), scale=1 / 255)
     return np.asarray(cv2.add(blended, cv2.merge((under, under, under))))
 
 
-def bounded(picture: np.ndarray, side: int) -> np.ndarray:
-    """A picture with its longer side brought to `side` pixels: uint8 [H',W']."""
-    if max(picture.shape) == side:
-        return picture
+def scale_to_side(image: np.ndarray, side: int) -> np.ndarray:
+    """Scale an image so that its longer side has `side` pixels: uint8 [H',W']."""
+    if max(image.shape) == side:
+        return image
     spec = InputSpec(size=side, aspect="pad")
-    return unpadded(resize(picture, spec), spec, (picture.shape[0], picture.shape[1]))
+    return crop_padding(resize(image, spec), spec, (image.shape[0], image.shape[1]))
 
 
-def unpadded(padded: np.ndarray, spec: InputSpec, shape: tuple[int, int]) -> np.ndarray:
-    """What `imaging.resize` made of a picture of this (H, W), without the margins of `pad`."""
-    top, left, rows, columns = content(spec, *shape)
+def crop_padding(padded: np.ndarray, spec: InputSpec, shape: tuple[int, int]) -> np.ndarray:
+    """Remove the margins that `resize` added to an image of shape (H, W)."""
+    top, left, rows, columns = locate_in_input(spec, *shape)
     return padded[top : top + rows, left : left + columns]
 
 
-def encode(rgb: np.ndarray) -> bytes:
-    """A uint8 RGB [H,W,3] as a PNG: pixels alone, no metadata."""
-    # OpenCV's own settings: the most that zlib can do makes files a fifth smaller, in eight times the time.
+def encode_png(rgb: np.ndarray) -> bytes:
+    """Encode a uint8 RGB [H,W,3] as a PNG without metadata."""
+    # OpenCV's default compression: zlib's maximum makes files a fifth smaller and takes eight times as long.
     done, data = cv2.imencode(".png", rgb[..., ::-1])
     if not done:
-        raise ValueError(f"no picture: {rgb.dtype} {rgb.shape}")
+        raise ValueError(f"not an image: {rgb.dtype} {rgb.shape}")
     return bytes(data)
 
 
 @functools.cache
-def _table() -> tuple[np.ndarray, np.ndarray]:
-    """For 256 strengths the colour to add, uint8 [1,256,3], and what stays of the picture, uint8 [1,256] of 255."""
+def _color_table() -> tuple[np.ndarray, np.ndarray]:
+    """For 256 strengths, return the added colour, uint8 [1,256,3], and the image's remaining share, uint8 [1,256]."""
     from matplotlib import colormaps  # the table alone; no canvas, no fonts
 
     cover = _OPACITY * np.linspace(0.0, 1.0, 256) ** _EXPONENT

@@ -1,22 +1,20 @@
-"""The losses of a network with one sigmoid output per finding, from logits, in float32.
+"""Losses for a model with one sigmoid output per finding, computed from logits in float32.
 
-Every kind is a mixture of two terms, what an entry costs if the finding is there and what it costs if not:
+Each loss mixes two terms, the cost of an entry if the finding is present and the cost if it is absent:
 
     y * positive * T+(z)  +  (1 - y) * negative * T-(z)
 
-with p = sigmoid(z) and, for each kind,
+with p = sigmoid(z) and
 
     bce, weighted_bce   T+ = -log p                    T- = -log(1 - p)
     focal               T+ = (1 - p)^g * -log p        T- = p^g * -log(1 - p)
     asymmetric          T+ = (1 - p)^g+ * -log p       T- = q^g- * -log(1 - q),   q = max(p - margin, 0)
 
-focal is that of Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, without its alpha; asymmetric that of
-Ridnik et al., "Asymmetric Loss For Multi-Label Classification", ICCV 2021, with the gradient through the focusing
-factor, as in the paper. The per-finding weights are 1 but for `weighted_bce`.
+focal follows Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, without its alpha. asymmetric follows
+Ridnik et al., "Asymmetric Loss For Multi-Label Classification", ICCV 2021; as there, the gradient includes the focusing
+factor. The weights `positive` and `negative` are 1 except for `weighted_bce`.
 
-Label smoothing makes y soft (e and 1 - e) and nothing else: the two terms are mixed by the soft label, each with the
-weight of its own side. For `weighted_bce` that is the weighted cross-entropy of a soft label; the weights do not follow
-the hard label.
+Label smoothing replaces y by e or 1 - e. The soft label mixes the two terms, each with its own weight.
 """
 
 from __future__ import annotations
@@ -35,10 +33,10 @@ Loss = Callable[[Any, Any, Any, Any], Any]
 
 
 def compute_finding_weights(values: np.ndarray, loss: str) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of positives and negatives per finding, float32 [F] each, from training labels int8 [N,F], -1 null.
+    """Compute weights of positives and negatives, float32 [F] each, from training labels int8 [N,F], -1 null.
 
-    `weighted_bce` weights a positive by the finding's share of negatives and a negative by its share of positives,
-    so that both sides of a finding add up to the same. Every other loss weights all by 1.
+    `weighted_bce` weights a positive by the finding's share of negatives and a negative by its share of positives, so
+    that both sides have the same total. All other losses use 1.
     """
     if loss != "weighted_bce":
         ones = np.ones(values.shape[1], dtype=np.float32)
@@ -49,22 +47,22 @@ def compute_finding_weights(values: np.ndarray, loss: str) -> tuple[np.ndarray, 
 
 
 def make_loss(settings: TrainSettings, positive: np.ndarray, negative: np.ndarray) -> Loss:
-    """The loss that the settings name, summed over this worker's entries and divided by the global number of them.
+    """Return the configured loss: the sum over this worker's entries, divided by the global number of entries.
 
-    The losses of the workers add up to that of the global batch, and so do their gradients. It is made of plain
-    TensorFlow operations, without variables: it runs eagerly, in a graph, under XLA and in any replica. Value and
-    gradient are finite for every finite logit up to 1e4 in size.
+    The workers' losses, and their gradients, add up to those of the global batch. The loss consists of plain TensorFlow
+    operations without variables, so it runs eagerly, in a graph, under XLA and in any replica. Value and gradient are
+    finite for all logits up to 1e4 in size.
 
     Args:
         settings: `loss`, its parameters and `label_smoothing` are used.
-        positive, negative: float32 [F], see `finding_weights`.
+        positive, negative: float32 [F], see `compute_finding_weights`.
 
     Returns:
         `loss(labels, logits, weight, denominator)`, a float32 scalar, where
-        labels are floats [B,F], 0 or 1, and anything, NaN too, where weight is 0;
-        logits are floats [B,F], likewise;
-        weight is floats [B,F], 0 for nulls and for padding: such an entry adds nothing to value or gradient;
-        denominator is the number of labelled entries in the whole global batch, above 0.
+        labels: floats [B,F], 0 or 1; ignored, even if NaN, where weight is 0;
+        logits: floats [B,F]; ignored in the same places;
+        weight: floats [B,F], 0 for nulls and padding, which then affect neither value nor gradient;
+        denominator: the number of labelled entries in the global batch, above 0.
     """
     terms = _terms(settings)
     smoothing = settings.label_smoothing
@@ -73,7 +71,7 @@ def make_loss(settings: TrainSettings, positive: np.ndarray, negative: np.ndarra
     def loss(labels: Any, logits: Any, weight: Any, denominator: Any) -> Any:
         weight = tf.cast(weight, tf.float32)
         counts = weight > 0.0
-        # Masked before anything is computed: after it, NaN * 0 would still be NaN, in the value or in the gradient.
+        # Masked first: after the computation, NaN * 0 would still be NaN, in the value or in the gradient.
         y = tf.where(counts, tf.cast(labels, tf.float32), 0.0)
         z = tf.where(counts, tf.cast(logits, tf.float32), 0.0)
         if smoothing:
@@ -86,7 +84,7 @@ def make_loss(settings: TrainSettings, positive: np.ndarray, negative: np.ndarra
 
 
 def _terms(settings: TrainSettings) -> Callable[[Any], tuple[Any, Any]]:
-    """T+ and T- of this module's docstring, as a function of the logits."""
+    """Return the function from logits to T+ and T- of the module's docstring."""
     if settings.loss == "focal":
         gamma = settings.focal_gamma
         return lambda z: (_positive_term(z, gamma), _negative_term(z, gamma, 0.0))
@@ -100,26 +98,26 @@ def _terms(settings: TrainSettings) -> Callable[[Any], tuple[Any, Any]]:
 
 
 def _positive_term(z: Any, gamma: float) -> Any:
-    """(1 - p)^gamma * -log p."""
+    """Compute (1 - p)^gamma * -log p."""
     return _negative_term(-z, gamma, 0.0)
 
 
 def _negative_term(z: Any, gamma: float, margin: float) -> Any:
-    """q^gamma * -log(1 - q) with q = max(p - margin, 0).
+    """Compute q^gamma * -log(1 - q) with q = max(p - margin, 0).
 
-    All of it is computed from log p and log(1 - p), which softplus gives to full precision and with a bounded gradient
-    where p itself has long been rounded to 0 or 1. Powers are exponentials of logarithms because the derivative of
-    x^gamma is infinite at 0 for gamma below 1, and infinity times zero is NaN.
+    It uses log p and log(1 - p) from softplus, which are exact and have a bounded gradient even where p rounds to 0 or
+    1. Powers are exponentials of logarithms: for gamma below 1 the derivative of x^gamma is infinite at 0, and infinity
+    times zero is NaN.
     """
     log_p, cross_entropy = -tf.math.softplus(-z), tf.math.softplus(z)
     if not margin:
         return cross_entropy * tf.exp(gamma * log_p) if gamma else cross_entropy
     q = tf.maximum(tf.exp(log_p) - margin, 0.0)
-    # 1 - q is (1 - p) + margin. Its logarithm loses its digits near q = 0 if taken from logarithms, and near q = 1 if
-    # taken from q. The minimum keeps the branch not chosen finite: its gradient is multiplied by 0.
+    # 1 - q is (1 - p) + margin. Near q = 0 its logarithm is exact only if computed from q, near q = 1 only if computed
+    # from logarithms. The minimum keeps the unused branch finite, since its gradient is multiplied by 0.
     log_margin = math.log(margin)
     small = -tf.math.log1p(-tf.minimum(q, 0.5))
     large = -(log_margin + tf.math.softplus(-cross_entropy - log_margin))
     shifted = tf.where(q < 0.5, small, large)
-    # At q = 0 the cross-entropy is 0, so any finite power will do; 1e-30 is far below the least q above 0 that counts.
+    # At q = 0 the cross-entropy is 0, so any finite power will do; 1e-30 is far below any q that matters.
     return shifted * tf.exp(gamma * tf.math.log(tf.maximum(q, 1e-30))) if gamma else shifted

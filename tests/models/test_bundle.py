@@ -286,18 +286,18 @@ def test_predict_keeps_one_decoder_and_starts_none_for_arrays(tiny_bundle, tmp_p
     assert started == []
     for _ in range(2):
         assert bundle.predict(files)["status"].tolist() == ["ok"] * 3
-    assert [child.alive() for child in started] == [True]
+    assert [child.is_alive() for child in started] == [True]
     with ThreadPoolExecutor(4) as pool:
         frames = list(pool.map(bundle.predict, [files] * 8))
     assert all(frame.equals(frames[0]) for frame in frames)
-    assert sum(child.alive() for child in started) == 1
+    assert sum(child.is_alive() for child in started) == 1
     started[0].kill()
     with pytest.raises(ValueError, match="uint8"):
         bundle.predict([files[0], np.zeros((4, 4))])
     assert bundle.predict(files)["status"].tolist() == ["ok"] * 3
     del bundle
     gc.collect()
-    assert [child.alive() for child in started] == [False] * len(started)
+    assert [child.is_alive() for child in started] == [False] * len(started)
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_card_shows_provenance_and_people(whole: dict[str, Any]) -> None:
     assert f"{train['age_band']['0-17']} of 300 images of known age" in section(card, "Intended use")
     for part in ("random by patient, seed 3", "d1" * 32, f"t.csv: SHA-256 {'e2' * 32}"):
         assert part in section(card, "Data")
-    people, women, ages = section(card, "Who is in the images"), train["sex"]["F"], frame()["age"]
+    people, women, ages = section(card, "Demographics"), train["sex"]["F"], frame()["age"]
     assert row(people, "sex: F")[1:] == [f"{women} ({women / N:.1%})"] * 2
     assert f"| {UNLABELLED} |" not in people
     assert row(people, RARE)[1:] == ["3 of 300"] * 2
@@ -146,19 +146,19 @@ def test_card_of_an_imported_bundle_states_what_is_unknown_or_refused(whole: dic
     info |= {name: dict.fromkeys(FINDINGS) for name in tables}
     info["provenance"] = {"origin": "imported", "initial_weights": "x.h5", "lineage": "unknown", "split": {}}
     fp32 = {"largest_drift": 1e-6, "tolerance": 0.001, "accepted": True}
-    for drift, accepted, of_bf16 in ((None, None, "bf16: not measured"), (0.5, False, "0.02 allowed: **refused**")):
+    for drift, accepted, of_bf16 in ((None, None, "bf16: not measured"), (0.5, False, "(0.02 allowed): **refused**")):
         bf16 = {"largest_drift": drift, "tolerance": 0.02, "accepted": accepted}
         card = model_card(info | {"runtimes": {"fp32": fp32, "bf16": bf16}}, [])
         assert_no_value_of_python(card)
         for title, words in (
-            ("Data", "may be among them"),
+            ("Data", "Not all training images are known"),
             ("Validation", "no validation"),
             ("Subgroups", "Not measured"),
-            ("Calibration", "There is none"),
+            ("Calibration", "Not calibrated"),
             ("Findings without calibration", ", ".join(FINDINGS)),
-            ("Precisions", "- fp32: moves no probability by more than 1e-06, of 0.001 allowed."),
+            ("Precisions", "- fp32: moves probabilities by at most 1e-06 (0.001 allowed)."),
             ("Precisions", of_bf16),
             ("Quality flags", "too few images"),
         ):
             assert words in section(card, title)
-    assert "left out: off by 1" in model_card(info | {"runtimes_refused": "off by 1"}, [])
+    assert "no OpenVINO graph: off by 1" in model_card(info | {"runtimes_refused": "off by 1"}, [])

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ray_cxr.config import InputSpec
-from ray_cxr.imaging.overlays import WHOLE, Area, area_of, content, project_cells
+from ray_cxr.imaging.overlays import WHOLE, Area, compute_area, project_cells
 from ray_cxr.imaging.phantom_anatomy import sample_anatomy
 from ray_cxr.imaging.phantom_findings import draw_phantom
-from ray_cxr.imaging.resize import resize
+from ray_cxr.imaging.resize import locate_in_input, resize
 from ray_cxr.labels import FINDINGS
 from ray_cxr.models import backbones, classifier
 from ray_cxr.models.architecture import Architecture
-from ray_cxr.models.explain import GradCam, bounded, encode, overlay, unpadded
+from ray_cxr.models.explain import GradCam, crop_padding, draw_overlay, encode_png, scale_to_side
 
 SIZE = 32
 #: Every other backbone takes a second or more to build.
@@ -85,9 +85,9 @@ def test_map_without_evidence_is_zero_and_its_overlay_gray() -> None:
     kernel[:, 0] = -np.abs(kernel[:, 0])  # the features are a ReLU's, so that nothing speaks for the first finding
     model.get_layer("logits").set_weights([kernel, bias])
     images = make_images(1)
-    (cells,) = GradCam(model).maps(images, np.array([[0]]))[0]
+    (cells,) = GradCam(model).explain(images, np.array([[0]])).maps[0]
     assert not cells.any()
-    np.testing.assert_array_equal(overlay(images[0, ..., 0], cells, side=SIZE), np.repeat(images[0], 3, axis=2))
+    np.testing.assert_array_equal(draw_overlay(images[0, ..., 0], cells, side=SIZE), np.repeat(images[0], 3, axis=2))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_map_without_evidence_is_zero_and_its_overlay_gray() -> None:
 )
 def test_every_backbone_has_maps(backbone: str) -> None:
     model = build_model(backbone, size=64)
-    maps = GradCam(model).maps(make_images(1, 64), np.arange(14)[None])
+    maps = GradCam(model).explain(make_images(1, 64), np.arange(14)[None]).maps
     h, w = model.get_layer("pool").input.shape[1:3]
     assert (maps.shape, h > 1) == ((1, 14, h, w), True)
     assert 0 <= maps.min() < maps.max() < np.inf
@@ -110,7 +110,7 @@ def test_spot_in_the_input_is_drawn_on_the_spot_in_the_original(height, width, a
     top, left = int(down * (height - side)), int(right * (width - side))
     image = np.zeros((height, width), np.uint8)
     image[top : top + side, left : left + side] = 255
-    seen, area = resize(image, spec), area_of(spec, height, width)
+    seen, area = resize(image, spec), compute_area(spec, height, width)
     laid = project_cells(seen.astype(np.float32), area, image.shape)
     inside = project_cells(np.ones((8, 8), np.float32), area, image.shape) > 0.5
     assert inside.all() or aspect == "crop"
@@ -123,10 +123,10 @@ def test_spot_in_the_input_is_drawn_on_the_spot_in_the_original(height, width, a
 
 def test_areas_and_cells_by_hand() -> None:
     # An image of 100 x 200 in a square input of 64.
-    assert area_of(InputSpec(size=64), 100, 200) == WHOLE
-    assert area_of(InputSpec(size=64, aspect="pad"), 100, 200) == Area(-0.5, 0.0, 1.5, 1.0)
-    assert content(InputSpec(size=64, aspect="pad"), 200, 99) == (0, 16, 64, 32)
-    assert area_of(InputSpec(size=64, aspect="crop"), 100, 200) == Area(0.0, 0.25, 1.0, 0.75)
+    assert compute_area(InputSpec(size=64), 100, 200) == WHOLE
+    assert compute_area(InputSpec(size=64, aspect="pad"), 100, 200) == Area(-0.5, 0.0, 1.5, 1.0)
+    assert locate_in_input(InputSpec(size=64, aspect="pad"), 200, 99) == (0, 16, 64, 32)
+    assert compute_area(InputSpec(size=64, aspect="crop"), 100, 200) == Area(0.0, 0.25, 1.0, 0.75)
     cells = np.array([[0.0, 4.0]], np.float32)
     np.testing.assert_allclose(project_cells(cells, WHOLE, (1, 4)), [[0, 1, 3, 4]])
     np.testing.assert_allclose(project_cells(cells + 1, Area(0.0, 0.25, 1.0, 0.75), (1, 4)), [[0, 1, 5, 0]])
@@ -139,30 +139,30 @@ def test_overlay_has_the_proportions_of_the_image_and_colour_on_the_place() -> N
     image[:10] = 90
     cells = np.zeros((4, 4), np.float32)
     cells[3, 0] = 2.0  # below, on the left
-    shown = overlay(image, cells, side=200)
+    shown = draw_overlay(image, cells, side=200)
     assert (shown.shape, shown.dtype) == ((200, 100, 3), np.uint8)
     coloured = np.ptp(shown.astype(int), axis=2) > 0
     assert coloured[190:, :10].all()
     assert not coloured[:100].any()
     assert not coloured[:, 60:].any()
     # Padded to a square, the same corner of the input is the margin, left of the image; nothing of it may show.
-    padded = overlay(image, cells, area_of(InputSpec(size=64, aspect="pad"), 300, 150), side=200)
+    padded = draw_overlay(image, cells, compute_area(InputSpec(size=64, aspect="pad"), 300, 150), side=200)
     assert np.ptp(padded[:, 55:].astype(int), axis=2).max() == 0
 
 
-def test_bounded_keeps_proportions() -> None:
-    assert bounded(np.zeros((1024, 512), np.uint8), 256).shape == (256, 128)
-    assert bounded(np.zeros((40, 50), np.uint8), 200).shape == (160, 200)
+def test_scaling_keeps_proportions() -> None:
+    assert scale_to_side(np.zeros((1024, 512), np.uint8), 256).shape == (256, 128)
+    assert scale_to_side(np.zeros((40, 50), np.uint8), 200).shape == (160, 200)
     same = make_images(1)[0, ..., 0]
-    assert bounded(same, SIZE) is same
+    assert scale_to_side(same, SIZE) is same
     spec = InputSpec(size=256, aspect="pad")
     image = np.random.default_rng(0).integers(0, 256, (300, 500), dtype=np.uint8)
-    np.testing.assert_array_equal(unpadded(resize(image, spec), spec, (300, 500)), bounded(image, 256))
+    np.testing.assert_array_equal(crop_padding(resize(image, spec), spec, (300, 500)), scale_to_side(image, 256))
 
 
 def test_png_has_no_metadata() -> None:
     rgb = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    data = encode(rgb)
+    data = encode_png(rgb)
     with Image.open(io.BytesIO(data)) as image:
         np.testing.assert_array_equal(np.asarray(image), rgb)
         assert not image.info, "a chunk of metadata"
@@ -182,7 +182,7 @@ def test_trained_model_looks_where_the_finding_is_drawn() -> None:
     model.compile(keras.optimizers.Adam(3e-3), "binary_crossentropy")
     model.fit(images[seen], labels[seen], batch_size=24, epochs=10, verbose=0)
 
-    maps = GradCam(model).maps(images[-unseen:], np.zeros((unseen, 1), np.int32))[:, 0]
+    maps = GradCam(model).explain(images[-unseen:], np.zeros((unseen, 1), np.int32)).maps[:, 0]
     evidence, areas = [], []
     for cells, without, with_it in zip(maps, healthy[-unseen:], ill[-unseen:], strict=True):
         mass = np.abs(with_it.astype(int) - without) > 24

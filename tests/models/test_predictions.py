@@ -52,7 +52,7 @@ def test_schema_keeps_the_order_of_the_findings() -> None:
 def test_ranks_by_hand() -> None:
     """t = 0.2: p = 0.1 is half way up to 0.5; p = 0.6 is half way from 0.5 to 1. No t: r = 0.49 p."""
     p = np.array([[0.1, 0.1], [0.2, 0.2], [0.6, 0.6], [0.0, 0.0], [1.0, 1.0], [np.nan, np.nan]])
-    r = predictions.ranks(p, np.array([0.2, np.nan]))
+    r = predictions.compute_ranks(p, np.array([0.2, np.nan]))
     expected = [[0.25, 0.049], [0.5, 0.098], [0.75, 0.294], [0.0, 0.0], [1.0, 0.49], [np.nan, np.nan]]
     np.testing.assert_allclose(r, expected, rtol=0, atol=1e-15)
 
