@@ -1,4 +1,4 @@
-"""What several tests share: small phantoms, one bundle made by hand, and one Ray for all tests that need one."""
+"""Shared fixtures: small phantoms, a bundle without training, and one Ray for all tests that need it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ import pytest
 
 from ray_cxr.session import OWN_RAY
 
-# The gate tries the same examples on every machine, however long they take there.
+# The gate tries the same examples on every machine, without a time limit.
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("here")
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# As `start_ray` sets them before it imports Ray, whose C++ reads them once; some test files import Ray first.
+# `start_ray` sets them before it imports Ray, whose C++ reads them once; some test files import Ray earlier.
 for _name, _value in OWN_RAY.items():
     os.environ.setdefault(_name, _value)
-# For the S3 server of the tests, and before a Ray is started, whose workers keep its environment: never anybody's own.
-os.environ.update(AWS_ACCESS_KEY_ID="nobody", AWS_SECRET_ACCESS_KEY="nothing-secret", AWS_EC2_METADATA_DISABLED="true")
+# Dummy credentials for the tests' S3 server, set before Ray starts because its workers keep the environment.
+os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="nothing-secret", AWS_EC2_METADATA_DISABLED="true")
 for _name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
     os.environ.pop(_name, None)
 
-# `RAY_CXR_TEST_NO_BF16=1 scripts/test`: as on a CPU without bfloat16, in child processes and Ray's workers too.
+# `RAY_CXR_TEST_NO_BF16=1 scripts/test` imitates a CPU without bfloat16, also in child processes and Ray's workers.
 if os.environ.get("RAY_CXR_TEST_NO_BF16"):
     _folder = str(Path(__file__).parent / "no_bf16")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_folder, os.environ.get("PYTHONPATH")]))
@@ -41,7 +41,7 @@ SHARED = Path(__file__).parents[1].parent / "shared"
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print how long the tests took that start Ray, and the others."""
+    """Print the total time of the tests with Ray and of those without."""
     parts = {"with Ray": (set[str](), [0.0]), "without Ray": (set[str](), [0.0])}
     for reports in terminalreporter.stats.values():
         for report in reports:
@@ -56,15 +56,15 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with real images and tables; tests that need it say so when they skip."""
+    """Return the folder with real images and tables; tests skip without it."""
     if not (SHARED / "nih").is_dir():
-        pytest.skip(f"the real images are not here: {SHARED / 'nih'} does not exist")
+        pytest.skip(f"real images not found: {SHARED / 'nih'} does not exist")
     return SHARED
 
 
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory):
-    """Twenty-four synthetic patients, and six more whose files are broken."""
+    """Write 24 synthetic patients, and six with broken files."""
     from ray_cxr.imaging.phantoms import write_phantoms
 
     return write_phantoms(tmp_path_factory.mktemp("phantoms") / "set", patients=24, size=128)
@@ -72,12 +72,12 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory):
-    """A bundle of a TinyCNN with random weights, with and without calibration and operating points."""
+    """Write a TinyCNN with random weights; only some findings have calibration and operating points."""
     return make_tiny_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
 
 
 def make_tiny_bundle(out: Path, *, seed: int = 0, size: int = 64, findings: tuple[str, ...] | None = None):
-    """Write a bundle by hand; each seed gives another model."""
+    """Write a bundle without training; each seed gives another model."""
     import keras
     import pyarrow as pa
 
@@ -119,10 +119,10 @@ def make_tiny_bundle(out: Path, *, seed: int = 0, size: int = 64, findings: tupl
 
 
 @pytest.fixture(scope="session")
-def ray_here() -> Iterator[None]:
-    """One Ray of two CPUs for the whole session; the commands find it running and use it.
+def shared_ray() -> Iterator[None]:
+    """Run one Ray of two CPUs for the session; commands connect to it.
 
-    Its processes have a proxy in their environment that accepts connections and never answers, as in a hospital.
+    The environment of its processes has a proxy that accepts connections and never answers, as in a hospital.
     """
     from ray_cxr.config import RaySettings
     from ray_cxr.session import start_ray
@@ -134,8 +134,8 @@ def ray_here() -> Iterator[None]:
         for name in ("http_proxy", "https_proxy"):
             environment.setenv(name, "http://127.0.0.1:{1}".format(*proxy.getsockname()))
         for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
-            environment.setenv(name, "")  # restored in the end
-        # With its dashboard: it frees what stopped trials of a search hold.
+            environment.setenv(name, "")  # restored at the end
+        # The dashboard frees the resources of stopped trials.
         with start_ray(RaySettings(num_cpus=2), dashboard=True):
             import ray
 
@@ -146,12 +146,12 @@ def ray_here() -> Iterator[None]:
 
 
 class Bucket(NamedTuple):
-    """A bucket of S3 on this machine.
+    """An S3 bucket on this machine.
 
     Attributes:
-        client: boto3's, an oracle that has nothing to do with Arrow.
-        options: of its addresses.
-        endpoint: where its server listens.
+        client: boto3's client, an oracle independent of Arrow.
+        options: query string for its addresses.
+        endpoint: address of the server.
     """
 
     client: Any
@@ -193,7 +193,7 @@ def bucket() -> Iterator[Bucket]:
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run a command in this process: (exit code, stdout, stderr)."""
+    """Run a command in this process; return (exit code, stdout, stderr)."""
     from ray_cxr.cli import main
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -210,7 +210,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
 
 @pytest.fixture(scope="session")
 def manifest(phantoms, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A manifest of the phantoms, split by patient."""
+    """Write a manifest of the phantoms, split by patient."""
     from ray_cxr.data.manifest import write_manifest
     from ray_cxr.data.manifest_builder import build_manifest
 
@@ -223,7 +223,7 @@ def manifest(phantoms, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class InProcessDataset:
-    """Stand-in for a Ray dataset: runs the same functions and actors in this process, one row after another."""
+    """Replace a Ray dataset: run the same functions and actors in this process, row by row."""
 
     def __init__(self, rows: Iterable[Any], **_: Any) -> None:
         self._rows = rows
@@ -242,7 +242,7 @@ class InProcessDataset:
 
 @contextlib.contextmanager
 def replace_ray() -> Iterator[None]:
-    """Run `prepare`, `score` and heat maps in this process: for tests of what they write, not of how Ray spreads it."""
+    """Run `prepare`, `score` and heat maps in this process, for tests of their output only."""
     import ray.data
 
     from ray_cxr import cli, cluster
@@ -257,14 +257,14 @@ def replace_ray() -> Iterator[None]:
 
 @pytest.fixture
 def without_ray() -> Iterator[None]:
-    """`prepare`, `score` and heat maps run in this process, without Ray."""
+    """Run `prepare`, `score` and heat maps in this process, without Ray."""
     with replace_ray():
         yield
 
 
 @pytest.fixture(scope="session")
 def prepared(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The phantoms at 64 and 96 pixels, in shards of 16; made without Ray."""
+    """Prepare the phantoms at 64 and 96 pixels in shards of 16, without Ray."""
     from ray_cxr.config import PrepareSettings
     from ray_cxr.data.prepared import prepare
 
@@ -276,7 +276,7 @@ def prepared(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def scores(tiny_bundle: Any, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The phantoms scored by `tiny_bundle` in fp32, 16 rows per file; made without Ray. Copy it before changing it."""
+    """Score the phantoms with `tiny_bundle` in fp32, 16 rows per file, without Ray. Copy the folder before a change."""
     from ray_cxr.cli import main
 
     out = tmp_path_factory.mktemp("scores") / "out"
@@ -286,13 +286,13 @@ def scores(tiny_bundle: Any, manifest: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def score_arguments(bundle: Path, manifest: Path, out: Path, *more: object) -> list[str]:
-    """Arguments of `score` as the fixture `scores` was made with."""
+    """Return the arguments of `score` that the fixture `scores` uses."""
     given = ["score", "--model", bundle, "--manifest", manifest, "--out", out, "--precision", "fp32"]
     return [*map(str, given), "--set", "rows_per_file=16", "--set", "batch_size=8", *map(str, more)]
 
 
 class Run(NamedTuple):
-    """A finished `train`: its folder, the arguments that made it, and its standard output."""
+    """A finished `train`: its folder, arguments and standard output."""
 
     out: Path
     arguments: list[str]
@@ -300,14 +300,14 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def untouched(ray_here: None, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of two workers that nothing happens to; it ends by its patience after a worse epoch."""
+def uninterrupted(shared_ray: None, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Train with two workers and without interruption; `patience` ends the run after a worse epoch."""
     from test_kill import arguments
 
     from ray_cxr.cli import main
 
     out = tmp_path_factory.mktemp("train") / "run"
-    # Without checkpoints in mid-epoch: the killed runs have them, and they must leave no trace.
+    # Without checkpoints during an epoch: the killed runs have them, and the results must be the same.
     given = arguments(prepared, out, 2, checkpoint_steps=1000)
     with contextlib.redirect_stdout(io.StringIO()) as output:
         assert main(given) == 0

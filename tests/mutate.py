@@ -1,15 +1,15 @@
-"""Show that the gate can fail: change single lines of the product and count how many changes its tests notice.
+"""Change single lines of the product and count the changes that the gate detects.
 
 usage: python tests/mutate.py [--seed 1] [--count 40] [--jobs 2] [--list] [--ray]
 
-A seed fixes the changes: COUNT lines, spread evenly over scoring, training, evaluation and data, one change each, made
-in a copy of the tree. Kinds: a condition or boundary (`<` to `<=`, `==` to `!=`, `and` to `or`, a dropped `not`), a
-sign (`+` to `-`), a number plus one, a dropped call (such as fsync, rename, flush), two swapped arguments, columns or
+A seed determines the changes: one each in COUNT lines, spread evenly over scoring, training, evaluation and data, in a
+copy of the tree. Kinds: a condition or boundary (`<` to `<=`, `==` to `!=`, `and` to `or`, a dropped `not`), a
+sign (`+` to `-`), a number plus one, a dropped call (fsync, rename, flush), two swapped arguments, columns or
 branches. Text, log lines, type annotations, tuning constants (`BLOCK_ROWS = 8192`), the digits of `round` and the
-drawings of phantoms are left alone: other values there would serve as well.
+drawings of phantoms are excluded, because other values would work as well.
 
-A change is tried against the tests that run the line, as coverage.py saw them in this process's children; then against
-all tests of the same folder; with `--ray` also against that folder's tests with Ray. It is caught when one fails.
+Each change is tested with the tests that run the line (measured by coverage.py), then with all tests of the same
+folder, and with `--ray` also with that folder's tests with Ray. It is caught if one fails.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PACKAGES = {
     "evaluation": ["evaluation"],
     "data": ["data", "imaging", "storage"],
 }
-#: Folders of tests that belong to the gate and are relevant to a package besides its own.
+#: Additional test folders for a package.
 ALSO = {
     "data": ["tests/test_security.py"],
     "imaging": ["tests/test_security.py"],
@@ -54,7 +54,7 @@ GATE = "not ray and not long and not readme"
 
 @dataclass(frozen=True)
 class Change:
-    """One changed line: `old` at `column` of `line` in `file` becomes `new`."""
+    """One changed line: bytes `start` to `end` of `line` become `new`."""
 
     file: str
     line: int
@@ -71,7 +71,7 @@ class Change:
 
 
 def changes(file: str, text: str) -> Iterator[Change]:
-    """Yield every change of a file that this script knows; each within one line."""
+    """Yield every possible change of a file; each is within one line."""
     tree = ast.parse(text)
     rows = [row.encode() for row in text.splitlines()]
     skipped = set(_skipped(tree))
@@ -127,13 +127,13 @@ def _is_text(node: ast.BinOp) -> bool:
 
 
 def _is_path(node: ast.BinOp) -> bool:
-    """Whether this looks like `folder / NAME`: as a product it could only fail at once."""
+    """Return whether a division looks like `folder / NAME`: as a product it always fails."""
     right = node.right
     return isinstance(node.op, ast.Div) and (_are_names(right) or (isinstance(right, ast.Name) and right.id.isupper()))
 
 
 def _skipped(tree: ast.AST) -> Iterator[ast.AST]:
-    """Yield all nodes of annotations, raised errors, texts, log lines and decorators: no test may depend on wording."""
+    """Yield all nodes of annotations, raised errors, texts, log lines and decorators, which tests must not pin."""
     for node in ast.walk(tree):
         parts: list[ast.AST | None] = []
         match node:
@@ -180,17 +180,17 @@ def choose(seed: int, count: int) -> list[Change]:
 
 
 def measure(data: Path, copy: Path) -> None:
-    """Run the gate's tests without Ray once and keep which test ran which line."""
-    config = data.parent / "settings.rc"  # not named like the data, whose neighbours coverage.py removes
+    """Run the gate's tests without Ray once and record which test runs which line."""
+    config = data.parent / "settings.rc"  # coverage.py removes files with the prefix of the data
     config.write_text(f"[run]\nsource = ray_cxr\ndata_file = {data}\n", "utf-8")
-    # A replaced worker would delete the data of the other one.
+    # A restarted worker would delete the data of the other one.
     workers = ["-n", "2", "--dist", "loadscope", "--max-worker-restart", "0"]
     program = [sys.executable, "-m", "pytest", "-q", "-m", GATE, *workers, "-p", "no:cacheprovider", "--cov"]
     subprocess.run([*program, f"--cov-config={config}", "--cov-report=", "--cov-context=test"], cwd=copy, check=True)
 
 
 def tests_of(data: Path, change: Change) -> list[str]:
-    """Return the tests that ran a line, by what `measure` found."""
+    """Return the tests that ran a line, from the data of `measure`."""
     with sqlite3.connect(data) as database:
         rows = database.execute(
             "select context.context, line_bits.numbits from line_bits join file on file.id = line_bits.file_id "
@@ -203,7 +203,7 @@ def tests_of(data: Path, change: Change) -> list[str]:
 
 
 def catch(change: Change, data: Path, copy: Path, *, with_ray: bool) -> str | None:
-    """Return the step that noticed a change, or None."""
+    """Return the step that detected a change, or None."""
     file = copy / change.file
     original = file.read_text(encoding="utf-8")
     package = change.file.split("/")[1]
@@ -235,23 +235,23 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--ray", action="store_true", help="also run the folder's tests with Ray")
     parser.add_argument("--list", action="store_true", help="print the changes and stop")
-    parser.add_argument("--coverage", type=Path, help="a file that an earlier run left: which test runs which line")
-    given = parser.parse_args()
-    chosen = choose(given.seed, given.count)
+    parser.add_argument("--coverage", type=Path, help="coverage data of an earlier run")
+    options = parser.parse_args()
+    chosen = choose(options.seed, options.count)
 
     def describe(change: Change) -> str:
         row = (ROOT / change.file).read_text(encoding="utf-8").splitlines()[change.line - 1]
         new = change.apply((ROOT / change.file).read_text(encoding="utf-8")).splitlines()[change.line - 1]
         return f"{change.file}:{change.line} {change.kind}\n    - {row.strip()}\n    + {new.strip()}"
 
-    if given.list:
+    if options.list:
         print("\n".join(map(describe, chosen)))
         return
     with tempfile.TemporaryDirectory(prefix="mutate-") as name:
         folder = Path(name)
         copies: SimpleQueue[Path] = SimpleQueue()
         tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for number in range(given.jobs):
+        for number in range(options.jobs):
             copy = folder / str(number) / "checkout"
             for path in filter(None, tracked.split("\0")):
                 (copy / path).parent.mkdir(parents=True, exist_ok=True)
@@ -261,23 +261,23 @@ def main() -> None:
                 (copy.parent / "shared").symlink_to(ROOT.parent / "shared")
             copies.put(copy)
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-        data = given.coverage or folder / "coverage"
+        data = options.coverage or folder / "coverage"
         if not data.exists():
             measure(data.absolute(), folder / "0" / "checkout")
 
         def attempt(change: Change) -> tuple[Change, str | None]:
             copy = copies.get()
             try:
-                found = catch(change, data, copy, with_ray=given.ray)
+                found = catch(change, data, copy, with_ray=options.ray)
             finally:
                 copies.put(copy)
             print(f"{'caught by ' + found if found else 'MISSED'}: {describe(change)}", flush=True)
             return change, found
 
-        with ThreadPoolExecutor(given.jobs) as pool:
+        with ThreadPoolExecutor(options.jobs) as pool:
             outcomes = list(pool.map(attempt, chosen))
     caught = sum(found is not None for _, found in outcomes)
-    print(json.dumps({"seed": given.seed, "changes": len(chosen), "caught": caught}))
+    print(json.dumps({"seed": options.seed, "changes": len(chosen), "caught": caught}))
 
 
 if __name__ == "__main__":

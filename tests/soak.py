@@ -1,10 +1,10 @@
-"""Random long runs: `score`, `train` or `tune` killed at random moments until it is done, or `score` of damaged files.
+"""Kill `score`, `train` or `tune` at random moments until they finish, or score damaged files.
 
     python tests/soak.py scoring DIR --rounds 5     also training or tuning
     python tests/soak.py files DIR --files 10000    mutated PNG, JPEG and DICOM: no crash, one row each
 
-Each round must end with what a run left that nothing happened to: every row once and every value the same; the numbers
-of every epoch and every bit of the weights; or the same trials, epochs and best trial.
+Each round must end with the results of an uninterrupted run: every row once with identical values; the metrics of every
+epoch and every bit of the weights; or the same trials, epochs and best trial.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ray_cxr.data.manifest_builder import build_manifest  # noqa: E402
 from ray_cxr.imaging.phantoms import write_phantoms  # noqa: E402
 
 STARTS = 60  # per round
-#: What a kill can hit besides the command with all that it started, by a part of its command line.
+#: Victims apart from the command and its children, by a part of their command line.
 VICTIMS = {
     "actors": b"ray::MapWorker",
     "decoders": b"ray_cxr.imaging.sandbox",
@@ -60,21 +60,21 @@ learning_rate = {{ low = 1e-5, high = 1e-1, log = true }}
 
 
 class Soak(NamedTuple):
-    """A command that is killed."""
+    """A command to kill."""
 
-    given: Callable[[Path], list[str]]  # its arguments, for an output folder
-    victims: Sequence[str]  # each kill hits one of these at random
-    seconds: tuple[float, float]  # shortest and longest time between two kills
-    read: Callable[[Path], Any]  # reads the output of the untouched run
-    compare: Callable[[Path, Any], None]  # compares the output of a round with that
+    arguments: Callable[[Path], list[str]]  # returns its arguments for an output folder
+    victims: Sequence[str]  # each kill picks one at random
+    seconds: tuple[float, float]  # minimum and maximum time between two kills
+    read: Callable[[Path], Any]  # reads the output of the uninterrupted run
+    compare: Callable[[Path, Any], None]  # compares the output of a round with it
 
 
-def run(given: list[str]) -> None:
-    subprocess.run([sys.executable, "-m", "ray_cxr.cli", *given], check=True)
+def run(arguments: list[str]) -> None:
+    subprocess.run([sys.executable, "-m", "ray_cxr.cli", *arguments], check=True)
 
 
 def kill(session: int, victim: str, draw: random.Random) -> bool:
-    """Kill a victim and return whether there was one."""
+    """Kill a victim; return False if there is none."""
     if victim == "command":
         os.killpg(session, signal.SIGKILL)
         return True
@@ -85,10 +85,10 @@ def kill(session: int, victim: str, draw: random.Random) -> bool:
 
 
 def run_round(number: int, soak: Soak, out: Path, expected: Any, draw: random.Random) -> None:
-    """Start the command until it ends by itself, and kill something at random moments."""
+    """Start the command until it finishes, and kill a victim at random moments."""
     start, killed, log = time.monotonic(), Counter[str](), out.with_suffix(".log")
     for _ in range(STARTS):
-        process = score_folders.start_command(soak.given(out), log)
+        process = score_folders.start_command(soak.arguments(out), log)
         while process.poll() is None:
             try:
                 process.wait(draw.uniform(*soak.seconds))
@@ -99,13 +99,13 @@ def run_round(number: int, soak: Soak, out: Path, expected: Any, draw: random.Ra
         if process.returncode == 0:
             break
         if process.returncode != -signal.SIGKILL and not set(killed) - {"command"}:
-            raise SystemExit(f"round {number}: failed by itself:\n{log.read_text(encoding='utf-8')[-3000:]}")
+            raise SystemExit(f"round {number}: failed without a kill:\n{log.read_text(encoding='utf-8')[-3000:]}")
         for remaining in score_folders.find_processes(b"ray", session=process.pid):
             os.kill(remaining, signal.SIGKILL)
     else:
         raise SystemExit(f"round {number}: not done after {STARTS} starts:\n{log.read_text(encoding='utf-8')[-3000:]}")
     soak.compare(out, expected)
-    print(f"round {number}: kills {dict(killed)}; {time.monotonic() - start:.0f} s; all as untouched", flush=True)
+    print(f"round {number}: kills {dict(killed)}; {time.monotonic() - start:.0f} s; identical results", flush=True)
 
 
 def write_rows(path: Path, paths: list[str]) -> Path:
@@ -127,8 +127,8 @@ def scoring(home: Path) -> Soak:
         pd.testing.assert_frame_equal(rows, expected)
 
     victims = ("command", "command", "actors", "decoders", "raylet")
-    given = lambda out: score_folders.arguments(bundle, manifest, out)  # noqa: E731
-    return Soak(given, victims, (3, 20), score_folders.read_rows, compare)
+    arguments = lambda out: score_folders.arguments(bundle, manifest, out)  # noqa: E731
+    return Soak(arguments, victims, (3, 20), score_folders.read_rows, compare)
 
 
 def prepare(home: Path) -> Path:
@@ -142,8 +142,8 @@ def prepare(home: Path) -> Path:
 
 def training(home: Path) -> Soak:
     prepared = prepare(home)
-    given = lambda out: test_kill.arguments(prepared, out, 2, epochs=8, patience=8)  # noqa: E731
-    return Soak(given, ("command", "workers"), (8, 45), test_kill.outcome, test_kill.assert_same_bits)
+    arguments = lambda out: test_kill.arguments(prepared, out, 2, epochs=8, patience=8)  # noqa: E731
+    return Soak(arguments, ("command", "workers"), (8, 45), test_kill.outcome, test_kill.assert_same_bits)
 
 
 def read_search(out: Path) -> tuple[pd.DataFrame, list[pd.DataFrame]]:
@@ -166,8 +166,8 @@ def compare_search(out: Path, expected: tuple[pd.DataFrame, list[pd.DataFrame]])
 def tuning(home: Path) -> Soak:
     prepared, settings = prepare(home), home / "search.toml"
     settings.write_text(SEARCH, encoding="utf-8")
-    given = lambda out: ["tune", str(prepared), "--out", str(out), "--config", str(settings)]  # noqa: E731
-    return Soak(given, ("command",), (20, 90), read_search, compare_search)
+    arguments = lambda out: ["tune", str(prepared), "--out", str(out), "--config", str(settings)]  # noqa: E731
+    return Soak(arguments, ("command",), (20, 90), read_search, compare_search)
 
 
 def score_damaged(home: Path, count: int, seed: int) -> None:
@@ -198,10 +198,10 @@ def main() -> None:
     if chosen.what == "files":
         score_damaged(chosen.out, chosen.files, chosen.seed)
         return
-    soak, draw, untouched = soaks[chosen.what](chosen.out), random.Random(chosen.seed), chosen.out / "untouched"
-    run(soak.given(untouched))
-    expected = soak.read(untouched)
-    soak.compare(untouched, expected)
+    soak, draw, reference = soaks[chosen.what](chosen.out), random.Random(chosen.seed), chosen.out / "reference"
+    run(soak.arguments(reference))
+    expected = soak.read(reference)
+    soak.compare(reference, expected)
     for number in range(1, chosen.rounds + 1):
         run_round(number, soak, chosen.out / f"round{number}", expected, draw)
 

@@ -1,7 +1,7 @@
-"""Damaged files for the decoders and for `score`: each must give an image or a code, and a row.
+"""Damaged files for the decoders and `score`: each must give an image or an error code, and one row.
 
-Seeds are generated PNG, JPEG and DICOM files of every kind that is read, and a few real ones from ../shared if that
-folder exists. A file depends on the seed and its number alone: `mutated(seed, number)`.
+Sources are generated PNG, JPEG and DICOM files of every supported kind, and a few real ones from ../shared if it
+exists. A file depends only on the seed and its number: `mutated(seed, number)`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
 
 @functools.cache
 def generated() -> tuple[Seed, ...]:
-    """Images with slopes, noise and a black border, so that every PNG filter and JPEG table is used."""
+    """Return images with gradients, noise and a black border, which use every PNG filter and JPEG table."""
     noise = np.random.default_rng(0).integers(0, 9, (72, 64))
     gray = (np.arange(72)[:, None] * 2 + np.arange(64)[None, :] + noise).astype(np.uint8)
     gray[:4] = gray[:, :4] = 0
@@ -91,7 +91,7 @@ def real() -> tuple[Seed, ...]:
 
 
 def flip(data: bytearray, draw: random.Random) -> bytearray:
-    # Half of the time near the start, where the headers are.
+    # Half of the changes hit the headers at the start.
     end = len(data) if draw.random() < 0.5 else min(len(data), 600)
     for _ in range(draw.choice((1, 1, 2, 5, 20))):
         data[draw.randrange(end)] = draw.choice((0, 1, 127, 128, 255, draw.randrange(256)))
@@ -120,7 +120,7 @@ def splice(data: bytearray, draw: random.Random) -> bytearray:
 
 
 def chunks(data: bytes) -> list[tuple[bytes, bytes]]:
-    """Type and contents of the chunks of a whole PNG."""
+    """Return type and contents of all chunks of a PNG."""
     found, at = [], len(PNG_MAGIC)
     while at + 8 <= len(data):
         length = int.from_bytes(data[at : at + 4], "big")
@@ -130,7 +130,7 @@ def chunks(data: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def png(parts: list[tuple[bytes, bytes]]) -> bytearray:
-    """A PNG whose checksums are right, so that its damage reaches the decoder."""
+    """Write a PNG with valid checksums, so that the damage reaches the decoder."""
     out = bytearray(PNG_MAGIC)
     for kind, body in parts:
         out += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -205,7 +205,7 @@ SYNTAXES = ("", ".1", ".2", ".1.99", ".5", *(f".4.{end}" for end in (50, 51, 57,
 
 
 def dicom_element(data: bytearray, draw: random.Random) -> bytearray:
-    """Change the kind, the length or the value of an element that says how to read the pixels."""
+    """Change the type, length or value of an element that describes the pixels."""
     present = [at for tag in TAGS if (at := data.find(struct.pack("<HH", *tag))) > 0]
     if not present:
         return flip(data, draw)
@@ -222,7 +222,7 @@ def dicom_element(data: bytearray, draw: random.Random) -> bytearray:
 
 
 def dicom_syntax(data: bytearray, draw: random.Random) -> bytearray:
-    """Name another transfer syntax than that of the pixel data."""
+    """Declare another transfer syntax than that of the pixels."""
     at = data.find(b"\x02\0\x10\0UI")
     if at < 0:
         return flip(data, draw)
@@ -243,7 +243,7 @@ OWN: dict[str, tuple[Mutation, ...]] = {
 
 
 def mutated(seed: int, number: int, *, with_real: bool = True) -> tuple[str, bytes]:
-    """Name and contents of one damaged file."""
+    """Return name and contents of one damaged file."""
     draw = random.Random(f"{seed}/{number}")
     source = draw.choice(real() if with_real and real() and draw.random() < 0.1 else generated())
     mutations = [draw.choice(BLIND + OWN[source.suffix])]

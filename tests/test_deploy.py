@@ -1,7 +1,7 @@
-"""The Dockerfile and deploy/ agree with each other, with this project, and with the schemas of their readers.
+"""Check that the Dockerfile and deploy/ are consistent with each other, with this project and with their schemas.
 
-Ray's launcher brings a schema, and a package brings those of Kubernetes. No package has the schemas of KubeRay and of
-Google: the fields that these files use are listed here.
+Ray's launcher includes a schema, and a package those of Kubernetes. No package has the schemas of KubeRay and Google,
+so this file lists the fields in use.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 KUBERAY = DEPLOY / "kuberay"
 VERSION = ray_cxr.__version__
-#: Known to KubeRay 1.5.1; all values of rayStartParams are strings.
+#: Fields of KubeRay 1.5.1; all values of rayStartParams are strings.
 FIELDS = {
     "RayJob": {"entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "backoffLimit", "rayClusterSpec"},
     "RayCluster": {
@@ -51,11 +51,11 @@ def test_ray_accepts_every_key(name: str) -> None:
     assert set(config["provider"]) <= set(schema["properties"]["provider"]["properties"])
     prepared = prepare_config(load(DEPLOY / name))
     validate_config(prepared)
-    if name == "onpremise.yaml":  # Ray counts the machines, so that nobody has to
+    if name == "onpremise.yaml":  # Ray counts the machines
         assert prepared["max_workers"] == len(config["provider"]["worker_ips"])
 
 
-def test_machines_on_premises_are_closed_to_others() -> None:
+def test_machines_on_premises_reject_outsiders() -> None:
     config = load(DEPLOY / "onpremise.yaml")
     head, worker = config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]
     assert "--num-cpus=0" in head
@@ -64,18 +64,18 @@ def test_machines_on_premises_are_closed_to_others() -> None:
     assert "0.0.0.0" not in (DEPLOY / "onpremise.yaml").read_text(encoding="utf-8")
 
 
-def test_google_cloud_has_the_cluster_of_aws_and_is_closed_to_others() -> None:
+def test_google_cloud_matches_aws_and_rejects_outsiders() -> None:
     gcp, aws = load(DEPLOY / "gcp.yaml"), load(ROOT / "cluster.yaml")
     commands = ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
     for name in (*commands, "file_mounts", "rsync_exclude", "max_workers"):
         assert gcp[name] == aws[name]
     kinds = gcp["available_node_types"]
     assert kinds["head"]["resources"] == {"CPU": 0}
-    assert "scheduling" not in kinds["head"]["node_config"], "the head must not be taken back"
+    assert "scheduling" not in kinds["head"]["node_config"], "the head must not be a spot machine"
     for name, kind in kinds.items():
         node = kind["node_config"]
         assert set(node) <= {"machineType", "disks", "networkInterfaces", "scheduling"}
-        assert "networkInterfaces" in node, "Google's own network is open to all the world"
+        assert "networkInterfaces" in node, "the default network is open to the internet"
         assert name == "head" or node["scheduling"]["provisioningModel"] == "SPOT"
         for key in ("min_workers", "max_workers"):
             assert kind.get(key) == aws["available_node_types"][name].get(key)
@@ -106,7 +106,7 @@ def test_kuberay_knows_every_field() -> None:
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
 
 
-def test_cluster_has_a_head_without_work_a_token_and_room_to_grow() -> None:
+def test_cluster_has_an_idle_head_a_token_and_scalable_workers() -> None:
     assert CLUSTER["spec"]["authOptions"] == {"mode": "token"}
     assert CLUSTER["spec"]["rayVersion"] == ray.__version__
     assert CLUSTER["spec"]["enableInTreeAutoscaling"] is True
@@ -146,7 +146,7 @@ def test_pods_are_complete(kind: str) -> None:
 
 
 def dockerfile() -> list[tuple[str, str]]:
-    """Each instruction and its arguments, with continued lines joined."""
+    """Return each instruction with its arguments; continued lines are joined."""
     text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     lines = [line.strip() for line in re.sub(r"\\\n\s*", "", text).splitlines() if line.strip()]
     return [(word, rest) for word, _, rest in (line.partition(" ") for line in lines)]
@@ -166,18 +166,18 @@ def test_image_has_no_root_no_secret_and_hashed_packages() -> None:
 
 
 def test_image_has_the_listed_files_and_no_others() -> None:
-    taken = {source for word, rest in dockerfile() if word == "COPY" for source in rest.split()[:-1]}
-    assert all((ROOT / source).exists() for source in taken)
+    copied = {source for word, rest in dockerfile() if word == "COPY" for source in rest.split()[:-1]}
+    assert all((ROOT / source).exists() for source in copied)
     ignored = re.findall(r"^[^#\n].*", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.MULTILINE)
     assert ignored[0] == "*"
-    assert {line[1:] for line in ignored if line[0] == "!"} == taken
+    assert {line[1:] for line in ignored if line[0] == "!"} == copied
     assert ("ARG", "LOCK=requirements.lock") in dockerfile()
 
 
 @pytest.mark.parametrize(
     "file", [*sorted(KUBERAY.iterdir()), *sorted(DEPLOY.glob("*.yaml")), ROOT / "cluster.yaml", ROOT / "Dockerfile"]
 )
-def test_names_are_of_files_that_exist(file: Path) -> None:
+def test_named_files_exist(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     names = r"\bjobs/\w+\.py|\brequirements[\w-]*\.lock|\bscripts/[\w-]+|\b(?:docs|tests)/[\w/]+\.\w+"
     assert [name for name in re.findall(names, text) if not (ROOT / name).is_file()] == []

@@ -1,4 +1,4 @@
-"""The documents agree with the program: settings, messages and links; lock files are hashed."""
+"""Check that the docs match the program: settings, messages and links; and that lock files are hashed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_settings_page_is_up_to_date() -> None:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """All strings of a Python file, with a hole for each value that is filled in."""
+    """Yield all strings of a Python file, with `…` for each inserted value."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield re.sub(r"\{\w*\}", "…", " ".join(node.value.split()))

@@ -1,6 +1,6 @@
-"""Jobs on a cluster of a head and two nodes with a token, as in README.
+"""Test jobs on a cluster of a head and two nodes with a token, as in the README.
 
-Each node has its own object store. The head has no CPU for work, and the GPU of one node is declared but not real.
+Each node has its own object store. The head has no CPU for work; the GPU of one node is declared but not real.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from nodes import Nodes, cluster, until
+from nodes import Nodes, cluster, wait_until
 from PIL import Image
 
 import ray_cxr
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
-#: Many small files, so that work is left when a node is lost.
+#: Many small files, so that some are pending when a node is lost.
 ROWS, ROWS_PER_FILE = 800, 16
 #: Command lines of processes that score images.
 WORK = ("ray::MapWorker", "ray_cxr.imaging.sandbox")
@@ -36,7 +36,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A manifest of large images, with patient ids that no log may show."""
+    """Write a manifest of large images, with patient ids that no log may show."""
     folder = tmp_path_factory.mktemp("large")
     noise = np.random.default_rng(0)
     for number in range(6):
@@ -58,35 +58,35 @@ def training_arguments(prepared: Path, out: Path, **changes: object) -> list[obj
     return [prepared, "--out", out, "--workers", 2, *given]
 
 
-def parts(out: Path) -> dict[Path, int]:
-    """The finished files of scores, with their times of modification."""
+def list_parts(out: Path) -> dict[Path, int]:
+    """Return the finished score files with their modification times."""
     return {path: path.stat().st_mtime_ns for path in (out / "scores").glob("part-*.parquet")}
 
 
 def wait_for_parts(nodes: Nodes, log: Path, out: Path, count: int = 4) -> None:
-    until(lambda: len(parts(out)) >= count or nodes.over(log), 240, log.read_text)
+    wait_until(lambda: len(list_parts(out)) >= count or nodes.has_ended(log), 240, log.read_text)
 
 
-def seen_while(nodes: Nodes, log: Path, wanted: set[str], *titles: str) -> set[str]:
-    """The nodes that had processes of these titles, until all wanted ones did or the job ended."""
+def watch_nodes(nodes: Nodes, log: Path, wanted: set[str], *titles: str) -> set[str]:
+    """Collect the nodes with processes of these titles, until all wanted ones had one or the job ends."""
     seen = set[str]()
 
     def look() -> bool:
-        seen.update(nodes.where(*titles))
-        return seen >= wanted or nodes.over(log)
+        seen.update(nodes.find_nodes(*titles))
+        return seen >= wanted or nodes.has_ended(log)
 
-    until(look, 240, log.read_text)
+    wait_until(look, 240, log.read_text)
     return seen
 
 
 def assert_succeeds(nodes: Nodes, log: Path, seconds: float = 240) -> str:
-    code, printed = nodes.finished(log, seconds)
+    code, printed = nodes.wait_for_job(log, seconds)
     assert code == 0, printed
     return printed
 
 
 def assert_refused(nodes: Nodes, log: Path, line: str) -> None:
-    code, printed = nodes.finished(log)
+    code, printed = nodes.wait_for_job(log)
     assert code != 0
     assert line in printed
     assert "failed with exit code 2" in printed
@@ -101,22 +101,22 @@ def assert_each_row_once(out: Path, manifest: Path, rows: int | None = None) -> 
 
 def test_jobs_without_the_token_are_refused(nodes: Nodes) -> None:
     for wrong in ({"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}):
-        refused = nodes.ray("job", "submit", "--address", nodes.jobs, "--", "true", **wrong)
+        refused = nodes.run_ray("job", "submit", "--address", nodes.job_server, "--", "true", **wrong)
         assert refused.returncode != 0
         assert "submitted successfully" not in refused.stdout
         assert re.search(r"40[13]|[Uu]nauth|[Tt]oken", refused.stdout), refused.stdout
 
 
-def test_each_row_is_scored_once_though_a_node_is_lost(
+def test_each_row_is_scored_once_despite_a_lost_node(
     nodes: Nodes, images: Path, tiny_bundle: Any, tmp_path: Path
 ) -> None:
-    """The head never works, and no log shows a patient id."""
+    """The head does no work, and no log contains a patient id."""
     out = tmp_path / "scores"
     log = nodes.submit("score", score_arguments(tiny_bundle, images, out), name="lost-node")
     wait_for_parts(nodes, log, out)
-    assert seen_while(nodes, log, {"a", "b"}, *WORK) == {"a", "b"}, log.read_text()
+    assert watch_nodes(nodes, log, {"a", "b"}, *WORK) == {"a", "b"}, log.read_text()
     nodes.kill("b")
-    assert len(parts(out)) < ROWS // ROWS_PER_FILE, "all files were written before the node was killed"
+    assert len(list_parts(out)) < ROWS // ROWS_PER_FILE, "all files were written before the node was killed"
     printed = assert_succeeds(nodes, log, 400)
     assert_each_row_once(out, images)
     assert "Traceback" not in printed
@@ -124,12 +124,12 @@ def test_each_row_is_scored_once_though_a_node_is_lost(
     for file in nodes.temp.rglob("*"):
         if file.is_file() and "logs" in file.parts and file.stat().st_size < 50_000_000:
             assert b"SECRET-PATIENT" not in file.read_bytes(), file
-    nodes.add("b", gpus=1)  # for the tests that follow
+    nodes.add_node("b", gpus=1)  # for the next tests
 
 
 @pytest.mark.long
 def test_prepare_train_score_and_report_as_jobs(nodes: Nodes, manifest: Path, tmp_path: Path) -> None:
-    """Two workers of `train` on two nodes; each job reads what the one before wrote."""
+    """Each job reads the output of the previous one; `train` uses two workers on two nodes."""
     scores = ["--model", tmp_path / "run" / "bundle", "--manifest", manifest, "--out", tmp_path / "scores"]
     jobs: dict[str, list[object]] = {
         "prepare": [manifest, "--out", tmp_path / "prepared", "--size", "64"],
@@ -140,7 +140,7 @@ def test_prepare_train_score_and_report_as_jobs(nodes: Nodes, manifest: Path, tm
     for job, arguments in jobs.items():
         log = nodes.submit(job, arguments, name=f"chain-{job}")
         if job == "train":
-            assert seen_while(nodes, log, {"a", "b"}, "RayTrainWorker") == {"a", "b"}, log.read_text()
+            assert watch_nodes(nodes, log, {"a", "b"}, "RayTrainWorker") == {"a", "b"}, log.read_text()
         assert_succeeds(nodes, log)
     rows = len(pq.read_table(manifest))
     assert len(pq.read_table(tmp_path / "scores" / "scores")) == rows
@@ -151,17 +151,17 @@ def test_prepare_train_score_and_report_as_jobs(nodes: Nodes, manifest: Path, tm
 
 @pytest.mark.long
 def test_a_node_that_joins_late_works(nodes: Nodes, images: Path, tiny_bundle: Any, tmp_path: Path) -> None:
-    """The job is long enough to last until the node works; then it is stopped."""
+    """The job lasts until the node works, and is then stopped."""
     table, many = pd.read_parquet(images), tmp_path / "many.parquet"
     copies = [table.assign(image_id=[f"{copy}-{row}" for row in range(ROWS)]) for copy in range(20)]
     pd.concat(copies).to_parquet(many, index=False)
     log = nodes.submit("score", score_arguments(tiny_bundle, many, tmp_path / "scores"), name="late-node")
     wait_for_parts(nodes, log, tmp_path / "scores")
-    with nodes.extra("c"):
-        assert seen_while(nodes, log, {"c"}, *WORK) >= {"c"}, log.read_text()
-        until(lambda: "has joined" in log.read_text() or nodes.over(log), 120, log.read_text)
-        assert nodes.ray("job", "stop", "late-node", "--address", nodes.jobs).returncode == 0
-        assert "has joined" in nodes.finished(log)[1]
+    with nodes.temporary_node("c"):
+        assert watch_nodes(nodes, log, {"c"}, *WORK) >= {"c"}, log.read_text()
+        wait_until(lambda: "has joined" in log.read_text() or nodes.has_ended(log), 120, log.read_text)
+        assert nodes.run_ray("job", "stop", "late-node", "--address", nodes.job_server).returncode == 0
+        assert "has joined" in nodes.wait_for_job(log)[1]
 
 
 @pytest.mark.long
@@ -171,48 +171,48 @@ def test_a_job_that_is_stopped_continues(nodes: Nodes, images: Path, tiny_bundle
     log = nodes.submit("score", given, name="stopped")
     wait_for_parts(nodes, log, out)
     nodes.stop_job("stopped")
-    printed = nodes.finished(log)[1]
-    kept = parts(out)
+    printed = nodes.wait_for_job(log)[1]
+    kept = list_parts(out)
     assert 4 <= len(kept) < 640 // ROWS_PER_FILE
     assert not (out / "_SUCCESS").exists()
     assert "the same command continues" in printed
     assert_succeeds(nodes, nodes.submit("score", given, name="continued"))
-    assert kept.items() <= parts(out).items()
+    assert kept.items() <= list_parts(out).items()
     assert_each_row_once(out, images, 640)
 
 
 @pytest.mark.long
-def test_models_run_on_gpu_nodes_alone(nodes: Nodes, images: Path, tiny_bundle: Any, tmp_path: Path) -> None:
-    """The actor on the node with the declared GPU finds that there is none, and the job ends with that line."""
+def test_models_run_only_on_gpu_nodes(nodes: Nodes, images: Path, tiny_bundle: Any, tmp_path: Path) -> None:
+    """The actor starts on the node with the declared GPU, finds none, and the job fails with that line."""
     log = nodes.submit("score", score_arguments(tiny_bundle, images, tmp_path / "scores", "--gpu"), name="gpu")
-    assert seen_while(nodes, log, {"none of them"}, "MapWorker(Map(NetworkActor))") == {"b"}, log.read_text()
+    assert watch_nodes(nodes, log, {"none of them"}, "MapWorker(Map(NetworkActor))") == {"b"}, log.read_text()
     assert_refused(nodes, log, "--gpu: this actor sees no GPU")
 
 
 @pytest.mark.long
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a node a file system of its own")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system for one node")
 def test_a_folder_that_is_not_shared_is_refused(nodes: Nodes, images: Path, tiny_bundle: Any, tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()
-    with nodes.extra("d", hidden=own):
+    with nodes.temporary_node("d", hidden=own):
         log = nodes.submit("score", score_arguments(tiny_bundle, images, own / "scores"), name="unshared")
         assert_refused(nodes, log, f"ray-cxr score: --out {own / 'scores'}: the node ")
     assert not (own / "scores" / "_SUCCESS").exists()
 
 
 @pytest.mark.long
-def test_training_continues_on_the_nodes_that_are_left(nodes: Nodes, manifest: Path, tmp_path: Path) -> None:
-    """Ray Train starts both workers again, from the last checkpoint."""
+def test_training_continues_on_the_remaining_nodes(nodes: Nodes, manifest: Path, tmp_path: Path) -> None:
+    """Ray Train restarts both workers from the last checkpoint."""
     prepare = [manifest, "--out", tmp_path / "prepared", "--size", "64"]
     assert_succeeds(nodes, nodes.submit("prepare", prepare, name="to-train-on"))
-    nodes.add("e", cpus=2)
-    nodes.add("f", cpus=2)
+    nodes.add_node("e", cpus=2)
+    nodes.add_node("f", cpus=2)
     settings = {"epochs": 6, "checkpoint_steps": 2, "cpus_per_worker": 2}
     arguments = training_arguments(tmp_path / "prepared", tmp_path / "run", **settings)
     log = nodes.submit("train", arguments, name="lost-in-training")
-    until(lambda: (tmp_path / "run" / "metrics.csv").exists() or nodes.over(log), 300, log.read_text)
+    wait_until(lambda: (tmp_path / "run" / "metrics.csv").exists() or nodes.has_ended(log), 300, log.read_text)
     nodes.kill("e")
-    nodes.add("g", cpus=2)
+    nodes.add_node("g", cpus=2)
     printed = assert_succeeds(nodes, log, 500)
     assert "a worker failed or was lost" in printed
     assert re.search(r"train: continues after epoch [0-9], step [1-9]", printed), printed
@@ -229,18 +229,18 @@ def test_a_job_continues_on_a_new_cluster_after_its_head_is_lost(
         log = first.submit("score", given, name="headless")
         wait_for_parts(first, log, out)
         first.kill("head")
-        first.finished(log)
-    kept = parts(out)
+        first.wait_for_job(log)
+    kept = list_parts(out)
     assert 4 <= len(kept) < ROWS // ROWS_PER_FILE
     with cluster(tmp_path / "second", a=0) as second:
         assert_succeeds(second, second.submit("score", given, name="again"))
-    assert kept.items() <= parts(out).items()
+    assert kept.items() <= list_parts(out).items()
     assert_each_row_once(out, images)
 
 
 @pytest.mark.long
 def test_real_radiographs_with_a_node_lost(nodes: Nodes, shared: Path, tiny_bundle: Any, tmp_path: Path) -> None:
-    """`pytest -s` prints the log: a job with a token, three nodes, real images, one node killed on the way."""
+    """`pytest -s` prints the log of a job with a token, three nodes and real images, one node being killed."""
     from ray_cxr.cli import main
 
     made, out = tmp_path / "real.parquet", tmp_path / "scores"

@@ -151,9 +151,9 @@ def test_decode_seconds_leave_out_the_start_of_the_child(phantoms: Any, tmp_path
     image = next(phantoms.images.rglob("*.png"))
     with Decoder([InputSpec(size=64)]) as decoder:
         for source in (str(image), str(tmp_path / "none.png")):
-            begun = time.monotonic()
+            started = time.monotonic()
             decoder.load(source)
-            assert 0 < decoder.seconds < time.monotonic() - begun
+            assert 0 < decoder.seconds < time.monotonic() - started
         decoder.load(None)
         assert decoder.seconds == 0
 
@@ -199,15 +199,15 @@ def test_training_counts_every_step_and_epoch(given: Given, tmp_path: Path) -> N
     out = tmp_path / "patients" / "run7"
     out.mkdir(parents=True)
     loop: Any = SimpleNamespace(settings=TrainSettings(batch_size=8), train=range(20), random_layers=[])
-    progress: Any = SimpleNamespace(epochs_done=0, losses=[], curves=[])
-    watch = worker._Watch(out, loop, {}, "float32", progress)
-    begun = time.monotonic()
-    watch.began()
+    state: Any = SimpleNamespace(epochs_done=0, losses=[], curves=[], policy="float32")
+    recorder = worker.RunRecorder(out, loop, {}, state)
+    started = time.monotonic()
+    recorder.start_epoch()
     for step in (1, 2, 3):
         time.sleep(0.01)
-        watch.step(0, step, 0.5)
-    passed = time.monotonic() - begun
-    watch.tell({"epoch": 1, "loss": 0.5, "val_loss": 0.6, "val_auroc": None, "wait_seconds": 0.25})
+        recorder.record_step(0, step, 0.5)
+    passed = time.monotonic() - started
+    recorder.send_metrics({"epoch": 1, "loss": 0.5, "val_loss": 0.6, "val_auroc": None, "wait_seconds": 0.25})
     sums = totals(given)
     seconds = sums.pop((telemetry.TRAIN_STEP_SECONDS.name, "run7"))
     assert 0.03 <= seconds <= passed
@@ -240,7 +240,7 @@ def at_the_port() -> list[tuple[str, dict[str, str], float]]:
 @pytest.mark.ray
 @pytest.mark.long
 def test_port_shows_the_counts_of_score(
-    ray_here: None, tiny_bundle: Any, manifest: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+    shared_ray: None, tiny_bundle: Any, manifest: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
     out = tmp_path / "scores"
     earlier = {tags["WorkerId"] for _, tags, _ in at_the_port()}

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from nodes import BIN, free_port, until
+from nodes import BIN, find_free_port, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -25,7 +25,11 @@ FILE_OF_ADDRESS = Path("/tmp/ray/ray_current_cluster")
 def other_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray as `ray start` leaves it, in the folder where every other Ray looks for one."""
     log = tmp_path_factory.mktemp("other") / "log"
-    ports = [f"--port={free_port()}", f"--dashboard-port={free_port()}", f"--ray-client-server-port={free_port()}"]
+    ports = [
+        f"--port={find_free_port()}",
+        f"--dashboard-port={find_free_port()}",
+        f"--ray-client-server-port={find_free_port()}",
+    ]
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
     before = FILE_OF_ADDRESS.read_text() if FILE_OF_ADDRESS.exists() else None
     FILE_OF_ADDRESS.unlink(missing_ok=True)
@@ -33,8 +37,8 @@ def other_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         given = [BIN / "ray", "start", "--head", "--block", "--num-cpus=1", *ports]
         process = subprocess.Popen(given, stdout=stream, stderr=stream, env=environment, start_new_session=True)
     try:
-        until(FILE_OF_ADDRESS.exists, 120, log.read_text)
-        until(lambda: "Ray runtime started" in log.read_text(), 120, log.read_text)
+        wait_until(FILE_OF_ADDRESS.exists, 120, log.read_text)
+        wait_until(lambda: "Ray runtime started" in log.read_text(), 120, log.read_text)
         yield
     finally:
         for child in [*psutil.Process(process.pid).children(recursive=True), process]:
@@ -53,7 +57,7 @@ COMMAND = "from ray_cxr.cli import main\nraise SystemExit(main())\n"
 def start(log: Path, *given: object, program: str = COMMAND) -> Any:
     """Start a command whose proxy is a closed port."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    environment |= dict.fromkeys(("http_proxy", "https_proxy"), f"http://127.0.0.1:{free_port()}")
+    environment |= dict.fromkeys(("http_proxy", "https_proxy"), f"http://127.0.0.1:{find_free_port()}")
     with log.open("wb") as stream:
         return subprocess.Popen(
             [sys.executable, "-c", DEFAULT_SIGINT + program, *map(str, given)],
@@ -90,7 +94,7 @@ def stop_in_mid_run(prepared: Path, folder: Path, how: str) -> tuple[int, str, f
     """Start a long run and stop it after its first step; returns exit code, log and seconds."""
     log = folder / "log"
     process = start(log, *train(prepared, folder / "run", epochs=5000, patience=5000))
-    until(lambda: "first step done" in log.read_text() or process.poll() is not None, 200, log.read_text)
+    wait_until(lambda: "first step done" in log.read_text() or process.poll() is not None, 200, log.read_text)
     children = {child.name(): child for child in psutil.Process(process.pid).children()}
     stopped_at = time.monotonic()
     if how == "Ctrl-C":
@@ -127,7 +131,7 @@ def test_ctrl_c_during_export_ends_the_command(prepared: Path, tmp_path: Path) -
         "trainer.export_bundle = wait\nraise SystemExit(main())"
     )
     process = start(log, *train(prepared, tmp_path / "run", epochs=1), program=program)
-    until(lambda: "exporting" in log.read_text() or process.poll() is not None, 200, log.read_text)
+    wait_until(lambda: "exporting" in log.read_text() or process.poll() is not None, 200, log.read_text)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, log.read_text()
     assert log.read_text().splitlines()[-1] == "ray-cxr train: stopped; the same command continues"

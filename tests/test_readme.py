@@ -1,7 +1,7 @@
-"""The README's commands: the gate parses all of them, and `scripts/test all` runs all but scripts/test.
+"""Test the README's commands: the gate parses them, and `scripts/test all` runs them (except scripts/test).
 
-They run in a copy of the tracked files that shares this environment. `$NIH` is a folder of phantoms under NIH's file
-names, and `$WEIGHTS` is `none`, because a test must not depend on a download.
+They run in a copy of the tracked files with this environment. `$NIH` is a folder of phantoms under NIH's file names,
+and `$WEIGHTS` is `none`, because a test must not depend on a download.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(900)
 
 
 def blocks(language: str) -> list[str]:
-    """The fenced blocks of a language in the README."""
+    """Return the fenced blocks of a language in the README."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [content for name, content in found if name == language]
@@ -60,12 +60,12 @@ def parse(words: list[str]) -> None:
         case [script]:
             assert os.access(ROOT / script, os.X_OK)
         case _:
-            raise AssertionError(f"not a command that this test knows: {words}")
+            raise AssertionError(f"unknown command: {words}")
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command_is_valid(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)  # some options name files that must exist
+    monkeypatch.chdir(ROOT)  # some options need existing files
     parse(shlex.split(line.partition(" > ")[0], comments=True))
 
 
@@ -83,7 +83,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("not a git checkout: cannot tell which files belong to it")
+        pytest.skip("not a git checkout: the list of its files is unknown")
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def nih(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Phantoms under the names of NIH's download, and third-party weights of a DenseNet121."""
+    """Write phantoms under the names of NIH's download, and third-party weights of a DenseNet121."""
     import keras
 
     from ray_cxr.imaging.phantoms import write_phantoms
@@ -113,7 +113,7 @@ def nih(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(commands: str, checkout: Path, **changes: str) -> str:
-    """The output of a block that runs with `sh -eu`."""
+    """Run a block with `sh -eu` and return its output."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment = {**inherited, "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}", **changes}
     done = subprocess.run(
@@ -129,7 +129,7 @@ def test_scripts_demo(checkout: Path) -> None:
     printed = run(SHELL[0].replace("scripts/test", ""), checkout)
     out = checkout / "demo-out"
     metrics = json.loads((out / "report" / "metrics.json").read_text())
-    assert metrics["macro"]["auroc"] > 0.9, "the drawn findings must be learnt"
+    assert metrics["macro"]["auroc"] > 0.9, "the model must learn the synthetic findings"
     assert f"macro AUROC on the test split {metrics['macro']['auroc']:.3f}" in printed
     assert "demo: open demo-out/report/report.html" in printed
     assert "Traceback" not in printed
@@ -175,9 +175,9 @@ def test_python(checkout: Path, nih: Path) -> None:
 
 @pytest.mark.readme
 def test_ray_job_submit(checkout: Path) -> None:
-    """A head with its job server, and two nodes; `ray stop` ends every Ray of this machine, so it must have none."""
+    """Start a head with its job server and two nodes. `ray stop` ends every Ray, so none may run before."""
     if any(process.info["name"] == "gcs_server" for process in psutil.process_iter(["name"])):
-        pytest.skip("a Ray runs on this machine already, and the README's `ray stop` would end it")
+        pytest.skip("the README's `ray stop` would end another Ray on this machine")
     try:
         printed = run(SHELL[4], checkout)
     finally:

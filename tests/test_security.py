@@ -1,6 +1,6 @@
-"""Files made to do harm: to run code, to read other files, to fill the memory, to leave their folder.
+"""Test malicious files that try to run code, read other files, exhaust memory or leave their folder.
 
-More: tests/storage (archives), tests/imaging, tests/models/test_bundle.py, tests/test_architecture.py (forbidden calls).
+See also tests/storage (archives), tests/imaging, tests/models/test_bundle.py, tests/test_architecture.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Touch:
-    """An object whose pickle creates a file when it is read."""
+    """An object that creates a file when its pickle is read."""
 
     def __init__(self, ran: Path) -> None:
         self._ran = ran
@@ -49,7 +49,7 @@ def pickled(ran: Path) -> bytes:
 
 
 def lambda_layer(ran: Path) -> bytes:
-    """A `.keras` file whose Lambda layer, with code marshalled by Keras itself, creates a file when it is called."""
+    """Write a `.keras` file whose Lambda layer, with code marshalled by Keras, creates a file when called."""
     import keras
 
     images = keras.Input((8,))
@@ -60,7 +60,7 @@ def lambda_layer(ran: Path) -> bytes:
 
 
 def test_payload_works(tmp_path: Path) -> None:
-    """Without it, the tests below would pass whatever is loaded."""
+    """Prove that the payload runs, so that the tests below can fail."""
     pickle.loads(pickled(tmp_path / "ran"))
     assert (tmp_path / "ran").exists()
 
@@ -75,13 +75,13 @@ def copy(tiny_bundle, tmp_path: Path) -> Path:
 
 
 def sign(bundle: Path) -> None:
-    """Write the checksums again, as the maker of the bundle can: they guard against damage, not against its maker."""
+    """Rewrite the checksums as an attacker can: they detect damage, not malice."""
     names = [line.split("  ")[1] for line in (bundle / bundles.SUMS).read_text(encoding="utf-8").splitlines()]
     lines = [f"{hashlib.sha256((bundle / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
     (bundle / bundles.SUMS).write_text("".join(lines), encoding="utf-8")
 
 
-# --- a bundle whose maker means harm; its checksums are right
+# --- malicious bundles with valid checksums
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def sign(bundle: Path) -> None:
 def test_code_in_place_of_a_file_of_a_bundle_is_refused(
     name: str, payload: Callable[[Path], bytes], copy: Path, tmp_path: Path
 ) -> None:
-    """Keras and the graph both run, which opens every file of the bundle."""
+    """Run Keras and the graph, which opens every file of the bundle."""
     (copy / name).write_bytes(payload(tmp_path / "ran"))
     sign(copy)
 
@@ -107,7 +107,7 @@ def test_code_in_place_of_a_file_of_a_bundle_is_refused(
 
 
 def test_object_arrays_and_zip_bombs_in_a_bundle_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NumPy keeps Python objects as a pickle inside its own format."""
+    """NumPy stores Python objects as pickles."""
     np.savez(tmp_path / "x.npz", images=np.array([Touch(tmp_path / "ran")], dtype=object))
     with pytest.raises(BundleError, match="damaged"), runtime.open_arrays(tmp_path / "x.npz") as arrays:
         arrays["images"]
@@ -119,7 +119,7 @@ def test_object_arrays_and_zip_bombs_in_a_bundle_are_refused(tmp_path: Path, mon
 
 
 def test_bundle_cannot_name_a_class_a_module_or_a_finding(copy: Path) -> None:
-    """A network is built from a few checked words; findings become names of columns and are shown in pages."""
+    """The model is built from a few validated words; findings become column names and appear in reports."""
     info = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
     script = ["<script>", *FINDINGS[1:]]
     for change, findings, reason in (
@@ -143,7 +143,7 @@ def test_checksums_of_a_bundle_cannot_leave_its_folder(name: str, copy: Path) ->
         ray_cxr.load_bundle(copy)
 
 
-# --- somebody's weights
+# --- third-party weights
 
 
 def keras3(path: Path, fill: Callable[[h5py.Group], None]) -> Path:
@@ -154,7 +154,7 @@ def keras3(path: Path, fill: Callable[[h5py.Group], None]) -> Path:
 
 def test_weights_in_another_file_are_refused(tmp_path: Path) -> None:
     secret = tmp_path / "secret.bin"
-    secret.write_bytes(b"what stands in another file" * 10)
+    secret.write_bytes(b"content of another file" * 10)
     keras3(tmp_path / "other.h5", lambda group: group.create_dataset("0", data=np.ones(3)))
 
     def stored_outside(group: h5py.Group) -> None:
@@ -169,19 +169,19 @@ def test_weights_in_another_file_are_refused(tmp_path: Path) -> None:
         group.create_virtual_dataset("0", layout)
 
     paths = [keras3(tmp_path / f"{fill.__name__}.weights.h5", fill) for fill in (stored_outside, linked, virtual)]
-    with h5py.File(tmp_path / "old.h5", "w") as file:  # as Keras 2 wrote it
+    with h5py.File(tmp_path / "old.h5", "w") as file:  # as written by Keras 2
         file.attrs["layer_names"] = [b"dense"]
         file.create_group("dense").attrs["weight_names"] = [b"w"]
         file["dense/w"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "layers/dense/vars/0")
     for path in (*paths, tmp_path / "old.h5"):
-        with pytest.raises(ConfigError, match="lies in another file"):
+        with pytest.raises(ConfigError, match="another file"):
             classifier.stored_arrays(path)
     inside = keras3(tmp_path / "in.weights.h5", lambda group: group.create_dataset("0", data=7))
     assert [array.tolist() for array in classifier.stored_arrays(inside)["dense"]] == [7]
 
 
-def test_weights_that_unpack_to_any_size_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An array that nobody filled takes no room in the file, whatever its shape."""
+def test_weights_above_the_limit_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unwritten array of any shape occupies no space in the file."""
 
     def vast(group: h5py.Group) -> None:
         group.create_dataset("0", (1 << 20, 1 << 20), "f4", chunks=(1024, 1024), compression="gzip")
@@ -197,13 +197,13 @@ def test_weights_that_unpack_to_any_size_are_refused_unread(tmp_path: Path, monk
         classifier.stored_arrays(tmp_path / "m.keras")
 
 
-def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
+def test_files_without_weights_are_refused(tmp_path: Path) -> None:
     for name in ("m.h5", "m.keras"):
         (tmp_path / name).write_bytes(pickled(tmp_path / "ran"))
     with h5py.File(tmp_path / "round.weights.h5", "w") as file:
         file.create_group("layers")["layers"] = h5py.SoftLink("/")
     for name in ("m.h5", "m.keras", "round.weights.h5"):
-        with pytest.raises(ConfigError, match="not a Keras file"):
+        with pytest.raises(ConfigError, match="not a Keras"):
             classifier.stored_arrays(tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
@@ -248,10 +248,10 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "cut in the pixels": lambda data: data[:-2000],
     "a wrong representation": lambda data: data.replace(b"PN", b"ZZ"),
     "an unknown transfer syntax": lambda data: data.replace(b"1.2.840.10008.1.2.1", b"1.2.840.10008.9.2.1"),
-    "a date that is none": lambda data: data.replace(BORN.encode(), b"Zweistei"),
+    "an invalid date": lambda data: data.replace(BORN.encode(), b"Zweistei"),
     "text instead of a number": lambda data: data.replace(b"US\x02\x00\x40\x00", b"LO\x02\x00\x40\x00"),
 }
-#: Decodes files with all that Python and its libraries print and log.
+#: Decodes files with all output and logging of Python and its libraries.
 DECODE = """
 import logging, sys, warnings
 logging.basicConfig(level=logging.DEBUG)
@@ -284,8 +284,8 @@ def test_no_patient_data_in_messages_about_an_image(tmp_path: Path, monkeypatch:
         assert name == "whole" or damage(whole) != whole
     command = [sys.executable, "-c", DECODE, *map(str, tmp_path.glob("*.dcm"))]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, cwd=ROOT, timeout=240)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
-    assert said.count("ImageError(") >= 3
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert output.count("ImageError(") >= 3
     for secret in (NAME, NAME.split("^")[0], NUMBER, BORN):
-        assert secret not in said
+        assert secret not in output

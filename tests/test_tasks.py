@@ -50,7 +50,7 @@ def fail_with(error: Exception) -> Callable[[tasks.Task], dict[str, Any]]:
     return fail
 
 
-def test_silent_task_outlives_the_limit_of_ray_data(ray_here: None, monkeypatch, caplog) -> None:
+def test_silent_task_outlives_the_limit_of_ray_data(shared_ray: None, monkeypatch, caplog) -> None:
     from ray.data import DataContext
 
     def sleep(task: tasks.Task) -> dict[str, Any]:
@@ -76,14 +76,14 @@ def test_silent_task_outlives_the_limit_of_ray_data(ray_here: None, monkeypatch,
         pytest.param(ValueError("some reason"), RayCxrError, marks=pytest.mark.long),
     ],
 )
-def test_error_that_a_task_raises_is_one_line(ray_here: None, error: Exception, expected: type[Exception]) -> None:
+def test_error_that_a_task_raises_is_one_line(shared_ray: None, error: Exception, expected: type[Exception]) -> None:
     with pytest.raises(RayCxrError) as caught:
         run(fail_with(error))
     assert type(caught.value) is expected
     assert "\n" not in str(caught.value)
 
 
-def test_tasks_whose_workers_keep_dying_end_the_run(ray_here: None) -> None:
+def test_tasks_whose_workers_keep_dying_end_the_run(shared_ray: None) -> None:
     def die(task: tasks.Task) -> dict[str, Any]:
         import os
 
@@ -96,7 +96,7 @@ def test_tasks_whose_workers_keep_dying_end_the_run(ray_here: None) -> None:
 
 
 @pytest.mark.long
-def test_lost_task_is_retried(ray_here: None, tmp_path: Path) -> None:
+def test_lost_task_is_retried(shared_ray: None, tmp_path: Path) -> None:
     marker = str(tmp_path / "marker")
 
     def die_once(task: tasks.Task) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def test_lost_task_is_retried(ray_here: None, tmp_path: Path) -> None:
     "folder", ["prepare", *(pytest.param(f, marks=pytest.mark.long) for f in ("score", "heatmaps"))]
 )
 def test_command_reports_a_folder_that_cannot_be_written_in_one_line(
-    ray_here: None, manifest: Path, tiny_bundle: Any, scores: Path, command: Command, tmp_path: Path, folder: str
+    shared_ray: None, manifest: Path, tiny_bundle: Any, scores: Path, command: Command, tmp_path: Path, folder: str
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -99,7 +99,7 @@ def test_killed_command_continues(large_manifest, tiny_bundle, tmp_path: Path, v
 
 
 @pytest.mark.ray
-def test_killed_actor_and_decoders_restart(ray_here, large_manifest, tiny_bundle, tmp_path: Path, command) -> None:
+def test_killed_actor_and_decoders_restart(shared_ray, large_manifest, tiny_bundle, tmp_path: Path, command) -> None:
     """One command survives both kills; only the ranges in progress are scored again."""
     out, killed, kept = tmp_path / "out", [], {}
 

@@ -29,14 +29,15 @@ from score_folders import (
 
 from ray_cxr.cli import main
 from ray_cxr.config import InputSpec
+from ray_cxr.data.ranges import Range
 from ray_cxr.errors import TableError
 from ray_cxr.imaging.decode import load_image
-from ray_cxr.imaging.overlays import SCHEMA, area_of, overlay_name, read_heatmaps
+from ray_cxr.imaging.overlays import SCHEMA, compute_area, overlay_name, read_heatmaps
 from ray_cxr.imaging.resize import resize
 from ray_cxr.labels import FINDINGS, NO_FINDING
 from ray_cxr.models import predictions
-from ray_cxr.scoring.engine import Reading
-from ray_cxr.scoring.heatmaps import Asked, Drawing
+from ray_cxr.scoring.heatmaps import HeatMapActor, HeatMapRequest
+from ray_cxr.scoring.ranges import ScoreTask
 
 SIDE = 128  # as in `arguments`
 
@@ -79,7 +80,7 @@ def test_maps_are_of_the_highest_ranked_findings(with_maps: Path, tiny_bundle) -
     assert NO_FINDING not in set(found["finding"])
     names = list(tiny_bundle.findings)
     thresholds = np.array([tiny_bundle.rules.thresholds.get(name) for name in names], dtype=float)
-    ranks = predictions.ranks(scored[[f"p_{name}" for name in names]].to_numpy(), thresholds)
+    ranks = predictions.compute_ranks(scored[[f"p_{name}" for name in names]].to_numpy(), thresholds)
     for image, group in enumerate(np.split(found["finding"].to_numpy(), len(scored))):
         chosen = ranks[image, [names.index(name) for name in group]]
         assert (np.diff(chosen) <= 0).all()
@@ -90,7 +91,7 @@ def test_maps_are_of_the_highest_ranked_findings(with_maps: Path, tiny_bundle) -
 
 @pytest.mark.slow
 def test_maps_are_those_of_the_model_on_the_same_pixels(with_maps: Path, tiny_bundle) -> None:
-    from ray_cxr.models.explain import GradCam, overlay
+    from ray_cxr.models.explain import GradCam, draw_overlay
 
     scored = read_rows(with_maps).query("status == 'ok'").set_index("image_id")
     read = read_heatmaps(with_maps, image_ids=scored.index[3:7])
@@ -98,13 +99,13 @@ def test_maps_are_those_of_the_model_on_the_same_pixels(with_maps: Path, tiny_bu
     originals = [load_image(scored.loc[image_id, "path"]) for image_id, _ in read]
     seen = np.stack([resize(original, tiny_bundle.input_spec) for original in originals])[..., None]
     chosen = np.array([[tiny_bundle.findings.index(finding)] for _, finding in read])
-    expected = GradCam(tiny_bundle.model()).maps(seen, chosen)[:, 0]
+    expected = GradCam(tiny_bundle.model()).explain(seen, chosen).maps[:, 0]
     for found, cells, original in zip(read.values(), expected, originals, strict=True):
         np.testing.assert_allclose(found.cells, cells, rtol=1e-3, atol=1e-5)
         assert found.evidence == pytest.approx(cells.sum(), rel=1e-3, abs=1e-4)
         assert found.image_shape == original.shape
         shown = np.asarray(Image.open(found.overlay)).astype(int)
-        assert np.abs(shown - overlay(original, found.cells, found.area, side=SIDE)).max() <= 1
+        assert np.abs(shown - draw_overlay(original, found.cells, found.area, side=SIDE)).max() <= 1
 
 
 @pytest.mark.slow
@@ -159,7 +160,7 @@ def test_missing_or_additional_maps_are_drawn(copy, with_maps, tiny_bundle, mani
 
 @pytest.mark.ray
 def test_ray_writes_the_rows_and_maps_of_one_process(
-    ray_here, scores: Path, with_maps: Path, tiny_bundle, manifest: Path, tmp_path: Path, command
+    shared_ray, scores: Path, with_maps: Path, tiny_bundle, manifest: Path, tmp_path: Path, command
 ) -> None:
     """The other tests in this folder rely on this: their stand-in for Ray Data gives what two actors of Ray give."""
     out = tmp_path / "out"
@@ -212,10 +213,8 @@ def test_image_that_changed_since_scoring_gets_no_map(copy: Path, tiny_bundle) -
     p[2] += 0.4 if p[2] < 0.5 else -0.4
     place, field = table.column_names.index("p_Mass"), table.schema.field("p_Mass")
     pq.write_table(table.set_column(place, field, pa.array(p, from_pandas=True)), part)
-    job = make_job(tiny_bundle, copy)
-    drawing = Drawing(job, Asked(2, "gradcam", 64), 1)
-    works = drawing.take_up([0])
-    (images,) = drawing.draw(works, Reading(job, 1, drawing.more).iter_images(works))
+    actor = HeatMapActor(make_job(tiny_bundle, copy), HeatMapRequest(2, "gradcam", SIDE), 1)
+    images = actor(ScoreTask((Range(0, 0, len(table)),), retry=False).to_row())["images"]
     found = pd.read_parquet(copy / "heatmaps" / "part-00000.parquet").set_index("image_id")
     assert found["error_code"].dropna().to_dict() == {table["image_id"][2].as_py(): "changed"}
     assert len(found) == 2 * images + 1
@@ -247,7 +246,7 @@ def test_maps_of_oblong_images_in_archives_with_foreign_ids(tmp_path: Path, comm
     assert [Image.open(found[one, "Mass"].overlay).size for one in ids] == [(32, 128), (128, 64), (128, 128)]
     for one in found.values():
         assert one.overlay.parent == tmp_path / "out" / "heatmaps"
-        assert one.area == area_of(bundle.input_spec, *one.image_shape)
+        assert one.area == compute_area(bundle.input_spec, *one.image_shape)
         assert one.project().shape == one.image_shape
 
 

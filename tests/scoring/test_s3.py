@@ -39,7 +39,7 @@ def names_on_disk(folder: Path) -> set[str]:
 
 
 @pytest.mark.ray
-def test_ray_scores_into_a_bucket_as_onto_a_disk(ray_here, bucket, tiny_bundle, manifest, scores, command) -> None:
+def test_ray_scores_into_a_bucket_as_onto_a_disk(shared_ray, bucket, tiny_bundle, manifest, scores, command) -> None:
     """Decoding is apart here: this is also the run that sends images through Ray."""
     bucket.upload(tiny_bundle.path, "run/bundle")
     bucket.put("m.parquet", manifest.read_bytes())
@@ -129,7 +129,7 @@ def test_set_is_prepared_and_read_in_a_bucket(bucket, manifest: Path, prepared: 
 
 @pytest.mark.ray
 @pytest.mark.long
-def test_training_in_a_bucket_continues(ray_here, bucket, manifest: Path, prepared: Path, tmp_path, command) -> None:
+def test_training_in_a_bucket_continues(shared_ray, bucket, manifest: Path, prepared: Path, tmp_path, command) -> None:
     bucket.upload(prepared, "train/set")
     train = ["train", bucket("train/set"), "--out", bucket("train/run")]
     for setting in ("size=64", "backbone=TinyCNN", "weights=none", "batch_size=16", "min_positives=2"):

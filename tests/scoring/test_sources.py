@@ -14,8 +14,10 @@ from score_folders import arguments, assert_done, assert_refused, make_job, read
 sys.path.insert(0, str(Path(__file__).parents[1] / "imaging"))
 from test_dicom import file_of
 
+from ray_cxr.data.ranges import Range
 from ray_cxr.scoring import pipeline
-from ray_cxr.scoring.engine import NetworkActor, decode_task
+from ray_cxr.scoring.actors import ModelActor, decode_task
+from ray_cxr.scoring.ranges import ScoreTask
 
 pytestmark = pytest.mark.slow
 P = "^p_"
@@ -122,11 +124,11 @@ def test_dicom_headers_fill_ids_which_a_key_hides(tiny_bundle, tmp_path: Path, c
 
 
 @pytest.mark.ray
-def test_error_in_an_actor_is_one_line(ray_here, tiny_bundle, manifest: Path, tmp_path, command, monkeypatch) -> None:
+def test_error_in_an_actor_is_one_line(shared_ray, tiny_bundle, manifest: Path, tmp_path, command, monkeypatch) -> None:
     """The constructor of an actor finds no bundle: it is removed once the checks of the command are done."""
     bundle = shutil.copytree(tiny_bundle.path, tmp_path / "bundle")
-    run = pipeline._run
-    monkeypatch.setattr(pipeline, "_run", lambda *given: (shutil.move(bundle, tmp_path / "moved"), run(*given)))
+    run = pipeline.run_tasks
+    monkeypatch.setattr(pipeline, "run_tasks", lambda *given: shutil.move(bundle, tmp_path / "moved") and run(*given))
     outcome = command(*arguments(bundle, manifest, tmp_path / "out"))
     assert_refused(outcome, str(bundle), "no such folder")
 
@@ -144,12 +146,12 @@ def test_repeated_task_keeps_rows_and_images_together(without_ray, tiny_bundle, 
     for row in (1, 2):  # two of three come back
         shutil.move(tmp_path / f"{row}.away", table.loc[row, "path"])
     job = make_job(tiny_bundle, out, rows_per_file=16)
-    (decoded,) = decode_task({"indices": [0], "starts": [0], "counts": [len(table)], "retry": True}, job)
-    actor = NetworkActor(job, 1)
+    (decoded,) = decode_task(ScoreTask((Range(0, 0, len(table)),), retry=True).to_row(), job)
+    actor = ModelActor(job, 1)
     good = [0, 1, 2, 4]
     expected = tiny_bundle.predict(table.loc[good, "path"].tolist(), precision="fp32").filter(regex=P)
     for _ in range(2):
-        assert actor(decoded)["files"] == 1
+        assert actor(decoded)["done"] == [0]
         found = read_rows(out)
         assert found["image_id"].tolist() == table["image_id"].tolist()
         assert found["error_code"].dropna().to_dict() == {3: "missing"}

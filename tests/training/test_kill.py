@@ -95,7 +95,7 @@ def wait_for_checkpoint(out: Path) -> Callable[[], None]:
     return wait
 
 
-def test_a_killed_command_resumes_to_the_same_weights(untouched, prepared: Path, tmp_path: Path, command) -> None:
+def test_a_killed_command_resumes_to_the_same_weights(uninterrupted, prepared: Path, tmp_path: Path, command) -> None:
     """SIGKILL of the command and all that it started, Ray included; `main` below is the command."""
     out, marker = tmp_path / "run", tmp_path / "marker"
     given = arguments(prepared, out, 2)
@@ -119,11 +119,11 @@ def test_a_killed_command_resumes_to_the_same_weights(untouched, prepared: Path,
     start = json.loads((out / "started.json").read_text(encoding="utf-8"))
     assert (start["epoch"], start["step"]) == (1, 4)
     assert "RANDOM weights" not in text, "only a new run starts from random weights"
-    assert_same_bits(out, untouched.out)
+    assert_same_bits(out, uninterrupted.out)
 
 
 @pytest.mark.long
-def test_a_killed_worker_is_restarted_to_the_same_weights(untouched, prepared: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_is_restarted_to_the_same_weights(uninterrupted, prepared: Path, tmp_path: Path) -> None:
     wait = wait_for_checkpoint(tmp_path / "run")
 
     def kill() -> None:
@@ -139,7 +139,7 @@ def test_a_killed_worker_is_restarted_to_the_same_weights(untouched, prepared: P
     trainer.train(prepared, tmp_path / "run", settings, callbacks=callbacks, on_event=lines.append)
     lost = lines.index("train: WARNING: a worker failed or was lost; Ray Train has started all of them again")
     assert lines[lost + 1] == "train: continues after epoch 1, step 4"
-    assert_same_bits(tmp_path / "run", untouched.out)
+    assert_same_bits(tmp_path / "run", uninterrupted.out)
 
 
 def main() -> None:

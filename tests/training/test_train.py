@@ -56,10 +56,10 @@ def read_json(path: Path) -> Any:
 
 
 @pytest.mark.ray
-def test_two_workers_train_until_patience_ends(untouched: Run, prepared: Path) -> None:
-    assert "RANDOM weights" in untouched.output
-    bundle = ray_cxr.load_bundle(untouched.out / "bundle")
-    source, rows = bundle.info["provenance"], pd.read_csv(untouched.out / "metrics.csv")
+def test_two_workers_train_until_patience_ends(uninterrupted: Run, prepared: Path) -> None:
+    assert "RANDOM weights" in uninterrupted.output
+    bundle = ray_cxr.load_bundle(uninterrupted.out / "bundle")
+    source, rows = bundle.info["provenance"], pd.read_csv(uninterrupted.out / "metrics.csv")
     best = source["best_epoch"]
     assert rows["epoch"].tolist() == list(range(1, best + 2))
     assert len(rows) < source["settings"]["epochs"]
@@ -71,9 +71,9 @@ def test_two_workers_train_until_patience_ends(untouched: Run, prepared: Path) -
     assert source["split"]["kind"] == "patient"
     assert source["prepared_digest"] == PreparedSet(prepared, 64).manifest_digest
     assert 0 <= source["age_range"][0] < source["age_range"][1] <= 120
-    assert (untouched.out / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (uninterrupted.out / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
     # TensorBoard's events have the numbers of metrics.csv.
-    files = (untouched.out / "tensorboard").glob("events*")
+    files = (uninterrupted.out / "tensorboard").glob("events*")
     events = [event for file in files for event in summary_iterator(str(file))]
     logged = {(value.tag, event.step): value.simple_value for event in events for value in event.summary.value}
     for name in ("loss", "val_loss", "val_auroc", "learning_rate"):
@@ -81,19 +81,19 @@ def test_two_workers_train_until_patience_ends(untouched: Run, prepared: Path) -
 
 
 @pytest.mark.ray
-def test_ctrl_c_after_a_run_is_not_left_to_ray_train(untouched: Run) -> None:
+def test_ctrl_c_after_a_run_is_not_left_to_ray_train(uninterrupted: Run) -> None:
     """In a background job the handler is `SIG_IGN`."""
     assert signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN)
 
 
 @pytest.mark.ray
-def test_bundle_reproduces_its_validation(untouched: Run, prepared: Path, manifest: Path, monkeypatch) -> None:
+def test_bundle_reproduces_its_validation(uninterrupted: Run, prepared: Path, manifest: Path, monkeypatch) -> None:
     """The exported bundle gives the validated probabilities again; scikit-learn gives their AUROC."""
-    monkeypatch.chdir(untouched.out.parent)  # Ray Train would take a relative path for an address
-    checkpoint = find_best_checkpoint(Path(untouched.out.name))
+    monkeypatch.chdir(uninterrupted.out.parent)  # Ray Train would take a relative path for an address
+    checkpoint = find_best_checkpoint(Path(uninterrupted.out.name))
     with checkpoint.as_directory() as folder, np.load(Path(folder) / VALIDATION) as arrays:
         validated = arrays["probabilities"]
-    bundle = ray_cxr.load_bundle(untouched.out / "bundle")
+    bundle = ray_cxr.load_bundle(uninterrupted.out / "bundle")
     val = PreparedSet(prepared, 64).load("val")
     predicted = bundle.predict(np.asarray(val.images), precision="fp32")[[f"p_{name}" for name in FINDINGS]]
     np.testing.assert_allclose(predicted.to_numpy(), validated, atol=1e-4)

@@ -115,7 +115,7 @@ PLACES = [IN_PROCESS, pytest.param("on Ray", marks=[pytest.mark.ray, pytest.mark
 def place(request: pytest.FixtureRequest) -> str:
     """Where a search runs."""
     if request.param != IN_PROCESS:
-        request.getfixturevalue("ray_here")
+        request.getfixturevalue("shared_ray")
     return request.param
 
 
@@ -180,7 +180,7 @@ def run_search(plan: StudyPlan, trial: Any, place: str = "on Ray") -> Searched:
 
 
 @pytest.fixture(scope="module")
-def asha(ray_here: None, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Searched:
+def asha(shared_ray: None, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Searched:
     """A resumed search on Ray.
 
     An earlier run finished trial 0 and was interrupted in trial 1. Trial 2 is bad, trial 3 fails, the process of trial

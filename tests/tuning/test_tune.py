@@ -85,7 +85,7 @@ def check_bundle(out: Path, prepared: Path) -> int:
     return int(best)
 
 
-def test_tune_compares_two_backbones(ray_here: None, prepared: Path, tmp_path: Path, command) -> None:
+def test_tune_compares_two_backbones(shared_ray: None, prepared: Path, tmp_path: Path, command) -> None:
     out, settings = tmp_path / "study", tmp_path / "search.toml"
     settings.write_text(SHORT, encoding="utf-8")
     code, _, err = command("tune", prepared, "--out", out, "--config", settings)
@@ -136,7 +136,7 @@ def write_nan_weights(path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def study(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Study:
+def study(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A search of 100 patients that Ctrl-C stops in its first trial and SIGKILL in its second, and that is resumed."""
     from conftest import replace_ray
 
@@ -226,7 +226,7 @@ def test_training_with_best_toml_repeats_the_best_trial(study: Study, tmp_path: 
 
 
 @pytest.mark.long
-def test_two_objectives_and_two_workers_per_trial(ray_here: None, prepared: Path, tmp_path: Path, command) -> None:
+def test_two_objectives_and_two_workers_per_trial(shared_ray: None, prepared: Path, tmp_path: Path, command) -> None:
     """The speed of the exported model is an objective, and Optuna's best trials are the front."""
     settings = ["train.backbone=TinyCNN", "train.weights=none", "train.size=64", "train.epochs=1", "known=false"]
     settings += ["train.batch_size=16", "objectives=['images_per_second', 'auroc']", "trials=2", "scheduler=none"]
