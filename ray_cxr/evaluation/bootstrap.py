@@ -39,17 +39,6 @@ class ResampledAuroc:
     n_patients: int
 
 
-@dataclass(frozen=True)
-class BootstrapAuroc:
-    """Intervals of AUROC per column, in order, and of the macro mean."""
-
-    findings: tuple[Interval, ...]
-    macro: Interval
-    n_patients: int
-    n_resamples: int
-    seed: int
-
-
 @dataclass(frozen=True, eq=False)
 class RocBand:
     """Pointwise 95% intervals of sensitivity at each false positive rate; less than 95% of whole curves lie inside.
@@ -66,7 +55,7 @@ class RocBand:
 
 @dataclass(frozen=True, eq=False)
 class DerivedOutputs:
-    """Optional inputs of `bootstrap_findings` besides scores.
+    """Optional inputs of `bootstrap_findings`.
 
     Attributes:
         flags: int8 [n, F], 1 flagged, 0 not, negative if there is no operating point.
@@ -103,48 +92,20 @@ class BootstrapFindings:
     seed: int
 
 
-def bootstrap_auroc(
-    labels: np.ndarray,
-    scores: np.ndarray,
-    patients: np.ndarray,
-    n_resamples: int = 1000,
-    seed: int = 0,
-    macro: np.ndarray | None = None,
-) -> BootstrapAuroc:
-    """Compute intervals of AUROC per finding and of the macro mean.
-
-    A resample in which a finding has lost a class is left out of that finding's percentiles and counted. The macro
-    mean leaves out resamples in which any of its findings is undefined: a mean over fewer findings is another quantity.
-
-    Args:
-        labels: [n, F], 1 or 0; NaN or negative if not labelled.
-        scores: [n, F], NaN if missing.
-        patients: ids [n]; see `patient_codes`.
-        n_resamples: at least `MIN_RESAMPLES` usable ones are needed for an interval.
-        seed: the same seed gives the same intervals, bit for bit.
-        macro: bool [F], findings that the macro mean counts if defined; default all.
-
-    Raises:
-        ValueError: shapes differ, a label is neither 0 nor 1, or n_resamples < 1.
-    """
-    drawn = resampled_aurocs(labels, scores, patients, n_resamples, seed)
-    counted = drawn.defined if macro is None else drawn.defined & np.asarray(macro, dtype=bool)
-    means = drawn.values[:, counted].mean(axis=1) if counted.any() else np.full(n_resamples, np.nan)
-    return BootstrapAuroc(
-        findings=tuple(percentile_interval(column) for column in drawn.values.T),
-        macro=percentile_interval(means),
-        n_patients=drawn.n_patients,
-        n_resamples=n_resamples,
-        seed=seed,
-    )
-
-
 def resampled_aurocs(
     labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, n_resamples: int = 1000, seed: int = 0
 ) -> ResampledAuroc:
     """Compute the AUROC of each column in each resample. Columns share resamples, so they can be subtracted.
 
-    Args, Raises: see `bootstrap_auroc`.
+    Args:
+        labels: [n, F], 1 or 0; NaN or negative if not labelled.
+        scores: [n, F], NaN if missing.
+        patients: ids [n]; see `patient_codes`.
+        n_resamples: number of resamples.
+        seed: the same seed gives the same numbers, bit for bit.
+
+    Raises:
+        ValueError: shapes differ, a label is neither 0 nor 1, or n_resamples < 1.
     """
     labels, scores = _checked_table(labels, scores, patients, n_resamples)
     codes, n_patients = patient_codes(patients)
@@ -176,7 +137,8 @@ def bootstrap_findings(
     """Compute intervals of all metrics of each finding, and of their means.
 
     In each resample a metric equals what `metrics` computes from the resample's images. A resample that leaves it
-    undefined (a class is lost, nothing is flagged) is left out of its percentiles and counted.
+    undefined (a class is lost, nothing is flagged) is left out of its percentiles and counted. A mean leaves out
+    resamples in which any of its findings is undefined: a mean over fewer findings is another quantity.
 
     Percentiles do not correct bias. The expected calibration error takes absolute values of partly noise, so it is too
     high in small samples and higher in resamples: its interval may lie above the value, and rarely reaches 0 even with

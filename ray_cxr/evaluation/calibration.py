@@ -156,69 +156,51 @@ def fit_rules(
     for j, name in enumerate(findings):
         known = ~(np.isnan(y[:, j]) | (y[:, j] == -1))
         one, scores = y[known, j], p[known, j]
-        scaling = _fit(one, scores, min_positives, method)
-        point = _find_operating_point(one, scores, rule, min_positives)
-        fitted.calibrations[name] = None if isinstance(scaling, str) else scaling.as_dict()
-        fitted.operating_points[name] = None if isinstance(point, str) else point
-        fitted.expected_flag_rates[name] = None if isinstance(point, str) else point["flag_rate"]
+        scaling, no_scaling = fit_calibration(one, scores, method, min_positives)
+        point, no_point = find_operating_point(one, scores, rule, min_positives)
+        fitted.calibrations[name] = None if scaling is None else scaling.as_dict()
+        fitted.operating_points[name] = point
+        fitted.expected_flag_rates[name] = None if point is None else point["flag_rate"]
         fitted.alternatives[name] = {
-            other: find_operating_point(one, scores, other, min_positives=min_positives) for other in others
+            other: find_operating_point(one, scores, other, min_positives)[0] for other in others
         }
-        fitted.reasons[name] = _join_reasons(scaling, point)
+        named = {"calibration": no_scaling, "operating point": no_point}
+        parts = [f"no {what}: {reason}" for what, reason in named.items() if reason is not None]
+        fitted.reasons[name] = no_point if no_point == no_scaling else "; ".join(parts)
     return fitted
 
 
-def _join_reasons(scaling: Calibration | str, point: OperatingPoint | str) -> str | None:
-    if isinstance(scaling, str) and scaling == point:
-        return scaling
-    named = (("calibration", scaling), ("operating point", point))
-    return "; ".join(f"no {name}: {reason}" for name, reason in named if isinstance(reason, str)) or None
+def fit_calibration(
+    y: np.ndarray, p: np.ndarray, method: str = "platt", min_positives: int = 5
+) -> tuple[Calibration | None, str | None]:
+    """Fit slope and intercept on logit(p) (Platt 1999), or with `temperature` only the slope 1 / T (Guo et al. 2017).
 
-
-def fit_platt(y: np.ndarray, p: np.ndarray, min_positives: int = 5) -> Calibration | None:
-    """Fit slope and intercept on logit(p), with Platt's smoothed targets (Platt 1999).
-
-    The targets (P + 1) / (P + 2) and 1 / (N + 2) instead of 1 and 0 keep the slope finite on separable data.
+    Platt's targets (P + 1) / (P + 2) and 1 / (N + 2) instead of 1 and 0 keep the slope finite on separable data. A
+    model whose loss gave both classes equal weight overestimates rare findings everywhere; only an intercept corrects
+    that.
 
     Args:
         y: labels [n], 0 or 1.
         p: raw probabilities [n] in 0..1.
+        method: `platt` or `temperature`.
         min_positives: minimum number of positives, and of negatives.
 
     Returns:
-        None with too few positives or negatives, if all scores are equal, or if the best slope is not positive, which
-        would reverse the order of images.
+        (calibration, None), or (None, reason) with too few positives or negatives, if all scores are equal, or if the
+        best slope is not positive, which would reverse the order of images.
 
     Raises:
         ValueError: see `metrics.auroc`; or a probability is outside 0..1.
     """
-    fitted = _fit(y, p, min_positives, "platt")
-    return None if isinstance(fitted, str) else fitted
-
-
-def fit_temperature(y: np.ndarray, p: np.ndarray, min_positives: int = 5) -> Calibration | None:
-    """Fit only the slope 1 / T on logit(p), with intercept 0 (Guo et al. 2017) and Platt's targets.
-
-    Probabilities move away from or towards 0.5. A model whose loss gave both classes equal weight overestimates a rare
-    finding everywhere; only Platt's intercept corrects that.
-
-    Args, Returns, Raises: see `fit_platt`.
-    """
-    fitted = _fit(y, p, min_positives, "temperature")
-    return None if isinstance(fitted, str) else fitted
-
-
-def _fit(y: np.ndarray, p: np.ndarray, min_positives: int, method: str) -> Calibration | str:
-    """Return the calibration, or the reason why there is none."""
     y, p = metrics.checked(y, p)
     x = _clipped_logit(p)
     positives = int(y.sum())
     negatives = y.size - positives
     reason = _too_few(positives, negatives, min_positives)
     if reason is not None:
-        return reason
+        return None, reason
     if np.ptp(x) == 0.0:
-        return "all scores are equal"
+        return None, "all scores are equal"
     target = np.where(y, (positives + 1.0) / (positives + 2.0), 1.0 / (negatives + 2.0))
     if method == "temperature":
         scale = math.sqrt(float(np.mean(x**2)))
@@ -230,8 +212,8 @@ def _fit(y: np.ndarray, p: np.ndarray, min_positives: int, method: str) -> Calib
         beta = _fit_logistic(z, target, np.array([0.0, logit(positives / y.size)]), np.array([_RIDGE, 0.0]))
         slope, intercept = float(beta[0] / scale), float(beta[1] - beta[0] * centre / scale)
     if not slope > 0.0:
-        return "the best slope is not positive"
-    return Calibration(slope, intercept, method)
+        return None, "the best slope is not positive"
+    return Calibration(slope, intercept, method), None
 
 
 def _too_few(positives: int, negatives: int, least: int) -> str | None:
@@ -348,8 +330,8 @@ def cross_fitted_error(
         y, raw = labels[known, j], p[known, j].astype(np.float64)
         calibrated = raw.copy()
         for part in (half[known], ~half[known]):
-            rule = _fit(y[~part], raw[~part], min_positives, method)
-            if isinstance(rule, Calibration):
+            rule, _ = fit_calibration(y[~part], raw[~part], method, min_positives)
+            if rule is not None:
                 calibrated[part] = apply_calibration(rule, raw[part])
         error = metrics.expected_calibration_error(y, calibrated)
         if error is not None:
@@ -380,7 +362,7 @@ def apply_threshold(p: np.ndarray, threshold: float) -> np.ndarray:
 
 def find_operating_point(
     y: np.ndarray, p: np.ndarray, rule: str = "youden", min_positives: int = 1
-) -> OperatingPoint | None:
+) -> tuple[OperatingPoint | None, str | None]:
     """Choose a threshold by a rule, and measure it on the same images.
 
     `youden` maximises sensitivity + specificity - 1 (Youden 1950), with ties resolved towards sensitivity.
@@ -397,19 +379,13 @@ def find_operating_point(
         min_positives: minimum number of positives, and of negatives.
 
     Returns:
-        None if a class is absent or too small, `youden` finds nothing better than chance, only flagging nothing
-        reaches the specificity, or scores saturated at 0 or 1 allow no threshold.
+        (operating point, None), or (None, reason) if a class is absent or too small, `youden` finds nothing better
+        than chance, only flagging nothing reaches the specificity, or scores saturated at 0 or 1 allow no threshold.
 
     Raises:
         ConfigError: unknown rule, or a target outside 0..1.
-        ValueError: see `fit_platt`.
+        ValueError: see `fit_calibration`.
     """
-    found = _find_operating_point(y, p, rule, min_positives)
-    return None if isinstance(found, str) else found
-
-
-def _find_operating_point(y: np.ndarray, p: np.ndarray, rule: str, min_positives: int) -> OperatingPoint | str:
-    """Return the operating point, or the reason why there is none."""
     name, target = _parse_rule(rule)
     y, p64 = metrics.checked(y, np.asarray(p, dtype=np.float32))
     _check_range(p64)
@@ -417,7 +393,7 @@ def _find_operating_point(y: np.ndarray, p: np.ndarray, rule: str, min_positives
     negatives = y.size - positives
     reason = _too_few(positives, negatives, min_positives)
     if reason is not None:
-        return reason
+        return None, reason
     curve = metrics.roc_curve(y, p64)
     assert curve is not None
     # Point k flags the k highest distinct scores. Integers, so that a target of 0.9 means 9 of 10.
@@ -427,7 +403,7 @@ def _find_operating_point(y: np.ndarray, p: np.ndarray, rule: str, min_positives
         gain = true * negatives - false * positives
         best = int(gain.max())
         if best <= 0:
-            return "no threshold is better than chance"
+            return None, "no threshold is better than chance"
         k = int(np.flatnonzero(gain == best)[-1])
     elif name == "sensitivity":
         k = int(np.flatnonzero(true >= math.ceil(target * positives - 1e-9))[0])
@@ -435,10 +411,10 @@ def _find_operating_point(y: np.ndarray, p: np.ndarray, rule: str, min_positives
         k = int(np.flatnonzero(negatives - false >= math.ceil(target * negatives - 1e-9))[-1])
     threshold = _threshold_below(curve.thresholds, k)
     if threshold == math.inf:
-        return f"only flagging nothing reaches {rule.strip()}"
+        return None, f"only flagging nothing reaches {rule.strip()}"
     if not 0.0 < threshold < 1.0:
-        return "scores saturated at 0 or 1 allow no threshold"
-    return OperatingPoint(
+        return None, "scores saturated at 0 or 1 allow no threshold"
+    point = OperatingPoint(
         threshold=threshold,
         rule=rule.strip(),
         sensitivity=float(true[k] / positives),
@@ -447,6 +423,7 @@ def _find_operating_point(y: np.ndarray, p: np.ndarray, rule: str, min_positives
         n=int(y.size),
         positives=positives,
     )
+    return point, None
 
 
 def _threshold_below(descending: np.ndarray, k: int) -> float:

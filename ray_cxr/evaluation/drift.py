@@ -91,65 +91,69 @@ class Expected:
         )
 
 
-@dataclass(frozen=True)
-class RateDrift:
-    """A share of images, observed and expected.
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """One comparison.
 
     Attributes:
         name: finding or quality flag.
-        observed, low, high: share with Wilson's 95% interval, for the effective number of images n / design_effect.
-        expected, expected_images: the bundle's share, and the number of images behind it or None.
-        n, n_patients, count: images considered, their patients, and images counted.
-        design_effect: variance of the share relative to independent images.
-        ratio: observed / expected.
-        p, p_adjusted: two-sided; after Holm over all rates of this kind.
+        n, n_patients: images considered, and their patients.
+        p, p_adjusted: chance of such a difference; after Holm over all comparisons of this kind.
         verdict: `ok`, `differs`, `large` or `unknown`.
         reason: why the verdict is unknown.
     """
 
     name: str
+    n: int
+    n_patients: int
+    p: float | None = None
+    p_adjusted: float | None = None
+    verdict: str = UNKNOWN
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        plain = asdict(self)
+        del plain["name"]
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateDrift(_Row):
+    """A share of images, observed and expected.
+
+    Attributes:
+        observed, low, high: share with Wilson's 95% interval, for the effective number of images n / design_effect.
+        expected, expected_images: the bundle's share, and the number of images behind it or None.
+        count: number of images behind `observed`.
+        design_effect: variance of the share relative to independent images.
+        ratio: observed / expected.
+    """
+
     observed: float | None
     low: float | None
     high: float | None
     expected: float | None
     expected_images: int | None
-    n: int
-    n_patients: int
     count: int
     design_effect: float | None
     ratio: float | None
-    p: float | None
-    p_adjusted: float | None
-    verdict: str
-    reason: str | None
 
 
-@dataclass(frozen=True)
-class ScoreDrift:
-    """Distribution of a finding's raw scores relative to validation.
+@dataclass(frozen=True, kw_only=True)
+class ScoreDrift(_Row):
+    """Distribution of a finding's raw scores relative to validation; `ok` for an index below 0.1 regardless of p.
 
     Attributes:
         psi: population stability index, the sum over classes of (share - expected) * ln(share / expected).
         shares, expected: shares of images per class of `score_quantiles`, lowest scores first.
-        n, n_patients: images with a score, and their patients.
-        p, p_adjusted: p of an index this large; after Holm over all findings.
-        verdict: see `RateDrift`; `ok` for an index below 0.1 regardless of p.
-        reason: why the verdict is unknown.
     """
 
-    name: str
-    psi: float | None
-    shares: tuple[float, ...]
-    expected: tuple[float, ...]
-    n: int
-    n_patients: int
-    p: float | None
-    p_adjusted: float | None
-    verdict: str
-    reason: str | None
+    psi: float | None = None
+    shares: tuple[float, ...] = ()
+    expected: tuple[float, ...] = ()
 
 
-_Row = TypeVar("_Row", RateDrift, ScoreDrift)
+_AnyDrift = TypeVar("_AnyDrift", RateDrift, ScoreDrift)
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ class Drift:
         """The verdicts in one or two sentences."""
         parts = []
         for items, kind in ((self.flags, "flagged share"), (self.scores, "score"), (self.quality, "quality flag")):
-            rows: Sequence[RateDrift | ScoreDrift] = items
+            rows: Sequence[_Row] = items
             judged = [row for row in rows if row.verdict != UNKNOWN]
             named = {verdict: [row.name for row in judged if row.verdict == verdict] for verdict in (LARGE, DIFFERS)}
             if not judged:
@@ -189,14 +193,14 @@ class Drift:
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of metrics.json, by finding or flag."""
-        kinds: dict[str, Sequence[RateDrift | ScoreDrift]] = {
+        kinds: dict[str, Sequence[_Row]] = {
             "flags": self.flags,
             "scores": self.scores,
             "quality": self.quality,
         }
         return {
-            **{kind: {row.name: _row_to_json(row) for row in rows} for kind, rows in kinds.items()},
-            "errors": _row_to_json(self.errors),
+            **{kind: {row.name: row.to_json() for row in rows} for kind, rows in kinds.items()},
+            "errors": self.errors.to_json(),
             "clustered": self.clustered,
             "words": self.summary,
             "level": LEVEL,
@@ -325,9 +329,6 @@ def _rate_drift(
         count=count,
         design_effect=effect,
         ratio=None if observed is None or not expected else observed / expected,
-        p=None,
-        p_adjusted=None,
-        verdict=UNKNOWN,
         reason=reason or _too_few(n, n_patients),
     )
     if row.reason is not None or observed is None or effect is None or expected is None:
@@ -354,7 +355,7 @@ def _score_drift(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, cod
     scores, codes = scores[known].astype(np.float64), codes[known]
     n, n_patients = len(scores), len(np.unique(codes))
     reason = "the bundle keeps no validation scores" if kept is None else _too_few(n, n_patients)
-    row = ScoreDrift(name, None, (), (), n, n_patients, None, None, UNKNOWN, reason)
+    row = ScoreDrift(name=name, n=n, n_patients=n_patients, reason=reason)
     if reason is not None or kept is None:
         return row
     edges, shares, images = np.asarray(kept["edges"]), np.asarray(kept["shares"]), int(kept["n"])
@@ -387,7 +388,7 @@ def _too_few(n: int, n_patients: int) -> str | None:
     return None
 
 
-def _adjust(rows: Sequence[_Row], judge: Callable[[_Row, float], str]) -> tuple[_Row, ...]:
+def _adjust(rows: Sequence[_AnyDrift], judge: Callable[[_AnyDrift, float], str]) -> tuple[_AnyDrift, ...]:
     """Set p_adjusted and verdict of the rows that have a p."""
     adjusted = iter(holm([row.p for row in rows if row.p is not None]))
     results = []
@@ -411,12 +412,6 @@ def _score_verdict(row: ScoreDrift, p: float) -> str:
     if p >= LEVEL or psi < PSI_DIFFERS:
         return OK
     return LARGE if psi >= PSI_LARGE else DIFFERS
-
-
-def _row_to_json(row: RateDrift | ScoreDrift) -> dict[str, Any]:
-    plain = asdict(row)
-    del plain["name"]
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
 
 def _as_dict(value: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,59 +12,58 @@ from ray_cxr.evaluation.delong import delong_paired, normal_p
 from ray_cxr.evaluation.intervals import percentile_interval
 
 
-@dataclass(frozen=True)
-class PairedAuroc:
-    """Macro AUROC of two sets of scores of the same images.
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """AUROC, or macro AUROC, of two sets of scores of the same images.
 
     Attributes:
-        a, b: macro AUROC of each, or None.
+        a, b: AUROC of each, or None.
         difference: a - b, or None.
         low, high: 95% percentile interval of the difference over resampled patients, or None.
         p: two-sided bootstrap p value of no difference, or None.
-        columns: averaged columns, those with both classes among their labels.
-        n_patients, n_resamples, seed: settings of the bootstrap.
         undefined: number of resamples omitted because a finding had lost a class.
         reason: why a value is None; None if all are defined.
     """
 
-    a: float | None
-    b: float | None
-    difference: float | None
-    low: float | None
-    high: float | None
-    p: float | None
+    a: float | None = None
+    b: float | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    undefined: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedAuroc(PairedDifference):
+    """Difference of macro AUROC.
+
+    Attributes:
+        columns: averaged columns, those with both classes among their labels.
+        n_patients, n_resamples, seed: settings of the bootstrap.
+    """
+
     columns: tuple[int, ...]
     n_patients: int
     n_resamples: int
-    undefined: int
     seed: int
-    reason: str | None = None
 
 
-@dataclass(frozen=True)
-class PairedFinding:
-    """AUROC of one finding by two sets of scores of the same images.
+@dataclass(frozen=True, kw_only=True)
+class PairedFinding(PairedDifference):
+    """Difference of one finding's AUROC.
 
     Attributes:
-        a, b, difference, low, high, p, undefined: see `PairedAuroc`.
         delong_p: two-sided p of DeLong's test for correlated curves, or None. It takes images as independent, so it is
             too small if patients have several.
         n, positives: images with a label and both scores, and the positive ones among them.
-        reason: why a, b, difference, low, high or p is None; None if all are defined.
         delong_reason: why delong_p is None; None if it is defined.
     """
 
-    a: float | None
-    b: float | None
-    difference: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    undefined: int
-    delong_p: float | None
+    delong_p: float | None = None
     n: int
     positives: int
-    reason: str | None = None
     delong_reason: str | None = None
 
 
@@ -145,32 +145,38 @@ class _Pair:
         self._first, self._second = drawn.values[:, :count], drawn.values[:, count:]
         self.n_patients, self.n_resamples, self.seed = drawn.n_patients, n_resamples, seed
 
-    def resample_difference(self, columns: list[int]) -> np.ndarray:
-        """Return the difference of the means over columns, float64 [n_resamples]."""
-        return np.asarray(self._first[:, columns].mean(axis=1) - self._second[:, columns].mean(axis=1))
-
     def select(self, f: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return labels and both scores of the images that count for a finding."""
         usable = (self.labels[:, f] >= 0) & ~np.isnan(self.a[:, f])
         return self.labels[usable, f], self.a[usable, f], self.b[usable, f]
 
-    def aurocs(self, f: int) -> tuple[float, float]:
-        y, a, b = self.select(f)
-        first, second = metrics.auroc(y, a), metrics.auroc(y, b)
-        assert first is not None
-        assert second is not None
-        return first, second
+    def compare(self, columns: list[int]) -> dict[str, Any]:
+        """Return the fields of `PairedDifference` for the means over columns that have both classes."""
+        aurocs = []
+        for f in columns:
+            y, *scores = self.select(f)
+            aurocs.append([metrics.auroc(y, s) for s in scores])
+        first, second = (float(mean) for mean in np.mean(np.array(aurocs, dtype=np.float64), axis=0))
+        resampled = self._first[:, columns].mean(axis=1) - self._second[:, columns].mean(axis=1)
+        interval = percentile_interval(resampled, allow_constant=True)
+        return {
+            "a": first,
+            "b": second,
+            "difference": first - second,
+            "low": interval.low,
+            "high": interval.high,
+            "p": None if interval.low is None else _bootstrap_p(resampled),
+            "undefined": interval.undefined,
+            "reason": interval.reason,
+        }
 
 
 def _compare_finding(pair: _Pair, f: int) -> PairedFinding:
     y, a, b = pair.select(f)
-    n, positives = len(y), int(np.count_nonzero(y))
+    counts = {"n": len(y), "positives": int(np.count_nonzero(y))}
     reason = metrics.undefined_reason(y)
     if reason is not None:
-        return PairedFinding(*(None,) * 6, pair.n_resamples, None, n, positives, reason=reason, delong_reason=reason)
-    first, second = pair.aurocs(f)
-    differences = pair.resample_difference([f])
-    interval = percentile_interval(differences, allow_constant=True)
+        return PairedFinding(**counts, undefined=pair.n_resamples, reason=reason, delong_reason=reason)
     correlated = delong_paired(y, a, b)
     delong_p = None if correlated is None else normal_p(correlated[0] - correlated[1], correlated[2])
     delong_reason = None
@@ -178,44 +184,19 @@ def _compare_finding(pair: _Pair, f: int) -> PairedFinding:
         delong_reason = "fewer than two positive or two negative images"
     elif delong_p is None:
         delong_reason = "the difference has no variance between these images"
-    return PairedFinding(
-        a=first,
-        b=second,
-        difference=first - second,
-        low=interval.low,
-        high=interval.high,
-        p=None if interval.low is None else _bootstrap_p(differences),
-        undefined=interval.undefined,
-        delong_p=delong_p,
-        n=n,
-        positives=positives,
-        reason=interval.reason,
-        delong_reason=delong_reason,
-    )
+    return PairedFinding(**pair.compare([f]), **counts, delong_p=delong_p, delong_reason=delong_reason)
 
 
 def _compare_means(pair: _Pair, counted: np.ndarray) -> PairedAuroc:
     columns = [int(f) for f in np.flatnonzero(counted)]
-    n_patients, n_resamples, seed = pair.n_patients, pair.n_resamples, pair.seed
-    if not columns:
-        reason = "no finding has both positive and negative images"
-        return PairedAuroc(*(None,) * 6, (), n_patients, n_resamples, n_resamples, seed, reason)
-    first, second = (float(mean) for mean in np.mean([pair.aurocs(f) for f in columns], axis=0))
-    differences = pair.resample_difference(columns)
-    interval = percentile_interval(differences, allow_constant=True)
+    reason = "no finding has both positive and negative images"
+    difference = pair.compare(columns) if columns else {"undefined": pair.n_resamples, "reason": reason}
     return PairedAuroc(
-        a=first,
-        b=second,
-        difference=first - second,
-        low=interval.low,
-        high=interval.high,
-        p=None if interval.low is None else _bootstrap_p(differences),
+        **difference,
         columns=tuple(columns),
-        n_patients=n_patients,
-        n_resamples=n_resamples,
-        undefined=interval.undefined,
-        seed=seed,
-        reason=interval.reason,
+        n_patients=pair.n_patients,
+        n_resamples=pair.n_resamples,
+        seed=pair.seed,
     )
 
 

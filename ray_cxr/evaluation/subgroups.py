@@ -463,7 +463,12 @@ def _measure_cells(group: Group, images: _Images, values: Mapping[str, _Values])
         rates_reason: str | None = "no operating point"
         if (images.flags[:, j] >= 0).any():
             rates_reason = metrics.undefined_reason(positive[known & (flags[:, j] >= 0)])
-        bounds = {name: percentile_interval(values[name].drawn[:, j]) for name in _QUANTITIES}
+        auroc = percentile_interval(values["auroc"].drawn[:, j])
+        numbers: dict[str, float | None] = {}
+        for name in _QUANTITIES:
+            interval = percentile_interval(values[name].drawn[:, j])
+            numbers[name] = _float_or_none(values[name].point[j])
+            numbers |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
         cells.append(
             Cell(
                 finding=finding,
@@ -472,18 +477,10 @@ def _measure_cells(group: Group, images: _Images, values: Mapping[str, _Values])
                 positives=int(positive.sum()),
                 positive_patients=positive_patients,
                 negative_patients=negative_patients,
-                auroc=_float_or_none(values["auroc"].point[j]),
-                auroc_low=bounds["auroc"].low,
-                auroc_high=bounds["auroc"].high,
-                sensitivity=_float_or_none(values["sensitivity"].point[j]),
-                sensitivity_low=bounds["sensitivity"].low,
-                sensitivity_high=bounds["sensitivity"].high,
-                specificity=_float_or_none(values["specificity"].point[j]),
-                specificity_low=bounds["specificity"].low,
-                specificity_high=bounds["specificity"].high,
+                **numbers,
                 reason=reason,
                 rates_reason=rates_reason,
-                interval_reason=bounds["auroc"].reason if reason is None else None,
+                interval_reason=auroc.reason if reason is None else None,
                 small=min(positive_patients, negative_patients) < FEW_PATIENTS,
             )
         )

@@ -117,7 +117,8 @@ def compared(shift: float = 0.0, n: int = 8, spread: float = 0.01) -> Comparison
 
 def paired(difference: float, half: float) -> PairedAuroc:
     low, high = difference - half, difference + half
-    return PairedAuroc(0.8, 0.8 - difference, difference, low, high, 0.012, (0, 1), 100, 1000, 0, 0)
+    values = {"a": 0.8, "b": 0.8 - difference, "difference": difference, "low": low, "high": high, "p": 0.012}
+    return PairedAuroc(**values, columns=(0, 1), n_patients=100, n_resamples=1000, undefined=0, seed=0)
 
 
 def test_verdict() -> None:

@@ -133,11 +133,13 @@ def test_means_are_over_the_findings_that_count() -> None:
         weighted.append(np.sum(values * weights) / weights.sum())
     assert ends(got.macro["average_precision"]) == percentiles(plain)
     assert ends(got.weighted["average_precision"]) == percentiles(weighted)
-    # `bootstrap_auroc` draws the same resamples.
-    alone = bootstrap.bootstrap_auroc(y, s, patients, macro=chosen, n_resamples=60, seed=4)
-    assert got.macro["auroc"] == alone.macro
-    assert tuple(finding["auroc"] for finding in got.findings) == alone.findings
-    assert (ends(alone.findings[4]), alone.findings[4].undefined) == ((None, None), 60)
+    # `resampled_aurocs` draws the same resamples.
+    drawn = bootstrap.resampled_aurocs(y, s, patients, n_resamples=60, seed=4)
+    assert drawn.defined.tolist() == [True] * 4 + [False]
+    assert got.macro["auroc"] == intervals.percentile_interval(drawn.values[:, got.counted].mean(axis=1))
+    for f in range(4):
+        assert got.findings[f]["auroc"] == intervals.percentile_interval(drawn.values[:, f])
+    assert (ends(got.findings[4]["auroc"]), got.findings[4]["auroc"].undefined) == ((None, None), 60)
     none = bootstrap_findings(y, s, patients, macro=np.zeros(5, bool), n_resamples=60, roc_grid=0)
     for mean in (none.macro["auroc"], none.weighted["auroc"]):
         assert (ends(mean), bool(mean.reason)) == ((None, None), True)
@@ -174,8 +176,8 @@ def test_seed_fixes_the_numbers_and_chunks_and_threads_do_not_change_them(monkey
         got = bootstrap_findings(y, s, patients, flags=flags, n_resamples=150, roc_grid=9, seed=seed)
         assert got.findings[0] == got.findings[1]  # findings share their resamples
         bands = [(band.low.tolist(), band.high.tolist()) for band in got.roc]
-        auroc = bootstrap.bootstrap_auroc(y, s, patients, n_resamples=150, seed=seed)
-        return got.findings, got.macro, got.weighted, bands, auroc
+        auroc = bootstrap.resampled_aurocs(y, s, patients, n_resamples=150, seed=seed)
+        return got.findings, got.macro, got.weighted, bands, auroc.values.tolist()
 
     whole = measured()
     assert measured() == whole != measured(seed=1)

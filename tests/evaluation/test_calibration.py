@@ -13,12 +13,23 @@ from scipy import stats
 
 from ray_cxr.errors import ConfigError
 from ray_cxr.evaluation import calibration, metrics
-from ray_cxr.evaluation.calibration import Calibration, find_operating_point, fit_platt, fit_rules, fit_temperature
+from ray_cxr.evaluation.calibration import Calibration, OperatingPoint, fit_calibration, fit_rules
 
 Fit = Callable[..., Calibration | None]
 LABELLED = st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1, width=32)), min_size=2, max_size=40)
 RULES = st.sampled_from(["youden", "sensitivity=0.9", "specificity=0.9", "sensitivity=1", "specificity=0.5"])
-FITS = pytest.mark.parametrize("fit", [fit_platt, fit_temperature])
+
+
+def fit_platt(y: np.ndarray, p: np.ndarray, min_positives: int = 5) -> Calibration | None:
+    return fit_calibration(y, p, "platt", min_positives)[0]
+
+
+def fit_temperature(y: np.ndarray, p: np.ndarray, min_positives: int = 5) -> Calibration | None:
+    return fit_calibration(y, p, "temperature", min_positives)[0]
+
+
+def find_operating_point(*arguments: object, **options: int) -> OperatingPoint | None:
+    return calibration.find_operating_point(*arguments, **options)[0]
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -49,7 +60,7 @@ def test_scaling_by_hand() -> None:
     assert (got.intercept, got.method) == (0.0, "temperature")
 
 
-@FITS
+@pytest.mark.parametrize("fit", [fit_platt, fit_temperature])
 def test_scaling_declines(fit: Fit) -> None:
     assert fit(np.array([1, 0] * 10), np.full(20, 0.3)) is None  # equal scores
     assert fit(np.repeat([0, 1], 10), np.linspace(0.9, 0.1, 20)) is None  # reversed order

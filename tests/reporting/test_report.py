@@ -17,7 +17,7 @@ from sklearn import metrics as sklearn_metrics
 
 from ray_cxr.data import manifest
 from ray_cxr.errors import InputError, LeakError, OutputError, TableError
-from ray_cxr.evaluation.bootstrap import bootstrap_auroc
+from ray_cxr.evaluation.bootstrap import bootstrap_findings
 from ray_cxr.evaluation.published import OFFICIAL_TEST_IMAGES
 from ray_cxr.imaging.sandbox import Decoder
 from ray_cxr.labels import NO_FINDING
@@ -76,7 +76,7 @@ def test_numbers_equal_sklearn_on_the_same_rows(evaluated: Report) -> None:
         }
         assert {name: got[name] for name in expected} == pytest.approx(expected, abs=1e-12)
         assert got["sensitivity_low"] <= got["sensitivity"] <= got["sensitivity_high"]
-        interval = bootstrap_auroc(y[:, None], p[:, None], patients, n_resamples=60).findings[0]
+        interval = bootstrap_findings(y[:, None], p[:, None], patients, n_resamples=60).findings[0]["auroc"]
         assert (got["auroc_low"], got["auroc_high"]) == (interval.low, interval.high)
         assert got["auroc_delong_low"] < got["auroc"] < got["auroc_delong_high"]
 
