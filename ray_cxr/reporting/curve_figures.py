@@ -241,7 +241,7 @@ def _predictions(ax: Axes, panel: Reliability, end: float) -> None:
     ax.set_xlim(0, end)
     ticks = [0, end / 4, end]
     ax.set_xticks(ticks, [plots.percent(tick) for tick in ticks])
-    ax.set_xlabel(f"calibrated probability (root scale to {plots.percent(end)})", fontsize=8)
+    ax.set_xlabel("calibrated probability (√ scale)", fontsize=8)
 
 
 def _root(x: np.ndarray) -> np.ndarray:

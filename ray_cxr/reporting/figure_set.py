@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -21,19 +21,10 @@ from ray_cxr.reporting.scores import Scores
 ATTRIBUTES = {"sex": "Sex", "age_band": "Age, years", "view": "View", "follow_up": "Follow-up"}
 
 
-class _WithInterval(Protocol):
-    """A result of the evaluation package: a value and its interval."""
-
-    @property
-    def value(self) -> float | None: ...
-    @property
-    def low(self) -> float | None: ...
-    @property
-    def high(self) -> float | None: ...
-
-
-def _to_estimate(one: _WithInterval) -> Estimate | None:
-    return None if one.value is None else Estimate(one.value, one.low, one.high)
+def _to_estimate(one: Any, name: str = "value") -> Estimate | None:
+    """Convert a result with an interval; None if there is none or it is undefined."""
+    value = getattr(one, name, None)
+    return None if value is None else Estimate(value, one.low, one.high)
 
 
 def draw_evaluation(
@@ -136,7 +127,6 @@ def draw_subgroups(found: subgroups.Subgroups, macro: MeanResult) -> dict[str, F
             ATTRIBUTES.get(one.attribute, one.attribute),
             one.value,
             one.n,
-            None,
             (_to_estimate(one.shared.auroc), _to_estimate(one.shared.sensitivity)),
             one.small,
         )
@@ -162,8 +152,7 @@ def draw_subgroups(found: subgroups.Subgroups, macro: MeanResult) -> dict[str, F
                     ATTRIBUTES.get(attribute, attribute),
                     f"{value} − {reference}",
                     sizes[value],
-                    None,
-                    tuple(_to_difference(pair.get(quantity)) for quantity in ("sensitivity", "auroc")),
+                    tuple(_to_estimate(pair.get(quantity), "difference") for quantity in ("sensitivity", "auroc")),
                     any(one.small for one in pair.values()),
                 )
                 for (attribute, value, reference), pair in pairs.items()
@@ -176,19 +165,6 @@ def draw_subgroups(found: subgroups.Subgroups, macro: MeanResult) -> dict[str, F
     return figures
 
 
-class _PairedDifference(Protocol):
-    @property
-    def difference(self) -> float | None: ...
-    @property
-    def low(self) -> float | None: ...
-    @property
-    def high(self) -> float | None: ...
-
-
-def _to_difference(one: _PairedDifference | None) -> Estimate | None:
-    return None if one is None or one.difference is None else Estimate(one.difference, one.low, one.high)
-
-
 def draw_consensus(evaluation: EvaluationResult) -> Figure | None:
     """Draw the AUROC of each finding against a consensus table; None if none is defined."""
     defined = any(one.auroc.value is not None for one in evaluation.findings.values())
@@ -197,8 +173,13 @@ def draw_consensus(evaluation: EvaluationResult) -> Figure | None:
 
 def draw_comparison(compared: ScoreComparison, first: str, second: str) -> Figure:
     rows = [
-        forest_figures.Difference("Macro mean", _to_difference(compared.macro), compared.macro.p, macro=True),
-        *(forest_figures.Difference(name, _to_difference(one), one.p) for name, one in compared.findings.items()),
+        forest_figures.Difference(
+            "Macro mean", _to_estimate(compared.macro, "difference"), compared.macro.p, macro=True
+        ),
+        *(
+            forest_figures.Difference(name, _to_estimate(one, "difference"), one.p)
+            for name, one in compared.findings.items()
+        ),
     ]
     return forest_figures.compared(rows, first, second)
 

@@ -40,14 +40,7 @@ _THRESHOLD_MARKS = ((SKY, "o"), (BLUE, "s"), (GREEN, "^"), (ORANGE, "D"), (VERMI
 
 @dataclass(frozen=True)
 class ForestColumn:
-    """One chart of a forest plot.
-
-    Attributes:
-        name: label of the axis.
-        reference: value of a line through all rows, or None.
-        reference_name: label of the line, such as `all images 0.812`.
-        signed: values are differences.
-    """
+    """One chart of a forest plot; `reference` is a line through all rows, labelled `reference_name`."""
 
     name: str
     reference: float | None = None
@@ -57,34 +50,21 @@ class ForestColumn:
 
 @dataclass(frozen=True)
 class ForestRow:
-    """One group of a forest plot.
+    """One group of a forest plot, with one estimate per chart (None if undefined) from `n` images.
 
-    Attributes:
-        attribute: such as `Sex`; rows of one attribute must be adjacent.
-        label: the group.
-        n, positives: images and positive labels (None: not shown).
-        estimates: one per chart, None if undefined.
-        small: too few patients for a reliable value; drawn grey and hollow.
+    Rows of one attribute, such as `Sex`, must be adjacent. A small group has too few patients for a reliable value.
     """
 
     attribute: str
     label: str
     n: int
-    positives: int | None
     estimates: tuple[Estimate | None, ...]
     small: bool = False
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One finding (or the macro mean) of a paired comparison.
-
-    Attributes:
-        label: the finding.
-        estimate: difference and interval, None if undefined.
-        p: two-sided, or None.
-        macro: the row is the mean over findings, drawn first.
-    """
+    """One finding of a paired comparison, or their macro mean; p is two-sided."""
 
     label: str
     estimate: Estimate | None
@@ -94,13 +74,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Drift:
-    """One finding's flag rate and the expected one.
-
-    Attributes:
-        observed: share of images flagged, with its interval.
-        expected: expected share, or None.
-        significant: the difference exceeds chance.
-    """
+    """One finding's share of flagged images and the expected share; `significant` if chance does not explain it."""
 
     finding: str
     observed: Estimate
@@ -110,14 +84,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class Localisation:
-    """How well one finding's heat maps point at its boxes.
-
-    Attributes:
-        cases: pairs of image and finding with boxes and a heat map.
-        hit: share of cases whose map peaks in a box, or None.
-        hit_chance: the same for a random point, or None.
-        accuracy: by threshold T, the share of cases with IoU >= T.
-    """
+    """One finding's heat maps and boxes: hit rate, that of a random point, and share of cases with IoU >= T by T."""
 
     finding: str
     cases: int
@@ -151,21 +118,18 @@ def subgroup_forest(rows: Sequence[ForestRow], columns: Sequence[ForestColumn]) 
     lines: list[_Line] = []
     placed: dict[int, ForestRow] = {}
     for attribute in dict.fromkeys(row.attribute for row in rows):
-        lines.append(_Line((attribute, "", ""), bold=True))
+        lines.append(_Line((attribute, ""), bold=True))
         for row in (row for row in rows if row.attribute == attribute):
             placed[len(lines)] = row
             values = tuple(
                 "undefined" if estimate is None else estimate.format(signed=column.signed)
                 for estimate, column in zip(row.estimates, columns, strict=True)
             )
-            numbers = (f"{row.n:,}", "" if row.positives is None else f"{row.positives:,}")
-            lines.append(_Line((f"   {row.label}", *numbers), values, GREY if row.small else INK))
-    counted = any(row.positives is not None for row in rows)
+            lines.append(_Line((f"   {row.label}", f"{row.n:,}"), values, GREY if row.small else INK))
     known: list[Artist] = [plots.mark_key("value with 95% interval", BLUE, "o")]
     if any(row.small for row in rows):
         known.append(plots.mark_key("small group: interpret with caution", GREY, "o", "white"))
-    headers = ("", "images", "positives" if counted else "")
-    figure, axes = _forest(lines, headers, [column.name for column in columns], known)
+    figure, axes = _forest(lines, ("", "images"), [column.name for column in columns], known)
     for place, (ax, column) in enumerate(zip(axes, columns, strict=True)):
         _set_limits(ax, [(row.estimates[place], row.small) for row in rows], column.reference)
         if column.reference is not None:
@@ -191,7 +155,7 @@ def _set_limits(ax: Axes, estimates: Sequence[tuple[Estimate | None, bool]], ref
     ax.set_xlim(low - room, high + room)
 
 
-def compared(rows: Sequence[Difference], first: str, second: str, quantity: str = "AUROC") -> Figure:
+def compared(rows: Sequence[Difference], first: str, second: str) -> Figure:
     """Plot paired differences of two score tables, `first` − `second`, per finding, with the macro mean on top.
 
     A filled marker has an interval that excludes 0; a hollow one has an interval that includes it.
@@ -213,7 +177,7 @@ def compared(rows: Sequence[Difference], first: str, second: str, quantity: str 
     ]
     if any(row.macro for row in rows):
         known.append(plots.mark_key("macro mean", VERMILION, "D"))
-    name = f"{quantity} of {first} − {quantity} of {second}\nright of 0: {first} is higher"
+    name = f"AUROC of {first} − AUROC of {second}\nright of 0: {first} is higher"
     figure, axes = _forest(lines, ("",), [name], known, width=3.6)
     ax = axes[0]
     ends = [abs(end) for row in rows if row.estimate for end in _bounds(row.estimate)]

@@ -109,16 +109,13 @@ def _summarize_comparisons(result: ReportResult) -> list[str]:
         other, paired = result.compared.other, result.compared.macro
         if paired.difference is None:
             sentences.append(f"The macro AUROC cannot be compared with {other}: {paired.reason}.")
-        elif paired.low is None or paired.high is None:
-            sentences.append(
-                f"The macro AUROC differs from that of {other} by {paired.difference:+.3f} (no interval) on the same "
-                f"{result.compared.n_images:,} images."
-            )
         else:
-            excludes = "excludes" if paired.low > 0 or paired.high < 0 else "includes"
+            interval = "no interval"
+            if paired.low is not None and paired.high is not None:
+                zero = "excludes" if paired.low > 0 or paired.high < 0 else "includes"
+                interval = f"95% interval {paired.low:+.3f} to {paired.high:+.3f}, which {zero} 0"
             sentences.append(
-                f"The macro AUROC differs from that of {other} by {paired.difference:+.3f} (95% interval "
-                f"{paired.low:+.3f} to {paired.high:+.3f}, which {excludes} 0) on the same "
+                f"The macro AUROC minus that of {other} is {paired.difference:+.3f} ({interval}) on the same "
                 f"{result.compared.n_images:,} images."
             )
     groups = result.labelled.subgroups if result.labelled else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from ray_cxr.reporting.scores import Scores
 
 #: A spreadsheet runs a cell that starts with one of these as a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
+#: Columns that order studies of equal priority.
+_ORDER = ("patient_id", "study_id", "image_id")
 
 
 def build_worklist(table: Scores) -> list[dict[str, str]]:
@@ -25,36 +28,26 @@ def build_worklist(table: Scores) -> list[dict[str, str]]:
     names = [f for f in table.findings if f in table.flags and f != NO_FINDING]
     lines = []
     for rows in studies.values():
-        ranked = sorted(rows, key=lambda row: (-_sort_value(float(table.priority[row])), table.ids[row]))
-        best = ranked[0]
-        priority = float(table.priority[best])
-        lines.append(
-            (
-                (
-                    -_sort_value(priority),
-                    table.patients[best] or "",
-                    table.studies[best] or "",
-                    table.ids[best],
-                ),
-                {
-                    "priority": "" if np.isnan(priority) else str(np.float32(priority)),
-                    "top_finding": table.top_findings[best] or "",
-                    "flagged": "|".join(f for f in names if any(table.flags[f][row] == 1 for row in rows)),
-                    "patient_id": table.patients[best] or "",
-                    "study_id": table.studies[best] or "",
-                    "image_id": table.ids[best],
-                    "n_images": str(len(rows)),
-                    "n_errors": str(sum(not table.ok[row] for row in rows)),
-                    "errors": _join(table.codes[row] or "unknown" for row in rows if not table.ok[row]),
-                    "quality_flags": _join(table.quality_flags[row] for row in rows),
-                },
-            )
-        )
-    return [line for _, line in sorted(lines, key=lambda pair: pair[0])]
+        best = min(rows, key=lambda row: (_sort_value(table.priority[row]), table.ids[row]))
+        priority = table.priority[best]
+        line = {
+            "priority": "" if np.isnan(priority) else str(np.float32(priority)),
+            "top_finding": table.top_findings[best] or "",
+            "flagged": "|".join(f for f in names if any(table.flags[f][row] == 1 for row in rows)),
+            "patient_id": table.patients[best] or "",
+            "study_id": table.studies[best] or "",
+            "image_id": table.ids[best],
+            "n_images": str(len(rows)),
+            "n_errors": str(sum(not table.ok[row] for row in rows)),
+            "errors": _join(table.codes[row] or "unknown" for row in rows if not table.ok[row]),
+            "quality_flags": _join(table.quality_flags[row] for row in rows),
+        }
+        lines.append((_sort_value(priority), line))
+    return [line for _, line in sorted(lines, key=lambda pair: (pair[0], *(pair[1][key] for key in _ORDER)))]
 
 
 def _sort_value(priority: float) -> float:
-    return float("-inf") if np.isnan(priority) else priority
+    return math.inf if np.isnan(priority) else -float(priority)
 
 
 def _join(values: Any) -> str:
