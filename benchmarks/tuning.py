@@ -186,7 +186,7 @@ class Trainer:
             while self._progress.epochs_done < loop.settings.epochs:
                 self._train()
                 if self._progress.scores[-1] > found["val"]:
-                    with loop.optimizer.averaged():
+                    with loop.optimizer.use_average():
                         probabilities = loop.predict(feed, len(test))
                     result = evaluate(test.labels[:, loop.columns], probabilities, loop.findings)
                     val, epoch = self._progress.scores[-1], self._progress.epochs_done
@@ -207,7 +207,7 @@ class Trainer:
         import psutil
 
         from ray_cxr.models.architecture import Architecture
-        from ray_cxr.training.loop import Loop, Progress
+        from ray_cxr.training.loop import Loop, TrainState
 
         self._loop = None
         gc.collect()
@@ -223,14 +223,14 @@ class Trainer:
             self._splits["val"],
             weights="none",
         )
-        self._progress, self._key = Progress(), key
+        self._progress, self._key = TrainState(), key
 
     def _train(self) -> None:
         """One epoch and its validation, as a worker goes about them."""
         from ray_cxr.training import worker
 
         loop, progress = self._loop, self._progress
-        loop.begin_epoch(progress)
+        loop.start_epoch(progress)
         done = loop.run_epoch(progress)
         with tempfile.TemporaryDirectory(prefix="ray_cxr-") as folder:
             point, selection = worker._validate(loop, progress, done, Path(folder))

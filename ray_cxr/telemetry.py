@@ -1,13 +1,12 @@
-"""What a run tells Prometheus while it works: every metric that there is, and the two ways to record one.
+"""Prometheus metrics of a run: their definitions, and functions that record them.
 
-    workers: count, show  --about once a second-->  ray.util.metrics  --every 10 s-->  each node's metrics port
+    workers: add, set_gauge  --about once a second-->  ray.util.metrics  --every 10 s-->  each node's metrics port
 
-Names are those that stand at the port: Ray puts `ray_` before each, and `cxr_...` is what it is given. Where no Ray
-runs in the process nothing is recorded, and nothing is said. A tag's values are few and say nothing of a person: no
-image's, patient's or study's id is one.
+The names are those at the port, where Ray adds the prefix `ray_`. Without Ray in the process, nothing is recorded.
+Tags have few values and identify no person: no image, patient or study id is a tag.
 
-Seconds are counters and not histograms. Ray 2.60 rebuilds a histogram at the node from the middles of its buckets, so
-that its sum is a guess (0.605 where 0.52 was observed); a counter's sum is exact, and costs a series instead of ten.
+Times are counters, not histograms. Ray 2.60 rebuilds a histogram at the node from the middles of its buckets, so that
+its sum is an estimate (0.605 for an observed 0.52). A counter's sum is exact and costs one series instead of ten.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-#: What Ray puts before the name of every metric.
+#: The prefix that Ray adds to every name.
 PREFIX = "ray_"
-#: Seconds for which counts are gathered in the process before Ray gets them; Ray hands them on every 10 seconds.
+#: Seconds for which counts are collected before Ray gets them; Ray exports them every 10 seconds.
 GATHER_S = 1.0
 
 
@@ -32,10 +31,10 @@ class Metric:
 
     Attributes:
         name: at the metrics port.
-        kind: a counter only grows, a gauge is the last value of a process that lives.
-        unit: what is counted or measured.
-        meaning: in one sentence.
-        tags: names of its tags, in the order in which `count` and `show` take their values.
+        kind: a counter only grows; a gauge holds the last value of a running process.
+        unit: of its value.
+        meaning: one sentence.
+        tags: names of its tags, in the order of the values that `add` and `set_gauge` take.
     """
 
     name: str
@@ -100,67 +99,67 @@ TRAIN_LOSS = Metric("ray_cxr_train_loss", "gauge", "nats", "Mean training loss o
 VAL_LOSS = Metric("ray_cxr_val_loss", "gauge", "nats", "Validation cross-entropy after the last epoch.", ("run",))
 VAL_AUROC = Metric("ray_cxr_val_auroc", "gauge", "AUROC", "Macro validation AUROC after the last epoch.", ("run",))
 
-#: All of them.
+#: All metrics.
 METRICS: tuple[Metric, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 
 _lock = threading.Lock()
-_gathered: dict[tuple[Metric, tuple[str, ...]], float] = {}
-_handed_on = 0.0
-#: Ray's own objects, made in the process that uses them, each once.
+_counts: dict[tuple[Metric, tuple[str, ...]], float] = {}
+_flushed_at = 0.0
+#: Ray's metric objects of this process.
 _instruments: dict[Metric, Any] = {}
 
 
-def count(metric: Metric, amount: float, *tags: str) -> None:
-    """Add to a counter; from any thread, at less than two microseconds. `flush` hands it on, or a `count` 1 s later."""
+def add(metric: Metric, amount: float, *tags: str) -> None:
+    """Add to a counter, from any thread, in under 2 microseconds; `flush` or an `add` 1 s later sends it to Ray."""
     with _lock:
         key = metric, tags
-        _gathered[key] = _gathered.get(key, 0.0) + amount
-        due = time.monotonic() - _handed_on >= GATHER_S
+        _counts[key] = _counts.get(key, 0.0) + amount
+        due = time.monotonic() - _flushed_at >= GATHER_S
     if due:
         flush()
 
 
-def show(metric: Metric, value: float | None, *tags: str) -> None:
-    """Set a gauge; what is undefined leaves it as it is."""
-    if value is not None and _ray_runs():
+def set_gauge(metric: Metric, value: float | None, *tags: str) -> None:
+    """Set a gauge; None leaves it unchanged."""
+    if value is not None and _is_ray_running():
         with _lock:
             _instrument(metric).set(float(value), dict(zip(metric.tags, tags, strict=True)))
 
 
 def flush() -> None:
-    """Hand on what was counted; at the end of a task, whose process may be gone before it counts again."""
-    global _handed_on
-    runs = _ray_runs()
+    """Send the counts to Ray. Call it at the end of a task, whose process may end before its next `add`."""
+    global _flushed_at
+    is_running = _is_ray_running()
     with _lock:
-        _handed_on = time.monotonic()
-        for (metric, tags), amount in _gathered.items():
-            if runs and amount > 0:  # Ray refuses to add nothing
+        _flushed_at = time.monotonic()
+        for (metric, tags), amount in _counts.items():
+            if is_running and amount > 0:  # Ray refuses to add nothing
                 _instrument(metric).inc(amount, dict(zip(metric.tags, tags, strict=True)))
-        _gathered.clear()
+        _counts.clear()
 
 
-def decoded(command: str, seconds: float) -> None:
-    """One file that a decoder took so long for."""
-    count(IMAGES_DECODED, 1, command)
-    count(DECODE_SECONDS, seconds, command)
+def add_decode(command: str, seconds: float) -> None:
+    """Count one decoded file and its time."""
+    add(IMAGES_DECODED, 1, command)
+    add(DECODE_SECONDS, seconds, command)
 
 
-def inferred(command: str, seconds: float) -> None:
-    """One batch that the network took so long for."""
-    count(BATCHES_INFERRED, 1, command)
-    count(INFER_SECONDS, seconds, command)
+def add_inference(command: str, seconds: float) -> None:
+    """Count one inferred batch and its time."""
+    add(BATCHES_INFERRED, 1, command)
+    add(INFER_SECONDS, seconds, command)
 
 
-def wrote(metric: Metric, command: str, images: int, errors: Iterable[str]) -> None:
-    """A file of so many images, of which those with these codes failed; handed on at once."""
-    count(metric, images)
+def add_written(metric: Metric, command: str, images: int, errors: Iterable[str]) -> None:
+    """Count the images of a written file, and the codes of those that failed; sends the counts to Ray at once."""
+    add(metric, images)
     for code, n in Counter(errors).items():
-        count(IMAGE_ERRORS, n, command, code)
+        add(IMAGE_ERRORS, n, command, code)
     flush()
 
 
-def _ray_runs() -> bool:
-    ray = sys.modules.get("ray")  # not imported for this: who has no Ray has no port either
+def _is_ray_running() -> bool:
+    ray = sys.modules.get("ray")  # no import: a process without Ray has no port
     return ray is not None and bool(ray.is_initialized())
 
 

@@ -1,21 +1,20 @@
-"""`score --heatmaps K`: a second pass over what was scored, that draws the K highest-ranked findings of each picture.
+"""`score --heatmaps K`: a second pass that draws heat maps of the K highest-ranked findings of each scored image.
 
-    SCORES/heatmaps/part-00000.parquet, ...     one for each file of scores; `data.heatmaps` says what is in it
-    SCORES/heatmaps/<image>.<Finding>.png       the maps over their pictures
+    SCORES/heatmaps/part-00000.parquet, ...     one per file of scores; `imaging.overlays` documents the columns
+    SCORES/heatmaps/<image>.<Finding>.png       the maps on top of their images
 
-As for scores: fixed names, whole or absent, what is not there is what remains, and a repeated range writes the same
-again. A file of maps is written after its pictures, and says which file of scores it was drawn for, so that maps of
-rows that were scored anew are drawn anew. Scores are read here and never written.
+As for scores, a range whose file is missing is pending, and a repeated range writes the same file. The file of maps is
+written after its PNGs and names the file of scores that it belongs to, so that maps of rows that were scored again are
+drawn again. Scores are only read.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -29,35 +28,44 @@ import pyarrow.parquet as pq
 from ray_cxr import telemetry
 from ray_cxr.config import HeatMapMethod, InputSpec, ScoreSettings
 from ray_cxr.data.ranges import Range, Unit
-from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError, RayCxrError
-from ray_cxr.imaging.overlays import FOLDER, SCHEMA, area_of, overlay_name
-from ray_cxr.imaging.sandbox import DecodedImage, Failure
+from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError
+from ray_cxr.imaging.overlays import FOLDER, SCHEMA, compute_area, overlay_name
+from ray_cxr.imaging.sandbox import DecodedImage
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import predictions, runtime
 from ray_cxr.models.bundle import Bundle
-from ray_cxr.scoring.engine import Job, Place, Reading, Work, part_name, part_path
+from ray_cxr.scoring.pool import PoolActor
+from ray_cxr.scoring.ranges import (
+    RangeState,
+    RowLocation,
+    ScoreJob,
+    ScoreTask,
+    TaskResult,
+    fill_ranges,
+    part_name,
+    part_path,
+)
+from ray_cxr.scoring.reader import ImageReader
 from ray_cxr.storage import atomic, remote
-from ray_cxr.storage.run_folder import SETTINGS
-from ray_cxr.tasks import SUCCESS, encode_error, sanitize_error
 
 #: Images per forward pass, without and with a GPU.
 BATCH_SIZE = {False: 16, True: 64}
-#: A probability that moved by more than this between scoring and drawing is another picture's: no precision does that.
+#: A probability that differs by more between scoring and drawing belongs to another image; no precision explains it.
 MAX_DRIFT = 0.25
-#: Code of a picture that is not the one that was scored; beside those of `errors.ERROR_CODES`.
+#: Error code of an image that changed after scoring, in addition to `errors.ERROR_CODES`.
 CHANGED = "changed"
-#: Key of a file's metadata.
+#: Key in a file's metadata.
 _KEY = b"ray_cxr.heatmaps"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is to be drawn.
+class HeatMapRequest:
+    """What to draw.
 
     Attributes:
         count: maps per image.
         method: see `models.explain`.
-        side: of an overlay's longer side, pixels.
+        side: longer side of an overlay, pixels.
     """
 
     count: int
@@ -67,17 +75,17 @@ class Asked:
 
 @dataclass
 class HeatMapReport:
-    """What the heat maps of a folder are, and what a run added.
+    """The heat maps in a folder, and what a run added.
 
     Attributes:
-        per_image: maps asked for per image.
-        images: that have maps.
-        maps: in all, those of earlier runs included.
-        without_evidence: maps of zeros.
-        failures: images scored and not drawn, by code.
+        per_image: maps requested per image.
+        images: images that have maps.
+        maps: all maps, those of earlier runs included.
+        without_evidence: maps that are zero everywhere.
+        failures: images that were scored but not drawn, by code.
         drawn_now: images that this run drew.
-        to_draw: of a dry run: rows that are in ranges without maps.
-        seconds: this run's wall time for maps.
+        to_draw: for a dry run: rows in ranges without maps.
+        seconds: wall time of this run for maps.
     """
 
     per_image: int
@@ -94,25 +102,23 @@ class HeatMapReport:
         return self.drawn_now / self.seconds if self.drawn_now and self.seconds else None
 
     def lines(self) -> list[str]:
-        """For people."""
-        found = [f"heat maps: {self.maps:,} for {self.images:,} images"]
+        """Describe the report, for the terminal."""
+        lines = [f"heat maps: {self.maps:,} for {self.images:,} images"]
         if self.images_per_second is not None:
             rate = f"{self.images_per_second:.1f} images/s, start-up included"
-            found[0] += f"; {self.drawn_now:,} images drawn now in {self.seconds:.0f} s ({rate})"
+            lines[0] += f"; {self.drawn_now:,} images drawn now in {self.seconds:.0f} s ({rate})"
         if self.without_evidence:
-            found.append(
-                f"heat maps: {self.without_evidence:,} are empty: nothing in the picture speaks for the finding"
-            )
+            lines.append(f"heat maps: {self.without_evidence:,} are empty: no region of the image supports the finding")
         if self.failures:
             codes = ", ".join(f"{code} {n:,}" for code, n in self.failures.most_common())
-            found.append(f"heat maps: {self.failures.total():,} images that were scored could not be drawn: {codes}")
-        return found
+            lines.append(f"heat maps: {self.failures.total():,} images that were scored could not be drawn: {codes}")
+        return lines
 
-    def record(self, asked: Asked) -> dict[str, Any]:
-        """What `run.json` says."""
+    def to_record(self, request: HeatMapRequest) -> dict[str, Any]:
+        """Return the entry of `run.json`."""
         rate = self.images_per_second
         return {
-            **asdict(asked),
+            **asdict(request),
             "images": self.images,
             "maps": self.maps,
             "without_evidence": self.without_evidence,
@@ -125,137 +131,136 @@ class HeatMapReport:
         }
 
 
-def asked_of(bundle: Bundle, settings: ScoreSettings, count: int) -> Asked:
-    """What `--heatmaps count` asks of a bundle; more than it has findings are all of them.
+def make_request(bundle: Bundle, settings: ScoreSettings, count: int) -> HeatMapRequest:
+    """Return what to draw for `--heatmaps count`: at most one map per finding of the bundle.
 
     Raises:
-        ConfigError: less than one, or the bundle has none but No_Finding.
+        ConfigError: the count is less than 1, or No_Finding is the bundle's only finding.
     """
     if count < 1:
-        raise ConfigError(f"--heatmaps {count}: give at least 1")
-    diseases = len(_diseases(bundle.findings))
+        raise ConfigError(f"--heatmaps {count}: must be at least 1")
+    diseases = len(_list_diseases(bundle.findings))
     if not diseases:
-        raise ConfigError(f"--heatmaps: the bundle tells only {NO_FINDING}, which has no place in a picture")
-    return Asked(min(count, diseases), settings.heatmap_method, settings.heatmap_pixels)
+        raise ConfigError(f"--heatmaps: the bundle predicts only {NO_FINDING}, which has no location in an image")
+    return HeatMapRequest(min(count, diseases), settings.heatmap_method, settings.heatmap_pixels)
 
 
 def map_path(out: Path, index: int) -> Path:
     return out / FOLDER / part_name(index)
 
 
-def failures_of(part: pa.NativeFile | None) -> int | None:
-    """How many images of a file of maps have none; None where there is no whole file."""
-    state = _state(part)
+def count_failures(part: pa.NativeFile | None) -> int | None:
+    """Return how many images of a file of maps have none; None if the file is incomplete."""
+    state = _read_state(part)
     return None if state is None else int(state["failures"])
 
 
-def remaining(out: Path, indices: Iterable[int], run: str, asked: Asked, *, retry: bool) -> set[int]:
-    """Which of these ranges maps are to be drawn for.
+def find_pending(out: Path, indices: Iterable[int], run: str, request: HeatMapRequest, *, retry: bool) -> set[int]:
+    """Return the numbers of ranges whose maps are missing or out of date.
 
     Args:
-        indices: numbers of ranges.
         run: digest of the settings that the scores were made with.
-        retry: also those with images whose error may have passed.
+        retry: include ranges with images whose error is retryable.
 
     Raises:
         OutputError: the folder holds maps of another method or size.
     """
-    left = set()
+    pending = set()
     indices = sorted(indices)
     for index, part in zip(indices, remote.contents(map_path(out, index) for index in indices), strict=True):
-        state = _state(part)
+        state = _read_state(part)
         if state is None or state["run"] != run:
-            left.add(index)
+            pending.add(index)
             continue
-        other = [name for name in ("method", "side") if state[name] != getattr(asked, name)]
-        if other:
-            shown = ", ".join(f"{name} {state[name]} (now {getattr(asked, name)})" for name in other)
-            raise OutputError(f"{out / FOLDER}: holds heat maps of another {shown}; remove that folder to draw anew")
-        fewer = state["count"] < asked.count
-        if fewer or state["scores"] != _digest(part_path(out, index)) or (retry and state["retryable"]):
-            left.add(index)
-    return left
+        changed = [name for name in ("method", "side") if state[name] != getattr(request, name)]
+        if changed:
+            shown = ", ".join(f"{name} {state[name]} (now {getattr(request, name)})" for name in changed)
+            raise OutputError(f"{out / FOLDER}: holds heat maps with {shown}; remove that folder to draw them again")
+        outdated = state["count"] < request.count or state["scores"] != _digest_file(part_path(out, index))
+        if outdated or (retry and state["retryable"]):
+            pending.add(index)
+    return pending
 
 
-def tasks(units: Sequence[Unit], left: set[int], *, retry: bool) -> list[dict[str, Any]]:
-    """A task for each unit with ranges that are left: an archive is read once for all of its own."""
-    chosen = ([one.index for one in unit.ranges if one.index in left] for unit in units)
-    return [{"indices": indices, "retry": retry} for indices in chosen if indices]
+def make_tasks(units: Sequence[Unit], pending: set[int], *, retry: bool) -> list[ScoreTask]:
+    """Return one task per unit with pending ranges, so that each archive is read once."""
+    chosen = (tuple(one for one in unit.ranges if one.index in pending) for unit in units)
+    return [ScoreTask(ranges, retry) for ranges in chosen if ranges]
 
 
-def count(out: Path, ranges: Sequence[Range], asked: Asked) -> HeatMapReport:
-    """Count the maps from their files, and check that each scored image has its own or an error.
+def count_maps(out: Path, ranges: Sequence[Range], request: HeatMapRequest) -> HeatMapReport:
+    """Count maps from their files, and check that each scored image has its maps or an error.
 
     Raises:
         OutputError: a file is missing or damaged, or holds other images.
     """
-    report = HeatMapReport(asked.count)
+    report = HeatMapReport(request.count)
     maps = remote.contents(map_path(out, one.index) for one in ranges)
-    rows = remote.contents(part_path(out, one.index) for one in ranges)
-    for one, map_file, score_file in zip(ranges, maps, rows, strict=True):
+    scores = remote.contents(part_path(out, one.index) for one in ranges)
+    for one, map_file, score_file in zip(ranges, maps, scores, strict=True):
         part = map_path(out, one.index)
         try:
-            scored = _scored(score_file, ["image_id"])["image_id"].to_pylist()
+            scored = _read_scored(score_file, ["image_id"])["image_id"].to_pylist()
             if map_file is None:
                 raise FileNotFoundError
-            found = pq.read_table(map_file, columns=["image_id", "finding", "evidence", "error_code"])
+            table = pq.read_table(map_file, columns=["image_id", "evidence", "error_code"])
         except (OSError, pa.ArrowException):
-            raise OutputError(f"{part}: is missing or damaged; remove it and run score again") from None
-        ids = found["image_id"].to_pylist()
+            raise OutputError(f"{part}: missing or damaged; remove it and run score again") from None
+        ids = table["image_id"].to_pylist()
         if list(dict.fromkeys(ids)) != scored:
-            raise OutputError(f"{part}: does not hold the images it should; remove it and run score again")
-        codes = [code for code in found["error_code"].to_pylist() if code is not None]
+            raise OutputError(f"{part}: does not match its file of scores; remove it and run score again")
+        codes = table["error_code"].drop_null().to_pylist()
         report.failures.update(codes)
         report.images += len(scored) - len(codes)
         report.maps += len(ids) - len(codes)
-        report.without_evidence += sum(evidence == 0 for evidence in found["evidence"].to_pylist())
+        report.without_evidence += table["evidence"].to_pylist().count(0)
     return report
 
 
-def remove(out: Path) -> None:
-    """Remove an earlier run's maps, and nothing that a run did not write."""
+def remove_maps(out: Path) -> None:
+    """Remove the maps of an earlier run, and no other files."""
     folder = out / FOLDER
     for pattern in ("part-*.parquet", *(f"*.{name}.png" for name in LABELS)):
         remote.remove(folder.glob(pattern))
-    tidy(out)
+    remove_partial_files(out)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
-def tidy(out: Path) -> None:
-    """Remove what workers left half-written when they were killed."""
+def remove_partial_files(out: Path) -> None:
+    """Remove the incomplete files of killed workers."""
     for pattern in (".part-*.part", ".*.png.*.part"):
         for path in (out / FOLDER).glob(pattern):
             path.unlink(missing_ok=True)
 
 
-def _diseases(findings: Sequence[str]) -> list[int]:
+def _list_diseases(findings: Sequence[str]) -> list[int]:
     return [number for number, name in enumerate(findings) if name != NO_FINDING]
 
 
-def _state(part: pa.NativeFile | None) -> dict[str, Any] | None:
-    """What a file of maps says of itself; None where there is no whole one."""
+def _read_state(part: pa.NativeFile | None) -> dict[str, Any] | None:
+    """Return what the metadata of a file of maps records; None if the file is missing or damaged."""
     if part is None:
         return None
     try:
-        found = json.loads((pq.read_metadata(part).metadata or {})[_KEY])
+        state = json.loads((pq.read_metadata(part).metadata or {})[_KEY])
     except (OSError, ValueError, KeyError, pa.ArrowException):
         return None
-    return found if isinstance(found, dict) else None
+    return state if isinstance(state, dict) else None
 
 
-def _digest(path: Path) -> str:
+def _digest_file(path: Path) -> str:
     try:
         return sha256(path.read_bytes()).hexdigest()
     except FileNotFoundError:
         return ""
 
 
-def _scored(part: pa.NativeFile | None, columns: list[str]) -> pa.Table:
-    """The rows of a file of scores that have scores.
+def _read_scored(part: pa.NativeFile | None, columns: list[str]) -> pa.Table:
+    """Return the rows with scores of a file of scores.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the file is missing.
     """
     if part is None:
         raise FileNotFoundError
@@ -263,137 +268,106 @@ def _scored(part: pa.NativeFile | None, columns: list[str]) -> pa.Table:
     return table.filter(pa.array([status == "ok" for status in table["status"].to_pylist()], pa.bool_()))
 
 
-class Drawing:
-    """A network with gradients, and the files that its maps go into.
+class HeatMapModel:
+    """A model with gradients, and threads that draw.
 
     Args:
-        threads: for the network, and for drawing.
+        threads: for the model, and for drawing.
     """
 
-    def __init__(self, job: Job, asked: Asked, threads: int) -> None:
-        bundle = job.load()
-        self._job, self._asked = job, asked
-        self._findings, self._disease = bundle.findings, np.array(_diseases(bundle.findings))
+    def __init__(self, job: ScoreJob, request: HeatMapRequest, threads: int) -> None:
+        bundle = job.load_bundle()
+        self.job, self.request, self.findings = job, request, bundle.findings
+        self._diseases = np.array(_list_diseases(bundle.findings))
         points = bundle.rules.thresholds
         self._thresholds = np.array([np.nan if (point := points.get(f)) is None else point for f in bundle.findings])
         if job.use_gpu:
             if not runtime.use_gpu_memory_as_needed():
-                raise ConfigError("--gpu: this actor sees no GPU; is requirements-gpu.lock installed there?")
+                raise ConfigError("--gpu: this actor sees no GPU; check that requirements-gpu.lock is installed there")
         elif "keras" not in sys.modules:
             runtime.limit_threads(threads)
-        from ray_cxr.models import explain  # with Keras, whose threads are limited by now
+        from ray_cxr.models import explain  # imports Keras, whose threads are limited by now
 
-        self._explain = explain
-        self._cam = explain.GradCam(bundle.model(), asked.method)
-        self._shown = InputSpec(size=asked.side, aspect="pad")
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="draw")
+        self.explain = explain
+        self.cam = explain.GradCam(bundle.model(), request.method)
+        #: Size in which overlays show an image.
+        self.shown = InputSpec(size=request.side, aspect="pad")
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="draw")
 
-    @property
-    def more(self) -> tuple[InputSpec, ...]:
-        """Sizes to decode beside the network's own."""
-        return (self._shown,)
+    def load_ranges(self, indices: Iterable[int]) -> list[RangeState]:
+        """Read the scored rows of ranges, with their probabilities."""
+        columns = ["image_id", "path", *(f"p_{name}" for name in self.findings)]
+        paths = ((index, part_path(self.job.folder, index)) for index in indices)
+        return [RangeState(index, _read_scored(remote.content(path), columns)) for index, path in paths]
 
-    def take_up(self, indices: Sequence[int]) -> list[Work]:
-        """The scored rows of ranges, with their probabilities."""
-        out = self._job.folder
-        columns = ["image_id", "path", *(f"p_{name}" for name in self._findings)]
-        works = []
-        for index in indices:
-            rows = _scored(remote.content(part_path(out, index)), columns)
-            p = np.column_stack([rows[f"p_{name}"].to_numpy() for name in self._findings]).astype(np.float32)
-            works.append(Work(index, rows, None, None, p, left=len(rows)))
-        return works
+    def choose_findings(self, p: np.ndarray) -> np.ndarray:
+        """Return the numbers of the highest-ranked findings, int [n,K]; the first is the scores' top_finding."""
+        ranks = predictions.compute_ranks(p, self._thresholds)[:, self._diseases]
+        order = np.argsort(-ranks, axis=1, kind="stable")[:, : self.request.count]
+        return np.asarray(self._diseases[order])
 
-    def draw(self, works: Sequence[Work], pictures: Iterator[tuple[Place, DecodedImage | Failure]]) -> Iterator[int]:
-        """Take pictures in any order; write a range when its last one is there.
 
-        Yields:
-            Per file written how many images it has maps of.
-        """
-        done: list[dict[int, list[dict[str, Any]]]] = [{} for _ in works]
-        digests = [_digest(part_path(self._job.folder, work.index)) for work in works]
-        batch: list[tuple[Place, DecodedImage]] = []
-        for w, work in enumerate(works):
-            if not work.left:
-                yield self._write(work, done[w], digests[w])
-        for (w, i), found in pictures:
-            if isinstance(found, Failure):
-                done[w][i] = [self._failed(works[w], i, found.code, found.message)]
-                settled = [w]
-            else:
-                batch.append(((w, i), found))
-                settled = self._settle(works, batch, done) if len(batch) == self._job.batch_size else []
-            for w in settled:
-                yield from self._finished(works[w], done[w], digests[w])
-        for w in self._settle(works, batch, done):
-            yield from self._finished(works[w], done[w], digests[w])
+class HeatMapWriter:
+    """Draws the maps of a task's images, and writes a file of maps per range."""
 
-    def _finished(self, work: Work, rows: dict[int, list[dict[str, Any]]], digest: str) -> Iterator[int]:
-        if work.left and len(rows) == work.left:
-            yield self._write(work, rows, digest)
-            work.left = 0
-            rows.clear()
+    def __init__(self, model: HeatMapModel, states: Sequence[RangeState]) -> None:
+        self._model, self._job, self._states = model, model.job, states
+        self._digests = [_digest_file(part_path(self._job.folder, state.index)) for state in states]
+        columns = [f"p_{name}" for name in model.findings]
+        self._p = [
+            np.column_stack([state.rows[name].to_numpy() for name in columns]).astype(np.float32) for state in states
+        ]
+        #: Rows of the file of maps, by row of the range.
+        self._maps: list[dict[int, list[dict[str, Any]]]] = [{} for _ in states]
+        self._batch: list[tuple[RowLocation, DecodedImage]] = []
 
-    def _settle(
-        self,
-        works: Sequence[Work],
-        batch: list[tuple[Place, DecodedImage]],
-        done: Sequence[dict[int, list[dict[str, Any]]]],
-    ) -> list[int]:
-        """Draw a batch and empty it; returns the ranges that its pictures are of."""
+    def add(self, location: RowLocation, image: DecodedImage) -> list[RowLocation]:
+        self._batch.append((location, image))
+        return self.finish() if len(self._batch) == self._job.batch_size else []
+
+    def finish(self) -> list[RowLocation]:
+        """Draw the images of the current batch."""
+        batch, self._batch = self._batch, []
         if not batch:
             return []
-        p = np.stack([works[w].probabilities[i] for (w, i), _ in batch])
-        chosen = self._top(p)
-        size = self._job.batch_size
-        images = np.zeros((size, self._job.spec.size, self._job.spec.size, 1), np.uint8)
-        images[: len(batch), ..., 0] = [picture.images[0] for _, picture in batch]
-        # Every batch is filled up to one size, so that the network is traced once.
-        filled = np.zeros((size, chosen.shape[1]), np.int32)
-        filled[: len(batch)] = chosen
-        began = time.monotonic()
-        maps, again = self._cam.explain(images, filled)
-        telemetry.inferred("heatmaps", time.monotonic() - began)
-        running = [
-            self._pool.submit(self._rows, works[w], i, picture, chosen[n], p[n], again[n], maps[n])
-            for n, ((w, i), picture) in enumerate(batch)
+        p = np.stack([self._p[part][row] for (part, row), _ in batch])
+        chosen = self._model.choose_findings(p)
+        # All batches have one size, so that the model is traced once.
+        side, padding = self._job.spec.size, self._job.batch_size - len(batch)
+        images = np.zeros((self._job.batch_size, side, side, 1), np.uint8)
+        images[: len(batch), ..., 0] = [image.images[0] for _, image in batch]
+        start = time.monotonic()
+        maps, new_p = self._model.cam.explain(images, np.pad(chosen.astype(np.int32), ((0, padding), (0, 0))))
+        telemetry.inferred("heatmaps", time.monotonic() - start)
+        drawings = [
+            self._model.pool.submit(self._draw, location, image, chosen[n], p[n], maps[n])
+            for n, (location, image) in enumerate(batch)
+            if np.abs(new_p[n] - p[n]).max() <= MAX_DRIFT
         ]
-        for ((w, i), _), rows in zip(batch, running, strict=True):
-            done[w][i] = rows.result()
-        of = sorted({w for (w, _), _ in batch})
-        batch.clear()
-        return of
+        for drawing in drawings:
+            (part, row), rows = drawing.result()
+            self._maps[part][row] = rows
+        for (part, row), _ in batch:
+            if row not in self._maps[part]:
+                self._states[part].failures[row] = (CHANGED, "the image changed after scoring; score it again")
+        return [location for location, _ in batch]
 
-    def _top(self, p: np.ndarray) -> np.ndarray:
-        """Numbers of the highest-ranked findings, int [n,K]; the first is the scores' top_finding."""
-        ranks = predictions.ranks(p, self._thresholds)[:, self._disease]
-        order = np.argsort(-ranks, axis=1, kind="stable")[:, : self._asked.count]
-        return np.asarray(self._disease[order])
-
-    def _rows(
-        self,
-        work: Work,
-        i: int,
-        picture: DecodedImage,
-        chosen: np.ndarray,
-        p: np.ndarray,
-        again: np.ndarray,
-        maps: np.ndarray,
-    ) -> list[dict[str, Any]]:
-        """Write an image's overlays; returns its rows."""
-        if not np.abs(again - p).max() <= MAX_DRIFT:
-            return [self._failed(work, i, CHANGED, "the picture is not the one that was scored; score it again")]
-        assert picture.shape is not None
-        height, width = picture.shape
-        shown = self._explain.unpadded(picture.images[1], self._shown, picture.shape)
-        area = area_of(self._job.spec, height, width)
-        image_id = work.rows["image_id"][i].as_py()
+    def _draw(
+        self, location: RowLocation, image: DecodedImage, chosen: np.ndarray, p: np.ndarray, maps: np.ndarray
+    ) -> tuple[RowLocation, list[dict[str, Any]]]:
+        """Write an image's overlays; return its rows of the file of maps."""
+        model = self._model
+        assert image.shape is not None
+        height, width = image.shape
+        shown = model.explain.unpadded(image.images[1], model.shown, image.shape)
+        area = compute_area(self._job.spec, height, width)
+        image_id = self._states[location.part].rows["image_id"][location.row].as_py()
         rows = []
         for rank, (number, cells) in enumerate(zip(chosen.tolist(), maps, strict=True), start=1):
-            finding = self._findings[number]
+            finding = model.findings[number]
             name = overlay_name(image_id, finding)
-            png = self._explain.encode(self._explain.overlay(shown, cells, area, side=self._asked.side))
-            atomic.write(self._job.folder / FOLDER / name, functools.partial(_write_bytes, data=png))
+            png = model.explain.encode(model.explain.overlay(shown, cells, area, side=model.request.side))
+            atomic.write_bytes(self._job.folder / FOLDER / name, png)
             rows.append(
                 {
                     "image_id": image_id,
@@ -410,73 +384,58 @@ class Drawing:
                     "overlay": name,
                 }
             )
-        return rows
+        return location, rows
 
-    def _failed(self, work: Work, i: int, code: str, message: str) -> dict[str, Any]:
-        return {"image_id": work.rows["image_id"][i].as_py(), "error_code": code, "error": message}
-
-    def _write(self, work: Work, rows: dict[int, list[dict[str, Any]]], digest: str) -> int:
-        out = self._job.folder
-        part = map_path(out, work.index)
-        if (out / SETTINGS).read_bytes() != self._job.settings_file:
-            raise RayCxrError(f"{out}: another run has begun there; this one stops")
-        in_order = [row for i in sorted(rows) for row in rows[i]]
-        codes = [row["error_code"] for row in in_order if "error_code" in row]
-        state = {
-            "run": self._job.run,
-            "scores": digest,
-            **asdict(self._asked),
+    def flush(self, part: int) -> tuple[int, int]:
+        """Write the maps of a range; return its number and how many images it has maps of."""
+        state, maps, job = self._states[part], self._maps[part], self._job
+        job.check_run()
+        for row, (code, message) in state.failures.items():
+            maps[row] = [{"image_id": state.rows["image_id"][row].as_py(), "error_code": code, "error": message}]
+        codes = [code for code, _ in state.failures.values()]
+        record = {
+            "run": job.run,
+            "scores": self._digests[part],
+            **asdict(self._model.request),
             "failures": len(codes),
             "retryable": sum(code in RETRYABLE_CODES for code in codes),
         }
-        table = pa.Table.from_pylist(in_order, SCHEMA).replace_schema_metadata({_KEY: json.dumps(state)})
-        before = _overlays(part)
-        atomic.write_parquet(table, part, compression="zstd")
-        telemetry.wrote(telemetry.IMAGES_DRAWN, "heatmaps", len(rows), codes)
-        for name in before - set(table["overlay"].to_pylist()):  # of scores that have changed since
-            (part.parent / name).unlink(missing_ok=True)
-        return len(rows) - len(codes)
+        table = pa.Table.from_pylist([row for i in sorted(maps) for row in maps[i]], SCHEMA)
+        path = map_path(job.folder, state.index)
+        old_overlays = _list_overlays(path)
+        atomic.write_parquet(table.replace_schema_metadata({_KEY: json.dumps(record)}), path, compression="zstd")
+        telemetry.wrote(telemetry.IMAGES_DRAWN, "heatmaps", len(maps), codes)
+        for name in old_overlays - set(table["overlay"].to_pylist()):
+            (path.parent / name).unlink(missing_ok=True)
+        drawn = len(maps) - len(codes)
+        maps.clear()
+        return state.index, drawn
 
 
-def _overlays(part: Path) -> set[str]:
-    """Names of pictures that a file of maps lists; those of a foreign file are none of ours."""
+def _list_overlays(part: Path) -> set[str]:
+    """Return the names of the overlays of an existing file of maps; none for a file of another program."""
     file = remote.content(part)
-    if _state(file) is None:
+    if _read_state(file) is None:
         return set()
     names = pq.read_table(file, columns=["overlay"])["overlay"].to_pylist()
     return {name for name in names if name and "/" not in name and name.endswith(".png")}
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+class HeatMapActor(PoolActor):
+    """Decodes images, runs the model with gradients and draws, in one actor."""
 
+    command = "score --heatmaps"
 
-class HeatMapActor:
-    """Decoding, network and drawing in one Ray actor."""
+    def open(self, job: ScoreJob, request: HeatMapRequest, cpus: int) -> None:
+        self._model = HeatMapModel(job, request, cpus)
+        self._reader = ImageReader(job, cpus, [self._model.shown], "heatmaps")
 
-    def __init__(self, job: Job, asked: Asked, cpus: int) -> None:
-        self._job, self._asked = job, asked
-        self._failed: RayCxrError | None = None
-        try:
-            self._drawing = Drawing(job, asked, cpus)
-            self._reading = Reading(job, cpus, self._drawing.more, "heatmaps")
-        except Exception as error:
-            self._failed = sanitize_error(error, "score --heatmaps")  # by the first call
-
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        if self._failed is not None:
-            return _answer(0, self._failed)
-        try:
-            indices = {int(index) for index in task["indices"]}
-            if not task["retry"]:
-                # Where Ray does a task again, because a worker was lost, what it had drawn stays as it is.
-                indices = remaining(self._job.folder, indices, self._job.run, self._asked, retry=False)
-            works = self._drawing.take_up(sorted(indices))
-            return _answer(sum(self._drawing.draw(works, self._reading.iter_images(works))), done=sorted(indices))
-        except Exception as error:
-            return _answer(0, sanitize_error(error, "score --heatmaps"))
-
-
-def _answer(images: int, failed: RayCxrError | None = None, *, done: Sequence[int] = ()) -> dict[str, Any]:
-    """Return the row of a task."""
-    return {"images": images, "done": list(done), **(SUCCESS if failed is None else encode_error(failed))}
+    def run(self, row: dict[str, Any]) -> TaskResult:
+        task, job = ScoreTask.from_row(row), self._model.job
+        indices = {one.index for one in task.ranges}
+        if not task.retry:
+            # Ray repeats a task whose worker was lost; ranges that it had drawn stay.
+            indices = find_pending(job.folder, indices, job.run, self._model.request, retry=False)
+        states = self._model.load_ranges(sorted(indices))
+        files = list(fill_ranges(states, self._reader.iter_images(states), HeatMapWriter(self._model, states)))
+        return TaskResult([index for index, _ in files], sum(images for _, images in files))

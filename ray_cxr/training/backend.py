@@ -1,7 +1,7 @@
-"""The parts of Ray Train that a framework may supply, cut down to what this project uses.
+"""A backend of Ray Train for TensorFlow.
 
-Ray's own backend for TensorFlow does the same and imports TensorFlow in the driver and in the run's controller as well,
-which never compute with it: some ten seconds of a core for each start of a run.
+Ray's own one also imports TensorFlow in the driver and in the run's controller, which never use it: about ten seconds
+of a core at each start of a run.
 """
 
 from __future__ import annotations
@@ -20,21 +20,19 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from ray_cxr import cluster
 
-#: Seconds between two looks of a run's controller at its workers, unless the environment says otherwise. Each report of
-#: a worker and the end of a run wait for the next look; Ray's default is 2.0.
+#: Seconds between two polls of a run's workers, unless the environment sets it; Ray's default is 2.0. Each report of a
+#: worker and the end of a run wait for the next poll.
 POLL = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-
-
-#: Seconds that the workers of a run on a cluster are given to stop after Ctrl-C.
+#: Seconds for the workers of a run on a cluster to stop after Ctrl-C.
 ABORT_TIMEOUT_S = 30.0
 
 
 class Trainer(DataParallelTrainer):
-    """Ray Train's trainer without helper actors that have nothing to do here.
+    """Ray Train's trainer without two helper actors that a run here does not need.
 
-    Each is a process that imports Ray: about two seconds of a core at the start of every run. Workers read the prepared
-    set themselves, so there is no Ray dataset. The cleaner frees the resources of a run whose controller was killed; in
-    a Ray of this command's own nothing outlives the command.
+    Each is a process that imports Ray: about two seconds of a core at the start of every run. There is no Ray dataset,
+    because workers read the prepared set themselves. The cleaner frees the resources of a run whose controller was
+    killed; a local Ray ends with the command anyway.
     """
 
     _controller: Any = None
@@ -49,19 +47,19 @@ class Trainer(DataParallelTrainer):
         try:
             return super().fit()
         except KeyboardInterrupt:
-            # A Ray of this command's own ends with the command, and all workers with it.
+            # A local Ray ends with the command, and so do its workers.
             if self._controller is not None and not cluster.is_own():
                 with contextlib.suppress(ray.exceptions.RayError):
                     ray.get(self._controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
             raise
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        # Ray's handler ends the process without a line, and stays after the run.
+        # Ray's handler would end the process without a message, and stay after the run.
         self._controller = controller
 
 
 class TensorflowCluster(BackendConfig):
-    """Sets `TF_CONFIG` in every worker before the loop begins: all their addresses, and the place of this one."""
+    """Set `TF_CONFIG` in every worker before its loop starts: all addresses, and the worker's rank."""
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -70,14 +68,17 @@ class TensorflowCluster(BackendConfig):
 
 class _Cluster(Backend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        addresses = worker_group.execute(_free_address)
+        addresses = worker_group.execute(_find_address)
         ray.get(
-            [worker_group.execute_single_async(rank, _set_place, addresses, rank) for rank in range(len(worker_group))]
+            [
+                worker_group.execute_single_async(rank, _set_tf_config, addresses, rank)
+                for rank in range(len(worker_group))
+            ]
         )
 
 
-def _free_address() -> str:
-    """This worker's host and a port that is free there."""
+def _find_address() -> str:
+    """Return this worker's host and a free port."""
     host = ray.util.get_node_ip_address()
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind(("", 0))
@@ -85,6 +86,6 @@ def _free_address() -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _set_place(addresses: list[str], rank: int) -> None:
+def _set_tf_config(addresses: list[str], rank: int) -> None:
     cluster.bypass_proxies(address.rpartition(":")[0] for address in addresses)
     os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})

@@ -1,9 +1,8 @@
-"""The only file that knows `tf.distribute`: one strategy, one replica per worker, the same for 1 and N workers.
+"""One replica per worker under `tf.distribute`, which no other module uses; the same code runs 1 and N workers.
 
-Keras's own optimizers do more than add up gradients under a strategy, and some of it before they are added up: the
-norm that clips is then each worker's own, and with float16 one worker can skip a step that another takes, which hangs
-or parts them. So only numbers cross the wire here. Each worker has a plain model and a plain optimizer; gradients are
-added up inside the strategy, and what follows is the same arithmetic on the same numbers on every worker.
+Under a strategy, Keras optimizers clip each worker's own gradient norm before the sum. With float16 one worker can
+skip a step that another takes, so that workers hang or diverge. So only sums cross workers here: each worker has a
+plain model and a plain optimizer, and all workers apply the same arithmetic to the same summed gradients.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ from ray_cxr.errors import RayCxrError
 
 
 class Replicas:
-    """This worker's place among the workers, and what they do together.
+    """Exchange tensors with the other workers.
 
-    Ray Train has set `TF_CONFIG` before; MultiWorkerMirroredStrategy reads it. One worker is a cluster of one.
+    MultiWorkerMirroredStrategy reads `TF_CONFIG`, which Ray Train sets. One worker is a cluster of one.
 
     Args:
-        gpu: whether this worker computes on its GPU; NCCL then carries the sums.
+        gpu: compute on this worker's GPU and exchange through NCCL.
 
     Attributes:
         rank: this worker's number, from 0.
-        count: how many workers there are.
+        count: number of workers.
 
     Raises:
-        RayCxrError: this worker sees more than one device to compute on.
+        RayCxrError: this worker sees more than one GPU.
     """
 
     def __init__(self, *, gpu: bool = False) -> None:
@@ -49,61 +48,63 @@ class Replicas:
         )
         if self._strategy.num_replicas_in_sync != self.count:
             raise RayCxrError(
-                f"worker {self.rank} sees {self._strategy.num_replicas_in_sync // self.count} GPUs and takes one: "
-                "start a worker for each, with --workers"
+                f"worker {self.rank} sees {self._strategy.num_replicas_in_sync // self.count} GPUs but uses only one; "
+                "start one worker per GPU with --workers"
             )
-        # Compiled once: a new graph for each call would stay in memory and take longer than the exchange.
+        # Compiled once: a new graph per call would stay in memory and take longer than the exchange.
         self._gather = self.compile(
             lambda value: tf.distribute.get_replica_context().all_gather(tf.identity(value)[None], axis=0)
         )
 
-    def compile(self, together: Callable[..., Any], alone: Callable[[Any], Any] = lambda value: value) -> Any:
-        """One graph: `together` runs in the strategy and may call `total`; `alone` then gets what it returned.
+    def compile(self, replicated: Callable[..., Any], local: Callable[[Any], Any] = lambda value: value) -> Any:
+        """Compile one graph of two functions: `local` gets the result of `replicated`.
 
-        What `alone` gets should be the same on all workers, so that what it does with it is as well.
+        Args:
+            replicated: runs in the strategy and may call `sum`.
+            local: runs on each worker; its argument should be the same on all.
 
         Returns:
-            A function of this worker's tensors; gives what `alone` returns.
+            A function of this worker's tensors with the result of `local`.
         """
 
-        # Nothing here needs Python rewritten into graph code, and tracing is quicker without it.
+        # Tracing is faster without autograph, which no function here needs.
         @tf.function(autograph=False)
         def run(*args: Any) -> Any:
-            return alone(self._strategy.run(together, args=args))
+            return local(self._strategy.run(replicated, args=args))
 
         return run
 
-    def total(self, values: Sequence[Any]) -> list[Any]:
-        """Inside `together`: each tensor summed over the workers, in one exchange."""
+    def sum(self, values: Sequence[Any]) -> list[Any]:
+        """Return each tensor summed over the workers, in one exchange; only inside `replicated`."""
         if self.count == 1:
             return list(values)
         return list(tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, list(values)))
 
     def gather(self, array: np.ndarray) -> np.ndarray:
-        """All workers' arrays of one shape [...] and dtype, as [workers, ...] in order of rank, on every worker."""
+        """Return all workers' arrays, of equal shape and dtype, as [workers, ...] in order of rank."""
         if self.count == 1:
             return array[None]
         return np.asarray(self._gather(tf.constant(array)))
 
     def average(self, variables: Sequence[keras.Variable]) -> None:
-        """Set each float variable to its mean over the workers, the same bits on all of them."""
+        """Set each float variable to its mean over the workers, bit-identical on all."""
         if self.count == 1 or not variables:
             return
-        mine = np.concatenate([np.asarray(v, np.float32).ravel() for v in variables])
-        means = self.gather(mine).mean(axis=0, dtype=np.float64)
+        own = np.concatenate([np.asarray(v, np.float32).ravel() for v in variables])
+        means = self.gather(own).mean(axis=0, dtype=np.float64)
         ends = np.cumsum([int(np.prod(v.shape)) for v in variables])
         for variable, part in zip(variables, np.split(means, ends[:-1]), strict=True):
             variable.assign(part.reshape(variable.shape).astype(np.float32))
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true on at least one worker; the answer is the same on all."""
+        """Return whether the flag is true on at least one worker; the same on all workers."""
         return bool(self.gather(np.array(flag, dtype=np.int32)).any())
 
-    def agree(self, variables: Iterable[keras.Variable], when: str) -> None:
-        """A guard: every bit of these variables is the same on all workers.
+    def check_equal(self, variables: Iterable[keras.Variable], when: str) -> None:
+        """Check that these variables are bit-identical on all workers.
 
         Raises:
-            RayCxrError: it is not; training on would only be noise.
+            RayCxrError: they differ.
         """
         if self.count == 1:
             return

@@ -1,7 +1,7 @@
-"""The order in which images are seen, and the threads that fetch them ahead of the step.
+"""The order of the training images, and the thread that reads batches ahead of the step.
 
-The order is a pure function of (seed, epoch, step, global batch): one worker or eight, first run or continued, the
-same images are in the same step. Each worker reads its own rows of each global batch out of the prepared shards.
+The order is a pure function of (seed, epoch, step, global batch). So the same images are in the same step with any
+number of workers, and after a restart. Each worker reads its own rows of each global batch from the prepared shards.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from ray_cxr.data.prepared import SplitData
-from ray_cxr.training.augmentation import draws
+from ray_cxr.training.augmentation import draw_random
 
 _T = TypeVar("_T")
 
-#: Batches fetched ahead: one that waits, and one in the making.
-AHEAD = 2
+#: Number of batches read ahead: one is ready while the next is read.
+QUEUE_SIZE = 2
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of n images in an epoch, int64 [n]: a pure function of its arguments."""
+def shuffle_epoch(n: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the order of n images in an epoch, int64 [n]."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def batches(order: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Global batches of row numbers: (rows int64 [B], real bool [B]); the last one padded, its padding not real."""
+def iter_batches(order: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield global batches as (rows int64 [B], real bool [B]); padding of the last one is not real."""
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         real = np.arange(batch_size) < len(rows)
@@ -42,10 +42,10 @@ class Batch:
     """One worker's share b of a global batch B.
 
     Attributes:
-        step: its number in the epoch, from 0.
-        rows: row numbers of the whole global batch, padding left out, int64 [<=B].
+        step: number in the epoch, from 0.
+        rows: row numbers of the whole global batch without padding, int64 [<=B].
         images: uint8 [b,S,S,1].
-        labels: float32 [b,F], 0 where null.
+        labels: float32 [b,F], 0 for null.
         weight: float32 [b,F], 0 for nulls and padding.
         denominator: labelled entries in the whole global batch, at least 1.
         draws: float32 [b,D], see `augmentation`.
@@ -61,23 +61,23 @@ class Batch:
 
 
 class Feed:
-    """One worker's batches of one split.
+    """Read one worker's batches of one split.
 
     Args:
         data: the split.
-        columns: the columns of its labels that are the model's findings.
+        columns: label columns of the model's findings.
         batch_size: the global batch; a multiple of `count`.
-        rank, count: this worker among the workers.
+        rank, count: this worker's number and the number of workers.
     """
 
     def __init__(self, data: SplitData, columns: Sequence[int], batch_size: int, rank: int, count: int) -> None:
         self._data, self._columns, self._batch_size = data, list(columns), batch_size
         share = batch_size // count
-        self._mine = slice(rank * share, (rank + 1) * share)
+        self._rows = slice(rank * share, (rank + 1) * share)
 
-    def train(self, seed: int, epoch: int, first: int, last: int) -> Fetched[Batch]:
-        """The steps first..last-1 of an epoch, each row of the epoch's order once."""
-        plan = list(batches(epoch_order(len(self._data), seed, epoch), self._batch_size))[first:last]
+    def prefetch_training(self, seed: int, epoch: int, first: int, last: int) -> Prefetcher[Batch]:
+        """Return the batches of steps first..last-1 of an epoch."""
+        plan = list(iter_batches(shuffle_epoch(len(self._data), seed, epoch), self._batch_size))[first:last]
 
         def fetch(i: int) -> Batch:
             (rows, real), step = plan[i], first + i
@@ -86,49 +86,49 @@ class Feed:
             return Batch(
                 step=step,
                 rows=rows[real],
-                images=self._data.images[rows[self._mine]][..., None],
-                labels=np.maximum(labels[self._mine], 0).astype(np.float32),
-                weight=weight[self._mine],
+                images=self._data.images[rows[self._rows]][..., None],
+                labels=np.maximum(labels[self._rows], 0).astype(np.float32),
+                weight=weight[self._rows],
                 denominator=np.float32(max(weight.sum(), 1.0)),
-                draws=draws(seed, epoch, step, self._batch_size)[self._mine],
+                draws=draw_random(seed, epoch, step, self._batch_size)[self._rows],
             )
 
-        return Fetched(fetch, len(plan))
+        return Prefetcher(fetch, len(plan))
 
-    def images(self) -> Fetched[np.ndarray]:
-        """Every image in order of rows, uint8 [b,S,S,1] a batch; the last batch is padded."""
-        plan = list(batches(np.arange(len(self._data)), self._batch_size))
-        return Fetched(lambda i: self._data.images[plan[i][0][self._mine]][..., None], len(plan))
+    def prefetch_images(self) -> Prefetcher[np.ndarray]:
+        """Return batches uint8 [b,S,S,1] of all images in order; the last one is padded."""
+        plan = list(iter_batches(np.arange(len(self._data)), self._batch_size))
+        return Prefetcher(lambda i: self._data.images[plan[i][0][self._rows]][..., None], len(plan))
 
 
-class Fetched(Generic[_T]):
-    """Items made by a thread ahead of their use, in order.
+class Prefetcher(Generic[_T]):
+    """Make items in a thread before they are used, in order.
 
     Args:
         fetch: makes item i.
-        count: how many.
+        count: number of items.
 
     Attributes:
-        waited: seconds that the user of the items has waited for them; 0 when fetching keeps pace.
+        wait_seconds: time that the consumer has waited for items.
     """
 
     def __init__(self, fetch: Callable[[int], _T], count: int) -> None:
         self._fetch, self._count = fetch, count
-        self.waited = 0.0
+        self.wait_seconds = 0.0
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[_T]:
         with ThreadPoolExecutor(1, thread_name_prefix="fetch") as pool:
-            pending: deque[Future[_T]] = deque(pool.submit(self._fetch, i) for i in range(min(AHEAD, self._count)))
+            pending: deque[Future[_T]] = deque(pool.submit(self._fetch, i) for i in range(min(QUEUE_SIZE, self._count)))
             try:
                 for i in range(self._count):
                     start = time.monotonic()
                     item = pending.popleft().result()
-                    self.waited += time.monotonic() - start
-                    if i + AHEAD < self._count:
-                        pending.append(pool.submit(self._fetch, i + AHEAD))
+                    self.wait_seconds += time.monotonic() - start
+                    if i + QUEUE_SIZE < self._count:
+                        pending.append(pool.submit(self._fetch, i + QUEUE_SIZE))
                     yield item
             finally:
                 for future in pending:

@@ -1,4 +1,4 @@
-"""The training loop of one worker: a custom loop, because Keras 3 `fit` fails under a multi-worker strategy."""
+"""The training loop of one worker. Keras 3 `fit` fails under a multi-worker strategy, so the loop is our own."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ STATE = "state.npz"
 
 
 @dataclass
-class Progress:
-    """Where training stands; what a checkpoint keeps beside weights and optimizer.
+class TrainState:
+    """The state of training that a checkpoint keeps in addition to weights and optimizer.
 
-    There is no random state to keep: order, augmentation and dropout are functions of seed, epoch and step.
+    It has no random state: order, augmentation and dropout are functions of seed, epoch and step.
 
     Attributes:
-        epochs_done: whole epochs.
-        losses: those of the steps done in the epoch after them; empty between epochs.
-        scores: the selection score of each epoch done, the higher the better.
-        curves: a line of metrics per epoch done.
+        epochs_done: number of finished epochs.
+        losses: of the finished steps of the current epoch; empty between epochs.
+        scores: selection score of each finished epoch; higher is better.
+        curves: a row of metrics per finished epoch.
         stopped: whether a callback has ended the training.
-        policy: the Keras dtype policy that it is computed with.
+        policy: the Keras dtype policy of the computation.
     """
 
     epochs_done: int = 0
@@ -55,20 +55,20 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """What one epoch gave.
+class EpochResult:
+    """The result of one epoch.
 
     Attributes:
-        loss: the mean of its steps, those before a restart included.
-        images: trained on since the start or restart, padding left out.
-        seconds: that these took.
-        waited: the seconds that the slowest worker waited for images.
+        loss: mean of all its steps, including those before a restart.
+        images: number trained on since the start or restart, without padding.
+        seconds: time for these images.
+        wait_seconds: time that the slowest worker waited for images.
     """
 
     loss: float
     images: int
     seconds: float
-    waited: float
+    wait_seconds: float
 
 
 class Loop:
@@ -79,12 +79,12 @@ class Loop:
         settings: the run's.
         architecture: what to build.
         train, val: the two splits.
-        weights: what to start from: `imagenet`, `none`, a bundle or a file.
-        policy: the Keras dtype policy to compute with: `float32`, `mixed_bfloat16` or `mixed_float16`.
-        callbacks: stock or own `keras.callbacks.Callback`s; every worker runs them, with the same logs.
+        weights: the start: `imagenet`, `none`, a bundle or a file.
+        policy: the Keras dtype policy: `float32`, `mixed_bfloat16` or `mixed_float16`.
+        callbacks: every worker runs them, with the same logs.
 
     Raises:
-        ConfigError: a batch that the workers cannot share equally, or weights that cannot be had.
+        ConfigError: the batch is no multiple of the workers, or the weights are unavailable.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Loop:
     ) -> None:
         if settings.batch_size % replicas.count:
             raise ConfigError(
-                f"batch_size: {settings.batch_size} cannot be shared equally by {replicas.count} workers; "
+                f"batch_size: {settings.batch_size} is no multiple of {replicas.count} workers; "
                 f"use {math.ceil(settings.batch_size / replicas.count) * replicas.count}"
             )
         self.settings, self.replicas = settings, replicas
@@ -113,7 +113,7 @@ class Loop:
         full = math.ceil(len(train) / settings.batch_size)
         self.steps_per_epoch = min(full, settings.steps_per_epoch or full)
         keras.utils.set_random_seed(settings.seed)
-        with _policy(policy):
+        with _use_policy(policy):
             self.model = classifier.build(architecture, weights="imagenet" if weights == "imagenet" else None)
         self.random_layers: list[str] = []
         if weights not in ("imagenet", "none"):
@@ -131,47 +131,47 @@ class Loop:
         positive, negative = losses.compute_finding_weights(train.labels[:, self.columns], settings.loss)
         self._loss = losses.make_loss(settings, positive, negative)
         self._head_only: bool | None = None
-        self._planned_rate: float | None = None
+        self._scheduled_rate: float | None = None
         self.callbacks = keras.callbacks.CallbackList(
             list(callbacks), add_history=False, add_progbar=False, model=self.model
         )
         self._enter_stage(0)
-        # Half precision is for training: what is measured and what is exported are the same network, in float32.
+        # Half precision is only for training; validation and export use the same model in float32.
         self._exported = self.model if policy == "float32" else classifier.build(architecture)
         exported = classifier.build_logits_model(self._exported)
         self._predict_step = replicas.compile(lambda images: tf.sigmoid(exported(images, training=False)))
 
     def _enter_stage(self, epoch: int) -> None:
-        """Freeze or free the backbone as this epoch asks; each stage has an optimizer and a graph of its own."""
+        """Freeze or unfreeze the backbone for an epoch; each stage has its own optimizer and graph."""
         head_only = epoch < self.settings.frozen_epochs
         if head_only == self._head_only:
             return
-        self._head_only, self._planned_rate = head_only, None
+        self._head_only, self._scheduled_rate = head_only, None
         for layer in self.model.layers:
-            # A frozen BatchNorm also keeps its statistics: Keras runs it as in inference.
+            # Keras runs a frozen BatchNorm in inference mode, so its statistics stay too.
             layer.trainable = not head_only or layer.name.startswith("head_") or layer.name == "logits"
         self.optimizer = FlatOptimizer(self.settings, self.model.trainable_variables, float16=self._float16)
-        # `compile` only ties the two together, for callbacks that look at model.optimizer.
+        # For callbacks that use model.optimizer.
         self.model.compile(optimizer=self.optimizer.keras, jit_compile=False, auto_scale_loss=False)
         gradients = self._gradients
         if self.settings.xla:
             gradients = tf.function(gradients, jit_compile=True, autograph=False)
 
-        def together(images: Any, labels: Any, weight: Any, denominator: Any, draws: Any, seeds: Any) -> Any:
+        def sum_gradients(images: Any, labels: Any, weight: Any, denominator: Any, draws: Any, seeds: Any) -> Any:
             for generator, seed in zip(self._dropouts, tf.unstack(seeds) if self._dropouts else (), strict=True):
                 generator.state.assign(seed)
-            return self.replicas.total(gradients(augment(images, draws, self.settings), labels, weight, denominator))
+            return self.replicas.sum(gradients(augment(images, draws, self.settings), labels, weight, denominator))
 
-        def alone(values: Any) -> Any:
+        def apply(values: Any) -> Any:
             loss, *summed = values
             self.optimizer.apply(summed)
             return loss
 
-        self._train_step = self.replicas.compile(together, alone)
+        self._train_step = self.replicas.compile(sum_gradients, apply)
 
     def _gradients(self, images: Any, labels: Any, weight: Any, denominator: Any) -> list[Any]:
-        """This worker's part of the global batch's loss, and that loss's gradients: the workers' parts add up."""
-        # Only what learns is watched: a frozen backbone then costs no backward pass.
+        """Return this worker's part of the global batch's loss and gradients; the sum over workers is the whole."""
+        # Watching only trainable variables saves a frozen backbone's backward pass.
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             for weight_variable in self.optimizer.weights:
                 tape.watch(weight_variable.value)
@@ -182,28 +182,28 @@ class Loop:
 
     def run_epoch(
         self,
-        progress: Progress,
+        state: TrainState,
         *,
         on_step: Callable[[int, float], None] | None = None,
         on_checkpoint: Callable[[], None] | None = None,
-    ) -> Epoch:
-        """Train the epoch after those done, from the step after the losses in `progress`; the losses are added there.
+    ) -> EpochResult:
+        """Train the next epoch, from the step after the losses in `state`, and append its losses there.
 
         Args:
-            on_step: called with the number of steps done and the last known loss.
-            on_checkpoint: called every `checkpoint_steps` steps, when weights and `progress` belong together.
+            on_step: called with the number of finished steps and the last known loss.
+            on_checkpoint: called every `checkpoint_steps` steps, when the weights match `state`.
 
         Raises:
-            DivergedError: a loss that is not finite; names the step and the images of the batch.
+            DivergedError: a loss is not finite; names the step and the images of the batch.
         """
-        epoch, start, images = progress.epochs_done, time.monotonic(), 0
+        epoch, start, images = state.epochs_done, time.monotonic(), 0
         self._enter_stage(epoch)
-        self.optimizer.take_up()
-        fetched = self._feed.train(self.settings.seed, epoch, len(progress.losses), self.steps_per_epoch)
+        self.optimizer.load_weights()
+        batches = self._feed.prefetch_training(self.settings.seed, epoch, len(state.losses), self.steps_per_epoch)
         pending: tuple[Batch, Any] | None = None
-        watched = bool(self.callbacks.callbacks)
+        has_callbacks = bool(self.callbacks.callbacks)
 
-        def settle() -> None:
+        def finish_step() -> None:
             nonlocal pending
             if pending is None:
                 return
@@ -211,55 +211,55 @@ class Loop:
             pending = None
             loss = float(value)
             if not math.isfinite(loss):
-                raise self._not_finite(f"the loss is {loss}", epoch, batch)
-            progress.losses.append(loss)
-            if watched:
+                raise self._build_error(f"the loss is {loss}", epoch, batch)
+            state.losses.append(loss)
+            if has_callbacks:
                 self.callbacks.on_train_batch_end(batch.step, {"loss": loss})
             if on_step is not None:
                 on_step(batch.step + 1, loss)
 
-        for batch in fetched:
-            if watched:
+        for batch in batches:
+            if has_callbacks:
                 self.callbacks.on_train_batch_begin(batch.step)
-            value = self._step(epoch, batch, progress.scores)
-            # The last step's loss is looked at while the device works on this one, which need not wait for it.
-            settle()
+            value = self._step(epoch, batch, state.scores)
+            # Reading the previous step's loss only now keeps the device busy.
+            finish_step()
             pending = batch, value
             images += len(batch.rows)
             due = self.settings.checkpoint_steps and (batch.step + 1) % self.settings.checkpoint_steps == 0
-            if watched or due:
-                settle()
+            if has_callbacks or due:
+                finish_step()
             if due and on_checkpoint is not None and batch.step + 1 < self.steps_per_epoch:
                 self._share_statistics(epoch, batch)
                 on_checkpoint()
-        settle()
+        finish_step()
         self._share_statistics(epoch, batch)
-        waited = float(self.replicas.gather(np.array(fetched.waited)).max())
-        return Epoch(float(np.mean(progress.losses)), images, time.monotonic() - start, waited)
+        wait_seconds = float(self.replicas.gather(np.array(batches.wait_seconds)).max())
+        return EpochResult(float(np.mean(state.losses)), images, time.monotonic() - start, wait_seconds)
 
-    def _not_finite(self, what: str, epoch: int, batch: Batch) -> DivergedError:
+    def _build_error(self, problem: str, epoch: int, batch: Batch) -> DivergedError:
         ids = ", ".join(map(str, self.train.image_ids[batch.rows]))
-        reason = f"{what} at epoch {epoch + 1}, step {batch.step + 1}"
+        reason = f"{problem} at epoch {epoch + 1}, step {batch.step + 1}"
         return DivergedError(
             f"{reason}; lower the learning rate or set clip_norm, in another --out; the images of that step: {ids}",
             reason,
         )
 
-    def begin_epoch(self, progress: Progress) -> None:
-        """Enter the next epoch's stage and set its first learning rate; callbacks may then change it."""
-        self._enter_stage(progress.epochs_done)
-        self._plan_rate(progress.epochs_done, len(progress.losses), progress.scores)
-        self.callbacks.on_epoch_begin(progress.epochs_done)
+    def start_epoch(self, state: TrainState) -> None:
+        """Enter the next epoch's stage and set its first learning rate, which callbacks may change."""
+        self._enter_stage(state.epochs_done)
+        self._set_rate(state.epochs_done, len(state.losses), state.scores)
+        self.callbacks.on_epoch_begin(state.epochs_done)
 
-    def _plan_rate(self, epoch: int, step: int, scores: Sequence[float]) -> None:
+    def _set_rate(self, epoch: int, step: int, scores: Sequence[float]) -> None:
         rate = schedule.compute_learning_rate(self.settings, self.steps_per_epoch, epoch, step, scores)
-        if rate != self._planned_rate:
-            # Set only when the plan changes, so that a callback that changes it is not overruled.
-            self._planned_rate = rate
+        if rate != self._scheduled_rate:
+            # Set only on changes of the schedule, so that a callback's own rate stays.
+            self._scheduled_rate = rate
             self.optimizer.keras.learning_rate = rate
 
     def _step(self, epoch: int, batch: Batch, scores: Sequence[float]) -> Any:
-        self._plan_rate(epoch, batch.step, scores)
+        self._set_rate(epoch, batch.step, scores)
         seeds = np.random.default_rng([self.settings.seed, epoch, batch.step, self.replicas.rank, 1]).integers(
             0, 2**32, (len(self._dropouts), 2), dtype=np.uint32
         )
@@ -268,38 +268,39 @@ class Loop:
         )
 
     def _share_statistics(self, epoch: int, batch: Batch) -> None:
-        """Average BatchNorm's moving statistics, which else are each worker's own; then all must be alike.
+        """Average BatchNorm's moving statistics over the workers; check that all variables are equal and finite.
 
         Raises:
-            DivergedError: a weight is not finite: a loss shows only what it was computed from.
+            RayCxrError: they differ between workers.
+            DivergedError: a weight is not finite, which the loss shows only one step later.
         """
         self.replicas.average([v for layer in self._norms for v in (layer.moving_mean, layer.moving_variance)])
-        self.replicas.agree(self.shared(), f"epoch {epoch + 1}, step {batch.step + 1}")
+        self.replicas.check_equal(self.list_shared(), f"epoch {epoch + 1}, step {batch.step + 1}")
         for variable in self.model.trainable_variables:
             if not np.isfinite(np.asarray(variable)).all():
-                raise self._not_finite(f"the weights of {variable.path} are not finite", epoch, batch)
+                raise self._build_error(f"the weights of {variable.path} are not finite", epoch, batch)
 
-    def shared(self) -> list[keras.Variable]:
-        """The variables that must be the same on all workers: all but dropout's seeds."""
+    def list_shared(self) -> list[keras.Variable]:
+        """Return the variables that must be equal on all workers: all but dropout's seeds."""
         seeds = {id(generator.state) for generator in self._dropouts}
         return [v for v in (*self.model.variables, *self.optimizer.variables) if id(v) not in seeds]
 
     def predict(self, feed: Feed, n: int) -> np.ndarray:
-        """Probabilities float32 [n,F] of every image of a split, each exactly once, from all workers."""
-        mine = np.stack([np.asarray(self._predict_step(tf.constant(images))) for images in feed.images()])
-        parts = self.replicas.gather(mine)  # [workers, steps, share, F]
+        """Return probabilities float32 [n,F] of a split's images, in order, from all workers."""
+        own = np.stack([np.asarray(self._predict_step(tf.constant(images))) for images in feed.prefetch_images()])
+        parts = self.replicas.gather(own)  # [workers, steps, share, F]
         return np.moveaxis(parts, 0, 1).reshape(-1, parts.shape[-1])[:n]
 
     def validate(self) -> tuple[np.ndarray, dict[str, Any]]:
-        """Validation probabilities float32 [N,F] of all workers, and `evaluate` of them, as the bundle would give."""
+        """Return the validation probabilities float32 [N,F] of the exported model, and their `evaluate`."""
         if self._exported is not self.model:
             for variable, value in zip(self._exported.variables, self.model.variables, strict=True):
                 variable.assign(value)
         probabilities = self.predict(self._val_feed, len(self.val))
         return probabilities, evaluate(self.val.labels[:, self.columns], probabilities, self.findings)
 
-    def stop_wanted(self) -> bool:
-        """Whether a callback on any worker has set `model.stop_training`; the answer is the same on all."""
+    def is_stop_requested(self) -> bool:
+        """Return whether a callback on any worker has set `model.stop_training`; the same on all workers."""
         return bool(self.callbacks.callbacks) and self.replicas.any(bool(self.model.stop_training))
 
     def save(self, folder: Path) -> None:
@@ -308,29 +309,29 @@ class Loop:
         arrays |= {f"optimizer-{i:04d}": np.asarray(v) for i, v in enumerate(self.optimizer.variables)}
         np.savez(folder / STATE, allow_pickle=False, **arrays)
 
-    def restore(self, folder: Path, progress: Progress) -> None:
-        """Take up what `save` wrote, at the point that `progress` tells."""
-        # A checkpoint at the end of the frozen stage holds that stage's optimizer, which the next one does not use.
-        fresh = progress.epochs_done == self.settings.frozen_epochs > 0 and not progress.losses
-        self._enter_stage(progress.epochs_done)
+    def restore(self, folder: Path, state: TrainState) -> None:
+        """Load the files of `save`, written at `state`."""
+        # A checkpoint at the end of the frozen stage holds that stage's optimizer; the next stage has a new one.
+        fresh = state.epochs_done == self.settings.frozen_epochs > 0 and not state.losses
+        self._enter_stage(state.epochs_done)
         with np.load(folder / STATE, allow_pickle=False) as arrays:
             for i, variable in enumerate(self.model.variables):
                 variable.assign(arrays[f"model-{i:04d}"])
             for i, variable in enumerate(() if fresh else self.optimizer.variables):
                 variable.assign(arrays[f"optimizer-{i:04d}"])
-        self.optimizer.take_up()
-        if not fresh and (progress.losses or progress.epochs_done):
-            # The rate in the state may be a callback's; the plan that it differs from is that of the step before.
-            epoch, step = progress.epochs_done, len(progress.losses) - 1
+        self.optimizer.load_weights()
+        if not fresh and (state.losses or state.epochs_done):
+            # The restored rate may be a callback's, which stays until the schedule's rate changes from the last step's.
+            epoch, step = state.epochs_done, len(state.losses) - 1
             if step < 0:
                 epoch, step = epoch - 1, self.steps_per_epoch - 1
-            self._planned_rate = schedule.compute_learning_rate(
-                self.settings, self.steps_per_epoch, epoch, step, progress.scores[:epoch]
+            self._scheduled_rate = schedule.compute_learning_rate(
+                self.settings, self.steps_per_epoch, epoch, step, state.scores[:epoch]
             )
 
 
 @contextlib.contextmanager
-def _policy(name: str) -> Iterator[None]:
+def _use_policy(name: str) -> Iterator[None]:
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(name)
     try:
@@ -340,10 +341,10 @@ def _policy(name: str) -> Iterator[None]:
 
 
 def evaluate(values: np.ndarray, probabilities: np.ndarray, findings: tuple[str, ...]) -> dict[str, Any]:
-    """n, positives and AUROC per finding (null where undefined) and the macro AUROC over the defined ones.
+    """Return n, positives and AUROC per finding (None if undefined), and the macro AUROC over the defined ones.
 
     Args:
-        values: labels int8 [N,F], -1 where not labelled.
+        values: labels int8 [N,F], -1 for unlabelled.
         probabilities: float32 [N,F].
     """
     rows: dict[str, Any] = {}
@@ -359,20 +360,20 @@ def evaluate(values: np.ndarray, probabilities: np.ndarray, findings: tuple[str,
     return {"findings": rows, "macro_auroc": float(np.mean(defined)) if defined else None}
 
 
-def cross_entropy(probabilities: np.ndarray, values: np.ndarray) -> float | None:
-    """Plain binary cross-entropy over the labelled entries, whatever the training loss; None where there is none."""
+def compute_cross_entropy(probabilities: np.ndarray, values: np.ndarray) -> float | None:
+    """Return the plain binary cross-entropy over the labelled entries, or None without any."""
     known = values >= 0
     p = np.clip(probabilities[known].astype(np.float64), 1e-7, 1 - 1e-7)
     y = values[known]
     return float(np.mean(-(y * np.log(p) + (1 - y) * np.log(1 - p)))) if known.any() else None
 
 
-def selection(result: Mapping[str, Any], probabilities: np.ndarray, values: np.ndarray) -> float:
-    """The number that picks the best epoch: macro AUROC; where no finding defines one, minus the validation loss.
+def compute_selection_score(result: Mapping[str, Any], probabilities: np.ndarray, values: np.ndarray) -> float:
+    """Return the score that selects the best epoch: macro AUROC, or minus the validation loss if it is undefined.
 
-    Minus a loss is below every AUROC, so that the two never compete wrongly.
+    A negative loss is below every AUROC, so an epoch with an AUROC always wins.
     """
     if result["macro_auroc"] is not None:
         return float(result["macro_auroc"])
-    loss = cross_entropy(probabilities, values)
+    loss = compute_cross_entropy(probabilities, values)
     return -loss if loss is not None else -math.inf

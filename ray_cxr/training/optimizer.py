@@ -1,8 +1,8 @@
 """A stock Keras optimizer over all weights as one or two flat vectors.
 
-DenseNet121 has 364 weight tensors. An optimizer over each of them is more than half of the training graph, and more
-than half of the time until the first step; flat, it is a few dozen operations on the same numbers. The workers also
-exchange one vector of gradients in place of hundreds of small ones.
+DenseNet121 has 364 weight tensors. An optimizer with a variable for each is more than half of the training graph and
+of the time to the first step. Flat, it is a few dozen operations on the same numbers, and workers exchange one vector
+of gradients instead of hundreds.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import tensorflow as tf
 
 from ray_cxr.config import TrainSettings
 
-#: Pulling BatchNorm's scales and the biases to zero regularises nothing.
+#: Weight decay of biases and of BatchNorm's scales regularises nothing.
 NOT_DECAYED = ("bias", "gamma", "beta")
 
 
 class FlatOptimizer:
-    """One stage's optimizer.
+    """The optimizer of one stage of training.
 
     Args:
-        settings: `optimizer`, `momentum`, `weight_decay`, `clip_norm` and `ema`.
-        weights: the model's weights that learn.
-        float16: scale the loss, because half precision's small gradients vanish; bfloat16 has float32's range.
+        settings: uses `optimizer`, `momentum`, `weight_decay`, `clip_norm` and `ema`.
+        weights: the model's trainable weights.
+        float16: scale the loss, because small float16 gradients vanish; bfloat16 has float32's range.
 
     Attributes:
-        weights: the model's weights, one by one.
+        weights: the model's trainable weights.
         keras: the Keras optimizer.
     """
 
@@ -40,66 +40,66 @@ class FlatOptimizer:
         groups = ([i for i, d in enumerate(decayed) if d], [i for i, d in enumerate(decayed) if not d])
         self._groups = [group for group in groups if group]
         self._flats = [
-            keras.Variable(self._flat(group, self.weights), name="decayed" if decayed[group[0]] else "plain")
+            keras.Variable(self._flatten(group, self.weights), name="decayed" if decayed[group[0]] else "plain")
             for group in self._groups
         ]
         self._ema = settings.ema is not None
-        inner = _make(settings)
+        inner = _build_optimizer(settings)
         self.keras = keras.optimizers.LossScaleOptimizer(inner) if float16 else inner
         self._inner = inner
         self.keras.build(self._flats)
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """Its state: slots, counters, learning rate, averages."""
+        """The optimizer's state: slots, counters, learning rate, averages."""
         return list(self.keras.variables)
 
     def flatten(self, gradients: Sequence[Any]) -> list[Any]:
-        """Gradients by weight to flat ones by group."""
-        return [self._flat(group, gradients) for group in self._groups]
+        """Return the flat gradients of each group."""
+        return [self._flatten(group, gradients) for group in self._groups]
 
     def apply(self, flat_gradients: Sequence[Any]) -> None:
-        """One step from gradients that are summed over all workers."""
+        """Apply one step, with gradients summed over all workers."""
         self.keras.apply(list(flat_gradients), self._flats)
-        self._spread()
+        self._write_weights()
 
-    def take_up(self) -> None:
-        """Go on from the model's weights as they are now: after a restart, or where a callback has set them."""
+    def load_weights(self) -> None:
+        """Copy the model's current weights, which a restart or a callback may have set."""
         for flat, group in zip(self._flats, self._groups, strict=True):
-            flat.assign(self._flat(group, self.weights))
+            flat.assign(self._flatten(group, self.weights))
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """With `ema`, the model has the averaged weights; the raw ones come back after it."""
+    def use_average(self) -> Iterator[None]:
+        """With `ema`, give the model the averaged weights while the block runs."""
         if not self._ema or not int(np.asarray(self._inner.iterations)):
-            yield  # no step yet, or every one of them skipped: there is no average
+            yield  # no step was applied yet, so there is no average
             return
         raw = [np.asarray(flat) for flat in self._flats]
         self._inner.finalize_variable_values(self._flats)
-        self._spread()
+        self._write_weights()
         try:
             yield
         finally:
             for flat, value in zip(self._flats, raw, strict=True):
                 flat.assign(value)
-            self._spread()
+            self._write_weights()
 
-    def _flat(self, group: Sequence[int], tensors: Sequence[Any]) -> Any:
+    def _flatten(self, group: Sequence[int], tensors: Sequence[Any]) -> Any:
         return tf.concat([tf.reshape(tensors[i], [-1]) for i in group], axis=0)
 
-    def _spread(self) -> None:
-        """Give the model's weights their parts of the flat vectors."""
+    def _write_weights(self) -> None:
+        """Copy the flat vectors into the model's weights."""
         for flat, group in zip(self._flats, self._groups, strict=True):
             sizes = [int(np.prod(self.weights[i].shape)) for i in group]
             for i, part in zip(group, tf.split(flat.value, sizes), strict=True):
                 self.weights[i].assign(tf.reshape(part, self.weights[i].shape))
 
 
-def _make(settings: TrainSettings) -> keras.optimizers.Optimizer:
+def _build_optimizer(settings: TrainSettings) -> keras.optimizers.Optimizer:
     common: dict[str, Any] = {"global_clipnorm": settings.clip_norm}
     if settings.ema is not None:
         common |= {"use_ema": True, "ema_momentum": settings.ema, "ema_overwrite_frequency": None}
-    rate = settings.learning_rate  # set anew at every step, as `schedule` says
+    rate = settings.learning_rate  # `schedule` replaces it
     if settings.optimizer == "adamw":
         optimizer = keras.optimizers.AdamW(rate, weight_decay=settings.weight_decay, **common)
         optimizer.exclude_from_weight_decay(var_names=["plain"])

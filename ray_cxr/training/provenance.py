@@ -1,7 +1,7 @@
-"""What a bundle keeps of the images that made it: who was in them, and how good it was on validation, and for whom.
+"""Statistics in a bundle's provenance: the images that made it, and its performance on validation, by subgroup too.
 
-All of it is numbers over many images, in the form that bundle.json takes, for the model card and for reports.
-Validation chose the epoch, the calibration and the operating points, so none of it is a test.
+They go into bundle.json, for the model card and for reports. Validation chose the epoch, the calibration and the
+operating points, so they are no test results.
 """
 
 from __future__ import annotations
@@ -13,32 +13,34 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ray_cxr.evaluation import calibration, drift, metrics, subgroups
+from ray_cxr.evaluation import calibration, drift, groups, metrics, subgroups
 from ray_cxr.evaluation.calibration import FittedRules
 from ray_cxr.labels import LABELS, NO_FINDING
 
-#: Columns of a manifest that this needs.
+#: Columns of a manifest that this module uses.
 COLUMNS = ("patient_id", "sex", "age", "view", "follow_up", *LABELS)
-#: Of all intervals here: the export waits for them.
+#: Resamples per interval; few, because the export waits for them.
 N_RESAMPLES = 200
 _WHOLE = "all"
 
 
 def describe_images(table: pd.DataFrame) -> dict[str, Any]:
-    """Who and what is in the images of one split: `subgroups.describe`, and under `findings` n and positives of each.
+    """Describe the images of one split: `groups.describe_population`, and under `findings` n and positives of each.
 
     Args:
         table: with `COLUMNS`; null is unknown.
     """
-    told = subgroups.describe(*_about(table), table["patient_id"].to_numpy(dtype=object))
-    told["findings"] = {
+    description = groups.describe_population(*_get_demographics(table), table["patient_id"].to_numpy(dtype=object))
+    description["findings"] = {
         name: {"n": int(table[name].notna().sum()), "positives": int((table[name] == 1).sum())} for name in LABELS
     }
-    return told
+    return description
 
 
-def compute_score_quantiles(probabilities: np.ndarray, findings: Sequence[str]) -> dict[str, dict[str, Any] | None]:
-    """Deciles of the raw probabilities [N,F], by finding; see `drift.score_quantiles`."""
+def compute_score_quantiles(
+    probabilities: np.ndarray, findings: Sequence[str]
+) -> dict[str, drift.ScoreQuantiles | None]:
+    """Return deciles of the raw probabilities [N,F] by finding; see `drift.score_quantiles`."""
     return {name: drift.score_quantiles(probabilities[:, j]) for j, name in enumerate(findings)}
 
 
@@ -53,40 +55,37 @@ def evaluate_validation(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """How good the network is on validation images, whole and by sex, age band, view and follow-up.
+    """Evaluate the model on validation images, overall and by sex, age band, view and follow-up.
 
     Args:
         table: the images, with `COLUMNS`.
         probabilities: float32 [N,F], raw.
-        findings: F names; means leave No_Finding out.
-        rules: what was fitted on these images; sensitivity and specificity are at its operating points.
-        method, min_positives: as the calibration was fitted.
-        n_resamples: of patients, for every interval.
+        findings: F names; means exclude No_Finding.
+        rules: fitted on these images; their operating points give sensitivity and specificity.
+        method, min_positives: of the calibration.
+        n_resamples: of patients, per interval.
         seed: of the resamples.
 
     Returns:
-        split, n_resamples and seed; `findings`: per finding a `subgroups.Cell` with average_precision, and the expected
-        calibration error as it is (`ece_raw`) and after calibrating on other patients (`ece_calibrated`, None where
-        there is no calibration); `means`: a `subgroups.Means` of all images; `groups` and `differences`: lists of
-        objects, the latter of sensitivity alone, by finding and without small cells, where the interval excludes 0;
-        `comparisons`: out of how many.
+        split, n_resamples and seed; `findings`: per finding a `subgroups.Cell` with average_precision and the expected
+        calibration error, raw (`ece_raw`) and calibrated on other patients (`ece_calibrated`, None without a
+        calibration); `means`: a `subgroups.Means` of all images; `groups`; `differences`: those of a finding's
+        sensitivity whose interval excludes 0, without small groups; `comparisons`: the number of such differences
+        that were tested.
     """
     labels = table[list(findings)].to_numpy(dtype=np.float64, na_value=np.nan)
     y = np.where(np.isnan(labels), -1, labels).astype(np.int8)
     patients = table["patient_id"].to_numpy(dtype=object)
-    whole = subgroups.Group(_WHOLE, _WHOLE, np.ones(len(table), dtype=bool))
-    found = subgroups.measure(
-        [whole, *subgroups.groups(*_about(table), crossings=False)],
-        y,
-        probabilities,
-        _flags(probabilities, findings, rules),
-        patients,
-        findings,
+    whole = groups.Group(_WHOLE, _WHOLE, np.ones(len(table), dtype=bool))
+    flags = _flags(probabilities, findings, rules)
+    macro = np.array([name != NO_FINDING for name in findings])
+    measured = subgroups.measure_groups(
+        [whole, *groups.build_groups(*_get_demographics(table), crossings=False)],
+        subgroups.LabelledScores(y, probabilities, flags, patients, findings, macro),
         n_resamples=n_resamples,
         seed=seed,
-        macro=np.array([name != NO_FINDING for name in findings]),
     )
-    first, *others = found.as_dict()["groups"]
+    first, *others = measured.to_json()["groups"]
     cells: dict[str, dict[str, Any]] = first["findings"]
     for j, name in enumerate(findings):
         known = y[:, j] >= 0
@@ -99,7 +98,9 @@ def evaluate_validation(
                 y[:, [j]], probabilities[:, [j]], patients, method=method, min_positives=min_positives
             )
     underdiagnosis = [
-        one for one in found.differences if one.quantity == "sensitivity" and one.finding is not None and not one.small
+        one
+        for one in measured.differences
+        if one.quantity == "sensitivity" and one.finding is not None and not one.small
     ]
     return {
         "split": "val",
@@ -113,17 +114,17 @@ def evaluate_validation(
     }
 
 
-def _about(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Sex, age, view and follow-up as `subgroups.groups` takes them."""
+def _get_demographics(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Sex, age, view and follow-up as `groups.build_groups` takes them."""
     sex, age, view, follow_up = (table[name].to_numpy(dtype=object) for name in ("sex", "age", "view", "follow_up"))
     return sex, age, view, follow_up
 
 
 def _flags(probabilities: np.ndarray, findings: Sequence[str], rules: FittedRules) -> np.ndarray:
-    """int8 [N,F], -1 where there is no operating point."""
+    """Return flags int8 [N,F], -1 without an operating point."""
     flags = np.full(probabilities.shape, -1, dtype=np.int8)
     for j, name in enumerate(findings):
         point = rules.operating_points[name]
         if point is not None:
-            flags[:, j] = calibration.flags(probabilities[:, j], point["threshold"])
+            flags[:, j] = calibration.apply_threshold(probabilities[:, j], point["threshold"])
     return flags

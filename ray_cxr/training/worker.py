@@ -1,6 +1,6 @@
-"""What one Ray Train worker does: its data, its network, its epochs; and what it leaves for others to see.
+"""One Ray Train worker: its data, its model, its epochs, and the files that rank 0 writes to RUN.
 
-RUN/ is on storage that all nodes share; in it rank 0 writes what people watch. Checkpoints go through Ray Train.
+RUN is on storage that all nodes share. Checkpoints go through Ray Train.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pandas as pd
 from ray_cxr import telemetry
 from ray_cxr.config import TrainSettings, build
 from ray_cxr.data.prepared import PreparedSet
-from ray_cxr.errors import ConfigError, RayCxrError
+from ray_cxr.errors import ConfigError, RayCxrError, to_record
 from ray_cxr.evaluation import calibration
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.models.architecture import Architecture
@@ -30,25 +30,25 @@ from ray_cxr.models.bundle import WEIGHTS
 from ray_cxr.storage import atomic, remote
 
 if TYPE_CHECKING:
-    from ray_cxr.training.loop import Epoch, Loop, Progress
+    from ray_cxr.training.loop import EpochResult, Loop, TrainState
 
-#: In RUN: a line per epoch; the same for TensorBoard; where rank 0 is; how the start went; why a worker gave up.
+#: In RUN: a line per epoch; the same for TensorBoard; rank 0's current step; times of the start-up; a worker's error.
 METRICS, EVENTS, LIVE, STARTED, FAILURE = "metrics.csv", "tensorboard", "live.json", "started.json", "failure.json"
-#: In a checkpoint, beside the loop's state; the latter two only at the end of an epoch, with the weights to export.
+#: In a checkpoint, next to the loop's arrays; the last two only at the end of an epoch, with the weights to export.
 PROGRESS, RESULT, VALIDATION = "progress.json", "result.json", "validation.npz"
-#: Seconds between two writings of live.json.
+#: Minimum seconds between two writes of live.json.
 LIVE_EVERY_S = 2.0
-#: A checkpoint in mid-epoch has no score: it is the latest, and never among the best.
+#: Score of a checkpoint in mid-epoch, which is the latest but never the best.
 UNSCORED = -1e30
-#: What callbacks get to see at the end of an epoch.
+#: The metrics that callbacks get at the end of an epoch.
 LOGS = ("loss", "val_loss", "val_auroc", "learning_rate")
 
-#: Makes the callbacks of one worker; called in each.
+#: Returns the callbacks of one worker; called in each.
 Callbacks = Callable[[], Sequence[Any]]
 
 
 def run(config: dict[str, Any]) -> None:
-    """One worker. Errors of ours come back as a file: Ray Train would restart what can only fail again."""
+    """Run one worker. Errors of ours go into a file, because Ray Train would restart what can only fail again."""
     import ray.train
 
     failure = remote.path(config["out"]) / FAILURE
@@ -56,28 +56,28 @@ def run(config: dict[str, Any]) -> None:
         try:
             _train(config)
         except Exception as error:
-            if not _out_of_memory(error):
+            if not _is_out_of_memory(error):
                 raise
             settings = config["settings"]
             raise RayCxrError(
                 f"out of memory with batch_size={settings['batch_size']} over {settings['workers']} workers and images "
-                f"of {settings['size']} pixels; lower one of them, or take more workers"
+                f"of {settings['size']} pixels; lower one of them, or use more workers"
             ) from error
     except RayCxrError as error:
-        atomic.write_json(failure, {"message": str(error), "input": error.exit_code == 2})
+        atomic.write_json(failure, to_record(error))
         context = ray.train.get_context()
         if context.get_world_size() > 1:
-            # The others may be waiting for this one in an exchange: Ray Train ends them all. Its logs get no image ids.
-            raise RayCxrError(f"worker {context.get_world_rank()} gave up; {failure} says why") from None
+            # Other workers may be waiting for this one in an exchange; an exception makes Ray Train end them all.
+            # Its message must hold no image ids, because it goes to Ray's logs.
+            raise RayCxrError(f"worker {context.get_world_rank()} failed; see {failure}") from None
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Whether TensorFlow, or Python, could not have the memory it asked for: it would ask for as much again."""
+def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
 
 
 def _train(config: dict[str, Any]) -> None:
-    """One worker's training, from its data to its last checkpoint."""
+    """Train from the latest checkpoint to the last epoch."""
     import os
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -87,7 +87,7 @@ def _train(config: dict[str, Any]) -> None:
     from ray_cxr.models import runtime
     from ray_cxr.training import schedule
     from ray_cxr.training.distributed import Replicas
-    from ray_cxr.training.loop import Loop, Progress
+    from ray_cxr.training.loop import Loop, TrainState
 
     times["TensorFlow"] = time.time()
     settings, out, gpu = build(TrainSettings, config["settings"]), remote.path(config["out"]), bool(config["use_gpu"])
@@ -97,18 +97,18 @@ def _train(config: dict[str, Any]) -> None:
         runtime.make_deterministic()
     replicas = Replicas(gpu=gpu)
     if replicas.any((out / FAILURE).exists()):
-        return  # a restart after an error of ours, which all must leave together
+        return  # a restart after an error of ours: all workers must leave together
     data = PreparedSet(config["prepared"], settings.size)
     train, val = data.load("train"), data.load("val")
     times["data"] = time.time()
-    checkpoint, progress = ray.train.get_checkpoint(), Progress(policy=policy)
+    checkpoint, state = ray.train.get_checkpoint(), TrainState(policy=policy)
     if checkpoint:
         with checkpoint.as_directory() as folder:
-            progress = Progress(**json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8")))
-        # A run goes on as it began: half precision does not come or go with the machine that it is continued on.
-        policy = progress.policy
-        if progress.epochs_done > settings.epochs:
-            raise ConfigError(f"{out}: has {progress.epochs_done} epochs already, more than epochs={settings.epochs}")
+            state = TrainState(**json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8")))
+        # A continued run keeps its precision, whatever the machine.
+        policy = state.policy
+        if state.epochs_done > settings.epochs:
+            raise ConfigError(f"{out}: has {state.epochs_done} epochs already, more than epochs={settings.epochs}")
     loop = Loop(
         replicas,
         settings,
@@ -121,51 +121,51 @@ def _train(config: dict[str, Any]) -> None:
     )
     if checkpoint:
         with checkpoint.as_directory() as folder:
-            loop.restore(Path(folder), progress)
-    replicas.agree(loop.shared(), "at the start")
-    times["network"] = time.time()
-    watch = _Watch(out, loop, times, policy, progress) if replicas.rank == 0 else None
-    if watch:
-        watch.metrics(progress)
+            loop.restore(Path(folder), state)
+    replicas.check_equal(loop.list_shared(), "at the start")
+    times["model"] = time.time()
+    recorder = RunRecorder(out, loop, times, state) if replicas.rank == 0 else None
+    if recorder:
+        recorder.write_metrics(state)
 
     def on_step(step: int, loss: float) -> None:
-        if watch:
-            watch.step(progress.epochs_done, step, loss)
+        if recorder:
+            recorder.record_step(state.epochs_done, step, loss)
 
     def on_checkpoint() -> None:
         with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name:
-            _report({"epoch": progress.epochs_done + 1, "selection": UNSCORED}, loop, progress, Path(name))
+            _report({"epoch": state.epochs_done + 1, "selection": UNSCORED}, loop, state, Path(name))
 
     loop.callbacks.on_train_begin()
-    while progress.epochs_done < settings.epochs and not progress.stopped:
-        if schedule.is_out_of_patience(settings, progress.scores):
+    while state.epochs_done < settings.epochs and not state.stopped:
+        if schedule.is_out_of_patience(settings, state.scores):
             break
-        epoch = progress.epochs_done
-        loop.begin_epoch(progress)
-        if watch:
-            watch.began()
-        done = loop.run_epoch(progress, on_step=on_step, on_checkpoint=on_checkpoint)
+        epoch = state.epochs_done
+        loop.start_epoch(state)
+        if recorder:
+            recorder.start_epoch()
+        result = loop.run_epoch(state, on_step=on_step, on_checkpoint=on_checkpoint)
         with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name:
-            point, selection = _validate(loop, progress, done, Path(name))
+            point, selection = validate_epoch(loop, state, result, Path(name))
             loop.callbacks.on_epoch_end(epoch, {key: point[key] for key in LOGS})
-            progress.epochs_done, progress.losses = epoch + 1, []
-            progress.scores.append(selection)
-            progress.curves.append(point)
-            progress.stopped = loop.stop_wanted()
-            if watch:
-                watch.metrics(progress)
-                watch.tell(point)
-            # Of equals the first: Ray Train would keep the last.
-            _report({**point, "selection": selection - 1e-12 * epoch}, loop, progress, Path(name))
+            state.epochs_done, state.losses = epoch + 1, []
+            state.scores.append(selection)
+            state.curves.append(point)
+            state.stopped = loop.is_stop_requested()
+            if recorder:
+                recorder.write_metrics(state)
+                recorder.send_metrics(point)
+            # Prefer the first of equal epochs; Ray Train would keep the last.
+            _report({**point, "selection": selection - 1e-12 * epoch}, loop, state, Path(name))
     loop.callbacks.on_train_end()
 
 
-def _validate(loop: Loop, progress: Progress, epoch: Epoch, folder: Path) -> tuple[dict[str, Any], float]:
-    """The epoch's line of metrics and its selection score; rank 0 leaves in `folder` what a bundle needs."""
-    from ray_cxr.training.loop import cross_entropy, selection
+def validate_epoch(loop: Loop, state: TrainState, epoch: EpochResult, folder: Path) -> tuple[dict[str, Any], float]:
+    """Return the epoch's row of metrics and its selection score; rank 0 writes what a bundle needs to `folder`."""
+    from ray_cxr.training.loop import compute_cross_entropy, compute_selection_score
 
     start = time.monotonic()
-    with loop.optimizer.averaged():
+    with loop.optimizer.use_average():
         probabilities, result = loop.validate()
         if loop.replicas.rank == 0:
             loop.model.save_weights(str(folder / WEIGHTS))
@@ -174,9 +174,9 @@ def _validate(loop: Loop, progress: Progress, epoch: Epoch, folder: Path) -> tup
     values = loop.val.labels[:, loop.columns]
     real = [j for j, name in enumerate(loop.findings) if name != NO_FINDING]
     point = {
-        "epoch": progress.epochs_done + 1,
+        "epoch": state.epochs_done + 1,
         "loss": epoch.loss,
-        "val_loss": cross_entropy(probabilities, values),
+        "val_loss": compute_cross_entropy(probabilities, values),
         "val_auroc": result["macro_auroc"],
         "val_calibration_error": calibration.cross_fitted_error(
             values[:, real],
@@ -187,86 +187,93 @@ def _validate(loop: Loop, progress: Progress, epoch: Epoch, folder: Path) -> tup
         ),
         "learning_rate": float(np.asarray(loop.optimizer.keras.learning_rate)),
         "seconds": round(epoch.seconds, 3),
-        "wait_seconds": round(epoch.waited, 3),
+        "wait_seconds": round(epoch.wait_seconds, 3),
         "val_seconds": round(time.monotonic() - start, 3),
         "images_per_second": round(epoch.images / epoch.seconds, 2),
     }
-    return point, selection(result, probabilities, values)
+    return point, compute_selection_score(result, probabilities, values)
 
 
-def _report(metrics: dict[str, Any], loop: Loop, progress: Progress, folder: Path) -> None:
-    """Hand rank 0's state to Ray Train as a checkpoint; a meeting of all workers."""
+def _report(metrics: dict[str, Any], loop: Loop, state: TrainState, folder: Path) -> None:
+    """Report to Ray Train, with rank 0's state as the checkpoint; waits for all workers."""
     import ray.train
 
     checkpoint = None
     if loop.replicas.rank == 0:
         loop.save(folder)
-        (folder / PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+        (folder / PROGRESS).write_text(json.dumps(asdict(state)), encoding="utf-8")
         checkpoint = ray.train.Checkpoint.from_directory(folder)
     ray.train.report(metrics, checkpoint=checkpoint)
 
 
-class _Watch:
-    """What rank 0 leaves in RUN for people to see."""
+class RunRecorder:
+    """Write rank 0's progress to RUN and to Ray's metrics.
 
-    def __init__(self, out: Path, loop: Loop, times: dict[str, float], policy: str, progress: Progress) -> None:
-        self._out, self._loop, self._times, self._policy = out, loop, times, policy
-        self._begun = progress.epochs_done, len(progress.losses)
-        self._written, self._told = 0.0, len(progress.curves)
-        self._stepped = time.monotonic()
+    Args:
+        out: the run's folder, whose name is the metrics' tag.
+        loop: rank 0's.
+        times: when each part of the start-up ended, seconds since 1970.
+        state: where training starts.
+    """
 
-    def began(self) -> None:
-        """An epoch's first step begins."""
-        self._stepped = time.monotonic()
+    def __init__(self, out: Path, loop: Loop, times: dict[str, float], state: TrainState) -> None:
+        self._out, self._loop = out, loop
+        self._start: dict[str, Any] = {
+            "epoch": state.epochs_done,
+            "step": len(state.losses),
+            "random": loop.random_layers,
+            "policy": state.policy,
+            "times": times,
+        }
+        self._live_at, self._n_logged = 0.0, len(state.curves)
+        self._step_at = time.monotonic()
 
-    def step(self, epoch: int, step: int, loss: float) -> None:
-        if not self._written:
-            self._times["first step"] = time.time()
-            start = {
-                "epoch": self._begun[0],
-                "step": self._begun[1],
-                "random": self._loop.random_layers,
-                "policy": self._policy,
-                "times": self._times,
-            }
-            atomic.write_json(self._out / STARTED, start)
+    def start_epoch(self) -> None:
+        """Start the clock of an epoch's first step."""
+        self._step_at = time.monotonic()
+
+    def record_step(self, epoch: int, step: int, loss: float) -> None:
+        """Record a step that has finished."""
+        if not self._live_at:
+            self._start["times"]["first step"] = time.time()
+            atomic.write_json(self._out / STARTED, self._start)
         now = time.monotonic()
-        # The last step of an epoch has what is left.
-        size = self._loop.settings.batch_size
-        telemetry.count(telemetry.IMAGES_TRAINED, min(size, len(self._loop.train) - (step - 1) * size), self._out.name)
-        telemetry.count(telemetry.TRAIN_STEPS, 1, self._out.name)
-        telemetry.count(telemetry.TRAIN_STEP_SECONDS, now - self._stepped, self._out.name)
-        self._stepped = now
-        if now - self._written >= LIVE_EVERY_S:
-            self._written = now
-            with contextlib.suppress(RayCxrError):  # a bucket that stumbles: nothing but the next look needs this file
+        batch_size = self._loop.settings.batch_size
+        images = min(batch_size, len(self._loop.train) - (step - 1) * batch_size)  # the last step has fewer
+        telemetry.add(telemetry.IMAGES_TRAINED, images, self._out.name)
+        telemetry.add(telemetry.TRAIN_STEPS, 1, self._out.name)
+        telemetry.add(telemetry.TRAIN_STEP_SECONDS, now - self._step_at, self._out.name)
+        self._step_at = now
+        if now - self._live_at >= LIVE_EVERY_S:
+            self._live_at = now
+            with contextlib.suppress(RayCxrError):  # only the progress display needs this file
                 atomic.write_json(self._out / LIVE, {"epoch": epoch + 1, "step": step, "loss": loss})
 
-    def tell(self, point: dict[str, Any]) -> None:
-        """An epoch's line to Ray's metrics."""
+    def send_metrics(self, point: dict[str, Any]) -> None:
+        """Send an epoch's row to Ray's metrics."""
         run = self._out.name
-        telemetry.count(telemetry.TRAIN_WAIT_SECONDS, point["wait_seconds"], run)
-        telemetry.show(telemetry.TRAIN_EPOCH, point["epoch"], run)
-        telemetry.show(telemetry.TRAIN_LOSS, point["loss"], run)
-        telemetry.show(telemetry.VAL_LOSS, point["val_loss"], run)
-        telemetry.show(telemetry.VAL_AUROC, point["val_auroc"], run)
+        telemetry.add(telemetry.TRAIN_WAIT_SECONDS, point["wait_seconds"], run)
+        telemetry.set_gauge(telemetry.TRAIN_EPOCH, point["epoch"], run)
+        telemetry.set_gauge(telemetry.TRAIN_LOSS, point["loss"], run)
+        telemetry.set_gauge(telemetry.VAL_LOSS, point["val_loss"], run)
+        telemetry.set_gauge(telemetry.VAL_AUROC, point["val_auroc"], run)
         telemetry.flush()
 
-    def metrics(self, progress: Progress) -> None:
-        """Write metrics.csv anew, and what it has more than before to TensorBoard's log."""
-        if not progress.curves:
-            (self._out / METRICS).unlink(missing_ok=True)  # of a life that ended before its first checkpoint
+    def write_metrics(self, state: TrainState) -> None:
+        """Rewrite metrics.csv, and append its new epochs to TensorBoard's log."""
+        if not state.curves:
+            (self._out / METRICS).unlink(missing_ok=True)  # of an attempt that ended before its first checkpoint
             return
         atomic.write(
             self._out / METRICS,
-            lambda part: pd.DataFrame(progress.curves).to_csv(part, index=False, lineterminator="\n"),
+            lambda part: pd.DataFrame(state.curves).to_csv(part, index=False, lineterminator="\n"),
         )
         from tensorboardX import SummaryWriter
 
         (self._out / EVENTS).mkdir(exist_ok=True)
-        for point in progress.curves[self._told :]:
-            # A file for each epoch, because only closing one writes all of it. An epoch that was logged before a kill
-            # and is trained again replaces its old points.
+        for point in state.curves[self._n_logged :]:
+            # One file per epoch, because only closing a file writes all of it. An epoch that is trained again after a
+            # kill replaces its old points.
             epoch = point["epoch"]
             with tempfile.TemporaryDirectory(prefix="ray_cxr-") as folder:
                 with SummaryWriter(folder, purge_step=epoch, filename_suffix=f".{epoch:05d}") as writer:
@@ -275,4 +282,4 @@ class _Watch:
                             writer.add_scalar(name, value, epoch)
                 for events in Path(folder).iterdir():
                     atomic.write(self._out / EVENTS / events.name, functools.partial(shutil.copyfile, events))
-        self._told = len(progress.curves)
+        self._n_logged = len(state.curves)

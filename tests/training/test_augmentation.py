@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from ray_cxr.config import TrainSettings
 from ray_cxr.training import augmentation
-from ray_cxr.training.augmentation import DRAWS, augment, draws
+from ray_cxr.training.augmentation import DRAWS, augment, draw_random
 
 #: Draws that change nothing; `flip` mirrors below 1/2.
 STILL = {"flip": 0.9, "shift_x": 0.5, "shift_y": 0.5, "contrast": 0.5, "rotation": 0.5, "zoom": 0.5}
@@ -52,16 +52,16 @@ def noise(side: int = 32, seed: int = 0) -> np.ndarray:
 
 def test_draws_are_a_function_of_seed_epoch_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = list(itertools.product(range(3), repeat=3))
-    assert len({draws(*key, 4).tobytes() for key in keys}) == len(keys)
-    before = draws(7, 3, 0, 16)
-    np.testing.assert_array_equal(draws(7, 3, 0, 16), before)
+    assert len({draw_random(*key, 4).tobytes() for key in keys}) == len(keys)
+    before = draw_random(7, 3, 0, 16)
+    np.testing.assert_array_equal(draw_random(7, 3, 0, 16), before)
     # NumPy gives [seed, epoch] and [seed, epoch, 0] one stream; the first step must not repeat the order's.
     assert not np.isin(np.random.default_rng([7, 3]).random((DRAWS, 16), dtype=np.float32), before).any()
     monkeypatch.setattr(augmentation, "DRAWS", DRAWS + 1)
-    np.testing.assert_array_equal(draws(7, 3, 0, 16)[:, :DRAWS], before, "a new option must not change old runs")
+    np.testing.assert_array_equal(draw_random(7, 3, 0, 16)[:, :DRAWS], before, "a new option must not change old runs")
     monkeypatch.undo()
     # They are uniform and independent.
-    many = draws(0, 0, 0, 20_000)
+    many = draw_random(0, 0, 0, 20_000)
     assert (many.shape, many.dtype, sorted(COLUMNS.values())) == ((20_000, DRAWS), np.float32, list(range(DRAWS)))
     assert 0.0 <= many.min() < many.max() < 1.0
     np.testing.assert_allclose(many.mean(axis=0), 0.5, atol=0.01)
@@ -72,7 +72,7 @@ def test_draws_are_a_function_of_seed_epoch_and_step(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("side", [32, 33])
 def test_draws_in_the_middle_change_no_pixel_and_flip_mirrors_below_half(side: int) -> None:
     images = tf.constant(noise()[None, :, :, None])
-    assert augment(images, draws(0, 0, 0, 1), TrainSettings(**OFF)) is images, "without options, the same tensor"
+    assert augment(images, draw_random(0, 0, 0, 1), TrainSettings(**OFF)) is images, "without options, the same tensor"
     for draw, step in ((0.0, -1), (0.49, -1), (0.5, 1)):
         np.testing.assert_array_equal(change(noise(side), {"flip": True}, flip=draw), noise(side)[:, ::step])
     for options in (*({name: value} for name, value in ALL_ON.items()), ALL_ON):
@@ -130,7 +130,7 @@ def test_contrast_spreads_about_the_mean_of_the_image(draw: float, gain: float) 
 
 def test_shares_of_a_batch_and_graphs_give_the_same_images() -> None:
     images = np.stack([noise(seed=seed) for seed in range(8)])[..., None]
-    numbers, settings = draws(1, 2, 3, 8), TrainSettings(**ALL_ON)
+    numbers, settings = draw_random(1, 2, 3, 8), TrainSettings(**ALL_ON)
     whole = augment(tf.constant(images), tf.constant(numbers), settings).numpy()
     assert len({image.tobytes() for image in (*whole, *images)}) == 16
     shares = zip(np.split(images, 4), np.split(numbers, 4), strict=True)

@@ -17,7 +17,7 @@ def test_address_of_a_worker_names_its_host_and_a_free_port(monkeypatch, host: s
     if ":" in host and not socket.has_ipv6:
         pytest.skip("no IPv6 here")
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: host)
-    place, _, port = backend._free_address().rpartition(":")
+    place, _, port = backend._find_address().rpartition(":")
     assert place == shown
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", int(port)))
@@ -26,7 +26,7 @@ def test_address_of_a_worker_names_its_host_and_a_free_port(monkeypatch, host: s
 def test_every_worker_knows_all_addresses_and_its_own_place(monkeypatch) -> None:
     for name in ("TF_CONFIG", "no_proxy", "NO_PROXY", "no_grpc_proxy"):
         monkeypatch.setenv(name, "")
-    backend._set_place(["10.0.0.1:7001", "10.0.0.2:7002"], 1)
+    backend._set_tf_config(["10.0.0.1:7001", "10.0.0.2:7002"], 1)
     assert json.loads(os.environ["TF_CONFIG"]) == {
         "cluster": {"worker": ["10.0.0.1:7001", "10.0.0.2:7002"]},
         "task": {"type": "worker", "index": 1},

@@ -19,7 +19,7 @@ from ray_cxr.models import classifier
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.training import loop
 from ray_cxr.training.distributed import Replicas
-from ray_cxr.training.loop import Progress
+from ray_cxr.training.loop import TrainState
 
 KERNEL = "model tiny_conv0/kernel"
 SGD, ADAMW, FOCAL, ASYMMETRIC = {"optimizer": "sgd"}, {"optimizer": "adamw"}, {"loss": "focal"}, {"loss": "asymmetric"}
@@ -137,7 +137,7 @@ EVERYTHING = STAGES | {"dropout": 0.4, "dense": (8,), "ema": 0.8, "shift": 0.1, 
 
 
 @functools.cache
-def train_uninterrupted(policy: str) -> tuple[dict[str, np.ndarray], Progress]:
+def train_uninterrupted(policy: str) -> tuple[dict[str, np.ndarray], TrainState]:
     item = make(policy=policy, **EVERYTHING)
     progress = train(item, 2)
     return weights(item), progress
@@ -180,13 +180,13 @@ def test_ema_is_the_recursion_over_the_weights_of_every_step(eager) -> None:
     # With a callback, every step is finished before the next one.
     item = make(ema=0.5, optimizer="sgd", learning_rate=0.1, callbacks=[LambdaCallback()])
     start, seen = weights(item)[KERNEL], []
-    with item.optimizer.averaged():  # without a step there is no average
+    with item.optimizer.use_average():  # without a step there is no average
         np.testing.assert_array_equal(weights(item)[KERNEL], start)
-    item.run_epoch(Progress(), on_step=lambda step, loss: seen.append(weights(item)[KERNEL]))
+    item.run_epoch(TrainState(), on_step=lambda step, loss: seen.append(weights(item)[KERNEL]))
     expected = seen[0]
     for value in seen[1:]:
         expected = 0.5 * expected + 0.5 * value
-    with item.optimizer.averaged():
+    with item.optimizer.use_average():
         np.testing.assert_allclose(weights(item)[KERNEL], expected, rtol=1e-5)
     np.testing.assert_array_equal(weights(item)[KERNEL], seen[-1])
     assert np.abs(expected - seen[-1]).max() > 1e-5
@@ -196,8 +196,8 @@ def test_an_epoch_counts_its_steps_and_images(monkeypatch) -> None:
     item = make(29, 4)
     monkeypatch.setattr(item, "_train_step", lambda *_: 0.5)
     assert item.steps_per_epoch == 4
-    assert item.run_epoch(Progress()).images == 29
-    assert item.run_epoch(Progress(losses=[0.5] * 3)).images == 5, "a resumed epoch has its last batch left"
+    assert item.run_epoch(TrainState()).images == 29
+    assert item.run_epoch(TrainState(losses=[0.5] * 3)).images == 5, "a resumed epoch has its last batch left"
     assert [make(n, 4, steps_per_epoch=2).steps_per_epoch for n in (29, 5)] == [2, 1]
     replicas = Replicas()
     replicas.count = 3
@@ -213,15 +213,15 @@ def test_stock_callbacks_run_and_take_effect(tmp_path, eager) -> None:
     stop = keras.callbacks.EarlyStopping(monitor="val_auroc", mode="max", patience=1)
     item = make(16, 4, callbacks=[record, fall, stop, log], learning_rate=0.01)
     item.callbacks.on_train_begin()
-    progress = Progress()
+    progress = TrainState()
     for epoch, (loss, auroc) in enumerate([(0.5, 0.6), (0.6, 0.7), (0.7, 0.65)]):
-        item.begin_epoch(progress)
+        item.start_epoch(progress)
         train(item, 1, progress)
-        assert not item.stop_wanted()
+        assert not item.is_stop_requested()
         item.callbacks.on_epoch_end(epoch, {"val_loss": loss, "val_auroc": auroc})
     assert batches == [0, 1] * 3
     assert rate(item) == pytest.approx(1e-4, rel=1e-5), "the rate falls after the second and the third epoch"
-    assert item.stop_wanted()
+    assert item.is_stop_requested()
     item.callbacks.on_train_end()
     assert (tmp_path / "log.csv").read_text(encoding="utf-8").count("\n") == 4
 
@@ -231,9 +231,9 @@ def test_a_callback_sets_the_learning_rate_from_the_first_epoch_and_after_a_resu
         scheduler = keras.callbacks.LearningRateScheduler(lambda epoch, rate: [0.5, 0.25, 0.2, 0.1][epoch])
         return make(8, 4, callbacks=[scheduler], optimizer="sgd", frozen_epochs=2, frozen_learning_rate=0.01, epochs=4)
 
-    item, progress, seen = start(), Progress(), []
+    item, progress, seen = start(), TrainState(), []
     for _ in range(3):
-        item.begin_epoch(progress)
+        item.start_epoch(progress)
         train(item, 1, progress)
         seen.append(rate(item))
     assert seen == pytest.approx([0.5, 0.25, 0.2])
@@ -269,7 +269,7 @@ def test_numbers_that_are_not_finite_end_the_run_with_step_and_images(hook, batc
 
     item = make(16, 4, callbacks=[LambdaCallback(**{hook: spoil})], optimizer="sgd")
     with pytest.raises(RayCxrError, match=message) as caught:
-        item.run_epoch(Progress())
+        item.run_epoch(TrainState())
     assert str(caught.value).count("_000.png") == 8
     assert "\n" not in str(caught.value)
 

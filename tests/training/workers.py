@@ -63,9 +63,9 @@ def make(n_train: int = 24, n_val: int = 10, *, policy: str = "float32", callbac
 
 def train(item: Any, epochs: int, progress: Any = None) -> Any:
     """Train more epochs and return the progress after them."""
-    from ray_cxr.training.loop import Progress
+    from ray_cxr.training.loop import TrainState
 
-    progress = progress or Progress()
+    progress = progress or TrainState()
     for _ in range(epochs):
         item.run_epoch(progress)
         progress.epochs_done, progress.losses = progress.epochs_done + 1, []
@@ -117,7 +117,7 @@ def unsynchronised() -> dict[str, np.ndarray]:
     item.replicas.average = spy
     train(item, 1)
     arrays = weights(item)
-    with item.optimizer.averaged():
+    with item.optimizer.use_average():
         arrays |= {f"averaged {v.path}": np.asarray(v) for v in item.model.trainable_variables}
     return arrays | {"own statistics": before[0]}
 
@@ -151,16 +151,16 @@ def exchanges() -> dict[str, np.ndarray]:
     norms = [v for layer in item._norms for v in (layer.moving_mean, layer.moving_variance)]
     for _ in range(5):
         item.replicas.average(norms)
-        item.replicas.agree(item.shared(), "here")
-    stops = [item.stop_wanted()]
+        item.replicas.check_equal(item.list_shared(), "here")
+    stops = [item.is_stop_requested()]
     item.model.stop_training = item.replicas.rank == item.replicas.count - 1
-    stops.append(item.stop_wanted())
+    stops.append(item.is_stop_requested())
     message = ""
     if item.replicas.rank == 1:
         kernel = item.model.get_layer("logits").kernel
         kernel.assign(np.nextafter(np.asarray(kernel), np.float32(1)))
     try:
-        item.replicas.agree(item.shared(), "here")
+        item.replicas.check_equal(item.list_shared(), "here")
     except RayCxrError as error:
         message = str(error)
     graphs = item.replicas._gather.experimental_get_tracing_count()

@@ -1,4 +1,4 @@
-"""What is to be scored: a manifest, or the listing of a folder, without holding all of it in memory."""
+"""The rows to score, from a manifest or the listing of a folder, with only ids and paths in memory."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ray_cxr.data import manifest as manifests
 from ray_cxr.data.ranges import group_by_archive
 from ray_cxr.storage import atomic
 
-#: Row groups of the frozen input: of so many rows at least, and about so many at most. A worker reads the groups of its
-#: own rows and, each time, the file's footer, which grows with their number.
+#: Row groups of the frozen input: at least 8,192 rows each, and about 1,000 groups at most. For each task a worker
+#: reads the groups of its rows and the file's footer, which grows with the number of groups.
 _GROUP_ROWS, _MAX_GROUPS = 8192, 1000
 
 
-@dataclass(frozen=True)
-class Source:
+@dataclass
+class InputRows:
     """The rows of a run, in the order of reading.
 
     Attributes:
         ids, paths: string [n].
         digest: of all columns, see `manifest.digest`.
-        notes: what a folder holds besides its images, in sentences.
-        freeze: writes all columns to a Parquet file with row groups of so many rows.
+        notes: sentences about files in a folder that are not images.
+        freeze: writes all columns to a Parquet file with row groups of the given size.
     """
 
     ids: pa.ChunkedArray
@@ -38,41 +38,46 @@ class Source:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def release(self) -> None:
+        """Free all columns but the ids."""
+        self.paths = pa.chunked_array([], pa.string())
+        self.freeze = lambda path, rows: None
+
 
 def group_rows(rows: int, rows_per_file: int) -> int:
-    """Rows of a row group of the frozen input: whole ranges, so that a worker reads its own rows and few others."""
+    """Return the rows per row group of the frozen input: whole ranges, so that a worker reads few rows of others."""
     return rows_per_file * -(-max(_GROUP_ROWS, rows // _MAX_GROUPS) // rows_per_file)
 
 
-def of_manifest(path: str | Path) -> Source:
-    """A manifest's rows.
+def read_manifest(path: str | Path) -> InputRows:
+    """Read the rows of a manifest.
 
     Raises:
-        TableError: it is none.
+        TableError: the file is not a manifest.
     """
     with manifests.open_manifest(path) as file:
         paths = file.column("path")
         if any(pc.any(pc.match_substring(part, "::")).as_py() for part in paths.chunks):
-            return of_table(file.read())
+            return from_table(file.read())
         ids = file.column("image_id")
         notes = manifests.listing_notes(pa.schema([], metadata=file.metadata).empty_table())
         digest = file.digest({"image_id": ids, "path": paths})
-        return Source(ids, paths, digest, notes, lambda to, rows: _freeze_file(path, to, rows))
+        return InputRows(ids, paths, digest, notes, lambda to, rows: _copy_manifest(path, to, rows))
 
 
-def of_folder(location: str) -> Source:
-    """The pictures below a folder or URI, as they are now.
+def list_folder(location: str) -> InputRows:
+    """List the images below a folder or URI.
 
     Raises:
-        InputError: no such folder, or no pictures in it.
+        InputError: the folder is missing or holds no images.
     """
-    return of_table(manifests.manifest_of_images(location))
+    return from_table(manifests.manifest_of_images(location))
 
 
-def of_table(table: pa.Table) -> Source:
-    """A manifest in memory; rows inside archives are moved together."""
+def from_table(table: pa.Table) -> InputRows:
+    """Return the rows of a manifest in memory, with the rows of each archive moved together."""
     table = group_by_archive(table)
-    return Source(
+    return InputRows(
         table["image_id"],
         table["path"],
         manifests.digest(table),
@@ -81,6 +86,6 @@ def of_table(table: pa.Table) -> Source:
     )
 
 
-def _freeze_file(path: str | Path, to: Path, rows: int) -> None:
+def _copy_manifest(path: str | Path, to: Path, rows: int) -> None:
     with manifests.open_manifest(path) as file:
         atomic.write(to, lambda part: file.copy(part, rows))

@@ -1,0 +1,305 @@
+"""The workers of `score`: decode the images of ranges, run the model, write one file per range.
+
+    paths, or members of an archive in its order
+      -> threads, each with a decoder in a child process      uint8[S,S], in order, up to a bounded number ahead
+      -> batches -> the model, several batches in flight      float32[F] and features
+      -> one Parquet file per range, when its last row has a result
+
+An actor works on two ranges at once: the second starts to decode when the first has nothing left to read, so that
+neither the decoders nor the model run idle in between.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import hmac
+import json
+import queue
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import pyarrow as pa
+
+from ray_cxr import telemetry
+from ray_cxr.errors import from_record
+from ray_cxr.evaluation import quality
+from ray_cxr.imaging.sandbox import DecodedImage, Failure
+from ray_cxr.models import predictions
+from ray_cxr.models.runtime import Outputs, Runtime
+from ray_cxr.scoring.pool import PoolActor
+from ray_cxr.scoring.ranges import (
+    ERRORS_KEY,
+    RUN_KEY,
+    RangeState,
+    RowLocation,
+    ScoreJob,
+    ScoreTask,
+    TaskResult,
+    fill_ranges,
+    load_ranges,
+    part_path,
+)
+from ray_cxr.scoring.reader import ImageReader
+from ray_cxr.storage import atomic
+from ray_cxr.tasks import SUCCESS, encode_error, sanitize_error
+
+#: Fields of a DICOM header that fill in what the input leaves open.
+_TAGS = ("patient_id", "study_id", "age", "sex", "view")
+
+#: Seconds that a batch took. A queue, because a future wakes its waiters before it runs its callbacks.
+LatencyQueue = queue.SimpleQueue[float]
+
+
+class _Batch(NamedTuple):
+    members: list[RowLocation]
+    images: np.ndarray
+    outputs: Future[Outputs]
+    latency: LatencyQueue
+
+
+class Scorer:
+    """A loaded model; several threads can call `score` at once.
+
+    Attributes:
+        first_at: when the first batch was scored, seconds since the epoch; 0 before that.
+    """
+
+    def __init__(self, job: ScoreJob, threads: int) -> None:
+        bundle = job.load_bundle()
+        self.job, self.rules, self.quality = job, bundle.rules, bundle.quality
+        self.runtime: Runtime = bundle.open_runtime(
+            job.precision, batch_size=job.batch_size, threads=threads, gpu=job.use_gpu
+        )
+        self.first_at = 0.0
+
+    def score(
+        self, states: Sequence[RangeState], outcomes: Iterable[tuple[RowLocation, DecodedImage | Failure]]
+    ) -> TaskResult:
+        """Score images, in any order, and write each range when its last row has a result."""
+        files = list(fill_ranges(states, outcomes, ScoreWriter(self, states)))
+        return TaskResult([index for index, _ in files], sum(rows for _, rows in files), first_at=self.first_at)
+
+
+class ScoreWriter:
+    """Runs batches of a task's images through the model and writes a file of scores per range."""
+
+    def __init__(self, scorer: Scorer, states: Sequence[RangeState]) -> None:
+        self._scorer, self._states = scorer, states
+        findings, size = len(scorer.rules.findings), scorer.job.spec.size
+        self._probabilities = {i: np.zeros((len(s.rows), findings), np.float32) for i, s in enumerate(states)}
+        self._flags: dict[int, list[str | None]] = {i: [None] * len(s.rows) for i, s in enumerate(states)}
+        self._images = np.empty((scorer.job.batch_size, size, size), np.uint8)
+        self._members: list[RowLocation] = []
+        self._running: deque[_Batch] = deque()
+
+    def add(self, location: RowLocation, image: DecodedImage) -> Iterator[RowLocation]:
+        self._images[len(self._members)] = image.images[0]
+        self._members.append(location)
+        if len(self._members) == len(self._images):
+            self._launch()
+        while self._running and self._running[0].outputs.done():
+            yield from self._settle()
+
+    def finish(self) -> Iterator[RowLocation]:
+        if self._members:
+            self._launch()
+        while self._running:
+            yield from self._settle()
+
+    def _launch(self) -> None:
+        images, latency, start = self._images[: len(self._members)].copy(), LatencyQueue(), time.monotonic()
+        future = self._scorer.runtime.submit(images)
+        future.add_done_callback(lambda _: latency.put(time.monotonic() - start))
+        self._running.append(_Batch(self._members, images, future, latency))
+        self._members = []
+
+    def _settle(self) -> list[RowLocation]:
+        """Store the results of the oldest batch."""
+        batch = self._running.popleft()
+        outputs = batch.outputs.result()
+        telemetry.inferred("score", batch.latency.get())
+        self._scorer.first_at = self._scorer.first_at or time.time()
+        model = self._scorer.quality
+        flags = (
+            [None] * len(batch.members)
+            if model is None
+            else quality.judge_images(model, batch.images, outputs.features)
+        )
+        for (part, row), probabilities, flag in zip(batch.members, outputs.probabilities, flags, strict=True):
+            self._probabilities[part][row], self._flags[part][row] = probabilities, flag
+        return batch.members
+
+    def flush(self, part: int) -> tuple[int, int]:
+        """Write a range; return its number and how many rows were scored now."""
+        state, job = self._states[part], self._scorer.job
+        rows = _add_tags(state.rows, state.tags, None if job.key is None else job.key.value)
+        result = predictions.assemble(
+            rows, self._probabilities.pop(part), state.failures, self._scorer.rules, self._flags.pop(part)
+        )
+        scored = len(result)
+        if state.previous is not None and state.retried is not None:
+            # Row numbers in the previous table followed by the new one.
+            position = np.arange(len(state.previous))
+            position[state.retried] = len(state.previous) + np.arange(scored)
+            result = pa.concat_tables([state.previous, result]).take(pa.array(position))
+        job.check_run()
+        errors = len(result) - result["error_code"].null_count
+        # Metadata lets the driver count errors without reading a column.
+        result = result.replace_schema_metadata({RUN_KEY: job.run, ERRORS_KEY: str(errors)})
+        atomic.write_parquet(result, part_path(job.folder, state.index), compression="zstd")
+        telemetry.wrote(telemetry.IMAGES_SCORED, "score", scored, (code for code, _ in state.failures.values()))
+        return state.index, scored
+
+
+def _add_tags(rows: pa.Table, tags: dict[int, Any], key: bytes | None) -> pa.Table:
+    """Fill missing values from DICOM headers; ids become pseudonyms if there is a key."""
+    if not tags:
+        return rows
+    for name in _TAGS:
+        values = rows[name].to_pylist()
+        for row, fields in tags.items():
+            value = fields.get(name)
+            if values[row] is None and value is not None:
+                values[row] = make_pseudonym(key, value) if key is not None and name.endswith("_id") else value
+        rows = rows.set_column(rows.column_names.index(name), name, pa.array(values, rows.schema.field(name).type))
+    return rows
+
+
+def make_pseudonym(key: bytes, value: str) -> str:
+    """Return 32 hex digits of HMAC-SHA256: one id per patient, irreversible without the key."""
+    return hmac.new(key, value.encode("utf-8"), hashlib.sha256).hexdigest()[:32]
+
+
+class ScoreActor(PoolActor):
+    """Decodes and scores in one actor: fastest on CPUs, because no image passes through Ray's object store."""
+
+    def open(self, job: ScoreJob, cpus: int) -> None:
+        self._job = job
+        self._reader = ImageReader(job, cpus)
+        self._scorer = Scorer(job, cpus)
+
+    def run(self, row: dict[str, Any]) -> TaskResult:
+        states = load_ranges(self._job, ScoreTask.from_row(row))
+        return self._scorer.score(states, self._reader.iter_images(states))
+
+
+# ---------------------------------------------------------------- decoding in tasks of its own, for GPUs
+
+
+@dataclass
+class DecodedRange:
+    """The decoded images of one range, as they travel from a decoding task to a `ModelActor`.
+
+    Attributes:
+        task: one range.
+        positions: rows of the range that were read.
+        images: uint8 [n*S*S], zeros for failures.
+        failures: row, code and message.
+        tags: row and `_TAGS`. Lists of texts, because Arrow would make another schema of each dictionary.
+    """
+
+    task: ScoreTask
+    positions: list[int]
+    images: bytes
+    failures: list[list[str]]
+    tags: list[list[str]]
+
+    def to_row(self) -> dict[str, Any]:
+        columns = {name: value for name, value in vars(self).items() if name != "task"}
+        return {**self.task.to_row(), **columns, **SUCCESS}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Self:
+        """Rebuild a range.
+
+        Raises:
+            RayCxrError: the decoding task failed.
+        """
+        if row["error"]:
+            raise from_record(json.loads(row["error"]))
+        columns = (row[name] for name in ("positions", "images", "failures", "tags"))
+        return cls(ScoreTask.from_row(row), *columns)
+
+    def iter_outcomes(self, size: int) -> Iterator[tuple[RowLocation, DecodedImage | Failure]]:
+        """Yield the image or failure of every row."""
+        images = np.frombuffer(self.images, np.uint8).reshape(-1, size, size)
+        failures = {int(row): (code, message) for row, code, message in self.failures}
+        tags: dict[int, dict[str, Any]] = {}
+        for row, *texts in self.tags:
+            fields: dict[str, Any] = {name: text or None for name, text in zip(_TAGS, texts, strict=True)}
+            tags[int(row)] = {**fields, "age": None if fields["age"] is None else float(fields["age"])}
+        for i, image in enumerate(images):
+            found = tags.get(i)
+            outcome = Failure(*failures[i], found) if i in failures else DecodedImage((image,), found)
+            yield RowLocation(0, i), outcome
+
+
+def decode_task(row: dict[str, Any], job: ScoreJob) -> Iterator[dict[str, Any]]:
+    """Decode the images of a task's ranges in a Ray task of one CPU; yield a `DecodedRange` row per range."""
+    try:
+        task = ScoreTask.from_row(row)
+        states = load_ranges(job, task)
+        yield from fill_ranges(states, _open_reader(job).iter_images(states), DecodedWriter(job, task, states))
+    except Exception as error:
+        empty = DecodedRange(ScoreTask((), False), [], b"", [], [])
+        yield {**empty.to_row(), **encode_error(sanitize_error(error, "score"))}
+    finally:
+        telemetry.flush()
+
+
+@functools.lru_cache(maxsize=1)
+def _open_reader(job: ScoreJob) -> ImageReader:
+    """Return the reader that all tasks of a worker process share."""
+    return ImageReader(job, 1)
+
+
+class DecodedWriter:
+    """Collects the images of each range into one array."""
+
+    def __init__(self, job: ScoreJob, task: ScoreTask, states: Sequence[RangeState]) -> None:
+        self._task, self._states = task, states
+        size = job.spec.size
+        self._images = {i: np.zeros((len(s.rows), size, size), np.uint8) for i, s in enumerate(states)}
+
+    def add(self, location: RowLocation, image: DecodedImage) -> tuple[RowLocation]:
+        self._images[location.part][location.row] = image.images[0]
+        return (location,)
+
+    def finish(self) -> tuple[()]:
+        return ()
+
+    def flush(self, part: int) -> dict[str, Any]:
+        state = self._states[part]
+        (one,) = (one for one in self._task.ranges if one.index == state.index)
+        retried = np.ones(one.rows, bool) if state.retried is None else state.retried
+        return DecodedRange(
+            replace(self._task, ranges=(one,)),
+            np.flatnonzero(retried).tolist(),
+            self._images.pop(part).tobytes(),
+            [[str(row), code, message] for row, (code, message) in state.failures.items()],
+            [[str(row), *(_to_text(tags.get(name)) for name in _TAGS)] for row, tags in state.tags.items()],
+        ).to_row()
+
+
+def _to_text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+class ModelActor(PoolActor):
+    """Scores images that other tasks decoded: on a GPU, or on CPUs with decode=apart."""
+
+    def open(self, job: ScoreJob, cpus: int) -> None:
+        self._job = job
+        self._scorer = Scorer(job, cpus)
+
+    def run(self, row: dict[str, Any]) -> TaskResult:
+        decoded = DecodedRange.from_row(row)
+        # Exactly the rows that were decoded, even if the file has changed since.
+        states = load_ranges(self._job, decoded.task, decoded.positions)
+        return self._scorer.score(states, decoded.iter_outcomes(self._job.spec.size) if states else ())

@@ -1,0 +1,216 @@
+"""The first step of `score`: check the request and find out what is left to do, without Ray and without writing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_cxr.data.ranges import Range, Unit, first_location, plan_units
+from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError
+from ray_cxr.models.bundle import Bundle, load_bundle
+from ray_cxr.models.runtime import TOLERANCE, choose_precision
+from ray_cxr.scoring import heatmaps, inputs
+from ray_cxr.scoring.actors import make_pseudonym
+from ray_cxr.scoring.heatmaps import HeatMapReport, HeatMapRequest
+from ray_cxr.scoring.ranges import INPUT, SCORES, ScoreTask, Secret, list_parts, part_path
+from ray_cxr.scoring.request import ScoreReport, ScoreRequest
+from ray_cxr.storage import remote, run_folder
+from ray_cxr.storage.paths import make_absolute
+
+KIND = "score"
+_REMEDY = "use --fresh to start over, or choose another --out"
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """What a run has to do.
+
+    Attributes:
+        out: folder of the scores.
+        rows: the whole input, rows beyond `limit` included.
+        units: ranges of the rows to score, grouped by archive.
+        written: numbers of ranges that have a file.
+        tasks: ranges to score.
+        to_draw: numbers of ranges with scores but without the requested maps.
+        first_image: location of the first image, or of its archive.
+        settings: contents of settings.json, which a later run must agree with.
+        drawing: the requested maps; None: no maps.
+        key: secret for pseudonyms.
+    """
+
+    request: ScoreRequest
+    bundle: Bundle
+    out: Path
+    rows: inputs.InputRows
+    units: list[Unit]
+    written: set[int]
+    tasks: list[ScoreTask]
+    to_draw: set[int]
+    first_image: str | None
+    settings: dict[str, Any]
+    drawing: HeatMapRequest | None
+    key: Secret | None
+
+    @property
+    def ranges(self) -> list[Range]:
+        return [one for unit in self.units for one in unit.ranges]
+
+    @property
+    def n_rows(self) -> int:
+        return int(self.settings["rows"])
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything must be scored or drawn, which needs Ray."""
+        return bool(self.tasks or self.to_draw)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether an earlier run completed everything."""
+        return not self.has_work and not self.request.fresh and run_folder.is_complete(self.out)
+
+    def check_run(self) -> None:
+        """Raise `OutputError` if `out` holds a run with other settings."""
+        run_folder.check_run(self.out, self.settings, remedy=_REMEDY)
+
+
+def plan_run(request: ScoreRequest) -> ScorePlan:
+    """Check a request and return what is left to do.
+
+    Raises:
+        InputError: the bundle, the input or a setting is wrong, or `out` holds another run.
+    """
+    settings, out = request.settings, remote.path(request.out)
+    bundle = load_bundle(request.model)
+    drawing = None if request.heatmaps is None else heatmaps.make_request(bundle, settings, request.heatmaps)
+    started_with = {} if request.fresh else run_folder.read_settings(out)
+    requested = settings.precision
+    if requested == "auto" and started_with.get("precision") in TOLERANCE:
+        # A run continues with the precision it started with, on any machine.
+        requested = started_with["precision"]
+    precision = choose_precision(bundle.info, requested, gpu=request.use_gpu)
+    key = _read_key(settings.pseudonym_key)
+    images = None if request.images is None else make_absolute(request.images)
+    if request.manifest is not None:
+        rows = inputs.read_manifest(request.manifest)
+    elif started_with.get("images") == images and (out / INPUT).exists():
+        # The folder may have changed since; the run continues with the images it started with.
+        rows = inputs.read_manifest(out / INPUT)
+    else:
+        rows = inputs.list_folder(str(request.images))
+    n_rows = min(len(rows), request.limit or len(rows))
+    if not n_rows:
+        raise ConfigError(f"score: {request.origin}: holds no rows to score")
+    wanted = {
+        "kind": KIND,
+        "format": 2,
+        "model_digest": bundle.digest,
+        "precision": precision,
+        "images": images,
+        "input_digest": rows.digest,
+        "rows": n_rows,
+        "rows_per_file": settings.rows_per_file,
+        "max_pixels": settings.max_pixels,
+        # Differs between keys without revealing them.
+        "pseudonyms": None if key is None else make_pseudonym(key.value, "ray_cxr"),
+    }
+    if request.fresh:
+        run_folder.refuse_foreign(out, KIND)
+    else:
+        run_folder.check_run(out, wanted, remedy=_REMEDY)
+    units = plan_units(rows.paths.slice(0, n_rows), settings.rows_per_file)
+    written = set() if request.fresh else list_parts(out / SCORES)
+    to_draw: set[int] = set()
+    if drawing is not None:
+        to_draw = {one.index for unit in units for one in unit.ranges}
+        if not request.fresh and run_folder.has_settings(out):
+            run = run_folder.digest_settings(out)
+            to_draw = heatmaps.find_pending(out, to_draw, run, drawing, retry=request.retry_errors)
+    return ScorePlan(
+        request,
+        bundle,
+        out,
+        rows,
+        units,
+        written,
+        list(_make_tasks(out, units, written, retry_errors=request.retry_errors)),
+        to_draw,
+        first_location(rows.paths),
+        wanted,
+        drawing,
+        key,
+    )
+
+
+def preview_run(plan: ScorePlan) -> ScoreReport:
+    """Return the report of a dry run: counts of rows to score and of rows without maps."""
+    report = ScoreReport(rows=plan.n_rows, notes=plan.rows.notes)
+    for task in plan.tasks:
+        if task.retry:
+            count = sum(_count_retryable([part_path(plan.out, one.index) for one in task.ranges]))
+        else:
+            count = sum(one.rows for one in task.ranges)
+        report.counts["to score"] += count
+    if plan.drawing is not None:
+        to_draw = plan.to_draw.union(one.index for task in plan.tasks for one in task.ranges)
+        rows = sum(one.rows for one in plan.ranges if one.index in to_draw)
+        report.heatmaps = HeatMapReport(plan.drawing.count, to_draw=rows)
+    return report
+
+
+def read_part(part: Path, file: pa.NativeFile | None, columns: list[str]) -> pa.Table:
+    """Read columns of a file of scores.
+
+    Raises:
+        OutputError: the file is missing or damaged.
+    """
+    try:
+        if file is None:
+            raise FileNotFoundError
+        # `read_table` takes two to three times as long for small files.
+        with pq.ParquetFile(file) as opened:
+            return opened.read(columns=columns, use_threads=False)
+    except (OSError, pa.ArrowException):
+        raise OutputError(f"{part}: missing or damaged; remove it and run score again") from None
+
+
+def _read_key(path: str | None) -> Secret | None:
+    """Read the key for pseudonyms.
+
+    Raises:
+        ConfigError: the file cannot be read, or is shorter than 16 bytes.
+    """
+    if path is None:
+        return None
+    try:
+        key = Path(path).read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"pseudonym_key {path}: {error.strerror}; name a file that holds a secret") from None
+    if len(key) < 16:
+        raise ConfigError(f"pseudonym_key {path}: holds {len(key)} bytes; use at least 16, which cannot be guessed")
+    return Secret(key)
+
+
+def _make_tasks(out: Path, units: list[Unit], written: set[int], *, retry_errors: bool) -> Iterator[ScoreTask]:
+    """Yield one task per unit for the ranges without a file, then one for those with retryable errors."""
+    for unit in units:
+        if missing := tuple(one for one in unit.ranges if one.index not in written):
+            yield ScoreTask(missing, retry=False)
+    if retry_errors:
+        numbers = sorted(written)
+        errors = dict(zip(numbers, _count_retryable([part_path(out, index) for index in numbers]), strict=True))
+        for unit in units:
+            if failed := tuple(one for one in unit.ranges if errors.get(one.index)):
+                yield ScoreTask(failed, retry=True)
+
+
+def _count_retryable(parts: list[Path]) -> Iterator[int]:
+    """Yield the number of rows with a retryable error, per file."""
+    for part, file in zip(parts, remote.contents(parts), strict=True):
+        codes = read_part(part, file, ["error_code"])["error_code"].to_pylist()
+        yield sum(code in RETRYABLE_CODES for code in codes)

@@ -1,0 +1,264 @@
+"""Actor pools of Ray Data: their size, their errors, and the retry of ranges that were lost with an actor."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ray_cxr import cluster
+from ray_cxr.config import ScoreSettings
+from ray_cxr.data.ranges import Range
+from ray_cxr.errors import ConfigError, RayCxrError
+from ray_cxr.progress import Progress
+from ray_cxr.scoring.ranges import ScoreTask, TaskResult, list_parts, part_name
+from ray_cxr.storage import remote
+from ray_cxr.tasks import MAX_LOST_PER_WORKER, poll, run_with_retries, sanitize_error
+
+#: More CPUs per actor bring little; more actors do.
+MAX_CPUS_PER_ACTOR = 4
+#: Maximum number of restarts per actor.
+MAX_RESTARTS = 30
+
+
+@dataclass(frozen=True)
+class ActorPlan:
+    """The pool that fits the cluster.
+
+    Attributes:
+        actors: number of actors.
+        cpus, gpus: of each actor.
+        in_flight: tasks per actor. With two, one is read while the other's last images are scored.
+        decode_apart: whether tasks of one CPU decode, instead of the actors.
+    """
+
+    actors: int
+    cpus: int
+    gpus: int = 0
+    in_flight: int = 2
+    decode_apart: bool = False
+
+
+def plan_scoring(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
+    """Return the pool that scores with the CPUs and GPUs of the running cluster.
+
+    Raises:
+        ConfigError: the cluster lacks the CPUs or GPUs, or the settings contradict each other.
+    """
+    cpus, gpus = _list_resource("CPU"), _list_resource("GPU")
+    if use_gpu:
+        if settings.decode == "inside":
+            raise ConfigError("decode=inside: cannot be combined with --gpu; remove one of them")
+        _require_gpu(gpus)
+        if sum(cpus) < 1:
+            raise ConfigError("--gpu: Ray has no CPU to decode images; add one to the cluster")
+        # The actors hold no CPU, so that decoding tasks always get one.
+        return ActorPlan(int(sum(gpus)), cpus=0, gpus=1, decode_apart=True)
+    if settings.decode == "apart":
+        if sum(cpus) < 2:
+            raise ConfigError("decode=apart: needs 2 CPUs, one for the model and one to decode; use decode=inside")
+        return ActorPlan(1, cpus=1, decode_apart=True)
+    return ActorPlan(*fit_actors(cpus, settings.cpus_per_actor, n_tasks))
+
+
+def plan_drawing(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
+    """Return the pool that draws heat maps; its actors decode for themselves.
+
+    Raises:
+        ConfigError: the cluster lacks the CPUs or GPUs.
+    """
+    cpus, gpus = _list_resource("CPU"), _list_resource("GPU")
+    if not use_gpu:
+        return ActorPlan(*fit_actors(cpus, settings.cpus_per_actor, n_tasks), in_flight=1)
+    _require_gpu(gpus)
+    per_gpu = min(int(cpu // gpu) for cpu, gpu in zip(cpus, gpus, strict=True) if gpu >= 1)
+    return ActorPlan(min(int(sum(gpus)), n_tasks), min(MAX_CPUS_PER_ACTOR, per_gpu), gpus=1, in_flight=1)
+
+
+def _list_resource(name: str) -> list[float]:
+    return [float(node["Resources"].get(name, 0)) for node in cluster.list_nodes()]
+
+
+def _require_gpu(gpus: Sequence[float]) -> None:
+    if sum(gpus) < 1:
+        hint = cluster.hint_at_head("GPU")
+        raise ConfigError(f"--gpu: Ray has no GPU; remove --gpu, or connect to a cluster with GPUs{hint}")
+
+
+def fit_actors(node_cpus: Sequence[float], cpus_per_actor: int | None, n_tasks: int) -> tuple[int, int]:
+    """Return how many actors fit on the nodes, and their CPUs; both at least 1.
+
+    Actors may hold all CPUs: the driver, not read tasks, supplies the ranges. (With read tasks, such a pool would wait
+    for a CPU forever.)
+
+    Raises:
+        ConfigError: no node has a CPU, or none has `cpus_per_actor`.
+    """
+    sizes = [int(cpus) for cpus in node_cpus if cpus >= 1]
+    if not sizes:
+        raise ConfigError("score: Ray has no node with a CPU")
+    cpus_per_actor = cpus_per_actor or min(MAX_CPUS_PER_ACTOR, *sizes)
+    fitting = sum(cpus // cpus_per_actor for cpus in sizes)
+    if not fitting:
+        raise ConfigError(f"score: cpus_per_actor={cpus_per_actor}: the largest node has {max(sizes)} CPUs; lower it")
+    return max(1, min(fitting, n_tasks)), cpus_per_actor
+
+
+class PoolActor:
+    """Base of the actors: returns errors as results, those of its start with the first task.
+
+    Subclasses implement `open`, which gets the arguments of the constructor, and `run`.
+    """
+
+    command = "score"
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._created_at = time.time()
+        self._error: RayCxrError | None = None
+        try:
+            self.open(*arguments, **options)
+        except Exception as error:
+            self._error = sanitize_error(error, self.command)
+        self._ready_at = time.time()
+
+    def open(self, *arguments: Any, **options: Any) -> None:
+        raise NotImplementedError
+
+    def run(self, row: dict[str, Any]) -> TaskResult:
+        raise NotImplementedError
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        if self._error is not None:
+            return TaskResult(error=self._error).to_row()
+        try:
+            result = self.run(row)
+        except Exception as error:
+            return TaskResult(error=sanitize_error(error, self.command)).to_row()
+        return replace(result, created_at=self._created_at, ready_at=self._ready_at).to_row()
+
+
+def map_by_actors(dataset: Any, actor: type[PoolActor], arguments: dict[str, Any], plan: ActorPlan, limit: int) -> Any:
+    """Return a Ray dataset that sends each row through a pool of actors.
+
+    Args:
+        arguments: of the actor's constructor.
+        limit: maximum number of actors when nodes join.
+    """
+    import ray
+
+    with warnings.catch_warnings():
+        # Ray 2.60 deprecates `ray_remote_args_fn` without a replacement; pyproject.toml holds Ray below 2.61.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args_fn", category=Warning)
+        mapped = dataset.map(
+            actor,
+            fn_constructor_kwargs=arguments,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1,
+                initial_size=plan.actors,
+                max_size=max(plan.actors, limit),
+                max_tasks_in_flight_per_actor=plan.in_flight,
+                max_concurrent_calls_per_actor=plan.in_flight,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=plan.cpus,
+            num_gpus=plan.gpus,
+            ray_remote_args_fn=_limit_restarts,
+        )
+    # Lost tasks are skipped here and retried by `run_with_retries`. An actor that keeps dying ends the round.
+    mapped.context.max_errored_blocks = MAX_LOST_PER_WORKER * plan.actors
+    # The pool grows when its actors are busy and a node joins; it never shrinks.
+    scaling = mapped.context.autoscaling_config
+    scaling.actor_pool_util_upscaling_threshold, scaling.actor_pool_util_downscaling_threshold = 0.9, 0.0
+    return mapped
+
+
+def _limit_restarts() -> dict[str, Any]:
+    # By default Ray Data restarts an actor without limit. Its lost task goes to any actor, because the lost node may
+    # never come back.
+    return {"max_restarts": MAX_RESTARTS, "max_task_retries": 0}
+
+
+def run_tasks(
+    tasks: Sequence[ScoreTask],
+    build_dataset: Callable[[list[dict[str, Any]]], Any],
+    is_done: Callable[[ScoreTask, int], bool],
+) -> Iterator[TaskResult]:
+    """Run tasks, and retry ranges that were lost with an actor.
+
+    Args:
+        build_dataset: makes a Ray dataset of the rows of tasks; its rows are those of `TaskResult`.
+        is_done: whether a range of a task has its file although no result reported it.
+
+    Raises:
+        RayCxrError: an error that a task returned; or actors keep dying.
+    """
+
+    def find_pending(rows: list[dict[str, Any]], done: set[int]) -> list[dict[str, Any]]:
+        pending = []
+        for task in map(ScoreTask.from_row, rows):
+            left = tuple(one for one in task.ranges if one.index not in done and not is_done(task, one.index))
+            if left:
+                pending.append(replace(task, ranges=left).to_row())
+        return pending
+
+    for row in run_with_retries([task.to_row() for task in tasks], build_dataset, find_pending):
+        yield TaskResult.from_row(row)
+
+
+@contextlib.contextmanager
+def show_files(
+    title: str,
+    folder: Path,
+    ranges: Sequence[Range],
+    finished: set[int],
+    count_errors: Callable[[pa.NativeFile | None], int | None],
+    command: str = "score",
+) -> Iterator[None]:
+    """Show the rows of output files, as the files appear, while the block runs.
+
+    Args:
+        title: start of the progress lines.
+        ranges: all ranges of the run.
+        finished: numbers of ranges whose files stay as they are.
+        count_errors: returns the errors in a file; None if the file is incomplete.
+        command: name in warnings.
+    """
+    rows = {one.index: one.rows for one in ranges}
+    seen = set(finished)
+
+    def read_files(indices: set[int]) -> Iterator[tuple[int, int | None]]:
+        files = remote.contents(folder / part_name(index) for index in indices)
+        yield from ((index, count_errors(file)) for index, file in zip(indices, files, strict=True))
+
+    # A file that is written again counts when it has changed.
+    stamps = {index: _read_stamp(folder / part_name(index)) for index in list_parts(folder) - seen}
+    total = sum(count or 0 for _, count in read_files(finished))
+    progress = Progress(title, sum(rows.values()), done=sum(rows[index] for index in finished))
+
+    def update() -> bool:
+        nonlocal total
+        known = len(seen)
+        new = (list_parts(folder) - seen) & rows.keys()
+        new = {i for i in new if i not in stamps or stamps[i] != _read_stamp(folder / part_name(i))}
+        for index, count in read_files(new):
+            if count is not None:
+                total += count
+                seen.add(index)
+                progress.advance(rows[index], f"{total:,} errors")
+        return len(seen) > known
+
+    with progress, poll(update, command):
+        yield
+
+
+def _read_stamp(path: Path) -> tuple[int, float] | None:
+    with contextlib.suppress(OSError):
+        info = path.stat()
+        return info.st_ino, info.st_mtime
+    return None

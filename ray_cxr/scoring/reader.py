@@ -1,0 +1,113 @@
+"""Read and decode the images of ranges, ahead of the model and in bounded memory."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from ray_cxr import telemetry
+from ray_cxr.config import InputSpec
+from ray_cxr.errors import ImageError
+from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
+from ray_cxr.scoring.ranges import RangeState, RowLocation, ScoreJob
+from ray_cxr.storage.archives import read_members
+from ray_cxr.storage.paths import split_member
+
+#: Images decoded ahead of the model: at least 32, and two batches.
+IMAGES_AHEAD, BATCHES_AHEAD = 32, 2
+#: Bytes of archive members that wait for a decoder.
+BYTES_AHEAD = 256 * 1024 * 1024
+
+#: The path of an image, or its contents.
+ImageSource = str | bytes | None
+
+
+class ImageReader:
+    """Decoders in child processes, each with a thread that waits for it.
+
+    Args:
+        decoders: number of child processes.
+        specs: further sizes to make of each image, after the model's own.
+        command: label of the metrics.
+    """
+
+    def __init__(self, job: ScoreJob, decoders: int, specs: Sequence[InputSpec] = (), command: str = "score") -> None:
+        self._settings, self._command = job.settings, command
+        self._specs = (job.spec, *specs)
+        self._local = threading.local()
+        self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
+        self._ahead = max(IMAGES_AHEAD, BATCHES_AHEAD * job.batch_size) + decoders
+        self._turn = threading.Lock()
+        # The children start while the model is being compiled.
+        barrier = threading.Barrier(decoders)
+        for _ in range(decoders):
+            self._pool.submit(self._start_decoder, barrier)
+
+    def iter_images(self, states: Sequence[RangeState]) -> Iterator[tuple[RowLocation, DecodedImage | Failure]]:
+        """Yield the image or failure of every row: single files in order, an archive's in the archive's order."""
+        ahead: deque[tuple[RowLocation, int, Future[DecodedImage | Failure]]] = deque()
+        waiting_bytes = 0
+        # One caller at a time: two that read side by side would end together and leave the model idle.
+        with self._turn:
+            for location, source in _iter_sources(states):
+                size = len(source) if isinstance(source, bytes) else 0
+                waiting_bytes += size
+                if isinstance(source, ImageError):
+                    future: Future[DecodedImage | Failure] = Future()
+                    future.set_result(Failure(source.code, source.message, None))
+                else:
+                    future = self._pool.submit(self._load, source)
+                ahead.append((location, size, future))
+                while len(ahead) >= self._ahead or (waiting_bytes > BYTES_AHEAD and ahead):
+                    first, size, future = ahead.popleft()
+                    waiting_bytes -= size
+                    yield first, future.result()
+        while ahead:
+            first, _, future = ahead.popleft()
+            yield first, future.result()
+
+    def _start_decoder(self, barrier: threading.Barrier) -> None:
+        barrier.wait()  # so that each thread of the pool makes one call
+        self._get_decoder().start()
+
+    def _get_decoder(self) -> Decoder:
+        """Return the calling thread's decoder."""
+        if not hasattr(self._local, "decoder"):
+            settings = self._settings
+            self._local.decoder = Decoder(
+                self._specs, max_pixels=settings.max_pixels, timeout_s=settings.decode_timeout_s, tags=True
+            )
+        decoder: Decoder = self._local.decoder
+        return decoder
+
+    def _load(self, source: ImageSource) -> DecodedImage | Failure:
+        decoder = self._get_decoder()
+        outcome = decoder.load(source)
+        if decoder.seconds:
+            telemetry.decoded(self._command, decoder.seconds)
+        return outcome
+
+
+def _iter_sources(states: Sequence[RangeState]) -> Iterator[tuple[RowLocation, ImageSource | ImageError]]:
+    """Yield the path of every row's image, or its bytes from an archive, in the order of reading."""
+    members: dict[str, dict[str, list[RowLocation]]] = {}
+    for part, state in enumerate(states):
+        for row, path in enumerate(state.rows["path"].to_pylist()):
+            inside = split_member(path)
+            if inside is None:
+                yield RowLocation(part, row), path
+            else:
+                members.setdefault(inside[0], {}).setdefault(inside[1], []).append(RowLocation(part, row))
+    for archive, wanted in members.items():
+        reason = ImageError("missing", "the archive holds no such member")
+        try:
+            for name, content in read_members(archive, frozenset(wanted)):
+                for location in wanted.pop(name):
+                    yield location, content
+        except ImageError as error:
+            reason = ImageError(error.code, f"the archive: {error.message}")
+        for locations in wanted.values():
+            for location in locations:
+                yield location, reason
