@@ -1,23 +1,23 @@
-"""How fast the intervals of a report are beside the loop that one would write oneself, in the same process and hour.
+"""Compare the speed of a report's intervals with a plain loop of scikit-learn, in the same process.
 
     .venv/bin/python benchmarks/evaluation.py --out speed.json
 
-Both take the same drawn images: as many as the official test set of ChestX-ray14 has, of as many patients, 14 findings
-as rare as there, half of the scores rounded so that some are tied. Both give, for each finding, 95% intervals of AUROC,
-average precision, the ROC curve at 101 false positive rates, sensitivity, specificity, PPV, NPV, F1, flag rate, PPV and
-NPV at an assumed prevalence, Brier score and expected calibration error, from resampled patients.
+Both use the same simulated images: as many images and patients as the official test set of ChestX-ray14, 14 findings as
+rare as there, and half of the scores rounded, so that some are tied. For each finding both compute 95% intervals of
+AUROC, average precision, the ROC curve at 101 false positive rates, sensitivity, specificity, PPV, NPV, F1, flag rate,
+PPV and NPV at an assumed prevalence, Brier score and expected calibration error, by resampling patients.
 
-    ours      `bootstrap_findings`, all resamples, with its default number of threads
-    sklearn   a plain loop on one thread: for each resample the rows of the drawn patients, for each finding
-              scikit-learn's functions on them; few resamples, and its time for all is extrapolated from their mean
-    areas     what the same loop spends on roc_auc_score and average_precision_score alone, and on picking the rows
+    ours      `bootstrap.bootstrap_findings`, all resamples, with its default number of threads
+    sklearn   a plain loop on one thread: for each resample the rows of the drawn patients, and for each finding
+              scikit-learn's functions on them; its time for all resamples is extrapolated from a few
+    areas     the part of that loop in roc_auc_score and average_precision_score, and in selecting the rows
 
-They take turns, and every round begins with the other. Before they are timed both compute a small case, where their
-intervals must be the same: a rival that computes something else is none. Memory is what the process holds at most
-during the first timed run of ours, less what it held before.
+They alternate, and every round starts with the other one. Before the timing both compute a small case, and their
+intervals must agree: a rival that computes something else does not count. Memory is the maximum during the first timed
+run of ours, minus the memory before it.
 
-With --report it also times `ray-cxr report` as a command, on as many drawn rows with labels, sex, age, view and
-follow-up, and 1024 x 1024 radiographs to show: everything from the start of Python to the last file.
+With --report it also times `ray-cxr report` as a command, on as many simulated rows with labels, sex, age, view and
+follow-up, and 1024 x 1024 radiographs to show: from the start of Python to the last file.
 
 Exit codes: 0 done, whether or not a bar is met; 1 the two disagree, or the report failed; 2 wrong arguments.
 """
@@ -26,25 +26,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from harness import (
+    POSITIVE,
+    BenchmarkError,
+    create_console,
+    create_parser,
+    format_bar,
+    interleave,
+    read_status,
+    run_command,
+    run_script,
+)
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from sklearn import metrics as sklearn_metrics
 
@@ -52,27 +58,21 @@ from ray_cxr.data import manifest
 from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.bootstrap import THREADS, BootstrapFindings, DerivedOutputs, bootstrap_findings
 from ray_cxr.labels import FINDINGS
-from ray_cxr.storage import atomic
-from ray_cxr.versions import versions
 
-#: Seconds that all intervals of the official test set may take.
+#: Bar for all intervals of the official test set, seconds.
 BAR_S = 60.0
-#: Seconds that a whole report of the same images may take.
+#: Bar for the whole report of the same images, seconds.
 REPORT_BAR_S = 90.0
-#: Largest difference between the two that rounding explains.
+#: Largest difference that rounding explains.
 SAME = 1e-9
 PREVALENCE = 0.05
 GRID = 101
 SCALARS = tuple(metric.key for metric in metrics.METRICS)
 
 
-class BenchmarkError(Exception):
-    """The contestants disagree; the message says where."""
-
-
 @dataclass(frozen=True)
 class Images:
-    """What both contestants are given: [n, F] each, and the patient of each image [n]."""
+    """The input of both contestants: arrays [n, F], and the patient of each image [n]."""
 
     labels: np.ndarray
     scores: np.ndarray
@@ -81,8 +81,8 @@ class Images:
     patients: np.ndarray
 
 
-def draw(images: int, patients: int, findings: int, seed: int = 0) -> Images:
-    """Images of patients with few and with many, findings from 24% down to 0.3%, an AUROC of about 0.76."""
+def simulate(images: int, patients: int, findings: int, seed: int = 0) -> Images:
+    """Simulate images of patients with few and with many, prevalences from 24% to 0.3%, and AUROCs of about 0.76."""
     rng = np.random.default_rng(seed)
     share = rng.gamma(0.7, size=patients)
     codes = np.concatenate([np.arange(patients), rng.choice(patients, images - patients, p=share / share.sum())])
@@ -92,11 +92,11 @@ def draw(images: int, patients: int, findings: int, seed: int = 0) -> Images:
     scores = (1.0 / (1.0 + np.exp(2.0 - x))).astype(np.float32)
     scores[:, ::2] = scores[:, ::2].round(3)
     flags = (scores >= np.quantile(scores, 0.8, axis=0)).astype(np.int8)
-    # As float64: scikit-learn would square the errors of float32 in float32.
+    # In float64, because scikit-learn would square the errors of float32 in float32.
     return Images(labels, scores, flags, scores.astype(np.float64), codes)
 
 
-def ours(images: Images, n_resamples: int, seed: int = 0) -> BootstrapFindings:
+def run_ours(images: Images, n_resamples: int, seed: int = 0) -> BootstrapFindings:
     return bootstrap_findings(
         images.labels,
         images.scores,
@@ -108,12 +108,12 @@ def ours(images: Images, n_resamples: int, seed: int = 0) -> BootstrapFindings:
     )
 
 
-def rival(images: Images, n_resamples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
-    """The plain loop.
+def run_rival(images: Images, n_resamples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
+    """Run the plain loop.
 
     Returns:
         Scalars float64 [n_resamples, F, quantities], sensitivities float64 [n_resamples, F, GRID], and the seconds
-        that went into the two areas and the rows.
+        spent on the two areas and the rows.
     """
     rng = np.random.default_rng(seed)
     count = int(images.patients.max()) + 1
@@ -123,58 +123,58 @@ def rival(images: Images, n_resamples: int, seed: int = 0) -> tuple[np.ndarray, 
     curves = np.full((n_resamples, findings, GRID), np.nan)
     spent = 0.0
     for number in range(n_resamples):
-        began = time.perf_counter()
+        started = time.perf_counter()
         rows = np.concatenate([rows_of[patient] for patient in rng.integers(0, count, count)])
-        spent += time.perf_counter() - began
+        spent += time.perf_counter() - started
         for f in range(findings):
             y, s = images.labels[rows, f], images.scores[rows, f]
             if y.min() != y.max():
-                began = time.perf_counter()
+                started = time.perf_counter()
                 scalars[number, f, 0] = sklearn_metrics.roc_auc_score(y, s)
                 scalars[number, f, 1] = sklearn_metrics.average_precision_score(y, s)
-                spent += time.perf_counter() - began
+                spent += time.perf_counter() - started
                 fpr, tpr, _ = sklearn_metrics.roc_curve(y, s)
                 curves[number, f] = np.interp(np.linspace(0, 1, GRID), fpr, tpr)
-            scalars[number, f, 2:] = rates(y, images.flags[rows, f], images.calibrated[rows, f])
+            scalars[number, f, 2:] = compute_rates(y, images.flags[rows, f], images.calibrated[rows, f])
     return scalars, curves, spent
 
 
-def rates(y: np.ndarray, flags: np.ndarray, p: np.ndarray) -> list[float]:
-    """What is left of `SCALARS` after the areas; NaN where undefined."""
+def compute_rates(y: np.ndarray, flags: np.ndarray, p: np.ndarray) -> list[float]:
+    """Return the values of `SCALARS` after the areas; NaN if undefined."""
     tn, fp, fn, tp = sklearn_metrics.confusion_matrix(y, flags, labels=[0, 1]).ravel().tolist()
 
-    def over(part: float, whole: float) -> float:
+    def divide(part: float, whole: float) -> float:
         return part / whole if whole else float("nan")
 
-    sensitivity, specificity = over(tp, tp + fn), over(tn, tn + fp)
+    sensitivity, specificity = divide(tp, tp + fn), divide(tn, tn + fp)
     hits, alarms = PREVALENCE * sensitivity, (1 - PREVALENCE) * (1 - specificity)
     misses, passes = PREVALENCE * (1 - sensitivity), (1 - PREVALENCE) * specificity
     error = metrics.expected_calibration_error(y, p)
     return [
         sensitivity,
         specificity,
-        over(tp, tp + fp),
-        over(tn, tn + fn),
+        divide(tp, tp + fp),
+        divide(tn, tn + fn),
         sklearn_metrics.f1_score(y, flags, zero_division=np.nan),
-        over(tp + fp, len(y)),
-        over(hits, hits + alarms),
-        over(passes, passes + misses),
+        divide(tp + fp, len(y)),
+        divide(hits, hits + alarms),
+        divide(passes, passes + misses),
         sklearn_metrics.brier_score_loss(y, p),
         float("nan") if error is None else error,
     ]
 
 
-def check(n_resamples: int = 60) -> float:
-    """The largest difference between the two on a small case.
+def check_agreement(n_resamples: int = 60) -> float:
+    """Return the largest difference between the two on a small case, without the curve.
 
-    The curve is left out at rates that it passes straight upwards, where either end is as good.
+    At rates where a curve is vertical, both ends are correct.
 
     Raises:
         BenchmarkError: it is more than `SAME`.
     """
-    images = draw(600, 150, 3, seed=1)
-    mine = ours(images, n_resamples)
-    scalars, _, _ = rival(images, n_resamples)
+    images = simulate(600, 150, 3, seed=1)
+    mine = run_ours(images, n_resamples)
+    scalars, _, _ = run_rival(images, n_resamples)
     worst = 0.0
     for f, finding in enumerate(mine.findings):
         for k, name in enumerate(SCALARS):
@@ -191,43 +191,35 @@ def check(n_resamples: int = 60) -> float:
     return worst
 
 
-def bootstrap(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of both; seconds, medians and ratios."""
-    worst = check()
-    images = draw(arguments.images, arguments.patients, arguments.findings)
+def measure_bootstrap(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time both in alternating rounds; return seconds, medians and ratios."""
+    worst = check_agreement()
+    images = simulate(arguments.images, arguments.patients, arguments.findings)
     few, many = arguments.rival_resamples, arguments.resamples
-    taken: dict[str, list[float]] = {"ours": [], "sklearn": [], "areas": []}
+    seconds: dict[str, list[float]] = {"ours": [], "sklearn": [], "areas": []}
     cpu: list[float] = []
     memory: float | None = None
-
-    def run_ours() -> None:
-        nonlocal memory
-        before, held = time.process_time(), _held_mib()
-        began = time.perf_counter()
-        ours(images, many)
-        taken["ours"].append(time.perf_counter() - began)
+    for _, name in interleave(("ours", "sklearn"), arguments.rounds):
+        if name == "sklearn":
+            started = time.perf_counter()
+            _, _, areas = run_rival(images, few)
+            seconds["sklearn"].append((time.perf_counter() - started) / few * many)
+            seconds["areas"].append(areas / few * many)
+            continue
+        before, held = time.process_time(), read_status().get("VmRSS", _read_peak_bytes())
+        started = time.perf_counter()
+        run_ours(images, many)
+        seconds["ours"].append(time.perf_counter() - started)
         cpu.append(time.process_time() - before)
         if memory is None:
-            memory = max(0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - held)
-
-    def run_rival() -> None:
-        began = time.perf_counter()
-        _, _, areas = rival(images, few)
-        taken["sklearn"].append((time.perf_counter() - began) / few * many)
-        taken["areas"].append(areas / few * many)
-
-    for number in range(arguments.rounds):
-        for run in (run_ours, run_rival) if number % 2 == 0 else (run_rival, run_ours):
-            run()
-    medians = {name: statistics.median(values) for name, values in taken.items()}
+            memory = max(0, _read_peak_bytes() - held) / 2**20
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    options = ("images", "patients", "findings", "resamples", "rival_resamples", "rounds")
     return {
-        "settings": {
-            name: getattr(arguments, name)
-            for name in ("images", "patients", "findings", "resamples", "rival_resamples", "rounds")
-        },
+        "settings": {name: getattr(arguments, name) for name in options},
         "threads": THREADS,
         "largest_difference": worst,
-        "seconds": taken,
+        "seconds": seconds,
         "medians": medians,
         "ours_cpu_seconds": cpu,
         "ours_extra_mib": memory,
@@ -237,7 +229,11 @@ def bootstrap(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def show_bootstrap(console: Console, result: dict[str, Any]) -> None:
+def _read_peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def show_bootstrap(console: Any, result: dict[str, Any]) -> None:
     given = result["settings"]
     table = Table(
         title=f"{given['images']:,} images of {given['patients']:,} patients, {given['findings']} findings, "
@@ -249,7 +245,7 @@ def show_bootstrap(console: Console, result: dict[str, Any]) -> None:
     titles = {
         "ours": f"ours, all intervals, {result['threads']} threads",
         "sklearn": f"loop with scikit-learn, all intervals, from {given['rival_resamples']} resamples",
-        "areas": "of it AUROC, average precision and rows",
+        "areas": "AUROC, average precision and rows of that loop",
     }
     for name, title in titles.items():
         seconds = result["seconds"][name]
@@ -264,57 +260,50 @@ def show_bootstrap(console: Console, result: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"ours: {statistics.median(result['ours_cpu_seconds']):.2f} s of processor time, "
-        f"{result['ours_extra_mib']:.0f} MiB more at the peak; largest difference of the two on a small case: "
-        f"{result['largest_difference']:.1g}\n"
-        f"bar: {result['medians']['ours']:.2f} s <= {result['bar_s']:.0f} s: {'met' if result['met'] else 'NOT met'}"
+        f"{result['ours_extra_mib']:.0f} MiB more at the peak; "
+        f"largest difference on a small case: {result['largest_difference']:.1g}"
     )
+    console.print(format_bar("ours, s", result["medians"]["ours"], result["bar_s"], at_most=True))
 
 
-def report(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of the whole command.
+def measure_report(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time the whole command.
 
     Raises:
         BenchmarkError: the command failed.
     """
-    images = draw(arguments.images, arguments.patients, min(arguments.findings, len(FINDINGS)))
+    images = simulate(arguments.images, arguments.patients, min(arguments.findings, len(FINDINGS)))
     seconds: list[float] = []
     with tempfile.TemporaryDirectory(prefix="ray_cxr-") as folder:
         home = Path(folder)
         _write_tables(images, home)
-        command = [sys.executable, "-m", "ray_cxr.cli", "report", str(home / "scores.parquet")]
-        command += ["--labels", str(home / "labels.parquet"), "--split", "test", "--out", str(home / "report")]
+        command = ["report", str(home / "scores.parquet"), "--labels", str(home / "labels.parquet")]
+        command += ["--split", "test", "--out", str(home / "report")]
         for _ in range(arguments.rounds):
-            began = time.perf_counter()
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            seconds.append(time.perf_counter() - began)
-            if done.returncode:
-                raise BenchmarkError(f"report ended with {done.returncode}: {done.stderr.strip()}")
-        pictures = len(list((home / "report").glob("*.png")))
+            started = time.perf_counter()
+            run_command(command, home / "log")
+            seconds.append(time.perf_counter() - started)
+        figures = len(list((home / "report").glob("*.png")))
     median = statistics.median(seconds)
-    return {
-        "seconds": seconds,
-        "median": median,
-        "pictures": pictures,
-        "bar_s": REPORT_BAR_S,
-        "met": median <= REPORT_BAR_S,
-    }
+    met = median <= REPORT_BAR_S
+    return {"seconds": seconds, "median": median, "figures": figures, "bar_s": REPORT_BAR_S, "met": met}
 
 
 def _write_tables(images: Images, home: Path) -> None:
-    """Scores of another system, a manifest, and a few radiographs that all rows share."""
+    """Write scores of another system, a manifest, and a few radiographs that all rows share."""
     rng = np.random.default_rng(2)
     n, count = images.labels.shape
-    shown = []
+    shared = []
     for number in range(24):
         path = home / f"{number}.png"
         noise = rng.integers(0, 255, (64, 64), dtype=np.uint8)
         Image.fromarray(noise).resize((1024, 1024), Image.Resampling.BICUBIC).save(path)
-        shown.append(str(path))
+        shared.append(str(path))
     ids = pa.array([f"{row:08d}_000.png" for row in range(n)])
     columns: dict[str, Any] = {"image_id": ids}
     labels: dict[str, Any] = {
         "image_id": ids,
-        "path": [shown[row % len(shown)] for row in range(n)],
+        "path": [shared[row % len(shared)] for row in range(n)],
         "patient_id": [str(code) for code in images.patients],
         "age": rng.integers(1, 95, n).astype(np.float64),
         "sex": rng.choice(["F", "M"], n),
@@ -337,86 +326,43 @@ def _write_tables(images: Images, home: Path) -> None:
     pq.write_table(pa.table(arrays).replace_schema_metadata(info), home / "labels.parquet")
 
 
-def show_report(console: Console, result: dict[str, Any]) -> None:
+def show_report(console: Any, result: dict[str, Any]) -> None:
     console.print(
-        f"whole report with {result['pictures']} pictures: {result['median']:.1f} s, median of "
-        f"{len(result['seconds'])} ({min(result['seconds']):.1f} to {max(result['seconds']):.1f})\n"
-        f"bar: {result['median']:.1f} s <= {result['bar_s']:.0f} s: {'met' if result['met'] else 'NOT met'}"
+        f"whole report with {result['figures']} figures: median {result['median']:.1f} s "
+        f"of {len(result['seconds'])} runs ({min(result['seconds']):.1f} to {max(result['seconds']):.1f})"
     )
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    model = platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    load = os.getloadavg() if hasattr(os, "getloadavg") else None
-    return {"system": platform.platform(), "cpu": model, "cpus": os.cpu_count(), "load": load}
-
-
-def _held_mib() -> float:
-    """Memory of this process now; where the system does not say, its peak so far."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-        return pages * resource.getpagesize() / 2**20
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    console.print(format_bar("report, s", result["median"], result["bar_s"], at_most=True))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    whole: dict[str, Any] = {"type": _positive, "metavar": "N"}
-    parser.add_argument("--images", default=25_596, help="(25596)", **whole)
-    parser.add_argument("--patients", default=2_797, help="(2797)", **whole)
-    parser.add_argument("--findings", default=14, help="(14)", **whole)
+    parser = create_parser(__doc__)
+    parser.add_argument("--images", default=25_596, help="(25596)", **POSITIVE)
+    parser.add_argument("--patients", default=2_797, help="(2797)", **POSITIVE)
+    parser.add_argument("--findings", default=14, help="(14)", **POSITIVE)
     parser.add_argument(
-        "--resamples", default=1_000, help="of ours, and what the loop is extrapolated to (1000)", **whole
+        "--resamples", default=1_000, help="of ours; the loop is extrapolated to them (1000)", **POSITIVE
     )
-    parser.add_argument("--rival-resamples", default=3, help="that the loop computes in a round (3)", **whole)
-    parser.add_argument("--rounds", default=3, help="(3)", **whole)
+    parser.add_argument("--rival-resamples", default=3, help="resamples of the loop per round (3)", **POSITIVE)
+    parser.add_argument("--rounds", default=3, help="(3)", **POSITIVE)
     parser.add_argument("--report", action="store_true", help="also time the whole report")
-    parser.add_argument("--out", type=Path, metavar="F.json", help="where all numbers go")
     arguments = parser.parse_args(argv)
     if arguments.images < arguments.patients:
         parser.error(f"{arguments.images} images are too few for {arguments.patients} patients")
     return arguments
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return number
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
-    result: dict[str, Any] = {
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["benchmarks/evaluation.py", *(sys.argv[1:] if argv is None else argv)],
-        "machine": machine(),
-        "versions": versions(),
-    }
-    try:
-        result["bootstrap"] = bootstrap(arguments)
+
+    def measure(result: dict[str, Any]) -> None:
+        console = create_console()
+        result["bootstrap"] = measure_bootstrap(arguments)
         show_bootstrap(console, result["bootstrap"])
         if arguments.report:
-            result["report"] = report(arguments)
+            result["report"] = measure_report(arguments)
             show_report(console, result["report"])
-    except BenchmarkError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    if arguments.out:
-        atomic.write_json(arguments.out, result)
-    return 0
+
+    return run_script("evaluation.py", argv, arguments.out, measure)
 
 
 if __name__ == "__main__":

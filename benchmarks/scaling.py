@@ -1,54 +1,62 @@
-"""How long a cluster needs and what it costs, computed; and the driver's side of it, run for real with a stub network.
+"""Predict time and cost of a cluster, and measure the driver's part with a model that costs next to nothing.
 
     .venv/bin/python benchmarks/scaling.py                                    the tables of docs/scaling.md
-    .venv/bin/python benchmarks/scaling.py --work DIR --rows 1000000          the command, a million rows
-    .venv/bin/python benchmarks/scaling.py --work DIR --listing 100000        a folder of so many files, listed
+    .venv/bin/python benchmarks/scaling.py --work DIR --rows 1000000          run the command on a million rows
+    .venv/bin/python benchmarks/scaling.py --work DIR --listing 100000        list a folder of 100,000 files
 
-The model is `predict`, below; every figure in it is an argument here, and what is no property of this program (prices,
-the storage's speed) is the reader's to set. With --rows, `ray-cxr score` runs as a user runs it, all of it real but the
-network, which is the smallest there is, and the pictures, a handful of 64 x 64 PNGs that the manifest names over and
-over: then the workers take little for each row, and what the driver takes shows. Once a second the memory of all its
-processes is sampled. Before it the same command with --dry-run, after it the same once more, which counts all rows and
-does nothing else: their difference is what counting takes.
+`predict` below is the formula, and each of its figures is an argument; set those that do not depend on this program
+(prices, speed of the storage) yourself. With --rows, `ray-cxr score` runs as users run it, except for the smallest
+possible model and eight PNGs of 64 x 64, which the manifest names again and again. Workers then need little time per
+row, which makes the driver's time visible. The memory of all its processes is sampled every second. The same command
+runs before with --dry-run, and afterwards once more, when it only counts all rows: the difference is the time to count.
 
-Linux only with --rows. What is made for it stays in DIR and is used again. Exit codes: 0 done; 1 the command failed,
-or a row is missing or doubled; 2 wrong arguments.
+--rows needs Linux. All files remain in DIR and are used again. Exit codes: 0 done; 1 the command failed, or a row is
+missing or doubled; 2 wrong arguments.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import math
 import os
-import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import scoring  # beside this file: how processes are started, watched and ended, and what is scored
-from rich.console import Console
+import scoring
+from harness import (
+    POSITIVE,
+    BenchmarkError,
+    MemorySampler,
+    Process,
+    ask_child,
+    create_console,
+    create_parser,
+    format_number,
+    log,
+    read_name,
+    read_status,
+    run_command,
+    run_script,
+)
 
-from ray_cxr.storage import atomic
 from ray_cxr.storage.files import find_images
-from ray_cxr.versions import versions
 
 SAMPLE_S = 1.0
-#: Pictures that all rows point at, and their side in pixels.
-PICTURES, SIDE = 8, 64
-#: Side of the stub's input, pixels.
+#: Number of images that all rows share, and their side in pixels.
+SHARED_IMAGES, SIDE = 8, 64
+#: Side of the stub model's input, pixels.
 STUB_SIZE = 32
 LIMIT_S = 6 * 3600.0
-#: What the tables are made for: NIH's archive, a hospital's, a country's.
+#: Rows of the tables: NIH's archive, a hospital's, a country's.
 IMAGES = (112_120, 1_000_000, 100_000_000)
 NODES = (1, 4, 16, 64)
-#: Names that S3 gives for one request at most (its ListObjectsV2).
+#: Maximum number of names in one answer of S3 (ListObjectsV2).
 NAMES_PER_REQUEST = 1000
 
 
@@ -57,22 +65,22 @@ NAMES_PER_REQUEST = 1000
 
 @dataclass(frozen=True)
 class Figures:
-    """What the model computes with. The first ones were measured with this program, the last are the reader's.
+    """The figures of the formula. The first ones were measured with this program; set the last ones yourself.
 
     Attributes:
         rate: images per second of one core.
-        start_s: from the command to the first image out of the network.
-        plan_row_s: reading, checking and freezing a row of the manifest.
-        count_file_s: counting one file of scores at the end.
-        driver_bytes, driver_row_bytes, driver_range_bytes: memory of the driver: at rest, for each row, for each file.
-        driver_range_s: processor seconds of the driver for each file, while workers score.
+        start_s: from the command to the first prediction.
+        plan_row_s: to read, check and freeze a row of the manifest.
+        count_file_s: to count one file of scores at the end.
+        driver_bytes, driver_row_bytes, driver_range_bytes: memory of the driver: at rest, per row, per file.
+        driver_range_s: processor seconds of the driver per file, while workers score.
         rows_per_file: the setting; a range of the input is one file and one task.
-        cpus_per_actor: as `score` chooses it on nodes of 4 CPUs and more.
-        image_bytes: of a picture as it is stored.
+        cpus_per_actor: as `score` chooses it on nodes with 4 CPUs or more.
+        image_bytes: of a stored image.
         cores: of a node.
-        storage: what the shared storage gives to all nodes together, bytes/s; None: as much as is asked.
+        storage: throughput of the shared storage for all nodes together, bytes/s; None: unlimited.
         ready_s: until the machines are up and set up.
-        price, head_price: of a node and of the head, an hour, in any money; None: not computed.
+        price, head_price: of a node and of the head per hour, in any currency; None: not computed.
     """
 
     rate: float = 25.4
@@ -95,15 +103,15 @@ class Figures:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run takes.
+    """Time, cost and memory of a run.
 
     Attributes:
-        parts: seconds of each part of it, one after the other.
-        limit: what the middle part waits for: `workers`, `storage` or `driver`.
-        node_hours: of the nodes that score; the head's hours are those of the whole.
-        cost: in the money of the prices; None without a price.
-        needed: what the workers ask of the storage, bytes/s.
-        driver_bytes: the driver at its highest.
+        parts: seconds of each part, in order.
+        limit: the bottleneck of the part `work`: `workers`, `storage` or `driver`.
+        node_hours: of the nodes that score; the head works as long as the whole run.
+        cost: in the currency of the prices; None without a price.
+        needed: bytes/s that the workers read from the storage.
+        driver_bytes: peak memory of the driver.
     """
 
     images: int
@@ -121,13 +129,13 @@ class Prediction:
 
 
 def predict(images: int, nodes: int, figures: Figures) -> Prediction:
-    """The model: a fixed start, work that is shared, and what the driver does alone before and after.
+    """Apply the formula: a fixed start, shared work, and what the driver does alone before and after.
 
         T = ready + start + plan n + max(n / (N c r), n b / S, f d) + 2 R / (r a) + count f
 
-    with n images on N nodes of c cores, r images/s of a core, b bytes an image, S the storage's bytes/s, files of R
-    rows, f = n / R of them, d driver seconds a file, a cores an actor. The term before the last is the end, when an
-    actor may have two files to finish while others have none; at most all that there is to do.
+    with n images on N nodes of c cores, r images/s per core, b bytes per image, S the storage's bytes/s, files of R
+    rows, f = n / R files, d driver seconds per file, a cores per actor. The last but one term is the end of the run,
+    when one actor may have two files left while the others are idle.
     """
     speed = nodes * figures.cores * figures.rate
     files = math.ceil(images / figures.rows_per_file)
@@ -159,8 +167,8 @@ def predict(images: int, nodes: int, figures: Figures) -> Prediction:
     )
 
 
-def saturation(images: int, figures: Figures) -> dict[str, float | None]:
-    """From how many nodes on something else than their cores is the limit, and what grows with the images alone."""
+def compute_saturation(images: int, figures: Figures) -> dict[str, float | None]:
+    """Return how many nodes the storage and the driver can feed, and the costs that depend on the images alone."""
     node = figures.cores * figures.rate
     return {
         "node_bytes_per_second": node * figures.image_bytes,
@@ -172,10 +180,10 @@ def saturation(images: int, figures: Figures) -> dict[str, float | None]:
 
 
 def show_model(console: Any, figures: Figures, images: Sequence[int], nodes: Sequence[int]) -> dict[str, Any]:
-    """The tables of docs/scaling.md, as Markdown."""
+    """Print the tables of docs/scaling.md, as Markdown."""
     priced = figures.price is not None
-    names = ["images", "nodes", "time", "of it alone on the driver", "node-hours", *(["cost"] if priced else [])]
-    names += ["limit", "asked of the storage", "driver's memory"]
+    names = ["images", "nodes", "time", "driver alone", "node-hours", *(["cost"] if priced else [])]
+    names += ["limit", "read from storage", "driver's memory"]
     console.print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     found = []
     for count in images:
@@ -183,16 +191,22 @@ def show_model(console: Any, figures: Figures, images: Sequence[int], nodes: Seq
             one = predict(count, n, figures)
             found.append(one)
             alone = one.parts["start"] + one.parts["plan"] + one.parts["count"]
-            cells = [f"{count:,}", str(n), duration(one.seconds), duration(alone), f"{one.node_hours:,.1f}"]
+            cells = [
+                f"{count:,}",
+                str(n),
+                format_duration(one.seconds),
+                format_duration(alone),
+                f"{one.node_hours:,.1f}",
+            ]
             cells += [f"{one.cost:,.2f}"] if one.cost is not None else []
             cells += [one.limit, f"{one.needed / 1e9:.2f} GB/s", f"{one.driver_bytes / 2**30:.1f} GiB"]
             console.print("| " + " | ".join(cells) + " |")
     console.print()
     for count in images:
-        at = saturation(count, figures)
+        at = compute_saturation(count, figures)
         feeds = at["nodes_that_storage_feeds"]
         parts = [
-            f"a node asks for {at['node_bytes_per_second'] / 1e6:.0f} MB/s",
+            f"a node reads {at['node_bytes_per_second'] / 1e6:.0f} MB/s",
             f"the driver feeds {at['nodes_that_the_driver_feeds']:.0f} nodes",
             *([] if feeds is None else [f"the storage {feeds:.0f}"]),
             f"a listing in S3 is {at['list_requests']:,} requests",
@@ -202,8 +216,8 @@ def show_model(console: Any, figures: Figures, images: Sequence[int], nodes: Seq
     return {"figures": asdict(figures), "predictions": [{**asdict(one), "seconds": one.seconds} for one in found]}
 
 
-def duration(seconds: float) -> str:
-    """For people: 45 s, 12 min, 3.4 h, 2.1 days."""
+def format_duration(seconds: float) -> str:
+    """Return seconds in the largest suitable unit: 45 s, 12 min, 3.4 h, 2.1 days."""
     for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}" if unit == "min" else f"{seconds / size:.1f} {unit}"
@@ -213,27 +227,26 @@ def duration(seconds: float) -> str:
 # ---------------------------------------------------------------- the run
 
 
-def pictures(folder: Path) -> list[str]:
-    """A handful of tiny radiograph-like PNGs; none is blank, which would be an error row."""
+def write_images(folder: Path) -> list[str]:
+    """Write a few tiny images of noise; a blank one would be an error row."""
     import numpy as np
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    found = []
-    for i in range(PICTURES):
-        path = folder / f"{i}.png"
+    paths = [folder / f"{i}.png" for i in range(SHARED_IMAGES)]
+    for path in paths:
+        pixels = rng.integers(0, 256, (SIDE, SIDE), np.uint8)
         if not path.exists():
-            Image.fromarray(rng.integers(0, 256, (SIDE, SIDE), np.uint8)).save(path)
-        found.append(str(path.resolve()))
-    return found
+            Image.fromarray(pixels).save(path)
+    return [str(path.resolve()) for path in paths]
 
 
-class Watch(scoring.Memory):
-    """What the command's processes take, sampled.
+class RunSampler(MemorySampler):
+    """Sample the memory and processor time of the command's processes.
 
     Attributes:
-        driver_peak: the command's own process, resident, at its highest, bytes.
+        driver_peak: peak resident memory of the command's own process, bytes.
         samples: (seconds, files written, bytes of the driver, bytes of all).
     """
 
@@ -243,97 +256,87 @@ class Watch(scoring.Memory):
         self.samples: list[tuple[float, int, int, int]] = []
         self._cpu: dict[int, tuple[str, float]] = {}
 
-    def look(self, running: scoring.Running, files: int) -> None:
-        """One sample."""
-        before, self.peak = self.peak, 0
-        parts, self.parts = self.parts, {}
-        self.sample(running)
-        together = self.peak
-        if before > together:
-            self.peak, self.parts = before, parts
-        driver = 0
-        with contextlib.suppress(OSError, ValueError, KeyError):  # it has not begun, or has ended
-            status = Path(f"/proc/{running.process.pid}/status").read_text(encoding="ascii")
-            fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-            driver = int(fields["VmRSS"].split()[0]) * 1024
-            self.driver_peak = max(self.driver_peak, int(fields["VmHWM"].split()[0]) * 1024)
-        for pid in running.all():
+    def sample_run(self, process: Process, files: int) -> None:
+        total = self.sample(process)
+        driver = process.process.pid
+        status = read_status(driver)
+        self.driver_peak = max(self.driver_peak, status.get("VmHWM", 0))
+        for pid in process.list_pids():
             with contextlib.suppress(OSError, ValueError, IndexError):
                 words = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-                # Ray's workers say in their name what they do at the moment; what they are stands before it.
-                name = scoring._process_name(pid).partition(").")[0]
-                name = "driver" if pid == running.process.pid else name
+                # Ray's workers append their current task to their name.
+                name = "driver" if pid == driver else read_name(pid).partition(").")[0]
                 self._cpu[pid] = name, (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
-        self.samples.append((time.monotonic() - running.began, files, driver, together))
+        self.samples.append((time.monotonic() - process.started, files, status.get("VmRSS", 0), total))
 
-    def cpu_seconds(self) -> dict[str, float]:
-        """Processor seconds by kind of process, as last seen; the most first."""
-        found: Counter[str] = Counter()
+    def sum_cpu_seconds(self) -> dict[str, float]:
+        """Return processor seconds by kind of process, the largest first."""
+        sums: Counter[str] = Counter()
         for name, seconds in self._cpu.values():
-            found[name] += seconds  # type: ignore[assignment]
-        return dict(found.most_common())
+            sums[name] += seconds  # type: ignore[assignment]
+        return dict(sums.most_common())
 
 
-def run(rows: int, work: Path, settings: Sequence[str], say: Any) -> dict[str, Any]:
-    """Score so many rows with the stub, watched.
+def measure_run(rows: int, work: Path, settings: Sequence[str]) -> dict[str, Any]:
+    """Score `rows` rows with the stub model.
 
     Raises:
-        BenchmarkError: it failed, or a row is missing, doubled or an error.
+        BenchmarkError: the command failed, or a row is missing, doubled or an error.
     """
-    (work / "logs").mkdir(parents=True, exist_ok=True)
-    bundle, manifest, out = work / f"bundle-{STUB_SIZE}", work / f"manifest-{rows}.parquet", work / "scores"
+    logs, out = work / "logs", work / "scores"
+    logs.mkdir(parents=True, exist_ok=True)
+    bundle, manifest = work / f"bundle-{STUB_SIZE}", work / f"manifest-{rows}.parquet"
     if not bundle.exists():
-        say("making the stub")
+        log("making the stub model")
         spec = {"kind": "bundle", "out": str(bundle), "backbone": "TinyCNN", "size": STUB_SIZE}
-        scoring.ask(spec, work / "logs" / "bundle.log")
-    few = pictures(work / "pictures")
+        ask_child(scoring.__file__, spec, logs / "bundle.log")
+    paths = write_images(work / "images")
     names = [f"{i // 10:08d}_{i % 10:03d}.png" for i in range(rows)]
     if not manifest.exists():
-        say(f"making a manifest of {rows:,} rows")
-        scoring.write_manifest(manifest, names, [few[i % PICTURES] for i in range(rows)])
+        log(f"making a manifest of {rows:,} rows")
+        scoring.write_manifest(manifest, names, [paths[i % SHARED_IMAGES] for i in range(rows)])
     scoring.remove_scores(out)
-    words = ["score", "--model", str(bundle), "--manifest", str(manifest), "--out", str(out), *settings]
-    say("ray-cxr " + " ".join(words))
+    command = ["score", "--model", str(bundle), "--manifest", str(manifest), "--out", str(out), *settings]
+    log("ray-cxr " + " ".join(command))
     cpus = len(os.sched_getaffinity(0))
     result: dict[str, Any] = {"rows": rows, "cpus": cpus, "load_before": os.getloadavg(), "settings": list(settings)}
-    watch = Watch()
-    with scoring.Running([sys.executable, "-m", "ray_cxr.cli", *words], work / "logs" / "score.log") as running:
-        told = 0
-        while running.process.poll() is None:
-            files = _files(out)
-            watch.look(running, files)
-            if files // 256 > told:
-                told = files // 256
-                seconds, *_, together = watch.samples[-1]
-                say(f"{seconds:.0f} s: {files:,} files, all processes together {together / 2**30:.2f} GiB")
-            if time.monotonic() - running.began > LIMIT_S:
-                raise scoring.BenchmarkError(f"score: no end after {LIMIT_S / 3600:.0f} hours")
+    sampler = RunSampler()
+    with Process([sys.executable, "-m", "ray_cxr.cli", *command], logs / "score.log") as process:
+        logged = 0
+        while process.process.poll() is None:
+            files = _count_files(out)
+            sampler.sample_run(process, files)
+            seconds, *_, total = sampler.samples[-1]
+            if files // 256 > logged:
+                logged = files // 256
+                log(f"{seconds:.0f} s: {files:,} files, all processes together {total / 2**30:.2f} GiB")
+            if seconds > LIMIT_S:
+                raise BenchmarkError(f"score: not finished after {LIMIT_S / 3600:.0f} hours")
             time.sleep(SAMPLE_S)
-        result["wall_s"] = time.monotonic() - running.began
-        if running.process.returncode:
-            raise scoring.BenchmarkError(f"score: ended with code {running.process.returncode}\n{running.said()}")
-    found = scoring.read_scores(out, running.began_at)
+        result["wall_s"] = time.monotonic() - process.started
+        if process.process.returncode:
+            raise BenchmarkError(f"score: {process.describe_end()}")
+    found = scoring.read_scores(out, process.started_at)
     result |= {"start_up": found["stages"], "steady": scoring.steady(found["marks"]), "files": len(found["marks"])}
     result["last_file_s"] = found["marks"][-1][0]
-    result["dry_run_s"] = _timed([*words, "--dry-run"], work / "logs" / "dry.log")
-    result["again_s"] = _timed(words, work / "logs" / "again.log")
+    result["dry_run_s"] = _time_command([*command, "--dry-run"], logs / "dry.log")
+    result["again_s"] = _time_command(command, logs / "again.log")
     result["count_s"] = result["again_s"] - result["dry_run_s"]
-    result["driver_peak_bytes"], result["all_peak_bytes"] = watch.driver_peak, watch.peak
-    result["at_the_peak"] = watch.parts
-    result["cpu_s"] = watch.cpu_seconds()
-    every = max(1, len(watch.samples) // 200)
-    result["samples"] = watch.samples[::every]
+    result["driver_peak_bytes"], result["all_peak_bytes"] = sampler.driver_peak, sampler.peak
+    result["at_the_peak"], result["parts_text"] = sampler.parts, sampler.describe_parts()
+    result["cpu_s"] = sampler.sum_cpu_seconds()
+    result["samples"] = sampler.samples[:: max(1, len(sampler.samples) // 200)]
     result["load_after"] = os.getloadavg()
     result["checks"] = scoring.check_scores(out, names)
     return result
 
 
-def _timed(words: Sequence[str], log: Path) -> float:
-    running = scoring.command(words, log)
-    return time.monotonic() - running.began
+def _time_command(command: Sequence[str], path: Path) -> float:
+    process = run_command(command, path)
+    return time.monotonic() - process.started
 
 
-def _files(out: Path) -> int:
+def _count_files(out: Path) -> int:
     with contextlib.suppress(FileNotFoundError), os.scandir(out / "scores") as entries:
         return sum(entry.name.startswith("part-") for entry in entries)
     return 0
@@ -343,15 +346,15 @@ def show_run(console: Any, result: dict[str, Any]) -> None:
     rows, start = result["rows"], result["start_up"]
     console.print(
         f"{rows:,} rows in {result['wall_s']:.0f} s, {rows / result['wall_s']:.0f} rows/s; "
-        f"steady {scoring._text(result['steady'])} rows/s; {result['files']:,} files"
+        f"steady {format_number(result['steady'])} rows/s; {result['files']:,} files"
     )
     if result["expected"]:
         console.print(
-            f"by the model, with this rate and start: {result['expected']['seconds']:.0f} s, "
+            f"predicted with this rate and start: {result['expected']['seconds']:.0f} s, "
             f"driver {result['expected']['driver_bytes'] / 2**20:.0f} MiB"
         )
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in start.items() if name != "all")
-    console.print(f"to the first image {start.get('all', math.nan):.1f} s: {parts}")
+    console.print(f"first prediction after {start.get('all', math.nan):.1f} s: {parts}")
     console.print(
         f"--dry-run {result['dry_run_s']:.1f} s; again {result['again_s']:.1f} s; counting {result['count_s']:.1f} s"
     )
@@ -359,16 +362,15 @@ def show_run(console: Any, result: dict[str, Any]) -> None:
         f"driver at its peak {result['driver_peak_bytes'] / 2**20:.0f} MiB; "
         f"all processes together {result['all_peak_bytes'] / 2**30:.2f} GiB"
     )
-    peak = ", ".join(f"{name} x {n} {size / 2**20:.0f}" for name, (size, n) in result["at_the_peak"].items())
-    console.print(f"MiB at that peak: {peak}")
+    console.print(f"MiB at that peak: {result['parts_text']}")
     cpu = ", ".join(f"{name} {1e6 * seconds / rows:.0f}" for name, seconds in result["cpu_s"].items())
     console.print(f"processor microseconds a row: {cpu}")
     console.print(f"rows: {result['checks']}")
     console.print(f"load before {result['load_before'][0]:.1f}, after {result['load_after'][0]:.1f}")
 
 
-def expected(result: dict[str, Any], figures: Figures) -> dict[str, float]:
-    """What the model says of a run of the stub, given its start and its steady rate."""
+def predict_run(result: dict[str, Any], figures: Figures) -> dict[str, float]:
+    """Predict a run of the stub model from its start and its steady rate."""
     here = replace(
         figures,
         rate=result["steady"] / result["cpus"],
@@ -382,45 +384,43 @@ def expected(result: dict[str, Any], figures: Figures) -> dict[str, float]:
 # ---------------------------------------------------------------- listing
 
 
-def listing(files: int, work: Path) -> dict[str, Any]:
-    """A folder of so many empty files, listed as `score --images` lists it."""
+def measure_listing(files: int, work: Path) -> dict[str, Any]:
+    """List a folder of empty files as `score --images` does."""
     folder = work / f"listing-{files}"
     for i in range(files):
         if i % 10_000 == 0:
             (folder / f"{i // 10_000:05d}").mkdir(parents=True, exist_ok=True)
         (folder / f"{i // 10_000:05d}" / f"{i:08d}.png").touch()
-    began = time.monotonic()
+    started = time.monotonic()
     found = find_images(str(folder))
-    return {"files": len(found.paths), "seconds": time.monotonic() - began}
+    return {"files": len(found.paths), "seconds": time.monotonic() - started}
 
 
 # ---------------------------------------------------------------- the script
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = create_parser(__doc__)
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="folder for the stub model, manifests and scores; kept"
     )
-    whole: dict[str, Any] = {"type": scoring._positive, "metavar": "N"}
-    parser.add_argument("--work", type=Path, metavar="DIR", help="where the stub, manifests and scores go, and stay")
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--rows", help="run the command on so many rows with the stub", **whole)
-    modes.add_argument("--listing", help="list a folder of so many files", **whole)
+    modes.add_argument("--rows", help="run the command on N rows with the stub model", **POSITIVE)
+    modes.add_argument("--listing", help="list a folder of N files", **POSITIVE)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value", help="for score")
-    parser.add_argument("--images", nargs="+", default=list(IMAGES), help="of the table", **whole)
-    parser.add_argument("--nodes", nargs="+", default=list(NODES), help="of the table", **whole)
+    parser.add_argument("--images", nargs="+", default=list(IMAGES), help="of the table", **POSITIVE)
+    parser.add_argument("--nodes", nargs="+", default=list(NODES), help="of the table", **POSITIVE)
     for one in fields(Figures):
         kind = int if one.type == "int" else float
         name = "--" + one.name.replace("_", "-")
         default = "none" if one.default is None else f"{one.default:g}"
         parser.add_argument(
-            name, type=kind, default=one.default, metavar="X", help=f"a figure of the model ({default})"
+            name, type=kind, default=one.default, metavar="X", help=f"a figure of the formula ({default})"
         )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the raw numbers there")
     arguments = parser.parse_args(argv)
     arguments.figures = Figures(**{one.name: getattr(arguments, one.name) for one in fields(Figures)})
     if (arguments.rows or arguments.listing) and arguments.work is None:
-        parser.error("--rows and --listing want --work DIR")
+        parser.error("--rows and --listing need --work DIR")
     if arguments.rows and sys.platform != "linux":
         parser.error("--rows runs on Linux only: it finds processes and their memory in /proc")
     return arguments
@@ -428,34 +428,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends, too
-    say = functools.partial(print, file=sys.stderr, flush=True)
-    console = Console(highlight=False, soft_wrap=True)
-    result: dict[str, Any] = {
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["benchmarks/scaling.py", *(sys.argv[1:] if argv is None else argv)],
-        "machine": scoring.machine(),
-        "versions": versions(),
-    }
-    try:
+
+    def measure(result: dict[str, Any]) -> None:
+        console = create_console(10_000)  # tables of Markdown must not wrap
         if arguments.rows:
             settings = [word for text in arguments.overrides for word in ("--set", text)]
-            result["run"] = run(arguments.rows, arguments.work, settings, say)
-            result["run"]["expected"] = expected(result["run"], arguments.figures) if result["run"]["steady"] else None
-            show_run(console, result["run"])
+            result["run"] = run = measure_run(arguments.rows, arguments.work, settings)
+            run["expected"] = predict_run(run, arguments.figures) if run["steady"] else None
+            show_run(console, run)
         elif arguments.listing:
-            result["listing"] = listing(arguments.listing, arguments.work)
+            result["listing"] = measure_listing(arguments.listing, arguments.work)
             console.print(f"{result['listing']['files']:,} files listed in {result['listing']['seconds']:.1f} s")
         else:
             result["model"] = show_model(console, arguments.figures, arguments.images, arguments.nodes)
-    except scoring.BenchmarkError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    if arguments.out:
-        atomic.write_json(arguments.out, result)
-    return 0
+
+    return run_script("scaling.py", argv, arguments.out, measure)
 
 
 if __name__ == "__main__":
