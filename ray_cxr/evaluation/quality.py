@@ -115,8 +115,7 @@ class QualityModel:
             raise ValueError(f"quality model: format {arrays['format']}, this version reads {_FORMAT}; train again")
         # Means and variances set the two free lengths, of the features and of each set of axes.
         length = {name: array.shape[0] if array.ndim == 1 else 0 for name, array in arrays.items()}
-        shapes: dict[str, tuple[int, ...]] = {"format": (), "limits": (2,), "expected_rates": (len(JUDGED),)}
-        shapes["counts"] = (2,)
+        shapes: dict[str, tuple[int, ...]] = {"format": (), "limits": (2,), "counts": (2,), "expected_rates": (4,)}
         for name, d in (("pixels", _SIDE * _SIDE), ("features", length.get("features_mean", 0))):
             k = length.get(f"{name}_variances", 0)
             shapes |= {f"{name}_mean": (d,), f"{name}_scale": (d,), f"{name}_axes": (d, k)}
@@ -166,7 +165,7 @@ def fit_quality_model(
     held_out_features: np.ndarray,
     *,
     seed: int = 0,
-) -> QualityModel | None:
+) -> tuple[QualityModel | None, str | None]:
     """Describe training images, and set limits on held-out images.
 
     With fewer than `MIN_HELD_OUT` held-out images, a random third of the training images is held out too. Patients on
@@ -180,7 +179,7 @@ def fit_quality_model(
         seed: for the held-out third, the choice of `MAX_TRAINING` images, and the folds.
 
     Returns:
-        None if there are too few images; see `explain_missing_model`.
+        (model, None), or (None, reason) if there are too few images or all features are equal.
 
     Raises:
         ValueError: shapes or dtypes differ from the above, or a feature is not finite.
@@ -195,8 +194,13 @@ def fit_quality_model(
         held = (np.concatenate([held[0], train[0][moved]]), np.concatenate([held[1], train[1][moved]]))
     order = np.sort(order[:MAX_TRAINING])
     train = (train[0][order], train[1][order])
-    if _too_few(len(train[0]), len(held[0]), train[1]) is not None:
-        return None
+    if len(train[0]) < MIN_TRAINING or len(held[0]) < MIN_HELD_OUT:
+        return None, (
+            f"{len(train[0])} images to learn from and {len(held[0])} to set limits by; "
+            f"{MIN_TRAINING} and {MIN_HELD_OUT} are needed"
+        )
+    if np.ptp(train[1], axis=0).max(initial=0.0) == 0.0:
+        return None, "all images have the same features"
     thumbnails = train[0].reshape(-1, _SIDE, _SIDE)
     # Mirrored exports are common, unlike hearts on the right: mirror images count as ordinary.
     pixels = _describe(np.concatenate([thumbnails, thumbnails[:, :, ::-1]]).reshape(-1, _SIDE * _SIDE))
@@ -205,7 +209,7 @@ def fit_quality_model(
     found: list[str | None] = []
     for fold in np.array_split(rng.permutation(len(distances)), _FOLDS):
         found += _flags(distances[fold], *_limits(np.delete(distances, fold, axis=0)))
-    return QualityModel(
+    model = QualityModel(
         pixels,
         space,
         *_limits(distances),
@@ -213,16 +217,7 @@ def fit_quality_model(
         training=len(train[0]),
         held_out=len(distances),
     )
-
-
-def explain_missing_model(
-    images: np.ndarray, features: np.ndarray, held_out_images: np.ndarray, held_out_features: np.ndarray
-) -> str | None:
-    """Return why `fit_quality_model` returns None for these images; None if it returns a model."""
-    train, held = _usable(images, features), len(_usable(held_out_images, held_out_features)[0])
-    n = len(train[0])
-    moved = n // 3 if held < MIN_HELD_OUT else 0
-    return _too_few(n - moved, held + moved, train[1])
+    return model, None
 
 
 def judge_images(model: QualityModel, images: np.ndarray, features: np.ndarray) -> list[str | None]:
@@ -263,17 +258,6 @@ def _usable(images: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.nd
     thumbnails = _thumbnails(images)
     shows = ~np.isnan(thumbnails[:, 0])
     return thumbnails[shows], features[shows].astype(np.float64)
-
-
-def _too_few(training: int, held_out: int, features: np.ndarray) -> str | None:
-    if training < MIN_TRAINING or held_out < MIN_HELD_OUT:
-        return (
-            f"{training} images to learn from and {held_out} to set limits by; "
-            f"{MIN_TRAINING} and {MIN_HELD_OUT} are needed"
-        )
-    if np.ptp(features, axis=0).max(initial=0.0) == 0.0:
-        return "all images have the same features"
-    return None
 
 
 def _thumbnails(images: np.ndarray) -> np.ndarray:

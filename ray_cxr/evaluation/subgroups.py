@@ -236,9 +236,6 @@ class LabelledScores:
         patients: ids [n]; see `intervals.patient_codes`.
         findings: F names.
         macro: bool [F], findings that means count; None for all.
-
-    Raises:
-        ValueError: shapes differ.
     """
 
     labels: np.ndarray
@@ -247,14 +244,6 @@ class LabelledScores:
     patients: np.ndarray
     findings: Sequence[str]
     macro: np.ndarray | None = None
-
-    def __post_init__(self) -> None:
-        shapes = {np.shape(table) for table in (self.labels, self.scores, self.flags)}
-        if shapes != {(len(self.patients), len(self.findings))}:
-            raise ValueError(
-                f"labels {np.shape(self.labels)}, scores {np.shape(self.scores)}, flags {np.shape(self.flags)}, "
-                f"{len(self.patients)} patients and {len(self.findings)} findings do not fit"
-            )
 
 
 def measure_groups(
@@ -275,13 +264,13 @@ def measure_groups(
         seed: seed of the resamples.
 
     Raises:
-        ValueError: a mask has another length, a label is neither 0 nor 1, or a number of resamples is below 1.
+        ValueError: shapes differ, a label is neither 0 nor 1, or a number of resamples is below 1.
     """
-    if any(group.mask.shape != (len(images.patients),) for group in groups):
-        raise ValueError(f"a group's mask is not of {len(images.patients)} images")
+    table = _Images.build(images)
+    if any(group.mask.shape != table.codes.shape for group in groups):
+        raise ValueError(f"a group's mask is not of {len(table.codes)} images")
     if min(n_resamples, n_resamples_crossings) < 1:
         raise ValueError("the number of resamples must be at least 1")
-    table = _Images.build(images)
     by_attribute: dict[str, list[Group]] = {}
     for group in groups:
         by_attribute.setdefault(group.attribute, []).append(group)
@@ -320,17 +309,17 @@ class _Images:
 
     @classmethod
     def build(cls, images: LabelledScores) -> _Images:
-        labels, scores = np.asarray(images.labels), np.asarray(images.scores)
-        known = (labels >= 0) & ~np.isnan(scores.astype(np.float64))
+        labels, scores, flags = (np.asarray(table) for table in (images.labels, images.scores, images.flags))
         width = len(images.findings)
-        return cls(
-            np.where(known, labels, -1).astype(np.int8),
-            scores,
-            np.asarray(images.flags),
-            *patient_codes(images.patients),
-            tuple(images.findings),
-            np.ones(width, dtype=bool) if images.macro is None else np.asarray(images.macro, dtype=bool),
-        )
+        if {labels.shape, scores.shape, flags.shape} != {(len(images.patients), width)}:
+            raise ValueError(
+                f"labels {labels.shape}, scores {scores.shape}, flags {flags.shape}, {len(images.patients)} patients "
+                f"and {width} findings do not fit"
+            )
+        known = (labels >= 0) & ~np.isnan(scores.astype(np.float64))
+        counted = np.ones(width, dtype=bool) if images.macro is None else np.asarray(images.macro, dtype=bool)
+        labels = np.where(known, labels, -1).astype(np.int8)
+        return cls(labels, scores, flags, *patient_codes(images.patients), tuple(images.findings), counted)
 
     def names(self, columns: np.ndarray) -> tuple[str, ...]:
         return tuple(name for name, one in zip(self.findings, columns, strict=True) if one)
@@ -463,11 +452,10 @@ def _measure_cells(group: Group, images: _Images, values: Mapping[str, _Values])
         rates_reason: str | None = "no operating point"
         if (images.flags[:, j] >= 0).any():
             rates_reason = metrics.undefined_reason(positive[known & (flags[:, j] >= 0)])
-        auroc = percentile_interval(values["auroc"].drawn[:, j])
+        bounds = {name: percentile_interval(values[name].drawn[:, j]) for name in _QUANTITIES}
         numbers: dict[str, float | None] = {}
-        for name in _QUANTITIES:
-            interval = percentile_interval(values[name].drawn[:, j])
-            numbers[name] = _float_or_none(values[name].point[j])
+        for name, interval in bounds.items():
+            numbers |= {name: _float_or_none(values[name].point[j])}
             numbers |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
         cells.append(
             Cell(
@@ -480,7 +468,7 @@ def _measure_cells(group: Group, images: _Images, values: Mapping[str, _Values])
                 **numbers,
                 reason=reason,
                 rates_reason=rates_reason,
-                interval_reason=auroc.reason if reason is None else None,
+                interval_reason=bounds["auroc"].reason if reason is None else None,
                 small=min(positive_patients, negative_patients) < FEW_PATIENTS,
             )
         )

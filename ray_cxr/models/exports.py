@@ -152,11 +152,11 @@ def _fit_quality(folder: Path, model: runtime.Runtime, images: SampleImages | No
     train, held_out = images.train, images.validation
     data = (train, model.predict(train).features, held_out, model.predict(held_out).features)
     try:
-        fitted = quality.fit_quality_model(*data)
+        fitted, reason = quality.fit_quality_model(*data)
     except ValueError as error:  # features that are not numbers: no reason to lose a trained model
         return {"lacking": str(error)}
     if fitted is None:
-        return {"lacking": quality.explain_missing_model(*data) or "unknown"}
+        return {"lacking": reason}
     np.savez(folder / QUALITY, **fitted.arrays())  # type: ignore[arg-type]
     return {
         "train_images": fitted.training,

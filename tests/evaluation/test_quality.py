@@ -17,7 +17,6 @@ from ray_cxr.evaluation import quality
 from ray_cxr.evaluation.quality import (
     FLAGS,
     QualityModel,
-    explain_missing_model,
     find_most_severe,
     fit_quality_model,
     judge_images,
@@ -41,7 +40,7 @@ def features(images: Images) -> np.ndarray:
 
 
 def fit_images(train: Images, held_out: Images) -> QualityModel | None:
-    return fit_quality_model(train, features(train), held_out, features(held_out))
+    return fit_quality_model(train, features(train), held_out, features(held_out))[0]
 
 
 @pytest.fixture(scope="module")
@@ -206,16 +205,15 @@ def test_fitting_needs_enough_images(chests: Images, monkeypatch: pytest.MonkeyP
     # With fewer than 30 images held out, a third of the training images is held out too.
     for train, held_out, counts in ((60, 30, (60, 30)), (60, 29, None), (90, 0, (60, 30)), (89, 0, None)):
         images, others = chests[:train], chests[90 : 90 + held_out]
-        model = fit_images(images, others)
+        model, reason = fit_quality_model(images, features(images), others, features(others))
         assert (None if model is None else (model.training, model.held_out)) == counts
-        reason = explain_missing_model(images, features(images), others, features(others))
         assert (reason is None) == (counts is not None)
     blank = chests[:90].copy()
     blank[7] = 40  # does not count
-    assert "29" in explain_missing_model(blank, features(blank), blank[:0], features(blank[:0]))
+    assert "29" in fit_quality_model(blank, features(blank), blank[:0], features(blank[:0]))[1]
     constant = (chests[:90], np.ones((90, 5), np.float32), chests[:0], np.ones((0, 5), np.float32))
-    assert fit_quality_model(*constant) is None
-    assert "features" in explain_missing_model(*constant)
+    model, reason = fit_quality_model(*constant)
+    assert (model, "features" in reason) == (None, True)
     monkeypatch.setattr(quality, "MAX_TRAINING", 70)
     assert fit_images(chests[:100], chests[100:140]).training == 70
 
