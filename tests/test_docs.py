@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
 
 
 def test_settings_page_is_up_to_date() -> None:
@@ -41,10 +41,25 @@ def test_messages_that_troubleshooting_quotes_exist() -> None:
         assert bool(re.search(".*".join(fragments), texts)) == (line in lines), line
 
 
+def list_anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_have_targets() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
-            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in link:
+                name, _, anchor = link.partition("#")
+                target = page.parent / name if name else page
+                assert target.exists(), f"{page.name}: {link}"
+                assert not anchor or anchor in list_anchors(target), f"{page.name}: {link}"
+
+
+def test_index_lists_every_page() -> None:
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    assert [page.name for page in ROOT.glob("docs/*.md") if f"({page.name}" not in index] == ["README.md"]
 
 
 def test_lock_files_are_hashed_and_include_the_runtime_lock() -> None:
