@@ -22,7 +22,7 @@ from ray_cxr.imaging.overlays import FOLDER, WHOLE, HeatMap, read_heatmaps
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING
 from ray_cxr.reporting.evaluation_set import EvaluationSet
 from ray_cxr.reporting.leakage import LeakCheck, check_leakage
-from ray_cxr.reporting.measures import Bootstrap, EvaluationResult, ModelOutputs, evaluate
+from ray_cxr.reporting.measures import BootstrapSettings, EvaluationResult, ModelOutputs, evaluate
 from ray_cxr.reporting.scores import Scores, count_patients, read_scores
 from ray_cxr.storage import remote
 
@@ -115,7 +115,7 @@ class ConsensusResult:
 
 
 def compare_with_consensus(
-    table: Scores, population: Population, path: str, *, prevalences: Mapping[str, float], bootstrap: Bootstrap
+    table: Scores, population: Population, path: str, *, prevalences: Mapping[str, float], bootstrap: BootstrapSettings
 ) -> ConsensusResult:
     """Evaluate the images that a consensus table labels.
 
@@ -204,7 +204,12 @@ class ScoreComparison:
 
 
 def compare_with_scores(
-    table: Scores, evaluated: EvaluationSet, path: str, split: str | None, description: str, bootstrap: Bootstrap
+    table: Scores,
+    evaluated: EvaluationSet,
+    path: str,
+    split: str | None,
+    description: str,
+    bootstrap: BootstrapSettings,
 ) -> ScoreComparison:
     """Compare AUROC with another score table's, finding by finding, in the same resamples of patients.
 
@@ -292,7 +297,7 @@ class _ProjectedMaps(Mapping[tuple[str, str], np.ndarray]):
         return len(self._maps)
 
 
-def compare_with_boxes(table: Scores, population: Population, path: str, bootstrap: Bootstrap) -> BoxResult:
+def compare_with_boxes(table: Scores, population: Population, path: str, bootstrap: BootstrapSettings) -> BoxResult:
     """Measure the heat maps of `score --heatmaps` against boxes that radiologists drew.
 
     Raises:
@@ -301,7 +306,7 @@ def compare_with_boxes(table: Scores, population: Population, path: str, bootstr
         LeakError: some boxed images trained the model, and the split is neither `train` nor `val`.
     """
     boxes = read_boxes(path)
-    if table.run_folder is None or not (remote.path(table.run_folder) / FOLDER).is_dir():
+    if table.run_folder is None or not (remote.to_path(table.run_folder) / FOLDER).is_dir():
         raise InputError(
             f"--boxes {path}: {table.source} holds no heat maps. Draw them first: `ray-cxr score ... --heatmaps "
             f"{len(FINDINGS)}`"

@@ -115,7 +115,7 @@ def select_heatmap_examples(table: Scores, evaluated: EvaluationSet) -> list[tup
     negatives with the highest. Each band takes one case per finding before a second of any. Cases with a heat map
     come first, because maps are drawn for an image's highest findings only.
     """
-    if table.run_folder is None or not (remote.path(table.run_folder) / FOLDER).is_dir():
+    if table.run_folder is None or not (remote.to_path(table.run_folder) / FOLDER).is_dir():
         return []
     maps = read_heatmaps(table.run_folder, set(table.ids[evaluated.rows]))
     bands = (("Found, highest scores", 1, 1, -1.0), ("Missed, lowest scores", 1, 0, 1.0),

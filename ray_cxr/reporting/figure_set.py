@@ -173,11 +173,11 @@ def draw_consensus(evaluation: EvaluationResult) -> Figure | None:
 
 def draw_comparison(compared: ScoreComparison, first: str, second: str) -> Figure:
     rows = [
-        forest_figures.Difference(
+        forest_figures.DifferenceRow(
             "Macro mean", _to_estimate(compared.macro, "difference"), compared.macro.p, macro=True
         ),
         *(
-            forest_figures.Difference(name, _to_estimate(one, "difference"), one.p)
+            forest_figures.DifferenceRow(name, _to_estimate(one, "difference"), one.p)
             for name, one in compared.findings.items()
         ),
     ]
@@ -192,14 +192,14 @@ def draw_localisation(found: localisation.Localisation) -> Figure:
             level: _to_estimate(rate) for level, rate in zip(found.settings.iou_levels, one.accuracy, strict=True)
         }
         accuracy = {level: rate for level, rate in levels.items() if rate is not None}
-        rows.append(forest_figures.Localisation(name, one.n, _to_estimate(one.hit_rate), one.chance, accuracy))
+        rows.append(forest_figures.LocalisationRow(name, one.n, _to_estimate(one.hit_rate), one.chance, accuracy))
     return forest_figures.localisation(rows)
 
 
 def draw_drift(measured: drift.Drift) -> Figure | None:
     """Draw observed against expected flag rates; None if no finding has flags."""
     rows = [
-        forest_figures.Drift(
+        forest_figures.DriftRow(
             one.name,
             Estimate(one.observed, one.low, one.high),
             one.expected,

@@ -63,7 +63,7 @@ class ForestRow:
 
 
 @dataclass(frozen=True)
-class Difference:
+class DifferenceRow:
     """One finding of a paired comparison, or their macro mean; p is two-sided."""
 
     label: str
@@ -73,7 +73,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Drift:
+class DriftRow:
     """One finding's share of flagged images and the expected share; `significant` if chance does not explain it."""
 
     finding: str
@@ -83,7 +83,7 @@ class Drift:
 
 
 @dataclass(frozen=True)
-class Localisation:
+class LocalisationRow:
     """One finding's heat maps and boxes: hit rate, that of a random point, and share of cases with IoU >= T by T."""
 
     finding: str
@@ -155,7 +155,7 @@ def _set_limits(ax: Axes, estimates: Sequence[tuple[Estimate | None, bool]], ref
     ax.set_xlim(low - room, high + room)
 
 
-def compared(rows: Sequence[Difference], first: str, second: str) -> Figure:
+def compared(rows: Sequence[DifferenceRow], first: str, second: str) -> Figure:
     """Plot paired differences of two score tables, `first` − `second`, per finding, with the macro mean on top.
 
     A filled marker has an interval that excludes 0; a hollow one has an interval that includes it.
@@ -197,7 +197,7 @@ def compared(rows: Sequence[Difference], first: str, second: str) -> Figure:
     return figure
 
 
-def drift(rows: Sequence[Drift]) -> Figure:
+def drift(rows: Sequence[DriftRow]) -> Figure:
     """Plot the ratio of observed to expected flag rate of each finding on a logarithmic axis.
 
     A diamond differs by more than chance, a hollow circle does not. A finding without flags is an arrow head at the
@@ -248,7 +248,7 @@ def _ratio_axis(ax: Axes, ratios: Sequence[Estimate]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def _divide_by_expected(row: Drift) -> Estimate | None:
+def _divide_by_expected(row: DriftRow) -> Estimate | None:
     if not row.expected:
         return None
     low, high = row.observed.low, row.observed.high
@@ -263,7 +263,7 @@ def _format_ratio(ratio: float) -> str:
     return "none flagged" if ratio == 0 else f"× {ratio:.2g}" if ratio < 100 else f"× {ratio:.0f}"
 
 
-def localisation(rows: Sequence[Localisation]) -> Figure:
+def localisation(rows: Sequence[LocalisationRow]) -> Figure:
     """Plot hit rate and, per threshold of overlap, the share of boxes found; short bars mark chance."""
     if not rows:
         return plots.empty("no boxes")

@@ -27,7 +27,7 @@ FEW_PATIENTS = 10
 
 
 @dataclass(frozen=True)
-class Bootstrap:
+class BootstrapSettings:
     """Settings of the patient bootstrap, which all sections of a report share."""
 
     n_resamples: int
@@ -102,12 +102,6 @@ class Measurement:
     reason: str | None = None
     interval_reason: str | None = None
 
-    @classmethod
-    def combine(cls, value: float | None, reason: str | None, interval: Interval) -> Measurement:
-        if value is None:
-            return cls(reason=reason)
-        return cls(value, interval.low, interval.high, None, interval.reason)
-
 
 @dataclass(frozen=True)
 class FindingResult:
@@ -146,40 +140,39 @@ class FindingResult:
         return self.metrics["auroc"]
 
     def to_json(self) -> dict[str, Any]:
-        reasons = {key: one.reason for key, one in self.metrics.items() if one.value is None}
+        counts = ("n", "positives", "positive_patients", "prevalence", "unscored")
+        facts = (
+            "threshold",
+            "rule",
+            "expected_flag_rate",
+            "assumed_prevalence",
+            "mean_calibrated",
+            "reason",
+            "caution",
+        )
+        low, high = self.delong or (None, None)
+        undefined = {key: one.reason for key, one in self.metrics.items() if one.value is None}
+        undefined |= {
+            f"{key}_low": f"no interval: {one.interval_reason}"
+            for key, one in self.metrics.items()
+            if one.value is not None and one.low is None
+        }
         return {
-            "n": self.n,
-            "positives": self.positives,
-            "positive_patients": self.positive_patients,
-            "prevalence": self.prevalence,
-            "unscored": self.unscored,
+            **{name: getattr(self, name) for name in counts},
             **_flatten(self.metrics),
             "auroc_undefined_resamples": self.undefined_resamples,
-            "auroc_delong_low": self.delong[0] if self.delong else None,
-            "auroc_delong_high": self.delong[1] if self.delong else None,
-            "threshold": self.threshold,
-            "rule": self.rule,
-            "expected_flag_rate": self.expected_flag_rate,
-            "assumed_prevalence": self.assumed_prevalence,
-            "mean_calibrated": self.mean_calibrated,
-            "reason": self.reason,
-            "caution": self.caution,
-            "undefined": reasons
-            | {
-                f"{key}_low": f"no interval: {one.interval_reason}"
-                for key, one in self.metrics.items()
-                if one.value is not None and one.low is None
-            },
+            "auroc_delong_low": low,
+            "auroc_delong_high": high,
+            **{name: getattr(self, name) for name in facts},
+            "undefined": undefined,
         }
 
 
 @dataclass(frozen=True)
 class MeanResult:
-    """A mean over findings of each ranking metric.
+    """The mean of each ranking metric over the findings with a defined AUROC, without No_Finding.
 
     Attributes:
-        metrics: by key; without `reason`.
-        findings: those averaged: the findings with a defined AUROC, without No_Finding.
         reason: why there is no mean, or None.
         undefined_resamples: resamples in which a finding's AUROC is undefined.
         weights: how findings are weighted, or None for equal weights.
@@ -234,7 +227,7 @@ def evaluate(
     patients: np.ndarray,
     *,
     prevalences: Mapping[str, float],
-    bootstrap: Bootstrap,
+    bootstrap: BootstrapSettings,
 ) -> EvaluationResult:
     """Compute all metrics of these images.
 
@@ -344,7 +337,12 @@ def _evaluate_finding(
     for metric in metrics.PROBABILITY_METRICS:
         value = metric.value(labels[calibrated], c[calibrated]) if c is not None else None
         values[metric.key] = value, "no calibrated probabilities"
-    measured = {key: Measurement.combine(value, why, found[key]) for key, (value, why) in values.items()}
+    measured = {
+        key: Measurement(reason=why)
+        if value is None
+        else Measurement(value, found[key].low, found[key].high, None, found[key].reason)
+        for key, (value, why) in values.items()
+    }
     point = outputs.operating_points.get(finding) or {}
     positive_patients = count_patients(patients[usable][y == 1])
     variance = delong(y, s) if reason is None else None

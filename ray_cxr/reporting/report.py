@@ -25,7 +25,7 @@ from ray_cxr.reporting.comparators import Population, compare_with_boxes, compar
 from ray_cxr.reporting.curve_figures import learning_curves, priority_histogram
 from ray_cxr.reporting.evaluation_set import EvaluationSet, describe_split, join_labels
 from ray_cxr.reporting.leakage import check_leakage
-from ray_cxr.reporting.measures import Bootstrap, ModelOutputs, evaluate
+from ray_cxr.reporting.measures import BootstrapSettings, ModelOutputs, evaluate
 from ray_cxr.reporting.prevalence import read_prevalences
 from ray_cxr.reporting.result import Counts, LabelResults, ReportResult, measure_drift, measure_flag_rates
 from ray_cxr.reporting.scores import Location, Scores, count_patients, read_scores
@@ -101,14 +101,14 @@ def write_report(
     _check_options(labels, split, consensus, compare, prevalence)
     if n_resamples < 1:
         raise InputError(f"n_resamples is {n_resamples}; it must be at least 1")
-    bootstrap = Bootstrap(n_resamples, seed)
-    out = remote.path(out)
+    bootstrap = BootstrapSettings(n_resamples, seed)
+    out = remote.to_path(out)
     remote.check_bucket(out)
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out}: is a file; name a folder")
     prevalences = {} if prevalence is None else read_prevalences(str(prevalence))
     table = read_scores(scores)
-    if table.folder is not None and remote.is_inside(out, remote.path(table.folder)):
+    if table.folder is not None and remote.is_inside(out, remote.to_path(table.folder)):
         # The next report would read this one's metrics.parquet as scores.
         raise OutputError(f"--out {out}: lies among the scores in {table.folder}; name another folder")
     _log.debug("%s: %d rows, %d errors", table.source, len(table.ids), int((~table.ok).sum()))
@@ -139,7 +139,7 @@ def write_report(
 
 
 def _evaluate_labels(
-    table: Scores, labels: str | Path, split: str | None, prevalences: Mapping[str, float], bootstrap: Bootstrap
+    table: Scores, labels: str | Path, split: str | None, prevalences: Mapping[str, float], bootstrap: BootstrapSettings
 ) -> LabelResults:
     rows = manifest.read_manifest(labels)
     info = manifest.split_info(rows)
@@ -183,7 +183,7 @@ def _check_options(
         raise InputError(f"--prevalence {prevalence}: needs --labels or --consensus, to measure sensitivity")
 
 
-def _measure_subgroups(table: Scores, evaluated: EvaluationSet, bootstrap: Bootstrap) -> Subgroups | str:
+def _measure_subgroups(table: Scores, evaluated: EvaluationSet, bootstrap: BootstrapSettings) -> Subgroups | str:
     """Measure every subgroup, or return the reason why there is none."""
     groups = build_groups(evaluated.sex, evaluated.age, evaluated.view, evaluated.follow_up)
     if all(not group.known for group in groups):

@@ -16,7 +16,7 @@ from ray_cxr.evaluation.subgroups import Subgroups
 from ray_cxr.reporting.comparators import BoxResult, ConsensusResult, ScoreComparison
 from ray_cxr.reporting.evaluation_set import EvaluationSet, JoinCounts
 from ray_cxr.reporting.leakage import LeakCheck
-from ray_cxr.reporting.measures import Bootstrap, EvaluationResult
+from ray_cxr.reporting.measures import BootstrapSettings, EvaluationResult
 from ray_cxr.reporting.scores import Scores, finite_or_none
 
 
@@ -175,7 +175,7 @@ class ReportResult:
     flag_rates: dict[str, FlagRate]
     drift: DriftResult | None
     digests: dict[str, Any]
-    bootstrap: Bootstrap | None
+    bootstrap: BootstrapSettings | None
     consensus: ConsensusResult | None
     compared: ScoreComparison | None
     boxes: BoxResult | None

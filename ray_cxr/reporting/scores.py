@@ -48,7 +48,7 @@ class Scores:
 
     Attributes:
         is_own: `ray-cxr score` wrote it, not another system.
-        folder: the folder searched for Parquet files, as `remote.path` takes it; None for a file or a read-only store.
+        folder: the folder searched for Parquet files, as `remote.to_path` takes it; None for a file or a read-only store.
         run_folder: the SCORES folder, in the same form; None if there is none.
         ids, paths, patients, studies, codes, top_findings, quality_flags: object arrays of str or None.
         ok: bool; False on error rows.
@@ -156,11 +156,11 @@ class Location:
         return Location(self.fs, self.path.rpartition("/")[0] or "/", False)
 
     def address(self, opened_as: str) -> str | None:
-        """Return the location as `remote.path` takes it; None in a store other than S3."""
+        """Return the location as `remote.to_path` takes it; None in a store other than S3."""
         if isinstance(self.fs, pafs.LocalFileSystem):
             return self.path
-        store = remote.stored(remote.path(opened_as)) if opened_as.lower().startswith("s3://") else None
-        return None if store is None else str(store.at(self.path))
+        store = remote.as_store_path(remote.to_path(opened_as)) if opened_as.lower().startswith("s3://") else None
+        return None if store is None else str(store.from_inner(self.path))
 
     def has(self, name: str) -> bool:
         return bool(self.fs.get_file_info(f"{self.path}/{name}").type != pafs.FileType.NotFound)

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, against their definitions, and against rows that are really repeated."""
+"""Metrics equal scikit-learn, their definitions, and the metrics of repeated rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sklearn import metrics as sklearn_metrics
 
 from ray_cxr.evaluation import metrics
 
-# Few distinct scores, so that ties are the rule.
+# Few distinct scores, so that most are tied.
 TIED = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 6)), min_size=2, max_size=40)
 FREE = st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1, width=32)), min_size=2, max_size=40)
 FLAGGED = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30)
@@ -45,7 +45,7 @@ def test_auroc_is_the_share_of_ordered_pairs(rows: list[tuple[int, float]], data
     assert value == ((pairs > 0).sum() + 0.5 * (pairs == 0).sum()) / pairs.size
     assert metrics.auroc(y, np.exp(3 * s) - 5) == value
     assert metrics.auroc(y, -s) == pytest.approx(1 - value, abs=1e-15)
-    # A count as weight is as many copies of the row.
+    # A weight of k equals k copies of the row.
     w = np.array(data.draw(st.lists(st.integers(0, 4), min_size=len(y), max_size=len(y))))
     repeated = metrics.auroc(np.repeat(y, w), np.repeat(s, w))
     assert metrics.auroc(y, s, w) == repeated
@@ -93,7 +93,6 @@ def test_confusion_and_brier_by_hand() -> None:
     assert (cells.false_positives, cells.true_negatives) == (1, 1)
     assert (cells.sensitivity, cells.specificity) == (2 / 3, 1 / 2)
     assert (cells.ppv, cells.npv, cells.flag_rate, cells.f1) == (2 / 3, 1 / 2, 3 / 5, 4 / 6)
-    # Rates without a denominator are None.
     cells = metrics.confusion(np.array([0, 0]), np.array([False, False]))
     assert (cells.sensitivity, cells.ppv, cells.f1) == (None, None, None)
     assert (cells.specificity, cells.npv, cells.flag_rate) == (1.0, 1.0, 0.0)

@@ -1,4 +1,4 @@
-"""A report's page as a browser reads it."""
+"""Parse a report's HTML page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Page(HTMLParser):
-    """Tags, addresses to load, text, and the figures of plotly in a page."""
+    """Tags, URLs, ids, text and plotly figures of a page."""
 
     def __init__(self, source: str) -> None:
         super().__init__()

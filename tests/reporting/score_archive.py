@@ -1,4 +1,4 @@
-"""A made-up archive with labels and scores, and the report on it: shared by the tests of reports."""
+"""Synthetic images, labels and scores, and reports on them, for the tests of reports."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Archive:
 
     @property
     def tested(self) -> np.ndarray:
-        """Which images an evaluation of the test split has."""
+        """Return which images the test split evaluates."""
         return (self.split == "test") & self.ok
 
     def labels(self, *, keep: Sequence[int] | None = None, info: dict[str, Any] | None = None, **changes: Any) -> str:
@@ -84,7 +84,7 @@ class Archive:
             "error_code": pa.array([codes[i] if failed[i] else None for i in range(self.n)], pa.string()),
             "quality_flag": pa.array(["lateral" if i == 50 else None for i in range(self.n)]),
             "model_digest": pa.array(["d1" * 32] * self.n, mask=failed),
-            "embedding": pa.array([[0.0, 1.0]] * self.n),  # a report does not read it
+            "embedding": pa.array([[0.0, 1.0]] * self.n),  # reports ignore this column
         }
         for f in self.findings:
             columns[f"p_{f}"] = pa.array(self.p[f], pa.float32(), mask=failed)
@@ -126,13 +126,13 @@ class Archive:
 
 @dataclass(frozen=True)
 class Report:
-    """A report that was written: its folder, metrics.json and the page; and the archive that it is of."""
+    """A written report: its folder, the content of metrics.json, the page, the archive and the options."""
 
     out: Path
     metrics: dict[str, Any]
     page: str
     archive: Archive
-    given: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def worklist(self) -> list[dict[str, str]]:
         with open(self.out / "worklist.csv", encoding="utf-8", newline="") as stream:
@@ -141,7 +141,7 @@ class Report:
 
 @contextlib.contextmanager
 def without_drawing() -> Iterator[None]:
-    """Leave out the figures and the plotting script, which take seconds."""
+    """Skip figures and the plotting script, which take seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "encode", lambda figure: (b"png", b"svg"))
         patch.setattr(figure_set, "draw_evaluation", lambda *_: {})
@@ -149,11 +149,11 @@ def without_drawing() -> Iterator[None]:
         yield
 
 
-def report(archive: Archive, out: Path, *, scores: str | None = None, draw: bool = False, **given: Any) -> Report:
-    """Write a report; `draw` draws its figures."""
-    given = {"n_resamples": 60, **given}
+def report(archive: Archive, out: Path, *, scores: str | None = None, draw: bool = False, **options: Any) -> Report:
+    """Write a report, with figures if `draw` is set."""
+    options = {"n_resamples": 60, **options}
     with contextlib.nullcontext() if draw else without_drawing():
-        returned = write_report(scores or archive.scores(), out, **given)
+        returned = write_report(scores or archive.scores(), out, **options)
     written = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(returned, allow_nan=False))
-    return Report(out, written, (out / "report.html").read_text(encoding="utf-8"), archive, given)
+    return Report(out, written, (out / "report.html").read_text(encoding="utf-8"), archive, options)

@@ -1,4 +1,4 @@
-"""The report's figures from outside: records in, figures out that show the given numbers."""
+"""Figures show the numbers in the records they are drawn from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from PIL import Image
 from ray_cxr.labels import FINDINGS
 from ray_cxr.reporting import curve_figures, forest_figures, image_figures, label_figures, plots
 from ray_cxr.reporting.curve_figures import Panel, Reliability
-from ray_cxr.reporting.forest_figures import Difference, Drift, ForestColumn, ForestRow, Localisation
+from ray_cxr.reporting.forest_figures import DifferenceRow, DriftRow, ForestColumn, ForestRow, LocalisationRow
 from ray_cxr.reporting.image_figures import Example, HeatmapExample, Radiograph
 from ray_cxr.reporting.plots import Estimate
 
@@ -62,21 +62,21 @@ COLUMNS = (
     ForestColumn("sensitivity difference", 0.0, "no difference", signed=True),
 )
 DIFFERENCES = [
-    Difference("Mass", Estimate(0.012, -0.003, 0.027), 0.11),
-    Difference("Hernia", None),
-    Difference("Edema", Estimate(-0.02, -0.03, -0.01), 0.0004),
-    Difference("macro mean", Estimate(0.004, 0.001, 0.007), 0.008, macro=True),
+    DifferenceRow("Mass", Estimate(0.012, -0.003, 0.027), 0.11),
+    DifferenceRow("Hernia", None),
+    DifferenceRow("Edema", Estimate(-0.02, -0.03, -0.01), 0.0004),
+    DifferenceRow("macro mean", Estimate(0.004, 0.001, 0.007), 0.008, macro=True),
 ]
 DRIFT = [
-    Drift("Mass", Estimate(0.06, 0.05, 0.07), 0.03, True),
-    Drift("Edema", Estimate(0.05, 0.03, 0.07), 0.05, False),
-    Drift("Hernia", Estimate(0.0, 0.0, 0.002), 0.004, False),
-    Drift("Nodule", Estimate(0.02, 0.01, 0.03), None, False),
+    DriftRow("Mass", Estimate(0.06, 0.05, 0.07), 0.03, True),
+    DriftRow("Edema", Estimate(0.05, 0.03, 0.07), 0.05, False),
+    DriftRow("Hernia", Estimate(0.0, 0.0, 0.002), 0.004, False),
+    DriftRow("Nodule", Estimate(0.02, 0.01, 0.03), None, False),
 ]
 LEVELS = {0.1: Estimate(0.6, 0.5, 0.7), 0.5: Estimate(0.2, 0.1, 0.3)}
 LOCALISATION = [
-    Localisation("Mass", 85, Estimate(0.5, 0.4, 0.6), 0.07, LEVELS),
-    Localisation("Nodule", 79, None, None, {}),
+    LocalisationRow("Mass", 85, Estimate(0.5, 0.4, 0.6), 0.07, LEVELS),
+    LocalisationRow("Nodule", 79, None, None, {}),
 ]
 EXAMPLE = Example(
     IMAGE, None, "Mass", ("Mass", "Edema"), (), (("Mass", 0.8, 0.5), ("Edema", 0.3, 0.4), ("Hernia", 0.1, None))
@@ -162,7 +162,7 @@ def test_figures_without_data_say_so() -> None:
     assert curve_figures.roc([]).axes == []
 
 
-def test_curves_have_an_interval_where_given(drawn: dict[str, Figure]) -> None:
+def test_curves_show_bands_and_operating_points(drawn: dict[str, Figure]) -> None:
     with_band, without, _ = drawn["roc"].axes
     (band,) = with_band.findobj(PolyCollection)
     corners = band.get_paths()[0].vertices
@@ -176,7 +176,7 @@ def test_curves_have_an_interval_where_given(drawn: dict[str, Figure]) -> None:
     assert {"average precision 0.410 (0.360–0.470)", "average precision 0.410"} <= set(texts(drawn["precision_recall"]))
 
 
-def test_reliability_shows_the_given_points_and_intervals(drawn: dict[str, Figure]) -> None:
+def test_reliability_shows_points_and_intervals(drawn: dict[str, Figure]) -> None:
     one, ax = RELIABILITY[0], drawn["reliability"].axes[0]
     (dots,) = points(ax, "o")
     np.testing.assert_array_equal(dots.get_xdata(), one.predicted)
@@ -277,7 +277,7 @@ def test_drift_shows_ratios_and_which_exceed_chance(drawn: dict[str, Figure]) ->
     assert low * high == pytest.approx(1)
     assert {"× 1/2", "× 1", "× 2"} <= {tick.get_text() for tick in ax.get_xticklabels()}
     assert {"none flagged", "0%", "0.4%", "unknown", "no ratio"} <= set(texts(drawn["drift"]))
-    assert "no ratio" in texts(forest_figures.drift([Drift("Mass", Estimate(0.1, 0.05, 0.15), 0.0, True)]))
+    assert "no ratio" in texts(forest_figures.drift([DriftRow("Mass", Estimate(0.1, 0.05, 0.15), 0.0, True)]))
 
 
 def test_localisation_has_a_mark_per_threshold_and_chance(drawn: dict[str, Figure]) -> None:
@@ -285,7 +285,7 @@ def test_localisation_has_a_mark_per_threshold_and_chance(drawn: dict[str, Figur
     assert (places(hits, "o"), places(found, "o"), places(found, "s")) == ([0.5], [0.6], [0.2])
     assert {"T = 0.1", "T = 0.5", "chance", "85", "50% (40–60%)"} <= set(texts(drawn["localisation"]))
     assert sum(list(line.get_xdata()) == [0.07, 0.07] for line in hits.lines) == 1
-    without = forest_figures.localisation([Localisation("Mass", 3, Estimate(0.5), None, {})])
+    without = forest_figures.localisation([LocalisationRow("Mass", 3, Estimate(0.5), None, {})])
     assert len(charts(without)) == 1
 
 

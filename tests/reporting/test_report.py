@@ -1,4 +1,4 @@
-"""The report from outside: folders in; metrics.json, worklist.csv, figures and the page out."""
+"""write_report: folders in; metrics.json, worklist.csv, figures and the page out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ray_cxr.reporting import plots
 from ray_cxr.reporting.evaluation_set import join_labels
 from ray_cxr.reporting.examples import load_image, sample_examples
 from ray_cxr.reporting.figure_set import build_reliability
-from ray_cxr.reporting.measures import Bootstrap, ModelOutputs, evaluate
+from ray_cxr.reporting.measures import BootstrapSettings, ModelOutputs, evaluate
 from ray_cxr.reporting.report import write_report
 from ray_cxr.reporting.scores import read_scores
 
@@ -150,7 +150,7 @@ def test_macro_of_no_scored_finding_is_undefined(archive: Archive, tmp_path: Pat
 
 
 def test_number_without_variation_between_resamples_has_no_interval(archive: Archive, tmp_path: Path) -> None:
-    """No positive is flagged: [0, 0] would be a false certainty."""
+    """No positive is flagged, so [0, 0] would overstate the certainty."""
     positive = archive.y["Effusion"] == 1
     archive.p["Effusion"][positive] = np.linspace(0.1, 0.2, positive.sum(), dtype=np.float32)
     archive.p["Effusion"][~positive] = np.linspace(0.19, 0.25, (~positive).sum(), dtype=np.float32)
@@ -163,7 +163,7 @@ def test_number_without_variation_between_resamples_has_no_interval(archive: Arc
 
 @pytest.mark.parametrize("split", [None, "test"])
 def test_training_images_are_refused(archive: Archive, tmp_path: Path, split: str | None) -> None:
-    # As if the labels had been split again: what trained the model is now called test.
+    # The labels assign the model's training images to the test split.
     labels = archive.labels(split=["test"] * N)
     with pytest.raises(LeakError, match="45 images and 15 patients") as caught:
         report(archive, tmp_path / "out", labels=labels, split=split)
@@ -173,7 +173,7 @@ def test_training_images_are_refused(archive: Archive, tmp_path: Path, split: st
 
 @pytest.mark.parametrize("prefix", ["", "X"])
 def test_other_images_of_training_patients_are_refused(archive: Archive, tmp_path: Path, prefix: str) -> None:
-    """Also where labels and scores spell the patients differently."""
+    """Labels and scores may spell the patients differently."""
     patients = [f"{prefix}{patient}" for patient in archive.patient]
     labels = archive.labels(patient_id=patients, split=["test"] * N, keep=range(1, N, 3))
     scores = Path(archive.scores())
@@ -262,7 +262,7 @@ def test_unusable_scores_are_refused(archive: Archive, tmp_path: Path) -> None:
 
 
 def test_unfinished_scores_are_refused(archive: Archive, tmp_path: Path) -> None:
-    """Also by their inside, and before `score` wrote anything but rows."""
+    """Paths inside the folder are refused too, even before `score` wrote anything but rows."""
     scores = Path(archive.scores(finished=False))
     with pytest.raises(InputError, match="did not finish"):
         write_report(scores, tmp_path / "out")
@@ -300,10 +300,10 @@ def test_unusable_output_is_refused(archive: Archive, tmp_path: Path) -> None:
     theirs.mkdir()
     pq.write_table(pa.table({"image_id": archive.ids, "p_Effusion": archive.p["Effusion"]}), theirs / "a.parquet")
     scores = Path(archive.scores())
-    for given, out in ((scores, tmp_path / "file"), (theirs, theirs / "report"), (scores, scores / "scores")):
+    for source, out in ((scores, tmp_path / "file"), (theirs, theirs / "report"), (scores, scores / "scores")):
         with pytest.raises(OutputError, match=f"--out {out}"):
-            write_report(given, out)
-    for _ in range(2):  # next to the rows it may lie, and the second report does not read the first as scores
+            write_report(source, out)
+    for _ in range(2):  # next to the rows; the second report does not read the first as scores
         report(archive, scores / "report", scores=str(scores))
 
 
@@ -349,7 +349,7 @@ def test_report_of_failed_images_only(archive: Archive, tmp_path: Path) -> None:
 
 def test_worklist_has_one_row_per_study(unlabelled: Report) -> None:
     archive, rows = unlabelled.archive, unlabelled.worklist()
-    assert len(rows) == 120  # of three images two share a study and one has none
+    assert len(rows) == 120  # of every three images, two share a study and one has none
     assert [sum(int(row[name]) for row in rows) for name in ("n_images", "n_errors")] == [180, 3]
     scored = [float(row["priority"]) for row in rows if row["priority"]]
     assert scored == sorted(scored, reverse=True)
@@ -364,7 +364,7 @@ def test_worklist_has_one_row_per_study(unlabelled: Report) -> None:
 def test_the_same_input_gives_the_same_files(unlabelled: Report, evaluated: Report, tmp_path: Path) -> None:
     for one in (unlabelled, evaluated):
         scores = str(one.archive.root / "SCORES")
-        again = report(one.archive, tmp_path / one.out.parent.name, scores=scores, **one.given)
+        again = report(one.archive, tmp_path / one.out.parent.name, scores=scores, **one.options)
         for name in ("metrics.json", "worklist.csv", "report.html"):
             assert (one.out / name).read_bytes() == (again.out / name).read_bytes()
 
@@ -421,14 +421,14 @@ def test_decoder_that_aborts_costs_its_example(archive: Archive, tmp_path: Path,
 def test_examples_and_reliability_follow_the_scores(archive: Archive) -> None:
     table, labels = read_scores(archive.scores()), archive.labels()
     evaluated = join_labels(table, manifest.read_manifest(labels), labels, "test")
-    outputs, bootstrap = ModelOutputs.select(table, evaluated.rows), Bootstrap(10, 0)
+    outputs, bootstrap = ModelOutputs.select(table, evaluated.rows), BootstrapSettings(10, 0)
     found = evaluate(outputs, evaluated.labels, evaluated.patients, prevalences={}, bootstrap=bootstrap)
     (panel,) = (one for one in build_reliability(table, evaluated, found) if one.finding == "Effusion")
     edges = [0, *((panel.predicted[1:] + panel.predicted[:-1]) / 2), 1]
     shares = np.histogram(panel.p, edges)[0]
     assert shares.max() <= 2 * shares.min(), "bins of equal counts"
     for flags in table.flags.values():
-        flags[:] = -1  # without operating points the examples are the ends of the scores
+        flags[:] = -1  # without operating points, examples come from the highest and lowest scores
     groups = dict(sample_examples(table, evaluated, 0))
     assert list(groups) == ["High-scoring positives", "Low-scoring positives", "High-scoring negatives"]
     high, low, negative = ({tile.heading in tile.true for tile in tiles} for tiles in groups.values())

@@ -1,4 +1,4 @@
-"""What a report has next to the labels: groups, consensus, boxes, other scores and prevalences."""
+"""Sections of a report beyond the labels' metrics: groups, consensus, boxes, other scores, prevalences."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def write_csv(path: Path, rows: list[list[Any]]) -> str:
 
 
 def write_consensus(path: Path, archive: Archive, rows: np.ndarray) -> str:
-    """Radiologists who disagree with the labels on every fifth image."""
+    """Write consensus labels that differ from the archive's labels on every fifth image."""
     y = archive.y["Effusion"] ^ (np.arange(archive.n) % 5 == 0)
     return write_csv(path, [["image_id", "Effusion", "Fracture"], *([archive.ids[i], int(y[i]), 0] for i in rows)])
 
 
 def add_heatmaps(scores: str, archive: Archive, rows: np.ndarray, hits: set[int]) -> None:
-    """Heat maps of 4 x 4 cells for Effusion: the highest is the upper left one, or the lower right."""
+    """Write heat maps of 4 x 4 cells for Effusion, with the maximum at the upper left (hits) or lower right."""
     folder = Path(scores) / overlays.FOLDER
     folder.mkdir()
     lines = []
@@ -51,7 +51,7 @@ def add_heatmaps(scores: str, archive: Archive, rows: np.ndarray, hits: set[int]
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """A report on the test split with all that it can be compared with."""
+    """A report on the test split with every reference standard and comparator."""
     home = tmp_path_factory.mktemp("everything")
     archive = Archive(home / "archive")
     scores, tested = archive.scores(), np.flatnonzero(archive.tested)
@@ -167,7 +167,7 @@ def test_other_scores_are_compared_on_the_same_images(everything: Report) -> Non
     found = m["compared"]
     rows = archive.tested & (np.arange(archive.n) < archive.n - 30)
     assert (found["n_images"], found["left_out"]) == (rows.sum(), m["n_images"] - rows.sum())
-    worse = pq.read_table(everything.given["compare"])["p_Effusion"].to_numpy()[rows[: archive.n - 30]]
+    worse = pq.read_table(everything.options["compare"])["p_Effusion"].to_numpy()[rows[: archive.n - 30]]
     y, p = archive.y["Effusion"][rows], archive.p["Effusion"][rows]
     one = found["findings"]["Effusion"]
     assert one["difference"] == pytest.approx(roc_auc_score(y, p) - roc_auc_score(y, worse), abs=1e-12)
