@@ -45,7 +45,7 @@ from ray_cxr.reporting.sr_studies import (
     collect_contents,
     keep_invalid_values,
     plan_export,
-    read_scores,
+    read_folder,
 )
 from ray_cxr.storage import atomic, run_folder
 
@@ -122,7 +122,7 @@ def export_sr(scores: str | Path, out: str | Path) -> Export:
 
     started = time.monotonic()
     out = Path(out)
-    folder = read_scores(Path(scores))
+    folder = read_folder(Path(scores))
     settings = {
         "kind": KIND,
         "format": sr_document.FORMAT,
@@ -134,7 +134,7 @@ def export_sr(scores: str | Path, out: str | Path) -> Export:
     if finished is not None:
         return finished
     with keep_invalid_values():
-        plan = plan_export(folder)
+        plan = plan_export(folder.scores)
     if not plan.headers and FAILED not in plan.outcomes:
         raise InputError(
             f"{scores}: none of its {len(plan.outcomes):,} rows is a scored DICOM image, and structured reports refer "
@@ -150,10 +150,10 @@ def export_sr(scores: str | Path, out: str | Path) -> Export:
     return export
 
 
-def _find_finished(out: Path, scores: ScoreFolder) -> Export | None:
+def _find_finished(out: Path, folder: ScoreFolder) -> Export | None:
     """Return the counts of an earlier run, if it finished with the same scores."""
     record = run_folder.read_json(out / "export.json")
-    if not run_folder.is_complete(out) or record.get("scores_digest") != scores.digest:
+    if not run_folder.is_complete(out) or record.get("scores_digest") != folder.digest:
         return None
     try:
         return Export(
@@ -166,12 +166,12 @@ def _find_finished(out: Path, scores: ScoreFolder) -> Export | None:
         return None
 
 
-def _write_export(out: Path, scores: ScoreFolder, plan: ExportPlan) -> Export:
+def _write_export(out: Path, folder: ScoreFolder, plan: ExportPlan) -> Export:
     """Write the documents, then the table and the counts."""
     earlier = _read_earlier_reports(out)
     reports: list[str | None] = [None] * len(plan.outcomes)
     export = Export(rows=len(plan.outcomes))
-    studies, contents = plan.studies(), collect_contents(scores, plan)
+    studies, contents = plan.studies(), collect_contents(folder, plan)
     with Progress("write reports", len(studies), unit="reports") as progress:
         for rows, content, document in zip(studies, contents, _build_documents(contents), strict=True):
             if isinstance(document, str):
@@ -194,7 +194,7 @@ def _write_export(out: Path, scores: ScoreFolder, plan: ExportPlan) -> Export:
         (out / f"{uid}.dcm").unlink(missing_ok=True)
     table = pa.table(
         {
-            "image_id": scores.table["image_id"],
+            "image_id": pa.array(folder.scores.ids, pa.string()),
             "outcome": pa.array(plan.outcomes, pa.string()),
             "reason": pa.array([plan.reasons.get(row) for row in range(len(plan.outcomes))], pa.string()),
             "report": pa.array(reports, pa.string()),
@@ -209,8 +209,8 @@ def _write_export(out: Path, scores: ScoreFolder, plan: ExportPlan) -> Export:
             "reasons": dict(sorted(export.reasons.items())),
             "reports": export.reports,
             "partial": export.partial,
-            "scores_digest": scores.digest,
-            "model_digest": scores.model.digest,
+            "scores_digest": folder.digest,
+            "model_digest": folder.model.digest,
         },
     )
     if not export.outcomes[FAILED]:

@@ -94,7 +94,9 @@ class FindingCode:
 CODES: dict[str, FindingCode] = {
     row.finding: row
     for row in (
-        FindingCode("Atelectasis", "RID28493", "RADLEX", "atelectasis", "RadLex 4.3; PS3.16 has the plate-like one alone"),
+        FindingCode(
+            "Atelectasis", "RID28493", "RADLEX", "atelectasis", "RadLex 4.3; PS3.16 has the plate-like one alone"
+        ),
         FindingCode(
             "Cardiomegaly",
             "CARDIOMEGALY",
@@ -114,7 +116,9 @@ CODES: dict[str, FindingCode] = {
         FindingCode("Pleural_Thickening", "PLEURALTHICK", SCHEME, "Pleural thickening", "none in PS3.16 or RadLex 4.3"),
         FindingCode("Pneumonia", "RID5350", "RADLEX", "pneumonia", "RadLex 4.3; none in PS3.16"),
         FindingCode("Pneumothorax", "36118008", "SCT", "Pneumothorax", "PS3.16, CID 6102, Chest Finding or Feature"),
-        FindingCode("No_Finding", "NO_FINDING", SCHEME, "None of the findings", "an output of the network, no observation"),
+        FindingCode(
+            "No_Finding", "NO_FINDING", SCHEME, "None of the findings", "an output of the network, no observation"
+        ),
     )
 }
 

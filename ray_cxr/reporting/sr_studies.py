@@ -6,9 +6,8 @@ import contextlib
 import datetime
 import hashlib
 import io
-import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,19 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pydicom
 import pydicom.config
 from pydicom.dataset import Dataset
 
-from ray_cxr.data import identity
 from ray_cxr.errors import ImageError, TableError
 from ray_cxr.imaging import dicom_text
 from ray_cxr.imaging.dicom import looks_like_dicom
 from ray_cxr.imaging.pixels import decoder_errors
-from ray_cxr.labels import LABELS
 from ray_cxr.progress import Progress
+from ray_cxr.reporting.scores import Scores, finite_or_none, read_scores
 from ray_cxr.storage import run_folder
 from ray_cxr.storage.archives import read_members
 from ray_cxr.storage.paths import file_name, split_member
@@ -101,31 +97,28 @@ class ScoringModel:
 
 @dataclass(frozen=True)
 class ScoreFolder:
-    """A score folder in memory.
+    """A finished score folder.
 
     Attributes:
-        table: image_id, path, study_id, status, top_finding, priority and quality_flag.
-        p, c: float32 [N,F], raw and calibrated probabilities, NaN where null.
-        flags: int8 [N,F], -1 where null.
         settings_digest: SHA-256 of the run's settings, hex.
         digest: SHA-256 over the score files, hex.
     """
 
     model: ScoringModel
-    table: pa.Table
-    p: np.ndarray
-    c: np.ndarray
-    flags: np.ndarray
+    scores: Scores
     settings_digest: str
     digest: str
 
     def values(self, row: int) -> dict[str, Any]:
-        """Return the results of an image, for JSON."""
+        """Return the results of an image, for JSON: p, c and flags per finding; None where null, flags -1."""
+        scores, findings = self.scores, self.model.findings
         return {
-            "p": self.p[row].tolist(),
-            "c": [None if np.isnan(value) else value for value in self.c[row].tolist()],
-            "flags": self.flags[row].tolist(),
-            **{name: self.table[name][row].as_py() for name in ("top_finding", "priority", "quality_flag")},
+            "p": [float(scores.p[name][row]) for name in findings],
+            "c": [finite_or_none(scores.c[name][row]) if name in scores.c else None for name in findings],
+            "flags": [int(scores.flags[name][row]) if name in scores.flags else -1 for name in findings],
+            "top_finding": scores.top_findings[row],
+            "priority": finite_or_none(scores.priority[row]),
+            "quality_flag": scores.quality_flags[row],
         }
 
 
@@ -188,7 +181,7 @@ class ExportPlan:
         return list(rows.values())
 
 
-def read_scores(path: Path) -> ScoreFolder:
+def read_folder(path: Path) -> ScoreFolder:
     """Read a finished score folder.
 
     Raises:
@@ -196,56 +189,27 @@ def read_scores(path: Path) -> ScoreFolder:
         TableError: a file is damaged or lacks a column.
     """
     run_folder.check_complete(path, "score")
+    scores = read_scores(path)
+    sink = hashlib.sha256()
     try:
-        info = json.loads((path / "model.json").read_text(encoding="utf-8"))
-        run = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        findings = tuple(info["findings"])
-        points = info["operating_points"]
+        points, findings = scores.operating_points, tuple(scores.model["findings"])
         model = ScoringModel(
             findings=findings,
             thresholds=tuple(points[name]["threshold"] if points[name] else None for name in findings),
-            backbone=str(info["architecture"]["backbone"]),
-            digest=str(info["digest"]),
-            version=str(run.get("versions", {}).get("ray-cxr", "unknown")),
-            finished=_read_time(run.get("finished"), path / "run.json"),
+            backbone=str(scores.model["architecture"]["backbone"]),
+            digest=str(scores.model["digest"]),
+            version=str(scores.run.get("versions", {}).get("ray-cxr", "unknown")),
+            finished=_read_time(scores.run.get("finished"), path / "run.json"),
         )
         settings_digest = run_folder.digest_settings(path)
+        for part in sorted((path / "scores").glob("*.parquet")):
+            sink.update(hashlib.sha256(part.read_bytes()).digest())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise TableError(f"{path}: model.json, run.json or settings.json is missing or damaged; score again") from None
-    if not findings or set(findings) - set(LABELS):
-        raise TableError(f"{path}: model.json has unknown findings; run score again with --fresh")
-    parts = sorted((path / "scores").glob("part-*.parquet"))
-    if not parts:
-        raise TableError(f"{path}: has no scores/part-*.parquet; run score again with --fresh")
-    names = ["image_id", "path", "study_id", "status", "top_finding", "priority", "quality_flag"]
-    columns = [*names, *(f"{kind}_{name}" for kind in ("p", "c", "flag") for name in findings)]
-    sink = hashlib.sha256()
-    tables = []
-    for part in parts:
-        try:
-            data = part.read_bytes()
-            file = pq.ParquetFile(pa.BufferReader(data))
-            absent = [name for name in columns if name not in file.schema_arrow.names]
-            if absent:
-                raise TableError(f"{part}: has no column {absent[0]}; remove it and run score again")
-            tables.append(file.read(columns=columns).select(columns))
-        except (OSError, pa.ArrowException):
-            raise TableError(f"{part}: is missing or damaged; remove it and run score again") from None
-        sink.update(hashlib.sha256(data).digest())
-    table = identity.check_table(pa.concat_tables(tables).combine_chunks(), str(path))
-
-    def stack(kind: str, dtype: pa.DataType, null: float) -> np.ndarray:
-        return np.column_stack([table[f"{kind}_{name}"].cast(dtype).fill_null(null).to_numpy() for name in findings])
-
-    return ScoreFolder(
-        model=model,
-        table=table.select(names),
-        p=stack("p", pa.float32(), np.nan),
-        c=stack("c", pa.float32(), np.nan),
-        flags=stack("flag", pa.int8(), -1),
-        settings_digest=settings_digest,
-        digest=sink.hexdigest(),
-    )
+    bad = [f"p_{name}" for name in findings if name not in scores.p or np.isnan(scores.p[name][scores.ok]).any()]
+    if bad or not findings:
+        raise TableError(f"{path}: no values in scored rows ({', '.join(bad)}); run score again with --fresh")
+    return ScoreFolder(model, scores, settings_digest, sink.hexdigest())
 
 
 def _read_time(text: str | None, file: Path) -> datetime.datetime:
@@ -255,18 +219,17 @@ def _read_time(text: str | None, file: Path) -> datetime.datetime:
     return datetime.datetime.fromisoformat(text).astimezone(datetime.UTC)
 
 
-def plan_export(scores: ScoreFolder) -> ExportPlan:
+def plan_export(scores: Scores) -> ExportPlan:
     """Read the header of every scored image that may be DICOM, and decide the outcome of every row."""
-    paths, studies = scores.table["path"].to_pylist(), scores.table["study_id"].to_pylist()
-    plan = ExportPlan([NOT_DICOM if status == "ok" else NOT_SCORED for status in scores.table["status"].to_pylist()])
+    plan = ExportPlan([NOT_DICOM if ok else NOT_SCORED for ok in scores.ok])
     candidates = [
         (row, path)
-        for row, (path, outcome) in enumerate(zip(paths, plan.outcomes, strict=True))
+        for row, (path, outcome) in enumerate(zip(scores.paths, plan.outcomes, strict=True))
         if outcome == NOT_DICOM and path is not None and not file_name(path).lower().endswith(_NOT_DICOM_SUFFIXES)
     ]
     with Progress("read headers", len(candidates), unit="files") as progress:
         for row, header in _read_headers(candidates):
-            if isinstance(header, ImageHeader) and _was_replaced(header, studies[row]):
+            if isinstance(header, ImageHeader) and _was_replaced(header, scores.studies[row]):
                 header = ImageError("corrupt", "the file is of another study than when it was scored")
             if isinstance(header, ImageError):
                 plan.fail(row, f"{header.code}: {header.message}")
@@ -409,17 +372,19 @@ def _parse_header(ds: Dataset) -> ImageHeader:
     )
 
 
-def collect_contents(scores: ScoreFolder, plan: ExportPlan) -> list[ReportContent]:
+def collect_contents(folder: ScoreFolder, plan: ExportPlan) -> list[ReportContent]:
     """Return the content of each study's document, in the order of `plan.studies()`."""
-    study_ids = scores.table["study_id"].to_pylist()
-    lost: dict[str, int] = defaultdict(int)  # rows per study_id that are in no document
-    for study, outcome in zip(study_ids, plan.outcomes, strict=True):
-        lost[study] += outcome in (NOT_SCORED, FAILED, NOT_DICOM)
+    study_ids = folder.scores.studies
+    lost = Counter(  # rows per study_id that are in no document
+        study
+        for study, outcome in zip(study_ids, plan.outcomes, strict=True)
+        if outcome in (NOT_SCORED, FAILED, NOT_DICOM)
+    )
     return [
         ReportContent(
-            scores.model,
+            folder.model,
             tuple(plan.headers[row] for row in rows),
-            tuple(scores.values(row) for row in rows),
+            tuple(folder.values(row) for row in rows),
             sum(lost[study] for study in {study_ids[row] for row in rows} - {None}),
         )
         for rows in plan.studies()
