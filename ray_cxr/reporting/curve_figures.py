@@ -17,7 +17,19 @@ from scipy.special import logit
 
 from ray_cxr.evaluation import metrics
 from ray_cxr.reporting import plots
-from ray_cxr.reporting.plots import BLUE, DASHED, FAINT, GREEN, INK, MUTED, ORANGE, SKY, VERMILION, Estimate, spaced
+from ray_cxr.reporting.plots import (
+    BLUE,
+    DASHED,
+    FAINT,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    SKY,
+    VERMILION,
+    Estimate,
+    format_finding,
+)
 
 #: Maximum points of a drawn curve; the data have one per image.
 _POINTS = 500
@@ -48,15 +60,15 @@ class Panel:
     threshold: float | None = None
 
 
-def auroc_overview(aurocs: Mapping[str, Estimate], macro: Estimate | None) -> Figure:
+def plot_aurocs(aurocs: Mapping[str, Estimate], macro: Estimate | None) -> Figure:
     """Plot the AUROC of every finding with its interval, best on top, and the macro mean as a band."""
     rows = sorted(aurocs.items(), key=lambda row: row[1].value)
-    figure, ax = plots.single(7.2, 1.3 + 0.32 * len(rows))
+    figure, ax = plots.create_axes(7.2, 1.3 + 0.32 * len(rows))
     for row, (_, auroc) in enumerate(rows):
         if auroc.low is not None and auroc.high is not None:
             ax.plot([auroc.low, auroc.high], [row, row], color=BLUE, linewidth=2.2, solid_capstyle="butt")
         ax.plot([auroc.value], [row], "o", color=BLUE, markersize=6.5)
-    ax.set_yticks(range(len(rows)), [spaced(finding) for finding, _ in rows])
+    ax.set_yticks(range(len(rows)), [format_finding(finding) for finding, _ in rows])
     ax.set_ylim(-0.7, len(rows) - 0.3)
     lowest = min([0.5, *(auroc.value if auroc.low is None else auroc.low for _, auroc in rows)])
     ax.set_xlim(max(0.0, lowest - 0.03), 1.01)
@@ -71,12 +83,12 @@ def auroc_overview(aurocs: Mapping[str, Estimate], macro: Estimate | None) -> Fi
     return figure
 
 
-def roc(panels: Sequence[Panel]) -> Figure:
+def plot_roc(panels: Sequence[Panel]) -> Figure:
     """Plot ROC curves, one panel per finding, with bands of the interval; a dot marks the operating point."""
-    known: list[Artist] = [plots.line_key("chance", MUTED, DASHED), *_point_key(panels)]
+    known: list[Artist] = [plots.create_line_entry("chance", MUTED, DASHED), *_point_key(panels)]
     if any(panel.band is not None for panel in panels):
         known.append(Patch(color=SKY, alpha=0.45, linewidth=0, label="95% interval of the curve"))
-    figure, axes = plots.grid(len(panels), known)
+    figure, axes = plots.create_grid(len(panels), known)
     for ax, panel in zip(axes, panels, strict=True):
         curve = metrics.roc_curve(panel.y, panel.s)
         assert curve is not None
@@ -87,15 +99,15 @@ def roc(panels: Sequence[Panel]) -> Figure:
         sensitivity, specificity, _ = panel.rates or (None, None, None)
         if sensitivity is not None and specificity is not None:
             _mark_point(ax, 1 - specificity, sensitivity)
-        plots.heading(ax, panel.finding, f"AUROC {panel.auroc.format()}")
+        plots.set_heading(ax, panel.finding, f"AUROC {panel.auroc.format()}")
         _set_unit_square(ax, "1 − specificity", "sensitivity")
     return figure
 
 
-def precision_recall(panels: Sequence[Panel]) -> Figure:
+def plot_precision_recall(panels: Sequence[Panel]) -> Figure:
     """Plot precision against recall, one panel per finding; the dashed prevalence is chance."""
-    known: list[Artist] = [plots.line_key("prevalence (chance)", MUTED, DASHED), *_point_key(panels)]
-    figure, axes = plots.grid(len(panels), known)
+    known: list[Artist] = [plots.create_line_entry("prevalence (chance)", MUTED, DASHED), *_point_key(panels)]
+    figure, axes = plots.create_grid(len(panels), known)
     for ax, panel in zip(axes, panels, strict=True):
         curve = metrics.precision_recall_curve(panel.y, panel.s)
         prevalence = float(np.mean(panel.y))
@@ -107,23 +119,23 @@ def precision_recall(panels: Sequence[Panel]) -> Figure:
         if sensitivity is not None and ppv is not None:
             _mark_point(ax, sensitivity, ppv)
         shown = "undefined" if panel.average_precision is None else panel.average_precision.format()
-        plots.heading(ax, panel.finding, f"average precision {shown}")
+        plots.set_heading(ax, panel.finding, f"average precision {shown}")
         _set_unit_square(ax, "recall (sensitivity)", "precision")
     return figure
 
 
 def _point_key(panels: Sequence[Panel]) -> list[Artist]:
     drawn = any(panel.rates and panel.rates[0] is not None for panel in panels)
-    return [plots.mark_key("operating point", VERMILION, "o")] if drawn else []
+    return [plots.create_marker_entry("operating point", VERMILION, "o")] if drawn else []
 
 
 def _mark_point(ax: Axes, x: float, y: float) -> None:
     ax.plot([x], [y], "o", color=VERMILION, markersize=6, clip_on=False, zorder=4)
 
 
-def priority_histogram(priority: np.ndarray) -> Figure:
+def plot_priorities(priority: np.ndarray) -> Figure:
     """Plot a histogram of the priorities, finite floats [n], n > 0."""
-    figure, ax = plots.single(7.2, 3.2)
+    figure, ax = plots.create_axes(7.2, 3.2)
     inside = bool((priority >= 0).all() and (priority <= 1).all())
     ax.hist(priority, bins=40, range=(0, 1) if inside else None, color=SKY, edgecolor=BLUE, linewidth=0.6)
     if inside:
@@ -136,9 +148,9 @@ def priority_histogram(priority: np.ndarray) -> Figure:
     return figure
 
 
-def learning_curves(epochs: Sequence[Mapping[str, Any]]) -> Figure:
+def plot_learning_curves(epochs: Sequence[Mapping[str, Any]]) -> Figure:
     """Plot training loss, validation cross-entropy and validation AUROC per epoch; missing values are skipped."""
-    figure = Figure(figsize=(12.6, 3.2), layout=plots.layout(), facecolor="white")
+    figure = Figure(figsize=(12.6, 3.2), layout=plots.create_layout(), facecolor="white")
     numbers = [row["epoch"] for row in epochs if "epoch" in row]
     for ax, key, name, colour in zip(
         figure.subplots(1, 3),
@@ -148,7 +160,7 @@ def learning_curves(epochs: Sequence[Mapping[str, Any]]) -> Figure:
         strict=True,
     ):
         points = [(row["epoch"], row[key]) for row in epochs if row.get(key) is not None and "epoch" in row]
-        plots.style(ax)
+        plots.style_axes(ax)
         ax.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, linewidth=1.6) if points else None
         if points and key == "val_auroc":
             epoch, best = max(points, key=lambda point: point[1])
@@ -183,20 +195,20 @@ class Reliability:
     error: Estimate | None
 
 
-def reliability(panels: Sequence[Reliability]) -> Figure:
+def plot_reliability(panels: Sequence[Reliability]) -> Figure:
     """Plot observed share against calibrated probability, one panel per finding, above a histogram of predictions.
 
     Both axes of a panel end just above its largest point and have square-root scales, so that rare findings stay
     readable. An interval that leaves the frame ends in an arrow head.
     """
     if not panels:
-        return plots.empty("no calibrated probabilities with labels")
+        return plots.create_placeholder("no calibrated probabilities with labels")
     known: list[Artist] = [
-        plots.line_key("perfect calibration", MUTED, DASHED),
-        plots.mark_key("images of similar probability, with 95% interval", BLUE, "o"),
+        plots.create_line_entry("perfect calibration", MUTED, DASHED),
+        plots.create_marker_entry("images of similar probability, with 95% interval", BLUE, "o"),
         Patch(color=SKY, label="number of images, log scale (last bar: or more)"),
     ]
-    figure, axes = plots.grid(len(panels), known, below=0.5)
+    figure, axes = plots.create_grid(len(panels), known, below=0.5)
     for place, panel in enumerate(panels):
         end = _end(panel)
         _observed(axes[place], panel, end)
@@ -218,12 +230,12 @@ def _observed(ax: Axes, panel: Reliability, end: float) -> None:
     ax.set_ylim(0, end)
     ticks = [0, end / 4, end]
     ax.set_xticks(ticks, [])
-    ax.set_yticks(ticks, [plots.percent(tick) for tick in ticks], fontsize=7.5)
+    ax.set_yticks(ticks, [plots.format_percent(tick) for tick in ticks], fontsize=7.5)
     ax.set_ylabel("observed share", fontsize=8)
     ax.yaxis.set_label_coords(-0.2, 0.5)
     ax.grid(color=FAINT, linewidth=0.6)
     error = "undefined" if panel.error is None else panel.error.format()
-    plots.heading(ax, panel.finding, f"ECE {error}")
+    plots.set_heading(ax, panel.finding, f"ECE {error}")
 
 
 def _predictions(ax: Axes, panel: Reliability, end: float) -> None:
@@ -240,7 +252,7 @@ def _predictions(ax: Axes, panel: Reliability, end: float) -> None:
     ax.set_xscale("function", functions=(_root, np.square))
     ax.set_xlim(0, end)
     ticks = [0, end / 4, end]
-    ax.set_xticks(ticks, [plots.percent(tick) for tick in ticks])
+    ax.set_xticks(ticks, [plots.format_percent(tick) for tick in ticks])
     ax.set_xlabel("calibrated probability (√ scale)", fontsize=8)
 
 
@@ -263,21 +275,21 @@ def _end(panel: Reliability) -> float:
     return min(1.0, next(step * power for step in (1, 2, 3, 4, 6, 8, 10) if largest <= step * power * (1 + 1e-9)))
 
 
-def distributions(panels: Sequence[Panel]) -> Figure:
+def plot_distributions(panels: Sequence[Panel]) -> Figure:
     """Plot the scores of positives (upwards) and negatives (downwards), one panel per finding, with the threshold.
 
     Scores in 0..1 have a logit axis, others a linear one. Each half is scaled to its own peak, so compare shapes, not
     counts.
     """
     if not panels:
-        return plots.empty("no finding has positives and negatives")
+        return plots.create_placeholder("no finding has positives and negatives")
     known: list[Artist] = [
         Patch(color=ORANGE, label="up: positives"),
         Patch(color=BLUE, label="down: negatives (each half to its own peak)"),
     ]
     if any(panel.threshold is not None for panel in panels):
-        known.append(plots.line_key("operating point: flagged to the right", INK))
-    figure, axes = plots.grid(len(panels), known)
+        known.append(plots.create_line_entry("operating point: flagged to the right", INK))
+    figure, axes = plots.create_grid(len(panels), known)
     for ax, panel in zip(axes, panels, strict=True):
         _halves(ax, panel)
     return figure
@@ -314,7 +326,7 @@ def _halves(ax: Axes, panel: Panel) -> None:
     else:
         ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.set_xlabel("raw score", fontsize=8)
-    plots.heading(ax, panel.finding, f"{int(y.sum()):,} positives, {int((~y).sum()):,} negatives")
+    plots.set_heading(ax, panel.finding, f"{int(y.sum()):,} positives, {int((~y).sum()):,} negatives")
 
 
 def _logit(p: np.ndarray) -> np.ndarray:

@@ -35,39 +35,39 @@ def draw_evaluation(
     panels = _build_panels(table, evaluated, evaluation)
     if panels:
         figures["auroc"] = _draw_aurocs(evaluation)
-        figures["roc"] = curve_figures.roc(panels)
-        figures["precision_recall"] = curve_figures.precision_recall(panels)
-        figures["distributions"] = curve_figures.distributions(panels)
+        figures["roc"] = curve_figures.plot_roc(panels)
+        figures["precision_recall"] = curve_figures.plot_precision_recall(panels)
+        figures["distributions"] = curve_figures.plot_distributions(panels)
     calibrated = build_reliability(table, evaluated, evaluation)
     if calibrated:
-        figures["reliability"] = curve_figures.reliability(calibrated)
+        figures["reliability"] = curve_figures.plot_reliability(calibrated)
     labelled = [
         (finding, one.prevalence, one.positives, one.metrics["flag_rate"].value)
         for finding, one in evaluation.findings.items()
         if one.prevalence is not None
     ]
     if labelled:
-        figures["prevalence"] = label_figures.prevalence(labelled)
+        figures["prevalence"] = label_figures.plot_prevalence(labelled)
     present = [finding for finding in FINDINGS if (evaluated.labels[finding] == 1).any()]
     if len(present) > 1:
         positive = np.column_stack([evaluated.labels[finding] == 1 for finding in present]).astype(np.int64)
-        figures["cooccurrence"] = label_figures.cooccurrence(positive.T @ positive, present, len(evaluated.rows))
+        figures["cooccurrence"] = label_figures.plot_cooccurrence(positive.T @ positive, present, len(evaluated.rows))
     groups = sample_examples(table, evaluated, seed)
     if any(tile.image is not None for _, tiles in groups for tile in tiles):
-        figures["examples"] = image_figures.examples(groups)
+        figures["examples"] = image_figures.draw_examples(groups)
     bands = select_heatmap_examples(table, evaluated)
     if any(tiles for _, tiles in bands):
-        figures["heatmaps"] = image_figures.heatmap_examples(bands)
+        figures["heatmaps"] = image_figures.draw_heatmaps(bands)
     radiographs = sample_radiographs(table, evaluated, seed)
     if any(one.image is not None for one in radiographs):
-        figures["radiographs"] = image_figures.radiographs(radiographs)
+        figures["radiographs"] = image_figures.draw_radiographs(radiographs)
     return figures
 
 
 def _draw_aurocs(evaluation: EvaluationResult) -> Figure:
     aurocs = {finding: _to_estimate(one.auroc) for finding, one in evaluation.findings.items()}
     known = {finding: one for finding, one in aurocs.items() if one is not None}
-    return curve_figures.auroc_overview(known, _to_estimate(evaluation.macro.auroc))
+    return curve_figures.plot_aurocs(known, _to_estimate(evaluation.macro.auroc))
 
 
 def _build_panels(table: Scores, evaluated: EvaluationSet, evaluation: EvaluationResult) -> list[curve_figures.Panel]:
@@ -139,14 +139,14 @@ def draw_subgroups(found: subgroups.Subgroups, macro: MeanResult) -> dict[str, F
         forest_figures.ForestColumn("macro AUROC", overall, "" if overall is None else f"all images {overall:.3f}"),
         forest_figures.ForestColumn("mean sensitivity"),
     ]
-    figures = {"subgroups": forest_figures.subgroup_forest(rows, columns)}
+    figures = {"subgroups": forest_figures.plot_subgroups(rows, columns)}
     sizes = {one.value: one.n for one in groups}
     pairs: dict[tuple[str, str, str], dict[str, subgroups.Difference]] = {}
     for one in found.differences:
         if one.finding is None and not one.crossing:
             pairs.setdefault((one.attribute, one.value, one.reference), {})[one.quantity] = one
     if pairs:
-        figures["subgroup_differences"] = forest_figures.subgroup_forest(
+        figures["subgroup_differences"] = forest_figures.plot_subgroups(
             [
                 forest_figures.ForestRow(
                     ATTRIBUTES.get(attribute, attribute),
@@ -181,7 +181,7 @@ def draw_comparison(compared: ScoreComparison, first: str, second: str) -> Figur
             for name, one in compared.findings.items()
         ),
     ]
-    return forest_figures.compared(rows, first, second)
+    return forest_figures.plot_differences(rows, first, second)
 
 
 def draw_localisation(found: localisation.Localisation) -> Figure:
@@ -193,7 +193,7 @@ def draw_localisation(found: localisation.Localisation) -> Figure:
         }
         accuracy = {level: rate for level, rate in levels.items() if rate is not None}
         rows.append(forest_figures.LocalisationRow(name, one.n, _to_estimate(one.hit_rate), one.chance, accuracy))
-    return forest_figures.localisation(rows)
+    return forest_figures.plot_localisation(rows)
 
 
 def draw_drift(measured: drift.Drift) -> Figure | None:
@@ -208,4 +208,4 @@ def draw_drift(measured: drift.Drift) -> Figure | None:
         for one in measured.flags
         if one.observed is not None and one.name != NO_FINDING
     ]
-    return forest_figures.drift(rows) if rows else None
+    return forest_figures.plot_drift(rows) if rows else None

@@ -29,7 +29,7 @@ from ray_cxr.reporting.plots import (
     SMALL_TEXT,
     VERMILION,
     Estimate,
-    spaced,
+    format_finding,
 )
 
 #: Height of a row in inches.
@@ -103,7 +103,7 @@ class _Line:
     bold: bool = False
 
 
-def subgroup_forest(rows: Sequence[ForestRow], columns: Sequence[ForestColumn]) -> Figure:
+def plot_subgroups(rows: Sequence[ForestRow], columns: Sequence[ForestColumn]) -> Figure:
     """Plot each group's estimates in one chart per column, with the value of all images as a line.
 
     Small groups are grey and hollow. Intervals that leave a chart end in an arrow head.
@@ -114,7 +114,7 @@ def subgroup_forest(rows: Sequence[ForestRow], columns: Sequence[ForestColumn]) 
     if any(len(row.estimates) != len(columns) for row in rows):
         raise ValueError(f"each row needs {len(columns)} estimates, one per column")
     if not rows or not columns:
-        return plots.empty("no groups")
+        return plots.create_placeholder("no groups")
     lines: list[_Line] = []
     placed: dict[int, ForestRow] = {}
     for attribute in dict.fromkeys(row.attribute for row in rows):
@@ -126,9 +126,9 @@ def subgroup_forest(rows: Sequence[ForestRow], columns: Sequence[ForestColumn]) 
                 for estimate, column in zip(row.estimates, columns, strict=True)
             )
             lines.append(_Line((f"   {row.label}", f"{row.n:,}"), values, GREY if row.small else INK))
-    known: list[Artist] = [plots.mark_key("value with 95% interval", BLUE, "o")]
+    known: list[Artist] = [plots.create_marker_entry("value with 95% interval", BLUE, "o")]
     if any(row.small for row in rows):
-        known.append(plots.mark_key("small group: interpret with caution", GREY, "o", "white"))
+        known.append(plots.create_marker_entry("small group: interpret with caution", GREY, "o", "white"))
     figure, axes = _forest(lines, ("", "images"), [column.name for column in columns], known)
     for place, (ax, column) in enumerate(zip(axes, columns, strict=True)):
         _set_limits(ax, [(row.estimates[place], row.small) for row in rows], column.reference)
@@ -155,28 +155,28 @@ def _set_limits(ax: Axes, estimates: Sequence[tuple[Estimate | None, bool]], ref
     ax.set_xlim(low - room, high + room)
 
 
-def compared(rows: Sequence[DifferenceRow], first: str, second: str) -> Figure:
+def plot_differences(rows: Sequence[DifferenceRow], first: str, second: str) -> Figure:
     """Plot paired differences of two score tables, `first` − `second`, per finding, with the macro mean on top.
 
     A filled marker has an interval that excludes 0; a hollow one has an interval that includes it.
     """
     if not rows:
-        return plots.empty("nothing to compare")
+        return plots.create_placeholder("nothing to compare")
     rows = [*(row for row in rows if row.macro), *(row for row in rows if not row.macro)]
     lines = [
         _Line(
-            (spaced(row.label),),
+            (format_finding(row.label),),
             ("undefined" if row.estimate is None else row.estimate.format(signed=True) + _format_p(row.p),),
             bold=row.macro,
         )
         for row in rows
     ]
     known: list[Artist] = [
-        plots.mark_key("95% interval excludes 0", BLUE, "o"),
-        plots.mark_key("interval includes 0", BLUE, "o", "white"),
+        plots.create_marker_entry("95% interval excludes 0", BLUE, "o"),
+        plots.create_marker_entry("interval includes 0", BLUE, "o", "white"),
     ]
     if any(row.macro for row in rows):
-        known.append(plots.mark_key("macro mean", VERMILION, "D"))
+        known.append(plots.create_marker_entry("macro mean", VERMILION, "D"))
     name = f"AUROC of {first} − AUROC of {second}\nright of 0: {first} is higher"
     figure, axes = _forest(lines, ("",), [name], known, width=3.6)
     ax = axes[0]
@@ -197,21 +197,21 @@ def compared(rows: Sequence[DifferenceRow], first: str, second: str) -> Figure:
     return figure
 
 
-def drift(rows: Sequence[DriftRow]) -> Figure:
+def plot_drift(rows: Sequence[DriftRow]) -> Figure:
     """Plot the ratio of observed to expected flag rate of each finding on a logarithmic axis.
 
     A diamond differs by more than chance, a hollow circle does not. A finding without flags is an arrow head at the
     left edge; one without an expected rate, or with the rate 0, has text instead of a marker.
     """
     if not rows:
-        return plots.empty("no flags")
+        return plots.create_placeholder("no flags")
     ratios = [_divide_by_expected(row) for row in rows]
     lines = [
         _Line(
             (
-                spaced(row.finding),
-                "unknown" if row.expected is None else plots.share_percent(row.expected),
-                plots.share_percent(row.observed.value),
+                format_finding(row.finding),
+                "unknown" if row.expected is None else plots.format_share(row.expected),
+                plots.format_share(row.observed.value),
             ),
             ("no ratio" if ratio is None else _format_ratio(ratio.value),),
             bold=row.significant,
@@ -219,8 +219,8 @@ def drift(rows: Sequence[DriftRow]) -> Figure:
         for row, ratio in zip(rows, ratios, strict=True)
     ]
     known = [
-        plots.mark_key("consistent with chance, with 95% interval", BLUE, "o", "white"),
-        plots.mark_key("more than chance", VERMILION, "D"),
+        plots.create_marker_entry("consistent with chance, with 95% interval", BLUE, "o", "white"),
+        plots.create_marker_entry("more than chance", VERMILION, "D"),
     ]
     name = "ratio of flagged to expected"
     figure, (ax,) = _forest(lines, ("", "expected", "flagged"), [name], known, width=3.8)
@@ -263,23 +263,23 @@ def _format_ratio(ratio: float) -> str:
     return "none flagged" if ratio == 0 else f"× {ratio:.2g}" if ratio < 100 else f"× {ratio:.0f}"
 
 
-def localisation(rows: Sequence[LocalisationRow]) -> Figure:
+def plot_localisation(rows: Sequence[LocalisationRow]) -> Figure:
     """Plot hit rate and, per threshold of overlap, the share of boxes found; short bars mark chance."""
     if not rows:
-        return plots.empty("no boxes")
+        return plots.create_placeholder("no boxes")
     thresholds = sorted({threshold for row in rows for threshold in row.accuracy})
     marks = {threshold: _THRESHOLD_MARKS[place % len(_THRESHOLD_MARKS)] for place, threshold in enumerate(thresholds)}
     lines = [
         _Line(
-            (spaced(row.finding), f"{row.cases:,}"),
+            (format_finding(row.finding), f"{row.cases:,}"),
             ("undefined" if row.hit is None else row.hit.format(percent=True), ""),
         )
         for row in rows
     ]
     names = ["hit rate: the map peaks in the box", "boxes found: IoU of map and box ≥ T"]
     known: list[Artist] = [
-        plots.line_key("chance", INK, "-"),
-        *(plots.mark_key(f"T = {threshold:g}", *marks[threshold]) for threshold in thresholds),
+        plots.create_line_entry("chance", INK, "-"),
+        *(plots.create_marker_entry(f"T = {threshold:g}", *marks[threshold]) for threshold in thresholds),
     ]
     tall = max(_ROW, 0.09 + 0.105 * len(thresholds))
     figure, axes = _forest(lines, ("", "cases"), names if thresholds else names[:1], known, row=tall)
@@ -311,19 +311,22 @@ def _forest(
     """Lay out a legend, columns of text, and charts with a column of text each; row i is at y = i from the top."""
     gap, edge = 0.2, 0.15
     cells = [
-        max(plots.inches(head, SMALL_TEXT), *(plots.inches(line.cells[i], 9, bold=line.bold) for line in lines))
+        max(
+            plots.measure_text(head, SMALL_TEXT),
+            *(plots.measure_text(line.cells[i], 9, bold=line.bold) for line in lines),
+        )
         for i, head in enumerate(headers)
     ]
     values = [
-        max([0.0, *(plots.inches(line.values[i], 8.5, bold=line.bold) for line in lines if line.values)])
+        max([0.0, *(plots.measure_text(line.values[i], 8.5, bold=line.bold) for line in lines if line.values)])
         for i in range(len(charts))
     ]
     names = ["\n".join(textwrap.fill(part, int(width * 17)) for part in name.split("\n")) for name in charts]
     wide = edge + sum(size + gap for size in cells) + sum(width + 0.12 + size + gap for size in values)
-    keyed = math.ceil(len(handles) / plots.key_columns(wide, handles))
+    keyed = math.ceil(len(handles) / plots.count_legend_columns(wide, handles))
     top, bottom = 0.45 + 0.2 * keyed, 0.4 + 0.15 * max(name.count("\n") + 1 for name in names)
-    figure, box = plots.sheet(wide, top + row * len(lines) + bottom)
-    plots.key(figure, handles)
+    figure, box = plots.create_sheet(wide, top + row * len(lines) + bottom)
+    plots.draw_legend(figure, handles)
     left = edge
     for i, (size, head) in enumerate(zip(cells, headers, strict=True)):
         # Names are left-aligned, numbers right-aligned.
@@ -335,7 +338,7 @@ def _forest(
     axes = []
     for i, (size, name) in enumerate(zip(values, names, strict=True)):
         ax = figure.add_axes(box(left, top, width, row * len(lines)))
-        plots.style(ax)
+        plots.style_axes(ax)
         ax.set_ylim(len(lines) - 0.5, -0.5)
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)

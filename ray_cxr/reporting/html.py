@@ -35,41 +35,41 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        num=num,
-        percent=percent,
-        count=count,
-        duration=duration,
-        setting=setting,
-        md=markdown,
-        sentence=sentence,
-        spaced=plots.spaced,
-        png=_png,
+        num=format_number,
+        percent=format_percent,
+        count=format_count,
+        duration=format_duration,
+        setting=format_setting,
+        md=escape_markdown,
+        sentence=capitalise,
+        spaced=plots.format_finding,
+        png=_encode_png,
         metric=format_metric,
     )
     return environment.get_template(template).render(view)
 
 
-def num(value: float | None, digits: int = 3) -> str:
+def format_number(value: float | None, digits: int = 3) -> str:
     """Format a number with fixed decimals; an en dash for None."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
 def format_metric(value: float | None, metric: Metric) -> str:
     """Format a metric's value with its unit and decimals; an en dash for None."""
-    return (percent if metric.percent else num)(value, metric.digits)
+    return (format_percent if metric.percent else format_number)(value, metric.digits)
 
 
-def percent(value: float | None, digits: int = 1) -> str:
+def format_percent(value: float | None, digits: int = 1) -> str:
     """Format a share as a percentage; an en dash for None."""
     return "–" if value is None else f"{100 * value:.{digits}f}%"
 
 
-def count(value: int | None) -> str:
+def format_count(value: int | None) -> str:
     """Format an integer with thousands separators; an en dash for None."""
     return "–" if value is None else f"{value:,}"
 
 
-def duration(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """Format a duration: 45 s, 12 min, 3 h 05 min; an en dash for None."""
     if seconds is None:
         return "–"
@@ -79,7 +79,7 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
-def setting(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """Format a setting as in TOML, floats with four digits; an en dash for None."""
     if value is None:
         return "–"
@@ -88,20 +88,20 @@ def setting(value: Any) -> str:
     if isinstance(value, (float, np.floating)):
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(setting(item) for item in value) + "]"
+        return "[" + ", ".join(format_setting(item) for item in value) + "]"
     return str(value)
 
 
-def sentence(text: str) -> str:
+def capitalise(text: str) -> str:
     """Capitalise the first letter and keep the rest, such as names, unchanged."""
     return text[:1].upper() + text[1:]
 
 
-def markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Escape a text for Markdown, including table cells."""
     return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(str(text).split()))
 
 
-def _png(data: bytes) -> Markup:
+def _encode_png(data: bytes) -> Markup:
     # Base64 contains no character that is special in HTML.
     return Markup("data:image/png;base64," + base64.b64encode(data).decode("ascii"))

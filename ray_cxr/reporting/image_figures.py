@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ray_cxr.reporting import plots
-from ray_cxr.reporting.plots import FAINT, INK, MUTED, ORANGE, SKY, spaced
+from ray_cxr.reporting.plots import FAINT, INK, MUTED, ORANGE, SKY, format_finding
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Radiograph:
     note: str = ""
 
 
-def examples(groups: Sequence[tuple[str, Sequence[Example]]]) -> Figure:
+def draw_examples(groups: Sequence[tuple[str, Sequence[Example]]]) -> Figure:
     """Draw one band per group; each tile shows a radiograph, its findings, and its three highest probabilities.
 
     Args:
@@ -78,7 +78,7 @@ def examples(groups: Sequence[tuple[str, Sequence[Example]]]) -> Figure:
     columns = max(2, *(len(tiles) for _, tiles in groups))
     tile, band, margin = 2.75, 4.75, 0.12
     width, height = columns * tile + margin, len(groups) * band
-    figure, box = plots.sheet(width, height)
+    figure, box = plots.create_sheet(width, height)
     for row, (name, tiles) in enumerate(groups):
         top = row * band
         figure.text(
@@ -99,7 +99,7 @@ def _draw_example(ax: Axes, tile: Example, width: int = 42) -> None:
     else:
         _draw_image(ax, tile.image)
     # Offsets in points from the axes, because a tall image narrows the axes and must not move the text.
-    ax.annotate(spaced(tile.heading), (0, 1), (0, 5), "axes fraction", "offset points",
+    ax.annotate(format_finding(tile.heading), (0, 1), (0, 5), "axes fraction", "offset points",
                 fontsize=10, fontweight="bold", color=INK)  # fmt: skip
     lines = "\n".join([_wrap_findings("label", tile.true, width), _wrap_findings("flags", tile.flagged, width)])
     _write_below(ax, lines, 7.5)
@@ -133,14 +133,14 @@ def _hide_frame(ax: Axes) -> None:
 
 def _wrap_findings(name: str, findings: Sequence[str], width: int) -> str:
     """List findings after a name, in at most two lines, so that tiles stay aligned."""
-    text = ", ".join(spaced(finding) for finding in findings) or "none"
+    text = ", ".join(format_finding(finding) for finding in findings) or "none"
     lines = textwrap.wrap(f"{name}: {text}", width=width)
     return "\n".join(lines[:2]) + (" …" if len(lines) > 2 else "")
 
 
 def _draw_bars(ax: Axes, tile: Example) -> None:
     """Draw the highest raw probabilities as bars, each with a tick at its threshold."""
-    names = [f"{spaced(finding)}  {p:.2f}" for finding, p, _ in tile.bars]
+    names = [f"{format_finding(finding)}  {p:.2f}" for finding, p, _ in tile.bars]
     for place, (_, p, threshold) in enumerate(tile.bars):
         reached = threshold is not None and p >= threshold
         ax.barh([place], [p], height=0.7, color=ORANGE if reached else SKY)
@@ -156,7 +156,7 @@ def _draw_bars(ax: Axes, tile: Example) -> None:
     ax.tick_params(length=0, pad=3)
 
 
-def heatmap_examples(groups: Sequence[tuple[str, Sequence[HeatmapExample]]]) -> Figure:
+def draw_heatmaps(groups: Sequence[tuple[str, Sequence[HeatmapExample]]]) -> Figure:
     """Draw one band per group; each tile shows a radiograph and its heat map.
 
     Args:
@@ -164,11 +164,11 @@ def heatmap_examples(groups: Sequence[tuple[str, Sequence[HeatmapExample]]]) -> 
     """
     groups = [(name, tiles) for name, tiles in groups if tiles]
     if not groups:
-        return plots.empty("no examples")
+        return plots.create_placeholder("no examples")
     columns = min(3, max(len(tiles) for _, tiles in groups))
     side, tile, band, head, margin = 2.2, 4.72, 3.5, 0.45, 0.12
     lines = [math.ceil(len(tiles) / columns) for _, tiles in groups]
-    figure, box = plots.sheet(columns * tile + margin, sum(lines) * band + len(groups) * head)
+    figure, box = plots.create_sheet(columns * tile + margin, sum(lines) * band + len(groups) * head)
     width, height = figure.get_size_inches()
     top = 0.0
     for (name, tiles), count in zip(groups, lines, strict=True):
@@ -191,25 +191,25 @@ def _draw_overlay(ax: Axes, one: HeatmapExample) -> None:
     else:
         _draw_image(ax, one.overlay)
     score = "" if one.score is None else f", p {one.score:.2g}"
-    ax.annotate(f"heat map: {spaced(one.finding)}{score}", (0, 1), (0, 5), "axes fraction", "offset points",
+    ax.annotate(f"heat map: {format_finding(one.finding)}{score}", (0, 1), (0, 5), "axes fraction", "offset points",
                 fontsize=8.5, color=INK)  # fmt: skip
 
 
-def radiographs(tiles: Sequence[Radiograph]) -> Figure:
+def draw_radiographs(tiles: Sequence[Radiograph]) -> Figure:
     """Draw a page of radiographs with their labels."""
     if not tiles:
-        return plots.empty("no radiographs")
+        return plots.create_placeholder("no radiographs")
     columns = min(6, math.ceil(math.sqrt(len(tiles))))
     rows = math.ceil(len(tiles) / columns)
     side, tile, band = 2.1, 2.25, 2.72
-    figure, box = plots.sheet(columns * tile + 0.13, rows * band + 0.1)
+    figure, box = plots.create_sheet(columns * tile + 0.13, rows * band + 0.1)
     for place, one in enumerate(tiles):
         ax = figure.add_axes(box(0.14 + place % columns * tile, 0.1 + place // columns * band, side, side))
         if one.image is None:
             _draw_placeholder(ax, f"cannot be shown:\n{one.code}")
         else:
             _draw_image(ax, one.image)
-        names = "not labelled" if one.findings is None else ", ".join(map(spaced, one.findings)) or "no finding"
+        names = "not labelled" if one.findings is None else ", ".join(map(format_finding, one.findings)) or "no finding"
         lines = textwrap.wrap(names, 36)
         below = ["\n".join(lines[:2]) + (" …" if len(lines) > 2 else ""), *([one.note] if one.note else [])]
         _write_below(ax, "\n".join(below), 7.8)

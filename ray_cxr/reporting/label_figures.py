@@ -15,17 +15,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ray_cxr.reporting import plots
-from ray_cxr.reporting.plots import FAINT, INK, MUTED, SKY, VERMILION, spaced
+from ray_cxr.reporting.plots import FAINT, INK, MUTED, SKY, VERMILION, format_finding
 
 
-def prevalence(rows: Sequence[tuple[str, float, int, float | None]]) -> Figure:
+def plot_prevalence(rows: Sequence[tuple[str, float, int, float | None]]) -> Figure:
     """Plot the share of positive images per finding, and the share flagged.
 
     Args:
         rows: (finding, share of positives, number of positives, share flagged or None).
     """
     rows = sorted(rows, key=lambda row: row[1])
-    figure, ax = plots.single(7.2, 1.3 + 0.32 * len(rows))
+    figure, ax = plots.create_axes(7.2, 1.3 + 0.32 * len(rows))
     places = list(range(len(rows)))
     ax.barh(places, [row[1] for row in rows], height=0.62, color=SKY, label="labelled positive")
     flagged = [(place, row[3]) for place, row in zip(places, rows, strict=True) if row[3] is not None]
@@ -34,7 +34,7 @@ def prevalence(rows: Sequence[tuple[str, float, int, float | None]]) -> Figure:
         ax.plot(shares, positions, "D", color=VERMILION, markersize=5.5, label="flagged")
     top = max([0.01, *(max(row[1], row[3] or 0.0) for row in rows)])
     ax.set_xlim(0, top * 1.05)
-    ax.set_yticks(places, [f"{spaced(row[0])} ({row[2]:,})" for row in rows])
+    ax.set_yticks(places, [f"{format_finding(row[0])} ({row[2]:,})" for row in rows])
     ax.set_ylim(-0.7, len(rows) - 0.3)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     ax.set_xlabel("share of labelled images (number of positives in brackets)")
@@ -44,7 +44,7 @@ def prevalence(rows: Sequence[tuple[str, float, int, float | None]]) -> Figure:
     return figure
 
 
-def cooccurrence(counts: np.ndarray, findings: Sequence[str], n: int) -> Figure:
+def plot_cooccurrence(counts: np.ndarray, findings: Sequence[str], n: int) -> Figure:
     """Plot how often findings are labelled together, as a share of the images with the row's finding.
 
     Args:
@@ -60,18 +60,18 @@ def cooccurrence(counts: np.ndarray, findings: Sequence[str], n: int) -> Figure:
     if counts.shape != (size, size):
         raise ValueError(f"counts have the shape {counts.shape}; {(size, size)} is needed for {size} findings")
     if not size or not n:
-        return plots.empty("no labelled images")
-    names = [spaced(finding) for finding in findings]
+        return plots.create_placeholder("no labelled images")
+    names = [format_finding(finding) for finding in findings]
     totals = np.diag(counts)
     shares = counts / np.maximum(totals, 1)[:, None]
     off = ~np.eye(size, dtype=bool) & (totals > 0)[:, None]
     most = max(0.01, float(shares[off].max())) if off.any() else 0.01
     cell, slope = 0.52, math.radians(50)
-    lengths = [plots.inches(name, 8.5) for name in names]
+    lengths = [plots.measure_text(name, 8.5) for name in names]
     left, high = 0.25 + max(lengths), 0.45 + max(lengths) * math.sin(slope)
     ends = [(place + 0.8) * cell + length * math.cos(slope) for place, length in enumerate(lengths)]
     wide = max(left + max(cell * size + 1.1, *ends), 4.5)
-    figure, box = plots.sheet(wide, high + cell * size + 0.45)
+    figure, box = plots.create_sheet(wide, high + cell * size + 0.45)
     ax = figure.add_axes(box(left, high, cell * size, cell * size))
     colours = colormaps["Blues"].copy()
     colours.set_bad(FAINT)
@@ -102,7 +102,7 @@ def _cell(ax: Axes, row: int, column: int, count: int, share: float | None, colo
     ax.text(
         column + 0.5,
         row + 0.5,
-        f"{count:,}\n{'–' if share is None else plots.share_percent(share)}",
+        f"{count:,}\n{'–' if share is None else plots.format_share(share)}",
         ha="center",
         va="center",
         fontsize=6.6,
@@ -115,7 +115,7 @@ def _cell(ax: Axes, row: int, column: int, count: int, share: float | None, colo
 def _colour_bar(figure: Figure, ax: Axes, mesh: QuadMesh) -> None:
     bar = figure.colorbar(mesh, cax=ax)
     ax.yaxis.set_major_locator(MaxNLocator(5))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: plots.percent(share)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: plots.format_percent(share)))
     ax.tick_params(labelsize=8, color=MUTED, labelcolor=INK, length=3)
     bar.set_label("share of row", fontsize=8, color=MUTED)
     bar.outline.set_visible(False)

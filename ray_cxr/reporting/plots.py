@@ -57,12 +57,12 @@ class Estimate:
         return f"{value}{unit} ({bounds[0]}{between}{bounds[1]}{unit})"
 
 
-def spaced(finding: str) -> str:
+def format_finding(finding: str) -> str:
     """Return a finding's name for readers: `Pleural_Thickening` as `Pleural Thickening`."""
     return finding.replace("_", " ")
 
 
-def encode(figure: Figure) -> tuple[bytes, bytes]:
+def encode_figure(figure: Figure) -> tuple[bytes, bytes]:
     """Return a figure as the bytes of a PNG file (150 dots per inch) and of an SVG file without a date."""
     png, svg = io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png", dpi=DPI)
@@ -72,20 +72,20 @@ def encode(figure: Figure) -> tuple[bytes, bytes]:
     return png.getvalue(), svg.getvalue()
 
 
-def layout() -> ConstrainedLayoutEngine:
+def create_layout() -> ConstrainedLayoutEngine:
     """Return the engine that places the axes of a figure without a fixed layout."""
     return ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
 
 
-def single(width: float, height: float) -> tuple[Figure, Axes]:
+def create_axes(width: float, height: float) -> tuple[Figure, Axes]:
     """Create a figure with one pair of axes, in inches."""
-    figure = Figure(figsize=(width, height), layout=layout(), facecolor="white")
+    figure = Figure(figsize=(width, height), layout=create_layout(), facecolor="white")
     ax = figure.subplots()
-    style(ax)
+    style_axes(ax)
     return figure, ax
 
 
-def sheet(width: float, height: float) -> tuple[Figure, Box]:
+def create_sheet(width: float, height: float) -> tuple[Figure, Box]:
     """Create an empty figure for a fixed layout, so that axes have one size and texts do not collide."""
     figure = Figure(figsize=(width, height), facecolor="white")
 
@@ -95,7 +95,7 @@ def sheet(width: float, height: float) -> tuple[Figure, Box]:
     return figure, box
 
 
-def grid(count: int, handles: Sequence[Artist], below: float = 0.0) -> tuple[Figure, list[Axes]]:
+def create_grid(count: int, handles: Sequence[Artist], below: float = 0.0) -> tuple[Figure, list[Axes]]:
     """Create a figure of square panels, four per row, with space for a title above each, and a legend on top.
 
     Args:
@@ -107,9 +107,9 @@ def grid(count: int, handles: Sequence[Artist], below: float = 0.0) -> tuple[Fig
     cell, side, gap = 2.75, 2.05, 0.14
     tall = 3.0 + (below + gap if below else 0.0)
     width = max(cell * columns + 0.1, 3.6)
-    top = 0.2 + 0.2 * math.ceil(len(handles) / key_columns(width, handles))
-    figure, box = sheet(width, top + tall * max(1, math.ceil(count / columns)))
-    key(figure, handles)
+    top = 0.2 + 0.2 * math.ceil(len(handles) / count_legend_columns(width, handles))
+    figure, box = create_sheet(width, top + tall * max(1, math.ceil(count / columns)))
+    draw_legend(figure, handles)
     squares, flats = [], []
     for place in range(count):
         left, down = 0.6 + place % columns * cell, top + 0.45 + place // columns * tall
@@ -117,16 +117,16 @@ def grid(count: int, handles: Sequence[Artist], below: float = 0.0) -> tuple[Fig
         if below:
             flats.append(figure.add_axes(box(left, down + side + gap, side, below)))
     for ax in [*squares, *flats]:
-        style(ax)
+        style_axes(ax)
     return figure, [*squares, *flats]
 
 
-def key(figure: Figure, handles: Sequence[Artist]) -> None:
+def draw_legend(figure: Figure, handles: Sequence[Artist]) -> None:
     """Draw the legend at the top of a fixed layout, in as many columns as fit."""
     figure.legend(
         handles=list(handles),
         loc="upper left",
-        ncols=key_columns(figure.get_figwidth(), handles),
+        ncols=count_legend_columns(figure.get_figwidth(), handles),
         frameon=False,
         fontsize=8.5,
         labelcolor=INK,
@@ -134,13 +134,13 @@ def key(figure: Figure, handles: Sequence[Artist]) -> None:
     )
 
 
-def key_columns(width: float, handles: Sequence[Artist]) -> int:
+def count_legend_columns(width: float, handles: Sequence[Artist]) -> int:
     """Return how many legend entries fit into `width` inches."""
-    widest = 0.55 + max(inches(str(handle.get_label()), 8.5) for handle in handles)
+    widest = 0.55 + max(measure_text(str(handle.get_label()), 8.5) for handle in handles)
     return int(np.clip((width - 0.1) // widest, 1, len(handles)))
 
 
-def inches(text: str, size: float, *, bold: bool = False) -> float:
+def measure_text(text: str, size: float, *, bold: bool = False) -> float:
     """Return the width of a text in the figures' font."""
     if not text.strip():
         return 0.0
@@ -149,19 +149,19 @@ def inches(text: str, size: float, *, bold: bool = False) -> float:
     return float(text_to_path.get_text_width_height_descent(text.replace(" ", "n"), properties, False)[0]) / 72
 
 
-def line_key(label: str, colour: str, linestyle: Any = "-") -> Line2D:
+def create_line_entry(label: str, colour: str, linestyle: Any = "-") -> Line2D:
     """Return the legend entry of a line."""
     return Line2D([], [], color=colour, linestyle=linestyle, linewidth=1.4, label=label)
 
 
-def mark_key(label: str, colour: str, marker: str, face: str | None = None) -> Line2D:
+def create_marker_entry(label: str, colour: str, marker: str, face: str | None = None) -> Line2D:
     """Return the legend entry of a marker; hollow if `face` differs from its colour."""
     return Line2D(
         [], [], color=colour, marker=marker, linestyle="", markersize=6, label=label, markerfacecolor=face or colour
     )
 
 
-def style(ax: Axes) -> None:
+def style_axes(ax: Axes) -> None:
     """Apply the common style of frame, ticks and labels."""
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
@@ -172,28 +172,28 @@ def style(ax: Axes) -> None:
     ax.yaxis.label.set(fontsize=8.5, color=MUTED)
 
 
-def heading(ax: Axes, finding: str, line: str) -> None:
+def set_heading(ax: Axes, finding: str, line: str) -> None:
     """Title a panel with its finding, in up to two lines, and a line below it."""
-    name, size = spaced(finding), 10.0
+    name, size = format_finding(finding), 10.0
     if len(name) > 24:
         name, size = "\n".join(textwrap.wrap(name, 32)[:2]), 8.0
     ax.set_title(name, fontsize=size, fontweight="bold", color=INK, loc="left", pad=16)
     ax.text(0.0, 1.03, line, transform=ax.transAxes, fontsize=7.8, color=INK, va="bottom")
 
 
-def empty(reason: str) -> Figure:
+def create_placeholder(reason: str) -> Figure:
     """Create a figure that states why there is nothing to show."""
-    figure, _ = sheet(4.5, 0.8)
+    figure, _ = create_sheet(4.5, 0.8)
     figure.text(0.5, 0.5, f"Nothing to show: {reason}.", ha="center", va="center", fontsize=10, color=MUTED)
     return figure
 
 
-def percent(share: float) -> str:
+def format_percent(share: float) -> str:
     """Format a share for an axis, with as few digits as possible: `0.75%`, `5%`, `12%`."""
     return f"{float(f'{100 * share:.3g}'):g}%"
 
 
-def share_percent(share: float) -> str:
+def format_share(share: float) -> str:
     """Format a share for a column, with two or three digits: `0.34%`, `5.0%`, `12%`."""
     value = 100 * share
     if value == 0:

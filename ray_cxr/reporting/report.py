@@ -17,12 +17,13 @@ from matplotlib.figure import Figure
 from ray_cxr.data import manifest
 from ray_cxr.errors import InputError, OutputError
 from ray_cxr.evaluation import metrics, published
+from ray_cxr.evaluation.group_resamples import LabelledScores
 from ray_cxr.evaluation.groups import build_groups
-from ray_cxr.evaluation.subgroups import LabelledScores, Subgroups, measure_groups
+from ray_cxr.evaluation.subgroups import Subgroups, measure_groups
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.reporting import figure_set, html, plots, tables
 from ray_cxr.reporting.comparators import Population, compare_with_boxes, compare_with_consensus, compare_with_scores
-from ray_cxr.reporting.curve_figures import learning_curves, priority_histogram
+from ray_cxr.reporting.curve_figures import plot_learning_curves, plot_priorities
 from ray_cxr.reporting.evaluation_set import EvaluationSet, describe_split, join_labels
 from ray_cxr.reporting.leakage import check_leakage
 from ray_cxr.reporting.measures import BootstrapSettings, ModelOutputs, evaluate
@@ -280,10 +281,10 @@ def _draw_figures(table: Scores, result: ReportResult, seed: int) -> dict[str, F
         figures["drift"] = figure_set.draw_drift(result.drift.measured)
     priority = table.priority[np.isfinite(table.priority)]
     if result.labelled is None and len(priority):
-        figures["priority"] = priority_histogram(priority)
+        figures["priority"] = plot_priorities(priority)
     epochs = table.model.get("curves") or []
     if epochs:
-        figures["learning_curves"] = learning_curves(epochs)
+        figures["learning_curves"] = plot_learning_curves(epochs)
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
@@ -296,7 +297,7 @@ def _write(out: Path, table: Scores, result: ReportResult, figures: Mapping[str,
     for name in _FIGURES:
         if name in figures:
             _log.debug("drawing %s", name)
-            encoded[name], vector = plots.encode(figures[name])
+            encoded[name], vector = plots.encode_figure(figures[name])
             (out / f"{name}.png").write_bytes(encoded[name])
             (out / f"{name}.svg").write_bytes(vector)
     rows = build_worklist(table)
@@ -337,7 +338,7 @@ def _describe_model(table: Scores) -> list[tuple[str, str]]:
     facts = [
         ("Backbone", table.model.get("backbone")),
         ("Input", f"{spec['size']} × {spec['size']} pixels, {spec.get('aspect')}" if spec.get("size") else None),
-        ("Findings", ", ".join(plots.spaced(finding) for finding in table.findings)),
+        ("Findings", ", ".join(plots.format_finding(finding) for finding in table.findings)),
         ("Model digest", ", ".join(table.model_digests) or table.model.get("digest")),
     ]
     facts += [

@@ -152,7 +152,7 @@ def write_search_page(
     for name in _PICTURES:
         if name in figures:
             _log.debug("drawing %s", name)
-            pictures[name], vector = plots.encode(figures[name])
+            pictures[name], vector = plots.encode_figure(figures[name])
             (out / f"{name}.png").write_bytes(pictures[name])
             (out / f"{name}.svg").write_bytes(vector)
         else:
@@ -250,7 +250,7 @@ def _summary(rows: Sequence[Trial], params: Sequence[str], facts: Mapping[str, A
         )
     spent, full = facts["epochs_spent"], facts["epochs_full"]
     if counts["stopped"] and spent < full:
-        saved = html.percent(1 - spent / full, 0)
+        saved = html.format_percent(1 - spent / full, 0)
         out.append(f"{spent:,} epochs were trained; all trials at full length would have cost {full:,}: {saved} saved.")
     return out
 
@@ -289,7 +289,7 @@ def _commands(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def label(name: str) -> str:
     """An objective's name as a reader says it."""
-    return plots.spaced(name).replace("val auroc", "validation AUROC")
+    return plots.format_finding(name).replace("val auroc", "validation AUROC")
 
 
 # --- pictures
@@ -316,7 +316,7 @@ _Looks = Mapping[str, tuple[str, str, Any]]
 
 def history(rows: Sequence[Trial], looks: _Looks) -> Figure:
     """Validation AUROC of every trial by its number, and the best of the finished so far."""
-    figure, ax = plots.single(9.6, 3.7)
+    figure, ax = plots.create_axes(9.6, 3.7)
     failed = [row.number for row in rows if row.state == "failed"]
     ax.plot(failed, [0.02] * len(failed), "x", color=plots.MUTED, markersize=5, transform=ax.get_xaxis_transform())
     for name, look in looks.items():
@@ -353,10 +353,12 @@ def backbones(rows: Sequence[Trial], looks: _Looks, comparison: Mapping[str, Any
         if found:
             title = f"first {comparison['grace']} epochs of each trial: equal length"
             panels.append((title, sorted(found.items())))
-    figure = Figure(figsize=(5.2 * len(panels), 1.25 + 0.62 * len(names)), layout=plots.layout(), facecolor="white")
+    figure = Figure(
+        figsize=(5.2 * len(panels), 1.25 + 0.62 * len(names)), layout=plots.create_layout(), facecolor="white"
+    )
     by_number = {row.number: row for row in rows}
     for ax, (title, points) in zip(np.ravel(figure.subplots(1, len(panels), sharey=True)), panels, strict=True):
-        plots.style(ax)
+        plots.style_axes(ax)
         for place, name in enumerate(reversed(names)):
             mine = [(n, value) for n, value in points if n in by_number and by_number[n].backbone == name]
             _strip(ax, place, mine, by_number, looks[name])
@@ -398,7 +400,7 @@ def _points(ax: Axes, points: Sequence[tuple[float, float, str]], look: tuple[st
 
 def curves(rows: Sequence[Trial], looks: _Looks, best: int | None) -> Figure:
     """Validation AUROC per epoch of every trial; a cross ends those that were stopped, a bar those that failed."""
-    figure, ax = plots.single(9.6, 4.2)
+    figure, ax = plots.create_axes(9.6, 4.2)
     for row in rows:
         if not row.curve:
             continue

@@ -51,9 +51,10 @@ def summarize(result: ReportResult) -> list[str]:
         sentences += _summarize_evaluation(result.labelled.evaluation)
     if counts.errors:
         codes = ", ".join(f"{code} {n:,}" for code, n in counts.by_code.items())
+        share = html.format_percent(counts.errors / counts.rows, 2)
         sentences.append(
-            f"{counts.errors:,} of {counts.rows:,} images ({html.percent(counts.errors / counts.rows, 2)}) could not "
-            f"be scored: {codes}. They are listed at the end of the worklist and excluded from all results above."
+            f"{counts.errors:,} of {counts.rows:,} images ({share}) could not be scored: {codes}. They are at the end "
+            "of the worklist and excluded from all results above."
         )
     else:
         sentences.append("No image failed.")
@@ -73,8 +74,8 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> list[str]:
         aurocs = {finding: findings[finding].auroc.value or 0.0 for finding in macro.findings}
         ranked = sorted(aurocs, key=lambda finding: aurocs[finding])
         if len(ranked) > 1:
-            lowest = ", ".join(f"{plots.spaced(f)} {aurocs[f]:.3f}" for f in ranked[: min(3, len(ranked) // 2)])
-            sentences.append(f"Lowest: {lowest}. Highest: {plots.spaced(ranked[-1])} {aurocs[ranked[-1]]:.3f}.")
+            lowest = ", ".join(f"{plots.format_finding(f)} {aurocs[f]:.3f}" for f in ranked[: min(3, len(ranked) // 2)])
+            sentences.append(f"Lowest: {lowest}. Highest: {plots.format_finding(ranked[-1])} {aurocs[ranked[-1]]:.3f}.")
         bounds = {f: (findings[f].auroc.low, findings[f].auroc.high) for f in ranked}
         known = {f: (low, high) for f, (low, high) in bounds.items() if low is not None and high is not None}
         chance = [f for f, (low, high) in known.items() if low <= 0.5 <= high]
@@ -128,8 +129,8 @@ def _summarize_comparisons(result: ReportResult) -> list[str]:
         overall = result.boxes.localisation.overall
         if overall.hit_rate.value is not None:
             sentences.append(
-                f"Heat maps peak inside the radiologist's box in {html.percent(overall.hit_rate.value, 0)} of "
-                f"{overall.n:,} cases, against {html.percent(overall.chance, 0)} for a random point."
+                f"Heat maps peak inside the radiologist's box in {html.format_percent(overall.hit_rate.value, 0)} of "
+                f"{overall.n:,} cases, against {html.format_percent(overall.chance, 0)} for a random point."
             )
     if result.drift is not None:
         sentences.append(f"Drift of {result.drift.images} against validation: {result.drift.measured.summary}")
@@ -137,7 +138,7 @@ def _summarize_comparisons(result: ReportResult) -> list[str]:
 
 
 def _list_findings(findings: Iterable[str]) -> str:
-    return ", ".join(map(plots.spaced, findings))
+    return ", ".join(map(plots.format_finding, findings))
 
 
 def _format(one: Measurement) -> str:

@@ -28,8 +28,8 @@ def build_worklist(table: Scores) -> list[dict[str, str]]:
     names = [f for f in table.findings if f in table.flags and f != NO_FINDING]
     lines = []
     for rows in studies.values():
-        best = min(rows, key=lambda row: (_sort_value(table.priority[row]), table.ids[row]))
-        priority = table.priority[best]
+        best = min(rows, key=lambda row: (_sort_value(float(table.priority[row])), table.ids[row]))
+        priority = float(table.priority[best])
         line = {
             "priority": "" if np.isnan(priority) else str(np.float32(priority)),
             "top_finding": table.top_findings[best] or "",
@@ -47,7 +47,7 @@ def build_worklist(table: Scores) -> list[dict[str, str]]:
 
 
 def _sort_value(priority: float) -> float:
-    return math.inf if np.isnan(priority) else -float(priority)
+    return math.inf if np.isnan(priority) else -priority
 
 
 def _join(values: Any) -> str:

@@ -70,7 +70,7 @@ def write_curves(out: Path, bundle: Bundle) -> None:
     """
     from ray_cxr.reporting import curve_figures, plots  # matplotlib takes half a second to import
 
-    png, svg = plots.encode(curve_figures.learning_curves(bundle.model_json()["curves"]))
+    png, svg = plots.encode_figure(curve_figures.plot_learning_curves(bundle.model_json()["curves"]))
     try:
         (out / CURVES).write_bytes(png)
         (out / CURVES).with_suffix(".svg").write_bytes(svg)

@@ -143,7 +143,7 @@ class Report:
 def without_drawing() -> Iterator[None]:
     """Skip figures and the plotting script, which take seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "encode", lambda figure: (b"png", b"svg"))
+        patch.setattr(plots, "encode_figure", lambda figure: (b"png", b"svg"))
         patch.setattr(figure_set, "draw_evaluation", lambda *_: {})
         patch.setattr("plotly.offline.get_plotlyjs", lambda: "window.Plotly = {};")
         yield

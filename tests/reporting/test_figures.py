@@ -94,17 +94,17 @@ SCANS = [
 ]
 
 ALL: dict[str, Callable[[], Figure]] = {
-    "roc": lambda: curve_figures.roc([panel(band=BAND), panel("Edema", n=25_000), panel(LONG)]),
-    "precision_recall": lambda: curve_figures.precision_recall([panel(average_precision=PRECISION), panel(LONG)]),
-    "reliability": lambda: curve_figures.reliability(RELIABILITY),
-    "distributions": lambda: curve_figures.distributions([panel(threshold=0.2), panel(LONG, n=20)]),
-    "cooccurrence": lambda: label_figures.cooccurrence(COUNTS, ["Mass", "Edema", LONG], 200),
-    "subgroup_forest": lambda: forest_figures.subgroup_forest(FOREST, COLUMNS),
-    "compared": lambda: forest_figures.compared(DIFFERENCES, "a system with a name of some length", LONG),
-    "drift": lambda: forest_figures.drift(DRIFT),
-    "localisation": lambda: forest_figures.localisation(LOCALISATION),
-    "heatmap_examples": lambda: image_figures.heatmap_examples([("Best", TILES), ("none", []), ("Worst", TILES[:1])]),
-    "radiographs": lambda: image_figures.radiographs(SCANS),
+    "roc": lambda: curve_figures.plot_roc([panel(band=BAND), panel("Edema", n=25_000), panel(LONG)]),
+    "precision_recall": lambda: curve_figures.plot_precision_recall([panel(average_precision=PRECISION), panel(LONG)]),
+    "reliability": lambda: curve_figures.plot_reliability(RELIABILITY),
+    "distributions": lambda: curve_figures.plot_distributions([panel(threshold=0.2), panel(LONG, n=20)]),
+    "cooccurrence": lambda: label_figures.plot_cooccurrence(COUNTS, ["Mass", "Edema", LONG], 200),
+    "subgroup_forest": lambda: forest_figures.plot_subgroups(FOREST, COLUMNS),
+    "compared": lambda: forest_figures.plot_differences(DIFFERENCES, "a system with a name of some length", LONG),
+    "drift": lambda: forest_figures.plot_drift(DRIFT),
+    "localisation": lambda: forest_figures.plot_localisation(LOCALISATION),
+    "heatmap_examples": lambda: image_figures.draw_heatmaps([("Best", TILES), ("none", []), ("Worst", TILES[:1])]),
+    "radiographs": lambda: image_figures.draw_radiographs(SCANS),
 }
 
 
@@ -136,7 +136,7 @@ def charts(figure: Figure) -> list[Axes]:
 @pytest.mark.parametrize("name", ALL)
 def test_png_and_svg_are_well_formed(name: str, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "DPI", 40)
-    png, svg = plots.encode(drawn[name])
+    png, svg = plots.encode_figure(drawn[name])
     with Image.open(io.BytesIO(png)) as image:
         assert image.format == "PNG"
         np.testing.assert_allclose(image.size, 40 * drawn[name].get_size_inches(), atol=1)
@@ -146,20 +146,20 @@ def test_png_and_svg_are_well_formed(name: str, drawn: dict[str, Figure], monkey
 
 def test_figures_without_data_say_so() -> None:
     empty = [
-        curve_figures.reliability([]),
-        curve_figures.distributions([]),
-        forest_figures.drift([]),
-        forest_figures.localisation([]),
-        forest_figures.subgroup_forest([], COLUMNS),
-        forest_figures.compared([], "a", "b"),
-        label_figures.cooccurrence(np.zeros((0, 0), dtype=int), [], 0),
-        image_figures.heatmap_examples([("Best", [])]),
-        image_figures.radiographs([]),
+        curve_figures.plot_reliability([]),
+        curve_figures.plot_distributions([]),
+        forest_figures.plot_drift([]),
+        forest_figures.plot_localisation([]),
+        forest_figures.plot_subgroups([], COLUMNS),
+        forest_figures.plot_differences([], "a", "b"),
+        label_figures.plot_cooccurrence(np.zeros((0, 0), dtype=int), [], 0),
+        image_figures.draw_heatmaps([("Best", [])]),
+        image_figures.draw_radiographs([]),
     ]
     for figure in empty:
         assert all_text(figure).startswith("Nothing to show: ")
         assert not figure.axes
-    assert curve_figures.roc([]).axes == []
+    assert curve_figures.plot_roc([]).axes == []
 
 
 def test_curves_show_bands_and_operating_points(drawn: dict[str, Figure]) -> None:
@@ -171,7 +171,7 @@ def test_curves_show_bands_and_operating_points(drawn: dict[str, Figure]) -> Non
     assert not without.findobj(PolyCollection)
     assert max(len(line.get_xdata()) for line in without.lines) < 2500, "long curves are thinned"
     assert {"95% interval of the curve", "operating point"} <= set(texts(drawn["roc"]))
-    plain = all_text(curve_figures.roc([panel(rates=None)]))
+    plain = all_text(curve_figures.plot_roc([panel(rates=None)]))
     assert not [words for words in ("95% interval of the curve", "operating point") if words in plain]
     assert {"average precision 0.410 (0.360–0.470)", "average precision 0.410"} <= set(texts(drawn["precision_recall"]))
 
@@ -214,7 +214,9 @@ def test_distributions_take_scores_of_any_range() -> None:
     one = panel(n=20)
     odd = [[0.3, 0.3], [0.0, 1.0], [0.4999, 0.5], [1e-9, 2e-9]]
     scores = [20 * one.s - 7, *(np.array(values)[one.y] for values in odd)]
-    figure = curve_figures.distributions([replace(one, s=s, threshold=1.5 if s.max() > 1 else None) for s in scores])
+    figure = curve_figures.plot_distributions(
+        [replace(one, s=s, threshold=1.5 if s.max() > 1 else None) for s in scores]
+    )
     assert "raw score" in texts(figure)
     assert any(line.get_xdata()[0] == 1.5 for line in figure.axes[0].lines)
 
@@ -224,7 +226,7 @@ def test_cooccurrence_shows_counts_and_shares_of_the_row(drawn: dict[str, Figure
     assert {"40\n20%", "10\n25%", "10\n50%", "20\n10%", "0\n0%"} <= set(found)
     assert found.count("0\n–") == 2  # a row without images has no shares
     with pytest.raises(ValueError, match="for 2 findings"):
-        label_figures.cooccurrence(COUNTS, ["Mass", "Edema"], 200)
+        label_figures.plot_cooccurrence(COUNTS, ["Mass", "Edema"], 200)
 
 
 def test_forest_shows_every_row_with_its_numbers(drawn: dict[str, Figure]) -> None:
@@ -250,11 +252,11 @@ def test_forest_marks_small_groups_and_keeps_the_scale_of_the_others(drawn: dict
 
 def test_forest_of_undefined_or_small_groups_is_drawn() -> None:
     undefined = [replace(row, estimates=(None, None)) for row in FOREST]
-    assert all_text(forest_figures.subgroup_forest(undefined, COLUMNS)).count("undefined") == 6
-    small = forest_figures.subgroup_forest([replace(row, small=True) for row in FOREST], COLUMNS)
+    assert all_text(forest_figures.plot_subgroups(undefined, COLUMNS)).count("undefined") == 6
+    small = forest_figures.plot_subgroups([replace(row, small=True) for row in FOREST], COLUMNS)
     assert len(places(charts(small)[0], "o")) == 3
     with pytest.raises(ValueError, match="one per column"):
-        forest_figures.subgroup_forest(FOREST, COLUMNS[:1])
+        forest_figures.plot_subgroups(FOREST, COLUMNS[:1])
 
 
 def test_comparison_shows_differences_and_whether_they_exclude_zero(drawn: dict[str, Figure]) -> None:
@@ -277,7 +279,7 @@ def test_drift_shows_ratios_and_which_exceed_chance(drawn: dict[str, Figure]) ->
     assert low * high == pytest.approx(1)
     assert {"× 1/2", "× 1", "× 2"} <= {tick.get_text() for tick in ax.get_xticklabels()}
     assert {"none flagged", "0%", "0.4%", "unknown", "no ratio"} <= set(texts(drawn["drift"]))
-    assert "no ratio" in texts(forest_figures.drift([DriftRow("Mass", Estimate(0.1, 0.05, 0.15), 0.0, True)]))
+    assert "no ratio" in texts(forest_figures.plot_drift([DriftRow("Mass", Estimate(0.1, 0.05, 0.15), 0.0, True)]))
 
 
 def test_localisation_has_a_mark_per_threshold_and_chance(drawn: dict[str, Figure]) -> None:
@@ -285,7 +287,7 @@ def test_localisation_has_a_mark_per_threshold_and_chance(drawn: dict[str, Figur
     assert (places(hits, "o"), places(found, "o"), places(found, "s")) == ([0.5], [0.6], [0.2])
     assert {"T = 0.1", "T = 0.5", "chance", "85", "50% (40–60%)"} <= set(texts(drawn["localisation"]))
     assert sum(list(line.get_xdata()) == [0.07, 0.07] for line in hits.lines) == 1
-    without = forest_figures.localisation([LocalisationRow("Mass", 3, Estimate(0.5), None, {})])
+    without = forest_figures.plot_localisation([LocalisationRow("Mass", 3, Estimate(0.5), None, {})])
     assert len(charts(without)) == 1
 
 

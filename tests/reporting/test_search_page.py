@@ -329,7 +329,12 @@ def test_missing_values_are_none_and_a_dash_in_the_page() -> None:
     assert (one.number, one.calibration_error, one.reason) == (0, None, None)
     assert (other.val_auroc, other.best_epoch, other.curve) == (None, None, ())
     values = (None, True, 1.23456e-5, [512, 128])
-    assert [html.setting(value) for value in values] == [html.duration(None), "true", "1.235e-05", "[512, 128]"]
+    assert [html.format_setting(value) for value in values] == [
+        html.format_duration(None),
+        "true",
+        "1.235e-05",
+        "[512, 128]",
+    ]
     assert ("momentum" in one.params) == (one.params["optimizer"] == "sgd")
 
 
