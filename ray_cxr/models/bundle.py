@@ -72,7 +72,7 @@ class Bundle:
     """A verified bundle.
 
     Attributes:
-        path: its folder, or a local copy of it, see `remote.folder_here`.
+        path: its folder, or a local copy of it, see `remote.download_folder`.
         digest: SHA-256 over its contents, hex.
         architecture: what `model` builds.
         input_spec: how a radiograph is resized for it.
@@ -296,8 +296,8 @@ def load_bundle(path: str | Path) -> Bundle:
     Raises:
         BundleError: not a bundle, a newer format, a missing, added or changed file, or inconsistent findings.
     """
-    place = remote.path(path)
-    here = remote.folder_here(place)
+    place = remote.to_path(path)
+    here = remote.download_folder(place)
     try:
         return _load(here, str(place))
     except BundleError as error:
@@ -307,7 +307,7 @@ def load_bundle(path: str | Path) -> Bundle:
 
 def is_written(path: Path) -> bool:
     """Return whether anything exists at a path; in a bucket, whether a complete bundle does (its sums come last)."""
-    return (path / SUMS).exists() if remote.stored(path) else path.exists()
+    return (path / SUMS).exists() if remote.as_store_path(path) else path.exists()
 
 
 def _load(path: Path, place: str) -> Bundle:

@@ -99,7 +99,7 @@ def write_bundle(
     Raises:
         OutputError: `out` exists; bundles are never changed.
     """
-    out = remote.path(out)
+    out = remote.to_path(out)
     if is_written(out):
         raise OutputError(f"{out}: exists already, and bundles are never changed; choose another folder")
     with atomic.new_folder(out, SUMS) as folder:

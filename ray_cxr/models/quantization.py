@@ -75,7 +75,7 @@ def quantize(
         "prepared_digest": data.manifest_digest,
         "settings": settings.model_dump(mode="json"),
     }
-    finished = find_finished(remote.path(out), "quantized", inputs, _INPUTS)
+    finished = find_finished(remote.to_path(out), "quantized", inputs, _INPUTS)
     if finished is not None:
         on_event(f"{out}: finished already, with the same bundle, images and settings")
         return finished

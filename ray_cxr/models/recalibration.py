@@ -112,9 +112,9 @@ def recalibrate(
         InputError: the scores are unfinished, no image is in common, or no finding has enough positives.
         OutputError: `out` is something else, or cannot be written.
     """
-    out, scores, settings = remote.path(out), remote.path(scores), settings or RecalibrateSettings()
+    out, scores, settings = remote.to_path(out), remote.to_path(scores), settings or RecalibrateSettings()
     old = load_bundle(bundle)
-    for source in (remote.path(bundle), scores):
+    for source in (remote.to_path(bundle), scores):
         # An additional file would damage a bundle, and an additional table the scores.
         if remote.is_inside(out.resolve().parent, source):
             raise OutputError(f"{out}: lies inside {source}; choose another --out")
@@ -191,7 +191,7 @@ def _read_scores(path: Path, bundle: Bundle) -> _SiteScores:
     if not files:
         raise InputError(f"{path}: has no scores/part-*.parquet; run score again with --fresh")
     parts = [
-        _read_part(name, file, bundle, str(path)) for name, file in zip(files, remote.contents(files), strict=True)
+        _read_part(name, file, bundle, str(path)) for name, file in zip(files, remote.read_files(files), strict=True)
     ]
     whole = pa.concat_tables(parts)
     ids = whole["image_id"].to_pylist()
