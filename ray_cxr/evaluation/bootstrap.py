@@ -254,7 +254,7 @@ def resample_patients(
 def _rank(labels: np.ndarray, scores: np.ndarray, codes: np.ndarray) -> Ranking | None:
     """Rank the labelled and scored images of one finding; None if a class is missing."""
     usable = ~np.isnan(scores.astype(np.float64)) & (labels >= 0)
-    y, s = metrics.checked(labels[usable], scores[usable])
+    y, s = metrics.check_scores(labels[usable], scores[usable])
     if metrics.undefined_reason(y) is not None:
         return None
     codes = codes[usable]

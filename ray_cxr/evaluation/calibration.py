@@ -192,7 +192,7 @@ def fit_calibration(
     Raises:
         ValueError: see `metrics.auroc`; or a probability is outside 0..1.
     """
-    y, p = metrics.checked(y, p)
+    y, p = metrics.check_scores(y, p)
     x = _clipped_logit(p)
     positives = int(y.sum())
     negatives = y.size - positives
@@ -273,7 +273,7 @@ def reliability_curve(
     Raises:
         ValueError: see `metrics.auroc`; a probability is outside 0..1, or the number of patients differs.
     """
-    y, p = metrics.checked(y, p)
+    y, p = metrics.check_scores(y, p)
     _check_range(p)
     codes = np.arange(y.size) if patients is None else patient_codes(patients)[0]
     if codes.size != y.size:
@@ -387,7 +387,7 @@ def find_operating_point(
         ValueError: see `fit_calibration`.
     """
     name, target = _parse_rule(rule)
-    y, p64 = metrics.checked(y, np.asarray(p, dtype=np.float32))
+    y, p64 = metrics.check_scores(y, np.asarray(p, dtype=np.float32))
     _check_range(p64)
     positives = int(y.sum())
     negatives = y.size - positives

@@ -85,7 +85,7 @@ def _components(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray] |
     """
     from scipy.stats import rankdata  # slow to import
 
-    y, s = metrics.checked(y, s)
+    y, s = metrics.check_scores(y, s)
     positive, negative = s[y], s[~y]
     m, n = len(positive), len(negative)
     if m < 2 or n < 2:

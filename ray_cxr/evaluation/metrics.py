@@ -139,7 +139,7 @@ def auroc(y: np.ndarray, s: np.ndarray, weights: np.ndarray | None = None) -> fl
     Raises:
         ValueError: shapes differ, a label is not 0 or 1, a score or weight is not finite, or a weight is negative.
     """
-    y, s = checked(y, s)
+    y, s = check_scores(y, s)
     if weights is None:
         w = np.ones(y.size, dtype=np.int64)
     else:
@@ -166,7 +166,7 @@ def average_precision(y: np.ndarray, s: np.ndarray) -> float | None:
     Raises:
         ValueError: see `auroc`.
     """
-    y, s = checked(y, s)
+    y, s = check_scores(y, s)
     if undefined_reason(y) is not None:
         return None
     curve = precision_recall_curve(y, s)
@@ -179,7 +179,7 @@ def roc_curve(y: np.ndarray, s: np.ndarray) -> Curve | None:
     Raises:
         ValueError: see `auroc`.
     """
-    y, s = checked(y, s)
+    y, s = check_scores(y, s)
     if undefined_reason(y) is not None:
         return None
     from sklearn import metrics as sklearn_metrics  # the import takes a second, which only reports need to spend
@@ -193,7 +193,7 @@ def precision_recall_curve(y: np.ndarray, s: np.ndarray) -> Curve:
     Raises:
         ValueError: see `auroc`; or no label is positive.
     """
-    y, s = checked(y, s)
+    y, s = check_scores(y, s)
     positive, negative, values = _by_score(y, s, np.ones(y.size, dtype=np.int64))
     true = np.cumsum(positive[::-1], dtype=np.float64)
     flagged = true + np.cumsum(negative[::-1])
@@ -209,7 +209,7 @@ def confusion(y: np.ndarray, flags: np.ndarray) -> Confusion:
         ValueError: shapes differ, or a label is not 0 or 1.
     """
     flags = np.asarray(flags)
-    y, _ = checked(y, flags)
+    y, _ = check_scores(y, flags)
     flags = flags.astype(bool)
     positives, flagged = int(y.sum()), int(flags.sum())
     both = int((y & flags).sum())
@@ -227,7 +227,7 @@ def brier(y: np.ndarray, p: np.ndarray) -> float | None:
     Raises:
         ValueError: see `auroc`.
     """
-    y, p = checked(y, p)
+    y, p = check_scores(y, p)
     return float(np.mean((p - y) ** 2)) if y.size else None
 
 
@@ -247,7 +247,7 @@ def expected_calibration_error(y: np.ndarray, p: np.ndarray, bins: int = CALIBRA
     Raises:
         ValueError: see `auroc`; or a probability is outside 0..1.
     """
-    y, p = checked(y, p)
+    y, p = check_scores(y, p)
     if ((p < 0.0) | (p > 1.0)).any():
         raise ValueError("probabilities must lie in 0..1")
     if not y.size:
@@ -261,7 +261,7 @@ def probability_bins(p: np.ndarray, bins: int = CALIBRATION_BINS) -> np.ndarray:
     return np.minimum((p * bins).astype(np.int64), bins - 1)
 
 
-def checked(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def check_scores(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return labels as bool [n] and scores as float64 [n].
 
     Raises:

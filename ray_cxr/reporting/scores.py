@@ -48,7 +48,7 @@ class Scores:
 
     Attributes:
         is_own: `ray-cxr score` wrote it, not another system.
-        folder: the folder searched for Parquet files, in the form of `remote.to_path`; None for a file or read-only store.
+        folder: the folder with the Parquet files, as `remote.to_path` takes it; None for files and read-only stores.
         run_folder: the SCORES folder, in the same form; None if there is none.
         ids, paths, patients, studies, codes, top_findings, quality_flags: object arrays of str or None.
         ok: bool; False on error rows.
