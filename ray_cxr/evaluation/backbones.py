@@ -213,14 +213,13 @@ def compare_backbones(trials: Sequence[TrialCurve], grace: int, n: int = 10_000,
     return Comparison(tuple(results), grace, budget, test)
 
 
-def judge_backbones(compared: Comparison, paired: PairedAuroc | None, trials: tuple[int, int] | None = None) -> Verdict:
+def judge_backbones(compared: Comparison, paired: PairedAuroc | None) -> Verdict:
     """Decide whether the best two backbones differ by more than noise.
 
     Args:
         compared: comparison of all trials.
         paired: best trial of the best backbone against that of the second, on the validation images; None if not
             computed.
-        trials: numbers of those two trials, if they are not the `best_trial` of the two.
     """
     if compared.pair is None:
         named = [result.backbone for result in compared.backbones if result.best is not None]
@@ -228,7 +227,7 @@ def judge_backbones(compared: Comparison, paired: PairedAuroc | None, trials: tu
         return Verdict("undecided", f"No verdict on backbones: {why}.", "", "")
     assert compared.test is not None
     first, second = compared.pair
-    by_patients, patients_text = _judge_by_patients(first, second, paired, trials)
+    by_patients, patients_text = _judge_by_patients(first, second, paired)
     by_trials, trials_text = _judge_by_trials(first, second, compared.test, compared.grace)
     names = f"{first.backbone} and {second.backbone}"
     answer: Answer
@@ -253,13 +252,11 @@ def judge_backbones(compared: Comparison, paired: PairedAuroc | None, trials: tu
     return Verdict(answer, headline, f"{patients_text} {trials_text}", _explain_noise(first, second, compared))
 
 
-def comparison_record(
-    compared: Comparison, paired: PairedAuroc | None, trials: tuple[int, int] | None = None
-) -> dict[str, Any]:
+def comparison_record(compared: Comparison, paired: PairedAuroc | None) -> dict[str, Any]:
     """Return comparison and verdict as a JSON object.
 
     Args:
-        compared, paired, trials: see `judge_backbones`.
+        compared, paired: see `judge_backbones`.
 
     Returns:
         grace, budget, backbones (list of `BackboneResult`), pair (names and trial numbers of the best two, or None),
@@ -268,8 +265,7 @@ def comparison_record(
     pair = None
     if compared.pair is not None:
         first, second = compared.pair
-        numbers = trials or (first.best_trial, second.best_trial)
-        pair = {"a": first.backbone, "b": second.backbone, "trial_a": numbers[0], "trial_b": numbers[1]}
+        pair = {"a": first.backbone, "b": second.backbone, "trial_a": first.best_trial, "trial_b": second.best_trial}
     return {
         "grace": compared.grace,
         "budget": compared.budget,
@@ -277,7 +273,7 @@ def comparison_record(
         "pair": pair,
         "patients": None if paired is None else _to_json(paired),
         "trials": None if compared.test is None else _to_json(compared.test),
-        "verdict": _to_json(judge_backbones(compared, paired, trials)),
+        "verdict": _to_json(judge_backbones(compared, paired)),
     }
 
 
@@ -333,11 +329,10 @@ def _highest(curve: Sequence[tuple[int, float | None]]) -> float | None:
 
 
 def _judge_by_patients(
-    first: BackboneResult, second: BackboneResult, paired: PairedAuroc | None, trials: tuple[int, int] | None
+    first: BackboneResult, second: BackboneResult, paired: PairedAuroc | None
 ) -> tuple[int | None, str]:
     """Return the better one (1 first, -1 second, 0 neither, None unknown), and a sentence for `Verdict.details`."""
-    one, other = trials or (first.best_trial, second.best_trial)
-    pair = f"trial {one} ({first.backbone}) against trial {other} ({second.backbone})"
+    pair = f"trial {first.best_trial} ({first.backbone}) against trial {second.best_trial} ({second.backbone})"
     if paired is None:
         return None, f"Patients: {pair} was not compared."
     if paired.difference is None or paired.low is None or paired.high is None:

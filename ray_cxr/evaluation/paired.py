@@ -173,7 +173,7 @@ class _Pair:
 
 def _compare_finding(pair: _Pair, f: int) -> PairedFinding:
     y, a, b = pair.select(f)
-    counts = {"n": len(y), "positives": int(np.count_nonzero(y))}
+    counts: dict[str, Any] = {"n": len(y), "positives": int(np.count_nonzero(y))}
     reason = metrics.undefined_reason(y)
     if reason is not None:
         return PairedFinding(**counts, undefined=pair.n_resamples, reason=reason, delong_reason=reason)

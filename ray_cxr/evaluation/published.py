@@ -22,8 +22,6 @@ OFFICIAL_TEST_IMAGES = 25_596
 #: Test set of a published model: NIH's official test split, a part of it, a random patient split, images labelled by
 #: radiologists, or not stated.
 Tested = Literal["official", "official_part", "patient", "consensus", "unknown"]
-#: Labels of an evaluation: NIH's own, mined from reports, or radiologists'.
-LabelSource = Literal["nih", "adjudicated", "consensus"]
 
 
 @dataclass(frozen=True)
@@ -74,56 +72,41 @@ class Published:
 
 
 def list_published(
-    split: str | None,
-    kind: str | None,
-    labels: LabelSource = "nih",
-    *,
-    n_images: int | None = None,
-    findings: Sequence[str] | None = None,
+    split: str | None, kind: str | None, *, n_images: int | None = None, findings: Sequence[str] | None = None
 ) -> list[tuple[Published, str | None]]:
-    """Return all records with the reason why each is not comparable with an evaluation; comparable ones first.
+    """Return all records with the reason why each is not comparable with an evaluation against NIH's labels.
 
     Args:
         split: evaluated split, `train`, `val` or `test`; None if all rows were evaluated.
         kind: origin of the split, `official`, `patient` or `given`; None if unknown.
-        labels: labels of the evaluation.
         n_images: number of evaluated images; if None, no record is comparable.
         findings: findings that the evaluation's mean covers; None for all 14. It matters for records with a mean only.
 
     Returns:
-        (record, reason) pairs; the reason is None if the record is comparable.
+        (record, reason) pairs; the reason is None if the record is comparable. Comparable ones come first.
     """
-    pairs = [(one, _reason(one, split, kind, labels, n_images, findings)) for one in PUBLISHED]
+    not_official = _compare_with_official(split, kind, n_images)
+    pairs = []
+    for one in PUBLISHED:
+        reason = _explain_test_set(one, kind) if one.tested != "official" else not_official
+        pairs.append((one, reason or (None if one.aurocs else _other_mean(findings))))
     return sorted(pairs, key=lambda pair: pair[1] is not None)
 
 
-def _reason(
-    one: Published,
-    split: str | None,
-    kind: str | None,
-    labels: LabelSource,
-    n_images: int | None,
-    findings: Sequence[str] | None,
-) -> str | None:
-    if one.tested == "unknown":
-        return "its source names no split"
+def _explain_test_set(one: Published, kind: str | None) -> str:
+    """Return why a test set other than the official one is not comparable."""
+    images = "an unknown number of" if one.n_images is None else f"{one.n_images:,}"
     if one.tested == "patient":
         return "another split: random by patient" + (", drawn independently of this one" if kind == "patient" else "")
     if one.tested == "consensus":
-        if labels == "nih":
-            return f"other labels: a radiologist consensus on {_count(one.n_images)} images, not NIH's"
-        return f"another consensus: theirs is on {_count(one.n_images)} images that they chose"
+        return f"other labels: a radiologist consensus on {images} images, not NIH's"
     if one.tested == "official_part":
-        return f"only part of the official test split: {_count(one.n_images)} of {OFFICIAL_TEST_IMAGES:,} images"
-    return _compare_with_official(labels, split, kind, n_images) or (None if one.aurocs else _other_mean(findings))
+        return f"only part of the official test split: {images} of {OFFICIAL_TEST_IMAGES:,} images"
+    return "its source names no split"
 
 
-def _compare_with_official(
-    labels: LabelSource, split: str | None, kind: str | None, n_images: int | None
-) -> str | None:
-    """Return how an evaluation differs from one on NIH's whole official test split; None if it does not."""
-    if labels != "nih":
-        return "other labels: NIH's own, not a radiologist consensus"
+def _compare_with_official(split: str | None, kind: str | None, n_images: int | None) -> str | None:
+    """Return how the evaluated images differ from NIH's whole official test split; None if they do not."""
     if split is None:
         return "another split: this evaluation takes all labelled images, theirs the official test split"
     if kind != "official":
@@ -135,9 +118,7 @@ def _compare_with_official(
     if n_images is None:
         return "it is unknown how many images of the official test split were evaluated"
     if n_images != OFFICIAL_TEST_IMAGES:
-        return (
-            f"this evaluation has {n_images:,} images; theirs covers the official test split's {OFFICIAL_TEST_IMAGES:,}"
-        )
+        return f"this evaluation has {n_images:,} images; the official test split has {OFFICIAL_TEST_IMAGES:,}"
     return None
 
 
@@ -146,10 +127,6 @@ def _other_mean(findings: Sequence[str] | None) -> str | None:
     if counted == set(FINDINGS):
         return None
     return f"a mean over other findings: theirs is over {len(FINDINGS)}, this one over {len(counted)}"
-
-
-def _count(n: int | None) -> str:
-    return "an unknown number of" if n is None else f"{n:,}"
 
 
 #: AUROC by finding, one column per name.

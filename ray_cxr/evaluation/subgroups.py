@@ -1,12 +1,8 @@
 """Metrics of every finding in each group, and differences between groups.
 
-A patient may be in several groups of one attribute, having grown older or having been imaged in two views. So each
-resample draws patients once for all groups of an attribute, and each group takes its own images of those patients.
-Differences are taken within a resample.
-
 Small cells have fewer than `FEW_PATIENTS` patients with or without the finding. They are marked and kept; their
-intervals are too narrow. Differences are reported with the number of comparisons, because one in twenty intervals
-excludes 0 by chance.
+intervals are too narrow. Differences are taken within a resample, and reported with the number of comparisons: one in
+twenty intervals excludes 0 by chance.
 """
 
 from __future__ import annotations
@@ -17,16 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from ray_cxr.evaluation import bootstrap, metrics
+from ray_cxr.evaluation import metrics
+from ray_cxr.evaluation.group_resamples import GroupTable, LabelledScores, Resamples, resample_aurocs, resample_rates
 from ray_cxr.evaluation.groups import Group
-from ray_cxr.evaluation.intervals import patient_codes, percentile_interval
+from ray_cxr.evaluation.intervals import percentile_interval
 
 #: With fewer positive (or negative) patients the bootstrap interval is too narrow to trust.
 FEW_PATIENTS = 10
 #: Share of intervals that miss the truth by chance.
 _MISS_RATE = 0.05
-#: Labels of several groups resampled together, to bound memory.
-_CELLS = 8 << 20
 _QUANTITIES = ("auroc", "sensitivity", "specificity")
 
 
@@ -225,27 +220,6 @@ class Subgroups:
         }
 
 
-@dataclass(frozen=True, eq=False)
-class LabelledScores:
-    """Labels and predictions of n images for F findings.
-
-    Attributes:
-        labels: [n, F], 1 or 0; NaN or negative if not labelled.
-        scores: [n, F], NaN if missing.
-        flags: int8 [n, F], 1 at or above the operating point, 0 below, -1 if there is none.
-        patients: ids [n]; see `intervals.patient_codes`.
-        findings: F names.
-        macro: bool [F], findings that means count; None for all.
-    """
-
-    labels: np.ndarray
-    scores: np.ndarray
-    flags: np.ndarray
-    patients: np.ndarray
-    findings: Sequence[str]
-    macro: np.ndarray | None = None
-
-
 def measure_groups(
     groups: Sequence[Group],
     images: LabelledScores,
@@ -266,7 +240,7 @@ def measure_groups(
     Raises:
         ValueError: shapes differ, a label is neither 0 nor 1, or a number of resamples is below 1.
     """
-    table = _Images.build(images)
+    table = GroupTable.build(images)
     if any(group.mask.shape != table.codes.shape for group in groups):
         raise ValueError(f"a group's mask is not of {len(table.codes)} images")
     if min(n_resamples, n_resamples_crossings) < 1:
@@ -277,8 +251,8 @@ def measure_groups(
     results: list[GroupResult] = []
     differences: list[Difference] = []
     for part in by_attribute.values():
-        aurocs = _resample_aurocs(part, table, n_resamples_crossings if part[0].crossing else n_resamples, seed)
-        rates = _resample_rates(part, table, n_resamples, seed)
+        aurocs = resample_aurocs(part, table, n_resamples_crossings if part[0].crossing else n_resamples, seed)
+        rates = resample_rates(part, table, n_resamples, seed)
         measured, compared = _measure_attribute(
             part, table, [{"auroc": auroc, **rate} for auroc, rate in zip(aurocs, rates, strict=True)]
         )
@@ -295,116 +269,8 @@ def measure_groups(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Images:
-    """Validated arrays: labels int8 [n, F], -1 if not labelled or not scored; counted bool [F]."""
-
-    labels: np.ndarray
-    scores: np.ndarray
-    flags: np.ndarray
-    codes: np.ndarray
-    n_patients: int
-    findings: tuple[str, ...]
-    counted: np.ndarray
-
-    @classmethod
-    def build(cls, images: LabelledScores) -> _Images:
-        labels, scores, flags = (np.asarray(table) for table in (images.labels, images.scores, images.flags))
-        width = len(images.findings)
-        if {labels.shape, scores.shape, flags.shape} != {(len(images.patients), width)}:
-            raise ValueError(
-                f"labels {labels.shape}, scores {scores.shape}, flags {flags.shape}, {len(images.patients)} patients "
-                f"and {width} findings do not fit"
-            )
-        known = (labels >= 0) & ~np.isnan(scores.astype(np.float64))
-        counted = np.ones(width, dtype=bool) if images.macro is None else np.asarray(images.macro, dtype=bool)
-        labels = np.where(known, labels, -1).astype(np.int8)
-        return cls(labels, scores, flags, *patient_codes(images.patients), tuple(images.findings), counted)
-
-    def names(self, columns: np.ndarray) -> tuple[str, ...]:
-        return tuple(name for name, one in zip(self.findings, columns, strict=True) if one)
-
-    def sum_per_patient(self, values: np.ndarray) -> np.ndarray:
-        """Sum bool [n, K] over each patient's images, float32 [patients, K]; exact for such small integers."""
-        width = values.shape[1]
-        rows, columns = np.nonzero(values)
-        flat = np.bincount(self.codes[rows] * width + columns, minlength=self.n_patients * width)
-        return flat.reshape(self.n_patients, width).astype(np.float32)
-
-
-@dataclass(frozen=True, eq=False)
-class _Values:
-    """One quantity in one group: in the sample [F] and in each resample [R, F]; NaN if undefined."""
-
-    point: np.ndarray
-    drawn: np.ndarray
-
-    def mean(self, columns: np.ndarray) -> _Values:
-        """Average columns bool [F], as [1] and [R, 1]; NaN if one of them is NaN."""
-        if not columns.any():
-            return _Values(np.full(1, np.nan), np.full((len(self.drawn), 1), np.nan))
-        return _Values(self.point[columns].mean(keepdims=True), self.drawn[:, columns].mean(axis=1, keepdims=True))
-
-
-def _resample_aurocs(part: Sequence[Group], images: _Images, n_resamples: int, seed: int) -> list[_Values]:
-    """Compute AUROC of every finding in each group; all groups share their resamples."""
-    n, width = images.labels.shape
-    batch = max(1, _CELLS // max(1, n * width))
-    found: list[_Values] = []
-    for start in range(0, len(part), batch):
-        groups = part[start : start + batch]
-        drawn = bootstrap.resampled_aurocs(
-            np.hstack([np.where(group.mask[:, None], images.labels, -1) for group in groups]),
-            np.tile(images.scores, (1, len(groups))),
-            images.codes,
-            n_resamples,
-            seed,
-        ).values
-        for k, group in enumerate(groups):
-            point = np.full(width, np.nan)
-            for j in range(width):
-                rows = group.mask & (images.labels[:, j] >= 0)
-                value = metrics.auroc(images.labels[rows, j], images.scores[rows, j])
-                point[j] = np.nan if value is None else value
-            found.append(_Values(point, drawn[:, k * width : (k + 1) * width]))
-    return found
-
-
-def _resample_rates(part: Sequence[Group], images: _Images, n_resamples: int, seed: int) -> list[dict[str, _Values]]:
-    """Compute sensitivity and specificity of every finding in each group; all groups share their resamples."""
-    width = len(images.findings)
-    judged = (images.labels >= 0) & (images.flags >= 0)
-    positive, flagged = images.labels == 1, images.flags == 1
-    sums = []
-    for group in part:
-        own = judged & group.mask[:, None]
-        cells = [own & positive & flagged, own & positive, own & ~positive & ~flagged, own & ~positive]
-        sums.append(images.sum_per_patient(np.hstack(cells)))
-    points = [_divide_counts(one.sum(axis=0, dtype=np.float64)[None], width)[:, 0] for one in sums]
-    together = np.hstack(sums)
-    drawn = np.empty((len(part), 2, n_resamples, width))
-    chunks = bootstrap.resample_patients(images.n_patients, len(images.labels), n_resamples, seed)
-    for rows, counts in chunks:
-        products = np.hsplit(counts.astype(np.float32) @ together, len(part))
-        for k, product in enumerate(products):
-            drawn[k, :, rows] = _divide_counts(product, width)
-    return [
-        {"sensitivity": _Values(point[0], values[0]), "specificity": _Values(point[1], values[1])}
-        for point, values in zip(points, drawn, strict=True)
-    ]
-
-
-def _divide_counts(counts: np.ndarray, width: int) -> np.ndarray:
-    """Return sensitivity and specificity, float64 [2, R, F], from [R, 4F]: two numerator-denominator pairs."""
-    pairs = counts.astype(np.float64).reshape(len(counts), 2, 2, width)
-    parts, wholes = pairs[:, :, 0], pairs[:, :, 1]
-    result = np.full((len(counts), 2, width), np.nan)
-    np.divide(parts, wholes, out=result, where=wholes > 0)
-    return result.swapaxes(0, 1)
-
-
 def _measure_attribute(
-    part: Sequence[Group], images: _Images, values: Sequence[Mapping[str, _Values]]
+    part: Sequence[Group], images: GroupTable, values: Sequence[Mapping[str, Resamples]]
 ) -> tuple[list[GroupResult], list[Difference]]:
     """Summarise the groups of one attribute, and compare the known ones with the largest."""
     known = [i for i, group in enumerate(part) if group.known]
@@ -442,7 +308,7 @@ def _measure_attribute(
     return results, differences
 
 
-def _measure_cells(group: Group, images: _Images, values: Mapping[str, _Values]) -> list[Cell]:
+def _measure_cells(group: Group, images: GroupTable, values: Mapping[str, Resamples]) -> list[Cell]:
     labels, flags, codes = images.labels[group.mask], images.flags[group.mask], images.codes[group.mask]
     cells = []
     for j, finding in enumerate(images.findings):
@@ -476,9 +342,9 @@ def _measure_cells(group: Group, images: _Images, values: Mapping[str, _Values])
 
 
 def _average(
-    values: Mapping[str, _Values],
+    values: Mapping[str, Resamples],
     cells: Sequence[Cell],
-    images: _Images,
+    images: GroupTable,
     among: Mapping[str, np.ndarray] | None = None,
 ) -> Means:
     """Average over the findings that a group defines, or over those `among`, bool [F] per quantity."""
@@ -503,8 +369,8 @@ def _average(
 
 def _compare(
     pair: tuple[GroupResult, GroupResult],
-    values: tuple[Mapping[str, _Values], Mapping[str, _Values]],
-    images: _Images,
+    values: tuple[Mapping[str, Resamples], Mapping[str, Resamples]],
+    images: GroupTable,
     defined: Mapping[str, np.ndarray],
 ) -> Iterator[Difference]:
     """Yield differences of AUROC and of sensitivity: first of the shared means, then of each finding."""
@@ -536,7 +402,7 @@ def _compare(
             yield _subtract(replace(blank, finding=finding, findings=(finding,), small=small), a, b, j)
 
 
-def _subtract(blank: Difference, a: _Values, b: _Values, j: int) -> Difference:
+def _subtract(blank: Difference, a: Resamples, b: Resamples, j: int) -> Difference:
     difference = _float_or_none(a.point[j] - b.point[j])
     if difference is None:
         undefined = [name for name, value in ((blank.value, a), (blank.reference, b)) if np.isnan(value.point[j])]

@@ -15,6 +15,7 @@ import pandas as pd
 
 from ray_cxr.evaluation import calibration, drift, groups, metrics, subgroups
 from ray_cxr.evaluation.calibration import FittedRules
+from ray_cxr.evaluation.group_resamples import LabelledScores
 from ray_cxr.labels import LABELS, NO_FINDING
 
 #: Columns of a manifest that this module uses.
@@ -81,7 +82,7 @@ def evaluate_validation(
     macro = np.array([name != NO_FINDING for name in findings])
     measured = subgroups.measure_groups(
         [whole, *groups.build_groups(*_get_demographics(table), crossings=False)],
-        subgroups.LabelledScores(y, probabilities, flags, patients, findings, macro),
+        LabelledScores(y, probabilities, flags, patients, findings, macro),
         n_resamples=n_resamples,
         seed=seed,
     )

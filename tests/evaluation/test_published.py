@@ -67,10 +67,10 @@ def test_records_are_consistent() -> None:
 
 def test_only_the_same_images_and_labels_are_comparable() -> None:
     splits, kinds = (None, "train", "test"), (None, "official", "patient")
-    for given in product(splits, kinds, ("nih", "consensus"), (None, 1, WHOLE)):
-        split, kind, labels, n_images = given
-        same = given == ("test", "official", "nih", WHOLE)
-        pairs = published.list_published(split, kind, labels, n_images=n_images)
+    for given in product(splits, kinds, (None, 1, WHOLE)):
+        split, kind, n_images = given
+        same = given == ("test", "official", WHOLE)
+        pairs = published.list_published(split, kind, n_images=n_images)
         assert {one.name for one, _ in pairs} == {one.name for one in published.PUBLISHED}
         assert [reason is None for _, reason in pairs] == [same and one.tested == "official" for one, _ in pairs]
         if same:
@@ -86,7 +86,6 @@ def test_reasons() -> None:
         ((None, "official"), WHOLE, "all labelled images"),
         (("test", "official"), WHOLE - 1, "25,595"),
         (("test", "official"), None, "how many images"),
-        (("test", "official", "adjudicated"), WHOLE, "other labels"),
     ):
         found = reasons(*arguments, n_images=n_images)
         assert all(part in found[name] for name in OFFICIAL)
@@ -94,7 +93,6 @@ def test_reasons() -> None:
     for name, part in (("Wang et al. 2017", "no split"), ("CheXNet 2017", "by patient"), ("CheXNeXt 2018", "420 ")):
         assert part in found[name]
     assert "5,213 of 25,596 images" in found["The same model of J. Zech, official part"]
-    assert "another consensus" in reasons(None, None, "consensus", n_images=420)["CheXNeXt 2018"]
     # A mean alone is comparable over the same findings.
     for findings, comparable in ((FINDINGS, True), (LABELS, True), (FINDINGS[:13], False)):
         found = reasons("test", "official", n_images=WHOLE, findings=findings)

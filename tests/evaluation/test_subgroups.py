@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_cxr.evaluation import bootstrap, groups, metrics, subgroups
+from ray_cxr.evaluation import bootstrap, group_resamples, groups, metrics, subgroups
 
 NAMES = ("A", "B")
 ATTRIBUTES = ("sex", "age_band", "view", "follow_up")
@@ -52,7 +52,7 @@ def groups_of(c: dict[str, np.ndarray], **more: bool) -> list[groups.Group]:
 def measured(c: dict, found: list[groups.Group] | None = None, **more: object) -> subgroups.Subgroups:
     found = groups_of(c) if found is None else found
     macro = more.pop("macro", None)
-    images = subgroups.LabelledScores(c["labels"], c["scores"], c["flags"], c["patients"], NAMES, macro)
+    images = group_resamples.LabelledScores(c["labels"], c["scores"], c["flags"], c["patients"], NAMES, macro)
     return subgroups.measure_groups(found, images, **{"n_resamples": 60, "n_resamples_crossings": 50, **more})
 
 
@@ -237,7 +237,7 @@ def test_a_difference_is_the_value_of_a_group_minus_that_of_the_largest() -> Non
 def test_memory_does_not_change_numbers_and_results_are_json(monkeypatch: pytest.MonkeyPatch) -> None:
     c = crowd(50, 3)
     whole = measured(c)
-    monkeypatch.setattr(subgroups, "_CELLS", 1)
+    monkeypatch.setattr(group_resamples, "_CELLS", 1)
     monkeypatch.setattr(bootstrap, "_CELLS", 7 * 150)
     assert measured(c) == whole
     plain = whole.to_json()

@@ -1,0 +1,150 @@
+"""AUROC, sensitivity and specificity of every finding in several groups, in the sample and in resamples of patients.
+
+A patient may be in several groups of one attribute, having grown older or having been imaged in two views. So each
+resample draws patients once for all groups of an attribute, and each group takes its own images of those patients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ray_cxr.evaluation import bootstrap, metrics
+from ray_cxr.evaluation.groups import Group
+from ray_cxr.evaluation.intervals import patient_codes
+
+#: Labels of several groups resampled together, to bound memory.
+_CELLS = 8 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledScores:
+    """Labels and predictions of n images for F findings.
+
+    Attributes:
+        labels: [n, F], 1 or 0; NaN or negative if not labelled.
+        scores: [n, F], NaN if missing.
+        flags: int8 [n, F], 1 at or above the operating point, 0 below, -1 if there is none.
+        patients: ids [n]; see `intervals.patient_codes`.
+        findings: F names.
+        macro: bool [F], findings that means count; None for all.
+    """
+
+    labels: np.ndarray
+    scores: np.ndarray
+    flags: np.ndarray
+    patients: np.ndarray
+    findings: Sequence[str]
+    macro: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GroupTable:
+    """Validated arrays: labels int8 [n, F], -1 if not labelled or not scored; counted bool [F]."""
+
+    labels: np.ndarray
+    scores: np.ndarray
+    flags: np.ndarray
+    codes: np.ndarray
+    n_patients: int
+    findings: tuple[str, ...]
+    counted: np.ndarray
+
+    @classmethod
+    def build(cls, images: LabelledScores) -> GroupTable:
+        labels, scores, flags = (np.asarray(table) for table in (images.labels, images.scores, images.flags))
+        width = len(images.findings)
+        if {labels.shape, scores.shape, flags.shape} != {(len(images.patients), width)}:
+            raise ValueError(
+                f"labels {labels.shape}, scores {scores.shape}, flags {flags.shape}, {len(images.patients)} patients "
+                f"and {width} findings do not fit"
+            )
+        known = (labels >= 0) & ~np.isnan(scores.astype(np.float64))
+        counted = np.ones(width, dtype=bool) if images.macro is None else np.asarray(images.macro, dtype=bool)
+        labels = np.where(known, labels, -1).astype(np.int8)
+        return cls(labels, scores, flags, *patient_codes(images.patients), tuple(images.findings), counted)
+
+    def names(self, columns: np.ndarray) -> tuple[str, ...]:
+        return tuple(name for name, one in zip(self.findings, columns, strict=True) if one)
+
+    def sum_per_patient(self, values: np.ndarray) -> np.ndarray:
+        """Sum bool [n, K] over each patient's images, float32 [patients, K]; exact for such small integers."""
+        width = values.shape[1]
+        rows, columns = np.nonzero(values)
+        flat = np.bincount(self.codes[rows] * width + columns, minlength=self.n_patients * width)
+        return flat.reshape(self.n_patients, width).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Resamples:
+    """One quantity in one group: in the sample [F] and in each resample [R, F]; NaN if undefined."""
+
+    point: np.ndarray
+    drawn: np.ndarray
+
+    def mean(self, columns: np.ndarray) -> Resamples:
+        """Average columns bool [F], as [1] and [R, 1]; NaN if one of them is NaN."""
+        if not columns.any():
+            return Resamples(np.full(1, np.nan), np.full((len(self.drawn), 1), np.nan))
+        return Resamples(self.point[columns].mean(keepdims=True), self.drawn[:, columns].mean(axis=1, keepdims=True))
+
+
+def resample_aurocs(part: Sequence[Group], images: GroupTable, n_resamples: int, seed: int) -> list[Resamples]:
+    """Compute AUROC of every finding in each group; all groups share their resamples."""
+    n, width = images.labels.shape
+    batch = max(1, _CELLS // max(1, n * width))
+    found: list[Resamples] = []
+    for start in range(0, len(part), batch):
+        groups = part[start : start + batch]
+        drawn = bootstrap.resampled_aurocs(
+            np.hstack([np.where(group.mask[:, None], images.labels, -1) for group in groups]),
+            np.tile(images.scores, (1, len(groups))),
+            images.codes,
+            n_resamples,
+            seed,
+        ).values
+        for k, group in enumerate(groups):
+            point = np.full(width, np.nan)
+            for j in range(width):
+                rows = group.mask & (images.labels[:, j] >= 0)
+                value = metrics.auroc(images.labels[rows, j], images.scores[rows, j])
+                point[j] = np.nan if value is None else value
+            found.append(Resamples(point, drawn[:, k * width : (k + 1) * width]))
+    return found
+
+
+def resample_rates(
+    part: Sequence[Group], images: GroupTable, n_resamples: int, seed: int
+) -> list[dict[str, Resamples]]:
+    """Compute sensitivity and specificity of every finding in each group; all groups share their resamples."""
+    width = len(images.findings)
+    judged = (images.labels >= 0) & (images.flags >= 0)
+    positive, flagged = images.labels == 1, images.flags == 1
+    sums = []
+    for group in part:
+        own = judged & group.mask[:, None]
+        cells = [own & positive & flagged, own & positive, own & ~positive & ~flagged, own & ~positive]
+        sums.append(images.sum_per_patient(np.hstack(cells)))
+    points = [_divide_counts(one.sum(axis=0, dtype=np.float64)[None], width)[:, 0] for one in sums]
+    together = np.hstack(sums)
+    drawn = np.empty((len(part), 2, n_resamples, width))
+    chunks = bootstrap.resample_patients(images.n_patients, len(images.labels), n_resamples, seed)
+    for rows, counts in chunks:
+        products = np.hsplit(counts.astype(np.float32) @ together, len(part))
+        for k, product in enumerate(products):
+            drawn[k, :, rows] = _divide_counts(product, width)
+    return [
+        {"sensitivity": Resamples(point[0], values[0]), "specificity": Resamples(point[1], values[1])}
+        for point, values in zip(points, drawn, strict=True)
+    ]
+
+
+def _divide_counts(counts: np.ndarray, width: int) -> np.ndarray:
+    """Return sensitivity and specificity, float64 [2, R, F], from [R, 4F]: two numerator-denominator pairs."""
+    pairs = counts.astype(np.float64).reshape(len(counts), 2, 2, width)
+    parts, wholes = pairs[:, :, 0], pairs[:, :, 1]
+    result = np.full((len(counts), 2, width), np.nan)
+    np.divide(parts, wholes, out=result, where=wholes > 0)
+    return result.swapaxes(0, 1)
