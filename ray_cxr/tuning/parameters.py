@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from ray_cxr.errors import ConfigError
+from ray_cxr.config import make_error, shorten_repr
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
@@ -55,7 +55,7 @@ class Choices:
         for choice in self.choices:
             if self.encode(choice) == value:
                 return choice
-        raise space_error(f"parameter {self.name}: {shorten_repr(value)} is not one of its choices ({self})")
+        raise make_error(f"parameter {self.name}: {shorten_repr(value)} is not one of its choices ({self})")
 
     def describe(self) -> dict[str, Any]:
         return {"choices": [list(choice) if isinstance(choice, tuple) else choice for choice in self.choices]}
@@ -97,7 +97,7 @@ class Range:
 
     def decode(self, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise space_error(f"parameter {self.name}: {shorten_repr(value)} is not a number")
+            raise make_error(f"parameter {self.name}: {shorten_repr(value)} is not a number")
         if self.whole and value == int(value):
             return int(value)
         if self.step is None or value not in self:
@@ -131,16 +131,3 @@ def matches_text(text: str, value: Any) -> bool:
     except (ValueError, RecursionError):
         return False
     return bool((tuple(parsed) if isinstance(parsed, list) else parsed) == value)
-
-
-def shorten_repr(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python prints no integer of more than 4300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
-def space_error(text: str) -> ConfigError:
-    """Return an error with `text` on one line; the user's own text may contain line breaks."""
-    return ConfigError(" ".join(text.split()))

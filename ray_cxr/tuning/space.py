@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_cxr import labels
-from ray_cxr.config import TrainSettings
+from ray_cxr.config import TrainSettings, make_error
 from ray_cxr.errors import ConfigError
-from ray_cxr.tuning.parameters import Choices, Parameter, format_value, space_error
+from ray_cxr.tuning.parameters import Choices, Parameter, format_value
 from ray_cxr.tuning.space_table import read_parameters, validate
 
 if TYPE_CHECKING:
@@ -146,10 +146,10 @@ class Space:
         values: dict[str, Any] = {}
         for name, value in params.items():
             if name not in by_name:
-                raise space_error(f"parameter {name}: not in the search space{labels.suggestion(name, by_name)}")
+                raise make_error(f"parameter {name}: not in the search space{labels.suggestion(name, by_name)}")
             field = by_name[name].field
             if field in values:
-                raise space_error(f"parameter {name}: another parameter sets {field} too; remove one")
+                raise make_error(f"parameter {name}: another parameter sets {field} too; remove one")
             values[field] = by_name[name].decode(value)
         return values
 
@@ -183,7 +183,7 @@ class Space:
             try:
                 if field not in self.fields:
                     near = labels.suggestion(field, self.fields)
-                    raise space_error(f"{where}: {field} is not in the search space{near}")
+                    raise make_error(f"{where}: {field} is not in the search space{near}")
                 checked[field] = validate(field, value, f"{where}: {field}")
             except ConfigError:
                 if strict:
@@ -206,11 +206,11 @@ class Space:
         selected = next((one for one in mine if one.condition is None or one.condition.holds(values)), None)
         if selected is None:
             conditions = " or ".join(str(one.condition) for one in mine)
-            raise space_error(
+            raise make_error(
                 f"{where}: {field} is searched only with {conditions}; add that setting, or leave {field} out"
             )
         if values[field] not in selected:
-            raise space_error(f"{where}: {field}: {format_value(values[field])} is not in the search space: {selected}")
+            raise make_error(f"{where}: {field}: {format_value(values[field])} is not in the search space: {selected}")
         return selected
 
     def describe(self) -> dict[str, Any]:

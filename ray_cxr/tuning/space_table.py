@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 from ray_cxr import labels
-from ray_cxr.config import TrainSettings
+from ray_cxr.config import TrainSettings, make_error, shorten_repr
 from ray_cxr.errors import ConfigError
 from ray_cxr.tuning.parameters import (
     Choices,
@@ -21,8 +21,6 @@ from ray_cxr.tuning.parameters import (
     Range,
     format_value,
     matches_text,
-    shorten_repr,
-    space_error,
 )
 
 _BUDGET = "it is part of the budget, which is the same for every trial"
@@ -78,9 +76,9 @@ def validate(field: str, value: Any, place: str) -> Any:
         value = getattr(_DEFAULTS.replace(**{field: value}), field)
     except ConfigError as error:
         text = str(error)
-        raise space_error(place + text.removeprefix(field) if text.startswith(field) else f"{place}: {text}") from None
+        raise make_error(place + text.removeprefix(field) if text.startswith(field) else f"{place}: {text}") from None
     if isinstance(value, int) and abs(value) > _MAX_INTEGER:
-        raise space_error(f"{place}: number too large; use at most {_MAX_INTEGER}")
+        raise make_error(f"{place}: number too large; use at most {_MAX_INTEGER}")
     return value
 
 
@@ -89,11 +87,11 @@ def _read_table(table: Mapping[str, Any], base: TrainSettings, sizes: Sequence[i
     tops = {field: raw for field, raw in table.items() if field != "when"}
     whens = table.get("when", {})
     if not isinstance(whens, Mapping):
-        raise space_error(
+        raise make_error(
             f'{_ROOT}.when: must be a table of conditions: write [{_ROOT}.when."field=value"] and its keys below it'
         )
     if not tops and not whens:
-        raise space_error(f"{_ROOT}: no settings; name settings to search, or remove the table to use the default")
+        raise make_error(f"{_ROOT}: no settings; name settings to search, or remove the table to use the default")
     # Other parameters may depend on the backbone, and readers of a list of trials look for it first.
     placed = [
         (place := f"{_ROOT}.{field}", _read_parameter(field, tops[field], place, None, base, sizes))
@@ -105,15 +103,15 @@ def _read_table(table: Mapping[str, Any], base: TrainSettings, sizes: Sequence[i
         at = f'{_ROOT}.when."{text}"'
         condition = _read_condition(text, at, always, inner)
         if not isinstance(fields, Mapping) or not fields:
-            raise space_error(f"{at}: no settings; write the settings to search below it, or remove it")
+            raise make_error(f"{at}: no settings; write the settings to search below it, or remove it")
         for field, raw in fields.items():
             place = f"{at}.{field}"
             if field == "when":
-                raise space_error(f"{place}: conditions cannot be nested; use field=value of [{_ROOT}]")
+                raise make_error(f"{place}: conditions cannot be nested; use field=value of [{_ROOT}]")
             if field == "backbone":
-                raise space_error(f"{place}: the backbone cannot be conditional; move it to [{_ROOT}]")
+                raise make_error(f"{place}: the backbone cannot be conditional; move it to [{_ROOT}]")
             if field in always:
-                raise space_error(f"{place}: {field} is also under [{_ROOT}], which applies to all trials; remove one")
+                raise make_error(f"{place}: {field} is also under [{_ROOT}], which applies to all trials; remove one")
             placed.append((place, _read_parameter(field, raw, place, condition, base, sizes)))
     return placed
 
@@ -121,22 +119,22 @@ def _read_table(table: Mapping[str, Any], base: TrainSettings, sizes: Sequence[i
 def _read_condition(text: str, place: str, always: Mapping[str, Parameter], inner: set[str]) -> Condition:
     field, equals, wanted = (part.strip() for part in text.partition("="))
     if not equals:
-        raise space_error(f"{place}: write the condition as field=value")
+        raise make_error(f"{place}: write the condition as field=value")
     parameter = always.get(field)
     if parameter is None:
         if field not in TrainSettings.model_fields:
-            raise space_error(f"{place}: unknown setting {field!r}{labels.suggestion(field, always)}")
+            raise make_error(f"{place}: unknown setting {field!r}{labels.suggestion(field, always)}")
         if field in inner:
-            raise space_error(f"{place}: {field} is conditional itself; use a field of [{_ROOT}]")
-        raise space_error(f"{place}: {field} is not searched; list its choices under [{_ROOT}], or drop the condition")
+            raise make_error(f"{place}: {field} is conditional itself; use a field of [{_ROOT}]")
+        raise make_error(f"{place}: {field} is not searched; list its choices under [{_ROOT}], or drop the condition")
     if not isinstance(parameter, Choices):
-        raise space_error(f"{place}: {field} is searched over a range; use a field with choices")
+        raise make_error(f"{place}: {field} is searched over a range; use a field with choices")
     indices = set()
     for word in map(str.strip, wanted.split("|")):
         index = next((i for i, choice in enumerate(parameter.choices) if matches_text(word, choice)), None)
         if index is None:
             near = labels.suggestion(word, map(format_value, parameter.choices))
-            raise space_error(f"{place}: {word!r} is not one of the choices of {field} ({parameter}){near}")
+            raise make_error(f"{place}: {word!r} is not one of the choices of {field} ({parameter}){near}")
         indices.add(index)
     return Condition(field, tuple(parameter.choices[index] for index in sorted(indices)))
 
@@ -147,9 +145,9 @@ def _read_parameter(
     """Return the parameter that one key of the table describes."""
     if field not in TrainSettings.model_fields:
         near = labels.suggestion(field, TrainSettings.model_fields.keys() - NOT_SEARCHABLE.keys())
-        raise space_error(f"{place}: unknown setting {field!r}{near}")
+        raise make_error(f"{place}: unknown setting {field!r}{near}")
     if field in NOT_SEARCHABLE:
-        raise space_error(f"{place}: cannot be searched because {NOT_SEARCHABLE[field]}; set it under [train]")
+        raise make_error(f"{place}: cannot be searched because {NOT_SEARCHABLE[field]}; set it under [train]")
     if field == "size":
         return _read_sizes(raw, place, condition, sizes)
     if isinstance(raw, Mapping):
@@ -158,7 +156,7 @@ def _read_parameter(
             _check_batch_range(span, place, base.workers)
         return span
     if not isinstance(raw, (list, tuple)):
-        raise space_error(
+        raise make_error(
             f"{place}: a single value; set it under [train], or write a list of choices "
             "or a range { low = ..., high = ... }"
         )
@@ -171,15 +169,15 @@ def _read_parameter(
 
 def _read_choices(field: str, raw: Sequence[Any], place: str, condition: Condition | None) -> Choices:
     if not raw:
-        raise space_error(f"{place}: the list is empty; name the choices")
+        raise make_error(f"{place}: the list is empty; name the choices")
     choices: list[Any] = []
     for i, item in enumerate(raw):
         at = f"{place}.{i}"
         if _accepts(field, tuple) and not isinstance(item, (list, tuple)):
-            raise space_error(f"{at}: each choice must be a list, as in {field} = [[], [256]] ({shorten_repr(item)})")
+            raise make_error(f"{at}: each choice must be a list, as in {field} = [[], [256]] ({shorten_repr(item)})")
         value = validate(field, item, at)
         if value in choices:
-            raise space_error(f"{at}: {format_value(value)} is listed twice; remove one")
+            raise make_error(f"{at}: {format_value(value)} is listed twice; remove one")
         choices.append(value)
     return Choices(field, field, condition, tuple(choices))
 
@@ -189,14 +187,14 @@ def _read_sizes(raw: Any, place: str, condition: Condition | None, sizes: Sequen
     if raw == "prepared":
         raw = prepared
     if not isinstance(raw, (list, tuple)):
-        raise space_error(
+        raise make_error(
             f'{place}: write "prepared" for every prepared size, or a list of sizes; a single size goes under [train]'
         )
     parameter = _read_choices("size", raw, place, condition)
     for i, size in enumerate(parameter.choices):
         if size not in prepared:
             have = ", ".join(map(str, prepared))
-            raise space_error(f"{place}.{i}: size {format_value(size)} is not prepared; use one of {have}")
+            raise make_error(f"{place}.{i}: size {format_value(size)} is not prepared; use one of {have}")
     # Sorted, so that "prepared" and the list of all sizes describe the same space.
     return dataclasses.replace(parameter, choices=tuple(sorted(parameter.choices)))
 
@@ -204,26 +202,26 @@ def _read_sizes(raw: Any, place: str, condition: Condition | None, sizes: Sequen
 def _read_range(field: str, raw: Mapping[str, Any], place: str, condition: Condition | None) -> Range:
     whole = not _accepts(field, float)
     if whole and not _accepts(field, int):
-        raise space_error(f"{place}: {field} is not a number, so it cannot have a range; write a list of choices")
+        raise make_error(f"{place}: {field} is not a number, so it cannot have a range; write a list of choices")
     known = ("low", "high", "log", "step")
     for key in raw:
         if key not in known:
-            raise space_error(f"{place}: unknown key {key!r}{labels.suggestion(str(key), known)}")
+            raise make_error(f"{place}: unknown key {key!r}{labels.suggestion(str(key), known)}")
     if "low" not in raw or "high" not in raw:
-        raise space_error(f"{place}: a range needs both ends; write {{ low = ..., high = ... }}")
+        raise make_error(f"{place}: a range needs both ends; write {{ low = ..., high = ... }}")
     for key in ("low", "high", "step"):
         if key in raw and (isinstance(raw[key], bool) or not isinstance(raw[key], (int, float))):
-            raise space_error(f"{place}.{key}: must be a number (got {shorten_repr(raw[key])})")
+            raise make_error(f"{place}.{key}: must be a number (got {shorten_repr(raw[key])})")
     low, high = (validate(field, raw[end], f"{place}.{end}") for end in ("low", "high"))
     log, step = raw.get("log", False), raw.get("step")
     if not isinstance(log, bool):
-        raise space_error(f"{place}.log: use true or false (got {shorten_repr(log)})")
+        raise make_error(f"{place}.log: use true or false (got {shorten_repr(log)})")
     if low > high:
-        raise space_error(f"{place}: low ({low}) is above high ({high}); swap them")
+        raise make_error(f"{place}: low ({low}) is above high ({high}); swap them")
     if log and step is not None:
-        raise space_error(f"{place}: log and step exclude each other; remove one")
+        raise make_error(f"{place}: log and step exclude each other; remove one")
     if log and low <= 0:
-        raise space_error(f"{place}.low: a log range must start above 0 (got {low})")
+        raise make_error(f"{place}.low: a log range must start above 0 (got {low})")
     if step is not None:
         step = _check_step(step, low, high, place, whole)
     elif whole and not log:
@@ -235,23 +233,23 @@ def _check_step(step: float, low: float, high: float, place: str, whole: bool) -
     """Return a step that leads exactly from `low` to `high`; Optuna would silently shorten the range."""
     at = f"{place}.step"
     if not 0 < step <= _MAX_INTEGER:
-        raise space_error(f"{at}: must be above 0 and finite (got {shorten_repr(step)})")
+        raise make_error(f"{at}: must be above 0 and finite (got {shorten_repr(step)})")
     if whole and step != int(step):
-        raise space_error(f"{at}: must be an integer, as the setting is (got {step})")
+        raise make_error(f"{at}: must be an integer, as the setting is (got {step})")
     step = int(step) if whole else float(step)
     first, stride = Decimal(str(low)), Decimal(str(step))
     count = (Decimal(str(high)) - first) / stride
     if count > _MAX_STEPS:
-        raise space_error(f"{at}: {step} makes more than {_MAX_STEPS} steps; leave it out")
+        raise make_error(f"{at}: {step} makes more than {_MAX_STEPS} steps; leave it out")
     if count != int(count):
         last = first + int(count) * stride
-        raise space_error(f"{at}: steps of {step} from {low} miss {high}; set high to {last} or {last + stride}")
+        raise make_error(f"{at}: steps of {step} from {low} miss {high}; set high to {last} or {last + stride}")
     return step
 
 
 def _check_batch_size(size: int, place: str, workers: int) -> None:
     if size % workers:
-        raise space_error(
+        raise make_error(
             f"{place}: {size} cannot be divided among {workers} workers; use {math.ceil(size / workers) * workers}"
         )
 
@@ -263,7 +261,7 @@ def _check_batch_range(span: Range, place: str, workers: int) -> None:
         return
     if span.log or int(span.step or 1) % workers:
         key, remedy = ("log", f"step = {workers}, or a list") if span.log else ("step", f"a multiple of {workers}")
-        raise space_error(f"{place}.{key}: yields sizes that {workers} workers cannot divide equally; use {remedy}")
+        raise make_error(f"{place}.{key}: yields sizes that {workers} workers cannot divide equally; use {remedy}")
 
 
 def _check_overlaps(placed: Sequence[tuple[str, Parameter]]) -> None:
@@ -272,7 +270,7 @@ def _check_overlaps(placed: Sequence[tuple[str, Parameter]]) -> None:
         if one.field != other.field or one.condition is None or other.condition is None:
             continue
         if one.condition.field != other.condition.field or any(map(other.condition.values.count, one.condition.values)):
-            raise space_error(
+            raise make_error(
                 f'{place}: {one.field} is also under "{one.condition}", and both conditions can hold; '
                 "use values of one field, each in one condition"
             )
@@ -290,7 +288,7 @@ def _check_every_trial_has_size(
     assert isinstance(deciding, Choices)
     rest = [value for value in deciding.choices if not any(value in condition.values for condition in conditions)]
     if rest:
-        raise space_error(
+        raise make_error(
             f"{_ROOT}.when: several sizes are prepared, and trials with {Condition(deciding.field, tuple(rest))} have "
             "none; set one under [train], or search it there too"
         )
@@ -314,7 +312,7 @@ def _check_combinations(parameters: Sequence[Parameter], base: TrainSettings) ->
                 base.replace(**{field: value for field, value in every.items() if field in _DEPENDENT})
             except ConfigError as error:
                 combination = ", ".join(f"{field}={format_value(value)}" for field, value in every.items())
-                raise space_error(f"{_ROOT}: a trial may have {combination}: {error}") from None
+                raise make_error(f"{_ROOT}: a trial may have {combination}: {error}") from None
 
 
 def _rename_duplicates(parameters: Sequence[Parameter]) -> tuple[Parameter, ...]:
