@@ -46,7 +46,7 @@ _ROW_GROUP_SIZE = 8192
 
 def write_manifest(table: pa.Table, out: str | Path) -> None:
     """Write a manifest atomically: readers see the old file or the new one."""
-    out = remote.path(out)
+    out = remote.to_path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_parquet(table, out, row_group_size=_ROW_GROUP_SIZE)
 
@@ -69,7 +69,7 @@ def open_manifest(path: str | Path) -> Iterator[ManifestFile]:
         TableError: no such file, not Parquet, or no `image_id`.
     """
     try:
-        file = pq.ParquetFile(remote.path(path))
+        file = pq.ParquetFile(remote.to_path(path))
     except FileNotFoundError:
         raise TableError(f"{path}: no such file; make it with `ray-cxr manifest`") from None
     except (OSError, pa.ArrowInvalid):

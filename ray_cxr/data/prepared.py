@@ -78,7 +78,7 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
     """
     import ray
 
-    out = remote.path(out)
+    out = remote.to_path(out)
     table, wanted = check(manifest, out, settings)
     units = plan_units(table["path"], settings.rows_per_shard)
     n_rows = len(table)
@@ -97,7 +97,7 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
     def build_dataset(pending: list[Task]) -> Any:
         # One block per task, so that a lost node costs few shards.
         dataset = ray.data.from_items(pending, override_num_blocks=len(pending))
-        arguments = {"out": remote.address(out), "settings": settings}
+        arguments = {"out": remote.to_address(out), "settings": settings}
         dataset = map_once(dataset, _run_task, fn_kwargs=arguments, num_cpus=1)
         cpus = sum(node["Resources"].get("CPU", 0) for node in cluster.list_nodes())
         dataset.context.max_errored_blocks = int(MAX_LOST_PER_WORKER * max(1, cpus))
@@ -217,7 +217,7 @@ def _run_task(task: Task, out: str, settings: PrepareSettings) -> dict[str, Any]
 
 def _write_shards(task: Task, out: str, settings: PrepareSettings) -> None:
     shards = range(task["first"], task["first"] + len(task["lengths"]))
-    folder = remote.path(out)
+    folder = remote.to_path(out)
     rows = pq.ParquetFile(folder / "manifest.parquet").read_row_groups(list(shards))
     lengths = dict(zip(shards, task["lengths"], strict=True))
     writers = [
@@ -278,7 +278,7 @@ def _count_rows(out: Path, size: int, ranges: Sequence[Range]) -> Counter[str]:
     """Count a size's rows from its shards, and mark the size complete."""
     counts: Counter[str] = Counter()
     paths = [out / str(size) / shard_name(one.index) for one in ranges]
-    found = remote.ahead(functools.partial(read_error_codes, size=size), paths)
+    found = remote.map_concurrently(functools.partial(read_error_codes, size=size), paths)
     for one, path, codes in zip(ranges, paths, found, strict=True):
         if len(codes) != one.rows:
             raise OutputError(
@@ -330,7 +330,7 @@ class PreparedSet:
     """
 
     def __init__(self, path: str | Path, size: int | None = None) -> None:
-        self.path = remote.path(path)
+        self.path = remote.to_path(path)
         self._settings = run_folder.read_settings(self.path)
         made_in = self._settings.get("format", FORMAT)
         if not self._settings or self._settings.get("kind", "prepare") != "prepare":
@@ -416,7 +416,7 @@ class PreparedSet:
         # By number, so that a missing shard is noticed.
         count = self._settings.get("shards", -(-self._settings["rows"] // self._settings["rows_per_shard"]))
         try:
-            return remote.here([self.path / str(self.size) / shard_name(index) for index in range(count)])
+            return remote.download([self.path / str(self.size) / shard_name(index) for index in range(count)])
         except FileNotFoundError as error:  # of a bucket; on a disk the reader notices
             raise missing_shard(error.filename) from None
 

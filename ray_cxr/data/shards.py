@@ -115,7 +115,7 @@ def read_error_codes(path: Path, size: int) -> pa.Array:
         OutputError: as `read_shard`.
     """
     try:
-        with remote.opened(path) as source:
+        with remote.open_file(path) as source:
             schema = pa.ipc.open_file(source).schema
             if not schema.equals(shard_schema(size)):
                 raise _damaged(path)

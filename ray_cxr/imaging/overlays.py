@@ -113,13 +113,13 @@ def read_heatmaps(scores: str | Path, image_ids: Collection[str] | None = None) 
     Raises:
         TableError: there are no heat maps, or a file is damaged.
     """
-    folder = remote.path(scores) / FOLDER
+    folder = remote.to_path(scores) / FOLDER
     parts = sorted(folder.glob("part-*.parquet"))
     if not parts:
         raise TableError(f"{scores}: has no heat maps; make them with `ray-cxr score ... --heatmaps K`")
     wanted = None if image_ids is None else set(image_ids)
     found: dict[tuple[str, str], HeatMap] = {}
-    for part, file in zip(parts, remote.contents(parts), strict=True):
+    for part, file in zip(parts, remote.read_files(parts), strict=True):
         try:
             rows = pq.read_table(file, columns=SCHEMA.names).cast(SCHEMA).to_pylist()
             for row in rows:

@@ -1,15 +1,14 @@
-"""Reading and decoding in a child process: a crash of native code, or a file that never ends, costs one row.
+"""Read and decode in a child process, so that a crash of native code or an endless file costs one row only.
 
     parent                                    child: python -m ray_cxr.imaging.sandbox
     Decoder.load(path or contents)  -- stdin -->  read_bytes, decode, read_tags, resize
-    DecodedImage | Failure               <- stdout --  pixels, or a code and a message
+    DecodedImage | Failure              <- stdout --  pixels, or a code and a message
 
-Both directions carry frames: the lengths of the two parts that follow, a JSON object, raw bytes. The child runs
-what `imaging` runs, so pixels and codes are those of decoding in-process. What decoders print goes to the null
-device.
+Both directions carry frames: the lengths of two parts, a JSON object, and raw bytes. The child runs the same functions
+as decoding in-process, so pixels and codes are equal. Output of decoders goes to the null device.
 
-The child ends with its parent: at the end of its standard input, or, where native code hangs, by an alarm that is
-set anew for each file.
+The child ends with its parent, at the end of its standard input. If native code hangs, an alarm ends it; the alarm is
+set for each file.
 """
 
 from __future__ import annotations
@@ -42,25 +41,27 @@ from ray_cxr.imaging.pixels import MAX_PIXELS, decoder_errors
 from ray_cxr.imaging.resize import resize
 from ray_cxr.storage.files import read_bytes
 
-#: How long a child may take until it is ready, seconds: mostly imports, on a machine that may be busy.
+#: Maximum time until a child is ready, seconds: mostly imports on a busy machine.
 START_TIMEOUT_S = 120.0
-_STARTS = 3  # of a child that is killed while it starts
-#: The child's own alarm rings this much later than the parent's patience ends, seconds.
+_MAX_STARTS = 3  # of a child that is killed while it starts
+#: Seconds from the parent's timeout to the child's own alarm.
 _ALARM_MARGIN_S = 10.0
-_PIPE_BYTES = 1024 * 1024  # holds a whole NIH file, so that it needs no second turn
-_READ_AT_ONCE = 64 * 1024 * 1024
+_PIPE_BYTES = 1024 * 1024  # holds a whole NIH file
+_READ_BYTES = 64 * 1024 * 1024
 _FRAME = struct.Struct("<IQ")  # bytes of JSON, raw bytes
 _MAX_JSON = 16 * 1024 * 1024
 _ALARM = signal.SIGALRM.name
-_NONSENSE = "an answer that cannot be read"
+_UNREADABLE = "an unreadable answer"
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """One radiograph: uint8[S, S] per spec, in the order of the specs, each the caller's own; uint8[H, W] for None.
+    """One decoded radiograph.
 
-    `tags` are `dicom.read_tags` of a DICOM where they were asked for, else None; `shape` is height and width in pixels
-    before the resize, None where nobody told.
+    Attributes:
+        images: new arrays in the order of the specs, uint8[S, S] per spec, uint8[H, W] for None.
+        tags: `dicom.read_tags` of a DICOM if requested, otherwise None.
+        shape: height and width in pixels before the resize; None if unknown.
     """
 
     images: tuple[np.ndarray, ...]
@@ -70,7 +71,7 @@ class DecodedImage:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no picture: `code` and `message` as of an `ImageError`; `tags` where the header could be read."""
+    """`code` and `message` of an `ImageError`; `tags` if the header could be read."""
 
     code: str
     message: str
@@ -78,21 +79,21 @@ class Failure:
 
 
 class Decoder:
-    """One child process that reads, decodes and resizes; for one thread at a time.
+    """One child process that reads, decodes and resizes; not thread-safe.
 
-    The child starts with `start` or the first `load`, and anew after it was lost.
+    `start` or the first `load` starts the child, and the next `load` replaces a lost one.
 
     Args:
-        specs: the sizes to make of each image; None for its own size.
-        max_pixels: larger pictures are refused before they are decoded.
-        timeout_s: a file that takes longer, reading included, is given up.
-        tags: read the header fields of DICOM files, too.
+        specs: sizes of the resized images; None for the original size.
+        max_pixels: larger images are refused before they are decoded.
+        timeout_s: maximum time per file, with reading.
+        tags: also read the header fields of DICOM files.
 
     Attributes:
-        seconds: what the last `load` took, the start of a child left out; 0 where there was nothing to read.
+        seconds: duration of the last `load` without the start of a child; 0 if there was nothing to read.
 
     Raises:
-        ValueError: a timeout that is not positive and finite.
+        ValueError: the timeout is not positive and finite.
     """
 
     def __init__(
@@ -119,32 +120,32 @@ class Decoder:
         self._finalizer: weakref.finalize[..., Any] | None = None
 
     def start(self) -> None:
-        """Start the child without waiting for it; nothing to do where one runs already.
+        """Start the child, if none runs, without waiting for it.
 
         Raises:
-            RayCxrError: the system starts no process.
+            RayCxrError: the system cannot start a process.
         """
-        if self._child is not None and self._child.alive():
+        if self._child is not None and self._child.is_alive():
             return
         self.close()
         self._child = _Child(self._settings)
-        # Where nobody calls `close`, too: no child stays behind, and Popen does not warn of one.
+        # Without a call of `close`, too, no child remains and Popen does not warn about one.
         self._finalizer = weakref.finalize(self, self._child.kill)
 
     def load(self, source: str | bytes | None) -> DecodedImage | Failure:
         """Read, decode and resize one radiograph.
 
-        A child that is lost over a file may have been killed for another reason, so the file gets a second one;
-        losing that as well is `decoder_crash`.
+        A child may be killed for a reason other than the file, so the file is tried in a second one. If that is lost
+        too, the code is `decoder_crash`.
 
         Args:
-            source: a path or URI for `storage.read_bytes`, the contents of a file, or None (`missing`).
+            source: a path or URI for `read_bytes`, the contents of a file, or None (`missing`).
 
         Returns:
-            A `DecodedImage`, or a `Failure` with any code of `imaging.load`, `decode_timeout` or `decoder_crash`.
+            A `DecodedImage`, or a `Failure` with any code of `decode.load_image`, `decode_timeout` or `decoder_crash`.
 
         Raises:
-            RayCxrError: the child cannot be started, whatever the file.
+            RayCxrError: the child cannot start.
         """
         request: dict[str, Any] = {}
         body: bytes | memoryview = b""
@@ -154,31 +155,31 @@ class Decoder:
         elif isinstance(source, (str, os.PathLike)):
             request["path"] = os.fspath(source)
         else:
-            return Failure("missing", "there is no path", None)
-        how = ""
+            return Failure("missing", "the row has no path", None)
+        outcome = ""
         for _ in range(2):
-            child = self._ready()
-            begun = time.monotonic()
-            deadline = begun + self._timeout_s
+            child = self._start_and_wait()
+            started = time.monotonic()
+            deadline = started + self._timeout_s
             try:
                 child.send(request, body, deadline)
-                return self._answer(child, deadline)
+                return self._receive(child, deadline)
             except TimeoutError:
-                how = _ALARM
+                outcome = _ALARM
             except EOFError as lost:
-                how = str(lost) or child.outcome()
-            except BaseException:  # an interrupt: the answer to this file must not become the next one's
+                outcome = str(lost) or child.describe_exit()
+            except BaseException:  # an interrupt: the next file must not get this answer
                 self.close()
                 raise
             finally:
-                self.seconds += time.monotonic() - begun
+                self.seconds += time.monotonic() - started
             self.close()
-            if how == _ALARM:  # this process may have slept for longer than the child's own alarm
+            if outcome == _ALARM:  # or this process slept past the child's alarm
                 return Failure("decode_timeout", f"not read and decoded within {self._timeout_s:g} s", None)
-        return Failure("decoder_crash", f"the decoder process ended with {how}", None)
+        return Failure("decoder_crash", f"the decoder process ended with {outcome}", None)
 
     def close(self) -> None:
-        """End the child; a later `load` starts another."""
+        """End the child; a later `load` starts a new one."""
         if self._finalizer is not None:
             self._finalizer()
         self._child = self._finalizer = None
@@ -189,10 +190,10 @@ class Decoder:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _ready(self) -> _Child:
-        """A child that has said that it is ready: only then can its death be a file's fault."""
+    def _start_and_wait(self) -> _Child:
+        """Return a child that reported that it is ready; only then can a file cause its death."""
         reason = ""
-        for _ in range(_STARTS):
+        for _ in range(_MAX_STARTS):
             self.start()
             child = self._child
             assert child is not None
@@ -204,34 +205,34 @@ class Decoder:
             except TimeoutError:
                 reason = f"not ready after {START_TIMEOUT_S:g} s"
             except EOFError as lost:
-                reason = str(lost) or child.outcome()
-                by_itself = not reason.startswith("SIG")
-                if words := child.last_words():
-                    reason = f"{reason}: {words}"
-                if by_itself:  # and would again
+                reason = str(lost) or child.describe_exit()
+                killed = reason.startswith("SIG")
+                if line := child.read_last_line():
+                    reason = f"{reason}: {line}"
+                if not killed:  # a new child would fail, too
                     break
             finally:
                 if not child.ready:
                     self.close()
         raise RayCxrError(
-            f"the decoder process cannot start ({reason}); see what `{sys.executable} -m ray_cxr.imaging.sandbox` says"
+            f"the decoder process cannot start ({reason}); for details run {sys.executable} -m ray_cxr.imaging.sandbox"
         )
 
-    def _answer(self, child: _Child, deadline: float) -> DecodedImage | Failure:
+    def _receive(self, child: _Child, deadline: float) -> DecodedImage | Failure:
         try:
             answer, size = child.receive(deadline)
             if "code" in answer:
                 if size or answer["code"] not in ERROR_CODES:
-                    raise EOFError(_NONSENSE)
+                    raise EOFError(_UNREADABLE)
                 return Failure(answer["code"], answer["message"], answer["tags"])
             tags = answer["tags"]
             height, width = map(int, answer["shape"])
             shapes = [(height, width) if spec is None else (spec.size, spec.size) for spec in self._specs]
             possible = height > 0 and 0 < height * width <= self._max_pixels
             if not possible or size != sum(rows * columns for rows, columns in shapes):
-                raise EOFError(_NONSENSE)
-        except (ValueError, KeyError, TypeError):  # native code wrote over the child's memory
-            raise EOFError(_NONSENSE) from None
+                raise EOFError(_UNREADABLE)
+        except (ValueError, KeyError, TypeError):  # native code corrupted the child's memory
+            raise EOFError(_UNREADABLE) from None
         images = tuple(np.empty(shape, np.uint8) for shape in shapes)
         for image in images:
             child.read_into(image.data.cast("B"), deadline)
@@ -239,15 +240,18 @@ class Decoder:
 
 
 class _Child:
-    """A process and its two pipes. TimeoutError: the deadline has passed. EOFError: the process is lost, or useless."""
+    """A process and its two pipes.
+
+    Its methods raise TimeoutError after the deadline, and EOFError if the process ended or answers nonsense.
+    """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.ready = False
-        # Says why a child does not start. Before a child is ready it has seen no file, and then it shuts this.
+        # Explains why a child does not start. A child closes it when it is ready, before it sees any file.
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
-                # -P: `python -m` looks into the working directory first, which may hold a numpy.py of the user's.
+                # -P: otherwise a numpy.py in the working directory would be imported.
                 [sys.executable, "-P", "-W", "ignore", "-m", "ray_cxr.imaging.sandbox"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -263,18 +267,18 @@ class _Child:
         self._requests, self._answers = self._process.stdin, self._process.stdout
         for pipe in (self._requests, self._answers):
             os.set_blocking(pipe.fileno(), False)
-            _widen(pipe.fileno())
-        with contextlib.suppress(EOFError, TimeoutError):  # noticed at the first answer
+            _enlarge(pipe.fileno())
+        with contextlib.suppress(EOFError, TimeoutError):  # reported by the first answer
             self.send(settings, b"", time.monotonic() + START_TIMEOUT_S)
 
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         return self._process.poll() is None
 
     def wait_until_ready(self, deadline: float) -> None:
         try:
             self.receive(deadline)
         except ValueError:
-            raise EOFError(_NONSENSE) from None
+            raise EOFError(_UNREADABLE) from None
         self._stderr.close()
         self.ready = True
 
@@ -282,12 +286,12 @@ class _Child:
         _send(self._requests.fileno(), header, [body], deadline)
 
     def receive(self, deadline: float) -> tuple[dict[str, Any], int]:
-        """The JSON object of a frame, and the number of raw bytes after it, which stay in the pipe."""
+        """Return the JSON object of a frame and the number of raw bytes that follow in the pipe."""
         head = bytearray(_FRAME.size)
         self.read_into(memoryview(head), deadline)
         length, size = _FRAME.unpack(head)
         if length > _MAX_JSON:
-            raise EOFError(_NONSENSE)
+            raise EOFError(_UNREADABLE)
         text = bytearray(length)
         self.read_into(memoryview(text), deadline)
         return json.loads(text), size
@@ -305,59 +309,59 @@ class _Child:
                 raise EOFError
             view = view[count:]
 
-    def outcome(self) -> str:
-        """How a process ended that has shut its pipe: the name of a signal, or `exit code 1`."""
-        with contextlib.suppress(subprocess.TimeoutExpired):  # the end is near
+    def describe_exit(self) -> str:
+        """Return how the process ended after closing its pipe: the name of a signal, or `exit code 1`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
         code = self._process.returncode
         if code is None or code >= 0:
             return f"exit code {code}"
         with contextlib.suppress(ValueError):
             return signal.Signals(-code).name
-        return f"SIGRTMIN+{-code - signal.SIGRTMIN}"  # the one kind that has no name of its own
+        return f"SIGRTMIN+{-code - signal.SIGRTMIN}"  # real-time signals have no name
 
-    def last_words(self) -> str:
-        """The last line that it wrote before it was ready, shortened."""
+    def read_last_line(self) -> str:
+        """Return the last line that it printed before it was ready, shortened."""
         self._stderr.seek(0)
         lines = self._stderr.read()[-4096:].decode(errors="replace").split("\n")
         return next((" ".join(line.split())[:200] for line in reversed(lines) if line.strip()), "")
 
     def kill(self) -> None:
-        """End and reap it; more than once does no harm."""
+        """End the process and wait for it; can be called repeatedly."""
         self._process.kill()
         self._requests.close()
         self._answers.close()
         self._stderr.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a dead network disk holds even a killed process
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a killed process can still wait for a network disk
             self._process.wait(5.0)
 
 
 def _environment() -> dict[str, str]:
-    """This process's own, with the modules it finds: under Ray they can lie in a working_dir."""
+    """Return this process's environment with its module path, which Ray may extend by a working_dir."""
     path = [os.path.abspath(entry) for entry in sys.path]
     root = str(Path(__file__).parents[2])
     if root not in path:
         path.append(root)
-    # The libraries' thread pools cost a start its time, and decoding has no use for them.
+    # Thread pools of libraries slow down the start, and decoding does not use them.
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def _widen(pipe: int) -> None:
-    """Make room in a pipe, where the system can (Linux) and lets us."""
+def _enlarge(pipe: int) -> None:
+    """Enlarge the buffer of a pipe, if the system can (Linux) and allows it."""
     if hasattr(fcntl, "F_SETPIPE_SZ"):
         with contextlib.suppress(OSError):
             fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def _wait(descriptor: int, event: int, deadline: float) -> None:
-    """Until a pipe can be read or written or has lost its other end.
+    """Wait until a pipe can be read or written or its other end is closed.
 
     Raises:
-        TimeoutError: not before the deadline.
+        TimeoutError: the deadline passed.
     """
     poll = select.poll()
     poll.register(descriptor, event)
-    while not poll.poll(min(max(0.0, deadline - time.monotonic()), 3600.0) * 1000.0):  # it takes no more than 2^31 ms
+    while not poll.poll(min(max(0.0, deadline - time.monotonic()), 3600.0) * 1000.0):  # poll takes at most 2^31 ms
         if time.monotonic() >= deadline:
             raise TimeoutError
 
@@ -368,8 +372,8 @@ def _send(
     """Write a frame.
 
     Raises:
-        EOFError: nobody reads.
-        TimeoutError: not before the deadline.
+        EOFError: the other end is closed.
+        TimeoutError: the deadline passed.
     """
     text = json.dumps(header).encode()
     views = [memoryview(part) for part in body]
@@ -392,14 +396,14 @@ def _send(
 
 
 def _read(descriptor: int, size: int) -> bytes:
-    """Exactly `size` bytes.
+    """Read exactly `size` bytes.
 
     Raises:
-        EOFError: the parent is gone.
+        EOFError: the parent ended.
     """
     parts: list[bytes] = []
     while size:
-        part = os.read(descriptor, min(size, _READ_AT_ONCE))
+        part = os.read(descriptor, min(size, _READ_BYTES))
         if not part:
             raise EOFError
         parts.append(part)
@@ -415,26 +419,26 @@ def _receive(descriptor: int) -> tuple[dict[str, Any], bytes]:
 def _load(
     path: str | None, data: bytes, specs: Sequence[InputSpec | None], max_pixels: int, tags: bool
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """The JSON object and the pixels of an answer."""
-    found: dict[str, Any] | None = None
+    """Return the JSON object and the pixels of an answer."""
+    header: dict[str, Any] | None = None
     try:
-        with decoder_errors("image"):  # what is left: no memory to resize, or a decoder's print that fails
+        with decoder_errors("image"):  # also out of memory in the resize, or a failed print of a decoder
             if path is not None:
                 data = read_bytes(path)
             if tags:
-                found = _tags(data)
+                header = _read_tags(data)
             image = decode(data, max_pixels=max_pixels)
             images = [image if spec is None else resize(image, spec) for spec in specs]
-            return {"tags": found, "shape": image.shape}, images
+            return {"tags": header, "shape": image.shape}, images
     except ImageError as error:
-        return {"code": error.code, "message": error.message, "tags": found}, []
+        return {"code": error.code, "message": error.message, "tags": header}, []
 
 
-def _tags(data: bytes) -> dict[str, Any] | None:
-    """`dicom.read_tags` where the data are a DICOM whose header can be read, else None."""
+def _read_tags(data: bytes) -> dict[str, Any] | None:
+    """Return `dicom.read_tags` of a DICOM with a readable header, otherwise None."""
     if not data or is_png_or_jpeg(data):
         return None
-    from ray_cxr.imaging import dicom  # slow to import, and an archive of PNGs never needs it
+    from ray_cxr.imaging import dicom  # slow to import, and PNGs do not need it
 
     try:
         return dicom.read_tags(data) if dicom.looks_like_dicom(data) else None
@@ -443,15 +447,15 @@ def _tags(data: bytes) -> dict[str, Any] | None:
 
 
 def _serve(requests: int, answers: int) -> None:
-    """Answer requests until the parent closes the pipe or is gone."""
+    """Answer requests until the parent closes the pipe or ends."""
     settings, _ = _receive(requests)
     specs = [None if spec is None else InputSpec(**spec) for spec in settings["specs"]]
-    cv2.setNumThreads(1)  # the parent starts as many children as there are cores to use
-    _shut(sys.stderr.fileno())
+    cv2.setNumThreads(1)  # the parent starts one child per core
+    _silence(sys.stderr.fileno())
     _send(answers, {"ready": True}, [])
     while True:
         request, data = _receive(requests)
-        # The alarm's default action ends the process, whatever native code is doing.
+        # The alarm's default action ends the process, even inside native code.
         signal.setitimer(signal.ITIMER_REAL, settings["alarm_s"])
         answer, images = _load(request.get("path"), data, specs, settings["max_pixels"], settings["tags"])
         _send(answers, answer, [image.data.cast("B") for image in images])
@@ -459,26 +463,26 @@ def _serve(requests: int, answers: int) -> None:
         del data, images
 
 
-def _shut(descriptor: int) -> None:
-    """Lead a descriptor to the null device: decoders print, and what they print can be a file's contents."""
+def _silence(descriptor: int) -> None:
+    """Redirect a descriptor to the null device, because decoders may print contents of a file."""
     with open(os.devnull, "r+b", buffering=0) as null:
         os.dup2(null.fileno(), descriptor)
 
 
 def main() -> None:
-    """The child: frames come by standard input and go by standard output, which nothing else can reach."""
+    """Run the child with frames on standard input and output, which nothing else can use."""
     requests, answers = os.dup(0), os.dup(1)
-    _shut(0)
-    _shut(1)
+    _silence(0)
+    _silence(1)
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
-    # No memory image, which would hold a patient's file; a limit of 1 also stops one that is piped to a collector.
+    # No core dump, which would contain a patient's file; a limit of 1 also stops dumps that are piped to a collector.
     resource.setrlimit(resource.RLIMIT_CORE, (0 if hard == 0 else 1, hard))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     with contextlib.suppress(EOFError):
         _serve(requests, answers)
-    os._exit(0)  # without the farewells of native libraries
+    os._exit(0)  # without exit handlers of native libraries
 
 
 if __name__ == "__main__":

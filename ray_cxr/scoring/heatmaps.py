@@ -167,7 +167,7 @@ def find_pending(out: Path, indices: Iterable[int], run: str, request: HeatMapRe
     """
     pending = set()
     indices = sorted(indices)
-    for index, part in zip(indices, remote.contents(map_path(out, index) for index in indices), strict=True):
+    for index, part in zip(indices, remote.read_files(map_path(out, index) for index in indices), strict=True):
         state = _read_state(part)
         if state is None or state["run"] != run:
             pending.add(index)
@@ -195,8 +195,8 @@ def count_maps(out: Path, ranges: Sequence[Range], request: HeatMapRequest) -> H
         OutputError: a file is missing or damaged, or holds other images.
     """
     report = HeatMapReport(request.count)
-    maps = remote.contents(map_path(out, one.index) for one in ranges)
-    scores = remote.contents(part_path(out, one.index) for one in ranges)
+    maps = remote.read_files(map_path(out, one.index) for one in ranges)
+    scores = remote.read_files(part_path(out, one.index) for one in ranges)
     for one, map_file, score_file in zip(ranges, maps, scores, strict=True):
         part = map_path(out, one.index)
         try:
@@ -221,7 +221,7 @@ def remove_maps(out: Path) -> None:
     """Remove the maps of an earlier run, and no other files."""
     folder = out / FOLDER
     for pattern in ("part-*.parquet", *(f"*.{name}.png" for name in LABELS)):
-        remote.remove(folder.glob(pattern))
+        remote.remove_files(folder.glob(pattern))
     remove_partial_files(out)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
@@ -298,7 +298,7 @@ class HeatMapModel:
         """Read the scored rows of ranges, with their probabilities."""
         columns = ["image_id", "path", *(f"p_{name}" for name in self.findings)]
         paths = ((index, part_path(self.job.folder, index)) for index in indices)
-        return [RangeState(index, _read_scored(remote.content(path), columns)) for index, path in paths]
+        return [RangeState(index, _read_scored(remote.read_file(path), columns)) for index, path in paths]
 
     def choose_findings(self, p: np.ndarray) -> np.ndarray:
         """Return the numbers of the highest-ranked findings, int [n,K]; the first is the scores' top_finding."""
@@ -414,7 +414,7 @@ class HeatMapWriter:
 
 def _list_overlays(part: Path) -> set[str]:
     """Return the names of the overlays of an existing file of maps; none for a file of another program."""
-    file = remote.content(part)
+    file = remote.read_file(part)
     if _read_state(file) is None:
         return set()
     names = pq.read_table(file, columns=["overlay"])["overlay"].to_pylist()

@@ -139,8 +139,8 @@ def _open_folder(plan: ScorePlan) -> ScoreJob:
             (out / INPUT).unlink()
             raise OutputError(f"{request.origin}: changed while the run started; run the command again")
     return ScoreJob(
-        bundle=remote.address(remote.path(request.model)),
-        out=remote.address(out),
+        bundle=remote.to_address(remote.to_path(request.model)),
+        out=remote.to_address(out),
         digest=plan.bundle.digest,
         precision=plan.settings["precision"],
         settings=request.settings,
@@ -160,7 +160,7 @@ def _remove_run(out: Path) -> None:
     if run_folder.has_settings(out):
         run_folder.replace_settings(out, {"kind": KIND, "removing": True})
     for pattern in ("part-*.parquet", ".part-*.part"):
-        remote.remove((out / SCORES).glob(pattern))
+        remote.remove_files((out / SCORES).glob(pattern))
     heatmaps.remove_maps(out)
     for name in ("run.json", "model.json", "split.parquet", INPUT):
         (out / name).unlink(missing_ok=True)
@@ -265,7 +265,7 @@ def _count_rows(plan: ScorePlan, run: str) -> Counter[str]:
     counts: Counter[str] = Counter()
     folder, ids = plan.out / SCORES, plan.rows.ids
     parts = [part_path(plan.out, one.index) for one in plan.ranges]
-    for one, part, file in zip(plan.ranges, parts, remote.contents(parts), strict=True):
+    for one, part, file in zip(plan.ranges, parts, remote.read_files(parts), strict=True):
         table = read_part(part, file, ["image_id", "error_code", "model_digest"])
         expected = ids.slice(one.start, one.rows)
         models = set(pc.unique(table["model_digest"]).to_pylist()) - {None}

@@ -85,7 +85,7 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
     Raises:
         InputError: the bundle, the input or a setting is wrong, or `out` holds another run.
     """
-    settings, out = request.settings, remote.path(request.out)
+    settings, out = request.settings, remote.to_path(request.out)
     bundle = load_bundle(request.model)
     drawing = None if request.heatmaps is None else heatmaps.make_request(bundle, settings, request.heatmaps)
     started_with = {} if request.fresh else run_folder.read_settings(out)
@@ -211,6 +211,6 @@ def _make_tasks(out: Path, units: list[Unit], written: set[int], *, retry_errors
 
 def _count_retryable(parts: list[Path]) -> Iterator[int]:
     """Yield the number of rows with a retryable error, per file."""
-    for part, file in zip(parts, remote.contents(parts), strict=True):
+    for part, file in zip(parts, remote.read_files(parts), strict=True):
         codes = read_part(part, file, ["error_code"])["error_code"].to_pylist()
         yield sum(code in RETRYABLE_CODES for code in codes)

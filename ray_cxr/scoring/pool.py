@@ -233,7 +233,7 @@ def show_files(
     seen = set(finished)
 
     def read_files(indices: set[int]) -> Iterator[tuple[int, int | None]]:
-        files = remote.contents(folder / part_name(index) for index in indices)
+        files = remote.read_files(folder / part_name(index) for index in indices)
         yield from ((index, count_errors(file)) for index, file in zip(indices, files, strict=True))
 
     # A file that is written again counts when it has changed.

@@ -100,7 +100,7 @@ class ScoreJob:
 
     @property
     def folder(self) -> Path:
-        return remote.path(self.out)
+        return remote.to_path(self.out)
 
     def load_bundle(self) -> Bundle:
         bundle = load_bundle(self.bundle)
@@ -110,7 +110,7 @@ class ScoreJob:
 
     def has_written(self, index: int) -> bool:
         """Whether the file of a range is complete and belongs to this run."""
-        found = read_run(remote.content(part_path(self.folder, index)))
+        found = read_run(remote.read_file(part_path(self.folder, index)))
         return found is not None and found[0] == self.run
 
     def check_run(self) -> None:
@@ -221,7 +221,7 @@ def load_ranges(job: ScoreJob, task: ScoreTask, positions: list[int] | None = No
             rows = pa.concat_tables([groups[group] for group in range(first, last + 1)]).slice(offset, one.rows)
             state = RangeState(one.index, rows)
             if task.retry:
-                state.previous = pq.read_table(remote.content(part_path(job.folder, one.index)))
+                state.previous = pq.read_table(remote.read_file(part_path(job.folder, one.index)))
                 if positions is None:
                     codes = state.previous["error_code"].to_pylist()
                     state.retried = np.array([code in RETRYABLE_CODES for code in codes], bool)

@@ -1,7 +1,7 @@
-"""Tar archives, read as they were downloaded: nothing is unpacked to disk, and one pass serves many members.
+"""Read members of tar archives without unpacking to disk, many in one pass.
 
-NIH's ChestX-ray14 comes as twelve `images_001.tar.gz` of about 10,000 PNGs each. A tar archive has no index, and a
-compressed one cannot be entered in the middle, so several members are read in the archive's order. A path inside is
+NIH's ChestX-ray14 has twelve archives `images_001.tar.gz` with about 10,000 PNGs each. A tar archive has no index and
+a compressed one has no random access, so members are read in the archive's order. The path of a member is
 `ARCHIVE::MEMBER`. Links in archives are not followed.
 """
 
@@ -21,18 +21,18 @@ from ray_cxr.progress import Progress
 from ray_cxr.storage.paths import get_suffix, has_dicom_magic, is_image_name, may_be_dicom, redact
 from ray_cxr.storage.stores import MAX_BYTES, open_stream
 
-#: An archive whose store fails in the midst is read again from the start, so often at most.
+#: Maximum number of times that an archive is read again from the start after its store failed.
 RETRIES = 2
-#: What is asked of a disk or store at once; each is a request where it is a store.
+#: Bytes per read of a disk, or per request to a store.
 _FETCH_BYTES = 8 * 1024 * 1024
-#: What goes into a decompressor at once, and what may come out of it at once: a bomb unpacks piece by piece.
-_PIECE_BYTES, _UNPACKED_BYTES = 256 * 1024, 4 * 1024 * 1024
-#: xz can ask for more than a machine has.
+#: Maximum input and output of one decompression step, so that bombs unpack piece by piece.
+_INPUT_BYTES, _OUTPUT_BYTES = 256 * 1024, 4 * 1024 * 1024
+#: Memory limit of xz, which can request more than a machine has.
 _XZ_MEMORY = 256 * 1024 * 1024
-#: Long names and comments; they are read into memory before anything can be asked about them.
+#: Maximum size of long names and comments, which `tarfile` reads into memory unchecked.
 _MAX_HEADER_BYTES = 1024 * 1024
 _BAD_HEADER = "a header inside the archive is damaged"
-#: Members that are part of the next one's header.
+#: Members that belong to the next member's header.
 _IN_MEMORY = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -51,70 +51,70 @@ _ENGINES: dict[bytes, Callable[[], Any]] = {
 def read_members(
     archive: str, wanted: Container[str], *, max_bytes: int = MAX_BYTES
 ) -> Iterator[tuple[str, bytes | ImageError]]:
-    """Wanted members of an archive, in its order, in one pass that ends with the last of them.
+    """Yield members of an archive in its order, in one pass that ends with the last wanted member.
 
-    A name that occurs again later in the archive is passed over: the first one counts. (`tar -x` would keep the
-    last.) Where the store fails in the midst, the archive is read again from the start; no member comes twice.
+    If a name occurs twice, only the first member counts (`tar -x` would keep the last). If the store fails during the
+    pass, the archive is read again from the start; no member is yielded twice.
 
     Args:
-        archive: a local path or a URI, compressed with gzip, bzip2 or xz, or not; told by its first bytes.
+        archive: a local path or a URI; plain or compressed with gzip, bzip2 or xz, detected by its first bytes.
         wanted: names of members, as in the archive. Without a length, the archive is read to its end.
-        max_bytes: larger members are passed over and come as an error.
+        max_bytes: larger members are skipped and yield an error.
 
     Yields:
         The name of a member, and its contents or an `ImageError`: `missing` (a link, folder or device), `too_large`,
-        `empty`, `corrupt` (sparse). Members that the archive does not hold do not come.
+        `empty`, `corrupt` (sparse). Members that are not in the archive are not yielded.
 
     Raises:
-        ImageError: what is wrong with the archive itself: `missing`, `permission`, `storage`, `empty`, `truncated`,
-            `corrupt`, `not_an_image` (no tar archive). Members before the damage have been given by then.
+        ImageError: faults of the archive itself: `missing`, `permission`, `storage`, `empty`, `truncated`, `corrupt`,
+            `not_an_image` (no tar archive). Members before the damage are yielded first.
     """
-    met: set[str] = set()
+    seen: set[str] = set()
     failures = 0
     while True:
-        before = len(met)
+        before = len(seen)
         try:
-            yield from _read_once(archive, wanted, met, max_bytes)
+            yield from _read_once(archive, wanted, seen, max_bytes)
             return
         except ImageError as error:
             failures += 1
-            # Without progress the store is down, and asking again is for the retries inside it.
-            if error.code != "storage" or failures > RETRIES or len(met) == before:
+            # Without progress the store is down; `stores` has repeated the request already.
+            if error.code != "storage" or failures > RETRIES or len(seen) == before:
                 raise
 
 
 def _read_once(
-    archive: str, wanted: Container[str], met: set[str], max_bytes: int
+    archive: str, wanted: Container[str], seen: set[str], max_bytes: int
 ) -> Iterator[tuple[str, bytes | ImageError]]:
     count = len(wanted) if isinstance(wanted, Sized) else None
-    if count is not None and len(met) >= count:
+    if count is not None and len(seen) >= count:
         return
     with _open(archive) as (members, stream):
         for info in members:
-            if info.name in met or info.name not in wanted:
+            if info.name in seen or info.name not in wanted:
                 continue
-            content = _content(info, stream, max_bytes)
-            met.add(info.name)
+            content = _read_content(info, stream, max_bytes)
+            seen.add(info.name)
             yield info.name, content
-            if len(met) == count:
+            if len(seen) == count:
                 return
 
 
 def read_member(archive: str, member: str, *, max_bytes: int = MAX_BYTES) -> bytes:
-    """One member.
+    """Return the contents of one member.
 
     Raises:
-        ImageError: as `read_members` raises and yields; `missing` where the archive does not hold it.
+        ImageError: as `read_members` raises and yields; `missing` if it is not in the archive.
     """
     for _, content in read_members(archive, (member,), max_bytes=max_bytes):
         if isinstance(content, ImageError):
             raise content
         return content
-    raise ImageError("missing", "the archive holds no such member")
+    raise ImageError("missing", "the archive has no such member")
 
 
 def list_members(archive: str) -> list[str]:
-    """Names of the images in an archive by the rules of `find_images`, in its order, each once.
+    """Return the names of images in an archive by the rules of `find_images`, in its order, without repeats.
 
     Raises:
         InputError: the archive cannot be read to its end.
@@ -123,7 +123,7 @@ def list_members(archive: str) -> list[str]:
 
 
 def scan_archive(archive: str, left_out: Counter[str]) -> list[str]:
-    """`list_members`, which adds to `left_out` how many other files there are, by suffix."""
+    """Return `list_members`, and add the number of other files by suffix to `left_out`."""
     names: dict[str, None] = {}
     try:
         with _open(archive) as (members, stream):
@@ -140,13 +140,13 @@ def scan_archive(archive: str, left_out: Counter[str]) -> list[str]:
     except ImageError as error:
         raise InputError(
             f"{redact(archive)}: cannot be read as a tar archive: {error.message} ({error.code}); "
-            "copy or download it again, or move it away"
+            "download it again, or move it away"
         ) from None
     return list(names)
 
 
 def scan_archives(archives: Sequence[str], left_out: Counter[str]) -> Iterator[list[str]]:
-    """`scan_archive` of each archive in turn, which tells how far it is where that takes long."""
+    """Yield `scan_archive` of each archive, and report progress."""
     with Progress("list", len(archives), unit="archives", last_line=False) as progress:
         for archive in archives:
             yield scan_archive(archive, left_out)
@@ -155,25 +155,25 @@ def scan_archives(archives: Sequence[str], left_out: Counter[str]) -> Iterator[l
 
 @contextmanager
 def _open(archive: str) -> Iterator[tuple[Iterator[tarfile.TarInfo], _Stream]]:
-    """The members of an archive, and the bytes behind the header of the one that came last.
+    """Open an archive: an iterator of its members, and the stream with the contents of the current member.
 
     Raises:
-        ImageError: see `read_members`; also while the members are gone through.
+        ImageError: see `read_members`; also during the iteration.
     """
     with open_stream(archive) as fetch:
-        stream = _Stream(_unpacked(fetch))
-        head = stream.head()
+        stream = _Stream(_decompress(fetch))
+        head = stream.peek_head()
         if not head:
-            raise ImageError("empty", "the archive holds 0 bytes")
+            raise ImageError("empty", "the archive has 0 bytes")
         try:
             tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
         except tarfile.TarError:
             if len(head) < tarfile.BLOCKSIZE or any(head):  # a block of zeros is an archive without members
                 raise ImageError("not_an_image", "the file is not a tar archive") from None
-        yield _members(stream), stream
+        yield _iter_members(stream), stream
 
 
-def _members(stream: _Stream) -> Iterator[tarfile.TarInfo]:
+def _iter_members(stream: _Stream) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.TarFile(
             fileobj=stream,  # type: ignore[arg-type]
@@ -183,22 +183,22 @@ def _members(stream: _Stream) -> Iterator[tarfile.TarInfo]:
             errors="surrogateescape",
         ) as tar:
             while (info := tar.next()) is not None:
-                if info.size < 0:  # an extended header can say so
+                if info.size < 0:  # possible in an extended header
                     raise ImageError("corrupt", _BAD_HEADER)
-                tar.members.clear()  # type: ignore[attr-defined]  # it keeps all headers, which can be millions
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all headers, possibly millions
                 yield info
     except ImageError:
         raise
-    except Exception:  # `tarfile` lets out ValueErrors and others, too
+    except Exception:  # `tarfile` also raises ValueErrors and others
         raise ImageError("corrupt", _BAD_HEADER) from None
     if any(stream.last):
-        raise ImageError("corrupt", _BAD_HEADER)  # which `tarfile` takes for the end
-    stream.drain()  # the compressed data's checksum stands behind all that
+        raise ImageError("corrupt", _BAD_HEADER)  # `tarfile` takes it for the end
+    stream.drain()  # to the checksum at the end of the compressed data
 
 
-def _content(info: tarfile.TarInfo, stream: _Stream, max_bytes: int) -> bytes | ImageError:
+def _read_content(info: tarfile.TarInfo, stream: _Stream, max_bytes: int) -> bytes | ImageError:
     if info.issym() or info.islnk():
-        return ImageError("missing", "a link inside an archive, which is not followed")
+        return ImageError("missing", "links inside archives are not followed")
     if info.issparse():
         return ImageError("corrupt", "a sparse file inside an archive")
     if info.type not in _PLAIN:
@@ -211,24 +211,24 @@ def _content(info: tarfile.TarInfo, stream: _Stream, max_bytes: int) -> bytes | 
 
 
 class _Header(tarfile.TarInfo):
-    """A header that is checked as it is read; `tarfile` takes a damaged one for the end of the archive."""
+    """A header that is checked on reading; `tarfile` takes a damaged one for the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> _Header:
-        return cls._checked(super().frombuf, buf, encoding, errors)
+        return cls._check(super().frombuf, buf, encoding, errors)
 
     @classmethod
     def _frombuf(cls, buf: bytes, encoding: str | None, errors: str, **options: Any) -> _Header:
-        # Newer Pythons, and Debian's patched 3.11.2, read headers through this one and not through `frombuf`.
-        return cls._checked(super()._frombuf, buf, encoding, errors, **options)  # type: ignore[misc]
+        # Newer Python versions and Debian's patched 3.11.2 call this method instead of `frombuf`.
+        return cls._check(super()._frombuf, buf, encoding, errors, **options)  # type: ignore[misc]
 
     @classmethod
-    def _checked(cls, read: Callable[..., Any], buf: bytes | bytearray, *given: Any, **options: Any) -> _Header:
+    def _check(cls, read: Callable[..., Any], buf: bytes | bytearray, *arguments: Any, **options: Any) -> _Header:
         try:
-            header: _Header = read(buf, *given, **options)
+            header: _Header = read(buf, *arguments, **options)
         except tarfile.TarError:
             if not any(buf):
-                raise  # the block of zeros that ends an archive
+                raise  # the zero block at the end of an archive
             raise ImageError("corrupt", _BAD_HEADER) from None
         if header.size < 0 or (header.type in _IN_MEMORY and header.size > _MAX_HEADER_BYTES):
             raise ImageError("corrupt", _BAD_HEADER)
@@ -236,13 +236,13 @@ class _Header(tarfile.TarInfo):
 
 
 class _Stream:
-    """Pieces of bytes as the forward-only file that `tarfile` reads.
+    """A forward-only file of pieces of bytes, for `tarfile`.
 
     Attributes:
-        last: what was read last.
+        last: the result of the last `read`.
 
     Raises:
-        ImageError: `truncated` where bytes are asked for that are not there.
+        ImageError: `truncated` if fewer bytes than requested remain.
     """
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
@@ -251,8 +251,8 @@ class _Stream:
         self._at = 0
         self.last = b""
 
-    def head(self) -> bytes:
-        """The first 512 bytes, or all there are, without going on."""
+    def peek_head(self) -> bytes:
+        """Return up to 512 first bytes without advancing."""
         while len(self._piece) < tarfile.BLOCKSIZE and (piece := next(self._pieces, None)) is not None:
             self._piece = memoryview(bytes(self._piece) + piece)
         return bytes(self._piece[: tarfile.BLOCKSIZE])
@@ -265,79 +265,79 @@ class _Stream:
         if left < 0:
             raise ImageError("corrupt", _BAD_HEADER)
         while left:
-            left -= len(self._some(left))
+            left -= len(self._take(left))
         return self._at
 
     def read(self, count: int) -> bytes:
         parts = []
         while count > 0:
-            some = self._some(count)
+            some = self._take(count)
             parts.append(some)
             count -= len(some)
         self.last = b"".join(parts)
         return self.last
 
     def drain(self) -> None:
-        """Go to the end."""
+        """Read to the end, which checks the checksum."""
         self._piece = memoryview(b"")
         for _ in self._pieces:
             pass
 
-    def _some(self, count: int) -> memoryview:
+    def _take(self, count: int) -> memoryview:
         while not self._piece:
             piece = next(self._pieces, None)
             if piece is None:
-                raise ImageError("truncated", "the archive ends too early")
+                raise ImageError("truncated", "the archive is incomplete")
             self._piece = memoryview(piece)
         some, self._piece = self._piece[:count], self._piece[count:]
         self._at += len(some)
         return some
 
 
-def _unpacked(fetch: Callable[[int], bytes]) -> Iterator[bytes]:
-    """The bytes of a file, decompressed where its first bytes say so; every checksum is compared.
+def _decompress(fetch: Callable[[int], bytes]) -> Iterator[bytes]:
+    """Yield the bytes of a file, decompressed if its first bytes require it; checksums are checked.
 
     Raises:
         ImageError: `truncated`, `corrupt`, and those of `fetch`.
     """
-    pieces = _pieces(fetch)
+    pieces = _read_pieces(fetch)
     data = next(pieces, b"")
     while 0 < len(data) < max(map(len, _ENGINES)) and (more := next(pieces, b"")):
-        data += more  # what comes from a network can come in crumbs
+        data += more  # a network can deliver few bytes at a time
     engine = next((make for magic, make in _ENGINES.items() if data.startswith(magic)), None)
     if engine:
-        yield from _decompressed(engine, data, pieces)
+        yield from _decompress_streams(engine, data, pieces)
     elif data:
         yield data
         yield from pieces
 
 
-def _pieces(fetch: Callable[[int], bytes]) -> Iterator[bytes]:
+def _read_pieces(fetch: Callable[[int], bytes]) -> Iterator[bytes]:
     while data := fetch(_FETCH_BYTES):
-        for at in range(0, len(data), _PIECE_BYTES):
-            yield data[at : at + _PIECE_BYTES]
+        for at in range(0, len(data), _INPUT_BYTES):
+            yield data[at : at + _INPUT_BYTES]
 
 
-def _decompressed(make: Callable[[], Any], data: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    while data:  # one compressed stream behind the other is one archive, as for gzip and pigz
+def _decompress_streams(make: Callable[[], Any], data: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    while data:  # several concatenated streams are one archive, as for gzip
         engine = make()
         while not engine.eof:
             if not data and getattr(engine, "needs_input", True):
                 data = next(pieces, b"")
                 if not data:
-                    raise ImageError("truncated", "the compressed archive ends too early")
+                    raise ImageError("truncated", "the compressed archive is incomplete")
             try:
-                some = engine.decompress(data, _UNPACKED_BYTES)
+                some = engine.decompress(data, _OUTPUT_BYTES)
             except (zlib.error, OSError, EOFError, lzma.LZMAError, MemoryError):
                 raise ImageError("corrupt", "the compressed data of the archive are damaged") from None
             data = getattr(engine, "unconsumed_tail", b"")
             if some:
                 yield some
         data = engine.unused_data
-        while not data.strip(b"\0"):  # zeros fill up the last block of a tape
+        while not data.strip(b"\0"):  # zero padding of the last block
             data = next(pieces, b"")
             if not data:
                 return
         data = data.lstrip(b"\0")
         if not any(data.startswith(magic) for magic in _ENGINES):
-            return  # gzip, too, leaves aside what else stands behind
+            return  # trailing data are ignored, as by gzip

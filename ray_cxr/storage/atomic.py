@@ -1,4 +1,4 @@
-"""Files that appear under their name only when whole: a reader, or a run after a kill, never sees a half."""
+"""Atomic writes: readers, and runs after a kill, never see an incomplete file."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from ray_cxr.storage import remote
 
 
 def write(path: str | Path, produce: Callable[[Path], None]) -> None:
-    """Let `produce` write a temporary neighbour of `path`, flush it to disk, then rename it to `path`.
+    """Let `produce` write a temporary file in the same folder, flush it to disk, then rename it to `path`.
 
-    Of a path in a bucket the temporary file is on this machine, and a PUT takes the place of the rename.
+    For a bucket the temporary file is local, and a PUT replaces the rename.
 
     Raises:
-        OSError: a file system refused something; it names `path`.
+        OSError: of the file system; it names `path`.
     """
-    path = remote.path(path)
-    if (there := remote.stored(path)) is not None:
-        there.write(produce)
+    path = remote.to_path(path)
+    if (store_path := remote.as_store_path(path)) is not None:
+        store_path.write(produce)
         return
-    # Hidden, and of a name that no other writer has, on whatever machine: of two that race one rename wins.
+    # Hidden, with a unique name over all machines: of two concurrent writers one rename wins.
     part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         produce(part)
         with open(part, "rb") as stream:
-            os.fsync(stream.fileno())  # else a power cut can leave the new name with no data behind it
+            os.fsync(stream.fileno())  # otherwise a power failure can leave an empty file under the new name
         os.replace(part, path)
     except OSError as error:
-        if error.errno and error.filename in (None, str(part)):  # Arrow's errors name no file
+        if error.errno and error.filename in (None, str(part)):  # Arrow's errors do not name a file
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
         raise
     finally:
@@ -49,15 +49,15 @@ def write(path: str | Path, produce: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path, last: str) -> Iterator[Path]:
-    """A folder to fill, which is at `path` when the block has ended well and not before.
+    """Yield a temporary folder, which becomes `path` when the block ends without an exception.
 
-    In a bucket, which has no folders to rename, its files come one after another and the one named `last` at the end:
-    without that one the folder does not count, and is filled again.
+    A bucket has no folders to rename, so the files are uploaded one by one and the file named `last` at the end. A
+    folder without it is incomplete and is written again.
 
     Raises:
-        OutputError: the bucket holds other files there.
+        OutputError: the bucket has other files there.
     """
-    if (there := remote.stored(path)) is None:
+    if (store_path := remote.as_store_path(path)) is None:
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -70,9 +70,9 @@ def new_folder(path: Path, last: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name:
         yield Path(name)
         files = sorted(Path(name).iterdir(), key=lambda file: (file.name == last, file.name))
-        foreign = {one.name for one in there.glob("*") if one.name} - {file.name for file in files}
+        foreign = {one.name for one in store_path.glob("*") if one.name} - {file.name for file in files}
         if foreign:
-            raise OutputError(f"{path}: holds {min(foreign)}, which is not of this; name another folder")
+            raise OutputError(f"{path}: holds another file, {min(foreign)}; choose another folder")
         for file in files:
             write(path / file.name, functools.partial(shutil.copyfile, file))
 
@@ -83,27 +83,31 @@ def write_parquet(table: pa.Table, path: str | Path, **options: Any) -> None:
 
 
 def write_arrow(table: pa.Table, path: str | Path) -> None:
-    """Write an Arrow table as a file of Arrow IPC: one record batch, uncompressed."""
+    """Write an Arrow table as an uncompressed Arrow IPC file with one record batch."""
     write(path, lambda part: _write_arrow(part, table))
 
 
+def write_bytes(path: str | Path, data: bytes) -> None:
+    write(path, lambda part: _write_bytes(part, data))
+
+
 def write_text(path: str | Path, text: str) -> None:
-    write(path, lambda part: _write_text(part, text))
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Indented JSON, keys in the order given; NaN is refused because JSON has none.
+    """Write indented JSON; the order of keys is kept.
 
     Raises:
-        ValueError: the value holds NaN or infinity.
+        ValueError: NaN or infinity, which JSON does not have.
     """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 def _write_arrow(path: Path, table: pa.Table) -> None:
     with pa.OSFile(str(path), "wb") as stream, pa.ipc.new_file(stream, table.schema) as writer:
-        writer.write_table(table.combine_chunks())  # a batch per chunk, so a single one
+        writer.write_table(table.combine_chunks())  # one chunk becomes one batch

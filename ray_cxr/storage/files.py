@@ -1,4 +1,4 @@
-"""Images on any storage: read one by its path, and list those below a folder.
+"""Read images by path from any storage, and list the images below a folder.
 
 A path names a file, local or by URI, or a member of an archive as `ARCHIVE::MEMBER`; see `archives` for those.
 """
@@ -24,10 +24,10 @@ from ray_cxr.errors import ImageError, InputError
 from ray_cxr.storage.archives import read_member, scan_archive, scan_archives
 from ray_cxr.storage.paths import (
     ARCHIVE_SUFFIXES,
+    CHUNK_ROWS,
     DICOM_HEAD,
     IMAGE_SUFFIXES,
     NOT_UTF8,
-    ROWS_AT_ONCE,
     URI_SAFE,
     format_suffixes,
     get_suffix,
@@ -46,9 +46,9 @@ _SNIFF_THREADS = 32
 
 
 def read_bytes(path: str, *, max_bytes: int = MAX_BYTES) -> bytes:
-    """The contents of one file, or of one member of an archive.
+    """Return the contents of one file, or of one member of an archive.
 
-    A member is found by reading its archive from the start; `read_members` takes many in one pass.
+    Reading a member scans its archive from the start; `read_members` reads many in one pass.
 
     Args:
         path: a local path, a URI that `pyarrow.fs` can open (`file://`, `s3://`, `gs://`, `hdfs://`, ...), or
@@ -57,11 +57,11 @@ def read_bytes(path: str, *, max_bytes: int = MAX_BYTES) -> bytes:
 
     Raises:
         ImageError: `missing` (no path, no such file, or not a file), `permission`, `empty`, `too_large`, or
-            `storage` for any other failure to read; of a member also what is wrong with its archive. The message
-            leaves the path out: its row names it.
+            `storage` for other failures; for a member also the errors of its archive. The message omits the path,
+            which the row has.
     """
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise ImageError("missing", "there is no path")
+        raise ImageError("missing", "the row has no path")
     name = os.fspath(path)
     inside = split_member(name)
     if inside is not None:
@@ -74,10 +74,10 @@ class Listing:
     """The images below a folder.
 
     Attributes:
-        root: what every path begins with, such as `/data/images/`; of an archive `/data/images_001.tar.gz::`.
-        paths: string [n], for `read_bytes`; sorted, members of an archive in the archive's own order.
-        left_out: how many other files there are, by suffix in lower case; `""` for those without one.
-        unpacked: members left out because the same file lies unpacked beside the archive.
+        root: the prefix of every path, such as `/data/images/`; for an archive `/data/images_001.tar.gz::`.
+        paths: string [n], for `read_bytes`; sorted, members of an archive in the archive's order.
+        left_out: number of other files by suffix in lower case; `""` for those without one.
+        unpacked: members left out because the same file is also unpacked next to the archive.
     """
 
     root: str
@@ -87,7 +87,7 @@ class Listing:
 
 
 def list_images(location: str) -> list[str]:
-    """The paths of `find_images` as a list."""
+    """Return the paths of `find_images` as a list."""
     found: list[str] = find_images(location).paths.to_pylist()
     return found
 
@@ -95,11 +95,11 @@ def list_images(location: str) -> list[str]:
 def find_images(location: str) -> Listing:
     """List the images below a folder, by their suffix in any case, and inside archives.
 
-    A file without a suffix is taken where its first 132 bytes are a DICOM file's (a DICOMDIR is not an image). Archives
-    are read through once, which takes as long as unpacking them; members whose file lies unpacked beside the archive
-    (`images_001.tar.gz` and `images/a.png` or `images_001/images/a.png`) are left out. Files and folders whose names
-    begin with a dot (macOS writes `._` files) are left out, and not counted. Links to folders are followed; a folder
-    that can be reached on several ways is listed once.
+    Files without a suffix are included if their first 132 bytes are those of DICOM (a DICOMDIR is not an image).
+    Archives are read once, which takes as long as unpacking them. Members are left out if their file is also unpacked
+    next to the archive (`images_001.tar.gz` and `images/a.png` or `images_001/images/a.png`). Names that start with a
+    dot (macOS writes `._` files) are left out and not counted. Links to folders are followed; a folder that is
+    reachable in several ways is listed once.
 
     Args:
         location: a local folder or archive, or the URI of one.
@@ -112,8 +112,8 @@ def find_images(location: str) -> Listing:
     left_out: Counter[str] = Counter()
     if is_archive(location):
         root = f"{location}::"
-        names = _in_utf8(scan_archive(location, left_out), left_out)
-        paths = _chunked(f"{root}{name}" for name in names)
+        names = _keep_utf8(scan_archive(location, left_out), left_out)
+        paths = _to_chunks(f"{root}{name}" for name in names)
         unpacked = 0
     else:
         if is_uri(location):
@@ -122,34 +122,34 @@ def find_images(location: str) -> Listing:
             found = found.take(pc.sort_indices(found))
         elif os.path.isdir(location):
             root = location.rstrip("/") + "/"
-            found = _chunked(_in_utf8(_list_local(root, left_out), left_out))
+            found = _to_chunks(_keep_utf8(_list_local(root, left_out), left_out))
         elif os.path.exists(location):
-            raise InputError(f"{location}: is a file; name the folder that holds the images, or a tar archive")
+            raise InputError(f"{location}: is a file; pass the folder with the images, or a tar archive")
         else:
-            raise InputError(f"{location}: no such folder; name one that holds images")
-        paths, unpacked = _with_members(found, mark + options, left_out)
+            raise InputError(f"{location}: no such folder; pass a folder with images")
+        paths, unpacked = _expand_archives(found, mark + options, left_out)
     if not len(paths):
         others = f" (left out: {format_suffixes(left_out)})" if left_out else ""
         raise InputError(
-            f"{place}: holds no image{others}; looked for {', '.join(IMAGE_SUFFIXES)} in it and in all "
-            "folders and archives below"
+            f"{place}: no images found{others}; searched it and all folders and archives below for "
+            f"{', '.join(IMAGE_SUFFIXES)}"
         )
     return Listing(root, paths, dict(left_out.most_common()), unpacked)
 
 
 def _list_local(root: str, left_out: Counter[str]) -> Iterator[str]:
-    """Images and archives below a folder, in the order of their whole paths."""
+    """Yield images and archives below a folder, sorted by path."""
     seen: set[int] = set()
-    ahead = [root]
-    while ahead:
-        place = ahead.pop()
+    pending = [root]
+    while pending:
+        place = pending.pop()
         if not place.endswith("/"):
             yield place
             continue
         try:
             info = os.stat(place)
             key = info.st_dev << 64 | info.st_ino
-            if key in seen:  # a link back to a folder above would be walked for ever
+            if key in seen:  # a link to a folder above would never end
                 continue
             seen.add(key)
             with os.scandir(place) as entries:
@@ -158,13 +158,13 @@ def _list_local(root: str, left_out: Counter[str]) -> Iterator[str]:
             raise InputError(
                 f"{place.rstrip('/')}: cannot be listed ({error.strerror}); change its permissions or move it"
             ) from None
-        # With its `/` a folder sorts among the files as the whole paths of what is in it do.
+        # With its `/` a folder sorts among the files as its contents do.
         found = sorted((name for name in names if name), reverse=True)
-        ahead += [place + name for name in found]
+        pending += [place + name for name in found]
 
 
 def _entry_name(entry: os.DirEntry[str], left_out: Counter[str]) -> str | None:
-    """The name of an image or an archive, of a folder with a `/` behind it, or None."""
+    """Return the name of an image or an archive, the name of a folder with a final `/`, or None."""
     name = entry.name
     if name.startswith("."):
         return None
@@ -184,32 +184,32 @@ def _entry_name(entry: os.DirEntry[str], left_out: Counter[str]) -> str | None:
 
 
 def _list_uri(location: str, root: str, left_out: Counter[str]) -> pa.ChunkedArray:
-    """Images and archives below a URI, as URIs with its options, in no order."""
+    """Return images and archives below a URI, as URIs with its options, unsorted."""
     place = redact(location)
     mark, options = location.partition("?")[1:]
     try:
         store, base = open_uri(location)
         kind = store.get_file_info(base).type
         if kind == arrow_fs.FileType.NotFound:
-            raise InputError(f"{place}: no such folder; name one that holds images")
+            raise InputError(f"{place}: no such folder; pass a folder with images")
         if kind == arrow_fs.FileType.File:
-            raise InputError(f"{place}: is a file; name the folder that holds the images, or a tar archive")
+            raise InputError(f"{place}: is a file; pass the folder with the images, or a tar archive")
         entries = store.get_file_info(arrow_fs.FileSelector(base, recursive=True))
         names = _uri_names(store, base, entries, left_out)
-        return _chunked(f"{root}{quote(name, safe=URI_SAFE)}{mark}{options}" for name in _in_utf8(names, left_out))
+        return _to_chunks(f"{root}{quote(name, safe=URI_SAFE)}{mark}{options}" for name in _keep_utf8(names, left_out))
     except InputError:
         raise
     except ImageError as error:
         raise InputError(f"{place}: cannot be listed: {error.message}") from None
-    except Exception as error:  # each store has its own exceptions, and their texts can hold what the address holds
-        detail = "the access is not allowed" if is_access_denied(error) else _store_detail(error, options)
-        raise InputError(f"{place}: cannot be listed ({detail}); check the address and the access to it") from None
+    except Exception as error:  # exceptions of stores have no common type; their texts can contain parts of the address
+        detail = "access denied" if is_access_denied(error) else _describe_store_error(error, options)
+        raise InputError(f"{place}: cannot be listed ({detail}); check the address and the credentials") from None
 
 
 def _uri_names(store: Any, base: str, entries: list[Any], left_out: Counter[str]) -> Iterator[str]:
-    """Names below `base` of images and archives; `entries` is used up, since it can be large."""
+    """Yield names of images and archives below `base`; this empties `entries`, which can be large."""
     skip = len(base.rstrip("/")) + 1
-    doubtful: list[str] = []
+    unknown: list[str] = []
     while entries:
         entry = entries.pop()
         inner = entry.path[skip:]
@@ -219,14 +219,14 @@ def _uri_names(store: Any, base: str, entries: list[Any], left_out: Counter[str]
         if is_image_name(name) or is_archive(name):
             yield inner
         elif may_be_dicom(name):
-            doubtful.append(inner)
+            unknown.append(inner)
         else:
             left_out[get_suffix(name)] += 1
-    if doubtful:
-        # A request each, and most of it is waiting.
+    if unknown:
+        # One request each, mostly waiting.
         with ThreadPoolExecutor(_SNIFF_THREADS, thread_name_prefix="sniff") as pool:
-            for at in range(0, len(doubtful), ROWS_AT_ONCE):
-                some = doubtful[at : at + ROWS_AT_ONCE]
+            for at in range(0, len(unknown), CHUNK_ROWS):
+                some = unknown[at : at + CHUNK_ROWS]
                 for inner, found in zip(some, pool.map(lambda name: _sniff(store, base, name), some), strict=True):
                     if found:
                         yield inner
@@ -246,8 +246,8 @@ def _sniff(store: Any, base: str, inner: str) -> bool:
         raise
 
 
-def _with_members(found: pa.ChunkedArray, options: str, left_out: Counter[str]) -> tuple[pa.ChunkedArray, int]:
-    """Put its members in the place of each archive; also how many are left out, for lying there unpacked too."""
+def _expand_archives(found: pa.ChunkedArray, options: str, left_out: Counter[str]) -> tuple[pa.ChunkedArray, int]:
+    """Replace each archive by its members; also return how many were left out because they are also unpacked."""
     pattern = rf"(?i)\.(?:tar|tar\.gz|tgz|tar\.bz2|tar\.xz){re.escape(options)}$"
     rows = pc.indices_nonzero(pc.match_substring_regex(found, pattern)).to_pylist() if len(found) else []
     if not rows:
@@ -258,35 +258,35 @@ def _with_members(found: pa.ChunkedArray, options: str, left_out: Counter[str]) 
     at = 0
     for row, archive, inside in zip(rows, names, scan_archives(names, left_out), strict=True):
         pieces += found.slice(at, row - at).chunks
-        inside = list(_in_utf8(inside, left_out))
-        members = _chunked(f"{archive}::{name}" for name in inside)
+        inside = list(_keep_utf8(inside, left_out))
+        members = _to_chunks(f"{archive}::{name}" for name in inside)
         if len(found) > len(rows):
-            here = _unpacked(archive, inside, options, found)
-            left += here.true_count
-            members = members.filter(pc.invert(here))
+            unpacked = _find_unpacked(archive, inside, options, found)
+            left += unpacked.true_count
+            members = members.filter(pc.invert(unpacked))
         pieces += members.chunks
         at = row + 1
     pieces += found.slice(at).chunks
     return pa.chunked_array([piece for piece in pieces if len(piece)], pa.string()), left
 
 
-def _unpacked(archive: str, members: list[str], options: str, found: pa.ChunkedArray) -> pa.BooleanArray:
-    """Which members are also found as files in the archive's folder, or in one that has the archive's name."""
+def _find_unpacked(archive: str, members: list[str], options: str, found: pa.ChunkedArray) -> pa.BooleanArray:
+    """Return which members are also files in the archive's folder, or in a folder with the archive's name."""
     place = archive.removesuffix(options)
     stem = place[: -len(next(end for end in sorted(ARCHIVE_SUFFIXES, key=len)[::-1] if place.lower().endswith(end)))]
     result = pa.array(np.zeros(len(members), bool))
     for folder in (f"{place.rpartition('/')[0]}/", f"{stem}/"):
         below = (name.removeprefix("./") for name in members)
         quoted = (quote(name, safe=URI_SAFE) for name in below) if is_uri(archive) else below
-        would = _chunked(f"{folder}{name}{options}" for name in quoted)
-        # This way round the table that is looked up in is never larger than one archive's.
-        there = found.filter(pc.is_in(found, value_set=would.combine_chunks()))
-        result = pc.or_(result, pc.is_in(would, value_set=there.combine_chunks()).combine_chunks())
+        expected = _to_chunks(f"{folder}{name}{options}" for name in quoted)
+        # In this order the hash table is never larger than one archive.
+        present = found.filter(pc.is_in(found, value_set=expected.combine_chunks()))
+        result = pc.or_(result, pc.is_in(expected, value_set=present.combine_chunks()).combine_chunks())
     return result
 
 
-def _in_utf8(names: Iterable[str], left_out: Counter[str]) -> Iterator[str]:
-    """Names that can stand in a table; the others, which hold bytes of another encoding, are counted."""
+def _keep_utf8(names: Iterable[str], left_out: Counter[str]) -> Iterator[str]:
+    """Yield names in UTF-8, which a table can hold, and count the others."""
     for name in names:
         if name.isascii():
             yield name
@@ -299,17 +299,17 @@ def _in_utf8(names: Iterable[str], left_out: Counter[str]) -> Iterator[str]:
             yield name
 
 
-def _chunked(texts: Iterable[str]) -> pa.ChunkedArray:
-    """Texts as Arrow has them, which takes a third of the memory of a list."""
+def _to_chunks(texts: Iterable[str]) -> pa.ChunkedArray:
+    """Return texts as Arrow strings, which take a third of the memory of a list."""
     chunks = []
     texts = iter(texts)
-    while some := list(itertools.islice(texts, ROWS_AT_ONCE)):
+    while some := list(itertools.islice(texts, CHUNK_ROWS)):
         chunks.append(pa.array(some, pa.string()))
     return pa.chunked_array(chunks, pa.string())
 
 
-def _store_detail(error: Exception, options: str) -> str:
-    """A store's own words on one line, without the values that the address gave."""
+def _describe_store_error(error: Exception, options: str) -> str:
+    """Return the text of a store's exception on one line, without values of options in the address."""
     text = to_one_line(str(error)) or type(error).__name__
     for _, value in parse_qsl(options):
         text = text.replace(value, "...")

@@ -1,11 +1,11 @@
-"""Files of a run in a bucket: what the package asks of a `pathlib.Path`, asked of `s3://` through `pyarrow.fs`.
+"""Files of a run in a bucket: `StorePath` implements `pathlib.Path` for `s3://` through `pyarrow.fs`.
 
-    path("runs/1")           a `pathlib.Path`
-    path("s3://b/runs/1")    a `StorePath`, which does the same under the same names
+    to_path("runs/1")           a `pathlib.Path`
+    to_path("s3://b/runs/1")    a `StorePath` with the same methods
 
-A PUT shows an object whole or not at all, which on a disk takes a temporary file and a rename; so `atomic.write` puts,
-and nothing else has to know (docs/decisions/0016-storage.md). What wants a file's name, such as `open` or Parquet's
-reader, gets that of a copy on this machine, which is made anew when the object is another one than the copy was of.
+A PUT is atomic, as a rename is on a disk, so `atomic.write` uploads and no other code has to distinguish the two
+(docs/decisions/0016-storage.md). Code that needs a file name, such as `open` or Parquet's reader, gets a local copy. A
+changed object is downloaded again.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ from ray_cxr.errors import ImageError, InputError, RayCxrError
 from ray_cxr.storage.paths import redact
 from ray_cxr.storage.stores import describe_error, is_access_denied, open_uri, unescape
 
-#: Names the folder for copies, which must be on a disk of the machine; without it one in the system's temporary folder.
+#: Environment variable with the folder for copies, on a local disk; by default in the system's temporary folder.
 CACHE_VARIABLE = "RAY_CXR_CACHE"
-#: Requests at a time where many objects are wanted: nearly all of it is waiting.
+#: Concurrent requests for many objects; nearly all of their time is waiting.
 THREADS = 16
 
 T = TypeVar("T")
 
-#: `s3:/b` and `s3:` are slips of the pen for an address; as local names they would be a folder `s3:`.
+#: `s3:/b` and `s3:` are typing errors of an address; as local paths they would create a folder `s3:`.
 _ADDRESS = re.compile(r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*)(?P<slashes>://|:/|:$)")
 _SAFE = "/!$&'()*+,;=:@~"
 
 
 def is_address(text: str | os.PathLike[str]) -> bool:
-    """Whether a text names, or means to name, something that is no local path."""
+    """Whether a text is an address, possibly a malformed one, and not a local path."""
     return isinstance(text, StorePath) or _ADDRESS.match(os.fspath(text)) is not None
 
 
-def path(text: str | os.PathLike[str]) -> Path:
-    """A local path, or the place in a bucket that `s3://...` names.
+def to_path(text: str | os.PathLike[str]) -> Path:
+    """Return a local path, or a `StorePath` for `s3://...`.
 
     Raises:
-        InputError: an address of another kind, one that names no bucket, holds a key or an option that s3 has not.
+        InputError: another kind of address, one without a bucket, with a secret key, or with an unknown option.
     """
     if isinstance(text, StorePath):
         return cast(Path, text)
@@ -66,36 +66,36 @@ def path(text: str | os.PathLike[str]) -> Path:
         return Path(text)
     scheme, place = found["scheme"].lower(), redact(text)
     if scheme != "s3":
-        raise InputError(f"{place}: only s3:// and paths on this machine can be used here; copy it, or name another")
+        raise InputError(f"{place}: only s3:// and local paths work here; copy the files, or pass another path")
     rest, mark, options = text[found.end() :].partition("?")
     bucket, _, key = rest.partition("/")
     if found["slashes"] != "://" or not bucket:
-        raise InputError(f"{place}: names no bucket; write it as s3://BUCKET/FOLDER")
+        raise InputError(f"{place}: has no bucket; write s3://BUCKET/FOLDER")
     try:
-        one = StorePath(bucket, unescape(key).strip("/"), mark + options)
-        with _failures(one, "opened"):
-            one.store()
+        result = StorePath(bucket, unescape(key).strip("/"), mark + options)
+        with _store_errors(result, "opened"):
+            result.open_store()
     except ImageError as error:
         raise InputError(f"{place}: {error.message}") from None
     except pa.ArrowInvalid:
-        raise InputError(f"{place}: its options are not such as s3 has; see docs/storage.md") from None
-    return cast(Path, one)
+        raise InputError(f"{place}: unknown options; see docs/storage.md") from None
+    return cast(Path, result)
 
 
 class StorePath:
     """A file or folder in a bucket, with the part of `pathlib.Path` that the package uses.
 
-    Folders are prefixes: they are there when something is in them, `mkdir` has nothing to do, and a name that is asked
-    for and not there raises `FileNotFoundError` as on a disk. As text it is its whole address.
+    Folders are prefixes: they exist if they are not empty, and `mkdir` does nothing. Missing files raise
+    `FileNotFoundError`, as on a disk. `str` returns the whole address.
 
     Args:
-        bucket: as in the address, which may begin with `anonymous@`.
-        key: without slashes at its ends, and without escapes.
-        options: of the address, with their `?`, or nothing.
+        bucket: as in the address, with `anonymous@` if it starts so.
+        key: without outer slashes and without escapes.
+        options: of the address with their `?`, or empty.
 
     Raises:
-        InputError: from all that asks the store: it does not permit it, or has no such bucket.
-        RayCxrError: likewise: it does not answer, or fails.
+        InputError: from all requests: access is denied, or there is no such bucket.
+        RayCxrError: from all requests: the store does not answer, or fails.
     """
 
     def __init__(self, bucket: str, key: str, options: str = "") -> None:
@@ -150,17 +150,17 @@ class StorePath:
 
     # --- the store
 
-    def store(self) -> Any:
-        """The file system that holds it."""
+    def open_store(self) -> Any:
+        """Return the Arrow file system of the bucket."""
         return open_uri(str(self))[0]
 
     @property
     def inner(self) -> str:
-        """Its path in `store`."""
+        """Its path in the Arrow file system."""
         return f"{self._bucket.rpartition('@')[2]}/{self._key}".rstrip("/")
 
-    def at(self, inner: str) -> StorePath:
-        """The path of the same bucket that `inner` names."""
+    def from_inner(self, inner: str) -> StorePath:
+        """Return the path in the same bucket for a path in the Arrow file system."""
         return StorePath(self._bucket, inner.partition("/")[2], self._options)
 
     def exists(self) -> bool:
@@ -176,22 +176,22 @@ class StorePath:
         return False
 
     def stat(self) -> os.stat_result:
-        """Size and time of change; of a folder neither."""
+        """Return size and time of modification; both 0 for a folder."""
         info = self._info()
         if info.type == arrow_fs.FileType.NotFound:
             raise _missing(self)
         kind = stat.S_IFREG if info.type == arrow_fs.FileType.File else stat.S_IFDIR
-        changed = (info.mtime_ns or 0) // 10**9
-        return os.stat_result((kind, 0, 0, 1, 0, 0, info.size or 0, changed, changed, changed))
+        modified = (info.mtime_ns or 0) // 10**9
+        return os.stat_result((kind, 0, 0, 1, 0, 0, info.size or 0, modified, modified, modified))
 
     def iterdir(self) -> Iterator[StorePath]:
-        """What is in the folder, in order; one request for a thousand names."""
-        return iter([self / name for name, _ in self.entries()])
+        """Yield the contents of the folder in order; one request per 1,000 names."""
+        return iter([self / name for name, _ in self.list_entries()])
 
-    def entries(self, *, below: bool = False) -> list[tuple[str, bool]]:
-        """Names in the folder, and whether each is a file; or, below, of all files in it and its folders."""
-        with _failures(self):
-            found = self.store().get_file_info(arrow_fs.FileSelector(self.inner, recursive=below))
+    def list_entries(self, *, below: bool = False) -> list[tuple[str, bool]]:
+        """Return names in the folder and whether each is a file; with `below`, all files in it and its subfolders."""
+        with _store_errors(self):
+            found = self.open_store().get_file_info(arrow_fs.FileSelector(self.inner, recursive=below))
         skip = len(self.inner) + 1
         return sorted(
             (one.path[skip:], one.type == arrow_fs.FileType.File)
@@ -200,32 +200,32 @@ class StorePath:
         )
 
     def glob(self, pattern: str) -> Iterator[StorePath]:
-        """Names in the folder itself that match; nothing where there is no folder."""
+        """Yield matching names directly in the folder; none if there is no folder."""
         try:
-            names = [name for name, _ in self.entries()]
+            names = [name for name, _ in self.list_entries()]
         except FileNotFoundError:
             names = []
         return iter([self / name for name in names if fnmatch.fnmatchcase(name, pattern)])
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: a folder is there when something is in it."""
+        """Do nothing: folders of a bucket exist if they are not empty."""
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:
-            with _failures(self):
-                self.store().delete_file(self.inner)
+            with _store_errors(self):
+                self.open_store().delete_file(self.inner)
         except FileNotFoundError:
             if not missing_ok:
                 raise
 
     def rmdir(self) -> None:
-        with _failures(self):
-            self.store().delete_dir(self.inner)
+        with _store_errors(self):
+            self.open_store().delete_dir(self.inner)
 
     # --- contents
 
     def read_bytes(self) -> bytes:
-        with _failures(self), self.store().open_input_file(self.inner) as stream:
+        with _store_errors(self), self.open_store().open_input_file(self.inner) as stream:
             return bytes(stream.read())
 
     def read_text(self, encoding: str = "utf-8") -> str:
@@ -238,204 +238,204 @@ class StorePath:
         self.write_bytes(text.encode(encoding))
 
     def write(self, produce: Callable[[Path], None]) -> None:
-        """Let `produce` write a file of this machine, then put it."""
+        """Let `produce` write a local file, then upload it."""
         with tempfile.TemporaryDirectory(prefix="ray_cxr-") as folder:
             part = Path(folder) / (self.name or "part")
             produce(part)
             if part.stat().st_size:
                 with pa.memory_map(str(part)) as source:
                     self._put(source.read_buffer())
-            else:  # which cannot be mapped
+            else:  # an empty file cannot be mapped
                 self._put(pa.py_buffer(b""))
 
     def __fspath__(self) -> str:
-        """The name of a copy on this machine, for reading."""
-        return str(self.here())
+        """Return the name of a local copy, for reading."""
+        return str(self.download())
 
-    def here(self) -> Path:
-        """A copy of the object as it is now, on this machine; made where there is none yet.
+    def download(self) -> Path:
+        """Return a local copy of the current object; it is downloaded once.
 
-        A copy lies under the object's address and ETag, which is another one when the object is changed.
+        Copies are named by address and ETag, which changes with the object.
         """
-        with _failures(self):
-            with self.store().open_input_file(self.inner) as stream:
+        with _store_errors(self):
+            with self.open_store().open_input_file(self.inner) as stream:
                 version = _version(stream)
-            folder = cache() / hashlib.sha256(f"{self}\n{version}".encode()).hexdigest()[:32]
+            folder = get_cache() / hashlib.sha256(f"{self}\n{version}".encode()).hexdigest()[:32]
             copy = folder / self.name
             if copy.exists():
                 return copy
-            with _caching(folder):
+            with _cache_errors(folder):
                 folder.mkdir(mode=0o700, exist_ok=True)
                 with open(folder / ".lock", "w") as lock:
-                    # Of the workers of a machine one fetches; the others wait for it.
+                    # One of the machine's workers downloads; the others wait for it.
                     fcntl.flock(lock, fcntl.LOCK_EX)
                     return copy if copy.exists() else self._fetch(copy, version)
 
     def _fetch(self, copy: Path, version: str) -> Path:
         part = copy.with_name(f".{copy.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
         try:
-            with self.store().open_input_file(self.inner) as stream, open(part, "xb") as file:
+            with self.open_store().open_input_file(self.inner) as stream, open(part, "xb") as file:
                 file.write(stream.read_buffer())
-            with self.store().open_input_file(self.inner) as stream:
+            with self.open_store().open_input_file(self.inner) as stream:
                 if version != _version(stream):
-                    raise RayCxrError(f"{self}: was changed while it was read; run the command again")
-            part.chmod(0o400)  # whoever would write to it has taken it for the object itself
+                    raise RayCxrError(f"{self}: changed while it was read; run the command again")
+            part.chmod(0o400)  # read-only, because writing to the copy would not change the object
             part.rename(copy)
         finally:
             part.unlink(missing_ok=True)
         return copy
 
     def _info(self) -> Any:
-        with _failures(self):
-            return self.store().get_file_info(self.inner)
+        with _store_errors(self):
+            return self.open_store().get_file_info(self.inner)
 
     def _put(self, data: pa.Buffer) -> None:
-        with _failures(self, "written"):
-            # Not in a `with`: closing is what makes the object, and nothing may close it half-way.
-            stream = self.store().open_output_stream(self.inner, compression=None)
+        with _store_errors(self, "written"):
+            # No `with`: closing creates the object, so an error must not close an incomplete one.
+            stream = self.open_store().open_output_stream(self.inner, compression=None)
             stream.write(data)
             stream.close()
 
 
-def stored(place: object) -> StorePath | None:
-    """A path in a bucket as what it is; None of a path on this machine."""
+def as_store_path(place: object) -> StorePath | None:
+    """Return a path in a bucket as a `StorePath`; None for a local path."""
     return place if isinstance(place, StorePath) else None
 
 
-def address(place: Path) -> str:
-    """A path as other processes, and other nodes, can use it with `path`."""
+def to_address(place: Path) -> str:
+    """Return a path as text that other processes and nodes can pass to `to_path`."""
     return str(place.absolute())
 
 
 @contextlib.contextmanager
-def opened(place: Path) -> Iterator[pa.NativeFile]:
-    """A file to be read here and there: of a bucket only what is read is fetched."""
-    if (there := stored(place)) is None:
+def open_file(place: Path) -> Iterator[pa.NativeFile]:
+    """Open a file to read parts of it; from a bucket only these parts are fetched."""
+    if (store_path := as_store_path(place)) is None:
         with pa.memory_map(str(place)) as source:
             yield source
         return
-    with _failures(there), there.store().open_input_file(there.inner) as source:
+    with _store_errors(store_path), store_path.open_store().open_input_file(store_path.inner) as source:
         yield source
 
 
 def is_inside(place: Path, folder: Path) -> bool:
-    """Whether a path is a folder's, or the folder itself; links are followed."""
+    """Whether a path is inside a folder, or the folder itself; links are followed."""
     one, other = (str(path.resolve()).partition("?")[0].rstrip("/") for path in (place, folder))
     return f"{one}/".startswith(f"{other}/")
 
 
-def arrow(place: Path) -> tuple[Any, str]:
-    """A path as Ray takes it: the Arrow file system, None for that of the machine, and the path in it."""
-    if (there := stored(place)) is not None:
-        return there.store(), there.inner
+def to_arrow(place: Path) -> tuple[Any, str]:
+    """Return a path as Ray expects it: the Arrow file system, None for the local one, and the path in it."""
+    if (store_path := as_store_path(place)) is not None:
+        return store_path.open_store(), store_path.inner
     return None, str(place.absolute())
 
 
 def check_bucket(place: Path) -> None:
-    """Refuse, before any work is done, a bucket that is not there.
+    """Refuse a missing bucket before any work is done.
 
     Raises:
-        InputError: it is not there.
+        InputError: the bucket does not exist.
     """
-    if (there := stored(place)) is not None:
-        bucket = StorePath(there._bucket, "", there._options)
-        found = True
-        with contextlib.suppress(InputError):  # who may use one folder need not be permitted to ask for the bucket
-            found = bucket.exists()
-        if not found:
-            raise InputError(f"{place}: there is no bucket {bucket.inner}; make it, or name another")
+    if (store_path := as_store_path(place)) is not None:
+        bucket = StorePath(store_path._bucket, "", store_path._options)
+        exists = True
+        with contextlib.suppress(InputError):  # access to the folder may be allowed without access to the bucket
+            exists = bucket.exists()
+        if not exists:
+            raise InputError(f"{place}: no such bucket {bucket.inner}; make it, or pass another path")
 
 
-def content(place: Path) -> pa.NativeFile | None:
-    """A small file's bytes, to be read as a file; None where there is none. No copy of it is kept."""
+def read_file(place: Path) -> pa.NativeFile | None:
+    """Return the bytes of a small file as an Arrow file, without a local copy; None if it is missing."""
     try:
         return pa.BufferReader(place.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def contents(paths: Iterable[Path]) -> Iterator[pa.NativeFile | None]:
-    """`content` of each, in order and some of them ahead: a bucket answers many requests in the time of one."""
-    return ahead(content, paths)
+def read_files(paths: Iterable[Path]) -> Iterator[pa.NativeFile | None]:
+    """Yield `read_file` of each path, in order; a bucket answers many requests in the time of one."""
+    return map_concurrently(read_file, paths)
 
 
-def remove(paths: Iterable[Path]) -> None:
-    """Remove files, several at a time; one that is gone already is no matter."""
-    for _ in ahead(lambda one: one.unlink(missing_ok=True), paths):
+def remove_files(paths: Iterable[Path]) -> None:
+    """Remove files, several at a time; missing ones are ignored."""
+    for _ in map_concurrently(lambda one: one.unlink(missing_ok=True), paths):
         pass
 
 
-def here(paths: Sequence[Path]) -> list[Path]:
-    """Files of this machine as they are, of a bucket copies, see `StorePath.here`; fetched several at a time."""
-    return list(ahead(lambda one: Path(os.fspath(one)), paths))
+def download(paths: Sequence[Path]) -> list[Path]:
+    """Return local paths unchanged, and local copies of files in a bucket, downloaded several at a time."""
+    return list(map_concurrently(lambda one: Path(os.fspath(one)), paths))
 
 
-def folder_here(place: Path) -> Path:
-    """A folder of this machine as it is; of a bucket a folder of copies of the files right in it.
+def download_folder(place: Path) -> Path:
+    """Return a local folder unchanged; for a bucket a local folder with copies of the files directly in it.
 
-    The copies are of one moment's listing, and a folder of other versions is another folder.
+    Other versions of the files get another folder.
     """
-    if (there := stored(place)) is None:
+    if (store_path := as_store_path(place)) is None:
         return place
     try:
-        names = [name for name, is_file in there.entries() if is_file and name]
+        names = [name for name, is_file in store_path.list_entries() if is_file and name]
     except FileNotFoundError:
-        return Path(cache() / "nothing")  # which does not exist
-    copies = here([place / name for name in names])
+        return get_cache() / "nothing"  # which does not exist
+    copies = download([place / name for name in names])
     key = hashlib.sha256("\n".join([str(place), *(str(copy) for copy in copies)]).encode()).hexdigest()[:32]
-    folder = cache() / f"{key}-folder" / (place.name or "folder")
-    with _caching(folder):
+    folder = get_cache() / f"{key}-folder" / (place.name or "folder")
+    with _cache_errors(folder):
         if not folder.exists():
             part = folder.parent / f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
             part.mkdir(mode=0o700, parents=True)
             for name, copy in zip(names, copies, strict=True):
                 os.link(copy, part / name)
-            with contextlib.suppress(OSError):  # where another process was quicker, its folder is the same
+            with contextlib.suppress(OSError):  # another process made the same folder
                 part.rename(folder)
     return folder
 
 
-def cache() -> Path:
-    """The folder for copies, which nobody else may enter.
+def get_cache() -> Path:
+    """Return the folder for copies, which only this user may enter.
 
     Raises:
-        InputError: it is another user's, or open to others.
+        InputError: it belongs to another user, or is open to others.
     """
     named = os.environ.get(CACHE_VARIABLE)
     folder = Path(named) if named else Path(tempfile.gettempdir()) / f"ray_cxr-{os.getuid()}"
-    with _caching(folder):
+    with _cache_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = folder.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise InputError(
-            f"{folder}: is not a folder of your own that is closed to others (mode 0700), so nothing is copied into "
-            f"it; set {CACHE_VARIABLE} to another"
+            f"{folder}: must be a folder of yours with mode 0700, because copies of images are kept in it; "
+            f"set {CACHE_VARIABLE} to another folder"
         )
     return folder
 
 
 @contextlib.contextmanager
-def _caching(folder: Path) -> Iterator[None]:
+def _cache_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (RayCxrError, FileNotFoundError):
         raise
     except OSError as error:
         if not isinstance(error.filename, (str, os.PathLike)) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise  # the store's
+            raise  # of the store
         raise RayCxrError(
-            f"{folder}: copies of a bucket's files cannot be kept there: {error.strerror}; set {CACHE_VARIABLE} to a "
-            "folder on a disk with room"
+            f"{folder}: cannot keep copies of files from a bucket: {error.strerror}; set {CACHE_VARIABLE} to a folder "
+            "on a disk with free space"
         ) from None
 
 
-def ahead(work: Callable[[Path], T], paths: Iterable[Path]) -> Iterator[T]:
-    """What `work` makes of each path, in order, some of them at a time."""
+def map_concurrently(function: Callable[[Path], T], paths: Iterable[Path]) -> Iterator[T]:
+    """Yield the results of `function` in the order of the paths, with up to `THREADS` calls at a time."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="store") as pool:
         running: deque[Future[T]] = deque()
         try:
             for one in paths:
-                running.append(pool.submit(work, one))
+                running.append(pool.submit(function, one))
                 if len(running) > THREADS:
                     yield running.popleft().result()
             while running:
@@ -446,9 +446,9 @@ def ahead(work: Callable[[Path], T], paths: Iterable[Path]) -> Iterator[T]:
 
 
 def _version(stream: Any) -> str:
-    """What of an opened object is another when it is changed."""
-    said = {key.lower(): value.decode() for key, value in (stream.metadata() or {}).items()}
-    return f"{said.get('etag', '')} {said.get('last-modified', '')} {stream.size()}"
+    """Return a text that changes with the object."""
+    headers = {key.lower(): value.decode() for key, value in (stream.metadata() or {}).items()}
+    return f"{headers.get('etag', '')} {headers.get('last-modified', '')} {stream.size()}"
 
 
 def _missing(place: StorePath) -> FileNotFoundError:
@@ -456,8 +456,8 @@ def _missing(place: StorePath) -> FileNotFoundError:
 
 
 @contextlib.contextmanager
-def _failures(place: StorePath, done: str = "read") -> Iterator[None]:
-    """What a store raises, as one line of ours without its own words, which can hold keys and host names."""
+def _store_errors(place: StorePath, action: str = "read") -> Iterator[None]:
+    """Turn exceptions of a store into one line without their texts, which can contain keys and host names."""
     try:
         yield
     except (RayCxrError, MemoryError):
@@ -467,11 +467,11 @@ def _failures(place: StorePath, done: str = "read") -> Iterator[None]:
     except OSError as error:
         if is_access_denied(error):
             raise InputError(
-                f"{place}: may not be {done}: the store does not permit it; check the credentials in the environment"
+                f"{place}: cannot be {action}: access denied; check the credentials in the environment"
             ) from None
-        said = describe_error(error)
-        if said == "NO_SUCH_BUCKET":
-            raise InputError(f"{place}: cannot be {done}: there is no such bucket; make it, or name another") from None
+        reason = describe_error(error)
+        if reason == "NO_SUCH_BUCKET":
+            raise InputError(f"{place}: cannot be {action}: no such bucket; make it, or pass another path") from None
         raise RayCxrError(
-            f"{place}: cannot be {done}: {said}; check the address and the network, then run the command again"
+            f"{place}: cannot be {action}: {reason}; check the address and the network, then run the command again"
         ) from None

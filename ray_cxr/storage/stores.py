@@ -1,4 +1,4 @@
-"""One file on a local disk or in a store that `pyarrow.fs` opens: read its bytes, with errors as `ImageError`."""
+"""Read one file from a local disk or a store that `pyarrow.fs` opens, with errors as `ImageError`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from ray_cxr.storage.paths import is_uri, to_one_line
 
 #: Larger files are refused before they are read, bytes.
 MAX_BYTES = 512 * 1024 * 1024
-#: What a request to s3:// or gs:// may take. A store that is not there is an error in seconds, and one that stumbles
-#: is asked again.
+#: Limits of requests to s3:// or gs://. A missing store is an error within seconds; failed requests are repeated.
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 30.0
 MAX_ATTEMPTS = 5
@@ -36,13 +35,13 @@ def read_file(path: str, max_bytes: int) -> bytes:
     with storage_errors():
         data = _read_uri(path, max_bytes) if is_uri(path) else _read_local(path, max_bytes)
     if not data:
-        raise ImageError("empty", "the file holds 0 bytes")
+        raise ImageError("empty", "the file has 0 bytes")
     return data
 
 
 @contextlib.contextmanager
 def open_stream(path: str) -> Iterator[Callable[[int], bytes]]:
-    """A file to be read from its start to its end: `read(n)` gives up to n bytes, none at the end.
+    """Open a file to read it from start to end: `read(n)` returns up to n bytes, `b""` at the end.
 
     Raises:
         ImageError: `missing`, `permission` or `storage`; also from `read`.
@@ -62,13 +61,13 @@ def open_stream(path: str) -> Iterator[Callable[[int], bytes]]:
     try:
         yield read
     finally:
-        with contextlib.suppress(Exception):  # what closing a broken connection says is no news
+        with contextlib.suppress(Exception):  # errors of closing a broken connection are irrelevant
             stream.close()
 
 
 @contextlib.contextmanager
 def storage_errors() -> Iterator[None]:
-    """Turn what a disk or a store raises inside the block into an `ImageError`, without the store's own text."""
+    """Turn exceptions of a disk or a store inside the block into an `ImageError` without the store's text."""
     try:
         yield
     except ImageError:
@@ -79,14 +78,14 @@ def storage_errors() -> Iterator[None]:
         raise ImageError("permission", "no permission to read the file") from None
     except MemoryError:
         raise ImageError("too_large", "the file does not fit into memory") from None
-    except Exception as error:  # each store has its own exceptions, and their texts can hold keys and host names
+    except Exception as error:  # exceptions of stores have no common type; their texts can contain keys and host names
         if is_access_denied(error):
-            raise ImageError("permission", "the store does not permit to read the file") from None
+            raise ImageError("permission", "the store denies access to the file") from None
         raise ImageError("storage", f"the file cannot be read: {describe_error(error)}") from None
 
 
 def describe_error(error: Exception) -> str:
-    """What failed, in a word or a short line that holds nothing of the address or the store's own text."""
+    """Return the failure as a word or short line, without the address and the store's text."""
     aws = _AWS_ERROR.search(str(error))
     return to_one_line(
         (aws[1] if aws else error.strerror if isinstance(error, OSError) else "") or type(error).__name__
@@ -97,7 +96,7 @@ def _check_regular(path: str) -> os.stat_result:
     if "\0" in path:
         raise ImageError("missing", "no such file")
     info = os.stat(path)
-    if not stat.S_ISREG(info.st_mode):  # a pipe would wait for ever, /dev/zero would never end
+    if not stat.S_ISREG(info.st_mode):  # a pipe would block, /dev/zero would never end
         raise ImageError("missing", "the path names a folder or a device, not a file")
     return info
 
@@ -113,7 +112,7 @@ def _read_local(path: str, max_bytes: int) -> bytes:
 def _read_uri(uri: str, max_bytes: int) -> bytes:
     store, path = open_uri(uri)
     if not isinstance(store, (arrow_fs.S3FileSystem, arrow_fs.GcsFileSystem)):
-        # Those two say themselves what is missing; here opening a pipe would wait for ever.
+        # Those two report missing files; for the others, opening a pipe would block.
         info = store.get_file_info(path)
         if info.type == arrow_fs.FileType.NotFound:
             raise ImageError("missing", "no such file")
@@ -132,7 +131,7 @@ def _check_bytes(size: int, max_bytes: int) -> None:
 
 
 def is_access_denied(error: Exception) -> bool:
-    """Whether a store said that the access is not allowed; Arrow has this as text only."""
+    """Whether a store denied access; Arrow reports this only in the text."""
     text = str(error)
     return isinstance(error, PermissionError) or any(
         word in text
@@ -141,25 +140,25 @@ def is_access_denied(error: Exception) -> bool:
 
 
 def open_uri(uri: str) -> tuple[Any, str]:
-    """The store of a URI and the path in it; opened once per bucket or folder, since that can cost a request."""
+    """Return the store of a URI and the path in it; opened once per bucket or folder, which can need a request."""
     place, mark, options = uri.partition("?")
     _refuse_keys(place)
     scheme, _, rest = place.partition("://")
     if scheme.lower() in ("s3", "gs", "gcs"):
         bucket, _, key = rest.partition("/")
-        return _bucket(scheme.lower(), bucket, options), unescape(f"{bucket.rpartition('@')[2]}/{key}").rstrip("/")
+        return _open_bucket(scheme.lower(), bucket, options), unescape(f"{bucket.rpartition('@')[2]}/{key}").rstrip("/")
     folder, _, name = place.rpartition("/")
     if not name or folder.endswith("/") or "#" in place:
         return arrow_fs.FileSystem.from_uri(uri)
-    store, path = _store(folder + mark + options)
+    store, path = _open_folder(folder + mark + options)
     return store, f"{path.rstrip('/')}/{unescape(name)}"
 
 
 def unescape(text: str) -> str:
-    """Return the name that a URI's escapes (`%20`) stand for.
+    """Decode the escapes (`%20`) of a URI.
 
     Raises:
-        ImageError: they are not UTF-8; with replacement characters `%DC` and `%C4` would be one name.
+        ImageError: they are not UTF-8; replacement characters would make `%DC` and `%C4` equal.
     """
     try:
         return unquote(text, errors="strict")
@@ -168,20 +167,20 @@ def unescape(text: str) -> str:
 
 
 def _refuse_keys(place: str) -> None:
-    # Paths stand in manifests and score tables, which are passed on.
+    # Manifests and score tables contain paths and are shared.
     user = re.match(r"[A-Za-z0-9+.\-]+://([^/]*)@", place)
     if user and user[1] != "anonymous":
-        raise ImageError("storage", "the address holds a key; leave it out and set it in the environment")
+        raise ImageError("storage", "the address contains a secret key; remove it and set it in the environment")
 
 
 @functools.lru_cache(maxsize=256)
-def _store(folder: str) -> tuple[Any, str]:
+def _open_folder(folder: str) -> tuple[Any, str]:
     return arrow_fs.FileSystem.from_uri(folder)
 
 
 @functools.lru_cache(maxsize=256)
-def _bucket(scheme: str, bucket: str, options: str) -> Any:
-    """The store of a bucket, which asks again where a request fails."""
+def _open_bucket(scheme: str, bucket: str, options: str) -> Any:
+    """Open a bucket so that failed requests are repeated."""
     if scheme in ("gs", "gcs"):
         if "retry_limit_seconds" not in options:
             options += f"{'&' if options else ''}retry_limit_seconds={RETRY_LIMIT_S}"
@@ -199,7 +198,7 @@ def _bucket(scheme: str, bucket: str, options: str) -> Any:
         "force_virtual_addressing",
     }
     if unknown:
-        raise ImageError("storage", f"the address has options that s3 does not: {', '.join(sorted(unknown))}")
+        raise ImageError("storage", f"unknown s3 options in the address: {', '.join(sorted(unknown))}")
     values: dict[str, Any] = dict(chosen)
     for name, value in chosen.items():
         if value.lower() in ("true", "false", "1", "0") and name not in ("region", "scheme", "endpoint_override"):
@@ -209,10 +208,10 @@ def _bucket(scheme: str, bucket: str, options: str) -> Any:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if "endpoint_override" not in values and endpoint:
         values["endpoint_override"] = endpoint
-    # What is written in one piece is one PUT then, and not the three requests of a large upload.
+    # A file written in one piece is then one PUT instead of the three requests of a multipart upload.
     values.setdefault("allow_delayed_open", True)
     if "region" not in values and "endpoint_override" not in values:
-        # As pyarrow does for an address: the bucket is asked where it is, since AWS refuses requests elsewhere.
+        # As pyarrow does for an address, because AWS refuses requests to another region than the bucket's.
         values["region"] = arrow_fs.resolve_s3_region(bucket.rpartition("@")[2])
     return arrow_fs.S3FileSystem(
         **values,

@@ -30,7 +30,7 @@ def read_result(out: Path) -> Any:
     from ray.train import Result
 
     # Ray mistakes a relative path for an address without a scheme.
-    store, path = remote.arrow((out / "ray").resolve())
+    store, path = remote.to_arrow((out / "ray").resolve())
     return Result.from_path(path, storage_filesystem=store)
 
 

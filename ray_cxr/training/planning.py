@@ -71,7 +71,7 @@ def plan_training(prepared: str | Path, out: str | Path, settings: TrainSettings
     Raises:
         ConfigError, TableError, LeakError, OutputError, BundleError: an argument is wrong.
     """
-    out = remote.path(out)
+    out = remote.to_path(out)
     data = PreparedSet(prepared, settings.size)
     settings = settings.replace(size=data.size)
     if settings.batch_size % settings.workers:

@@ -79,7 +79,7 @@ def train(
     with start_ray():
         for warning in plan.list_warnings():
             on_event(f"train: WARNING: {warning}")
-        cluster.require_shared(plan.out, PREPARED=remote.path(prepared), weights=plan.settings.weights)
+        cluster.require_shared(plan.out, PREPARED=remote.to_path(prepared), weights=plan.settings.weights)
         with cluster.log_node_changes("train", on_event):
             fit(plan, use_gpu=use_gpu, callbacks=callbacks, started=started, on_event=on_event)
         bundle = export_bundle(plan, plan.out / "bundle")
@@ -127,8 +127,8 @@ def fit(
         monitor = RunMonitor(out, settings.epochs, plan.steps_per_epoch, started, on_event).report()
     config = {
         "settings": settings.model_dump(mode="json"),
-        "prepared": remote.address(plan.data.path),
-        "out": remote.address(out),
+        "prepared": remote.to_address(plan.data.path),
+        "out": remote.to_address(out),
         "cpus": settings.cpus_per_worker or 1,
         "use_gpu": use_gpu,
         "callbacks": callbacks,
@@ -162,7 +162,7 @@ def _run_workers(out: Path, settings: TrainSettings, config: dict[str, Any], lis
     use_gpu, resources = config["use_gpu"], {"CPU": float(config["cpus"])}
     if use_gpu:
         resources["GPU"] = settings.gpus_per_worker
-    store, path = remote.arrow(out)
+    store, path = remote.to_arrow(out)
     trainer = Trainer(
         worker.run,
         train_loop_config=config,

@@ -51,7 +51,7 @@ def run(config: dict[str, Any]) -> None:
     """Run one worker. Errors of ours go into a file, because Ray Train would restart what can only fail again."""
     import ray.train
 
-    failure = remote.path(config["out"]) / FAILURE
+    failure = remote.to_path(config["out"]) / FAILURE
     try:
         try:
             _train(config)
@@ -90,7 +90,7 @@ def _train(config: dict[str, Any]) -> None:
     from ray_cxr.training.loop import Loop, TrainState
 
     times["TensorFlow"] = time.time()
-    settings, out, gpu = build(TrainSettings, config["settings"]), remote.path(config["out"]), bool(config["use_gpu"])
+    settings, out, gpu = build(TrainSettings, config["settings"]), remote.to_path(config["out"]), bool(config["use_gpu"])
     policy = runtime.prepare_device(gpu, settings.precision)
     runtime.limit_threads(config["cpus"])
     if settings.deterministic if settings.deterministic is not None else not (gpu or settings.xla):

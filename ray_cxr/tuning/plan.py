@@ -69,7 +69,7 @@ class StudyPlan:
         Raises:
             ConfigError, TableError, OutputError: an argument is wrong, or `out` holds another search.
         """
-        self.prepared, self.out, self.settings = remote.path(prepared), Path(out), settings
+        self.prepared, self.out, self.settings = remote.to_path(prepared), Path(out), settings
         sizes = list_prepared_sizes(self.prepared) if base.size is None else (base.size,)
         self.base, self.space = base, Space.read(settings.space, base, sizes)
         data = PreparedSet(self.prepared, sizes[0])

@@ -94,7 +94,7 @@ def search(
         ended = 0
         if remaining:
             context = TrialContext(
-                prepared=remote.address(plan.prepared),
+                prepared=remote.to_address(plan.prepared),
                 out=str(out.absolute()),
                 use_gpu=use_gpu,
                 measure_threads=cpus if "images_per_second" in settings.objectives else None,

@@ -161,7 +161,7 @@ def test_codes_and_messages_are_those_of_this_process(decoder: Decoder, tmp_path
             load_image(str(path))
         assert decoder.load(str(path)) == Failure(caught.value.code, caught.value.message, None)
     for no_path in (None, float("nan")):
-        assert decoder.load(no_path) == Failure("missing", "there is no path", None)
+        assert decoder.load(no_path) == Failure("missing", "the row has no path", None)
 
 
 def test_tags_of_a_dicom(decoder: Decoder) -> None:
@@ -189,7 +189,7 @@ def test_pixel_limit_timeout_and_no_tags_by_default() -> None:
     [
         (b"SEGV", "decoder_crash", "SIGSEGV"),
         (b"EXIT", "decoder_crash", "exit code 7"),
-        (b"JUNK", "decoder_crash", "an answer that cannot be read"),
+        (b"JUNK", "decoder_crash", "an unreadable answer"),
         (b"MEMORY", "too_large", "out of memory"),
         (b"STRANGE", "corrupt", "RuntimeError"),
     ],
@@ -303,7 +303,7 @@ def test_child_ends_with_its_parent(tmp_path: Path, hangs: bool) -> None:
         from ray_cxr.imaging import sandbox
         sandbox._ALARM_MARGIN_S = -599.0
         one = sandbox.Decoder([InputSpec()], timeout_s=600.0)
-        one._ready()
+        one._start_and_wait()
         print(one._child._process.pid, flush=True)
         if {hangs}:
             one.load({b"HANG " + os.fsencode(mark)!r})

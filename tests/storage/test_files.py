@@ -141,9 +141,9 @@ def test_locations_without_images_are_refused(tmp_path: Path, address: Any) -> N
     for name, part in {
         "none": "no such folder",
         "a.png": "is a file",
-        "empty": "holds no image; looked for .png",
-        "none.tgz": "holds no image (left out: 1 .txt)",
-        "other": "holds no image (left out: 2 .tif, 1 without suffix)",
+        "empty": "no images found; searched it and all folders and archives below for .png",
+        "none.tgz": "no images found (left out: 1 .txt)",
+        "other": "no images found (left out: 2 .tif, 1 without suffix)",
     }.items():
         assert listing_error(address(tmp_path / name)).startswith(f"{address(tmp_path / name)}: {part}")
     counts = {".txt": 1200, "": 3, ".a": 2, ".b": 2, ".c": 1, ".d": 1, ".e": 1}
@@ -280,11 +280,11 @@ def test_bucket_is_listed_and_read(s3: str, bucket: Any, monkeypatch: pytest.Mon
     contents = [read_bytes(path) for path in found.paths.to_pylist() if "empty" not in path]
     assert [contents[0], *map(len, contents[1:4]), *contents[4:]] == [b"a b", *[200_000] * 3, DICOM, b"c"]
     monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.endpoint)  # names the store too
-    stores._bucket.cache_clear()
+    stores._open_bucket.cache_clear()
     for location in (f"s3://images{s3}", f"s3://images/{s3}", "s3://images/set"):
         assert len(find_images(location).paths) == 7
     assert read_bytes("s3://images/set/sub/c.png") == b"c"
-    stores._bucket.cache_clear()
+    stores._open_bucket.cache_clear()
 
 
 def test_missing_objects_and_buckets(s3: str) -> None:
@@ -308,14 +308,14 @@ def test_refused_access_is_permission(s3: str, bucket: Any) -> None:
 
 def test_unreachable_store_is_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "MAX_ATTEMPTS", 1)
-    stores._bucket.cache_clear()
+    stores._open_bucket.cache_clear()
     options = "?endpoint_override=127.0.0.1:1&scheme=http&region=moon-1"
     assert reading_code(f"s3://images/a.png{options}") == "storage"
     assert reading_code(f"s3://images/a.tar{options}::a.png") == "storage"
     message = listing_error(f"s3://images/set{options}")
     assert "NETWORK_CONNECTION" in message
     assert "moon-1" not in message
-    stores._bucket.cache_clear()
+    stores._open_bucket.cache_clear()
     google = "gs://anonymous@images/a.png?endpoint_override=127.0.0.1:1&scheme=http&retry_limit_seconds=1"
     assert reading_code(google) == "storage"
 
@@ -323,7 +323,7 @@ def test_unreachable_store_is_storage(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_addresses_with_keys_or_unknown_options_are_refused_without_secrets() -> None:
     keys = ("s3://AKIA:hush@images/a.png", "s3://AKIA@images/a.png", "gs://AKIA:hush@images/a.png")
     for address in (*keys, "s3://images/a.png?secret_key=hush&region=x"):
-        part = "holds a key" if "AKIA" in address else "secret_key"
+        part = "contains a secret key" if "AKIA" in address else "secret_key"
         with pytest.raises(ImageError, match=part) as caught:
             read_bytes(address)
         for message in (str(caught.value), listing_error(address)):
@@ -342,4 +342,4 @@ def test_escapes_that_are_not_utf8_never_make_two_names_one(tmp_path: Path) -> N
         with pytest.raises(ImageError, match="not UTF-8"):
             read_bytes(uri)
     with pytest.raises(InputError, match="not UTF-8"):
-        remote.path("s3://bucket/M%DC-17")
+        remote.to_path("s3://bucket/M%DC-17")

@@ -19,7 +19,7 @@ from test_files import no_access
 
 from ray_cxr.errors import BundleError, InputError, OutputError, RayCxrError
 from ray_cxr.models.bundle import is_written, load_bundle
-from ray_cxr.scoring import pipeline
+from ray_cxr.scoring.ranges import list_parts
 from ray_cxr.storage import atomic, remote, stores
 
 
@@ -34,7 +34,7 @@ def test_path_operations_are_alike_on_a_disk_and_in_a_bucket(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     bucket = request.getfixturevalue("bucket") if kind == "bucket" else None
-    folder = remote.path(bucket("both/ways") if bucket else str(tmp_path / "disk"))
+    folder = remote.to_path(bucket("both/ways") if bucket else str(tmp_path / "disk"))
     assert sorted(folder.glob("*")) == []
     folder.mkdir()
     atomic.write_text(folder / "a b%.txt", "ä")
@@ -52,7 +52,7 @@ def test_path_operations_are_alike_on_a_disk_and_in_a_bucket(
     assert (folder / "sub.json").stat().st_size == len((folder / "sub.json").read_bytes())
     assert (folder / "sub.json").with_suffix(".svg").name == (folder / "sub.json").with_name("sub.svg").name
     assert (folder / "in" / "t.parquet").parent == folder / "in"
-    assert remote.path(remote.address(folder)) == pickle.loads(pickle.dumps(folder)) == folder
+    assert remote.to_path(remote.to_address(folder)) == pickle.loads(pickle.dumps(folder)) == folder
     assert remote.is_inside(folder / "in", folder)
     assert not remote.is_inside(folder.with_name(f"{folder.name}2"), folder)
     for operation in ("read_bytes", "stat", "unlink"):
@@ -62,9 +62,12 @@ def test_path_operations_are_alike_on_a_disk_and_in_a_bucket(
     (folder / "sub.json").unlink()
     assert not (folder / "sub.json").exists()
     files = [folder / name for name in ("_SUCCESS", "none", "a b%.txt")]
-    assert [file and file.read() for file in remote.contents(files)] == [b"", None, "ä".encode()]
-    assert {path.name for path in remote.folder_here(folder).iterdir() if path.is_file()} == {"_SUCCESS", "a b%.txt"}
-    assert not remote.folder_here(folder / "none").exists()
+    assert [file and file.read() for file in remote.read_files(files)] == [b"", None, "ä".encode()]
+    assert {path.name for path in remote.download_folder(folder).iterdir() if path.is_file()} == {
+        "_SUCCESS",
+        "a b%.txt",
+    }
+    assert not remote.download_folder(folder / "none").exists()
 
 
 def test_objects_appear_whole_or_not_at_all(bucket) -> None:
@@ -72,11 +75,11 @@ def test_objects_appear_whole_or_not_at_all(bucket) -> None:
         part.write_bytes(b"half")
         raise ZeroDivisionError
 
-    atomic.write_text(remote.path(bucket("w/a b/c.txt")), "x")
-    atomic.write(remote.path(bucket("w/large")), lambda part: part.write_bytes(bytes(12_000_000)) and None)
+    atomic.write_text(remote.to_path(bucket("w/a b/c.txt")), "x")
+    atomic.write(remote.to_path(bucket("w/large")), lambda part: part.write_bytes(bytes(12_000_000)) and None)
     for name in ("a b/c.txt", "new"):
         with pytest.raises(ZeroDivisionError):
-            atomic.write(remote.path(bucket(f"w/{name}")), fail)
+            atomic.write(remote.to_path(bucket(f"w/{name}")), fail)
     assert bucket.keys("w/") == ["w/a b/c.txt", "w/large"]
     assert bucket.get("w/a b/c.txt") == b"x"
     assert bucket.get("w/large") == bytes(12_000_000)
@@ -86,7 +89,7 @@ def test_file_that_completes_a_folder_is_written_last(bucket, monkeypatch: pytes
     order: list[str] = []
     write = atomic.write
     monkeypatch.setattr(atomic, "write", lambda path, produce: (order.append(path.name), write(path, produce)))
-    with atomic.new_folder(remote.path(bucket("folder")), "b") as folder:
+    with atomic.new_folder(remote.to_path(bucket("folder")), "b") as folder:
         for name in "abc":
             (folder / name).write_bytes(b"x")
         assert bucket.keys("folder/") == []
@@ -96,15 +99,15 @@ def test_file_that_completes_a_folder_is_written_last(bucket, monkeypatch: pytes
 
 def test_changed_object_gets_a_new_copy(bucket, cache: Path) -> None:
     """The ETag tells them apart: the length is equal, and the change may fall into the same second."""
-    place = remote.path(bucket("changing/x.bin"))
+    place = remote.to_path(bucket("changing/x.bin"))
     copies, folders = [], []
     for data in (b"one", b"two", b"one"):
         bucket.put("changing/x.bin", data)
         copies.append(Path(os.fspath(place)))
-        folders.append(remote.folder_here(place.parent))
+        folders.append(remote.download_folder(place.parent))
         assert copies[-1].read_bytes() == (folders[-1] / "x.bin").read_bytes() == data
     assert copies[0] != copies[1]
-    assert remote.folder_here(place.parent) == folders[2]
+    assert remote.download_folder(place.parent) == folders[2]
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     assert stat.S_IMODE(copies[0].stat().st_mode) == 0o400
 
@@ -113,20 +116,20 @@ def test_requests_do_not_grow_with_the_number_of_files(
     bucket, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A listing of 30 files takes one request, a small file two, and 40 readers of one object share one download."""
-    folder = remote.path(bucket("many"))
+    folder = remote.to_path(bucket("many"))
     for number in range(30):
         bucket.put(f"many/part-{number:05d}.parquet", b"x")
     with caplog.at_level("INFO", "werkzeug"):
         caplog.clear()
-        assert pipeline._written(folder) == set(range(30))
+        assert list_parts(folder) == set(range(30))
         assert len(caplog.records) == 1
         caplog.clear()
-        assert remote.content(folder / "part-00000.parquet").read() == b"x"
+        assert remote.read_file(folder / "part-00000.parquet").read() == b"x"
         assert len(caplog.records) == 2
 
     fetch = Mock(wraps=remote.StorePath._fetch)
     monkeypatch.setattr(remote.StorePath, "_fetch", lambda *given: fetch(*given))
-    assert len(set(remote.here([folder / "part-00000.parquet"] * 40))) == 1
+    assert len(set(remote.download([folder / "part-00000.parquet"] * 40))) == 1
     assert fetch.call_count == 1
 
 
@@ -143,7 +146,7 @@ def test_cache_of_another_user_or_open_to_others_is_refused(
         monkeypatch.setenv(remote.CACHE_VARIABLE, str(place))
         monkeypatch.setattr(os, "getuid", lambda other=(name == "own"): user + other)
         with pytest.raises(InputError, match=str(place)):
-            os.fspath(remote.path(bucket("open/x")))
+            os.fspath(remote.to_path(bucket("open/x")))
         assert not any(place.iterdir())
 
 
@@ -151,8 +154,8 @@ def test_cache_of_another_user_or_open_to_others_is_refused(
     ("text", "part"),
     [
         *((f"{scheme}b/x", "only s3://") for scheme in ("gs://", "s3a://", "file:///")),
-        *((text, "names no bucket") for text in ("s3:/b/x", "s3:", "s3:///x")),
-        ("s3://AKIA:hush@b/x", "holds a key"),
+        *((text, "has no bucket") for text in ("s3:/b/x", "s3:", "s3:///x")),
+        ("s3://AKIA:hush@b/x", "contains a secret key"),
         ("s3://b/x?scheme=hush&region=r", "options"),
         ("s3://b/x?secret_key=hush&region=r", "secret_key"),
         (Path("s3://bucket/x"), "s3://BUCKET/FOLDER"),
@@ -160,11 +163,11 @@ def test_cache_of_another_user_or_open_to_others_is_refused(
 )
 def test_bad_addresses_are_refused_without_secrets(text: str | Path, part: str) -> None:
     with pytest.raises(InputError) as caught:
-        remote.path(text)
+        remote.to_path(text)
     assert part in str(caught.value)
     assert not any(word in str(caught.value) for word in ("hush", "AKIA", "\n"))
     for name in ("a:b", "./s3:x", "12:/x", "C", "ein Ordner/x"):
-        assert remote.path(name) == Path(name), "a local name with a colon stays local"
+        assert remote.to_path(name) == Path(name), "a local name with a colon stays local"
 
 
 OPERATIONS: dict[str, Callable[[Path], object]] = {
@@ -181,18 +184,18 @@ OPERATIONS: dict[str, Callable[[Path], object]] = {
 def test_store_errors_are_one_line(bucket, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.put("shut/x", b"x")
     with no_access(bucket.endpoint), pytest.raises(InputError, match="credentials") as refused:
-        OPERATIONS[name](remote.path(bucket("shut/x")))
+        OPERATIONS[name](remote.to_path(bucket("shut/x")))
     monkeypatch.setattr(stores, "MAX_ATTEMPTS", 1)
-    stores._bucket.cache_clear()
-    place = remote.path("s3://chests/x?anonymous=true&endpoint_override=127.0.0.1:1&scheme=http&region=moon-1")
+    stores._open_bucket.cache_clear()
+    place = remote.to_path("s3://chests/x?anonymous=true&endpoint_override=127.0.0.1:1&scheme=http&region=moon-1")
     with pytest.raises(RayCxrError, match="NETWORK_CONNECTION") as unreachable:
         OPERATIONS[name](place)
-    stores._bucket.cache_clear()
+    stores._open_bucket.cache_clear()
     assert "\n" not in f"{refused.value}{unreachable.value}"
 
 
 def test_missing_bucket_is_named(bucket) -> None:
-    place = remote.path(bucket("x").replace("chests", "nonesuch"))
+    place = remote.to_path(bucket("x").replace("chests", "nonesuch"))
     with pytest.raises(InputError, match="nonesuch"):
         atomic.write_text(place, "x")
     with pytest.raises(InputError, match="nonesuch"):
@@ -238,7 +241,7 @@ def test_commands_refuse_addresses_that_they_cannot_use(
 
 @pytest.mark.slow
 def test_bundle_in_a_bucket_is_whole_or_none(bucket, tiny_bundle, command, cache: Path) -> None:
-    place = remote.path(bucket("made/bundle"))
+    place = remote.to_path(bucket("made/bundle"))
     for name in ("MODEL_CARD.md", "bundle.json", "curves.json"):  # an upload that was cut off
         bucket.put(f"made/bundle/{name}", (tiny_bundle.path / name).read_bytes())
     assert not is_written(place)
@@ -260,7 +263,7 @@ def test_bundle_in_a_bucket_is_whole_or_none(bucket, tiny_bundle, command, cache
         load_bundle(place)
     bucket.put("made/other/notes.txt", b"mine")
     with pytest.raises(OutputError, match=r"notes\.txt"):
-        make_tiny_bundle(remote.path(bucket("made/other")))
+        make_tiny_bundle(remote.to_path(bucket("made/other")))
     assert bucket.keys("made/other/") == ["made/other/notes.txt"]
 
 
