@@ -72,7 +72,7 @@ class TableError(InputError):
 
 
 class LeakError(InputError):
-    """A patient stands in two splits, or a training image in an evaluation."""
+    """A patient is in two splits, or a training image in an evaluation."""
 
 
 class BundleError(InputError):

@@ -63,7 +63,7 @@ def parse(text: str, *, where: str = "") -> tuple[str, ...]:
             raise TableError(f"{at}unknown finding {token.strip()!r}{suggestion(token.strip(), _SYNONYMS)}")
         found.add(label)
     if NO_FINDING in found and len(found) > 1:
-        raise TableError(f"{at}'No Finding' stands together with a finding in {text!r}; remove one of them")
+        raise TableError(f"{at}'No Finding' together with a finding in {text!r}; remove one of them")
     return tuple(label for label in LABELS if label in found)
 
 

@@ -329,7 +329,7 @@ def _is_refused(target: str) -> bool:
 def ensure_token() -> None:
     """Create the token of a local Ray, unless there is one.
 
-    Ray reads `$HOME/.ray/auth_token`. If that cannot be written, the token lies in a private temporary folder until
+    Ray reads `$HOME/.ray/auth_token`. If that cannot be written, the token is kept in a private temporary folder until
     this process ends.
     """
     if os.environ.get("RAY_AUTH_MODE") != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):

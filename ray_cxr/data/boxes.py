@@ -73,7 +73,7 @@ def read_boxes(path: str) -> Boxes:
 def _find_columns(table: CsvTable) -> dict[str, str]:
     found, headers = table.find_columns(_COLUMNS), table.headers
     bracket = next((i for i, name in enumerate(headers) if normalize_header(name) == "bboxxywh"), len(headers))
-    # A quoted bracket stands over the first of the four columns only.
+    # Only the first of the four columns has a quoted bracket in its header.
     if bracket + 4 <= len(headers):
         found.update(zip(_NUMBERS, headers[bracket : bracket + 4], strict=True))
     missing = [name for name in _COLUMNS if name not in found]

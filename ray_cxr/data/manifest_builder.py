@@ -29,7 +29,7 @@ MAX_AGE_YEARS = 120.0
 
 @dataclass
 class ManifestReport:
-    """What `build_manifest` found; every number counts rows, files or patients."""
+    """Result of `build_manifest`; every number counts rows, files or patients."""
 
     rows: int = 0
     patients: int = 0

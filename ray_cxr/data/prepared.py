@@ -1,7 +1,7 @@
 """Prepared sets: radiographs decoded and resized once, so that epochs and trials never decode again.
 
     PREPARED/manifest.parquet      a frozen copy of the manifest
-    PREPARED/settings.json         what a later run must agree with to continue here
+    PREPARED/settings.json         settings that a later run must match
     PREPARED/224/part-00000.arrow, ...   manifest columns, image (uint8[S*S] or null), error_code, error
     PREPARED/224/counts.json       written last: this size is complete
 
@@ -118,7 +118,7 @@ def check(manifest: str | Path, out: Path, settings: PrepareSettings) -> tuple[p
     """Make the checks of `prepare` that need no Ray.
 
     Returns:
-        The manifest in reading order (`ranges.group_by_archive`), and the settings that `out` must agree with.
+        The manifest in reading order (`ranges.group_by_archive`), and the settings that `out` must match.
 
     Raises:
         TableError, OutputError: see `prepare`.

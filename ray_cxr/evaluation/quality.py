@@ -11,7 +11,7 @@ Each yields a distance d, about 2 for an ordinary image. With the model's limits
     out_of_distribution  d(features) > limit of the features
 
 Limits come from held-out images and flag about one ordinary image in a hundred. An image is scored regardless of its
-flag. What this detects and what not: docs/decisions/0010-quality-flags.md.
+flag. Detection rates and limits: docs/decisions/0010-quality-flags.md.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ _EXPORTED = ("runtimes", "runtimes_refused", "quality")
 
 @dataclass(frozen=True)
 class BundleContent:
-    """What a bundle states about its weights.
+    """Description of the weights in a bundle.
 
     Attributes:
         split: a table of `SPLIT_SCHEMA`.

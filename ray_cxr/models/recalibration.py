@@ -40,7 +40,7 @@ from ray_cxr.versions import versions
 
 logger = logging.getLogger(__name__)
 
-#: What a second run must share with the first one, and its name in a message.
+#: Entries that a second run must share with the first one, and their names in messages.
 _INPUTS = {
     "from": "bundle",
     "scores_digest": "scores",

@@ -5,7 +5,7 @@ One document per study, because radiologists read studies. It refers to every im
     OUT/<SOP Instance UID>.dcm     the documents, see `sr_document`
     OUT/images.parquet             per row of the scores: its outcome, and the document that contains it
     OUT/export.json                counts
-    OUT/settings.json              what another run must agree with to continue here
+    OUT/settings.json              settings that a later run must match
     OUT/_SUCCESS                   written last, unless an image failed
 
 Documents contain the patient's name and ids, copied from the image's header. No other output does, neither a file name

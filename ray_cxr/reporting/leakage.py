@@ -17,7 +17,7 @@ UNKNOWN_TRAINING = "not all images that trained the model are known"
 
 @dataclass(frozen=True)
 class LeakCheck:
-    """What the leak check compared and found.
+    """Result of the leak check.
 
     Attributes:
         checked: all training images are known, so the check is complete.

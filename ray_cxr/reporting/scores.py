@@ -166,7 +166,7 @@ class Location:
         return bool(self.fs.get_file_info(f"{self.path}/{name}").type != pafs.FileType.NotFound)
 
     def find_run(self) -> Location | None:
-        """Return the SCORES folder that this location is, or lies inside."""
+        """Return the SCORES folder at or above this location."""
         if not self.is_file and any(self.has(name) for name in ("run.json", "model.json", "scores")):
             return self
         inside = self.parent() if self.is_file else self

@@ -157,7 +157,7 @@ class ReportContent:
 
 @dataclass
 class ExportPlan:
-    """What to export.
+    """Documents to export.
 
     Attributes:
         outcomes: per row of the scores `EXPORTED`, ....

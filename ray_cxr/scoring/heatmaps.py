@@ -60,7 +60,7 @@ _KEY = b"ray_cxr.heatmaps"
 
 @dataclass(frozen=True)
 class HeatMapRequest:
-    """What to draw.
+    """Heat maps to draw.
 
     Attributes:
         count: maps per image.

@@ -1,6 +1,6 @@
 """`score`: from a manifest or a folder to one Parquet row per image, through Ray Data.
 
-    SCORES/settings.json          what a later run must agree with to continue here
+    SCORES/settings.json          settings that a later run must match
     SCORES/input.parquet          the manifest or the listing, frozen at the first run, in the order of reading
     SCORES/scores/part-00000.parquet, ...   fixed names, one file per range of the input, complete or missing
     SCORES/model.json, split.parquet        copied from the bundle
@@ -95,7 +95,7 @@ def score(request: ScoreRequest, start_ray: StartRay = contextlib.nullcontext) -
 
 
 def _execute(plan: ScorePlan, report: ScoreReport, times: dict[str, float], started: float) -> None:
-    """Score and draw what is left, then count all files.
+    """Score and draw the pending ranges, then count all files.
 
     Args:
         times: seconds since the epoch at which the stages of the start ended.

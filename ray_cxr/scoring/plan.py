@@ -1,4 +1,4 @@
-"""The first step of `score`: check the request and find out what is left to do, without Ray and without writing."""
+"""First step of `score`: check the request and find the pending ranges, without Ray and without writing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _REMEDY = "use --fresh to start over, or choose another --out"
 
 @dataclass(frozen=True)
 class ScorePlan:
-    """What a run has to do.
+    """Work of one run.
 
     Attributes:
         out: folder of the scores.
@@ -38,7 +38,7 @@ class ScorePlan:
         tasks: ranges to score.
         to_draw: numbers of ranges with scores but without the requested maps.
         first_image: location of the first image, or of its archive.
-        settings: contents of settings.json, which a later run must agree with.
+        settings: contents of settings.json, which a later run must match.
         drawing: the requested maps; None: no maps.
         key: secret for pseudonyms.
     """
@@ -80,7 +80,7 @@ class ScorePlan:
 
 
 def plan_run(request: ScoreRequest) -> ScorePlan:
-    """Check a request and return what is left to do.
+    """Check a request and plan the pending work.
 
     Raises:
         InputError: the bundle, the input or a setting is wrong, or `out` holds another run.

@@ -76,7 +76,7 @@ class Secret:
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """What all workers of a run share.
+    """Settings that all workers of a run share.
 
     Attributes:
         bundle, out: absolute paths or addresses, on storage that all nodes share.
@@ -146,7 +146,7 @@ class ScoreTask:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a task reports to the driver.
+    """Report of a task to the driver.
 
     Attributes:
         done: numbers of the files that it wrote.
@@ -233,7 +233,7 @@ def load_ranges(job: ScoreJob, task: ScoreTask, positions: list[int] | None = No
 
 
 class RangeWriter(Protocol[T_co]):
-    """What `fill_ranges` does with images and with complete ranges."""
+    """Callbacks of `fill_ranges` for images and for complete ranges."""
 
     def add(self, location: RowLocation, image: DecodedImage) -> Iterable[RowLocation]:
         """Take an image; return the rows that have their result now."""

@@ -1,4 +1,4 @@
-"""What a caller of `score` passes in and gets back."""
+"""Request and report of `score`."""
 
 from __future__ import annotations
 

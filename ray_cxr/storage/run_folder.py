@@ -1,6 +1,6 @@
 """Run folders: the settings a run started with, its completion mark, and its lock.
 
-    OUT/settings.json   written first: what a later run must agree with to continue here
+    OUT/settings.json   written first: settings that a later run must match
     OUT/_SUCCESS        written last: all output is complete
     OUT/.lock           held while a command writes here; the system releases it when the process ends
 

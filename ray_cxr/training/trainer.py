@@ -1,6 +1,6 @@
 """`train`: make a bundle from a prepared set, through Ray Train.
 
-RUN/settings.json      what another run must agree with to continue here
+RUN/settings.json      settings that a later run must match
 RUN/ray/               Ray Train's own checkpoints: the latest and the best
 RUN/live.json          the current step of rank 0, for the progress display
 RUN/started.json       when each part of the start-up ended

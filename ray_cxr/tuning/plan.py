@@ -1,6 +1,6 @@
 """The plan of a search: its data, settings and space, checked before Ray starts; and Optuna's study.
 
-STUDY/settings.json      what a later run must agree with to continue here
+STUDY/settings.json      settings that a later run must match
 STUDY/begun.json         the settings of the first command, for --resume
 STUDY/study.db           Optuna's storage, unless tune.storage names another
 STUDY/trials/0003/       a trial, which is a RUN of `train` without a bundle; trial.toml holds its settings
