@@ -14,10 +14,11 @@ import queue
 import sys
 import threading
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -50,17 +51,34 @@ class Outputs(NamedTuple):
     features: np.ndarray
 
 
-class Runtime(Protocol):
-    """A model that is ready to run."""
+class Runtime(ABC):
+    """A model that is ready to run.
+
+    Attributes:
+        batch_shape: (batch size, S, S, 1). Every batch is padded to it, so that no image's result depends on others.
+    """
+
+    batch_shape: tuple[int, int, int, int]
 
     def submit(self, images: np.ndarray) -> Future[Outputs]:
         """Score one batch, uint8 [n,S,S] with n up to the batch size. Thread-safe; blocks while no slot is free.
 
         The caller may reuse the array once this returns.
         """
+        batch = np.zeros(self.batch_shape, np.uint8)
+        batch[: len(images), ..., 0] = images
+        return self._submit_batch(batch, len(images))
+
+    @abstractmethod
+    def _submit_batch(self, batch: np.ndarray, n: int) -> Future[Outputs]:
+        """Score a padded batch and return the first n results."""
 
     def predict(self, images: np.ndarray) -> Outputs:
         """Score any number of images, uint8 [N,S,S]."""
+        step = self.batch_shape[0]
+        # Without images, one empty batch gives the right shapes.
+        parts = [self.submit(images[start : start + step]) for start in range(0, max(len(images), 1), step)]
+        return Outputs(*(np.concatenate(arrays) for arrays in zip(*(part.result() for part in parts), strict=True)))
 
 
 def graph_file(precision: str) -> str:
@@ -149,13 +167,12 @@ def open_arrays(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
 _FIRST_ACCESS = threading.Lock()
 
 
-class OpenVinoRuntime:
+class OpenVinoRuntime(Runtime):
     """An OpenVINO graph on CPU threads, with several batches in flight.
 
     Args:
         graph: the `.xml` file, with its `.bin` next to it.
         precision: `fp32`, `bf16` or `int8` (the last is part of the graph).
-        batch_size: every batch is padded to it, so that the result of an image does not depend on the others.
         threads: each is one stream, which runs one batch at a time.
 
     Raises:
@@ -184,7 +201,7 @@ class OpenVinoRuntime:
             )
         except (RuntimeError, IndexError) as error:
             raise BundleError(f"{graph}: OpenVINO cannot run it: {summarize_error(error)}") from None
-        self._shape = (batch_size, size, size, 1)
+        self.batch_shape = (batch_size, size, size, 1)
         # One more request than streams, so that a stream never waits for its next batch.
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         requests = [compiled.create_infer_request() for _ in range(threads + 1)]
@@ -199,10 +216,7 @@ class OpenVinoRuntime:
         # One waiting thread per request. OpenVINO's own queue has no callback for failed batches and is never freed.
         self._pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="openvino")
 
-    def submit(self, images: np.ndarray) -> Future[Outputs]:
-        n = len(images)
-        batch = np.zeros(self._shape, np.uint8)
-        batch[:n, ..., 0] = images
+    def _submit_batch(self, batch: np.ndarray, n: int) -> Future[Outputs]:
         return self._pool.submit(self._run, self._idle.get(), batch, n)
 
     def _run(self, request: Any, batch: np.ndarray, n: int) -> Outputs:
@@ -214,42 +228,23 @@ class OpenVinoRuntime:
         finally:
             self._idle.put(request)
 
-    def predict(self, images: np.ndarray) -> Outputs:
-        return _predict_batches(self, images, self._shape[0])
 
-
-class KerasRuntime:
-    """A Keras model of any backend.
-
-    Every batch is padded to one size: the graph is traced once, and the result of an image does not depend on the
-    number of others.
-    """
+class KerasRuntime(Runtime):
+    """A Keras model of any backend; batches of one shape are traced once."""
 
     def __init__(self, model: keras.Model, batch_size: int) -> None:
         import keras
 
         self._model = keras.Model(model.input, [model.output, model.get_layer("logits").input])
-        self._batch_size = batch_size
+        self.batch_shape = (batch_size, *model.input_shape[1:])
         self._lock = threading.Lock()
 
-    def submit(self, images: np.ndarray) -> Future[Outputs]:
-        n = len(images)
-        batch = np.zeros((self._batch_size, *images.shape[1:], 1), np.uint8)
-        batch[:n, ..., 0] = images
+    def _submit_batch(self, batch: np.ndarray, n: int) -> Future[Outputs]:
         future: Future[Outputs] = Future()
         with self._lock:
             arrays = self._model.predict_on_batch(batch)
         future.set_result(Outputs(*(np.asarray(array, dtype=np.float32)[:n] for array in arrays)))
         return future
-
-    def predict(self, images: np.ndarray) -> Outputs:
-        return _predict_batches(self, images, self._batch_size)
-
-
-def _predict_batches(runtime: Runtime, images: np.ndarray, step: int) -> Outputs:
-    # Without images, one empty batch gives the right shapes.
-    parts = [runtime.submit(images[start : start + step]) for start in range(0, max(len(images), 1), step)]
-    return Outputs(*(np.concatenate(arrays) for arrays in zip(*(part.result() for part in parts), strict=True)))
 
 
 def limit_threads(threads: int) -> None:

@@ -184,9 +184,9 @@ def test_several_threads_may_submit_and_reuse_their_arrays(fp32: runtime.Runtime
 def test_failed_batch_raises_and_the_next_one_runs(tiny_bundle, images: np.ndarray) -> None:
     opened = runtime.OpenVinoRuntime(tiny_bundle.path / "openvino.xml", "fp32", BATCH, 1)
     expected = opened.predict(images[:2]).probabilities
-    opened._shape, shape = (BATCH, 32, 32, 1), opened._shape  # OpenVINO refuses such a batch
+    opened.batch_shape, shape = (BATCH, 32, 32, 1), opened.batch_shape  # OpenVINO refuses such a batch
     failed = [opened.submit(images[:1, :32, :32]) for _ in range(5)]
-    opened._shape = shape
+    opened.batch_shape = shape
     for future in failed:
         with pytest.raises(RuntimeError):
             future.result(timeout=120)
