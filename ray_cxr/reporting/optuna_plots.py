@@ -1,0 +1,357 @@
+"""Optuna's interactive plots, as JSON for a page that also contains the script that draws them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import optuna
+from markupsafe import Markup
+from optuna.trial import FrozenTrial, TrialState
+
+from ray_cxr import extras
+from ray_cxr.reporting import plots
+from ray_cxr.reporting.search_figures import STYLES
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_log = logging.getLogger(__name__)
+
+#: Maximum number of settings in a readable plot, and number of settings per row.
+_MAX_SETTINGS, _ROW = 8, 4
+_TIMELINE = {
+    "COMPLETE": ("finished", plots.BLUE),
+    "PRUNED": ("stopped", plots.ORANGE),
+    "FAIL": ("failed", plots.VERMILION),
+    "RUNNING": ("running", plots.SKY),
+    "WAITING": ("waiting", plots.MUTED),
+}
+_AXIS = {
+    "gridcolor": plots.FAINT,
+    "linecolor": plots.MUTED,
+    "tickcolor": plots.MUTED,
+    "ticks": "outside",
+    "showline": True,
+    "zeroline": False,
+    "automargin": True,
+    "title": {"standoff": 12},
+}
+_TEMPLATE = {
+    "layout": {
+        "font": {"family": "system-ui, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif", "color": plots.INK},
+        "colorway": [style.colour for style in STYLES],
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    }
+}
+
+
+@dataclass(frozen=True)
+class OptunaPlot:
+    """One of Optuna's plots, or the reason why it is missing.
+
+    Attributes:
+        figure: JSON for plotly.js, or None.
+        reason: a sentence if there is no figure.
+        height, width: pixels; in less than `width` the plot scrolls.
+    """
+
+    figure: Markup | None
+    reason: str | None
+    height: int = 0
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """Optuna's plots of one kind, with a caption."""
+
+    name: str
+    title: str
+    caption: str
+    plots: tuple[OptunaPlot, ...]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One objective as Optuna's plots take it; with a single objective they need no functions.
+
+    Attributes:
+        name: for axes.
+        target: its value of a trial.
+        loss: its value, negated if more is better: with a target, importances ask which settings make it small,
+            whatever the study's direction.
+    """
+
+    name: str
+    target: Callable[[FrozenTrial], float] | None = None
+    loss: Callable[[FrozenTrial], float] | None = None
+
+
+def format_objective(name: str) -> str:
+    """Return an objective's name for readers."""
+    return name.replace("_", " ").replace("val auroc", "validation AUROC")
+
+
+@contextmanager
+def silence_optuna() -> Iterator[None]:
+    """Suppress Optuna's log and warnings; the page states what they report."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def copy_study(study: optuna.Study, names: Sequence[str]) -> optuna.Study:
+    """Return a copy in memory without users' attributes, which would appear in hover texts."""
+    trials = study.get_trials(deepcopy=True)
+    for trial in trials:
+        trial.user_attrs = {}
+    copy = optuna.create_study(directions=study.directions)
+    copy.set_metric_names([format_objective(name) for name in names])
+    copy.add_trials(trials)
+    return copy
+
+
+def list_objectives(study: optuna.Study, names: Sequence[str]) -> list[Objective]:
+    if len(names) == 1:
+        return [Objective(format_objective(names[0]))]
+    signs = [-1.0 if direction == optuna.study.StudyDirection.MAXIMIZE else 1.0 for direction in study.directions]
+    return [
+        Objective(format_objective(name), _create_target(place, 1.0), _create_target(place, sign))
+        for place, (name, sign) in enumerate(zip(names, signs, strict=True))
+    ]
+
+
+def _create_target(place: int, sign: float) -> Callable[[FrozenTrial], float]:
+    return lambda trial: sign * trial.values[place]
+
+
+def list_finished(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def draw_chapters(study: optuna.Study, names: Sequence[str]) -> list[Chapter]:
+    """Draw Optuna's plots in the order of the page.
+
+    Args:
+        study: from `copy_study`.
+        names: of the objectives.
+    """
+    objectives = list_objectives(study, names)
+    chapters = [_draw_front(study, objectives)] if len(objectives) > 1 else []
+    importances, ranked = _draw_importances(study, objectives)
+    top = ranked[:_MAX_SETTINGS]
+    note = f" Only the {len(top)} most important of {len(ranked)} settings are shown." if len(ranked) > len(top) else ""
+    return [
+        *chapters,
+        _draw_history(study, objectives),
+        importances,
+        _draw_parallel(study, objectives, top, note),
+        _draw_slices(study, objectives, top, note),
+        _draw_intermediate(study, objectives),
+        _draw_timeline(study),
+    ]
+
+
+def _draw_front(study: optuna.Study, objectives: Sequence[Objective]) -> Chapter:
+    reason = _explain_too_few(study, 1)
+    if len(objectives) > 3:
+        reason = f"Optuna draws fronts of two or three objectives; here are {len(objectives)}."
+
+    def draw() -> go.Figure:
+        figure = optuna.visualization.plot_pareto_front(study)
+        for trace in figure.data:
+            # Optuna's shades by number make the first trials of the front white on white.
+            front = "Best Trial" in trace.hovertemplate
+            trace.marker = {"color": plots.VERMILION if front else plots.SKY, "size": 10 if front else 6}
+            trace.update(name="on the front" if front else "not on it", showlegend=True)
+        # Optuna's camera position cuts off the names of the axes.
+        return figure.update_layout(scene_camera_eye={"x": 1.8, "y": 1.8, "z": 1.2}) if len(objectives) > 2 else figure
+
+    caption = "Each point is a finished trial; point at it to see its settings."
+    return Chapter("front", "Pareto front", caption, (_encode(draw, reason, height=460, width=320),))
+
+
+def _draw_history(study: optuna.Study, objectives: Sequence[Objective]) -> Chapter:
+    plot, reason = optuna.visualization.plot_optimization_history, _explain_too_few(study, 1)
+    drawn = [
+        _encode(partial(plot, study, target=o.target, target_name=o.name), reason, height=340, width=320)
+        for o in objectives
+    ]
+    caption = "The value of each finished trial; stopped trials have none."
+    return Chapter("optimization", "Optimization history", caption, _drop_repeated_reasons(drawn))
+
+
+def _draw_importances(study: optuna.Study, objectives: Sequence[Objective]) -> tuple[Chapter, list[str]]:
+    """Return the chapter, and all searched settings, most important first."""
+    finished = list_finished(study)
+    names = sorted({name for trial in finished for name in trial.params})
+    weights = dict.fromkeys(names, 0.0)
+    # Optuna recommends five trials above the quantile; its default of a tenth has that many only with fifty trials.
+    quantile = min(0.5, max(0.1, 5 / max(1, len(finished))))
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
+    drawn = []
+    for o in objectives:
+        reason = _explain_too_few(study, 2) or _explain_no_settings(names)
+        if reason is None and all(len({trial.params.get(name) for trial in finished}) == 1 for name in names):
+            reason = "Every finished trial has the same settings, so their importance is unknown."
+        if reason is None:
+            found = optuna.importance.get_param_importances(study, evaluator=evaluator, target=o.loss)
+            weights = {name: weight + found[name] for name, weight in weights.items()}
+            if len(found) > 1 and max(found.values()) - min(found.values()) < 1e-9:
+                reason = f"By {o.name}, the finished trials show no setting that matters more than another."
+        plot = partial(optuna.visualization.plot_param_importances, study, evaluator, target=o.loss, target_name=o.name)
+        title, height = o.name if len(objectives) > 1 else "", 110 + 30 * max(2, len(names))
+        drawn.append(_encode(_set_titles(plot, "importance", None), reason, height=height, width=320, title=title))
+    caption = (
+        f"How the best {math.ceil(quantile * len(finished)):,} of {len(finished):,} finished trials differ from all of "
+        "them (PED-ANOVA); shares add to 1. Stopped trials do not count. A bar shows how much a setting matters, not "
+        "which value is good: the plots below show that."
+    )
+    if len(finished) < 100:
+        caption += " With few trials it is only a hint, above all for settings that only some trials have."
+    ranked = sorted(names, key=lambda name: (-weights[name], name))
+    return Chapter("importances", "Which settings matter", caption, _drop_repeated_reasons(drawn)), ranked
+
+
+def _draw_parallel(study: optuna.Study, objectives: Sequence[Objective], names: list[str], note: str) -> Chapter:
+    def draw() -> go.Figure:
+        figure = optuna.visualization.plot_parallel_coordinate(study, names, target_name=objectives[0].name)
+        return figure.update_traces(opacity=0.9, line_width=1.6, selector={"mode": "lines"})
+
+    reason = _explain_too_few(study, 2) or _explain_no_settings(names)
+    drawn = _encode(draw, reason, height=440, width=220 + 100 * max(3, len(names)), right=90)
+    colour = "its rank: 0 is the Pareto front" if len(objectives) > 1 else "its value"
+    caption = f"A line is a finished trial; the colour shows {colour}. None: the trial does not have the setting.{note}"
+    return Chapter("parallel", "Parallel coordinates", caption, (drawn,))
+
+
+def _draw_slices(study: optuna.Study, objectives: Sequence[Objective], names: list[str], note: str) -> Chapter:
+    reason = _explain_too_few(study, 2) or _explain_no_settings(names)
+
+    def draw(row: list[str], objective: Objective) -> go.Figure:
+        figure = optuna.visualization.plot_slice(study, row, target=objective.target, target_name=objective.name)
+        # Only powers of ten: in a narrow plot the ticks between them overlap.
+        figure.for_each_xaxis(lambda axis: axis.update(dtick=1, exponentformat="e"), selector={"type": "log"})
+        return figure
+
+    rows = [names[start : start + _ROW] for start in range(0, max(1, len(names)), _ROW)]
+    drawn = [
+        _encode(partial(draw, row, o), reason, height=330, width=150 + 200 * len(row))
+        for o in objectives
+        for row in rows
+    ]
+    caption = f"A dot is a finished trial, darker for later ones.{note}"
+    return Chapter("slice", "Settings one by one", caption, _drop_repeated_reasons(drawn))
+
+
+def _draw_intermediate(study: optuna.Study, objectives: Sequence[Objective]) -> Chapter:
+    reason = None
+    if not any(trial.intermediate_values for trial in study.get_trials(deepcopy=False)):
+        reason = (
+            "With several objectives Optuna accepts no values during training; the curves above show them."
+            if len(objectives) > 1
+            else "No trial has reported a value during training."
+        )
+    plot = _set_titles(partial(optuna.visualization.plot_intermediate_values, study), "epoch", objectives[0].name)
+    drawn = _encode(plot, reason, height=380, width=320)
+    caption = "A line is a trial; one that ends early was stopped."
+    return Chapter("intermediate", "Values during training", caption, (drawn,))
+
+
+def _draw_timeline(study: optuna.Study) -> Chapter:
+    count = len(study.get_trials(deepcopy=False))
+
+    def draw() -> go.Figure:
+        figure = optuna.visualization.plot_timeline(study)
+        for trace in figure.data:
+            name, colour = _TIMELINE[trace.name]
+            # The outline has a fixed width, so that a trial of a few seconds remains visible among hours.
+            trace.update(
+                name=name,
+                marker={"color": colour, "line": {"color": colour, "width": 2}},
+                hovertemplate=f"%{{text}}<extra>{name}</extra>",
+            )
+        return figure
+
+    reason = None if count else "No trial was started."
+    drawn = _encode(_set_titles(draw, None, "trial"), reason, height=min(900, 150 + 16 * count), width=320)
+    caption = "When each trial ran, by the clock of the driver's machine."
+    return Chapter("timeline", "Timeline", caption, (drawn,))
+
+
+def _explain_too_few(study: optuna.Study, least: int) -> str | None:
+    """Return a sentence if fewer trials than `least` have finished."""
+    count = len(list_finished(study))
+    if count >= least:
+        return None
+    needs = "two finished trials" if least == 2 else "a finished trial"
+    return f"This plot needs {needs}; there is {'one' if count == 1 else 'none'}."
+
+
+def _explain_no_settings(names: Sequence[str]) -> str | None:
+    return None if names else "No finished trial has a setting that was searched."
+
+
+def _drop_repeated_reasons(drawn: Sequence[OptunaPlot]) -> tuple[OptunaPlot, ...]:
+    return tuple(one for place, one in enumerate(drawn) if one.figure or one not in drawn[:place])
+
+
+def _set_titles(draw: Callable[[], go.Figure], x: str | None, y: str | None) -> Callable[[], go.Figure]:
+    return lambda: draw().update_layout(xaxis_title=x, yaxis_title=y)
+
+
+def _encode(
+    draw: Callable[[], go.Figure], reason: str | None, *, height: int, width: int, title: str = "", right: int = 20
+) -> OptunaPlot:
+    """Draw a plot unless there is a reason against it; an exception of Optuna becomes the reason."""
+    if reason is None and not extras.is_installed("plotly"):
+        reason = f"Interactive plots: {extras.install_hint('plotly')}"
+    if reason is not None:
+        return OptunaPlot(None, reason)
+    import plotly.io
+
+    try:
+        figure = draw()
+    except Exception as error:  # a failed plot must not cost the page of a search of days
+        _log.debug("a plot failed", exc_info=True)
+        return OptunaPlot(None, f"Optuna could not draw this: {type(error).__name__}: {' '.join(str(error).split())}")
+    if not figure.data:
+        return OptunaPlot(None, "Optuna found nothing to draw here.")
+    figure.update_layout(
+        template=_TEMPLATE,
+        title={"text": title, "font": {"size": 13}} if title else None,
+        height=height,
+        width=None,  # the page's; Optuna's can be wider than any screen
+        margin={"l": 60, "r": right, "t": 40 if title else 28, "b": 50},
+    )
+    # Escaped, so that no text can close the element that contains it.
+    text = plotly.io.to_json(figure, validate=False, engine="json")
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return OptunaPlot(Markup(text), None, height, width)
+
+
+def load_plotly_script() -> Markup:
+    """Return the script that draws the plots."""
+    import plotly.offline
+
+    script = str(plotly.offline.get_plotlyjs())
+    # It is embedded unescaped, so it must not close its element.
+    assert "</script" not in script.lower()
+    return Markup(script)
