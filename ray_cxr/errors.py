@@ -161,7 +161,7 @@ _OF_RAY_ITSELF = (ConnectionError, TimeoutError)
 
 
 def own_error(error: BaseException) -> RayCxrError | OSError | None:
-    """Return the error of ours, or of the operating system, that Ray has wrapped; None if there is none."""
+    """Return our own or the operating system's error that Ray has wrapped, or None."""
     queue: list[object] = [error]
     seen: set[int] = set()
     while queue:

@@ -15,7 +15,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def make_generator(seed: int, patient: int = 0, visit: int = -1, stream: int = 0) -> np.random.Generator:
-    """Return the generator of one purpose; visit -1 means the patient, whatever the visit.
+    """Return the generator of one purpose; visit -1 means the patient at any visit.
 
     The seed always has four words: numpy takes missing words as zeros, so [seed, patient] and [seed, patient, 0] would
     give the same numbers.

@@ -1,4 +1,4 @@
-"""Read a bundle: a folder with everything that scoring and reporting need of a trained model. Immutable, data only.
+"""Read a bundle: an immutable folder of data with everything that scoring and reporting need from a trained model.
 
 bundle.json        format, architecture, findings in order, input spec, calibration, operating points, provenance;
                    may have operating_alternatives (points by other rules) and rule_notes (why a finding has none)
@@ -346,7 +346,7 @@ def _load(path: Path, place: str) -> Bundle:
         raise BundleError(f"{path}: the input spec is {spec.size} pixels, the model's input {architecture.size}")
     bundle = Bundle(path, digest, architecture, spec, info, frozenset(files), place)
     try:
-        bundle.rules  # noqa: B018  -- a bad entry must fail here and not during a run
+        bundle.rules  # noqa: B018  -- a bad entry must fail here, not during a run
         _check_additions(info, findings)
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path}: bundle.json: calibration, operating points or ages are damaged: {error}") from None

@@ -49,7 +49,7 @@ from ray_cxr.scoring.reader import ImageReader
 from ray_cxr.storage import atomic
 from ray_cxr.tasks import SUCCESS, encode_error, sanitize_error
 
-#: Fields of a DICOM header that fill in what the input leaves open.
+#: Fields of a DICOM header that fill gaps in the input.
 _TAGS = ("patient_id", "study_id", "age", "sex", "view")
 
 #: Seconds that a batch took. A queue, because a future wakes its waiters before it runs its callbacks.
@@ -123,7 +123,7 @@ class ScoreWriter:
         """Store the results of the oldest batch."""
         batch = self._running.popleft()
         outputs = batch.outputs.result()
-        telemetry.inferred("score", batch.latency.get())
+        telemetry.add_inference("score", batch.latency.get())
         self._scorer.first_at = self._scorer.first_at or time.time()
         model = self._scorer.quality
         flags = (
@@ -153,7 +153,7 @@ class ScoreWriter:
         # Metadata lets the driver count errors without reading a column.
         result = result.replace_schema_metadata({RUN_KEY: job.run, ERRORS_KEY: str(errors)})
         atomic.write_parquet(result, part_path(job.folder, state.index), compression="zstd")
-        telemetry.wrote(telemetry.IMAGES_SCORED, "score", scored, (code for code, _ in state.failures.values()))
+        telemetry.add_written(telemetry.IMAGES_SCORED, "score", scored, (code for code, _ in state.failures.values()))
         return state.index, scored
 
 

@@ -133,7 +133,7 @@ def _open_folder(plan: ScorePlan) -> ScoreJob:
     run_folder.clear_complete(out)
     (out / SCORES).mkdir(exist_ok=True)
     if not (out / INPUT).exists():
-        # All rows, also those beyond a limit: the listing is what is frozen.
+        # Freeze the whole listing, including rows beyond the limit.
         plan.rows.freeze(out / INPUT, inputs.group_rows(len(plan.rows), request.settings.rows_per_file))
         if inputs.read_manifest(out / INPUT).digest != plan.rows.digest:
             (out / INPUT).unlink()

@@ -84,7 +84,7 @@ class Loop:
         callbacks: every worker runs them, with the same logs.
 
     Raises:
-        ConfigError: the batch is no multiple of the workers, or the weights are unavailable.
+        ConfigError: the batch is not a multiple of the workers, or the weights are unavailable.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Loop:
     ) -> None:
         if settings.batch_size % replicas.count:
             raise ConfigError(
-                f"batch_size: {settings.batch_size} is no multiple of {replicas.count} workers; "
+                f"batch_size: {settings.batch_size} is not a multiple of {replicas.count} workers; "
                 f"use {math.ceil(settings.batch_size / replicas.count) * replicas.count}"
             )
         self.settings, self.replicas = settings, replicas

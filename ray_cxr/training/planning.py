@@ -30,8 +30,8 @@ class TrainPlan:
         out: the run's folder.
         data: the prepared set.
         settings: with size and weights resolved.
-        run_settings: the content of settings.json, with which later runs in `out` must agree.
-        started: whether an earlier run trained something that this one continues.
+        run_settings: the content of settings.json, which later runs in `out` must match.
+        started: whether this run continues an earlier one.
         bundle: the run's bundle if it is finished, else None.
     """
 
@@ -66,7 +66,7 @@ class TrainPlan:
 
 
 def plan_training(prepared: str | Path, out: str | Path, settings: TrainSettings) -> TrainPlan:
-    """Check the arguments of `train`, before Ray takes its seconds to start.
+    """Check the arguments of `train` before Ray starts, which takes seconds.
 
     Raises:
         ConfigError, TableError, LeakError, OutputError, BundleError: an argument is wrong.
@@ -76,7 +76,7 @@ def plan_training(prepared: str | Path, out: str | Path, settings: TrainSettings
     settings = settings.replace(size=data.size)
     if settings.batch_size % settings.workers:
         raise ConfigError(
-            f"batch_size: {settings.batch_size} is no multiple of {settings.workers} workers; "
+            f"batch_size: {settings.batch_size} is not a multiple of {settings.workers} workers; "
             f"use {math.ceil(settings.batch_size / settings.workers) * settings.workers}"
         )
     if settings.weights not in ("imagenet", "none"):
@@ -152,7 +152,7 @@ def plan_resources(settings: TrainSettings, *, use_gpu: bool, runs: int | None =
             f"--gpu: {settings.workers} workers need {settings.workers * settings.gpus_per_worker:g} GPUs, Ray has "
             f"{gpus:g}; omit --gpu, or join a cluster that has them{cluster.hint_at_head('GPU')}"
         )
-    # Ray gives no worker parts of two GPUs. 1 / 0.2 is 5, though 1 // 0.2 is 4.
+    # A worker cannot have parts of two GPUs. 1 / 0.2 is 5, but 1 // 0.2 is 4.
     per_gpu = int(1 / settings.gpus_per_worker + 1e-9)
     nodes = [(node.get("CPU", 0), int(node.get("GPU", 0)) * per_gpu if use_gpu else math.inf) for node in resources]
     most = max(1, int(sum(slots for _, slots in nodes)) // settings.workers if use_gpu else 1)

@@ -1,7 +1,7 @@
 """Statistics in a bundle's provenance: the images that made it, and its performance on validation, by subgroup too.
 
 They go into bundle.json, for the model card and for reports. Validation chose the epoch, the calibration and the
-operating points, so they are no test results.
+operating points, so they are not test results.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ METRICS, EVENTS, LIVE, STARTED, FAILURE = "metrics.csv", "tensorboard", "live.js
 PROGRESS, RESULT, VALIDATION = "progress.json", "result.json", "validation.npz"
 #: Minimum seconds between two writes of live.json.
 LIVE_EVERY_S = 2.0
-#: Score of a checkpoint in mid-epoch, which is the latest but never the best.
+#: Score of a checkpoint during an epoch, which is the latest but never the best.
 UNSCORED = -1e30
 #: The metrics that callbacks get at the end of an epoch.
 LOGS = ("loss", "val_loss", "val_auroc", "learning_rate")
@@ -48,7 +48,7 @@ Callbacks = Callable[[], Sequence[Any]]
 
 
 def run(config: dict[str, Any]) -> None:
-    """Run one worker. Errors of ours go into a file, because Ray Train would restart what can only fail again."""
+    """Run one worker. It writes our own errors to a file, because Ray Train would retry permanent failures."""
     import ray.train
 
     failure = remote.to_path(config["out"]) / FAILURE
@@ -90,14 +90,18 @@ def _train(config: dict[str, Any]) -> None:
     from ray_cxr.training.loop import Loop, TrainState
 
     times["TensorFlow"] = time.time()
-    settings, out, gpu = build(TrainSettings, config["settings"]), remote.to_path(config["out"]), bool(config["use_gpu"])
+    settings, out, gpu = (
+        build(TrainSettings, config["settings"]),
+        remote.to_path(config["out"]),
+        bool(config["use_gpu"]),
+    )
     policy = runtime.prepare_device(gpu, settings.precision)
     runtime.limit_threads(config["cpus"])
     if settings.deterministic if settings.deterministic is not None else not (gpu or settings.xla):
         runtime.make_deterministic()
     replicas = Replicas(gpu=gpu)
     if replicas.any((out / FAILURE).exists()):
-        return  # a restart after an error of ours: all workers must leave together
+        return  # a restart after one of our errors: all workers must stop together
     data = PreparedSet(config["prepared"], settings.size)
     train, val = data.load("train"), data.load("val")
     times["data"] = time.time()
@@ -105,7 +109,7 @@ def _train(config: dict[str, Any]) -> None:
     if checkpoint:
         with checkpoint.as_directory() as folder:
             state = TrainState(**json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8")))
-        # A continued run keeps its precision, whatever the machine.
+        # A continued run keeps its precision on any machine.
         policy = state.policy
         if state.epochs_done > settings.epochs:
             raise ConfigError(f"{out}: has {state.epochs_done} epochs already, more than epochs={settings.epochs}")
@@ -161,7 +165,7 @@ def _train(config: dict[str, Any]) -> None:
 
 
 def validate_epoch(loop: Loop, state: TrainState, epoch: EpochResult, folder: Path) -> tuple[dict[str, Any], float]:
-    """Return the epoch's row of metrics and its selection score; rank 0 writes what a bundle needs to `folder`."""
+    """Return the epoch's row of metrics and its selection score; rank 0 writes the parts of a bundle to `folder`."""
     from ray_cxr.training.loop import compute_cross_entropy, compute_selection_score
 
     start = time.monotonic()
