@@ -123,38 +123,27 @@ def undefined_reason(y: np.ndarray) -> str | None:
     return None
 
 
-def auroc(y: np.ndarray, s: np.ndarray, weights: np.ndarray | None = None) -> float | None:
+def auroc(y: np.ndarray, s: np.ndarray) -> float | None:
     """Compute the area under the ROC curve: P(score of a positive > score of a negative), ties counting one half.
 
-    Without weights this is the Mann-Whitney statistic in integers, rounded only by the final division.
+    This is the Mann-Whitney statistic in integers, rounded only by the final division.
 
     Args:
         y: labels [n], 0 or 1.
         s: scores [n].
-        weights: floats or counts [n] >= 0; a count of k equals k copies of the row.
 
     Returns:
-        float64 in 0..1, or None if a class is absent or has no weight.
+        float64 in 0..1, or None if a class is absent.
 
     Raises:
-        ValueError: shapes differ, a label is not 0 or 1, a score or weight is not finite, or a weight is negative.
+        ValueError: shapes differ, a label is not 0 or 1, or a score is not finite.
     """
     y, s = check_scores(y, s)
-    if weights is None:
-        w = np.ones(y.size, dtype=np.int64)
-    else:
-        w = np.asarray(weights)
-        if w.shape != y.shape:
-            raise ValueError(f"weights have the shape {w.shape}, labels {y.shape}")
-        w = w.astype(np.int64 if w.dtype.kind in "biu" else np.float64)
-        if not np.isfinite(w).all() or (w < 0).any():
-            raise ValueError("weights must be finite and not negative")
-    positive, negative, _ = _by_score(y, s, w)
-    total = positive.sum() * negative.sum()
-    if total == 0:
+    if undefined_reason(y) is not None:
         return None
+    positive, negative, _ = _count_by_score(y, s)
     below = np.cumsum(negative) - negative
-    return float((positive * (2 * below + negative)).sum() / (2 * total))
+    return float((positive * (2 * below + negative)).sum() / (2 * positive.sum() * negative.sum()))
 
 
 def average_precision(y: np.ndarray, s: np.ndarray) -> float | None:
@@ -194,11 +183,11 @@ def precision_recall_curve(y: np.ndarray, s: np.ndarray) -> Curve:
         ValueError: see `auroc`; or no label is positive.
     """
     y, s = check_scores(y, s)
-    positive, negative, values = _by_score(y, s, np.ones(y.size, dtype=np.int64))
+    if not y.any():
+        raise ValueError("recall needs a positive label")
+    positive, negative, values = _count_by_score(y, s)
     true = np.cumsum(positive[::-1], dtype=np.float64)
     flagged = true + np.cumsum(negative[::-1])
-    if y.size == 0 or true[-1] == 0:
-        raise ValueError("recall needs a positive label")
     return Curve(x=true / true[-1], y=true / flagged, thresholds=values[::-1])
 
 
@@ -278,14 +267,11 @@ def check_scores(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return y.astype(bool), s
 
 
-def _by_score(y: np.ndarray, s: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weight of positives and of negatives at each distinct score, scores ascending."""
-    if y.size == 0:
-        return w[:0], w[:0], s
-    order = np.argsort(s, kind="stable")
-    s, y, w = s[order], y[order], w[order]
-    starts = np.flatnonzero(np.concatenate([[True], s[1:] != s[:-1]]))
-    return np.add.reduceat(w * y, starts), np.add.reduceat(w * ~y, starts), s[starts]
+def _count_by_score(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count positives and negatives at each distinct score, int64; the scores ascend."""
+    values, places, totals = np.unique(s, return_inverse=True, return_counts=True)
+    positive = np.bincount(places[y], minlength=len(values))
+    return positive, totals - positive, values
 
 
 def _ratio(part: Any, whole: Any) -> Rate:
@@ -298,7 +284,7 @@ def _ratio(part: Any, whole: Any) -> Rate:
 
 @dataclass(frozen=True)
 class Metric:
-    """What a report needs to know of a metric.
+    """Definition of a metric for reports.
 
     Attributes:
         key: its name in metrics.json, next to `<key>_low` and `<key>_high`, and in metrics.parquet.

@@ -35,9 +35,8 @@ class Population:
     """The images that reference standards are compared on: the evaluation set, or without labels all scored images.
 
     Attributes:
-        rows: int [n], rows of `Scores` with scores.
+        rows: int [n], rows of `Scores`.
         patients: ids [n], None if unknown.
-        split: the evaluated split, or None.
         description: which images these are, for every table.
     """
 
@@ -73,11 +72,9 @@ class ConsensusResult:
     """Metrics against a consensus table.
 
     Attributes:
-        table, images: path of the table, and which images were evaluated.
-        reference: the table's labels.
         parts: evaluated images by the table's own split.
         scales: for each scored composite, `calibrated` or `raw`.
-        counts: images of the table by whether they were evaluated, and why not.
+        counts: images of the table that were evaluated, and those left out by reason.
     """
 
     table: str
@@ -166,14 +163,7 @@ def compare_with_consensus(
 
 @dataclass(frozen=True)
 class ScoreComparison:
-    """AUROC of two score tables on the same images.
-
-    Attributes:
-        other, models: path and model digests of the other table.
-        images: which images were compared.
-        left_out: evaluated images without a score in the other table.
-        findings, macro: paired results; the macro's columns index `findings`.
-    """
+    """AUROC of two score tables on the same images; `macro.columns` index `findings`."""
 
     other: str
     models: tuple[str, ...]
@@ -251,13 +241,7 @@ def compare_with_scores(
 
 @dataclass(frozen=True)
 class BoxResult:
-    """Agreement of heat maps with radiologists' boxes.
-
-    Attributes:
-        source, table, digest: origin, path and SHA-256 of the boxes.
-        images: which images were evaluated.
-        counts: boxed images by whether they were evaluated, and why not.
-    """
+    """Agreement of heat maps with radiologists' boxes; `counts` are boxed images evaluated or left out by reason."""
 
     source: str
     table: str

@@ -22,9 +22,8 @@ class LeakCheck:
     Attributes:
         checked: all training images are known, so the check is complete.
         reason: why it is not complete, or None.
-        training_images, training_patients: number of training images and of their patients.
-        shared_images, shared_patients: how many of them are evaluated too.
-        shared_by_part: shared images by the part of the training set, `train` or `val`.
+        shared_images, shared_patients: training images and patients that are evaluated too.
+        shared_by_part: shared images by `train` or `val`.
         unknown_patients: evaluated images without a patient id.
     """
 

@@ -22,14 +22,7 @@ from ray_cxr.reporting.scores import Scores, finite_or_none
 
 @dataclass(frozen=True)
 class Counts:
-    """Where every row of the scores and labels went.
-
-    Attributes:
-        rows, scored, errors: rows of the score table, and those with and without scores.
-        by_code: errors by code, in the order of `ERROR_CODES`.
-        quality_flags: scored images by quality flag.
-        joined: the join with the labels, or None without labels.
-    """
+    """Rows of the score table with and without scores, errors by code, and the join with the labels, if any."""
 
     rows: int
     scored: int
@@ -78,13 +71,7 @@ def measure_flag_rates(table: Scores) -> dict[str, FlagRate]:
 
 @dataclass(frozen=True)
 class DriftResult:
-    """Flag rates and scores compared with validation.
-
-    Attributes:
-        images: which images were compared.
-        measured: the comparison.
-        with_errors: include the error rate, which is not known of an evaluation set.
-    """
+    """Flag rates and scores of `images` compared with validation; an evaluation set has no error rate."""
 
     images: str
     measured: drift.Drift
@@ -124,9 +111,7 @@ class LabelResults:
     """The evaluation against labels.
 
     Attributes:
-        images: the evaluated images.
         info: the manifest's description of its split: kind, seed, digests of the tables.
-        split_label: the evaluated split, described.
         subgroups: results, or the reason why there are none.
         published: published results, each with the reason why it is not comparable, or None.
     """
@@ -156,16 +141,7 @@ class LabelResults:
 
 @dataclass(frozen=True)
 class ReportResult:
-    """A report's results.
-
-    Attributes:
-        split: the evaluated split, or None for all rows.
-        n_images, n_patients: evaluated, or without labels scored.
-        labelled: the evaluation against labels, or None without labels.
-        digests: SHA-256 by what they are of: model, input, labels, tables.
-        bootstrap: None if nothing has intervals.
-        notes: what a reader must know to interpret the rest.
-    """
+    """A report's results; images and patients are those evaluated, or without labels those scored."""
 
     split: str | None
     n_images: int
