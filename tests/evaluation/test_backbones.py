@@ -1,4 +1,4 @@
-"""The permutation test against all arrangements; results of backbones and verdicts by hand."""
+"""The permutation test against all arrangements; results of backbones and verdicts on worked examples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GROUP = st.lists(st.integers(0, 6), min_size=2, max_size=4)
 
 @settings(max_examples=40)
 @given(GROUP, GROUP)
-def test_permutation_over_all_arrangements(x: list[int], y: list[int]) -> None:
+def test_permutation_test_equals_enumeration(x: list[int], y: list[int]) -> None:
     both = [v / 10 for v in (*x, *y)]
     gaps = []
     for places in combinations(range(len(both)), len(x)):
@@ -38,7 +38,7 @@ def test_permutation_over_all_arrangements(x: list[int], y: list[int]) -> None:
     assert backbones.permutation_test(both[: len(x)], both[len(x) :], n=len(gaps) - 1).exact is False
 
 
-def test_permutation_by_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_permutation_test_with_random_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=8), rng.normal(size=7) + 0.9
     exact = backbones.permutation_test(x, y)
@@ -47,7 +47,7 @@ def test_permutation_by_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drawn.p == pytest.approx(exact.p, abs=4 * math.sqrt(exact.p * (1 - exact.p) / 2000))
     monkeypatch.setattr(backbones, "_CELLS", 1500)
     assert drawn == backbones.permutation_test(x, y, n=2000, seed=1)
-    # The arrangement seen counts as one more, so that p is never 0.
+    # The observed arrangement is added, so p is never 0.
     apart = backbones.permutation_test(np.arange(20), 100 + np.arange(20), n=99)
     assert apart.p == pytest.approx(0.01)
     # Two finite values per group are needed.
@@ -60,29 +60,29 @@ def test_permutation_by_draws(monkeypatch: pytest.MonkeyPatch) -> None:
         backbones.permutation_test([0.1, 0.2], [0.2, 0.3], n=0)
 
 
-def trial(number: int, backbone: str, *values: float | None, state: backbones.State = "finished") -> TrialCurve:
+def build_trial(number: int, backbone: str, *values: float | None, state: backbones.State = "finished") -> TrialCurve:
     return TrialCurve(number, backbone, state, tuple(enumerate(values, start=1)))
 
 
-def test_backbones_by_hand() -> None:
+def test_compare_backbones() -> None:
     trials = [
-        trial(3, "DenseNet121", 0.70, 0.75, 0.80),
-        trial(0, "DenseNet121", 0.60, 0.64, state="stopped"),
-        trial(1, "ResNet50", 0.66, 0.65),
-        trial(2, "ResNet50", 0.99, state="failed"),
-        trial(4, "ResNet50", 0.50, None, 0.71, state="running"),
-        trial(5, "ResNet50", 0.61, 0.62, state="stopped"),
-        trial(6, "TinyCNN", state="failed"),
+        build_trial(3, "DenseNet121", 0.70, 0.75, 0.80),
+        build_trial(0, "DenseNet121", 0.60, 0.64, state="stopped"),
+        build_trial(1, "ResNet50", 0.66, 0.65),
+        build_trial(2, "ResNet50", 0.99, state="failed"),
+        build_trial(4, "ResNet50", 0.50, None, 0.71, state="running"),
+        build_trial(5, "ResNet50", 0.61, 0.62, state="stopped"),
+        build_trial(6, "TinyCNN", state="failed"),
     ]
     compared = backbones.compare_backbones(trials, grace=2)
     dense, res, tiny = compared.backbones
     assert (dense.backbone, res.backbone, tiny.backbone) == ("DenseNet121", "ResNet50", "TinyCNN")
-    assert compared.budget == 5  # DenseNet121's: a backbone without any epoch does not count
+    assert compared.budget == 5  # that of DenseNet121; a backbone without epochs does not count
     assert (dense.trials, dense.finished, dense.stopped, dense.failed, dense.running) == (2, 1, 1, 0, 0)
     assert (res.trials, res.finished, res.stopped, res.failed, res.running) == (4, 1, 1, 1, 1)
     assert (dense.epochs, res.epochs, tiny.epochs) == (5, 8, 0)
     assert (dense.best, dense.best_trial, dense.best_at_budget) == (0.80, 3, 0.80)
-    # Five epochs of ResNet50: two of trial 1, the failed one of trial 2 that counts but has no AUROC, two of trial 4.
+    # Five epochs of ResNet50: two of trial 1, the failed one of trial 2 (spent, without AUROC), two of trial 4.
     assert (res.best, res.best_trial, res.best_at_budget) == (0.71, 4, 0.66)
     assert (tiny.best, tiny.best_trial, tiny.best_at_budget, tiny.median) == (None, None, None, None)
     assert (res.values, res.numbers) == ((0.66, 0.50, 0.62), (1, 4, 5))
@@ -91,31 +91,35 @@ def test_backbones_by_hand() -> None:
     assert (dense.median, dense.lower, dense.upper) == (pytest.approx(0.695), None, None)
     assert compared.pair == (dense, res)
     assert compared.test == backbones.permutation_test([0.64, 0.75], [0.66, 0.50, 0.62])
-    # The points of a curve come in any order.
+    # Points of a curve may be in any order.
     curve = ((3, 0.9), (1, 0.5), (2, 0.6))
     one = backbones.compare_backbones([TrialCurve(0, "A", "finished", curve)], grace=2).backbones[0]
     assert (one.best, one.values) == (0.9, (0.6,))
-    # A trial shorter than `grace` is not compared at equal length; of equal values the first trial is the best.
-    compared = backbones.compare_backbones([trial(0, "A", 0.6), trial(1, "B", 0.5, 0.8, 0.7), trial(2, "B", 0.8)], 3)
+    # Trials shorter than `grace` are not compared at equal length. Ties for the best go to the first trial.
+    compared = backbones.compare_backbones(
+        [build_trial(0, "A", 0.6), build_trial(1, "B", 0.5, 0.8, 0.7), build_trial(2, "B", 0.8)], 3
+    )
     assert [(result.values, result.best_trial) for result in compared.backbones] == [((0.8,), 1), ((), 0)]
     assert compared.test.reason
     with pytest.raises(ValueError, match="grace"):
         backbones.compare_backbones([], grace=0)
 
 
-def compared(shift: float = 0.0, n: int = 8, spread: float = 0.01) -> Comparison:
-    """Two backbones of n trials each, the first higher by `shift` at equal length."""
+def compare(shift: float = 0.0, n: int = 8, spread: float = 0.01) -> Comparison:
+    """Compare two backbones of n trials each; the first is higher by `shift` at equal length."""
     rng = np.random.default_rng(0)
-    # The last of A's trials makes A the best over everything, whatever the shift.
+    # A's last trial makes A the best over all epochs for any shift.
     curves = [
-        trial(2 * i + k, name, *(0.7 + lift + spread * rng.normal(size=2)), 0.95 if name == "A" and i == n - 1 else 0.6)
+        build_trial(
+            2 * i + k, name, *(0.7 + lift + spread * rng.normal(size=2)), 0.95 if name == "A" and i == n - 1 else 0.6
+        )
         for k, (name, lift) in enumerate((("A", shift), ("B", 0.0)))
         for i in range(n)
     ]
     return backbones.compare_backbones(curves, grace=2)
 
 
-def paired(difference: float, half: float) -> PairedAuroc:
+def build_paired(difference: float, half: float) -> PairedAuroc:
     low, high = difference - half, difference + half
     values = {"a": 0.8, "b": 0.8 - difference, "difference": difference, "low": low, "high": high, "p": 0.012}
     return PairedAuroc(**values, columns=(0, 1), n_patients=100, n_resamples=1000, undefined=0, seed=0)
@@ -131,28 +135,36 @@ def test_verdict() -> None:
         (0.05, 0.01, 0.03, "disagree", None),
         (0.05, -0.02, 0.01, "disagree", None),
     ):
-        got = backbones.judge_backbones(compared(shift), paired(difference, half))
+        got = backbones.judge_backbones(compare(shift), build_paired(difference, half))
         assert got.answer == answer
         assert (better or "A") in got.headline
         assert ("is better than" in got.headline) == (better is not None)
         assert ("hardly" in got.details) == (half < abs(difference)), "an interval without 0 is not turned round"
-    # At the level, where the patients show no difference.
-    case = compared()
+    # p at the level, with no difference between patients.
+    case = compare()
     for p, smallest, answer in ((0.05, 0.01, "no"), (0.049, 0.01, "disagree"), (0.5, 0.05, "undecided")):
         changed = replace(case, test=replace(case.test, p=p, smallest=smallest))
-        assert backbones.judge_backbones(changed, paired(0.0, 0.1)).answer == answer
+        assert backbones.judge_backbones(changed, build_paired(0.0, 0.1)).answer == answer
 
 
 @pytest.mark.parametrize(
     ("case", "pair", "part"),
     [
         (backbones.compare_backbones([], 1), None, "no trial"),
-        (backbones.compare_backbones([trial(0, "A", 0.7), trial(1, "B", None)], 1), None, "only one backbone, A,"),
-        (compared(0.05), None, "not compared"),
-        (compared(0.05), replace(paired(0.02, 0.01), low=None, high=None, reason="too few resamples"), "too few resam"),
-        (compared(0.05, n=2), paired(0.02, 0.01), "too few"),
-        (compared(0.05, n=1), paired(0.02, 0.01), "groups of 1 and 1"),
-        (compared(0.0, spread=0.0), paired(0.02, 0.01), "alike"),
+        (
+            backbones.compare_backbones([build_trial(0, "A", 0.7), build_trial(1, "B", None)], 1),
+            None,
+            "only one backbone, A,",
+        ),
+        (compare(0.05), None, "not compared"),
+        (
+            compare(0.05),
+            replace(build_paired(0.02, 0.01), low=None, high=None, reason="too few resamples"),
+            "too few resam",
+        ),
+        (compare(0.05, n=2), build_paired(0.02, 0.01), "too few"),
+        (compare(0.05, n=1), build_paired(0.02, 0.01), "groups of 1 and 1"),
+        (compare(0.0, spread=0.0), build_paired(0.02, 0.01), "alike"),
     ],
 )
 def test_no_verdict_without_data(case: Comparison, pair: PairedAuroc | None, part: str) -> None:
@@ -162,12 +174,12 @@ def test_no_verdict_without_data(case: Comparison, pair: PairedAuroc | None, par
     assert "better" not in f"{got.headline} {got.details}"
 
 
-def test_record_is_json() -> None:
-    bootstrap = paired(0.02, 0.01)
+def test_comparison_record_is_json() -> None:
+    bootstrap = build_paired(0.02, 0.01)
     empty = backbones.comparison_record(backbones.compare_backbones([], 3), None)
     assert (empty["grace"], empty["budget"]) == (3, 0)
     assert empty["pair"] is empty["patients"] is empty["trials"] is None
-    case = compared()
+    case = compare()
     record = backbones.comparison_record(case, bootstrap)
     first, second = (result.best_trial for result in case.backbones)
     assert record["pair"] == {"a": "A", "b": "B", "trial_a": first, "trial_b": second}

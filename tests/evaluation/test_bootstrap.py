@@ -1,4 +1,4 @@
-"""The bootstrap against resamples written out."""
+"""The bootstrap against a plain loop over the rows of each resample."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ray_cxr.evaluation.bootstrap import BootstrapFindings, DerivedOutputs
 RATES = ("sensitivity", "specificity", "ppv", "npv", "f1", "flag_rate")
 
 
-def simulated(patients: int, per_patient: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels and scores [n,2] that images of a patient share much of, and patients."""
+def simulate_images(patients: int, per_patient: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return labels and scores [n,2], correlated within patients, and patients."""
     rng = np.random.default_rng(seed)
     codes = np.repeat(np.arange(patients), per_patient)
     y = (rng.random((patients, 2)) < 0.4)[codes].astype(np.int8)
@@ -31,7 +31,7 @@ def bootstrap_findings(*table: np.ndarray, **options: Any) -> BootstrapFindings:
     return bootstrap.bootstrap_findings(*table, derived, **options)
 
 
-def ends(interval: intervals.Interval) -> tuple[float | None, float | None]:
+def limits(interval: intervals.Interval) -> tuple[float | None, float | None]:
     return interval.low, interval.high
 
 
@@ -39,8 +39,8 @@ def percentiles(values: list[float]) -> object:
     return pytest.approx(tuple(np.percentile(values, [2.5, 97.5])), abs=1e-12)
 
 
-def written_out(patients: np.ndarray, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """The rows of each resample, those of a patient once per draw."""
+def draw_resamples(patients: np.ndarray, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield the rows of each resample, a patient's once per draw."""
     rng = np.random.default_rng(seed)
     known = list(dict.fromkeys(patients.tolist()))
     rows = {patient: np.flatnonzero(patients == patient) for patient in known}
@@ -48,8 +48,8 @@ def written_out(patients: np.ndarray, n_resamples: int, seed: int) -> Iterator[n
         yield np.concatenate([rows[known[i]] for i in rng.integers(0, len(known), len(known))])
 
 
-def plain_quantities(y: np.ndarray, s: np.ndarray, flags: np.ndarray, p: np.ndarray, prevalence: float) -> dict:
-    """What `metrics` and `calibration` return for one finding in some rows."""
+def compute_metrics(y: np.ndarray, s: np.ndarray, flags: np.ndarray, p: np.ndarray, prevalence: float) -> dict:
+    """Compute all metrics of one finding on some rows."""
     scored, judged, calibrated = (y >= 0) & ~np.isnan(s), (y >= 0) & (flags >= 0), (y >= 0) & ~np.isnan(p)
     cells = metrics.confusion(y[judged], flags[judged] == 1)
     expected = cells.expect_at(prevalence)
@@ -65,8 +65,8 @@ def plain_quantities(y: np.ndarray, s: np.ndarray, flags: np.ndarray, p: np.ndar
     }
 
 
-def plain_sensitivity(curve: metrics.Curve, rate: float) -> float:
-    """Along the straight lines between the points of the ROC curve, at their upper end where they are upright."""
+def interpolate_sensitivity(curve: metrics.Curve, rate: float) -> float:
+    """Interpolate the ROC curve linearly; at a vertical step return its upper end."""
     at = curve.x <= rate + 1e-12
     left, low = curve.x[at][-1], curve.y[at][-1]
     if at.all():
@@ -79,7 +79,7 @@ def plain_sensitivity(curve: metrics.Curve, rate: float) -> float:
     ("seed", "rows", "positives", "prevalence"),
     [(0, 40, 0.4, 0.02), (1, 40, 0.1, 0.0), (2, 12, 0.5, 1.0), (3, 25, 0.9, 0.5), (4, 40, 0.0, 0.5)],
 )
-def test_intervals_equal_measuring_the_rows_of_each_resample(
+def test_intervals_equal_percentiles_over_resampled_rows(
     seed: int, rows: int, positives: float, prevalence: float
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -92,21 +92,21 @@ def test_intervals_equal_measuring_the_rows_of_each_resample(
     options = {"flags": flags.astype(np.int8)[:, None], "calibrated": p[:, None], "roc_grid": 5, "n_resamples": 50}
     options["assumed_prevalence"] = np.array([prevalence])
     got = bootstrap_findings(y[:, None], s[:, None], patients, **options, seed=3)
-    drawn = [[part[kept] for part in (y, s, flags, p)] for kept in written_out(patients, 50, seed=3)]
-    expected = [plain_quantities(*parts, prevalence) for parts in drawn]
+    drawn = [[part[kept] for part in (y, s, flags, p)] for kept in draw_resamples(patients, 50, seed=3)]
+    expected = [compute_metrics(*parts, prevalence) for parts in drawn]
     assert list(got.findings[0]) == [metric.key for metric in metrics.METRICS] == list(expected[0])
     for name, interval in got.findings[0].items():
         values = [each[name] for each in expected if each[name] is not None]
         assert interval.undefined == 50 - len(values), name
         known = len(values) >= 40 and np.ptp(values) > 1e-12
-        assert ends(interval) == (percentiles(values) if known else (None, None)), name
+        assert limits(interval) == (percentiles(values) if known else (None, None)), name
         assert (interval.reason is None) == known, name
     curves = []
     for label, score, _, _ in drawn:
         scored = (label >= 0) & ~np.isnan(score)
         curve = metrics.roc_curve(label[scored], score[scored])
         if curve is not None:
-            curves.append([plain_sensitivity(curve, rate) for rate in np.linspace(0, 1, 5)])
+            curves.append([interpolate_sensitivity(curve, rate) for rate in np.linspace(0, 1, 5)])
     band = got.roc[0]
     assert (band is None) == (len(curves) < 40)
     if band is not None:
@@ -116,8 +116,8 @@ def test_intervals_equal_measuring_the_rows_of_each_resample(
         assert band.false_positive_rate.tolist() == [0, 0.25, 0.5, 0.75, 1]
 
 
-def test_means_are_over_the_findings_that_count() -> None:
-    y, s, patients = simulated(30, 2, seed=2)
+def test_means_cover_the_counted_findings() -> None:
+    y, s, patients = simulate_images(30, 2, seed=2)
     y, s = np.hstack([y, 1 - y, np.zeros_like(y[:, :1])]), np.hstack([s, -(s**3), s[:, :1]])
     y[:7, 1] = -1
     chosen = np.array([True, True, False, True, True])
@@ -126,35 +126,35 @@ def test_means_are_over_the_findings_that_count() -> None:
     assert got.roc == (None,) * 5
     weights = np.array([np.sum(y[:, f] == 1) for f in got.counted])
     plain, weighted = [], []
-    for kept in written_out(patients, 60, seed=4):
+    for kept in draw_resamples(patients, 60, seed=4):
         known = [(f, kept[y[kept, f] >= 0]) for f in got.counted]
         values = [metrics.average_precision(y[rows, f], s[rows, f]) for f, rows in known]
         plain.append(np.mean(values))
         weighted.append(np.sum(values * weights) / weights.sum())
-    assert ends(got.macro["average_precision"]) == percentiles(plain)
-    assert ends(got.weighted["average_precision"]) == percentiles(weighted)
+    assert limits(got.macro["average_precision"]) == percentiles(plain)
+    assert limits(got.weighted["average_precision"]) == percentiles(weighted)
     # `resampled_aurocs` draws the same resamples.
     drawn = bootstrap.resampled_aurocs(y, s, patients, n_resamples=60, seed=4)
     assert drawn.defined.tolist() == [True] * 4 + [False]
     assert got.macro["auroc"] == intervals.percentile_interval(drawn.values[:, got.counted].mean(axis=1))
     for f in range(4):
         assert got.findings[f]["auroc"] == intervals.percentile_interval(drawn.values[:, f])
-    assert (ends(got.findings[4]["auroc"]), got.findings[4]["auroc"].undefined) == ((None, None), 60)
+    assert (limits(got.findings[4]["auroc"]), got.findings[4]["auroc"].undefined) == ((None, None), 60)
     none = bootstrap_findings(y, s, patients, macro=np.zeros(5, bool), n_resamples=60, roc_grid=0)
     for mean in (none.macro["auroc"], none.weighted["auroc"]):
-        assert (ends(mean), bool(mean.reason)) == ((None, None), True)
-    # A mean leaves out resamples that lack a finding: one positive patient is absent from about 1/e of them.
+        assert (limits(mean), bool(mean.reason)) == ((None, None), True)
+    # A mean omits resamples that lack a finding: a single positive patient is absent from about 1/e of them.
     y = np.zeros((50, 2), dtype=np.int8)
     y[0, 0] = y[::2, 1] = 1
     s = np.random.default_rng(0).random((50, 2))
     got = bootstrap_findings(y, s, np.arange(50), n_resamples=200, roc_grid=0)
-    lost = sum(0 not in rows for rows in written_out(np.arange(50), 200, seed=0))
+    lost = sum(0 not in rows for rows in draw_resamples(np.arange(50), 200, seed=0))
     assert [finding["auroc"].undefined for finding in got.findings] == [lost, 0]
     assert {mean.undefined for mean in (*got.macro.values(), *got.weighted.values())} == {lost}
 
 
-def test_missing_input_has_no_interval_and_a_reason() -> None:
-    y, s, patients = simulated(30, 2, seed=2)
+def test_missing_input_gives_a_reason_instead_of_an_interval() -> None:
+    y, s, patients = simulate_images(30, 2, seed=2)
     flags = np.stack([(s[:, 0] > 0).astype(np.int8), np.full(len(s), -1, np.int8)], axis=1)
     given = {"flags": flags, "assumed_prevalence": np.array([math.nan, 0.1]), "n_resamples": 60}
     first, second = bootstrap_findings(y, s, patients, **given).findings
@@ -167,8 +167,8 @@ def test_missing_input_has_no_interval_and_a_reason() -> None:
         assert (first[name].low, first[name].undefined) == (None, 60)
 
 
-def test_seed_fixes_the_numbers_and_chunks_and_threads_do_not_change_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    y, s, patients = simulated(40, 3, seed=0)
+def test_results_depend_on_seed_but_not_on_chunks_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, s, patients = simulate_images(40, 3, seed=0)
     y[:, 1], s[:, 1] = y[:, 0], s[:, 0]
 
     def measured(seed: int = 0) -> tuple[object, ...]:
@@ -212,12 +212,12 @@ def test_bad_input_is_refused(given: dict[str, Any], part: str) -> None:
 
 
 def test_intervals_of_ratios() -> None:
-    y, _, patients = simulated(30, 3, seed=4)
+    y, _, patients = simulate_images(30, 3, seed=4)
     flags = np.random.default_rng(0).random(y.shape) < 0.5
     got = bootstrap.bootstrap_ratios((y == 1) & flags, y == 1, patients, n_resamples=140, seed=1)
     for f in (0, 1):
-        values = [flags[rows, f][y[rows, f] == 1].mean() for rows in written_out(patients, 140, seed=1)]
-        assert ends(got[f]) == percentiles(values)
+        values = [flags[rows, f][y[rows, f] == 1].mean() for rows in draw_resamples(patients, 140, seed=1)]
+        assert limits(got[f]) == percentiles(values)
     for shape in ((3, 1), (4, 2)):
         with pytest.raises(ValueError, match="do not fit"):
             bootstrap.bootstrap_ratios(np.zeros(shape), np.zeros((4, 1)), np.arange(4))

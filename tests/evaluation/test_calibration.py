@@ -1,4 +1,4 @@
-"""Calibration and operating points against exact solutions, definitions written out, and scipy."""
+"""Calibration and operating points against exact solutions, plain definitions and scipy."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def logit(p: float) -> float:
     return float(np.log(p / (1 - p)))
 
 
-def columns(rows: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+def to_columns(rows: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([row[0] for row in rows]), np.array([row[1] for row in rows], dtype=np.float32)
 
 
-def test_scaling_by_hand() -> None:
+def test_scaling_equals_exact_solution() -> None:
     """At logit 1, 29 of 38 images are positive; at logit -1, 10 of 60. So Platt's targets are 40/41 and 1/61."""
     y = np.repeat([1, 0, 1, 0], [29, 9, 10, 50])
     p = sigmoid(np.repeat([1.0, -1.0], [38, 60]))
@@ -61,7 +61,7 @@ def test_scaling_by_hand() -> None:
 
 
 @pytest.mark.parametrize("fit", [fit_platt, fit_temperature])
-def test_scaling_declines(fit: Fit) -> None:
+def test_scaling_refuses_unusable_data(fit: Fit) -> None:
     assert fit(np.array([1, 0] * 10), np.full(20, 0.3)) is None  # equal scores
     assert fit(np.repeat([0, 1], 10), np.linspace(0.9, 0.1, 20)) is None  # reversed order
     for counts in ((5, 40), (40, 5)):
@@ -74,8 +74,8 @@ def test_scaling_declines(fit: Fit) -> None:
     assert calibration.apply_calibration(got, np.array([0.0, 1.0])) == pytest.approx([1 / 22, 21 / 22], abs=1e-4)
 
 
-def test_apply_by_hand_and_from_a_bundle() -> None:
-    # logit(.8) = log 4; 2 log 4 - log 4 = log 4 again.
+def test_apply_calibration() -> None:
+    # logit(.8) = log 4, and 2 log 4 - log 4 = log 4.
     rule = Calibration(2.0, -np.log(4.0))
     for form in (rule, rule.as_dict()):
         got = calibration.apply_calibration(form, np.array([0.8, 0.5, np.nan]))
@@ -102,7 +102,7 @@ def test_bad_calibration_is_refused() -> None:
             Calibration.from_dict(dict(zip(names, values, strict=False)))
 
 
-def test_operating_points_by_hand() -> None:
+def test_operating_points_on_ten_images() -> None:
     y = np.array([0, 0, 0, 1, 0, 1, 1, 1, 1, 1])
     p = np.array([0.125, 0.25, 0.375, 0.5, 0.5625, 0.625, 0.75, 0.8125, 0.875, 0.9375])
     # Above .5625: 5 of 6 positives and no negative (J = .833); above .375: all 6 and one negative (J = .75).
@@ -111,7 +111,7 @@ def test_operating_points_by_hand() -> None:
     for rule in ("sensitivity=0.9", "specificity=0.75"):
         point = find_operating_point(y, p, rule)
         assert (point["threshold"], point["sensitivity"], point["specificity"]) == (0.4375, 1.0, 0.75)
-    # Enough of each class is needed.
+    # Each class needs min_positives images.
     for labels in (np.array([0, 0, 1]), np.array([0, 1, 1])):
         assert find_operating_point(labels, p[:3], min_positives=1) is not None
         assert find_operating_point(labels, p[:3], min_positives=2) is None
@@ -119,14 +119,14 @@ def test_operating_points_by_hand() -> None:
     p = np.array([np.float32(0.3), np.nextafter(np.float32(0.3), np.float32(1))])
     point = find_operating_point(np.array([0, 1]), p)
     assert calibration.apply_threshold(p, point["threshold"]).tolist() == [False, True]
-    # A target of 0.9 is met by 9 of 10.
+    # 9 of 10 reach a target of 0.9.
     point = find_operating_point(np.repeat([1, 0], 10), np.linspace(0.95, 0.05, 20), "sensitivity=0.9")
     assert point["sensitivity"] == 0.9
 
 
 @given(LABELLED, RULES)
-def test_operating_point_keeps_its_rule(rows: list[tuple[int, float]], rule: str) -> None:
-    y, p = columns(rows)
+def test_operating_point_obeys_its_rule(rows: list[tuple[int, float]], rule: str) -> None:
+    y, p = to_columns(rows)
     point = find_operating_point(y, p, rule)
     if point is None:
         return
@@ -143,7 +143,7 @@ def test_operating_point_keeps_its_rule(rows: list[tuple[int, float]], rule: str
     if name == "youden":
         best = max(map(sum, others.values()))
         assert point["sensitivity"] + point["specificity"] == pytest.approx(best, abs=1e-12)
-        # Of equals, the more sensitive.
+        # Ties go to the more sensitive threshold.
         assert all(t >= lowest for t, both in others.items() if sum(both) > best - 1e-9)
     elif name == "sensitivity":
         assert point[name] >= float(target) - 1e-12
@@ -168,8 +168,8 @@ def test_unknown_rules_and_values_outside_0_to_1_are_refused() -> None:
             calibration.apply_calibration(Calibration(1.0, 0.0), p)
 
 
-def site() -> tuple[pd.DataFrame, np.ndarray]:
-    """Five findings on 60 images: usual, few positives, unlabelled, reversed, labelled on the first half only."""
+def simulate_site() -> tuple[pd.DataFrame, np.ndarray]:
+    """Return five findings on 60 images: ordinary, few positives, unlabelled, reversed, half labelled."""
     y = (np.arange(60) % 3 == 0).astype(float)
     few = np.where(np.arange(60) < 3, 1.0, 0.0)
     half = np.where(np.arange(60) < 30, y, np.nan)
@@ -179,7 +179,7 @@ def site() -> tuple[pd.DataFrame, np.ndarray]:
 
 
 def test_rules_per_finding() -> None:
-    labels, p = site()
+    labels, p = simulate_site()
     names = list(labels.columns)
     got = fit_rules(labels, p, names)
     y = labels["Mass"].to_numpy().astype(int)
@@ -198,9 +198,9 @@ def test_rules_per_finding() -> None:
     assert "3 positives, needs 5" in got.reasons["Hernia"]
     for part in (got.calibrations, got.operating_points, got.expected_flag_rates, got.alternatives, got.reasons):
         assert list(part) == names
-    # Arrays, tables in any order and nulls give the same rules.
+    # Arrays, tables in any column order and all forms of null give the same rules.
     minus = labels.fillna(-1).to_numpy().astype(np.int8)
-    nullable = labels.astype("Int8")[names[::-1]]  # columns of a table are taken by name
+    nullable = labels.astype("Int8")[names[::-1]]  # a table is read by column name
     for form in (labels.to_numpy(), minus, nullable, labels.astype(object).where(labels.notna(), None)):
         assert fit_rules(form, p, names) == got
     # Another method and rule.
@@ -209,7 +209,7 @@ def test_rules_per_finding() -> None:
     for name in ("Mass", "Hernia"):
         point = got.operating_points[name]
         assert (point["rule"], point["sensitivity"] >= 0.9) == ("sensitivity=0.90", True)
-    # The chosen rule, however it is written, is no alternative to itself.
+    # Other spellings of the chosen rule are not listed as alternatives.
     assert list(got.alternatives["Mass"]) == ["youden", "specificity=0.9"]
     assert len(fit_rules(labels, p, names, rule="specificity=0.5").alternatives["Mass"]) == 3
     for options, part in (({"method": "isotonic"}, "isotonic"), ({"rule": "f1"}, "f1")):
@@ -228,13 +228,11 @@ def test_rules_per_finding() -> None:
         ([0, 1], [0.3, 0.3], "specificity=0.9", ["calibration", "operating point"], "specificity=0.9"),
         ([0] * 5 + [1] * 10, [1e-6] * 5 + [0.0] + [0.9] * 9, "sensitivity=1", ["operating point"], "saturated"),
         ([0, 1], [0.3, 0.2], "sensitivity=1", ["calibration"], "slope"),
-        ([1, 1], [0.3, 0.2], "youden", [], "0 negatives, needs 1"),  # the reason of both
+        ([1, 1], [0.3, 0.2], "youden", [], "0 negatives, needs 1"),  # one reason for both
         ([0, 0], [0.3, 0.2], "sensitivity=1", [], "0 positives, needs 1"),
     ],
 )
-def test_rules_that_are_missing_have_a_reason(
-    y: list[int], p: list[float], rule: str, missing: list[str], part: str
-) -> None:
+def test_missing_rules_have_a_reason(y: list[int], p: list[float], rule: str, missing: list[str], part: str) -> None:
     got = fit_rules(np.array(y)[:, None], np.array(p)[:, None], ["Mass"], rule=rule, min_positives=1)
     reason = got.reasons["Mass"]
     assert part in reason
@@ -243,8 +241,8 @@ def test_rules_that_are_missing_have_a_reason(
         assert (value["Mass"] is None) == (what in missing or not missing)
 
 
-def plain_error(y: list[int], p: list[float], bins: int = 10) -> float:
-    """The expected calibration error bin by bin, weighted by images."""
+def compute_error(y: list[int], p: list[float], bins: int = 10) -> float:
+    """Compute the expected calibration error bin by bin."""
     total = 0.0
     for place in range(bins):
         inside = [(a, b) for a, b in zip(y, p, strict=True) if min(int(b * bins), bins - 1) == place]
@@ -258,7 +256,7 @@ def plain_error(y: list[int], p: list[float], bins: int = 10) -> float:
 @given(rows=st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1)), min_size=1, max_size=40), bins=st.integers(1, 12))
 def test_expected_error_and_reliability_curve_equal_their_definition(rows: list[tuple[int, float]], bins: int) -> None:
     y, p = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
-    expected = plain_error(y.tolist(), p.tolist(), bins)
+    expected = compute_error(y.tolist(), p.tolist(), bins)
     assert metrics.expected_calibration_error(y, p, bins) == pytest.approx(expected, abs=1e-12)
     curve = calibration.reliability_curve(y, p, bins)
     assert [(one.low, one.high) for one in curve] == [(i / bins, (i + 1) / bins) for i in range(bins)]
@@ -274,7 +272,7 @@ def test_expected_error_and_reliability_curve_equal_their_definition(rows: list[
     assert metrics.expected_calibration_error(y, p, bins) == pytest.approx(total, abs=1e-12)
 
 
-def test_reliability_interval_counts_patients_and_not_images() -> None:
+def test_reliability_interval_counts_patients() -> None:
     y, p = np.array([0, 1, 1, 0, 1, 0, 0]), np.array([0.1, 0.1, 0.15, 0.12, 0.9, 0.95, 0.5])
     once = calibration.reliability_curve(y, p, 5)
     thrice = calibration.reliability_curve(np.repeat(y, 3), np.repeat(p, 3), 5, patients=np.repeat(np.arange(7), 3))
@@ -282,7 +280,7 @@ def test_reliability_interval_counts_patients_and_not_images() -> None:
         assert more.n == 3 * one.n
         for name in ("predicted", "observed", "observed_low", "observed_high"):
             assert getattr(more, name) == pytest.approx(getattr(one, name), abs=1e-12)
-    # Whatever the patients, the interval is never narrower than that of independent images.
+    # Patients never narrow the interval of independent images.
     rng = np.random.default_rng(0)
     y, p = rng.integers(0, 2, 60), rng.random(60)
     grouped = calibration.reliability_curve(y, p, patients=rng.integers(0, 20, 60))
@@ -305,15 +303,15 @@ def test_reliability_bins_of_equal_counts() -> None:
         assert one.predicted == pytest.approx(p[rows].mean(), abs=1e-12)
         assert one.observed == y[rows].mean()
         assert one.low <= p[rows].min() <= p[rows].max() <= one.high
-    # Equal probabilities are one bin, not ten of which nine are empty.
+    # Equal probabilities fall into one bin; there are no empty ones.
     for value in (0.02, 0.0, 1.0):
         bins = calibration.reliability_curve(y, np.full(200, value), equal_counts=True)
         assert [one.n for one in bins if one.n] == [200]
     assert calibration.reliability_curve(y[:0], p[:0], equal_counts=True)[0].n == 0
 
 
-def overconfident(patients: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Two findings on two images a patient whose probabilities are all too high; a tenth of the labels is missing."""
+def simulate_overconfident(patients: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return labels (a tenth missing), probabilities that are too high, and patients with two images each."""
     rng = np.random.default_rng(0)
     ids = np.array([f"p{i // 2}" for i in rng.permutation(2 * patients)])
     x = rng.normal(-1.5, 1.5, size=(2 * patients, 2))
@@ -322,8 +320,8 @@ def overconfident(patients: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return labels, sigmoid(0.5 * x + 1.5), ids
 
 
-def plain_cross_fitted(labels: np.ndarray, p: np.ndarray, patients: np.ndarray, fit: Fit, least: int = 5) -> float:
-    """Every other patient, in order of appearance, makes one half; each half is calibrated by the other."""
+def compute_cross_fitted(labels: np.ndarray, p: np.ndarray, patients: np.ndarray, fit: Fit, least: int = 5) -> float:
+    """Calibrate each half on the other; every other patient, by first appearance, belongs to the first half."""
     seen = list(dict.fromkeys(patients.tolist()))
     half = np.array([seen.index(patient) % 2 for patient in patients])
     errors = []
@@ -335,13 +333,13 @@ def plain_cross_fitted(labels: np.ndarray, p: np.ndarray, patients: np.ndarray, 
             rule = fit(labels[others, j], p[others, j], least)
             y += labels[rows, j].tolist()
             calibrated += (p[rows, j] if rule is None else calibration.apply_calibration(rule, p[rows, j])).tolist()
-        errors.append(plain_error(y, calibrated))
+        errors.append(compute_error(y, calibrated))
     return sum(errors) / len(errors)
 
 
 @pytest.mark.parametrize("case", ["platt", "temperature", "reversed scores", "one large patient", "few positives"])
 def test_cross_fitted_error_equals_its_definition(case: str) -> None:
-    labels, p, patients = overconfident()
+    labels, p, patients = simulate_overconfident()
     method, least = "temperature" if case == "temperature" else "platt", 5
     if case == "reversed scores":  # nothing is calibrated
         p = 1 - p
@@ -351,21 +349,21 @@ def test_cross_fitted_error_equals_its_definition(case: str) -> None:
         least = 1000
     got = calibration.cross_fitted_error(labels, p, patients, method=method, min_positives=least)
     fit = fit_temperature if method == "temperature" else fit_platt
-    assert got == pytest.approx(plain_cross_fitted(labels, p, patients, fit, least), abs=1e-9)
+    assert got == pytest.approx(compute_cross_fitted(labels, p, patients, fit, least), abs=1e-9)
 
 
 def test_cross_fitted_error_without_labels_or_patients() -> None:
-    labels, p, patients = overconfident()
+    labels, p, patients = simulate_overconfident()
     assert calibration.cross_fitted_error(np.full_like(labels, -1), p, patients) is None
     assert metrics.expected_calibration_error(np.array([], int), np.array([])) is None
     half = labels.copy()
     half[:, 1] = -1  # a finding without labels does not count
     alone = calibration.cross_fitted_error(labels[:, :1], p[:, :1], patients)
     assert calibration.cross_fitted_error(half, p, patients) == pytest.approx(alone)
-    # Unknown patients are patients of their own.
+    # Unknown patients count separately.
     unknown = calibration.cross_fitted_error(labels, p, np.array([None] * len(p), object))
     assert unknown == pytest.approx(calibration.cross_fitted_error(labels, p, np.arange(len(p))))
-    # One patient leaves nothing to calibrate from.
+    # With a single patient one half is empty, and nothing is calibrated.
     known = labels[:, 0] >= 0
     single = calibration.cross_fitted_error(labels[:, :1], p[:, :1], np.array(["a"] * len(p)))
     assert single == pytest.approx(metrics.expected_calibration_error(labels[known, 0], p[known, 0]))

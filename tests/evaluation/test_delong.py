@@ -1,4 +1,4 @@
-"""DeLong's variance against its definition, published numbers and a formula by hand."""
+"""DeLong's variance against its definition and published numbers; its interval on a worked example."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray_cxr.evaluation.delong import delong, delong_interval, delong_paired, no
 #: 113 patients after a brain haemorrhage by their WFNS grade, 1 to 5: good outcome, poor outcome (Turck et al. 2010).
 WFNS = ((37, 20, 3, 8, 4), (2, 12, 1, 8, 18))
 #: DeLong, DeLong & Clarke-Pearson (1988): 43 patients with ovarian cancer who have all three tests: albumin, total
-#: protein and K-G score, which falls with the outlook. Those without and with benefit (POPIND 0 and 1 in SAS's manual).
+#: protein and K-G score (lower is better). Patients without and with benefit (POPIND 0 and 1 in SAS's manual).
 NO_BENEFIT = """3.0 5.8 10  2.8 4.8 6  0.9 4.0 5  2.5 5.7 8  3.6 6.7 4  4.2 7.6 4  4.0 6.6 6  3.0 4.7 8  3.3 6.8 6
     1.7 4.0 7  2.9 5.7 9  2.8 6.2 8"""
 BENEFIT = """3.2 6.3 5  3.9 6.8 3  3.2 5.8 3  1.6 5.6 5  3.8 5.7 5  3.7 6.7 6  3.2 5.4 4  3.8 6.6 6  4.1 6.6 5
@@ -58,11 +58,11 @@ def test_delong_agrees_with_published_numbers() -> None:
         got = (a - b, math.sqrt(variance), normal_p(a - b, variance))
         assert got == pytest.approx((difference, error, p), abs=5e-5)
     assert normal_p(0.0, 0.0) is None
-    for y in (np.array([1, 0, 0]), np.array([1, 1, 0])):  # two of each class are needed
+    for y in (np.array([1, 0, 0]), np.array([1, 1, 0])):  # each class needs two
         assert delong(y, np.arange(3)) is delong_paired(y, np.arange(3), np.zeros(3)) is None
 
 
-def test_delong_interval_by_hand() -> None:
+def test_delong_interval() -> None:
     # logit(.9) = log 9; standard error .03 / (.9 * .1) = 1/3 on that scale.
     reach = 1.959963984540054 / 3
     expected = 1 / (1 + math.exp(reach) / 9), 1 / (1 + math.exp(-reach) / 9)
@@ -70,7 +70,7 @@ def test_delong_interval_by_hand() -> None:
     assert delong_interval(0.1, 0.0009) == pytest.approx((1 - expected[1], 1 - expected[0]), abs=1e-12)
     low, high = delong_interval(0.9, 0.0009, level=0.5)
     assert expected[0] < low < 0.9 < high < expected[1]
-    assert delong_interval(0.001, 0.2) == pytest.approx((0.0, 1.0))  # far out without overflow
+    assert delong_interval(0.001, 0.2) == pytest.approx((0.0, 1.0))  # extreme logits do not overflow
     for auc, variance in ((1.0, 0.1), (0.0, 0.1), (0.5, 0.0)):
         assert delong_interval(auc, variance) is None
     for level in (0.0, 1.0):

@@ -1,4 +1,4 @@
-"""Drift without labels: the same is ok, a difference is noticed, and what cannot be known is unknown."""
+"""Drift without labels: unchanged data are ok, changes are found, untestable comparisons are unknown."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ MODEL = {
 }
 
 
-def clustered(rng: np.random.Generator, share: float, patients: int, each: int) -> np.ndarray:
-    """bool [patients * each] with this share in the long run; for half of the patients all images are alike."""
+def draw_clustered(rng: np.random.Generator, share: float, patients: int, each: int) -> np.ndarray:
+    """Draw bool [patients * each] with this expected share; for half of the patients all images agree."""
     common = rng.random(patients) < share
     own = rng.random((patients, each)) < share
     return np.where((rng.random(patients) < 0.5)[:, None], common[:, None], own).ravel()
 
 
-def flagged(n: int, *counts: int) -> np.ndarray:
-    """[n,F] whose first images are flagged, as many as counts says for each finding."""
+def build_flags(n: int, *counts: int) -> np.ndarray:
+    """Return flags [n,F]; the first `counts[j]` images have finding j."""
     return np.column_stack([np.arange(n) < count for count in counts])
 
 
-def measured(flags: np.ndarray, codes: np.ndarray, model: dict = MODEL, **more: object) -> drift.Drift:
+def measure(flags: np.ndarray, codes: np.ndarray, model: dict = MODEL, **more: object) -> drift.Drift:
     n = len(codes)
     given: dict = {
         "scores": np.full((n, 2), np.nan),
@@ -49,19 +49,19 @@ def measured(flags: np.ndarray, codes: np.ndarray, model: dict = MODEL, **more: 
     return drift.measure_drift(expected, NAMES, flags.astype(np.int8), patients=codes, **{**given, **more})
 
 
-def test_clusters_are_no_drift_and_widen_the_interval() -> None:
-    """Fewer than 5% of unchanged sets may differ; images taken as independent would differ three times as often."""
+def test_clustered_images_are_no_drift() -> None:
+    """At most 5% of unchanged sets may differ; without clustering three times as many would."""
     rng = np.random.default_rng(0)
     codes = np.repeat(np.arange(150), 6)
     wrong = naive = covered = 0
     for _ in range(100):
-        flags = np.column_stack([clustered(rng, rate, 150, 6) for rate in (0.2, 0.1)])
-        rates = {name: float(clustered(rng, rate, 700, 6).mean()) for name, rate in (("A", 0.2), ("B", 0.1))}
+        flags = np.column_stack([draw_clustered(rng, rate, 150, 6) for rate in (0.2, 0.1)])
+        rates = {name: float(draw_clustered(rng, rate, 700, 6).mean()) for name, rate in (("A", 0.2), ("B", 0.1))}
         model = {"expected_flag_rates": rates, "operating_points": {name: {"n": 4200} for name in NAMES}}
-        found = measured(flags, codes, model).flags
+        found = measure(flags, codes, model).flags
         wrong += any(one.verdict != "ok" for one in found)
         covered += found[0].low <= 0.2 <= found[0].high
-        naive += any(one.verdict != "ok" for one in measured(flags, np.arange(900), model).flags)
+        naive += any(one.verdict != "ok" for one in measure(flags, np.arange(900), model).flags)
     assert wrong <= 10
     assert naive >= 15
     assert 89 <= covered <= 99
@@ -71,14 +71,14 @@ def test_verdicts_of_rates() -> None:
     n = 2000
     shares = (("ok", (0.2,)), ("differs", (0.1, 0.3, 0.4)), ("large", (0.0, 0.09, 0.41)))
     for share, verdict in ((share, verdict) for verdict, group in shares for share in group):
-        one, other = measured(flagged(n, round(share * n), 200), np.arange(n)).flags
+        one, other = measure(build_flags(n, round(share * n), 200), np.arange(n)).flags
         assert (one.observed, one.count, one.n, one.n_patients) == (share, round(share * n), n, n)
         assert (one.expected, one.expected_images) == (0.2, 4000)
         assert one.ratio == pytest.approx(share / 0.2)
         assert (one.verdict, other.verdict) == (verdict, "ok")
     # Too few images or patients
     for n, patients, verdict in ((49, 49, "unknown"), (50, 50, "large"), (400, 19, "unknown"), (400, 20, "large")):
-        one = measured(np.ones((n, 2)), np.arange(n) % patients).flags[0]
+        one = measure(np.ones((n, 2)), np.arange(n) % patients).flags[0]
         assert one.verdict == verdict
         assert ("images" if n < 50 else "patients") in one.reason if verdict == "unknown" else one.reason is None
         assert (one.p is None) == (verdict == "unknown")
@@ -88,28 +88,28 @@ def test_p_and_interval_by_formula() -> None:
     n = 1000
     for images, expected in ((4000, 0.2), (None, 0.2)):
         model = {**MODEL, "operating_points": {"A": {"n": images}}, "expected_flag_rates": {"A": expected}}
-        one = measured(flagged(n, 230, 0), np.arange(n), model).flags[0]
+        one = measure(build_flags(n, 230, 0), np.arange(n), model).flags[0]
         pooled = (230 + images * expected) / (n + images) if images else expected
         variance = pooled * (1 - pooled) * (1 / n + (1 / images if images else 0.0)) * one.design_effect
         gap = 0.03 - 0.5 * one.design_effect / n
         assert one.p == one.p_adjusted == pytest.approx(2 * stats.norm.sf(gap / math.sqrt(variance)), rel=1e-9)
     assert one.design_effect == pytest.approx(n / (n - 1))
-    # Twice the images of the same patients are worth no more.
-    twice = measured(np.repeat(flagged(n, 230, 0), 2, axis=0), np.repeat(np.arange(n), 2), model).flags[0]
+    # A second copy of each image adds no information.
+    twice = measure(np.repeat(build_flags(n, 230, 0), 2, axis=0), np.repeat(np.arange(n), 2), model).flags[0]
     assert (twice.p, twice.low, twice.high) == pytest.approx((one.p, one.low, one.high), rel=1e-6)
 
 
-def test_what_the_bundle_does_not_expect_is_unknown() -> None:
+def test_missing_expectations_are_unknown() -> None:
     flags = np.column_stack([np.full(100, -1), np.zeros(100)])
-    one, other = measured(flags, np.arange(100), {**MODEL, "expected_flag_rates": {"A": None, "B": 0.1}}).flags
+    one, other = measure(flags, np.arange(100), {**MODEL, "expected_flag_rates": {"A": None, "B": 0.1}}).flags
     assert (one.verdict, one.observed, one.n) == ("unknown", None, 0)
     assert "operating point" in one.reason
-    assert other.p_adjusted == other.p  # a finding that is not tested does not count
-    # An expected 0 of an unknown number of images cannot be tested.
+    assert other.p_adjusted == other.p  # untested findings do not count for the adjustment
+    # An expected share of 0 is not testable without its number of images.
     model = {**MODEL, "operating_points": {}, "expected_flag_rates": {"A": 0.0, "B": 0.0}}
-    one, other = measured(flagged(100, 9, 0), np.arange(100), model).flags
+    one, other = measure(build_flags(100, 9, 0), np.arange(100), model).flags
     assert (one.verdict, other.verdict, bool(one.reason)) == ("unknown", "ok", True)
-    nothing = measured(np.zeros((100, 2)), np.arange(100), {})
+    nothing = measure(np.zeros((100, 2)), np.arange(100), {})
     for row in (*nothing.flags, *nothing.scores, *nothing.quality):
         assert row.verdict == "unknown"
         assert row.reason
@@ -121,21 +121,21 @@ def test_quality_flags_and_errors() -> None:
     given = np.full(n, None, dtype=object)
     given[:300], given[300:308], given[310:320] = "inverted", "lateral", "age_outside_training"
     ok = np.arange(n) < 950
-    flags = np.where(ok[:, None], flagged(n, 200, 100), -1)
-    found = measured(flags, np.arange(n), quality_flags=given, ok=ok)
+    flags = np.where(ok[:, None], build_flags(n, 200, 100), -1)
+    found = measure(flags, np.arange(n), quality_flags=given, ok=ok)
     rows = {one.name: one for one in found.quality}
     assert (rows["inverted"].verdict, rows["inverted"].observed, rows["inverted"].ratio) == ("large", 300 / 950, None)
     assert rows["lateral"].verdict == "ok"
     assert (rows["age_outside_training"].verdict, rows["age_outside_training"].count) == ("unknown", 10)
     assert (found.errors.observed, found.errors.n, found.errors.verdict) == (0.05, 1000, "unknown")
     assert "large: inverted" in found.summary
-    row = measured(flags, np.arange(n), {**MODEL, "quality": {"lacking": "only 12 images"}}).quality[0]
+    row = measure(flags, np.arange(n), {**MODEL, "quality": {"lacking": "only 12 images"}}).quality[0]
     assert (row.verdict, row.reason) == ("unknown", "only 12 images")
 
 
-def stability(kept: np.ndarray, scores: np.ndarray, codes: np.ndarray) -> drift.ScoreDrift:
+def compare_scores(kept: np.ndarray, scores: np.ndarray, codes: np.ndarray) -> drift.ScoreDrift:
     model = {**MODEL, "provenance": {"score_quantiles": {"A": drift.score_quantiles(kept), "B": None}}}
-    found = measured(np.zeros((len(codes), 2)), codes, model, scores=np.column_stack([scores, scores]))
+    found = measure(np.zeros((len(codes), 2)), codes, model, scores=np.column_stack([scores, scores]))
     assert found.scores[1].verdict == "unknown"
     return found.scores[0]
 
@@ -149,20 +149,20 @@ def test_verdicts_of_scores() -> None:
     rng = np.random.default_rng(2)
     codes = np.arange(2000)
     kept = rng.beta(2, 5, 3000).astype(np.float32)
-    same = stability(kept, rng.beta(2, 5, 2000).astype(np.float32), codes)
+    same = compare_scores(kept, rng.beta(2, 5, 2000).astype(np.float32), codes)
     assert (same.verdict, same.psi < 0.02) == ("ok", True)
-    assert stability(kept, rng.beta(2.6, 4.8, 2000), codes).verdict == "differs"
+    assert compare_scores(kept, rng.beta(2.6, 4.8, 2000), codes).verdict == "differs"
     scores = rng.beta(4, 3, 2000)
-    far = stability(kept, scores, codes)
+    far = compare_scores(kept, scores, codes)
     assert far.verdict == "large"
     edges = [0.0, *drift.score_quantiles(kept)["edges"], 1.0]
     shares = (np.histogram(scores, edges)[0] + 0.5) / 2005
     expected = (np.histogram(kept, edges)[0] + 0.5) / 3005
     assert (far.shares, far.expected) == (pytest.approx(shares), pytest.approx(expected))
     assert far.psi == pytest.approx(np.sum((shares - expected) * np.log(shares / expected)))
-    constant = stability(np.full(100, 0.5), np.full(200, 0.5), np.arange(200))
+    constant = compare_scores(np.full(100, 0.5), np.full(200, 0.5), np.arange(200))
     assert (constant.psi, constant.verdict) == (0.0, "ok")
-    assert stability(np.full(100, 0.5), np.full(200, 0.4), np.arange(200)).verdict == "large"
+    assert compare_scores(np.full(100, 0.5), np.full(200, 0.4), np.arange(200)).verdict == "large"
     assert same.p == pytest.approx(stats.chi2.sf(same.psi / ((1 / 2000 + 1 / 3000) * 2000 / 1999), 9), rel=1e-3)
 
 
@@ -170,7 +170,7 @@ def test_a_large_index_by_chance_is_ok() -> None:
     """Sixty images make an index above 0.25 by chance alone where three at a time are of one patient."""
     rng = np.random.default_rng(3)
     kept, codes = rng.random(4000), np.repeat(np.arange(20), 3)
-    found = [stability(kept, rng.random(20)[codes] * 0.98 + rng.random(60) * 0.02, codes) for _ in range(60)]
+    found = [compare_scores(kept, rng.random(20)[codes] * 0.98 + rng.random(60) * 0.02, codes) for _ in range(60)]
     assert sum(one.psi > 0.25 for one in found) > 30
     assert sum(one.verdict == "ok" for one in found) > 54
 
@@ -195,11 +195,11 @@ def test_design_effect() -> None:
     assert drift.design_effect(np.zeros(0), np.zeros(0, int)) == 1.0
 
 
-def test_as_dict_is_json_and_bad_input_is_refused() -> None:
-    plain = json.loads(json.dumps(measured(np.zeros((100, 2)), np.arange(100)).to_json(), allow_nan=False))
+def test_result_is_json_and_bad_input_is_refused() -> None:
+    plain = json.loads(json.dumps(measure(np.zeros((100, 2)), np.arange(100)).to_json(), allow_nan=False))
     assert set(plain["flags"]) == set(NAMES)
     assert (plain["flags"]["A"]["verdict"], plain["clustered"]) == ("large", False)
-    assert measured(np.zeros((100, 2)), np.arange(100) // 2).clustered
+    assert measure(np.zeros((100, 2)), np.arange(100) // 2).clustered
     for columns, ok in ((3, np.ones(100, bool)), (2, np.ones(99, bool))):
         with pytest.raises(ValueError, match="do not fit"):
-            measured(np.zeros((100, columns)), np.arange(100), ok=ok)
+            measure(np.zeros((100, columns)), np.arange(100), ok=ok)

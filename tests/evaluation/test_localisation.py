@@ -1,4 +1,4 @@
-"""Heat maps against boxes: by hand, against counted pixels, and against random points."""
+"""Localisation on worked examples, against counted pixels, and against random points."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ray_cxr.evaluation.localisation import (
 SIDE = 1024
 
 
-def peak(row: int, column: int, side: int = 8) -> np.ndarray:
+def draw_peak(row: int, column: int, side: int = 8) -> np.ndarray:
     heat = np.zeros((side, side))
     heat[row, column] = 1.0
     return heat
@@ -35,15 +35,15 @@ def measure(*arguments: Any, **options: Any) -> Localisation:
     return measure_localisation(*arguments, settings=settings, **rest)
 
 
-def one(heat: np.ndarray | None, boxes: list[tuple[float, ...]], **options: Any) -> FindingLocalisation:
-    """One image, one finding."""
+def measure_image(heat: np.ndarray | None, boxes: list[tuple[float, ...]], **options: Any) -> FindingLocalisation:
+    """Measure one image and one finding."""
     maps = {} if heat is None else {("a", "Mass"): heat}
     n = len(boxes)
     return measure(maps, ["a"] * n, ["Mass"] * n, np.array(boxes), **{"n_resamples": 50, **options}).overall
 
 
-def random_cases(n: int, seed: int) -> tuple[dict[tuple[str, str], np.ndarray], list[str], list[str], Any]:
-    """Maps, images, findings and boxes of n images of one finding."""
+def draw_cases(n: int, seed: int) -> tuple[dict[tuple[str, str], np.ndarray], list[str], list[str], Any]:
+    """Draw maps, images, findings and boxes for n images of one finding."""
     rng = np.random.default_rng(seed)
     ids = [f"{i}" for i in range(n)]
     corner = rng.uniform(0, 700, (n, 2))
@@ -51,7 +51,7 @@ def random_cases(n: int, seed: int) -> tuple[dict[tuple[str, str], np.ndarray], 
     return {(i, "Mass"): rng.random((7, 7)) for i in ids}, ids, ["Mass"] * n, boxes
 
 
-def test_maximum_in_the_grown_box_is_a_hit() -> None:
+def test_maximum_within_tolerance_of_a_box_is_a_hit() -> None:
     # The cell in row 2, column 5 of 8 has its centre at x = 704, y = 320.
     for box, tolerance, hit in (
         ((700, 310, 10, 20), 15, 1),
@@ -65,33 +65,33 @@ def test_maximum_in_the_grown_box_is_a_hit() -> None:
         ((653.5, 270, 50, 50), 0, 0),
         ((654, 269.5, 50, 50), 0, 0),
     ):
-        assert one(peak(2, 5), [box], tolerance=tolerance).hits == hit
+        assert measure_image(draw_peak(2, 5), [box], tolerance=tolerance).hits == hit
 
 
 def test_hits_of_several_boxes_maxima_and_findings() -> None:
-    found = one(peak(2, 5), [(0, 0, 50, 50), (690, 310, 50, 50)])
+    found = measure_image(draw_peak(2, 5), [(0, 0, 50, 50), (690, 310, 50, 50)])
     assert (found.hits, found.boxes, found.cases) == (1, 2, 1)
-    # Of two maxima one is in the box.
-    assert one(peak(2, 5) + peak(7, 0), [(690, 310, 50, 50)]).hits == 0.5
+    # One of two maxima lies in the box.
+    assert measure_image(draw_peak(2, 5) + draw_peak(7, 0), [(690, 310, 50, 50)]).hits == 0.5
     wide = np.zeros((2, 4))
     wide[1, 0] = 1.0  # centre at x = 128, y = 768
-    assert one(wide, [(120, 760, 16, 16)], tolerance=0).hits == 1
+    assert measure_image(wide, [(120, 760, 16, 16)], tolerance=0).hits == 1
     # Boxes of another finding or image do not count.
-    maps = {("a", "Mass"): peak(2, 5), ("b", "Nodule"): peak(2, 5)}
+    maps = {("a", "Mass"): draw_peak(2, 5), ("b", "Nodule"): draw_peak(2, 5)}
     boxes = np.array([(0, 0, 50, 50), *[(690, 310, 50, 50)] * 3])
     result = measure(maps, list("aabb"), ["Mass", "Nodule"] * 2, boxes, n_resamples=50)
     assert (result.findings["Mass"].hits, result.findings["Mass"].missing) == (0, 1)
     assert (result.findings["Nodule"].hits, result.findings["Nodule"].missing) == (1, 1)
 
 
-def test_overlap_by_hand() -> None:
-    # As many cells as the working grid has: nothing is interpolated, and a cell is 4 x 4 pixels.
+def test_overlap_on_exact_regions() -> None:
+    # The map has the size of the working grid, so it is not interpolated; a cell is 4 x 4 pixels.
     heat = np.full((256, 256), -5.0)
     heat[10:20, 30:50] = 0.5
     heat[10:20, 30:40] = 1.0
     heat[20:30, 30:50] = 0.49
     for boxes, share, iou in (
-        # The region: x 120..200, y 40..80, which is 3,200 pixels; the box takes its right half and as much again.
+        # The region covers x 120..200, y 40..80 (3,200 pixels); the box covers its right half and as much outside.
         ([(160, 40, 80, 40)], 0.5, 1600 / 4800),
         ([(120, 40, 80, 40)], 0.5, 1.0),
         ([(119.5, 39.5, 81, 41)], 0.5, 3200 / (81 * 41)),  # cuts cells
@@ -99,7 +99,7 @@ def test_overlap_by_hand() -> None:
         ([(120, 40, 50, 40), (150, 40, 50, 40)], 0.5, 1.0),  # the union of two boxes
         ([(120, -40, 80, 120)], 0.5, 0.5),  # only the part within the image
     ):
-        assert one(heat, boxes, map_share=share).iou.value == pytest.approx(iou, abs=1e-12)
+        assert measure_image(heat, boxes, map_share=share).iou.value == pytest.approx(iou, abs=1e-12)
 
 
 @settings(max_examples=20)
@@ -118,7 +118,7 @@ def test_overlap_equals_counted_pixels(shape: tuple[int, int], seed: int, boxes:
     boxed = np.zeros((SIDE, SIDE), dtype=bool)
     for x, y, w, h in boxes:
         boxed[y : y + h, x : x + w] = True
-    found = one(heat, boxes)
+    found = measure_image(heat, boxes)
     assert found.iou.value == pytest.approx((region & boxed).sum() / (region | boxed).sum(), abs=1e-9)
     assert found.box_share == pytest.approx(boxed.mean(), abs=1e-9)
 
@@ -135,15 +135,15 @@ def test_accuracy_counts_maps_that_reach_each_level() -> None:
     assert other.to_json()["overall"]["accuracy"]["0.3"]["accuracy"] == 0.75
 
 
-def test_flat_and_missing_maps_are_counted_and_not_dropped() -> None:
+def test_flat_and_missing_maps_are_counted() -> None:
     for heat in (np.zeros((4, 4)), np.full((4, 4), 0.7), -np.eye(4)):
-        found = one(heat, [(0, 0, 1024, 1024)])
+        found = measure_image(heat, [(0, 0, 1024, 1024)])
         assert (found.n, found.flat, found.hits, found.hit_rate.value, found.iou.value) == (1, 1, 0, 0, 0)
-    maps, ids, findings, boxes = random_cases(10, seed=0)
+    maps, ids, findings, boxes = draw_cases(10, seed=0)
     boxes[:] = (0, 0, 1024, 1024)
     whole = measure(maps, ids, findings, boxes, n_resamples=50)
     assert whole.notes() == []
-    # All hits: the bootstrap knows no interval.
+    # If all maps hit, there is no bootstrap interval.
     assert (whole.overall.hit_rate.value, whole.overall.hit_rate.low, whole.overall.hit_rate.high) == (1.0, None, None)
     assert whole.overall.hit_rate.reason
     for i in range(4):
@@ -154,7 +154,7 @@ def test_flat_and_missing_maps_are_counted_and_not_dropped() -> None:
     assert (found.cases, found.n, found.missing, found.hits, found.flat) == (10, 6, 4, 5, 1)
     assert (found.hit_rate.value, found.hit_rate_of_all) == (pytest.approx(5 / 6), 0.5)
     assert ["4 of 10" in result.notes()[0], "1 of 6" in result.notes()[1]] == [True, True]
-    found = one(None, [(0, 0, 10, 10)])
+    found = measure_image(None, [(0, 0, 10, 10)])
     assert (found.n, found.missing, found.hit_rate_of_all, found.chance, found.box_share) == (0, 1, 0, None, None)
     for rate in (found.hit_rate, found.iou, *found.accuracy):
         assert (rate.value, rate.low, rate.high, bool(rate.reason)) == (None, None, None, True)
@@ -163,7 +163,7 @@ def test_flat_and_missing_maps_are_counted_and_not_dropped() -> None:
     json.dumps(empty.to_json())
 
 
-def test_chance_is_what_random_points_hit() -> None:
+def test_chance_equals_the_hit_rate_of_random_points() -> None:
     rng = np.random.default_rng(0)
     points = rng.uniform(0, SIDE, (40_000, 2))
     for n, tolerance in ((1, 0.0), (2, 15.0), (3, 100.0)):
@@ -171,18 +171,18 @@ def test_chance_is_what_random_points_hit() -> None:
         boxes = np.hstack([corner, rng.uniform(10, 1024 - corner)])
         low, high = boxes[:, :2] - tolerance, boxes[:, :2] + boxes[:, 2:] + tolerance
         hits = ((points[:, None] >= low) & (points[:, None] <= high)).all(axis=2).any(axis=1)
-        found = one(peak(0, 0), [tuple(box) for box in boxes], tolerance=tolerance)
+        found = measure_image(draw_peak(0, 0), [tuple(box) for box in boxes], tolerance=tolerance)
         assert found.chance == pytest.approx(hits.mean(), abs=0.01)  # four standard errors
 
 
-def test_interval_counts_patients_and_not_images() -> None:
-    maps, ids, findings, boxes = random_cases(60, seed=5)
+def test_interval_counts_patients() -> None:
+    maps, ids, findings, boxes = draw_cases(60, seed=5)
     once = measure(maps, ids, findings, boxes, n_resamples=300).overall
     p = once.hit_rate.value
-    # Images of their own patients: near the normal interval of a share.
+    # With one image per patient: close to the normal interval of a share.
     width = once.hit_rate.high - once.hit_rate.low
     assert width == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 60), rel=0.2)
-    # Two copies of each patient's image say no more than one.
+    # A second copy of each patient's image adds no information.
     twice = {(i + copy, "Mass"): maps[i, "Mass"] for i in ids for copy in ("a", "b")}
     names, patients, repeated = [name for name, _ in twice], np.repeat(ids, 2), np.repeat(boxes, 2, axis=0)
     clustered = measure(twice, names, findings * 2, repeated, patients, n_resamples=300).overall
@@ -190,16 +190,16 @@ def test_interval_counts_patients_and_not_images() -> None:
     assert (once.patients, clustered.patients, clustered.n) == (60, 60, 120)
     alone = measure(twice, names, findings * 2, repeated, n_resamples=300).overall.hit_rate
     assert alone.high - alone.low < 0.85 * width
-    # Images without a patient are patients of their own, even where a patient has the name of the image.
-    maps = {("a", "Mass"): peak(0, 0), ("a", "Nodule"): peak(0, 0), ("b", "Mass"): peak(0, 0)}
+    # Images without a patient count separately, even if another patient's id equals the image id.
+    maps = {("a", "Mass"): draw_peak(0, 0), ("a", "Nodule"): draw_peak(0, 0), ("b", "Mass"): draw_peak(0, 0)}
     box = np.array([(0, 0, 300, 300)] * 3)
     for patients, count in ((None, 2), (["1"] * 3, 1), ([float("nan")] * 3, 2), ([None, None, "a"], 2)):
         found = measure(maps, ["a", "a", "b"], ["Mass", "Nodule", "Mass"], box, patients, n_resamples=50)
         assert found.overall.patients == count
 
 
-def test_results_by_finding_and_as_json() -> None:
-    maps, ids, _, boxes = random_cases(60, seed=8)
+def test_results_per_finding_and_json() -> None:
+    maps, ids, _, boxes = draw_cases(60, seed=8)
     findings = [("Zebra", "Nodule", "Mass", "Atelectasis")[i % 4] for i in range(60)]
     maps = {(i, finding): maps[i, "Mass"] for i, finding in zip(ids, findings, strict=True)}
     result = measure(maps, ids, findings, boxes, n_resamples=60)
@@ -219,8 +219,8 @@ def test_results_by_finding_and_as_json() -> None:
     assert set(read["overall"]) == set(entry)
 
 
-def test_scale_of_coordinates_and_of_maps_does_not_matter() -> None:
-    maps, ids, findings, boxes = random_cases(5, seed=1)
+def test_results_do_not_depend_on_the_scale_of_coordinates_and_maps() -> None:
+    maps, ids, findings, boxes = draw_cases(5, seed=1)
     whole = measure(maps, ids, findings, boxes, n_resamples=50).overall
     scaled = {key: heat * 64 for key, heat in maps.items()}
     half = measure(scaled, ids, findings, boxes / 2, image_side=512, tolerance=7.5, n_resamples=50).overall
@@ -246,6 +246,6 @@ def test_scale_of_coordinates_and_of_maps_does_not_matter() -> None:
     ],
 )
 def test_bad_input_is_refused(change: dict[str, Any], part: str) -> None:
-    given_: dict[str, Any] = {"maps": {("a", "Mass"): peak(0, 0)}, "image_ids": ["a"], "findings": ["Mass"]}
+    given_: dict[str, Any] = {"maps": {("a", "Mass"): draw_peak(0, 0)}, "image_ids": ["a"], "findings": ["Mass"]}
     with pytest.raises(ValueError, match=part):
         measure(**{**given_, "xywh": [(0, 0, 5, 5)], **change})

@@ -1,4 +1,4 @@
-"""The paired bootstrap against one written out, and DeLong's test per finding."""
+"""The paired bootstrap against a plain loop, and DeLong's test per finding."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from ray_cxr.evaluation import metrics, paired
 from ray_cxr.evaluation.delong import delong_paired, normal_p
 
 
-def two_models(patients: int, seed: int, better: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Labels [n,2], scores of two models that err alike, and patients of three images; `better` lifts the first."""
+def simulate_models(
+    patients: int, seed: int, better: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return labels [n,2], scores of two models with correlated errors, and patients of three images.
+
+    `better` improves the first model.
+    """
     rng = np.random.default_rng(seed)
     codes = np.repeat(np.arange(patients), 3)
     y = (rng.random((patients, 2)) < 0.4)[codes].astype(np.int8)
@@ -23,17 +28,17 @@ def two_models(patients: int, seed: int, better: float = 0.0) -> tuple[np.ndarra
 
 
 def macro_auroc(y: np.ndarray, s: np.ndarray) -> float:
-    """Mean over the columns; raises TypeError where one lacks a class."""
+    """Average AUROC over columns; raise TypeError if a column lacks a class."""
     return sum(metrics.auroc(y[y[:, f] >= 0, f], s[y[:, f] >= 0, f]) for f in range(y.shape[1])) / y.shape[1]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_paired_bootstrap_equals_the_one_written_out(seed: int) -> None:
-    y, a, b, patients = two_models(12, seed, better=0.4)
+def test_paired_bootstrap_equals_a_plain_loop(seed: int) -> None:
+    y, a, b, patients = simulate_models(12, seed, better=0.4)
     rng = np.random.default_rng(seed)
     y[rng.random(y.shape) < 0.3] = -1
     known = y.copy()
-    known[4, 0] = known[9, 1] = -1  # a label counts where both models have a score
+    known[4, 0] = known[9, 1] = -1  # a label counts only with both scores
     expected = []
     draws = np.random.default_rng(seed)
     for _ in range(100):
@@ -52,8 +57,8 @@ def test_paired_bootstrap_equals_the_one_written_out(seed: int) -> None:
     assert (got.columns, got.undefined, got.n_patients, got.reason) == ((0, 1), 100 - len(expected), 12, None)
 
 
-def test_findings_are_compared_as_if_each_were_alone() -> None:
-    y, a, b, patients = two_models(40, 3, better=0.5)
+def test_each_finding_equals_a_separate_comparison() -> None:
+    y, a, b, patients = simulate_models(40, 3, better=0.5)
     y, a, b = (np.hstack([table, table[:, :1] * 0, table[:, 1:]]) for table in (y, a, b))
     a[4, 1] = b[9, 1] = np.nan
     options = {"n_resamples": 60, "seed": 2}
@@ -74,8 +79,8 @@ def test_findings_are_compared_as_if_each_were_alone() -> None:
     assert (absent.undefined, absent.reason, absent.delong_reason) == (60, "no positive images", "no positive images")
 
 
-def test_comparison_is_none_with_a_reason_where_it_is_undefined() -> None:
-    y, a, b, patients = two_models(40, 0)
+def test_undefined_comparisons_have_a_reason() -> None:
+    y, a, b, patients = simulate_models(40, 0)
     same = paired.paired_findings(y, a, a, patients, n_resamples=50)
     for one in (same.macro, same.findings[0]):
         assert (one.difference, one.low, one.high, one.p, one.reason) == (0.0, 0.0, 0.0, 1.0, None)

@@ -1,4 +1,4 @@
-"""Published figures are those of the sources, and are comparable only where images and labels are the same."""
+"""Published values equal their sources, and are comparable only on the same images and labels."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ WHOLE = published.OFFICIAL_TEST_IMAGES
 OFFICIAL = ["DenseNet-121, official split", "ResNet-50, official split", "ViT-B, official split"]
 
 
-def record(name: str) -> published.Published:
+def find_record(name: str) -> published.Published:
     (one,) = (one for one in published.PUBLISHED if one.name == name)
     return one
 
 
-def reasons(*arguments: object, **options: object) -> dict[str, str | None]:
+def list_reasons(*arguments: object, **options: object) -> dict[str, str | None]:
     return {one.name: reason for one, reason in published.list_published(*arguments, **options)}  # type: ignore[arg-type]
 
 
-def test_figures_are_those_of_the_notes(shared: Path) -> None:
+def test_values_equal_the_notes(shared: Path) -> None:
     facts = shared / "FACTS.md"
     if not facts.is_file():
-        pytest.skip(f"the notes are not here: {facts} does not exist")
+        pytest.skip(f"{facts} does not exist")
     text = facts.read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     table = {row[0]: [float(cell) for cell in row[1:]] for row in rows if row[0] in (*FINDINGS, "mean")}
@@ -42,13 +42,15 @@ def test_figures_are_those_of_the_notes(shared: Path) -> None:
         "The same model of J. Zech, official part",
     )
     for position, name in enumerate(columns):
-        assert {f: one.value for f, one in record(name).aurocs.items()} == {f: table[f][position] for f in FINDINGS}
-        assert record(name).mean == table["mean"][position]
+        assert {f: one.value for f, one in find_record(name).aurocs.items()} == {
+            f: table[f][position] for f in FINDINGS
+        }
+        assert find_record(name).mean == table["mean"][position]
     intervals = {
         finding: published.PublishedAuroc(float(value), float(low), float(high))
         for finding, value, low, high in re.findall(r"(\w+) (\.\d+) \((\.\d+)-(\.\d+)\)", text)
     }
-    assert record("CheXNeXt 2018").aurocs == intervals
+    assert find_record("CheXNeXt 2018").aurocs == intervals
     assert len(intervals) == 8
 
 
@@ -58,11 +60,11 @@ def test_records_are_consistent() -> None:
         for auroc in one.aurocs.values():
             assert 0.5 < (auroc.low or 0.51) <= auroc.value <= (auroc.high or 1.0) <= 1.0
         if one.mean is not None and one.aurocs:
-            # As printed, to three digits.
+            # Means are printed with three digits.
             assert abs(np.mean([auroc.value for auroc in one.aurocs.values()]) - one.mean) <= 0.0005
-    plain = json.loads(json.dumps(record("CheXNeXt 2018").to_json()))
+    plain = json.loads(json.dumps(find_record("CheXNeXt 2018").to_json()))
     assert plain["aurocs"]["Edema"] == {"auroc": 0.924, "auroc_low": 0.886, "auroc_high": 0.955}
-    assert record("ResNet-50, official split").to_json()["mean_to"] == 0.815
+    assert find_record("ResNet-50, official split").to_json()["mean_to"] == 0.815
 
 
 def test_only_the_same_images_and_labels_are_comparable() -> None:
@@ -77,7 +79,7 @@ def test_only_the_same_images_and_labels_are_comparable() -> None:
             assert [one.name for one, _ in pairs[:3]] == OFFICIAL  # comparable ones first
 
 
-def test_reasons() -> None:
+def test_reason_names_the_difference() -> None:
     for arguments, n_images, part in (
         (("train", "official"), WHOLE, "train images"),
         (("test", "patient"), WHOLE, "a random patient split"),
@@ -87,13 +89,13 @@ def test_reasons() -> None:
         (("test", "official"), WHOLE - 1, "25,595"),
         (("test", "official"), None, "how many images"),
     ):
-        found = reasons(*arguments, n_images=n_images)
+        found = list_reasons(*arguments, n_images=n_images)
         assert all(part in found[name] for name in OFFICIAL)
-    found = reasons("test", "official", n_images=WHOLE)
+    found = list_reasons("test", "official", n_images=WHOLE)
     for name, part in (("Wang et al. 2017", "no split"), ("CheXNet 2017", "by patient"), ("CheXNeXt 2018", "420 ")):
         assert part in found[name]
     assert "5,213 of 25,596 images" in found["The same model of J. Zech, official part"]
-    # A mean alone is comparable over the same findings.
+    # A record with only a mean is comparable over the same findings.
     for findings, comparable in ((FINDINGS, True), (LABELS, True), (FINDINGS[:13], False)):
-        found = reasons("test", "official", n_images=WHOLE, findings=findings)
+        found = list_reasons("test", "official", n_images=WHOLE, findings=findings)
         assert [found[name] is None for name in OFFICIAL] == [comparable] * 3

@@ -1,4 +1,4 @@
-"""Quality flags: what must be flagged and how, what must not, and that the rest of the batch does not matter.
+"""Quality flags: which images are flagged and how, which are not, and independence of the batch.
 
 Synthetic radiographs stand for an archive. Features are statistics of the pixels: the rules do not need a model.
 """
@@ -30,8 +30,8 @@ TRAINING, HELD_OUT, ORDINARY = 100, 60, 50
 Images = np.ndarray
 
 
-def features(images: Images) -> np.ndarray:
-    """float32 [N,24]: means of 16 tiles, and how much neighbours differ in each of eight bands."""
+def compute_features(images: Images) -> np.ndarray:
+    """Return float32 [N,24]: means of 16 tiles, and mean differences of neighbours in eight bands."""
     n, side = images.shape[:2]
     x = images.astype(np.float32)
     tiles = x.reshape(n, 4, side // 4, 4, side // 4).mean(axis=(2, 4)).reshape(n, 16)
@@ -40,12 +40,12 @@ def features(images: Images) -> np.ndarray:
 
 
 def fit_images(train: Images, held_out: Images) -> QualityModel | None:
-    return fit_quality_model(train, features(train), held_out, features(held_out))[0]
+    return fit_quality_model(train, compute_features(train), held_out, compute_features(held_out))[0]
 
 
 @pytest.fixture(scope="module")
 def chests() -> Images:
-    """uint8 [210,64,64]: one radiograph per patient, every sixth with one of three findings."""
+    """Draw uint8 [210,64,64]: one radiograph per patient, every sixth with one of three findings."""
     findings = ("Effusion", "Mass", "Cardiomegaly")
     return np.stack(
         [
@@ -66,8 +66,8 @@ def ordinary(chests: Images) -> Images:
     return chests[TRAINING + HELD_OUT :]
 
 
-def flagged(model: QualityModel, images: Images) -> list[str | None]:
-    return judge_images(model, images, features(images))
+def judge(model: QualityModel, images: Images) -> list[str | None]:
+    return judge_images(model, images, compute_features(images))
 
 
 def share(flags: list[str | None], *names: str | None) -> float:
@@ -75,14 +75,14 @@ def share(flags: list[str | None], *names: str | None) -> float:
 
 
 def test_ordinary_images_are_rarely_flagged(fitted: QualityModel, ordinary: Images) -> None:
-    # Means of pixels follow any change of tone; the features of a model do not.
+    # Pixel means follow every change of tone; a model's features do not, so those of the originals are used.
     tones = {"flatter": np.rint(64 + 0.5 * ordinary), "darker": np.rint(255 * (ordinary / 255) ** 1.25)}
     for name, changed in {**tones, "none": ordinary, "mirrored": ordinary[:, :, ::-1]}.items():
-        flags = judge_images(fitted, np.ascontiguousarray(changed, dtype=np.uint8), features(ordinary))
+        flags = judge_images(fitted, np.ascontiguousarray(changed, dtype=np.uint8), compute_features(ordinary))
         assert share(flags, None) >= 0.94, name
 
 
-def test_other_images_are_not_frontal_chests(fitted: QualityModel, ordinary: Images) -> None:
+def test_other_images_are_flagged_as_not_frontal_chest(fitted: QualityModel, ordinary: Images) -> None:
     for name, changed in {
         "quarter turn": np.rot90(ordinary, axes=(1, 2)),
         "upside down": ordinary[:, ::-1],
@@ -91,30 +91,30 @@ def test_other_images_are_not_frontal_chests(fitted: QualityModel, ordinary: Ima
         "noise": np.random.default_rng(1).integers(0, 256, ordinary.shape),
         "blank": np.full_like(ordinary, 77),
     }.items():
-        # By the pixels alone: the features are those of ordinary images.
-        flags = judge_images(fitted, np.ascontiguousarray(changed, dtype=np.uint8), features(ordinary))
+        # Features are those of ordinary images: the pixels decide.
+        flags = judge_images(fitted, np.ascontiguousarray(changed, dtype=np.uint8), compute_features(ordinary))
         assert share(flags, None) <= 0.02, name
         assert share(flags, "not_frontal_chest") >= 0.9, name
 
 
 def test_negatives_and_odd_features_are_flagged(fitted: QualityModel, chests: Images, ordinary: Images) -> None:
-    assert share(flagged(fitted, 255 - ordinary), "inverted") >= 0.98
-    usual = features(ordinary)
+    assert share(judge(fitted, 255 - ordinary), "inverted") >= 0.98
+    usual = compute_features(ordinary)
     assert share(judge_images(fitted, ordinary, usual + 100 * usual.std(axis=0)), "out_of_distribution") >= 0.94
     broken = usual[:3].copy()
     broken[0, 4], broken[1, 0] = np.nan, -np.inf
     assert judge_images(fitted, ordinary[:3], broken) == ["out_of_distribution", "out_of_distribution", None]
-    # A few negatives among the training images do no harm.
+    # A few negatives among the training images change little.
     train, held_out, _ = np.split(chests.copy(), [TRAINING, TRAINING + HELD_OUT])
     for some in (train[:2], held_out[:1]):
         some[:] = 255 - some
     model = fit_images(train, held_out)
-    assert share(flagged(model, 255 - ordinary), "inverted") >= 0.94
-    assert share(flagged(model, ordinary), None) >= 0.94
+    assert share(judge(model, 255 - ordinary), "inverted") >= 0.94
+    assert share(judge(model, ordinary), None) >= 0.94
 
 
-def test_flags_by_hand() -> None:
-    """Distances of the image, its negative, the image made symmetric, its features; limits 2 and 3."""
+def test_flags_from_distances() -> None:
+    """Distances of image, negative, symmetrised image and features; limits 2 and 3."""
     distances = {
         (5.0, 1.0, 1.0, 9.0): "inverted",  # all four rules hold
         (5.0, 9.0, 1.0, 9.0): "lateral",
@@ -122,7 +122,7 @@ def test_flags_by_hand() -> None:
         (1.0, 9.0, 9.0, 9.0): "out_of_distribution",
         (1.0, 9.0, 9.0, 1.0): None,
         (2.0, 9.0, 9.0, 3.0): None,  # at the limits
-        (2.5, 2.0, 9.0, 1.0): "not_frontal_chest",  # the negative is nearer by 1.25 and not by more
+        (2.5, 2.0, 9.0, 1.0): "not_frontal_chest",  # the factor is 1.25, not above
         (2.6, 2.0, 9.0, 1.0): "inverted",
         (2.6, 2.01, 2.0, 1.0): "lateral",
         (2.0, 1.9, 9.0, 1.0): None,
@@ -145,7 +145,7 @@ def spaces() -> tuple[quality.Subspace, quality.Subspace]:
     return quality._describe(rng.normal(size=(300, 256))), quality._describe(rng.normal(size=(80, 5)))
 
 
-def test_the_rest_of_the_batch_does_not_matter(spaces: tuple[quality.Subspace, quality.Subspace]) -> None:
+def test_distances_do_not_depend_on_the_batch(spaces: tuple[quality.Subspace, quality.Subspace]) -> None:
     rng = np.random.default_rng(1)
     vectors = rng.normal(size=(12, 5))
     for size in (64, 67):
@@ -156,8 +156,8 @@ def test_the_rest_of_the_batch_does_not_matter(spaces: tuple[quality.Subspace, q
             np.testing.assert_array_equal(got, whole[rows])
 
 
-def test_thumbnail_by_hand() -> None:
-    """Blocks are averaged; brightness and contrast drop out; the odd row falls between blocks."""
+def test_thumbnail_of_two_halves() -> None:
+    """Thumbnails average blocks, without brightness and contrast; an odd row falls between blocks."""
     left = np.zeros((1, 33, 33), dtype=np.uint8)
     left[:, :, :16] = 200
     expected = np.where(np.arange(16) < 8, 1.0, -1.0) * np.ones((16, 1))
@@ -165,16 +165,16 @@ def test_thumbnail_by_hand() -> None:
         np.testing.assert_allclose(quality._thumbnails(image).reshape(16, 16), expected)
     np.testing.assert_allclose(quality._thumbnails(left.transpose(0, 2, 1)).reshape(16, 16), expected.T)
     assert np.isnan(quality._thumbnails(np.full((1, 33, 33), 9, dtype=np.uint8))).all()
-    # Sums over 258 rows pass 65,535.
+    # Sums over 258 rows exceed uint16.
     large = np.full((1, 4128, 4128), 128, dtype=np.uint8)
     large[:, :, :2064] = 255
     np.testing.assert_allclose(quality._thumbnails(large).reshape(16, 16), expected)
 
 
-def test_asymmetry_is_undefined_where_it_is_the_greater_part(
+def test_symmetrised_image_is_undefined_if_mostly_asymmetric(
     spaces: tuple[quality.Subspace, quality.Subspace],
 ) -> None:
-    """Of a picture and its mirror image only the symmetric part is left; infinite where that is below one half."""
+    """Averaging an image with its mirror image keeps the symmetric part; below one half the distance is infinite."""
     odd = np.tile(np.repeat([1.0, -1.0], 8), 16)[None]
     even = np.tile(np.repeat([1.0, -1.0, 1.0], [4, 8, 4]), 16)[None]
     for weight, finite in ((0.9, True), (1.1, False)):
@@ -187,11 +187,11 @@ def test_asymmetry_is_undefined_where_it_is_the_greater_part(
 
 
 def test_distances() -> None:
-    # By hand: variance 2 along the first axis, 1/2 along the second; scaled to 1 and 1/4 there.
+    # Coordinates are halved; the axis has the variance 2, the rest 1/2.
     space = quality.Subspace(np.ones(2), np.full(2, 2.0), np.array([[1.0], [0.0]]), np.array([2.0]), 0.5)
     got = space.distances(np.array([[1.0, 1.0], [5.0, 1.0], [1.0, 5.0], [5.0, 5.0]]))
     np.testing.assert_allclose(got, [0.0, 2.0, 8.0, 10.0])
-    # More features than images: the eigenvectors come from the smaller of two products; the distances are the same.
+    # With more features than images, eigenvectors come from the smaller product; distances are the same.
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(80, 60)) * np.linspace(1, 3, 60)
     wide = np.concatenate([vectors, vectors], axis=1)  # rank 60 of 120 columns, all variances twice
@@ -202,15 +202,15 @@ def test_distances() -> None:
 
 
 def test_fitting_needs_enough_images(chests: Images, monkeypatch: pytest.MonkeyPatch) -> None:
-    # With fewer than 30 images held out, a third of the training images is held out too.
+    # With fewer than 30 held-out images, a third of the training images is held out too.
     for train, held_out, counts in ((60, 30, (60, 30)), (60, 29, None), (90, 0, (60, 30)), (89, 0, None)):
         images, others = chests[:train], chests[90 : 90 + held_out]
-        model, reason = fit_quality_model(images, features(images), others, features(others))
+        model, reason = fit_quality_model(images, compute_features(images), others, compute_features(others))
         assert (None if model is None else (model.training, model.held_out)) == counts
         assert (reason is None) == (counts is not None)
     blank = chests[:90].copy()
     blank[7] = 40  # does not count
-    assert "29" in fit_quality_model(blank, features(blank), blank[:0], features(blank[:0]))[1]
+    assert "29" in fit_quality_model(blank, compute_features(blank), blank[:0], compute_features(blank[:0]))[1]
     constant = (chests[:90], np.ones((90, 5), np.float32), chests[:0], np.ones((0, 5), np.float32))
     model, reason = fit_quality_model(*constant)
     assert (model, "features" in reason) == (None, True)
@@ -226,10 +226,10 @@ def test_bad_input_is_refused(fitted: QualityModel, chests: Images) -> None:
     for wrong in (vectors[:2], vectors.astype(np.int64), np.zeros((3, 25), np.float32), vectors[0]):
         with pytest.raises(ValueError, match="features"):
             judge_images(fitted, images, wrong)
-    # The smallest and the empty batch are judged.
-    assert judge_images(fitted, images[:1, :16, :16], features(chests[:1])) == ["not_frontal_chest"]
+    # The smallest images and an empty batch are valid.
+    assert judge_images(fitted, images[:1, :16, :16], compute_features(chests[:1])) == ["not_frontal_chest"]
     assert judge_images(fitted, images[:0], vectors[:0]) == []
-    x, f = chests[:90], features(chests[:90])
+    x, f = chests[:90], compute_features(chests[:90])
     with pytest.raises(ValueError, match="differ"):
         fit_quality_model(x, f, x, f[:, :3])
     with pytest.raises(ValueError, match="images"):
@@ -238,7 +238,7 @@ def test_bad_input_is_refused(fitted: QualityModel, chests: Images) -> None:
         fit_quality_model(x, np.where(np.arange(24) == 4, np.inf, f), x, f)
 
 
-def test_fitting_again_and_storing_give_the_same_model(chests: Images, fitted: QualityModel, ordinary: Images) -> None:
+def test_refitting_and_storing_give_the_same_model(chests: Images, fitted: QualityModel, ordinary: Images) -> None:
     assert sum(fitted.expected_rates.values()) <= 0.1
     train, held_out, _ = np.split(chests, [TRAINING, TRAINING + HELD_OUT])
     file = io.BytesIO()
@@ -250,7 +250,7 @@ def test_fitting_again_and_storing_give_the_same_model(chests: Images, fitted: Q
         for name, array in fitted.arrays().items():
             np.testing.assert_array_equal(other.arrays()[name], array, err_msg=name)
     mixed = np.concatenate([ordinary, 255 - ordinary])
-    assert flagged(again, mixed) == flagged(fitted, mixed)
+    assert judge(again, mixed) == judge(fitted, mixed)
 
 
 def test_damaged_arrays_are_refused(fitted: QualityModel) -> None:
@@ -290,17 +290,17 @@ def test_real_images(shared: Path) -> None:
     rest = np.flatnonzero(~training)
     x = images[rest[1::2]]
     model = fit_images(images[training], images[rest[::2]])
-    usual = flagged(model, x)
+    usual = judge(model, x)
     assert len(x) - usual.count(None) <= 4
-    assert judge_images(model, np.ascontiguousarray(x[:, :, ::-1]), features(x)).count(None) >= len(x) - 4
-    assert share(flagged(model, 255 - x), "inverted") >= 0.95
+    assert judge_images(model, np.ascontiguousarray(x[:, :, ::-1]), compute_features(x)).count(None) >= len(x) - 4
+    assert share(judge(model, 255 - x), "inverted") >= 0.95
     turned = np.ascontiguousarray(np.rot90(x, axes=(1, 2)))
-    assert share(judge_images(model, turned, features(x)), None) <= 0.2
-    # One file, stored with its two tags: MONOCHROME1 read as if it were MONOCHROME2 is the commonest inversion.
+    assert share(judge_images(model, turned, compute_features(x)), None) <= 0.2
+    # The most common inversion: MONOCHROME1 read as MONOCHROME2.
     film = load_image(str(shared / "dicom" / "cr_chest_monochrome2_jpeg.dcm"), InputSpec(size=SIZE))[None]
-    assert sorted(map(str, flagged(model, np.concatenate([film, 255 - film])))) == ["None", "inverted"]
-    # This image is a photographic negative in the release itself, which its tables do not say.
+    assert sorted(map(str, judge(model, np.concatenate([film, 255 - film])))) == ["None", "inverted"]
+    # This image is a negative in the release itself, which its tables do not mention.
     at = [path.name for path in paths].index("00017625_000.png")
     others = images[patients != patients[at]]
     model = fit_images(others[::2], others[1::2])
-    assert flagged(model, images[at : at + 1])[0] in ("inverted", "not_frontal_chest")
+    assert judge(model, images[at : at + 1])[0] in ("inverted", "not_frontal_chest")

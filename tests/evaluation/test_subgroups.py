@@ -1,4 +1,4 @@
-"""Subgroups: which images belong where, numbers as of each group alone, differences from shared resamples."""
+"""Subgroups: assignment of images, metrics of each group, differences from shared resamples."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ PERSON = st.tuples(
 )
 
 
-def columns(rows: list[tuple]) -> list[np.ndarray]:
+def to_columns(rows: list[tuple]) -> list[np.ndarray]:
     return [np.array(column, dtype=object) for column in zip(*rows, strict=True)]
 
 
-def crowd(patients: int, each: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Images of patients with a sex and without an age, seen from two sides."""
+def simulate_images(patients: int, each: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return images of patients with known sex and unknown age, in two views."""
     rng = np.random.default_rng(seed)
     n = patients * each
     codes = np.repeat(np.arange(patients), each)
@@ -45,22 +45,22 @@ def crowd(patients: int, each: int, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def groups_of(c: dict[str, np.ndarray], **more: bool) -> list[groups.Group]:
+def build(c: dict[str, np.ndarray], **more: bool) -> list[groups.Group]:
     return groups.build_groups(c["sex"], c["age"], c["view"], c["follow_up"], **more)
 
 
-def measured(c: dict, found: list[groups.Group] | None = None, **more: object) -> subgroups.Subgroups:
-    found = groups_of(c) if found is None else found
+def measure(c: dict, found: list[groups.Group] | None = None, **more: object) -> subgroups.Subgroups:
+    found = build(c) if found is None else found
     macro = more.pop("macro", None)
     images = group_resamples.LabelledScores(c["labels"], c["scores"], c["flags"], c["patients"], NAMES, macro)
     return subgroups.measure_groups(found, images, **{"n_resamples": 60, "n_resamples_crossings": 50, **more})
 
 
-def of(found: subgroups.Subgroups, attribute: str, value: str) -> subgroups.GroupResult:
+def find_group(found: subgroups.Subgroups, attribute: str, value: str) -> subgroups.GroupResult:
     return next(one for one in found.groups if (one.attribute, one.value) == (attribute, value))
 
 
-def difference(found: subgroups.Subgroups, finding: str | None, quantity: str) -> subgroups.Difference:
+def find_difference(found: subgroups.Subgroups, finding: str | None, quantity: str) -> subgroups.Difference:
     key = ("sex", finding, quantity)
     return next(one for one in found.differences if (one.attribute, one.finding, one.quantity) == key)
 
@@ -68,7 +68,7 @@ def difference(found: subgroups.Subgroups, finding: str | None, quantity: str) -
 @settings(max_examples=40)
 @given(st.lists(PERSON, min_size=1, max_size=20))
 def test_every_image_is_in_one_group_of_each_attribute(rows: list[tuple]) -> None:
-    found = groups.build_groups(*columns(rows))
+    found = groups.build_groups(*to_columns(rows))
     for attribute in ATTRIBUTES:
         masks = [group.mask for group in found if group.attribute == attribute]
         assert (np.sum(masks, axis=0) == 1).all()
@@ -82,7 +82,7 @@ def test_every_image_is_in_one_group_of_each_attribute(rows: list[tuple]) -> Non
             assert (group.mask == (mask[one, a] & mask[other, b])).all()
             assert groups.UNKNOWN not in (a, b)
     # A description counts the same groups.
-    counts = groups.describe_population(*columns(rows), np.arange(len(rows)) // 2)
+    counts = groups.describe_population(*to_columns(rows), np.arange(len(rows)) // 2)
     assert (counts["images"], counts["patients"]) == (len(rows), (len(rows) + 1) // 2)
     for group in found:
         assert group.crossing or counts[group.attribute][group.value] == group.mask.sum()
@@ -95,31 +95,31 @@ def test_age_bands_and_other_values() -> None:
     ages = [0, 17.9, 18, 39.99, 40, 59, 60, 79.5, 80, 104, None, float("nan"), -1, pd.NA]
     bands = ["0-17"] * 2 + ["18-39"] * 2 + ["40-59"] * 2 + ["60-79"] * 2 + ["80+"] * 2 + ["unknown"] * 4
     for age, band in zip(ages, bands, strict=True):
-        found = groups.build_groups(*columns([("F", age, "PA", 0)]), crossings=False)
+        found = groups.build_groups(*to_columns([("F", age, "PA", 0)]), crossings=False)
         assert [(group.attribute, group.value) for group in found] == list(
             zip(ATTRIBUTES, ("F", band, "PA", "first image"), strict=True)
         )
-    # Values stand in order, and unknown last.
+    # Values are sorted, unknown last.
     rows = [("M", 90.0, "PA", 3), (None, None, None, None), ("F", 2.0, "AP", 0), ("M", 30.0, " ", -1)]
-    found = groups.build_groups(*columns(rows), crossings=False)
+    found = groups.build_groups(*to_columns(rows), crossings=False)
     values = {name: [group.value for group in found if group.attribute == name] for name in ATTRIBUTES}
     assert values["age_band"] == ["0-17", "18-39", "80+", "unknown"]
     assert values["view"] == ["AP", "PA", "unknown"]
     assert values["follow_up"] == ["first image", "later image", "unknown"]
-    # An attribute of one value is not crossed.
-    crossed = {group.attribute for group in groups_of(crowd(5, 2)) if group.crossing}
+    # Attributes with a single value are not crossed.
+    crossed = {group.attribute for group in build(simulate_images(5, 2)) if group.crossing}
     assert crossed == {"sex & view", "sex & follow_up", "view & follow_up"}
     with pytest.raises(ValueError, match="images"):
-        groups.build_groups(*columns(rows)[:3], np.zeros(3))
+        groups.build_groups(*to_columns(rows)[:3], np.zeros(3))
 
 
-def test_a_group_is_measured_as_if_it_were_alone() -> None:
-    c = crowd(60, 4)
+def test_group_metrics_equal_those_of_its_images() -> None:
+    c = simulate_images(60, 4)
     c["labels"][::7, 0] = -1
     c["scores"][::11, 1] = np.nan
     c["flags"][::11, 1] = -1
-    found = measured(c)
-    for group, one in zip(groups_of(c), found.groups, strict=True):
+    found = measure(c)
+    for group, one in zip(build(c), found.groups, strict=True):
         assert (one.n, one.n_patients) == (group.mask.sum(), len(np.unique(c["patients"][group.mask])))
         for j, cell in enumerate(one.cells):
             rows = group.mask & (c["labels"][:, j] >= 0) & ~np.isnan(c["scores"][:, j])
@@ -138,9 +138,9 @@ def test_a_group_is_measured_as_if_it_were_alone() -> None:
             assert mean.low <= mean.value <= mean.high
 
 
-def test_all_images_as_a_group_have_the_intervals_of_all_images() -> None:
-    c, options = crowd(60, 3), {"n_resamples": 100, "seed": 5}
-    whole = measured(c, [groups.Group("all", "all", np.ones(180, dtype=bool))], **options).groups[0]
+def test_group_of_all_images_has_their_intervals() -> None:
+    c, options = simulate_images(60, 3), {"n_resamples": 100, "seed": 5}
+    whole = measure(c, [groups.Group("all", "all", np.ones(180, dtype=bool))], **options).groups[0]
     table = (c["labels"], c["scores"], c["patients"])
     plain = bootstrap.bootstrap_findings(*table, bootstrap.DerivedOutputs(c["flags"]), roc_grid=0, **options)
     for cell, finding in zip(whole.cells, plain.findings, strict=True):
@@ -151,13 +151,13 @@ def test_all_images_as_a_group_have_the_intervals_of_all_images() -> None:
 
 
 def test_small_cells_are_marked_and_kept() -> None:
-    c = crowd(80, 3)
+    c = simulate_images(80, 3)
     for few, small in ((9, True), (10, False)):
         # Every patient has a positive and a negative image of each finding.
         c["labels"][:] = np.tile([[1], [0], [1]], (80, 2))
         mask = c["patients"] < few
         parts = [groups.Group("few", "few", mask), groups.Group("few", "rest", ~mask)]
-        found = measured(c, parts)
+        found = measure(c, parts)
         assert [group.small for group in found.groups] == [small, False]
         assert all(cell.small == small and cell.auroc is not None for cell in found.groups[0].cells)
         assert found.groups[0].own.auroc.small == (2 if small else 0)
@@ -165,12 +165,12 @@ def test_small_cells_are_marked_and_kept() -> None:
         assert (found.single.made == 0, found.single.small) == (small, 6 if small else 0)
 
 
-def test_undefined_numbers_are_none_with_a_reason() -> None:
-    c = crowd(60, 3)
+def test_undefined_values_have_a_reason() -> None:
+    c = simulate_images(60, 3)
     c["labels"][c["sex"] == "F", 1] = 0
     c["flags"][:, 0] = -1
-    found = measured(c, groups_of(c, crossings=False))
-    women, men = of(found, "sex", "F"), of(found, "sex", "M")
+    found = measure(c, build(c, crossings=False))
+    women, men = find_group(found, "sex", "F"), find_group(found, "sex", "M")
     cell = women.cells[1]
     assert (cell.auroc, cell.auroc_low, cell.reason) == (None, None, "no positive images")
     assert (cell.sensitivity, cell.rates_reason) == (None, "no positive images")
@@ -179,52 +179,52 @@ def test_undefined_numbers_are_none_with_a_reason() -> None:
     assert (women.own.auroc.findings, men.own.auroc.findings) == (("A",), NAMES)
     # Only A is defined in both, so only A is compared.
     assert (men.shared.auroc.findings, men.shared.auroc.value) == (("A",), men.cells[0].auroc)
-    none = difference(found, "B", "auroc")
+    none = find_difference(found, "B", "auroc")
     assert (none.difference, none.excludes_zero, none.reason) == (None, None, "no auroc in F")
-    assert difference(found, None, "auroc").findings == ("A",)
+    assert find_difference(found, None, "auroc").findings == ("A",)
     assert women.own.sensitivity.value is men.shared.sensitivity.value is None
     assert women.own.sensitivity.reason == "no finding has sensitivity"
     assert "in all groups" in men.shared.sensitivity.reason
     # Unknown values are measured and not compared.
-    c = crowd(60, 3)
+    c = simulate_images(60, 3)
     c["sex"][c["patients"] < 40] = None
-    found = measured(c, groups_of(c, crossings=False))
-    unknown = of(found, "sex", "unknown")
+    found = measure(c, build(c, crossings=False))
+    unknown = find_group(found, "sex", "unknown")
     assert (unknown.cells[0].auroc is None, unknown.reference) == (False, False)
     assert not any("unknown" in (one.value, one.reference) or one.attribute == "age_band" for one in found.differences)
-    # Means count the findings that they are given.
-    chosen = of(measured(crowd(60, 3), macro=np.array([True, False])), "sex", "F")
+    # Means cover the findings of `macro`.
+    chosen = find_group(measure(simulate_images(60, 3), macro=np.array([True, False])), "sex", "F")
     assert chosen.own.auroc.findings == chosen.shared.auroc.findings == ("A",)
     assert chosen.own.auroc.value == chosen.cells[0].auroc
 
 
 def test_differences_share_their_resamples() -> None:
-    """Every patient has the same image twice, once in each group: there is no difference in any resample."""
-    c = crowd(60, 2, seed=3)
+    """Each patient has the same image in both groups, so no resample shows a difference."""
+    c = simulate_images(60, 2, seed=3)
     for name in ("labels", "scores", "flags"):
         c[name][1::2] = c[name][::2]
     first = np.arange(120) % 2 == 0
-    found = measured(c, [groups.Group("copy", "one", first), groups.Group("copy", "two", ~first)])
+    found = measure(c, [groups.Group("copy", "one", first), groups.Group("copy", "two", ~first)])
     assert found.groups[0].own.auroc.low < found.groups[0].own.auroc.high
     assert len(found.differences) == 6
     for one in found.differences:
         assert (one.difference, one.low, one.high, one.excludes_zero, bool(one.reason)) == (0.0, None, None, None, True)
 
 
-def test_a_difference_is_the_value_of_a_group_minus_that_of_the_largest() -> None:
-    c = crowd(100, 4)
+def test_differences_are_relative_to_the_largest_group() -> None:
+    c = simulate_images(100, 4)
     c["flags"][(c["sex"] == "F") & (c["labels"][:, 0] == 1), 0] = 0
-    found = measured(c)
-    women, men = of(found, "sex", "F"), of(found, "sex", "M")
+    found = measure(c)
+    women, men = find_group(found, "sex", "F"), find_group(found, "sex", "M")
     assert (women.reference, men.reference) == (False, True)
-    one = difference(found, "A", "sensitivity")
+    one = find_difference(found, "A", "sensitivity")
     assert (one.value, one.reference, one.difference) == ("F", "M", pytest.approx(-men.cells[0].sensitivity))
     assert one.low <= one.difference <= one.high < 0
     assert one.excludes_zero
-    mean = difference(found, None, "auroc")
+    mean = find_difference(found, None, "auroc")
     assert mean.difference == pytest.approx(women.shared.auroc.value - men.shared.auroc.value)
     assert {d.reference for d in found.differences if d.attribute == "sex & view"} == {"M & PA"}
-    # Comparisons are counted: three attributes of two values; two quantities; two findings and their mean.
+    # 18 comparisons: three attributes with two values, two quantities, two findings and their mean.
     single = [d for d in found.differences if not d.crossing]
     made = [d for d in single if not d.small]
     assert len(single) == 18
@@ -234,12 +234,12 @@ def test_a_difference_is_the_value_of_a_group_minus_that_of_the_largest() -> Non
     assert found.crossings.made + found.crossings.small == len(found.differences) - 18
 
 
-def test_memory_does_not_change_numbers_and_results_are_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    c = crowd(50, 3)
-    whole = measured(c)
+def test_chunks_do_not_change_results_and_results_are_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = simulate_images(50, 3)
+    whole = measure(c)
     monkeypatch.setattr(group_resamples, "_CELLS", 1)
     monkeypatch.setattr(bootstrap, "_CELLS", 7 * 150)
-    assert measured(c) == whole
+    assert measure(c) == whole
     plain = whole.to_json()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     row = next(one for one in plain["groups"] if one["value"] == "F")
@@ -248,12 +248,12 @@ def test_memory_does_not_change_numbers_and_results_are_json(monkeypatch: pytest
 
 
 def test_bad_input_is_refused() -> None:
-    c = crowd(10, 2)
-    found = groups_of(c)
+    c = simulate_images(10, 2)
+    found = build(c)
     for name in ("labels", "scores", "flags", "patients"):
         with pytest.raises(ValueError, match="do not fit"):
-            measured({**c, name: c[name][1:]}, found)
+            measure({**c, name: c[name][1:]}, found)
     with pytest.raises(ValueError, match="mask"):
-        measured(c, [groups.Group("sex", "F", np.ones(3, bool)), *found[1:]])
+        measure(c, [groups.Group("sex", "F", np.ones(3, bool)), *found[1:]])
     with pytest.raises(ValueError, match="at least 1"):
-        measured(c, found, n_resamples=0)
+        measure(c, found, n_resamples=0)
