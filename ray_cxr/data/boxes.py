@@ -100,7 +100,7 @@ def _read_numbers(table: CsvTable, columns: dict[str, str]) -> np.ndarray:
     for position, name in enumerate(_NUMBERS):
         text = table.rows[columns[name]].str.strip()
         numbers = pd.to_numeric(text, errors="coerce").astype("float64")
-        bad = ~np.isfinite(numbers)
+        bad = ~numbers.between(-np.inf, np.inf, inclusive="neither")
         if bad.any():
             raise table.error(bad, f"{name} is {text[bad].iloc[0]!r}, not a number; correct the row")
         values[:, position] = numbers

@@ -225,9 +225,9 @@ def _write_shards(task: Task, out: str, settings: PrepareSettings) -> None:
     ]
     wanted = np.flatnonzero(np.any([writer.wanted for writer in writers], axis=0)).tolist()
     for row, outcome in _decode_rows(task["archive"], rows["path"].to_pylist(), wanted, _get_decoder(settings)):
-        telemetry.count(telemetry.IMAGES_PREPARED, 1)
+        telemetry.add(telemetry.IMAGES_PREPARED, 1)
         if isinstance(outcome, Failure):
-            telemetry.count(telemetry.IMAGE_ERRORS, 1, "prepare", outcome.code)
+            telemetry.add(telemetry.IMAGE_ERRORS, 1, "prepare", outcome.code)
         for writer in writers:
             writer.add(row, outcome)
 
@@ -242,7 +242,7 @@ def _get_decoder(settings: PrepareSettings) -> Decoder:
 def _decode(decoder: Decoder, source: str | bytes | None) -> DecodedImage | Failure:
     outcome = decoder.load(source)
     if decoder.seconds:
-        telemetry.decoded("prepare", decoder.seconds)
+        telemetry.add_decode("prepare", decoder.seconds)
     return outcome
 
 

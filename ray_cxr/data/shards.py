@@ -77,18 +77,19 @@ class ShardWriter:
             raise OutputError(f"{folder}: unexpected rows in {names}; remove them and run `ray-cxr prepare` again")
         self._order: list[int] = []
         self._images: list[bytes | None] = []
-        self._codes: list[str | None] = []
-        self._messages: list[str | None] = []
+        self._errors: list[tuple[str | None, str | None]] = []  # code and message
 
     def add(self, row: int, outcome: DecodedImage | Failure) -> None:
         """Append the outcome of a row, if it is wanted."""
         if not self.wanted[row]:
             return
         self._order.append(row)
-        failed = isinstance(outcome, Failure)
-        self._images.append(None if failed else outcome.images[self._position].tobytes())
-        self._codes.append(outcome.code if failed else None)
-        self._messages.append(outcome.message if failed else None)
+        if isinstance(outcome, Failure):
+            self._images.append(None)
+            self._errors.append((outcome.code, outcome.message))
+        else:
+            self._images.append(outcome.images[self._position].tobytes())
+            self._errors.append((None, None))
         index = next(iter(self._missing))
         if len(self._order) == self._missing[index]:
             self._write(index)
@@ -98,13 +99,12 @@ class ShardWriter:
         arrays = [rows[name] for name in manifests.SCHEMA.names]
         arrays += [
             pa.array(self._images, pa.binary(self._size**2)),
-            pa.array(self._codes, pa.string()),
-            pa.array(self._messages, pa.string()),
+            *(pa.array(column, pa.string()) for column in zip(*self._errors, strict=True)),
         ]
         shard = pa.Table.from_arrays(arrays, schema=shard_schema(self._size))
         atomic.write_arrow(shard, self._folder / shard_name(index))
         del self._missing[index]
-        for column in (self._order, self._images, self._codes, self._messages):
+        for column in (self._order, self._images, self._errors):
             column.clear()
 
 

@@ -265,23 +265,23 @@ def _write_text(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _encode_png(image: Array, encoding: str) -> bytes:
+def _encode_png(gray: Array, encoding: str) -> bytes:
     """Return uint8[H, W] as PNG; every encoding decodes to the same gray values."""
     if encoding == "palette":
         # Indices are inverted grays, so that a reader that takes indices for grays shows a negative.
-        image = Image.fromarray(255 - image).convert("L")
+        image = Image.fromarray(255 - gray).convert("L")
         paletted = Image.frombytes("P", image.size, image.tobytes())
         paletted.putpalette([255 - index for index in range(256) for _ in range(3)])
         buffer = io.BytesIO()
         paletted.save(buffer, format="PNG", compress_level=1)
         return buffer.getvalue()
     if encoding == "rgba":
-        image = cv2.cvtColor(image, cv2.COLOR_GRAY2BGRA)
+        gray = cv2.cvtColor(gray, cv2.COLOR_GRAY2BGRA)
     elif encoding == "gray16":
-        image = image.astype(np.uint16) * 257  # 255 becomes 65535: the same fraction of full scale
+        gray = gray.astype(np.uint16) * 257  # 255 becomes 65535: the same fraction of full scale
     # Noise has no repeats, so Huffman codes alone are both faster and smaller.
     options = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY]
-    return bytes(cv2.imencode(".png", image, options)[1])
+    return bytes(cv2.imencode(".png", gray, options)[1])
 
 
 def _damage(data: bytes, image: Array, breakage: str) -> bytes | None:

@@ -68,9 +68,9 @@ def decode_png(data: bytes, max_pixels: int) -> np.ndarray:
         raise ImageError("corrupt", "the PNG has no palette")
     reduced = b"".join(kept)
     if depth == 8 and colour in _KORNIA_MODES and not interlace and height * width <= _KORNIA_PIXELS:
-        image = _decode_with_kornia(reduced, height, width, _KORNIA_MODES[colour])
-        if image is not None:
-            return image
+        decoded = _decode_with_kornia(reduced, height, width, _KORNIA_MODES[colour])
+        if decoded is not None:
+            return decoded
     image = PngImagePlugin.PngImageFile(io.BytesIO(reduced))
     image.load()
     # Pillow accepts a compressed stream that ends early and leaves the remaining rows 0. A last row with other values
