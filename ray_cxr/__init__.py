@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs TensorFlow only when somebody asks for it: `ray-cxr --help` must not wait for it."""
+    """Import TensorFlow only on demand, so that `ray-cxr --help` is fast."""
     if name in ("Bundle", "load_bundle"):
         from ray_cxr.models import bundle
 
