@@ -25,6 +25,7 @@ FINDING_TABLES = {
     "ray_cxr/imaging/phantom_findings.py": 5,  # the drawing of each finding
     "ray_cxr/data/consensus.py": 5,  # the four findings of an airspace opacity
     "ray_cxr/evaluation/published.py": 4,  # published figures per finding
+    "ray_cxr/reporting/sr_document.py": 4,  # the DICOM code of each
 }
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 PLACES = {"local", "is_local", "local_mode", "on_laptop", "is_laptop", "on_cluster", "is_cluster"}

@@ -24,7 +24,6 @@ import logging
 import re
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pydicom
@@ -70,56 +69,36 @@ _REQUIRED = (
 )
 
 
-@dataclass(frozen=True)
-class FindingCode:
-    """A finding's code and its source.
-
-    Attributes:
-        source: `PS3.16` for codes of DICOM's dictionary, which are free for use in DICOM; `RadLex 4.3`, also free; or
-            why the private scheme is used.
-    """
-
-    finding: str
-    value: str
-    scheme: str
-    meaning: str
-    source: str
-
-    @property
-    def code(self) -> Code:
-        return Code(self.value, self.scheme, self.meaning)
-
-
-#: SNOMED CT only where DICOM's dictionary has it; other codes need a licence in some countries. None is guessed.
-CODES: dict[str, FindingCode] = {
-    row.finding: row
-    for row in (
-        FindingCode(
-            "Atelectasis", "RID28493", "RADLEX", "atelectasis", "RadLex 4.3; PS3.16 has the plate-like one alone"
-        ),
-        FindingCode(
-            "Cardiomegaly",
-            "CARDIOMEGALY",
-            SCHEME,
-            "Cardiomegaly",
-            "none in RadLex 4.3; PS3.16 gives SCT 287272002 two meanings, one an enlarged septal foramen of the heart",
-        ),
-        FindingCode("Consolidation", "RID43255", "RADLEX", "consolidation", "RadLex 4.3; none in PS3.16"),
-        FindingCode("Edema", "19242006", "SCT", "Pulmonary edema", "PS3.16, CID 3700"),
-        FindingCode("Effusion", "60046008", "SCT", "Pleural effusion", "PS3.16, CID 8134"),
-        FindingCode("Emphysema", "RID4799", "RADLEX", "emphysema", "RadLex 4.3; PS3.16 has the mediastinal one alone"),
-        FindingCode("Fibrosis", "112674009", "SCT", "Fibrosis", "PS3.16, CID 6335"),
-        FindingCode("Hernia", "HERNIA", SCHEME, "Hernia", "none in PS3.16; none in RadLex that could be verified"),
-        FindingCode("Infiltration", "112121", "DCM", "Infiltrate", "PS3.16, CID 6102, Chest Finding or Feature"),
-        FindingCode("Mass", "4147007", "SCT", "Mass", "PS3.16, CID 6102, Chest Finding or Feature"),
-        FindingCode("Nodule", "27925004", "SCT", "Nodule", "PS3.16, CID 6102, Chest Finding or Feature"),
-        FindingCode("Pleural_Thickening", "PLEURALTHICK", SCHEME, "Pleural thickening", "none in PS3.16 or RadLex 4.3"),
-        FindingCode("Pneumonia", "RID5350", "RADLEX", "pneumonia", "RadLex 4.3; none in PS3.16"),
-        FindingCode("Pneumothorax", "36118008", "SCT", "Pneumothorax", "PS3.16, CID 6102, Chest Finding or Feature"),
-        FindingCode(
-            "No_Finding", "NO_FINDING", SCHEME, "None of the findings", "an output of the network, no observation"
-        ),
-    )
+#: Codes of the findings, with their sources. Those of PS3.16 and RadLex are free for use. SNOMED CT only where DICOM's
+#: dictionary has it; other codes need a licence in some countries. None is guessed.
+CODES: dict[str, Code] = {
+    # RadLex 4.3; PS3.16 has the plate-like one alone.
+    "Atelectasis": Code("RID28493", "RADLEX", "atelectasis"),
+    # None in RadLex 4.3; PS3.16 gives SCT 287272002 two meanings, one an enlarged septal foramen of the heart.
+    "Cardiomegaly": Code("CARDIOMEGALY", SCHEME, "Cardiomegaly"),
+    # RadLex 4.3; none in PS3.16.
+    "Consolidation": Code("RID43255", "RADLEX", "consolidation"),
+    # PS3.16, CID 3700.
+    "Edema": Code("19242006", "SCT", "Pulmonary edema"),
+    # PS3.16, CID 8134.
+    "Effusion": Code("60046008", "SCT", "Pleural effusion"),
+    # RadLex 4.3; PS3.16 has the mediastinal one alone.
+    "Emphysema": Code("RID4799", "RADLEX", "emphysema"),
+    # PS3.16, CID 6335.
+    "Fibrosis": Code("112674009", "SCT", "Fibrosis"),
+    # None in PS3.16; none in RadLex that could be verified.
+    "Hernia": Code("HERNIA", SCHEME, "Hernia"),
+    # PS3.16, CID 6102, Chest Finding or Feature; also Mass, Nodule and Pneumothorax.
+    "Infiltration": Code("112121", "DCM", "Infiltrate"),
+    "Mass": Code("4147007", "SCT", "Mass"),
+    "Nodule": Code("27925004", "SCT", "Nodule"),
+    # None in PS3.16 or RadLex 4.3.
+    "Pleural_Thickening": Code("PLEURALTHICK", SCHEME, "Pleural thickening"),
+    # RadLex 4.3; none in PS3.16.
+    "Pneumonia": Code("RID5350", "RADLEX", "pneumonia"),
+    "Pneumothorax": Code("36118008", "SCT", "Pneumothorax"),
+    # An output of the model, not an observation.
+    "No_Finding": Code("NO_FINDING", SCHEME, "None of the findings"),
 }
 
 PROBABILITY = Code("122157", "DCM", "Probability")
@@ -278,53 +257,34 @@ def _build_groups(
     model: ScoringModel, image: ImageHeader, values: dict[str, Any], uid: str, number: int
 ) -> Iterator[sr.MeasurementsAndQualitativeEvaluations]:
     """Yield the measurement groups of an image: one for the whole image, then one per finding."""
+
+    def group(
+        name: str, finding: Code | None, measurements: list[sr.Measurement], evaluations: list[tuple[Code, Code]]
+    ) -> sr.MeasurementsAndQualitativeEvaluations:
+        return sr.MeasurementsAndQualitativeEvaluations(
+            tracking_identifier=sr.TrackingIdentifier(uid=_uid("group", uid, name), identifier=name),
+            finding_type=finding,
+            measurements=measurements,
+            qualitative_evaluations=[sr.QualitativeEvaluation(*pair) for pair in evaluations],
+            source_images=[sr.SourceImageForMeasurementGroup(UID(image.sop_class), image.instance)],
+        )
+
     evaluations = []
     if values["top_finding"] is not None:
-        evaluations.append(sr.QualitativeEvaluation(TOP_FINDING, CODES[values["top_finding"]].code))
+        evaluations.append((TOP_FINDING, CODES[values["top_finding"]]))
     if values["quality_flag"] is not None:
-        evaluations.append(sr.QualitativeEvaluation(QUALITY, QUALITY_CODES[values["quality_flag"]]))
+        evaluations.append((QUALITY, QUALITY_CODES[values["quality_flag"]]))
     priority = values["priority"]
-    yield _build_group(
-        image,
-        uid,
-        f"Image {number}",
-        measurements=[] if priority is None else [_measure(PRIORITY, priority)],
-        evaluations=evaluations,
-    )
+    yield group(f"Image {number}", None, [] if priority is None else [_measure(PRIORITY, priority)], evaluations)
     for j, finding in enumerate(model.findings):
         measurements = [_measure(UNCALIBRATED, values["p"][j])]
         if values["c"][j] is not None:
             measurements.insert(0, _measure(PROBABILITY, values["c"][j], method=CALIBRATION))
-        threshold = model.thresholds[j]
+        threshold, flag = model.thresholds[j], values["flags"][j]
         if threshold is not None:
-            measurements.append(_measure(OPERATING_POINT, float(threshold)))
-        flag = values["flags"][j]
-        yield _build_group(
-            image,
-            uid,
-            f"Image {number}, {finding}",
-            finding=CODES[finding].code,
-            measurements=measurements,
-            evaluations=[] if flag < 0 else [sr.QualitativeEvaluation(FLAG, FLAGGED if flag else NOT_FLAGGED)],
-        )
-
-
-def _build_group(
-    image: ImageHeader,
-    uid: str,
-    name: str,
-    *,
-    finding: Code | None = None,
-    measurements: list[sr.Measurement],
-    evaluations: list[sr.QualitativeEvaluation],
-) -> sr.MeasurementsAndQualitativeEvaluations:
-    return sr.MeasurementsAndQualitativeEvaluations(
-        tracking_identifier=sr.TrackingIdentifier(uid=_uid("group", uid, name), identifier=name),
-        finding_type=finding,
-        measurements=measurements,
-        qualitative_evaluations=evaluations,
-        source_images=[sr.SourceImageForMeasurementGroup(UID(image.sop_class), image.instance)],
-    )
+            measurements.append(_measure(OPERATING_POINT, threshold))
+        evaluations = [] if flag < 0 else [(FLAG, FLAGGED if flag else NOT_FLAGGED)]
+        yield group(f"Image {number}, {finding}", CODES[finding], measurements, evaluations)
 
 
 def _measure(name: Code, value: float, method: Code | None = None) -> sr.Measurement:

@@ -202,11 +202,10 @@ def read_groups(document: Dataset) -> dict[str, dict[str, Any]]:
 
 
 def test_codes_are_unique_and_well_formed() -> None:
-    assert [row.finding for row in sr_document.CODES.values()] == list(sr_document.CODES)
     assert set(sr_document.CODES) == set(LABELS)
-    assert len({(row.scheme, row.value) for row in sr_document.CODES.values()}) == len(LABELS)
+    assert len({(code.scheme_designator, code.value) for code in sr_document.CODES.values()}) == len(LABELS)
     assert sr_document.SCHEME.startswith("99")
-    for code in [row.code for row in sr_document.CODES.values()] + list(sr_document.QUALITY_CODES.values()):
+    for code in [*sr_document.CODES.values(), *sr_document.QUALITY_CODES.values()]:
         assert code.scheme_designator in ("SCT", "DCM", "RADLEX", sr_document.SCHEME)
         assert 0 < len(code.value) <= 16, "Code Value is a short string"
         assert 0 < len(code.meaning) <= 64
@@ -218,7 +217,7 @@ def test_public_codes_have_the_meaning_of_dicoms_dictionary(scheme: str) -> None
     dictionary, meanings = getattr(codes, scheme), defaultdict(set)
     for entry in (getattr(dictionary, keyword) for keyword in dictionary.dir()):
         meanings[entry.value].add(entry.meaning.removesuffix(" (disorder)"))
-    used = [*(row.code for row in sr_document.CODES.values()), sr_document.PROBABILITY]
+    used = [*sr_document.CODES.values(), sr_document.PROBABILITY]
     found = {code.value: {code.meaning} for code in used if code.scheme_designator == scheme}
     assert found
     assert {value: meanings[value] for value in found} == found
@@ -235,14 +234,14 @@ def test_documents_hold_the_scores(exported: Site) -> None:
         expected[f"Image {image}"] = {
             "image": source,
             "PRIORITY": scored["priority"],
-            "TOP_FINDING": (top.value, top.scheme),
+            "TOP_FINDING": (top.value, top.scheme_designator),
             "QUALITY": ("AGE_OUTSIDE", sr_document.SCHEME) if row == 0 else None,
         }
         for name in FINDINGS:
             flag, code = scored[f"flag_{name}"], sr_document.CODES[name]
             expected[f"Image {image}, {name}"] = {
                 "image": source,
-                FINDING: (code.value, code.scheme),
+                FINDING: (code.value, code.scheme_designator),
                 "UNCALIBRATED": scored[f"p_{name}"],
                 sr_document.PROBABILITY.value: scored[f"c_{name}"],
                 "OPERATING_POINT": exported.model[0].thresholds[name],
@@ -261,7 +260,7 @@ def test_documents_name_their_device_and_are_unverified(exported: Site) -> None:
     document = sr.srread(exported.out / f"{exported.images()[0]['report']}.dcm")
     assert isinstance(document, sr.ComprehensiveSR)
     assert isinstance(document.content, sr.MeasurementReport)
-    assert len(document.content.get_image_measurement_groups(finding_type=sr_document.CODES[FINDINGS[1]].code)) == 2
+    assert len(document.content.get_image_measurement_groups(finding_type=sr_document.CODES[FINDINGS[1]])) == 2
     flags = (document.Modality, document.VerificationFlag, document.PreliminaryFlag, document.CompletionFlag)
     assert flags == ("SR", "UNVERIFIED", "PRELIMINARY", "COMPLETE")
     assert "VerifyingObserverSequence" not in document
@@ -515,7 +514,10 @@ def change_row(site: Site, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda site: (site.scores / "model.json").unlink(), "model.json"),
         (lambda site: change_row(site, lambda row: row.pop(f"p_{FINDINGS[0]}")), f"p_{FINDINGS[0]}"),
         (lambda site: (site.scores / "scores" / "part-00000.parquet").write_bytes(b"PAR1"), "part-00000.parquet"),
-        (lambda site: change_row(site, lambda row: row.update(path="a.png")), "none of its 1 rows is a scored DICOM image"),
+        (
+            lambda site: change_row(site, lambda row: row.update(path="a.png")),
+            "none of its 1 rows is a scored DICOM image",
+        ),
         (lambda site: shutil.copytree(site.scores, site.out), "reports"),
         (lambda site: site.out.write_text("", encoding="utf-8"), "reports: is a file"),
     ],
