@@ -223,7 +223,7 @@ class Trainer:
         loop.start_epoch(progress)
         done = loop.run_epoch(progress)
         with tempfile.TemporaryDirectory(prefix="ray_cxr-") as folder:
-            point, selection = worker._validate(loop, progress, done, Path(folder))
+            point, selection = worker.validate_epoch(loop, progress, done, Path(folder))
         progress.epochs_done, progress.losses = progress.epochs_done + 1, []
         progress.scores.append(selection)
         progress.curves.append(point)

@@ -442,7 +442,7 @@ def _describe_errors(kind: type[Settings], error: ValidationError) -> str:
         place = ".".join(str(step) for step in item["loc"])
         if item["type"] == "extra_forbidden":
             known = _list_fields(kind, item["loc"][:-1])
-            parts.append(f"unknown key {place!r}{labels.suggestion(str(item['loc'][-1]), known)}")
+            parts.append(f"unknown key {place!r}{labels.suggest(str(item['loc'][-1]), known)}")
         else:
             given = "" if isinstance(item["input"], (Mapping, Settings)) else f" (got {shorten_repr(item['input'])})"
             message = item["msg"].removeprefix("Value error, ")

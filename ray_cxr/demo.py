@@ -1,4 +1,4 @@
-"""`demo`: synthetic radiographs through every step, by the very commands that a user would type."""
+"""`demo`: run every step on synthetic radiographs, through the commands that a user would type."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from ray_cxr.errors import RayCxrError
 from ray_cxr.imaging import phantoms
 
-#: Enough patients that each finding has positives to learn from, few enough for minutes on two cores.
+#: Enough patients for positives of each finding, and few enough for minutes on two cores.
 PATIENTS = 440
 SIZE = 96
 SPLIT = ("--split", "patient", "--fractions", "0.6,0.2,0.2")
@@ -28,9 +28,9 @@ TRAINING = (
     "loss=bce",
     "optimizer=adamw",
 )
-#: Heat maps of each image's two highest findings, small: enough to see hits and false alarms by.
+#: Small heat maps of each image's two highest findings, which show hits and false alarms.
 MAPS = ("--heatmaps", "2", "--set", "heatmap_pixels=256")
-#: A search that is small enough for a laptop's evening, and for a test.
+#: A search that is small enough for a laptop and for a test.
 SEARCH = """\
 [train]
 backbone = "TinyCNN"
@@ -58,27 +58,28 @@ loss = "bce"
 """
 
 
-def run_demo(out: Path, command: Callable[[Sequence[str]], int], say: Callable[[str], None], *, tune: bool = False) -> None:
-    """Make phantoms, then manifest, prepare, train, score and report, saying each command before it runs.
+def run_demo(
+    out: Path, command: Callable[[Sequence[str]], int], on_event: Callable[[str], None], *, tune: bool = False
+) -> None:
+    """Draw phantoms, then run manifest, prepare, train, score and report.
 
     Args:
-        out: the folder for all of it; an interrupted demo continues there.
+        out: the folder for all output; an interrupted demo continues there.
         command: runs one command line and returns its exit code.
-        say: takes one line.
-        tune: with a small search after `prepare`; the training then takes the settings that it found.
+        on_event: takes one line; gets each command before it runs.
+        tune: run a small search after `prepare`, and train with the best settings.
 
     Raises:
         RayCxrError: a step failed.
     """
     start = time.monotonic()
-    say(f"drawing radiographs of {PATIENTS} synthetic patients, some files broken on purpose")
+    on_event(f"drawing radiographs of {PATIENTS} synthetic patients, with some broken files on purpose")
     drawn = phantoms.write_phantoms(out / "phantoms", patients=PATIENTS)
     manifest, prepared, model = out / "manifest.parquet", out / "prepared", out / "run"
     scores, report = out / "scores", out / "report"
     training = [part for setting in TRAINING for part in ("--set", setting)]
     search = []
     if tune:
-        # The search finds the settings, and a training of full length uses them.
         (out / "search.toml").write_text(SEARCH, encoding="utf-8")
         search = [["tune", str(prepared), "--out", str(out / "study"), "--config", str(out / "search.toml")]]
         training = ["--config", str(out / "study" / "best.toml"), "--set", "epochs=14"]
@@ -91,12 +92,12 @@ def run_demo(out: Path, command: Callable[[Sequence[str]], int], say: Callable[[
         ["report", str(scores), "--labels", str(manifest), "--split", "test", "--out", str(report)],
     ]
     for step in steps:
-        say("")
-        say(f"$ {shlex.join(['ray-cxr', *step])}")
+        on_event("")
+        on_event(f"$ {shlex.join(['ray-cxr', *step])}")
         code = command(step)
         if code:
-            raise RayCxrError(f"the step `{step[0]}` ended with {code}; its line above says why")
+            raise RayCxrError(f"the step `{step[0]}` failed with exit code {code}; see its message above")
     metrics = json.loads((report / "metrics.json").read_text(encoding="utf-8"))
-    say("")
-    say(f"demo: macro AUROC on the test split {metrics['macro']['auroc']:.3f}, {time.monotonic() - start:.0f} s")
-    say(f"demo: open {report / 'report.html'}")
+    on_event("")
+    on_event(f"demo: macro AUROC on the test split {metrics['macro']['auroc']:.3f}, {time.monotonic() - start:.0f} s")
+    on_event(f"demo: open {report / 'report.html'}")

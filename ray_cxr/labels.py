@@ -1,4 +1,4 @@
-"""The findings of ChestX-ray14: their one order, their spellings, and how label text becomes numbers.
+"""The findings of ChestX-ray14: order, spellings, and conversion between text and numbers.
 
 Source: Wang et al., ChestX-ray8, CVPR 2017, in its 14-finding release.
 """
@@ -40,8 +40,8 @@ _SYNONYMS: dict[str, str] = {
 }
 
 
-def canonical(token: str) -> str | None:
-    """The label that `token` spells (surrounding blanks ignored), or None; case matters."""
+def canonicalize(token: str) -> str | None:
+    """Return the label that `token` spells, or None; ignores surrounding blanks, not case."""
     return _SYNONYMS.get(token.strip())
 
 
@@ -49,26 +49,26 @@ def parse(text: str, *, where: str = "") -> tuple[str, ...]:
     """Split `A|B` into canonical labels, in `LABELS` order.
 
     Args:
-        text: labels separated by `|`, as in NIH's column `Finding Labels`. Tokens are matched whole.
-        where: the place to name in an error, such as `row 17 (00000001_000.png)`.
+        text: labels separated by `|`, as in NIH's column `Finding Labels`.
+        where: the place to name in an error, e.g. `row 17 (00000001_000.png)`.
 
     Raises:
         TableError: an unknown token, no token at all, or No Finding together with a finding.
     """
     at = f"{where}: " if where else ""
-    found: set[str] = set()
+    names: set[str] = set()
     for token in text.split("|"):
-        label = canonical(token)
+        label = canonicalize(token)
         if label is None:
-            raise TableError(f"{at}unknown finding {token.strip()!r}{suggestion(token.strip(), _SYNONYMS)}")
-        found.add(label)
-    if NO_FINDING in found and len(found) > 1:
+            raise TableError(f"{at}unknown finding {token.strip()!r}{suggest(token.strip(), _SYNONYMS)}")
+        names.add(label)
+    if NO_FINDING in names and len(names) > 1:
         raise TableError(f"{at}'No Finding' together with a finding in {text!r}; remove one of them")
-    return tuple(label for label in LABELS if label in found)
+    return tuple(label for label in LABELS if label in names)
 
 
 def encode(labels: Iterable[str]) -> np.ndarray:
-    """Canonical labels as uint8[15] in `LABELS` order: 1 where named, 0 elsewhere.
+    """Return canonical labels as uint8[15] in `LABELS` order: 1 for each label, else 0.
 
     Raises:
         ValueError: a name that is not in `LABELS`.
@@ -80,12 +80,12 @@ def encode(labels: Iterable[str]) -> np.ndarray:
 
 
 def decode(row: Sequence[int] | np.ndarray) -> tuple[str, ...]:
-    """The inverse of `encode`: the names whose entry is 1."""
+    """Return the labels whose entry is 1: the inverse of `encode`."""
     return tuple(label for label, value in zip(LABELS, row, strict=True) if value == 1)
 
 
 def resolve(findings: int | str | Sequence[str]) -> tuple[str, ...]:
-    """The setting `findings` (14, 15 or a list of names) as canonical names, in `LABELS` order.
+    """Return the findings of a setting (14, 15 or a list of names) in `LABELS` order.
 
     Raises:
         ConfigError: another number, an unknown name, or a name given twice.
@@ -96,30 +96,30 @@ def resolve(findings: int | str | Sequence[str]) -> tuple[str, ...]:
         return LABELS
     if isinstance(findings, str) or not isinstance(findings, Sequence):
         raise ConfigError(f"findings: {findings!r} is neither 14, 15 nor a list of names")
-    names = ordered(findings)
+    names = parse_order(findings)
     return tuple(label for label in LABELS if label in names)
 
 
-def ordered(names: Sequence[str]) -> tuple[str, ...]:
-    """Names in the order given, each made canonical: the order of somebody's model outputs.
+def parse_order(names: Sequence[str]) -> tuple[str, ...]:
+    """Return canonical names in the given order, such as the outputs of a third-party model.
 
     Raises:
         ConfigError: an unknown name, a name given twice, or no name.
     """
     result: list[str] = []
     for name in names:
-        label = canonical(str(name))
+        label = canonicalize(str(name))
         if label is None:
-            raise ConfigError(f"findings: unknown finding {name!r}{suggestion(str(name), _SYNONYMS)}")
+            raise ConfigError(f"findings: unknown finding {name!r}{suggest(str(name), _SYNONYMS)}")
         if label in result:
-            raise ConfigError(f"findings: {label!r} is named twice")
+            raise ConfigError(f"findings: {label!r} occurs twice")
         result.append(label)
     if not result:
         raise ConfigError("findings: the list is empty; name at least one finding")
     return tuple(result)
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'X'?` for the nearest known word, or an empty string."""
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'X'?` with the nearest known word, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""

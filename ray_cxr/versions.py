@@ -1,4 +1,4 @@
-"""Versions of everything that a result depends on."""
+"""Versions of the packages that results depend on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGES = ("ray", "tensorflow", "keras", "numpy", "pillow", "opencv-python-head
 
 
 def versions() -> dict[str, str]:
-    """Version by name, for provenance and run.json."""
-    # Ours from the code itself: under `ray job submit` it may run from a working directory, not installed.
+    """Return version by name, for provenance and run.json."""
+    # `ray job submit` may run the code from a working directory, without an installed package.
     ours = {"ray-cxr": ray_cxr.__version__, "python": platform.python_version()}
     return {**ours, **{name: version(name) for name in PACKAGES}}

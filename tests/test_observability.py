@@ -104,7 +104,7 @@ def totals(given: Given) -> dict[tuple[str, ...], float]:
 def test_counts_of_all_threads_arrive(given: Given) -> None:
     def work(command: str) -> None:
         for _ in range(2000):
-            telemetry.decoded(command, 0.25)
+            telemetry.add_decode(command, 0.25)
 
     threads = [threading.Thread(target=work, args=(command,)) for command in ("score", "score", "heatmaps", "prepare")]
     for thread in threads:
@@ -121,15 +121,15 @@ def test_counts_of_all_threads_arrive(given: Given) -> None:
 
 
 def test_files_are_counted_at_once_and_undefined_values_never(given: Given) -> None:
-    telemetry.wrote(telemetry.IMAGES_SCORED, "score", 5, ["missing", "blank", "missing"])
+    telemetry.add_written(telemetry.IMAGES_SCORED, "score", 5, ["missing", "blank", "missing"])
     expected = {
         (telemetry.IMAGES_SCORED.name,): 5,
         (telemetry.IMAGE_ERRORS.name, "score", "missing"): 2,
         (telemetry.IMAGE_ERRORS.name, "score", "blank"): 1,
     }
     assert totals(given) == expected
-    telemetry.show(telemetry.VAL_AUROC, None, "run")
-    telemetry.count(telemetry.TRAIN_WAIT_SECONDS, 0.0, "run")
+    telemetry.set_gauge(telemetry.VAL_AUROC, None, "run")
+    telemetry.add(telemetry.TRAIN_WAIT_SECONDS, 0.0, "run")
     telemetry.flush()
     assert totals(given) == expected
 
@@ -137,8 +137,8 @@ def test_files_are_counted_at_once_and_undefined_values_never(given: Given) -> N
 def test_nothing_is_recorded_without_ray(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(telemetry, "_ray_runs", lambda: False)
     monkeypatch.setattr(telemetry, "_instrument", lambda metric: pytest.fail(f"{metric.name} was made"))
-    telemetry.wrote(telemetry.IMAGES_SCORED, "score", 5, ["missing"])
-    telemetry.show(telemetry.VAL_AUROC, 0.8, "run")
+    telemetry.add_written(telemetry.IMAGES_SCORED, "score", 5, ["missing"])
+    telemetry.set_gauge(telemetry.VAL_AUROC, 0.8, "run")
     telemetry.flush()
     assert not telemetry._gathered
     assert capfd.readouterr() == ("", "")

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ray_cxr.data.csv_table import COLUMNS, CsvTable, hash_file, normalize_header, read_csv
 from ray_cxr.errors import TableError
-from ray_cxr.labels import FINDINGS, NO_FINDING, canonical, suggestion
+from ray_cxr.labels import FINDINGS, NO_FINDING, canonicalize, suggest
 
 #: NIH drew on PNGs of this side length, so its boxes are in these pixels for files of any size.
 IMAGE_SIDE = 1024
@@ -87,11 +87,11 @@ def _find_columns(table: CsvTable) -> dict[str, str]:
 
 def _read_findings(table: CsvTable, column: str) -> np.ndarray:
     text = table.rows[column]
-    known = {value: canonical(value) for value in text.unique()}
+    known = {value: canonicalize(value) for value in text.unique()}
     odd = text.map({value: label in (None, NO_FINDING) for value, label in known.items()}).astype(bool)
     if odd.any():
         name = text[odd].iloc[0].strip()
-        raise table.error(odd, f"unknown finding {name!r}{suggestion(name, FINDINGS)}; use one of the 14 findings")
+        raise table.error(odd, f"unknown finding {name!r}{suggest(name, FINDINGS)}; use one of the 14 findings")
     return text.map(known).to_numpy(dtype=object)
 
 

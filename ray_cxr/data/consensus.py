@@ -27,7 +27,7 @@ import pandas as pd
 
 from ray_cxr.data.csv_table import COLUMNS, KNOWN_HEADERS, CsvTable, hash_file, normalize_header, read_csv
 from ray_cxr.errors import TableError
-from ray_cxr.labels import FINDINGS, LABELS, canonical, suggestion
+from ray_cxr.labels import FINDINGS, LABELS, canonicalize, suggest
 
 #: Consensus labels that combine several of our findings, named as the table of 2020 names them.
 COMPOSITES: dict[str, tuple[str, ...]] = {
@@ -193,7 +193,7 @@ def _find_labels(table: CsvTable) -> dict[str, str]:
     composites = {normalize_header(name): name for name in COMPOSITES}
     found: dict[str, str] = {}
     for column in table.headers:
-        label = canonical(column) or composites.get(normalize_header(column))
+        label = canonicalize(column) or composites.get(normalize_header(column))
         if label is None:
             continue
         if label in found:
@@ -234,7 +234,7 @@ def _sort_unused(table: CsvTable, used: set[str]) -> tuple[dict[str, str], tuple
         elif header == "fracture":
             left_out[column] = _FRACTURE
         else:
-            left_out[column] = f"it names none of the 14 findings{suggestion(column, FINDINGS)}"
+            left_out[column] = f"it names none of the 14 findings{suggest(column, FINDINGS)}"
     return left_out, tuple(unused)
 
 

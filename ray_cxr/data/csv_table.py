@@ -170,7 +170,7 @@ def read_csv(path: str) -> CsvTable:
         row += [""] * (len(header) - len(row))
     names: list[str] = []
     for i, name in enumerate(header):
-        if name in names and (normalize_header(name) in KNOWN_HEADERS or labels.canonical(name)):
+        if name in names and (normalize_header(name) in KNOWN_HEADERS or labels.canonicalize(name)):
             raise TableError(f"{path}: has the column {name!r} twice; remove one of them")
         names.append(f"Unnamed {i}" if not name.strip() else f"{name} ({i})" if name in names else name)
     return CsvTable(path, pd.DataFrame(list(lines.values()), columns=names, index=list(lines), dtype=str))

@@ -96,14 +96,14 @@ class OneHotDialect(Dialect):
     values: Mapping[str, int | None] = {"": None, "0": 0, "0.0": 0, "1": 1, "1.0": 1}
 
     def find_label_columns(self, table: CsvTable) -> list[str]:
-        return [name for name in table.headers if labels.canonical(name)]
+        return [name for name in table.headers if labels.canonicalize(name)]
 
     def read_labels(self, table: CsvTable, image_ids: pd.Series) -> pd.DataFrame:
         index = table.rows.index
         out = pd.DataFrame({name: pd.array([None] * len(index), dtype="Int8") for name in labels.LABELS}, index=index)
         seen: dict[str, str] = {}
         for column in self.find_label_columns(table):
-            label = str(labels.canonical(column))
+            label = str(labels.canonicalize(column))
             if label in seen:
                 raise TableError(f"{table.path}: {seen[label]!r} and {column!r} both spell {label}; remove one of them")
             seen[label] = column

@@ -100,22 +100,8 @@ def initialize_weights(
     Raises:
         ConfigError: the file is missing, lacks a backbone layer, or has one of another shape.
     """
-    path = Path(path)
-    stored = stored_arrays(path)
-    random: list[str] = []
-    for layer in _inner_layers(model):
-        arrays, shapes = stored.get(layer.name), _shapes(layer.weights)
-        if arrays is not None and _shapes(arrays) == shapes:
-            layer.set_weights(arrays)
-        elif layer.name.startswith("head_"):
-            random.append(layer.name)
-        elif arrays is None:
-            raise ConfigError(f"weights: {path} has no layer {layer.name!r}; is it for {architecture.backbone}?")
-        else:
-            raise ConfigError(
-                f"weights: {path}: layer {layer.name!r} has shapes {_shapes(arrays)}, "
-                f"{architecture.backbone} needs {shapes}"
-            )
+    stored = stored_arrays(Path(path))
+    random = _copy_layers(model, stored, path, optional="head_")
     layer = model.get_layer("logits")
     kernel, bias = layer.get_weights()
     arrays = stored.get("logits", [])
@@ -140,17 +126,9 @@ def load_third_party_weights(model: keras.Model, path: str | Path) -> None:
         ConfigError: a layer is missing or has another shape, or the output layer is ambiguous.
     """
     stored = stored_arrays(Path(path))
-    used: set[str] = set()
-    for layer in _inner_layers(model):
-        arrays, shapes = stored.get(layer.name), _shapes(layer.weights)
-        if arrays is None:
-            near = labels.suggestion(layer.name, stored)
-            raise ConfigError(f"{path}: has no layer {layer.name!r}{near}; is it for another backbone?")
-        if _shapes(arrays) != shapes:
-            raise ConfigError(f"{path}: layer {layer.name!r} has shapes {_shapes(arrays)}, not {shapes}")
-        layer.set_weights(arrays)
-        used.add(layer.name)
-    rest = {name: arrays for name, arrays in stored.items() if name not in used and arrays}
+    _copy_layers(model, stored, path)
+    names = {layer.name for layer in _inner_layers(model)}
+    rest = {name: arrays for name, arrays in stored.items() if name not in names and arrays}
     width, n_outputs = model.get_layer("logits").kernel.shape
     fitting = [a for a in rest.values() if len(a) == 2 and a[0].ndim == 2 and a[0].shape[0] == width]
     if len(fitting) != 1 or len(rest) != 1:
@@ -162,6 +140,32 @@ def load_third_party_weights(model: keras.Model, path: str | Path) -> None:
     if columns != n_outputs:
         raise ConfigError(f"{path}: its output has {columns} columns, but {n_outputs} findings were named")
     model.get_layer("logits").set_weights(fitting[0])
+
+
+def _copy_layers(
+    model: keras.Model, stored: dict[str, list[np.ndarray]], path: str | Path, optional: str | None = None
+) -> list[str]:
+    """Copy the weights of all layers but the output; return the layers that were skipped.
+
+    Args:
+        optional: prefix of layers that may be missing or have another shape.
+
+    Raises:
+        ConfigError: another layer is missing or has another shape.
+    """
+    skipped = []
+    for layer in _inner_layers(model):
+        arrays, shapes = stored.get(layer.name), _shapes(layer.weights)
+        if arrays is not None and _shapes(arrays) == shapes:
+            layer.set_weights(arrays)
+        elif optional and layer.name.startswith(optional):
+            skipped.append(layer.name)
+        elif arrays is None:
+            near = labels.suggest(layer.name, stored)
+            raise ConfigError(f"{path}: has no layer {layer.name!r}{near}; is it for another backbone?")
+        else:
+            raise ConfigError(f"{path}: layer {layer.name!r} has shapes {_shapes(arrays)}, not {shapes}")
+    return skipped
 
 
 def _inner_layers(model: keras.Model) -> list[Any]:

@@ -26,7 +26,7 @@ def parse_findings(text: str) -> tuple[str, ...]:
     """
     if text.strip().isdigit():
         return labels.resolve(int(text))
-    return labels.ordered([name for name in text.split(",") if name.strip()])
+    return labels.parse_order([name for name in text.split(",") if name.strip()])
 
 
 def import_weights(
@@ -54,7 +54,7 @@ def import_weights(
         OutputError: `out` exists.
     """
     path = Path(path)
-    names = labels.ordered(findings)
+    names = labels.parse_order(findings)
     spec = build(InputSpec, {"size": size, "aspect": aspect, "interpolation": interpolation}, where="import-weights")
     architecture = build(Architecture, {"backbone": backbone, "size": size, "findings": names}, where="import-weights")
     if not path.is_file():

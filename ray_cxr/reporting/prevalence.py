@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 
 from ray_cxr.errors import InputError, first_line
-from ray_cxr.labels import FINDINGS, canonical, suggestion
+from ray_cxr.labels import FINDINGS, canonicalize, suggest
 
 
 def read_prevalences(path: str) -> dict[str, float]:
@@ -23,9 +23,9 @@ def read_prevalences(path: str) -> dict[str, float]:
         raise InputError(f"--prevalence {path}: not TOML: {first_line(error)}") from None
     prevalences: dict[str, float] = {}
     for name, share in shares.items():
-        finding = canonical(name)
+        finding = canonicalize(name)
         if finding is None:
-            raise InputError(f"--prevalence {path}: {name!r} is not a known finding{suggestion(name, FINDINGS)}")
+            raise InputError(f"--prevalence {path}: {name!r} is not a known finding{suggest(name, FINDINGS)}")
         if finding in prevalences:
             raise InputError(f"--prevalence {path}: {finding} is named twice")
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:

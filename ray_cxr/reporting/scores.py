@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from ray_cxr.data import identity
 from ray_cxr.errors import ImageError, InputError, TableError, first_line
 from ray_cxr.evaluation import calibration, intervals
-from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING, canonical
+from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING, canonicalize
 from ray_cxr.storage import remote
 from ray_cxr.storage.paths import redact
 from ray_cxr.storage.stores import describe_error, is_access_denied, open_uri
@@ -309,7 +309,7 @@ class _Columns:
             for prefix, known in columns.items():
                 if not name.startswith(prefix):
                     continue
-                finding = canonical(name.removeprefix(prefix))
+                finding = canonicalize(name.removeprefix(prefix))
                 if finding is None:
                     ignored.append(name)
                 elif finding in known:

@@ -146,7 +146,7 @@ class Space:
         values: dict[str, Any] = {}
         for name, value in params.items():
             if name not in by_name:
-                raise make_error(f"parameter {name}: not in the search space{labels.suggestion(name, by_name)}")
+                raise make_error(f"parameter {name}: not in the search space{labels.suggest(name, by_name)}")
             field = by_name[name].field
             if field in values:
                 raise make_error(f"parameter {name}: another parameter sets {field} too; remove one")
@@ -182,7 +182,7 @@ class Space:
         for field, value in values.items():
             try:
                 if field not in self.fields:
-                    near = labels.suggestion(field, self.fields)
+                    near = labels.suggest(field, self.fields)
                     raise make_error(f"{where}: {field} is not in the search space{near}")
                 checked[field] = validate(field, value, f"{where}: {field}")
             except ConfigError:

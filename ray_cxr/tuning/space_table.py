@@ -123,7 +123,7 @@ def _read_condition(text: str, place: str, always: Mapping[str, Parameter], inne
     parameter = always.get(field)
     if parameter is None:
         if field not in TrainSettings.model_fields:
-            raise make_error(f"{place}: unknown setting {field!r}{labels.suggestion(field, always)}")
+            raise make_error(f"{place}: unknown setting {field!r}{labels.suggest(field, always)}")
         if field in inner:
             raise make_error(f"{place}: {field} is conditional itself; use a field of [{_ROOT}]")
         raise make_error(f"{place}: {field} is not searched; list its choices under [{_ROOT}], or drop the condition")
@@ -133,7 +133,7 @@ def _read_condition(text: str, place: str, always: Mapping[str, Parameter], inne
     for word in map(str.strip, wanted.split("|")):
         index = next((i for i, choice in enumerate(parameter.choices) if matches_text(word, choice)), None)
         if index is None:
-            near = labels.suggestion(word, map(format_value, parameter.choices))
+            near = labels.suggest(word, map(format_value, parameter.choices))
             raise make_error(f"{place}: {word!r} is not one of the choices of {field} ({parameter}){near}")
         indices.add(index)
     return Condition(field, tuple(parameter.choices[index] for index in sorted(indices)))
@@ -144,7 +144,7 @@ def _read_parameter(
 ) -> Parameter:
     """Return the parameter that one key of the table describes."""
     if field not in TrainSettings.model_fields:
-        near = labels.suggestion(field, TrainSettings.model_fields.keys() - NOT_SEARCHABLE.keys())
+        near = labels.suggest(field, TrainSettings.model_fields.keys() - NOT_SEARCHABLE.keys())
         raise make_error(f"{place}: unknown setting {field!r}{near}")
     if field in NOT_SEARCHABLE:
         raise make_error(f"{place}: cannot be searched because {NOT_SEARCHABLE[field]}; set it under [train]")
@@ -206,7 +206,7 @@ def _read_range(field: str, raw: Mapping[str, Any], place: str, condition: Condi
     known = ("low", "high", "log", "step")
     for key in raw:
         if key not in known:
-            raise make_error(f"{place}: unknown key {key!r}{labels.suggestion(str(key), known)}")
+            raise make_error(f"{place}: unknown key {key!r}{labels.suggest(str(key), known)}")
     if "low" not in raw or "high" not in raw:
         raise make_error(f"{place}: a range needs both ends; write {{ low = ..., high = ... }}")
     for key in ("low", "high", "step"):

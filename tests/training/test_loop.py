@@ -294,9 +294,9 @@ def test_selection_uses_the_macro_auroc_without_no_finding_and_else_the_loss() -
     values, p = np.array([[1], [1]], dtype=np.int8), np.float32([[0.9], [0.8]])
     result = loop.evaluate(values, p, ("Effusion",))
     assert result == {"findings": {"Effusion": {"n": 2, "positives": 2, "auroc": None}}, "macro_auroc": None}
-    assert loop.selection(result, p, values) == pytest.approx(np.log(0.9 * 0.8) / 2, rel=1e-6)
-    assert loop.selection(result, p, -values) == -np.inf
+    assert loop.compute_selection_score(result, p, values) == pytest.approx(np.log(0.9 * 0.8) / 2, rel=1e-6)
+    assert loop.compute_selection_score(result, p, -values) == -np.inf
     values, p = np.array([[1, 0], [0, 1]], dtype=np.int8), np.float32([[0.9, 0.9], [0.1, 0.1]])
     result = loop.evaluate(values, p, ("Effusion", "No_Finding"))
     assert (result["findings"]["No_Finding"]["auroc"], result["macro_auroc"]) == (0.0, 1.0)
-    assert loop.selection({"macro_auroc": 0.5}, p, values) == 0.5
+    assert loop.compute_selection_score({"macro_auroc": 0.5}, p, values) == 0.5
