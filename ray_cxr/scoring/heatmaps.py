@@ -286,10 +286,9 @@ class HeatMapModel:
                 raise ConfigError("--gpu: this actor sees no GPU; check that requirements-gpu.lock is installed there")
         elif "keras" not in sys.modules:
             runtime.limit_threads(threads)
-        from ray_cxr.models import explain  # imports Keras, whose threads are limited by now
+        from ray_cxr.models.explain import GradCam  # imports Keras, whose threads are limited by now
 
-        self.explain = explain
-        self.cam = explain.GradCam(bundle.model(), request.method)
+        self.cam = GradCam(bundle.model(), request.method)
         #: Size in which overlays show an image.
         self.shown = InputSpec(size=request.side, aspect="pad")
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="draw")
@@ -338,7 +337,7 @@ class HeatMapWriter:
         images[: len(batch), ..., 0] = [image.images[0] for _, image in batch]
         start = time.monotonic()
         maps, new_p = self._model.cam.explain(images, np.pad(chosen.astype(np.int32), ((0, padding), (0, 0))))
-        telemetry.inferred("heatmaps", time.monotonic() - start)
+        telemetry.add_inference("heatmaps", time.monotonic() - start)
         drawings = [
             self._model.pool.submit(self._draw, location, image, chosen[n], p[n], maps[n])
             for n, (location, image) in enumerate(batch)
@@ -356,17 +355,19 @@ class HeatMapWriter:
         self, location: RowLocation, image: DecodedImage, chosen: np.ndarray, p: np.ndarray, maps: np.ndarray
     ) -> tuple[RowLocation, list[dict[str, Any]]]:
         """Write an image's overlays; return its rows of the file of maps."""
+        from ray_cxr.models.explain import crop_padding, draw_overlay, encode_png
+
         model = self._model
         assert image.shape is not None
         height, width = image.shape
-        shown = model.explain.unpadded(image.images[1], model.shown, image.shape)
+        shown = crop_padding(image.images[1], model.shown, image.shape)
         area = compute_area(self._job.spec, height, width)
         image_id = self._states[location.part].rows["image_id"][location.row].as_py()
         rows = []
         for rank, (number, cells) in enumerate(zip(chosen.tolist(), maps, strict=True), start=1):
             finding = model.findings[number]
             name = overlay_name(image_id, finding)
-            png = model.explain.encode(model.explain.overlay(shown, cells, area, side=model.request.side))
+            png = encode_png(draw_overlay(shown, cells, area, side=model.request.side))
             atomic.write_bytes(self._job.folder / FOLDER / name, png)
             rows.append(
                 {
@@ -404,7 +405,7 @@ class HeatMapWriter:
         path = map_path(job.folder, state.index)
         old_overlays = _list_overlays(path)
         atomic.write_parquet(table.replace_schema_metadata({_KEY: json.dumps(record)}), path, compression="zstd")
-        telemetry.wrote(telemetry.IMAGES_DRAWN, "heatmaps", len(maps), codes)
+        telemetry.add_written(telemetry.IMAGES_DRAWN, "heatmaps", len(maps), codes)
         for name in old_overlays - set(table["overlay"].to_pylist()):
             (path.parent / name).unlink(missing_ok=True)
         drawn = len(maps) - len(codes)

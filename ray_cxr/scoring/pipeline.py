@@ -194,10 +194,8 @@ def _score_ranges(
             report.scored_now += result.images
             if result.first_at and not report.start_up:
                 report.start_up = _split_start_up(result, times)
-                stages = ", ".join(
-                    f"{name} {seconds:.0f}" for name, seconds in report.start_up.items() if name != "all"
-                )
-                logger.info("first image scored after %.0f s (%s)", report.start_up["all"], stages)
+                total, *stages = (f"{name} {seconds:.0f}" for name, seconds in report.start_up.items())
+                logger.info("seconds to the first scored image: %s (%s)", total, ", ".join(stages))
     # A lost worker can have written files that no result reported.
     new = list_parts(folder) - written
     report.scored_now = max(report.scored_now, sum(one.rows for one in ranges if one.index in new))

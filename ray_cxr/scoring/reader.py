@@ -86,7 +86,7 @@ class ImageReader:
         decoder = self._get_decoder()
         outcome = decoder.load(source)
         if decoder.seconds:
-            telemetry.decoded(self._command, decoder.seconds)
+            telemetry.add_decode(self._command, decoder.seconds)
         return outcome
 
 

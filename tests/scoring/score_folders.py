@@ -15,7 +15,8 @@ from typing import Any
 import pandas as pd
 
 from ray_cxr.config import ScoreSettings
-from ray_cxr.scoring.engine import Job
+from ray_cxr.scoring.ranges import ScoreJob
+from ray_cxr.storage import run_folder
 
 
 def arguments(model: object, source: object, out: object, *more: object) -> list[str]:
@@ -28,9 +29,9 @@ def arguments(model: object, source: object, out: object, *more: object) -> list
     return [str(item) for item in (*given, *more)]
 
 
-def make_job(bundle: Any, out: Path, **settings: Any) -> Job:
+def make_job(bundle: Any, out: Path, **settings: Any) -> ScoreJob:
     """Build the job of a run in `out`, for tests that call the actor classes."""
-    return Job(
+    return ScoreJob(
         bundle=str(bundle.path),
         out=str(out),
         digest=bundle.digest,
@@ -40,7 +41,7 @@ def make_job(bundle: Any, out: Path, **settings: Any) -> Job:
         use_gpu=False,
         batch_size=8,
         key=None,
-        settings_file=(out / "settings.json").read_bytes(),
+        run=run_folder.digest_settings(out),
     )
 
 

@@ -127,7 +127,7 @@ def test_drawing_adds_its_own_files_and_changes_no_other(with_maps, scores, tiny
     before = modification_times(with_maps)
     for count in (3, 1):
         again = arguments(tiny_bundle, manifest, with_maps, "--heatmaps", count)
-        assert "nothing was left to do" in assert_done(command(*again))
+        assert "already complete" in assert_done(command(*again))
     other_method = arguments(tiny_bundle, manifest, with_maps, "--heatmaps", 3, "--set", "heatmap_method=hirescam")
     assert_refused(command(*other_method), "method gradcam (now hirescam)")
     assert modification_times(with_maps) == before
@@ -257,7 +257,7 @@ def test_runs_and_folders_without_maps_are_refused(tmp_path: Path, manifest: Pat
     assert_refused(command(*arguments(healthy, manifest, out, "--heatmaps", 1)), NO_FINDING)
     assert not out.exists()
 
-    with pytest.raises(TableError, match="holds no heat maps"):
+    with pytest.raises(TableError, match="no heat maps"):
         read_heatmaps(tmp_path)
     (tmp_path / "heatmaps").mkdir()
     (tmp_path / "heatmaps" / "part-00000.parquet").write_text("x")

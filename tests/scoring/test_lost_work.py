@@ -1,4 +1,4 @@
-"""What becomes of the work of a lost worker, and of an error in one. A stand-in replaces Ray Data."""
+"""Retry of ranges that were lost with a worker, and errors in workers. A stand-in replaces Ray Data."""
 
 from __future__ import annotations
 
@@ -11,50 +11,51 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from ray_cxr import tasks as ray_tasks
+from ray_cxr.data.ranges import Range
 from ray_cxr.errors import ConfigError, RayCxrError
-from ray_cxr.scoring import engine, pipeline
+from ray_cxr.scoring.actors import ScoreActor
+from ray_cxr.scoring.pool import run_tasks
+from ray_cxr.scoring.ranges import ScoreTask, TaskResult
 
-Task = dict[str, Any]
+Row = dict[str, Any]
 
 
 class Dataset:
-    """Gives a row per task. Ranges of a lost actor are left out, or end the iteration."""
+    """Yields a row per task. Ranges of a lost actor are left out, or end the iteration."""
 
-    def __init__(self, tasks: list[Task], lost: Any = (), *, dies: bool = False, failed: Any = None) -> None:
-        self._tasks, self._lost, self._dies, self._failed = tasks, lost, dies, failed
+    def __init__(self, rows: list[Row], lost: Any = (), *, dies: bool = False, failed: Any = None) -> None:
+        self._rows, self._lost, self._dies, self._failed = rows, lost, dies, failed
 
-    def iter_rows(self) -> Iterator[dict[str, Any]]:
+    def iter_rows(self) -> Iterator[Row]:
         if self._failed is not None:
-            yield {**engine.failure(self._failed), "done": []}
-        for task in self._tasks:
-            if done := [index for index in task["indices"] if index not in self._lost]:
-                yield {**ray_tasks.SUCCESS, "done": done}
+            yield TaskResult(error=self._failed).to_row()
+        for row in self._rows:
+            if done := [index for index in row["indices"] if index not in self._lost]:
+                yield TaskResult(done).to_row()
         if self._dies:
             raise ActorDiedError()
 
 
-def make_tasks(*groups: list[int]) -> list[Task]:
-    return [{"indices": g, "starts": [10 * i for i in g], "counts": [10] * len(g), "retry": False} for g in groups]
+def make_tasks(*groups: list[int]) -> list[ScoreTask]:
+    return [ScoreTask(tuple(Range(i, 10 * i, 10) for i in group), retry=False) for group in groups]
 
 
 @pytest.mark.parametrize("dies", [False, True])
 def test_only_lost_ranges_are_scheduled_again(dies: bool, caplog) -> None:
-    rounds: list[list[Task]] = []
+    rounds: list[list[Row]] = []
 
-    def build_dataset(tasks: list[Task]) -> Dataset:
-        rounds.append(tasks)
-        return Dataset(tasks, {2, 3, 5}, dies=dies) if len(rounds) == 1 else Dataset(tasks)
-
-    def find_pending(tasks: list[Task], done: set[int]) -> list[Task]:
-        return pipeline._remaining(tasks, done, lambda task, index: index == 5)
+    def build_dataset(rows: list[Row]) -> Dataset:
+        rounds.append(rows)
+        return Dataset(rows, {2, 3, 5}, dies=dies) if len(rounds) == 1 else Dataset(rows)
 
     with caplog.at_level(logging.WARNING):
-        # 5 has its file although no row reported it: its worker died between the two.
-        rows = list(ray_tasks.run_with_retries(make_tasks([0, 1], [2, 3], [4, 5]), build_dataset, find_pending))
-    assert [index for row in rows for index in row["done"]] == [0, 1, 4, 2, 3]
-    assert rounds[1:] == [make_tasks([2, 3])]
+        # 5 has its file although no result reported it: its worker died between the two.
+        tasks = make_tasks([0, 1], [2, 3], [4, 5])
+        results = list(run_tasks(tasks, build_dataset, lambda task, index: index == 5))
+    assert [index for result in results for index in result.done] == [0, 1, 4, 2, 3]
+    assert [ScoreTask.from_row(row) for row in rounds[1]] == make_tasks([2, 3])
+    assert len(rounds) == 2
     assert "2 files" in caplog.text
-    assert find_pending(make_tasks([3, 4, 6], [5]), {4}) == make_tasks([3, 6])
 
 
 @pytest.mark.parametrize(
@@ -67,24 +68,19 @@ def test_only_lost_ranges_are_scheduled_again(dies: bool, caplog) -> None:
 def test_run_ends_with_an_error(behaviour: Any, error: type[Exception], message: str, expected_rounds: int) -> None:
     rounds = []
 
-    def build_dataset(tasks: list[Task]) -> Dataset:
-        rounds.append(tasks)
-        return Dataset(tasks, **behaviour)
-
-    def find_pending(tasks: list[Task], done: set[int]) -> list[Task]:
-        return pipeline._remaining(tasks, done, lambda task, index: False)
+    def build_dataset(rows: list[Row]) -> Dataset:
+        rounds.append(rows)
+        return Dataset(rows, **behaviour)
 
     with pytest.raises(error, match=message):
-        list(ray_tasks.run_with_retries(make_tasks([0], [1]), build_dataset, find_pending))
+        list(run_tasks(make_tasks([0], [1]), build_dataset, lambda task, index: False))
     assert len(rounds) == expected_rounds
 
 
 def test_foreign_error_is_reported_by_its_place_and_not_by_its_words(caplog) -> None:
     """The words of a foreign error can hold a patient's id; without a report it would look like a lost worker."""
-    broken = engine.ScoreActor.__new__(engine.ScoreActor)
-    broken._failed = broken._job = None  # type: ignore[assignment]
-    row = broken({"indices": [0]})
-    record = json.loads(row["error"])
+    broken = ScoreActor(None, 1)  # type: ignore[arg-type]
+    record = json.loads(broken({})["error"])
     assert record["type"] == "RayCxrError"
     assert "AttributeError in " in record["message"]
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -25,15 +26,16 @@ from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import ConfigError, OutputError, RayCxrError
 from ray_cxr.imaging.sandbox import DecodedImage
 from ray_cxr.models import predictions
-from ray_cxr.scoring import pipeline
-from ray_cxr.scoring.engine import Reading, Work
-from ray_cxr.scoring.pipeline import actor_plan
-from ray_cxr.scoring.source import group_rows
+from ray_cxr.scoring import pipeline, plan
+from ray_cxr.scoring.inputs import group_rows
+from ray_cxr.scoring.pool import fit_actors
+from ray_cxr.scoring.ranges import RangeState
+from ray_cxr.scoring.reader import ImageReader
 from ray_cxr.storage import atomic
 
 
 @pytest.mark.parametrize(
-    ("nodes", "wanted", "files", "plan"),
+    ("nodes", "wanted", "files", "expected"),
     [
         ([1.0], None, 100, (1, 1)),
         ([16.0], None, 100, (4, 4)),
@@ -44,9 +46,9 @@ from ray_cxr.storage import atomic
         ([2.0, 2.0], 4, 10, None),
     ],
 )
-def test_actors_fit_the_nodes(nodes: list[float], wanted: int | None, files: int, plan: tuple[int, int] | None) -> None:
-    with pytest.raises(ConfigError) if plan is None else contextlib.nullcontext():
-        assert actor_plan(nodes, wanted, files) == plan
+def test_actors_fit_the_nodes(nodes: list[float], wanted: int | None, files: int, expected: Any) -> None:
+    with pytest.raises(ConfigError) if expected is None else contextlib.nullcontext():
+        assert fit_actors(nodes, wanted, files) == expected
 
 
 @given(st.integers(0, 10**9), st.integers(1, 1_000_000))
@@ -89,12 +91,11 @@ def test_score_predict_and_the_prepared_set_agree(scores: Path, prepared: Path, 
     """`score` feeds its model the pixels that training reads, and gives the probabilities of `predict`."""
     table = read_rows(scores).set_index("image_id")
     data = PreparedSet(prepared, 64).load("test")
-    work = pq.read_table(scores / "input.parquet")
-    works = [Work(0, work, None, None, np.zeros((len(work), 0), np.float32), left=len(work))]
+    rows = pq.read_table(scores / "input.parquet")
     fed = {
-        work["image_id"][i].as_py(): found.images[0]
-        for (_, i), found in Reading(make_job(tiny_bundle, scores), 1).iter_images(works)
-        if isinstance(found, DecodedImage)
+        rows["image_id"][row].as_py(): outcome.images[0]
+        for (_, row), outcome in ImageReader(make_job(tiny_bundle, scores), 1).iter_images([RangeState(0, rows)])
+        if isinstance(outcome, DecodedImage)
     }
     np.testing.assert_array_equal(np.stack([fed[name] for name in data.image_ids]), data.images)
     expected = tiny_bundle.predict(np.asarray(data.images), batch_size=8, precision="fp32").filter(regex="^p_")
@@ -121,10 +122,10 @@ def ray_must_not_start(monkeypatch) -> None:
 @pytest.mark.usefixtures("ray_must_not_start")
 def test_finished_run_is_left_alone(scores: Path, manifest: Path, tiny_bundle, command, monkeypatch) -> None:
     before = modification_times(scores)
-    assert "nothing was left to do" in assert_done(command(*arguments(tiny_bundle, manifest, scores)))
+    assert "already complete" in assert_done(command(*arguments(tiny_bundle, manifest, scores)))
     # The run was made in fp32: `auto` keeps that on a machine where it would choose bf16.
     choose = {"auto": "bf16", "fp32": "fp32"}
-    monkeypatch.setattr(pipeline, "choose_precision", lambda _, wanted, gpu: choose[wanted])
+    monkeypatch.setattr(plan, "choose_precision", lambda _, wanted, gpu: choose[wanted])
     assert_done(command(*arguments(tiny_bundle, manifest, scores, "--precision", "auto")))
     assert modification_times(scores) == before
 
@@ -170,7 +171,7 @@ def test_resume_scores_what_is_missing(copy: Path, scores: Path, manifest: Path,
 def test_other_model_manifest_or_setting_is_refused(
     scores: Path, manifest: Path, tiny_bundle, other_bundle, tmp_path: Path, command, monkeypatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "choose_precision", lambda _, wanted, gpu: wanted)  # whatever the CPU has
+    monkeypatch.setattr(plan, "choose_precision", lambda _, wanted, gpu: wanted)  # whatever the CPU has
     short = tmp_path / "short.parquet"
     pq.write_table(pq.read_table(manifest).slice(0, 20), short)
     for bad, word in (
@@ -298,7 +299,7 @@ def test_folder_gives_a_row_per_file_and_its_listing_is_frozen(tiny_bundle, tmp_
     np.testing.assert_allclose(p.loc["good.png"], p.loc["sixteen.png"], rtol=0, atol=1e-6)
 
     Image.fromarray(image).save(folder / "late.png")
-    assert "nothing was left to do" in assert_done(command(*given, "--max-error-rate", "0.6"))  # exactly that
+    assert "already complete" in assert_done(command(*given, "--max-error-rate", "0.6"))  # exactly that
     code, _, err = command(*given)  # the default allows half
     assert (code, err.count("\n"), "3 of 5 images failed" in err) == (3, 1, True)
     assert_refused(command(*given, "--limit", 3), "rows 5 (now 3)")

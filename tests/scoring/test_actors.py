@@ -1,0 +1,103 @@
+"""Bounds and batches inside an actor; stand-ins replace the decoders and the model."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ray_cxr import telemetry
+from ray_cxr.imaging.sandbox import DecodedImage, Failure
+from ray_cxr.scoring import actors, heatmaps, reader
+from ray_cxr.scoring.ranges import RangeState, RowLocation, fill_ranges
+
+SIZE = 4
+IMAGE = DecodedImage((np.zeros((SIZE, SIZE), np.uint8),), None)
+
+
+def finished(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
+
+
+def make_state(rows: int, index: int = 0) -> RangeState:
+    ids = [str(row) for row in range(rows)]
+    return RangeState(index, pa.table({"image_id": ids, "path": ids, "p_Mass": [0.5] * rows}))
+
+
+def test_images_ahead_of_the_model_are_bounded() -> None:
+    submitted: list[str] = []
+    images = reader.ImageReader.__new__(reader.ImageReader)
+    images._ahead, images._turn = 5, threading.Lock()
+    images._pool = SimpleNamespace(submit=lambda _, path: submitted.append(path) or finished(IMAGE))  # type: ignore[assignment]
+    waiting = [len(submitted) - count for count, _ in enumerate(images.iter_images([make_state(12)]))]
+    assert waiting == [5, 5, 5, 5, 5, 5, 5, 5, 4, 3, 2, 1]
+
+
+def test_ranges_are_flushed_with_their_last_row() -> None:
+    """Also those without rows, and those whose last outcome is a failure; their tables are freed."""
+
+    class Pairs:
+        """Completes images two by two."""
+
+        def __init__(self) -> None:
+            self.held: list[RowLocation] = []
+
+        def add(self, location: RowLocation, image: DecodedImage) -> list[RowLocation]:
+            self.held.append(location)
+            return self.finish() if len(self.held) == 2 else []
+
+        def finish(self) -> list[RowLocation]:
+            done, self.held = self.held, []
+            return done
+
+        def flush(self, part: int) -> tuple[int, int]:
+            return part, len(states[part].failures)
+
+    states = [make_state(2), make_state(0), make_state(2), make_state(1)]
+    failure = Failure("blank", "all pixels have one value", {"view": "AP"})
+    outcomes = [((0, 0), IMAGE), ((2, 1), failure), ((0, 1), IMAGE), ((3, 0), failure), ((2, 0), IMAGE)]
+    located = ((RowLocation(*place), outcome) for place, outcome in outcomes)
+    assert list(fill_ranges(states, located, Pairs())) == [(1, 0), (0, 0), (3, 1), (2, 1)]
+    assert states[2].failures == {1: ("blank", "all pixels have one value")}
+    assert states[2].tags == {1: {"view": "AP"}}
+    assert [len(state.rows) for state in states] == [0, 0, 0, 0]
+
+
+def test_batches_are_full_but_for_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def submit(images: np.ndarray) -> Future[Any]:
+        sizes.append(len(images))
+        return finished(SimpleNamespace(probabilities=np.full((len(images), 2), 0.5), features=None))
+
+    job = SimpleNamespace(batch_size=4, spec=SimpleNamespace(size=SIZE))
+    rules, runtime = SimpleNamespace(findings=("Mass", "Edema")), SimpleNamespace(submit=submit)
+    scorer: Any = SimpleNamespace(job=job, rules=rules, runtime=runtime, quality=None, first_at=0.0)
+    states = [make_state(11)]
+    writer = actors.ScoreWriter(scorer, states)
+    monkeypatch.setattr(writer, "flush", lambda part: (part, len(states[part].failures)))
+    outcomes: list[Any] = [(RowLocation(0, row), IMAGE) for row in range(10)]
+    outcomes.insert(3, (RowLocation(0, 10), Failure("blank", "all pixels have one value", None)))
+    assert list(fill_ranges(states, outcomes, writer)) == [(0, 1)]
+    assert sizes == [4, 4, 2]  # the failure takes no place in a batch
+    assert (writer._probabilities[0][:10] == 0.5).all()
+
+
+def test_written_heat_maps_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    counted: list[Any] = []
+    monkeypatch.setattr(telemetry, "add_written", lambda *given: counted.append((*given[:3], list(given[3]))))
+    (tmp_path / "heatmaps").mkdir()
+    job = SimpleNamespace(folder=tmp_path, check_run=lambda: None, run="r")
+    model: Any = SimpleNamespace(job=job, request=heatmaps.HeatMapRequest(1, "gradcam", 128), findings=("Mass",))
+    state = make_state(2, index=3)
+    state.failures = dict.fromkeys(range(2), ("blank", "one value"))
+    assert heatmaps.HeatMapWriter(model, [state]).flush(0) == (3, 0)
+    assert counted == [(telemetry.IMAGES_DRAWN, "heatmaps", 2, ["blank", "blank"])]
