@@ -570,7 +570,7 @@ def read_scores(out: Path, started_at: float) -> dict[str, Any]:
     for seconds, path in files:
         done += pq.ParquetFile(path).metadata.num_rows
         marks.append((seconds - started_at, done))
-    record = json.loads((out / "run.json").readformat_number(encoding="utf-8")).get("last_run", {})
+    record = json.loads((out / "run.json").read_text(encoding="utf-8")).get("last_run", {})
     return {"marks": marks, "record": record, "stages": record.get("start_up") or {}}
 
 
