@@ -192,6 +192,9 @@ def read_folder(path: Path) -> ScoreFolder:
     scores = read_scores(path)
     sink = hashlib.sha256()
     try:
+        modified = datetime.datetime.fromtimestamp(int((path / "run.json").stat().st_mtime), datetime.UTC)
+        text = scores.run.get("finished")  # absent in runs of older versions
+        finished = modified if text is None else datetime.datetime.fromisoformat(text)
         points, findings = scores.operating_points, tuple(scores.model["findings"])
         model = ScoringModel(
             findings=findings,
@@ -199,7 +202,7 @@ def read_folder(path: Path) -> ScoreFolder:
             backbone=str(scores.model["architecture"]["backbone"]),
             digest=str(scores.model["digest"]),
             version=str(scores.run.get("versions", {}).get("ray-cxr", "unknown")),
-            finished=_read_time(scores.run.get("finished"), path / "run.json"),
+            finished=finished.astimezone(datetime.UTC),
         )
         settings_digest = run_folder.digest_settings(path)
         for part in sorted((path / "scores").glob("*.parquet")):
@@ -212,13 +215,6 @@ def read_folder(path: Path) -> ScoreFolder:
     return ScoreFolder(model, scores, settings_digest, sink.hexdigest())
 
 
-def _read_time(text: str | None, file: Path) -> datetime.datetime:
-    """Return the end of scoring in UTC from `run.json`; if it is absent, the time of that file."""
-    if text is None:
-        return datetime.datetime.fromtimestamp(int(file.stat().st_mtime), datetime.UTC)
-    return datetime.datetime.fromisoformat(text).astimezone(datetime.UTC)
-
-
 def plan_export(scores: Scores) -> ExportPlan:
     """Read the header of every scored image that may be DICOM, and decide the outcome of every row."""
     plan = ExportPlan([NOT_DICOM if ok else NOT_SCORED for ok in scores.ok])
@@ -229,7 +225,9 @@ def plan_export(scores: Scores) -> ExportPlan:
     ]
     with Progress("read headers", len(candidates), unit="files") as progress:
         for row, header in _read_headers(candidates):
-            if isinstance(header, ImageHeader) and _was_replaced(header, scores.studies[row]):
+            # A study_id that is no UID is a pseudonym or a table's own id, and compares with nothing.
+            study = scores.studies[row]
+            if isinstance(header, ImageHeader) and study and UID_TEXT.fullmatch(study) and study != header.study:
                 header = ImageError("corrupt", "the file is of another study than when it was scored")
             if isinstance(header, ImageError):
                 plan.fail(row, f"{header.code}: {header.message}")
@@ -250,11 +248,6 @@ def plan_export(scores: Scores) -> ExportPlan:
             del plan.headers[row]
         seen.add(name)
     return plan
-
-
-def _was_replaced(header: ImageHeader, study: str | None) -> bool:
-    """Return whether a row's study_id is a UID and not this image's. It can also be a pseudonym or a table's own id."""
-    return study is not None and UID_TEXT.fullmatch(study) is not None and study != header.study
 
 
 def _read_headers(candidates: list[tuple[int, str]]) -> Iterator[tuple[int, ImageHeader | ImageError | None]]:
@@ -297,7 +290,7 @@ def _read_header(fetch: Callable[[int], bytes]) -> ImageHeader | ImageError | No
             file = _HeaderStream(fetch)
             head = file.read(256)
             if not looks_like_dicom(head):
-                return None if head else ImageError("empty", "the file holds 0 bytes")
+                return None if head else ImageError("empty", "the file has 0 bytes")
             file.seek(0)
             ds = pydicom.dcmread(file, stop_before_pixels=True, force=head[128:132] != b"DICM")
             if "Rows" not in ds:

@@ -206,7 +206,7 @@ def _read_content(info: tarfile.TarInfo, stream: _Stream, max_bytes: int) -> byt
     if info.size > max_bytes:
         return ImageError("too_large", f"more than {max_bytes} bytes")
     if not info.size:
-        return ImageError("empty", "the file holds 0 bytes")
+        return ImageError("empty", "the file has 0 bytes")
     return stream.read(info.size)
 
 

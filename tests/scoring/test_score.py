@@ -270,7 +270,7 @@ def test_interrupted_fresh_mixes_no_models(copy, manifest, tiny_bundle, other_bu
     assert_refused(command(*arguments(other_bundle, manifest, copy)), "model_digest")
     settings = json.loads((copy / "settings.json").read_text(encoding="utf-8"))
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.remote, "remove", lambda paths: 1 / 0)
+        patch.setattr(pipeline.remote, "remove_files", lambda paths: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pipeline._remove_run(copy)
     for bundle in (tiny_bundle, other_bundle):
