@@ -106,9 +106,7 @@ def build_reliability(
             continue
         labels, c = evaluated.labels[finding], table.c[finding][evaluated.rows]
         known = (labels >= 0) & ~np.isnan(c)
-        bins = calibration.reliability_curve(
-            labels[known], c[known], patients=evaluated.patients[known], equal_counts=True
-        )
+        bins = calibration.reliability_curve(labels[known], c[known], patients=evaluated.patients[known])
         predicted, observed, low, high = (
             np.array([getattr(one, name) for one in bins if one.n], dtype=np.float64)
             for name in ("predicted", "observed", "observed_low", "observed_high")

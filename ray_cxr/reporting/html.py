@@ -45,6 +45,7 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
         spaced=plots.format_finding,
         png=_encode_png,
         metric=format_metric,
+        p=format_p,
     )
     return environment.get_template(template).render(view)
 
@@ -57,6 +58,11 @@ def format_number(value: float | None, digits: int = 3) -> str:
 def format_metric(value: float | None, metric: Metric) -> str:
     """Format a metric's value with its unit and decimals; an en dash for None."""
     return (format_percent if metric.percent else format_number)(value, metric.digits)
+
+
+def format_p(value: float | None) -> str:
+    """Format a p value; an en dash for None."""
+    return "< 0.001" if value is not None and value < 0.001 else format_number(value)
 
 
 def format_percent(value: float | None, digits: int = 1) -> str:

@@ -133,7 +133,7 @@ def _summarize_comparisons(result: ReportResult) -> list[str]:
                 f"{overall.n:,} cases, against {html.format_percent(overall.chance, 0)} for a random point."
             )
     if result.drift is not None:
-        sentences.append(f"Drift of {result.drift.images} against validation: {result.drift.measured.summary}")
+        sentences.append(f"Drift of {result.drift.images} from validation. {result.drift.measured.summary}")
     return sentences
 
 
