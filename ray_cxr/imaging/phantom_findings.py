@@ -71,7 +71,7 @@ def draw_phantom(chest: Anatomy, findings: Collection[str] = ()) -> Array:
     layers = _Layers(pen, chest, raised, air, np.zeros_like(air), image)
     for finding in FINDINGS:
         if finding in findings and finding in _DRAW:
-            _DRAW[finding](layers)
+            _DRAW[finding](layers, *_locate(chest, finding))
 
     image += heart * (40 - 34 * abdomen)
     # The abdomen is sharp where it meets lung or heart, soft towards the flank.
@@ -92,7 +92,7 @@ def draw_phantom(chest: Anatomy, findings: Collection[str] = ()) -> Array:
     return expose(pen, image, chest)
 
 
-#: Findings that often occur with those of the other side, so that one rarely hides the other.
+#: Findings on the opposite side of the others, so that findings of one patient rarely hide each other.
 _OPPOSITE: frozenset[str] = frozenset({"Atelectasis", "Pneumonia", "Nodule", "Pneumothorax"})
 
 
@@ -129,27 +129,23 @@ class _Layers:
         np.multiply(self.air, 1 - amount * mask, out=self.air)
 
 
-def _draw_effusion(layers: _Layers) -> None:
+def _draw_effusion(layers: _Layers, side: int, rng: np.random.Generator) -> None:
     """Draw fluid with a meniscus along the lateral wall; it hides dome and costophrenic angle."""
-    chest = layers.chest
-    side, rng = _locate(chest, "Effusion")
-    level = chest.dome_at(side) - layers.raised[side] - rng.uniform(0.0, 0.06)
+    level = layers.chest.dome_at(side) - layers.raised[side] - rng.uniform(0.0, 0.06)
     climb = rng.uniform(0.12, 0.18)
     x = np.linspace(0.0, 0.45, 14)
-    y = level - climb * np.clip(x / chest.half_width, 0, 1.1) ** 4
+    y = level - climb * np.clip(x / layers.chest.half_width, 0, 1.1) ** 4
     pool = np.concatenate([to_points(side, x, y), to_points(side, [0.45, 0.0], [1.2, 1.2])])
     fluid = layers.pen.mask(pool, blur=0.006)
     layers.fill(fluid, 0.97)
     layers.brighten(8 * fluid)
 
 
-def _draw_nodule(layers: _Layers) -> None:
+def _draw_nodule(layers: _Layers, side: int, rng: np.random.Generator) -> None:
     """Draw one or two round opacities of 20 to 29 mm with sharp outlines."""
-    chest = layers.chest
-    side, rng = _locate(chest, "Nodule")
     for one in range(1 + int(rng.random() < 0.4)):
         y = rng.uniform(0.30, 0.56)
-        x = rng.uniform(0.56, 0.74) * float(chest.wall(y))
+        x = rng.uniform(0.56, 0.74) * float(layers.chest.wall(y))
         radius = rng.uniform(0.029, 0.037)
         nodule_side = side if one == 0 else -side
         ball = layers.pen.mask(trace_ellipse(0.5 + nodule_side * x, y, radius, radius), blur=0.003)
@@ -157,12 +153,10 @@ def _draw_nodule(layers: _Layers) -> None:
         layers.brighten(16 * ball)
 
 
-def _draw_mass(layers: _Layers) -> None:
+def _draw_mass(layers: _Layers, side: int, rng: np.random.Generator) -> None:
     """Draw a lobulated opacity of 50 to 70 mm."""
-    chest = layers.chest
-    side, rng = _locate(chest, "Mass")
     y = rng.uniform(0.33, 0.47)
-    x = rng.uniform(0.50, 0.62) * float(chest.wall(y))
+    x = rng.uniform(0.50, 0.62) * float(layers.chest.wall(y))
     angle = np.linspace(0, 2 * np.pi, 13)[:-1]
     radius = rng.uniform(0.068, 0.090) * rng.uniform(0.84, 1.16, 12)
     lobes = to_points(side, x + radius * np.cos(angle), y + radius * np.sin(angle))
@@ -171,10 +165,8 @@ def _draw_mass(layers: _Layers) -> None:
     layers.brighten(16 * mask)
 
 
-def _draw_consolidation(layers: _Layers) -> None:
+def _draw_consolidation(layers: _Layers, side: int, rng: np.random.Generator) -> None:
     """Fill an upper lobe down to its fissure, which shows as a straight lower edge."""
-    chest = layers.chest
-    side, rng = _locate(chest, "Consolidation")
     fissure = rng.uniform(0.40, 0.46)
     slope = rng.uniform(-0.02, 0.05)
     top = rng.uniform(0.20, 0.25)
@@ -183,12 +175,10 @@ def _draw_consolidation(layers: _Layers) -> None:
     layers.fill(layers.pen.mask(lobe, blur=0.012) * scale(patches, layers.pen.size), 0.90)
 
 
-def _draw_pneumonia(layers: _Layers) -> None:
+def _draw_pneumonia(layers: _Layers, side: int, rng: np.random.Generator) -> None:
     """Draw a round dense focus in the lower zone, crossed by dark air-filled bronchi."""
-    chest = layers.chest
-    side, rng = _locate(chest, "Pneumonia")
     y = rng.uniform(0.58, 0.63)
-    x = rng.uniform(0.54, 0.64) * float(chest.wall(y))
+    x = rng.uniform(0.54, 0.64) * float(layers.chest.wall(y))
     radius = rng.uniform(0.085, 0.105)
     focus = layers.pen.mask(trace_ellipse(0.5 + side * x, y, radius, 0.9 * radius), blur=0.014)
     bronchi = layers.pen.new_canvas()
@@ -200,38 +190,33 @@ def _draw_pneumonia(layers: _Layers) -> None:
     layers.fill(focus * (1 - 0.75 * layers.pen.finish(bronchi, 0.003)), 0.92)
 
 
-def _draw_infiltration(layers: _Layers) -> None:
+def _draw_infiltration(layers: _Layers, side: int, rng: np.random.Generator) -> None:
     """Draw faint patches over both lungs."""
-    chest = layers.chest
-    _, rng = _locate(chest, "Infiltration")
     canvas = layers.pen.new_canvas()
     for side in (-1, 1):
         for y in np.linspace(0.24, 0.66, 7):
             centre = y + rng.uniform(-0.02, 0.02)
-            x = rng.uniform(0.40, 0.88) * float(chest.wall(centre))
+            x = rng.uniform(0.40, 0.88) * float(layers.chest.wall(centre))
             radius = rng.uniform(0.030, 0.046)
             patch = trace_ellipse(0.5 + side * x, centre, radius * 1.25, radius, rng.uniform(-1, 1))
             layers.pen.fill(canvas, patch)
     layers.fill(layers.pen.finish(canvas, 0.014), 0.50)
 
 
-def _draw_edema(layers: _Layers) -> None:
+def _draw_edema(layers: _Layers, side: int, rng: np.random.Generator) -> None:
     """Draw haze around both hila in the shape of a bat's wings."""
-    _, rng = _locate(layers.chest, "Edema")
     reach, height = rng.uniform(0.115, 0.14), rng.uniform(0.15, 0.18)
     wings = [trace_ellipse(0.5 + side * 0.125, 0.45, reach, height, 0.25 * side) for side in (-1, 1)]
     layers.fill(layers.pen.mask(*wings, blur=0.028), 0.72)
 
 
-def _draw_atelectasis(layers: _Layers) -> None:
+def _draw_atelectasis(layers: _Layers, side: int, rng: np.random.Generator) -> None:
     """Draw plates above a raised dome."""
-    chest = layers.chest
-    side, rng = _locate(chest, "Atelectasis")
     canvas = layers.pen.new_canvas()
-    floor = chest.dome_at(side) - layers.raised[side]
+    floor = layers.chest.dome_at(side) - layers.raised[side]
     for step in (0.035, 0.085, 0.135):
         y = floor - step + rng.uniform(-0.008, 0.008)
-        x = np.array([0.28, 0.96]) * float(chest.wall(y))
+        x = np.array([0.28, 0.96]) * float(layers.chest.wall(y))
         line = to_points(side, x, y + np.array([rng.uniform(-0.015, 0.0), rng.uniform(0.0, 0.02)]))
         layers.pen.stroke(canvas, line, 0.020, 1.0)
     plates = layers.pen.finish(canvas, 0.004)
@@ -239,15 +224,13 @@ def _draw_atelectasis(layers: _Layers) -> None:
     layers.brighten(10 * plates)
 
 
-def _draw_fibrosis(layers: _Layers) -> None:
+def _draw_fibrosis(layers: _Layers, side: int, rng: np.random.Generator) -> None:
     """Draw a coarse mesh of lines at both bases, densest at the periphery."""
-    chest = layers.chest
-    _, rng = _locate(chest, "Fibrosis")
     mesh, zone = layers.pen.new_canvas(), []
     for side in (-1, 1):
-        floor = chest.dome_at(side) - layers.raised[side]
+        floor = layers.chest.dome_at(side) - layers.raised[side]
         y = floor - rng.uniform(-0.05, 0.19, 110)
-        x = (1 - 0.62 * rng.random(110) ** 1.2) * chest.wall(y)
+        x = (1 - 0.62 * rng.random(110) ** 1.2) * layers.chest.wall(y)
         angle = rng.uniform(0, np.pi, 110)[:, None]
         run = rng.uniform(0.013, 0.026, (110, 1)) * np.array([[-1.0, 0.0, 1.0]])
         bend = np.array([[0.0, 0.007, 0.0]])
@@ -258,39 +241,35 @@ def _draw_fibrosis(layers: _Layers) -> None:
         )
         layers.pen.stroke(mesh, lines, 0.005, 1.0)
         y = floor + np.array([-0.20, -0.10, 0.0, 0.10])
-        outer = to_points(side, chest.wall(y) * 1.05, y)
-        inner = to_points(side, chest.wall(y) * np.array([0.9, 0.6, 0.45, 0.4]), y)[::-1]
+        outer = to_points(side, layers.chest.wall(y) * 1.05, y)
+        inner = to_points(side, layers.chest.wall(y) * np.array([0.9, 0.6, 0.45, 0.4]), y)[::-1]
         zone.append(np.concatenate([outer, inner]))
     layers.fill(layers.pen.mask(*zone, blur=0.015), 0.28)
     layers.fill(layers.pen.finish(mesh, 0.002), 0.75)
 
 
-def _draw_pleural_thickening(layers: _Layers) -> None:
+def _draw_pleural_thickening(layers: _Layers, side: int, rng: np.random.Generator) -> None:
     """Draw a wavy dense band along the lateral wall, with a cap over the apex."""
-    chest = layers.chest
-    side, rng = _locate(chest, "Pleural_Thickening")
-    y = chest.apex + np.linspace(0.03, 0.52, 10)
+    y = layers.chest.apex + np.linspace(0.03, 0.52, 10)
     outer = np.concatenate(
         [
-            to_points(side, [0.04, 0.09, 0.15], chest.apex + np.array([0.04, 0.0, 0.0])),
-            to_points(side, chest.wall(y), y),
+            to_points(side, [0.04, 0.09, 0.15], layers.chest.apex + np.array([0.04, 0.0, 0.0])),
+            to_points(side, layers.chest.wall(y), y),
         ]
     )
-    centre = np.array([0.5 + side * 0.5 * chest.half_width, 0.45])
+    centre = np.array([0.5 + side * 0.5 * layers.chest.half_width, 0.45])
     inward = (centre - outer) / np.linalg.norm(centre - outer, axis=1, keepdims=True)
     thick = rng.uniform(0.040, 0.050) * rng.uniform(0.75, 1.2, (len(outer), 1))
     band = np.concatenate([outer - 0.03 * inward, (outer + thick * inward)[::-1]])
     layers.fill(layers.pen.mask(fit_curve(band, closed=True), blur=0.005), 0.88)
 
 
-def _draw_pneumothorax(layers: _Layers) -> None:
+def _draw_pneumothorax(layers: _Layers, side: int, rng: np.random.Generator) -> None:
     """Draw air between the wall and a shrunken lung: dark, without vessels, behind a thin pleural line."""
-    chest = layers.chest
-    side, rng = _locate(chest, "Pneumothorax")
     gap = rng.uniform(0.30, 0.42)
-    y = chest.apex + np.linspace(0.07, 0.60, 12)
-    shrunk = chest.wall(y) * (1 - gap * np.linspace(1.0, 0.35, 12))
-    edge = np.concatenate([to_points(side, [0.05], [chest.apex + 0.085]), to_points(side, shrunk, y + 0.02)])
+    y = layers.chest.apex + np.linspace(0.07, 0.60, 12)
+    shrunk = layers.chest.wall(y) * (1 - gap * np.linspace(1.0, 0.35, 12))
+    edge = np.concatenate([to_points(side, [0.05], [layers.chest.apex + 0.085]), to_points(side, shrunk, y + 0.02)])
     outer = to_points(side, [0.45, 0.45, 0.05], [y[-1] + 0.02, -0.1, -0.1])
     zone = layers.pen.mask(np.concatenate([edge, outer]), blur=0.003)
     np.copyto(layers.pleural_air, zone)
@@ -301,11 +280,9 @@ def _draw_pneumothorax(layers: _Layers) -> None:
     layers.fill(layers.pen.mask(lung, blur=0.02) * (1 - zone), 0.22)
 
 
-def _draw_hernia(layers: _Layers) -> None:
+def _draw_hernia(layers: _Layers, side: int, rng: np.random.Generator) -> None:
     """Draw a round pouch behind the heart with air above fluid and a flat level between."""
-    chest = layers.chest
-    _, rng = _locate(chest, "Hernia")
-    x, y = 0.5 + rng.uniform(0.03, 0.06), chest.dome - rng.uniform(0.0, 0.03)
+    x, y = 0.5 + rng.uniform(0.03, 0.06), layers.chest.dome - rng.uniform(0.0, 0.03)
     radius = rng.uniform(0.082, 0.10)
     pouch = layers.pen.mask(trace_ellipse(x, y, radius, 0.92 * radius), blur=0.003)
     inside = layers.pen.mask(trace_ellipse(x, y, 0.86 * radius, 0.78 * radius), blur=0.003)
@@ -314,7 +291,7 @@ def _draw_hernia(layers: _Layers) -> None:
     layers.brighten(20 * pouch - 76 * inside * above)
 
 
-_DRAW: Mapping[str, Callable[[_Layers], None]] = {
+_DRAW: Mapping[str, Callable[[_Layers, int, np.random.Generator], None]] = {
     "Atelectasis": _draw_atelectasis,
     "Consolidation": _draw_consolidation,
     "Edema": _draw_edema,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from ray_cxr.imaging.phantom_anatomy import Anatomy, sample_anatomy
 from ray_cxr.imaging.phantom_drawing import Array, make_generator
 from ray_cxr.imaging.phantom_findings import draw_phantom
 from ray_cxr.labels import FINDINGS
+from ray_cxr.storage import atomic
 from ray_cxr.storage.run_folder import read_json
 
 TABLE_NAME = "Data_Entry_phantoms.csv"
@@ -132,7 +132,7 @@ def write_phantoms(
         return result
 
     out.mkdir(parents=True, exist_ok=True)
-    _write_text(out / _PARTIAL, json.dumps(settings))  # first, to mark an unfinished folder as ours
+    atomic.write_text(out / _PARTIAL, json.dumps(settings))  # first, to mark an unfinished folder as ours
     result.images.mkdir(exist_ok=True)
 
     for row in rows:
@@ -144,10 +144,10 @@ def write_phantoms(
             data = _damage(data, image, BREAKAGES[damaged.index(patient)])
         if data is not None:
             (result.images / row.name).write_bytes(data)
-    _write_text(result.table, "\n".join([TABLE_HEADER, *(row.line() for row in rows)]) + "\n")
+    atomic.write_text(result.table, "\n".join([TABLE_HEADER, *(row.line() for row in rows)]) + "\n")
     for path, test in ((result.train_val_list, False), (result.test_list, True)):
-        _write_text(path, "".join(f"{row.name}\n" for row in rows if row.test is test))
-    _write_text(out / _DONE, json.dumps({"settings": settings, "counts": result.counts}, indent=1) + "\n")
+        atomic.write_text(path, "".join(f"{row.name}\n" for row in rows if row.test is test))
+    atomic.write_text(out / _DONE, json.dumps({"settings": settings, "counts": result.counts}, indent=1) + "\n")
     (out / _PARTIAL).unlink()
     return result
 
@@ -237,7 +237,7 @@ def _is_complete(out: Path, settings: Mapping[str, Any], result: PhantomSet, nam
         OutputError: `out` is a file, or holds other files or a set with other settings.
     """
     try:
-        entries = {entry.name for entry in out.iterdir()} - {_PARTIAL + ".part"}
+        entries = {entry.name for entry in out.iterdir() if not entry.name.endswith(".part")}
     except FileNotFoundError:
         return False
     except NotADirectoryError:
@@ -256,13 +256,6 @@ def _is_complete(out: Path, settings: Mapping[str, Any], result: PhantomSet, nam
         texts = (result.table, result.train_val_list, result.test_list)
         return all(path.exists() for path in texts) and lost == int(bool(settings["broken"]))
     raise OutputError(f"{out}: holds files that are not phantoms; choose a new or an empty folder")
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a file atomically, so that a killed run leaves no truncated table or list."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, path)
 
 
 def _encode_png(gray: Array, encoding: str) -> bytes:

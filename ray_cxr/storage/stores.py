@@ -23,6 +23,17 @@ CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 30.0
 MAX_ATTEMPTS = 5
 RETRY_LIMIT_S = 60
+_S3_OPTIONS = {
+    "region",
+    "scheme",
+    "endpoint_override",
+    "anonymous",
+    "allow_delayed_open",
+    "allow_bucket_creation",
+    "allow_bucket_deletion",
+    "tls_ca_file_path",
+    "force_virtual_addressing",
+}
 _AWS_ERROR = re.compile(r"AWS Error ([A-Z][A-Z0-9_]*) ")
 
 
@@ -186,17 +197,7 @@ def _open_bucket(scheme: str, bucket: str, options: str) -> Any:
             options += f"{'&' if options else ''}retry_limit_seconds={RETRY_LIMIT_S}"
         return arrow_fs.FileSystem.from_uri(f"gs://{bucket}?{options}")[0]
     chosen = dict(parse_qsl(options, keep_blank_values=True))
-    unknown = chosen.keys() - {
-        "region",
-        "scheme",
-        "endpoint_override",
-        "anonymous",
-        "allow_delayed_open",
-        "allow_bucket_creation",
-        "allow_bucket_deletion",
-        "tls_ca_file_path",
-        "force_virtual_addressing",
-    }
+    unknown = chosen.keys() - _S3_OPTIONS
     if unknown:
         raise ImageError("storage", f"unknown s3 options in the address: {', '.join(sorted(unknown))}")
     values: dict[str, Any] = dict(chosen)

@@ -494,7 +494,7 @@ def test_truncated_archive_gives_its_rows_and_errors_for_the_rest(download: Path
     finally:
         archive.write_bytes(whole)
     assert counts[64].total() == len(read_manifest(download / "m.parquet"))
-    assert 5 < sum(row["error"] == "the archive ends too early" for row in read_rows(copy, 64)) < 30
+    assert 5 < sum(row["error"] == "the archive is incomplete" for row in read_rows(copy, 64)) < 30
     assert counts[64]["truncated"] > 5
 
 
