@@ -185,7 +185,7 @@ def test_a_job_that_is_stopped_continues(nodes: Nodes, images: Path, tiny_bundle
 def test_models_run_only_on_gpu_nodes(nodes: Nodes, images: Path, tiny_bundle: Any, tmp_path: Path) -> None:
     """The actor starts on the node with the declared GPU, finds none, and the job fails with that line."""
     log = nodes.submit("score", score_arguments(tiny_bundle, images, tmp_path / "scores", "--gpu"), name="gpu")
-    assert watch_nodes(nodes, log, {"none of them"}, "MapWorker(Map(NetworkActor))") == {"b"}, log.read_text()
+    assert watch_nodes(nodes, log, {"none of them"}, "MapWorker(Map(ModelActor))") == {"b"}, log.read_text()
     assert_refused(nodes, log, "--gpu: this actor sees no GPU")
 
 
@@ -196,7 +196,7 @@ def test_a_folder_that_is_not_shared_is_refused(nodes: Nodes, images: Path, tiny
     own.mkdir()
     with nodes.temporary_node("d", hidden=own):
         log = nodes.submit("score", score_arguments(tiny_bundle, images, own / "scores"), name="unshared")
-        assert_refused(nodes, log, f"ray-cxr score: --out {own / 'scores'}: the node ")
+        assert_refused(nodes, log, f"ray-cxr score: --out {own / 'scores'}: not found on the node ")
     assert not (own / "scores" / "_SUCCESS").exists()
 
 
