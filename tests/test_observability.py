@@ -88,7 +88,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> Given:
         return SimpleNamespace(inc=record, set=record)
 
     telemetry.flush()
-    monkeypatch.setattr(telemetry, "_ray_runs", lambda: True)
+    monkeypatch.setattr(telemetry, "_is_ray_running", lambda: True)
     monkeypatch.setattr(telemetry, "_instrument", instrument)
     return found
 
@@ -135,12 +135,12 @@ def test_files_are_counted_at_once_and_undefined_values_never(given: Given) -> N
 
 
 def test_nothing_is_recorded_without_ray(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(telemetry, "_ray_runs", lambda: False)
+    monkeypatch.setattr(telemetry, "_is_ray_running", lambda: False)
     monkeypatch.setattr(telemetry, "_instrument", lambda metric: pytest.fail(f"{metric.name} was made"))
     telemetry.add_written(telemetry.IMAGES_SCORED, "score", 5, ["missing"])
     telemetry.set_gauge(telemetry.VAL_AUROC, 0.8, "run")
     telemetry.flush()
-    assert not telemetry._gathered
+    assert not telemetry._counts
     assert capfd.readouterr() == ("", "")
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from ray_cxr import cluster
 from ray_cxr.config import TrainSettings
-from ray_cxr.errors import ConfigError, RayCxrError, last_line, own_error
+from ray_cxr.errors import RayCxrError, from_record, last_line, own_error
 from ray_cxr.models.bundle import Bundle
 from ray_cxr.storage import remote
 from ray_cxr.storage.run_folder import create_run, remove_settings
@@ -202,5 +202,4 @@ def _run_workers(out: Path, settings: TrainSettings, config: dict[str, Any], lis
 def _raise_failure(out: Path) -> None:
     """Raise the error that a worker left in failure.json, if there is one."""
     if (out / FAILURE).exists():
-        failure = json.loads((out / FAILURE).read_text(encoding="utf-8"))
-        raise (ConfigError if failure["input"] else RayCxrError)(failure["message"])
+        raise from_record(json.loads((out / FAILURE).read_text(encoding="utf-8")))
