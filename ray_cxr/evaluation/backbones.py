@@ -164,14 +164,14 @@ def permutation_test(x: Sequence[float], y: Sequence[float], n: int = 10_000, se
     observed = float(np.median(values[:size]) - np.median(values[size:]))
     exact = math.comb(len(values), size) <= n
     if exact:
-        gaps = _median_gaps(values, np.array(list(combinations(range(len(values)), size))))
+        gaps = _compute_median_gaps(values, np.array(list(combinations(range(len(values)), size))))
     else:
         rng = np.random.default_rng(seed)
         step = max(1, _CELLS // len(values))
         sizes = [min(step, n - start) for start in range(0, n, step)]
         # The positions of the smallest random numbers are a draw without replacement.
         draws = (np.argpartition(rng.random((rows, len(values))), size, axis=1)[:, :size] for rows in sizes)
-        gaps = np.concatenate([_median_gaps(values, members) for members in draws])
+        gaps = np.concatenate([_compute_median_gaps(values, members) for members in draws])
     added = 0 if exact else 1
     rounding = 1e-12 * max(1.0, float(np.abs(values).max()))
     return PermutationTest(
@@ -277,7 +277,7 @@ def comparison_record(compared: Comparison, paired: PairedAuroc | None) -> dict[
     }
 
 
-def _median_gaps(values: np.ndarray, members: np.ndarray) -> np.ndarray:
+def _compute_median_gaps(values: np.ndarray, members: np.ndarray) -> np.ndarray:
     """Return the distance of the medians when values[members[b]] form one group, float64 [b]."""
     outside = np.ones((len(members), len(values)), dtype=bool)
     np.put_along_axis(outside, members, False, axis=1)
@@ -296,11 +296,11 @@ def _summarize(name: str, trials: Sequence[TrialCurve], grace: int, budget: int)
         affordable, left = curve[:left], max(0, left - len(curve))
         if trial.state == "failed":
             continue
-        if (top := _highest(curve)) is not None and (best is None or top > best[0]):
+        if (top := _find_highest(curve)) is not None and (best is None or top > best[0]):
             best = top, trial.number
-        if (top := _highest(affordable)) is not None and (at_budget is None or top > at_budget):
+        if (top := _find_highest(affordable)) is not None and (at_budget is None or top > at_budget):
             at_budget = top
-        if len(curve) >= grace and (top := _highest(curve[:grace])) is not None:
+        if len(curve) >= grace and (top := _find_highest(curve[:grace])) is not None:
             values[trial.number] = top
     q1, median, q3 = np.percentile([*values.values()], [25, 50, 75]).tolist() if values else [None] * 3
     few = len(values) < _MIN_QUARTILES
@@ -323,7 +323,7 @@ def _summarize(name: str, trials: Sequence[TrialCurve], grace: int, budget: int)
     )
 
 
-def _highest(curve: Sequence[tuple[int, float | None]]) -> float | None:
+def _find_highest(curve: Sequence[tuple[int, float | None]]) -> float | None:
     values = [float(value) for _, value in curve if value is not None and math.isfinite(value)]
     return max(values, default=None)
 

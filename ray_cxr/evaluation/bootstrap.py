@@ -107,7 +107,7 @@ def resampled_aurocs(
     Raises:
         ValueError: shapes differ, a label is neither 0 nor 1, or n_resamples < 1.
     """
-    labels, scores = _checked_table(labels, scores, patients, n_resamples)
+    labels, scores = _check_table(labels, scores, patients, n_resamples)
     codes, n_patients = patient_codes(patients)
     rankings = [_rank(labels[:, f], scores[:, f], codes) for f in range(labels.shape[1])]
     values = np.full((n_resamples, len(rankings)), np.nan)
@@ -163,7 +163,7 @@ def bootstrap_findings(
         ValueError: shapes differ, a label is neither 0 nor 1, a probability or prevalence is outside 0..1,
             n_resamples < 1, or roc_grid is 1 or negative.
     """
-    labels, scores = _checked_table(labels, scores, patients, n_resamples)
+    labels, scores = _check_table(labels, scores, patients, n_resamples)
     if roc_grid < 0 or roc_grid == 1:
         raise ValueError(f"roc_grid is {roc_grid}; it must be 0, or at least 2 for both ends")
     derived = derived or DerivedOutputs()
@@ -198,11 +198,12 @@ def bootstrap_findings(
     ranking_values = {metric.key: values[metric.key][:, counted] for metric in metrics.RANKING_METRICS}
     return BootstrapFindings(
         findings=tuple(
-            {key: _interval(values[key][:, f], sums[f].missing_input(key)) for key in keys} for f in range(count)
+            {key: _explain_interval(values[key][:, f], sums[f].missing_input(key)) for key in keys}
+            for f in range(count)
         ),
-        macro={key: _mean_interval(drawn) for key, drawn in ranking_values.items()},
-        weighted={key: _mean_interval(drawn, positives) for key, drawn in ranking_values.items()},
-        roc=tuple(_roc_band(curve) for curve in curves),
+        macro={key: _compute_mean_interval(drawn) for key, drawn in ranking_values.items()},
+        weighted={key: _compute_mean_interval(drawn, positives) for key, drawn in ranking_values.items()},
+        roc=tuple(_compute_roc_band(curve) for curve in curves),
         counted=tuple(int(f) for f in counted),
         n_patients=n_patients,
         n_resamples=n_resamples,
@@ -282,7 +283,7 @@ class _PatientSums:
             raise ValueError(f"the prevalence {self._prevalence} of column {f} must lie in 0..1")
         self._cells = self._errors = None  # float64 [patients, 4] and [patients, 2 + bins]
         if derived.flags is not None:
-            flags = _column(derived.flags, labels, f, "flags")
+            flags = _select_column(derived.flags, labels, f, "flags")
             rows = (y >= 0) & (flags >= 0)
             if rows.any():
                 # 0 true negative, 1 false positive, 2 false negative, 3 true positive
@@ -290,7 +291,7 @@ class _PatientSums:
                 counts = np.bincount(4 * codes[rows] + kind, minlength=4 * n_patients)
                 self._cells = counts.reshape(n_patients, 4).astype(np.float64)
         if derived.calibrated is not None:
-            p = _column(derived.calibrated, labels, f, "calibrated").astype(np.float64)
+            p = _select_column(derived.calibrated, labels, f, "calibrated").astype(np.float64)
             rows = (y >= 0) & ~np.isnan(p)
             if rows.any():
                 self._errors = _sum_errors(y[rows] == 1, p[rows], codes[rows], n_patients)
@@ -334,25 +335,25 @@ def _sum_errors(y: np.ndarray, p: np.ndarray, codes: np.ndarray, n_patients: int
     return np.column_stack([images, squared, by_bin])
 
 
-def _column(table: np.ndarray, labels: np.ndarray, f: int, name: str) -> np.ndarray:
+def _select_column(table: np.ndarray, labels: np.ndarray, f: int, name: str) -> np.ndarray:
     table = np.asarray(table)
     if table.shape != labels.shape:
         raise ValueError(f"labels {labels.shape} and {name} {table.shape} do not fit")
     return table[:, f]
 
 
-def _interval(values: np.ndarray, missing: str | None) -> Interval:
+def _explain_interval(values: np.ndarray, missing: str | None) -> Interval:
     return percentile_interval(values) if missing is None else Interval(None, None, len(values), missing)
 
 
-def _mean_interval(drawn: np.ndarray, weights: np.ndarray | None = None) -> Interval:
+def _compute_mean_interval(drawn: np.ndarray, weights: np.ndarray | None = None) -> Interval:
     """Compute the interval of the mean over columns of drawn [n_resamples, F]; a NaN makes the mean undefined."""
     if not drawn.shape[1]:
         return Interval(None, None, len(drawn), "no finding has both positive and negative images")
     return percentile_interval(np.average(drawn, axis=1, weights=weights))
 
 
-def _roc_band(curve: np.ndarray) -> RocBand | None:
+def _compute_roc_band(curve: np.ndarray) -> RocBand | None:
     usable = curve[~np.isnan(curve).any(axis=1)]
     if not curve.shape[1] or len(usable) < MIN_RESAMPLES:
         return None
@@ -360,7 +361,7 @@ def _roc_band(curve: np.ndarray) -> RocBand | None:
     return RocBand(np.linspace(0.0, 1.0, curve.shape[1]), low, high)
 
 
-def _checked_table(
+def _check_table(
     labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, n_resamples: int
 ) -> tuple[np.ndarray, np.ndarray]:
     labels, scores = np.asarray(labels), np.asarray(scores)

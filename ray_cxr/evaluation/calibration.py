@@ -193,10 +193,10 @@ def fit_calibration(
         ValueError: see `metrics.auroc`; or a probability is outside 0..1.
     """
     y, p = metrics.check_scores(y, p)
-    x = _clipped_logit(p)
+    x = _compute_logit(p)
     positives = int(y.sum())
     negatives = y.size - positives
-    reason = _too_few(positives, negatives, min_positives)
+    reason = _explain_too_few(positives, negatives, min_positives)
     if reason is not None:
         return None, reason
     if np.ptp(x) == 0.0:
@@ -216,7 +216,7 @@ def fit_calibration(
     return Calibration(slope, intercept, method), None
 
 
-def _too_few(positives: int, negatives: int, least: int) -> str | None:
+def _explain_too_few(positives: int, negatives: int, least: int) -> str | None:
     if not positives and not negatives:
         return "no labelled images"
     least = max(least, 1)
@@ -244,17 +244,11 @@ def _fit_logistic(z: np.ndarray, target: np.ndarray, start: np.ndarray, ridge: n
 
 
 def reliability_curve(
-    y: np.ndarray,
-    p: np.ndarray,
-    bins: int = 10,
-    patients: np.ndarray | None = None,
-    *,
-    equal_counts: bool = False,
+    y: np.ndarray, p: np.ndarray, bins: int = 10, patients: np.ndarray | None = None
 ) -> tuple[ReliabilityBin, ...]:
-    """Compute the share of positives in each bin of predicted probability.
+    """Compute the share of positives in bins of the predicted probability with equal numbers of images.
 
-    `metrics.expected_calibration_error` averages |predicted - observed| over bins of equal width. For a rare finding
-    nearly all images fall into the first of them; bins of equal counts show more.
+    Bins of equal width would put nearly all images of a rare finding into the first one.
 
     The interval is Wilson's. With `patients` it uses an effective number of images: as many independent ones as would
     give the variance seen between patients (Kish's design effect), at most n. If all images of a bin agree, it is the
@@ -263,9 +257,8 @@ def reliability_curve(
     Args:
         y: labels [n], 0 or 1.
         p: probabilities [n] in 0..1.
-        bins: number of bins.
+        bins: number of bins; fewer result if many probabilities are equal.
         patients: ids [n], see `patient_codes`; None treats all images as independent.
-        equal_counts: bins with equal numbers of images; fewer bins if many probabilities are equal.
 
     Returns:
         All bins from 0 to 1, including empty ones.
@@ -278,21 +271,16 @@ def reliability_curve(
     codes = np.arange(y.size) if patients is None else patient_codes(patients)[0]
     if codes.size != y.size:
         raise ValueError(f"{y.size} labels and {codes.size} patients do not fit")
-    if equal_counts:
-        inner = np.unique(np.quantile(p, np.arange(1, bins) / bins)) if p.size else np.zeros(0)
-        inner = inner[(inner > 0) & (inner < 1)]
-        place = np.searchsorted(inner, p, side="right")
-        edges = [0.0, *inner.tolist(), 1.0]
-    else:
-        place = metrics.probability_bins(p, bins)
-        edges = [i / bins for i in range(bins + 1)]
+    inner = np.unique(np.quantile(p, np.arange(1, bins) / bins)) if p.size else np.zeros(0)
+    inner = inner[(inner > 0) & (inner < 1)]
+    place = np.searchsorted(inner, p, side="right")
     return tuple(
-        _reliability_bin(*limits, *(column[place == i] for column in (y, p, codes)))
-        for i, limits in enumerate(pairwise(edges))
+        _summarize_bin(*limits, *(column[place == i] for column in (y, p, codes)))
+        for i, limits in enumerate(pairwise([0.0, *inner.tolist(), 1.0]))
     )
 
 
-def _reliability_bin(lowest: float, highest: float, y: np.ndarray, p: np.ndarray, codes: np.ndarray) -> ReliabilityBin:
+def _summarize_bin(lowest: float, highest: float, y: np.ndarray, p: np.ndarray, codes: np.ndarray) -> ReliabilityBin:
     if not y.size:
         return ReliabilityBin(lowest, highest, 0, None, None, None, None)
     observed = float(y.mean())
@@ -352,7 +340,7 @@ def apply_calibration(calibration: Calibration | Mapping[str, Any], p: np.ndarra
     """
     if not isinstance(calibration, Calibration):
         calibration = Calibration.from_dict(calibration)
-    return np.asarray(expit(calibration.slope * _clipped_logit(p) + calibration.intercept), dtype=np.float32)
+    return np.asarray(expit(calibration.slope * _compute_logit(p) + calibration.intercept), dtype=np.float32)
 
 
 def apply_threshold(p: np.ndarray, threshold: float) -> np.ndarray:
@@ -391,7 +379,7 @@ def find_operating_point(
     _check_range(p64)
     positives = int(y.sum())
     negatives = y.size - positives
-    reason = _too_few(positives, negatives, min_positives)
+    reason = _explain_too_few(positives, negatives, min_positives)
     if reason is not None:
         return None, reason
     curve = metrics.roc_curve(y, p64)
@@ -409,7 +397,7 @@ def find_operating_point(
         k = int(np.flatnonzero(true >= math.ceil(target * positives - 1e-9))[0])
     else:
         k = int(np.flatnonzero(negatives - false >= math.ceil(target * negatives - 1e-9))[-1])
-    threshold = _threshold_below(curve.thresholds, k)
+    threshold = _place_threshold(curve.thresholds, k)
     if threshold == math.inf:
         return None, f"only flagging nothing reaches {rule.strip()}"
     if not 0.0 < threshold < 1.0:
@@ -426,7 +414,7 @@ def find_operating_point(
     return point, None
 
 
-def _threshold_below(descending: np.ndarray, k: int) -> float:
+def _place_threshold(descending: np.ndarray, k: int) -> float:
     """Return a float32 threshold that flags exactly the k highest distinct scores; `descending[0]` is infinity."""
     if k == 0:
         return math.inf
@@ -457,7 +445,7 @@ def _check_range(p: np.ndarray) -> None:
         raise ValueError("probabilities must lie in 0..1")
 
 
-def _clipped_logit(p: np.ndarray) -> np.ndarray:
+def _compute_logit(p: np.ndarray) -> np.ndarray:
     p = np.asarray(p, dtype=np.float64)
     _check_range(p)
     return np.asarray(logit(np.clip(p, EPSILON, 1.0 - EPSILON)))

@@ -27,11 +27,11 @@ def delong(y: np.ndarray, s: np.ndarray) -> tuple[float, float] | None:
     Raises:
         ValueError: see `metrics.auroc`.
     """
-    components = _components(y, s)
+    components = _compute_components(y, s)
     if components is None:
         return None
     v10, v01 = components
-    return float(v10.mean()), _variance(v10, v01)
+    return float(v10.mean()), _compute_variance(v10, v01)
 
 
 def delong_paired(y: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[float, float, float] | None:
@@ -49,10 +49,14 @@ def delong_paired(y: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[float, f
     Raises:
         ValueError: see `metrics.auroc`.
     """
-    first, second = _components(y, a), _components(y, b)
+    first, second = _compute_components(y, a), _compute_components(y, b)
     if first is None or second is None:
         return None
-    return float(first[0].mean()), float(second[0].mean()), _variance(first[0] - second[0], first[1] - second[1])
+    return (
+        float(first[0].mean()),
+        float(second[0].mean()),
+        _compute_variance(first[0] - second[0], first[1] - second[1]),
+    )
 
 
 def normal_p(difference: float, variance: float) -> float | None:
@@ -78,7 +82,7 @@ def delong_interval(auc: float, variance: float, level: float = 0.95) -> tuple[f
     return float(expit(logit(auc) - reach)), float(expit(logit(auc) + reach))
 
 
-def _components(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def _compute_components(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Return the structural components of positives and negatives; None with fewer than two of either.
 
     They come from midranks in O(n log n) (Sun & Xu 2014).
@@ -95,5 +99,5 @@ def _components(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray] |
     return (ranks[:m] - rankdata(positive)) / n, 1.0 - (ranks[m:] - rankdata(negative)) / m
 
 
-def _variance(v10: np.ndarray, v01: np.ndarray) -> float:
+def _compute_variance(v10: np.ndarray, v01: np.ndarray) -> float:
     return float(v10.var(ddof=1) / len(v10) + v01.var(ddof=1) / len(v01))

@@ -1,7 +1,7 @@
 """Drift without labels: compare flags, scores and quality flags with what the bundle expects.
 
 Without labels no metric can be computed. But a model that flags a tenth of its validation images and a third of a
-hospital's has met other data there: other patients, another machine, a broken export. Three things are compared, per
+hospital's sees other data: other patients, another machine, a broken export. Three things are compared, per
 finding or quality flag: the share of flagged images; the distribution of raw scores (population stability index); and
 the share of images with each quality flag.
 
@@ -187,8 +187,8 @@ class Drift:
             elif not any(named.values()):
                 parts.append(f"{kind}s: all {len(judged)} as expected")
             else:
-                found = [f"{verdict}: {', '.join(names)}" for verdict, names in named.items() if names]
-                parts.append(f"{kind}s: {', '.join(found)} (of {len(judged)})")
+                listed = [f"{verdict}: {', '.join(names)}" for verdict, names in named.items() if names]
+                parts.append(f"{kind}s: {', '.join(listed)} (of {len(judged)})")
         return ". ".join(part[0].upper() + part[1:] for part in parts) + "."
 
     def to_json(self) -> dict[str, Any]:
@@ -238,16 +238,18 @@ def measure_drift(
     if flags.shape != shape or scores.shape != shape or len(quality_flags) != len(ok) or len(patients) != len(ok):
         raise ValueError(f"flags {flags.shape}, scores {scores.shape} do not fit {len(ok)} images, {shape[1]} findings")
     codes, n_patients = patient_codes(patients)
-    found = np.asarray(quality_flags, dtype=object)[ok]
+    scored_flags = np.asarray(quality_flags, dtype=object)[ok]
     columns = list(enumerate(findings))
     return Drift(
-        flags=_adjust([_flag_drift(expected, name, flags[:, j], codes) for j, name in columns], _rate_verdict),
+        flags=_adjust([_compare_flags(expected, name, flags[:, j], codes) for j, name in columns], _rate_verdict),
         scores=_adjust(
-            [_score_drift(name, expected.score_quantiles.get(name), scores[:, j], codes) for j, name in columns],
+            [_compare_scores(name, expected.score_quantiles.get(name), scores[:, j], codes) for j, name in columns],
             _score_verdict,
         ),
-        quality=_adjust([_quality_drift(expected, name, found, codes[ok]) for name in quality.FLAGS], _rate_verdict),
-        errors=_rate_drift("errors", ~ok, codes, None, None, "nothing is expected of it"),
+        quality=_adjust(
+            [_compare_quality(expected, name, scored_flags, codes[ok]) for name in quality.FLAGS], _rate_verdict
+        ),
+        errors=_compare_rate("errors", ~ok, codes, None, None, "nothing is expected of it"),
         clustered=n_patients < len(ok),
     )
 
@@ -294,22 +296,22 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
-def _flag_drift(expected: Expected, name: str, flags: np.ndarray, codes: np.ndarray) -> RateDrift:
+def _compare_flags(expected: Expected, name: str, flags: np.ndarray, codes: np.ndarray) -> RateDrift:
     known = flags >= 0
     rate = expected.flag_rates.get(name)
     reason = "no operating point" if rate is None or not known.any() else None
-    return _rate_drift(name, flags[known] == 1, codes[known], rate, expected.flag_images.get(name), reason)
+    return _compare_rate(name, flags[known] == 1, codes[known], rate, expected.flag_images.get(name), reason)
 
 
-def _quality_drift(expected: Expected, name: str, found: np.ndarray, codes: np.ndarray) -> RateDrift:
+def _compare_quality(expected: Expected, name: str, flags: np.ndarray, codes: np.ndarray) -> RateDrift:
     rate = expected.quality_rates.get(name)
     reason = None
     if rate is None:
         reason = (expected.quality_reason if name in quality.JUDGED else None) or "the bundle keeps no rate of it"
-    return _rate_drift(name, found == name, codes, rate, expected.quality_images, reason)
+    return _compare_rate(name, flags == name, codes, rate, expected.quality_images, reason)
 
 
-def _rate_drift(
+def _compare_rate(
     name: str, values: np.ndarray, codes: np.ndarray, expected: float | None, images: int | None, reason: str | None
 ) -> RateDrift:
     """Compare the share of bool [n] with the expected share, unless there is a reason not to."""
@@ -329,16 +331,16 @@ def _rate_drift(
         count=count,
         design_effect=effect,
         ratio=None if observed is None or not expected else observed / expected,
-        reason=reason or _too_few(n, n_patients),
+        reason=reason or _explain_too_few(n, n_patients),
     )
     if row.reason is not None or observed is None or effect is None or expected is None:
         return row
     if not images and expected in (0.0, 1.0) and observed != expected:
         return replace(row, reason=f"{expected:.0%} is expected, but the bundle does not state of how many images")
-    return replace(row, p=_share_p(observed, n, float(expected), images, effect))
+    return replace(row, p=_test_share(observed, n, float(expected), images, effect))
 
 
-def _share_p(observed: float, n: int, expected: float, images: int | None, effect: float) -> float:
+def _test_share(observed: float, n: int, expected: float, images: int | None, effect: float) -> float:
     """Compute the p of two shares with pooled variance and continuity correction; expected is exact if images is None.
 
     The correction is half an effective image.
@@ -350,11 +352,11 @@ def _share_p(observed: float, n: int, expected: float, images: int | None, effec
     return 1.0 if p is None or gap <= 0.0 else p
 
 
-def _score_drift(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, codes: np.ndarray) -> ScoreDrift:
+def _compare_scores(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, codes: np.ndarray) -> ScoreDrift:
     known = ~np.isnan(scores)
     scores, codes = scores[known].astype(np.float64), codes[known]
     n, n_patients = len(scores), len(np.unique(codes))
-    reason = "the bundle keeps no validation scores" if kept is None else _too_few(n, n_patients)
+    reason = "the bundle keeps no validation scores" if kept is None else _explain_too_few(n, n_patients)
     row = ScoreDrift(name=name, n=n, n_patients=n_patients, reason=reason)
     if reason is not None or kept is None:
         return row
@@ -363,7 +365,7 @@ def _score_drift(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, cod
     counts = np.bincount(place, minlength=len(shares))
     used = (counts > 0) | (shares > 0)  # equal scores can leave a class empty
     place = (np.cumsum(used) - 1)[place]
-    observed, before = (_smoothed_shares(one[used]) for one in (counts, shares * images))
+    observed, before = (_smooth_shares(one[used]) for one in (counts, shares * images))
     psi = float(np.sum((observed - before) * np.log(observed / before)))
     freedom = int(used.sum()) - 1
     p = 1.0
@@ -374,13 +376,13 @@ def _score_drift(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, cod
     return replace(row, psi=psi, shares=tuple(observed.tolist()), expected=tuple(before.tolist()), p=p)
 
 
-def _smoothed_shares(counts: np.ndarray) -> np.ndarray:
+def _smooth_shares(counts: np.ndarray) -> np.ndarray:
     """Add half an image to each class, so that empty classes have a logarithm."""
     more = counts + _SMOOTHING
     return np.asarray(more / more.sum())
 
 
-def _too_few(n: int, n_patients: int) -> str | None:
+def _explain_too_few(n: int, n_patients: int) -> str | None:
     if n < MIN_IMAGES:
         return f"{n:,} images; {MIN_IMAGES} are needed"
     if n_patients < MIN_PATIENTS:

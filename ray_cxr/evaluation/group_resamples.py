@@ -95,7 +95,7 @@ def resample_aurocs(part: Sequence[Group], images: GroupTable, n_resamples: int,
     """Compute AUROC of every finding in each group; all groups share their resamples."""
     n, width = images.labels.shape
     batch = max(1, _CELLS // max(1, n * width))
-    found: list[Resamples] = []
+    results: list[Resamples] = []
     for start in range(0, len(part), batch):
         groups = part[start : start + batch]
         drawn = bootstrap.resampled_aurocs(
@@ -111,8 +111,8 @@ def resample_aurocs(part: Sequence[Group], images: GroupTable, n_resamples: int,
                 rows = group.mask & (images.labels[:, j] >= 0)
                 value = metrics.auroc(images.labels[rows, j], images.scores[rows, j])
                 point[j] = np.nan if value is None else value
-            found.append(Resamples(point, drawn[:, k * width : (k + 1) * width]))
-    return found
+            results.append(Resamples(point, drawn[:, k * width : (k + 1) * width]))
+    return results
 
 
 def resample_rates(

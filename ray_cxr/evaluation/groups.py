@@ -68,9 +68,9 @@ def build_groups(
     """
     values = {
         "sex": _clean_text(sex),
-        "age_band": _age_bands(_to_floats(age)),
+        "age_band": _assign_age_bands(_to_floats(age)),
         "view": _clean_text(view),
-        "follow_up": _first_or_later(_to_floats(follow_up)),
+        "follow_up": _assign_follow_up(_to_floats(follow_up)),
     }
     if len({len(column) for column in values.values()}) != 1:
         raise ValueError(f"columns are of {', '.join(str(len(column)) for column in values.values())} images")
@@ -124,8 +124,8 @@ def _sorted_values(attribute: str, column: np.ndarray) -> list[str]:
 
 
 def _clean_text(values: np.ndarray) -> np.ndarray:
-    found = [value.strip() if isinstance(value, str) and value.strip() else UNKNOWN for value in values]
-    return np.array(found, dtype=object)
+    texts = [value.strip() if isinstance(value, str) and value.strip() else UNKNOWN for value in values]
+    return np.array(texts, dtype=object)
 
 
 def _to_floats(values: np.ndarray) -> np.ndarray:
@@ -137,11 +137,11 @@ def _to_floats(values: np.ndarray) -> np.ndarray:
     return np.array([float(value) if isinstance(value, kinds) else np.nan for value in array], dtype=np.float64)
 
 
-def _age_bands(age: np.ndarray) -> np.ndarray:
+def _assign_age_bands(age: np.ndarray) -> np.ndarray:
     names = np.array([UNKNOWN, *AGE_BANDS], dtype=object)
     place = np.searchsorted(AGE_LIMITS, age, side="right")
     return np.asarray(names[np.where(np.isnan(age), 0, place)])
 
 
-def _first_or_later(follow_up: np.ndarray) -> np.ndarray:
+def _assign_follow_up(follow_up: np.ndarray) -> np.ndarray:
     return np.select([follow_up == 0, follow_up > 0], [FIRST, LATER], UNKNOWN).astype(object)

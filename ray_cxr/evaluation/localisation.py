@@ -227,9 +227,9 @@ def measure_localisation(
     cases = _group_boxes(image_ids, findings, xywh, patients)
     measured: list[_MapResult] = []
     for (image, finding), case in cases.items():
-        found = maps.get((image, finding))
-        if found is not None:
-            measured.append(_measure_map(case, _check_map(found, f"the map of {finding} in {image}"), settings))
+        heat = maps.get((image, finding))
+        if heat is not None:
+            measured.append(_measure_map(case, _check_map(heat, f"the map of {finding} in {image}"), settings))
     all_cases = list(cases.values())
     present = {case.finding for case in all_cases}
     names = [*(f for f in FINDINGS if f in present), *sorted(present - set(FINDINGS))]
@@ -285,15 +285,15 @@ def _measure_map(case: _Case, heat: np.ndarray, settings: LocalisationSettings) 
     flat = bool(heat.max() <= 0 or heat.max() == heat.min())
     return _MapResult(
         case=case,
-        hit=0.0 if flat else _hit(heat, grown, side),
-        iou=0.0 if flat else _iou(heat, case.boxes, side, settings.map_share),
+        hit=0.0 if flat else _compute_hit(heat, grown, side),
+        iou=0.0 if flat else _compute_iou(heat, case.boxes, side, settings.map_share),
         flat=flat,
-        chance=_union_area(grown, side) / side**2,
-        box_share=_union_area(case.boxes, side) / side**2,
+        chance=_compute_union_area(grown, side) / side**2,
+        box_share=_compute_union_area(case.boxes, side) / side**2,
     )
 
 
-def _hit(heat: np.ndarray, boxes: np.ndarray, side: float) -> float:
+def _compute_hit(heat: np.ndarray, boxes: np.ndarray, side: float) -> float:
     """Return the share of the maximal cells whose centre lies in a box."""
     rows, columns = np.nonzero(heat == heat.max())
     y = (rows + 0.5) * side / heat.shape[0]
@@ -304,23 +304,23 @@ def _hit(heat: np.ndarray, boxes: np.ndarray, side: float) -> float:
     return float(inside.mean())
 
 
-def _iou(heat: np.ndarray, boxes: np.ndarray, side: float, share: float) -> float:
+def _compute_iou(heat: np.ndarray, boxes: np.ndarray, side: float, share: float) -> float:
     height, width = (max(n, WORKING_SIDE) for n in heat.shape)
     # The maximum of the map itself: interpolated cells can miss its peak and never exceed it.
     threshold = share * heat.max()
-    fine = _interpolated(_interpolated(heat, height).T, width).T
+    fine = _interpolate(_interpolate(heat, height).T, width).T
     region = fine >= threshold
-    y_edges = _edges(boxes[:, [1, 3]], height, side)
-    x_edges = _edges(boxes[:, [0, 2]], width, side)
+    y_edges = _find_edges(boxes[:, [1, 3]], height, side)
+    x_edges = _find_edges(boxes[:, [0, 2]], width, side)
     y, x = (y_edges[1:] + y_edges[:-1]) / 2, (x_edges[1:] + x_edges[:-1]) / 2
-    boxed = _within(boxes, y, x)
-    marked = region[np.ix_(_cell(y, height, side), _cell(x, width, side))]
+    boxed = _find_inside(boxes, y, x)
+    marked = region[np.ix_(_find_cells(y, height, side), _find_cells(x, width, side))]
     tall, wide = np.diff(y_edges), np.diff(x_edges)
     both, either = (float(tall @ area @ wide) for area in (boxed & marked, boxed | marked))
     return both / either if either > 0 else 0.0
 
 
-def _interpolated(values: np.ndarray, n_out: int) -> np.ndarray:
+def _interpolate(values: np.ndarray, n_out: int) -> np.ndarray:
     """Interpolate axis 0 linearly from the centres of equal cells to those of `n_out` cells."""
     n = len(values)
     if n == n_out:
@@ -332,23 +332,23 @@ def _interpolated(values: np.ndarray, n_out: int) -> np.ndarray:
     return np.asarray(values[below] * (1.0 - part) + values[above] * part)
 
 
-def _union_area(boxes: np.ndarray, side: float) -> float:
+def _compute_union_area(boxes: np.ndarray, side: float) -> float:
     """Return the area of the union of boxes within the image."""
-    y_edges, x_edges = _edges(boxes[:, [1, 3]], 1, side), _edges(boxes[:, [0, 2]], 1, side)
-    boxed = _within(boxes, (y_edges[1:] + y_edges[:-1]) / 2, (x_edges[1:] + x_edges[:-1]) / 2)
+    y_edges, x_edges = _find_edges(boxes[:, [1, 3]], 1, side), _find_edges(boxes[:, [0, 2]], 1, side)
+    boxed = _find_inside(boxes, (y_edges[1:] + y_edges[:-1]) / 2, (x_edges[1:] + x_edges[:-1]) / 2)
     return float(np.diff(y_edges) @ boxed @ np.diff(x_edges))
 
 
-def _edges(of_boxes: np.ndarray, cells: int, side: float) -> np.ndarray:
+def _find_edges(of_boxes: np.ndarray, cells: int, side: float) -> np.ndarray:
     """Return all edges of cells and boxes along an axis, within the image, ascending."""
     return np.unique(np.concatenate([np.arange(cells + 1) * side / cells, np.clip(of_boxes.ravel(), 0.0, side)]))
 
 
-def _cell(middles: np.ndarray, cells: int, side: float) -> np.ndarray:
+def _find_cells(middles: np.ndarray, cells: int, side: float) -> np.ndarray:
     return np.minimum((middles * cells / side).astype(int), cells - 1)
 
 
-def _within(boxes: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+def _find_inside(boxes: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Return whether points lie in any box, bool [len(y),len(x)]."""
     result = np.zeros((len(y), len(x)), dtype=bool)
     for left, top, right, bottom in boxes:
@@ -365,7 +365,7 @@ def _compute_rates(
 ) -> list[tuple[LocalisationRate, ...]]:
     """Compute hit rate, mean IoU and T(IoU) of groups, bool [n] each, from the same resamples of patients."""
     if not measured:
-        return [tuple(_rate([], None) for _ in range(2 + len(levels))) for _ in members]
+        return [tuple(_build_rate([], None) for _ in range(2 + len(levels))) for _ in members]
     values = np.array([[one.hit, one.iou, *(one.iou >= level for level in levels)] for one in measured])
     wholes = np.hstack([np.repeat(member[:, None], values.shape[1], axis=1) for member in members]).astype(np.float64)
     parts = np.hstack([values * member[:, None] for member in members])
@@ -374,12 +374,12 @@ def _compute_rates(
     bounds = bootstrap_ratios(parts, wholes, patients, n_resamples, seed)
     k = values.shape[1]
     return [
-        tuple(_rate(values[member, column], bounds[group * k + column]) for column in range(k))
+        tuple(_build_rate(values[member, column], bounds[group * k + column]) for column in range(k))
         for group, member in enumerate(members)
     ]
 
 
-def _rate(values: Sequence[float] | np.ndarray, bounds: Interval | None) -> LocalisationRate:
+def _build_rate(values: Sequence[float] | np.ndarray, bounds: Interval | None) -> LocalisationRate:
     if not len(values) or bounds is None:
         return LocalisationRate(None, reason="no heat map")
     value = float(np.mean(values))

@@ -165,7 +165,7 @@ class _Pair:
             "difference": first - second,
             "low": interval.low,
             "high": interval.high,
-            "p": None if interval.low is None else _bootstrap_p(resampled),
+            "p": None if interval.low is None else _compute_p(resampled),
             "undefined": interval.undefined,
             "reason": interval.reason,
         }
@@ -200,7 +200,7 @@ def _compare_means(pair: _Pair, counted: np.ndarray) -> PairedAuroc:
     )
 
 
-def _bootstrap_p(differences: np.ndarray) -> float:
+def _compute_p(differences: np.ndarray) -> float:
     # Comparisons with NaN are false. One more difference in the tail: no number of resamples proves p = 0.
     defined = int((~np.isnan(differences)).sum())
     tail = min(int((differences <= 0).sum()), int((differences >= 0).sum()))

@@ -89,7 +89,7 @@ def list_published(
     pairs = []
     for one in PUBLISHED:
         reason = _explain_test_set(one, kind) if one.tested != "official" else not_official
-        pairs.append((one, reason or (None if one.aurocs else _other_mean(findings))))
+        pairs.append((one, reason or (None if one.aurocs else _compare_means(findings))))
     return sorted(pairs, key=lambda pair: pair[1] is not None)
 
 
@@ -122,7 +122,7 @@ def _compare_with_official(split: str | None, kind: str | None, n_images: int | 
     return None
 
 
-def _other_mean(findings: Sequence[str] | None) -> str | None:
+def _compare_means(findings: Sequence[str] | None) -> str | None:
     counted = set(FINDINGS if findings is None else findings) - {NO_FINDING}
     if counted == set(FINDINGS):
         return None
@@ -149,7 +149,7 @@ _AUROCS = """
 """
 
 
-def _column(name: str) -> Mapping[str, PublishedAuroc]:
+def _read_column(name: str) -> Mapping[str, PublishedAuroc]:
     rows = [line.split() for line in _AUROCS.strip().splitlines()]
     place = _COLUMNS.index(name) + 1
     return MappingProxyType({row[0]: PublishedAuroc(float(row[place])) for row in rows})
@@ -178,7 +178,7 @@ PUBLISHED: tuple[Published, ...] = (
         tested_on="ChestX-ray14, on a split that this source does not name",
         tested="unknown",
         n_images=None,
-        aurocs=_column("Wang"),
+        aurocs=_read_column("Wang"),
         mean=0.738,
     ),
     Published(
@@ -187,7 +187,7 @@ PUBLISHED: tuple[Published, ...] = (
         tested_on="ChestX-ray14, on a split that this source does not name",
         tested="unknown",
         n_images=None,
-        aurocs=_column("Yao"),
+        aurocs=_read_column("Yao"),
         mean=0.803,
     ),
     Published(
@@ -196,7 +196,7 @@ PUBLISHED: tuple[Published, ...] = (
         tested_on="ChestX-ray14, the authors' random patient split, with NIH's labels",
         tested="patient",
         n_images=None,
-        aurocs=_column("CheXNet"),
+        aurocs=_read_column("CheXNet"),
         mean=0.841,
     ),
     Published(
@@ -213,7 +213,7 @@ PUBLISHED: tuple[Published, ...] = (
         tested_on="ChestX-ray14, its author's random patient split, with NIH's labels",
         tested="patient",
         n_images=22_433,
-        aurocs=_column("Zech"),
+        aurocs=_read_column("Zech"),
         mean=0.838,
     ),
     Published(
@@ -222,7 +222,7 @@ PUBLISHED: tuple[Published, ...] = (
         tested_on="the test images of its random split that are also in NIH's official test split, with NIH's labels",
         tested="official_part",
         n_images=5_213,
-        aurocs=_column("Zech, official part"),
+        aurocs=_read_column("Zech, official part"),
         mean=0.818,
     ),
     Published(

@@ -136,8 +136,8 @@ class QualityModel:
         if (rates < 0).any() or rates.sum() > 1 + 1e-9:
             raise ValueError(f"quality model: expected_rates {rates.tolist()} must be shares whose sum is at most 1")
         return cls(
-            _subspace(arrays, "pixels"),
-            _subspace(arrays, "features"),
+            _read_subspace(arrays, "pixels"),
+            _read_subspace(arrays, "features"),
             pixel_limit=float(arrays["limits"][0]),
             feature_limit=float(arrays["limits"][1]),
             expected_rates=dict(zip(JUDGED, rates.tolist(), strict=True)),
@@ -184,7 +184,7 @@ def fit_quality_model(
     Raises:
         ValueError: shapes or dtypes differ from the above, or a feature is not finite.
     """
-    train, held = _usable(images, features), _usable(held_out_images, held_out_features)
+    train, held = _select_usable(images, features), _select_usable(held_out_images, held_out_features)
     if train[0].shape[1:] != held[0].shape[1:] or train[1].shape[1:] != held[1].shape[1:]:
         raise ValueError(f"held-out images {held[0].shape}, features {held[1].shape} differ from the training images'")
     rng = np.random.default_rng(seed)
@@ -203,17 +203,17 @@ def fit_quality_model(
         return None, "all images have the same features"
     thumbnails = train[0].reshape(-1, _SIDE, _SIDE)
     # Mirrored exports are common, unlike hearts on the right: mirror images count as ordinary.
-    pixels = _describe(np.concatenate([thumbnails, thumbnails[:, :, ::-1]]).reshape(-1, _SIDE * _SIDE))
-    space = _describe(train[1])
-    distances = _distances(pixels, space, *held)
-    found: list[str | None] = []
+    pixels = _fit_subspace(np.concatenate([thumbnails, thumbnails[:, :, ::-1]]).reshape(-1, _SIDE * _SIDE))
+    space = _fit_subspace(train[1])
+    distances = _measure_distances(pixels, space, *held)
+    flags: list[str | None] = []
     for fold in np.array_split(rng.permutation(len(distances)), _FOLDS):
-        found += _flags(distances[fold], *_limits(np.delete(distances, fold, axis=0)))
+        flags += _choose_flags(distances[fold], *_compute_limits(np.delete(distances, fold, axis=0)))
     model = QualityModel(
         pixels,
         space,
-        *_limits(distances),
-        expected_rates={name: found.count(name) / len(found) for name in JUDGED},
+        *_compute_limits(distances),
+        expected_rates={name: flags.count(name) / len(flags) for name in JUDGED},
         training=len(train[0]),
         held_out=len(distances),
     )
@@ -231,36 +231,36 @@ def judge_images(model: QualityModel, images: np.ndarray, features: np.ndarray) 
     Raises:
         ValueError: shapes or dtypes differ from the above, or C differs from the model's.
     """
-    _check(images, features)
+    _check_inputs(images, features)
     if features.shape[1] != len(model.features.mean):
         raise ValueError(f"{features.shape[1]} features per image, the quality model has {len(model.features.mean)}")
-    distances = _distances(model.pixels, model.features, _thumbnails(images), features.astype(np.float64))
-    return _flags(distances, model.pixel_limit, model.feature_limit)
+    distances = _measure_distances(model.pixels, model.features, _make_thumbnails(images), features.astype(np.float64))
+    return _choose_flags(distances, model.pixel_limit, model.feature_limit)
 
 
-def _subspace(arrays: Mapping[str, np.ndarray], name: str) -> Subspace:
+def _read_subspace(arrays: Mapping[str, np.ndarray], name: str) -> Subspace:
     mean, scale, axes, variances = (arrays[f"{name}_{part}"].copy() for part in ("mean", "scale", "axes", "variances"))
     return Subspace(mean, scale, axes, variances, float(arrays[f"{name}_residual"]))
 
 
-def _check(images: np.ndarray, features: np.ndarray) -> None:
+def _check_inputs(images: np.ndarray, features: np.ndarray) -> None:
     if images.ndim != 3 or images.shape[1] != images.shape[2] or images.shape[1] < _SIDE or images.dtype != np.uint8:
         raise ValueError(f"images are {images.dtype} {images.shape}, expected uint8 [N,S,S] with S >= {_SIDE}")
     if features.ndim != 2 or len(features) != len(images) or features.dtype.kind != "f":
         raise ValueError(f"features are {features.dtype} {features.shape}, expected floats [{len(images)},C]")
 
 
-def _usable(images: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _select_usable(images: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return thumbnails float64 [n,256] and features float64 [n,C] of the images that are not uniform."""
-    _check(images, features)
+    _check_inputs(images, features)
     if not np.isfinite(features).all():
         raise ValueError("features: some are not finite")
-    thumbnails = _thumbnails(images)
+    thumbnails = _make_thumbnails(images)
     shows = ~np.isnan(thumbnails[:, 0])
     return thumbnails[shows], features[shows].astype(np.float64)
 
 
-def _thumbnails(images: np.ndarray) -> np.ndarray:
+def _make_thumbnails(images: np.ndarray) -> np.ndarray:
     """Return standardised thumbnails float64 [N,256] of images uint8 [N,S,S]; NaN for uniform images.
 
     A pixel of a thumbnail averages a block of S // 16 pixels per side. If 16 does not divide S, at most one row is
@@ -286,7 +286,7 @@ def _standardise(x: np.ndarray, flat: float) -> np.ndarray:
     return np.asarray(x / np.where(deviation < flat, np.nan, deviation))
 
 
-def _describe(vectors: np.ndarray) -> Subspace:
+def _fit_subspace(vectors: np.ndarray) -> Subspace:
     """Describe vectors float64 [n,D] that are not all equal."""
     n, d = vectors.shape
     mean, variance = vectors.mean(axis=0), vectors.var(axis=0)
@@ -307,7 +307,7 @@ def _describe(vectors: np.ndarray) -> Subspace:
     return Subspace(mean, scale, np.ascontiguousarray(axes), variances, residual)
 
 
-def _distances(pixels: Subspace, space: Subspace, thumbnails: np.ndarray, features: np.ndarray) -> np.ndarray:
+def _measure_distances(pixels: Subspace, space: Subspace, thumbnails: np.ndarray, features: np.ndarray) -> np.ndarray:
     """Return d of image, negative, symmetrised image and features, float64 [N,4]; infinite if undefined."""
     n = len(thumbnails)
     grids = thumbnails.reshape(n, _SIDE, _SIDE)
@@ -320,12 +320,12 @@ def _distances(pixels: Subspace, space: Subspace, thumbnails: np.ndarray, featur
     return np.nan_to_num(np.stack([*columns, of_features], axis=1), nan=np.inf, posinf=np.inf)
 
 
-def _limits(distances: np.ndarray) -> tuple[float, float]:
+def _compute_limits(distances: np.ndarray) -> tuple[float, float]:
     """Return the largest ordinary distances of pixels and of features from `_distances` of held-out images."""
-    return _limit(distances[:, 0]), _FEATURE_MARGIN * _limit(distances[:, 3])
+    return _compute_limit(distances[:, 0]), _FEATURE_MARGIN * _compute_limit(distances[:, 3])
 
 
-def _limit(distances: np.ndarray) -> float:
+def _compute_limit(distances: np.ndarray) -> float:
     """Return the median plus three deviations on the log scale, and at least the 99% quantile.
 
     The deviation is the distance from median to 84% quantile, which a few unusual images do not affect. The 99%
@@ -335,7 +335,7 @@ def _limit(distances: np.ndarray) -> float:
     return float(max(middle * (upper / middle) ** 3, high))
 
 
-def _flags(distances: np.ndarray, pixel_limit: float, feature_limit: float) -> list[str | None]:
+def _choose_flags(distances: np.ndarray, pixel_limit: float, feature_limit: float) -> list[str | None]:
     own, negative, symmetric, of_features = distances.T
     far = own > pixel_limit
     rules = (

@@ -127,7 +127,7 @@ def test_flags_from_distances() -> None:
         (2.6, 2.01, 2.0, 1.0): "lateral",
         (2.0, 1.9, 9.0, 1.0): None,
     }
-    assert quality._flags(np.array(list(distances)), 2.0, 3.0) == list(distances.values())
+    assert quality._choose_flags(np.array(list(distances)), 2.0, 3.0) == list(distances.values())
 
 
 def test_most_severe_flag() -> None:
@@ -142,7 +142,7 @@ def test_most_severe_flag() -> None:
 def spaces() -> tuple[quality.Subspace, quality.Subspace]:
     """Descriptions of random thumbnails and of five random features."""
     rng = np.random.default_rng(0)
-    return quality._describe(rng.normal(size=(300, 256))), quality._describe(rng.normal(size=(80, 5)))
+    return quality._fit_subspace(rng.normal(size=(300, 256))), quality._fit_subspace(rng.normal(size=(80, 5)))
 
 
 def test_distances_do_not_depend_on_the_batch(spaces: tuple[quality.Subspace, quality.Subspace]) -> None:
@@ -150,9 +150,9 @@ def test_distances_do_not_depend_on_the_batch(spaces: tuple[quality.Subspace, qu
     vectors = rng.normal(size=(12, 5))
     for size in (64, 67):
         images = rng.integers(0, 256, (12, size, size)).astype(np.uint8)
-        whole = quality._distances(*spaces, quality._thumbnails(images), vectors)
+        whole = quality._measure_distances(*spaces, quality._make_thumbnails(images), vectors)
         for rows in (*np.split(np.arange(12), 12), *np.split(rng.permutation(12), 4)):
-            got = quality._distances(*spaces, quality._thumbnails(images[rows]), vectors[rows])
+            got = quality._measure_distances(*spaces, quality._make_thumbnails(images[rows]), vectors[rows])
             np.testing.assert_array_equal(got, whole[rows])
 
 
@@ -162,13 +162,13 @@ def test_thumbnail_of_two_halves() -> None:
     left[:, :, :16] = 200
     expected = np.where(np.arange(16) < 8, 1.0, -1.0) * np.ones((16, 1))
     for image in (left, left // 2 + 30, left.repeat(2, axis=1).repeat(2, axis=2)):
-        np.testing.assert_allclose(quality._thumbnails(image).reshape(16, 16), expected)
-    np.testing.assert_allclose(quality._thumbnails(left.transpose(0, 2, 1)).reshape(16, 16), expected.T)
-    assert np.isnan(quality._thumbnails(np.full((1, 33, 33), 9, dtype=np.uint8))).all()
+        np.testing.assert_allclose(quality._make_thumbnails(image).reshape(16, 16), expected)
+    np.testing.assert_allclose(quality._make_thumbnails(left.transpose(0, 2, 1)).reshape(16, 16), expected.T)
+    assert np.isnan(quality._make_thumbnails(np.full((1, 33, 33), 9, dtype=np.uint8))).all()
     # Sums over 258 rows exceed uint16.
     large = np.full((1, 4128, 4128), 128, dtype=np.uint8)
     large[:, :, :2064] = 255
-    np.testing.assert_allclose(quality._thumbnails(large).reshape(16, 16), expected)
+    np.testing.assert_allclose(quality._make_thumbnails(large).reshape(16, 16), expected)
 
 
 def test_symmetrised_image_is_undefined_if_mostly_asymmetric(
@@ -179,7 +179,7 @@ def test_symmetrised_image_is_undefined_if_mostly_asymmetric(
     even = np.tile(np.repeat([1.0, -1.0, 1.0], [4, 8, 4]), 16)[None]
     for weight, finite in ((0.9, True), (1.1, False)):
         mixed = quality._standardise(even + weight * odd, 0.5)
-        got = quality._distances(*spaces, mixed, np.zeros((1, 5)))[0]
+        got = quality._measure_distances(*spaces, mixed, np.zeros((1, 5)))[0]
         assert np.isfinite(got).tolist() == [True, True, finite, True]
         if finite:
             np.testing.assert_allclose(got[2], spaces[0].distances(even)[0], rtol=1e-9)
@@ -195,7 +195,7 @@ def test_distances() -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(80, 60)) * np.linspace(1, 3, 60)
     wide = np.concatenate([vectors, vectors], axis=1)  # rank 60 of 120 columns, all variances twice
-    got, expected = quality._describe(wide), quality._describe(vectors)
+    got, expected = quality._fit_subspace(wide), quality._fit_subspace(vectors)
     np.testing.assert_allclose(got.axes.T @ got.axes, np.eye(16), atol=1e-9)
     np.testing.assert_allclose(got.variances, 2 * expected.variances)
     np.testing.assert_allclose(got.distances(wide), expected.distances(vectors), rtol=1e-9)
