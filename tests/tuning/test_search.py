@@ -163,7 +163,7 @@ class Searched:
         return Counter(number for number, what, _ in self.notes() if what == "start")
 
 
-def run_search(plan: StudyPlan, trial: Any, place: str = "on Ray") -> Searched:
+def run_search(plan: StudyPlan, trial: Any, place: str = "on Ray", *, finish: bool = False) -> Searched:
     events: list[str] = []
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
@@ -173,7 +173,7 @@ def run_search(plan: StudyPlan, trial: Any, place: str = "on Ray") -> Searched:
             patch.setattr(search.ray_tune, "Tuner", InProcessTuner(trial))
             patch.setattr(search, "check_dashboard", lambda: None)
             patch.setattr(cluster, "_list_alive", lambda: [{"NodeID": "here", "Resources": {"CPU": 2.0}}])
-        outcome = search.search(plan, trial=trial, finish=False, on_event=events.append)
+        outcome = search.search(plan, trial=trial, finish=finish, on_event=events.append)
     # Ray itself, not Tune, reports a killed process.
     lines = printed.getvalue().splitlines(keepends=True)
     return Searched(plan, outcome, events, "".join(line for line in lines if "(raylet)" not in line))
@@ -334,6 +334,23 @@ def test_trials_that_all_fail_end_the_search(place: str, prepared: Path, tmp_pat
     assert rows["state"].tolist() == ["finished"] + ["failed"] * (len(rows) - 1), done.events
     assert rows.loc[0, "epochs"] == 9
     assert 3 <= len(rows) <= 5  # on Ray some have started before the second failure is known
+
+
+def test_search_writes_the_report_and_last_the_summary(prepared: Path, tmp_path: Path, monkeypatch) -> None:
+    """Also for a caller in Python; a search that runs again removes the summary first."""
+    monkeypatch.setattr(search, "export_best", lambda *_: None)
+    plan = plan_of(prepared, tmp_path / "study", [0.3, 0.4])
+    first = run_search(plan, fake_trial(interrupt(1)), IN_PROCESS, finish=True)
+    out, summary = plan.out, plan.out / "summary.json"
+    assert json.loads(summary.read_text(encoding="utf-8")) == {**first.outcome.facts, "comparison": None}
+    assert first.outcome.facts["interrupted"]
+    written = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.is_file()}
+    assert written.keys() >= {"report.html", "history.png", "history.svg", "curves.png", "best.toml", "trials.parquet"}
+    assert written["summary.json"] == max(written.values())
+    act = lambda *_: pytest.fail("no summary expected") if summary.exists() else None  # noqa: E731
+    second = run_search(plan_of(prepared, out, [0.3, 0.4]), fake_trial(act), IN_PROCESS, finish=True)
+    assert json.loads(summary.read_text(encoding="utf-8"))["trials_over"] == 2 == len(second.rows)
+    assert not plan.is_finished()  # without a bundle
 
 
 def test_a_second_command_in_the_same_folder_is_refused(prepared: Path, tmp_path: Path) -> None:
