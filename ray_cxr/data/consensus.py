@@ -19,7 +19,7 @@ No Finding 23%. Effusion is excluded too: it lies outside the lung, although mos
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -74,24 +74,6 @@ class ConsensusLabels:
 
     def __len__(self) -> int:
         return len(self.image_ids)
-
-    def of_part(self, part: str) -> ConsensusLabels:
-        """Return the rows of one of the table's own parts.
-
-        Raises:
-            TableError: the table has no such rows.
-        """
-        chosen = self.parts == part
-        if not chosen.any():
-            known = ", ".join(sorted({str(name) for name in self.parts if name is not None})) or "none"
-            raise TableError(f"the consensus table has no part {part!r}; its parts are: {known}")
-        return replace(
-            self,
-            image_ids=self.image_ids[chosen],
-            patient_ids=self.patient_ids[chosen],
-            parts=self.parts[chosen],
-            labels={name: values[chosen] for name, values in self.labels.items()},
-        )
 
 
 def read_consensus(path: str) -> ConsensusLabels:

@@ -113,17 +113,14 @@ def read_member(archive: str, member: str, *, max_bytes: int = MAX_BYTES) -> byt
     raise ImageError("missing", "the archive has no such member")
 
 
-def list_members(archive: str) -> list[str]:
+def scan_archive(archive: str, left_out: Counter[str]) -> list[str]:
     """Return the names of images in an archive by the rules of `find_images`, in its order, without repeats.
+
+    The number of other files by suffix is added to `left_out`.
 
     Raises:
         InputError: the archive cannot be read to its end.
     """
-    return scan_archive(archive, Counter())
-
-
-def scan_archive(archive: str, left_out: Counter[str]) -> list[str]:
-    """Return `list_members`, and add the number of other files by suffix to `left_out`."""
     names: dict[str, None] = {}
     try:
         with _open(archive) as (members, stream):

@@ -86,12 +86,6 @@ class Listing:
     unpacked: int = 0
 
 
-def list_images(location: str) -> list[str]:
-    """Return the paths of `find_images` as a list."""
-    found: list[str] = find_images(location).paths.to_pylist()
-    return found
-
-
 def find_images(location: str) -> Listing:
     """List the images below a folder, by their suffix in any case, and inside archives.
 

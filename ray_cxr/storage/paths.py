@@ -11,7 +11,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.compute as pc
 
-#: Suffixes of images for `list_images`. `decode` ignores names.
+#: Suffixes of images for `find_images`. `decode` ignores names.
 IMAGE_SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 ARCHIVE_SUFFIXES: tuple[str, ...] = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 #: `ARCHIVE::MEMBER`, for `re` and Arrow's RE2. The options of a URI (`?region=...`) belong to ARCHIVE. The first `::`

@@ -65,12 +65,6 @@ def test_adjudicated_table_and_its_parts(tmp_path: Path) -> None:
     assert table.unused == ("Finding Labels", "Follow-up #")
     assert table.patient_ids.tolist() == ["13", "13", "32"]
     assert table.parts.tolist() == ["test", "test", "val"]
-    part = table.of_part("val")
-    assert (part.image_ids.tolist(), part.patient_ids.tolist()) == (["00000032_002.png"], ["32"])
-    assert values(part) == {name: column[2:] for name, column in expected.items()}
-    assert (part.digest, len(part), part.parts.tolist()) == (table.digest, 1, ["val"])
-    with pytest.raises(TableError, match=r"'train'.*test, val"):
-        table.of_part("train")
 
 
 def test_columns_that_look_like_labels_are_left_out_by_name(tmp_path: Path) -> None:
@@ -141,7 +135,7 @@ def test_real_adjudicated_table(shared: Path) -> None:
     assert all((column >= 0).all() for column in table.labels.values())
     assert list(table.left_out) == ["Fracture"]
     for part, name, count in (("val", "train_val_list.txt.gz", 2414), ("test", "test_list.txt.gz", 1962)):
-        images = set(table.of_part(part).image_ids)
+        images = set(table.image_ids[table.parts == part])
         assert len(images) == count
         assert images <= set(gzip.decompress((meta / name).read_bytes()).decode().split())
     entry = manifest_builder.read_table(str(meta / "Data_Entry_2017_v2020.csv.gz")).set_index("image_id")["patient_id"]

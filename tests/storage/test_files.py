@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from ray_cxr.errors import ImageError, InputError
 from ray_cxr.storage import remote, stores
-from ray_cxr.storage.files import Listing, find_images, list_images, read_bytes
+from ray_cxr.storage.files import Listing, find_images, read_bytes
 from ray_cxr.storage.paths import (
     MEMBER_PATTERN,
     file_name,
@@ -92,7 +92,7 @@ def test_paths_that_name_no_file_are_missing(tmp_path: Path) -> None:
     (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
     os.mkfifo(tmp_path / "pipe")
     below, pipe, link = (str(tmp_path / name) for name in ("file/below", "pipe", "link.png"))
-    assert list_images(str(tmp_path)) == [link]
+    assert find_images(str(tmp_path)).paths.to_pylist() == [link]
     for path in (below, pipe, link, "/dev/zero", "a\0b", "", None, float("nan")):
         assert reading_code(path) == "missing"
 
@@ -122,14 +122,14 @@ def test_listing_of_a_folder(tmp_path: Path, address: Any, monkeypatch: pytest.M
         assert [read_bytes(path).decode() for path in found.paths.to_pylist()] == TREE
         assert found.left_out == {".txt": 1, "": 1}
     monkeypatch.chdir(tmp_path)
-    assert list_images("sub") == TREE[2:]
+    assert find_images("sub").paths.to_pylist() == TREE[2:]
 
 
 def test_link_loops_are_listed_once(tmp_path: Path) -> None:
     write_files(tmp_path, {"real/a.png": b"1", "root/notes.txt": b""})
     (tmp_path / "root" / "link").symlink_to(tmp_path / "real")
     (tmp_path / "real" / "up").symlink_to(tmp_path / "root")
-    assert list_images(str(tmp_path / "root")) == [str(tmp_path / "root" / "link" / "a.png")]
+    assert find_images(str(tmp_path / "root")).paths.to_pylist() == [str(tmp_path / "root" / "link" / "a.png")]
 
 
 def test_locations_without_images_are_refused(tmp_path: Path, address: Any) -> None:
@@ -158,7 +158,7 @@ NAMES = st.text(st.sampled_from("ab-.0~"), min_size=1, max_size=3).filter(lambda
 def test_listing_is_in_the_order_of_whole_paths(tmp_path_factory: pytest.TempPathFactory, chosen: set[str]) -> None:
     root = tmp_path_factory.mktemp("walk")
     write_files(root, {f"{name}.png": b"x" for name in chosen})
-    assert list_images(str(root)) == sorted(f"{root}/{name}.png" for name in chosen)
+    assert find_images(str(root)).paths.to_pylist() == sorted(f"{root}/{name}.png" for name in chosen)
 
 
 def test_dicom_files_without_suffix_are_found_by_their_first_bytes(tmp_path: Path, address: Any) -> None:
@@ -228,7 +228,7 @@ def test_archives_are_read_and_listed_in_their_place(tmp_path: Path, address: An
     assert contents == [b"a.png", b"22", b"1", b"3", b"z.png"]
 
     archive = address(root / "images_001.tar.gz")
-    assert list_images(archive) == [f"{archive}::images/{name}.png" for name in ("2", "1 %", "0")]
+    assert find_images(archive).paths.to_pylist() == [f"{archive}::images/{name}.png" for name in ("2", "1 %", "0")]
     assert [reading_code(f"{archive}::images/{number}.png") for number in (9, 0)] == ["missing", "empty"]
     assert reading_code(f"{archive}::images/2.png", max_bytes=1) == "too_large"
     assert reading_code(f"{address(root / 'none.tar')}::images/1.png") == "missing"
