@@ -14,20 +14,10 @@ import pyarrow as pa
 from ray_cxr.config import InputSpec
 from ray_cxr.data import identity
 from ray_cxr.errors import OutputError
+from ray_cxr.models import bundle as bundles
 from ray_cxr.models import exports
 from ray_cxr.models.architecture import Architecture
-from ray_cxr.models.bundle import (
-    FILES,
-    FORMAT,
-    OPTIONAL_FILES,
-    SPLIT_SCHEMA,
-    SUMS,
-    WEIGHTS,
-    Bundle,
-    is_written,
-    load_bundle,
-    sha256,
-)
+from ray_cxr.models.bundle import WEIGHTS, Bundle, is_written, load_bundle, sha256
 from ray_cxr.models.card import model_card
 from ray_cxr.storage import atomic, remote
 
@@ -63,7 +53,7 @@ class BundleContent:
     def info(self) -> dict[str, Any]:
         """Return the entries of bundle.json, without those of `exports`."""
         info = {
-            "format": FORMAT,
+            "format": bundles.FORMAT,
             "backbone": self.architecture.backbone,
             "findings": list(self.architecture.findings),
             "architecture": self.architecture.model_dump(mode="json"),
@@ -102,7 +92,7 @@ def write_bundle(
     out = remote.to_path(out)
     if is_written(out):
         raise OutputError(f"{out}: exists already, and bundles are never changed; choose another folder")
-    with atomic.new_folder(out, SUMS) as folder:
+    with atomic.new_folder(out, bundles.SUMS) as folder:
         info = content.info()
         if isinstance(weights, Path):
             shutil.copyfile(weights, folder / WEIGHTS)
@@ -116,18 +106,18 @@ def write_bundle(
             info |= exports.export(folder, model, content.architecture, content.input_spec, images)
         else:
             info |= {name: source.info[name] for name in _EXPORTED if name in source.info}
-            for name in source.files & set(OPTIONAL_FILES):
+            for name in source.files & set(bundles.OPTIONAL_FILES):
                 shutil.copyfile(source.path / name, folder / name)
         if add is not None:
             add(folder, info)
         atomic.write_json(folder / "bundle.json", info)
         atomic.write_json(folder / "curves.json", list(content.curves))
         atomic.write_text(folder / "config.toml", content.config_toml)
-        atomic.write_parquet(content.split.cast(SPLIT_SCHEMA), folder / "split.parquet")
+        atomic.write_parquet(content.split.cast(bundles.SPLIT_SCHEMA), folder / "split.parquet")
         atomic.write_text(folder / "MODEL_CARD.md", model_card(info, content.curves))
-        files = [*FILES, *(name for name in OPTIONAL_FILES if (folder / name).exists())]
-        atomic.write_text(folder / SUMS, "".join(f"{sha256(folder / name)}  {name}\n" for name in files))
-        for name in (*files, SUMS):
+        files = [*bundles.FILES, *(name for name in bundles.OPTIONAL_FILES if (folder / name).exists())]
+        atomic.write_text(folder / bundles.SUMS, "".join(f"{sha256(folder / name)}  {name}\n" for name in files))
+        for name in (*files, bundles.SUMS):
             (folder / name).chmod(0o444)
     return load_bundle(out)
 
@@ -153,7 +143,7 @@ def derive_bundle(
         provenance=source.info["provenance"],
         config_toml=(source.path / "config.toml").read_text(encoding="utf-8"),
         curves=json.loads((source.path / "curves.json").read_text(encoding="utf-8")),
-        split=identity.read_split(source.path, SPLIT_SCHEMA),
+        split=identity.read_split(source.path, bundles.SPLIT_SCHEMA),
         operating_alternatives=source.info.get("operating_alternatives"),
         rule_notes=source.info.get("rule_notes"),
     )

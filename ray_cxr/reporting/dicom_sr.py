@@ -32,29 +32,16 @@ import pyarrow.parquet as pq
 from ray_cxr import extras
 from ray_cxr.errors import ErrorRateExceeded, InputError, OutputError, RayCxrError
 from ray_cxr.progress import Progress
-from ray_cxr.reporting.sr_studies import (
-    EXPORTED,
-    FAILED,
-    NOT_DICOM,
-    NOT_SCORED,
-    REPEATED,
-    UID_TEXT,
-    ExportPlan,
-    ReportContent,
-    ScoreFolder,
-    collect_contents,
-    keep_invalid_values,
-    plan_export,
-    read_folder,
-)
+from ray_cxr.reporting import sr_studies
+from ray_cxr.reporting.sr_studies import EXPORTED, FAILED, ExportPlan, ReportContent, ScoreFolder
 from ray_cxr.storage import atomic, run_folder
 
 KIND = "export-sr"
 OUTCOME_TEXTS = {
     EXPORTED: "images exported",
-    NOT_SCORED: "left out: they could not be scored",
-    NOT_DICOM: "left out: they are not DICOM",
-    REPEATED: "left out: another row has the same image (SOP Instance UID)",
+    sr_studies.NOT_SCORED: "left out: they could not be scored",
+    sr_studies.NOT_DICOM: "left out: they are not DICOM",
+    sr_studies.REPEATED: "left out: another row has the same image (SOP Instance UID)",
 }
 #: From this number of documents on, several processes save more time than the seconds that they need to start.
 _MIN_PARALLEL, _MAX_PROCESSES = 100, 32
@@ -122,7 +109,7 @@ def export_sr(scores: str | Path, out: str | Path) -> Export:
 
     started = time.monotonic()
     out = Path(out)
-    folder = read_folder(Path(scores))
+    folder = sr_studies.read_folder(Path(scores))
     settings = {
         "kind": KIND,
         "format": sr_document.FORMAT,
@@ -133,8 +120,8 @@ def export_sr(scores: str | Path, out: str | Path) -> Export:
     finished = _find_finished(out, folder)
     if finished is not None:
         return finished
-    with keep_invalid_values():
-        plan = plan_export(folder.scores)
+    with sr_studies.keep_invalid_values():
+        plan = sr_studies.plan_export(folder.scores)
     if not plan.headers and FAILED not in plan.outcomes:
         raise InputError(
             f"{scores}: none of its {len(plan.outcomes):,} rows is a scored DICOM image, and structured reports refer "
@@ -171,7 +158,7 @@ def _write_export(out: Path, folder: ScoreFolder, plan: ExportPlan) -> Export:
     earlier = _read_earlier_reports(out)
     reports: list[str | None] = [None] * len(plan.outcomes)
     export = Export(rows=len(plan.outcomes))
-    studies, contents = plan.studies(), collect_contents(folder, plan)
+    studies, contents = plan.studies(), sr_studies.collect_contents(folder, plan)
     with Progress("write reports", len(studies), unit="reports") as progress:
         for rows, content, document in zip(studies, contents, _build_documents(contents), strict=True):
             if isinstance(document, str):
@@ -224,7 +211,7 @@ def _read_earlier_reports(out: Path) -> dict[int, str]:
         column = pq.read_table(out / "images.parquet", columns=["report"])["report"].to_pylist()
     except (OSError, KeyError, pa.ArrowException):
         return {}
-    return {row: report for row, report in enumerate(column) if report and UID_TEXT.fullmatch(report)}
+    return {row: report for row, report in enumerate(column) if report and sr_studies.UID_TEXT.fullmatch(report)}
 
 
 def _write_if_changed(path: Path, data: bytes) -> bool:
