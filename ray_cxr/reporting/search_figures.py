@@ -173,8 +173,9 @@ def draw_curves(rows: Sequence[TrialRow], styles: Styles, best: int | None) -> F
     for row in with_curve:
         style, is_best = styles[row.backbone], row.number == best
         epochs, values = zip(*row.curve, strict=True)
-        emphasis = {"linewidth": 2.6, "alpha": 1, "zorder": 4} if is_best else {"linewidth": 1.1, "alpha": 0.6}
-        ax.plot(epochs, values, linestyle=style.line, color=style.colour, **{"zorder": 2, **emphasis})
+        width, alpha, order = (2.6, 1.0, 4) if is_best else (1.1, 0.6, 2)
+        (line,) = ax.plot(epochs, values, linestyle=style.line, color=style.colour)
+        line.set(linewidth=width, alpha=alpha, zorder=order)
         end = {"stopped": "x", "failed": "|", "running": ""}.get(row.state, style.marker)
         ax.plot(epochs[-1:], values[-1:], end, color=style.colour, markersize=6.5, zorder=5)
         if is_best:

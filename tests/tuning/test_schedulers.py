@@ -44,7 +44,7 @@ class History:
 
 
 class Queue:
-    """A searcher that suggests what is left of a list, as `search` does with halving."""
+    """A searcher that suggests the histories of a list, as `StudySearcher` does with halving."""
 
     def __init__(self, halving: Halving, histories: Sequence[History]) -> None:
         self.halving, self.left = halving, list(histories)
