@@ -313,24 +313,22 @@ class RankingMetric(Metric):
 
 @dataclass(frozen=True)
 class RateMetric(Metric):
-    """A rate at the operating point: a property of `Confusion`, or of the confusion expected at a prevalence.
+    """A rate at the operating point: the property of `Confusion` with the metric's key.
 
     Attributes:
         undefined: the reason given if it is None.
-        rate: the property; by default the one called like the key.
-        at_prevalence: compute it at an assumed prevalence.
+        at_prevalence: the property of the confusion expected at an assumed prevalence, instead; or empty.
     """
 
     undefined: str = ""
-    rate: str = ""
-    at_prevalence: bool = False
+    at_prevalence: str = ""
 
     def value(self, cells: Confusion, prevalence: float) -> Rate:
         """Compute the rate from counts of the sample, or from counts of all resamples at once."""
-        if self.at_prevalence:
-            expected = cells.expect_at(prevalence)
-            return None if expected is None else getattr(expected, self.rate)
-        return getattr(cells, self.rate or self.key)
+        if not self.at_prevalence:
+            return getattr(cells, self.key)
+        expected = cells.expect_at(prevalence)
+        return None if expected is None else getattr(expected, self.at_prevalence)
 
 
 @dataclass(frozen=True)
@@ -343,8 +341,11 @@ class ProbabilityMetric(Metric):
 
 _AUROC = "Probability that an image with the finding scores higher than one without it (ties one half); 0.5 is chance."
 _PRECISION = "Precision averaged over the ranks of the positive images; a score without skill reaches the prevalence."
+_SENSITIVITY = "Share of the images with the finding that are flagged."
+_SPECIFICITY = "Share of the images without the finding that are not flagged."
 _PPV = "Positive predictive value: share of the flagged images that have the finding; depends on the prevalence."
 _NPV = "Negative predictive value: share of the images not flagged that lack the finding; depends on the prevalence."
+_FLAG_RATE = "Share of the labelled images that are flagged."
 _EXPECTED = "expected at the prevalence given with `--prevalence`, from sensitivity and specificity by Bayes' theorem."
 _BRIER = "Mean squared difference between calibrated probability and label; 0 is best."
 _ECE = "Mean distance of calibrated probability and observed share in ten bins of equal width, weighted by images."
@@ -360,41 +361,19 @@ RANKING_METRICS = (
     ),
 )
 RATE_METRICS = (
-    RateMetric(
-        "sensitivity",
-        "Sensitivity",
-        "Share of the images with the finding that are flagged.",
-        "main",
-        2,
-        undefined="no positive images",
-    ),
-    RateMetric(
-        "specificity",
-        "Specificity",
-        "Share of the images without the finding that are not flagged.",
-        "main",
-        2,
-        undefined="no negative images",
-    ),
+    RateMetric("sensitivity", "Sensitivity", _SENSITIVITY, "main", 2, undefined="no positive images"),
+    RateMetric("specificity", "Specificity", _SPECIFICITY, "main", 2, undefined="no negative images"),
     RateMetric("ppv", "PPV", _PPV, "main", 2, undefined="no image is flagged"),
     RateMetric("npv", "NPV", _NPV, undefined="every image is flagged"),
     RateMetric("f1", "F1", "Harmonic mean of PPV and sensitivity.", undefined="no positive images, and none flagged"),
-    RateMetric(
-        "flag_rate",
-        "Flagged",
-        "Share of the labelled images that are flagged.",
-        digits=1,
-        percent=True,
-        undefined="no labelled images",
-    ),
+    RateMetric("flag_rate", "Flagged", _FLAG_RATE, "more", 1, True, undefined="no labelled images"),
     RateMetric(
         "ppv_at_prevalence",
         "PPV at this prevalence",
         f"PPV {_EXPECTED}",
         "prevalence",
         undefined="nothing would be flagged",
-        rate="ppv",
-        at_prevalence=True,
+        at_prevalence="ppv",
     ),
     RateMetric(
         "npv_at_prevalence",
@@ -402,8 +381,7 @@ RATE_METRICS = (
         f"NPV {_EXPECTED}",
         "prevalence",
         undefined="everything would be flagged",
-        rate="npv",
-        at_prevalence=True,
+        at_prevalence="npv",
     ),
 )
 PROBABILITY_METRICS = (

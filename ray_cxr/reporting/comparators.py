@@ -90,15 +90,13 @@ class ConsensusResult:
 
     def to_json(self) -> dict[str, Any]:
         reference = self.reference
+        counts = ("images", "parts", "n_images", "n_patients")
         return {
             "source": reference.source,
             "kind": reference.kind,
             "table": self.table,
             "digest": reference.digest,
-            "images": self.images,
-            "parts": self.parts,
-            "n_images": self.n_images,
-            "n_patients": self.n_patients,
+            **{name: getattr(self, name) for name in counts},
             "composites": {
                 name: {"findings": list(members), "scores": self.scales.get(name)}
                 for name, members in reference.composites.items()
@@ -182,10 +180,7 @@ class ScoreComparison:
         return {
             "other": self.other,
             "models": list(self.models),
-            "images": self.images,
-            "n_images": self.n_images,
-            "n_patients": self.n_patients,
-            "left_out": self.left_out,
+            **{name: getattr(self, name) for name in ("images", "n_images", "n_patients", "left_out")},
             "difference": "this less the other",
             "leak_check": self.leak_check.to_json(),
             "findings": {name: asdict(one) for name, one in self.findings.items()},
@@ -253,11 +248,7 @@ class BoxResult:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "source": self.source,
-            "table": self.table,
-            "digest": self.digest,
-            "images": self.images,
-            "counts": self.counts,
+            **{name: getattr(self, name) for name in ("source", "table", "digest", "images", "counts")},
             "leak_check": self.leak_check.to_json(),
             **self.localisation.to_json(),
         }

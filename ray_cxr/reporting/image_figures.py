@@ -36,14 +36,7 @@ class Example:
 
 @dataclass(frozen=True)
 class HeatmapExample:
-    """One tile of the page of heat maps.
-
-    Attributes:
-        example: the radiograph with its findings and highest probabilities.
-        finding: the finding that the heat map explains.
-        overlay: uint8 [H, W, 3], or None with the `reason`.
-        score: the finding's raw probability, or None.
-    """
+    """One tile of the page of heat maps: `overlay` explains `finding`, uint8 [H, W, 3], or is None for a `reason`."""
 
     example: Example
     finding: str
@@ -54,13 +47,7 @@ class HeatmapExample:
 
 @dataclass(frozen=True)
 class Radiograph:
-    """One tile of the page of radiographs.
-
-    Attributes:
-        image: uint8 [H, W], or None with the error's `code`.
-        findings: positive labels; None for an image without labels.
-        note: view, sex and age.
-    """
+    """One tile of the page of radiographs: see `Example`; `findings` are None for an image without labels."""
 
     image: np.ndarray | None
     code: str | None

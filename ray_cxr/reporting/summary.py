@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.intervals import NO_VARIATION
-from ray_cxr.evaluation.metrics import METRICS
 from ray_cxr.evaluation.subgroups import Subgroups
 from ray_cxr.reporting import html, plots
 from ray_cxr.reporting.measures import EvaluationResult, Measurement
@@ -21,7 +21,7 @@ def list_remarks(evaluation: EvaluationResult) -> dict[str, str]:
             parts.append(f"undefined: {one.reason}")
         if one.caution:
             parts.append(one.caution)
-        shown = [metric for metric in METRICS if metric.table == "main" and metric.key != "auroc"]
+        shown = [metric for metric in metrics.METRICS if metric.table == "main" and metric.key != "auroc"]
         constant = [m.label for m in shown if one.metrics[m.key].interval_reason == NO_VARIATION]
         if constant:
             parts.append(f"no interval for {', '.join(constant)}: {NO_VARIATION}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ray_cxr.evaluation.metrics import METRICS, RANKING_METRICS
+from ray_cxr.evaluation import metrics
 
 SCHEMA = pa.schema(
     [
@@ -50,11 +50,11 @@ def build_table(result: Mapping[str, Any]) -> pa.Table:
 def _evaluation(result: Mapping[str, Any], section: str | None = None) -> Iterator[dict[str, Any]]:
     for finding, entry in result["findings"].items():
         counts = {"finding": finding, "n": entry["n"], "positives": entry["positives"]}
-        for name in (*(metric.key for metric in METRICS), "prevalence"):
+        for name in (*(metric.key for metric in metrics.METRICS), "prevalence"):
             yield {"section": section or "findings", **counts, **_number(entry, name, entry["undefined"])}
     for kind in ("macro", "weighted"):
         entry = result[kind]
-        for name in (metric.key for metric in RANKING_METRICS if entry is not None):
+        for name in (metric.key for metric in metrics.RANKING_METRICS if entry is not None):
             row = _number(entry, name, {name: entry["reason"]})
             yield {"section": f"{section} {kind}" if section else kind, "n": result["n_images"], **row}
 

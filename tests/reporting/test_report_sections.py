@@ -14,6 +14,7 @@ from score_archive import Archive, Report, report
 from sklearn.metrics import recall_score, roc_auc_score
 
 from ray_cxr.errors import InputError, LeakError, TableError
+from ray_cxr.evaluation import metrics
 from ray_cxr.imaging import overlays
 from ray_cxr.labels import FINDINGS, LABELS
 from ray_cxr.reporting import tables
@@ -243,3 +244,24 @@ def test_metrics_parquet_has_every_number_with_its_split(everything: Report) -> 
     assert np.isnan(aurocs.loc["Hernia", "value"])
     undefined = frame[frame["value"].isna() & ~frame["section"].isin(["drift", "compared"])]
     assert undefined["reason"].notna().all()
+
+
+def test_registered_metric_appears_in_every_output(
+    archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    miss_rate = metrics.RateMetric(
+        "miss_rate", "Miss rate", "Share of positives not flagged.", "main", undefined="none"
+    )
+    monkeypatch.setattr(metrics.Confusion, "miss_rate", property(lambda cells: 1 - cells.sensitivity), raising=False)
+    monkeypatch.setattr(metrics, "RATE_METRICS", (*metrics.RATE_METRICS, miss_rate))
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, miss_rate))
+    archive.y["Hernia"][::2] = 1
+    found = report(archive, tmp_path / "out", labels=archive.labels(), split="test")
+    one = found.metrics["findings"]["Effusion"]
+    assert one["miss_rate"] == pytest.approx(1 - one["sensitivity"])
+    assert one["miss_rate_low"] == pytest.approx(1 - one["sensitivity_high"])
+    frame = pq.read_table(found.out / "metrics.parquet").to_pandas()
+    assert one["miss_rate"] in frame[frame["metric"] == "miss_rate"]["value"].tolist()
+    for page in (found.page, (found.out / "report.md").read_text(encoding="utf-8")):
+        assert "Miss rate" in page
+        assert f"{one['miss_rate']:.3f}" in page
