@@ -1,4 +1,4 @@
-"""Tasks and actors of Ray Data: errors as rows, retries with an end, progress without a timeout.
+"""Run tasks of Ray Data: carry errors in rows, retry lost tasks a limited number of times, watch their output.
 
 Ray Data keeps only the text of an exception that a task raises, prints its traceback, and skips the task where
 `max_errored_blocks` allows that. So a task catches its own exceptions and returns them in the column `error`: a record
@@ -168,13 +168,13 @@ def map_once(dataset: Any, function: Callable[..., Any], **options: Any) -> Any:
 
 @contextlib.contextmanager
 def poll(look: Callable[[], bool], command: str) -> Iterator[None]:
-    """Call `look` every second while the block runs and once after it; warn while nothing is finished.
+    """Call `look` every second while the block runs and once after it; warn while no file appears.
 
-    A task returns at its end, which for an archive can be hours away. Its files appear one by one.
+    A task returns at its end, which can take hours for an archive, while its files appear one by one.
 
     Args:
-        look: shows what has been finished since the last call; returns whether there was anything.
-        command: its name, for the warning.
+        look: shows the files that appeared since the last call; returns whether there are any.
+        command: name in the warning.
     """
     last = time.monotonic()
 
@@ -186,7 +186,7 @@ def poll(look: Callable[[], bool], command: str) -> Iterator[None]:
         if time.monotonic() - last >= STALL_S:
             logger.warning(
                 "%s: WARNING: no file finished for %.0f minutes; storage may be slow, or Ray waits for CPUs or "
-                "GPUs that other work holds (see `ray status`)",
+                "GPUs that other jobs hold (see `ray status`)",
                 command,
                 STALL_S / 60,
             )

@@ -15,6 +15,7 @@ writes the same name.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections import Counter
@@ -36,13 +37,12 @@ from ray_cxr.scoring import heatmaps, inputs
 from ray_cxr.scoring.actors import ModelActor, ScoreActor, decode_task
 from ray_cxr.scoring.heatmaps import HeatMapActor, HeatMapReport
 from ray_cxr.scoring.plan import KIND, ScorePlan, plan_run, preview_run, read_part
-from ray_cxr.scoring.pool import ActorPlan, map_by_actors, plan_drawing, plan_scoring, run_tasks, show_files
+from ray_cxr.scoring.pool import ActorPlan, build_dataset, plan_drawing, plan_scoring, run_tasks, show_files
 from ray_cxr.scoring.ranges import (
     INPUT,
     RUN_KEY,
     SCORES,
     ScoreJob,
-    ScoreTask,
     TaskResult,
     list_parts,
     part_name,
@@ -173,24 +173,16 @@ def _score_ranges(
     """Run the tasks that score."""
     times["planned"] = time.time()
     folder, ranges, written = plan.out / SCORES, plan.ranges, plan.written
-    arguments = {"job": job, "cpus": max(1, pool.cpus)}
-
-    def build_dataset(rows: list[dict[str, Any]]) -> Any:
-        import ray
-
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        if not pool.decode_apart:
-            return map_by_actors(dataset, ScoreActor, arguments, pool, len(rows))
-        # Tasks, not actors: Ray runs as many as the free CPUs and the speed of the model allow.
-        dataset = dataset.flat_map(decode_task, fn_kwargs={"job": job}, num_cpus=1)
-        return map_by_actors(dataset, ModelActor, arguments, pool, len(rows))
-
-    def is_written(task: ScoreTask, index: int) -> bool:
-        return not task.retry and job.has_written(index)
-
+    build = functools.partial(
+        build_dataset,
+        actor=ModelActor if pool.decode_apart else ScoreActor,
+        arguments={"job": job, "cpus": max(1, pool.cpus)},
+        plan=pool,
+        decode=decode_task if pool.decode_apart else None,
+    )
     retried = {one.index for task in plan.tasks if task.retry for one in task.ranges}
     with show_files("score", folder, ranges, written - retried, _count_errors):
-        for result in run_tasks(plan.tasks, build_dataset, is_written):
+        for result in run_tasks(plan.tasks, build, job.has_written):
             report.scored_now += result.images
             if result.first_at and not report.start_up:
                 report.start_up = _split_start_up(result, times)
@@ -233,19 +225,14 @@ def _draw_maps(plan: ScorePlan, job: ScoreJob, pool: ActorPlan | None) -> HeatMa
         pool = replace(pool, actors=min(pool.actors, len(tasks)))
         job = replace(job, batch_size=job.settings.batch_size or heatmaps.BATCH_SIZE[job.use_gpu])
         arguments = {"job": job, "request": request, "cpus": max(1, pool.cpus)}
+        build = functools.partial(build_dataset, actor=HeatMapActor, arguments=arguments, plan=pool)
 
-        def build_dataset(rows: list[dict[str, Any]]) -> Any:
-            import ray
-
-            dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-            return map_by_actors(dataset, HeatMapActor, arguments, pool, len(rows))
-
-        def is_drawn(task: ScoreTask, index: int) -> bool:
-            return not task.retry and not heatmaps.find_pending(out, {index}, job.run, request, retry=False)
+        def is_drawn(index: int) -> bool:
+            return not heatmaps.find_pending(out, {index}, job.run, request, retry=False)
 
         done = indices - pending
         with show_files("heat maps", out / FOLDER, ranges, done, heatmaps.count_failures, "score --heatmaps"):
-            drawn = sum(result.images for result in run_tasks(tasks, build_dataset, is_drawn))
+            drawn = sum(result.images for result in run_tasks(tasks, build, is_drawn))
     report = heatmaps.count_maps(out, ranges, request)
     report.drawn_now, report.seconds = drawn, time.monotonic() - started
     return report

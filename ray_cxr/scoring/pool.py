@@ -143,15 +143,24 @@ class PoolActor:
         return replace(result, created_at=self._created_at, ready_at=self._ready_at).to_row()
 
 
-def map_by_actors(dataset: Any, actor: type[PoolActor], arguments: dict[str, Any], plan: ActorPlan, limit: int) -> Any:
-    """Return a Ray dataset that sends each row through a pool of actors.
+def build_dataset(
+    rows: list[dict[str, Any]],
+    actor: type[PoolActor],
+    arguments: dict[str, Any],
+    plan: ActorPlan,
+    decode: Callable[..., Any] | None = None,
+) -> Any:
+    """Return a Ray dataset that sends the rows of tasks through a pool of actors.
 
     Args:
         arguments: of the actor's constructor.
-        limit: maximum number of actors when nodes join.
+        decode: run on each row first, in tasks of one CPU: as many as the free CPUs and the speed of the model allow.
     """
     import ray
 
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    if decode is not None:
+        dataset = dataset.flat_map(decode, fn_kwargs={"job": arguments["job"]}, num_cpus=1)
     with warnings.catch_warnings():
         # Ray 2.60 deprecates `ray_remote_args_fn` without a replacement; pyproject.toml holds Ray below 2.61.
         warnings.filterwarnings("ignore", message=".*ray_remote_args_fn", category=Warning)
@@ -161,7 +170,7 @@ def map_by_actors(dataset: Any, actor: type[PoolActor], arguments: dict[str, Any
             compute=ray.data.ActorPoolStrategy(
                 min_size=1,
                 initial_size=plan.actors,
-                max_size=max(plan.actors, limit),
+                max_size=max(plan.actors, len(rows)),  # when nodes join
                 max_tasks_in_flight_per_actor=plan.in_flight,
                 max_concurrent_calls_per_actor=plan.in_flight,
                 enable_true_multi_threading=True,
@@ -186,14 +195,14 @@ def _limit_restarts() -> dict[str, Any]:
 
 def run_tasks(
     tasks: Sequence[ScoreTask],
-    build_dataset: Callable[[list[dict[str, Any]]], Any],
-    is_done: Callable[[ScoreTask, int], bool],
+    build: Callable[[list[dict[str, Any]]], Any],
+    is_done: Callable[[int], bool],
 ) -> Iterator[TaskResult]:
     """Run tasks, and retry ranges that were lost with an actor.
 
     Args:
-        build_dataset: makes a Ray dataset of the rows of tasks; its rows are those of `TaskResult`.
-        is_done: whether a range of a task has its file although no result reported it.
+        build: makes a Ray dataset of the rows of tasks; its rows are those of `TaskResult`.
+        is_done: whether a range has its file although no result reported it; not called for tasks that retry.
 
     Raises:
         RayCxrError: an error that a task returned; or actors keep dying.
@@ -202,12 +211,13 @@ def run_tasks(
     def find_pending(rows: list[dict[str, Any]], done: set[int]) -> list[dict[str, Any]]:
         pending = []
         for task in map(ScoreTask.from_row, rows):
-            left = tuple(one for one in task.ranges if one.index not in done and not is_done(task, one.index))
+            left = tuple(one for one in task.ranges if one.index not in done)
+            left = tuple(one for one in left if task.retry or not is_done(one.index))
             if left:
                 pending.append(replace(task, ranges=left).to_row())
         return pending
 
-    for row in run_with_retries([task.to_row() for task in tasks], build_dataset, find_pending):
+    for row in run_with_retries([task.to_row() for task in tasks], build, find_pending):
         yield TaskResult.from_row(row)
 
 

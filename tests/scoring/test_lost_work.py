@@ -51,7 +51,7 @@ def test_only_lost_ranges_are_scheduled_again(dies: bool, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         # 5 has its file although no result reported it: its worker died between the two.
         tasks = make_tasks([0, 1], [2, 3], [4, 5])
-        results = list(run_tasks(tasks, build_dataset, lambda task, index: index == 5))
+        results = list(run_tasks(tasks, build_dataset, lambda index: index == 5))
     assert [index for result in results for index in result.done] == [0, 1, 4, 2, 3]
     assert [ScoreTask.from_row(row) for row in rounds[1]] == make_tasks([2, 3])
     assert len(rounds) == 2
@@ -73,7 +73,7 @@ def test_run_ends_with_an_error(behaviour: Any, error: type[Exception], message:
         return Dataset(rows, **behaviour)
 
     with pytest.raises(error, match=message):
-        list(run_tasks(make_tasks([0], [1]), build_dataset, lambda task, index: False))
+        list(run_tasks(make_tasks([0], [1]), build_dataset, lambda index: False))
     assert len(rounds) == expected_rounds
 
 

@@ -29,7 +29,7 @@ from ray_cxr.models import predictions
 from ray_cxr.scoring import pipeline, plan
 from ray_cxr.scoring.inputs import group_rows
 from ray_cxr.scoring.pool import fit_actors
-from ray_cxr.scoring.ranges import RangeState
+from ray_cxr.scoring.ranges import RangeState, TaskResult
 from ray_cxr.scoring.reader import ImageReader
 from ray_cxr.storage import atomic
 
@@ -58,6 +58,13 @@ def test_footer_of_the_frozen_input_stays_small(rows: int, rows_per_file: int) -
     assert group % rows_per_file == 0, "a range never straddles two groups"
     assert group >= min(8192, max(rows, 1)), "groups are not too small"
     assert -(-rows // group) <= 1001
+
+
+def test_stages_of_start_up_add_up() -> None:
+    times = {"command": 100.0, "checked": 101.0, "ray": 104.0, "planned": 104.5}
+    stages = pipeline._split_start_up(TaskResult(created_at=106.0, ready_at=110.0, first_at=112.5), times)
+    assert stages.pop("all") == 12.5
+    assert list(stages.values()) == [1.0, 3.0, 0.5, 1.5, 4.0, 2.5]
 
 
 def test_rows_and_run_json_follow_the_manifest(scores: Path, manifest: Path, tiny_bundle) -> None:
