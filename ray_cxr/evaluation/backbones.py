@@ -1,6 +1,6 @@
 """Compare the backbones of a hyper-parameter search, and judge whether the best two differ by more than noise.
 
-Two yardsticks measure different noise. The paired patient bootstrap shows whether two trained models would change
+Two tests cover different noise. The paired patient bootstrap shows whether two trained models would change
 ranks on other patients. The permutation test shows whether trials differ more between two backbones than within one.
 Neither covers what was not repeated, such as another seed or other settings.
 """
@@ -55,7 +55,6 @@ class TrialCurve:
 
     Attributes:
         number: number in the search, from 0.
-        backbone: name of its backbone.
         state: how it ended, or "running".
         curve: (epoch, validation AUROC) per trained epoch, None if undefined.
     """
@@ -73,7 +72,6 @@ class BackboneResult:
     A failed trial's epochs count as spent; its AUROC does not count, because it left no model.
 
     Attributes:
-        backbone: its name.
         trials, finished, stopped, failed, running: numbers of trials.
         epochs: total over its trials.
         best, best_trial: highest AUROC and the number of its trial, or None.
@@ -127,10 +125,10 @@ class Verdict:
     """Whether the best two backbones differ by more than noise.
 
     Attributes:
-        answer: "yes" or "no" if both yardsticks agree, "disagree" if not, "undecided" if one is missing.
+        answer: "yes" or "no" if both tests agree, "disagree" if not, "undecided" if one is missing.
         headline: the answer in one sentence.
-        details: one sentence per yardstick with its numbers; empty without two backbones.
-        noise: which noise the yardsticks cover, and which not; empty without two backbones.
+        details: one sentence per test with its numbers; empty without two backbones.
+        noise: which noise the tests cover, and which not; empty without two backbones.
     """
 
     answer: Answer
@@ -287,7 +285,7 @@ def _compute_median_gaps(values: np.ndarray, members: np.ndarray) -> np.ndarray:
 
 def _summarize(name: str, trials: Sequence[TrialCurve], grace: int, budget: int) -> BackboneResult:
     """Summarise one backbone's trials, which are in order of their numbers."""
-    states = [trial.state for trial in trials]
+    states: list[str] = [trial.state for trial in trials]
     best: tuple[float, int] | None = None
     left, at_budget = budget, None
     values: dict[int, float] = {}
@@ -307,10 +305,7 @@ def _summarize(name: str, trials: Sequence[TrialCurve], grace: int, budget: int)
     return BackboneResult(
         backbone=name,
         trials=len(trials),
-        finished=states.count("finished"),
-        stopped=states.count("stopped"),
-        failed=states.count("failed"),
-        running=states.count("running"),
+        **{state: states.count(state) for state in ("finished", "stopped", "failed", "running")},
         epochs=sum(len(trial.curve) for trial in trials),
         best=None if best is None else best[0],
         best_trial=None if best is None else best[1],

@@ -120,13 +120,7 @@ def paired_findings(
 
 
 class _Pair:
-    """Two sets of scores and their AUROC in the same resamples.
-
-    Attributes:
-        labels, a, b: [n, F]; scores are NaN if either is missing.
-        defined: bool [F], columns with both classes.
-        n_patients, n_resamples, seed: settings of the bootstrap.
-    """
+    """Two sets of scores, NaN if either is missing, and their AUROC in the same resamples."""
 
     def __init__(
         self, labels: np.ndarray, a: np.ndarray, b: np.ndarray, patients: np.ndarray, n_resamples: int, seed: int
