@@ -43,7 +43,7 @@ class Group:
     crossing: bool = False
 
     @property
-    def known(self) -> bool:
+    def is_known(self) -> bool:
         """Whether the attribute is recorded for these images."""
         return self.value != UNKNOWN
 
@@ -79,7 +79,7 @@ def build_groups(
         for attribute, column in values.items()
     ]
     groups = [group for part in single for group in part]
-    known = [part for part in ([group for group in part if group.known] for part in single) if len(part) > 1]
+    known = [part for part in ([group for group in part if group.is_known] for part in single) if len(part) > 1]
     if crossings:
         groups += [group for one, other in combinations(known, 2) for group in _cross(one, other)]
     return groups

@@ -273,7 +273,7 @@ def _measure_attribute(
     part: Sequence[Group], images: GroupTable, values: Sequence[Mapping[str, Resamples]]
 ) -> tuple[list[GroupResult], list[Difference]]:
     """Summarise the groups of one attribute, and compare the known ones with the largest."""
-    known = [i for i, group in enumerate(part) if group.known]
+    known = [i for i, group in enumerate(part) if group.is_known]
     defined = {
         name: np.logical_and.reduce([~np.isnan(values[i][name].point) for i in known] or [~images.counted])
         for name in _QUANTITIES

@@ -187,7 +187,7 @@ def _check_options(
 def _measure_subgroups(table: Scores, evaluated: EvaluationSet, bootstrap: BootstrapSettings) -> Subgroups | str:
     """Measure every subgroup, or return the reason why there is none."""
     groups = build_groups(evaluated.sex, evaluated.age, evaluated.view, evaluated.follow_up)
-    if all(not group.known for group in groups):
+    if all(not group.is_known for group in groups):
         return "the labels hold neither sex, age, view nor follow-up"
     names = [f for f in table.findings if (evaluated.labels[f] >= 0).any()]
     if not names:
