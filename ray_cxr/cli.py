@@ -32,7 +32,7 @@ from ray_cxr.errors import (
 )
 from ray_cxr.progress import silence_stderr
 from ray_cxr.session import start_ray
-from ray_cxr.storage import atomic, remote
+from ray_cxr.storage import remote
 from ray_cxr.storage.paths import redact
 
 #: The shell's exit code for a program that Ctrl-C ended.
@@ -84,7 +84,7 @@ def _describe_ray_error(error: Exception) -> RayCxrError | None:
 def _any_path(text: str) -> str:
     """Argument type: a path on this machine, or `s3://BUCKET/...`."""
     try:
-        remote.path(text)
+        remote.to_path(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
@@ -297,7 +297,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         chosen = chosen.replace(sizes=sizes)
     from ray_cxr.data import prepared
 
-    prepared.check(arguments.manifest, remote.path(arguments.out), chosen)  # before Ray takes seconds to start
+    prepared.check(arguments.manifest, remote.to_path(arguments.out), chosen)  # before Ray takes seconds to start
     with start_ray(settings.ray):
         counts = prepared.prepare(arguments.manifest, arguments.out, chosen)
     for size, codes in counts.items():
@@ -342,40 +342,35 @@ def _train(arguments: argparse.Namespace) -> None:
         if reason:
             _print(f"{name}: {reason}")
     _print(f"validation macro AUROC {_format(macro)}, epoch {bundle.info['provenance']['best_epoch']}")
-    out = remote.path(arguments.out)
+    out = remote.to_path(arguments.out)
     _print(f"learning curves: {out / trainer.CURVES}")
     _print(f"bundle: {out / 'bundle'}")
 
 
 def _tune(arguments: argparse.Namespace) -> None:
-    began = time.monotonic()
+    start = time.monotonic()
     loaded = config.load(arguments.config, arguments.overrides, section="tune")
-    from ray_cxr.tuning import study as studies
+    from ray_cxr.tuning import plan as plans
 
     out, base, chosen = Path(arguments.out), loaded.train, loaded.tune
-    if arguments.resume and not studies.begun(out):
-        raise OutputError(f"--resume: {out} holds no search; leave --resume out to begin one there")
+    if arguments.resume and not plans.has_search(out):
+        raise OutputError(f"--resume: {out} holds no search; omit --resume to start one there")
     if arguments.resume and arguments.config is None:
-        # What is said again must agree with what the search was begun with; what is not said is as it was.
-        base, chosen = studies.resumed(out, arguments.overrides)
+        # Overrides must agree with the settings that the search was started with.
+        base, chosen = plans.load_start_settings(out, arguments.overrides)
     if arguments.workers is not None:
         base = base.replace(workers=arguments.workers)
     if arguments.trials is not None:
         chosen = chosen.replace(trials=arguments.trials)
-    plan = studies.Plan(arguments.prepared, out, base, chosen)
-    if plan.done():
-        _print(f"tune: {out} is finished already; --trials N asks for more than {chosen.trials} trials")
+    plan = plans.StudyPlan(arguments.prepared, out, base, chosen)
+    if plan.is_finished():
+        _print(f"tune: {out} is finished already; use --trials N for more than {chosen.trials} trials")
         return
-    # The dashboard answers Ray Train's question whether a stopped trial's run still lives.
+    # Ray Train asks the dashboard whether a stopped trial's run is still alive.
     with start_ray(loaded.ray, dashboard=True):
-        from ray_cxr.tuning import search  # with Ray, whose environment is set by now
+        from ray_cxr.tuning import search  # imports Ray, so only after its environment is set
 
         outcome = search.search(plan, use_gpu=arguments.gpu, on_event=_print)
-    from ray_cxr.reporting import study as page
-
-    with _explain_write_errors(arguments.out):
-        page.write_study(out, outcome.study, outcome.rows, outcome.facts, outcome.comparison)
-        atomic.write_json(out / studies.SUMMARY, {**outcome.facts, "comparison": outcome.comparison})
     table = Table("trial", "backbone", "state", "epochs", "AUROC", "seconds", title="Trials, the best first")
     ranked = outcome.rows.sort_values("val_auroc", ascending=False, na_position="last") if len(outcome.rows) else None
     for row in [] if ranked is None else ranked.head(15).to_dict("records"):
@@ -396,13 +391,13 @@ def _tune(arguments: argparse.Namespace) -> None:
         _print(outcome.comparison["verdict"]["headline"])
     states = Counter(outcome.rows["state"])
     counts = ", ".join(f"{count} {state}" for state, count in states.most_common()) or "none"
-    _print(f"trials: {counts}; {outcome.epochs} epochs trained, {time.monotonic() - began:.0f} s")
+    _print(f"trials: {counts}; {outcome.epochs} epochs trained, {time.monotonic() - start:.0f} s")
     _print(f"report: {out / 'report.html'}")
     if outcome.interrupted and outcome.bundle is None:
         raise KeyboardInterrupt
     if outcome.bundle is None:
         raise RayCxrError(
-            outcome.gave_up or f"{out}: no trial came to the end of an epoch, so there is no bundle; the table says why"
+            outcome.gave_up or f"{out}: no trial completed an epoch, so there is no bundle; see trials.parquet"
         )
     _print(f"best trial: {outcome.best}, settings in {out / 'best.toml'}")
     _print(f"bundle: {outcome.bundle.path}")
@@ -421,30 +416,28 @@ def _score(arguments: argparse.Namespace) -> None:
         chosen = chosen.replace(precision=arguments.precision)
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError(f"--limit {arguments.limit}: must be at least 1")
-    from ray_cxr.scoring import pipeline
+    from ray_cxr.scoring.pipeline import score
+    from ray_cxr.scoring.request import ScoreReport, ScoreRequest
 
-    call: dict[str, Any] = {
-        "manifest": arguments.manifest,
-        "images": arguments.images,
-        "retry_errors": arguments.retry_errors,
-        "limit": arguments.limit,
-        "use_gpu": arguments.gpu,
-        "heatmaps": arguments.heatmaps,
-    }
+    request = ScoreRequest(
+        model=arguments.model,
+        out=arguments.out,
+        settings=chosen,
+        manifest=arguments.manifest,
+        images=arguments.images,
+        fresh=arguments.fresh,
+        retry_errors=arguments.retry_errors,
+        limit=arguments.limit,
+        dry_run=arguments.dry_run,
+        use_gpu=arguments.gpu,
+        heatmaps=arguments.heatmaps,
+        started_at=psutil.Process().create_time(),  # includes the imports before this line
+    )
     too_many: ErrorRateExceeded | None = None
     try:
-        report = pipeline.score(
-            arguments.model,
-            arguments.out,
-            chosen,
-            fresh=arguments.fresh,
-            dry_run=arguments.dry_run,
-            start=lambda: start_ray(settings.ray),
-            began=psutil.Process().create_time(),  # what was imported before this line counts, too
-            **call,
-        )
+        report = score(request, start_ray=lambda: start_ray(settings.ray))
     except ErrorRateExceeded as error:
-        if not isinstance(error.report, pipeline.ScoreReport):
+        if not isinstance(error.report, ScoreReport):
             raise
         too_many, report = error, error.report
     for note in report.notes:
@@ -493,7 +486,7 @@ def _report(arguments: argparse.Namespace) -> None:
             f"over {len(macro['findings'])} findings, {metrics['n_images']:,} images of "
             f"{metrics['n_patients']:,} patients"
         )
-    _print(f"report: {remote.path(arguments.out) / 'report.html'}")
+    _print(f"report: {remote.to_path(arguments.out) / 'report.html'}")
 
 
 def _export_sr(arguments: argparse.Namespace) -> None:

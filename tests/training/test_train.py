@@ -287,15 +287,19 @@ def test_weights_that_do_not_fit_do_not_bind_the_folder(prepared: Path, tmp_path
     weights = tmp_path / "other.weights.h5"
     keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save_weights(weights)
     given = train_arguments(prepared, tmp_path / "run", weights=weights)
-    assert_refused(command(*given), "TinyCNN", str(weights))
+    assert_refused(command(*given), "tiny_conv0", str(weights))
     # Nothing was trained, so that other settings may use the folder.
-    assert not planning.plan_training(prepared, tmp_path / "run", TrainSettings(weights="none", size=64)).started
+    plan = planning.plan_training(prepared, tmp_path / "run", TrainSettings(weights="none", size=64))
+    assert not plan.started
+    assert not any("frozen_epochs" in line for line in plan.list_warnings())
+    frozen = planning.plan_training(prepared, tmp_path / "run", TrainSettings(weights="none", size=64, frozen_epochs=1))
+    assert any("frozen_epochs" in line for line in frozen.list_warnings())
 
 
 @pytest.mark.parametrize(
     ("settings", "options", "part"),
     [
-        ({"workers": 3}, [], "batch_size: 16 cannot be shared equally by 3 workers; use 18"),
+        ({"workers": 3}, [], "use 18"),
         ({"weights": "none.h5"}, [], "none.h5"),
         ({"rotation": 90}, [], "rotation"),
         ({"xla": "true", "deterministic": "true"}, [], "deterministic"),
