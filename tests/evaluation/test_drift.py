@@ -163,6 +163,10 @@ def test_verdicts_of_scores() -> None:
     constant = compare_scores(np.full(100, 0.5), np.full(200, 0.5), np.arange(200))
     assert (constant.psi, constant.verdict) == (0.0, "ok")
     assert compare_scores(np.full(100, 0.5), np.full(200, 0.4), np.arange(200)).verdict == "large"
+    tied = np.repeat([0.1, 0.2, 0.9], [120, 60, 20])
+    row, kept = compare_scores(tied, tied, np.arange(200)), drift.score_quantiles(tied)
+    counts = 200 * np.array([share for share in kept["shares"] if share])
+    assert (row.psi, row.expected) == (pytest.approx(0.0), pytest.approx((counts + 0.5) / (counts + 0.5).sum()))
     assert same.p == pytest.approx(stats.chi2.sf(same.psi / ((1 / 2000 + 1 / 3000) * 2000 / 1999), 9), rel=1e-3)
 
 

@@ -201,6 +201,14 @@ def test_distances() -> None:
     np.testing.assert_allclose(got.distances(wide), expected.distances(vectors), rtol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(400, 256), (120, 256)])
+def test_training_vectors_have_a_mean_distance_of_two(shape: tuple[int, int]) -> None:
+    """Along the axes and outside them, the mean squared distance is 1 each by the definition of the variances."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=shape) * np.linspace(0.5, 3, shape[1])
+    assert quality._fit_subspace(vectors).distances(vectors).mean() == pytest.approx(2.0)
+
+
 def test_fitting_needs_enough_images(chests: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     # With fewer than 30 held-out images, a third of the training images is held out too.
     for train, held_out, counts in ((60, 30, (60, 30)), (60, 29, None), (90, 0, (60, 30)), (89, 0, None)):
