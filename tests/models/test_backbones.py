@@ -33,7 +33,7 @@ def architecture(backbone: str = "TinyCNN", **more: Any) -> Architecture:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[keras.Model, Path]:
-    """A TinyCNN whose outputs are in reverse order, and its file of weights."""
+    """A TinyCNN whose outputs are in reverse order, and its weights file."""
     model = classifier.build(architecture(findings=tuple(reversed(FINDINGS))))
     path = tmp_path_factory.mktemp("weights") / "source.weights.h5"
     model.save_weights(str(path))
@@ -54,7 +54,7 @@ LARGE = [pytest.param(name, marks=pytest.mark.long) for name in ("ResNet50", "De
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["MobileNetV3Small", *LARGE])
-def test_features_equal_the_stock_network_on_preprocessed_rgb(backbone: str) -> None:
+def test_features_equal_the_stock_model_on_preprocessed_rgb(backbone: str) -> None:
     model = classifier.build(architecture(backbone))
     assert not [layer.name for layer in model.layers if isinstance(layer, keras.Model)]
     stock = getattr(keras.applications, backbone)(include_top=False, weights=None, input_shape=(SIZE, SIZE, 3))
@@ -108,17 +108,17 @@ def test_unavailable_imagenet_weights_are_refused(monkeypatch: pytest.MonkeyPatc
         classifier.build(architecture("DenseNet121"), weights="imagenet")
 
 
-def test_weights_of_a_file_start_the_backbone_and_known_outputs(source: tuple[keras.Model, Path]) -> None:
+def test_weights_of_a_file_initialize_the_backbone_and_known_outputs(source: tuple[keras.Model, Path]) -> None:
     theirs, path = source
     model = classifier.build(architecture())
     fresh = model.get_layer("logits").get_weights()[0]
-    # A file does not name its outputs: none is taken, although the shapes agree.
+    # A file does not name its outputs, so none is copied although the shapes agree.
     assert classifier.initialize_weights(model, architecture(), path) == [f"logits of {name}" for name in FINDINGS]
     np.testing.assert_array_equal(model.get_layer("logits").get_weights()[0], fresh)
     for name in ("tiny_conv0", "tiny_bn3"):
         for a, b in zip(model.get_layer(name).get_weights(), theirs.get_layer(name).get_weights(), strict=True):
             np.testing.assert_array_equal(a, b)
-    # Outputs of known order are taken by their names.
+    # Outputs of known order are copied by name.
     model = classifier.build(architecture(findings=LABELS))
     known = tuple(reversed(FINDINGS))
     assert classifier.initialize_weights(model, architecture(findings=LABELS), path, known) == ["logits of No_Finding"]

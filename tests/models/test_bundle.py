@@ -1,4 +1,4 @@
-"""Bundles: a bundle is read back as it was written, and a damaged one is refused."""
+"""Bundles are read back as written, and damaged ones are refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def copy(tiny_bundle, tmp_path: Path) -> Path:
 
 
 def reseal(path: Path) -> None:
-    """Write the checksums again, like an attacker who changes a bundle on purpose."""
+    """Rewrite the checksums, as an attacker would after changing a bundle."""
     names = sorted(file.name for file in path.iterdir() if file.name != bundles.SUMS)
     lines = [f"{hashlib.sha256((path / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
     (path / bundles.SUMS).write_text("".join(lines), encoding="utf-8")
@@ -202,7 +202,7 @@ def test_alternatives_and_notes_are_kept_and_shown_in_the_card(tiny_bundle, copy
 
 @pytest.mark.slow
 def test_older_bundle_runs_in_keras(tiny_bundle, copy: Path) -> None:
-    """A bundle from before graphs, golden images and quality flags."""
+    """An older bundle has no graph, golden images or quality flags."""
     for name in EXPORTED:
         (copy / name).unlink()
     edit(copy, "runtimes", "quality")
@@ -215,7 +215,7 @@ def test_older_bundle_runs_in_keras(tiny_bundle, copy: Path) -> None:
 
 
 @pytest.mark.slow
-def test_predict_gives_what_keras_gives_in_order_with_errors_as_rows(tiny_bundle, tmp_path: Path) -> None:
+def test_predict_equals_keras_in_order_with_errors_as_rows(tiny_bundle, tmp_path: Path) -> None:
     good = np.random.default_rng(0).integers(0, 256, (100, 80), dtype=np.uint8)
     Image.fromarray(good).save(tmp_path / "good.png")
     (tmp_path / "text.png").write_text("no image", encoding="utf-8")
@@ -233,7 +233,7 @@ def test_predict_gives_what_keras_gives_in_order_with_errors_as_rows(tiny_bundle
     assert frame.loc[1, [*P, "priority", "top_finding", "model_digest"]].isna().all()
 
 
-#: A decoder that ends its process over some files, as native code can; Python imports this module when it starts.
+#: A decoder that aborts its process for some files, as native code can. Python imports this module at startup.
 ABORT = """
 import os
 from ray_cxr.imaging import decode as decoding
@@ -302,7 +302,7 @@ def test_predict_keeps_one_decoder_and_starts_none_for_arrays(tiny_bundle, tmp_p
 
 @pytest.mark.slow
 def test_predict_imports_neither_ray_nor_tensorflow(tiny_bundle) -> None:
-    """Keras takes seconds to start; the bundle has a graph that needs none."""
+    """Keras takes seconds to import, and the bundle's graph does not need it."""
     code = (
         "import sys, numpy as np, ray_cxr\n"
         f"frame = ray_cxr.load_bundle({str(tiny_bundle.path)!r}).predict(np.zeros((1, 64, 64), 'uint8'))\n"

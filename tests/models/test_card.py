@@ -1,4 +1,4 @@
-"""The model card shows what a bundle knows, and what is unknown."""
+"""The model card shows the facts in a bundle, and which are unknown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heat maps are the gradients of the formula, and lie on the right place of the image."""
+"""Heat maps follow the formula, and cover the right region of the image."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEADS = [{"pooling": "avg"}, {"pooling": "max"}, {"pooling": "avgmax", "dense": 
 
 @pytest.fixture(autouse=True)
 def eagerly() -> Iterator[None]:
-    """For a few images a graph costs more than it saves."""
+    """Run eagerly: for a few images, tracing takes longer than it saves."""
     tf.config.run_functions_eagerly(True)
     yield
     tf.config.run_functions_eagerly(False)
@@ -45,7 +45,7 @@ def build_model(backbone: str = QUICK, size: int = SIZE, findings: tuple = FINDI
 
 @functools.cache
 def shared_model(head: int) -> keras.Model:
-    """A model that tests share: its weights must stay as they are."""
+    """Build a model that tests share; they must not change its weights."""
     return build_model(**HEADS[head])
 
 
@@ -54,7 +54,7 @@ def make_images(count: int, size: int = SIZE) -> np.ndarray:
 
 
 def expected_map(model: keras.Model, image: np.ndarray, finding: int, method: str) -> np.ndarray:
-    """One image, one finding, the whole model under one tape, the formula in NumPy."""
+    """Compute the map of one finding of one image in NumPy, with the whole model under one tape."""
     feature = model.get_layer("tiny_relu3").output
     both = keras.Model(model.input, [feature, model.get_layer("logits").output])
     with tf.GradientTape() as tape:
@@ -82,7 +82,7 @@ def test_maps_equal_the_formula_under_a_plain_tape(head: int, method: str) -> No
 def test_map_without_evidence_is_zero_and_its_overlay_gray() -> None:
     model = build_model()
     kernel, bias = model.get_layer("logits").get_weights()
-    kernel[:, 0] = -np.abs(kernel[:, 0])  # the features are a ReLU's, so that nothing speaks for the first finding
+    kernel[:, 0] = -np.abs(kernel[:, 0])  # features are outputs of a ReLU, so no cell supports the first finding
     model.get_layer("logits").set_weights([kernel, bias])
     images = make_images(1)
     (cells,) = GradCam(model).explain(images, np.array([[0]])).maps[0]
@@ -104,7 +104,7 @@ def test_every_backbone_has_maps(backbone: str) -> None:
 @settings(max_examples=60)
 @given(*[st.integers(32, 400)] * 2, st.sampled_from(["stretch", "pad", "crop"]), *[st.floats(0, 1)] * 2)
 def test_spot_in_the_input_is_drawn_on_the_spot_in_the_original(height, width, aspect: str, down, right) -> None:
-    """The resize itself is the oracle: what it makes of a bright square, as a map, lies on that square again."""
+    """Resize is the oracle: a resized bright square, used as a map, must cover the original square."""
     spec = InputSpec(size=64, aspect=aspect)
     side = max(6, min(height, width) // 6)
     top, left = int(down * (height - side)), int(right * (width - side))
@@ -121,7 +121,7 @@ def test_spot_in_the_input_is_drawn_on_the_spot_in_the_original(height, width, a
         assert (np.abs(found.max(axis=0) - visible.max(axis=0)) <= 1.5 * pixel).all()
 
 
-def test_areas_and_cells_by_hand() -> None:
+def test_areas_and_cells_equal_manual_results() -> None:
     # An image of 100 x 200 in a square input of 64.
     assert compute_area(InputSpec(size=64), 100, 200) == WHOLE
     assert compute_area(InputSpec(size=64, aspect="pad"), 100, 200) == Area(-0.5, 0.0, 1.5, 1.0)
@@ -145,7 +145,7 @@ def test_overlay_has_the_proportions_of_the_image_and_colour_on_the_place() -> N
     assert coloured[190:, :10].all()
     assert not coloured[:100].any()
     assert not coloured[:, 60:].any()
-    # Padded to a square, the same corner of the input is the margin, left of the image; nothing of it may show.
+    # In a padded image the same corner of the input is the left margin, which must not appear.
     padded = draw_overlay(image, cells, compute_area(InputSpec(size=64, aspect="pad"), 300, 150), side=200)
     assert np.ptp(padded[:, 55:].astype(int), axis=2).max() == 0
 
@@ -169,8 +169,8 @@ def test_png_has_no_metadata() -> None:
 
 
 @pytest.mark.slow
-def test_trained_model_looks_where_the_finding_is_drawn() -> None:
-    """Phantoms with and without a Mass: the evidence lies on the mass, far more of it than by chance."""
+def test_maps_of_a_trained_model_cover_the_drawn_finding() -> None:
+    """In phantoms with a Mass, the map covers the mass far more than by chance."""
     count, unseen = 80, 20
     anatomies = [sample_anatomy(3, patient, 0, size=64) for patient in range(1, count + 1)]
     healthy = [draw_phantom(one) for one in anatomies]

@@ -1,4 +1,4 @@
-"""Files of a bundle besides its weights: graph, golden images, quality statistics."""
+"""The exported files of a bundle: graph, golden images, quality statistics."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def images() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def bundle(images: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> bundles.Bundle:
-    """Made with 60 training and 30 validation images, as `train` does."""
+    """Write a bundle with 60 training and 30 validation images, as `train` does."""
     return write(tmp_path_factory.mktemp("exports") / "b", images=exports.SampleImages(images[:60], images[60:90]))
 
 
@@ -76,7 +76,7 @@ def fp32(bundle: bundles.Bundle) -> runtime.Runtime:
 
 
 def refuse_graphs(monkeypatch: pytest.MonkeyPatch, *refused: str) -> None:
-    """The CPU has bf16, and OpenVINO can run no graph in these precisions; its error has the graph's path."""
+    """Make OpenVINO fail for graphs in these precisions on a CPU with bf16; the error contains the graph's path."""
     opened = runtime.OpenVinoRuntime
 
     def open_graph(graph: Path, precision: str, *more: int) -> runtime.OpenVinoRuntime:
@@ -106,7 +106,7 @@ def test_golden_images_are_drawn_and_the_file_holds_the_answers_of_keras(bundle,
 
 
 def test_two_exports_of_the_same_weights_are_the_same_bytes(bundle: bundles.Bundle, images, tmp_path: Path) -> None:
-    for _ in range(2):  # names that Keras counts up must not reach the graph
+    for _ in range(2):  # layer names that Keras numbers must not reach the graph
         classifier.build(bundle.architecture)
     sample = exports.SampleImages(images[:60], images[60:90])
     again = write(tmp_path / "b", bundle.path / bundles.WEIGHTS, sample)
@@ -136,7 +136,7 @@ def test_measured_drift_is_in_the_bundle(bundle: bundles.Bundle) -> None:
 def test_bf16_is_measured_where_the_cpu_has_it(
     bundle, model, fp32, images, monkeypatch, tmp_path: Path, has_bf16, golden, others, drift, accepted
 ) -> None:
-    """The stand-in for bf16 is off by `golden` on the golden images and by `others` on the validation images."""
+    """A fake bf16 runtime is off by `golden` on the golden images and by `others` on the validation images."""
 
     def predict(pixels: np.ndarray) -> runtime.Outputs:
         found = fp32.predict(pixels)
@@ -153,7 +153,7 @@ def test_bf16_is_measured_where_the_cpu_has_it(
     assert runtime.choose_precision(info, "auto", gpu=False) == ("bf16" if accepted else "fp32")
 
 
-def test_graph_that_cannot_run_in_bf16_does_not_cost_the_bundle(model, images, monkeypatch, tmp_path: Path) -> None:
+def test_bundle_is_written_even_if_bf16_cannot_run(model, images, monkeypatch, tmp_path: Path) -> None:
     refuse_graphs(monkeypatch, "bf16")
     write(tmp_path / "b", images=exports.SampleImages(images[:60], images[60:90]))
     bundle = load_bundle(tmp_path / "b")
@@ -196,7 +196,7 @@ def test_weights_without_probabilities_make_no_bundle(bundle: bundles.Bundle, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_quality_is_read_as_fitted_and_flags_unlike_images(bundle: bundles.Bundle, images) -> None:
+def test_quality_is_read_as_fitted_and_flags_unusual_images(bundle: bundles.Bundle, images) -> None:
     fitted = bundle.quality
     assert fitted is not None
     assert (fitted.training, fitted.held_out) == (60, 30)
@@ -226,7 +226,7 @@ def test_damaged_quality_file_is_refused(bundle: bundles.Bundle, tmp_path: Path)
         load_bundle(copy).predict(drawn(0, 1), precision="fp32")
 
 
-def test_sample_is_chosen_by_its_seed() -> None:
+def test_sample_depends_on_its_seed() -> None:
     images = np.arange(50, dtype=np.uint8)
     np.testing.assert_array_equal(exports.sample_images(images, 0, 50), images)
     first, again, other = (exports.sample_images(images, seed, 10).tolist() for seed in (0, 0, 1))

@@ -1,4 +1,4 @@
-"""Import of Keras files, written here by Keras itself in each of its formats."""
+"""Import of weights files that Keras writes in each of its formats."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ORDER = (
 
 
 def change_weights(layers: Iterable[keras.layers.Layer]) -> None:
-    """Make no two variables alike, so that a swap, such as of gamma and variance, would show."""
+    """Make all variables different, so that swapped ones, e.g. gamma and variance, are noticed."""
     rng = np.random.default_rng(0)
     for layer in layers:
         if layer.weights:
@@ -39,7 +39,7 @@ def change_weights(layers: Iterable[keras.layers.Layer]) -> None:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["flat", "nested"])
 def stock(request: pytest.FixtureRequest) -> keras.Model:
-    """The usual model of other projects: a stock backbone, global average pooling and one dense layer."""
+    """Build the usual third-party model: a stock backbone, global average pooling and one dense layer."""
     keras.utils.set_random_seed(3)
     options = {"include_top": False, "weights": None, "pooling": "avg"}
     base = keras.applications.MobileNetV3Small(input_shape=(SIZE, SIZE, 3), **options)
@@ -52,7 +52,7 @@ def stock(request: pytest.FixtureRequest) -> keras.Model:
 
 @pytest.fixture(scope="module")
 def tiny() -> keras.Model:
-    """A quick model whose layers are named like ours, for whatever does not depend on the backbone."""
+    """Build a small model with our layer names, for tests that do not depend on the backbone."""
     model = classifier.build(Architecture(backbone="TinyCNN", size=SIZE, findings=FINDINGS))
     change_weights(model.layers)
     return model
@@ -71,7 +71,7 @@ def assert_imported(path: Path, theirs: keras.Model) -> None:
 
 
 @pytest.mark.slow
-def test_imported_model_computes_what_the_original_did(stock: keras.Model, tmp_path: Path) -> None:
+def test_imported_model_equals_the_original(stock: keras.Model, tmp_path: Path) -> None:
     stock.save(tmp_path / "m.keras")
     findings = importing.parse_findings(ORDER)
     assert findings == tuple(ORDER.replace("Infiltrate", "Infiltration").replace(" ", "_").split(","))
@@ -111,7 +111,7 @@ def legacy_h5(model: keras.Model, path: Path, *, whole: bool, slashes: bool = Fa
         group.attrs["layer_names"] = [name.encode() for name, _ in groups]
         for name, layers in groups:
             one = group.create_group(name)
-            # Trainable variables come first in such a group, moving statistics last.
+            # Trainable variables come first in the group, moving statistics last.
             weights = [(layer, w) for layer in layers for w in layer.trainable_weights]
             weights += [(layer, w) for layer in layers for w in layer.non_trainable_weights]
             named = {f"{old(layer.name)}/{weight.name}:0": weight for layer, weight in weights}
@@ -164,7 +164,7 @@ def test_code_in_a_keras_file_never_runs(tiny: keras.Model, tmp_path: Path) -> N
 
 @pytest.mark.long
 def test_import_and_predict_work_with_the_instructions_of_an_older_cpu(tmp_path: Path) -> None:
-    """OpenVINO may find bf16 in the CPU and have no kernel for it."""
+    """OpenVINO can report bf16 and lack a kernel for it."""
     model = classifier.build(Architecture(backbone="TinyCNN", size=SIZE, findings=FINDINGS))
     model.save_weights(tmp_path / "m.weights.h5")
     code = (

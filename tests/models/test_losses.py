@@ -1,4 +1,4 @@
-"""Losses against plain formulas in float64, and at the values where such formulas break."""
+"""Losses against plain formulas in float64, and at values where these formulas break."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray_cxr.models.losses import compute_finding_weights, make_loss
 POSITIVE, NEGATIVE = np.float32([0.9, 0.5, 0.2]), np.float32([0.1, 0.5, 0.8])
 ONES = np.ones(3, np.float32)
 
-#: Every kind: with whole and broken exponents, margins from 0 to 0.999, with and without label smoothing.
+#: Every loss: integer and fractional exponents, margins from 0 to 0.999, with and without label smoothing.
 CASES: list[dict[str, Any]] = [
     {"loss": "bce"},
     {"loss": "weighted_bce", "label_smoothing": 0.1},
@@ -117,7 +117,7 @@ def test_value_and_gradient_are_those_of_the_plain_formula(case: dict[str, Any])
         (1, 0.2 * 0.223144, {"loss": "asymmetric", "asymmetric_gamma_positive": 1.0}),
     ],
 )
-def test_values_worked_by_hand(label: int, expected: float, case: dict[str, Any]) -> None:
+def test_values_equal_manual_results(label: int, expected: float, case: dict[str, Any]) -> None:
     """p = 0.8: log p = -0.223144, log(1 - p) = -1.609438. Shifted by the margin it is 0.75; log 0.25 = -1.386294."""
     one = np.ones((1, 1), np.float32)
     sides = np.float32([[0.75], [0.25]] if case["loss"] == "weighted_bce" else [[1], [1]])
@@ -138,8 +138,8 @@ def test_extreme_logits_have_finite_loss_and_gradient(case: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("case", [{"loss": "bce"}, {"loss": "focal"}, {"loss": "asymmetric", "asymmetric_margin": 0}])
-def test_confident_mistake_costs_its_logit_and_keeps_its_gradient(case: dict[str, Any]) -> None:
-    """A loss that clips probabilities is flat here: the worst mistakes would teach nothing."""
+def test_loss_of_a_confident_error_is_its_logit_with_full_gradient(case: dict[str, Any]) -> None:
+    """A loss that clips probabilities is flat here, and the worst errors would have no gradient."""
     one = np.ones((1, 3), np.float32)
     for label, z in ((1.0, -1e4), (0.0, 1e4)):
         value, gradient = value_and_gradient(case, one * np.float32(label), one * np.float32(z), one, 3.0)
@@ -148,7 +148,7 @@ def test_confident_mistake_costs_its_logit_and_keeps_its_gradient(case: dict[str
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.1, 1.0, 4.0])
-def test_asymmetric_is_finite_on_the_margin_itself(gamma: float) -> None:
+def test_asymmetric_is_finite_at_the_margin(gamma: float) -> None:
     """Where the shifted probability leaves 0, a power below 1 has an infinite slope, and infinity times 0 is NaN."""
     margin = 0.05
     z = np.float32(np.log(margin / (1 - margin)))
@@ -174,7 +174,7 @@ def test_masked_entries_reach_neither_value_nor_gradient(case: dict[str, Any]) -
         assert (gradient[weight == 0] == 0.0).all()
     for nothing in value_and_gradient(case, y * np.nan, z, weight * 0.0, 1.0):
         assert (nothing == 0.0).all()
-    # A labelled entry hides nothing.
+    # Labelled entries are not masked.
     z[tuple(np.argwhere(weight)[0])] = np.nan
     assert np.isnan(value_and_gradient(case, y, z, weight, denominator)[0])
 
@@ -184,7 +184,7 @@ def test_shares_of_a_batch_add_up_to_the_whole(case: dict[str, Any]) -> None:
     y, z, weight, denominator = batch(7, rows=8)
     value, gradient = value_and_gradient(case, y, z, weight, denominator)
     halves = [value_and_gradient(case, y[part], z[part], weight[part], denominator) for part in (slice(4), slice(4, 8))]
-    assert weight[:4].sum() != weight[4:].sum(), "equal shares would hide a denominator of their own"
+    assert weight[:4].sum() != weight[4:].sum(), "equal shares would hide a wrong denominator"
     assert halves[0][0] + halves[1][0] == pytest.approx(value, rel=1e-5)
     np.testing.assert_allclose(np.concatenate([half[1] for half in halves]), gradient, rtol=1e-5, atol=1e-8)
 
@@ -204,7 +204,7 @@ def test_graphs_and_xla_equal_eager(jit: bool, cases: list[dict[str, Any]]) -> N
 
 
 def test_half_precision_logits_are_summed_in_float32() -> None:
-    """The sum over a large batch would stand still in bfloat16: 256 + 1 is 256 there."""
+    """In bfloat16 the sum over a large batch would stall: 256 + 1 is 256."""
     y, z = np.zeros((2000, 3), np.float32), tf.zeros((2000, 3), tf.bfloat16)
     value = make_loss(TrainSettings(loss="bce"), ONES, ONES)(y, z, y + 1, 6000.0)
     assert value.dtype == tf.float32

@@ -1,4 +1,4 @@
-"""From probabilities to score rows, worked by hand, without a model."""
+"""Score rows from probabilities, compared with values computed manually."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_schema_keeps_the_order_of_the_findings() -> None:
     assert {name: str(schema.field(name).type) for name in kinds} == kinds
 
 
-def test_ranks_by_hand() -> None:
+def test_ranks_equal_manual_results() -> None:
     """t = 0.2: p = 0.1 is half way up to 0.5; p = 0.6 is half way from 0.5 to 1. No t: r = 0.49 p."""
     p = np.array([[0.1, 0.1], [0.2, 0.2], [0.6, 0.6], [0.0, 0.0], [1.0, 1.0], [np.nan, np.nan]])
     r = predictions.compute_ranks(p, np.array([0.2, np.nan]))
@@ -57,7 +57,7 @@ def test_ranks_by_hand() -> None:
     np.testing.assert_allclose(r, expected, rtol=0, atol=1e-15)
 
 
-def test_priority_by_hand() -> None:
+def test_priority_equals_manual_results() -> None:
     """A rare finding just above its low operating point comes before a common one below its high one."""
     row = one([0.4, 0.1], rules(("Infiltration", "Hernia"), {"Infiltration": 0.5, "Hernia": 0.05}))
     assert (row["top_finding"], row["priority"]) == ("Hernia", pytest.approx(0.5 + 0.5 * 0.05 / 0.95, abs=1e-7))
@@ -65,7 +65,7 @@ def test_priority_by_hand() -> None:
     assert (row["p_Infiltration"], row["p_Hernia"]) == (pytest.approx(0.4), pytest.approx(0.1))
     assert (row["status"], row["error_code"], row["error"], row["model_digest"]) == ("ok", None, None, "d1")
     assert (row["image_id"], row["path"]) == ("0.png", "/x/0.png")
-    # The first of equals is on top.
+    # Ties go to the first finding.
     assert one([0.3, 0.3], rules(("Mass", "Nodule")))["top_finding"] == "Mass"
 
 

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 def prepare(out: Path, *, size: int = SIZE, **settings: Any) -> Path:
     """Write a prepared set of drawn radiographs, one per patient, without Ray: 40 train, 36 val, 4 test."""
     splits = ["train"] * 40 + ["val"] * 36 + ["test"] * 4
-    pictures = drawn(0, len(splits)) if size == SIZE else np.zeros((len(splits), size, size), np.uint8)
+    images = drawn(0, len(splits)) if size == SIZE else np.zeros((len(splits), size, size), np.uint8)
     rows: list[dict[str, Any]] = [
         {"image_id": f"{i:08d}_000.png", "path": f"/nowhere/{i}.png", "patient_id": str(i), "split": split}
         | {name: int((i + j) % 3 == 1) for j, name in enumerate(LABELS)}
@@ -47,8 +47,8 @@ def prepare(out: Path, *, size: int = SIZE, **settings: Any) -> Path:
     _, wanted = prepared.check(path, out, PrepareSettings(sizes=(size,), **settings))
     create_run(out, wanted)
     shutil.move(path, out / "manifest.parquet")
-    for row, picture in zip(rows, pictures, strict=True):
-        row["image"] = picture.tobytes()
+    for row, image in zip(rows, images, strict=True):
+        row["image"] = image.tobytes()
     (out / str(size)).mkdir()
     shard = pa.Table.from_pylist(rows, shards.shard_schema(size))
     atomic.write_arrow(shard, out / str(size) / shards.shard_name(0))
@@ -69,7 +69,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> bundles.Bundle:
-    """Random weights with outputs pulled apart: close to one half, int8 would move nothing."""
+    """Write a bundle with random weights and spread outputs; near 0.5, int8 would change nothing."""
     keras.utils.set_random_seed(4)
     model = classifier.build(Architecture(backbone="TinyCNN", size=SIZE, findings=ray_cxr.FINDINGS[:2]))
     kernel, bias = model.get_layer("logits").get_weights()
@@ -83,7 +83,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> bundles.Bundle:
     )
 
 
-#: The labels have nothing to do with the images, so a swapped pair may move the AUROC by more than the default.
+#: The labels are unrelated to the images, so a swapped pair may move the AUROC by more than the default.
 SETTINGS = QuantizeSettings(max_auroc_fall=0.9)
 
 
@@ -97,7 +97,7 @@ def made(bundle, images: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 @pytest.fixture
 def quick(made, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace NNCF by the graph that it made before."""
+    """Replace NNCF by the graph that it produced earlier."""
     graph = made[0].path / runtime.graph_file("int8")
     monkeypatch.setattr(quantization, "_quantize_graph", lambda *_: runtime.import_openvino().Core().read_model(graph))
 
@@ -238,7 +238,7 @@ assert logging.getLoggerClass() is logging.Logger
 
 
 def test_commands_report_nothing_and_print_only_our_lines(images: Path, tmp_path: Path) -> None:
-    """Both libraries are silent under pytest and in CI jobs, so this needs a process of its own."""
+    """Both libraries are silent under pytest and in CI jobs, so this needs a child process."""
     theirs = classifier.build(Architecture(backbone="TinyCNN", size=SIZE, findings=ray_cxr.FINDINGS))
     theirs.save_weights(tmp_path / "theirs.weights.h5")
     (tmp_path / "home").mkdir()

@@ -179,7 +179,7 @@ def test_provenance_names_the_sources_and_keeps_the_old_rules(finished: Recalibr
     assert made["labels_digest"] == manifest.digest(manifest.read_manifest(site.table))
     assert (made["method"], made["rule"], made["min_positives"]) == ("platt", "youden", 5)
     assert (made["images"], made["patients"]) == (N, N // 2)
-    # The images chose the thresholds, so no report may take them for a test.
+    # The images selected the thresholds, so no report may use them as a test.
     used = [(name, patient, "val") for name, patient in zip(site.ids, site.patients, strict=True)]
     assert sorted(split_of(new)) == [*split_of(site.bundle), *used]
     scored = Site(tmp_path, new).write()
@@ -257,8 +257,8 @@ def test_method_and_rule_are_settings_and_stay_with_the_bundle(site: Site, comma
     assert len(split_of(last)) == N + 1
 
 
-def test_images_are_chosen_by_split_score_and_label(site: Site, command: Command) -> None:
-    """Only split val and no split are used, and no patient of split test; every image left out is counted."""
+def test_images_are_selected_by_split_score_and_label(site: Site, command: Command) -> None:
+    """Only images of split val or of no split are used, without patients of split test; the others are counted."""
     site.splits = ["val"] * 60 + [None] * 60 + ["test"] * 61 + [None] + ["train"] * 58
     site.failures = {0: ("corrupt", "broken"), 1: ("missing", "gone")}
     site.labels[2] = -1
@@ -285,7 +285,7 @@ def test_unknown_training_images_and_patients_are_reported(site: Site, command: 
     site.patients[:2] = [None, None]
     code, out, _ = command(*site.write().arguments())
     assert (code, "WARNING: 2 images have no patient id" in out) == (0, True), out
-    # Each counts as a patient of its own.
+    # Each counts as a separate patient.
     assert ray_cxr.load_bundle(site.out).info["provenance"]["recalibrated"]["patients"] == N // 2 + 1
 
 

@@ -1,4 +1,4 @@
-"""Choice of device and precision, and equal answers from OpenVINO and Keras. TensorFlow's GPU is made up."""
+"""Choice of device and precision, and equal answers from OpenVINO and Keras. TensorFlow's GPU is simulated."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         ({"compute_capability": (9, 0)}, "float32", "float32"),
     ],
 )
-def test_gpu_trains_in_the_precision_that_it_has(gpu, details, precision: str, policy: str) -> None:
+def test_gpu_trains_in_its_best_precision(gpu, details, precision: str, policy: str) -> None:
     gpu["details"] = details
     assert runtime.prepare_device(True, precision) == policy
     assert gpu["growth"] == [("GPU:0", True)], "TensorFlow would take all of its memory"
@@ -155,12 +155,12 @@ def test_openvino_equals_keras_in_any_batch(tiny_bundle, by_keras, fp32, images,
     np.testing.assert_allclose(found.features, expected.features, rtol=0, atol=2 * scale * tolerance)
     assert {array.dtype for array in (*found, *expected)} == {np.dtype(np.float32)}
     assert precision == "fp32" or (found.probabilities != expected.probabilities).any(), "this was not bf16"
-    # In the same place of a batch an image has the same bits, whatever the others are.
+    # At the same position of a batch, an image has the same bits for any other images.
     replaced = images.copy()
     replaced[np.arange(len(images)) % BATCH != 0] = 7
     np.testing.assert_array_equal(opened.predict(replaced).probabilities[::BATCH], found.probabilities[::BATCH])
     np.testing.assert_allclose(opened.predict(images[::-1]).probabilities[::-1], found.probabilities, atol=tolerance)
-    # No images give no rows.
+    # Without images there are no rows.
     for engine in (opened, by_keras):
         assert [array.shape for array in engine.predict(images[:0])] == [(0, array.shape[1]) for array in expected]
     assert len(tiny_bundle.predict([])) == 0
@@ -184,7 +184,7 @@ def test_several_threads_may_submit_and_reuse_their_arrays(fp32: runtime.Runtime
 def test_failed_batch_raises_and_the_next_one_runs(tiny_bundle, images: np.ndarray) -> None:
     opened = runtime.OpenVinoRuntime(tiny_bundle.path / "openvino.xml", "fp32", BATCH, 1)
     expected = opened.predict(images[:2]).probabilities
-    opened.batch_shape, shape = (BATCH, 32, 32, 1), opened.batch_shape  # OpenVINO refuses such a batch
+    opened.batch_shape, shape = (BATCH, 32, 32, 1), opened.batch_shape  # OpenVINO refuses this batch
     failed = [opened.submit(images[:1, :32, :32]) for _ in range(5)]
     opened.batch_shape = shape
     for future in failed:
@@ -193,7 +193,7 @@ def test_failed_batch_raises_and_the_next_one_runs(tiny_bundle, images: np.ndarr
     np.testing.assert_array_equal(opened.submit(images[:2]).result(timeout=120).probabilities, expected)
     with pytest.raises(ValueError, match="broadcast"):
         opened.submit(images[: BATCH + 1])
-    # An unused runtime is freed. Not the one above: the tracebacks of its failures hold it.
+    # An unused runtime is freed. Not the one above, which the tracebacks of its failures reference.
     opened = runtime.OpenVinoRuntime(tiny_bundle.path / "openvino.xml", "fp32", BATCH, 1)
     opened.predict(images)
     held = weakref.ref(opened)
@@ -202,7 +202,7 @@ def test_failed_batch_raises_and_the_next_one_runs(tiny_bundle, images: np.ndarr
     assert held() is None
 
 
-def test_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
+def test_invalid_graph_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "g.bin").write_bytes(b"")
     for content in (b"", b"no graph", b"<?xml version='1.0'?><net name='x' version='11'></net>"):
         (tmp_path / "g.xml").write_bytes(content)
@@ -211,7 +211,7 @@ def test_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
 
 
 def change_golden(bundle: Path, change: Any) -> None:
-    """Put arrays of `change(images, probabilities)` in place of the golden ones."""
+    """Replace the golden arrays by those of `change(images, probabilities)`."""
     with np.load(bundle / runtime.GOLDEN) as arrays:
         given = dict(arrays)
     np.savez(bundle / runtime.GOLDEN, **(given | change(given["images"], given["fp32"])))
@@ -229,7 +229,7 @@ def change_golden(bundle: Path, change: Any) -> None:
         (lambda images, p: {"fp32": np.array([object()])}, r"golden\.npz: damaged"),
     ],
 )
-def test_answers_other_than_the_golden_ones_are_refused(tiny_bundle, fp32, tmp_path, spoil, reason: str) -> None:
+def test_answers_that_differ_from_the_golden_ones_are_refused(tiny_bundle, fp32, tmp_path, spoil, reason: str) -> None:
     copy = writable_copy(tiny_bundle, tmp_path / "copy")
     change_golden(copy, spoil)
     with pytest.raises(BundleError, match=reason):

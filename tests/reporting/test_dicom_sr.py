@@ -371,8 +371,8 @@ def test_images_left_out_are_counted(site: Site, command: Command) -> None:
     shutil.copy(site.add(1, 1), site.home / "copy")
     site.add_path(site.home / "copy", site.studies[0])
     (site.home / "a.png").write_bytes(b"not opened")
-    (site.home / "picture").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(300))
-    for name in ("a.png", "picture", "broken.dcm"):
+    (site.home / "image").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(300))
+    for name in ("a.png", "image", "broken.dcm"):
         site.add_path(site.home / name, None)
     site.failures[4] = ("corrupt", "the DICOM decoder failed")
     site.export(command)
