@@ -44,8 +44,8 @@ _FORMAT = 1  # increase it when the drawing changes, so that an older folder is 
 _SIDE_MM = 380.0
 _DONE, _PARTIAL = "phantoms.json", "phantoms.partial.json"
 
-# In every 23 patients, 14 have a finding of their own and 9 have none. One in 4 is a test patient. As 4 and 23 have no
-# common factor, each finding is in the test split equally often over every 92 patients.
+# In every 23 patients, each finding is the main finding of one, and 9 have none. One in 4 is a test patient. As 4 and
+# 23 have no common factor, each finding is in the test split equally often over every 92 patients.
 _SLOTS: tuple[str | None, ...] = (*FINDINGS, *(None,) * 9)
 _TEST_EVERY = 4
 

@@ -101,8 +101,6 @@ class StorePath:
     def __init__(self, bucket: str, key: str, options: str = "") -> None:
         self._bucket, self._key, self._options = bucket, posixpath.normpath(key) if key else "", options
 
-    # --- names
-
     def __str__(self) -> str:
         return f"s3://{self._bucket}{'/' * bool(self._key)}{quote(self._key, safe=_SAFE)}{self._options}"
 
@@ -145,10 +143,7 @@ class StorePath:
     def absolute(self) -> StorePath:
         return self
 
-    def resolve(self) -> StorePath:
-        return self
-
-    # --- the store
+    resolve = absolute
 
     def open_store(self) -> Any:
         """Return the Arrow file system of the bucket."""
@@ -221,8 +216,6 @@ class StorePath:
     def rmdir(self) -> None:
         with _store_errors(self):
             self.open_store().delete_dir(self.inner)
-
-    # --- contents
 
     def read_bytes(self) -> bytes:
         with _store_errors(self), self.open_store().open_input_file(self.inner) as stream:

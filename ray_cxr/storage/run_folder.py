@@ -44,7 +44,7 @@ def has_settings(out: Path) -> bool:
 
 
 def digest_settings(out: Path) -> str:
-    """Return the SHA-256 of settings.json, which tells one run from another in the same folder.
+    """Return the SHA-256 of settings.json, which differs between runs in the same folder.
 
     Raises:
         OSError: the file is missing or cannot be read.

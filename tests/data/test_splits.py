@@ -1,4 +1,4 @@
-"""Splits are by patient, whatever the table's order, and a leak is named."""
+"""Splits are by patient and independent of the table's order, and errors name a leak."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def by_patient(patients: pd.Series, chosen: pd.Series) -> dict[str, set[str]]:
 
 
 def test_assignment_never_changes_between_versions() -> None:
-    """A change of it would shift everybody's test set."""
+    """A change of the split would change the test set of all users."""
     patients = series([str(i) for i in range(10)])
     chosen = splits.patient_split(patients, FRACTIONS, seed=0)
     assert not chosen.equals(splits.patient_split(patients, FRACTIONS, seed=1))
@@ -62,7 +62,7 @@ def test_any_table_splits_disjoint_by_patient_in_any_order(
         count = sum(names == {name} for names in of_patient.values())
         assert abs(count - fraction * len(of_patient)) <= 1.0 + 1e-9
         assert count == 0 or fraction > 0
-    # More rows of the same patients, in another order, change nobody's split.
+    # More rows of the same patients, in another order, do not change any split.
     shuffled = patients + patients[:5]
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     again = splits.patient_split(series(shuffled), fractions, seed)

@@ -210,7 +210,7 @@ def test_file_that_never_ends_costs_its_row(broken_decoder: Decoder, tmp_path: P
     contents = b"%s %s" % (kind.encode(), os.fsencode(tmp_path / "mark"))
     if kind == "stopped child":
         os.kill(process, signal.SIGSTOP)
-        contents = b"x" * 3 * sandbox._PIPE_BYTES  # more than fits into the pipe that nobody reads
+        contents = b"x" * 3 * sandbox._PIPE_BYTES  # more than the pipe holds while the child does not read
     assert broken_decoder.load(contents) == Failure("decode_timeout", "not read and decoded within 0.3 s", None)
     assert has_ended(process)
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Archives are read in one pass, whatever is wrong with them; and how work over a table is cut."""
+"""Reading archives, intact and damaged, in one pass; and partitioning a table into tasks."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ def test_archives_are_read_and_listed_in_their_place(tmp_path: Path, address: An
 
 
 @pytest.mark.parametrize("place", ["images", "images_001/images"])
-def test_members_unpacked_beside_their_archive_are_taken_once(tmp_path: Path, place: str, address: Any) -> None:
+def test_members_that_are_also_unpacked_are_listed_once(tmp_path: Path, place: str, address: Any) -> None:
     write_files(tmp_path, {"images_001.tar.gz": tar_bytes({f"images/{i} .png": b"x" for i in range(3)})})
     write_files(tmp_path, {f"{place}/{i} .png": b"x" for i in range(2)})
     found = find_images(address(tmp_path))

@@ -98,7 +98,7 @@ def test_file_that_completes_a_folder_is_written_last(bucket, monkeypatch: pytes
 
 
 def test_changed_object_gets_a_new_copy(bucket, cache: Path) -> None:
-    """The ETag tells them apart: the length is equal, and the change may fall into the same second."""
+    """The ETag distinguishes them: the length is equal, and both may be written in the same second."""
     place = remote.to_path(bucket("changing/x.bin"))
     copies, folders = [], []
     for data in (b"one", b"two", b"one"):
