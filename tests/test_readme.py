@@ -41,7 +41,7 @@ def parse(words: list[str]) -> None:
     """Parse a command with the parser of its program."""
     match words:
         case ["ray-cxr", *arguments]:
-            cli._parser().parse_args(arguments)
+            cli._build_parser().parse_args(arguments)
         case ["ray", *arguments]:
             from ray.scripts.scripts import cli as ray_cli
 
@@ -49,7 +49,7 @@ def parse(words: list[str]) -> None:
                 place = arguments.index("--")
                 arguments, (_, script, *rest) = arguments[:place], arguments[place + 1 :]
                 arguments += ["--", "true"]
-                cli._parser().parse_args([Path(script).stem, *rest])
+                cli._build_parser().parse_args([Path(script).stem, *rest])
                 assert (ROOT / script).is_file()
             group = ray_cli
             while arguments and arguments[0] in getattr(group, "commands", {}):
