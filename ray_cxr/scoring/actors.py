@@ -189,7 +189,7 @@ class ScoreActor(PoolActor):
         return self._scorer.score(states, self._reader.iter_images(states))
 
 
-# ---------------------------------------------------------------- decoding in tasks of its own, for GPUs
+# ---------------------------------------------------------------- separate decoding tasks, for GPUs
 
 
 @dataclass

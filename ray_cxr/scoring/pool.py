@@ -94,7 +94,7 @@ def _require_gpu(gpus: Sequence[float]) -> None:
 def fit_actors(node_cpus: Sequence[float], cpus_per_actor: int | None, n_tasks: int) -> tuple[int, int]:
     """Return how many actors fit on the nodes, and their CPUs; both at least 1.
 
-    Actors may hold all CPUs: the driver, not read tasks, supplies the ranges. (With read tasks, such a pool would wait
+    Actors may hold all CPUs: the driver, not read tasks, supplies the ranges. (With read tasks, this pool would wait
     for a CPU forever.)
 
     Raises:

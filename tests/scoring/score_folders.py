@@ -83,7 +83,7 @@ def write_archive(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 
 def start_command(given: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
-    """Start `ray-cxr` in a session of its own, with a Ray of its own."""
+    """Start `ray-cxr` in a new session, with its own Ray."""
     inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     program = [sys.executable, "-m", "ray_cxr.cli", *given]
     with open(log, "ab") as stream:

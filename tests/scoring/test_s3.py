@@ -17,7 +17,7 @@ from ray_cxr.errors import OutputError
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path: Path, monkeypatch):
-    """A cache of its own; an address taken for a local path would leave a folder `s3:` here."""
+    """Use an empty cache; an address taken for a local path would leave a folder `s3:` here."""
     monkeypatch.setenv("RAY_CXR_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     yield
