@@ -30,15 +30,12 @@ _CELLS = 1 << 20
 
 @dataclass(frozen=True)
 class PermutationTest:
-    """Comparison of two small groups by their medians.
+    """Comparison of two small groups by their medians; `reason` is set if the other values are None.
 
     Attributes:
-        difference: median of the first minus that of the second, or None.
-        p: two-sided, or None.
-        smallest: smallest p that these values allow in any arrangement, or None.
-        arrangements: number of arrangements evaluated.
-        exact: whether those are all possible arrangements.
-        reason: why the other values are None; None otherwise.
+        difference: median of the first minus that of the second.
+        p, smallest: two-sided p, and the smallest p that any arrangement of these values allows.
+        exact: whether `arrangements` are all possible ones.
     """
 
     difference: float | None
@@ -51,13 +48,7 @@ class PermutationTest:
 
 @dataclass(frozen=True)
 class TrialCurve:
-    """Learning curve of one trial.
-
-    Attributes:
-        number: number in the search, from 0.
-        state: how it ended, or "running".
-        curve: (epoch, validation AUROC) per trained epoch, None if undefined.
-    """
+    """Learning curve of one trial: (epoch, validation AUROC) per trained epoch, None if undefined."""
 
     number: int
     backbone: str
@@ -72,10 +63,8 @@ class BackboneResult:
     A failed trial's epochs count as spent; its AUROC does not count, because it left no model.
 
     Attributes:
-        trials, finished, stopped, failed, running: numbers of trials.
-        epochs: total over its trials.
-        best, best_trial: highest AUROC and the number of its trial, or None.
-        best_at_budget: highest AUROC within the first `Comparison.budget` epochs, trials in order, or None.
+        best, best_trial: highest AUROC and the number of its trial.
+        best_at_budget: highest AUROC within the first `Comparison.budget` epochs, trials in order.
         median, lower, upper: median and quartiles of `values`; None with too few values.
         values: highest AUROC in the first `Comparison.grace` epochs of each trial that has as many, trials in order.
         numbers: trials of `values`.
@@ -100,10 +89,9 @@ class BackboneResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Backbones side by side.
+    """Backbones side by side, best first; those without an AUROC last.
 
     Attributes:
-        backbones: best first; those without an AUROC last.
         grace: epochs per trial that `BackboneResult.values` compares.
         budget: epochs per backbone that `BackboneResult.best_at_budget` compares; 0 without any epoch.
         test: permutation test of the `values` of the best two; None if fewer than two have an AUROC.
@@ -126,7 +114,6 @@ class Verdict:
 
     Attributes:
         answer: "yes" or "no" if both tests agree, "disagree" if not, "undecided" if one is missing.
-        headline: the answer in one sentence.
         details: one sentence per test with its numbers; empty without two backbones.
         noise: which noise the tests cover, and which not; empty without two backbones.
     """
@@ -140,16 +127,7 @@ class Verdict:
 def permutation_test(x: Sequence[float], y: Sequence[float], n: int = 10_000, seed: int = 0) -> PermutationTest:
     """Test the difference of two groups' medians, two-sided, by permuting values between the groups.
 
-    If there are at most `n` arrangements, all are evaluated. Otherwise `n` random ones are drawn, and the observed one
-    is added.
-
-    Args:
-        x, y: finite values of each group.
-        n: maximum number of arrangements.
-        seed: seed of the draw.
-
-    Raises:
-        ValueError: a value is not finite, or n < 1.
+    Evaluates all arrangements if there are at most `n`. Otherwise draws `n` random ones and adds the observed one.
     """
     values = np.array([*x, *y], dtype=np.float64)
     if not np.isfinite(values).all():
@@ -185,15 +163,8 @@ def compare_backbones(trials: Sequence[TrialCurve], grace: int, n: int = 10_000,
     """Compare backbones by their best epoch, at equal cost, and per trial at equal length.
 
     The best of many trials exceeds the best of few, and ten epochs exceed three. So the result also holds the best
-    within as many epochs as the least trained backbone had, and each trial's best within `grace` epochs.
-
-    Args:
-        trials: all trials, in any order.
-        grace: epochs that every trial has unless it failed.
-        n, seed: see `permutation_test`, which compares the best two backbones.
-
-    Raises:
-        ValueError: grace < 1.
+    within as many epochs as the least trained backbone had, and each trial's best within `grace` epochs, which every
+    trial has unless it failed.
     """
     if grace < 1:
         raise ValueError(f"grace is {grace}; it must be at least 1")
@@ -214,10 +185,7 @@ def compare_backbones(trials: Sequence[TrialCurve], grace: int, n: int = 10_000,
 def judge_backbones(compared: Comparison, paired: PairedAuroc | None) -> Verdict:
     """Decide whether the best two backbones differ by more than noise.
 
-    Args:
-        compared: comparison of all trials.
-        paired: best trial of the best backbone against that of the second, on the validation images; None if not
-            computed.
+    `paired` compares the best trial of each on the validation images; None if not computed.
     """
     if compared.pair is None:
         named = [result.backbone for result in compared.backbones if result.best is not None]
@@ -251,15 +219,7 @@ def judge_backbones(compared: Comparison, paired: PairedAuroc | None) -> Verdict
 
 
 def comparison_record(compared: Comparison, paired: PairedAuroc | None) -> dict[str, Any]:
-    """Return comparison and verdict as a JSON object.
-
-    Args:
-        compared, paired: see `judge_backbones`.
-
-    Returns:
-        grace, budget, backbones (list of `BackboneResult`), pair (names and trial numbers of the best two, or None),
-        patients (`PairedAuroc` or None), trials (`PermutationTest` or None), verdict (`Verdict`).
-    """
+    """Return comparison and verdict as a JSON object; `patients` holds `paired`, and `trials` the permutation test."""
     pair = None
     if compared.pair is not None:
         first, second = compared.pair

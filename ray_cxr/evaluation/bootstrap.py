@@ -31,7 +31,6 @@ class ResampledAuroc:
     Attributes:
         values: float64 [n_resamples, F]; NaN if a class is missing from the column.
         defined: bool [F], columns with both classes in the sample.
-        n_patients: patients per resample.
     """
 
     values: np.ndarray
@@ -41,11 +40,8 @@ class ResampledAuroc:
 
 @dataclass(frozen=True, eq=False)
 class RocBand:
-    """Pointwise 95% intervals of sensitivity at each false positive rate; less than 95% of whole curves lie inside.
-
-    Attributes:
-        false_positive_rate: float64 [roc_grid], from 0 to 1.
-        low, high: float64 [roc_grid].
+    """Pointwise 95% intervals of sensitivity at each false positive rate, float64 [roc_grid]; less than 95% of whole
+    curves lie inside.
     """
 
     false_positive_rate: np.ndarray
@@ -60,8 +56,7 @@ class DerivedOutputs:
     Attributes:
         flags: int8 [n, F], 1 flagged, 0 not, negative if there is no operating point.
         calibrated: probabilities [n, F] in 0..1, NaN if missing.
-        assumed_prevalence: float [F] in 0..1, prevalence for which to compute predictive values, taken as exact; NaN
-            if missing.
+        assumed_prevalence: float [F] in 0..1, for predictive values, taken as exact; NaN if missing.
     """
 
     flags: np.ndarray | None = None
@@ -79,7 +74,6 @@ class BootstrapFindings:
         weighted: the same means, weighted by each finding's number of positive images in the sample.
         roc: per column its band; None without an interval, or if `roc_grid` is 0.
         counted: columns that `macro` and `weighted` average.
-        n_patients, n_resamples, seed: settings of the bootstrap.
     """
 
     findings: tuple[Mapping[str, Interval], ...]
@@ -97,15 +91,8 @@ def resampled_aurocs(
 ) -> ResampledAuroc:
     """Compute the AUROC of each column in each resample. Columns share resamples, so they can be subtracted.
 
-    Args:
-        labels: [n, F], 1 or 0; NaN or negative if not labelled.
-        scores: [n, F], NaN if missing.
-        patients: ids [n]; see `patient_codes`.
-        n_resamples: number of resamples.
-        seed: the same seed gives the same numbers, bit for bit.
-
-    Raises:
-        ValueError: shapes differ, a label is neither 0 nor 1, or n_resamples < 1.
+    Labels [n, F] are 1 or 0, NaN or negative if not labelled; scores [n, F] are NaN if missing. The same seed gives the
+    same numbers, bit for bit.
     """
     labels, scores = _check_table(labels, scores, patients, n_resamples)
     codes, n_patients = patient_codes(patients)
@@ -149,19 +136,11 @@ def bootstrap_findings(
     Up to four threads share the work; each needs about 100 MB beyond the arguments.
 
     Args:
-        labels: [n, F], 1 or 0; NaN or negative if not labelled.
-        scores: [n, F], larger is more likely, NaN if missing.
-        patients: ids [n]; see `patient_codes`.
-        derived: flags, calibrated probabilities and prevalences; metrics without their input have no interval.
+        labels, scores, patients: see `resampled_aurocs`.
+        derived: metrics without their input have no interval.
         macro: bool [F], findings that the means count if defined; default all.
         roc_grid: number of false positive rates from 0 to 1 for the ROC band, along the curve of straight lines whose
             area is AUROC; 0 for no bands.
-        n_resamples: at least `MIN_RESAMPLES` usable ones are needed for an interval.
-        seed: the same seed gives the same intervals.
-
-    Raises:
-        ValueError: shapes differ, a label is neither 0 nor 1, a probability or prevalence is outside 0..1,
-            n_resamples < 1, or roc_grid is 1 or negative.
     """
     labels, scores = _check_table(labels, scores, patients, n_resamples)
     if roc_grid < 0 or roc_grid == 1:
@@ -214,15 +193,7 @@ def bootstrap_findings(
 def bootstrap_ratios(
     parts: np.ndarray, wholes: np.ndarray, patients: np.ndarray, n_resamples: int = 1000, seed: int = 0
 ) -> tuple[Interval, ...]:
-    """Compute intervals of ratios of sums over images, such as sensitivity.
-
-    Args:
-        parts, wholes: numbers [n, K]; ratio k is parts[:, k].sum() / wholes[:, k].sum().
-        patients: ids [n]; see `patient_codes`.
-
-    Raises:
-        ValueError: shapes differ.
-    """
+    """Compute intervals of ratios of sums over images, parts[:, k].sum() / wholes[:, k].sum(), such as sensitivity."""
     parts, wholes = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)
     if parts.ndim != 2 or parts.shape != wholes.shape or len(patients) != len(parts):
         raise ValueError(f"parts {parts.shape}, wholes {wholes.shape} and {len(patients)} patients do not fit")

@@ -31,10 +31,7 @@ _RIDGE = 1e-6
 class Calibration:
     """calibrated = sigmoid(slope * logit(p) + intercept); slope > 0 keeps the order of images.
 
-    Attributes:
-        slope: 1 / T for temperature scaling.
-        intercept: 0 for temperature scaling.
-        method: `platt` or `temperature`.
+    For temperature scaling the slope is 1 / T and the intercept 0.
     """
 
     slope: float
@@ -47,11 +44,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Calibration:
-        """Read the form that `as_dict` returns.
-
-        Raises:
-            ConfigError: unknown method, invalid slope or intercept, or a temperature with an intercept.
-        """
+        """Read the form that `as_dict` returns; raise ConfigError if it is invalid."""
         try:
             slope, intercept = float(value["slope"]), float(value["intercept"])
         except (KeyError, TypeError, ValueError):
@@ -80,13 +73,12 @@ class OperatingPoint(TypedDict):
 
 @dataclass(frozen=True)
 class FittedRules:
-    """Calibrations and operating points; every mapping has every finding as a key.
+    """Calibrations and operating points; every mapping has every finding as a key, with None for what is missing.
 
     Attributes:
-        calibrations: `Calibration.as_dict()`, or None.
-        operating_points: by the chosen rule, or None.
-        expected_flag_rates: share of the images that the operating point flags, or None.
-        alternatives: operating points by each of `ALTERNATIVES` except the chosen rule, or None.
+        calibrations: in the form of `Calibration.as_dict`.
+        expected_flag_rates: share of the images that the operating point flags.
+        alternatives: operating points by each of `ALTERNATIVES` except the chosen rule.
         reasons: why calibration or operating point is missing; None if both exist.
     """
 
@@ -101,12 +93,7 @@ class FittedRules:
 class ReliabilityBin:
     """The images with low <= probability < high; the last bin includes 1.
 
-    Attributes:
-        low, high: limits of the bin.
-        n: number of images.
-        predicted: mean probability, or None without images.
-        observed: share of positives, or None without images.
-        observed_low, observed_high: 95% interval of the share, or None without images.
+    Mean probability (`predicted`), share of positives (`observed`) and its 95% interval are None without images.
     """
 
     low: float
@@ -131,15 +118,12 @@ def fit_rules(
 
     Args:
         labels: table with a column per finding, 0, 1 or null; or array [N,F] of 0, 1, and NaN or -1 for null.
-        probabilities: float32 [N,F], raw.
-        findings: column names, in the order of `probabilities`.
-        method: calibration method, `platt` or `temperature`.
-        rule: rule for the operating point; see `find_operating_point`.
+        probabilities: float32 [N,F], raw, columns in the order of `findings`.
+        rule: see `find_operating_point`.
         min_positives: minimum number of positives, and of negatives, to fit from.
 
     Raises:
         ConfigError: unknown method or rule.
-        ValueError: shapes differ, a label is not 0, 1 or null, or a probability is not a number in 0..1.
     """
     if method not in METHODS:
         raise ConfigError(f"calibration {method!r}: use {' or '.join(METHODS)}")
@@ -179,18 +163,8 @@ def fit_calibration(
     model whose loss gave both classes equal weight overestimates rare findings everywhere; only an intercept corrects
     that.
 
-    Args:
-        y: labels [n], 0 or 1.
-        p: raw probabilities [n] in 0..1.
-        method: `platt` or `temperature`.
-        min_positives: minimum number of positives, and of negatives.
-
-    Returns:
-        (calibration, None), or (None, reason) with too few positives or negatives, if all scores are equal, or if the
-        best slope is not positive, which would reverse the order of images.
-
-    Raises:
-        ValueError: see `metrics.auroc`; or a probability is outside 0..1.
+    Returns (calibration, None), or (None, reason) with too few positives or negatives, if all scores are equal, or if
+    the best slope is not positive, which would reverse the order of images.
     """
     y, p = metrics.check_scores(y, p)
     x = _compute_logit(p)
@@ -246,25 +220,14 @@ def _fit_logistic(z: np.ndarray, target: np.ndarray, start: np.ndarray, ridge: n
 def reliability_curve(
     y: np.ndarray, p: np.ndarray, bins: int = 10, patients: np.ndarray | None = None
 ) -> tuple[ReliabilityBin, ...]:
-    """Compute the share of positives in bins of the predicted probability with equal numbers of images.
+    """Compute the share of positives in `bins` classes of the predicted probability with equal numbers of images.
 
-    Bins of equal width would put nearly all images of a rare finding into the first one.
+    Bins of equal width would put nearly all images of a rare finding into the first one. Fewer bins result if many
+    probabilities are equal. They cover 0 to 1, including empty ones.
 
     The interval is Wilson's. With `patients` it uses an effective number of images: as many independent ones as would
     give the variance seen between patients (Kish's design effect), at most n. If all images of a bin agree, it is the
-    number of patients.
-
-    Args:
-        y: labels [n], 0 or 1.
-        p: probabilities [n] in 0..1.
-        bins: number of bins; fewer result if many probabilities are equal.
-        patients: ids [n], see `patient_codes`; None treats all images as independent.
-
-    Returns:
-        All bins from 0 to 1, including empty ones.
-
-    Raises:
-        ValueError: see `metrics.auroc`; a probability is outside 0..1, or the number of patients differs.
+    number of patients. Without `patients` all images count as independent.
     """
     y, p = metrics.check_scores(y, p)
     _check_range(p)
@@ -299,17 +262,8 @@ def cross_fitted_error(
     """Compute the expected calibration error after calibration on other patients, averaged over findings.
 
     Patients are split in halves; each half is calibrated with a fit on the other, or not at all if that has too few
-    positives. Fitted and measured on the same images, the error would nearly vanish.
-
-    Args:
-        labels: int8 [N,F], -1 if not labelled.
-        p: raw probabilities [N,F].
-        patients: ids [N].
-        method: `platt` or `temperature`.
-        min_positives: minimum number of positives, and of negatives, in the half that is fitted.
-
-    Returns:
-        A number in 0..1; None without labels.
+    positives. Fitted and measured on the same images, the error would nearly vanish. Labels are int8 [N,F], -1 if not
+    labelled; the result is None without labels.
     """
     half = patient_codes(patients)[0] % 2 == 0
     errors = []
@@ -328,15 +282,9 @@ def cross_fitted_error(
 
 
 def apply_calibration(calibration: Calibration | Mapping[str, Any], p: np.ndarray) -> np.ndarray:
-    """Return calibrated probabilities, float32, in the shape of p; NaN stays NaN.
+    """Return calibrated probabilities, float32, in the shape of the raw probabilities p; NaN stays NaN.
 
-    Args:
-        calibration: a `Calibration`, or the form stored in a bundle.
-        p: raw probabilities in 0..1, any shape.
-
-    Raises:
-        ConfigError: see `Calibration.from_dict`.
-        ValueError: a probability is outside 0..1.
+    A mapping is the form stored in a bundle; it raises ConfigError if it is invalid.
     """
     if not isinstance(calibration, Calibration):
         calibration = Calibration.from_dict(calibration)
@@ -357,22 +305,13 @@ def find_operating_point(
     `sensitivity=0.9` is the highest threshold with at least that sensitivity; `specificity=0.9` the lowest with at
     least that specificity.
 
-    The threshold lies strictly inside 0..1, midway between two neighbouring scores, and is exact in float32:
-    comparisons in float32 and float64 give the same flags, and rounding of a score does not change its flag.
+    The threshold lies strictly inside 0..1, midway between two neighbouring scores, and is exact in float32, as scores
+    are in the score table: comparisons in float32 and float64 give the same flags, and rounding of a score does not
+    change its flag.
 
-    Args:
-        y: labels [n], 0 or 1.
-        p: raw probabilities [n]; converted to float32, as in the score table.
-        rule: see above.
-        min_positives: minimum number of positives, and of negatives.
-
-    Returns:
-        (operating point, None), or (None, reason) if a class is absent or too small, `youden` finds nothing better
-        than chance, only flagging nothing reaches the specificity, or scores saturated at 0 or 1 allow no threshold.
-
-    Raises:
-        ConfigError: unknown rule, or a target outside 0..1.
-        ValueError: see `fit_calibration`.
+    Returns (operating point, None), or (None, reason) if a class is absent or too small, `youden` finds nothing better
+    than chance, only flagging nothing reaches the specificity, or scores saturated at 0 or 1 allow no threshold. Raises
+    ConfigError for an unknown rule, or a target outside 0..1.
     """
     name, target = _parse_rule(rule)
     y, p64 = metrics.check_scores(y, np.asarray(p, dtype=np.float32))

@@ -1,7 +1,7 @@
 """DeLong's variance of AUROC, and intervals and tests from it (DeLong, DeLong & Clarke-Pearson 1988).
 
 Images are taken as independent. Where patients have several images, intervals and p values come out too small; prefer
-the bootstrap over patients.
+the bootstrap over patients. Functions take labels y [n], 0 or 1, and scores [n].
 """
 
 from __future__ import annotations
@@ -15,18 +15,7 @@ from ray_cxr.evaluation import metrics
 
 
 def delong(y: np.ndarray, s: np.ndarray) -> tuple[float, float] | None:
-    """Compute AUROC and its variance.
-
-    Args:
-        y: labels [n], 0 or 1.
-        s: scores [n].
-
-    Returns:
-        (AUROC, variance), float64; None with fewer than two positives or two negatives.
-
-    Raises:
-        ValueError: see `metrics.auroc`.
-    """
+    """Compute AUROC and its variance; None with fewer than two positives or two negatives."""
     components = _compute_components(y, s)
     if components is None:
         return None
@@ -35,19 +24,9 @@ def delong(y: np.ndarray, s: np.ndarray) -> tuple[float, float] | None:
 
 
 def delong_paired(y: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[float, float, float] | None:
-    """Compute the AUROC of two scores of the same images, and the variance of their difference.
+    """Compute the AUROC of scores a, that of scores b, and the variance of a - b; None as in `delong`.
 
     The two curves are correlated: the variance is that of the differences of their structural components.
-
-    Args:
-        y: labels [n], 0 or 1.
-        a, b: scores [n].
-
-    Returns:
-        (AUROC of a, AUROC of b, variance of a - b), float64; None with fewer than two positives or two negatives.
-
-    Raises:
-        ValueError: see `metrics.auroc`.
     """
     first, second = _compute_components(y, a), _compute_components(y, b)
     if first is None or second is None:
@@ -67,11 +46,7 @@ def normal_p(difference: float, variance: float) -> float | None:
 def delong_interval(auc: float, variance: float, level: float = 0.95) -> tuple[float, float] | None:
     """Compute DeLong's interval, symmetric on the logit scale so that it stays within 0..1.
 
-    Returns:
-        (low, high); None if the variance is 0 or AUROC is 0 or 1, where the formula has no width.
-
-    Raises:
-        ValueError: `level` is not between 0 and 1.
+    Returns None if the variance is 0 or AUROC is 0 or 1, where the formula has no width.
     """
     if not 0.0 < level < 1.0:
         raise ValueError(f"level is {level}; it must lie between 0 and 1")
@@ -83,10 +58,7 @@ def delong_interval(auc: float, variance: float, level: float = 0.95) -> tuple[f
 
 
 def _compute_components(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the structural components of positives and negatives; None with fewer than two of either.
-
-    They come from midranks in O(n log n) (Sun & Xu 2014).
-    """
+    """Return the structural components of positives and negatives, from midranks in O(n log n) (Sun & Xu 2014)."""
     from scipy.stats import rankdata  # slow to import
 
     y, s = metrics.check_scores(y, s)

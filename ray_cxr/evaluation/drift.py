@@ -45,10 +45,10 @@ _SMOOTHING = 0.5
 
 
 class ScoreQuantiles(TypedDict):
-    """Distribution of validation scores, as stored in a bundle.
+    """Distribution of n validation scores, as stored in a bundle.
 
     edges: the nine inner deciles. shares: share of images in each of the ten classes score < edge 1, edge 1 <= score <
-    edge 2, ..., edge 9 <= score; equal scores can make it differ from a tenth. n: number of images.
+    edge 2, ..., edge 9 <= score; equal scores can make it differ from a tenth.
     """
 
     edges: list[float]
@@ -58,14 +58,10 @@ class ScoreQuantiles(TypedDict):
 
 @dataclass(frozen=True)
 class Expected:
-    """Expectations that a bundle stores; mappings may lack a key or hold None.
+    """Expectations that a bundle stores, per finding or quality flag; mappings may lack a key or hold None.
 
     Attributes:
-        flag_rates: per finding the share of flagged images.
-        flag_images: per finding the number of images behind that share.
-        score_quantiles: per finding, see `score_quantiles`.
-        quality_rates: per quality flag the share of images with it.
-        quality_images: number of images behind those shares.
+        flag_images, quality_images: number of images behind the rates.
         quality_reason: why quality_rates is missing.
     """
 
@@ -93,14 +89,11 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """One comparison.
+    """One comparison of a finding or quality flag.
 
     Attributes:
-        name: finding or quality flag.
-        n, n_patients: images considered, and their patients.
         p, p_adjusted: chance of such a difference; after Holm over all comparisons of this kind.
-        verdict: `ok`, `differs`, `large` or `unknown`.
-        reason: why the verdict is unknown.
+        verdict: `ok`, `differs`, `large` or `unknown`, the last with a reason.
     """
 
     name: str
@@ -222,16 +215,10 @@ def measure_drift(
     """Compare a score table with the expectations of its bundle.
 
     Args:
-        expected: the bundle's expectations.
-        findings: F names.
         flags: int8 [n,F], 1 at or above the operating point, 0 below, -1 if there is none.
         scores: raw probabilities [n,F], NaN if missing.
         quality_flags: objects [n], most severe flag of each image or None.
         ok: bool [n], False if the image could not be scored.
-        patients: ids [n]; see `intervals.patient_codes`.
-
-    Raises:
-        ValueError: shapes differ.
     """
     flags, scores, ok = np.asarray(flags), np.asarray(scores), np.asarray(ok, dtype=bool)
     shape = (len(ok), len(findings))
@@ -266,14 +253,10 @@ def score_quantiles(scores: np.ndarray) -> ScoreQuantiles | None:
 
 
 def design_effect(values: np.ndarray, codes: np.ndarray) -> float:
-    """Compute the variance of a share relative to independent images, at least 1.
+    """Compute the variance of the share of values, bool [n], relative to independent images, at least 1.
 
     It is the linearised variance of the ratio of sums over patients. If all images agree it cannot be estimated, and
     images of one patient are treated as fully dependent: sum of squared numbers of images over their sum.
-
-    Args:
-        values: bool [n].
-        codes: patients, integers [n] >= 0.
     """
     n = len(values)
     if not n:
@@ -341,9 +324,9 @@ def _compare_rate(
 
 
 def _test_share(observed: float, n: int, expected: float, images: int | None, effect: float) -> float:
-    """Compute the p of two shares with pooled variance and continuity correction; expected is exact if images is None.
+    """Compute the p of two shares with pooled variance and continuity correction (half an effective image).
 
-    The correction is half an effective image.
+    The expected share is exact if `images` is None.
     """
     pooled = (n * observed + images * expected) / (n + images) if images else expected
     variance = effect * pooled * (1.0 - pooled) * (1.0 / n + (1.0 / images if images else 0.0))

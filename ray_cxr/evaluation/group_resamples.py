@@ -27,8 +27,6 @@ class LabelledScores:
         labels: [n, F], 1 or 0; NaN or negative if not labelled.
         scores: [n, F], NaN if missing.
         flags: int8 [n, F], 1 at or above the operating point, 0 below, -1 if there is none.
-        patients: ids [n]; see `intervals.patient_codes`.
-        findings: F names.
         macro: bool [F], findings that means count; None for all.
     """
 

@@ -28,14 +28,7 @@ AND = " & "
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Images that share an attribute's value.
-
-    Attributes:
-        attribute: such as `sex`, or `sex & view` for a crossing.
-        value: such as `F`, or `F & PA`.
-        mask: bool [n].
-        crossing: whether two attributes are combined.
-    """
+    """Images that share an attribute's value, e.g. `sex` and `F`, or for a crossing `sex & view` and `F & PA`."""
 
     attribute: str
     value: str
@@ -53,18 +46,14 @@ def build_groups(
 ) -> list[Group]:
     """Return the groups that images fall into; none is empty.
 
+    Groups come attribute by attribute, `unknown` last, then the crossings.
+
     Args:
         sex, view: objects [n], text; anything else counts as unknown.
         age: floats [n], years; NaN, None and negative values count as unknown.
         follow_up: numbers [n], 0 for a patient's first image; NaN, None and negative values count as unknown.
         crossings: add the pairs of attributes, for images with both known. An attribute with a single known value is
             not crossed, because that would repeat existing groups.
-
-    Returns:
-        Groups attribute by attribute, `unknown` last, then the crossings.
-
-    Raises:
-        ValueError: lengths differ.
     """
     values = {
         "sex": _clean_text(sex),
@@ -88,15 +77,9 @@ def build_groups(
 def describe_population(
     sex: np.ndarray, age: np.ndarray, view: np.ndarray, follow_up: np.ndarray, patients: np.ndarray
 ) -> dict[str, Any]:
-    """Count images per group as plain numbers, for a model card.
+    """Count images and patients, and images per group, as plain numbers for a model card.
 
-    Args:
-        sex, age, view, follow_up: see `build_groups`.
-        patients: ids [n]; see `intervals.patient_codes`.
-
-    Returns:
-        images and patients; per attribute the number of images with each value; and under `age` median, q1 and q3 in
-        years over images, None if no age is known.
+    The entry `age` has median, q1 and q3 in years over images, None if no age is known.
     """
     years = _to_floats(age)
     years = years[years >= 0]  # drops NaN too

@@ -16,12 +16,9 @@ NO_VARIATION = "all resamples agree"
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95% bootstrap interval.
+    """A 95% bootstrap interval; `reason` is set if the limits are None.
 
-    Attributes:
-        low, high: the 2.5th and 97.5th percentiles, or None.
-        undefined: number of resamples left out because the quantity was undefined in them.
-        reason: why low and high are None; None otherwise.
+    `undefined` is the number of resamples left out because the quantity was undefined in them.
     """
 
     low: float | None
@@ -33,10 +30,8 @@ class Interval:
 def percentile_interval(values: np.ndarray, *, allow_constant: bool = False) -> Interval:
     """Compute the percentile interval of resampled values [n], NaN where undefined.
 
-    Args:
-        values: floats [n].
-        allow_constant: return an interval of zero width if all values agree, as for the difference of a model to
-            itself. By default there is none: resamples of a few images without errors agree too.
+    With `allow_constant` the interval has zero width if all values agree, as for the difference of a model to itself.
+    By default there is none: resamples of a few images without errors agree too.
     """
     usable = values[~np.isnan(values)]
     undefined = len(values) - len(usable)
@@ -59,14 +54,7 @@ def wilson_interval(share: float, n: float) -> tuple[float, float]:
 
 
 def patient_codes(patients: np.ndarray) -> tuple[np.ndarray, int]:
-    """Number patients by first appearance.
-
-    Args:
-        patients: ids [n] of any type. Each None or NaN counts as a separate patient.
-
-    Returns:
-        int64 [n] in 0..k-1, and k.
-    """
+    """Number patients [n] by first appearance: int64 [n] in 0..k-1, and k. Each None or NaN is a separate patient."""
     known: dict[object, int] = {}
     codes = np.empty(len(patients), dtype=np.int64)
     count = 0

@@ -42,10 +42,6 @@ class LocalisationSettings:
         image_side: side of the image in the boxes' coordinates, in pixels.
         tolerance: of the pointing game, in these pixels; with 0 the maximum must lie in the box.
         map_share: the region is where a map is at least this share of its maximum, between 0 and 1.
-        iou_levels: levels of T(IoU).
-
-    Raises:
-        ValueError: a value is out of range.
     """
 
     image_side: float = 1024.0
@@ -62,13 +58,7 @@ class LocalisationSettings:
 
 @dataclass(frozen=True)
 class LocalisationRate:
-    """A mean over maps with its 95% patient-bootstrap interval.
-
-    Attributes:
-        value: None without maps.
-        low, high: percentiles, or None.
-        reason: why a value is None; None if all are defined.
-    """
+    """A mean over maps with its 95% patient-bootstrap interval; `reason` is set if a number is None."""
 
     value: float | None
     low: float | None = None
@@ -84,18 +74,14 @@ class FindingLocalisation:
     """Results of one finding, or of all. A case is an image with at least one box of a finding.
 
     Attributes:
-        boxes, cases: numbers of boxes and cases.
-        n: cases with a map, over which all rates are taken.
+        n: cases with a map, over which all rates are taken; cases = n + missing.
         patients: patients of those.
-        missing: cases without a map; cases = n + missing.
         flat: maps without positive evidence (nothing above 0, or constant); each is a miss with IoU 0.
         hits: maps that hit; fractional with a shared maximum.
-        hit_rate: hits / n.
         hit_rate_of_all: hits / cases, a missing map counting as a miss; None without cases.
         chance: mean hit rate of a uniformly random point; None if n is 0.
-        box_share: mean share of the image inside boxes, which is also the IoU of a map that marks everything; None if
-            n is 0.
-        iou: mean IoU.
+        box_share: mean share of the image inside boxes, which is also the IoU of a map that marks everything; None if n
+            is 0.
         accuracy: T(IoU) at each of `iou_levels`: share of maps with at least that IoU.
     """
 
@@ -116,11 +102,7 @@ class FindingLocalisation:
 
 @dataclass(frozen=True)
 class Localisation:
-    """Results per finding that has a box, in canonical order, and over all cases.
-
-    Attributes:
-        n_resamples, seed: settings of the bootstrap.
-    """
+    """Results per finding that has a box, in canonical order, and over all cases."""
 
     findings: Mapping[str, FindingLocalisation]
     overall: FindingLocalisation
@@ -212,11 +194,6 @@ def measure_localisation(
         image_ids, findings: [n], one per box.
         xywh: floats [n,4], left, top, width and height of each box in pixels of an image of side `image_side`.
         patients: ids [n], one per box; an image with patient None counts as a separate patient. Default: all do.
-        settings: definitions of a hit and of overlap.
-        n_resamples, seed: settings of the patient bootstrap.
-
-    Raises:
-        ValueError: lengths differ, a box has no area, or a map is not [h,w] or not finite.
     """
     settings = settings or LocalisationSettings()
     xywh = np.asarray(xywh, dtype=np.float64).reshape(-1, 4)

@@ -1,7 +1,8 @@
 """Metrics of one finding, and the registry `METRICS` that drives everything a report shows of them.
 
-Labels are `uint8`, `int8` or `bool` arrays [n] of 0 and 1; rows without a label must be left out. Scores are finite
-floats [n], larger meaning more likely. A metric that the data cannot define is None, never 0, 0.5 or NaN.
+Labels are `uint8`, `int8` or `bool` arrays [n] of 0 and 1; rows without a label must be left out. Scores and
+probabilities are finite floats [n], larger meaning more likely. Other input raises ValueError, see `check_scores`. A
+metric that the data cannot define is None, never 0, 0.5 or NaN.
 
 To add a metric, append an entry to `METRICS`. Bootstrap intervals, metrics.json, metrics.parquet, the tables of
 report.html and report.md, and the check of the table in docs/report.md follow from it.
@@ -69,9 +70,6 @@ class Confusion:
         """Return the shares of images expected at another prevalence, by Bayes' theorem; None if a class is absent.
 
         Sensitivity and specificity carry over if positives and negatives have the same spectrum of disease there.
-
-        Raises:
-            ValueError: the prevalence is outside 0..1.
         """
         if not 0.0 <= prevalence <= 1.0:
             raise ValueError(f"prevalence is {prevalence}; it must lie in 0..1")
@@ -98,11 +96,8 @@ class Confusion:
 
 @dataclass(frozen=True)
 class ErrorSums:
-    """Sums of calibration errors p - y in b bootstrap resamples.
-
-    Attributes:
-        images, squared: float64 [b], number of images and sum of squared errors.
-        by_bin: float64 [b, CALIBRATION_BINS], sum of errors in each bin of the probability.
+    """Sums of calibration errors p - y in b bootstrap resamples: images and squared errors [b], errors by bin [b,
+    bins].
     """
 
     images: np.ndarray
@@ -127,16 +122,6 @@ def auroc(y: np.ndarray, s: np.ndarray) -> float | None:
     """Compute the area under the ROC curve: P(score of a positive > score of a negative), ties counting one half.
 
     This is the Mann-Whitney statistic in integers, rounded only by the final division.
-
-    Args:
-        y: labels [n], 0 or 1.
-        s: scores [n].
-
-    Returns:
-        float64 in 0..1, or None if a class is absent.
-
-    Raises:
-        ValueError: shapes differ, a label is not 0 or 1, or a score is not finite.
     """
     y, s = check_scores(y, s)
     if undefined_reason(y) is not None:
@@ -150,10 +135,7 @@ def average_precision(y: np.ndarray, s: np.ndarray) -> float | None:
     """Compute average precision: the sum over thresholds of (gain in recall) x (precision).
 
     Tied scores share one threshold. A score without skill reaches the prevalence, so compare values only on the same
-    images. Return None if a class is absent.
-
-    Raises:
-        ValueError: see `auroc`.
+    images.
     """
     y, s = check_scores(y, s)
     if undefined_reason(y) is not None:
@@ -163,11 +145,7 @@ def average_precision(y: np.ndarray, s: np.ndarray) -> float | None:
 
 
 def roc_curve(y: np.ndarray, s: np.ndarray) -> Curve | None:
-    """Compute the ROC curve with one point per distinct score; None if a class is absent.
-
-    Raises:
-        ValueError: see `auroc`.
-    """
+    """Compute the ROC curve with one point per distinct score; None if a class is absent."""
     y, s = check_scores(y, s)
     if undefined_reason(y) is not None:
         return None
@@ -177,11 +155,7 @@ def roc_curve(y: np.ndarray, s: np.ndarray) -> Curve | None:
 
 
 def precision_recall_curve(y: np.ndarray, s: np.ndarray) -> Curve:
-    """Compute recall (x) and precision (y) with one point per distinct score, highest score first.
-
-    Raises:
-        ValueError: see `auroc`; or no label is positive.
-    """
+    """Compute recall (x) and precision (y) with one point per distinct score, highest first. Needs a positive label."""
     y, s = check_scores(y, s)
     if not y.any():
         raise ValueError("recall needs a positive label")
@@ -192,11 +166,7 @@ def precision_recall_curve(y: np.ndarray, s: np.ndarray) -> Curve:
 
 
 def confusion(y: np.ndarray, flags: np.ndarray) -> Confusion:
-    """Count flags, bool [n], against labels [n].
-
-    Raises:
-        ValueError: shapes differ, or a label is not 0 or 1.
-    """
+    """Count flags, bool [n], against labels [n]."""
     flags = np.asarray(flags)
     y, _ = check_scores(y, flags)
     flags = flags.astype(bool)
@@ -211,11 +181,7 @@ def confusion(y: np.ndarray, flags: np.ndarray) -> Confusion:
 
 
 def brier(y: np.ndarray, p: np.ndarray) -> float | None:
-    """Compute the mean squared difference of probabilities and labels (Brier 1950); None without rows.
-
-    Raises:
-        ValueError: see `auroc`.
-    """
+    """Compute the mean squared difference of probabilities and labels (Brier 1950); None without rows."""
     y, p = check_scores(y, p)
     return float(np.mean((p - y) ** 2)) if y.size else None
 
@@ -224,17 +190,6 @@ def expected_calibration_error(y: np.ndarray, p: np.ndarray, bins: int = CALIBRA
     """Compute |mean probability - share of positives| in bins of equal width, averaged with the bins' image counts.
 
     As in Guo et al. 2017, but for one finding: p is the finding's probability, not that of the winning class.
-
-    Args:
-        y: labels [n], 0 or 1.
-        p: probabilities [n] in 0..1.
-        bins: number of bins.
-
-    Returns:
-        A number in 0..1; None without images.
-
-    Raises:
-        ValueError: see `auroc`; or a probability is outside 0..1.
     """
     y, p = check_scores(y, p)
     if ((p < 0.0) | (p > 1.0)).any():
@@ -291,8 +246,6 @@ class Metric:
         label: its column heading.
         meaning: one sentence for the documentation and the page.
         table: the page's table that shows it, one of `TABLES`.
-        digits: decimals on the page.
-        percent: shown as a percentage.
     """
 
     key: str

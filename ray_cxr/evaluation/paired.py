@@ -14,15 +14,12 @@ from ray_cxr.evaluation.intervals import percentile_interval
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """AUROC, or macro AUROC, of two sets of scores of the same images.
+    """AUROC, or macro AUROC, of two sets of scores of the same images; `reason` is set if a value is None.
 
     Attributes:
-        a, b: AUROC of each, or None.
-        difference: a - b, or None.
-        low, high: 95% percentile interval of the difference over resampled patients, or None.
-        p: two-sided bootstrap p value of no difference, or None.
+        low, high: 95% percentile interval of the difference a - b over resampled patients.
+        p: two-sided bootstrap p value of no difference.
         undefined: number of resamples omitted because a finding had lost a class.
-        reason: why a value is None; None if all are defined.
     """
 
     a: float | None = None
@@ -37,12 +34,7 @@ class PairedDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedAuroc(PairedDifference):
-    """Difference of macro AUROC.
-
-    Attributes:
-        columns: averaged columns, those with both classes among their labels.
-        n_patients, n_resamples, seed: settings of the bootstrap.
-    """
+    """Difference of macro AUROC, averaged over `columns`: those with both classes among their labels."""
 
     columns: tuple[int, ...]
     n_patients: int
@@ -55,10 +47,9 @@ class PairedFinding(PairedDifference):
     """Difference of one finding's AUROC.
 
     Attributes:
-        delong_p: two-sided p of DeLong's test for correlated curves, or None. It takes images as independent, so it is
-            too small if patients have several.
+        delong_p: two-sided p of DeLong's test for correlated curves. It takes images as independent, so it is too small
+            if patients have several. If it is None, `delong_reason` is set.
         n, positives: images with a label and both scores, and the positive ones among them.
-        delong_reason: why delong_p is None; None if it is defined.
     """
 
     delong_p: float | None = None
@@ -78,10 +69,7 @@ class PairedFindings:
 def paired_macro_auroc(
     labels: np.ndarray, a: np.ndarray, b: np.ndarray, patients: np.ndarray, n_resamples: int = 1000, seed: int = 0
 ) -> PairedAuroc:
-    """Compare the macro AUROC of two sets of scores, both measured in the same resamples of patients.
-
-    Args, Raises: see `paired_findings`; all columns count for the mean.
-    """
+    """Compare the macro AUROC of two sets of scores over all columns, as `paired_findings` does."""
     pair = _Pair(labels, a, b, patients, n_resamples, seed)
     return _compare_means(pair, pair.defined)
 
@@ -103,13 +91,7 @@ def paired_findings(
     Args:
         labels: [n, F], 1 or 0; NaN or negative if not labelled.
         a, b: scores [n, F], NaN if missing; a label counts if both scores are present.
-        patients: ids [n]; see `intervals.patient_codes`.
-        n_resamples: number of resamples.
-        seed: the same seed gives the same numbers, bit for bit.
         macro: bool [F], findings that the mean counts if defined; default all.
-
-    Raises:
-        ValueError: shapes differ, a label is neither 0 nor 1, or n_resamples < 1.
     """
     pair = _Pair(labels, a, b, patients, n_resamples, seed)
     chosen = np.ones(len(pair.defined), dtype=bool) if macro is None else np.asarray(macro, dtype=bool)

@@ -38,14 +38,10 @@ class Published:
     """Results of one model on one set of images.
 
     Attributes:
-        name: model or authors, with the year.
         source: paper or software, and where the values were read.
-        tested_on: images and labels, as text.
-        tested: kind of test set; see `Tested`.
-        n_images: number of images, or None if not stated.
         aurocs: by finding; empty if only the mean was read.
         mean: over the 14 findings as printed, or None.
-        mean_to: upper end if the source gives a range of means, of which `mean` is the lower end; None otherwise.
+        mean_to: upper end if the source gives a range of means, of which `mean` is the lower end.
     """
 
     name: str
@@ -74,16 +70,15 @@ class Published:
 def list_published(
     split: str | None, kind: str | None, *, n_images: int | None = None, findings: Sequence[str] | None = None
 ) -> list[tuple[Published, str | None]]:
-    """Return all records with the reason why each is not comparable with an evaluation against NIH's labels.
+    """Return all records with the reason why each is not comparable with an evaluation against NIH's labels, or None.
+
+    Comparable records come first.
 
     Args:
         split: evaluated split, `train`, `val` or `test`; None if all rows were evaluated.
         kind: origin of the split, `official`, `patient` or `given`; None if unknown.
         n_images: number of evaluated images; if None, no record is comparable.
         findings: findings that the evaluation's mean covers; None for all 14. It matters for records with a mean only.
-
-    Returns:
-        (record, reason) pairs; the reason is None if the record is comparable. Comparable ones come first.
     """
     not_official = _compare_with_official(split, kind, n_images)
     pairs = []

@@ -76,7 +76,6 @@ class QualityModel:
     Attributes:
         pixels: of standardised thumbnails and their mirror images, D = 256.
         features: of the model's pooled features, D = C.
-        pixel_limit, feature_limit: largest ordinary distances, > 0.
         expected_rates: per flag of `JUDGED` the share of held-out images with it, each judged by limits set without it
             (five folds). Rates below 1 / held_out are indistinguishable from 0.
         training, held_out: numbers of images behind descriptions and limits.
@@ -104,11 +103,7 @@ class QualityModel:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> QualityModel:
-        """Read the form that `arrays` returns.
-
-        Raises:
-            ValueError: an array is missing, unknown, of another shape or dtype, not finite or out of range.
-        """
+        """Read the form that `arrays` returns; raise ValueError if an array is missing, unknown or invalid."""
         if "format" not in arrays:
             raise ValueError("quality model: no array 'format'")
         if arrays["format"].shape != () or arrays["format"].dtype != np.int64 or arrays["format"] != _FORMAT:
@@ -147,11 +142,7 @@ class QualityModel:
 
 
 def find_most_severe(flags: Iterable[str | None]) -> str | None:
-    """Return the first flag in the order of `FLAGS`, or None.
-
-    Raises:
-        ValueError: unknown flag.
-    """
+    """Return the first flag in the order of `FLAGS`, or None."""
     present = {flag for flag in flags if flag is not None}
     if not present <= set(FLAGS):
         raise ValueError(f"no quality flag: {', '.join(sorted(present - set(FLAGS)))}")
@@ -166,23 +157,18 @@ def fit_quality_model(
     *,
     seed: int = 0,
 ) -> tuple[QualityModel | None, str | None]:
-    """Describe training images, and set limits on held-out images.
+    """Describe training images, and set limits on held-out images of other patients.
 
     With fewer than `MIN_HELD_OUT` held-out images, a random third of the training images is held out too. Patients on
-    both sides then make the limits slightly too tight.
+    both sides then make the limits slightly too tight. Uniform images are omitted.
 
     Args:
-        images: uint8 [N,S,S], input of the model. Uniform images are omitted.
+        images: uint8 [N,S,S], input of the model.
         features: float32 [N,C], input of the model's last layer for these images.
-        held_out_images: uint8 [M,S,S] of other patients; M may be 0.
-        held_out_features: float32 [M,C].
         seed: for the held-out third, the choice of `MAX_TRAINING` images, and the folds.
 
     Returns:
         (model, None), or (None, reason) if there are too few images or all features are equal.
-
-    Raises:
-        ValueError: shapes or dtypes differ from the above, or a feature is not finite.
     """
     train, held = _select_usable(images, features), _select_usable(held_out_images, held_out_features)
     if train[0].shape[1:] != held[0].shape[1:] or train[1].shape[1:] != held[1].shape[1:]:
@@ -223,13 +209,7 @@ def fit_quality_model(
 def judge_images(model: QualityModel, images: np.ndarray, features: np.ndarray) -> list[str | None]:
     """Return the most severe flag of each image, one of `JUDGED` or None, independent of the rest of the batch.
 
-    Args:
-        model: see `fit_quality_model`.
-        images: uint8 [N,S,S], S >= 16, input of the model.
-        features: float32 [N,C] of the same images. If one is not finite, its image is out of distribution.
-
-    Raises:
-        ValueError: shapes or dtypes differ from the above, or C differs from the model's.
+    Images are uint8 [N,S,S], S >= 16, features float32 [N,C]. If one is not finite, its image is out of distribution.
     """
     _check_inputs(images, features)
     if features.shape[1] != len(model.features.mean):
@@ -263,8 +243,8 @@ def _select_usable(images: np.ndarray, features: np.ndarray) -> tuple[np.ndarray
 def _make_thumbnails(images: np.ndarray) -> np.ndarray:
     """Return standardised thumbnails float64 [N,256] of images uint8 [N,S,S]; NaN for uniform images.
 
-    A pixel of a thumbnail averages a block of S // 16 pixels per side. If 16 does not divide S, at most one row is
-    skipped between two blocks.
+    A pixel averages a block of S // 16 pixels per side. If 16 does not divide S, at most one row is skipped between
+    two.
     """
     n, side = images.shape[:2]
     block = side // _SIDE
@@ -321,7 +301,7 @@ def _measure_distances(pixels: Subspace, space: Subspace, thumbnails: np.ndarray
 
 
 def _compute_limits(distances: np.ndarray) -> tuple[float, float]:
-    """Return the largest ordinary distances of pixels and of features from `_distances` of held-out images."""
+    """Return the largest ordinary distances of pixels and of features, from `_measure_distances` of held-out images."""
     return _compute_limit(distances[:, 0]), _FEATURE_MARGIN * _compute_limit(distances[:, 3])
 
 

@@ -15,8 +15,7 @@ class RocSteps:
 
     Attributes:
         gains, true: int32 [b, G], weight of the positives in a step, and cumulative including the step.
-        before, upto: int32 [b, G], weight of the negatives with a higher score than the step, and with a higher or
-            equal score.
+        before, upto: int32 [b, G], weight of the negatives with a higher score, and with a higher or equal score.
         negatives: int64 [b], weight of all negatives.
     """
 

@@ -27,16 +27,12 @@ _QUANTITIES = ("auroc", "sensitivity", "specificity")
 
 @dataclass(frozen=True)
 class Cell:
-    """One finding in one group.
+    """One finding in one group; limits are patient-bootstrap intervals, rates are taken at the operating point.
 
     Attributes:
         n, positives: images with a label and a score, and the positive ones among them.
         n_patients, positive_patients, negative_patients: patients of those images; one patient may be both.
-        auroc, auroc_low, auroc_high: with patient-bootstrap interval.
-        sensitivity, specificity: at the operating point, with intervals.
-        reason: why there is no AUROC.
-        rates_reason: why sensitivity or specificity is missing.
-        interval_reason: why AUROC has no interval.
+        reason, rates_reason, interval_reason: why AUROC, a rate, or the interval of AUROC is missing.
         small: fewer than `FEW_PATIENTS` positive or negative patients.
     """
 
@@ -63,14 +59,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Mean:
-    """A quantity's unweighted mean over findings.
+    """A quantity's unweighted mean over findings; `reason` is set if there is no value, or no interval.
 
     Attributes:
-        value, low, high: None if no finding defines it. The interval omits resamples that leave a finding undefined.
-        findings: names of the averaged findings.
-        small: number of small cells among them.
-        undefined: number of omitted resamples.
-        reason: why there is no value, or no interval.
+        findings: names of the averaged findings, `small` of which are small cells.
+        undefined: number of resamples omitted from the interval because they leave a finding undefined.
     """
 
     value: float | None
@@ -93,14 +86,12 @@ class Means:
 
 @dataclass(frozen=True)
 class GroupResult:
-    """Metrics of one group.
+    """Metrics of one group, with one cell per finding.
 
     Attributes:
-        attribute, value, crossing: see `Group`.
         n, n_patients: images, labelled or not, and their patients.
         own: means over the findings that this group defines; not comparable between groups.
         shared: means over the findings that every known group of the attribute defines; comparable.
-        cells: one per finding.
         reference: whether this is the largest group of its attribute, to which the others are compared.
         small: fewer than `FEW_PATIENTS` patients, or only small cells.
     """
@@ -156,8 +147,7 @@ class Comparisons:
 
     Attributes:
         made: differences with an interval, without small cells.
-        exclude_zero: those whose interval excludes 0.
-        expected_by_chance: expected `exclude_zero` if no groups differ.
+        exclude_zero, expected_by_chance: those whose interval excludes 0, and how many would if no groups differ.
         small: differences with a small cell, which are not counted.
     """
 
@@ -184,11 +174,9 @@ class Comparisons:
 
 @dataclass(frozen=True)
 class Subgroups:
-    """Results of all groups.
+    """Results of all groups, each known one compared with the reference of its attribute.
 
     Attributes:
-        groups: in the order of the arguments.
-        differences: each known group against the reference of its attribute.
         single, crossings: comparisons between groups of one attribute, and between crossings.
         n_resamples: resamples of all intervals except AUROC of crossings, which has `n_resamples_crossings`.
     """
@@ -230,15 +218,7 @@ def measure_groups(
 ) -> Subgroups:
     """Measure every finding in every group, and compare each group with the largest of its attribute.
 
-    Args:
-        groups: see `groups.build_groups`.
-        images: labels and predictions.
-        n_resamples: resamples of patients; also for sensitivity and specificity of crossings.
-        n_resamples_crossings: resamples for AUROC of crossings, which takes most of the time.
-        seed: seed of the resamples.
-
-    Raises:
-        ValueError: shapes differ, a label is neither 0 nor 1, or a number of resamples is below 1.
+    AUROC of crossings takes most of the time, so it has fewer resamples, `n_resamples_crossings`.
     """
     table = GroupTable.build(images)
     if any(group.mask.shape != table.codes.shape for group in groups):

@@ -24,8 +24,7 @@ from ray_cxr.errors import ConfigError, first_line
 class GrayToInput(layers.Layer):
     """Maps uint8 gray [N,S,S,1] to the input of a backbone: float [N,S,S,C], `x * scale + offset` per channel.
 
-    Args:
-        scale, offset: one number per output channel. Gray is repeated over the channels first.
+    Gray is repeated over the channels of `scale` first.
     """
 
     def __init__(self, scale: tuple[float, ...], offset: tuple[float, ...], **kwargs: Any) -> None:
@@ -84,18 +83,9 @@ BACKBONES: dict[str, BackboneInfo] = {
 
 
 def features(backbone: str, images: Any, weights: str | None) -> Any:
-    """Build a backbone on top of an input, without a nested model.
+    """Build a backbone on a symbolic uint8 [N,S,S,1], without a nested model; return its last feature map [N,h,w,C].
 
-    Args:
-        backbone: a key of `BACKBONES`.
-        images: a symbolic uint8 [N,S,S,1].
-        weights: `imagenet`, or None for random weights.
-
-    Returns:
-        The symbolic last feature map [N,h,w,C].
-
-    Raises:
-        ConfigError: the backbone is unknown, or its weights are unavailable.
+    Weights are `imagenet`, or None for random ones. Raises ConfigError if they are unavailable.
     """
     if backbone not in BACKBONES:
         raise ConfigError(f"backbone: unknown {backbone!r}; use one of {', '.join(BACKBONES)}")

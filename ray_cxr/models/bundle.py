@@ -113,11 +113,7 @@ class Bundle:
 
     @cached_property
     def quality(self) -> QualityModel | None:
-        """Statistics of ordinary images, for the quality flags; None if the bundle was made without images.
-
-        Raises:
-            BundleError: the file is damaged.
-        """
+        """Statistics of ordinary images, for the quality flags; None if the bundle was made without images."""
         if QUALITY not in self.files:
             return None
         with runtime.open_arrays(self.path / QUALITY) as arrays:
@@ -168,8 +164,7 @@ class Bundle:
     def check_golden(self, opened: runtime.Runtime, precision: str) -> None:
         """Compare a runtime with the golden images; bundles of older versions have none and pass.
 
-        Raises:
-            BundleError: the difference exceeds `TOLERANCE`, or the golden images are damaged.
+        Raises BundleError if the difference exceeds `TOLERANCE`, or the golden images are damaged.
         """
         if GOLDEN not in self.files:
             return
@@ -244,10 +239,7 @@ class Bundle:
 
     @contextlib.contextmanager
     def _borrow_decoder(self) -> Iterator[Decoder]:
-        """Yield a decoder for one caller. Its child process takes 0.4 s to start and is kept for later calls.
-
-        The child ends with this object or this process.
-        """
+        """Yield a decoder for one caller. Its child process takes 0.4 s to start and is kept until this process ends."""
         decoders: dict[int, Decoder] = self.__dict__.setdefault("_decoders", {})
         number = os.getpid()  # a forked process must not share the pipes of its parent
         decoder = decoders.pop(number, None) or Decoder([self.input_spec])
@@ -358,11 +350,7 @@ def _load(path: Path, place: str) -> Bundle:
 
 
 def _check_additions(info: Mapping[str, Any], findings: Sequence[str]) -> None:
-    """Check the entries that bundles of older versions lack.
-
-    Raises:
-        TypeError, KeyError, ValueError: one is present and wrong.
-    """
+    """Check the entries that bundles of older versions lack."""
     for name in ("operating_alternatives", "rule_notes"):
         if name in info and (not isinstance(info[name], dict) or set(info[name]) != set(findings)):
             raise ValueError(f"{name} is not for {', '.join(findings)}")
@@ -378,11 +366,7 @@ def _check_additions(info: Mapping[str, Any], findings: Sequence[str]) -> None:
 
 
 def _check_exports(info: Mapping[str, Any], files: Set[str]) -> None:
-    """Check that the entries of `exports` and `quantize` are well formed and that exactly their files are present.
-
-    Raises:
-        AttributeError, KeyError, TypeError, ValueError: they are not.
-    """
+    """Check that the entries of `exports` and `quantize` are well formed and that exactly their files are present."""
     expected: set[str] = {GOLDEN} & files  # without graphs, Keras is compared with it
     if "runtimes" in info:
         runtimes = info["runtimes"]

@@ -125,15 +125,7 @@ def write_bundle(
 def derive_bundle(
     source: Bundle, out: str | Path, *, add: Callable[[Path, dict[str, Any]], None] | None = None, **changes: Any
 ) -> Bundle:
-    """Write a copy of a bundle with the same weights.
-
-    Args:
-        add: see `write_bundle`.
-        changes: fields of `BundleContent` that differ.
-
-    Raises:
-        OutputError: `out` exists.
-    """
+    """Write a copy of a bundle with the same weights, in which some fields of `BundleContent` differ."""
     content = BundleContent(
         architecture=source.architecture,
         input_spec=source.input_spec,
@@ -155,12 +147,10 @@ def find_finished(out: Path, step: str, inputs: Mapping[str, Any], names: Mappin
 
     Args:
         step: the entry of the provenance that holds the inputs, `quantized` or `recalibrated`.
-        inputs: the values that must be equal.
-        names: the name of each in a message.
+        names: the name of each input in a message.
 
     Raises:
         OutputError: `out` is not a bundle, or was made from other inputs.
-        BundleError: it is a damaged bundle.
     """
     if not is_written(out):
         return None

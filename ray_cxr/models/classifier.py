@@ -25,13 +25,10 @@ _TOO_LARGE = f"declares more than {MAX_WEIGHTS_BYTES >> 30} GiB of weights, more
 
 
 def build(architecture: Architecture, *, weights: str | None = None) -> keras.Model:
-    """Build the model without nested models, so that heat maps and exports see every layer.
+    """Build a model from uint8 [N,S,S,1] to float32 [N,F] probabilities, which are float32 under any policy.
 
-    Args:
-        weights: of the backbone, `imagenet` or None (random).
-
-    Returns:
-        A model from uint8 [N,S,S,1] to float32 [N,F] probabilities (sigmoid, float32 under any policy).
+    It has no nested models, so that heat maps and exports see every layer. The backbone's weights are `imagenet`, or
+    random.
     """
     images = keras.Input((architecture.size, architecture.size, 1), dtype="uint8", name="image")
     x = backbones.features(architecture.backbone, images, weights)
@@ -62,14 +59,7 @@ def _dropout(x: Any, rate: float, name: str) -> Any:
 
 
 def load_model(architecture: Architecture, weights: Path, policy: str = "float32") -> keras.Model:
-    """Build the model and load a `.weights.h5` that this package wrote.
-
-    Args:
-        policy: Keras' dtype policy for this model; that of the process stays as it is.
-
-    Raises:
-        BundleError: not a weights file, or one of another architecture.
-    """
+    """Build the model under a dtype policy and load a `.weights.h5` that this package wrote."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
@@ -89,16 +79,9 @@ def initialize_weights(
     """Start from the weights of a bundle or of a file for the same backbone, matched by layer name and shape.
 
     Every backbone layer must be in the file. A head of another shape stays random. Outputs are copied one by one, by
-    the name of the finding; without `source_findings` they stay random.
+    the name of the finding in `source_findings`, the order of the file's outputs; without it they stay random.
 
-    Args:
-        source_findings: the order of the file's outputs; None if unknown.
-
-    Returns:
-        The parts that stay random: names of layers, and `logits of <Finding>`.
-
-    Raises:
-        ConfigError: the file is missing, lacks a backbone layer, or has one of another shape.
+    Returns the parts that stay random: names of layers, and `logits of <Finding>`.
     """
     stored = stored_arrays(Path(path))
     random = _copy_layers(model, stored, path, optional="head_")
@@ -119,11 +102,8 @@ def initialize_weights(
 def load_third_party_weights(model: keras.Model, path: str | Path) -> None:
     """Load a third-party `.h5`, `.weights.h5` or `.keras` of the same backbone, with one dense output layer.
 
-    Layers are matched by name; the remaining one becomes the output. The file's model description is never executed,
-    so a file cannot run code.
-
-    Raises:
-        ConfigError: a layer is missing or has another shape, or the output layer is ambiguous.
+    Layers are matched by name; the remaining one becomes the output. The file's model description is never executed, so
+    a file cannot run code.
     """
     stored = stored_arrays(Path(path))
     _copy_layers(model, stored, path)
@@ -145,13 +125,9 @@ def load_third_party_weights(model: keras.Model, path: str | Path) -> None:
 def _copy_layers(
     model: keras.Model, stored: dict[str, list[np.ndarray]], path: str | Path, optional: str | None = None
 ) -> list[str]:
-    """Copy the weights of all layers but the output; return the layers that were skipped.
+    """Copy the weights of all layers but the output; return the names of those skipped.
 
-    Args:
-        optional: prefix of layers that may be missing or have another shape.
-
-    Raises:
-        ConfigError: another layer is missing or has another shape.
+    Only layers with the prefix `optional` are skipped, if they are missing or have another shape.
     """
     skipped = []
     for layer in _inner_layers(model):
@@ -181,9 +157,6 @@ def stored_arrays(path: Path) -> dict[str, list[np.ndarray]]:
     """Read the weights of a Keras file by layer name, in each layer's order; reads numbers only.
 
     Supports the HDF5 of Keras 1 and 2 (whole models, and weights alone), `.weights.h5` of Keras 3, and `.keras`.
-
-    Raises:
-        ConfigError: no such file, or another format.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -227,11 +200,7 @@ def _read_arrays(file: h5py.File, path: Path) -> dict[str, list[np.ndarray]]:
 
 
 class _ArrayReader:
-    """Reads arrays of one HDF5 file. Links and external storage, which could name any other file, are refused.
-
-    Raises:
-        ConfigError: an array is in another file, or all together are larger than any model.
-    """
+    """Reads arrays of one HDF5 file. Links and external storage, which could name any other file, are refused."""
 
     def __init__(self, file: h5py.File, path: Path) -> None:
         self._file, self._path, self._remaining = file, path, MAX_WEIGHTS_BYTES

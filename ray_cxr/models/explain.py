@@ -38,11 +38,8 @@ _COLOURS, _DARKEST, _LIGHTEST = "inferno", 64, 220
 
 
 class Explanation(NamedTuple):
-    """Results for n images.
-
-    Attributes:
-        maps: float32 [n,K,h,w], 0 and above.
-        probabilities: float32 [n,F], of the same forward pass.
+    """Results for n images: maps float32 [n,K,h,w], 0 and above, and probabilities float32 [n,F] of the same forward
+    pass.
     """
 
     maps: np.ndarray
@@ -50,15 +47,7 @@ class Explanation(NamedTuple):
 
 
 class GradCam:
-    """Heat maps of any model of `classifier.build`.
-
-    Args:
-        model: uint8 [N,S,S,1] to probabilities [N,F].
-        method: see the top of this module.
-
-    Raises:
-        ConfigError: Keras runs on another backend than TensorFlow.
-    """
+    """Heat maps of any model of `classifier.build`; for the methods see the top of this module."""
 
     def __init__(self, model: keras.Model, method: HeatMapMethod = "gradcam") -> None:
         if keras.config.backend() != "tensorflow":
@@ -72,15 +61,7 @@ class GradCam:
         self._run = tf.function(self._explain, reduce_retracing=True)
 
     def explain(self, images: np.ndarray, findings: np.ndarray) -> Explanation:
-        """Compute heat maps of some findings of each image.
-
-        Args:
-            images: uint8 [n,S,S,1].
-            findings: int [n,K], indices of the model's outputs.
-
-        Returns:
-            Maps float32 [n,K,h,w], 0 and above, in units of the logit; and all probabilities.
-        """
+        """Compute heat maps, in units of the logit, of images uint8 [n,S,S,1] for outputs with the indices int [n,K]."""
         arrays = self._run(np.asarray(images, np.uint8), np.asarray(findings, np.int32))
         return Explanation(*(np.asarray(array, dtype=np.float32) for array in arrays))
 
@@ -107,7 +88,7 @@ class GradCam:
 
 
 def draw_overlay(image: np.ndarray, cells: np.ndarray, area: Area = WHOLE, *, side: int = 512) -> np.ndarray:
-    """Draw a heat map over its image.
+    """Draw a heat map over its image: uint8 RGB with the proportions of the image, its longer side of `side` pixels.
 
     Colours run from 0 to the highest cell of this map, so colours of two images do not compare. Weak regions let the
     image show through; a map of zeros leaves it gray.
@@ -116,10 +97,6 @@ def draw_overlay(image: np.ndarray, cells: np.ndarray, area: Area = WHOLE, *, si
         image: uint8 [H,W].
         cells: float32 [h,w], 0 and above.
         area: the part of the image that the cells cover, see `overlays.compute_area`.
-        side: longer side of the result, pixels.
-
-    Returns:
-        uint8 RGB [H',W',3] with the proportions of the image.
     """
     gray = scale_to_side(image, side)
     peak = float(cells.max())

@@ -37,11 +37,8 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class SampleImages:
-    """Images for measuring a bundle's drift and fitting its quality flags.
-
-    Attributes:
-        train: uint8 [N,S,S], training images.
-        validation: uint8 [M,S,S], images that did not train the model.
+    """Images uint8 [N,S,S] for measuring a bundle's drift and fitting its quality flags; only `train` trained the
+    model.
     """
 
     train: np.ndarray
@@ -72,17 +69,17 @@ def export(
     """Write the graph and the golden images into a new bundle, and measure the drift of each precision.
 
     Args:
-        folder: the unfinished bundle.
         model: the Keras model in float32.
         images: measured in addition to the golden images.
 
     Returns:
         Entries of `bundle.json`:
         `runtimes`: per precision `largest_drift` from Keras (for bf16 also from fp32 on validation images; null if this
-        machine cannot run it, with a `reason` if its CPU has bf16), `tolerance`, and `accepted`: true, false or null.
-        Without a usable OpenVINO graph, `runtimes_refused` instead, with the reason; such a bundle runs in Keras only.
+            machine cannot run it, with a `reason` if its CPU has bf16), `tolerance`, and `accepted`: true, false or
+            null. Without a usable OpenVINO graph, `runtimes_refused` instead, with the reason; such a bundle runs in
+            Keras only.
         `quality`: the numbers of images that the flags were fitted on and their `expected_rates`, or why it is
-        `lacking`.
+            `lacking`.
 
     Raises:
         BundleError: the model's outputs are not probabilities.

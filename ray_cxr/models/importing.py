@@ -19,11 +19,7 @@ from ray_cxr.versions import versions
 
 
 def parse_findings(text: str) -> tuple[str, ...]:
-    """Parse `14`, `15`, or comma-separated names in the order of the file's outputs.
-
-    Raises:
-        ConfigError: an unknown or repeated name, or another number.
-    """
+    """Parse `14`, `15`, or comma-separated names in the order of the file's outputs."""
     if text.strip().isdigit():
         return labels.resolve(int(text))
     return labels.parse_order([name for name in text.split(",") if name.strip()])
@@ -42,16 +38,12 @@ def import_weights(
     """Make a bundle of a Keras `.h5`, `.weights.h5` or `.keras` file: a backbone, pooling, one dense output layer.
 
     The input is normalised as keras.applications' `preprocess_input` does for this backbone. The training images are
-    unknown, and so are calibration and operating points: those columns are null in a score table.
+    unknown, and so are calibration and operating points: those columns are null in a score table. Only numbers are read
+    from the file; a model description inside is never executed.
 
     Args:
-        path: the file. Only numbers are read from it; a model description inside is never executed.
         findings: the file's outputs in order. The file cannot reveal a wrong order.
         size: side of the input, pixels.
-
-    Raises:
-        ConfigError: the file does not fit.
-        OutputError: `out` exists.
     """
     path = Path(path)
     names = labels.parse_order(findings)

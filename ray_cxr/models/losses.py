@@ -53,14 +53,9 @@ def make_loss(settings: TrainSettings, positive: np.ndarray, negative: np.ndarra
     operations without variables, so it runs eagerly, in a graph, under XLA and in any replica. Value and gradient are
     finite for all logits up to 1e4 in size.
 
-    Args:
-        settings: `loss`, its parameters and `label_smoothing` are used.
-        positive, negative: float32 [F], see `compute_finding_weights`.
-
     Returns:
         `loss(labels, logits, weight, denominator)`, a float32 scalar, where
-        labels: floats [B,F], 0 or 1; ignored, even if NaN, where weight is 0;
-        logits: floats [B,F]; ignored in the same places;
+        labels, logits: floats [B,F]; ignored, even if NaN, where weight is 0;
         weight: floats [B,F], 0 for nulls and padding, which then affect neither value nor gradient;
         denominator: the number of labelled entries in the global batch, above 0.
     """

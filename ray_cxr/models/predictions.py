@@ -31,14 +31,9 @@ ABOUT = (("age", pa.float64()), ("sex", pa.string()), ("view", pa.string()))
 
 @dataclass(frozen=True)
 class Rules:
-    """How a bundle's probabilities are interpreted.
+    """How a bundle's probabilities are interpreted; calibrations and thresholds are for raw probabilities.
 
-    Attributes:
-        findings: output order.
-        calibrations: per finding the calibration of raw probabilities, or None.
-        thresholds: per finding the operating point on the raw probability, or None.
-        age_range: youngest and oldest training patient, years; None if unknown.
-        digest: the bundle's digest, hex.
+    `age_range` is that of the training patients in years; None if unknown.
     """
 
     findings: tuple[str, ...]
@@ -69,14 +64,8 @@ def schema(findings: Sequence[str]) -> pa.Schema:
 
 
 def compute_ranks(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Compute the rank of every probability, see the module's docstring.
-
-    Args:
-        probabilities: float [N,F].
-        thresholds: float [F] inside (0, 1); NaN for a finding without one.
-
-    Returns:
-        float64 [N,F] in 0..1; NaN where the probability is NaN.
+    """Compute the ranks of probabilities [N,F], see the module's docstring; a finding without a threshold has NaN
+    there.
     """
     p = np.asarray(probabilities, dtype=np.float64)
     t = np.asarray(thresholds, dtype=np.float64)
@@ -92,7 +81,7 @@ def assemble(
     rules: Rules,
     flags: Sequence[str | None] | None = None,
 ) -> pa.Table:
-    """Build one score row per manifest row.
+    """Build one score row per manifest row, in the same order; every model column is null on an error row.
 
     Args:
         rows: image_id, path, patient_id, study_id; also age, sex and view if they are known.
@@ -100,11 +89,7 @@ def assemble(
         failures: row number -> (error_code, message).
         flags: per row the quality flag from pixels and features, or None.
 
-    Returns:
-        A table of `schema(rules.findings)`, rows in the same order; every model column is null on an error row.
-
     Raises:
-        ValueError: probabilities have another shape.
         RayCxrError: a probability of a row without failure is not in 0..1.
     """
     n, findings = len(rows), rules.findings

@@ -49,18 +49,9 @@ def quantize(
 ) -> Bundle:
     """Write a copy of a bundle that can also run in int8; calibration and operating points stay those of float32.
 
-    If `out` was made from the same bundle, prepared set and settings, it is returned unchanged.
-
-    Args:
-        bundle: with an OpenVINO graph, as `train` and `import-weights` write it.
-        prepared: a set of the bundle's size with images in the splits train and val.
-        out: the new bundle.
-        on_event: called with lines about the measurements.
-
-    Raises:
-        BundleError: the bundle has no graph.
-        ConfigError: NNCF is missing, the set does not fit the bundle or is too small, or the drift is too large.
-        OutputError: `out` exists and is something else.
+    If `out` was made from the same bundle, prepared set and settings, it is returned unchanged. The prepared set must
+    have the bundle's size and images in the splits train and val. `on_event` is called with lines about the
+    measurements.
     """
     extras.require("nncf", "quantize")
     old = load_bundle(bundle)

@@ -61,13 +61,7 @@ _EXCLUDED = {
 
 @dataclass(frozen=True)
 class _SiteScores:
-    """A score folder in memory, a row per image.
-
-    Attributes:
-        ids, patients: str (or None for a patient) [n].
-        ok: bool [n]; False on error rows.
-        p: float32 [n,F] raw probabilities, 0 on error rows.
-    """
+    """A score folder in memory, a row per image: ok bool [n], and raw probabilities p float32 [n,F], 0 on error rows."""
 
     ids: list[str]
     patients: list[str | None]
@@ -98,19 +92,13 @@ def recalibrate(
         scores: a finished folder of `ray-cxr score`.
         labels: a manifest with the site's labels, joined by image_id.
         out: the new bundle. If it was made from the same inputs and settings, it is returned unchanged.
-        settings: method, rule and minimum number of positives; None takes the defaults.
-        on_event: called with one line per event.
 
     Returns:
         The new bundle. Its `provenance["recalibrated"]` records the inputs (`from`, digests), counts, and per finding
-        the flag rate and Brier score before and after; `before` holds the rules of the old bundle.
+            the flag rate and Brier score before and after; `before` holds the rules of the old bundle.
 
     Raises:
-        BundleError, TableError: the bundle, the scores or the labels are damaged or of another kind.
-        ConfigError: another model wrote the scores.
         LeakError: images trained the bundle, or all usable ones are of split test or train.
-        InputError: the scores are unfinished, no image is in common, or no finding has enough positives.
-        OutputError: `out` is something else, or cannot be written.
     """
     out, scores, settings = remote.to_path(out), remote.to_path(scores), settings or RecalibrateSettings()
     old = load_bundle(bundle)
@@ -179,13 +167,7 @@ def _common_value(bundle: Bundle, table: str, key: str) -> str | None:
 
 
 def _read_scores(path: Path, bundle: Bundle) -> _SiteScores:
-    """Read the rows of a finished run of `score` with this bundle.
-
-    Raises:
-        InputError: not a score folder, or not finished.
-        TableError: not score tables of this bundle's findings, a repeated image, a bad value.
-        ConfigError: another model scored rows.
-    """
+    """Read the rows of a finished run of `score` with this bundle."""
     run_folder.check_complete(path, "score")
     files = sorted((path / "scores").glob("part-*.parquet"))
     if not files:
@@ -254,8 +236,7 @@ def _select_images(
 ) -> tuple[pd.DataFrame, dict[str, int]]:
     """Select the images to fit on, see the module's docstring, and count the excluded ones by reason.
 
-    Returns:
-        A row per image: image_id, patient_id, split, `row` of the scores, and a column per finding with 0, 1 or null.
+    The table has image_id, patient_id, split, `row` of the scores, and a column per finding with 0, 1 or null.
     """
     frame = labelled.select(["image_id", "patient_id", "split", *bundle.findings]).to_pandas()
     frame["row"] = pd.Index(table.ids).get_indexer(pd.Index(frame["image_id"]))
@@ -309,11 +290,7 @@ def _read_split(bundle: Bundle) -> pd.DataFrame:
 
 
 def _check_lineage(frame: pd.DataFrame, bundle: Bundle, labels: str) -> list[str]:
-    """Refuse images that trained the bundle; return notes on validation images and on missing information.
-
-    Raises:
-        LeakError: an image or a patient trained it.
-    """
+    """Refuse images that trained the bundle; return notes on validation images and on missing information."""
     split = _read_split(bundle)
 
     def match(part: pd.DataFrame) -> tuple[pd.Series, pd.Series]:

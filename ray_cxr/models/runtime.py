@@ -40,11 +40,8 @@ _MAX_UNPACKED = 256 * 1024**2
 
 
 class Outputs(NamedTuple):
-    """Results for N images.
-
-    Attributes:
-        probabilities: float32 [N,F].
-        features: float32 [N,C], pooled, the input of the last layer.
+    """Results for N images: probabilities float32 [N,F], and the pooled input of the last layer, features float32
+    [N,C].
     """
 
     probabilities: np.ndarray
@@ -54,8 +51,7 @@ class Outputs(NamedTuple):
 class Runtime(ABC):
     """A model that is ready to run.
 
-    Attributes:
-        batch_shape: (batch size, S, S, 1). Every batch is padded to it, so that no image's result depends on others.
+    `batch_shape` is (batch size, S, S, 1). Every batch is padded to it, so that no image's result depends on others.
     """
 
     batch_shape: tuple[int, int, int, int]
@@ -115,15 +111,10 @@ def default_threads() -> int:
 
 
 def choose_precision(info: Mapping[str, Any], requested: str, *, gpu: bool) -> str:
-    """Return the precision to run a bundle in: `fp32`, `bf16` or `int8`.
+    """Return the precision to run a bundle in: `fp32`, `bf16` or `int8`; `info` is its `bundle.json`.
 
-    Args:
-        info: the bundle's `bundle.json`.
-        requested: one of the three, or `auto`. On a CPU `auto` is bf16 if the CPU supports it and the bundle passed
-            its tolerance, else fp32. On a GPU it is bf16; GPUs without bfloat16 then compute in float32.
-
-    Raises:
-        ConfigError: the bundle or this machine does not support the requested precision.
+    On a CPU `auto` is bf16 if the CPU supports it and the bundle passed its tolerance, else fp32. On a GPU it is bf16;
+    GPUs without bfloat16 then compute in float32. Raises ConfigError if the requested precision is not supported.
     """
     runtimes = info.get("runtimes", {})
     if gpu:
@@ -168,15 +159,9 @@ _FIRST_ACCESS = threading.Lock()
 
 
 class OpenVinoRuntime(Runtime):
-    """An OpenVINO graph on CPU threads, with several batches in flight.
+    """An OpenVINO graph (`.xml`, with its `.bin` next to it) on CPU threads, with several batches in flight.
 
-    Args:
-        graph: the `.xml` file, with its `.bin` next to it.
-        precision: `fp32`, `bf16` or `int8` (the last is part of the graph).
-        threads: each is one stream, which runs one batch at a time.
-
-    Raises:
-        BundleError: not a graph that `exports` writes.
+    Each thread is one stream, which runs one batch at a time.
     """
 
     def __init__(self, graph: Path, precision: str, batch_size: int, threads: int) -> None:
@@ -273,16 +258,9 @@ def use_gpu_memory_as_needed() -> int:
 def prepare_device(gpu: bool, precision: str) -> str:
     """Select the device of this process; call it before TensorFlow's first operation.
 
-    Args:
-        gpu: use the GPU. Otherwise the CPU, even if GPUs are visible.
-        precision: `auto`, or a Keras dtype policy.
-
-    Returns:
-        The Keras dtype policy. For `auto`: float32 on CPUs, mixed_bfloat16 on GPUs of compute capability 8.0 or more,
-        mixed_float16 from 7.0 (tensor cores), float32 on older GPUs.
-
-    Raises:
-        ConfigError: no GPU is visible.
+    Without `gpu` it is the CPU, even if GPUs are visible. The result is the Keras dtype policy. For `auto`: float32 on
+    CPUs, mixed_bfloat16 on GPUs of compute capability 8.0 or more, mixed_float16 from 7.0 (tensor cores), float32 on
+    older GPUs.
     """
     import tensorflow as tf
 
@@ -311,11 +289,7 @@ def _gpu_capability() -> tuple[int, int]:
 
 
 def prepare_gpu(precision: str) -> str:
-    """Prepare this process to score on its GPU; return the Keras dtype policy for `fp32` or `bf16`.
-
-    Raises:
-        ConfigError: no GPU is visible.
-    """
+    """Prepare this process to score on its GPU; return the Keras dtype policy for `fp32` or `bf16`."""
     if not use_gpu_memory_as_needed():
         raise ConfigError("--gpu: this actor sees no GPU; check that requirements-gpu.lock is installed there")
     if precision == "bf16" and _gpu_capability() >= (8, 0):

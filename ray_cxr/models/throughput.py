@@ -21,13 +21,8 @@ _ROUNDS, _ROUND_S = 5, 0.6
 def images_per_second(architecture: Architecture, spec: InputSpec, *, threads: int) -> float:
     """Measure the exported model on CPU threads, as `score --precision auto` runs it, without decoding.
 
-    The weights are random: they do not affect the time of a forward pass.
-
-    Args:
-        threads: CPU threads to use.
-
-    Returns:
-        Images per second, the median of five rounds of 0.6 s.
+    The weights are random: they do not affect the time of a forward pass. The result is the median of five rounds of
+    0.6 s.
     """
     import keras
 
