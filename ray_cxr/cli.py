@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -19,17 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 import ray_cxr
-from ray_cxr import config
-from ray_cxr.errors import (
-    ConfigError,
-    ErrorRateExceeded,
-    InputError,
-    OutputError,
-    RayCxrError,
-    last_line,
-    one_line,
-    own_error,
-)
+from ray_cxr import config, errors
+from ray_cxr.errors import ConfigError, ErrorRateExceeded, RayCxrError, one_line
 from ray_cxr.progress import silence_stderr
 from ray_cxr.session import start_ray
 from ray_cxr.storage import remote
@@ -58,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
-        again = "the same command without --fresh" if getattr(arguments, "fresh", False) else "the same command"
-        print(f"ray-cxr {arguments.command}: stopped; {again} continues", file=sys.stderr)
+        again = "the same command without --fresh" if getattr(arguments, "fresh", False) else "the same command again"
+        print(f"ray-cxr {arguments.command}: stopped; run {again} to continue", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        cause = error if isinstance(error, RayCxrError) else own_error(error) or _describe_ray_error(error)
+        cause = error if isinstance(error, RayCxrError) else errors.own_error(error) or _describe_ray_error(error)
         if cause is None:
             raise
         print(f"ray-cxr {arguments.command}: {one_line(cause)}", file=sys.stderr)
@@ -77,7 +69,7 @@ def _describe_ray_error(error: Exception) -> RayCxrError | None:
     if ray_errors is None or not isinstance(error, ray_errors.RayError):
         return None
     return RayCxrError(
-        f"Ray failed ({type(error).__name__}: {last_line(error)}); see Ray's log folder, then run it again"
+        f"Ray failed ({type(error).__name__}: {errors.last_line(error)}); see Ray's log folder, then run it again"
     )
 
 
@@ -85,23 +77,20 @@ def _any_path(text: str) -> str:
     """Argument type: a path on this machine, or `s3://BUCKET/...`."""
     try:
         remote.to_path(text)
-    except InputError as error:
+    except errors.InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 
-def _local_input(text: str) -> str:
+def _local_input(text: str, remedy: str = "copy it to this machine") -> str:
     """Argument type: a file or folder on this machine. An address would otherwise name a local folder `s3:`."""
     if remote.is_address(text):
-        raise argparse.ArgumentTypeError(f"{redact(text)}: needs a local path; copy it to this machine")
+        raise argparse.ArgumentTypeError(f"{redact(text)}: needs a local path; {remedy}")
     return text
 
 
-def _local_output(text: str) -> str:
-    """Argument type: a file or folder to write on this machine."""
-    if remote.is_address(text):
-        raise argparse.ArgumentTypeError(f"{redact(text)}: needs a local path; write to a folder and copy that")
-    return text
+#: Argument type: a file or folder to write on this machine.
+_local_output = functools.partial(_local_input, remedy="write to a folder and copy that")
 
 
 def _table(text: str) -> str:
@@ -270,14 +259,8 @@ def _manifest(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--fractions {arguments.fractions}: needs three numbers, such as 0.7,0.1,0.2") from None
     table, report = build_manifest(
         arguments.tables,
-        images=arguments.images,
-        split=arguments.split,
-        train_val_list=arguments.train_val_list,
-        test_list=arguments.test_list,
         fractions=fractions,
-        seed=arguments.seed,
-        on_leak=arguments.on_leak,
-        found_only=arguments.found_only,
+        **_pick(arguments, "images", "split", "train_val_list", "test_list", "seed", "on_leak", "found_only"),
     )
     with _explain_write_errors(arguments.out):
         write_manifest(table, arguments.out)
@@ -315,32 +298,20 @@ def _train(arguments: argparse.Namespace) -> None:
         chosen = chosen.replace(workers=arguments.workers)
     from ray_cxr.training import trainer
 
+    options: dict[str, Any] = {"use_gpu": arguments.gpu, "started": started, "on_event": _print}
     bundle = trainer.train(
-        arguments.prepared,
-        arguments.out,
-        chosen,
-        use_gpu=arguments.gpu,
-        started=started,
-        on_event=_print,
-        start_ray=lambda: start_ray(settings.ray),
+        arguments.prepared, arguments.out, chosen, **options, start_ray=lambda: start_ray(settings.ray)
     )
     table = Table("finding", "val images", "positives", "AUROC", "calibrated", "operating point", title="Validation")
     metrics = bundle.info["provenance"]["validation"]["findings"]
     for name in bundle.findings:
         row, point = metrics[name], bundle.info["operating_points"][name]
-        table.add_row(
-            name,
-            f"{row['n']:,}",
-            f"{row['positives']:,}",
-            _format(row["auroc"]),
-            "yes" if bundle.info["calibration"][name] else "no",
-            _format(point["threshold"] if point else None),
-        )
+        calibrated, threshold = "yes" if bundle.info["calibration"][name] else "no", point and point["threshold"]
+        counts = f"{row['n']:,}", f"{row['positives']:,}"
+        table.add_row(name, *counts, _format(row["auroc"]), calibrated, _format(threshold))
     _print_table(table)
     macro = bundle.info["provenance"]["validation"]["macro_auroc"]
-    for name, reason in bundle.info.get("rule_notes", {}).items():
-        if reason:
-            _print(f"{name}: {reason}")
+    _print_rule_notes(bundle.info.get("rule_notes", {}))
     _print(f"validation macro AUROC {_format(macro)}, epoch {bundle.info['provenance']['best_epoch']}")
     out = remote.to_path(arguments.out)
     _print(f"learning curves: {out / trainer.CURVES}")
@@ -354,7 +325,7 @@ def _tune(arguments: argparse.Namespace) -> None:
 
     out, base, chosen = Path(arguments.out), loaded.train, loaded.tune
     if arguments.resume and not plans.has_search(out):
-        raise OutputError(f"--resume: {out} holds no search; omit --resume to start one there")
+        raise errors.OutputError(f"--resume: {out} holds no search; omit --resume to start one there")
     if arguments.resume and arguments.config is None:
         # Overrides must agree with the settings that the search was started with.
         base, chosen = plans.load_start_settings(out, arguments.overrides)
@@ -374,15 +345,9 @@ def _tune(arguments: argparse.Namespace) -> None:
     table = Table("trial", "backbone", "state", "epochs", "AUROC", "seconds", title="Trials, the best first")
     ranked = outcome.rows.sort_values("val_auroc", ascending=False, na_position="last") if len(outcome.rows) else None
     for row in [] if ranked is None else ranked.head(15).to_dict("records"):
-        auroc, seconds = row["val_auroc"], row["seconds"]
-        table.add_row(
-            str(row["number"]),
-            row["backbone"],
-            row["state"],
-            str(row["epochs"]),
-            "none" if pd.isna(auroc) else f"{auroc:.4f}",
-            "" if pd.isna(seconds) else f"{seconds:.0f}",
-        )
+        auroc = "none" if pd.isna(row["val_auroc"]) else f"{row['val_auroc']:.4f}"
+        seconds = "" if pd.isna(row["seconds"]) else f"{row['seconds']:.0f}"
+        table.add_row(str(row["number"]), row["backbone"], row["state"], str(row["epochs"]), auroc, seconds)
     _print_table(table)
     for row in outcome.rows.to_dict("records"):
         if row["state"] == "failed":
@@ -417,21 +382,15 @@ def _score(arguments: argparse.Namespace) -> None:
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError(f"--limit {arguments.limit}: must be at least 1")
     from ray_cxr.scoring.pipeline import score
-    from ray_cxr.scoring.request import ScoreReport, ScoreRequest
+    from ray_cxr.scoring.plan import ScoreReport, ScoreRequest
 
     request = ScoreRequest(
-        model=arguments.model,
-        out=arguments.out,
         settings=chosen,
-        manifest=arguments.manifest,
-        images=arguments.images,
-        fresh=arguments.fresh,
-        retry_errors=arguments.retry_errors,
-        limit=arguments.limit,
-        dry_run=arguments.dry_run,
         use_gpu=arguments.gpu,
-        heatmaps=arguments.heatmaps,
         started_at=psutil.Process().create_time(),  # includes the imports before this line
+        **_pick(
+            arguments, "model", "out", "manifest", "images", "fresh", "retry_errors", "limit", "dry_run", "heatmaps"
+        ),
     )
     too_many: ErrorRateExceeded | None = None
     try:
@@ -469,16 +428,8 @@ def _report(arguments: argparse.Namespace) -> None:
     from ray_cxr.reporting import report
 
     with _explain_write_errors(arguments.out):
-        metrics = report.write_report(
-            arguments.scores,
-            arguments.out,
-            labels=arguments.labels,
-            split=arguments.split,
-            consensus=arguments.consensus,
-            boxes=arguments.boxes,
-            compare=arguments.compare,
-            prevalence=arguments.prevalence,
-        )
+        options = _pick(arguments, "labels", "split", "consensus", "boxes", "compare", "prevalence")
+        metrics = report.write_report(arguments.scores, arguments.out, **options)
     macro = metrics["macro"]
     if macro and macro["auroc"] is not None:
         _print(
@@ -532,9 +483,7 @@ def _recalibrate(arguments: argparse.Namespace) -> None:
             *(_format(row[key], missing="none") for key in ("flag_rate", "flag_rate_before", "brier", "brier_before")),
         )
     _print_table(table)
-    for name, reason in bundle.info["rule_notes"].items():
-        if reason:
-            _print(f"{name}: {reason}")
+    _print_rule_notes(bundle.info["rule_notes"])
     _print(
         f"calibration by {made['method']} and operating points by {made['rule']}, from {made['images']:,} images of "
         f"{made['patients']:,} patients: report on others"
@@ -580,6 +529,12 @@ def _explain_write_errors(out: str) -> Iterator[None]:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}{at}") from None
 
 
+def _print_rule_notes(reasons: dict[str, str | None]) -> None:
+    for name, reason in reasons.items():
+        if reason:
+            _print(f"{name}: {reason}")
+
+
 def _print_table(table: Table) -> None:
     # Without a terminal, rich would fold tables at 80 columns.
     Console(width=None if sys.stdout.isatty() else 110).print(table)
@@ -587,6 +542,11 @@ def _print_table(table: Table) -> None:
 
 def _format(value: float | None, digits: int = 3, missing: str = "undefined") -> str:
     return missing if value is None else f"{value:.{digits}f}"
+
+
+def _pick(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return some of the arguments, to pass them on by name."""
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _print(line: str) -> None:

@@ -38,9 +38,6 @@ def wait_for_node(on_head: bool | None, on_event: Callable[[str], None] = logger
     """Wait until a node with a CPU has joined, and request one: an autoscaling cluster may start without any.
 
     Ray keeps one such request per cluster, so this replaces a request that the user made.
-
-    Raises:
-        RayCxrError: none joined within `JOIN_TIMEOUT_S`.
     """
 
     def has_node() -> bool:
@@ -69,11 +66,7 @@ def wait_for_node(on_head: bool | None, on_event: Callable[[str], None] = logger
 def select_nodes(on_head: bool | None) -> None:
     """Choose the nodes on which this process's tasks, actors and datasets may run.
 
-    Args:
-        on_head: whether the head works; None: only if no other node has a CPU.
-
-    Raises:
-        ConfigError: the head must not work, and there is no other node.
+    Without a choice of `on_head`, the head works only if no other node has a CPU.
     """
     alive = _list_alive()
     heads = [node for node in alive if HEAD in node["Resources"]]
@@ -126,13 +119,9 @@ def set_environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def bypass_proxies(hosts: Iterable[str]) -> dict[str, str]:
-    """Reach hosts of the cluster without the proxy of `http_proxy` and `https_proxy`.
+    """Reach hosts without the proxy of `http_proxy` and `https_proxy`; return the environment variables set for that.
 
-    gRPC (TensorFlow's workers) and Ray's state API would send even local traffic through the proxy. Other traffic of
-    this process and its children still uses it.
-
-    Returns:
-        The environment variables that were set.
+    gRPC (TensorFlow's workers) and Ray's state API would send even local traffic through the proxy.
     """
     hosts = [host.strip("[]") for host in hosts if host]
     general = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
@@ -167,8 +156,7 @@ def hint_at_head(resource: str) -> str:
 def query_nodes(function: Callable[..., Any], nodes: Sequence[Node], *arguments: Any) -> Iterator[tuple[Node, Any]]:
     """Run a function on each node and yield its results; nodes that are lost or too slow are left out.
 
-    Args:
-        function: must be nested in another function, so that Ray sends its code and the node needs no ray_cxr.
+    The function must be nested in another one, so that Ray sends its code and the node needs no ray_cxr.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -192,9 +180,6 @@ def require_shared(out: str | Path, **inputs: str | Path | None) -> None:
     Args:
         out: a folder, made if missing, in which a probe file is written and removed; or an address in a bucket.
         inputs: other paths that workers open, by their names on the command line. Paths missing here are ignored.
-
-    Raises:
-        OutputError: a node that may work does not see one of them, or `out` cannot be written.
     """
     if len(_list_alive()) < 2:
         return
@@ -218,9 +203,8 @@ def require_shared(out: str | Path, **inputs: str | Path | None) -> None:
                 raise OutputError(f"{out}: cannot be written: {error.strerror}; choose another --out") from None
         if not places:
             return
-        for node, missing in query_nodes(
-            find_missing, list_nodes(), {name: str(path) for name, path in places.items()}
-        ):
+        texts = {name: str(path) for name, path in places.items()}
+        for node, missing in query_nodes(find_missing, list_nodes(), texts):
             for name in missing:
                 raise OutputError(
                     f"{name} {paths[name]}: not found on the node {node['NodeManagerAddress']}; every node needs the "
@@ -234,12 +218,7 @@ def require_shared(out: str | Path, **inputs: str | Path | None) -> None:
 
 @contextlib.contextmanager
 def log_node_changes(command: str, on_event: Callable[[str], None] = logger.warning) -> Iterator[None]:
-    """Log which nodes leave and join while the block runs; Ray itself waits for a lost node without a message.
-
-    Args:
-        command: the start of each line.
-        on_event: takes the lines.
-    """
+    """Log which nodes leave and join while the block runs; Ray itself waits for a lost node without a message."""
     known = {node["NodeID"] for node in list_nodes()}
 
     def compare() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ray_cxr import labels
 from ray_cxr.errors import ConfigError, one_line
@@ -31,11 +31,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True, allow_inf_nan=False)
 
     def replace(self, **changes: Any) -> Self:
-        """Return a validated copy with some fields changed.
-
-        Raises:
-            ConfigError: an unknown field, or a value out of range.
-        """
+        """Return a validated copy with some fields changed."""
         return build(type(self), {**self.model_dump(), **changes})
 
 
@@ -72,6 +68,9 @@ def _check_rule(value: str) -> str:
     if not is_valid:
         raise ValueError("use youden, sensitivity=X or specificity=X, with X between 0 and 1")
     return value
+
+
+OperatingPoint = Annotated[str, AfterValidator(_check_rule)]
 
 
 class PrepareSettings(Settings):
@@ -165,7 +164,9 @@ class TrainSettings(Settings):
     calibration: Literal["platt", "temperature"] = Field(
         "platt", description="platt: slope and intercept; temperature: slope only"
     )
-    operating_point: str = Field("youden", description="rule for flags: youden, sensitivity=0.9 or specificity=0.9")
+    operating_point: OperatingPoint = Field(
+        "youden", description="rule for flags: youden, sensitivity=0.9 or specificity=0.9"
+    )
     min_positives: int = Field(5, ge=2, description="minimum validation positives to calibrate a finding")
     seed: int = Field(0, ge=0, lt=2**31, description="of initial weights, image order, dropout and augmentation")
     workers: int = Field(1, ge=1, description="training processes; --workers N sets it")
@@ -184,11 +185,6 @@ class TrainSettings(Settings):
             # pydantic adds the field's name to a ValueError.
             raise ValueError(str(error).removeprefix("findings: ")) from None
         return value
-
-    @field_validator("operating_point")
-    @classmethod
-    def _operating_point(cls, value: str) -> str:
-        return _check_rule(value)
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -245,8 +241,7 @@ class TuneSettings(Settings):
     )
     startup_trials: int = Field(10, ge=0, description="tpe: number of random trials at the start")
     scheduler: Literal["asha", "halving", "median", "none"] = Field(
-        "asha",
-        description="early stopping: asha and halving at rungs, median below the other trials' median",
+        "asha", description="early stopping: asha and halving at rungs, median below the other trials' median"
     )
     grace_epochs: int = Field(1, ge=1, description="minimum epochs of every trial")
     reduction_factor: int = Field(
@@ -256,9 +251,7 @@ class TuneSettings(Settings):
         ("auroc",), description="auroc, alone or with calibration_error, images_per_second of the exported model"
     )
     concurrent: int | None = Field(
-        None,
-        ge=1,
-        description="trials that train at the same time; null: as many as fit GPUs, or one per node on CPUs",
+        None, ge=1, description="trials that train at the same time; null: as many as fit GPUs, or one per node on CPUs"
     )
     ahead: int = Field(
         1, ge=0, le=100, description="trials whose process starts before resources are free, to shorten the wait"
@@ -284,8 +277,7 @@ HeatMapMethod = Literal["gradcam", "hirescam"]
 
 class ScoreSettings(Settings):
     precision: Precision = Field(
-        "auto",
-        description="auto: bf16 if the CPU supports it and the bundle was validated in it, else fp32",
+        "auto", description="auto: bf16 if the CPU supports it and the bundle was validated in it, else fp32"
     )
     batch_size: int | None = Field(
         None, ge=1, le=4096, description="images per forward pass; null: 4 on CPUs, whose caches hold them, 64 on GPUs"
@@ -295,8 +287,7 @@ class ScoreSettings(Settings):
     )
     cpus_per_actor: int | None = Field(None, ge=1, description="null: up to 4, and at most a node's")
     decode: Literal["auto", "inside", "apart"] = Field(
-        "auto",
-        description="inside: in the model's actors; apart: in tasks of one CPU; auto: apart only with --gpu",
+        "auto", description="inside: in the model's actors; apart: in tasks of one CPU; auto: apart only with --gpu"
     )
     decode_timeout_s: float = Field(
         60.0, gt=0.0, le=86_400, description="a file that takes longer gets the error code decode_timeout"
@@ -324,16 +315,10 @@ class RecalibrateSettings(Settings):
     calibration: Literal["platt", "temperature"] | None = Field(
         None, description="platt: slope and intercept; temperature: slope only; null: the bundle's, else platt"
     )
-    operating_point: str | None = Field(
-        None,
-        description="rule for flags: youden, sensitivity=0.9 or specificity=0.9; null: the bundle's, else youden",
+    operating_point: OperatingPoint | None = Field(
+        None, description="rule for flags: youden, sensitivity=0.9 or specificity=0.9; null: the bundle's, else youden"
     )
     min_positives: int = Field(5, ge=2, description="minimum positives, and negatives, to fit a finding")
-
-    @field_validator("operating_point")
-    @classmethod
-    def _operating_point(cls, value: str | None) -> str | None:
-        return None if value is None else _check_rule(value)
 
 
 class Config(Settings):
@@ -358,11 +343,7 @@ class Config(Settings):
 
 
 def build(kind: type[_T], values: Mapping[str, Any], *, where: str = "") -> _T:
-    """Return validated settings of one kind.
-
-    Raises:
-        ConfigError: names each wrong key, its value and its rule.
-    """
+    """Return validated settings of one kind; the ConfigError names each wrong key, its value and its rule."""
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
@@ -376,16 +357,12 @@ def load(
     section: str = "train",
     start: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Config:
-    """Read a TOML file and apply `key=value` overrides.
+    """Read a TOML file, if any, and apply `key=value` overrides.
 
     Args:
-        path: the TOML file; None: the defaults.
         overrides: such as `epochs=3`, `ray.num_cpus=2`, `dense=[256]`; a value is TOML, or a bare word.
         section: the section of keys without a dot.
         start: values by section, used instead of a file.
-
-    Raises:
-        ConfigError: the file is missing or not TOML, a key is unknown, or a value out of range.
     """
     data: dict[str, Any] = {name: dict(values) for name, values in (start or {}).items()}
     if path is not None:
@@ -410,16 +387,11 @@ def load(
 
 
 def _parse_value(text: str) -> Any:
-    """Return a TOML value, or the text itself if it is no TOML."""
+    """Return a TOML value, or the text itself if it is not TOML."""
     try:
         return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
-        if text in ("null", "None"):
-            return None
-        return text
-    except (ValueError, RecursionError):
-        # A number of thousands of digits, or deeply nested brackets: no setting accepts either, even as a text.
-        return text
+    except (ValueError, RecursionError):  # no TOML, a number of thousands of digits, or deeply nested brackets
+        return None if text in ("null", "None") else text
 
 
 def make_error(text: str) -> ConfigError:

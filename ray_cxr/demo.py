@@ -16,17 +16,8 @@ PATIENTS = 440
 SIZE = 96
 SPLIT = ("--split", "patient", "--fractions", "0.6,0.2,0.2")
 TRAINING = (
-    "backbone=TinyCNN",
-    "weights=none",
-    "epochs=14",
-    "batch_size=32",
-    "learning_rate=0.003",
-    "warmup_epochs=1",
-    "schedule=cosine",
-    "pooling=avgmax",
-    "dropout=0.1",
-    "loss=bce",
-    "optimizer=adamw",
+    "backbone=TinyCNN weights=none epochs=14 batch_size=32 learning_rate=0.003 warmup_epochs=1 schedule=cosine "
+    "pooling=avgmax dropout=0.1 loss=bce optimizer=adamw"
 )
 #: Small heat maps of each image's two highest findings, which show hits and false alarms.
 MAPS = ("--heatmaps", "2", "--set", "heatmap_pixels=256")
@@ -61,23 +52,16 @@ loss = "bce"
 def run_demo(
     out: Path, command: Callable[[Sequence[str]], int], on_event: Callable[[str], None], *, tune: bool = False
 ) -> None:
-    """Draw phantoms, then run manifest, prepare, train, score and report.
+    """Draw phantoms, then run manifest, prepare, train, score and report, or continue an interrupted demo.
 
-    Args:
-        out: the folder for all output; an interrupted demo continues there.
-        command: runs one command line and returns its exit code.
-        on_event: takes one line; gets each command before it runs.
-        tune: run a small search after `prepare`, and train with the best settings.
-
-    Raises:
-        RayCxrError: a step failed.
+    `command` runs one command line and returns its exit code. With `tune`, a small search precedes the training.
     """
     start = time.monotonic()
     on_event(f"drawing radiographs of {PATIENTS} synthetic patients, with some broken files on purpose")
     drawn = phantoms.write_phantoms(out / "phantoms", patients=PATIENTS)
     manifest, prepared, model = out / "manifest.parquet", out / "prepared", out / "run"
     scores, report = out / "scores", out / "report"
-    training = [part for setting in TRAINING for part in ("--set", setting)]
+    training = [part for setting in TRAINING.split() for part in ("--set", setting)]
     search = []
     if tune:
         (out / "search.toml").write_text(SEARCH, encoding="utf-8")

@@ -19,10 +19,6 @@ def install_hint(package: str) -> str:
 
 
 def require(package: str, command: str) -> None:
-    """Check that a command's optional package is installed, without importing it.
-
-    Raises:
-        ConfigError: it is not; the message names the extra.
-    """
+    """Check that a command's optional package is installed, without importing it; the error names the extra."""
     if not is_installed(package):
         raise ConfigError(f"{command}: {install_hint(package)}")

@@ -46,14 +46,9 @@ def canonicalize(token: str) -> str | None:
 
 
 def parse(text: str, *, where: str = "") -> tuple[str, ...]:
-    """Split `A|B` into canonical labels, in `LABELS` order.
+    """Split `A|B`, as in NIH's column `Finding Labels`, into canonical labels in `LABELS` order.
 
-    Args:
-        text: labels separated by `|`, as in NIH's column `Finding Labels`.
-        where: the place to name in an error, e.g. `row 17 (00000001_000.png)`.
-
-    Raises:
-        TableError: an unknown token, no token at all, or No Finding together with a finding.
+    An error names the place `where`, such as `row 17 (00000001_000.png)`.
     """
     at = f"{where}: " if where else ""
     names: set[str] = set()
@@ -68,28 +63,15 @@ def parse(text: str, *, where: str = "") -> tuple[str, ...]:
 
 
 def encode(labels: Iterable[str]) -> np.ndarray:
-    """Return canonical labels as uint8[15] in `LABELS` order: 1 for each label, else 0.
-
-    Raises:
-        ValueError: a name that is not in `LABELS`.
-    """
+    """Return canonical labels as uint8[15] in `LABELS` order: 1 for each label, else 0."""
     row = np.zeros(len(LABELS), dtype=np.uint8)
     for label in labels:
         row[LABELS.index(label)] = 1
     return row
 
 
-def decode(row: Sequence[int] | np.ndarray) -> tuple[str, ...]:
-    """Return the labels whose entry is 1: the inverse of `encode`."""
-    return tuple(label for label, value in zip(LABELS, row, strict=True) if value == 1)
-
-
 def resolve(findings: int | str | Sequence[str]) -> tuple[str, ...]:
-    """Return the findings of a setting (14, 15 or a list of names) in `LABELS` order.
-
-    Raises:
-        ConfigError: another number, an unknown name, or a name given twice.
-    """
+    """Return the findings of a setting (14, 15 or a list of names) in `LABELS` order."""
     if findings in (14, "14"):
         return FINDINGS
     if findings in (15, "15"):
@@ -101,11 +83,7 @@ def resolve(findings: int | str | Sequence[str]) -> tuple[str, ...]:
 
 
 def parse_order(names: Sequence[str]) -> tuple[str, ...]:
-    """Return canonical names in the given order, such as the outputs of a third-party model.
-
-    Raises:
-        ConfigError: an unknown name, a name given twice, or no name.
-    """
+    """Return canonical names in the given order, such as the outputs of a third-party model."""
     result: list[str] = []
     for name in names:
         label = canonicalize(str(name))

@@ -25,9 +25,7 @@ class Progress:
 
     Args:
         what: the verb, such as `score`.
-        total: number of items.
         done: items that an earlier run finished.
-        unit: name of the items.
         line_every: seconds between lines without a terminal.
         last_line: whether to print a line at the end without a terminal.
     """
@@ -102,12 +100,7 @@ class Progress:
 
 
 class TrialTable:
-    """Show the trials of a search as a live table; without a terminal, show nothing.
-
-    Args:
-        total: number of trials.
-        done: trials that an earlier run ended.
-    """
+    """Show the trials of a search as a live table; without a terminal, show nothing."""
 
     def __init__(self, total: int, done: int) -> None:
         self._total, self._done = total, done
@@ -138,7 +131,6 @@ class TrialTable:
         self._show()
 
     def end_trial(self, number: int, state: str, auroc: float | None) -> None:
-        """Show a trial's final state and best AUROC."""
         self._done += 1
         self._rows[number] |= {"state": state, "auroc": "" if auroc is None else f"{auroc:.4f}"}
         self._show()
@@ -160,10 +152,7 @@ class TrialTable:
 
 @contextlib.contextmanager
 def run_periodically(function: Callable[[], None], interval_s: float, name: str) -> Iterator[None]:
-    """Call a function in a thread every `interval_s` seconds while the block runs.
-
-    The block's end waits for a call that is running. `name` is the thread's.
-    """
+    """Call a function in a thread every `interval_s` seconds while the block runs; its end waits for a running call."""
     stop = threading.Event()
 
     def loop() -> None:

@@ -61,13 +61,8 @@ _POLL_S = 1.0
 def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Iterator[None]:
     """Use this process's Ray, join a cluster, or start a local Ray that ends with the block.
 
-    Args:
-        settings: which Ray to use.
-        dashboard: start a local Ray with its dashboard, which only this machine reaches.
-
-    Raises:
-        RayCxrError: Ray does not start, the cluster does not answer, or Ray is lost while the block runs.
-        InputError: the cluster has other versions.
+    A local Ray's dashboard is reachable only from this machine. If Ray is lost while the block runs, this raises a
+    RayCxrError.
     """
     # "local" starts a new Ray; Ray's default would join one that happens to run on this machine.
     address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
@@ -96,10 +91,7 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
         source = "ray.address" if settings.address else "RAY_ADDRESS"
         options = _build_join_options(_wait_for_answer(address, source), bypassed)
     try:
-        with (
-            silence_stderr(),
-            cluster.set_environment(variables),
-        ):
+        with silence_stderr(), cluster.set_environment(variables):
             # Workers' output stays in Ray's log folder; their errors are raised.
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **options)  # noqa: TID251
     except Exception as error:  # Ray raises a bare Exception if a node does not start within 30 seconds
@@ -136,18 +128,9 @@ def _list_own_addresses() -> list[str]:
 
 
 def _wait_for_answer(address: str, source: str) -> str:
-    """Wait until a cluster answers; Ray itself would try for many minutes without a message.
+    """Wait until a cluster answers at the address from `ray.address` or `RAY_ADDRESS` (the source); return HOST:PORT.
 
-    Args:
-        address: as the user wrote it.
-        source: where it comes from, `ray.address` or `RAY_ADDRESS`.
-
-    Returns:
-        HOST:PORT.
-
-    Raises:
-        InputError: the address of the job API.
-        RayCxrError: no answer within `JOIN_TIMEOUT_S`.
+    Ray itself would try for many minutes without a message.
     """
     if address.startswith(("http://", "https://")):
         raise InputError(
@@ -210,16 +193,12 @@ def _report_sudden_end() -> Iterator[None]:
     """
     message = (
         "ray-cxr: the command was killed: Ray stopped (`ray stop`, or its node was lost), or the system killed it "
-        "(out of memory?); the same command continues"
+        "(out of memory?); run the same command again to continue"
     )
     script = 'read -r line || printf "%s\\n" "$1" >&2'
     try:
-        shell = subprocess.Popen(
-            ["sh", "-c", script, "sh", message],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        command = ["sh", "-c", script, "sh", message]
+        shell = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
     except OSError:
         yield
         return
@@ -237,12 +216,9 @@ def _report_sudden_end() -> Iterator[None]:
 
 
 class _RayWatch:
-    """End a block with an error when Ray is lost.
+    """End a block with an error when Ray is lost; `loss` is then its message, else None.
 
     Without it, the block's calls wait until Ray's C++ layer ends the process silently.
-
-    Attributes:
-        loss: the error message; None while Ray runs.
     """
 
     def __init__(self, address: str) -> None:
@@ -302,7 +278,7 @@ class _RayWatch:
 
     def _describe(self) -> str:
         where = f" at {self._target}" if self._target and not self._servers else ""
-        return f"Ray{where} stopped (`ray stop`, or its node was lost); the same command continues"
+        return f"Ray{where} stopped (`ray stop`, or its node was lost); run the same command again to continue"
 
 
 def _comes_from_ray(error: BaseException | None) -> bool:
@@ -327,11 +303,7 @@ def _is_refused(target: str) -> bool:
 
 
 def ensure_token() -> None:
-    """Create the token of a local Ray, unless there is one.
-
-    Ray reads `$HOME/.ray/auth_token`. If that cannot be written, the token is kept in a private temporary folder until
-    this process ends.
-    """
+    """Create the token of a local Ray, unless there is one; in a temporary folder if `$HOME/.ray` cannot be written."""
     if os.environ.get("RAY_AUTH_MODE") != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         return
     home = Path(os.environ.get("HOME") or os.devnull)
@@ -365,11 +337,7 @@ def _describe_version_mismatch(message: str) -> str | None:
 
 
 def _refuse_other_versions(address: str) -> None:
-    """Compare the cluster's ray_cxr with this one: tasks call the node's own version.
-
-    Raises:
-        InputError: a node has another version, or none.
-    """
+    """Compare the cluster's ray_cxr with this one: tasks call the node's own version."""
 
     def read_version() -> str | None:  # nested, see `query_nodes`
         try:
@@ -398,8 +366,7 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
 def _build_address_variables() -> dict[str, str]:
     """Return environment variables that give the processes of a local Ray its address.
 
-    Without it they search this machine for a Ray. With two Rays on the machine, Ray's state API finds none, and Ray
-    Train never frees the resources of a killed run.
+    With two Rays on the machine, Ray's state API would otherwise find none, and Ray Train never free a killed run.
     """
     with socket.socket() as probe:
         probe.bind(("", 0))

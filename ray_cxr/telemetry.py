@@ -27,14 +27,9 @@ GATHER_S = 1.0
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """One metric.
+    """One metric, with the names of its tags in the order of the values that `add` and `set_gauge` take.
 
-    Attributes:
-        name: at the metrics port.
-        kind: a counter only grows; a gauge holds the last value of a running process.
-        unit: of its value.
-        meaning: one sentence.
-        tags: names of its tags, in the order of the values that `add` and `set_gauge` take.
+    A counter only grows; a gauge holds the last value of a running process.
     """
 
     name: str
@@ -44,60 +39,34 @@ class Metric:
     tags: tuple[str, ...] = ()
 
 
-IMAGES_PREPARED = Metric(
-    "ray_cxr_images_prepared_total", "counter", "images", "Images that prepare has read, failed ones included."
-)
-IMAGES_SCORED = Metric(
-    "ray_cxr_images_scored_total", "counter", "images", "Rows that score has written, failed ones included."
-)
-IMAGES_DRAWN = Metric(
-    "ray_cxr_images_drawn_total", "counter", "images", "Images whose heat maps score has written, failed ones included."
-)
-IMAGE_ERRORS = Metric(
-    "ray_cxr_image_errors_total", "counter", "images", "Of these, images that failed, by code.", ("command", "code")
-)
-IMAGES_DECODED = Metric(
-    "ray_cxr_images_decoded_total", "counter", "files", "Files given to a decoder, good or bad.", ("command",)
-)
-DECODE_SECONDS = Metric(
-    "ray_cxr_decode_seconds_total",
-    "counter",
-    "seconds",
-    "Time of decoders on files: reading, decoding and resizing, summed over decoders.",
-    ("command",),
-)
-BATCHES_INFERRED = Metric(
-    "ray_cxr_batches_inferred_total", "counter", "batches", "Batches that came back from the network.", ("command",)
-)
-INFER_SECONDS = Metric(
-    "ray_cxr_infer_seconds_total",
-    "counter",
-    "seconds",
-    "Time of batches from being handed to the network until done, summed over batches, which overlap.",
-    ("command",),
-)
-IMAGES_TRAINED = Metric(
-    "ray_cxr_images_trained_total", "counter", "images", "Images trained on, by all workers of the run.", ("run",)
-)
-TRAIN_STEPS = Metric("ray_cxr_train_steps_total", "counter", "steps", "Training steps done.", ("run",))
-TRAIN_STEP_SECONDS = Metric(
-    "ray_cxr_train_step_seconds_total",
-    "counter",
-    "seconds",
-    "Time of training steps, waiting for images and checkpoints within an epoch included, validation not.",
-    ("run",),
-)
-TRAIN_WAIT_SECONDS = Metric(
-    "ray_cxr_train_wait_seconds_total",
-    "counter",
-    "seconds",
-    "Of these, the seconds that the slowest worker waited for images, added at the end of an epoch.",
-    ("run",),
-)
-TRAIN_EPOCH = Metric("ray_cxr_train_epoch", "gauge", "epochs", "Epochs done.", ("run",))
-TRAIN_LOSS = Metric("ray_cxr_train_loss", "gauge", "nats", "Mean training loss of the last epoch.", ("run",))
-VAL_LOSS = Metric("ray_cxr_val_loss", "gauge", "nats", "Validation cross-entropy after the last epoch.", ("run",))
-VAL_AUROC = Metric("ray_cxr_val_auroc", "gauge", "AUROC", "Macro validation AUROC after the last epoch.", ("run",))
+def _counter(name: str, unit: str, meaning: str, *tags: str) -> Metric:
+    return Metric(f"ray_cxr_{name}_total", "counter", unit, meaning, tags)
+
+
+def _gauge(name: str, unit: str, meaning: str) -> Metric:
+    return Metric(f"ray_cxr_{name}", "gauge", unit, meaning, ("run",))
+
+
+IMAGES_PREPARED = _counter("images_prepared", "images", "Images that prepare has read, failed ones included.")
+IMAGES_SCORED = _counter("images_scored", "images", "Rows that score has written, failed ones included.")
+IMAGES_DRAWN = _counter("images_drawn", "images", "Images whose heat maps score has written, failed ones included.")
+IMAGE_ERRORS = _counter("image_errors", "images", "Of these, images that failed, by code.", "command", "code")
+IMAGES_DECODED = _counter("images_decoded", "files", "Files given to a decoder, good or bad.", "command")
+_DECODING = "Time of decoders on files: reading, decoding and resizing, summed over decoders."
+DECODE_SECONDS = _counter("decode_seconds", "seconds", _DECODING, "command")
+BATCHES_INFERRED = _counter("batches_inferred", "batches", "Batches that came back from the network.", "command")
+_INFERENCE = "Time of batches from being handed to the network until done, summed over batches, which overlap."
+INFER_SECONDS = _counter("infer_seconds", "seconds", _INFERENCE, "command")
+IMAGES_TRAINED = _counter("images_trained", "images", "Images trained on, by all workers of the run.", "run")
+TRAIN_STEPS = _counter("train_steps", "steps", "Training steps done.", "run")
+_STEPS = "Time of training steps, waiting for images and checkpoints within an epoch included, validation not."
+TRAIN_STEP_SECONDS = _counter("train_step_seconds", "seconds", _STEPS, "run")
+_WAITING = "Of these, the seconds that the slowest worker waited for images, added at the end of an epoch."
+TRAIN_WAIT_SECONDS = _counter("train_wait_seconds", "seconds", _WAITING, "run")
+TRAIN_EPOCH = _gauge("train_epoch", "epochs", "Epochs done.")
+TRAIN_LOSS = _gauge("train_loss", "nats", "Mean training loss of the last epoch.")
+VAL_LOSS = _gauge("val_loss", "nats", "Validation cross-entropy after the last epoch.")
+VAL_AUROC = _gauge("val_auroc", "AUROC", "Macro validation AUROC after the last epoch.")
 
 #: All metrics.
 METRICS: tuple[Metric, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))

@@ -13,23 +13,19 @@ from ray_cxr.errors import ConfigError, TableError
 TEXT = "Atelectasis|Cardiomegaly|Consolidation|Edema|Effusion|Emphysema|Fibrosis|Hernia|Infiltration|Mass|Nodule|"
 FOURTEEN = tuple(f"{TEXT}Pleural_Thickening|Pneumonia|Pneumothorax".split("|"))
 
-LABEL_SETS = st.one_of(
-    st.just(("No_Finding",)),
-    st.sets(st.sampled_from(FOURTEEN), min_size=1).map(lambda names: tuple(sorted(names))),
-)
+LABEL_SETS = st.sets(st.sampled_from(FOURTEEN)).map(lambda names: tuple(sorted(names)) or ("No_Finding",))
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
+def test_tokens_are_parsed() -> None:
+    for text, expected in (
         (" Mass | Effusion ", ("Effusion", "Mass")),
         ("Mass|Mass", ("Mass",)),
         ("Infiltrate|Infiltration", ("Infiltration",)),
         ("Pleural_Thickening|Pneumothorax|Pneumonia", ("Pleural_Thickening", "Pneumonia", "Pneumothorax")),
-    ],
-)
-def test_parse(text: str, expected: tuple[str, ...]) -> None:
-    assert labels.parse(text) == expected
+    ):
+        assert labels.parse(text) == expected
+    canonical = {"Infiltrate": "Infiltration", " Edema ": "Edema", "edema": None, "": None}
+    assert {token: labels.canonicalize(token) for token in canonical} == canonical
 
 
 @pytest.mark.parametrize("text", ["Masses", "mass", "Pneumo", "Mass;Nodule", "Mass|", "|", "", "  "])
@@ -40,11 +36,6 @@ def test_unknown_tokens_are_refused_by_place(text: str) -> None:
         labels.parse("Effusion|Pnuemonia", where="row 17 (1.png)")
     with pytest.raises(TableError, match=r"^line 3: 'No Finding' .*'Mass\|No Finding'"):
         labels.parse("Mass|No Finding", where="line 3")
-
-
-def test_canonical() -> None:
-    expected = {"Infiltrate": "Infiltration", " Edema ": "Edema", "edema": None, "": None}
-    assert {token: labels.canonicalize(token) for token in expected} == expected
 
 
 def test_order_and_encoding() -> None:
@@ -60,37 +51,31 @@ def test_order_and_encoding() -> None:
 
 @settings(max_examples=50)
 @given(LABEL_SETS, st.randoms(use_true_random=False))
-def test_encode_decode_parse_round_trip(names: tuple[str, ...], random: object) -> None:
-    assert labels.decode(labels.encode(names)) == names
+def test_encode_parse_round_trip(names: tuple[str, ...], random: object) -> None:
+    assert tuple(name for name, value in zip(labels.LABELS, labels.encode(names), strict=True) if value) == names
     shuffled = list(names)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)
     assert labels.parse("|".join(shuffled)) == names
     assert labels.parse("|".join(name.replace("_", " ") for name in shuffled)) == names
 
 
-@pytest.mark.parametrize(
-    ("setting", "names"),
-    [
+def test_resolve() -> None:
+    for setting, names in (
         (14, FOURTEEN),
         ("15", (*FOURTEEN, "No_Finding")),
         (("No Finding", "Infiltrate"), ("Infiltration", "No_Finding")),
-    ],
-)
-def test_resolve(setting: object, names: tuple[str, ...]) -> None:
-    assert labels.resolve(setting) == names  # type: ignore[arg-type]
+    ):
+        assert labels.resolve(setting) == names
     assert labels.parse_order(["Pneumonia", "Infiltrate", "Mass"]) == ("Pneumonia", "Infiltration", "Mass"), "as given"
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
+def test_resolve_refuses() -> None:
+    for setting, message in (
         *((setting, f"{setting!r} is neither") for setting in (13, True, None, 1.5, "Mass")),
         (["Mas"], "'Mas'; did you mean 'Mass'"),
         (["Infiltration", "Infiltrate"], "'Infiltration'"),
         ([], "empty"),
         ([3], "unknown finding 3"),
-    ],
-)
-def test_resolve_refuses(setting: object, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        labels.resolve(setting)  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ConfigError, match=message):
+            labels.resolve(setting)

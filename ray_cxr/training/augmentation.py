@@ -21,10 +21,7 @@ DRAWS = 6
 
 
 def draw_random(seed: int, epoch: int, step: int, batch_size: int) -> np.ndarray:
-    """Return the random numbers of one step, float32 [batch_size, DRAWS], uniform in [0, 1).
-
-    `batch_size` is the global batch's; each worker takes the rows of its images.
-    """
+    """Return the random numbers of one step for the global batch, float32 [batch_size, DRAWS], uniform in [0, 1)."""
     # NumPy pads a seed with zeros: [seed, epoch, 0] would repeat the stream of [seed, epoch], which orders the images.
     rng = np.random.default_rng([seed, epoch, step + 1])
     # Drawn column by column, so that a further column leaves the others unchanged.
@@ -32,7 +29,7 @@ def draw_random(seed: int, epoch: int, step: int, batch_size: int) -> np.ndarray
 
 
 def augment(images: Any, draws: Any, settings: TrainSettings) -> Any:
-    """Return images changed according to `draws`, uint8 [B,S,S,1].
+    """Return images uint8 [B,S,S,1], S static, changed according to draws float32 [B,DRAWS] in [0, 1).
 
     With u the draw of an option, an image is
 
@@ -44,14 +41,7 @@ def augment(images: Any, draws: Any, settings: TrainSettings) -> Any:
 
     An option at 0 or False does nothing; if all are off, the input tensor is returned. Steps 1 to 4 are one sampling:
     bilinear if `rotation` or `zoom` is on, else by whole pixels, so that pixels keep their values. Pixels from outside
-    the image repeat the nearest edge pixel.
-
-    Call it outside XLA, which has no kernel for ImageProjectiveTransformV3 (contrast alone would run).
-
-    Args:
-        images: uint8 [B,S,S,1], S static.
-        draws: float32 [B,DRAWS] in [0, 1), the images' rows of `draw_random`.
-        settings: uses `flip`, `shift`, `rotation`, `zoom` and `contrast`.
+    the image repeat the nearest edge pixel. Call it outside XLA, which has no kernel for ImageProjectiveTransformV3.
     """
     moves = settings.flip or settings.shift or settings.rotation or settings.zoom
     if not (moves or settings.contrast):
@@ -88,12 +78,12 @@ def _transform(x: Any, draws: Any, settings: TrainSettings) -> Any:
     cos, sin = tf.cos(angle) / zoom, tf.sin(angle) / zoom
     a0, a1 = mirror * cos, -mirror * sin
     b0, b1 = sin, cos
-    zero = tf.zeros_like(dx)
     # Each row: output (x, y) reads input (a0 x + a1 y + a2, b0 x + b1 y + b2); the last two entries are perspective.
     a2, b2 = dx + centre - (a0 + a1) * centre, dy + centre - (b0 + b1) * centre
+    perspective = [tf.zeros_like(dx)] * 2
     return tf.raw_ops.ImageProjectiveTransformV3(
         images=x,
-        transforms=tf.stack([a0, a1, a2, b0, b1, b2, zero, zero], axis=1),
+        transforms=tf.stack([a0, a1, a2, b0, b1, b2, *perspective], axis=1),
         output_shape=tf.constant([side, side], tf.int32),
         fill_value=0.0,
         interpolation="BILINEAR" if interpolated else "NEAREST",

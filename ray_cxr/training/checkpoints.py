@@ -17,12 +17,8 @@ def find_best_checkpoint(out: Path) -> Any:
     """Return Ray Train's checkpoint of the best epoch so far of a run; None before the first epoch has finished."""
     if not (out / "ray" / SNAPSHOT).exists():
         return None
-    scored = [
-        (metrics["selection"], checkpoint)
-        for checkpoint, metrics in read_result(out).best_checkpoints
-        if metrics["selection"] > UNSCORED
-    ]
-    return max(scored, key=lambda pair: pair[0])[1] if scored else None
+    scored = [pair for pair in read_result(out).best_checkpoints if pair[1]["selection"] > UNSCORED]
+    return max(scored, key=lambda pair: pair[1]["selection"])[0] if scored else None
 
 
 def read_result(out: Path) -> Any:
@@ -35,7 +31,6 @@ def read_result(out: Path) -> Any:
 
 
 def read_progress(checkpoint: Any) -> dict[str, Any]:
-    """Return the fields of `loop.Progress` in a checkpoint."""
+    """Return the fields of `loop.TrainState` in a checkpoint."""
     with checkpoint.as_directory() as folder:
-        progress: dict[str, Any] = json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8"))
-    return progress
+        return dict(json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8")))

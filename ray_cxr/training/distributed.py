@@ -21,19 +21,9 @@ from ray_cxr.errors import RayCxrError
 
 
 class Replicas:
-    """Exchange tensors with the other workers.
+    """Exchange tensors among `count` workers, of which this is number `rank`; on GPUs through NCCL.
 
     MultiWorkerMirroredStrategy reads `TF_CONFIG`, which Ray Train sets. One worker is a cluster of one.
-
-    Args:
-        gpu: compute on this worker's GPU and exchange through NCCL.
-
-    Attributes:
-        rank: this worker's number, from 0.
-        count: number of workers.
-
-    Raises:
-        RayCxrError: this worker sees more than one GPU.
     """
 
     def __init__(self, *, gpu: bool = False) -> None:
@@ -57,18 +47,12 @@ class Replicas:
         )
 
     def compile(self, replicated: Callable[..., Any], local: Callable[[Any], Any] = lambda value: value) -> Any:
-        """Compile one graph of two functions: `local` gets the result of `replicated`.
+        """Return one graph of two functions of this worker's tensors: `local` gets the result of `replicated`.
 
-        Args:
-            replicated: runs in the strategy and may call `sum`.
-            local: runs on each worker; its argument should be the same on all.
-
-        Returns:
-            A function of this worker's tensors with the result of `local`.
+        Only `replicated` runs in the strategy and may call `sum`.
         """
 
-        # Tracing is faster without autograph, which no function here needs.
-        @tf.function(autograph=False)
+        @tf.function(autograph=False)  # tracing is faster without autograph
         def run(*args: Any) -> Any:
             return local(self._strategy.run(replicated, args=args))
 
@@ -101,11 +85,7 @@ class Replicas:
         return bool(self.gather(np.array(flag, dtype=np.int32)).any())
 
     def check_equal(self, variables: Iterable[keras.Variable], when: str) -> None:
-        """Check that these variables are bit-identical on all workers.
-
-        Raises:
-            RayCxrError: they differ.
-        """
+        """Raise an error if these variables are not bit-identical on all workers."""
         if self.count == 1:
             return
         digest = 0

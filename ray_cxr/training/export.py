@@ -34,15 +34,7 @@ CURVES = "learning_curves.png"
 
 
 def export_bundle(plan: TrainPlan, to: Path, *, more: Mapping[str, Any] | None = None) -> Bundle:
-    """Write a bundle of the best epoch so far of a run, finished or not.
-
-    Args:
-        to: the bundle's folder.
-        more: additional entries of its provenance.
-
-    Raises:
-        RayCxrError: no epoch has finished yet, or the validation images changed during the run.
-    """
+    """Write a bundle of a run's best epoch so far to a folder, with `more` entries in its provenance."""
     with silence_stderr():  # TensorFlow's C++ code prints on import and when it looks for GPUs
         import tensorflow as tf
 
@@ -63,11 +55,7 @@ def export_bundle(plan: TrainPlan, to: Path, *, more: Mapping[str, Any] | None =
 
 
 def write_curves(out: Path, bundle: Bundle) -> None:
-    """Draw a bundle's learning curves as `learning_curves.png` and `.svg`.
-
-    Raises:
-        OutputError: they cannot be written.
-    """
+    """Draw a bundle's learning curves as `learning_curves.png` and `.svg`."""
     from ray_cxr.reporting import curve_figures, plots  # matplotlib takes half a second to import
 
     png, svg = plots.encode_figure(curve_figures.plot_learning_curves(bundle.model_json()["curves"]))
@@ -81,13 +69,7 @@ def write_curves(out: Path, bundle: Bundle) -> None:
 def _build_content(
     plan: TrainPlan, checkpoint: Path, curves: Sequence[Mapping[str, Any]], more: Mapping[str, Any]
 ) -> BundleContent:
-    """Fit calibration and operating points on validation, and collect what the bundle states.
-
-    Args:
-        checkpoint: the best epoch's.
-        curves: of all epochs.
-        more: additional entries of the provenance.
-    """
+    """Fit calibration and operating points on the best epoch's validation, and collect what the bundle states."""
     data, settings = plan.data, plan.settings
     progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
     result = json.loads((checkpoint / RESULT).read_text(encoding="utf-8"))
@@ -145,11 +127,7 @@ def _build_content(
 
 
 def _trace_lineage(used: pd.DataFrame, weights: str) -> tuple[pa.Table, str]:
-    """Return the images that trained the model and its starting weights, and whether that is all of them.
-
-    Returns:
-        A table of `SPLIT_SCHEMA`, and `known` or `unknown`.
-    """
+    """Return the images that trained model and starting weights, and whether that is all: `known` or `unknown`."""
     frame = used[["image_id", "patient_id", "split"]]
     lineage = "known" if weights in ("none", "imagenet") else "unknown"  # ImageNet holds no radiographs of patients
     if Path(weights).is_dir():

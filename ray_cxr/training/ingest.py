@@ -61,14 +61,7 @@ class Batch:
 
 
 class Feed:
-    """Read one worker's batches of one split.
-
-    Args:
-        data: the split.
-        columns: label columns of the model's findings.
-        batch_size: the global batch; a multiple of `count`.
-        rank, count: this worker's number and the number of workers.
-    """
+    """Read the batches of one split for worker `rank` of `count`; the global `batch_size` is a multiple of `count`."""
 
     def __init__(self, data: SplitData, columns: Sequence[int], batch_size: int, rank: int, count: int) -> None:
         self._data, self._columns, self._batch_size = data, list(columns), batch_size
@@ -102,15 +95,7 @@ class Feed:
 
 
 class Prefetcher(Generic[_T]):
-    """Make items in a thread before they are used, in order.
-
-    Args:
-        fetch: makes item i.
-        count: number of items.
-
-    Attributes:
-        wait_seconds: time that the consumer has waited for items.
-    """
+    """Make items 0 to count-1 in a thread before they are used; `wait_seconds` is how long the consumer waited."""
 
     def __init__(self, fetch: Callable[[int], _T], count: int) -> None:
         self._fetch, self._count = fetch, count

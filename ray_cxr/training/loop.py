@@ -38,12 +38,9 @@ class TrainState:
     It has no random state: order, augmentation and dropout are functions of seed, epoch and step.
 
     Attributes:
-        epochs_done: number of finished epochs.
         losses: of the finished steps of the current epoch; empty between epochs.
-        scores: selection score of each finished epoch; higher is better.
-        curves: a row of metrics per finished epoch.
+        scores, curves: selection score (higher is better) and row of metrics of each finished epoch.
         stopped: whether a callback has ended the training.
-        policy: the Keras dtype policy of the computation.
     """
 
     epochs_done: int = 0
@@ -60,8 +57,7 @@ class EpochResult:
 
     Attributes:
         loss: mean of all its steps, including those before a restart.
-        images: number trained on since the start or restart, without padding.
-        seconds: time for these images.
+        images, seconds: number trained on since the start or restart, without padding, and the time for them.
         wait_seconds: time that the slowest worker waited for images.
     """
 
@@ -75,16 +71,9 @@ class Loop:
     """Model, optimizer and data of one worker.
 
     Args:
-        replicas: the workers.
-        settings: the run's.
-        architecture: what to build.
-        train, val: the two splits.
         weights: the start: `imagenet`, `none`, a bundle or a file.
         policy: the Keras dtype policy: `float32`, `mixed_bfloat16` or `mixed_float16`.
         callbacks: every worker runs them, with the same logs.
-
-    Raises:
-        ConfigError: the batch is not a multiple of the workers, or the weights are unavailable.
     """
 
     def __init__(
@@ -270,9 +259,7 @@ class Loop:
     def _share_statistics(self, epoch: int, batch: Batch) -> None:
         """Average BatchNorm's moving statistics over the workers; check that all variables are equal and finite.
 
-        Raises:
-            RayCxrError: they differ between workers.
-            DivergedError: a weight is not finite, which the loss shows only one step later.
+        The loss shows a weight that is not finite only one step later.
         """
         self.replicas.average([v for layer in self._norms for v in (layer.moving_mean, layer.moving_variance)])
         self.replicas.check_equal(self.list_shared(), f"epoch {epoch + 1}, step {batch.step + 1}")
@@ -341,12 +328,7 @@ def _use_policy(name: str) -> Iterator[None]:
 
 
 def evaluate(values: np.ndarray, probabilities: np.ndarray, findings: tuple[str, ...]) -> dict[str, Any]:
-    """Return n, positives and AUROC per finding (None if undefined), and the macro AUROC over the defined ones.
-
-    Args:
-        values: labels int8 [N,F], -1 for unlabelled.
-        probabilities: float32 [N,F].
-    """
+    """Return n, positives and AUROC (None if undefined) per finding, and their macro AUROC, for labels int8 [N,F]."""
     rows: dict[str, Any] = {}
     for j, name in enumerate(findings):
         known = values[:, j] >= 0

@@ -23,15 +23,7 @@ _POLL_S = 0.5
 
 
 class RunMonitor:
-    """Report on a run in another process.
-
-    Args:
-        out: the run's folder.
-        epochs: of the whole run.
-        steps_per_epoch: of each.
-        started: when the command started, seconds since 1970.
-        on_event: takes one line per event.
-    """
+    """Report on a run in another process; the command `started` at a time in seconds since 1970."""
 
     def __init__(
         self, out: Path, epochs: int, steps_per_epoch: int, started: float, on_event: Callable[[str], None]

@@ -22,16 +22,9 @@ NOT_DECAYED = ("bias", "gamma", "beta")
 
 
 class FlatOptimizer:
-    """The optimizer of one stage of training.
+    """The optimizer of one stage of training, for the model's trainable weights.
 
-    Args:
-        settings: uses `optimizer`, `momentum`, `weight_decay`, `clip_norm` and `ema`.
-        weights: the model's trainable weights.
-        float16: scale the loss, because small float16 gradients vanish; bfloat16 has float32's range.
-
-    Attributes:
-        weights: the model's trainable weights.
-        keras: the Keras optimizer.
+    With `float16` it scales the loss, because small gradients vanish; bfloat16 has float32's range.
     """
 
     def __init__(self, settings: TrainSettings, weights: Sequence[keras.Variable], *, float16: bool = False) -> None:

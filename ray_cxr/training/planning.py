@@ -27,8 +27,6 @@ class TrainPlan:
     """A training run that passed all checks.
 
     Attributes:
-        out: the run's folder.
-        data: the prepared set.
         settings: with size and weights resolved.
         run_settings: the content of settings.json, which later runs in `out` must match.
         started: whether this run continues an earlier one.
@@ -66,11 +64,7 @@ class TrainPlan:
 
 
 def plan_training(prepared: str | Path, out: str | Path, settings: TrainSettings) -> TrainPlan:
-    """Check the arguments of `train` before Ray starts, which takes seconds.
-
-    Raises:
-        ConfigError, TableError, LeakError, OutputError, BundleError: an argument is wrong.
-    """
+    """Check the arguments of `train` before Ray starts, which takes seconds."""
     out = remote.to_path(out)
     data = PreparedSet(prepared, settings.size)
     settings = settings.replace(size=data.size)
@@ -111,11 +105,7 @@ def plan_training(prepared: str | Path, out: str | Path, settings: TrainSettings
 
 
 def refuse_leak(start: Bundle, val: pa.Table) -> None:
-    """Refuse validation images or patients that trained the starting weights.
-
-    Raises:
-        LeakError: there are some; they would choose the epoch, the calibration and the operating points.
-    """
+    """Refuse validation images or patients that trained the starting weights: they choose epoch and calibration."""
     split = identity.read_split(start.path)
     trained = split.filter(pc.equal(split["split"], "train"))
     images = pc.is_in(val["image_id"], trained["image_id"].combine_chunks())
@@ -138,12 +128,8 @@ def list_free_settings(settings: TrainSettings) -> set[str]:
 def plan_resources(settings: TrainSettings, *, use_gpu: bool, runs: int | None = None) -> tuple[int, int]:
     """Return the CPUs per worker on Ray's current nodes, and how many such runs fit at a time.
 
-    Args:
-        runs: number of runs to fit, which leaves fewer CPUs for each worker; None: as many as the GPUs hold, or one
-            on CPUs.
-
-    Raises:
-        ConfigError: not even one run fits; Ray would wait forever.
+    Without `runs`, as many runs as the GPUs hold share the CPUs, or one run on CPUs. If not even one fits, where Ray
+    would wait forever, this raises a ConfigError.
     """
     resources = [node["Resources"] for node in cluster.list_nodes()]
     gpus = sum(node.get("GPU", 0) for node in resources)

@@ -26,11 +26,7 @@ _WHOLE = "all"
 
 
 def describe_images(table: pd.DataFrame) -> dict[str, Any]:
-    """Describe the images of one split: `groups.describe_population`, and under `findings` n and positives of each.
-
-    Args:
-        table: with `COLUMNS`; null is unknown.
-    """
+    """Describe the images of one split: `groups.describe_population`, and under `findings` n and positives of each."""
     description = groups.describe_population(*_get_demographics(table), table["patient_id"].to_numpy(dtype=object))
     description["findings"] = {
         name: {"n": int(table[name].notna().sum()), "positives": int((table[name] == 1).sum())} for name in LABELS
@@ -63,9 +59,7 @@ def evaluate_validation(
         probabilities: float32 [N,F], raw.
         findings: F names; means exclude No_Finding.
         rules: fitted on these images; their operating points give sensitivity and specificity.
-        method, min_positives: of the calibration.
         n_resamples: of patients, per interval.
-        seed: of the resamples.
 
     Returns:
         split, n_resamples and seed; `findings`: per finding a `subgroups.Cell` with average_precision and the expected
@@ -98,11 +92,8 @@ def evaluate_validation(
             cells[name]["ece_calibrated"] = calibration.cross_fitted_error(
                 y[:, [j]], probabilities[:, [j]], patients, method=method, min_positives=min_positives
             )
-    underdiagnosis = [
-        one
-        for one in measured.differences
-        if one.quantity == "sensitivity" and one.finding is not None and not one.small
-    ]
+    sensitivity = [one for one in measured.differences if one.quantity == "sensitivity"]
+    underdiagnosis = [one for one in sensitivity if one.finding is not None and not one.small]
     return {
         "split": "val",
         "n_resamples": n_resamples,
@@ -116,7 +107,6 @@ def evaluate_validation(
 
 
 def _get_demographics(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Sex, age, view and follow-up as `groups.build_groups` takes them."""
     sex, age, view, follow_up = (table[name].to_numpy(dtype=object) for name in ("sex", "age", "view", "follow_up"))
     return sex, age, view, follow_up
 

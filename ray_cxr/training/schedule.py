@@ -11,12 +11,7 @@ from ray_cxr.config import TrainSettings
 def compute_learning_rate(
     settings: TrainSettings, steps_per_epoch: int, epoch: int, step: int, scores: Sequence[float]
 ) -> float:
-    """Return the learning rate of one step.
-
-    Args:
-        epoch, step: both from 0.
-        scores: selection scores of all earlier epochs; higher is better.
-    """
+    """Return the learning rate of one step, after earlier epochs with these selection scores; both count from 0."""
     if epoch < settings.frozen_epochs:
         return settings.frozen_learning_rate or settings.learning_rate
     position = (epoch - settings.frozen_epochs) * steps_per_epoch + step

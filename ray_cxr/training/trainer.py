@@ -108,10 +108,6 @@ def fit(
     Returns:
         The metrics of each epoch, from the last checkpoint: another node writes metrics.csv, and shared storage may
         show it late.
-
-    Raises:
-        ConfigError, OutputError: the workers do not fit, or `out` cannot be written.
-        RayCxrError: training failed.
     """
     out, settings = plan.out, plan.settings
     if not plan.started:
@@ -143,24 +139,19 @@ def fit(
     if not (progress["stopped"] or len(scores) >= settings.epochs or schedule.is_out_of_patience(settings, scores)):
         raise RayCxrError(
             f"{out}: training ended after {len(scores)} of {settings.epochs} epochs without a reason; "
-            "the same command continues"
+            "run the same command again to continue"
         )
-    curves: list[dict[str, Any]] = progress["curves"]
-    return curves
+    return list(progress["curves"])
 
 
 def _run_workers(out: Path, settings: TrainSettings, config: dict[str, Any], listeners: Sequence[Any]) -> Any:
-    """Run Ray Train to its end and return its result.
-
-    Raises:
-        ConfigError, RayCxrError: one line with the reason of the failure.
-    """
+    """Run Ray Train to its end and return its result."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
     from ray_cxr.training.backend import TensorflowCluster, Trainer
 
-    use_gpu, resources = config["use_gpu"], {"CPU": float(config["cpus"])}
-    if use_gpu:
+    resources = {"CPU": float(config["cpus"])}
+    if config["use_gpu"]:
         resources["GPU"] = settings.gpus_per_worker
     store, path = remote.to_arrow(out)
     trainer = Trainer(
@@ -169,11 +160,8 @@ def _run_workers(out: Path, settings: TrainSettings, config: dict[str, Any], lis
         backend_config=TensorflowCluster(),
         scaling_config=ScalingConfig(
             num_workers=settings.workers,
-            use_gpu=use_gpu,
-            resources_per_worker={
-                "CPU": float(config["cpus"]),
-                **({"GPU": settings.gpus_per_worker} if use_gpu else {}),
-            },
+            use_gpu=config["use_gpu"],
+            resources_per_worker=resources,
             label_selector=cluster.get_selector(),
         ),
         run_config=RunConfig(

@@ -56,7 +56,7 @@ def run(config: dict[str, Any]) -> None:
         try:
             _train(config)
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not isinstance(error, MemoryError) and type(error).__name__ != "ResourceExhaustedError":
                 raise
             settings = config["settings"]
             raise RayCxrError(
@@ -70,10 +70,6 @@ def run(config: dict[str, Any]) -> None:
             # Other workers may be waiting for this one in an exchange; an exception makes Ray Train end them all.
             # Its message must hold no image ids, because it goes to Ray's logs.
             raise RayCxrError(f"worker {context.get_world_rank()} failed; see {failure}") from None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
 
 
 def _train(config: dict[str, Any]) -> None:
@@ -90,11 +86,7 @@ def _train(config: dict[str, Any]) -> None:
     from ray_cxr.training.loop import Loop, TrainState
 
     times["TensorFlow"] = time.time()
-    settings, out, gpu = (
-        build(TrainSettings, config["settings"]),
-        remote.to_path(config["out"]),
-        bool(config["use_gpu"]),
-    )
+    settings, out, gpu = build(TrainSettings, config["settings"]), remote.to_path(config["out"]), config["use_gpu"]
     policy = runtime.prepare_device(gpu, settings.precision)
     runtime.limit_threads(config["cpus"])
     if settings.deterministic if settings.deterministic is not None else not (gpu or settings.xla):
@@ -211,11 +203,9 @@ def _report(metrics: dict[str, Any], loop: Loop, state: TrainState, folder: Path
 
 
 class RunRecorder:
-    """Write rank 0's progress to RUN and to Ray's metrics.
+    """Write rank 0's progress to RUN and, tagged with its name, to Ray's metrics.
 
     Args:
-        out: the run's folder, whose name is the metrics' tag.
-        loop: rank 0's.
         times: when each part of the start-up ended, seconds since 1970.
         state: where training starts.
     """
@@ -233,11 +223,9 @@ class RunRecorder:
         self._step_at = time.monotonic()
 
     def start_epoch(self) -> None:
-        """Start the clock of an epoch's first step."""
         self._step_at = time.monotonic()
 
     def record_step(self, epoch: int, step: int, loss: float) -> None:
-        """Record a step that has finished."""
         if not self._live_at:
             self._start["times"]["first step"] = time.time()
             atomic.write_json(self._out / STARTED, self._start)
@@ -254,7 +242,6 @@ class RunRecorder:
                 atomic.write_json(self._out / LIVE, {"epoch": epoch + 1, "step": step, "loss": loss})
 
     def send_metrics(self, point: dict[str, Any]) -> None:
-        """Send an epoch's row to Ray's metrics."""
         run = self._out.name
         telemetry.add(telemetry.TRAIN_WAIT_SECONDS, point["wait_seconds"], run)
         telemetry.set_gauge(telemetry.TRAIN_EPOCH, point["epoch"], run)
@@ -269,8 +256,7 @@ class RunRecorder:
             (self._out / METRICS).unlink(missing_ok=True)  # of an attempt that ended before its first checkpoint
             return
         atomic.write(
-            self._out / METRICS,
-            lambda part: pd.DataFrame(state.curves).to_csv(part, index=False, lineterminator="\n"),
+            self._out / METRICS, lambda part: pd.DataFrame(state.curves).to_csv(part, index=False, lineterminator="\n")
         )
         from tensorboardX import SummaryWriter
 
