@@ -30,14 +30,16 @@ from ray_cxr.storage import remote
 _PROJECTED_SIDE = 256
 
 
+def _find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the position of each wanted image in `ids`, -1 if missing."""
+    return np.asarray(pd.Index(ids).get_indexer(pd.Index(wanted)))
+
+
 @dataclass(frozen=True)
 class Population:
     """The images that reference standards are compared on: the evaluation set, or without labels all scored images.
 
-    Attributes:
-        rows: int [n], rows of `Scores`.
-        patients: ids [n], None if unknown.
-        description: which images these are, for every table.
+    `rows` are int [n] into `Scores`, `patients` ids [n] or None.
     """
 
     rows: np.ndarray
@@ -52,13 +54,9 @@ class Population:
             return cls(rows, table.patients[rows], None, "all scored images of any split")
         return cls(evaluated.rows, evaluated.patients, split, label or "")
 
-    def find(self, table: Scores, ids: np.ndarray) -> np.ndarray:
-        """Return each image's position in `rows`, int [k]; -1 if it is not among them."""
-        return np.asarray(pd.Index(table.ids[self.rows]).get_indexer(pd.Index(ids)))
-
     def count_missing(self, table: Scores, ids: np.ndarray) -> dict[str, int]:
-        """Count the images without a row, those that failed, and those outside the evaluated split."""
-        rows = np.asarray(pd.Index(table.ids).get_indexer(pd.Index(ids)))
+
+        rows = _find(table.ids, ids)
         scored = rows[rows >= 0]
         return {
             "not_scored": int((rows < 0).sum()),
@@ -71,10 +69,8 @@ class Population:
 class ConsensusResult:
     """Metrics against a consensus table.
 
-    Attributes:
-        parts: evaluated images by the table's own split.
-        scales: for each scored composite, `calibrated` or `raw`.
-        counts: images of the table that were evaluated, and those left out by reason.
+    `parts` counts evaluated images by the table's own split, `counts` evaluated images and those left out by reason;
+    `scales` is `calibrated` or `raw` for each scored composite.
     """
 
     table: str
@@ -90,16 +86,15 @@ class ConsensusResult:
 
     def to_json(self) -> dict[str, Any]:
         reference = self.reference
-        counts = ("images", "parts", "n_images", "n_patients")
+        composites = reference.composites.items()
         return {
             "source": reference.source,
             "kind": reference.kind,
             "table": self.table,
             "digest": reference.digest,
-            **{name: getattr(self, name) for name in counts},
+            **{name: getattr(self, name) for name in ("images", "parts", "n_images", "n_patients")},
             "composites": {
-                name: {"findings": list(members), "scores": self.scales.get(name)}
-                for name, members in reference.composites.items()
+                name: {"findings": list(members), "scores": self.scales.get(name)} for name, members in composites
             },
             "notes": list(reference.notes),
             "left_out": dict(reference.left_out),
@@ -110,34 +105,25 @@ class ConsensusResult:
 
 
 def compare_with_consensus(
-    table: Scores, population: Population, path: str, *, prevalences: Mapping[str, float], bootstrap: BootstrapSettings
+    table: Scores, population: Population, path: str, prevalences: Mapping[str, float], bootstrap: BootstrapSettings
 ) -> ConsensusResult:
-    """Evaluate the images that a consensus table labels.
-
-    Raises:
-        TableError: see `data.consensus.read_consensus`.
-        InputError: none of the table's images is evaluated.
-        LeakError: some trained the model, and the split is neither `train` nor `val`.
-    """
+    """Evaluate the images that a consensus table labels."""
     reference = read_consensus(path)
-    places = population.find(table, reference.image_ids)
+    places = _find(table.ids[population.rows], reference.image_ids)
     kept = places >= 0
-    counts = {
-        "labelled": len(reference),
-        "evaluated": int(kept.sum()),
-        **population.count_missing(table, reference.image_ids),
-    }
+    counts = {"labelled": len(reference), "evaluated": int(kept.sum())}
+    counts |= population.count_missing(table, reference.image_ids)
     if not kept.any():
         raise InputError(
             f"--consensus {path}: none of its {len(reference):,} images is evaluated here "
             f"({counts['not_scored']:,} have no score, {counts['failed']:,} failed, {counts['outside_split']:,} are in "
             "no or another split). Score them, or evaluate their split."
         )
-    rows = population.rows[places[kept]]
-    patients = population.patients[places[kept]]
+    rows, patients = population.rows[places[kept]], population.patients[places[kept]]
     patients = np.where([patient is None for patient in patients], reference.patient_ids[kept], patients)
     checked = check_leakage(table, rows, patients, population.split, "the consensus table")
     names = [name for name in (*LABELS, *reference.composites) if name in reference.labels]
+    labels = {name: reference.labels[name][kept] for name in names}
     outputs, scales = ModelOutputs.select(table, rows).add_composites(reference.composites)
     return ConsensusResult(
         table=str(path),
@@ -149,13 +135,7 @@ def compare_with_consensus(
         scales=scales,
         counts=counts,
         leak_check=checked,
-        evaluation=evaluate(
-            outputs,
-            {name: reference.labels[name][kept] for name in names},
-            patients,
-            prevalences=prevalences,
-            bootstrap=bootstrap,
-        ),
+        evaluation=evaluate(outputs, labels, patients, prevalences=prevalences, bootstrap=bootstrap),
     )
 
 
@@ -196,14 +176,9 @@ def compare_with_scores(
     description: str,
     bootstrap: BootstrapSettings,
 ) -> ScoreComparison:
-    """Compare AUROC with another score table's, finding by finding, in the same resamples of patients.
-
-    Raises:
-        InputError: the tables share no image or no labelled finding.
-        LeakError: some images trained the other model, and the split is neither `train` nor `val`.
-    """
+    """Compare AUROC with another score table's, finding by finding, in the same resamples of patients."""
     other = read_scores(path)
-    rows = np.asarray(pd.Index(other.ids).get_indexer(pd.Index(table.ids[evaluated.rows])))
+    rows = _find(other.ids, table.ids[evaluated.rows])
     shared = rows >= 0
     shared[shared] = other.ok[rows[shared]]
     names = [f for f in table.findings if f in other.findings and (evaluated.labels[f][shared] >= 0).any()]
@@ -212,15 +187,12 @@ def compare_with_scores(
         raise InputError(f"--compare {path}: {lacking} is in both score tables; score the same images with both")
     patients = evaluated.patients[shared]
     checked = check_leakage(other, rows[shared], patients, split, "the compared images")
-    paired = paired_findings(
-        np.column_stack([evaluated.labels[f][shared] for f in names]),
-        np.column_stack([table.p[f][evaluated.rows[shared]] for f in names]),
-        np.column_stack([other.p[f][rows[shared]] for f in names]),
-        patients,
-        n_resamples=bootstrap.n_resamples,
-        seed=bootstrap.seed,
-        macro=np.array([f != NO_FINDING for f in names]),
-    )
+    labels = np.column_stack([evaluated.labels[f][shared] for f in names])
+    p = np.column_stack([table.p[f][evaluated.rows[shared]] for f in names])
+    other_p = np.column_stack([other.p[f][rows[shared]] for f in names])
+    macro = np.array([f != NO_FINDING for f in names])
+    n, seed = bootstrap.n_resamples, bootstrap.seed
+    paired = paired_findings(labels, p, other_p, patients, n_resamples=n, seed=seed, macro=macro)
     return ScoreComparison(
         other=str(path),
         models=other.model_digests,
@@ -273,29 +245,18 @@ class _ProjectedMaps(Mapping[tuple[str, str], np.ndarray]):
 
 
 def compare_with_boxes(table: Scores, population: Population, path: str, bootstrap: BootstrapSettings) -> BoxResult:
-    """Measure the heat maps of `score --heatmaps` against boxes that radiologists drew.
-
-    Raises:
-        TableError: see `data.boxes.read_boxes` and `imaging.overlays.read_heatmaps`.
-        InputError: there are no heat maps, or no boxed image is evaluated.
-        LeakError: some boxed images trained the model, and the split is neither `train` nor `val`.
-    """
+    """Measure the heat maps of `score --heatmaps` against boxes that radiologists drew."""
     boxes = read_boxes(path)
     if table.run_folder is None or not (remote.to_path(table.run_folder) / FOLDER).is_dir():
-        raise InputError(
-            f"--boxes {path}: {table.source} holds no heat maps. Draw them first: `ray-cxr score ... --heatmaps "
-            f"{len(FINDINGS)}`"
-        )
-    places = population.find(table, boxes.image_ids)
+        command = f"`ray-cxr score ... --heatmaps {len(FINDINGS)}`"
+        raise InputError(f"--boxes {path}: {table.source} holds no heat maps. Draw them first: {command}")
+    places = _find(table.ids[population.rows], boxes.image_ids)
     kept = places >= 0
     images = np.unique(boxes.image_ids.astype(str))
     if not kept.any():
-        raise InputError(
-            f"--boxes {path}: none of its {len(images):,} images is evaluated here. Score them, or evaluate their "
-            "split."
-        )
-    rows = population.rows[places[kept]]
-    patients = population.patients[places[kept]]
+        none = f"none of its {len(images):,} images is evaluated here"
+        raise InputError(f"--boxes {path}: {none}. Score them, or evaluate their split.")
+    rows, patients = population.rows[places[kept]], population.patients[places[kept]]
     checked = check_leakage(table, np.unique(rows), patients, population.split, "the boxed images")
     measured = measure_localisation(
         _ProjectedMaps(read_heatmaps(table.run_folder, set(boxes.image_ids[kept]))),

@@ -33,13 +33,8 @@ class JoinCounts:
 class EvaluationSet:
     """Scored and labelled images in the labels' order; one entry per image in every array [n].
 
-    Attributes:
-        rows: int, their rows in `Scores`.
-        labels: per finding int8, -1 for null.
-        patients: object ids, None if unknown.
-        sex, view: object, None if unknown.
-        age, follow_up: float, years and number of the image, NaN if unknown.
-        counts: what the join used and left out.
+    `rows` are int into `Scores`, `labels` int8 with -1 for null. `age` (years) and `follow_up` (number of the image)
+    are float with NaN for unknown; the others are objects, None if unknown.
     """
 
     rows: np.ndarray
@@ -67,20 +62,16 @@ def describe_split(split: str | None, info: Mapping[str, Any]) -> str:
 
 
 def join_labels(table: Scores, manifest: pa.Table, path: str | Path, split: str | None) -> EvaluationSet:
-    """Join scores with the manifest's rows of a split, or with all rows.
-
-    Raises:
-        InputError: the manifest is empty, has no such split, or shares no image with the scores.
-        TableError: a label is not 0, 1 or null.
-    """
-    ids = read_texts(manifest, "image_id", str(path))
+    """Join scores with the manifest's rows of a split, or with all rows."""
+    path = str(path)
+    ids = read_texts(manifest, "image_id", path)
     if not len(ids):
         raise InputError(f"--labels {path}: holds no rows; make it again with `ray-cxr manifest`")
-    chosen = _select_split(read_texts(manifest, "split", str(path)), split, path)
+    chosen = _select_split(read_texts(manifest, "split", path), split, path)
     rows = pd.Index(table.ids).get_indexer(pd.Index(ids[chosen]))
     scored = rows >= 0
     if not scored.any():
-        where = f"the {split} split of {path}" if split else str(path)
+        where = f"the {split} split of {path}" if split else path
         raise InputError(
             f"{table.source} and {where} have no image in common; "
             f"compare their image_id, such as {table.ids[0]!r} and {ids[chosen][0]!r}"
@@ -102,19 +93,12 @@ def join_labels(table: Scores, manifest: pa.Table, path: str | Path, split: str 
         if not {0, 1}.issuperset(known):
             raise TableError(f"{path}: column {finding} holds {sorted(known)}; use 0, 1 and null (not labelled)")
         labels[finding] = pc.fill_null(manifest[finding], -1).to_numpy()[chosen][kept]
-    patients = read_texts(manifest, "patient_id", str(path))[chosen][kept]
+    patients, sex, view = (read_texts(manifest, name, path)[chosen][kept] for name in ("patient_id", "sex", "view"))
+    age, follow_up = (read_floats(manifest, name, path)[chosen][kept] for name in ("age", "follow_up"))
     rows = rows[kept]
-    return EvaluationSet(
-        rows,
-        labels,
-        # The score table may know a patient whom the manifest does not.
-        np.where([patient is None for patient in patients], table.patients[rows], patients),
-        sex=read_texts(manifest, "sex", str(path))[chosen][kept],
-        age=read_floats(manifest, "age", str(path))[chosen][kept],
-        view=read_texts(manifest, "view", str(path))[chosen][kept],
-        follow_up=read_floats(manifest, "follow_up", str(path))[chosen][kept],
-        counts=counts,
-    )
+    # The score table may know a patient whom the manifest does not.
+    patients = np.where([patient is None for patient in patients], table.patients[rows], patients)
+    return EvaluationSet(rows, labels, patients, sex, age, view, follow_up, counts)
 
 
 def _select_split(splits: np.ndarray, split: str | None, path: str | Path) -> np.ndarray:

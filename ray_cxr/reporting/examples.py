@@ -135,10 +135,7 @@ def select_heatmap_examples(table: Scores, evaluated: EvaluationSet) -> list[tup
         groups.append((title, _take_one_per_finding(sorted(ranked), shown)))
     with Decoder([None]) as decoder:
         return [
-            (
-                title,
-                [_build_heatmap_tile(table, evaluated, maps, finding, case, decoder) for finding, case in chosen],
-            )
+            (title, [_build_heatmap_tile(table, evaluated, maps, finding, case, decoder) for finding, case in chosen])
             for title, chosen in groups
         ]
 

@@ -198,10 +198,7 @@ def draw_drift(measured: drift.Drift) -> Figure | None:
     """Draw observed against expected flag rates; None if no finding has flags."""
     rows = [
         forest_figures.DriftRow(
-            one.name,
-            Estimate(one.observed, one.low, one.high),
-            one.expected,
-            one.verdict in ("differs", "large"),
+            one.name, Estimate(one.observed, one.low, one.high), one.expected, one.verdict in ("differs", "large")
         )
         for one in measured.flags
         if one.observed is not None and one.name != NO_FINDING

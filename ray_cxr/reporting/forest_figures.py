@@ -371,14 +371,7 @@ def _write_column(
 
 
 def _draw_estimate(
-    ax: Axes,
-    at: float,
-    estimate: Estimate | None,
-    *,
-    colour: str,
-    marker: str,
-    hollow: bool = False,
-    size: float = 6.5,
+    ax: Axes, at: float, estimate: Estimate | None, *, colour: str, marker: str, hollow: bool = False, size: float = 6.5
 ) -> None:
     """Draw an estimate in row `at`, or nothing for None; parts beyond the frame become an arrow head."""
     if estimate is None:

@@ -45,12 +45,9 @@ class BootstrapSettings:
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """A model's predictions, one entry per image in every array [n].
+    """A model's predictions by finding, arrays [n] of one entry per image.
 
-    Attributes:
-        p, c: per finding, raw and calibrated probability, float64 with NaN for null.
-        flags: per finding, int8 with -1 for null.
-        operating_points, expected_flag_rates: per finding, as in model.json.
+    `p` (raw) and `c` (calibrated) are float64 with NaN for null, `flags` int8 with -1 for null.
     """
 
     p: dict[str, np.ndarray]
@@ -61,22 +58,14 @@ class ModelOutputs:
 
     @classmethod
     def select(cls, table: Scores, rows: np.ndarray) -> ModelOutputs:
-        return cls(
-            p={finding: values[rows] for finding, values in table.p.items()},
-            c={finding: values[rows] for finding, values in table.c.items()},
-            flags={finding: values[rows] for finding, values in table.flags.items()},
-            operating_points=table.operating_points,
-            expected_flag_rates=table.model.get("expected_flag_rates") or {},
-        )
+        p, c, flags = ({f: values[rows] for f, values in part.items()} for part in (table.p, table.c, table.flags))
+        return cls(p, c, flags, table.operating_points, table.model.get("expected_flag_rates") or {})
 
     def add_composites(self, composites: Mapping[str, tuple[str, ...]]) -> tuple[ModelOutputs, dict[str, str]]:
         """Add composite findings: the highest score of the members, flagged if any member is.
 
-        Raw scores of different findings share no scale, so calibrated ones are used if every member has them. A
-        composite is skipped if the model lacks a member.
-
-        Returns:
-            The outputs, and `calibrated` or `raw` for each composite added.
+        Returns the outputs, and `calibrated` or `raw` for each composite added. A composite is skipped if the model
+        lacks a member. Raw scores share no scale, so calibrated ones are used if every member has them.
         """
         p, flags, scales = dict(self.p), dict(self.flags), {}
         for name, members in composites.items():
@@ -108,14 +97,10 @@ class FindingResult:
     """Everything measured of one finding.
 
     Attributes:
-        n, positives, positive_patients: labelled and scored images, positive images, and patients with one.
+        n: labelled and scored images.
         unscored: labelled images without a score.
-        metrics: by key, in the order of `METRICS`.
         reason: why AUROC is undefined, or None.
         caution: why AUROC's interval is missing or too narrow, or None.
-        delong: DeLong's interval of AUROC, or None.
-        undefined_resamples: resamples in which AUROC is undefined.
-        roc_band: interval of the ROC curve, or None.
     """
 
     n: int
@@ -141,29 +126,18 @@ class FindingResult:
 
     def to_json(self) -> dict[str, Any]:
         counts = ("n", "positives", "positive_patients", "prevalence", "unscored")
-        facts = (
-            "threshold",
-            "rule",
-            "expected_flag_rate",
-            "assumed_prevalence",
-            "mean_calibrated",
-            "reason",
-            "caution",
-        )
+        model = ("threshold", "rule", "expected_flag_rate", "assumed_prevalence", "mean_calibrated")
         low, high = self.delong or (None, None)
         undefined = {key: one.reason for key, one in self.metrics.items() if one.value is None}
-        undefined |= {
-            f"{key}_low": f"no interval: {one.interval_reason}"
-            for key, one in self.metrics.items()
-            if one.value is not None and one.low is None
-        }
+        unbounded = {key: one for key, one in self.metrics.items() if one.value is not None and one.low is None}
+        undefined |= {f"{key}_low": f"no interval: {one.interval_reason}" for key, one in unbounded.items()}
         return {
             **{name: getattr(self, name) for name in counts},
             **_flatten(self.metrics),
             "auroc_undefined_resamples": self.undefined_resamples,
             "auroc_delong_low": low,
             "auroc_delong_high": high,
-            **{name: getattr(self, name) for name in facts},
+            **{name: getattr(self, name) for name in (*model, "reason", "caution")},
             "undefined": undefined,
         }
 
@@ -172,10 +146,8 @@ class FindingResult:
 class MeanResult:
     """The mean of each ranking metric over the findings with a defined AUROC, without No_Finding.
 
-    Attributes:
-        reason: why there is no mean, or None.
-        undefined_resamples: resamples in which a finding's AUROC is undefined.
-        weights: how findings are weighted, or None for equal weights.
+    `reason` explains a missing mean. In `undefined_resamples` a finding's AUROC is undefined. `weights` is None for
+    equal weights.
     """
 
     metrics: dict[str, Measurement]
@@ -229,52 +201,43 @@ def evaluate(
     prevalences: Mapping[str, float],
     bootstrap: BootstrapSettings,
 ) -> EvaluationResult:
-    """Compute all metrics of these images.
+    """Compute all metrics of these images; all findings share the resamples.
 
     Args:
-        outputs: the model's predictions, [n] each.
         labels: per finding int8 [n], -1 if not labelled, in the order of the report.
         patients: ids [n].
         prevalences: per finding, the prevalence to compute predictive values for, 0..1.
-        bootstrap: settings; all findings and metrics share the resamples.
     """
     n = len(patients)
     names = [finding for finding in labels if finding in outputs.p or (labels[finding] >= 0).any()]
     scored = [finding for finding in names if finding in outputs.p]
     _log.debug("bootstrap: %d resamples of %d images", bootstrap.n_resamples, n)
+    derived = DerivedOutputs(
+        flags=_stack([outputs.flags.get(f, np.full(n, -1)) for f in scored], n),
+        calibrated=_stack([outputs.c.get(f, np.full(n, np.nan)) for f in scored], n),
+        assumed_prevalence=np.array([prevalences.get(f, np.nan) for f in scored], dtype=np.float64),
+    )
     found = bootstrap_findings(
         _stack([labels[f] for f in scored], n),
         _stack([outputs.p[f] for f in scored], n),
         patients,
-        DerivedOutputs(
-            flags=_stack([outputs.flags.get(f, np.full(n, -1)) for f in scored], n),
-            calibrated=_stack([outputs.c.get(f, np.full(n, np.nan)) for f in scored], n),
-            assumed_prevalence=np.array([prevalences.get(f, np.nan) for f in scored], dtype=np.float64),
-        ),
+        derived,
         macro=np.array([finding != NO_FINDING for finding in scored], dtype=bool),
         n_resamples=bootstrap.n_resamples,
         seed=bootstrap.seed,
     )
+    intervals = dict(zip(scored, zip(found.findings, found.roc, strict=True), strict=True))
     results = {}
-    for finding in names:
-        if finding in scored:
-            place = scored.index(finding)
-            results[finding] = _evaluate_finding(
-                outputs,
-                finding,
-                labels[finding],
-                patients,
-                prevalences.get(finding),
-                found.findings[place],
-                found.roc[place],
-            )
+    for f in names:
+        if f in intervals:
+            results[f] = _evaluate_finding(outputs, f, labels[f], patients, prevalences.get(f), *intervals[f])
         else:
-            results[finding] = _report_unscored(labels[finding])
+            results[f] = _report_unscored(labels[f])
     averaged = [f for f, one in results.items() if one.auroc.value is not None and f != NO_FINDING]
-    positives = np.array([results[finding].positives for finding in averaged])
+    equal, positives = np.ones(len(averaged)), np.array([results[f].positives for f in averaged])
     return EvaluationResult(
         results,
-        macro=_average(results, averaged, np.ones(len(averaged)), found.macro, bootstrap.n_resamples),
+        macro=_average(results, averaged, equal, found.macro, bootstrap.n_resamples),
         weighted=_average(results, averaged, positives, found.weighted, bootstrap.n_resamples, "positives"),
     )
 
@@ -296,24 +259,16 @@ def _average(
         values = [results[finding].metrics[metric.key].value for finding in findings]
         mean = float(np.average(np.array(values, dtype=np.float64), weights=weights)) if findings else None
         means[metric.key] = Measurement(mean, found[metric.key].low, found[metric.key].high)
-    return MeanResult(
-        means,
-        findings,
-        None if findings else "no finding has a defined AUROC",
-        found["auroc"].undefined if findings else n_resamples,
-        name,
-    )
+    if not findings:
+        return MeanResult(means, findings, "no finding has a defined AUROC", n_resamples, name)
+    return MeanResult(means, findings, None, found["auroc"].undefined, name)
 
 
 def _report_unscored(labels: np.ndarray) -> FindingResult:
-    n, reason = int((labels >= 0).sum()), "labelled, but the scores have no column for it"
-    return FindingResult(
-        n=n,
-        positives=int((labels == 1).sum()),
-        unscored=n,
-        metrics={metric.key: Measurement(reason=reason) for metric in metrics.METRICS},
-        reason=reason,
-    )
+    n, positives = int((labels >= 0).sum()), int((labels == 1).sum())
+    reason = "labelled, but the scores have no column for it"
+    undefined = {metric.key: Measurement(reason=reason) for metric in metrics.METRICS}
+    return FindingResult(n, positives, unscored=n, metrics=undefined, reason=reason)
 
 
 def _evaluate_finding(
@@ -344,7 +299,7 @@ def _evaluate_finding(
         for key, (value, why) in values.items()
     }
     point = outputs.operating_points.get(finding) or {}
-    positive_patients = count_patients(patients[usable][y == 1])
+    positive_patients, negative_patients = (count_patients(patients[usable][y == label]) for label in (1, 0))
     variance = delong(y, s) if reason is None else None
     return FindingResult(
         n=len(y),
@@ -354,7 +309,7 @@ def _evaluate_finding(
         positive_patients=positive_patients,
         prevalence=float(y.mean()) if len(y) else None,
         reason=reason,
-        caution=_caution(measured["auroc"], positive_patients, count_patients(patients[usable][y == 0])),
+        caution=_caution(measured["auroc"], positive_patients, negative_patients),
         delong=delong_interval(*variance) if variance else None,
         undefined_resamples=found["auroc"].undefined,
         threshold=finite_or_none(point.get("threshold")),

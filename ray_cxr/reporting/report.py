@@ -20,7 +20,7 @@ from ray_cxr.evaluation import metrics, published
 from ray_cxr.evaluation.group_resamples import LabelledScores
 from ray_cxr.evaluation.groups import build_groups
 from ray_cxr.evaluation.subgroups import Subgroups, measure_groups
-from ray_cxr.labels import LABELS, NO_FINDING
+from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting import figure_set, html, plots, tables
 from ray_cxr.reporting.comparators import Population, compare_with_boxes, compare_with_consensus, compare_with_scores
 from ray_cxr.reporting.curve_figures import plot_learning_curves, plot_priorities
@@ -37,25 +37,10 @@ from ray_cxr.storage import atomic, remote
 _log = logging.getLogger(__name__)
 #: Figures of a report; those of an older report are removed first.
 _FIGURES = (
-    "auroc",
-    "roc",
-    "precision_recall",
-    "reliability",
-    "distributions",
-    "subgroups",
-    "subgroup_differences",
-    "compared",
-    "consensus",
-    "localisation",
-    "drift",
-    "examples",
-    "heatmaps",
-    "radiographs",
-    "learning_curves",
-    "prevalence",
-    "cooccurrence",
-    "priority",
-)
+    "auroc", "roc", "precision_recall", "reliability", "distributions", "subgroups", "subgroup_differences",
+    "compared", "consensus", "localisation", "drift", "examples", "heatmaps", "radiographs", "learning_curves",
+    "prevalence", "cooccurrence", "priority",
+)  # fmt: skip
 #: Maximum resamples for subgroups, and for two attributes crossed, of which there are hundreds.
 _SUBGROUP_RESAMPLES, _CROSSING_RESAMPLES = 500, 200
 _WORKLIST_ROWS = 25
@@ -76,21 +61,18 @@ def write_report(
 ) -> dict[str, Any]:
     """Write metrics.json, metrics.parquet, figures (PNG and SVG), worklist.csv, report.md and, last, report.html.
 
+    Returns the content of metrics.json: float64 unrounded; undefined numbers are None, with a reason.
+
     Args:
         scores: the folder that `ray-cxr score` wrote; or a Parquet file or folder with image_id and p_<Finding>.
         out: the folder for the report; an older report in it is replaced.
-        labels: a manifest with labels; None reports scores without an evaluation.
+        labels: a manifest; None reports scores without an evaluation.
         split: evaluate only the labels' rows of `train`, `val` or `test`; None takes all rows.
-        consensus: a table of radiologists' labels, see `data.consensus`; compared on the evaluated images, or without
-            `labels` on all scored images.
-        boxes: a table of boxes, see `data.boxes`, for the heat maps that `score --heatmaps` drew.
+        consensus: radiologists' labels, compared on the evaluated images, or without `labels` on all scored images.
+        boxes: radiologists' boxes, for the heat maps that `score --heatmaps` drew.
         compare: another score table, compared on the labelled images that both tables have.
-        prevalence: a TOML file of shares per finding, see `prevalence`, to compute predictive values for.
-        n_resamples: patient-bootstrap resamples.
+        prevalence: a TOML file of shares per finding, to compute predictive values for.
         seed: of the bootstrap and of the choice of examples.
-
-    Returns:
-        The content of metrics.json: float64 unrounded; undefined numbers are None, with a reason.
 
     Raises:
         InputError: the scores are incomplete, or share no image with the labels, the consensus table, the boxes or
@@ -129,7 +111,7 @@ def write_report(
         bootstrap=bootstrap if labels or consensus or boxes else None,
         consensus=None
         if consensus is None
-        else compare_with_consensus(table, population, str(consensus), prevalences=prevalences, bootstrap=bootstrap),
+        else compare_with_consensus(table, population, str(consensus), prevalences, bootstrap),
         compared=None
         if compare is None or labelled is None
         else compare_with_scores(table, labelled.images, str(compare), split, labelled.split_label, bootstrap),
@@ -147,24 +129,12 @@ def _evaluate_labels(
     images = join_labels(table, rows, labels, split)
     population = "the test split" if split else "the labels"
     leak_check = check_leakage(table, images.rows, images.patients, split, population)
-    evaluation = evaluate(
-        ModelOutputs.select(table, images.rows),
-        {finding: images.labels[finding] for finding in LABELS},
-        images.patients,
-        prevalences=prevalences,
-        bootstrap=bootstrap,
-    )
-    return LabelResults(
-        images=images,
-        info=info,
-        split_label=describe_split(split, info),
-        leak_check=leak_check,
-        evaluation=evaluation,
-        subgroups=_measure_subgroups(table, images, bootstrap),
-        published=published.list_published(
-            split, info.get("kind"), n_images=len(images.rows), findings=evaluation.macro.findings
-        ),
-    )
+    outputs = ModelOutputs.select(table, images.rows)
+    evaluation = evaluate(outputs, images.labels, images.patients, prevalences=prevalences, bootstrap=bootstrap)
+    subgroups = _measure_subgroups(table, images, bootstrap)
+    n, findings = len(images.rows), evaluation.macro.findings
+    papers = published.list_published(split, info.get("kind"), n_images=n, findings=findings)
+    return LabelResults(images, info, describe_split(split, info), leak_check, evaluation, subgroups, papers)
 
 
 def _check_options(
@@ -193,28 +163,21 @@ def _measure_subgroups(table: Scores, evaluated: EvaluationSet, bootstrap: Boots
     if not names:
         return "no finding is both scored and labelled"
     rows = evaluated.rows
-    images = LabelledScores(
-        np.column_stack([evaluated.labels[f] for f in names]),
-        np.column_stack([table.p[f][rows] for f in names]),
-        np.column_stack([table.flags[f][rows] if f in table.flags else np.full(len(rows), -1) for f in names]),
-        evaluated.patients,
-        names,
-        macro=np.array([f != NO_FINDING for f in names], dtype=bool),
-    )
-    return measure_groups(
-        groups,
-        images,
-        n_resamples=min(bootstrap.n_resamples, _SUBGROUP_RESAMPLES),
-        n_resamples_crossings=min(bootstrap.n_resamples, _CROSSING_RESAMPLES),
-        seed=bootstrap.seed,
-    )
+    labels = np.column_stack([evaluated.labels[f] for f in names])
+    p = np.column_stack([table.p[f][rows] for f in names])
+    flags = np.column_stack([table.flags[f][rows] if f in table.flags else np.full(len(rows), -1) for f in names])
+    macro = np.array([f != NO_FINDING for f in names], dtype=bool)
+    n, n_crossings = (min(bootstrap.n_resamples, most) for most in (_SUBGROUP_RESAMPLES, _CROSSING_RESAMPLES))
+    images = LabelledScores(labels, p, flags, evaluated.patients, names, macro=macro)
+    return measure_groups(groups, images, n_resamples=n, n_resamples_crossings=n_crossings, seed=bootstrap.seed)
 
 
 def _read_digests(table: Scores, labels: str | Path | None, labelled: LabelResults | None) -> dict[str, Any]:
     location = None if labels is None else Location.of(str(labels))
     info = labelled.info if labelled else {}
+    digest = table.model.get("digest")
     return {
-        "model": list(table.model_digests) or [digest for digest in [table.model.get("digest")] if digest],
+        "model": list(table.model_digests) or ([digest] if digest else []),
         "input": table.run.get("input_digest"),
         "labels": hashlib.sha256(location.read_bytes()).hexdigest() if location and location.is_file else None,
         "tables": info.get("tables") or info.get("digests"),
@@ -238,14 +201,10 @@ def _list_notes(table: Scores, split: str | None, labelled: LabelResults | None,
                 "of the labels differs from the model's."
             )
     untraced = "so a leak between its training and this evaluation cannot be excluded."
-    if not table.is_own and table.model_digests:
-        notes.append(
-            f"The rows name the model that scored them, but its training images are not recorded here, {untraced}"
-        )
-    elif not table.is_own:
-        notes.append(
-            f"These predictions come from another system. Its training images are not recorded here, {untraced}"
-        )
+    if not table.is_own:
+        named = "The rows name the model that scored them, but its"
+        origin = named if table.model_digests else "These predictions come from another system. Its"
+        notes.append(f"{origin} training images are not recorded here, {untraced}")
     if len(table.model_digests) > 1:
         notes.append(f"The rows come from {len(table.model_digests)} different models; the results mix them.")
     if table.provenance.get("initial_weights") == "random" and not table.model.get("curves"):
@@ -266,8 +225,8 @@ def _list_notes(table: Scores, split: str | None, labelled: LabelResults | None,
 
 def _draw_figures(table: Scores, result: ReportResult, seed: int) -> dict[str, Figure]:
     figures: dict[str, Figure | None] = {}
-    if result.labelled:
-        labelled = result.labelled
+    labelled = result.labelled
+    if labelled:
         figures |= figure_set.draw_evaluation(table, labelled.images, labelled.evaluation, seed)
         if isinstance(labelled.subgroups, Subgroups):
             figures |= figure_set.draw_subgroups(labelled.subgroups, labelled.evaluation.macro)
@@ -280,11 +239,10 @@ def _draw_figures(table: Scores, result: ReportResult, seed: int) -> dict[str, F
     if result.drift:
         figures["drift"] = figure_set.draw_drift(result.drift.measured)
     priority = table.priority[np.isfinite(table.priority)]
-    if result.labelled is None and len(priority):
+    if labelled is None and len(priority):
         figures["priority"] = plot_priorities(priority)
-    epochs = table.model.get("curves") or []
-    if epochs:
-        figures["learning_curves"] = plot_learning_curves(epochs)
+    if table.model.get("curves"):
+        figures["learning_curves"] = plot_learning_curves(table.model["curves"])
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
@@ -305,6 +263,7 @@ def _write(out: Path, table: Scores, result: ReportResult, figures: Mapping[str,
     atomic.write_text(out / "worklist.csv", format_csv(rows))
     atomic.write_json(out / "metrics.json", plain)
     atomic.write_parquet(tables.build_table(plain), out / "metrics.parquet")
+    judged = plain["findings"] or (plain["consensus"] or {}).get("findings", {})
     view = {
         "m": plain,
         "source": table.source,
@@ -320,11 +279,7 @@ def _write(out: Path, table: Scores, result: ReportResult, figures: Mapping[str,
         "leak_check": result.labelled.leak_check.describe(result.split) if result.labelled else "",
         "compared_leak_check": result.compared.leak_check.describe(result.split) if result.compared else "",
         "attributes": figure_set.ATTRIBUTES,
-        "assumed": {
-            finding: one
-            for finding, one in (plain["findings"] or (plain["consensus"] or {}).get("findings", {})).items()
-            if one["assumed_prevalence"] is not None
-        },
+        "assumed": {finding: one for finding, one in judged.items() if one["assumed_prevalence"] is not None},
     }
     atomic.write_text(out / "report.md", html.render(view, "report.md.j2"))
     atomic.write_text(out / "report.html", html.render(view))
@@ -341,9 +296,6 @@ def _describe_model(table: Scores) -> list[tuple[str, str]]:
         ("Findings", ", ".join(plots.format_finding(finding) for finding in table.findings)),
         ("Model digest", ", ".join(table.model_digests) or table.model.get("digest")),
     ]
-    facts += [
-        (str(name).replace("_", " ").capitalize(), value)
-        for name, value in sorted(table.provenance.items())
-        if isinstance(value, (str, int, float))
-    ]
+    plain = [(name, value) for name, value in sorted(table.provenance.items()) if isinstance(value, (str, int, float))]
+    facts += [(str(name).replace("_", " ").capitalize(), value) for name, value in plain]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]

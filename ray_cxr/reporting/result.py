@@ -49,23 +49,16 @@ class Counts:
         return plain | (plain.pop("joined") or {})
 
 
-@dataclass(frozen=True)
-class FlagRate:
-    """Share of a finding's images that are flagged, and the share expected from validation."""
-
-    observed: float | None
-    expected: float | None
-    n: int
-
-
-def measure_flag_rates(table: Scores) -> dict[str, FlagRate]:
+def measure_flag_rates(table: Scores) -> dict[str, dict[str, Any]]:
+    """Return per finding the observed share of flagged images, the share expected from validation, and n images."""
     expected = table.model.get("expected_flag_rates") or {}
     rates = {}
     for finding in table.findings:
         flags = table.flags.get(finding, np.zeros(0, dtype=np.int8))
         known = flags[flags >= 0]
         observed = float(known.mean()) if len(known) else None
-        rates[finding] = FlagRate(observed, finite_or_none(expected.get(finding)), len(known))
+        share = finite_or_none(expected.get(finding))
+        rates[finding] = {"observed": observed, "expected": share, "n": len(known)}
     return rates
 
 
@@ -110,10 +103,8 @@ def measure_drift(table: Scores, evaluated: EvaluationSet | None, split_label: s
 class LabelResults:
     """The evaluation against labels.
 
-    Attributes:
-        info: the manifest's description of its split: kind, seed, digests of the tables.
-        subgroups: results, or the reason why there are none.
-        published: published results, each with the reason why it is not comparable, or None.
+    `info` is the manifest's description of its split; `subgroups` may be the reason why there are none; `published`
+    results have the reason why they are not comparable, or None.
     """
 
     images: EvaluationSet
@@ -125,7 +116,7 @@ class LabelResults:
     published: list[tuple[Published, str | None]]
 
     def to_json(self) -> dict[str, Any]:
-        subgroups = self.subgroups
+        subgroups, published = self.subgroups, self.published
         return {
             "split_label": self.split_label,
             "split_kind": self.info.get("kind"),
@@ -133,9 +124,7 @@ class LabelResults:
             "leak_check": self.leak_check.to_json(),
             **self.evaluation.to_json(),
             "subgroups": {"reason": subgroups} if isinstance(subgroups, str) else subgroups.to_json(),
-            "published": [
-                {**one.to_json(), "comparable": reason is None, "reason": reason} for one, reason in self.published
-            ],
+            "published": [{**one.to_json(), "comparable": why is None, "reason": why} for one, why in published],
         }
 
 
@@ -148,7 +137,7 @@ class ReportResult:
     n_patients: int
     labelled: LabelResults | None
     counts: Counts
-    flag_rates: dict[str, FlagRate]
+    flag_rates: dict[str, dict[str, Any]]
     drift: DriftResult | None
     digests: dict[str, Any]
     bootstrap: BootstrapSettings | None
@@ -161,7 +150,6 @@ class ReportResult:
         keys = ("split_label", "split_kind", "split_seed", "macro", "weighted", "leak_check", "subgroups")
         unlabelled = dict.fromkeys(keys) | {"findings": {}, "published": []}
         labelled = self.labelled.to_json() if self.labelled else unlabelled
-        drift, bootstrap = self.drift, self.bootstrap
         return {
             "split": self.split,
             **{key: labelled[key] for key in ("split_label", "split_kind", "split_seed")},
@@ -169,10 +157,10 @@ class ReportResult:
             "n_patients": self.n_patients,
             **{key: labelled[key] for key in ("findings", "macro", "weighted")},
             "counts": self.counts.to_json(),
-            "flag_rates": {finding: asdict(rate) for finding, rate in self.flag_rates.items()},
-            "drift": drift.to_json() if drift else None,
+            "flag_rates": self.flag_rates,
+            "drift": self.drift.to_json() if self.drift else None,
             "digests": self.digests,
-            "intervals": bootstrap.to_json() if bootstrap else None,
+            "intervals": self.bootstrap.to_json() if self.bootstrap else None,
             **{key: labelled[key] for key in ("leak_check", "subgroups", "published")},
             "consensus": self.consensus.to_json() if self.consensus else None,
             "compared": self.compared.to_json() if self.compared else None,

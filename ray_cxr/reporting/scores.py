@@ -32,9 +32,7 @@ _TEXT = ("image_id", "path", "patient_id", "study_id", "status", "error_code", "
 class TrainingImages:
     """The images that fitted a model's weights or chose its epoch and thresholds: object arrays [n] of str.
 
-    Attributes:
-        images, patients: ids; None for an unknown patient.
-        parts: `train` or `val`, None if the bundle does not record it.
+    A patient may be None; `parts` are `train` or `val`, or None if the bundle does not record it.
     """
 
     images: np.ndarray
@@ -51,13 +49,11 @@ class Scores:
         folder: the folder with the Parquet files, as `remote.to_path` takes it; None for files and read-only stores.
         run_folder: the SCORES folder, in the same form; None if there is none.
         ids, paths, patients, studies, codes, top_findings, quality_flags: object arrays of str or None.
-        ok: bool; False on error rows.
-        p, c: per finding, raw and calibrated probability, float64 with NaN for null.
+        ok: False on error rows.
+        p, c, priority: float64 with NaN for null; p is raw and c calibrated, per finding.
         flags: per finding, int8 with -1 for null.
-        priority: float64, NaN for null.
         ignored: columns named like predictions of an unknown finding.
         model, run: `model.json` and `run.json`, or empty.
-        training: the model's training images; None if unknown.
     """
 
     source: str
@@ -97,12 +93,7 @@ class Scores:
 
 
 def read_scores(path: str | Path) -> Scores:
-    """Read a SCORES folder, or the Parquet file or folder of another system's predictions.
-
-    Raises:
-        InputError: nothing is there, the run of `ray-cxr score` is incomplete, or there is no Parquet file.
-        TableError: a column image_id or p_<Finding> is missing, an image is named twice, or a value is out of range.
-    """
+    """Read a SCORES folder, or the Parquet file or folder of another system's predictions."""
     location = Location.of(str(path))
     run = location.find_run()
     if run is not None:
@@ -130,11 +121,6 @@ class Location:
 
     @classmethod
     def of(cls, text: str) -> Location:
-        """Open a path or URI.
-
-        Raises:
-            InputError: it does not exist or cannot be opened.
-        """
         shown = redact(text)
         try:
             fs, path = open_uri(text) if "://" in text else (pafs.LocalFileSystem(), os.path.realpath(text))
@@ -162,18 +148,20 @@ class Location:
         store = remote.as_store_path(remote.to_path(opened_as)) if opened_as.lower().startswith("s3://") else None
         return None if store is None else str(store.from_inner(self.path))
 
-    def has(self, name: str) -> bool:
-        return bool(self.fs.get_file_info(f"{self.path}/{name}").type != pafs.FileType.NotFound)
+    def has(self, *names: str) -> bool:
+        """Return whether any of these is in the folder."""
+        infos = self.fs.get_file_info([f"{self.path}/{name}" for name in names])
+        return any(info.type != pafs.FileType.NotFound for info in infos)
 
     def find_run(self) -> Location | None:
         """Return the SCORES folder at or above this location."""
-        if not self.is_file and any(self.has(name) for name in ("run.json", "model.json", "scores")):
+        if not self.is_file and self.has("run.json", "model.json", "scores"):
             return self
         inside = self.parent() if self.is_file else self
         if inside.path.rpartition("/")[2] == "scores":
             above = inside.parent()
             # settings.json: rows of an incomplete run must not pass as another system's predictions.
-            if any(above.has(name) for name in ("run.json", "model.json", "settings.json")):
+            if above.has("run.json", "model.json", "settings.json"):
                 return above
         return None
 
@@ -191,23 +179,12 @@ class Location:
         return value if isinstance(value, dict) else {}
 
     def read_parquet(self, shown: str) -> pa.Table:
-        """Read the columns that reports use from one file or from all files below a folder.
-
-        Raises:
-            InputError: there is no Parquet file.
-            TableError: a file is not Parquet, or the files' schemas do not match.
-        """
-        if self.is_file:
-            files = [self.path]
-        else:
+        """Read the columns that reports use from one file or from all files below a folder."""
+        files = [self.path]
+        if not self.is_file:
             entries = self.fs.get_file_info(pafs.FileSelector(self.path, recursive=True, allow_not_found=True))
-            files = sorted(
-                entry.path
-                for entry in entries
-                if entry.type == pafs.FileType.File
-                and entry.path.endswith(".parquet")
-                and not entry.base_name.startswith((".", "_"))
-            )
+            visible = [one for one in entries if not one.base_name.startswith((".", "_"))]
+            files = sorted(one.path for one in visible if one.is_file and one.path.endswith(".parquet"))
         if not files:
             raise InputError(f"{shown}: no Parquet files. Pass the folder that `ray-cxr score` wrote.")
 
@@ -251,9 +228,9 @@ class _Columns:
         findings = tuple(label for label in LABELS if label in columns["p_"])
         if not findings:
             raise TableError(f"{self.source}: has no column p_<Finding>, such as p_{FINDINGS[0]}")
-        p = {finding: self._probabilities(columns["p_"][finding]) for finding in findings}
-        c = {finding: self._probabilities(name) for finding, name in columns["c_"].items() if finding in findings}
-        flags = {finding: self._flags(name) for finding, name in columns["flag_"].items() if finding in findings}
+        p = {f: self._probabilities(columns["p_"][f]) for f in findings}
+        c = {f: self._probabilities(name) for f, name in columns["c_"].items() if f in findings}
+        flags = {f: self._flags(name) for f, name in columns["flag_"].items() if f in findings}
         points = origin["model"].get("operating_points") or {}
         for finding in findings:
             if finding not in flags and points.get(finding):
@@ -288,10 +265,8 @@ class _Columns:
             raise TableError(f"{self.source}: {sum(name is None for name in ids):,} rows have no image_id")
         repeated = [name for name, n in Counter(ids).items() if n > 1]
         if repeated:
-            raise TableError(
-                f"{self.source}: {len(repeated):,} images have more than one row, such as {repeated[0]!r}; "
-                "keep one row per image"
-            )
+            found = f"{len(repeated):,} images have more than one row, such as {repeated[0]!r}"
+            raise TableError(f"{self.source}: {found}; keep one row per image")
 
     def _read_ok(self, status: np.ndarray) -> np.ndarray:
         if "status" not in self.table.column_names:
@@ -322,10 +297,8 @@ class _Columns:
         values = read_floats(self.table, name, self.source)
         bad = (values < 0) | (values > 1)
         if bad.any():
-            raise TableError(
-                f"{self.source}: {int(bad.sum()):,} values of {name} are outside 0..1, such as {values[bad][0]:g}; "
-                "the column must hold probabilities"
-            )
+            found = f"{int(bad.sum()):,} values of {name} are outside 0..1, such as {values[bad][0]:g}"
+            raise TableError(f"{self.source}: {found}; the column must hold probabilities")
         return values
 
     def _flags(self, name: str) -> np.ndarray:
@@ -336,11 +309,7 @@ class _Columns:
 
 
 def read_texts(table: pa.Table, name: str, source: str) -> np.ndarray:
-    """Return a column as an object array of str or None; all None if the column is missing.
-
-    Raises:
-        TableError: the column holds no text.
-    """
+    """Return a column as an object array of str or None; all None if the column is missing."""
     if name not in table.column_names:
         return np.full(len(table), None, dtype=object)
     try:
@@ -355,11 +324,7 @@ def read_texts(table: pa.Table, name: str, source: str) -> np.ndarray:
 
 
 def read_floats(table: pa.Table, name: str, source: str) -> np.ndarray:
-    """Return a column as float64 with NaN for null; all NaN if the column is missing.
-
-    Raises:
-        TableError: the column holds no numbers.
-    """
+    """Return a column as float64 with NaN for null; all NaN if the column is missing."""
     if name not in table.column_names:
         return np.full(len(table), np.nan)
     try:

@@ -79,11 +79,7 @@ def _subgroups(found: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
                 yield {**of, "metric": f"mean {name} over {kind} findings", "n": group["n"], **_ends(mean, "value")}
         for finding, cell in group["findings"].items():
             counts = {"finding": finding, "n": cell["n"], "positives": cell["positives"]}
-            for name, reason in (
-                ("auroc", "reason"),
-                ("sensitivity", "rates_reason"),
-                ("specificity", "rates_reason"),
-            ):
+            for name, reason in (("auroc", "reason"), ("sensitivity", "rates_reason"), ("specificity", "rates_reason")):
                 given = {name: cell[reason] if cell[name] is None else None, f"{name}_low": cell["interval_reason"]}
                 yield {**of, **counts, **_number(cell, name, given)}
     for one in found["differences"]:
