@@ -1,4 +1,4 @@
-"""Every failure this package raises on purpose.
+"""Every failure this package raises on purpose. A message is one line: what is wrong, where, what to do.
 
     RayCxrError                   exit 1
     ├── InputError                exit 2   the input or the arguments are wrong
@@ -11,8 +11,7 @@
     ├── ErrorRateExceeded         exit 3   done, but more images failed than was allowed
     └── ImageError                one image that cannot be used; carries its `code`
 
-Every message is one line that says what, where and what to do. None of them quotes a DICOM field or a
-patient's name: messages end up in logs and reports.
+No message quotes a DICOM field or a patient's name, because messages end up in logs and reports.
 """
 
 from __future__ import annotations
@@ -86,9 +85,7 @@ class OutputError(InputError):
 class ErrorRateExceeded(RayCxrError):
     """All rows were written, but more of them failed than `--max-error-rate` allows.
 
-    Args:
-        message: one line.
-        report: the report of the finished run; it does not leave the process.
+    Its `report` of the finished run does not leave the process.
     """
 
     exit_code = 3
@@ -99,12 +96,7 @@ class ErrorRateExceeded(RayCxrError):
 
 
 class DivergedError(RayCxrError):
-    """A loss or a weight is not finite.
-
-    Args:
-        message: one line.
-        reason: what diverged, at which epoch and step.
-    """
+    """A loss or a weight is not finite; `reason` names it, its epoch and its step."""
 
     fields = ("reason",)
 
@@ -114,15 +106,7 @@ class DivergedError(RayCxrError):
 
 
 class ImageError(RayCxrError):
-    """One image cannot be used.
-
-    Args:
-        code: one of `ERROR_CODES`.
-        message: one line, without any patient field.
-
-    Raises:
-        ValueError: the code is not in `ERROR_CODES`.
-    """
+    """One image cannot be used; `code` is one of `ERROR_CODES`."""
 
     fields = ("code",)
 
@@ -141,11 +125,8 @@ class ImageError(RayCxrError):
 def to_record(error: RayCxrError) -> dict[str, Any]:
     """Return an error as JSON data, to carry it to another process or into a file."""
     message = error.message if isinstance(error, ImageError) else str(error)
-    return {
-        "type": type(error).__name__,
-        "message": message,
-        "details": {name: getattr(error, name) for name in error.fields},
-    }
+    details = {name: getattr(error, name) for name in error.fields}
+    return {"type": type(error).__name__, "message": message, "details": details}
 
 
 def from_record(record: Mapping[str, Any]) -> RayCxrError:
@@ -154,10 +135,6 @@ def from_record(record: Mapping[str, Any]) -> RayCxrError:
     if not (isinstance(kind, type) and issubclass(kind, RayCxrError)):
         return RayCxrError(record["message"])
     return kind(message=record["message"], **record["details"])
-
-
-#: Errors of the operating system that mean a lost connection to Ray, and not a file.
-_OF_RAY_ITSELF = (ConnectionError, TimeoutError)
 
 
 def own_error(error: BaseException) -> RayCxrError | OSError | None:
@@ -171,14 +148,14 @@ def own_error(error: BaseException) -> RayCxrError | OSError | None:
         seen.add(id(one))
         # Ray's wrapper is an instance of the class that it wraps as well, and its message is a traceback.
         wrapped = getattr(one, "cause", None)
-        is_wrapper = isinstance(wrapped, BaseException)
-        if isinstance(one, (RayCxrError, OSError)) and not (is_wrapper or isinstance(one, _OF_RAY_ITSELF)):
+        # A lost connection to Ray is an OSError too.
+        of_ray = isinstance(wrapped, BaseException) or isinstance(one, (ConnectionError, TimeoutError))
+        if isinstance(one, (RayCxrError, OSError)) and not of_ray:
             return one
         # Not __context__: an error that merely happened while another was handled is another error.
         queue += [wrapped, one.__cause__]
-        failures = getattr(one, "worker_failures", None)
-        if isinstance(failures, dict):
-            queue += list(failures.values())
+        if isinstance(failures := getattr(one, "worker_failures", None), dict):
+            queue += failures.values()
     return None
 
 

@@ -1,10 +1,9 @@
 """Run tasks of Ray Data: carry errors in rows, retry lost tasks a limited number of times, watch their output.
 
-Ray Data keeps only the text of an exception that a task raises, prints its traceback, and skips the task where
-`max_errored_blocks` allows that. So a task catches its own exceptions and returns them in the column `error`: a record
-of `errors.to_record` as JSON, or an empty text when the task succeeded.
+Ray Data keeps only the text of an exception that a task raises, and may skip the task. So a task catches its own
+exceptions and returns them in the column `error`: a record of `errors.to_record` as JSON, or an empty text.
 
-Ray Data silently retries a task without limit after its worker died. So tasks of this package ask for no retries, and
+Ray Data silently retries a task without limit after its worker died. So tasks of this package request no retries, and
 `run_with_retries` submits lost tasks again until a whole round makes no progress.
 """
 
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 Task = dict[str, Any]
 
-#: Lost tasks that one round tolerates per worker, before it ends and the rest is submitted again.
+#: Lost tasks per worker after which a round ends and the rest is submitted again.
 MAX_LOST_PER_WORKER = 20
 #: Rounds without progress before the command gives up.
 MAX_IDLE_ROUNDS = 2
@@ -41,7 +40,7 @@ SUCCESS: Mapping[str, str] = {"error": ""}
 
 
 def configure() -> None:
-    """Set the options of Ray Data for all later datasets of this process and for their tasks."""
+    """Set the options of Ray Data for all later datasets of this process."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
@@ -50,14 +49,12 @@ def configure() -> None:
     context.execution_no_progress_timeout_s = -1
     # Otherwise an exception outside the tasks' own handlers arrives without its type.
     context.raise_original_map_exception = True
-    # The commands show the progress of images, not of blocks.
-    context.enable_progress_bars = False
+    context.enable_progress_bars = False  # the commands show the progress of images, not of blocks
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    # Ray Data logs a traceback for each lost task, which is submitted again.
-    logging.getLogger("ray.data._internal.execution.streaming_executor_state").setLevel(logging.CRITICAL)
-    # It logs a traceback for an exception that ends a dataset, which becomes one line.
-    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)
+    # These log tracebacks of lost tasks, which are submitted again, and of exceptions, which become one line.
+    for name in ("_internal.execution.streaming_executor_state", "exceptions"):
+        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
 
 
 def sanitize_error(error: Exception, command: str) -> RayCxrError:
@@ -71,13 +68,12 @@ def sanitize_error(error: Exception, command: str) -> RayCxrError:
         return error
     if isinstance(error, OSError):
         place, reason = error.filename or command, error.strerror or error
-        return RayCxrError(f"{place}: {reason}; the same command continues once this is fixed")
+        return RayCxrError(f"{place}: {reason}; fix this, then run the same command again to continue")
     trace = traceback.extract_tb(error.__traceback__)
     logger.error("%s\n%s", type(error).__name__, "".join(trace.format()))
     where = f"{Path(trace[-1].filename).name}, line {trace[-1].lineno}" if trace else "an unknown place"
-    return RayCxrError(
-        f"{command} failed with {type(error).__name__} in {where}; see the worker's log in Ray's log folder"
-    )
+    reason = f"{command} failed with {type(error).__name__} in {where}"
+    return RayCxrError(f"{reason}; see the worker's log in Ray's log folder")
 
 
 def encode_error(error: RayCxrError) -> dict[str, str]:
@@ -86,12 +82,7 @@ def encode_error(error: RayCxrError) -> dict[str, str]:
 
 
 def read_rows(dataset: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a dataset as its tasks return them.
-
-    Raises:
-        RayCxrError: the error that a row carries, or one line about an exception of Ray Data itself.
-        RayError: a worker was lost.
-    """
+    """Yield the rows of a dataset; raise the error that a row carries, or RayError when a worker was lost."""
     from ray.exceptions import RayError, RayTaskError
 
     try:
@@ -101,8 +92,7 @@ def read_rows(dataset: Any) -> Iterator[dict[str, Any]]:
             yield row
     except RayError as error:
         if (own := own_error(error)) is not None:
-            clean = sanitize_error(own, "Ray Data")
-            record = to_record(clean)
+            record = to_record(sanitize_error(own, "Ray Data"))
             record["message"] = record["message"].splitlines()[0]  # Ray Data appends lines to it
             raise from_record(record) from None
         if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
@@ -112,7 +102,9 @@ def read_rows(dataset: Any) -> Iterator[dict[str, Any]]:
         raise
     except Exception as error:  # Ray Data's exceptions share no base class
         reason = one_line(error)[:300]
-        raise RayCxrError(f"Ray Data failed ({type(error).__name__}: {reason}); the same command continues") from error
+        raise RayCxrError(
+            f"Ray Data failed ({type(error).__name__}: {reason}); run the same command again to continue"
+        ) from error
 
 
 def run_with_retries(
@@ -124,12 +116,8 @@ def run_with_retries(
 
     Args:
         tasks: each with `indices`, the numbers of the output files that it writes.
-        build_dataset: makes a Ray dataset of tasks. Its rows have `done`, the numbers of finished files, and
-            `error`.
+        build_dataset: makes a Ray dataset of tasks. Its rows have `done`, the numbers of finished files, and `error`.
         find_pending: returns the pending part of tasks, given the numbers that rows reported as done.
-
-    Raises:
-        RayCxrError: an error that a task returned; or workers keep dying.
     """
     from ray.exceptions import RayError
 
@@ -151,7 +139,7 @@ def run_with_retries(
             last = f", last with {type(lost).__name__}" if lost else ""
             raise RayCxrError(
                 f"workers keep dying ({files:,} output files pending{last}). The usual cause is too little memory; "
-                "Ray's log folder has the workers' logs. Finished files stay, and the same command continues"
+                "Ray's log folder has the workers' logs. Finished files stay; run the same command again to continue"
             ) from lost
         if left:
             logger.warning("WARNING: workers were lost; %s files that they had in progress are retried", f"{files:,}")
@@ -170,11 +158,8 @@ def map_once(dataset: Any, function: Callable[..., Any], **options: Any) -> Any:
 def poll(look: Callable[[], bool], command: str) -> Iterator[None]:
     """Call `look` every second while the block runs and once after it; warn while no file appears.
 
-    A task returns at its end, which can take hours for an archive, while its files appear one by one.
-
-    Args:
-        look: shows the files that appeared since the last call; returns whether there are any.
-        command: name in the warning.
+    A task returns at its end, which can take hours for an archive, while its files appear one by one. `look` shows the
+    files that appeared since the last call, and returns whether there are any.
     """
     last = time.monotonic()
 

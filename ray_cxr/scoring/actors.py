@@ -32,19 +32,9 @@ from ray_cxr.evaluation import quality
 from ray_cxr.imaging.sandbox import DecodedImage, Failure
 from ray_cxr.models import predictions
 from ray_cxr.models.runtime import Outputs, Runtime
+from ray_cxr.scoring import ranges
 from ray_cxr.scoring.pool import PoolActor
-from ray_cxr.scoring.ranges import (
-    ERRORS_KEY,
-    RUN_KEY,
-    RangeState,
-    RowLocation,
-    ScoreJob,
-    ScoreTask,
-    TaskResult,
-    fill_ranges,
-    load_ranges,
-    part_path,
-)
+from ray_cxr.scoring.ranges import RangeState, RowLocation, ScoreJob, ScoreTask, TaskResult
 from ray_cxr.scoring.reader import ImageReader
 from ray_cxr.storage import atomic
 from ray_cxr.tasks import SUCCESS, encode_error, sanitize_error
@@ -66,8 +56,7 @@ class _Batch(NamedTuple):
 class Scorer:
     """A loaded model; several threads can call `score` at once.
 
-    Attributes:
-        first_at: when the first batch was scored, seconds since the epoch; 0 before that.
+    The first batch was scored at `first_at`, seconds since the epoch; 0 before that.
     """
 
     def __init__(self, job: ScoreJob, threads: int) -> None:
@@ -82,7 +71,7 @@ class Scorer:
         self, states: Sequence[RangeState], outcomes: Iterable[tuple[RowLocation, DecodedImage | Failure]]
     ) -> TaskResult:
         """Score images, in any order, and write each range when its last row has a result."""
-        files = list(fill_ranges(states, outcomes, ScoreWriter(self, states)))
+        files = list(ranges.fill_ranges(states, outcomes, ScoreWriter(self, states)))
         return TaskResult([index for index, _ in files], sum(rows for _, rows in files), first_at=self.first_at)
 
 
@@ -125,22 +114,19 @@ class ScoreWriter:
         outputs = batch.outputs.result()
         telemetry.add_inference("score", batch.latency.get())
         self._scorer.first_at = self._scorer.first_at or time.time()
-        model = self._scorer.quality
-        flags = (
-            [None] * len(batch.members)
-            if model is None
-            else quality.judge_images(model, batch.images, outputs.features)
-        )
-        for (part, row), probabilities, flag in zip(batch.members, outputs.probabilities, flags, strict=True):
-            self._probabilities[part][row], self._flags[part][row] = probabilities, flag
+        flags: Sequence[str | None] = [None] * len(batch.members)
+        if (model := self._scorer.quality) is not None:
+            flags = quality.judge_images(model, batch.images, outputs.features)
+        for (range_position, row), probabilities, flag in zip(batch.members, outputs.probabilities, flags, strict=True):
+            self._probabilities[range_position][row], self._flags[range_position][row] = probabilities, flag
         return batch.members
 
-    def flush(self, part: int) -> tuple[int, int]:
+    def flush(self, range_position: int) -> tuple[int, int]:
         """Write a range; return its number and how many rows were scored now."""
-        state, job = self._states[part], self._scorer.job
+        state, job = self._states[range_position], self._scorer.job
         rows = _add_tags(state.rows, state.tags, None if job.key is None else job.key.value)
         result = predictions.assemble(
-            rows, self._probabilities.pop(part), state.failures, self._scorer.rules, self._flags.pop(part)
+            rows, self._probabilities.pop(range_position), state.failures, self._scorer.rules, self._flags.pop(range_position)
         )
         scored = len(result)
         if state.previous is not None and state.retried is not None:
@@ -151,8 +137,8 @@ class ScoreWriter:
         job.check_run()
         errors = len(result) - result["error_code"].null_count
         # Metadata lets the driver count errors without reading a column.
-        result = result.replace_schema_metadata({RUN_KEY: job.run, ERRORS_KEY: str(errors)})
-        atomic.write_parquet(result, part_path(job.folder, state.index), compression="zstd")
+        result = result.replace_schema_metadata({ranges.RUN_KEY: job.run_digest, ranges.ERRORS_KEY: str(errors)})
+        atomic.write_parquet(result, ranges.part_path(job.folder, state.index), compression="zstd")
         telemetry.add_written(telemetry.IMAGES_SCORED, "score", scored, (code for code, _ in state.failures.values()))
         return state.index, scored
 
@@ -185,19 +171,15 @@ class ScoreActor(PoolActor):
         self._scorer = Scorer(job, cpus)
 
     def run(self, row: dict[str, Any]) -> TaskResult:
-        states = load_ranges(self._job, ScoreTask.from_row(row))
+        states = ranges.load_ranges(self._job, ScoreTask.from_row(row))
         return self._scorer.score(states, self._reader.iter_images(states))
-
-
-# ---------------------------------------------------------------- separate decoding tasks, for GPUs
 
 
 @dataclass
 class DecodedRange:
-    """The decoded images of one range, as they travel from a decoding task to a `ModelActor`.
+    """The decoded images of one range, as they travel from a decoding task to a `ModelActor`, usually on a GPU.
 
     Attributes:
-        task: one range.
         positions: rows of the range that were read.
         images: uint8 [n*S*S], zeros for failures.
         failures: row, code and message.
@@ -216,18 +198,13 @@ class DecodedRange:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Self:
-        """Rebuild a range.
-
-        Raises:
-            RayCxrError: the decoding task failed.
-        """
+        """Rebuild a range, or raise the error of its decoding task."""
         if row["error"]:
             raise from_record(json.loads(row["error"]))
         columns = (row[name] for name in ("positions", "images", "failures", "tags"))
         return cls(ScoreTask.from_row(row), *columns)
 
     def iter_outcomes(self, size: int) -> Iterator[tuple[RowLocation, DecodedImage | Failure]]:
-        """Yield the image or failure of every row."""
         images = np.frombuffer(self.images, np.uint8).reshape(-1, size, size)
         failures = {int(row): (code, message) for row, code, message in self.failures}
         tags: dict[int, dict[str, Any]] = {}
@@ -244,8 +221,8 @@ def decode_task(row: dict[str, Any], job: ScoreJob) -> Iterator[dict[str, Any]]:
     """Decode the images of a task's ranges in a Ray task of one CPU; yield a `DecodedRange` row per range."""
     try:
         task = ScoreTask.from_row(row)
-        states = load_ranges(job, task)
-        yield from fill_ranges(states, _open_reader(job).iter_images(states), DecodedWriter(job, task, states))
+        states = ranges.load_ranges(job, task)
+        yield from ranges.fill_ranges(states, _open_reader(job).iter_images(states), DecodedWriter(job, task, states))
     except Exception as error:
         empty = DecodedRange(ScoreTask((), False), [], b"", [], [])
         yield {**empty.to_row(), **encode_error(sanitize_error(error, "score"))}
@@ -268,27 +245,26 @@ class DecodedWriter:
         self._images = {i: np.zeros((len(s.rows), size, size), np.uint8) for i, s in enumerate(states)}
 
     def add(self, location: RowLocation, image: DecodedImage) -> tuple[RowLocation]:
-        self._images[location.part][location.row] = image.images[0]
+        self._images[location.range_position][location.row] = image.images[0]
         return (location,)
 
     def finish(self) -> tuple[()]:
         return ()
 
-    def flush(self, part: int) -> dict[str, Any]:
-        state = self._states[part]
+    def flush(self, range_position: int) -> dict[str, Any]:
+        state = self._states[range_position]
         (one,) = (one for one in self._task.ranges if one.index == state.index)
         retried = np.ones(one.rows, bool) if state.retried is None else state.retried
         return DecodedRange(
             replace(self._task, ranges=(one,)),
             np.flatnonzero(retried).tolist(),
-            self._images.pop(part).tobytes(),
+            self._images.pop(range_position).tobytes(),
             [[str(row), code, message] for row, (code, message) in state.failures.items()],
-            [[str(row), *(_to_text(tags.get(name)) for name in _TAGS)] for row, tags in state.tags.items()],
+            [
+                [str(row), *("" if (value := tags.get(name)) is None else str(value) for name in _TAGS)]
+                for row, tags in state.tags.items()
+            ],
         ).to_row()
-
-
-def _to_text(value: Any) -> str:
-    return "" if value is None else str(value)
 
 
 class ModelActor(PoolActor):
@@ -301,5 +277,5 @@ class ModelActor(PoolActor):
     def run(self, row: dict[str, Any]) -> TaskResult:
         decoded = DecodedRange.from_row(row)
         # Exactly the rows that were decoded, even if the file has changed since.
-        states = load_ranges(self._job, decoded.task, decoded.positions)
+        states = ranges.load_ranges(self._job, decoded.task, decoded.positions)
         return self._scorer.score(states, decoded.iter_outcomes(self._job.spec.size) if states else ())

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from ray_cxr import telemetry
 from ray_cxr.config import HeatMapMethod, InputSpec, ScoreSettings
-from ray_cxr.data.ranges import Range, Unit
+from ray_cxr.data.ranges import Range
 from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError
 from ray_cxr.imaging.overlays import FOLDER, SCHEMA, compute_area, overlay_name
 from ray_cxr.imaging.sandbox import DecodedImage
@@ -35,16 +35,7 @@ from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import predictions, runtime
 from ray_cxr.models.bundle import Bundle
 from ray_cxr.scoring.pool import PoolActor
-from ray_cxr.scoring.ranges import (
-    RangeState,
-    RowLocation,
-    ScoreJob,
-    ScoreTask,
-    TaskResult,
-    fill_ranges,
-    part_name,
-    part_path,
-)
+from ray_cxr.scoring.ranges import RangeState, RowLocation, ScoreJob, ScoreTask, TaskResult, fill_ranges, part_path
 from ray_cxr.scoring.reader import ImageReader
 from ray_cxr.storage import atomic, remote
 
@@ -60,13 +51,7 @@ _KEY = b"ray_cxr.heatmaps"
 
 @dataclass(frozen=True)
 class HeatMapRequest:
-    """Heat maps to draw.
-
-    Attributes:
-        count: maps per image.
-        method: see `models.explain`.
-        side: longer side of an overlay, pixels.
-    """
+    """Heat maps to draw: `count` per image, with overlays whose longer side has `side` pixels."""
 
     count: int
     method: HeatMapMethod
@@ -78,9 +63,7 @@ class HeatMapReport:
     """The heat maps in a folder, and what a run added.
 
     Attributes:
-        per_image: maps requested per image.
-        images: images that have maps.
-        maps: all maps, those of earlier runs included.
+        images, maps: images that have maps, and their maps; those of earlier runs included.
         without_evidence: maps that are zero everywhere.
         failures: images that were scored but not drawn, by code.
         drawn_now: images that this run drew.
@@ -132,11 +115,7 @@ class HeatMapReport:
 
 
 def make_request(bundle: Bundle, settings: ScoreSettings, count: int) -> HeatMapRequest:
-    """Return what to draw for `--heatmaps count`: at most one map per finding of the bundle.
-
-    Raises:
-        ConfigError: the count is less than 1, or No_Finding is the bundle's only finding.
-    """
+    """Return what to draw for `--heatmaps count`: at most one map per finding of the bundle."""
     if count < 1:
         raise ConfigError(f"--heatmaps {count}: must be at least 1")
     diseases = len(_list_diseases(bundle.findings))
@@ -146,7 +125,7 @@ def make_request(bundle: Bundle, settings: ScoreSettings, count: int) -> HeatMap
 
 
 def map_path(out: Path, index: int) -> Path:
-    return out / FOLDER / part_name(index)
+    return part_path(out, index, FOLDER)
 
 
 def count_failures(part: pa.NativeFile | None) -> int | None:
@@ -156,14 +135,10 @@ def count_failures(part: pa.NativeFile | None) -> int | None:
 
 
 def find_pending(out: Path, indices: Iterable[int], run: str, request: HeatMapRequest, *, retry: bool) -> set[int]:
-    """Return the numbers of ranges whose maps are missing or out of date.
+    """Return the numbers of ranges whose maps are missing or out of date, and with `retry` also of retryable errors.
 
-    Args:
-        run: digest of the settings that the scores were made with.
-        retry: include ranges with images whose error is retryable.
-
-    Raises:
-        OutputError: the folder holds maps of another method or size.
+    `run` is the digest of the settings that the scores were made with. Maps of another method or size raise
+    `OutputError`.
     """
     pending = set()
     indices = sorted(indices)
@@ -182,18 +157,8 @@ def find_pending(out: Path, indices: Iterable[int], run: str, request: HeatMapRe
     return pending
 
 
-def make_tasks(units: Sequence[Unit], pending: set[int], *, retry: bool) -> list[ScoreTask]:
-    """Return one task per unit with pending ranges, so that each archive is read once."""
-    chosen = (tuple(one for one in unit.ranges if one.index in pending) for unit in units)
-    return [ScoreTask(ranges, retry) for ranges in chosen if ranges]
-
-
 def count_maps(out: Path, ranges: Sequence[Range], request: HeatMapRequest) -> HeatMapReport:
-    """Count maps from their files, and check that each scored image has its maps or an error.
-
-    Raises:
-        OutputError: a file is missing or damaged, or holds other images.
-    """
+    """Count maps from their files, and check that each scored image has its maps or an error."""
     report = HeatMapReport(request.count)
     maps = remote.read_files(map_path(out, one.index) for one in ranges)
     scores = remote.read_files(part_path(out, one.index) for one in ranges)
@@ -257,11 +222,7 @@ def _digest_file(path: Path) -> str:
 
 
 def _read_scored(part: pa.NativeFile | None, columns: list[str]) -> pa.Table:
-    """Return the rows with scores of a file of scores.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-    """
+    """Return the rows with scores of a file of scores; None is a missing file."""
     if part is None:
         raise FileNotFoundError
     table = pq.read_table(part, columns=[*columns, "status"])
@@ -269,11 +230,7 @@ def _read_scored(part: pa.NativeFile | None, columns: list[str]) -> pa.Table:
 
 
 class HeatMapModel:
-    """A model with gradients, and threads that draw.
-
-    Args:
-        threads: for the model, and for drawing.
-    """
+    """A model with gradients, and threads that draw; each of the two uses up to `threads` threads."""
 
     def __init__(self, job: ScoreJob, request: HeatMapRequest, threads: int) -> None:
         bundle = job.load_bundle()
@@ -325,11 +282,10 @@ class HeatMapWriter:
         return self.finish() if len(self._batch) == self._job.batch_size else []
 
     def finish(self) -> list[RowLocation]:
-        """Draw the images of the current batch."""
         batch, self._batch = self._batch, []
         if not batch:
             return []
-        p = np.stack([self._p[part][row] for (part, row), _ in batch])
+        p = np.stack([self._p[range_position][row] for (range_position, row), _ in batch])
         chosen = self._model.choose_findings(p)
         # All batches have one size, so that the model is traced once.
         side, padding = self._job.spec.size, self._job.batch_size - len(batch)
@@ -344,11 +300,11 @@ class HeatMapWriter:
             if np.abs(new_p[n] - p[n]).max() <= MAX_DRIFT
         ]
         for drawing in drawings:
-            (part, row), rows = drawing.result()
-            self._maps[part][row] = rows
-        for (part, row), _ in batch:
-            if row not in self._maps[part]:
-                self._states[part].failures[row] = (CHANGED, "the image changed after scoring; score it again")
+            (range_position, row), rows = drawing.result()
+            self._maps[range_position][row] = rows
+        for (range_position, row), _ in batch:
+            if row not in self._maps[range_position]:
+                self._states[range_position].failures[row] = (CHANGED, "the image changed after scoring; score it again")
         return [location for location, _ in batch]
 
     def _draw(
@@ -362,7 +318,7 @@ class HeatMapWriter:
         height, width = image.shape
         shown = crop_padding(image.images[1], model.shown, image.shape)
         area = compute_area(self._job.spec, height, width)
-        image_id = self._states[location.part].rows["image_id"][location.row].as_py()
+        image_id = self._states[location.range_position].rows["image_id"][location.row].as_py()
         rows = []
         for rank, (number, cells) in enumerate(zip(chosen.tolist(), maps, strict=True), start=1):
             finding = model.findings[number]
@@ -387,16 +343,16 @@ class HeatMapWriter:
             )
         return location, rows
 
-    def flush(self, part: int) -> tuple[int, int]:
+    def flush(self, range_position: int) -> tuple[int, int]:
         """Write the maps of a range; return its number and how many images it has maps of."""
-        state, maps, job = self._states[part], self._maps[part], self._job
+        state, maps, job = self._states[range_position], self._maps[range_position], self._job
         job.check_run()
         for row, (code, message) in state.failures.items():
             maps[row] = [{"image_id": state.rows["image_id"][row].as_py(), "error_code": code, "error": message}]
         codes = [code for code, _ in state.failures.values()]
         record = {
-            "run": job.run,
-            "scores": self._digests[part],
+            "run": job.run_digest,
+            "scores": self._digests[range_position],
             **asdict(self._model.request),
             "failures": len(codes),
             "retryable": sum(code in RETRYABLE_CODES for code in codes),
@@ -436,7 +392,7 @@ class HeatMapActor(PoolActor):
         indices = {one.index for one in task.ranges}
         if not task.retry:
             # Ray repeats a task whose worker was lost; ranges that it had drawn stay.
-            indices = find_pending(job.folder, indices, job.run, self._model.request, retry=False)
+            indices = find_pending(job.folder, indices, job.run_digest, self._model.request, retry=False)
         states = self._model.load_ranges(sorted(indices))
         files = list(fill_ranges(states, self._reader.iter_images(states), HeatMapWriter(self._model, states)))
         return TaskResult([index for index, _ in files], sum(images for _, images in files))

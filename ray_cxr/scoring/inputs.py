@@ -23,7 +23,6 @@ class InputRows:
     """The rows of a run, in the order of reading.
 
     Attributes:
-        ids, paths: string [n].
         digest: of all columns, see `manifest.digest`.
         notes: sentences about files in a folder that are not images.
         freeze: writes all columns to a Parquet file with row groups of the given size.
@@ -50,15 +49,11 @@ def group_rows(rows: int, rows_per_file: int) -> int:
 
 
 def read_manifest(path: str | Path) -> InputRows:
-    """Read the rows of a manifest.
-
-    Raises:
-        TableError: the file is not a manifest.
-    """
+    """Read the rows of a manifest."""
     with manifests.open_manifest(path) as file:
         paths = file.column("path")
         if any(pc.any(pc.match_substring(part, "::")).as_py() for part in paths.chunks):
-            return from_table(file.read())
+            return _from_table(file.read())
         ids = file.column("image_id")
         notes = manifests.listing_notes(pa.schema([], metadata=file.metadata).empty_table())
         digest = file.digest({"image_id": ids, "path": paths})
@@ -66,15 +61,11 @@ def read_manifest(path: str | Path) -> InputRows:
 
 
 def list_folder(location: str) -> InputRows:
-    """List the images below a folder or URI.
-
-    Raises:
-        InputError: the folder is missing or holds no images.
-    """
-    return from_table(manifests.manifest_of_images(location))
+    """List the images below a folder or URI."""
+    return _from_table(manifests.manifest_of_images(location))
 
 
-def from_table(table: pa.Table) -> InputRows:
+def _from_table(table: pa.Table) -> InputRows:
     """Return the rows of a manifest in memory, with the rows of each archive moved together."""
     table = group_by_archive(table)
     return InputRows(

@@ -33,23 +33,12 @@ from ray_cxr import cluster
 from ray_cxr.data import manifest as manifests
 from ray_cxr.errors import ErrorRateExceeded, OutputError
 from ray_cxr.imaging.overlays import FOLDER
-from ray_cxr.scoring import heatmaps, inputs
+from ray_cxr.scoring import heatmaps, inputs, ranges
 from ray_cxr.scoring.actors import ModelActor, ScoreActor, decode_task
 from ray_cxr.scoring.heatmaps import HeatMapActor, HeatMapReport
-from ray_cxr.scoring.plan import KIND, ScorePlan, plan_run, preview_run, read_part
+from ray_cxr.scoring.plan import KIND, ScorePlan, ScoreReport, ScoreRequest, plan_run, preview_run, read_part
 from ray_cxr.scoring.pool import ActorPlan, build_dataset, plan_drawing, plan_scoring, run_tasks, show_files
-from ray_cxr.scoring.ranges import (
-    INPUT,
-    RUN_KEY,
-    SCORES,
-    ScoreJob,
-    TaskResult,
-    list_parts,
-    part_name,
-    part_path,
-    read_run,
-)
-from ray_cxr.scoring.request import ScoreReport, ScoreRequest
+from ray_cxr.scoring.ranges import INPUT, SCORES, ScoreJob, TaskResult
 from ray_cxr.storage import atomic, remote, run_folder
 from ray_cxr.versions import versions
 
@@ -97,9 +86,7 @@ def score(request: ScoreRequest, start_ray: StartRay = contextlib.nullcontext) -
 def _execute(plan: ScorePlan, report: ScoreReport, times: dict[str, float], started: float) -> None:
     """Score and draw the pending ranges, then count all files.
 
-    Args:
-        times: seconds since the epoch at which the stages of the start ended.
-        started: `time.monotonic()` at the start of the command.
+    `times` are the seconds since the epoch at which stages ended; `started` is in the unit of `time.monotonic()`.
     """
     request = plan.request
     drawing_pool = None
@@ -115,7 +102,7 @@ def _execute(plan: ScorePlan, report: ScoreReport, times: dict[str, float], star
     with cluster.log_node_changes("score") if plan.has_work else contextlib.nullcontext():
         if report.pool is not None:
             _score_ranges(plan, job, report, report.pool, times)
-        report.counts = _count_rows(plan, job.run)
+        report.counts = _count_rows(plan, job.run_digest)
         report.seconds = time.monotonic() - started
         if plan.drawing is not None:
             report.heatmaps = _draw_maps(plan, job, drawing_pool)
@@ -148,14 +135,14 @@ def _open_folder(plan: ScorePlan) -> ScoreJob:
         use_gpu=request.use_gpu,
         batch_size=request.settings.batch_size or BATCH_SIZE[request.use_gpu],
         key=plan.key,
-        run=run,
+        run_digest=run,
     )
 
 
 def _remove_run(out: Path) -> None:
     """Remove the files of an earlier run, and no other files."""
-    # A kill during the removal must not leave a folder that looks complete, so _SUCCESS goes first. Then settings that
-    # no run has: workers of the old run stop, and only --fresh can use the folder.
+    # A kill during the removal must not leave a folder that looks complete, so _SUCCESS goes first. Then write
+    # settings that match no run, so that old workers stop and only --fresh accepts the folder.
     run_folder.clear_complete(out)
     if run_folder.has_settings(out):
         run_folder.replace_settings(out, {"kind": KIND, "removing": True})
@@ -170,9 +157,8 @@ def _remove_run(out: Path) -> None:
 def _score_ranges(
     plan: ScorePlan, job: ScoreJob, report: ScoreReport, pool: ActorPlan, times: dict[str, float]
 ) -> None:
-    """Run the tasks that score."""
     times["planned"] = time.time()
-    folder, ranges, written = plan.out / SCORES, plan.ranges, plan.written
+    folder, written = plan.out / SCORES, plan.written
     build = functools.partial(
         build_dataset,
         actor=ModelActor if pool.decode_apart else ScoreActor,
@@ -181,7 +167,7 @@ def _score_ranges(
         decode=decode_task if pool.decode_apart else None,
     )
     retried = {one.index for task in plan.tasks if task.retry for one in task.ranges}
-    with show_files("score", folder, ranges, written - retried, _count_errors):
+    with show_files("score", folder, plan.ranges, written - retried, _count_errors):
         for result in run_tasks(plan.tasks, build, job.has_written):
             report.scored_now += result.images
             if result.first_at and not report.start_up:
@@ -189,8 +175,8 @@ def _score_ranges(
                 total, *stages = (f"{name} {seconds:.0f}" for name, seconds in report.start_up.items())
                 logger.info("seconds to the first scored image: %s (%s)", total, ", ".join(stages))
     # A lost worker can have written files that no result reported.
-    new = list_parts(folder) - written
-    report.scored_now = max(report.scored_now, sum(one.rows for one in ranges if one.index in new))
+    new = ranges.list_parts(folder) - written
+    report.scored_now = max(report.scored_now, sum(one.rows for one in plan.ranges if one.index in new))
 
 
 def _split_start_up(result: TaskResult, times: dict[str, float]) -> dict[str, float]:
@@ -207,18 +193,18 @@ def _split_start_up(result: TaskResult, times: dict[str, float]) -> dict[str, fl
 
 
 def _count_errors(part: pa.NativeFile | None) -> int | None:
-    found = read_run(part)
-    return None if found is None else found[1]
+    found = ranges.read_run(part)
+    return None if found is None else found.errors
 
 
 def _draw_maps(plan: ScorePlan, job: ScoreJob, pool: ActorPlan | None) -> HeatMapReport:
     """Run the tasks that draw heat maps of the scored images."""
     assert plan.drawing is not None
     started = time.monotonic()
-    out, ranges, request, retry = plan.out, plan.ranges, plan.drawing, plan.request.retry_errors
-    indices = {one.index for one in ranges}
-    pending = heatmaps.find_pending(out, indices, job.run, request, retry=retry)
-    tasks = heatmaps.make_tasks(plan.units, pending, retry=retry)
+    out, request, retry = plan.out, plan.drawing, plan.request.retry_errors
+    indices = {one.index for one in plan.ranges}
+    pending = heatmaps.find_pending(out, indices, job.run_digest, request, retry=retry)
+    tasks = ranges.make_tasks(plan.units, pending, retry=retry)
     drawn = 0
     if tasks and pool is not None:
         (out / FOLDER).mkdir(exist_ok=True)
@@ -228,38 +214,31 @@ def _draw_maps(plan: ScorePlan, job: ScoreJob, pool: ActorPlan | None) -> HeatMa
         build = functools.partial(build_dataset, actor=HeatMapActor, arguments=arguments, plan=pool)
 
         def is_drawn(index: int) -> bool:
-            return not heatmaps.find_pending(out, {index}, job.run, request, retry=False)
+            return not heatmaps.find_pending(out, {index}, job.run_digest, request, retry=False)
 
         done = indices - pending
-        with show_files("heat maps", out / FOLDER, ranges, done, heatmaps.count_failures, "score --heatmaps"):
+        with show_files("heat maps", out / FOLDER, plan.ranges, done, heatmaps.count_failures, "score --heatmaps"):
             drawn = sum(result.images for result in run_tasks(tasks, build, is_drawn))
-    report = heatmaps.count_maps(out, ranges, request)
+    report = heatmaps.count_maps(out, plan.ranges, request)
     report.drawn_now, report.seconds = drawn, time.monotonic() - started
     return report
 
 
 def _count_rows(plan: ScorePlan, run: str) -> Counter[str]:
-    """Count rows by status from the files, and check that they are the input's, each once, in order, by this model.
-
-    Args:
-        run: digest of the settings, which every file carries.
-
-    Raises:
-        OutputError: a file is missing, damaged, or holds other rows.
-    """
+    """Count rows by status from the files, and check that they are the input's, each once, in order, by this model."""
     counts: Counter[str] = Counter()
     folder, ids = plan.out / SCORES, plan.rows.ids
-    parts = [part_path(plan.out, one.index) for one in plan.ranges]
+    parts = [ranges.part_path(plan.out, one.index) for one in plan.ranges]
     for one, part, file in zip(plan.ranges, parts, remote.read_files(parts), strict=True):
         table = read_part(part, file, ["image_id", "error_code", "model_digest"])
         expected = ids.slice(one.start, one.rows)
         models = set(pc.unique(table["model_digest"]).to_pylist()) - {None}
         same = len(table) == one.rows and pc.all(pc.equal(table["image_id"], expected), skip_nulls=False).as_py()
-        written_by = (table.schema.metadata or {}).get(RUN_KEY, b"").decode()
+        written_by = (table.schema.metadata or {}).get(ranges.RUN_KEY, b"").decode()
         if not same or models - {plan.bundle.digest} or written_by != run:
             raise OutputError(f"{part}: does not hold the rows of this run; remove it and run score again")
         counts.update("ok" if code is None else code for code in table["error_code"].to_pylist())
-    extra = {path.name for path in folder.glob("*.parquet")} - {part_name(one.index) for one in plan.ranges}
+    extra = {path.name for path in folder.glob("*.parquet")} - {part.name for part in parts}
     if extra:
         raise OutputError(f"{folder}: holds {min(extra)}, which does not belong to this run; remove it")
     return counts
@@ -321,8 +300,5 @@ def _check_error_rate(report: ScoreReport, allowed: float) -> None:
     rate = report.errors / report.rows
     if rate > allowed:
         codes = ", ".join(f"{code} {n:,}" for code, n in report.counts.most_common() if code != "ok")
-        raise ErrorRateExceeded(
-            f"{report.errors:,} of {report.rows:,} images failed ({rate:.1%}, allowed {allowed:.1%}): {codes}; "
-            "all rows are written; see their error_code",
-            report,
-        )
+        failed = f"{report.errors:,} of {report.rows:,} images failed ({rate:.1%}, allowed {allowed:.1%}): {codes}"
+        raise ErrorRateExceeded(f"{failed}; all rows are written; see their error_code", report)

@@ -1,15 +1,17 @@
-"""First step of `score`: check the request and find the pending ranges, without Ray and without writing."""
+"""First step of `score`: check its request and find the pending ranges, without Ray and without writing."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ray_cxr.config import ScoreSettings
 from ray_cxr.data.ranges import Range, Unit, first_location, plan_units
 from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError
 from ray_cxr.models.bundle import Bundle, load_bundle
@@ -17,8 +19,8 @@ from ray_cxr.models.runtime import TOLERANCE, choose_precision
 from ray_cxr.scoring import heatmaps, inputs
 from ray_cxr.scoring.actors import make_pseudonym
 from ray_cxr.scoring.heatmaps import HeatMapReport, HeatMapRequest
-from ray_cxr.scoring.ranges import INPUT, SCORES, ScoreTask, Secret, list_parts, part_path
-from ray_cxr.scoring.request import ScoreReport, ScoreRequest
+from ray_cxr.scoring.pool import ActorPlan
+from ray_cxr.scoring.ranges import INPUT, SCORES, ScoreTask, Secret, list_parts, make_tasks, part_path
 from ray_cxr.storage import remote, run_folder
 from ray_cxr.storage.paths import make_absolute
 
@@ -27,20 +29,84 @@ _REMEDY = "use --fresh to start over, or choose another --out"
 
 
 @dataclass(frozen=True)
+class ScoreRequest:
+    """One call of `score`.
+
+    Attributes:
+        model: folder of a bundle, on storage that all nodes share.
+        out: folder for the scores, on storage that all nodes share.
+        manifest, images: a manifest, or a folder or URI of images; exactly one is set.
+        fresh: remove an earlier run in `out` first.
+        retry_errors: score rows again whose error code is retryable.
+        limit: maximum number of rows to score.
+        heatmaps: number of heat maps per image, drawn after scoring.
+        started_at: start of the command, seconds since the epoch; None: now.
+    """
+
+    model: str | Path
+    out: str | Path
+    settings: ScoreSettings
+    manifest: str | None = None
+    images: str | None = None
+    fresh: bool = False
+    retry_errors: bool = False
+    limit: int | None = None
+    dry_run: bool = False
+    use_gpu: bool = False
+    heatmaps: int | None = None
+    started_at: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.manifest is None) == (self.images is None):
+            raise ConfigError("score: pass either --manifest or --images")
+
+    @property
+    def origin(self) -> str:
+        """The manifest or folder as the user named it."""
+        return str(self.manifest or self.images)
+
+
+@dataclass
+class ScoreReport:
+    """The state of the scores after a run.
+
+    Attributes:
+        counts: rows by status (`ok` or an error code) in all files, those of earlier runs included.
+        scored_now: rows written by this run.
+        start_up: seconds up to the first scored image, by stage; empty if nothing was scored.
+        notes: sentences about files in the image folder that are not images.
+        pool: actors that scored; None if nothing was scored.
+    """
+
+    rows: int
+    counts: Counter[str] = field(default_factory=Counter)
+    scored_now: int = 0
+    seconds: float = 0.0
+    start_up: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    pool: ActorPlan | None = None
+    heatmaps: HeatMapReport | None = None
+
+    @property
+    def errors(self) -> int:
+        return self.counts.total() - self.counts["ok"]
+
+    @property
+    def images_per_second(self) -> float | None:
+        return self.scored_now / self.seconds if self.scored_now and self.seconds else None
+
+
+@dataclass(frozen=True)
 class ScorePlan:
     """Work of one run.
 
     Attributes:
-        out: folder of the scores.
         rows: the whole input, rows beyond `limit` included.
         units: ranges of the rows to score, grouped by archive.
         written: numbers of ranges that have a file.
-        tasks: ranges to score.
         to_draw: numbers of ranges with scores but without the requested maps.
         first_image: location of the first image, or of its archive.
         settings: contents of settings.json, which a later run must match.
-        drawing: the requested maps; None: no maps.
-        key: secret for pseudonyms.
     """
 
     request: ScoreRequest
@@ -66,7 +132,6 @@ class ScorePlan:
 
     @property
     def has_work(self) -> bool:
-        """Whether anything must be scored or drawn, which needs Ray."""
         return bool(self.tasks or self.to_draw)
 
     @property
@@ -80,11 +145,7 @@ class ScorePlan:
 
 
 def plan_run(request: ScoreRequest) -> ScorePlan:
-    """Check a request and plan the pending work.
-
-    Raises:
-        InputError: the bundle, the input or a setting is wrong, or `out` holds another run.
-    """
+    """Check a request and plan the pending work."""
     settings, out = request.settings, remote.to_path(request.out)
     bundle = load_bundle(request.model)
     drawing = None if request.heatmaps is None else heatmaps.make_request(bundle, settings, request.heatmaps)
@@ -125,26 +186,18 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
         run_folder.check_run(out, wanted, remedy=_REMEDY)
     units = plan_units(rows.paths.slice(0, n_rows), settings.rows_per_file)
     written = set() if request.fresh else list_parts(out / SCORES)
-    to_draw: set[int] = set()
-    if drawing is not None:
-        to_draw = {one.index for unit in units for one in unit.ranges}
-        if not request.fresh and run_folder.has_settings(out):
-            run = run_folder.digest_settings(out)
-            to_draw = heatmaps.find_pending(out, to_draw, run, drawing, retry=request.retry_errors)
-    return ScorePlan(
-        request,
-        bundle,
-        out,
-        rows,
-        units,
-        written,
-        list(_make_tasks(out, units, written, retry_errors=request.retry_errors)),
-        to_draw,
-        first_location(rows.paths),
-        wanted,
-        drawing,
-        key,
-    )
+    indices = {one.index for unit in units for one in unit.ranges}
+    to_draw = set() if drawing is None else indices
+    if drawing is not None and not request.fresh and run_folder.has_settings(out):
+        run = run_folder.digest_settings(out)
+        to_draw = heatmaps.find_pending(out, indices, run, drawing, retry=request.retry_errors)
+    tasks = make_tasks(units, indices - written, retry=False)
+    if request.retry_errors:
+        numbers = sorted(written)
+        errors = zip(numbers, _count_retryable([part_path(out, index) for index in numbers]), strict=True)
+        tasks += make_tasks(units, {index for index, count in errors if count}, retry=True)
+    first_image = first_location(rows.paths)
+    return ScorePlan(request, bundle, out, rows, units, written, tasks, to_draw, first_image, wanted, drawing, key)
 
 
 def preview_run(plan: ScorePlan) -> ScoreReport:
@@ -164,11 +217,7 @@ def preview_run(plan: ScorePlan) -> ScoreReport:
 
 
 def read_part(part: Path, file: pa.NativeFile | None, columns: list[str]) -> pa.Table:
-    """Read columns of a file of scores.
-
-    Raises:
-        OutputError: the file is missing or damaged.
-    """
+    """Read columns of a file of scores; None is a missing file."""
     try:
         if file is None:
             raise FileNotFoundError
@@ -180,11 +229,7 @@ def read_part(part: Path, file: pa.NativeFile | None, columns: list[str]) -> pa.
 
 
 def _read_key(path: str | None) -> Secret | None:
-    """Read the key for pseudonyms.
-
-    Raises:
-        ConfigError: the file cannot be read, or is shorter than 16 bytes.
-    """
+    """Read the key for pseudonyms from a file of at least 16 bytes."""
     if path is None:
         return None
     try:
@@ -194,19 +239,6 @@ def _read_key(path: str | None) -> Secret | None:
     if len(key) < 16:
         raise ConfigError(f"pseudonym_key {path}: holds {len(key)} bytes; use at least 16, which cannot be guessed")
     return Secret(key)
-
-
-def _make_tasks(out: Path, units: list[Unit], written: set[int], *, retry_errors: bool) -> Iterator[ScoreTask]:
-    """Yield one task per unit for the ranges without a file, then one for those with retryable errors."""
-    for unit in units:
-        if missing := tuple(one for one in unit.ranges if one.index not in written):
-            yield ScoreTask(missing, retry=False)
-    if retry_errors:
-        numbers = sorted(written)
-        errors = dict(zip(numbers, _count_retryable([part_path(out, index) for index in numbers]), strict=True))
-        for unit in units:
-            if failed := tuple(one for one in unit.ranges if errors.get(one.index)):
-                yield ScoreTask(failed, retry=True)
 
 
 def _count_retryable(parts: list[Path]) -> Iterator[int]:

@@ -21,7 +21,7 @@ from ray_cxr.scoring.ranges import ScoreTask, TaskResult, list_parts, part_name
 from ray_cxr.storage import remote
 from ray_cxr.tasks import MAX_LOST_PER_WORKER, poll, run_with_retries, sanitize_error
 
-#: More CPUs per actor bring little; more actors do.
+#: More CPUs per actor help little; more actors help more.
 MAX_CPUS_PER_ACTOR = 4
 #: Maximum number of restarts per actor.
 MAX_RESTARTS = 30
@@ -32,9 +32,9 @@ class ActorPlan:
     """The pool that fits the cluster.
 
     Attributes:
-        actors: number of actors.
-        cpus, gpus: of each actor.
-        in_flight: tasks per actor. With two, one is read while the other's last images are scored.
+        cpus, gpus: number of each per actor.
+        in_flight: tasks per actor. With 2, the actor already reads the next task while it scores the last images of the
+            current one.
         decode_apart: whether tasks of one CPU decode, instead of the actors.
     """
 
@@ -46,11 +46,7 @@ class ActorPlan:
 
 
 def plan_scoring(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
-    """Return the pool that scores with the CPUs and GPUs of the running cluster.
-
-    Raises:
-        ConfigError: the cluster lacks the CPUs or GPUs, or the settings contradict each other.
-    """
+    """Return the pool that scores with the CPUs and GPUs of the running cluster."""
     cpus, gpus = _list_resource("CPU"), _list_resource("GPU")
     if use_gpu:
         if settings.decode == "inside":
@@ -68,11 +64,7 @@ def plan_scoring(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> Act
 
 
 def plan_drawing(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
-    """Return the pool that draws heat maps; its actors decode for themselves.
-
-    Raises:
-        ConfigError: the cluster lacks the CPUs or GPUs.
-    """
+    """Return the pool that draws heat maps; its actors decode for themselves."""
     cpus, gpus = _list_resource("CPU"), _list_resource("GPU")
     if not use_gpu:
         return ActorPlan(*fit_actors(cpus, settings.cpus_per_actor, n_tasks), in_flight=1)
@@ -92,13 +84,9 @@ def _require_gpu(gpus: Sequence[float]) -> None:
 
 
 def fit_actors(node_cpus: Sequence[float], cpus_per_actor: int | None, n_tasks: int) -> tuple[int, int]:
-    """Return how many actors fit on the nodes, and their CPUs; both at least 1.
+    """Return the number of actors that fit on the nodes, and the CPUs of each; both at least 1.
 
-    Actors may hold all CPUs: the driver, not read tasks, supplies the ranges. (With read tasks, this pool would wait
-    for a CPU forever.)
-
-    Raises:
-        ConfigError: no node has a CPU, or none has `cpus_per_actor`.
+    Actors may hold all CPUs, because the driver supplies the ranges. Read tasks would wait for a CPU indefinitely.
     """
     sizes = [int(cpus) for cpus in node_cpus if cpus >= 1]
     if not sizes:
@@ -111,7 +99,7 @@ def fit_actors(node_cpus: Sequence[float], cpus_per_actor: int | None, n_tasks: 
 
 
 class PoolActor:
-    """Base of the actors: returns errors as results, those of its start with the first task.
+    """Base of the actors: returns exceptions as results; an exception in `open` is returned by every task.
 
     Subclasses implement `open`, which gets the arguments of the constructor, and `run`.
     """
@@ -152,9 +140,7 @@ def build_dataset(
 ) -> Any:
     """Return a Ray dataset that sends the rows of tasks through a pool of actors.
 
-    Args:
-        arguments: of the actor's constructor.
-        decode: run on each row first, in tasks of one CPU: as many as the free CPUs and the speed of the model allow.
+    Ray Data first runs `decode` on each row, in as many tasks of one CPU as the speed of the model needs.
     """
     import ray
 
@@ -177,7 +163,9 @@ def build_dataset(
             ),
             num_cpus=plan.cpus,
             num_gpus=plan.gpus,
-            ray_remote_args_fn=_limit_restarts,
+            # By default Ray Data restarts an actor without limit. Its lost task goes to any actor, because the lost
+            # node may never come back.
+            ray_remote_args_fn=lambda: {"max_restarts": MAX_RESTARTS, "max_task_retries": 0},
         )
     # Lost tasks are skipped here and retried by `run_with_retries`. An actor that keeps dying ends the round.
     mapped.context.max_errored_blocks = MAX_LOST_PER_WORKER * plan.actors
@@ -185,12 +173,6 @@ def build_dataset(
     scaling = mapped.context.autoscaling_config
     scaling.actor_pool_util_upscaling_threshold, scaling.actor_pool_util_downscaling_threshold = 0.9, 0.0
     return mapped
-
-
-def _limit_restarts() -> dict[str, Any]:
-    # By default Ray Data restarts an actor without limit. Its lost task goes to any actor, because the lost node may
-    # never come back.
-    return {"max_restarts": MAX_RESTARTS, "max_task_retries": 0}
 
 
 def run_tasks(
@@ -203,9 +185,6 @@ def run_tasks(
     Args:
         build: makes a Ray dataset of the rows of tasks; its rows are those of `TaskResult`.
         is_done: whether a range has its file although no result reported it; not called for tasks that retry.
-
-    Raises:
-        RayCxrError: an error that a task returned; or actors keep dying.
     """
 
     def find_pending(rows: list[dict[str, Any]], done: set[int]) -> list[dict[str, Any]]:
@@ -233,11 +212,8 @@ def show_files(
     """Show the rows of output files, as the files appear, while the block runs.
 
     Args:
-        title: start of the progress lines.
-        ranges: all ranges of the run.
         finished: numbers of ranges whose files stay as they are.
         count_errors: returns the errors in a file; None if the file is incomplete.
-        command: name in warnings.
     """
     rows = {one.index: one.rows for one in ranges}
     seen = set(finished)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_cxr.config import InputSpec, ScoreSettings
-from ray_cxr.data.ranges import Range
+from ray_cxr.data.ranges import Range, Unit
 from ray_cxr.errors import RETRYABLE_CODES, RayCxrError
 from ray_cxr.imaging.sandbox import DecodedImage, Failure
 from ray_cxr.models import predictions
@@ -38,8 +38,8 @@ def part_name(index: int) -> str:
     return f"part-{index:05d}.parquet"
 
 
-def part_path(out: Path, index: int) -> Path:
-    return out / SCORES / part_name(index)
+def part_path(out: Path, index: int, folder: str = SCORES) -> Path:
+    return out / folder / part_name(index)
 
 
 def list_parts(folder: Path) -> set[int]:
@@ -50,7 +50,14 @@ def list_parts(folder: Path) -> set[int]:
     return set()
 
 
-def read_run(part: pa.NativeFile | None) -> tuple[str | None, int] | None:
+class WrittenRun(NamedTuple):
+    """The run that wrote a file of scores, and the number of error rows in the file."""
+
+    digest: str | None
+    errors: int
+
+
+def read_run(part: pa.NativeFile | None) -> WrittenRun | None:
     """Return the run that wrote a file of scores and its number of errors; None if the file is missing or damaged."""
     if part is None:
         return None
@@ -59,19 +66,14 @@ def read_run(part: pa.NativeFile | None) -> tuple[str | None, int] | None:
     except (OSError, pa.ArrowException):
         return None
     run = metadata.get(RUN_KEY)
-    return (run.decode() if run else None), int(metadata.get(ERRORS_KEY, 0))
+    return WrittenRun(run.decode() if run else None, int(metadata.get(ERRORS_KEY, 0)))
 
 
+@dataclass(frozen=True)
 class Secret:
     """Bytes without a readable `repr`: Ray Data logs the arguments of a job."""
 
-    __slots__ = ("value",)
-
-    def __init__(self, value: bytes) -> None:
-        self.value = value
-
-    def __repr__(self) -> str:
-        return "Secret()"
+    value: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,8 @@ class ScoreJob:
     Attributes:
         bundle, out: absolute paths or addresses, on storage that all nodes share.
         digest: of the bundle; workers refuse a bundle that has changed.
-        precision: `fp32`, `bf16` or `int8`.
-        batch_size: images per forward pass.
         key: secret for pseudonyms of ids from DICOM headers; None keeps the ids.
-        run: digest of OUT/settings.json. Every file carries it, and a worker stops when another run replaces it.
+        run_digest: digest of OUT/settings.json. Every file carries it, and a worker stops when another run replaces it.
     """
 
     bundle: str
@@ -96,7 +96,7 @@ class ScoreJob:
     use_gpu: bool
     batch_size: int
     key: Secret | None = field(repr=False, compare=False)
-    run: str
+    run_digest: str
 
     @property
     def folder(self) -> Path:
@@ -111,37 +111,35 @@ class ScoreJob:
     def has_written(self, index: int) -> bool:
         """Whether the file of a range is complete and belongs to this run."""
         found = read_run(remote.read_file(part_path(self.folder, index)))
-        return found is not None and found[0] == self.run
+        return found is not None and found.digest == self.run_digest
 
     def check_run(self) -> None:
         """Raise if a run with --fresh has replaced this one."""
-        if run_folder.digest_settings(self.folder) != self.run:
+        if run_folder.digest_settings(self.folder) != self.run_digest:
             raise RayCxrError(f"{self.out}: another run was started in this folder, so this one stops")
 
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """The ranges of one task, which reads an archive once for all of them.
-
-    Attributes:
-        retry: the ranges have files, and rows with a retryable error are read again.
-    """
+    """The ranges of one task; with `retry` they have files, and rows with a retryable error are read again."""
 
     ranges: tuple[Range, ...]
     retry: bool
 
     def to_row(self) -> dict[str, Any]:
-        return {
-            "indices": [one.index for one in self.ranges],
-            "starts": [one.start for one in self.ranges],
-            "counts": [one.rows for one in self.ranges],
-            "retry": self.retry,
-        }
+        indices, starts, counts = ([getattr(one, name) for one in self.ranges] for name in ("index", "start", "rows"))
+        return {"indices": indices, "starts": starts, "counts": counts, "retry": self.retry}
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Self:
         columns = (map(int, row[name]) for name in ("indices", "starts", "counts"))
         return cls(tuple(Range(*numbers) for numbers in zip(*columns, strict=True)), bool(row["retry"]))
+
+
+def make_tasks(units: Iterable[Unit], indices: set[int], *, retry: bool) -> list[ScoreTask]:
+    """Return one task per unit with chosen ranges, so that each archive is read once."""
+    chosen = (tuple(one for one in unit.ranges if one.index in indices) for unit in units)
+    return [ScoreTask(ranges, retry) for ranges in chosen if ranges]
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ class TaskResult:
 class RowLocation(NamedTuple):
     """Position of a range among those of a task, and of a row in that range."""
 
-    part: int
+    range_position: int
     row: int
 
 
@@ -183,7 +181,6 @@ class RangeState:
     """A range in progress.
 
     Attributes:
-        index: number of its file.
         rows: the rows that are scored now.
         previous: the rows of its file, if some of them are scored again.
         retried: bool [len(previous)], which of them.
@@ -202,8 +199,7 @@ class RangeState:
 def load_ranges(job: ScoreJob, task: ScoreTask, positions: list[int] | None = None) -> list[RangeState]:
     """Read the rows of a task's ranges, without ranges that this run has already written.
 
-    Args:
-        positions: rows of a single range to retry; None: those with a retryable error.
+    A retry reads the rows at `positions` of a single range, or by default those with a retryable error.
     """
     states = []
     groups: dict[int, pa.Table] = {}
@@ -241,7 +237,7 @@ class RangeWriter(Protocol[T_co]):
     def finish(self) -> Iterable[RowLocation]:
         """Compute the remaining results; return their rows."""
 
-    def flush(self, part: int) -> T_co:
+    def flush(self, range_position: int) -> T_co:
         """Write a complete range and free its results."""
 
 
@@ -250,30 +246,26 @@ def fill_ranges(
     outcomes: Iterable[tuple[RowLocation, DecodedImage | Failure]],
     writer: RangeWriter[T_co],
 ) -> Iterator[T_co]:
-    """Pass images to a writer, in any order, and flush each range when its last row has a result or a failure.
-
-    Yields:
-        What `flush` returns, per range.
-    """
+    """Pass images to a writer, in any order, and flush each range when its last row has a result or a failure."""
     pending = [len(state.rows) for state in states]
 
-    def flush(part: int) -> T_co:
-        result = writer.flush(part)
+    def flush(range_position: int) -> T_co:
+        result = writer.flush(range_position)
         # Frees the memory of a range of an archive as soon as it is written; a slice would keep the whole table.
-        states[part].rows, states[part].previous = states[part].rows.schema.empty_table(), None
+        states[range_position].rows, states[range_position].previous = states[range_position].rows.schema.empty_table(), None
         return result
 
     def settle(locations: Iterable[RowLocation]) -> Iterator[T_co]:
-        for part, _ in locations:
-            pending[part] -= 1
-            if not pending[part]:
-                yield flush(part)
+        for range_position, _ in locations:
+            pending[range_position] -= 1
+            if not pending[range_position]:
+                yield flush(range_position)
 
-    for part, rows in enumerate(pending):
+    for range_position, rows in enumerate(pending):
         if not rows:
-            yield flush(part)
+            yield flush(range_position)
     for location, outcome in outcomes:
-        state = states[location.part]
+        state = states[location.range_position]
         if outcome.tags is not None:
             state.tags[location.row] = outcome.tags
         if isinstance(outcome, Failure):

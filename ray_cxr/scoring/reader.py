@@ -15,8 +15,6 @@ from ray_cxr.scoring.ranges import RangeState, RowLocation, ScoreJob
 from ray_cxr.storage.archives import read_members
 from ray_cxr.storage.paths import split_member
 
-#: Images decoded ahead of the model: at least 32, and two batches.
-IMAGES_AHEAD, BATCHES_AHEAD = 32, 2
 #: Bytes of archive members that wait for a decoder.
 BYTES_AHEAD = 256 * 1024 * 1024
 
@@ -27,10 +25,7 @@ ImageSource = str | bytes | None
 class ImageReader:
     """Decoders in child processes, each with a thread that waits for it.
 
-    Args:
-        decoders: number of child processes.
-        specs: further sizes to make of each image, after the model's own.
-        command: label of the metrics.
+    `specs` are further sizes to make of each image, after the model's own; `command` labels the metrics.
     """
 
     def __init__(self, job: ScoreJob, decoders: int, specs: Sequence[InputSpec] = (), command: str = "score") -> None:
@@ -38,7 +33,8 @@ class ImageReader:
         self._specs = (job.spec, *specs)
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
-        self._ahead = max(IMAGES_AHEAD, BATCHES_AHEAD * job.batch_size) + decoders
+        # At least 32 images ahead of the model, and two batches.
+        self._ahead = max(32, 2 * job.batch_size) + decoders
         self._turn = threading.Lock()
         # The children start while the model is being compiled.
         barrier = threading.Barrier(decoders)
@@ -93,13 +89,13 @@ class ImageReader:
 def _iter_sources(states: Sequence[RangeState]) -> Iterator[tuple[RowLocation, ImageSource | ImageError]]:
     """Yield the path of every row's image, or its bytes from an archive, in the order of reading."""
     members: dict[str, dict[str, list[RowLocation]]] = {}
-    for part, state in enumerate(states):
+    for range_position, state in enumerate(states):
         for row, path in enumerate(state.rows["path"].to_pylist()):
             inside = split_member(path)
             if inside is None:
-                yield RowLocation(part, row), path
+                yield RowLocation(range_position, row), path
             else:
-                members.setdefault(inside[0], {}).setdefault(inside[1], []).append(RowLocation(part, row))
+                members.setdefault(inside[0], {}).setdefault(inside[1], []).append(RowLocation(range_position, row))
     for archive, wanted in members.items():
         reason = ImageError("missing", "the archive holds no such member")
         try:
