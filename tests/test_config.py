@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pydantic
 import pytest
@@ -64,9 +63,8 @@ def test_bad_override_is_refused_with_place_value_and_rule(override: str, part: 
     assert part in message
 
 
-@pytest.mark.parametrize(
-    ("override", "section", "field", "value"),
-    [
+def test_override_sets_value_and_type() -> None:
+    for override, section, field, value in (
         ("ray.num_cpus=2", "ray", "num_cpus", 2),
         (" epochs = 3 ", "train", "epochs", 3),
         ("dense=[256, 128]", "train", "dense", (256, 128)),
@@ -75,11 +73,9 @@ def test_bad_override_is_refused_with_place_value_and_rule(override: str, part: 
         ("prepare.sizes=[320, 224, 320]", "prepare", "sizes", (224, 320)),
         ("ray.address=ray://head:10001", "ray", "address", "ray://head:10001"),
         ("operating_point=sensitivity=0.9", "train", "operating_point", "sensitivity=0.9"),
-    ],
-)
-def test_override_sets_value_and_type(override: str, section: str, field: str, value: Any) -> None:
-    found = getattr(getattr(config.load(None, [override]), section), field)
-    assert (found, type(found)) == (value, type(value))
+    ):
+        found = getattr(getattr(config.load(None, [override]), section), field)
+        assert (found, type(found)) == (value, type(value))
 
 
 def test_later_override_wins_and_the_default_section_is_the_commands(tmp_path: Path) -> None:
@@ -92,21 +88,15 @@ def test_later_override_wins_and_the_default_section_is_the_commands(tmp_path: P
     assert loaded.train.finding_names() == ("Hernia", "Mass")
 
 
-@pytest.mark.parametrize(
-    ("data", "part"),
-    [
+def test_bad_file_is_refused_by_name_in_one_line(tmp_path: Path) -> None:
+    for data, part in (
         *((text, "not TOML: ") for text in ("train", "[train\n", "train: {epochs: 3}", "x = " + "[" * 3000)),
         (b"\x89PNG\xff\xfe", "not TOML: "),
         ("train = 3", "train is a section"),
         ("[trian]\nepochs = 3", "unknown key 'trian'; did you mean 'train'?"),
-    ],
-)
-def test_bad_file_is_refused_by_name(tmp_path: Path, data: str | bytes, part: str) -> None:
-    path = toml(tmp_path, data)
-    assert refusal("epochs=5", path=path).startswith(f"--config {path}: {part}")
-
-
-def test_missing_files_and_several_errors_are_one_line(tmp_path: Path) -> None:
+    ):
+        path = toml(tmp_path, data)
+        assert refusal("epochs=5", path=path).startswith(f"--config {path}: {part}")
     for path in (tmp_path / "none.toml", tmp_path):
         assert refusal(path=path).startswith(f"--config {path}: ")
     message = refusal(path=toml(tmp_path, "[train]\nepochs = 0\nbatch = 3\n[ray]\nnum_gpus = -1\n"))

@@ -29,22 +29,19 @@ def test_image_errors() -> None:
         errors.ImageError("broken", "x")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
+def test_error_survives_as_a_record() -> None:
+    for error in (
         errors.RayCxrError("plain"),
         errors.BundleError("b: not a bundle"),
         errors.ErrorRateExceeded("9 of 10 images failed", report=object()),
         errors.DivergedError("the loss is nan at epoch 1; lower the rate", "the loss is nan"),
         errors.ImageError("blank", "one value"),
-    ],
-)
-def test_error_survives_as_a_record(error: errors.RayCxrError) -> None:
-    found = errors.from_record(json.loads(json.dumps(errors.to_record(error))))
-    assert (type(found), str(found), found.exit_code) == (type(error), str(error), error.exit_code)
-    for name in error.fields:
-        assert getattr(found, name) == getattr(error, name)
-    assert type(pickle.loads(pickle.dumps(error if error.fields else found))) is type(error)
+    ):
+        found = errors.from_record(json.loads(json.dumps(errors.to_record(error))))
+        assert (type(found), str(found), found.exit_code) == (type(error), str(error), error.exit_code)
+        for name in error.fields:
+            assert getattr(found, name) == getattr(error, name)
+        assert type(pickle.loads(pickle.dumps(error if error.fields else found))) is type(error)
 
 
 @pytest.mark.parametrize("name", ["Unknown", "Mapping", "to_record"])
@@ -72,41 +69,31 @@ class Wrapping(Exception):
 OURS = errors.TableError("ours")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OURS,
-        raised(RuntimeError("outer"), raised(ValueError("middle"), OURS)),
-        Wrapping(cause=Wrapping(cause=OURS)),
-        Wrapping(worker_failures={0: ValueError("not this"), 1: OURS}),
-        raised(RuntimeError("outer"), Wrapping(worker_failures={3: raised(KeyError("x"), Wrapping(cause=OURS))})),
-    ],
-)
-def test_own_error_is_found(error: BaseException) -> None:
-    assert errors.own_error(error) is OURS
-
-
-def test_own_error_is_found_in_what_ray_raises_for_it() -> None:
+def test_own_error_is_found() -> None:
     """Ray's exception is an instance of our class as well, and its text is a traceback."""
     from ray.exceptions import RayTaskError
 
     raised_by_ray = RayTaskError("prepare", "Traceback ...", OURS).as_instanceof_cause()
     assert isinstance(raised_by_ray, errors.TableError)
-    assert errors.own_error(raised_by_ray) is OURS
+    for error in (
+        raised_by_ray,
+        OURS,
+        raised(RuntimeError("outer"), raised(ValueError("middle"), OURS)),
+        Wrapping(cause=Wrapping(cause=OURS)),
+        Wrapping(worker_failures={0: ValueError("not this"), 1: OURS}),
+        raised(RuntimeError("outer"), Wrapping(worker_failures={3: raised(KeyError("x"), Wrapping(cause=OURS))})),
+    ):
+        assert errors.own_error(error) is OURS
 
 
-def test_operating_system_errors_count_but_lost_connections_do_not() -> None:
+def test_operating_system_errors_count_but_lost_connections_and_other_errors_do_not() -> None:
     full = OSError(28, "No space left on device")
     assert errors.own_error(Wrapping(cause=full)) is full
-    assert errors.own_error(Wrapping(cause=ConnectionResetError())) is None
-    assert errors.own_error(TimeoutError()) is None
-
-
-def test_other_errors_are_none() -> None:
     in_context = RuntimeError("a bug in the handling of our error")
     in_context.__context__ = OURS
     circle, other = Wrapping(), Wrapping()
     circle.cause, other.cause = other, circle
     unusable = [Wrapping(cause="a text"), Wrapping(worker_failures=["a list"]), Wrapping(worker_failures={0: "a text"})]
-    for error in (ValueError("a bug"), in_context, circle, *unusable):
+    lost = Wrapping(cause=ConnectionResetError()), TimeoutError()
+    for error in (ValueError("a bug"), in_context, circle, *unusable, *lost):
         assert errors.own_error(error) is None

@@ -20,8 +20,9 @@ pytestmark = pytest.mark.ray
 Command = Callable[..., tuple[int, str, str]]
 
 
-def build_with(function: Callable[..., Any], rounds: list[int]) -> Callable[[list[tasks.Task]], Any]:
-    """Return what builds a dataset that sends each task through a function; counts its calls."""
+def run(function: Callable[..., Any], count: int = 1) -> tuple[list[dict[str, Any]], list[int]]:
+    """Send tasks through a function; return its rows and the number of tasks in each round."""
+    rounds: list[int] = []
 
     def build(pending: list[tasks.Task]) -> Any:
         import ray
@@ -30,24 +31,10 @@ def build_with(function: Callable[..., Any], rounds: list[int]) -> Callable[[lis
         dataset = ray.data.from_items(pending, override_num_blocks=len(pending))
         return tasks.map_once(dataset, function, num_cpus=1)
 
-    return build
+    def keep_all(pending: list[tasks.Task], done: set[int]) -> list[tasks.Task]:
+        return [task for task in pending if not done.issuperset(task["indices"])]
 
-
-def keep_all(pending: list[tasks.Task], done: set[int]) -> list[tasks.Task]:
-    return [task for task in pending if not done.issuperset(task["indices"])]
-
-
-def run(function: Callable[..., Any], count: int = 1) -> tuple[list[dict[str, Any]], list[int]]:
-    rounds: list[int] = []
-    pending = [{"indices": [index]} for index in range(count)]
-    return list(tasks.run_with_retries(pending, build_with(function, rounds), keep_all)), rounds
-
-
-def fail_with(error: Exception) -> Callable[[tasks.Task], dict[str, Any]]:
-    def fail(task: tasks.Task) -> dict[str, Any]:
-        raise error
-
-    return fail
+    return list(tasks.run_with_retries([{"indices": [index]} for index in range(count)], build, keep_all)), rounds
 
 
 def test_silent_task_outlives_the_limit_of_ray_data(shared_ray: None, monkeypatch, caplog) -> None:
@@ -77,8 +64,11 @@ def test_silent_task_outlives_the_limit_of_ray_data(shared_ray: None, monkeypatc
     ],
 )
 def test_error_that_a_task_raises_is_one_line(shared_ray: None, error: Exception, expected: type[Exception]) -> None:
+    def fail(task: tasks.Task) -> dict[str, Any]:
+        raise error
+
     with pytest.raises(RayCxrError) as caught:
-        run(fail_with(error))
+        run(fail)
     assert type(caught.value) is expected
     assert "\n" not in str(caught.value)
 

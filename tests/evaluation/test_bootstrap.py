@@ -49,7 +49,6 @@ def draw_resamples(patients: np.ndarray, n_resamples: int, seed: int) -> Iterato
 
 
 def compute_metrics(y: np.ndarray, s: np.ndarray, flags: np.ndarray, p: np.ndarray, prevalence: float) -> dict:
-    """Compute all metrics of one finding on some rows."""
     scored, judged, calibrated = (y >= 0) & ~np.isnan(s), (y >= 0) & (flags >= 0), (y >= 0) & ~np.isnan(p)
     cells = metrics.confusion(y[judged], flags[judged] == 1)
     expected = cells.expect_at(prevalence)
@@ -79,9 +78,7 @@ def interpolate_sensitivity(curve: metrics.Curve, rate: float) -> float:
     ("seed", "rows", "positives", "prevalence"),
     [(0, 40, 0.4, 0.02), (1, 40, 0.1, 0.0), (2, 12, 0.5, 1.0), (3, 25, 0.9, 0.5), (4, 40, 0.0, 0.5)],
 )
-def test_intervals_equal_percentiles_over_resampled_rows(
-    seed: int, rows: int, positives: float, prevalence: float
-) -> None:
+def test_intervals_equal_percentiles_over_resamples(seed: int, rows: int, positives: float, prevalence: float) -> None:
     rng = np.random.default_rng(seed)
     patients = rng.integers(0, max(5, rows // 3), rows)
     y = np.where(rng.random(rows) < 0.1, -1, rng.random(rows) < positives)
@@ -187,9 +184,9 @@ def test_results_depend_on_seed_but_not_on_chunks_and_threads(monkeypatch: pytes
     assert measured() == whole
 
 
-@pytest.mark.parametrize(
-    ("given", "part"),
-    [
+def test_bad_input_is_refused() -> None:
+    table = {"labels": np.array([[0], [1], [0], [1]]), "scores": np.zeros((4, 1)), "patients": np.arange(4)}
+    for given, part in (
         ({"flags": np.zeros((4, 2), np.int8)}, "flags"),
         ({"calibrated": np.zeros((3, 1))}, "calibrated"),
         ({"calibrated": np.full((4, 1), 1.5)}, "0..1"),
@@ -202,13 +199,10 @@ def test_results_depend_on_seed_but_not_on_chunks_and_threads(monkeypatch: pytes
         ({"n_resamples": 0}, "at least 1"),
         ({"scores": np.zeros((4, 2))}, "do not fit"),
         ({"patients": np.arange(3)}, "do not fit"),
-    ],
-)
-def test_bad_input_is_refused(given: dict[str, Any], part: str) -> None:
-    table = {"labels": np.array([[0], [1], [0], [1]]), "scores": np.zeros((4, 1)), "patients": np.arange(4)}
-    arrays = [given.get(name, array) for name, array in table.items()]
-    with pytest.raises(ValueError, match=part):
-        bootstrap_findings(*arrays, **{name: value for name, value in given.items() if name not in table})
+    ):
+        arrays = [given.get(name, array) for name, array in table.items()]
+        with pytest.raises(ValueError, match=part):
+            bootstrap_findings(*arrays, **{name: value for name, value in given.items() if name not in table})
 
 
 def test_intervals_of_ratios() -> None:

@@ -40,10 +40,6 @@ def logit(p: float) -> float:
     return float(np.log(p / (1 - p)))
 
 
-def to_columns(rows: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([row[0] for row in rows]), np.array([row[1] for row in rows], dtype=np.float32)
-
-
 def test_scaling_equals_exact_solution() -> None:
     """At logit 1, 29 of 38 images are positive; at logit -1, 10 of 60. So Platt's targets are 40/41 and 1/61."""
     y = np.repeat([1, 0, 1, 0], [29, 9, 10, 50])
@@ -126,7 +122,7 @@ def test_operating_points_on_ten_images() -> None:
 
 @given(LABELLED, RULES)
 def test_operating_point_obeys_its_rule(rows: list[tuple[int, float]], rule: str) -> None:
-    y, p = to_columns(rows)
+    y, p = np.array([row[0] for row in rows]), np.array([row[1] for row in rows], dtype=np.float32)
     point = find_operating_point(y, p, rule)
     if point is None:
         return
@@ -220,9 +216,8 @@ def test_rules_per_finding() -> None:
             fit_rules(np.array(wrong), np.array([[0.1], [0.9]]), findings)
 
 
-@pytest.mark.parametrize(
-    ("y", "p", "rule", "missing", "part"),
-    [
+def test_missing_rules_have_a_reason() -> None:
+    for y, p, rule, missing, part in (
         ([0, 1], [0.3, 0.3], "youden", ["calibration", "operating point"], "equal"),
         ([0, 1], [0.3, 0.2], "youden", ["calibration", "operating point"], "better than chance"),
         ([0, 1], [0.3, 0.3], "specificity=0.9", ["calibration", "operating point"], "specificity=0.9"),
@@ -230,15 +225,13 @@ def test_rules_per_finding() -> None:
         ([0, 1], [0.3, 0.2], "sensitivity=1", ["calibration"], "slope"),
         ([1, 1], [0.3, 0.2], "youden", [], "0 negatives, needs 1"),  # one reason for both
         ([0, 0], [0.3, 0.2], "sensitivity=1", [], "0 positives, needs 1"),
-    ],
-)
-def test_missing_rules_have_a_reason(y: list[int], p: list[float], rule: str, missing: list[str], part: str) -> None:
-    got = fit_rules(np.array(y)[:, None], np.array(p)[:, None], ["Mass"], rule=rule, min_positives=1)
-    reason = got.reasons["Mass"]
-    assert part in reason
-    assert [what for what in ("calibration", "operating point") if f"no {what}" in reason] == missing
-    for what, value in (("calibration", got.calibrations), ("operating point", got.operating_points)):
-        assert (value["Mass"] is None) == (what in missing or not missing)
+    ):
+        got = fit_rules(np.array(y)[:, None], np.array(p)[:, None], ["Mass"], rule=rule, min_positives=1)
+        reason = got.reasons["Mass"]
+        assert part in reason
+        assert [what for what in ("calibration", "operating point") if f"no {what}" in reason] == missing
+        for what, value in (("calibration", got.calibrations), ("operating point", got.operating_points)):
+            assert (value["Mass"] is None) == (what in missing or not missing)
 
 
 def compute_error(y: list[int], p: list[float], bins: int = 10) -> float:

@@ -40,13 +40,14 @@ def build_flags(n: int, *counts: int) -> np.ndarray:
 
 def measure(flags: np.ndarray, codes: np.ndarray, model: dict = MODEL, **more: object) -> drift.Drift:
     n = len(codes)
-    given: dict = {
+    given = {
         "scores": np.full((n, 2), np.nan),
-        "quality_flags": np.full(n, None, dtype=object),
-        "ok": np.ones(n, dtype=bool),
+        "quality_flags": np.full(n, None, object),
+        "ok": np.ones(n, bool),
+        **more,
     }
     expected = drift.Expected.from_model(model)
-    return drift.measure_drift(expected, NAMES, flags.astype(np.int8), patients=codes, **{**given, **more})
+    return drift.measure_drift(expected, NAMES, flags.astype(np.int8), patients=codes, **given)
 
 
 def test_clustered_images_are_no_drift() -> None:

@@ -11,12 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_cxr.evaluation.localisation import (
-    FindingLocalisation,
-    Localisation,
-    LocalisationSettings,
-    measure_localisation,
-)
+from ray_cxr.evaluation import localisation
 
 SIDE = 1024
 
@@ -27,15 +22,17 @@ def draw_peak(row: int, column: int, side: int = 8) -> np.ndarray:
     return heat
 
 
-def measure(*arguments: Any, **options: Any) -> Localisation:
+def measure(*arguments: Any, **options: Any) -> localisation.Localisation:
     """Pass the settings among the options as `LocalisationSettings`."""
-    names = LocalisationSettings.__dataclass_fields__
-    settings = LocalisationSettings(**{name: value for name, value in options.items() if name in names})
+    names = localisation.LocalisationSettings.__dataclass_fields__
+    settings = localisation.LocalisationSettings(**{name: value for name, value in options.items() if name in names})
     rest = {name: value for name, value in options.items() if name not in names}
-    return measure_localisation(*arguments, settings=settings, **rest)
+    return localisation.measure_localisation(*arguments, settings=settings, **rest)
 
 
-def measure_image(heat: np.ndarray | None, boxes: list[tuple[float, ...]], **options: Any) -> FindingLocalisation:
+def measure_image(
+    heat: np.ndarray | None, boxes: list[tuple[float, ...]], **options: Any
+) -> localisation.FindingLocalisation:
     """Measure one image and one finding."""
     maps = {} if heat is None else {("a", "Mass"): heat}
     n = len(boxes)
@@ -228,9 +225,8 @@ def test_results_do_not_depend_on_the_scale_of_coordinates_and_maps() -> None:
     assert (half.iou.value, half.chance) == pytest.approx((whole.iou.value, whole.chance))
 
 
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
+def test_bad_input_is_refused() -> None:
+    for change, part in (
         ({"image_ids": ["a", "b"]}, "do not fit"),
         ({"patients": ["1", "2"]}, "do not fit"),
         ({"xywh": [(0, 0, 0, 5)]}, "area"),
@@ -243,9 +239,7 @@ def test_results_do_not_depend_on_the_scale_of_coordinates_and_maps() -> None:
         ({"maps": {("a", "Mass"): np.zeros((2, 2, 3))}}, "Mass in a"),
         ({"maps": {("a", "Mass"): np.zeros((0, 2))}}, "Mass in a"),
         ({"maps": {("a", "Mass"): np.full((2, 2), np.nan)}}, "not finite"),
-    ],
-)
-def test_bad_input_is_refused(change: dict[str, Any], part: str) -> None:
-    given_: dict[str, Any] = {"maps": {("a", "Mass"): draw_peak(0, 0)}, "image_ids": ["a"], "findings": ["Mass"]}
-    with pytest.raises(ValueError, match=part):
-        measure(**{**given_, "xywh": [(0, 0, 5, 5)], **change})
+    ):
+        given_: dict[str, Any] = {"maps": {("a", "Mass"): draw_peak(0, 0)}, "image_ids": ["a"], "findings": ["Mass"]}
+        with pytest.raises(ValueError, match=part):
+            measure(**{**given_, "xywh": [(0, 0, 5, 5)], **change})

@@ -9,13 +9,8 @@ from ray_cxr.evaluation import metrics, paired
 from ray_cxr.evaluation.delong import delong_paired, normal_p
 
 
-def simulate_models(
-    patients: int, seed: int, better: float = 0.0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return labels [n,2], scores of two models with correlated errors, and patients of three images.
-
-    `better` improves the first model.
-    """
+def simulate_models(patients: int, seed: int, better: float = 0.0) -> tuple[np.ndarray, ...]:
+    """Return labels [n,2], scores of two models with correlated errors (`better` improves the first), and patients."""
     rng = np.random.default_rng(seed)
     codes = np.repeat(np.arange(patients), 3)
     y = (rng.random((patients, 2)) < 0.4)[codes].astype(np.int8)

@@ -14,13 +14,7 @@ import pytest
 
 from ray_cxr.config import InputSpec
 from ray_cxr.evaluation import quality
-from ray_cxr.evaluation.quality import (
-    FLAGS,
-    QualityModel,
-    find_most_severe,
-    fit_quality_model,
-    judge_images,
-)
+from ray_cxr.evaluation.quality import FLAGS, QualityModel, find_most_severe, fit_quality_model, judge_images
 from ray_cxr.imaging.decode import load_image
 from ray_cxr.imaging.phantom_anatomy import sample_anatomy
 from ray_cxr.imaging.phantom_findings import draw_phantom
@@ -171,9 +165,7 @@ def test_thumbnail_of_two_halves() -> None:
     np.testing.assert_allclose(quality._make_thumbnails(large).reshape(16, 16), expected)
 
 
-def test_symmetrised_image_is_undefined_if_mostly_asymmetric(
-    spaces: tuple[quality.Subspace, quality.Subspace],
-) -> None:
+def test_symmetrised_image_is_undefined_if_mostly_asymmetric(spaces: tuple[quality.Subspace, quality.Subspace]) -> None:
     """Averaging an image with its mirror image keeps the symmetric part; below one half the distance is infinite."""
     odd = np.tile(np.repeat([1.0, -1.0], 8), 16)[None]
     even = np.tile(np.repeat([1.0, -1.0, 1.0], [4, 8, 4]), 16)[None]
