@@ -28,36 +28,21 @@ _COLUMNS = {
 
 @dataclass(frozen=True, eq=False)
 class Boxes:
-    """One row per box; a finding may have several boxes in an image.
+    """One row per box; a finding may have several boxes in an image."""
 
-    Attributes:
-        image_ids: str objects [n].
-        findings: str objects [n], canonical.
-        xywh: float64 [n,4]: left, top, width and height in pixels of a square image of `image_side`; both axes run
-            from 0 to `image_side`, y downwards.
-        image_side: pixels.
-        source: origin of the boxes, as text.
-        digest: SHA-256 of the file, hex.
-    """
-
-    image_ids: np.ndarray
-    findings: np.ndarray
-    xywh: np.ndarray
-    image_side: int
-    source: str
-    digest: str
+    image_ids: np.ndarray  # str objects [n]
+    findings: np.ndarray  # str objects [n], canonical
+    xywh: np.ndarray  # float64 [n,4]: left, top (y downwards), width and height, pixels
+    image_side: int  # of the square image that they were drawn on, pixels
+    source: str  # their origin, as text
+    digest: str  # SHA-256 of the file, hex
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
 
 def read_boxes(path: str) -> Boxes:
-    """Read a table of boxes, CSV or gzipped CSV, in NIH's form.
-
-    Raises:
-        TableError: no such file, a missing column, an unknown finding, a value that is not a number, or a box that is
-            empty or outside the image; each with its line.
-    """
+    """Read a table of boxes, CSV or gzipped CSV, in NIH's form; errors name the line."""
     table = read_csv(path)
     columns = _find_columns(table)
     return Boxes(

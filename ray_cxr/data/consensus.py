@@ -43,34 +43,21 @@ _FRACTURE = "fracture is not one of the 14 findings, so it has no score"
 
 @dataclass(frozen=True, eq=False)
 class ConsensusLabels:
-    """A consensus table.
+    """A consensus table."""
 
-    Attributes:
-        image_ids: str objects [n], unique, in the order of the file.
-        patient_ids: str objects [n], None where unknown; written as in a manifest.
-        parts: str objects [n], the table's own division (`val`, `test`), None where it has none. It differs from
-            NIH's: the `val` of the adjudicated table lies in NIH's train and val images.
-        labels: by finding, then by composite, int8 [n]: 1, 0, and -1 where the table does not say.
-        composites: the findings of each composite among the labels.
-        kind: `adjudicated` for the table of 2020, `consensus` for any other.
-        source: origin of the labels, as text.
-        digest: SHA-256 of the file, hex.
-        notes: sentences on how the table was mapped to our findings.
-        left_out: columns that look like labels and were not used, with the reason.
-        unused: other columns that were not used.
-    """
-
-    image_ids: np.ndarray
-    patient_ids: np.ndarray
+    image_ids: np.ndarray  # str objects [n], unique, in the order of the file
+    patient_ids: np.ndarray  # str objects [n], None where unknown; written as in a manifest
+    # str objects [n] or None: the table's own division (`val`, `test`). It differs from NIH's: the `val` of the
+    # adjudicated table lies in NIH's train and val images.
     parts: np.ndarray
-    labels: Mapping[str, np.ndarray]
-    composites: Mapping[str, tuple[str, ...]]
-    kind: Literal["adjudicated", "consensus"]
-    source: str
-    digest: str
-    notes: tuple[str, ...]
-    left_out: Mapping[str, str]
-    unused: tuple[str, ...]
+    labels: Mapping[str, np.ndarray]  # by finding, then by composite, int8 [n]; -1 where the table does not say
+    composites: Mapping[str, tuple[str, ...]]  # the findings of each composite among the labels
+    kind: Literal["adjudicated", "consensus"]  # the table of 2020, or any other
+    source: str  # origin of the labels, as text
+    digest: str  # SHA-256 of the file, hex
+    notes: tuple[str, ...]  # sentences on how the table was mapped to our findings
+    left_out: Mapping[str, str]  # columns that look like labels and were not used, with the reason
+    unused: tuple[str, ...]  # other columns that were not used
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -81,10 +68,6 @@ def read_consensus(path: str) -> ConsensusLabels:
 
     Values are 0 and 1 (or NO and YES); blank means not judged. Columns of 0 and 1 that name none of our findings are
     listed in `left_out`. Repeated rows are merged; one image with different labels is an error.
-
-    Raises:
-        TableError: no such file, no image column, no column for any finding, a value that is neither 0 nor 1, No
-            Finding together with a finding, one image with two sets of labels.
     """
     table = read_csv(path)
     columns = table.find_columns(_COLUMNS)
@@ -123,39 +106,17 @@ def read_consensus(path: str) -> ConsensusLabels:
 
 
 def composite_scores(name: str, members: Sequence[str], p: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return the score of a composite: for each image the highest score of its findings.
+    """Return the highest score of a composite's members in each image: float64 [n], NaN where one has no score.
 
     The probability that any of several findings is present is at least the highest of theirs. It exceeds that only as
     far as the findings occur independently. Do not mix raw and calibrated scores.
-
-    Args:
-        name: of the composite, for the error.
-        members: its findings.
-        p: by finding, floats [n], NaN where there is no score.
-
-    Returns:
-        float64 [n], NaN where any of the findings has no score.
-
-    Raises:
-        TableError: `p` lacks a finding.
     """
     _refuse_missing(name, members, p, "score")
     return np.asarray(np.max(np.stack([np.asarray(p[finding], dtype=np.float64) for finding in members]), axis=0))
 
 
 def composite_flags(name: str, members: Sequence[str], flags: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return the flag of a composite: set where any of its findings is flagged.
-
-    Args:
-        name, members: as in `composite_scores`.
-        flags: by finding, integers or bools [n]: 1, 0, and -1 where unknown.
-
-    Returns:
-        int8 [n]: 1 where any is 1, 0 where all are 0, -1 elsewhere.
-
-    Raises:
-        TableError: `flags` lacks a finding.
-    """
+    """Return the flag of a composite, int8 [n]: 1 where any member is 1, 0 where all are 0, -1 (unknown) elsewhere."""
     _refuse_missing(name, members, flags, "flag")
     rows = np.stack([np.asarray(flags[finding], dtype=np.int8) for finding in members])
     return np.where((rows == 1).any(axis=0), 1, np.where((rows == 0).all(axis=0), 0, -1)).astype(np.int8)
@@ -196,8 +157,7 @@ def _merge_repeats(rows: pd.DataFrame, table: CsvTable) -> pd.DataFrame:
         image = unique.loc[again, "image_id"].iloc[0]
         first = unique.index[(unique["image_id"] == image).to_numpy()][0]
         raise table.error(
-            again,
-            f"{image} has other labels (or another patient or part) than on line {first}; keep one set per image",
+            again, f"{image} has other labels (or another patient or part) than on line {first}; keep one set per image"
         )
     return unique
 

@@ -40,12 +40,7 @@ _NIH_NAME = re.compile(r"^\d{8}_\d{3}\.png$")
 
 @dataclass(frozen=True, eq=False)
 class CsvTable:
-    """A table with at least one row.
-
-    Attributes:
-        path: the file, as errors name it.
-        rows: the cells as text; the index holds line numbers.
-    """
+    """A table with at least one row of text cells; the index of `rows` holds line numbers."""
 
     path: str
     rows: pd.DataFrame
@@ -67,14 +62,7 @@ class CsvTable:
         return found
 
     def read_image_ids(self, columns: Mapping[str, str]) -> pd.Series:
-        """Return the image names, after a check of all columns of ids.
-
-        Args:
-            columns: headers by name, from `find_columns`.
-
-        Raises:
-            TableError: no image column, a row without a name, or ids that lost digits.
-        """
+        """Return the image names, after a check of all columns of ids; `columns` come from `find_columns`."""
         if "image_id" not in columns:
             raise TableError(
                 f"{self.path}: has no image column ('Image Index' or 'Image'); its columns are: {self.shown_headers()}"
@@ -109,11 +97,7 @@ class CsvTable:
         return text.where(text != "", None)
 
     def read_values(self, column: str, values: Mapping[str, int | None], expected: str) -> pd.Series:
-        """Translate the cells of a column, in lower case and without outer blanks, to Int8.
-
-        Raises:
-            TableError: a cell that `values` does not list; `expected` says what to write.
-        """
+        """Translate the cells of a column, in lower case and without outer blanks, to Int8; refuse others."""
         text = self.rows[column].str.strip().str.lower()
         bad = ~text.isin(list(values))
         if bad.any():
@@ -121,11 +105,7 @@ class CsvTable:
         return text.map(values).astype("Int8")
 
     def refuse_contradictions(self, values: pd.DataFrame) -> None:
-        """Refuse rows with No Finding together with another label; `values` has a column per label.
-
-        Raises:
-            TableError: there is one.
-        """
+        """Refuse rows with No Finding together with another label; `values` has a column per label."""
         if labels.NO_FINDING in values:
             others = values.drop(columns=labels.NO_FINDING)
             clash = (values[labels.NO_FINDING] == 1).fillna(False) & (others == 1).any(axis=1)
@@ -143,11 +123,7 @@ def normalize_header(header: str) -> str:
 
 
 def read_csv(path: str) -> CsvTable:
-    """Read a CSV file, gzipped or not.
-
-    Raises:
-        TableError: the file is missing, is not CSV, has no rows, a column twice, or a row of another length.
-    """
+    """Read a CSV file, gzipped or not; refuse repeated columns and rows of another length."""
     # strict: otherwise a quotation mark that is never closed swallows the rest of the table.
     reader = csv.reader(io.StringIO(_read_text(path, "CSV table"), newline=""), strict=True)
     lines: dict[int, list[str]] = {}
@@ -177,11 +153,7 @@ def read_csv(path: str) -> CsvTable:
 
 
 def read_image_list(path: str) -> list[str]:
-    """Read a list of image names, one per line, gzipped or not.
-
-    Raises:
-        TableError: the file is missing, empty, or its names lost digits.
-    """
+    """Read a list of image names, one per line, gzipped or not."""
     lines = [line.strip() for line in _read_text(path, "split list").splitlines()]
     named = {number: line for number, line in enumerate(lines, 1) if line}
     if not named:

@@ -20,15 +20,10 @@ from ray_cxr.imaging import demographics
 
 
 class Dialect(ABC):
-    """One kind of label table.
+    """One kind of label table."""
 
-    Attributes:
-        description: the columns that hold its labels, as an error names them.
-        columns: normalised spellings of the other columns by their name in a manifest.
-    """
-
-    description: str
-    columns: Mapping[str, tuple[str, ...]] = COLUMNS
+    description: str  # the columns that hold its labels, as an error names them
+    columns: Mapping[str, tuple[str, ...]] = COLUMNS  # spellings of the other columns by their name in a manifest
 
     @abstractmethod
     def find_label_columns(self, table: CsvTable) -> list[str]:
@@ -36,11 +31,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def read_labels(self, table: CsvTable, image_ids: pd.Series) -> pd.DataFrame:
-        """Return Int8 [n,15] with the columns `labels.LABELS`: 1, 0, or null where the table does not say.
-
-        Raises:
-            TableError: an unknown finding or value, with its line.
-        """
+        """Return Int8 [n,15] with the columns `labels.LABELS`: 1, 0, or null where the table does not say."""
 
     def parse_age(self, text: str) -> float | None:
         """Return an age in years, or None if the text is not an age."""
@@ -86,10 +77,8 @@ class NihDialect(Dialect):
 class OneHotDialect(Dialect):
     """A column of 0 and 1 per finding; findings without a column are not labelled.
 
-    Without a No Finding column, No_Finding is 1 where all 14 findings are 0, and null where any is null.
-
-    Attributes:
-        values: the label of each cell text; None means not labelled. Map the texts of uncertain labels here.
+    Without a No Finding column, No_Finding is 1 where all 14 findings are 0, and null where any is null. `values` holds
+    the label of each cell text, None for not labelled; map the texts of uncertain labels there.
     """
 
     description = "a column for any finding"
@@ -121,11 +110,7 @@ DIALECTS: tuple[Dialect, ...] = (NihDialect(), OneHotDialect())
 
 
 def detect_dialect(table: CsvTable) -> Dialect:
-    """Return the dialect of a table.
-
-    Raises:
-        TableError: it has no labels, or labels of two dialects.
-    """
+    """Return the dialect of a table; refuse one without labels, or with labels of two dialects."""
     found = [dialect for dialect in DIALECTS if dialect.find_label_columns(table)]
     if not found:
         expected = " nor ".join(dialect.description for dialect in DIALECTS)

@@ -43,16 +43,7 @@ _SUSPICIOUS = "|".join((_EXPONENT, _LONG_FLOAT, _LONG_INTEGER, _CELL_ERROR, _REP
 
 
 def check_series(column: pd.Series, source: str, *, images: bool = False) -> None:
-    """Refuse a text column with ids that lost digits.
-
-    Args:
-        column: text; its name is the header, its index the lines of the file.
-        source: the file, for the error.
-        images: the ids are file names.
-
-    Raises:
-        TableError: see the docstring of the module.
-    """
+    """Refuse a text column with ids that lost digits; its name is the header, its index the lines of `source`."""
     text = pa.chunked_array([pa.array(column.str.strip(), pa.string(), from_pandas=True)])
     _check_text(text, f"{source}: line", column.index, str(column.name), images=images)
 
@@ -65,15 +56,7 @@ def check_names(names: Sequence[str], lines: Sequence[int], source: str) -> None
 
 
 def read_ids(column: pa.ChunkedArray, name: str, source: str) -> pa.ChunkedArray:
-    """Return a Parquet column of ids as string [n], with nulls where a float is NaN.
-
-    Args:
-        name: of the column, one of `COLUMNS`.
-        source: the file, for the error.
-
-    Raises:
-        TableError: ids that lost digits, bytes that are not UTF-8, or another type than text.
-    """
+    """Return a Parquet column of ids as string [n], with nulls where a float is NaN; refuse ids that lost digits."""
     column = _decode_dictionary(column)
     if pa.types.is_floating(column.type):
         _check_floats(column, name, source)
@@ -103,11 +86,7 @@ def check_table(table: pa.Table, source: str) -> pa.Table:
 
 
 def read_split(folder: Path, schema: pa.Schema | None = None) -> pa.Table:
-    """Read `split.parquet`, the images that trained a bundle.
-
-    Raises:
-        TableError: an older version trained it with ids that lost digits, so leaks cannot be detected.
-    """
+    """Read `split.parquet`, the images that trained a bundle; refuse ids that lost digits, which hide leaks."""
     file = folder / "split.parquet"
     return check_table(pq.read_table(file, schema=schema), str(file))
 

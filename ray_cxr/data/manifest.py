@@ -52,22 +52,14 @@ def write_manifest(table: pa.Table, out: str | Path) -> None:
 
 
 def read_manifest(path: str | Path) -> pa.Table:
-    """Return a manifest's columns in `SCHEMA` order, absent ones (but image_id) filled with nulls.
-
-    Raises:
-        TableError: no such file, not Parquet, no `image_id`, a column of a wrong kind, a repeated image_id.
-    """
+    """Return a manifest's columns in `SCHEMA` order, checked; absent ones (but image_id) are filled with nulls."""
     with open_manifest(path) as file:
         return file.read()
 
 
 @contextmanager
 def open_manifest(path: str | Path) -> Iterator[ManifestFile]:
-    """Open a manifest to read single columns or batches.
-
-    Raises:
-        TableError: no such file, not Parquet, or no `image_id`.
-    """
+    """Open a manifest to read single columns or batches."""
     try:
         file = pq.ParquetFile(remote.to_path(path))
     except FileNotFoundError:
@@ -79,11 +71,7 @@ def open_manifest(path: str | Path) -> Iterator[ManifestFile]:
 
 
 class ManifestFile:
-    """An open manifest. A million rows take much memory, so columns and batches are read one at a time.
-
-    Attributes:
-        metadata: of its schema, or None.
-    """
+    """An open manifest. A million rows take much memory, so columns and batches are read one at a time."""
 
     def __init__(self, path: str | Path, file: pq.ParquetFile) -> None:
         self._path, self._file = path, file
@@ -98,11 +86,7 @@ class ManifestFile:
         return int(self._file.metadata.num_rows)
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """Return one column of `SCHEMA`, after checking it.
-
-        Raises:
-            TableError: a wrong type, a value that is not allowed, or a repeated image_id.
-        """
+        """Return one column of `SCHEMA`, after checking its type and values."""
         kind = SCHEMA.field(name).type
         if name not in self._file.schema_arrow.names:
             return pa.chunked_array([pa.nulls(len(self), kind)], kind)
@@ -191,11 +175,7 @@ def _to_numpy(column: pa.ChunkedArray, dtype: Any) -> np.ndarray:
 
 
 def split_info(table: pa.Table) -> dict[str, Any]:
-    """Return the metadata that describes the split; `{}` if there is none.
-
-    Raises:
-        TableError: the entry is not JSON.
-    """
+    """Return the metadata that describes the split; `{}` if there is none."""
     try:
         info = json.loads((table.schema.metadata or {}).get(SPLIT_KEY, b"{}"))
     except ValueError:
@@ -208,9 +188,6 @@ def manifest_of_images(location: str) -> pa.Table:
 
     The image_ids are file names if these are unique; otherwise all are paths below the folder (`sub/a.png`,
     `images_001.tar.gz::images/a.png`). `listing_notes` describes the other files in the folder.
-
-    Raises:
-        InputError: no such folder, or no images in it.
     """
     found = find_images(location)
     ids = file_names(found.paths)

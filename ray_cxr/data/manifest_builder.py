@@ -94,7 +94,8 @@ def build_manifest(
     on_leak: str = "error",
     found_only: bool = False,
 ) -> tuple[pa.Table, ManifestReport]:
-    """Read tables, find images, assign splits.
+    """Read tables, find images, assign splits; return the manifest, with the split's description in its metadata, and
+    counts.
 
     Args:
         tables: paths of CSV files, `.gz` allowed; or `train=A.csv`, `val=B.csv`, `test=C.csv`.
@@ -103,12 +104,6 @@ def build_manifest(
         fractions: train, val, test shares of patients for `patient`.
         on_leak: `error` or `drop`.
         found_only: leave out rows whose image is not in `images`; they are counted.
-
-    Returns:
-        The manifest as an Arrow table of `SCHEMA`, the split's description in its metadata; and the counts.
-
-    Raises:
-        TableError, LeakError, ConfigError: see the messages.
     """
     report = ManifestReport()
     named = [_parse_table_argument(text) for text in tables]
@@ -166,11 +161,7 @@ def build_manifest(
 
 
 def read_table(path: str, report: ManifestReport | None = None) -> pd.DataFrame:
-    """Read a CSV file of any dialect into a manifest's columns, without `path` and `split`.
-
-    Raises:
-        TableError: no such file, no image column, no labels, unknown findings, bad values; each with its place.
-    """
+    """Read a CSV file of any dialect into a manifest's columns, without `path` and `split`; errors name the place."""
     report = report if report is not None else ManifestReport()
     table = read_csv(path)
     dialect = detect_dialect(table)
@@ -251,11 +242,7 @@ def _hash_files(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _find_paths(image_ids: pd.Series, location: str, report: ManifestReport) -> pd.Series:
-    """Return for each image the path of its file below `location`, or None.
-
-    Raises:
-        TableError: no file has a name from the tables, or several files share one.
-    """
+    """Return for each image the path of its file below `location`, or None; refuse names that several files share."""
     found = find_images(location)
     report.not_images, report.unpacked_members = found.left_out, found.unpacked
     wanted = pa.array(image_ids, pa.string())

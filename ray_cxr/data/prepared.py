@@ -27,47 +27,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_cxr import cluster, labels, telemetry
+from ray_cxr import cluster, labels, tasks, telemetry
 from ray_cxr.config import InputSpec, PrepareSettings
 from ray_cxr.data import manifest as manifests
 from ray_cxr.data.ranges import Range, Unit, first_location, group_by_archive, plan_units
-from ray_cxr.data.shards import (
-    Pixels,
-    ShardRows,
-    ShardWriter,
-    missing_shard,
-    read_error_codes,
-    read_shard,
-    shard_name,
-)
+from ray_cxr.data.shards import Pixels, ShardRows, ShardWriter, missing_shard, read_error_codes, read_shard, shard_name
 from ray_cxr.errors import ConfigError, ImageError, OutputError, TableError
 from ray_cxr.imaging.pixels import MAX_PIXELS
 from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
 from ray_cxr.progress import Progress
 from ray_cxr.storage import atomic, remote, run_folder
 from ray_cxr.storage.archives import read_members
-from ray_cxr.tasks import (
-    MAX_LOST_PER_WORKER,
-    SUCCESS,
-    Task,
-    encode_error,
-    map_once,
-    poll,
-    run_with_retries,
-    sanitize_error,
-)
 
 #: Formats of the folder: 1 had Parquet shards; 3 holds images from archives, in shards of different lengths.
 FORMAT, FORMAT_WITH_ARCHIVES = 2, 3
 
 
 def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) -> dict[int, Counter[str]]:
-    """Decode and resize every image of a manifest with Ray Data, or continue an earlier run.
-
-    Args:
-        manifest: a manifest with paths.
-        out: the folder for the sets, on storage that all nodes share.
-        settings: sizes and the rest.
+    """Decode and resize every image of a manifest to `out`, which all nodes share, or continue an earlier run.
 
     Returns:
         Counts of rows by error code for each size; `ok` counts rows without an error.
@@ -82,7 +59,7 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
     table, wanted = check(manifest, out, settings)
     units = plan_units(table["path"], settings.rows_per_shard)
     n_rows = len(table)
-    cluster.require_shared(out, **{"an image at": first_location(table["path"])})
+    cluster.require_shared(out, {"an image at": first_location(table["path"])})
     run_folder.create_run(out, wanted)
     if not (out / "manifest.parquet").exists():
         _freeze(table, out / "manifest.parquet", units)
@@ -90,39 +67,32 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
     for size in settings.sizes:
         (out / str(size)).mkdir(exist_ok=True)
 
-    def find_pending(*_: Any) -> list[Task]:
+    def find_pending(*_: Any) -> list[tasks.Task]:
         existing = [_list_shards(out, size) for size in settings.sizes]
         return [task for unit in units if (task := _make_task(unit, existing))]
 
-    def build_dataset(pending: list[Task]) -> Any:
+    def build_dataset(pending: list[tasks.Task]) -> Any:
         # One block per task, so that a lost node costs few shards.
         dataset = ray.data.from_items(pending, override_num_blocks=len(pending))
         arguments = {"out": remote.to_address(out), "settings": settings}
-        dataset = map_once(dataset, _run_task, fn_kwargs=arguments, num_cpus=1)
+        dataset = tasks.map_once(dataset, _run_task, fn_kwargs=arguments, num_cpus=1)
         cpus = sum(node["Resources"].get("CPU", 0) for node in cluster.list_nodes())
-        dataset.context.max_errored_blocks = int(MAX_LOST_PER_WORKER * max(1, cpus))
+        dataset.context.max_errored_blocks = int(tasks.MAX_LOST_PER_WORKER * max(1, cpus))
         return dataset
 
-    ranges = [one for unit in units for one in unit.ranges]
+    ranges = [range_ for unit in units for range_ in unit.ranges]
     if todo := find_pending():
         pending = sum(sum(task["rows"]) for task in todo)
         progress = Progress("prepare", n_rows, done=n_rows - pending)
         show = _make_progress(out, settings.sizes, ranges, progress)
-        with progress, cluster.log_node_changes("prepare"), poll(show, "prepare"):
-            for _ in run_with_retries(todo, build_dataset, find_pending):
+        with progress, cluster.log_node_changes("prepare"), tasks.poll(show, "prepare"):
+            for _ in tasks.run_with_retries(todo, build_dataset, find_pending):
                 pass  # `show` reports the shards that the tasks write
     return {size: _count_rows(out, size, ranges) for size in settings.sizes}
 
 
 def check(manifest: str | Path, out: Path, settings: PrepareSettings) -> tuple[pa.Table, dict[str, Any]]:
-    """Make the checks of `prepare` that need no Ray.
-
-    Returns:
-        The manifest in reading order (`ranges.group_by_archive`), and the settings that `out` must match.
-
-    Raises:
-        TableError, OutputError: see `prepare`.
-    """
+    """Make the checks of `prepare` that need no Ray; return the manifest in reading order and the run's settings."""
     table = manifests.read_manifest(manifest)
     if not len(table) or table["path"].null_count == len(table):
         raise TableError(f"{manifest}: no row has a path; make it with `ray-cxr manifest ... --images FOLDER`")
@@ -149,8 +119,8 @@ def _freeze(table: pa.Table, path: Path, units: Sequence[Unit]) -> None:
     def produce(part: Path) -> None:
         with pq.ParquetWriter(part, table.schema) as writer:
             for unit in units:
-                for one in unit.ranges:
-                    writer.write_table(table.slice(one.start, one.rows), row_group_size=one.rows)
+                for range_ in unit.ranges:
+                    writer.write_table(table.slice(range_.start, range_.rows), row_group_size=range_.rows)
 
     atomic.write(path, produce)
 
@@ -165,9 +135,9 @@ def _make_progress(out: Path, sizes: Sequence[int], ranges: Sequence[Range], pro
 
     def list_complete() -> set[int]:
         names = set.intersection(*(_list_shards(out, size) for size in sizes))
-        return {one.index for one in ranges if shard_name(one.index) in names}
+        return {range_.index for range_ in ranges if shard_name(range_.index) in names}
 
-    rows = {one.index: one.rows for one in ranges}
+    rows = {range_.index: range_.rows for range_ in ranges}
     seen, failed = list_complete(), 0
 
     def show() -> bool:
@@ -183,14 +153,10 @@ def _make_progress(out: Path, sizes: Sequence[int], ranges: Sequence[Range], pro
     return show
 
 
-def _make_task(unit: Unit, existing: Sequence[set[str]]) -> Task | None:
-    """Return the task that writes a unit's missing shards; None if all exist. `rows` counts rows of missing shards.
-
-    Args:
-        existing: names of the shards of each size.
-    """
+def _make_task(unit: Unit, existing: Sequence[set[str]]) -> tasks.Task | None:
+    """Return the task that writes the shards of a unit that `existing` lacks at any size; None if there are none."""
     missing = {
-        one.index: one.rows for one in unit.ranges if any(shard_name(one.index) not in names for names in existing)
+        range_.index: range_.rows for range_ in unit.ranges if any(shard_name(range_.index) not in names for names in existing)
     }
     if not missing:
         return None
@@ -198,24 +164,24 @@ def _make_task(unit: Unit, existing: Sequence[set[str]]) -> Task | None:
     return {
         "archive": unit.archive or "",
         "first": unit.ranges[0].index,
-        "lengths": [one.rows for one in unit.ranges],
+        "lengths": [range_.rows for range_ in unit.ranges],
         "indices": list(missing),
         "rows": list(missing.values()),
     }
 
 
-def _run_task(task: Task, out: str, settings: PrepareSettings) -> dict[str, Any]:
+def _run_task(task: tasks.Task, out: str, settings: PrepareSettings) -> dict[str, Any]:
     """Write the missing shards of one unit, in a Ray task; each image is decoded once for all sizes."""
     try:
         _write_shards(task, out, settings)
     except Exception as error:
-        return {"done": [], **encode_error(sanitize_error(error, "prepare"))}
+        return {"done": [], **tasks.encode_error(tasks.sanitize_error(error, "prepare"))}
     finally:
         telemetry.flush()
-    return {"done": task["indices"], **SUCCESS}
+    return {"done": task["indices"], **tasks.SUCCESS}
 
 
-def _write_shards(task: Task, out: str, settings: PrepareSettings) -> None:
+def _write_shards(task: tasks.Task, out: str, settings: PrepareSettings) -> None:
     shards = range(task["first"], task["first"] + len(task["lengths"]))
     folder = remote.to_path(out)
     rows = pq.ParquetFile(folder / "manifest.parquet").read_row_groups(list(shards))
@@ -277,7 +243,7 @@ def _decode_rows(
 def _count_rows(out: Path, size: int, ranges: Sequence[Range]) -> Counter[str]:
     """Count a size's rows from its shards, and mark the size complete."""
     counts: Counter[str] = Counter()
-    paths = [out / str(size) / shard_name(one.index) for one in ranges]
+    paths = [out / str(size) / shard_name(range_.index) for range_ in ranges]
     found = remote.map_concurrently(functools.partial(read_error_codes, size=size), paths)
     for one, path, codes in zip(ranges, paths, found, strict=True):
         if len(codes) != one.rows:
@@ -297,37 +263,20 @@ def complete_sizes(prepared: Path) -> list[int]:
 
 @dataclass(frozen=True)
 class SplitData:
-    """The images of one split at one size.
+    """The images of one split at one size, in manifest order; the pixels are read from the shards on demand."""
 
-    Attributes:
-        image_ids: strings [N], in manifest order.
-        patient_ids: strings or None [N].
-        ages: float64 [N], years, NaN where unknown.
-        labels: int8 [N,15] in `labels.LABELS` order, -1 where not labelled.
-        images: uint8 [N,S,S], read from the shards on demand.
-    """
-
-    image_ids: np.ndarray
-    patient_ids: np.ndarray
-    ages: np.ndarray
-    labels: np.ndarray
-    images: Pixels
+    image_ids: np.ndarray  # strings [N]
+    patient_ids: np.ndarray  # strings or None [N]
+    ages: np.ndarray  # float64 [N], years, NaN where unknown
+    labels: np.ndarray  # int8 [N,15] in `labels.LABELS` order, -1 where not labelled
+    images: Pixels  # uint8 [N,S,S]
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
 
 class PreparedSet:
-    """One size of a prepared folder, open for reading.
-
-    Args:
-        path: the folder that `prepare` made.
-        size: pixels; None chooses the only size.
-
-    Raises:
-        ConfigError: not a prepared folder, another format, no such size or an incomplete one, or several sizes with
-            `size` None.
-    """
+    """One size of a folder that `prepare` made, open for reading; `size` None chooses the only one."""
 
     def __init__(self, path: str | Path, size: int | None = None) -> None:
         self.path = remote.to_path(path)
@@ -369,29 +318,15 @@ class PreparedSet:
         return manifests.split_info(manifests.read_manifest(self.path / "manifest.parquet"))
 
     def rows(self) -> pa.Table:
-        """Return the manifest's columns and error_code of every row, without the images.
-
-        Raises:
-            OutputError: a shard is missing or damaged.
-        """
+        """Return the manifest's columns and error_code of every row, without the images."""
         return _to_table(self._read([*manifests.SCHEMA.names, "error_code"]))
 
     def usable(self, split: str) -> pa.Table:
-        """Return `rows` of the images of a split that were decoded.
-
-        Raises:
-            OutputError: a shard is missing or damaged.
-            TableError: there are none.
-        """
+        """Return `rows` of the images of a split that were decoded; refuse a split without any."""
         return _to_table(self._read([*manifests.SCHEMA.names, "error_code"], split))
 
     def load(self, split: str) -> SplitData:
-        """Open one split: its labels and names are read now, its pixels on demand.
-
-        Raises:
-            OutputError: a shard is missing or damaged.
-            TableError: the split has no usable image.
-        """
+        """Open one split: its labels and names are read now, its pixels on demand."""
         shards = self._read(["image_id", "patient_id", "age", *labels.LABELS], split)
         table = _to_table(shards)
         images = Pixels(

@@ -23,13 +23,7 @@ def first_location(paths: pa.ChunkedArray) -> str | None:
 
 @dataclass(frozen=True)
 class Range:
-    """Rows that become one output file.
-
-    Attributes:
-        index: number of the file.
-        start: first row of the table.
-        rows: how many.
-    """
+    """Rows of a table that become the output file number `index`."""
 
     index: int
     start: int
@@ -38,26 +32,19 @@ class Range:
 
 @dataclass(frozen=True)
 class Unit:
-    """The input of one task.
-
-    Attributes:
-        archive: read in one pass for all ranges; None for single files.
-        ranges: in the table's order; one range for single files.
-    """
+    """The input of one task: an archive, read in one pass for all ranges; or one range of single files and None."""
 
     archive: str | None
     ranges: tuple[Range, ...]
 
     @property
     def rows(self) -> int:
-        return sum(one.rows for one in self.ranges)
+        return sum(range_.rows for range_ in self.ranges)
 
 
 def group_by_archive(table: pa.Table) -> pa.Table:
-    """Sort a table with a column `path` so that the rows of each archive are together.
-
-    Single files and rows without a path come first, then the archives by their first appearance. The sort is stable; a
-    table that is already sorted is returned unchanged.
+    """Sort a table with a column `path`, stably, so that the rows of each archive are together. Single files and rows
+    without a path come first, then the archives by their first appearance. A sorted table is returned unchanged.
     """
     codes, _ = _archives(table["path"])
     order = np.argsort(codes, kind="stable")
@@ -67,13 +54,8 @@ def group_by_archive(table: pa.Table) -> pa.Table:
 
 
 def plan_units(paths: pa.ChunkedArray, rows_per_file: int) -> list[Unit]:
-    """Cut a table in reading order into output files and tasks.
-
-    No range spans two archives, or an archive and single files. Ranges are numbered from 0 in the table's order.
-
-    Args:
-        paths: the column, string.
-        rows_per_file: maximum number of rows of a range.
+    """Cut a table in reading order into output files of at most `rows_per_file` rows, and tasks. No range spans two
+    archives, or an archive and single files. Ranges are numbered from 0 in the table's order.
     """
     codes, names = _archives(paths)
     found: list[Unit] = []
@@ -88,7 +70,7 @@ def plan_units(paths: pa.ChunkedArray, rows_per_file: int) -> list[Unit]:
         index += len(ranges)
         code = int(codes[start])
         if code < 0:
-            found += [Unit(None, (one,)) for one in ranges]
+            found += [Unit(None, (range_,)) for range_ in ranges]
         else:
             found.append(Unit(names[code], tuple(ranges)))
     return found

@@ -47,18 +47,8 @@ def shard_name(index: int) -> str:
 class ShardWriter:
     """Fill the missing shards of one unit at one size in order, and write each when it is full.
 
-    Args:
-        folder: of the size.
-        size: S.
-        position: of this size in `DecodedImage.images`.
-        rows: the unit's rows of the manifest.
-        lengths: number of rows of each of the unit's shards, by index.
-
-    Attributes:
-        wanted: bool [n], the rows that no shard holds yet.
-
-    Raises:
-        OutputError: an existing shard is damaged, or holds rows of another unit.
+    `rows` are the unit's rows of the manifest; `lengths` the number of rows of each of its shards, by index; `position`
+    the place of this size in `DecodedImage.images`. `wanted`, bool [n], marks the rows that no shard holds yet.
     """
 
     def __init__(self, folder: Path, size: int, position: int, rows: pa.Table, lengths: dict[int, int]) -> None:
@@ -109,11 +99,7 @@ class ShardWriter:
 
 
 def read_error_codes(path: Path, size: int) -> pa.Array:
-    """Return the column error_code of a shard; from a bucket nothing else is fetched.
-
-    Raises:
-        OutputError: as `read_shard`.
-    """
+    """Return the column error_code of a shard; from a bucket nothing else is fetched."""
     try:
         with remote.open_file(path) as source:
             schema = pa.ipc.open_file(source).schema
@@ -132,25 +118,15 @@ def read_error_codes(path: Path, size: int) -> pa.Array:
 
 @dataclass(frozen=True)
 class ShardRows:
-    """Rows of one shard.
-
-    Attributes:
-        table: their columns, copied from the file.
-        offsets: int64 [n], start of each row's image in the file, bytes; undefined where the image is null.
-        length: of the file, bytes.
-    """
+    """Columns of rows of one shard, copied from the file."""
 
     table: pa.RecordBatch
-    offsets: np.ndarray
-    length: int
+    offsets: np.ndarray  # int64 [n], start of each row's image in the file, bytes; undefined where the image is null
+    length: int  # of the file, bytes
 
 
 def read_shard(path: Path, size: int, columns: Sequence[str], split: str | None = None) -> ShardRows:
-    """Return columns of a shard without its pixels: of all rows, or of the usable rows of a split.
-
-    Raises:
-        OutputError: the shard is missing, damaged, or of another format.
-    """
+    """Return columns of a shard without its pixels: of all rows, or of the usable rows of a split."""
     # Arrow maps the whole file and reads only what is touched. `included_fields` would use more memory: it allocates
     # the whole batch with its images.
     try:
@@ -196,16 +172,8 @@ class Pixels:
     axis: an array of row numbers in any order, repeated or not, a slice, or a number. `np.asarray(pixels)` reads all
     rows. Between reads it holds 12 bytes per image and at most `OPEN_SHARDS` open files. Threads read one at a time.
 
-    Args:
-        paths: the shards.
-        lengths: sizes of those files, bytes.
-        shard_of: int32 [N], index of an image's shard in `paths`.
-        offsets: int64 [N], start of the image in that file, bytes.
-        size: S.
-
-    Raises:
-        IndexError: on reading, a row out of range.
-        OutputError: on reading, a shard that is missing or has another length than before.
+    `lengths` are the sizes of the shards in bytes. Image i is in shard `shard_of[i]` (int32) from byte `offsets[i]`
+    (int64). Reading raises `OutputError` if a shard is missing or changed.
     """
 
     def __init__(

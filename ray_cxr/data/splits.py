@@ -17,19 +17,10 @@ OFFICIAL_VAL_FRACTION = 0.1
 
 
 def patient_split(patients: pd.Series, fractions: Sequence[float], seed: int) -> pd.Series:
-    """Assign every image to train, val or test by its patient.
+    """Assign every image to train, val or test by its patient (an id per image, without nulls).
 
-    Args:
-        patients: patient id per image, strings, no nulls.
-        fractions: of the patients for train, val and test; they sum to 1.
-        seed: the assignment depends only on the set of patients, the fractions and the seed.
-
-    Returns:
-        Strings, aligned with `patients`.
-
-    Raises:
-        ConfigError: fractions that are not three non-negative numbers of sum 1, or a negative seed.
-        TableError: an image without a patient id.
+    `fractions` of the patients are for train, val and test. The result depends only on the set of patients, the
+    fractions and the seed.
     """
     # `not <=` also refuses NaN.
     if len(fractions) != 3 or min(fractions) < 0 or not abs(sum(fractions) - 1.0) <= 1e-6:
@@ -49,11 +40,7 @@ def patient_split(patients: pd.Series, fractions: Sequence[float], seed: int) ->
 def official_split(
     image_ids: pd.Series, patients: pd.Series, train_val: frozenset[str], test: frozenset[str], seed: int
 ) -> pd.Series:
-    """Split by NIH's two lists; val is a seeded tenth of train_val's patients. Images in neither list get None.
-
-    Raises:
-        TableError: an image is in both lists, or an image of train_val has no patient id.
-    """
+    """Split by NIH's two lists; val is a seeded tenth of train_val's patients. Images in neither list get None."""
     both = train_val & test
     if both:
         raise TableError(f"{len(both):,} images are in both lists, such as {min(both)!r}; remove them from one")
@@ -81,13 +68,8 @@ def shared_patients(patients: pd.Series, splits: pd.Series) -> dict[str, tuple[s
 
 
 def resolve_leaks(patients: pd.Series, splits: pd.Series, on_leak: str) -> pd.Series:
-    """Return the images to keep so that no patient is in two splits: bool, aligned with `patients`.
-
-    Args:
-        on_leak: `error` refuses; `drop` keeps a patient in the most protected of their splits.
-
-    Raises:
-        LeakError: with `error`, if a patient is in two splits; names how many and which.
+    """Return the images to keep so that no patient is in two splits: bool, aligned with `patients`. `on_leak` `error`
+    refuses leaks; `drop` keeps a patient in the most protected of their splits.
     """
     shared = shared_patients(patients, splits)
     if not shared:

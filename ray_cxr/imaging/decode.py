@@ -34,12 +34,7 @@ from ray_cxr.storage.files import read_bytes
 
 
 def load_image(path: str, spec: InputSpec | None = None, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Read and decode one radiograph, and resize it if there is a spec.
-
-    Args:
-        path: a local path or a URI; PNG, JPEG or DICOM.
-        spec: the model's input, or None for the original size.
-        max_pixels: larger images are refused before they are decoded.
+    """Read and decode one radiograph, a local path or a URI, and resize it if there is a spec.
 
     Returns:
         uint8[S, S] with a spec, otherwise uint8[H, W].
@@ -52,18 +47,16 @@ def load_image(path: str, spec: InputSpec | None = None, *, max_pixels: int = MA
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode a PNG, JPEG or DICOM to gray by the rules of the module's docstring (DICOM: of `dicom`).
+    """Decode the contents of a PNG, JPEG or DICOM by the rules of the module's docstring (DICOM: of `dicom`).
 
-    Args:
-        data: the contents of a file.
-        max_pixels: limit of height x width, checked before pixels are decoded.
+    `max_pixels` limits height x width and is checked before pixels are decoded.
 
     Returns:
         uint8[H, W], C-contiguous, a new array; 0 is black, 255 white.
 
     Raises:
-        ImageError: `empty`, `not_an_image`, `truncated`, `corrupt`, `too_large`, `too_small`, `blank` (all
-            pixels equal), and for a DICOM also `not_a_radiograph` and `unsupported_transfer_syntax`.
+        ImageError: `empty`, `not_an_image`, `truncated`, `corrupt`, `too_large`, `too_small`, `blank` (all pixels
+            equal), and for a DICOM also `not_a_radiograph` and `unsupported_transfer_syntax`.
     """
     if not data:
         raise ImageError("empty", "the file has 0 bytes")

@@ -86,18 +86,12 @@ def looks_like_dicom(data: bytes) -> bool:
 
 
 def decode_dicom(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode a single-frame DICOM radiograph by the rules of the module's docstring.
+    """Decode a single-frame DICOM radiograph, with or without preamble, by the rules of the module's docstring.
 
-    Args:
-        data: the contents of a DICOM file, with or without its preamble.
-        max_pixels: limit of Rows x Columns, checked before pixels are decoded.
+    `not_a_radiograph` is the code for another modality, no pixel data, several frames, or a palette.
 
     Returns:
         uint8[H, W], C-contiguous; 0 is black, 255 white.
-
-    Raises:
-        ImageError: `not_an_image`, `not_a_radiograph` (another modality, no pixel data, several frames, a
-            palette), `unsupported_transfer_syntax`, `truncated`, `corrupt`, `too_large`, `too_small`.
     """
     with decoder_errors("DICOM"):
         ds, syntax = _read_dataset(data, max_pixels)
@@ -126,16 +120,12 @@ def decode_dicom(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def read_tags(data: bytes) -> dict[str, Any]:
-    """Return the header fields that a manifest uses; nothing is logged.
+    """Return the header fields that a manifest uses, None where unknown; nothing is logged.
 
     Returns:
-        `patient_id` and `study_id` (Study Instance UID): str | None, distinct for distinct bytes (see `dicom_text`).
-        `age`: float years | None, from 058Y, 006M, 002W, 010D or plain digits (years, from converted archives).
-        `sex`: `M`, `F` or None. `view`: see `demographics.parse_view`; from View Position, or from Patient Position
-        if that is PA or AP, as in some converted archives.
-
-    Raises:
-        ImageError: `not_an_image`, `truncated`, `corrupt`, `too_large` or `unsupported_transfer_syntax`.
+        `patient_id` and `study_id` (Study Instance UID): text, distinct for distinct bytes (see `dicom_text`). `age`:
+        float years. `sex`: `M` or `F`. `view`: from View Position, or from Patient Position if that is PA or AP, as in
+        some converted archives (see `demographics`).
     """
     with decoder_errors("DICOM"):
         ds, _ = _read_dataset(data, MAX_PIXELS, pixels=False)
@@ -172,7 +162,8 @@ def _read_dataset(data: bytes, max_pixels: int, *, pixels: bool = True) -> tuple
     bare = data[128:132] != b"DICM"
     if bare and data[:2] == b"\x02\x00":  # only the preamble is missing
         data = bytes(128) + b"DICM" + data
-    syntax = _read_syntax(data) if data[128:132] == b"DICM" else ""
+    uid = _read_meta(data)[0].get(0x0010, b"") if data[128:132] == b"DICM" else b""
+    syntax = uid.rstrip(b"\0 ").lstrip(b" ").decode("latin-1")
     if syntax and (not pydicom.uid.UID(syntax).is_transfer_syntax or syntax in _DEFLATED_ELSEWHERE):
         raise unsupported_syntax(syntax)
     if syntax == _DEFLATED:
@@ -230,11 +221,6 @@ def _read_meta(data: bytes) -> tuple[dict[int, bytes], int]:
     if at > len(data):
         raise ImageError("truncated", "the DICOM file ends inside its header")
     return found, at
-
-
-def _read_syntax(data: bytes) -> str:
-    value = _read_meta(data)[0].get(0x0010, b"")
-    return value.rstrip(b"\0 ").lstrip(b" ").decode("latin-1")
 
 
 def _inflate(data: bytes, max_pixels: int) -> bytes:

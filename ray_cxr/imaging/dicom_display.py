@@ -10,15 +10,7 @@ import numpy as np
 from pydicom.sequence import Sequence
 
 from ray_cxr.errors import ImageError
-from ray_cxr.imaging.dicom_elements import (
-    is_empty,
-    read_first,
-    read_float,
-    read_floats,
-    read_integer,
-    read_text,
-    read_values,
-)
+from ray_cxr.imaging import dicom_elements as elements
 
 _ROWS_AT_ONCE = 256  # numpy widens table indices to 64 bits, too much memory for a whole large image
 
@@ -66,11 +58,12 @@ def display_gray(codes: np.ndarray, ds: Any, bits: int, *, inverted: bool) -> np
 
 def _find_padding(ds: Any, values: np.ndarray, bits: int, signed: bool) -> np.ndarray:
     """Return which stored values are padding: bool, one per value."""
-    if read_first(ds, "PixelPaddingValue") is None:
+    if elements.read_first(ds, "PixelPaddingValue") is None:
         return np.zeros(len(values), dtype=bool)
-    first = read_integer(ds, "PixelPaddingValue")
-    ends = sorted(_fix_sign(end, bits, signed) for end in (first, read_integer(ds, "PixelPaddingRangeLimit", first)))
-    return (values >= ends[0]) & (values <= ends[1])
+    first = elements.read_integer(ds, "PixelPaddingValue")
+    last = elements.read_integer(ds, "PixelPaddingRangeLimit", first)
+    low, high = sorted(_fix_sign(end, bits, signed) for end in (first, last))
+    return (values >= low) & (values <= high)
 
 
 def _fix_sign(value: int, bits: int, signed: bool) -> int:
@@ -87,8 +80,8 @@ def _apply_modality(ds: Any, values: np.ndarray, signed: bool) -> np.ndarray:
     lut = _find_lut(ds, "ModalityLUTSequence", signed)
     if lut is not None:
         return lut.entries[np.clip(values - lut.first, 0, len(lut.entries) - 1)].astype(np.float64)
-    slope = read_float(ds, "RescaleSlope", 1.0)
-    intercept = read_float(ds, "RescaleIntercept", 0.0)
+    slope = elements.read_float(ds, "RescaleSlope", 1.0)
+    intercept = elements.read_float(ds, "RescaleIntercept", 0.0)
     if not (math.isfinite(slope) and math.isfinite(intercept)):
         raise ImageError("corrupt", "the rescale values of the DICOM file are not finite")
     return values * slope + intercept
@@ -100,11 +93,11 @@ def _apply_voi(ds: Any, modality: np.ndarray, signed: bool) -> np.ndarray | None
     if lut is not None:
         index = np.clip(np.floor(modality + 0.5) - lut.first, 0, len(lut.entries) - 1).astype(np.int64)
         return np.minimum(lut.entries[index] / ((1 << _count_bits(lut)) - 1), 1.0)
-    pairs = zip(read_floats(ds, "WindowCenter"), read_floats(ds, "WindowWidth"), strict=False)
+    pairs = zip(elements.read_floats(ds, "WindowCenter"), elements.read_floats(ds, "WindowWidth"), strict=False)
     window = next(((centre, width) for centre, width in pairs if centre is not None and width is not None), None)
     if window is None:
         return None
-    name = read_text(ds, "VOILUTFunction").upper()
+    name = elements.read_text(ds, "VOILUTFunction").upper()
     centre, width = window
     usable = width > 0 if name in _WINDOWS else width >= 1
     if not (usable and math.isfinite(centre) and math.isfinite(width)):
@@ -113,14 +106,7 @@ def _apply_voi(ds: Any, modality: np.ndarray, signed: bool) -> np.ndarray | None
 
 
 def window_linear(x: np.ndarray, centre: float, width: float) -> np.ndarray:
-    """Apply PS3.3, C.11.2.1.2.1: black up to c - 0.5 - (w - 1) / 2, white above c - 0.5 + (w - 1) / 2.
-
-    Args:
-        x: float64[N], the values after the modality LUT.
-
-    Returns:
-        float64[N] in 0..1.
-    """
+    """Apply PS3.3, C.11.2.1.2.1: black (0) up to c - 0.5 - (w - 1) / 2, white (1) above c - 0.5 + (w - 1) / 2."""
     if width == 1:  # a threshold without a ramp
         return (x > centre - 0.5).astype(np.float64)
     return np.clip((x - (centre - 0.5)) / (width - 1) + 0.5, 0.0, 1.0)
@@ -156,7 +142,7 @@ def _find_lut(ds: Any, keyword: str, signed: bool) -> _Lut | None:
     sequence = ds.get(keyword)
     for item in sequence if isinstance(sequence, Sequence) else ():
         descriptor = _read_descriptor(item)  # first, because pydicom needs it to convert the data
-        if descriptor is not None and not is_empty(item.get("LUTData")):
+        if descriptor is not None and not elements.is_empty(item.get("LUTData")):
             return _read_lut(item.LUTData, descriptor, ds, signed)
     return None
 
@@ -164,7 +150,7 @@ def _find_lut(ds: Any, keyword: str, signed: bool) -> _Lut | None:
 def _read_descriptor(item: Any) -> tuple[int, int, int] | None:
     """Return number of entries, first value mapped and bits per entry, as stored; None if all are absent or empty."""
     try:
-        values = read_values(item, "LUTDescriptor")
+        values = elements.read_values(item, "LUTDescriptor")
         if all(value is None for value in values):
             return None
         count, first, bits = (int(value) for value in values[:3])
@@ -192,9 +178,9 @@ def _read_lut(raw: Any, descriptor: tuple[int, int, int], ds: Any, signed: bool)
 def _count_bits(lut: _Lut) -> int:
     """Return the bits per entry whose largest value is white: the declared bits unless the entries contradict them.
 
-    Some vendors declare 16 bits for entries of 12 or 14 bits, and other viewers show such images at full brightness.
-    Entries of 15 bits are a dark table of 16. If entries need more bits than declared, the declared bits would make
-    most of the image white. A single step above white is a rounding error and is shown as white.
+    Some vendors declare 16 bits for entries of 12 or 14, and other viewers show such images at full brightness. Entries
+    of 15 bits are a dark table of 16. Entries above the declared bits would make most of the image white. A single step
+    above white is a rounding error.
     """
     largest = int(lut.entries.max())
     used = max(8, largest.bit_length())

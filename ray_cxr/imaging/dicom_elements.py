@@ -45,11 +45,7 @@ def read_first(ds: Any, keyword: str) -> Any:
 
 
 def read_integer(ds: Any, keyword: str, default: int | None = None) -> int:
-    """Return the first value of an element as an integer.
-
-    Raises:
-        ImageError: `corrupt` if there is neither a value nor a default.
-    """
+    """Return the first value of an element as an integer, or the default; without either it is `corrupt`."""
     value = read_first(ds, keyword)
     if value is not None:
         return int(value)

@@ -18,28 +18,14 @@ from ray_cxr.imaging.jpeg import JpegStream, decode_jpeg, parse_jpeg
 _JPEG_8_BIT = frozenset({"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"})
 _JPEG_LOSSLESS = frozenset({"1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70"})
 _JPEG_LS = frozenset({"1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81"})
-_JPEG_2000 = frozenset(
-    {
-        "1.2.840.10008.1.2.4.90",
-        "1.2.840.10008.1.2.4.91",
-        "1.2.840.10008.1.2.4.201",
-        "1.2.840.10008.1.2.4.202",
-        "1.2.840.10008.1.2.4.203",
-    }
-)
+_JPEG_2000 = frozenset(f"1.2.840.10008.1.2.4.{last}" for last in (90, 91, 201, 202, 203))
 
 
 def read_pixels(ds: Any, syntax: str, rows: int, columns: int, samples: int, allocated: int, bits: int) -> np.ndarray:
-    """Decode the only frame of a data set.
-
-    Args:
-        samples, allocated, bits: per pixel, and bits allocated and stored per sample.
+    """Decode the only frame of a data set, with bits allocated and stored per sample.
 
     Returns:
         uint8 or uint16: codes (the stored bits as unsigned integers) [H, W], or RGB samples [H, W, 3].
-
-    Raises:
-        ImageError: `unsupported_transfer_syntax`, `truncated`, `corrupt` or `not_a_radiograph`.
     """
     try:
         decoder = get_decoder(UID(syntax))

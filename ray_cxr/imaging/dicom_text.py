@@ -28,11 +28,7 @@ _BLANK = b" \0\t\n\v\f\r"
 
 
 def read_identity(ds: Dataset, keyword: str) -> str:
-    """Return an element with an id as text, distinct for distinct bytes; empty if it is absent.
-
-    Args:
-        ds: as read from a file, this element not yet accessed.
-    """
+    """Return an id as text, distinct for distinct bytes, empty if absent; only before another access to it."""
     element = ds.get_item(keyword) if keyword in ds else None
     if not isinstance(element, RawDataElement) or not _is_text(element):
         value = ds.get(keyword)
@@ -65,14 +61,10 @@ def writes_ascii(ds: Dataset) -> bool:
 
 
 def copy_elements(ds: Dataset, tags: Iterable[str | BaseTag]) -> Dataset:
-    """Copy elements of a data set, text byte for byte.
+    """Copy elements of a data set as read from a file, text byte for byte; absent tags are left out.
 
-    Args:
-        ds: as read from a file.
-        tags: absent ones are left out. Include Specific Character Set to keep the meaning of the bytes.
-
-    Returns:
-        A data set that pydicom writes in Explicit VR Little Endian without decoding the text.
+    pydicom writes the result in Explicit VR Little Endian without decoding the text. Include Specific Character Set to
+    keep the meaning of the bytes.
     """
     encodings = ds.original_character_set
     copied = Dataset(parent_encoding=encodings)
@@ -85,7 +77,6 @@ def copy_elements(ds: Dataset, tags: Iterable[str | BaseTag]) -> Dataset:
 
 def add_elements(ds: Dataset, copied: Dataset) -> None:
     """Add elements of `copy_elements`, also after writing and reading them, to a data set whose other text is ASCII.
-
     The character set becomes that of the copied elements, so that pydicom writes them as they are.
     """
     ds.pop("SpecificCharacterSet", None)

@@ -32,9 +32,6 @@ def parse_jpeg(data: bytes, *, jpeg_ls: bool = False) -> JpegStream:
 
     Bytes after EOI are ignored. Entropy-coded data are only searched for the next marker, so their faults are left to
     the decoder; libjpeg conceals some.
-
-    Raises:
-        ImageError: `truncated` if the data end before EOI, `corrupt` if they do not consist of segments.
     """
     # A byte FF inside entropy-coded data is followed by a stuffed zero byte (T.81) or zero bit (T.87).
     marker_after_scan = _LS_MARKER if jpeg_ls else _MARKER
@@ -92,11 +89,7 @@ _LS_MARKER = re.compile(rb"\xff+[\x80-\xcf\xd8-\xfe]")
 
 
 def decode_jpeg(jpeg: JpegStream, max_pixels: int) -> np.ndarray:
-    """Decode an 8-bit JPEG to uint8[H, W].
-
-    Raises:
-        ImageError: `too_large`, `too_small`, `truncated`, `corrupt`.
-    """
+    """Decode an 8-bit JPEG to uint8[H, W]."""
     check_size(jpeg.height, jpeg.width, max_pixels)
     if jpeg.precision != 8:
         raise ImageError("corrupt", f"the JPEG has {jpeg.precision} bits per sample; only 8 can be decoded")

@@ -55,7 +55,6 @@ _READABLE = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,99}")
 
 class Area(NamedTuple):
     """Edges as fractions of the original's height (top, bottom) and width (left, right), from its upper left corner.
-
     Values below 0 and above 1 are padding.
     """
 
@@ -70,25 +69,16 @@ WHOLE = Area(0.0, 0.0, 1.0, 1.0)
 
 @dataclass(frozen=True, eq=False)
 class HeatMap:
-    """The evidence of a model for one finding in an image.
-
-    Attributes:
-        rank: 1 for the image's top finding.
-        p: the probability in the scores.
-        cells: float32 [h,w], 0 and above, in units of the finding's logit; all 0 without evidence.
-        area: the part of the original that the cells cover.
-        image_shape: height and width of the original, pixels.
-        overlay: the PNG.
-    """
+    """The evidence of a model for one finding in an image."""
 
     image_id: str
     finding: str
-    rank: int
-    p: float
-    cells: np.ndarray
-    area: Area
-    image_shape: tuple[int, int]
-    overlay: Path
+    rank: int  # 1 for the image's top finding
+    p: float  # the probability in the scores
+    cells: np.ndarray  # float32 [h,w], 0 and above, in units of the finding's logit; all 0 without evidence
+    area: Area  # the part of the original that the cells cover
+    image_shape: tuple[int, int]  # height and width of the original, pixels
+    overlay: Path  # the PNG
 
     @property
     def evidence(self) -> float:
@@ -101,14 +91,10 @@ class HeatMap:
 
 
 def read_heatmaps(scores: str | Path, image_ids: Collection[str] | None = None) -> dict[tuple[str, str], HeatMap]:
-    """Read the heat maps of a folder of scores, by image_id and finding.
+    """Read the heat maps of a folder that `score --heatmaps` wrote, by image_id and finding; `image_ids` None reads
+    all.
 
-    Args:
-        scores: SCORES, written by `score --heatmaps`.
-        image_ids: the images to read; None for all.
-
-    Returns:
-        Images in the order of the scores, findings by rank. Images that could not be read again are absent.
+    Images are in the order of the scores, findings by rank. Images that could not be read again are absent.
 
     Raises:
         TableError: there are no heat maps, or a file is damaged.
@@ -166,15 +152,9 @@ def compute_area(spec: InputSpec, height: int, width: int) -> Area:
 
 
 def project_cells(cells: np.ndarray, area: Area, shape: tuple[int, int]) -> np.ndarray:
-    """Project a map onto an image, linear between the centres of its cells; 0 outside the area.
+    """Project a map, float [h,w], onto an image of `shape` (H, W): float32 [H,W].
 
-    Args:
-        cells: float [h,w].
-        area: the part of the image that they cover.
-        shape: (H, W) of the image, or of a smaller copy.
-
-    Returns:
-        float32 [H,W].
+    It is linear between the centres of its cells, and 0 outside the area.
     """
     rows = _weights(cells.shape[0], area.top, area.bottom, shape[0])
     columns = _weights(cells.shape[1], area.left, area.right, shape[1])

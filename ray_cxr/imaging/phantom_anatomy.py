@@ -75,11 +75,7 @@ _WALL_H = np.array([0.38, 0.50, 0.63, 0.75, 0.88, 0.95, 1.0, 1.01])
 
 
 def sample_anatomy(seed: int, patient: int, visit: int, *, size: int = 256) -> Anatomy:
-    """Return the chest of one patient (from 1) on one visit (from 0), a pure function of the arguments.
-
-    Raises:
-        ValueError: patient below 1, or a negative seed or visit.
-    """
+    """Return the chest of one patient (from 1) on one visit (from 0), a pure function of the arguments."""
     if patient < 1 or visit < 0 or seed < 0:
         raise ValueError(f"no such phantom: seed {seed}, patient {patient}, visit {visit}")
     body = make_generator(seed, patient)
@@ -196,9 +192,8 @@ def _outline_trunk(chest: Anatomy) -> Array:
 
 
 def _draw_bones(pen: Pen, chest: Anatomy, soft: Array) -> Array:
-    """Return ribs and clavicles: float32[size, size], gray values to add.
-
-    Ribs fade under `soft` (heart and abdomen, 0 to 1), where thicker tissue hides them.
+    """Return ribs and clavicles: float32[size, size], gray values to add. Ribs fade under `soft` (heart and abdomen, 0
+    to 1), where thicker tissue hides them.
     """
     t, rib = np.linspace(0, 1, 9)[None], np.arange(10.0)[:, None]
     y = chest.apex + 0.027 + rib * chest.rib_pitch

@@ -23,19 +23,9 @@ def make_generator(seed: int, patient: int = 0, visit: int = -1, stream: int = 0
     return np.random.default_rng([seed, patient, visit + 1, stream])
 
 
-_STEP = np.arange(6)[:, None] / 6
-_SPLINE = (
-    np.concatenate(
-        [
-            -_STEP + 2 * _STEP**2 - _STEP**3,
-            2 - 5 * _STEP**2 + 3 * _STEP**3,
-            _STEP + 4 * _STEP**2 - 3 * _STEP**3,
-            -(_STEP**2) + _STEP**3,
-        ],
-        axis=1,
-    )
-    / 2
-)
+_T = np.arange(6)[:, None] / 6
+_BASIS = [-_T + 2 * _T**2 - _T**3, 2 - 5 * _T**2 + 3 * _T**3, _T + 4 * _T**2 - 3 * _T**3, -(_T**2) + _T**3]
+_SPLINE = np.concatenate(_BASIS, axis=1) / 2
 _ANGLE = np.arange(24) * (np.pi / 12)
 _CIRCLE = np.stack([np.cos(_ANGLE), np.sin(_ANGLE)], axis=1)
 
@@ -62,15 +52,8 @@ def scale(grid: Array, side: int) -> Array:
 
 
 class Pen:
-    """Raster shapes in the pose of one exposure.
-
-    Canvases are uint8[size, size]. Masks are float32[size, size] from 0 to 1, anti-aliased.
-
-    Args:
-        size: pixels.
-        tilt: radians.
-        zoom: magnification about the centre.
-        shift: x and y, fractions of the side.
+    """Raster shapes in the pose of one exposure; `shift` in fractions of the side, `tilt` in radians. Canvases are
+    uint8[size, size]. Masks are float32[size, size] from 0 to 1, anti-aliased.
     """
 
     def __init__(self, size: int, *, tilt: float, zoom: float, shift: tuple[float, float]) -> None:

@@ -13,14 +13,8 @@ from statistics import NormalDist
 import cv2
 import numpy as np
 
-from ray_cxr.imaging.phantom_anatomy import (
-    Anatomy,
-    draw_background,
-    expose,
-    outline_abdomen,
-    outline_lung,
-    outline_mediastinum,
-)
+from ray_cxr.imaging import phantom_anatomy as anatomy
+from ray_cxr.imaging.phantom_anatomy import Anatomy
 from ray_cxr.imaging.phantom_drawing import Array, Pen, fit_curve, make_generator, scale, to_points, trace_ellipse
 from ray_cxr.labels import FINDINGS
 
@@ -33,9 +27,6 @@ def draw_phantom(chest: Anatomy, findings: Collection[str] = ()) -> Array:
 
     The same chest and findings give the same bytes. Without a finding, only that finding's own signs disappear; noise
     and exposure stay.
-
-    Raises:
-        ValueError: a name that is not one of `FINDINGS`.
     """
     unknown = sorted(set(findings) - set(FINDINGS))
     if unknown:
@@ -59,15 +50,15 @@ def draw_phantom(chest: Anatomy, findings: Collection[str] = ()) -> Array:
 
     pen = chest.make_pen(chest.size)
     rng = make_generator(*chest.key, chest.visit, 1)
-    cavity = pen.mask(outline_lung(chest, -1), outline_lung(chest, 1))
-    abdomen = pen.mask(outline_abdomen(chest, raised))
-    heart = pen.mask(outline_mediastinum(chest), blur=0.006)
+    cavity = pen.mask(anatomy.outline_lung(chest, -1), anatomy.outline_lung(chest, 1))
+    abdomen = pen.mask(anatomy.outline_abdomen(chest, raised))
+    heart = pen.mask(anatomy.outline_mediastinum(chest), blur=0.006)
     soft = np.maximum(heart, abdomen)
 
     # The lung thins towards its edges, and a little lies behind heart and domes.
     air = cavity * (0.62 + 0.38 * pen.soften(cavity, 0.05))
     air *= (1 - 0.94 * abdomen) * (1 - 0.86 * heart)
-    image, vessels = draw_background(chest, raised, rng, soft)
+    image, vessels = anatomy.draw_background(chest, raised, rng, soft)
     layers = _Layers(pen, chest, raised, air, np.zeros_like(air), image)
     for finding in FINDINGS:
         if finding in findings and finding in _DRAW:
@@ -89,7 +80,7 @@ def draw_phantom(chest: Anatomy, findings: Collection[str] = ()) -> Array:
     image += vessels
     image = cv2.GaussianBlur(image, (3, 3), 0.0026 * chest.size)
     image += cv2.LUT(rng.integers(0, 256, image.shape, dtype=np.uint8), _NOISE)
-    return expose(pen, image, chest)
+    return anatomy.expose(pen, image, chest)
 
 
 #: Findings on the opposite side of the others, so that findings of one patient rarely hide each other.
@@ -104,21 +95,14 @@ def _locate(chest: Anatomy, finding: str) -> tuple[int, np.random.Generator]:
 
 @dataclass(frozen=True)
 class _Layers:
-    """Layers of an image, float32[size, size], which findings change in place.
-
-    Attributes:
-        raised: how far each dome is raised, by side.
-        air: thickness of air, 0 to 1.
-        pleural_air: the part of the air outside the lung, without vessels.
-        image: gray values of everything except air.
-    """
+    """Layers of an image, float32[size, size], which findings change in place."""
 
     pen: Pen
     chest: Anatomy
-    raised: Mapping[int, float]
-    air: Array
-    pleural_air: Array
-    image: Array
+    raised: Mapping[int, float]  # how far each dome is raised, by side
+    air: Array  # thickness of air, 0 to 1
+    pleural_air: Array  # the part of the air outside the lung, without vessels
+    image: Array  # gray values of everything except air
 
     def brighten(self, grays: Array) -> None:
         """Add gray values."""

@@ -73,21 +73,13 @@ _EXCLUSIVE: tuple[frozenset[str], ...] = tuple(
 
 @dataclass(frozen=True)
 class PhantomSet:
-    """Paths and counts of a written set.
-
-    Attributes:
-        table: `Data_Entry_phantoms.csv`, in NIH's v2020 dialect.
-        images: the folder of PNGs.
-        train_val_list, test_list: names of images, one per line, as in NIH's official split.
-        counts: images (rows of the table), patients, train_val, test, broken; then one count per finding and
-            one for `No Finding`.
-    """
+    """Paths and counts of a written set; the lists name images, one per line, as in NIH's official split."""
 
     table: Path
     images: Path
     train_val_list: Path
     test_list: Path
-    counts: Mapping[str, int]
+    counts: Mapping[str, int]  # images, patients, train_val, test, broken; then by finding, and `No Finding`
 
 
 def write_phantoms(
@@ -96,14 +88,8 @@ def write_phantoms(
     """Draw and write a set with about 2.5 images per patient; a quarter of the patients are for the test.
 
     The bytes depend on the arguments only. A complete set with the same settings is kept; an interrupted one is written
-    again.
-
-    Args:
-        out: a new or empty folder.
-        patients: those with intact images; with 23 or more every finding occurs.
-        size: side of the images, pixels.
-        seed: another seed gives other patients.
-        broken: add one test patient with an unusable file for each of `BREAKAGES`, labelled No Finding.
+    again. With 23 or more patients every finding occurs. `broken` adds one test patient with an unusable file for each
+    of `BREAKAGES`, labelled No Finding.
 
     Raises:
         ConfigError: patients, size or seed out of range.
@@ -122,11 +108,7 @@ def write_phantoms(
     damaged = [patients + 1 + index for index in range(len(BREAKAGES))] if broken else []
     rows += [_Row(sample_anatomy(seed, patient, 0, size=size), (), test=True) for patient in damaged]
     result = PhantomSet(
-        out / TABLE_NAME,
-        out / "images",
-        out / "train_val_list.txt",
-        out / "test_list.txt",
-        _count(rows, len(damaged)),
+        out / TABLE_NAME, out / "images", out / "train_val_list.txt", out / "test_list.txt", _count(rows, len(damaged))
     )
     if _is_complete(out, settings, result, [row.name for row in rows]):
         return result
@@ -165,21 +147,10 @@ class _Row:
         return f"{self.chest.key[1]:08d}_{self.chest.visit:03d}.png"
 
     def line(self) -> str:
-        chest, spacing = self.chest, _SIDE_MM / self.chest.size
-        cells = (
-            self.name,
-            "|".join(self.findings) or "No Finding",
-            chest.visit,
-            chest.key[1],
-            chest.age,
-            chest.sex,
-            chest.view,
-            chest.size,
-            chest.size,
-            f"{spacing:.4g}",
-            f"{spacing:.4g}",
-        )
-        return ",".join(str(cell) for cell in cells)
+        chest, spacing = self.chest, f"{_SIDE_MM / self.chest.size:.4g}"
+        labels = "|".join(self.findings) or "No Finding"
+        person = (chest.visit, chest.key[1], chest.age, chest.sex, chest.view)
+        return ",".join(map(str, (self.name, labels, *person, chest.size, chest.size, spacing, spacing)))
 
 
 def _plan_rows(patients: int, seed: int, size: int) -> Iterator[_Row]:
@@ -231,11 +202,7 @@ def _count(rows: Sequence[_Row], broken: int) -> dict[str, int]:
 
 
 def _is_complete(out: Path, settings: Mapping[str, Any], result: PhantomSet, names: Sequence[str]) -> bool:
-    """Return whether the set is complete.
-
-    Raises:
-        OutputError: `out` is a file, or holds other files or a set with other settings.
-    """
+    """Return whether the set is complete; refuse a file, other files, and a set with other settings."""
     try:
         entries = {entry.name for entry in out.iterdir() if not entry.name.endswith(".part")}
     except FileNotFoundError:

@@ -18,10 +18,7 @@ MIN_SIDE = 32
 
 @contextlib.contextmanager
 def decoder_errors(kind: str) -> Iterator[None]:
-    """Turn any exception inside the block into an `ImageError`.
-
-    `corrupt` names only the exception's type, because messages of decoders quote file contents.
-    """
+    """Turn any exception inside the block into an `ImageError`, without its message, which can quote file contents."""
     try:
         yield
     except ImageError:
@@ -38,11 +35,7 @@ def decoder_errors(kind: str) -> Iterator[None]:
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:
-    """Refuse an image by the size in its header.
-
-    Raises:
-        ImageError: `corrupt` (no pixels), `too_large` or `too_small`.
-    """
+    """Refuse an image by the size in its header: `corrupt` (no pixels), `too_large` or `too_small`."""
     if height < 1 or width < 1:
         raise ImageError("corrupt", f"the header gives {height} x {width} pixels")
     if height * width > max_pixels:

@@ -16,13 +16,7 @@ from ray_cxr.imaging.pixels import check_size, to_gray
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 #: Allowed bit depths by colour type (ISO/IEC 15948, table 11.1).
-_PNG_DEPTHS: dict[int, tuple[int, ...]] = {
-    0: (1, 2, 4, 8, 16),
-    2: (8, 16),
-    3: (1, 2, 4, 8),
-    4: (8, 16),
-    6: (8, 16),
-}
+_PNG_DEPTHS: dict[int, tuple[int, ...]] = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 #: Samples per pixel by colour type.
 _PNG_SAMPLES: dict[int, int] = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 #: First row, first column, row step and column step of the seven passes (ISO/IEC 15948, clause 8.2).
@@ -37,11 +31,7 @@ _MAX_CHUNKS = 1_000_000
 
 
 def decode_png(data: bytes, max_pixels: int) -> np.ndarray:
-    """Decode a PNG to uint8[H, W].
-
-    Raises:
-        ImageError: `too_large`, `too_small`, `truncated`, `corrupt`.
-    """
+    """Decode a PNG to uint8[H, W]."""
     chunks = _png_chunks(data)
     kind, start, end = next(chunks)
     if kind != b"IHDR" or end - start != 13:

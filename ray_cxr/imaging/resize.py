@@ -16,19 +16,10 @@ _INTERPOLATION: dict[str, int] = {
 
 
 def resize(image: np.ndarray, spec: InputSpec) -> np.ndarray:
-    """Resize an image to the model's square input.
+    """Resize an image, uint8[H, W], to the model's square input: a new array uint8[S, S].
 
-    Args:
-        image: uint8[H, W].
-        spec: side S, interpolation and aspect. `stretch` scales both sides to S. `pad` keeps the proportions
-            and centres the image on black. `crop` takes the centred square first. An odd remainder is added or lost
-            at the bottom or right.
-
-    Returns:
-        uint8[S, S], always a new array; equal to an input of S x S.
-
-    Raises:
-        ValueError: another dtype, not two dimensions, or an empty side.
+    `stretch` scales both sides to S. `pad` keeps the proportions and centres the image on black. `crop` takes the
+    centred square first. An odd remainder is added or lost at the bottom or right. An image of S x S stays equal.
     """
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
         raise ValueError(f"image must be a uint8 array, got {getattr(image, 'dtype', type(image).__name__)}")
@@ -51,9 +42,8 @@ def resize(image: np.ndarray, spec: InputSpec) -> np.ndarray:
 
 
 def locate_in_input(spec: InputSpec, height: int, width: int) -> tuple[int, int, int, int]:
-    """Return where `resize` puts an image of this size in the model's input, pixels: (top, left, rows, columns).
-
-    This is the whole input, except for the margins of `pad`.
+    """Return where `resize` puts an image of this size, pixels: (top, left, rows, columns). This is the whole input,
+    except for the margins of `pad`.
     """
     size = spec.size
     if spec.aspect != "pad":

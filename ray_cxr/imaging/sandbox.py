@@ -56,17 +56,11 @@ _UNREADABLE = "an unreadable answer"
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """One decoded radiograph.
+    """One decoded radiograph."""
 
-    Attributes:
-        images: new arrays in the order of the specs, uint8[S, S] per spec, uint8[H, W] for None.
-        tags: `dicom.read_tags` of a DICOM if requested, otherwise None.
-        shape: height and width in pixels before the resize; None if unknown.
-    """
-
-    images: tuple[np.ndarray, ...]
-    tags: Mapping[str, Any] | None
-    shape: tuple[int, int] | None = None
+    images: tuple[np.ndarray, ...]  # in the order of the specs: uint8[S, S], or uint8[H, W] for None
+    tags: Mapping[str, Any] | None  # `dicom.read_tags` of a DICOM if requested
+    shape: tuple[int, int] | None = None  # height and width before the resize, pixels
 
 
 @dataclass(frozen=True)
@@ -81,19 +75,9 @@ class Failure:
 class Decoder:
     """One child process that reads, decodes and resizes; not thread-safe.
 
-    `start` or the first `load` starts the child, and the next `load` replaces a lost one.
-
-    Args:
-        specs: sizes of the resized images; None for the original size.
-        max_pixels: larger images are refused before they are decoded.
-        timeout_s: maximum time per file, with reading.
-        tags: also read the header fields of DICOM files.
-
-    Attributes:
-        seconds: duration of the last `load` without the start of a child; 0 if there was nothing to read.
-
-    Raises:
-        ValueError: the timeout is not positive and finite.
+    `start` or the first `load` starts the child, and the next `load` replaces a lost one. A spec of None keeps the
+    original size. `timeout_s` limits the time per file, with reading. `tags` also reads the header fields of DICOM
+    files. `seconds` is the duration of the last `load` without the start of a child; 0 if there was nothing to read.
     """
 
     def __init__(
@@ -120,11 +104,7 @@ class Decoder:
         self._finalizer: weakref.finalize[..., Any] | None = None
 
     def start(self) -> None:
-        """Start the child, if none runs, without waiting for it.
-
-        Raises:
-            RayCxrError: the system cannot start a process.
-        """
+        """Start the child, if none runs, without waiting for it."""
         if self._child is not None and self._child.is_alive():
             return
         self.close()
@@ -133,19 +113,10 @@ class Decoder:
         self._finalizer = weakref.finalize(self, self._child.kill)
 
     def load(self, source: str | bytes | None) -> DecodedImage | Failure:
-        """Read, decode and resize one radiograph.
+        """Read, decode and resize one radiograph: a path or URI, the contents of a file, or None (`missing`).
 
         A child may be killed for a reason other than the file, so the file is tried in a second one. If that is lost
-        too, the code is `decoder_crash`.
-
-        Args:
-            source: a path or URI for `read_bytes`, the contents of a file, or None (`missing`).
-
-        Returns:
-            A `DecodedImage`, or a `Failure` with any code of `decode.load_image`, `decode_timeout` or `decoder_crash`.
-
-        Raises:
-            RayCxrError: the child cannot start.
+        too, the code is `decoder_crash`. Other codes are `decode_timeout` and those of `decode.load_image`.
         """
         request: dict[str, Any] = {}
         body: bytes | memoryview = b""
@@ -240,9 +211,8 @@ class Decoder:
 
 
 class _Child:
-    """A process and its two pipes.
-
-    Its methods raise TimeoutError after the deadline, and EOFError if the process ended or answers nonsense.
+    """A process and its two pipes. Its methods raise TimeoutError after the deadline, and EOFError if the process ended
+    or answers nonsense.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -297,7 +267,6 @@ class _Child:
         return json.loads(text), size
 
     def read_into(self, view: memoryview, deadline: float) -> None:
-        """Fill a view of bytes."""
         descriptor = self._answers.fileno()
         while view:
             _wait(descriptor, select.POLLIN, deadline)
@@ -354,11 +323,7 @@ def _enlarge(pipe: int) -> None:
 
 
 def _wait(descriptor: int, event: int, deadline: float) -> None:
-    """Wait until a pipe can be read or written or its other end is closed.
-
-    Raises:
-        TimeoutError: the deadline passed.
-    """
+    """Wait until a pipe can be read or written or its other end is closed."""
     poll = select.poll()
     poll.register(descriptor, event)
     while not poll.poll(min(max(0.0, deadline - time.monotonic()), 3600.0) * 1000.0):  # poll takes at most 2^31 ms
@@ -369,12 +334,7 @@ def _wait(descriptor: int, event: int, deadline: float) -> None:
 def _send(
     descriptor: int, header: Mapping[str, Any], body: Sequence[bytes | memoryview], deadline: float = float("inf")
 ) -> None:
-    """Write a frame.
-
-    Raises:
-        EOFError: the other end is closed.
-        TimeoutError: the deadline passed.
-    """
+    """Write a frame; raise EOFError if the other end is closed."""
     text = json.dumps(header).encode()
     views = [memoryview(part) for part in body]
     views = [memoryview(_FRAME.pack(len(text), sum(map(len, views))) + text), *views]
@@ -396,11 +356,7 @@ def _send(
 
 
 def _read(descriptor: int, size: int) -> bytes:
-    """Read exactly `size` bytes.
-
-    Raises:
-        EOFError: the parent ended.
-    """
+    """Read exactly `size` bytes; raise EOFError if the parent ended."""
     parts: list[bytes] = []
     while size:
         part = os.read(descriptor, min(size, _READ_BYTES))

@@ -33,13 +33,7 @@ _XZ_MEMORY = 256 * 1024 * 1024
 _MAX_HEADER_BYTES = 1024 * 1024
 _BAD_HEADER = "a header inside the archive is damaged"
 #: Members that belong to the next member's header.
-_IN_MEMORY = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-)
+_EXTRA = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _ENGINES: dict[bytes, Callable[[], Any]] = {
     b"\x1f\x8b": lambda: zlib.decompressobj(zlib.MAX_WBITS | 16),
@@ -51,23 +45,12 @@ _ENGINES: dict[bytes, Callable[[], Any]] = {
 def read_members(
     archive: str, wanted: Container[str], *, max_bytes: int = MAX_BYTES
 ) -> Iterator[tuple[str, bytes | ImageError]]:
-    """Yield members of an archive in its order, in one pass that ends with the last wanted member.
+    """Yield wanted members of an archive in its order, each name with its contents or an `ImageError`.
 
-    If a name occurs twice, only the first member counts (`tar -x` would keep the last). If the store fails during the
-    pass, the archive is read again from the start; no member is yielded twice.
-
-    Args:
-        archive: a local path or a URI; plain or compressed with gzip, bzip2 or xz, detected by its first bytes.
-        wanted: names of members, as in the archive. Without a length, the archive is read to its end.
-        max_bytes: larger members are skipped and yield an error.
-
-    Yields:
-        The name of a member, and its contents or an `ImageError`: `missing` (a link, folder or device), `too_large`,
-        `empty`, `corrupt` (sparse). Members that are not in the archive are not yielded.
-
-    Raises:
-        ImageError: faults of the archive itself: `missing`, `permission`, `storage`, `empty`, `truncated`, `corrupt`,
-            `not_an_image` (no tar archive). Members before the damage are yielded first.
+    The pass ends with the last wanted member; without a length of `wanted`, at the end of the archive. If a name occurs
+    twice, only the first member counts (`tar -x` would keep the last). If the store fails during the pass, the archive
+    is read again from the start; no member is yielded twice. Faults of the archive itself are raised, after the members
+    before the damage.
     """
     seen: set[str] = set()
     failures = 0
@@ -101,11 +84,7 @@ def _read_once(
 
 
 def read_member(archive: str, member: str, *, max_bytes: int = MAX_BYTES) -> bytes:
-    """Return the contents of one member.
-
-    Raises:
-        ImageError: as `read_members` raises and yields; `missing` if it is not in the archive.
-    """
+    """Return the contents of one member; an `ImageError` that `read_members` yields is raised."""
     for _, content in read_members(archive, (member,), max_bytes=max_bytes):
         if isinstance(content, ImageError):
             raise content
@@ -114,12 +93,8 @@ def read_member(archive: str, member: str, *, max_bytes: int = MAX_BYTES) -> byt
 
 
 def scan_archive(archive: str, left_out: Counter[str]) -> list[str]:
-    """Return the names of images in an archive by the rules of `find_images`, in its order, without repeats.
-
-    The number of other files by suffix is added to `left_out`.
-
-    Raises:
-        InputError: the archive cannot be read to its end.
+    """Return the names of images in an archive by the rules of `find_images`, in its order, without repeats. The number
+    of other files by suffix is added to `left_out`.
     """
     names: dict[str, None] = {}
     try:
@@ -152,11 +127,7 @@ def scan_archives(archives: Sequence[str], left_out: Counter[str]) -> Iterator[l
 
 @contextmanager
 def _open(archive: str) -> Iterator[tuple[Iterator[tarfile.TarInfo], _Stream]]:
-    """Open an archive: an iterator of its members, and the stream with the contents of the current member.
-
-    Raises:
-        ImageError: see `read_members`; also during the iteration.
-    """
+    """Open an archive: an iterator of its members, and the stream with the contents of the current member."""
     with open_stream(archive) as fetch:
         stream = _Stream(_decompress(fetch))
         head = stream.peek_head()
@@ -227,20 +198,13 @@ class _Header(tarfile.TarInfo):
             if not any(buf):
                 raise  # the zero block at the end of an archive
             raise ImageError("corrupt", _BAD_HEADER) from None
-        if header.size < 0 or (header.type in _IN_MEMORY and header.size > _MAX_HEADER_BYTES):
+        if header.size < 0 or (header.type in _EXTRA and header.size > _MAX_HEADER_BYTES):
             raise ImageError("corrupt", _BAD_HEADER)
         return header
 
 
 class _Stream:
-    """A forward-only file of pieces of bytes, for `tarfile`.
-
-    Attributes:
-        last: the result of the last `read`.
-
-    Raises:
-        ImageError: `truncated` if fewer bytes than requested remain.
-    """
+    """A forward-only file of pieces of bytes, for `tarfile`; `last` is the result of the last `read`."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
@@ -275,7 +239,6 @@ class _Stream:
         return self.last
 
     def drain(self) -> None:
-        """Read to the end, which checks the checksum."""
         self._piece = memoryview(b"")
         for _ in self._pieces:
             pass
@@ -292,11 +255,7 @@ class _Stream:
 
 
 def _decompress(fetch: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Yield the bytes of a file, decompressed if its first bytes require it; checksums are checked.
-
-    Raises:
-        ImageError: `truncated`, `corrupt`, and those of `fetch`.
-    """
+    """Yield the bytes of a file, decompressed if its first bytes require it; checksums are checked."""
     pieces = _read_pieces(fetch)
     data = next(pieces, b"")
     while 0 < len(data) < max(map(len, _ENGINES)) and (more := next(pieces, b"")):

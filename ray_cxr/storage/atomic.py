@@ -20,13 +20,9 @@ from ray_cxr.errors import OutputError
 from ray_cxr.storage import remote
 
 
-def write(path: str | Path, produce: Callable[[Path], None]) -> None:
-    """Let `produce` write a temporary file in the same folder, flush it to disk, then rename it to `path`.
-
-    For a bucket the temporary file is local, and a PUT replaces the rename.
-
-    Raises:
-        OSError: of the file system; it names `path`.
+def write(path: str | Path, produce: Callable[[Path], object]) -> None:
+    """Let `produce` write a temporary file in the same folder, flush it to disk, then rename it to `path`. For a bucket
+    the temporary file is local, and a PUT replaces the rename. An `OSError` names `path`.
     """
     path = remote.to_path(path)
     if (store_path := remote.as_store_path(path)) is not None:
@@ -53,9 +49,6 @@ def new_folder(path: Path, last: str) -> Iterator[Path]:
 
     A bucket has no folders to rename, so the files are uploaded one by one and the file named `last` at the end. A
     folder without it is incomplete and is written again.
-
-    Raises:
-        OutputError: the bucket has other files there.
     """
     if (store_path := remote.as_store_path(path)) is None:
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -84,11 +77,16 @@ def write_parquet(table: pa.Table, path: str | Path, **options: Any) -> None:
 
 def write_arrow(table: pa.Table, path: str | Path) -> None:
     """Write an Arrow table as an uncompressed Arrow IPC file with one record batch."""
-    write(path, lambda part: _write_arrow(part, table))
+
+    def produce(part: Path) -> None:
+        with pa.OSFile(str(part), "wb") as stream, pa.ipc.new_file(stream, table.schema) as writer:
+            writer.write_table(table.combine_chunks())  # one chunk becomes one batch
+
+    write(path, produce)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    write(path, lambda part: _write_bytes(part, data))
+    write(path, lambda part: part.write_bytes(data))
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -96,18 +94,5 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON; the order of keys is kept.
-
-    Raises:
-        ValueError: NaN or infinity, which JSON does not have.
-    """
+    """Write indented JSON in the order of its keys; NaN and infinity raise `ValueError`."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
-def _write_arrow(path: Path, table: pa.Table) -> None:
-    with pa.OSFile(str(path), "wb") as stream, pa.ipc.new_file(stream, table.schema) as writer:
-        writer.write_table(table.combine_chunks())  # one chunk becomes one batch

@@ -48,17 +48,13 @@ _SNIFF_THREADS = 32
 def read_bytes(path: str, *, max_bytes: int = MAX_BYTES) -> bytes:
     """Return the contents of one file, or of one member of an archive.
 
-    Reading a member scans its archive from the start; `read_members` reads many in one pass.
-
-    Args:
-        path: a local path, a URI that `pyarrow.fs` can open (`file://`, `s3://`, `gs://`, `hdfs://`, ...), or
-            `ARCHIVE::MEMBER`.
-        max_bytes: larger files are refused before they are read.
+    `path` is a local path, a URI that `pyarrow.fs` can open (`file://`, `s3://`, `gs://`, `hdfs://`, ...), or
+    `ARCHIVE::MEMBER`. Reading a member scans its archive from the start; `read_members` reads many in one pass.
 
     Raises:
-        ImageError: `missing` (no path, no such file, or not a file), `permission`, `empty`, `too_large`, or
-            `storage` for other failures; for a member also the errors of its archive. The message omits the path,
-            which the row has.
+        ImageError: `missing` (no path, no such file, or not a file), `permission`, `empty`, `too_large`, or `storage`
+            for other failures; for a member also the errors of its archive. The message omits the path, which the row
+            has.
     """
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise ImageError("missing", "the row has no path")
@@ -71,35 +67,22 @@ def read_bytes(path: str, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 @dataclass(frozen=True)
 class Listing:
-    """The images below a folder.
+    """The images below a folder."""
 
-    Attributes:
-        root: the prefix of every path, such as `/data/images/`; for an archive `/data/images_001.tar.gz::`.
-        paths: string [n], for `read_bytes`; sorted, members of an archive in the archive's order.
-        left_out: number of other files by suffix in lower case; `""` for those without one.
-        unpacked: members left out because the same file is also unpacked next to the archive.
-    """
-
-    root: str
-    paths: pa.ChunkedArray
-    left_out: dict[str, int] = field(default_factory=dict)
-    unpacked: int = 0
+    root: str  # the prefix of every path, such as `/data/images/`; for an archive `/data/images_001.tar.gz::`
+    paths: pa.ChunkedArray  # string [n], for `read_bytes`; sorted, members of an archive in the archive's order
+    left_out: dict[str, int] = field(default_factory=dict)  # other files by suffix in lower case, `""` for none
+    unpacked: int = 0  # members left out because the same file is also unpacked next to the archive
 
 
 def find_images(location: str) -> Listing:
-    """List the images below a folder, by their suffix in any case, and inside archives.
+    """List the images below a local folder or a URI, by their suffix in any case, and inside archives.
 
     Files without a suffix are included if their first 132 bytes are those of DICOM (a DICOMDIR is not an image).
     Archives are read once, which takes as long as unpacking them. Members are left out if their file is also unpacked
     next to the archive (`images_001.tar.gz` and `images/a.png` or `images_001/images/a.png`). Names that start with a
     dot (macOS writes `._` files) are left out and not counted. Links to folders are followed; a folder that is
     reachable in several ways is listed once.
-
-    Args:
-        location: a local folder or archive, or the URI of one.
-
-    Raises:
-        InputError: no such folder, a folder or archive that cannot be read, or no image in it.
     """
     place, mark, options = location.partition("?") if is_uri(location) else (location, "", "")
     place = redact(place)

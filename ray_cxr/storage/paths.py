@@ -47,10 +47,7 @@ def format_suffixes(left_out: dict[str, int]) -> str:
 
 
 def split_member(path: str | None) -> tuple[str, str] | None:
-    """Split `ARCHIVE::MEMBER`, for example into `("/data/images_001.tar.gz", "images/00000001_000.png")`.
-
-    Return None for other paths and for None.
-    """
+    """Split `ARCHIVE::MEMBER` as in `("/data/images_001.tar.gz", "images/00000001_000.png")`; None for other paths."""
     match = _MEMBER.match(path) if path else None
     return (match["archive"], match["member"]) if match else None
 

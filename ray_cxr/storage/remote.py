@@ -32,7 +32,7 @@ import pyarrow as pa
 from pyarrow import fs as arrow_fs
 
 from ray_cxr.errors import ImageError, InputError, RayCxrError
-from ray_cxr.storage.paths import redact
+from ray_cxr.storage.paths import URI_SAFE, redact
 from ray_cxr.storage.stores import describe_error, is_access_denied, open_uri, unescape
 
 #: Environment variable with the folder for copies, on a local disk; by default in the system's temporary folder.
@@ -42,9 +42,8 @@ THREADS = 16
 
 T = TypeVar("T")
 
-#: `s3:/b` and `s3:` are typing errors of an address; as local paths they would create a folder `s3:`.
+#: `s3:/b` and `s3:` are typos of an address; as local paths they would create a folder `s3:`.
 _ADDRESS = re.compile(r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*)(?P<slashes>://|:/|:$)")
-_SAFE = "/!$&'()*+,;=:@~"
 
 
 def is_address(text: str | os.PathLike[str]) -> bool:
@@ -53,11 +52,7 @@ def is_address(text: str | os.PathLike[str]) -> bool:
 
 
 def to_path(text: str | os.PathLike[str]) -> Path:
-    """Return a local path, or a `StorePath` for `s3://...`.
-
-    Raises:
-        InputError: another kind of address, one without a bucket, with a secret key, or with an unknown option.
-    """
+    """Return a local path, or a `StorePath` for `s3://...`; refuse other addresses with `InputError`."""
     if isinstance(text, StorePath):
         return cast(Path, text)
     text = os.fspath(text)
@@ -85,24 +80,17 @@ def to_path(text: str | os.PathLike[str]) -> Path:
 class StorePath:
     """A file or folder in a bucket, with the part of `pathlib.Path` that the package uses.
 
-    Folders are prefixes: they exist if they are not empty, and `mkdir` does nothing. Missing files raise
-    `FileNotFoundError`, as on a disk. `str` returns the whole address.
-
-    Args:
-        bucket: as in the address, with `anonymous@` if it starts so.
-        key: without outer slashes and without escapes.
-        options: of the address with their `?`, or empty.
-
-    Raises:
-        InputError: from all requests: access is denied, or there is no such bucket.
-        RayCxrError: from all requests: the store does not answer, or fails.
+    Folders are prefixes: they exist if they are not empty, and `mkdir` does nothing. `str` returns the whole address.
+    The bucket starts with `anonymous@` if the address does; the key has no escapes; options start with `?`. Missing
+    files raise `FileNotFoundError`, as on a disk. Any method that sends a request can raise
+    `InputError` (access is denied, or the bucket does not exist) or `RayCxrError` (the store fails or does not answer).
     """
 
     def __init__(self, bucket: str, key: str, options: str = "") -> None:
         self._bucket, self._key, self._options = bucket, posixpath.normpath(key) if key else "", options
 
     def __str__(self) -> str:
-        return f"s3://{self._bucket}{'/' * bool(self._key)}{quote(self._key, safe=_SAFE)}{self._options}"
+        return f"s3://{self._bucket}{'/' * bool(self._key)}{quote(self._key, safe=URI_SAFE)}{self._options}"
 
     def __repr__(self) -> str:
         return f"StorePath({str(self)!r})"
@@ -230,13 +218,13 @@ class StorePath:
     def write_text(self, text: str, encoding: str = "utf-8") -> None:
         self.write_bytes(text.encode(encoding))
 
-    def write(self, produce: Callable[[Path], None]) -> None:
+    def write(self, produce: Callable[[Path], object]) -> None:
         """Let `produce` write a local file, then upload it."""
         with tempfile.TemporaryDirectory(prefix="ray_cxr-") as folder:
-            part = Path(folder) / (self.name or "part")
-            produce(part)
-            if part.stat().st_size:
-                with pa.memory_map(str(part)) as source:
+            temporary = Path(folder) / (self.name or "part")
+            produce(temporary)
+            if temporary.stat().st_size:
+                with pa.memory_map(str(temporary)) as source:
                     self._put(source.read_buffer())
             else:  # an empty file cannot be mapped
                 self._put(pa.py_buffer(b""))
@@ -246,9 +234,8 @@ class StorePath:
         return str(self.download())
 
     def download(self) -> Path:
-        """Return a local copy of the current object; it is downloaded once.
-
-        Copies are named by address and ETag, which changes with the object.
+        """Return a local copy of the current object, downloaded once; its name has the ETag, which changes with the
+        object.
         """
         with _store_errors(self):
             with self.open_store().open_input_file(self.inner) as stream:
@@ -265,17 +252,17 @@ class StorePath:
                     return copy if copy.exists() else self._fetch(copy, version)
 
     def _fetch(self, copy: Path, version: str) -> Path:
-        part = copy.with_name(f".{copy.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+        temporary = copy.with_name(f".{copy.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
         try:
-            with self.open_store().open_input_file(self.inner) as stream, open(part, "xb") as file:
+            with self.open_store().open_input_file(self.inner) as stream, open(temporary, "xb") as file:
                 file.write(stream.read_buffer())
             with self.open_store().open_input_file(self.inner) as stream:
                 if version != _version(stream):
                     raise RayCxrError(f"{self}: changed while it was read; run the command again")
-            part.chmod(0o400)  # read-only, because writing to the copy would not change the object
-            part.rename(copy)
+            temporary.chmod(0o400)  # read-only, because writing to the copy would not change the object
+            temporary.rename(copy)
         finally:
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         return copy
 
     def _info(self) -> Any:
@@ -325,11 +312,7 @@ def to_arrow(place: Path) -> tuple[Any, str]:
 
 
 def check_bucket(place: Path) -> None:
-    """Refuse a missing bucket before any work is done.
-
-    Raises:
-        InputError: the bucket does not exist.
-    """
+    """Refuse a missing bucket before any work is done."""
     if (store_path := as_store_path(place)) is not None:
         bucket = StorePath(store_path._bucket, "", store_path._options)
         exists = True
@@ -364,36 +347,29 @@ def download(paths: Sequence[Path]) -> list[Path]:
 
 
 def download_folder(place: Path) -> Path:
-    """Return a local folder unchanged; for a bucket a local folder with copies of the files directly in it.
-
-    Other versions of the files get another folder.
-    """
+    """Return a local folder unchanged; for a bucket a local folder with copies of these versions of its files."""
     if (store_path := as_store_path(place)) is None:
         return place
     try:
         names = [name for name, is_file in store_path.list_entries() if is_file and name]
     except FileNotFoundError:
-        return get_cache() / "nothing"  # which does not exist
+        return get_cache() / "missing-folder"  # this path never exists
     copies = download([place / name for name in names])
     key = hashlib.sha256("\n".join([str(place), *(str(copy) for copy in copies)]).encode()).hexdigest()[:32]
     folder = get_cache() / f"{key}-folder" / (place.name or "folder")
     with _cache_errors(folder):
         if not folder.exists():
-            part = folder.parent / f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
-            part.mkdir(mode=0o700, parents=True)
+            temporary = folder.parent / f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+            temporary.mkdir(mode=0o700, parents=True)
             for name, copy in zip(names, copies, strict=True):
-                os.link(copy, part / name)
+                os.link(copy, temporary / name)
             with contextlib.suppress(OSError):  # another process made the same folder
-                part.rename(folder)
+                temporary.rename(folder)
     return folder
 
 
 def get_cache() -> Path:
-    """Return the folder for copies, which only this user may enter.
-
-    Raises:
-        InputError: it belongs to another user, or is open to others.
-    """
+    """Return the folder for copies, which only this user may enter."""
     named = os.environ.get(CACHE_VARIABLE)
     folder = Path(named) if named else Path(tempfile.gettempdir()) / f"ray_cxr-{os.getuid()}"
     with _cache_errors(folder):

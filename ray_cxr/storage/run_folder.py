@@ -44,20 +44,12 @@ def has_settings(out: Path) -> bool:
 
 
 def digest_settings(out: Path) -> str:
-    """Return the SHA-256 of settings.json, which differs between runs in the same folder.
-
-    Raises:
-        OSError: the file is missing or cannot be read.
-    """
+    """Return the SHA-256 of settings.json, which differs between runs in the same folder."""
     return hashlib.sha256((out / SETTINGS).read_bytes()).hexdigest()
 
 
 def check_run(out: Path, settings: Mapping[str, Any], *, remedy: str = "choose another --out") -> None:
-    """Check that a run in `out`, if there is one, started with the same input and settings.
-
-    Raises:
-        OutputError: `out` is a file, its settings are damaged, or they differ; the message names each difference.
-    """
+    """Refuse a file, and a run in `out` with damaged or other settings; the error names each difference."""
     remote.check_bucket(out)
     _refuse_file(out)
     if not has_settings(out):
@@ -73,11 +65,7 @@ def check_run(out: Path, settings: Mapping[str, Any], *, remedy: str = "choose a
 
 
 def create_run(out: Path, settings: Mapping[str, Any]) -> None:
-    """Make `out` and write its settings, unless they exist.
-
-    Raises:
-        OutputError: the folder cannot be made or written.
-    """
+    """Make `out` and write its settings, unless they exist."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not has_settings(out):
@@ -97,11 +85,7 @@ def remove_settings(out: Path) -> None:
 
 
 def refuse_foreign(out: Path, kind: str) -> None:
-    """Refuse to remove anything from a folder that a command of this kind did not start.
-
-    Raises:
-        OutputError: `out` is a file, or a non-empty folder without a run of `kind`.
-    """
+    """Refuse to remove anything from a file or a folder that a command of this kind did not start."""
     _refuse_file(out)
     if out.exists() and read_settings(out).get("kind") != kind and any(out.iterdir()):
         raise OutputError(f"{out}: holds files but no run of {kind}, so --fresh removes nothing; choose another --out")
@@ -122,11 +106,7 @@ def clear_complete(out: Path) -> None:
 
 
 def check_complete(path: Path, command: str) -> None:
-    """Check that `path` holds a finished run of `command`, to read it.
-
-    Raises:
-        InputError: no such folder, no run, or an unfinished one.
-    """
+    """Check that `path` holds a finished run of `command`, to read it."""
     remedy = f"pass the folder that `ray-cxr {command}` wrote"
     if not path.exists():
         raise InputError(f"{path}: no such folder; {remedy}")
@@ -140,11 +120,7 @@ def check_complete(path: Path, command: str) -> None:
 
 @contextlib.contextmanager
 def lock(out: Path, command: str) -> Iterator[None]:
-    """Hold the lock of a local folder, which is made if needed, while one process of `command` writes there.
-
-    Raises:
-        OutputError: another process holds it, or the folder cannot be written.
-    """
+    """Hold the lock of a local folder, which is made if needed, while one process of `command` writes there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -23,26 +23,15 @@ CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 30.0
 MAX_ATTEMPTS = 5
 RETRY_LIMIT_S = 60
-_S3_OPTIONS = {
-    "region",
-    "scheme",
-    "endpoint_override",
-    "anonymous",
-    "allow_delayed_open",
-    "allow_bucket_creation",
-    "allow_bucket_deletion",
-    "tls_ca_file_path",
-    "force_virtual_addressing",
-}
+_S3_OPTIONS = """
+    region scheme endpoint_override anonymous allow_delayed_open allow_bucket_creation allow_bucket_deletion
+    tls_ca_file_path force_virtual_addressing
+"""
 _AWS_ERROR = re.compile(r"AWS Error ([A-Z][A-Z0-9_]*) ")
 
 
 def read_file(path: str, max_bytes: int) -> bytes:
-    """Return the contents of one file, local or by URI.
-
-    Raises:
-        ImageError: as `files.read_bytes`.
-    """
+    """Return the contents of one file, local or by URI, with the errors of `files.read_bytes`."""
     with storage_errors():
         data = _read_uri(path, max_bytes) if is_uri(path) else _read_local(path, max_bytes)
     if not data:
@@ -52,11 +41,7 @@ def read_file(path: str, max_bytes: int) -> bytes:
 
 @contextlib.contextmanager
 def open_stream(path: str) -> Iterator[Callable[[int], bytes]]:
-    """Open a file to read it from start to end: `read(n)` returns up to n bytes, `b""` at the end.
-
-    Raises:
-        ImageError: `missing`, `permission` or `storage`; also from `read`.
-    """
+    """Open a file to read it from start to end: `read(n)` returns up to n bytes, `b""` at the end."""
     with storage_errors():
         if is_uri(path):
             store, inner = open_uri(path)
@@ -166,11 +151,7 @@ def open_uri(uri: str) -> tuple[Any, str]:
 
 
 def unescape(text: str) -> str:
-    """Decode the escapes (`%20`) of a URI.
-
-    Raises:
-        ImageError: they are not UTF-8; replacement characters would make `%DC` and `%C4` equal.
-    """
+    """Decode the escapes (`%20`) of a URI, strictly: replacement characters would make `%DC` and `%C4` equal."""
     try:
         return unquote(text, errors="strict")
     except UnicodeDecodeError:
@@ -197,7 +178,7 @@ def _open_bucket(scheme: str, bucket: str, options: str) -> Any:
             options += f"{'&' if options else ''}retry_limit_seconds={RETRY_LIMIT_S}"
         return arrow_fs.FileSystem.from_uri(f"gs://{bucket}?{options}")[0]
     chosen = dict(parse_qsl(options, keep_blank_values=True))
-    unknown = chosen.keys() - _S3_OPTIONS
+    unknown = chosen.keys() - set(_S3_OPTIONS.split())
     if unknown:
         raise ImageError("storage", f"unknown s3 options in the address: {', '.join(sorted(unknown))}")
     values: dict[str, Any] = dict(chosen)
