@@ -90,11 +90,7 @@ def dicom_of(frame: bytes, syntax: str, bits: tuple[int, int], sign: int, colour
 def test_no_header_of_a_compressed_image_ends_the_decoder(decoder: Decoder, count: int | None) -> None:
     """GDCM calls abort() over fewer than 8 of 8 bits stored; every combination must give an image or a code."""
     syntaxes = [syntax for syntax in SYNTAXES if syntax == ".5" or syntax.startswith(".4.")]
-    bits = [
-        (1, 1),
-        *((8, stored) for stored in (1, 5, 6, 7, 8)),
-        *((16, stored) for stored in (1, 7, 8, 9, 12, 15, 16)),
-    ]
+    bits = [(1, 1), *((8, bits) for bits in (1, 5, 6, 7, 8)), *((16, bits) for bits in (1, 7, 8, 9, 12, 15, 16))]
     colours = ("", "RGB", "YBR_FULL", "YBR_FULL_422")
     cases = list(itertools.product(frames().items(), syntaxes, bits, (0, 1), colours))
     chosen = cases if count is None else random.Random(0).sample(cases, count)
@@ -110,9 +106,7 @@ def test_no_header_of_a_compressed_image_ends_the_decoder(decoder: Decoder, coun
     assert {"ok", "corrupt"} <= set(found)
 
 
-def test_damaged_files_raise_image_errors_and_print_no_header_value(
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_files_raise_image_errors_and_print_no_header_value(caplog, capfd) -> None:
     caplog.set_level(logging.DEBUG)
     image = test_dicom.ramp()
     files = dict(mutated(8, number, with_real=False) for number in range(150))

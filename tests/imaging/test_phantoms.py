@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import json
 from pathlib import Path
@@ -29,7 +28,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> PhantomSet:
 
 
 def _rows(written: PhantomSet) -> list[list[str]]:
-    return list(csv.reader(io.StringIO(written.table.read_text(encoding="utf-8"))))[1:]
+    return list(csv.reader(written.table.read_text(encoding="utf-8").splitlines()))[1:]
 
 
 def _findings(written: PhantomSet) -> dict[str, tuple[str, ...]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import signal
 import subprocess
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ray_cxr.config import InputSpec
 from ray_cxr.errors import ImageError, RayCxrError
@@ -26,6 +24,7 @@ from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
 
 sys.path.insert(0, str(Path(__file__).parent))
 import test_dicom
+from test_decode import png_of, ramp
 
 SPECS = (InputSpec(size=48), InputSpec(size=64, aspect="pad", interpolation="linear"))
 
@@ -66,17 +65,8 @@ decode, decoding.decode = decoding.decode, misbehave
 """
 
 
-def png_of(array: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(array).save(out, "PNG")
-    return out.getvalue()
-
-
-def ramp(height: int = 70, width: int = 90) -> np.ndarray:
-    return ((np.arange(height)[:, None] * 3 + np.arange(width)[None, :] * 2) % 256).astype(np.uint8)
-
-
-GOOD = png_of(ramp())
+RAMP = ramp(70, 90)
+GOOD = png_of(RAMP)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +108,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def assert_good(result: DecodedImage | Failure, image: np.ndarray | None = None) -> DecodedImage:
     assert isinstance(result, DecodedImage), result
     for found, spec in zip(result.images, SPECS, strict=True):
-        np.testing.assert_array_equal(found, resize(ramp() if image is None else image, spec))
+        np.testing.assert_array_equal(found, resize(RAMP if image is None else image, spec))
     return result
 
 
@@ -143,8 +133,8 @@ def test_image_in_its_own_size() -> None:
     with Decoder([None, SPECS[0]]) as one:
         result = one.load(GOOD)
         assert isinstance(result, DecodedImage)
-        np.testing.assert_array_equal(result.images[0], ramp())
-        np.testing.assert_array_equal(result.images[1], resize(ramp(), SPECS[0]))
+        np.testing.assert_array_equal(result.images[0], RAMP)
+        np.testing.assert_array_equal(result.images[1], resize(RAMP, SPECS[0]))
         assert one.load(b"text") == Failure("not_an_image", "the contents are neither PNG, JPEG nor DICOM", None)
 
 
@@ -165,7 +155,7 @@ def test_codes_and_messages_are_those_of_this_process(decoder: Decoder, tmp_path
 
 
 def test_tags_of_a_dicom(decoder: Decoder) -> None:
-    data = test_dicom.file_of(ramp(), PatientAge="058Y", PatientSex="F", ViewPosition="PA", StudyInstanceUID="1.2.3")
+    data = test_dicom.file_of(RAMP, PatientAge="058Y", PatientSex="F", ViewPosition="PA", StudyInstanceUID="1.2.3")
     tags = {"patient_id": "Doe^Jane", "study_id": "1.2.3", "age": 58.0, "sex": "F", "view": "PA"}
     assert assert_good(decoder.load(data)).tags == tags
     cut = decoder.load(data[:-100])
@@ -184,22 +174,19 @@ def test_pixel_limit_timeout_and_no_tags_by_default() -> None:
         assert one.load(GOOD) == Failure("too_large", "70 x 90 pixels; the limit is 1024", None)
 
 
-@pytest.mark.parametrize(
-    ("contents", "code", "message"),
-    [
+def test_harmful_file_costs_its_row(broken_decoder: Decoder) -> None:
+    for contents, code, message in (
         (b"SEGV", "decoder_crash", "SIGSEGV"),
         (b"EXIT", "decoder_crash", "exit code 7"),
         (b"JUNK", "decoder_crash", "an unreadable answer"),
         (b"MEMORY", "too_large", "out of memory"),
         (b"STRANGE", "corrupt", "RuntimeError"),
-    ],
-)
-def test_harmful_file_costs_its_row(broken_decoder: Decoder, contents: bytes, code: str, message: str) -> None:
-    result = broken_decoder.load(contents)
-    assert isinstance(result, Failure)
-    assert (result.code, result.tags, message in result.message) == (code, None, True)
-    assert "Doe" not in result.message
-    assert_good(broken_decoder.load(GOOD))
+    ):
+        result = broken_decoder.load(contents)
+        assert isinstance(result, Failure)
+        assert (result.code, result.tags, message in result.message) == (code, None, True)
+        assert "Doe" not in result.message
+        assert_good(broken_decoder.load(GOOD))
 
 
 @pytest.mark.parametrize("kind", ["HANG", "stopped child"])
@@ -256,7 +243,7 @@ def test_child_lives_from_start_to_close(tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(sandbox._Child, "read_into", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            one.load(png_of(255 - ramp()))
+            one.load(png_of(255 - RAMP))
     assert has_ended(process)
     assert_good(one.load(GOOD))
 

@@ -237,9 +237,7 @@ def test_odd_extended_headers_raise_image_errors_only(tmp_path: Path, field: str
     kind=st.sampled_from(["plain", "gzip", "bzip2", "xz"]),
     flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=5),
 )
-def test_damage_raises_image_errors_only(
-    tmp_path_factory: pytest.TempPathFactory, kind: str, flips: list[tuple[int, int]]
-) -> None:
+def test_damage_raises_image_errors_only(tmp_path_factory, kind: str, flips: list[tuple[int, int]]) -> None:
     data = bytearray(COMPRESSED[kind](tar_of(*SMALL)))
     for place, change in flips:
         data[place % len(data)] ^= change
@@ -298,9 +296,7 @@ def test_headers_are_not_kept(tmp_path: Path) -> None:
         ((0,), 1, False),  # down from the start
     ],
 )
-def test_a_store_that_fails_after_some_bytes_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: tuple[int, ...], passes: int, complete: bool
-) -> None:
+def test_store_that_fails_is_read_again(tmp_path: Path, monkeypatch, failures, passes: int, complete: bool) -> None:
     members = [(f"{i}.png", noise(2000, i)) for i in range(10)]
     archive = put(tmp_path / "x.tar", tar_of(*members))
     original, calls = stores.open_stream, []
@@ -361,22 +357,21 @@ PLACES = st.sampled_from([None, "1.png", "s3://b/2.png", "a.tar::", "b.tar.gz::"
 
 @settings(max_examples=50, derandomize=True)
 @given(st.lists(st.tuples(PLACES, st.integers(0, 3)), max_size=40), st.integers(1, 9), st.integers(1, 7))
-def test_units_cover_every_row_once_and_no_range_straddles_archives(
-    rows: list[tuple[str | None, int]], rows_per_file: int, chunk: int
-) -> None:
+def test_units_cover_every_row_once_and_no_range_straddles_archives(rows, rows_per_file: int, chunk: int) -> None:
     table = group_by_archive(table_of([place and f"{place}{i}" for place, i in rows], chunk))
     assert sorted(table["row"].to_pylist()) == list(range(len(rows)))
     paths = table["path"].to_pylist()
     found = plan_units(table["path"], rows_per_file)
-    ranges = [one for unit in found for one in unit.ranges]
-    assert [one.index for one in ranges] == list(range(len(ranges)))
-    assert [row for one in ranges for row in range(one.start, one.start + one.rows)] == list(range(len(rows)))
+    ranges = [range_ for unit in found for range_ in unit.ranges]
+    assert [range_.index for range_ in ranges] == list(range(len(ranges)))
+    covered = [row for range_ in ranges for row in range(range_.start, range_.start + range_.rows)]
+    assert covered == list(range(len(rows)))
     for unit in found:
-        assert unit.rows == sum(one.rows for one in unit.ranges)
+        assert unit.rows == sum(range_.rows for range_ in unit.ranges)
         assert unit.archive is not None or len(unit.ranges) == 1
-        for one in unit.ranges:
-            inside = [split_member(path) for path in paths[one.start : one.start + one.rows]]
+        for range_ in unit.ranges:
+            inside = [split_member(path) for path in paths[range_.start : range_.start + range_.rows]]
             assert {parts and parts[0] for parts in inside} == {unit.archive}
-            assert 1 <= one.rows <= rows_per_file
+            assert 1 <= range_.rows <= rows_per_file
     named = [unit.archive for unit in found if unit.archive]
     assert len(named) == len(set(named)), "one unit per archive"

@@ -14,9 +14,7 @@ import pytest
 from ray_cxr.storage import atomic
 
 
-def test_a_file_is_flushed_under_a_hidden_name_and_then_renamed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_is_flushed_under_a_hidden_name_and_then_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, events = tmp_path / "a.parquet", []
     real_fsync, real_replace = os.fsync, os.replace
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import gzip
 import os
 import sys
 import tarfile
@@ -18,32 +18,18 @@ import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_archives import tar_of
 
 from ray_cxr.errors import ImageError, InputError
-from ray_cxr.storage import remote, stores
+from ray_cxr.storage import paths, remote, stores
 from ray_cxr.storage.files import Listing, find_images, read_bytes
-from ray_cxr.storage.paths import (
-    MEMBER_PATTERN,
-    file_name,
-    file_names,
-    format_suffixes,
-    make_absolute,
-    plain_path,
-    redact,
-    split_member,
-)
+from ray_cxr.storage.paths import MEMBER_PATTERN, file_name, file_names, split_member
 
 DICOM = bytes(128) + b"DICM" + bytes(100)
 
 
-def tar_bytes(members: dict[str, bytes], mode: str = "w:gz") -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode=mode) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return stream.getvalue()
+def tar_bytes(members: dict[str, bytes]) -> bytes:
+    return gzip.compress(tar_of(*members.items()))
 
 
 def write_files(root: Path, files: dict[str, bytes]) -> None:
@@ -87,7 +73,7 @@ def test_read_bytes(tmp_path: Path, address: Any) -> None:
         assert reading_code(address(tmp_path / name)) == code
 
 
-def test_paths_that_name_no_file_are_missing(tmp_path: Path) -> None:
+def test_errors_of_paths_disks_and_stores_have_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"1")
     (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
     os.mkfifo(tmp_path / "pipe")
@@ -95,9 +81,6 @@ def test_paths_that_name_no_file_are_missing(tmp_path: Path) -> None:
     assert find_images(str(tmp_path)).paths.to_pylist() == [link]
     for path in (below, pipe, link, "/dev/zero", "a\0b", "", None, float("nan")):
         assert reading_code(path) == "missing"
-
-
-def test_disk_errors_and_unknown_stores_have_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(b"1")
     for error, code in ((PermissionError(13, "Permission denied"), "permission"), (OSError(5, "Input"), "storage")):
         with monkeypatch.context() as patch:
@@ -147,7 +130,7 @@ def test_locations_without_images_are_refused(tmp_path: Path, address: Any) -> N
     }.items():
         assert listing_error(address(tmp_path / name)).startswith(f"{address(tmp_path / name)}: {part}")
     counts = {".txt": 1200, "": 3, ".a": 2, ".b": 2, ".c": 1, ".d": 1, ".e": 1}
-    assert format_suffixes(counts) == "1,200 .txt, 3 without suffix, 2 .a, 2 .b, 1 .c, 2 others"
+    assert paths.format_suffixes(counts) == "1,200 .txt, 3 without suffix, 2 .a, 2 .b, 1 .c, 2 others"
 
 
 NAMES = st.text(st.sampled_from("ab-.0~"), min_size=1, max_size=3).filter(lambda name: not name.startswith("."))
@@ -203,23 +186,23 @@ def test_python_and_arrow_split_members_alike(path: str) -> None:
 
 def test_names_in_paths_and_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert make_absolute("x/../a.tar::./i/b.png") == f"{tmp_path}/a.tar::./i/b.png"
-    assert make_absolute("s3://b/a.tar?x=1::i") == "s3://b/a.tar?x=1::i"
-    assert plain_path("s3://b/a%20b.tar?x=1/2::i/%20?.png") == "s3://b/a b.tar::i/%20?.png"
-    paths = ["/a/b.png", "s3://b/c%20d.png?x=a/b", "/a/b.tar::c.png", "/a/b.tar::d/c.png", "/a/x::y.png", None]
+    assert paths.make_absolute("x/../a.tar::./i/b.png") == f"{tmp_path}/a.tar::./i/b.png"
+    assert paths.make_absolute("s3://b/a.tar?x=1::i") == "s3://b/a.tar?x=1::i"
+    assert paths.plain_path("s3://b/a%20b.tar?x=1/2::i/%20?.png") == "s3://b/a b.tar::i/%20?.png"
+    given = ["/a/b.png", "s3://b/c%20d.png?x=a/b", "/a/b.tar::c.png", "/a/b.tar::d/c.png", "/a/x::y.png", None]
     expected = ["b.png", "c d.png", "c.png", "c.png", "x::y.png", None]
-    assert [path and file_name(path) for path in paths] == expected
-    assert file_names(pa.chunked_array([paths[:2], paths[2:]])).to_pylist() == expected
+    assert [path and file_name(path) for path in given] == expected
+    assert file_names(pa.chunked_array([given[:2], given[2:]])).to_pylist() == expected
     # An address in a message holds no key and no options.
-    assert redact("s3://KEY:SECRET@bucket/a?x=SECRET") == "s3://bucket/a"
-    assert redact("/a/b@c?d") == "/a/b@c?d"
+    assert paths.redact("s3://KEY:SECRET@bucket/a?x=SECRET") == "s3://bucket/a"
+    assert paths.redact("/a/b@c?d") == "/a/b@c?d"
 
 
 def test_archives_are_read_and_listed_in_their_place(tmp_path: Path, address: Any) -> None:
     root = tmp_path / "a set"
     first = tar_bytes({"images/2.png": b"22", "images/1 %.png": b"1", "note.txt": b"n", "images/0.png": b""})
     files = {name: name.encode() for name in ("a.png", "images_001.tar.gz.md5", "z.png")}
-    write_files(root, {**files, "images_001.tar.gz": first, "sub/images_002.tar": tar_bytes({"3.png": b"3"}, "w")})
+    write_files(root, {**files, "images_001.tar.gz": first, "sub/images_002.tar": tar_of(("3.png", b"3"))})
     found = find_images(address(root))
     members = [f"images_001.tar.gz::images/{name}.png" for name in ("2", "1 %", "0")]
     assert names(found) == ["a.png", *members, "sub/images_002.tar::3.png", "z.png"]

@@ -30,9 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["disk", "bucket"])
-def test_path_operations_are_alike_on_a_disk_and_in_a_bucket(
-    kind: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_path_operations_are_alike_on_a_disk_and_in_a_bucket(kind: str, tmp_path: Path, request) -> None:
     bucket = request.getfixturevalue("bucket") if kind == "bucket" else None
     folder = remote.to_path(bucket("both/ways") if bucket else str(tmp_path / "disk"))
     assert sorted(folder.glob("*")) == []
@@ -63,10 +61,8 @@ def test_path_operations_are_alike_on_a_disk_and_in_a_bucket(
     assert not (folder / "sub.json").exists()
     files = [folder / name for name in ("_SUCCESS", "none", "a b%.txt")]
     assert [file and file.read() for file in remote.read_files(files)] == [b"", None, "ä".encode()]
-    assert {path.name for path in remote.download_folder(folder).iterdir() if path.is_file()} == {
-        "_SUCCESS",
-        "a b%.txt",
-    }
+    downloaded = remote.download_folder(folder).iterdir()
+    assert {path.name for path in downloaded if path.is_file()} == {"_SUCCESS", "a b%.txt"}
     assert not remote.download_folder(folder / "none").exists()
 
 
@@ -112,9 +108,7 @@ def test_changed_object_gets_a_new_copy(bucket, cache: Path) -> None:
     assert stat.S_IMODE(copies[0].stat().st_mode) == 0o400
 
 
-def test_requests_do_not_grow_with_the_number_of_files(
-    bucket, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_do_not_grow_with_the_number_of_files(bucket, caplog, monkeypatch) -> None:
     """A listing of 30 files takes one request, a small file two, and 40 readers of one object share one download."""
     folder = remote.to_path(bucket("many"))
     for number in range(30):
@@ -133,9 +127,7 @@ def test_requests_do_not_grow_with_the_number_of_files(
     assert fetch.call_count == 1
 
 
-def test_cache_of_another_user_or_open_to_others_is_refused(
-    bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_of_another_user_or_open_to_others_is_refused(bucket, tmp_path: Path, monkeypatch) -> None:
     bucket.put("open/x", b"x")
     (tmp_path / "link").symlink_to(tmp_path / "own")
     user = os.getuid()
@@ -196,10 +188,9 @@ def test_store_errors_are_one_line(bucket, name: str, monkeypatch: pytest.Monkey
 
 def test_missing_bucket_is_named(bucket) -> None:
     place = remote.to_path(bucket("x").replace("chests", "nonesuch"))
-    with pytest.raises(InputError, match="nonesuch"):
-        atomic.write_text(place, "x")
-    with pytest.raises(InputError, match="nonesuch"):
-        remote.check_bucket(place)
+    for use in (OPERATIONS["write"], remote.check_bucket):
+        with pytest.raises(InputError, match="nonesuch"):
+            use(place)
     assert not place.exists()
 
 
@@ -220,9 +211,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("line", "local", "anywhere"), PLACES, ids=[line.split()[0] for line, _, _ in PLACES])
-def test_commands_refuse_addresses_that_they_cannot_use(
-    line: str, local: tuple[str, ...], anywhere: tuple[str, ...], command, tmp_path: Path, monkeypatch
-) -> None:
+def test_commands_refuse_addresses_that_they_cannot_use(line, local, anywhere, command, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for option in (*local, *anywhere):
         for text in ("s3:/b/x", "http://host/x", *(["s3://b/x"] if option in local else [])):
@@ -249,7 +238,7 @@ def test_bundle_in_a_bucket_is_whole_or_none(bucket, tiny_bundle, command, cache
         load_bundle(place)
     made = make_tiny_bundle(place)
     assert is_written(place)
-    assert (made.digest, made.place) == (tiny_bundle.digest, str(place))
+    assert (made.digest, made.location) == (tiny_bundle.digest, str(place))
     assert made.path.is_relative_to(cache)
     for path in tiny_bundle.path.iterdir():
         assert bucket.get(f"made/bundle/{path.name}") == path.read_bytes()
