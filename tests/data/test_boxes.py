@@ -58,9 +58,7 @@ NIH = HEADERS["without the empty columns"]
         ("Image,x,y,w", "a.png,1,2,3", ["finding, h;", "Image, x, y, w"]),
     ],
 )
-def test_refusals_name_the_file_the_line_and_the_value(
-    tmp_path: Path, header: str, line: str, parts: list[str]
-) -> None:
+def test_refusals_name_file_line_and_value(tmp_path: Path, header: str, line: str, parts: list[str]) -> None:
     path = tmp_path / "b.csv"
     path.write_text(f"{header}\n{line}\n", encoding="utf-8")
     with pytest.raises(TableError) as caught:

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ray_cxr.data import boxes, consensus, csv_table, identity, manifest, manifest_builder
+from ray_cxr.data import boxes, consensus, csv_table, identity, manifest
+from ray_cxr.data.manifest_builder import read_table
 from ray_cxr.errors import TableError
 from ray_cxr.reporting import scores
 
@@ -21,44 +22,18 @@ GOOD = "P-1"
 ROUNDED = ["12345678901234500", "12345678901235600", "98765432109876500"]
 
 LOST = [
-    ["2.05367E+37"],
-    ["2,05367E+37"],
-    ["-1.5e12"],
-    ["1.23457E15"],
-    ["1.23456789012346E+015"],
-    ["2E+37"],
-    ["2e-7"],
-    ["12345678901234567.0"],
-    ["12345678901234567,0"],
-    ["9007199254740992.00"],
+    *([x] for x in ["2.05367E+37", "2,05367E+37", "-1.5e12", "1.23457E15", "1.23456789012346E+015", "2E+37", "2e-7"]),
+    *([x] for x in ["12345678901234567.0", "12345678901234567,0", "9007199254740992.00", "10000000000000000000"]),
+    *([x] for x in ["#N/A", "#NV", "#BEZUG!", "#NAME?", "########"]),
     ROUNDED,
-    ["10000000000000000000"],
     [str(int(float(7**21 + i * 10**14))) for i in range(1, 6)],
-    ["#N/A"],
-    ["#NV"],
-    ["#BEZUG!"],
-    ["#NAME?"],
-    ["########"],
 ]
 KEPT = [
-    ["12E10"],
-    ["12E+10"],
-    ["2E37"],
-    ["A1.5E+10"],
-    ["1.5E+10-B"],
-    ["1.2.840.10008.1"],
-    ["12345.0"],
-    ["1234567890123456.0"],
-    ["12.5"],
-    ["#17"],
-    ["nan"],
-    ["M\xdc-17"],
-    [r"M\xdc-17"],
-    ROUNDED[:2],  # as likely as 1 in 10,000
-    ["1234567890123450000"],
-    [*ROUNDED, "12345678901234567"],
+    *([x] for x in ("12E10", "12E+10", "2E37", "A1.5E+10", "1.5E+10-B", "1.2.840.10008.1", "12345.0", "12.5", "nan")),
+    *([x] for x in ("1234567890123456.0", "#17", "M\xdc-17", r"M\xdc-17", "1234567890123450000", "1" * 40)),
     ["00012345678901234500000"],
-    ["1" * 40],
+    ROUNDED[:2],  # as likely as 1 in 10,000
+    [*ROUNDED, "12345678901234567"],
     ["12345678901234567168"],  # what a float64 keeps, and by chance in 1 of 2,048
     [str((1 << 62) + (i << 22)) for i in range(9)],  # low bits without a use, and far more of them than a float loses
 ]
@@ -69,38 +44,19 @@ def csv(path: Path, header: str, rows: list[str]) -> str:
     return str(path)
 
 
-def quoted(values: list[str]) -> list[str]:
-    return ['"' + value + '"' for value in values]
-
-
 def ids(values: list[str]) -> list[str]:
     """The rows of an id's table: each value once between two good ones."""
     return [GOOD, *values, GOOD + "b"]
 
 
-def in_one_hot(home: Path, values: list[str], column: str) -> object:
-    names = {"patient_id": "Patient ID", "study_id": "StudyInstanceUID"}
-    if column == "image_id":
-        return manifest_builder.read_table(csv(home / "t.csv", "Image,Mass", [f"{x},1" for x in quoted(ids(values))]))
-    rows = [f"{i}.png,{x},1" for i, x in enumerate(quoted(ids(values)))]
-    return manifest_builder.read_table(csv(home / "t.csv", f"Image,{names[column]},Mass", rows))
+def in_csv(read: Callable[[str], object], header: str, row: str) -> Callable[[Path, list[str], str], object]:
+    """Read a table whose rows are `row` with the ids as {x}."""
 
+    def table(home: Path, values: list[str], column: str) -> object:
+        rows = [row.format(i=i, x=f'"{x}"') for i, x in enumerate(ids(values))]
+        return read(csv(home / "t.csv", header, rows))
 
-def in_nih(home: Path, values: list[str], column: str) -> object:
-    rows = [f"{i}.png,Mass,{x}" for i, x in enumerate(quoted(ids(values)))]
-    return manifest_builder.read_table(csv(home / "t.csv", "Image Index,Finding Labels,Patient ID", rows))
-
-
-def in_consensus(home: Path, values: list[str], column: str) -> object:
-    if column == "image_id":
-        return consensus.read_consensus(csv(home / "t.csv", "Image,Mass", [f"{x},1" for x in quoted(ids(values))]))
-    rows = [f"{i}.png,{x},1" for i, x in enumerate(quoted(ids(values)))]
-    return consensus.read_consensus(csv(home / "t.csv", "Image,Patient ID,Mass", rows))
-
-
-def in_boxes(home: Path, values: list[str], column: str) -> object:
-    rows = [f"{x},Mass,1,1,9,9" for x in quoted(ids(values))]
-    return boxes.read_boxes(csv(home / "t.csv", "Image,Finding,x,y,w,h", rows))
+    return table
 
 
 def in_list(home: Path, values: list[str], column: str) -> object:
@@ -123,19 +79,22 @@ def in_scores(home: Path, values: Any, column: str) -> object:
 
 
 TABLES: list[tuple[Callable[[Path, Any, str], object], str, str]] = [
-    (in_one_hot, "patient_id", "Patient ID"),
-    (in_one_hot, "study_id", "StudyInstanceUID"),
-    (in_one_hot, "image_id", "Image"),
-    (in_nih, "patient_id", "Patient ID"),
-    (in_consensus, "patient_id", "Patient ID"),
-    (in_consensus, "image_id", "Image"),
-    (in_boxes, "image_id", "Image"),
+    (in_csv(read_table, "Image,Patient ID,Mass", "{i}.png,{x},1"), "patient_id", "Patient ID"),
+    (in_csv(read_table, "Image,StudyInstanceUID,Mass", "{i}.png,{x},1"), "study_id", "StudyInstanceUID"),
+    (in_csv(read_table, "Image,Mass", "{x},1"), "image_id", "Image"),
+    (in_csv(read_table, "Image Index,Finding Labels,Patient ID", "{i}.png,Mass,{x}"), "patient_id", "Patient ID"),
+    (in_csv(consensus.read_consensus, "Image,Patient ID,Mass", "{i}.png,{x},1"), "patient_id", "Patient ID"),
+    (in_csv(consensus.read_consensus, "Image,Mass", "{x},1"), "image_id", "Image"),
+    (in_csv(boxes.read_boxes, "Image,Finding,x,y,w,h", "{x},Mass,1,1,9,9"), "image_id", "Image"),
     (in_list, "image_id", "the image name"),
     *((table, name, name) for table in (in_manifest, in_scores) for name in identity.COLUMNS),
 ]
 
 
 def test_ids_that_lost_digits_are_distinguished_from_ids_that_look_odd() -> None:
+    def series(values: list[str]) -> pd.Series:
+        return pd.Series(ids(values), index=range(2, 4 + len(values)), name="Patient ID", dtype=str)
+
     for values in LOST:
         with pytest.raises(TableError, match=r"^t.csv: line 3: Patient ID .*" + REMEDY) as caught:
             identity.check_series(series(values), "t.csv")
@@ -144,15 +103,8 @@ def test_ids_that_lost_digits_are_distinguished_from_ids_that_look_odd() -> None
         identity.check_series(series(values), "t.csv")
 
 
-def series(values: list[str]) -> pd.Series:
-    rows = ids(values)
-    return pd.Series(rows, index=range(2, 2 + len(rows)), name="Patient ID", dtype=str)
-
-
 @pytest.mark.parametrize(("table", "column", "shown"), TABLES)
-def test_every_table_refuses_ids_that_lost_digits(
-    tmp_path: Path, table: Callable[[Path, Any, str], object], column: str, shown: str
-) -> None:
+def test_every_table_refuses_ids_that_lost_digits(tmp_path: Path, table, column: str, shown: str) -> None:
     for values in (["2,05367E+37"], ["12345678901234567.0"], ROUNDED):
         with pytest.raises(TableError) as caught:
             table(tmp_path, values, column)
@@ -177,12 +129,9 @@ def test_replacement_characters_are_refused_in_ids_of_people_but_not_in_names_of
 
 
 def test_ids_stay_as_they_are(tmp_path: Path) -> None:
-    found = manifest_builder.read_table(in_path(tmp_path, ["12E10", "12345.0", "007", ""]))
+    rows = [f"{i}.png,{x},1" for i, x in enumerate(("12E10", "12345.0", "007", ""))]
+    found = read_table(csv(tmp_path / "t.csv", "Image,Patient ID,Mass", rows))
     assert found["patient_id"].tolist() == ["12E10", "12345", "007", None]
-
-
-def in_path(home: Path, values: list[str]) -> str:
-    return csv(home / "t.csv", "Image,Patient ID,Mass", [f"{i}.png,{x},1" for i, x in enumerate(values)])
 
 
 @pytest.mark.parametrize("table", [in_manifest, in_scores])
@@ -203,9 +152,7 @@ def in_path(home: Path, values: list[str]) -> str:
         (pa.array(["a", "2.05367E+37"], pa.large_string()), "exponent form"),
     ],
 )
-def test_parquet_columns_that_lost_digits_are_refused(
-    tmp_path: Path, table: Callable[[Path, Any, str], object], values: pa.Array, reason: str
-) -> None:
+def test_parquet_columns_that_lost_digits_are_refused(tmp_path: Path, table, values: pa.Array, reason: str) -> None:
     for column in identity.COLUMNS:
         with pytest.raises(TableError, match=f"t.parquet: row 2: {column} .*{reason}.*{REMEDY}"):
             table(tmp_path, values, column)

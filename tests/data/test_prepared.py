@@ -549,9 +549,7 @@ def test_peak_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_ray_prepares_the_shards_of_one_process(
-    shared_ray, download: Path, archive_set: Path, tmp_path, command
-) -> None:
+def test_ray_prepares_the_shards_of_one_process(shared_ray, download, archive_set, tmp_path, command) -> None:
     """The other tests in this file rely on this."""
     out = tmp_path / "set"
     given = ("prepare", download / "m.parquet", "--out", out, "--size", "64", "--set", "rows_per_shard=7")

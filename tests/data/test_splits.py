@@ -47,9 +47,7 @@ def test_bad_fractions_seeds_and_unknown_patients_are_refused() -> None:
     st.integers(0, 2**31),
     st.randoms(use_true_random=False),
 )
-def test_any_table_splits_disjoint_by_patient_in_any_order(
-    patients: list[str], parts: tuple[int, int, int], seed: int, random: object
-) -> None:
+def test_any_table_splits_disjoint_by_patient_in_any_order(patients: list[str], parts, seed: int, random) -> None:
     fractions = [part / sum(parts) for part in parts]
     ids = series(patients)
     chosen = splits.patient_split(ids, fractions, seed)
@@ -64,7 +62,7 @@ def test_any_table_splits_disjoint_by_patient_in_any_order(
         assert count == 0 or fraction > 0
     # More rows of the same patients, in another order, do not change any split.
     shuffled = patients + patients[:5]
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)
     again = splits.patient_split(series(shuffled), fractions, seed)
     assert by_patient(series(shuffled), again) == of_patient
 

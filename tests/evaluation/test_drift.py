@@ -40,14 +40,9 @@ def build_flags(n: int, *counts: int) -> np.ndarray:
 
 def measure(flags: np.ndarray, codes: np.ndarray, model: dict = MODEL, **more: object) -> drift.Drift:
     n = len(codes)
-    given = {
-        "scores": np.full((n, 2), np.nan),
-        "quality_flags": np.full(n, None, object),
-        "ok": np.ones(n, bool),
-        **more,
-    }
+    given = {"scores": np.full((n, 2), np.nan), "quality_flags": np.full(n, None, object), "ok": np.ones(n, bool)}
     expected = drift.Expected.from_model(model)
-    return drift.measure_drift(expected, NAMES, flags.astype(np.int8), patients=codes, **given)
+    return drift.measure_drift(expected, NAMES, flags.astype(np.int8), patients=codes, **given | more)
 
 
 def test_clustered_images_are_no_drift() -> None:

@@ -40,9 +40,8 @@ def whole() -> dict[str, Any]:
     p = (1 / (1 + np.exp(-(y + np.random.default_rng(1).normal(size=y.shape))))).astype(np.float32)
     p[(table["sex"] == "F").to_numpy() & (y[:, 4] == 1), 4] = 0.01  # missed in all women
     rules = fit_rules(table[list(FINDINGS)], p, FINDINGS)
-    measured = provenance.evaluate_validation(
-        table, p, FINDINGS, rules, method="platt", min_positives=5, n_resamples=100
-    )
+    fit = {"method": "platt", "min_positives": 5, "n_resamples": 100}
+    measured = provenance.evaluate_validation(table, p, FINDINGS, rules, **fit)
     return {
         "backbone": "DenseNet121",
         "input_spec": {"size": 224, "aspect": "stretch", "interpolation": "area"},

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import keras
 import numpy as np
@@ -134,7 +135,7 @@ def test_measured_drift_is_in_the_bundle(bundle: bundles.Bundle) -> None:
     ],
 )
 def test_bf16_is_measured_where_the_cpu_has_it(
-    bundle, model, fp32, images, monkeypatch, tmp_path: Path, has_bf16, golden, others, drift, accepted
+    bundle, model, fp32, images, monkeypatch, tmp_path, has_bf16, golden, others, drift, accepted
 ) -> None:
     """A fake bf16 runtime is off by `golden` on the golden images and by `others` on the validation images."""
 
@@ -171,9 +172,7 @@ def test_bundle_whose_graph_is_refused_runs_in_keras(model, images, monkeypatch,
     if reason == "off by":
         monkeypatch.setitem(runtime.TOLERANCE, "fp32", -1.0)
     elif reason == "not installed":
-        monkeypatch.setattr(
-            runtime, "import_openvino", lambda: (_ for _ in ()).throw(RuntimeError("not installed\nat 0x0"))
-        )
+        monkeypatch.setattr(runtime, "import_openvino", Mock(side_effect=RuntimeError("not installed\nat 0x0")))
     else:
         refuse_graphs(monkeypatch, *runtime.TOLERANCE)
     bundle = write(tmp_path / "b", images=exports.SampleImages(images[:60], images[60:90]))
@@ -209,16 +208,13 @@ def test_quality_is_read_as_fitted_and_flags_unusual_images(bundle: bundles.Bund
     assert flags[40:] == ["not_frontal_chest"] * 2
 
 
-def test_missing_quality_has_a_reason(fp32, images, tmp_path: Path) -> None:
+def test_missing_quality_has_a_reason_and_damaged_is_refused(bundle, fp32, images, tmp_path: Path) -> None:
     none, few = exports.SampleImages(images[:0], images[:0]), exports.SampleImages(images[:40], images[:0])
     for sample, reason in ((None, "without images"), (none, "without images"), (few, "60 and 30")):
         entry = exports._fit_quality(tmp_path, fp32, sample)
         assert set(entry) == {"lacking"}
         assert reason in entry["lacking"]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_damaged_quality_file_is_refused(bundle: bundles.Bundle, tmp_path: Path) -> None:
     copy = writable_copy(bundle, tmp_path / "b")
     (copy / exports.QUALITY).write_bytes(b"PK\x03\x04")
     reseal(copy)

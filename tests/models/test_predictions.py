@@ -34,8 +34,7 @@ def rows(count: int, **columns: Any) -> pa.Table:
 
 def one(probabilities: list[float], given_rules: Rules, **columns: Any) -> dict[str, Any]:
     table = predictions.assemble(rows(1, **columns), np.array([probabilities], np.float32), {}, given_rules)
-    (row,) = table.to_pylist()
-    return dict(row)
+    return table.to_pylist()[0]
 
 
 def test_schema_keeps_the_order_of_the_findings() -> None:
@@ -119,9 +118,8 @@ def test_impossible_probabilities_are_refused() -> None:
         one([0.5], rules(("Mass", "Nodule")))
 
 
-@pytest.mark.parametrize(
-    ("view", "age", "judged", "flag"),
-    [
+def test_quality_flags() -> None:
+    for view, age, judged, flag in (
         ("AP", 10.0, None, None),
         ("PA", 90.0, None, None),
         ("PA", 9.9, None, "age_outside_training"),
@@ -131,16 +129,14 @@ def test_impossible_probabilities_are_refused() -> None:
         (None, None, "lateral", "lateral"),
         ("PA", None, "lateral", None),
         ("AP", None, "inverted", "inverted"),
-    ],
-)
-def test_quality_flags(view: str | None, age: float | None, judged: str | None, flag: str | None) -> None:
-    about = rows(1, view=pa.array([view], pa.string()), age=pa.array([age], pa.float64()))
-    given = rules(("Mass",), age_range=(10.0, 90.0))
-    table = predictions.assemble(about, np.float32([[0.5]]), {}, given, [judged] if judged else None)
-    assert table["quality_flag"].to_pylist() == [flag]
-    # Neither the columns nor the range are needed.
-    assert one([0.5], rules(("Mass",), age_range=(10.0, 90.0)))["quality_flag"] is None
-    assert one([0.5], rules(("Mass",)), age=pa.array([200.0]))["quality_flag"] is None
+    ):
+        about = rows(1, view=pa.array([view], pa.string()), age=pa.array([age], pa.float64()))
+        given = rules(("Mass",), age_range=(10.0, 90.0))
+        table = predictions.assemble(about, np.float32([[0.5]]), {}, given, [judged] if judged else None)
+        assert table["quality_flag"].to_pylist() == [flag]
+        # Neither the columns nor the range are needed.
+        assert one([0.5], rules(("Mass",), age_range=(10.0, 90.0)))["quality_flag"] is None
+        assert one([0.5], rules(("Mass",)), age=pa.array([200.0]))["quality_flag"] is None
 
 
 PROBABILITY = st.floats(0, 1, width=32)
@@ -150,9 +146,7 @@ THRESHOLD = st.floats(2.0**-100, 1, width=32, exclude_max=True)
 
 @settings(max_examples=100)
 @given(st.lists(st.tuples(PROBABILITY, st.one_of(THRESHOLD, st.none())), min_size=1, max_size=14), st.data())
-def test_priority_is_half_or_more_exactly_where_a_finding_is_flagged(
-    pairs: list[tuple[float, float | None]], data: st.DataObject
-) -> None:
+def test_priority_is_half_or_more_exactly_where_a_finding_is_flagged(pairs, data: st.DataObject) -> None:
     p, t = (list(column) for column in zip(*pairs, strict=True))
     if t[0] is not None and data.draw(st.booleans(), label="neighbour of the threshold"):
         side = data.draw(st.sampled_from([-np.inf, np.inf]))

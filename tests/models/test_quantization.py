@@ -74,13 +74,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> bundles.Bundle:
     model = classifier.build(Architecture(backbone="TinyCNN", size=SIZE, findings=ray_cxr.FINDINGS[:2]))
     kernel, bias = model.get_layer("logits").get_weights()
     model.get_layer("logits").set_weights([kernel * 5, bias])
-    drawings = drawn(100, 190)
-    return write(
-        tmp_path_factory.mktemp("bundle") / "b",
-        model,
-        exports.SampleImages(drawings[:60], drawings[60:]),
-        split=lineage([1, 2, 3]),
-    )
+    sample = exports.SampleImages(*np.split(drawn(100, 190), [60]))
+    return write(tmp_path_factory.mktemp("bundle") / "b", model, sample, split=lineage([1, 2, 3]))
 
 
 #: The labels are unrelated to the images, so a swapped pair may move the AUROC by more than the default.
