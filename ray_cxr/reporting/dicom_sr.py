@@ -53,14 +53,9 @@ class Export:
     """The result of an export.
 
     Attributes:
-        rows: rows of the scores.
-        outcomes: rows by outcome: `exported`, `not_scored` (error rows), `not_dicom`, `repeated` (another row has the
-            same image) or `failed`.
-        reasons: failed rows by reason.
-        reports: documents of these scores in the folder.
-        partial: how many of them lack an image of their study.
-        written: documents that this run wrote.
-        seconds: wall time of this run.
+        rows, outcomes, reasons: number of rows of the scores, in all, by outcome, and of the failed ones by reason.
+        reports, partial: documents of these scores in the folder, and how many of them lack an image of their study.
+        written, seconds: documents that this run wrote, and its wall time.
     """
 
     rows: int
@@ -72,31 +67,21 @@ class Export:
     seconds: float = 0.0
 
     def raise_for_failures(self) -> None:
-        """Raise if an image failed.
-
-        Raises:
-            ErrorRateExceeded: one did. None is tolerated, since a missing report would go unnoticed.
-        """
+        """Raise ErrorRateExceeded if one image failed: a missing report would go unnoticed."""
         if self.outcomes[FAILED]:
             reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
             raise ErrorRateExceeded(
                 f"{self.outcomes[FAILED]:,} of {self.outcomes[FAILED] + self.outcomes[EXPORTED]:,} images could not be "
-                f"exported ({reasons}); all others are. images.parquet lists them; the same command tries again",
+                f"exported ({reasons}); all others are. images.parquet lists them; "
+                "run the same command again to retry them",
                 self,
             )
 
 
 def export_sr(scores: str | Path, out: str | Path) -> Export:
-    """Write a structured report for every study with a scored DICOM image.
+    """Write a structured report for every study with a scored DICOM image of a finished folder of `ray-cxr score`.
 
     The same call continues a run that was stopped or in which images failed; a finished run is not repeated.
-
-    Args:
-        scores: a finished folder of `ray-cxr score`.
-        out: the folder for the documents.
-
-    Returns:
-        The outcome of every row. If some failed, `raise_for_failures` raises.
 
     Raises:
         ConfigError: highdicom is not installed.
@@ -143,12 +128,7 @@ def _find_finished(out: Path, folder: ScoreFolder) -> Export | None:
     if not run_folder.is_complete(out) or record.get("scores_digest") != folder.digest:
         return None
     try:
-        return Export(
-            rows=record["rows"],
-            outcomes=Counter(record["outcomes"]),
-            reports=record["reports"],
-            partial=record["partial"],
-        )
+        return Export(record["rows"], Counter(record["outcomes"]), reports=record["reports"], partial=record["partial"])
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -188,18 +168,16 @@ def _write_export(out: Path, folder: ScoreFolder, plan: ExportPlan) -> Export:
         }
     )
     atomic.write_parquet(table, out / "images.parquet")
-    atomic.write_json(
-        out / "export.json",
-        {
-            "rows": export.rows,
-            "outcomes": dict(sorted(export.outcomes.items())),
-            "reasons": dict(sorted(export.reasons.items())),
-            "reports": export.reports,
-            "partial": export.partial,
-            "scores_digest": folder.digest,
-            "model_digest": folder.model.digest,
-        },
-    )
+    record = {
+        "rows": export.rows,
+        "outcomes": dict(sorted(export.outcomes.items())),
+        "reasons": dict(sorted(export.reasons.items())),
+        "reports": export.reports,
+        "partial": export.partial,
+        "scores_digest": folder.digest,
+        "model_digest": folder.model.digest,
+    }
+    atomic.write_json(out / "export.json", record)
     if not export.outcomes[FAILED]:
         run_folder.mark_complete(out)
     return export
@@ -218,11 +196,7 @@ def _write_if_changed(path: Path, data: bytes) -> bool:
     with contextlib.suppress(OSError):
         if path.read_bytes() == data:
             return False
-
-    def produce(part: Path) -> None:
-        part.write_bytes(data)
-
-    atomic.write(path, produce)
+    atomic.write(path, lambda part: part.write_bytes(data))
     return True
 
 
@@ -246,7 +220,8 @@ def _build_documents(contents: Sequence[ReportContent]) -> Iterator[tuple[str, b
             yield from pool.map(build_document, contents[start : start + _BATCH_REPORTS], chunksize=8)
     except BrokenProcessPool:
         raise RayCxrError(
-            "export-sr: a worker process died. The usual cause is too little memory; the same command continues"
+            "export-sr: a worker process died. The usual cause is too little memory; run the same command again to "
+            "continue"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import optuna
 from markupsafe import Markup
@@ -56,14 +56,10 @@ _TEMPLATE = {
 }
 
 
-@dataclass(frozen=True)
-class OptunaPlot:
-    """One of Optuna's plots, or the reason why it is missing.
+class OptunaPlot(NamedTuple):
+    """One of Optuna's plots as JSON for plotly.js, or the reason why it is missing.
 
-    Attributes:
-        figure: JSON for plotly.js, or None.
-        reason: a sentence if there is no figure.
-        height, width: pixels; in less than `width` the plot scrolls.
+    Height and width are in pixels; in less than `width` the plot scrolls.
     """
 
     figure: Markup | None
@@ -72,8 +68,7 @@ class OptunaPlot:
     width: int = 0
 
 
-@dataclass(frozen=True)
-class Chapter:
+class Chapter(NamedTuple):
     """Optuna's plots of one kind, with a caption."""
 
     name: str
@@ -82,15 +77,11 @@ class Chapter:
     plots: tuple[OptunaPlot, ...]
 
 
-@dataclass(frozen=True)
-class Objective:
+class Objective(NamedTuple):
     """One objective as Optuna's plots take it; with a single objective they need no functions.
 
-    Attributes:
-        name: for axes.
-        target: its value of a trial.
-        loss: its value, negated if more is better: with a target, importances ask which settings make it small,
-            whatever the study's direction.
+    `target` is a trial's value. `loss` is the value, negated if more is better: with a target, importances ask which
+    settings make it small, in either direction of the study.
     """
 
     name: str
@@ -146,12 +137,7 @@ def list_finished(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def draw_chapters(study: optuna.Study, names: Sequence[str]) -> list[Chapter]:
-    """Draw Optuna's plots in the order of the page.
-
-    Args:
-        study: from `copy_study`.
-        names: of the objectives.
-    """
+    """Draw Optuna's plots of a `copy_study` in the order of the page; `names` are the objectives."""
     objectives = list_objectives(study, names)
     chapters = [_draw_front(study, objectives)] if len(objectives) > 1 else []
     importances, ranked = _draw_importances(study, objectives)
@@ -169,7 +155,7 @@ def draw_chapters(study: optuna.Study, names: Sequence[str]) -> list[Chapter]:
 
 
 def _draw_front(study: optuna.Study, objectives: Sequence[Objective]) -> Chapter:
-    reason = _explain_too_few(study, 1)
+    reason = _explain_missing(study, 1)
     if len(objectives) > 3:
         reason = f"Optuna draws fronts of two or three objectives; here are {len(objectives)}."
 
@@ -188,11 +174,9 @@ def _draw_front(study: optuna.Study, objectives: Sequence[Objective]) -> Chapter
 
 
 def _draw_history(study: optuna.Study, objectives: Sequence[Objective]) -> Chapter:
-    plot, reason = optuna.visualization.plot_optimization_history, _explain_too_few(study, 1)
-    drawn = [
-        _encode(partial(plot, study, target=o.target, target_name=o.name), reason, height=340, width=320)
-        for o in objectives
-    ]
+    plot, reason = optuna.visualization.plot_optimization_history, _explain_missing(study, 1)
+    draws = [partial(plot, study, target=o.target, target_name=o.name) for o in objectives]
+    drawn = [_encode(draw, reason, height=340, width=320) for draw in draws]
     caption = "The value of each finished trial; stopped trials have none."
     return Chapter("optimization", "Optimization history", caption, _drop_repeated_reasons(drawn))
 
@@ -207,7 +191,7 @@ def _draw_importances(study: optuna.Study, objectives: Sequence[Objective]) -> t
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
     drawn = []
     for o in objectives:
-        reason = _explain_too_few(study, 2) or _explain_no_settings(names)
+        reason = _explain_missing(study, 2, names)
         if reason is None and all(len({trial.params.get(name) for trial in finished}) == 1 for name in names):
             reason = "Every finished trial has the same settings, so their importance is unknown."
         if reason is None:
@@ -234,7 +218,7 @@ def _draw_parallel(study: optuna.Study, objectives: Sequence[Objective], names: 
         figure = optuna.visualization.plot_parallel_coordinate(study, names, target_name=objectives[0].name)
         return figure.update_traces(opacity=0.9, line_width=1.6, selector={"mode": "lines"})
 
-    reason = _explain_too_few(study, 2) or _explain_no_settings(names)
+    reason = _explain_missing(study, 2, names)
     drawn = _encode(draw, reason, height=440, width=220 + 100 * max(3, len(names)), right=90)
     colour = "its rank: 0 is the Pareto front" if len(objectives) > 1 else "its value"
     caption = f"A line is a finished trial; the colour shows {colour}. None: the trial does not have the setting.{note}"
@@ -242,7 +226,7 @@ def _draw_parallel(study: optuna.Study, objectives: Sequence[Objective], names: 
 
 
 def _draw_slices(study: optuna.Study, objectives: Sequence[Objective], names: list[str], note: str) -> Chapter:
-    reason = _explain_too_few(study, 2) or _explain_no_settings(names)
+    reason = _explain_missing(study, 2, names)
 
     def draw(row: list[str], objective: Objective) -> go.Figure:
         figure = optuna.visualization.plot_slice(study, row, target=objective.target, target_name=objective.name)
@@ -251,11 +235,8 @@ def _draw_slices(study: optuna.Study, objectives: Sequence[Objective], names: li
         return figure
 
     rows = [names[start : start + _ROW] for start in range(0, max(1, len(names)), _ROW)]
-    drawn = [
-        _encode(partial(draw, row, o), reason, height=330, width=150 + 200 * len(row))
-        for o in objectives
-        for row in rows
-    ]
+    pairs = itertools.product(objectives, rows)
+    drawn = [_encode(partial(draw, row, o), reason, height=330, width=150 + 200 * len(row)) for o, row in pairs]
     caption = f"A dot is a finished trial, darker for later ones.{note}"
     return Chapter("slice", "Settings one by one", caption, _drop_repeated_reasons(drawn))
 
@@ -282,11 +263,8 @@ def _draw_timeline(study: optuna.Study) -> Chapter:
         for trace in figure.data:
             name, colour = _TIMELINE[trace.name]
             # The outline has a fixed width, so that a trial of a few seconds remains visible among hours.
-            trace.update(
-                name=name,
-                marker={"color": colour, "line": {"color": colour, "width": 2}},
-                hovertemplate=f"%{{text}}<extra>{name}</extra>",
-            )
+            marker = {"color": colour, "line": {"color": colour, "width": 2}}
+            trace.update(name=name, marker=marker, hovertemplate=f"%{{text}}<extra>{name}</extra>")
         return figure
 
     reason = None if count else "No trial was started."
@@ -295,17 +273,13 @@ def _draw_timeline(study: optuna.Study) -> Chapter:
     return Chapter("timeline", "Timeline", caption, (drawn,))
 
 
-def _explain_too_few(study: optuna.Study, least: int) -> str | None:
-    """Return a sentence if fewer trials than `least` have finished."""
+def _explain_missing(study: optuna.Study, least: int, names: Sequence[str] = ("any",)) -> str | None:
+    """Return a sentence if fewer trials than `least` have finished, or none of the settings `names` was searched."""
     count = len(list_finished(study))
     if count >= least:
-        return None
+        return None if names else "No finished trial has a setting that was searched."
     needs = "two finished trials" if least == 2 else "a finished trial"
     return f"This plot needs {needs}; there is {'one' if count == 1 else 'none'}."
-
-
-def _explain_no_settings(names: Sequence[str]) -> str | None:
-    return None if names else "No finished trial has a setting that was searched."
 
 
 def _drop_repeated_reasons(drawn: Sequence[OptunaPlot]) -> tuple[OptunaPlot, ...]:

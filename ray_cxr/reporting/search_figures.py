@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,11 +20,9 @@ NAMES = ("history", "backbones", "curves")
 
 @dataclass(frozen=True)
 class TrialRow:
-    """One row of the table of trials; missing values are None.
+    """One row of the table of trials, see `tuning.records.build_trial_table`; missing values are None.
 
     Attributes:
-        number, state, reason, backbone, epochs, best_epoch, val_auroc, images_per_second, calibration_error,
-            seconds, started, restarts: see `search_page.write_search_page`.
         params: the trial's searched settings by name, without the backbone.
         curve: (epoch, validation AUROC) of the epochs with a defined AUROC, in order.
     """
@@ -45,8 +43,7 @@ class TrialRow:
     curve: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class LineStyle:
+class LineStyle(NamedTuple):
     """Colour, marker and line of a backbone: three ways to distinguish it."""
 
     colour: str
@@ -67,27 +64,21 @@ Styles = Mapping[str, LineStyle]
 
 
 def draw_figures(rows: Sequence[TrialRow], best: int | None, comparison: Mapping[str, Any] | None) -> dict[str, Figure]:
-    """Draw the figures by name, except those without data.
-
-    Args:
-        rows: all trials.
-        best: number of the best trial.
-        comparison: see `search_page.write_search_page`.
-    """
+    """Draw the figures by name, except those without data; `best` is the number of the best trial."""
     names = sorted({row.backbone for row in rows})
     styles = {name: STYLES[place % len(STYLES)] for place, name in enumerate(names)}
     figures = {}
     if any(row.val_auroc is not None for row in rows):
-        figures["history"] = draw_history(rows, styles)
+        figures["history"] = _draw_history(rows, styles)
     succeeded = [row for row in rows if row.curve and row.state != "failed"]
     if succeeded:
-        figures["backbones"] = draw_backbones(succeeded, styles, comparison)
+        figures["backbones"] = _draw_backbones(succeeded, styles, comparison)
     if any(row.curve for row in rows):
-        figures["curves"] = draw_curves(rows, styles, best)
+        figures["curves"] = _draw_curves(rows, styles, best)
     return figures
 
 
-def draw_history(rows: Sequence[TrialRow], styles: Styles) -> Figure:
+def _draw_history(rows: Sequence[TrialRow], styles: Styles) -> Figure:
     """Draw the validation AUROC of every trial by its number, and the best finished trial so far."""
     figure, ax = plots.create_axes(9.6, 3.7)
     failed = [row.number for row in rows if row.state == "failed"]
@@ -112,14 +103,8 @@ def draw_history(rows: Sequence[TrialRow], styles: Styles) -> Figure:
     return figure
 
 
-def draw_backbones(rows: Sequence[TrialRow], styles: Styles, comparison: Mapping[str, Any] | None) -> Figure:
-    """Draw every trial's highest AUROC by backbone: over all its epochs and, in a comparison, at equal length.
-
-    Args:
-        rows: trials that have a curve and did not fail.
-        styles: by backbone.
-        comparison: see `search_page.write_search_page`.
-    """
+def _draw_backbones(rows: Sequence[TrialRow], styles: Styles, comparison: Mapping[str, Any] | None) -> Figure:
+    """Draw every trial's highest AUROC by backbone: over all its epochs and, in a comparison, at equal length."""
     names = [name for name in sorted(styles) if any(row.backbone == name for row in rows)]
     panels = [("all epochs of each trial", [(row.number, max(value for _, value in row.curve)) for row in rows])]
     if comparison is not None:
@@ -166,7 +151,7 @@ def _draw_points(ax: Axes, points: Sequence[tuple[float, float, str]], style: Li
         ax.plot(x, y, style.marker, color=style.colour, markerfacecolor=face, markersize=size, zorder=3)
 
 
-def draw_curves(rows: Sequence[TrialRow], styles: Styles, best: int | None) -> Figure:
+def _draw_curves(rows: Sequence[TrialRow], styles: Styles, best: int | None) -> Figure:
     """Draw the validation AUROC by epoch; a cross marks the end of a stopped trial, a bar that of a failed one."""
     figure, ax = plots.create_axes(9.6, 4.2)
     with_curve = [row for row in rows if row.curve]
@@ -179,16 +164,9 @@ def draw_curves(rows: Sequence[TrialRow], styles: Styles, best: int | None) -> F
         end = {"stopped": "x", "failed": "|", "running": ""}.get(row.state, style.marker)
         ax.plot(epochs[-1:], values[-1:], end, color=style.colour, markersize=6.5, zorder=5)
         if is_best:
-            ax.annotate(
-                f"trial {row.number}",
-                (epochs[-1], values[-1]),
-                (7, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8.5,
-                fontweight="bold",
-                color=style.colour,
-            )
+            font: dict[str, Any] = {"fontsize": 8.5, "fontweight": "bold", "color": style.colour}
+            end_point = (epochs[-1], values[-1])
+            ax.annotate(f"trial {row.number}", end_point, (7, 0), textcoords="offset points", va="center", **font)
     states = {row.state for row in with_curve}
     marks = [("stopped", "x", "stopped early"), ("failed", "|", "failed")]
     extra = [plots.create_marker_entry(text, plots.MUTED, mark) for state, mark, text in marks if state in states]
@@ -212,12 +190,5 @@ def _draw_legend(ax: Axes, rows: Sequence[TrialRow], styles: Styles, extra: Sequ
             handles.append(plots.create_marker_entry("hollow: not finished", plots.MUTED, "o", "white"))
         if "failed" in states:
             handles.append(plots.create_marker_entry("failed", plots.MUTED, "x"))
-    ax.legend(
-        handles=[*handles, *extra],
-        loc="lower left",
-        frameon=False,
-        fontsize=8.5,
-        ncols=5,
-        bbox_to_anchor=(0.0, 1.0),
-        borderaxespad=0.2,
-    )
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
+    ax.legend(handles=[*handles, *extra], frameon=False, fontsize=8.5, ncols=5, **place)

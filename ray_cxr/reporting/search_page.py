@@ -19,15 +19,9 @@ import optuna
 import pandas as pd
 
 from ray_cxr.errors import OutputError
-from ray_cxr.reporting import html, plots
-from ray_cxr.reporting.optuna_plots import (
-    copy_study,
-    draw_chapters,
-    format_objective,
-    list_finished,
-    load_plotly_script,
-    silence_optuna,
-)
+from ray_cxr.reporting import html, optuna_plots, plots
+from ray_cxr.reporting.optuna_plots import format_objective
+from ray_cxr.reporting.scores import finite_or_none
 from ray_cxr.reporting.search_figures import NAMES, TrialRow, draw_figures
 from ray_cxr.storage import atomic
 
@@ -38,24 +32,13 @@ _STATES = ("finished", "stopped", "failed", "running")
 
 
 def write_search_page(
-    out: Path,
-    study: optuna.Study,
-    trials: pd.DataFrame,
-    facts: Mapping[str, Any],
-    comparison: Mapping[str, Any] | None,
+    out: Path, study: optuna.Study, trials: pd.DataFrame, facts: Mapping[str, Any], comparison: Mapping[str, Any] | None
 ) -> None:
     """Write the figures (PNG and SVG) and, last, report.html into `out`, in place of an older report.
 
     Args:
-        out: the folder.
-        study: Optuna's.
-        trials: one row per trial: number, state (finished, stopped, failed or running), reason, backbone, a
-            param_<field> of each searched field, epochs, best_epoch, val_auroc, images_per_second,
-            calibration_error, seconds, started and ended (UTC), restarts, and curve, a list of dicts with epoch
-            and val_auroc.
-        facts: title, prepared, study_name, storage (without its password, or None), objectives and directions,
-            trials_wanted, sampler, scheduler, workers, concurrent, epochs_spent, epochs_full (of the same trials at
-            full length), seconds, best_number or None, pareto (numbers), interrupted, versions.
+        trials: see `tuning.records.build_trial_table`.
+        facts: see `tuning.results.collect_facts`.
         comparison: from `evaluation.backbones.comparison_record`, or None.
 
     Raises:
@@ -69,9 +52,9 @@ def write_search_page(
     params = [name for name in searched if any(name in row.params for row in rows)]
     several = len(facts["objectives"]) > 1
     figures = _write_figures(out, rows, facts, comparison)
-    with silence_optuna():
-        copy = copy_study(study, facts["objectives"])
-        chapters = draw_chapters(copy, facts["objectives"])
+    with optuna_plots.silence_optuna():
+        copy = optuna_plots.copy_study(study, facts["objectives"])
+        chapters = optuna_plots.draw_chapters(copy, facts["objectives"])
     view = {
         "facts": facts,
         "summary": _summarize(rows, params, facts),
@@ -80,14 +63,14 @@ def write_search_page(
         "rows": rows,
         "params": params,
         "front_rows": [row for row in rows if several and row.number in set(facts["pareto"])],
-        "values": {trial.number: trial.values for trial in list_finished(copy)},  # noqa: PD011
+        "values": {trial.number: trial.values for trial in optuna_plots.list_finished(copy)},  # noqa: PD011
         "comparison": comparison,
         "chapters": chapters,
         "figures": figures,
         "commands": _list_commands(facts),
         "objectives": [format_objective(name) for name in facts["objectives"]],
         # The script has five megabytes; only interactive plots need it.
-        "plotly": load_plotly_script() if any(one.figure for each in chapters for one in each.plots) else None,
+        "plotly": optuna_plots.load_plotly_script() if any(o.figure for c in chapters for o in c.plots) else None,
     }
     atomic.write_text(out / "report.html", html.render(view, "search_page.html.j2"))
     _log.debug("report in %s", out)
@@ -117,14 +100,6 @@ def read_trials(trials: pd.DataFrame) -> list[TrialRow]:
 
 def _read_trial(record: Mapping[Any, Any]) -> TrialRow:
     get: dict[str, Any] = {str(name): None if _is_missing(value) else value for name, value in record.items()}
-
-    def read_integer(name: str) -> int | None:
-        return None if get[name] is None else int(get[name])
-
-    def read_float(name: str) -> float | None:
-        value = get[name]
-        return float(value) if value is not None and math.isfinite(value) else None
-
     params = {name[len(_PARAM) :]: value for name, value in get.items() if name.startswith(_PARAM)}
     points = [(int(point["epoch"]), point.get("val_auroc")) for point in get["curve"] or ()]
     return TrialRow(
@@ -132,14 +107,14 @@ def _read_trial(record: Mapping[Any, Any]) -> TrialRow:
         state=str(get["state"]),
         reason=None if get["reason"] is None else str(get["reason"]),
         backbone=str(get["backbone"]),
-        epochs=read_integer("epochs") or 0,
-        best_epoch=read_integer("best_epoch"),
-        val_auroc=read_float("val_auroc"),
-        images_per_second=read_float("images_per_second"),
-        calibration_error=read_float("calibration_error"),
-        seconds=read_float("seconds"),
+        epochs=int(get["epochs"] or 0),
+        best_epoch=None if get["best_epoch"] is None else int(get["best_epoch"]),
+        val_auroc=finite_or_none(get["val_auroc"]),
+        images_per_second=finite_or_none(get["images_per_second"]),
+        calibration_error=finite_or_none(get["calibration_error"]),
+        seconds=finite_or_none(get["seconds"]),
         started=get["started"],
-        restarts=read_integer("restarts") or 0,
+        restarts=int(get["restarts"] or 0),
         params={name: value for name, value in params.items() if value is not None and name != "backbone"},
         curve=tuple(sorted((epoch, float(v)) for epoch, v in points if v is not None and math.isfinite(v))),
     )
@@ -206,9 +181,8 @@ def _list_commands(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     commands = []
     if facts["storage"]:
         remark = " (add the password to the address)" if re.search(r"://[^/]*@", facts["storage"]) else ""
-        commands.append(
-            (f"Look at every trial in a browser{remark}:", f"optuna-dashboard {shlex.quote(facts['storage'])}")
-        )
+        command = f"optuna-dashboard {shlex.quote(facts['storage'])}"
+        commands.append((f"Look at every trial in a browser{remark}:", command))
     if facts["best_number"] is not None:
         prepared = shlex.quote(str(facts["prepared"]))
         commands.append(("Train the best settings:", f"ray-cxr train {prepared} --config best.toml --out RUN"))

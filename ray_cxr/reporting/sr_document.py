@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import datetime
 import io
-import itertools
 import json
 import logging
 import re
@@ -57,17 +56,9 @@ SERIES_NUMBER = 9901
 _NAMESPACE = uuid.UUID("f2b4cf0c-5f0b-4f3c-9b8a-6f9f3a1f6a52")
 #: Attributes of the patient and study modules that every document must have, empty if unknown (type 2).
 _REQUIRED = (
-    "PatientName",
-    "PatientID",
-    "PatientBirthDate",
-    "PatientSex",
-    "StudyDate",
-    "StudyTime",
-    "StudyID",
-    "AccessionNumber",
-    "ReferringPhysicianName",
+    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
+    *("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"),
 )
-
 
 #: Codes of the findings, with their sources. Those of PS3.16 and RadLex are free for use. SNOMED CT only where DICOM's
 #: dictionary has it; other codes need a licence in some countries. None is guessed.
@@ -112,29 +103,23 @@ PRIORITY = Code("PRIORITY", SCHEME, "Reading priority, 0 to 1; from 0.5 on a fin
 TOP_FINDING = Code("TOP_FINDING", SCHEME, "Finding with the highest rank")
 QUALITY = Code("QUALITY", SCHEME, "Why the image may be unlike those of the training")
 #: The quality flags of a score table, gravest first.
-QUALITY_CODES: dict[str, Code] = dict(
-    zip(
-        quality.FLAGS,
-        (
-            Code("INVERTED", SCHEME, "Black and white are exchanged"),
-            Code("LATERAL", SCHEME, "Lateral view"),
-            Code("NOT_FRONTAL", SCHEME, "Not like a frontal chest radiograph"),
-            Code("OUT_OF_DISTRIB", SCHEME, "Features unlike those of the training"),
-            Code("AGE_OUTSIDE", SCHEME, "Age outside that of the training"),
-        ),
-        strict=True,
-    )
+_QUALITY_TEXTS = (
+    ("INVERTED", "Black and white are exchanged"),
+    ("LATERAL", "Lateral view"),
+    ("NOT_FRONTAL", "Not like a frontal chest radiograph"),
+    ("OUT_OF_DISTRIB", "Features unlike those of the training"),
+    ("AGE_OUTSIDE", "Age outside that of the training"),
 )
+QUALITY_CODES = {
+    flag: Code(value, SCHEME, text) for flag, (value, text) in zip(quality.FLAGS, _QUALITY_TEXTS, strict=True)
+}
 _COMMENT = Code("121106", "DCM", "Comment")
 _PROCEDURE = Code("43468-8", "LN", "XR unspecified body region")
 _NO_UNITS = Code("1", "UCUM", "no units")
 
 
 def build_document(content: ReportContent) -> tuple[str, bytes] | str:
-    """Return a document's UID and bytes; if its header cannot be used, the type of the error.
-
-    The error's message is dropped, because it quotes the header.
-    """
+    """Return a document's UID and bytes; if its header is unusable, the error's type, since its message quotes it."""
     try:
         with keep_invalid_values():
             document = _build(content)
@@ -150,42 +135,32 @@ def _uid(*content: object) -> str:
     return f"2.25.{uuid.uuid5(_NAMESPACE, json.dumps(content)).int}"
 
 
-def device_uid(model_digest: str) -> str:
-    """Return the UID of a bundle as a device."""
-    return _uid("device", model_digest)
-
-
 def _build(content: ReportContent) -> Dataset:
     """Build a study's report. Its UID covers everything but the time and the data of patient and study."""
     model, images, missing = content.model, content.images, content.missing
     study = images[0].study
     instances = [image.instance for image in images]
-    uid = _uid(
-        "report", FORMAT, study, model.digest, model.version, model.thresholds, missing, instances, content.values
-    )
-    report = sr.MeasurementReport(
-        observation_context=sr.ObservationContext(observer_device_context=_build_observer(model)),
-        procedure_reported=_PROCEDURE,
-        imaging_measurements=list(
-            itertools.chain.from_iterable(
-                _build_groups(model, image, values, uid, number)
-                for number, (image, values) in enumerate(zip(images, content.values, strict=True), 1)
-            )
-        ),
-    )
+    scoring = (model.digest, model.version, model.thresholds)
+    uid = _uid("report", FORMAT, study, *scoring, missing, instances, content.values)
+    groups = [
+        group
+        for number, (image, values) in enumerate(zip(images, content.values, strict=True), 1)
+        for group in _build_groups(model, image, values, uid, number)
+    ]
+    context = sr.ObservationContext(observer_device_context=_build_observer(model))
+    report = sr.MeasurementReport(context, procedure_reported=_PROCEDURE, imaging_measurements=groups)
     root = report[0]
     items = root.ContentSequence
     # Before the measurements, so that every reader sees it first.
-    items.insert(
-        len(items) - 1,
-        sr.TextContentItem(_COMMENT, RESEARCH_ONLY, relationship_type=sr.RelationshipTypeValues.CONTAINS),
-    )
+    comment = sr.TextContentItem(_COMMENT, RESEARCH_ONLY, relationship_type=sr.RelationshipTypeValues.CONTAINS)
+    items.insert(len(items) - 1, comment)
     # An empty tree for the constructor. highdicom would walk the whole tree four times to check references and 3D
     # coordinates, which doubles the time; all references are in the evidence, and nothing is 3D.
     root.ContentSequence = sr.ContentSequence(is_root=False)
     header = pydicom.dcmread(io.BytesIO(images[0].copied), force=True)
     copied = dicom_text.copy_elements(header, header.keys())
     when = _local_time(model.finished, header)
+    scheme = CodingSchemeIdentificationItem(SCHEME, name="ray-cxr private codes", responsible_organization="ray-cxr")
     document = sr.ComprehensiveSR(
         evidence=[_describe_image(image) for image in images],
         content=root,
@@ -200,9 +175,7 @@ def _build(content: ReportContent) -> Dataset:
         series_description=SERIES_DESCRIPTION,
         content_date=when.date(),
         content_time=when.time(),
-        coding_schemes=[
-            CodingSchemeIdentificationItem(SCHEME, name="ray-cxr private codes", responsible_organization="ray-cxr")
-        ],
+        coding_schemes=[scheme],
         is_complete=not missing,
         is_final=False,
         is_verified=False,
@@ -244,7 +217,7 @@ def _build_observer(model: ScoringModel) -> sr.ObserverContext:
     return sr.ObserverContext(
         observer_type=Code("121007", "DCM", "Device"),
         observer_identifying_attributes=sr.DeviceObserverIdentifyingAttributes(
-            uid=device_uid(model.digest),
+            uid=_uid("device", model.digest),
             name=f"ray-cxr {model.version}, model {model.digest[:16]}",
             manufacturer_name=MANUFACTURER,
             model_name=model.name,

@@ -42,29 +42,11 @@ _THREADS, _BATCH_ROWS = 8, 512
 #: Elements that are copied from an image's header into its study's document. They identify the patient and the study
 #: (Patient, Patient Study and General Study modules, PS3.3, C.7.1.1, C.7.2.2, C.7.2.1).
 _COPIED = (
-    "SpecificCharacterSet",
-    "TimezoneOffsetFromUTC",
-    "PatientName",
-    "PatientID",
-    "IssuerOfPatientID",
-    "IssuerOfPatientIDQualifiersSequence",
-    "TypeOfPatientID",
-    "OtherPatientIDsSequence",
-    "PatientBirthDate",
-    "PatientBirthTime",
-    "PatientSex",
-    "PatientAge",
-    "PatientIdentityRemoved",
-    "DeidentificationMethod",
-    "DeidentificationMethodCodeSequence",
-    "LongitudinalTemporalInformationModified",
-    "StudyDate",
-    "StudyTime",
-    "StudyID",
-    "StudyDescription",
-    "AccessionNumber",
-    "IssuerOfAccessionNumberSequence",
-    "ReferringPhysicianName",
+    *("SpecificCharacterSet", "TimezoneOffsetFromUTC", "PatientName", "PatientID", "IssuerOfPatientID"),
+    *("IssuerOfPatientIDQualifiersSequence", "TypeOfPatientID", "OtherPatientIDsSequence", "PatientBirthDate"),
+    *("PatientBirthTime", "PatientSex", "PatientAge", "PatientIdentityRemoved", "DeidentificationMethod"),
+    *("DeidentificationMethodCodeSequence", "LongitudinalTemporalInformationModified", "StudyDate", "StudyTime"),
+    *("StudyID", "StudyDescription", "AccessionNumber", "IssuerOfAccessionNumberSequence", "ReferringPhysicianName"),
 )
 #: The format of PatientAge (PS3.5, 6.2, AS). Archives often store another one; the element is optional.
 _AGE = re.compile(r"[0-9]{3}[DWMY]")
@@ -76,10 +58,8 @@ class ScoringModel:
     """The model that scored.
 
     Attributes:
-        findings: its outputs, in order.
         thresholds: per finding the operating point on the raw probability, or None.
-        digest: the bundle's digest.
-        version: the ray-cxr that scored.
+        digest, version: of the bundle, and of the ray-cxr that scored.
         finished: when scoring ended.
     """
 
@@ -97,12 +77,7 @@ class ScoringModel:
 
 @dataclass(frozen=True)
 class ScoreFolder:
-    """A finished score folder.
-
-    Attributes:
-        settings_digest: SHA-256 of the run's settings, hex.
-        digest: SHA-256 over the score files, hex.
-    """
+    """A finished score folder, with the SHA-256 of the run's settings and of the score files, hex."""
 
     model: ScoringModel
     scores: Scores
@@ -126,9 +101,8 @@ class ScoreFolder:
 class ImageHeader:
     """UIDs and identity from an image's header.
 
-    Attributes:
-        patient: the patient, for comparison within a study.
-        copied: the elements of `_COPIED`, text byte for byte, as Explicit VR Little Endian.
+    `patient` is for comparison within a study. `copied` has the elements of `_COPIED`, text byte for byte, as Explicit
+    VR Little Endian.
     """
 
     study: str
@@ -141,12 +115,9 @@ class ImageHeader:
 
 @dataclass(frozen=True)
 class ReportContent:
-    """The content of one document.
+    """The content of one document: images of a study in the order of the scores, with their `ScoreFolder.values`.
 
-    Attributes:
-        images: of one study, in the order of the scores.
-        values: per image its results, see `ScoreFolder.values`.
-        missing: number of images of the study that are not among them.
+    `missing` is the number of images of the study that are not among them.
     """
 
     model: ScoringModel
@@ -157,13 +128,7 @@ class ReportContent:
 
 @dataclass
 class ExportPlan:
-    """Documents to export.
-
-    Attributes:
-        outcomes: per row of the scores `EXPORTED`, ....
-        headers: by row, of the images to export.
-        reasons: by row, of the failed images.
-    """
+    """The outcome of each row of the scores; by row, headers of images to export, and reasons of failed ones."""
 
     outcomes: list[str]
     headers: dict[int, ImageHeader] = field(default_factory=dict)
@@ -182,12 +147,7 @@ class ExportPlan:
 
 
 def read_folder(path: Path) -> ScoreFolder:
-    """Read a finished score folder.
-
-    Raises:
-        InputError: not a score folder, or not finished.
-        TableError: a file is damaged or lacks a column.
-    """
+    """Read a score folder; raise InputError if it is not finished, and TableError if a file is damaged."""
     run_folder.check_complete(path, "score")
     scores = read_scores(path)
     sink = hashlib.sha256()
@@ -386,10 +346,7 @@ def collect_contents(folder: ScoreFolder, plan: ExportPlan) -> list[ReportConten
 
 @contextlib.contextmanager
 def keep_invalid_values() -> Iterator[None]:
-    """Make pydicom write a hospital's values unchanged, even where they violate the standard, as the PACS has them.
-
-    The setting is global to all threads, so use it around a whole export.
-    """
+    """Make pydicom write a hospital's values unchanged, as the PACS has them; all threads share the setting."""
     before = pydicom.config.settings.writing_validation_mode
     pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
     try:

@@ -23,11 +23,8 @@ class Halving(FIFOScheduler):
 
     Args:
         metric, time_attr: names in reports; a higher metric is better.
-        epochs: of a complete trial.
-        grace: the first rung, epochs.
-        reduction: the fraction that continues is 1 / reduction, and the next rung is `reduction` times as long.
-        trials: number of trials expected.
-        most: maximum number of processes.
+        epochs, grace: of a complete trial, and of the first rung; each next rung is `reduction` times as long.
+        trials, most: number of trials expected, and maximum number of processes.
         count_epochs: returns how many epochs a trial had completed when it was added.
     """
 
@@ -121,10 +118,7 @@ class Halving(FIFOScheduler):
     def _judge(self, tune_controller: Any, place: int, current: Trial | None = None) -> None:
         """Decide every rung of a bracket that all its remaining trials have reached, and stop the losers.
 
-        Args:
-            tune_controller: Tune's.
-            place: of the bracket.
-            current: the trial that has just reported, which the caller stops.
+        The caller stops `current`, the trial that has just reported.
         """
         if len(self._brackets[place]) < self.sizes[place] and not self._closed:
             return

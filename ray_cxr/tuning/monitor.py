@@ -22,14 +22,7 @@ from ray_cxr.tuning.trial import ReportBuilder
 
 
 class SearchMonitor(Callback):
-    """Ray Tune's callback of a search.
-
-    Args:
-        plan: of the search.
-        study: Optuna's.
-        searcher: of the search.
-        table: shows the trials on a terminal.
-        on_event: takes one line per event.
+    """Ray Tune's callback of a search; `on_event` takes one line per event.
 
     Attributes:
         ended: number of trials that have ended.

@@ -80,11 +80,8 @@ class Range:
     def __contains__(self, value: Any) -> bool:
         if value is None or not self.low <= value <= self.high:
             return False
-        # Optuna uses the same tolerance.
-        return self.step is None or abs((value - self.low) / self.step - self._count_steps(value, self.step)) < 1e-8
-
-    def _count_steps(self, value: float, step: float) -> int:
-        return round((value - self.low) / step)
+        steps = 0 if self.step is None else (value - self.low) / self.step
+        return abs(steps - round(steps)) < 1e-8  # Optuna's tolerance
 
     def suggest(self, trial: BaseTrial) -> Any:
         if self.whole:
@@ -103,7 +100,7 @@ class Range:
         if self.step is None or value not in self:
             return value
         # Optuna returns 0.30000000000000004, which would appear in every report.
-        steps = self._count_steps(value, self.step)
+        steps = round((value - self.low) / self.step)
         return float(Decimal(str(self.low)) + steps * Decimal(str(self.step)))
 
     def describe(self) -> dict[str, Any]:

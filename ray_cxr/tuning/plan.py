@@ -21,7 +21,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import optuna
@@ -50,25 +50,19 @@ _FREE = {"trials", "concurrent", "ahead", "max_failures", "keep", "storage"}
 
 
 class StudyPlan:
-    """A search that passed all checks.
+    """A search that passed every check that is possible before Ray starts.
 
     Attributes:
-        prepared: the prepared folder.
-        out: the study's folder.
-        settings: of the search.
         base: the training settings that all trials share.
-        space: the settings that differ between trials.
         run_settings: the content of settings.json, with which later runs in `out` must agree.
         name: of Optuna's study; contains the digest of `run_settings`.
         points: configurations to try first, as Optuna's parameters, each with the fields left out.
+
+    Raises:
+        ConfigError, TableError, OutputError: an argument is wrong, or `out` holds another search.
     """
 
     def __init__(self, prepared: str | Path, out: str | Path, base: TrainSettings, settings: TuneSettings) -> None:
-        """Check everything that can be refused before Ray starts.
-
-        Raises:
-            ConfigError, TableError, OutputError: an argument is wrong, or `out` holds another search.
-        """
         self.prepared, self.out, self.settings = remote.to_path(prepared), Path(out), settings
         sizes = list_prepared_sizes(self.prepared) if base.size is None else (base.size,)
         self.base, self.space = base, Space.read(settings.space, base, sizes)
@@ -86,7 +80,10 @@ class StudyPlan:
         if settings.sampler == "cmaes":
             _check_cmaes(settings, self.space)
         self.describe_storage()  # refuses a wrong storage
-        self.points = _collect_points(settings, self.space)
+        self.points = [self.space.point(values, f"tune.enqueue[{i}]") for i, values in enumerate(settings.enqueue)]
+        if settings.known:
+            known = [values for values in KNOWN if values["backbone"] in self.space.backbones]
+            self.points += [self.space.point(values, "known", strict=False) for values in known]
         # Check each size and each starting weights once, as `train` does.
         starts = [one.describe()["choices"] for one in self.space.parameters if one.field == "weights"]
         for size, weights in itertools.product(sizes, itertools.chain.from_iterable(starts or [[base.weights]])):
@@ -110,10 +107,7 @@ class StudyPlan:
         check_run(self.out, {**self.run_settings, **existing})
 
     def create_sampler(self, trials: int) -> optuna.samplers.BaseSampler:
-        """Return Optuna's sampler, with a seed that depends on the number of trials already suggested.
-
-        With the first seed, a continued search would draw the study's first trials again.
-        """
+        """Return Optuna's sampler; with the first seed, a continued search would draw the first trials again."""
         seed = int(np.random.default_rng([self.settings.seed, trials]).integers(2**31))
         if self.settings.sampler == "random":
             return optuna.samplers.RandomSampler(seed=seed)
@@ -125,11 +119,7 @@ class StudyPlan:
             )
 
     def describe_storage(self) -> str:
-        """Return the address of Optuna's storage without its password.
-
-        Raises:
-            ConfigError: the address is invalid.
-        """
+        """Return the address of Optuna's storage without its password; raise ConfigError if it is invalid."""
         from sqlalchemy.engine import make_url
         from sqlalchemy.exc import ArgumentError
 
@@ -150,16 +140,23 @@ class StudyPlan:
         """Return Optuna's study, created if needed; its folder is then bound to these settings.
 
         Raises:
-            OutputError: the storage holds this search, started from another folder; or the folder has trials of
-                another storage.
+            OutputError: the storage holds another folder's search, or the folder has trials of another storage.
             RayCxrError: the storage cannot be opened.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.out.mkdir(parents=True, exist_ok=True)
         identity = read_settings(self.out).get("id") or uuid.uuid4().hex
         storage = self.describe_storage()
+        url = self.settings.storage or f"sqlite:///{self.out.absolute() / 'study.db'}"
+        options = {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {}
         try:
-            study = self._create_study()
+            study = optuna.create_study(
+                storage=optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True, **options}),
+                study_name=self.name,
+                load_if_exists=True,
+                directions=[DIRECTIONS[name] for name in self.settings.objectives],
+                pruner=optuna.pruners.NopPruner(),
+            )
             if not study.get_trials(deepcopy=False) and any((self.out / TRIALS).glob("[0-9]*")):
                 raise OutputError(
                     f"{self.out}: has trials that {storage} does not know; continue with their storage "
@@ -187,17 +184,6 @@ class StudyPlan:
             study.enqueue_trial(point, skip_if_exists=True)
         return study
 
-    def _create_study(self) -> optuna.Study:
-        url = self.settings.storage or f"sqlite:///{self.out.absolute() / 'study.db'}"
-        options = {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {}
-        return optuna.create_study(
-            storage=optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True, **options}),
-            study_name=self.name,
-            load_if_exists=True,
-            directions=[DIRECTIONS[name] for name in self.settings.objectives],
-            pruner=optuna.pruners.NopPruner(),
-        )
-
     def is_finished(self) -> bool:
         """Return whether all requested trials have ended and all their output is written."""
         summary = read_json(self.out / SUMMARY)
@@ -215,21 +201,15 @@ class StudyPlan:
         return settings.replace(weights=str(Path(settings.weights).absolute()))
 
     def folder(self, number: int) -> Path:
-        """Return a trial's folder, a RUN."""
         return self.out / TRIALS / f"{number:04d}"
 
 
 def list_prepared_sizes(prepared: Path) -> tuple[int, ...]:
-    """Return the complete sizes of a prepared folder.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return the complete sizes of a prepared folder; raise ConfigError if there is none."""
     return tuple(complete_sizes(prepared)) or (PreparedSet(prepared).size,)  # PreparedSet raises with the reason
 
 
 def has_search(out: Path) -> bool:
-    """Return whether a search was started in this folder."""
     return (out / START_SETTINGS).exists()
 
 
@@ -263,11 +243,7 @@ def _ignore_experimental() -> Iterator[None]:
 
 
 def _check_validation_split(data: PreparedSet, base: TrainSettings) -> None:
-    """Refuse a validation split without an AUROC, which could not rank trials.
-
-    Raises:
-        TableError: no finding has both positives and negatives there.
-    """
+    """Raise TableError for a validation split without an AUROC, which could not rank trials."""
     val = data.usable("val")
     for name in base.finding_names():
         if name != NO_FINDING and metrics.undefined_reason(val[name].drop_null().to_numpy()) is None:
@@ -278,20 +254,8 @@ def _check_validation_split(data: PreparedSet, base: TrainSettings) -> None:
     )
 
 
-def _collect_points(settings: TuneSettings, space: Space) -> list[tuple[dict[str, Any], list[str]]]:
-    points = [space.point(values, f"tune.enqueue[{place}]") for place, values in enumerate(settings.enqueue)]
-    if settings.known:
-        known = [values for values in KNOWN if values["backbone"] in space.backbones]
-        points += [space.point(values, "known", strict=False) for values in known]
-    return points
-
-
 def _check_cmaes(settings: TuneSettings, space: Space) -> None:
-    """Refuse a search that CMA-ES cannot do.
-
-    Raises:
-        ConfigError: the message names the reason.
-    """
+    """Raise ConfigError for a search that CMA-ES cannot do."""
     reasons = {
         "supports only one objective": len(settings.objectives) > 1,
         # Optuna keeps the sampler's state there as a pickle, and executes what it reads back.

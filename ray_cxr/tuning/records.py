@@ -149,10 +149,7 @@ def _to_plain(value: Any) -> Any:
 
 
 def find_best_trial(rows: pd.DataFrame) -> int | None:
-    """Return the number of the trial with the highest validation AUROC, the first among equals; None if none has one.
-
-    Failed trials do not count; stopped and running ones do.
-    """
+    """Return the first trial with the highest validation AUROC, failed ones aside; None if no trial has one."""
     usable = rows[(rows["state"] != "failed") & rows["val_auroc"].notna()]
     return None if usable.empty else int(usable["number"].iloc[int(usable["val_auroc"].astype(float).argmax())])
 
@@ -176,27 +173,16 @@ def copy_validation(folder: Path) -> None:
         return
     with best.as_directory() as checkpoint:
         source = (Path(checkpoint) / VALIDATION).read_bytes()
-    atomic.write(folder / VALIDATION, lambda part: _write_bytes(part, source))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    atomic.write(folder / VALIDATION, lambda part: part.write_bytes(source))
 
 
 class Validation(NamedTuple):
-    """A trial's best epoch on the validation images.
+    """A trial's best epoch on the validation images."""
 
-    Attributes:
-        image_ids: str [N].
-        labels: int8 [N,F], -1 if not labelled.
-        probabilities: float32 [N,F].
-        patients: ids [N].
-    """
-
-    image_ids: np.ndarray
-    labels: np.ndarray
-    probabilities: np.ndarray
-    patients: np.ndarray
+    image_ids: np.ndarray  # str [N]
+    labels: np.ndarray  # int8 [N,F], -1 if not labelled
+    probabilities: np.ndarray  # float32 [N,F]
+    patients: np.ndarray  # ids [N]
 
 
 def load_validation(plan: StudyPlan, number: int) -> Validation | None:

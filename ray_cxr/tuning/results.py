@@ -22,15 +22,8 @@ from ray_cxr.reporting.search_page import write_search_page
 from ray_cxr.storage import atomic
 from ray_cxr.training.export import export_bundle
 from ray_cxr.training.planning import plan_training
+from ray_cxr.tuning import records
 from ray_cxr.tuning.plan import DIRECTIONS, SUMMARY, TABLE, StudyPlan, list_prepared_sizes
-from ray_cxr.tuning.records import (
-    build_trial_table,
-    copy_validation,
-    find_best_trial,
-    list_pareto_front,
-    load_validation,
-    to_arrow,
-)
 from ray_cxr.tuning.schedulers import describe_scheduler
 from ray_cxr.versions import versions
 
@@ -40,15 +33,12 @@ class SearchResult:
     """The result of a search.
 
     Attributes:
-        study: Optuna's.
         rows: one row per trial; see `records.build_trial_table`.
-        best: the number of the best trial; None if no trial has an AUROC.
-        bundle: the best trial's bundle.
+        best, bundle: the best trial's number and bundle; None if no trial has an AUROC.
         interrupted: whether Ctrl-C ended the search.
         gave_up: why the search started no more trials; None if it did not give up.
         epochs: number of trained epochs.
-        facts: the facts of summary.json and the report.
-        comparison: of the backbones; None if there is only one.
+        facts, comparison: see `collect_facts` and `compare_backbones`.
     """
 
     study: optuna.Study
@@ -64,10 +54,10 @@ class SearchResult:
 
 def write_trials(plan: StudyPlan, study: optuna.Study) -> pd.DataFrame:
     """Write trials.parquet, copy the validation probabilities of ended trials, and return the rows."""
-    rows = build_trial_table(plan, study)
-    atomic.write_parquet(to_arrow(rows), plan.out / TABLE)
+    rows = records.build_trial_table(plan, study)
+    atomic.write_parquet(records.to_arrow(rows), plan.out / TABLE)
     for number in rows.loc[rows["state"] != "running", "number"]:
-        copy_validation(plan.folder(int(number)))
+        records.copy_validation(plan.folder(int(number)))
     return rows
 
 
@@ -75,20 +65,14 @@ def drop_checkpoints(plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame, k
     """Remove the checkpoints of ended trials that cannot become the bundle, if `tune.keep` is `best`."""
     if plan.settings.keep != "best":
         return
-    kept = {find_best_trial(rows), *list_pareto_front(study), *keep}
+    kept = {records.find_best_trial(rows), *records.list_pareto_front(study), *keep}
     for number in rows.loc[rows["state"] != "running", "number"]:
         if int(number) not in kept:
             shutil.rmtree(plan.folder(int(number)) / "ray", ignore_errors=True)
 
 
 def write_best_settings(plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame, best: int, cpus: int) -> None:
-    """Write best.toml, with which `train` repeats the best trial.
-
-    Args:
-        plan, study, rows: of the search.
-        best: the trial's number.
-        cpus: of each worker.
-    """
+    """Write best.toml, with which `train` repeats the best trial; `cpus` are those of each worker."""
     settings = plan.build_settings(study.get_trials(deepcopy=False)[best])
     settings = settings.replace(size=settings.size or list_prepared_sizes(plan.prepared)[0])
     plain = {key: value for key, value in settings.model_dump(mode="json").items() if value is not None}
@@ -127,11 +111,7 @@ def export_best(
 
 
 def write_report(result: SearchResult, plan: StudyPlan) -> None:
-    """Write the report with its figures and, last, summary.json.
-
-    Raises:
-        OutputError: they cannot be written.
-    """
+    """Write the report with its figures and, last, summary.json; raise OutputError if that fails."""
     try:
         write_search_page(plan.out, result.study, result.rows, result.facts, result.comparison)
         atomic.write_json(plan.out / SUMMARY, {**result.facts, "comparison": result.comparison})
@@ -140,22 +120,9 @@ def write_report(result: SearchResult, plan: StudyPlan) -> None:
 
 
 def collect_facts(
-    plan: StudyPlan,
-    study: optuna.Study,
-    rows: pd.DataFrame,
-    *,
-    concurrent: int,
-    interrupted: bool,
-    command_seconds: float,
+    plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame, *, concurrent: int, interrupted: bool, seconds: float
 ) -> dict[str, Any]:
-    """Return the facts of summary.json and of the report.
-
-    Args:
-        plan, study, rows: of the search.
-        concurrent: number of trials at a time.
-        interrupted: whether Ctrl-C ended the search.
-        command_seconds: wall time of the command.
-    """
+    """Return the facts of summary.json and of the report, after `seconds` of this command."""
     settings, epochs = plan.settings, int(rows["epochs"].sum())
     stopped = rows.loc[rows["state"] == "stopped", "epochs"]
     return {
@@ -173,9 +140,9 @@ def collect_facts(
         "epochs_spent": epochs,
         "epochs_full": epochs + int((plan.base.epochs - stopped).sum()),
         "seconds": round(float(rows["seconds"].sum()), 1),
-        "seconds_of_command": round(command_seconds, 1),
-        "best_number": find_best_trial(rows),
-        "pareto": list_pareto_front(study),
+        "seconds_of_command": round(seconds, 1),
+        "best_number": records.find_best_trial(rows),
+        "pareto": records.list_pareto_front(study),
         "interrupted": interrupted,
         "trials_over": int((rows["state"] != "running").sum()),
         "versions": versions(),
@@ -206,7 +173,7 @@ def _compare_best(plan: StudyPlan, compared: backbones.Comparison) -> PairedAuro
     if compared.pair is None:
         return None
     first, second = (
-        None if backbone.best_trial is None else load_validation(plan, backbone.best_trial)
+        None if backbone.best_trial is None else records.load_validation(plan, backbone.best_trial)
         for backbone in compared.pair
     )
     if first is None or second is None:

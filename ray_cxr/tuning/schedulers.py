@@ -27,21 +27,14 @@ class EndedTrial:
 
 
 def create_scheduler(
-    settings: TuneSettings,
-    epochs: int,
-    earlier: Mapping[int, Sequence[Mapping[str, Any]]],
-    *,
-    trials: int,
-    most: int,
+    settings: TuneSettings, epochs: int, earlier: Mapping[int, Sequence[Mapping[str, Any]]], *, trials: int, most: int
 ) -> TrialScheduler:
     """Return Ray's scheduler for these settings, after replaying the reports of earlier runs.
 
     Args:
-        settings: of the search.
         epochs: of a complete trial.
         earlier: the reports of each ended trial, by its number.
-        trials: number of trials expected.
-        most: maximum number of processes.
+        trials, most: number of trials expected, and maximum number of processes.
     """
     common: dict[str, Any] = {"time_attr": "epoch", "metric": METRIC, "mode": "max"}
     scheduler: TrialScheduler

@@ -15,33 +15,22 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import optuna
+import ray
 from ray import tune as ray_tune
 from ray.tune.trainable import wrap_function
 
 from ray_cxr import cluster
-from ray_cxr.errors import RayCxrError, last_line, own_error
-from ray_cxr.models.bundle import Bundle
+from ray_cxr.errors import ConfigError, RayCxrError, last_line, own_error
 from ray_cxr.progress import TrialTable
 from ray_cxr.storage import remote
 from ray_cxr.storage.run_folder import lock
 from ray_cxr.training.checkpoints import SNAPSHOT
 from ray_cxr.training.planning import plan_resources
-from ray_cxr.tuning.dashboard import check_dashboard
+from ray_cxr.tuning import results
 from ray_cxr.tuning.halving import Halving
 from ray_cxr.tuning.monitor import SearchMonitor
 from ray_cxr.tuning.plan import SUMMARY, StudyPlan, save_start_settings
 from ray_cxr.tuning.records import find_best_trial, read_curve
-from ray_cxr.tuning.results import (
-    SearchResult,
-    collect_facts,
-    compare_backbones,
-    drop_checkpoints,
-    export_best,
-    write_best_settings,
-    write_report,
-    write_trials,
-)
 from ray_cxr.tuning.schedulers import create_scheduler
 from ray_cxr.tuning.searcher import MAX_FAILED_TRIALS, StudySearcher
 from ray_cxr.tuning.trial import TrialContext, run_trial
@@ -50,7 +39,8 @@ logger = logging.getLogger(__name__)
 
 #: Memory that Ray reserves for a trial's process. It must request something, and no CPU: its workers need them all.
 TRIAL_BYTES = 300 << 20
-
+#: Seconds until Ray's dashboard must answer.
+DASHBOARD_WAIT_S = 90
 #: A trial's function, from configuration and context to the last report.
 TrialFunction = Callable[[dict[str, Any], TrialContext], dict[str, Any]]
 
@@ -62,13 +52,10 @@ def search(
     on_event: Callable[[str], None] = logger.info,
     trial: TrialFunction = run_trial,
     finish: bool = True,
-) -> SearchResult:
+) -> results.SearchResult:
     """Run a search, or continue it, and write the study's results.
 
     Args:
-        plan: of the search.
-        use_gpu: train on GPUs.
-        on_event: takes one line per event.
         trial: replaces the training of a trial, for tests and benchmarks.
         finish: write the best trial's bundle, the report and summary.json.
 
@@ -79,11 +66,11 @@ def search(
     """
     started = time.monotonic()
     settings, out = plan.settings, plan.out
-    check_dashboard()
+    _check_dashboard()
     cpus, capacity = plan_resources(plan.base, use_gpu=use_gpu, runs=settings.concurrent)
     concurrent = settings.concurrent or capacity
     with lock(out, "tune"):
-        cluster.require_shared(out, PREPARED=plan.prepared)
+        cluster.require_shared(out, {"PREPARED": plan.prepared})
         save_start_settings(out, plan.base, settings)
         study = plan.open_study()
         (out / SUMMARY).unlink(missing_ok=True)
@@ -111,59 +98,66 @@ def search(
         interrupted = ended < remaining and not searcher.gave_up
         if interrupted:
             on_event("tune: interrupted; writing the results so far")
-        return _write_results(
-            plan,
-            study,
-            searcher,
-            concurrent=concurrent,
-            finish=finish,
-            interrupted=interrupted,
-            on_event=on_event,
-            started=started,
+        rows = results.write_trials(plan, study)
+        best, bundle = find_best_trial(rows), None
+        if best is not None:
+            results.write_best_settings(plan, study, rows, best, cpus)
+            if finish:
+                bundle = results.export_best(plan, study, rows, best, on_event)
+        if not interrupted:
+            results.drop_checkpoints(plan, study, rows)
+        facts = results.collect_facts(
+            plan, study, rows, concurrent=concurrent, interrupted=interrupted, seconds=time.monotonic() - started
         )
-
-
-def _write_results(
-    plan: StudyPlan,
-    study: optuna.Study,
-    searcher: StudySearcher,
-    *,
-    concurrent: int,
-    finish: bool,
-    interrupted: bool,
-    on_event: Callable[[str], None],
-    started: float,
-) -> SearchResult:
-    rows = write_trials(plan, study)
-    best = find_best_trial(rows)
-    bundle: Bundle | None = None
-    if best is not None:
-        write_best_settings(plan, study, rows, best, searcher.cpus)
+        gave_up = (
+            f"{out}: {MAX_FAILED_TRIALS} successive trials failed before their first epoch, so no more were started; "
+            "fix the cause that they report, then run the same command again to continue"
+        )
+        result = results.SearchResult(
+            study=study,
+            rows=rows,
+            best=best,
+            bundle=bundle,
+            interrupted=interrupted,
+            gave_up=gave_up if searcher.gave_up else None,
+            epochs=facts["epochs_spent"],
+            facts=facts,
+            comparison=results.compare_backbones(plan, rows),
+        )
         if finish:
-            bundle = export_best(plan, study, rows, best, on_event)
-    if not interrupted:
-        drop_checkpoints(plan, study, rows)
-    facts = collect_facts(
-        plan, study, rows, concurrent=concurrent, interrupted=interrupted, command_seconds=time.monotonic() - started
-    )
-    gave_up = (
-        f"{plan.out}: {MAX_FAILED_TRIALS} successive trials failed before their first epoch, so no more were started; "
-        "fix the cause that they report, then run the same command to continue"
-    )
-    result = SearchResult(
-        study=study,
-        rows=rows,
-        best=best,
-        bundle=bundle,
-        interrupted=interrupted,
-        gave_up=gave_up if searcher.gave_up else None,
-        epochs=facts["epochs_spent"],
-        facts=facts,
-        comparison=compare_backbones(plan, rows),
-    )
-    if finish:
-        write_report(result, plan)
-    return result
+            results.write_report(result, plan)
+        return result
+
+
+def _check_dashboard() -> None:
+    """Wait until Ray's state API, a part of its dashboard, answers; raise ConfigError if it does not.
+
+    A stopped trial leaves a run whose controller was killed. A process of Ray Train frees the run's resources after
+    asking the state API whether the controller is alive.
+    """
+    # Query it from the head node, as Ray Train does: a process there must find this Ray among several.
+    query = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001}, max_retries=0)(_query_state_api)
+    deadline = time.monotonic() + DASHBOARD_WAIT_S
+    while (reason := ray.get(query.remote())) is not None:
+        # The dashboard starts some seconds after Ray, and later on a loaded machine.
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                "Ray's dashboard does not answer, so stopped or lost trials would never release their resources; "
+                f"start Ray with its dashboard, and only one Ray per machine ({reason})"
+            )
+        time.sleep(1)
+
+
+def _query_state_api() -> str | None:
+    """Return why Ray's state API does not answer; None if it does."""
+    from ray.util.state import list_nodes
+
+    cluster.bypass_proxies([ray.util.get_node_ip_address(), "127.0.0.1", "localhost"])
+    try:
+        list_nodes(limit=1, timeout=20)
+    except Exception as error:  # of Ray or its HTTP client
+        return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    return None
 
 
 def _log_start(
@@ -185,17 +179,20 @@ def _log_start(
         on_event("tune: WARNING: weights=none: every trial starts from RANDOM weights, not from pre-trained ones")
     if settings.sampler == "cmaes" and settings.scheduler != "none":
         on_event("tune: WARNING: cmaes learns from finished trials only, and the scheduler stops most of them")
-    for place, (_, missing) in enumerate(plan.points):
+    for number, (_, missing) in enumerate(plan.points, start=1):
         missing = [field for field in missing if field in plan.space.fields]
         if missing and not done:
-            on_event(f"tune: known settings {place}: the sampler chooses {', '.join(missing)}")
+            on_event(
+                f"tune: known configuration {number} (tried first) does not set {', '.join(missing)}; "
+                "the sampler chooses it"
+            )
     workers = plan.base.workers
     on_event(
         f"tune: {concurrent} trial{'s' * (concurrent > 1)} at a time, each of {workers} "
         f"worker{'s' * (workers > 1)} of {cpus} CPU{'s' * (cpus > 1)}"
     )
     if done and settings.scheduler == "halving":
-        on_event("tune: halving starts new brackets; those of the earlier run are closed")
+        on_event("tune: halving cannot continue the earlier run's brackets; it starts new ones")
 
 
 def _run_trials(
@@ -206,11 +203,7 @@ def _run_trials(
     count: int,
     concurrent: int,
 ) -> None:
-    """Let Ray Tune run `count` trials.
-
-    Raises:
-        RayCxrError: Tune itself failed.
-    """
+    """Let Ray Tune run `count` trials; raise RayCxrError if Tune itself failed."""
 
     class NamedTrial(wrap_function(run)):  # type: ignore[misc]
         """Ray's class around the function, with the trial's name in the dashboard's list of actors."""
@@ -219,7 +212,7 @@ def _run_trials(
             return str(self.config["name"])
 
     settings = plan.settings
-    # Trials ahead have started their processes and wait for CPUs; they hold no resources of workers.
+    # `settings.ahead` extra trials start early and wait; they do not reserve worker CPUs.
     most = concurrent + settings.ahead
     scheduler = create_scheduler(settings, plan.base.epochs, monitor.earlier, trials=count, most=most)
     searcher.halving = scheduler if isinstance(scheduler, Halving) else None
@@ -241,14 +234,16 @@ def _run_trials(
             verbose=0,
         ),
     )
-    # Tune replaces the handler of Ctrl-C and restores it only after one.
+    # Tune replaces the Ctrl-C handler and restores it only if Ctrl-C was pressed.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
     try:
         with _silence_tune():
             tuner.fit()
     except ray_tune.TuneError as error:
         reason = last_line(own_error(error) or error)
-        raise RayCxrError(f"{plan.out}: Ray Tune failed: {reason}; the same command, or --resume, continues") from error
+        raise RayCxrError(
+            f"{plan.out}: Ray Tune failed: {reason}; run the same command again, or with --resume, to continue"
+        ) from error
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():

@@ -25,23 +25,19 @@ MAX_FAILED_TRIALS = 5
 
 
 class StudySearcher(OptunaSearch):
-    """Ray's OptunaSearch on a study that outlives this process.
+    """Ray's OptunaSearch on a study that outlives this process; `cpus` are those of each worker.
 
     Stopped trials are recorded as pruned, failed ones as failed with their reason. Unfinished trials of an earlier
     process are suggested first, under their numbers.
-
-    Args:
-        plan: of the search.
-        study: Optuna's.
-        cpus: of each worker.
     """
 
     def __init__(self, plan: StudyPlan, study: optuna.Study, cpus: int) -> None:
         self._objectives = plan.settings.objectives
+        self._is_multi_objective = several = len(self._objectives) > 1
         super().__init__(
             space=plan.space.suggest,
-            metric=[REPORT_NAMES[name] for name in self._objectives] if self._is_multi_objective else METRIC,
-            mode=[DIRECTIONS[name][:3] for name in self._objectives] if self._is_multi_objective else "max",
+            metric=[REPORT_NAMES[name] for name in self._objectives] if several else METRIC,
+            mode=[DIRECTIONS[name][:3] for name in self._objectives] if several else "max",
             sampler=study.sampler,
             study_name=study.study_name,
             storage=study._storage,
@@ -55,10 +51,6 @@ class StudySearcher(OptunaSearch):
         self.halving: Halving | None = None
         #: Numbers of the unfinished trials of an earlier run.
         self.unfinished = [one.number for one in study.get_trials(deepcopy=False) if get_state(one) == "running"]
-
-    @property
-    def _is_multi_objective(self) -> bool:
-        return len(self._objectives) > 1
 
     def __getstate__(self) -> dict[str, Any]:
         """Return nothing: Tune pickles a searcher to restore it, and this one continues from Optuna's storage."""
@@ -107,7 +99,6 @@ class StudySearcher(OptunaSearch):
         trial.set_user_attr("starts", int(trial.user_attrs.get("starts", 0)) + 1)
 
     def get_values(self, trial_id: str) -> dict[str, Any]:
-        """Return a trial's searched settings by field."""
         return self._plan.space.values(self._ot_trials[trial_id].params)
 
     def get_reason(self, trial_id: str) -> str | None:
@@ -169,8 +160,7 @@ class StudySearcher(OptunaSearch):
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: Optuna's storage holds the state."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Do nothing: Optuna's storage holds the state."""
+    restore = save
 
 
 def is_finished(result: dict[str, Any], epochs: int) -> bool:

@@ -52,12 +52,7 @@ KNOWN: tuple[Mapping[str, Any], ...] = (
 
 
 def default_space(base: TrainSettings, sizes: Sequence[int]) -> dict[str, Any]:
-    """Return the table that replaces an empty `[tune.space]`.
-
-    Args:
-        base: its `workers` limit the batch sizes.
-        sizes: the prepared sizes, pixels; searched if there are several.
-    """
+    """Return the table that replaces an empty `[tune.space]`; `base.workers` limits the batch sizes."""
     batches = [size for size in (16, 32, 64) if size % base.workers == 0]
     return {
         "backbone": ["ResNet50", "DenseNet121"],
@@ -95,16 +90,7 @@ class Space:
 
     @classmethod
     def read(cls, table: Mapping[str, Any], base: TrainSettings, sizes: Sequence[int]) -> Space:
-        """Return the space of a table `[tune.space]`; an empty table means `default_space`.
-
-        Args:
-            table: as TOML gives it.
-            base: the settings of every trial, except for searched ones.
-            sizes: the prepared sizes, pixels.
-
-        Raises:
-            ConfigError: see `read_parameters`.
-        """
+        """Return the space of a table `[tune.space]`, by default `default_space`; for errors see `read_parameters`."""
         parameters = read_parameters(table or default_space(base, sizes), base, sizes)
         searched = (one.choices for one in parameters if isinstance(one, Choices) and one.field == "backbone")
         return cls(parameters, next(searched, (base.backbone,)))
@@ -113,11 +99,6 @@ class Space:
     def fields(self) -> tuple[str, ...]:
         """The searched settings, each once."""
         return tuple(dict.fromkeys(one.field for one in self.parameters))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of all Optuna parameters."""
-        return tuple(one.name for one in self.parameters)
 
     @property
     def conditional(self) -> bool:
@@ -154,27 +135,14 @@ class Space:
         return values
 
     def settings(self, params: Mapping[str, Any], base: TrainSettings) -> TrainSettings:
-        """Return the settings of the trial with these Optuna values; `base` provides the rest.
-
-        Raises:
-            ConfigError: see `values`, or `base` does not allow the values.
-        """
+        """Return the settings of the trial with these Optuna values; `base` provides the rest."""
         return base.replace(**self.values(params))
 
     def point(self, values: Mapping[str, Any], where: str, *, strict: bool = True) -> tuple[dict[str, Any], list[str]]:
-        """Convert a known configuration to Optuna's values, for `study.enqueue_trial`.
+        """Convert a known configuration to values by Optuna parameter, and return them with the fields left out.
 
-        Args:
-            values: settings by field; the sampler chooses missing ones.
-            where: the place that an error names.
-            strict: refuse values outside the space; otherwise leave them out.
-
-        Returns:
-            the values by parameter, and the fields left out.
-
-        Raises:
-            ConfigError: strict, and a field is not in the space or not searched together with the others, or its
-                value is not in the space.
+        If `strict`, raise ConfigError, which names `where`, for a field or value outside the space; otherwise leave it
+        out. The sampler chooses the values of missing fields.
         """
         checked: dict[str, Any] = {}
         params: dict[str, Any] = {}
@@ -218,11 +186,8 @@ class Space:
 
         As in Optuna, the order of choices matters. The order of keys does not: sort them before hashing.
         """
+        whens = [None if one.condition is None else str(one.condition) for one in self.parameters]
         return {
-            one.name: {
-                "field": one.field,
-                "when": None if one.condition is None else str(one.condition),
-                **one.describe(),
-            }
-            for one in self.parameters
+            one.name: {"field": one.field, "when": when, **one.describe()}
+            for one, when in zip(self.parameters, whens, strict=True)
         }

@@ -14,14 +14,7 @@ from typing import Any
 from ray_cxr import labels
 from ray_cxr.config import TrainSettings, make_error, shorten_repr
 from ray_cxr.errors import ConfigError
-from ray_cxr.tuning.parameters import (
-    Choices,
-    Condition,
-    Parameter,
-    Range,
-    format_value,
-    matches_text,
-)
+from ray_cxr.tuning.parameters import Choices, Condition, Parameter, Range, format_value, matches_text
 
 _BUDGET = "it is part of the budget, which is the same for every trial"
 _EXECUTION = "it changes how a trial runs, not what it trains"
@@ -47,11 +40,6 @@ _DEFAULTS = TrainSettings()
 def read_parameters(table: Mapping[str, Any], base: TrainSettings, sizes: Sequence[int]) -> tuple[Parameter, ...]:
     """Return the parameters of a table in the order of suggestion, the conditional ones last.
 
-    Args:
-        table: as TOML gives it.
-        base: the settings of every trial, except for searched ones.
-        sizes: the prepared sizes, pixels.
-
     Raises:
         ConfigError: a setting is unknown or cannot be searched, a value is invalid, a condition can never hold, or
             values exclude each other.
@@ -65,11 +53,7 @@ def read_parameters(table: Mapping[str, Any], base: TrainSettings, sizes: Sequen
 
 
 def validate(field: str, value: Any, place: str) -> Any:
-    """Return a value of one field as `TrainSettings` holds it.
-
-    Raises:
-        ConfigError: the field cannot have this value; the message starts with `place`.
-    """
+    """Return a value of one field as `TrainSettings` holds it, or raise ConfigError with `place` in front."""
     if value in ("none", "null") and _accepts(field, types.NoneType):
         value = None
     try:

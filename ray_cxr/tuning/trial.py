@@ -7,6 +7,7 @@ the process ends early, the next process of the same trial continues in that fol
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,6 @@ class TrialContext:
     """The values that all trials of a search share.
 
     Attributes:
-        prepared, out: the prepared folder and the study's.
-        use_gpu: whether workers train on GPUs.
         measure_threads: CPU threads for timing an exported model; None: do not time it.
         selector: Ray's label selector of the nodes that may work; None: all nodes.
     """
@@ -52,17 +51,10 @@ class TrialContext:
 
 
 def run_trial(config: dict[str, Any], context: TrialContext) -> dict[str, Any]:
-    """Train one trial to its end and report each epoch to Tune, including the epochs before a restart.
+    """Train one trial and report each epoch to Tune, including those before a restart; return the last with `ended`.
 
     A failure that would repeat is returned as a result with `failure`, because Tune restarts a trial that raises.
     Failures that may pass are raised, such as a folder that cannot be read. The trial waits for missing resources.
-
-    Args:
-        config: `folder`, the trial's, and `settings`, complete.
-        context: the search's.
-
-    Returns:
-        The report of the last epoch, with `ended`.
     """
     cluster.set_selector(context.selector)
     settings, folder = build(TrainSettings, config["settings"]), Path(config["folder"])
@@ -78,7 +70,9 @@ def run_trial(config: dict[str, Any], context: TrialContext) -> dict[str, Any]:
     try:
         curves = trainer.fit(plan, use_gpu=context.use_gpu, listeners=[forwarder], queue=True)
     except RayCxrError as error:
-        return build_failure(error)
+        # Image ids of a diverged step remain in the trial's failure.json.
+        reason = error.reason if isinstance(error, DivergedError) else str(error)
+        return {"epoch": 0, "val_auroc": math.nan, "best_val_auroc": math.nan, "failure": reason}
     forwarder.wait()
     builder, last = ReportBuilder(rate), {}
     for epoch in curves:
@@ -86,21 +80,10 @@ def run_trial(config: dict[str, Any], context: TrialContext) -> dict[str, Any]:
     return {**last, "ended": 1}
 
 
-def build_failure(error: RayCxrError) -> dict[str, Any]:
-    """Return the report of a failed trial.
-
-    It contains no image ids: those of a diverged step remain in the trial's failure.json.
-    """
-    nan = float("nan")
-    reason = error.reason if isinstance(error, DivergedError) else str(error)
-    return {"epoch": 0, "val_auroc": nan, "best_val_auroc": nan, "failure": reason}
-
-
 class ReportBuilder:
     """Convert epochs to Tune's reports, which contain the best AUROC so far: that of a bundle made now.
 
-    Args:
-        rate: images per second of the exported model; None: not measured.
+    `rate` is the exported model's, images per second; None if not measured.
     """
 
     def __init__(self, rate: float | None) -> None:
@@ -108,11 +91,7 @@ class ReportBuilder:
         self._rate = rate
 
     def build(self, epoch: dict[str, Any]) -> dict[str, Any]:
-        """Return the report of the next epoch.
-
-        Raises:
-            RayCxrError: the epoch has no validation AUROC.
-        """
+        """Return the report of the next epoch; raise RayCxrError if it has no validation AUROC."""
         if epoch["val_auroc"] is None:
             raise RayCxrError(
                 "an epoch has no validation AUROC: no finding has both positives and negatives among its images"
@@ -141,10 +120,7 @@ class ReportForwarder(TuneReportCallback):
             super().after_report(run_context, [self._builder.build(metrics[0])], None)
 
     def wait(self) -> None:
-        """Wait until Tune has read all forwarded reports.
-
-        If one arrived after the function's result, it would block on Tune's queue, which holds one report.
-        """
+        """Wait until Tune has read all reports: one after the result would block Tune's queue, which holds one."""
         deadline = time.monotonic() + REPORTS_WAIT_S
         while not self._training_actor_item_queue.empty() and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -268,7 +268,7 @@ def test_documents_name_their_device_and_are_unverified(exported: Site) -> None:
     found = {meaning(item): item.get("UID") or item.get("TextValue") for item in items(document)}
     assert found["Comment"].startswith("Research use only, not for diagnosis.")
     digest = exported.model[0].digest
-    assert found["Device Observer UID"] == sr_document.device_uid(digest)
+    assert found["Device Observer UID"] == sr_document._uid("device", digest)
     assert found["Device Observer Serial Number"] == document.DeviceSerialNumber == digest
     assert "TinyCNN" in found["Device Observer Model Name"]
     assert "ray-cxr 9.8.7" in document.SoftwareVersions

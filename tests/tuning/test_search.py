@@ -24,7 +24,7 @@ from fake_tune import FakeTune
 from ray_cxr import cluster, config
 from ray_cxr.config import TrainSettings, TuneSettings
 from ray_cxr.errors import ConfigError, OutputError
-from ray_cxr.tuning import dashboard, search, searcher
+from ray_cxr.tuning import results, search, searcher
 from ray_cxr.tuning.plan import StudyPlan
 
 BASE = TrainSettings(backbone="TinyCNN", weights="none", size=64, epochs=3)
@@ -171,7 +171,7 @@ def run_search(plan: StudyPlan, trial: Any, place: str = "on Ray", *, finish: bo
         patch.setattr(sys, "stderr", printed)
         if place == IN_PROCESS:
             patch.setattr(search.ray_tune, "Tuner", InProcessTuner(trial))
-            patch.setattr(search, "check_dashboard", lambda: None)
+            patch.setattr(search, "_check_dashboard", lambda: None)
             patch.setattr(cluster, "_list_alive", lambda: [{"NodeID": "here", "Resources": {"CPU": 2.0}}])
         outcome = search.search(plan, trial=trial, finish=finish, on_event=events.append)
     # Ray itself, not Tune, reports a killed process.
@@ -338,7 +338,7 @@ def test_trials_that_all_fail_end_the_search(place: str, prepared: Path, tmp_pat
 
 def test_search_writes_the_report_and_last_the_summary(prepared: Path, tmp_path: Path, monkeypatch) -> None:
     """Also for a caller in Python; a search that runs again removes the summary first."""
-    monkeypatch.setattr(search, "export_best", lambda *_: None)
+    monkeypatch.setattr(results, "export_best", lambda *_: None)
     plan = plan_of(prepared, tmp_path / "study", [0.3, 0.4])
     first = run_search(plan, fake_trial(interrupt(1)), IN_PROCESS, finish=True)
     out, summary = plan.out, plan.out / "summary.json"
@@ -365,10 +365,10 @@ def test_a_second_command_in_the_same_folder_is_refused(prepared: Path, tmp_path
 
 
 def test_a_ray_without_its_dashboard_is_refused(prepared: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(dashboard, "WAIT_S", 0)
-    monkeypatch.setattr(dashboard, "_query_state_api", lambda: "ConnectionError: no answer")
-    monkeypatch.setattr(dashboard.ray, "remote", lambda **_: lambda function: SimpleNamespace(remote=function))
-    monkeypatch.setattr(dashboard.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(search, "DASHBOARD_WAIT_S", 0)
+    monkeypatch.setattr(search, "_query_state_api", lambda: "ConnectionError: no answer")
+    monkeypatch.setattr(search.ray, "remote", lambda **_: lambda function: SimpleNamespace(remote=function))
+    monkeypatch.setattr(search.ray, "get", lambda answer: answer)
     with pytest.raises(ConfigError) as caught:
         search.search(plan_of(prepared, tmp_path / "study", [0.1]), trial=fake_trial(), finish=False)
     message = str(caught.value)
