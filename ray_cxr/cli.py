@@ -460,7 +460,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
     with _explain_write_errors(arguments.out):
         bundle = quantization.quantize(arguments.bundle, arguments.prepared, arguments.out, chosen, on_event=_print)
-    _print(f"bundle: {bundle.place}")
+    _print(f"bundle: {bundle.location}")
 
 
 def _recalibrate(arguments: argparse.Namespace) -> None:
@@ -488,7 +488,7 @@ def _recalibrate(arguments: argparse.Namespace) -> None:
         f"calibration by {made['method']} and operating points by {made['rule']}, from {made['images']:,} images of "
         f"{made['patients']:,} patients: report on others"
     )
-    _print(f"bundle: {bundle.place}")
+    _print(f"bundle: {bundle.location}")
 
 
 def _import_weights(arguments: argparse.Namespace) -> None:
@@ -509,7 +509,7 @@ def _import_weights(arguments: argparse.Namespace) -> None:
     )
     _print(f"outputs: {', '.join(bundle.findings)}")
     _print("no calibration or operating points; those columns of score tables will be null")
-    _print(f"bundle: {bundle.place}")
+    _print(f"bundle: {bundle.location}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -174,12 +174,12 @@ def query_nodes(function: Callable[..., Any], nodes: Sequence[Node], *arguments:
             yield queries[query], ray.get(query)
 
 
-def require_shared(out: str | Path, **inputs: str | Path | None) -> None:
+def require_shared(out: str | Path, paths: Mapping[str, str | Path | None] | None = None) -> None:
     """Refuse folders that are not the same on all nodes; with a single node, do nothing.
 
     Args:
         out: a folder, made if missing, in which a probe file is written and removed; or an address in a bucket.
-        inputs: other paths that workers open, by their names on the command line. Paths missing here are ignored.
+        paths: other paths that workers open, by their labels in an error message. Paths missing here are ignored.
     """
     if len(_list_alive()) < 2:
         return
@@ -189,25 +189,25 @@ def require_shared(out: str | Path, **inputs: str | Path | None) -> None:
 
         return [name for name, path in paths.items() if not os.path.exists(path)]
 
-    paths = {name: Path(path).absolute() for name, path in inputs.items() if path and "://" not in str(path)}
-    places = {name: path for name, path in paths.items() if path.exists()}
+    local = {label: Path(path).absolute() for label, path in (paths or {}).items() if path and "://" not in str(path)}
+    expected = {label: path for label, path in local.items() if path.exists()}
     probe = None
     try:
         if "://" not in str(out):
-            paths["--out"] = Path(out).absolute()
-            probe = places["--out"] = paths["--out"] / f".seen-{secrets.token_hex(8)}"
+            local["--out"] = Path(out).absolute()
+            probe = expected["--out"] = local["--out"] / f".seen-{secrets.token_hex(8)}"
             try:
-                paths["--out"].mkdir(parents=True, exist_ok=True)
+                local["--out"].mkdir(parents=True, exist_ok=True)
                 probe.touch()
             except OSError as error:
                 raise OutputError(f"{out}: cannot be written: {error.strerror}; choose another --out") from None
-        if not places:
+        if not expected:
             return
-        texts = {name: str(path) for name, path in places.items()}
+        texts = {name: str(path) for name, path in expected.items()}
         for node, missing in query_nodes(find_missing, list_nodes(), texts):
             for name in missing:
                 raise OutputError(
-                    f"{name} {paths[name]}: not found on the node {node['NodeManagerAddress']}; every node needs the "
+                    f"{name} {local[name]}: not found on the node {node['NodeManagerAddress']}; every node needs the "
                     "same files: use storage that all nodes mount at the same path, or an s3:// address"
                 )
     finally:

@@ -282,7 +282,7 @@ class _RayWatch:
 
 
 def _comes_from_ray(error: BaseException | None) -> bool:
-    """Return whether an exception of Ray is this error or its cause."""
+    """Return whether this error, or one of its causes, was raised by Ray."""
     while error is not None:
         if type(error).__module__.partition(".")[0] == "ray":
             return True
@@ -325,7 +325,7 @@ def _write_token(path: Path) -> None:
 
 
 def _describe_version_mismatch(message: str) -> str | None:
-    """Return one line for Ray's six about another version of Ray or Python; None for any other message."""
+    """Shorten Ray's six-line version-mismatch message to one line; None for any other message."""
     found = re.findall(r"^\s*(Ray|Python): (\S+)$", message, re.MULTILINE)
     if "Version mismatch" not in message or [name for name, _ in found] != ["Ray", "Python"] * 2:
         return None

@@ -51,7 +51,7 @@ def test_head_works_only_where_it_is_alone_or_configured_to(
 ) -> None:
     nodes += [*(node(name, cpus) for name, cpus in present), node("dead", 8, alive=False)]
     cluster.select_nodes(on_head)
-    assert [one["NodeID"] for one in cluster.list_nodes()] == working
+    assert [node["NodeID"] for node in cluster.list_nodes()] == working
     selector = None if "h" in working else {"ray.io/node-id": "!h"}
     assert cluster.get_selector() == DataContext.get_current().execution_options.label_selector == selector
 
@@ -77,10 +77,10 @@ def query(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[l
         queried: list[list[str]] = []
 
         def ask(function: Any, nodes: Any, paths: dict[str, str]) -> Iterator[tuple[Any, list[str]]]:
-            queried.append([one["NodeID"] for one in nodes])
+            queried.append([node["NodeID"] for node in nodes])
             assert function(paths) == [], "the file exists during the query"
-            for one in nodes:
-                yield one, [name for name, path in paths.items() if not sees(one["NodeID"], path)]
+            for node in nodes:
+                yield node, [name for name, path in paths.items() if not sees(node["NodeID"], path)]
 
         monkeypatch.setattr(cluster, "query_nodes", ask)
         return queried
@@ -101,7 +101,7 @@ def test_folder_that_a_node_does_not_see_is_refused_by_its_option(query: Any, no
 
     query(lambda name, path: path != str(model))
     with pytest.raises(OutputError, match=rf"^--model {model}: .* the node a\.there"):
-        cluster.require_shared(out, **{"--model": model, "--manifest": None, "pictures": "/none/here/either"})
+        cluster.require_shared(out, {"--model": model, "--manifest": None, "images": "/none/here/either"})
 
     queried = query(lambda name, path: False)
     (tmp_path / "file").write_text("")

@@ -175,7 +175,7 @@ def test_a_job_that_is_stopped_continues(nodes: Nodes, images: Path, tiny_bundle
     kept = list_parts(out)
     assert 4 <= len(kept) < 640 // ROWS_PER_FILE
     assert not (out / "_SUCCESS").exists()
-    assert "the same command continues" in printed
+    assert "the same command again" in printed
     assert_succeeds(nodes, nodes.submit("score", given, name="continued"))
     assert kept.items() <= list_parts(out).items()
     assert_each_row_once(out, images, 640)

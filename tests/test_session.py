@@ -239,7 +239,7 @@ def test_own_ray_that_goes_away_ends_a_block_with_one_line(lost: str, port: int,
                 watch._target = f"127.0.0.1:{closed_port()}"
             time.sleep(60)
 
-    assert "the same command continues" in refusal(lose, RayCxrError)
+    assert "the same command again" in refusal(lose, RayCxrError)
     signal.signal(signal.SIGTERM, before)
 
 
@@ -275,7 +275,7 @@ def test_errors_of_a_command_stay_while_ray_is_there(port: int, monkeypatch) -> 
 def test_a_command_that_is_killed_leaves_a_line(ending: str) -> None:
     program = f"import os, sys\nfrom ray_cxr import session\nwith session._report_sudden_end():\n    {ending}\n"
     done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, timeout=60)
-    assert ("the same command continues" in done.stderr) == ending.startswith("os.")
+    assert ("the same command again" in done.stderr) == ending.startswith("os.")
 
 
 # ---------------------------------------------------------------- proxies

@@ -156,7 +156,9 @@ def _make_progress(out: Path, sizes: Sequence[int], ranges: Sequence[Range], pro
 def _make_task(unit: Unit, existing: Sequence[set[str]]) -> tasks.Task | None:
     """Return the task that writes the shards of a unit that `existing` lacks at any size; None if there are none."""
     missing = {
-        range_.index: range_.rows for range_ in unit.ranges if any(shard_name(range_.index) not in names for names in existing)
+        range_.index: range_.rows
+        for range_ in unit.ranges
+        if any(shard_name(range_.index) not in names for names in existing)
     }
     if not missing:
         return None
@@ -245,10 +247,10 @@ def _count_rows(out: Path, size: int, ranges: Sequence[Range]) -> Counter[str]:
     counts: Counter[str] = Counter()
     paths = [out / str(size) / shard_name(range_.index) for range_ in ranges]
     found = remote.map_concurrently(functools.partial(read_error_codes, size=size), paths)
-    for one, path, codes in zip(ranges, paths, found, strict=True):
-        if len(codes) != one.rows:
+    for range_, path, codes in zip(ranges, paths, found, strict=True):
+        if len(codes) != range_.rows:
             raise OutputError(
-                f"{path}: has {len(codes):,} rows instead of {one.rows:,}; remove it and run `ray-cxr prepare` again"
+                f"{path}: has {len(codes):,} rows instead of {range_.rows:,}; remove it and run `ray-cxr prepare` again"
             )
         counts.update("ok" if code is None else code for code in codes.to_pylist())
     atomic.write_json(out / str(size) / "counts.json", dict(sorted(counts.items())))

@@ -5,7 +5,7 @@ bundle.json        format, architecture, findings in order, input spec, calibrat
 model.weights.h5   the weights alone; the model is rebuilt from `architecture`
 config.toml        the resolved settings, which `ray-cxr train --config` accepts
 curves.json        learning curves, one object per epoch
-split.parquet      image_id, patient_id, split: the images that trained it and those that selected it
+split.parquet      image_id, patient_id, split: the images used to train the model and to choose its epoch
 MODEL_CARD.md      the model card
 openvino.xml, ...  the OpenVINO graph, golden images, quality flags: see `exports`; bundles of older versions lack them
 SHA256SUMS         the digest of each file; its own SHA-256 is the bundle's digest
@@ -78,7 +78,7 @@ class Bundle:
         input_spec: how a radiograph is resized for it.
         info: the content of `bundle.json`.
         files: names of its files.
-        place: the path or URI that was opened, for messages.
+        location: the path or URI that was opened, for messages.
     """
 
     path: Path
@@ -87,7 +87,7 @@ class Bundle:
     input_spec: InputSpec
     info: Mapping[str, Any] = field(repr=False)
     files: frozenset[str] = field(repr=False, default=frozenset())
-    place: str = ""
+    location: str = ""
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -135,7 +135,8 @@ class Bundle:
         return {"digest": self.digest, **self.info, "curves": curves}
 
     def open_runtime(self, precision: str, *, batch_size: int, threads: int, gpu: bool = False) -> runtime.Runtime:
-        """Open the model for scoring and compare its answers with the golden images.
+        """Open the model for scoring; run it on the stored test images (golden images) and compare with their stored
+        probabilities.
 
         Args:
             precision: a result of `choose_precision`.
@@ -143,7 +144,7 @@ class Bundle:
 
         Raises:
             ConfigError: this machine does not support the precision, or has no GPU.
-            BundleError: the answers for the golden images differ from those in the bundle.
+            BundleError: the probabilities of the golden images differ from those in the bundle.
         """
         opened: runtime.Runtime
         if not gpu and "runtimes" in self.info:
@@ -162,7 +163,7 @@ class Bundle:
         return opened
 
     def check_golden(self, opened: runtime.Runtime, precision: str) -> None:
-        """Compare a runtime with the golden images; bundles of older versions have none and pass.
+        """Run a model on the golden images and compare with their stored probabilities. Bundles without them pass.
 
         Raises BundleError if the difference exceeds `TOLERANCE`, or the golden images are damaged.
         """
@@ -239,7 +240,7 @@ class Bundle:
 
     @contextlib.contextmanager
     def _borrow_decoder(self) -> Iterator[Decoder]:
-        """Yield a decoder for one caller. Its child process takes 0.4 s to start and is kept until this process ends."""
+        """Yield a decoder for one caller. Its child process takes 0.4 s to start and is kept for later calls."""
         decoders: dict[int, Decoder] = self.__dict__.setdefault("_decoders", {})
         number = os.getpid()  # a forked process must not share the pipes of its parent
         decoder = decoders.pop(number, None) or Decoder([self.input_spec])
@@ -288,13 +289,13 @@ def load_bundle(path: str | Path) -> Bundle:
     Raises:
         BundleError: not a bundle, a newer format, a missing, added or changed file, or inconsistent findings.
     """
-    place = remote.to_path(path)
-    here = remote.download_folder(place)
+    location = remote.to_path(path)
+    local = remote.download_folder(location)
     try:
-        return _load(here, str(place))
+        return _load(local, str(location))
     except BundleError as error:
         # Name the bundle, not its local copy: the bundle is what the reader must fix.
-        raise BundleError(str(error).replace(str(here), str(place))) from None
+        raise BundleError(str(error).replace(str(local), str(location))) from None
 
 
 def is_written(path: Path) -> bool:
@@ -302,7 +303,7 @@ def is_written(path: Path) -> bool:
     return (path / SUMS).exists() if remote.as_store_path(path) else path.exists()
 
 
-def _load(path: Path, place: str) -> Bundle:
+def _load(path: Path, location: str) -> Bundle:
     if not path.is_dir():
         raise BundleError(f"{path}: no such folder; pass a bundle, e.g. the folder RUN/bundle of `ray-cxr train`")
     info = _read_info(path)
@@ -321,22 +322,24 @@ def _load(path: Path, place: str) -> Bundle:
         provenance = info["provenance"]
     except ConfigError as error:
         raise BundleError(f"{path}: bundle.json: {error}") from None
-    except (KeyError, TypeError) as error:
-        raise BundleError(f"{path}: bundle.json lacks {error}; write the bundle again") from None
+    except KeyError as error:
+        raise BundleError(f"{path}: bundle.json has no entry {error}; copy the bundle again") from None
+    except TypeError as error:
+        raise BundleError(f"{path}: bundle.json is malformed: {error}; copy the bundle again") from None
     unknown = [name for name in findings if name not in LABELS]
     if unknown or findings != architecture.findings or len(set(findings)) != len(findings):
         raise BundleError(
             f"{path}: findings do not agree: bundle.json lists {', '.join(findings)}, "
-            f"the architecture {', '.join(architecture.findings)}"
+            f"the architecture {', '.join(architecture.findings)}; copy the bundle again"
         )
     for name, table in tables.items():
         if not isinstance(table, dict) or set(table) != set(findings):
-            raise BundleError(f"{path}: findings do not agree: {name} is not for {', '.join(findings)}")
+            raise BundleError(f"{path}: {name} must have exactly one entry for each of: {', '.join(findings)}")
     if not isinstance(provenance, dict):
-        raise BundleError(f"{path}: bundle.json: provenance is not an object")
+        raise BundleError(f"{path}: bundle.json: provenance is not an object; copy the bundle again")
     if spec.size != architecture.size:
         raise BundleError(f"{path}: the input spec is {spec.size} pixels, the model's input {architecture.size}")
-    bundle = Bundle(path, digest, architecture, spec, info, frozenset(files), place)
+    bundle = Bundle(path, digest, architecture, spec, info, frozenset(files), location)
     try:
         bundle.rules  # noqa: B018  -- a bad entry must fail here, not during a run
         _check_additions(info, findings)
@@ -353,7 +356,7 @@ def _check_additions(info: Mapping[str, Any], findings: Sequence[str]) -> None:
     """Check the entries that bundles of older versions lack."""
     for name in ("operating_alternatives", "rule_notes"):
         if name in info and (not isinstance(info[name], dict) or set(info[name]) != set(findings)):
-            raise ValueError(f"{name} is not for {', '.join(findings)}")
+            raise ValueError(f"{name} must have exactly one entry for each of: {', '.join(findings)}")
     for name, points in info.get("operating_alternatives", {}).items():
         if not isinstance(points, dict):
             raise TypeError(f"operating_alternatives of {name} is not an object")
@@ -362,7 +365,7 @@ def _check_additions(info: Mapping[str, Any], findings: Sequence[str]) -> None:
                 _read_threshold(point)
     for name, note in info.get("rule_notes", {}).items():
         if not isinstance(note, (str, type(None))):
-            raise TypeError(f"rule_notes of {name} is not a text")
+            raise TypeError(f"rule_notes of {name} is not a string")
 
 
 def _check_exports(info: Mapping[str, Any], files: Set[str]) -> None:
@@ -386,7 +389,7 @@ def _check_exports(info: Mapping[str, Any], files: Set[str]) -> None:
         if "int8" in runtimes:
             expected |= {GOLDEN_INT8, "openvino-int8.xml", "openvino-int8.bin"}
     elif not isinstance(info.get("runtimes_refused", ""), str):
-        raise TypeError("runtimes_refused is not a text")
+        raise TypeError("runtimes_refused is not a string")
     quality = info.get("quality")
     if not isinstance(quality, (dict, type(None))):
         raise TypeError("quality is not an object")
@@ -397,7 +400,7 @@ def _check_exports(info: Mapping[str, Any], files: Set[str]) -> None:
         _check_number(quality["held_out_images"])
         expected.add(QUALITY)
     elif quality is not None and not isinstance(quality["lacking"], str):
-        raise TypeError("quality: lacking is not a text")
+        raise TypeError("quality: lacking is not a string")
     present = files & set(OPTIONAL_FILES)
     if expected != present:
         problems = [f"{SUMS} does not list {name}" for name in sorted(expected - present)]

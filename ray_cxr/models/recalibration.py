@@ -61,7 +61,7 @@ _EXCLUDED = {
 
 @dataclass(frozen=True)
 class _SiteScores:
-    """A score folder in memory, a row per image: ok bool [n], and raw probabilities p float32 [n,F], 0 on error rows."""
+    """A score folder in memory: per image ok, bool [n], and raw probabilities p, float32 [n,F], 0 on error rows."""
 
     ids: list[str]
     patients: list[str | None]
@@ -215,14 +215,14 @@ def _read_part(file: Path, content: pa.NativeFile, bundle: Bundle, source: str) 
     others = sum(digest != bundle.digest and (digest is not None or state == "ok") for digest, state in rows)
     if others:
         raise ConfigError(
-            f"{source}: {others:,} of {len(table):,} rows of {file.name} were not scored with {bundle.place} "
-            f"(digest {bundle.digest[:12]}); run: ray-cxr score --model {bundle.place}"
+            f"{source}: {others:,} of {len(table):,} rows of {file.name} were not scored with {bundle.location} "
+            f"(digest {bundle.digest[:12]}); run: ray-cxr score --model {bundle.location}"
         )
     wanted = [f"p_{name}" for name in bundle.findings]
     differing = sorted({*p} ^ {*wanted})
     if differing:
         verb = "has" if differing[0] in p else "lacks"
-        raise TableError(f"{file}: {verb} the column {differing[0]}, unlike {bundle.place}; score again")
+        raise TableError(f"{file}: {verb} the column {differing[0]}, unlike {bundle.location}; score again")
     identity.check_table(table, str(file))
     schema = pa.schema([*((name, pa.string()) for name in texts), *((name, pa.float32()) for name in wanted)])
     try:
@@ -269,7 +269,7 @@ def _select_images(
         raise InputError(f"{scores}: all {excluded['errors']:,} images to fit on are error rows; see their error_code")
     exclude("unlabelled", frame[list(bundle.findings)].isna().all(axis=1))
     if frame.empty:
-        raise TableError(f"{labels}: has no label for any finding of {bundle.place}: {', '.join(bundle.findings)}")
+        raise TableError(f"{labels}: has no label for any finding of {bundle.location}: {', '.join(bundle.findings)}")
     notes = _check_lineage(frame, bundle, labels)
     n_val, n_none = int((frame["split"] == "val").sum()), int(frame["split"].isna().sum())
     parts = [f"{n:,} of {name}" for n, name in ((n_val, "split val"), (n_none, "no split")) if n]

@@ -79,7 +79,7 @@ def write_report(
             the other scores; an option lacks the labels it needs; there are no heat maps.
         TableError: a table names an image twice or holds invalid values.
         LeakError: an evaluated image or patient trained the model, in an evaluation of `test` or of no named split.
-        OutputError: `out` is a file, or lies among the scores.
+        OutputError: `out` is a file, or is inside the score folder.
     """
     _check_options(labels, split, consensus, compare, prevalence)
     if n_resamples < 1:
@@ -93,7 +93,7 @@ def write_report(
     table = read_scores(scores)
     if table.folder is not None and remote.is_inside(out, remote.to_path(table.folder)):
         # The next report would read this one's metrics.parquet as scores.
-        raise OutputError(f"--out {out}: lies among the scores in {table.folder}; name another folder")
+        raise OutputError(f"--out {out}: is inside the score folder {table.folder}; name a folder outside it")
     _log.debug("%s: %d rows, %d errors", table.source, len(table.ids), int((~table.ok).sum()))
 
     labelled = None if labels is None else _evaluate_labels(table, labels, split, prevalences, bootstrap)
@@ -197,8 +197,8 @@ def _list_notes(table: Scores, split: str | None, labelled: LabelResults | None,
         mismatched = labelled.leak_check.shared_by_part.get(other, 0) if labelled else 0
         if mismatched:
             notes.append(
-                f"The labels assign {mismatched:,} images to {split} that are {other} images of the model: the split "
-                "of the labels differs from the model's."
+                f"{mismatched:,} images are {split} in the labels, but the model used them as {other}: "
+                "the two splits differ."
             )
     untraced = "so a leak between its training and this evaluation cannot be excluded."
     if not table.is_own:

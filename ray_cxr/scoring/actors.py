@@ -20,8 +20,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -126,7 +126,11 @@ class ScoreWriter:
         state, job = self._states[range_position], self._scorer.job
         rows = _add_tags(state.rows, state.tags, None if job.key is None else job.key.value)
         result = predictions.assemble(
-            rows, self._probabilities.pop(range_position), state.failures, self._scorer.rules, self._flags.pop(range_position)
+            rows,
+            self._probabilities.pop(range_position),
+            state.failures,
+            self._scorer.rules,
+            self._flags.pop(range_position),
         )
         scored = len(result)
         if state.previous is not None and state.retried is not None:
@@ -166,66 +170,28 @@ class ScoreActor(PoolActor):
     """Decodes and scores in one actor: fastest on CPUs, because no image passes through Ray's object store."""
 
     def open(self, job: ScoreJob, cpus: int) -> None:
-        self._job = job
         self._reader = ImageReader(job, cpus)
         self._scorer = Scorer(job, cpus)
 
     def run(self, row: dict[str, Any]) -> TaskResult:
-        states = ranges.load_ranges(self._job, ScoreTask.from_row(row))
+        states = ranges.load_ranges(self._scorer.job, ScoreTask.from_row(row))
         return self._scorer.score(states, self._reader.iter_images(states))
 
 
-@dataclass
-class DecodedRange:
-    """The decoded images of one range, as they travel from a decoding task to a `ModelActor`, usually on a GPU.
-
-    Attributes:
-        positions: rows of the range that were read.
-        images: uint8 [n*S*S], zeros for failures.
-        failures: row, code and message.
-        tags: row and `_TAGS`. Lists of texts, because Arrow would make another schema of each dictionary.
-    """
-
-    task: ScoreTask
-    positions: list[int]
-    images: bytes
-    failures: list[list[str]]
-    tags: list[list[str]]
-
-    def to_row(self) -> dict[str, Any]:
-        columns = {name: value for name, value in vars(self).items() if name != "task"}
-        return {**self.task.to_row(), **columns, **SUCCESS}
-
-    @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Self:
-        """Rebuild a range, or raise the error of its decoding task."""
-        if row["error"]:
-            raise from_record(json.loads(row["error"]))
-        columns = (row[name] for name in ("positions", "images", "failures", "tags"))
-        return cls(ScoreTask.from_row(row), *columns)
-
-    def iter_outcomes(self, size: int) -> Iterator[tuple[RowLocation, DecodedImage | Failure]]:
-        images = np.frombuffer(self.images, np.uint8).reshape(-1, size, size)
-        failures = {int(row): (code, message) for row, code, message in self.failures}
-        tags: dict[int, dict[str, Any]] = {}
-        for row, *texts in self.tags:
-            fields: dict[str, Any] = {name: text or None for name, text in zip(_TAGS, texts, strict=True)}
-            tags[int(row)] = {**fields, "age": None if fields["age"] is None else float(fields["age"])}
-        for i, image in enumerate(images):
-            found = tags.get(i)
-            outcome = Failure(*failures[i], found) if i in failures else DecodedImage((image,), found)
-            yield RowLocation(0, i), outcome
-
-
 def decode_task(row: dict[str, Any], job: ScoreJob) -> Iterator[dict[str, Any]]:
-    """Decode the images of a task's ranges in a Ray task of one CPU; yield a `DecodedRange` row per range."""
+    """Decode the images of a task's ranges in a Ray task of one CPU; yield a row for `ModelActor` per range.
+
+    A row has the columns of `ScoreTask` and `error`, and: `positions`, the rows of the range that were read; `images`,
+    uint8 [n*S*S], zeros for failures; `failures`, lists of row, code and message; `tags`, lists of row and `_TAGS`.
+    These are lists of texts, because Arrow would make another schema of each dictionary.
+    """
     try:
         task = ScoreTask.from_row(row)
         states = ranges.load_ranges(job, task)
         yield from ranges.fill_ranges(states, _open_reader(job).iter_images(states), DecodedWriter(job, task, states))
     except Exception as error:
-        empty = DecodedRange(ScoreTask((), False), [], b"", [], [])
-        yield {**empty.to_row(), **encode_error(sanitize_error(error, "score"))}
+        columns = {"positions": [], "images": b"", "failures": [], "tags": []}
+        yield {**ScoreTask((), False).to_row(), **columns, **encode_error(sanitize_error(error, "score"))}
     finally:
         telemetry.flush()
 
@@ -253,29 +219,43 @@ class DecodedWriter:
 
     def flush(self, range_position: int) -> dict[str, Any]:
         state = self._states[range_position]
-        (one,) = (one for one in self._task.ranges if one.index == state.index)
-        retried = np.ones(one.rows, bool) if state.retried is None else state.retried
-        return DecodedRange(
-            replace(self._task, ranges=(one,)),
-            np.flatnonzero(retried).tolist(),
-            self._images.pop(range_position).tobytes(),
-            [[str(row), code, message] for row, (code, message) in state.failures.items()],
-            [
+        (own,) = (range_ for range_ in self._task.ranges if range_.index == state.index)
+        retried = np.ones(own.rows, bool) if state.retried is None else state.retried
+        return {
+            **replace(self._task, ranges=(own,)).to_row(),
+            "positions": np.flatnonzero(retried).tolist(),
+            "images": self._images.pop(range_position).tobytes(),
+            "failures": [[str(row), code, message] for row, (code, message) in state.failures.items()],
+            "tags": [
                 [str(row), *("" if (value := tags.get(name)) is None else str(value) for name in _TAGS)]
                 for row, tags in state.tags.items()
             ],
-        ).to_row()
+            **SUCCESS,
+        }
+
+
+def _read_outcomes(row: dict[str, Any], size: int) -> Iterator[tuple[RowLocation, DecodedImage | Failure]]:
+    """Yield the images and failures in a row of `decode_task`."""
+    failures = {int(i): (code, message) for i, code, message in row["failures"]}
+    tags: dict[int, dict[str, Any]] = {}
+    for i, *texts in row["tags"]:
+        fields: dict[str, Any] = {name: text or None for name, text in zip(_TAGS, texts, strict=True)}
+        tags[int(i)] = {**fields, "age": None if fields["age"] is None else float(fields["age"])}
+    for i, image in enumerate(np.frombuffer(row["images"], np.uint8).reshape(-1, size, size)):
+        found = tags.get(i)
+        yield RowLocation(0, i), Failure(*failures[i], found) if i in failures else DecodedImage((image,), found)
 
 
 class ModelActor(PoolActor):
     """Scores images that other tasks decoded: on a GPU, or on CPUs with decode=apart."""
 
     def open(self, job: ScoreJob, cpus: int) -> None:
-        self._job = job
         self._scorer = Scorer(job, cpus)
 
     def run(self, row: dict[str, Any]) -> TaskResult:
-        decoded = DecodedRange.from_row(row)
+        if row["error"]:
+            raise from_record(json.loads(row["error"]))
+        job = self._scorer.job
         # Exactly the rows that were decoded, even if the file has changed since.
-        states = ranges.load_ranges(self._job, decoded.task, decoded.positions)
-        return self._scorer.score(states, decoded.iter_outcomes(self._job.spec.size) if states else ())
+        states = ranges.load_ranges(job, ScoreTask.from_row(row), row["positions"])
+        return self._scorer.score(states, _read_outcomes(row, job.spec.size) if states else ())

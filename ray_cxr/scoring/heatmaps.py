@@ -160,10 +160,10 @@ def find_pending(out: Path, indices: Iterable[int], run: str, request: HeatMapRe
 def count_maps(out: Path, ranges: Sequence[Range], request: HeatMapRequest) -> HeatMapReport:
     """Count maps from their files, and check that each scored image has its maps or an error."""
     report = HeatMapReport(request.count)
-    maps = remote.read_files(map_path(out, one.index) for one in ranges)
-    scores = remote.read_files(part_path(out, one.index) for one in ranges)
-    for one, map_file, score_file in zip(ranges, maps, scores, strict=True):
-        part = map_path(out, one.index)
+    maps = remote.read_files(map_path(out, range_.index) for range_ in ranges)
+    scores = remote.read_files(part_path(out, range_.index) for range_ in ranges)
+    for range_, map_file, score_file in zip(ranges, maps, scores, strict=True):
+        part = map_path(out, range_.index)
         try:
             scored = _read_scored(score_file, ["image_id"])["image_id"].to_pylist()
             if map_file is None:
@@ -195,8 +195,7 @@ def remove_maps(out: Path) -> None:
 def remove_partial_files(out: Path) -> None:
     """Remove the incomplete files of killed workers."""
     for pattern in (".part-*.part", ".*.png.*.part"):
-        for path in (out / FOLDER).glob(pattern):
-            path.unlink(missing_ok=True)
+        remote.remove_files((out / FOLDER).glob(pattern))
 
 
 def _list_diseases(findings: Sequence[str]) -> list[int]:
@@ -250,12 +249,6 @@ class HeatMapModel:
         self.shown = InputSpec(size=request.side, aspect="pad")
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="draw")
 
-    def load_ranges(self, indices: Iterable[int]) -> list[RangeState]:
-        """Read the scored rows of ranges, with their probabilities."""
-        columns = ["image_id", "path", *(f"p_{name}" for name in self.findings)]
-        paths = ((index, part_path(self.job.folder, index)) for index in indices)
-        return [RangeState(index, _read_scored(remote.read_file(path), columns)) for index, path in paths]
-
     def choose_findings(self, p: np.ndarray) -> np.ndarray:
         """Return the numbers of the highest-ranked findings, int [n,K]; the first is the scores' top_finding."""
         ranks = predictions.compute_ranks(p, self._thresholds)[:, self._diseases]
@@ -304,7 +297,10 @@ class HeatMapWriter:
             self._maps[range_position][row] = rows
         for (range_position, row), _ in batch:
             if row not in self._maps[range_position]:
-                self._states[range_position].failures[row] = (CHANGED, "the image changed after scoring; score it again")
+                self._states[range_position].failures[row] = (
+                    CHANGED,
+                    "the image changed after scoring; score it again",
+                )
         return [location for location, _ in batch]
 
     def _draw(
@@ -389,10 +385,12 @@ class HeatMapActor(PoolActor):
 
     def run(self, row: dict[str, Any]) -> TaskResult:
         task, job = ScoreTask.from_row(row), self._model.job
-        indices = {one.index for one in task.ranges}
+        indices = {range_.index for range_ in task.ranges}
         if not task.retry:
             # Ray repeats a task whose worker was lost; ranges that it had drawn stay.
             indices = find_pending(job.folder, indices, job.run_digest, self._model.request, retry=False)
-        states = self._model.load_ranges(sorted(indices))
+        columns = ["image_id", "path", *(f"p_{name}" for name in self._model.findings)]
+        paths = ((index, part_path(job.folder, index)) for index in sorted(indices))
+        states = [RangeState(index, _read_scored(remote.read_file(path), columns)) for index, path in paths]
         files = list(fill_ranges(states, self._reader.iter_images(states), HeatMapWriter(self._model, states)))
         return TaskResult([index for index, _ in files], sum(images for _, images in files))

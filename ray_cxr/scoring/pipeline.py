@@ -36,7 +36,7 @@ from ray_cxr.imaging.overlays import FOLDER
 from ray_cxr.scoring import heatmaps, inputs, ranges
 from ray_cxr.scoring.actors import ModelActor, ScoreActor, decode_task
 from ray_cxr.scoring.heatmaps import HeatMapActor, HeatMapReport
-from ray_cxr.scoring.plan import KIND, ScorePlan, ScoreReport, ScoreRequest, plan_run, preview_run, read_part
+from ray_cxr.scoring.plan import KIND, REMEDY, ScorePlan, ScoreReport, ScoreRequest, plan_run, preview_run, read_part
 from ray_cxr.scoring.pool import ActorPlan, build_dataset, plan_drawing, plan_scoring, run_tasks, show_files
 from ray_cxr.scoring.ranges import INPUT, SCORES, ScoreJob, TaskResult
 from ray_cxr.storage import atomic, remote, run_folder
@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 BATCH_SIZE = {False: 4, True: 64}
 #: Settings that run.json lists under `heatmaps`.
 _HEATMAP_SETTINGS = {"heatmap_method", "heatmap_pixels"}
+#: Names of stages in the log, if they differ from the keys in run.json.
+_STAGES = {"network": "model", "first pictures": "first images"}
 
 StartRay = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -70,7 +72,7 @@ def score(request: ScoreRequest, start_ray: StartRay = contextlib.nullcontext) -
     if request.dry_run:
         return preview_run(plan)
     report = ScoreReport(rows=plan.n_rows, notes=plan.rows.notes)
-    if plan.is_finished:
+    if not plan.has_work and not request.fresh and run_folder.is_complete(plan.out):
         report.counts = _count_rows(plan, run_folder.digest_settings(plan.out))
         if plan.drawing is not None:
             report.heatmaps = heatmaps.count_maps(plan.out, plan.ranges, plan.drawing)
@@ -95,7 +97,7 @@ def _execute(plan: ScorePlan, report: ScoreReport, times: dict[str, float], star
             report.pool = plan_scoring(request.settings, len(plan.tasks), use_gpu=request.use_gpu)
         if plan.drawing:
             drawing_pool = plan_drawing(request.settings, len(plan.units), use_gpu=request.use_gpu)
-        cluster.require_shared(plan.out, **{"--model": request.model, "an image at": plan.first_image})
+        cluster.require_shared(plan.out, {"--model": request.model, "an image at": plan.first_image})
     job = _open_folder(plan)
     # From here on only the ids of the input are needed.
     plan.rows.release()
@@ -115,7 +117,7 @@ def _open_folder(plan: ScorePlan) -> ScoreJob:
         _remove_run(out)
     run_folder.create_run(out, plan.settings)
     # Another command may have started here in the meantime.
-    plan.check_run()
+    run_folder.check_run(out, plan.settings, remedy=REMEDY)
     run = run_folder.digest_settings(out)
     run_folder.clear_complete(out)
     (out / SCORES).mkdir(exist_ok=True)
@@ -166,17 +168,17 @@ def _score_ranges(
         plan=pool,
         decode=decode_task if pool.decode_apart else None,
     )
-    retried = {one.index for task in plan.tasks if task.retry for one in task.ranges}
+    retried = {range_.index for task in plan.tasks if task.retry for range_ in task.ranges}
     with show_files("score", folder, plan.ranges, written - retried, _count_errors):
         for result in run_tasks(plan.tasks, build, job.has_written):
             report.scored_now += result.images
             if result.first_at and not report.start_up:
                 report.start_up = _split_start_up(result, times)
-                total, *stages = (f"{name} {seconds:.0f}" for name, seconds in report.start_up.items())
+                total, *stages = (f"{_STAGES.get(key, key)} {s:.0f}" for key, s in report.start_up.items())
                 logger.info("seconds to the first scored image: %s (%s)", total, ", ".join(stages))
     # A lost worker can have written files that no result reported.
     new = ranges.list_parts(folder) - written
-    report.scored_now = max(report.scored_now, sum(one.rows for one in plan.ranges if one.index in new))
+    report.scored_now = max(report.scored_now, sum(range_.rows for range_ in plan.ranges if range_.index in new))
 
 
 def _split_start_up(result: TaskResult, times: dict[str, float]) -> dict[str, float]:
@@ -202,7 +204,7 @@ def _draw_maps(plan: ScorePlan, job: ScoreJob, pool: ActorPlan | None) -> HeatMa
     assert plan.drawing is not None
     started = time.monotonic()
     out, request, retry = plan.out, plan.drawing, plan.request.retry_errors
-    indices = {one.index for one in plan.ranges}
+    indices = {range_.index for range_ in plan.ranges}
     pending = heatmaps.find_pending(out, indices, job.run_digest, request, retry=retry)
     tasks = ranges.make_tasks(plan.units, pending, retry=retry)
     drawn = 0
@@ -228,12 +230,12 @@ def _count_rows(plan: ScorePlan, run: str) -> Counter[str]:
     """Count rows by status from the files, and check that they are the input's, each once, in order, by this model."""
     counts: Counter[str] = Counter()
     folder, ids = plan.out / SCORES, plan.rows.ids
-    parts = [ranges.part_path(plan.out, one.index) for one in plan.ranges]
-    for one, part, file in zip(plan.ranges, parts, remote.read_files(parts), strict=True):
+    parts = [ranges.part_path(plan.out, range_.index) for range_ in plan.ranges]
+    for range_, part, file in zip(plan.ranges, parts, remote.read_files(parts), strict=True):
         table = read_part(part, file, ["image_id", "error_code", "model_digest"])
-        expected = ids.slice(one.start, one.rows)
+        expected = ids.slice(range_.start, range_.rows)
         models = set(pc.unique(table["model_digest"]).to_pylist()) - {None}
-        same = len(table) == one.rows and pc.all(pc.equal(table["image_id"], expected), skip_nulls=False).as_py()
+        same = len(table) == range_.rows and pc.all(pc.equal(table["image_id"], expected), skip_nulls=False).as_py()
         written_by = (table.schema.metadata or {}).get(ranges.RUN_KEY, b"").decode()
         if not same or models - {plan.bundle.digest} or written_by != run:
             raise OutputError(f"{part}: does not hold the rows of this run; remove it and run score again")
@@ -247,8 +249,7 @@ def _count_rows(plan: ScorePlan, run: str) -> Counter[str]:
 def _finalise(plan: ScorePlan, report: ScoreReport) -> None:
     """Write the files next to the rows; `_SUCCESS` last."""
     out, bundle = plan.out, plan.bundle
-    for partial in (out / SCORES).glob(".part-*.part"):  # of killed workers
-        partial.unlink(missing_ok=True)
+    remote.remove_files((out / SCORES).glob(".part-*.part"))  # of killed workers
     heatmaps.remove_partial_files(out)
     atomic.write_json(out / "model.json", bundle.model_json())
     atomic.write_bytes(out / "split.parquet", (bundle.path / "split.parquet").read_bytes())

@@ -25,7 +25,7 @@ from ray_cxr.storage import remote, run_folder
 from ray_cxr.storage.paths import make_absolute
 
 KIND = "score"
-_REMEDY = "use --fresh to start over, or choose another --out"
+REMEDY = "use --fresh to start over, or choose another --out"
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class ScorePlan:
 
     @property
     def ranges(self) -> list[Range]:
-        return [one for unit in self.units for one in unit.ranges]
+        return [range_ for unit in self.units for range_ in unit.ranges]
 
     @property
     def n_rows(self) -> int:
@@ -133,15 +133,6 @@ class ScorePlan:
     @property
     def has_work(self) -> bool:
         return bool(self.tasks or self.to_draw)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether an earlier run completed everything."""
-        return not self.has_work and not self.request.fresh and run_folder.is_complete(self.out)
-
-    def check_run(self) -> None:
-        """Raise `OutputError` if `out` holds a run with other settings."""
-        run_folder.check_run(self.out, self.settings, remedy=_REMEDY)
 
 
 def plan_run(request: ScoreRequest) -> ScorePlan:
@@ -183,10 +174,10 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
     if request.fresh:
         run_folder.refuse_foreign(out, KIND)
     else:
-        run_folder.check_run(out, wanted, remedy=_REMEDY)
+        run_folder.check_run(out, wanted, remedy=REMEDY)
     units = plan_units(rows.paths.slice(0, n_rows), settings.rows_per_file)
     written = set() if request.fresh else list_parts(out / SCORES)
-    indices = {one.index for unit in units for one in unit.ranges}
+    indices = {range_.index for unit in units for range_ in unit.ranges}
     to_draw = set() if drawing is None else indices
     if drawing is not None and not request.fresh and run_folder.has_settings(out):
         run = run_folder.digest_settings(out)
@@ -205,13 +196,13 @@ def preview_run(plan: ScorePlan) -> ScoreReport:
     report = ScoreReport(rows=plan.n_rows, notes=plan.rows.notes)
     for task in plan.tasks:
         if task.retry:
-            count = sum(_count_retryable([part_path(plan.out, one.index) for one in task.ranges]))
+            count = sum(_count_retryable([part_path(plan.out, range_.index) for range_ in task.ranges]))
         else:
-            count = sum(one.rows for one in task.ranges)
+            count = sum(range_.rows for range_ in task.ranges)
         report.counts["to score"] += count
     if plan.drawing is not None:
-        to_draw = plan.to_draw.union(one.index for task in plan.tasks for one in task.ranges)
-        rows = sum(one.rows for one in plan.ranges if one.index in to_draw)
+        to_draw = plan.to_draw.union(range_.index for task in plan.tasks for range_ in task.ranges)
+        rows = sum(range_.rows for range_ in plan.ranges if range_.index in to_draw)
         report.heatmaps = HeatMapReport(plan.drawing.count, to_draw=rows)
     return report
 

@@ -190,8 +190,8 @@ def run_tasks(
     def find_pending(rows: list[dict[str, Any]], done: set[int]) -> list[dict[str, Any]]:
         pending = []
         for task in map(ScoreTask.from_row, rows):
-            left = tuple(one for one in task.ranges if one.index not in done)
-            left = tuple(one for one in left if task.retry or not is_done(one.index))
+            left = tuple(range_ for range_ in task.ranges if range_.index not in done)
+            left = tuple(range_ for range_ in left if task.retry or not is_done(range_.index))
             if left:
                 pending.append(replace(task, ranges=left).to_row())
         return pending
@@ -215,7 +215,7 @@ def show_files(
         finished: numbers of ranges whose files stay as they are.
         count_errors: returns the errors in a file; None if the file is incomplete.
     """
-    rows = {one.index: one.rows for one in ranges}
+    rows = {range_.index: range_.rows for range_ in ranges}
     seen = set(finished)
 
     def read_files(indices: set[int]) -> Iterator[tuple[int, int | None]]:

@@ -127,7 +127,9 @@ class ScoreTask:
     retry: bool
 
     def to_row(self) -> dict[str, Any]:
-        indices, starts, counts = ([getattr(one, name) for one in self.ranges] for name in ("index", "start", "rows"))
+        indices, starts, counts = (
+            [getattr(range_, name) for range_ in self.ranges] for name in ("index", "start", "rows")
+        )
         return {"indices": indices, "starts": starts, "counts": counts, "retry": self.retry}
 
     @classmethod
@@ -138,7 +140,7 @@ class ScoreTask:
 
 def make_tasks(units: Iterable[Unit], indices: set[int], *, retry: bool) -> list[ScoreTask]:
     """Return one task per unit with chosen ranges, so that each archive is read once."""
-    chosen = (tuple(one for one in unit.ranges if one.index in indices) for unit in units)
+    chosen = (tuple(range_ for range_ in unit.ranges if range_.index in indices) for unit in units)
     return [ScoreTask(ranges, retry) for ranges in chosen if ranges]
 
 
@@ -205,24 +207,26 @@ def load_ranges(job: ScoreJob, task: ScoreTask, positions: list[int] | None = No
     groups: dict[int, pa.Table] = {}
     with pq.ParquetFile(job.folder / INPUT) as file:
         ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
-        for one in task.ranges:
+        for range_ in task.ranges:
             # Ray repeats a task whose worker was lost.
-            if not task.retry and job.has_written(one.index):
+            if not task.retry and job.has_written(range_.index):
                 continue
-            first, last = (int(i) for i in np.searchsorted(ends, [one.start, one.start + one.rows - 1], side="right"))
+            first, last = (
+                int(i) for i in np.searchsorted(ends, [range_.start, range_.start + range_.rows - 1], side="right")
+            )
             for group in range(first, last + 1):
                 if group not in groups:
                     groups[group] = file.read_row_group(group, columns=COLUMNS)
-            offset = one.start - (int(ends[first - 1]) if first else 0)
-            rows = pa.concat_tables([groups[group] for group in range(first, last + 1)]).slice(offset, one.rows)
-            state = RangeState(one.index, rows)
+            offset = range_.start - (int(ends[first - 1]) if first else 0)
+            rows = pa.concat_tables([groups[group] for group in range(first, last + 1)]).slice(offset, range_.rows)
+            state = RangeState(range_.index, rows)
             if task.retry:
-                state.previous = pq.read_table(remote.read_file(part_path(job.folder, one.index)))
+                state.previous = pq.read_table(remote.read_file(part_path(job.folder, range_.index)))
                 if positions is None:
                     codes = state.previous["error_code"].to_pylist()
                     state.retried = np.array([code in RETRYABLE_CODES for code in codes], bool)
                 else:
-                    state.retried = np.isin(np.arange(one.rows), positions)
+                    state.retried = np.isin(np.arange(range_.rows), positions)
                 state.rows = rows.filter(pa.array(state.retried))
             states.append(state)
     return states
@@ -252,7 +256,10 @@ def fill_ranges(
     def flush(range_position: int) -> T_co:
         result = writer.flush(range_position)
         # Frees the memory of a range of an archive as soon as it is written; a slice would keep the whole table.
-        states[range_position].rows, states[range_position].previous = states[range_position].rows.schema.empty_table(), None
+        states[range_position].rows, states[range_position].previous = (
+            states[range_position].rows.schema.empty_table(),
+            None,
+        )
         return result
 
     def settle(locations: Iterable[RowLocation]) -> Iterator[T_co]:

@@ -38,7 +38,7 @@ class TrainState:
     It has no random state: order, augmentation and dropout are functions of seed, epoch and step.
 
     Attributes:
-        losses: of the finished steps of the current epoch; empty between epochs.
+        losses: losses of the finished steps of the current epoch; empty between epochs.
         scores, curves: selection score (higher is better) and row of metrics of each finished epoch.
         stopped: whether a callback has ended the training.
     """
@@ -56,7 +56,7 @@ class EpochResult:
     """The result of one epoch.
 
     Attributes:
-        loss: mean of all its steps, including those before a restart.
+        loss: mean loss of all steps of the epoch, including those before a restart.
         images, seconds: number trained on since the start or restart, without padding, and the time for them.
         wait_seconds: time that the slowest worker waited for images.
     """
@@ -71,7 +71,7 @@ class Loop:
     """Model, optimizer and data of one worker.
 
     Args:
-        weights: the start: `imagenet`, `none`, a bundle or a file.
+        weights: starting point of training: `imagenet`, `none`, a bundle or a file.
         policy: the Keras dtype policy: `float32`, `mixed_bfloat16` or `mixed_float16`.
         callbacks: every worker runs them, with the same logs.
     """
@@ -176,7 +176,7 @@ class Loop:
         on_step: Callable[[int, float], None] | None = None,
         on_checkpoint: Callable[[], None] | None = None,
     ) -> EpochResult:
-        """Train the next epoch, from the step after the losses in `state`, and append its losses there.
+        """Train the next epoch, starting at step `len(state.losses)`, and append its losses to `state`.
 
         Args:
             on_step: called with the number of finished steps and the last known loss.
@@ -219,10 +219,12 @@ class Loop:
             if has_callbacks or due:
                 finish_step()
             if due and on_checkpoint is not None and batch.step + 1 < self.steps_per_epoch:
-                self._share_statistics(epoch, batch)
+                self._average_statistics()
+                self._check_variables(epoch, batch)
                 on_checkpoint()
         finish_step()
-        self._share_statistics(epoch, batch)
+        self._average_statistics()
+        self._check_variables(epoch, batch)
         wait_seconds = float(self.replicas.gather(np.array(batches.wait_seconds)).max())
         return EpochResult(float(np.mean(state.losses)), images, time.monotonic() - start, wait_seconds)
 
@@ -230,7 +232,8 @@ class Loop:
         ids = ", ".join(map(str, self.train.image_ids[batch.rows]))
         reason = f"{problem} at epoch {epoch + 1}, step {batch.step + 1}"
         return DivergedError(
-            f"{reason}; lower the learning rate or set clip_norm, in another --out; the images of that step: {ids}",
+            f"{reason}; start again in a new --out with a lower learning rate, or with clip_norm; "
+            f"images of this step: {ids}",
             reason,
         )
 
@@ -256,12 +259,15 @@ class Loop:
             *map(tf.constant, (batch.images, batch.labels, batch.weight, batch.denominator, batch.draws, seeds))
         )
 
-    def _share_statistics(self, epoch: int, batch: Batch) -> None:
-        """Average BatchNorm's moving statistics over the workers; check that all variables are equal and finite.
+    def _average_statistics(self) -> None:
+        """Average BatchNorm's moving statistics over the workers."""
+        self.replicas.average([v for layer in self._norms for v in (layer.moving_mean, layer.moving_variance)])
+
+    def _check_variables(self, epoch: int, batch: Batch) -> None:
+        """Check that all variables are equal on all workers, and that all weights are finite.
 
         The loss shows a weight that is not finite only one step later.
         """
-        self.replicas.average([v for layer in self._norms for v in (layer.moving_mean, layer.moving_variance)])
         self.replicas.check_equal(self.list_shared(), f"epoch {epoch + 1}, step {batch.step + 1}")
         for variable in self.model.trainable_variables:
             if not np.isfinite(np.asarray(variable)).all():
@@ -279,7 +285,7 @@ class Loop:
         return np.moveaxis(parts, 0, 1).reshape(-1, parts.shape[-1])[:n]
 
     def validate(self) -> tuple[np.ndarray, dict[str, Any]]:
-        """Return the validation probabilities float32 [N,F] of the exported model, and their `evaluate`."""
+        """Return the exported model's validation probabilities float32 [N,F] and what `evaluate` computes from them."""
         if self._exported is not self.model:
             for variable, value in zip(self._exported.variables, self.model.variables, strict=True):
                 variable.assign(value)
@@ -308,7 +314,7 @@ class Loop:
                 variable.assign(arrays[f"optimizer-{i:04d}"])
         self.optimizer.load_weights()
         if not fresh and (state.losses or state.epochs_done):
-            # The restored rate may be a callback's, which stays until the schedule's rate changes from the last step's.
+            # A callback may have set the restored rate; keep it until the schedule changes its rate.
             epoch, step = state.epochs_done, len(state.losses) - 1
             if step < 0:
                 epoch, step = epoch - 1, self.steps_per_epoch - 1
@@ -327,12 +333,12 @@ def _use_policy(name: str) -> Iterator[None]:
         keras.config.set_dtype_policy(before)
 
 
-def evaluate(values: np.ndarray, probabilities: np.ndarray, findings: tuple[str, ...]) -> dict[str, Any]:
+def evaluate(labels: np.ndarray, probabilities: np.ndarray, findings: tuple[str, ...]) -> dict[str, Any]:
     """Return n, positives and AUROC (None if undefined) per finding, and their macro AUROC, for labels int8 [N,F]."""
     rows: dict[str, Any] = {}
     for j, name in enumerate(findings):
-        known = values[:, j] >= 0
-        y = values[known, j]
+        known = labels[:, j] >= 0
+        y = labels[known, j]
         rows[name] = {
             "n": int(known.sum()),
             "positives": int(y.sum()),
@@ -342,20 +348,20 @@ def evaluate(values: np.ndarray, probabilities: np.ndarray, findings: tuple[str,
     return {"findings": rows, "macro_auroc": float(np.mean(defined)) if defined else None}
 
 
-def compute_cross_entropy(probabilities: np.ndarray, values: np.ndarray) -> float | None:
+def compute_cross_entropy(probabilities: np.ndarray, labels: np.ndarray) -> float | None:
     """Return the plain binary cross-entropy over the labelled entries, or None without any."""
-    known = values >= 0
+    known = labels >= 0
     p = np.clip(probabilities[known].astype(np.float64), 1e-7, 1 - 1e-7)
-    y = values[known]
+    y = labels[known]
     return float(np.mean(-(y * np.log(p) + (1 - y) * np.log(1 - p)))) if known.any() else None
 
 
-def compute_selection_score(result: Mapping[str, Any], probabilities: np.ndarray, values: np.ndarray) -> float:
+def compute_selection_score(result: Mapping[str, Any], probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Return the score that selects the best epoch: macro AUROC, or minus the validation loss if it is undefined.
 
     A negative loss is below every AUROC, so an epoch with an AUROC always wins.
     """
     if result["macro_auroc"] is not None:
         return float(result["macro_auroc"])
-    loss = compute_cross_entropy(probabilities, values)
+    loss = compute_cross_entropy(probabilities, labels)
     return -loss if loss is not None else -math.inf

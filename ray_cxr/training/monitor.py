@@ -34,7 +34,7 @@ class RunMonitor:
         self._has_warned = False
         self._reported = len(read_metrics(out))  # epochs of an earlier run
         self._step, total = self._reported * steps_per_epoch, epochs * steps_per_epoch
-        # Each epoch has a line of its own, and early stopping is no unfinished run: no last line.
+        # No final line: each epoch has its own line, and an early stop would look like an unfinished run.
         if self._step < total:
             self._progress = Progress("train", total, done=self._step, unit="steps", line_every=60.0, last_line=False)
         else:
@@ -73,7 +73,10 @@ class RunMonitor:
         if start["epoch"] or start["step"]:
             self._on_event(f"train: continues after epoch {start['epoch']}, step {start['step']}")
         if start["random"]:
-            self._on_event(f"train: WARNING: not in the weights, initialised randomly: {', '.join(start['random'])}")
+            self._on_event(
+                "train: WARNING: these layers are missing in the weights file and start from random values: "
+                f"{', '.join(start['random'])}"
+            )
         if is_restart:
             return
         previous, parts = self._started, []
@@ -81,7 +84,8 @@ class RunMonitor:
             parts.append(f"{name} {at - previous:.0f}")
             previous = at
         self._on_event(
-            f"train: first step done after {previous - self._started:.0f} s ({', '.join(parts)}); {start['policy']}"
+            f"train: first step done after {previous - self._started:.0f} s ({', '.join(parts)}); "
+            f"precision {start['policy']}"
         )
 
     def _report_epochs(self) -> None:

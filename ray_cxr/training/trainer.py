@@ -79,7 +79,7 @@ def train(
     with start_ray():
         for warning in plan.list_warnings():
             on_event(f"train: WARNING: {warning}")
-        cluster.require_shared(plan.out, PREPARED=remote.to_path(prepared), weights=plan.settings.weights)
+        cluster.require_shared(plan.out, {"PREPARED": remote.to_path(prepared), "weights": plan.settings.weights})
         with cluster.log_node_changes("train", on_event):
             fit(plan, use_gpu=use_gpu, callbacks=callbacks, started=started, on_event=on_event)
         bundle = export_bundle(plan, plan.out / "bundle")

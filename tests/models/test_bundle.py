@@ -139,7 +139,7 @@ BF16 = {"largest_drift": None, "tolerance": 0.02, "accepted": None}
         ({"runtimes": {"fp32": {**FP32, "largest_drift": float("nan")}, "bf16": BF16}}, "not a number"),
         ({"runtimes": {"fp32": FP32, "bf16": BF16, "int8": FP32}}, r"golden-int8\.npz; .*openvino-int8"),
         ({"quality": "none"}, "quality is not an object"),
-        ({"quality": {"lacking": None}}, "lacking is not a text"),
+        ({"quality": {"lacking": None}}, "quality: lacking"),
         ({"quality": {"expected_rates": {"lateral": "few"}}}, "not a number"),
         ({"quality": {"expected_rates": {}, "train_images": 60, "held_out_images": 30}}, r"quality\.npz"),
     ],

@@ -210,7 +210,7 @@ def test_labels_with_another_split_than_the_model_are_reported(archive: Archive,
     assert "val split as given in the tables" in found.page
     check = found.metrics["leak_check"]
     assert check["shared_by_part"] == {"train": 30, "val": 15}
-    assert "assign 30 images to val that are train images of the model" in found.page
+    assert "30 images are val" in found.page
     assert check["unknown_patients"] == found.metrics["n_images"]
 
 

@@ -41,7 +41,7 @@ def make_job(bundle: Any, out: Path, **settings: Any) -> ScoreJob:
         use_gpu=False,
         batch_size=8,
         key=None,
-        run=run_folder.digest_settings(out),
+        run_digest=run_folder.digest_settings(out),
     )
 
 

@@ -95,7 +95,7 @@ def test_written_heat_maps_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path
     counted: list[Any] = []
     monkeypatch.setattr(telemetry, "add_written", lambda *given: counted.append((*given[:3], list(given[3]))))
     (tmp_path / "heatmaps").mkdir()
-    job = SimpleNamespace(folder=tmp_path, check_run=lambda: None, run="r")
+    job = SimpleNamespace(folder=tmp_path, check_run=lambda: None, run_digest="r")
     model: Any = SimpleNamespace(job=job, request=heatmaps.HeatMapRequest(1, "gradcam", 128), findings=("Mass",))
     state = make_state(2, index=3)
     state.failures = dict.fromkeys(range(2), ("blank", "one value"))
