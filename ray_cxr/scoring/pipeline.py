@@ -8,8 +8,8 @@
     SCORES/run.json               counts, versions, digests, settings, seconds
     SCORES/_SUCCESS               last, once all rows were counted from the files themselves
 
-Ranges without an output file are pending. A killed run loses at most the ranges in progress, and a repeated range
-writes the same name.
+`actors.ScoreWriter.flush` writes the rows of a range. Ranges without an output file are pending. A killed run loses at
+most the ranges in progress, and a repeated range writes the same name.
 """
 
 from __future__ import annotations

@@ -223,8 +223,8 @@ def _run_trials(
             scheduler=scheduler,
             num_samples=count,
             max_concurrent_trials=most,
-            trial_name_creator=lambda one: one.config["name"],
-            trial_dirname_creator=lambda one: one.config["name"],
+            trial_name_creator=lambda trial: trial.config["name"],
+            trial_dirname_creator=lambda trial: trial.config["name"],
         ),
         run_config=ray_tune.RunConfig(
             name=f"tune-{int(time.time())}",
