@@ -30,19 +30,13 @@ _CELLS = 1 << 20
 
 @dataclass(frozen=True)
 class PermutationTest:
-    """Comparison of two small groups by their medians; `reason` is set if the other values are None.
+    """Comparison of two small groups by their medians; `reason` is set if the other values are None."""
 
-    Attributes:
-        difference: median of the first minus that of the second.
-        p, smallest: two-sided p, and the smallest p that any arrangement of these values allows.
-        exact: whether `arrangements` are all possible ones.
-    """
-
-    difference: float | None
-    p: float | None
-    smallest: float | None
+    difference: float | None  # median of the first minus that of the second
+    p: float | None  # two-sided
+    smallest: float | None  # smallest p that any arrangement of these values allows
     arrangements: int
-    exact: bool
+    exact: bool  # whether `arrangements` are all possible ones
     reason: str | None = None
 
 
@@ -61,13 +55,6 @@ class BackboneResult:
     """Validation macro AUROC that one backbone reached.
 
     A failed trial's epochs count as spent; its AUROC does not count, because it left no model.
-
-    Attributes:
-        best, best_trial: highest AUROC and the number of its trial.
-        best_at_budget: highest AUROC within the first `Comparison.budget` epochs, trials in order.
-        median, lower, upper: median and quartiles of `values`; None with too few values.
-        values: highest AUROC in the first `Comparison.grace` epochs of each trial that has as many, trials in order.
-        numbers: trials of `values`.
     """
 
     backbone: str
@@ -79,28 +66,22 @@ class BackboneResult:
     epochs: int
     best: float | None
     best_trial: int | None
-    best_at_budget: float | None
-    median: float | None
+    best_at_budget: float | None  # highest AUROC within the first `Comparison.budget` epochs, trials in order
+    median: float | None  # of `values`, as the quartiles; None with too few values
     lower: float | None
     upper: float | None
-    values: tuple[float, ...]
-    numbers: tuple[int, ...]
+    values: tuple[float, ...]  # highest AUROC in the first `Comparison.grace` epochs of each trial that has as many
+    numbers: tuple[int, ...]  # trials of `values`
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Backbones side by side, best first; those without an AUROC last.
+    """Backbones side by side."""
 
-    Attributes:
-        grace: epochs per trial that `BackboneResult.values` compares.
-        budget: epochs per backbone that `BackboneResult.best_at_budget` compares; 0 without any epoch.
-        test: permutation test of the `values` of the best two; None if fewer than two have an AUROC.
-    """
-
-    backbones: tuple[BackboneResult, ...]
-    grace: int
-    budget: int
-    test: PermutationTest | None
+    backbones: tuple[BackboneResult, ...]  # best first; those without an AUROC last
+    grace: int  # epochs per trial that `BackboneResult.values` compares
+    budget: int  # epochs per backbone that `BackboneResult.best_at_budget` compares; 0 without any epoch
+    test: PermutationTest | None  # of the `values` of the best two; None if fewer than two have an AUROC
 
     @property
     def pair(self) -> tuple[BackboneResult, BackboneResult] | None:
@@ -110,18 +91,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the best two backbones differ by more than noise.
+    """Whether the best two backbones differ by more than noise; details and noise are empty without two backbones."""
 
-    Attributes:
-        answer: "yes" or "no" if both tests agree, "disagree" if not, "undecided" if one is missing.
-        details: one sentence per test with its numbers; empty without two backbones.
-        noise: which noise the tests cover, and which not; empty without two backbones.
-    """
-
-    answer: Answer
+    answer: Answer  # "yes" or "no" if both tests agree, "disagree" if not, "undecided" if one is missing
     headline: str
-    details: str
-    noise: str
+    details: str  # one sentence per test with its numbers
+    noise: str  # which noise the tests cover, and which not
 
 
 def permutation_test(x: Sequence[float], y: Sequence[float], n: int = 10_000, seed: int = 0) -> PermutationTest:

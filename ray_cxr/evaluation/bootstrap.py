@@ -26,15 +26,10 @@ THREADS = min(4, os.cpu_count() or 1)
 
 @dataclass(frozen=True, eq=False)
 class ResampledAuroc:
-    """AUROC in each resample.
+    """AUROC in each resample."""
 
-    Attributes:
-        values: float64 [n_resamples, F]; NaN if a class is missing from the column.
-        defined: bool [F], columns with both classes in the sample.
-    """
-
-    values: np.ndarray
-    defined: np.ndarray
+    values: np.ndarray  # float64 [n_resamples, F]; NaN if a class is missing from the column
+    defined: np.ndarray  # bool [F], columns with both classes in the sample
     n_patients: int
 
 
@@ -51,36 +46,22 @@ class RocBand:
 
 @dataclass(frozen=True, eq=False)
 class DerivedOutputs:
-    """Optional inputs of `bootstrap_findings`.
+    """Optional inputs of `bootstrap_findings`."""
 
-    Attributes:
-        flags: int8 [n, F], 1 flagged, 0 not, negative if there is no operating point.
-        calibrated: probabilities [n, F] in 0..1, NaN if missing.
-        assumed_prevalence: float [F] in 0..1, for predictive values, taken as exact; NaN if missing.
-    """
-
-    flags: np.ndarray | None = None
-    calibrated: np.ndarray | None = None
-    assumed_prevalence: np.ndarray | None = None
+    flags: np.ndarray | None = None  # int8 [n, F], 1 flagged, 0 not, negative if there is no operating point
+    calibrated: np.ndarray | None = None  # probabilities [n, F] in 0..1, NaN if missing
+    assumed_prevalence: np.ndarray | None = None  # float [F], for predictive values, taken as exact; NaN if missing
 
 
 @dataclass(frozen=True, eq=False)
 class BootstrapFindings:
-    """Intervals of all metrics from one set of resamples.
+    """Intervals of all metrics from one set of resamples."""
 
-    Attributes:
-        findings: per column, an interval for each key of `metrics.METRICS`.
-        macro: intervals of the means of each key of `metrics.RANKING_METRICS`.
-        weighted: the same means, weighted by each finding's number of positive images in the sample.
-        roc: per column its band; None without an interval, or if `roc_grid` is 0.
-        counted: columns that `macro` and `weighted` average.
-    """
-
-    findings: tuple[Mapping[str, Interval], ...]
-    macro: Mapping[str, Interval]
-    weighted: Mapping[str, Interval]
-    roc: tuple[RocBand | None, ...]
-    counted: tuple[int, ...]
+    findings: tuple[Mapping[str, Interval], ...]  # per column, an interval for each key of `metrics.METRICS`
+    macro: Mapping[str, Interval]  # intervals of the means of each key of `metrics.RANKING_METRICS`
+    weighted: Mapping[str, Interval]  # the same means, weighted by the numbers of positive images in the sample
+    roc: tuple[RocBand | None, ...]  # per column; None without an interval, or if `roc_grid` is 0
+    counted: tuple[int, ...]  # columns that `macro` and `weighted` average
     n_patients: int
     n_resamples: int
     seed: int
@@ -176,10 +157,7 @@ def bootstrap_findings(
     positives = np.array([len(one.positive_codes) if one is not None else 0 for one in rankings])[counted]
     ranking_values = {metric.key: values[metric.key][:, counted] for metric in metrics.RANKING_METRICS}
     return BootstrapFindings(
-        findings=tuple(
-            {key: _explain_interval(values[key][:, f], sums[f].missing_input(key)) for key in keys}
-            for f in range(count)
-        ),
+        findings=tuple({key: sums[f].interval(key, values[key][:, f]) for key in keys} for f in range(count)),
         macro={key: _compute_mean_interval(drawn) for key, drawn in ranking_values.items()},
         weighted={key: _compute_mean_interval(drawn, positives) for key, drawn in ranking_values.items()},
         roc=tuple(_compute_roc_band(curve) for curve in curves),
@@ -267,16 +245,17 @@ class _PatientSums:
             if rows.any():
                 self._errors = _sum_errors(y[rows] == 1, p[rows], codes[rows], n_patients)
 
-    def missing_input(self, key: str) -> str | None:
-        """Return why the input of a metric is missing; None if it is present."""
+    def interval(self, key: str, values: np.ndarray) -> Interval:
+        """Compute a metric's interval from its resampled values, or explain which input is missing."""
         rates = {metric.key: metric for metric in metrics.RATE_METRICS}
+        missing = None
         if key in rates and self._cells is None:
-            return "no flags on labelled images"
-        if key in rates and rates[key].at_prevalence and np.isnan(self._prevalence):
-            return "no assumed prevalence"
-        if self._errors is None and any(key == metric.key for metric in metrics.PROBABILITY_METRICS):
-            return "no calibrated probabilities of labelled images"
-        return None
+            missing = "no flags on labelled images"
+        elif key in rates and rates[key].at_prevalence and np.isnan(self._prevalence):
+            missing = "no assumed prevalence"
+        elif self._errors is None and any(key == metric.key for metric in metrics.PROBABILITY_METRICS):
+            missing = "no calibrated probabilities of labelled images"
+        return percentile_interval(values) if missing is None else Interval(None, None, len(values), missing)
 
     def compute(self, drawn: np.ndarray) -> dict[str, np.ndarray]:
         """Compute rates and probability metrics, float64 [b], NaN if undefined, from draws float64 [b, patients]."""
@@ -311,10 +290,6 @@ def _select_column(table: np.ndarray, labels: np.ndarray, f: int, name: str) -> 
     if table.shape != labels.shape:
         raise ValueError(f"labels {labels.shape} and {name} {table.shape} do not fit")
     return table[:, f]
-
-
-def _explain_interval(values: np.ndarray, missing: str | None) -> Interval:
-    return percentile_interval(values) if missing is None else Interval(None, None, len(values), missing)
 
 
 def _compute_mean_interval(drawn: np.ndarray, weights: np.ndarray | None = None) -> Interval:

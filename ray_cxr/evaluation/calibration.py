@@ -73,20 +73,13 @@ class OperatingPoint(TypedDict):
 
 @dataclass(frozen=True)
 class FittedRules:
-    """Calibrations and operating points; every mapping has every finding as a key, with None for what is missing.
+    """Calibrations and operating points; every mapping has every finding as a key, with None for what is missing."""
 
-    Attributes:
-        calibrations: in the form of `Calibration.as_dict`.
-        expected_flag_rates: share of the images that the operating point flags.
-        alternatives: operating points by each of `ALTERNATIVES` except the chosen rule.
-        reasons: why calibration or operating point is missing; None if both exist.
-    """
-
-    calibrations: dict[str, dict[str, Any] | None]
+    calibrations: dict[str, dict[str, Any] | None]  # in the form of `Calibration.as_dict`
     operating_points: dict[str, OperatingPoint | None]
-    expected_flag_rates: dict[str, float | None]
-    alternatives: dict[str, dict[str, OperatingPoint | None]]
-    reasons: dict[str, str | None]
+    expected_flag_rates: dict[str, float | None]  # share of the images that the operating point flags
+    alternatives: dict[str, dict[str, OperatingPoint | None]]  # by each other rule of `ALTERNATIVES`
+    reasons: dict[str, str | None]  # why calibration or operating point is missing
 
 
 @dataclass(frozen=True)

@@ -89,20 +89,15 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """One comparison of a finding or quality flag.
-
-    Attributes:
-        p, p_adjusted: chance of such a difference; after Holm over all comparisons of this kind.
-        verdict: `ok`, `differs`, `large` or `unknown`, the last with a reason.
-    """
+    """One comparison of a finding or quality flag."""
 
     name: str
     n: int
     n_patients: int
     p: float | None = None
-    p_adjusted: float | None = None
+    p_adjusted: float | None = None  # Holm's, over all comparisons of this kind
     verdict: str = UNKNOWN
-    reason: str | None = None
+    reason: str | None = None  # why the verdict is unknown
 
     def to_json(self) -> dict[str, Any]:
         plain = asdict(self)
@@ -112,37 +107,24 @@ class _Row:
 
 @dataclass(frozen=True, kw_only=True)
 class RateDrift(_Row):
-    """A share of images, observed and expected.
-
-    Attributes:
-        observed, low, high: share with Wilson's 95% interval, for the effective number of images n / design_effect.
-        expected, expected_images: the bundle's share, and the number of images behind it or None.
-        count: number of images behind `observed`.
-        design_effect: variance of the share relative to independent images.
-        ratio: observed / expected.
-    """
+    """A share of images, observed and expected."""
 
     observed: float | None
-    low: float | None
+    low: float | None  # Wilson's 95% interval, for the effective number of images n / design_effect
     high: float | None
     expected: float | None
-    expected_images: int | None
-    count: int
-    design_effect: float | None
-    ratio: float | None
+    expected_images: int | None  # number of images behind the bundle's share
+    count: int  # number of images behind `observed`
+    design_effect: float | None  # variance of the share relative to independent images
+    ratio: float | None  # observed / expected
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreDrift(_Row):
-    """Distribution of a finding's raw scores relative to validation; `ok` for an index below 0.1 regardless of p.
+    """Distribution of a finding's raw scores relative to validation; `ok` for an index below 0.1 regardless of p."""
 
-    Attributes:
-        psi: population stability index, the sum over classes of (share - expected) * ln(share / expected).
-        shares, expected: shares of images per class of `score_quantiles`, lowest scores first.
-    """
-
-    psi: float | None = None
-    shares: tuple[float, ...] = ()
+    psi: float | None = None  # population stability index: sum of (share - expected) * ln(share / expected)
+    shares: tuple[float, ...] = ()  # of images per class of `score_quantiles`, lowest scores first
     expected: tuple[float, ...] = ()
 
 
@@ -151,21 +133,13 @@ _AnyDrift = TypeVar("_AnyDrift", RateDrift, ScoreDrift)
 
 @dataclass(frozen=True)
 class Drift:
-    """All comparisons of one score table.
+    """All comparisons of one score table."""
 
-    Attributes:
-        flags: per finding the share of scored images that are flagged.
-        scores: per finding the distribution of raw scores.
-        quality: per quality flag the share of scored images with it as their most severe flag.
-        errors: share of all images that could not be scored; nothing is expected, so its verdict is unknown.
-        clustered: whether patients are known. If not, each image counts as a patient, and p values are too small.
-    """
-
-    flags: tuple[RateDrift, ...]
-    scores: tuple[ScoreDrift, ...]
-    quality: tuple[RateDrift, ...]
-    errors: RateDrift
-    clustered: bool
+    flags: tuple[RateDrift, ...]  # per finding the share of scored images that are flagged
+    scores: tuple[ScoreDrift, ...]  # per finding the distribution of raw scores
+    quality: tuple[RateDrift, ...]  # per quality flag the share of scored images with it as their most severe flag
+    errors: RateDrift  # share of all images that could not be scored; nothing is expected, so its verdict is unknown
+    clustered: bool  # whether patients are known. If not, each image counts as one, and p values are too small
 
     @property
     def summary(self) -> str:
@@ -186,11 +160,7 @@ class Drift:
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of metrics.json, by finding or flag."""
-        kinds: dict[str, Sequence[_Row]] = {
-            "flags": self.flags,
-            "scores": self.scores,
-            "quality": self.quality,
-        }
+        kinds: dict[str, Sequence[_Row]] = {"flags": self.flags, "scores": self.scores, "quality": self.quality}
         return {
             **{kind: {row.name: row.to_json() for row in rows} for kind, rows in kinds.items()},
             "errors": self.errors.to_json(),
@@ -348,7 +318,9 @@ def _compare_scores(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, 
     counts = np.bincount(place, minlength=len(shares))
     used = (counts > 0) | (shares > 0)  # equal scores can leave a class empty
     place = (np.cumsum(used) - 1)[place]
-    observed, before = (_smooth_shares(one[used]) for one in (counts, shares * images))
+    # Half an image more in each class, so that empty classes have a logarithm.
+    smooth = (one[used] + _SMOOTHING for one in (counts, shares * images))
+    observed, before = (one / one.sum() for one in smooth)
     psi = float(np.sum((observed - before) * np.log(observed / before)))
     freedom = int(used.sum()) - 1
     p = 1.0
@@ -357,12 +329,6 @@ def _compare_scores(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, 
         effect = float(np.mean([design_effect(place == k, codes) for k in range(freedom + 1)]))
         p = float(chdtrc(freedom, psi / (effect * (1.0 / n + 1.0 / images))))
     return replace(row, psi=psi, shares=tuple(observed.tolist()), expected=tuple(before.tolist()), p=p)
-
-
-def _smooth_shares(counts: np.ndarray) -> np.ndarray:
-    """Add half an image to each class, so that empty classes have a logarithm."""
-    more = counts + _SMOOTHING
-    return np.asarray(more / more.sum())
 
 
 def _explain_too_few(n: int, n_patients: int) -> str | None:

@@ -21,21 +21,14 @@ _CELLS = 8 << 20
 
 @dataclass(frozen=True, eq=False)
 class LabelledScores:
-    """Labels and predictions of n images for F findings.
+    """Labels and predictions of n images for F findings."""
 
-    Attributes:
-        labels: [n, F], 1 or 0; NaN or negative if not labelled.
-        scores: [n, F], NaN if missing.
-        flags: int8 [n, F], 1 at or above the operating point, 0 below, -1 if there is none.
-        macro: bool [F], findings that means count; None for all.
-    """
-
-    labels: np.ndarray
-    scores: np.ndarray
-    flags: np.ndarray
+    labels: np.ndarray  # [n, F], 1 or 0; NaN or negative if not labelled
+    scores: np.ndarray  # [n, F], NaN if missing
+    flags: np.ndarray  # int8 [n, F], 1 at or above the operating point, 0 below, -1 if there is none
     patients: np.ndarray
     findings: Sequence[str]
-    macro: np.ndarray | None = None
+    macro: np.ndarray | None = None  # bool [F], findings that means count; None for all
 
 
 @dataclass(frozen=True, eq=False)

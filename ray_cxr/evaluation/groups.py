@@ -55,11 +55,12 @@ def build_groups(
         crossings: add the pairs of attributes, for images with both known. An attribute with a single known value is
             not crossed, because that would repeat existing groups.
     """
+    number = _to_floats(follow_up)
     values = {
         "sex": _clean_text(sex),
         "age_band": _assign_age_bands(_to_floats(age)),
         "view": _clean_text(view),
-        "follow_up": _assign_follow_up(_to_floats(follow_up)),
+        "follow_up": np.select([number == 0, number > 0], [FIRST, LATER], UNKNOWN).astype(object),
     }
     if len({len(column) for column in values.values()}) != 1:
         raise ValueError(f"columns are of {', '.join(str(len(column)) for column in values.values())} images")
@@ -124,7 +125,3 @@ def _assign_age_bands(age: np.ndarray) -> np.ndarray:
     names = np.array([UNKNOWN, *AGE_BANDS], dtype=object)
     place = np.searchsorted(AGE_LIMITS, age, side="right")
     return np.asarray(names[np.where(np.isnan(age), 0, place)])
-
-
-def _assign_follow_up(follow_up: np.ndarray) -> np.ndarray:
-    return np.select([follow_up == 0, follow_up > 0], [FIRST, LATER], UNKNOWN).astype(object)

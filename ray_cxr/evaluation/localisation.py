@@ -36,17 +36,11 @@ WORKING_SIDE = 256
 
 @dataclass(frozen=True)
 class LocalisationSettings:
-    """Definitions of a hit and of overlap.
+    """Definitions of a hit and of overlap."""
 
-    Attributes:
-        image_side: side of the image in the boxes' coordinates, in pixels.
-        tolerance: of the pointing game, in these pixels; with 0 the maximum must lie in the box.
-        map_share: the region is where a map is at least this share of its maximum, between 0 and 1.
-    """
-
-    image_side: float = 1024.0
-    tolerance: float = 15.0
-    map_share: float = 0.5
+    image_side: float = 1024.0  # side of the image in the boxes' coordinates, in pixels
+    tolerance: float = 15.0  # of the pointing game, in these pixels; with 0 the maximum must lie in the box
+    map_share: float = 0.5  # the region is where a map is at least this share of its maximum, between 0 and 1
     iou_levels: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75)
 
     def __post_init__(self) -> None:
@@ -71,33 +65,21 @@ class LocalisationRate:
 
 @dataclass(frozen=True)
 class FindingLocalisation:
-    """Results of one finding, or of all. A case is an image with at least one box of a finding.
-
-    Attributes:
-        n: cases with a map, over which all rates are taken; cases = n + missing.
-        patients: patients of those.
-        flat: maps without positive evidence (nothing above 0, or constant); each is a miss with IoU 0.
-        hits: maps that hit; fractional with a shared maximum.
-        hit_rate_of_all: hits / cases, a missing map counting as a miss; None without cases.
-        chance: mean hit rate of a uniformly random point; None if n is 0.
-        box_share: mean share of the image inside boxes, which is also the IoU of a map that marks everything; None if n
-            is 0.
-        accuracy: T(IoU) at each of `iou_levels`: share of maps with at least that IoU.
-    """
+    """Results of one finding, or of all. A case is an image with at least one box of a finding."""
 
     boxes: int
     cases: int
-    n: int
-    patients: int
+    n: int  # cases with a map, over which all rates are taken; cases = n + missing
+    patients: int  # patients of those
     missing: int
-    flat: int
-    hits: float
+    flat: int  # maps without positive evidence (nothing above 0, or constant); each is a miss with IoU 0
+    hits: float  # maps that hit; fractional with a shared maximum
     hit_rate: LocalisationRate
-    hit_rate_of_all: float | None
-    chance: float | None
-    box_share: float | None
+    hit_rate_of_all: float | None  # hits / cases, a missing map counting as a miss
+    chance: float | None  # mean hit rate of a uniformly random point
+    box_share: float | None  # mean share of the image inside boxes; also the IoU of a map that marks everything
     iou: LocalisationRate
-    accuracy: tuple[LocalisationRate, ...]
+    accuracy: tuple[LocalisationRate, ...]  # T(IoU) at each of `iou_levels`: share of maps with at least that IoU
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,9 @@ class Confusion:
         sensitivity, specificity = self.sensitivity, self.specificity
         if sensitivity is None or specificity is None:
             return None
+        present, absent = prevalence, 1.0 - prevalence
         return Confusion(
-            true_positives=prevalence * sensitivity,
-            false_positives=(1.0 - prevalence) * (1.0 - specificity),
-            true_negatives=(1.0 - prevalence) * specificity,
-            false_negatives=prevalence * (1.0 - sensitivity),
+            present * sensitivity, absent * (1.0 - specificity), absent * specificity, present * (1.0 - sensitivity)
         )
 
     @property
@@ -170,14 +168,7 @@ def confusion(y: np.ndarray, flags: np.ndarray) -> Confusion:
     flags = np.asarray(flags)
     y, _ = check_scores(y, flags)
     flags = flags.astype(bool)
-    positives, flagged = int(y.sum()), int(flags.sum())
-    both = int((y & flags).sum())
-    return Confusion(
-        true_positives=both,
-        false_positives=flagged - both,
-        true_negatives=y.size - positives - flagged + both,
-        false_negatives=positives - both,
-    )
+    return Confusion(*(int(cell.sum()) for cell in (y & flags, ~y & flags, ~y & ~flags, y & ~flags)))
 
 
 def brier(y: np.ndarray, p: np.ndarray) -> float | None:
@@ -239,19 +230,12 @@ def _ratio(part: Any, whole: Any) -> Rate:
 
 @dataclass(frozen=True)
 class Metric:
-    """Definition of a metric for reports.
+    """Definition of a metric for reports."""
 
-    Attributes:
-        key: its name in metrics.json, next to `<key>_low` and `<key>_high`, and in metrics.parquet.
-        label: its column heading.
-        meaning: one sentence for the documentation and the page.
-        table: the page's table that shows it, one of `TABLES`.
-    """
-
-    key: str
-    label: str
-    meaning: str
-    table: str = "more"
+    key: str  # its name in metrics.json, next to `<key>_low` and `<key>_high`, and in metrics.parquet
+    label: str  # its column heading
+    meaning: str  # one sentence for the documentation and the page
+    table: str = "more"  # the page's table that shows it, one of `TABLES`
     digits: int = 3
     percent: bool = False
 
@@ -266,15 +250,10 @@ class RankingMetric(Metric):
 
 @dataclass(frozen=True)
 class RateMetric(Metric):
-    """A rate at the operating point: the property of `Confusion` with the metric's key.
+    """A rate at the operating point: the property of `Confusion` with the metric's key."""
 
-    Attributes:
-        undefined: the reason given if it is None.
-        at_prevalence: the property of the confusion expected at an assumed prevalence, instead; or empty.
-    """
-
-    undefined: str = ""
-    at_prevalence: str = ""
+    undefined: str = ""  # the reason given if it is None
+    at_prevalence: str = ""  # the property of the confusion expected at an assumed prevalence, instead; or empty
 
     def value(self, cells: Confusion, prevalence: float) -> Rate:
         """Compute the rate from counts of the sample, or from counts of all resamples at once."""
@@ -351,9 +330,3 @@ PROBABILITY_METRICS = (
 TABLES = ("main", "more", "prevalence")
 #: Every metric that a report computes with an interval, in the order of metrics.json.
 METRICS: tuple[Metric, ...] = (*RANKING_METRICS, *RATE_METRICS, *PROBABILITY_METRICS)
-
-
-def markdown_table() -> str:
-    """Return the table of metrics in docs/report.md."""
-    rows = [f"| {metric.label} | `{metric.key}` | {metric.meaning} |" for metric in METRICS]
-    return "\n".join(["| metric | key | meaning |", "|---|---|---|", *rows]) + "\n"

@@ -14,21 +14,15 @@ from ray_cxr.evaluation.intervals import percentile_interval
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """AUROC, or macro AUROC, of two sets of scores of the same images; `reason` is set if a value is None.
-
-    Attributes:
-        low, high: 95% percentile interval of the difference a - b over resampled patients.
-        p: two-sided bootstrap p value of no difference.
-        undefined: number of resamples omitted because a finding had lost a class.
-    """
+    """AUROC, or macro AUROC, of two sets of scores of the same images; `reason` is set if a value is None."""
 
     a: float | None = None
     b: float | None = None
-    difference: float | None = None
-    low: float | None = None
+    difference: float | None = None  # a - b
+    low: float | None = None  # 95% percentile interval of the difference over resampled patients
     high: float | None = None
-    p: float | None = None
-    undefined: int
+    p: float | None = None  # two-sided bootstrap p value of no difference
+    undefined: int  # number of resamples omitted because a finding had lost a class
     reason: str | None = None
 
 
@@ -44,18 +38,12 @@ class PairedAuroc(PairedDifference):
 
 @dataclass(frozen=True, kw_only=True)
 class PairedFinding(PairedDifference):
-    """Difference of one finding's AUROC.
+    """Difference of one finding's AUROC."""
 
-    Attributes:
-        delong_p: two-sided p of DeLong's test for correlated curves. It takes images as independent, so it is too small
-            if patients have several. If it is None, `delong_reason` is set.
-        n, positives: images with a label and both scores, and the positive ones among them.
-    """
-
-    delong_p: float | None = None
-    n: int
+    delong_p: float | None = None  # two-sided, for correlated curves; too small if patients have several images
+    n: int  # images with a label and both scores
     positives: int
-    delong_reason: str | None = None
+    delong_reason: str | None = None  # why delong_p is None
 
 
 @dataclass(frozen=True)
@@ -168,11 +156,7 @@ def _compare_means(pair: _Pair, counted: np.ndarray) -> PairedAuroc:
     reason = "no finding has both positive and negative images"
     difference = pair.compare(columns) if columns else {"undefined": pair.n_resamples, "reason": reason}
     return PairedAuroc(
-        **difference,
-        columns=tuple(columns),
-        n_patients=pair.n_patients,
-        n_resamples=pair.n_resamples,
-        seed=pair.seed,
+        **difference, columns=tuple(columns), n_patients=pair.n_patients, n_resamples=pair.n_resamples, seed=pair.seed
     )
 
 

@@ -35,23 +35,16 @@ class PublishedAuroc:
 
 @dataclass(frozen=True)
 class Published:
-    """Results of one model on one set of images.
-
-    Attributes:
-        source: paper or software, and where the values were read.
-        aurocs: by finding; empty if only the mean was read.
-        mean: over the 14 findings as printed, or None.
-        mean_to: upper end if the source gives a range of means, of which `mean` is the lower end.
-    """
+    """Results of one model on one set of images."""
 
     name: str
-    source: str
+    source: str  # paper or software, and where the values were read
     tested_on: str
     tested: Tested
-    n_images: int | None
+    n_images: int | None = None
     aurocs: Mapping[str, PublishedAuroc] = field(default_factory=lambda: MappingProxyType({}))
-    mean: float | None = None
-    mean_to: float | None = None
+    mean: float | None = None  # over the 14 findings as printed
+    mean_to: float | None = None  # upper end if the source gives a range of means
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of metrics.json."""
@@ -163,86 +156,70 @@ _CONSENSUS = MappingProxyType(
     }
 )
 _OFFICIAL = "NIH's official test split, complete, with NIH's labels"
+_UNNAMED = "ChestX-ray14, on a split that this source does not name"
 _LISTED = "Xiao et al., WACV 2023; as listed in the README of lambert-x/medical_mae"
 
 #: Every record, oldest first.
 PUBLISHED: tuple[Published, ...] = (
     Published(
-        name="Wang et al. 2017",
-        source="ChestX-ray8, CVPR 2017; as printed in the README of arnoweng/CheXNet",
-        tested_on="ChestX-ray14, on a split that this source does not name",
-        tested="unknown",
-        n_images=None,
+        "Wang et al. 2017",
+        "ChestX-ray8, CVPR 2017; as printed in the README of arnoweng/CheXNet",
+        _UNNAMED,
+        "unknown",
         aurocs=_read_column("Wang"),
         mean=0.738,
     ),
     Published(
-        name="Yao et al. 2017",
-        source="arXiv 1710.10501; as printed in the README of arnoweng/CheXNet",
-        tested_on="ChestX-ray14, on a split that this source does not name",
-        tested="unknown",
-        n_images=None,
+        "Yao et al. 2017",
+        "arXiv 1710.10501; as printed in the README of arnoweng/CheXNet",
+        _UNNAMED,
+        "unknown",
         aurocs=_read_column("Yao"),
         mean=0.803,
     ),
     Published(
-        name="CheXNet 2017",
-        source="Rajpurkar et al., arXiv 1711.05225; as printed in the README of arnoweng/CheXNet",
-        tested_on="ChestX-ray14, the authors' random patient split, with NIH's labels",
-        tested="patient",
-        n_images=None,
+        "CheXNet 2017",
+        "Rajpurkar et al., arXiv 1711.05225; as printed in the README of arnoweng/CheXNet",
+        "ChestX-ray14, the authors' random patient split, with NIH's labels",
+        "patient",
         aurocs=_read_column("CheXNet"),
         mean=0.841,
     ),
     Published(
-        name="CheXNeXt 2018",
-        source="Rajpurkar et al., PLOS Medicine 2018; eight of its findings",
-        tested_on="420 images of ChestX-ray14 with a consensus of radiologists as labels",
-        tested="consensus",
+        "CheXNeXt 2018",
+        "Rajpurkar et al., PLOS Medicine 2018; eight of its findings",
+        "420 images of ChestX-ray14 with a consensus of radiologists as labels",
+        "consensus",
         n_images=420,
         aurocs=_CONSENSUS,
     ),
     Published(
-        name="CheXNet retrained by J. Zech",
-        source="software reproduce-chexnet, 2018, retrained 2022; as printed in its README",
-        tested_on="ChestX-ray14, its author's random patient split, with NIH's labels",
-        tested="patient",
+        "CheXNet retrained by J. Zech",
+        "software reproduce-chexnet, 2018, retrained 2022; as printed in its README",
+        "ChestX-ray14, its author's random patient split, with NIH's labels",
+        "patient",
         n_images=22_433,
         aurocs=_read_column("Zech"),
         mean=0.838,
     ),
     Published(
-        name="The same model of J. Zech, official part",
-        source="software reproduce-chexnet, 2018, retrained 2022; values from this project's notes",
-        tested_on="the test images of its random split that are also in NIH's official test split, with NIH's labels",
-        tested="official_part",
+        "The same model of J. Zech, official part",
+        "software reproduce-chexnet, 2018, retrained 2022; values from this project's notes",
+        "the test images of its random split that are also in NIH's official test split, with NIH's labels",
+        "official_part",
         n_images=5_213,
         aurocs=_read_column("Zech, official part"),
         mean=0.818,
     ),
+    Published("DenseNet-121, official split", _LISTED, _OFFICIAL, "official", OFFICIAL_TEST_IMAGES, mean=0.822),
     Published(
-        name="DenseNet-121, official split",
-        source=_LISTED,
-        tested_on=_OFFICIAL,
-        tested="official",
-        n_images=OFFICIAL_TEST_IMAGES,
-        mean=0.822,
-    ),
-    Published(
-        name="ResNet-50, official split",
-        source=f"{_LISTED}, for several pre-training methods",
-        tested_on=_OFFICIAL,
-        tested="official",
+        "ResNet-50, official split",
+        f"{_LISTED}, for several pre-training methods",
+        _OFFICIAL,
+        "official",
         n_images=OFFICIAL_TEST_IMAGES,
         mean=0.809,
         mean_to=0.815,
     ),
-    Published(
-        name="ViT-B, official split",
-        source=_LISTED,
-        tested_on=_OFFICIAL,
-        tested="official",
-        n_images=OFFICIAL_TEST_IMAGES,
-        mean=0.830,
-    ),
+    Published("ViT-B, official split", _LISTED, _OFFICIAL, "official", OFFICIAL_TEST_IMAGES, mean=0.830),
 )

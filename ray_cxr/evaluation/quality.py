@@ -46,19 +46,13 @@ class Subspace:
     """Description of training vectors: a mean, the directions of largest variance, and the variance outside them.
 
     d = mean_k(c_k^2 / variance_k) + |rest|^2 / residual, with c the coordinates of the scaled vector along the axes.
-
-    Attributes:
-        mean, scale: float64 [D], to centre and divide a vector; scale > 0.
-        axes: float64 [D,K], orthonormal columns.
-        variances: float64 [K] > 0, of the training vectors along the axes.
-        residual: mean squared length outside the axes, > 0.
     """
 
-    mean: np.ndarray
-    scale: np.ndarray
-    axes: np.ndarray
-    variances: np.ndarray
-    residual: float
+    mean: np.ndarray  # float64 [D]
+    scale: np.ndarray  # float64 [D] > 0, which divides a centred vector
+    axes: np.ndarray  # float64 [D,K], orthonormal columns
+    variances: np.ndarray  # float64 [K] > 0, of the training vectors along the axes
+    residual: float  # mean squared length outside the axes, > 0
 
     def distances(self, vectors: np.ndarray) -> np.ndarray:
         """Return d, float64 [N], of vectors float64 [N,D]; each is bitwise independent of the others."""
@@ -73,21 +67,17 @@ class Subspace:
 class QualityModel:
     """Descriptions of ordinary images, and limits of their distances.
 
-    Attributes:
-        pixels: of standardised thumbnails and their mirror images, D = 256.
-        features: of the model's pooled features, D = C.
-        expected_rates: per flag of `JUDGED` the share of held-out images with it, each judged by limits set without it
-            (five folds). Rates below 1 / held_out are indistinguishable from 0.
-        training, held_out: numbers of images behind descriptions and limits.
+    `expected_rates` has per flag of `JUDGED` the share of held-out images with it, each judged by limits set without it
+    (five folds). Rates below 1 / held_out are indistinguishable from 0.
     """
 
-    pixels: Subspace
-    features: Subspace
+    pixels: Subspace  # of standardised thumbnails and their mirror images, D = 256
+    features: Subspace  # of the model's pooled features, D = C
     pixel_limit: float
     feature_limit: float
     expected_rates: Mapping[str, float]
-    training: int
-    held_out: int
+    training: int  # number of images behind the descriptions
+    held_out: int  # number of images behind the limits
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the form stored in a bundle, for `np.savez`."""

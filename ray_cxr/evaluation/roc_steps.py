@@ -12,18 +12,13 @@ class RocSteps:
     """The ROC curve of one finding in b resamples, one step per distinct score of a positive image, highest first.
 
     No positive lies between two steps, so the metrics below need no other points.
-
-    Attributes:
-        gains, true: int32 [b, G], weight of the positives in a step, and cumulative including the step.
-        before, upto: int32 [b, G], weight of the negatives with a higher score, and with a higher or equal score.
-        negatives: int64 [b], weight of all negatives.
     """
 
-    gains: np.ndarray
-    true: np.ndarray
-    before: np.ndarray
-    upto: np.ndarray
-    negatives: np.ndarray
+    gains: np.ndarray  # int32 [b, G], weight of the positives in a step
+    true: np.ndarray  # int32 [b, G], cumulative weight of the positives, including the step
+    before: np.ndarray  # int32 [b, G], weight of the negatives with a higher score than the step
+    upto: np.ndarray  # int32 [b, G], weight of the negatives with a higher or equal score
+    negatives: np.ndarray  # int64 [b], weight of all negatives
 
     def aurocs(self) -> np.ndarray:
         """Compute AUROC, float64 [b], NaN where a class has no weight; in integers up to the division."""
@@ -68,19 +63,13 @@ class RocSteps:
 
 @dataclass(frozen=True)
 class Ranking:
-    """One finding's images sorted once by falling score, so that a resample costs one pass over them.
+    """One finding's images sorted once by falling score, so that a resample costs one pass over them."""
 
-    Attributes:
-        positive_codes, negative_codes: int64, patient codes of the images of each class.
-        ends: int64 [G], index of the last positive of each distinct score.
-        before, upto: int64 [G], number of negatives with a higher score, and with a higher or equal score.
-    """
-
-    positive_codes: np.ndarray
-    negative_codes: np.ndarray
-    ends: np.ndarray
-    before: np.ndarray
-    upto: np.ndarray
+    positive_codes: np.ndarray  # int64, patient codes of the positive images
+    negative_codes: np.ndarray  # int64, patient codes of the negative images
+    ends: np.ndarray  # int64 [G], index of the last positive of each distinct score
+    before: np.ndarray  # int64 [G], number of negatives with a higher score
+    upto: np.ndarray  # int64 [G], number of negatives with a higher or equal score
 
     def steps(self, drawn: np.ndarray) -> RocSteps:
         """Build the steps of b resamples; `drawn` counts each patient's draws, int32 [b, patients], rows contiguous."""

@@ -27,20 +27,13 @@ _QUANTITIES = ("auroc", "sensitivity", "specificity")
 
 @dataclass(frozen=True)
 class Cell:
-    """One finding in one group; limits are patient-bootstrap intervals, rates are taken at the operating point.
-
-    Attributes:
-        n, positives: images with a label and a score, and the positive ones among them.
-        n_patients, positive_patients, negative_patients: patients of those images; one patient may be both.
-        reason, rates_reason, interval_reason: why AUROC, a rate, or the interval of AUROC is missing.
-        small: fewer than `FEW_PATIENTS` positive or negative patients.
-    """
+    """One finding in one group; limits are patient-bootstrap intervals, rates are taken at the operating point."""
 
     finding: str
-    n: int
+    n: int  # images with a label and a score
     n_patients: int
     positives: int
-    positive_patients: int
+    positive_patients: int  # with a positive image; a patient may be positive and negative
     negative_patients: int
     auroc: float | None
     auroc_low: float | None
@@ -51,27 +44,22 @@ class Cell:
     specificity: float | None
     specificity_low: float | None
     specificity_high: float | None
-    reason: str | None
-    rates_reason: str | None
-    interval_reason: str | None
-    small: bool
+    reason: str | None  # why there is no AUROC
+    rates_reason: str | None  # why sensitivity or specificity is missing
+    interval_reason: str | None  # why AUROC has no interval
+    small: bool  # fewer than `FEW_PATIENTS` positive or negative patients
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A quantity's unweighted mean over findings; `reason` is set if there is no value, or no interval.
-
-    Attributes:
-        findings: names of the averaged findings, `small` of which are small cells.
-        undefined: number of resamples omitted from the interval because they leave a finding undefined.
-    """
+    """A quantity's unweighted mean over findings; `reason` is set if there is no value, or no interval."""
 
     value: float | None
     low: float | None
     high: float | None
     findings: tuple[str, ...]
-    small: int
-    undefined: int
+    small: int  # number of small cells among the findings
+    undefined: int  # number of resamples omitted from the interval because they leave a finding undefined
     reason: str | None
 
 
@@ -86,54 +74,39 @@ class Means:
 
 @dataclass(frozen=True)
 class GroupResult:
-    """Metrics of one group, with one cell per finding.
-
-    Attributes:
-        n, n_patients: images, labelled or not, and their patients.
-        own: means over the findings that this group defines; not comparable between groups.
-        shared: means over the findings that every known group of the attribute defines; comparable.
-        reference: whether this is the largest group of its attribute, to which the others are compared.
-        small: fewer than `FEW_PATIENTS` patients, or only small cells.
-    """
+    """Metrics of one group, with one cell per finding."""
 
     attribute: str
     value: str
     crossing: bool
-    n: int
+    n: int  # images, labelled or not
     n_patients: int
-    own: Means
-    shared: Means
+    own: Means  # over the findings that this group defines; not comparable between groups
+    shared: Means  # over the findings that every known group of the attribute defines; comparable
     cells: tuple[Cell, ...]
-    reference: bool
-    small: bool
+    reference: bool  # whether this is the largest group of its attribute, to which the others are compared
+    small: bool  # fewer than `FEW_PATIENTS` patients, or only small cells
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Difference:
     """A group's value minus that of the reference group of its attribute.
 
     A difference of -0.1 in sensitivity is underdiagnosis: ten more of 100 images with the finding are missed.
-
-    Attributes:
-        finding: None for the mean over `findings`; see `GroupResult.shared`.
-        quantity: `auroc` or `sensitivity`.
-        low, high: 95% percentiles of the difference over resampled patients.
-        reason: why there is no difference, or no interval.
-        small: one of the two cells, or for a mean one of the groups, is small.
     """
 
     attribute: str
     value: str
     reference: str
     crossing: bool
-    finding: str | None
-    quantity: str
-    difference: float | None
-    low: float | None
-    high: float | None
+    finding: str | None  # None for the mean over `findings`; see `GroupResult.shared`
+    quantity: str  # `auroc` or `sensitivity`
+    difference: float | None = None
+    low: float | None = None  # 95% percentiles over resampled patients
+    high: float | None = None
     findings: tuple[str, ...]
-    reason: str | None
-    small: bool
+    reason: str | None = None  # why there is no difference, or no interval
+    small: bool  # one of the two cells, or for a mean one of the groups, is small
 
     @property
     def excludes_zero(self) -> bool | None:
@@ -143,18 +116,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """Number of comparisons, and of those that exclude 0.
+    """Number of comparisons, and of those that exclude 0."""
 
-    Attributes:
-        made: differences with an interval, without small cells.
-        exclude_zero, expected_by_chance: those whose interval excludes 0, and how many would if no groups differ.
-        small: differences with a small cell, which are not counted.
-    """
-
-    made: int
-    exclude_zero: int
-    expected_by_chance: float
-    small: int
+    made: int  # differences with an interval, without small cells
+    exclude_zero: int  # those whose interval excludes 0
+    expected_by_chance: float  # expected `exclude_zero` if no groups differ
+    small: int  # differences with a small cell, which are not counted
 
     @classmethod
     def count(cls, differences: Iterable[Difference]) -> Comparisons:
@@ -174,18 +141,13 @@ class Comparisons:
 
 @dataclass(frozen=True)
 class Subgroups:
-    """Results of all groups, each known one compared with the reference of its attribute.
-
-    Attributes:
-        single, crossings: comparisons between groups of one attribute, and between crossings.
-        n_resamples: resamples of all intervals except AUROC of crossings, which has `n_resamples_crossings`.
-    """
+    """Results of all groups, each known one compared with the reference of its attribute."""
 
     groups: tuple[GroupResult, ...]
     differences: tuple[Difference, ...]
-    single: Comparisons
-    crossings: Comparisons
-    n_resamples: int
+    single: Comparisons  # between groups of one attribute
+    crossings: Comparisons  # between pairs of two attributes
+    n_resamples: int  # of all intervals except AUROC of crossings
     n_resamples_crossings: int
     seed: int
 
@@ -365,11 +327,7 @@ def _compare(
             crossing=one.crossing,
             finding=None,
             quantity=quantity,
-            difference=None,
-            low=None,
-            high=None,
             findings=images.names(columns),
-            reason=None,
             small=one.small or reference.small,
         )
         yield _subtract(blank, a.mean(columns), b.mean(columns), 0)

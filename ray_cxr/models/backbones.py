@@ -47,18 +47,12 @@ class GrayToInput(layers.Layer):
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """How a backbone is constructed and what input it expects.
+    """How a backbone is constructed and what input it expects; for scale and offset see `GrayToInput`."""
 
-    Attributes:
-        application: its constructor in keras.applications; None for TinyCNN.
-        scale, offset: see `GrayToInput`.
-        options: additional arguments of the constructor.
-    """
-
-    application: str | None
+    application: str | None  # its constructor in keras.applications; None for TinyCNN
     scale: tuple[float, ...]
     offset: tuple[float, ...]
-    options: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()  # additional arguments of the constructor
 
 
 # keras.applications.imagenet_utils, mode "torch": x / 255, minus the mean, over the deviation, in RGB.

@@ -30,13 +30,7 @@ _EXPORTED = ("runtimes", "runtimes_refused", "quality")
 
 @dataclass(frozen=True)
 class BundleContent:
-    """Description of the weights in a bundle.
-
-    Attributes:
-        split: a table of `SPLIT_SCHEMA`.
-        operating_alternatives: per finding, operating points by other rules than the chosen one (a point or None).
-        rule_notes: per finding, why it has no calibration or no operating point, or None.
-    """
+    """Description of the weights in a bundle."""
 
     architecture: Architecture
     input_spec: InputSpec
@@ -46,9 +40,9 @@ class BundleContent:
     provenance: Mapping[str, Any]
     config_toml: str
     curves: Sequence[Mapping[str, Any]]
-    split: pa.Table
-    operating_alternatives: Mapping[str, Mapping[str, Any]] | None = None
-    rule_notes: Mapping[str, str | None] | None = None
+    split: pa.Table  # of `SPLIT_SCHEMA`
+    operating_alternatives: Mapping[str, Mapping[str, Any]] | None = None  # points by other rules
+    rule_notes: Mapping[str, str | None] | None = None  # why a finding has no calibration or no operating point
 
     def info(self) -> dict[str, Any]:
         """Return the entries of bundle.json, without those of `exports`."""

@@ -84,19 +84,17 @@ def _demographics(source: Mapping[str, Any]) -> dict[str, str] | None:
             counts = [(splits[name][attribute].get(value, 0), splits[name]["images"]) for name in names]
             people[f"{label}: {value}"] = [f"{n:,} ({n / of:.1%})" if of else f"{n:,}" for n, of in counts]
         if attribute == "age_band":
-            people["age, years: median (quartiles)"] = [_quartiles(splits[name]["age"]) for name in names]
+            ages = [splits[name]["age"] for name in names]
+            people["age, years: median (quartiles)"] = [
+                f"{age['median']:.0f} ({age['q1']:.0f} to {age['q3']:.0f})" if age["median"] is not None else "unknown"
+                for age in ages
+            ]
     findings: dict[str, list[str]] = {}
     for finding in dict.fromkeys(finding for name in names for finding in splits[name]["findings"]):
         cells = [splits[name]["findings"].get(finding, {"n": 0, "positives": 0}) for name in names]
         if any(cell["n"] for cell in cells):
             findings[finding] = [f"{c['positives']:,} of {c['n']:,}" if c["n"] else "not labelled" for c in cells]
     return {"people": _table(names, people, first=""), "findings": _table(names, findings)}
-
-
-def _quartiles(age: Mapping[str, float | None]) -> str:
-    if age["median"] is None:
-        return "unknown"
-    return f"{age['median']:.0f} ({age['q1']:.0f} to {age['q3']:.0f})"
 
 
 def _validation(info: Mapping[str, Any], rates: Sequence[str]) -> str | None:

@@ -61,7 +61,7 @@ class GradCam:
         self._run = tf.function(self._explain, reduce_retracing=True)
 
     def explain(self, images: np.ndarray, findings: np.ndarray) -> Explanation:
-        """Compute heat maps, in units of the logit, of images uint8 [n,S,S,1] for outputs with the indices int [n,K]."""
+        """Compute heat maps, in units of the logit, of images uint8 [n,S,S,1] for the outputs int [n,K]."""
         arrays = self._run(np.asarray(images, np.uint8), np.asarray(findings, np.int32))
         return Explanation(*(np.asarray(array, dtype=np.float32) for array in arrays))
 

@@ -47,10 +47,7 @@ def schema(findings: Sequence[str]) -> pa.Schema:
     """Return the Arrow schema of a score table for these findings."""
     return pa.schema(
         [
-            *((name, pa.string()) for name in IDENTITY),
-            ("status", pa.string()),
-            ("error_code", pa.string()),
-            ("error", pa.string()),
+            *((name, pa.string()) for name in (*IDENTITY, "status", "error_code", "error")),
             *((f"p_{name}", pa.float32()) for name in findings),
             *((f"c_{name}", pa.float32()) for name in findings),
             *((f"flag_{name}", pa.bool_()) for name in findings),

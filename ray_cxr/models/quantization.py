@@ -61,11 +61,7 @@ def quantize(
     data = PreparedSet(prepared, old.architecture.size)
     if data.input_spec != old.input_spec:
         raise ConfigError(f"{prepared}: prepared with {data.input_spec}, but the bundle takes {old.input_spec}")
-    inputs = {
-        "from": old.digest,
-        "prepared_digest": data.manifest_digest,
-        "settings": settings.model_dump(mode="json"),
-    }
+    inputs = {"from": old.digest, "prepared_digest": data.manifest_digest, "settings": settings.model_dump(mode="json")}
     finished = find_finished(remote.to_path(out), "quantized", inputs, _INPUTS)
     if finished is not None:
         on_event(f"{out}: finished already, with the same bundle, images and settings")

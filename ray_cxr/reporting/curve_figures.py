@@ -17,19 +17,7 @@ from scipy.special import logit
 
 from ray_cxr.evaluation import metrics
 from ray_cxr.reporting import plots
-from ray_cxr.reporting.plots import (
-    BLUE,
-    DASHED,
-    FAINT,
-    GREEN,
-    INK,
-    MUTED,
-    ORANGE,
-    SKY,
-    VERMILION,
-    Estimate,
-    format_finding,
-)
+from ray_cxr.reporting.plots import Estimate, format_finding
 
 #: Maximum points of a drawn curve; the data have one per image.
 _POINTS = 500
@@ -42,12 +30,10 @@ class Panel:
     """One finding in the figures of curves.
 
     Attributes:
-        finding: its name.
         y, s: labels [n] and scores [n], both classes present.
-        auroc, average_precision: for the titles.
-        rates: sensitivity, specificity and positive predictive value at the operating point, or None.
-        band: false positive rates [k], ascending, and lower and upper sensitivity [k] of the interval, or None.
-        threshold: of the operating point, on the scale of `s`, or None.
+        rates: sensitivity, specificity and positive predictive value at the operating point.
+        band: false positive rates [k], ascending, and lower and upper sensitivity [k] of the interval.
+        threshold: of the operating point, on the scale of `s`.
     """
 
     finding: str
@@ -66,36 +52,36 @@ def plot_aurocs(aurocs: Mapping[str, Estimate], macro: Estimate | None) -> Figur
     figure, ax = plots.create_axes(7.2, 1.3 + 0.32 * len(rows))
     for row, (_, auroc) in enumerate(rows):
         if auroc.low is not None and auroc.high is not None:
-            ax.plot([auroc.low, auroc.high], [row, row], color=BLUE, linewidth=2.2, solid_capstyle="butt")
-        ax.plot([auroc.value], [row], "o", color=BLUE, markersize=6.5)
+            ax.plot([auroc.low, auroc.high], [row, row], color=plots.BLUE, linewidth=2.2, solid_capstyle="butt")
+        ax.plot([auroc.value], [row], "o", color=plots.BLUE, markersize=6.5)
     ax.set_yticks(range(len(rows)), [format_finding(finding) for finding, _ in rows])
     ax.set_ylim(-0.7, len(rows) - 0.3)
     lowest = min([0.5, *(auroc.value if auroc.low is None else auroc.low for _, auroc in rows)])
     ax.set_xlim(max(0.0, lowest - 0.03), 1.01)
-    ax.axvline(0.5, color=MUTED, linewidth=1, linestyle=DASHED)
+    ax.axvline(0.5, color=plots.MUTED, linewidth=1, linestyle=plots.DASHED)
     if macro is not None:
         if macro.low is not None and macro.high is not None:
-            ax.axvspan(macro.low, macro.high, color=ORANGE, alpha=0.25, linewidth=0)
-        ax.axvline(macro.value, color=VERMILION, linewidth=1.4, label=f"macro mean {macro.value:.3f}")
+            ax.axvspan(macro.low, macro.high, color=plots.ORANGE, alpha=0.25, linewidth=0)
+        ax.axvline(macro.value, color=plots.VERMILION, linewidth=1.4, label=f"macro mean {macro.value:.3f}")
         ax.legend(loc="lower left", frameon=False, fontsize=8.5, bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
     ax.set_xlabel("AUROC with 95% interval (patient bootstrap); dashed: chance")
-    ax.grid(axis="x", color=FAINT, linewidth=0.7)
+    ax.grid(axis="x", color=plots.FAINT, linewidth=0.7)
     return figure
 
 
 def plot_roc(panels: Sequence[Panel]) -> Figure:
     """Plot ROC curves, one panel per finding, with bands of the interval; a dot marks the operating point."""
-    known: list[Artist] = [plots.create_line_entry("chance", MUTED, DASHED), *_point_key(panels)]
+    known: list[Artist] = [plots.create_line_entry("chance", plots.MUTED, plots.DASHED), *_point_key(panels)]
     if any(panel.band is not None for panel in panels):
-        known.append(Patch(color=SKY, alpha=0.45, linewidth=0, label="95% interval of the curve"))
+        known.append(Patch(color=plots.SKY, alpha=0.45, linewidth=0, label="95% interval of the curve"))
     figure, axes = plots.create_grid(len(panels), known)
     for ax, panel in zip(axes, panels, strict=True):
         curve = metrics.roc_curve(panel.y, panel.s)
         assert curve is not None
-        ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=DASHED)
+        ax.plot([0, 1], [0, 1], color=plots.MUTED, linewidth=1, linestyle=plots.DASHED)
         if panel.band is not None:
-            ax.fill_between(*panel.band, color=SKY, alpha=0.45, linewidth=0)
-        ax.plot(*_thin(curve.x, curve.y), color=BLUE, linewidth=1.7)
+            ax.fill_between(*panel.band, color=plots.SKY, alpha=0.45, linewidth=0)
+        ax.plot(*_thin(curve.x, curve.y), color=plots.BLUE, linewidth=1.7)
         sensitivity, specificity, _ = panel.rates or (None, None, None)
         if sensitivity is not None and specificity is not None:
             _mark_point(ax, 1 - specificity, sensitivity)
@@ -106,15 +92,18 @@ def plot_roc(panels: Sequence[Panel]) -> Figure:
 
 def plot_precision_recall(panels: Sequence[Panel]) -> Figure:
     """Plot precision against recall, one panel per finding; the dashed prevalence is chance."""
-    known: list[Artist] = [plots.create_line_entry("prevalence (chance)", MUTED, DASHED), *_point_key(panels)]
+    known: list[Artist] = [
+        plots.create_line_entry("prevalence (chance)", plots.MUTED, plots.DASHED),
+        *_point_key(panels),
+    ]
     figure, axes = plots.create_grid(len(panels), known)
     for ax, panel in zip(axes, panels, strict=True):
         curve = metrics.precision_recall_curve(panel.y, panel.s)
         prevalence = float(np.mean(panel.y))
-        ax.plot([0, 1], [prevalence, prevalence], color=MUTED, linewidth=1, linestyle=DASHED)
+        ax.plot([0, 1], [prevalence, prevalence], color=plots.MUTED, linewidth=1, linestyle=plots.DASHED)
         x, y = np.concatenate([[0.0], curve.x]), np.concatenate([curve.y[:1], curve.y])
         # Steps, as average precision sums them: precision is undefined between two thresholds.
-        ax.plot(*_thin(x, y), color=BLUE, linewidth=1.5, drawstyle="steps-pre")
+        ax.plot(*_thin(x, y), color=plots.BLUE, linewidth=1.5, drawstyle="steps-pre")
         sensitivity, _, ppv = panel.rates or (None, None, None)
         if sensitivity is not None and ppv is not None:
             _mark_point(ax, sensitivity, ppv)
@@ -126,24 +115,23 @@ def plot_precision_recall(panels: Sequence[Panel]) -> Figure:
 
 def _point_key(panels: Sequence[Panel]) -> list[Artist]:
     drawn = any(panel.rates and panel.rates[0] is not None for panel in panels)
-    return [plots.create_marker_entry("operating point", VERMILION, "o")] if drawn else []
+    return [plots.create_marker_entry("operating point", plots.VERMILION, "o")] if drawn else []
 
 
 def _mark_point(ax: Axes, x: float, y: float) -> None:
-    ax.plot([x], [y], "o", color=VERMILION, markersize=6, clip_on=False, zorder=4)
+    ax.plot([x], [y], "o", color=plots.VERMILION, markersize=6, clip_on=False, zorder=4)
 
 
 def plot_priorities(priority: np.ndarray) -> Figure:
     """Plot a histogram of the priorities, finite floats [n], n > 0."""
     figure, ax = plots.create_axes(7.2, 3.2)
     inside = bool((priority >= 0).all() and (priority <= 1).all())
-    ax.hist(priority, bins=40, range=(0, 1) if inside else None, color=SKY, edgecolor=BLUE, linewidth=0.6)
+    ax.hist(priority, bins=40, range=(0, 1) if inside else None, color=plots.SKY, edgecolor=plots.BLUE, linewidth=0.6)
     if inside:
         ax.set_xlim(0, 1)
-    ax.set_xlabel("priority")
-    ax.set_ylabel("images")
+    ax.set(xlabel="priority", ylabel="images")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.grid(axis="y", color=FAINT, linewidth=0.7)
+    ax.grid(axis="y", color=plots.FAINT, linewidth=0.7)
     ax.set_axisbelow(True)
     return figure
 
@@ -152,38 +140,34 @@ def plot_learning_curves(epochs: Sequence[Mapping[str, Any]]) -> Figure:
     """Plot training loss, validation cross-entropy and validation AUROC per epoch; missing values are skipped."""
     figure = Figure(figsize=(12.6, 3.2), layout=plots.create_layout(), facecolor="white")
     numbers = [row["epoch"] for row in epochs if "epoch" in row]
-    for ax, key, name, colour in zip(
-        figure.subplots(1, 3),
-        ("loss", "val_loss", "val_auroc"),
-        ("training loss", "validation cross-entropy", "validation AUROC (macro)"),
-        (BLUE, GREEN, VERMILION),
-        strict=True,
-    ):
+    charts = (
+        ("loss", "training loss", plots.BLUE),
+        ("val_loss", "validation cross-entropy", plots.GREEN),
+        ("val_auroc", "validation AUROC (macro)", plots.VERMILION),
+    )
+    for ax, (key, name, colour) in zip(figure.subplots(1, 3), charts, strict=True):
         points = [(row["epoch"], row[key]) for row in epochs if row.get(key) is not None and "epoch" in row]
         plots.style_axes(ax)
-        ax.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, linewidth=1.6) if points else None
+        if points:
+            ax.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, linewidth=1.6)
         if points and key == "val_auroc":
             epoch, best = max(points, key=lambda point: point[1])
-            ax.plot([epoch], [best], "o", markersize=10, markerfacecolor="none", markeredgecolor=INK)
-            ax.set_title(f"best {best:.3f} at epoch {epoch}", fontsize=9, color=MUTED, loc="right")
-        ax.set_xlabel("epoch")
-        ax.set_ylabel(name)
+            ax.plot([epoch], [best], "o", markersize=10, markerfacecolor="none", markeredgecolor=plots.INK)
+            ax.set_title(f"best {best:.3f} at epoch {epoch}", fontsize=9, color=plots.MUTED, loc="right")
+        ax.set(xlabel="epoch", ylabel=name)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(numbers) > 1:
             ax.set_xlim(min(numbers) - 0.2, max(numbers) + 0.2)
-        ax.grid(color=FAINT, linewidth=0.7)
+        ax.grid(color=plots.FAINT, linewidth=0.7)
     return figure
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Calibration of one finding.
+    """Calibration of one finding: calibrated probabilities `p` [n], and k bins with images.
 
-    Attributes:
-        p: calibrated probabilities [n] in 0..1, n > 0, for the histogram.
-        predicted, observed: floats [k], k > 0: mean probability and share of positives of each bin with images.
-        low, high: floats [k], 95% interval of `observed`; NaN if a bin has none.
-        error: expected calibration error, or None.
+    A bin has its mean probability, the share of positives with its interval (NaN if undefined). `error` is the
+    expected calibration error.
     """
 
     finding: str
@@ -204,56 +188,59 @@ def plot_reliability(panels: Sequence[Reliability]) -> Figure:
     if not panels:
         return plots.create_placeholder("no calibrated probabilities with labels")
     known: list[Artist] = [
-        plots.create_line_entry("perfect calibration", MUTED, DASHED),
-        plots.create_marker_entry("images of similar probability, with 95% interval", BLUE, "o"),
-        Patch(color=SKY, label="number of images, log scale (last bar: or more)"),
+        plots.create_line_entry("perfect calibration", plots.MUTED, plots.DASHED),
+        plots.create_marker_entry("images of similar probability, with 95% interval", plots.BLUE, "o"),
+        Patch(color=plots.SKY, label="number of images, log scale (last bar: or more)"),
     ]
     figure, axes = plots.create_grid(len(panels), known, below=0.5)
     for place, panel in enumerate(panels):
-        end = _end(panel)
-        _observed(axes[place], panel, end)
-        _predictions(axes[len(panels) + place], panel, end)
+        end = _find_end(panel)
+        _draw_observed(axes[place], panel, end)
+        _draw_predictions(axes[len(panels) + place], panel, end)
     return figure
 
 
-def _observed(ax: Axes, panel: Reliability, end: float) -> None:
-    ax.plot([0, end], [0, end], color=MUTED, linewidth=1, linestyle=DASHED)
-    predicted, low, high = (np.asarray(part, dtype=float) for part in (panel.predicted, panel.low, panel.high))
-    ax.vlines(predicted, low, np.minimum(high, end), color=BLUE, linewidth=1.3)
-    beyond = high > end
-    if beyond.any():
-        ax.plot(predicted[beyond], np.full(int(beyond.sum()), end), "^", color=BLUE, markersize=4.5, clip_on=False)
-    ax.plot(predicted, panel.observed, "o-", color=BLUE, markersize=4.5, linewidth=0.8, clip_on=False, zorder=4)
-    ax.set_xscale("function", functions=(_root, np.square))
+def _draw_observed(ax: Axes, panel: Reliability, end: float) -> None:
+    ax.plot([0, end], [0, end], color=plots.MUTED, linewidth=1, linestyle=plots.DASHED)
+    style: dict[str, Any] = {"color": plots.BLUE, "markersize": 4.5, "clip_on": False}
+    ax.vlines(panel.predicted, panel.low, np.minimum(panel.high, end), color=plots.BLUE, linewidth=1.3)
+    beyond = panel.predicted[panel.high > end]
+    if beyond.size:
+        ax.plot(beyond, np.full(beyond.size, end), "^", **style)
+    ax.plot(panel.predicted, panel.observed, "o-", linewidth=0.8, zorder=4, **style)
+    ticks = _set_root_axis(ax, end)
     ax.set_yscale("function", functions=(_root, np.square))
-    ax.set_xlim(0, end)
     ax.set_ylim(0, end)
-    ticks = [0, end / 4, end]
     ax.set_xticks(ticks, [])
     ax.set_yticks(ticks, [plots.format_percent(tick) for tick in ticks], fontsize=7.5)
     ax.set_ylabel("observed share", fontsize=8)
     ax.yaxis.set_label_coords(-0.2, 0.5)
-    ax.grid(color=FAINT, linewidth=0.6)
+    ax.grid(color=plots.FAINT, linewidth=0.6)
     error = "undefined" if panel.error is None else panel.error.format()
     plots.set_heading(ax, panel.finding, f"ECE {error}")
 
 
-def _predictions(ax: Axes, panel: Reliability, end: float) -> None:
+def _draw_predictions(ax: Axes, panel: Reliability, end: float) -> None:
     # Bins of equal width on the square-root axis.
     edges = end * np.linspace(0, 1, 31) ** 2
     counts, _ = np.histogram(np.clip(panel.p, 0, end), bins=edges)
     ax.set_yscale("log")
-    ax.stairs(np.maximum(counts, 0.5), edges, baseline=0.5, fill=True, color=SKY)
+    ax.stairs(np.maximum(counts, 0.5), edges, baseline=0.5, fill=True, color=plots.SKY)
     most = int(counts.max())
     ax.set_ylim(0.5, 1.6 * most)
     ax.set_yticks([1, most] if most > 3 else [most], ["1", f"{most:,}"] if most > 3 else [f"{most}"])
     ax.yaxis.set_minor_locator(NullLocator())
     ax.tick_params(axis="y", labelsize=7)
-    ax.set_xscale("function", functions=(_root, np.square))
-    ax.set_xlim(0, end)
-    ticks = [0, end / 4, end]
+    ticks = _set_root_axis(ax, end)
     ax.set_xticks(ticks, [plots.format_percent(tick) for tick in ticks])
     ax.set_xlabel("calibrated probability (√ scale)", fontsize=8)
+
+
+def _set_root_axis(ax: Axes, end: float) -> list[float]:
+    """Give the x axis a square-root scale from 0 to `end`; return the places of the ticks."""
+    ax.set_xscale("function", functions=(_root, np.square))
+    ax.set_xlim(0, end)
+    return [0, end / 4, end]
 
 
 def _root(x: np.ndarray) -> np.ndarray:
@@ -261,14 +248,10 @@ def _root(x: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(x, 0))
 
 
-def _end(panel: Reliability) -> float:
-    """Return the end of both axes: a round number above all points and nearly all predictions.
-
-    Intervals extend the axes up to twice the largest point.
-    """
+def _find_end(panel: Reliability) -> float:
+    """Return a round number above all points and most predictions; intervals reach to twice the largest point."""
     points = max(float(np.max(panel.predicted)), float(np.max(panel.observed)), 1e-4)
-    highs = np.asarray(panel.high, dtype=float)
-    highs = highs[~np.isnan(highs)]
+    highs = panel.high[~np.isnan(panel.high)]
     reach = min(2 * points, float(highs.max())) if highs.size else 0.0
     largest = max(1.04 * points, reach, float(np.quantile(panel.p, 0.99)))
     power = 10.0 ** math.floor(math.log10(largest))
@@ -284,24 +267,24 @@ def plot_distributions(panels: Sequence[Panel]) -> Figure:
     if not panels:
         return plots.create_placeholder("no finding has positives and negatives")
     known: list[Artist] = [
-        Patch(color=ORANGE, label="up: positives"),
-        Patch(color=BLUE, label="down: negatives (each half to its own peak)"),
+        Patch(color=plots.ORANGE, label="up: positives"),
+        Patch(color=plots.BLUE, label="down: negatives (each half to its own peak)"),
     ]
     if any(panel.threshold is not None for panel in panels):
-        known.append(plots.create_line_entry("operating point: flagged to the right", INK))
+        known.append(plots.create_line_entry("operating point: flagged to the right", plots.INK))
     figure, axes = plots.create_grid(len(panels), known)
     for ax, panel in zip(axes, panels, strict=True):
-        _halves(ax, panel)
+        _draw_halves(ax, panel)
     return figure
 
 
-def _halves(ax: Axes, panel: Panel) -> None:
-    y, s = np.asarray(panel.y).astype(bool), np.asarray(panel.s, dtype=np.float64)
+def _draw_halves(ax: Axes, panel: Panel) -> None:
+    y, s = panel.y.astype(bool), panel.s.astype(np.float64)
     on_logit = bool(s.min() >= 0 and s.max() <= 1)
     x = _logit(s) if on_logit else s
     line = panel.threshold
     if line is not None and on_logit:
-        line = float(_logit(np.asarray(line)))
+        line = float(_logit(line))
     ends = [*np.quantile(x[y], [0.001, 0.999]), *np.quantile(x[~y], [0.001, 0.999]), *([] if line is None else [line])]
     low, high = float(min(ends)), float(max(ends))
     if high - low < 1e-9:
@@ -309,15 +292,13 @@ def _halves(ax: Axes, panel: Panel) -> None:
     low, high = low - 0.03 * (high - low), high + 0.03 * (high - low)
     # Limit the bars to what the rarer class can fill.
     bins = int(np.clip(2 * math.sqrt(min(y.sum(), (~y).sum())), 8, 50))
-    for part, sign, colour in ((x[y], 1, ORANGE), (x[~y], -1, BLUE)):
+    for part, sign, colour in ((x[y], 1, plots.ORANGE), (x[~y], -1, plots.BLUE)):
         counts, edges = np.histogram(np.clip(part, low, high), bins=bins, range=(low, high))
         ax.stairs(sign * counts / counts.max(), edges, fill=True, color=colour)
-    ax.axhline(0, color=INK, linewidth=0.8)
+    ax.axhline(0, color=plots.INK, linewidth=0.8)
     if line is not None:
-        ax.axvline(line, color=INK, linewidth=1.4)
-    ax.set_xlim(low, high)
-    ax.set_ylim(-1.08, 1.08)
-    ax.set_yticks([])
+        ax.axvline(line, color=plots.INK, linewidth=1.4)
+    ax.set(xlim=(low, high), ylim=(-1.08, 1.08), yticks=[])
     ax.spines["left"].set_visible(False)
     if on_logit:
         places, names = _logit_ticks(low, high)
@@ -329,7 +310,7 @@ def _halves(ax: Axes, panel: Panel) -> None:
     plots.set_heading(ax, panel.finding, f"{int(y.sum()):,} positives, {int((~y).sum()):,} negatives")
 
 
-def _logit(p: np.ndarray) -> np.ndarray:
+def _logit(p: Any) -> np.ndarray:
     return np.asarray(logit(np.clip(p, _EPSILON, 1 - _EPSILON)))
 
 
@@ -343,28 +324,24 @@ def _logit_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
     for candidates in tiers:
         chosen: list[float] = []
         for p in candidates:
-            place = float(_logit(np.asarray(p)))
+            place = float(_logit(p))
             inside = low - 1e-9 <= place <= high + 1e-9
-            if inside and (not chosen or place - float(_logit(np.asarray(chosen[-1]))) >= 0.17 * (high - low)):
+            if inside and (not chosen or place - float(_logit(chosen[-1])) >= 0.17 * (high - low)):
                 chosen.append(p)
         if len(chosen) >= 3:
             break
-    return [float(_logit(np.asarray(p))) for p in chosen], [
-        f"{p:.4f}".rstrip("0") if p < 0.01 or p > 0.99 else f"{p:.3g}" for p in chosen
-    ]
+    labels = [f"{p:.4f}".rstrip("0") if p < 0.01 or p > 0.99 else f"{p:.3g}" for p in chosen]
+    return [float(_logit(p)) for p in chosen], labels
 
 
 def _set_unit_square(ax: Axes, x: str, y: str) -> None:
-    """Set both axes to 0..1 and label them."""
-    ax.set_xlim(-0.01, 1.01)
-    ax.set_ylim(-0.01, 1.01)
-    ax.set_aspect("equal")
+    ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     ax.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
     ax.set_xlabel(x, fontsize=8)
     ax.set_ylabel(y, fontsize=8)
     ax.yaxis.set_label_coords(-0.15, 0.5)
-    ax.grid(color=FAINT, linewidth=0.6)
+    ax.grid(color=plots.FAINT, linewidth=0.6)
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -16,26 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from ray_cxr.reporting import plots
-from ray_cxr.reporting.plots import (
-    BLUE,
-    DASHED,
-    FAINT,
-    GREEN,
-    GREY,
-    INK,
-    MUTED,
-    ORANGE,
-    SKY,
-    SMALL_TEXT,
-    VERMILION,
-    Estimate,
-    format_finding,
-)
+from ray_cxr.reporting.plots import BLUE, FAINT, GREY, INK, MUTED, SMALL_TEXT, VERMILION, Estimate, format_finding
 
 #: Height of a row in inches.
 _ROW = 0.27
 #: Colour and marker of each overlap threshold, lowest first.
-_THRESHOLD_MARKS = ((SKY, "o"), (BLUE, "s"), (GREEN, "^"), (ORANGE, "D"), (VERMILION, "v"), (MUTED, "P"), (INK, "X"))
+_COLOURS = (plots.SKY, BLUE, plots.GREEN, plots.ORANGE, VERMILION, MUTED, INK)
+_THRESHOLD_MARKS = tuple(zip(_COLOURS, "os^DvPX", strict=True))
 
 
 @dataclass(frozen=True)
@@ -50,10 +38,7 @@ class ForestColumn:
 
 @dataclass(frozen=True)
 class ForestRow:
-    """One group of a forest plot, with one estimate per chart (None if undefined) from `n` images.
-
-    Rows of one attribute, such as `Sex`, must be adjacent. A small group has too few patients for a reliable value.
-    """
+    """One group of a forest plot, with one estimate per chart; a small group has too few patients to be reliable."""
 
     attribute: str
     label: str
@@ -107,9 +92,6 @@ def plot_subgroups(rows: Sequence[ForestRow], columns: Sequence[ForestColumn]) -
     """Plot each group's estimates in one chart per column, with the value of all images as a line.
 
     Small groups are grey and hollow. Intervals that leave a chart end in an arrow head.
-
-    Raises:
-        ValueError: a row does not have one estimate per column.
     """
     if any(len(row.estimates) != len(columns) for row in rows):
         raise ValueError(f"each row needs {len(columns)} estimates, one per column")
@@ -121,10 +103,8 @@ def plot_subgroups(rows: Sequence[ForestRow], columns: Sequence[ForestColumn]) -
         lines.append(_Line((attribute, ""), bold=True))
         for row in (row for row in rows if row.attribute == attribute):
             placed[len(lines)] = row
-            values = tuple(
-                "undefined" if estimate is None else estimate.format(signed=column.signed)
-                for estimate, column in zip(row.estimates, columns, strict=True)
-            )
+            pairs = zip(row.estimates, columns, strict=True)
+            values = tuple(one.format(signed=column.signed) if one else "undefined" for one, column in pairs)
             lines.append(_Line((f"   {row.label}", f"{row.n:,}"), values, GREY if row.small else INK))
     known: list[Artist] = [plots.create_marker_entry("value with 95% interval", BLUE, "o")]
     if any(row.small for row in rows):
@@ -133,20 +113,28 @@ def plot_subgroups(rows: Sequence[ForestRow], columns: Sequence[ForestColumn]) -
     for place, (ax, column) in enumerate(zip(axes, columns, strict=True)):
         _set_limits(ax, [(row.estimates[place], row.small) for row in rows], column.reference)
         if column.reference is not None:
-            ax.axvline(column.reference, color=VERMILION, linewidth=1.3, linestyle=DASHED, zorder=1)
-            _label_line(ax, column.reference, column.reference_name)
+            ax.axvline(column.reference, color=VERMILION, linewidth=1.3, linestyle=plots.DASHED, zorder=1)
+            low, high = ax.get_xlim()
+            part = (column.reference - low) / (high - low)
+            style: dict[str, Any] = {
+                "ha": "left" if part < 0.3 else "right" if part > 0.7 else "center",
+                "va": "bottom",
+            }
+            style |= {"fontsize": SMALL_TEXT, "color": VERMILION}
+            above = ((column.reference, 1), (0, 4), ("data", "axes fraction"), "offset points")
+            ax.annotate(column.reference_name, *above, **style)
         for at, row in placed.items():
-            style = {"colour": GREY, "marker": "o", "hollow": True} if row.small else {"colour": BLUE, "marker": "o"}
-            _draw_estimate(ax, at, row.estimates[place], **style)
+            colour = GREY if row.small else BLUE
+            _draw_estimate(ax, at, row.estimates[place], colour=colour, marker="o", hollow=row.small)
     return figure
 
 
 def _set_limits(ax: Axes, estimates: Sequence[tuple[Estimate | None, bool]], reference: float | None) -> None:
     """Fit the reference and all intervals of large groups; values of small groups extend the axis by at most half."""
     known = [(one, small) for one, small in estimates if one is not None]
-    large = [end for one, small in known for end in _bounds(one) if not small]
-    large = large or [end for one, _ in known for end in _bounds(one)]
-    ends = [*large, *([] if reference is None else [reference])] or [0.0, 1.0]
+    scaling = [one for one, small in known if not small] or [one for one, _ in known]
+    ends = [end for one in scaling for end in _bounds(one)]
+    ends = [*ends, *([] if reference is None else [reference])] or [0.0, 1.0]
     low, high = min(ends), max(ends)
     reach = max(0.5 * (high - low), 0.02)
     points = [min(max(one.value, low - reach), high + reach) for one, _ in known]
@@ -162,15 +150,11 @@ def plot_differences(rows: Sequence[DifferenceRow], first: str, second: str) -> 
     """
     if not rows:
         return plots.create_placeholder("nothing to compare")
-    rows = [*(row for row in rows if row.macro), *(row for row in rows if not row.macro)]
-    lines = [
-        _Line(
-            (format_finding(row.label),),
-            ("undefined" if row.estimate is None else row.estimate.format(signed=True) + _format_p(row.p),),
-            bold=row.macro,
-        )
-        for row in rows
-    ]
+    rows = sorted(rows, key=lambda row: not row.macro)
+    lines = []
+    for row in rows:
+        value = row.estimate.format(signed=True) + _format_p(row.p) if row.estimate else "undefined"
+        lines.append(_Line((format_finding(row.label),), (value,), bold=row.macro))
     known: list[Artist] = [
         plots.create_marker_entry("95% interval excludes 0", BLUE, "o"),
         plots.create_marker_entry("interval includes 0", BLUE, "o", "white"),
@@ -178,8 +162,7 @@ def plot_differences(rows: Sequence[DifferenceRow], first: str, second: str) -> 
     if any(row.macro for row in rows):
         known.append(plots.create_marker_entry("macro mean", VERMILION, "D"))
     name = f"AUROC of {first} − AUROC of {second}\nright of 0: {first} is higher"
-    figure, axes = _forest(lines, ("",), [name], known, width=3.6)
-    ax = axes[0]
+    figure, (ax,) = _forest(lines, ("",), [name], known, width=3.6)
     ends = [abs(end) for row in rows if row.estimate for end in _bounds(row.estimate)]
     end = max(1.08 * max(ends, default=0.0), 0.004)
     ax.set_xlim(-end, end)
@@ -187,11 +170,10 @@ def plot_differences(rows: Sequence[DifferenceRow], first: str, second: str) -> 
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+.3g}".replace("-", "−") if abs(x) > 1e-12 else "0"))
     ax.axvline(0, color=INK, linewidth=1.1, zorder=1)
     for at, row in enumerate(rows):
-        excludes = row.estimate is not None and _excludes(row.estimate, 0.0)
-        _draw_estimate(
-            ax, at, row.estimate, colour=VERMILION if row.macro else BLUE, marker="D" if row.macro else "o",
-            hollow=not excludes,
-        )  # fmt: skip
+        low, high = (row.estimate.low, row.estimate.high) if row.estimate else (None, None)
+        includes = low is None or high is None or low <= 0 <= high
+        colour, marker = (VERMILION, "D") if row.macro else (BLUE, "o")
+        _draw_estimate(ax, at, row.estimate, colour=colour, marker=marker, hollow=includes)
     if any(row.macro for row in rows) and not all(row.macro for row in rows):
         ax.axhline(sum(row.macro for row in rows) - 0.5, color=FAINT, linewidth=1)
     return figure
@@ -205,19 +187,12 @@ def plot_drift(rows: Sequence[DriftRow]) -> Figure:
     """
     if not rows:
         return plots.create_placeholder("no flags")
-    ratios = [_divide_by_expected(row) for row in rows]
-    lines = [
-        _Line(
-            (
-                format_finding(row.finding),
-                "unknown" if row.expected is None else plots.format_share(row.expected),
-                plots.format_share(row.observed.value),
-            ),
-            ("no ratio" if ratio is None else _format_ratio(ratio.value),),
-            bold=row.significant,
-        )
-        for row, ratio in zip(rows, ratios, strict=True)
-    ]
+    ratios = [_divide(row.observed, row.expected) if row.expected else None for row in rows]
+    lines = []
+    for row, ratio in zip(rows, ratios, strict=True):
+        expected = "unknown" if row.expected is None else plots.format_share(row.expected)
+        cells = (format_finding(row.finding), expected, plots.format_share(row.observed.value))
+        lines.append(_Line(cells, (_format_ratio(ratio.value) if ratio else "no ratio",), bold=row.significant))
     known = [
         plots.create_marker_entry("consistent with chance, with 95% interval", BLUE, "o", "white"),
         plots.create_marker_entry("more than chance", VERMILION, "D"),
@@ -248,15 +223,9 @@ def _ratio_axis(ax: Axes, ratios: Sequence[Estimate]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def _divide_by_expected(row: DriftRow) -> Estimate | None:
-    if not row.expected:
-        return None
-    low, high = row.observed.low, row.observed.high
-    return Estimate(
-        row.observed.value / row.expected,
-        None if low is None else low / row.expected,
-        None if high is None else high / row.expected,
-    )
+def _divide(one: Estimate, divisor: float) -> Estimate:
+    low, high = (None if end is None else end / divisor for end in (one.low, one.high))
+    return Estimate(one.value / divisor, low, high)
 
 
 def _format_ratio(ratio: float) -> str:
@@ -269,13 +238,9 @@ def plot_localisation(rows: Sequence[LocalisationRow]) -> Figure:
         return plots.create_placeholder("no boxes")
     thresholds = sorted({threshold for row in rows for threshold in row.accuracy})
     marks = {threshold: _THRESHOLD_MARKS[place % len(_THRESHOLD_MARKS)] for place, threshold in enumerate(thresholds)}
-    lines = [
-        _Line(
-            (format_finding(row.finding), f"{row.cases:,}"),
-            ("undefined" if row.hit is None else row.hit.format(percent=True), ""),
-        )
-        for row in rows
-    ]
+    rates = [row.hit.format(percent=True) if row.hit else "undefined" for row in rows]
+    cells = [(format_finding(row.finding), f"{row.cases:,}") for row in rows]
+    lines = [_Line(cell, (rate, "")) for cell, rate in zip(cells, rates, strict=True)]
     names = ["hit rate: the map peaks in the box", "boxes found: IoU of map and box ≥ T"]
     known: list[Artist] = [
         plots.create_line_entry("chance", INK, "-"),
@@ -309,16 +274,13 @@ def _forest(
     row: float = _ROW,
 ) -> tuple[Figure, list[Axes]]:
     """Lay out a legend, columns of text, and charts with a column of text each; row i is at y = i from the top."""
-    gap, edge = 0.2, 0.15
+    gap, edge, measure = 0.2, 0.15, plots.measure_text
     cells = [
-        max(
-            plots.measure_text(head, SMALL_TEXT),
-            *(plots.measure_text(line.cells[i], 9, bold=line.bold) for line in lines),
-        )
+        max(measure(head, SMALL_TEXT), *(measure(line.cells[i], 9, bold=line.bold) for line in lines))
         for i, head in enumerate(headers)
     ]
     values = [
-        max([0.0, *(plots.measure_text(line.values[i], 8.5, bold=line.bold) for line in lines if line.values)])
+        max([0.0, *(measure(line.values[i], 8.5, bold=line.bold) for line in lines if line.values)])
         for i in range(len(charts))
     ]
     names = ["\n".join(textwrap.fill(part, int(width * 17)) for part in name.split("\n")) for name in charts]
@@ -327,47 +289,38 @@ def _forest(
     top, bottom = 0.45 + 0.2 * keyed, 0.4 + 0.15 * max(name.count("\n") + 1 for name in names)
     figure, box = plots.create_sheet(wide, top + row * len(lines) + bottom)
     plots.draw_legend(figure, handles)
+
+    def write(left: float, texts: Sequence[str], align: str, size: float) -> None:
+        for at, (line, text) in enumerate(zip(lines, texts, strict=True)):
+            x, y, _, _ = box(left, top + (at + 0.5) * row, 0, 0)
+            style: dict[str, Any] = {
+                "fontsize": size,
+                "color": line.colour,
+                "fontweight": "bold" if line.bold else "normal",
+            }
+            figure.text(x, y, text, ha=align, va="center_baseline", **style)
+
     left = edge
     for i, (size, head) in enumerate(zip(cells, headers, strict=True)):
         # Names are left-aligned, numbers right-aligned.
         at, align = (left, "left") if i == 0 else (left + size, "right")
         x, y, _, _ = box(at, top - 0.14, 0, 0)
         figure.text(x, y, head, ha=align, va="center_baseline", fontsize=SMALL_TEXT, color=MUTED)
-        _write_column(figure, box, at, top, row, [(line, line.cells[i]) for line in lines], align, 9)
+        write(at, [line.cells[i] for line in lines], align, 9)
         left += size + gap
     axes = []
     for i, (size, name) in enumerate(zip(values, names, strict=True)):
         ax = figure.add_axes(box(left, top, width, row * len(lines)))
         plots.style_axes(ax)
-        ax.set_ylim(len(lines) - 0.5, -0.5)
-        ax.set_yticks([])
+        ax.set(ylim=(len(lines) - 0.5, -0.5), yticks=[], xlabel=name)
         ax.spines["left"].set_visible(False)
         ax.xaxis.set_major_locator(MaxNLocator(5))
-        ax.set_xlabel(name)
         ax.grid(axis="x", color=FAINT, linewidth=0.7)
         ax.set_axisbelow(True)
         axes.append(ax)
-        texts = [(line, line.values[i] if line.values else "") for line in lines]
-        _write_column(figure, box, left + width + 0.12, top, row, texts, "left", 8.5)
+        write(left + width + 0.12, [line.values[i] if line.values else "" for line in lines], "left", 8.5)
         left += width + 0.12 + size + gap
     return figure, axes
-
-
-def _write_column(
-    figure: Figure,
-    box: plots.Box,
-    left: float,
-    top: float,
-    row: float,
-    texts: Sequence[tuple[_Line, str]],
-    align: str,
-    size: float,
-) -> None:
-    for at, (line, text) in enumerate(texts):
-        if text:
-            x, y, _, _ = box(left, top + (at + 0.5) * row, 0, 0)
-            weight = "bold" if line.bold else "normal"
-            figure.text(x, y, text, ha=align, va="center_baseline", fontsize=size, color=line.colour, fontweight=weight)
 
 
 def _draw_estimate(
@@ -389,21 +342,8 @@ def _draw_estimate(
         ax.plot([estimate.value], [at], marker, color=colour, markerfacecolor=face, markersize=size, zorder=4)
 
 
-def _label_line(ax: Axes, x: float, text: str) -> None:
-    """Write a text above a vertical line at x, within the width of the axes."""
-    low, high = ax.get_xlim()
-    part = (x - low) / (high - low)
-    align = "left" if part < 0.3 else "right" if part > 0.7 else "center"
-    ax.annotate(text, (x, 1), (0, 4), ("data", "axes fraction"), "offset points", ha=align, va="bottom",
-                fontsize=SMALL_TEXT, color=VERMILION)  # fmt: skip
-
-
 def _bounds(estimate: Estimate) -> list[float]:
     return [end for end in (estimate.value, estimate.low, estimate.high) if end is not None]
-
-
-def _excludes(estimate: Estimate, value: float) -> bool:
-    return estimate.low is not None and estimate.high is not None and not estimate.low <= value <= estimate.high
 
 
 def _format_p(p: float | None) -> str:

@@ -1,7 +1,7 @@
 """Render pages as self-contained files that load nothing from the network.
 
 jinja2 escapes every text of an HTML page, and the filter `md` every text in Markdown, because an image id may contain
-any character of a file name.
+any character of a file name. The formatters show None as an en dash.
 """
 
 from __future__ import annotations
@@ -21,11 +21,7 @@ from ray_cxr.reporting import plots
 
 
 def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
-    """Render a template with the values in `view`.
 
-    Raises:
-        jinja2.UndefinedError: the template uses a name that `view` lacks.
-    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=not template.endswith(".md.j2"),  # jinja2's own rule does not know .j2
@@ -51,32 +47,27 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
-    """Format a number with fixed decimals; an en dash for None."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
 def format_metric(value: float | None, metric: Metric) -> str:
-    """Format a metric's value with its unit and decimals; an en dash for None."""
     return (format_percent if metric.percent else format_number)(value, metric.digits)
 
 
 def format_p(value: float | None) -> str:
-    """Format a p value; an en dash for None."""
     return "< 0.001" if value is not None and value < 0.001 else format_number(value)
 
 
 def format_percent(value: float | None, digits: int = 1) -> str:
-    """Format a share as a percentage; an en dash for None."""
     return "–" if value is None else f"{100 * value:.{digits}f}%"
 
 
 def format_count(value: int | None) -> str:
-    """Format an integer with thousands separators; an en dash for None."""
     return "–" if value is None else f"{value:,}"
 
 
 def format_duration(seconds: float | None) -> str:
-    """Format a duration: 45 s, 12 min, 3 h 05 min; an en dash for None."""
+    """Format a duration: 45 s, 12 min, 3 h 05 min."""
     if seconds is None:
         return "–"
     if seconds < 90:
@@ -86,7 +77,7 @@ def format_duration(seconds: float | None) -> str:
 
 
 def format_setting(value: Any) -> str:
-    """Format a setting as in TOML, floats with four digits; an en dash for None."""
+    """Format a setting as in TOML, floats with four digits."""
     if value is None:
         return "–"
     if isinstance(value, (bool, np.bool_)):

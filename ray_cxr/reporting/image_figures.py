@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,13 +18,10 @@ from ray_cxr.reporting.plots import FAINT, INK, MUTED, ORANGE, SKY, format_findi
 
 @dataclass(frozen=True)
 class Example:
-    """One tile of the page of examples.
+    """One tile of the page of examples: an image, uint8 [H, W], or its error's `code`.
 
-    Attributes:
-        image: uint8 [H, W], or None with the error's `code`.
-        heading: the finding that it is an example of.
-        true, flagged: findings by label and by flag.
-        bars: (finding, raw probability, threshold or None), highest first.
+    `heading` is the finding that it is an example of; `true` and `flagged` are findings by label and by flag. `bars`
+    are (finding, raw probability, threshold or None), highest first.
     """
 
     image: np.ndarray | None
@@ -56,11 +54,7 @@ class Radiograph:
 
 
 def draw_examples(groups: Sequence[tuple[str, Sequence[Example]]]) -> Figure:
-    """Draw one band per group; each tile shows a radiograph, its findings, and its three highest probabilities.
-
-    Args:
-        groups: (name such as "Missed", tiles); groups without tiles are skipped, but at least one must have tiles.
-    """
+    """Draw one band per named group that has tiles: a radiograph, its findings, and its three highest probabilities."""
     groups = [(name, tiles) for name, tiles in groups if tiles]
     columns = max(2, *(len(tiles) for _, tiles in groups))
     tile, band, margin = 2.75, 4.75, 0.12
@@ -68,9 +62,7 @@ def draw_examples(groups: Sequence[tuple[str, Sequence[Example]]]) -> Figure:
     figure, box = plots.create_sheet(width, height)
     for row, (name, tiles) in enumerate(groups):
         top = row * band
-        figure.text(
-            margin / width, 1 - (top + 0.14) / height, name, va="top", fontsize=13, fontweight="bold", color=INK
-        )
+        _write_band_name(figure, margin / width, 1 - (top + 0.14) / height, name)
         for column, example in enumerate(tiles):
             left = margin + column * tile
             _draw_example(figure.add_axes(box(left, top + 0.72, 2.6, 2.6)), example)
@@ -79,49 +71,46 @@ def draw_examples(groups: Sequence[tuple[str, Sequence[Example]]]) -> Figure:
     return figure
 
 
+def _write_band_name(figure: Figure, x: float, y: float, name: str) -> None:
+    figure.text(x, y, name, va="top", fontsize=13, fontweight="bold", color=INK)
+
+
 def _draw_example(ax: Axes, tile: Example, width: int = 42) -> None:
     """Draw an image or its error code, with a heading above and labels and flags below, `width` characters per line."""
-    if tile.image is None:
-        _draw_placeholder(ax, f"cannot be shown:\n{tile.code}")
-    else:
-        _draw_image(ax, tile.image)
-    # Offsets in points from the axes, because a tall image narrows the axes and must not move the text.
-    ax.annotate(format_finding(tile.heading), (0, 1), (0, 5), "axes fraction", "offset points",
-                fontsize=10, fontweight="bold", color=INK)  # fmt: skip
-    lines = "\n".join([_wrap_findings("label", tile.true, width), _wrap_findings("flags", tile.flagged, width)])
-    _write_below(ax, lines, 7.5)
+    _draw_image(ax, tile.image, f"cannot be shown:\n{tile.code}")
+    _write_above(ax, format_finding(tile.heading), 10, "bold")
+    named = {"label": tile.true, "flags": tile.flagged}
+    texts = [f"{name}: {', '.join(map(format_finding, findings)) or 'none'}" for name, findings in named.items()]
+    _write_below(ax, "\n".join(_wrap(text, width) for text in texts), 7.5)
+
+
+# Texts have offsets in points from the axes, because a tall image narrows the axes and must not move the text.
+def _write_above(ax: Axes, text: str, size: float, weight: str = "normal") -> None:
+    style: dict[str, Any] = {"fontsize": size, "fontweight": weight, "color": INK}
+    ax.annotate(text, (0, 1), (0, 5), "axes fraction", "offset points", **style)
 
 
 def _write_below(ax: Axes, text: str, size: float) -> None:
-    ax.annotate(text, (0, 0), (0, -4), "axes fraction", "offset points", va="top",
-                fontsize=size, color=INK, linespacing=1.25)  # fmt: skip
+    style: dict[str, Any] = {"fontsize": size, "color": INK, "linespacing": 1.25}
+    ax.annotate(text, (0, 0), (0, -4), "axes fraction", "offset points", va="top", **style)
 
 
-def _draw_image(ax: Axes, image: np.ndarray) -> None:
-    """Draw a radiograph, uint8 [H, W], or an overlay, uint8 [H, W, 3], without a frame and aligned to the left."""
-    ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-    ax.set_anchor("W")
-    _hide_frame(ax)
-
-
-def _draw_placeholder(ax: Axes, text: str) -> None:
-    """Fill the axes with grey and a text."""
-    ax.set_facecolor("#c2c6ca")
-    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", fontsize=9, color=INK)
-    _hide_frame(ax)
-
-
-def _hide_frame(ax: Axes) -> None:
-    ax.set_xticks([])
-    ax.set_yticks([])
+def _draw_image(ax: Axes, image: np.ndarray | None, reason: str) -> None:
+    """Draw a radiograph [H, W] or an overlay [H, W, 3], uint8, without a frame; or why there is none, on grey."""
+    if image is None:
+        ax.set_facecolor("#c2c6ca")
+        ax.text(0.5, 0.5, reason, transform=ax.transAxes, ha="center", va="center", fontsize=9, color=INK)
+    else:
+        ax.imshow(image, cmap="gray", vmin=0, vmax=255)
+        ax.set_anchor("W")
+    ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values():
         spine.set_visible(False)
 
 
-def _wrap_findings(name: str, findings: Sequence[str], width: int) -> str:
-    """List findings after a name, in at most two lines, so that tiles stay aligned."""
-    text = ", ".join(format_finding(finding) for finding in findings) or "none"
-    lines = textwrap.wrap(f"{name}: {text}", width=width)
+def _wrap(text: str, width: int) -> str:
+    """Wrap a text to at most two lines, so that tiles stay aligned."""
+    lines = textwrap.wrap(text, width)
     return "\n".join(lines[:2]) + (" …" if len(lines) > 2 else "")
 
 
@@ -144,11 +133,7 @@ def _draw_bars(ax: Axes, tile: Example) -> None:
 
 
 def draw_heatmaps(groups: Sequence[tuple[str, Sequence[HeatmapExample]]]) -> Figure:
-    """Draw one band per group; each tile shows a radiograph and its heat map.
-
-    Args:
-        groups: (name such as "Missed, lowest scores", tiles); groups without tiles are skipped.
-    """
+    """Draw one band per named group that has tiles: a radiograph and its heat map."""
     groups = [(name, tiles) for name, tiles in groups if tiles]
     if not groups:
         return plots.create_placeholder("no examples")
@@ -159,9 +144,7 @@ def draw_heatmaps(groups: Sequence[tuple[str, Sequence[HeatmapExample]]]) -> Fig
     width, height = figure.get_size_inches()
     top = 0.0
     for (name, tiles), count in zip(groups, lines, strict=True):
-        figure.text(
-            margin / width, 1 - (top + 0.14) / height, name, va="top", fontsize=13, fontweight="bold", color=INK
-        )
+        _write_band_name(figure, margin / width, 1 - (top + 0.14) / height, name)
         for place, one in enumerate(tiles):
             left, down = margin + place % columns * tile, top + head + 0.27 + place // columns * band
             _draw_example(figure.add_axes(box(left, down, side, side)), one.example, 38)
@@ -173,13 +156,9 @@ def draw_heatmaps(groups: Sequence[tuple[str, Sequence[HeatmapExample]]]) -> Fig
 
 
 def _draw_overlay(ax: Axes, one: HeatmapExample) -> None:
-    if one.overlay is None:
-        _draw_placeholder(ax, textwrap.fill(f"no heat map: {one.reason or 'not drawn'}", 26))
-    else:
-        _draw_image(ax, one.overlay)
+    _draw_image(ax, one.overlay, textwrap.fill(f"no heat map: {one.reason or 'not drawn'}", 26))
     score = "" if one.score is None else f", p {one.score:.2g}"
-    ax.annotate(f"heat map: {format_finding(one.finding)}{score}", (0, 1), (0, 5), "axes fraction", "offset points",
-                fontsize=8.5, color=INK)  # fmt: skip
+    _write_above(ax, f"heat map: {format_finding(one.finding)}{score}", 8.5)
 
 
 def draw_radiographs(tiles: Sequence[Radiograph]) -> Figure:
@@ -192,12 +171,7 @@ def draw_radiographs(tiles: Sequence[Radiograph]) -> Figure:
     figure, box = plots.create_sheet(columns * tile + 0.13, rows * band + 0.1)
     for place, one in enumerate(tiles):
         ax = figure.add_axes(box(0.14 + place % columns * tile, 0.1 + place // columns * band, side, side))
-        if one.image is None:
-            _draw_placeholder(ax, f"cannot be shown:\n{one.code}")
-        else:
-            _draw_image(ax, one.image)
+        _draw_image(ax, one.image, f"cannot be shown:\n{one.code}")
         names = "not labelled" if one.findings is None else ", ".join(map(format_finding, one.findings)) or "no finding"
-        lines = textwrap.wrap(names, 36)
-        below = ["\n".join(lines[:2]) + (" …" if len(lines) > 2 else ""), *([one.note] if one.note else [])]
-        _write_below(ax, "\n".join(below), 7.8)
+        _write_below(ax, _wrap(names, 36) + (f"\n{one.note}" if one.note else ""), 7.8)
     return figure

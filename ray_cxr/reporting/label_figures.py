@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -19,11 +20,7 @@ from ray_cxr.reporting.plots import FAINT, INK, MUTED, SKY, VERMILION, format_fi
 
 
 def plot_prevalence(rows: Sequence[tuple[str, float, int, float | None]]) -> Figure:
-    """Plot the share of positive images per finding, and the share flagged.
-
-    Args:
-        rows: (finding, share of positives, number of positives, share flagged or None).
-    """
+    """Plot rows of (finding, share of positive images, number of positives, share flagged or None)."""
     rows = sorted(rows, key=lambda row: row[1])
     figure, ax = plots.create_axes(7.2, 1.3 + 0.32 * len(rows))
     places = list(range(len(rows)))
@@ -47,15 +44,8 @@ def plot_prevalence(rows: Sequence[tuple[str, float, int, float | None]]) -> Fig
 def plot_cooccurrence(counts: np.ndarray, findings: Sequence[str], n: int) -> Figure:
     """Plot how often findings are labelled together, as a share of the images with the row's finding.
 
-    Args:
-        counts: integers [F, F], images with both findings; the diagonal holds all images with the finding.
-        findings: F names.
-        n: number of images, for the shares on the diagonal.
-
-    Raises:
-        ValueError: shapes differ.
+    `counts` are integers [F, F] of the `n` images; the diagonal holds all images with the finding.
     """
-    counts = np.asarray(counts)
     size = len(findings)
     if counts.shape != (size, size):
         raise ValueError(f"counts have the shape {counts.shape}; {(size, size)} is needed for {size} findings")
@@ -75,15 +65,16 @@ def plot_cooccurrence(counts: np.ndarray, findings: Sequence[str], n: int) -> Fi
     ax = figure.add_axes(box(left, high, cell * size, cell * size))
     colours = colormaps["Blues"].copy()
     colours.set_bad(FAINT)
-    mesh = ax.pcolormesh(
-        np.where(off, shares, np.nan), cmap=colours, norm=Normalize(0, most), edgecolors="white", linewidth=0.8
-    )
+    cells = np.where(off, shares, np.nan)
+    mesh = ax.pcolormesh(cells, cmap=colours, norm=Normalize(0, most), edgecolors="white", linewidth=0.8)
     ax.set_ylim(size, 0)
     for row, column in np.ndindex(counts.shape):
-        share = float(totals[row] / n if row == column else shares[row, column])
-        defined = row == column or bool(totals[row])
-        dark = bool(off[row, column]) and _luminance(colours(share / most)) < 0.22
-        _cell(ax, row, column, int(counts[row, column]), share if defined else None, "white" if dark else INK)
+        diagonal = row == column
+        share = float(totals[row] / n if diagonal else shares[row, column])
+        colour = "white" if off[row, column] and _luminance(colours(share / most)) < 0.22 else INK
+        text = f"{counts[row, column]:,}\n{plots.format_share(share) if diagonal or totals[row] else '–'}"
+        style: dict[str, Any] = {"fontsize": 6.6, "linespacing": 1.2, "fontweight": "bold" if diagonal else "normal"}
+        ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, **style)
     middles = np.arange(size) + 0.5
     ax.set_yticks(middles, names, fontsize=8.5)
     ax.xaxis.tick_top()
@@ -96,20 +87,6 @@ def plot_cooccurrence(counts: np.ndarray, findings: Sequence[str], n: int) -> Fi
     x, y, _, _ = box(0.12, figure.get_figheight() - 0.08, 0, 0)
     figure.text(x, y, textwrap.fill(caption, int(wide * 15)), fontsize=plots.SMALL_TEXT, color=MUTED)
     return figure
-
-
-def _cell(ax: Axes, row: int, column: int, count: int, share: float | None, colour: str) -> None:
-    ax.text(
-        column + 0.5,
-        row + 0.5,
-        f"{count:,}\n{'–' if share is None else plots.format_share(share)}",
-        ha="center",
-        va="center",
-        fontsize=6.6,
-        linespacing=1.2,
-        color=colour,
-        fontweight="bold" if row == column else "normal",
-    )
 
 
 def _colour_bar(figure: Figure, ax: Axes, mesh: QuadMesh) -> None:

@@ -17,11 +17,9 @@ UNKNOWN_TRAINING = "not all images that trained the model are known"
 
 @dataclass(frozen=True)
 class LeakCheck:
-    """Result of the leak check.
+    """Result of the leak check; it is complete (`checked`) if all training images are known.
 
     Attributes:
-        checked: all training images are known, so the check is complete.
-        reason: why it is not complete, or None.
         shared_images, shared_patients: training images and patients that are evaluated too.
         shared_by_part: shared images by `train` or `val`.
         unknown_patients: evaluated images without a patient id.
@@ -37,9 +35,7 @@ class LeakCheck:
     unknown_patients: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        if self.training_images is None:
-            return {"checked": self.checked, "reason": self.reason}
-        return asdict(self)
+        return {"checked": self.checked, "reason": self.reason} if self.training_images is None else asdict(self)
 
     def describe(self, split: str | None) -> str:
         """State the result in half a sentence: `passed: ...`, `not possible: ...`, or what is shared."""
@@ -47,17 +43,17 @@ class LeakCheck:
             return f"not possible: {self.reason}"
         if self.shared_images or self.shared_patients:
             parts = ", ".join(f"{n:,} of its {part} images" for part, n in self.shared_by_part.items())
-            text = (
-                f"{self.shared_images:,} images{f' ({parts})' if parts else ''} and {self.shared_patients:,} patients "
-                f"trained the model, as expected for the {split} split"
-            )
+            images = f"{self.shared_images:,} images" + (f" ({parts})" if parts else "")
+            patients = f"{self.shared_patients:,} patients"
+            text = f"{images} and {patients} trained the model, as expected for the {split} split"
         elif not self.checked:
             text = f"not possible: {self.reason}; the known ones are not in this evaluation"
         else:
-            text = (
-                f"passed: none of the {self.training_images:,} training images and {self.training_patients:,} "
-                "training patients is in this evaluation"
+            images, patients = (
+                f"{self.training_images:,} training images",
+                f"{self.training_patients:,} training patients",
             )
+            text = f"passed: none of the {images} and {patients} is in this evaluation"
         if self.unknown_patients:
             text += f"; {self.unknown_patients:,} images have no patient id and were compared by image id alone"
         return text
@@ -66,17 +62,9 @@ class LeakCheck:
 def check_leakage(
     table: Scores, rows: np.ndarray, patients: np.ndarray, split: str | None, population: str
 ) -> LeakCheck:
-    """Compare evaluated images and patients with those that trained the model.
+    """Compare the evaluated rows [n] and patient ids [n] with those that trained the model.
 
-    Args:
-        table: the model's score table.
-        rows: int [n], evaluated rows of the table.
-        patients: ids [n].
-        split: the evaluated split; `train` and `val` may share images with the training.
-        population: what the images are, for the error.
-
-    Raises:
-        LeakError: an image or patient is shared, and the evaluation is of `test` or of no named split.
+    An evaluation of `train` or `val` may share images with the training. `population` names the images in the error.
     """
     training = table.training
     if training is None:

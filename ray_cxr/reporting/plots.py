@@ -46,11 +46,8 @@ class Estimate:
         """Return `0.812 (0.790–0.831)`; signed `+0.012 (−0.003 to +0.027)`; in percent `81% (79–83%)`."""
         sign = "+" if signed else ""
         spec, scale, unit = (f"{sign}.0f", 100, "%") if percent else (f"{sign}.3f", 1, "")
-        value, *bounds = (
-            f"{scale * number:{spec}}".replace("-", "−")
-            for number in (self.value, self.low, self.high)
-            if number is not None
-        )
+        known = (number for number in (self.value, self.low, self.high) if number is not None)
+        value, *bounds = (f"{scale * number:{spec}}".replace("-", "−") for number in known)
         if len(bounds) < 2:
             return value + unit
         between = " to " if signed else "–"
@@ -73,12 +70,10 @@ def encode_figure(figure: Figure) -> tuple[bytes, bytes]:
 
 
 def create_layout() -> ConstrainedLayoutEngine:
-    """Return the engine that places the axes of a figure without a fixed layout."""
     return ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
 
 
 def create_axes(width: float, height: float) -> tuple[Figure, Axes]:
-    """Create a figure with one pair of axes, in inches."""
     figure = Figure(figsize=(width, height), layout=create_layout(), facecolor="white")
     ax = figure.subplots()
     style_axes(ax)
@@ -98,10 +93,7 @@ def create_sheet(width: float, height: float) -> tuple[Figure, Box]:
 def create_grid(count: int, handles: Sequence[Artist], below: float = 0.0) -> tuple[Figure, list[Axes]]:
     """Create a figure of square panels, four per row, with space for a title above each, and a legend on top.
 
-    Args:
-        count: number of panels.
-        handles: of the legend.
-        below: height in inches of a flat panel below each; the flat panels follow the square ones in the result.
+    `below` is the height in inches of a flat panel below each; the flat panels follow the square ones in the result.
     """
     columns = max(1, min(count, 4))
     cell, side, gap = 2.75, 2.05, 0.14
@@ -116,26 +108,20 @@ def create_grid(count: int, handles: Sequence[Artist], below: float = 0.0) -> tu
         squares.append(figure.add_axes(box(left, down, side, side)))
         if below:
             flats.append(figure.add_axes(box(left, down + side + gap, side, below)))
-    for ax in [*squares, *flats]:
+    axes = [*squares, *flats]
+    for ax in axes:
         style_axes(ax)
-    return figure, [*squares, *flats]
+    return figure, axes
 
 
 def draw_legend(figure: Figure, handles: Sequence[Artist]) -> None:
     """Draw the legend at the top of a fixed layout, in as many columns as fit."""
-    figure.legend(
-        handles=list(handles),
-        loc="upper left",
-        ncols=count_legend_columns(figure.get_figwidth(), handles),
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=INK,
-        borderaxespad=0.15,
-    )
+    columns = count_legend_columns(figure.get_figwidth(), handles)
+    style: dict[str, Any] = {"frameon": False, "fontsize": 8.5, "labelcolor": INK, "borderaxespad": 0.15}
+    figure.legend(handles=list(handles), loc="upper left", ncols=columns, **style)
 
 
 def count_legend_columns(width: float, handles: Sequence[Artist]) -> int:
-    """Return how many legend entries fit into `width` inches."""
     widest = 0.55 + max(measure_text(str(handle.get_label()), 8.5) for handle in handles)
     return int(np.clip((width - 0.1) // widest, 1, len(handles)))
 
@@ -150,19 +136,16 @@ def measure_text(text: str, size: float, *, bold: bool = False) -> float:
 
 
 def create_line_entry(label: str, colour: str, linestyle: Any = "-") -> Line2D:
-    """Return the legend entry of a line."""
     return Line2D([], [], color=colour, linestyle=linestyle, linewidth=1.4, label=label)
 
 
 def create_marker_entry(label: str, colour: str, marker: str, face: str | None = None) -> Line2D:
     """Return the legend entry of a marker; hollow if `face` differs from its colour."""
-    return Line2D(
-        [], [], color=colour, marker=marker, linestyle="", markersize=6, label=label, markerfacecolor=face or colour
-    )
+    style: dict[str, Any] = {"marker": marker, "markersize": 6, "markerfacecolor": face or colour}
+    return Line2D([], [], color=colour, linestyle="", label=label, **style)
 
 
 def style_axes(ax: Axes) -> None:
-    """Apply the common style of frame, ticks and labels."""
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -182,7 +165,6 @@ def set_heading(ax: Axes, finding: str, line: str) -> None:
 
 
 def create_placeholder(reason: str) -> Figure:
-    """Create a figure that states why there is nothing to show."""
     figure, _ = create_sheet(4.5, 0.8)
     figure.text(0.5, 0.5, f"Nothing to show: {reason}.", ha="center", va="center", fontsize=10, color=MUTED)
     return figure

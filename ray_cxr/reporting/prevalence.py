@@ -9,11 +9,7 @@ from ray_cxr.labels import FINDINGS, canonicalize, suggest
 
 
 def read_prevalences(path: str) -> dict[str, float]:
-    """Read a TOML file of `Finding = share` lines, shares between 0 and 1.
-
-    Raises:
-        InputError: the file is not readable TOML; a finding is unknown or named twice; a share is out of range.
-    """
+    """Read a TOML file of `Finding = share` lines, shares between 0 and 1."""
     try:
         with open(path, "rb") as stream:
             shares = tomllib.load(stream)
