@@ -233,6 +233,7 @@ def test_retry_errors_reads_what_may_have_recovered(decode: str, manifest, tiny_
 
     (tmp_path / "away").rename(away)
     shutil.copy(table.loc[0, "path"], table.loc[3, "path"])  # fixed too, but its code is final
+    assert "12 rows, 1 of them to score" in assert_done(command(*given, "--retry-errors", "--dry-run"))
     assert "scored 1 images" in assert_done(command(*given, "--retry-errors"))
     after = read_rows(out)
     assert after["image_id"].tolist() == table["image_id"].tolist()

@@ -157,3 +157,10 @@ def test_repeated_task_keeps_rows_and_images_together(without_ray, tiny_bundle, 
         assert found["error_code"].dropna().to_dict() == {3: "missing"}
         got = found.loc[good, expected.columns].to_numpy(float)
         np.testing.assert_allclose(got, expected.to_numpy(), rtol=0, atol=1e-5)
+    # A run that `--fresh` replaced writes nothing more.
+    before = (out / "scores" / "part-00000.parquet").read_bytes()
+    (out / "settings.json").write_text('{"kind": "score", "removing": true}', encoding="utf-8")
+    stopped = actor(decoded)
+    assert stopped["error"]
+    assert not len(stopped["done"])
+    assert (out / "scores" / "part-00000.parquet").read_bytes() == before
