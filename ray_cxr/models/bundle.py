@@ -113,7 +113,11 @@ class Bundle:
 
     @cached_property
     def quality(self) -> QualityModel | None:
-        """Statistics of ordinary images, for the quality flags; None if the bundle was made without images."""
+        """Statistics of ordinary images, for the quality flags; None if the bundle was made without images.
+
+        Raises:
+            BundleError: the file is damaged.
+        """
         if QUALITY not in self.files:
             return None
         with runtime.open_arrays(self.path / QUALITY) as arrays:
@@ -165,7 +169,8 @@ class Bundle:
     def check_golden(self, opened: runtime.Runtime, precision: str) -> None:
         """Run a model on the golden images and compare with their stored probabilities. Bundles without them pass.
 
-        Raises BundleError if the difference exceeds `TOLERANCE`, or the golden images are damaged.
+        Raises:
+            BundleError: the difference exceeds `TOLERANCE`, or the golden images are damaged.
         """
         if GOLDEN not in self.files:
             return
