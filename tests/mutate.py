@@ -2,14 +2,14 @@
 
 usage: python tests/mutate.py [--seed 1] [--count 40] [--jobs 2] [--list] [--ray]
 
-A seed determines the changes: one each in COUNT lines, spread evenly over scoring, training, evaluation and data, in a
-copy of the tree. Kinds: a condition or boundary (`<` to `<=`, `==` to `!=`, `and` to `or`, a dropped `not`), a
-sign (`+` to `-`), a number plus one, a dropped call (fsync, rename, flush), two swapped arguments, columns or
-branches. Text, log lines, type annotations, tuning constants (`BLOCK_ROWS = 8192`), the digits of `round` and the
-drawings of phantoms are excluded, because other values would work as well.
+The changes are made in a copy of the tree: one in each of COUNT lines, which the seed chooses, spread evenly over
+scoring, training, evaluation and data. Kinds: a condition or boundary (`<` to `<=`, `==` to `!=`, `and` to `or`, a
+dropped `not`), a sign (`+` to `-`), a number plus one, a dropped call (fsync, rename, flush), two swapped arguments,
+columns or branches. Text, log lines, type annotations, tuning constants (`BLOCK_ROWS = 8192`), the digits of `round`
+and the drawings of phantoms stay unchanged, because other values would work as well.
 
-Each change is tested with the tests that run the line (measured by coverage.py), then with all tests of the same
-folder, and with `--ray` also with that folder's tests with Ray. It is caught if one fails.
+Each change is tested with the tests that run the line (measured by coverage.py), then with all tests of the folder,
+and with `--ray` also with the folder's tests that need Ray. The change is caught if a test fails.
 """
 
 from __future__ import annotations
@@ -107,15 +107,12 @@ def changes(file: str, text: str) -> Iterator[Change]:
             case ast.Expr(value=ast.Call() as call) if not segment(call).startswith(("logger.", "super()")):
                 yield change(node, "pass", "dropped call")
             case ast.IfExp(body=body, orelse=orelse):
-                yield change(
-                    node, f"{segment(orelse)} if {segment(node.test)} else {segment(body)}", "swapped branches"
-                )
+                new = f"{segment(orelse)} if {segment(node.test)} else {segment(body)}"
+                yield change(node, new, "swapped branches")
             case ast.Call(args=[ast.Name() as first, ast.Name() as second, *_]):
                 yield swapped(node, first, second, "swapped arguments")
             case ast.List(elts=[first, second, *_]) | ast.Tuple(elts=[first, second, *_]) if _are_names(first, second):
                 yield swapped(node, first, second, "swapped columns")
-            case _:
-                pass
 
 
 def _are_names(*nodes: ast.AST) -> bool:
@@ -137,9 +134,7 @@ def _skipped(tree: ast.AST) -> Iterator[ast.AST]:
     for node in ast.walk(tree):
         parts: list[ast.AST | None] = []
         match node:
-            case ast.AnnAssign(annotation=annotation):
-                parts = [annotation]
-            case ast.arg(annotation=annotation):
+            case ast.AnnAssign(annotation=annotation) | ast.arg(annotation=annotation):
                 parts = [annotation]
             case ast.FunctionDef():
                 parts = [node.returns, *node.decorator_list]
@@ -147,6 +142,10 @@ def _skipped(tree: ast.AST) -> Iterator[ast.AST]:
                 parts = [*node.decorator_list]
             case ast.Call(func=ast.Attribute(attr="isin"), args=[chosen]):
                 parts = [chosen]  # a set: its order means nothing
+            case ast.Call(func=ast.Name(id=name), args=[*_, ast.List() as columns]) if name.startswith("read_"):
+                parts = [columns]  # read by name: the order means nothing
+            case ast.keyword(arg="columns", value=ast.List() as columns):
+                parts = [columns]
             case ast.Call(func=ast.Name(id="round"), args=[_, digits]):
                 parts = [digits]  # how much of a duration is shown
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant() | ast.BinOp() as value) if name.isupper():
@@ -155,18 +154,15 @@ def _skipped(tree: ast.AST) -> Iterator[ast.AST]:
                 parts = [node]
             case ast.Call(func=ast.Attribute(value=ast.Name(id="logger" | "telemetry"))):
                 parts = [node]
-            case _:
-                pass
-        for part in parts:
-            if part is not None:
-                yield from ast.walk(part)
+        for part in filter(None, parts):
+            yield from ast.walk(part)
 
 
 def choose(seed: int, count: int) -> list[Change]:
-    """Return `count` changes, one per line, as many of each package; the same for the same seed and sources."""
+    """Return `count` changes in as many lines, spread evenly over `PACKAGES`; a seed determines them."""
     randomness = random.Random(seed)
     chosen: list[Change] = []
-    for place, packages in enumerate(PACKAGES.values()):
+    for index, packages in enumerate(PACKAGES.values()):
         by_line: dict[tuple[str, int], list[Change]] = {}
         for path in sorted(path for package in packages for path in (ROOT / "ray_cxr" / package).rglob("*.py")):
             file = path.relative_to(ROOT).as_posix()
@@ -174,7 +170,7 @@ def choose(seed: int, count: int) -> list[Change]:
                 continue
             for change in changes(file, path.read_text(encoding="utf-8")):
                 by_line.setdefault((change.file, change.line), []).append(change)
-        share = count * (place + 1) // len(PACKAGES) - count * place // len(PACKAGES)
+        share = count * (index + 1) // len(PACKAGES) - count * index // len(PACKAGES)
         chosen += [randomness.choice(by_line[line]) for line in randomness.sample(sorted(by_line), share)]
     return chosen
 
@@ -230,9 +226,8 @@ def catch(change: Change, data: Path, copy: Path, *, with_ray: bool) -> str | No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--count", type=int, default=40)
-    parser.add_argument("--jobs", type=int, default=2)
+    for name, default in (("seed", 1), ("count", 40), ("jobs", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--ray", action="store_true", help="also run the folder's tests with Ray")
     parser.add_argument("--list", action="store_true", help="print the changes and stop")
     parser.add_argument("--coverage", type=Path, help="coverage data of an earlier run")
@@ -240,9 +235,9 @@ def main() -> None:
     chosen = choose(options.seed, options.count)
 
     def describe(change: Change) -> str:
-        row = (ROOT / change.file).read_text(encoding="utf-8").splitlines()[change.line - 1]
-        new = change.apply((ROOT / change.file).read_text(encoding="utf-8")).splitlines()[change.line - 1]
-        return f"{change.file}:{change.line} {change.kind}\n    - {row.strip()}\n    + {new.strip()}"
+        text = (ROOT / change.file).read_text(encoding="utf-8")
+        old, new = (version.splitlines()[change.line - 1].strip() for version in (text, change.apply(text)))
+        return f"{change.file}:{change.line} {change.kind}\n    - {old}\n    + {new}"
 
     if options.list:
         print("\n".join(map(describe, chosen)))
@@ -265,18 +260,17 @@ def main() -> None:
         if not data.exists():
             measure(data.absolute(), folder / "0" / "checkout")
 
-        def attempt(change: Change) -> tuple[Change, str | None]:
+        def attempt(change: Change) -> bool:
             copy = copies.get()
             try:
                 found = catch(change, data, copy, with_ray=options.ray)
             finally:
                 copies.put(copy)
             print(f"{'caught by ' + found if found else 'MISSED'}: {describe(change)}", flush=True)
-            return change, found
+            return found is not None
 
         with ThreadPoolExecutor(options.jobs) as pool:
-            outcomes = list(pool.map(attempt, chosen))
-    caught = sum(found is not None for _, found in outcomes)
+            caught = sum(pool.map(attempt, chosen))
     print(json.dumps({"seed": options.seed, "changes": len(chosen), "caught": caught}))
 
 
