@@ -13,7 +13,7 @@ import pandas as pd
 
 from ray_cxr.data.csv_table import COLUMNS, CsvTable, hash_file, normalize_header, read_csv
 from ray_cxr.errors import TableError
-from ray_cxr.labels import FINDINGS, NO_FINDING, canonicalize, suggest
+from ray_cxr.labels import FINDINGS, canonicalize, suggest
 
 #: NIH drew on PNGs of this side length, so its boxes are in these pixels for files of any size.
 IMAGE_SIDE = 1024
@@ -33,8 +33,8 @@ class Boxes:
     image_ids: np.ndarray  # str objects [n]
     findings: np.ndarray  # str objects [n], canonical
     xywh: np.ndarray  # float64 [n,4]: left, top (y downwards), width and height, pixels
-    image_side: int  # of the square image that they were drawn on, pixels
-    source: str  # their origin, as text
+    image_side: int  # side of the square image on which the boxes were drawn, pixels
+    source: str  # origin of the boxes, as text
     digest: str  # SHA-256 of the file, hex
 
     def __len__(self) -> int:
@@ -56,28 +56,28 @@ def read_boxes(path: str) -> Boxes:
 
 
 def _find_columns(table: CsvTable) -> dict[str, str]:
-    found, headers = table.find_columns(_COLUMNS), table.headers
+    columns, headers = table.find_columns(_COLUMNS), table.headers
     bracket = next((i for i, name in enumerate(headers) if normalize_header(name) == "bboxxywh"), len(headers))
     # Only the first of the four columns has a quoted bracket in its header.
     if bracket + 4 <= len(headers):
-        found.update(zip(_NUMBERS, headers[bracket : bracket + 4], strict=True))
-    missing = [name for name in _COLUMNS if name not in found]
+        columns.update(zip(_NUMBERS, headers[bracket : bracket + 4], strict=True))
+    missing = [name for name in _COLUMNS if name not in columns]
     if missing:
         raise TableError(
             f"{table.path}: has no column for {', '.join(missing)}; a table of boxes has Image Index, Finding Label "
             f"and Bbox [x,y,w,h]; its columns are: {table.shown_headers()}"
         )
-    return found
+    return columns
 
 
 def _read_findings(table: CsvTable, column: str) -> np.ndarray:
     text = table.rows[column]
-    known = {value: canonicalize(value) for value in text.unique()}
-    odd = text.map({value: label in (None, NO_FINDING) for value, label in known.items()}).astype(bool)
-    if odd.any():
-        name = text[odd].iloc[0].strip()
-        raise table.error(odd, f"unknown finding {name!r}{suggest(name, FINDINGS)}; use one of the 14 findings")
-    return text.map(known).to_numpy(dtype=object)
+    findings = text.map({value: canonicalize(value) for value in text.unique()})
+    is_unknown = ~findings.isin(FINDINGS)
+    if is_unknown.any():
+        name = text[is_unknown].iloc[0].strip()
+        raise table.error(is_unknown, f"unknown finding {name!r}{suggest(name, FINDINGS)}; use one of the 14 findings")
+    return findings.to_numpy(dtype=object)
 
 
 def _read_numbers(table: CsvTable, columns: dict[str, str]) -> np.ndarray:
@@ -85,18 +85,18 @@ def _read_numbers(table: CsvTable, columns: dict[str, str]) -> np.ndarray:
     for position, name in enumerate(_NUMBERS):
         text = table.rows[columns[name]].str.strip()
         numbers = pd.to_numeric(text, errors="coerce").astype("float64")
-        bad = ~numbers.between(-np.inf, np.inf, inclusive="neither")
-        if bad.any():
-            raise table.error(bad, f"{name} is {text[bad].iloc[0]!r}, not a number; correct the row")
+        is_bad = ~np.isfinite(numbers)
+        if is_bad.any():
+            raise table.error(is_bad, f"{name} is {text[is_bad].iloc[0]!r}, not a number; correct the row")
         values[:, position] = numbers
     corner, size = values[:, :2], values[:, 2:]
     # Half a pixel of tolerance, for edges that were rounded to whole pixels.
-    out = (size <= 0).any(axis=1) | (corner < -0.5).any(axis=1) | (corner + size > IMAGE_SIDE + 0.5).any(axis=1)
-    if out.any():
-        shown = ", ".join(f"{value:g}" for value in values[int(np.argmax(out))])
+    is_outside = ((size <= 0) | (corner < -0.5) | (corner + size > IMAGE_SIDE + 0.5)).any(axis=1)
+    if is_outside.any():
+        box = ", ".join(f"{value:g}" for value in values[int(np.argmax(is_outside))])
         raise table.error(
-            pd.Series(out, index=table.rows.index),
-            f"the box x, y, w, h = {shown} has no area or reaches out of the image; "
+            pd.Series(is_outside, index=table.rows.index),
+            f"the box x, y, w, h = {box} has no area or reaches out of the image; "
             f"boxes are in pixels of the {IMAGE_SIDE} x {IMAGE_SIDE} image",
         )
     return values

@@ -8,12 +8,13 @@ the adjudicated labels of NIH images (Majkowska et al., Radiology 2020), whose f
     Airspace opacity  a composite of Consolidation, Edema, Infiltration and Pneumonia
     Fracture          not one of our findings; left out by name
 
-A composite is present where any of its findings is. Its score is their highest score, and it is flagged where any of
-them is flagged. The members of each composite are fixed here by the meaning of the terms. Airspace opacity means that
-air spaces are filled, which holds for the four findings above. Atelectasis is excluded: a collapsed lung loses its
-air and is not filled. The readers used the term in the same way. In the table's `val` part, which holds no NIH test
-images, 41% of the 96 images with Atelectasis alone are airspace opacities. The four members alone reach 57 to 67%, and
-No Finding 23%. Effusion is excluded too: it lies outside the lung, although most images with one also have an opacity.
+A composite is present in an image where any of its findings is present. The score of a composite is the highest score
+of its findings, and a composite is flagged where any of its findings is flagged. The findings of each composite are
+fixed here by the meaning of the terms. Airspace opacity means that air spaces are filled, which holds for the four
+findings above. Atelectasis is excluded: a collapsed lung loses its air and is not filled. The readers used the term in
+the same way: in the table's `val` part, which holds no NIH test images, 41% of the 96 images with Atelectasis alone are
+airspace opacities. Of the images with one of the four findings alone, 57 to 67% are, and of those with No Finding 23%.
+Effusion is excluded too: it lies outside the lung, although most images with an effusion also have an opacity.
 """
 
 from __future__ import annotations
@@ -47,17 +48,17 @@ class ConsensusLabels:
 
     image_ids: np.ndarray  # str objects [n], unique, in the order of the file
     patient_ids: np.ndarray  # str objects [n], None where unknown; written as in a manifest
-    # str objects [n] or None: the table's own division (`val`, `test`). It differs from NIH's: the `val` of the
-    # adjudicated table lies in NIH's train and val images.
+    # str objects [n] or None: the table's own division (`val`, `test`), which differs from NIH's: the images of the
+    # adjudicated table's `val` are in NIH's train and val.
     parts: np.ndarray
-    labels: Mapping[str, np.ndarray]  # by finding, then by composite, int8 [n]; -1 where the table does not say
+    labels: Mapping[str, np.ndarray]  # by finding, then by composite, int8 [n]; -1 where the table has no label
     composites: Mapping[str, tuple[str, ...]]  # the findings of each composite among the labels
     kind: Literal["adjudicated", "consensus"]  # the table of 2020, or any other
     source: str  # origin of the labels, as text
     digest: str  # SHA-256 of the file, hex
-    notes: tuple[str, ...]  # sentences on how the table was mapped to our findings
-    left_out: Mapping[str, str]  # columns that look like labels and were not used, with the reason
-    unused: tuple[str, ...]  # other columns that were not used
+    notes: tuple[str, ...]  # sentences about how the table was mapped to our findings
+    left_out: Mapping[str, str]  # reason by column, for unused columns that look like labels
+    unused: tuple[str, ...]  # names of the other unused columns
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -106,10 +107,10 @@ def read_consensus(path: str) -> ConsensusLabels:
 
 
 def composite_scores(name: str, members: Sequence[str], p: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return the highest score of a composite's members in each image: float64 [n], NaN where one has no score.
+    """Return the highest score of a composite's members in each image: float64 [n], NaN where any has no score.
 
-    The probability that any of several findings is present is at least the highest of theirs. It exceeds that only as
-    far as the findings occur independently. Do not mix raw and calibrated scores.
+    The probability that any of several findings is present is at least the highest of their probabilities. It is higher
+    only as far as the findings occur independently. Do not mix raw and calibrated scores.
     """
     _refuse_missing(name, members, p, "score")
     return np.asarray(np.max(np.stack([np.asarray(p[finding], dtype=np.float64) for finding in members]), axis=0))
@@ -134,31 +135,23 @@ def _refuse_missing(name: str, members: Sequence[str], values: Mapping[str, np.n
 def _find_labels(table: CsvTable) -> dict[str, str]:
     """Return headers by finding or composite: findings in `LABELS` order, then composites."""
     composites = {normalize_header(name): name for name in COMPOSITES}
-    found: dict[str, str] = {}
-    for column in table.headers:
-        label = canonicalize(column) or composites.get(normalize_header(column))
-        if label is None:
-            continue
-        if label in found:
-            raise TableError(f"{table.path}: {found[label]!r} and {column!r} both spell {label}; remove one of them")
-        found[label] = column
-    if not found:
+    columns = table.find_labels(lambda header: canonicalize(header) or composites.get(normalize_header(header)))
+    if not columns:
         raise TableError(
             f"{table.path}: has no column for any finding; a consensus table has one column of 0 and 1 per finding, "
             f"such as {FINDINGS[0]}; its columns are: {table.shown_headers()}"
         )
-    return {label: found[label] for label in (*LABELS, *COMPOSITES) if label in found}
+    return {label: columns[label] for label in (*LABELS, *COMPOSITES) if label in columns}
 
 
 def _merge_repeats(rows: pd.DataFrame, table: CsvTable) -> pd.DataFrame:
     unique = rows.drop_duplicates()
-    again = unique["image_id"].duplicated()
-    if again.any():
-        image = unique.loc[again, "image_id"].iloc[0]
-        first = unique.index[(unique["image_id"] == image).to_numpy()][0]
-        raise table.error(
-            again, f"{image} has other labels (or another patient or part) than on line {first}; keep one set per image"
-        )
+    is_repeated = unique["image_id"].duplicated()
+    if is_repeated.any():
+        image = unique.loc[is_repeated, "image_id"].iloc[0]
+        line = unique.index[unique["image_id"] == image][0]
+        reason = f"{image} has other labels (or another patient or part) than on line {line}; keep one set per image"
+        raise table.error(is_repeated, reason)
     return unique
 
 

@@ -12,7 +12,7 @@ import hashlib
 import io
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,11 +55,21 @@ class CsvTable:
     def find_columns(self, spellings: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
         """Return for each name the header that spells it; names without a column are left out."""
         headers = {normalize_header(name): name for name in reversed(self.headers)}
-        found = {}
-        for name, known in spellings.items():
-            if spelling := next((one for one in known if one in headers), None):
-                found[name] = headers[spelling]
-        return found
+        matches = {name: [headers[text] for text in texts if text in headers] for name, texts in spellings.items()}
+        return {name: columns[0] for name, columns in matches.items() if columns}
+
+    def find_labels(self, canonicalize: Callable[[str], str | None]) -> dict[str, str]:
+        """Return the headers of columns for labels, by the label that `canonicalize` returns for the header."""
+        columns: dict[str, str] = {}
+        for column in self.headers:
+            label = canonicalize(column)
+            if label in columns:
+                raise TableError(
+                    f"{self.path}: {columns[label]!r} and {column!r} both spell {label}; remove one of them"
+                )
+            if label:
+                columns[label] = column
+        return columns
 
     def read_image_ids(self, columns: Mapping[str, str]) -> pd.Series:
         """Return the image names, after a check of all columns of ids; `columns` come from `find_columns`."""
@@ -97,11 +107,11 @@ class CsvTable:
         return text.where(text != "", None)
 
     def read_values(self, column: str, values: Mapping[str, int | None], expected: str) -> pd.Series:
-        """Translate the cells of a column, in lower case and without outer blanks, to Int8; refuse others."""
+        """Translate the cells of a column by `values`, in lower case and without outer blanks: Int8; refuse others."""
         text = self.rows[column].str.strip().str.lower()
-        bad = ~text.isin(list(values))
-        if bad.any():
-            raise self.error(bad, f"{column} is {self.rows[column][bad].iloc[0].strip()!r}; use {expected}")
+        is_bad = ~text.isin(list(values))
+        if is_bad.any():
+            raise self.error(is_bad, f"{column} is {self.rows[column][is_bad].iloc[0].strip()!r}; use {expected}")
         return text.map(values).astype("Int8")
 
     def refuse_contradictions(self, values: pd.DataFrame) -> None:
@@ -112,9 +122,9 @@ class CsvTable:
             if clash.any():
                 raise self.error(clash, "No Finding is 1 together with a finding; correct the row")
 
-    def error(self, bad: pd.Series, reason: str) -> TableError:
-        """Return the error for the first row where `bad` is true."""
-        return TableError(f"{self.path}: line {bad.index[int(np.argmax(bad.to_numpy()))]}: {reason}")
+    def error(self, is_bad: pd.Series, reason: str) -> TableError:
+        """Return the error for the first row where `is_bad` is true."""
+        return TableError(f"{self.path}: line {is_bad.index[int(np.argmax(is_bad.to_numpy()))]}: {reason}")
 
 
 def normalize_header(header: str) -> str:
@@ -154,13 +164,13 @@ def read_csv(path: str) -> CsvTable:
 
 def read_image_list(path: str) -> list[str]:
     """Read a list of image names, one per line, gzipped or not."""
-    lines = [line.strip() for line in _read_text(path, "split list").splitlines()]
-    named = {number: line for number, line in enumerate(lines, 1) if line}
-    if not named:
+    names = pd.Series(_read_text(path, "split list").splitlines(), name="the image name", dtype=object).str.strip()
+    names.index += 1  # line numbers
+    names = names[names != ""]
+    if names.empty:
         raise TableError(f"{path}: the list is empty")
-    names = list(named.values())
-    identity.check_names(names, list(named), path)
-    return names
+    identity.check_series(names, path, images=True)
+    return names.tolist()
 
 
 def hash_file(path: str | Path) -> str:

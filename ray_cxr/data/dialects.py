@@ -31,14 +31,14 @@ class Dialect(ABC):
 
     @abstractmethod
     def read_labels(self, table: CsvTable, image_ids: pd.Series) -> pd.DataFrame:
-        """Return Int8 [n,15] with the columns `labels.LABELS`: 1, 0, or null where the table does not say."""
+        """Return Int8 [n,15] with the columns `labels.LABELS`: 1, 0, or null where the table has no label."""
 
     def parse_age(self, text: str) -> float | None:
         """Return an age in years, or None if the text is not an age."""
         return demographics.parse_age(text)
 
     def is_redundant(self, header: str) -> bool:
-        """Whether every table of this dialect has this column and a manifest does not need it."""
+        """Whether the column is a regular part of this dialect that a manifest does not need."""
         return False
 
 
@@ -58,16 +58,14 @@ class NihDialect(Dialect):
     def read_labels(self, table: CsvTable, image_ids: pd.Series) -> pd.DataFrame:
         text = table.rows[self.find_label_columns(table)[0]]
         codes, unique = pd.factorize(text)
-        rows = np.zeros((len(unique), len(labels.LABELS)), dtype=float)
+        rows = np.full((len(unique), len(labels.LABELS)), np.nan)
         for position, value in enumerate(unique):
-            if not value.strip():
-                rows[position] = np.nan
-                continue
             try:
-                rows[position] = labels.encode(labels.parse(value))
+                if value.strip():
+                    rows[position] = labels.encode(labels.parse(value))
             except TableError as error:
-                first = int(np.argmax(codes == position))
-                raise TableError(f"{table.path}: line {text.index[first]} ({image_ids.iloc[first]}): {error}") from None
+                row = int(np.argmax(codes == position))
+                raise TableError(f"{table.path}: line {text.index[row]} ({image_ids.iloc[row]}): {error}") from None
         return pd.DataFrame(rows[codes], columns=list(labels.LABELS), index=text.index).astype("Int8")
 
     def is_redundant(self, header: str) -> bool:
@@ -88,16 +86,11 @@ class OneHotDialect(Dialect):
         return [name for name in table.headers if labels.canonicalize(name)]
 
     def read_labels(self, table: CsvTable, image_ids: pd.Series) -> pd.DataFrame:
-        index = table.rows.index
-        out = pd.DataFrame({name: pd.array([None] * len(index), dtype="Int8") for name in labels.LABELS}, index=index)
-        seen: dict[str, str] = {}
-        for column in self.find_label_columns(table):
-            label = str(labels.canonicalize(column))
-            if label in seen:
-                raise TableError(f"{table.path}: {seen[label]!r} and {column!r} both spell {label}; remove one of them")
-            seen[label] = column
+        columns = table.find_labels(labels.canonicalize)
+        out = pd.DataFrame(index=table.rows.index, columns=list(labels.LABELS), dtype="Int8")
+        for label, column in columns.items():
             out[label] = table.read_values(column, self.values, "0, 1 or blank (not labelled)")
-        if labels.NO_FINDING in seen:
+        if labels.NO_FINDING in columns:
             table.refuse_contradictions(out)
         else:
             findings = out[list(labels.FINDINGS)]

@@ -43,16 +43,11 @@ _SUSPICIOUS = "|".join((_EXPONENT, _LONG_FLOAT, _LONG_INTEGER, _CELL_ERROR, _REP
 
 
 def check_series(column: pd.Series, source: str, *, images: bool = False) -> None:
-    """Refuse a text column with ids that lost digits; its name is the header, its index the lines of `source`."""
+    """Refuse a text column with ids that lost digits. The column has its header as name and the lines of `source` as
+    index.
+    """
     text = pa.chunked_array([pa.array(column.str.strip(), pa.string(), from_pandas=True)])
     _check_text(text, f"{source}: line", column.index, str(column.name), images=images)
-
-
-def check_names(names: Sequence[str], lines: Sequence[int], source: str) -> None:
-    """Refuse a list of image names as `check_series` refuses a column."""
-    _check_text(
-        pa.chunked_array([pa.array(names, pa.string())]), f"{source}: line", lines, "the image name", images=True
-    )
 
 
 def read_ids(column: pa.ChunkedArray, name: str, source: str) -> pa.ChunkedArray:
@@ -97,33 +92,30 @@ def _decode_dictionary(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | 
 
 
 def _drop_nan(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
-    """Return floats as float64 with null for NaN; otherwise unknown patients become one patient `nan`."""
-    wide = column.cast(pa.float64())
-    return pc.if_else(pc.is_nan(wide), pa.scalar(None, pa.float64()), wide)
+    """Return floats as float64 with null for NaN, because all unknown patients would become one patient `nan`."""
+    values = column.cast(pa.float64())
+    return pc.if_else(pc.is_nan(values), pa.scalar(None, pa.float64()), values)
 
 
 def _check_floats(column: pa.ChunkedArray, name: str, source: str) -> None:
     """Refuse floats that are not integers, or too large to be exact."""
     bits = _FLOAT_BITS[column.type]
-    wide = _drop_nan(column)
-    for bad, reason in (
-        (pc.greater_equal(pc.abs(wide), 2.0**bits), f"a float of {bits} bits, too large for all its digits to be kept"),
-        (pc.not_equal(pc.floor(wide), wide), "a number with a fraction"),
+    values = _drop_nan(column)
+    too_large = pc.greater_equal(pc.abs(values), 2.0**bits)
+    for is_damaged, reason in (
+        (too_large, f"a float of {bits} bits, too large for all its digits to be kept"),
+        (pc.not_equal(pc.floor(values), values), "a number with a fraction"),
     ):
-        row = pc.index(bad, True).as_py()
+        row = pc.index(is_damaged, True).as_py()
         if row >= 0:
             raise _error(f"{source}: row", row + 1, name, reason)
 
 
-def _check_text(text: pa.ChunkedArray, place: str, lines: Iterable[int], name: str, *, images: bool) -> None:
+def _check_text(text: pa.ChunkedArray, source: str, lines: Iterable[int], name: str, *, images: bool) -> None:
     rows = pc.indices_nonzero(pc.fill_null(pc.match_substring_regex(text, _SUSPICIOUS), False))
-    if not len(rows):
-        return
-    suspects = text.take(rows)
-    position = _find_loss(suspects, images=images)
-    if position is not None:
-        row, reason = rows[position[0]].as_py(), position[1]
-        raise _error(place, list(lines)[row], name, reason)
+    if len(rows) and (loss := _find_loss(text.take(rows), images=images)):
+        position, reason = loss
+        raise _error(source, list(lines)[rows[position].as_py()], name, reason)
 
 
 def _find_loss(suspects: pa.ChunkedArray, *, images: bool) -> tuple[int, str] | None:
@@ -133,9 +125,9 @@ def _find_loss(suspects: pa.ChunkedArray, *, images: bool) -> tuple[int, str] | 
         (_CELL_ERROR, "the error value of a spreadsheet's cell"),
         *(() if images else ((_REPLACED, "text with a replacement character instead of a letter"),)),
     ):
-        found = pc.index(pc.match_substring_regex(suspects, pattern), True).as_py()
-        if found >= 0:
-            return found, reason
+        position = pc.index(pc.match_substring_regex(suspects, pattern), True).as_py()
+        if position >= 0:
+            return position, reason
     for position in pc.indices_nonzero(pc.match_substring_regex(suspects, _LONG_FLOAT)).to_pylist():
         if abs(int(suspects[position].as_py().replace(",", ".").partition(".")[0])) >= 2**53:
             return position, "a float of 53 bits, too large for all its digits to be kept"
@@ -145,19 +137,19 @@ def _find_loss(suspects: pa.ChunkedArray, *, images: bool) -> tuple[int, str] | 
 
 
 def _describe_rounding(texts: pa.ChunkedArray) -> str | None:
-    """Return how integers of more than 15 digits were rounded; None if they were not, or it may be chance."""
+    """Return how integers of more than 15 digits were rounded; None if they were not, or if chance can explain it."""
     for count_digits, reason in (
         (_count_zeroed, "a number with zeros after its first 15 digits, as all long ones of the column"),
         (_count_lost_in_floats, "a number that passed through a float of 53 bits, as all long ones of the column"),
     ):
+        digits: float | None = None
         # The first rows decide nearly every column; a million numbers take seconds.
         for part in (texts.slice(0, _FIRST_ROWS), texts):
             digits = count_digits([abs(int(value)) for value in part.unique().to_pylist()])
             if digits is None:
                 break
-        else:
-            if digits is not None and digits > -math.log10(_CHANCE):
-                return reason
+        if digits is not None and digits > -math.log10(_CHANCE):
+            return reason
     return None
 
 
@@ -177,5 +169,5 @@ def _count_lost_in_floats(numbers: Sequence[int]) -> float | None:
     return in_use * sum(math.log10(step) for step in steps)
 
 
-def _error(place: str, line: int, name: str, reason: str) -> TableError:
-    return TableError(f"{place} {line}: {name} is {reason}: different ids can become equal; {REMEDY}")
+def _error(source: str, line: int, name: str, reason: str) -> TableError:
+    return TableError(f"{source} {line}: {name} is {reason}: different ids can become equal; {REMEDY}")

@@ -52,7 +52,7 @@ def write_manifest(table: pa.Table, out: str | Path) -> None:
 
 
 def read_manifest(path: str | Path) -> pa.Table:
-    """Return a manifest's columns in `SCHEMA` order, checked; absent ones (but image_id) are filled with nulls."""
+    """Return a manifest's columns in `SCHEMA` order, checked. Absent columns, except image_id, become nulls."""
     with open_manifest(path) as file:
         return file.read()
 
@@ -78,9 +78,9 @@ class ManifestFile:
         self.metadata: dict[bytes, bytes] | None = file.schema_arrow.metadata
         if "image_id" not in file.schema_arrow.names:
             raise TableError(f"{path}: has no column image_id; make it with `ray-cxr manifest`")
-        twice = sorted(name for name, count in Counter(file.schema_arrow.names).items() if count > 1)
-        if twice:
-            raise TableError(f"{path}: has two columns {twice[0]}; keep one")
+        repeats = sorted(name for name, count in Counter(file.schema_arrow.names).items() if count > 1)
+        if repeats:
+            raise TableError(f"{path}: has two columns {repeats[0]}; keep one")
 
     def __len__(self) -> int:
         return int(self._file.metadata.num_rows)
@@ -102,10 +102,10 @@ class ManifestFile:
             raise TableError(f"{self._path}: column {name} is {column.type}, not {kind}") from None
         allowed = SPLITS if name == "split" else (0, 1) if name in labels.LABELS else None
         if allowed is not None:
-            odd = [value for value in column.unique().to_pylist() if value is not None and value not in allowed]
-            if odd:
+            others = [value for value in column.unique().to_pylist() if value is not None and value not in allowed]
+            if others:
                 expected = ", ".join(map(str, allowed))
-                raise TableError(f"{self._path}: column {name} holds {odd[:5]}; use {expected} and null only")
+                raise TableError(f"{self._path}: column {name} holds {others[:5]}; use {expected} and null only")
         return column
 
     def read(self) -> pa.Table:
@@ -113,23 +113,23 @@ class ManifestFile:
         columns = [self.column(name) for name in SCHEMA.names]
         return pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(self.metadata))
 
-    def digest(self, known: Mapping[str, pa.ChunkedArray]) -> str:
-        """Return `digest` of the table, loading one column at a time except those in `known`."""
-        return _digest_columns(lambda name: known[name] if name in known else self.column(name))
+    def digest(self, loaded: Mapping[str, pa.ChunkedArray]) -> str:
+        """Return `digest` of the table. Columns that are not in `loaded` are read one at a time."""
+        return _digest_columns(lambda name: loaded[name] if name in loaded else self.column(name))
 
     def copy(self, target: Path, row_group_size: int) -> None:
         """Write the columns of `SCHEMA` as a Parquet file, with one row group in memory at a time."""
         schema = SCHEMA.with_metadata(self.metadata)
-        present = [name for name in SCHEMA.names if name in self._file.schema_arrow.names]
+        names = [name for name in SCHEMA.names if name in self._file.schema_arrow.names]
 
         def cast(batch: pa.RecordBatch, field: pa.Field) -> pa.Array:
-            if field.name not in present:
+            if field.name not in names:
                 return pa.nulls(len(batch), field.type)
             column = batch.column(field.name)
             return identity.to_text(column) if field.name in identity.COLUMNS else column.cast(field.type)
 
         with pq.ParquetWriter(target, schema) as writer:
-            for batch in self._file.iter_batches(batch_size=row_group_size, columns=present):
+            for batch in self._file.iter_batches(batch_size=row_group_size, columns=names):
                 arrays = [cast(batch, field) for field in SCHEMA]
                 writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema), row_group_size=row_group_size)
 
@@ -138,8 +138,8 @@ class ManifestFile:
         if name == "image_id":
             if ids.null_count:
                 raise TableError(f"{self._path}: {ids.null_count:,} rows have no image_id; remove or name them")
-            if repeated := len(ids) - pc.count_distinct(ids).as_py():
-                raise TableError(f"{self._path}: {repeated:,} rows repeat an image_id; keep one row per image")
+            if repeats := len(ids) - pc.count_distinct(ids).as_py():
+                raise TableError(f"{self._path}: {repeats:,} rows repeat an image_id; keep one row per image")
         return ids
 
 
@@ -160,9 +160,9 @@ def _digest_columns(column_of: Callable[[str], pa.ChunkedArray]) -> str:
             for chunk in column.chunks:
                 texts = chunk.fill_null("")
                 if len(texts):
-                    ends = np.frombuffer(texts.buffers()[1], np.int32)
-                    first, last = int(ends[texts.offset]), int(ends[texts.offset + len(texts)])
-                    sink.update(memoryview(texts.buffers()[2] or b"")[first:last])
+                    edges = np.frombuffer(texts.buffers()[1], np.int32)
+                    start, end = int(edges[texts.offset]), int(edges[texts.offset + len(texts)])
+                    sink.update(memoryview(texts.buffers()[2] or b"")[start:end])
         else:
             sink.update(_to_numpy(column.fill_null(0), field.type.to_pandas_dtype()).tobytes())
     return sink.hexdigest()
@@ -189,16 +189,14 @@ def manifest_of_images(location: str) -> pa.Table:
     The image_ids are file names if these are unique; otherwise all are paths below the folder (`sub/a.png`,
     `images_001.tar.gz::images/a.png`). `listing_notes` describes the other files in the folder.
     """
-    found = find_images(location)
-    ids = file_names(found.paths)
+    listing = find_images(location)
+    ids = file_names(listing.paths)
     if pc.count_distinct(ids).as_py() < len(ids):
-        ids = pc.binary_replace_slice(plain_paths(found.paths), 0, len(plain_path(found.root).encode()), "")
-    # Columns of a kind share their nulls, which saves 30 bytes a row.
+        ids = pc.binary_replace_slice(plain_paths(listing.paths), 0, len(plain_path(listing.root).encode()), "")
+    # Columns of one type share their nulls, which saves 30 bytes per row.
     nulls = {field.type: pa.nulls(len(ids), field.type) for field in SCHEMA}
-    columns: dict[str, Any] = {field.name: nulls[field.type] for field in SCHEMA}
-    columns["image_id"] = ids
-    columns["path"] = absolute_paths(found)
-    notes = json.dumps({"left_out": found.left_out, "unpacked": found.unpacked}, sort_keys=True)
+    columns = {field.name: nulls[field.type] for field in SCHEMA} | {"image_id": ids, "path": absolute_paths(listing)}
+    notes = json.dumps({"left_out": listing.left_out, "unpacked": listing.unpacked}, sort_keys=True)
     return pa.table(columns, schema=SCHEMA.with_metadata({LISTING_KEY: notes.encode()}))
 
 
@@ -221,9 +219,9 @@ def describe_listing(left_out: dict[str, int], unpacked: int) -> list[str]:
     return lines
 
 
-def absolute_paths(found: Listing) -> pa.ChunkedArray:
+def absolute_paths(listing: Listing) -> pa.ChunkedArray:
     """Return the paths of a listing, made absolute as `make_absolute` does."""
-    root = make_absolute(found.root.removesuffix("/"))
-    if found.root.endswith("/"):
+    root = make_absolute(listing.root.removesuffix("/"))
+    if listing.root.endswith("/"):
         root = root.rstrip("/") + "/"
-    return pc.binary_replace_slice(found.paths, 0, len(found.root.encode()), root)
+    return pc.binary_replace_slice(listing.paths, 0, len(listing.root.encode()), root)

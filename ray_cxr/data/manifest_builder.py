@@ -94,21 +94,21 @@ def build_manifest(
     on_leak: str = "error",
     found_only: bool = False,
 ) -> tuple[pa.Table, ManifestReport]:
-    """Read tables, find images, assign splits; return the manifest, with the split's description in its metadata, and
-    counts.
+    """Read tables, find images and assign splits. Return the manifest and the report; the metadata of the manifest
+    describe the split.
 
     Args:
         tables: paths of CSV files, `.gz` allowed; or `train=A.csv`, `val=B.csv`, `test=C.csv`.
         images: a folder or URI with the images, in any layout, also inside tar archives; None leaves `path` null.
         split: `official` (needs both lists), `patient`, or None.
-        fractions: train, val, test shares of patients for `patient`.
-        on_leak: `error` or `drop`.
-        found_only: leave out rows whose image is not in `images`; they are counted.
+        fractions: shares of patients for train, val and test, if `split` is `patient`.
+        on_leak: `error` or `drop`, see `splits.resolve_leaks`.
+        found_only: leave out and count the rows whose image is not in `images`.
     """
     report = ManifestReport()
-    named = [_parse_table_argument(text) for text in tables]
-    by_table = any(name for name, _ in named)
-    if by_table and not all(name for name, _ in named):
+    arguments = [_parse_table_argument(text) for text in tables]
+    by_table = any(name for name, _ in arguments)
+    if by_table and not all(name for name, _ in arguments):
         raise ConfigError("tables: either every table has a prefix (train=, val=, test=) or none has")
     if by_table and split:
         raise ConfigError(f"--split {split}: the tables' prefixes already define the split; drop one of the two")
@@ -119,7 +119,7 @@ def build_manifest(
     if split != "official" and (train_val_list or test_list):
         raise ConfigError("--train-val-list and --test-list: need --split official")
 
-    frames = [read_table(path, report).assign(split=name, _table=Path(path).name) for name, path in named]
+    frames = [read_table(path, report).assign(split=name, _table=Path(path).name) for name, path in arguments]
     data = pd.concat(frames, ignore_index=True)
     if not by_table:
         _refuse_repeats(data)
@@ -127,7 +127,7 @@ def build_manifest(
         "kind": "given" if by_table else split,
         "seed": seed if split else None,
         "fractions": list(fractions) if split == "patient" else None,
-        "tables": _hash_files([path for _, path in named]),
+        "tables": _hash_files([path for _, path in arguments]),
     }
     if split == "patient":
         data["split"] = splits.patient_split(data["patient_id"], fractions, seed)
@@ -156,13 +156,13 @@ def build_manifest(
     report.unguarded = int((data["split"].notna() & data["patient_id"].isna()).sum())
     report.patients = int(data["patient_id"].nunique())
     report.by_split = _count_by_split(data["split"])
-    table = pa.table({one.name: pa.array(data[one.name], type=one.type, from_pandas=True) for one in SCHEMA})
+    table = pa.table({field.name: pa.array(data[field.name], type=field.type, from_pandas=True) for field in SCHEMA})
     return table.replace_schema_metadata({SPLIT_KEY: json.dumps(info, sort_keys=True).encode()}), report
 
 
 def read_table(path: str, report: ManifestReport | None = None) -> pd.DataFrame:
-    """Read a CSV file of any dialect into a manifest's columns, without `path` and `split`; errors name the place."""
-    report = report if report is not None else ManifestReport()
+    """Read a CSV file of any dialect into a manifest's columns, without `path` and `split`; errors name the line."""
+    report = report or ManifestReport()
     table = read_csv(path)
     dialect = detect_dialect(table)
     rows, columns = table.rows, table.find_columns(dialect.columns)
@@ -174,10 +174,8 @@ def read_table(path: str, report: ManifestReport | None = None) -> pd.DataFrame:
     out["age"] = _read_ages(rows[columns["age"]], dialect, report) if "age" in columns else np.nan
     for name, parse in (("sex", demographics.parse_sex), ("view", demographics.parse_view)):
         out[name] = rows[columns[name]].map(parse).astype("object") if name in columns else None
-    out["follow_up"] = pd.array([None] * len(rows), dtype="Int32")
-    if "follow_up" in columns:
-        visits = pd.to_numeric(rows[columns["follow_up"]], errors="coerce").round()
-        out["follow_up"] = visits.where(visits.abs() < 2**31).astype("Int32")
+    visits = pd.to_numeric(table.read_optional(columns.get("follow_up")), errors="coerce").astype(float).round()
+    out["follow_up"] = visits.where(visits.abs() < 2**31).astype("Int32")
     values = dialect.read_labels(table, image_ids)
     report.unlabelled_rows += int(values.isna().all(axis=1).sum())
     used = {*columns.values(), *dialect.find_label_columns(table), *report.ignored_columns}
@@ -204,12 +202,12 @@ def _read_ages(text: pd.Series, dialect: Dialect, report: ManifestReport) -> pd.
 
 
 def _refuse_repeats(data: pd.DataFrame) -> None:
-    repeated = data[data.duplicated("image_id", keep=False)]
-    if len(repeated):
-        first = repeated["image_id"].iloc[0]
-        tables = sorted(set(repeated.loc[repeated["image_id"] == first, "_table"]))
+    repeats = data[data.duplicated("image_id", keep=False)]
+    if len(repeats):
+        image = repeats["image_id"].iloc[0]
+        tables = sorted(set(repeats.loc[repeats["image_id"] == image, "_table"]))
         raise TableError(
-            f"{repeated['image_id'].nunique():,} images occur more than once, such as {first!r} "
+            f"{repeats['image_id'].nunique():,} images occur more than once, such as {image!r} "
             f"in {' and '.join(tables)}; keep one row per image"
         )
 
@@ -245,28 +243,28 @@ def _find_paths(image_ids: pd.Series, location: str, report: ManifestReport) -> 
     """Return for each image the path of its file below `location`, or None; refuse names that several files share."""
     found = find_images(location)
     report.not_images, report.unpacked_members = found.left_out, found.unpacked
-    wanted = pa.array(image_ids, pa.string())
-    # For each file the row that names it: the hash table of a million names is built once, in Arrow.
-    rows = pc.index_in(file_names(found.paths), value_set=wanted)
-    files = pc.indices_nonzero(pc.is_valid(rows))
-    named = rows.take(files).to_numpy()
-    first = np.full(len(wanted), -1)
-    first[named[::-1]] = files.to_numpy()[::-1]
-    twice = np.bincount(named, minlength=len(wanted)) > 1
-    if twice.any():
-        row = int(np.flatnonzero(twice)[np.argmin(image_ids.to_numpy()[twice].astype(str))])
-        one, other = found.paths.take(files.filter(pa.array(named == row))).slice(0, 2).to_pylist()
+    n_rows = len(image_ids)
+    # The row of each file, if any: the hash table of a million names is built once, in Arrow.
+    matches = pc.index_in(file_names(found.paths), value_set=pa.array(image_ids, pa.string()))
+    files = pc.indices_nonzero(pc.is_valid(matches))
+    rows = matches.take(files).to_numpy()
+    file_of_row = np.full(n_rows, -1)
+    file_of_row[rows] = files.to_numpy()
+    is_ambiguous = np.bincount(rows, minlength=n_rows) > 1
+    if is_ambiguous.any():
+        row = int(np.flatnonzero(is_ambiguous)[np.argmin(image_ids.to_numpy()[is_ambiguous].astype(str))])
+        copies = found.paths.take(files.filter(pa.array(rows == row))).slice(0, 2).to_pylist()
         raise TableError(
-            f"--images {redact(location)}: {int(twice.sum()):,} names occur more than once, such as "
-            f"{one} and {other}; point --images at one copy"
+            f"--images {redact(location)}: {int(is_ambiguous.sum()):,} names occur more than once, such as "
+            f"{' and '.join(copies)}; point --images at one copy"
         )
-    report.images_found = int((first >= 0).sum())
-    report.images_missing = len(wanted) - report.images_found
+    report.images_found = int((file_of_row >= 0).sum())
+    report.images_missing = n_rows - report.images_found
     report.files_not_in_table = len(found.paths) - report.images_found
     if report.images_found == 0:
         raise TableError(
             f"--images {redact(location)}: none of its {len(found.paths):,} images is in the tables, "
             f"which name images such as {image_ids.iloc[0]!r}; check --images"
         )
-    picked = absolute_paths(found).take(pa.array(first, mask=first < 0))
-    return pd.Series(picked.to_pylist(), index=image_ids.index, dtype="object")
+    paths = absolute_paths(found).take(pa.array(file_of_row, mask=file_of_row < 0))
+    return pd.Series(paths.to_pylist(), index=image_ids.index, dtype="object")

@@ -5,8 +5,8 @@
     PREPARED/224/part-00000.arrow, ...   manifest columns, image (uint8[S*S] or null), error_code, error
     PREPARED/224/counts.json       written last: this size is complete
 
-A shard holds exactly one row per manifest row of its range and has a fixed name. So only missing shards are made again,
-and the result has the same bytes.
+A shard holds exactly one row per manifest row of its range and has a fixed name. A repeated run therefore makes only
+the missing shards, and its result has the same bytes.
 
 Images inside archives keep the archive's order. The frozen manifest groups the rows of each archive, and one task reads
 an archive in one pass. Its rows fill the shards in the order of its members; rows without an image come last. No shard
@@ -30,10 +30,9 @@ import pyarrow.parquet as pq
 from ray_cxr import cluster, labels, tasks, telemetry
 from ray_cxr.config import InputSpec, PrepareSettings
 from ray_cxr.data import manifest as manifests
-from ray_cxr.data.ranges import Range, Unit, first_location, group_by_archive, plan_units
+from ray_cxr.data.partition import Range, Unit, first_location, group_by_archive, plan_units
 from ray_cxr.data.shards import Pixels, ShardRows, ShardWriter, missing_shard, read_error_codes, read_shard, shard_name
 from ray_cxr.errors import ConfigError, ImageError, OutputError, TableError
-from ray_cxr.imaging.pixels import MAX_PIXELS
 from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
 from ray_cxr.progress import Progress
 from ray_cxr.storage import atomic, remote, run_folder
@@ -61,8 +60,9 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
     n_rows = len(table)
     cluster.require_shared(out, {"an image at": first_location(table["path"])})
     run_folder.create_run(out, wanted)
+    ranges = [range_ for unit in units for range_ in unit.ranges]
     if not (out / "manifest.parquet").exists():
-        _freeze(table, out / "manifest.parquet", units)
+        _freeze(table, out / "manifest.parquet", ranges)
     del table
     for size in settings.sizes:
         (out / str(size)).mkdir(exist_ok=True)
@@ -80,7 +80,6 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
         dataset.context.max_errored_blocks = int(tasks.MAX_LOST_PER_WORKER * max(1, cpus))
         return dataset
 
-    ranges = [range_ for unit in units for range_ in unit.ranges]
     if todo := find_pending():
         pending = sum(sum(task["rows"]) for task in todo)
         progress = Progress("prepare", n_rows, done=n_rows - pending)
@@ -113,14 +112,13 @@ def check(manifest: str | Path, out: Path, settings: PrepareSettings) -> tuple[p
     return table, wanted
 
 
-def _freeze(table: pa.Table, path: Path, units: Sequence[Unit]) -> None:
+def _freeze(table: pa.Table, path: Path, ranges: Sequence[Range]) -> None:
     """Write a table in reading order with one row group per range, so that a task reads its own rows only."""
 
     def produce(part: Path) -> None:
         with pq.ParquetWriter(part, table.schema) as writer:
-            for unit in units:
-                for range_ in unit.ranges:
-                    writer.write_table(table.slice(range_.start, range_.rows), row_group_size=range_.rows)
+            for range_ in ranges:
+                writer.write_table(table.slice(range_.start, range_.rows), row_group_size=range_.rows)
 
     atomic.write(path, produce)
 
@@ -154,7 +152,9 @@ def _make_progress(out: Path, sizes: Sequence[int], ranges: Sequence[Range], pro
 
 
 def _make_task(unit: Unit, existing: Sequence[set[str]]) -> tasks.Task | None:
-    """Return the task that writes the shards of a unit that `existing` lacks at any size; None if there are none."""
+    """Return the task that writes the missing shards of a unit; None if there are none. A shard is missing if any set
+    of `existing` names, one per size, lacks it.
+    """
     missing = {
         range_.index: range_.rows
         for range_ in unit.ranges
@@ -204,7 +204,7 @@ def _write_shards(task: tasks.Task, out: str, settings: PrepareSettings) -> None
 def _get_decoder(settings: PrepareSettings) -> Decoder:
     """Return the decoder that all tasks of this process share."""
     specs = [settings.spec(size) for size in settings.sizes]
-    return Decoder(specs, max_pixels=MAX_PIXELS, timeout_s=settings.decode_timeout_s)
+    return Decoder(specs, timeout_s=settings.decode_timeout_s)
 
 
 def _decode(decoder: Decoder, source: str | bytes | None) -> DecodedImage | Failure:
@@ -217,7 +217,7 @@ def _decode(decoder: Decoder, source: str | bytes | None) -> DecodedImage | Fail
 def _decode_rows(
     archive: str, paths: list[str | None], rows: list[int], decoder: Decoder
 ) -> Iterator[tuple[int, DecodedImage | Failure]]:
-    """Yield each of the rows once with its image: single files in order, members in the archive's order."""
+    """Yield each row once with its image: single files in the order of the rows, members in the archive's order."""
     if not archive:
         for row in rows:
             yield row, _decode(decoder, paths[row])
@@ -225,21 +225,21 @@ def _decode_rows(
     members: dict[str, list[int]] = {}
     for row in rows:
         members.setdefault(str(paths[row]).removeprefix(f"{archive}::"), []).append(row)
-    reason = Failure("missing", "the archive holds no such member", None)
-    pending = dict(members)
+    failure = Failure("missing", "the archive holds no such member", None)
+    pending = set(rows)
     try:
         for name, content in read_members(archive, members.keys()):
-            pending.pop(name, None)
             if isinstance(content, ImageError):
                 outcome: DecodedImage | Failure = Failure(content.code, content.message, None)
             else:
                 outcome = _decode(decoder, content)
+            pending.difference_update(members[name])
             for row in members[name]:
                 yield row, outcome
     except ImageError as error:
-        reason = Failure(error.code, error.message, None)
-    for row in sorted(row for rows_of in pending.values() for row in rows_of):
-        yield row, reason
+        failure = Failure(error.code, error.message, None)
+    for row in sorted(pending):
+        yield row, failure
 
 
 def _count_rows(out: Path, size: int, ranges: Sequence[Range]) -> Counter[str]:

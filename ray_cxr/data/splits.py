@@ -26,27 +26,21 @@ def patient_split(patients: pd.Series, fractions: Sequence[float], seed: int) ->
     if len(fractions) != 3 or min(fractions) < 0 or not abs(sum(fractions) - 1.0) <= 1e-6:
         shown = ",".join(f"{value:g}" for value in fractions)
         raise ConfigError(f"--fractions {shown}: use three numbers for train,val,test that sum to 1")
-    unknown = int(patients.isna().sum())
-    if unknown:
+    if unknown := int(patients.isna().sum()):
         raise TableError(f"--split patient: {unknown:,} rows have no patient id; add a patient column")
     train, val, _ = _cut(patients, fractions, seed)
-    return pd.Series(
-        np.where(patients.isin(train), "train", np.where(patients.isin(val), "val", "test")),
-        index=patients.index,
-        dtype="object",
-    )
+    names = np.where(patients.isin(train), "train", np.where(patients.isin(val), "val", "test"))
+    return pd.Series(names, index=patients.index, dtype="object")
 
 
 def official_split(
     image_ids: pd.Series, patients: pd.Series, train_val: frozenset[str], test: frozenset[str], seed: int
 ) -> pd.Series:
     """Split by NIH's two lists; val is a seeded tenth of train_val's patients. Images in neither list get None."""
-    both = train_val & test
-    if both:
-        raise TableError(f"{len(both):,} images are in both lists, such as {min(both)!r}; remove them from one")
+    if overlap := train_val & test:
+        raise TableError(f"{len(overlap):,} images are in both lists, such as {min(overlap)!r}; remove them from one")
     in_train_val = image_ids.isin(train_val)
-    unknown = int(patients[in_train_val].isna().sum())
-    if unknown:
+    if unknown := int(patients[in_train_val].isna().sum()):
         raise TableError(f"{unknown:,} images of the train+val list have no patient id; add a patient column")
     fractions = (1.0 - OFFICIAL_VAL_FRACTION, OFFICIAL_VAL_FRACTION, 0.0)
     _, val, _ = _cut(patients[in_train_val], fractions, seed)
@@ -68,8 +62,8 @@ def shared_patients(patients: pd.Series, splits: pd.Series) -> dict[str, tuple[s
 
 
 def resolve_leaks(patients: pd.Series, splits: pd.Series, on_leak: str) -> pd.Series:
-    """Return the images to keep so that no patient is in two splits: bool, aligned with `patients`. `on_leak` `error`
-    refuses leaks; `drop` keeps a patient in the most protected of their splits.
+    """Return the images to keep so that no patient is in two splits: bool, aligned with `patients`. With `on_leak`
+    `error` a leak is refused; with `drop` a patient stays only in the most protected of their splits.
     """
     shared = shared_patients(patients, splits)
     if not shared:

@@ -5,8 +5,8 @@
 Any fault of a file becomes one `ImageError` with a code. Exceptions, warnings and prints of decoders do not escape,
 except for one message of GDCM (see `dicom`). Decoding changes no global state, so several threads can decode at once.
 
-The first bytes decide the kind of a file, never its name. Decoders see only the parts of a PNG or JPEG that carry
-pixels. Text, EXIF, colour profiles, previews and animation are removed first, with any decompression bombs in them.
+The first bytes of a file decide its kind, never its name. Decoders see only the parts of a PNG or JPEG that carry
+pixels. Text, EXIF, colour profiles, previews and animation are removed first, and with them any decompression bombs.
 
 Stored samples become gray (uint8) as follows:
 
@@ -47,7 +47,7 @@ def load_image(path: str, spec: InputSpec | None = None, *, max_pixels: int = MA
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode the contents of a PNG, JPEG or DICOM by the rules of the module's docstring (DICOM: of `dicom`).
+    """Decode the contents of a PNG, JPEG or DICOM. The module's docstring has the rules; for DICOM, that of `dicom`.
 
     `max_pixels` limits height x width and is checked before pixels are decoded.
 
@@ -80,5 +80,5 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def is_png_or_jpeg(data: bytes) -> bool:
-    """Whether `decode` takes data for a PNG or JPEG, by their first bytes."""
+    """Whether `decode` takes the data for a PNG or JPEG, by their first bytes."""
     return data.startswith((png.PNG_MAGIC, jpeg.JPEG_MAGIC))

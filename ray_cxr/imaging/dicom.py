@@ -5,19 +5,19 @@ Decoding follows the standard's grayscale pipeline (DICOM PS3.4, N.2; PS3.3, C.1
 1. Stored values: the bits that Bits Stored, High Bit and Pixel Representation select (PS3.3, C.7.6.3.1).
 2. Modality LUT, or Rescale Slope and Intercept (C.11.1).
 3. VOI LUT, otherwise the first window, as LINEAR, LINEAR_EXACT or SIGMOID (C.11.2.1). Windows without a centre or
-   width, or with a forbidden width (below 1 for LINEAR, 0 or less for the others), are ignored. So are LUT items
-   without a descriptor or data. If a VOI LUT's descriptor has wrong bits per entry, the entries decide.
+   width, or with a forbidden width (below 1 for LINEAR, 0 or less for the others), are ignored. LUT items without a
+   descriptor or data are ignored too. If a VOI LUT's descriptor has wrong bits per entry, the entries decide.
 4. Scaling to 0..255, rounded. Without VOI LUT and window, up to 8 stored bits scale by the full range of stored values,
-   so that 8-bit unsigned values stay unchanged. Above 8 bits the header does not define the visible range, so the
-   image's own minimum and maximum after step 2 do, without padding.
+   so that 8-bit unsigned values stay unchanged. Above 8 bits, the header does not define the visible range. The scale
+   is then the image's own minimum and maximum after step 2, without padding.
 5. MONOCHROME1 is inverted to 255 - x (C.7.6.3.1.2). Presentation LUT Shape repeats this and is not read.
 6. Padding (Pixel Padding Value and its Range Limit, C.7.5.1.1.2) is black for any photometric interpretation.
 
 RGB and YBR (secondary captures) become gray by the luma of `pixels`; steps 2 and 3 do not exist for colour.
 
-Nothing is logged, because header fields name patients and pydicom and its plug-ins quote them in warnings. There is
-one exception. For a damaged lossless JPEG, GDCM's libjpeg writes fixed lines such as `Corrupt JPEG data: bad Huffman
-code` to standard error, and has no option against it.
+Nothing is logged, because pydicom and its plug-ins quote header fields in warnings, and these fields name patients.
+There is one exception. For a damaged lossless JPEG, GDCM's libjpeg writes fixed lines such as `Corrupt JPEG data: bad
+Huffman code` to standard error, and has no option to turn them off.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ _DEFINED_MODALITIES = """
     RTDOSE RTIMAGE RTINTENT RTPLAN RTRAD RTRECORD RTSEGANN RTSTRUCT RWV SEG SM SMR SR SRF ST STAIN TG
     US VA VF XA XC
 """
-_OTHER_MODALITIES = frozenset(_DEFINED_MODALITIES.split())
 _PHOTOMETRIC_COLOUR = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"})
 _PHOTOMETRIC_REFUSED = frozenset({"PALETTE COLOR", "HSV", "ARGB", "CMYK", "YBR_PARTIAL_420", "YBR_PARTIAL_422", "XYB"})
 
@@ -88,7 +87,7 @@ def looks_like_dicom(data: bytes) -> bool:
 def decode_dicom(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode a single-frame DICOM radiograph, with or without preamble, by the rules of the module's docstring.
 
-    `not_a_radiograph` is the code for another modality, no pixel data, several frames, or a palette.
+    The error `not_a_radiograph` means another modality, no pixel data, several frames, or a palette.
 
     Returns:
         uint8[H, W], C-contiguous; 0 is black, 255 white.
@@ -129,30 +128,27 @@ def read_tags(data: bytes) -> dict[str, Any]:
     """
     with decoder_errors("DICOM"):
         ds, _ = _read_dataset(data, MAX_PIXELS, pixels=False)
-        view = read_text(ds, "ViewPosition").upper()
         position = read_text(ds, "PatientPosition").upper()
-        if not view and position in ("PA", "AP"):
-            view = position
         return {
             "patient_id": read_identity(ds, "PatientID") or None,
             "study_id": read_identity(ds, "StudyInstanceUID") or None,
             "age": parse_age(read_text(ds, "PatientAge")),
             "sex": parse_sex(read_text(ds, "PatientSex")),
-            "view": parse_view(view),
+            "view": parse_view(read_text(ds, "ViewPosition") or (position if position in ("PA", "AP") else "")),
         }
 
 
 class _Reader(io.BytesIO):
-    """Record whether a read returned less than requested: pydicom skips truncated elements."""
+    """A file that records in `cut` whether a read returned less than requested: pydicom skips truncated elements."""
 
     cut = False
 
     def read(self, size: int | None = -1, /) -> bytes:
-        found = super().read(size)
+        data = super().read(size)
         # An empty read of an element's 8 header bytes, or of 1 byte to peek, is the regular end.
-        if size is not None and len(found) < size and (found or size not in (1, 8)):
+        if size is not None and len(data) < size and (data or size not in (1, 8)):
             self.cut = True
-        return found
+        return data
 
 
 def _read_dataset(data: bytes, max_pixels: int, *, pixels: bool = True) -> tuple[Any, str]:
@@ -162,8 +158,7 @@ def _read_dataset(data: bytes, max_pixels: int, *, pixels: bool = True) -> tuple
     bare = data[128:132] != b"DICM"
     if bare and data[:2] == b"\x02\x00":  # only the preamble is missing
         data = bytes(128) + b"DICM" + data
-    uid = _read_meta(data)[0].get(0x0010, b"") if data[128:132] == b"DICM" else b""
-    syntax = uid.rstrip(b"\0 ").lstrip(b" ").decode("latin-1")
+    syntax = _read_meta(data)[0] if data[128:132] == b"DICM" else ""
     if syntax and (not pydicom.uid.UID(syntax).is_transfer_syntax or syntax in _DEFLATED_ELSEWHERE):
         raise unsupported_syntax(syntax)
     if syntax == _DEFLATED:
@@ -171,19 +166,19 @@ def _read_dataset(data: bytes, max_pixels: int, *, pixels: bool = True) -> tuple
     reader = _Reader(data)
     try:
         ds = pydicom.dcmread(reader, force=bare, stop_before_pixels=not pixels)
-        present = "PixelData" in ds
+        has_pixels = "PixelData" in ds
     except (OSError, EOFError, struct.error):
         if bare:
             raise ImageError("not_an_image", "the contents are not DICOM") from None
         if reader.cut or reader.tell() >= len(data):
             raise ImageError("truncated", "the DICOM file ends inside its header") from None
         raise
-    if bare and not ("Rows" in ds and "Columns" in ds and (present or not pixels)):
+    if bare and not ("Rows" in ds and "Columns" in ds and (has_pixels or not pixels)):
         raise ImageError("not_an_image", "the contents are not DICOM")
-    if pixels and not present:
+    if pixels and not has_pixels:
         if reader.cut:
             raise ImageError("truncated", "the DICOM file ends inside its pixel data")
-        _check_modality(ds)  # which is the better reason
+        _check_modality(ds)  # another modality is the better reason
         raise ImageError("not_a_radiograph", "the DICOM file has no pixel data")
     if not syntax:
         implicit, little = ds.original_encoding
@@ -202,30 +197,31 @@ def _is_bare(data: bytes) -> bool:
     return int.from_bytes(data[4:8], "little") < len(data)
 
 
-def _read_meta(data: bytes) -> tuple[dict[int, bytes], int]:
-    """Return elements of group 0002 by element number, and the offset of the data set (PS3.10, 7.1)."""
-    found: dict[int, bytes] = {}
-    at = 132
-    while at + 8 <= len(data):
-        group, element, kind, length = struct.unpack_from("<HH2sH", data, at)
+def _read_meta(data: bytes) -> tuple[str, int]:
+    """Return the transfer syntax (empty if absent) and the offset of the data set, from group 0002 (PS3.10, 7.1)."""
+    uid = b""
+    offset = 132
+    while offset + 8 <= len(data):
+        group, element, vr, length = struct.unpack_from("<HH2sH", data, offset)
         if group != 2:
             break
-        header = 8
-        if kind in _LONG_VRS:
-            if at + 12 > len(data):
+        start = offset + 8
+        if vr in _LONG_VRS:
+            start = offset + 12
+            if start > len(data):
                 break
-            length = struct.unpack_from("<I", data, at + 8)[0]
-            header = 12
-        found[element] = data[at + header : at + header + length]
-        at += header + length
-    if at > len(data):
+            length = struct.unpack_from("<I", data, offset + 8)[0]
+        offset = start + length
+        if element == 0x0010:
+            uid = data[start:offset]
+    if offset > len(data):
         raise ImageError("truncated", "the DICOM file ends inside its header")
-    return found, at
+    return uid.rstrip(b"\0 ").lstrip(b" ").decode("latin-1"), offset
 
 
 def _inflate(data: bytes, max_pixels: int) -> bytes:
     """Return a deflated file (PS3.5, A.5) in explicit little endian; a length limit stops decompression bombs."""
-    _, start = _read_meta(data)
+    start = _read_meta(data)[1]
     limit = 4 * max_pixels + 16 * 1024 * 1024  # 16-bit gray or 8-bit RGB of the largest image, and its header
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
@@ -243,5 +239,5 @@ def _inflate(data: bytes, max_pixels: int) -> bytes:
 def _check_modality(ds: Any) -> None:
     modality = read_text(ds, "Modality").upper()
     if modality not in RADIOGRAPH_MODALITIES:
-        name = modality if modality in _OTHER_MODALITIES else "not one that DICOM defines"
+        name = modality if modality in _DEFINED_MODALITIES.split() else "not one that DICOM defines"
         raise ImageError("not_a_radiograph", f"the modality is {name}")

@@ -12,7 +12,7 @@ from pydicom.sequence import Sequence
 from ray_cxr.errors import ImageError
 from ray_cxr.imaging import dicom_elements as elements
 
-_ROWS_AT_ONCE = 256  # numpy widens table indices to 64 bits, too much memory for a whole large image
+_ROWS_AT_ONCE = 256  # numpy widens table indices to 64 bits, which takes too much memory for a whole large image
 
 
 def scale_to_8_bits(samples: np.ndarray, bits: int) -> np.ndarray:
@@ -37,17 +37,17 @@ def display_gray(codes: np.ndarray, ds: Any, bits: int, *, inverted: bool) -> np
     values = np.arange(1 << bits, dtype=np.int64)
     if signed:
         values[values >= 1 << (bits - 1)] -= 1 << bits
-    padding = _find_padding(ds, values, bits, signed)
+    padding = _find_padding(ds, values, signed)
     modality = _apply_modality(ds, values, signed)
     table = _apply_voi(ds, modality, signed)
     if table is None:
-        shown = modality
+        visible = modality
         if bits > 8:
-            present = np.zeros(1 << bits, dtype=bool)
+            is_used = np.zeros(1 << bits, dtype=bool)
             for row in range(0, len(codes), _ROWS_AT_ONCE):
-                present[codes[row : row + _ROWS_AT_ONCE]] = True
-            shown = modality[present & ~padding]
-        low, high = (float(shown.min()), float(shown.max())) if len(shown) else (0.0, 0.0)
+                is_used[codes[row : row + _ROWS_AT_ONCE]] = True
+            visible = modality[is_used & ~padding]
+        low, high = (float(visible.min()), float(visible.max())) if len(visible) else (0.0, 0.0)
         table = np.zeros(1 << bits) if high <= low else np.clip((modality - low) / (high - low), 0.0, 1.0)
     gray = np.floor(table * 255.0 + 0.5).astype(np.uint8)
     if inverted:
@@ -56,17 +56,17 @@ def display_gray(codes: np.ndarray, ds: Any, bits: int, *, inverted: bool) -> np
     return _apply_table(codes, gray)
 
 
-def _find_padding(ds: Any, values: np.ndarray, bits: int, signed: bool) -> np.ndarray:
+def _find_padding(ds: Any, values: np.ndarray, signed: bool) -> np.ndarray:
     """Return which stored values are padding: bool, one per value."""
     if elements.read_first(ds, "PixelPaddingValue") is None:
         return np.zeros(len(values), dtype=bool)
-    first = elements.read_integer(ds, "PixelPaddingValue")
-    last = elements.read_integer(ds, "PixelPaddingRangeLimit", first)
-    low, high = sorted(_fix_sign(end, bits, signed) for end in (first, last))
+    padding = elements.read_integer(ds, "PixelPaddingValue")
+    limit = elements.read_integer(ds, "PixelPaddingRangeLimit", padding)
+    low, high = sorted(_fix_sign(value, signed) for value in (padding, limit))
     return (values >= low) & (values <= high)
 
 
-def _fix_sign(value: int, bits: int, signed: bool) -> int:
+def _fix_sign(value: int, signed: bool) -> int:
     """Correct a header value with the wrong VR: US and SS share their bits, and writers confuse them."""
     if signed and value >= 1 << 15:
         return value - (1 << 16)
@@ -148,7 +148,9 @@ def _find_lut(ds: Any, keyword: str, signed: bool) -> _Lut | None:
 
 
 def _read_descriptor(item: Any) -> tuple[int, int, int] | None:
-    """Return number of entries, first value mapped and bits per entry, as stored; None if all are absent or empty."""
+    """Return the number of entries, the first value mapped and the bits per entry, as stored; None if the descriptor
+    is absent or empty.
+    """
     try:
         values = elements.read_values(item, "LUTDescriptor")
         if all(value is None for value in values):
@@ -172,7 +174,7 @@ def _read_lut(raw: Any, descriptor: tuple[int, int, int], ds: Any, signed: bool)
         entries = np.atleast_1d(np.asarray(raw, dtype=np.int64)) & 0xFFFF
     if len(entries) < count:
         raise ImageError("corrupt", "a LUT of the DICOM file is shorter than its descriptor states")
-    return _Lut(entries[:count].astype(np.int64), _fix_sign(descriptor[1], 16, signed), descriptor[2])
+    return _Lut(entries[:count].astype(np.int64), _fix_sign(descriptor[1], signed), descriptor[2])
 
 
 def _count_bits(lut: _Lut) -> int:
@@ -183,7 +185,7 @@ def _count_bits(lut: _Lut) -> int:
     above white is a rounding error.
     """
     largest = int(lut.entries.max())
-    used = max(8, largest.bit_length())
-    if used < lut.bits:
-        return used if used <= 14 else lut.bits
-    return used if largest > 1 << lut.bits else lut.bits
+    needed = max(8, largest.bit_length())
+    if needed < lut.bits:
+        return needed if needed <= 14 else lut.bits
+    return needed if largest > 1 << lut.bits else lut.bits

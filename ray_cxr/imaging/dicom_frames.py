@@ -22,7 +22,7 @@ _JPEG_2000 = frozenset(f"1.2.840.10008.1.2.4.{last}" for last in (90, 91, 201, 2
 
 
 def read_pixels(ds: Any, syntax: str, rows: int, columns: int, samples: int, allocated: int, bits: int) -> np.ndarray:
-    """Decode the only frame of a data set, with bits allocated and stored per sample.
+    """Decode the only frame of a data set; `allocated` and `bits` are Bits Allocated and Bits Stored.
 
     Returns:
         uint8 or uint16: codes (the stored bits as unsigned integers) [H, W], or RGB samples [H, W, 3].
@@ -30,8 +30,8 @@ def read_pixels(ds: Any, syntax: str, rows: int, columns: int, samples: int, all
     try:
         decoder = get_decoder(UID(syntax))
     except NotImplementedError:
-        raise unsupported_syntax(syntax) from None
-    if not decoder.is_available:
+        decoder = None
+    if decoder is None or not decoder.is_available:
         raise unsupported_syntax(syntax)
     options: dict[str, Any] = {"index": 0, "allow_excess_frames": False}
     if decoder.is_native:
@@ -54,7 +54,7 @@ def read_pixels(ds: Any, syntax: str, rows: int, columns: int, samples: int, all
             if jpeg.precision in (6, 7):
                 raise ImageError("unsupported_transfer_syntax", f"no decoder for {jpeg.precision} bits of {syntax}")
         elif syntax == "1.2.840.10008.1.2.5":
-            # 8 times slower than pylibjpeg-rle, which panics on damaged data and prints a backtrace.
+            # pydicom is 8 times slower than pylibjpeg-rle, which panics on damaged data and prints a backtrace.
             options["decoding_plugin"] = "pydicom"
         if jpeg is not None and syntax not in _JPEG_LS:
             # GDCM aborts the process if 8 bits are allocated and fewer are stored (gdcmImageCodec.cxx,
@@ -79,10 +79,9 @@ def read_pixels(ds: Any, syntax: str, rows: int, columns: int, samples: int, all
 
 
 def _check_native_length(ds: Any, values: int, allocated: int) -> None:
-    subsampled = read_text(ds, "PhotometricInterpretation").upper() == "YBR_FULL_422"
     expected = (values * allocated + 7) // 8
-    if subsampled:  # two of the three samples are stored (PS3.3, C.7.6.3.1.2)
-        expected = expected // 3 * 2
+    if read_text(ds, "PhotometricInterpretation").upper() == "YBR_FULL_422":
+        expected = expected // 3 * 2  # two of the three samples are stored (PS3.3, C.7.6.3.1.2)
     if len(ds.PixelData) < expected:
         raise ImageError("truncated", f"{len(ds.PixelData)} bytes of pixel data; the header needs {expected}")
 
@@ -112,8 +111,8 @@ def _check_rle(frame: bytes, segments: int) -> None:
     if len(frame) < 64:
         raise ImageError("truncated", "the RLE header is incomplete")
     count, *offsets = struct.unpack_from("<16I", frame)
-    used = [*offsets[:segments], len(frame)]
-    if count != segments or used[0] != 64 or used != sorted(used):
+    edges = [*offsets[:segments], len(frame)]
+    if count != segments or edges[0] != 64 or edges != sorted(edges):
         raise ImageError("corrupt", "the RLE header contradicts the pixel data")
 
 
@@ -128,26 +127,23 @@ def _parse_jpeg_2000(frame: bytes) -> tuple[int, int, int]:
     if not (tile_w and tile_h and x1 > x0 >= tile_x and y1 > y0 >= tile_y):
         raise ImageError("corrupt", "the header of the JPEG 2000 codestream is damaged")
     tiles = -(-(x1 - tile_x) // tile_w) * -(-(y1 - tile_y) // tile_h)
-    seen: set[int] = set()
-    at = start + 2
-    while True:
-        marker = frame[at : at + 2]
-        if marker == b"\xff\xd9" or at + 12 > len(frame):
-            break
+    present: set[int] = set()
+    offset = start + 2
+    while (marker := frame[offset : offset + 2]) != b"\xff\xd9" and offset + 12 <= len(frame):
         if marker == b"\xff\x90":
-            tile, length = struct.unpack_from(">HI", frame, at + 4)
-            seen.add(tile)
+            tile, length = struct.unpack_from(">HI", frame, offset + 4)
+            present.add(tile)
             if length == 0:  # the last tile-part, up to EOC
-                at = len(frame.rstrip(b"\0")) - 2
+                offset = len(frame.rstrip(b"\0")) - 2
                 break
             if length < 14:
                 raise ImageError("corrupt", "a tile of the JPEG 2000 codestream has no length")
-            at += length
-        elif marker[0] == 0xFF and not seen:
-            at += 2 + max(2, int.from_bytes(frame[at + 2 : at + 4], "big"))
+            offset += length
+        elif marker[0] == 0xFF and not present:
+            offset += 2 + max(2, int.from_bytes(frame[offset + 2 : offset + 4], "big"))
         else:
             raise ImageError("corrupt", "the JPEG 2000 codestream is damaged between its tiles")
-    if len(seen) != tiles or frame[at : at + 2] != b"\xff\xd9":
+    if len(present) != tiles or frame[offset : offset + 2] != b"\xff\xd9":
         raise ImageError("truncated", "the JPEG 2000 codestream ends before its end marker")
     return y1 - y0, x1 - x0, components
 

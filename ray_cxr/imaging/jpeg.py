@@ -14,6 +14,9 @@ from ray_cxr.errors import ImageError
 from ray_cxr.imaging.pixels import check_size, to_gray
 
 JPEG_MAGIC = b"\xff\xd8\xff"
+#: The marker after a scan. A byte FF inside the scan is followed by a stuffed zero byte (T.81) or zero bit (T.87).
+_MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")
+_LS_MARKER = re.compile(rb"\xff+[\x80-\xcf\xd8-\xfe]")
 
 
 class JpegStream(NamedTuple):
@@ -30,62 +33,54 @@ class JpegStream(NamedTuple):
 def parse_jpeg(data: bytes, *, jpeg_ls: bool = False) -> JpegStream:
     """Parse the segments of a JPEG (ITU-T T.81, B.1) or a JPEG-LS (T.87, C.1) without decoding pixels.
 
-    Bytes after EOI are ignored. Entropy-coded data are only searched for the next marker, so their faults are left to
-    the decoder; libjpeg conceals some.
+    Bytes after EOI are ignored. Entropy-coded data are only searched for the next marker. Their faults are left to the
+    decoder; libjpeg conceals some of them.
     """
-    # A byte FF inside entropy-coded data is followed by a stuffed zero byte (T.81) or zero bit (T.87).
-    marker_after_scan = _LS_MARKER if jpeg_ls else _MARKER
     size: tuple[int, int, int, int] | None = None
-    kept: list[bytes] = [data[:2]]
+    segments: list[bytes] = [data[:2]]
     scans = 0
-    at = 2
+    offset = 2
     if data[:2] != b"\xff\xd8":
         raise ImageError("corrupt", "the JPEG stream has no start marker")
     while True:
-        start = at
-        while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] in (b"\xff", b""):
-            at += 1  # fill bytes
-        if at + 2 > len(data):
+        start = offset
+        while data[offset : offset + 1] == b"\xff" and data[offset + 1 : offset + 2] in (b"\xff", b""):
+            offset += 1  # fill bytes
+        if offset + 2 > len(data):
             raise ImageError("truncated", "the JPEG ends before its end marker")
-        if data[at] != 0xFF:
+        if data[offset] != 0xFF:
             raise ImageError("corrupt", "the JPEG has bytes between its segments")
-        marker = data[at + 1]
-        at += 2
+        marker = data[offset + 1]
+        offset += 2
         if marker == 0xD9:
             if size is None or not scans:
                 raise ImageError("corrupt", "the JPEG holds no image")
-            return JpegStream(*size, b"".join([*kept, b"\xff\xd9"]))
+            return JpegStream(*size, b"".join([*segments, b"\xff\xd9"]))
         if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # TEM, RSTn: without contents
             continue
         if marker in (0x00, 0xD8):
             raise ImageError("corrupt", "the JPEG has a misplaced marker")
-        if at + 2 > len(data):
+        length = int.from_bytes(data[offset : offset + 2], "big")
+        if offset + max(2, length) > len(data):
             raise ImageError("truncated", "the JPEG ends inside a segment")
-        length = int.from_bytes(data[at : at + 2], "big")
         if length < 2:
             raise ImageError("corrupt", "a segment of the JPEG has no length")
-        if at + length > len(data):
-            raise ImageError("truncated", "the JPEG ends inside a segment")
         if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
             if size is not None or length < 8:
                 raise ImageError("corrupt", "the frame header of the JPEG is damaged")
-            precision, height, width, components = struct.unpack_from(">BHHB", data, at + 2)
+            precision, height, width, components = struct.unpack_from(">BHHB", data, offset + 2)
             size = (height, width, precision, components)
-        at += length
+        offset += length
         if marker == 0xDA:
             if size is None:
                 raise ImageError("corrupt", "the JPEG has a scan before its frame header")
-            following = marker_after_scan.search(data, at)
+            following = (_LS_MARKER if jpeg_ls else _MARKER).search(data, offset)
             if following is None:
                 raise ImageError("truncated", "the JPEG ends inside its pixel data")
-            at = following.start()
+            offset = following.start()
             scans += 1
         if not (0xE0 <= marker <= 0xEF or marker == 0xFE) or marker in (0xE0, 0xEE):
-            kept.append(data[start:at])
-
-
-_MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")
-_LS_MARKER = re.compile(rb"\xff+[\x80-\xcf\xd8-\xfe]")
+            segments.append(data[start:offset])
 
 
 def decode_jpeg(jpeg: JpegStream, max_pixels: int) -> np.ndarray:

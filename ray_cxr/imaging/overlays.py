@@ -3,8 +3,9 @@
     SCORES/heatmaps/part-00000.parquet, ...     `SCHEMA`: the maps of one range of scores each
     SCORES/heatmaps/<image>.<Finding>.png       the same maps over the image
 
-A map has few cells (7 x 7 for most models at 224 pixels) and covers an `Area` of the original image: all of it if the
-model's input was stretched, its centre if it was cropped, and more than the image if it was padded.
+A map has few cells (7 x 7 for most models at 224 pixels) and covers an `Area` of the original image. That area is the
+whole image if the model's input was stretched, its centre if the input was cropped, and more than the image if the
+input was padded.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),  # of the map, cells
         ("width", pa.int32()),
         ("map", pa.list_(pa.float32())),  # height x width, row-major from the top, 0 and above
-        ("top", pa.float64()),  # the area it covers, see `Area`
+        ("top", pa.float64()),  # the `Area` that the map covers
         ("left", pa.float64()),
         ("bottom", pa.float64()),
         ("right", pa.float64()),
@@ -91,8 +92,8 @@ class HeatMap:
 
 
 def read_heatmaps(scores: str | Path, image_ids: Collection[str] | None = None) -> dict[tuple[str, str], HeatMap]:
-    """Read the heat maps of a folder that `score --heatmaps` wrote, by image_id and finding; `image_ids` None reads
-    all.
+    """Read the heat maps in a folder that `score --heatmaps` wrote, by image_id and finding. If `image_ids` is None,
+    the maps of all images are read.
 
     Images are in the order of the scores, findings by rank. Images that could not be read again are absent.
 
@@ -104,16 +105,15 @@ def read_heatmaps(scores: str | Path, image_ids: Collection[str] | None = None) 
     if not parts:
         raise TableError(f"{scores}: has no heat maps; make them with `ray-cxr score ... --heatmaps K`")
     wanted = None if image_ids is None else set(image_ids)
-    found: dict[tuple[str, str], HeatMap] = {}
+    maps: dict[tuple[str, str], HeatMap] = {}
     for part, file in zip(parts, remote.read_files(parts), strict=True):
         try:
-            rows = pq.read_table(file, columns=SCHEMA.names).cast(SCHEMA).to_pylist()
-            for row in rows:
+            for row in pq.read_table(file, columns=SCHEMA.names).cast(SCHEMA).to_pylist():
                 if row["finding"] is not None and (wanted is None or row["image_id"] in wanted):
-                    found[row["image_id"], row["finding"]] = _parse_row(row, folder)
+                    maps[row["image_id"], row["finding"]] = _parse_row(row, folder)
         except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):
             raise TableError(f"{part}: damaged or not a file of heat maps; remove it and draw them again") from None
-    return found
+    return maps
 
 
 def _parse_row(row: dict[str, Any], folder: Path) -> HeatMap:
@@ -132,8 +132,8 @@ def _parse_row(row: dict[str, Any], folder: Path) -> HeatMap:
 def overlay_name(image_id: str, finding: str) -> str:
     """Return the name of a PNG, unique for image and finding, also on disks that ignore case.
 
-    Ids of lower-case letters, digits, `_`, `.` and `-` are used unchanged. In other ids `_` replaces other characters,
-    and a part of the SHA-256 follows after `~`, which unchanged ids do not have.
+    Ids of lower-case letters, digits, `_`, `.` and `-` are used unchanged. In any other id, `_` replaces all other
+    characters, and a part of the id's SHA-256 follows after `~`, which unchanged ids do not have.
     """
     if _READABLE.fullmatch(image_id):
         return f"{image_id}.{finding}.png"
@@ -154,7 +154,7 @@ def compute_area(spec: InputSpec, height: int, width: int) -> Area:
 def project_cells(cells: np.ndarray, area: Area, shape: tuple[int, int]) -> np.ndarray:
     """Project a map, float [h,w], onto an image of `shape` (H, W): float32 [H,W].
 
-    It is linear between the centres of its cells, and 0 outside the area.
+    The projection is linear between the centres of the cells, and 0 outside the area.
     """
     rows = _weights(cells.shape[0], area.top, area.bottom, shape[0])
     columns = _weights(cells.shape[1], area.left, area.right, shape[1])
@@ -165,7 +165,7 @@ def _weights(cells: int, start: float, end: float, pixels: int) -> np.ndarray:
     """Return the weight of each cell in each pixel along one side, float32 [pixels,cells]."""
     centres = (np.arange(pixels) + 0.5) / pixels
     position = (centres - start) / (end - start)
-    at = np.clip(position * cells - 0.5, 0, cells - 1)  # outermost values extend to the edges
-    shares = np.maximum(0.0, 1.0 - np.abs(at[:, None] - np.arange(cells)))
-    shares[(position < 0) | (position > 1)] = 0.0
-    return np.asarray(shares, dtype=np.float32)
+    index = np.clip(position * cells - 0.5, 0, cells - 1)  # outermost values extend to the edges
+    weights = np.maximum(0.0, 1.0 - np.abs(index[:, None] - np.arange(cells)))
+    weights[(position < 0) | (position > 1)] = 0.0
+    return np.asarray(weights, dtype=np.float32)

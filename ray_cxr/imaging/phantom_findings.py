@@ -1,6 +1,6 @@
 """Findings of phantoms: how each changes the image, and the drawing of a whole radiograph.
 
-Findings that fill the lung (Consolidation, Effusion, Mass, ...) remove its air. Findings of the chest's shape
+Findings that fill the lung (Consolidation, Effusion, Mass, ...) remove air. Findings that change the shape of the chest
 (Cardiomegaly, Emphysema, the volume loss of Atelectasis) change the anatomy before it is drawn.
 """
 
@@ -25,8 +25,8 @@ _NOISE = np.array([2.6 * NormalDist().inv_cdf((k + 0.5) / 256) for k in range(25
 def draw_phantom(chest: Anatomy, findings: Collection[str] = ()) -> Array:
     """Return the radiograph of one chest: uint8[size, size], MONOCHROME2 (dense is bright).
 
-    The same chest and findings give the same bytes. Without a finding, only that finding's own signs disappear; noise
-    and exposure stay.
+    The same chest and findings give the same bytes. If one finding is removed, only its own signs disappear; noise and
+    exposure stay.
     """
     unknown = sorted(set(findings) - set(FINDINGS))
     if unknown:
@@ -83,7 +83,7 @@ def draw_phantom(chest: Anatomy, findings: Collection[str] = ()) -> Array:
     return anatomy.expose(pen, image, chest)
 
 
-#: Findings on the opposite side of the others, so that findings of one patient rarely hide each other.
+#: These findings are on the other side of the chest, so that findings of one patient rarely hide each other.
 _OPPOSITE: frozenset[str] = frozenset({"Atelectasis", "Pneumonia", "Nodule", "Pneumothorax"})
 
 
@@ -108,9 +108,11 @@ class _Layers:
         """Add gray values."""
         np.add(self.image, grays, out=self.image)
 
-    def fill(self, mask: Array, amount: float) -> None:
-        """Remove the fraction `amount` of the remaining air under a mask."""
+    def fill(self, mask: Array, amount: float, gray: int = 0) -> None:
+        """Remove the fraction `amount` of the remaining air under a mask, and add `gray` there."""
         np.multiply(self.air, 1 - amount * mask, out=self.air)
+        if gray:
+            self.brighten(gray * mask)
 
 
 def _draw_effusion(layers: _Layers, side: int, rng: np.random.Generator) -> None:
@@ -121,20 +123,17 @@ def _draw_effusion(layers: _Layers, side: int, rng: np.random.Generator) -> None
     y = level - climb * np.clip(x / layers.chest.half_width, 0, 1.1) ** 4
     pool = np.concatenate([to_points(side, x, y), to_points(side, [0.45, 0.0], [1.2, 1.2])])
     fluid = layers.pen.mask(pool, blur=0.006)
-    layers.fill(fluid, 0.97)
-    layers.brighten(8 * fluid)
+    layers.fill(fluid, 0.97, 8)
 
 
 def _draw_nodule(layers: _Layers, side: int, rng: np.random.Generator) -> None:
     """Draw one or two round opacities of 20 to 29 mm with sharp outlines."""
-    for one in range(1 + int(rng.random() < 0.4)):
+    for nodule_side in (side, -side) if rng.random() < 0.4 else (side,):
         y = rng.uniform(0.30, 0.56)
         x = rng.uniform(0.56, 0.74) * float(layers.chest.wall(y))
         radius = rng.uniform(0.029, 0.037)
-        nodule_side = side if one == 0 else -side
         ball = layers.pen.mask(trace_ellipse(0.5 + nodule_side * x, y, radius, radius), blur=0.003)
-        layers.fill(ball, 0.85)
-        layers.brighten(16 * ball)
+        layers.fill(ball, 0.85, 16)
 
 
 def _draw_mass(layers: _Layers, side: int, rng: np.random.Generator) -> None:
@@ -145,8 +144,7 @@ def _draw_mass(layers: _Layers, side: int, rng: np.random.Generator) -> None:
     radius = rng.uniform(0.068, 0.090) * rng.uniform(0.84, 1.16, 12)
     lobes = to_points(side, x + radius * np.cos(angle), y + radius * np.sin(angle))
     mask = layers.pen.mask(fit_curve(lobes, closed=True), blur=0.004)
-    layers.fill(mask, 0.97)
-    layers.brighten(16 * mask)
+    layers.fill(mask, 0.97, 16)
 
 
 def _draw_consolidation(layers: _Layers, side: int, rng: np.random.Generator) -> None:
@@ -204,8 +202,7 @@ def _draw_atelectasis(layers: _Layers, side: int, rng: np.random.Generator) -> N
         line = to_points(side, x, y + np.array([rng.uniform(-0.015, 0.0), rng.uniform(0.0, 0.02)]))
         layers.pen.stroke(canvas, line, 0.020, 1.0)
     plates = layers.pen.finish(canvas, 0.004)
-    layers.fill(plates, 0.88)
-    layers.brighten(10 * plates)
+    layers.fill(plates, 0.88, 10)
 
 
 def _draw_fibrosis(layers: _Layers, side: int, rng: np.random.Generator) -> None:

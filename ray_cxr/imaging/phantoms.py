@@ -66,9 +66,7 @@ _COMPANIONS: Mapping[str, tuple[str, ...]] = {
     "Pneumothorax": ("Emphysema", "Pleural_Thickening", "Nodule", "Atelectasis"),
 }
 # Pairs whose signs cancel each other: diaphragms cannot be both raised and flattened.
-_EXCLUSIVE: tuple[frozenset[str], ...] = tuple(
-    frozenset({"Emphysema", other}) for other in ("Cardiomegaly", "Edema", "Atelectasis")
-)
+_EXCLUSIVE = [{"Emphysema", finding} for finding in ("Cardiomegaly", "Edema", "Atelectasis")]
 
 
 @dataclass(frozen=True)
@@ -105,11 +103,11 @@ def write_phantoms(
     out = Path(out)
     settings = {"format": _FORMAT, "patients": patients, "size": size, "seed": seed, "broken": broken}
     rows = list(_plan_rows(patients, seed, size))
-    damaged = [patients + 1 + index for index in range(len(BREAKAGES))] if broken else []
-    rows += [_Row(sample_anatomy(seed, patient, 0, size=size), (), test=True) for patient in damaged]
-    result = PhantomSet(
-        out / TABLE_NAME, out / "images", out / "train_val_list.txt", out / "test_list.txt", _count(rows, len(damaged))
-    )
+    n_broken = len(BREAKAGES) if broken else 0
+    for patient in range(patients + 1, patients + n_broken + 1):
+        rows.append(_Row(sample_anatomy(seed, patient, 0, size=size), (), test=True))
+    counts = _count(rows, n_broken)
+    result = PhantomSet(out / TABLE_NAME, out / "images", out / "train_val_list.txt", out / "test_list.txt", counts)
     if _is_complete(out, settings, result, [row.name for row in rows]):
         return result
 
@@ -122,8 +120,8 @@ def write_phantoms(
         patient, visit = row.chest.key[1], row.chest.visit
         encoding = ENCODINGS[patient - 1] if visit == 0 and patient <= len(ENCODINGS) else "gray8"
         data: bytes | None = _encode_png(image, encoding)
-        if data and patient in damaged:
-            data = _damage(data, image, BREAKAGES[damaged.index(patient)])
+        if data and patient > patients:
+            data = _damage(data, image, BREAKAGES[patient - patients - 1])
         if data is not None:
             (result.images / row.name).write_bytes(data)
     atomic.write_text(result.table, "\n".join([TABLE_HEADER, *(row.line() for row in rows)]) + "\n")
@@ -183,10 +181,10 @@ def _plan_visits(seed: int, patient: int, first: str | None) -> list[tuple[str, 
 def _add_finding(current: list[str], rng: np.random.Generator) -> None:
     """Add a companion of the current findings; at most three, and none that excludes another."""
     pool = _COMPANIONS[current[0]] if current else FINDINGS
-    new = pool[int(rng.integers(len(pool)))]
-    excluded = any(frozenset({new, old}) in _EXCLUSIVE for old in current)
-    if len(current) < 3 and new not in current and not excluded:
-        current.append(new)
+    finding = pool[int(rng.integers(len(pool)))]
+    excluded = any({finding, other} in _EXCLUSIVE for other in current)
+    if len(current) < 3 and finding not in current and not excluded:
+        current.append(finding)
 
 
 def _count(rows: Sequence[_Row], broken: int) -> dict[str, int]:
@@ -202,7 +200,7 @@ def _count(rows: Sequence[_Row], broken: int) -> dict[str, int]:
 
 
 def _is_complete(out: Path, settings: Mapping[str, Any], result: PhantomSet, names: Sequence[str]) -> bool:
-    """Return whether the set is complete; refuse a file, other files, and a set with other settings."""
+    """Return whether the set is complete; refuse an `out` with foreign files, or with a set of other settings."""
     try:
         entries = {entry.name for entry in out.iterdir() if not entry.name.endswith(".part")}
     except FileNotFoundError:
@@ -211,18 +209,15 @@ def _is_complete(out: Path, settings: Mapping[str, Any], result: PhantomSet, nam
         raise OutputError(f"{out}: is a file; choose a folder for the phantoms") from None
     if not entries:
         return False
-    for name in (_DONE, _PARTIAL):
-        if name not in entries:
-            continue
-        held = read_json(out / name)
-        if (held.get("settings") if name == _DONE else held) != settings:
-            raise OutputError(f"{out}: holds phantoms with other settings ({name}); choose another folder")
-        if name == _PARTIAL:
-            return False
-        lost = len(names) - sum((result.images / name).exists() for name in names)
-        texts = (result.table, result.train_val_list, result.test_list)
-        return all(path.exists() for path in texts) and lost == int(bool(settings["broken"]))
-    raise OutputError(f"{out}: holds files that are not phantoms; choose a new or an empty folder")
+    mark = next((name for name in (_DONE, _PARTIAL) if name in entries), None)
+    if mark is None:
+        raise OutputError(f"{out}: holds files that are not phantoms; choose a new or an empty folder")
+    content = read_json(out / mark)
+    if (content.get("settings") if mark == _DONE else content) != settings:
+        raise OutputError(f"{out}: holds phantoms with other settings ({mark}); choose another folder")
+    texts = (result.table, result.train_val_list, result.test_list)
+    missing = sum(not (result.images / name).exists() for name in names)
+    return mark == _DONE and all(path.exists() for path in texts) and missing == int(settings["broken"])
 
 
 def _encode_png(gray: Array, encoding: str) -> bytes:
@@ -258,8 +253,7 @@ def _damage(data: bytes, image: Array, breakage: str) -> bytes | None:
         case "bad_crc":
             start = data.index(b"IDAT") + 4
             length = int.from_bytes(data[start - 8 : start - 4], "big")
-            spot = start + length // 2
-            return data[:spot] + bytes([data[spot] ^ 0xFF]) + data[spot + 1 :]
-        case "blank":
+            middle = start + length // 2
+            return data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :]
+        case _:
             return _encode_png(np.zeros_like(image), "gray8")
-    raise AssertionError(breakage)

@@ -54,9 +54,8 @@ def to_gray(image: Image.Image) -> np.ndarray:
     if image.mode == "1":
         return np.asarray(image).astype(np.uint8) * np.uint8(255)
     if image.mode.startswith("I;16"):
-        wide = np.asarray(image)
         # (x + 128) // 257 rounds x / 257, and needs 17 bits only above 65407, where the result is 255 anyway
-        return ((np.minimum(wide, 65407) + 128) // 257).astype(np.uint8)
+        return ((np.minimum(np.asarray(image), 65407) + 128) // 257).astype(np.uint8)
     if image.mode in ("P", "CMYK", "YCbCr"):
         image = image.convert("RGB")
     if image.mode not in ("L", "LA", "RGB", "RGBA"):

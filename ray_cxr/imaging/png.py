@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from ray_cxr.errors import ImageError
-from ray_cxr.imaging.pixels import check_size, to_gray
+from ray_cxr.imaging.pixels import check_size, decoder_errors, to_gray
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 #: Allowed bit depths by colour type (ISO/IEC 15948, table 11.1).
@@ -21,7 +21,7 @@ _PNG_DEPTHS: dict[int, tuple[int, ...]] = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (
 _PNG_SAMPLES: dict[int, int] = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 #: First row, first column, row step and column step of the seven passes (ISO/IEC 15948, clause 8.2).
 _ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
-_INFLATE_BYTES = 64 * 1024  # bytes, which inflate to at most 66 MB
+_INFLATE_BYTES = 64 * 1024  # which inflate to at most 66 MB
 #: Modes of kornia-rs by colour type, for 8 bits per sample.
 _KORNIA_MODES: dict[int, str] = {0: "mono", 2: "rgb", 6: "rgba"}
 #: Larger images go to Pillow, which raises MemoryError when out of memory; Rust aborts the process.
@@ -63,8 +63,8 @@ def decode_png(data: bytes, max_pixels: int) -> np.ndarray:
             return decoded
     image = PngImagePlugin.PngImageFile(io.BytesIO(reduced))
     image.load()
-    # Pillow accepts a compressed stream that ends early and leaves the remaining rows 0. A last row with other values
-    # is complete, so inflating twice is not needed.
+    # Pillow accepts a compressed stream that ends early and leaves the remaining rows 0. If the last row has other
+    # values, the stream is complete and need not be inflated again.
     last_row = image.crop((0, height - 1, width, height))
     if interlace or not np.asarray(last_row).any():
         _check_png_length(pixels, width, height, depth * _PNG_SAMPLES[colour], interlaced=bool(interlace))
@@ -72,22 +72,19 @@ def decode_png(data: bytes, max_pixels: int) -> np.ndarray:
 
 
 def _decode_with_kornia(data: bytes, height: int, width: int, mode: str) -> np.ndarray | None:
-    """Decode with kornia-rs, which takes half of Pillow's time for the same pixels; None if it fails.
+    """Decode with kornia-rs, which takes half of Pillow's time for the same pixels; None if kornia-rs fails.
 
-    Like Pillow it refuses missing rows and unknown filters and ignores bytes after the last row. Unlike Pillow it does
-    not check the Adler-32 of the pixel stream, whose bytes the CRCs of the chunks cover. It holds the GIL, so only
-    processes decode in parallel.
+    Like Pillow, kornia-rs refuses missing rows and unknown filters, and ignores bytes after the last row. Unlike
+    Pillow, it does not check the Adler-32 of the pixel stream; the CRCs of the chunks cover the same bytes. It holds
+    the GIL, so only processes decode in parallel.
     """
     decoder = _load_kornia()
     if decoder is None:
         return None
     try:
-        samples = decoder(data, (height, width), mode)
-    except Exception:  # Pillow then decodes the file or finds the error
-        return None
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
+        with decoder_errors("PNG"):
+            samples = decoder(data, (height, width), mode)
+    except ImageError:  # Pillow then decodes the file or finds the error
         return None
     if samples.shape[2] == 1:
         return samples.reshape(height, width)
@@ -107,39 +104,38 @@ def _load_kornia() -> Callable[[bytes, tuple[int, int], str], np.ndarray] | None
 
 def _check_png_length(pixels: list[memoryview], width: int, height: int, bits: int, *, interlaced: bool) -> None:
     """Inflate the pixel data without keeping them, to refuse missing rows."""
-    passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
     expected = 0
-    for top, left, down, right in passes:
+    for top, left, down, right in _ADAM7 if interlaced else ((0, 0, 1, 1),):
         rows, columns = -(-(height - top) // down), -(-(width - left) // right)
         expected += rows * (1 + (columns * bits + 7) // 8) if columns > 0 else 0
     stream = zlib.decompressobj()
-    found = 0
+    length = 0
     for part in pixels:
-        for at in range(0, len(part), _INFLATE_BYTES):
-            found += len(stream.decompress(part[at : at + _INFLATE_BYTES]))
-            if found >= expected:
+        for start in range(0, len(part), _INFLATE_BYTES):
+            length += len(stream.decompress(part[start : start + _INFLATE_BYTES]))
+            if length >= expected:
                 return
     raise ImageError("corrupt", "the pixel data of the PNG are incomplete")
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Yield type, start and end of the contents of each chunk up to IEND, after checking its CRC."""
-    at = len(PNG_MAGIC)
+    start = len(PNG_MAGIC) + 8
     view = memoryview(data)
     for _ in range(_MAX_CHUNKS):
-        if at + 8 > len(data):
+        if start > len(data):
             raise ImageError("truncated", "the PNG ends before its end chunk")
-        length = int.from_bytes(data[at : at + 4], "big")
-        kind = data[at + 4 : at + 8]
-        start, end = at + 8, at + 8 + length
+        length = int.from_bytes(data[start - 8 : start - 4], "big")
+        kind = data[start - 4 : start]
+        end = start + length
         if length > 0x7FFFFFFF or not kind.isalpha():
             raise ImageError("corrupt", "a chunk of the PNG has an invalid header")
         if end + 4 > len(data):
             raise ImageError("truncated", "the PNG ends inside a chunk")
-        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+        if zlib.crc32(view[start - 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             raise ImageError("corrupt", "a chunk of the PNG does not match its checksum")
         yield kind, start, end
         if kind == b"IEND":
             return
-        at = end + 4
+        start = end + 12  # after the checksum, and the length and type of the next chunk
     raise ImageError("corrupt", "the PNG has too many chunks")

@@ -27,8 +27,6 @@ def resize(image: np.ndarray, spec: InputSpec) -> np.ndarray:
         raise ValueError(f"image must have the shape [H, W], got {list(image.shape)}")
     size = spec.size
     height, width = image.shape
-    if (height, width) == (size, size):
-        return image.copy(order="C")
     if spec.aspect == "crop":
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2

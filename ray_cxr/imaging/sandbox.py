@@ -7,8 +7,8 @@
 Both directions carry frames: the lengths of two parts, a JSON object, and raw bytes. The child runs the same functions
 as decoding in-process, so pixels and codes are equal. Output of decoders goes to the null device.
 
-The child ends with its parent, at the end of its standard input. If native code hangs, an alarm ends it; the alarm is
-set for each file.
+The child ends when its parent ends, because its standard input ends then. The child sets an alarm for each file, which
+ends the child if native code hangs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ _MAX_STARTS = 3  # of a child that is killed while it starts
 #: Seconds from the parent's timeout to the child's own alarm.
 _ALARM_MARGIN_S = 10.0
 _PIPE_BYTES = 1024 * 1024  # holds a whole NIH file
-_READ_BYTES = 64 * 1024 * 1024
 _FRAME = struct.Struct("<IQ")  # bytes of JSON, raw bytes
 _MAX_JSON = 16 * 1024 * 1024
 _ALARM = signal.SIGALRM.name
@@ -59,13 +58,13 @@ class DecodedImage:
     """One decoded radiograph."""
 
     images: tuple[np.ndarray, ...]  # in the order of the specs: uint8[S, S], or uint8[H, W] for None
-    tags: Mapping[str, Any] | None  # `dicom.read_tags` of a DICOM if requested
+    tags: Mapping[str, Any] | None  # for a DICOM file, `dicom.read_tags` if requested
     shape: tuple[int, int] | None = None  # height and width before the resize, pixels
 
 
 @dataclass(frozen=True)
 class Failure:
-    """`code` and `message` of an `ImageError`; `tags` if the header could be read."""
+    """The `code` and `message` of an `ImageError`, and `tags` if a DICOM header could be read."""
 
     code: str
     message: str
@@ -75,9 +74,10 @@ class Failure:
 class Decoder:
     """One child process that reads, decodes and resizes; not thread-safe.
 
-    `start` or the first `load` starts the child, and the next `load` replaces a lost one. A spec of None keeps the
-    original size. `timeout_s` limits the time per file, with reading. `tags` also reads the header fields of DICOM
-    files. `seconds` is the duration of the last `load` without the start of a child; 0 if there was nothing to read.
+    `start` or the first `load` starts the child, and the next `load` replaces a child that was lost. A spec of None
+    keeps the original size. `timeout_s` limits the time to read and decode one file. With `tags`, the header fields of
+    DICOM files are read too. `seconds` is the duration of the last `load` without the start of a child; 0 if there was
+    nothing to read.
     """
 
     def __init__(
@@ -105,18 +105,18 @@ class Decoder:
 
     def start(self) -> None:
         """Start the child, if none runs, without waiting for it."""
-        if self._child is not None and self._child.is_alive():
+        if self._child is not None and self._child.process.poll() is None:
             return
         self.close()
         self._child = _Child(self._settings)
-        # Without a call of `close`, too, no child remains and Popen does not warn about one.
+        # Also without a call of `close`, no child remains and Popen does not warn about a running child.
         self._finalizer = weakref.finalize(self, self._child.kill)
 
     def load(self, source: str | bytes | None) -> DecodedImage | Failure:
         """Read, decode and resize one radiograph: a path or URI, the contents of a file, or None (`missing`).
 
-        A child may be killed for a reason other than the file, so the file is tried in a second one. If that is lost
-        too, the code is `decoder_crash`. Other codes are `decode_timeout` and those of `decode.load_image`.
+        A child may be killed for a reason other than the file, so a second child tries the file. If that is lost too,
+        the code is `decoder_crash`. Other codes are `decode_timeout` and those of `decode.load_image`.
         """
         request: dict[str, Any] = {}
         body: bytes | memoryview = b""
@@ -180,7 +180,7 @@ class Decoder:
                 killed = reason.startswith("SIG")
                 if line := child.read_last_line():
                     reason = f"{reason}: {line}"
-                if not killed:  # a new child would fail, too
+                if not killed:  # a new child would fail too
                     break
             finally:
                 if not child.ready:
@@ -220,7 +220,7 @@ class _Child:
         # Explains why a child does not start. A child closes it when it is ready, before it sees any file.
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         try:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 # -P: otherwise a numpy.py in the working directory would be imported.
                 [sys.executable, "-P", "-W", "ignore", "-m", "ray_cxr.imaging.sandbox"],
                 stdin=subprocess.PIPE,
@@ -232,17 +232,16 @@ class _Child:
         except OSError as error:
             self._stderr.close()
             raise RayCxrError(f"the decoder process cannot start ({error.strerror or type(error).__name__})") from None
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._requests, self._answers = self._process.stdin, self._process.stdout
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._requests, self._answers = self.process.stdin, self.process.stdout
         for pipe in (self._requests, self._answers):
             os.set_blocking(pipe.fileno(), False)
-            _enlarge(pipe.fileno())
+            if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         with contextlib.suppress(EOFError, TimeoutError):  # reported by the first answer
             self.send(settings, b"", time.monotonic() + START_TIMEOUT_S)
-
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
 
     def wait_until_ready(self, deadline: float) -> None:
         try:
@@ -256,33 +255,16 @@ class _Child:
         _send(self._requests.fileno(), header, [body], deadline)
 
     def receive(self, deadline: float) -> tuple[dict[str, Any], int]:
-        """Return the JSON object of a frame and the number of raw bytes that follow in the pipe."""
-        head = bytearray(_FRAME.size)
-        self.read_into(memoryview(head), deadline)
-        length, size = _FRAME.unpack(head)
-        if length > _MAX_JSON:
-            raise EOFError(_UNREADABLE)
-        text = bytearray(length)
-        self.read_into(memoryview(text), deadline)
-        return json.loads(text), size
+        return _receive(self._answers.fileno(), deadline)
 
     def read_into(self, view: memoryview, deadline: float) -> None:
-        descriptor = self._answers.fileno()
-        while view:
-            _wait(descriptor, select.POLLIN, deadline)
-            try:
-                count = os.readv(descriptor, [view])
-            except BlockingIOError:
-                continue
-            if not count:
-                raise EOFError
-            view = view[count:]
+        _read_into(self._answers.fileno(), view, deadline)
 
     def describe_exit(self) -> str:
         """Return how the process ended after closing its pipe: the name of a signal, or `exit code 1`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(1.0)
-        code = self._process.returncode
+            self.process.wait(1.0)
+        code = self.process.returncode
         if code is None or code >= 0:
             return f"exit code {code}"
         with contextlib.suppress(ValueError):
@@ -290,19 +272,19 @@ class _Child:
         return f"SIGRTMIN+{-code - signal.SIGRTMIN}"  # real-time signals have no name
 
     def read_last_line(self) -> str:
-        """Return the last line that it printed before it was ready, shortened."""
+        """Return the last line that the process printed before it was ready, shortened."""
         self._stderr.seek(0)
         lines = self._stderr.read()[-4096:].decode(errors="replace").split("\n")
         return next((" ".join(line.split())[:200] for line in reversed(lines) if line.strip()), "")
 
     def kill(self) -> None:
         """End the process and wait for it; can be called repeatedly."""
-        self._process.kill()
+        self.process.kill()
         self._requests.close()
         self._answers.close()
         self._stderr.close()
         with contextlib.suppress(subprocess.TimeoutExpired):  # a killed process can still wait for a network disk
-            self._process.wait(5.0)
+            self.process.wait(5.0)
 
 
 def _environment() -> dict[str, str]:
@@ -315,13 +297,6 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def _enlarge(pipe: int) -> None:
-    """Enlarge the buffer of a pipe, if the system can (Linux) and allows it."""
-    if hasattr(fcntl, "F_SETPIPE_SZ"):
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-
-
 def _wait(descriptor: int, event: int, deadline: float) -> None:
     """Wait until a pipe can be read or written or its other end is closed."""
     poll = select.poll()
@@ -329,6 +304,33 @@ def _wait(descriptor: int, event: int, deadline: float) -> None:
     while not poll.poll(min(max(0.0, deadline - time.monotonic()), 3600.0) * 1000.0):  # poll takes at most 2^31 ms
         if time.monotonic() >= deadline:
             raise TimeoutError
+
+
+def _receive(descriptor: int, deadline: float = float("inf")) -> tuple[dict[str, Any], int]:
+    """Return the JSON object of a frame, and the number of raw bytes that follow in the pipe."""
+    length, size = _FRAME.unpack(_read(descriptor, _FRAME.size, deadline))
+    if length > _MAX_JSON:
+        raise EOFError(_UNREADABLE)
+    return json.loads(_read(descriptor, length, deadline)), size
+
+
+def _read(descriptor: int, size: int, deadline: float = float("inf")) -> bytes:
+    data = bytearray(size)
+    _read_into(descriptor, memoryview(data), deadline)
+    return bytes(data)
+
+
+def _read_into(descriptor: int, view: memoryview, deadline: float) -> None:
+    """Fill a buffer from a pipe; raise EOFError if the other end is closed."""
+    while view:
+        _wait(descriptor, select.POLLIN, deadline)
+        try:
+            count = os.readv(descriptor, [view])
+        except BlockingIOError:
+            continue
+        if not count:
+            raise EOFError
+        view = view[count:]
 
 
 def _send(
@@ -353,23 +355,6 @@ def _send(
 
 
 # ---------------------------------------------------------------- in the child
-
-
-def _read(descriptor: int, size: int) -> bytes:
-    """Read exactly `size` bytes; raise EOFError if the parent ended."""
-    parts: list[bytes] = []
-    while size:
-        part = os.read(descriptor, min(size, _READ_BYTES))
-        if not part:
-            raise EOFError
-        parts.append(part)
-        size -= len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _receive(descriptor: int) -> tuple[dict[str, Any], bytes]:
-    length, size = _FRAME.unpack(_read(descriptor, _FRAME.size))
-    return json.loads(_read(descriptor, length)), _read(descriptor, size)
 
 
 def _load(
@@ -410,7 +395,8 @@ def _serve(requests: int, answers: int) -> None:
     _silence(sys.stderr.fileno())
     _send(answers, {"ready": True}, [])
     while True:
-        request, data = _receive(requests)
+        request, size = _receive(requests)
+        data = _read(requests, size)
         # The alarm's default action ends the process, even inside native code.
         signal.setitimer(signal.ITIMER_REAL, settings["alarm_s"])
         answer, images = _load(request.get("path"), data, specs, settings["max_pixels"], settings["tags"])

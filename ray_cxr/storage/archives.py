@@ -12,12 +12,11 @@ import lzma
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence, Sized
+from collections.abc import Callable, Container, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
 from ray_cxr.errors import ImageError, InputError
-from ray_cxr.progress import Progress
 from ray_cxr.storage.paths import get_suffix, has_dicom_magic, is_image_name, may_be_dicom, redact
 from ray_cxr.storage.stores import MAX_BYTES, open_stream
 
@@ -47,40 +46,31 @@ def read_members(
 ) -> Iterator[tuple[str, bytes | ImageError]]:
     """Yield wanted members of an archive in its order, each name with its contents or an `ImageError`.
 
-    The pass ends with the last wanted member; without a length of `wanted`, at the end of the archive. If a name occurs
-    twice, only the first member counts (`tar -x` would keep the last). If the store fails during the pass, the archive
-    is read again from the start; no member is yielded twice. Faults of the archive itself are raised, after the members
-    before the damage.
+    Reading stops after the last wanted member, or at the end of the archive if `wanted` has no length. If a name occurs
+    twice, only the first member counts (`tar -x` would keep the last). If the store fails, the archive is read again
+    from the start; no member is yielded twice. If the archive is damaged, the error is raised after the members before
+    the damage.
     """
     seen: set[str] = set()
+    count = len(wanted) if isinstance(wanted, Sized) else None
     failures = 0
-    while True:
+    while count is None or len(seen) < count:
         before = len(seen)
         try:
-            yield from _read_once(archive, wanted, seen, max_bytes)
+            with _open(archive) as (members, stream):
+                for info in members:
+                    if info.name in wanted and info.name not in seen:
+                        content = _read_content(info, stream, max_bytes)
+                        seen.add(info.name)
+                        yield info.name, content
+                        if len(seen) == count:
+                            return
             return
         except ImageError as error:
             failures += 1
             # Without progress the store is down; `stores` has repeated the request already.
             if error.code != "storage" or failures > RETRIES or len(seen) == before:
                 raise
-
-
-def _read_once(
-    archive: str, wanted: Container[str], seen: set[str], max_bytes: int
-) -> Iterator[tuple[str, bytes | ImageError]]:
-    count = len(wanted) if isinstance(wanted, Sized) else None
-    if count is not None and len(seen) >= count:
-        return
-    with _open(archive) as (members, stream):
-        for info in members:
-            if info.name in seen or info.name not in wanted:
-                continue
-            content = _read_content(info, stream, max_bytes)
-            seen.add(info.name)
-            yield info.name, content
-            if len(seen) == count:
-                return
 
 
 def read_member(archive: str, member: str, *, max_bytes: int = MAX_BYTES) -> bytes:
@@ -93,8 +83,8 @@ def read_member(archive: str, member: str, *, max_bytes: int = MAX_BYTES) -> byt
 
 
 def scan_archive(archive: str, left_out: Counter[str]) -> list[str]:
-    """Return the names of images in an archive by the rules of `find_images`, in its order, without repeats. The number
-    of other files by suffix is added to `left_out`.
+    """Return the names of the images in an archive, in its order and without repeats. The rules are those of
+    `find_images`. The numbers of other files are added to `left_out`, by suffix.
     """
     names: dict[str, None] = {}
     try:
@@ -117,17 +107,9 @@ def scan_archive(archive: str, left_out: Counter[str]) -> list[str]:
     return list(names)
 
 
-def scan_archives(archives: Sequence[str], left_out: Counter[str]) -> Iterator[list[str]]:
-    """Yield `scan_archive` of each archive, and report progress."""
-    with Progress("list", len(archives), unit="archives", last_line=False) as progress:
-        for archive in archives:
-            yield scan_archive(archive, left_out)
-            progress.advance(1)
-
-
 @contextmanager
 def _open(archive: str) -> Iterator[tuple[Iterator[tarfile.TarInfo], _Stream]]:
-    """Open an archive: an iterator of its members, and the stream with the contents of the current member."""
+    """Yield an iterator over the members of an archive, and the stream that holds the current member's contents."""
     with open_stream(archive) as fetch:
         stream = _Stream(_decompress(fetch))
         head = stream.peek_head()
@@ -160,7 +142,7 @@ def _iter_members(stream: _Stream) -> Iterator[tarfile.TarInfo]:
     except Exception:  # `tarfile` also raises ValueErrors and others
         raise ImageError("corrupt", _BAD_HEADER) from None
     if any(stream.last):
-        raise ImageError("corrupt", _BAD_HEADER)  # `tarfile` takes it for the end
+        raise ImageError("corrupt", _BAD_HEADER)  # `tarfile` takes a damaged header for the end
     stream.drain()  # to the checksum at the end of the compressed data
 
 
@@ -179,7 +161,7 @@ def _read_content(info: tarfile.TarInfo, stream: _Stream, max_bytes: int) -> byt
 
 
 class _Header(tarfile.TarInfo):
-    """A header that is checked on reading; `tarfile` takes a damaged one for the end of the archive."""
+    """A header that is checked when it is read; `tarfile` takes a damaged header for the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> _Header:
@@ -204,37 +186,35 @@ class _Header(tarfile.TarInfo):
 
 
 class _Stream:
-    """A forward-only file of pieces of bytes, for `tarfile`; `last` is the result of the last `read`."""
+    """A file that `tarfile` reads forwards, made from pieces of bytes. `last` is the result of the last `read`."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
         self._piece = memoryview(b"")
-        self._at = 0
+        self._position = 0
         self.last = b""
 
     def peek_head(self) -> bytes:
-        """Return up to 512 first bytes without advancing."""
+        """Return the first 512 bytes, or fewer of a short file, without advancing."""
         while len(self._piece) < tarfile.BLOCKSIZE and (piece := next(self._pieces, None)) is not None:
             self._piece = memoryview(bytes(self._piece) + piece)
         return bytes(self._piece[: tarfile.BLOCKSIZE])
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
-    def seek(self, place: int) -> int:
-        left = place - self._at
-        if left < 0:
+    def seek(self, position: int) -> int:
+        if position < self._position:
             raise ImageError("corrupt", _BAD_HEADER)
-        while left:
-            left -= len(self._take(left))
-        return self._at
+        while self._position < position:
+            self._take(position - self._position)
+        return position
 
     def read(self, count: int) -> bytes:
         parts = []
         while count > 0:
-            some = self._take(count)
-            parts.append(some)
-            count -= len(some)
+            parts.append(self._take(count))
+            count -= len(parts[-1])
         self.last = b"".join(parts)
         return self.last
 
@@ -249,13 +229,13 @@ class _Stream:
             if piece is None:
                 raise ImageError("truncated", "the archive is incomplete")
             self._piece = memoryview(piece)
-        some, self._piece = self._piece[:count], self._piece[count:]
-        self._at += len(some)
-        return some
+        part, self._piece = self._piece[:count], self._piece[count:]
+        self._position += len(part)
+        return part
 
 
 def _decompress(fetch: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Yield the bytes of a file, decompressed if its first bytes require it; checksums are checked."""
+    """Yield the bytes of a file, decompressed if the first bytes show a known compression; checksums are checked."""
     pieces = _read_pieces(fetch)
     data = next(pieces, b"")
     while 0 < len(data) < max(map(len, _ENGINES)) and (more := next(pieces, b"")):
@@ -270,8 +250,8 @@ def _decompress(fetch: Callable[[int], bytes]) -> Iterator[bytes]:
 
 def _read_pieces(fetch: Callable[[int], bytes]) -> Iterator[bytes]:
     while data := fetch(_FETCH_BYTES):
-        for at in range(0, len(data), _INPUT_BYTES):
-            yield data[at : at + _INPUT_BYTES]
+        for start in range(0, len(data), _INPUT_BYTES):
+            yield data[start : start + _INPUT_BYTES]
 
 
 def _decompress_streams(make: Callable[[], Any], data: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -283,12 +263,12 @@ def _decompress_streams(make: Callable[[], Any], data: bytes, pieces: Iterator[b
                 if not data:
                     raise ImageError("truncated", "the compressed archive is incomplete")
             try:
-                some = engine.decompress(data, _OUTPUT_BYTES)
+                output = engine.decompress(data, _OUTPUT_BYTES)
             except (zlib.error, OSError, EOFError, lzma.LZMAError, MemoryError):
                 raise ImageError("corrupt", "the compressed data of the archive are damaged") from None
             data = getattr(engine, "unconsumed_tail", b"")
-            if some:
-                yield some
+            if output:
+                yield output
         data = engine.unused_data
         while not data.strip(b"\0"):  # zero padding of the last block
             data = next(pieces, b"")

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,15 +20,14 @@ from ray_cxr.storage import remote
 
 
 def write(path: str | Path, produce: Callable[[Path], object]) -> None:
-    """Let `produce` write a temporary file in the same folder, flush it to disk, then rename it to `path`. For a bucket
-    the temporary file is local, and a PUT replaces the rename. An `OSError` names `path`.
+    """Let `produce` write a temporary file in the same folder, flush it to disk, then rename it to `path`. For a
+    bucket, the temporary file is local, and a PUT replaces the rename. An `OSError` names `path`.
     """
     path = remote.to_path(path)
     if (store_path := remote.as_store_path(path)) is not None:
         store_path.write(produce)
         return
-    # Hidden, with a unique name over all machines: of two concurrent writers one rename wins.
-    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    part = remote.make_part_path(path)  # unique, so that of two concurrent writers one rename wins
     try:
         produce(part)
         with open(part, "rb") as stream:
@@ -47,8 +45,8 @@ def write(path: str | Path, produce: Callable[[Path], object]) -> None:
 def new_folder(path: Path, last: str) -> Iterator[Path]:
     """Yield a temporary folder, which becomes `path` when the block ends without an exception.
 
-    A bucket has no folders to rename, so the files are uploaded one by one and the file named `last` at the end. A
-    folder without it is incomplete and is written again.
+    A bucket has no folders to rename, so the files are uploaded one by one, and the file named `last` at the end. A
+    folder without this file is incomplete and is written again.
     """
     if (store_path := remote.as_store_path(path)) is None:
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -63,8 +61,7 @@ def new_folder(path: Path, last: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name:
         yield Path(name)
         files = sorted(Path(name).iterdir(), key=lambda file: (file.name == last, file.name))
-        foreign = {one.name for one in store_path.glob("*") if one.name} - {file.name for file in files}
-        if foreign:
+        if foreign := {file.name for file in store_path.glob("*") if file.name} - {file.name for file in files}:
             raise OutputError(f"{path}: holds another file, {min(foreign)}; choose another folder")
         for file in files:
             write(path / file.name, functools.partial(shutil.copyfile, file))

@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import fs as arrow_fs
 
-from ray_cxr.errors import ImageError, InputError
-from ray_cxr.storage.archives import read_member, scan_archive, scan_archives
+from ray_cxr.errors import ImageError, InputError, one_line
+from ray_cxr.progress import Progress
+from ray_cxr.storage.archives import read_member, scan_archive
 from ray_cxr.storage.paths import (
     ARCHIVE_SUFFIXES,
     CHUNK_ROWS,
@@ -38,11 +39,12 @@ from ray_cxr.storage.paths import (
     may_be_dicom,
     redact,
     split_member,
-    to_one_line,
 )
 from ray_cxr.storage.stores import MAX_BYTES, is_access_denied, open_uri, read_file
 
 _SNIFF_THREADS = 32
+_IS_FILE = "is a file; pass the folder with the images, or a tar archive"
+_NO_FOLDER = "no such folder; pass a folder with images"
 
 
 def read_bytes(path: str, *, max_bytes: int = MAX_BYTES) -> bytes:
@@ -53,15 +55,14 @@ def read_bytes(path: str, *, max_bytes: int = MAX_BYTES) -> bytes:
 
     Raises:
         ImageError: `missing` (no path, no such file, or not a file), `permission`, `empty`, `too_large`, or `storage`
-            for other failures; for a member also the errors of its archive. The message omits the path, which the row
-            has.
+            for other failures. For a member, also the errors of the archive. The message omits the path, because every
+            caller knows it.
     """
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise ImageError("missing", "the row has no path")
     name = os.fspath(path)
-    inside = split_member(name)
-    if inside is not None:
-        return read_member(*inside, max_bytes=max_bytes)
+    if parts := split_member(name):
+        return read_member(*parts, max_bytes=max_bytes)
     return read_file(name, max_bytes)
 
 
@@ -70,45 +71,39 @@ class Listing:
     """The images below a folder."""
 
     root: str  # the prefix of every path, such as `/data/images/`; for an archive `/data/images_001.tar.gz::`
-    paths: pa.ChunkedArray  # string [n], for `read_bytes`; sorted, members of an archive in the archive's order
-    left_out: dict[str, int] = field(default_factory=dict)  # other files by suffix in lower case, `""` for none
-    unpacked: int = 0  # members left out because the same file is also unpacked next to the archive
+    paths: pa.ChunkedArray  # string [n], for `read_bytes`; sorted, but members of an archive in the archive's order
+    left_out: dict[str, int] = field(default_factory=dict)  # number of other files by suffix, `""` for no suffix
+    unpacked: int = 0  # number of members left out because the same file is also unpacked next to the archive
 
 
 def find_images(location: str) -> Listing:
     """List the images below a local folder or a URI, by their suffix in any case, and inside archives.
 
     Files without a suffix are included if their first 132 bytes are those of DICOM (a DICOMDIR is not an image).
-    Archives are read once, which takes as long as unpacking them. Members are left out if their file is also unpacked
-    next to the archive (`images_001.tar.gz` and `images/a.png` or `images_001/images/a.png`). Names that start with a
-    dot (macOS writes `._` files) are left out and not counted. Links to folders are followed; a folder that is
+    Archives are read once, which takes as long as unpacking them. A member is left out if the same file is also
+    unpacked next to the archive (`images_001.tar.gz` and `images/a.png` or `images_001/images/a.png`). Names that start
+    with a dot (macOS writes `._` files) are left out and not counted. Links to folders are followed; a folder that is
     reachable in several ways is listed once.
     """
-    place, mark, options = location.partition("?") if is_uri(location) else (location, "", "")
-    place = redact(place)
     left_out: Counter[str] = Counter()
+    unpacked = 0
     if is_archive(location):
         root = f"{location}::"
-        names = _keep_utf8(scan_archive(location, left_out), left_out)
-        paths = _to_chunks(f"{root}{name}" for name in names)
-        unpacked = 0
+        paths = _to_chunks(f"{root}{name}" for name in _keep_utf8(scan_archive(location, left_out), left_out))
     else:
+        folder, mark, options = location.partition("?") if is_uri(location) else (location, "", "")
+        root = folder.rstrip("/") + "/"
         if is_uri(location):
-            root = location.partition("?")[0].rstrip("/") + "/"
-            found = _list_uri(location, root, left_out)
-            found = found.take(pc.sort_indices(found))
+            paths = _list_uri(location, root, mark + options, left_out)
         elif os.path.isdir(location):
-            root = location.rstrip("/") + "/"
-            found = _to_chunks(_keep_utf8(_list_local(root, left_out), left_out))
-        elif os.path.exists(location):
-            raise InputError(f"{location}: is a file; pass the folder with the images, or a tar archive")
+            paths = _to_chunks(_keep_utf8(_list_local(root, left_out), left_out))
         else:
-            raise InputError(f"{location}: no such folder; pass a folder with images")
-        paths, unpacked = _expand_archives(found, mark + options, left_out)
+            raise InputError(f"{location}: {_IS_FILE if os.path.exists(location) else _NO_FOLDER}")
+        paths, unpacked = _expand_archives(paths, mark + options, left_out)
     if not len(paths):
         others = f" (left out: {format_suffixes(left_out)})" if left_out else ""
         raise InputError(
-            f"{place}: no images found{others}; searched it and all folders and archives below for "
+            f"{redact(location)}: no images found{others}; searched it and all folders and archives below for "
             f"{', '.join(IMAGE_SUFFIXES)}"
         )
     return Listing(root, paths, dict(left_out.most_common()), unpacked)
@@ -119,29 +114,28 @@ def _list_local(root: str, left_out: Counter[str]) -> Iterator[str]:
     seen: set[int] = set()
     pending = [root]
     while pending:
-        place = pending.pop()
-        if not place.endswith("/"):
-            yield place
+        path = pending.pop()
+        if not path.endswith("/"):
+            yield path
             continue
         try:
-            info = os.stat(place)
+            info = os.stat(path)
             key = info.st_dev << 64 | info.st_ino
             if key in seen:  # a link to a folder above would never end
                 continue
             seen.add(key)
-            with os.scandir(place) as entries:
+            with os.scandir(path) as entries:
                 names = [_entry_name(entry, left_out) for entry in entries]
         except OSError as error:
             raise InputError(
-                f"{place.rstrip('/')}: cannot be listed ({error.strerror}); change its permissions or move it"
+                f"{path.rstrip('/')}: cannot be listed ({error.strerror}); change its permissions or move it"
             ) from None
-        # With its `/` a folder sorts among the files as its contents do.
-        found = sorted((name for name in names if name), reverse=True)
-        pending += [place + name for name in found]
+        # The name of a folder ends with `/`, so that it sorts among the files as its contents do.
+        pending += sorted((path + name for name in names if name), reverse=True)
 
 
 def _entry_name(entry: os.DirEntry[str], left_out: Counter[str]) -> str | None:
-    """Return the name of an image or an archive, the name of a folder with a final `/`, or None."""
+    """Return the name of an image or an archive, or of a folder with a final `/`; None for other entries."""
     name = entry.name
     if name.startswith("."):
         return None
@@ -160,60 +154,63 @@ def _entry_name(entry: os.DirEntry[str], left_out: Counter[str]) -> str | None:
     return None
 
 
-def _list_uri(location: str, root: str, left_out: Counter[str]) -> pa.ChunkedArray:
-    """Return images and archives below a URI, as URIs with its options, unsorted."""
-    place = redact(location)
-    mark, options = location.partition("?")[1:]
+def _list_uri(location: str, root: str, options: str, left_out: Counter[str]) -> pa.ChunkedArray:
+    """Return images and archives below a URI, sorted; each is a URI with the same options (`?region=...`)."""
+    shown = redact(location)
     try:
         store, base = open_uri(location)
         kind = store.get_file_info(base).type
-        if kind == arrow_fs.FileType.NotFound:
-            raise InputError(f"{place}: no such folder; pass a folder with images")
-        if kind == arrow_fs.FileType.File:
-            raise InputError(f"{place}: is a file; pass the folder with the images, or a tar archive")
+        if kind != arrow_fs.FileType.Directory:
+            raise InputError(f"{shown}: {_NO_FOLDER if kind == arrow_fs.FileType.NotFound else _IS_FILE}")
         entries = store.get_file_info(arrow_fs.FileSelector(base, recursive=True))
-        names = _uri_names(store, base, entries, left_out)
-        return _to_chunks(f"{root}{quote(name, safe=URI_SAFE)}{mark}{options}" for name in _keep_utf8(names, left_out))
+        names = _keep_utf8(_uri_names(store, base, entries, left_out), left_out)
+        paths = _to_chunks(f"{root}{quote(name, safe=URI_SAFE)}{options}" for name in names)
+        return paths.take(pc.sort_indices(paths))
     except InputError:
         raise
     except ImageError as error:
-        raise InputError(f"{place}: cannot be listed: {error.message}") from None
+        raise InputError(f"{shown}: cannot be listed: {error.message}") from None
     except Exception as error:  # exceptions of stores have no common type; their texts can contain parts of the address
-        detail = "access denied" if is_access_denied(error) else _describe_store_error(error, options)
-        raise InputError(f"{place}: cannot be listed ({detail}); check the address and the credentials") from None
+        detail = one_line(error)[:200] or type(error).__name__
+        for _, value in parse_qsl(options.removeprefix("?")):
+            detail = detail.replace(value, "...")
+        if is_access_denied(error):
+            detail = "access denied"
+        raise InputError(f"{shown}: cannot be listed ({detail}); check the address and the credentials") from None
 
 
 def _uri_names(store: Any, base: str, entries: list[Any], left_out: Counter[str]) -> Iterator[str]:
-    """Yield names of images and archives below `base`; this empties `entries`, which can be large."""
+    """Yield the names of images and archives below `base`, and empty `entries`, which can be large."""
     skip = len(base.rstrip("/")) + 1
     unknown: list[str] = []
     while entries:
         entry = entries.pop()
-        inner = entry.path[skip:]
-        name = inner.rsplit("/", 1)[-1]
-        if entry.type != arrow_fs.FileType.File or inner.startswith(".") or "/." in inner:
+        path = entry.path[skip:]
+        name = path.rsplit("/", 1)[-1]
+        if entry.type != arrow_fs.FileType.File or path.startswith(".") or "/." in path:
             continue
         if is_image_name(name) or is_archive(name):
-            yield inner
+            yield path
         elif may_be_dicom(name):
-            unknown.append(inner)
+            unknown.append(path)
         else:
             left_out[get_suffix(name)] += 1
     if unknown:
         # One request each, mostly waiting.
         with ThreadPoolExecutor(_SNIFF_THREADS, thread_name_prefix="sniff") as pool:
-            for at in range(0, len(unknown), CHUNK_ROWS):
-                some = unknown[at : at + CHUNK_ROWS]
-                for inner, found in zip(some, pool.map(lambda name: _sniff(store, base, name), some), strict=True):
-                    if found:
-                        yield inner
+            for start in range(0, len(unknown), CHUNK_ROWS):
+                chunk = unknown[start : start + CHUNK_ROWS]
+                for path, is_dicom in zip(chunk, pool.map(lambda path: _sniff(store, base, path), chunk), strict=True):
+                    if is_dicom:
+                        yield path
                     else:
                         left_out[""] += 1
 
 
-def _sniff(store: Any, base: str, inner: str) -> bool:
+def _sniff(store: Any, base: str, path: str) -> bool:
+    """Whether a file of a store starts like a DICOM file; False if it cannot be opened."""
     try:
-        with store.open_input_file(f"{base.rstrip('/')}/{inner}") as file:
+        with store.open_input_file(f"{base.rstrip('/')}/{path}") as file:
             return has_dicom_magic(bytes(file.read_at(DICOM_HEAD, 0)))
     except (FileNotFoundError, PermissionError):
         return False
@@ -223,47 +220,50 @@ def _sniff(store: Any, base: str, inner: str) -> bool:
         raise
 
 
-def _expand_archives(found: pa.ChunkedArray, options: str, left_out: Counter[str]) -> tuple[pa.ChunkedArray, int]:
-    """Replace each archive by its members; also return how many were left out because they are also unpacked."""
+def _expand_archives(paths: pa.ChunkedArray, options: str, left_out: Counter[str]) -> tuple[pa.ChunkedArray, int]:
+    """Replace each archive by its members. Also return the number of members that are left out, because the same files
+    are also unpacked.
+    """
     pattern = rf"(?i)\.(?:tar|tar\.gz|tgz|tar\.bz2|tar\.xz){re.escape(options)}$"
-    rows = pc.indices_nonzero(pc.match_substring_regex(found, pattern)).to_pylist() if len(found) else []
+    rows = pc.indices_nonzero(pc.match_substring_regex(paths, pattern)).to_pylist() if len(paths) else []
     if not rows:
-        return found, 0
-    names: list[str] = found.take(pa.array(rows)).to_pylist()
+        return paths, 0
     pieces: list[pa.Array] = []
-    left = 0
-    at = 0
-    for row, archive, inside in zip(rows, names, scan_archives(names, left_out), strict=True):
-        pieces += found.slice(at, row - at).chunks
-        inside = list(_keep_utf8(inside, left_out))
-        members = _to_chunks(f"{archive}::{name}" for name in inside)
-        if len(found) > len(rows):
-            unpacked = _find_unpacked(archive, inside, options, found)
-            left += unpacked.true_count
-            members = members.filter(pc.invert(unpacked))
-        pieces += members.chunks
-        at = row + 1
-    pieces += found.slice(at).chunks
-    return pa.chunked_array([piece for piece in pieces if len(piece)], pa.string()), left
+    unpacked = next_row = 0
+    with Progress("list", len(rows), unit="archives", last_line=False) as progress:
+        for row in rows:
+            archive = paths[row].as_py()
+            names = list(_keep_utf8(scan_archive(archive, left_out), left_out))
+            members = _to_chunks(f"{archive}::{name}" for name in names)
+            if len(paths) > len(rows):
+                duplicates = _find_unpacked(archive, names, options, paths)
+                unpacked += duplicates.true_count
+                members = members.filter(pc.invert(duplicates))
+            pieces += [*paths.slice(next_row, row - next_row).chunks, *members.chunks]
+            next_row = row + 1
+            progress.advance(1)
+    pieces += paths.slice(next_row).chunks
+    return pa.chunked_array([piece for piece in pieces if len(piece)], pa.string()), unpacked
 
 
-def _find_unpacked(archive: str, members: list[str], options: str, found: pa.ChunkedArray) -> pa.BooleanArray:
-    """Return which members are also files in the archive's folder, or in a folder with the archive's name."""
-    place = archive.removesuffix(options)
-    stem = place[: -len(next(end for end in sorted(ARCHIVE_SUFFIXES, key=len)[::-1] if place.lower().endswith(end)))]
+def _find_unpacked(archive: str, members: list[str], options: str, paths: pa.ChunkedArray) -> pa.BooleanArray:
+    """Return which members are also files in the archive's folder, or in a folder with the archive's name: bool [n]."""
+    path = archive.removesuffix(options)
+    stem = path[: -len(next(end for end in sorted(ARCHIVE_SUFFIXES, key=len)[::-1] if path.lower().endswith(end)))]
+    names = [name.removeprefix("./") for name in members]
+    if is_uri(archive):
+        names = [quote(name, safe=URI_SAFE) for name in names]
     result = pa.array(np.zeros(len(members), bool))
-    for folder in (f"{place.rpartition('/')[0]}/", f"{stem}/"):
-        below = (name.removeprefix("./") for name in members)
-        quoted = (quote(name, safe=URI_SAFE) for name in below) if is_uri(archive) else below
-        expected = _to_chunks(f"{folder}{name}{options}" for name in quoted)
+    for folder in (path.rpartition("/")[0], stem):
+        expected = _to_chunks(f"{folder}/{name}{options}" for name in names)
         # In this order the hash table is never larger than one archive.
-        present = found.filter(pc.is_in(found, value_set=expected.combine_chunks()))
+        present = paths.filter(pc.is_in(paths, value_set=expected.combine_chunks()))
         result = pc.or_(result, pc.is_in(expected, value_set=present.combine_chunks()).combine_chunks())
     return result
 
 
 def _keep_utf8(names: Iterable[str], left_out: Counter[str]) -> Iterator[str]:
-    """Yield names in UTF-8, which a table can hold, and count the others."""
+    """Yield the names in UTF-8, which a table can hold, and count the others."""
     for name in names:
         if name.isascii():
             yield name
@@ -280,14 +280,6 @@ def _to_chunks(texts: Iterable[str]) -> pa.ChunkedArray:
     """Return texts as Arrow strings, which take a third of the memory of a list."""
     chunks = []
     texts = iter(texts)
-    while some := list(itertools.islice(texts, CHUNK_ROWS)):
-        chunks.append(pa.array(some, pa.string()))
+    while chunk := list(itertools.islice(texts, CHUNK_ROWS)):
+        chunks.append(pa.array(chunk, pa.string()))
     return pa.chunked_array(chunks, pa.string())
-
-
-def _describe_store_error(error: Exception, options: str) -> str:
-    """Return the text of a store's exception on one line, without values of options in the address."""
-    text = to_one_line(str(error)) or type(error).__name__
-    for _, value in parse_qsl(options):
-        text = text.replace(value, "...")
-    return text

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 #: Suffixes of images for `find_images`. `decode` ignores names.
 IMAGE_SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 ARCHIVE_SUFFIXES: tuple[str, ...] = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-#: `ARCHIVE::MEMBER`, for `re` and Arrow's RE2. The options of a URI (`?region=...`) belong to ARCHIVE. The first `::`
-#: after an archive's suffix separates the two.
+#: `ARCHIVE::MEMBER`, for `re` and Arrow's RE2. The first `::` after an archive's suffix separates ARCHIVE and MEMBER.
+#: The options of a URI (`?region=...`) belong to ARCHIVE.
 MEMBER_PATTERN = (
     r"(?is)^(?P<archive>(?:[a-z][a-z0-9+.\-]*://|file:).*?\.(?:tar|tar\.gz|tgz|tar\.bz2|tar\.xz)(?:\?.*?)?"
     r"|.*?\.(?:tar|tar\.gz|tgz|tar\.bz2|tar\.xz))::(?P<member>.+)$"
@@ -69,7 +69,7 @@ def get_suffix(name: str) -> str:
 
 
 def may_be_dicom(name: str) -> bool:
-    """Whether the first bytes of a file have to be read to know if it is DICOM."""
+    """Whether the name of a file leaves open if it is DICOM, so that its first bytes have to be read."""
     return not get_suffix(name) and name.upper() != "DICOMDIR"
 
 
@@ -82,22 +82,21 @@ def make_absolute(path: str) -> str:
     """Make a local path absolute, so that other processes and nodes can open it; URIs stay unchanged."""
     if is_uri(path):
         return path
-    inside = split_member(path)
-    return f"{os.path.abspath(inside[0])}::{inside[1]}" if inside else os.path.abspath(path)
+    parts = split_member(path)
+    return f"{os.path.abspath(parts[0])}::{parts[1]}" if parts else os.path.abspath(path)
 
 
 def plain_path(path: str) -> str:
     """Remove the options of a URI (`?region=...`) and decode its escapes (`%20`); local paths stay unchanged."""
     if not is_uri(path):
         return path
-    inside = split_member(path)
-    if inside:
-        return f"{plain_path(inside[0])}::{inside[1]}"
-    place = path.partition("?")[0]
+    if parts := split_member(path):
+        return f"{plain_path(parts[0])}::{parts[1]}"
+    address = path.partition("?")[0]
     try:
-        return unquote(place, errors="strict")
+        return unquote(address, errors="strict")
     except UnicodeDecodeError:  # unchanged, so that different names stay different
-        return place
+        return address
 
 
 def plain_paths(paths: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -112,9 +111,9 @@ def plain_paths(paths: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def file_name(path: str) -> str:
-    """Return the name of an image's file without folders, archive, and options of a URI."""
-    inside = split_member(path)
-    return (inside[1] if inside else plain_path(path)).rsplit("/", 1)[-1]
+    """Return the name of an image's file, without folders, the archive and the options of a URI."""
+    parts = split_member(path)
+    return (parts[1] if parts else plain_path(path)).rsplit("/", 1)[-1]
 
 
 def file_names(paths: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -129,7 +128,7 @@ def file_names(paths: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def redact(place: str) -> str:
-    """Remove options and the part before `@`, which can be a secret key, so that messages can show a path or URI."""
+    """Return a path or URI for a message: without options and without the part before `@`, which can be a secret."""
     if not is_uri(place):
         return place
     return re.sub(r"^([A-Za-z][A-Za-z0-9+.\-]*://)[^/]*@", r"\1", place.partition("?")[0])
@@ -137,9 +136,5 @@ def redact(place: str) -> str:
 
 def iter_slices(paths: pa.ChunkedArray) -> Iterator[pa.Array]:
     for chunk in paths.chunks:
-        for at in range(0, len(chunk), CHUNK_ROWS):
-            yield chunk.slice(at, CHUNK_ROWS)
-
-
-def to_one_line(text: str) -> str:
-    return " ".join(text.split())[:200]
+        for start in range(0, len(chunk), CHUNK_ROWS):
+            yield chunk.slice(start, CHUNK_ROWS)

@@ -3,9 +3,9 @@
     to_path("runs/1")           a `pathlib.Path`
     to_path("s3://b/runs/1")    a `StorePath` with the same methods
 
-A PUT is atomic, as a rename is on a disk, so `atomic.write` uploads and no other code has to distinguish the two
-(docs/decisions/0016-storage.md). Code that needs a file name, such as `open` or Parquet's reader, gets a local copy. A
-changed object is downloaded again.
+A PUT is atomic, as a rename is on a disk. So `atomic.write` uploads, and no other code has to distinguish disk and
+bucket (docs/decisions/0016-storage.md). Code that needs a file name, such as `open` or Parquet's reader, gets a local
+copy. A changed object is downloaded again.
 """
 
 from __future__ import annotations
@@ -59,21 +59,21 @@ def to_path(text: str | os.PathLike[str]) -> Path:
     found = _ADDRESS.match(text)
     if found is None:
         return Path(text)
-    scheme, place = found["scheme"].lower(), redact(text)
+    scheme, path = found["scheme"].lower(), redact(text)
     if scheme != "s3":
-        raise InputError(f"{place}: only s3:// and local paths work here; copy the files, or pass another path")
-    rest, mark, options = text[found.end() :].partition("?")
-    bucket, _, key = rest.partition("/")
+        raise InputError(f"{path}: only s3:// and local paths work here; copy the files, or pass another path")
+    location, mark, options = text[found.end() :].partition("?")
+    bucket, _, key = location.partition("/")
     if found["slashes"] != "://" or not bucket:
-        raise InputError(f"{place}: has no bucket; write s3://BUCKET/FOLDER")
+        raise InputError(f"{path}: has no bucket; write s3://BUCKET/FOLDER")
     try:
         result = StorePath(bucket, unescape(key).strip("/"), mark + options)
         with _store_errors(result, "opened"):
             result.open_store()
     except ImageError as error:
-        raise InputError(f"{place}: {error.message}") from None
+        raise InputError(f"{path}: {error.message}") from None
     except pa.ArrowInvalid:
-        raise InputError(f"{place}: unknown options; see docs/storage.md") from None
+        raise InputError(f"{path}: unknown options; see docs/storage.md") from None
     return cast(Path, result)
 
 
@@ -82,8 +82,8 @@ class StorePath:
 
     Folders are prefixes: they exist if they are not empty, and `mkdir` does nothing. `str` returns the whole address.
     The bucket starts with `anonymous@` if the address does; the key has no escapes; options start with `?`. Missing
-    files raise `FileNotFoundError`, as on a disk. Any method that sends a request can raise
-    `InputError` (access is denied, or the bucket does not exist) or `RayCxrError` (the store fails or does not answer).
+    files raise `FileNotFoundError`, as on a disk. Any method that sends a request can raise `InputError` (access is
+    denied, or the bucket does not exist) or `RayCxrError` (the store fails or does not answer).
     """
 
     def __init__(self, bucket: str, key: str, options: str = "") -> None:
@@ -171,24 +171,19 @@ class StorePath:
         """Yield the contents of the folder in order; one request per 1,000 names."""
         return iter([self / name for name, _ in self.list_entries()])
 
-    def list_entries(self, *, below: bool = False) -> list[tuple[str, bool]]:
-        """Return names in the folder and whether each is a file; with `below`, all files in it and its subfolders."""
+    def list_entries(self) -> list[tuple[str, bool]]:
+        """Return the names in the folder, sorted, and whether each is a file."""
         with _store_errors(self):
-            found = self.open_store().get_file_info(arrow_fs.FileSelector(self.inner, recursive=below))
+            found = self.open_store().get_file_info(arrow_fs.FileSelector(self.inner))
         skip = len(self.inner) + 1
-        return sorted(
-            (one.path[skip:], one.type == arrow_fs.FileType.File)
-            for one in found
-            if not below or one.type == arrow_fs.FileType.File
-        )
+        return sorted((info.path[skip:], info.type == arrow_fs.FileType.File) for info in found)
 
     def glob(self, pattern: str) -> Iterator[StorePath]:
-        """Yield matching names directly in the folder; none if there is no folder."""
+        """Yield matching paths directly in the folder; none if there is no folder."""
         try:
-            names = [name for name, _ in self.list_entries()]
+            return iter([path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern)])
         except FileNotFoundError:
-            names = []
-        return iter([self / name for name in names if fnmatch.fnmatchcase(name, pattern)])
+            return iter(())
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         """Do nothing: folders of a bucket exist if they are not empty."""
@@ -230,12 +225,8 @@ class StorePath:
                 self._put(pa.py_buffer(b""))
 
     def __fspath__(self) -> str:
-        """Return the name of a local copy, for reading."""
-        return str(self.download())
-
-    def download(self) -> Path:
-        """Return a local copy of the current object, downloaded once; its name has the ETag, which changes with the
-        object.
+        """Return the name of a local copy of the current object, for reading. The object is downloaded once, into a
+        folder that is named by its ETag, which changes with the object.
         """
         with _store_errors(self):
             with self.open_store().open_input_file(self.inner) as stream:
@@ -243,16 +234,18 @@ class StorePath:
             folder = get_cache() / hashlib.sha256(f"{self}\n{version}".encode()).hexdigest()[:32]
             copy = folder / self.name
             if copy.exists():
-                return copy
+                return str(copy)
             with _cache_errors(folder):
                 folder.mkdir(mode=0o700, exist_ok=True)
                 with open(folder / ".lock", "w") as lock:
                     # One of the machine's workers downloads; the others wait for it.
                     fcntl.flock(lock, fcntl.LOCK_EX)
-                    return copy if copy.exists() else self._fetch(copy, version)
+                    if not copy.exists():
+                        self._fetch(copy, version)
+        return str(copy)
 
-    def _fetch(self, copy: Path, version: str) -> Path:
-        temporary = copy.with_name(f".{copy.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    def _fetch(self, copy: Path, version: str) -> None:
+        temporary = make_part_path(copy)
         try:
             with self.open_store().open_input_file(self.inner) as stream, open(temporary, "xb") as file:
                 file.write(stream.read_buffer())
@@ -263,7 +256,6 @@ class StorePath:
             temporary.rename(copy)
         finally:
             temporary.unlink(missing_ok=True)
-        return copy
 
     def _info(self) -> Any:
         with _store_errors(self):
@@ -277,55 +269,60 @@ class StorePath:
             stream.close()
 
 
-def as_store_path(place: object) -> StorePath | None:
+def as_store_path(path: object) -> StorePath | None:
     """Return a path in a bucket as a `StorePath`; None for a local path."""
-    return place if isinstance(place, StorePath) else None
+    return path if isinstance(path, StorePath) else None
 
 
-def to_address(place: Path) -> str:
+def make_part_path(path: Path) -> Path:
+    """Return the path of an incomplete file: hidden, in the same folder, with a unique name over all machines."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+def to_address(path: Path) -> str:
     """Return a path as text that other processes and nodes can pass to `to_path`."""
-    return str(place.absolute())
+    return str(path.absolute())
 
 
 @contextlib.contextmanager
-def open_file(place: Path) -> Iterator[pa.NativeFile]:
+def open_file(path: Path) -> Iterator[pa.NativeFile]:
     """Open a file to read parts of it; from a bucket only these parts are fetched."""
-    if (store_path := as_store_path(place)) is None:
-        with pa.memory_map(str(place)) as source:
+    if (store_path := as_store_path(path)) is None:
+        with pa.memory_map(str(path)) as source:
             yield source
         return
     with _store_errors(store_path), store_path.open_store().open_input_file(store_path.inner) as source:
         yield source
 
 
-def is_inside(place: Path, folder: Path) -> bool:
+def is_inside(path: Path, folder: Path) -> bool:
     """Whether a path is inside a folder, or the folder itself; links are followed."""
-    one, other = (str(path.resolve()).partition("?")[0].rstrip("/") for path in (place, folder))
-    return f"{one}/".startswith(f"{other}/")
+    inside, outside = (str(each.resolve()).partition("?")[0].rstrip("/") + "/" for each in (path, folder))
+    return inside.startswith(outside)
 
 
-def to_arrow(place: Path) -> tuple[Any, str]:
-    """Return a path as Ray expects it: the Arrow file system, None for the local one, and the path in it."""
-    if (store_path := as_store_path(place)) is not None:
+def to_arrow(path: Path) -> tuple[Any, str]:
+    """Return a path as Ray expects it: the Arrow file system (None for the local disk), and the path in it."""
+    if (store_path := as_store_path(path)) is not None:
         return store_path.open_store(), store_path.inner
-    return None, str(place.absolute())
+    return None, str(path.absolute())
 
 
-def check_bucket(place: Path) -> None:
+def check_bucket(path: Path) -> None:
     """Refuse a missing bucket before any work is done."""
-    if (store_path := as_store_path(place)) is not None:
+    if (store_path := as_store_path(path)) is not None:
         bucket = StorePath(store_path._bucket, "", store_path._options)
         exists = True
-        with contextlib.suppress(InputError):  # access to the folder may be allowed without access to the bucket
+        with contextlib.suppress(InputError):  # a user may have access to the folder but not to the bucket
             exists = bucket.exists()
         if not exists:
-            raise InputError(f"{place}: no such bucket {bucket.inner}; make it, or pass another path")
+            raise InputError(f"{path}: no such bucket {bucket.inner}; make it, or pass another path")
 
 
-def read_file(place: Path) -> pa.NativeFile | None:
+def read_file(path: Path) -> pa.NativeFile | None:
     """Return the bytes of a small file as an Arrow file, without a local copy; None if it is missing."""
     try:
-        return pa.BufferReader(place.read_bytes())
+        return pa.BufferReader(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -337,29 +334,29 @@ def read_files(paths: Iterable[Path]) -> Iterator[pa.NativeFile | None]:
 
 def remove_files(paths: Iterable[Path]) -> None:
     """Remove files, several at a time; missing ones are ignored."""
-    for _ in map_concurrently(lambda one: one.unlink(missing_ok=True), paths):
+    for _ in map_concurrently(lambda path: path.unlink(missing_ok=True), paths):
         pass
 
 
 def download(paths: Sequence[Path]) -> list[Path]:
     """Return local paths unchanged, and local copies of files in a bucket, downloaded several at a time."""
-    return list(map_concurrently(lambda one: Path(os.fspath(one)), paths))
+    return list(map_concurrently(lambda path: Path(os.fspath(path)), paths))
 
 
-def download_folder(place: Path) -> Path:
-    """Return a local folder unchanged; for a bucket a local folder with copies of these versions of its files."""
-    if (store_path := as_store_path(place)) is None:
-        return place
+def download_folder(path: Path) -> Path:
+    """Return a local folder unchanged; for a bucket, a local folder with copies of the current files."""
+    if (store_path := as_store_path(path)) is None:
+        return path
     try:
         names = [name for name, is_file in store_path.list_entries() if is_file and name]
     except FileNotFoundError:
-        return get_cache() / "missing-folder"  # this path never exists
-    copies = download([place / name for name in names])
-    key = hashlib.sha256("\n".join([str(place), *(str(copy) for copy in copies)]).encode()).hexdigest()[:32]
-    folder = get_cache() / f"{key}-folder" / (place.name or "folder")
+        return get_cache() / "missing-folder"  # never exists
+    copies = download([path / name for name in names])
+    key = hashlib.sha256("\n".join([str(path), *(str(copy) for copy in copies)]).encode()).hexdigest()[:32]
+    folder = get_cache() / f"{key}-folder" / (path.name or "folder")
     with _cache_errors(folder):
         if not folder.exists():
-            temporary = folder.parent / f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+            temporary = make_part_path(folder)
             temporary.mkdir(mode=0o700, parents=True)
             for name, copy in zip(names, copies, strict=True):
                 os.link(copy, temporary / name)
@@ -387,11 +384,11 @@ def get_cache() -> Path:
 def _cache_errors(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (RayCxrError, FileNotFoundError):
+    except FileNotFoundError:
         raise
     except OSError as error:
         if not isinstance(error.filename, (str, os.PathLike)) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise  # of the store
+            raise  # an error of the store
         raise RayCxrError(
             f"{folder}: cannot keep copies of files from a bucket: {error.strerror}; set {CACHE_VARIABLE} to a folder "
             "on a disk with free space"
@@ -420,27 +417,24 @@ def _version(stream: Any) -> str:
     return f"{headers.get('etag', '')} {headers.get('last-modified', '')} {stream.size()}"
 
 
-def _missing(place: StorePath) -> FileNotFoundError:
-    return FileNotFoundError(errno.ENOENT, "no such file or folder", str(place))
+def _missing(path: StorePath) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, "no such file or folder", str(path))
 
 
 @contextlib.contextmanager
-def _store_errors(place: StorePath, action: str = "read") -> Iterator[None]:
+def _store_errors(path: StorePath, action: str = "read") -> Iterator[None]:
     """Turn exceptions of a store into one line without their texts, which can contain keys and host names."""
     try:
         yield
-    except (RayCxrError, MemoryError):
-        raise
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise _missing(place) from None
+        raise _missing(path) from None
     except OSError as error:
+        kind: type[RayCxrError] = InputError
         if is_access_denied(error):
-            raise InputError(
-                f"{place}: cannot be {action}: access denied; check the credentials in the environment"
-            ) from None
-        reason = describe_error(error)
-        if reason == "NO_SUCH_BUCKET":
-            raise InputError(f"{place}: cannot be {action}: no such bucket; make it, or pass another path") from None
-        raise RayCxrError(
-            f"{place}: cannot be {action}: {reason}; check the address and the network, then run the command again"
-        ) from None
+            reason = "access denied; check the credentials in the environment"
+        elif (reason := describe_error(error)) == "NO_SUCH_BUCKET":
+            reason = "no such bucket; make it, or pass another path"
+        else:
+            kind = RayCxrError
+            reason += "; check the address and the network, then run the command again"
+        raise kind(f"{path}: cannot be {action}: {reason}") from None

@@ -49,19 +49,24 @@ def digest_settings(out: Path) -> str:
 
 
 def check_run(out: Path, settings: Mapping[str, Any], *, remedy: str = "choose another --out") -> None:
-    """Refuse a file, and a run in `out` with damaged or other settings; the error names each difference."""
+    """Refuse an `out` that is a file, or that holds a run with damaged or other settings; the error names each
+    difference.
+    """
     remote.check_bucket(out)
     _refuse_file(out)
     if not has_settings(out):
         return
-    found = _flatten(read_settings(out))
-    if not found:
+    old = _flatten(read_settings(out))
+    if not old:
         raise OutputError(f"{out / SETTINGS}: damaged; {remedy}")
-    wanted = _flatten(settings)
-    changed = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-    if changed:
-        shown = ", ".join(f"{name} {_shorten(found.get(name))} (now {_shorten(wanted.get(name))})" for name in changed)
-        raise OutputError(f"{out}: its run started with other settings: {shown}; {remedy}")
+    new = _flatten(settings)
+    changes = [
+        f"{name} {_shorten(old.get(name))} (now {_shorten(new.get(name))})"
+        for name in sorted({*new, *old})
+        if new.get(name) != old.get(name)
+    ]
+    if changes:
+        raise OutputError(f"{out}: its run started with other settings: {', '.join(changes)}; {remedy}")
 
 
 def create_run(out: Path, settings: Mapping[str, Any]) -> None:
@@ -75,17 +80,17 @@ def create_run(out: Path, settings: Mapping[str, Any]) -> None:
 
 
 def replace_settings(out: Path, settings: Mapping[str, Any]) -> None:
-    """Overwrite the settings of the run in `out`: its remaining workers stop when they notice."""
+    """Overwrite the settings of the run in `out`; workers of this run that are still alive notice it and stop."""
     atomic.write_json(out / SETTINGS, settings)
 
 
 def remove_settings(out: Path) -> None:
-    """Remove the settings, so that a run with other ones can start in `out`."""
+    """Remove the settings, so that a run with other settings can start in `out`."""
     (out / SETTINGS).unlink(missing_ok=True)
 
 
 def refuse_foreign(out: Path, kind: str) -> None:
-    """Refuse to remove anything from a file or a folder that a command of this kind did not start."""
+    """Refuse a file, and a folder that another kind of command wrote, before `--fresh` removes anything."""
     _refuse_file(out)
     if out.exists() and read_settings(out).get("kind") != kind and any(out.iterdir()):
         raise OutputError(f"{out}: holds files but no run of {kind}, so --fresh removes nothing; choose another --out")
@@ -145,11 +150,11 @@ def _cannot_write(out: Path, error: OSError) -> OutputError:
     return OutputError(f"{out}: cannot be written: {error.strerror or error}; choose another --out")
 
 
-def _flatten(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Put nested settings under dotted names, so that a message can name a difference."""
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings under dotted names, so that a message can name a difference."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flatten(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 

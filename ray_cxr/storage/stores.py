@@ -13,12 +13,12 @@ from urllib.parse import parse_qsl, unquote
 
 from pyarrow import fs as arrow_fs
 
-from ray_cxr.errors import ImageError
-from ray_cxr.storage.paths import is_uri, to_one_line
+from ray_cxr.errors import ImageError, one_line
+from ray_cxr.storage.paths import is_uri
 
 #: Larger files are refused before they are read, bytes.
 MAX_BYTES = 512 * 1024 * 1024
-#: Limits of requests to s3:// or gs://. A missing store is an error within seconds; failed requests are repeated.
+#: Limits of requests to s3:// or gs://. A store that is down is an error within seconds; failed requests are repeated.
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 30.0
 MAX_ATTEMPTS = 5
@@ -63,7 +63,7 @@ def open_stream(path: str) -> Iterator[Callable[[int], bytes]]:
 
 @contextlib.contextmanager
 def storage_errors() -> Iterator[None]:
-    """Turn exceptions of a disk or a store inside the block into an `ImageError` without the store's text."""
+    """Turn exceptions of a disk or a store in the block into an `ImageError`, without the text of the store."""
     try:
         yield
     except ImageError:
@@ -83,9 +83,8 @@ def storage_errors() -> Iterator[None]:
 def describe_error(error: Exception) -> str:
     """Return the failure as a word or short line, without the address and the store's text."""
     aws = _AWS_ERROR.search(str(error))
-    return to_one_line(
-        (aws[1] if aws else error.strerror if isinstance(error, OSError) else "") or type(error).__name__
-    )
+    reason = aws[1] if aws else getattr(error, "strerror", "")
+    return one_line(reason or type(error).__name__)[:200]
 
 
 def _check_regular(path: str) -> os.stat_result:
@@ -108,7 +107,7 @@ def _read_local(path: str, max_bytes: int) -> bytes:
 def _read_uri(uri: str, max_bytes: int) -> bytes:
     store, path = open_uri(uri)
     if not isinstance(store, (arrow_fs.S3FileSystem, arrow_fs.GcsFileSystem)):
-        # Those two report missing files; for the others, opening a pipe would block.
+        # S3 and Google report missing files; the other stores would block when a pipe is opened.
         info = store.get_file_info(path)
         if info.type == arrow_fs.FileType.NotFound:
             raise ImageError("missing", "no such file")
@@ -136,38 +135,35 @@ def is_access_denied(error: Exception) -> bool:
 
 
 def open_uri(uri: str) -> tuple[Any, str]:
-    """Return the store of a URI and the path in it; opened once per bucket or folder, which can need a request."""
-    place, mark, options = uri.partition("?")
-    _refuse_keys(place)
-    scheme, _, rest = place.partition("://")
+    """Return the store of a URI, and the path in this store. Opening can need a request, so a bucket or folder is
+    opened once.
+    """
+    address, mark, options = uri.partition("?")
+    user = re.match(r"[A-Za-z0-9+.\-]+://([^/]*)@", address)
+    if user and user[1] != "anonymous":  # manifests and score tables contain paths and are shared
+        raise ImageError("storage", "the address contains a secret key; remove it and set it in the environment")
+    scheme, _, location = address.partition("://")
     if scheme.lower() in ("s3", "gs", "gcs"):
-        bucket, _, key = rest.partition("/")
+        bucket, _, key = location.partition("/")
         return _open_bucket(scheme.lower(), bucket, options), unescape(f"{bucket.rpartition('@')[2]}/{key}").rstrip("/")
-    folder, _, name = place.rpartition("/")
-    if not name or folder.endswith("/") or "#" in place:
+    folder, _, name = address.rpartition("/")
+    if not name or folder.endswith("/") or "#" in address:
         return arrow_fs.FileSystem.from_uri(uri)
     store, path = _open_folder(folder + mark + options)
     return store, f"{path.rstrip('/')}/{unescape(name)}"
 
 
 def unescape(text: str) -> str:
-    """Decode the escapes (`%20`) of a URI, strictly: replacement characters would make `%DC` and `%C4` equal."""
+    """Decode the escapes (`%20`) of a URI; refuse other bytes than UTF-8, because replacement characters would make
+    `%DC` and `%C4` equal.
+    """
     try:
         return unquote(text, errors="strict")
     except UnicodeDecodeError:
         raise ImageError("missing", "the address has escapes that are not UTF-8") from None
 
 
-def _refuse_keys(place: str) -> None:
-    # Manifests and score tables contain paths and are shared.
-    user = re.match(r"[A-Za-z0-9+.\-]+://([^/]*)@", place)
-    if user and user[1] != "anonymous":
-        raise ImageError("storage", "the address contains a secret key; remove it and set it in the environment")
-
-
-@functools.lru_cache(maxsize=256)
-def _open_folder(folder: str) -> tuple[Any, str]:
-    return arrow_fs.FileSystem.from_uri(folder)
+_open_folder = functools.lru_cache(maxsize=256)(arrow_fs.FileSystem.from_uri)
 
 
 @functools.lru_cache(maxsize=256)
@@ -177,14 +173,13 @@ def _open_bucket(scheme: str, bucket: str, options: str) -> Any:
         if "retry_limit_seconds" not in options:
             options += f"{'&' if options else ''}retry_limit_seconds={RETRY_LIMIT_S}"
         return arrow_fs.FileSystem.from_uri(f"gs://{bucket}?{options}")[0]
-    chosen = dict(parse_qsl(options, keep_blank_values=True))
-    unknown = chosen.keys() - set(_S3_OPTIONS.split())
+    values: dict[str, Any] = dict(parse_qsl(options, keep_blank_values=True))
+    unknown = values.keys() - set(_S3_OPTIONS.split())
     if unknown:
         raise ImageError("storage", f"unknown s3 options in the address: {', '.join(sorted(unknown))}")
-    values: dict[str, Any] = dict(chosen)
-    for name, value in chosen.items():
-        if value.lower() in ("true", "false", "1", "0") and name not in ("region", "scheme", "endpoint_override"):
-            values[name] = value.lower() in ("true", "1")
+    for name in values.keys() - {"region", "scheme", "endpoint_override"}:
+        if (value := values[name].lower()) in ("true", "false", "1", "0"):
+            values[name] = value in ("true", "1")
     if bucket.startswith("anonymous@"):
         values["anonymous"] = True
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

@@ -87,7 +87,7 @@ def broken_decoder(tmp_path_factory) -> Iterator[Decoder]:
 
 def pid(one: Decoder) -> int:
     assert one._child is not None
-    return one._child._process.pid
+    return one._child.process.pid
 
 
 def has_ended(process: int) -> bool:
@@ -291,7 +291,7 @@ def test_child_ends_with_its_parent(tmp_path: Path, hangs: bool) -> None:
         sandbox._ALARM_MARGIN_S = -599.0
         one = sandbox.Decoder([InputSpec()], timeout_s=600.0)
         one._start_and_wait()
-        print(one._child._process.pid, flush=True)
+        print(one._child.process.pid, flush=True)
         if {hangs}:
             one.load({b"HANG " + os.fsencode(mark)!r})
         input()

@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_cxr.data.ranges import Range, Unit, group_by_archive, plan_units
+from ray_cxr.data.partition import Range, Unit, group_by_archive, plan_units
 from ray_cxr.errors import ImageError, InputError
 from ray_cxr.storage import archives, stores
 from ray_cxr.storage.archives import read_members, scan_archive

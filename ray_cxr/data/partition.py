@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +13,10 @@ from ray_cxr.storage.paths import MEMBER_PATTERN, iter_slices, split_member
 
 
 def first_location(paths: pa.ChunkedArray) -> str | None:
-    """Return the path of the first image of a table, or of its archive; None if the table has no paths."""
-    named = paths.drop_null()
-    if not len(named):
-        return None
-    path: str = named[0].as_py()
-    inside = split_member(path)
-    return inside[0] if inside else path
+    """Return the path of the first image of a table, or of the image's archive; None if the table has no paths."""
+    path: str | None = next((path.as_py() for path in paths if path.is_valid), None)
+    parts = split_member(path)
+    return parts[0] if parts else path
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,9 @@ class Range:
 
 @dataclass(frozen=True)
 class Unit:
-    """The input of one task: an archive, read in one pass for all ranges; or one range of single files and None."""
+    """The input of one task: an archive, which is read in one pass for all ranges, or one range of single files."""
 
-    archive: str | None
+    archive: str | None  # None for single files
     ranges: tuple[Range, ...]
 
     @property
@@ -58,36 +56,30 @@ def plan_units(paths: pa.ChunkedArray, rows_per_file: int) -> list[Unit]:
     archives, or an archive and single files. Ranges are numbered from 0 in the table's order.
     """
     codes, names = _archives(paths)
-    found: list[Unit] = []
+    units: list[Unit] = []
     index = 0
-    edges = np.flatnonzero(np.diff(codes)) + 1
-    for start, end in zip([0, *edges.tolist()], [*edges.tolist(), len(codes)], strict=True):
-        ranges = [
-            Range(index + i, at, min(rows_per_file, end - at)) for i, at in enumerate(range(start, end, rows_per_file))
-        ]
-        if not ranges:
-            continue
+    edges = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)]
+    for start, end in pairwise(edges if len(codes) else []):
+        starts = range(start, end, rows_per_file)
+        ranges = [Range(index + i, row, min(rows_per_file, end - row)) for i, row in enumerate(starts)]
         index += len(ranges)
-        code = int(codes[start])
-        if code < 0:
-            found += [Unit(None, (range_,)) for range_ in ranges]
+        if codes[start] < 0:
+            units += [Unit(None, (range_,)) for range_ in ranges]
         else:
-            found.append(Unit(names[code], tuple(ranges)))
-    return found
+            units.append(Unit(names[codes[start]], tuple(ranges)))
+    return units
 
 
 def _archives(paths: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
     """Return each row's archive, int32 [n], -1 for none, and the archives in order of their first appearance."""
     numbers: dict[str, int] = {}
     codes = np.full(len(paths), -1, np.int32)
-    at = 0
+    row = 0
     for part in iter_slices(paths):
         if pc.any(pc.match_substring(part, "::")).as_py():
             archive = pc.struct_field(pc.extract_regex(part, MEMBER_PATTERN), "archive").dictionary_encode()
+            lookup = [numbers.setdefault(name, len(numbers)) for name in archive.dictionary.to_pylist()]
             # The last entry is for index -1, which means null.
-            lookup = np.array(
-                [*(numbers.setdefault(name, len(numbers)) for name in archive.dictionary.to_pylist()), -1]
-            )
-            codes[at : at + len(part)] = lookup[archive.indices.fill_null(-1).to_numpy()]
-        at += len(part)
+            codes[row : row + len(part)] = np.array([*lookup, -1])[archive.indices.fill_null(-1).to_numpy()]
+        row += len(part)
     return codes, list(numbers)
