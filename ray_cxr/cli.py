@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, get_args
 
 import pandas as pd
 import psutil
@@ -26,6 +26,8 @@ from ray_cxr.progress import silence_stderr
 from ray_cxr.session import start_ray
 from ray_cxr.storage import remote
 from ray_cxr.storage.paths import redact
+
+_Settings = TypeVar("_Settings", bound=config.Settings)
 
 #: The shell's exit code for a program that Ctrl-C ended.
 EXIT_INTERRUPTED = 130
@@ -44,9 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("ray_cxr").setLevel(logging.INFO)
     arguments = _build_parser().parse_args(argv)
-    run: Callable[[argparse.Namespace], None] = arguments.run
     try:
-        run(arguments)
+        arguments.run(arguments)
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
@@ -63,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _describe_ray_error(error: Exception) -> RayCxrError | None:
-    """Return one line about an exception of Ray; None for any other exception."""
-    # Importing Ray takes seconds; a command that never imported it has none of its exceptions.
+    """Return a one-line error for an exception of Ray; None for any other exception."""
+    # Importing Ray takes seconds. If the command has not imported it, the exception is not Ray's.
     ray_errors = sys.modules.get("ray.exceptions")
     if ray_errors is None or not isinstance(error, ray_errors.RayError):
         return None
@@ -83,7 +84,7 @@ def _any_path(text: str) -> str:
 
 
 def _local_input(text: str, remedy: str = "copy it to this machine") -> str:
-    """Argument type: a file or folder on this machine. An address would otherwise name a local folder `s3:`."""
+    """Argument type: a file or folder on this machine; refuse `s3://`, which would otherwise name a local folder."""
     if remote.is_address(text):
         raise argparse.ArgumentTypeError(f"{redact(text)}: needs a local path; {remedy}")
     return text
@@ -108,17 +109,23 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_score_command(commands)
     _add_report_commands(commands)
     _add_bundle_commands(commands)
-    demo = commands.add_parser("demo", help="run every step on synthetic radiographs, on a laptop, in minutes")
+    demo = _add_command(commands, "demo", _demo, "run every step on synthetic radiographs, on a laptop, in minutes")
     demo.add_argument("--out", required=True, type=_local_output, metavar="DIR")
     demo.add_argument("--tune", action="store_true", help="also run a small search before the training")
-    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> _Parser:
+    """Add a command, the function that runs it, and its help text."""
+    parser: _Parser = commands.add_parser(name, help=text)
+    parser.set_defaults(run=run)
     return parser
 
 
 def _add_data_commands(commands: Any) -> None:
-    manifest = commands.add_parser("manifest", help="combine tables and a folder of images into one manifest")
+    manifest = _add_command(commands, "manifest", _manifest, "combine tables and a folder of images into one manifest")
     manifest.add_argument(
-        "tables", nargs="+", type=_table, metavar="TABLE", help="CSV (.gz allowed), or train=A.csv val=B.csv test=C.csv"
+        "tables", nargs="+", type=_table, metavar="TABLE", help="CSV, or train=A.csv test=B.csv.gz ..."
     )
     manifest.add_argument("--out", required=True, type=_any_path, metavar="M.parquet")
     manifest.add_argument("--images", metavar="DIR_OR_URI", help="location of the images, in any layout")
@@ -129,38 +136,32 @@ def _add_data_commands(commands: Any) -> None:
     manifest.add_argument("--fractions", default="0.7,0.1,0.2", help="train,val,test for --split patient (%(default)s)")
     manifest.add_argument("--seed", type=int, default=0)
     manifest.add_argument("--on-leak", choices=["error", "drop"], default="error", help="for patients in two splits")
-    manifest.set_defaults(run=_manifest)
 
-    prepare = commands.add_parser("prepare", help="decode and resize every image once, into Parquet")
+    prepare = _add_command(commands, "prepare", _prepare, "decode and resize every image once, into Parquet")
     prepare.add_argument("manifest", type=_any_path, metavar="M.parquet")
     prepare.add_argument("--out", required=True, type=_any_path, metavar="PREPARED")
     prepare.add_argument("--size", metavar="224[,320...]", help="sides in pixels; one prepared set each")
     _add_settings(prepare)
-    prepare.set_defaults(run=_prepare)
 
 
 def _add_training_commands(commands: Any) -> None:
-    train = commands.add_parser("train", help="train a model with Ray Train; writes RUN/bundle")
+    train = _add_command(commands, "train", _train, "train a model with Ray Train; writes RUN/bundle")
     train.add_argument("prepared", type=_any_path, metavar="PREPARED")
     train.add_argument("--out", required=True, type=_any_path, metavar="RUN")
     train.add_argument("--workers", type=int, metavar="N")
     _add_settings(train, gpu=True)
-    train.set_defaults(run=_train)
 
-    tune = commands.add_parser("tune", help="search backbones and settings with Ray Tune and Optuna")
+    tune = _add_command(commands, "tune", _tune, "search backbones and settings with Ray Tune and Optuna")
     tune.add_argument("prepared", type=_any_path, metavar="PREPARED")
     tune.add_argument("--out", required=True, type=_local_output, metavar="STUDY")
     tune.add_argument("--trials", type=int, metavar="N", help="total, including earlier runs (20)")
     tune.add_argument("--workers", type=int, metavar="N", help="per trial")
-    tune.add_argument(
-        "--resume", action="store_true", help="continue the search in STUDY with the settings that it started with"
-    )
+    tune.add_argument("--resume", action="store_true", help="continue the search in STUDY with its settings")
     _add_settings(tune, gpu=True)
-    tune.set_defaults(run=_tune)
 
 
 def _add_score_command(commands: Any) -> None:
-    score = commands.add_parser("score", help="score images with Ray Data into Parquet, one row each")
+    score = _add_command(commands, "score", _score, "score images with Ray Data into Parquet, one row each")
     score.add_argument("--model", required=True, type=_any_path, metavar="BUNDLE")
     score.add_argument("--out", required=True, type=_any_path, metavar="SCORES")
     source = score.add_mutually_exclusive_group(required=True)
@@ -169,77 +170,66 @@ def _add_score_command(commands: Any) -> None:
     score.add_argument("--fresh", action="store_true", help="start over; removes an earlier run's files in SCORES")
     score.add_argument("--retry-errors", action="store_true", help="read files again that failed temporarily")
     score.add_argument("--max-error-rate", type=float, metavar="R", help="exit with 3 if a larger share fails (0.5)")
+    precisions = get_args(config.Precision)
     score.add_argument(
-        "--precision",
-        choices=["auto", "fp32", "bf16", "int8"],
-        help="auto: bf16 if the CPU supports it and the bundle was validated in it",
+        "--precision", choices=precisions, help="auto: bf16 if the CPU and the bundle support it, else fp32"
     )
-    score.add_argument(
-        "--heatmaps", type=int, metavar="K", help="also draw heat maps of each image's K highest-ranked findings"
-    )
+    score.add_argument("--heatmaps", type=int, metavar="K", help="also draw heat maps of each image's top K findings")
     score.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
     score.add_argument("--dry-run", action="store_true", help="check everything, count, write nothing")
     _add_settings(score, gpu=True)
-    score.set_defaults(run=_score)
 
 
 def _add_report_commands(commands: Any) -> None:
-    report = commands.add_parser("report", help="turn scores (and labels) into report.html, metrics.json and figures")
-    report.add_argument(
-        "scores", type=_any_path, metavar="SCORES", help="folder from score, or a Parquet with image_id and p_<Finding>"
+    report = _add_command(
+        commands, "report", _report, "turn scores (and labels) into a report, metrics.json and figures"
     )
+    scores_help = "folder from score, or a Parquet with image_id and p_<Finding>"
+    report.add_argument("scores", type=_any_path, metavar="SCORES", help=scores_help)
     report.add_argument("--out", required=True, type=_any_path, metavar="REPORT")
     report.add_argument("--labels", type=_any_path, metavar="M.parquet")
     report.add_argument("--split", choices=["train", "val", "test"])
     report.add_argument(
-        "--consensus", type=_local_input, metavar="CSV", help="radiologists' labels: an image column, one per finding"
+        "--consensus", type=_local_input, metavar="CSV", help="radiologists' labels, a column per finding"
     )
-    report.add_argument(
-        "--boxes", type=_local_input, metavar="CSV", help="boxes as in BBox_List_2017, to evaluate heat maps from score"
-    )
+    report.add_argument("--boxes", type=_local_input, metavar="CSV", help="boxes as in BBox_List_2017, for heat maps")
     report.add_argument("--compare", type=_any_path, metavar="SCORES2", help="other scores of the same images")
-    report.add_argument(
-        "--prevalence", type=_local_input, metavar="F.toml", help="lines such as Effusion = 0.12, for PPV and NPV"
-    )
-    report.set_defaults(run=_report)
+    prevalence_help = "lines such as Effusion = 0.12, for PPV and NPV"
+    report.add_argument("--prevalence", type=_local_input, metavar="F.toml", help=prevalence_help)
 
-    export = commands.add_parser("export-sr", help="write DICOM Structured Reports of the findings, one per study")
+    export = _add_command(commands, "export-sr", _export_sr, "write DICOM Structured Reports, one per study")
+    export.add_argument("scores", type=_local_input, metavar="SCORES", help="folder from score; reads its DICOM files")
     export.add_argument(
-        "scores", type=_local_input, metavar="SCORES", help="folder from score; its DICOM files are read again"
+        "--out", required=True, type=_local_output, metavar="DIR", help="will hold patients' names, ids"
     )
-    export.add_argument(
-        "--out", required=True, type=_local_output, metavar="DIR", help="will hold patients' names and ids"
-    )
-    export.set_defaults(run=_export_sr)
 
 
 def _add_bundle_commands(commands: Any) -> None:
-    quantize = commands.add_parser("quantize", help="add 8-bit weights to a bundle, for `score --precision int8`")
+    quantize = _add_command(commands, "quantize", _quantize, "add 8-bit weights for `score --precision int8`")
     quantize.add_argument("bundle", type=_any_path, metavar="BUNDLE")
     quantize.add_argument(
-        "prepared", type=_any_path, metavar="PREPARED", help="folder from prepare; uses its train and val images"
+        "prepared", type=_any_path, metavar="PREPARED", help="from prepare, with train and val images"
     )
     quantize.add_argument("--out", required=True, type=_any_path, metavar="BUNDLE2")
     _add_settings(quantize)
-    quantize.set_defaults(run=_quantize)
 
-    recalibrate = commands.add_parser("recalibrate", help="fit calibration and operating points to a site's own labels")
+    recalibrate = _add_command(
+        commands, "recalibrate", _recalibrate, "fit calibration and operating points to own labels"
+    )
     recalibrate.add_argument("bundle", type=_any_path, metavar="BUNDLE")
     recalibrate.add_argument("scores", type=_any_path, metavar="SCORES", help="folder from score with this BUNDLE")
     recalibrate.add_argument("--labels", required=True, type=_any_path, metavar="M.parquet")
     recalibrate.add_argument("--out", required=True, type=_any_path, metavar="BUNDLE2")
     _add_settings(recalibrate)
-    recalibrate.set_defaults(run=_recalibrate)
 
-    importer = commands.add_parser("import-weights", help="make a bundle of third-party Keras weights")
+    importer = _add_command(commands, "import-weights", _import_weights, "make a bundle of third-party Keras weights")
     importer.add_argument("weights", type=_local_input, metavar="F.h5|F.keras")
     importer.add_argument("--backbone", required=True, metavar="NAME")
     importer.add_argument("--out", required=True, type=_any_path, metavar="BUNDLE")
     importer.add_argument(
-        "--findings", metavar="LIST", help="names of its outputs in order, comma-separated; or 14, 15: alphabetical"
+        "--findings", metavar="LIST", help="its outputs in order, comma-separated; or 14, 15: alphabetical"
     )
     importer.add_argument("--size", type=int, default=224, help="side of its input, pixels (%(default)s)")
-    importer.set_defaults(run=_import_weights)
 
 
 def _add_settings(parser: argparse.ArgumentParser, *, gpu: bool = False) -> None:
@@ -293,15 +283,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     started = time.time()
     settings = config.load(arguments.config, arguments.overrides, section="train")
-    chosen = settings.train
-    if arguments.workers is not None:
-        chosen = chosen.replace(workers=arguments.workers)
     from ray_cxr.training import trainer
 
     options: dict[str, Any] = {"use_gpu": arguments.gpu, "started": started, "on_event": _print}
-    bundle = trainer.train(
-        arguments.prepared, arguments.out, chosen, **options, start_ray=lambda: start_ray(settings.ray)
-    )
+    chosen, start = _override(settings.train, arguments, "workers"), functools.partial(start_ray, settings.ray)
+    bundle = trainer.train(arguments.prepared, arguments.out, chosen, **options, start_ray=start)
     table = Table("finding", "val images", "positives", "AUROC", "calibrated", "operating point", title="Validation")
     metrics = bundle.info["provenance"]["validation"]["findings"]
     for name in bundle.findings:
@@ -327,12 +313,9 @@ def _tune(arguments: argparse.Namespace) -> None:
     if arguments.resume and not plans.has_search(out):
         raise errors.OutputError(f"--resume: {out} holds no search; omit --resume to start one there")
     if arguments.resume and arguments.config is None:
-        # Overrides must agree with the settings that the search was started with.
+        # Overrides must agree with the settings of the search when it started.
         base, chosen = plans.load_start_settings(out, arguments.overrides)
-    if arguments.workers is not None:
-        base = base.replace(workers=arguments.workers)
-    if arguments.trials is not None:
-        chosen = chosen.replace(trials=arguments.trials)
+    base, chosen = _override(base, arguments, "workers"), _override(chosen, arguments, "trials")
     plan = plans.StudyPlan(arguments.prepared, out, base, chosen)
     if plan.is_finished():
         _print(f"tune: {out} is finished already; use --trials N for more than {chosen.trials} trials")
@@ -343,8 +326,7 @@ def _tune(arguments: argparse.Namespace) -> None:
 
         outcome = search.search(plan, use_gpu=arguments.gpu, on_event=_print)
     table = Table("trial", "backbone", "state", "epochs", "AUROC", "seconds", title="Trials, the best first")
-    ranked = outcome.rows.sort_values("val_auroc", ascending=False, na_position="last") if len(outcome.rows) else None
-    for row in [] if ranked is None else ranked.head(15).to_dict("records"):
+    for row in outcome.rows.sort_values("val_auroc", ascending=False).head(15).to_dict("records"):
         auroc = "none" if pd.isna(row["val_auroc"]) else f"{row['val_auroc']:.4f}"
         seconds = "" if pd.isna(row["seconds"]) else f"{row['seconds']:.0f}"
         table.add_row(str(row["number"]), row["backbone"], row["state"], str(row["epochs"]), auroc, seconds)
@@ -374,15 +356,11 @@ def _tune(arguments: argparse.Namespace) -> None:
 
 def _score(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config, arguments.overrides, section="score")
-    chosen = settings.score
-    if arguments.max_error_rate is not None:
-        chosen = chosen.replace(max_error_rate=arguments.max_error_rate)
-    if arguments.precision is not None:
-        chosen = chosen.replace(precision=arguments.precision)
+    chosen = _override(settings.score, arguments, "max_error_rate", "precision")
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError(f"--limit {arguments.limit}: must be at least 1")
     from ray_cxr.scoring.pipeline import score
-    from ray_cxr.scoring.plan import ScoreReport, ScoreRequest
+    from ray_cxr.scoring.plan import ScoreRequest
 
     request = ScoreRequest(
         settings=chosen,
@@ -396,8 +374,6 @@ def _score(arguments: argparse.Namespace) -> None:
     try:
         report = score(request, start_ray=lambda: start_ray(settings.ray))
     except ErrorRateExceeded as error:
-        if not isinstance(error.report, ScoreReport):
-            raise
         too_many, report = error, error.report
     for note in report.notes:
         _print(f"{arguments.images}: {note}")
@@ -446,9 +422,9 @@ def _export_sr(arguments: argparse.Namespace) -> None:
     from ray_cxr.reporting import dicom_sr
 
     export = dicom_sr.export_sr(arguments.scores, arguments.out)
-    for outcome, words in dicom_sr.OUTCOME_TEXTS.items():
+    for outcome, text in dicom_sr.OUTCOME_TEXTS.items():
         if export.outcomes[outcome]:
-            _print(f"{export.outcomes[outcome]:,} {words}")
+            _print(f"{export.outcomes[outcome]:,} {text}")
     partial = f", {export.partial:,} of them without an image of their study" if export.partial else ""
     _print(f"reports: {export.reports:,} in {arguments.out}{partial}; {export.written:,} written now")
     export.raise_for_failures()
@@ -475,13 +451,10 @@ def _recalibrate(arguments: argparse.Namespace) -> None:
     table = Table(*names, title="Recalibration, on the images that it was fitted on")
     for name in bundle.findings:
         row, point, old = made["findings"][name], points[name], made["before"]["operating_points"][name]
-        table.add_row(
-            name,
-            f"{row['n']:,}",
-            f"{row['positives']:,}",
-            *(_format(one and one["threshold"], 4, "none") for one in (point, old)),
-            *(_format(row[key], missing="none") for key in ("flag_rate", "flag_rate_before", "brier", "brier_before")),
-        )
+        counts = f"{row['n']:,}", f"{row['positives']:,}"
+        thresholds = (_format(used and used["threshold"], 4, "none") for used in (point, old))
+        rates = (_format(row[key], 3, "none") for key in ("flag_rate", "flag_rate_before", "brier", "brier_before"))
+        table.add_row(name, *counts, *thresholds, *rates)
     _print_table(table)
     _print_rule_notes(bundle.info["rule_notes"])
     _print(
@@ -545,8 +518,13 @@ def _format(value: float | None, digits: int = 3, missing: str = "undefined") ->
 
 
 def _pick(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Return some of the arguments, to pass them on by name."""
+    """Return the named arguments, to pass them on as keyword arguments."""
     return {name: getattr(arguments, name) for name in names}
+
+
+def _override(settings: _Settings, arguments: argparse.Namespace, *names: str) -> _Settings:
+    """Return the settings with the values of the named arguments that the command line contains."""
+    return settings.replace(**{name: value for name, value in _pick(arguments, *names).items() if value is not None})
 
 
 def _print(line: str) -> None:

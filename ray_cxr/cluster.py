@@ -1,7 +1,7 @@
 """The nodes of the current Ray: which of them may work, and whether all of them see the same files.
 
-The head of a cluster holds the state of every job; if it runs out of memory or CPU, all jobs fail. So no image is
-decoded, trained on or scored there unless it is the only node with a CPU.
+The head of a cluster holds the state of every job. If it runs out of memory or CPU, all jobs fail, so it decodes,
+trains and scores nothing unless it is the only node with a CPU.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ logger = logging.getLogger(__name__)
 Node = dict[str, Any]
 #: The resource that marks the head of a cluster, and the label of every node that holds its id.
 HEAD, NODE_ID = "node:__internal_head__", "ray.io/node-id"
-#: A query goes to at most 32 nodes and waits 60 s for them: a node that is just starting is slow.
+#: A query goes to at most 32 nodes. It waits 60 s for their answers, because a node that is just starting is slow.
 MAX_QUERIED, ANSWER_TIMEOUT_S = 32, 60.0
 #: Seconds to wait for a first node that may work.
 JOIN_TIMEOUT_S = 300.0
-#: Seconds between two looks at the nodes.
+#: Seconds between two checks of the list of nodes.
 _POLL_S = 2.0
-#: This process's label selector of the nodes that may work; None: all.
-_selector: dict[str, str] | None = None
-_own = False
+#: Ray's label selector of the nodes that may work, as this process or its parent chose it; None: all nodes.
+selector: dict[str, str] | None = None
+#: Whether this process started the Ray that it uses. No other process then uses that Ray.
+owns_ray = False
 
 
 def wait_for_node(on_head: bool | None, on_event: Callable[[str], None] = logger.warning) -> None:
-    """Wait until a node with a CPU has joined, and request one: an autoscaling cluster may start without any.
+    """Wait until a node with a CPU has joined. Request such a node, because an autoscaling cluster may have none yet.
 
-    Ray keeps one such request per cluster, so this replaces a request that the user made.
+    Ray keeps one request per cluster, so this request replaces one that the user made.
     """
 
     def has_node() -> bool:
-        nodes = [node for node in _list_alive() if node["Resources"].get("CPU", 0) >= 1]
+        nodes = [node for node in list_alive() if node["Resources"].get("CPU", 0) >= 1]
         return any(HEAD not in node["Resources"] for node in nodes) if on_head is False else bool(nodes)
 
     if has_node():
@@ -66,41 +67,20 @@ def wait_for_node(on_head: bool | None, on_event: Callable[[str], None] = logger
 def select_nodes(on_head: bool | None) -> None:
     """Choose the nodes on which this process's tasks, actors and datasets may run.
 
-    Without a choice of `on_head`, the head works only if no other node has a CPU.
+    If `on_head` is None, the head works only if no other node has a CPU.
     """
-    alive = _list_alive()
+    global selector
+    alive = list_alive()
     heads = [node for node in alive if HEAD in node["Resources"]]
     others = [node for node in alive if HEAD not in node["Resources"] and node["Resources"].get("CPU", 0) >= 1]
     exclude_head = bool(heads and others) if on_head is None else not on_head
     if exclude_head and not others:
         raise ConfigError("ray.on_head=false: no other node has a CPU; omit it, or let a node join")
-    set_selector({NODE_ID: f"!{heads[0]['NodeID']}"} if exclude_head and heads else None)
+    selector = {NODE_ID: f"!{heads[0]['NodeID']}"} if exclude_head and heads else None
 
     from ray.data import DataContext
 
-    DataContext.get_current().execution_options.label_selector = get_selector()
-
-
-def set_selector(selector: dict[str, str] | None) -> None:
-    """Set the label selector for Ray tasks and actors, as another process of the same command chose it."""
-    global _selector
-    _selector = selector
-
-
-def get_selector() -> dict[str, str] | None:
-    """Return Ray's label selector of the nodes that may work; None: all nodes."""
-    return _selector
-
-
-def set_own(own: bool) -> None:
-    """Record whether this process started the Ray that it uses."""
-    global _own
-    _own = own
-
-
-def is_own() -> bool:
-    """Return whether this process started the Ray that it uses; no other process then uses that Ray."""
-    return _own
+    DataContext.get_current().execution_options.label_selector = selector
 
 
 @contextlib.contextmanager
@@ -119,9 +99,9 @@ def set_environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def bypass_proxies(hosts: Iterable[str]) -> dict[str, str]:
-    """Reach hosts without the proxy of `http_proxy` and `https_proxy`; return the environment variables set for that.
+    """Exempt hosts from the proxy of `http_proxy` and `https_proxy`; return the environment variables that do so.
 
-    gRPC (TensorFlow's workers) and Ray's state API would send even local traffic through the proxy.
+    Otherwise gRPC (TensorFlow's workers) and Ray's state API send even local traffic through the proxy.
     """
     hosts = [host.strip("[]") for host in hosts if host]
     general = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
@@ -137,26 +117,27 @@ def bypass_proxies(hosts: Iterable[str]) -> dict[str, str]:
 
 def list_nodes() -> list[Node]:
     """Return the nodes of `ray.nodes()` that are alive and may work."""
-    excluded = (get_selector() or {}).get(NODE_ID, "").removeprefix("!")
-    return [node for node in _list_alive() if node.get("NodeID") != excluded]
+    excluded = (selector or {}).get(NODE_ID, "").removeprefix("!")
+    return [node for node in list_alive() if node.get("NodeID") != excluded]
 
 
-def _list_alive() -> list[Node]:
+def list_alive() -> list[Node]:
+    """Return the nodes of `ray.nodes()` that are alive."""
     import ray
 
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def hint_at_head(resource: str) -> str:
-    """Return the end of an error about a missing resource: a hint if the head has it but may not work, else ''."""
-    heads = [node for node in _list_alive() if HEAD in node["Resources"] and node["Resources"].get(resource, 0)]
-    return f"; the head's {resource}s are used with --set ray.on_head=true alone" if get_selector() and heads else ""
+    """Return a hint if the head has a resource but may not work, else ''; an error about the resource ends with it."""
+    heads = [node for node in list_alive() if HEAD in node["Resources"] and node["Resources"].get(resource, 0)]
+    return f"; the head's {resource}s are used with --set ray.on_head=true alone" if selector and heads else ""
 
 
 def query_nodes(function: Callable[..., Any], nodes: Sequence[Node], *arguments: Any) -> Iterator[tuple[Node, Any]]:
-    """Run a function on each node and yield its results; nodes that are lost or too slow are left out.
+    """Run a function on each node; yield each node with the result, except nodes that are lost or too slow.
 
-    The function must be nested in another one, so that Ray sends its code and the node needs no ray_cxr.
+    The function must be nested in another function. Ray then sends its code, so the node needs no ray_cxr.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -169,7 +150,7 @@ def query_nodes(function: Callable[..., Any], nodes: Sequence[Node], *arguments:
     queries = {submit(node): node for node in nodes[:MAX_QUERIED]}
     finished, _ = ray.wait(list(queries), num_returns=len(queries), timeout=ANSWER_TIMEOUT_S) if queries else ([], [])
     for query in finished:
-        # A lasting fault of a node shows again in the work itself.
+        # If a node is faulty for longer, the command's own tasks fail there too.
         with contextlib.suppress(ray.exceptions.RayError):
             yield queries[query], ray.get(query)
 
@@ -178,10 +159,12 @@ def require_shared(out: str | Path, paths: Mapping[str, str | Path | None] | Non
     """Refuse folders that are not the same on all nodes; with a single node, do nothing.
 
     Args:
-        out: a folder, made if missing, in which a probe file is written and removed; or an address in a bucket.
-        paths: other paths that workers open, by their labels in an error message. Paths missing here are ignored.
+        out: The output folder, or an address in a bucket. A folder is made if missing; a probe file is written there
+            and removed.
+        paths: Other paths that workers open, by their labels in an error message. Paths that do not exist on this
+            machine are ignored.
     """
-    if len(_list_alive()) < 2:
+    if len(list_alive()) < 2:
         return
 
     def find_missing(paths: Mapping[str, str]) -> list[str]:
@@ -225,7 +208,7 @@ def log_node_changes(command: str, on_event: Callable[[str], None] = logger.warn
         nonlocal known
         try:
             nodes = list_nodes()
-        except Exception:  # Ray itself is gone; the block's own calls raise the error
+        except Exception:  # Ray itself is lost; the block's own calls raise that error
             return
         current, cpus = {node["NodeID"] for node in nodes}, sum(node["Resources"].get("CPU", 0) for node in nodes)
         for lost in known - current:

@@ -110,14 +110,12 @@ class TrainSettings(Settings):
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="before each dense layer, including the output")
     sync_batchnorm: bool = Field(False, description="BatchNorm over the global batch, not each worker's share")
     loss: Literal["bce", "weighted_bce", "focal", "asymmetric"] = Field(
-        "weighted_bce", description="weighted_bce: positives and negatives of a finding have equal total weight"
+        "weighted_bce", description="weighted_bce: the positives and the negatives of a finding weigh the same in total"
     )
     focal_gamma: float = Field(2.0, ge=0.0, le=10.0, description="focal: down-weighting of easy images; 0 is bce")
     asymmetric_gamma_positive: float = Field(0.0, ge=0.0, le=10.0, description="asymmetric: focusing of positives")
     asymmetric_gamma_negative: float = Field(4.0, ge=0.0, le=10.0, description="asymmetric: focusing of negatives")
-    asymmetric_margin: float = Field(
-        0.05, ge=0.0, lt=1.0, description="asymmetric: ignore negatives below this probability"
-    )
+    asymmetric_margin: float = Field(0.05, ge=0.0, lt=1.0, description="asymmetric: ignore negatives below this value")
     label_smoothing: float = Field(0.0, ge=0.0, lt=0.5, description="replaces labels 0 and 1 by this and 1 minus this")
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="sgd: with Nesterov momentum")
     momentum: float = Field(0.9, ge=0.0, lt=1.0, description="sgd only")
@@ -135,10 +133,7 @@ class TrainSettings(Settings):
     )
     clip_norm: float | None = Field(None, gt=0.0, description="maximum norm of the global batch's gradient; null: none")
     ema: float | None = Field(
-        None,
-        gt=0.0,
-        lt=1.0,
-        description="momentum of the moving average of weights that is validated and exported; null: none",
+        None, gt=0.0, lt=1.0, description="momentum of averaged weights, to validate and export; null: no average"
     )
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = Field(
         "auto", description="auto: float32 on CPUs, mixed on GPUs (bfloat16 if supported)"
@@ -151,12 +146,8 @@ class TrainSettings(Settings):
     epochs: int = Field(10, ge=1, le=100_000, description="passes over the training images")
     steps_per_epoch: int | None = Field(None, ge=1, description="null: one pass over the training images")
     patience: int | None = Field(None, ge=1, description="stop after this many epochs without a better AUROC")
-    checkpoint_steps: int | None = Field(
-        None, ge=1, description="steps between checkpoints within an epoch; null: none"
-    )
-    flip: bool = Field(
-        False, description="random left-right flips; off by default, because a mirrored chest shows situs inversus"
-    )
+    checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints in an epoch; null: none")
+    flip: bool = Field(False, description="random left-right flips; off, because a mirrored chest shows situs inversus")
     rotation: float = Field(0.0, ge=0.0, le=45.0, description="maximum random rotation to either side, degrees")
     shift: float = Field(0.04, ge=0.0, le=0.5, description="maximum random shift, fraction of the side")
     zoom: float = Field(0.0, ge=0.0, le=0.5, description="random zoom in the range 1 +- this")
@@ -201,23 +192,22 @@ class TrainSettings(Settings):
     def list_unused(self) -> list[str]:
         """Return the changed settings that have no effect with the other settings, each with the reason."""
         stage = self.epochs - self.frozen_epochs
-        needs = {
-            "momentum": (self.optimizer == "sgd", "optimizer is not sgd"),
-            "weight_decay": (self.optimizer == "adamw", "optimizer is not adamw"),
-            "focal_gamma": (self.loss == "focal", "loss is not focal"),
-            "asymmetric_gamma_positive": (self.loss == "asymmetric", "loss is not asymmetric"),
-            "asymmetric_gamma_negative": (self.loss == "asymmetric", "loss is not asymmetric"),
-            "asymmetric_margin": (self.loss == "asymmetric", "loss is not asymmetric"),
-            "plateau_patience": (self.schedule == "plateau", "schedule is not plateau"),
-            "plateau_factor": (self.schedule == "plateau", "schedule is not plateau"),
-            "frozen_learning_rate": (self.frozen_epochs > 0, "frozen_epochs is 0"),
-            "learning_rate": (stage > 0 or self.frozen_learning_rate is None, "all epochs are frozen"),
-            "warmup_epochs": (stage > 0, "all epochs are frozen"),
-        }
+        asymmetric = ("asymmetric_gamma_positive", "asymmetric_gamma_negative", "asymmetric_margin")
+        needs = [
+            (self.optimizer == "sgd", "optimizer is not sgd", ("momentum",)),
+            (self.optimizer == "adamw", "optimizer is not adamw", ("weight_decay",)),
+            (self.loss == "focal", "loss is not focal", ("focal_gamma",)),
+            (self.loss == "asymmetric", "loss is not asymmetric", asymmetric),
+            (self.schedule == "plateau", "schedule is not plateau", ("plateau_patience", "plateau_factor")),
+            (self.frozen_epochs > 0, "frozen_epochs is 0", ("frozen_learning_rate",)),
+            (stage > 0 or self.frozen_learning_rate is None, "all epochs are frozen", ("learning_rate",)),
+            (stage > 0, "all epochs are frozen", ("warmup_epochs",)),
+        ]
         return [
             f"{name} ({reason})"
-            for name, (used, reason) in needs.items()
-            if not used and getattr(self, name) != type(self).model_fields[name].default
+            for is_used, reason, names in needs
+            for name in names
+            if not is_used and getattr(self, name) != type(self).model_fields[name].default
         ]
 
     def finding_names(self) -> tuple[str, ...]:
@@ -233,9 +223,7 @@ class TuneSettings(Settings):
     trials: int = Field(20, ge=1, le=100_000, description="total, including earlier runs; --trials N sets it")
     space: dict[str, Any] = Field({}, description="searched settings; empty: the default space, see docs/tuning.md")
     enqueue: tuple[dict[str, Any], ...] = Field((), description="known good settings, to try first, in this order")
-    known: bool = Field(
-        True, description="try known good settings of ResNet50 and DenseNet121 first, if these are searched"
-    )
+    known: bool = Field(True, description="try known good settings of ResNet50 and DenseNet121 first, if searched")
     sampler: Literal["tpe", "random", "cmaes"] = Field(
         "tpe", description="cmaes: only numbers, one backbone, no conditional settings; needs the extra cmaes"
     )
@@ -244,18 +232,14 @@ class TuneSettings(Settings):
         "asha", description="early stopping: asha and halving at rungs, median below the other trials' median"
     )
     grace_epochs: int = Field(1, ge=1, description="minimum epochs of every trial")
-    reduction_factor: int = Field(
-        3, ge=2, le=100, description="asha, halving: one trial in this many continues at a rung"
-    )
+    reduction_factor: int = Field(3, ge=2, le=100, description="asha, halving: one in this many continues at a rung")
     objectives: tuple[Objective, ...] = Field(
         ("auroc",), description="auroc, alone or with calibration_error, images_per_second of the exported model"
     )
     concurrent: int | None = Field(
         None, ge=1, description="trials that train at the same time; null: as many as fit GPUs, or one per node on CPUs"
     )
-    ahead: int = Field(
-        1, ge=0, le=100, description="trials whose process starts before resources are free, to shorten the wait"
-    )
+    ahead: int = Field(1, ge=0, le=100, description="trials that start before resources are free, to shorten the wait")
     max_failures: int = Field(1, ge=0, description="maximum restarts of a trial whose process or node was lost")
     keep: Literal["best", "all"] = Field(
         "best", description="checkpoints to keep after the search: those that may become the bundle, or all"
@@ -304,9 +288,7 @@ class ScoreSettings(Settings):
 class QuantizeSettings(Settings):
     images: int = Field(300, ge=32, le=100_000, description="number of training images for the ranges of int8")
     check_images: int = Field(2000, ge=32, le=1_000_000, description="number of validation images for the drift check")
-    max_p99_drift: float = Field(
-        0.03, gt=0.0, lt=1.0, description="maximum change of 99 of 100 probabilities, relative to fp32"
-    )
+    max_p99_drift: float = Field(0.03, gt=0.0, lt=1.0, description="maximum change of 99 % of probabilities from fp32")
     max_auroc_fall: float = Field(0.005, gt=0.0, lt=1.0, description="maximum fall of the macro AUROC")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of the choice of images")
 
@@ -360,9 +342,9 @@ def load(
     """Read a TOML file, if any, and apply `key=value` overrides.
 
     Args:
-        overrides: such as `epochs=3`, `ray.num_cpus=2`, `dense=[256]`; a value is TOML, or a bare word.
-        section: the section of keys without a dot.
-        start: values by section, used instead of a file.
+        overrides: Texts such as `epochs=3`, `ray.num_cpus=2` or `dense=[256]`; a value is TOML or a bare word.
+        section: The section of an override whose key has no dot.
+        start: Values by section, to start from if there is no file.
     """
     data: dict[str, Any] = {name: dict(values) for name, values in (start or {}).items()}
     if path is not None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-#: The codes an `ImageError`, and so the column `error_code` of a score table, can hold.
+#: The codes of an `ImageError`, and so of the column `error_code` of a score table.
 ERROR_CODES: tuple[str, ...] = (
     "missing",
     "permission",
@@ -37,7 +37,7 @@ ERROR_CODES: tuple[str, ...] = (
     "decoder_crash",
 )
 
-#: Codes whose cause may have gone away: `score --retry-errors` reads these files again.
+#: Codes of faults that may be temporary: `score --retry-errors` reads these files again.
 RETRYABLE_CODES: frozenset[str] = frozenset({"missing", "permission", "storage", "decode_timeout", "decoder_crash"})
 
 
@@ -46,7 +46,7 @@ class RayCxrError(Exception):
 
     Attributes:
         exit_code: exit code of the command line.
-        fields: attributes that `to_record` keeps in addition to the message.
+        fields: names of attributes that `to_record` keeps in addition to the message.
     """
 
     exit_code = 1
@@ -85,12 +85,12 @@ class OutputError(InputError):
 class ErrorRateExceeded(RayCxrError):
     """All rows were written, but more of them failed than `--max-error-rate` allows.
 
-    Its `report` of the finished run does not leave the process.
+    Its `report`, the ScoreReport of the run, is not part of a record.
     """
 
     exit_code = 3
 
-    def __init__(self, message: str, report: object = None) -> None:
+    def __init__(self, message: str, report: Any = None) -> None:
         super().__init__(message)
         self.report = report
 
@@ -130,7 +130,7 @@ def to_record(error: RayCxrError) -> dict[str, Any]:
 
 
 def from_record(record: Mapping[str, Any]) -> RayCxrError:
-    """Rebuild the error of a record; a type that this version does not know becomes its base class."""
+    """Rebuild the error of a record; a record of an unknown type becomes a RayCxrError."""
     kind = globals().get(record["type"])
     if not (isinstance(kind, type) and issubclass(kind, RayCxrError)):
         return RayCxrError(record["message"])
@@ -138,23 +138,23 @@ def from_record(record: Mapping[str, Any]) -> RayCxrError:
 
 
 def own_error(error: BaseException) -> RayCxrError | OSError | None:
-    """Return our own or the operating system's error that Ray has wrapped, or None."""
+    """Return the error of this package or of the operating system that Ray has wrapped, or None."""
     queue: list[object] = [error]
     seen: set[int] = set()
     while queue:
-        one = queue.pop(0)
-        if not isinstance(one, BaseException) or id(one) in seen:
+        current = queue.pop(0)
+        if not isinstance(current, BaseException) or id(current) in seen:
             continue
-        seen.add(id(one))
-        # Ray's wrapper is an instance of the class that it wraps as well, and its message is a traceback.
-        wrapped = getattr(one, "cause", None)
+        seen.add(id(current))
+        # Ray's wrapper is also an instance of the class of the wrapped error, but its message is a traceback.
+        wrapped = getattr(current, "cause", None)
         # A lost connection to Ray is an OSError too.
-        of_ray = isinstance(wrapped, BaseException) or isinstance(one, (ConnectionError, TimeoutError))
-        if isinstance(one, (RayCxrError, OSError)) and not of_ray:
-            return one
-        # Not __context__: an error that merely happened while another was handled is another error.
-        queue += [wrapped, one.__cause__]
-        if isinstance(failures := getattr(one, "worker_failures", None), dict):
+        is_rays = isinstance(wrapped, BaseException) or isinstance(current, (ConnectionError, TimeoutError))
+        if isinstance(current, (RayCxrError, OSError)) and not is_rays:
+            return current
+        # Not __context__: an error raised while another was handled is not caused by it.
+        queue += [wrapped, current.__cause__]
+        if isinstance(failures := getattr(current, "worker_failures", None), dict):
             queue += failures.values()
     return None
 

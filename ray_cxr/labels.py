@@ -41,14 +41,14 @@ _SYNONYMS: dict[str, str] = {
 
 
 def canonicalize(token: str) -> str | None:
-    """Return the label that `token` spells, or None; ignores surrounding blanks, not case."""
+    """Return the label that `token` spells, or None; surrounding blanks are ignored, case is not."""
     return _SYNONYMS.get(token.strip())
 
 
 def parse(text: str, *, where: str = "") -> tuple[str, ...]:
     """Split `A|B`, as in NIH's column `Finding Labels`, into canonical labels in `LABELS` order.
 
-    An error names the place `where`, such as `row 17 (00000001_000.png)`.
+    An error starts with `where`, such as `row 17 (00000001_000.png)`.
     """
     at = f"{where}: " if where else ""
     names: set[str] = set()
@@ -70,11 +70,11 @@ def encode(labels: Iterable[str]) -> np.ndarray:
     return row
 
 
-def resolve(findings: int | str | Sequence[str]) -> tuple[str, ...]:
+def resolve(findings: int | Sequence[str]) -> tuple[str, ...]:
     """Return the findings of a setting (14, 15 or a list of names) in `LABELS` order."""
-    if findings in (14, "14"):
+    if findings == 14:
         return FINDINGS
-    if findings in (15, "15"):
+    if findings == 15:
         return LABELS
     if isinstance(findings, str) or not isinstance(findings, Sequence):
         raise ConfigError(f"findings: {findings!r} is neither 14, 15 nor a list of names")

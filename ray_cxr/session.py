@@ -30,14 +30,14 @@ from ray_cxr.storage import atomic
 
 logger = logging.getLogger(__name__)
 
-#: For any Ray: keeps its C++ layer from printing log lines to the terminal.
+#: Environment for every Ray: its C++ layer prints no log lines to the terminal.
 ANY_RAY = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
-#: Defaults for a Ray that a command starts; variables in the environment win.
+#: Environment for a Ray that a command starts. Variables that the user has set are kept.
 OWN_RAY = {
-    # On a loaded two-core machine, Ray's defaults of 60 s for its node process and 20 s for its head are too short.
+    # On a loaded two-core machine, Ray's defaults are too short: 60 s for its node process and 20 s for its head.
     "RAY_raylet_start_wait_time_s": "180",
     "RAY_gcs_server_port_wait_time_s": "180",
-    # Ray's default, without its warning.
+    # The default of Ray; setting it avoids Ray's warning.
     "RAY_AUTH_MODE": "token",
     # Send no usage statistics from a hospital's machine.
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -47,11 +47,11 @@ OWN_RAY = {
 }
 #: Seconds to wait for a cluster to answer.
 JOIN_TIMEOUT_S = 30.0
-#: Seconds without an answer after which a cluster counts as lost. Ray itself ends the process after 60, silently.
+#: Seconds without an answer after which a cluster counts as lost. After 60 s Ray ends the process without a message.
 LOSS_TIMEOUT_S = 45.0
-#: Seconds for a command to end after its Ray was lost.
+#: Seconds that a command has to end after its Ray was lost.
 END_TIMEOUT_S = 5.0
-#: Seconds in which Ray's processes end after `ray stop`.
+#: Maximum seconds that Ray's processes take to end after `ray stop`.
 SHUTDOWN_S = 3.0
 #: Seconds between two checks of whether Ray still runs.
 _POLL_S = 1.0
@@ -59,14 +59,16 @@ _POLL_S = 1.0
 
 @contextlib.contextmanager
 def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Iterator[None]:
-    """Use this process's Ray, join a cluster, or start a local Ray that ends with the block.
+    """Use this process's Ray, join a cluster, or start a local Ray and stop it when the block ends.
 
-    A local Ray's dashboard is reachable only from this machine. If Ray is lost while the block runs, this raises a
-    RayCxrError.
+    The dashboard of a local Ray is reachable only from this machine.
+
+    Raises:
+        RayCxrError: If Ray does not start, or is lost while the block runs.
     """
-    # "local" starts a new Ray; Ray's default would join one that happens to run on this machine.
+    # "local" starts a new Ray; Ray's own default would join any Ray that runs on this machine.
     address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
-    # Ray's C++ layer reads its environment on import. Set later, client and server would disagree.
+    # Ray's C++ layer reads these variables when Ray is imported. If they are set later, client and server disagree.
     if "ray" not in sys.modules:
         for name, value in (OWN_RAY if address == "local" else ANY_RAY).items():
             os.environ.setdefault(name, value)
@@ -92,17 +94,17 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
         options = _build_join_options(_wait_for_answer(address, source), bypassed)
     try:
         with silence_stderr(), cluster.set_environment(variables):
-            # Workers' output stays in Ray's log folder; their errors are raised.
+            # The output of workers stays in Ray's log folder. Their errors are raised here.
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **options)  # noqa: TID251
     except Exception as error:  # Ray raises a bare Exception if a node does not start within 30 seconds
         if mismatch := _describe_version_mismatch(str(error)):
             raise InputError(f"Ray at {address!r}: {mismatch}") from None
         hint = "; the machine may be busy: run the command again" if "timed out during startup" in str(error) else ""
         raise RayCxrError(f"Ray at {address!r}: {one_line(error)[:300]}{hint}") from None
-    cluster.set_own(address == "local")
+    cluster.owns_ray = address == "local"
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:
-        # `ray job stop` sends SIGTERM, and Ray's own handler would end the process without a message.
+        # `ray job stop` sends SIGTERM. Ray's own handler for it ends the process without a message.
         signal.signal(signal.SIGTERM, _interrupt)
     watch = _RayWatch(address)
     try:
@@ -113,9 +115,9 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
             cluster.select_nodes(settings.on_head)
             yield
     finally:
-        if watch.loss is None:  # else it would wait for a Ray that no longer exists
+        if watch.loss is None:  # `ray.shutdown` would wait for a lost Ray
             ray.shutdown()
-        cluster.set_own(False)
+        cluster.owns_ray = False
         if in_main_thread:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -123,14 +125,15 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
 def _list_own_addresses() -> list[str]:
     """Return the host names and IP addresses of this machine."""
     families = (socket.AF_INET, socket.AF_INET6)
-    addresses = [one for interface in psutil.net_if_addrs().values() for one in interface if one.family in families]
-    return ["localhost", socket.gethostname(), *(one.address.partition("%")[0] for one in addresses)]
+    entries = [entry for interface in psutil.net_if_addrs().values() for entry in interface]
+    addresses = [entry.address.partition("%")[0] for entry in entries if entry.family in families]
+    return ["localhost", socket.gethostname(), *addresses]
 
 
 def _wait_for_answer(address: str, source: str) -> str:
-    """Wait until a cluster answers at the address from `ray.address` or `RAY_ADDRESS` (the source); return HOST:PORT.
+    """Wait until a cluster answers at an address, and return its HOST:PORT; `ray.init` retries silently for minutes.
 
-    Ray itself would try for many minutes without a message.
+    An error names the `source` of the address: `ray.address` or `RAY_ADDRESS`.
     """
     if address.startswith(("http://", "https://")):
         raise InputError(
@@ -157,13 +160,8 @@ def _wait_for_answer(address: str, source: str) -> str:
 
 def _is_reachable(target: str, timeout_s: float) -> bool:
     """Return whether a gRPC server answers at HOST:PORT within `timeout_s` seconds."""
-    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # its handshake needs Ray's certificates
-        host, _, port = target.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
-        except (OSError, ValueError):
-            return False
-        return True
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # a TLS handshake would need Ray's certificates
+        return _try_to_connect(target, timeout_s) is None
     import grpc
 
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
@@ -175,21 +173,21 @@ def _is_reachable(target: str, timeout_s: float) -> bool:
 
 
 def _build_join_options(target: str, bypassed: Mapping[str, str]) -> dict[str, Any]:
-    """Return the options of `ray.init` for a cluster. Behind a proxy, workers must bypass it to reach the head."""
+    """Return the options of `ray.init` for a cluster; with a proxy, they let its workers reach the head directly."""
     cluster.bypass_proxies([target.rpartition(":")[0]])
     proxies = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "grpc_proxy")
     if not any(os.environ.get(name) for name in proxies):
         return {}
-    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # they include a job's own variables already
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # the variables below include those of the job
     return {"runtime_env": {"env_vars": {name: os.environ[name] for name in bypassed}}}
 
 
 @contextlib.contextmanager
 def _report_sudden_end() -> Iterator[None]:
-    """Print a line even if this process is killed while the block runs.
+    """Print an error line even if this process is killed while the block runs.
 
-    Ray's C++ layer ends the process at once when the raylet is lost, and the system may kill it for its memory.
-    A shell reads one line from this process. If the pipe closes without that line, the shell prints the message.
+    Ray's C++ layer kills the process when the raylet is lost, and the system may kill it when memory runs out. So a
+    child process, a shell, waits for a line from this process, and prints the error if the pipe closes without it.
     """
     message = (
         "ray-cxr: the command was killed: Ray stopped (`ray stop`, or its node was lost), or the system killed it "
@@ -210,15 +208,16 @@ def _report_sudden_end() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        atexit.register(dismiss)  # until the error is printed, Ray can still end this process
+        atexit.register(dismiss)  # not yet: Ray can still kill this process before the error is printed
         raise
     dismiss()
 
 
 class _RayWatch:
-    """End a block with an error when Ray is lost; `loss` is then its message, else None.
+    """End a block with an error when Ray is lost. Otherwise calls wait until Ray's C++ layer ends the process silently.
 
-    Without it, the block's calls wait until Ray's C++ layer ends the process silently.
+    Attributes:
+        loss: Message of the error; None while Ray is running.
     """
 
     def __init__(self, address: str) -> None:
@@ -237,13 +236,13 @@ class _RayWatch:
         self._thread = threading.Thread(target=self._loop, name="ray-watch", daemon=True)
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # signals interrupt no other thread
+        if threading.current_thread() is threading.main_thread():  # a signal interrupts only the main thread
             self._thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         with self._ending:
             self._ended.set()
-        # Ray may raise an error before the last of its processes has ended.
+        # Ray may raise an error before all of its processes have ended.
         deadline = time.monotonic() + (SHUTDOWN_S if _comes_from_ray(error) else 0)
         while self.loss is None and time.monotonic() < deadline:
             if not self._is_running(0):
@@ -260,20 +259,20 @@ class _RayWatch:
                 if self._ended.is_set():  # the block has ended and Ray was shut down
                     return
                 self.loss = self._describe()
-                # `_interrupt` raises in the main thread, even during a system call. A background job ignores SIGINT.
+                # Not SIGINT, which a background job ignores. `_interrupt` raises even during a system call.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
             if not self._ended.wait(END_TIMEOUT_S):
-                # The main thread is blocked inside Ray.
-                os._exit(1)  # `_report_sudden_end` prints why
+                os._exit(1)  # the main thread is blocked inside Ray; `_report_sudden_end` prints the reason
             return
 
     def _is_running(self, patience_s: float) -> bool:
-        """Return whether Ray answers; a cluster's head may take `patience_s` seconds, because it may be restarting."""
+        """Return whether Ray answers; a cluster's head has `patience_s` seconds, because it may be restarting."""
         if self._target is None:
             return True
         if self._servers:
-            alive = all(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in self._servers)
-            return alive and not _is_refused(self._target)
+            is_alive = all(server.is_running() and server.status() != psutil.STATUS_ZOMBIE for server in self._servers)
+            # A server that is too slow to accept the connection still listens.
+            return is_alive and not isinstance(_try_to_connect(self._target, 2.0), ConnectionRefusedError)
         return _is_reachable(self._target, 2.0) or (patience_s > 0 and _is_reachable(self._target, patience_s))
 
     def _describe(self) -> str:
@@ -290,20 +289,18 @@ def _comes_from_ray(error: BaseException | None) -> bool:
     return False
 
 
-def _is_refused(target: str) -> bool:
-    """Return whether no server listens at HOST:PORT; a server that is slow to answer still listens."""
+def _try_to_connect(target: str, timeout_s: float) -> Exception | None:
+    """Open a connection to HOST:PORT and close it; return the error if that fails."""
     host, _, port = target.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), 2.0).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False
-    return False
+        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+    except (OSError, ValueError) as error:
+        return error
+    return None
 
 
 def ensure_token() -> None:
-    """Create the token of a local Ray, unless there is one; in a temporary folder if `$HOME/.ray` cannot be written."""
+    """Create the token of a local Ray if it is missing: in `$HOME/.ray`, or in a temporary folder if that fails."""
     if os.environ.get("RAY_AUTH_MODE") != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         return
     home = Path(os.environ.get("HOME") or os.devnull)
@@ -325,7 +322,7 @@ def _write_token(path: Path) -> None:
 
 
 def _describe_version_mismatch(message: str) -> str | None:
-    """Shorten Ray's six-line version-mismatch message to one line; None for any other message."""
+    """Return one line for Ray's six-line message about different versions; None for any other message."""
     found = re.findall(r"^\s*(Ray|Python): (\S+)$", message, re.MULTILINE)
     if "Version mismatch" not in message or [name for name, _ in found] != ["Ray", "Python"] * 2:
         return None
@@ -337,7 +334,7 @@ def _describe_version_mismatch(message: str) -> str | None:
 
 
 def _refuse_other_versions(address: str) -> None:
-    """Compare the cluster's ray_cxr with this one: tasks call the node's own version."""
+    """Refuse a cluster with another version of ray_cxr, because tasks call the version installed on their node."""
 
     def read_version() -> str | None:  # nested, see `query_nodes`
         try:
@@ -346,10 +343,7 @@ def _refuse_other_versions(address: str) -> None:
             return None
         return ray_cxr.__version__
 
-    import ray
-
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    for node, version in cluster.query_nodes(read_version, alive):
+    for node, version in cluster.query_nodes(read_version, cluster.list_alive()):
         if version != ray_cxr.__version__:
             has = f"has ray_cxr {version}" if version else "has no ray_cxr"
             raise InputError(
@@ -364,9 +358,10 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
 
 
 def _build_address_variables() -> dict[str, str]:
-    """Return environment variables that give the processes of a local Ray its address.
+    """Return environment variables that tell the processes of a local Ray its address.
 
-    With two Rays on the machine, Ray's state API would otherwise find none, and Ray Train never free a killed run.
+    If two Rays run on the machine, Ray's state API otherwise finds neither, and Ray Train never frees the resources of
+    a killed run.
     """
     with socket.socket() as probe:
         probe.bind(("", 0))

@@ -5,8 +5,8 @@
 The names are those at the port, where Ray adds the prefix `ray_`. Without Ray in the process, nothing is recorded.
 Tags have few values and identify no person: no image, patient or study id is a tag.
 
-Times are counters, not histograms. Ray 2.60 rebuilds a histogram at the node from the middles of its buckets, so that
-its sum is an estimate (0.605 for an observed 0.52). A counter's sum is exact and costs one series instead of ten.
+Times are counters, not histograms. Ray 2.60 rebuilds a histogram at the node from the middles of its buckets, so its
+sum is an estimate (0.605 for an observed 0.52). The sum of a counter is exact, and it is one series instead of ten.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GATHER_S = 1.0
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """One metric, with the names of its tags in the order of the values that `add` and `set_gauge` take.
+    """A metric; `add` and `set_gauge` take the values of its tags in the order of `tags`.
 
     A counter only grows; a gauge holds the last value of a running process.
     """
@@ -47,23 +47,21 @@ def _gauge(name: str, unit: str, meaning: str) -> Metric:
     return Metric(f"ray_cxr_{name}", "gauge", unit, meaning, ("run",))
 
 
-IMAGES_PREPARED = _counter("images_prepared", "images", "Images that prepare has read, failed ones included.")
-IMAGES_SCORED = _counter("images_scored", "images", "Rows that score has written, failed ones included.")
-IMAGES_DRAWN = _counter("images_drawn", "images", "Images whose heat maps score has written, failed ones included.")
-IMAGE_ERRORS = _counter("image_errors", "images", "Of these, images that failed, by code.", "command", "code")
-IMAGES_DECODED = _counter("images_decoded", "files", "Files given to a decoder, good or bad.", "command")
-_DECODING = "Time of decoders on files: reading, decoding and resizing, summed over decoders."
-DECODE_SECONDS = _counter("decode_seconds", "seconds", _DECODING, "command")
-BATCHES_INFERRED = _counter("batches_inferred", "batches", "Batches that came back from the network.", "command")
-_INFERENCE = "Time of batches from being handed to the network until done, summed over batches, which overlap."
-INFER_SECONDS = _counter("infer_seconds", "seconds", _INFERENCE, "command")
+IMAGES_PREPARED = _counter("images_prepared", "images", "Images that prepare has read, including failures.")
+IMAGES_SCORED = _counter("images_scored", "images", "Rows that score has written, including failures.")
+IMAGES_DRAWN = _counter("images_drawn", "images", "Images whose heat maps are written, including failures.")
+IMAGE_ERRORS = _counter(
+    "image_errors", "images", "Failed images of the three counters above, by code.", "command", "code"
+)
+IMAGES_DECODED = _counter("images_decoded", "files", "Files sent to a decoder, successful or not.", "command")
+DECODE_SECONDS = _counter("decode_seconds", "seconds", "Time to read, decode and resize, over all decoders.", "command")
+BATCHES_INFERRED = _counter("batches_inferred", "batches", "Batches that the model completed.", "command")
+INFER_SECONDS = _counter("infer_seconds", "seconds", "Time of batches in the model; batches overlap.", "command")
 IMAGES_TRAINED = _counter("images_trained", "images", "Images trained on, by all workers of the run.", "run")
-TRAIN_STEPS = _counter("train_steps", "steps", "Training steps done.", "run")
-_STEPS = "Time of training steps, waiting for images and checkpoints within an epoch included, validation not."
-TRAIN_STEP_SECONDS = _counter("train_step_seconds", "seconds", _STEPS, "run")
-_WAITING = "Of these, the seconds that the slowest worker waited for images, added at the end of an epoch."
-TRAIN_WAIT_SECONDS = _counter("train_wait_seconds", "seconds", _WAITING, "run")
-TRAIN_EPOCH = _gauge("train_epoch", "epochs", "Epochs done.")
+TRAIN_STEPS = _counter("train_steps", "steps", "Completed training steps.", "run")
+TRAIN_STEP_SECONDS = _counter("train_step_seconds", "seconds", "Time of training steps, without validation.", "run")
+TRAIN_WAIT_SECONDS = _counter("train_wait_seconds", "seconds", "Time that the slowest worker waited for images.", "run")
+TRAIN_EPOCH = _gauge("train_epoch", "epochs", "Completed epochs.")
 TRAIN_LOSS = _gauge("train_loss", "nats", "Mean training loss of the last epoch.")
 VAL_LOSS = _gauge("val_loss", "nats", "Validation cross-entropy after the last epoch.")
 VAL_AUROC = _gauge("val_auroc", "AUROC", "Macro validation AUROC after the last epoch.")
@@ -79,7 +77,7 @@ _instruments: dict[Metric, Any] = {}
 
 
 def add(metric: Metric, amount: float, *tags: str) -> None:
-    """Add to a counter, from any thread, in under 2 microseconds; `flush` or an `add` 1 s later sends it to Ray."""
+    """Add to a counter, from any thread, in under 2 microseconds; `flush`, or an `add` after 1 s, sends it to Ray."""
     with _lock:
         key = metric, tags
         _counts[key] = _counts.get(key, 0.0) + amount
