@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import runpy
 import socket
@@ -42,16 +43,14 @@ SHARED = Path(__file__).parents[1].parent / "shared"
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print the total time of the tests with Ray and of those without."""
-    parts = {"with Ray": (set[str](), [0.0]), "without Ray": (set[str](), [0.0])}
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            if isinstance(report, pytest.TestReport):
-                names, seconds = parts["with Ray" if "ray" in report.keywords else "without Ray"]
-                names.add(report.nodeid)
-                seconds[0] += report.duration
-    for part, (names, seconds) in parts.items():
-        if names:
-            terminalreporter.write_line(f"{part}: {len(names)} tests, {seconds[0]:.0f} s of one process")
+    parts: dict[str, list[pytest.TestReport]] = {"with Ray": [], "without Ray": []}
+    for report in itertools.chain(*terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            parts["with Ray" if "ray" in report.keywords else "without Ray"].append(report)
+    for part, reports in parts.items():
+        if tests := {report.nodeid for report in reports}:
+            seconds = sum(report.duration for report in reports)
+            terminalreporter.write_line(f"{part}: {len(tests)} tests, {seconds:.0f} s of one process")
 
 
 @pytest.fixture(scope="session")
@@ -76,8 +75,19 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory):
     return make_tiny_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
 
 
-def make_tiny_bundle(out: Path, *, seed: int = 0, size: int = 64, findings: tuple[str, ...] | None = None):
-    """Write a bundle without training; each seed gives another model."""
+def make_tiny_bundle(
+    out: Path,
+    weights: Any = None,
+    images: Any = None,
+    *,
+    seed: int = 0,
+    size: int = 64,
+    findings: tuple[str, ...] | None = None,
+    **changes: Any,
+):
+    """Write a bundle without training, with fields of its content changed; each seed gives other random weights."""
+    from dataclasses import replace
+
     import keras
     import pyarrow as pa
 
@@ -115,7 +125,7 @@ def make_tiny_bundle(out: Path, *, seed: int = 0, size: int = 64, findings: tupl
             {"image_id": ["00000099_000.png"], "patient_id": ["99"], "split": ["train"]}, schema=SPLIT_SCHEMA
         ),
     )
-    return write_bundle(out, content, model)
+    return write_bundle(out, replace(content, **changes), weights or model, images=images)
 
 
 @pytest.fixture(scope="session")
@@ -234,7 +244,7 @@ class InProcessDataset:
         return InProcessDataset(function(row, **fn_kwargs or {}) for row in self._rows)
 
     def flat_map(self, call: Any, *, fn_kwargs: Any = None, **_: Any) -> InProcessDataset:
-        return InProcessDataset(one for row in self._rows for one in call(row, **fn_kwargs or {}))
+        return InProcessDataset(made for row in self._rows for made in call(row, **fn_kwargs or {}))
 
     def iter_rows(self) -> Iterator[Any]:
         return iter(self._rows)
@@ -250,7 +260,7 @@ def replace_ray() -> Iterator[None]:
     node = {"NodeID": "here", "Alive": True, "NodeManagerAddress": "127.0.0.1", "Resources": {"CPU": 2.0}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray.data, "from_items", InProcessDataset)
-        patch.setattr(cluster, "_list_alive", lambda: [node])
+        patch.setattr(cluster, "list_alive", lambda: [node])
         patch.setattr(cli, "start_ray", lambda *_, **__: contextlib.nullcontext())
         yield
 

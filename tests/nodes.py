@@ -20,6 +20,14 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 #: The folder of the programs of this environment.
 BIN = Path(sys.executable).parent
+#: Settings of a training run of seconds.
+TRAINING = {"backbone": "TinyCNN", "weights": "none", "size": 64, "batch_size": 6, "min_positives": 2}
+
+
+def training_arguments(prepared: Path, out: Path, **changes: object) -> list[str]:
+    """Return a command that trains with the settings `TRAINING` and some changes."""
+    settings = [part for key, value in (TRAINING | changes).items() for part in ("--set", f"{key}={value}")]
+    return ["train", str(prepared), "--out", str(out), *settings]
 
 
 def find_free_port() -> int:
@@ -90,21 +98,21 @@ class Nodes:
 
     def add_node(self, name: str, *, cpus: int = 1, gpus: int = 0, hidden: Path | None = None) -> None:
         """Start a node; its GPUs need not exist. This node sees `hidden` as an empty folder (needs root)."""
-        hide = (
-            ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(hidden)] if hidden else []
-        )
-        self._start(name, f"--address={self.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}", before=hide)
-
-    def count_nodes(self) -> int:
-        return self.run_ray("status", "--address", self.address).stdout.count("node_")
+        mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(hidden)]
+        options = [f"--address={self.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
+        self._start(name, *options, before=mount if hidden else [])
 
     @contextlib.contextmanager
     def temporary_node(self, name: str, **options: Any) -> Iterator[None]:
-        """Run one more node in a context."""
-        before = self.count_nodes()
+        """Run another node in a context."""
+
+        def count_nodes() -> int:
+            return self.run_ray("status", "--address", self.address).stdout.count("node_")
+
+        before = count_nodes()
         self.add_node(name, **options)
         try:
-            wait_until(lambda: self.count_nodes() > before, 300, lambda: self.read_log(name))
+            wait_until(lambda: count_nodes() > before, 300, lambda: self.read_log(name))
             yield
         finally:
             self.kill(name)
@@ -139,10 +147,11 @@ class Nodes:
     def read_log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
-    def submit(self, job: str, arguments: Sequence[object], *, name: str) -> Path:
-        """Start `ray job submit` with a script of jobs/ and return its log file."""
+    def submit(self, command: Sequence[object], *, name: str) -> Path:
+        """Start `ray job submit` with the script of a command, and return its log file."""
         options = ["--address", self.job_server, "--working-dir", ".", "--submission-id", name, "--"]
-        program = [str(BIN / "ray"), "job", "submit", *options, sys.executable, f"jobs/{job}.py", *map(str, arguments)]
+        job = [sys.executable, f"jobs/{command[0]}.py", *map(str, command[1:])]
+        program = [str(BIN / "ray"), "job", "submit", *options, *job]
         log = self.folder / f"job-{name}.log"
         # The agent of the head, which starts jobs, is ready later than the job server.
         for _ in range(20):

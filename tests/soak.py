@@ -62,11 +62,11 @@ learning_rate = {{ low = 1e-5, high = 1e-1, log = true }}
 class Soak(NamedTuple):
     """A command to kill."""
 
-    arguments: Callable[[Path], list[str]]  # returns its arguments for an output folder
-    victims: Sequence[str]  # each kill picks one at random
+    arguments: Callable[[Path], list[str]]  # returns the command line for an output folder
+    victims: Sequence[str]  # each kill picks a victim at random
     seconds: tuple[float, float]  # minimum and maximum time between two kills
     read: Callable[[Path], Any]  # reads the output of the uninterrupted run
-    compare: Callable[[Path, Any], None]  # compares the output of a round with it
+    compare: Callable[[Path, Any], None]  # compares the output of a round with that of the uninterrupted run
 
 
 def run(arguments: list[str]) -> None:

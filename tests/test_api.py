@@ -22,19 +22,21 @@ MODULES = (
     "ray_cxr.scoring.pipeline",
     "ray_cxr.reporting.report",
 )
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def test_public_names_and_version() -> None:
     assert ray_cxr.__all__ == ["FINDINGS", "Bundle", "RayCxrError", "__version__", "load_bundle"]
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
-    assert ray_cxr.__version__ == project["project"]["version"]
+    assert ray_cxr.__version__ == PROJECT["version"]
     with pytest.raises(AttributeError, match="load_model"):
         _ = ray_cxr.load_model  # type: ignore[attr-defined]
 
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
-    assert done.stderr == ""
+    """Run code in a child process, because other tests import most modules; return what it prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.strip()
 
 
@@ -42,30 +44,29 @@ def test_imports_and_help_start_neither_tensorflow_nor_ray() -> None:
     """The optional packages are not imported either."""
     code = f"""
 import contextlib, importlib, io, sys
+slow = {{"tensorflow", "keras", "ray", "highdicom", "nncf"}}
 for name in {MODULES}:
     importlib.import_module(name)
-    print(name, sorted({{"tensorflow", "keras", "ray", "highdicom", "nncf"}} & set(sys.modules)))
+    print(name, sorted(slow & set(sys.modules)))
 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     sys.modules["ray_cxr.cli"].main(["--help"])
-print("help", sorted({{"tensorflow", "keras", "ray", "highdicom", "nncf"}} & set(sys.modules)))
+print("help", sorted(slow & set(sys.modules)))
 """
     assert run(code).splitlines() == [f"{name} []" for name in (*MODULES, "help")]
 
 
 @pytest.mark.slow
 def test_all_public_names_exist() -> None:
-    """In a child process, because other tests import the modules behind them."""
     assert run("import ray_cxr; print([n for n in ray_cxr.__all__ if not hasattr(ray_cxr, n)])") == "[]"
-
-
-#: Makes every optional package look absent: `import` and `find_spec` find nothing.
-WITHOUT_EXTRAS = f"import sys; sys.modules.update(dict.fromkeys({list(extras.EXTRAS)}))\n"
 
 
 @pytest.mark.slow
 def test_bundle_is_made_and_predicts_without_extras(tmp_path: Path) -> None:
     code = f"""
+import sys
 from pathlib import Path
+sys.modules.update(dict.fromkeys({list(extras.EXTRAS)}))  # no optional package can be imported or found
+sys.path.insert(0, {str(ROOT / "tests")!r})
 import numpy as np
 from conftest import make_tiny_bundle
 bundle = make_tiny_bundle(Path({str(tmp_path / "b")!r}))
@@ -73,10 +74,7 @@ print(bundle.predict(np.zeros((2, 64, 64), np.uint8))["status"].tolist())
 import ray_cxr.reporting.report, ray_cxr.reporting.search_page, ray_cxr.scoring.pipeline, ray_cxr.tuning.search
 assert not [name for name in {list(extras.EXTRAS)} if sys.modules[name]]
 """
-    path = f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_EXTRAS + path + code], capture_output=True, encoding="utf-8", check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stdout) == (0, "['ok', 'ok']\n"), done.stderr
 
 
@@ -101,11 +99,8 @@ def test_command_names_its_missing_extra(
 
 
 def test_every_extra_is_declared_and_locked() -> None:
-    root = Path(__file__).parents[1]
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = project["optional-dependencies"]
     for package, extra in extras.EXTRAS.items():
-        assert [line.split(">=")[0] for line in declared[extra]] == [package]
-        assert not [line for line in project["dependencies"] if line.split(">=")[0] == package]
-        locked = f"\n{package}==" in (root / "requirements.lock").read_text(encoding="utf-8")
+        assert [line.split(">=")[0] for line in PROJECT["optional-dependencies"][extra]] == [package]
+        assert not [line for line in PROJECT["dependencies"] if line.split(">=")[0] == package]
+        locked = f"\n{package}==" in (ROOT / "requirements.lock").read_text(encoding="utf-8")
         assert locked == (extra != "cmaes")

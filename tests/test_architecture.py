@@ -75,13 +75,13 @@ def jobs_import_only_cli(files: Files) -> list[str]:
 
 def no_own_module_imported_by_name(files: Files) -> list[str]:
     """import-linter cannot see these imports."""
-    bad = []
-    for path, tree in files.items():
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        for module, line in (found for call in calls for found in list_imports(ast.Expression(call))):
-            if module.split(".")[0] in ("?", "ray_cxr", "jobs"):
-                bad.append(f"{path}:{line}: imports {module} by name")
-    return bad
+    return [
+        f"{path}:{line}: imports {module} by name"
+        for path, tree in files.items()
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+        for module, line in list_imports(ast.Expression(call))
+        if module.split(".")[0] in ("?", "ray_cxr", "jobs")
+    ]
 
 
 def no_catch_all_names(files: Files) -> list[str]:
@@ -110,17 +110,18 @@ def findings_are_listed_once(files: Files) -> list[str]:
 def _collect_names(node: ast.AST) -> set[str]:
     """Return the strings in a collection, as its items or keys."""
     names: list[str | None] = []
-    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
-        # [("Mass", 1), ("Nodule", 2)] is a table of findings too.
-        firsts = [item.elts[0] for item in node.elts if isinstance(item, (ast.List, ast.Tuple)) and item.elts]
-        names = [_text(item) for item in [*node.elts, *firsts]]
-    elif isinstance(node, ast.Dict):
-        names = [_text(key) for key in node.keys if key is not None]
-    elif isinstance(node, ast.Call):
-        names = [keyword.arg for keyword in node.keywords]
-    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value:
-        names = [word.strip() for word in node.value.replace("|", ",").split(",")]
-    return {name for name in names if name}
+    match node:
+        case ast.List(elts=items) | ast.Tuple(elts=items) | ast.Set(elts=items):
+            # [("Mass", 1), ("Nodule", 2)] is a table of findings too.
+            firsts = [item.elts[0] for item in items if isinstance(item, (ast.List, ast.Tuple)) and item.elts]
+            names = [_text(item) for item in [*items, *firsts]]
+        case ast.Dict(keys=keys):
+            names = [_text(key) for key in filter(None, keys)]
+        case ast.Call(keywords=keywords):
+            names = [keyword.arg for keyword in keywords]
+        case ast.Constant(value=str(text)) if "\n" not in text:
+            names = [word.strip() for word in text.replace("|", ",").split(",")]
+    return set(filter(None, names))
 
 
 def no_unsafe_calls(files: Files) -> list[str]:

@@ -35,8 +35,8 @@ def test_training_is_compared_with_fit_and_two_workers_with_one(tmp_path: Path) 
     result = run_benchmark("training.py", tmp_path / "speed.json", options)[0]["backbones"]["TinyCNN"]
     assert list(result["contestants"]) == ["ours", "fit", "two"]
     for contestant in result["contestants"].values():
-        assert len(contestant["images_per_second"]) == 2
-        assert all(rate > 0 for rate in contestant["images_per_second"])
+        first, second = contestant["images_per_second"]
+        assert min(first, second) > 0
     assert result["contestants"]["fit"]["jit_compile"] is False
     assert [(bar["contestant"], bar["rival"]) for bar in result["bars"]] == [("ours", "fit"), ("two", "ours")]
 
@@ -59,8 +59,8 @@ def test_scoring_is_compared_with_a_bare_program_and_pytorch_may_be_missing(
     result = results["speed"]
     assert list(result["contestants"]) == ["bound-fp32", "inline-fp32"]
     for contestant in result["contestants"].values():
-        (one,) = contestant["rounds"]
-        assert one["images"] == one["marks"][-1][1] == 20
+        (measured,) = contestant["rounds"]
+        assert measured["images"] == measured["marks"][-1][1] == 20
     assert max(result["agreement"].values()) < 1e-4
 
 

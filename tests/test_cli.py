@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -45,12 +45,7 @@ FILES = {
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here may start Ray."""
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("the command started Ray")
-
-    monkeypatch.setattr(cli, "start_ray", refuse)
+    monkeypatch.setattr(cli, "start_ray", Mock(side_effect=AssertionError("the command started Ray")))
 
 
 @pytest.fixture
@@ -192,11 +187,7 @@ def test_exit_codes(
     command: Command, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int | None, line: str
 ) -> None:
     """A bug keeps its traceback."""
-
-    def fail(_: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(cli, "_demo", fail)
+    monkeypatch.setattr(cli, "_demo", Mock(side_effect=error))
     if code is None:
         with pytest.raises(type(error)):
             command("demo", "--out", "d")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ray
 import ray.autoscaler.sdk
+from nodes import wait_until
 from ray.data import DataContext
 
 from ray_cxr import cluster
@@ -25,15 +26,14 @@ def node(name: str, cpus: float, *, alive: bool = True) -> dict[str, Any]:
 
 
 @pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Nodes:
     """The value of `ray.nodes()`, which the test changes."""
     current: Nodes = []
     monkeypatch.setattr(ray, "nodes", lambda: list(current))
     monkeypatch.setattr(cluster, "_POLL_S", 0.01)
-    before = DataContext.get_current().execution_options.label_selector
-    yield current
-    cluster.set_selector(None)
-    DataContext.get_current().execution_options.label_selector = before
+    monkeypatch.setattr(cluster, "selector", None)
+    monkeypatch.setattr(DataContext.get_current().execution_options, "label_selector", None)
+    return current
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_head_works_only_where_it_is_alone_or_configured_to(
     cluster.select_nodes(on_head)
     assert [node["NodeID"] for node in cluster.list_nodes()] == working
     selector = None if "h" in working else {"ray.io/node-id": "!h"}
-    assert cluster.get_selector() == DataContext.get_current().execution_options.label_selector == selector
+    assert cluster.selector == DataContext.get_current().execution_options.label_selector == selector
 
 
 def test_idle_head(nodes: Nodes) -> None:
@@ -119,19 +119,14 @@ def test_lost_and_new_nodes_are_reported(nodes: Nodes, monkeypatch: pytest.Monke
     cluster.select_nodes(None)
     monkeypatch.setattr(ray, "nodes", lambda: looks.append(None) or list(nodes))
 
-    def wait_for(items: list[Any], count: int) -> None:
-        deadline = time.monotonic() + 60
-        while len(items) < count and time.monotonic() < deadline:
-            time.sleep(0.01)
-
     with cluster.log_node_changes("score", lines.append):
-        wait_for(looks, 2)
+        wait_until(lambda: len(looks) >= 2, 60)
         nodes.pop()
-        wait_for(lines, 1)
+        wait_until(lambda: len(lines) >= 1, 60)
         nodes.append(node("cccccccccc", 8))
-        wait_for(lines, 2)
+        wait_until(lambda: len(lines) >= 2, 60)
         del nodes[1:]
-        wait_for(lines, 4)
+        wait_until(lambda: len(lines) >= 4, 60)
     nodes.clear()
     time.sleep(0.1)
     assert len(lines) == 4, "one line per change, none after the end"

@@ -41,7 +41,7 @@ def test_demo_runs_each_command_in_order_until_one_fails(tmp_path: Path) -> None
         record_steps(tmp_path / "failing", tune=True, failing="tune")
 
 
-def test_demo_trains_what_its_valid_search_found(tmp_path: Path) -> None:
+def test_demo_trains_with_the_settings_that_its_search_found(tmp_path: Path) -> None:
     steps = record_steps(tmp_path, tune=True)
     assert [step[0] for step in steps] == ["manifest", "prepare", "tune", "train", "score", "report"]
     _, _, tune, train, *_ = ({name: step[step.index(name) + 1] for name in step if name[:2] == "--"} for step in steps)

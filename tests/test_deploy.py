@@ -1,13 +1,16 @@
-"""Check that the Dockerfile and deploy/ are consistent with each other, with this project and with their schemas.
+"""Check cluster.yaml, deploy/ and the Dockerfile against each other, this project and their schemas.
 
-Ray's launcher includes a schema, and a package those of Kubernetes. No package has the schemas of KubeRay and Google,
-so this file lists the fields in use.
+The schemas of Ray's launcher, Kubernetes and EC2 are in packages. Those of KubeRay and Google are in none, so this file
+lists the fields in use.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import pytest
 import ray
 import ray.autoscaler
 import yaml
-from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler._private.util import fillout_defaults, prepare_config, validate_config
 
 import ray_cxr
 
@@ -40,46 +43,121 @@ def load(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-# --- machines on premises and in Google Cloud
+# --- machines on premises, in AWS and in Google Cloud
+
+LAUNCHED = {path.name: path for path in (ROOT / "cluster.yaml", DEPLOY / "gcp.yaml", DEPLOY / "onpremise.yaml")}
+AWS = load(ROOT / "cluster.yaml")
 
 
-@pytest.mark.parametrize("name", ["onpremise.yaml", "gcp.yaml"])
+@pytest.mark.parametrize("name", LAUNCHED)
 def test_ray_accepts_every_key(name: str) -> None:
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text(encoding="utf-8"))
-    config = load(DEPLOY / name)
+    assert schema["additionalProperties"] is False
+    config = load(LAUNCHED[name])
     jsonschema.validate(config, schema)
+    # The schema accepts any key of the provider.
     assert set(config["provider"]) <= set(schema["properties"]["provider"]["properties"])
-    prepared = prepare_config(load(DEPLOY / name))
+    prepared = prepare_config(load(LAUNCHED[name]))
     validate_config(prepared)
     if name == "onpremise.yaml":  # Ray counts the machines
         assert prepared["max_workers"] == len(config["provider"]["worker_ips"])
 
 
-def test_machines_on_premises_reject_outsiders() -> None:
-    config = load(DEPLOY / "onpremise.yaml")
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_no_port_is_open_to_the_world_and_nodes_need_the_token(name: str) -> None:
+    config = load(LAUNCHED[name])
     head, worker = config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]
     assert "--num-cpus=0" in head
     assert "--dashboard-host=127.0.0.1" in head
-    assert all("RAY_AUTH_MODE=token" in command for command in (head, worker))
-    assert "0.0.0.0" not in (DEPLOY / "onpremise.yaml").read_text(encoding="utf-8")
+    for command in (head, worker):
+        assert command.split("; ")[-1].startswith("RAY_AUTH_MODE=token ")
+    assert "0.0.0.0" not in LAUNCHED[name].read_text(encoding="utf-8")
+    if name != "onpremise.yaml":
+        assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+        assert "chmod 600 ~/.ray/auth_token" in config["setup_commands"]
 
 
-def test_google_cloud_matches_aws_and_rejects_outsiders() -> None:
-    gcp, aws = load(DEPLOY / "gcp.yaml"), load(ROOT / "cluster.yaml")
-    commands = ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
-    for name in (*commands, "file_mounts", "rsync_exclude", "max_workers"):
-        assert gcp[name] == aws[name]
-    kinds = gcp["available_node_types"]
+@pytest.mark.parametrize(("name", "spot"), [("cluster.yaml", "InstanceMarketOptions"), ("gcp.yaml", "scheduling")])
+def test_head_does_no_work_and_is_no_spot_machine(name: str, spot: str) -> None:
+    kinds = load(LAUNCHED[name])["available_node_types"]
     assert kinds["head"]["resources"] == {"CPU": 0}
-    assert "scheduling" not in kinds["head"]["node_config"], "the head must not be a spot machine"
+    assert spot not in kinds["head"]["node_config"], "a spot head can be reclaimed"
+
+
+def test_google_cloud_matches_aws() -> None:
+    gcp = load(DEPLOY / "gcp.yaml")
+    commands = ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
+    for name in (*commands, "file_mounts", "rsync_exclude", "max_workers", "head_node_type"):
+        assert gcp[name] == AWS[name]
+    assert all(AWS["available_node_types"][name]["resources"] == {} for name in ("cpu", "gpu")), "Ray detects them"
+    kinds = gcp["available_node_types"]
     for name, kind in kinds.items():
         node = kind["node_config"]
         assert set(node) <= {"machineType", "disks", "networkInterfaces", "scheduling"}
         assert "networkInterfaces" in node, "the default network is open to the internet"
         assert name == "head" or node["scheduling"]["provisioningModel"] == "SPOT"
         for key in ("min_workers", "max_workers"):
-            assert kind.get(key) == aws["available_node_types"][name].get(key)
-    assert "0.0.0.0" not in (DEPLOY / "gcp.yaml").read_text(encoding="utf-8")
+            assert kind.get(key) == AWS["available_node_types"][name].get(key)
+
+
+def test_ec2_accepts_every_key_below_node_config() -> None:
+    session = pytest.importorskip("botocore.session", reason="botocore: run scripts/setup dev").get_session()
+    from botocore.validate import ParamValidator
+
+    model = session.get_service_model("ec2").operation_model("RunInstances")
+    for kind in AWS["available_node_types"].values():
+        request = {**kind["node_config"], "MinCount": 1, "MaxCount": 1}
+        report = ParamValidator().validate(request, model.input_shape)
+        assert not report.has_errors(), report.generate_report()
+        # The validator does find a misspelt key.
+        assert ParamValidator().validate({**request, "ImageID": "ami-1"}, model.input_shape).has_errors()
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_setup_installs_cuda_only_where_a_gpu_responds(gpu: bool, tmp_path: Path) -> None:
+    """An image can hold `nvidia-smi` on a machine without a GPU, where it fails."""
+    for name, line in (
+        ("ray_cxr/scripts/setup", 'echo "setup $*"'),
+        ("bin/nvidia-smi", "exit 0" if gpu else "echo 'NVIDIA-SMI has failed'; exit 9"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    (command,) = [command for command in AWS["setup_commands"] if "scripts/setup" in command]
+    environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
+    shell = shutil.which("bash") or "sh"
+    done = subprocess.run([shell, "-ec", command], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.split() == (["setup", "gpu"] if gpu else ["setup"])
+
+
+def test_ray_start_up_opens_no_port_and_grants_no_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's default is a group with port 22 open to all and a role with all rights; here it uses the named ones."""
+    moto = pytest.importorskip("moto", reason="moto: run scripts/setup dev")
+    import boto3
+    from ray.autoscaler._private.aws import config as rays
+
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray keeps the key to the machines in ~/.ssh
+    (tmp_path / ".ssh").mkdir()
+    region = AWS["provider"]["region"]
+    with contextlib.ExitStack() as stack:
+        aws = moto.mock_aws()
+        aws.start(reset=False)  # the session's S3 server keeps its buckets in the same place
+        stack.callback(aws.stop, remove_data=False)
+        ec2, iam = boto3.client("ec2", region), boto3.client("iam", region)
+        vpc = ec2.describe_vpcs()["Vpcs"][0]["VpcId"]
+        group = ec2.create_security_group(GroupName="ray-cxr", Description="nodes", VpcId=vpc)["GroupId"]
+        iam.create_instance_profile(InstanceProfileName="ray-cxr-head-CHANGEME")
+        before = {entry["GroupId"] for entry in ec2.describe_security_groups()["SecurityGroups"]}
+
+        text = LAUNCHED["cluster.yaml"].read_text(encoding="utf-8").replace("sg-CHANGEME", group)
+        config = rays.bootstrap_aws(fillout_defaults(prepare_config(yaml.safe_load(text))))
+        for kind in config["available_node_types"].values():
+            assert kind["node_config"]["SecurityGroupIds"] == [group]
+        groups = ec2.describe_security_groups()["SecurityGroups"]
+        assert {entry["GroupId"] for entry in groups} == before
+        assert "0.0.0.0/0" not in json.dumps([entry["IpPermissions"] for entry in groups])
+        assert iam.list_roles()["Roles"] == []
+        assert "IamInstanceProfile" not in config.get("head_node", {})
 
 
 # --- Kubernetes

@@ -17,13 +17,8 @@ LABEL_SETS = st.sets(st.sampled_from(FOURTEEN)).map(lambda names: tuple(sorted(n
 
 
 def test_tokens_are_parsed() -> None:
-    for text, expected in (
-        (" Mass | Effusion ", ("Effusion", "Mass")),
-        ("Mass|Mass", ("Mass",)),
-        ("Infiltrate|Infiltration", ("Infiltration",)),
-        ("Pleural_Thickening|Pneumothorax|Pneumonia", ("Pleural_Thickening", "Pneumonia", "Pneumothorax")),
-    ):
-        assert labels.parse(text) == expected
+    assert labels.parse(" Mass | Effusion | Mass") == ("Effusion", "Mass")
+    assert labels.parse("Infiltrate|Infiltration") == ("Infiltration",)
     canonical = {"Infiltrate": "Infiltration", " Edema ": "Edema", "edema": None, "": None}
     assert {token: labels.canonicalize(token) for token in canonical} == canonical
 
@@ -60,12 +55,9 @@ def test_encode_parse_round_trip(names: tuple[str, ...], random: object) -> None
 
 
 def test_resolve() -> None:
-    for setting, names in (
-        (14, FOURTEEN),
-        ("15", (*FOURTEEN, "No_Finding")),
-        (("No Finding", "Infiltrate"), ("Infiltration", "No_Finding")),
-    ):
-        assert labels.resolve(setting) == names
+    assert labels.resolve(14) == FOURTEEN
+    assert labels.resolve(15) == (*FOURTEEN, "No_Finding")
+    assert labels.resolve(("No Finding", "Infiltrate")) == ("Infiltration", "No_Finding")
     assert labels.parse_order(["Pneumonia", "Infiltrate", "Mass"]) == ("Pneumonia", "Infiltration", "Mass"), "as given"
 
 

@@ -16,13 +16,14 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from nodes import Nodes, cluster, wait_until
+from conftest import score_arguments
+from nodes import Nodes, cluster, training_arguments, wait_until
 from PIL import Image
 
 import ray_cxr
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
-#: Many small files, so that some are pending when a node is lost.
+#: Many small files, so that some are pending when a node is lost; as in `score_arguments`.
 ROWS, ROWS_PER_FILE = 800, 16
 #: Command lines of processes that score images.
 WORK = ("ray::MapWorker", "ray_cxr.imaging.sandbox")
@@ -45,17 +46,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [(f"{row:08d}_000.png", str(folder / f"{row % 6}.png"), f"SECRET-PATIENT-{row}") for row in range(ROWS)]
     pd.DataFrame(rows, columns=["image_id", "path", "patient_id"]).to_parquet(folder / "m.parquet", index=False)
     return folder / "m.parquet"
-
-
-def score_arguments(bundle: Any, manifest: Path, out: Path, *more: object) -> list[object]:
-    rows = f"rows_per_file={ROWS_PER_FILE}"
-    return ["--model", bundle.path, "--manifest", manifest, "--out", out, "--set", rows, *more]
-
-
-def training_arguments(prepared: Path, out: Path, **changes: object) -> list[object]:
-    settings = {"backbone": "TinyCNN", "weights": "none", "epochs": 1, "batch_size": 6, "min_positives": 2, **changes}
-    given = (part for key, value in settings.items() for part in ("--set", f"{key}={value}"))
-    return [prepared, "--out", out, "--workers", 2, *given]
 
 
 def list_parts(out: Path) -> dict[Path, int]:
@@ -112,7 +102,7 @@ def test_each_row_is_scored_once_despite_a_lost_node(
 ) -> None:
     """The head does no work, and no log contains a patient id."""
     out = tmp_path / "scores"
-    log = nodes.submit("score", score_arguments(tiny_bundle, images, out), name="lost-node")
+    log = nodes.submit(score_arguments(tiny_bundle.path, images, out), name="lost-node")
     wait_for_parts(nodes, log, out)
     assert watch_nodes(nodes, log, {"a", "b"}, *WORK) == {"a", "b"}, log.read_text()
     nodes.kill("b")
@@ -130,21 +120,20 @@ def test_each_row_is_scored_once_despite_a_lost_node(
 @pytest.mark.long
 def test_prepare_train_score_and_report_as_jobs(nodes: Nodes, manifest: Path, tmp_path: Path) -> None:
     """Each job reads the output of the previous one; `train` uses two workers on two nodes."""
-    scores = ["--model", tmp_path / "run" / "bundle", "--manifest", manifest, "--out", tmp_path / "scores"]
-    jobs: dict[str, list[object]] = {
-        "prepare": [manifest, "--out", tmp_path / "prepared", "--size", "64"],
-        "train": training_arguments(tmp_path / "prepared", tmp_path / "run"),
-        "score": [*scores, "--set", "rows_per_file=16"],
-        "report": [tmp_path / "scores", "--labels", manifest, "--split", "test", "--out", tmp_path / "report"],
-    }
-    for job, arguments in jobs.items():
-        log = nodes.submit(job, arguments, name=f"chain-{job}")
-        if job == "train":
+    prepared, scores = tmp_path / "prepared", tmp_path / "scores"
+    for arguments in (
+        ["prepare", manifest, "--out", prepared, "--size", "64"],
+        training_arguments(prepared, tmp_path / "run", epochs=1, workers=2),
+        score_arguments(tmp_path / "run" / "bundle", manifest, scores),
+        ["report", scores, "--labels", manifest, "--split", "test", "--out", tmp_path / "report"],
+    ):
+        log = nodes.submit(arguments, name=f"chain-{arguments[0]}")
+        if arguments[0] == "train":
             assert watch_nodes(nodes, log, {"a", "b"}, "RayTrainWorker") == {"a", "b"}, log.read_text()
         assert_succeeds(nodes, log)
     rows = len(pq.read_table(manifest))
-    assert len(pq.read_table(tmp_path / "scores" / "scores")) == rows
-    assert json.loads((tmp_path / "scores" / "run.json").read_text())["actors"] == 2
+    assert len(pq.read_table(scores / "scores")) == rows
+    assert json.loads((scores / "run.json").read_text())["actors"] == 2
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert 0 < metrics["n_images"] < rows
 
@@ -155,7 +144,7 @@ def test_a_node_that_joins_late_works(nodes: Nodes, images: Path, tiny_bundle: A
     table, many = pd.read_parquet(images), tmp_path / "many.parquet"
     copies = [table.assign(image_id=[f"{copy}-{row}" for row in range(ROWS)]) for copy in range(20)]
     pd.concat(copies).to_parquet(many, index=False)
-    log = nodes.submit("score", score_arguments(tiny_bundle, many, tmp_path / "scores"), name="late-node")
+    log = nodes.submit(score_arguments(tiny_bundle.path, many, tmp_path / "scores"), name="late-node")
     wait_for_parts(nodes, log, tmp_path / "scores")
     with nodes.temporary_node("c"):
         assert watch_nodes(nodes, log, {"c"}, *WORK) >= {"c"}, log.read_text()
@@ -167,8 +156,8 @@ def test_a_node_that_joins_late_works(nodes: Nodes, images: Path, tiny_bundle: A
 @pytest.mark.long
 def test_a_job_that_is_stopped_continues(nodes: Nodes, images: Path, tiny_bundle: Any, tmp_path: Path) -> None:
     out = tmp_path / "scores"
-    given = score_arguments(tiny_bundle, images, out, "--limit", 640)
-    log = nodes.submit("score", given, name="stopped")
+    given = score_arguments(tiny_bundle.path, images, out, "--limit", 640)
+    log = nodes.submit(given, name="stopped")
     wait_for_parts(nodes, log, out)
     nodes.stop_job("stopped")
     printed = nodes.wait_for_job(log)[1]
@@ -176,7 +165,7 @@ def test_a_job_that_is_stopped_continues(nodes: Nodes, images: Path, tiny_bundle
     assert 4 <= len(kept) < 640 // ROWS_PER_FILE
     assert not (out / "_SUCCESS").exists()
     assert "the same command again" in printed
-    assert_succeeds(nodes, nodes.submit("score", given, name="continued"))
+    assert_succeeds(nodes, nodes.submit(given, name="continued"))
     assert kept.items() <= list_parts(out).items()
     assert_each_row_once(out, images, 640)
 
@@ -184,7 +173,7 @@ def test_a_job_that_is_stopped_continues(nodes: Nodes, images: Path, tiny_bundle
 @pytest.mark.long
 def test_models_run_only_on_gpu_nodes(nodes: Nodes, images: Path, tiny_bundle: Any, tmp_path: Path) -> None:
     """The actor starts on the node with the declared GPU, finds none, and the job fails with that line."""
-    log = nodes.submit("score", score_arguments(tiny_bundle, images, tmp_path / "scores", "--gpu"), name="gpu")
+    log = nodes.submit(score_arguments(tiny_bundle.path, images, tmp_path / "scores", "--gpu"), name="gpu")
     assert watch_nodes(nodes, log, {"none of them"}, "MapWorker(Map(ModelActor))") == {"b"}, log.read_text()
     assert_refused(nodes, log, "--gpu: this actor sees no GPU")
 
@@ -195,7 +184,7 @@ def test_a_folder_that_is_not_shared_is_refused(nodes: Nodes, images: Path, tiny
     own = tmp_path / "own"
     own.mkdir()
     with nodes.temporary_node("d", hidden=own):
-        log = nodes.submit("score", score_arguments(tiny_bundle, images, own / "scores"), name="unshared")
+        log = nodes.submit(score_arguments(tiny_bundle.path, images, own / "scores"), name="unshared")
         assert_refused(nodes, log, f"ray-cxr score: --out {own / 'scores'}: not found on the node ")
     assert not (own / "scores" / "_SUCCESS").exists()
 
@@ -203,13 +192,13 @@ def test_a_folder_that_is_not_shared_is_refused(nodes: Nodes, images: Path, tiny
 @pytest.mark.long
 def test_training_continues_on_the_remaining_nodes(nodes: Nodes, manifest: Path, tmp_path: Path) -> None:
     """Ray Train restarts both workers from the last checkpoint."""
-    prepare = [manifest, "--out", tmp_path / "prepared", "--size", "64"]
-    assert_succeeds(nodes, nodes.submit("prepare", prepare, name="to-train-on"))
+    prepare = ["prepare", manifest, "--out", tmp_path / "prepared", "--size", "64"]
+    assert_succeeds(nodes, nodes.submit(prepare, name="to-train-on"))
     nodes.add_node("e", cpus=2)
     nodes.add_node("f", cpus=2)
-    settings = {"epochs": 6, "checkpoint_steps": 2, "cpus_per_worker": 2}
+    settings = {"epochs": 6, "workers": 2, "checkpoint_steps": 2, "cpus_per_worker": 2}
     arguments = training_arguments(tmp_path / "prepared", tmp_path / "run", **settings)
-    log = nodes.submit("train", arguments, name="lost-in-training")
+    log = nodes.submit(arguments, name="lost-in-training")
     wait_until(lambda: (tmp_path / "run" / "metrics.csv").exists() or nodes.has_ended(log), 300, log.read_text)
     nodes.kill("e")
     nodes.add_node("g", cpus=2)
@@ -224,16 +213,16 @@ def test_training_continues_on_the_remaining_nodes(nodes: Nodes, manifest: Path,
 def test_a_job_continues_on_a_new_cluster_after_its_head_is_lost(
     images: Path, tiny_bundle: Any, tmp_path: Path
 ) -> None:
-    out, given = tmp_path / "scores", score_arguments(tiny_bundle, images, tmp_path / "scores")
+    out, given = tmp_path / "scores", score_arguments(tiny_bundle.path, images, tmp_path / "scores")
     with cluster(tmp_path / "first", a=0) as first:
-        log = first.submit("score", given, name="headless")
+        log = first.submit(given, name="headless")
         wait_for_parts(first, log, out)
         first.kill("head")
         first.wait_for_job(log)
     kept = list_parts(out)
     assert 4 <= len(kept) < ROWS // ROWS_PER_FILE
     with cluster(tmp_path / "second", a=0) as second:
-        assert_succeeds(second, second.submit("score", given, name="again"))
+        assert_succeeds(second, second.submit(given, name="again"))
     assert kept.items() <= list_parts(out).items()
     assert_each_row_once(out, images)
 
@@ -246,7 +235,7 @@ def test_real_radiographs_with_a_node_lost(nodes: Nodes, shared: Path, tiny_bund
     made, out = tmp_path / "real.parquet", tmp_path / "scores"
     table, folder = shared / "nih" / "meta" / "Data_Entry_2017_v2020.csv.gz", shared / "nih" / "images1024"
     assert main(["manifest", str(table), "--images", str(folder), "--found-only", "--out", str(made)]) == 0
-    log = nodes.submit("score", score_arguments(tiny_bundle, made, out, "--set", "rows_per_file=4"), name="real")
+    log = nodes.submit(score_arguments(tiny_bundle.path, made, out, "--set", "rows_per_file=4"), name="real")
     wait_for_parts(nodes, log, out, 2)
     nodes.kill("b")
     print(assert_succeeds(nodes, log, 400))

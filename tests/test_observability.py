@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 import urllib.request
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,21 +52,21 @@ def test_page_and_dashboard_have_every_metric_and_no_other() -> None:
     )
     assert set(NAME.findall(PAGE)) == BY_NAME.keys()
     expressions = [target["expr"] for panel in PANELS for target in panel["targets"]]
-    assert {name for one in expressions for name in NAME.findall(one)} == BY_NAME.keys()
-    queries = [one["definition"] for one in BOARD["templating"]["list"] if one["type"] == "query"]
-    assert {name for one in queries for name in NAME.findall(one)} <= BY_NAME.keys()
+    assert set(NAME.findall(" ".join(expressions))) == BY_NAME.keys()
+    queries = [variable["definition"] for variable in BOARD["templating"]["list"] if variable["type"] == "query"]
+    assert set(NAME.findall(" ".join(queries))) <= BY_NAME.keys()
 
 
 def test_dashboard_expressions_fit_their_metrics() -> None:
     """Only counters have a rate; tags and variables exist; every series is summed over processes."""
-    variables = {one["name"] for one in BOARD["templating"]["list"]} | {"__rate_interval"}
+    variables = {variable["name"] for variable in BOARD["templating"]["list"]} | {"__rate_interval"}
     for target in (target for panel in PANELS for target in panel["targets"]):
         expression = target["expr"]
         assert set(re.findall(r"\$(\w+)", expression)) <= variables
         selected = re.findall(r"(rate\()?(ray_cxr_\w+)\{([^}]*)\}", expression)
         assert [name for _, name, _ in selected] == NAME.findall(expression)
         assert len(re.findall(r"\b(?:sum|max)(?: by \([\w, ]+\))? ?\(", expression)) == len(selected)
-        by = {tag for one in re.findall(r"by \(([^)]*)\)", expression) for tag in one.split(", ")}
+        by = {tag for tags in re.findall(r"by \(([^)]*)\)", expression) for tag in tags.split(", ")}
         assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= by
         for rate, name, labels in selected:
             assert not rate or BY_NAME[name].kind == "counter"
@@ -101,16 +101,17 @@ def totals(given: Given) -> dict[tuple[str, ...], float]:
     return dict(sums)
 
 
+def count_errors(command: str, codes: Mapping[str, int]) -> dict[tuple[str, ...], int]:
+    return {(telemetry.IMAGE_ERRORS.name, command, code): n for code, n in codes.items() if code != "ok"}
+
+
 def test_counts_of_all_threads_arrive(given: Given) -> None:
     def work(command: str) -> None:
         for _ in range(2000):
             telemetry.add_decode(command, 0.25)
 
-    threads = [threading.Thread(target=work, args=(command,)) for command in ("score", "score", "heatmaps", "prepare")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(work, ("score", "score", "heatmaps", "prepare")))
     telemetry.flush()
     sums = totals(given)
     for command, n in {"score": 4000, "heatmaps": 2000, "prepare": 2000}.items():
@@ -122,11 +123,7 @@ def test_counts_of_all_threads_arrive(given: Given) -> None:
 
 def test_files_are_counted_at_once_and_undefined_values_never(given: Given) -> None:
     telemetry.add_written(telemetry.IMAGES_SCORED, "score", 5, ["missing", "blank", "missing"])
-    expected = {
-        (telemetry.IMAGES_SCORED.name,): 5,
-        (telemetry.IMAGE_ERRORS.name, "score", "missing"): 2,
-        (telemetry.IMAGE_ERRORS.name, "score", "blank"): 1,
-    }
+    expected = {(telemetry.IMAGES_SCORED.name,): 5, **count_errors("score", {"missing": 2, "blank": 1})}
     assert totals(given) == expected
     telemetry.set_gauge(telemetry.VAL_AUROC, None, "run")
     telemetry.add(telemetry.TRAIN_WAIT_SECONDS, 0.0, "run")
@@ -169,7 +166,7 @@ def test_prepare_counts_every_row(without_ray: None, manifest: Path, given: Give
     assert sums == {
         (telemetry.IMAGES_PREPARED.name,): counts.total(),
         (telemetry.IMAGES_DECODED.name, "prepare"): pd.read_parquet(manifest)["path"].notna().sum(),
-        **{(telemetry.IMAGE_ERRORS.name, "prepare", code): n for code, n in counts.items() if code != "ok"},
+        **count_errors("prepare", counts),
     }
     assert counts.total() == len(pd.read_parquet(manifest)) > counts["ok"]
 
@@ -187,7 +184,7 @@ def test_score_counts_every_row(
     assert sums == {
         (telemetry.IMAGES_SCORED.name,): len(rows),
         (telemetry.IMAGES_DECODED.name, "score"): rows["path"].notna().sum(),
-        **{(telemetry.IMAGE_ERRORS.name, "score", code): n for code, n in rows["error_code"].value_counts().items()},
+        **count_errors("score", rows["error_code"].value_counts()),
     }
 
 
@@ -244,9 +241,9 @@ def test_port_shows_the_counts_of_score(
 ) -> None:
     out = tmp_path / "scores"
     earlier = {tags["WorkerId"] for _, tags, _ in at_the_port()}
-    code, _, said = command(*score_arguments(tiny_bundle.path, manifest, out, "--set", "batch_size=4"))
+    code, _, err = command(*score_arguments(tiny_bundle.path, manifest, out, "--set", "batch_size=4"))
     assert code == 0
-    assert "metric" not in said.lower()
+    assert "metric" not in err.lower()
     files = [pd.read_parquet(part) for part in sorted((out / "scores").glob("*.parquet"))]
     rows = pd.concat(files)
     errors = Counter(rows["error_code"].dropna())

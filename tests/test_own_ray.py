@@ -14,49 +14,44 @@ from typing import Any
 
 import psutil
 import pytest
-from nodes import BIN, find_free_port, wait_until
+from nodes import BIN, TRAINING, find_free_port, training_arguments, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(900)]
 
-TRAIN = {"backbone": "TinyCNN", "weights": "none", "size": 64, "batch_size": 6, "min_positives": 2}
-FILE_OF_ADDRESS = Path("/tmp/ray/ray_current_cluster")
+ADDRESS_FILE = Path("/tmp/ray/ray_current_cluster")
 
 
 @pytest.fixture(scope="module")
 def other_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray as `ray start` leaves it, in the folder where every other Ray looks for one."""
     log = tmp_path_factory.mktemp("other") / "log"
-    ports = [
-        f"--port={find_free_port()}",
-        f"--dashboard-port={find_free_port()}",
-        f"--ray-client-server-port={find_free_port()}",
-    ]
+    ports = [f"--{name}={find_free_port()}" for name in ("port", "dashboard-port", "ray-client-server-port")]
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
-    before = FILE_OF_ADDRESS.read_text() if FILE_OF_ADDRESS.exists() else None
-    FILE_OF_ADDRESS.unlink(missing_ok=True)
+    before = ADDRESS_FILE.read_text() if ADDRESS_FILE.exists() else None
+    ADDRESS_FILE.unlink(missing_ok=True)
     with log.open("wb") as stream:
         given = [BIN / "ray", "start", "--head", "--block", "--num-cpus=1", *ports]
         process = subprocess.Popen(given, stdout=stream, stderr=stream, env=environment, start_new_session=True)
     try:
-        wait_until(FILE_OF_ADDRESS.exists, 120, log.read_text)
+        wait_until(ADDRESS_FILE.exists, 120, log.read_text)
         wait_until(lambda: "Ray runtime started" in log.read_text(), 120, log.read_text)
         yield
     finally:
         for child in [*psutil.Process(process.pid).children(recursive=True), process]:
             child.kill()
         process.wait()
-        FILE_OF_ADDRESS.unlink(missing_ok=True)
+        ADDRESS_FILE.unlink(missing_ok=True)
         if before is not None:
-            FILE_OF_ADDRESS.write_text(before)
+            ADDRESS_FILE.write_text(before)
 
 
-#: A background job ignores Ctrl-C, and so do its children.
+#: A background job ignores Ctrl-C, and so do its children, unless they change that.
 DEFAULT_SIGINT = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
 COMMAND = "from ray_cxr.cli import main\nraise SystemExit(main())\n"
 
 
 def start(log: Path, *given: object, program: str = COMMAND) -> Any:
-    """Start a command whose proxy is a closed port."""
+    """Start a command with a proxy whose port is closed."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     environment |= dict.fromkeys(("http_proxy", "https_proxy"), f"http://127.0.0.1:{find_free_port()}")
     with log.open("wb") as stream:
@@ -66,35 +61,25 @@ def start(log: Path, *given: object, program: str = COMMAND) -> Any:
         )  # fmt: skip
 
 
-def train(prepared: Path, out: Path, **changes: object) -> list[str]:
-    settings = [part for key, value in (TRAIN | changes).items() for part in ("--set", f"{key}={value}")]
-    return ["train", str(prepared), "--out", str(out), *settings]
-
-
 def test_commands_are_independent_of_another_ray(other_ray: None, manifest: Path, tmp_path: Path) -> None:
-    sets, run, out = tmp_path / "sets", tmp_path / "run", tmp_path / "scores"
+    sets, run, out, config = (tmp_path / name for name in ("sets", "run", "scores", "tune.toml"))
+    settings = "".join(f"{key} = {value!r}\n" for key, value in (TRAINING | {"epochs": 1}).items())
+    config.write_text(f"[train]\n{settings}[tune]\ntrials = 1\n")
     for given in (
         ["prepare", manifest, "--out", sets, "--size", "64"],
-        train(sets, run, epochs=2, workers=2),
+        training_arguments(sets, run, epochs=2, workers=2),
         ["score", "--model", run / "bundle", "--manifest", manifest, "--out", out],
+        ["tune", sets, "--out", tmp_path / "study", "--config", config],
     ):
         log = tmp_path / f"{given[0]}.log"
-        assert start(log, *given).wait(300) == 0, log.read_text()
+        assert start(log, *given).wait(400) == 0, log.read_text()
     assert (out / "_SUCCESS").exists()
-
-
-def test_search_is_independent_of_another_ray(other_ray: None, prepared: Path, tmp_path: Path) -> None:
-    config = tmp_path / "tune.toml"
-    settings = "".join(f"{key} = {value!r}\n" for key, value in (TRAIN | {"epochs": 1}).items())
-    config.write_text(f"[train]\n{settings}[tune]\ntrials = 1\n")
-    log = tmp_path / "log"
-    assert start(log, "tune", prepared, "--out", tmp_path / "study", "--config", config).wait(400) == 0, log.read_text()
 
 
 def stop_in_mid_run(prepared: Path, folder: Path, how: str) -> tuple[int, str, float]:
     """Start a long run and stop it after its first step; returns exit code, log and seconds."""
     log = folder / "log"
-    process = start(log, *train(prepared, folder / "run", epochs=5000, patience=5000))
+    process = start(log, *training_arguments(prepared, folder / "run", epochs=5000, patience=5000))
     wait_until(lambda: "first step done" in log.read_text() or process.poll() is not None, 200, log.read_text)
     children = {child.name(): child for child in psutil.Process(process.pid).children()}
     stopped_at = time.monotonic()
@@ -131,7 +116,7 @@ def test_ctrl_c_during_export_ends_the_command(prepared: Path, tmp_path: Path) -
         "def wait(*_, **__):\n    print('exporting', flush=True)\n    time.sleep(100)\n"
         "trainer.export_bundle = wait\nraise SystemExit(main())"
     )
-    process = start(log, *train(prepared, tmp_path / "run", epochs=1), program=program)
+    process = start(log, *training_arguments(prepared, tmp_path / "run", epochs=1), program=program)
     wait_until(lambda: "exporting" in log.read_text() or process.poll() is not None, 200, log.read_text)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, log.read_text()

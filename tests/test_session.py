@@ -23,6 +23,7 @@ from unittest.mock import Mock
 
 import pytest
 import ray
+from nodes import find_free_port
 from ray._private import utils
 
 import ray_cxr
@@ -35,25 +36,24 @@ REAL_REMOTE = ray.remote
 HEAD = "10.0.0.1:6379"
 
 
-def hex_id(name: str) -> str:
-    """A node id of the length that Ray requires."""
-    return hashlib.sha224(name.encode()).hexdigest()
-
-
 class Cluster:
     """Answers the calls of `start_ray` by the version of each node; an exception is a lost node."""
 
     def __init__(self, answers: dict[str, str | Exception | None], silent: tuple[str, ...] = ()) -> None:
         self.answers, self.silent = answers, silent
+        self.names = {
+            hashlib.sha224(name.encode()).hexdigest(): name for name in answers
+        }  # by an id as Ray requires it
         self.queried: list[str] = []
         self.options_seen: list[dict[str, Any]] = []
-        self.shutdowns = 0
+        self.shutdown = Mock()
 
     def nodes(self) -> list[dict[str, Any]]:
-        def node(name: str, alive: bool) -> dict[str, Any]:
-            return {"NodeID": hex_id(name), "NodeManagerAddress": name, "Alive": alive, "Resources": {}}
-
-        return [node("gone", False), *(node(name, True) for name in self.answers)]
+        names = [("0" * 56, "gone"), *self.names.items()]
+        return [
+            {"NodeID": node_id, "NodeManagerAddress": name, "Alive": name != "gone", "Resources": {}}
+            for node_id, name in names
+        ]
 
     def remote(self, *arguments: Any, **options: Any) -> Any:
         if options or arguments[0].__module__ != session.__name__:
@@ -63,12 +63,8 @@ class Cluster:
 
     def options(self, **options: Any) -> Any:
         self.options_seen.append(options)
-        return type("Task", (), {"remote": lambda _: self._query(options["scheduling_strategy"].node_id)})()
-
-    def _query(self, node_id: str) -> str:
-        (name,) = [name for name in self.answers if hex_id(name) == node_id]
-        self.queried.append(name)
-        return name
+        name = self.names[options["scheduling_strategy"].node_id]
+        return SimpleNamespace(remote=lambda: self.queried.append(name) or name)
 
     def wait(self, refs: list[str], *, num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
         assert num_returns == len(refs)
@@ -80,9 +76,6 @@ class Cluster:
         if isinstance(answer, Exception):
             raise answer
         return answer
-
-    def shutdown(self) -> None:
-        self.shutdowns += 1
 
 
 class NoWatch(contextlib.nullcontext[None]):
@@ -119,8 +112,8 @@ def test_nodes_of_the_same_version_are_used(connect: Connect) -> None:
     cluster = Cluster({"a": HERE, "b": HERE})
     connect(cluster)
     assert cluster.queried == ["a", "b"]
-    assert [one["num_cpus"] for one in cluster.options_seen] == [0, 0], "a head without CPUs answers too"
-    assert cluster.shutdowns == 1
+    assert [options["num_cpus"] for options in cluster.options_seen] == [0, 0], "a head without CPUs answers too"
+    cluster.shutdown.assert_called_once()
     # Lost and slow nodes are skipped, large clusters are sampled, and a local Ray is not queried.
     connect(Cluster({"a": HERE, "b": ray.exceptions.RayError("lost"), "slow": "9.9.9"}, silent=("slow",)))
     connect(Cluster({}))
@@ -136,7 +129,7 @@ def test_node_with_another_version_is_refused(version: str | None, words: str, c
     cluster = Cluster({"a": HERE, "10.0.0.7": version})
     message = refusal(lambda: connect(cluster))
     assert f"node 10.0.0.7 {words}, this command is {HERE};" in message
-    assert cluster.shutdowns == 1, "the connection stayed open"
+    cluster.shutdown.assert_called_once()
 
 
 @pytest.mark.parametrize(("other_ray", "other_python"), [("2.9.0", "3.11.4"), (ray.__version__, "3.9.1")])
@@ -171,10 +164,14 @@ def port() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture
+def watch(port: int, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A watch of a local Ray whose only process is `Server`."""
+    monkeypatch.setattr(session, "_POLL_S", 0.01)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=f"127.0.0.1:{port}"))
+    made = session._RayWatch("local")
+    made._servers = [Server()]
+    return made
 
 
 @pytest.mark.parametrize("source", ["ray.address", "RAY_ADDRESS"])
@@ -183,7 +180,7 @@ def closed_port() -> int:
 def test_cluster_that_does_not_answer_is_named_and_given_up(
     source: str, scheme: str, listens: bool, port: int, monkeypatch, caplog
 ) -> None:
-    target = f"127.0.0.1:{port if listens else closed_port()}"
+    target = f"127.0.0.1:{port if listens else find_free_port()}"
     monkeypatch.setattr(session, "JOIN_TIMEOUT_S", 0.5)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", Mock(side_effect=AssertionError("Ray would wait for minutes")))
@@ -222,53 +219,44 @@ class Server:
 
 
 @pytest.mark.parametrize("lost", ["process", "port"])
-def test_own_ray_that_goes_away_ends_a_block_with_one_line(lost: str, port: int, monkeypatch) -> None:
-    monkeypatch.setattr(session, "_POLL_S", 0.01)
+def test_own_ray_that_is_lost_ends_a_block_with_one_line(lost: str, watch: Any) -> None:
     before = signal.signal(signal.SIGTERM, session._interrupt)  # as `start_ray` does
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=f"127.0.0.1:{port}"))
-    watch, server = session._RayWatch("local"), Server()
-    watch._servers = [server]
 
     def lose() -> None:
         with watch:
             time.sleep(0.1)
             assert watch.loss is None
             if lost == "process":
-                server.alive = False
+                watch._servers[0].alive = False
             else:
-                watch._target = f"127.0.0.1:{closed_port()}"
+                watch._target = f"127.0.0.1:{find_free_port()}"
             time.sleep(60)
 
     assert "the same command again" in refusal(lose, RayCxrError)
     signal.signal(signal.SIGTERM, before)
 
 
-def test_ray_that_is_shut_down_after_the_block_is_not_lost(port: int, monkeypatch) -> None:
-    monkeypatch.setattr(session, "_POLL_S", 0.01)
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=f"127.0.0.1:{port}"))
+def test_ray_that_is_shut_down_after_the_block_is_not_lost(watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "pthread_kill", Mock(side_effect=AssertionError))
-    watch = session._RayWatch("local")
-    looking = threading.Event()
+    is_checking = threading.Event()
 
-    def look(_: float) -> bool:
-        looking.set()
+    def check(_: float) -> bool:
+        is_checking.set()
         time.sleep(0.2)
         return False
 
-    monkeypatch.setattr(watch, "_is_running", look)
+    monkeypatch.setattr(watch, "_is_running", check)
     with watch:
-        assert looking.wait(10)
+        assert is_checking.wait(10)
     watch._thread.join(10)
     assert watch.loss is None
 
 
-def test_errors_of_a_command_stay_while_ray_is_there(port: int, monkeypatch) -> None:
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=f"127.0.0.1:{port}"))
-    for error in (KeyboardInterrupt, RayCxrError("a reason"), ValueError("another")):
-        watch = session._RayWatch("local")
-        watch._servers = [Server()]
-        with pytest.raises(type(error) if isinstance(error, Exception) else error), watch:
-            raise error
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RayCxrError, ValueError])
+def test_errors_of_a_command_stay_while_ray_is_running(error: Any, watch: Any) -> None:
+    with pytest.raises(error) as caught, watch:
+        raise error("a reason")
+    assert caught.value.args == ("a reason",)
 
 
 @pytest.mark.parametrize("ending", ["os._exit(3)", "os.kill(os.getpid(), 9)", "sys.exit(0)", "raise KeyboardInterrupt"])
@@ -290,18 +278,19 @@ def test_a_command_that_is_killed_leaves_a_line(ending: str) -> None:
         ({"no_proxy": "*"}, {"no_proxy": "*", "NO_PROXY": "*", "no_grpc_proxy": "*"}),
     ],
 )
-def test_only_hosts_of_the_cluster_are_exempt_from_proxies(given: dict[str, str], expected: dict[str, str]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
-            patch.setenv(name, given.get(name, ""))
-        patch.setenv("https_proxy", "http://10.9.9.9:3128")
-        for _ in range(2):  # twice changes nothing more
-            session.cluster.bypass_proxies(["10.0.0.1", "[::1]", ""])
-            assert {name: os.environ[name] for name in expected} == expected
-        assert os.environ["https_proxy"] == "http://10.9.9.9:3128"
-        if given.get("no_proxy") != "*":
-            assert not urllib.request.proxy_bypass_environment("pypi.org")
-        assert urllib.request.proxy_bypass_environment("10.0.0.1")
+def test_only_hosts_of_the_cluster_are_exempt_from_proxies(
+    given: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.setenv(name, given.get(name, ""))
+    monkeypatch.setenv("https_proxy", "http://10.9.9.9:3128")
+    for _ in range(2):  # twice changes nothing more
+        session.cluster.bypass_proxies(["10.0.0.1", "[::1]", ""])
+        assert {name: os.environ[name] for name in expected} == expected
+    assert os.environ["https_proxy"] == "http://10.9.9.9:3128"
+    if given.get("no_proxy") != "*":
+        assert not urllib.request.proxy_bypass_environment("pypi.org")
+    assert urllib.request.proxy_bypass_environment("10.0.0.1")
 
 
 def test_workers_of_a_cluster_behind_a_proxy_reach_its_head(connect: Connect, monkeypatch) -> None:
