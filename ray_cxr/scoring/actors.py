@@ -1,12 +1,12 @@
 """The workers of `score`: decode the images of ranges, run the model, write one file per range.
 
     paths, or members of an archive in its order
-      -> threads, each with a decoder in a child process      uint8[S,S], in order, up to a bounded number ahead
+      -> threads, each with a decoder in a child process      uint8[S,S], in order, a bounded number ahead of the model
       -> batches -> the model, several batches in flight      float32[F] and features
       -> one Parquet file per range, when its last row has a result
 
-An actor works on two ranges at once: the second starts to decode when the first has nothing left to read, so that
-neither the decoders nor the model run idle in between.
+An actor works on two ranges at once. The second range starts to decode when the first has nothing left to read, so that
+neither the decoders nor the model are idle in between.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import queue
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -31,10 +31,10 @@ from ray_cxr.errors import from_record
 from ray_cxr.evaluation import quality
 from ray_cxr.imaging.sandbox import DecodedImage, Failure
 from ray_cxr.models import predictions
-from ray_cxr.models.runtime import Outputs, Runtime
+from ray_cxr.models.runtime import Outputs
 from ray_cxr.scoring import ranges
 from ray_cxr.scoring.pool import PoolActor
-from ray_cxr.scoring.ranges import RangeState, RowLocation, ScoreJob, ScoreTask, TaskResult
+from ray_cxr.scoring.ranges import Outcomes, RangeState, RowLocation, ScoreJob, ScoreTask, TaskResult
 from ray_cxr.scoring.reader import ImageReader
 from ray_cxr.storage import atomic
 from ray_cxr.tasks import SUCCESS, encode_error, sanitize_error
@@ -42,7 +42,7 @@ from ray_cxr.tasks import SUCCESS, encode_error, sanitize_error
 #: Fields of a DICOM header that fill gaps in the input.
 _TAGS = ("patient_id", "study_id", "age", "sex", "view")
 
-#: Seconds that a batch took. A queue, because a future wakes its waiters before it runs its callbacks.
+#: Passes on the seconds that a batch took. It is a queue, because a future wakes its waiters before its callbacks run.
 LatencyQueue = queue.SimpleQueue[float]
 
 
@@ -53,37 +53,52 @@ class _Batch(NamedTuple):
     latency: LatencyQueue
 
 
-class Scorer:
-    """A loaded model; several threads can call `score` at once.
+class ModelActor(PoolActor):
+    """Scores images that other tasks decoded: on a GPU, or on CPUs with decode=apart.
 
-    The first batch was scored at `first_at`, seconds since the epoch; 0 before that.
+    `first_at` is when the first batch was scored, seconds since 1970; 0 before that.
     """
 
-    def __init__(self, job: ScoreJob, threads: int) -> None:
+    def open(self, job: ScoreJob, cpus: int) -> None:
         bundle = job.load_bundle()
         self.job, self.rules, self.quality = job, bundle.rules, bundle.quality
-        self.runtime: Runtime = bundle.open_runtime(
-            job.precision, batch_size=job.batch_size, threads=threads, gpu=job.use_gpu
-        )
+        self.runtime = bundle.open_runtime(job.precision, batch_size=job.batch_size, threads=cpus, gpu=job.use_gpu)
         self.first_at = 0.0
 
-    def score(
-        self, states: Sequence[RangeState], outcomes: Iterable[tuple[RowLocation, DecodedImage | Failure]]
-    ) -> TaskResult:
-        """Score images, in any order, and write each range when its last row has a result."""
+    def run(self, row: dict[str, Any]) -> TaskResult:
+        if row["error"]:
+            raise from_record(json.loads(row["error"]))
+        # Exactly the rows that were decoded, even if the file has changed since.
+        states = ranges.load_ranges(self.job, ScoreTask.from_row(row), row["positions"])
+        return self.score(states, _read_outcomes(row, self.job.spec.size) if states else ())
+
+    def score(self, states: Sequence[RangeState], outcomes: Outcomes) -> TaskResult:
+        """Score images, and write each range when its last row has a result."""
         files = list(ranges.fill_ranges(states, outcomes, ScoreWriter(self, states)))
         return TaskResult([index for index, _ in files], sum(rows for _, rows in files), first_at=self.first_at)
+
+
+class ScoreActor(ModelActor):
+    """Decodes and scores in one actor: fastest on CPUs, because no image passes through Ray's object store."""
+
+    def open(self, job: ScoreJob, cpus: int) -> None:
+        self._reader = ImageReader(job, cpus)
+        super().open(job, cpus)
+
+    def run(self, row: dict[str, Any]) -> TaskResult:
+        states = ranges.load_ranges(self.job, ScoreTask.from_row(row))
+        return self.score(states, self._reader.iter_images(states))
 
 
 class ScoreWriter:
     """Runs batches of a task's images through the model and writes a file of scores per range."""
 
-    def __init__(self, scorer: Scorer, states: Sequence[RangeState]) -> None:
-        self._scorer, self._states = scorer, states
-        findings, size = len(scorer.rules.findings), scorer.job.spec.size
+    def __init__(self, actor: ModelActor, states: Sequence[RangeState]) -> None:
+        self._actor, self._states = actor, states
+        findings, size = len(actor.rules.findings), actor.job.spec.size
         self._probabilities = {i: np.zeros((len(s.rows), findings), np.float32) for i, s in enumerate(states)}
         self._flags: dict[int, list[str | None]] = {i: [None] * len(s.rows) for i, s in enumerate(states)}
-        self._images = np.empty((scorer.job.batch_size, size, size), np.uint8)
+        self._images = np.empty((actor.job.batch_size, size, size), np.uint8)
         self._members: list[RowLocation] = []
         self._running: deque[_Batch] = deque()
 
@@ -103,7 +118,7 @@ class ScoreWriter:
 
     def _launch(self) -> None:
         images, latency, start = self._images[: len(self._members)].copy(), LatencyQueue(), time.monotonic()
-        future = self._scorer.runtime.submit(images)
+        future = self._actor.runtime.submit(images)
         future.add_done_callback(lambda _: latency.put(time.monotonic() - start))
         self._running.append(_Batch(self._members, images, future, latency))
         self._members = []
@@ -113,9 +128,9 @@ class ScoreWriter:
         batch = self._running.popleft()
         outputs = batch.outputs.result()
         telemetry.add_inference("score", batch.latency.get())
-        self._scorer.first_at = self._scorer.first_at or time.time()
+        self._actor.first_at = self._actor.first_at or time.time()
         flags: Sequence[str | None] = [None] * len(batch.members)
-        if (model := self._scorer.quality) is not None:
+        if (model := self._actor.quality) is not None:
             flags = quality.judge_images(model, batch.images, outputs.features)
         for (range_position, row), probabilities, flag in zip(batch.members, outputs.probabilities, flags, strict=True):
             self._probabilities[range_position][row], self._flags[range_position][row] = probabilities, flag
@@ -123,15 +138,10 @@ class ScoreWriter:
 
     def flush(self, range_position: int) -> tuple[int, int]:
         """Write a range; return its number and how many rows were scored now."""
-        state, job = self._states[range_position], self._scorer.job
-        rows = _add_tags(state.rows, state.tags, None if job.key is None else job.key.value)
-        result = predictions.assemble(
-            rows,
-            self._probabilities.pop(range_position),
-            state.failures,
-            self._scorer.rules,
-            self._flags.pop(range_position),
-        )
+        state, job = self._states[range_position], self._actor.job
+        rows = _add_tags(state.rows, state.tags, job.key)
+        probabilities, flags = self._probabilities.pop(range_position), self._flags.pop(range_position)
+        result = predictions.assemble(rows, probabilities, state.failures, self._actor.rules, flags)
         scored = len(result)
         if state.previous is not None and state.retried is not None:
             # Row numbers in the previous table followed by the new one.
@@ -166,31 +176,18 @@ def make_pseudonym(key: bytes, value: str) -> str:
     return hmac.new(key, value.encode("utf-8"), hashlib.sha256).hexdigest()[:32]
 
 
-class ScoreActor(PoolActor):
-    """Decodes and scores in one actor: fastest on CPUs, because no image passes through Ray's object store."""
-
-    def open(self, job: ScoreJob, cpus: int) -> None:
-        self._reader = ImageReader(job, cpus)
-        self._scorer = Scorer(job, cpus)
-
-    def run(self, row: dict[str, Any]) -> TaskResult:
-        states = ranges.load_ranges(self._scorer.job, ScoreTask.from_row(row))
-        return self._scorer.score(states, self._reader.iter_images(states))
-
-
 def decode_task(row: dict[str, Any], job: ScoreJob) -> Iterator[dict[str, Any]]:
     """Decode the images of a task's ranges in a Ray task of one CPU; yield a row for `ModelActor` per range.
 
-    A row has the columns of `ScoreTask` and `error`, and: `positions`, the rows of the range that were read; `images`,
-    uint8 [n*S*S], zeros for failures; `failures`, lists of row, code and message; `tags`, lists of row and `_TAGS`.
-    These are lists of texts, because Arrow would make another schema of each dictionary.
+    A row has the columns of `ScoreTask`, and `error`; `positions`, the rows of the range that were read; `images`,
+    uint8 [n*S*S], zeros for failures; `failures` and `tags` of `RangeState` as JSON, so that all rows have one schema.
     """
     try:
         task = ScoreTask.from_row(row)
         states = ranges.load_ranges(job, task)
         yield from ranges.fill_ranges(states, _open_reader(job).iter_images(states), DecodedWriter(job, task, states))
     except Exception as error:
-        columns = {"positions": [], "images": b"", "failures": [], "tags": []}
+        columns = {"positions": [], "images": b"", "failures": "{}", "tags": "{}"}
         yield {**ScoreTask((), False).to_row(), **columns, **encode_error(sanitize_error(error, "score"))}
     finally:
         telemetry.flush()
@@ -225,37 +222,15 @@ class DecodedWriter:
             **replace(self._task, ranges=(own,)).to_row(),
             "positions": np.flatnonzero(retried).tolist(),
             "images": self._images.pop(range_position).tobytes(),
-            "failures": [[str(row), code, message] for row, (code, message) in state.failures.items()],
-            "tags": [
-                [str(row), *("" if (value := tags.get(name)) is None else str(value) for name in _TAGS)]
-                for row, tags in state.tags.items()
-            ],
+            "failures": json.dumps(state.failures),
+            "tags": json.dumps(state.tags),
             **SUCCESS,
         }
 
 
 def _read_outcomes(row: dict[str, Any], size: int) -> Iterator[tuple[RowLocation, DecodedImage | Failure]]:
     """Yield the images and failures in a row of `decode_task`."""
-    failures = {int(i): (code, message) for i, code, message in row["failures"]}
-    tags: dict[int, dict[str, Any]] = {}
-    for i, *texts in row["tags"]:
-        fields: dict[str, Any] = {name: text or None for name, text in zip(_TAGS, texts, strict=True)}
-        tags[int(i)] = {**fields, "age": None if fields["age"] is None else float(fields["age"])}
+    failures, tags = json.loads(row["failures"]), json.loads(row["tags"])
     for i, image in enumerate(np.frombuffer(row["images"], np.uint8).reshape(-1, size, size)):
-        found = tags.get(i)
-        yield RowLocation(0, i), Failure(*failures[i], found) if i in failures else DecodedImage((image,), found)
-
-
-class ModelActor(PoolActor):
-    """Scores images that other tasks decoded: on a GPU, or on CPUs with decode=apart."""
-
-    def open(self, job: ScoreJob, cpus: int) -> None:
-        self._scorer = Scorer(job, cpus)
-
-    def run(self, row: dict[str, Any]) -> TaskResult:
-        if row["error"]:
-            raise from_record(json.loads(row["error"]))
-        job = self._scorer.job
-        # Exactly the rows that were decoded, even if the file has changed since.
-        states = ranges.load_ranges(job, ScoreTask.from_row(row), row["positions"])
-        return self._scorer.score(states, _read_outcomes(row, job.spec.size) if states else ())
+        failure, found = failures.get(str(i)), tags.get(str(i))
+        yield RowLocation(0, i), Failure(*failure, found) if failure else DecodedImage((image,), found)

@@ -1,11 +1,8 @@
 """`score --heatmaps K`: a second pass that draws heat maps of the K highest-ranked findings of each scored image.
 
-    SCORES/heatmaps/part-00000.parquet, ...     one per file of scores; `imaging.overlays` documents the columns
-    SCORES/heatmaps/<image>.<Finding>.png       the maps on top of their images
-
-As for scores, a range whose file is missing is pending, and a repeated range writes the same file. The file of maps is
-written after its PNGs and names the file of scores that it belongs to, so that maps of rows that were scored again are
-drawn again. Scores are only read.
+`imaging.overlays` describes the files. As with scores, a range whose file is missing is pending, and a repeated range
+writes the same file. A file of maps is written after its PNGs. It holds the digest of its file of scores: when rows are
+scored again, their maps are drawn again. This pass only reads scores.
 """
 
 from __future__ import annotations
@@ -23,29 +20,30 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from ray_cxr import telemetry
 from ray_cxr.config import HeatMapMethod, InputSpec, ScoreSettings
-from ray_cxr.data.ranges import Range
+from ray_cxr.data.partition import Range
 from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError
 from ray_cxr.imaging.overlays import FOLDER, SCHEMA, compute_area, overlay_name
 from ray_cxr.imaging.sandbox import DecodedImage
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import predictions, runtime
 from ray_cxr.models.bundle import Bundle
+from ray_cxr.scoring import ranges
 from ray_cxr.scoring.pool import PoolActor
-from ray_cxr.scoring.ranges import RangeState, RowLocation, ScoreJob, ScoreTask, TaskResult, fill_ranges, part_path
+from ray_cxr.scoring.ranges import RangeState, RowLocation, ScoreJob, ScoreTask, TaskResult, part_path
 from ray_cxr.scoring.reader import ImageReader
 from ray_cxr.storage import atomic, remote
 
 #: Images per forward pass, without and with a GPU.
 BATCH_SIZE = {False: 16, True: 64}
-#: A probability that differs by more between scoring and drawing belongs to another image; no precision explains it.
+#: Maximum difference of a probability between scoring and drawing. No precision explains more: the image has changed.
 MAX_DRIFT = 0.25
 #: Error code of an image that changed after scoring, in addition to `errors.ERROR_CODES`.
 CHANGED = "changed"
-#: Key in a file's metadata.
+#: Key of the entry that describes a file of maps in its metadata.
 _KEY = b"ray_cxr.heatmaps"
 
 
@@ -63,15 +61,15 @@ class HeatMapReport:
     """The heat maps in a folder, and what a run added.
 
     Attributes:
-        images, maps: images that have maps, and their maps; those of earlier runs included.
-        without_evidence: maps that are zero everywhere.
-        failures: images that were scored but not drawn, by code.
-        drawn_now: images that this run drew.
-        to_draw: for a dry run: rows in ranges without maps.
-        seconds: wall time of this run for maps.
+        images: number of images that have maps, those of earlier runs included.
+        maps: number of maps of these images.
+        without_evidence: number of maps that are zero everywhere.
+        failures: number of images that were scored but not drawn, by error code.
+        drawn_now: number of images that this run drew.
+        to_draw: of a dry run: number of rows in ranges without maps.
+        seconds: wall time that this run took for maps.
     """
 
-    per_image: int
     images: int = 0
     maps: int = 0
     without_evidence: int = 0
@@ -115,7 +113,7 @@ class HeatMapReport:
 
 
 def make_request(bundle: Bundle, settings: ScoreSettings, count: int) -> HeatMapRequest:
-    """Return what to draw for `--heatmaps count`: at most one map per finding of the bundle."""
+    """Return the request of `--heatmaps count`, with at most one map per finding of the bundle."""
     if count < 1:
         raise ConfigError(f"--heatmaps {count}: must be at least 1")
     diseases = len(_list_diseases(bundle.findings))
@@ -129,16 +127,18 @@ def map_path(out: Path, index: int) -> Path:
 
 
 def count_failures(part: pa.NativeFile | None) -> int | None:
-    """Return how many images of a file of maps have none; None if the file is incomplete."""
+    """Return the number of images that a file of maps lists as failed; None if the file is incomplete."""
     state = _read_state(part)
     return None if state is None else int(state["failures"])
 
 
 def find_pending(out: Path, indices: Iterable[int], run: str, request: HeatMapRequest, *, retry: bool) -> set[int]:
-    """Return the numbers of ranges whose maps are missing or out of date, and with `retry` also of retryable errors.
+    """Return the numbers of ranges whose maps are missing or out of date, and with `retry` also with retryable errors.
 
-    `run` is the digest of the settings that the scores were made with. Maps of another method or size raise
-    `OutputError`.
+    `run` is the digest of the settings that the scores were made with.
+
+    Raises:
+        OutputError: the folder holds maps of another method or size.
     """
     pending = set()
     indices = sorted(indices)
@@ -157,20 +157,15 @@ def find_pending(out: Path, indices: Iterable[int], run: str, request: HeatMapRe
     return pending
 
 
-def count_maps(out: Path, ranges: Sequence[Range], request: HeatMapRequest) -> HeatMapReport:
+def count_maps(out: Path, all_ranges: Sequence[Range]) -> HeatMapReport:
     """Count maps from their files, and check that each scored image has its maps or an error."""
-    report = HeatMapReport(request.count)
-    maps = remote.read_files(map_path(out, range_.index) for range_ in ranges)
-    scores = remote.read_files(part_path(out, range_.index) for range_ in ranges)
-    for range_, map_file, score_file in zip(ranges, maps, scores, strict=True):
+    report = HeatMapReport()
+    maps = remote.read_files(map_path(out, range_.index) for range_ in all_ranges)
+    scores = remote.read_files(part_path(out, range_.index) for range_ in all_ranges)
+    for range_, map_file, score_file in zip(all_ranges, maps, scores, strict=True):
         part = map_path(out, range_.index)
-        try:
-            scored = _read_scored(score_file, ["image_id"])["image_id"].to_pylist()
-            if map_file is None:
-                raise FileNotFoundError
-            table = pq.read_table(map_file, columns=["image_id", "evidence", "error_code"])
-        except (OSError, pa.ArrowException):
-            raise OutputError(f"{part}: missing or damaged; remove it and run score again") from None
+        scored = _read_scored(part_path(out, range_.index), score_file, ["image_id"])["image_id"].to_pylist()
+        table = ranges.read_part(part, map_file, ["image_id", "evidence", "error_code"])
         ids = table["image_id"].to_pylist()
         if list(dict.fromkeys(ids)) != scored:
             raise OutputError(f"{part}: does not match its file of scores; remove it and run score again")
@@ -188,6 +183,7 @@ def remove_maps(out: Path) -> None:
     for pattern in ("part-*.parquet", *(f"*.{name}.png" for name in LABELS)):
         remote.remove_files(folder.glob(pattern))
     remove_partial_files(out)
+    # `report` takes this folder as a sign of heat maps, and fails if it holds none.
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
@@ -203,12 +199,10 @@ def _list_diseases(findings: Sequence[str]) -> list[int]:
 
 
 def _read_state(part: pa.NativeFile | None) -> dict[str, Any] | None:
-    """Return what the metadata of a file of maps records; None if the file is missing or damaged."""
-    if part is None:
-        return None
+    """Return the entry that `HeatMapWriter.flush` writes to the metadata; None if the file is missing or damaged."""
     try:
-        state = json.loads((pq.read_metadata(part).metadata or {})[_KEY])
-    except (OSError, ValueError, KeyError, pa.ArrowException):
+        state = json.loads((ranges.read_metadata(part) or {})[_KEY])
+    except (ValueError, KeyError):
         return None
     return state if isinstance(state, dict) else None
 
@@ -220,49 +214,19 @@ def _digest_file(path: Path) -> str:
         return ""
 
 
-def _read_scored(part: pa.NativeFile | None, columns: list[str]) -> pa.Table:
-    """Return the rows with scores of a file of scores; None is a missing file."""
-    if part is None:
-        raise FileNotFoundError
-    table = pq.read_table(part, columns=[*columns, "status"])
-    return table.filter(pa.array([status == "ok" for status in table["status"].to_pylist()], pa.bool_()))
-
-
-class HeatMapModel:
-    """A model with gradients, and threads that draw; each of the two uses up to `threads` threads."""
-
-    def __init__(self, job: ScoreJob, request: HeatMapRequest, threads: int) -> None:
-        bundle = job.load_bundle()
-        self.job, self.request, self.findings = job, request, bundle.findings
-        self._diseases = np.array(_list_diseases(bundle.findings))
-        points = bundle.rules.thresholds
-        self._thresholds = np.array([np.nan if (point := points.get(f)) is None else point for f in bundle.findings])
-        if job.use_gpu:
-            if not runtime.use_gpu_memory_as_needed():
-                raise ConfigError("--gpu: this actor sees no GPU; check that requirements-gpu.lock is installed there")
-        elif "keras" not in sys.modules:
-            runtime.limit_threads(threads)
-        from ray_cxr.models.explain import GradCam  # imports Keras, whose threads are limited by now
-
-        self.cam = GradCam(bundle.model(), request.method)
-        #: Size in which overlays show an image.
-        self.shown = InputSpec(size=request.side, aspect="pad")
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="draw")
-
-    def choose_findings(self, p: np.ndarray) -> np.ndarray:
-        """Return the numbers of the highest-ranked findings, int [n,K]; the first is the scores' top_finding."""
-        ranks = predictions.compute_ranks(p, self._thresholds)[:, self._diseases]
-        order = np.argsort(-ranks, axis=1, kind="stable")[:, : self.request.count]
-        return np.asarray(self._diseases[order])
+def _read_scored(part: Path, file: pa.NativeFile | None, columns: list[str]) -> pa.Table:
+    """Return the rows of a file of scores that have no error."""
+    table = ranges.read_part(part, file, [*columns, "status"])
+    return table.filter(pc.equal(table["status"], "ok"))
 
 
 class HeatMapWriter:
     """Draws the maps of a task's images, and writes a file of maps per range."""
 
-    def __init__(self, model: HeatMapModel, states: Sequence[RangeState]) -> None:
-        self._model, self._job, self._states = model, model.job, states
+    def __init__(self, actor: HeatMapActor, states: Sequence[RangeState]) -> None:
+        self._actor, self._job, self._states = actor, actor.job, states
         self._digests = [_digest_file(part_path(self._job.folder, state.index)) for state in states]
-        columns = [f"p_{name}" for name in model.findings]
+        columns = [f"p_{name}" for name in actor.findings]
         self._p = [
             np.column_stack([state.rows[name].to_numpy() for name in columns]).astype(np.float32) for state in states
         ]
@@ -279,47 +243,42 @@ class HeatMapWriter:
         if not batch:
             return []
         p = np.stack([self._p[range_position][row] for (range_position, row), _ in batch])
-        chosen = self._model.choose_findings(p)
+        chosen = self._actor.choose_findings(p)
         # All batches have one size, so that the model is traced once.
         side, padding = self._job.spec.size, self._job.batch_size - len(batch)
         images = np.zeros((self._job.batch_size, side, side, 1), np.uint8)
         images[: len(batch), ..., 0] = [image.images[0] for _, image in batch]
         start = time.monotonic()
-        maps, new_p = self._model.cam.explain(images, np.pad(chosen.astype(np.int32), ((0, padding), (0, 0))))
+        maps, new_p = self._actor.cam.explain(images, np.pad(chosen.astype(np.int32), ((0, padding), (0, 0))))
         telemetry.add_inference("heatmaps", time.monotonic() - start)
-        drawings = [
-            self._model.pool.submit(self._draw, location, image, chosen[n], p[n], maps[n])
-            for n, (location, image) in enumerate(batch)
-            if np.abs(new_p[n] - p[n]).max() <= MAX_DRIFT
-        ]
+        drawings = []
+        for n, (location, image) in enumerate(batch):
+            if np.abs(new_p[n] - p[n]).max() <= MAX_DRIFT:
+                drawings.append(self._actor.pool.submit(self._draw, location, image, chosen[n], p[n], maps[n]))
+            else:
+                state = self._states[location.range_position]
+                state.failures[location.row] = (CHANGED, "the image changed after scoring; score it again")
         for drawing in drawings:
-            (range_position, row), rows = drawing.result()
-            self._maps[range_position][row] = rows
-        for (range_position, row), _ in batch:
-            if row not in self._maps[range_position]:
-                self._states[range_position].failures[row] = (
-                    CHANGED,
-                    "the image changed after scoring; score it again",
-                )
+            drawing.result()
         return [location for location, _ in batch]
 
     def _draw(
         self, location: RowLocation, image: DecodedImage, chosen: np.ndarray, p: np.ndarray, maps: np.ndarray
-    ) -> tuple[RowLocation, list[dict[str, Any]]]:
-        """Write an image's overlays; return its rows of the file of maps."""
+    ) -> None:
+        """Write an image's overlays, and keep its rows for the file of maps."""
         from ray_cxr.models.explain import crop_padding, draw_overlay, encode_png
 
-        model = self._model
+        actor = self._actor
         assert image.shape is not None
         height, width = image.shape
-        shown = crop_padding(image.images[1], model.shown, image.shape)
+        shown = crop_padding(image.images[1], actor.shown, image.shape)
         area = compute_area(self._job.spec, height, width)
         image_id = self._states[location.range_position].rows["image_id"][location.row].as_py()
         rows = []
         for rank, (number, cells) in enumerate(zip(chosen.tolist(), maps, strict=True), start=1):
-            finding = model.findings[number]
+            finding = actor.findings[number]
             name = overlay_name(image_id, finding)
-            png = encode_png(draw_overlay(shown, cells, area, side=model.request.side))
+            png = encode_png(draw_overlay(shown, cells, area, side=actor.request.side))
             atomic.write_bytes(self._job.folder / FOLDER / name, png)
             rows.append(
                 {
@@ -337,10 +296,10 @@ class HeatMapWriter:
                     "overlay": name,
                 }
             )
-        return location, rows
+        self._maps[location.range_position][location.row] = rows
 
     def flush(self, range_position: int) -> tuple[int, int]:
-        """Write the maps of a range; return its number and how many images it has maps of."""
+        """Write the maps of a range; return the number of the range and how many of its images have maps."""
         state, maps, job = self._states[range_position], self._maps[range_position], self._job
         job.check_run()
         for row, (code, message) in state.failures.items():
@@ -349,7 +308,7 @@ class HeatMapWriter:
         record = {
             "run": job.run_digest,
             "scores": self._digests[range_position],
-            **asdict(self._model.request),
+            **asdict(self._actor.request),
             "failures": len(codes),
             "retryable": sum(code in RETRYABLE_CODES for code in codes),
         }
@@ -366,31 +325,52 @@ class HeatMapWriter:
 
 
 def _list_overlays(part: Path) -> set[str]:
-    """Return the names of the overlays of an existing file of maps; none for a file of another program."""
+    """Return the names of the overlays that a file of maps lists; none for a file of another program."""
     file = remote.read_file(part)
     if _read_state(file) is None:
         return set()
-    names = pq.read_table(file, columns=["overlay"])["overlay"].to_pylist()
+    names = ranges.read_part(part, file, ["overlay"])["overlay"].to_pylist()
     return {name for name in names if name and "/" not in name and name.endswith(".png")}
 
 
 class HeatMapActor(PoolActor):
-    """Decodes images, runs the model with gradients and draws, in one actor."""
+    """Decodes images, runs the model with gradients and draws, with up to `cpus` threads for each of these."""
 
     command = "score --heatmaps"
 
     def open(self, job: ScoreJob, request: HeatMapRequest, cpus: int) -> None:
-        self._model = HeatMapModel(job, request, cpus)
-        self._reader = ImageReader(job, cpus, [self._model.shown], "heatmaps")
+        bundle = job.load_bundle()
+        self.job, self.request, self.findings = job, request, bundle.findings
+        self._diseases = np.array(_list_diseases(bundle.findings))
+        # A finding without a threshold has NaN.
+        self._thresholds = np.array([bundle.rules.thresholds.get(name) for name in bundle.findings], np.float64)
+        if job.use_gpu:
+            if not runtime.use_gpu_memory_as_needed():
+                raise ConfigError("--gpu: this actor sees no GPU; check that requirements-gpu.lock is installed there")
+        elif "keras" not in sys.modules:
+            runtime.limit_threads(cpus)
+        from ray_cxr.models.explain import GradCam  # imports Keras, whose threads are limited by now
+
+        self.cam = GradCam(bundle.model(), request.method)
+        #: How overlays show an image.
+        self.shown = InputSpec(size=request.side, aspect="pad")
+        self.pool = ThreadPoolExecutor(cpus, thread_name_prefix="draw")
+        self._reader = ImageReader(job, cpus, [self.shown], "heatmaps")
+
+    def choose_findings(self, p: np.ndarray) -> np.ndarray:
+        """Return the numbers of the highest-ranked findings, int [n,K]; the first is the scores' top_finding."""
+        ranks = predictions.compute_ranks(p, self._thresholds)[:, self._diseases]
+        order = np.argsort(-ranks, axis=1, kind="stable")[:, : self.request.count]
+        return np.asarray(self._diseases[order])
 
     def run(self, row: dict[str, Any]) -> TaskResult:
-        task, job = ScoreTask.from_row(row), self._model.job
+        task, job = ScoreTask.from_row(row), self.job
         indices = {range_.index for range_ in task.ranges}
         if not task.retry:
-            # Ray repeats a task whose worker was lost; ranges that it had drawn stay.
-            indices = find_pending(job.folder, indices, job.run_digest, self._model.request, retry=False)
-        columns = ["image_id", "path", *(f"p_{name}" for name in self._model.findings)]
-        paths = ((index, part_path(job.folder, index)) for index in sorted(indices))
-        states = [RangeState(index, _read_scored(remote.read_file(path), columns)) for index, path in paths]
-        files = list(fill_ranges(states, self._reader.iter_images(states), HeatMapWriter(self._model, states)))
+            # Ray repeats a task whose worker was lost: ranges that it had drawn stay as they are.
+            indices = find_pending(job.folder, indices, job.run_digest, self.request, retry=False)
+        columns = ["image_id", "path", *(f"p_{name}" for name in self.findings)]
+        paths = {index: part_path(job.folder, index) for index in sorted(indices)}
+        states = [RangeState(i, _read_scored(path, remote.read_file(path), columns)) for i, path in paths.items()]
+        files = list(ranges.fill_ranges(states, self._reader.iter_images(states), HeatMapWriter(self, states)))
         return TaskResult([index for index, _ in files], sum(images for _, images in files))

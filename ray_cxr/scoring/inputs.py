@@ -1,4 +1,4 @@
-"""The rows to score, from a manifest or the listing of a folder, with only ids and paths in memory."""
+"""The rows to score, from a manifest or the listing of a folder; only their ids and paths are kept in memory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_cxr.data import manifest as manifests
-from ray_cxr.data.ranges import group_by_archive
+from ray_cxr.data.partition import group_by_archive
 from ray_cxr.storage import atomic
 
-#: Row groups of the frozen input: at least 8,192 rows each, and about 1,000 groups at most. For each task a worker
-#: reads the groups of its rows and the file's footer, which grows with the number of groups.
+#: The frozen input has row groups of at least 8,192 rows, and at most about 1,000 groups. For each task a worker reads
+#: the row groups of the task, and the footer of the file, which grows with the number of groups.
 _GROUP_ROWS, _MAX_GROUPS = 8192, 1000
 
 
@@ -23,9 +23,9 @@ class InputRows:
     """The rows of a run, in the order of reading.
 
     Attributes:
-        digest: of all columns, see `manifest.digest`.
-        notes: sentences about files in a folder that are not images.
-        freeze: writes all columns to a Parquet file with row groups of the given size.
+        digest: digest of all columns, see `manifest.digest`.
+        notes: sentences about files in the folder that are not images.
+        freeze: function that writes all columns to a Parquet file with row groups of a given size.
     """
 
     ids: pa.ChunkedArray
@@ -44,7 +44,7 @@ class InputRows:
 
 
 def group_rows(rows: int, rows_per_file: int) -> int:
-    """Return the rows per row group of the frozen input: whole ranges, so that a worker reads few rows of others."""
+    """Return the rows per row group of the frozen input: a multiple of a range, so that tasks share few groups."""
     return rows_per_file * -(-max(_GROUP_ROWS, rows // _MAX_GROUPS) // rows_per_file)
 
 

@@ -9,13 +9,14 @@
     SCORES/_SUCCESS               last, once all rows were counted from the files themselves
 
 `actors.ScoreWriter.flush` writes the rows of a range. Ranges without an output file are pending. A killed run loses at
-most the ranges in progress, and a repeated range writes the same name.
+most the ranges in progress. A repeated range writes a file of the same name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import time
 from collections import Counter
@@ -36,7 +37,7 @@ from ray_cxr.imaging.overlays import FOLDER
 from ray_cxr.scoring import heatmaps, inputs, ranges
 from ray_cxr.scoring.actors import ModelActor, ScoreActor, decode_task
 from ray_cxr.scoring.heatmaps import HeatMapActor, HeatMapReport
-from ray_cxr.scoring.plan import KIND, REMEDY, ScorePlan, ScoreReport, ScoreRequest, plan_run, preview_run, read_part
+from ray_cxr.scoring.plan import KIND, REMEDY, ScorePlan, ScoreReport, ScoreRequest, plan_run, preview_run
 from ray_cxr.scoring.pool import ActorPlan, build_dataset, plan_drawing, plan_scoring, run_tasks, show_files
 from ray_cxr.scoring.ranges import INPUT, SCORES, ScoreJob, TaskResult
 from ray_cxr.storage import atomic, remote, run_folder
@@ -44,12 +45,10 @@ from ray_cxr.versions import versions
 
 logger = logging.getLogger(__name__)
 
-#: Images per forward pass, without and with a GPU. On a CPU a batch of 16 overflows its caches: DenseNet121 in bfloat16
-#: takes 33 ms of a core for each image in one, 22 ms in a batch of 4.
+#: Images per forward pass, without and with a GPU. A batch of 16 overflows the caches of a CPU: DenseNet121 in bfloat16
+#: takes 33 ms of a core per image in a batch of 16, and 22 ms in a batch of 4.
 BATCH_SIZE = {False: 4, True: 64}
-#: Settings that run.json lists under `heatmaps`.
-_HEATMAP_SETTINGS = {"heatmap_method", "heatmap_pixels"}
-#: Names of stages in the log, if they differ from the keys in run.json.
+#: Names of start-up stages in the log that differ from the keys in run.json.
 _STAGES = {"network": "model", "first pictures": "first images"}
 
 StartRay = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -59,7 +58,8 @@ def score(request: ScoreRequest, start_ray: StartRay = contextlib.nullcontext) -
     """Score every image of a manifest or folder; continue where an earlier run stopped.
 
     Args:
-        start_ray: returns a context in which Ray runs; entered after all checks that need no Ray, and only for work.
+        start_ray: returns a context in which Ray runs. It is entered after all checks that need no Ray, and only if
+            rows are pending.
 
     Raises:
         InputError: the bundle, the input or a setting is wrong, or `out` holds another run.
@@ -68,17 +68,17 @@ def score(request: ScoreRequest, start_ray: StartRay = contextlib.nullcontext) -
     started = time.monotonic()
     times = {"command": request.started_at or time.time()}
     plan = plan_run(request)
-    times["checked"] = time.time()
+    times["checks"] = time.time()
     if request.dry_run:
         return preview_run(plan)
     report = ScoreReport(rows=plan.n_rows, notes=plan.rows.notes)
     if not plan.has_work and not request.fresh and run_folder.is_complete(plan.out):
         report.counts = _count_rows(plan, run_folder.digest_settings(plan.out))
         if plan.drawing is not None:
-            report.heatmaps = heatmaps.count_maps(plan.out, plan.ranges, plan.drawing)
+            report.heatmaps = heatmaps.count_maps(plan.out, plan.ranges)
     else:
         with start_ray() if plan.has_work else contextlib.nullcontext():
-            times["ray"] = time.time()
+            times["Ray"] = time.time()
             _execute(plan, report, times, started)
         _finalise(plan, report)
     _check_error_rate(report, request.settings.max_error_rate)
@@ -88,10 +88,10 @@ def score(request: ScoreRequest, start_ray: StartRay = contextlib.nullcontext) -
 def _execute(plan: ScorePlan, report: ScoreReport, times: dict[str, float], started: float) -> None:
     """Score and draw the pending ranges, then count all files.
 
-    `times` are the seconds since the epoch at which stages ended; `started` is in the unit of `time.monotonic()`.
+    `times` is when the command started, then when each stage of the start-up ended, seconds since 1970. `started` is a
+    result of `time.monotonic()`.
     """
-    request = plan.request
-    drawing_pool = None
+    request, drawing_pool = plan.request, None
     if plan.has_work:
         if plan.tasks:
             report.pool = plan_scoring(request.settings, len(plan.tasks), use_gpu=request.use_gpu)
@@ -159,12 +159,12 @@ def _remove_run(out: Path) -> None:
 def _score_ranges(
     plan: ScorePlan, job: ScoreJob, report: ScoreReport, pool: ActorPlan, times: dict[str, float]
 ) -> None:
-    times["planned"] = time.time()
+    times["plan"] = time.time()
     folder, written = plan.out / SCORES, plan.written
     build = functools.partial(
         build_dataset,
         actor=ModelActor if pool.decode_apart else ScoreActor,
-        arguments={"job": job, "cpus": max(1, pool.cpus)},
+        arguments={"job": job},
         plan=pool,
         decode=decode_task if pool.decode_apart else None,
     )
@@ -183,20 +183,14 @@ def _score_ranges(
 
 def _split_start_up(result: TaskResult, times: dict[str, float]) -> dict[str, float]:
     """Return the seconds of each stage between the start of the command and the first scored image."""
-    return {
-        "all": result.first_at - times["command"],
-        "checks": times["checked"] - times["command"],
-        "Ray": times["ray"] - times["checked"],
-        "plan": times["planned"] - times["ray"],
-        "actor": result.created_at - times["planned"],
-        "network": result.ready_at - result.created_at,
-        "first pictures": result.first_at - result.ready_at,
-    }
+    ends = {**times, "actor": result.created_at, "network": result.ready_at, "first pictures": result.first_at}
+    stages = {name: end - start for (_, start), (name, end) in itertools.pairwise(ends.items())}
+    return {"all": result.first_at - times["command"], **stages}
 
 
 def _count_errors(part: pa.NativeFile | None) -> int | None:
-    found = ranges.read_run(part)
-    return None if found is None else found.errors
+    metadata = ranges.read_metadata(part)
+    return None if metadata is None else int(metadata.get(ranges.ERRORS_KEY, 0))
 
 
 def _draw_maps(plan: ScorePlan, job: ScoreJob, pool: ActorPlan | None) -> HeatMapReport:
@@ -205,34 +199,32 @@ def _draw_maps(plan: ScorePlan, job: ScoreJob, pool: ActorPlan | None) -> HeatMa
     started = time.monotonic()
     out, request, retry = plan.out, plan.drawing, plan.request.retry_errors
     indices = {range_.index for range_ in plan.ranges}
-    pending = heatmaps.find_pending(out, indices, job.run_digest, request, retry=retry)
+    find_pending = functools.partial(heatmaps.find_pending, out, run=job.run_digest, request=request)
+    pending = find_pending(indices, retry=retry)
     tasks = ranges.make_tasks(plan.units, pending, retry=retry)
     drawn = 0
     if tasks and pool is not None:
         (out / FOLDER).mkdir(exist_ok=True)
         pool = replace(pool, actors=min(pool.actors, len(tasks)))
         job = replace(job, batch_size=job.settings.batch_size or heatmaps.BATCH_SIZE[job.use_gpu])
-        arguments = {"job": job, "request": request, "cpus": max(1, pool.cpus)}
+        arguments = {"job": job, "request": request}
         build = functools.partial(build_dataset, actor=HeatMapActor, arguments=arguments, plan=pool)
-
-        def is_drawn(index: int) -> bool:
-            return not heatmaps.find_pending(out, {index}, job.run_digest, request, retry=False)
-
+        results = run_tasks(tasks, build, lambda index: not find_pending({index}, retry=False))
         done = indices - pending
         with show_files("heat maps", out / FOLDER, plan.ranges, done, heatmaps.count_failures, "score --heatmaps"):
-            drawn = sum(result.images for result in run_tasks(tasks, build, is_drawn))
-    report = heatmaps.count_maps(out, plan.ranges, request)
+            drawn = sum(result.images for result in results)
+    report = heatmaps.count_maps(out, plan.ranges)
     report.drawn_now, report.seconds = drawn, time.monotonic() - started
     return report
 
 
 def _count_rows(plan: ScorePlan, run: str) -> Counter[str]:
-    """Count rows by status from the files, and check that they are the input's, each once, in order, by this model."""
+    """Count rows by status from the files, and check that they are the rows of the input, in order, by this model."""
     counts: Counter[str] = Counter()
     folder, ids = plan.out / SCORES, plan.rows.ids
     parts = [ranges.part_path(plan.out, range_.index) for range_ in plan.ranges]
     for range_, part, file in zip(plan.ranges, parts, remote.read_files(parts), strict=True):
-        table = read_part(part, file, ["image_id", "error_code", "model_digest"])
+        table = ranges.read_part(part, file, ["image_id", "error_code", "model_digest"])
         expected = ids.slice(range_.start, range_.rows)
         models = set(pc.unique(table["model_digest"]).to_pylist()) - {None}
         same = len(table) == range_.rows and pc.all(pc.equal(table["image_id"], expected), skip_nulls=False).as_py()
@@ -278,7 +270,8 @@ def _make_record(plan: ScorePlan, report: ScoreReport) -> dict[str, Any]:
         "input": request.origin,
         "input_digest": plan.settings["input_digest"],
         "split": manifests.split_info(pq.read_schema(plan.out / INPUT).empty_table()),
-        "settings": request.settings.model_dump(mode="json", exclude=_HEATMAP_SETTINGS),
+        # `heatmaps` lists these two.
+        "settings": request.settings.model_dump(mode="json", exclude={"heatmap_method", "heatmap_pixels"}),
         "use_gpu": request.use_gpu,
         "precision": plan.settings["precision"],
         "notes": report.notes,

@@ -1,26 +1,22 @@
-"""First step of `score`: check its request and find the pending ranges, without Ray and without writing."""
+"""The first step of `score`: check the request and find the pending ranges, without Ray and without writing."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from ray_cxr.config import ScoreSettings
-from ray_cxr.data.ranges import Range, Unit, first_location, plan_units
-from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError
+from ray_cxr.data.partition import Range, Unit, first_location, plan_units
+from ray_cxr.errors import RETRYABLE_CODES, ConfigError
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.models.runtime import TOLERANCE, choose_precision
 from ray_cxr.scoring import heatmaps, inputs
 from ray_cxr.scoring.actors import make_pseudonym
 from ray_cxr.scoring.heatmaps import HeatMapReport, HeatMapRequest
 from ray_cxr.scoring.pool import ActorPlan
-from ray_cxr.scoring.ranges import INPUT, SCORES, ScoreTask, Secret, list_parts, make_tasks, part_path
+from ray_cxr.scoring.ranges import INPUT, SCORES, ScoreTask, list_parts, make_tasks, part_path, read_part
 from ray_cxr.storage import remote, run_folder
 from ray_cxr.storage.paths import make_absolute
 
@@ -35,12 +31,12 @@ class ScoreRequest:
     Attributes:
         model: folder of a bundle, on storage that all nodes share.
         out: folder for the scores, on storage that all nodes share.
-        manifest, images: a manifest, or a folder or URI of images; exactly one is set.
+        manifest, images: the input, a manifest or a folder or URI of images; exactly one of the two is set.
         fresh: remove an earlier run in `out` first.
         retry_errors: score rows again whose error code is retryable.
         limit: maximum number of rows to score.
         heatmaps: number of heat maps per image, drawn after scoring.
-        started_at: start of the command, seconds since the epoch; None: now.
+        started_at: start of the command, seconds since 1970; None: now.
     """
 
     model: str | Path
@@ -71,7 +67,7 @@ class ScoreReport:
     """The state of the scores after a run.
 
     Attributes:
-        counts: rows by status (`ok` or an error code) in all files, those of earlier runs included.
+        counts: rows by status (`ok` or an error code) in all files, those that earlier runs wrote included.
         scored_now: rows written by this run.
         start_up: seconds up to the first scored image, by stage; empty if nothing was scored.
         notes: sentences about files in the image folder that are not images.
@@ -101,12 +97,12 @@ class ScorePlan:
     """Work of one run.
 
     Attributes:
-        rows: the whole input, rows beyond `limit` included.
+        rows: the whole input, with the rows beyond `limit`.
         units: ranges of the rows to score, grouped by archive.
         written: numbers of ranges that have a file.
         to_draw: numbers of ranges with scores but without the requested maps.
         first_image: location of the first image, or of its archive.
-        settings: contents of settings.json, which a later run must match.
+        settings: contents of settings.json, which a later run in the same folder must match.
     """
 
     request: ScoreRequest
@@ -120,7 +116,7 @@ class ScorePlan:
     first_image: str | None
     settings: dict[str, Any]
     drawing: HeatMapRequest | None
-    key: Secret | None
+    key: bytes | None = field(repr=False)
 
     @property
     def ranges(self) -> list[Range]:
@@ -143,7 +139,7 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
     started_with = {} if request.fresh else run_folder.read_settings(out)
     requested = settings.precision
     if requested == "auto" and started_with.get("precision") in TOLERANCE:
-        # A run continues with the precision it started with, on any machine.
+        # A run continues on any machine with the precision that it started with.
         requested = started_with["precision"]
     precision = choose_precision(bundle.info, requested, gpu=request.use_gpu)
     key = _read_key(settings.pseudonym_key)
@@ -151,7 +147,7 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
     if request.manifest is not None:
         rows = inputs.read_manifest(request.manifest)
     elif started_with.get("images") == images and (out / INPUT).exists():
-        # The folder may have changed since; the run continues with the images it started with.
+        # The run continues with the images that it started with, even if the folder has changed.
         rows = inputs.read_manifest(out / INPUT)
     else:
         rows = inputs.list_folder(str(request.images))
@@ -169,7 +165,7 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
         "rows_per_file": settings.rows_per_file,
         "max_pixels": settings.max_pixels,
         # Differs between keys without revealing them.
-        "pseudonyms": None if key is None else make_pseudonym(key.value, "ray_cxr"),
+        "pseudonyms": None if key is None else make_pseudonym(key, "ray_cxr"),
     }
     if request.fresh:
         run_folder.refuse_foreign(out, KIND)
@@ -184,9 +180,8 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
         to_draw = heatmaps.find_pending(out, indices, run, drawing, retry=request.retry_errors)
     tasks = make_tasks(units, indices - written, retry=False)
     if request.retry_errors:
-        numbers = sorted(written)
-        errors = zip(numbers, _count_retryable([part_path(out, index) for index in numbers]), strict=True)
-        tasks += make_tasks(units, {index for index, count in errors if count}, retry=True)
+        errors = _count_retryable(out, sorted(written))
+        tasks += make_tasks(units, {index for index, count in errors.items() if count}, retry=True)
     first_image = first_location(rows.paths)
     return ScorePlan(request, bundle, out, rows, units, written, tasks, to_draw, first_image, wanted, drawing, key)
 
@@ -196,30 +191,18 @@ def preview_run(plan: ScorePlan) -> ScoreReport:
     report = ScoreReport(rows=plan.n_rows, notes=plan.rows.notes)
     for task in plan.tasks:
         if task.retry:
-            count = sum(_count_retryable([part_path(plan.out, range_.index) for range_ in task.ranges]))
+            count = sum(_count_retryable(plan.out, [range_.index for range_ in task.ranges]).values())
         else:
             count = sum(range_.rows for range_ in task.ranges)
         report.counts["to score"] += count
     if plan.drawing is not None:
         to_draw = plan.to_draw.union(range_.index for task in plan.tasks for range_ in task.ranges)
         rows = sum(range_.rows for range_ in plan.ranges if range_.index in to_draw)
-        report.heatmaps = HeatMapReport(plan.drawing.count, to_draw=rows)
+        report.heatmaps = HeatMapReport(to_draw=rows)
     return report
 
 
-def read_part(part: Path, file: pa.NativeFile | None, columns: list[str]) -> pa.Table:
-    """Read columns of a file of scores; None is a missing file."""
-    try:
-        if file is None:
-            raise FileNotFoundError
-        # `read_table` takes two to three times as long for small files.
-        with pq.ParquetFile(file) as opened:
-            return opened.read(columns=columns, use_threads=False)
-    except (OSError, pa.ArrowException):
-        raise OutputError(f"{part}: missing or damaged; remove it and run score again") from None
-
-
-def _read_key(path: str | None) -> Secret | None:
+def _read_key(path: str | None) -> bytes | None:
     """Read the key for pseudonyms from a file of at least 16 bytes."""
     if path is None:
         return None
@@ -229,11 +212,14 @@ def _read_key(path: str | None) -> Secret | None:
         raise ConfigError(f"pseudonym_key {path}: {error.strerror}; name a file that holds a secret") from None
     if len(key) < 16:
         raise ConfigError(f"pseudonym_key {path}: holds {len(key)} bytes; use at least 16, which cannot be guessed")
-    return Secret(key)
+    return key
 
 
-def _count_retryable(parts: list[Path]) -> Iterator[int]:
-    """Yield the number of rows with a retryable error, per file."""
-    for part, file in zip(parts, remote.read_files(parts), strict=True):
+def _count_retryable(out: Path, indices: list[int]) -> dict[int, int]:
+    """Return the number of rows with a retryable error in each of these files of scores."""
+    counts = {}
+    parts = [part_path(out, index) for index in indices]
+    for index, part, file in zip(indices, parts, remote.read_files(parts), strict=True):
         codes = read_part(part, file, ["error_code"])["error_code"].to_pylist()
-        yield sum(code in RETRYABLE_CODES for code in codes)
+        counts[index] = sum(code in RETRYABLE_CODES for code in codes)
+    return counts

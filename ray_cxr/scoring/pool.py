@@ -1,4 +1,4 @@
-"""Actor pools of Ray Data: their size, their errors, and the retry of ranges that were lost with an actor."""
+"""Actor pools of Ray Data: their size, the errors of their actors, and the retry of ranges that an actor lost."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pyarrow as pa
 
 from ray_cxr import cluster
 from ray_cxr.config import ScoreSettings
-from ray_cxr.data.ranges import Range
+from ray_cxr.data.partition import Range
 from ray_cxr.errors import ConfigError, RayCxrError
 from ray_cxr.progress import Progress
 from ray_cxr.scoring.ranges import ScoreTask, TaskResult, list_parts, part_name
 from ray_cxr.storage import remote
-from ray_cxr.tasks import MAX_LOST_PER_WORKER, poll, run_with_retries, sanitize_error
+from ray_cxr.tasks import MAX_LOST_PER_WORKER, Task, poll, run_with_retries, sanitize_error
 
-#: More CPUs per actor help little; more actors help more.
+#: Maximum by default: further actors speed up a run more than further CPUs per actor.
 MAX_CPUS_PER_ACTOR = 4
 #: Maximum number of restarts per actor.
 MAX_RESTARTS = 30
@@ -29,13 +29,13 @@ MAX_RESTARTS = 30
 
 @dataclass(frozen=True)
 class ActorPlan:
-    """The pool that fits the cluster.
+    """Number of actors in a pool, and their resources.
 
     Attributes:
-        cpus, gpus: number of each per actor.
-        in_flight: tasks per actor. With 2, the actor already reads the next task while it scores the last images of the
-            current one.
-        decode_apart: whether tasks of one CPU decode, instead of the actors.
+        cpus, gpus: CPUs and GPUs per actor.
+        in_flight: tasks that an actor works on at a time. With 2, it reads the images of the next task while it scores
+            the last images of the current task.
+        decode_apart: whether other Ray tasks, of one CPU each, decode the images.
     """
 
     actors: int
@@ -46,7 +46,7 @@ class ActorPlan:
 
 
 def plan_scoring(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
-    """Return the pool that scores with the CPUs and GPUs of the running cluster."""
+    """Return a pool for scoring that fits the CPUs and GPUs of the running cluster."""
     cpus, gpus = _list_resource("CPU"), _list_resource("GPU")
     if use_gpu:
         if settings.decode == "inside":
@@ -54,7 +54,7 @@ def plan_scoring(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> Act
         _require_gpu(gpus)
         if sum(cpus) < 1:
             raise ConfigError("--gpu: Ray has no CPU to decode images; add one to the cluster")
-        # The actors hold no CPU, so that decoding tasks always get one.
+        # Actors without CPUs leave all CPUs to the tasks that decode.
         return ActorPlan(int(sum(gpus)), cpus=0, gpus=1, decode_apart=True)
     if settings.decode == "apart":
         if sum(cpus) < 2:
@@ -64,7 +64,7 @@ def plan_scoring(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> Act
 
 
 def plan_drawing(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
-    """Return the pool that draws heat maps; its actors decode for themselves."""
+    """Return a pool for drawing heat maps, whose actors also decode."""
     cpus, gpus = _list_resource("CPU"), _list_resource("GPU")
     if not use_gpu:
         return ActorPlan(*fit_actors(cpus, settings.cpus_per_actor, n_tasks), in_flight=1)
@@ -84,9 +84,9 @@ def _require_gpu(gpus: Sequence[float]) -> None:
 
 
 def fit_actors(node_cpus: Sequence[float], cpus_per_actor: int | None, n_tasks: int) -> tuple[int, int]:
-    """Return the number of actors that fit on the nodes, and the CPUs of each; both at least 1.
+    """Return the number of actors that fit on the nodes, and the CPUs per actor; both at least 1.
 
-    Actors may hold all CPUs, because the driver supplies the ranges. Read tasks would wait for a CPU indefinitely.
+    Actors may hold all CPUs: the driver reads the list of tasks itself, so no Ray task has to wait for a free CPU.
     """
     sizes = [int(cpus) for cpus in node_cpus if cpus >= 1]
     if not sizes:
@@ -99,9 +99,9 @@ def fit_actors(node_cpus: Sequence[float], cpus_per_actor: int | None, n_tasks: 
 
 
 class PoolActor:
-    """Base of the actors: returns exceptions as results; an exception in `open` is returned by every task.
+    """Base class of actors. A task that fails returns its exception; if `open` fails, all tasks return that exception.
 
-    Subclasses implement `open`, which gets the arguments of the constructor, and `run`.
+    Subclasses implement `open`, which gets the arguments of the constructor, and `run`, which executes a task.
     """
 
     command = "score"
@@ -122,25 +122,28 @@ class PoolActor:
         raise NotImplementedError
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        if self._error is not None:
-            return TaskResult(error=self._error).to_row()
         try:
-            result = self.run(row)
+            if self._error is not None:
+                raise self._error
+            result = replace(self.run(row), created_at=self._created_at, ready_at=self._ready_at)
         except Exception as error:
-            return TaskResult(error=sanitize_error(error, self.command)).to_row()
-        return replace(result, created_at=self._created_at, ready_at=self._ready_at).to_row()
+            result = TaskResult(error=sanitize_error(error, self.command))
+        return result.to_row()
 
 
 def build_dataset(
-    rows: list[dict[str, Any]],
+    rows: list[Task],
     actor: type[PoolActor],
     arguments: dict[str, Any],
     plan: ActorPlan,
     decode: Callable[..., Any] | None = None,
 ) -> Any:
-    """Return a Ray dataset that sends the rows of tasks through a pool of actors.
+    """Return a Ray dataset that sends tasks, as rows, through a pool of actors.
 
-    Ray Data first runs `decode` on each row, in as many tasks of one CPU as the speed of the model needs.
+    Args:
+        arguments: of the actor's `open`, in addition to `cpus`.
+        decode: if given, runs on each row before the actors. Ray Data starts as many of these tasks, of one CPU each,
+            as keep the model busy.
     """
     import ray
 
@@ -152,7 +155,7 @@ def build_dataset(
         warnings.filterwarnings("ignore", message=".*ray_remote_args_fn", category=Warning)
         mapped = dataset.map(
             actor,
-            fn_constructor_kwargs=arguments,
+            fn_constructor_kwargs={**arguments, "cpus": max(1, plan.cpus)},
             compute=ray.data.ActorPoolStrategy(
                 min_size=1,
                 initial_size=plan.actors,
@@ -163,36 +166,34 @@ def build_dataset(
             ),
             num_cpus=plan.cpus,
             num_gpus=plan.gpus,
-            # By default Ray Data restarts an actor without limit. Its lost task goes to any actor, because the lost
-            # node may never come back.
+            # By default Ray Data restarts an actor without limit. It must not repeat the actor's lost task, which would
+            # wait for that actor although its node may never come back; `run_with_retries` gives it to another actor.
             ray_remote_args_fn=lambda: {"max_restarts": MAX_RESTARTS, "max_task_retries": 0},
         )
-    # Lost tasks are skipped here and retried by `run_with_retries`. An actor that keeps dying ends the round.
+    # Ray Data skips lost tasks, which `run_with_retries` submits again. It ends when actors keep losing tasks.
     mapped.context.max_errored_blocks = MAX_LOST_PER_WORKER * plan.actors
-    # The pool grows when its actors are busy and a node joins; it never shrinks.
+    # The pool grows when its actors are busy and a node has joined. It never shrinks.
     scaling = mapped.context.autoscaling_config
     scaling.actor_pool_util_upscaling_threshold, scaling.actor_pool_util_downscaling_threshold = 0.9, 0.0
     return mapped
 
 
 def run_tasks(
-    tasks: Sequence[ScoreTask],
-    build: Callable[[list[dict[str, Any]]], Any],
-    is_done: Callable[[int], bool],
+    tasks: Sequence[ScoreTask], build: Callable[[list[Task]], Any], is_done: Callable[[int], bool]
 ) -> Iterator[TaskResult]:
-    """Run tasks, and retry ranges that were lost with an actor.
+    """Yield the results of tasks, and submit ranges again that were lost with an actor.
 
     Args:
-        build: makes a Ray dataset of the rows of tasks; its rows are those of `TaskResult`.
-        is_done: whether a range has its file although no result reported it; not called for tasks that retry.
+        build: makes a Ray dataset of `ScoreTask` rows, whose output are `TaskResult` rows.
+        is_done: returns whether a range has its file. It is called for ranges that no result reported, because an actor
+            can be lost after it wrote a file. Files of tasks with `retry` exist anyway, so it is not called for these.
     """
 
-    def find_pending(rows: list[dict[str, Any]], done: set[int]) -> list[dict[str, Any]]:
+    def find_pending(rows: list[Task], done: set[int]) -> list[Task]:
         pending = []
         for task in map(ScoreTask.from_row, rows):
-            left = tuple(range_ for range_ in task.ranges if range_.index not in done)
-            left = tuple(range_ for range_ in left if task.retry or not is_done(range_.index))
-            if left:
+            lost = (range_ for range_ in task.ranges if range_.index not in done)
+            if left := tuple(range_ for range_ in lost if task.retry or not is_done(range_.index)):
                 pending.append(replace(task, ranges=left).to_row())
         return pending
 
@@ -209,29 +210,27 @@ def show_files(
     count_errors: Callable[[pa.NativeFile | None], int | None],
     command: str = "score",
 ) -> Iterator[None]:
-    """Show the rows of output files, as the files appear, while the block runs.
+    """Show the progress of a run while the block runs: the rows of the output files that exist, and their errors.
 
     Args:
-        finished: numbers of ranges whose files stay as they are.
-        count_errors: returns the errors in a file; None if the file is incomplete.
+        finished: numbers of the ranges whose files this run does not write.
+        count_errors: returns the number of errors in a file; None if the file is incomplete.
     """
-    rows = {range_.index: range_.rows for range_ in ranges}
-    seen = set(finished)
+    rows, seen = {range_.index: range_.rows for range_ in ranges}, set(finished)
 
     def read_files(indices: set[int]) -> Iterator[tuple[int, int | None]]:
         files = remote.read_files(folder / part_name(index) for index in indices)
-        yield from ((index, count_errors(file)) for index, file in zip(indices, files, strict=True))
+        return zip(indices, map(count_errors, files), strict=True)
 
-    # A file that is written again counts when it has changed.
+    # A file that exists before a retry counts when it has been replaced.
     stamps = {index: _read_stamp(folder / part_name(index)) for index in list_parts(folder) - seen}
     total = sum(count or 0 for _, count in read_files(finished))
     progress = Progress(title, sum(rows.values()), done=sum(rows[index] for index in finished))
 
     def update() -> bool:
         nonlocal total
-        known = len(seen)
-        new = (list_parts(folder) - seen) & rows.keys()
-        new = {i for i in new if i not in stamps or stamps[i] != _read_stamp(folder / part_name(i))}
+        known, found = len(seen), (list_parts(folder) - seen) & rows.keys()
+        new = {i for i in found if i not in stamps or stamps[i] != _read_stamp(folder / part_name(i))}
         for index, count in read_files(new):
             if count is not None:
                 total += count
@@ -244,6 +243,7 @@ def show_files(
 
 
 def _read_stamp(path: Path) -> tuple[int, float] | None:
+    """Return inode and modification time, which change when a file is replaced; None if there is no file."""
     with contextlib.suppress(OSError):
         info = path.stat()
         return info.st_ino, info.st_mtime

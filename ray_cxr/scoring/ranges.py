@@ -1,8 +1,4 @@
-"""Ranges of the input: their files, the tasks and results about them, and their rows while workers score them.
-
-SCORES/input.parquet                    the frozen input
-SCORES/scores/part-00000.parquet, ...   one file per range, complete or missing
-"""
+"""Ranges of the input: their files, the tasks and results about them, and their rows while workers score them."""
 
 from __future__ import annotations
 
@@ -17,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_cxr.config import InputSpec, ScoreSettings
-from ray_cxr.data.ranges import Range, Unit
-from ray_cxr.errors import RETRYABLE_CODES, RayCxrError
+from ray_cxr.data.partition import Range, Unit
+from ray_cxr.errors import RETRYABLE_CODES, OutputError, RayCxrError
 from ray_cxr.imaging.sandbox import DecodedImage, Failure
 from ray_cxr.models import predictions
 from ray_cxr.models.bundle import Bundle, load_bundle
@@ -50,30 +46,26 @@ def list_parts(folder: Path) -> set[int]:
     return set()
 
 
-class WrittenRun(NamedTuple):
-    """The run that wrote a file of scores, and the number of error rows in the file."""
+def read_part(part: Path, file: pa.NativeFile | None, columns: list[str]) -> pa.Table:
+    """Read columns of an output file that `remote.read_files` has fetched; None is a missing file."""
+    try:
+        if file is None:
+            raise FileNotFoundError
+        # `read_table` takes two to three times as long for small files.
+        with pq.ParquetFile(file) as opened:
+            return opened.read(columns=columns, use_threads=False)
+    except (OSError, pa.ArrowException):
+        raise OutputError(f"{part}: missing or damaged; remove it and run score again") from None
 
-    digest: str | None
-    errors: int
 
-
-def read_run(part: pa.NativeFile | None) -> WrittenRun | None:
-    """Return the run that wrote a file of scores and its number of errors; None if the file is missing or damaged."""
-    if part is None:
+def read_metadata(file: pa.NativeFile | None) -> dict[bytes, bytes] | None:
+    """Return the metadata of an output file; None if the file is missing or damaged."""
+    if file is None:
         return None
     try:
-        metadata = pq.read_metadata(part).metadata or {}
+        return dict(pq.read_metadata(file).metadata or {})
     except (OSError, pa.ArrowException):
         return None
-    run = metadata.get(RUN_KEY)
-    return WrittenRun(run.decode() if run else None, int(metadata.get(ERRORS_KEY, 0)))
-
-
-@dataclass(frozen=True)
-class Secret:
-    """Bytes without a readable `repr`: Ray Data logs the arguments of a job."""
-
-    value: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -83,8 +75,8 @@ class ScoreJob:
     Attributes:
         bundle, out: absolute paths or addresses, on storage that all nodes share.
         digest: of the bundle; workers refuse a bundle that has changed.
-        key: secret for pseudonyms of ids from DICOM headers; None keeps the ids.
-        run_digest: digest of OUT/settings.json. Every file carries it, and a worker stops when another run replaces it.
+        key: secret for pseudonyms of ids from DICOM headers; None keeps the ids. Not in `repr`, which Ray Data logs.
+        run_digest: of OUT/settings.json. Every output file carries this digest, and a worker stops when it changes.
     """
 
     bundle: str
@@ -95,7 +87,7 @@ class ScoreJob:
     spec: InputSpec
     use_gpu: bool
     batch_size: int
-    key: Secret | None = field(repr=False, compare=False)
+    key: bytes | None = field(repr=False)
     run_digest: str
 
     @property
@@ -110,8 +102,8 @@ class ScoreJob:
 
     def has_written(self, index: int) -> bool:
         """Whether the file of a range is complete and belongs to this run."""
-        found = read_run(remote.read_file(part_path(self.folder, index)))
-        return found is not None and found.digest == self.run_digest
+        found = read_metadata(remote.read_file(part_path(self.folder, index)))
+        return found is not None and found.get(RUN_KEY) == self.run_digest.encode()
 
     def check_run(self) -> None:
         """Raise if a run with --fresh has replaced this one."""
@@ -121,7 +113,7 @@ class ScoreJob:
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """The ranges of one task; with `retry` they have files, and rows with a retryable error are read again."""
+    """The ranges of one task. With `retry` they have files, whose rows with a retryable error are scored again."""
 
     ranges: tuple[Range, ...]
     retry: bool
@@ -149,10 +141,10 @@ class TaskResult:
     """Report of a task to the driver.
 
     Attributes:
-        done: numbers of the files that it wrote.
-        images: rows that it scored, or images that it drew.
-        created_at, ready_at, first_at: when its actor was created, was ready, and had its first batch scored; seconds
-            since the epoch, 0 if unknown.
+        done: numbers of the files that the task wrote.
+        images: rows that the task scored, or images that it drew.
+        created_at, ready_at, first_at: when the actor was created, was ready, and had scored its first batch; seconds
+            since 1970, 0 if unknown.
     """
 
     done: Sequence[int] = ()
@@ -172,7 +164,7 @@ class TaskResult:
 
 
 class RowLocation(NamedTuple):
-    """Position of a range among those of a task, and of a row in that range."""
+    """Position of a range among the ranges of a task, and of a row in that range."""
 
     range_position: int
     row: int
@@ -184,8 +176,8 @@ class RangeState:
 
     Attributes:
         rows: the rows that are scored now.
-        previous: the rows of its file, if some of them are scored again.
-        retried: bool [len(previous)], which of them.
+        previous: the rows of an existing file, some of which are scored again.
+        retried: bool [len(previous)], true for the rows that are scored again.
         failures: code and message, by row.
         tags: fields of DICOM headers, by row.
     """
@@ -201,23 +193,22 @@ class RangeState:
 def load_ranges(job: ScoreJob, task: ScoreTask, positions: list[int] | None = None) -> list[RangeState]:
     """Read the rows of a task's ranges, without ranges that this run has already written.
 
-    A retry reads the rows at `positions` of a single range, or by default those with a retryable error.
+    A retry reads only rows with a retryable error, or the rows at `positions` of a single range.
     """
     states = []
     groups: dict[int, pa.Table] = {}
     with pq.ParquetFile(job.folder / INPUT) as file:
-        ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
+        starts = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))])
         for range_ in task.ranges:
             # Ray repeats a task whose worker was lost.
             if not task.retry and job.has_written(range_.index):
                 continue
-            first, last = (
-                int(i) for i in np.searchsorted(ends, [range_.start, range_.start + range_.rows - 1], side="right")
-            )
+            edges = [range_.start, range_.start + range_.rows - 1]
+            first, last = (np.searchsorted(starts, edges, side="right") - 1).tolist()
             for group in range(first, last + 1):
                 if group not in groups:
                     groups[group] = file.read_row_group(group, columns=COLUMNS)
-            offset = range_.start - (int(ends[first - 1]) if first else 0)
+            offset = range_.start - int(starts[first])
             rows = pa.concat_tables([groups[group] for group in range(first, last + 1)]).slice(offset, range_.rows)
             state = RangeState(range_.index, rows)
             if task.retry:
@@ -230,6 +221,10 @@ def load_ranges(job: ScoreJob, task: ScoreTask, positions: list[int] | None = No
                 state.rows = rows.filter(pa.array(state.retried))
             states.append(state)
     return states
+
+
+#: Images and failures of the ranges of a task, in any order.
+Outcomes = Iterable[tuple[RowLocation, DecodedImage | Failure]]
 
 
 class RangeWriter(Protocol[T_co]):
@@ -245,21 +240,14 @@ class RangeWriter(Protocol[T_co]):
         """Write a complete range and free its results."""
 
 
-def fill_ranges(
-    states: Sequence[RangeState],
-    outcomes: Iterable[tuple[RowLocation, DecodedImage | Failure]],
-    writer: RangeWriter[T_co],
-) -> Iterator[T_co]:
-    """Pass images to a writer, in any order, and flush each range when its last row has a result or a failure."""
+def fill_ranges(states: Sequence[RangeState], outcomes: Outcomes, writer: RangeWriter[T_co]) -> Iterator[T_co]:
+    """Pass images to a writer, and flush each range when its last row has a result or a failure."""
     pending = [len(state.rows) for state in states]
 
     def flush(range_position: int) -> T_co:
-        result = writer.flush(range_position)
-        # Frees the memory of a range of an archive as soon as it is written; a slice would keep the whole table.
-        states[range_position].rows, states[range_position].previous = (
-            states[range_position].rows.schema.empty_table(),
-            None,
-        )
+        result, state = writer.flush(range_position), states[range_position]
+        # Free the memory of a written range at once; a slice would keep the whole table.
+        state.rows, state.previous = state.rows.schema.empty_table(), None
         return result
 
     def settle(locations: Iterable[RowLocation]) -> Iterator[T_co]:

@@ -18,21 +18,24 @@ from ray_cxr.storage.paths import split_member
 #: Bytes of archive members that wait for a decoder.
 BYTES_AHEAD = 256 * 1024 * 1024
 
-#: The path of an image, or its contents.
-ImageSource = str | bytes | None
+#: The path of an image, its contents, None for a row without a path, or the reason why an archive lacks it.
+ImageSource = str | bytes | ImageError | None
 
 
 class ImageReader:
     """Decoders in child processes, each with a thread that waits for it.
 
-    `specs` are further sizes to make of each image, after the model's own; `command` labels the metrics.
+    Each image is resized to the model's input and to each of `specs`. `command` labels the metrics.
     """
 
     def __init__(self, job: ScoreJob, decoders: int, specs: Sequence[InputSpec] = (), command: str = "score") -> None:
-        self._settings, self._command = job.settings, command
-        self._specs = (job.spec, *specs)
-        self._local = threading.local()
-        self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
+        self._command, self._local = command, threading.local()
+
+        def make_decoder() -> None:
+            max_pixels, timeout_s = job.settings.max_pixels, job.settings.decode_timeout_s
+            self._local.decoder = Decoder((job.spec, *specs), max_pixels=max_pixels, timeout_s=timeout_s, tags=True)
+
+        self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode", initializer=make_decoder)
         # At least 32 images ahead of the model, and two batches.
         self._ahead = max(32, 2 * job.batch_size) + decoders
         self._turn = threading.Lock()
@@ -42,20 +45,15 @@ class ImageReader:
             self._pool.submit(self._start_decoder, barrier)
 
     def iter_images(self, states: Sequence[RangeState]) -> Iterator[tuple[RowLocation, DecodedImage | Failure]]:
-        """Yield the image or failure of every row: single files in order, an archive's in the archive's order."""
+        """Yield the image or failure of every row: first single files, then each archive's members in its order."""
         ahead: deque[tuple[RowLocation, int, Future[DecodedImage | Failure]]] = deque()
         waiting_bytes = 0
-        # One caller at a time: two that read side by side would end together and leave the model idle.
+        # One caller reads at a time: two callers side by side would end together and leave the model idle.
         with self._turn:
             for location, source in _iter_sources(states):
                 size = len(source) if isinstance(source, bytes) else 0
                 waiting_bytes += size
-                if isinstance(source, ImageError):
-                    future: Future[DecodedImage | Failure] = Future()
-                    future.set_result(Failure(source.code, source.message, None))
-                else:
-                    future = self._pool.submit(self._load, source)
-                ahead.append((location, size, future))
+                ahead.append((location, size, self._pool.submit(self._load, source)))
                 while len(ahead) >= self._ahead or (waiting_bytes > BYTES_AHEAD and ahead):
                     first, size, future = ahead.popleft()
                     waiting_bytes -= size
@@ -66,28 +64,20 @@ class ImageReader:
 
     def _start_decoder(self, barrier: threading.Barrier) -> None:
         barrier.wait()  # so that each thread of the pool makes one call
-        self._get_decoder().start()
-
-    def _get_decoder(self) -> Decoder:
-        """Return the calling thread's decoder."""
-        if not hasattr(self._local, "decoder"):
-            settings = self._settings
-            self._local.decoder = Decoder(
-                self._specs, max_pixels=settings.max_pixels, timeout_s=settings.decode_timeout_s, tags=True
-            )
-        decoder: Decoder = self._local.decoder
-        return decoder
+        self._local.decoder.start()
 
     def _load(self, source: ImageSource) -> DecodedImage | Failure:
-        decoder = self._get_decoder()
+        if isinstance(source, ImageError):
+            return Failure(source.code, source.message, None)
+        decoder: Decoder = self._local.decoder
         outcome = decoder.load(source)
         if decoder.seconds:
             telemetry.add_decode(self._command, decoder.seconds)
         return outcome
 
 
-def _iter_sources(states: Sequence[RangeState]) -> Iterator[tuple[RowLocation, ImageSource | ImageError]]:
-    """Yield the path of every row's image, or its bytes from an archive, in the order of reading."""
+def _iter_sources(states: Sequence[RangeState]) -> Iterator[tuple[RowLocation, ImageSource]]:
+    """Yield the source of every row's image in the order of reading: single files, then archive by archive."""
     members: dict[str, dict[str, list[RowLocation]]] = {}
     for range_position, state in enumerate(states):
         for row, path in enumerate(state.rows["path"].to_pylist()):

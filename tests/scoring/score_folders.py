@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 
 from ray_cxr.config import ScoreSettings
 from ray_cxr.scoring.ranges import ScoreJob
@@ -105,21 +107,11 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes] |
         time.sleep(0.02)
 
 
-def find_processes(title: bytes, *, session: int | None = None, below: int | None = None) -> list[int]:
-    """Find processes by a part of their command line: those of a session, or the descendants of a process."""
+def find_processes(title: str, session: int | None = None) -> list[int]:
+    """Find processes by a part of their command line: those of a session, or the descendants of this process."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            line, number = (folder / "cmdline").read_bytes(), int(folder.name)
-            if title in line and (os.getsid(number) == session or (below is not None and below in ancestors(number))):
-                found.append(number)
-        except OSError:
-            continue
+    for process in psutil.process_iter() if session else psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error, OSError):
+            if title in " ".join(process.cmdline()) and session in (None, os.getsid(process.pid)):
+                found.append(process.pid)
     return found
-
-
-def ancestors(number: int) -> Iterator[int]:
-    while number > 1:
-        # The second field, in brackets, is a name that can hold anything.
-        number = int(Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-        yield number

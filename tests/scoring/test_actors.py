@@ -1,8 +1,11 @@
-"""Bounds and batches inside an actor; stand-ins replace the decoders and the model."""
+"""Bounds, batches and errors in actors, and retries of lost ranges; stand-ins for Ray Data, decoders and the model."""
 
 from __future__ import annotations
 
+import json
+import logging
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +14,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from ray.exceptions import ActorDiedError
 
-from ray_cxr import telemetry
+from ray_cxr import tasks, telemetry
+from ray_cxr.data.partition import Range
+from ray_cxr.errors import ConfigError, RayCxrError
 from ray_cxr.imaging.sandbox import DecodedImage, Failure
 from ray_cxr.scoring import actors, heatmaps, reader
-from ray_cxr.scoring.ranges import RangeState, RowLocation, fill_ranges
+from ray_cxr.scoring.pool import run_tasks
+from ray_cxr.scoring.ranges import RangeState, RowLocation, ScoreTask, TaskResult, fill_ranges
+from ray_cxr.tasks import Task
 
 SIZE = 4
 IMAGE = DecodedImage((np.zeros((SIZE, SIZE), np.uint8),), None)
@@ -64,7 +72,7 @@ def test_ranges_are_flushed_with_their_last_row() -> None:
     states = [make_state(2), make_state(0), make_state(2), make_state(1)]
     failure = Failure("blank", "all pixels have one value", {"view": "AP"})
     outcomes = [((0, 0), IMAGE), ((2, 1), failure), ((0, 1), IMAGE), ((3, 0), failure), ((2, 0), IMAGE)]
-    located = ((RowLocation(*place), outcome) for place, outcome in outcomes)
+    located = ((RowLocation(*position), outcome) for position, outcome in outcomes)
     assert list(fill_ranges(states, located, Pairs())) == [(1, 0), (0, 0), (3, 1), (2, 1)]
     assert states[2].failures == {1: ("blank", "all pixels have one value")}
     assert states[2].tags == {1: {"view": "AP"}}
@@ -80,9 +88,9 @@ def test_batches_are_full_but_for_the_last(monkeypatch: pytest.MonkeyPatch) -> N
 
     job = SimpleNamespace(batch_size=4, spec=SimpleNamespace(size=SIZE))
     rules, runtime = SimpleNamespace(findings=("Mass", "Edema")), SimpleNamespace(submit=submit)
-    scorer: Any = SimpleNamespace(job=job, rules=rules, runtime=runtime, quality=None, first_at=0.0)
+    actor: Any = SimpleNamespace(job=job, rules=rules, runtime=runtime, quality=None, first_at=0.0)
     states = [make_state(11)]
-    writer = actors.ScoreWriter(scorer, states)
+    writer = actors.ScoreWriter(actor, states)
     monkeypatch.setattr(writer, "flush", lambda part: (part, len(states[part].failures)))
     outcomes: list[Any] = [(RowLocation(0, row), IMAGE) for row in range(10)]
     outcomes.insert(3, (RowLocation(0, 10), Failure("blank", "all pixels have one value", None)))
@@ -101,3 +109,78 @@ def test_written_heat_maps_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path
     state.failures = dict.fromkeys(range(2), ("blank", "one value"))
     assert heatmaps.HeatMapWriter(model, [state]).flush(0) == (3, 0)
     assert counted == [(telemetry.IMAGES_DRAWN, "heatmaps", 2, ["blank", "blank"])]
+
+
+class Dataset:
+    """Yields a row per task. Ranges of a lost actor are left out, or end the iteration."""
+
+    def __init__(self, rows: list[Task], lost: Any = (), *, dies: bool = False, failed: Any = None) -> None:
+        self._rows, self._lost, self._dies, self._failed = rows, lost, dies, failed
+
+    def iter_rows(self) -> Iterator[Task]:
+        if self._failed is not None:
+            yield TaskResult(error=self._failed).to_row()
+        for row in self._rows:
+            if done := [index for index in row["indices"] if index not in self._lost]:
+                yield TaskResult(done).to_row()
+        if self._dies:
+            raise ActorDiedError()
+
+
+def make_tasks(*groups: list[int]) -> list[ScoreTask]:
+    return [ScoreTask(tuple(Range(i, 10 * i, 10) for i in group), retry=False) for group in groups]
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_only_lost_ranges_are_scheduled_again(dies: bool, caplog) -> None:
+    rounds: list[list[Task]] = []
+
+    def build_dataset(rows: list[Task]) -> Dataset:
+        rounds.append(rows)
+        return Dataset(rows, {2, 3, 5}, dies=dies) if len(rounds) == 1 else Dataset(rows)
+
+    with caplog.at_level(logging.WARNING):
+        # 5 has its file although no result reported it: its worker died between the two.
+        given = make_tasks([0, 1], [2, 3], [4, 5])
+        results = list(run_tasks(given, build_dataset, lambda index: index == 5))
+    assert [index for result in results for index in result.done] == [0, 1, 4, 2, 3]
+    assert [ScoreTask.from_row(row) for row in rounds[1]] == make_tasks([2, 3])
+    assert len(rounds) == 2
+    assert "2 files" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "error", "message", "expected_rounds"),
+    [
+        ({"lost": {1}, "dies": True}, RayCxrError, "1 output files", 1 + tasks.MAX_IDLE_ROUNDS),
+        ({"failed": ConfigError("no GPU there")}, ConfigError, "^no GPU there$", 1),
+    ],
+)
+def test_run_ends_with_an_error(behaviour: Any, error: type[Exception], message: str, expected_rounds: int) -> None:
+    rounds = []
+
+    def build_dataset(rows: list[Task]) -> Dataset:
+        rounds.append(rows)
+        return Dataset(rows, **behaviour)
+
+    with pytest.raises(error, match=message):
+        list(run_tasks(make_tasks([0], [1]), build_dataset, lambda index: False))
+    assert len(rounds) == expected_rounds
+
+
+def test_foreign_error_is_reported_by_its_place_and_not_by_its_words(caplog) -> None:
+    """The words of a foreign error can hold a patient's id; without a report it would look like a lost worker."""
+    broken = actors.ScoreActor(None, 1)  # type: ignore[arg-type]
+    record = json.loads(broken({})["error"])
+    assert record["type"] == "RayCxrError"
+    assert "AttributeError in " in record["message"]
+
+    with caplog.at_level(logging.ERROR):
+        try:
+            raise ValueError("patient " + "Mei" + "er")
+        except ValueError as error:
+            message = str(tasks.sanitize_error(error, "score"))
+    assert "ValueError in test_actors.py, line" in message
+    assert "Meier" not in message + caplog.text
+    own = ConfigError("in our own words")
+    assert tasks.sanitize_error(own, "score") is own

@@ -72,15 +72,15 @@ def test_killed_command_continues(large_manifest, tiny_bundle, tmp_path: Path, v
     process = start_command(given, log)
     wait_until(lambda: count_parts(out, folder) >= 3, process)
     if victim == "raylet":
-        for raylet in find_processes(b"/raylet/raylet", session=process.pid):
+        for raylet in find_processes("/raylet/raylet", process.pid):
             os.kill(raylet, signal.SIGKILL)
         assert process.wait(200) not in (0, -signal.SIGKILL), log.read_text(encoding="utf-8")
-        for remaining in find_processes(b"ray", session=process.pid):
+        for remaining in find_processes("ray", process.pid):
             os.kill(remaining, signal.SIGKILL)
     else:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    wait_until(lambda: not find_processes(b"ray_cxr.imaging.sandbox", session=process.pid))
+    wait_until(lambda: not find_processes("ray_cxr.imaging.sandbox", process.pid))
     assert count_parts(out, folder) < ROWS // ROWS_PER_FILE
     assert not (out / "_SUCCESS").exists()
     kept = modification_times(out, "part-*.parquet")
@@ -105,12 +105,12 @@ def test_killed_actor_and_decoders_restart(shared_ray, large_manifest, tiny_bund
 
     def kill() -> None:
         wait_until(lambda: count_parts(out) >= 2)
-        for decoder in find_processes(b"ray_cxr.imaging.sandbox", below=os.getpid()):
+        for decoder in find_processes("ray_cxr.imaging.sandbox"):
             os.kill(decoder, signal.SIGKILL)
             killed.append("decoder")
         wait_until(lambda: count_parts(out) >= 6)
         kept.update(modification_times(out, "part-*.parquet"))
-        for actor in find_processes(b"ray::MapWorker", below=os.getpid())[:1]:
+        for actor in find_processes("ray::MapWorker")[:1]:
             os.kill(actor, signal.SIGKILL)
             killed.append("actor")
 

@@ -29,14 +29,14 @@ from score_folders import (
 
 from ray_cxr.cli import main
 from ray_cxr.config import InputSpec
-from ray_cxr.data.ranges import Range
+from ray_cxr.data.partition import Range
 from ray_cxr.errors import TableError
 from ray_cxr.imaging.decode import load_image
 from ray_cxr.imaging.overlays import SCHEMA, compute_area, overlay_name, read_heatmaps
 from ray_cxr.imaging.resize import resize
 from ray_cxr.labels import FINDINGS, NO_FINDING
 from ray_cxr.models import predictions
-from ray_cxr.scoring.heatmaps import HeatMapActor, HeatMapRequest
+from ray_cxr.scoring.heatmaps import HeatMapActor, HeatMapRequest, remove_maps
 from ray_cxr.scoring.ranges import ScoreTask
 
 SIDE = 128  # as in `arguments`
@@ -202,6 +202,9 @@ def test_lost_images_are_counted_and_can_be_retried(tiny_bundle, manifest: Path,
     (out / "heatmaps" / "notes.png").write_text("mine")
     assert_done(command(*given, "--fresh", "--limit", 3))
     assert [path.name for path in (out / "heatmaps").iterdir()] == ["notes.png"]
+    (out / "heatmaps" / "notes.png").unlink()
+    remove_maps(out)
+    assert not (out / "heatmaps").exists(), "a report takes the folder as a sign of heat maps"
 
 
 @pytest.mark.slow
@@ -211,8 +214,8 @@ def test_image_that_changed_since_scoring_gets_no_map(copy: Path, tiny_bundle) -
     table = pq.read_table(part)
     p = table["p_Mass"].to_numpy().copy()
     p[2] += 0.4 if p[2] < 0.5 else -0.4
-    place, field = table.column_names.index("p_Mass"), table.schema.field("p_Mass")
-    pq.write_table(table.set_column(place, field, pa.array(p, from_pandas=True)), part)
+    index, field = table.column_names.index("p_Mass"), table.schema.field("p_Mass")
+    pq.write_table(table.set_column(index, field, pa.array(p, from_pandas=True)), part)
     actor = HeatMapActor(make_job(tiny_bundle, copy), HeatMapRequest(2, "gradcam", SIDE), 1)
     images = actor(ScoreTask((Range(0, 0, len(table)),), retry=False).to_row())["images"]
     found = pd.read_parquet(copy / "heatmaps" / "part-00000.parquet").set_index("image_id")
@@ -242,12 +245,13 @@ def test_maps_of_oblong_images_in_archives_with_foreign_ids(tmp_path: Path, comm
     assert_done(command(*arguments(bundle, tmp_path / "m.parquet", tmp_path / "out", "--heatmaps", 5)))
     found = read_heatmaps(tmp_path / "out")
     assert set(found) == {(image_id, "Mass") for image_id in ids}
-    assert [found[one, "Mass"].image_shape for one in ids] == [shapes[name] for name in ("b.png", "a.png", "c.png")]
-    assert [Image.open(found[one, "Mass"].overlay).size for one in ids] == [(32, 128), (128, 64), (128, 128)]
-    for one in found.values():
-        assert one.overlay.parent == tmp_path / "out" / "heatmaps"
-        assert one.area == compute_area(bundle.input_spec, *one.image_shape)
-        assert one.project().shape == one.image_shape
+    maps = [found[image_id, "Mass"] for image_id in ids]
+    assert [heatmap.image_shape for heatmap in maps] == [shapes[name] for name in ("b.png", "a.png", "c.png")]
+    assert [Image.open(heatmap.overlay).size for heatmap in maps] == [(32, 128), (128, 64), (128, 128)]
+    for heatmap in maps:
+        assert heatmap.overlay.parent == tmp_path / "out" / "heatmaps"
+        assert heatmap.area == compute_area(bundle.input_spec, *heatmap.image_shape)
+        assert heatmap.project().shape == heatmap.image_shape
 
 
 def test_runs_and_folders_without_maps_are_refused(tmp_path: Path, manifest: Path, tiny_bundle, command) -> None:

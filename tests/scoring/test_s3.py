@@ -59,7 +59,7 @@ def test_resume_refusals_and_fresh_in_a_bucket(bucket, tiny_bundle, manifest: Pa
 
     def modified() -> list[object]:
         listed = bucket.client.list_objects_v2(Bucket="chests", Prefix="done/")["Contents"]
-        return [(one["Key"], one["LastModified"]) for one in listed]
+        return [(entry["Key"], entry["LastModified"]) for entry in listed]
 
     before = modified()
     assert "already complete" in assert_done(command(*given))
@@ -111,20 +111,20 @@ def test_report_of_scores_in_a_bucket(bucket, tiny_bundle, manifest: Path, tmp_p
 @pytest.mark.usefixtures("without_ray")
 def test_set_is_prepared_and_read_in_a_bucket(bucket, manifest: Path, prepared: Path, command) -> None:
     bucket.put("set/m.parquet", manifest.read_bytes())
-    place = bucket("set/out")
-    given = ["prepare", bucket("set/m.parquet"), "--out", place, "--size", "64", "--set", "rows_per_shard=16"]
+    address = bucket("set/out")
+    given = ["prepare", bucket("set/m.parquet"), "--out", address, "--size", "64", "--set", "rows_per_shard=16"]
     assert_done(command(*given))
     shards = sorted(name for name in names_in(bucket, "set/out") if name.endswith(".arrow"))
     assert shards == sorted(f"64/{path.name}" for path in (prepared / "64").glob("*.arrow"))
 
     bucket.client.delete_object(Bucket="chests", Key=f"set/out/{shards[0]}")
     with pytest.raises(OutputError, match=Path(shards[0]).name):
-        PreparedSet(place, 64).load("train")
+        PreparedSet(address, 64).load("train")
     assert_done(command(*given))
     for name in shards:
         assert bucket.get(f"set/out/{name}") == (prepared / name).read_bytes()
-    there, here = (np.asarray(PreparedSet(one, 64).load("val").images) for one in (place, prepared))
-    np.testing.assert_array_equal(there, here)
+    read, expected = (np.asarray(PreparedSet(path, 64).load("val").images) for path in (address, prepared))
+    np.testing.assert_array_equal(read, expected)
 
 
 @pytest.mark.ray

@@ -61,10 +61,10 @@ def test_footer_of_the_frozen_input_stays_small(rows: int, rows_per_file: int) -
 
 
 def test_stages_of_start_up_add_up() -> None:
-    times = {"command": 100.0, "checked": 101.0, "ray": 104.0, "planned": 104.5}
+    times = {"command": 100.0, "checks": 101.0, "Ray": 104.0, "plan": 104.5}
     stages = pipeline._split_start_up(TaskResult(created_at=106.0, ready_at=110.0, first_at=112.5), times)
-    assert stages.pop("all") == 12.5
-    assert list(stages.values()) == [1.0, 3.0, 0.5, 1.5, 4.0, 2.5]
+    names = ["all", "checks", "Ray", "plan", "actor", "network", "first pictures"]
+    assert list(stages.items()) == list(zip(names, [12.5, 1.0, 3.0, 0.5, 1.5, 4.0, 2.5], strict=True))
 
 
 def test_rows_and_run_json_follow_the_manifest(scores: Path, manifest: Path, tiny_bundle) -> None:
@@ -196,11 +196,11 @@ def test_other_model_manifest_or_setting_is_refused(
 def test_file_of_another_run_is_refused(copy: Path, manifest: Path, tiny_bundle, command) -> None:
     first, second, third = (copy / "scores" / f"part-0000{i}.parquet" for i in (0, 1, 9))
     whole, own = second.read_bytes(), pq.read_table(second)
-    place, other = own.column_names.index("model_digest"), pa.array(["other"] * len(own))
+    index, other = own.column_names.index("model_digest"), pa.array(["other"] * len(own))
     for table in (
         pq.read_table(first),
         own.slice(0, 5),
-        own.set_column(place, "model_digest", other),
+        own.set_column(index, "model_digest", other),
         own.replace_schema_metadata({b"ray_cxr.run": b"other"}),
     ):
         pq.write_table(table, second)

@@ -14,7 +14,7 @@ from score_folders import arguments, assert_done, assert_refused, make_job, read
 sys.path.insert(0, str(Path(__file__).parents[1] / "imaging"))
 from test_dicom import file_of
 
-from ray_cxr.data.ranges import Range
+from ray_cxr.data.partition import Range
 from ray_cxr.scoring import pipeline
 from ray_cxr.scoring.actors import ModelActor, decode_task
 from ray_cxr.scoring.ranges import ScoreTask
