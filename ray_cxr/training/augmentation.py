@@ -1,7 +1,7 @@
 """Augmentation of training images on the device: flip, shift, rotation, zoom and contrast.
 
-The random numbers are drawn on the host for the whole global batch, so that an image gets the same change on any number
-of workers. Each option has its own column of random numbers, so that enabling one leaves the others unchanged.
+The random numbers are drawn on the host for the whole global batch, so that the number of workers does not change what
+happens to an image. Each option has its own column of random numbers, and so does not affect the other options.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from ray_cxr.config import TrainSettings
 
-#: Columns of the draws. Append new ones, so that the old ones keep their numbers.
+#: Columns of the draws. Append new columns, so that the old columns keep their numbers.
 FLIP, SHIFT_X, SHIFT_Y, CONTRAST, ROTATION, ZOOM = range(6)
 #: Number of uniform random numbers per image.
 DRAWS = 6
@@ -24,16 +24,16 @@ def draw_random(seed: int, epoch: int, step: int, batch_size: int) -> np.ndarray
     """Return the random numbers of one step for the global batch, float32 [batch_size, DRAWS], uniform in [0, 1)."""
     # NumPy pads a seed with zeros: [seed, epoch, 0] would repeat the stream of [seed, epoch], which orders the images.
     rng = np.random.default_rng([seed, epoch, step + 1])
-    # Drawn column by column, so that a further column leaves the others unchanged.
+    # Drawn column by column, so that an additional column leaves the others unchanged.
     return np.ascontiguousarray(rng.random((DRAWS, batch_size), dtype=np.float32).T)
 
 
 def augment(images: Any, draws: Any, settings: TrainSettings) -> Any:
     """Return images uint8 [B,S,S,1], S static, changed according to draws float32 [B,DRAWS] in [0, 1).
 
-    With u the draw of an option, an image is
+    If u is the draw of an option, an image is
 
-    1. shifted left by (2 u - 1) * `shift` * S pixels, and up likewise;
+    1. shifted left, and with another draw up, by (2 u - 1) * `shift` * S pixels;
     2. mirrored left to right where u < 1/2, if `flip`;
     3. turned about its centre by (2 u - 1) * `rotation` degrees, counter-clockwise as displayed;
     4. magnified about its centre by 1 + (2 u - 1) * `zoom`;

@@ -1,7 +1,7 @@
 """A backend of Ray Train for TensorFlow.
 
-Ray's own one also imports TensorFlow in the driver and in the run's controller, which never use it: about ten seconds
-of a core at each start of a run.
+Ray's own backend imports TensorFlow also in the driver and in the run's controller, which never use it. That costs
+about ten seconds of a core at each start of a run.
 """
 
 from __future__ import annotations
@@ -20,45 +20,42 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from ray_cxr import cluster
 
-#: Seconds between two polls of a run's workers, unless the environment sets it; Ray's default is 2.0. Each report of a
-#: worker and the end of a run wait for the next poll.
-POLL = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-#: Seconds for the workers of a run on a cluster to stop after Ctrl-C.
+#: Seconds that the workers of a run on a cluster have to stop after Ctrl-C.
 ABORT_TIMEOUT_S = 30.0
 
 
 class Trainer(DataParallelTrainer):
     """Ray Train's trainer without two helper processes, each of which takes two seconds of a core at every start.
 
-    Workers read the prepared set without a Ray dataset. The cleaner frees the resources of a run whose controller was
-    killed; a local Ray ends with the command anyway.
+    The first serves Ray datasets, which the workers do not use. The second frees the resources of a run whose
+    controller was killed; it is left out of a local Ray, which ends with the command anyway.
     """
 
     _controller: Any = None
 
     def _create_default_callbacks(self) -> list[Any]:
-        unused = (DatasetsCallback, PlacementGroupCleanerCallback) if cluster.is_own() else (DatasetsCallback,)
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, unused)]
+        unused = (DatasetsCallback, PlacementGroupCleanerCallback) if cluster.owns_ray else (DatasetsCallback,)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
     def fit(self) -> Any:
-        for name, value in POLL.items():
-            os.environ.setdefault(name, value)
+        # Seconds between two polls of the workers, by default 2.0. Reports and the end of a run wait for the next poll.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         try:
             return super().fit()
         except KeyboardInterrupt:
             # A local Ray ends with the command, and so do its workers.
-            if self._controller is not None and not cluster.is_own():
+            if self._controller is not None and not cluster.owns_ray:
                 with contextlib.suppress(ray.exceptions.RayError):
                     ray.get(self._controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
             raise
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        # Ray's handler would end the process without a message, and stay after the run.
+        # Ray's handler would end the process without a message, and would stay registered after the run.
         self._controller = controller
 
 
 class TensorflowCluster(BackendConfig):
-    """Set `TF_CONFIG` in every worker before its loop starts: all addresses, and the worker's rank."""
+    """Set `TF_CONFIG` in every worker before training: the addresses of all workers, and the worker's own rank."""
 
     @property
     def backend_cls(self) -> type[Backend]:

@@ -14,7 +14,7 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 def find_best_checkpoint(out: Path) -> Any:
-    """Return Ray Train's checkpoint of the best epoch so far of a run; None before the first epoch has finished."""
+    """Return Ray Train's checkpoint of the best epoch that a run has finished; None if it has finished none."""
     if not (out / "ray" / SNAPSHOT).exists():
         return None
     scored = [pair for pair in read_result(out).best_checkpoints if pair[1]["selection"] > UNSCORED]
@@ -22,10 +22,10 @@ def find_best_checkpoint(out: Path) -> Any:
 
 
 def read_result(out: Path) -> Any:
-    """Return Ray Train's stored result of a run, finished or not."""
+    """Return the result that Ray Train keeps of a run, finished or not."""
     from ray.train import Result
 
-    # Ray mistakes a relative path for an address without a scheme.
+    # Absolute, because Ray takes a relative path for an address.
     store, path = remote.to_arrow((out / "ray").resolve())
     return Result.from_path(path, storage_filesystem=store)
 

@@ -1,8 +1,9 @@
-"""One replica per worker under `tf.distribute`, which no other module uses; the same code runs 1 and N workers.
+"""Exchange of tensors between workers through `tf.distribute`, which no other module uses.
 
-Under a strategy, Keras optimizers clip each worker's own gradient norm before the sum. With float16 one worker can
-skip a step that another takes, so that workers hang or diverge. So only sums cross workers here: each worker has a
-plain model and a plain optimizer, and all workers apply the same arithmetic to the same summed gradients.
+Under a strategy, Keras optimizers clip the gradient norm of each worker before the sum. With float16 one worker can
+skip a step that another takes, so that workers hang or diverge. So workers exchange only sums here: each has a plain
+model and a plain optimizer, and all apply the same arithmetic to the same summed gradients. One worker runs the same
+code.
 """
 
 from __future__ import annotations
@@ -30,24 +31,22 @@ class Replicas:
         config = json.loads(os.environ.get("TF_CONFIG", "{}"))
         self.rank = int(config.get("task", {}).get("index", 0))
         self.count = len(config.get("cluster", {}).get("worker", [""]))
-        how = tf.distribute.experimental.CommunicationImplementation
-        self._strategy = tf.distribute.MultiWorkerMirroredStrategy(
-            communication_options=tf.distribute.experimental.CommunicationOptions(
-                implementation=how.NCCL if gpu else how.RING
-            )
-        )
+        api = tf.distribute.experimental
+        implementations = api.CommunicationImplementation
+        options = api.CommunicationOptions(implementation=implementations.NCCL if gpu else implementations.RING)
+        self._strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
         if self._strategy.num_replicas_in_sync != self.count:
             raise RayCxrError(
                 f"worker {self.rank} sees {self._strategy.num_replicas_in_sync // self.count} GPUs but uses only one; "
                 "start one worker per GPU with --workers"
             )
-        # Compiled once: a new graph per call would stay in memory and take longer than the exchange.
+        # Compiled once, because a new graph per call would stay in memory and take longer than the exchange.
         self._gather = self.compile(
             lambda value: tf.distribute.get_replica_context().all_gather(tf.identity(value)[None], axis=0)
         )
 
     def compile(self, replicated: Callable[..., Any], local: Callable[[Any], Any] = lambda value: value) -> Any:
-        """Return one graph of two functions of this worker's tensors: `local` gets the result of `replicated`.
+        """Return one graph of two functions: `replicated` gets this worker's tensors, and `local` gets its result.
 
         Only `replicated` runs in the strategy and may call `sum`.
         """
@@ -59,7 +58,7 @@ class Replicas:
         return run
 
     def sum(self, values: Sequence[Any]) -> list[Any]:
-        """Return each tensor summed over the workers, in one exchange; only inside `replicated`."""
+        """Return the sum of each tensor over the workers, in one exchange; call it only inside `replicated`."""
         if self.count == 1:
             return list(values)
         return list(tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, list(values)))
@@ -71,7 +70,7 @@ class Replicas:
         return np.asarray(self._gather(tf.constant(array)))
 
     def average(self, variables: Sequence[keras.Variable]) -> None:
-        """Set each float variable to its mean over the workers, bit-identical on all."""
+        """Set each float variable to its mean over the workers, with the same bits on all workers."""
         if self.count == 1 or not variables:
             return
         own = np.concatenate([np.asarray(v, np.float32).ravel() for v in variables])
@@ -85,7 +84,7 @@ class Replicas:
         return bool(self.gather(np.array(flag, dtype=np.int32)).any())
 
     def check_equal(self, variables: Iterable[keras.Variable], when: str) -> None:
-        """Raise an error if these variables are not bit-identical on all workers."""
+        """Raise RayCxrError if the variables do not have the same bits on all workers."""
         if self.count == 1:
             return
         digest = 0

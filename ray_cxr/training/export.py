@@ -34,7 +34,7 @@ CURVES = "learning_curves.png"
 
 
 def export_bundle(plan: TrainPlan, to: Path, *, more: Mapping[str, Any] | None = None) -> Bundle:
-    """Write a bundle of a run's best epoch so far to a folder, with `more` entries in its provenance."""
+    """Write a bundle of the best epoch that a run has finished; `more` entries are added to its provenance."""
     with silence_stderr():  # TensorFlow's C++ code prints on import and when it looks for GPUs
         import tensorflow as tf
 
@@ -45,7 +45,7 @@ def export_bundle(plan: TrainPlan, to: Path, *, more: Mapping[str, Any] | None =
     with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name, best.as_directory() as source:
         # Ray's folder may be a view of remote storage: copy it once.
         checkpoint = Path(shutil.copytree(source, name, dirs_exist_ok=True))
-        # The best checkpoint's own curves end with its epoch.
+        # The latest checkpoint has the curves of all epochs, the best one only those up to its own epoch.
         curves = read_progress(read_result(plan.out).checkpoint)["curves"]
         content = _build_content(plan, checkpoint, curves, more or {})
         sample = exports.SampleImages(
@@ -69,7 +69,7 @@ def write_curves(out: Path, bundle: Bundle) -> None:
 def _build_content(
     plan: TrainPlan, checkpoint: Path, curves: Sequence[Mapping[str, Any]], more: Mapping[str, Any]
 ) -> BundleContent:
-    """Fit calibration and operating points on the best epoch's validation, and collect what the bundle states."""
+    """Fit calibration and operating points on the validation of the best epoch, and collect the bundle's contents."""
     data, settings = plan.data, plan.settings
     progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
     result = json.loads((checkpoint / RESULT).read_text(encoding="utf-8"))
@@ -83,14 +83,14 @@ def _build_content(
     architecture = Architecture.of(settings, data.size)
     findings = architecture.findings
     fitting: dict[str, Any] = {"method": settings.calibration, "min_positives": settings.min_positives}
-    rules = fit_rules(val[list(findings)], probabilities, findings, rule=settings.operating_point, **fitting)
+    labels = val[list(findings)].to_numpy(dtype=np.float64, na_value=np.nan)
+    rules = fit_rules(labels, probabilities, findings, rule=settings.operating_point, **fitting)
     used = table[table["split"].isin(["train", "val"])]
-    split, lineage = _trace_lineage(used, settings.weights)
+    split, start = _trace_lineage(used, settings.weights)
     ages = table.loc[table["split"] == "train", "age"].dropna()
     origin = {
         "origin": f"trained by ray-cxr train on {int((table['split'] == 'train').sum()):,} images",
-        "initial_weights": _describe_weights(settings.weights),
-        "lineage": lineage,
+        **start,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "prepared_digest": data.manifest_digest,
         "split": data.split_info(),
@@ -126,20 +126,19 @@ def _build_content(
     )
 
 
-def _trace_lineage(used: pd.DataFrame, weights: str) -> tuple[pa.Table, str]:
-    """Return the images that trained model and starting weights, and whether that is all: `known` or `unknown`."""
+def _trace_lineage(used: pd.DataFrame, weights: str) -> tuple[pa.Table, dict[str, str]]:
+    """Return all known images that trained the model or its starting weights, and two entries of the provenance.
+
+    `initial_weights` describes the starting weights; `lineage` is `known` if no other images can have trained them.
+    """
     frame = used[["image_id", "patient_id", "split"]]
-    lineage = "known" if weights in ("none", "imagenet") else "unknown"  # ImageNet holds no radiographs of patients
+    known = {"none": "random", "imagenet": "ImageNet (keras.applications)"}  # ImageNet holds no radiographs of patients
+    described = known.get(weights, f"the file {Path(weights).name}")
+    lineage = "known" if weights in known else "unknown"
     if Path(weights).is_dir():
         start = load_bundle(weights)
         earlier = identity.read_split(start.path).to_pandas()
         frame = pd.concat([frame, earlier[~earlier["image_id"].isin(frame["image_id"])]], ignore_index=True)
-        lineage = start.info["provenance"].get("lineage", "unknown")
-    return pa.Table.from_pandas(frame, schema=SPLIT_SCHEMA, preserve_index=False), lineage
-
-
-def _describe_weights(weights: str) -> str:
-    if Path(weights).is_dir():
-        return f"the bundle {load_bundle(weights).digest}"
-    known = {"none": "random", "imagenet": "ImageNet (keras.applications)"}
-    return known.get(weights, f"the file {Path(weights).name}")
+        described, lineage = f"the bundle {start.digest}", start.info["provenance"].get("lineage", "unknown")
+    split = pa.Table.from_pandas(frame, schema=SPLIT_SCHEMA, preserve_index=False)
+    return split, {"initial_weights": described, "lineage": lineage}

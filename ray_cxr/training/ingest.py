@@ -1,7 +1,7 @@
 """The order of the training images, and the thread that reads batches ahead of the step.
 
-The order is a pure function of (seed, epoch, step, global batch). So the same images are in the same step with any
-number of workers, and after a restart. Each worker reads its own rows of each global batch from the prepared shards.
+The order is a pure function of (seed, epoch, step, global batch). So a step has the same images with any number of
+workers, and after a restart. Each worker reads its own share of each global batch from the prepared shards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def shuffle_epoch(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def iter_batches(order: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield global batches as (rows int64 [B], real bool [B]); padding of the last one is not real."""
+    """Yield global batches as (rows int64 [B], real bool [B]); `real` is false for the padding of the last batch."""
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         real = np.arange(batch_size) < len(rows)
@@ -43,11 +43,11 @@ class Batch:
 
     Attributes:
         step: number in the epoch, from 0.
-        rows: row numbers of the whole global batch without padding, int64 [<=B].
+        rows: row numbers in the split, of the whole global batch without padding, int64 [<=B].
         images: uint8 [b,S,S,1].
         labels: float32 [b,F], 0 for null.
-        weight: float32 [b,F], 0 for nulls and padding.
-        denominator: labelled entries in the whole global batch, at least 1.
+        weight: float32 [b,F], 1 for labels, 0 for nulls and padding.
+        denominator: number of labels in the whole global batch, at least 1.
         draws: float32 [b,D], see `augmentation`.
     """
 
@@ -89,20 +89,17 @@ class Feed:
         return Prefetcher(fetch, len(plan))
 
     def prefetch_images(self) -> Prefetcher[np.ndarray]:
-        """Return batches uint8 [b,S,S,1] of all images in order; the last one is padded."""
+        """Return batches uint8 [b,S,S,1] of all images in order; the last batch is padded."""
         plan = list(iter_batches(np.arange(len(self._data)), self._batch_size))
         return Prefetcher(lambda i: self._data.images[plan[i][0][self._rows]][..., None], len(plan))
 
 
 class Prefetcher(Generic[_T]):
-    """Make items 0 to count-1 in a thread before they are used; `wait_seconds` is how long the consumer waited."""
+    """Fetch items 0 to count-1 in a thread, ahead of the consumer, who has waited for them `wait_seconds` in total."""
 
     def __init__(self, fetch: Callable[[int], _T], count: int) -> None:
         self._fetch, self._count = fetch, count
         self.wait_seconds = 0.0
-
-    def __len__(self) -> int:
-        return self._count
 
     def __iter__(self) -> Iterator[_T]:
         with ThreadPoolExecutor(1, thread_name_prefix="fetch") as pool:

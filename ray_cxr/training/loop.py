@@ -1,11 +1,11 @@
-"""The training loop of one worker. Keras 3 `fit` fails under a multi-worker strategy, so the loop is our own."""
+"""The training loop of one worker. It replaces `fit` of Keras 3, which fails under a multi-worker strategy."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from ray_cxr.config import TrainSettings
 from ray_cxr.data.prepared import SplitData
-from ray_cxr.errors import ConfigError, DivergedError
+from ray_cxr.errors import DivergedError
 from ray_cxr.evaluation import metrics
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import classifier, losses
@@ -28,19 +28,22 @@ from ray_cxr.training.distributed import Replicas
 from ray_cxr.training.ingest import Batch, Feed
 from ray_cxr.training.optimizer import FlatOptimizer
 
+#: In a checkpoint: the file of `Loop.save`.
 STATE = "state.npz"
 
 
 @dataclass
 class TrainState:
-    """The state of training that a checkpoint keeps in addition to weights and optimizer.
+    """The progress of training. A checkpoint holds it in addition to the weights and the optimizer's state.
 
-    It has no random state: order, augmentation and dropout are functions of seed, epoch and step.
+    There is no random state: the order of images, augmentation and dropout are functions of seed, epoch and step.
 
     Attributes:
-        losses: losses of the finished steps of the current epoch; empty between epochs.
-        scores, curves: selection score (higher is better) and row of metrics of each finished epoch.
+        losses: the loss of each finished step of the current epoch; empty between epochs.
+        scores: the selection score of each finished epoch; higher is better.
+        curves: the row of metrics of each finished epoch.
         stopped: whether a callback has ended the training.
+        policy: the Keras dtype policy that the run started with.
     """
 
     epochs_done: int = 0
@@ -53,12 +56,13 @@ class TrainState:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """The result of one epoch.
+    """The result of one epoch. Only `loss` includes the steps before a restart.
 
     Attributes:
-        loss: mean loss of all steps of the epoch, including those before a restart.
-        images, seconds: number trained on since the start or restart, without padding, and the time for them.
-        wait_seconds: time that the slowest worker waited for images.
+        loss: mean loss over all steps.
+        images: number of images that all workers trained on, without padding.
+        seconds: duration of training.
+        wait_seconds: how long the slowest worker waited for images.
     """
 
     loss: float
@@ -71,9 +75,10 @@ class Loop:
     """Model, optimizer and data of one worker.
 
     Args:
-        weights: starting point of training: `imagenet`, `none`, a bundle or a file.
+        settings: the batch size is a multiple of the number of workers.
+        weights: starting weights: `imagenet`, `none` for random ones, or the path of a bundle or a weights file.
         policy: the Keras dtype policy: `float32`, `mixed_bfloat16` or `mixed_float16`.
-        callbacks: every worker runs them, with the same logs.
+        callbacks: run on every worker, with the same logs.
     """
 
     def __init__(
@@ -88,11 +93,6 @@ class Loop:
         policy: str = "float32",
         callbacks: Sequence[keras.callbacks.Callback] = (),
     ) -> None:
-        if settings.batch_size % replicas.count:
-            raise ConfigError(
-                f"batch_size: {settings.batch_size} is not a multiple of {replicas.count} workers; "
-                f"use {math.ceil(settings.batch_size / replicas.count) * replicas.count}"
-            )
         self.settings, self.replicas = settings, replicas
         self.train, self.val = train, val
         self.findings = architecture.findings
@@ -108,8 +108,7 @@ class Loop:
         if weights not in ("imagenet", "none"):
             source, order = Path(weights), None
             if source.is_dir():
-                bundle = load_bundle(source)
-                source, order = source / WEIGHTS, bundle.findings
+                source, order = source / WEIGHTS, load_bundle(source).findings
             self.random_layers = classifier.initialize_weights(self.model, architecture, source, order)
         self._logits = classifier.build_logits_model(self.model)
         self._norms = [x for x in self.model.layers if isinstance(x, keras.layers.BatchNormalization)]
@@ -125,7 +124,7 @@ class Loop:
             list(callbacks), add_history=False, add_progbar=False, model=self.model
         )
         self._enter_stage(0)
-        # Half precision is only for training; validation and export use the same model in float32.
+        # Half precision is only for training. Validation and export use a model in float32 with the same weights.
         self._exported = self.model if policy == "float32" else classifier.build(architecture)
         exported = classifier.build_logits_model(self._exported)
         self._predict_step = replicas.compile(lambda images: tf.sigmoid(exported(images, training=False)))
@@ -137,10 +136,10 @@ class Loop:
             return
         self._head_only, self._scheduled_rate = head_only, None
         for layer in self.model.layers:
-            # Keras runs a frozen BatchNorm in inference mode, so its statistics stay too.
+            # Keras runs a frozen BatchNorm in inference mode, so that its statistics stay unchanged too.
             layer.trainable = not head_only or layer.name.startswith("head_") or layer.name == "logits"
         self.optimizer = FlatOptimizer(self.settings, self.model.trainable_variables, float16=self._float16)
-        # For callbacks that use model.optimizer.
+        # Some callbacks use model.optimizer.
         self.model.compile(optimizer=self.optimizer.keras, jit_compile=False, auto_scale_loss=False)
         gradients = self._gradients
         if self.settings.xla:
@@ -159,8 +158,8 @@ class Loop:
         self._train_step = self.replicas.compile(sum_gradients, apply)
 
     def _gradients(self, images: Any, labels: Any, weight: Any, denominator: Any) -> list[Any]:
-        """Return this worker's part of the global batch's loss and gradients; the sum over workers is the whole."""
-        # Watching only trainable variables saves a frozen backbone's backward pass.
+        """Return this worker's summand of the loss of the global batch, and of each flat gradient."""
+        # Watching only trainable variables saves the backward pass of a frozen backbone.
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             for weight_variable in self.optimizer.weights:
                 tape.watch(weight_variable.value)
@@ -176,14 +175,14 @@ class Loop:
         on_step: Callable[[int, float], None] | None = None,
         on_checkpoint: Callable[[], None] | None = None,
     ) -> EpochResult:
-        """Train the next epoch, starting at step `len(state.losses)`, and append its losses to `state`.
+        """Train the next epoch from step `len(state.losses)` on, and append the loss of each step to `state`.
 
         Args:
-            on_step: called with the number of finished steps and the last known loss.
-            on_checkpoint: called every `checkpoint_steps` steps, when the weights match `state`.
+            on_step: called after each step with the number of finished steps and the loss of the step.
+            on_checkpoint: called every `checkpoint_steps` steps, at a time when weights and `state` agree.
 
         Raises:
-            DivergedError: a loss is not finite; names the step and the images of the batch.
+            DivergedError: a loss or a weight is not finite; the message names the step and the images of its batch.
         """
         epoch, start, images = state.epochs_done, time.monotonic(), 0
         self._enter_stage(epoch)
@@ -196,8 +195,7 @@ class Loop:
             nonlocal pending
             if pending is None:
                 return
-            batch, value = pending
-            pending = None
+            (batch, value), pending = pending, None
             loss = float(value)
             if not math.isfinite(loss):
                 raise self._build_error(f"the loss is {loss}", epoch, batch)
@@ -211,7 +209,7 @@ class Loop:
             if has_callbacks:
                 self.callbacks.on_train_batch_begin(batch.step)
             value = self._step(epoch, batch, state.scores)
-            # Reading the previous step's loss only now keeps the device busy.
+            # The previous loss is read only after this step was started, so that the device is never idle.
             finish_step()
             pending = batch, value
             images += len(batch.rows)
@@ -219,26 +217,21 @@ class Loop:
             if has_callbacks or due:
                 finish_step()
             if due and on_checkpoint is not None and batch.step + 1 < self.steps_per_epoch:
-                self._average_statistics()
-                self._check_variables(epoch, batch)
+                self._agree_on_variables(epoch, batch)
                 on_checkpoint()
         finish_step()
-        self._average_statistics()
-        self._check_variables(epoch, batch)
+        self._agree_on_variables(epoch, batch)
         wait_seconds = float(self.replicas.gather(np.array(batches.wait_seconds)).max())
         return EpochResult(float(np.mean(state.losses)), images, time.monotonic() - start, wait_seconds)
 
     def _build_error(self, problem: str, epoch: int, batch: Batch) -> DivergedError:
         ids = ", ".join(map(str, self.train.image_ids[batch.rows]))
         reason = f"{problem} at epoch {epoch + 1}, step {batch.step + 1}"
-        return DivergedError(
-            f"{reason}; start again in a new --out with a lower learning rate, or with clip_norm; "
-            f"images of this step: {ids}",
-            reason,
-        )
+        remedy = "start again in a new --out with a lower learning rate, or with clip_norm"
+        return DivergedError(f"{reason}; {remedy}; images of this step: {ids}", reason)
 
     def start_epoch(self, state: TrainState) -> None:
-        """Enter the next epoch's stage and set its first learning rate, which callbacks may change."""
+        """Enter the stage of the next epoch, and set its first learning rate before callbacks can change it."""
         self._enter_stage(state.epochs_done)
         self._set_rate(state.epochs_done, len(state.losses), state.scores)
         self.callbacks.on_epoch_begin(state.epochs_done)
@@ -246,7 +239,7 @@ class Loop:
     def _set_rate(self, epoch: int, step: int, scores: Sequence[float]) -> None:
         rate = schedule.compute_learning_rate(self.settings, self.steps_per_epoch, epoch, step, scores)
         if rate != self._scheduled_rate:
-            # Set only on changes of the schedule, so that a callback's own rate stays.
+            # Only when the rate of the schedule changes, so that a rate that a callback has set stays.
             self._scheduled_rate = rate
             self.optimizer.keras.learning_rate = rate
 
@@ -259,15 +252,12 @@ class Loop:
             *map(tf.constant, (batch.images, batch.labels, batch.weight, batch.denominator, batch.draws, seeds))
         )
 
-    def _average_statistics(self) -> None:
-        """Average BatchNorm's moving statistics over the workers."""
-        self.replicas.average([v for layer in self._norms for v in (layer.moving_mean, layer.moving_variance)])
+    def _agree_on_variables(self, epoch: int, batch: Batch) -> None:
+        """Average BatchNorm's moving statistics over the workers; then all variables must be equal and finite.
 
-    def _check_variables(self, epoch: int, batch: Batch) -> None:
-        """Check that all variables are equal on all workers, and that all weights are finite.
-
-        The loss shows a weight that is not finite only one step later.
+        A weight that is not finite would show in the loss only one step later.
         """
+        self.replicas.average([v for layer in self._norms for v in (layer.moving_mean, layer.moving_variance)])
         self.replicas.check_equal(self.list_shared(), f"epoch {epoch + 1}, step {batch.step + 1}")
         for variable in self.model.trainable_variables:
             if not np.isfinite(np.asarray(variable)).all():
@@ -276,16 +266,16 @@ class Loop:
     def list_shared(self) -> list[keras.Variable]:
         """Return the variables that must be equal on all workers: all but dropout's seeds."""
         seeds = {id(generator.state) for generator in self._dropouts}
-        return [v for v in (*self.model.variables, *self.optimizer.variables) if id(v) not in seeds]
+        return [v for v in (*self.model.variables, *self.optimizer.keras.variables) if id(v) not in seeds]
 
     def predict(self, feed: Feed, n: int) -> np.ndarray:
-        """Return probabilities float32 [n,F] of a split's images, in order, from all workers."""
+        """Return the probabilities of the first n images of `feed`, float32 [n,F]; each worker computes its share."""
         own = np.stack([np.asarray(self._predict_step(tf.constant(images))) for images in feed.prefetch_images()])
         parts = self.replicas.gather(own)  # [workers, steps, share, F]
         return np.moveaxis(parts, 0, 1).reshape(-1, parts.shape[-1])[:n]
 
     def validate(self) -> tuple[np.ndarray, dict[str, Any]]:
-        """Return the exported model's validation probabilities float32 [N,F] and what `evaluate` computes from them."""
+        """Return the probabilities of all validation images, float32 [N,F], and the result of `evaluate` on them."""
         if self._exported is not self.model:
             for variable, value in zip(self._exported.variables, self.model.variables, strict=True):
                 variable.assign(value)
@@ -299,25 +289,24 @@ class Loop:
     def save(self, folder: Path) -> None:
         """Write the raw weights and the optimizer's state as `state.npz`."""
         arrays = {f"model-{i:04d}": np.asarray(v) for i, v in enumerate(self.model.variables)}
-        arrays |= {f"optimizer-{i:04d}": np.asarray(v) for i, v in enumerate(self.optimizer.variables)}
+        arrays |= {f"optimizer-{i:04d}": np.asarray(v) for i, v in enumerate(self.optimizer.keras.variables)}
         np.savez(folder / STATE, allow_pickle=False, **arrays)
 
     def restore(self, folder: Path, state: TrainState) -> None:
-        """Load the files of `save`, written at `state`."""
-        # A checkpoint at the end of the frozen stage holds that stage's optimizer; the next stage has a new one.
+        """Load what `save` wrote when the progress was `state`."""
+        # After the last frozen epoch, a checkpoint has the optimizer of the frozen stage; the next stage has a new one.
         fresh = state.epochs_done == self.settings.frozen_epochs > 0 and not state.losses
         self._enter_stage(state.epochs_done)
         with np.load(folder / STATE, allow_pickle=False) as arrays:
             for i, variable in enumerate(self.model.variables):
                 variable.assign(arrays[f"model-{i:04d}"])
-            for i, variable in enumerate(() if fresh else self.optimizer.variables):
+            for i, variable in enumerate(() if fresh else self.optimizer.keras.variables):
                 variable.assign(arrays[f"optimizer-{i:04d}"])
         self.optimizer.load_weights()
-        if not fresh and (state.losses or state.epochs_done):
-            # A callback may have set the restored rate; keep it until the schedule changes its rate.
-            epoch, step = state.epochs_done, len(state.losses) - 1
-            if step < 0:
-                epoch, step = epoch - 1, self.steps_per_epoch - 1
+        last_step = state.epochs_done * self.steps_per_epoch + len(state.losses) - 1
+        if not fresh and last_step >= 0:
+            # A callback may have set the restored learning rate: keep it until the schedule changes its rate.
+            epoch, step = divmod(last_step, self.steps_per_epoch)
             self._scheduled_rate = schedule.compute_learning_rate(
                 self.settings, self.steps_per_epoch, epoch, step, state.scores[:epoch]
             )
@@ -334,7 +323,10 @@ def _use_policy(name: str) -> Iterator[None]:
 
 
 def evaluate(labels: np.ndarray, probabilities: np.ndarray, findings: tuple[str, ...]) -> dict[str, Any]:
-    """Return n, positives and AUROC (None if undefined) per finding, and their macro AUROC, for labels int8 [N,F]."""
+    """Return `findings`, with n, positives and AUROC of each, and `macro_auroc`; an undefined AUROC is None.
+
+    Labels are int8 [N,F], -1 for null. The macro AUROC is the mean of the defined AUROCs without No_Finding.
+    """
     rows: dict[str, Any] = {}
     for j, name in enumerate(findings):
         known = labels[:, j] >= 0
@@ -349,19 +341,18 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, findings: tuple[str,
 
 
 def compute_cross_entropy(probabilities: np.ndarray, labels: np.ndarray) -> float | None:
-    """Return the plain binary cross-entropy over the labelled entries, or None without any."""
+    """Return the mean binary cross-entropy over the labelled entries; None if no entry is labelled."""
     known = labels >= 0
     p = np.clip(probabilities[known].astype(np.float64), 1e-7, 1 - 1e-7)
     y = labels[known]
     return float(np.mean(-(y * np.log(p) + (1 - y) * np.log(1 - p)))) if known.any() else None
 
 
-def compute_selection_score(result: Mapping[str, Any], probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Return the score that selects the best epoch: macro AUROC, or minus the validation loss if it is undefined.
+def compute_selection_score(macro_auroc: float | None, loss: float | None) -> float:
+    """Return the score of an epoch, of which the highest is the best: the macro AUROC, or else minus the loss.
 
     A negative loss is below every AUROC, so an epoch with an AUROC always wins.
     """
-    if result["macro_auroc"] is not None:
-        return float(result["macro_auroc"])
-    loss = compute_cross_entropy(probabilities, labels)
-    return -loss if loss is not None else -math.inf
+    if macro_auroc is not None:
+        return macro_auroc
+    return -math.inf if loss is None else -loss

@@ -1,9 +1,10 @@
-"""Show a running training: read the files that rank 0 writes, log each start and epoch, and move the progress bar."""
+"""Show the progress of a training run: read the files that rank 0 writes, log each start and each epoch."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,13 +18,13 @@ from ray_cxr.progress import Progress, run_periodically
 from ray_cxr.storage.run_folder import read_json
 from ray_cxr.training.worker import LIVE, METRICS, STARTED
 
-#: Seconds without a first step after which a line says that Ray may be waiting.
+#: Seconds without a first step after which a message says that Ray may be waiting.
 WAITING_S = 240
 _POLL_S = 0.5
 
 
 class RunMonitor:
-    """Report on a run in another process; the command `started` at a time in seconds since 1970."""
+    """Report on a run in other processes. `started` is when the command started, seconds since 1970."""
 
     def __init__(
         self, out: Path, epochs: int, steps_per_epoch: int, started: float, on_event: Callable[[str], None]
@@ -34,7 +35,7 @@ class RunMonitor:
         self._has_warned = False
         self._reported = len(read_metrics(out))  # epochs of an earlier run
         self._step, total = self._reported * steps_per_epoch, epochs * steps_per_epoch
-        # No final line: each epoch has its own line, and an early stop would look like an unfinished run.
+        # No line at the end: each epoch has its own line, and after an early stop it would show an unfinished run.
         if self._step < total:
             self._progress = Progress("train", total, done=self._step, unit="steps", line_every=60.0, last_line=False)
         else:
@@ -42,7 +43,7 @@ class RunMonitor:
 
     @contextlib.contextmanager
     def report(self) -> Iterator[None]:
-        """Report while the block runs, and the last epochs after it."""
+        """Report while the block runs; report the remaining epochs when it ends."""
         with self._progress:
             try:
                 with run_periodically(self._update, _POLL_S, "metrics"):
@@ -79,14 +80,11 @@ class RunMonitor:
             )
         if is_restart:
             return
-        previous, parts = self._started, []
-        for name, at in start["times"].items():
-            parts.append(f"{name} {at - previous:.0f}")
-            previous = at
-        self._on_event(
-            f"train: first step done after {previous - self._started:.0f} s ({', '.join(parts)}); "
-            f"precision {start['policy']}"
-        )
+        ends = [self._started, *start["times"].values()]
+        seconds = [f"{end - start_at:.0f}" for start_at, end in itertools.pairwise(ends)]
+        parts = ", ".join(map(" ".join, zip(start["times"], seconds, strict=True)))
+        total = f"first step done after {ends[-1] - ends[0]:.0f} s"
+        self._on_event(f"train: {total} ({parts}); precision {start['policy']}")
 
     def _report_epochs(self) -> None:
         points = read_metrics(self._out)
@@ -111,7 +109,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.csv, with None for missing values; none if it cannot be read now."""
+    """Return the rows of metrics.csv, with None for missing values; no rows if the file cannot be read now."""
     try:
         frame = pd.read_csv(io.BytesIO((out / METRICS).read_bytes()))
     except (FileNotFoundError, RayCxrError):

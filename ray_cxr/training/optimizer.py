@@ -1,8 +1,8 @@
-"""A stock Keras optimizer over all weights as one or two flat vectors.
+"""A stock Keras optimizer over all weights, which are joined into one or two flat vectors.
 
-DenseNet121 has 364 weight tensors. An optimizer with a variable for each is more than half of the training graph and
-of the time to the first step. Flat, it is a few dozen operations on the same numbers, and workers exchange one vector
-of gradients instead of hundreds.
+DenseNet121 has 364 weight tensors. An optimizer that updates each of them takes more than half of the training graph,
+and of the time to the first step. On flat vectors it needs a few dozen operations for the same numbers, and workers
+exchange one vector of gradients instead of hundreds.
 """
 
 from __future__ import annotations
@@ -17,35 +17,27 @@ import tensorflow as tf
 
 from ray_cxr.config import TrainSettings
 
-#: Weight decay of biases and of BatchNorm's scales regularises nothing.
+#: Names of biases and of BatchNorm's weights: weight decay of these regularises nothing.
 NOT_DECAYED = ("bias", "gamma", "beta")
 
 
 class FlatOptimizer:
     """The optimizer of one stage of training, for the model's trainable weights.
 
-    With `float16` it scales the loss, because small gradients vanish; bfloat16 has float32's range.
+    With `float16` the loss is scaled, because small gradients would vanish; bfloat16 has the range of float32.
     """
 
     def __init__(self, settings: TrainSettings, weights: Sequence[keras.Variable], *, float16: bool = False) -> None:
         self.weights = list(weights)
-        decayed = [settings.optimizer == "adamw" and v.name not in NOT_DECAYED for v in self.weights]
-        groups = ([i for i, d in enumerate(decayed) if d], [i for i, d in enumerate(decayed) if not d])
-        self._groups = [group for group in groups if group]
-        self._flats = [
-            keras.Variable(self._flatten(group, self.weights), name="decayed" if decayed[group[0]] else "plain")
-            for group in self._groups
-        ]
+        has_decay = settings.optimizer == "adamw"
+        names = ["decayed" if has_decay and v.name not in NOT_DECAYED else "plain" for v in self.weights]
+        groups = {name: [i for i, other in enumerate(names) if other == name] for name in sorted(set(names))}
+        self._groups = list(groups.values())
+        self._flats = [keras.Variable(self._flatten(group, self.weights), name=name) for name, group in groups.items()]
         self._ema = settings.ema is not None
-        inner = _build_optimizer(settings)
-        self.keras = keras.optimizers.LossScaleOptimizer(inner) if float16 else inner
-        self._inner = inner
+        self._inner = _build_optimizer(settings)
+        self.keras = keras.optimizers.LossScaleOptimizer(self._inner) if float16 else self._inner
         self.keras.build(self._flats)
-
-    @property
-    def variables(self) -> list[keras.Variable]:
-        """The optimizer's state: slots, counters, learning rate, averages."""
-        return list(self.keras.variables)
 
     def flatten(self, gradients: Sequence[Any]) -> list[Any]:
         """Return the flat gradients of each group."""

@@ -1,4 +1,4 @@
-"""Check a training run before Ray starts, and divide the CPUs and GPUs of Ray's nodes among its workers."""
+"""Check a training run before Ray starts, and divide the CPUs and GPUs of Ray's nodes among the run's workers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TrainPlan:
     """A training run that passed all checks.
 
     Attributes:
-        settings: with size and weights resolved.
+        settings: of the run, with the size of the prepared set, and weights as an absolute path.
         run_settings: the content of settings.json, which later runs in `out` must match.
         started: whether this run continues an earlier one.
         bundle: the run's bundle if it is finished, else None.
@@ -46,7 +46,7 @@ class TrainPlan:
         return min(steps, self.settings.steps_per_epoch or steps)
 
     def list_warnings(self) -> list[str]:
-        """Return one line for each setting or finding that makes a run worse than it looks."""
+        """Return one sentence for each setting without effect, and for each reason to expect a bad model."""
         settings = self.settings
         warnings = [f"no effect: {name}" for name in settings.list_unused()]
         if settings.weights == "none" and not self.started:
@@ -64,15 +64,14 @@ class TrainPlan:
 
 
 def plan_training(prepared: str | Path, out: str | Path, settings: TrainSettings) -> TrainPlan:
-    """Check the arguments of `train` before Ray starts, which takes seconds."""
+    """Check the arguments of `train` without Ray, whose start takes seconds."""
     out = remote.to_path(out)
     data = PreparedSet(prepared, settings.size)
     settings = settings.replace(size=data.size)
     if settings.batch_size % settings.workers:
-        raise ConfigError(
-            f"batch_size: {settings.batch_size} is not a multiple of {settings.workers} workers; "
-            f"use {math.ceil(settings.batch_size / settings.workers) * settings.workers}"
-        )
+        multiple = math.ceil(settings.batch_size / settings.workers) * settings.workers
+        problem = f"{settings.batch_size} is not a multiple of {settings.workers} workers"
+        raise ConfigError(f"batch_size: {problem}; use {multiple}")
     if settings.weights not in ("imagenet", "none"):
         if not Path(settings.weights).exists():
             raise ConfigError(f"weights: {settings.weights}: no such file or bundle; or use imagenet or none")
@@ -105,7 +104,7 @@ def plan_training(prepared: str | Path, out: str | Path, settings: TrainSettings
 
 
 def refuse_leak(start: Bundle, val: pa.Table) -> None:
-    """Refuse validation images or patients that trained the starting weights: they choose epoch and calibration."""
+    """Refuse validation images or patients that trained the starting weights, since validation selects the model."""
     split = identity.read_split(start.path)
     trained = split.filter(pc.equal(split["split"], "train"))
     images = pc.is_in(val["image_id"], trained["image_id"].combine_chunks())
@@ -119,17 +118,19 @@ def refuse_leak(start: Bundle, val: pa.Table) -> None:
 
 
 def list_free_settings(settings: TrainSettings) -> set[str]:
-    """Return the settings that may change when a run continues, because they do not affect the steps so far."""
+    """Return the names of settings that may change when a run continues: the steps so far do not depend on them."""
     free = {"workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "checkpoint_steps"}
-    # A cosine ends with the last epoch: another number of epochs changes the learning rates from the first step.
+    # A cosine ends with the last epoch, so another number of epochs changes all learning rates.
     return free if settings.schedule == "cosine" else {*free, "epochs"}
 
 
 def plan_resources(settings: TrainSettings, *, use_gpu: bool, runs: int | None = None) -> tuple[int, int]:
-    """Return the CPUs per worker on Ray's current nodes, and how many such runs fit at a time.
+    """Return the CPUs per worker on Ray's current nodes, and the number of such runs that fit at a time.
 
-    Without `runs`, as many runs as the GPUs hold share the CPUs, or one run on CPUs. If not even one fits, where Ray
-    would wait forever, this raises a ConfigError.
+    The CPUs are divided among `runs` runs; by default among as many runs as fit on the GPUs, or one without GPUs.
+
+    Raises:
+        ConfigError: not even one run fits, so that Ray would wait indefinitely.
     """
     resources = [node["Resources"] for node in cluster.list_nodes()]
     gpus = sum(node.get("GPU", 0) for node in resources)
@@ -138,13 +139,13 @@ def plan_resources(settings: TrainSettings, *, use_gpu: bool, runs: int | None =
             f"--gpu: {settings.workers} workers need {settings.workers * settings.gpus_per_worker:g} GPUs, Ray has "
             f"{gpus:g}; omit --gpu, or join a cluster that has them{cluster.hint_at_head('GPU')}"
         )
-    # A worker cannot have parts of two GPUs. 1 / 0.2 is 5, but 1 // 0.2 is 4.
+    # A worker cannot use parts of two GPUs, so the number is rounded down; 1 / 0.2 is 5, but 1 // 0.2 is 4.
     per_gpu = int(1 / settings.gpus_per_worker + 1e-9)
     nodes = [(node.get("CPU", 0), int(node.get("GPU", 0)) * per_gpu if use_gpu else math.inf) for node in resources]
     most = max(1, int(sum(slots for _, slots in nodes)) // settings.workers if use_gpu else 1)
-    cpus = None
-    for count in (runs,) if runs else range(most, 0, -1):  # some GPUs may have no CPU
-        cpus = cpus or _fit_cpus(nodes, settings.workers * count, settings.cpus_per_worker)
+    counts = (runs,) if runs else range(most, 0, -1)  # fewer than the GPUs allow, if some GPUs have no CPU
+    fits = (_fit_cpus(nodes, settings.workers * count, settings.cpus_per_worker) for count in counts)
+    cpus = next(filter(None, fits), None)
     if cpus is None:
         available = ", ".join(f"{cpus:g}" for cpus, slots in nodes if slots)
         prefix = f"{runs} runs of " if runs and runs > 1 else ""

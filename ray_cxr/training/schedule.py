@@ -11,7 +11,10 @@ from ray_cxr.config import TrainSettings
 def compute_learning_rate(
     settings: TrainSettings, steps_per_epoch: int, epoch: int, step: int, scores: Sequence[float]
 ) -> float:
-    """Return the learning rate of one step, after earlier epochs with these selection scores; both count from 0."""
+    """Return the learning rate of a step; `scores` are the selection scores of the epochs before `epoch`.
+
+    Epochs and steps count from 0.
+    """
     if epoch < settings.frozen_epochs:
         return settings.frozen_learning_rate or settings.learning_rate
     position = (epoch - settings.frozen_epochs) * steps_per_epoch + step
@@ -27,7 +30,7 @@ def compute_learning_rate(
 
 
 def count_falls(settings: TrainSettings, scores: Sequence[float]) -> int:
-    """Return how often the plateau rule fired: after `plateau_patience` epochs without a better score."""
+    """Return the number of falls of the rate: one after every `plateau_patience` epochs without a better score."""
     best, stale, count = -math.inf, 0, 0
     for score in scores[settings.frozen_epochs :]:
         if score > best:
@@ -39,14 +42,14 @@ def count_falls(settings: TrainSettings, scores: Sequence[float]) -> int:
     return count
 
 
-def find_best_epoch(scores: Sequence[float]) -> int | None:
-    """Return the epoch, from 1, with the highest score; the first of equal ones."""
-    return None if not scores else max(range(len(scores)), key=lambda i: (scores[i], -i)) + 1
+def has_ended(settings: TrainSettings, scores: Sequence[float], *, stopped: bool) -> bool:
+    """Return whether a run with these scores is finished: after `epochs`, if `stopped`, or when `patience` is over.
 
-
-def is_out_of_patience(settings: TrainSettings, scores: Sequence[float]) -> bool:
-    """Return whether `patience` epochs have passed since the best one; frozen epochs do not count."""
-    best = find_best_epoch(scores)
-    if settings.patience is None or best is None:
+    Patience is over `patience` epochs after the best epoch, the first of equal ones. Frozen epochs do not count.
+    """
+    if stopped or len(scores) >= settings.epochs:
+        return True
+    if settings.patience is None or not scores:
         return False
+    best = scores.index(max(scores)) + 1
     return len(scores) - max(best, min(settings.frozen_epochs, len(scores))) >= settings.patience

@@ -3,7 +3,7 @@
 RUN/settings.json      settings that a later run must match
 RUN/ray/               Ray Train's own checkpoints: the latest and the best
 RUN/live.json          the current step of rank 0, for the progress display
-RUN/started.json       when each part of the start-up ended
+RUN/started.json       where training continues, and when each part of the start-up ended
 RUN/metrics.csv        one row per epoch
 RUN/tensorboard/       the same for TensorBoard
 RUN/bundle/            written when training has ended
@@ -53,15 +53,15 @@ def train(
     Args:
         prepared: the folder that `prepare` wrote; needs the splits train and val.
         out: the run's folder, on storage that all nodes share.
-        settings: the run's.
-        use_gpu: one GPU per worker.
+        settings: of the run.
+        use_gpu: whether each worker uses a GPU.
         callbacks: called once in every worker; returns `keras.callbacks.Callback`s. They get the logs `loss`,
             `val_loss`, `val_auroc` and `learning_rate`, the same on all workers. They may set `model.stop_training`
             and, with a constant schedule, the optimizer's learning rate. Checkpoints do not hold their state. A
             callback that writes files should do so only where the task index in `TF_CONFIG` is 0.
         started: when the command started, seconds since 1970, for the time to the first step; None: now.
-        on_event: takes one line per event.
-        start_ray: starts or joins Ray for the block; called only if something is left to train.
+        on_event: called with one line per event.
+        start_ray: returns a context in which Ray runs; it is entered only if the run is unfinished.
 
     Returns:
         The bundle of the epoch with the best validation macro AUROC.
@@ -97,17 +97,17 @@ def fit(
     listeners: Sequence[Any] = (),
     queue: bool = False,
 ) -> list[dict[str, Any]]:
-    """Train until the run ends, from its latest checkpoint; RUN/ray then holds the best epoch's checkpoint.
+    """Train from the latest checkpoint until the run ends. RUN/ray then holds the checkpoint of the best epoch.
 
     Args:
         use_gpu, callbacks, started: as in `train`.
-        on_event: takes one line per event; None: show neither lines nor a progress bar.
-        listeners: Ray Train's `UserCallback`s, which get each report in the run's controller.
-        queue: wait for nodes that hold the workers, if there are none now; needs `cpus_per_worker`.
+        on_event: called with one line per event; None: show neither lines nor a progress bar.
+        listeners: `UserCallback`s of Ray Train, which get each report in the run's controller.
+        queue: whether to wait while no nodes can hold the workers; needs `cpus_per_worker`.
 
     Returns:
-        The metrics of each epoch, from the last checkpoint: another node writes metrics.csv, and shared storage may
-        show it late.
+        The metrics of each epoch, from the last checkpoint: metrics.csv is written on another node, and shared storage
+        may show it late.
     """
     out, settings = plan.out, plan.settings
     if not plan.started:
@@ -136,7 +136,7 @@ def fit(
         raise RayCxrError(f"{out}: training ended without a checkpoint; see {out / 'ray'}")
     progress = read_progress(result.checkpoint)
     scores = progress["scores"]
-    if not (progress["stopped"] or len(scores) >= settings.epochs or schedule.is_out_of_patience(settings, scores)):
+    if not schedule.has_ended(settings, scores, stopped=progress["stopped"]):
         raise RayCxrError(
             f"{out}: training ended after {len(scores)} of {settings.epochs} epochs without a reason; "
             "run the same command again to continue"
@@ -162,7 +162,7 @@ def _run_workers(out: Path, settings: TrainSettings, config: dict[str, Any], lis
             num_workers=settings.workers,
             use_gpu=config["use_gpu"],
             resources_per_worker=resources,
-            label_selector=cluster.get_selector(),
+            label_selector=cluster.selector,
         ),
         run_config=RunConfig(
             name="ray",

@@ -1,6 +1,6 @@
-"""One Ray Train worker: its data, its model, its epochs, and the files that rank 0 writes to RUN.
+"""A Ray Train worker: its data, its model, its epochs, and the files that rank 0 writes to RUN.
 
-RUN is on storage that all nodes share. Checkpoints go through Ray Train.
+RUN is on storage that all nodes share. Ray Train stores the checkpoints.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -32,18 +33,19 @@ from ray_cxr.storage import atomic, remote
 if TYPE_CHECKING:
     from ray_cxr.training.loop import EpochResult, Loop, TrainState
 
-#: In RUN: a line per epoch; the same for TensorBoard; rank 0's current step; times of the start-up; a worker's error.
+#: In RUN, see `trainer`; failure.json holds the error of a worker.
 METRICS, EVENTS, LIVE, STARTED, FAILURE = "metrics.csv", "tensorboard", "live.json", "started.json", "failure.json"
-#: In a checkpoint, next to the loop's arrays; the last two only at the end of an epoch, with the weights to export.
+#: In a checkpoint, next to the loop's arrays: `TrainState`; only after an epoch, and next to the weights for the
+#: bundle: `loop.evaluate` on validation; the validation probabilities.
 PROGRESS, RESULT, VALIDATION = "progress.json", "result.json", "validation.npz"
 #: Minimum seconds between two writes of live.json.
 LIVE_EVERY_S = 2.0
-#: Score of a checkpoint during an epoch, which is the latest but never the best.
+#: Selection score of a checkpoint during an epoch, which may be the latest but must never be the best.
 UNSCORED = -1e30
 #: The metrics that callbacks get at the end of an epoch.
 LOGS = ("loss", "val_loss", "val_auroc", "learning_rate")
 
-#: Returns the callbacks of one worker; called in each.
+#: Each worker calls this function, which returns its callbacks.
 Callbacks = Callable[[], Sequence[Any]]
 
 
@@ -51,31 +53,27 @@ def run(config: dict[str, Any]) -> None:
     """Run one worker. It writes our own errors to a file, because Ray Train would retry permanent failures."""
     import ray.train
 
-    failure = remote.to_path(config["out"]) / FAILURE
     try:
-        try:
-            _train(config)
-        except Exception as error:
-            if not isinstance(error, MemoryError) and type(error).__name__ != "ResourceExhaustedError":
-                raise
-            settings = config["settings"]
-            raise RayCxrError(
+        _train(config)
+    except Exception as error:
+        cause, failure, settings = error, remote.to_path(config["out"]) / FAILURE, config["settings"]
+        if isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError":
+            cause = RayCxrError(
                 f"out of memory with batch_size={settings['batch_size']} over {settings['workers']} workers and images "
                 f"of {settings['size']} pixels; lower one of them, or use more workers"
-            ) from error
-    except RayCxrError as error:
-        atomic.write_json(failure, to_record(error))
+            )
+        if not isinstance(cause, RayCxrError):
+            raise
+        atomic.write_json(failure, to_record(cause))
         context = ray.train.get_context()
         if context.get_world_size() > 1:
-            # Other workers may be waiting for this one in an exchange; an exception makes Ray Train end them all.
-            # Its message must hold no image ids, because it goes to Ray's logs.
+            # Other workers may be waiting in an exchange: this exception makes Ray Train end them. It must not hold
+            # image ids, because its text goes to Ray's logs.
             raise RayCxrError(f"worker {context.get_world_rank()} failed; see {failure}") from None
 
 
 def _train(config: dict[str, Any]) -> None:
     """Train from the latest checkpoint to the last epoch."""
-    import os
-
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     times = {"Ray": time.time()}
     import ray.train
@@ -87,22 +85,19 @@ def _train(config: dict[str, Any]) -> None:
 
     times["TensorFlow"] = time.time()
     settings, out, gpu = build(TrainSettings, config["settings"]), remote.to_path(config["out"]), config["use_gpu"]
-    policy = runtime.prepare_device(gpu, settings.precision)
+    state = TrainState(policy=runtime.prepare_device(gpu, settings.precision))
     runtime.limit_threads(config["cpus"])
     if settings.deterministic if settings.deterministic is not None else not (gpu or settings.xla):
         runtime.make_deterministic()
     replicas = Replicas(gpu=gpu)
     if replicas.any((out / FAILURE).exists()):
-        return  # a restart after one of our errors: all workers must stop together
+        return  # restarted after one of our errors: all workers must stop together
     data = PreparedSet(config["prepared"], settings.size)
     train, val = data.load("train"), data.load("val")
     times["data"] = time.time()
-    checkpoint, state = ray.train.get_checkpoint(), TrainState(policy=policy)
-    if checkpoint:
+    if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             state = TrainState(**json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8")))
-        # A continued run keeps its precision on any machine.
-        policy = state.policy
         if state.epochs_done > settings.epochs:
             raise ConfigError(f"{out}: has {state.epochs_done} epochs already, more than epochs={settings.epochs}")
     loop = Loop(
@@ -112,7 +107,7 @@ def _train(config: dict[str, Any]) -> None:
         train,
         val,
         weights="none" if checkpoint else settings.weights,
-        policy=policy,
+        policy=state.policy,  # a run continues on any machine with the precision that it started with
         callbacks=config["callbacks"]() if config["callbacks"] else (),
     )
     if checkpoint:
@@ -124,22 +119,17 @@ def _train(config: dict[str, Any]) -> None:
     if recorder:
         recorder.write_metrics(state)
 
-    def on_step(step: int, loss: float) -> None:
-        if recorder:
-            recorder.record_step(state.epochs_done, step, loss)
-
     def on_checkpoint() -> None:
         with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name:
             _report({"epoch": state.epochs_done + 1, "selection": UNSCORED}, loop, state, Path(name))
 
     loop.callbacks.on_train_begin()
-    while state.epochs_done < settings.epochs and not state.stopped:
-        if schedule.is_out_of_patience(settings, state.scores):
-            break
+    while not schedule.has_ended(settings, state.scores, stopped=state.stopped):
         epoch = state.epochs_done
         loop.start_epoch(state)
         if recorder:
             recorder.start_epoch()
+        on_step = functools.partial(recorder.record_step, epoch) if recorder else None
         result = loop.run_epoch(state, on_step=on_step, on_checkpoint=on_checkpoint)
         with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name:
             point, selection = validate_epoch(loop, state, result, Path(name))
@@ -157,7 +147,10 @@ def _train(config: dict[str, Any]) -> None:
 
 
 def validate_epoch(loop: Loop, state: TrainState, epoch: EpochResult, folder: Path) -> tuple[dict[str, Any], float]:
-    """Return the epoch's row of metrics and its selection score; rank 0 writes the parts of a bundle to `folder`."""
+    """Return the row of metrics of the last epoch and its selection score.
+
+    Rank 0 also writes weights, results and probabilities to `folder`, for the bundle.
+    """
     from ray_cxr.training.loop import compute_cross_entropy, compute_selection_score
 
     start = time.monotonic()
@@ -168,30 +161,27 @@ def validate_epoch(loop: Loop, state: TrainState, epoch: EpochResult, folder: Pa
             (folder / RESULT).write_text(json.dumps(result), encoding="utf-8")
             np.savez(folder / VALIDATION, probabilities=probabilities, image_ids=loop.val.image_ids.astype(str))
     values = loop.val.labels[:, loop.columns]
+    loss = compute_cross_entropy(probabilities, values)
     real = [j for j, name in enumerate(loop.findings) if name != NO_FINDING]
+    fitting: dict[str, Any] = {"method": loop.settings.calibration, "min_positives": loop.settings.min_positives}
+    scores = values[:, real], probabilities[:, real], loop.val.patient_ids
     point = {
         "epoch": state.epochs_done + 1,
         "loss": epoch.loss,
-        "val_loss": compute_cross_entropy(probabilities, values),
+        "val_loss": loss,
         "val_auroc": result["macro_auroc"],
-        "val_calibration_error": calibration.cross_fitted_error(
-            values[:, real],
-            probabilities[:, real],
-            loop.val.patient_ids,
-            method=loop.settings.calibration,
-            min_positives=loop.settings.min_positives,
-        ),
+        "val_calibration_error": calibration.cross_fitted_error(*scores, **fitting),
         "learning_rate": float(np.asarray(loop.optimizer.keras.learning_rate)),
         "seconds": round(epoch.seconds, 3),
         "wait_seconds": round(epoch.wait_seconds, 3),
         "val_seconds": round(time.monotonic() - start, 3),
         "images_per_second": round(epoch.images / epoch.seconds, 2),
     }
-    return point, compute_selection_score(result, probabilities, values)
+    return point, compute_selection_score(result["macro_auroc"], loss)
 
 
 def _report(metrics: dict[str, Any], loop: Loop, state: TrainState, folder: Path) -> None:
-    """Report to Ray Train, with rank 0's state as the checkpoint; waits for all workers."""
+    """Report metrics to Ray Train, with a checkpoint from rank 0, and wait until all workers report."""
     import ray.train
 
     checkpoint = None
@@ -203,11 +193,11 @@ def _report(metrics: dict[str, Any], loop: Loop, state: TrainState, folder: Path
 
 
 class RunRecorder:
-    """Write rank 0's progress to RUN and, tagged with its name, to Ray's metrics.
+    """Write the progress of rank 0 to RUN, and to Ray's metrics with the name of RUN as the tag.
 
     Args:
-        times: when each part of the start-up ended, seconds since 1970.
-        state: where training starts.
+        times: when each part of the start-up ended, seconds since 1970; the first step is added to it.
+        state: the progress at which training starts or continues.
     """
 
     def __init__(self, out: Path, loop: Loop, times: dict[str, float], state: TrainState) -> None:
@@ -262,8 +252,8 @@ class RunRecorder:
 
         (self._out / EVENTS).mkdir(exist_ok=True)
         for point in state.curves[self._n_logged :]:
-            # One file per epoch, because only closing a file writes all of it. An epoch that is trained again after a
-            # kill replaces its old points.
+            # One file per epoch, because a file is complete only when it is closed. An epoch that is trained again
+            # after a kill replaces its old points.
             epoch = point["epoch"]
             with tempfile.TemporaryDirectory(prefix="ray_cxr-") as folder:
                 with SummaryWriter(folder, purge_step=epoch, filename_suffix=f".{epoch:05d}") as writer:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from scipy import ndimage
 
 from ray_cxr.config import TrainSettings
 from ray_cxr.training import augmentation
@@ -41,9 +42,8 @@ def dot(side: int, y: float, x: float) -> np.ndarray:
 
 def centre_of_mass(image: np.ndarray) -> tuple[float, float]:
     """Return (right, down) from the centre of the image, pixels."""
-    offsets = np.arange(len(image)) - (len(image) - 1) / 2
-    total = image.astype(float)
-    return float((total.sum(axis=0) @ offsets) / total.sum()), float((total.sum(axis=1) @ offsets) / total.sum())
+    down, right = np.array(ndimage.center_of_mass(image)) - (len(image) - 1) / 2
+    return float(right), float(down)
 
 
 def noise(side: int = 32, seed: int = 0) -> np.ndarray:

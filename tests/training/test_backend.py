@@ -17,8 +17,8 @@ def test_address_of_a_worker_names_its_host_and_a_free_port(monkeypatch, host: s
     if ":" in host and not socket.has_ipv6:
         pytest.skip("no IPv6 here")
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: host)
-    place, _, port = backend._find_address().rpartition(":")
-    assert place == shown
+    found, _, port = backend._find_address().rpartition(":")
+    assert found == shown
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", int(port)))
 

@@ -42,7 +42,7 @@ def scores(frame: pd.DataFrame, seed: int = 1) -> np.ndarray:
 
 
 def evaluate(frame: pd.DataFrame, p: np.ndarray) -> dict:
-    rules = fit_rules(frame[list(NAMES)], p, NAMES)
+    rules = fit_rules(frame[list(NAMES)].to_numpy(dtype=float, na_value=np.nan), p, NAMES)
     return provenance.evaluate_validation(frame, p, NAMES, rules, method="platt", min_positives=5, n_resamples=50)
 
 
@@ -81,9 +81,10 @@ def test_a_finding_that_is_missed_in_one_group_is_named() -> None:
     groups = {(group["attribute"], group["value"]): group for group in found["groups"]}
     assert groups["sex", "unknown"]["n"] == 20
     assert groups["sex", "M"]["own"]["sensitivity"]["findings"] == [COMMON]
-    one = next(one for one in found["differences"] if one["attribute"] == "sex")
-    assert (one["finding"], one["value"], one["reference"], one["quantity"]) == (COMMON, "F", "M", "sensitivity")
-    assert one["high"] < -0.3
+    missed_in = next(difference for difference in found["differences"] if difference["attribute"] == "sex")
+    named = [missed_in[key] for key in ("finding", "value", "reference", "quantity")]
+    assert named == [COMMON, "F", "M", "sensitivity"]
+    assert missed_in["high"] < -0.3
     # Plain values, and the same ones each time.
     assert json.loads(json.dumps(found, allow_nan=False)) == found == evaluate(frame, p)
 

@@ -17,8 +17,8 @@ from ray_cxr.training import schedule
 
 def rates(steps: int = 10, **changes: object) -> list[float]:
     settings = TrainSettings(learning_rate=0.1, **changes)
-    places = itertools.product(range(settings.epochs), range(steps))
-    return [schedule.compute_learning_rate(settings, steps, epoch, step, ()) for epoch, step in places]
+    positions = itertools.product(range(settings.epochs), range(steps))
+    return [schedule.compute_learning_rate(settings, steps, epoch, step, ()) for epoch, step in positions]
 
 
 def test_rate_is_constant_after_a_warm_up_that_is_never_zero() -> None:
@@ -62,11 +62,14 @@ def test_plateau_falls_where_the_callback_of_keras_falls(scores: list[float], pa
         (2, 0, [0.5, 0.4], False),
         (2, 0, [0.5, 0.4, 0.4], True),
         (2, 0, [0.5, 0.4, 0.6], False),
+        (2, 0, [0.5, 0.7, 0.7, 0.6], True),  # the first of equal epochs is the best
         (None, 0, [0.5] * 100, False),
         (2, 3, [0.5, 0.4, 0.4, 0.4], False),  # frozen epochs do not count
         (2, 3, [0.5, 0.4, 0.4, 0.4, 0.4], True),
     ],
 )
 def test_patience_counts_the_epochs_since_the_best(patience, frozen: int, scores: list[float], ends: bool) -> None:
-    assert [schedule.find_best_epoch(found) for found in ([], [0.5, 0.7, 0.7, 0.6])] == [None, 2]
-    assert schedule.is_out_of_patience(TrainSettings(patience=patience, frozen_epochs=frozen), scores) == ends
+    settings = TrainSettings(patience=patience, frozen_epochs=frozen, epochs=101)
+    assert schedule.has_ended(settings, scores, stopped=False) == ends
+    assert schedule.has_ended(settings, scores, stopped=True)
+    assert schedule.has_ended(settings.replace(epochs=max(1, len(scores))), scores, stopped=False) == bool(scores)

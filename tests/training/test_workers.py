@@ -42,8 +42,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
     out, ports = tmp_path_factory.mktemp("workers"), free_ports(3)
     program = [sys.executable, str(Path(__file__).with_name("workers.py")), str(out)]
     processes = [
-        subprocess.Popen([*program, *place], stderr=subprocess.PIPE, text=True)
-        for place in (["0", *ports[:2]], ["1", *ports[:2]], ["0", ports[2]])
+        subprocess.Popen([*program, *rank_and_ports], stderr=subprocess.PIPE, text=True)
+        for rank_and_ports in (["0", *ports[:2]], ["1", *ports[:2]], ["0", ports[2]])
     ]
     try:
         # The limit is the proof that nothing hangs.

@@ -76,7 +76,7 @@ def train(item: Any, epochs: int, progress: Any = None) -> Any:
 def weights(item: Any) -> dict[str, np.ndarray]:
     """Return every variable of model and optimizer by a readable name."""
     found = {f"model {v.path}": np.asarray(v) for v in item.model.variables if "seed" not in v.path}
-    return found | {f"optimizer {i} {v.name}": np.asarray(v) for i, v in enumerate(item.optimizer.variables)}
+    return found | {f"optimizer {i} {v.name}": np.asarray(v) for i, v in enumerate(item.optimizer.keras.variables)}
 
 
 def plain(out: Path) -> dict[str, np.ndarray]:
