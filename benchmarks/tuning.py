@@ -247,10 +247,9 @@ def light_trial(trainer: Any, budget: float) -> Callable[[dict[str, Any], Any], 
         import ray
         from ray import tune
 
-        from ray_cxr.tuning.trial import ReportBuilder
+        from ray_cxr.tuning.trial import build_report
 
-        folder, nan = Path(config["folder"]), float("nan")
-        builder, curve, last = ReportBuilder(None), [], {}
+        folder, nan, curve = Path(config["folder"]), float("nan"), []
         before = sum(len(path.read_text().splitlines()) - 1 for path in folder.parent.glob(f"*/{METRICS}"))
         for number in range(1, config["settings"]["epochs"] + 1):
             point = {"failure": SPENT}
@@ -260,9 +259,8 @@ def light_trial(trainer: Any, budget: float) -> Callable[[dict[str, Any], Any], 
                 return {"epoch": 0, "val_auroc": nan, "best_val_auroc": nan, "failure": point["failure"]}
             curve.append(point)
             pd.DataFrame(curve).to_csv(folder / METRICS, index=False, lineterminator="\n")
-            last = builder.build(point)
-            tune.report(last)
-        return {**last, "ended": 1}
+            tune.report(build_report(curve, None))
+        return {**build_report(curve, None), "ended": 1}
 
     return trial
 

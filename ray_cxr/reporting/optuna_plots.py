@@ -12,16 +12,19 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import optuna
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from optuna.trial import FrozenTrial, TrialState
 
 from ray_cxr import extras
+from ray_cxr.errors import one_line
 from ray_cxr.reporting import plots
 from ray_cxr.reporting.search_figures import STYLES
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+Draw = Callable[[], "go.Figure"]
 _log = logging.getLogger(__name__)
 
 #: Maximum number of settings in a readable plot, and number of settings per row.
@@ -57,9 +60,9 @@ _TEMPLATE = {
 
 
 class OptunaPlot(NamedTuple):
-    """One of Optuna's plots as JSON for plotly.js, or the reason why it is missing.
+    """A plot of Optuna as JSON for plotly.js, or the reason why it is missing.
 
-    Height and width are in pixels; in less than `width` the plot scrolls.
+    Height and width are in pixels; on a narrower page the plot scrolls.
     """
 
     figure: Markup | None
@@ -78,10 +81,10 @@ class Chapter(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """One objective as Optuna's plots take it; with a single objective they need no functions.
+    """An objective as Optuna's plots need it; with a single objective they need no functions.
 
-    `target` is a trial's value. `loss` is the value, negated if more is better: with a target, importances ask which
-    settings make it small, in either direction of the study.
+    `target` returns a trial's value. `loss` returns the value, negated if more is better: Optuna's importances with a
+    function show which settings make its values small.
     """
 
     name: str
@@ -96,12 +99,11 @@ def format_objective(name: str) -> str:
 
 @contextmanager
 def silence_optuna() -> Iterator[None]:
-    """Suppress Optuna's log and warnings; the page states what they report."""
+    """Suppress Optuna's log and warnings; the page states the same facts."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         optuna.logging.set_verbosity(before)
@@ -123,13 +125,13 @@ def list_objectives(study: optuna.Study, names: Sequence[str]) -> list[Objective
         return [Objective(format_objective(names[0]))]
     signs = [-1.0 if direction == optuna.study.StudyDirection.MAXIMIZE else 1.0 for direction in study.directions]
     return [
-        Objective(format_objective(name), _create_target(place, 1.0), _create_target(place, sign))
-        for place, (name, sign) in enumerate(zip(names, signs, strict=True))
+        Objective(format_objective(name), partial(_get_value, index), partial(_get_value, index, sign=sign))
+        for index, (name, sign) in enumerate(zip(names, signs, strict=True))
     ]
 
 
-def _create_target(place: int, sign: float) -> Callable[[FrozenTrial], float]:
-    return lambda trial: sign * trial.values[place]
+def _get_value(index: int, trial: FrozenTrial, sign: float = 1.0) -> float:
+    return sign * trial.values[index]
 
 
 def list_finished(study: optuna.Study) -> list[FrozenTrial]:
@@ -170,38 +172,40 @@ def _draw_front(study: optuna.Study, objectives: Sequence[Objective]) -> Chapter
         return figure.update_layout(scene_camera_eye={"x": 1.8, "y": 1.8, "z": 1.2}) if len(objectives) > 2 else figure
 
     caption = "Each point is a finished trial; point at it to see its settings."
-    return Chapter("front", "Pareto front", caption, (_encode(draw, reason, height=460, width=320),))
+    return _create_chapter("front", "Pareto front", caption, [_encode(draw, reason, height=460)])
 
 
 def _draw_history(study: optuna.Study, objectives: Sequence[Objective]) -> Chapter:
     plot, reason = optuna.visualization.plot_optimization_history, _explain_missing(study, 1)
-    draws = [partial(plot, study, target=o.target, target_name=o.name) for o in objectives]
-    drawn = [_encode(draw, reason, height=340, width=320) for draw in draws]
+    draws = [partial(plot, study, target=objective.target, target_name=objective.name) for objective in objectives]
     caption = "The value of each finished trial; stopped trials have none."
-    return Chapter("optimization", "Optimization history", caption, _drop_repeated_reasons(drawn))
+    drawn = [_encode(draw, reason, height=340) for draw in draws]
+    return _create_chapter("optimization", "Optimization history", caption, drawn)
 
 
 def _draw_importances(study: optuna.Study, objectives: Sequence[Objective]) -> tuple[Chapter, list[str]]:
-    """Return the chapter, and all searched settings, most important first."""
+    """Return the chapter, and all searched settings, the most important first."""
     finished = list_finished(study)
     names = sorted({name for trial in finished for name in trial.params})
     weights = dict.fromkeys(names, 0.0)
     # Optuna recommends five trials above the quantile; its default of a tenth has that many only with fifty trials.
     quantile = min(0.5, max(0.1, 5 / max(1, len(finished))))
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
+    missing = _explain_missing(study, 2, names)
+    if missing is None and all(len({trial.params.get(name) for trial in finished}) == 1 for name in names):
+        missing = "Every finished trial has the same settings, so their importance is unknown."
     drawn = []
-    for o in objectives:
-        reason = _explain_missing(study, 2, names)
-        if reason is None and all(len({trial.params.get(name) for trial in finished}) == 1 for name in names):
-            reason = "Every finished trial has the same settings, so their importance is unknown."
+    for objective in objectives:
+        reason, loss = missing, objective.loss
         if reason is None:
-            found = optuna.importance.get_param_importances(study, evaluator=evaluator, target=o.loss)
+            found = optuna.importance.get_param_importances(study, evaluator=evaluator, target=loss)
             weights = {name: weight + found[name] for name, weight in weights.items()}
             if len(found) > 1 and max(found.values()) - min(found.values()) < 1e-9:
-                reason = f"By {o.name}, the finished trials show no setting that matters more than another."
-        plot = partial(optuna.visualization.plot_param_importances, study, evaluator, target=o.loss, target_name=o.name)
-        title, height = o.name if len(objectives) > 1 else "", 110 + 30 * max(2, len(names))
-        drawn.append(_encode(_set_titles(plot, "importance", None), reason, height=height, width=320, title=title))
+                reason = f"By {objective.name}, the finished trials show no setting that matters more than another."
+        draw = partial(optuna.visualization.plot_param_importances, study, evaluator)
+        plot = partial(draw, target=loss, target_name=objective.name)
+        title, height = objective.name if len(objectives) > 1 else "", 110 + 30 * max(2, len(names))
+        drawn.append(_encode(_set_titles(plot, "importance", None), reason, height=height, title=title))
     caption = (
         f"How the best {math.ceil(quantile * len(finished)):,} of {len(finished):,} finished trials differ from all of "
         "them (PED-ANOVA); shares add to 1. Stopped trials do not count. A bar shows how much a setting matters, not "
@@ -210,7 +214,7 @@ def _draw_importances(study: optuna.Study, objectives: Sequence[Objective]) -> t
     if len(finished) < 100:
         caption += " With few trials it is only a hint, above all for settings that only some trials have."
     ranked = sorted(names, key=lambda name: (-weights[name], name))
-    return Chapter("importances", "Which settings matter", caption, _drop_repeated_reasons(drawn)), ranked
+    return _create_chapter("importances", "Which settings matter", caption, drawn), ranked
 
 
 def _draw_parallel(study: optuna.Study, objectives: Sequence[Objective], names: list[str], note: str) -> Chapter:
@@ -222,23 +226,24 @@ def _draw_parallel(study: optuna.Study, objectives: Sequence[Objective], names: 
     drawn = _encode(draw, reason, height=440, width=220 + 100 * max(3, len(names)), right=90)
     colour = "its rank: 0 is the Pareto front" if len(objectives) > 1 else "its value"
     caption = f"A line is a finished trial; the colour shows {colour}. None: the trial does not have the setting.{note}"
-    return Chapter("parallel", "Parallel coordinates", caption, (drawn,))
+    return _create_chapter("parallel", "Parallel coordinates", caption, [drawn])
 
 
 def _draw_slices(study: optuna.Study, objectives: Sequence[Objective], names: list[str], note: str) -> Chapter:
-    reason = _explain_missing(study, 2, names)
-
     def draw(row: list[str], objective: Objective) -> go.Figure:
         figure = optuna.visualization.plot_slice(study, row, target=objective.target, target_name=objective.name)
         # Only powers of ten: in a narrow plot the ticks between them overlap.
         figure.for_each_xaxis(lambda axis: axis.update(dtick=1, exponentformat="e"), selector={"type": "log"})
         return figure
 
+    reason = _explain_missing(study, 2, names)
     rows = [names[start : start + _ROW] for start in range(0, max(1, len(names)), _ROW)]
-    pairs = itertools.product(objectives, rows)
-    drawn = [_encode(partial(draw, row, o), reason, height=330, width=150 + 200 * len(row)) for o, row in pairs]
+    drawn = [
+        _encode(partial(draw, row, objective), reason, height=330, width=150 + 200 * len(row))
+        for objective, row in itertools.product(objectives, rows)
+    ]
     caption = f"A dot is a finished trial, darker for later ones.{note}"
-    return Chapter("slice", "Settings one by one", caption, _drop_repeated_reasons(drawn))
+    return _create_chapter("slice", "Settings one by one", caption, drawn)
 
 
 def _draw_intermediate(study: optuna.Study, objectives: Sequence[Objective]) -> Chapter:
@@ -250,9 +255,8 @@ def _draw_intermediate(study: optuna.Study, objectives: Sequence[Objective]) -> 
             else "No trial has reported a value during training."
         )
     plot = _set_titles(partial(optuna.visualization.plot_intermediate_values, study), "epoch", objectives[0].name)
-    drawn = _encode(plot, reason, height=380, width=320)
     caption = "A line is a trial; one that ends early was stopped."
-    return Chapter("intermediate", "Values during training", caption, (drawn,))
+    return _create_chapter("intermediate", "Values during training", caption, [_encode(plot, reason, height=380)])
 
 
 def _draw_timeline(study: optuna.Study) -> Chapter:
@@ -268,9 +272,15 @@ def _draw_timeline(study: optuna.Study) -> Chapter:
         return figure
 
     reason = None if count else "No trial was started."
-    drawn = _encode(_set_titles(draw, None, "trial"), reason, height=min(900, 150 + 16 * count), width=320)
+    drawn = _encode(_set_titles(draw, None, "trial"), reason, height=min(900, 150 + 16 * count))
     caption = "When each trial ran, by the clock of the driver's machine."
-    return Chapter("timeline", "Timeline", caption, (drawn,))
+    return _create_chapter("timeline", "Timeline", caption, [drawn])
+
+
+def _create_chapter(name: str, title: str, caption: str, drawn: Sequence[OptunaPlot]) -> Chapter:
+    """Return a chapter that states each reason for a missing plot once."""
+    unique = tuple(plot for index, plot in enumerate(drawn) if plot.figure or plot not in drawn[:index])
+    return Chapter(name, title, caption, unique)
 
 
 def _explain_missing(study: optuna.Study, least: int, names: Sequence[str] = ("any",)) -> str | None:
@@ -282,16 +292,12 @@ def _explain_missing(study: optuna.Study, least: int, names: Sequence[str] = ("a
     return f"This plot needs {needs}; there is {'one' if count == 1 else 'none'}."
 
 
-def _drop_repeated_reasons(drawn: Sequence[OptunaPlot]) -> tuple[OptunaPlot, ...]:
-    return tuple(one for place, one in enumerate(drawn) if one.figure or one not in drawn[:place])
-
-
-def _set_titles(draw: Callable[[], go.Figure], x: str | None, y: str | None) -> Callable[[], go.Figure]:
+def _set_titles(draw: Draw, x: str | None, y: str | None) -> Draw:
     return lambda: draw().update_layout(xaxis_title=x, yaxis_title=y)
 
 
 def _encode(
-    draw: Callable[[], go.Figure], reason: str | None, *, height: int, width: int, title: str = "", right: int = 20
+    draw: Draw, reason: str | None, *, height: int, width: int = 320, title: str = "", right: int = 20
 ) -> OptunaPlot:
     """Draw a plot unless there is a reason against it; an exception of Optuna becomes the reason."""
     if reason is None and not extras.is_installed("plotly"):
@@ -304,21 +310,19 @@ def _encode(
         figure = draw()
     except Exception as error:  # a failed plot must not cost the page of a search of days
         _log.debug("a plot failed", exc_info=True)
-        return OptunaPlot(None, f"Optuna could not draw this: {type(error).__name__}: {' '.join(str(error).split())}")
+        return OptunaPlot(None, f"Optuna could not draw this: {type(error).__name__}: {one_line(error)}")
     if not figure.data:
         return OptunaPlot(None, "Optuna found nothing to draw here.")
     figure.update_layout(
         template=_TEMPLATE,
         title={"text": title, "font": {"size": 13}} if title else None,
         height=height,
-        width=None,  # the page's; Optuna's can be wider than any screen
+        width=None,  # the width of the page; Optuna's plots can be wider than any screen
         margin={"l": 60, "r": right, "t": 40 if title else 28, "b": 50},
     )
     # Escaped, so that no text can close the element that contains it.
-    text = plotly.io.to_json(figure, validate=False, engine="json")
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return OptunaPlot(Markup(text), None, height, width)
+    text = htmlsafe_json_dumps(figure, dumps=plotly.io.to_json, validate=False, engine="json")
+    return OptunaPlot(text, None, height, width)
 
 
 def load_plotly_script() -> Markup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ Styles = Mapping[str, LineStyle]
 def draw_figures(rows: Sequence[TrialRow], best: int | None, comparison: Mapping[str, Any] | None) -> dict[str, Figure]:
     """Draw the figures by name, except those without data; `best` is the number of the best trial."""
     names = sorted({row.backbone for row in rows})
-    styles = {name: STYLES[place % len(STYLES)] for place, name in enumerate(names)}
+    styles = dict(zip(names, itertools.cycle(STYLES), strict=False))
     figures = {}
     if any(row.val_auroc is not None for row in rows):
         figures["history"] = _draw_history(rows, styles)
@@ -80,7 +81,7 @@ def draw_figures(rows: Sequence[TrialRow], best: int | None, comparison: Mapping
 
 def _draw_history(rows: Sequence[TrialRow], styles: Styles) -> Figure:
     """Draw the validation AUROC of every trial by its number, and the best finished trial so far."""
-    figure, ax = plots.create_axes(9.6, 3.7)
+    figure, (ax,) = plots.create_axes(9.6, 3.7)
     failed = [row.number for row in rows if row.state == "failed"]
     ax.plot(failed, [0.02] * len(failed), "x", color=plots.MUTED, markersize=5, transform=ax.get_xaxis_transform())
     scored = [(row, row.val_auroc) for row in rows if row.state != "failed" and row.val_auroc is not None]
@@ -95,9 +96,7 @@ def _draw_history(rows: Sequence[TrialRow], styles: Styles) -> Figure:
         ax.step([*numbers, last], [*best, best[-1]], where="post", color=plots.MUTED, linewidth=1.2, zorder=1)
     extra = [plots.create_line_entry("best finished so far", plots.MUTED)] if finished else []
     _draw_legend(ax, rows, styles, extra, lines=False)
-    ax.set_xlabel("trial")
-    ax.set_ylabel("validation AUROC (macro)")
-    ax.set_xlim(-0.7, last + 0.7)
+    ax.set(xlabel="trial", ylabel="validation AUROC (macro)", xlim=(-0.7, last + 0.7))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(axis="y", color=plots.FAINT, linewidth=0.7)
     return figure
@@ -108,37 +107,34 @@ def _draw_backbones(rows: Sequence[TrialRow], styles: Styles, comparison: Mappin
     names = [name for name in sorted(styles) if any(row.backbone == name for row in rows)]
     panels = [("all epochs of each trial", [(row.number, max(value for _, value in row.curve)) for row in rows])]
     if comparison is not None:
-        equal = {n: v for one in comparison["backbones"] for n, v in zip(one["numbers"], one["values"], strict=True)}
+        equal = {n: v for item in comparison["backbones"] for n, v in zip(item["numbers"], item["values"], strict=True)}
         if equal:
             title = f"first {comparison['grace']} epochs of each trial: equal length"
             panels.append((title, sorted(equal.items())))
-    size = (5.2 * len(panels), 1.25 + 0.62 * len(names))
-    figure = Figure(figsize=size, layout=plots.create_layout(), facecolor="white")
+    figure, axes = plots.create_axes(5.2 * len(panels), 1.25 + 0.62 * len(names), len(panels), sharey=True)
     by_number = {row.number: row for row in rows}
-    for ax, (title, points) in zip(np.ravel(figure.subplots(1, len(panels), sharey=True)), panels, strict=True):
-        plots.style_axes(ax)
-        for place, name in enumerate(reversed(names)):
+    for ax, (title, points) in zip(axes, panels, strict=True):
+        for position, name in enumerate(reversed(names)):
             mine = [(n, value) for n, value in points if n in by_number and by_number[n].backbone == name]
-            _draw_strip(ax, place, mine, by_number, styles[name])
+            _draw_strip(ax, position, mine, by_number, styles[name])
         ax.set_yticks(range(len(names)), list(reversed(names)))
-        ax.set_ylim(-0.6, len(names) - 0.4)
+        ax.set(xlabel="highest validation AUROC", ylim=(-0.6, len(names) - 0.4))
         ax.set_title(title, fontsize=9, color=plots.INK, loc="left")
-        ax.set_xlabel("highest validation AUROC")
         ax.grid(axis="x", color=plots.FAINT, linewidth=0.7)
         ax.set_axisbelow(True)
     return figure
 
 
 def _draw_strip(
-    ax: Axes, place: int, points: Sequence[tuple[int, float]], rows: Mapping[int, TrialRow], style: LineStyle
+    ax: Axes, y: int, points: Sequence[tuple[int, float]], rows: Mapping[int, TrialRow], style: LineStyle
 ) -> None:
-    """Draw the points of a backbone and, from three on, their quartiles."""
+    """Draw a backbone's points at height `y` and, if there are at least three, their quartiles."""
     if len(points) > 2:
         lower, middle, upper = np.percentile([value for _, value in points], [25, 50, 75])
-        ax.barh([place], [upper - lower], left=lower, height=0.56, color=plots.FAINT, zorder=1)
-        ax.plot([middle] * 2, [place - 0.28, place + 0.28], color=plots.INK, linewidth=1.8, zorder=2)
+        ax.barh([y], [upper - lower], left=lower, height=0.56, color=plots.FAINT, zorder=1)
+        ax.plot([middle] * 2, [y - 0.28, y + 0.28], color=plots.INK, linewidth=1.8, zorder=2)
     # Multiples of the golden ratio spread like noise, but are the same on every run.
-    spread = [(v, place + 0.4 * ((n * 0.6180339887) % 1 - 0.5), rows[n].state) for n, v in points]
+    spread = [(v, y + 0.4 * ((n * 0.6180339887) % 1 - 0.5), rows[n].state) for n, v in points]
     _draw_points(ax, spread, style, 5)
 
 
@@ -153,7 +149,7 @@ def _draw_points(ax: Axes, points: Sequence[tuple[float, float, str]], style: Li
 
 def _draw_curves(rows: Sequence[TrialRow], styles: Styles, best: int | None) -> Figure:
     """Draw the validation AUROC by epoch; a cross marks the end of a stopped trial, a bar that of a failed one."""
-    figure, ax = plots.create_axes(9.6, 4.2)
+    figure, (ax,) = plots.create_axes(9.6, 4.2)
     with_curve = [row for row in rows if row.curve]
     for row in with_curve:
         style, is_best = styles[row.backbone], row.number == best
@@ -171,8 +167,7 @@ def _draw_curves(rows: Sequence[TrialRow], styles: Styles, best: int | None) -> 
     marks = [("stopped", "x", "stopped early"), ("failed", "|", "failed")]
     extra = [plots.create_marker_entry(text, plots.MUTED, mark) for state, mark, text in marks if state in states]
     _draw_legend(ax, rows, styles, extra, lines=True)
-    ax.set_xlabel("epoch")
-    ax.set_ylabel("validation AUROC (macro)")
+    ax.set(xlabel="epoch", ylabel="validation AUROC (macro)")
     ax.margins(x=0.06)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(color=plots.FAINT, linewidth=0.7)
@@ -190,5 +185,5 @@ def _draw_legend(ax: Axes, rows: Sequence[TrialRow], styles: Styles, extra: Sequ
             handles.append(plots.create_marker_entry("hollow: not finished", plots.MUTED, "o", "white"))
         if "failed" in states:
             handles.append(plots.create_marker_entry("failed", plots.MUTED, "x"))
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
-    ax.legend(handles=[*handles, *extra], frameon=False, fontsize=8.5, ncols=5, **place)
+    style: dict[str, Any] = {"bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2, "frameon": False, "fontsize": 8.5}
+    ax.legend(handles=[*handles, *extra], loc="lower left", ncols=5, **style)

@@ -1,30 +1,29 @@
-"""The report of a hyper-parameter search: which trials ran, what they found, and how reliable that is.
+"""The report of a hyper-parameter search: its trials, the best settings, and how reliable the result is.
 
-The page contains Optuna's plots and the script that draws them, so it needs no network. They are drawn from a copy of
-the study in memory: a database is read once, and users' attributes of trials remain private.
+The page contains Optuna's plots and the script that draws them, so it needs no network. The plots show a copy of the
+study in memory: a database is read once, and users' attributes of trials remain private.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pandas as pd
 
 from ray_cxr.errors import OutputError
 from ray_cxr.reporting import html, optuna_plots, plots
 from ray_cxr.reporting.optuna_plots import format_objective
-from ray_cxr.reporting.scores import finite_or_none
 from ray_cxr.reporting.search_figures import NAMES, TrialRow, draw_figures
 from ray_cxr.storage import atomic
 
+Facts = Mapping[str, Any]
 _log = logging.getLogger(__name__)
 
 _PARAM = "param_"
@@ -32,14 +31,14 @@ _STATES = ("finished", "stopped", "failed", "running")
 
 
 def write_search_page(
-    out: Path, study: optuna.Study, trials: pd.DataFrame, facts: Mapping[str, Any], comparison: Mapping[str, Any] | None
+    out: Path, study: optuna.Study, trials: pd.DataFrame, facts: Facts, comparison: Mapping[str, Any] | None
 ) -> None:
-    """Write the figures (PNG and SVG) and, last, report.html into `out`, in place of an older report.
+    """Write the figures (PNG and SVG) and, last, report.html into `out`; they replace those of an older report.
 
     Args:
-        trials: see `tuning.records.build_trial_table`.
-        facts: see `tuning.results.collect_facts`.
-        comparison: from `evaluation.backbones.comparison_record`, or None.
+        trials: the table of `tuning.records.build_trial_table`.
+        facts: the facts of `tuning.results.collect_facts`.
+        comparison: the record of `evaluation.backbones.comparison_record`; None with one backbone.
 
     Raises:
         OutputError: `out` is a file.
@@ -48,21 +47,22 @@ def write_search_page(
         raise OutputError(f"--out {out}: is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
     rows = read_trials(trials)
-    searched = [str(column)[len(_PARAM) :] for column in trials.columns if str(column).startswith(_PARAM)]
+    searched = [name.removeprefix(_PARAM) for name in trials.columns if name.startswith(_PARAM)]
     params = [name for name in searched if any(name in row.params for row in rows)]
-    several = len(facts["objectives"]) > 1
-    figures = _write_figures(out, rows, facts, comparison)
+    best = next((row for row in rows if row.number == facts["best_number"]), None)
+    figures = plots.write_figures(out, NAMES, draw_figures(rows, facts["best_number"], comparison))
     with optuna_plots.silence_optuna():
         copy = optuna_plots.copy_study(study, facts["objectives"])
         chapters = optuna_plots.draw_chapters(copy, facts["objectives"])
+    has_plot = any(plot.figure for chapter in chapters for plot in chapter.plots)
     view = {
         "facts": facts,
-        "summary": _summarize(rows, params, facts),
+        "summary": _summarize(rows, params, best, facts),
         "cautions": _list_cautions(rows, facts),
-        "best": next((row for row in rows if row.number == facts["best_number"]), None),
+        "best": best,
         "rows": rows,
         "params": params,
-        "front_rows": [row for row in rows if several and row.number in set(facts["pareto"])],
+        "front_rows": [row for row in rows if row.number in facts["pareto"]],
         "values": {trial.number: trial.values for trial in optuna_plots.list_finished(copy)},  # noqa: PD011
         "comparison": comparison,
         "chapters": chapters,
@@ -70,61 +70,28 @@ def write_search_page(
         "commands": _list_commands(facts),
         "objectives": [format_objective(name) for name in facts["objectives"]],
         # The script has five megabytes; only interactive plots need it.
-        "plotly": optuna_plots.load_plotly_script() if any(o.figure for c in chapters for o in c.plots) else None,
+        "plotly": optuna_plots.load_plotly_script() if has_plot else None,
     }
     atomic.write_text(out / "report.html", html.render(view, "search_page.html.j2"))
     _log.debug("report in %s", out)
 
 
-def _write_figures(
-    out: Path, rows: Sequence[TrialRow], facts: Mapping[str, Any], comparison: Mapping[str, Any] | None
-) -> dict[str, bytes]:
-    """Write the figures, remove those of an older report, and return the PNGs by name."""
-    drawn = draw_figures(rows, facts["best_number"], comparison)
-    encoded = {}
-    for name in NAMES:
-        if name in drawn:
-            encoded[name], vector = plots.encode_figure(drawn[name])
-            (out / f"{name}.png").write_bytes(encoded[name])
-            (out / f"{name}.svg").write_bytes(vector)
-        else:
-            for kind in ("png", "svg"):
-                (out / f"{name}.{kind}").unlink(missing_ok=True)
-    return encoded
-
-
 def read_trials(trials: pd.DataFrame) -> list[TrialRow]:
-    """Return the table's rows in order of their numbers."""
-    return sorted((_read_trial(record) for record in trials.to_dict("records")), key=lambda row: row.number)
+    """Return the rows of the table in order of their numbers."""
+    names = [field.name for field in dataclasses.fields(TrialRow) if field.name not in ("params", "curve")]
+    rows = []
+    for record in trials.sort_values("number").to_dict("records"):
+        known = {str(k): v for k, v in record.items() if isinstance(v, (list, tuple)) or pd.notna(v)}
+        values: dict[str, Any] = {name: known.get(name) for name in names}
+        if values["best_epoch"] is not None:
+            values["best_epoch"] = int(values["best_epoch"])  # a column with missing values holds floats
+        params = {name.removeprefix(_PARAM): value for name, value in known.items() if name.startswith(_PARAM)}
+        curve = [(point["epoch"], point["val_auroc"]) for point in record["curve"] if point["val_auroc"] is not None]
+        rows.append(TrialRow(**values, params=params, curve=tuple(curve)))
+    return rows
 
 
-def _read_trial(record: Mapping[Any, Any]) -> TrialRow:
-    get: dict[str, Any] = {str(name): None if _is_missing(value) else value for name, value in record.items()}
-    params = {name[len(_PARAM) :]: value for name, value in get.items() if name.startswith(_PARAM)}
-    points = [(int(point["epoch"]), point.get("val_auroc")) for point in get["curve"] or ()]
-    return TrialRow(
-        number=int(get["number"]),
-        state=str(get["state"]),
-        reason=None if get["reason"] is None else str(get["reason"]),
-        backbone=str(get["backbone"]),
-        epochs=int(get["epochs"] or 0),
-        best_epoch=None if get["best_epoch"] is None else int(get["best_epoch"]),
-        val_auroc=finite_or_none(get["val_auroc"]),
-        images_per_second=finite_or_none(get["images_per_second"]),
-        calibration_error=finite_or_none(get["calibration_error"]),
-        seconds=finite_or_none(get["seconds"]),
-        started=get["started"],
-        restarts=int(get["restarts"] or 0),
-        params={name: value for name, value in params.items() if value is not None and name != "backbone"},
-        curve=tuple(sorted((epoch, float(v)) for epoch, v in points if v is not None and math.isfinite(v))),
-    )
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (not isinstance(value, (list, tuple, dict, np.ndarray)) and bool(pd.isna(value)))
-
-
-def _summarize(rows: Sequence[TrialRow], params: Sequence[str], facts: Mapping[str, Any]) -> list[str]:
+def _summarize(rows: Sequence[TrialRow], params: Sequence[str], best: TrialRow | None, facts: Facts) -> list[str]:
     """Describe the search in a few sentences."""
     counts = {state: sum(row.state == state for row in rows) for state in _STATES}
     sentences = [
@@ -134,10 +101,9 @@ def _summarize(rows: Sequence[TrialRow], params: Sequence[str], facts: Mapping[s
     if rows:
         names = ", ".join(sorted({row.backbone for row in rows}))
         sentences.append(f"Searched: {', '.join([f'backbone ({names})', *params])}.")
-    best = next((row for row in rows if row.number == facts["best_number"]), None)
-    if best is not None and best.val_auroc is not None:
-        at = f" at epoch {best.best_epoch}" if best.best_epoch is not None else ""
-        sentences.append(f"Best: trial {best.number} ({best.backbone}), validation AUROC {best.val_auroc:.3f}{at}.")
+    if best is not None:
+        auroc = f"validation AUROC {html.format_number(best.val_auroc)} at epoch {best.best_epoch}"
+        sentences.append(f"Best: trial {best.number} ({best.backbone}), {auroc}.")
     elif not facts["pareto"]:
         sentences.append("There is no best trial: none has finished with a validation AUROC.")
     if len(facts["objectives"]) > 1 and facts["pareto"]:
@@ -156,7 +122,7 @@ def _summarize(rows: Sequence[TrialRow], params: Sequence[str], facts: Mapping[s
     return sentences
 
 
-def _list_cautions(rows: Sequence[TrialRow], facts: Mapping[str, Any]) -> list[str]:
+def _list_cautions(rows: Sequence[TrialRow], facts: Facts) -> list[str]:
     """Return what a reader must know before quoting a number."""
     measured = sum(row.val_auroc is not None and row.state != "failed" for row in rows)
     cautions = []
@@ -176,7 +142,7 @@ def _list_cautions(rows: Sequence[TrialRow], facts: Mapping[str, Any]) -> list[s
     return cautions
 
 
-def _list_commands(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _list_commands(facts: Facts) -> list[tuple[str, str]]:
     """Return the next commands, each after its purpose."""
     commands = []
     if facts["storage"]:

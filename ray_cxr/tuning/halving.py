@@ -1,8 +1,7 @@
 """Synchronous successive halving (Jamieson & Talwalkar 2016) as a scheduler of Ray Tune.
 
-It replaces Ray's HyperBandScheduler, whose first bracket halves nothing and which has no grace period. That scheduler
-also judges a rung as soon as all started trials have reached it; if fewer trials run at a time than a bracket has, this
-is never a whole bracket.
+Ray's HyperBandScheduler is no substitute: its first bracket halves nothing, and it has no grace period. It also judges
+a rung once all started trials have reached it. If a bracket has more trials than run at a time, these are never all.
 """
 
 from __future__ import annotations
@@ -14,57 +13,52 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from ray_cxr.config import TuneSettings
+from ray_cxr.tuning.records import METRIC
+
 
 class Halving(FIFOScheduler):
-    """Trials wait at each rung for their whole bracket; one in `reduction` continues, and the others are stopped.
+    """Trials wait at each rung for their whole bracket; some continue, and the others are stopped.
 
     A waiting trial holds no resources: its process ends, and a new process continues in its folder. A bracket may thus
     have more trials than run at a time. `has_capacity` replaces Ray's limit, which would count waiting trials.
 
     Args:
-        metric, time_attr: names in reports; a higher metric is better.
-        epochs, grace: of a complete trial, and of the first rung; each next rung is `reduction` times as long.
-        trials, most: number of trials expected, and maximum number of processes.
+        settings: `grace_epochs` until the first rung; each next rung is `reduction_factor` times as long.
+        epochs: number of epochs of a complete trial.
+        trials: expected number of trials.
+        processes: maximum number of trials that run at a time.
         count_epochs: returns how many epochs a trial had completed when it was added.
     """
 
     _supports_buffered_results = False
 
     def __init__(
-        self,
-        *,
-        metric: str,
-        time_attr: str,
-        epochs: int,
-        grace: int,
-        reduction: int,
-        trials: int,
-        most: int,
-        count_epochs: Callable[[Trial], int],
+        self, settings: TuneSettings, epochs: int, trials: int, processes: int, count_epochs: Callable[[Trial], int]
     ) -> None:
         super().__init__()
-        self._metric, self._time_attr = metric, time_attr
-        self._reduction, self._most, self._count_epochs = reduction, most, count_epochs
+        self._reduction, self._processes, self._count_epochs = settings.reduction_factor, processes, count_epochs
         self.rungs: list[int] = []
-        while grace < epochs:
-            self.rungs.append(grace)
-            grace *= reduction
-        #: Trials per bracket. The number of brackets lets the best trial of each finish; their sizes are equal.
-        count = math.ceil(trials / reduction ** len(self.rungs))
-        self.sizes = [trials // count + (place < trials % count) for place in range(count)]
+        rung = settings.grace_epochs
+        while rung < epochs:
+            self.rungs.append(rung)
+            rung *= self._reduction
+        #: Trials per bracket, equal up to one. There are as many brackets as trials that finish, one in each.
+        count = math.ceil(trials / self._reduction ** len(self.rungs))
+        self.sizes = [trials // count + (index < trials % count) for index in range(count)]
         self._brackets: list[list[Trial]] = [[]]
         self._closed = False
         self._bracket_of: dict[Trial, int] = {}
-        #: For trials that have not ended: the number of rungs passed, and the score at the rung where they wait.
+        #: Number of rungs that each unfinished trial has passed, and the score of each waiting trial at its rung.
         self._passed: dict[Trial, int] = {}
         self._waiting: dict[Trial, float] = {}
 
     def has_capacity(self) -> bool:
         """Return whether another trial may start."""
-        return len(self._passed) - len(self._waiting) < self._most
+        return len(self._passed) - len(self._waiting) < self._processes
 
     def close(self) -> None:
-        """Stop waiting for trials that have not been added: none will be."""
+        """Stop waiting for further trials."""
         self._closed = True
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
@@ -79,51 +73,51 @@ class Halving(FIFOScheduler):
         self._passed[trial] = sum(rung < completed for rung in self.rungs)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Pause, continue or stop a trial at a rung; continue it elsewhere."""
+        """Pause, continue or stop a trial at a rung; continue a trial between rungs."""
         passed = self._passed[trial]
-        if passed == len(self.rungs) or result[self._time_attr] < self.rungs[passed]:
+        if passed == len(self.rungs) or result["epoch"] < self.rungs[passed]:
             return TrialScheduler.CONTINUE
-        score = float(result[self._metric])
+        score = float(result[METRIC])
         self._waiting[trial] = -math.inf if math.isnan(score) else score
         self._judge(tune_controller, self._bracket_of[trial], trial)
         if trial in self._waiting:
             return TrialScheduler.PAUSE
         return TrialScheduler.CONTINUE if trial in self._passed else TrialScheduler.STOP
 
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        self.on_trial_remove(tune_controller, trial)
-
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Remove a failed trial; one that Tune restarts already has the status of an error."""
+        """Remove a failed trial, unless Tune restarts it: such a trial already has the status of an error."""
         if trial.status != Trial.ERROR:
             self.on_trial_remove(tune_controller, trial)
 
-    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+    def on_trial_remove(self, tune_controller: Any, trial: Trial, result: dict[str, Any] | None = None) -> None:
         """Remove a trial that has ended, so that its bracket no longer waits for it."""
         self._waiting.pop(trial, None)
         if self._passed.pop(trial, None) is not None:
             self._judge(tune_controller, self._bracket_of[trial])
 
+    on_trial_complete = on_trial_remove
+
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """Return the next trial to run: those that passed a rung come before new ones."""
+        """Return the next trial to run; trials that passed a rung come before new trials."""
         if self._closed:
             self._judge(tune_controller, len(self._brackets) - 1)
         live = [trial for trial in self._passed if trial.status in (Trial.PENDING, Trial.RUNNING)]
-        if len(live) < self._most:
+        if len(live) < self._processes:
             for trial in self._passed:
                 if trial.status == Trial.PAUSED and trial not in self._waiting:
                     return trial
         return next((trial for trial in live if trial.status == Trial.PENDING), None)
 
-    def _judge(self, tune_controller: Any, place: int, current: Trial | None = None) -> None:
-        """Decide every rung of a bracket that all its remaining trials have reached, and stop the losers.
+    def _judge(self, tune_controller: Any, index: int, current: Trial | None = None) -> None:
+        """Decide each rung that all remaining trials of a bracket have reached, and stop the losers.
 
         The caller stops `current`, the trial that has just reported.
         """
-        if len(self._brackets[place]) < self.sizes[place] and not self._closed:
+        bracket = self._brackets[index]
+        if len(bracket) < self.sizes[index] and not self._closed:
             return
         for rung in range(len(self.rungs)):
-            candidates = [trial for trial in self._brackets[place] if self._passed.get(trial, math.inf) <= rung]
+            candidates = [trial for trial in bracket if self._passed.get(trial, math.inf) <= rung]
             if any(self._passed[trial] < rung or trial not in self._waiting for trial in candidates):
                 return
             # The sort is stable: among equal scores the earlier trial continues.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Condition:
-    """True for a trial whose `field` has one of `values`."""
+    """A condition on a trial's settings: `field` has one of `values`."""
 
     field: str
     values: tuple[Any, ...]
@@ -25,17 +25,27 @@ class Condition:
     def __str__(self) -> str:
         return f"{self.field}={'|'.join(map(format_value, self.values))}"
 
-    def holds(self, values: Mapping[str, Any]) -> bool:
-        return self.field in values and values[self.field] in self.values
+    def holds(self, settings: Mapping[str, Any]) -> bool:
+        return self.field in settings and settings[self.field] in self.values
 
 
 @dataclass(frozen=True)
-class Choices:
-    """A parameter with a list of values; `name` is its name in Optuna."""
+class _Searched:
+    """A searched field of the settings; `name` is the parameter's name in Optuna."""
 
     name: str
     field: str
     condition: Condition | None
+
+    def applies(self, settings: Mapping[str, Any]) -> bool:
+        """Return whether a trial with these settings has the parameter."""
+        return self.condition is None or self.condition.holds(settings)
+
+
+@dataclass(frozen=True)
+class Choices(_Searched):
+    """A parameter with a list of values."""
+
     choices: tuple[Any, ...]
 
     def __str__(self) -> str:
@@ -62,12 +72,9 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Range:
-    """A parameter from `low` to `high`, both included; an integer if `whole`."""
+class Range(_Searched):
+    """A parameter from `low` to `high`, both included; its values are integers if `whole`."""
 
-    name: str
-    field: str
-    condition: Condition | None
     low: float
     high: float
     step: float | None
@@ -89,9 +96,6 @@ class Range:
             return self.decode(trial.suggest_int(self.name, low, high, step=step, log=self.log))
         return self.decode(trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log))
 
-    def encode(self, value: Any) -> Any:
-        return self.decode(value)
-
     def decode(self, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise make_error(f"parameter {self.name}: {shorten_repr(value)} is not a number")
@@ -102,6 +106,8 @@ class Range:
         # Optuna returns 0.30000000000000004, which would appear in every report.
         steps = round((value - self.low) / self.step)
         return float(Decimal(str(self.low)) + steps * Decimal(str(self.step)))
+
+    encode = decode
 
     def describe(self) -> dict[str, Any]:
         return {"low": self.low, "high": self.high, "step": self.step, "log": self.log}
@@ -119,12 +125,10 @@ def format_value(value: Any) -> str:
 
 def matches_text(text: str, value: Any) -> bool:
     """Return whether the text of a condition means this value."""
-    if text == format_value(value):
-        return True
     if isinstance(value, str):
-        return False
+        return text == value
     try:
-        parsed = json.loads(text)
+        parsed = None if text == "none" else json.loads(text)
     except (ValueError, RecursionError):
         return False
     return bool((tuple(parsed) if isinstance(parsed, list) else parsed) == value)

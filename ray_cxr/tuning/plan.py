@@ -1,4 +1,4 @@
-"""The plan of a search: its data, settings and space, checked before Ray starts; and Optuna's study.
+"""The plan of a search, checked before Ray starts: its data, settings and space, and Optuna's study.
 
 STUDY/settings.json      settings that a later run must match
 STUDY/begun.json         the settings of the first command, for --resume
@@ -8,20 +8,19 @@ STUDY/trials.parquet     one row per trial
 STUDY/best.toml          the best trial's settings, as `train` reads them
 STUDY/bundle/            the best trial's bundle
 STUDY/report.html        the report, next to its figures
-STUDY/summary.json       the search as a whole, for programs; written last, and removed while a search runs
+STUDY/summary.json       the facts of the search, for programs; written last, and removed while a search runs
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import optuna
@@ -33,18 +32,21 @@ from ray_cxr.errors import ConfigError, OutputError, RayCxrError, TableError, fi
 from ray_cxr.evaluation import metrics
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.storage import atomic, remote
-from ray_cxr.storage.run_folder import check_run, create_run, has_settings, read_json, read_settings
+from ray_cxr.storage.run_folder import check_run, create_run, read_json, read_settings
 from ray_cxr.training.planning import list_free_settings, plan_training
+from ray_cxr.tuning.parameters import Choices
 from ray_cxr.tuning.space import KNOWN, Space
 
 #: Names in STUDY.
 TRIALS, TABLE, SUMMARY, START_SETTINGS = "trials", "trials.parquet", "summary.json", "begun.json"
-#: The objectives, and which way is better.
+#: The objectives, and whether higher or lower is better.
 DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
     "auroc": "maximize",
     "images_per_second": "maximize",
     "calibration_error": "minimize",
 }
+#: Arguments of `warnings.catch_warnings` that silence Optuna's warnings of experimental features.
+_EXPERIMENTAL: Any = {"action": "ignore", "category": optuna.exceptions.ExperimentalWarning}
 #: Settings of the search that do not change its trials.
 _FREE = {"trials", "concurrent", "ahead", "max_failures", "keep", "storage"}
 
@@ -54,9 +56,10 @@ class StudyPlan:
 
     Attributes:
         base: the training settings that all trials share.
-        run_settings: the content of settings.json, with which later runs in `out` must agree.
-        name: of Optuna's study; contains the digest of `run_settings`.
-        points: configurations to try first, as Optuna's parameters, each with the fields left out.
+        space: the search space.
+        points: configurations to try first: the values by Optuna parameter, and the fields left out.
+        run_settings: the content of settings.json; later runs in `out` must have the same.
+        name: the name of Optuna's study, with a digest of `run_settings`.
 
     Raises:
         ConfigError, TableError, OutputError: an argument is wrong, or `out` holds another search.
@@ -70,7 +73,7 @@ class StudyPlan:
         _check_validation_split(data, base)
         if settings.grace_epochs > base.epochs:
             raise ConfigError(
-                f"tune.grace_epochs: {settings.grace_epochs} is more than train.epochs={base.epochs}; lower it"
+                f"tune.grace_epochs: {settings.grace_epochs} exceeds train.epochs={base.epochs}; lower it"
             )
         if len(sizes) > 1 and "size" not in self.space.fields:
             raise ConfigError(
@@ -84,9 +87,10 @@ class StudyPlan:
         if settings.known:
             known = [values for values in KNOWN if values["backbone"] in self.space.backbones]
             self.points += [self.space.point(values, "known", strict=False) for values in known]
-        # Check each size and each starting weights once, as `train` does.
-        starts = [one.describe()["choices"] for one in self.space.parameters if one.field == "weights"]
-        for size, weights in itertools.product(sizes, itertools.chain.from_iterable(starts or [[base.weights]])):
+        # Check each size with all weights that trials may start from, as `train` does.
+        searched = [parameter for parameter in self.space.parameters if parameter.field == "weights"]
+        starts = [choice for parameter in searched for choice in parameter.describe()["choices"]] or [base.weights]
+        for size, weights in itertools.product(sizes, starts):
             trial = base.replace(size=size, backbone=self.space.backbones[0], weights=weights)
             plan_training(self.prepared, self.out / TRIALS / ".check", trial)
         # A run may have more epochs later; a search may not, because trials of several budgets cannot be compared.
@@ -103,17 +107,16 @@ class StudyPlan:
         }
         digest = hashlib.sha256(json.dumps(self.run_settings, sort_keys=True).encode()).hexdigest()
         self.name = f"ray-cxr-{digest[:16]}"
-        existing = {"id": str(read_settings(self.out).get("id", ""))} if has_settings(self.out) else {}
-        check_run(self.out, {**self.run_settings, **existing})
+        check_run(self.out, {**self.run_settings, "id": str(read_settings(self.out).get("id", ""))})
 
     def create_sampler(self, trials: int) -> optuna.samplers.BaseSampler:
-        """Return Optuna's sampler; with the first seed, a continued search would draw the first trials again."""
+        """Return Optuna's sampler; its seed depends on the number of trials, so a resumed search draws new values."""
         seed = int(np.random.default_rng([self.settings.seed, trials]).integers(2**31))
         if self.settings.sampler == "random":
             return optuna.samplers.RandomSampler(seed=seed)
         if self.settings.sampler == "cmaes":
             return optuna.samplers.CmaEsSampler(seed=seed)
-        with _ignore_experimental():  # sampling of conditional parameters in groups: experimental since Optuna 2.8
+        with warnings.catch_warnings(**_EXPERIMENTAL):  # `group`, for conditional parameters
             return optuna.samplers.TPESampler(
                 seed=seed, multivariate=True, group=True, n_startup_trials=self.settings.startup_trials
             )
@@ -131,13 +134,13 @@ class StudyPlan:
                 "postgresql://user@host/name"
             ) from None
         if "@" in (parts.host or ""):
-            # The part before it would be shown as the host.
+            # The text before the second @, a part of the password, would be shown as the host.
             raise ConfigError("tune.storage: contains two @; write the password's as %40")
-        # The options may contain a password too.
+        # The query of the URL may contain a password too.
         return parts.set(query={}).render_as_string(hide_password=True)
 
     def open_study(self) -> optuna.Study:
-        """Return Optuna's study, created if needed; its folder is then bound to these settings.
+        """Return Optuna's study, created if needed, and bind its folder to these settings.
 
         Raises:
             OutputError: the storage holds another folder's search, or the folder has trials of another storage.
@@ -164,10 +167,10 @@ class StudyPlan:
                 )
             owner = study.user_attrs.get("folder")
             if owner is None and not study.get_trials(deepcopy=False):
-                # The folder first: any folder may claim a study without an owner.
+                # Write the folder before its id: any folder may claim a study without an owner.
                 create_run(self.out, {**self.run_settings, "id": identity})
                 study.set_user_attr("folder", identity)
-                with _ignore_experimental():
+                with warnings.catch_warnings(**_EXPERIMENTAL):
                     study.set_metric_names(list(self.settings.objectives))
                 owner = identity
         except RayCxrError:
@@ -185,13 +188,10 @@ class StudyPlan:
         return study
 
     def is_finished(self) -> bool:
-        """Return whether all requested trials have ended and all their output is written."""
+        """Return whether all requested trials have ended and all output is written."""
         summary = read_json(self.out / SUMMARY)
-        try:
-            ended, best = int(summary["trials_over"]), summary["best_number"]
-        except (KeyError, TypeError, ValueError):
-            return False
-        return ended >= self.settings.trials and best is not None and (self.out / "bundle").exists()
+        has_all_trials = summary.get("trials_over", 0) >= self.settings.trials
+        return has_all_trials and summary.get("best_number") is not None and (self.out / "bundle").exists()
 
     def build_settings(self, trial: optuna.trial.FrozenTrial | optuna.Trial) -> TrainSettings:
         """Return a trial's complete settings; paths are absolute, because workers have other working directories."""
@@ -214,13 +214,13 @@ def has_search(out: Path) -> bool:
 
 
 def save_start_settings(out: Path, base: TrainSettings, settings: TuneSettings) -> None:
-    """Save the settings for `--resume`, except the storage, which may contain a password."""
+    """Save the settings for `--resume`, without the storage, which may contain a password."""
     plain = settings.model_dump(mode="json", exclude={"storage"})
     atomic.write_json(out / START_SETTINGS, {"train": base.model_dump(mode="json"), "tune": plain})
 
 
 def load_start_settings(out: Path, overrides: Sequence[str]) -> tuple[TrainSettings, TuneSettings]:
-    """Return the settings that a study was started with, after applying `--set key=value`.
+    """Return the settings of the first command in `out`, after applying `--set key=value`.
 
     Raises:
         OutputError: the file is damaged.
@@ -235,15 +235,8 @@ def load_start_settings(out: Path, overrides: Sequence[str]) -> tuple[TrainSetti
     return loaded.train, loaded.tune
 
 
-@contextlib.contextmanager
-def _ignore_experimental() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield
-
-
 def _check_validation_split(data: PreparedSet, base: TrainSettings) -> None:
-    """Raise TableError for a validation split without an AUROC, which could not rank trials."""
+    """Raise TableError if the validation split has no AUROC, so that trials could not be ranked."""
     val = data.usable("val")
     for name in base.finding_names():
         if name != NO_FINDING and metrics.undefined_reason(val[name].drop_null().to_numpy()) is None:
@@ -256,14 +249,15 @@ def _check_validation_split(data: PreparedSet, base: TrainSettings) -> None:
 
 def _check_cmaes(settings: TuneSettings, space: Space) -> None:
     """Raise ConfigError for a search that CMA-ES cannot do."""
+    choices = [parameter.name for parameter in space.parameters if isinstance(parameter, Choices)]
     reasons = {
         "supports only one objective": len(settings.objectives) > 1,
         # Optuna keeps the sampler's state there as a pickle, and executes what it reads back.
         "supports only the study's own file; leave tune.storage out": settings.storage is not None,
         f"supports only one backbone, and the space has {', '.join(space.backbones)}; set train.backbone and remove it "
         "from tune.space": len(space.backbones) > 1,
-        "supports no conditions, and tune.space has `when`": space.conditional,
-        f"supports only numbers, and {', '.join(space.categorical)} have choices": bool(space.categorical),
+        "supports no conditions, and tune.space has `when`": any(parameter.condition for parameter in space.parameters),
+        f"supports only numbers, and {', '.join(choices)} have choices": bool(choices),
         extras.install_hint("cmaes"): not extras.is_installed("cmaes"),
     }
     for reason, applies in reasons.items():

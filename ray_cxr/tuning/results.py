@@ -13,6 +13,7 @@ import optuna
 import pandas as pd
 import tomli_w
 
+from ray_cxr.config import TrainSettings
 from ray_cxr.errors import BundleError, OutputError
 from ray_cxr.evaluation import backbones
 from ray_cxr.evaluation.paired import PairedAuroc, paired_macro_auroc
@@ -33,12 +34,14 @@ class SearchResult:
     """The result of a search.
 
     Attributes:
-        rows: one row per trial; see `records.build_trial_table`.
-        best, bundle: the best trial's number and bundle; None if no trial has an AUROC.
+        rows: the table of `records.build_trial_table`.
+        best: the number of the best trial; None if no trial has an AUROC.
+        bundle: the bundle of the best trial; None without a best trial, or if `search` was told not to export it.
         interrupted: whether Ctrl-C ended the search.
         gave_up: why the search started no more trials; None if it did not give up.
         epochs: number of trained epochs.
-        facts, comparison: see `collect_facts` and `compare_backbones`.
+        facts: the facts of `collect_facts`.
+        comparison: the result of `compare_backbones`.
     """
 
     study: optuna.Study
@@ -62,7 +65,7 @@ def write_trials(plan: StudyPlan, study: optuna.Study) -> pd.DataFrame:
 
 
 def drop_checkpoints(plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame, keep: Collection[int] = ()) -> None:
-    """Remove the checkpoints of ended trials that cannot become the bundle, if `tune.keep` is `best`."""
+    """If `tune.keep` is `best`, remove the checkpoints of ended trials that cannot become the bundle, except `keep`."""
     if plan.settings.keep != "best":
         return
     kept = {records.find_best_trial(rows), *records.list_pareto_front(study), *keep}
@@ -71,11 +74,10 @@ def drop_checkpoints(plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame, k
             shutil.rmtree(plan.folder(int(number)) / "ray", ignore_errors=True)
 
 
-def write_best_settings(plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame, best: int, cpus: int) -> None:
-    """Write best.toml, with which `train` repeats the best trial; `cpus` are those of each worker."""
-    settings = plan.build_settings(study.get_trials(deepcopy=False)[best])
+def write_best_settings(plan: StudyPlan, settings: TrainSettings, rows: pd.DataFrame, best: int, cpus: int) -> None:
+    """Write best.toml, with which `train` repeats the trial `best`; each worker had `cpus` CPUs."""
     settings = settings.replace(size=settings.size or list_prepared_sizes(plan.prepared)[0])
-    plain = {key: value for key, value in settings.model_dump(mode="json").items() if value is not None}
+    plain = settings.model_dump(mode="json", exclude_none=True)
     row = rows.loc[rows["number"] == best].iloc[0]
     head = (
         f"# Trial {best} of {plan.name}: validation AUROC {row['val_auroc']:.4f} in epoch {row['best_epoch']:.0f}, "
@@ -88,17 +90,16 @@ def write_best_settings(plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame
 
 
 def export_best(
-    plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame, best: int, on_event: Callable[[str], None]
+    plan: StudyPlan, settings: TrainSettings, rows: pd.DataFrame, best: int, on_event: Callable[[str], None]
 ) -> Bundle:
-    """Export the best trial's bundle to STUDY/bundle, unless it is there already with the same epochs."""
-    row = rows.loc[rows["number"] == best].iloc[0]
-    origin = {"study": plan.name, "trial": best, "trials": len(rows), "epochs": int(row["epochs"])}
+    """Export the bundle of the trial `best` to STUDY/bundle, unless STUDY has the bundle of the same epochs."""
+    epochs = int(rows.loc[rows["number"] == best, "epochs"].iloc[0])
+    origin = {"study": plan.name, "trial": best, "trials": len(rows), "epochs": epochs}
     target, old, new = (plan.out / name for name in ("bundle", ".bundle.old", ".bundle.new"))
     with contextlib.suppress(BundleError):  # missing, or incomplete after a kill
         existing = load_bundle(target)
         if {**existing.info["provenance"].get("tuned", {}), "trials": 0} == {**origin, "trials": 0}:
             return existing
-    settings = plan.build_settings(study.get_trials(deepcopy=False)[best])
     shutil.rmtree(new, ignore_errors=True)
     on_event(f"tune: exporting the bundle of trial {best}")
     export_bundle(plan_training(plan.prepared, plan.folder(best), settings), new, more={"tuned": origin})
@@ -111,7 +112,7 @@ def export_best(
 
 
 def write_report(result: SearchResult, plan: StudyPlan) -> None:
-    """Write the report with its figures and, last, summary.json; raise OutputError if that fails."""
+    """Write the report with its figures and, last, summary.json; raise OutputError if a file cannot be written."""
     try:
         write_search_page(plan.out, result.study, result.rows, result.facts, result.comparison)
         atomic.write_json(plan.out / SUMMARY, {**result.facts, "comparison": result.comparison})
@@ -122,7 +123,7 @@ def write_report(result: SearchResult, plan: StudyPlan) -> None:
 def collect_facts(
     plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame, *, concurrent: int, interrupted: bool, seconds: float
 ) -> dict[str, Any]:
-    """Return the facts of summary.json and of the report, after `seconds` of this command."""
+    """Return the facts of summary.json and of the report; this command has run for `seconds`."""
     settings, epochs = plan.settings, int(rows["epochs"].sum())
     stopped = rows.loc[rows["state"] == "stopped", "epochs"]
     return {
@@ -153,15 +154,10 @@ def compare_backbones(plan: StudyPlan, rows: pd.DataFrame) -> dict[str, Any] | N
     """Compare the backbones at equal length; None if there is only one."""
     if len(plan.space.backbones) < 2:
         return None
-    curves = [
-        backbones.TrialCurve(
-            number=int(row["number"]),
-            backbone=row["backbone"],
-            state=row["state"],
-            curve=tuple((int(point["epoch"]), point["val_auroc"]) for point in row["curve"]),
-        )
-        for row in rows.to_dict("records")
-    ]
+    curves = []
+    for row in rows.to_dict("records"):
+        curve = tuple((point["epoch"], point["val_auroc"]) for point in row["curve"])
+        curves.append(backbones.TrialCurve(row["number"], row["backbone"], row["state"], curve))
     # All trials reach the grace period; without a scheduler they reach the last epoch.
     length = plan.base.epochs if plan.settings.scheduler == "none" else plan.settings.grace_epochs
     compared = backbones.compare_backbones(curves, length)
@@ -179,7 +175,7 @@ def _compare_best(plan: StudyPlan, compared: backbones.Comparison) -> PairedAuro
     if first is None or second is None:
         return None
     columns = [j for j, name in enumerate(plan.base.finding_names()) if name != NO_FINDING]
-    # An image that failed at only one size is missing from one of them.
+    # An image that could not be prepared at one size is missing from the trials of that size.
     _, mine, theirs = np.intersect1d(first.image_ids, second.image_ids, return_indices=True)
     return paired_macro_auroc(
         first.labels[mine][:, columns],

@@ -11,11 +11,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
 from ray_cxr.config import TuneSettings
 from ray_cxr.tuning.halving import Halving
-from ray_cxr.tuning.records import REPORT_NAMES, read_curve
+from ray_cxr.tuning.records import METRIC, read_curve
 
-#: The metric that schedulers compare: the best AUROC so far, as a bundle made now would have it.
-METRIC = REPORT_NAMES["auroc"]
-#: Minimum number of other trials for a median that can stop one.
+Reports = Sequence[Mapping[str, Any]]
+#: Minimum number of other trials for a median that can stop a trial.
 _MIN_MEDIAN_TRIALS = 3
 
 
@@ -27,57 +26,40 @@ class EndedTrial:
 
 
 def create_scheduler(
-    settings: TuneSettings, epochs: int, earlier: Mapping[int, Sequence[Mapping[str, Any]]], *, trials: int, most: int
+    settings: TuneSettings, epochs: int, earlier: Mapping[int, Reports], *, trials: int, processes: int
 ) -> TrialScheduler:
     """Return Ray's scheduler for these settings, after replaying the reports of earlier runs.
 
     Args:
-        epochs: of a complete trial.
+        epochs: number of epochs of a complete trial.
         earlier: the reports of each ended trial, by its number.
-        trials, most: number of trials expected, and maximum number of processes.
+        trials: expected number of trials.
+        processes: maximum number of trials that run at a time.
     """
     common: dict[str, Any] = {"time_attr": "epoch", "metric": METRIC, "mode": "max"}
-    scheduler: TrialScheduler
-    if settings.scheduler == "asha":
-        scheduler = ASHAScheduler(
-            **common,
-            max_t=epochs,
-            grace_period=settings.grace_epochs,
-            reduction_factor=settings.reduction_factor,
-            stop_last_trials=False,  # a trial ends after its last epoch anyway
-        )
-    elif settings.scheduler == "median":
-        scheduler = MedianStoppingRule(
-            **common,
-            grace_period=settings.grace_epochs,
-            min_samples_required=_MIN_MEDIAN_TRIALS,
-            min_time_slice=math.inf,  # otherwise it pauses trials, which restarts their workers
-        )
-    elif settings.scheduler == "halving":
-        return Halving(
-            metric=METRIC,
-            time_attr="epoch",
-            epochs=epochs,
-            grace=settings.grace_epochs,
-            reduction=settings.reduction_factor,
-            trials=trials,
-            most=most,
-            count_epochs=lambda trial: len(read_curve(Path(trial.config["folder"]))),
-        )
-    else:
+    common["grace_period"] = settings.grace_epochs
+    if settings.scheduler == "none":
         return FIFOScheduler()
+    if settings.scheduler == "halving":
+        return Halving(settings, epochs, trials, processes, lambda trial: len(read_curve(Path(trial.config["folder"]))))
+    if settings.scheduler == "median":
+        # With a finite time slice the rule would pause trials, which restarts their workers.
+        median = MedianStoppingRule(**common, min_samples_required=_MIN_MEDIAN_TRIALS, min_time_slice=math.inf)
+        for number, reports in earlier.items():
+            trial = EndedTrial(number)
+            for report in reports:
+                # Only records the report; on_trial_result would also decide, and the trial has ended.
+                median.on_trial_complete(None, trial, dict(report))
+        return median
+    # A trial ends after its last epoch anyway, so the last rung need not stop it.
+    asha = ASHAScheduler(**common, max_t=epochs, reduction_factor=settings.reduction_factor, stop_last_trials=False)
     for number, reports in earlier.items():
         trial = EndedTrial(number)
-        scheduler.on_trial_add(None, trial)
+        asha.on_trial_add(None, trial)
         for report in reports:
-            if settings.scheduler == "median":
-                # Only records the report; on_trial_result would also decide, and the trial has ended.
-                scheduler.on_trial_complete(None, trial, dict(report))
-            else:
-                scheduler.on_trial_result(None, trial, dict(report))
-        if settings.scheduler == "asha":
-            scheduler.on_trial_remove(None, trial)
-    return scheduler
+            asha.on_trial_result(None, trial, dict(report))
+        asha.on_trial_remove(None, trial)
+    return asha
 
 
 def describe_scheduler(settings: TuneSettings) -> str:

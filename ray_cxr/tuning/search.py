@@ -1,8 +1,8 @@
-"""`tune`: Ray Tune runs the trials, Optuna proposes them, and the study's folder keeps the results.
+"""`tune`: Ray Tune runs the trials, Optuna proposes their settings, and STUDY keeps the results.
 
-A search continues from Optuna's storage and the trials' folders, and not with Ray's `Tuner.restore`. That forgets what
-the scheduler has seen, so ASHA would start again; it pickles the searcher some seconds behind Optuna's storage; and it
-reads pickles. See docs/decisions/0013-search.md.
+A search continues from Optuna's storage and from the trials' folders. Ray's `Tuner.restore` is not used: it forgets the
+state of the scheduler, so ASHA would start with empty rungs. Its copy of the searcher is some seconds older than
+Optuna's storage, and a pickle, which can execute code. See docs/decisions/0013-search.md.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ from ray_cxr.training.checkpoints import SNAPSHOT
 from ray_cxr.training.planning import plan_resources
 from ray_cxr.tuning import results
 from ray_cxr.tuning.halving import Halving
-from ray_cxr.tuning.monitor import SearchMonitor
 from ray_cxr.tuning.plan import SUMMARY, StudyPlan, save_start_settings
 from ray_cxr.tuning.records import find_best_trial, read_curve
 from ray_cxr.tuning.schedulers import create_scheduler
-from ray_cxr.tuning.searcher import MAX_FAILED_TRIALS, StudySearcher
+from ray_cxr.tuning.search_monitor import SearchMonitor
+from ray_cxr.tuning.searcher import StudySearcher
 from ray_cxr.tuning.trial import TrialContext, run_trial
 
 logger = logging.getLogger(__name__)
 
-#: Memory that Ray reserves for a trial's process. It must request something, and no CPU: its workers need them all.
+#: Memory that Ray reserves for a trial's process. An empty request is an error, and the workers need all CPUs.
 TRIAL_BYTES = 300 << 20
-#: Seconds until Ray's dashboard must answer.
+#: Maximum wait for an answer of Ray's dashboard, seconds.
 DASHBOARD_WAIT_S = 90
-#: A trial's function, from configuration and context to the last report.
-TrialFunction = Callable[[dict[str, Any], TrialContext], dict[str, Any]]
+Report = dict[str, Any]
+#: Trains a trial with a configuration and a context, and returns the last report.
+TrialFunction = Callable[[dict[str, Any], TrialContext], Report]
 
 
 def search(
@@ -53,15 +54,17 @@ def search(
     trial: TrialFunction = run_trial,
     finish: bool = True,
 ) -> results.SearchResult:
-    """Run a search, or continue it, and write the study's results.
+    """Run or continue a search, and write its results to STUDY.
 
     Args:
-        trial: replaces the training of a trial, for tests and benchmarks.
-        finish: write the best trial's bundle, the report and summary.json.
+        use_gpu: whether each worker gets a GPU.
+        on_event: receives a line of text per event.
+        trial: the function that trains a trial; tests and benchmarks replace it.
+        finish: whether to write the best trial's bundle, the report and summary.json.
 
     Raises:
         ConfigError: the workers do not fit Ray's nodes, or Ray's dashboard does not answer.
-        OutputError: another command runs in the study's folder, or the folder cannot be written.
+        OutputError: another command runs in STUDY, or a file cannot be written there.
         RayCxrError: the storage cannot be opened, or Ray Tune failed.
     """
     started = time.monotonic()
@@ -75,8 +78,8 @@ def search(
         study = plan.open_study()
         (out / SUMMARY).unlink(missing_ok=True)
         searcher = StudySearcher(plan, study, cpus)
-        done = sum(one.state.is_finished() for one in study.get_trials(deepcopy=False))
-        _log_start(plan, searcher, done, concurrent, cpus, on_event)
+        done = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+        _log_start(searcher, done, concurrent, on_event)
         remaining = max(0, settings.trials - done)
         ended = 0
         if remaining:
@@ -85,15 +88,15 @@ def search(
                 out=str(out.absolute()),
                 use_gpu=use_gpu,
                 measure_threads=cpus if "images_per_second" in settings.objectives else None,
-                selector=cluster.get_selector(),
+                selector=cluster.selector,
             )
             with TrialTable(settings.trials, done) as table:
-                monitor = SearchMonitor(plan, study, searcher, table, on_event)
+                monitor = SearchMonitor(searcher, table, on_event)
 
                 def run(config: dict[str, Any]) -> dict[str, Any]:
                     return trial(config, context)
 
-                _run_trials(plan, searcher, monitor, run, remaining, concurrent)
+                _run_trials(searcher, monitor, run, remaining, concurrent)
             ended = monitor.ended
         interrupted = ended < remaining and not searcher.gave_up
         if interrupted:
@@ -101,17 +104,14 @@ def search(
         rows = results.write_trials(plan, study)
         best, bundle = find_best_trial(rows), None
         if best is not None:
-            results.write_best_settings(plan, study, rows, best, cpus)
+            chosen = plan.build_settings(study.get_trials(deepcopy=False)[best])
+            results.write_best_settings(plan, chosen, rows, best, cpus)
             if finish:
-                bundle = results.export_best(plan, study, rows, best, on_event)
+                bundle = results.export_best(plan, chosen, rows, best, on_event)
         if not interrupted:
             results.drop_checkpoints(plan, study, rows)
         facts = results.collect_facts(
             plan, study, rows, concurrent=concurrent, interrupted=interrupted, seconds=time.monotonic() - started
-        )
-        gave_up = (
-            f"{out}: {MAX_FAILED_TRIALS} successive trials failed before their first epoch, so no more were started; "
-            "fix the cause that they report, then run the same command again to continue"
         )
         result = results.SearchResult(
             study=study,
@@ -119,7 +119,7 @@ def search(
             best=best,
             bundle=bundle,
             interrupted=interrupted,
-            gave_up=gave_up if searcher.gave_up else None,
+            gave_up=searcher.gave_up,
             epochs=facts["epochs_spent"],
             facts=facts,
             comparison=results.compare_backbones(plan, rows),
@@ -132,14 +132,14 @@ def search(
 def _check_dashboard() -> None:
     """Wait until Ray's state API, a part of its dashboard, answers; raise ConfigError if it does not.
 
-    A stopped trial leaves a run whose controller was killed. A process of Ray Train frees the run's resources after
-    asking the state API whether the controller is alive.
+    When Tune stops a trial, the controller of its run is killed. A process of Ray Train then frees the resources of the
+    run, but only if the state API reports that the controller is dead.
     """
-    # Query it from the head node, as Ray Train does: a process there must find this Ray among several.
+    # The query runs on the head node, as Ray Train's does: with several Rays there, a process must find the right one.
     query = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001}, max_retries=0)(_query_state_api)
     deadline = time.monotonic() + DASHBOARD_WAIT_S
     while (reason := ray.get(query.remote())) is not None:
-        # The dashboard starts some seconds after Ray, and later on a loaded machine.
+        # The dashboard starts some seconds after Ray, or later on a loaded machine.
         if time.monotonic() > deadline:
             raise ConfigError(
                 "Ray's dashboard does not answer, so stopped or lost trials would never release their resources; "
@@ -160,11 +160,9 @@ def _query_state_api() -> str | None:
     return None
 
 
-def _log_start(
-    plan: StudyPlan, searcher: StudySearcher, done: int, concurrent: int, cpus: int, on_event: Callable[[str], None]
-) -> None:
-    """Log what this command will do, and warn of settings that make its result worse."""
-    settings = plan.settings
+def _log_start(searcher: StudySearcher, done: int, concurrent: int, on_event: Callable[[str], None]) -> None:
+    """Log the plan of this command, and warn of settings that lead to poor results."""
+    plan, settings, cpus = searcher.plan, searcher.plan.settings, searcher.cpus
     on_event(f"tune: study {plan.name} in {plan.describe_storage()}")
     if done:
         on_event(f"tune: {done} trials have already ended and are kept")
@@ -196,25 +194,24 @@ def _log_start(
 
 
 def _run_trials(
-    plan: StudyPlan,
     searcher: StudySearcher,
     monitor: SearchMonitor,
-    run: Callable[[dict[str, Any]], dict[str, Any]],
+    run: Callable[[dict[str, Any]], Report],
     count: int,
     concurrent: int,
 ) -> None:
     """Let Ray Tune run `count` trials; raise RayCxrError if Tune itself failed."""
 
     class NamedTrial(wrap_function(run)):  # type: ignore[misc]
-        """Ray's class around the function, with the trial's name in the dashboard's list of actors."""
+        """The class that Ray makes of the function; the dashboard's list of actors shows the trial's name."""
 
         def __repr__(self) -> str:
             return str(self.config["name"])
 
-    settings = plan.settings
-    # `settings.ahead` extra trials start early and wait; they do not reserve worker CPUs.
-    most = concurrent + settings.ahead
-    scheduler = create_scheduler(settings, plan.base.epochs, monitor.earlier, trials=count, most=most)
+    plan, settings = searcher.plan, searcher.plan.settings
+    # Up to `settings.ahead` trials wait for workers; they reserve no CPUs.
+    processes = concurrent + settings.ahead
+    scheduler = create_scheduler(settings, plan.base.epochs, monitor.earlier, trials=count, processes=processes)
     searcher.halving = scheduler if isinstance(scheduler, Halving) else None
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(NamedTrial, {"memory": TRIAL_BYTES}),
@@ -222,7 +219,7 @@ def _run_trials(
             search_alg=searcher,
             scheduler=scheduler,
             num_samples=count,
-            max_concurrent_trials=most,
+            max_concurrent_trials=processes,
             trial_name_creator=lambda trial: trial.config["name"],
             trial_dirname_creator=lambda trial: trial.config["name"],
         ),
@@ -234,7 +231,7 @@ def _run_trials(
             verbose=0,
         ),
     )
-    # Tune replaces the Ctrl-C handler and restores it only if Ctrl-C was pressed.
+    # Tune replaces the handler of Ctrl-C, and restores it only after Ctrl-C.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
     try:
         with _silence_tune():
@@ -252,21 +249,20 @@ def _run_trials(
 
 @contextlib.contextmanager
 def _silence_tune() -> Iterator[None]:
-    """Suppress Tune's own lines, which are about its files."""
-    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
-    levels = [one.level for one in loggers]
+    """Suppress Tune's own lines, which describe its files."""
+    levels = {name: logging.getLogger(name).level for name in ("ray.tune", "ray.air", "ray.train")}
     variables = {
-        # Otherwise loggers write each result of every trial three more times.
+        # By default Tune writes each report to three more files.
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "RAY_AIR_NEW_OUTPUT": "0",
         # A failed trial lacks some objectives, which must not end the search.
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     }
-    for one in loggers:
-        one.setLevel(logging.CRITICAL)
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with cluster.set_environment(variables):
             yield
     finally:
-        for one, level in zip(loggers, levels, strict=True):
-            one.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,25 +1,13 @@
 """The search space of `tune`: which settings are searched, over which values, and under which conditions.
 
-The table `[tune.space]` describes it; its keys are fields of `TrainSettings`:
-
-    backbone = ["ResNet50", "DenseNet121"]                       choices
-    dense = [[], [256], [512, 256]]                              choices that are lists
-    ema = ["none", 0.99, 0.999]                                  null, if the field allows it
-    size = "prepared"                                            every prepared size
-    learning_rate = { low = 1e-5, high = 3e-3, log = true }      a range; integers if the field is one
-    dropout = { low = 0.0, high = 0.5, step = 0.1 }
-    [when."optimizer=sgd"]                                       searched only if this holds; a|b: either of them
-    momentum = { low = 0.5, high = 0.99 }
-
-A condition names a field with choices that is not conditional itself. Conditions that exclude each other may give one
-field several ranges.
-
-An Optuna parameter has its field's name, or `field@value` if the field has several parameters. Names contain no slash,
-because Ray splits them there.
+docs/tuning.md explains the table `[tune.space]`, whose keys are fields of `TrainSettings`. A field may have several
+parameters, under conditions that exclude each other. An Optuna parameter has its field's name, or `field@value` if the
+field has several parameters. Names contain no slash, because Ray splits names at slashes.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,7 +21,7 @@ from ray_cxr.tuning.space_table import read_parameters, validate
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
-#: The settings of the two projects that this one grew out of, as points of a space.
+#: The settings of the two projects that this one grew out of.
 _SHARED_SETTINGS: Mapping[str, Any] = {
     "learning_rate": 1e-4,
     "optimizer": "adam",
@@ -81,8 +69,8 @@ class Space:
     """A search space.
 
     Attributes:
-        parameters: in the order of suggestion, the conditional ones last.
-        backbones: the choices of the backbone, or the one backbone of all trials.
+        parameters: the parameters in the order of suggestion, the conditional ones last.
+        backbones: the choices of the backbone, or the only backbone.
     """
 
     parameters: tuple[Parameter, ...]
@@ -90,40 +78,32 @@ class Space:
 
     @classmethod
     def read(cls, table: Mapping[str, Any], base: TrainSettings, sizes: Sequence[int]) -> Space:
-        """Return the space of a table `[tune.space]`, by default `default_space`; for errors see `read_parameters`."""
+        """Return the space of a table `[tune.space]`, or `default_space` for an empty one; see `read_parameters`."""
         parameters = read_parameters(table or default_space(base, sizes), base, sizes)
-        searched = (one.choices for one in parameters if isinstance(one, Choices) and one.field == "backbone")
-        return cls(parameters, next(searched, (base.backbone,)))
+        for parameter in parameters:
+            if isinstance(parameter, Choices) and parameter.field == "backbone":
+                return cls(parameters, parameter.choices)
+        return cls(parameters, (base.backbone,))
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The searched settings, each once."""
-        return tuple(dict.fromkeys(one.field for one in self.parameters))
-
-    @property
-    def conditional(self) -> bool:
-        """Whether some trials lack some parameters."""
-        return any(one.condition is not None for one in self.parameters)
-
-    @property
-    def categorical(self) -> tuple[str, ...]:
-        """The names of the Optuna parameters with choices."""
-        return tuple(one.name for one in self.parameters if isinstance(one, Choices))
+        """The searched fields of the settings, each once."""
+        return tuple(dict.fromkeys(parameter.field for parameter in self.parameters))
 
     def suggest(self, trial: BaseTrial) -> None:
         """Suggest every parameter whose condition holds; repeated calls yield the same values."""
         values: dict[str, Any] = {}
-        for one in self.parameters:
-            if one.condition is None or one.condition.holds(values):
-                values[one.field] = one.suggest(trial)
+        for parameter in self.parameters:
+            if parameter.applies(values):
+                values[parameter.field] = parameter.suggest(trial)
 
     def values(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Convert Optuna's values, by parameter, to values of settings, by field.
+        """Convert values by Optuna parameter to values by field.
 
         Raises:
             ConfigError: a parameter or choice is not in the space, or two parameters set one field.
         """
-        by_name = {one.name: one for one in self.parameters}
+        by_name = {parameter.name: parameter for parameter in self.parameters}
         values: dict[str, Any] = {}
         for name, value in params.items():
             if name not in by_name:
@@ -135,48 +115,40 @@ class Space:
         return values
 
     def settings(self, params: Mapping[str, Any], base: TrainSettings) -> TrainSettings:
-        """Return the settings of the trial with these Optuna values; `base` provides the rest."""
+        """Return the settings of a trial with these Optuna values; `base` provides the other settings."""
         return base.replace(**self.values(params))
 
     def point(self, values: Mapping[str, Any], where: str, *, strict: bool = True) -> tuple[dict[str, Any], list[str]]:
-        """Convert a known configuration to values by Optuna parameter, and return them with the fields left out.
+        """Convert values by field to values by Optuna parameter; return them, and the fields left out.
 
-        If `strict`, raise ConfigError, which names `where`, for a field or value outside the space; otherwise leave it
-        out. The sampler chooses the values of missing fields.
+        A field or value outside the space raises ConfigError, which starts with `where`; without `strict` the field is
+        left out. The sampler chooses the values of the fields left out.
         """
         checked: dict[str, Any] = {}
         params: dict[str, Any] = {}
         converted: set[str] = set()
+        ignored = () if strict else (ConfigError,)
         for field, value in values.items():
-            try:
+            with contextlib.suppress(*ignored):
                 if field not in self.fields:
                     near = labels.suggest(field, self.fields)
                     raise make_error(f"{where}: {field} is not in the search space{near}")
                 checked[field] = validate(field, value, f"{where}: {field}")
-            except ConfigError:
-                if strict:
-                    raise
         # In a second pass, because a condition may depend on a later field.
         for field, value in checked.items():
-            try:
+            with contextlib.suppress(*ignored):
                 parameter = self._select_parameter(field, checked, where)
-            except ConfigError:
-                if strict:
-                    raise
-                continue
-            params[parameter.name] = parameter.encode(value)
-            converted.add(field)
+                params[parameter.name] = parameter.encode(value)
+                converted.add(field)
         return params, [field for field in values if field not in converted]
 
     def _select_parameter(self, field: str, values: Mapping[str, Any], where: str) -> Parameter:
         """Return the parameter of a field whose condition holds and whose range contains its value."""
-        mine = [one for one in self.parameters if one.field == field]
-        selected = next((one for one in mine if one.condition is None or one.condition.holds(values)), None)
+        candidates = [parameter for parameter in self.parameters if parameter.field == field]
+        selected = next((parameter for parameter in candidates if parameter.applies(values)), None)
         if selected is None:
-            conditions = " or ".join(str(one.condition) for one in mine)
-            raise make_error(
-                f"{where}: {field} is searched only with {conditions}; add that setting, or leave {field} out"
-            )
+            conditions = " or ".join(str(parameter.condition) for parameter in candidates)
+            raise make_error(f"{where}: {field} is searched only with {conditions}; add it, or leave {field} out")
         if values[field] not in selected:
             raise make_error(f"{where}: {field}: {format_value(values[field])} is not in the search space: {selected}")
         return selected
@@ -186,8 +158,11 @@ class Space:
 
         As in Optuna, the order of choices matters. The order of keys does not: sort them before hashing.
         """
-        whens = [None if one.condition is None else str(one.condition) for one in self.parameters]
         return {
-            one.name: {"field": one.field, "when": when, **one.describe()}
-            for one, when in zip(self.parameters, whens, strict=True)
+            parameter.name: {
+                "field": parameter.field,
+                "when": parameter.condition and str(parameter.condition),
+                **parameter.describe(),
+            }
+            for parameter in self.parameters
         }

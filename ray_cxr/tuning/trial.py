@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ class TrialContext:
     """The values that all trials of a search share.
 
     Attributes:
+        prepared, out: addresses of the prepared folder and of the study.
         measure_threads: CPU threads for timing an exported model; None: do not time it.
-        selector: Ray's label selector of the nodes that may work; None: all nodes.
+        selector: Ray's label selector of the nodes that may run workers; None: all nodes.
     """
 
     prepared: str
@@ -51,76 +53,76 @@ class TrialContext:
 
 
 def run_trial(config: dict[str, Any], context: TrialContext) -> dict[str, Any]:
-    """Train one trial and report each epoch to Tune, including those before a restart; return the last with `ended`.
+    """Train a trial, report each epoch to Tune, and return the last report with `ended`.
 
-    A failure that would repeat is returned as a result with `failure`, because Tune restarts a trial that raises.
-    Failures that may pass are raised, such as a folder that cannot be read. The trial waits for missing resources.
+    The epochs before a restart are reported again. Tune restarts a trial that raises, so only a failure that may pass
+    is raised, such as a folder that cannot be read; a failure that would repeat is returned as `failure`. The trial
+    waits for missing resources.
     """
-    cluster.set_selector(context.selector)
+    cluster.selector = context.selector
     settings, folder = build(TrainSettings, config["settings"]), Path(config["folder"])
-    plan = plan_training(context.prepared, folder, settings)
+    run = plan_training(context.prepared, folder, settings)
     rate = None
     if context.measure_threads is not None:
-        architecture = Architecture.of(plan.settings, plan.data.size)
-        rate = _measure_rate(Path(context.out), architecture, plan.data.input_spec, context.measure_threads)
-    builder = ReportBuilder(rate)
-    for epoch in read_curve(folder):
-        tune.report(builder.build(epoch))
-    forwarder = ReportForwarder(builder)
+        architecture = Architecture.of(run.settings, run.data.size)
+        rate = _measure_rate(Path(context.out), architecture, run.data.input_spec, context.measure_threads)
+    curve = read_curve(folder)
+    for report in build_reports(curve, rate):
+        tune.report(report)
+    forwarder = ReportForwarder(curve, rate)
     try:
-        curves = trainer.fit(plan, use_gpu=context.use_gpu, listeners=[forwarder], queue=True)
+        curve = trainer.fit(run, use_gpu=context.use_gpu, listeners=[forwarder], queue=True)
     except RayCxrError as error:
         # Image ids of a diverged step remain in the trial's failure.json.
         reason = error.reason if isinstance(error, DivergedError) else str(error)
         return {"epoch": 0, "val_auroc": math.nan, "best_val_auroc": math.nan, "failure": reason}
     forwarder.wait()
-    builder, last = ReportBuilder(rate), {}
-    for epoch in curves:
-        last = builder.build(epoch)
-    return {**last, "ended": 1}
+    return {**build_reports(curve, rate)[-1], "ended": 1}
 
 
-class ReportBuilder:
-    """Convert epochs to Tune's reports, which contain the best AUROC so far: that of a bundle made now.
+def build_report(curve: Sequence[dict[str, Any]], rate: float | None) -> dict[str, Any]:
+    """Return Tune's report of the last epoch of a curve; raise RayCxrError if it has no validation AUROC.
 
-    `rate` is the exported model's, images per second; None if not measured.
+    `rate` is the measured speed of the exported model, images per second.
     """
+    last = curve[-1]
+    if last["val_auroc"] is None:
+        raise RayCxrError(
+            "an epoch has no validation AUROC: no finding has both positives and negatives among its images"
+        )
+    best = max(curve, key=lambda epoch: epoch["val_auroc"])  # a bundle made now has this epoch
+    return {
+        "epoch": int(last["epoch"]),
+        "loss": last["loss"],
+        "val_auroc": last["val_auroc"],
+        "best_val_auroc": best["val_auroc"],
+        "calibration": best["val_calibration_error"],
+        **({} if rate is None else {"images_per_second": rate}),
+    }
 
-    def __init__(self, rate: float | None) -> None:
-        self._best: dict[str, Any] | None = None
-        self._rate = rate
 
-    def build(self, epoch: dict[str, Any]) -> dict[str, Any]:
-        """Return the report of the next epoch; raise RayCxrError if it has no validation AUROC."""
-        if epoch["val_auroc"] is None:
-            raise RayCxrError(
-                "an epoch has no validation AUROC: no finding has both positives and negatives among its images"
-            )
-        if self._best is None or epoch["val_auroc"] > self._best["val_auroc"]:
-            self._best = epoch
-        return {
-            "epoch": int(epoch["epoch"]),
-            "loss": epoch["loss"],
-            "val_auroc": epoch["val_auroc"],
-            "best_val_auroc": self._best["val_auroc"],
-            "calibration": self._best["val_calibration_error"],
-            **({} if self._rate is None else {"images_per_second": self._rate}),
-        }
+def build_reports(curve: Sequence[dict[str, Any]], rate: float | None) -> list[dict[str, Any]]:
+    """Return the report of each epoch of a curve."""
+    return [build_report(curve[: index + 1], rate) for index in range(len(curve))]
 
 
 class ReportForwarder(TuneReportCallback):
-    """Forward reports of a run's controller to Tune, except those of checkpoints during an epoch."""
+    """Forward the reports of a run's controller to Tune, except for checkpoints within an epoch.
 
-    def __init__(self, builder: ReportBuilder) -> None:
+    `curve` has the epochs that Tune knows.
+    """
+
+    def __init__(self, curve: Sequence[dict[str, Any]], rate: float | None) -> None:
         super().__init__()
-        self._builder = builder
+        self._curve, self._rate = list(curve), rate
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if metrics[0]["selection"] != UNSCORED:
-            super().after_report(run_context, [self._builder.build(metrics[0])], None)
+            self._curve.append(metrics[0])
+            super().after_report(run_context, [build_report(self._curve, self._rate)], None)
 
     def wait(self) -> None:
-        """Wait until Tune has read all reports: one after the result would block Tune's queue, which holds one."""
+        """Wait until Tune has read all reports; a report after the result would block Tune's queue, which holds one."""
         deadline = time.monotonic() + REPORTS_WAIT_S
         while not self._training_actor_item_queue.empty() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -130,7 +132,7 @@ class ReportForwarder(TuneReportCallback):
 def _measure_rate(out: Path, architecture: Architecture, spec: InputSpec, threads: int) -> float:
     """Return images per second of the exported model, measured once per architecture of a study.
 
-    A task with `threads` CPUs measures it in another process, so that this one never imports TensorFlow.
+    A task with `threads` CPUs measures the speed, so that this process never imports TensorFlow.
     """
     identity = architecture.model_dump(mode="json", exclude={"findings", "dropout"})
     text = f"{threads} {architecture.model_dump_json(exclude={'findings', 'dropout'})}"
@@ -138,7 +140,7 @@ def _measure_rate(out: Path, architecture: Architecture, spec: InputSpec, thread
     known = read_json(path)
     if known:
         return float(known["images_per_second"])
-    options = {"num_cpus": threads, "scheduling_strategy": "DEFAULT", "label_selector": cluster.get_selector()}
+    options = {"num_cpus": threads, "scheduling_strategy": "DEFAULT", "label_selector": cluster.selector}
     rate = float(ray.get(ray.remote(_measure).options(**options).remote(architecture, spec, threads)))
     path.parent.mkdir(exist_ok=True)
     atomic.write_json(path, {"images_per_second": rate, "threads": threads, "architecture": identity})
@@ -146,6 +148,6 @@ def _measure_rate(out: Path, architecture: Architecture, spec: InputSpec, thread
 
 
 def _measure(architecture: Architecture, spec: InputSpec, threads: int) -> float:
-    from ray_cxr.models import throughput
+    from ray_cxr.models import exports
 
-    return throughput.images_per_second(architecture, spec, threads=threads)
+    return exports.measure_images_per_second(architecture, spec, threads=threads)

@@ -64,7 +64,7 @@ class Search:
             params = source.ask(dict(space)).params
             if params.get("optimizer") == "adam":
                 del params["momentum"]
-            row = self._row(number, state, params, rng)
+            row = self._row(number, state, params, space, rng)
             rows.append(row)
             trial = optuna.trial.create_trial(
                 state=STATES[state],
@@ -78,9 +78,7 @@ class Search:
             if state != "running":
                 trial.datetime_complete = row["ended"].tz_localize(None).to_pydatetime()
             self.study.add_trial(trial)
-        fixed = ["number", "state", "reason", "backbone", *(f"param_{name}" for name in space), "epochs", "best_epoch"]
-        rest = ["val_auroc", "images_per_second", "calibration_error", "seconds", "started", "ended", "restarts"]
-        self.table = pd.DataFrame(rows, columns=[*fixed, *rest, "curve"])
+        self.table = pd.DataFrame(rows, columns=list(self._row(0, "failed", {}, space, rng)))
         finished = [row for row in rows if row["state"] == "finished"]
         best = max(finished, key=lambda row: row["val_auroc"], default=None)
         self.facts: dict[str, Any] = {
@@ -105,7 +103,7 @@ class Search:
         }
 
     @staticmethod
-    def _row(number: int, state: str, params: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    def _row(number: int, state: str, params: Mapping[str, Any], space: Space, rng: Any) -> dict[str, Any]:
         backbone = str(params.get("backbone", "DenseNet121"))
         top = (0.80 if backbone == "DenseNet121" else 0.785) - 0.01 * float(rng.random())
         top -= 0.03 * abs(math.log10(params.get("learning_rate", 1e-4)) + 3.5)
@@ -117,7 +115,8 @@ class Search:
             "state": state,
             "reason": "out of memory <script>alert('reason')</script>" if state == "failed" else None,
             "backbone": backbone,
-            **{f"param_{name}": json.loads(v) if name == "dense" else v for name, v in params.items()},
+            **{f"param_{name}": params.get(name) for name in space if name != "backbone"},
+            **({"param_dense": json.loads(params.get("dense", "null"))} if "dense" in space else {}),
             "epochs": epochs,
             "best_epoch": int(np.argmax(values)) + 1 if values else None,
             "val_auroc": max(values, default=None),
@@ -328,13 +327,8 @@ def test_missing_values_are_none_and_a_dash_in_the_page() -> None:
     one, other = search_page.read_trials(Search(["running", "failed"]).table.iloc[::-1])
     assert (one.number, one.calibration_error, one.reason) == (0, None, None)
     assert (other.val_auroc, other.best_epoch, other.curve) == (None, None, ())
-    values = (None, True, 1.23456e-5, [512, 128])
-    assert [html.format_setting(value) for value in values] == [
-        html.format_duration(None),
-        "true",
-        "1.235e-05",
-        "[512, 128]",
-    ]
+    shown = [html.format_setting(value) for value in (None, True, 1.23456e-5, [512, 128])]
+    assert shown == [html.format_duration(None), "true", "1.235e-05", "[512, 128]"]
     assert ("momentum" in one.params) == (one.params["optimizer"] == "sgd")
 
 

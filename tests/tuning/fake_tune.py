@@ -42,9 +42,9 @@ class FakeTune:
     callback: Any
     start: Callable[[FakeTrial], Reports]  # the last report has `ended` or `failure`
     order: Sequence[int] = (0,)  # which of the running trials reports next
-    most: int = 1_000  # trials at a time
+    processes: int = 1_000  # maximum number of trials at a time
     trials: list[FakeTrial] = field(default_factory=list)
-    most_alive: int = 0
+    most_alive: int = 0  # largest number of trials that were alive at a time
 
     def get_trials(self) -> list[FakeTrial]:
         return self.trials
@@ -64,7 +64,7 @@ class FakeTune:
         """Run up to `count` trials to their ends, or until Ctrl-C."""
         with contextlib.suppress(KeyboardInterrupt):
             for step in range(10_000):
-                if len(self.trials) < count and len(self.alive()) < self.most:
+                if len(self.trials) < count and len(self.alive()) < self.processes:
                     config = self.searcher.suggest(f"t{len(self.trials)}")
                     if config == Searcher.FINISHED:
                         count = len(self.trials)

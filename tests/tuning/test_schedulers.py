@@ -18,7 +18,8 @@ from ray.tune.search import Searcher
 
 from ray_cxr.config import TuneSettings
 from ray_cxr.tuning.halving import Halving
-from ray_cxr.tuning.schedulers import METRIC, create_scheduler
+from ray_cxr.tuning.records import METRIC
+from ray_cxr.tuning.schedulers import create_scheduler
 
 
 @dataclass
@@ -62,19 +63,17 @@ class Queue:
 def run_halving(
     halving: Halving, histories: Sequence[History], epochs: int, order: Sequence[int], count: int
 ) -> FakeTune:
-    """Run a search of `count` trials, of which only those in `histories` come."""
-    start = lambda trial: trial.config.reports(epochs)  # noqa: E731
-    tune = FakeTune(halving, Queue(halving, histories), MagicMock(), start, order)
+    """Run a search of up to `count` trials, with these histories."""
+    queue = Queue(halving, histories)
+    tune = FakeTune(halving, queue, MagicMock(), lambda trial: trial.config.reports(epochs), order)
     tune.run(count)
     assert halving.has_capacity()
     return tune
 
 
-def make_halving(trials: int, epochs: int, *, grace: int = 1, reduction: int = 3, most: int = 2) -> Halving:
-    sizes = {"grace": grace, "reduction": reduction, "trials": trials, "most": most}
-    return Halving(
-        metric=METRIC, time_attr="epoch", epochs=epochs, **sizes, count_epochs=lambda trial: trial.config.known
-    )
+def make_halving(trials: int, epochs: int, *, grace: int = 1, reduction: int = 3, processes: int = 2) -> Halving:
+    settings = TuneSettings(grace_epochs=grace, reduction_factor=reduction)
+    return Halving(settings, epochs, trials, processes, lambda trial: trial.config.known)
 
 
 @pytest.mark.parametrize("count", range(1, 10))
@@ -115,14 +114,14 @@ ORDERS = st.lists(st.integers(0, 20), min_size=1, max_size=40)
 @settings(max_examples=100)
 @given(DRAWN, st.integers(1, 9), st.integers(1, 9), st.integers(2, 4), st.integers(1, 5), ORDERS)
 def test_each_rung_keeps_its_share_with_lost_failed_and_resumed_trials(
-    drawn: list[Any], epochs: int, grace: int, reduction: int, most: int, order: list[int]
+    drawn: list[Any], epochs: int, grace: int, reduction: int, processes: int, order: list[int]
 ) -> None:
     histories = [History(score / 10, known, fate) for score, known, fate in drawn]
     for number, one in enumerate(histories):
         one.known = one.done = min(one.known, epochs - 1) if number < 3 else 0
-    halving = make_halving(len(histories), epochs, grace=min(grace, epochs), reduction=reduction, most=most)
+    halving = make_halving(len(histories), epochs, grace=min(grace, epochs), reduction=reduction, processes=processes)
     tune = run_halving(halving, histories, epochs, order, len(histories))
-    assert tune.most_alive <= most
+    assert tune.most_alive <= processes
     start = 0
     for size in halving.sizes:
         bracket, start = tune.trials[start : start + size], start + size
@@ -145,7 +144,7 @@ def test_each_rung_keeps_its_share_with_lost_failed_and_resumed_trials(
 
 def test_a_score_that_is_not_a_number_is_the_worst() -> None:
     histories = [History(math.nan), History(0.1), History(math.nan)]
-    run_halving(make_halving(3, 2, most=3), histories, 2, [0, 1, 2], 3)
+    run_halving(make_halving(3, 2, processes=3), histories, 2, [0, 1, 2], 3)
     assert [one.done for one in histories] == [1, 2, 1]
 
 
@@ -173,7 +172,7 @@ def test_schedulers_know_the_trials_of_an_earlier_run(
 ) -> None:
     curves = [[{"epoch": epoch, METRIC: value} for epoch, value in enumerate(row, 1)] for row in (*earlier, aurocs)]
     settings = TuneSettings(scheduler=chosen, grace_epochs=grace)
-    made = create_scheduler(settings, 9, dict(enumerate(curves[:-1])), trials=1, most=1)
+    made = create_scheduler(settings, 9, dict(enumerate(curves[:-1])), trials=1, processes=1)
     trial = FakeTrial("t0", None, Trial.RUNNING)
     made.on_trial_add(None, trial)
     decisions = [made.on_trial_result(None, trial, report) for report in curves[-1]]

@@ -10,16 +10,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 from fake_tune import FakeTune
+from studies import get_refusal, load_study, read_rows
 
 from ray_cxr import cluster, config
 from ray_cxr.config import TrainSettings, TuneSettings
@@ -47,6 +46,7 @@ def fake_trial(
         from ray_cxr.tuning.records import read_curve
 
         number, folder, notes = given["number"], Path(given["folder"]), Path(job.out) / "notes"
+        curve, rate = read_curve(folder), rates and rates[number]
 
         def note(what: str) -> None:
             with open(notes, "a", encoding="utf-8") as file:
@@ -56,11 +56,8 @@ def fake_trial(
             return f"{what} " in notes.read_text(encoding="utf-8")
 
         note("start")
-        builder, last, rows = trial.ReportBuilder(rates and rates[number]), {}, read_curve(folder)
-        for row in rows:
-            last = builder.build(row)
-            yield last
-        for epoch in range(len(rows) + 1, given["settings"]["epochs"] + 1):
+        yield from trial.build_reports(curve, rate)
+        for epoch in range(len(curve) + 1, given["settings"]["epochs"] + 1):
             try:
                 if act is not None:
                     act(number, epoch, has_note)
@@ -68,14 +65,13 @@ def fake_trial(
                 nan = float("nan")
                 yield {"epoch": 0, "val_auroc": nan, "best_val_auroc": nan, "failure": str(error)}
                 return
-            rows.append({**EPOCH, "epoch": epoch, "val_auroc": (aurocs or {}).get(number, 0.7) + epoch / 1000})
-            pd.DataFrame(rows).to_csv(folder / "part", index=False)
+            curve.append({**EPOCH, "epoch": epoch, "val_auroc": (aurocs or {}).get(number, 0.7) + epoch / 1000})
+            pd.DataFrame(curve).to_csv(folder / "part", index=False)
             (folder / "part").rename(folder / "metrics.csv")
             note(f"epoch{epoch}")
-            last = builder.build(rows[-1])
-            yield last
+            yield trial.build_report(curve, rate)
         note("end")
-        yield {**last, "ended": 1}
+        yield {**trial.build_report(curve, rate), "ended": 1}
 
     def run(given: dict[str, Any], job: Any) -> dict[str, Any]:
         from ray import tune
@@ -90,30 +86,21 @@ def fake_trial(
     return run
 
 
-class InProcessTuner:  # a stand-in for that of Ray
-    def __init__(self, trial: Any) -> None:
-        self.trial = trial
-
-    def __call__(self, _: Any, *, tune_config: Any, run_config: Any) -> InProcessTuner:
-        job = SimpleNamespace(out=str(Path(run_config.storage_path).parent))
-        (callback,) = run_config.callbacks
-        parts = tune_config.scheduler, tune_config.search_alg, callback
-        self.tune = FakeTune(*parts, lambda one: self.trial.epochs(one.config, job), most=1)
-        self.count = tune_config.num_samples
-        return self
-
-    def fit(self) -> None:
-        self.tune.run(self.count)
+def create_tuner(trial: Any, *, tune_config: Any, run_config: Any) -> SimpleNamespace:
+    """Create a stand-in for Ray's `Tuner`, which runs the trials one at a time in this process."""
+    job = SimpleNamespace(out=str(Path(run_config.storage_path).parent))
+    parts = tune_config.scheduler, tune_config.search_alg, *run_config.callbacks
+    tune = FakeTune(*parts, lambda running: trial.epochs(running.config, job), processes=1)
+    return SimpleNamespace(fit=lambda: tune.run(tune_config.num_samples))
 
 
 IN_PROCESS = "in process"
-#: Both kinds of search; the one on Ray takes tens of seconds.
-PLACES = [IN_PROCESS, pytest.param("on Ray", marks=[pytest.mark.ray, pytest.mark.long])]
+#: Where a search runs; on Ray it takes tens of seconds.
+ENGINES = [IN_PROCESS, pytest.param("on Ray", marks=[pytest.mark.ray, pytest.mark.long])]
 
 
 @pytest.fixture
-def place(request: pytest.FixtureRequest) -> str:
-    """Where a search runs."""
+def engine(request: pytest.FixtureRequest) -> str:
     if request.param != IN_PROCESS:
         request.getfixturevalue("shared_ray")
     return request.param
@@ -137,8 +124,7 @@ def interrupt(trial: int) -> Act:
     return act
 
 
-@dataclass
-class Searched:
+class Searched(NamedTuple):
     """A finished search."""
 
     plan: StudyPlan
@@ -148,12 +134,11 @@ class Searched:
 
     @property
     def rows(self) -> pd.DataFrame:
-        return pq.read_table(self.plan.out / "trials.parquet").to_pandas().set_index("number")
+        return read_rows(self.plan.out)
 
     @property
     def trials(self) -> list[optuna.trial.FrozenTrial]:
-        storage = f"sqlite:///{self.plan.out / 'study.db'}"
-        return optuna.load_study(study_name=self.plan.name, storage=storage).trials
+        return load_study(self.plan.out).trials
 
     def notes(self) -> list[tuple[int, str, float]]:
         lines = [line.split() for line in (self.plan.out / "notes").read_text(encoding="utf-8").splitlines()]
@@ -163,16 +148,16 @@ class Searched:
         return Counter(number for number, what, _ in self.notes() if what == "start")
 
 
-def run_search(plan: StudyPlan, trial: Any, place: str = "on Ray", *, finish: bool = False) -> Searched:
+def run_search(plan: StudyPlan, trial: Any, engine: str = "on Ray", *, finish: bool = False) -> Searched:
     events: list[str] = []
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", printed)
         patch.setattr(sys, "stderr", printed)
-        if place == IN_PROCESS:
-            patch.setattr(search.ray_tune, "Tuner", InProcessTuner(trial))
+        if engine == IN_PROCESS:
+            patch.setattr(search.ray_tune, "Tuner", lambda _, **configs: create_tuner(trial, **configs))
             patch.setattr(search, "_check_dashboard", lambda: None)
-            patch.setattr(cluster, "_list_alive", lambda: [{"NodeID": "here", "Resources": {"CPU": 2.0}}])
+            patch.setattr(cluster, "list_alive", lambda: [{"NodeID": "here", "Resources": {"CPU": 2.0}}])
         outcome = search.search(plan, trial=trial, finish=finish, on_event=events.append)
     # Ray itself, not Tune, reports a killed process.
     lines = printed.getvalue().splitlines(keepends=True)
@@ -257,8 +242,8 @@ def test_the_outcome_of_a_search(asha: Searched) -> None:
     assert not list(out.glob("trials/*/ray"))
 
 
-@pytest.mark.parametrize("place", PLACES, indirect=True)
-def test_several_objectives_make_a_front(place: str, prepared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+def test_several_objectives_make_a_front(engine: str, prepared: Path, tmp_path: Path) -> None:
     """A stopped trial may be on it, the scheduler knows the earlier run, and a trial without an objective fails."""
 
     def act(number: int, epoch: int, has_note: Callable[[str], bool]) -> None:
@@ -276,7 +261,7 @@ def test_several_objectives_make_a_front(place: str, prepared: Path, tmp_path: P
     assert first.rows["epochs"].tolist() == [3, 3, 3, 1]
     assert config.load(out / "best.toml").train.dropout == 0.5
     (out / "notes").unlink()
-    second = run_search(plan_of(prepared, out, dropouts, **settings), fake_trial(act, aurocs, rates), place)
+    second = run_search(plan_of(prepared, out, dropouts, **settings), fake_trial(act, aurocs, rates), engine)
     assert second.starts() == {3: 1, 4: 1, 5: 1}
     rows, trials = second.rows, second.trials
     assert rows["state"].tolist() == ["finished"] * 4 + ["stopped", "failed"], second.events
@@ -293,8 +278,8 @@ def test_several_objectives_make_a_front(place: str, prepared: Path, tmp_path: P
     assert second.printed == ""
 
 
-@pytest.mark.parametrize("place", PLACES, indirect=True)
-def test_halving_pauses_trials_until_the_others_reach_the_rung(place: str, prepared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+def test_halving_pauses_trials_until_the_others_reach_the_rung(engine: str, prepared: Path, tmp_path: Path) -> None:
     """Three trials, two at a time: trial 0 waits at its rung without a process, and a new one continues it."""
 
     def act(number: int, epoch: int, has_note: Callable[[str], bool]) -> None:
@@ -303,7 +288,7 @@ def test_halving_pauses_trials_until_the_others_reach_the_rung(place: str, prepa
 
     settings = {"scheduler": "halving", "reduction_factor": 3, "concurrent": 1}
     plan = plan_of(prepared, tmp_path / "study", [0.5, 0.2, 0.3], **settings)
-    done = run_search(plan, fake_trial(act, {0: 0.75}), place)
+    done = run_search(plan, fake_trial(act, {0: 0.75}), engine)
     rows = done.rows
     assert rows["state"].tolist() == ["finished", "stopped", "stopped"], done.events
     assert rows["epochs"].tolist() == [3, 1, 1]
@@ -316,8 +301,8 @@ def test_halving_pauses_trials_until_the_others_reach_the_rung(place: str, prepa
     assert done.printed == ""
 
 
-@pytest.mark.parametrize("place", PLACES, indirect=True)
-def test_trials_that_all_fail_end_the_search(place: str, prepared: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+def test_trials_that_all_fail_end_the_search(engine: str, prepared: Path, tmp_path: Path, monkeypatch) -> None:
     """Trial 0 waits at its rung for eight others: the first two fail, and the rest never starts."""
 
     def act(number: int, epoch: int, has_note: Callable[[str], bool]) -> None:
@@ -327,7 +312,7 @@ def test_trials_that_all_fail_end_the_search(place: str, prepared: Path, tmp_pat
     monkeypatch.setattr(searcher, "MAX_FAILED_TRIALS", 2)
     base = BASE.replace(epochs=9)
     plan = plan_of(prepared, tmp_path / "study", [0.3], base, trials=9, scheduler="halving", reduction_factor=3)
-    done = run_search(plan, fake_trial(act), place)
+    done = run_search(plan, fake_trial(act), engine)
     assert str(plan.out) in done.outcome.gave_up
     assert not done.outcome.interrupted
     rows = done.rows
@@ -356,10 +341,8 @@ def test_search_writes_the_report_and_last_the_summary(prepared: Path, tmp_path:
 def test_a_second_command_in_the_same_folder_is_refused(prepared: Path, tmp_path: Path) -> None:
     with open(tmp_path / ".lock", "w", encoding="utf-8") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(OutputError) as caught:
-            run_search(plan_of(prepared, tmp_path, [0.1], scheduler="none"), fake_trial(), IN_PROCESS)
-    message = str(caught.value)
-    assert message.splitlines() == [message]
+        plan = plan_of(prepared, tmp_path, [0.1], scheduler="none")
+        message = get_refusal(OutputError, run_search, plan, fake_trial(), IN_PROCESS)
     assert message.startswith(f"{tmp_path}: ")
     assert not (tmp_path / "study.db").exists()
 
@@ -369,10 +352,8 @@ def test_a_ray_without_its_dashboard_is_refused(prepared: Path, tmp_path: Path, 
     monkeypatch.setattr(search, "_query_state_api", lambda: "ConnectionError: no answer")
     monkeypatch.setattr(search.ray, "remote", lambda **_: lambda function: SimpleNamespace(remote=function))
     monkeypatch.setattr(search.ray, "get", lambda answer: answer)
-    with pytest.raises(ConfigError) as caught:
-        search.search(plan_of(prepared, tmp_path / "study", [0.1]), trial=fake_trial(), finish=False)
-    message = str(caught.value)
-    assert message.splitlines() == [message]
+    plan = plan_of(prepared, tmp_path / "study", [0.1])
+    message = get_refusal(ConfigError, search.search, plan, trial=fake_trial(), finish=False)
     assert "dashboard" in message
     assert "no answer" in message
     assert not (tmp_path / "study").exists()

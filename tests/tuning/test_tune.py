@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import optuna
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
+from studies import load_study, read_rows
 
 import ray_cxr
 from ray_cxr import config
@@ -59,16 +58,6 @@ backbone = ["TinyCNN", "MobileNetV3Small"]
 learning_rate = { low = 1e-3, high = 10.0, log = true }
 weights = ["none", "NAN"]
 """
-
-
-def read_rows(out: Path) -> pd.DataFrame:
-    return pq.read_table(out / "trials.parquet").to_pandas().set_index("number")
-
-
-def load_study(out: Path) -> optuna.Study:
-    storage = f"sqlite:///{out / 'study.db'}"
-    (name,) = optuna.get_all_study_names(storage)
-    return optuna.load_study(study_name=name, storage=storage)
 
 
 def check_bundle(out: Path, prepared: Path) -> int:

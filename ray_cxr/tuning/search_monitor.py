@@ -13,47 +13,38 @@ from ray_cxr.errors import RayCxrError, last_line, own_error, to_record
 from ray_cxr.progress import TrialTable
 from ray_cxr.storage import atomic
 from ray_cxr.training.worker import FAILURE
-from ray_cxr.tuning.plan import StudyPlan
-from ray_cxr.tuning.records import build_trial_table, find_best_trial
+from ray_cxr.tuning.records import METRIC, build_trial_table
 from ray_cxr.tuning.results import drop_checkpoints, write_trials
-from ray_cxr.tuning.schedulers import METRIC
 from ray_cxr.tuning.searcher import StudySearcher, is_finished
-from ray_cxr.tuning.trial import ReportBuilder
+from ray_cxr.tuning.trial import build_reports
 
 
 class SearchMonitor(Callback):
-    """Ray Tune's callback of a search; `on_event` takes one line per event.
+    """Ray Tune's callback of a search; `on_event` receives a line of text per event.
 
     Attributes:
         ended: number of trials that have ended.
-        earlier: the reports of trials that an earlier run ended, by number.
+        earlier: the reports of each trial that ended in an earlier run, by number.
     """
 
-    def __init__(
-        self,
-        plan: StudyPlan,
-        study: optuna.Study,
-        searcher: StudySearcher,
-        table: TrialTable,
-        on_event: Callable[[str], None],
-    ) -> None:
-        self._plan, self._study, self._searcher, self._table, self._on_event = plan, study, searcher, table, on_event
+    def __init__(self, searcher: StudySearcher, table: TrialTable, on_event: Callable[[str], None]) -> None:
+        self._searcher, self._table, self._on_event = searcher, table, on_event
+        self._plan, self._study = searcher.plan, searcher.study
         self.ended = 0
-        rows = build_trial_table(plan, study)
+        rows = build_trial_table(self._plan, self._study)
         records = rows.to_dict("records")
         #: Logged epochs of each trial; a restarted trial reports its earlier epochs again.
         self._logged = {int(row["number"]): int(row["epochs"]) for row in records}
         self._started: set[int] = set()
-        best = find_best_trial(rows)
-        self._best = -math.inf if best is None else float(rows.loc[rows["number"] == best, "val_auroc"].iloc[0])
+        self._best = max(rows.loc[rows["state"] != "failed", "val_auroc"].dropna(), default=-math.inf)
         self.earlier = {
-            int(row["number"]): list(map(ReportBuilder(None).build, row["curve"]))
+            int(row["number"]): build_reports(row["curve"], None)
             for row in records
             if row["state"] in ("finished", "stopped")
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return nothing, as `StudySearcher`."""
+        """Return nothing: Tune's pickle is never read."""
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -67,9 +58,7 @@ class SearchMonitor(Callback):
         settings = [f"{name} {_format(value)}" for name, value in values.items() if name != "backbone"]
         self._on_event(f"tune: trial {number} starts: {', '.join([backbone, *settings])}")
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         if "failure" in result or "ended" in result:
             return
         number, epochs = trial.config["number"], trial.config["settings"]["epochs"]
@@ -87,27 +76,25 @@ class SearchMonitor(Callback):
         self._searcher.on_trial_complete(trial.trial_id, last)
         reason = self._searcher.get_reason(trial.trial_id)
         if reason is not None:
-            self._end_trial(trial, "failed", f"failed: {reason}", None)
+            self._end_trial(trial, "failed", f"failed: {reason}")
             return
-        auroc = last[METRIC]
-        text = f"AUROC {auroc:.4f}{', the best so far' if auroc >= self._best else ''}"
-        if is_finished(last, trial.config["settings"]["epochs"]):
-            self._end_trial(trial, "finished", f"is finished: {text}", auroc)
-        else:
-            self._end_trial(trial, "stopped", f"is stopped after epoch {last['epoch']}: {text}", auroc)
+        is_complete = is_finished(last, trial.config["settings"]["epochs"])
+        state, end = ("finished", "finished") if is_complete else ("stopped", f"stopped after epoch {last['epoch']}")
+        remark = ", the best so far" if last[METRIC] >= self._best else ""
+        self._end_trial(trial, state, f"is {end}: AUROC {last[METRIC]:.4f}{remark}", last[METRIC])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         reason = _describe_error(trial)
         failure = self._plan.folder(trial.config["number"]) / FAILURE
         atomic.write_json(failure, to_record(RayCxrError(reason)))
         self._searcher.fail(trial.trial_id, reason)
-        self._end_trial(trial, "failed", f"failed: {reason}", None)
+        self._end_trial(trial, "failed", f"failed: {reason}")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._searcher.count_start(trial.trial_id)
         self._on_event(f"tune: trial {trial.config['number']} lost its process; it continues in a new one")
 
-    def _end_trial(self, trial: Any, state: str, text: str, auroc: float | None) -> None:
+    def _end_trial(self, trial: Any, state: str, text: str, auroc: float | None = None) -> None:
         number = trial.config["number"]
         self.ended += 1
         self._table.end_trial(number, state, auroc)
@@ -117,12 +104,12 @@ class SearchMonitor(Callback):
             # The trial that has just ended may still use its files.
             drop_checkpoints(self._plan, self._study, rows, keep={number})
         except (OSError, optuna.exceptions.OptunaError) as error:
-            # The next trial's end writes the file again.
+            # The file is written again when the next trial ends.
             self._on_event(f"tune: WARNING: cannot update trials.parquet: {error}")
 
 
 def _describe_error(trial: Any) -> str:
-    """Return why Tune gave a trial up, on one line."""
+    """Return in one line why Tune gave up a trial."""
     error = trial.get_pickled_error() if trial.pickled_error_file else None
     cause = own_error(error) if error is not None else None
     if cause is not None:
