@@ -16,9 +16,11 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from scipy.special import logit
 
 from ray_cxr.evaluation import metrics
+from ray_cxr.evaluation.bootstrap import RocBand
 from ray_cxr.reporting import plots
 from ray_cxr.reporting.plots import Estimate, format_finding
 
+_CHANCE: dict[str, Any] = {"color": plots.MUTED, "linewidth": 1, "linestyle": plots.DASHED}
 #: Maximum points of a drawn curve; the data have one per image.
 _POINTS = 500
 #: Probabilities on a logit axis stay this far from 0 and 1, where float32 resolves no more.
@@ -32,24 +34,23 @@ class Panel:
     Attributes:
         y, s: labels [n] and scores [n], both classes present.
         rates: sensitivity, specificity and positive predictive value at the operating point.
-        band: false positive rates [k], ascending, and lower and upper sensitivity [k] of the interval.
-        threshold: of the operating point, on the scale of `s`.
+        threshold: the operating point, on the scale of `s`.
     """
 
     finding: str
     y: np.ndarray
     s: np.ndarray
     auroc: Estimate
-    average_precision: Estimate | None = None
-    rates: tuple[float | None, float | None, float | None] | None = None
-    band: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    average_precision: Estimate | None
+    rates: tuple[float | None, float | None, float | None]
+    band: RocBand | None = None
     threshold: float | None = None
 
 
 def plot_aurocs(aurocs: Mapping[str, Estimate], macro: Estimate | None) -> Figure:
     """Plot the AUROC of every finding with its interval, best on top, and the macro mean as a band."""
     rows = sorted(aurocs.items(), key=lambda row: row[1].value)
-    figure, ax = plots.create_axes(7.2, 1.3 + 0.32 * len(rows))
+    figure, (ax,) = plots.create_axes(7.2, 1.3 + 0.32 * len(rows))
     for row, (_, auroc) in enumerate(rows):
         if auroc.low is not None and auroc.high is not None:
             ax.plot([auroc.low, auroc.high], [row, row], color=plots.BLUE, linewidth=2.2, solid_capstyle="butt")
@@ -58,7 +59,7 @@ def plot_aurocs(aurocs: Mapping[str, Estimate], macro: Estimate | None) -> Figur
     ax.set_ylim(-0.7, len(rows) - 0.3)
     lowest = min([0.5, *(auroc.value if auroc.low is None else auroc.low for _, auroc in rows)])
     ax.set_xlim(max(0.0, lowest - 0.03), 1.01)
-    ax.axvline(0.5, color=plots.MUTED, linewidth=1, linestyle=plots.DASHED)
+    ax.axvline(0.5, **_CHANCE)
     if macro is not None:
         if macro.low is not None and macro.high is not None:
             ax.axvspan(macro.low, macro.high, color=plots.ORANGE, alpha=0.25, linewidth=0)
@@ -71,18 +72,19 @@ def plot_aurocs(aurocs: Mapping[str, Estimate], macro: Estimate | None) -> Figur
 
 def plot_roc(panels: Sequence[Panel]) -> Figure:
     """Plot ROC curves, one panel per finding, with bands of the interval; a dot marks the operating point."""
-    known: list[Artist] = [plots.create_line_entry("chance", plots.MUTED, plots.DASHED), *_point_key(panels)]
+    legend: list[Artist] = [plots.create_line_entry("chance", plots.MUTED, plots.DASHED), *_point_entry(panels)]
+    band_style: dict[str, Any] = {"color": plots.SKY, "alpha": 0.45, "linewidth": 0}
     if any(panel.band is not None for panel in panels):
-        known.append(Patch(color=plots.SKY, alpha=0.45, linewidth=0, label="95% interval of the curve"))
-    figure, axes = plots.create_grid(len(panels), known)
+        legend.append(Patch(label="95% interval of the curve", **band_style))
+    figure, axes = plots.create_grid(len(panels), legend)
     for ax, panel in zip(axes, panels, strict=True):
         curve = metrics.roc_curve(panel.y, panel.s)
         assert curve is not None
-        ax.plot([0, 1], [0, 1], color=plots.MUTED, linewidth=1, linestyle=plots.DASHED)
+        ax.plot([0, 1], [0, 1], **_CHANCE)
         if panel.band is not None:
-            ax.fill_between(*panel.band, color=plots.SKY, alpha=0.45, linewidth=0)
+            ax.fill_between(panel.band.false_positive_rate, panel.band.low, panel.band.high, **band_style)
         ax.plot(*_thin(curve.x, curve.y), color=plots.BLUE, linewidth=1.7)
-        sensitivity, specificity, _ = panel.rates or (None, None, None)
+        sensitivity, specificity, _ = panel.rates
         if sensitivity is not None and specificity is not None:
             _mark_point(ax, 1 - specificity, sensitivity)
         plots.set_heading(ax, panel.finding, f"AUROC {panel.auroc.format()}")
@@ -92,19 +94,16 @@ def plot_roc(panels: Sequence[Panel]) -> Figure:
 
 def plot_precision_recall(panels: Sequence[Panel]) -> Figure:
     """Plot precision against recall, one panel per finding; the dashed prevalence is chance."""
-    known: list[Artist] = [
-        plots.create_line_entry("prevalence (chance)", plots.MUTED, plots.DASHED),
-        *_point_key(panels),
-    ]
-    figure, axes = plots.create_grid(len(panels), known)
+    chance = plots.create_line_entry("prevalence (chance)", plots.MUTED, plots.DASHED)
+    figure, axes = plots.create_grid(len(panels), [chance, *_point_entry(panels)])
     for ax, panel in zip(axes, panels, strict=True):
         curve = metrics.precision_recall_curve(panel.y, panel.s)
         prevalence = float(np.mean(panel.y))
-        ax.plot([0, 1], [prevalence, prevalence], color=plots.MUTED, linewidth=1, linestyle=plots.DASHED)
+        ax.plot([0, 1], [prevalence, prevalence], **_CHANCE)
         x, y = np.concatenate([[0.0], curve.x]), np.concatenate([curve.y[:1], curve.y])
         # Steps, as average precision sums them: precision is undefined between two thresholds.
         ax.plot(*_thin(x, y), color=plots.BLUE, linewidth=1.5, drawstyle="steps-pre")
-        sensitivity, _, ppv = panel.rates or (None, None, None)
+        sensitivity, _, ppv = panel.rates
         if sensitivity is not None and ppv is not None:
             _mark_point(ax, sensitivity, ppv)
         shown = "undefined" if panel.average_precision is None else panel.average_precision.format()
@@ -113,9 +112,10 @@ def plot_precision_recall(panels: Sequence[Panel]) -> Figure:
     return figure
 
 
-def _point_key(panels: Sequence[Panel]) -> list[Artist]:
-    drawn = any(panel.rates and panel.rates[0] is not None for panel in panels)
-    return [plots.create_marker_entry("operating point", plots.VERMILION, "o")] if drawn else []
+def _point_entry(panels: Sequence[Panel]) -> list[Artist]:
+    """Return the legend entry of the operating points, if there are any."""
+    has_points = any(panel.rates[0] is not None for panel in panels)
+    return [plots.create_marker_entry("operating point", plots.VERMILION, "o")] if has_points else []
 
 
 def _mark_point(ax: Axes, x: float, y: float) -> None:
@@ -124,7 +124,7 @@ def _mark_point(ax: Axes, x: float, y: float) -> None:
 
 def plot_priorities(priority: np.ndarray) -> Figure:
     """Plot a histogram of the priorities, finite floats [n], n > 0."""
-    figure, ax = plots.create_axes(7.2, 3.2)
+    figure, (ax,) = plots.create_axes(7.2, 3.2)
     inside = bool((priority >= 0).all() and (priority <= 1).all())
     ax.hist(priority, bins=40, range=(0, 1) if inside else None, color=plots.SKY, edgecolor=plots.BLUE, linewidth=0.6)
     if inside:
@@ -138,16 +138,15 @@ def plot_priorities(priority: np.ndarray) -> Figure:
 
 def plot_learning_curves(epochs: Sequence[Mapping[str, Any]]) -> Figure:
     """Plot training loss, validation cross-entropy and validation AUROC per epoch; missing values are skipped."""
-    figure = Figure(figsize=(12.6, 3.2), layout=plots.create_layout(), facecolor="white")
+    figure, axes = plots.create_axes(12.6, 3.2, 3)
     numbers = [row["epoch"] for row in epochs if "epoch" in row]
     charts = (
         ("loss", "training loss", plots.BLUE),
         ("val_loss", "validation cross-entropy", plots.GREEN),
         ("val_auroc", "validation AUROC (macro)", plots.VERMILION),
     )
-    for ax, (key, name, colour) in zip(figure.subplots(1, 3), charts, strict=True):
+    for ax, (key, name, colour) in zip(axes, charts, strict=True):
         points = [(row["epoch"], row[key]) for row in epochs if row.get(key) is not None and "epoch" in row]
-        plots.style_axes(ax)
         if points:
             ax.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, linewidth=1.6)
         if points and key == "val_auroc":
@@ -164,10 +163,13 @@ def plot_learning_curves(epochs: Sequence[Mapping[str, Any]]) -> Figure:
 
 @dataclass(frozen=True)
 class Reliability:
-    """Calibration of one finding: calibrated probabilities `p` [n], and k bins with images.
+    """Calibration of one finding.
 
-    A bin has its mean probability, the share of positives with its interval (NaN if undefined). `error` is the
-    expected calibration error.
+    Attributes:
+        p: calibrated probabilities [n].
+        predicted, observed: mean probability and share of positives in each bin that has images, [k].
+        low, high: 95% interval of the share [k], NaN if undefined.
+        error: the expected calibration error.
     """
 
     finding: str
@@ -176,7 +178,7 @@ class Reliability:
     observed: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    error: Estimate | None
+    error: Estimate
 
 
 def plot_reliability(panels: Sequence[Reliability]) -> Figure:
@@ -185,23 +187,21 @@ def plot_reliability(panels: Sequence[Reliability]) -> Figure:
     Both axes of a panel end just above its largest point and have square-root scales, so that rare findings stay
     readable. An interval that leaves the frame ends in an arrow head.
     """
-    if not panels:
-        return plots.create_placeholder("no calibrated probabilities with labels")
-    known: list[Artist] = [
+    legend: list[Artist] = [
         plots.create_line_entry("perfect calibration", plots.MUTED, plots.DASHED),
         plots.create_marker_entry("images of similar probability, with 95% interval", plots.BLUE, "o"),
         Patch(color=plots.SKY, label="number of images, log scale (last bar: or more)"),
     ]
-    figure, axes = plots.create_grid(len(panels), known, below=0.5)
-    for place, panel in enumerate(panels):
+    figure, axes = plots.create_grid(len(panels), legend, below=0.5)
+    for panel, square, flat in zip(panels, axes[: len(panels)], axes[len(panels) :], strict=True):
         end = _find_end(panel)
-        _draw_observed(axes[place], panel, end)
-        _draw_predictions(axes[len(panels) + place], panel, end)
+        _draw_observed(square, panel, end)
+        _draw_predictions(flat, panel, end)
     return figure
 
 
 def _draw_observed(ax: Axes, panel: Reliability, end: float) -> None:
-    ax.plot([0, end], [0, end], color=plots.MUTED, linewidth=1, linestyle=plots.DASHED)
+    ax.plot([0, end], [0, end], **_CHANCE)
     style: dict[str, Any] = {"color": plots.BLUE, "markersize": 4.5, "clip_on": False}
     ax.vlines(panel.predicted, panel.low, np.minimum(panel.high, end), color=plots.BLUE, linewidth=1.3)
     beyond = panel.predicted[panel.high > end]
@@ -216,8 +216,7 @@ def _draw_observed(ax: Axes, panel: Reliability, end: float) -> None:
     ax.set_ylabel("observed share", fontsize=8)
     ax.yaxis.set_label_coords(-0.2, 0.5)
     ax.grid(color=plots.FAINT, linewidth=0.6)
-    error = "undefined" if panel.error is None else panel.error.format()
-    plots.set_heading(ax, panel.finding, f"ECE {error}")
+    plots.set_heading(ax, panel.finding, f"ECE {panel.error.format()}")
 
 
 def _draw_predictions(ax: Axes, panel: Reliability, end: float) -> None:
@@ -237,7 +236,7 @@ def _draw_predictions(ax: Axes, panel: Reliability, end: float) -> None:
 
 
 def _set_root_axis(ax: Axes, end: float) -> list[float]:
-    """Give the x axis a square-root scale from 0 to `end`; return the places of the ticks."""
+    """Give the x axis a square-root scale from 0 to `end`; return the positions of the ticks."""
     ax.set_xscale("function", functions=(_root, np.square))
     ax.set_xlim(0, end)
     return [0, end / 4, end]
@@ -264,15 +263,13 @@ def plot_distributions(panels: Sequence[Panel]) -> Figure:
     Scores in 0..1 have a logit axis, others a linear one. Each half is scaled to its own peak, so compare shapes, not
     counts.
     """
-    if not panels:
-        return plots.create_placeholder("no finding has positives and negatives")
-    known: list[Artist] = [
+    legend: list[Artist] = [
         Patch(color=plots.ORANGE, label="up: positives"),
         Patch(color=plots.BLUE, label="down: negatives (each half to its own peak)"),
     ]
     if any(panel.threshold is not None for panel in panels):
-        known.append(plots.create_line_entry("operating point: flagged to the right", plots.INK))
-    figure, axes = plots.create_grid(len(panels), known)
+        legend.append(plots.create_line_entry("operating point: flagged to the right", plots.INK))
+    figure, axes = plots.create_grid(len(panels), legend)
     for ax, panel in zip(axes, panels, strict=True):
         _draw_halves(ax, panel)
     return figure
@@ -280,10 +277,10 @@ def plot_distributions(panels: Sequence[Panel]) -> Figure:
 
 def _draw_halves(ax: Axes, panel: Panel) -> None:
     y, s = panel.y.astype(bool), panel.s.astype(np.float64)
-    on_logit = bool(s.min() >= 0 and s.max() <= 1)
-    x = _logit(s) if on_logit else s
+    has_logit = bool(s.min() >= 0 and s.max() <= 1)
+    x = _logit(s) if has_logit else s
     line = panel.threshold
-    if line is not None and on_logit:
+    if line is not None and has_logit:
         line = float(_logit(line))
     ends = [*np.quantile(x[y], [0.001, 0.999]), *np.quantile(x[~y], [0.001, 0.999]), *([] if line is None else [line])]
     low, high = float(min(ends)), float(max(ends))
@@ -292,17 +289,16 @@ def _draw_halves(ax: Axes, panel: Panel) -> None:
     low, high = low - 0.03 * (high - low), high + 0.03 * (high - low)
     # Limit the bars to what the rarer class can fill.
     bins = int(np.clip(2 * math.sqrt(min(y.sum(), (~y).sum())), 8, 50))
-    for part, sign, colour in ((x[y], 1, plots.ORANGE), (x[~y], -1, plots.BLUE)):
-        counts, edges = np.histogram(np.clip(part, low, high), bins=bins, range=(low, high))
+    for half, sign, colour in ((x[y], 1, plots.ORANGE), (x[~y], -1, plots.BLUE)):
+        counts, edges = np.histogram(np.clip(half, low, high), bins=bins, range=(low, high))
         ax.stairs(sign * counts / counts.max(), edges, fill=True, color=colour)
     ax.axhline(0, color=plots.INK, linewidth=0.8)
     if line is not None:
         ax.axvline(line, color=plots.INK, linewidth=1.4)
     ax.set(xlim=(low, high), ylim=(-1.08, 1.08), yticks=[])
     ax.spines["left"].set_visible(False)
-    if on_logit:
-        places, names = _logit_ticks(low, high)
-        ax.set_xticks(places, names)
+    if has_logit:
+        ax.set_xticks(*_choose_logit_ticks(low, high))
         ax.set_xlabel("raw score (logit axis)", fontsize=8)
     else:
         ax.xaxis.set_major_locator(MaxNLocator(4))
@@ -314,8 +310,8 @@ def _logit(p: Any) -> np.ndarray:
     return np.asarray(logit(np.clip(p, _EPSILON, 1 - _EPSILON)))
 
 
-def _logit_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
-    """Choose round probabilities as ticks of a logit axis, and their labels."""
+def _choose_logit_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
+    """Return the positions of round probabilities on a logit axis, and their labels."""
     tiers: list[Sequence[float]] = [
         (1e-4, 1e-2, 0.5, 0.99, 0.9999) if high - low > 12 else (1e-4, 1e-3, 1e-2, 0.1, 0.5, 0.9, 0.99, 0.999),
         (*(k * 10.0**-e for e in (4, 3, 2) for k in (1, 2, 5)), *(k / 10 for k in range(1, 10)), 0.95, 0.98, 0.99),
@@ -324,9 +320,9 @@ def _logit_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
     for candidates in tiers:
         chosen: list[float] = []
         for p in candidates:
-            place = float(_logit(p))
-            inside = low - 1e-9 <= place <= high + 1e-9
-            if inside and (not chosen or place - float(_logit(chosen[-1])) >= 0.17 * (high - low)):
+            position = float(_logit(p))
+            inside = low - 1e-9 <= position <= high + 1e-9
+            if inside and (not chosen or position - float(_logit(chosen[-1])) >= 0.17 * (high - low)):
                 chosen.append(p)
         if len(chosen) >= 3:
             break
@@ -348,6 +344,6 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Keep at most `_POINTS` points of a curve at even steps along its length, including both ends."""
     if len(x) <= _POINTS:
         return x, y
-    along = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(x), np.diff(y)))])
-    kept = np.unique(np.searchsorted(along, np.linspace(0.0, along[-1], _POINTS)).clip(0, len(x) - 1))
+    length = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(x), np.diff(y)))])
+    kept = np.unique(np.searchsorted(length, np.linspace(0.0, length[-1], _POINTS)).clip(0, len(x) - 1))
     return x[kept], y[kept]

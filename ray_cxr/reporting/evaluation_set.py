@@ -1,4 +1,4 @@
-"""The evaluation set: the images that have both scores and labels."""
+"""The images of a report: those with both scores and labels, or without labels all scored images."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.compute as pc
 
+from ray_cxr.data import manifest
 from ray_cxr.errors import InputError, TableError
 from ray_cxr.labels import LABELS
 from ray_cxr.reporting.scores import Scores, read_floats, read_texts
@@ -30,44 +30,88 @@ class JoinCounts:
 
 
 @dataclass(frozen=True)
-class EvaluationSet:
-    """Scored and labelled images in the labels' order; one entry per image in every array [n].
+class Population:
+    """Scored images: their rows in `Scores`, int [n], and their patients' ids [n] or None.
 
-    `rows` are int into `Scores`, `labels` int8 with -1 for null. `age` (years) and `follow_up` (number of the image)
-    are float with NaN for unknown; the others are objects, None if unknown.
+    `split` is None for images of any split; `description` names the images for readers.
     """
 
     rows: np.ndarray
-    labels: dict[str, np.ndarray]
     patients: np.ndarray
+    split: str | None
+    description: str
+
+    @classmethod
+    def select_scored(cls, table: Scores) -> Population:
+        rows = np.flatnonzero(table.ok)
+        return cls(rows, table.patients[rows], None, "all scored images of any split")
+
+    def match(
+        self, table: Scores, ids: np.ndarray, option: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, int]]:
+        """Find the images `ids` [k] of a reference standard in the population.
+
+        Returns:
+            bool [k], whether an id is in the population; the rows in `table` and the patients of these [m]; and the
+            number of images that are not in it, by reason.
+        """
+        rows = pd.Index(table.ids).get_indexer(pd.Index(np.unique(ids)))
+        scored = rows[rows >= 0]
+        missing = {
+            "not_scored": int((rows < 0).sum()),
+            "failed": int((~table.ok[scored]).sum()),
+            "outside_split": int((~np.isin(scored, self.rows) & table.ok[scored]).sum()),
+        }
+        positions = pd.Index(table.ids[self.rows]).get_indexer(pd.Index(ids))
+        kept = positions >= 0
+        if not kept.any():
+            raise InputError(
+                f"{option}: none of its {len(rows):,} images is evaluated here ({missing['not_scored']:,} have no "
+                f"score, {missing['failed']:,} failed, {missing['outside_split']:,} are in no or another split). Score "
+                "them, or evaluate their split."
+            )
+        return kept, self.rows[positions[kept]], self.patients[positions[kept]], missing
+
+
+@dataclass(frozen=True)
+class EvaluationSet(Population):
+    """Scored and labelled images in the labels' order; one entry per image in every array [n].
+
+    Attributes:
+        labels: per finding int8, -1 for null.
+        sex, view: objects, None if unknown.
+        age, follow_up: float, years and the number of the image, NaN if unknown.
+        info: the manifest's description of its split.
+    """
+
+    labels: dict[str, np.ndarray]
     sex: np.ndarray
     age: np.ndarray
     view: np.ndarray
     follow_up: np.ndarray
     counts: JoinCounts
+    info: Mapping[str, Any]
 
 
-def describe_split(split: str | None, info: Mapping[str, Any]) -> str:
+def _describe_split(split: str | None, info: Mapping[str, Any]) -> str:
     """Describe the evaluated split (None: all rows) with the kind and seed in the manifest's metadata."""
     if split is None:
         return "all labelled images of any split"
-    kind = info.get("kind")
-    if kind == "official":
-        return f"official {split} split"
-    if kind == "patient":
-        return f"{split} split of a random patient split, seed {info.get('seed')}"
-    if kind == "given":
-        return f"{split} split as given in the tables"
-    return f"{split} split of unknown origin"
+    kinds = {
+        "official": f"official {split} split",
+        "patient": f"{split} split of a random patient split, seed {info.get('seed')}",
+        "given": f"{split} split as given in the tables",
+    }
+    return kinds.get(info.get("kind", ""), f"{split} split of unknown origin")
 
 
-def join_labels(table: Scores, manifest: pa.Table, path: str | Path, split: str | None) -> EvaluationSet:
-    """Join scores with the manifest's rows of a split, or with all rows."""
-    path = str(path)
-    ids = read_texts(manifest, "image_id", path)
+def join_labels(table: Scores, path: str | Path, split: str | None) -> EvaluationSet:
+    """Join scores with a manifest's rows of a split, or with all rows."""
+    path, labelled = str(path), manifest.read_manifest(path)
+    ids = read_texts(labelled, "image_id", path)
     if not len(ids):
         raise InputError(f"--labels {path}: holds no rows; make it again with `ray-cxr manifest`")
-    chosen = _select_split(read_texts(manifest, "split", path), split, path)
+    chosen = _select_split(read_texts(labelled, "split", path), split, path)
     rows = pd.Index(table.ids).get_indexer(pd.Index(ids[chosen]))
     scored = rows >= 0
     if not scored.any():
@@ -89,16 +133,18 @@ def join_labels(table: Scores, manifest: pa.Table, path: str | Path, split: str 
     )
     labels = {}
     for finding in LABELS:
-        known = manifest[finding].drop_null().unique().to_pylist()
+        known = labelled[finding].drop_null().unique().to_pylist()
         if not {0, 1}.issuperset(known):
             raise TableError(f"{path}: column {finding} holds {sorted(known)}; use 0, 1 and null (not labelled)")
-        labels[finding] = pc.fill_null(manifest[finding], -1).to_numpy()[chosen][kept]
-    patients, sex, view = (read_texts(manifest, name, path)[chosen][kept] for name in ("patient_id", "sex", "view"))
-    age, follow_up = (read_floats(manifest, name, path)[chosen][kept] for name in ("age", "follow_up"))
+        labels[finding] = pc.fill_null(labelled[finding], -1).to_numpy()[chosen][kept]
+    patients, sex, view = (read_texts(labelled, name, path)[chosen][kept] for name in ("patient_id", "sex", "view"))
+    age, follow_up = (read_floats(labelled, name, path)[chosen][kept] for name in ("age", "follow_up"))
     rows = rows[kept]
     # The score table may know a patient whom the manifest does not.
     patients = np.where([patient is None for patient in patients], table.patients[rows], patients)
-    return EvaluationSet(rows, labels, patients, sex, age, view, follow_up, counts)
+    info = manifest.split_info(labelled)
+    described = _describe_split(split, info)
+    return EvaluationSet(rows, patients, split, described, labels, sex, age, view, follow_up, counts, info)
 
 
 def _select_split(splits: np.ndarray, split: str | None, path: str | Path) -> np.ndarray:

@@ -13,15 +13,15 @@ from ray_cxr.reporting.image_figures import Example, HeatmapExample, Radiograph
 from ray_cxr.reporting.scores import Scores
 from ray_cxr.storage import remote
 
-#: Tiles per band of the examples, on the page of radiographs, and per band of the heat maps.
-_EXAMPLES, _RADIOGRAPHS, _HEATMAPS = 4, 12, 3
+#: Number of tiles in a band of examples, in a band of heat maps, and on the page of radiographs.
+_EXAMPLES, _HEATMAPS, _RADIOGRAPHS = 4, 3, 12
 
 
 def sample_examples(table: Scores, evaluated: EvaluationSet, seed: int) -> list[tuple[str, list[Example]]]:
-    """Draw a seeded random sample of true positives, missed positives and false alarms.
+    """Draw a seeded random sample of true positives, missed positives and false alarms, one band for each kind.
 
-    Each band takes one image per finding before a second of any; no image is shown twice. Without operating points,
-    the highest and lowest tenths of each finding's scores stand in for flagged and not flagged.
+    A band takes one image per finding before a second image of a finding. No image is shown twice. Without operating
+    points, the highest tenth of a finding's scores counts as flagged, and the lowest tenth as not flagged.
     """
     rng = np.random.default_rng(seed)
     names = [f for f in table.findings if f != NO_FINDING]
@@ -34,20 +34,19 @@ def sample_examples(table: Scores, evaluated: EvaluationSet, seed: int) -> list[
     shown: set[int] = set()
     groups: list[tuple[str, list[tuple[str, int]]]] = []
     for title, label, flag in kinds:
-        queues: list[tuple[str, list[int]]] = []
+        queues = {}
         for position in rng.permutation(len(names)):
             finding = names[position]
             cases = np.flatnonzero((evaluated.labels[finding] == label) & (flagged[finding] == flag))
-            queues.append((finding, [int(case) for case in rng.permutation(cases)[:50]]))
+            queues[finding] = rng.permutation(cases)[:50].tolist()
         chosen: list[tuple[str, int]] = []
-        while len(chosen) < _EXAMPLES and any(queue for _, queue in queues):
-            for finding, queue in queues:
+        while len(chosen) < _EXAMPLES and any(queues.values()):
+            for finding, queue in queues.items():
                 while queue and queue[0] in shown:
                     queue.pop(0)
                 if queue and len(chosen) < _EXAMPLES:
-                    case = queue.pop(0)
-                    shown.add(case)
-                    chosen.append((finding, case))
+                    chosen.append((finding, queue.pop(0)))
+                    shown.add(chosen[-1][1])
         groups.append((title, chosen))
     with Decoder([None]) as decoder:
         return [
@@ -59,9 +58,7 @@ def sample_examples(table: Scores, evaluated: EvaluationSet, seed: int) -> list[
 def _mark_tenths(p: np.ndarray) -> np.ndarray:
     """Return 1 for the highest tenth of the scores, 0 for the lowest tenth, and -1 for all others."""
     known = p[~np.isnan(p)]
-    if not known.size:
-        return np.full(len(p), -1)
-    low, high = np.quantile(known, [0.1, 0.9])
+    low, high = np.quantile(known, [0.1, 0.9]) if known.size else (np.nan, np.nan)
     return np.where(p >= high, 1, np.where(p <= low, 0, -1))
 
 
@@ -83,7 +80,7 @@ def _build_example(table: Scores, evaluated: EvaluationSet, heading: str, case: 
 
 
 def load_image(path: str | None, decoder: Decoder) -> tuple[np.ndarray | None, str | None]:
-    """Load an image in its own size, or return its error code; in a child process, which a damaged file may crash."""
+    """Return an image in its own size, or its error code. A damaged file can crash only the decoder's child process."""
     decoded = decoder.load(path)
     return (None, decoded.code) if isinstance(decoded, Failure) else (decoded.images[0], None)
 
@@ -93,7 +90,7 @@ def sample_radiographs(table: Scores, evaluated: EvaluationSet, seed: int) -> li
     chosen = np.random.default_rng(seed).permutation(len(evaluated.rows))[:_RADIOGRAPHS]
     tiles = []
     with Decoder([None]) as decoder:
-        for case in sorted(int(one) for one in chosen):
+        for case in sorted(chosen.tolist()):
             image, code = load_image(table.paths[evaluated.rows[case]], decoder)
             labelled = any(evaluated.labels[f][case] >= 0 for f in FINDINGS)
             positive = tuple(f for f in FINDINGS if evaluated.labels[f][case] == 1) if labelled else None
@@ -111,24 +108,24 @@ def _describe_patient(evaluated: EvaluationSet, case: int) -> str:
 def select_heatmap_examples(table: Scores, evaluated: EvaluationSet) -> list[tuple[str, list[HeatmapExample]]]:
     """Select the best and worst predictions with heat maps; none if the scores have no heat maps.
 
-    Best are flagged positives with the highest scores; worst are missed positives with the lowest scores and flagged
-    negatives with the highest. Each band takes one case per finding before a second of any. Cases with a heat map
-    come first, because maps are drawn for an image's highest findings only.
+    The best predictions are flagged positives with the highest scores. The worst are missed positives with the lowest
+    scores and flagged negatives with the highest scores. A band takes one case per finding before a second case of a
+    finding. Cases with a heat map come first, because maps are drawn for an image's highest findings only.
     """
     if table.run_folder is None or not (remote.to_path(table.run_folder) / FOLDER).is_dir():
         return []
     maps = read_heatmaps(table.run_folder, set(table.ids[evaluated.rows]))
-    bands = (("Found, highest scores", 1, 1, -1.0), ("Missed, lowest scores", 1, 0, 1.0),
-             ("False alarms, highest scores", 0, 1, -1.0))  # fmt: skip
+    bands = (
+        ("Found, highest scores", 1, 1, -1.0),
+        ("Missed, lowest scores", 1, 0, 1.0),
+        ("False alarms, highest scores", 0, 1, -1.0),
+    )
     shown: set[int] = set()
     groups: list[tuple[str, list[tuple[str, int]]]] = []
     for title, label, flag, sign in bands:
         ranked = []
-        for finding in table.findings:
-            if finding == NO_FINDING or finding not in table.flags:
-                continue
-            p = table.p[finding][evaluated.rows]
-            flags = table.flags[finding][evaluated.rows]
+        for finding in (f for f in table.findings if f in table.flags and f != NO_FINDING):
+            p, flags = table.p[finding][evaluated.rows], table.flags[finding][evaluated.rows]
             for case in np.flatnonzero((evaluated.labels[finding] == label) & (flags == flag)):
                 lacking = (table.ids[evaluated.rows[case]], finding) not in maps
                 ranked.append((lacking, sign * float(p[case]), finding, int(case)))
@@ -141,13 +138,13 @@ def select_heatmap_examples(table: Scores, evaluated: EvaluationSet) -> list[tup
 
 
 def _take_one_per_finding(ranked: list[tuple[bool, float, str, int]], shown: set[int]) -> list[tuple[str, int]]:
-    """Take the first cases, with no image twice and no finding twice while others remain."""
+    """Take the first cases, no image twice, and no finding twice while other findings remain."""
     chosen: list[tuple[str, int]] = []
-    for again in (False, True):
+    for repeats in (False, True):
         for _, _, finding, case in ranked:
             if len(chosen) == _HEATMAPS:
                 return chosen
-            if case not in shown and (again or finding not in {name for name, _ in chosen}):
+            if case not in shown and (repeats or finding not in {name for name, _ in chosen}):
                 shown.add(case)
                 chosen.append((finding, case))
     return chosen
@@ -163,15 +160,16 @@ def _build_heatmap_tile(
 ) -> HeatmapExample:
     example = _build_example(table, evaluated, finding, case, decoder)
     row = evaluated.rows[case]
-    heatmap, score = maps.get((table.ids[row], finding)), float(table.p[finding][row])
+    heatmap = maps.get((table.ids[row], finding))
+    overlay, reason = None, ""
     if heatmap is None:
         reason = "its score is not among the image's highest"
-        return HeatmapExample(example, finding, None, reason, score)
-    if heatmap.evidence == 0:
-        return HeatmapExample(example, finding, None, "no positive evidence in the image", score)
-    try:
-        with Image.open(heatmap.overlay) as image:
-            overlay = np.asarray(image.convert("RGB"))
-    except OSError:
-        return HeatmapExample(example, finding, None, f"{heatmap.overlay.name} cannot be read", score)
-    return HeatmapExample(example, finding, overlay, score=score)
+    elif heatmap.evidence == 0:
+        reason = "no positive evidence in the image"
+    else:
+        try:
+            with Image.open(heatmap.overlay) as image:
+                overlay = np.asarray(image.convert("RGB"))
+        except OSError:
+            reason = f"{heatmap.overlay.name} cannot be read"
+    return HeatmapExample(example, float(table.p[finding][row]), overlay, reason)

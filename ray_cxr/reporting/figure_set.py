@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from matplotlib.figure import Figure
 
-from ray_cxr.evaluation import calibration, drift, localisation, subgroups
-from ray_cxr.labels import FINDINGS, NO_FINDING
+from ray_cxr.evaluation import calibration
+from ray_cxr.evaluation.subgroups import Difference, Subgroups
+from ray_cxr.labels import FINDINGS
 from ray_cxr.reporting import curve_figures, forest_figures, image_figures, label_figures
-from ray_cxr.reporting.comparators import ScoreComparison
 from ray_cxr.reporting.evaluation_set import EvaluationSet
 from ray_cxr.reporting.examples import sample_examples, sample_radiographs, select_heatmap_examples
+from ray_cxr.reporting.forest_figures import ForestColumn, ForestRow
 from ray_cxr.reporting.measures import EvaluationResult, MeanResult
 from ray_cxr.reporting.plots import Estimate
+from ray_cxr.reporting.result import ReportResult
 from ray_cxr.reporting.scores import Scores
 
+#: Names of all figures, in the order of the page.
+NAMES = (
+    "auroc", "roc", "precision_recall", "reliability", "distributions", "subgroups", "subgroup_differences",
+    "compared", "consensus", "localisation", "drift", "examples", "heatmaps", "radiographs", "learning_curves",
+    "prevalence", "cooccurrence", "priority",
+)  # fmt: skip
 #: Names of the subgroups' attributes on the page.
 ATTRIBUTES = {"sex": "Sex", "age_band": "Age, years", "view": "View", "follow_up": "Follow-up"}
 
 
-def _to_estimate(one: Any, name: str = "value") -> Estimate | None:
-    """Convert a result with an interval; None if there is none or it is undefined."""
-    value = getattr(one, name, None)
-    return None if value is None else Estimate(value, one.low, one.high)
+def draw_figures(table: Scores, result: ReportResult, seed: int) -> dict[str, Figure]:
+    """Draw a report's figures by name, except those without data."""
+    figures: dict[str, Figure | None] = {}
+    labelled = result.labelled
+    if labelled:
+        figures |= draw_evaluation(table, labelled.images, labelled.evaluation, seed)
+        if isinstance(labelled.subgroups, Subgroups):
+            figures |= _draw_subgroups(labelled.subgroups, labelled.evaluation.macro)
+    if result.compared:
+        figures["compared"] = forest_figures.plot_differences(result.compared)
+    if result.consensus:
+        evaluation = result.consensus.evaluation
+        has_auroc = any(found.auroc.value is not None for found in evaluation.findings.values())
+        figures["consensus"] = _draw_aurocs(evaluation) if has_auroc else None
+    if result.boxes:
+        figures["localisation"] = forest_figures.plot_localisation(result.boxes.localisation)
+    if result.drift:
+        figures["drift"] = forest_figures.plot_drift(result.drift.measured.flags)
+    priority = table.priority[np.isfinite(table.priority)]
+    if labelled is None and len(priority):
+        figures["priority"] = curve_figures.plot_priorities(priority)
+    if table.model.get("curves"):
+        figures["learning_curves"] = curve_figures.plot_learning_curves(table.model["curves"])
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def draw_evaluation(
@@ -42,9 +68,9 @@ def draw_evaluation(
     if calibrated:
         figures["reliability"] = curve_figures.plot_reliability(calibrated)
     labelled = [
-        (finding, one.prevalence, one.positives, one.metrics["flag_rate"].value)
-        for finding, one in evaluation.findings.items()
-        if one.prevalence is not None
+        (finding, found.prevalence, found.positives, found.metrics["flag_rate"].value)
+        for finding, found in evaluation.findings.items()
+        if found.prevalence is not None
     ]
     if labelled:
         figures["prevalence"] = label_figures.plot_prevalence(labelled)
@@ -59,39 +85,30 @@ def draw_evaluation(
     if any(tiles for _, tiles in bands):
         figures["heatmaps"] = image_figures.draw_heatmaps(bands)
     radiographs = sample_radiographs(table, evaluated, seed)
-    if any(one.image is not None for one in radiographs):
+    if any(tile.image is not None for tile in radiographs):
         figures["radiographs"] = image_figures.draw_radiographs(radiographs)
     return figures
 
 
 def _draw_aurocs(evaluation: EvaluationResult) -> Figure:
-    aurocs = {finding: _to_estimate(one.auroc) for finding, one in evaluation.findings.items()}
-    known = {finding: one for finding, one in aurocs.items() if one is not None}
-    return curve_figures.plot_aurocs(known, _to_estimate(evaluation.macro.auroc))
+    aurocs = {finding: Estimate.of(found.auroc) for finding, found in evaluation.findings.items()}
+    known = {finding: auroc for finding, auroc in aurocs.items() if auroc is not None}
+    return curve_figures.plot_aurocs(known, Estimate.of(evaluation.macro.auroc))
 
 
 def _build_panels(table: Scores, evaluated: EvaluationSet, evaluation: EvaluationResult) -> list[curve_figures.Panel]:
     panels = []
-    for finding, one in evaluation.findings.items():
-        auroc = _to_estimate(one.auroc)
+    for finding, found in evaluation.findings.items():
+        auroc = Estimate.of(found.auroc)
         if auroc is None:
             continue
         labels, p = evaluated.labels[finding], table.p[finding][evaluated.rows]
         usable = (labels >= 0) & ~np.isnan(p)
-        band = one.roc_band
-        sensitivity, specificity, ppv = (one.metrics[key].value for key in ("sensitivity", "specificity", "ppv"))
-        panels.append(
-            curve_figures.Panel(
-                finding=finding,
-                y=labels[usable],
-                s=p[usable],
-                auroc=auroc,
-                average_precision=_to_estimate(one.metrics["average_precision"]),
-                rates=(sensitivity, specificity, ppv),
-                band=(band.false_positive_rate, band.low, band.high) if band else None,
-                threshold=one.threshold,
-            )
-        )
+        precision = Estimate.of(found.metrics["average_precision"])
+        sensitivity, specificity, ppv = (found.metrics[key].value for key in ("sensitivity", "specificity", "ppv"))
+        rates = (sensitivity, specificity, ppv)
+        y, s = labels[usable], p[usable]
+        panels.append(curve_figures.Panel(finding, y, s, auroc, precision, rates, found.roc_band, found.threshold))
     return panels
 
 
@@ -100,107 +117,56 @@ def build_reliability(
 ) -> list[curve_figures.Reliability]:
     """Compute the calibration curve of each finding, with bins of equal counts."""
     panels = []
-    for finding, one in evaluation.findings.items():
-        error = _to_estimate(one.metrics["expected_calibration_error"])
+    for finding, found in evaluation.findings.items():
+        error = Estimate.of(found.metrics["expected_calibration_error"])
         if error is None:
             continue
         labels, c = evaluated.labels[finding], table.c[finding][evaluated.rows]
         known = (labels >= 0) & ~np.isnan(c)
         bins = calibration.reliability_curve(labels[known], c[known], patients=evaluated.patients[known])
         predicted, observed, low, high = (
-            np.array([getattr(one, name) for one in bins if one.n], dtype=np.float64)
+            np.array([getattr(bin_, name) for bin_ in bins if bin_.n], dtype=np.float64)
             for name in ("predicted", "observed", "observed_low", "observed_high")
         )
         panels.append(curve_figures.Reliability(finding, c[known], predicted, observed, low, high, error))
     return panels
 
 
-def draw_subgroups(found: subgroups.Subgroups, macro: MeanResult) -> dict[str, Figure]:
+def _draw_subgroups(found: Subgroups, macro: MeanResult) -> dict[str, Figure]:
     """Draw macro AUROC and mean sensitivity of each group, and the differences to its attribute's largest group."""
-    groups = [one for one in found.groups if not one.crossing]
+    groups = [group for group in found.groups if not group.crossing]
     if not groups:
         return {}
-    rows = [
-        forest_figures.ForestRow(
-            ATTRIBUTES.get(one.attribute, one.attribute),
-            one.value,
-            one.n,
-            (_to_estimate(one.shared.auroc), _to_estimate(one.shared.sensitivity)),
-            one.small,
-        )
-        for one in groups
-    ]
+    rows = []
+    for group in groups:
+        means = (Estimate.of(group.shared.auroc), Estimate.of(group.shared.sensitivity))
+        rows.append(ForestRow(_name_attribute(group.attribute), group.value, group.n, means, group.small))
     # The overall mean is comparable only if it averages the same findings as the groups' means.
-    same = all(set(one.shared.auroc.findings) == set(macro.findings) for one in groups if one.shared.auroc.findings)
-    overall = macro.auroc.value if same else None
+    averaged = [set(group.shared.auroc.findings) for group in groups if group.shared.auroc.findings]
+    overall = macro.auroc.value if all(findings == set(macro.findings) for findings in averaged) else None
     columns = [
-        forest_figures.ForestColumn("macro AUROC", overall, "" if overall is None else f"all images {overall:.3f}"),
-        forest_figures.ForestColumn("mean sensitivity"),
+        ForestColumn("macro AUROC", overall, "" if overall is None else f"all images {overall:.3f}"),
+        ForestColumn("mean sensitivity"),
     ]
     figures = {"subgroups": forest_figures.plot_subgroups(rows, columns)}
-    sizes = {one.value: one.n for one in groups}
-    pairs: dict[tuple[str, str, str], dict[str, subgroups.Difference]] = {}
-    for one in found.differences:
-        if one.finding is None and not one.crossing:
-            pairs.setdefault((one.attribute, one.value, one.reference), {})[one.quantity] = one
-    if pairs:
-        figures["subgroup_differences"] = forest_figures.plot_subgroups(
-            [
-                forest_figures.ForestRow(
-                    ATTRIBUTES.get(attribute, attribute),
-                    f"{value} − {reference}",
-                    sizes[value],
-                    tuple(_to_estimate(pair.get(quantity), "difference") for quantity in ("sensitivity", "auroc")),
-                    any(one.small for one in pair.values()),
-                )
-                for (attribute, value, reference), pair in pairs.items()
-            ],
-            [
-                forest_figures.ForestColumn("difference in mean sensitivity", 0.0, "no difference", signed=True),
-                forest_figures.ForestColumn("difference in macro AUROC", 0.0, "no difference", signed=True),
-            ],
-        )
+    sizes = {group.value: group.n for group in groups}
+    pairs: dict[tuple[str, str, str], dict[str, Difference]] = {}
+    for difference in found.differences:
+        if difference.finding is None and not difference.crossing:
+            names = (difference.attribute, difference.value, difference.reference)
+            pairs.setdefault(names, {})[difference.quantity] = difference
+    rows = []
+    for (attribute, value, reference), pair in pairs.items():
+        changes = tuple(Estimate.of(pair.get(quantity), "difference") for quantity in ("sensitivity", "auroc"))
+        is_small = any(difference.small for difference in pair.values())
+        label = f"{value} − {reference}"
+        rows.append(ForestRow(_name_attribute(attribute), label, sizes[value], changes, is_small))
+    if rows:
+        titles = ("difference in mean sensitivity", "difference in macro AUROC")
+        columns = [ForestColumn(title, 0.0, "no difference", signed=True) for title in titles]
+        figures["subgroup_differences"] = forest_figures.plot_subgroups(rows, columns)
     return figures
 
 
-def draw_consensus(evaluation: EvaluationResult) -> Figure | None:
-    """Draw the AUROC of each finding against a consensus table; None if none is defined."""
-    defined = any(one.auroc.value is not None for one in evaluation.findings.values())
-    return _draw_aurocs(evaluation) if defined else None
-
-
-def draw_comparison(compared: ScoreComparison, first: str, second: str) -> Figure:
-    rows = [
-        forest_figures.DifferenceRow(
-            "Macro mean", _to_estimate(compared.macro, "difference"), compared.macro.p, macro=True
-        ),
-        *(
-            forest_figures.DifferenceRow(name, _to_estimate(one, "difference"), one.p)
-            for name, one in compared.findings.items()
-        ),
-    ]
-    return forest_figures.plot_differences(rows, first, second)
-
-
-def draw_localisation(found: localisation.Localisation) -> Figure:
-    """Draw hit rate and overlap per finding and of all findings."""
-    rows = []
-    for name, one in (*found.findings.items(), ("All findings", found.overall)):
-        levels = {
-            level: _to_estimate(rate) for level, rate in zip(found.settings.iou_levels, one.accuracy, strict=True)
-        }
-        accuracy = {level: rate for level, rate in levels.items() if rate is not None}
-        rows.append(forest_figures.LocalisationRow(name, one.n, _to_estimate(one.hit_rate), one.chance, accuracy))
-    return forest_figures.plot_localisation(rows)
-
-
-def draw_drift(measured: drift.Drift) -> Figure | None:
-    """Draw observed against expected flag rates; None if no finding has flags."""
-    rows = [
-        forest_figures.DriftRow(
-            one.name, Estimate(one.observed, one.low, one.high), one.expected, one.verdict in ("differs", "large")
-        )
-        for one in measured.flags
-        if one.observed is not None and one.name != NO_FINDING
-    ]
-    return forest_figures.plot_drift(rows) if rows else None
+def _name_attribute(attribute: str) -> str:
+    return ATTRIBUTES.get(attribute, attribute)

@@ -21,7 +21,7 @@ from ray_cxr.reporting import plots
 
 
 def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
-
+    """Fill a template of this folder with the variables of `view`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=not template.endswith(".md.j2"),  # jinja2's own rule does not know .j2

@@ -18,9 +18,9 @@ from ray_cxr.reporting.plots import FAINT, INK, MUTED, ORANGE, SKY, format_findi
 
 @dataclass(frozen=True)
 class Example:
-    """One tile of the page of examples: an image, uint8 [H, W], or its error's `code`.
+    """One tile of the page of examples: an image, uint8 [H, W], or the error `code` of an image that cannot be shown.
 
-    `heading` is the finding that it is an example of; `true` and `flagged` are findings by label and by flag. `bars`
+    The tile is an example of the finding `heading`. `true` lists the findings by label, `flagged` those by flag. `bars`
     are (finding, raw probability, threshold or None), highest first.
     """
 
@@ -34,18 +34,20 @@ class Example:
 
 @dataclass(frozen=True)
 class HeatmapExample:
-    """One tile of the page of heat maps: `overlay` explains `finding`, uint8 [H, W, 3], or is None for a `reason`."""
+    """One tile of the page of heat maps, for the finding of `example.heading`.
+
+    `overlay` is uint8 [H, W, 3], or None for a `reason`.
+    """
 
     example: Example
-    finding: str
+    score: float
     overlay: np.ndarray | None
-    reason: str | None = None
-    score: float | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class Radiograph:
-    """One tile of the page of radiographs: see `Example`; `findings` are None for an image without labels."""
+    """One tile of the page of radiographs; see `Example`. `findings` is None for an image without labels."""
 
     image: np.ndarray | None
     code: str | None
@@ -79,8 +81,7 @@ def _draw_example(ax: Axes, tile: Example, width: int = 42) -> None:
     """Draw an image or its error code, with a heading above and labels and flags below, `width` characters per line."""
     _draw_image(ax, tile.image, f"cannot be shown:\n{tile.code}")
     _write_above(ax, format_finding(tile.heading), 10, "bold")
-    named = {"label": tile.true, "flags": tile.flagged}
-    texts = [f"{name}: {', '.join(map(format_finding, findings)) or 'none'}" for name, findings in named.items()]
+    texts = (f"label: {_list_findings(tile.true) or 'none'}", f"flags: {_list_findings(tile.flagged) or 'none'}")
     _write_below(ax, "\n".join(_wrap(text, width) for text in texts), 7.5)
 
 
@@ -117,11 +118,11 @@ def _wrap(text: str, width: int) -> str:
 def _draw_bars(ax: Axes, tile: Example) -> None:
     """Draw the highest raw probabilities as bars, each with a tick at its threshold."""
     names = [f"{format_finding(finding)}  {p:.2f}" for finding, p, _ in tile.bars]
-    for place, (_, p, threshold) in enumerate(tile.bars):
+    for row, (_, p, threshold) in enumerate(tile.bars):
         reached = threshold is not None and p >= threshold
-        ax.barh([place], [p], height=0.7, color=ORANGE if reached else SKY)
+        ax.barh([row], [p], height=0.7, color=ORANGE if reached else SKY)
         if threshold is not None:
-            ax.plot([threshold] * 2, [place - 0.42, place + 0.42], color=INK, linewidth=1.3)
+            ax.plot([threshold] * 2, [row - 0.42, row + 0.42], color=INK, linewidth=1.3)
     ax.set_ylim(2.6, -0.6)
     ax.set_xlim(0, 1)
     ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=7, color=MUTED)
@@ -135,8 +136,6 @@ def _draw_bars(ax: Axes, tile: Example) -> None:
 def draw_heatmaps(groups: Sequence[tuple[str, Sequence[HeatmapExample]]]) -> Figure:
     """Draw one band per named group that has tiles: a radiograph and its heat map."""
     groups = [(name, tiles) for name, tiles in groups if tiles]
-    if not groups:
-        return plots.create_placeholder("no examples")
     columns = min(3, max(len(tiles) for _, tiles in groups))
     side, tile, band, head, margin = 2.2, 4.72, 3.5, 0.45, 0.12
     lines = [math.ceil(len(tiles) / columns) for _, tiles in groups]
@@ -145,33 +144,31 @@ def draw_heatmaps(groups: Sequence[tuple[str, Sequence[HeatmapExample]]]) -> Fig
     top = 0.0
     for (name, tiles), count in zip(groups, lines, strict=True):
         _write_band_name(figure, margin / width, 1 - (top + 0.14) / height, name)
-        for place, one in enumerate(tiles):
-            left, down = margin + place % columns * tile, top + head + 0.27 + place // columns * band
-            _draw_example(figure.add_axes(box(left, down, side, side)), one.example, 38)
+        for index, case in enumerate(tiles):
+            left, down = margin + index % columns * tile, top + head + 0.27 + index // columns * band
+            _draw_example(figure.add_axes(box(left, down, side, side)), case.example, 38)
             right = left + side + 0.06
-            _draw_overlay(figure.add_axes(box(right, down, side, side)), one)
-            _draw_bars(figure.add_axes(box(right + 1.42, down + side + 0.1, side - 1.44, 0.5)), one.example)
+            ax = figure.add_axes(box(right, down, side, side))
+            _draw_image(ax, case.overlay, textwrap.fill(f"no heat map: {case.reason}", 26))
+            _write_above(ax, f"heat map: {format_finding(case.example.heading)}, p {case.score:.2g}", 8.5)
+            _draw_bars(figure.add_axes(box(right + 1.42, down + side + 0.1, side - 1.44, 0.5)), case.example)
         top += head + count * band
     return figure
 
 
-def _draw_overlay(ax: Axes, one: HeatmapExample) -> None:
-    _draw_image(ax, one.overlay, textwrap.fill(f"no heat map: {one.reason or 'not drawn'}", 26))
-    score = "" if one.score is None else f", p {one.score:.2g}"
-    _write_above(ax, f"heat map: {format_finding(one.finding)}{score}", 8.5)
-
-
 def draw_radiographs(tiles: Sequence[Radiograph]) -> Figure:
     """Draw a page of radiographs with their labels."""
-    if not tiles:
-        return plots.create_placeholder("no radiographs")
     columns = min(6, math.ceil(math.sqrt(len(tiles))))
     rows = math.ceil(len(tiles) / columns)
     side, tile, band = 2.1, 2.25, 2.72
     figure, box = plots.create_sheet(columns * tile + 0.13, rows * band + 0.1)
-    for place, one in enumerate(tiles):
-        ax = figure.add_axes(box(0.14 + place % columns * tile, 0.1 + place // columns * band, side, side))
-        _draw_image(ax, one.image, f"cannot be shown:\n{one.code}")
-        names = "not labelled" if one.findings is None else ", ".join(map(format_finding, one.findings)) or "no finding"
-        _write_below(ax, _wrap(names, 36) + (f"\n{one.note}" if one.note else ""), 7.8)
+    for index, scan in enumerate(tiles):
+        ax = figure.add_axes(box(0.14 + index % columns * tile, 0.1 + index // columns * band, side, side))
+        _draw_image(ax, scan.image, f"cannot be shown:\n{scan.code}")
+        labels = "not labelled" if scan.findings is None else _list_findings(scan.findings) or "no finding"
+        _write_below(ax, _wrap(labels, 36) + (f"\n{scan.note}" if scan.note else ""), 7.8)
     return figure
+
+
+def _list_findings(findings: Sequence[str]) -> str:
+    return ", ".join(map(format_finding, findings))

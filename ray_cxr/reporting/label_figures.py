@@ -22,16 +22,15 @@ from ray_cxr.reporting.plots import FAINT, INK, MUTED, SKY, VERMILION, format_fi
 def plot_prevalence(rows: Sequence[tuple[str, float, int, float | None]]) -> Figure:
     """Plot rows of (finding, share of positive images, number of positives, share flagged or None)."""
     rows = sorted(rows, key=lambda row: row[1])
-    figure, ax = plots.create_axes(7.2, 1.3 + 0.32 * len(rows))
-    places = list(range(len(rows)))
-    ax.barh(places, [row[1] for row in rows], height=0.62, color=SKY, label="labelled positive")
-    flagged = [(place, row[3]) for place, row in zip(places, rows, strict=True) if row[3] is not None]
+    figure, (ax,) = plots.create_axes(7.2, 1.3 + 0.32 * len(rows))
+    positions = range(len(rows))
+    ax.barh(positions, [row[1] for row in rows], height=0.62, color=SKY, label="labelled positive")
+    flagged = [(row[3], position) for position, row in enumerate(rows) if row[3] is not None]
     if flagged:
-        positions, shares = zip(*flagged, strict=True)
-        ax.plot(shares, positions, "D", color=VERMILION, markersize=5.5, label="flagged")
+        ax.plot(*zip(*flagged, strict=True), "D", color=VERMILION, markersize=5.5, label="flagged")
     top = max([0.01, *(max(row[1], row[3] or 0.0) for row in rows)])
     ax.set_xlim(0, top * 1.05)
-    ax.set_yticks(places, [f"{format_finding(row[0])} ({row[2]:,})" for row in rows])
+    ax.set_yticks(positions, [f"{format_finding(row[0])} ({row[2]:,})" for row in rows])
     ax.set_ylim(-0.7, len(rows) - 0.3)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     ax.set_xlabel("share of labelled images (number of positives in brackets)")
@@ -44,22 +43,18 @@ def plot_prevalence(rows: Sequence[tuple[str, float, int, float | None]]) -> Fig
 def plot_cooccurrence(counts: np.ndarray, findings: Sequence[str], n: int) -> Figure:
     """Plot how often findings are labelled together, as a share of the images with the row's finding.
 
-    `counts` are integers [F, F] of the `n` images; the diagonal holds all images with the finding.
+    `counts` are integers [F, F]: images with both findings, and on the diagonal all images with the finding, of `n`.
     """
     size = len(findings)
-    if counts.shape != (size, size):
-        raise ValueError(f"counts have the shape {counts.shape}; {(size, size)} is needed for {size} findings")
-    if not size or not n:
-        return plots.create_placeholder("no labelled images")
     names = [format_finding(finding) for finding in findings]
     totals = np.diag(counts)
     shares = counts / np.maximum(totals, 1)[:, None]
     off = ~np.eye(size, dtype=bool) & (totals > 0)[:, None]
-    most = max(0.01, float(shares[off].max())) if off.any() else 0.01
+    most = max(0.01, float(shares.max(where=off, initial=0)))
     cell, slope = 0.52, math.radians(50)
     lengths = [plots.measure_text(name, 8.5) for name in names]
     left, high = 0.25 + max(lengths), 0.45 + max(lengths) * math.sin(slope)
-    ends = [(place + 0.8) * cell + length * math.cos(slope) for place, length in enumerate(lengths)]
+    ends = [(column + 0.8) * cell + length * math.cos(slope) for column, length in enumerate(lengths)]
     wide = max(left + max(cell * size + 1.1, *ends), 4.5)
     figure, box = plots.create_sheet(wide, high + cell * size + 0.45)
     ax = figure.add_axes(box(left, high, cell * size, cell * size))
@@ -82,14 +77,14 @@ def plot_cooccurrence(counts: np.ndarray, findings: Sequence[str], n: int) -> Fi
     ax.tick_params(length=0, pad=3, labelcolor=INK)
     for spine in ax.spines.values():
         spine.set_visible(False)
-    _colour_bar(figure, figure.add_axes(box(left + cell * size + 0.2, high, 0.16, min(cell * size, 2.6))), mesh)
+    _draw_colour_bar(figure, figure.add_axes(box(left + cell * size + 0.2, high, 0.16, min(cell * size, 2.6))), mesh)
     caption = f"Share of the images with the row's finding that also have the column's. Diagonal: of all {n:,} images."
     x, y, _, _ = box(0.12, figure.get_figheight() - 0.08, 0, 0)
     figure.text(x, y, textwrap.fill(caption, int(wide * 15)), fontsize=plots.SMALL_TEXT, color=MUTED)
     return figure
 
 
-def _colour_bar(figure: Figure, ax: Axes, mesh: QuadMesh) -> None:
+def _draw_colour_bar(figure: Figure, ax: Axes, mesh: QuadMesh) -> None:
     bar = figure.colorbar(mesh, cax=ax)
     ax.yaxis.set_major_locator(MaxNLocator(5))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: plots.format_percent(share)))
@@ -100,5 +95,5 @@ def _colour_bar(figure: Figure, ax: Axes, mesh: QuadMesh) -> None:
 
 def _luminance(colour: Sequence[float]) -> float:
     """Return the relative luminance of an sRGB colour (WCAG 2)."""
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3]]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in colour[:3]]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

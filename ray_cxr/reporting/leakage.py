@@ -17,15 +17,15 @@ UNKNOWN_TRAINING = "not all images that trained the model are known"
 
 @dataclass(frozen=True)
 class LeakCheck:
-    """Result of the leak check; it is complete (`checked`) if all training images are known.
+    """Result of the leak check.
 
     Attributes:
-        shared_images, shared_patients: training images and patients that are evaluated too.
-        shared_by_part: shared images by `train` or `val`.
-        unknown_patients: evaluated images without a patient id.
+        reason: why the check is incomplete; None if all training images are known.
+        shared_images, shared_patients: number of training images and patients that are evaluated too.
+        shared_by_part: number of shared images by `train` or `val`.
+        unknown_patients: number of evaluated images without a patient id.
     """
 
-    checked: bool
     reason: str | None
     training_images: int | None = None
     training_patients: int = 0
@@ -35,10 +35,11 @@ class LeakCheck:
     unknown_patients: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return {"checked": self.checked, "reason": self.reason} if self.training_images is None else asdict(self)
+        known = {"reason": self.reason} if self.training_images is None else asdict(self)
+        return {"checked": self.reason is None, **known}
 
     def describe(self, split: str | None) -> str:
-        """State the result in half a sentence: `passed: ...`, `not possible: ...`, or what is shared."""
+        """Describe the result: `passed: ...`, `not possible: ...`, or how many images and patients are shared."""
         if self.training_images is None:
             return f"not possible: {self.reason}"
         if self.shared_images or self.shared_patients:
@@ -46,14 +47,13 @@ class LeakCheck:
             images = f"{self.shared_images:,} images" + (f" ({parts})" if parts else "")
             patients = f"{self.shared_patients:,} patients"
             text = f"{images} and {patients} trained the model, as expected for the {split} split"
-        elif not self.checked:
+        elif self.reason:
             text = f"not possible: {self.reason}; the known ones are not in this evaluation"
         else:
-            images, patients = (
-                f"{self.training_images:,} training images",
-                f"{self.training_patients:,} training patients",
+            text = (
+                f"passed: none of the {self.training_images:,} training images and {self.training_patients:,} training "
+                "patients is in this evaluation"
             )
-            text = f"passed: none of the {images} and {patients} is in this evaluation"
         if self.unknown_patients:
             text += f"; {self.unknown_patients:,} images have no patient id and were compared by image id alone"
         return text
@@ -65,10 +65,13 @@ def check_leakage(
     """Compare the evaluated rows [n] and patient ids [n] with those that trained the model.
 
     An evaluation of `train` or `val` may share images with the training. `population` names the images in the error.
+
+    Raises:
+        LeakError: images or patients are shared, and `split` is neither `train` nor `val`.
     """
     training = table.training
     if training is None:
-        return LeakCheck(checked=False, reason=UNKNOWN_TRAINING)
+        return LeakCheck(UNKNOWN_TRAINING)
     same = pd.Index(training.images).isin(table.ids[rows])
     known = {patient for patient in training.patients if patient is not None}
     # Scores and labels may spell one patient differently, and the training may have used either spelling.
@@ -84,10 +87,8 @@ def check_leakage(
             f"{table.source}: {int(same.sum()):,} images and {len(shared):,} patients of {population} trained this "
             f"model. {remedy} (`--split train` or `--split val` evaluates training images as such)."
         )
-    complete = table.provenance.get("lineage") != "unknown"
     return LeakCheck(
-        checked=complete,
-        reason=None if complete else UNKNOWN_TRAINING,
+        UNKNOWN_TRAINING if table.provenance.get("lineage") == "unknown" else None,
         training_images=len(training.images),
         training_patients=len(known),
         shared_images=int(same.sum()),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,11 @@ from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.bootstrap import DerivedOutputs, RocBand, bootstrap_findings
 from ray_cxr.evaluation.delong import delong, delong_interval
 from ray_cxr.evaluation.intervals import Interval
+from ray_cxr.evaluation.subgroups import FEW_PATIENTS
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting.scores import Scores, count_patients, finite_or_none
 
 _log = logging.getLogger(__name__)
-
-#: With fewer positive (or negative) patients the bootstrap interval is too narrow.
-FEW_PATIENTS = 10
 
 
 @dataclass(frozen=True)
@@ -62,10 +60,13 @@ class ModelOutputs:
         return cls(p, c, flags, table.operating_points, table.model.get("expected_flag_rates") or {})
 
     def add_composites(self, composites: Mapping[str, tuple[str, ...]]) -> tuple[ModelOutputs, dict[str, str]]:
-        """Add composite findings: the highest score of the members, flagged if any member is.
+        """Add composite findings. A composite has its members' highest score and is flagged if any member is.
 
-        Returns the outputs, and `calibrated` or `raw` for each composite added. A composite is skipped if the model
-        lacks a member. Raw scores share no scale, so calibrated ones are used if every member has them.
+        Members' raw scores share no scale, so calibrated scores are used if every member has them. A composite of which
+        the model lacks a member is skipped.
+
+        Returns:
+            The outputs, and `calibrated` or `raw` for each composite added.
         """
         p, flags, scales = dict(self.p), dict(self.flags), {}
         for name, members in composites.items():
@@ -75,10 +76,10 @@ class ModelOutputs:
                     for member in members
                 )
                 scales[name] = "calibrated" if calibrated else "raw"
-                p[name] = composite_scores(name, members, self.c if calibrated else self.p)
+                p[name] = composite_scores(members, self.c if calibrated else self.p)
             if all(member in self.flags for member in members):
-                flags[name] = composite_flags(name, members, self.flags)
-        return ModelOutputs(p, self.c, flags, self.operating_points, self.expected_flag_rates), scales
+                flags[name] = composite_flags(members, self.flags)
+        return replace(self, p=p, flags=flags), scales
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,9 @@ class FindingResult:
         counts = ("n", "positives", "positive_patients", "prevalence", "unscored")
         model = ("threshold", "rule", "expected_flag_rate", "assumed_prevalence", "mean_calibrated")
         low, high = self.delong or (None, None)
-        undefined = {key: one.reason for key, one in self.metrics.items() if one.value is None}
-        unbounded = {key: one for key, one in self.metrics.items() if one.value is not None and one.low is None}
-        undefined |= {f"{key}_low": f"no interval: {one.interval_reason}" for key, one in unbounded.items()}
+        undefined = {key: found.reason for key, found in self.metrics.items() if found.value is None}
+        unbounded = {key: found for key, found in self.metrics.items() if found.value is not None and found.low is None}
+        undefined |= {f"{key}_low": f"no interval: {found.interval_reason}" for key, found in unbounded.items()}
         return {
             **{name: getattr(self, name) for name in counts},
             **_flatten(self.metrics),
@@ -146,8 +147,10 @@ class FindingResult:
 class MeanResult:
     """The mean of each ranking metric over the findings with a defined AUROC, without No_Finding.
 
-    `reason` explains a missing mean. In `undefined_resamples` a finding's AUROC is undefined. `weights` is None for
-    equal weights.
+    Attributes:
+        reason: why there is no mean, or None.
+        undefined_resamples: number of resamples in which a finding's AUROC is undefined.
+        weights: what the findings are weighted by; None for equal weights.
     """
 
     metrics: dict[str, Measurement]
@@ -179,7 +182,7 @@ class EvaluationResult:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "findings": {name: one.to_json() for name, one in self.findings.items()},
+            "findings": {name: found.to_json() for name, found in self.findings.items()},
             "macro": self.macro.to_json(),
             "weighted": self.weighted.to_json(),
         }
@@ -188,8 +191,8 @@ class EvaluationResult:
 def _flatten(measured: Mapping[str, Measurement]) -> dict[str, float | None]:
     return {
         f"{key}{suffix}": value
-        for key, one in measured.items()
-        for suffix, value in (("", one.value), ("_low", one.low), ("_high", one.high))
+        for key, found in measured.items()
+        for suffix, value in (("", found.value), ("_low", found.low), ("_high", found.high))
     }
 
 
@@ -227,18 +230,18 @@ def evaluate(
         seed=bootstrap.seed,
     )
     intervals = dict(zip(scored, zip(found.findings, found.roc, strict=True), strict=True))
-    results = {}
-    for f in names:
-        if f in intervals:
-            results[f] = _evaluate_finding(outputs, f, labels[f], patients, prevalences.get(f), *intervals[f])
-        else:
-            results[f] = _report_unscored(labels[f])
-    averaged = [f for f, one in results.items() if one.auroc.value is not None and f != NO_FINDING]
-    equal, positives = np.ones(len(averaged)), np.array([results[f].positives for f in averaged])
+    results = {
+        f: _evaluate_finding(outputs, f, labels[f], patients, prevalences.get(f), *intervals[f])
+        if f in intervals
+        else _report_unscored(labels[f])
+        for f in names
+    }
+    averaged = {f: result for f, result in results.items() if result.auroc.value is not None and f != NO_FINDING}
+    positives = [result.positives for result in averaged.values()]
     return EvaluationResult(
         results,
-        macro=_average(results, averaged, equal, found.macro, bootstrap.n_resamples),
-        weighted=_average(results, averaged, positives, found.weighted, bootstrap.n_resamples, "positives"),
+        macro=_average(averaged, [1] * len(averaged), found.macro),
+        weighted=_average(averaged, positives, found.weighted, "positives"),
     )
 
 
@@ -247,21 +250,15 @@ def _stack(arrays: list[np.ndarray], n: int) -> np.ndarray:
 
 
 def _average(
-    results: Mapping[str, FindingResult],
-    findings: list[str],
-    weights: np.ndarray,
-    found: Mapping[str, Interval],
-    n_resamples: int,
-    name: str | None = None,
+    results: Mapping[str, FindingResult], weights: list[int], found: Mapping[str, Interval], name: str | None = None
 ) -> MeanResult:
     means = {}
     for metric in metrics.RANKING_METRICS:
-        values = [results[finding].metrics[metric.key].value for finding in findings]
-        mean = float(np.average(np.array(values, dtype=np.float64), weights=weights)) if findings else None
+        values = np.array([result.metrics[metric.key].value for result in results.values()], dtype=np.float64)
+        mean = float(np.average(values, weights=weights)) if results else None
         means[metric.key] = Measurement(mean, found[metric.key].low, found[metric.key].high)
-    if not findings:
-        return MeanResult(means, findings, "no finding has a defined AUROC", n_resamples, name)
-    return MeanResult(means, findings, None, found["auroc"].undefined, name)
+    reason = None if results else "no finding has a defined AUROC"
+    return MeanResult(means, list(results), reason, found["auroc"].undefined, name)
 
 
 def _report_unscored(labels: np.ndarray) -> FindingResult:

@@ -7,10 +7,12 @@ with its last reference.
 from __future__ import annotations
 
 import io
+import logging
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.textpath import text_to_path
+
+_log = logging.getLogger(__name__)
 
 # Okabe & Ito (2008): distinct with the common colour vision deficiencies, and in greyscale print by lightness.
 BLUE, VERMILION, GREEN, SKY, ORANGE = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#E69F00"
@@ -41,6 +45,12 @@ class Estimate:
     value: float
     low: float | None = None
     high: float | None = None
+
+    @classmethod
+    def of(cls, result: Any, name: str = "value") -> Estimate | None:
+        """Convert a result with the attributes `name`, `low` and `high`; None if the result or its value is None."""
+        value = getattr(result, name, None)
+        return None if value is None else cls(value, result.low, result.high)
 
     def format(self, *, signed: bool = False, percent: bool = False) -> str:
         """Return `0.812 (0.790–0.831)`; signed `+0.012 (−0.003 to +0.027)`; in percent `81% (79–83%)`."""
@@ -69,15 +79,28 @@ def encode_figure(figure: Figure) -> tuple[bytes, bytes]:
     return png.getvalue(), svg.getvalue()
 
 
-def create_layout() -> ConstrainedLayoutEngine:
-    return ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+def write_figures(folder: Path, names: Sequence[str], figures: Mapping[str, Figure]) -> dict[str, bytes]:
+    """Write figures as PNG and SVG in place of an older report's figures of these names; return the PNGs by name."""
+    stale = {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    for path in [path for path in folder.glob("*") if path.name in stale]:
+        path.unlink(missing_ok=True)
+    encoded = {}
+    for name in filter(figures.get, names):
+        _log.debug("drawing %s", name)
+        encoded[name], svg = encode_figure(figures[name])
+        (folder / f"{name}.png").write_bytes(encoded[name])
+        (folder / f"{name}.svg").write_bytes(svg)
+    return encoded
 
 
-def create_axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout=create_layout(), facecolor="white")
-    ax = figure.subplots()
-    style_axes(ax)
-    return figure, ax
+def create_axes(width: float, height: float, columns: int = 1, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """Create a figure with a row of axes that fit their texts."""
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
+    axes = list(np.ravel(figure.subplots(1, columns, sharey=sharey)))
+    for ax in axes:
+        style_axes(ax)
+    return figure, axes
 
 
 def create_sheet(width: float, height: float) -> tuple[Figure, Box]:
@@ -93,7 +116,7 @@ def create_sheet(width: float, height: float) -> tuple[Figure, Box]:
 def create_grid(count: int, handles: Sequence[Artist], below: float = 0.0) -> tuple[Figure, list[Axes]]:
     """Create a figure of square panels, four per row, with space for a title above each, and a legend on top.
 
-    `below` is the height in inches of a flat panel below each; the flat panels follow the square ones in the result.
+    `below` is the height in inches of a flat panel below each square one; the result lists the flat panels last.
     """
     columns = max(1, min(count, 4))
     cell, side, gap = 2.75, 2.05, 0.14
@@ -103,8 +126,8 @@ def create_grid(count: int, handles: Sequence[Artist], below: float = 0.0) -> tu
     figure, box = create_sheet(width, top + tall * max(1, math.ceil(count / columns)))
     draw_legend(figure, handles)
     squares, flats = [], []
-    for place in range(count):
-        left, down = 0.6 + place % columns * cell, top + 0.45 + place // columns * tall
+    for index in range(count):
+        left, down = 0.6 + index % columns * cell, top + 0.45 + index // columns * tall
         squares.append(figure.add_axes(box(left, down, side, side)))
         if below:
             flats.append(figure.add_axes(box(left, down + side + gap, side, below)))
@@ -162,12 +185,6 @@ def set_heading(ax: Axes, finding: str, line: str) -> None:
         name, size = "\n".join(textwrap.wrap(name, 32)[:2]), 8.0
     ax.set_title(name, fontsize=size, fontweight="bold", color=INK, loc="left", pad=16)
     ax.text(0.0, 1.03, line, transform=ax.transAxes, fontsize=7.8, color=INK, va="bottom")
-
-
-def create_placeholder(reason: str) -> Figure:
-    figure, _ = create_sheet(4.5, 0.8)
-    figure.text(0.5, 0.5, f"Nothing to show: {reason}.", ha="center", va="center", fontsize=10, color=MUTED)
-    return figure
 
 
 def format_percent(share: float) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,17 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ray_cxr.data import manifest
-from ray_cxr.errors import InputError, OutputError
+from ray_cxr.errors import InputError, OutputError, first_line
 from ray_cxr.evaluation import metrics, published
 from ray_cxr.evaluation.group_resamples import LabelledScores
 from ray_cxr.evaluation.groups import build_groups
 from ray_cxr.evaluation.subgroups import Subgroups, measure_groups
-from ray_cxr.labels import NO_FINDING
+from ray_cxr.labels import FINDINGS, NO_FINDING, canonicalize, suggest
 from ray_cxr.reporting import figure_set, html, plots, tables
-from ray_cxr.reporting.comparators import Population, compare_with_boxes, compare_with_consensus, compare_with_scores
-from ray_cxr.reporting.curve_figures import plot_learning_curves, plot_priorities
-from ray_cxr.reporting.evaluation_set import EvaluationSet, describe_split, join_labels
+from ray_cxr.reporting.comparators import compare_with_boxes, compare_with_consensus, compare_with_scores
+from ray_cxr.reporting.evaluation_set import EvaluationSet, Population, join_labels
 from ray_cxr.reporting.leakage import check_leakage
 from ray_cxr.reporting.measures import BootstrapSettings, ModelOutputs, evaluate
-from ray_cxr.reporting.prevalence import read_prevalences
 from ray_cxr.reporting.result import Counts, LabelResults, ReportResult, measure_drift, measure_flag_rates
 from ray_cxr.reporting.scores import Location, Scores, count_patients, read_scores
 from ray_cxr.reporting.summary import list_remarks, summarize
@@ -35,13 +34,7 @@ from ray_cxr.reporting.worklist import build_worklist, format_csv
 from ray_cxr.storage import atomic, remote
 
 _log = logging.getLogger(__name__)
-#: Figures of a report; those of an older report are removed first.
-_FIGURES = (
-    "auroc", "roc", "precision_recall", "reliability", "distributions", "subgroups", "subgroup_differences",
-    "compared", "consensus", "localisation", "drift", "examples", "heatmaps", "radiographs", "learning_curves",
-    "prevalence", "cooccurrence", "priority",
-)  # fmt: skip
-#: Maximum resamples for subgroups, and for two attributes crossed, of which there are hundreds.
+#: Maximum numbers of resamples, for subgroups of one attribute and for the hundreds of pairs of attributes.
 _SUBGROUP_RESAMPLES, _CROSSING_RESAMPLES = 500, 200
 _WORKLIST_ROWS = 25
 
@@ -69,10 +62,10 @@ def write_report(
         labels: a manifest; None reports scores without an evaluation.
         split: evaluate only the labels' rows of `train`, `val` or `test`; None takes all rows.
         consensus: radiologists' labels, compared on the evaluated images, or without `labels` on all scored images.
-        boxes: radiologists' boxes, for the heat maps that `score --heatmaps` drew.
+        boxes: radiologists' boxes, compared with the heat maps that `score --heatmaps` drew.
         compare: another score table, compared on the labelled images that both tables have.
-        prevalence: a TOML file of shares per finding, to compute predictive values for.
-        seed: of the bootstrap and of the choice of examples.
+        prevalence: a TOML file with the findings' prevalences in a population to compute predictive values for.
+        seed: seeds the bootstrap and the choice of examples.
 
     Raises:
         InputError: the scores are incomplete, or share no image with the labels, the consensus table, the boxes or
@@ -81,69 +74,6 @@ def write_report(
         LeakError: an evaluated image or patient trained the model, in an evaluation of `test` or of no named split.
         OutputError: `out` is a file, or is inside the score folder.
     """
-    _check_options(labels, split, consensus, compare, prevalence)
-    if n_resamples < 1:
-        raise InputError(f"n_resamples is {n_resamples}; it must be at least 1")
-    bootstrap = BootstrapSettings(n_resamples, seed)
-    out = remote.to_path(out)
-    remote.check_bucket(out)
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"--out {out}: is a file; name a folder")
-    prevalences = {} if prevalence is None else read_prevalences(str(prevalence))
-    table = read_scores(scores)
-    if table.folder is not None and remote.is_inside(out, remote.to_path(table.folder)):
-        # The next report would read this one's metrics.parquet as scores.
-        raise OutputError(f"--out {out}: is inside the score folder {table.folder}; name a folder outside it")
-    _log.debug("%s: %d rows, %d errors", table.source, len(table.ids), int((~table.ok).sum()))
-
-    labelled = None if labels is None else _evaluate_labels(table, labels, split, prevalences, bootstrap)
-    evaluated, split_label = (labelled.images, labelled.split_label) if labelled else (None, None)
-    population = Population.select(table, evaluated, split, split_label)
-    result = ReportResult(
-        split=split,
-        n_images=len(population.rows),
-        n_patients=count_patients(population.patients),
-        labelled=labelled,
-        counts=Counts.count(table, evaluated.counts if evaluated else None),
-        flag_rates=measure_flag_rates(table),
-        drift=measure_drift(table, evaluated, split_label),
-        digests=_read_digests(table, labels, labelled),
-        bootstrap=bootstrap if labels or consensus or boxes else None,
-        consensus=None
-        if consensus is None
-        else compare_with_consensus(table, population, str(consensus), prevalences, bootstrap),
-        compared=None
-        if compare is None or labelled is None
-        else compare_with_scores(table, labelled.images, str(compare), split, labelled.split_label, bootstrap),
-        boxes=None if boxes is None else compare_with_boxes(table, population, str(boxes), bootstrap),
-        notes=_list_notes(table, split, labelled, len(population.rows)),
-    )
-    return _write(out, table, result, _draw_figures(table, result, seed))
-
-
-def _evaluate_labels(
-    table: Scores, labels: str | Path, split: str | None, prevalences: Mapping[str, float], bootstrap: BootstrapSettings
-) -> LabelResults:
-    rows = manifest.read_manifest(labels)
-    info = manifest.split_info(rows)
-    images = join_labels(table, rows, labels, split)
-    population = "the test split" if split else "the labels"
-    leak_check = check_leakage(table, images.rows, images.patients, split, population)
-    outputs = ModelOutputs.select(table, images.rows)
-    evaluation = evaluate(outputs, images.labels, images.patients, prevalences=prevalences, bootstrap=bootstrap)
-    subgroups = _measure_subgroups(table, images, bootstrap)
-    n, findings = len(images.rows), evaluation.macro.findings
-    papers = published.list_published(split, info.get("kind"), n_images=n, findings=findings)
-    return LabelResults(images, info, describe_split(split, info), leak_check, evaluation, subgroups, papers)
-
-
-def _check_options(
-    labels: str | Path | None,
-    split: str | None,
-    consensus: str | Path | None,
-    compare: str | Path | None,
-    prevalence: str | Path | None,
-) -> None:
     if split is not None and split not in manifest.SPLITS:
         raise InputError(f"--split {split}: use train, val or test")
     if split is not None and labels is None:
@@ -152,6 +82,81 @@ def _check_options(
         raise InputError(f"--compare {compare}: needs --labels, to compute the AUROC of both tables")
     if prevalence is not None and labels is None and consensus is None:
         raise InputError(f"--prevalence {prevalence}: needs --labels or --consensus, to measure sensitivity")
+    if n_resamples < 1:
+        raise InputError(f"n_resamples is {n_resamples}; it must be at least 1")
+    bootstrap = BootstrapSettings(n_resamples, seed)
+    out = remote.to_path(out)
+    remote.check_bucket(out)
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"--out {out}: is a file; name a folder")
+    prevalences = {} if prevalence is None else _read_prevalences(str(prevalence))
+    table = read_scores(scores)
+    if table.folder is not None and remote.is_inside(out, remote.to_path(table.folder)):
+        # The next report would read this one's metrics.parquet as scores.
+        raise OutputError(f"--out {out}: is inside the score folder {table.folder}; name a folder outside it")
+    _log.debug("%s: %d rows, %d errors", table.source, len(table.ids), int((~table.ok).sum()))
+
+    labelled = None if labels is None else _evaluate_labels(table, labels, split, prevalences, bootstrap)
+    evaluated = labelled.images if labelled else None
+    population = evaluated or Population.select_scored(table)
+    result = ReportResult(
+        split=split,
+        n_images=len(population.rows),
+        n_patients=count_patients(population.patients),
+        labelled=labelled,
+        counts=Counts.count(table, evaluated.counts if evaluated else None),
+        flag_rates=measure_flag_rates(table),
+        drift=measure_drift(table, evaluated),
+        digests=_read_digests(table, labels, labelled),
+        bootstrap=bootstrap if labels or consensus or boxes else None,
+        consensus=None
+        if consensus is None
+        else compare_with_consensus(table, population, str(consensus), prevalences, bootstrap),
+        compared=None
+        if compare is None or evaluated is None
+        else compare_with_scores(table, evaluated, str(compare), bootstrap),
+        boxes=None if boxes is None else compare_with_boxes(table, population, str(boxes), bootstrap),
+        notes=_list_notes(table, split, labelled),
+    )
+    return _write(out, table, result, figure_set.draw_figures(table, result, seed))
+
+
+def _evaluate_labels(
+    table: Scores, labels: str | Path, split: str | None, prevalences: Mapping[str, float], bootstrap: BootstrapSettings
+) -> LabelResults:
+    images = join_labels(table, labels, split)
+    population = "the test split" if split else "the labels"
+    leak_check = check_leakage(table, images.rows, images.patients, split, population)
+    outputs = ModelOutputs.select(table, images.rows)
+    evaluation = evaluate(outputs, images.labels, images.patients, prevalences=prevalences, bootstrap=bootstrap)
+    subgroups = _measure_subgroups(table, images, bootstrap)
+    n, findings = len(images.rows), evaluation.macro.findings
+    papers = published.list_published(split, images.info.get("kind"), n_images=n, findings=findings)
+    return LabelResults(images, leak_check, evaluation, subgroups, papers)
+
+
+def _read_prevalences(path: str) -> dict[str, float]:
+    """Read a TOML file of `Finding = share` lines, shares between 0 and 1."""
+    try:
+        with open(path, "rb") as stream:
+            shares = tomllib.load(stream)
+    except OSError as error:
+        raise InputError(f"--prevalence {path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--prevalence {path}: not TOML: {first_line(error)}") from None
+    prevalences: dict[str, float] = {}
+    for name, share in shares.items():
+        finding = canonicalize(name)
+        if finding is None:
+            raise InputError(f"--prevalence {path}: {name!r} is not a known finding{suggest(name, FINDINGS)}")
+        if finding in prevalences:
+            raise InputError(f"--prevalence {path}: {finding} is named twice")
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+            raise InputError(f"--prevalence {path}: {name} = {share!r}; use a share between 0 and 1, such as 0.02")
+        prevalences[finding] = float(share)
+    if not prevalences:
+        raise InputError(f"--prevalence {path}: names no finding; add lines such as Effusion = 0.12")
+    return prevalences
 
 
 def _measure_subgroups(table: Scores, evaluated: EvaluationSet, bootstrap: BootstrapSettings) -> Subgroups | str:
@@ -162,19 +167,19 @@ def _measure_subgroups(table: Scores, evaluated: EvaluationSet, bootstrap: Boots
     names = [f for f in table.findings if (evaluated.labels[f] >= 0).any()]
     if not names:
         return "no finding is both scored and labelled"
-    rows = evaluated.rows
+    no_flags = np.full(len(table.ids), -1)
     labels = np.column_stack([evaluated.labels[f] for f in names])
-    p = np.column_stack([table.p[f][rows] for f in names])
-    flags = np.column_stack([table.flags[f][rows] if f in table.flags else np.full(len(rows), -1) for f in names])
-    macro = np.array([f != NO_FINDING for f in names], dtype=bool)
-    n, n_crossings = (min(bootstrap.n_resamples, most) for most in (_SUBGROUP_RESAMPLES, _CROSSING_RESAMPLES))
-    images = LabelledScores(labels, p, flags, evaluated.patients, names, macro=macro)
+    p = np.column_stack([table.p[f] for f in names])[evaluated.rows]
+    flags = np.column_stack([table.flags.get(f, no_flags) for f in names])[evaluated.rows]
+    macro = np.array([f != NO_FINDING for f in names])
+    n, n_crossings = (min(bootstrap.n_resamples, limit) for limit in (_SUBGROUP_RESAMPLES, _CROSSING_RESAMPLES))
+    images = LabelledScores.build(labels, p, flags, evaluated.patients, names, macro)
     return measure_groups(groups, images, n_resamples=n, n_resamples_crossings=n_crossings, seed=bootstrap.seed)
 
 
 def _read_digests(table: Scores, labels: str | Path | None, labelled: LabelResults | None) -> dict[str, Any]:
     location = None if labels is None else Location.of(str(labels))
-    info = labelled.info if labelled else {}
+    info = labelled.images.info if labelled else {}
     digest = table.model.get("digest")
     return {
         "model": list(table.model_digests) or ([digest] if digest else []),
@@ -184,7 +189,7 @@ def _read_digests(table: Scores, labels: str | Path | None, labelled: LabelResul
     }
 
 
-def _list_notes(table: Scores, split: str | None, labelled: LabelResults | None, n_images: int) -> list[str]:
+def _list_notes(table: Scores, split: str | None, labelled: LabelResults | None) -> list[str]:
     """List what a reader must know to interpret the numbers."""
     notes = []
     if split in ("train", "val"):
@@ -214,50 +219,18 @@ def _list_notes(table: Scores, split: str | None, labelled: LabelResults | None,
     if table.ignored:
         shown = ", ".join(table.ignored[:8]) + (" …" if len(table.ignored) > 8 else "")
         notes.append(f"Columns of unknown findings were ignored: {shown}.")
-    official = labelled is not None and labelled.info.get("kind") == "official" and split == "test"
-    if official and n_images != published.OFFICIAL_TEST_IMAGES:
-        notes.append(
-            f"The evaluation covers {n_images:,} of the {published.OFFICIAL_TEST_IMAGES:,} images of NIH's official "
-            "test split."
-        )
+    if labelled is not None and labelled.images.info.get("kind") == "official" and split == "test":
+        n, complete = len(labelled.images.rows), published.OFFICIAL_TEST_IMAGES
+        if n != complete:
+            notes.append(f"The evaluation covers {n:,} of the {complete:,} images of NIH's official test split.")
     return notes
-
-
-def _draw_figures(table: Scores, result: ReportResult, seed: int) -> dict[str, Figure]:
-    figures: dict[str, Figure | None] = {}
-    labelled = result.labelled
-    if labelled:
-        figures |= figure_set.draw_evaluation(table, labelled.images, labelled.evaluation, seed)
-        if isinstance(labelled.subgroups, Subgroups):
-            figures |= figure_set.draw_subgroups(labelled.subgroups, labelled.evaluation.macro)
-    if result.compared:
-        figures["compared"] = figure_set.draw_comparison(result.compared, "these scores", "the others")
-    if result.consensus:
-        figures["consensus"] = figure_set.draw_consensus(result.consensus.evaluation)
-    if result.boxes:
-        figures["localisation"] = figure_set.draw_localisation(result.boxes.localisation)
-    if result.drift:
-        figures["drift"] = figure_set.draw_drift(result.drift.measured)
-    priority = table.priority[np.isfinite(table.priority)]
-    if labelled is None and len(priority):
-        figures["priority"] = plot_priorities(priority)
-    if table.model.get("curves"):
-        figures["learning_curves"] = plot_learning_curves(table.model["curves"])
-    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def _write(out: Path, table: Scores, result: ReportResult, figures: Mapping[str, Figure]) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
-    stale = {"report.html", "report.md", *(f"{name}.{kind}" for name in _FIGURES for kind in ("png", "svg"))}
-    for path in [path for path in out.glob("*") if path.name in stale]:
-        path.unlink(missing_ok=True)
-    encoded: dict[str, bytes] = {}
-    for name in _FIGURES:
-        if name in figures:
-            _log.debug("drawing %s", name)
-            encoded[name], vector = plots.encode_figure(figures[name])
-            (out / f"{name}.png").write_bytes(encoded[name])
-            (out / f"{name}.svg").write_bytes(vector)
+    for name in ("report.html", "report.md"):
+        (out / name).unlink(missing_ok=True)
+    encoded = plots.write_figures(out, figure_set.NAMES, figures)
     rows = build_worklist(table)
     plain = result.to_json()
     atomic.write_text(out / "worklist.csv", format_csv(rows))
@@ -272,14 +245,14 @@ def _write(out: Path, table: Scores, result: ReportResult, figures: Mapping[str,
         "summary": summarize(result),
         "worklist": rows[:_WORKLIST_ROWS],
         "worklist_total": len(rows),
-        "columns": {name: [one for one in metrics.METRICS if one.table == name] for name in metrics.TABLES},
+        "columns": {name: [metric for metric in metrics.METRICS if metric.table == name] for name in metrics.TABLES},
         "probability_metrics": metrics.PROBABILITY_METRICS,
         "remarks": list_remarks(result.labelled.evaluation) if result.labelled else {},
         "consensus_remarks": list_remarks(result.consensus.evaluation) if result.consensus else {},
         "leak_check": result.labelled.leak_check.describe(result.split) if result.labelled else "",
         "compared_leak_check": result.compared.leak_check.describe(result.split) if result.compared else "",
         "attributes": figure_set.ATTRIBUTES,
-        "assumed": {finding: one for finding, one in judged.items() if one["assumed_prevalence"] is not None},
+        "assumed": {name: found for name, found in judged.items() if found["assumed_prevalence"] is not None},
     }
     atomic.write_text(out / "report.md", html.render(view, "report.md.j2"))
     atomic.write_text(out / "report.html", html.render(view))

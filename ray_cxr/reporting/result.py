@@ -22,7 +22,7 @@ from ray_cxr.reporting.scores import Scores, finite_or_none
 
 @dataclass(frozen=True)
 class Counts:
-    """Rows of the score table with and without scores, errors by code, and the join with the labels, if any."""
+    """Numbers of rows of the score table: all, scored, and failed by error code; and those of the join with labels."""
 
     rows: int
     scored: int
@@ -64,20 +64,23 @@ def measure_flag_rates(table: Scores) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class DriftResult:
-    """Flag rates and scores of `images` compared with validation; an evaluation set has no error rate."""
+    """Flag rates and scores compared with validation.
+
+    `images` names the images for readers. An evaluation set holds no failed images, so it has no error rate.
+    """
 
     images: str
     measured: drift.Drift
-    with_errors: bool
+    has_errors: bool
 
     def to_json(self) -> dict[str, Any]:
         plain = {"images": self.images, **self.measured.to_json()}
-        if not self.with_errors:
+        if not self.has_errors:
             del plain["errors"]
         return plain
 
 
-def measure_drift(table: Scores, evaluated: EvaluationSet | None, split_label: str | None) -> DriftResult | None:
+def measure_drift(table: Scores, evaluated: EvaluationSet | None) -> DriftResult | None:
     """Compare the evaluated images, or without labels all, with validation; None for another system's scores."""
     if not table.is_own:
         return None
@@ -95,21 +98,20 @@ def measure_drift(table: Scores, evaluated: EvaluationSet | None, split_label: s
         table.ok[rows],
         table.patients[rows] if evaluated is None else evaluated.patients,
     )
-    images = "all scored images" if evaluated is None else f"the evaluated images ({split_label})"
-    return DriftResult(images, measured, with_errors=evaluated is None)
+    images = "all scored images" if evaluated is None else f"the evaluated images ({evaluated.description})"
+    return DriftResult(images, measured, has_errors=evaluated is None)
 
 
 @dataclass(frozen=True)
 class LabelResults:
     """The evaluation against labels.
 
-    `info` is the manifest's description of its split; `subgroups` may be the reason why there are none; `published`
-    results have the reason why they are not comparable, or None.
+    Attributes:
+        subgroups: the results, or the reason why there are none.
+        published: published results, each with the reason why it is not comparable, or None.
     """
 
     images: EvaluationSet
-    info: Mapping[str, Any]
-    split_label: str
     leak_check: LeakCheck
     evaluation: EvaluationResult
     subgroups: Subgroups | str
@@ -118,13 +120,13 @@ class LabelResults:
     def to_json(self) -> dict[str, Any]:
         subgroups, published = self.subgroups, self.published
         return {
-            "split_label": self.split_label,
-            "split_kind": self.info.get("kind"),
-            "split_seed": self.info.get("seed"),
+            "split_label": self.images.description,
+            "split_kind": self.images.info.get("kind"),
+            "split_seed": self.images.info.get("seed"),
             "leak_check": self.leak_check.to_json(),
             **self.evaluation.to_json(),
             "subgroups": {"reason": subgroups} if isinstance(subgroups, str) else subgroups.to_json(),
-            "published": [{**one.to_json(), "comparable": why is None, "reason": why} for one, why in published],
+            "published": [{**paper.to_json(), "comparable": why is None, "reason": why} for paper, why in published],
         }
 
 

@@ -32,7 +32,7 @@ _TEXT = ("image_id", "path", "patient_id", "study_id", "status", "error_code", "
 class TrainingImages:
     """The images that fitted a model's weights or chose its epoch and thresholds: object arrays [n] of str.
 
-    A patient may be None; `parts` are `train` or `val`, or None if the bundle does not record it.
+    A patient may be None. `parts` holds `train` or `val`, or None if the bundle does not record the part.
     """
 
     images: np.ndarray
@@ -45,9 +45,9 @@ class Scores:
     """A score table in memory, one entry per row in every array [n].
 
     Attributes:
-        is_own: `ray-cxr score` wrote it, not another system.
+        is_own: `ray-cxr score` wrote the table, not another system.
         folder: the folder with the Parquet files, as `remote.to_path` takes it; None for files and read-only stores.
-        run_folder: the SCORES folder, in the same form; None if there is none.
+        run_folder: the SCORES folder, as `remote.to_path` takes it; None for another system's table.
         ids, paths, patients, studies, codes, top_findings, quality_flags: object arrays of str or None.
         ok: False on error rows.
         p, c, priority: float64 with NaN for null; p is raw and c calibrated, per finding.
@@ -183,8 +183,8 @@ class Location:
         files = [self.path]
         if not self.is_file:
             entries = self.fs.get_file_info(pafs.FileSelector(self.path, recursive=True, allow_not_found=True))
-            visible = [one for one in entries if not one.base_name.startswith((".", "_"))]
-            files = sorted(one.path for one in visible if one.is_file and one.path.endswith(".parquet"))
+            visible = [entry for entry in entries if not entry.base_name.startswith((".", "_"))]
+            files = sorted(entry.path for entry in visible if entry.is_file and entry.path.endswith(".parquet"))
         if not files:
             raise InputError(f"{shown}: no Parquet files. Pass the folder that `ray-cxr score` wrote.")
 
@@ -220,7 +220,7 @@ class _Columns:
             raise TableError(f"{source}: holds no rows")
 
     def to_scores(self, **origin: Any) -> Scores:
-        """Build the score table; `origin` holds the fields that the Parquet files do not."""
+        """Build the score table; `origin` holds the fields that are not in the Parquet files."""
         text = {name: read_texts(self.table, name, self.source) for name in _TEXT}
         ids, ok = text["image_id"], self._read_ok(text["status"])
         self._check_ids(ids)
@@ -277,7 +277,7 @@ class _Columns:
         return np.asarray(status == "ok")
 
     def _name_columns(self) -> tuple[dict[str, dict[str, str]], list[str]]:
-        """Return the columns by prefix and finding, and those of unknown findings."""
+        """Return the columns' names by prefix and finding, and the columns of unknown findings."""
         columns: dict[str, dict[str, str]] = {"p_": {}, "c_": {}, "flag_": {}}
         ignored: list[str] = []
         for name in self.table.column_names:
@@ -315,12 +315,9 @@ def read_texts(table: pa.Table, name: str, source: str) -> np.ndarray:
     try:
         is_id = name in identity.COLUMNS
         text = identity.read_ids(table[name], name, source) if is_id else pc.cast(table[name], pa.string())
-        values = text.to_pylist()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise TableError(f"{source}: column {name} is {table[name].type}, not text") from None
-    out = np.empty(len(values), dtype=object)
-    out[:] = values
-    return out
+    return np.array(text.to_pylist(), dtype=object)
 
 
 def read_floats(table: pa.Table, name: str, source: str) -> np.ndarray:
@@ -337,19 +334,15 @@ def read_floats(table: pa.Table, name: str, source: str) -> np.ndarray:
 def _rank_by_highest(p: Mapping[str, np.ndarray], ok: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the highest raw probability and its finding, without No_Finding, for tables without a priority."""
     names = [finding for finding in p if finding != NO_FINDING]
-    top = np.full(len(ok), None, dtype=object)
-    if not names:
-        return np.full(len(ok), np.nan), top
-    stacked = np.column_stack([p[finding] for finding in names])
-    filled = np.where(np.isnan(stacked), -1.0, stacked)
-    highest = filled.max(axis=1)
-    known = ok & (highest >= 0)
-    top[known] = np.array(names, dtype=object)[filled.argmax(axis=1)[known]]
-    return np.where(known, highest, np.nan), top
+    # The first column stands for "none": it is highest in rows without a probability.
+    columns = np.column_stack([np.full(len(ok), -0.5), *(np.where(ok, np.nan_to_num(p[f], nan=-1), -1) for f in names)])
+    highest = columns.max(axis=1)
+    top = np.array([None, *names], dtype=object)[columns.argmax(axis=1)]
+    return np.where(highest >= 0, highest, np.nan), top
 
 
 def read_training_images(location: Location) -> TrainingImages | None:
-    """Read `split.parquet` of a bundle; None if it names no training image, as for an imported model."""
+    """Read `split.parquet` of a bundle; return None if the file names no training image, as for an imported model."""
     with location.fs.open_input_file(location.path) as stream:
         table = pq.read_table(stream)
     parts = read_texts(table, "split", location.path)

@@ -15,20 +15,19 @@ from ray_cxr.reporting.result import ReportResult
 def list_remarks(evaluation: EvaluationResult) -> dict[str, str]:
     """Return, per finding, what a reader must know about its results."""
     remarks = {}
-    for finding, one in evaluation.findings.items():
-        parts = []
-        if one.reason:
-            parts.append(f"undefined: {one.reason}")
-        if one.caution:
-            parts.append(one.caution)
-        shown = [metric for metric in metrics.METRICS if metric.table == "main" and metric.key != "auroc"]
-        constant = [m.label for m in shown if one.metrics[m.key].interval_reason == NO_VARIATION]
-        if constant:
-            parts.append(f"no interval for {', '.join(constant)}: {NO_VARIATION}")
-        if one.unscored and one.auroc.value is not None:
-            parts.append(f"{one.unscored:,} labelled images have no score")
-        if parts:
-            remarks[finding] = "; ".join(parts)
+    shown = [metric for metric in metrics.METRICS if metric.table == "main" and metric.key != "auroc"]
+    for finding, result in evaluation.findings.items():
+        constant = [metric.label for metric in shown if result.metrics[metric.key].interval_reason == NO_VARIATION]
+        parts = [
+            f"undefined: {result.reason}" if result.reason else None,
+            result.caution,
+            f"no interval for {', '.join(constant)}: {NO_VARIATION}" if constant else None,
+            f"{result.unscored:,} labelled images have no score"
+            if result.unscored and result.auroc.value is not None
+            else None,
+        ]
+        if any(parts):
+            remarks[finding] = "; ".join(filter(None, parts))
     return remarks
 
 
@@ -47,7 +46,7 @@ def summarize(result: ReportResult) -> list[str]:
         )
     else:
         images, patients = f"{result.n_images:,} images", f"{result.n_patients:,} patients"
-        sentences.append(f"{images} of {patients} were evaluated: {result.labelled.split_label}.")
+        sentences.append(f"{images} of {patients} were evaluated: {result.labelled.images.description}.")
         sentences += _summarize_evaluation(result.labelled.evaluation)
     if counts.errors:
         codes = ", ".join(f"{code} {n:,}" for code, n in counts.by_code.items())
@@ -86,10 +85,10 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> list[str]:
             sentences.append(
                 f"Worse than chance: {_list_findings(inverted)}. Check whether scores or labels are inverted."
             )
-    cautioned = [finding for finding, one in findings.items() if one.caution]
+    cautioned = [finding for finding, found in findings.items() if found.caution]
     if cautioned:
         sentences.append(f"Interpret these intervals with caution (see the remarks): {_list_findings(cautioned)}.")
-    undefined = [finding for finding, one in findings.items() if one.auroc.value is None]
+    undefined = [finding for finding, found in findings.items() if found.auroc.value is None]
     if undefined:
         sentences.append(f"AUROC is undefined for {_list_findings(undefined)}; the remarks give the reason.")
     return sentences
@@ -102,7 +101,7 @@ def _summarize_comparisons(result: ReportResult) -> list[str]:
         consensus = result.consensus
         macro = consensus.evaluation.macro.auroc
         shown = f"the macro AUROC is {_format(macro)}" if macro.value is not None else "AUROC is undefined"
-        cautioned = [name for name, one in consensus.evaluation.findings.items() if one.caution]
+        cautioned = [name for name, found in consensus.evaluation.findings.items() if found.caution]
         warning = f" Interpret these intervals with caution: {_list_findings(cautioned)}." if cautioned else ""
         source = consensus.reference.source
         sentences.append(f"Against {source}, on {consensus.n_images:,} images, {shown}.{warning}")
@@ -121,17 +120,14 @@ def _summarize_comparisons(result: ReportResult) -> list[str]:
             )
     groups = result.labelled.subgroups if result.labelled else None
     if isinstance(groups, Subgroups):
-        if groups.single.made:
-            sentences.append(f"Subgroups: {groups.single.summary}.")
-        else:
-            sentences.append("All subgroups have too few patients to be compared.")
-    if result.boxes is not None:
-        overall = result.boxes.localisation.overall
-        if overall.hit_rate.value is not None:
-            sentences.append(
-                f"Heat maps peak inside the radiologist's box in {html.format_percent(overall.hit_rate.value, 0)} of "
-                f"{overall.n:,} cases, against {html.format_percent(overall.chance, 0)} for a random point."
-            )
+        few = "All subgroups have too few patients to be compared."
+        sentences.append(f"Subgroups: {groups.single.summary}." if groups.single.made else few)
+    overall = result.boxes.localisation.overall if result.boxes else None
+    if overall is not None and overall.hit_rate.value is not None:
+        sentences.append(
+            f"Heat maps peak inside the radiologist's box in {html.format_percent(overall.hit_rate.value, 0)} of "
+            f"{overall.n:,} cases, against {html.format_percent(overall.chance, 0)} for a random point."
+        )
     if result.drift is not None:
         sentences.append(f"Drift of {result.drift.images} from validation. {result.drift.measured.summary}")
     return sentences
@@ -141,7 +137,8 @@ def _list_findings(findings: Iterable[str]) -> str:
     return ", ".join(map(plots.format_finding, findings))
 
 
-def _format(one: Measurement) -> str:
-    if one.low is None or one.high is None:
-        return f"{one.value:.3f} (no interval)"
-    return f"{one.value:.3f} (95% interval {one.low:.3f} to {one.high:.3f})"
+def _format(found: Measurement) -> str:
+    has_interval = found.low is not None and found.high is not None
+    return (
+        f"{found.value:.3f} ({f'95% interval {found.low:.3f} to {found.high:.3f}' if has_interval else 'no interval'})"
+    )

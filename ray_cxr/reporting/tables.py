@@ -33,21 +33,21 @@ SCHEMA = pa.schema(
 def build_table(result: Mapping[str, Any]) -> pa.Table:
     """Flatten the content of metrics.json; each row has its split and the digest of its labels."""
     split = {name: result[name] for name in ("split", "split_kind", "split_seed")}
-    own = split | {"labels_sha256": result["digests"]["labels"]}
-    rows = [{**row, **own} for row in _evaluation(result)]
-    rows += [{**row, **own} for row in _subgroups(result["subgroups"])]
-    rows += [{**row, **own} for row in _compared(result["compared"])]
-    for name in ("consensus", "localisation"):
-        if result[name] is not None:
-            theirs = split | {"labels_sha256": result[name]["digest"]}
-            found = _evaluation(result[name], name) if name == "consensus" else _localisation(result[name])
-            rows += [{**row, **theirs} for row in found]
-    evaluated = split if result["macro"] is not None else dict.fromkeys(split)
-    rows += [{**row, **evaluated} for row in _drift(result["drift"])]
+    consensus, boxes = result["consensus"], result["localisation"]
+    labels = result["digests"]["labels"]
+    sections = [
+        (labels, _list_evaluation(result)),
+        (labels, _list_subgroups(result["subgroups"])),
+        (labels, _list_comparison(result["compared"])),
+        (consensus and consensus["digest"], _list_evaluation(consensus, "consensus") if consensus else ()),
+        (boxes and boxes["digest"], _list_localisation(boxes) if boxes else ()),
+        (None, _list_drift(result["drift"])),
+    ]
+    rows = [{**row, **split, "labels_sha256": digest} for digest, found in sections for row in found]
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def _evaluation(result: Mapping[str, Any], section: str | None = None) -> Iterator[dict[str, Any]]:
+def _list_evaluation(result: Mapping[str, Any], section: str | None = None) -> Iterator[dict[str, Any]]:
     for finding, entry in result["findings"].items():
         counts = {"finding": finding, "n": entry["n"], "positives": entry["positives"]}
         for name in (*(metric.key for metric in metrics.METRICS), "prevalence"):
@@ -69,62 +69,64 @@ def _number(entry: Mapping[str, Any], name: str, reasons: Mapping[str, str | Non
     }
 
 
-def _subgroups(found: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+def _list_subgroups(found: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
     if found is None or "groups" not in found:
         return
     for group in found["groups"]:
-        of = {"section": "subgroups", "attribute": group["attribute"], "group": group["value"]}
+        names = {"section": "subgroups", "attribute": group["attribute"], "group": group["value"]}
         for kind in ("own", "shared"):
             for name, mean in group[kind].items():
-                yield {**of, "metric": f"mean {name} over {kind} findings", "n": group["n"], **_ends(mean, "value")}
+                metric = f"mean {name} over {kind} findings"
+                yield {**names, "metric": metric, "n": group["n"], **_estimate(mean, "value")}
         for finding, cell in group["findings"].items():
             counts = {"finding": finding, "n": cell["n"], "positives": cell["positives"]}
             for name, reason in (("auroc", "reason"), ("sensitivity", "rates_reason"), ("specificity", "rates_reason")):
-                given = {name: cell[reason] if cell[name] is None else None, f"{name}_low": cell["interval_reason"]}
-                yield {**of, **counts, **_number(cell, name, given)}
-    for one in found["differences"]:
+                reasons = {name: cell[reason] if cell[name] is None else None, f"{name}_low": cell["interval_reason"]}
+                yield {**names, **counts, **_number(cell, name, reasons)}
+    for difference in found["differences"]:
         yield {
             "section": "differences",
-            "finding": one["finding"],
-            "attribute": one["attribute"],
-            "group": f"{one['value']} less {one['reference']}",
-            "metric": one["quantity"],
-            **_ends(one, "difference"),
+            "finding": difference["finding"],
+            "attribute": difference["attribute"],
+            "group": f"{difference['value']} less {difference['reference']}",
+            "metric": difference["quantity"],
+            **_estimate(difference, "difference"),
         }
 
 
-def _compared(found: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+def _list_comparison(found: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
     if found is None:
         return
-    for finding, one in found["findings"].items():
-        counts = {"finding": finding, "n": one["n"], "positives": one["positives"]}
-        yield {"section": "compared", **counts, "metric": "auroc difference", **_ends(one, "difference")}
-        yield {"section": "compared", **counts, "metric": "p", "value": one["p"]}
+    for finding, pair in found["findings"].items():
+        counts = {"finding": finding, "n": pair["n"], "positives": pair["positives"]}
+        yield {"section": "compared", **counts, "metric": "auroc difference", **_estimate(pair, "difference")}
+        yield {"section": "compared", **counts, "metric": "p", "value": pair["p"]}
     macro = {"section": "compared", "n": found["n_images"]}
-    yield {**macro, "metric": "macro auroc difference", **_ends(found["macro"], "difference")}
+    yield {**macro, "metric": "macro auroc difference", **_estimate(found["macro"], "difference")}
     yield {**macro, "metric": "macro p", "value": found["macro"]["p"]}
 
 
-def _ends(one: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {"value": one[name], "low": one["low"], "high": one["high"], "reason": one["reason"]}
+def _estimate(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {"value": entry[name], "low": entry["low"], "high": entry["high"], "reason": entry["reason"]}
 
 
-def _localisation(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for finding, one in (*found["findings"].items(), (None, found["overall"])):
-        of = {"section": "localisation", "finding": finding, "n": one["n"]}
-        reasons = {name: one.get(f"{name}_reason") for name in ("hit_rate", "iou")}
+def _list_localisation(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for finding, entry in (*found["findings"].items(), (None, found["overall"])):
+        names = {"section": "localisation", "finding": finding, "n": entry["n"]}
         for name in ("hit_rate", "iou"):
-            yield {**of, **_number(one, name, reasons)}
-        for level, rate in one["accuracy"].items():
-            of_level = _number(rate, "accuracy", {"accuracy": rate.get("accuracy_reason")})
-            yield {**of, **of_level, "metric": f"IoU >= {level}"}
+            yield {**names, **_number(entry, name, {name: entry[f"{name}_reason"]})}
+        for level, rate in entry["accuracy"].items():
+            number = _number(rate, "accuracy", {"accuracy": rate["accuracy_reason"]})
+            yield {**names, **number, "metric": f"IoU >= {level}"}
 
 
-def _drift(found: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
-    for finding, one in found["flags"].items() if found is not None else ():
-        of = {"section": "drift", "finding": finding, "n": one["n"], "reason": one["reason"]}
-        yield {**of, "metric": "flag rate", "value": one["observed"], "low": one["low"], "high": one["high"]}
-        yield {**of, "metric": "expected flag rate", "value": one["expected"]}
-    for finding, one in found["scores"].items() if found is not None else ():
-        of = {"section": "drift", "finding": finding, "n": one["n"], "reason": one["reason"]}
-        yield {**of, "metric": "population stability index", "value": one["psi"]}
+def _list_drift(found: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+    if found is None:
+        return
+    for finding, rate in found["flags"].items():
+        names = {"section": "drift", "finding": finding, "n": rate["n"], "reason": rate["reason"]}
+        yield {**names, "metric": "flag rate", **_estimate(rate, "observed")}
+        yield {**names, "metric": "expected flag rate", "value": rate["expected"]}
+    for finding, scores in found["scores"].items():
+        names = {"section": "drift", "finding": finding, "n": scores["n"], "reason": scores["reason"]}
+        yield {**names, "metric": "population stability index", "value": scores["psi"]}

@@ -37,7 +37,7 @@ class Archive:
         self.diseases = [finding for finding in findings if finding != NO_FINDING]
         self.n = n = 3 * patients
         number = np.arange(n) // 3
-        self.patient: list[str | None] = [str(one) for one in number]
+        self.patient: list[str | None] = [str(patient) for patient in number]
         self.ids = [f"{i // 3:08d}_{i % 3:03d}.png" for i in range(n)]
         self.study: list[str | None] = [f"s{i // 3}" if i % 3 < 2 else None for i in range(n)]
         self.split = np.where(number < 10, "train", np.where(number < 15, "val", "test"))
@@ -60,16 +60,14 @@ class Archive:
 
     def labels(self, *, keep: Sequence[int] | None = None, info: dict[str, Any] | None = None, **changes: Any) -> str:
         """Write the manifest. Keywords replace columns; `keep` selects rows; `info` describes the split."""
-        columns: dict[str, Any] = {"image_id": self.ids, "path": self.paths, "patient_id": self.patient}
-        columns |= {"split": list(self.split), **{f: y.tolist() for f, y in self.y.items()}, **changes}
-        rows = range(self.n) if keep is None else keep
-        arrays = {}
-        for item in manifest.SCHEMA:
-            values = columns.get(item.name, [None] * self.n)
-            arrays[item.name] = pa.array([values[i] for i in rows], item.type)
+        columns: dict[str, Any] = dict.fromkeys(manifest.SCHEMA.names, [None] * self.n)
+        columns |= {"image_id": self.ids, "path": self.paths, "patient_id": self.patient, "split": list(self.split)}
+        columns |= {**{f: y.tolist() for f, y in self.y.items()}, **changes}
+        rows = pa.array(range(self.n) if keep is None else keep, pa.int64())
+        table = pa.table(columns, manifest.SCHEMA).take(rows)
         info = {"kind": "patient", "seed": 0, "tables": {"table.csv": "ab" * 32}} if info is None else info
-        table = pa.table(arrays).replace_schema_metadata({manifest.SPLIT_KEY: json.dumps(info).encode()})
-        pq.write_table(table, self.root / "labels.parquet")
+        metadata = {manifest.SPLIT_KEY: json.dumps(info)}
+        pq.write_table(table.replace_schema_metadata(metadata), self.root / "labels.parquet")
         return str(self.root / "labels.parquet")
 
     def scores(self, *, ids: Sequence[str] | None = None, finished: bool = True, **model: Any) -> str:
@@ -110,10 +108,7 @@ class Archive:
             "operating_points": dict.fromkeys(self.findings, point),
             "expected_flag_rates": dict.fromkeys(self.findings, 0.4),
             "provenance": {"split": {"kind": "patient"}, "initial_weights": "random", "lineage": "known"},
-            "curves": [
-                {"epoch": e, "loss": 0.7 / e, "val_auroc": None if e == 1 else 1 - 0.4 / e, "seconds": 2.0}
-                for e in (1, 2, 3)
-            ],
+            "curves": [{"epoch": e, "loss": 0.7 / e, "val_auroc": None if e == 1 else 1 - 0.4 / e} for e in (1, 2, 3)],
             **model,
         }
         (folder / "model.json").write_text(json.dumps(described), encoding="utf-8")
@@ -147,6 +142,16 @@ def without_drawing() -> Iterator[None]:
         patch.setattr(figure_set, "draw_evaluation", lambda *_: {})
         patch.setattr("plotly.offline.get_plotlyjs", lambda: "window.Plotly = {};")
         yield
+
+
+def refused(error: type[Exception], match: str, scores: str | Path, out: Path, **options: Any) -> str:
+    """Return the error, a single line, of a report that is refused and leaves no folder."""
+    existed = out.exists()
+    with pytest.raises(error, match=match) as caught:
+        write_report(scores, out, **options)
+    assert "\n" not in str(caught.value)
+    assert out.exists() == existed
+    return str(caught.value)
 
 
 def report(archive: Archive, out: Path, *, scores: str | None = None, draw: bool = False, **options: Any) -> Report:
