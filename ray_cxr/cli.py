@@ -28,6 +28,7 @@ from ray_cxr.storage import remote
 from ray_cxr.storage.paths import redact
 
 _Settings = TypeVar("_Settings", bound=config.Settings)
+_Number = TypeVar("_Number", int, float)
 
 #: The shell's exit code for a program that Ctrl-C ended.
 EXIT_INTERRUPTED = 130
@@ -243,10 +244,7 @@ def _manifest(arguments: argparse.Namespace) -> None:
     from ray_cxr.data.manifest import write_manifest
     from ray_cxr.data.manifest_builder import build_manifest
 
-    try:
-        fractions = [float(part) for part in arguments.fractions.split(",")]
-    except ValueError:
-        raise ConfigError(f"--fractions {arguments.fractions}: needs three numbers, such as 0.7,0.1,0.2") from None
+    fractions = _parse_numbers(float, arguments.fractions, "--fractions", "three numbers, such as 0.7,0.1,0.2")
     table, report = build_manifest(
         arguments.tables,
         fractions=fractions,
@@ -263,11 +261,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config, arguments.overrides, section="prepare")
     chosen = settings.prepare
     if arguments.size is not None:
-        try:
-            sizes = tuple(int(part) for part in arguments.size.split(","))
-        except ValueError:
-            raise ConfigError(f"--size {arguments.size}: needs pixels, such as 224 or 224,320") from None
-        chosen = chosen.replace(sizes=sizes)
+        chosen = chosen.replace(sizes=_parse_numbers(int, arguments.size, "--size", "pixels, such as 224 or 224,320"))
     from ray_cxr.data import prepared
 
     prepared.check(arguments.manifest, remote.to_path(arguments.out), chosen)  # before Ray takes seconds to start
@@ -340,18 +334,15 @@ def _tune(arguments: argparse.Namespace) -> None:
     counts = ", ".join(f"{count} {state}" for state, count in states.most_common()) or "none"
     _print(f"trials: {counts}; {outcome.epochs} epochs trained, {time.monotonic() - start:.0f} s")
     _print(f"report: {out / 'report.html'}")
-    if outcome.interrupted and outcome.bundle is None:
-        raise KeyboardInterrupt
-    if outcome.bundle is None:
-        raise RayCxrError(
-            outcome.gave_up or f"{out}: no trial completed an epoch, so there is no bundle; see trials.parquet"
-        )
-    _print(f"best trial: {outcome.best}, settings in {out / 'best.toml'}")
-    _print(f"bundle: {outcome.bundle.path}")
-    if outcome.gave_up is not None:
-        raise RayCxrError(outcome.gave_up)
+    if outcome.bundle is not None:
+        _print(f"best trial: {outcome.best}, settings in {out / 'best.toml'}")
+        _print(f"bundle: {outcome.bundle.path}")
     if outcome.interrupted:
         raise KeyboardInterrupt
+    if outcome.gave_up is not None:
+        raise RayCxrError(outcome.gave_up)
+    if outcome.bundle is None:
+        raise RayCxrError(f"{out}: no trial completed an epoch, so there is no bundle; see trials.parquet")
 
 
 def _score(arguments: argparse.Namespace) -> None:
@@ -500,6 +491,14 @@ def _explain_write_errors(out: str) -> Iterator[None]:
     except OSError as error:
         at = f" ({error.filename})" if error.filename and str(error.filename) != out else ""
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}{at}") from None
+
+
+def _parse_numbers(kind: type[_Number], text: str, option: str, what: str) -> list[_Number]:
+    """Return comma-separated numbers; the error states what the option needs."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} {text}: needs {what}") from None
 
 
 def _print_rule_notes(reasons: dict[str, str | None]) -> None:

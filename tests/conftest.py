@@ -221,15 +221,27 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
 @pytest.fixture(scope="session")
 def manifest(phantoms, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a manifest of the phantoms, split by patient."""
+    return write_phantom_manifest(phantoms, tmp_path_factory.mktemp("manifest") / "m.parquet")
+
+
+def write_phantom_manifest(drawn: Any, path: Path) -> Path:
     from ray_cxr.data.manifest import write_manifest
     from ray_cxr.data.manifest_builder import build_manifest
 
-    table, _ = build_manifest(
-        [str(phantoms.table)], images=str(phantoms.images), split="patient", fractions=(0.6, 0.2, 0.2), seed=1
-    )
-    path = tmp_path_factory.mktemp("manifest") / "m.parquet"
-    write_manifest(table, path)
+    options: dict[str, Any] = {"split": "patient", "fractions": (0.6, 0.2, 0.2), "seed": 1}
+    write_manifest(build_manifest([str(drawn.table)], images=str(drawn.images), **options)[0], path)
     return path
+
+
+def write_noise(folder: Path) -> list[Path]:
+    """Write six PNGs of 900 x 900 pixels that take long to decode."""
+    import numpy as np
+    from PIL import Image
+
+    paths, noise = [folder / f"{number}.png" for number in range(6)], np.random.default_rng(0)
+    for path in paths:
+        Image.fromarray(noise.integers(0, 256, (900, 900), dtype=np.uint8)).save(path, compress_level=1)
+    return paths
 
 
 class InProcessDataset:

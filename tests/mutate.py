@@ -175,6 +175,16 @@ def choose(seed: int, count: int) -> list[Change]:
     return chosen
 
 
+def copy_checkout(target: Path) -> None:
+    """Copy the tracked files; link the environment."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    (target / ".venv").symlink_to(ROOT / ".venv")
+
+
 def measure(data: Path, copy: Path) -> None:
     """Run the gate's tests without Ray once and record which test runs which line."""
     config = data.parent / "settings.rc"  # coverage.py removes files with the prefix of the data
@@ -245,13 +255,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mutate-") as name:
         folder = Path(name)
         copies: SimpleQueue[Path] = SimpleQueue()
-        tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         for number in range(options.jobs):
             copy = folder / str(number) / "checkout"
-            for path in filter(None, tracked.split("\0")):
-                (copy / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / path, copy / path)
-            (copy / ".venv").symlink_to(ROOT / ".venv")
+            copy_checkout(copy)
             if (ROOT.parent / "shared").exists():
                 (copy.parent / "shared").symlink_to(ROOT.parent / "shared")
             copies.put(copy)

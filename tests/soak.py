@@ -21,22 +21,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / folder) for folder in (".", "scoring", "training")]
 import score_folders  # noqa: E402
 import soak_files  # noqa: E402
 import test_kill  # noqa: E402
-from conftest import make_tiny_bundle  # noqa: E402
+from conftest import make_tiny_bundle, write_noise, write_phantom_manifest  # noqa: E402
 
 import ray_cxr  # noqa: E402
-from ray_cxr.data.manifest import write_manifest  # noqa: E402
-from ray_cxr.data.manifest_builder import build_manifest  # noqa: E402
 from ray_cxr.imaging.phantoms import write_phantoms  # noqa: E402
 
 STARTS = 60  # per round
@@ -115,10 +111,7 @@ def write_rows(path: Path, paths: list[str]) -> Path:
 
 
 def scoring(home: Path) -> Soak:
-    bundle, noise = make_tiny_bundle(home / "bundle"), np.random.default_rng(0)
-    images = [home / f"{number}.png" for number in range(7)]
-    for path in images[:6]:  # the seventh is missing
-        Image.fromarray(noise.integers(0, 256, (900, 900), dtype=np.uint8)).save(path, compress_level=1)
+    bundle, images = make_tiny_bundle(home / "bundle"), [*write_noise(home), home / "missing.png"]
     manifest = write_rows(home / "m.parquet", [str(images[row % 7]) for row in range(6000)])
 
     def compare(out: Path, expected: pd.DataFrame) -> None:
@@ -133,10 +126,8 @@ def scoring(home: Path) -> Soak:
 
 def prepare(home: Path) -> Path:
     drawn = write_phantoms(home / "phantoms", patients=60, size=128)
-    fractions = (0.6, 0.2, 0.2)
-    table, _ = build_manifest([str(drawn.table)], images=str(drawn.images), split="patient", fractions=fractions)
-    write_manifest(table, home / "m.parquet")
-    run(["prepare", str(home / "m.parquet"), "--out", str(home / "prepared"), "--size", "64"])
+    manifest = write_phantom_manifest(drawn, home / "m.parquet")
+    run(["prepare", str(manifest), "--out", str(home / "prepared"), "--size", "64"])
     return home / "prepared"
 
 

@@ -12,13 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from conftest import score_arguments
+from conftest import score_arguments, write_noise
 from nodes import Nodes, cluster, training_arguments, wait_until
-from PIL import Image
 
 import ray_cxr
 
@@ -39,11 +37,8 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a manifest of large images, with patient ids that no log may show."""
     folder = tmp_path_factory.mktemp("large")
-    noise = np.random.default_rng(0)
-    for number in range(6):
-        image = noise.integers(0, 256, (900, 900), dtype=np.uint8)
-        Image.fromarray(image).save(folder / f"{number}.png", compress_level=1)
-    rows = [(f"{row:08d}_000.png", str(folder / f"{row % 6}.png"), f"SECRET-PATIENT-{row}") for row in range(ROWS)]
+    paths = list(map(str, write_noise(folder)))
+    rows = [(f"{row:08d}_000.png", paths[row % 6], f"SECRET-PATIENT-{row}") for row in range(ROWS)]
     pd.DataFrame(rows, columns=["image_id", "path", "patient_id"]).to_parquet(folder / "m.parquet", index=False)
     return folder / "m.parquet"
 

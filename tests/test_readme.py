@@ -19,6 +19,7 @@ import click
 import pandas as pd
 import psutil
 import pytest
+from mutate import copy_checkout
 
 from ray_cxr import cli
 
@@ -46,9 +47,8 @@ def parse(words: list[str]) -> None:
             from ray.scripts.scripts import cli as ray_cli
 
             if "--" in arguments:
-                place = arguments.index("--")
-                arguments, (_, script, *rest) = arguments[:place], arguments[place + 1 :]
-                arguments += ["--", "true"]
+                end = arguments.index("--")
+                arguments, (_, script, *rest) = [*arguments[:end], "--", "true"], arguments[end + 1 :]
                 cli._build_parser().parse_args([Path(script).stem, *rest])
                 assert (ROOT / script).is_file()
             group = ray_cli
@@ -81,14 +81,9 @@ def test_wrong_commands_and_new_blocks_are_noticed() -> None:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("readme") / "checkout"
     try:
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        copy_checkout(target)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout: the list of its files is unknown")
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).exists():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
-    (target / ".venv").symlink_to(ROOT / ".venv")
     return target
 
 

@@ -312,16 +312,12 @@ def test_workers_of_a_cluster_behind_a_proxy_reach_its_head(connect: Connect, mo
 def token_file(monkeypatch: pytest.MonkeyPatch, home: Path | None) -> Path:
     """Return the file in which a local Ray finds its token, with this HOME."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "")  # so that what is set below is undone afterwards
-    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
-    if home is None:
-        monkeypatch.delenv("HOME", raising=False)
-    else:
-        monkeypatch.setenv("HOME", str(home))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "HOME"):
+        monkeypatch.setenv(name, str(home))  # so that the present value returns after the test
+        if home is None or name != "HOME":
+            monkeypatch.delenv(name)
     session.ensure_token()
-    found = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(found) if found else Path(os.environ["HOME"]) / ".ray" / "auth_token"
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or f"{home}/.ray/auth_token")
     assert len(path.read_text(encoding="utf-8")) >= 32
     assert path.stat().st_mode & 0o777 == 0o600
     return path
@@ -346,12 +342,8 @@ def test_a_home_that_cannot_hold_the_token_is_not_needed(
     elif home != "missing":
         folder.mkdir()
     if home in ("read-only", "full"):  # root could write to a read-only folder
-        number = errno.EROFS if home == "read-only" else errno.ENOSPC
-
-        def fail(path: Path, produce: object) -> None:
-            raise OSError(number, os.strerror(number), str(path))
-
-        monkeypatch.setattr(session.atomic, "write", fail)
+        error = OSError(errno.EROFS if home == "read-only" else errno.ENOSPC, "cannot be written", str(folder))
+        monkeypatch.setattr(session.atomic, "write", Mock(side_effect=error))
     found = token_file(monkeypatch, None if home == "unset" else folder)
     assert tmp_path not in found.parents
     assert found.parent.stat().st_mode & 0o777 == 0o700
