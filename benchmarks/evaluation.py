@@ -31,7 +31,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ from sklearn import metrics as sklearn_metrics
 
 from ray_cxr.data import manifest
 from ray_cxr.evaluation import metrics
-from ray_cxr.evaluation.bootstrap import THREADS, BootstrapFindings, DerivedOutputs, bootstrap_findings
+from ray_cxr.evaluation.bootstrap import ROC_GRID, THREADS, BootstrapFindings, DerivedOutputs, bootstrap_findings
 from ray_cxr.labels import FINDINGS
 
 #: Bar for all intervals of the official test set, seconds.
@@ -66,7 +65,6 @@ REPORT_BAR_S = 90.0
 #: Largest difference that rounding explains.
 SAME = 1e-9
 PREVALENCE = 0.05
-GRID = 101
 SCALARS = tuple(metric.key for metric in metrics.METRICS)
 
 
@@ -97,12 +95,13 @@ def simulate(images: int, patients: int, findings: int, seed: int = 0) -> Images
 
 
 def run_ours(images: Images, n_resamples: int, seed: int = 0) -> BootstrapFindings:
+    count = images.labels.shape[1]
     return bootstrap_findings(
         images.labels,
         images.scores,
         images.patients,
-        DerivedOutputs(images.flags, images.calibrated, np.full(images.labels.shape[1], PREVALENCE)),
-        roc_grid=GRID,
+        DerivedOutputs(images.flags, images.calibrated, np.full(count, PREVALENCE)),
+        macro=np.ones(count, dtype=bool),
         n_resamples=n_resamples,
         seed=seed,
     )
@@ -112,7 +111,7 @@ def run_rival(images: Images, n_resamples: int, seed: int = 0) -> tuple[np.ndarr
     """Run the plain loop.
 
     Returns:
-        Scalars float64 [n_resamples, F, quantities], sensitivities float64 [n_resamples, F, GRID], and the seconds
+        Scalars float64 [n_resamples, F, quantities], sensitivities float64 [n_resamples, F, ROC_GRID], and the seconds
         spent on the two areas and the rows.
     """
     rng = np.random.default_rng(seed)
@@ -120,7 +119,7 @@ def run_rival(images: Images, n_resamples: int, seed: int = 0) -> tuple[np.ndarr
     rows_of = [np.flatnonzero(images.patients == patient) for patient in range(count)]
     findings = images.labels.shape[1]
     scalars = np.full((n_resamples, findings, len(SCALARS)), np.nan)
-    curves = np.full((n_resamples, findings, GRID), np.nan)
+    curves = np.full((n_resamples, findings, ROC_GRID), np.nan)
     spent = 0.0
     for number in range(n_resamples):
         started = time.perf_counter()
@@ -134,7 +133,7 @@ def run_rival(images: Images, n_resamples: int, seed: int = 0) -> tuple[np.ndarr
                 scalars[number, f, 1] = sklearn_metrics.average_precision_score(y, s)
                 spent += time.perf_counter() - started
                 fpr, tpr, _ = sklearn_metrics.roc_curve(y, s)
-                curves[number, f] = np.interp(np.linspace(0, 1, GRID), fpr, tpr)
+                curves[number, f] = np.interp(np.linspace(0, 1, ROC_GRID), fpr, tpr)
             scalars[number, f, 2:] = compute_rates(y, images.flags[rows, f], images.calibrated[rows, f])
     return scalars, curves, spent
 
@@ -334,7 +333,7 @@ def show_report(console: Any, result: dict[str, Any]) -> None:
     console.print(format_bar("report, s", result["median"], result["bar_s"], at_most=True))
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     parser = create_parser(__doc__)
     parser.add_argument("--images", default=25_596, help="(25596)", **POSITIVE)
     parser.add_argument("--patients", default=2_797, help="(2797)", **POSITIVE)
@@ -345,25 +344,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rival-resamples", default=3, help="resamples of the loop per round (3)", **POSITIVE)
     parser.add_argument("--rounds", default=3, help="(3)", **POSITIVE)
     parser.add_argument("--report", action="store_true", help="also time the whole report")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     if arguments.images < arguments.patients:
         parser.error(f"{arguments.images} images are too few for {arguments.patients} patients")
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
-
-    def measure(result: dict[str, Any]) -> None:
-        console = create_console()
-        result["bootstrap"] = measure_bootstrap(arguments)
-        show_bootstrap(console, result["bootstrap"])
-        if arguments.report:
-            result["report"] = measure_report(arguments)
-            show_report(console, result["report"])
-
-    return run_script("evaluation.py", argv, arguments.out, measure)
+def measure(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    console = create_console()
+    result["bootstrap"] = measure_bootstrap(arguments)
+    show_bootstrap(console, result["bootstrap"])
+    if arguments.report:
+        result["report"] = measure_report(arguments)
+        show_report(console, result["report"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(parse, measure))

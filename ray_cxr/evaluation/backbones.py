@@ -1,26 +1,27 @@
 """Compare the backbones of a hyper-parameter search, and judge whether the best two differ by more than noise.
 
-Two tests cover different noise. The paired patient bootstrap shows whether two trained models would change
-ranks on other patients. The permutation test shows whether trials differ more between two backbones than within one.
-Neither covers what was not repeated, such as another seed or other settings.
+Two tests cover different noise. The paired patient bootstrap shows whether two trained models would change ranks on
+other patients. The permutation test shows whether trials differ more between two backbones than within a backbone.
+Neither test covers variation that was not repeated, such as other seeds or settings.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
 
+from ray_cxr.evaluation.intervals import to_record
 from ray_cxr.evaluation.paired import PairedAuroc
 
 State = Literal["finished", "stopped", "failed", "running"]
 Answer = Literal["yes", "no", "disagree", "undecided"]
 
-#: p below this level counts as more than noise, as does a 95% interval without 0.
+#: A difference counts as more than noise if p is below this level, or if its 95% interval excludes 0.
 LEVEL = 0.05
 #: With fewer values, quartiles equal the extremes.
 _MIN_QUARTILES = 3
@@ -30,13 +31,13 @@ _CELLS = 1 << 20
 
 @dataclass(frozen=True)
 class PermutationTest:
-    """Comparison of two small groups by their medians; `reason` is set if the other values are None."""
+    """Comparison of two small groups by their medians; `reason` is set if p is None."""
 
     difference: float | None  # median of the first minus that of the second
     p: float | None  # two-sided
     smallest: float | None  # smallest p that any arrangement of these values allows
     arrangements: int
-    exact: bool  # whether `arrangements` are all possible ones
+    exact: bool  # whether these are all arrangements, rather than random ones
     reason: str | None = None
 
 
@@ -67,11 +68,11 @@ class BackboneResult:
     best: float | None
     best_trial: int | None
     best_at_budget: float | None  # highest AUROC within the first `Comparison.budget` epochs, trials in order
-    median: float | None  # of `values`, as the quartiles; None with too few values
-    lower: float | None
+    median: float | None  # of `values`
+    lower: float | None  # quartiles of `values`; None with fewer than three
     upper: float | None
-    values: tuple[float, ...]  # highest AUROC in the first `Comparison.grace` epochs of each trial that has as many
-    numbers: tuple[int, ...]  # trials of `values`
+    values: tuple[float, ...]  # highest AUROC in the first `Comparison.grace` epochs of each trial with so many epochs
+    numbers: tuple[int, ...]  # of the trials behind `values`
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Comparison:
 class Verdict:
     """Whether the best two backbones differ by more than noise; details and noise are empty without two backbones."""
 
-    answer: Answer  # "yes" or "no" if both tests agree, "disagree" if not, "undecided" if one is missing
+    answer: Answer  # "yes" or "no" if both tests agree, "disagree" if not, "undecided" if a test is missing
     headline: str
     details: str  # one sentence per test with its numbers
     noise: str  # which noise the tests cover, and which not
@@ -105,10 +106,6 @@ def permutation_test(x: Sequence[float], y: Sequence[float], n: int = 10_000, se
     Evaluates all arrangements if there are at most `n`. Otherwise draws `n` random ones and adds the observed one.
     """
     values = np.array([*x, *y], dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("values must be finite; leave trials without a value out")
-    if n < 1:
-        raise ValueError(f"n is {n}; it must be at least 1")
     size = len(x)
     if size < 2 or len(y) < 2:
         return PermutationTest(None, None, None, 0, False, f"groups of {size} and {len(y)} values; each needs two")
@@ -137,15 +134,14 @@ def permutation_test(x: Sequence[float], y: Sequence[float], n: int = 10_000, se
 def compare_backbones(trials: Sequence[TrialCurve], grace: int, n: int = 10_000, seed: int = 0) -> Comparison:
     """Compare backbones by their best epoch, at equal cost, and per trial at equal length.
 
-    The best of many trials exceeds the best of few, and ten epochs exceed three. So the result also holds the best
-    within as many epochs as the least trained backbone had, and each trial's best within `grace` epochs, which every
-    trial has unless it failed.
+    The best of many trials exceeds the best of few, and ten epochs exceed three. So the result also has each backbone's
+    best within the number of epochs that the least trained backbone had, and each trial's best within `grace` epochs.
+    Every trial reaches `grace` epochs unless it failed.
     """
-    if grace < 1:
-        raise ValueError(f"grace is {grace}; it must be at least 1")
     groups: dict[str, list[TrialCurve]] = {}
     for trial in sorted(trials, key=lambda trial: trial.number):
-        groups.setdefault(trial.backbone, []).append(trial)
+        curve = tuple(sorted(trial.curve, key=lambda point: point[0]))
+        groups.setdefault(trial.backbone, []).append(replace(trial, curve=curve))
     # A backbone without epochs has no result, and must not reduce the others' budget to 0.
     spent = [total for group in groups.values() if (total := sum(len(trial.curve) for trial in group))]
     budget = min(spent, default=0)
@@ -160,29 +156,31 @@ def compare_backbones(trials: Sequence[TrialCurve], grace: int, n: int = 10_000,
 def judge_backbones(compared: Comparison, paired: PairedAuroc | None) -> Verdict:
     """Decide whether the best two backbones differ by more than noise.
 
-    `paired` compares the best trial of each on the validation images; None if not computed.
+    `paired` compares the best trials of both on the same validation images; None if it was not computed.
     """
     if compared.pair is None:
-        named = [result.backbone for result in compared.backbones if result.best is not None]
-        why = f"only one backbone, {named[0]}, has a validation AUROC" if named else "no trial has a validation AUROC"
-        return Verdict("undecided", f"No verdict on backbones: {why}.", "", "")
+        names = [result.backbone for result in compared.backbones if result.best is not None]
+        reason = (
+            f"only one backbone, {names[0]}, has a validation AUROC" if names else "no trial has a validation AUROC"
+        )
+        return Verdict("undecided", f"No verdict on backbones: {reason}.", "", "")
     assert compared.test is not None
     first, second = compared.pair
     by_patients, patients_text = _judge_by_patients(first, second, paired)
     by_trials, trials_text = _judge_by_trials(first, second, compared.test, compared.grace)
-    names = f"{first.backbone} and {second.backbone}"
+    pair = f"{first.backbone} and {second.backbone}"
     answer: Answer
     if by_patients is None or by_trials is None:
         answer = "undecided"
         signs = {"patients": by_patients, "trials": by_trials}
         missing = " and between ".join(name for name, sign in signs.items() if sign is None)
-        headline = f"No verdict on {names}: too little data to estimate the noise between {missing}."
+        headline = f"No verdict on {pair}: too little data to estimate the noise between {missing}."
     elif by_patients != by_trials:
         answer = "disagree"
-        headline = f"Neither of {names} is shown to be better: the tests over patients and over trials disagree."
+        headline = f"Neither of {pair} is shown to be better: the tests over patients and over trials disagree."
     elif by_patients == 0:
         answer = "no"
-        headline = f"{names} are not shown to differ by more than noise, neither between patients nor between trials."
+        headline = f"{pair} are not shown to differ by more than noise, neither between patients nor between trials."
     else:
         answer = "yes"
         better, other = (first, second) if by_patients > 0 else (second, first)
@@ -202,11 +200,11 @@ def comparison_record(compared: Comparison, paired: PairedAuroc | None) -> dict[
     return {
         "grace": compared.grace,
         "budget": compared.budget,
-        "backbones": [_to_json(result) for result in compared.backbones],
+        "backbones": [to_record(result) for result in compared.backbones],
         "pair": pair,
-        "patients": None if paired is None else _to_json(paired),
-        "trials": None if compared.test is None else _to_json(compared.test),
-        "verdict": _to_json(judge_backbones(compared, paired)),
+        "patients": None if paired is None else to_record(paired),
+        "trials": None if compared.test is None else to_record(compared.test),
+        "verdict": to_record(judge_backbones(compared, paired)),
     }
 
 
@@ -219,32 +217,27 @@ def _compute_median_gaps(values: np.ndarray, members: np.ndarray) -> np.ndarray:
 
 
 def _summarize(name: str, trials: Sequence[TrialCurve], grace: int, budget: int) -> BackboneResult:
-    """Summarise one backbone's trials, which are in order of their numbers."""
+    """Summarise one backbone's trials, in order of their numbers, with their epochs in order."""
     states: list[str] = [trial.state for trial in trials]
-    best: tuple[float, int] | None = None
-    left, at_budget = budget, None
-    values: dict[int, float] = {}
-    for trial in trials:
-        curve = sorted(trial.curve, key=lambda point: point[0])
-        affordable, left = curve[:left], max(0, left - len(curve))
-        if trial.state == "failed":
-            continue
-        if (top := _find_highest(curve)) is not None and (best is None or top > best[0]):
-            best = top, trial.number
-        if (top := _find_highest(affordable)) is not None and (at_budget is None or top > at_budget):
-            at_budget = top
-        if len(curve) >= grace and (top := _find_highest(curve[:grace])) is not None:
-            values[trial.number] = top
+    kept = [trial for trial in trials if trial.state != "failed"]
+    highest = {trial.number: top for trial in kept if (top := _find_highest(trial.curve)) is not None}
+    best_trial = max(highest, key=lambda number: highest[number], default=None)  # the first of equal trials
+    epochs = [(trial.state, point) for trial in trials for point in trial.curve]
+    values = {
+        trial.number: top
+        for trial in kept
+        if len(trial.curve) >= grace and (top := _find_highest(trial.curve[:grace])) is not None
+    }
     q1, median, q3 = np.percentile([*values.values()], [25, 50, 75]).tolist() if values else [None] * 3
     few = len(values) < _MIN_QUARTILES
     return BackboneResult(
         backbone=name,
         trials=len(trials),
         **{state: states.count(state) for state in ("finished", "stopped", "failed", "running")},
-        epochs=sum(len(trial.curve) for trial in trials),
-        best=None if best is None else best[0],
-        best_trial=None if best is None else best[1],
-        best_at_budget=at_budget,
+        epochs=len(epochs),
+        best=None if best_trial is None else highest[best_trial],
+        best_trial=best_trial,
+        best_at_budget=_find_highest([point for state, point in epochs[:budget] if state != "failed"]),
         median=median,
         lower=None if few else q1,
         upper=None if few else q3,
@@ -261,11 +254,11 @@ def _find_highest(curve: Sequence[tuple[int, float | None]]) -> float | None:
 def _judge_by_patients(
     first: BackboneResult, second: BackboneResult, paired: PairedAuroc | None
 ) -> tuple[int | None, str]:
-    """Return the better one (1 first, -1 second, 0 neither, None unknown), and a sentence for `Verdict.details`."""
+    """Return which is better (1 first, -1 second, 0 neither, None unknown), and a sentence for `Verdict.details`."""
     pair = f"trial {first.best_trial} ({first.backbone}) against trial {second.best_trial} ({second.backbone})"
     if paired is None:
         return None, f"Patients: {pair} was not compared."
-    if paired.difference is None or paired.low is None or paired.high is None:
+    if paired.difference is None or paired.low is None or paired.high is None or paired.p is None:
         return None, f"Patients: {pair} cannot be compared: {paired.reason}."
     sign = 1 if paired.low > 0 else -1 if paired.high < 0 else 0
     return sign, (
@@ -278,12 +271,14 @@ def _judge_by_patients(
 def _judge_by_trials(
     first: BackboneResult, second: BackboneResult, test: PermutationTest, grace: int
 ) -> tuple[int | None, str]:
-    """Return the better one and a sentence, as `_judge_by_patients`, from the spread between trials."""
+    """Return which is better and a sentence, as `_judge_by_patients` does, from the spread between trials."""
     length = f"the first {f'{grace} epochs' if grace != 1 else 'epoch'} of each"
     if test.p is None or test.difference is None or test.smallest is None:
         return None, f"Trials: medians over {length} cannot be compared: {test.reason}."
-    each = [f"{one.median:.3f} ({one.backbone}, {len(one.values)} trials)" for one in (first, second)]
-    medians = f"Trials: the median over {length} is {each[0]} and {each[1]}"
+    medians = " and ".join(
+        f"{result.median:.3f} ({result.backbone}, {len(result.values)} trials)" for result in (first, second)
+    )
+    medians = f"Trials: the median over {length} is {medians}"
     if test.smallest >= LEVEL:
         return None, f"{medians}; the trials are too few or too much alike: p cannot fall below {test.smallest:.3f}."
     sign = 0 if test.p >= LEVEL else 1 if test.difference > 0 else -1
@@ -309,11 +304,5 @@ def _format_signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
-def _format_p(value: float | None) -> str:
-    if value is None:
-        return "p unknown"
+def _format_p(value: float) -> str:
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
-
-
-def _to_json(result: BackboneResult | PairedAuroc | PermutationTest | Verdict) -> dict[str, Any]:
-    return {key: list(item) if isinstance(item, tuple) else item for key, item in asdict(result).items()}

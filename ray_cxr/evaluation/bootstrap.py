@@ -1,14 +1,14 @@
 """Patient-level bootstrap: 95% percentile intervals from resampled patients (Efron 1979; clusters drawn whole).
 
-Images of one patient are not independent. Each resample draws as many patients as there are, with replacement, and
-weights a patient's images by the number of draws. All functions here draw the same resamples for the same patients,
-number of resamples and seed.
+Images of one patient are not independent. So each resample draws patients with replacement, as many as in the sample,
+and weights a patient's images by the number of draws. All functions here draw the same resamples for the same
+patients, number of resamples and seed.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,8 +16,10 @@ import numpy as np
 
 from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.intervals import MIN_RESAMPLES, Interval, patient_codes, percentile_interval
-from ray_cxr.evaluation.roc_steps import Ranking
+from ray_cxr.evaluation.roc_steps import Ranking, divide_or_nan
 
+#: False positive rates from 0 to 1 at which ROC bands are computed.
+ROC_GRID = 101
 #: Weights held at once per thread, to bound memory: 4 Mi int32, and a few copies of that size.
 _CELLS = 4 << 20
 #: Findings processed at once. numpy releases the GIL in all slow operations here.
@@ -35,9 +37,7 @@ class ResampledAuroc:
 
 @dataclass(frozen=True, eq=False)
 class RocBand:
-    """Pointwise 95% intervals of sensitivity at each false positive rate, float64 [roc_grid]; less than 95% of whole
-    curves lie inside.
-    """
+    """Pointwise 95% intervals of sensitivity, float64 [ROC_GRID]; less than 95% of whole curves lie inside."""
 
     false_positive_rate: np.ndarray
     low: np.ndarray
@@ -46,11 +46,11 @@ class RocBand:
 
 @dataclass(frozen=True, eq=False)
 class DerivedOutputs:
-    """Optional inputs of `bootstrap_findings`."""
+    """Flags and probabilities that a model derives from its scores, and prevalences for its predictive values."""
 
-    flags: np.ndarray | None = None  # int8 [n, F], 1 flagged, 0 not, negative if there is no operating point
-    calibrated: np.ndarray | None = None  # probabilities [n, F] in 0..1, NaN if missing
-    assumed_prevalence: np.ndarray | None = None  # float [F], for predictive values, taken as exact; NaN if missing
+    flags: np.ndarray  # int8 [n, F], 1 flagged, 0 not, negative if there is no operating point
+    calibrated: np.ndarray  # probabilities [n, F] in 0..1, NaN if missing
+    assumed_prevalence: np.ndarray  # float [F] in 0..1, treated as exact; NaN if missing
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +60,7 @@ class BootstrapFindings:
     findings: tuple[Mapping[str, Interval], ...]  # per column, an interval for each key of `metrics.METRICS`
     macro: Mapping[str, Interval]  # intervals of the means of each key of `metrics.RANKING_METRICS`
     weighted: Mapping[str, Interval]  # the same means, weighted by the numbers of positive images in the sample
-    roc: tuple[RocBand | None, ...]  # per column; None without an interval, or if `roc_grid` is 0
-    counted: tuple[int, ...]  # columns that `macro` and `weighted` average
-    n_patients: int
-    n_resamples: int
-    seed: int
+    roc: tuple[RocBand | None, ...]  # per column; None without an interval
 
 
 def resampled_aurocs(
@@ -75,7 +71,7 @@ def resampled_aurocs(
     Labels [n, F] are 1 or 0, NaN or negative if not labelled; scores [n, F] are NaN if missing. The same seed gives the
     same numbers, bit for bit.
     """
-    labels, scores = _check_table(labels, scores, patients, n_resamples)
+    _check_table(labels, scores, patients)
     codes, n_patients = patient_codes(patients)
     rankings = [_rank(labels[:, f], scores[:, f], codes) for f in range(labels.shape[1])]
     values = np.full((n_resamples, len(rankings)), np.nan)
@@ -88,27 +84,27 @@ def resampled_aurocs(
     with ThreadPoolExecutor(THREADS) as pool:
         for rows, counts in resample_patients(n_patients, len(labels), n_resamples, seed):
             _for_each_column(pool, fill, len(rankings), rows, counts)
-    return ResampledAuroc(values, np.array([one is not None for one in rankings], dtype=bool), n_patients)
+    return ResampledAuroc(values, np.array([ranking is not None for ranking in rankings], dtype=bool), n_patients)
 
 
 def bootstrap_findings(
     labels: np.ndarray,
     scores: np.ndarray,
     patients: np.ndarray,
-    derived: DerivedOutputs | None = None,
+    derived: DerivedOutputs,
     *,
-    macro: np.ndarray | None = None,
-    roc_grid: int = 101,
+    macro: np.ndarray,
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> BootstrapFindings:
     """Compute intervals of all metrics of each finding, and of their means.
 
-    In each resample a metric equals what `metrics` computes from the resample's images. A resample that leaves it
-    undefined (a class is lost, nothing is flagged) is left out of its percentiles and counted. A mean leaves out
-    resamples in which any of its findings is undefined: a mean over fewer findings is another quantity.
+    In each resample a metric has the value that `metrics` computes from the resample's images. It can be undefined
+    there, because a class is lost or nothing is flagged. Such resamples are counted, and left out of its percentiles.
+    A mean leaves out resamples in which any of its findings is undefined: a mean over fewer findings is another
+    quantity. ROC bands follow the curve of straight lines whose area is AUROC.
 
-    Percentiles do not correct bias. The expected calibration error takes absolute values of partly noise, so it is too
+    Percentiles do not correct bias. The expected calibration error sums absolute values, also of noise, so it is too
     high in small samples and higher in resamples: its interval may lie above the value, and rarely reaches 0 even with
     perfect calibration. Resampled average precision is slightly high because repeated images share a threshold. With
     few positive patients all intervals are too narrow: in simulations those of AUROC covered the truth in about 95% of
@@ -118,25 +114,24 @@ def bootstrap_findings(
 
     Args:
         labels, scores, patients: see `resampled_aurocs`.
-        derived: metrics without their input have no interval.
-        macro: bool [F], findings that the means count if defined; default all.
-        roc_grid: number of false positive rates from 0 to 1 for the ROC band, along the curve of straight lines whose
-            area is AUROC; 0 for no bands.
+        macro: bool [F], findings that the means count if their AUROC is defined.
     """
-    labels, scores = _check_table(labels, scores, patients, n_resamples)
-    if roc_grid < 0 or roc_grid == 1:
-        raise ValueError(f"roc_grid is {roc_grid}; it must be 0, or at least 2 for both ends")
-    derived = derived or DerivedOutputs()
+    _check_table(labels, scores, patients)
     count = labels.shape[1]
-    for name, value in (("assumed_prevalence", derived.assumed_prevalence), ("macro", macro)):
-        if value is not None and np.shape(value) != (count,):
-            raise ValueError(f"{name} has the shape {np.shape(value)}; there are {count} findings")
+    for name, array, shape in (
+        ("flags", derived.flags, labels.shape),
+        ("calibrated", derived.calibrated, labels.shape),
+        ("assumed_prevalence", derived.assumed_prevalence, (count,)),
+        ("macro", macro, (count,)),
+    ):
+        if array.shape != shape:
+            raise ValueError(f"{name} has the shape {array.shape}; the labels need {shape}")
     codes, n_patients = patient_codes(patients)
     rankings = [_rank(labels[:, f], scores[:, f], codes) for f in range(count)]
     sums = [_PatientSums(labels, derived, codes, n_patients, f) for f in range(count)]
     keys = [metric.key for metric in metrics.METRICS]
     values = {key: np.full((n_resamples, count), np.nan) for key in keys}
-    curves = np.full((count, n_resamples, roc_grid), np.nan)
+    curves = np.full((count, n_resamples, ROC_GRID), np.nan)
 
     def fill(f: int, rows: slice, counts: np.ndarray, drawn: np.ndarray) -> None:
         for key, column in sums[f].compute(drawn).items():
@@ -146,44 +141,34 @@ def bootstrap_findings(
             steps = ranking.steps(counts)
             for metric in metrics.RANKING_METRICS:
                 values[metric.key][rows, f] = metric.resample(steps)
-            if roc_grid:
-                curves[f, rows] = steps.sensitivities(roc_grid)
+            curves[f, rows] = steps.sensitivities(ROC_GRID)
 
     with ThreadPoolExecutor(THREADS) as pool:
         for rows, counts in resample_patients(n_patients, len(labels), n_resamples, seed):
             _for_each_column(pool, fill, count, rows, counts, counts.astype(np.float64))
-    chosen = np.ones(count, dtype=bool) if macro is None else np.asarray(macro, dtype=bool)
-    counted = np.array([f for f in range(count) if chosen[f] and rankings[f] is not None], dtype=np.int64)
-    positives = np.array([len(one.positive_codes) if one is not None else 0 for one in rankings])[counted]
-    ranking_values = {metric.key: values[metric.key][:, counted] for metric in metrics.RANKING_METRICS}
+    counted = {f: ranking for f, ranking in enumerate(rankings) if macro[f] and ranking is not None}
+    positives = [len(ranking.positive_codes) for ranking in counted.values()]
+    averaged = {metric.key: values[metric.key][:, list(counted)] for metric in metrics.RANKING_METRICS}
     return BootstrapFindings(
-        findings=tuple({key: sums[f].interval(key, values[key][:, f]) for key in keys} for f in range(count)),
-        macro={key: _compute_mean_interval(drawn) for key, drawn in ranking_values.items()},
-        weighted={key: _compute_mean_interval(drawn, positives) for key, drawn in ranking_values.items()},
+        findings=tuple({key: percentile_interval(values[key][:, f]) for key in keys} for f in range(count)),
+        macro={key: _compute_mean_interval(drawn) for key, drawn in averaged.items()},
+        weighted={key: _compute_mean_interval(drawn, positives) for key, drawn in averaged.items()},
         roc=tuple(_compute_roc_band(curve) for curve in curves),
-        counted=tuple(int(f) for f in counted),
-        n_patients=n_patients,
-        n_resamples=n_resamples,
-        seed=seed,
     )
 
 
 def bootstrap_ratios(
     parts: np.ndarray, wholes: np.ndarray, patients: np.ndarray, n_resamples: int = 1000, seed: int = 0
 ) -> tuple[Interval, ...]:
-    """Compute intervals of ratios of sums over images, parts[:, k].sum() / wholes[:, k].sum(), such as sensitivity."""
-    parts, wholes = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)
-    if parts.ndim != 2 or parts.shape != wholes.shape or len(patients) != len(parts):
-        raise ValueError(f"parts {parts.shape}, wholes {wholes.shape} and {len(patients)} patients do not fit")
+    """Compute intervals of ratios of sums over images, parts[:, k].sum() / wholes[:, k].sum(), from arrays [n, K]."""
     codes, n_patients = patient_codes(patients)
     sums = np.zeros((n_patients, 2 * parts.shape[1]))
     np.add.at(sums, codes, np.hstack([parts, wholes]))
-    values = np.full((n_resamples, parts.shape[1]), np.nan)
+    values = np.empty((n_resamples, parts.shape[1]))
     for rows, counts in resample_patients(n_patients, len(parts), n_resamples, seed):
         # The last bits of sums of fractions depend on this memory layout; keep it, so that reported numbers stay.
         drawn = counts.astype(np.float64, order="F") @ sums
-        part, whole = np.hsplit(drawn, 2)
-        np.divide(part, whole, out=values[rows], where=whole > 0)
+        values[rows] = divide_or_nan(*np.hsplit(drawn, 2))
     return tuple(percentile_interval(column) for column in values.T)
 
 
@@ -225,58 +210,32 @@ class _PatientSums:
     """One finding's confusion counts and calibration errors, summed over each patient's images."""
 
     def __init__(self, labels: np.ndarray, derived: DerivedOutputs, codes: np.ndarray, n_patients: int, f: int) -> None:
-        y = labels[:, f]
-        prevalence = derived.assumed_prevalence
-        self._prevalence = np.nan if prevalence is None else float(np.asarray(prevalence)[f])
-        if not (np.isnan(self._prevalence) or 0.0 <= self._prevalence <= 1.0):
-            raise ValueError(f"the prevalence {self._prevalence} of column {f} must lie in 0..1")
-        self._cells = self._errors = None  # float64 [patients, 4] and [patients, 2 + bins]
-        if derived.flags is not None:
-            flags = _select_column(derived.flags, labels, f, "flags")
-            rows = (y >= 0) & (flags >= 0)
-            if rows.any():
-                # 0 true negative, 1 false positive, 2 false negative, 3 true positive
-                kind = 2 * (y[rows] == 1) + (flags[rows] > 0)
-                counts = np.bincount(4 * codes[rows] + kind, minlength=4 * n_patients)
-                self._cells = counts.reshape(n_patients, 4).astype(np.float64)
-        if derived.calibrated is not None:
-            p = _select_column(derived.calibrated, labels, f, "calibrated").astype(np.float64)
-            rows = (y >= 0) & ~np.isnan(p)
-            if rows.any():
-                self._errors = _sum_errors(y[rows] == 1, p[rows], codes[rows], n_patients)
-
-    def interval(self, key: str, values: np.ndarray) -> Interval:
-        """Compute a metric's interval from its resampled values, or explain which input is missing."""
-        rates = {metric.key: metric for metric in metrics.RATE_METRICS}
-        missing = None
-        if key in rates and self._cells is None:
-            missing = "no flags on labelled images"
-        elif key in rates and rates[key].at_prevalence and np.isnan(self._prevalence):
-            missing = "no assumed prevalence"
-        elif self._errors is None and any(key == metric.key for metric in metrics.PROBABILITY_METRICS):
-            missing = "no calibrated probabilities of labelled images"
-        return percentile_interval(values) if missing is None else Interval(None, None, len(values), missing)
+        y, flags, p = labels[:, f], derived.flags[:, f], derived.calibrated[:, f].astype(np.float64)
+        self._prevalence = float(derived.assumed_prevalence[f])
+        judged = (y >= 0) & (flags >= 0)
+        # 0 true negative, 1 false positive, 2 false negative, 3 true positive
+        kind = 2 * (y[judged] == 1) + (flags[judged] > 0)
+        counts = np.bincount(4 * codes[judged] + kind, minlength=4 * n_patients)
+        self._cells = counts.reshape(n_patients, 4).astype(np.float64)
+        known = (y >= 0) & ~np.isnan(p)
+        self._errors = _sum_errors(y[known] == 1, p[known], codes[known], n_patients)
 
     def compute(self, drawn: np.ndarray) -> dict[str, np.ndarray]:
         """Compute rates and probability metrics, float64 [b], NaN if undefined, from draws float64 [b, patients]."""
-        values: dict[str, np.ndarray] = {}
-        if self._cells is not None:
-            tn, fp, fn, tp = (drawn @ self._cells).T
-            cells = metrics.Confusion(tp, fp, tn, fn)
-            for rate in metrics.RATE_METRICS:
-                if not (rate.at_prevalence and np.isnan(self._prevalence)):
-                    values[rate.key] = rate.value(cells, self._prevalence)
-        if self._errors is not None:
-            columns = drawn @ self._errors
-            sums = metrics.ErrorSums(columns[:, 0], columns[:, 1], columns[:, 2:])
-            values |= {metric.key: metric.resample(sums) for metric in metrics.PROBABILITY_METRICS}
-        return values
+        tn, fp, fn, tp = (drawn @ self._cells).T
+        cells = metrics.Confusion(tp, fp, tn, fn)
+        columns = drawn @ self._errors
+        sums = metrics.ErrorSums(columns[:, 0], columns[:, 1], columns[:, 2:])
+        return {
+            rate.key: rate.value(cells, self._prevalence)
+            for rate in metrics.RATE_METRICS
+            if not (rate.at_prevalence and np.isnan(self._prevalence))
+        } | {metric.key: metric.resample(sums) for metric in metrics.PROBABILITY_METRICS}
 
 
 def _sum_errors(y: np.ndarray, p: np.ndarray, codes: np.ndarray, n_patients: int) -> np.ndarray:
     """Return per patient: images, squared errors, errors p - y in each bin; float64 [patients, 2 + bins]."""
-    if ((p < 0) | (p > 1)).any():
-        raise ValueError("calibrated probabilities must lie in 0..1")
+    metrics.check_probabilities(p)
     bins = metrics.CALIBRATION_BINS
     cell = bins * codes + metrics.probability_bins(p)
     by_bin = np.bincount(cell, weights=p - y, minlength=bins * n_patients).reshape(n_patients, bins)
@@ -285,14 +244,7 @@ def _sum_errors(y: np.ndarray, p: np.ndarray, codes: np.ndarray, n_patients: int
     return np.column_stack([images, squared, by_bin])
 
 
-def _select_column(table: np.ndarray, labels: np.ndarray, f: int, name: str) -> np.ndarray:
-    table = np.asarray(table)
-    if table.shape != labels.shape:
-        raise ValueError(f"labels {labels.shape} and {name} {table.shape} do not fit")
-    return table[:, f]
-
-
-def _compute_mean_interval(drawn: np.ndarray, weights: np.ndarray | None = None) -> Interval:
+def _compute_mean_interval(drawn: np.ndarray, weights: Sequence[int] | None = None) -> Interval:
     """Compute the interval of the mean over columns of drawn [n_resamples, F]; a NaN makes the mean undefined."""
     if not drawn.shape[1]:
         return Interval(None, None, len(drawn), "no finding has both positive and negative images")
@@ -301,21 +253,15 @@ def _compute_mean_interval(drawn: np.ndarray, weights: np.ndarray | None = None)
 
 def _compute_roc_band(curve: np.ndarray) -> RocBand | None:
     usable = curve[~np.isnan(curve).any(axis=1)]
-    if not curve.shape[1] or len(usable) < MIN_RESAMPLES:
+    if len(usable) < MIN_RESAMPLES:
         return None
     low, high = np.percentile(usable, [2.5, 97.5], axis=0)
-    return RocBand(np.linspace(0.0, 1.0, curve.shape[1]), low, high)
+    return RocBand(np.linspace(0.0, 1.0, ROC_GRID), low, high)
 
 
-def _check_table(
-    labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, n_resamples: int
-) -> tuple[np.ndarray, np.ndarray]:
-    labels, scores = np.asarray(labels), np.asarray(scores)
+def _check_table(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray) -> None:
     if labels.ndim != 2 or labels.shape != scores.shape or len(patients) != len(labels):
         raise ValueError(f"labels {labels.shape}, scores {scores.shape} and {len(patients)} patients do not fit")
-    if n_resamples < 1:
-        raise ValueError(f"n_resamples is {n_resamples}; it must be at least 1")
-    return labels, scores
 
 
 def _for_each_column(pool: ThreadPoolExecutor, fill: Callable[..., None], count: int, *chunk: object) -> None:

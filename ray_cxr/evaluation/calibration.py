@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any, TypedDict
 
 import numpy as np
-import pandas as pd
 from scipy.special import expit, logit
 
 from ray_cxr.errors import ConfigError
@@ -21,8 +20,7 @@ from ray_cxr.evaluation.intervals import patient_codes, wilson_interval
 
 #: Probabilities are clipped to this distance from 0 and 1 before the logit; float32 has no finer resolution near 1.
 EPSILON = 1e-7
-METHODS = ("platt", "temperature")
-#: Operating points reported next to the chosen one.
+#: Rules whose operating points are reported next to the chosen operating point.
 ALTERNATIVES = ("youden", "sensitivity=0.9", "specificity=0.9")
 _RIDGE = 1e-6
 
@@ -46,21 +44,20 @@ class Calibration:
     def from_dict(cls, value: Mapping[str, Any]) -> Calibration:
         """Read the form that `as_dict` returns; raise ConfigError if it is invalid."""
         try:
-            slope, intercept = float(value["slope"]), float(value["intercept"])
+            slope, intercept, method = float(value["slope"]), float(value["intercept"]), value["method"]
         except (KeyError, TypeError, ValueError):
-            raise ConfigError("calibration: needs a slope and an intercept") from None
-        method = value.get("method")
-        if method not in METHODS or not (math.isfinite(slope) and math.isfinite(intercept) and slope > 0):
+            raise ConfigError("calibration: needs a method, a slope and an intercept") from None
+        is_valid = method == "platt" or (method == "temperature" and intercept == 0.0)
+        if not (is_valid and 0.0 < slope < math.inf and math.isfinite(intercept)):
             raise ConfigError(
-                f"calibration: needs the method 'platt' or 'temperature' and a slope > 0 (got {dict(value)!r})"
+                "calibration: needs the method 'platt' or 'temperature', a slope > 0, and for 'temperature' the "
+                f"intercept 0 (got {dict(value)!r})"
             )
-        if method == "temperature" and intercept != 0.0:
-            raise ConfigError(f"calibration: temperature has the intercept 0 (got {dict(value)!r})")
         return cls(slope, intercept, method)
 
 
 class OperatingPoint(TypedDict):
-    """A threshold and its rates on the images it was chosen on, as stored in a bundle."""
+    """A threshold, and its rates on the images that it was chosen from, as stored in a bundle."""
 
     threshold: float
     rule: str
@@ -73,7 +70,7 @@ class OperatingPoint(TypedDict):
 
 @dataclass(frozen=True)
 class FittedRules:
-    """Calibrations and operating points; every mapping has every finding as a key, with None for what is missing."""
+    """Calibrations and operating points: each mapping has all findings as keys, and None where a value is missing."""
 
     calibrations: dict[str, dict[str, Any] | None]  # in the form of `Calibration.as_dict`
     operating_points: dict[str, OperatingPoint | None]
@@ -99,7 +96,7 @@ class ReliabilityBin:
 
 
 def fit_rules(
-    labels: pd.DataFrame | np.ndarray,
+    labels: np.ndarray,
     probabilities: np.ndarray,
     findings: Sequence[str],
     *,
@@ -110,39 +107,32 @@ def fit_rules(
     """Fit calibration and operating point per finding, each on the images labelled for it.
 
     Args:
-        labels: table with a column per finding, 0, 1 or null; or array [N,F] of 0, 1, and NaN or -1 for null.
+        labels: [N,F], 1 or 0; NaN or negative if not labelled.
         probabilities: float32 [N,F], raw, columns in the order of `findings`.
-        rule: see `find_operating_point`.
+        method, rule: see `fit_calibration` and `find_operating_point`.
         min_positives: minimum number of positives, and of negatives, to fit from.
 
     Raises:
-        ConfigError: unknown method or rule.
+        ConfigError: unknown rule.
     """
-    if method not in METHODS:
-        raise ConfigError(f"calibration {method!r}: use {' or '.join(METHODS)}")
     chosen = _parse_rule(rule)
     others = [name for name in ALTERNATIVES if _parse_rule(name) != chosen]
-    if isinstance(labels, pd.DataFrame):
-        y = labels[list(findings)].to_numpy(dtype=np.float64, na_value=np.nan)
-    else:
-        y = np.asarray(labels, dtype=np.float64)
-    p = np.asarray(probabilities)
-    if p.ndim != 2 or y.shape != p.shape or p.shape[1] != len(findings):
-        raise ValueError(f"labels are {y.shape}, probabilities {p.shape}, for {len(findings)} findings")
+    if labels.shape != probabilities.shape or probabilities.shape[1:] != (len(findings),):
+        raise ValueError(
+            f"labels are {labels.shape}, probabilities {probabilities.shape}, for {len(findings)} findings"
+        )
     fitted = FittedRules({}, {}, {}, {}, {})
     for j, name in enumerate(findings):
-        known = ~(np.isnan(y[:, j]) | (y[:, j] == -1))
-        one, scores = y[known, j], p[known, j]
-        scaling, no_scaling = fit_calibration(one, scores, method, min_positives)
-        point, no_point = find_operating_point(one, scores, rule, min_positives)
+        known = labels[:, j] >= 0
+        y, p = labels[known, j], probabilities[known, j]
+        scaling, no_scaling = fit_calibration(y, p, method, min_positives)
+        point, no_point = find_operating_point(y, p, rule, min_positives)
         fitted.calibrations[name] = None if scaling is None else scaling.as_dict()
         fitted.operating_points[name] = point
         fitted.expected_flag_rates[name] = None if point is None else point["flag_rate"]
-        fitted.alternatives[name] = {
-            other: find_operating_point(one, scores, other, min_positives)[0] for other in others
-        }
-        named = {"calibration": no_scaling, "operating point": no_point}
-        parts = [f"no {what}: {reason}" for what, reason in named.items() if reason is not None]
+        fitted.alternatives[name] = {other: find_operating_point(y, p, other, min_positives)[0] for other in others}
+        reasons = {"calibration": no_scaling, "operating point": no_point}
+        parts = [f"no {missing}: {reason}" for missing, reason in reasons.items() if reason is not None]
         fitted.reasons[name] = no_point if no_point == no_scaling else "; ".join(parts)
     return fitted
 
@@ -161,11 +151,10 @@ def fit_calibration(
     """
     y, p = metrics.check_scores(y, p)
     x = _compute_logit(p)
-    positives = int(y.sum())
-    negatives = y.size - positives
-    reason = _explain_too_few(positives, negatives, min_positives)
+    reason = _explain_too_few(y, min_positives)
     if reason is not None:
         return None, reason
+    positives, negatives = int(y.sum()), int((~y).sum())
     if np.ptp(x) == 0.0:
         return None, "all scores are equal"
     target = np.where(y, (positives + 1.0) / (positives + 2.0), 1.0 / (negatives + 2.0))
@@ -183,14 +172,14 @@ def fit_calibration(
     return Calibration(slope, intercept, method), None
 
 
-def _explain_too_few(positives: int, negatives: int, least: int) -> str | None:
-    if not positives and not negatives:
+def _explain_too_few(y: np.ndarray, minimum: int) -> str | None:
+    if not y.size:
         return "no labelled images"
-    least = max(least, 1)
+    minimum = max(minimum, 1)
     parts = [
-        f"{count:,} {kind if count == 1 else kind + 's'}, needs {least:,}"
-        for count, kind in ((positives, "positive"), (negatives, "negative"))
-        if count < least
+        f"{count:,} {kind if count == 1 else kind + 's'}, needs {minimum:,}"
+        for count, kind in ((int(y.sum()), "positive"), (int((~y).sum()), "negative"))
+        if count < minimum
     ]
     return "; ".join(parts) or None
 
@@ -210,28 +199,25 @@ def _fit_logistic(z: np.ndarray, target: np.ndarray, start: np.ndarray, ridge: n
     return np.asarray(least_squares(gradient, start, jac=hessian, xtol=1e-13, ftol=None, gtol=None).x)
 
 
-def reliability_curve(
-    y: np.ndarray, p: np.ndarray, bins: int = 10, patients: np.ndarray | None = None
-) -> tuple[ReliabilityBin, ...]:
+def reliability_curve(y: np.ndarray, p: np.ndarray, patients: np.ndarray, bins: int = 10) -> tuple[ReliabilityBin, ...]:
     """Compute the share of positives in `bins` classes of the predicted probability with equal numbers of images.
 
-    Bins of equal width would put nearly all images of a rare finding into the first one. Fewer bins result if many
-    probabilities are equal. They cover 0 to 1, including empty ones.
+    Bins of equal width would put nearly all images of a rare finding into the first bin. The bins cover 0 to 1. They
+    are fewer, or empty, if many probabilities are equal.
 
-    The interval is Wilson's. With `patients` it uses an effective number of images: as many independent ones as would
-    give the variance seen between patients (Kish's design effect), at most n. If all images of a bin agree, it is the
-    number of patients. Without `patients` all images count as independent.
+    The interval is Wilson's for an effective number of images, at most n: as many independent images as would have the
+    variance seen between patients (Kish's design effect). If all images of a bin agree, it is the number of patients.
     """
     y, p = metrics.check_scores(y, p)
-    _check_range(p)
-    codes = np.arange(y.size) if patients is None else patient_codes(patients)[0]
+    metrics.check_probabilities(p)
+    codes = patient_codes(patients)[0]
     if codes.size != y.size:
         raise ValueError(f"{y.size} labels and {codes.size} patients do not fit")
     inner = np.unique(np.quantile(p, np.arange(1, bins) / bins)) if p.size else np.zeros(0)
     inner = inner[(inner > 0) & (inner < 1)]
-    place = np.searchsorted(inner, p, side="right")
+    positions = np.searchsorted(inner, p, side="right")
     return tuple(
-        _summarize_bin(*limits, *(column[place == i] for column in (y, p, codes)))
+        _summarize_bin(*limits, *(column[positions == i] for column in (y, p, codes)))
         for i, limits in enumerate(pairwise([0.0, *inner.tolist(), 1.0]))
     )
 
@@ -254,9 +240,9 @@ def cross_fitted_error(
 ) -> float | None:
     """Compute the expected calibration error after calibration on other patients, averaged over findings.
 
-    Patients are split in halves; each half is calibrated with a fit on the other, or not at all if that has too few
-    positives. Fitted and measured on the same images, the error would nearly vanish. Labels are int8 [N,F], -1 if not
-    labelled; the result is None without labels.
+    Patients are split in halves. Each half is calibrated with a fit on the other half, or not at all if that half has
+    too few positives. The error would nearly vanish if it were measured on the images of the fit. Labels are int8
+    [N,F], -1 if not labelled; the result is None without labels.
     """
     half = patient_codes(patients)[0] % 2 == 0
     errors = []
@@ -277,7 +263,7 @@ def cross_fitted_error(
 def apply_calibration(calibration: Calibration | Mapping[str, Any], p: np.ndarray) -> np.ndarray:
     """Return calibrated probabilities, float32, in the shape of the raw probabilities p; NaN stays NaN.
 
-    A mapping is the form stored in a bundle; it raises ConfigError if it is invalid.
+    A mapping has the form stored in a bundle. Raises ConfigError if it is invalid.
     """
     if not isinstance(calibration, Calibration):
         calibration = Calibration.from_dict(calibration)
@@ -294,27 +280,26 @@ def find_operating_point(
 ) -> tuple[OperatingPoint | None, str | None]:
     """Choose a threshold by a rule, and measure it on the same images.
 
-    `youden` maximises sensitivity + specificity - 1 (Youden 1950), with ties resolved towards sensitivity.
-    `sensitivity=0.9` is the highest threshold with at least that sensitivity; `specificity=0.9` the lowest with at
-    least that specificity.
+    `youden` maximises sensitivity + specificity - 1 (Youden 1950); of equal thresholds it takes the most sensitive.
+    `sensitivity=0.9` is the highest threshold with a sensitivity of at least 0.9, and `specificity=0.9` the lowest
+    with a specificity of at least 0.9.
 
-    The threshold lies strictly inside 0..1, midway between two neighbouring scores, and is exact in float32, as scores
-    are in the score table: comparisons in float32 and float64 give the same flags, and rounding of a score does not
-    change its flag.
+    The threshold lies strictly inside 0..1, midway between two neighbouring scores. It is exact in float32, like the
+    scores in the score table: comparisons in float32 and float64 return the same flags, and rounding of a score does
+    not change its flag.
 
     Returns (operating point, None), or (None, reason) if a class is absent or too small, `youden` finds nothing better
     than chance, only flagging nothing reaches the specificity, or scores saturated at 0 or 1 allow no threshold. Raises
     ConfigError for an unknown rule, or a target outside 0..1.
     """
     name, target = _parse_rule(rule)
-    y, p64 = metrics.check_scores(y, np.asarray(p, dtype=np.float32))
-    _check_range(p64)
-    positives = int(y.sum())
-    negatives = y.size - positives
-    reason = _explain_too_few(positives, negatives, min_positives)
+    y, p = metrics.check_scores(y, np.asarray(p, dtype=np.float32))
+    metrics.check_probabilities(p)
+    reason = _explain_too_few(y, min_positives)
     if reason is not None:
         return None, reason
-    curve = metrics.roc_curve(y, p64)
+    positives, negatives = int(y.sum()), int((~y).sum())
+    curve = metrics.roc_curve(y, p)
     assert curve is not None
     # Point k flags the k highest distinct scores. Integers, so that a target of 0.9 means 9 of 10.
     true = np.rint(curve.y * positives).astype(np.int64)
@@ -329,9 +314,9 @@ def find_operating_point(
         k = int(np.flatnonzero(true >= math.ceil(target * positives - 1e-9))[0])
     else:
         k = int(np.flatnonzero(negatives - false >= math.ceil(target * negatives - 1e-9))[-1])
-    threshold = _place_threshold(curve.thresholds, k)
-    if threshold == math.inf:
+    if k == 0:
         return None, f"only flagging nothing reaches {rule.strip()}"
+    threshold = _place_threshold(curve.thresholds, k)
     if not 0.0 < threshold < 1.0:
         return None, "scores saturated at 0 or 1 allow no threshold"
     point = OperatingPoint(
@@ -340,16 +325,14 @@ def find_operating_point(
         sensitivity=float(true[k] / positives),
         specificity=float((negatives - false[k]) / negatives),
         flag_rate=float((true[k] + false[k]) / y.size),
-        n=int(y.size),
+        n=y.size,
         positives=positives,
     )
     return point, None
 
 
 def _place_threshold(descending: np.ndarray, k: int) -> float:
-    """Return a float32 threshold that flags exactly the k highest distinct scores; `descending[0]` is infinity."""
-    if k == 0:
-        return math.inf
+    """Return a float32 threshold that flags exactly the k >= 1 highest scores; `descending[0]` is infinity."""
     lowest_flagged = np.float32(descending[k])
     highest_unflagged = np.float32(0.0) if k == len(descending) - 1 else np.float32(descending[k + 1])
     middle = np.float32((float(lowest_flagged) + float(highest_unflagged)) / 2.0)
@@ -372,12 +355,7 @@ def _parse_rule(rule: str) -> tuple[str, float]:
     return name, target
 
 
-def _check_range(p: np.ndarray) -> None:
-    if ((p < 0.0) | (p > 1.0)).any():
-        raise ValueError("probabilities must lie in 0..1")
-
-
 def _compute_logit(p: np.ndarray) -> np.ndarray:
     p = np.asarray(p, dtype=np.float64)
-    _check_range(p)
+    metrics.check_probabilities(p)
     return np.asarray(logit(np.clip(p, EPSILON, 1.0 - EPSILON)))

@@ -31,11 +31,8 @@ def delong_paired(y: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[float, f
     first, second = _compute_components(y, a), _compute_components(y, b)
     if first is None or second is None:
         return None
-    return (
-        float(first[0].mean()),
-        float(second[0].mean()),
-        _compute_variance(first[0] - second[0], first[1] - second[1]),
-    )
+    variance = _compute_variance(first[0] - second[0], first[1] - second[1])
+    return float(first[0].mean()), float(second[0].mean()), variance
 
 
 def normal_p(difference: float, variance: float) -> float | None:
@@ -43,17 +40,15 @@ def normal_p(difference: float, variance: float) -> float | None:
     return float(2.0 * ndtr(-abs(difference) / math.sqrt(variance))) if variance > 0.0 else None
 
 
-def delong_interval(auc: float, variance: float, level: float = 0.95) -> tuple[float, float] | None:
-    """Compute DeLong's interval, symmetric on the logit scale so that it stays within 0..1.
+def delong_interval(auc: float, variance: float) -> tuple[float, float] | None:
+    """Compute DeLong's 95% interval, symmetric on the logit scale so that it stays within 0..1.
 
     Returns None if the variance is 0 or AUROC is 0 or 1, where the formula has no width.
     """
-    if not 0.0 < level < 1.0:
-        raise ValueError(f"level is {level}; it must lie between 0 and 1")
     if variance <= 0.0 or not 0.0 < auc < 1.0:
         return None
     # Delta method: the derivative of logit at auc is 1 / (auc (1 - auc)).
-    reach = ndtri(0.5 + level / 2.0) * math.sqrt(variance) / (auc * (1.0 - auc))
+    reach = ndtri(0.975) * math.sqrt(variance) / (auc * (1.0 - auc))
     return float(expit(logit(auc) - reach)), float(expit(logit(auc) + reach))
 
 

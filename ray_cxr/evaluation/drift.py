@@ -1,13 +1,13 @@
 """Drift without labels: compare flags, scores and quality flags with what the bundle expects.
 
-Without labels no metric can be computed. But a model that flags a tenth of its validation images and a third of a
-hospital's sees other data: other patients, another machine, a broken export. Three things are compared, per
-finding or quality flag: the share of flagged images; the distribution of raw scores (population stability index); and
-the share of images with each quality flag.
+Without labels no metric can be computed. But if a model flags a tenth of its validation images and a third of a
+hospital's images, the data differ: other patients, another machine, a broken export. Three comparisons are made: per
+finding the share of flagged images and the distribution of raw scores (population stability index), and per quality
+flag the share of images with it.
 
 Each comparison has a p value. Images of one patient resemble each other, so variances are multiplied by the design
-effect (Kish 1965), estimated from these images; bundles keep no patients per score, so it is applied to the validation
-images too. p values of one kind are adjusted for the number of findings (Holm 1979).
+effect (Kish 1965), estimated from these images. The same effect is applied to the validation images, because bundles
+keep no patients per score. p values of one kind are adjusted for the number of findings (Holm 1979).
 
     ok       within chance, or too small to matter
     differs  beyond chance
@@ -19,8 +19,8 @@ A verdict states that the data differ, not how, and not that the model is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict, TypeVar
 
 import numpy as np
@@ -28,14 +28,14 @@ from scipy.special import chdtrc
 
 from ray_cxr.evaluation import quality
 from ray_cxr.evaluation.delong import normal_p
-from ray_cxr.evaluation.intervals import patient_codes, wilson_interval
+from ray_cxr.evaluation.intervals import patient_codes, to_record, wilson_interval
 
 OK, DIFFERS, LARGE, UNKNOWN = "ok", "differs", "large", "unknown"
 #: Minimum numbers for a verdict.
 MIN_IMAGES, MIN_PATIENTS = 50, 20
 #: Level of adjusted p values.
 LEVEL = 0.05
-#: A share is large above this multiple of the expected share, or below the expected share divided by it.
+#: A difference is large if a share is more than this multiple of the expected share, or less than this fraction.
 FOLD = 2.0
 #: Customary limits of the population stability index: negligible below the first, another population from the second.
 PSI_DIFFERS, PSI_LARGE = 0.1, 0.25
@@ -48,7 +48,7 @@ class ScoreQuantiles(TypedDict):
     """Distribution of n validation scores, as stored in a bundle.
 
     edges: the nine inner deciles. shares: share of images in each of the ten classes score < edge 1, edge 1 <= score <
-    edge 2, ..., edge 9 <= score; equal scores can make it differ from a tenth.
+    edge 2, ..., edge 9 <= score; a tenth each, unless scores are equal.
     """
 
     edges: list[float]
@@ -58,19 +58,14 @@ class ScoreQuantiles(TypedDict):
 
 @dataclass(frozen=True)
 class Expected:
-    """Expectations that a bundle stores, per finding or quality flag; mappings may lack a key or hold None.
-
-    Attributes:
-        flag_images, quality_images: number of images behind the rates.
-        quality_reason: why quality_rates is missing.
-    """
+    """Expectations that a bundle stores, per finding or quality flag; mappings may lack a key or hold None."""
 
     flag_rates: Mapping[str, float | None]
-    flag_images: Mapping[str, int | None]
+    flag_images: Mapping[str, int | None]  # number of images behind each of `flag_rates`
     score_quantiles: Mapping[str, ScoreQuantiles | None]
     quality_rates: Mapping[str, float]
-    quality_images: int | None
-    quality_reason: str | None
+    quality_images: int | None  # number of images behind `quality_rates`
+    quality_reason: str | None  # why `quality_rates` is missing
 
     @classmethod
     def from_model(cls, model: Mapping[str, Any]) -> Expected:
@@ -100,9 +95,9 @@ class _Row:
     reason: str | None = None  # why the verdict is unknown
 
     def to_json(self) -> dict[str, Any]:
-        plain = asdict(self)
-        del plain["name"]
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+        record = to_record(self)
+        del record["name"]
+        return record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +113,13 @@ class RateDrift(_Row):
     design_effect: float | None  # variance of the share relative to independent images
     ratio: float | None  # observed / expected
 
+    def judge(self, p: float) -> str:
+        """Return the verdict for an adjusted p."""
+        if p >= LEVEL or self.observed is None or self.expected is None:
+            return OK
+        is_far = self.observed > FOLD * self.expected or self.observed < self.expected / FOLD
+        return LARGE if is_far else DIFFERS
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreDrift(_Row):
@@ -126,6 +128,12 @@ class ScoreDrift(_Row):
     psi: float | None = None  # population stability index: sum of (share - expected) * ln(share / expected)
     shares: tuple[float, ...] = ()  # of images per class of `score_quantiles`, lowest scores first
     expected: tuple[float, ...] = ()
+
+    def judge(self, p: float) -> str:
+        """Return the verdict for an adjusted p."""
+        if p >= LEVEL or self.psi is None or self.psi < PSI_DIFFERS:
+            return OK
+        return LARGE if self.psi >= PSI_LARGE else DIFFERS
 
 
 _AnyDrift = TypeVar("_AnyDrift", RateDrift, ScoreDrift)
@@ -138,8 +146,8 @@ class Drift:
     flags: tuple[RateDrift, ...]  # per finding the share of scored images that are flagged
     scores: tuple[ScoreDrift, ...]  # per finding the distribution of raw scores
     quality: tuple[RateDrift, ...]  # per quality flag the share of scored images with it as their most severe flag
-    errors: RateDrift  # share of all images that could not be scored; nothing is expected, so its verdict is unknown
-    clustered: bool  # whether patients are known. If not, each image counts as one, and p values are too small
+    errors: RateDrift  # share of all images that could not be scored; the verdict is unknown, as nothing is expected
+    clustered: bool  # whether patients are known; otherwise each image counts as a patient, and p values are too small
 
     @property
     def summary(self) -> str:
@@ -196,16 +204,13 @@ def measure_drift(
         raise ValueError(f"flags {flags.shape}, scores {scores.shape} do not fit {len(ok)} images, {shape[1]} findings")
     codes, n_patients = patient_codes(patients)
     scored_flags = np.asarray(quality_flags, dtype=object)[ok]
-    columns = list(enumerate(findings))
     return Drift(
-        flags=_adjust([_compare_flags(expected, name, flags[:, j], codes) for j, name in columns], _rate_verdict),
+        flags=_adjust(_compare_flags(expected, name, flags[:, j], codes) for j, name in enumerate(findings)),
         scores=_adjust(
-            [_compare_scores(name, expected.score_quantiles.get(name), scores[:, j], codes) for j, name in columns],
-            _score_verdict,
+            _compare_scores(name, expected.score_quantiles.get(name), scores[:, j], codes)
+            for j, name in enumerate(findings)
         ),
-        quality=_adjust(
-            [_compare_quality(expected, name, scored_flags, codes[ok]) for name in quality.FLAGS], _rate_verdict
-        ),
+        quality=_adjust(_compare_quality(expected, name, scored_flags, codes[ok]) for name in quality.FLAGS),
         errors=_compare_rate("errors", ~ok, codes, None, None, "nothing is expected of it"),
         clustered=n_patients < len(ok),
     )
@@ -225,17 +230,15 @@ def score_quantiles(scores: np.ndarray) -> ScoreQuantiles | None:
 def design_effect(values: np.ndarray, codes: np.ndarray) -> float:
     """Compute the variance of the share of values, bool [n], relative to independent images, at least 1.
 
-    It is the linearised variance of the ratio of sums over patients. If all images agree it cannot be estimated, and
+    The variance is that of a ratio of sums over patients, linearised. If all images agree it cannot be estimated, and
     images of one patient are treated as fully dependent: sum of squared numbers of images over their sum.
     """
     n = len(values)
-    if not n:
-        return 1.0
-    _, place, sizes = np.unique(codes, return_inverse=True, return_counts=True)
+    _, rows, sizes = np.unique(codes, return_inverse=True, return_counts=True)
     share = float(values.mean())
     if share in (0.0, 1.0) or len(sizes) < 2:
         return float((sizes.astype(np.float64) ** 2).sum() / n)
-    residuals = np.bincount(place, weights=values) - share * sizes
+    residuals = np.bincount(rows, weights=values) - share * sizes
     variance = len(sizes) / (len(sizes) - 1) * float((residuals**2).sum()) / n**2
     return max(1.0, variance / (share * (1.0 - share) / n))
 
@@ -314,19 +317,19 @@ def _compare_scores(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, 
     if reason is not None or kept is None:
         return row
     edges, shares, images = np.asarray(kept["edges"]), np.asarray(kept["shares"]), int(kept["n"])
-    place = np.searchsorted(edges, scores, side="right")
-    counts = np.bincount(place, minlength=len(shares))
+    classes = np.searchsorted(edges, scores, side="right")
+    counts = np.bincount(classes, minlength=len(shares))
     used = (counts > 0) | (shares > 0)  # equal scores can leave a class empty
-    place = (np.cumsum(used) - 1)[place]
+    classes = (np.cumsum(used) - 1)[classes]
     # Half an image more in each class, so that empty classes have a logarithm.
-    smooth = (one[used] + _SMOOTHING for one in (counts, shares * images))
-    observed, before = (one / one.sum() for one in smooth)
+    smooth = (numbers[used] + _SMOOTHING for numbers in (counts, shares * images))
+    observed, before = (numbers / numbers.sum() for numbers in smooth)
     psi = float(np.sum((observed - before) * np.log(observed / before)))
     freedom = int(used.sum()) - 1
     p = 1.0
     if freedom:
         # Rao and Scott's first-order correction: the mean design effect of the classes.
-        effect = float(np.mean([design_effect(place == k, codes) for k in range(freedom + 1)]))
+        effect = float(np.mean([design_effect(classes == k, codes) for k in range(freedom + 1)]))
         p = float(chdtrc(freedom, psi / (effect * (1.0 / n + 1.0 / images))))
     return replace(row, psi=psi, shares=tuple(observed.tolist()), expected=tuple(before.tolist()), p=p)
 
@@ -339,30 +342,13 @@ def _explain_too_few(n: int, n_patients: int) -> str | None:
     return None
 
 
-def _adjust(rows: Sequence[_AnyDrift], judge: Callable[[_AnyDrift, float], str]) -> tuple[_AnyDrift, ...]:
+def _adjust(compared: Iterable[_AnyDrift]) -> tuple[_AnyDrift, ...]:
     """Set p_adjusted and verdict of the rows that have a p."""
-    adjusted = iter(holm([row.p for row in rows if row.p is not None]))
-    results = []
-    for row in rows:
-        if row.p is not None:
-            p = next(adjusted)
-            row = replace(row, p_adjusted=p, verdict=judge(row, p))
-        results.append(row)
-    return tuple(results)
-
-
-def _rate_verdict(row: RateDrift, p: float) -> str:
-    if p >= LEVEL or row.observed is None or row.expected is None:
-        return OK
-    far = row.observed > FOLD * row.expected or row.observed < row.expected / FOLD
-    return LARGE if far else DIFFERS
-
-
-def _score_verdict(row: ScoreDrift, p: float) -> str:
-    psi = row.psi or 0.0
-    if p >= LEVEL or psi < PSI_DIFFERS:
-        return OK
-    return LARGE if psi >= PSI_LARGE else DIFFERS
+    rows = list(compared)
+    tested = [i for i, row in enumerate(rows) if row.p is not None]
+    for i, p in zip(tested, holm([row.p for row in rows if row.p is not None]), strict=True):
+        rows[i] = replace(rows[i], p_adjusted=p, verdict=rows[i].judge(p))
+    return tuple(rows)
 
 
 def _as_dict(value: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """AUROC, sensitivity and specificity of every finding in several groups, in the sample and in resamples of patients.
 
-A patient may be in several groups of one attribute, having grown older or having been imaged in two views. So each
-resample draws patients once for all groups of an attribute, and each group takes its own images of those patients.
+A patient can be in several groups of one attribute, for example in two age bands or two views. So each resample draws
+patients once for all groups of an attribute, and each group takes its own images of these patients.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from ray_cxr.evaluation import bootstrap, metrics
 from ray_cxr.evaluation.groups import Group
 from ray_cxr.evaluation.intervals import patient_codes
+from ray_cxr.evaluation.roc_steps import divide_or_nan
 
 #: Labels of several groups resampled together, to bound memory.
 _CELLS = 8 << 20
@@ -23,42 +24,33 @@ _CELLS = 8 << 20
 class LabelledScores:
     """Labels and predictions of n images for F findings."""
 
-    labels: np.ndarray  # [n, F], 1 or 0; NaN or negative if not labelled
+    labels: np.ndarray  # int8 [n, F], 1 or 0; -1 if not labelled or not scored
     scores: np.ndarray  # [n, F], NaN if missing
     flags: np.ndarray  # int8 [n, F], 1 at or above the operating point, 0 below, -1 if there is none
-    patients: np.ndarray
-    findings: Sequence[str]
-    macro: np.ndarray | None = None  # bool [F], findings that means count; None for all
-
-
-@dataclass(frozen=True, eq=False)
-class GroupTable:
-    """Validated arrays: labels int8 [n, F], -1 if not labelled or not scored; counted bool [F]."""
-
-    labels: np.ndarray
-    scores: np.ndarray
-    flags: np.ndarray
-    codes: np.ndarray
+    codes: np.ndarray  # int64 [n], patients by number
     n_patients: int
     findings: tuple[str, ...]
-    counted: np.ndarray
+    macro: np.ndarray  # bool [F], findings that means count
 
     @classmethod
-    def build(cls, images: LabelledScores) -> GroupTable:
-        labels, scores, flags = (np.asarray(table) for table in (images.labels, images.scores, images.flags))
-        width = len(images.findings)
-        if {labels.shape, scores.shape, flags.shape} != {(len(images.patients), width)}:
+    def build(
+        cls,
+        labels: np.ndarray,
+        scores: np.ndarray,
+        flags: np.ndarray,
+        patients: np.ndarray,
+        findings: Sequence[str],
+        macro: np.ndarray,
+    ) -> LabelledScores:
+        """Check the arrays of n images, and remove labels without a score. Missing labels are NaN or negative."""
+        if {labels.shape, scores.shape, flags.shape} != {(len(patients), len(findings))}:
             raise ValueError(
-                f"labels {labels.shape}, scores {scores.shape}, flags {flags.shape}, {len(images.patients)} patients "
-                f"and {width} findings do not fit"
+                f"labels {labels.shape}, scores {scores.shape}, flags {flags.shape}, {len(patients)} patients and "
+                f"{len(findings)} findings do not fit"
             )
         known = (labels >= 0) & ~np.isnan(scores.astype(np.float64))
-        counted = np.ones(width, dtype=bool) if images.macro is None else np.asarray(images.macro, dtype=bool)
         labels = np.where(known, labels, -1).astype(np.int8)
-        return cls(labels, scores, flags, *patient_codes(images.patients), tuple(images.findings), counted)
-
-    def names(self, columns: np.ndarray) -> tuple[str, ...]:
-        return tuple(name for name, one in zip(self.findings, columns, strict=True) if one)
+        return cls(labels, scores, flags, *patient_codes(patients), tuple(findings), macro)
 
     def sum_per_patient(self, values: np.ndarray) -> np.ndarray:
         """Sum bool [n, K] over each patient's images, float32 [patients, K]; exact for such small integers."""
@@ -82,7 +74,7 @@ class Resamples:
         return Resamples(self.point[columns].mean(keepdims=True), self.drawn[:, columns].mean(axis=1, keepdims=True))
 
 
-def resample_aurocs(part: Sequence[Group], images: GroupTable, n_resamples: int, seed: int) -> list[Resamples]:
+def resample_aurocs(part: Sequence[Group], images: LabelledScores, n_resamples: int, seed: int) -> list[Resamples]:
     """Compute AUROC of every finding in each group; all groups share their resamples."""
     n, width = images.labels.shape
     batch = max(1, _CELLS // max(1, n * width))
@@ -97,17 +89,17 @@ def resample_aurocs(part: Sequence[Group], images: GroupTable, n_resamples: int,
             seed,
         ).values
         for k, group in enumerate(groups):
-            point = np.full(width, np.nan)
+            aurocs = []
             for j in range(width):
                 rows = group.mask & (images.labels[:, j] >= 0)
-                value = metrics.auroc(images.labels[rows, j], images.scores[rows, j])
-                point[j] = np.nan if value is None else value
+                aurocs.append(metrics.auroc(images.labels[rows, j], images.scores[rows, j]))
+            point = np.array(aurocs, dtype=np.float64)  # None becomes NaN
             results.append(Resamples(point, drawn[:, k * width : (k + 1) * width]))
     return results
 
 
 def resample_rates(
-    part: Sequence[Group], images: GroupTable, n_resamples: int, seed: int
+    part: Sequence[Group], images: LabelledScores, n_resamples: int, seed: int
 ) -> list[dict[str, Resamples]]:
     """Compute sensitivity and specificity of every finding in each group; all groups share their resamples."""
     width = len(images.findings)
@@ -118,12 +110,11 @@ def resample_rates(
         own = judged & group.mask[:, None]
         cells = [own & positive & flagged, own & positive, own & ~positive & ~flagged, own & ~positive]
         sums.append(images.sum_per_patient(np.hstack(cells)))
-    points = [_divide_counts(one.sum(axis=0, dtype=np.float64)[None], width)[:, 0] for one in sums]
+    points = [_divide_counts(counts.sum(axis=0, dtype=np.float64)[None], width)[:, 0] for counts in sums]
     together = np.hstack(sums)
     drawn = np.empty((len(part), 2, n_resamples, width))
-    chunks = bootstrap.resample_patients(images.n_patients, len(images.labels), n_resamples, seed)
-    for rows, counts in chunks:
-        products = np.hsplit(counts.astype(np.float32) @ together, len(part))
+    for rows, draws in bootstrap.resample_patients(images.n_patients, len(images.labels), n_resamples, seed):
+        products = np.hsplit(draws.astype(np.float32) @ together, len(part))
         for k, product in enumerate(products):
             drawn[k, :, rows] = _divide_counts(product, width)
     return [
@@ -135,7 +126,4 @@ def resample_rates(
 def _divide_counts(counts: np.ndarray, width: int) -> np.ndarray:
     """Return sensitivity and specificity, float64 [2, R, F], from [R, 4F]: two numerator-denominator pairs."""
     pairs = counts.astype(np.float64).reshape(len(counts), 2, 2, width)
-    parts, wholes = pairs[:, :, 0], pairs[:, :, 1]
-    result = np.full((len(counts), 2, width), np.nan)
-    np.divide(parts, wholes, out=result, where=wholes > 0)
-    return result.swapaxes(0, 1)
+    return divide_or_nan(pairs[:, :, 0], pairs[:, :, 1]).swapaxes(0, 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -44,12 +44,10 @@ class Group:
 def build_groups(
     sex: np.ndarray, age: np.ndarray, view: np.ndarray, follow_up: np.ndarray, *, crossings: bool = True
 ) -> list[Group]:
-    """Return the groups that images fall into; none is empty.
-
-    Groups come attribute by attribute, `unknown` last, then the crossings.
+    """Return the groups of images that are not empty: attribute by attribute, `unknown` last, then the crossings.
 
     Args:
-        sex, view: objects [n], text; anything else counts as unknown.
+        sex, view: objects [n]; values that are not text count as unknown.
         age: floats [n], years; NaN, None and negative values count as unknown.
         follow_up: numbers [n], 0 for a patient's first image; NaN, None and negative values count as unknown.
         crossings: add the pairs of attributes, for images with both known. An attribute with a single known value is
@@ -69,9 +67,10 @@ def build_groups(
         for attribute, column in values.items()
     ]
     groups = [group for part in single for group in part]
-    known = [part for part in ([group for group in part if group.is_known] for part in single) if len(part) > 1]
     if crossings:
-        groups += [group for one, other in combinations(known, 2) for group in _cross(one, other)]
+        known = ([group for group in part if group.is_known] for part in single)
+        for first, second in combinations([part for part in known if len(part) > 1], 2):
+            groups += _cross(first, second)
     return groups
 
 
@@ -92,12 +91,11 @@ def describe_population(
     return counts
 
 
-def _cross(one: Sequence[Group], other: Sequence[Group]) -> Iterator[Group]:
-    for a in one:
-        for b in other:
-            mask = a.mask & b.mask
-            if mask.any():
-                yield Group(f"{a.attribute}{AND}{b.attribute}", f"{a.value}{AND}{b.value}", mask, crossing=True)
+def _cross(first: Sequence[Group], second: Sequence[Group]) -> Iterator[Group]:
+    for a, b in product(first, second):
+        mask = a.mask & b.mask
+        if mask.any():
+            yield Group(f"{a.attribute}{AND}{b.attribute}", f"{a.value}{AND}{b.value}", mask, crossing=True)
 
 
 def _sorted_values(attribute: str, column: np.ndarray) -> list[str]:
@@ -123,5 +121,5 @@ def _to_floats(values: np.ndarray) -> np.ndarray:
 
 def _assign_age_bands(age: np.ndarray) -> np.ndarray:
     names = np.array([UNKNOWN, *AGE_BANDS], dtype=object)
-    place = np.searchsorted(AGE_LIMITS, age, side="right")
-    return np.asarray(names[np.where(np.isnan(age), 0, place)])
+    bands = np.searchsorted(AGE_LIMITS, age, side="right")
+    return np.asarray(names[np.where(np.isnan(age), 0, bands)])

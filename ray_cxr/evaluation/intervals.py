@@ -1,9 +1,10 @@
-"""95% intervals: bootstrap percentiles and Wilson's formula; and patients as whole numbers."""
+"""95% intervals: bootstrap percentiles and Wilson's formula; patients as whole numbers; results as JSON."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtri
@@ -45,12 +46,17 @@ def percentile_interval(values: np.ndarray, *, allow_constant: bool = False) -> 
 
 
 def wilson_interval(share: float, n: float) -> tuple[float, float]:
-    """Compute Wilson's (1927) 95% interval of a share; n > 0 may be an effective sample size, so a fraction."""
+    """Compute Wilson's (1927) 95% interval of a share. n > 0 can be a fraction: an effective number of images."""
     square = float(ndtri(0.975)) ** 2 / n
     centre = (share + square / 2.0) / (1.0 + square)
     reach = math.sqrt(square * (share * (1.0 - share) + square / 4.0)) / (1.0 + square)
-    # At shares of 0 and 1 one limit equals the share, but for rounding.
+    # At shares of 0 and 1 a limit equals the share, except for rounding.
     return min(share, max(0.0, centre - reach)), max(share, min(1.0, centre + reach))
+
+
+def to_record(result: Any) -> dict[str, Any]:
+    """Convert a dataclass and all dataclasses in it to what JSON reads back: dicts, with lists instead of tuples."""
+    return asdict(result, dict_factory=lambda pairs: {k: list(v) if isinstance(v, tuple) else v for k, v in pairs})
 
 
 def patient_codes(patients: np.ndarray) -> tuple[np.ndarray, int]:

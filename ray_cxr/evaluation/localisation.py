@@ -1,20 +1,20 @@
 """Localisation: how well heat maps match the boxes that radiologists drew.
 
 Pointing game (after Zhang et al., Top-down Neural Attention by Excitation Backprop, ECCV 2016): a map hits if its
-maximum lies in a box of its finding or within a tolerance of one, here 15 of 1024 pixels on every side. If several
-cells share the maximum, the hit is the share of them inside a box.
+maximum lies in a box of its finding, or at most `TOLERANCE` pixels outside. If several cells share the maximum, the hit
+is the share of these cells that lie in a box.
 
-Overlap: intersection over union (IoU) of the region above half the map's maximum with the union of the boxes, and the
-share of maps whose IoU reaches each of four levels (T(IoU), as in Wang et al., CVPR 2017). The share of one half was
-fixed before any map was measured; tuning it on the results would inflate them.
+Overlap: intersection over union (IoU) of two regions, the map above half of its maximum and the union of the boxes;
+and the share of maps whose IoU reaches each of four levels (T(IoU), as in Wang et al., CVPR 2017). The limit of one
+half was fixed before any map was measured; tuning it on the results would inflate them.
 
 Coordinates: a map [h,w] covers the whole image with h x w equal cells, and a value belongs to its cell's centre. The
 maximum is taken over the cells. For the overlap, a map with fewer than `WORKING_SIDE` cells along an axis is
-interpolated bilinearly to that many, constant beyond the outermost centres. Each resulting cell is in the region or
-not. Areas are exact, including those of cells cut by box edges.
+interpolated bilinearly to that number, constant beyond the outermost centres. Each resulting cell is in the region or
+not. Areas are exact, also if a box edge cuts a cell.
 
-Rates depend on box size, since a box around a heart is often hit by chance. So each rate is reported with that of a
-random point.
+Hit rates depend on box size, since a box around a heart is often hit by chance. So the hit rate of a random point is
+reported next to them.
 """
 
 from __future__ import annotations
@@ -30,24 +30,14 @@ from ray_cxr.evaluation.bootstrap import bootstrap_ratios
 from ray_cxr.evaluation.intervals import NO_VARIATION, Interval
 from ray_cxr.labels import FINDINGS
 
+#: Tolerance of the pointing game, in pixels of the boxes' coordinates.
+TOLERANCE = 15.0
+#: The region is where a map has at least this share of its maximum.
+MAP_SHARE = 0.5
+#: Levels of T(IoU).
+IOU_LEVELS = (0.1, 0.25, 0.5, 0.75)
 #: Minimum cells along an axis of the map whose region is compared with boxes.
 WORKING_SIDE = 256
-
-
-@dataclass(frozen=True)
-class LocalisationSettings:
-    """Definitions of a hit and of overlap."""
-
-    image_side: float = 1024.0  # side of the image in the boxes' coordinates, in pixels
-    tolerance: float = 15.0  # of the pointing game, in these pixels; with 0 the maximum must lie in the box
-    map_share: float = 0.5  # the region is where a map is at least this share of its maximum, between 0 and 1
-    iou_levels: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75)
-
-    def __post_init__(self) -> None:
-        if self.image_side <= 0 or self.tolerance < 0 or not 0 < self.map_share < 1:
-            raise ValueError(
-                f"image_side {self.image_side}, tolerance {self.tolerance}, map_share {self.map_share}: out of range"
-            )
 
 
 @dataclass(frozen=True)
@@ -70,16 +60,26 @@ class FindingLocalisation:
     boxes: int
     cases: int
     n: int  # cases with a map, over which all rates are taken; cases = n + missing
-    patients: int  # patients of those
+    patients: int  # patients of the cases with a map
     missing: int
     flat: int  # maps without positive evidence (nothing above 0, or constant); each is a miss with IoU 0
     hits: float  # maps that hit; fractional with a shared maximum
     hit_rate: LocalisationRate
-    hit_rate_of_all: float | None  # hits / cases, a missing map counting as a miss
+    hit_rate_of_all: float | None  # hits / cases, so that a missing map is a miss
     chance: float | None  # mean hit rate of a uniformly random point
     box_share: float | None  # mean share of the image inside boxes; also the IoU of a map that marks everything
     iou: LocalisationRate
-    accuracy: tuple[LocalisationRate, ...]  # T(IoU) at each of `iou_levels`: share of maps with at least that IoU
+    accuracy: tuple[LocalisationRate, ...]  # T(IoU) at each of `IOU_LEVELS`: share of maps with at least that IoU
+
+    def to_json(self) -> dict[str, Any]:
+        counts = ("boxes", "cases", "n", "patients", "missing", "flat", "hits")
+        levels = zip(IOU_LEVELS, self.accuracy, strict=True)
+        return {
+            **{name: getattr(self, name) for name in (*counts, "hit_rate_of_all", "chance", "box_share")},
+            **self.hit_rate.to_json("hit_rate"),
+            **self.iou.to_json("iou"),
+            "accuracy": {f"{level:g}": rate.to_json("accuracy") for level, rate in levels},
+        }
 
 
 @dataclass(frozen=True)
@@ -88,52 +88,41 @@ class Localisation:
 
     findings: Mapping[str, FindingLocalisation]
     overall: FindingLocalisation
-    settings: LocalisationSettings
+    image_side: float
     n_resamples: int
     seed: int
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of metrics.json."""
-        settings = self.settings
         return {
-            "image_side": float(settings.image_side),
-            "tolerance": float(settings.tolerance),
-            "map_share": float(settings.map_share),
+            "image_side": self.image_side,
+            "tolerance": TOLERANCE,
+            "map_share": MAP_SHARE,
             "working_side": WORKING_SIDE,
-            "iou_levels": [float(level) for level in settings.iou_levels],
+            "iou_levels": list(IOU_LEVELS),
             "intervals": {
                 "method": "percentile bootstrap over patients",
                 "level": 0.95,
                 "n_resamples": self.n_resamples,
                 "seed": self.seed,
             },
-            "findings": {finding: self._entry(one) for finding, one in self.findings.items()},
-            "overall": self._entry(self.overall),
+            "findings": {finding: result.to_json() for finding, result in self.findings.items()},
+            "overall": self.overall.to_json(),
             "notes": self.notes(),
         }
 
     def notes(self) -> list[str]:
         """Return caveats that precede the rates, as sentences."""
-        one = self.overall
+        missing, cases, flat, n = (getattr(self.overall, name) for name in ("missing", "cases", "flat", "n"))
         notes = []
-        if one.missing:
+        if missing:
             notes.append(
-                f"{one.missing:,} of {one.cases:,} pairs of a boxed image and finding have no heat map and are in no "
-                "rate; if maps were drawn for the highest scores only, the rates are too high."
+                f"{missing:,} of {cases:,} pairs of a boxed image and finding have no heat map and are in no rate; if "
+                "maps were drawn for the highest scores only, the rates are too high."
             )
-        if one.flat:
-            notes.append(f"{one.flat:,} of {one.n:,} heat maps show no positive evidence; they count as misses.")
+        if flat:
+            notes.append(f"{flat:,} of {n:,} heat maps show no positive evidence; they count as misses.")
         return notes
-
-    def _entry(self, one: FindingLocalisation) -> dict[str, Any]:
-        before = ("boxes", "cases", "n", "patients", "missing", "flat", "hits")
-        levels = zip(self.settings.iou_levels, one.accuracy, strict=True)
-        return {
-            **{name: getattr(one, name) for name in (*before, "hit_rate_of_all", "chance", "box_share")},
-            **one.hit_rate.to_json("hit_rate"),
-            **one.iou.to_json("iou"),
-            "accuracy": {f"{level:g}": rate.to_json("accuracy") for level, rate in levels},
-        }
 
 
 @dataclass(frozen=True)
@@ -162,9 +151,9 @@ def measure_localisation(
     image_ids: Sequence[str] | np.ndarray,
     findings: Sequence[str] | np.ndarray,
     xywh: np.ndarray,
-    patients: Sequence[str | None] | np.ndarray | None = None,
+    patients: Sequence[str | None] | np.ndarray,
     *,
-    settings: LocalisationSettings | None = None,
+    image_side: float = 1024.0,
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> Localisation:
@@ -174,13 +163,16 @@ def measure_localisation(
         maps: by image and finding, floats [h,w] over the whole image, larger for more evidence; negative values count
             as none. Each map is read once with `maps.get` and not kept.
         image_ids, findings: [n], one per box.
-        xywh: floats [n,4], left, top, width and height of each box in pixels of an image of side `image_side`.
-        patients: ids [n], one per box; an image with patient None counts as a separate patient. Default: all do.
+        xywh: floats [n,4], left, top, width and height of each box in pixels.
+        patients: ids [n], one per box; an image with patient None counts as a separate patient.
+        image_side: side of the image in these pixels.
     """
-    settings = settings or LocalisationSettings()
     xywh = np.asarray(xywh, dtype=np.float64).reshape(-1, 4)
-    if not len(image_ids) == len(findings) == len(xywh) or (patients is not None and len(patients) != len(xywh)):
-        raise ValueError(f"{len(image_ids)} images, {len(findings)} findings and {len(xywh)} boxes do not fit")
+    if not len(image_ids) == len(findings) == len(patients) == len(xywh):
+        raise ValueError(
+            f"{len(image_ids)} images, {len(findings)} findings, {len(patients)} patients and {len(xywh)} boxes do not "
+            "fit"
+        )
     if not np.isfinite(xywh).all() or (xywh[:, 2:] <= 0).any():
         raise ValueError("boxes must be finite and have an area")
     cases = _group_boxes(image_ids, findings, xywh, patients)
@@ -188,31 +180,25 @@ def measure_localisation(
     for (image, finding), case in cases.items():
         heat = maps.get((image, finding))
         if heat is not None:
-            measured.append(_measure_map(case, _check_map(heat, f"the map of {finding} in {image}"), settings))
+            measured.append(_measure_map(case, _check_map(heat, f"the map of {finding} in {image}"), image_side))
     all_cases = list(cases.values())
     present = {case.finding for case in all_cases}
     names = [*(f for f in FINDINGS if f in present), *sorted(present - set(FINDINGS))]
     # Results per finding; None stands for all findings.
-    members = [np.array([name in (None, one.case.finding) for one in measured], bool) for name in (*names, None)]
-    rates = _compute_rates(measured, members, settings.iou_levels, n_resamples, seed)
-    results = [
+    members = [np.array([name in (None, result.case.finding) for result in measured], bool) for name in (*names, None)]
+    rates = _compute_rates(measured, members, n_resamples, seed)
+    *results, overall = (
         _summarize([case for case in all_cases if name in (None, case.finding)], list(compress(measured, member)), rate)
         for name, member, rate in zip((*names, None), members, rates, strict=True)
-    ]
-    return Localisation(
-        findings=dict(zip(names, results[:-1], strict=True)),
-        overall=results[-1],
-        settings=settings,
-        n_resamples=n_resamples,
-        seed=seed,
     )
+    return Localisation(dict(zip(names, results, strict=True)), overall, float(image_side), n_resamples, seed)
 
 
 def _group_boxes(
     image_ids: Sequence[str] | np.ndarray,
     findings: Sequence[str] | np.ndarray,
     xywh: np.ndarray,
-    patients: Sequence[str | None] | np.ndarray | None,
+    patients: Sequence[str | None] | np.ndarray,
 ) -> dict[tuple[str, str], _Case]:
     """Group boxes by image and finding, in the order of first appearance."""
     rows: dict[tuple[str, str], list[int]] = {}
@@ -220,32 +206,31 @@ def _group_boxes(
         rows.setdefault((str(image), str(finding)), []).append(row)
     edges = np.hstack([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]])
     cases = {}
-    for (image, finding), which in rows.items():
-        patient = None if patients is None else patients[which[0]]
+    for (image, finding), boxes in rows.items():
+        patient = patients[boxes[0]]
         # All findings of an image without a patient share one id; the pair keeps it apart from patients' ids.
         known = ("image", image) if patient is None or patient != patient else ("patient", patient)
-        cases[image, finding] = _Case(finding, known, edges[which])
+        cases[image, finding] = _Case(finding, known, edges[boxes])
     return cases
 
 
-def _check_map(heat: np.ndarray, which: str) -> np.ndarray:
+def _check_map(heat: np.ndarray, name: str) -> np.ndarray:
     heat = np.asarray(heat)
     if heat.ndim != 2 or not heat.size:
-        raise ValueError(f"{which} has the shape {heat.shape}; a map is [h,w]")
+        raise ValueError(f"{name} has the shape {heat.shape}; a map is [h,w]")
     heat = heat.astype(np.float64)
     if not np.isfinite(heat).all():
-        raise ValueError(f"{which} has values that are not finite")
+        raise ValueError(f"{name} has values that are not finite")
     return heat
 
 
-def _measure_map(case: _Case, heat: np.ndarray, settings: LocalisationSettings) -> _MapResult:
-    side, tolerance = settings.image_side, settings.tolerance
-    grown = case.boxes + np.array([-tolerance, -tolerance, tolerance, tolerance])
+def _measure_map(case: _Case, heat: np.ndarray, side: float) -> _MapResult:
+    grown = case.boxes + TOLERANCE * np.array([-1, -1, 1, 1])
     flat = bool(heat.max() <= 0 or heat.max() == heat.min())
     return _MapResult(
         case=case,
         hit=0.0 if flat else _compute_hit(heat, grown, side),
-        iou=0.0 if flat else _compute_iou(heat, case.boxes, side, settings.map_share),
+        iou=0.0 if flat else _compute_iou(heat, case.boxes, side),
         flat=flat,
         chance=_compute_union_area(grown, side) / side**2,
         box_share=_compute_union_area(case.boxes, side) / side**2,
@@ -254,28 +239,19 @@ def _measure_map(case: _Case, heat: np.ndarray, settings: LocalisationSettings) 
 
 def _compute_hit(heat: np.ndarray, boxes: np.ndarray, side: float) -> float:
     """Return the share of the maximal cells whose centre lies in a box."""
-    rows, columns = np.nonzero(heat == heat.max())
-    y = (rows + 0.5) * side / heat.shape[0]
-    x = (columns + 0.5) * side / heat.shape[1]
-    inside = np.zeros(len(x), dtype=bool)
-    for left, top, right, bottom in boxes:
-        inside |= (left <= x) & (x <= right) & (top <= y) & (y <= bottom)
-    return float(inside.mean())
+    y, x = ((np.arange(cells) + 0.5) * side / cells for cells in heat.shape)
+    return float(_find_inside(boxes, y, x)[heat == heat.max()].mean())
 
 
-def _compute_iou(heat: np.ndarray, boxes: np.ndarray, side: float, share: float) -> float:
-    height, width = (max(n, WORKING_SIDE) for n in heat.shape)
-    # The maximum of the map itself: interpolated cells can miss its peak and never exceed it.
-    threshold = share * heat.max()
+def _compute_iou(heat: np.ndarray, boxes: np.ndarray, side: float) -> float:
+    height, width = (max(cells, WORKING_SIDE) for cells in heat.shape)
     fine = _interpolate(_interpolate(heat, height).T, width).T
-    region = fine >= threshold
-    y_edges = _find_edges(boxes[:, [1, 3]], height, side)
-    x_edges = _find_edges(boxes[:, [0, 2]], width, side)
-    y, x = (y_edges[1:] + y_edges[:-1]) / 2, (x_edges[1:] + x_edges[:-1]) / 2
+    # The maximum of the map itself: interpolated cells can miss its peak and never exceed it.
+    region = fine >= MAP_SHARE * heat.max()
+    (y, heights), (x, widths) = _cut_axis(boxes[:, [1, 3]], height, side), _cut_axis(boxes[:, [0, 2]], width, side)
     boxed = _find_inside(boxes, y, x)
     marked = region[np.ix_(_find_cells(y, height, side), _find_cells(x, width, side))]
-    tall, wide = np.diff(y_edges), np.diff(x_edges)
-    both, either = (float(tall @ area @ wide) for area in (boxed & marked, boxed | marked))
+    both, either = (float(heights @ area @ widths) for area in (boxed & marked, boxed | marked))
     return both / either if either > 0 else 0.0
 
 
@@ -293,14 +269,14 @@ def _interpolate(values: np.ndarray, n_out: int) -> np.ndarray:
 
 def _compute_union_area(boxes: np.ndarray, side: float) -> float:
     """Return the area of the union of boxes within the image."""
-    y_edges, x_edges = _find_edges(boxes[:, [1, 3]], 1, side), _find_edges(boxes[:, [0, 2]], 1, side)
-    boxed = _find_inside(boxes, (y_edges[1:] + y_edges[:-1]) / 2, (x_edges[1:] + x_edges[:-1]) / 2)
-    return float(np.diff(y_edges) @ boxed @ np.diff(x_edges))
+    (y, heights), (x, widths) = _cut_axis(boxes[:, [1, 3]], 1, side), _cut_axis(boxes[:, [0, 2]], 1, side)
+    return float(heights @ _find_inside(boxes, y, x) @ widths)
 
 
-def _find_edges(of_boxes: np.ndarray, cells: int, side: float) -> np.ndarray:
-    """Return all edges of cells and boxes along an axis, within the image, ascending."""
-    return np.unique(np.concatenate([np.arange(cells + 1) * side / cells, np.clip(of_boxes.ravel(), 0.0, side)]))
+def _cut_axis(box_edges: np.ndarray, cells: int, side: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cut an axis of the image at the edges of all cells and boxes; return the middles and lengths of the pieces."""
+    edges = np.unique([*np.arange(cells + 1) * side / cells, *np.clip(box_edges.ravel(), 0.0, side)])
+    return (edges[1:] + edges[:-1]) / 2, np.diff(edges)
 
 
 def _find_cells(middles: np.ndarray, cells: int, side: float) -> np.ndarray:
@@ -316,20 +292,16 @@ def _find_inside(boxes: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def _compute_rates(
-    measured: Sequence[_MapResult],
-    members: Sequence[np.ndarray],
-    levels: tuple[float, ...],
-    n_resamples: int,
-    seed: int,
+    measured: Sequence[_MapResult], members: Sequence[np.ndarray], n_resamples: int, seed: int
 ) -> list[tuple[LocalisationRate, ...]]:
     """Compute hit rate, mean IoU and T(IoU) of groups, bool [n] each, from the same resamples of patients."""
     if not measured:
-        return [tuple(_build_rate([], None) for _ in range(2 + len(levels))) for _ in members]
-    values = np.array([[one.hit, one.iou, *(one.iou >= level for level in levels)] for one in measured])
+        return [(LocalisationRate(None, reason="no heat map"),) * (2 + len(IOU_LEVELS))] * len(members)
+    values = np.array([[each.hit, each.iou, *(each.iou >= level for level in IOU_LEVELS)] for each in measured])
     wholes = np.hstack([np.repeat(member[:, None], values.shape[1], axis=1) for member in members]).astype(np.float64)
     parts = np.hstack([values * member[:, None] for member in members])
     patients = np.empty(len(measured), dtype=object)
-    patients[:] = [one.case.patient for one in measured]
+    patients[:] = [each.case.patient for each in measured]
     bounds = bootstrap_ratios(parts, wholes, patients, n_resamples, seed)
     k = values.shape[1]
     return [
@@ -338,8 +310,8 @@ def _compute_rates(
     ]
 
 
-def _build_rate(values: Sequence[float] | np.ndarray, bounds: Interval | None) -> LocalisationRate:
-    if not len(values) or bounds is None:
+def _build_rate(values: np.ndarray, bounds: Interval) -> LocalisationRate:
+    if not len(values):
         return LocalisationRate(None, reason="no heat map")
     value = float(np.mean(values))
     if bounds.low is not None and bounds.low == bounds.high:
@@ -349,21 +321,21 @@ def _build_rate(values: Sequence[float] | np.ndarray, bounds: Interval | None) -
 
 
 def _summarize(
-    cases: Sequence[_Case], group: Sequence[_MapResult], rates: tuple[LocalisationRate, ...]
+    cases: Sequence[_Case], measured: Sequence[_MapResult], rates: tuple[LocalisationRate, ...]
 ) -> FindingLocalisation:
-    hits = float(sum(one.hit for one in group))
+    hits = float(sum(each.hit for each in measured))
     return FindingLocalisation(
         boxes=sum(len(case.boxes) for case in cases),
         cases=len(cases),
-        n=len(group),
-        patients=len({one.case.patient for one in group}),
-        missing=len(cases) - len(group),
-        flat=sum(one.flat for one in group),
+        n=len(measured),
+        patients=len({each.case.patient for each in measured}),
+        missing=len(cases) - len(measured),
+        flat=sum(each.flat for each in measured),
         hits=hits,
         hit_rate=rates[0],
         hit_rate_of_all=hits / len(cases) if cases else None,
-        chance=float(np.mean([one.chance for one in group])) if group else None,
-        box_share=float(np.mean([one.box_share for one in group])) if group else None,
+        chance=float(np.mean([each.chance for each in measured])) if measured else None,
+        box_share=float(np.mean([each.box_share for each in measured])) if measured else None,
         iou=rates[1],
         accuracy=rates[2:],
     )

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ray_cxr.evaluation.roc_steps import RocSteps
+from ray_cxr.evaluation.roc_steps import RocSteps, divide_or_nan
 
 #: Bins of the expected calibration error, of equal width.
 CALIBRATION_BINS = 10
@@ -94,13 +94,11 @@ class Confusion:
 
 @dataclass(frozen=True)
 class ErrorSums:
-    """Sums of calibration errors p - y in b bootstrap resamples: images and squared errors [b], errors by bin [b,
-    bins].
-    """
+    """Sums of calibration errors p - y in b bootstrap resamples."""
 
-    images: np.ndarray
-    squared: np.ndarray
-    by_bin: np.ndarray
+    images: np.ndarray  # [b], number of images
+    squared: np.ndarray  # [b], of squared errors
+    by_bin: np.ndarray  # [b, bins], of errors in each bin
 
 
 def undefined_reason(y: np.ndarray) -> str | None:
@@ -183,8 +181,7 @@ def expected_calibration_error(y: np.ndarray, p: np.ndarray, bins: int = CALIBRA
     As in Guo et al. 2017, but for one finding: p is the finding's probability, not that of the winning class.
     """
     y, p = check_scores(y, p)
-    if ((p < 0.0) | (p > 1.0)).any():
-        raise ValueError("probabilities must lie in 0..1")
+    check_probabilities(p)
     if not y.size:
         return None
     errors = np.bincount(probability_bins(p, bins), weights=p - y, minlength=bins)
@@ -213,6 +210,12 @@ def check_scores(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return y.astype(bool), s
 
 
+def check_probabilities(p: np.ndarray) -> None:
+    """Raise ValueError if a value is below 0 or above 1; NaN is accepted."""
+    if ((p < 0.0) | (p > 1.0)).any():
+        raise ValueError("probabilities must lie in 0..1")
+
+
 def _count_by_score(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Count positives and negatives at each distinct score, int64; the scores ascend."""
     values, places, totals = np.unique(s, return_inverse=True, return_counts=True)
@@ -221,11 +224,9 @@ def _count_by_score(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _ratio(part: Any, whole: Any) -> Rate:
-    if not np.ndim(whole):
-        return part / whole if whole else None
-    result = np.full(np.shape(whole), np.nan)
-    np.divide(part, whole, out=result, where=whole > 0)
-    return result
+    if np.ndim(whole):
+        return divide_or_nan(part, whole)
+    return part / whole if whole else None
 
 
 @dataclass(frozen=True)

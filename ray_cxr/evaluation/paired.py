@@ -67,9 +67,10 @@ def paired_findings(
     a: np.ndarray,
     b: np.ndarray,
     patients: np.ndarray,
+    *,
+    macro: np.ndarray,
     n_resamples: int = 1000,
     seed: int = 0,
-    macro: np.ndarray | None = None,
 ) -> PairedFindings:
     """Compare the AUROC of two sets of scores, per finding and in the mean, in the same resamples of patients.
 
@@ -79,14 +80,11 @@ def paired_findings(
     Args:
         labels: [n, F], 1 or 0; NaN or negative if not labelled.
         a, b: scores [n, F], NaN if missing; a label counts if both scores are present.
-        macro: bool [F], findings that the mean counts if defined; default all.
+        macro: bool [F], findings that the mean counts if defined.
     """
     pair = _Pair(labels, a, b, patients, n_resamples, seed)
-    chosen = np.ones(len(pair.defined), dtype=bool) if macro is None else np.asarray(macro, dtype=bool)
-    return PairedFindings(
-        findings=tuple(_compare_finding(pair, f) for f in range(len(pair.defined))),
-        macro=_compare_means(pair, pair.defined & chosen),
-    )
+    findings = tuple(_compare_finding(pair, f) for f in range(len(pair.defined)))
+    return PairedFindings(findings, _compare_means(pair, pair.defined & macro))
 
 
 class _Pair:

@@ -4,14 +4,13 @@ AUROC depends on the model and on the test images. Two values compare two models
 same: NIH's official test split, complete, with NIH's labels. All other values are listed with the reason why they are
 not comparable, and nothing is ranked.
 
-Each record's source names where its values were read, which is mostly not the paper itself.
+Each record names where its values were read, which is mostly not the paper itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ray_cxr.labels import FINDINGS, NO_FINDING
@@ -28,9 +27,9 @@ Tested = Literal["official", "official_part", "patient", "consensus", "unknown"]
 class PublishedAuroc:
     """One AUROC as printed, with its 95% interval if one was printed."""
 
-    value: float
-    low: float | None = None
-    high: float | None = None
+    auroc: float
+    auroc_low: float | None = None
+    auroc_high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,26 +41,17 @@ class Published:
     tested_on: str
     tested: Tested
     n_images: int | None = None
-    aurocs: Mapping[str, PublishedAuroc] = field(default_factory=lambda: MappingProxyType({}))
+    aurocs: Mapping[str, PublishedAuroc] = field(default_factory=dict)  # by finding; empty for a mean only
     mean: float | None = None  # over the 14 findings as printed
     mean_to: float | None = None  # upper end if the source gives a range of means
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of metrics.json."""
-        plain = {name: getattr(self, name) for name in ("name", "source", "tested_on", "tested", "n_images")}
-        return {
-            **plain,
-            "aurocs": {
-                finding: {"auroc": one.value, "auroc_low": one.low, "auroc_high": one.high}
-                for finding, one in self.aurocs.items()
-            },
-            "mean": self.mean,
-            "mean_to": self.mean_to,
-        }
+        return asdict(self)
 
 
 def list_published(
-    split: str | None, kind: str | None, *, n_images: int | None = None, findings: Sequence[str] | None = None
+    split: str | None, kind: str | None, *, n_images: int, findings: Sequence[str]
 ) -> list[tuple[Published, str | None]]:
     """Return all records with the reason why each is not comparable with an evaluation against NIH's labels, or None.
 
@@ -70,30 +60,29 @@ def list_published(
     Args:
         split: evaluated split, `train`, `val` or `test`; None if all rows were evaluated.
         kind: origin of the split, `official`, `patient` or `given`; None if unknown.
-        n_images: number of evaluated images; if None, no record is comparable.
-        findings: findings that the evaluation's mean covers; None for all 14. It matters for records with a mean only.
+        n_images: number of evaluated images.
+        findings: findings that the evaluation's mean covers. They matter for records with a mean only.
     """
     not_official = _compare_with_official(split, kind, n_images)
     pairs = []
-    for one in PUBLISHED:
-        reason = _explain_test_set(one, kind) if one.tested != "official" else not_official
-        pairs.append((one, reason or (None if one.aurocs else _compare_means(findings))))
+    for record in PUBLISHED:
+        reason = _explain_test_set(record, kind) if record.tested != "official" else not_official
+        pairs.append((record, reason or (None if record.aurocs else _compare_means(findings))))
     return sorted(pairs, key=lambda pair: pair[1] is not None)
 
 
-def _explain_test_set(one: Published, kind: str | None) -> str:
+def _explain_test_set(record: Published, kind: str | None) -> str:
     """Return why a test set other than the official one is not comparable."""
-    images = "an unknown number of" if one.n_images is None else f"{one.n_images:,}"
-    if one.tested == "patient":
+    if record.tested == "patient":
         return "another split: random by patient" + (", drawn independently of this one" if kind == "patient" else "")
-    if one.tested == "consensus":
-        return f"other labels: a radiologist consensus on {images} images, not NIH's"
-    if one.tested == "official_part":
-        return f"only part of the official test split: {images} of {OFFICIAL_TEST_IMAGES:,} images"
+    if record.tested == "consensus":
+        return f"other labels: a radiologist consensus on {record.n_images:,} images, not NIH's"
+    if record.tested == "official_part":
+        return f"only part of the official test split: {record.n_images:,} of {OFFICIAL_TEST_IMAGES:,} images"
     return "its source names no split"
 
 
-def _compare_with_official(split: str | None, kind: str | None, n_images: int | None) -> str | None:
+def _compare_with_official(split: str | None, kind: str | None, n_images: int) -> str | None:
     """Return how the evaluated images differ from NIH's whole official test split; None if they do not."""
     if split is None:
         return "another split: this evaluation takes all labelled images, theirs the official test split"
@@ -103,23 +92,20 @@ def _compare_with_official(split: str | None, kind: str | None, n_images: int | 
         return f"another split: this evaluation is of {origin}, theirs of the official test split"
     if split != "test":
         return f"another part: this evaluation is of the {split} images, theirs of the official test split"
-    if n_images is None:
-        return "it is unknown how many images of the official test split were evaluated"
     if n_images != OFFICIAL_TEST_IMAGES:
         return f"this evaluation has {n_images:,} images; the official test split has {OFFICIAL_TEST_IMAGES:,}"
     return None
 
 
-def _compare_means(findings: Sequence[str] | None) -> str | None:
-    counted = set(FINDINGS if findings is None else findings) - {NO_FINDING}
+def _compare_means(findings: Sequence[str]) -> str | None:
+    counted = set(findings) - {NO_FINDING}
     if counted == set(FINDINGS):
         return None
     return f"a mean over other findings: theirs is over {len(FINDINGS)}, this one over {len(counted)}"
 
 
-#: AUROC by finding, one column per name.
-_COLUMNS = ("Wang", "Yao", "CheXNet", "Zech", "Zech, official part")
-_AUROCS = """
+_TABLE = """
+    Finding              Wang     Yao    CheXNet   Zech   Zech_part
     Atelectasis         0.716    0.772    0.8094   0.8180   0.779
     Cardiomegaly        0.807    0.904    0.9248   0.9090   0.889
     Consolidation       0.708    0.788    0.7901   0.8002   0.742
@@ -135,26 +121,22 @@ _AUROCS = """
     Pneumonia           0.633    0.713    0.7680   0.7617   0.725
     Pneumothorax        0.806    0.841    0.8887   0.8776   0.883
 """
-
-
-def _read_column(name: str) -> Mapping[str, PublishedAuroc]:
-    rows = [line.split() for line in _AUROCS.strip().splitlines()]
-    place = _COLUMNS.index(name) + 1
-    return MappingProxyType({row[0]: PublishedAuroc(float(row[place])) for row in rows})
-
-
-_CONSENSUS = MappingProxyType(
-    {
-        "Atelectasis": PublishedAuroc(0.862, 0.825, 0.895),
-        "Cardiomegaly": PublishedAuroc(0.831, 0.790, 0.870),
-        "Consolidation": PublishedAuroc(0.893, 0.859, 0.924),
-        "Edema": PublishedAuroc(0.924, 0.886, 0.955),
-        "Effusion": PublishedAuroc(0.901, 0.868, 0.930),
-        "Pleural_Thickening": PublishedAuroc(0.798, 0.744, 0.849),
-        "Pneumonia": PublishedAuroc(0.851, 0.781, 0.911),
-        "Pneumothorax": PublishedAuroc(0.944, 0.915, 0.969),
-    }
-)
+_FINDINGS, *_COLUMNS = zip(*(line.split() for line in _TABLE.strip().splitlines()), strict=True)
+#: AUROC by the heading of a column, and by finding.
+_AUROCS = {
+    name: {finding: PublishedAuroc(float(value)) for finding, value in zip(_FINDINGS[1:], values, strict=True)}
+    for name, *values in _COLUMNS
+}
+_CONSENSUS = {
+    "Atelectasis": PublishedAuroc(0.862, 0.825, 0.895),
+    "Cardiomegaly": PublishedAuroc(0.831, 0.790, 0.870),
+    "Consolidation": PublishedAuroc(0.893, 0.859, 0.924),
+    "Edema": PublishedAuroc(0.924, 0.886, 0.955),
+    "Effusion": PublishedAuroc(0.901, 0.868, 0.930),
+    "Pleural_Thickening": PublishedAuroc(0.798, 0.744, 0.849),
+    "Pneumonia": PublishedAuroc(0.851, 0.781, 0.911),
+    "Pneumothorax": PublishedAuroc(0.944, 0.915, 0.969),
+}
 _OFFICIAL = "NIH's official test split, complete, with NIH's labels"
 _UNNAMED = "ChestX-ray14, on a split that this source does not name"
 _LISTED = "Xiao et al., WACV 2023; as listed in the README of lambert-x/medical_mae"
@@ -166,7 +148,7 @@ PUBLISHED: tuple[Published, ...] = (
         "ChestX-ray8, CVPR 2017; as printed in the README of arnoweng/CheXNet",
         _UNNAMED,
         "unknown",
-        aurocs=_read_column("Wang"),
+        aurocs=_AUROCS["Wang"],
         mean=0.738,
     ),
     Published(
@@ -174,7 +156,7 @@ PUBLISHED: tuple[Published, ...] = (
         "arXiv 1710.10501; as printed in the README of arnoweng/CheXNet",
         _UNNAMED,
         "unknown",
-        aurocs=_read_column("Yao"),
+        aurocs=_AUROCS["Yao"],
         mean=0.803,
     ),
     Published(
@@ -182,7 +164,7 @@ PUBLISHED: tuple[Published, ...] = (
         "Rajpurkar et al., arXiv 1711.05225; as printed in the README of arnoweng/CheXNet",
         "ChestX-ray14, the authors' random patient split, with NIH's labels",
         "patient",
-        aurocs=_read_column("CheXNet"),
+        aurocs=_AUROCS["CheXNet"],
         mean=0.841,
     ),
     Published(
@@ -199,7 +181,7 @@ PUBLISHED: tuple[Published, ...] = (
         "ChestX-ray14, its author's random patient split, with NIH's labels",
         "patient",
         n_images=22_433,
-        aurocs=_read_column("Zech"),
+        aurocs=_AUROCS["Zech"],
         mean=0.838,
     ),
     Published(
@@ -208,7 +190,7 @@ PUBLISHED: tuple[Published, ...] = (
         "the test images of its random split that are also in NIH's official test split, with NIH's labels",
         "official_part",
         n_images=5_213,
-        aurocs=_read_column("Zech, official part"),
+        aurocs=_AUROCS["Zech_part"],
         mean=0.818,
     ),
     Published("DenseNet-121, official split", _LISTED, _OFFICIAL, "official", OFFICIAL_TEST_IMAGES, mean=0.822),

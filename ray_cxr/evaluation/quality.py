@@ -1,17 +1,17 @@
 """Quality flags: decide from pixels and model features whether an image resembles the training images.
 
-Two descriptions of the training images (`Subspace`) are kept: one of thumbnails of 16 x 16, standardised to mean 0 and
-deviation 1 so that brightness and contrast do not count, and one of the features that the model's last layer reads.
-Each yields a distance d, about 2 for an ordinary image. With the model's limits:
+A model keeps two descriptions of the training images (`Subspace`): one of thumbnails of 16 x 16, standardised to mean 0
+and deviation 1 so that brightness and contrast do not count, and one of the features that the model's last layer reads.
+Each description yields a distance d, about 2 for an ordinary image. Compared with the model's limits:
 
     inverted             d(negative) <= limit, and d(image) > 1.25 d(negative)
-    lateral              d(image) > limit, and d(symmetrised image) <= limit: only its asymmetry is unusual, and that
-                         is less than half of its variance
-    not_frontal_chest    d(image) > limit, and neither of these
+    lateral              d(image) > limit, and d(symmetrised image) <= limit: only the asymmetry is unusual, and it
+                         is less than half of the variance
+    not_frontal_chest    d(image) > limit, and neither inverted nor lateral
     out_of_distribution  d(features) > limit of the features
 
-Limits come from held-out images and flag about one ordinary image in a hundred. An image is scored regardless of its
-flag. Detection rates and limits: docs/decisions/0010-quality-flags.md.
+Limits come from held-out images and flag about one ordinary image in a hundred. Flagged images are scored too.
+Detection rates and limits: docs/decisions/0010-quality-flags.md.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Subspace:
 class QualityModel:
     """Descriptions of ordinary images, and limits of their distances.
 
-    `expected_rates` has per flag of `JUDGED` the share of held-out images with it, each judged by limits set without it
-    (five folds). Rates below 1 / held_out are indistinguishable from 0.
+    `expected_rates` has the share of held-out images with each flag of `JUDGED`. Each image is judged by limits that
+    were set without it (five folds). Rates below 1 / held_out are indistinguishable from 0.
     """
 
     pixels: Subspace  # of standardised thumbnails and their mirror images, D = 256
@@ -83,9 +83,7 @@ class QualityModel:
         """Return the form stored in a bundle, for `np.savez`."""
         result = {"format": np.array(_FORMAT, dtype=np.int64)}
         for name, space in (("pixels", self.pixels), ("features", self.features)):
-            result[f"{name}_mean"], result[f"{name}_scale"] = space.mean, space.scale
-            result[f"{name}_axes"], result[f"{name}_variances"] = space.axes, space.variances
-            result[f"{name}_residual"] = np.array(space.residual, dtype=np.float64)
+            result |= {f"{name}_{part}": np.asarray(array, dtype=np.float64) for part, array in vars(space).items()}
         result["limits"] = np.array([self.pixel_limit, self.feature_limit], dtype=np.float64)
         result["expected_rates"] = np.array([self.expected_rates[name] for name in JUDGED], dtype=np.float64)
         result["counts"] = np.array([self.training, self.held_out], dtype=np.int64)
@@ -96,7 +94,7 @@ class QualityModel:
         """Read the form that `arrays` returns; raise ValueError if an array is missing, unknown or invalid."""
         if "format" not in arrays:
             raise ValueError("quality model: no array 'format'")
-        if arrays["format"].shape != () or arrays["format"].dtype != np.int64 or arrays["format"] != _FORMAT:
+        if not np.array_equal(arrays["format"], _FORMAT) or arrays["format"].dtype != np.int64:
             raise ValueError(f"quality model: format {arrays['format']}, this version reads {_FORMAT}; train again")
         # Means and variances set the two free lengths, of the features and of each set of axes.
         length = {name: array.shape[0] if array.ndim == 1 else 0 for name, array in arrays.items()}
@@ -133,9 +131,7 @@ class QualityModel:
 
 def find_most_severe(flags: Iterable[str | None]) -> str | None:
     """Return the first flag in the order of `FLAGS`, or None."""
-    present = {flag for flag in flags if flag is not None}
-    if not present <= set(FLAGS):
-        raise ValueError(f"no quality flag: {', '.join(sorted(present - set(FLAGS)))}")
+    present = set(flags)
     return next((flag for flag in FLAGS if flag in present), None)
 
 
@@ -149,13 +145,13 @@ def fit_quality_model(
 ) -> tuple[QualityModel | None, str | None]:
     """Describe training images, and set limits on held-out images of other patients.
 
-    With fewer than `MIN_HELD_OUT` held-out images, a random third of the training images is held out too. Patients on
-    both sides then make the limits slightly too tight. Uniform images are omitted.
+    With fewer than `MIN_HELD_OUT` held-out images, a random third of the training images is held out too. Then patients
+    can be on both sides, which makes the limits slightly too tight. Uniform images are omitted.
 
     Args:
         images: uint8 [N,S,S], input of the model.
         features: float32 [N,C], input of the model's last layer for these images.
-        seed: for the held-out third, the choice of `MAX_TRAINING` images, and the folds.
+        seed: selects the held-out third, `MAX_TRAINING` images, and the folds.
 
     Returns:
         (model, None), or (None, reason) if there are too few images or all features are equal.
@@ -178,7 +174,7 @@ def fit_quality_model(
     if np.ptp(train[1], axis=0).max(initial=0.0) == 0.0:
         return None, "all images have the same features"
     thumbnails = train[0].reshape(-1, _SIDE, _SIDE)
-    # Mirrored exports are common, unlike hearts on the right: mirror images count as ordinary.
+    # Mirror images count as ordinary, because mirrored exports are common and hearts on the right are not.
     pixels = _fit_subspace(np.concatenate([thumbnails, thumbnails[:, :, ::-1]]).reshape(-1, _SIDE * _SIDE))
     space = _fit_subspace(train[1])
     distances = _measure_distances(pixels, space, *held)
@@ -199,7 +195,8 @@ def fit_quality_model(
 def judge_images(model: QualityModel, images: np.ndarray, features: np.ndarray) -> list[str | None]:
     """Return the most severe flag of each image, one of `JUDGED` or None, independent of the rest of the batch.
 
-    Images are uint8 [N,S,S], S >= 16, features float32 [N,C]. If one is not finite, its image is out of distribution.
+    Images are uint8 [N,S,S], S >= 16, features float32 [N,C]. An image with a feature that is not finite is out of
+    distribution.
     """
     _check_inputs(images, features)
     if features.shape[1] != len(model.features.mean):
@@ -226,15 +223,15 @@ def _select_usable(images: np.ndarray, features: np.ndarray) -> tuple[np.ndarray
     if not np.isfinite(features).all():
         raise ValueError("features: some are not finite")
     thumbnails = _make_thumbnails(images)
-    shows = ~np.isnan(thumbnails[:, 0])
-    return thumbnails[shows], features[shows].astype(np.float64)
+    usable = ~np.isnan(thumbnails[:, 0])
+    return thumbnails[usable], features[usable].astype(np.float64)
 
 
 def _make_thumbnails(images: np.ndarray) -> np.ndarray:
     """Return standardised thumbnails float64 [N,256] of images uint8 [N,S,S]; NaN for uniform images.
 
-    A pixel averages a block of S // 16 pixels per side. If 16 does not divide S, at most one row is skipped between
-    two.
+    A pixel averages a block of S // 16 pixels per side. If 16 does not divide S, at most one row or column is skipped
+    between two blocks.
     """
     n, side = images.shape[:2]
     block = side // _SIDE
@@ -286,7 +283,7 @@ def _measure_distances(pixels: Subspace, space: Subspace, thumbnails: np.ndarray
     broken = ~np.isfinite(features).all(axis=1)
     of_features = space.distances(np.where(broken[:, None], 0.0, features))
     of_features[broken] = np.inf
-    columns = [pixels.distances(one) for one in (thumbnails, -thumbnails, symmetric)]
+    columns = [pixels.distances(vectors) for vectors in (thumbnails, -thumbnails, symmetric)]
     return np.nan_to_num(np.stack([*columns, of_features], axis=1), nan=np.inf, posinf=np.inf)
 
 
@@ -296,10 +293,10 @@ def _compute_limits(distances: np.ndarray) -> tuple[float, float]:
 
 
 def _compute_limit(distances: np.ndarray) -> float:
-    """Return the median plus three deviations on the log scale, and at least the 99% quantile.
+    """Return the median plus three deviations on the log scale, or the 99% quantile if that is larger.
 
-    The deviation is the distance from median to 84% quantile, which a few unusual images do not affect. The 99%
-    quantile ensures that at most 1% are flagged if the tail is heavier.
+    The deviation is the distance from median to 84% quantile, which a few unusual images do not affect. If the tail is
+    heavier, the 99% quantile ensures that at most 1% are flagged.
     """
     middle, upper, high = np.quantile(distances, [0.5, 0.84, 0.99])
     return float(max(middle * (upper / middle) ** 3, high))
@@ -314,7 +311,5 @@ def _choose_flags(distances: np.ndarray, pixel_limit: float, feature_limit: floa
         far,
         of_features > feature_limit,
     )
-    return [
-        next((name for name, holds in zip(JUDGED, row, strict=True) if holds), None)
-        for row in zip(*(rule.tolist() for rule in rules), strict=True)
-    ]
+    first = np.select(rules, range(len(JUDGED)), len(JUDGED))
+    return [(*JUDGED, None)[i] for i in first]

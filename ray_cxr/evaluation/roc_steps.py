@@ -1,4 +1,4 @@
-"""ROC curves of many bootstrap resamples at once, from one sort of the images."""
+"""ROC curves of many bootstrap resamples at once, computed after one sort of the images."""
 
 from __future__ import annotations
 
@@ -24,19 +24,14 @@ class RocSteps:
         """Compute AUROC, float64 [b], NaN where a class has no weight; in integers up to the division."""
         passed = np.einsum("bg,bg->b", self.gains, self.before, dtype=np.float64)
         tied = passed if self.upto is self.before else np.einsum("bg,bg->b", self.gains, self.upto, dtype=np.float64)
-        total = 2.0 * self._positives() * self.negatives
-        result = np.full(len(total), np.nan)
-        np.divide(total - passed - tied, total, out=result, where=total > 0)
-        return result
+        total = 2.0 * self.true[:, -1] * self.negatives
+        return divide_or_nan(total - passed - tied, total)
 
     def average_precisions(self) -> np.ndarray:
         """Compute average precision, float64 [b], NaN where a class has no weight."""
         precision = self.true / np.maximum(self.true + self.upto, 1)  # a step without weight adds nothing
         sums = np.einsum("bg,bg->b", self.gains, precision)
-        positives = self._positives()
-        result = np.full(len(sums), np.nan)
-        np.divide(sums, positives, out=result, where=(positives > 0) & (self.negatives > 0))
-        return result
+        return divide_or_nan(sums, np.where(self.negatives > 0, self.true[:, -1], 0))
 
     def sensitivities(self, grid: int) -> np.ndarray:
         """Compute sensitivity at the false positive rates i / (grid - 1), float64 [b, grid]; NaN where undefined."""
@@ -57,13 +52,10 @@ class RocSteps:
             result[row] = sums / positives
         return result
 
-    def _positives(self) -> np.ndarray:
-        return self.true[:, -1].astype(np.float64)
-
 
 @dataclass(frozen=True)
 class Ranking:
-    """One finding's images sorted once by falling score, so that a resample costs one pass over them."""
+    """One finding's images sorted by falling score. After this one sort, each resample costs one pass over them."""
 
     positive_codes: np.ndarray  # int64, patient codes of the positive images
     negative_codes: np.ndarray  # int64, patient codes of the negative images
@@ -83,6 +75,12 @@ class Ranking:
             upto=before if np.array_equal(self.before, self.upto) else false[:, self.upto],
             negatives=false[:, -1].astype(np.int64),
         )
+
+
+def divide_or_nan(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Return part / whole, float64, with NaN where the denominator is not positive."""
+    result = np.full(np.shape(whole), np.nan)
+    return np.divide(part, whole, out=result, where=whole > 0)
 
 
 def _cumulative_weight(drawn: np.ndarray, codes: np.ndarray) -> np.ndarray:

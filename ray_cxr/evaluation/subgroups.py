@@ -1,22 +1,23 @@
 """Metrics of every finding in each group, and differences between groups.
 
-Small cells have fewer than `FEW_PATIENTS` patients with or without the finding. They are marked and kept; their
-intervals are too narrow. Differences are taken within a resample, and reported with the number of comparisons: one in
-twenty intervals excludes 0 by chance.
+Small cells have fewer than `FEW_PATIENTS` patients with the finding, or without it. They are kept, and marked because
+their intervals are too narrow. Differences are taken within a resample. They are reported with the number of
+comparisons, because one in twenty intervals excludes 0 by chance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
 
 from ray_cxr.evaluation import metrics
-from ray_cxr.evaluation.group_resamples import GroupTable, LabelledScores, Resamples, resample_aurocs, resample_rates
+from ray_cxr.evaluation.group_resamples import LabelledScores, Resamples, resample_aurocs, resample_rates
 from ray_cxr.evaluation.groups import Group
-from ray_cxr.evaluation.intervals import percentile_interval
+from ray_cxr.evaluation.intervals import percentile_interval, to_record
 
 #: With fewer positive (or negative) patients the bootstrap interval is too narrow to trust.
 FEW_PATIENTS = 10
@@ -87,6 +88,11 @@ class GroupResult:
     reference: bool  # whether this is the largest group of its attribute, to which the others are compared
     small: bool  # fewer than `FEW_PATIENTS` patients, or only small cells
 
+    def to_json(self) -> dict[str, Any]:
+        record = to_record(self)
+        record["findings"] = {cell.pop("finding"): cell for cell in record.pop("cells")}
+        return record
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
@@ -124,10 +130,10 @@ class Comparisons:
     small: int  # differences with a small cell, which are not counted
 
     @classmethod
-    def count(cls, differences: Iterable[Difference]) -> Comparisons:
-        listed = list(differences)
-        judged = [one.excludes_zero for one in listed if one.excludes_zero is not None and not one.small]
-        return cls(len(judged), sum(judged), _MISS_RATE * len(judged), sum(one.small for one in listed))
+    def count(cls, differences: Sequence[Difference]) -> Comparisons:
+        smalls = [difference.small for difference in differences]
+        judged = [each.excludes_zero for each in differences if each.excludes_zero is not None and not each.small]
+        return cls(len(judged), sum(judged), _MISS_RATE * len(judged), sum(smalls))
 
     @property
     def summary(self) -> str:
@@ -154,13 +160,12 @@ class Subgroups:
     def to_json(self) -> dict[str, Any]:
         """Return the entry of metrics.json: lists of groups and differences; a group's findings by name."""
         return {
-            "groups": [_group_to_json(group) for group in self.groups],
+            "groups": [group.to_json() for group in self.groups],
             "differences": [
-                {**asdict(one), "findings": list(one.findings), "excludes_zero": one.excludes_zero}
-                for one in self.differences
+                {**to_record(difference), "excludes_zero": difference.excludes_zero} for difference in self.differences
             ],
             "comparisons": {
-                name: {**asdict(count), "words": count.summary}
+                name: {**to_record(count), "words": count.summary}
                 for name, count in (("single", self.single), ("crossings", self.crossings))
             },
             "n_resamples": self.n_resamples,
@@ -182,29 +187,25 @@ def measure_groups(
 
     AUROC of crossings takes most of the time, so it has fewer resamples, `n_resamples_crossings`.
     """
-    table = GroupTable.build(images)
-    if any(group.mask.shape != table.codes.shape for group in groups):
-        raise ValueError(f"a group's mask is not of {len(table.codes)} images")
-    if min(n_resamples, n_resamples_crossings) < 1:
-        raise ValueError("the number of resamples must be at least 1")
+    if any(group.mask.shape != images.codes.shape for group in groups):
+        raise ValueError(f"a group's mask is not of {len(images.codes)} images")
     by_attribute: dict[str, list[Group]] = {}
     for group in groups:
         by_attribute.setdefault(group.attribute, []).append(group)
     results: list[GroupResult] = []
     differences: list[Difference] = []
     for part in by_attribute.values():
-        aurocs = resample_aurocs(part, table, n_resamples_crossings if part[0].crossing else n_resamples, seed)
-        rates = resample_rates(part, table, n_resamples, seed)
-        measured, compared = _measure_attribute(
-            part, table, [{"auroc": auroc, **rate} for auroc, rate in zip(aurocs, rates, strict=True)]
-        )
+        aurocs = resample_aurocs(part, images, n_resamples_crossings if part[0].crossing else n_resamples, seed)
+        rates = resample_rates(part, images, n_resamples, seed)
+        values = [{"auroc": auroc, **rate} for auroc, rate in zip(aurocs, rates, strict=True)]
+        measured, compared = _measure_attribute(part, images, values)
         results += measured
         differences += compared
     return Subgroups(
         groups=tuple(results),
         differences=tuple(differences),
-        single=Comparisons.count(one for one in differences if not one.crossing),
-        crossings=Comparisons.count(one for one in differences if one.crossing),
+        single=Comparisons.count([difference for difference in differences if not difference.crossing]),
+        crossings=Comparisons.count([difference for difference in differences if difference.crossing]),
         n_resamples=n_resamples,
         n_resamples_crossings=n_resamples_crossings,
         seed=seed,
@@ -212,12 +213,12 @@ def measure_groups(
 
 
 def _measure_attribute(
-    part: Sequence[Group], images: GroupTable, values: Sequence[Mapping[str, Resamples]]
+    part: Sequence[Group], images: LabelledScores, values: Sequence[Mapping[str, Resamples]]
 ) -> tuple[list[GroupResult], list[Difference]]:
     """Summarise the groups of one attribute, and compare the known ones with the largest."""
     known = [i for i, group in enumerate(part) if group.is_known]
     defined = {
-        name: np.logical_and.reduce([~np.isnan(values[i][name].point) for i in known] or [~images.counted])
+        name: np.logical_and.reduce([~np.isnan(values[i][name].point) for i in known] or [~images.macro])
         for name in _QUANTITIES
     }
     largest = max(known, key=lambda i: int(part[i].mask.sum()), default=None)
@@ -241,16 +242,15 @@ def _measure_attribute(
         )
     if largest is None:
         return results, []
-    differences = [
-        one
-        for i in known
-        if i != largest
-        for one in _compare((results[i], results[largest]), (values[i], values[largest]), images, defined)
-    ]
+    differences: list[Difference] = []
+    for i in known:
+        if i != largest:
+            pair = (results[i], results[largest])
+            differences += _compare(pair, (values[i], values[largest]), images, defined)
     return results, differences
 
 
-def _measure_cells(group: Group, images: GroupTable, values: Mapping[str, Resamples]) -> list[Cell]:
+def _measure_cells(group: Group, images: LabelledScores, values: Mapping[str, Resamples]) -> list[Cell]:
     labels, flags, codes = images.labels[group.mask], images.flags[group.mask], images.codes[group.mask]
     cells = []
     for j, finding in enumerate(images.findings):
@@ -260,10 +260,10 @@ def _measure_cells(group: Group, images: GroupTable, values: Mapping[str, Resamp
         rates_reason: str | None = "no operating point"
         if (images.flags[:, j] >= 0).any():
             rates_reason = metrics.undefined_reason(positive[known & (flags[:, j] >= 0)])
-        bounds = {name: percentile_interval(values[name].drawn[:, j]) for name in _QUANTITIES}
+        intervals = {name: percentile_interval(values[name].drawn[:, j]) for name in _QUANTITIES}
         numbers: dict[str, float | None] = {}
-        for name, interval in bounds.items():
-            numbers |= {name: _float_or_none(values[name].point[j])}
+        for name, interval in intervals.items():
+            numbers[name] = _float_or_none(values[name].point[j])
             numbers |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
         cells.append(
             Cell(
@@ -276,7 +276,7 @@ def _measure_cells(group: Group, images: GroupTable, values: Mapping[str, Resamp
                 **numbers,
                 reason=reason,
                 rates_reason=rates_reason,
-                interval_reason=bounds["auroc"].reason if reason is None else None,
+                interval_reason=intervals["auroc"].reason if reason is None else None,
                 small=min(positive_patients, negative_patients) < FEW_PATIENTS,
             )
         )
@@ -286,25 +286,25 @@ def _measure_cells(group: Group, images: GroupTable, values: Mapping[str, Resamp
 def _average(
     values: Mapping[str, Resamples],
     cells: Sequence[Cell],
-    images: GroupTable,
-    among: Mapping[str, np.ndarray] | None = None,
+    images: LabelledScores,
+    shared: Mapping[str, np.ndarray] | None = None,
 ) -> Means:
-    """Average over the findings that a group defines, or over those `among`, bool [F] per quantity."""
+    """Average over the findings that a group defines, or over `shared` findings, bool [F] per quantity."""
     means = {}
     for name, value in values.items():
-        columns = images.counted & (~np.isnan(value.point) if among is None else among[name])
+        columns = images.macro & (~np.isnan(value.point) if shared is None else shared[name])
         mean = value.mean(columns)
         point = _float_or_none(mean.point[0])
-        names = images.names(columns)
+        names = tuple(compress(images.findings, columns))
         if point is None:
             if names:
                 reason = f"not every one of {len(names)} findings has {name} here"
             else:
-                reason = f"no finding has {name}" + ("" if among is None else " defined in all groups")
+                reason = f"no finding has {name}" + ("" if shared is None else " defined in all groups")
             means[name] = Mean(None, None, None, (), 0, len(mean.drawn), reason)
             continue
         interval = percentile_interval(mean.drawn[:, 0])
-        small = sum(cell.small for cell, one in zip(cells, columns, strict=True) if one)
+        small = sum(cell.small for cell in compress(cells, columns))
         means[name] = Mean(point, interval.low, interval.high, names, small, interval.undefined, interval.reason)
     return Means(**means)
 
@@ -312,30 +312,30 @@ def _average(
 def _compare(
     pair: tuple[GroupResult, GroupResult],
     values: tuple[Mapping[str, Resamples], Mapping[str, Resamples]],
-    images: GroupTable,
+    images: LabelledScores,
     defined: Mapping[str, np.ndarray],
 ) -> Iterator[Difference]:
     """Yield differences of AUROC and of sensitivity: first of the shared means, then of each finding."""
-    one, reference = pair
+    group, reference = pair
     for quantity in ("auroc", "sensitivity"):
         a, b = (value[quantity] for value in values)
-        columns = defined[quantity] & images.counted
+        columns = defined[quantity] & images.macro
         blank = Difference(
-            attribute=one.attribute,
-            value=one.value,
+            attribute=group.attribute,
+            value=group.value,
             reference=reference.value,
-            crossing=one.crossing,
+            crossing=group.crossing,
             finding=None,
             quantity=quantity,
-            findings=images.names(columns),
-            small=one.small or reference.small,
+            findings=tuple(compress(images.findings, columns)),
+            small=group.small or reference.small,
         )
         yield _subtract(blank, a.mean(columns), b.mean(columns), 0)
         for j, finding in enumerate(images.findings):
             small = any(
                 # Sensitivity does not depend on negatives.
                 cell.positive_patients < FEW_PATIENTS if quantity == "sensitivity" else cell.small
-                for cell in (one.cells[j], reference.cells[j])
+                for cell in (group.cells[j], reference.cells[j])
             )
             yield _subtract(replace(blank, finding=finding, findings=(finding,), small=small), a, b, j)
 
@@ -351,12 +351,3 @@ def _subtract(blank: Difference, a: Resamples, b: Resamples, j: int) -> Differen
 
 def _float_or_none(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
-
-
-def _group_to_json(group: GroupResult) -> dict[str, Any]:
-    plain = asdict(group)
-    plain["findings"] = {cell.pop("finding"): cell for cell in plain.pop("cells")}
-    for means in (plain["own"], plain["shared"]):
-        for mean in means.values():
-            mean["findings"] = list(mean["findings"])
-    return plain

@@ -50,14 +50,10 @@ def test_permutation_test_with_random_draws(monkeypatch: pytest.MonkeyPatch) -> 
     # The observed arrangement is added, so p is never 0.
     apart = backbones.permutation_test(np.arange(20), 100 + np.arange(20), n=99)
     assert apart.p == pytest.approx(0.01)
-    # Two finite values per group are needed.
+    # Two values per group are needed.
     for groups in (([0.7], [0.6, 0.8, 0.9]), ([0.6, 0.8, 0.9], [0.7])):
         got = backbones.permutation_test(*groups)
         assert (got.p, got.difference, got.smallest, bool(got.reason)) == (None, None, None, True)
-    with pytest.raises(ValueError, match="finite"):
-        backbones.permutation_test([0.1, math.nan], [0.2, 0.3])
-    with pytest.raises(ValueError, match="at least 1"):
-        backbones.permutation_test([0.1, 0.2], [0.2, 0.3], n=0)
 
 
 def build_trial(number: int, backbone: str, *values: float | None, state: backbones.State = "finished") -> TrialCurve:
@@ -101,8 +97,6 @@ def test_compare_backbones() -> None:
     )
     assert [(result.values, result.best_trial) for result in compared.backbones] == [((0.8,), 1), ((), 0)]
     assert compared.test.reason
-    with pytest.raises(ValueError, match="grace"):
-        backbones.compare_backbones([], grace=0)
 
 
 def compare(shift: float = 0.0, n: int = 8, spread: float = 0.01) -> Comparison:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from math import isnan, nan
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,12 @@ def simulate_images(patients: int, per_patient: int, seed: int) -> tuple[np.ndar
     return y, s, codes
 
 
-def bootstrap_findings(*table: np.ndarray, **options: Any) -> BootstrapFindings:
-    """Pass the derived outputs among the options as `DerivedOutputs`."""
-    names = DerivedOutputs.__dataclass_fields__
-    derived = DerivedOutputs(**{name: options.pop(name) for name in names if name in options})
-    return bootstrap.bootstrap_findings(*table, derived, **options)
+def bootstrap_findings(y: np.ndarray, s: np.ndarray, patients: np.ndarray, **options: Any) -> BootstrapFindings:
+    """Compute intervals; derived outputs may be among the options, and are missing by default."""
+    outputs = {"flags": np.full(y.shape, -1), "calibrated": np.full(y.shape, np.nan)}
+    outputs["assumed_prevalence"] = np.full(y.shape[1], np.nan)
+    derived = DerivedOutputs(**{name: options.pop(name, missing) for name, missing in outputs.items()})
+    return bootstrap.bootstrap_findings(y, s, patients, derived, **{"macro": np.ones(y.shape[1], bool), **options})
 
 
 def limits(interval: intervals.Interval) -> tuple[float | None, float | None]:
@@ -51,7 +52,7 @@ def draw_resamples(patients: np.ndarray, n_resamples: int, seed: int) -> Iterato
 def compute_metrics(y: np.ndarray, s: np.ndarray, flags: np.ndarray, p: np.ndarray, prevalence: float) -> dict:
     scored, judged, calibrated = (y >= 0) & ~np.isnan(s), (y >= 0) & (flags >= 0), (y >= 0) & ~np.isnan(p)
     cells = metrics.confusion(y[judged], flags[judged] == 1)
-    expected = cells.expect_at(prevalence)
+    expected = None if isnan(prevalence) else cells.expect_at(prevalence)
     ppv, npv = (expected.ppv, expected.npv) if expected else (None, None)
     return {
         "auroc": metrics.auroc(y[scored], s[scored]),
@@ -76,7 +77,7 @@ def interpolate_sensitivity(curve: metrics.Curve, rate: float) -> float:
 
 @pytest.mark.parametrize(
     ("seed", "rows", "positives", "prevalence"),
-    [(0, 40, 0.4, 0.02), (1, 40, 0.1, 0.0), (2, 12, 0.5, 1.0), (3, 25, 0.9, 0.5), (4, 40, 0.0, 0.5)],
+    [(0, 40, 0.4, 0.02), (1, 40, 0.1, 0), (2, 12, 0.5, 1), (3, 25, 0.9, 0.5), (4, 40, 0, 0.5), (5, 40, 0.4, nan)],
 )
 def test_intervals_equal_percentiles_over_resamples(seed: int, rows: int, positives: float, prevalence: float) -> None:
     rng = np.random.default_rng(seed)
@@ -86,9 +87,10 @@ def test_intervals_equal_percentiles_over_resamples(seed: int, rows: int, positi
     flags = np.where(rng.random(rows) < 0.1, -1, s > 2)
     # Multiples of 1/8 and their squares add up exactly in any order.
     p = rng.choice([np.nan, 0.0, 0.125, 0.375, 0.5, 0.875, 1.0], rows)
-    options = {"flags": flags.astype(np.int8)[:, None], "calibrated": p[:, None], "roc_grid": 5, "n_resamples": 50}
-    options["assumed_prevalence"] = np.array([prevalence])
-    got = bootstrap_findings(y[:, None], s[:, None], patients, **options, seed=3)
+    if isnan(prevalence):  # a model without calibration and operating point
+        flags[:], p[:] = -1, np.nan
+    derived = {"flags": flags[:, None], "calibrated": p[:, None], "assumed_prevalence": np.array([prevalence])}
+    got = bootstrap_findings(y[:, None], s[:, None], patients, **derived, n_resamples=50, seed=3)
     drawn = [[part[kept] for part in (y, s, flags, p)] for kept in draw_resamples(patients, 50, seed=3)]
     expected = [compute_metrics(*parts, prevalence) for parts in drawn]
     assert list(got.findings[0]) == [metric.key for metric in metrics.METRICS] == list(expected[0])
@@ -98,33 +100,29 @@ def test_intervals_equal_percentiles_over_resamples(seed: int, rows: int, positi
         known = len(values) >= 40 and np.ptp(values) > 1e-12
         assert limits(interval) == (percentiles(values) if known else (None, None)), name
         assert (interval.reason is None) == known, name
-    curves = []
+    rates, curves = np.arange(101) / 100, []
     for label, score, _, _ in drawn:
         scored = (label >= 0) & ~np.isnan(score)
         curve = metrics.roc_curve(label[scored], score[scored])
         if curve is not None:
-            curves.append([interpolate_sensitivity(curve, rate) for rate in np.linspace(0, 1, 5)])
+            curves.append([interpolate_sensitivity(curve, rate) for rate in rates])
     band = got.roc[0]
     assert (band is None) == (len(curves) < 40)
     if band is not None:
-        low, high = np.percentile(curves, [2.5, 97.5], axis=0)
-        np.testing.assert_allclose(band.low, low, atol=1e-12)
-        np.testing.assert_allclose(band.high, high, atol=1e-12)
-        assert band.false_positive_rate.tolist() == [0, 0.25, 0.5, 0.75, 1]
+        expected = (rates, *np.percentile(curves, [2.5, 97.5], axis=0))
+        np.testing.assert_allclose((band.false_positive_rate, band.low, band.high), expected, atol=1e-12)
 
 
 def test_means_cover_the_counted_findings() -> None:
     y, s, patients = simulate_images(30, 2, seed=2)
     y, s = np.hstack([y, 1 - y, np.zeros_like(y[:, :1])]), np.hstack([s, -(s**3), s[:, :1]])
     y[:7, 1] = -1
-    chosen = np.array([True, True, False, True, True])
-    got = bootstrap_findings(y, s, patients, macro=chosen, n_resamples=60, roc_grid=0, seed=4)
-    assert got.counted == (0, 1, 3)
-    assert got.roc == (None,) * 5
-    weights = np.array([np.sum(y[:, f] == 1) for f in got.counted])
+    chosen, counted = np.array([True, True, False, True, True]), [0, 1, 3]  # the last column has no positives
+    got = bootstrap_findings(y, s, patients, macro=chosen, n_resamples=60, seed=4)
+    weights = np.sum(y[:, counted] == 1, axis=0)
     plain, weighted = [], []
     for kept in draw_resamples(patients, 60, seed=4):
-        known = [(f, kept[y[kept, f] >= 0]) for f in got.counted]
+        known = [(f, kept[y[kept, f] >= 0]) for f in counted]
         values = [metrics.average_precision(y[rows, f], s[rows, f]) for f, rows in known]
         plain.append(np.mean(values))
         weighted.append(np.sum(values * weights) / weights.sum())
@@ -133,35 +131,21 @@ def test_means_cover_the_counted_findings() -> None:
     # `resampled_aurocs` draws the same resamples.
     drawn = bootstrap.resampled_aurocs(y, s, patients, n_resamples=60, seed=4)
     assert drawn.defined.tolist() == [True] * 4 + [False]
-    assert got.macro["auroc"] == intervals.percentile_interval(drawn.values[:, got.counted].mean(axis=1))
+    assert got.macro["auroc"] == intervals.percentile_interval(drawn.values[:, counted].mean(axis=1))
     for f in range(4):
         assert got.findings[f]["auroc"] == intervals.percentile_interval(drawn.values[:, f])
     assert (limits(got.findings[4]["auroc"]), got.findings[4]["auroc"].undefined) == ((None, None), 60)
-    none = bootstrap_findings(y, s, patients, macro=np.zeros(5, bool), n_resamples=60, roc_grid=0)
+    none = bootstrap_findings(y, s, patients, macro=np.zeros(5, bool), n_resamples=60)
     for mean in (none.macro["auroc"], none.weighted["auroc"]):
         assert (limits(mean), bool(mean.reason)) == ((None, None), True)
     # A mean omits resamples that lack a finding: a single positive patient is absent from about 1/e of them.
     y = np.zeros((50, 2), dtype=np.int8)
     y[0, 0] = y[::2, 1] = 1
     s = np.random.default_rng(0).random((50, 2))
-    got = bootstrap_findings(y, s, np.arange(50), n_resamples=200, roc_grid=0)
+    got = bootstrap_findings(y, s, np.arange(50), n_resamples=200)
     lost = sum(0 not in rows for rows in draw_resamples(np.arange(50), 200, seed=0))
     assert [finding["auroc"].undefined for finding in got.findings] == [lost, 0]
     assert {mean.undefined for mean in (*got.macro.values(), *got.weighted.values())} == {lost}
-
-
-def test_missing_input_gives_a_reason_instead_of_an_interval() -> None:
-    y, s, patients = simulate_images(30, 2, seed=2)
-    flags = np.stack([(s[:, 0] > 0).astype(np.int8), np.full(len(s), -1, np.int8)], axis=1)
-    given = {"flags": flags, "assumed_prevalence": np.array([math.nan, 0.1]), "n_resamples": 60}
-    first, second = bootstrap_findings(y, s, patients, **given).findings
-    assert first["ppv"].reason is first["auroc"].reason is None
-    assert "prevalence" in first["ppv_at_prevalence"].reason
-    assert "flags" in second["ppv_at_prevalence"].reason
-    assert "flags" in second["f1"].reason
-    for name in ("brier", "expected_calibration_error"):
-        assert "calibrated" in first[name].reason
-        assert (first[name].low, first[name].undefined) == (None, 60)
 
 
 def test_results_depend_on_seed_but_not_on_chunks_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +154,7 @@ def test_results_depend_on_seed_but_not_on_chunks_and_threads(monkeypatch: pytes
 
     def measured(seed: int = 0) -> tuple[object, ...]:
         flags = (s > 0).astype(np.int8)
-        got = bootstrap_findings(y, s, patients, flags=flags, n_resamples=150, roc_grid=9, seed=seed)
+        got = bootstrap_findings(y, s, patients, flags=flags, n_resamples=150, seed=seed)
         assert got.findings[0] == got.findings[1]  # findings share their resamples
         bands = [(band.low.tolist(), band.high.tolist()) for band in got.roc]
         auroc = bootstrap.resampled_aurocs(y, s, patients, n_resamples=150, seed=seed)
@@ -192,17 +176,14 @@ def test_bad_input_is_refused() -> None:
         ({"calibrated": np.full((4, 1), 1.5)}, "0..1"),
         ({"calibrated": np.full((4, 1), -0.5)}, "0..1"),
         ({"assumed_prevalence": np.array([1.5])}, "0..1"),
-        ({"assumed_prevalence": np.array([0.5, 0.5])}, "1 findings"),
-        ({"macro": np.array([True, True])}, "1 findings"),
-        ({"roc_grid": 1}, "roc_grid"),
-        ({"roc_grid": -1}, "roc_grid"),
-        ({"n_resamples": 0}, "at least 1"),
+        ({"assumed_prevalence": np.array([0.5, 0.5])}, "assumed_prevalence"),
+        ({"macro": np.array([True, True])}, "macro"),
         ({"scores": np.zeros((4, 2))}, "do not fit"),
         ({"patients": np.arange(3)}, "do not fit"),
     ):
-        arrays = [given.get(name, array) for name, array in table.items()]
+        arrays = [given.pop(name, array) for name, array in table.items()]
         with pytest.raises(ValueError, match=part):
-            bootstrap_findings(*arrays, **{name: value for name, value in given.items() if name not in table})
+            bootstrap_findings(*arrays, **given)
 
 
 def test_intervals_of_ratios() -> None:
@@ -212,6 +193,3 @@ def test_intervals_of_ratios() -> None:
     for f in (0, 1):
         values = [flags[rows, f][y[rows, f] == 1].mean() for rows in draw_resamples(patients, 140, seed=1)]
         assert limits(got[f]) == percentiles(values)
-    for shape in ((3, 1), (4, 2)):
-        with pytest.raises(ValueError, match="do not fit"):
-            bootstrap.bootstrap_ratios(np.zeros(shape), np.zeros((4, 1)), np.arange(4))

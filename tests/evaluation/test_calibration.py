@@ -2,71 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from scipy.special import expit, logit
 
 from ray_cxr.errors import ConfigError
 from ray_cxr.evaluation import calibration, metrics
 from ray_cxr.evaluation.calibration import Calibration, OperatingPoint, fit_calibration, fit_rules
 
-Fit = Callable[..., Calibration | None]
 LABELLED = st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1, width=32)), min_size=2, max_size=40)
 RULES = st.sampled_from(["youden", "sensitivity=0.9", "specificity=0.9", "sensitivity=1", "specificity=0.5"])
 
 
-def fit_platt(y: np.ndarray, p: np.ndarray, min_positives: int = 5) -> Calibration | None:
-    return fit_calibration(y, p, "platt", min_positives)[0]
-
-
-def fit_temperature(y: np.ndarray, p: np.ndarray, min_positives: int = 5) -> Calibration | None:
-    return fit_calibration(y, p, "temperature", min_positives)[0]
+def fit(y: np.ndarray, p: np.ndarray, method: str = "platt", min_positives: int = 5) -> Calibration | None:
+    return fit_calibration(y, p, method, min_positives)[0]
 
 
 def find_operating_point(*arguments: object, **options: int) -> OperatingPoint | None:
     return calibration.find_operating_point(*arguments, **options)[0]
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
-def logit(p: float) -> float:
-    return float(np.log(p / (1 - p)))
-
-
 def test_scaling_equals_exact_solution() -> None:
     """At logit 1, 29 of 38 images are positive; at logit -1, 10 of 60. So Platt's targets are 40/41 and 1/61."""
     y = np.repeat([1, 0, 1, 0], [29, 9, 10, 50])
-    p = sigmoid(np.repeat([1.0, -1.0], [38, 60]))
+    p = expit(np.repeat([1.0, -1.0], [38, 60]))
     high, low = (29 * 40 / 41 + 9 / 61) / 38, (10 * 40 / 41 + 50 / 61) / 60  # mean targets at the two logits
     # Two parameters meet both means.
-    got = fit_platt(y, p)
+    got = fit(y, p)
     assert got.slope == pytest.approx((logit(high) - logit(low)) / 2, rel=1e-5)
     assert got.intercept == pytest.approx((logit(high) + logit(low)) / 2, rel=1e-5)
     assert got.method == "platt"
     # One parameter meets the mean after the points at -1 are mirrored to 1.
-    got = fit_temperature(y, p)
+    got = fit(y, p, "temperature")
     assert got.slope == pytest.approx(logit((38 * high + 60 * (1 - low)) / 98), rel=1e-6)
     assert (got.intercept, got.method) == (0.0, "temperature")
 
 
-@pytest.mark.parametrize("fit", [fit_platt, fit_temperature])
-def test_scaling_refuses_unusable_data(fit: Fit) -> None:
-    assert fit(np.array([1, 0] * 10), np.full(20, 0.3)) is None  # equal scores
-    assert fit(np.repeat([0, 1], 10), np.linspace(0.9, 0.1, 20)) is None  # reversed order
+@pytest.mark.parametrize("method", ["platt", "temperature"])
+def test_scaling_refuses_unusable_data(method: str) -> None:
+    assert fit(np.array([1, 0] * 10), np.full(20, 0.3), method) is None  # equal scores
+    assert fit(np.repeat([0, 1], 10), np.linspace(0.9, 0.1, 20), method) is None  # reversed order
     for counts in ((5, 40), (40, 5)):
         y, p = np.repeat([1, 0], counts), np.linspace(1, 0, 45)
-        assert fit(y, p, min_positives=5) is not None
-        assert fit(y, p, min_positives=6) is None
-    assert fit(np.ones(9, int), np.linspace(0.1, 0.9, 9), min_positives=0) is None
+        assert fit(y, p, method, min_positives=5) is not None
+        assert fit(y, p, method, min_positives=6) is None
+    assert fit(np.ones(9, int), np.linspace(0.1, 0.9, 9), method, min_positives=0) is None
     # Separable and saturated scores have a finite slope.
-    got = fit(np.repeat([0, 1], 20), np.repeat([0.0, 1.0], 20))
+    got = fit(np.repeat([0, 1], 20), np.repeat([0.0, 1.0], 20), method)
     assert calibration.apply_calibration(got, np.array([0.0, 1.0])) == pytest.approx([1 / 22, 21 / 22], abs=1e-4)
 
 
@@ -141,12 +126,11 @@ def test_operating_point_obeys_its_rule(rows: list[tuple[int, float]], rule: str
         assert point["sensitivity"] + point["specificity"] == pytest.approx(best, abs=1e-12)
         # Ties go to the more sensitive threshold.
         assert all(t >= lowest for t, both in others.items() if sum(both) > best - 1e-9)
-    elif name == "sensitivity":
-        assert point[name] >= float(target) - 1e-12
-        assert all(both[0] < float(target) for t, both in others.items() if t > lowest)
-    else:
-        assert point[name] >= float(target) - 1e-12
-        assert all(both[1] < float(target) for t, both in others.items() if t < lowest)
+        return
+    assert point[name] >= float(target) - 1e-12
+    # Of the thresholds that reach the target, the one that costs least of the other rate.
+    better = {t: both for t, both in others.items() if (t > lowest if name == "sensitivity" else t < lowest)}
+    assert all(both[name == "specificity"] < float(target) for both in better.values())
 
 
 def test_unknown_rules_and_values_outside_0_to_1_are_refused() -> None:
@@ -156,31 +140,27 @@ def test_unknown_rules_and_values_outside_0_to_1_are_refused() -> None:
             find_operating_point(y, np.array([0.1, 0.9]), rule)
     for wrong in (1.5, -0.5):
         p = np.array([0.5, wrong])
-        functions = (find_operating_point, fit_platt, metrics.expected_calibration_error, calibration.reliability_curve)
-        for function in functions:
+        for call in (
+            lambda p: find_operating_point(y, p),
+            lambda p: fit(y, p),
+            lambda p: metrics.expected_calibration_error(y, p),
+            lambda p: calibration.reliability_curve(y, p, y),
+            lambda p: calibration.apply_calibration(Calibration(1.0, 0.0), p),
+        ):
             with pytest.raises(ValueError, match=r"0\.\.1"):
-                function(y, p)
-        with pytest.raises(ValueError, match=r"0\.\.1"):
-            calibration.apply_calibration(Calibration(1.0, 0.0), p)
-
-
-def simulate_site() -> tuple[pd.DataFrame, np.ndarray]:
-    """Return five findings on 60 images: ordinary, few positives, unlabelled, reversed, half labelled."""
-    y = (np.arange(60) % 3 == 0).astype(float)
-    few = np.where(np.arange(60) < 3, 1.0, 0.0)
-    half = np.where(np.arange(60) < 30, y, np.nan)
-    labels = pd.DataFrame({"Mass": y, "Hernia": few, "Edema": np.nan, "Fibrosis": 1 - y, "Nodule": half})
-    p = sigmoid(2 * y - 1 + np.random.default_rng(4).normal(size=60))
-    return labels, np.repeat(p[:, None], 5, axis=1).astype(np.float32)
+                call(p)
 
 
 def test_rules_per_finding() -> None:
-    labels, p = simulate_site()
-    names = list(labels.columns)
+    # Five findings on 60 images: ordinary, few positives, unlabelled, reversed, half labelled.
+    names, images = ("Mass", "Hernia", "Edema", "Fibrosis", "Nodule"), np.arange(60)
+    y = (images % 3 == 0).astype(int)
+    labels = np.column_stack([y, images < 3, np.full(60, np.nan), 1 - y, np.where(images < 30, y, np.nan)])
+    scores = expit(2 * y - 1 + np.random.default_rng(4).normal(size=60))
+    p = np.repeat(scores[:, None], 5, axis=1).astype(np.float32)
     got = fit_rules(labels, p, names)
-    y = labels["Mass"].to_numpy().astype(int)
     point = find_operating_point(y, p[:, 0])
-    assert got.calibrations["Mass"] == fit_platt(y, p[:, 0]).as_dict()
+    assert got.calibrations["Mass"] == fit(y, p[:, 0]).as_dict()
     assert got.operating_points["Mass"] == point
     assert got.expected_flag_rates["Mass"] == point["flag_rate"]
     others = {rule: find_operating_point(y, p[:, 0], rule) for rule in ("sensitivity=0.9", "specificity=0.9")}
@@ -193,12 +173,8 @@ def test_rules_per_finding() -> None:
     assert got.reasons["Mass"] is got.reasons["Nodule"] is None
     assert "3 positives, needs 5" in got.reasons["Hernia"]
     for part in (got.calibrations, got.operating_points, got.expected_flag_rates, got.alternatives, got.reasons):
-        assert list(part) == names
-    # Arrays, tables in any column order and all forms of null give the same rules.
-    minus = labels.fillna(-1).to_numpy().astype(np.int8)
-    nullable = labels.astype("Int8")[names[::-1]]  # a table is read by column name
-    for form in (labels.to_numpy(), minus, nullable, labels.astype(object).where(labels.notna(), None)):
-        assert fit_rules(form, p, names) == got
+        assert tuple(part) == names
+    assert fit_rules(np.nan_to_num(labels, nan=-1).astype(np.int8), p, names) == got
     # Another method and rule.
     got = fit_rules(labels, p, names, method="temperature", rule="sensitivity=0.90", min_positives=3)
     assert got.calibrations["Mass"]["method"] == "temperature"
@@ -208,9 +184,8 @@ def test_rules_per_finding() -> None:
     # Other spellings of the chosen rule are not listed as alternatives.
     assert list(got.alternatives["Mass"]) == ["youden", "specificity=0.9"]
     assert len(fit_rules(labels, p, names, rule="specificity=0.5").alternatives["Mass"]) == 3
-    for options, part in (({"method": "isotonic"}, "isotonic"), ({"rule": "f1"}, "f1")):
-        with pytest.raises(ConfigError, match=part):
-            fit_rules(labels, p, names, **options)
+    with pytest.raises(ConfigError, match="f1"):
+        fit_rules(labels, p, names, rule="f1")
     for wrong, findings in (([[0], [1]], ["Mass", "Nodule"]), ([[0], [1], [1]], ["Mass"]), ([[0], [2]], ["Mass"])):
         with pytest.raises(ValueError, match="labels"):
             fit_rules(np.array(wrong), np.array([[0.1], [0.9]]), findings)
@@ -237,12 +212,12 @@ def test_missing_rules_have_a_reason() -> None:
 def compute_error(y: list[int], p: list[float], bins: int = 10) -> float:
     """Compute the expected calibration error bin by bin."""
     total = 0.0
-    for place in range(bins):
-        inside = [(a, b) for a, b in zip(y, p, strict=True) if min(int(b * bins), bins - 1) == place]
+    for k in range(bins):
+        inside = [(a, b) for a, b in zip(y, p, strict=True) if min(int(b * bins), bins - 1) == k]
         if inside:
-            share, mean = (sum(pair[k] for pair in inside) / len(inside) for k in (0, 1))
+            share, mean = np.mean(inside, axis=0)
             total += len(inside) / len(y) * abs(mean - share)
-    return total
+    return float(total)
 
 
 @settings(max_examples=60)
@@ -251,7 +226,7 @@ def test_expected_error_equals_its_definition(rows: list[tuple[int, float]], bin
     y, p = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
     expected = compute_error(y.tolist(), p.tolist(), bins)
     assert metrics.expected_calibration_error(y, p, bins) == pytest.approx(expected, abs=1e-12)
-    curve = calibration.reliability_curve(y, p, bins)
+    curve = calibration.reliability_curve(y, p, np.arange(len(y)), bins)
     assert [one.low for one in curve[1:]] == [one.high for one in curve[:-1]]
     assert (curve[0].low, curve[-1].high, sum(one.n for one in curve)) == (0.0, 1.0, len(rows))
     for one in curve:
@@ -264,8 +239,8 @@ def test_expected_error_equals_its_definition(rows: list[tuple[int, float]], bin
 
 def test_reliability_interval_counts_patients() -> None:
     y, p = np.array([0, 1, 1, 0, 1, 0, 0, 1]), np.array([0.1, 0.1, 0.15, 0.12, 0.9, 0.95, 0.92, 0.97])
-    once = calibration.reliability_curve(y, p, 2)
-    thrice = calibration.reliability_curve(np.repeat(y, 3), np.repeat(p, 3), 2, patients=np.repeat(np.arange(8), 3))
+    once = calibration.reliability_curve(y, p, np.arange(8), 2)
+    thrice = calibration.reliability_curve(*(np.repeat(values, 3) for values in (y, p, np.arange(8))), 2)
     for one, more in zip(once, thrice, strict=True):
         assert more.n == 3 * one.n
         for name in ("predicted", "observed", "observed_low", "observed_high"):
@@ -273,18 +248,18 @@ def test_reliability_interval_counts_patients() -> None:
     # Patients never narrow the interval of independent images.
     rng = np.random.default_rng(0)
     y, p = rng.integers(0, 2, 60), rng.random(60)
-    grouped = calibration.reliability_curve(y, p, patients=rng.integers(0, 20, 60))
-    for one, more in zip(calibration.reliability_curve(y, p), grouped, strict=True):
+    grouped = calibration.reliability_curve(y, p, rng.integers(0, 20, 60))
+    for one, more in zip(calibration.reliability_curve(y, p, np.arange(60)), grouped, strict=True):
         assert more.observed_high - more.observed_low >= one.observed_high - one.observed_low - 1e-12
     with pytest.raises(ValueError, match="patients"):
-        calibration.reliability_curve(y, p, patients=np.arange(3))
+        calibration.reliability_curve(y, p, np.arange(3))
 
 
 def test_reliability_bins_of_equal_counts() -> None:
     rng = np.random.default_rng(3)
     p = rng.beta(1, 40, 200)
-    y = rng.random(200) < p
-    bins = calibration.reliability_curve(y, p)
+    y, patients = rng.random(200) < p, np.arange(200)
+    bins = calibration.reliability_curve(y, p, patients)
     assert [one.n for one in bins] == [20] * 10
     assert (bins[0].low, bins[-1].high) == (0.0, 1.0)
     order = np.argsort(p)
@@ -295,9 +270,9 @@ def test_reliability_bins_of_equal_counts() -> None:
         assert one.low <= p[rows].min() <= p[rows].max() <= one.high
     # Equal probabilities fall into one bin; there are no empty ones.
     for value in (0.02, 0.0, 1.0):
-        bins = calibration.reliability_curve(y, np.full(200, value))
+        bins = calibration.reliability_curve(y, np.full(200, value), patients)
         assert [one.n for one in bins if one.n] == [200]
-    assert calibration.reliability_curve(y[:0], p[:0])[0].n == 0
+    assert calibration.reliability_curve(y[:0], p[:0], patients[:0])[0].n == 0
 
 
 def simulate_overconfident(patients: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -305,12 +280,12 @@ def simulate_overconfident(patients: int = 60) -> tuple[np.ndarray, np.ndarray, 
     rng = np.random.default_rng(0)
     ids = np.array([f"p{i // 2}" for i in rng.permutation(2 * patients)])
     x = rng.normal(-1.5, 1.5, size=(2 * patients, 2))
-    labels = (rng.random(x.shape) < sigmoid(x)).astype(np.int8)
+    labels = (rng.random(x.shape) < expit(x)).astype(np.int8)
     labels[rng.random(x.shape) < 0.1] = -1
-    return labels, sigmoid(0.5 * x + 1.5), ids
+    return labels, expit(0.5 * x + 1.5), ids
 
 
-def compute_cross_fitted(labels: np.ndarray, p: np.ndarray, patients: np.ndarray, fit: Fit, least: int = 5) -> float:
+def compute_cross_fitted(labels: np.ndarray, p: np.ndarray, patients: np.ndarray, method: str, least: int) -> float:
     """Calibrate each half on the other; every other patient, by first appearance, belongs to the first half."""
     seen = list(dict.fromkeys(patients.tolist()))
     half = np.array([seen.index(patient) % 2 for patient in patients])
@@ -320,7 +295,7 @@ def compute_cross_fitted(labels: np.ndarray, p: np.ndarray, patients: np.ndarray
         calibrated: list[float] = []
         for part in (0, 1):
             rows, others = ((labels[:, j] != -1) & (half == side) for side in (part, 1 - part))
-            rule = fit(labels[others, j], p[others, j], least)
+            rule = fit(labels[others, j], p[others, j], method, least)
             y += labels[rows, j].tolist()
             calibrated += (p[rows, j] if rule is None else calibration.apply_calibration(rule, p[rows, j])).tolist()
         errors.append(compute_error(y, calibrated))
@@ -338,8 +313,7 @@ def test_cross_fitted_error_equals_its_definition(case: str) -> None:
     elif case == "few positives":
         least = 1000
     got = calibration.cross_fitted_error(labels, p, patients, method=method, min_positives=least)
-    fit = fit_temperature if method == "temperature" else fit_platt
-    assert got == pytest.approx(compute_cross_fitted(labels, p, patients, fit, least), abs=1e-9)
+    assert got == pytest.approx(compute_cross_fitted(labels, p, patients, method, least), abs=1e-9)
 
 
 def test_cross_fitted_error_without_labels_or_patients() -> None:
@@ -350,9 +324,6 @@ def test_cross_fitted_error_without_labels_or_patients() -> None:
     half[:, 1] = -1  # a finding without labels does not count
     alone = calibration.cross_fitted_error(labels[:, :1], p[:, :1], patients)
     assert calibration.cross_fitted_error(half, p, patients) == pytest.approx(alone)
-    # Unknown patients count separately.
-    unknown = calibration.cross_fitted_error(labels, p, np.array([None] * len(p), object))
-    assert unknown == pytest.approx(calibration.cross_fitted_error(labels, p, np.arange(len(p))))
     # With a single patient one half is empty, and nothing is calibrated.
     known = labels[:, 0] >= 0
     single = calibration.cross_fitted_error(labels[:, :1], p[:, :1], np.array(["a"] * len(p)))

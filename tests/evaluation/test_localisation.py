@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_cxr.evaluation import localisation
+from ray_cxr.evaluation.localisation import measure_localisation
 
 SIDE = 1024
 
@@ -22,21 +23,17 @@ def draw_peak(row: int, column: int, side: int = 8) -> np.ndarray:
     return heat
 
 
-def measure(*arguments: Any, **options: Any) -> localisation.Localisation:
-    """Pass the settings among the options as `LocalisationSettings`."""
-    names = localisation.LocalisationSettings.__dataclass_fields__
-    settings = localisation.LocalisationSettings(**{name: value for name, value in options.items() if name in names})
-    rest = {name: value for name, value in options.items() if name not in names}
-    return localisation.measure_localisation(*arguments, settings=settings, **rest)
+def measure(
+    maps: dict, ids: list[str], findings: list[str], boxes: np.ndarray, n_resamples: int = 50, **options: Any
+) -> localisation.Localisation:
+    """Measure images of separate patients."""
+    return measure_localisation(maps, ids, findings, boxes, [None] * len(ids), n_resamples=n_resamples, **options)
 
 
-def measure_image(
-    heat: np.ndarray | None, boxes: list[tuple[float, ...]], **options: Any
-) -> localisation.FindingLocalisation:
+def measure_image(heat: np.ndarray | None, boxes: list[tuple[float, ...]]) -> localisation.FindingLocalisation:
     """Measure one image and one finding."""
     maps = {} if heat is None else {("a", "Mass"): heat}
-    n = len(boxes)
-    return measure(maps, ["a"] * n, ["Mass"] * n, np.array(boxes), **{"n_resamples": 50, **options}).overall
+    return measure(maps, ["a"] * len(boxes), ["Mass"] * len(boxes), np.array(boxes)).overall
 
 
 def draw_cases(n: int, seed: int) -> tuple[dict[tuple[str, str], np.ndarray], list[str], list[str], Any]:
@@ -49,20 +46,18 @@ def draw_cases(n: int, seed: int) -> tuple[dict[tuple[str, str], np.ndarray], li
 
 
 def test_maximum_within_tolerance_of_a_box_is_a_hit() -> None:
-    # The cell in row 2, column 5 of 8 has its centre at x = 704, y = 320.
-    for box, tolerance, hit in (
-        ((700, 310, 10, 20), 15, 1),
-        ((310, 700, 20, 10), 15, 0),  # rows and columns are not swapped
-        ((719, 300, 50, 50), 15, 1),
-        ((719.5, 300, 50, 50), 15, 0),
-        ((704, 320, 50, 50), 0, 1),
-        ((704.5, 320, 50, 50), 0, 0),
-        ((704, 320.5, 50, 50), 0, 0),
-        ((654, 270, 50, 50), 0, 1),
-        ((653.5, 270, 50, 50), 0, 0),
-        ((654, 269.5, 50, 50), 0, 0),
+    # The cell in row 2, column 5 of 8 has its centre at x = 704, y = 320; the tolerance is 15.
+    for box, hit in (
+        ((700, 310, 10, 20), 1),
+        ((310, 700, 20, 10), 0),  # rows and columns are not swapped
+        ((719, 335, 50, 50), 1),
+        ((719.5, 335, 50, 50), 0),
+        ((719, 335.5, 50, 50), 0),
+        ((639, 255, 50, 50), 1),
+        ((638.5, 255, 50, 50), 0),
+        ((639, 254.5, 50, 50), 0),
     ):
-        assert measure_image(draw_peak(2, 5), [box], tolerance=tolerance).hits == hit
+        assert measure_image(draw_peak(2, 5), [box]).hits == hit
 
 
 def test_hits_of_several_boxes_maxima_and_findings() -> None:
@@ -72,11 +67,11 @@ def test_hits_of_several_boxes_maxima_and_findings() -> None:
     assert measure_image(draw_peak(2, 5) + draw_peak(7, 0), [(690, 310, 50, 50)]).hits == 0.5
     wide = np.zeros((2, 4))
     wide[1, 0] = 1.0  # centre at x = 128, y = 768
-    assert measure_image(wide, [(120, 760, 16, 16)], tolerance=0).hits == 1
+    assert measure_image(wide, [(120, 760, 16, 16)]).hits == 1
     # Boxes of another finding or image do not count.
     maps = {("a", "Mass"): draw_peak(2, 5), ("b", "Nodule"): draw_peak(2, 5)}
     boxes = np.array([(0, 0, 50, 50), *[(690, 310, 50, 50)] * 3])
-    result = measure(maps, list("aabb"), ["Mass", "Nodule"] * 2, boxes, n_resamples=50)
+    result = measure(maps, list("aabb"), ["Mass", "Nodule"] * 2, boxes)
     assert (result.findings["Mass"].hits, result.findings["Mass"].missing) == (0, 1)
     assert (result.findings["Nodule"].hits, result.findings["Nodule"].missing) == (1, 1)
 
@@ -87,16 +82,15 @@ def test_overlap_on_exact_regions() -> None:
     heat[10:20, 30:50] = 0.5
     heat[10:20, 30:40] = 1.0
     heat[20:30, 30:50] = 0.49
-    for boxes, share, iou in (
+    for boxes, iou in (
         # The region covers x 120..200, y 40..80 (3,200 pixels); the box covers its right half and as much outside.
-        ([(160, 40, 80, 40)], 0.5, 1600 / 4800),
-        ([(120, 40, 80, 40)], 0.5, 1.0),
-        ([(119.5, 39.5, 81, 41)], 0.5, 3200 / (81 * 41)),  # cuts cells
-        ([(120, 40, 80, 40)], 0.75, 0.5),
-        ([(120, 40, 50, 40), (150, 40, 50, 40)], 0.5, 1.0),  # the union of two boxes
-        ([(120, -40, 80, 120)], 0.5, 0.5),  # only the part within the image
+        ([(160, 40, 80, 40)], 1600 / 4800),
+        ([(120, 40, 80, 40)], 1.0),
+        ([(119.5, 39.5, 81, 41)], 3200 / (81 * 41)),  # cuts cells
+        ([(120, 40, 50, 40), (150, 40, 50, 40)], 1.0),  # the union of two boxes
+        ([(120, -40, 80, 120)], 0.5),  # only the part within the image
     ):
-        assert measure_image(heat, boxes, map_share=share).iou.value == pytest.approx(iou, abs=1e-12)
+        assert measure_image(heat, boxes).iou.value == pytest.approx(iou, abs=1e-12)
 
 
 @settings(max_examples=20)
@@ -125,11 +119,9 @@ def test_accuracy_counts_maps_that_reach_each_level() -> None:
     heat[:64] = 1.0  # the upper quarter: 0 <= y <= 256
     tall = np.array([(0, 0, 1024, 256.0 / iou) for iou in (1.0, 0.625, 0.3125, 0.25)])
     maps, ids = {(i, "Mass"): heat for i in "abcd"}, list("abcd")
-    result = measure(maps, ids, ["Mass"] * 4, tall, n_resamples=50)
-    assert [rate.value for rate in result.overall.accuracy] == [1.0, 1.0, 0.5, 0.25]
-    assert result.overall.iou.value == pytest.approx((1.0 + 0.625 + 0.3125 + 0.25) / 4)
-    other = measure(maps, ids, ["Mass"] * 4, tall, n_resamples=50, iou_levels=(0.3,))
-    assert other.to_json()["overall"]["accuracy"]["0.3"]["accuracy"] == 0.75
+    overall = measure(maps, ids, ["Mass"] * 4, tall).overall
+    assert [rate.value for rate in overall.accuracy] == [1.0, 1.0, 0.5, 0.25]
+    assert overall.iou.value == pytest.approx((1.0 + 0.625 + 0.3125 + 0.25) / 4)
 
 
 def test_flat_and_missing_maps_are_counted() -> None:
@@ -138,15 +130,15 @@ def test_flat_and_missing_maps_are_counted() -> None:
         assert (found.n, found.flat, found.hits, found.hit_rate.value, found.iou.value) == (1, 1, 0, 0, 0)
     maps, ids, findings, boxes = draw_cases(10, seed=0)
     boxes[:] = (0, 0, 1024, 1024)
-    whole = measure(maps, ids, findings, boxes, n_resamples=50)
+    whole = measure(maps, ids, findings, boxes)
     assert whole.notes() == []
     # If all maps hit, there is no bootstrap interval.
-    assert (whole.overall.hit_rate.value, whole.overall.hit_rate.low, whole.overall.hit_rate.high) == (1.0, None, None)
-    assert whole.overall.hit_rate.reason
+    rate = whole.overall.hit_rate
+    assert (rate.value, rate.low, rate.high, bool(rate.reason)) == (1.0, None, None, True)
     for i in range(4):
         del maps[f"{i}", "Mass"]
     maps["9", "Mass"] = np.zeros((4, 4))
-    result = measure(maps, ids, findings, boxes, n_resamples=50)
+    result = measure(maps, ids, findings, boxes)
     found = result.overall
     assert (found.cases, found.n, found.missing, found.hits, found.flat) == (10, 6, 4, 5, 1)
     assert (found.hit_rate.value, found.hit_rate_of_all) == (pytest.approx(5 / 6), 0.5)
@@ -163,12 +155,12 @@ def test_flat_and_missing_maps_are_counted() -> None:
 def test_chance_equals_the_hit_rate_of_random_points() -> None:
     rng = np.random.default_rng(0)
     points = rng.uniform(0, SIDE, (40_000, 2))
-    for n, tolerance in ((1, 0.0), (2, 15.0), (3, 100.0)):
+    for n in (1, 2, 3):
         corner = rng.uniform(0, 900, (n, 2))
         boxes = np.hstack([corner, rng.uniform(10, 1024 - corner)])
-        low, high = boxes[:, :2] - tolerance, boxes[:, :2] + boxes[:, 2:] + tolerance
+        low, high = boxes[:, :2] - 15, boxes[:, :2] + boxes[:, 2:] + 15
         hits = ((points[:, None] >= low) & (points[:, None] <= high)).all(axis=2).any(axis=1)
-        found = measure_image(draw_peak(0, 0), [tuple(box) for box in boxes], tolerance=tolerance)
+        found = measure_image(draw_peak(0, 0), [tuple(box) for box in boxes])
         assert found.chance == pytest.approx(hits.mean(), abs=0.01)  # four standard errors
 
 
@@ -182,7 +174,7 @@ def test_interval_counts_patients() -> None:
     # A second copy of each patient's image adds no information.
     twice = {(i + copy, "Mass"): maps[i, "Mass"] for i in ids for copy in ("a", "b")}
     names, patients, repeated = [name for name, _ in twice], np.repeat(ids, 2), np.repeat(boxes, 2, axis=0)
-    clustered = measure(twice, names, findings * 2, repeated, patients, n_resamples=300).overall
+    clustered = measure_localisation(twice, names, findings * 2, repeated, patients, n_resamples=300).overall
     assert (clustered.hit_rate.low, clustered.hit_rate.high) == (once.hit_rate.low, once.hit_rate.high)
     assert (once.patients, clustered.patients, clustered.n) == (60, 60, 120)
     alone = measure(twice, names, findings * 2, repeated, n_resamples=300).overall.hit_rate
@@ -190,8 +182,8 @@ def test_interval_counts_patients() -> None:
     # Images without a patient count separately, even if another patient's id equals the image id.
     maps = {("a", "Mass"): draw_peak(0, 0), ("a", "Nodule"): draw_peak(0, 0), ("b", "Mass"): draw_peak(0, 0)}
     box = np.array([(0, 0, 300, 300)] * 3)
-    for patients, count in ((None, 2), (["1"] * 3, 1), ([float("nan")] * 3, 2), ([None, None, "a"], 2)):
-        found = measure(maps, ["a", "a", "b"], ["Mass", "Nodule", "Mass"], box, patients, n_resamples=50)
+    for patients, count in (([None] * 3, 2), (["1"] * 3, 1), ([float("nan")] * 3, 2), ([None, None, "a"], 2)):
+        found = measure_localisation(maps, ["a", "a", "b"], ["Mass", "Nodule", "Mass"], box, patients)
         assert found.overall.patients == count
 
 
@@ -199,15 +191,15 @@ def test_results_per_finding_and_json() -> None:
     maps, ids, _, boxes = draw_cases(60, seed=8)
     findings = [("Zebra", "Nodule", "Mass", "Atelectasis")[i % 4] for i in range(60)]
     maps = {(i, finding): maps[i, "Mass"] for i, finding in zip(ids, findings, strict=True)}
-    result = measure(maps, ids, findings, boxes, n_resamples=60)
+    result = measure(maps, ids, findings, boxes)
     assert list(result.findings) == ["Atelectasis", "Mass", "Nodule", "Zebra"]
     for name in ("n", "cases", "boxes", "hits"):
         assert getattr(result.overall, name) == sum(getattr(found, name) for found in result.findings.values())
     assert result.overall.iou.value == pytest.approx(np.mean([found.iou.value for found in result.findings.values()]))
     mass = result.findings["Mass"]
     assert mass.hit_rate.low <= mass.hit_rate.value <= mass.hit_rate.high
-    assert measure(maps, ids, findings, boxes, n_resamples=60) == result
-    assert measure(maps, ids, findings, boxes, n_resamples=60, seed=1).overall.iou != result.overall.iou
+    assert measure(maps, ids, findings, boxes) == result
+    assert measure(maps, ids, findings, boxes, seed=1).overall.iou != result.overall.iou
     read = json.loads(json.dumps(result.to_json(), allow_nan=False))
     entry = read["findings"]["Mass"]
     assert (read["tolerance"], read["map_share"], read["iou_levels"]) == (15.0, 0.5, [0.1, 0.25, 0.5, 0.75])
@@ -216,11 +208,12 @@ def test_results_per_finding_and_json() -> None:
     assert set(read["overall"]) == set(entry)
 
 
-def test_results_do_not_depend_on_the_scale_of_coordinates_and_maps() -> None:
+def test_results_do_not_depend_on_the_scale_of_coordinates_and_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     maps, ids, findings, boxes = draw_cases(5, seed=1)
-    whole = measure(maps, ids, findings, boxes, n_resamples=50).overall
+    whole = measure(maps, ids, findings, boxes).overall
     scaled = {key: heat * 64 for key, heat in maps.items()}
-    half = measure(scaled, ids, findings, boxes / 2, image_side=512, tolerance=7.5, n_resamples=50).overall
+    monkeypatch.setattr(localisation, "TOLERANCE", 7.5)
+    half = measure(scaled, ids, findings, boxes / 2, image_side=512).overall
     assert half.hits == whole.hits
     assert (half.iou.value, half.chance) == pytest.approx((whole.iou.value, whole.chance))
 
@@ -232,14 +225,10 @@ def test_bad_input_is_refused() -> None:
         ({"xywh": [(0, 0, 0, 5)]}, "area"),
         ({"xywh": [(0, 0, 5, -1)]}, "area"),
         ({"xywh": [(0, np.nan, 5, 5)]}, "finite"),
-        ({"tolerance": -1}, "out of range"),
-        ({"map_share": 1.0}, "out of range"),
-        ({"map_share": 0.0}, "out of range"),
-        ({"image_side": 0}, "out of range"),
         ({"maps": {("a", "Mass"): np.zeros((2, 2, 3))}}, "Mass in a"),
         ({"maps": {("a", "Mass"): np.zeros((0, 2))}}, "Mass in a"),
         ({"maps": {("a", "Mass"): np.full((2, 2), np.nan)}}, "not finite"),
     ):
-        given_: dict[str, Any] = {"maps": {("a", "Mass"): draw_peak(0, 0)}, "image_ids": ["a"], "findings": ["Mass"]}
+        table: dict[str, Any] = {"image_ids": ["a"], "findings": ["Mass"], "xywh": [(0, 0, 5, 5)], "patients": ["1"]}
         with pytest.raises(ValueError, match=part):
-            measure(**{**given_, "xywh": [(0, 0, 5, 5)], **change})
+            measure_localisation(**{"maps": {("a", "Mass"): draw_peak(0, 0)}, **table, **change})

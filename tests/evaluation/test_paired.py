@@ -76,13 +76,14 @@ def test_each_finding_equals_a_separate_comparison() -> None:
 
 def test_undefined_comparisons_have_a_reason() -> None:
     y, a, b, patients = simulate_models(40, 0)
-    same = paired.paired_findings(y, a, a, patients, n_resamples=50)
+    macro = np.ones(2, dtype=bool)
+    same = paired.paired_findings(y, a, a, patients, macro=macro, n_resamples=50)
     for one in (same.macro, same.findings[0]):
         assert (one.difference, one.low, one.high, one.p, one.reason) == (0.0, 0.0, 0.0, 1.0, None)
     assert same.findings[0].delong_p is None
     assert "no variance" in same.findings[0].delong_reason
     for n, defined in ((39, False), (40, True)):
-        few = paired.paired_findings(y, a, b, patients, n_resamples=n)
+        few = paired.paired_findings(y, a, b, patients, macro=macro, n_resamples=n)
         for one in (few.macro, few.findings[0]):
             assert one.difference is not None
             assert [value is not None for value in (one.low, one.high, one.p)] == [defined] * 3
@@ -92,7 +93,7 @@ def test_undefined_comparisons_have_a_reason() -> None:
     assert "positive and negative" in nothing.reason
     y[:, 0] = 0
     y[0, 0] = 1
-    single = paired.paired_findings(y, a, b, patients, n_resamples=50).findings[0]
+    single = paired.paired_findings(y, a, b, patients, macro=macro, n_resamples=50).findings[0]
     assert (single.delong_p, "fewer than two" in single.delong_reason) == (None, True)
     for scores, people in ((a[:, :1], patients), (a, patients[1:])):
         with pytest.raises(ValueError, match="do not fit"):

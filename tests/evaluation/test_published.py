@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -22,8 +23,11 @@ def find_record(name: str) -> published.Published:
     return one
 
 
-def list_reasons(*arguments: object, **options: object) -> dict[str, str | None]:
-    return {one.name: reason for one, reason in published.list_published(*arguments, **options)}  # type: ignore[arg-type]
+def list_reasons(
+    split: str | None, kind: str | None, n_images: int = WHOLE, findings: Sequence[str] = FINDINGS
+) -> dict[str, str | None]:
+    pairs = published.list_published(split, kind, n_images=n_images, findings=findings)
+    return {record.name: reason for record, reason in pairs}
 
 
 def test_values_equal_the_notes(shared: Path) -> None:
@@ -42,10 +46,9 @@ def test_values_equal_the_notes(shared: Path) -> None:
         "The same model of J. Zech, official part",
     )
     for position, name in enumerate(columns):
-        assert {f: one.value for f, one in find_record(name).aurocs.items()} == {
-            f: table[f][position] for f in FINDINGS
-        }
-        assert find_record(name).mean == table["mean"][position]
+        record = find_record(name)
+        assert {f: printed.auroc for f, printed in record.aurocs.items()} == {f: table[f][position] for f in FINDINGS}
+        assert record.mean == table["mean"][position]
     intervals = {
         finding: published.PublishedAuroc(float(value), float(low), float(high))
         for finding, value, low, high in re.findall(r"(\w+) (\.\d+) \((\.\d+)-(\.\d+)\)", text)
@@ -57,45 +60,42 @@ def test_values_equal_the_notes(shared: Path) -> None:
 def test_records_are_consistent() -> None:
     for one in published.PUBLISHED:
         assert one.aurocs or one.mean is not None
-        for auroc in one.aurocs.values():
-            assert 0.5 < (auroc.low or 0.51) <= auroc.value <= (auroc.high or 1.0) <= 1.0
+        for printed in one.aurocs.values():
+            assert 0.5 < (printed.auroc_low or 0.51) <= printed.auroc <= (printed.auroc_high or 1.0) <= 1.0
         if one.mean is not None and one.aurocs:
             # Means are printed with three digits.
-            assert abs(np.mean([auroc.value for auroc in one.aurocs.values()]) - one.mean) <= 0.0005
+            assert abs(np.mean([printed.auroc for printed in one.aurocs.values()]) - one.mean) <= 0.0005
     plain = json.loads(json.dumps(find_record("CheXNeXt 2018").to_json()))
     assert plain["aurocs"]["Edema"] == {"auroc": 0.924, "auroc_low": 0.886, "auroc_high": 0.955}
     assert find_record("ResNet-50, official split").to_json()["mean_to"] == 0.815
 
 
 def test_only_the_same_images_and_labels_are_comparable() -> None:
-    splits, kinds = (None, "train", "test"), (None, "official", "patient")
-    for given in product(splits, kinds, (None, 1, WHOLE)):
-        split, kind, n_images = given
-        same = given == ("test", "official", WHOLE)
-        pairs = published.list_published(split, kind, n_images=n_images)
-        assert {one.name for one, _ in pairs} == {one.name for one in published.PUBLISHED}
-        assert [reason is None for _, reason in pairs] == [same and one.tested == "official" for one, _ in pairs]
-        if same:
-            assert [one.name for one, _ in pairs[:3]] == OFFICIAL  # comparable ones first
+    names = {record.name for record in published.PUBLISHED}
+    for given in product((None, "train", "test"), (None, "official", "patient"), (1, WHOLE)):
+        reasons = list_reasons(*given)
+        assert set(reasons) == names
+        comparable = OFFICIAL if given == ("test", "official", WHOLE) else []
+        assert [name for name, reason in reasons.items() if reason is None] == comparable
+    assert list(list_reasons("test", "official"))[:3] == OFFICIAL  # comparable ones first
 
 
 def test_reason_names_the_difference() -> None:
-    for arguments, n_images, part in (
-        (("train", "official"), WHOLE, "train images"),
-        (("test", "patient"), WHOLE, "a random patient split"),
-        (("test", "given"), WHOLE, "as the tables gave it"),
-        (("test", None), WHOLE, "unknown origin"),
-        ((None, "official"), WHOLE, "all labelled images"),
-        (("test", "official"), WHOLE - 1, "25,595"),
-        (("test", "official"), None, "how many images"),
+    for split, kind, n_images, part in (
+        ("train", "official", WHOLE, "train images"),
+        ("test", "patient", WHOLE, "a random patient split"),
+        ("test", "given", WHOLE, "as the tables gave it"),
+        ("test", None, WHOLE, "unknown origin"),
+        (None, "official", WHOLE, "all labelled images"),
+        ("test", "official", WHOLE - 1, "25,595"),
     ):
-        found = list_reasons(*arguments, n_images=n_images)
+        found = list_reasons(split, kind, n_images)
         assert all(part in found[name] for name in OFFICIAL)
-    found = list_reasons("test", "official", n_images=WHOLE)
+    found = list_reasons("test", "official")
     for name, part in (("Wang et al. 2017", "no split"), ("CheXNet 2017", "by patient"), ("CheXNeXt 2018", "420 ")):
         assert part in found[name]
     assert "5,213 of 25,596 images" in found["The same model of J. Zech, official part"]
     # A record with only a mean is comparable over the same findings.
     for findings, comparable in ((FINDINGS, True), (LABELS, True), (FINDINGS[:13], False)):
-        found = list_reasons("test", "official", n_images=WHOLE, findings=findings)
+        found = list_reasons("test", "official", findings=findings)
         assert [found[name] is None for name in OFFICIAL] == [comparable] * 3

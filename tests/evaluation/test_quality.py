@@ -33,8 +33,18 @@ def compute_features(images: Images) -> np.ndarray:
     return np.concatenate([tiles, edges], axis=1)
 
 
-def fit_images(train: Images, held_out: Images) -> QualityModel | None:
-    return fit_quality_model(train, compute_features(train), held_out, compute_features(held_out))[0]
+def fit_images(train: Images, held_out: Images) -> tuple[QualityModel | None, str | None]:
+    return fit_quality_model(train, compute_features(train), held_out, compute_features(held_out))
+
+
+def judge(model: QualityModel, images: Images, like: Images | None = None) -> list[str | None]:
+    """Judge images; with `like`, by the features of those images."""
+    images = np.ascontiguousarray(images, dtype=np.uint8)
+    return judge_images(model, images, compute_features(images if like is None else like))
+
+
+def share(flags: list[str | None], *names: str | None) -> float:
+    return sum(flag in names for flag in flags) / len(flags)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +61,7 @@ def chests() -> Images:
 
 @pytest.fixture(scope="module")
 def fitted(chests: Images) -> QualityModel:
-    train, held_out, _ = np.split(chests, [TRAINING, TRAINING + HELD_OUT])
-    return fit_images(train, held_out)
+    return fit_images(chests[:TRAINING], chests[TRAINING : TRAINING + HELD_OUT])[0]
 
 
 @pytest.fixture
@@ -60,20 +69,11 @@ def ordinary(chests: Images) -> Images:
     return chests[TRAINING + HELD_OUT :]
 
 
-def judge(model: QualityModel, images: Images) -> list[str | None]:
-    return judge_images(model, images, compute_features(images))
-
-
-def share(flags: list[str | None], *names: str | None) -> float:
-    return sum(flag in names for flag in flags) / len(flags)
-
-
 def test_ordinary_images_are_rarely_flagged(fitted: QualityModel, ordinary: Images) -> None:
     # Pixel means follow every change of tone; a model's features do not, so those of the originals are used.
     tones = {"flatter": np.rint(64 + 0.5 * ordinary), "darker": np.rint(255 * (ordinary / 255) ** 1.25)}
     for name, changed in {**tones, "none": ordinary, "mirrored": ordinary[:, :, ::-1]}.items():
-        flags = judge_images(fitted, np.ascontiguousarray(changed, dtype=np.uint8), compute_features(ordinary))
-        assert share(flags, None) >= 0.94, name
+        assert share(judge(fitted, changed, like=ordinary), None) >= 0.94, name
 
 
 def test_other_images_are_flagged_as_not_frontal_chest(fitted: QualityModel, ordinary: Images) -> None:
@@ -85,8 +85,7 @@ def test_other_images_are_flagged_as_not_frontal_chest(fitted: QualityModel, ord
         "noise": np.random.default_rng(1).integers(0, 256, ordinary.shape),
         "blank": np.full_like(ordinary, 77),
     }.items():
-        # Features are those of ordinary images: the pixels decide.
-        flags = judge_images(fitted, np.ascontiguousarray(changed, dtype=np.uint8), compute_features(ordinary))
+        flags = judge(fitted, changed, like=ordinary)  # the pixels decide
         assert share(flags, None) <= 0.02, name
         assert share(flags, "not_frontal_chest") >= 0.9, name
 
@@ -100,9 +99,8 @@ def test_negatives_and_odd_features_are_flagged(fitted: QualityModel, chests: Im
     assert judge_images(fitted, ordinary[:3], broken) == ["out_of_distribution", "out_of_distribution", None]
     # A few negatives among the training images change little.
     train, held_out, _ = np.split(chests.copy(), [TRAINING, TRAINING + HELD_OUT])
-    for some in (train[:2], held_out[:1]):
-        some[:] = 255 - some
-    model = fit_images(train, held_out)
+    train[:2], held_out[:1] = 255 - train[:2], 255 - held_out[:1]
+    model, _ = fit_images(train, held_out)
     assert share(judge(model, 255 - ordinary), "inverted") >= 0.94
     assert share(judge(model, ordinary), None) >= 0.94
 
@@ -128,8 +126,6 @@ def test_most_severe_flag() -> None:
     assert find_most_severe([]) is find_most_severe([None, None]) is None
     assert [find_most_severe([flag, FLAGS[-1]]) for flag in FLAGS] == list(FLAGS)
     assert find_most_severe(["age_outside_training", None, "out_of_distribution"]) == "out_of_distribution"
-    with pytest.raises(ValueError, match="upside_down"):
-        find_most_severe(["upside_down"])
 
 
 @pytest.fixture(scope="module")
@@ -204,18 +200,17 @@ def test_training_vectors_have_a_mean_distance_of_two(shape: tuple[int, int]) ->
 def test_fitting_needs_enough_images(chests: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     # With fewer than 30 held-out images, a third of the training images is held out too.
     for train, held_out, counts in ((60, 30, (60, 30)), (60, 29, None), (90, 0, (60, 30)), (89, 0, None)):
-        images, others = chests[:train], chests[90 : 90 + held_out]
-        model, reason = fit_quality_model(images, compute_features(images), others, compute_features(others))
+        model, reason = fit_images(chests[:train], chests[90 : 90 + held_out])
         assert (None if model is None else (model.training, model.held_out)) == counts
         assert (reason is None) == (counts is not None)
     blank = chests[:90].copy()
     blank[7] = 40  # does not count
-    assert "29" in fit_quality_model(blank, compute_features(blank), blank[:0], compute_features(blank[:0]))[1]
-    constant = (chests[:90], np.ones((90, 5), np.float32), chests[:0], np.ones((0, 5), np.float32))
-    model, reason = fit_quality_model(*constant)
+    assert "29" in fit_images(blank, blank[:0])[1]
+    constant = np.ones((90, 5), np.float32)
+    model, reason = fit_quality_model(chests[:90], constant, chests[:0], constant[:0])
     assert (model, "features" in reason) == (None, True)
     monkeypatch.setattr(quality, "MAX_TRAINING", 70)
-    assert fit_images(chests[:100], chests[100:140]).training == 70
+    assert fit_images(chests[:100], chests[100:140])[0].training == 70
 
 
 def test_bad_input_is_refused(fitted: QualityModel, chests: Images) -> None:
@@ -240,13 +235,13 @@ def test_bad_input_is_refused(fitted: QualityModel, chests: Images) -> None:
 
 def test_refitting_and_storing_give_the_same_model(chests: Images, fitted: QualityModel, ordinary: Images) -> None:
     assert sum(fitted.expected_rates.values()) <= 0.1
-    train, held_out, _ = np.split(chests, [TRAINING, TRAINING + HELD_OUT])
+    refitted, _ = fit_images(chests[:TRAINING], chests[TRAINING : TRAINING + HELD_OUT])
     file = io.BytesIO()
     np.savez(file, **fitted.arrays())
     file.seek(0)
     with np.load(file, allow_pickle=False) as stored:
         again = QualityModel.from_arrays(dict(stored))
-    for other in (again, fit_images(train, held_out)):
+    for other in (again, refitted):
         for name, array in fitted.arrays().items():
             np.testing.assert_array_equal(other.arrays()[name], array, err_msg=name)
     mixed = np.concatenate([ordinary, 255 - ordinary])
@@ -289,18 +284,16 @@ def test_real_images(shared: Path) -> None:
     training = np.isin(patients, np.random.default_rng(0).permutation(np.unique(patients))[:300])
     rest = np.flatnonzero(~training)
     x = images[rest[1::2]]
-    model = fit_images(images[training], images[rest[::2]])
-    usual = judge(model, x)
-    assert len(x) - usual.count(None) <= 4
-    assert judge_images(model, np.ascontiguousarray(x[:, :, ::-1]), compute_features(x)).count(None) >= len(x) - 4
+    model, _ = fit_images(images[training], images[rest[::2]])
+    for usual in (x, x[:, :, ::-1]):
+        assert judge(model, usual, like=x).count(None) >= len(x) - 4
     assert share(judge(model, 255 - x), "inverted") >= 0.95
-    turned = np.ascontiguousarray(np.rot90(x, axes=(1, 2)))
-    assert share(judge_images(model, turned, compute_features(x)), None) <= 0.2
+    assert share(judge(model, np.rot90(x, axes=(1, 2)), like=x), None) <= 0.2
     # The most common inversion: MONOCHROME1 read as MONOCHROME2.
     film = load_image(str(shared / "dicom" / "cr_chest_monochrome2_jpeg.dcm"), InputSpec(size=SIZE))[None]
     assert sorted(map(str, judge(model, np.concatenate([film, 255 - film])))) == ["None", "inverted"]
     # This image is a negative in the release itself, which its tables do not mention.
     at = [path.name for path in paths].index("00017625_000.png")
     others = images[patients != patients[at]]
-    model = fit_images(others[::2], others[1::2])
+    model, _ = fit_images(others[::2], others[1::2])
     assert judge(model, images[at : at + 1])[0] in ("inverted", "not_frontal_chest")
