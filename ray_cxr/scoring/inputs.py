@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,22 +24,29 @@ class InputRows:
     Attributes:
         digest: digest of all columns, see `manifest.digest`.
         notes: sentences about files in the folder that are not images.
-        freeze: function that writes all columns to a Parquet file with row groups of a given size.
+        source: all columns, or the manifest that holds them.
     """
 
     ids: pa.ChunkedArray
     paths: pa.ChunkedArray
     digest: str
     notes: list[str]
-    freeze: Callable[[Path, int], None]
+    source: pa.Table | str | Path
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def freeze(self, path: Path, rows_per_group: int) -> None:
+        """Write all columns to a Parquet file."""
+        if isinstance(self.source, pa.Table):
+            atomic.write_parquet(self.source, path, row_group_size=rows_per_group)
+            return
+        with manifests.open_manifest(self.source) as file:
+            atomic.write(path, lambda part: file.copy(part, rows_per_group))
+
     def release(self) -> None:
         """Free all columns but the ids."""
-        self.paths = pa.chunked_array([], pa.string())
-        self.freeze = lambda path, rows: None
+        self.paths, self.source = pa.chunked_array([], pa.string()), ""
 
 
 def group_rows(rows: int, rows_per_file: int) -> int:
@@ -57,7 +63,7 @@ def read_manifest(path: str | Path) -> InputRows:
         ids = file.column("image_id")
         notes = manifests.listing_notes(pa.schema([], metadata=file.metadata).empty_table())
         digest = file.digest({"image_id": ids, "path": paths})
-        return InputRows(ids, paths, digest, notes, lambda to, rows: _copy_manifest(path, to, rows))
+        return InputRows(ids, paths, digest, notes, path)
 
 
 def list_folder(location: str) -> InputRows:
@@ -68,15 +74,5 @@ def list_folder(location: str) -> InputRows:
 def _from_table(table: pa.Table) -> InputRows:
     """Return the rows of a manifest in memory, with the rows of each archive moved together."""
     table = group_by_archive(table)
-    return InputRows(
-        table["image_id"],
-        table["path"],
-        manifests.digest(table),
-        manifests.listing_notes(table),
-        lambda to, rows: atomic.write_parquet(table, to, row_group_size=rows),
-    )
-
-
-def _copy_manifest(path: str | Path, to: Path, rows: int) -> None:
-    with manifests.open_manifest(path) as file:
-        atomic.write(to, lambda part: file.copy(part, rows))
+    digest, notes = manifests.digest(table), manifests.listing_notes(table)
+    return InputRows(table["image_id"], table["path"], digest, notes, table)

@@ -8,8 +8,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +94,6 @@ def start_command(given: list[str], log: Path, **environment: str) -> subprocess
 
 def count_parts(out: Path, folder: str = "scores") -> int:
     return len(list((out / folder).glob("part-*.parquet")))
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes] | None = None) -> None:
-    """Poll a condition; fail where a process ends first, or after 200 seconds."""
-    deadline = time.monotonic() + 200
-    while not condition():
-        assert process is None or process.poll() is None, "the command ended too early"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def find_processes(title: str, session: int | None = None) -> list[int]:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from nodes import wait_until
 from PIL import Image
 from score_folders import (
     arguments,
@@ -22,7 +23,6 @@ from score_folders import (
     read_maps,
     read_rows,
     start_command,
-    wait_until,
 )
 
 ROWS, ROWS_PER_FILE, MISSING = 640, 16, [5, 500]
@@ -70,7 +70,8 @@ def test_killed_command_continues(large_manifest, tiny_bundle, tmp_path: Path, v
     maps = ["--heatmaps", "1"] if folder == "heatmaps" else []
     given = arguments(tiny_bundle, large_manifest, out, "--set", "ray.num_cpus=1", *maps)
     process = start_command(given, log)
-    wait_until(lambda: count_parts(out, folder) >= 3, process)
+    wait_until(lambda: count_parts(out, folder) >= 3 or process.poll() is not None, 200)
+    assert process.poll() is None, log.read_text(encoding="utf-8")
     if victim == "raylet":
         for raylet in find_processes("/raylet/raylet", process.pid):
             os.kill(raylet, signal.SIGKILL)
@@ -80,7 +81,7 @@ def test_killed_command_continues(large_manifest, tiny_bundle, tmp_path: Path, v
     else:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    wait_until(lambda: not find_processes("ray_cxr.imaging.sandbox", process.pid))
+    wait_until(lambda: not find_processes("ray_cxr.imaging.sandbox", process.pid), 200)
     assert count_parts(out, folder) < ROWS // ROWS_PER_FILE
     assert not (out / "_SUCCESS").exists()
     kept = modification_times(out, "part-*.parquet")
@@ -104,11 +105,11 @@ def test_killed_actor_and_decoders_restart(shared_ray, large_manifest, tiny_bund
     out, killed, kept = tmp_path / "out", [], {}
 
     def kill() -> None:
-        wait_until(lambda: count_parts(out) >= 2)
+        wait_until(lambda: count_parts(out) >= 2, 200)
         for decoder in find_processes("ray_cxr.imaging.sandbox"):
             os.kill(decoder, signal.SIGKILL)
             killed.append("decoder")
-        wait_until(lambda: count_parts(out) >= 6)
+        wait_until(lambda: count_parts(out) >= 6, 200)
         kept.update(modification_times(out, "part-*.parquet"))
         for actor in find_processes("ray::MapWorker")[:1]:
             os.kill(actor, signal.SIGKILL)
