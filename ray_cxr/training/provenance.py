@@ -107,5 +107,6 @@ def evaluate_validation(
     }
 
 
-def _get_demographics(table: pd.DataFrame) -> list[np.ndarray]:
-    return [table[name].to_numpy(dtype=object) for name in ("sex", "age", "view", "follow_up")]
+def _get_demographics(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    sex, age, view, follow_up = (table[name].to_numpy(dtype=object) for name in ("sex", "age", "view", "follow_up"))
+    return sex, age, view, follow_up

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Run, replace_ray
 from keras.callbacks import LambdaCallback
+from nodes import TRAINING, training_arguments
 from sklearn.metrics import roc_auc_score
 from tensorflow.compat.v1.train import summary_iterator
 
@@ -37,12 +38,7 @@ from ray_cxr.training.export import export_bundle
 from ray_cxr.training.monitor import RunMonitor
 from ray_cxr.training.worker import VALIDATION
 
-SETTINGS: dict[str, Any] = {"backbone": "TinyCNN", "weights": "none", "size": 64, "batch_size": 16, "min_positives": 2}
-
-
-def train_arguments(prepared: Path, out: Path, **settings: object) -> list[str]:
-    parts = [part for key, value in (SETTINGS | settings).items() for part in ("--set", f"{key}={value}")]
-    return ["train", str(prepared), "--out", str(out), *parts]
+SETTINGS: dict[str, Any] = TRAINING | {"batch_size": 16}
 
 
 def assert_refused(outcome: tuple[int, str, str], *words: str) -> None:
@@ -187,7 +183,7 @@ FROM_BUNDLE = RULES | {"epochs": 1, "frozen_epochs": 1, "checkpoint_steps": 2, "
 def from_bundle(prepared: Path, tiny_bundle, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One epoch that starts from a bundle, in another precision than the default of CPUs."""
     out = tmp_path_factory.mktemp("from_bundle") / "run"
-    arguments = train_arguments(prepared, out, weights=tiny_bundle.path, **FROM_BUNDLE)
+    arguments = training_arguments(prepared, out, **SETTINGS | FROM_BUNDLE | {"weights": tiny_bundle.path})
     with replace_ray_train() as left_out, contextlib.redirect_stdout(io.StringIO()) as output:
         assert main(arguments) == 0
     assert left_out == ["2 threads", "deterministic"]
@@ -284,7 +280,7 @@ def test_failed_worker_ends_the_run_with_its_reason(error, workers, message, pre
 def test_weights_that_do_not_fit_do_not_bind_the_folder(prepared: Path, tmp_path: Path, command, local_train) -> None:
     weights = tmp_path / "other.weights.h5"
     keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save_weights(weights)
-    given = train_arguments(prepared, tmp_path / "run", weights=weights)
+    given = training_arguments(prepared, tmp_path / "run", weights=weights)
     assert_refused(command(*given), "tiny_conv0", str(weights))
     # Nothing was trained, so that other settings may use the folder.
     for frozen in (0, 1):
@@ -309,7 +305,7 @@ def test_weights_that_do_not_fit_do_not_bind_the_folder(prepared: Path, tmp_path
 )
 @pytest.mark.usefixtures("without_ray")
 def test_settings_that_do_not_fit_are_refused(settings, options, part, prepared: Path, tmp_path, command) -> None:
-    assert_refused(command(*train_arguments(prepared, tmp_path / "run", **settings), *options), part)
+    assert_refused(command(*training_arguments(prepared, tmp_path / "run", **SETTINGS | settings), *options), part)
     assert not (tmp_path / "run").exists()
 
 
