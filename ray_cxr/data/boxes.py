@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ray_cxr.data.csv_table import COLUMNS, CsvTable, hash_file, normalize_header, read_csv
+from ray_cxr.data.csv_table import COLUMNS, CsvTable, normalize_header, read_csv
 from ray_cxr.errors import TableError
 from ray_cxr.labels import FINDINGS, canonicalize, suggest
+from ray_cxr.storage.files import hash_file
 
 #: NIH drew on PNGs of this side length, so its boxes are in these pixels for files of any size.
 IMAGE_SIDE = 1024

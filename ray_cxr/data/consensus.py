@@ -26,9 +26,10 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from ray_cxr.data.csv_table import COLUMNS, KNOWN_HEADERS, CsvTable, hash_file, normalize_header, read_csv
+from ray_cxr.data.csv_table import COLUMNS, KNOWN_HEADERS, CsvTable, normalize_header, read_csv
 from ray_cxr.errors import TableError
 from ray_cxr.labels import FINDINGS, LABELS, canonicalize, suggest
+from ray_cxr.storage.files import hash_file
 
 #: Consensus labels that combine several of our findings, named as the table of 2020 names them.
 COMPOSITES: dict[str, tuple[str, ...]] = {
@@ -106,30 +107,19 @@ def read_consensus(path: str) -> ConsensusLabels:
     )
 
 
-def composite_scores(name: str, members: Sequence[str], p: Mapping[str, np.ndarray]) -> np.ndarray:
+def composite_scores(members: Sequence[str], p: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return the highest score of a composite's members in each image: float64 [n], NaN where any has no score.
 
     The probability that any of several findings is present is at least the highest of their probabilities. It is higher
     only as far as the findings occur independently. Do not mix raw and calibrated scores.
     """
-    _refuse_missing(name, members, p, "score")
-    return np.asarray(np.max(np.stack([np.asarray(p[finding], dtype=np.float64) for finding in members]), axis=0))
+    return np.asarray(np.max([np.asarray(p[finding], dtype=np.float64) for finding in members], axis=0))
 
 
-def composite_flags(name: str, members: Sequence[str], flags: Mapping[str, np.ndarray]) -> np.ndarray:
+def composite_flags(members: Sequence[str], flags: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return the flag of a composite, int8 [n]: 1 where any member is 1, 0 where all are 0, -1 (unknown) elsewhere."""
-    _refuse_missing(name, members, flags, "flag")
     rows = np.stack([np.asarray(flags[finding], dtype=np.int8) for finding in members])
     return np.where((rows == 1).any(axis=0), 1, np.where((rows == 0).all(axis=0), 0, -1)).astype(np.int8)
-
-
-def _refuse_missing(name: str, members: Sequence[str], values: Mapping[str, np.ndarray], what: str) -> None:
-    missing = [finding for finding in members if finding not in values]
-    if missing:
-        raise TableError(
-            f"{name}: needs a {what} for each of {', '.join(members)}; there is none of {', '.join(missing)}. "
-            "Leave the composite out, or use a model with all of them"
-        )
 
 
 def _find_labels(table: CsvTable) -> dict[str, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import io
 import re
 import zlib
@@ -171,12 +170,6 @@ def read_image_list(path: str) -> list[str]:
         raise TableError(f"{path}: the list is empty")
     identity.check_series(names, path, images=True)
     return names.tolist()
-
-
-def hash_file(path: str | Path) -> str:
-    """Return the SHA-256 of a local file, hex."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_text(path: str, what: str) -> str:

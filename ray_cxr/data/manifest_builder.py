@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_cxr.data import splits
-from ray_cxr.data.csv_table import hash_file, read_csv, read_image_list
+from ray_cxr.data.csv_table import read_csv, read_image_list
 from ray_cxr.data.dialects import Dialect, detect_dialect
 from ray_cxr.data.manifest import SCHEMA, SPLIT_KEY, SPLITS, absolute_paths, describe_listing
 from ray_cxr.errors import ConfigError, TableError
 from ray_cxr.imaging import demographics
-from ray_cxr.storage.files import find_images
+from ray_cxr.storage.files import find_images, hash_file
 from ray_cxr.storage.paths import file_names, redact
 
 #: Higher ages are typing errors: NIH's first table holds ages such as 411.

@@ -71,8 +71,6 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         # pydicom and GDCM are slow to import, and PNGs and JPEGs do not need them.
         from ray_cxr.imaging import dicom
 
-        if not dicom.looks_like_dicom(data):
-            raise ImageError("not_an_image", "the contents are neither PNG, JPEG nor DICOM")
         image = dicom.decode_dicom(data, max_pixels=max_pixels)
     if image.min() == image.max():
         raise ImageError("blank", f"all pixels have the value {int(image.min())}")

@@ -154,7 +154,7 @@ class _Reader(io.BytesIO):
 def _read_dataset(data: bytes, max_pixels: int, *, pixels: bool = True) -> tuple[Any, str]:
     """Return the data set and its transfer syntax; with `pixels`, it has Pixel Data."""
     if not looks_like_dicom(data):
-        raise ImageError("not_an_image", "the contents are not DICOM")
+        raise ImageError("not_an_image", "the contents are neither PNG, JPEG nor DICOM")
     bare = data[128:132] != b"DICM"
     if bare and data[:2] == b"\x02\x00":  # only the preamble is missing
         data = bytes(128) + b"DICM" + data

@@ -76,8 +76,6 @@ _WALL_H = np.array([0.38, 0.50, 0.63, 0.75, 0.88, 0.95, 1.0, 1.01])
 
 def sample_anatomy(seed: int, patient: int, visit: int, *, size: int = 256) -> Anatomy:
     """Return the chest of one patient (from 1) on one visit (from 0), a pure function of the arguments."""
-    if patient < 1 or visit < 0 or seed < 0:
-        raise ValueError(f"no such phantom: seed {seed}, patient {patient}, visit {visit}")
     body = make_generator(seed, patient)
     sex = "F" if body.random() < 0.45 else "M"
     age = int(np.clip(body.normal(52, 17), 18, 88))

@@ -88,8 +88,6 @@ class Decoder:
         timeout_s: float = 60.0,
         tags: bool = False,
     ) -> None:
-        if not 0 < timeout_s < float("inf"):
-            raise ValueError(f"timeout_s must be positive and finite, got {timeout_s}")
         self._specs = tuple(specs)
         self._timeout_s = float(timeout_s)
         self._max_pixels = max_pixels
@@ -377,14 +375,13 @@ def _load(
 
 def _read_tags(data: bytes) -> dict[str, Any] | None:
     """Return `dicom.read_tags` of a DICOM with a readable header, otherwise None."""
-    if not data or is_png_or_jpeg(data):
+    if is_png_or_jpeg(data):
         return None
     from ray_cxr.imaging import dicom  # slow to import, and PNGs do not need it
 
-    try:
-        return dicom.read_tags(data) if dicom.looks_like_dicom(data) else None
-    except ImageError:
-        return None
+    with contextlib.suppress(ImageError):
+        return dicom.read_tags(data)
+    return None
 
 
 def _serve(requests: int, answers: int) -> None:

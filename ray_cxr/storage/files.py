@@ -5,6 +5,7 @@ A path names a file, local or by URI, or a member of an archive as `ARCHIVE::MEM
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import re
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
@@ -64,6 +66,12 @@ def read_bytes(path: str, *, max_bytes: int = MAX_BYTES) -> bytes:
     if parts := split_member(name):
         return read_member(*parts, max_bytes=max_bytes)
     return read_file(name, max_bytes)
+
+
+def hash_file(path: str | Path) -> str:
+    """Return the SHA-256 of a local file, hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

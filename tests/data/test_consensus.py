@@ -112,18 +112,12 @@ FLAG = st.sampled_from([0, 1, ABSENT])
 def test_composite_has_the_highest_score_and_any_flag_of_its_members(rows: list[tuple[float, ...]]) -> None:
     p = {name: np.array([row[i] for row in rows], dtype=np.float32) for i, name in enumerate(THREE)}
     flags = {name: np.array([row[3 + i] for row in rows]) for i, name in enumerate(THREE)}
-    scores = consensus.composite_scores("either", ("Mass", "Nodule"), p)
-    flagged = consensus.composite_flags("any", THREE, flags)
+    scores = consensus.composite_scores(("Mass", "Nodule"), p)
+    flagged = consensus.composite_flags(THREE, flags)
     for (_, *pair, a, b, c), score, flag in zip(rows, scores, flagged, strict=True):
         assert np.isnan(score) if np.isnan(pair).any() else score == max(pair)
         assert flag == (1 if 1 in (a, b, c) else ABSENT if ABSENT in (a, b, c) else 0)
     assert (scores.dtype, flagged.dtype) == (np.float64, np.int8)
-
-
-def test_composite_needs_all_its_members() -> None:
-    for combine in (consensus.composite_scores, consensus.composite_flags):
-        with pytest.raises(TableError, match=r"^Nodule or mass: .*none of Mass\."):
-            combine("Nodule or mass", ("Mass", "Nodule"), {"Nodule": np.zeros(2)})
 
 
 def test_real_adjudicated_table(shared: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_cxr.errors import ConfigError, ImageError, OutputError
+from ray_cxr.errors import ImageError, OutputError
 from ray_cxr.imaging import phantoms
 from ray_cxr.imaging.decode import load_image
 from ray_cxr.imaging.phantom_anatomy import sample_anatomy
@@ -143,15 +143,6 @@ def test_other_settings_and_foreign_folders_are_refused(small: PhantomSet, tmp_p
     with pytest.raises(OutputError, match="is a file"):
         write_phantoms(thesis, patients=4, size=64)
     assert list(tmp_path.iterdir()) == [thesis]
-    for bad in ({"patients": 3}, {"size": 32}, {"seed": -1}):
-        with pytest.raises(ConfigError, match=f"^{next(iter(bad))}: "):
-            write_phantoms(tmp_path / "set", **bad)
-    assert not (tmp_path / "set").exists()
-    with pytest.raises(ValueError, match="'Infiltrate'"):
-        draw_phantom(sample_anatomy(0, 1, 0, size=64), ["Infiltrate"])
-    for seed, patient, visit in ((0, 0, 0), (-1, 1, 0), (0, 1, -1)):
-        with pytest.raises(ValueError, match=f"patient {patient}"):
-            sample_anatomy(seed, patient, visit)
 
 
 @pytest.mark.parametrize("finding", FINDINGS)
