@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -64,19 +64,23 @@ POSITIVE: dict[str, Any] = {"type": parse_positive, "metavar": "N"}
 
 
 def run_script(
-    script: str, argv: Sequence[str] | None, out: Path | None, measure: Callable[[dict[str, Any]], None]
+    parse: Callable[[], argparse.Namespace],
+    measure: Callable[[argparse.Namespace, dict[str, Any]], None],
+    functions: Mapping[str, Callable[[dict[str, Any], Channel], None]] | None = None,
 ) -> int:
-    """Run a benchmark and write its numbers.
+    """Run a benchmark, or one of its child processes, and write its numbers to `--out`.
 
     Args:
-        script: file name of the benchmark.
-        argv: its arguments; None: those of this process.
-        out: where to write the numbers; None: nowhere.
+        parse: parses the arguments of this process.
         measure: adds the numbers to a result that describes the run and the machine, and prints them.
+        functions: the work of child processes by kind.
 
     Returns:
         The exit code: 0 done, 1 a contestant or a check failed, 130 interrupted.
     """
+    arguments = parse()
+    if arguments.child:
+        run_child(arguments.child, functions or {})
     from ray_cxr.errors import RayCxrError, own_error
     from ray_cxr.storage import atomic
     from ray_cxr.versions import versions
@@ -84,12 +88,12 @@ def run_script(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that child processes end too
     result: dict[str, Any] = {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [f"benchmarks/{script}", *(sys.argv[1:] if argv is None else argv)],
+        "command": [f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]],
         "machine": describe_machine(),
         "versions": versions(),
     }
     try:
-        measure(result)
+        measure(arguments, result)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -98,8 +102,8 @@ def run_script(
             raise
         print(cause, file=sys.stderr)
         return 1
-    if out is not None:
-        atomic.write_json(out, result)
+    if arguments.out is not None:
+        atomic.write_json(arguments.out, result)
     return 0
 
 
@@ -145,6 +149,14 @@ def compare_rounds(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, 
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     of_medians = statistics.median(ours) / statistics.median(theirs)
     return {"ratio": statistics.median(ratios), "ratios": ratios, "of_medians": of_medians}
+
+
+def compute_medians(pairs: Iterable[tuple[int, float]]) -> dict[int, float]:
+    """Return the median of the values with the same number."""
+    values: dict[int, list[float]] = {}
+    for number, value in pairs:
+        values.setdefault(number, []).append(value)
+    return {number: statistics.median(found) for number, found in values.items()}
 
 
 def meets(value: float, bar: float | None, *, at_most: bool = False) -> bool | None:

@@ -399,7 +399,7 @@ def measure_listing(files: int, work: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- the script
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     parser = create_parser(__doc__)
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="folder for the stub model, manifests and scores; kept"
@@ -417,7 +417,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(
             name, type=kind, default=one.default, metavar="X", help=f"a figure of the formula ({default})"
         )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     arguments.figures = Figures(**{one.name: getattr(arguments, one.name) for one in fields(Figures)})
     if (arguments.rows or arguments.listing) and arguments.work is None:
         parser.error("--rows and --listing need --work DIR")
@@ -426,24 +426,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
-
-    def measure(result: dict[str, Any]) -> None:
-        console = create_console(10_000)  # tables of Markdown must not wrap
-        if arguments.rows:
-            settings = [word for text in arguments.overrides for word in ("--set", text)]
-            result["run"] = run = measure_run(arguments.rows, arguments.work, settings)
-            run["expected"] = predict_run(run, arguments.figures) if run["steady"] else None
-            show_run(console, run)
-        elif arguments.listing:
-            result["listing"] = measure_listing(arguments.listing, arguments.work)
-            console.print(f"{result['listing']['files']:,} files listed in {result['listing']['seconds']:.1f} s")
-        else:
-            result["model"] = show_model(console, arguments.figures, arguments.images, arguments.nodes)
-
-    return run_script("scaling.py", argv, arguments.out, measure)
+def measure(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    console = create_console(10_000)  # tables of Markdown must not wrap
+    if arguments.rows:
+        settings = [word for text in arguments.overrides for word in ("--set", text)]
+        result["run"] = run = measure_run(arguments.rows, arguments.work, settings)
+        run["expected"] = predict_run(run, arguments.figures) if run["steady"] else None
+        show_run(console, run)
+    elif arguments.listing:
+        result["listing"] = measure_listing(arguments.listing, arguments.work)
+        console.print(f"{result['listing']['files']:,} files listed in {result['listing']['seconds']:.1f} s")
+    else:
+        result["model"] = show_model(console, arguments.figures, arguments.images, arguments.nodes)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(parse, measure))

@@ -60,6 +60,7 @@ from harness import (
     Process,
     ask_child,
     compare_rounds,
+    compute_medians,
     create_console,
     create_parser,
     format_bar,
@@ -70,7 +71,6 @@ from harness import (
     meets,
     read_load,
     read_status,
-    run_child,
     run_command,
     run_script,
 )
@@ -924,19 +924,16 @@ def measure_memory(arguments: argparse.Namespace, workspace: Workspace) -> dict[
         )
         runs.append({"rows": rows, "peak_bytes": answer["peak_bytes"], "plan_s": answer["stages"]["plan"]})
         log(f"{rows:,} rows: {answer['peak_bytes'] / 2**20:.0f} MiB")
-    peaks = {
-        rows: statistics.median(run["peak_bytes"] for run in runs if run["rows"] == rows)
-        for rows in arguments.memory_rows
-    }
+    peaks = compute_medians((run["rows"], run["peak_bytes"]) for run in runs)
     pairs = list(zip(arguments.memory_rows, arguments.memory_rows[1:], strict=False))
     steps = {f"{few}-{many}": (peaks[many] - peaks[few]) / (many - few) for few, many in pairs}
     return {"runs": runs, "peak_bytes": peaks, "bytes_per_row": steps}
 
 
 def show_memory(console: Any, result: dict[str, Any]) -> None:
+    seconds = compute_medians((run["rows"], run["plan_s"]) for run in result["runs"])
     for rows, peak in result["peak_bytes"].items():
-        seconds = statistics.median(run["plan_s"] for run in result["runs"] if run["rows"] == rows)
-        console.print(f"{rows:,} rows: peak {peak / 2**20:.0f} MiB, planned in {seconds:.1f} s")
+        console.print(f"{rows:,} rows: peak {peak / 2**20:.0f} MiB, planned in {seconds[rows]:.1f} s")
     for step, size in result["bytes_per_row"].items():
         few, many = step.split("-")
         console.print(f"from {int(few):,} to {int(many):,} rows: {size:.0f} bytes a row")
@@ -954,7 +951,7 @@ def has_torch(python: str) -> bool:
         return False
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     parser = create_parser(__doc__)
     parser.add_argument("--work", type=Path, metavar="DIR", help="folder for bundles, links and scores; kept")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="real radiographs (../shared)")
@@ -977,7 +974,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--memory-rows", nargs="+", default=list(MEMORY_ROWS), help="--memory: rows of the manifests", **POSITIVE
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     if arguments.child:
         return arguments
     if sys.platform != "linux":
@@ -1001,27 +998,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
-    if arguments.child:
-        run_child(arguments.child, _CHILDREN)
-
-    def measure(result: dict[str, Any]) -> None:
-        console = create_console()
-        workspace = Workspace(arguments.work, arguments.shared, arguments.backbone, arguments.size)
-        result["images"] = f"{len(workspace.sources)} {'radiographs of NIH' if workspace.real else 'phantoms'}"
-        if arguments.full:
-            result["full"] = measure_full(arguments, workspace)
-            show_full(console, result["full"])
-        elif arguments.memory:
-            result["memory"] = measure_memory(arguments, workspace)
-            show_memory(console, result["memory"])
-        else:
-            drop_torch(arguments, console)
-            result["speed"] = measure_speed(arguments, workspace)
-            show_speed(console, result["speed"], arguments)
-
-    return run_script("scoring.py", argv, arguments.out, measure)
+def measure(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    console = create_console()
+    workspace = Workspace(arguments.work, arguments.shared, arguments.backbone, arguments.size)
+    result["images"] = f"{len(workspace.sources)} {'radiographs of NIH' if workspace.real else 'phantoms'}"
+    if arguments.full:
+        result["full"] = measure_full(arguments, workspace)
+        show_full(console, result["full"])
+    elif arguments.memory:
+        result["memory"] = measure_memory(arguments, workspace)
+        show_memory(console, result["memory"])
+    else:
+        drop_torch(arguments, console)
+        result["speed"] = measure_speed(arguments, workspace)
+        show_speed(console, result["speed"], arguments)
 
 
 def drop_torch(arguments: argparse.Namespace, console: Any) -> None:
@@ -1038,4 +1028,4 @@ def drop_torch(arguments: argparse.Namespace, console: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(parse, measure, _CHILDREN))

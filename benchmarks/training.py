@@ -32,7 +32,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -44,6 +43,7 @@ from harness import (
     Channel,
     Children,
     compare_rounds,
+    compute_medians,
     create_console,
     create_parser,
     format_bar,
@@ -52,7 +52,6 @@ from harness import (
     meets,
     read_load,
     read_status,
-    run_child,
     run_script,
 )
 from rich.table import Table
@@ -107,7 +106,7 @@ CONTESTANTS = {
 BARS: list[tuple[str, str, float | None]] = [("ours", "fit", 0.95), ("two", "ours", 0.90), ("ours", "fit-xla", None)]
 
 
-# The children.
+# ---------------------------------------------------------------- in the children
 
 
 def train_ours(spec: dict[str, Any], channel: Channel) -> None:
@@ -237,7 +236,7 @@ class Clock:
 _CHILDREN = {"ours": train_ours, "fit": train_fit}
 
 
-# The script.
+# ---------------------------------------------------------------- the script
 
 
 def start_contestant(
@@ -429,9 +428,7 @@ def measure_memory(folder: Path) -> dict[str, Any]:
             passes = [train_steps(one, MEMORY_STEPS)[0] for _ in range(MEMORY_PASSES)]
         runs.append({"rows": n, "warm_up": warm, "passes": passes})
         log(f"{n:,} rows: peak {passes[-1]['peak_mib']} MiB")
-    peaks = {
-        n: statistics.median(run["passes"][-1]["peak_mib"] for run in runs if run["rows"] == n) for n in MEMORY_ROWS
-    }
+    peaks = compute_medians((run["rows"], run["passes"][-1]["peak_mib"]) for run in runs)
     few, many = MEMORY_ROWS
     return {
         "settings": settings,
@@ -460,7 +457,7 @@ def show_memory(console: Any, result: dict[str, Any]) -> None:
     )
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     parser = create_parser(__doc__)
     parser.add_argument(
         "--backbone", action="append", choices=get_args(Backbone), help="repeatable; DenseNet121 and ResNet50"
@@ -477,7 +474,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--xla-rival", action="store_true", help="also fit-xla; XLA may compile for minutes")
     parser.add_argument("--memory", action="store_true", help="compare memory instead of speed")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     if arguments.child:
         return arguments
     arguments.backbone = list(dict.fromkeys(arguments.backbone or ["DenseNet121", "ResNet50"]))
@@ -494,27 +491,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
-    if arguments.child:
-        run_child(arguments.child, _CHILDREN)
-
-    def measure(result: dict[str, Any]) -> None:
-        console = create_console()
-        with tempfile.TemporaryDirectory(prefix="ray_cxr-benchmark-") as name:
-            if arguments.memory:
-                result["memory"] = measure_memory(Path(name))
-                show_memory(console, result["memory"])
-                return
-            rows = {"train": max(512, arguments.batch * max(arguments.steps, WARM_UP_STEPS)), "val": 8}
-            folder = write_set(Path(name) / "set", arguments.size, rows)
-            result["backbones"] = {}
-            for backbone in arguments.backbone:
-                result["backbones"][backbone] = measure_speed(arguments, backbone, folder)
-                show_speed(console, backbone, result["backbones"][backbone], arguments)
-
-    return run_script("training.py", argv, arguments.out, measure)
+def measure(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    console = create_console()
+    with tempfile.TemporaryDirectory(prefix="ray_cxr-benchmark-") as name:
+        if arguments.memory:
+            result["memory"] = measure_memory(Path(name))
+            show_memory(console, result["memory"])
+            return
+        rows = {"train": max(512, arguments.batch * max(arguments.steps, WARM_UP_STEPS)), "val": 8}
+        folder = write_set(Path(name) / "set", arguments.size, rows)
+        result["backbones"] = {}
+        for backbone in arguments.backbone:
+            result["backbones"][backbone] = measure_speed(arguments, backbone, folder)
+            show_speed(console, backbone, result["backbones"][backbone], arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(parse, measure, _CHILDREN))

@@ -111,7 +111,7 @@ OVERHEAD_EPOCHS = 3
 OVERHEAD_SPACE: dict[str, Any] = {"learning_rate": {"low": 1e-3, "high": 1e-2, "log": True}}
 
 
-# The training process.
+# ---------------------------------------------------------------- the training process
 
 
 class Trainer:
@@ -265,7 +265,7 @@ def light_trial(trainer: Any, budget: float) -> Callable[[dict[str, Any], Any], 
     return trial
 
 
-# The searches.
+# ---------------------------------------------------------------- the searches
 
 
 def prepare(work: Path, patients: int) -> Path:
@@ -466,7 +466,7 @@ def retrain(winner: dict[str, Any], found: Mapping[str, Any], seeds: int, traine
     import ray
 
     trial = next(one for one in found[winner["method"]]["trials"] if one["number"] == winner["best"])
-    fresh = [{**trial["settings"], "seed": FRESH_SEED + place} for place in range(seeds)]
+    fresh = [{**trial["settings"], "seed": FRESH_SEED + index} for index in range(seeds)]
     winner["params"] = trial["params"]
     winner["tests"] = [ray.get(trainer.score.remote(values))["test"] for values in fresh]
     winner["test"] = statistics.mean(winner["tests"])
@@ -563,7 +563,7 @@ def _part(value: float | None) -> str:
     return "none" if value is None else f"{value:.2f}"
 
 
-# The overhead.
+# ---------------------------------------------------------------- the overhead
 
 
 def measure_overhead(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -667,9 +667,9 @@ def show_overhead(console: Any, result: Mapping[str, Any]) -> None:
             table.add_column(name, justify="right")
         for run in result["runs"]:
             if run["ahead"] == ahead:
-                for place, trial in enumerate(run["trials"]):
+                for index, trial in enumerate(run["trials"]):
                     cells = (f"{trial[name]:.1f}" for name in names)
-                    table.add_row(str(run["round"] + 1), f"{place}{' (first)' * (not place)}", *cells)
+                    table.add_row(str(run["round"] + 1), f"{index}{' (first)' * (not index)}", *cells)
         table.add_row("", "median", *(f"{summary['medians'][name]:.1f}" for name in names))
         console.print(table)
     console.print(
@@ -688,10 +688,10 @@ def show_overhead(console: Any, result: Mapping[str, Any]) -> None:
     )
 
 
-# The script.
+# ---------------------------------------------------------------- the script
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     parser = create_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for all files; kept")
     modes = parser.add_mutually_exclusive_group()
@@ -705,7 +705,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--retrain", help="number of fresh seeds for each winner (3)", **POSITIVE)
     parser.add_argument("--rounds", default=1, help="--overhead: searches with each setting (1)", **POSITIVE)
     parser.add_argument("--patients", default=PATIENTS, help=f"phantoms ({PATIENTS})", **POSITIVE)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     quick = arguments.quick
     arguments.seeds = arguments.seeds or (1 if quick else 5)
     arguments.trials = arguments.trials or (6 if arguments.overhead else 4 if quick else 20)
@@ -716,21 +716,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
-
-    def measure(result: dict[str, Any]) -> None:
-        console = create_console(160)
-        arguments.work.mkdir(parents=True, exist_ok=True)
-        if arguments.overhead:
-            result["overhead"] = measure_overhead(arguments)
-            show_overhead(console, result["overhead"])
-        else:
-            result["searches"] = measure_searches(arguments)
-            show_searches(console, result["searches"])
-
-    return run_script("tuning.py", argv, arguments.out, measure)
+def measure(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    console = create_console(160)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    if arguments.overhead:
+        result["overhead"] = measure_overhead(arguments)
+        show_overhead(console, result["overhead"])
+    else:
+        result["searches"] = measure_searches(arguments)
+        show_searches(console, result["searches"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(parse, measure))
