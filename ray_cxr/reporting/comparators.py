@@ -131,8 +131,7 @@ def compare_with_scores(
     """Compare AUROC with another score table's, finding by finding, in the same resamples of patients."""
     other = read_scores(path)
     rows = pd.Index(other.ids).get_indexer(pd.Index(table.ids[evaluated.rows]))
-    shared = rows >= 0
-    shared[shared] = other.ok[rows[shared]]
+    shared = (rows >= 0) & other.ok[rows]
     names = [f for f in table.findings if f in other.findings and (evaluated.labels[f][shared] >= 0).any()]
     if not names:
         lacking = "no evaluated image" if not shared.any() else "no labelled finding"

@@ -85,8 +85,7 @@ def plot_roc(panels: Sequence[Panel]) -> Figure:
             ax.fill_between(panel.band.false_positive_rate, panel.band.low, panel.band.high, **band_style)
         ax.plot(*_thin(curve.x, curve.y), color=plots.BLUE, linewidth=1.7)
         sensitivity, specificity, _ = panel.rates
-        if sensitivity is not None and specificity is not None:
-            _mark_point(ax, 1 - specificity, sensitivity)
+        _mark_point(ax, None if specificity is None else 1 - specificity, sensitivity)
         plots.set_heading(ax, panel.finding, f"AUROC {panel.auroc.format()}")
         _set_unit_square(ax, "1 − specificity", "sensitivity")
     return figure
@@ -104,8 +103,7 @@ def plot_precision_recall(panels: Sequence[Panel]) -> Figure:
         # Steps, as average precision sums them: precision is undefined between two thresholds.
         ax.plot(*_thin(x, y), color=plots.BLUE, linewidth=1.5, drawstyle="steps-pre")
         sensitivity, _, ppv = panel.rates
-        if sensitivity is not None and ppv is not None:
-            _mark_point(ax, sensitivity, ppv)
+        _mark_point(ax, sensitivity, ppv)
         shown = "undefined" if panel.average_precision is None else panel.average_precision.format()
         plots.set_heading(ax, panel.finding, f"average precision {shown}")
         _set_unit_square(ax, "recall (sensitivity)", "precision")
@@ -118,8 +116,9 @@ def _point_entry(panels: Sequence[Panel]) -> list[Artist]:
     return [plots.create_marker_entry("operating point", plots.VERMILION, "o")] if has_points else []
 
 
-def _mark_point(ax: Axes, x: float, y: float) -> None:
-    ax.plot([x], [y], "o", color=plots.VERMILION, markersize=6, clip_on=False, zorder=4)
+def _mark_point(ax: Axes, x: float | None, y: float | None) -> None:
+    if x is not None and y is not None:
+        ax.plot([x], [y], "o", color=plots.VERMILION, markersize=6, clip_on=False, zorder=4)
 
 
 def plot_priorities(priority: np.ndarray) -> Figure:

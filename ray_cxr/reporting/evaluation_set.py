@@ -52,8 +52,11 @@ class Population:
         """Find the images `ids` [k] of a reference standard in the population.
 
         Returns:
-            bool [k], whether an id is in the population; the rows in `table` and the patients of these [m]; and the
-            number of images that are not in it, by reason.
+            Whether each image is in the population, bool [k]; the rows in `table` and the patients of the images that
+            are, [m]; and the number of images that are not, by reason.
+
+        Raises:
+            InputError: no image is in the population; `option` starts the message.
         """
         rows = pd.Index(table.ids).get_indexer(pd.Index(np.unique(ids)))
         scored = rows[rows >= 0]
@@ -120,8 +123,7 @@ def join_labels(table: Scores, path: str | Path, split: str | None) -> Evaluatio
             f"{table.source} and {where} have no image in common; "
             f"compare their image_id, such as {table.ids[0]!r} and {ids[chosen][0]!r}"
         )
-    failed = np.zeros(len(rows), dtype=bool)
-    failed[scored] = ~table.ok[rows[scored]]
+    failed = scored & ~table.ok[rows]
     kept = scored & ~failed
     counts = JoinCounts(
         labelled=int(chosen.sum()),

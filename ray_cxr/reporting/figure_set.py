@@ -124,10 +124,8 @@ def build_reliability(
         labels, c = evaluated.labels[finding], table.c[finding][evaluated.rows]
         known = (labels >= 0) & ~np.isnan(c)
         bins = calibration.reliability_curve(labels[known], c[known], patients=evaluated.patients[known])
-        predicted, observed, low, high = (
-            np.array([getattr(bin_, name) for bin_ in bins if bin_.n], dtype=np.float64)
-            for name in ("predicted", "observed", "observed_low", "observed_high")
-        )
+        points = [(bin_.predicted, bin_.observed, bin_.observed_low, bin_.observed_high) for bin_ in bins if bin_.n]
+        predicted, observed, low, high = np.array(points, dtype=np.float64).T
         panels.append(curve_figures.Reliability(finding, c[known], predicted, observed, low, high, error))
     return panels
 
@@ -140,7 +138,7 @@ def _draw_subgroups(found: Subgroups, macro: MeanResult) -> dict[str, Figure]:
     rows = []
     for group in groups:
         means = (Estimate.of(group.shared.auroc), Estimate.of(group.shared.sensitivity))
-        rows.append(ForestRow(_name_attribute(group.attribute), group.value, group.n, means, group.small))
+        rows.append(ForestRow(ATTRIBUTES[group.attribute], group.value, group.n, means, group.small))
     # The overall mean is comparable only if it averages the same findings as the groups' means.
     averaged = [set(group.shared.auroc.findings) for group in groups if group.shared.auroc.findings]
     overall = macro.auroc.value if all(findings == set(macro.findings) for findings in averaged) else None
@@ -160,13 +158,9 @@ def _draw_subgroups(found: Subgroups, macro: MeanResult) -> dict[str, Figure]:
         changes = tuple(Estimate.of(pair.get(quantity), "difference") for quantity in ("sensitivity", "auroc"))
         is_small = any(difference.small for difference in pair.values())
         label = f"{value} − {reference}"
-        rows.append(ForestRow(_name_attribute(attribute), label, sizes[value], changes, is_small))
+        rows.append(ForestRow(ATTRIBUTES[attribute], label, sizes[value], changes, is_small))
     if rows:
         titles = ("difference in mean sensitivity", "difference in macro AUROC")
         columns = [ForestColumn(title, 0.0, "no difference", signed=True) for title in titles]
         figures["subgroup_differences"] = forest_figures.plot_subgroups(rows, columns)
     return figures
-
-
-def _name_attribute(attribute: str) -> str:
-    return ATTRIBUTES.get(attribute, attribute)

@@ -138,9 +138,6 @@ class Location:
         path = f"{self.path}/{name}"
         return Location(self.fs, path, self.fs.get_file_info(path).type == pafs.FileType.File)
 
-    def parent(self) -> Location:
-        return Location(self.fs, self.path.rpartition("/")[0] or "/", False)
-
     def address(self, opened_as: str) -> str | None:
         """Return the location as `remote.to_path` takes it; None in a store other than S3."""
         if isinstance(self.fs, pafs.LocalFileSystem):
@@ -157,13 +154,11 @@ class Location:
         """Return the SCORES folder at or above this location."""
         if not self.is_file and self.has("run.json", "model.json", "scores"):
             return self
-        inside = self.parent() if self.is_file else self
-        if inside.path.rpartition("/")[2] == "scores":
-            above = inside.parent()
-            # settings.json: rows of an incomplete run must not pass as another system's predictions.
-            if above.has("run.json", "model.json", "settings.json"):
-                return above
-        return None
+        folder = self.path.rpartition("/")[0] if self.is_file else self.path
+        above, _, name = folder.rpartition("/")
+        run = Location(self.fs, above or "/", False)
+        # settings.json: rows of an incomplete run must not pass as another system's predictions.
+        return run if name == "scores" and run.has("run.json", "model.json", "settings.json") else None
 
     def read_bytes(self) -> bytes:
         with self.fs.open_input_stream(self.path) as stream:

@@ -52,10 +52,9 @@ def write_image(path: Path, number: int, study: int, **changes: Any) -> Path:
     ds.StudyDate, ds.StudyTime, ds.StudyDescription = "20260102", "131415", "Chest"
     ds.ReferringPhysicianName, ds.Modality, ds.Rows, ds.Columns = "Doctor^Jane", "CR", 64, 64
     for keyword, value in changes.items():
+        setattr(ds, keyword, value)
         if value is None:
             delattr(ds, keyword)
-        else:
-            setattr(ds, keyword, value)
     ds.save_as(path, enforce_file_format=True)
     # Only the tag and length of the pixels: a reader that wants them finds the file cut short.
     with open(path, "ab") as file:
@@ -64,7 +63,7 @@ def write_image(path: Path, number: int, study: int, **changes: Any) -> Path:
 
 
 def make_model(findings: tuple[str, ...], digest: str = "d1" * 32) -> tuple[predictions.Rules, dict[str, Any]]:
-    """Rules and model.json of a bundle: every other finding is calibrated, two of three have an operating point."""
+    """Return rules and model.json of a bundle with half of the findings calibrated, two thirds with a threshold."""
     thresholds = {name: 0.5 if i % 3 else None for i, name in enumerate(findings)}
     platt = Calibration.from_dict({"method": "platt", "slope": 2.0, "intercept": -1.0})
     calibrations = {name: platt if i % 2 else None for i, name in enumerate(findings)}
@@ -76,7 +75,7 @@ def make_model(findings: tuple[str, ...], digest: str = "d1" * 32) -> tuple[pred
 
 @dataclass
 class Site:
-    """A score folder, and next to it the DICOM files that it is of."""
+    """A folder with DICOM files, and the folder of their scores."""
 
     home: Path
     model: tuple[predictions.Rules, dict[str, Any]] = field(default_factory=lambda: make_model(FINDINGS[:2]))
@@ -114,7 +113,7 @@ class Site:
         (self.scores / "_SUCCESS").touch()
 
     def export(self, command: Command, *, code: int = 0) -> tuple[str, str]:
-        """Write the score folder and run the command: its stdout and stderr."""
+        """Write the score folder, run the command, and return its stdout and stderr."""
         self.write()
         return self.run(command, code=code)
 
@@ -124,11 +123,11 @@ class Site:
         return stdout, stderr
 
     def images(self) -> list[dict[str, Any]]:
-        """Per row of the scores what the export did with it."""
+        """Return the export's record of each row of the scores."""
         return pq.read_table(self.out / "images.parquet").to_pylist()
 
     def documents(self) -> dict[str, Dataset]:
-        """The documents by study."""
+        """Return the documents by study."""
         found = {ds.StudyInstanceUID: ds for ds in map(pydicom.dcmread, self.out.glob("*.dcm"))}
         assert len(found) == len(list(self.out.glob("*.dcm")))
         return {uid.removeprefix(f"{ROOT}.2."): ds for uid, ds in found.items()}
@@ -166,7 +165,7 @@ def error_line(err: str) -> str:
 
 
 def items(node: Dataset) -> Iterator[Dataset]:
-    """All content items below one."""
+    """Yield all content items below a node."""
     for item in node.get("ContentSequence", []):
         yield item
         yield from items(item)
@@ -177,7 +176,7 @@ def meaning(item: Dataset) -> str:
 
 
 def read_groups(document: Dataset) -> dict[str, dict[str, Any]]:
-    """Per measurement group, by its tracking identifier, the values by the code of what they are."""
+    """Return the values of each measurement group, by its tracking identifier, and the code of what is measured."""
     groups = {}
     for group in items(document):
         if meaning(group) != "Measurement Group":
@@ -231,15 +230,13 @@ def test_documents_hold_the_scores(exported: Site) -> None:
         scored = exported.table.slice(row, 1).to_pylist()[0]
         source = (f"{ROOT}.1.{row + 1}", ComputedRadiographyImageStorage)
         top = sr_document.CODES[scored["top_finding"]]
-        expected[f"Image {image}"] = {
-            "image": source,
-            "PRIORITY": scored["priority"],
-            "TOP_FINDING": (top.value, top.scheme_designator),
-            "QUALITY": ("AGE_OUTSIDE", sr_document.SCHEME) if row == 0 else None,
-        }
+        top_finding = (top.value, top.scheme_designator)
+        expected[f"Image {image}"] = {"image": source, "PRIORITY": scored["priority"], "TOP_FINDING": top_finding}
+        if row == 0:
+            expected["Image 1"]["QUALITY"] = ("AGE_OUTSIDE", sr_document.SCHEME)
         for name in FINDINGS:
             flag, code = scored[f"flag_{name}"], sr_document.CODES[name]
-            expected[f"Image {image}, {name}"] = {
+            values = {
                 "image": source,
                 FINDING: (code.value, code.scheme_designator),
                 "UNCALIBRATED": scored[f"p_{name}"],
@@ -247,13 +244,12 @@ def test_documents_hold_the_scores(exported: Site) -> None:
                 "OPERATING_POINT": exported.model[0].thresholds[name],
                 "FLAG": None if flag is None else ("FLAGGED" if flag else "NOT_FLAGGED", sr_document.SCHEME),
             }
-    assert groups == {
-        name: {code: value for code, value in values.items() if value is not None} for name, values in expected.items()
-    }
+            expected[f"Image {image}, {name}"] = {code: value for code, value in values.items() if value is not None}
+    assert groups == expected
     (evidence,) = document.CurrentRequestedProcedureEvidenceSequence
-    series = [(one.SeriesInstanceUID, one.ReferencedSOPSequence) for one in evidence.ReferencedSeriesSequence]
-    referred = {(uid, image.ReferencedSOPInstanceUID) for uid, images in series for image in images}
-    assert referred == {(f"{ROOT}.3.{i}", f"{ROOT}.1.{i}") for i in (1, 3)}
+    series = {item.SeriesInstanceUID: item.ReferencedSOPSequence for item in evidence.ReferencedSeriesSequence}
+    referred = {uid: [image.ReferencedSOPInstanceUID for image in images] for uid, images in series.items()}
+    assert referred == {f"{ROOT}.3.{i}": [f"{ROOT}.1.{i}"] for i in (1, 3)}
 
 
 def test_documents_name_their_device_and_are_unverified(exported: Site) -> None:
@@ -277,20 +273,14 @@ def test_documents_name_their_device_and_are_unverified(exported: Site) -> None:
 
 def test_patient_study_and_time_zone_are_those_of_the_image(exported: Site) -> None:
     image, document = pydicom.dcmread(exported.paths[0]), exported.documents()["1"]
-    patient = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "PatientAge", "AccessionNumber", "StudyID")
-    for keyword in (
-        *patient,
-        "StudyDate",
-        "StudyTime",
-        "StudyDescription",
-        "StudyInstanceUID",
-        "ReferringPhysicianName",
-    ):
+    patient = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "PatientAge", "ReferringPhysicianName")
+    study = ("StudyInstanceUID", "StudyID", "StudyDate", "StudyTime", "StudyDescription", "AccessionNumber")
+    for keyword in (*patient, *study):
         assert document[keyword].value == image[keyword].value, keyword
     assert str(document.PatientName) == "Zweistein^Jörg"
     assert document.SeriesInstanceUID != image.SeriesInstanceUID
-    for study, when in (("1", ("20260303", "233607")), ("2", ("20260304", "190607"))):
-        document = exported.documents()[study]
+    for number, when in (("1", ("20260303", "233607")), ("2", ("20260304", "190607"))):
+        document = exported.documents()[number]
         assert (document.ContentDate, document.ContentTime) == when
         assert (document.InstanceCreationDate, document.InstanceCreationTime) == when
 
@@ -342,9 +332,7 @@ def test_the_same_scores_give_the_same_files(site: Site, command: Command, tmp_p
 
 
 @pytest.mark.slow
-def test_other_processes_write_the_same_documents(
-    exported: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_write_the_same_documents(exported: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dicom_sr, "_MIN_PARALLEL", 2)
     monkeypatch.setattr(dicom_sr, "_MAX_PROCESSES", 1)
     dicom_sr.export_sr(exported.scores, tmp_path / "elsewhere")
@@ -428,19 +416,10 @@ def test_image_that_fails_costs_only_its_study(site: Site, command: Command) -> 
     assert not [word for word in IDENTIFYING if word in everything]
 
 
-@pytest.mark.parametrize(
-    "charset",
-    [
-        None,
-        "ISO_IR 100",
-        "ISO_IR 192",
-        "ISO-IR 192",
-        "GB18030",
-        ["", "ISO 2022 IR 87"],
-        ["ISO_IR 192", "ISO 2022 IR 87"],
-        "no such term",
-    ],
-)
+CHARSETS = (None, "ISO_IR 100", "ISO_IR 192", "ISO-IR 192", "GB18030", "no such term")
+
+
+@pytest.mark.parametrize("charset", [*CHARSETS, ["", "ISO 2022 IR 87"], ["ISO_IR 192", "ISO 2022 IR 87"]])
 def test_text_of_the_image_is_copied_byte_for_byte(site: Site, command: Command, charset: Any) -> None:
     stored = {
         "PatientID": (b"PAT-4711\xdc", b"PAT-4711\xc4"),
@@ -494,16 +473,20 @@ def test_patients_are_named_in_the_documents_only(
     out, err = site.export(command)
     texts = [out, err, caplog.text, *(str(warning.message) for warning in recwarn)]
     texts += [path.name for path in site.out.iterdir()]
-    texts += [path.read_bytes().decode("latin-1") for path in site.out.iterdir() if path.suffix != ".dcm"]
+    texts += [path.read_text("latin-1") for path in site.out.iterdir() if path.suffix != ".dcm"]
     assert not [word for word in IDENTIFYING for text in texts if word in text]
     assert all(NAME.encode() in data for data in read_files(site.out).values())
 
 
 def change_row(site: Site, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the row of a score folder with one image."""
     (row,) = site.table.to_pylist()
     change(row)
     changed = pa.Table.from_pylist([row], site.table.select(list(row)).schema)
     pq.write_table(changed, site.scores / "scores" / "part-00000.parquet")
+
+
+NO_IMAGE = "none of its 1 rows is a scored DICOM image"
 
 
 @pytest.mark.parametrize(
@@ -514,17 +497,12 @@ def change_row(site: Site, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda site: (site.scores / "model.json").unlink(), "model.json"),
         (lambda site: change_row(site, lambda row: row.pop(f"p_{FINDINGS[0]}")), f"p_{FINDINGS[0]}"),
         (lambda site: (site.scores / "scores" / "part-00000.parquet").write_bytes(b"PAR1"), "part-00000.parquet"),
-        (
-            lambda site: change_row(site, lambda row: row.update(path="a.png")),
-            "none of its 1 rows is a scored DICOM image",
-        ),
+        (lambda site: change_row(site, lambda row: row.update(path="a.png")), NO_IMAGE),
         (lambda site: shutil.copytree(site.scores, site.out), "reports"),
         (lambda site: site.out.write_text("", encoding="utf-8"), "reports: is a file"),
     ],
 )
-def test_unusable_folders_are_refused(
-    site: Site, command: Command, spoil: Callable[[Site], object], names: str
-) -> None:
+def test_unusable_folders_are_refused(site: Site, command: Command, spoil: Callable[..., object], names: str) -> None:
     site.add(1, 1)
     site.write()
     spoil(site)

@@ -203,9 +203,9 @@ def test_labels_with_another_split_than_the_model_are_reported(archive: Archive,
     labels = archive.labels(split=["val"] * N, info={"kind": "given"})
     found = report(archive, tmp_path / "out", labels=labels, split="val")
     assert "val split as given in the tables" in found.page
+    assert "30 images are val" in found.page
     check = found.metrics["leak_check"]
     assert check["shared_by_part"] == {"train": 30, "val": 15}
-    assert "30 images are val" in found.page
     assert check["unknown_patients"] == found.metrics["n_images"]
 
 
