@@ -168,11 +168,9 @@ def measure_localisation(
         image_side: side of the image in these pixels.
     """
     xywh = np.asarray(xywh, dtype=np.float64).reshape(-1, 4)
-    if not len(image_ids) == len(findings) == len(patients) == len(xywh):
-        raise ValueError(
-            f"{len(image_ids)} images, {len(findings)} findings, {len(patients)} patients and {len(xywh)} boxes do not "
-            "fit"
-        )
+    lengths = [len(column) for column in (image_ids, findings, xywh, patients)]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"image_ids, findings, xywh and patients have the lengths {lengths}; they do not fit")
     if not np.isfinite(xywh).all() or (xywh[:, 2:] <= 0).any():
         raise ValueError("boxes must be finite and have an area")
     cases = _group_boxes(image_ids, findings, xywh, patients)

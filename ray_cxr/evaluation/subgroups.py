@@ -131,9 +131,8 @@ class Comparisons:
 
     @classmethod
     def count(cls, differences: Sequence[Difference]) -> Comparisons:
-        smalls = [difference.small for difference in differences]
         judged = [each.excludes_zero for each in differences if each.excludes_zero is not None and not each.small]
-        return cls(len(judged), sum(judged), _MISS_RATE * len(judged), sum(smalls))
+        return cls(len(judged), sum(judged), _MISS_RATE * len(judged), sum(each.small for each in differences))
 
     @property
     def summary(self) -> str:

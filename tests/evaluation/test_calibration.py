@@ -209,7 +209,7 @@ def test_missing_rules_have_a_reason() -> None:
             assert (value["Mass"] is None) == (what in missing or not missing)
 
 
-def compute_error(y: list[int], p: list[float], bins: int = 10) -> float:
+def compute_error(y: np.ndarray, p: np.ndarray, bins: int = 10) -> float:
     """Compute the expected calibration error bin by bin."""
     total = 0.0
     for k in range(bins):
@@ -224,8 +224,8 @@ def compute_error(y: list[int], p: list[float], bins: int = 10) -> float:
 @given(rows=st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1)), min_size=1, max_size=40), bins=st.integers(1, 12))
 def test_expected_error_equals_its_definition(rows: list[tuple[int, float]], bins: int) -> None:
     y, p = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
-    expected = compute_error(y.tolist(), p.tolist(), bins)
-    assert metrics.expected_calibration_error(y, p, bins) == pytest.approx(expected, abs=1e-12)
+    expected = pytest.approx(compute_error(y, p, bins), abs=1e-12)
+    assert metrics.expected_calibration_error(y, p, bins) == expected
     curve = calibration.reliability_curve(y, p, np.arange(len(y)), bins)
     assert [one.low for one in curve[1:]] == [one.high for one in curve[:-1]]
     assert (curve[0].low, curve[-1].high, sum(one.n for one in curve)) == (0.0, 1.0, len(rows))
@@ -291,29 +291,23 @@ def compute_cross_fitted(labels: np.ndarray, p: np.ndarray, patients: np.ndarray
     half = np.array([seen.index(patient) % 2 for patient in patients])
     errors = []
     for j in range(labels.shape[1]):
-        y: list[int] = []
-        calibrated: list[float] = []
+        known, calibrated = labels[:, j] != -1, p[:, j].copy()
         for part in (0, 1):
-            rows, others = ((labels[:, j] != -1) & (half == side) for side in (part, 1 - part))
+            rows, others = known & (half == part), known & (half != part)
             rule = fit(labels[others, j], p[others, j], method, least)
-            y += labels[rows, j].tolist()
-            calibrated += (p[rows, j] if rule is None else calibration.apply_calibration(rule, p[rows, j])).tolist()
-        errors.append(compute_error(y, calibrated))
+            if rule is not None:
+                calibrated[rows] = calibration.apply_calibration(rule, p[rows, j])
+        errors.append(compute_error(labels[known, j], calibrated[known]))
     return sum(errors) / len(errors)
 
 
-@pytest.mark.parametrize("case", ["platt", "temperature", "reversed scores", "one large patient", "few positives"])
-def test_cross_fitted_error_equals_its_definition(case: str) -> None:
+@pytest.mark.parametrize(("method", "least"), [("platt", 5), ("temperature", 5), ("platt", 1000)])
+def test_cross_fitted_error_equals_its_definition(method: str, least: int) -> None:
     labels, p, patients = simulate_overconfident()
-    method, least = "temperature" if case == "temperature" else "platt", 5
-    if case == "reversed scores":  # nothing is calibrated
-        p = 1 - p
-    elif case == "one large patient":
-        patients = np.where(np.arange(120) < 30, "large", patients)
-    elif case == "few positives":
-        least = 1000
-    got = calibration.cross_fitted_error(labels, p, patients, method=method, min_positives=least)
-    assert got == pytest.approx(compute_cross_fitted(labels, p, patients, method, least), abs=1e-9)
+    large = np.where(np.arange(120) < 30, "large", patients)
+    for scores, people in ((p, patients), (1 - p, patients), (p, large)):  # reversed scores are not calibrated
+        got = calibration.cross_fitted_error(labels, scores, people, method=method, min_positives=least)
+        assert got == pytest.approx(compute_cross_fitted(labels, scores, people, method, least), abs=1e-9)
 
 
 def test_cross_fitted_error_without_labels_or_patients() -> None:

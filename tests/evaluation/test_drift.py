@@ -19,10 +19,8 @@ MODEL = {
     "operating_points": {"A": {"threshold": 0.5, "n": 4000}, "B": {"threshold": 0.5, "n": 4000}},
     "quality": {
         "expected_rates": {"inverted": 0.0, "lateral": 0.01, "not_frontal_chest": 0.01, "out_of_distribution": 0.01},
-        "train_images": 1000,
         "held_out_images": 1000,
     },
-    "provenance": {},
 }
 
 

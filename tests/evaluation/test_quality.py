@@ -51,12 +51,8 @@ def share(flags: list[str | None], *names: str | None) -> float:
 def chests() -> Images:
     """Draw uint8 [210,64,64]: one radiograph per patient, every sixth with one of three findings."""
     findings = ("Effusion", "Mass", "Cardiomegaly")
-    return np.stack(
-        [
-            draw_phantom(sample_anatomy(0, patient, 0, size=SIZE), findings[patient % 3 :][: patient % 6 == 0])
-            for patient in range(1, TRAINING + HELD_OUT + ORDINARY + 1)
-        ]
-    )
+    anatomies = {i: sample_anatomy(0, i, 0, size=SIZE) for i in range(1, TRAINING + HELD_OUT + ORDINARY + 1)}
+    return np.stack([draw_phantom(anatomy, findings[i % 3 :][: i % 6 == 0]) for i, anatomy in anatomies.items()])
 
 
 @pytest.fixture(scope="module")
