@@ -11,7 +11,7 @@ from pathlib import Path
 from ray_cxr.errors import RayCxrError
 from ray_cxr.imaging import phantoms
 
-#: Enough patients for positives of each finding, and few enough for minutes on two cores.
+#: Enough patients that each finding has positives, and few enough that the demo takes minutes on two cores.
 PATIENTS = 440
 SIZE = 96
 SPLIT = ("--split", "patient", "--fractions", "0.6,0.2,0.2")
@@ -19,9 +19,9 @@ TRAINING = (
     "backbone=TinyCNN weights=none epochs=14 batch_size=32 learning_rate=0.003 warmup_epochs=1 schedule=cosine "
     "pooling=avgmax dropout=0.1 loss=bce optimizer=adamw"
 )
-#: Small heat maps of each image's two highest findings, which show hits and false alarms.
+#: Small heat maps of the two highest findings of each image, which show hits and false alarms.
 MAPS = ("--heatmaps", "2", "--set", "heatmap_pixels=256")
-#: A search that is small enough for a laptop and for a test.
+#: Settings of a search that is small enough for a laptop and for a test.
 SEARCH = """\
 [train]
 backbone = "TinyCNN"
@@ -52,9 +52,13 @@ loss = "bce"
 def run_demo(
     out: Path, command: Callable[[Sequence[str]], int], on_event: Callable[[str], None], *, tune: bool = False
 ) -> None:
-    """Draw phantoms, then run manifest, prepare, train, score and report, or continue an interrupted demo.
+    """Draw phantoms, then run manifest, prepare, train, score and report; or continue an interrupted demo.
 
-    `command` runs one command line and returns its exit code. With `tune`, a small search precedes the training.
+    Args:
+        out: Folder for all files.
+        command: Runs the arguments of `ray-cxr` and returns the exit code.
+        on_event: Prints a line.
+        tune: Whether to run a small search before the training, and to train with the settings it found.
     """
     start = time.monotonic()
     on_event(f"drawing radiographs of {PATIENTS} synthetic patients, with some broken files on purpose")

@@ -1,4 +1,4 @@
-"""Packages that only some commands need, and the extra of ray-cxr that installs each."""
+"""Packages that only some commands need, and the extra of ray-cxr that installs each of them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def is_installed(package: str) -> bool:
 
 
 def install_hint(package: str) -> str:
-    """Return which package is needed and the command that installs it."""
+    """Return the end of a message: which package is needed, and the command that installs it."""
     return f"needs {package}. Install it with: pip install 'ray-cxr[{EXTRAS[package]}]'"
 
 
 def require(package: str, command: str) -> None:
-    """Check that a command's optional package is installed, without importing it; the error names the extra."""
+    """Raise an error that names the extra if a command's optional package is missing; the package is not imported."""
     if not is_installed(package):
         raise ConfigError(f"{command}: {install_hint(package)}")

@@ -24,10 +24,12 @@ class Progress:
     """Show the progress of a known amount of work.
 
     Args:
-        what: the verb, such as `score`.
-        done: items that an earlier run finished.
-        line_every: seconds between lines without a terminal.
-        last_line: whether to print a line at the end without a terminal.
+        what: Name of the work, such as `score`.
+        total: Number of items, including `done`.
+        done: Number of items that an earlier run finished.
+        unit: Name of the items.
+        line_every: Without a terminal, seconds between two lines.
+        last_line: Without a terminal, whether to print a line at the end.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Progress:
             self._print_line()
 
     def advance(self, count: int, note: str = "") -> None:
-        """Add finished items; `note` is shown next to the count, such as the number of errors."""
+        """Add finished items, and show a note next to the count, such as the number of errors."""
         self._done += count
         self._note = note
         if self._bar is not None:
@@ -87,16 +89,15 @@ class Progress:
     def _print_line(self) -> None:
         self._printed_at = time.monotonic()
         self._printed_count = self._done
+        details = [self._format_rate()]
         new = self._done - self._first
-        left = ""
         if new > 0 and self._done < self._total:
-            left = f", {(self._total - self._done) * (self._printed_at - self._start) / new:.0f} s left"
-        note = f", {self._note}" if self._note else ""
-        print(
-            f"{self._what}: {self._done:,} of {self._total:,} {self._unit} ({self._format_rate()}{left}{note})",
-            file=sys.stderr,
-            flush=True,
-        )
+            seconds = (self._total - self._done) * (self._printed_at - self._start) / new
+            details.append(f"{seconds:.0f} s left")
+        if self._note:
+            details.append(self._note)
+        line = f"{self._what}: {self._done:,} of {self._total:,} {self._unit} ({', '.join(details)})"
+        print(line, file=sys.stderr, flush=True)
 
 
 class TrialTable:
@@ -110,7 +111,7 @@ class TrialTable:
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
-            # Redirecting a piped stdout would print its lines above the table instead of into the pipe.
+            # If stdout is a pipe, redirecting it would print its lines above the table and not into the pipe.
             redirect = sys.stdout.isatty()
             self._live = Live(self._build(), console=self._console, refresh_per_second=2, redirect_stdout=redirect)
             self._live.start()
@@ -121,7 +122,7 @@ class TrialTable:
             self._live.stop()
 
     def start_trial(self, number: int, backbone: str) -> None:
-        """Show a trial as waiting for its workers; after a restart it keeps its values."""
+        """Show a trial as waiting for its workers; a restarted trial keeps its values."""
         before = self._rows.get(number, {"epoch": "", "auroc": ""})
         self._rows[number] = {**before, "backbone": backbone, "state": "waits"}
         self._show()
@@ -144,7 +145,7 @@ class TrialTable:
         table = Table(title=f"{self._done} of {self._total} trials have ended; best AUROC {best}")
         for name in ("trial", "backbone", "state", "epoch", "AUROC"):
             table.add_column(name)
-        # The latest 20 fit on a screen.
+        # The latest 20 trials fit on a screen.
         for number, row in sorted(self._rows.items())[-20:]:
             table.add_row(str(number), row["backbone"], row["state"], row["epoch"], row["auroc"])
         return table
@@ -152,7 +153,7 @@ class TrialTable:
 
 @contextlib.contextmanager
 def run_periodically(function: Callable[[], None], interval_s: float, name: str) -> Iterator[None]:
-    """Call a function in a thread every `interval_s` seconds while the block runs; its end waits for a running call."""
+    """Call a function in a thread every `interval_s` seconds while the block runs; wait for its last call."""
     stop = threading.Event()
 
     def loop() -> None:

@@ -1,10 +1,10 @@
 """Run tasks of Ray Data: carry errors in rows, retry lost tasks a limited number of times, watch their output.
 
-Ray Data keeps only the text of an exception that a task raises, and may skip the task. So a task catches its own
-exceptions and returns them in the column `error`: a record of `errors.to_record` as JSON, or an empty text.
+If a task raises an exception, Ray Data keeps only its text, and may skip the task. So a task catches its exceptions and
+returns them in the column `error`: a record of `errors.to_record` as JSON, or an empty text.
 
-Ray Data silently retries a task without limit after its worker died. So tasks of this package request no retries, and
-`run_with_retries` submits lost tasks again until a whole round makes no progress.
+If the worker of a task dies, Ray Data silently retries the task without limit. So tasks of this package request no
+retries, and `run_with_retries` submits lost tasks again until two whole rounds make no progress.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 Task = dict[str, Any]
 
-#: Lost tasks per worker after which a round ends and the rest is submitted again.
+#: Lost tasks per worker after which a round ends and the remaining tasks are submitted again.
 MAX_LOST_PER_WORKER = 20
-#: Rounds without progress before the command gives up.
+#: Consecutive rounds without a finished file after which the command fails.
 MAX_IDLE_ROUNDS = 2
-#: Seconds between looks at the output folder.
+#: Seconds between two checks of the output folder.
 POLL_S = 1.0
 #: Seconds without a finished file after which a warning is logged, and between such warnings.
 STALL_S = 600.0
@@ -44,31 +44,31 @@ def configure() -> None:
     from ray.data import DataContext
 
     context = DataContext.get_current()
-    # By default Ray Data ends a dataset that returns nothing for 30 minutes. One archive is one task, and waiting for
-    # spot machines is no failure. `poll` reports a stall instead.
+    # By default Ray Data ends a dataset that returns nothing for 30 minutes. But an archive is one task, which may take
+    # longer, and so may the wait for spot machines. `poll` reports a stall instead.
     context.execution_no_progress_timeout_s = -1
-    # Otherwise an exception outside the tasks' own handlers arrives without its type.
+    # Otherwise an exception that a task does not catch arrives without its type.
     context.raise_original_map_exception = True
     context.enable_progress_bars = False  # the commands show the progress of images, not of blocks
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    # These log tracebacks of lost tasks, which are submitted again, and of exceptions, which become one line.
+    # These loggers print tracebacks of lost tasks, which are retried, and of exceptions, which become one line.
     for name in ("_internal.execution.streaming_executor_state", "exceptions"):
         logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
 
 
 def sanitize_error(error: Exception, command: str) -> RayCxrError:
-    """Return an error whose message may be shown: our own as it is, any other by its type and place.
+    """Return an error whose message may be shown: our own error unchanged, any other as its type and its location.
 
-    The message of a foreign exception can quote a file's contents, and so a patient's id.
+    The message of another exception can quote the contents of a file, and so a patient's id.
     """
     if isinstance(error, ImageError):
-        return RayCxrError(error.message)  # it is about an archive or a table, and ends the command
+        return RayCxrError(error.message)  # about an archive or a table, so it ends the command
     if isinstance(error, RayCxrError):
         return error
     if isinstance(error, OSError):
-        place, reason = error.filename or command, error.strerror or error
-        return RayCxrError(f"{place}: {reason}; fix this, then run the same command again to continue")
+        where, reason = error.filename or command, error.strerror or error
+        return RayCxrError(f"{where}: {reason}; fix this, then run the same command again to continue")
     trace = traceback.extract_tb(error.__traceback__)
     logger.error("%s\n%s", type(error).__name__, "".join(trace.format()))
     where = f"{Path(trace[-1].filename).name}, line {trace[-1].lineno}" if trace else "an unknown place"
@@ -77,7 +77,7 @@ def sanitize_error(error: Exception, command: str) -> RayCxrError:
 
 
 def encode_error(error: RayCxrError) -> dict[str, str]:
-    """Return the column that carries a sanitized error to the driver."""
+    """Return the column `error` with a sanitized error, for the driver."""
     return {"error": json.dumps(to_record(error))}
 
 
@@ -112,12 +112,15 @@ def run_with_retries(
     build_dataset: Callable[[list[Task]], Any],
     find_pending: Callable[[list[Task], set[int]], list[Task]],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows of all tasks, and submit tasks that were lost with a worker again.
+    """Yield the rows of all tasks; tasks that were lost with a worker are submitted again.
 
     Args:
-        tasks: each with `indices`, the numbers of the output files that it writes.
-        build_dataset: makes a Ray dataset of tasks. Its rows have `done`, the numbers of finished files, and `error`.
-        find_pending: returns the pending part of tasks, given the numbers that rows reported as done.
+        tasks: Tasks, each with `indices`, the numbers of the output files that it writes.
+        build_dataset: Makes a Ray dataset of tasks. Its rows have `done`, the numbers of finished files, and `error`.
+        find_pending: Returns the tasks that are still pending, given tasks and the numbers of finished files.
+
+    Raises:
+        RayCxrError: If a row carries an error, or two rounds in a row finish no file.
     """
     from ray.exceptions import RayError
 
@@ -133,7 +136,7 @@ def run_with_retries(
         except RayError as error:
             lost = error
         left = find_pending(tasks, done)
-        files, before = (sum(len(task["indices"]) for task in some) for some in (left, tasks))
+        files, before = (sum(len(task["indices"]) for task in group) for group in (left, tasks))
         idle = idle + 1 if files == before else 0
         if left and idle == MAX_IDLE_ROUNDS:
             last = f", last with {type(lost).__name__}" if lost else ""
@@ -147,7 +150,7 @@ def run_with_retries(
 
 
 def map_once(dataset: Any, function: Callable[..., Any], **options: Any) -> Any:
-    """Map the rows of a dataset by tasks that Ray does not retry, for `run_with_retries`."""
+    """Map the rows of a dataset with tasks that Ray does not retry, for `run_with_retries`."""
     with warnings.catch_warnings():
         # Ray 2.60 deprecates `max_retries` here and has no replacement yet; pyproject.toml holds Ray below 2.61.
         warnings.filterwarnings("ignore", message=".*ray_remote_args", category=Warning)
@@ -156,10 +159,10 @@ def map_once(dataset: Any, function: Callable[..., Any], **options: Any) -> Any:
 
 @contextlib.contextmanager
 def poll(look: Callable[[], bool], command: str) -> Iterator[None]:
-    """Call `look` every second while the block runs and once after it; warn while no file appears.
+    """Call `look` every second while the block runs and once after it; warn if no file appears for `STALL_S` seconds.
 
-    A task returns at its end, which can take hours for an archive, while its files appear one by one. `look` shows the
-    files that appeared since the last call, and returns whether there are any.
+    `look` shows the files that appeared since its last call, and returns whether there are any. A task returns only at
+    its end, which can take hours for an archive, while its files appear one by one.
     """
     last = time.monotonic()
 

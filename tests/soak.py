@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import pyarrow as pa
@@ -61,8 +61,7 @@ class Soak(NamedTuple):
     arguments: Callable[[Path], list[str]]  # returns the command line for an output folder
     victims: Sequence[str]  # each kill picks a victim at random
     seconds: tuple[float, float]  # minimum and maximum time between two kills
-    read: Callable[[Path], Any]  # reads the output of the uninterrupted run
-    compare: Callable[[Path, Any], None]  # compares the output of a round with that of the uninterrupted run
+    compare: Callable[[Path, Path], None]  # compares the output of a round with that of the uninterrupted run
 
 
 def run(arguments: list[str]) -> None:
@@ -80,7 +79,7 @@ def kill(session: int, victim: str, draw: random.Random) -> bool:
     return bool(found)
 
 
-def run_round(number: int, soak: Soak, out: Path, expected: Any, draw: random.Random) -> None:
+def run_round(number: int, soak: Soak, out: Path, reference: Path, draw: random.Random) -> None:
     """Start the command until it finishes, and kill a victim at random moments."""
     start, killed, log = time.monotonic(), Counter[str](), out.with_suffix(".log")
     for _ in range(STARTS):
@@ -100,7 +99,7 @@ def run_round(number: int, soak: Soak, out: Path, expected: Any, draw: random.Ra
             os.kill(remaining, signal.SIGKILL)
     else:
         raise SystemExit(f"round {number}: not done after {STARTS} starts:\n{log.read_text(encoding='utf-8')[-3000:]}")
-    soak.compare(out, expected)
+    soak.compare(out, reference)
     print(f"round {number}: kills {dict(killed)}; {time.monotonic() - start:.0f} s; identical results", flush=True)
 
 
@@ -114,14 +113,14 @@ def scoring(home: Path) -> Soak:
     bundle, images = make_tiny_bundle(home / "bundle"), [*write_noise(home), home / "missing.png"]
     manifest = write_rows(home / "m.parquet", [str(images[row % 7]) for row in range(6000)])
 
-    def compare(out: Path, expected: pd.DataFrame) -> None:
+    def compare(out: Path, reference: Path) -> None:
         rows = score_folders.read_rows(out)
         assert rows["image_id"].tolist() == pd.read_parquet(manifest)["image_id"].tolist()
-        pd.testing.assert_frame_equal(rows, expected)
+        pd.testing.assert_frame_equal(rows, score_folders.read_rows(reference))
 
     victims = ("command", "command", "actors", "decoders", "raylet")
     arguments = lambda out: score_folders.arguments(bundle, manifest, out)  # noqa: E731
-    return Soak(arguments, victims, (3, 20), score_folders.read_rows, compare)
+    return Soak(arguments, victims, (3, 20), compare)
 
 
 def prepare(home: Path) -> Path:
@@ -134,7 +133,7 @@ def prepare(home: Path) -> Path:
 def training(home: Path) -> Soak:
     prepared = prepare(home)
     arguments = lambda out: test_kill.arguments(prepared, out, 2, epochs=8, patience=8)  # noqa: E731
-    return Soak(arguments, ("command", "workers"), (8, 45), test_kill.outcome, test_kill.assert_same_bits)
+    return Soak(arguments, ("command", "workers"), (8, 45), test_kill.assert_same_bits)
 
 
 def read_search(out: Path) -> tuple[pd.DataFrame, list[pd.DataFrame]]:
@@ -143,22 +142,22 @@ def read_search(out: Path) -> tuple[pd.DataFrame, list[pd.DataFrame]]:
     return rows, curves
 
 
-def compare_search(out: Path, expected: tuple[pd.DataFrame, list[pd.DataFrame]]) -> None:
-    rows, curves = read_search(out)
+def compare_search(out: Path, reference: Path) -> None:
+    (rows, curves), (reference_rows, reference_curves) = read_search(out), read_search(reference)
     assert rows.index.tolist() == list(range(len(RATES))), rows.index
     assert rows["state"].tolist() == ["finished"] * len(RATES), rows["state"]
     assert rows["param_learning_rate"].tolist() == RATES, "a trial has another's settings"
-    for number, (found, wanted) in enumerate(zip(curves, expected[1], strict=True)):
+    for number, (found, wanted) in enumerate(zip(curves, reference_curves, strict=True)):
         pd.testing.assert_frame_equal(found, wanted, check_exact=True, obj=f"trial {number}")
     best = ray_cxr.load_bundle(out / "bundle").info["provenance"]["tuned"]["trial"]
-    assert best == expected[0]["val_auroc"].idxmax(), best
+    assert best == reference_rows["val_auroc"].idxmax(), best
 
 
 def tuning(home: Path) -> Soak:
     prepared, settings = prepare(home), home / "search.toml"
     settings.write_text(SEARCH, encoding="utf-8")
     arguments = lambda out: ["tune", str(prepared), "--out", str(out), "--config", str(settings)]  # noqa: E731
-    return Soak(arguments, ("command",), (20, 90), read_search, compare_search)
+    return Soak(arguments, ("command",), (20, 90), compare_search)
 
 
 def score_damaged(home: Path, count: int, seed: int) -> None:
@@ -191,10 +190,9 @@ def main() -> None:
         return
     soak, draw, reference = soaks[chosen.what](chosen.out), random.Random(chosen.seed), chosen.out / "reference"
     run(soak.arguments(reference))
-    expected = soak.read(reference)
-    soak.compare(reference, expected)
+    soak.compare(reference, reference)
     for number in range(1, chosen.rounds + 1):
-        run_round(number, soak, chosen.out / f"round{number}", expected, draw)
+        run_round(number, soak, chosen.out / f"round{number}", reference, draw)
 
 
 if __name__ == "__main__":
