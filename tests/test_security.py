@@ -125,7 +125,7 @@ def test_bundle_cannot_name_a_class_a_module_or_a_finding(copy: Path) -> None:
     for change, findings, reason in (
         ({"class_name": "Lambda"}, FINDINGS, r"bundle\.json: unknown"),
         ({"module": "os"}, FINDINGS, r"bundle\.json: unknown"),
-        ({"backbone": "os.system"}, FINDINGS, r"bundle\.json: backbone"),
+        ({"backbone": "os.system"}, FINDINGS, r"bundle\.json: architecture\.backbone"),
         ({"findings": script}, script, "findings do not agree"),
     ):
         changed = {**info, "architecture": {**info["architecture"], **change}, "findings": findings}

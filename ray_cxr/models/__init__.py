@@ -1,1 +1,1 @@
-"""Networks, bundles and their runtime."""
+"""Models, bundles and runtimes."""

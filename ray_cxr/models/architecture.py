@@ -1,12 +1,12 @@
-"""The description of a model in a bundle. Imports no Keras, so that reading one is fast."""
+"""Schema of bundle.json, which is checked when a bundle is opened. Imports no Keras, so that reading one is fast."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, StrictBool, model_validator
 
-from ray_cxr.config import Backbone, Settings, TrainSettings
+from ray_cxr.config import Backbone, InputSpec, Settings, TrainSettings
 
 
 class Architecture(Settings):
@@ -22,11 +22,71 @@ class Architecture(Settings):
     @classmethod
     def of(cls, settings: TrainSettings, size: int) -> Architecture:
         """Return the architecture of training settings at an image size in pixels."""
-        return cls(
-            backbone=settings.backbone,
-            size=size,
-            findings=settings.finding_names(),
-            pooling=settings.pooling,
-            dense=settings.dense,
-            dropout=settings.dropout,
-        )
+        same = settings.model_dump(include={"backbone", "pooling", "dense", "dropout"})
+        return cls(size=size, findings=settings.finding_names(), **same)
+
+
+#: Default of an entry that may be missing, but not null.
+_MISSING: Any = None
+_Number = Annotated[float, Field(strict=True, ge=0)]
+
+
+class _Entry(Settings):
+    """An object in bundle.json. Other keys are allowed."""
+
+    model_config = ConfigDict(extra="ignore", validate_default=False)
+
+
+class Point(_Entry):
+    threshold: Annotated[float, Field(strict=True, gt=0, lt=1)]
+
+
+class Precision(_Entry):
+    largest_drift: _Number | None
+    tolerance: _Number
+    accepted: StrictBool | None
+
+    @model_validator(mode="after")
+    def _check_drift(self) -> Precision:
+        if self.accepted is not None and self.largest_drift is None:
+            raise ValueError("accepted is not null, but largest_drift is")
+        return self
+
+
+class Runtimes(_Entry):
+    model_config = ConfigDict(extra="forbid")
+
+    fp32: Precision
+    bf16: Precision
+    int8: Precision = _MISSING
+
+
+class FittedQuality(_Entry):
+    expected_rates: dict[str, _Number]
+    train_images: _Number
+    held_out_images: _Number
+
+
+class LackingQuality(_Entry):
+    lacking: str
+
+
+class Provenance(_Entry):
+    age_range: tuple[float, float] | None = None
+
+
+class BundleInfo(_Entry):
+    """The entries of bundle.json that this package relies on; those with a default are missing in older bundles."""
+
+    findings: tuple[str, ...]
+    architecture: Architecture
+    input_spec: InputSpec
+    calibration: dict[str, dict[str, Any] | None]
+    operating_points: dict[str, Point | None]
+    expected_flag_rates: dict[str, float | None]
+    operating_alternatives: dict[str, dict[str, Point | None]] = _MISSING
+    rule_notes: dict[str, str | None] = _MISSING
+    provenance: Provenance
+    runtimes: Runtimes = _MISSING
+    runtimes_refused: str = ""
+    quality: FittedQuality | LackingQuality | None = None

@@ -22,9 +22,9 @@ from ray_cxr.errors import ConfigError, first_line
 
 @keras.saving.register_keras_serializable(package="ray_cxr")
 class GrayToInput(layers.Layer):
-    """Maps uint8 gray [N,S,S,1] to the input of a backbone: float [N,S,S,C], `x * scale + offset` per channel.
+    """Maps gray x, uint8 [N,S,S,1], to the input of a backbone, float [N,S,S,C].
 
-    Gray is repeated over the channels of `scale` first.
+    Channel c is `x * scale[c] + offset[c]`.
     """
 
     def __init__(self, scale: tuple[float, ...], offset: tuple[float, ...], **kwargs: Any) -> None:
@@ -110,7 +110,7 @@ def features(backbone: str, images: Any, weights: str | None) -> Any:
 
 @contextlib.contextmanager
 def _lock_downloads() -> Iterator[None]:
-    """Hold this user's lock on this machine, since Keras' workers all download into the same file."""
+    """Hold a lock that all processes of this user share, since all would download into the same file."""
     folder = Path.home() / ".keras"
     folder.mkdir(exist_ok=True)
     with open(folder / "ray_cxr.lock", "w") as file:
@@ -119,7 +119,7 @@ def _lock_downloads() -> Iterator[None]:
 
 
 def _tiny(x: Any) -> Any:
-    """Build a plain CNN of about 100,000 weights, for demos and tests: it trains in minutes on a laptop's CPU."""
+    """Build a plain CNN of about 100,000 weights for demos and tests, which trains in minutes on a laptop's CPU."""
     for stage, width in enumerate((16, 32, 64, 96)):
         x = layers.Conv2D(width, 3, padding="same", use_bias=False, name=f"tiny_conv{stage}")(x)
         x = layers.BatchNormalization(momentum=0.9, name=f"tiny_bn{stage}")(x)

@@ -1,7 +1,8 @@
-"""Write bundles: of a trained or imported model, or copies of a bundle with changes. `bundle` describes the format."""
+"""Write a bundle of a trained or imported model, or a changed copy of a bundle. `bundle` describes the format."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,20 +18,23 @@ from ray_cxr.errors import OutputError
 from ray_cxr.models import bundle as bundles
 from ray_cxr.models import exports
 from ray_cxr.models.architecture import Architecture
-from ray_cxr.models.bundle import WEIGHTS, Bundle, is_written, load_bundle, sha256
+from ray_cxr.models.bundle import WEIGHTS, Bundle, is_written, load_bundle
 from ray_cxr.models.card import model_card
 from ray_cxr.storage import atomic, remote
+from ray_cxr.storage.files import hash_file
 
 if TYPE_CHECKING:
     import keras
 
 #: Entries of bundle.json that depend on the weights alone.
 _EXPORTED = ("runtimes", "runtimes_refused", "quality")
+#: Entries of bundle.json that are fields of `BundleContent`.
+_FIELDS = (*bundles.TABLES, "provenance")
 
 
 @dataclass(frozen=True)
 class BundleContent:
-    """Description of the weights in a bundle."""
+    """The content of a bundle without its weights and what `exports` derives from them."""
 
     architecture: Architecture
     input_spec: InputSpec
@@ -46,21 +50,15 @@ class BundleContent:
 
     def info(self) -> dict[str, Any]:
         """Return the entries of bundle.json, without those of `exports`."""
-        info = {
+        fields = {name: getattr(self, name) for name in _FIELDS}
+        return {
             "format": bundles.FORMAT,
             "backbone": self.architecture.backbone,
             "findings": list(self.architecture.findings),
             "architecture": self.architecture.model_dump(mode="json"),
             "input_spec": self.input_spec.model_dump(mode="json"),
-            "calibration": dict(self.calibration),
-            "operating_points": dict(self.operating_points),
-            "expected_flag_rates": dict(self.expected_flag_rates),
+            **copy.deepcopy({name: value for name, value in fields.items() if value is not None}),
         }
-        if self.operating_alternatives is not None:
-            info["operating_alternatives"] = {name: dict(rules) for name, rules in self.operating_alternatives.items()}
-        if self.rule_notes is not None:
-            info["rule_notes"] = dict(self.rule_notes)
-        return {**info, "provenance": dict(self.provenance)}
 
 
 def write_bundle(
@@ -72,13 +70,13 @@ def write_bundle(
     source: Bundle | None = None,
     add: Callable[[Path, dict[str, Any]], None] | None = None,
 ) -> Bundle:
-    """Write a bundle next to its final name and rename it, so that it is complete or absent.
+    """Write a bundle under a temporary name and rename it, so that `out` is complete or absent.
 
     Args:
-        weights: a `.weights.h5` file to copy, or a model whose weights to save.
-        images: used to measure precisions and to fit the quality flags.
+        weights: a `.weights.h5` file to copy, or a model whose weights are saved.
+        images: images for the drift of each precision and for the quality flags.
         source: a bundle with the same weights; its graphs, golden images and quality flags are copied.
-        add: called with the folder and the entries of bundle.json, to add files of `OPTIONAL_FILES` and entries.
+        add: a function that adds files of `OPTIONAL_FILES` to the folder and entries to those of bundle.json.
 
     Raises:
         OutputError: `out` exists; bundles are never changed.
@@ -95,7 +93,7 @@ def write_bundle(
         if source is None:
             from ray_cxr.models import classifier
 
-            # Export what was written, in float32: the given model may compute in another policy.
+            # Export the weights as written, in float32: the given model may have another dtype policy.
             model = classifier.load_model(content.architecture, folder / WEIGHTS)
             info |= exports.export(folder, model, content.architecture, content.input_spec, images)
         else:
@@ -110,7 +108,7 @@ def write_bundle(
         atomic.write_parquet(content.split.cast(bundles.SPLIT_SCHEMA), folder / "split.parquet")
         atomic.write_text(folder / "MODEL_CARD.md", model_card(info, content.curves))
         files = [*bundles.FILES, *(name for name in bundles.OPTIONAL_FILES if (folder / name).exists())]
-        atomic.write_text(folder / bundles.SUMS, "".join(f"{sha256(folder / name)}  {name}\n" for name in files))
+        atomic.write_text(folder / bundles.SUMS, "".join(f"{hash_file(folder / name)}  {name}\n" for name in files))
         for name in (*files, bundles.SUMS):
             (folder / name).chmod(0o444)
     return load_bundle(out)
@@ -120,28 +118,24 @@ def derive_bundle(
     source: Bundle, out: str | Path, *, add: Callable[[Path, dict[str, Any]], None] | None = None, **changes: Any
 ) -> Bundle:
     """Write a copy of a bundle with the same weights, in which some fields of `BundleContent` differ."""
+    fields: dict[str, Any] = {name: source.info.get(name) for name in _FIELDS}
     content = BundleContent(
         architecture=source.architecture,
         input_spec=source.input_spec,
-        calibration=source.info["calibration"],
-        operating_points=source.info["operating_points"],
-        expected_flag_rates=source.info["expected_flag_rates"],
-        provenance=source.info["provenance"],
         config_toml=(source.path / "config.toml").read_text(encoding="utf-8"),
         curves=json.loads((source.path / "curves.json").read_text(encoding="utf-8")),
         split=identity.read_split(source.path, bundles.SPLIT_SCHEMA),
-        operating_alternatives=source.info.get("operating_alternatives"),
-        rule_notes=source.info.get("rule_notes"),
+        **fields,
     )
     return write_bundle(out, replace(content, **changes), source.path / WEIGHTS, source=source, add=add)
 
 
 def find_finished(out: Path, step: str, inputs: Mapping[str, Any], names: Mapping[str, str]) -> Bundle | None:
-    """Return the bundle at `out` if an earlier run wrote it from the same inputs; None if there is nothing.
+    """Return the bundle at `out` if an earlier run wrote it from the same inputs; None if `out` does not exist.
 
     Args:
-        step: the entry of the provenance that holds the inputs, `quantized` or `recalibrated`.
-        names: the name of each input in a message.
+        step: the key of the inputs in the provenance, `quantized` or `recalibrated`.
+        names: for error messages, the name of each input.
 
     Raises:
         OutputError: `out` is not a bundle, or was made from other inputs.

@@ -1,6 +1,6 @@
-"""Write MODEL_CARD.md, for the people who decide whether to use a bundle: the numbers of model_card.md.j2.
+"""Write MODEL_CARD.md, for people who decide whether to use a bundle. The text is in model_card.md.j2.
 
-Facts that a bundle lacks, because it was imported or an older version wrote it, are reported as unknown.
+The card reports facts as unknown if the bundle lacks them because it was imported or an older version wrote it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,6 @@ from typing import Any
 
 import jinja2
 
-#: Marks a number based on fewer than ten patients with, or without, the finding.
-_SMALL = "†"
-_SMALL_NOTE = (
-    f"{_SMALL} Fewer than 10 patients with the finding, or without it: the true interval is wider. For a mean: most of "
-    "its findings are affected."
-)
 _ATTRIBUTES = {"sex": "sex", "age_band": "age, years", "view": "view", "follow_up": "follow-up"}
 _RATES = ("sensitivity", "specificity")
 #: Number of differences between subgroups that the card lists.
@@ -24,7 +18,7 @@ _MAX_DIFFERENCES = 10
 
 
 def model_card(info: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> str:
-    """Return the card in Markdown; it uses only the contents of `bundle.json` and the learning curves."""
+    """Return the card in Markdown from the contents of `bundle.json` and `curves.json`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -42,16 +36,14 @@ def model_card(info: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> 
         curves=curves,
         attributes=_ATTRIBUTES,
         interval=_interval,
-        small_note=_SMALL_NOTE,
         children=_count_children(source),
-        split_text=describe_split(source.get("split") or {}),
         demographics=_demographics(source),
         mean_labels={"auroc": "Macro AUROC"} | {rate: f"Mean {rate}" for rate in rates},
         validation=_validation(info, rates),
         undefined_reasons=_group({name: cell["reason"] for name, cell in cells.items() if cell["reason"]}),
         has_small=any(cell["small"] and cell["auroc"] is not None for cell in cells.values()),
         subgroups=_subgroups(evaluation, rates),
-        largest=sorted(evaluation.get("differences", []), key=lambda one: -abs(one["difference"]))[:_MAX_DIFFERENCES],
+        largest=sorted(evaluation.get("differences", []), key=lambda row: -abs(row["difference"]))[:_MAX_DIFFERENCES],
         calibration=_calibration(info),
         recalibration=_recalibration(info),
         alternatives=_alternatives(info),
@@ -71,7 +63,7 @@ def _count_children(source: Mapping[str, Any]) -> str:
 
 
 def _demographics(source: Mapping[str, Any]) -> dict[str, str] | None:
-    """A row per value of each attribute, and the positives per finding; a column per split."""
+    """Return two tables with a column per split: images by sex, age, view and follow-up, and positives by finding."""
     splits = source.get("demographics")
     if not splits:
         return None
@@ -113,7 +105,7 @@ def _validation(info: Mapping[str, Any], rates: Sequence[str]) -> str | None:
             rows[name][2] = _interval(row.get("auroc"), low, high, cell.get("small"))
             rows[name].append(_number(cell.get("average_precision")))
             rows[name] += [_interval(cell.get(r), cell.get(f"{r}_low"), cell.get(f"{r}_high")) for r in rates]
-        if rates:  # after a recalibration the rules have a table of their own, on other images
+        if rates:  # after a recalibration, `_recalibration` lists the rules
             rows[name] += _rules(info, name)
     return _table([*heads, *(("calibrated", "flags above", "flag rate") if rates else ())], rows)
 
@@ -144,7 +136,7 @@ def _interval(value: float | None, low: float | None, high: float | None, small:
     """Format a number with its interval, e.g. `0.812 (0.790 to 0.833)`."""
     if value is None:
         return "undefined"
-    mark = _SMALL if small else ""
+    mark = "†" if small else ""  # explained in the template
     return f"{value:.3f}{mark} ({low:.3f} to {high:.3f})" if low is not None else f"{value:.3f}{mark} (no interval)"
 
 
@@ -153,7 +145,7 @@ def _calibration(info: Mapping[str, Any]) -> str | None:
     fitted = {name: rule for name, rule in info["calibration"].items() if rule}
     if not fitted:
         return None
-    # After a recalibration these errors describe the old rules.
+    # After a recalibration, the errors of `evaluation` are those of the old calibration.
     errors = {} if source.get("recalibrated") else source.get("evaluation", {}).get("findings", {})
     rows = {}
     for name, rule in fitted.items():
@@ -182,7 +174,7 @@ def _recalibration(info: Mapping[str, Any]) -> str | None:
 
 
 def _rules(info: Mapping[str, Any], name: str) -> list[str]:
-    """Cells of the columns calibrated, flags above, flag rate."""
+    """Return a finding's cells of the columns calibrated, flags above, flag rate."""
     point, fitted = info["operating_points"][name], info["calibration"][name]
     return [
         fitted["method"] if fitted else "no",
@@ -192,7 +184,7 @@ def _rules(info: Mapping[str, Any], name: str) -> list[str]:
 
 
 def _alternatives(info: Mapping[str, Any]) -> str | None:
-    """A row per finding and a column per rule; `_unfitted` lists findings without any point."""
+    """Return a table with a row per finding and a column per rule; findings without any point are left out."""
     rules = info.get("operating_alternatives", {})
     heads = list(dict.fromkeys(rule for points in rules.values() for rule in points))
     rows = {}
@@ -207,7 +199,7 @@ def _alternatives(info: Mapping[str, Any]) -> str | None:
 
 
 def _unfitted(info: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Findings without calibration or operating point, by reason."""
+    """Return the findings without calibration or operating point, by reason."""
     notes, reasons = info.get("rule_notes", {}), {}
     for name in info["findings"]:
         tables = {"calibration": "calibration", "operating point": "operating_points"}
@@ -229,16 +221,6 @@ def _table(heads: Sequence[str], rows: Mapping[str, Sequence[str]], first: str =
     lines = [[first, *heads], *([name, *cells] for name, cells in rows.items())]
     text = [f"| {' | '.join(cells)} |" for cells in lines]
     return "\n".join([text[0], "|---" * (len(heads) + 1) + "|", *text[1:]])
-
-
-def describe_split(split: Mapping[str, Any]) -> str:
-    """Describe a split, e.g. `random by patient, seed 0`."""
-    kind = split.get("kind")
-    if kind == "official":
-        return f"the official train+val list, a tenth of its patients for validation, seed {split.get('seed')}"
-    if kind == "patient":
-        return f"random by patient, seed {split.get('seed')}, fractions {split.get('fractions')}"
-    return "given by the tables" if kind == "given" else "unknown"
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -19,16 +19,16 @@ from ray_cxr.models import backbones
 from ray_cxr.models.architecture import Architecture
 
 OUTPUT_LAYER = "findings"
-#: More than the weights of any backbone here; a file that declares more is broken, or meant to exhaust the memory.
+#: More than any backbone's weights. A file that declares more is damaged, or made to exhaust the memory.
 MAX_WEIGHTS_BYTES = 2 * 1024**3
 _TOO_LARGE = f"declares more than {MAX_WEIGHTS_BYTES >> 30} GiB of weights, more than any backbone here"
 
 
 def build(architecture: Architecture, *, weights: str | None = None) -> keras.Model:
-    """Build a model from uint8 [N,S,S,1] to float32 [N,F] probabilities, which are float32 under any policy.
+    """Build a model from uint8 [N,S,S,1] to probabilities [N,F], which are float32 under any dtype policy.
 
-    It has no nested models, so that heat maps and exports see every layer. The backbone's weights are `imagenet`, or
-    random.
+    The model has no nested models, so that heat maps and exports see every layer. `weights` are those of the backbone:
+    `imagenet`, or None for random ones.
     """
     images = keras.Input((architecture.size, architecture.size, 1), dtype="uint8", name="image")
     x = backbones.features(architecture.backbone, images, weights)
@@ -43,14 +43,14 @@ def build(architecture: Architecture, *, weights: str | None = None) -> keras.Mo
         x = _dropout(x, architecture.dropout, f"head_dropout{number}")
         x = layers.Dense(width, activation="relu", name=f"head_dense{number}")(x)
     x = _dropout(x, architecture.dropout, "head_dropout")
-    # Logits and sigmoid in float32: half precision rounds small probabilities, the ones that matter, into steps.
+    # Logits and sigmoid in float32: in half precision, probabilities of rare findings would be rounded into steps.
     x = layers.Dense(len(architecture.findings), dtype="float32", name="logits")(x)
     x = layers.Activation("sigmoid", dtype="float32", name=OUTPUT_LAYER)(x)
     return keras.Model(images, x, name=f"{architecture.backbone}_{architecture.size}")
 
 
 def build_logits_model(model: keras.Model) -> keras.Model:
-    """Return the model up to its logits, with shared weights: losses are exact on logits, not on probabilities."""
+    """Return the model up to its logits, with shared weights, for losses: on probabilities they would be inexact."""
     return keras.Model(model.input, model.get_layer("logits").output, name=f"{model.name}_logits")
 
 
@@ -76,10 +76,10 @@ def load_model(architecture: Architecture, weights: Path, policy: str = "float32
 def initialize_weights(
     model: keras.Model, architecture: Architecture, path: str | Path, source_findings: Sequence[str] | None = None
 ) -> list[str]:
-    """Start from the weights of a bundle or of a file for the same backbone, matched by layer name and shape.
+    """Copy the weights of a file for the same backbone, matched by layer name and shape.
 
-    Every backbone layer must be in the file. A head of another shape stays random. Outputs are copied one by one, by
-    the name of the finding in `source_findings`, the order of the file's outputs; without it they stay random.
+    Every layer of the backbone must be in the file. Layers of the head with another shape stay random. An output is
+    copied if its finding is in `source_findings`, which names the file's outputs in order.
 
     Returns the parts that stay random: names of layers, and `logits of <Finding>`.
     """
@@ -100,10 +100,10 @@ def initialize_weights(
 
 
 def load_third_party_weights(model: keras.Model, path: str | Path) -> None:
-    """Load a third-party `.h5`, `.weights.h5` or `.keras` of the same backbone, with one dense output layer.
+    """Load a third-party `.h5`, `.weights.h5` or `.keras` file of the same backbone, with one dense output layer.
 
-    Layers are matched by name; the remaining one becomes the output. The file's model description is never executed, so
-    a file cannot run code.
+    Layers are matched by name; the layer without a match becomes the output. The model description in the file is never
+    executed, so the file cannot run code.
     """
     stored = stored_arrays(Path(path))
     _copy_layers(model, stored, path)
@@ -125,9 +125,9 @@ def load_third_party_weights(model: keras.Model, path: str | Path) -> None:
 def _copy_layers(
     model: keras.Model, stored: dict[str, list[np.ndarray]], path: str | Path, optional: str | None = None
 ) -> list[str]:
-    """Copy the weights of all layers but the output; return the names of those skipped.
+    """Copy the weights of all layers but the output; return the names of skipped layers.
 
-    Only layers with the prefix `optional` are skipped, if they are missing or have another shape.
+    A layer whose name starts with `optional` is skipped if it is missing or has another shape.
     """
     skipped = []
     for layer in _inner_layers(model):
@@ -154,11 +154,12 @@ def _shapes(arrays: Sequence[Any]) -> list[tuple[int, ...]]:
 
 
 def stored_arrays(path: Path) -> dict[str, list[np.ndarray]]:
-    """Read the weights of a Keras file by layer name, in each layer's order; reads numbers only.
+    """Read the weights of a Keras file by layer name, in each layer's order. No code in the file is executed.
 
     Supports the HDF5 of Keras 1 and 2 (whole models, and weights alone), `.weights.h5` of Keras 3, and `.keras`.
     """
     try:
+        source: Path | io.BytesIO = path
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 names = [name for name in archive.namelist() if name.endswith(".weights.h5")]
@@ -166,68 +167,61 @@ def stored_arrays(path: Path) -> dict[str, list[np.ndarray]]:
                     raise ConfigError(f"{path}: is a zip file without a model.weights.h5; is it a .keras file?")
                 if archive.getinfo(names[0]).file_size > MAX_WEIGHTS_BYTES:
                     raise ConfigError(f"{path}: {_TOO_LARGE}")
-                with h5py.File(io.BytesIO(archive.read(names[0])), "r") as file:
-                    return _read_arrays(file, path)
-        with h5py.File(path, "r") as file:
-            return _read_arrays(file, path)
+                source = io.BytesIO(archive.read(names[0]))
+        with h5py.File(source, "r") as file:
+            return {name: [np.asarray(array) for array in arrays] for name, arrays in _find_arrays(file, path).items()}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such weights file") from None
     except (OSError, zipfile.BadZipFile, RuntimeError, KeyError, ValueError) as error:
         raise ConfigError(f"{path}: not a Keras weights file: {first_line(error)}") from None
 
 
-def _read_arrays(file: h5py.File, path: Path) -> dict[str, list[np.ndarray]]:
+def _find_arrays(file: h5py.File, path: Path) -> dict[str, list[h5py.Dataset]]:
+    """Return the arrays by layer name, unread: a few bytes can declare any shape, so the total size is checked first.
+
+    Links and external storage are refused, because they could name any other file.
+    """
     group = file.get("model_weights", file)
-    reader = _ArrayReader(file, path)
-    result: dict[str, list[np.ndarray]] = {}
+    result: dict[str, list[Any]] = {}
     if "layer_names" in group.attrs:  # Keras 1 and 2
         for raw in group.attrs["layer_names"]:
             name = _text(raw)
             layer = group[name]
-            inner = [_text(item) for item in layer.attrs.get("weight_names", [])]
-            owners = [item.rpartition("/")[0].removeprefix(f"{name}/") for item in inner]
+            variables = [_text(item) for item in layer.attrs.get("weight_names", [])]
+            owners = [variable.rpartition("/")[0].removeprefix(f"{name}/") for variable in variables]
             # A nested backbone stores all variables under its own name; their paths contain the name of the layer.
             nested = len(set(owners)) > 1
-            for item, owner in zip(inner, owners, strict=True):
+            for variable, owner in zip(variables, owners, strict=True):
                 # keras.applications once wrote conv1/conv where it now writes conv1_conv.
                 key = (owner if nested else name).replace("/", "_")
-                result.setdefault(key, []).append(reader.read(layer[item]))
+                result.setdefault(key, []).append(layer[variable])
     elif "layers" in group:
-        _walk_keras3(group["layers"], result, reader)
+        _walk_keras3(group["layers"], result)
     else:
         raise ConfigError(f"{path}: an HDF5 file without Keras weights")
+    arrays = [array for layer_arrays in result.values() for array in layer_arrays]
+    for array in arrays:
+        if not isinstance(array, h5py.Dataset):
+            raise ConfigError(f"{path}: {array.name} is not an array; is it a Keras weights file?")
+        if array.external or array.is_virtual or array.file.id != file.id:
+            raise ConfigError(f"{path}: {array.name} lies in another file; weights must be in the file itself")
+    if sum(array.nbytes for array in arrays) > MAX_WEIGHTS_BYTES:
+        raise ConfigError(f"{path}: {_TOO_LARGE}")
     return result
 
 
-class _ArrayReader:
-    """Reads arrays of one HDF5 file. Links and external storage, which could name any other file, are refused."""
-
-    def __init__(self, file: h5py.File, path: Path) -> None:
-        self._file, self._path, self._remaining = file, path, MAX_WEIGHTS_BYTES
-
-    def read(self, array: Any) -> np.ndarray:
-        if not isinstance(array, h5py.Dataset):
-            raise ConfigError(f"{self._path}: {array.name} is not an array; is it a Keras weights file?")
-        if array.external or array.is_virtual or array.file.id != self._file.id:
-            raise ConfigError(f"{self._path}: {array.name} lies in another file; weights must be in the file itself")
-        self._remaining -= array.nbytes
-        if self._remaining < 0:  # checked before reading: a few bytes can declare any shape
-            raise ConfigError(f"{self._path}: {_TOO_LARGE}")
-        return np.asarray(array)
-
-
-def _walk_keras3(group: h5py.Group, result: dict[str, list[np.ndarray]], reader: _ArrayReader) -> None:
+def _walk_keras3(group: h5py.Group, result: dict[str, list[Any]]) -> None:
     for key in group:
         child = group[key]
         if not isinstance(child, h5py.Group):
             continue
         if "vars" in child and len(child["vars"]):
             order = sorted(child["vars"], key=int)
-            # The name of the layer is an attribute; the key is its class and a number.
+            # The key is the layer's class and a number; an attribute has the layer's name.
             name = _text(child["vars"].attrs.get("name", child.attrs.get("name", key)))
-            result[name] = [reader.read(child["vars"][number]) for number in order]
+            result[name] = [child["vars"][number] for number in order]
         if "layers" in child:
-            _walk_keras3(child["layers"], result, reader)
+            _walk_keras3(child["layers"], result)
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Compute heat maps: the regions of an image that support a finding according to the model.
+"""Compute heat maps, which show the regions of an image that support a finding according to the model.
 
 Grad-CAM (Selvaraju et al., ICCV 2017, equations 1 and 2) on the last feature map A, before pooling. For the logit y of
 a finding, on cells (i, j) and channels c:
@@ -6,12 +6,12 @@ a finding, on cells (i, j) and channels c:
     gradcam     map = ReLU( sum_c a_c A_c ),  a_c = mean over the cells of dy / dA_c
     hirescam    map = ReLU( sum_c dy / dA_c * A_c ),  cell by cell (Draelos and Carin, arXiv 2011.08891)
 
-The two agree if the head is an average and one dense layer. Maps are in units of the logit and are not scaled: with
-such a head the sum before the ReLU is the logit minus the bias. A map of zeros means that no region supports the
-finding.
+Both give the same map if the head is an average and one dense layer. Maps are in units of the logit and are not
+scaled: with such a head, the sum over the cells before the ReLU is the logit minus the bias. A map of zeros means that
+no region supports the finding.
 
-The logit is used, because the sigmoid's slope would dim the maps of a confident model. One forward pass of the backbone
-serves all findings; gradients go through the head only.
+Maps are of the logit, because the slope of the sigmoid would dim the maps of a confident model. All findings share one
+forward pass of the backbone; gradients are computed through the head only.
 """
 
 from __future__ import annotations
@@ -30,24 +30,22 @@ from ray_cxr.imaging.resize import locate_in_input, resize
 
 #: Names that `classifier.build` gives the head's first layer; its input is the feature map.
 _POOLS = ("pool_avg", "pool")
-#: Opacity of the strongest cell, and the exponent of weaker ones: below 1 they remain visible on white.
+#: Opacity of the strongest cell, and the exponent for weaker cells: below 1, so that they remain visible on white.
 _OPACITY, _EXPONENT = 0.6, 0.7
-#: A matplotlib colour map that rises evenly in lightness and is readable without red and green. Its ends are omitted:
-#: they are invisible on black lungs and white bones.
+#: A matplotlib colour map whose lightness rises evenly, so that colour-blind readers can read it. Its darkest and its
+#: lightest colours are omitted: they are invisible on black lungs and white bones.
 _COLOURS, _DARKEST, _LIGHTEST = "inferno", 64, 220
 
 
 class Explanation(NamedTuple):
-    """Results for n images: maps float32 [n,K,h,w], 0 and above, and probabilities float32 [n,F] of the same forward
-    pass.
-    """
+    """Results of one forward pass for n images, float32."""
 
-    maps: np.ndarray
-    probabilities: np.ndarray
+    maps: np.ndarray  # [n,K,h,w], 0 and above, in units of the logit
+    probabilities: np.ndarray  # [n,F]
 
 
 class GradCam:
-    """Heat maps of any model of `classifier.build`; for the methods see the top of this module."""
+    """Computes heat maps of any model that `classifier.build` built, by the methods of the module's docstring."""
 
     def __init__(self, model: keras.Model, method: HeatMapMethod = "gradcam") -> None:
         if keras.config.backend() != "tensorflow":
@@ -61,7 +59,7 @@ class GradCam:
         self._run = tf.function(self._explain, reduce_retracing=True)
 
     def explain(self, images: np.ndarray, findings: np.ndarray) -> Explanation:
-        """Compute heat maps, in units of the logit, of images uint8 [n,S,S,1] for the outputs int [n,K]."""
+        """Compute heat maps of images uint8 [n,S,S,1], for K of the model's outputs per image, int [n,K]."""
         arrays = self._run(np.asarray(images, np.uint8), np.asarray(findings, np.int32))
         return Explanation(*(np.asarray(array, dtype=np.float32) for array in arrays))
 
@@ -69,8 +67,8 @@ class GradCam:
         import tensorflow as tf
 
         features = self._backbone(images, training=False)
-        # Persistent: one backward pass through the head per finding. Images do not interact in the head, so the
-        # gradient of a sum over images is each image's own.
+        # Persistent: one backward pass through the head per finding. In the head an image does not affect others, so
+        # the gradient of the sum over all images has the gradient of each image in its row.
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(features)
             logits = self._head(features, training=False)
@@ -88,10 +86,10 @@ class GradCam:
 
 
 def draw_overlay(image: np.ndarray, cells: np.ndarray, area: Area = WHOLE, *, side: int = 512) -> np.ndarray:
-    """Draw a heat map over its image: uint8 RGB with the proportions of the image, its longer side of `side` pixels.
+    """Draw a heat map over its image: uint8 RGB with the image's proportions and a longer side of `side` pixels.
 
-    Colours run from 0 to the highest cell of this map, so colours of two images do not compare. Weak regions let the
-    image show through; a map of zeros leaves it gray.
+    Colours run from 0 to the highest cell of this map, so the colours of two maps are not comparable. The weaker a
+    region, the more of the image is visible; with a map of zeros the result is gray.
 
     Args:
         image: uint8 [H,W].
@@ -127,7 +125,7 @@ def crop_padding(padded: np.ndarray, spec: InputSpec, shape: tuple[int, int]) ->
 
 def encode_png(rgb: np.ndarray) -> bytes:
     """Encode a uint8 RGB [H,W,3] as a PNG without metadata."""
-    # OpenCV's default compression: zlib's maximum makes files a fifth smaller and takes eight times as long.
+    # OpenCV's default compression: with zlib's maximum, files are a fifth smaller and take eight times as long.
     done, data = cv2.imencode(".png", rgb[..., ::-1])
     if not done:
         raise ValueError(f"not an image: {rgb.dtype} {rgb.shape}")
@@ -136,7 +134,9 @@ def encode_png(rgb: np.ndarray) -> bytes:
 
 @functools.cache
 def _color_table() -> tuple[np.ndarray, np.ndarray]:
-    """For 256 strengths, return the added colour, uint8 [1,256,3], and the image's remaining share, uint8 [1,256]."""
+    """Return the colour to add for each of 256 strengths, uint8 [1,256,3], and the share of the image to keep, uint8
+    [1,256].
+    """
     from matplotlib import colormaps  # the table alone; no canvas, no fonts
 
     cover = _OPACITY * np.linspace(0.0, 1.0, 256) ** _EXPONENT

@@ -1,9 +1,9 @@
-"""Export a model into its bundle: a graph that runs without Keras, and images that reveal wrong answers.
+"""Export a model into its bundle: a graph that runs without Keras, and images that reveal wrong probabilities.
 
     openvino.xml, .bin            the model as an OpenVINO graph with two outputs, probabilities and pooled features
     golden.npz                    synthetic radiographs and the probabilities that Keras gives for them in float32
     openvino-int8.xml, .bin       the same graph with 8-bit weights and activations (`quantize`)
-    golden-int8.npz               and its probabilities for the golden images
+    golden-int8.npz               probabilities that the 8-bit graph gives for the golden images
     quality.npz                   statistics of ordinary images for the quality flags
 
 No patient's image enters a bundle: the golden images are synthetic, and the statistics contain no image.
@@ -12,6 +12,9 @@ No patient's image enters a bundle: the golden images are synthetic, and the sta
 from __future__ import annotations
 
 import re
+import statistics
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,32 +36,33 @@ GOLDEN_IMAGES = 8
 MAX_SAMPLE = 1000
 _MAX_DRIFT_IMAGES = 256
 _BATCH = 16
+#: The batch size of `score` on CPUs.
+_SCORE_BATCH = 4
+_ROUNDS, _ROUND_S = 5, 0.6
 
 
 @dataclass(frozen=True)
 class SampleImages:
-    """Images uint8 [N,S,S] for measuring a bundle's drift and fitting its quality flags; only `train` trained the
-    model.
-    """
+    """Images uint8 [N,S,S] for measuring a bundle's drift and fitting its quality flags."""
 
-    train: np.ndarray
+    train: np.ndarray  # the model was trained on them
     validation: np.ndarray
 
 
 def sample_images(images: Any, seed: int, at_most: int = MAX_SAMPLE) -> np.ndarray:
-    """Return up to `at_most` of the images [N,S,S] (an array, or a reader with its indexing), drawn with a seed."""
+    """Draw up to `at_most` images from an array [N,S,S], or from a reader that is indexed like an array."""
     return np.asarray(images[sample_rows(len(images), seed, at_most)])
 
 
 def sample_rows(count: int, seed: int, at_most: int) -> np.ndarray:
-    """Return up to `at_most` of `count` row numbers in order, drawn with a seed."""
+    """Draw up to `at_most` of `count` row numbers; return them in order."""
     if count <= at_most:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).choice(count, at_most, replace=False))
 
 
 def golden_images(spec: InputSpec) -> np.ndarray:
-    """Return synthetic radiographs uint8 [8,S,S]; they never change."""
+    """Return synthetic radiographs uint8 [8,S,S], which are the same in every version."""
     drawn = (draw_phantom(sample_anatomy(0, patient, 0, size=256)) for patient in range(1, GOLDEN_IMAGES + 1))
     return np.stack([resize(image, spec) for image in drawn])
 
@@ -70,23 +74,23 @@ def export(
 
     Args:
         model: the Keras model in float32.
-        images: measured in addition to the golden images.
+        images: images for the drift of bf16, in addition to the golden images, and for the quality flags.
 
     Returns:
         Entries of `bundle.json`:
-        `runtimes`: per precision `largest_drift` from Keras (for bf16 also from fp32 on validation images; null if this
-            machine cannot run it, with a `reason` if its CPU has bf16), `tolerance`, and `accepted`: true, false or
-            null. Without a usable OpenVINO graph, `runtimes_refused` instead, with the reason; such a bundle runs in
-            Keras only.
-        `quality`: the numbers of images that the flags were fitted on and their `expected_rates`, or why it is
-            `lacking`.
+        `runtimes`: an object for fp32 and for bf16. `largest_drift` is the largest difference from Keras on the golden
+            images, for bf16 also from fp32 on validation images. `accepted` states whether it is within `tolerance`.
+            Both are null for bf16 if this machine cannot run it; a `reason` follows if the CPU has bf16.
+        `runtimes_refused`: instead of `runtimes`, the reason why OpenVINO cannot run the model; Keras runs it.
+        `quality`: the number of images that the flags were fitted on and their `expected_rates`; or `lacking`, the
+            reason why there are no flags.
 
     Raises:
         BundleError: the model's outputs are not probabilities.
     """
     import keras
 
-    # The name of the model appears in the graph, whose bytes must not change.
+    # The graph contains the name of the model; another name would change its bytes.
     both = keras.Model(
         model.input, {"probabilities": model.output, "features": model.get_layer("logits").input}, name="network"
     )
@@ -96,7 +100,6 @@ def export(
     if not ((expected >= 0) & (expected <= 1)).all():
         raise BundleError(f"{architecture.backbone}: the outputs are not probabilities; its weights are damaged")
     np.savez(folder / runtime.GOLDEN, images=golden, fp32=expected)
-    fastest: runtime.Runtime
     try:
         exact = _convert(both, architecture, folder)
         fp32 = precision_entry("fp32", largest_drift(exact.predict(golden).probabilities, expected))
@@ -109,15 +112,15 @@ def export(
         quality_entry = _fit_quality(folder, runtime.KerasRuntime(model, _BATCH), images)
         return {"runtimes_refused": refused, "quality": quality_entry}
     bf16: dict[str, Any] = {"largest_drift": None, "tolerance": runtime.TOLERANCE["bf16"], "accepted": None}
-    fastest = exact
+    fastest: runtime.Runtime = exact
     if runtime.cpu_has_bf16():
         held_out = golden[:0] if images is None else images.validation
-        some = held_out[:: max(1, -(-len(held_out) // _MAX_DRIFT_IMAGES))]
+        others = held_out[:: max(1, -(-len(held_out) // _MAX_DRIFT_IMAGES))]
         graph = folder / runtime.graph_file("bf16")
         try:
             half = runtime.OpenVinoRuntime(graph, "bf16", _BATCH, runtime.default_threads())
             drift = largest_drift(half.predict(golden).probabilities, expected)
-            drift = max(drift, largest_drift(half.predict(some).probabilities, exact.predict(some).probabilities))
+            drift = max(drift, largest_drift(half.predict(others).probabilities, exact.predict(others).probabilities))
         except (BundleError, RuntimeError) as error:
             bf16["reason"] = f"the machine that made it cannot run it: {_summarize(error, folder)}"
         else:
@@ -133,7 +136,7 @@ def _summarize(error: Exception, folder: Path) -> str:
 
 
 def largest_drift(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Return the largest difference of probabilities [N,F]; 1, the maximum, if one is not a number."""
+    """Return the largest difference between probabilities [N,F]; NaN counts as 1, the largest possible one."""
     return float(np.nan_to_num(np.abs(actual - expected), nan=1.0, posinf=1.0).max(initial=0.0))
 
 
@@ -171,7 +174,7 @@ def _convert(both: Any, architecture: Architecture, folder: Path) -> runtime.Ope
     others = [np.asarray(variable) for variable in both.non_trainable_variables]
 
     def call(image: Any) -> Any:
-        # Weights as constants: OpenVINO searches all variables for each of them, 20 s for DenseNet121 instead of 2 s.
+        # Weights as constants: for each variable, OpenVINO searches all of them, 20 s for DenseNet121 instead of 2 s.
         constants = ([tf.constant(array) for array in arrays] for arrays in (weights, others))
         return both.stateless_call(*constants, image, training=False)[0]
 
@@ -180,9 +183,41 @@ def _convert(both: Any, architecture: Architecture, folder: Path) -> runtime.Ope
     converted = ov.convert_model(traced)
     for number, node in enumerate(converted.get_ordered_ops()):
         if re.fullmatch(r"[A-Za-z]+_\d+", node.get_friendly_name()):
-            # OpenVINO counts over all conversions of this process; the same weights must give the same file.
+            # OpenVINO numbers nodes across all conversions of a process; the same weights must give the same file.
             node.set_friendly_name(f"{node.get_type_name()}_{number}")
     graph = folder / runtime.graph_file("fp32")
-    # Weights stay in float32: a graph in float16 would not be the model that was validated.
+    # In float16 the graph would not be the model that was validated.
     ov.save_model(converted, graph, compress_to_fp16=False)
     return runtime.OpenVinoRuntime(graph, "fp32", _BATCH, runtime.default_threads())
+
+
+def measure_images_per_second(architecture: Architecture, spec: InputSpec, *, threads: int) -> float:
+    """Measure how fast `score --precision auto` runs a model on CPU threads, without decoding: images/s.
+
+    The model has random weights, since weights do not affect the time of a forward pass. The result is the median of
+    five rounds of 0.6 s.
+    """
+    import keras
+
+    from ray_cxr.models import classifier
+
+    keras.utils.set_random_seed(0)
+    model = classifier.build(architecture)
+    with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name:
+        exported = export(Path(name), model, architecture, spec, None)
+        if "runtimes" in exported:
+            precision = "bf16" if exported["runtimes"]["bf16"]["accepted"] else "fp32"
+            graph = Path(name) / runtime.graph_file(precision)
+            opened: runtime.Runtime = runtime.OpenVinoRuntime(graph, precision, _SCORE_BATCH, threads)
+        else:
+            opened = runtime.KerasRuntime(model, _SCORE_BATCH)
+        images = np.repeat(golden_images(spec), threads, axis=0)
+        opened.predict(images)  # the first pass allocates
+        rates = []
+        for _ in range(_ROUNDS):
+            start, done = time.perf_counter(), 0
+            while (seconds := time.perf_counter() - start) < _ROUND_S:
+                opened.predict(images)
+                done += len(images)
+            rates.append(done / seconds)
+    return statistics.median(rates)

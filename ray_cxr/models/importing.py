@@ -13,8 +13,9 @@ from ray_cxr.config import Aspect, InputSpec, Interpolation, TrainSettings, buil
 from ray_cxr.errors import ConfigError
 from ray_cxr.models import classifier
 from ray_cxr.models.architecture import Architecture
-from ray_cxr.models.bundle import SPLIT_SCHEMA, Bundle, sha256
+from ray_cxr.models.bundle import SPLIT_SCHEMA, Bundle
 from ray_cxr.models.bundle_writer import BundleContent, write_bundle
+from ray_cxr.storage.files import hash_file
 from ray_cxr.versions import versions
 
 
@@ -35,11 +36,11 @@ def import_weights(
     aspect: Aspect = "stretch",
     interpolation: Interpolation = "area",
 ) -> Bundle:
-    """Make a bundle of a Keras `.h5`, `.weights.h5` or `.keras` file: a backbone, pooling, one dense output layer.
+    """Make a bundle of a Keras `.h5`, `.weights.h5` or `.keras` file with a backbone, pooling and one dense layer.
 
-    The input is normalised as keras.applications' `preprocess_input` does for this backbone. The training images are
-    unknown, and so are calibration and operating points: those columns are null in a score table. Only numbers are read
-    from the file; a model description inside is never executed.
+    The input is normalised as keras.applications' `preprocess_input` does for this backbone. The bundle has neither
+    calibration nor operating points, so the columns `c_` and `flag_` of its score tables are null. Only numbers are
+    read from the file; its model description is never executed.
 
     Args:
         findings: the file's outputs in order. The file cannot reveal a wrong order.
@@ -63,7 +64,7 @@ def import_weights(
         expected_flag_rates=unknown,
         provenance={
             "origin": f"imported from {path.name}; its training images are unknown",
-            "initial_weights": f"the file {path.name}, SHA-256 {sha256(path)}",
+            "initial_weights": f"the file {path.name}, SHA-256 {hash_file(path)}",
             "lineage": "unknown",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "split": {},

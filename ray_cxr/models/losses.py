@@ -28,15 +28,15 @@ import tensorflow as tf
 
 from ray_cxr.config import TrainSettings
 
-#: labels [B,F], logits [B,F], weight [B,F], denominator -> float32 scalar; see `make_loss`.
+#: The function that `make_loss` returns.
 Loss = Callable[[Any, Any, Any, Any], Any]
 
 
 def compute_finding_weights(values: np.ndarray, loss: str) -> tuple[np.ndarray, np.ndarray]:
-    """Compute weights of positives and negatives, float32 [F] each, from training labels int8 [N,F], -1 null.
+    """Compute the weight of a positive and of a negative, float32 [F] each, from training labels int8 [N,F], -1 null.
 
     `weighted_bce` weights a positive by the finding's share of negatives and a negative by its share of positives, so
-    that both sides have the same total. All other losses use 1.
+    that positives and negatives have the same total weight. All other losses use 1.
     """
     if loss != "weighted_bce":
         ones = np.ones(values.shape[1], dtype=np.float32)
@@ -49,9 +49,9 @@ def compute_finding_weights(values: np.ndarray, loss: str) -> tuple[np.ndarray, 
 def make_loss(settings: TrainSettings, positive: np.ndarray, negative: np.ndarray) -> Loss:
     """Return the configured loss: the sum over this worker's entries, divided by the global number of entries.
 
-    The workers' losses, and their gradients, add up to those of the global batch. The loss consists of plain TensorFlow
-    operations without variables, so it runs eagerly, in a graph, under XLA and in any replica. Value and gradient are
-    finite for all logits up to 1e4 in size.
+    The sum over the workers is the loss of the global batch; the same holds for gradients. The loss consists of plain
+    TensorFlow operations without variables, so it runs eagerly, in a graph, under XLA and in any replica. Value and
+    gradient are finite for logits between -1e4 and 1e4.
 
     Returns:
         `loss(labels, logits, weight, denominator)`, a float32 scalar, where
@@ -59,7 +59,12 @@ def make_loss(settings: TrainSettings, positive: np.ndarray, negative: np.ndarra
         weight: floats [B,F], 0 for nulls and padding, which then affect neither value nor gradient;
         denominator: the number of labelled entries in the global batch, above 0.
     """
-    terms = _terms(settings)
+    gamma_positive = gamma_negative = margin = 0.0
+    if settings.loss == "focal":
+        gamma_positive = gamma_negative = settings.focal_gamma
+    elif settings.loss == "asymmetric":
+        gamma_positive, gamma_negative = settings.asymmetric_gamma_positive, settings.asymmetric_gamma_negative
+        margin = settings.asymmetric_margin
     smoothing = settings.label_smoothing
     positive, negative = np.asarray(positive, np.float32), np.asarray(negative, np.float32)
 
@@ -71,48 +76,30 @@ def make_loss(settings: TrainSettings, positive: np.ndarray, negative: np.ndarra
         z = tf.where(counts, tf.cast(logits, tf.float32), 0.0)
         if smoothing:
             y = y * (1.0 - smoothing) + (1.0 - y) * smoothing
-        present, absent = terms(z)
+        # T+ is T- without a margin at -z, because 1 - sigmoid(z) = sigmoid(-z).
+        present, absent = _negative_term(-z, gamma_positive, 0.0), _negative_term(z, gamma_negative, margin)
         losses = y * positive * present + (1.0 - y) * negative * absent
         return tf.reduce_sum(losses * weight) / tf.cast(denominator, tf.float32)
 
     return loss
 
 
-def _terms(settings: TrainSettings) -> Callable[[Any], tuple[Any, Any]]:
-    """Return the function from logits to T+ and T- of the module's docstring."""
-    if settings.loss == "focal":
-        gamma = settings.focal_gamma
-        return lambda z: (_positive_term(z, gamma), _negative_term(z, gamma, 0.0))
-    if settings.loss == "asymmetric":
-        gamma_positive, gamma_negative = settings.asymmetric_gamma_positive, settings.asymmetric_gamma_negative
-        return lambda z: (
-            _positive_term(z, gamma_positive),
-            _negative_term(z, gamma_negative, settings.asymmetric_margin),
-        )
-    return lambda z: (_positive_term(z, 0.0), _negative_term(z, 0.0, 0.0))
-
-
-def _positive_term(z: Any, gamma: float) -> Any:
-    """Compute (1 - p)^gamma * -log p."""
-    return _negative_term(-z, gamma, 0.0)
-
-
 def _negative_term(z: Any, gamma: float, margin: float) -> Any:
-    """Compute q^gamma * -log(1 - q) with q = max(p - margin, 0).
+    """Compute T- at logits z: q^gamma * -log(1 - q) with p = sigmoid(z) and q = max(p - margin, 0).
 
-    It uses log p and log(1 - p) from softplus, which are exact and have a bounded gradient even where p rounds to 0 or
-    1. Powers are exponentials of logarithms: for gamma below 1 the derivative of x^gamma is infinite at 0, and infinity
-    times zero is NaN.
+    log p and log(1 - p) come from softplus, which is exact and has a bounded gradient even where p rounds to 0 or 1.
+    Powers are computed as exponentials of logarithms: for gamma below 1 the derivative of x^gamma is infinite at 0, and
+    infinity times zero is NaN.
     """
     log_p, cross_entropy = -tf.math.softplus(-z), tf.math.softplus(z)
     if not margin:
         return cross_entropy * tf.exp(gamma * log_p) if gamma else cross_entropy
     q = tf.maximum(tf.exp(log_p) - margin, 0.0)
     # 1 - q is (1 - p) + margin. Near q = 0 its logarithm is exact only if computed from q, near q = 1 only if computed
-    # from logarithms. The minimum keeps the unused branch finite, since its gradient is multiplied by 0.
+    # from logarithms. The minimum keeps the unused form finite, since its gradient is multiplied by 0.
     log_margin = math.log(margin)
     small = -tf.math.log1p(-tf.minimum(q, 0.5))
     large = -(log_margin + tf.math.softplus(-cross_entropy - log_margin))
     shifted = tf.where(q < 0.5, small, large)
-    # At q = 0 the cross-entropy is 0, so any finite power will do; 1e-30 is far below any q that matters.
+    # At q = 0 the cross-entropy is 0, so any finite power gives 0; 1e-30 is far below any q that matters.
     return shifted * tf.exp(gamma * tf.math.log(tf.maximum(q, 1e-30))) if gamma else shifted

@@ -5,9 +5,9 @@ For a finding with probability p and an operating point t, the rank is
     r = 0.5 * p / t                      below t
     r = 0.5 + 0.5 * (p - t) / (1 - t)    from t on
 
-so that r >= 0.5 exactly where the finding is flagged, and rare findings such as Hernia compare with common ones such as
-Infiltration. A finding without an operating point has r = 0.49 p, below all flagged ones. `priority` is the largest r
-over the findings without No_Finding, `top_finding` the finding that has it.
+so that r >= 0.5 exactly where the finding is flagged. Ranks of rare findings such as Hernia and of common ones such as
+Infiltration are comparable. A finding without an operating point has r = 0.49 p, below all flagged findings.
+`top_finding` is the finding with the largest r, except No_Finding, and `priority` is that r.
 """
 
 from __future__ import annotations
@@ -31,15 +31,12 @@ ABOUT = (("age", pa.float64()), ("sex", pa.string()), ("view", pa.string()))
 
 @dataclass(frozen=True)
 class Rules:
-    """How a bundle's probabilities are interpreted; calibrations and thresholds are for raw probabilities.
-
-    `age_range` is that of the training patients in years; None if unknown.
-    """
+    """The rules of a bundle that turn its probabilities into score rows."""
 
     findings: tuple[str, ...]
     calibrations: Mapping[str, calibration.Calibration | None]
-    thresholds: Mapping[str, float | None]
-    age_range: tuple[float, float] | None
+    thresholds: Mapping[str, float | None]  # for raw probabilities
+    age_range: tuple[float, float] | None  # of the training patients, years; None if unknown
     digest: str
 
 
@@ -61,8 +58,9 @@ def schema(findings: Sequence[str]) -> pa.Schema:
 
 
 def compute_ranks(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Compute the ranks of probabilities [N,F], see the module's docstring; a finding without a threshold has NaN
-    there.
+    """Compute the ranks [N,F] of probabilities [N,F], see the module's docstring.
+
+    `thresholds` [F] has NaN for a finding without an operating point.
     """
     p = np.asarray(probabilities, dtype=np.float64)
     t = np.asarray(thresholds, dtype=np.float64)
@@ -84,7 +82,7 @@ def assemble(
         rows: image_id, path, patient_id, study_id; also age, sex and view if they are known.
         probabilities: float32 [N,F]; rows in `failures` are ignored.
         failures: row number -> (error_code, message).
-        flags: per row the quality flag from pixels and features, or None.
+        flags: the quality flag of each row, from pixels and features, or None.
 
     Raises:
         RayCxrError: a probability of a row without failure is not in 0..1.
@@ -103,25 +101,20 @@ def assemble(
             "training diverged"
         )
 
-    columns: dict[str, pa.Array | pa.ChunkedArray] = {name: rows[name] for name in IDENTITY}
-    for name, kind in ABOUT:
-        columns[name] = rows[name] if name in rows.column_names else pa.nulls(n, kind)
+    # Columns that are missing here become null.
+    known = (*IDENTITY, *(name for name, _ in ABOUT if name in rows.column_names))
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {name: rows[name] for name in known}
     columns["status"] = pa.array(np.where(bad, "error", "ok"), pa.string())
-    columns["error_code"] = pa.array([failures[i][0] if i in failures else None for i in range(n)], pa.string())
-    columns["error"] = pa.array([failures[i][1] if i in failures else None for i in range(n)], pa.string())
+    for k, name in enumerate(("error_code", "error")):
+        columns[name] = pa.array([failures[i][k] if i in failures else None for i in range(n)], pa.string())
     thresholds = np.full(len(findings), np.nan)
     for j, name in enumerate(findings):
         columns[f"p_{name}"] = pa.array(p[:, j], pa.float32(), mask=bad)
-        fitted = rules.calibrations.get(name)
-        columns[f"c_{name}"] = (
-            pa.array(calibration.apply_calibration(fitted, np.where(bad, 0.5, p[:, j])), pa.float32(), mask=bad)
-            if fitted
-            else pa.nulls(n, pa.float32())
-        )
-        threshold = rules.thresholds.get(name)
-        if threshold is None:
-            columns[f"flag_{name}"] = pa.nulls(n, pa.bool_())
-        else:
+        fitted, threshold = rules.calibrations.get(name), rules.thresholds.get(name)
+        if fitted is not None:
+            calibrated = calibration.apply_calibration(fitted, np.where(bad, 0.5, p[:, j]))
+            columns[f"c_{name}"] = pa.array(calibrated, pa.float32(), mask=bad)
+        if threshold is not None:
             thresholds[j] = threshold
             columns[f"flag_{name}"] = pa.array(calibration.apply_threshold(p[:, j], threshold), pa.bool_(), mask=bad)
 
@@ -132,28 +125,22 @@ def assemble(
         names = np.array([findings[j] for j in disease], dtype=object)[best]
         columns["top_finding"] = pa.array(names, pa.string(), mask=bad)
         columns["priority"] = pa.array(r[np.arange(n), best].astype(np.float32), pa.float32(), mask=bad)
-    else:
-        columns["top_finding"], columns["priority"] = pa.nulls(n, pa.string()), pa.nulls(n, pa.float32())
-    columns["quality_flag"] = pa.array(
-        [None if bad[i] else flag for i, flag in enumerate(_quality_flags(rows, rules, flags))], pa.string()
-    )
+    columns["quality_flag"] = pa.array(_quality_flags(rows, rules, flags), pa.string(), mask=bad)
     columns["model_digest"] = pa.array([rules.digest] * n, pa.string(), mask=bad)
     wanted = schema(findings)
-    return pa.table([columns[item.name] for item in wanted], schema=wanted)
+    return pa.table([columns.get(item.name, pa.nulls(n, item.type)) for item in wanted], schema=wanted)
 
 
 def _quality_flags(rows: pa.Table, rules: Rules, flags: Sequence[str | None] | None) -> list[str | None]:
-    """Return the most severe flag of each row, from its tags and its pixels."""
-    candidates: list[list[str | None]] = [[flag] for flag in flags or [None] * len(rows)]
-    if "age" in rows.column_names and rules.age_range is not None:
-        low, high = rules.age_range
-        for i, age in enumerate(rows["age"].to_pylist()):
-            if age is not None and not low <= age <= high:
-                candidates[i].append("age_outside_training")
-    if "view" in rows.column_names:
-        for i, view in enumerate(rows["view"].to_pylist()):
-            if view == "LATERAL":
-                candidates[i].append("lateral")
-            elif view in ("PA", "AP") and candidates[i][0] == "lateral":
-                candidates[i][0] = None  # the tag is more reliable than an estimate from pixels
-    return [quality.find_most_severe(flags) for flags in candidates]
+    """Return the most severe flag of each row, from its age and view and from its pixels (`flags`)."""
+    unknown = [None] * len(rows)
+    ages, views = (rows[name].to_pylist() if name in rows.column_names else unknown for name in ("age", "view"))
+    youngest, oldest = rules.age_range or (-np.inf, np.inf)
+    result = []
+    for flag, age, view in zip(flags or unknown, ages, views, strict=True):
+        of_age = None if age is None or youngest <= age <= oldest else "age_outside_training"
+        of_view = "lateral" if view == "LATERAL" else None
+        # The tag is more reliable than an estimate from pixels.
+        of_pixels = None if flag == "lateral" and view in ("PA", "AP") else flag
+        result.append(quality.find_most_severe([of_pixels, of_age, of_view]))
+    return result

@@ -1,8 +1,8 @@
 """`quantize`: add an 8-bit graph to a copy of a bundle, after checking it on validation images.
 
-NNCF quantises after training: ranges of activations come from training images, weights are scaled per channel. The
-probabilities of the result are compared with those of float32 on validation images. If they or the AUROC move further
-than the settings allow, no bundle is written.
+NNCF quantises after training: it measures the ranges of activations on training images and scales weights per channel.
+The int8 probabilities of validation images are compared with those of float32. No bundle is written if the
+probabilities or the AUROC change by more than the settings allow.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ray_cxr.models.bundle_writer import derive_bundle, find_finished
 from ray_cxr.storage import remote
 from ray_cxr.versions import versions
 
-#: Minimum number of images for the ranges, and for the check.
+#: Minimum number of images for the ranges, and minimum number for the check.
 MIN_IMAGES = 32
 _BATCH = 16
 _INPUTS = {"from": "bundle", "prepared_digest": "prepared set", "settings": "configuration"}
@@ -49,9 +49,11 @@ def quantize(
 ) -> Bundle:
     """Write a copy of a bundle that can also run in int8; calibration and operating points stay those of float32.
 
-    If `out` was made from the same bundle, prepared set and settings, it is returned unchanged. The prepared set must
-    have the bundle's size and images in the splits train and val. `on_event` is called with lines about the
-    measurements.
+    An existing `out` that was made from the same bundle, prepared set and settings is returned unchanged.
+
+    Args:
+        prepared: a prepared set of the bundle's image size, with images of the splits train and val.
+        on_event: a function that is called with lines about the measurements.
     """
     extras.require("nncf", "quantize")
     old = load_bundle(bundle)
@@ -74,8 +76,7 @@ def quantize(
             f"not in training; int8 needs at least {MIN_IMAGES} of each"
         )
     rows = usable[exports.sample_rows(len(usable), settings.seed, settings.check_images)]
-    labels = {name: validation.labels[rows, j] for j, name in enumerate(LABELS)}
-    checked = validation.images[rows]
+    checked, labels = validation.images[rows], validation.labels[rows]
     ranges = exports.sample_images(train.images, settings.seed, settings.images)
     left_out = len(validation) - len(usable)
     note = f"; {left_out:,} others left out, because their patients are in training" if left_out else ""
@@ -88,7 +89,13 @@ def quantize(
         exact = runtime.OpenVinoRuntime(fp32, "fp32", _BATCH, threads)
         quantized = runtime.OpenVinoRuntime(graph, "int8", _BATCH, threads)
         measured = _measure_drift(exact, quantized, checked, labels, old.findings)
-        on_event(_describe(measured))
+        fall = measured["macro_auroc_fall"]
+        auroc = "is undefined on these images" if fall is None else f"changes by {-fall:+.4f}"
+        on_event(
+            f"int8 against float32: probabilities move by {measured['mean_drift']:.4f} on average, by up to "
+            f"{measured['p99_drift']:.4f} in 99 of 100, by up to {measured['largest_drift']:.4f} overall; "
+            f"macro AUROC {auroc}"
+        )
         _check_drift(measured, settings)
 
         def add(part: Path, info: dict[str, Any]) -> None:
@@ -96,12 +103,8 @@ def quantize(
                 shutil.copyfile(file, part / file.name)
             with runtime.open_arrays(part / runtime.GOLDEN) as arrays:
                 np.savez(part / runtime.GOLDEN_INT8, int8=quantized.predict(arrays["images"]).probabilities)
-            int8 = {
-                "largest_drift": measured["largest_drift"],
-                "p99_drift": measured["p99_drift"],
-                "tolerance": settings.max_p99_drift,
-                "accepted": True,
-            }
+            int8 = {name: measured[name] for name in ("largest_drift", "p99_drift")}
+            int8 |= {"tolerance": settings.max_p99_drift, "accepted": True}
             info["runtimes"] = {**info["runtimes"], "int8": int8}
             info["provenance"]["quantized"] = {
                 **inputs,
@@ -116,20 +119,19 @@ def quantize(
 
 
 def _find_trained(bundle: Bundle, train: SplitData, validation: SplitData) -> np.ndarray:
-    """Return bool [M]: validation images whose image or patient trained the bundle or is in `train`."""
-    lineage = identity.read_split(bundle.path, SPLIT_SCHEMA).to_pydict()
+    """Find the validation images whose id or patient is in `train` or in the bundle's training images: bool [M]."""
     images, patients = set(train.image_ids), set(train.patient_ids)
-    for image, patient, split in zip(lineage["image_id"], lineage["patient_id"], lineage["split"], strict=True):
-        if split == "train":
-            images.add(image)
-            patients.add(patient)
+    for row in identity.read_split(bundle.path, SPLIT_SCHEMA).to_pylist():
+        if row["split"] == "train":
+            images.add(row["image_id"])
+            patients.add(row["patient_id"])
     patients.discard(None)  # unknown patients match nothing
     pairs = zip(validation.image_ids, validation.patient_ids, strict=True)
     return np.array([image in images or patient in patients for image, patient in pairs], dtype=bool)
 
 
 def _quantize_graph(graph: Path, images: np.ndarray) -> Any:
-    """Return OpenVINO's model with 8-bit weights and activations, ranges from images [N,S,S]."""
+    """Return an OpenVINO model with 8-bit weights and activations, with the ranges measured on images [N,S,S]."""
     ov = runtime.import_openvino()  # before NNCF imports it, to keep telemetry off
     before = logging.getLoggerClass()
     # NNCF warns about its own imports, draws progress bars, and replaces the class of all later loggers.
@@ -139,11 +141,11 @@ def _quantize_graph(graph: Path, images: np.ndarray) -> Any:
 
         logging.setLoggerClass(before)
         log = logging.getLogger("nncf")  # after the import, which adds methods to it
-        log.handlers.clear()  # they hold this moment's stdout; without them, errors go to stderr
+        log.handlers.clear()  # they write to the redirected stdout; without handlers, errors go to stderr
         log.setLevel(logging.ERROR)
         batches = nncf.Dataset([images[i : i + 1, ..., None] for i in range(len(images))])
-        # MIXED: activations of swish go below 0 and are not symmetric. NNCF's default is the fast bias correction; the
-        # other one runs the model once per layer, and the loss of accuracy is measured afterwards anyway.
+        # MIXED: activations of swish go below 0 and are not symmetric. Bias correction is NNCF's default, the fast one:
+        # the accurate one runs the model once per layer, and `_check_drift` limits the loss of accuracy anyway.
         return nncf.quantize(
             ov.Core().read_model(graph), batches, preset=nncf.QuantizationPreset.MIXED, subset_size=len(images)
         )
@@ -153,18 +155,18 @@ def _measure_drift(
     exact: runtime.Runtime,
     quantized: runtime.Runtime,
     images: np.ndarray,
-    labels: dict[str, np.ndarray],
+    labels: np.ndarray,
     findings: tuple[str, ...],
 ) -> dict[str, Any]:
-    """Measure how far int8 moves the probabilities and the AUROC of images [N,S,S] with labels [N] per finding."""
+    """Measure the drift of int8 on images [N,S,S], and the fall of the AUROC, with labels int8 [N,15], -1 null."""
     before, after = exact.predict(images).probabilities, quantized.predict(images).probabilities
     after = np.nan_to_num(after, nan=-1.0)  # NaN counts as the largest drift and the lowest rank
     drift = np.abs(after - before)
     falls = {}
     for j, name in enumerate(findings):
-        truth = labels.get(name)
-        if truth is None or name == NO_FINDING:
+        if name == NO_FINDING:
             continue
+        truth = labels[:, LABELS.index(name)]
         known = truth >= 0
         old, new = (metrics.auroc(truth[known], p[known, j]) for p in (before, after))
         if old is not None and new is not None:
@@ -178,31 +180,18 @@ def _measure_drift(
     }
 
 
-def _describe(measured: dict[str, Any]) -> str:
-    fall = measured["macro_auroc_fall"]
-    auroc = "is undefined on these images" if fall is None else f"changes by {-fall:+.4f}"
-    return (
-        f"int8 against float32: probabilities move by {measured['mean_drift']:.4f} on average, by up to "
-        f"{measured['p99_drift']:.4f} in 99 of 100, by up to {measured['largest_drift']:.4f} overall; "
-        f"macro AUROC {auroc}"
-    )
-
-
 def _check_drift(measured: dict[str, Any], settings: QuantizeSettings) -> None:
-    """Raises: ConfigError: int8 moves the probabilities or the AUROC further than the settings allow."""
-    fall = measured["macro_auroc_fall"]
+    """Raise ConfigError if int8 changes the probabilities or the AUROC by more than the settings allow."""
+    drift, fall = measured["p99_drift"], measured["macro_auroc_fall"]
     if fall is None:
         raise ConfigError(
             "quantize: the AUROC of int8 cannot be checked, because no finding has positives and negatives among the "
             "checked validation images; no bundle was written. Prepare a set with labels"
         )
-    problem = None
-    if measured["p99_drift"] > settings.max_p99_drift:
-        problem = (
-            f"moves 1 in 100 probabilities by more than {measured['p99_drift']:.4f} (max_p99_drift is "
-            f"{settings.max_p99_drift})"
-        )
+    if drift > settings.max_p99_drift:
+        problem = f"moves 1 in 100 probabilities by more than {drift:.4f} (max_p99_drift is {settings.max_p99_drift})"
     elif fall > settings.max_auroc_fall:
         problem = f"lowers the macro AUROC by {fall:.4f} (max_auroc_fall is {settings.max_auroc_fall})"
-    if problem:
-        raise ConfigError(f"quantize: int8 {problem}; no bundle was written. Use more images, or keep bf16")
+    else:
+        return
+    raise ConfigError(f"quantize: int8 {problem}; no bundle was written. Use more images, or keep bf16")

@@ -1,14 +1,14 @@
 """`recalibrate`: fit calibration and operating points of a bundle again, on a site's own scores and labels.
 
-Selection of the labelled images, in this order; excluded images are counted:
+Labelled images are selected in this order; excluded images are counted:
 
-1. Images of split `test`, and all images of their patients, are excluded, so that they stay unseen until the report.
+1. Images of split `test` are excluded, and all images of the same patients, so that they stay unseen until the report.
    Images of split `train` are excluded too.
-2. The rest has the split `val` or none. Images without a score or without a label are excluded.
-3. If an image or patient trained the bundle, the command fails: the model's scores on it are too good to fit on.
-   Validation images of the bundle are used, with a note.
+2. The others have the split `val` or none. Images without a score or without a label are excluded.
+3. If a selected image or its patient is in the bundle's training images, the command fails: the model's scores on
+   training images are too good to fit on. Validation images of the bundle are used, with a note.
 
-The new bundle's split.parquet lists the selected images as `val`, so that no report takes them for a test.
+split.parquet of the new bundle lists the selected images as `val`, so that `report` refuses to test on them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ray_cxr.versions import versions
 
 logger = logging.getLogger(__name__)
 
-#: Entries that a second run must share with the first one, and their names in messages.
+#: Inputs that must be the same when an existing `out` is reused, and their names in messages.
 _INPUTS = {
     "from": "bundle",
     "scores_digest": "scores",
@@ -56,20 +56,21 @@ _EXCLUDED = {
     "not_scored": "not in the scores",
     "errors": "that could not be scored",
     "unlabelled": "without a label for any finding of the bundle",
+    "not_labelled": "scored images without a row in the labels",
 }
 
 
 @dataclass(frozen=True)
 class _SiteScores:
-    """A score folder in memory: per image ok, bool [n], and raw probabilities p, float32 [n,F], 0 on error rows."""
+    """The rows of a score folder, one per image."""
 
     ids: list[str]
     patients: list[str | None]
-    ok: np.ndarray
-    p: np.ndarray
+    ok: np.ndarray  # bool [n], False on error rows
+    p: np.ndarray  # float32 [n,F], raw probabilities, 0 on error rows
 
     def digest(self) -> str:
-        """Return the SHA-256 over all of it, hex."""
+        """Return the SHA-256 of all fields, hex."""
         sink = hashlib.sha256(json.dumps([self.ids, self.patients]).encode())
         sink.update(self.ok.tobytes())
         sink.update(self.p.tobytes())
@@ -85,25 +86,25 @@ def recalibrate(
     *,
     on_event: Callable[[str], None] = logger.info,
 ) -> Bundle:
-    """Fit calibration and operating points of a bundle again, into a new bundle; the old one is not changed.
+    """Fit calibration and operating points of a bundle again and write them to a new bundle.
 
     Args:
         bundle: the bundle that wrote the scores.
         scores: a finished folder of `ray-cxr score`.
         labels: a manifest with the site's labels, joined by image_id.
-        out: the new bundle. If it was made from the same inputs and settings, it is returned unchanged.
+        out: the new bundle. A bundle that was made from the same inputs and settings is returned unchanged.
 
     Returns:
-        The new bundle. Its `provenance["recalibrated"]` records the inputs (`from`, digests), counts, and per finding
-            the flag rate and Brier score before and after; `before` holds the rules of the old bundle.
+        The new bundle. Its `provenance["recalibrated"]` records the digests of the inputs, the numbers of images, and
+            the flag rate and Brier score of each finding before and after. `before` holds the rules of the old bundle.
 
     Raises:
-        LeakError: images trained the bundle, or all usable ones are of split test or train.
+        LeakError: the labelled images include training images of the bundle, or are all of split test or train.
     """
     out, scores, settings = remote.to_path(out), remote.to_path(scores), settings or RecalibrateSettings()
     old = load_bundle(bundle)
     for source in (remote.to_path(bundle), scores):
-        # An additional file would damage a bundle, and an additional table the scores.
+        # More files would make the bundle or the score folder invalid.
         if remote.is_inside(out.resolve().parent, source):
             raise OutputError(f"{out}: lies inside {source}; choose another --out")
     table = _read_scores(scores, old)
@@ -154,14 +155,14 @@ def recalibrate(
             operating_alternatives=rules.alternatives,
             rule_notes=rules.reasons,
             provenance={**provenance, "recalibrated": record},
-            split=_extend_split(_read_split(old), used),
+            split=_extend_split(old, used),
         )
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None
 
 
 def _common_value(bundle: Bundle, table: str, key: str) -> str | None:
-    """Return the text that all findings of the bundle have under `key`; None if there is none, or several."""
+    """Return the text under `key` of every finding's entry in a table of the bundle; None if the findings differ."""
     texts = {entry[key] for entry in bundle.info[table].values() if entry and isinstance(entry.get(key), str)}
     return texts.pop() if len(texts) == 1 else None
 
@@ -172,34 +173,31 @@ def _read_scores(path: Path, bundle: Bundle) -> _SiteScores:
     files = sorted((path / "scores").glob("part-*.parquet"))
     if not files:
         raise InputError(f"{path}: has no scores/part-*.parquet; run score again with --fresh")
-    parts = [
-        _read_part(name, file, bundle, str(path)) for name, file in zip(files, remote.read_files(files), strict=True)
-    ]
-    whole = pa.concat_tables(parts)
-    ids = whole["image_id"].to_pylist()
+    contents = zip(files, remote.read_files(files), strict=True)
+    table = pa.concat_tables([_read_part(file, content, bundle, path) for file, content in contents])
+    ids, status = table["image_id"].to_pylist(), table["status"].to_pylist()
     if not ids:
         raise TableError(f"{path}: has no rows; pass the folder that `ray-cxr score` wrote")
-    if None in ids:
-        raise TableError(f"{path}: {ids.count(None):,} rows have no image_id; score again")
-    if len(set(ids)) < len(ids):
-        raise TableError(f"{path}: {len(ids) - len(set(ids)):,} rows repeat an image_id; score again")
-    status = whole["status"].to_pylist()
-    if not set(status) <= {"ok", "error"}:
-        raise TableError(f"{path}: column status must be ok or error; score again")
     ok = np.array([value == "ok" for value in status])
-    p = np.column_stack([whole[f"p_{name}"].to_numpy() for name in bundle.findings]).astype(np.float32)
-    valid = (p >= 0) & (p <= 1)  # False for NaN too
-    if not valid[ok].all():
-        bad = int((~valid[ok]).any(axis=1).sum())
-        raise TableError(f"{path}: {bad:,} scored rows have a probability that is not in 0..1; score again")
+    p = np.column_stack([table[f"p_{name}"].to_numpy() for name in bundle.findings]).astype(np.float32)
+    impossible = ok & ~((p >= 0) & (p <= 1)).all(axis=1)  # NaN too
+    for bad, problem in (
+        (ids.count(None), "have no image_id"),
+        (len(ids) - len(set(ids)), "repeat an image_id"),
+        (sum(value not in ("ok", "error") for value in status), "have a status that is neither ok nor error"),
+        (int(impossible.sum()), "have a probability that is not in 0..1"),
+    ):
+        if bad:
+            raise TableError(f"{path}: {bad:,} rows {problem}; score again")
     p[~ok] = 0.0
-    return _SiteScores(ids, whole["patient_id"].to_pylist(), ok, p)
+    return _SiteScores(ids, table["patient_id"].to_pylist(), ok, p)
 
 
-def _read_part(file: Path, content: pa.NativeFile, bundle: Bundle, source: str) -> pa.Table:
+def _read_part(file: Path, content: pa.NativeFile, bundle: Bundle, folder: Path) -> pa.Table:
+    """Read a file of scores after checking its columns and that this bundle scored its rows."""
     texts = ["image_id", "patient_id", "status", "model_digest"]
     try:
-        # As a single file: pyarrow must not turn a folder name into a column.
+        # As a single file, so that pyarrow does not turn a folder name into a column.
         with pq.ParquetFile(content) as part:
             names = part.schema_arrow.names
             p = [name for name in names if name.startswith("p_")]
@@ -209,13 +207,12 @@ def _read_part(file: Path, content: pa.NativeFile, bundle: Bundle, source: str) 
     missing = [name for name in texts if name not in names]
     if missing:
         raise TableError(f"{file}: has no column {', '.join(missing)}; pass the folder that `ray-cxr score` wrote")
-    # The model first: other differences follow from another model.
-    status, digests = table["status"].to_pylist(), table["model_digest"].to_pylist()
-    rows = zip(digests, status, strict=True)
-    others = sum(digest != bundle.digest and (digest is not None or state == "ok") for digest, state in rows)
+    # The model first, since another model is the cause of other differences.
+    rows = zip(table["model_digest"].to_pylist(), table["status"].to_pylist(), strict=True)
+    others = sum(digest != bundle.digest and (digest is not None or status == "ok") for digest, status in rows)
     if others:
         raise ConfigError(
-            f"{source}: {others:,} of {len(table):,} rows of {file.name} were not scored with {bundle.location} "
+            f"{folder}: {others:,} of {len(table):,} rows of {file.name} were not scored with {bundle.location} "
             f"(digest {bundle.digest[:12]}); run: ray-cxr score --model {bundle.location}"
         )
     wanted = [f"p_{name}" for name in bundle.findings]
@@ -234,9 +231,10 @@ def _read_part(file: Path, content: pa.NativeFile, bundle: Bundle, source: str) 
 def _select_images(
     table: _SiteScores, labelled: pa.Table, bundle: Bundle, scores: str, labels: str, on_event: Callable[[str], None]
 ) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Select the images to fit on, see the module's docstring, and count the excluded ones by reason.
+    """Select the images to fit on, see the module's docstring, and count the excluded images by reason.
 
-    The table has image_id, patient_id, split, `row` of the scores, and a column per finding with 0, 1 or null.
+    The frame has the columns image_id, patient_id, split, `row` (the row of the scores), and the labels 0, 1 or null of
+    each finding.
     """
     frame = labelled.select(["image_id", "patient_id", "split", *bundle.findings]).to_pandas()
     frame["row"] = pd.Index(table.ids).get_indexer(pd.Index(frame["image_id"]))
@@ -271,13 +269,11 @@ def _select_images(
     if frame.empty:
         raise TableError(f"{labels}: has no label for any finding of {bundle.location}: {', '.join(bundle.findings)}")
     notes = _check_lineage(frame, bundle, labels)
-    n_val, n_none = int((frame["split"] == "val").sum()), int(frame["split"].isna().sum())
-    parts = [f"{n:,} of {name}" for n, name in ((n_val, "split val"), (n_none, "no split")) if n]
+    counts = {"split val": (frame["split"] == "val").sum(), "no split": frame["split"].isna().sum()}
+    parts = [f"{n:,} of {name}" for name, n in counts.items() if n]
     on_event(f"recalibrate: uses {len(frame):,} images: {', '.join(parts)}")
     excluded["not_labelled"] = len(set(table.ids) - set(labelled["image_id"].to_pylist()))
     parts = [f"{excluded[reason]:,} {text}" for reason, text in _EXCLUDED.items() if excluded[reason]]
-    if excluded["not_labelled"]:
-        parts.append(f"{excluded['not_labelled']:,} scored images without a row in the labels")
     if parts:
         on_event(f"recalibrate: excluded: {', '.join(parts)}")
     for note in notes:
@@ -285,20 +281,16 @@ def _select_images(
     return frame, excluded
 
 
-def _read_split(bundle: Bundle) -> pd.DataFrame:
-    return identity.read_split(bundle.path, SPLIT_SCHEMA).to_pandas()
-
-
 def _check_lineage(frame: pd.DataFrame, bundle: Bundle, labels: str) -> list[str]:
-    """Refuse images that trained the bundle; return notes on validation images and on missing information."""
-    split = _read_split(bundle)
+    """Refuse training images of the bundle; return notes on its validation images and on what could not be checked."""
+    split = identity.read_split(bundle.path, SPLIT_SCHEMA).to_pandas()
 
     def match(part: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
         return frame["image_id"].isin(set(part["image_id"])), frame["patient_id"].isin(set(part["patient_id"].dropna()))
 
     images, patients = match(split[split["split"] != "val"])
     if (images | patients).any():
-        # Two hospitals that number their patients from 1 share ids without sharing patients.
+        # Two hospitals that number their patients from 1 have the same ids for different patients.
         hint = "" if images.any() else "; if these are other people with the same ids, add a prefix to your ids"
         raise LeakError(
             f"{labels}: of the {len(frame):,} images to fit on, {int(images.sum()):,} images and "
@@ -326,26 +318,22 @@ def _check_lineage(frame: pd.DataFrame, bundle: Bundle, labels: str) -> list[str
 
 
 def _measure(y: np.ndarray, p: np.ndarray, name: str, old: Bundle, rules: FittedRules) -> dict[str, Any]:
-    """Measure one finding on the images that are labelled for it, by the old and the new rules."""
+    """Measure one finding by the old and the new rules, on the images that are labelled for the finding."""
     known = ~np.isnan(y)
     y, p = y[known], p[known]
     row: dict[str, Any] = {"n": int(y.size), "positives": int(y.sum())}
-    sides = {
-        "_before": (old.info["calibration"][name], old.info["operating_points"][name]),
-        "": (rules.calibrations[name], rules.operating_points[name]),
-    }
-    for when, (scaling, point) in sides.items():
-        flagged = point and y.size
-        row[f"flag_rate{when}"] = float(calibration.apply_threshold(p, point["threshold"]).mean()) if flagged else None
-        row[f"brier{when}"] = metrics.brier(y, calibration.apply_calibration(scaling, p)) if scaling else None
+    for suffix, scaling, point in (
+        ("_before", old.info["calibration"][name], old.info["operating_points"][name]),
+        ("", rules.calibrations[name], rules.operating_points[name]),
+    ):
+        flags = calibration.apply_threshold(p, point["threshold"]) if point else p[:0]
+        row[f"flag_rate{suffix}"] = float(flags.mean()) if flags.size else None
+        row[f"brier{suffix}"] = metrics.brier(y, calibration.apply_calibration(scaling, p)) if scaling else None
     return row
 
 
-def _extend_split(split: pd.DataFrame, used: pd.DataFrame) -> pa.Table:
-    """Add the images that the rules were fitted on to the bundle's split, as `val`."""
-    new = used.loc[~used["image_id"].isin(set(split["image_id"])), ["image_id", "patient_id"]].assign(split="val")
-    return pa.Table.from_pandas(
-        pd.concat([split.astype(object), new.astype(object)], ignore_index=True),
-        schema=SPLIT_SCHEMA,
-        preserve_index=False,
-    )
+def _extend_split(old: Bundle, used: pd.DataFrame) -> pa.Table:
+    """Return the bundle's split with the images that the rules were fitted on added as `val`."""
+    split = identity.read_split(old.path, SPLIT_SCHEMA)
+    new = used[~used["image_id"].isin(set(split["image_id"].to_pylist()))].assign(split="val")
+    return pa.concat_tables([split, pa.Table.from_pandas(new, schema=SPLIT_SCHEMA, preserve_index=False)])

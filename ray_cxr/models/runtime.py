@@ -1,8 +1,8 @@
 """Run a model over batches of images; `Bundle.predict` and the cluster's `score` share this code.
 
-On CPUs OpenVINO runs the graph of the bundle. Keras runs the weights on GPUs, and for bundles without a graph. A bundle
-also holds a few synthetic radiographs with the probabilities that Keras gave for them in float32. Opening a runtime
-(`Bundle.open_runtime`) compares its answers with these and refuses a difference above `TOLERANCE`.
+On CPUs OpenVINO runs the graph of the bundle. Keras runs the model on GPUs, and for bundles without a graph. A bundle
+also holds golden images: synthetic radiographs with the probabilities that Keras gave for them in float32.
+`Bundle.open_runtime` compares a runtime's probabilities with these and refuses a difference above `TOLERANCE`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from ray_cxr.errors import BundleError, ConfigError
 if TYPE_CHECKING:
     import keras
 
-#: Files of a bundle. The graphs hold numbers and names of operations, nothing that runs code.
-GRAPH = "openvino"
+#: Files of a bundle.
 GOLDEN, GOLDEN_INT8 = "golden.npz", "golden-int8.npz"
-#: Largest accepted difference of any probability on the golden images, from Keras in float32. int8 is compared with the
-#: int8 of `quantize`; the effect of quantisation itself is checked on validation images.
+#: Largest accepted difference of a probability of the golden images. fp32 and bf16 are compared with Keras in float32,
+#: int8 with the int8 that `quantize` measured; `quantize` itself compares int8 with fp32.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.02, "int8": 0.02}
 #: Names of a graph's two outputs, in the order of `Outputs`.
 OUTPUTS = ("probabilities", "features")
@@ -40,26 +39,24 @@ _MAX_UNPACKED = 256 * 1024**2
 
 
 class Outputs(NamedTuple):
-    """Results for N images: probabilities float32 [N,F], and the pooled input of the last layer, features float32
-    [N,C].
-    """
+    """Results for N images, float32."""
 
-    probabilities: np.ndarray
-    features: np.ndarray
+    probabilities: np.ndarray  # [N,F]
+    features: np.ndarray  # [N,C], the pooled input of the last layer
 
 
 class Runtime(ABC):
     """A model that is ready to run.
 
-    `batch_shape` is (batch size, S, S, 1). Every batch is padded to it, so that no image's result depends on others.
+    Every batch is padded to `batch_shape`, (batch size, S, S, 1), so that an image's result does not depend on others.
     """
 
     batch_shape: tuple[int, int, int, int]
 
     def submit(self, images: np.ndarray) -> Future[Outputs]:
-        """Score one batch, uint8 [n,S,S] with n up to the batch size. Thread-safe; blocks while no slot is free.
+        """Score one batch, uint8 [n,S,S] with n up to the batch size; the caller may reuse the array afterwards.
 
-        The caller may reuse the array once this returns.
+        Thread-safe; blocks while all slots are in use.
         """
         batch = np.zeros(self.batch_shape, np.uint8)
         batch[: len(images), ..., 0] = images
@@ -78,17 +75,17 @@ class Runtime(ABC):
 
 
 def graph_file(precision: str) -> str:
-    """Return the name of the graph for a precision; fp32 and bf16 share one."""
-    return f"{GRAPH}-int8.xml" if precision == "int8" else f"{GRAPH}.xml"
+    """Return the file name of the graph for a precision; fp32 and bf16 share a graph. A graph cannot run code."""
+    return "openvino-int8.xml" if precision == "int8" else "openvino.xml"
 
 
 def import_openvino() -> Any:
     """Import OpenVINO without its telemetry, which would report each import and each conversion to its vendor."""
     if sys.modules.get("openvino_telemetry") is None:
-        # With None there the import fails, and OpenVINO and NNCF use the stubs that they ship for this case.
+        # With this None, an import raises ImportError; OpenVINO and NNCF then use the stubs that they ship.
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     else:
-        # Another module imported OpenVINO first. All reports of OpenVINO and NNCF go through this one method.
+        # Another module imported OpenVINO first. OpenVINO and NNCF send all reports through this method.
         sender: Any = importlib.import_module("openvino_telemetry.utils.sender")
         sender.TelemetrySender.send = _send_nothing
     import openvino
@@ -106,45 +103,43 @@ def cpu_has_bf16() -> bool:
 
 
 def default_threads() -> int:
-    """Return the CPU threads for one model per machine: at most 8, since more cost memory and gain little."""
+    """Return the number of CPU threads for the only model on a machine: at most 8; more take memory and gain little."""
     return min(8, os.cpu_count() or 1)
 
 
 def choose_precision(info: Mapping[str, Any], requested: str, *, gpu: bool) -> str:
-    """Return the precision to run a bundle in: `fp32`, `bf16` or `int8`; `info` is its `bundle.json`.
+    """Return the precision to run a bundle in, `fp32`, `bf16` or `int8`, from the `info` of its bundle.json.
 
-    On a CPU `auto` is bf16 if the CPU supports it and the bundle passed its tolerance, else fp32. On a GPU it is bf16;
-    GPUs without bfloat16 then compute in float32. Raises ConfigError if the requested precision is not supported.
+    On a CPU `auto` is bf16 if the CPU supports it and its drift was accepted, else fp32. On a GPU `auto` is bf16; GPUs
+    without bfloat16 then compute in float32. Raises ConfigError if the requested precision is not supported.
     """
     runtimes = info.get("runtimes", {})
-    if gpu:
-        if requested == "int8":
-            raise ConfigError("--precision int8: runs on CPUs only; omit --gpu, or use --precision bf16")
-        return "bf16" if requested == "auto" else requested
-    if requested == "int8" and not runtimes.get("int8", {}).get("accepted"):
-        raise ConfigError(
-            "--precision int8: the bundle has no int8 graph; add one with `ray-cxr quantize BUNDLE PREPARED`"
-        )
     bf16 = runtimes.get("bf16", {})
     if requested == "auto":
-        return "bf16" if bf16.get("accepted") and cpu_has_bf16() else "fp32"
-    if requested == "bf16":
+        return "bf16" if gpu or (bf16.get("accepted") and cpu_has_bf16()) else "fp32"
+    problem = None
+    if requested == "int8":
+        if gpu:
+            problem = "runs on CPUs only; omit --gpu, or use --precision bf16"
+        elif not runtimes.get("int8", {}).get("accepted"):
+            problem = "the bundle has no int8 graph; add one with `ray-cxr quantize BUNDLE PREPARED`"
+    elif requested == "bf16" and not gpu:
         if not runtimes:
             reason = info.get("runtimes_refused", "an older ray-cxr wrote it")
-            raise ConfigError(f"--precision bf16: the bundle has no OpenVINO graph ({reason}); use fp32 or auto")
-        if bf16.get("accepted") is False:
-            raise ConfigError(
-                f"--precision bf16: changes probabilities of this bundle by up to {bf16['largest_drift']:.3f}, "
-                f"{TOLERANCE['bf16']} is allowed; use fp32"
-            )
-        if not cpu_has_bf16():
-            raise ConfigError("--precision bf16: this CPU does not compute in bfloat16; use fp32 or auto")
+            problem = f"the bundle has no OpenVINO graph ({reason}); use fp32 or auto"
+        elif bf16.get("accepted") is False:
+            drift, allowed = bf16["largest_drift"], TOLERANCE["bf16"]
+            problem = f"changes probabilities of this bundle by up to {drift:.3f}, {allowed} is allowed; use fp32"
+        elif not cpu_has_bf16():
+            problem = "this CPU does not compute in bfloat16; use fp32 or auto"
+    if problem is not None:
+        raise ConfigError(f"--precision {requested}: {problem}")
     return requested
 
 
 @contextlib.contextmanager
 def open_arrays(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
-    """Open an `.npz` file of a bundle. An error of the file, or in the block that uses it, becomes a BundleError."""
+    """Open an `.npz` file of a bundle. Raise BundleError for a damaged file, and for an error in the `with` block."""
     try:
         with zipfile.ZipFile(path) as packed:
             if sum(item.file_size for item in packed.infolist()) > _MAX_UNPACKED:
@@ -172,18 +167,15 @@ class OpenVinoRuntime(Runtime):
             for name in OUTPUTS:
                 model.output(name)
             model.reshape([batch_size, size, size, 1])
-            compiled = core.compile_model(
-                model,
-                "CPU",
-                {
-                    # On CPUs with bf16, the operations that int8 leaves in float are faster in it too.
-                    "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" or not cpu_has_bf16() else "bf16",
-                    "INFERENCE_NUM_THREADS": threads,
-                    "NUM_STREAMS": threads,
-                    # Pinned threads of two processes would share one core and leave another idle.
-                    "ENABLE_CPU_PINNING": False,
-                },
-            )
+            options = {
+                # For int8 too: on CPUs with bf16, its operations in floating point are faster in bf16.
+                "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" or not cpu_has_bf16() else "bf16",
+                "INFERENCE_NUM_THREADS": threads,
+                "NUM_STREAMS": threads,
+                # Pinned threads of two processes would share one core and leave another idle.
+                "ENABLE_CPU_PINNING": False,
+            }
+            compiled = core.compile_model(model, "CPU", options)
         except (RuntimeError, IndexError) as error:
             raise BundleError(f"{graph}: OpenVINO cannot run it: {summarize_error(error)}") from None
         self.batch_shape = (batch_size, size, size, 1)
@@ -191,14 +183,14 @@ class OpenVinoRuntime(Runtime):
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         requests = [compiled.create_infer_request() for _ in range(threads + 1)]
         # The first access to an element type, or to a tensor's data, fills a table in OpenVINO's C++. Two threads that
-        # do so at once can deadlock: one holds the table's lock and waits for Python's, the other the reverse.
+        # do so at the same time can deadlock: each holds either the table's lock or Python's and waits for the other.
         with _FIRST_ACCESS:
             compiled.input(0).get_element_type().to_dtype()
             for name in OUTPUTS:
                 requests[0].get_tensor(name).data  # noqa: B018
         for request in requests:
             self._idle.put(request)
-        # One waiting thread per request. OpenVINO's own queue has no callback for failed batches and is never freed.
+        # One waiting thread per request. OpenVINO's AsyncInferQueue does not report failed batches and is never freed.
         self._pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="openvino")
 
     def _submit_batch(self, batch: np.ndarray, n: int) -> Future[Outputs]:
@@ -235,7 +227,7 @@ class KerasRuntime(Runtime):
 def limit_threads(threads: int) -> None:
     """Limit TensorFlow's threads in this process; call it before the first operation.
 
-    By default every process starts one thread per core, and the actors of one node compete for the cores.
+    By default each process starts one thread per core, so the actors of a node would compete for the cores.
     """
     if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
         return
@@ -256,17 +248,16 @@ def use_gpu_memory_as_needed() -> int:
 
 
 def prepare_device(gpu: bool, precision: str) -> str:
-    """Select the device of this process; call it before TensorFlow's first operation.
+    """Select the GPU or the CPU for training in this process; call it before TensorFlow's first operation.
 
-    Without `gpu` it is the CPU, even if GPUs are visible. The result is the Keras dtype policy. For `auto`: float32 on
-    CPUs, mixed_bfloat16 on GPUs of compute capability 8.0 or more, mixed_float16 from 7.0 (tensor cores), float32 on
-    older GPUs.
+    Returns the Keras dtype policy: `precision`, or for `auto` float32 on CPUs, mixed_bfloat16 on GPUs of compute
+    capability 8.0 or more, mixed_float16 from 7.0 (tensor cores), and float32 on older GPUs.
     """
     import tensorflow as tf
 
     if not gpu:
         tf.config.set_visible_devices([], "GPU")
-        # Grappler takes 8 s for DenseNet121's training graph, and does not make steps on a CPU faster.
+        # Grappler takes 8 s for DenseNet121's training graph and does not speed up steps on a CPU.
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
         return "float32" if precision == "auto" else precision
     if not use_gpu_memory_as_needed():
@@ -289,7 +280,7 @@ def _gpu_capability() -> tuple[int, int]:
 
 
 def prepare_gpu(precision: str) -> str:
-    """Prepare this process to score on its GPU; return the Keras dtype policy for `fp32` or `bf16`."""
+    """Select the GPU for scoring in this process; return the Keras dtype policy for `fp32` or `bf16`."""
     if not use_gpu_memory_as_needed():
         raise ConfigError("--gpu: this actor sees no GPU; check that requirements-gpu.lock is installed there")
     if precision == "bf16" and _gpu_capability() >= (8, 0):

@@ -1,15 +1,15 @@
 """`export-sr`: write scores of DICOM radiographs as DICOM Structured Reports, which a PACS keeps next to the images.
 
-One document per study, because radiologists read studies. It refers to every image of the study that was scored.
+There is one document per study, because radiologists read studies. It refers to every scored image of the study.
 
     OUT/<SOP Instance UID>.dcm     the documents, see `sr_document`
-    OUT/images.parquet             per row of the scores: its outcome, and the document that contains it
+    OUT/images.parquet             for each row of the scores, the outcome and the document that contains the image
     OUT/export.json                counts
     OUT/settings.json              settings that a later run must match
     OUT/_SUCCESS                   written last, unless an image failed
 
-Documents contain the patient's name and ids, copied from the image's header. No other output does, neither a file name
-nor a message.
+Documents contain the patient's name and ids, copied from the image's header. File names, messages and all other output
+do not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -43,7 +42,7 @@ OUTCOME_TEXTS = {
     sr_studies.NOT_DICOM: "left out: they are not DICOM",
     sr_studies.REPEATED: "left out: another row has the same image (SOP Instance UID)",
 }
-#: From this number of documents on, several processes save more time than the seconds that they need to start.
+#: From this number of documents on, several processes are faster, although they need seconds to start.
 _MIN_PARALLEL, _MAX_PROCESSES = 100, 32
 _BATCH_REPORTS = 512
 
@@ -53,21 +52,23 @@ class Export:
     """The result of an export.
 
     Attributes:
-        rows, outcomes, reasons: number of rows of the scores, in all, by outcome, and of the failed ones by reason.
-        reports, partial: documents of these scores in the folder, and how many of them lack an image of their study.
-        written, seconds: documents that this run wrote, and its wall time.
+        rows: number of rows of the scores.
+        outcomes: number of rows by outcome.
+        reasons: number of failed rows by reason.
+        reports: number of documents of these scores in the folder.
+        partial: number of documents that lack an image of their study.
+        written: number of documents that this run wrote.
     """
 
     rows: int
-    outcomes: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str]
     reasons: Counter[str] = field(default_factory=Counter)
     reports: int = 0
     partial: int = 0
     written: int = 0
-    seconds: float = 0.0
 
     def raise_for_failures(self) -> None:
-        """Raise ErrorRateExceeded if one image failed: a missing report would go unnoticed."""
+        """Raise ErrorRateExceeded if any image failed, because a missing report could remain unnoticed."""
         if self.outcomes[FAILED]:
             reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
             raise ErrorRateExceeded(
@@ -79,9 +80,9 @@ class Export:
 
 
 def export_sr(scores: str | Path, out: str | Path) -> Export:
-    """Write a structured report for every study with a scored DICOM image of a finished folder of `ray-cxr score`.
+    """Write a structured report for every study that has a scored DICOM image in a finished folder of `ray-cxr score`.
 
-    The same call continues a run that was stopped or in which images failed; a finished run is not repeated.
+    The same call continues a run that was stopped or in which images failed. It does not repeat a finished run.
 
     Raises:
         ConfigError: highdicom is not installed.
@@ -92,7 +93,6 @@ def export_sr(scores: str | Path, out: str | Path) -> Export:
     extras.require("highdicom", KIND)
     from ray_cxr.reporting import sr_document
 
-    started = time.monotonic()
     out = Path(out)
     folder = sr_studies.read_folder(Path(scores))
     settings = {
@@ -115,15 +115,13 @@ def export_sr(scores: str | Path, out: str | Path) -> Export:
     run_folder.create_run(out, settings)
     try:
         run_folder.clear_complete(out)
-        export = _write_export(out, folder, plan)
+        return _write_export(out, folder, plan)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None
-    export.seconds = time.monotonic() - started
-    return export
 
 
 def _find_finished(out: Path, folder: ScoreFolder) -> Export | None:
-    """Return the counts of an earlier run, if it finished with the same scores."""
+    """Return the counts of an earlier run in `out` if it finished with the same scores."""
     record = run_folder.read_json(out / "export.json")
     if not run_folder.is_complete(out) or record.get("scores_digest") != folder.digest:
         return None
@@ -136,8 +134,8 @@ def _find_finished(out: Path, folder: ScoreFolder) -> Export | None:
 def _write_export(out: Path, folder: ScoreFolder, plan: ExportPlan) -> Export:
     """Write the documents, then the table and the counts."""
     earlier = _read_earlier_reports(out)
-    reports: list[str | None] = [None] * len(plan.outcomes)
-    export = Export(rows=len(plan.outcomes))
+    export = Export(len(plan.outcomes), Counter())
+    reports: list[str | None] = [None] * export.rows
     studies, contents = plan.studies(), sr_studies.collect_contents(folder, plan)
     with Progress("write reports", len(studies), unit="reports") as progress:
         for rows, content, document in zip(studies, contents, _build_documents(contents), strict=True):
@@ -154,19 +152,13 @@ def _write_export(out: Path, folder: ScoreFolder, plan: ExportPlan) -> Export:
             progress.advance(1)
     export.outcomes.update(plan.outcomes)
     export.reasons.update(plan.reasons.values())
-    # Remove documents of the same images from an earlier run that could not read the other images of the study.
-    current = {report for report in reports if report is not None}
+    # Remove an earlier run's documents of the same images, e.g. of a study whose other images it could not read.
     replaced = {earlier[row] for row, report in enumerate(reports) if report is not None and row in earlier}
-    for uid in replaced - current:
+    for uid in replaced - set(reports):
         (out / f"{uid}.dcm").unlink(missing_ok=True)
-    table = pa.table(
-        {
-            "image_id": pa.array(folder.scores.ids, pa.string()),
-            "outcome": pa.array(plan.outcomes, pa.string()),
-            "reason": pa.array([plan.reasons.get(row) for row in range(len(plan.outcomes))], pa.string()),
-            "report": pa.array(reports, pa.string()),
-        }
-    )
+    reasons = [plan.reasons.get(row) for row in range(export.rows)]
+    columns = {"image_id": folder.scores.ids, "outcome": plan.outcomes, "reason": reasons, "report": reports}
+    table = pa.table(columns, schema=pa.schema([(name, pa.string()) for name in columns]))
     atomic.write_parquet(table, out / "images.parquet")
     record = {
         "rows": export.rows,
@@ -184,7 +176,7 @@ def _write_export(out: Path, folder: ScoreFolder, plan: ExportPlan) -> Export:
 
 
 def _read_earlier_reports(out: Path) -> dict[int, str]:
-    """Return the document of each row in an earlier run in this folder."""
+    """Return the document of each row from an earlier run in `out`."""
     try:
         column = pq.read_table(out / "images.parquet", columns=["report"])["report"].to_pylist()
     except (OSError, KeyError, pa.ArrowException):
@@ -201,19 +193,19 @@ def _write_if_changed(path: Path, data: bytes) -> bool:
 
 
 def _build_documents(contents: Sequence[ReportContent]) -> Iterator[tuple[str, bytes] | str]:
-    """Yield the result of `build_document` for each study, built by all CPUs if there are many."""
+    """Yield the result of `build_document` for each study, from one process per CPU if there are many studies."""
     from ray_cxr.reporting.sr_document import build_document
 
     if len(contents) < _MIN_PARALLEL:
         yield from map(build_document, contents)
         return
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Processes, since the work is pure Python. Spawned, since threads of other libraries do not survive a fork.
+    # Processes, because the work is pure Python. Spawned, because threads of other libraries do not survive a fork.
     pool = ProcessPoolExecutor(
         min(cpus, _MAX_PROCESSES),
         mp_context=multiprocessing.get_context("spawn"),
         initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),  # on Ctrl-C the command ends them
+        initargs=(signal.SIGINT, signal.SIG_IGN),  # on Ctrl-C the main process ends them
     )
     try:
         for start in range(0, len(contents), _BATCH_REPORTS):

@@ -1,17 +1,18 @@
-"""Build one study's DICOM structured report: a Comprehensive SR of TID 1500, Measurement Report (DICOM PS3.16).
+"""Build the DICOM structured report of a study: a Comprehensive SR of TID 1500, Measurement Report (DICOM PS3.16).
 
-For each image it has
+For each image a report has
 
 - a measurement group (TID 1501) with the image's priority, top finding and quality flag;
 - a measurement group per finding: its code, the calibrated probability if there is one, the raw probability, the
   operating point, and whether the image is flagged.
 
-The observer is a device whose UID derives from the model's digest: another training, quantisation or calibration is
-another device. Every document states that it is unverified (VerificationFlag, PreliminaryFlag, and in words).
+The observer is a device. Its UID is derived from the model's digest, so a bundle with another training, quantisation or
+calibration is another device. Every document states in VerificationFlag, in PreliminaryFlag and in words that it is
+unverified.
 
-All UIDs derive from the content and never from a clock or random numbers (see `_uid`): the same scores give the same
-files, and a PACS that receives them twice keeps one. The texts in this module are part of the content; raise `FORMAT`
-when one changes.
+UIDs are derived from the content and never from a clock or random numbers (see `_uid`): the same scores give the same
+files, and a PACS that receives a file twice keeps one copy. The texts in this module are part of the content; raise
+`FORMAT` when a text changes.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ logging.getLogger("highdicom").setLevel(logging.CRITICAL + 1)
 
 #: Raised whenever the same scores would give another document.
 FORMAT = 1
-#: The private coding scheme, for concepts without a public code (PS3.16, 8.2: the designator begins with 99).
+#: The private coding scheme, for concepts without a public code (PS3.16, 8.2: the designator starts with 99).
 SCHEME = "99RAYCXR"
 RESEARCH_ONLY = (
     "Research use only, not for diagnosis. Made by a computer program from single images and reviewed by nobody. "
@@ -50,7 +51,7 @@ RESEARCH_ONLY = (
 )
 MANUFACTURER = "ray-cxr"
 SERIES_DESCRIPTION = "ray-cxr findings, research use only"
-#: Far from the numbers that modalities assign.
+#: A number that modalities do not reach when they count their series.
 SERIES_NUMBER = 9901
 
 _NAMESPACE = uuid.UUID("f2b4cf0c-5f0b-4f3c-9b8a-6f9f3a1f6a52")
@@ -60,10 +61,10 @@ _REQUIRED = (
     *("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"),
 )
 
-#: Codes of the findings, with their sources. Those of PS3.16 and RadLex are free for use. SNOMED CT only where DICOM's
-#: dictionary has it; other codes need a licence in some countries. None is guessed.
+#: Codes of the findings, with their sources. Codes of PS3.16 and RadLex are free to use. SNOMED CT codes are used only
+#: if DICOM's dictionary has them; others need a licence in some countries. No code is a guess.
 CODES: dict[str, Code] = {
-    # RadLex 4.3; PS3.16 has the plate-like one alone.
+    # RadLex 4.3; PS3.16 has only plate-like atelectasis.
     "Atelectasis": Code("RID28493", "RADLEX", "atelectasis"),
     # None in RadLex 4.3; PS3.16 gives SCT 287272002 two meanings, one an enlarged septal foramen of the heart.
     "Cardiomegaly": Code("CARDIOMEGALY", SCHEME, "Cardiomegaly"),
@@ -73,7 +74,7 @@ CODES: dict[str, Code] = {
     "Edema": Code("19242006", "SCT", "Pulmonary edema"),
     # PS3.16, CID 8134.
     "Effusion": Code("60046008", "SCT", "Pleural effusion"),
-    # RadLex 4.3; PS3.16 has the mediastinal one alone.
+    # RadLex 4.3; PS3.16 has only mediastinal emphysema.
     "Emphysema": Code("RID4799", "RADLEX", "emphysema"),
     # PS3.16, CID 6335.
     "Fibrosis": Code("112674009", "SCT", "Fibrosis"),
@@ -102,24 +103,23 @@ NOT_FLAGGED = Code("NOT_FLAGGED", SCHEME, "Not flagged: below the operating poin
 PRIORITY = Code("PRIORITY", SCHEME, "Reading priority, 0 to 1; from 0.5 on a finding is flagged")
 TOP_FINDING = Code("TOP_FINDING", SCHEME, "Finding with the highest rank")
 QUALITY = Code("QUALITY", SCHEME, "Why the image may be unlike those of the training")
-#: The quality flags of a score table, gravest first.
-_QUALITY_TEXTS = (
-    ("INVERTED", "Black and white are exchanged"),
-    ("LATERAL", "Lateral view"),
-    ("NOT_FRONTAL", "Not like a frontal chest radiograph"),
-    ("OUT_OF_DISTRIB", "Features unlike those of the training"),
-    ("AGE_OUTSIDE", "Age outside that of the training"),
+_QUALITY_CODES = (
+    Code("INVERTED", SCHEME, "Black and white are exchanged"),
+    Code("LATERAL", SCHEME, "Lateral view"),
+    Code("NOT_FRONTAL", SCHEME, "Not like a frontal chest radiograph"),
+    Code("OUT_OF_DISTRIB", SCHEME, "Features unlike those of the training"),
+    Code("AGE_OUTSIDE", SCHEME, "Age outside that of the training"),
 )
-QUALITY_CODES = {
-    flag: Code(value, SCHEME, text) for flag, (value, text) in zip(quality.FLAGS, _QUALITY_TEXTS, strict=True)
-}
+QUALITY_CODES = dict(zip(quality.FLAGS, _QUALITY_CODES, strict=True))
 _COMMENT = Code("121106", "DCM", "Comment")
 _PROCEDURE = Code("43468-8", "LN", "XR unspecified body region")
 _NO_UNITS = Code("1", "UCUM", "no units")
 
 
 def build_document(content: ReportContent) -> tuple[str, bytes] | str:
-    """Return a document's UID and bytes; if its header is unusable, the error's type, since its message quotes it."""
+    """Return a document's UID and bytes. If its header is unusable, return only the type of the error, as its message
+    quotes the header.
+    """
     try:
         with keep_invalid_values():
             document = _build(content)
@@ -131,12 +131,12 @@ def build_document(content: ReportContent) -> tuple[str, bytes] | str:
 
 
 def _uid(*content: object) -> str:
-    """Return the UID of some content: 2.25 and a name-based UUID (PS3.5, B.2; RFC 4122, version 5)."""
+    """Derive a UID from content: 2.25 and a name-based UUID (PS3.5, B.2; RFC 4122, version 5)."""
     return f"2.25.{uuid.uuid5(_NAMESPACE, json.dumps(content)).int}"
 
 
 def _build(content: ReportContent) -> Dataset:
-    """Build a study's report. Its UID covers everything but the time and the data of patient and study."""
+    """Build a study's report. Its UID is derived from everything but the time and the patient's and study's data."""
     model, images, missing = content.model, content.images, content.missing
     study = images[0].study
     instances = [image.instance for image in images]
@@ -147,15 +147,23 @@ def _build(content: ReportContent) -> Dataset:
         for number, (image, values) in enumerate(zip(images, content.values, strict=True), 1)
         for group in _build_groups(model, image, values, uid, number)
     ]
-    context = sr.ObservationContext(observer_device_context=_build_observer(model))
+    device = sr.DeviceObserverIdentifyingAttributes(
+        uid=_uid("device", model.digest),
+        name=f"ray-cxr {model.version}, model {model.digest[:16]}",
+        manufacturer_name=MANUFACTURER,
+        model_name=model.name,
+        serial_number=model.digest,
+    )
+    observer = sr.ObserverContext(Code("121007", "DCM", "Device"), observer_identifying_attributes=device)
+    context = sr.ObservationContext(observer_device_context=observer)
     report = sr.MeasurementReport(context, procedure_reported=_PROCEDURE, imaging_measurements=groups)
     root = report[0]
     items = root.ContentSequence
     # Before the measurements, so that every reader sees it first.
     comment = sr.TextContentItem(_COMMENT, RESEARCH_ONLY, relationship_type=sr.RelationshipTypeValues.CONTAINS)
     items.insert(len(items) - 1, comment)
-    # An empty tree for the constructor. highdicom would walk the whole tree four times to check references and 3D
-    # coordinates, which doubles the time; all references are in the evidence, and nothing is 3D.
+    # The constructor gets an empty tree, because it walks the tree four times to check references and 3D coordinates,
+    # which doubles the time. All references are in the evidence, and there are no 3D coordinates.
     root.ContentSequence = sr.ContentSequence(is_root=False)
     header = pydicom.dcmread(io.BytesIO(images[0].copied), force=True)
     copied = dicom_text.copy_elements(header, header.keys())
@@ -194,7 +202,7 @@ def _build(content: ReportContent) -> Dataset:
 
 
 def _describe_image(image: ImageHeader) -> Dataset:
-    """Return the reference to an image, without the patient: highdicom would log a name that looks unusual to it."""
+    """Return the reference to an image, without the patient's name, which highdicom logs if it looks unusual."""
     evidence = Dataset()
     evidence.StudyInstanceUID, evidence.SeriesInstanceUID = image.study, image.series
     evidence.SOPInstanceUID, evidence.SOPClassUID = image.instance, UID(image.sop_class)
@@ -204,26 +212,11 @@ def _describe_image(image: ImageHeader) -> Dataset:
 
 
 def _local_time(when: datetime.datetime, header: Dataset) -> datetime.datetime:
-    """Convert to a time without zone, as DICOM stores it: in the image's time zone, or in this machine's."""
-    offset = re.fullmatch(r"([+-])(\d\d)([0-5]\d)", str(header.get("TimezoneOffsetFromUTC") or "").strip())
-    zone = None
-    if offset and int(offset[2]) <= 14:
-        minutes = int(offset[2]) * 60 + int(offset[3])
-        zone = datetime.timezone(datetime.timedelta(minutes=-minutes if offset[1] == "-" else minutes))
+    """Return a time without zone, as DICOM stores it, in the time zone of the image or else of this machine."""
+    offset = str(header.get("TimezoneOffsetFromUTC") or "").strip()
+    is_valid = re.fullmatch(r"[+-](0[0-9]|1[0-4])[0-5][0-9]", offset)
+    zone = datetime.datetime.strptime(offset, "%z").tzinfo if is_valid else None
     return when.astimezone(zone).replace(tzinfo=None)
-
-
-def _build_observer(model: ScoringModel) -> sr.ObserverContext:
-    return sr.ObserverContext(
-        observer_type=Code("121007", "DCM", "Device"),
-        observer_identifying_attributes=sr.DeviceObserverIdentifyingAttributes(
-            uid=_uid("device", model.digest),
-            name=f"ray-cxr {model.version}, model {model.digest[:16]}",
-            manufacturer_name=MANUFACTURER,
-            model_name=model.name,
-            serial_number=model.digest,
-        ),
-    )
 
 
 def _build_groups(

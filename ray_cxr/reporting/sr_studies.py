@@ -37,10 +37,10 @@ _MAX_HEADER = 64 * 1024 * 1024
 _FETCH_BYTES = 64 * 1024
 #: Files with these suffixes are not opened.
 _NOT_DICOM_SUFFIXES = (".png", ".jpg", ".jpeg")
-#: Reading a header from a store is a request, and most of it is waiting.
+#: Threads, since reading a header from a store is mostly waiting for an answer.
 _THREADS, _BATCH_ROWS = 8, 512
-#: Elements that are copied from an image's header into its study's document. They identify the patient and the study
-#: (Patient, Patient Study and General Study modules, PS3.3, C.7.1.1, C.7.2.2, C.7.2.1).
+#: Elements that are copied from an image's header into the document of its study, because they identify the patient and
+#: the study (Patient, Patient Study and General Study modules, PS3.3, C.7.1.1, C.7.2.2, C.7.2.1).
 _COPIED = (
     *("SpecificCharacterSet", "TimezoneOffsetFromUTC", "PatientName", "PatientID", "IssuerOfPatientID"),
     *("IssuerOfPatientIDQualifiersSequence", "TypeOfPatientID", "OtherPatientIDsSequence", "PatientBirthDate"),
@@ -48,44 +48,37 @@ _COPIED = (
     *("DeidentificationMethodCodeSequence", "LongitudinalTemporalInformationModified", "StudyDate", "StudyTime"),
     *("StudyID", "StudyDescription", "AccessionNumber", "IssuerOfAccessionNumberSequence", "ReferringPhysicianName"),
 )
-#: The format of PatientAge (PS3.5, 6.2, AS). Archives often store another one; the element is optional.
+#: The format of PatientAge (PS3.5, 6.2, AS). A value in another format, which archives often have, is not copied.
 _AGE = re.compile(r"[0-9]{3}[DWMY]")
 UID_TEXT = re.compile(r"[0-9]+(\.[0-9]+)+")
 
 
 @dataclass(frozen=True)
 class ScoringModel:
-    """The model that scored.
-
-    Attributes:
-        thresholds: per finding the operating point on the raw probability, or None.
-        digest, version: of the bundle, and of the ray-cxr that scored.
-        finished: when scoring ended.
-    """
+    """The model that scored the images, and the run of `score`."""
 
     findings: tuple[str, ...]
-    thresholds: tuple[float | None, ...]
-    backbone: str
-    digest: str
-    version: str
-    finished: datetime.datetime
-
-    @property
-    def name(self) -> str:
-        return f"ray-cxr chest radiograph findings, {self.backbone}"[:64]
+    thresholds: tuple[float | None, ...]  # operating points on the raw probability, one per finding
+    name: str
+    digest: str  # of the bundle
+    version: str  # of the ray-cxr that scored
+    finished: datetime.datetime  # when scoring ended
 
 
 @dataclass(frozen=True)
 class ScoreFolder:
-    """A finished score folder, with the SHA-256 of the run's settings and of the score files, hex."""
+    """A finished score folder."""
 
     model: ScoringModel
     scores: Scores
-    settings_digest: str
-    digest: str
+    settings_digest: str  # SHA-256 of settings.json, hex
+    digest: str  # SHA-256 of the score files, hex
 
     def values(self, row: int) -> dict[str, Any]:
-        """Return the results of an image, for JSON: p, c and flags per finding; None where null, flags -1."""
+        """Return the results of an image for JSON, with p, c and flags in the order of the findings.
+
+        None stands for null, except that a null flag is -1.
+        """
         scores, findings = self.scores, self.model.findings
         return {
             "p": [float(scores.p[name][row]) for name in findings],
@@ -99,40 +92,33 @@ class ScoreFolder:
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """UIDs and identity from an image's header.
-
-    `patient` is for comparison within a study. `copied` has the elements of `_COPIED`, text byte for byte, as Explicit
-    VR Little Endian.
-    """
+    """UIDs and identity from an image's header."""
 
     study: str
     series: str
     instance: str
     sop_class: str
-    patient: tuple[str, ...]
-    copied: bytes = field(repr=False)
+    patient: tuple[str, ...]  # for comparison with other images of the study
+    copied: bytes = field(repr=False)  # elements of `_COPIED` with unchanged text, in Explicit VR Little Endian
 
 
 @dataclass(frozen=True)
 class ReportContent:
-    """The content of one document: images of a study in the order of the scores, with their `ScoreFolder.values`.
-
-    `missing` is the number of images of the study that are not among them.
-    """
+    """The content of one document, with images in the order of the scores."""
 
     model: ScoringModel
     images: tuple[ImageHeader, ...]
-    values: tuple[dict[str, Any], ...]
-    missing: int
+    values: tuple[dict[str, Any], ...]  # `ScoreFolder.values` of each image
+    missing: int  # number of other images of the study
 
 
 @dataclass
 class ExportPlan:
-    """The outcome of each row of the scores; by row, headers of images to export, and reasons of failed ones."""
+    """What happens with each row of the scores."""
 
-    outcomes: list[str]
-    headers: dict[int, ImageHeader] = field(default_factory=dict)
-    reasons: dict[int, str] = field(default_factory=dict)
+    outcomes: list[str]  # by row
+    headers: dict[int, ImageHeader] = field(default_factory=dict)  # of images to export, by row
+    reasons: dict[int, str] = field(default_factory=dict)  # why an image failed, by row
 
     def fail(self, row: int, reason: str) -> None:
         self.outcomes[row], self.reasons[row] = FAILED, reason
@@ -159,7 +145,7 @@ def read_folder(path: Path) -> ScoreFolder:
         model = ScoringModel(
             findings=findings,
             thresholds=tuple(points[name]["threshold"] if points[name] else None for name in findings),
-            backbone=str(scores.model["architecture"]["backbone"]),
+            name=f"ray-cxr chest radiograph findings, {scores.model['architecture']['backbone']}"[:64],
             digest=str(scores.model["digest"]),
             version=str(scores.run.get("versions", {}).get("ray-cxr", "unknown")),
             finished=finished.astimezone(datetime.UTC),
@@ -176,7 +162,7 @@ def read_folder(path: Path) -> ScoreFolder:
 
 
 def plan_export(scores: Scores) -> ExportPlan:
-    """Read the header of every scored image that may be DICOM, and decide the outcome of every row."""
+    """Read the header of every scored image that may be DICOM; return the outcome of every row."""
     plan = ExportPlan([NOT_DICOM if ok else NOT_SCORED for ok in scores.ok])
     candidates = [
         (row, path)
@@ -185,7 +171,7 @@ def plan_export(scores: Scores) -> ExportPlan:
     ]
     with Progress("read headers", len(candidates), unit="files") as progress:
         for row, header in _read_headers(candidates):
-            # A study_id that is no UID is a pseudonym or a table's own id, and compares with nothing.
+            # A study_id that is no UID is a pseudonym or the id of a table, which a header does not contain.
             study = scores.studies[row]
             if isinstance(header, ImageHeader) and study and UID_TEXT.fullmatch(study) and study != header.study:
                 header = ImageError("corrupt", "the file is of another study than when it was scored")
@@ -196,10 +182,10 @@ def plan_export(scores: Scores) -> ExportPlan:
             progress.advance(1, f"{len(plan.reasons):,} failed")
     for rows in plan.studies():
         if len({plan.headers[row].patient for row in rows}) > 1:
-            # One document would put the findings of one patient into another's record.
+            # One document for two patients would put the findings of one into the other's record.
             for row in rows:
                 plan.fail(row, "corrupt: the images of the study are of different patients")
-    # Within a study: poorly anonymised files can share UIDs across patients.
+    # Compared within a study: in poorly anonymised files, images of several patients can have the same UID.
     seen: set[tuple[str, str]] = set()
     for row in sorted(plan.headers):
         name = (plan.headers[row].study, plan.headers[row].instance)
@@ -211,19 +197,19 @@ def plan_export(scores: Scores) -> ExportPlan:
 
 
 def _read_headers(candidates: list[tuple[int, str]]) -> Iterator[tuple[int, ImageHeader | ImageError | None]]:
-    """Yield each file's header: an error if it cannot be read, None if it is not DICOM."""
-    members: dict[str, dict[str, list[int]]] = {}
-    single: list[tuple[int, str]] = []
+    """Yield row and header of each file; the header is an error if the file cannot be read, None if it is not DICOM."""
+    members: dict[str, dict[str, list[int]]] = {}  # rows by member, by archive
+    files: list[tuple[int, str]] = []
     for row, path in candidates:
         inside = split_member(path)
         if inside is None:
-            single.append((row, path))
+            files.append((row, path))
         else:
             members.setdefault(inside[0], {}).setdefault(inside[1], []).append(row)
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="headers") as pool:
-        for start in range(0, len(single), _BATCH_ROWS):
-            batch = single[start : start + _BATCH_ROWS]
-            yield from zip((row for row, _ in batch), pool.map(_read_file, [path for _, path in batch]), strict=True)
+        for start in range(0, len(files), _BATCH_ROWS):
+            rows, paths = zip(*files[start : start + _BATCH_ROWS], strict=True)
+            yield from zip(rows, pool.map(_read_file, paths), strict=True)
     for archive, wanted in members.items():
         reason = ImageError("missing", "the archive has no such member")
         try:
@@ -260,50 +246,39 @@ def _read_header(fetch: Callable[[int], bytes]) -> ImageHeader | ImageError | No
         return error
 
 
-class _HeaderStream(io.RawIOBase):
-    """The start of a stream as a seekable file, fetched on demand."""
+class _HeaderStream(io.BytesIO):
+    """The start of a stream as a seekable file, which fetches data when it is read."""
 
     def __init__(self, fetch: Callable[[int], bytes]) -> None:
+        super().__init__()
         self._fetch = fetch
-        self._data = bytearray()
-        self._position = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
-        end = _MAX_HEADER + 1 if size is None or size < 0 else self._position + size
-        while len(self._data) < end and (chunk := self._fetch(_FETCH_BYTES)):
-            self._data += chunk
-            if len(self._data) > _MAX_HEADER:
-                raise ImageError("too_large", f"the DICOM header has more than {_MAX_HEADER} bytes")
-        result = bytes(self._data[self._position : end])
-        self._position += len(result)
-        return result
+        self._fetch_until(_MAX_HEADER + 1 if size is None or size < 0 else self.tell() + size)
+        return super().read(size)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         if whence == io.SEEK_END:
-            self._position = len(self._data)
-            self.read()
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._data)}[whence]
-        self._position = base + offset
-        return self._position
+            self._fetch_until(_MAX_HEADER + 1)
+        return super().seek(offset, whence)
 
-    def tell(self) -> int:
-        return self._position
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
+    def _fetch_until(self, end: int) -> None:
+        position, length = self.tell(), super().seek(0, io.SEEK_END)
+        while length < end and (chunk := self._fetch(_FETCH_BYTES)):
+            length += self.write(chunk)
+            if length > _MAX_HEADER:
+                raise ImageError("too_large", f"the DICOM header has more than {_MAX_HEADER} bytes")
+        super().seek(position)
 
 
 def _parse_header(ds: Dataset) -> ImageHeader:
-    """Raises: ImageError: a UID that a report needs is missing, or the character set is undefined."""
-    uids = {}
+    """Raise ImageError if a UID that a report needs is missing, or the character set is undefined."""
+    uids = []
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"):
         value = str(ds.get(keyword) or "")
         if not UID_TEXT.fullmatch(value) or len(value) > 64:
             raise ImageError("corrupt", f"the DICOM header has no valid {keyword}")
-        uids[keyword] = value
+        uids.append(value)
     if not dicom_text.writes_ascii(ds):
         raise ImageError("corrupt", "the DICOM header declares a character set that DICOM does not define")
     # Before any text is accessed, since pydicom keeps the decoded text.
@@ -315,24 +290,15 @@ def _parse_header(ds: Dataset) -> ImageHeader:
         del copied.PatientAge
     buffer = io.BytesIO()
     copied.save_as(buffer, implicit_vr=False, little_endian=True)
-    return ImageHeader(
-        study=uids["StudyInstanceUID"],
-        series=uids["SeriesInstanceUID"],
-        instance=uids["SOPInstanceUID"],
-        sop_class=uids["SOPClassUID"],
-        patient=patient,
-        copied=buffer.getvalue(),
-    )
+    study, series, instance, sop_class = uids
+    return ImageHeader(study, series, instance, sop_class, patient, copied=buffer.getvalue())
 
 
 def collect_contents(folder: ScoreFolder, plan: ExportPlan) -> list[ReportContent]:
     """Return the content of each study's document, in the order of `plan.studies()`."""
     study_ids = folder.scores.studies
-    lost = Counter(  # rows per study_id that are in no document
-        study
-        for study, outcome in zip(study_ids, plan.outcomes, strict=True)
-        if outcome in (NOT_SCORED, FAILED, NOT_DICOM)
-    )
+    # Rows that are in no document, by study_id.
+    lost = Counter(study_ids[np.isin(plan.outcomes, (NOT_SCORED, FAILED, NOT_DICOM))])
     return [
         ReportContent(
             folder.model,
@@ -346,7 +312,7 @@ def collect_contents(folder: ScoreFolder, plan: ExportPlan) -> list[ReportConten
 
 @contextlib.contextmanager
 def keep_invalid_values() -> Iterator[None]:
-    """Make pydicom write a hospital's values unchanged, as the PACS has them; all threads share the setting."""
+    """Make pydicom write values of a header unchanged, even if they are invalid; all threads share the setting."""
     before = pydicom.config.settings.writing_validation_mode
     pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
     try:

@@ -122,7 +122,7 @@ def test_weights_of_a_file_initialize_the_backbone_and_known_outputs(source: tup
     model = classifier.build(architecture(findings=LABELS))
     known = tuple(reversed(FINDINGS))
     assert classifier.initialize_weights(model, architecture(findings=LABELS), path, known) == ["logits of No_Finding"]
-    for ours, other in zip(*(one.get_layer("logits").get_weights() for one in (model, theirs)), strict=True):
+    for ours, other in zip(*(part.get_layer("logits").get_weights() for part in (model, theirs)), strict=True):
         order = [known.index(name) for name in FINDINGS]
         np.testing.assert_array_equal(ours[..., : len(order)], other[..., order])
 

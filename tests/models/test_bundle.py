@@ -60,6 +60,22 @@ def edit(path: Path, *remove: str, **changes: object) -> None:
     reseal(path)
 
 
+def remove_graph(path: Path, *entries: str) -> None:
+    """Remove the OpenVINO graph and more entries of bundle.json, as in bundles of older versions."""
+    for name in ("openvino.xml", "openvino.bin"):
+        (path / name).unlink()
+    edit(path, "runtimes", *entries)
+
+
+def run_python(*arguments: object, **changes: str | None) -> subprocess.CompletedProcess[str]:
+    """Run Python in a child process that must succeed, in this environment with some changes."""
+    environment = {name: value for name, value in (os.environ | changes).items() if value is not None}
+    given = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(given, env=environment, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def pixels(count: int) -> np.ndarray:
     return np.random.default_rng(3).integers(0, 256, (count, 64, 64), dtype=np.uint8)
 
@@ -80,7 +96,7 @@ def test_changed_or_missing_file_is_refused(copy: Path, name: str) -> None:
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
     (copy / name).write_bytes(data)
-    with pytest.raises(BundleError, match=f"{name} (was changed|is not readable JSON)"):
+    with pytest.raises(BundleError, match=f"{name} (was changed|is not a readable JSON object)"):
         ray_cxr.load_bundle(copy)
     (copy / name).unlink()
     with pytest.raises(BundleError, match=name):
@@ -101,10 +117,6 @@ def test_missing_checksums_and_foreign_files_are_refused(copy: Path, tmp_path: P
     shutil.move(copy / "config.toml", tmp_path / "config.toml")
     (copy / "config.toml").symlink_to(tmp_path / "config.toml")
     refused(r"config\.toml")
-    (tmp_path / "outside").write_text("x", encoding="utf-8")
-    with open(copy / bundles.SUMS, "a", encoding="utf-8") as stream:
-        stream.write(f"{hashlib.sha256(b'x').hexdigest()}  ../outside\n")
-    refused(f"{bundles.SUMS} is damaged")
     (copy / bundles.SUMS).unlink()
     refused(f"no {bundles.SUMS}")
     for path in (tmp_path / "nowhere", tmp_path):
@@ -122,25 +134,33 @@ BF16 = {"largest_drift": None, "tolerance": 0.02, "accepted": None}
         ({"format": bundles.FORMAT + 1}, "format 2.*newer ray-cxr"),
         ({"findings": ["Effusion"]}, "findings do not agree"),
         ({"findings": ["Fracture", *ray_cxr.FINDINGS[1:]]}, "findings do not agree"),
-        ({"calibration": NONE | {"Effusion": {"method": "platt", "slope": -1.0, "intercept": 0.0}}}, "damaged"),
-        ({"calibration": NONE | {"Effusion": {"method": "temperature", "slope": 0.5, "intercept": 0.1}}}, "damaged"),
-        ({"operating_points": NONE | {"Effusion": {"threshold": 1.0}}}, "operating points"),
-        ({"operating_points": NONE | {"Effusion": {"threshold": 0.0}}}, "operating points"),
-        ({"operating_alternatives": []}, "damaged: operating_alternatives"),
-        ({"operating_alternatives": NONE}, "damaged: operating_alternatives"),
-        ({"operating_alternatives": {name: {"youden": {"threshold": 2.0}} for name in NONE}}, "damaged"),
-        ({"rule_notes": dict.fromkeys(NONE, 3)}, "damaged: rule_notes"),
-        ({"runtimes": None}, "damaged: runtimes"),
-        ({"runtimes": {"fp32": FP32}}, "damaged: runtimes are for fp32"),
-        ({"runtimes": {"fp32": FP32, "bf16": BF16, "fp8": FP32}}, "fp8"),
-        ({"runtimes": {"fp32": "quick", "bf16": BF16}}, "fp32 is not an object"),
-        ({"runtimes": {"fp32": {**FP32, "accepted": 1}, "bf16": BF16}}, "accepted of fp32"),
-        ({"runtimes": {"fp32": FP32, "bf16": {**BF16, "accepted": False}}}, "not a number"),
-        ({"runtimes": {"fp32": {**FP32, "largest_drift": float("nan")}, "bf16": BF16}}, "not a number"),
+        ({"calibration": NONE | {"Effusion": {"method": "platt", "slope": -1.0, "intercept": 0.0}}}, "a slope > 0"),
+        (
+            {"calibration": NONE | {"Effusion": {"method": "temperature", "slope": 1, "intercept": 1}}},
+            "the intercept 0",
+        ),
+        ({"calibration": {"Effusion": None}}, "calibration must have exactly one entry"),
+        ({"operating_points": NONE | {"Effusion": {"threshold": 1.0}}}, r"operating_points\.Effusion\.threshold"),
+        ({"operating_points": NONE | {"Effusion": {"threshold": 0.0}}}, r"operating_points\.Effusion\.threshold"),
+        ({"operating_alternatives": []}, "operating_alternatives: "),
+        ({"operating_alternatives": NONE}, r"operating_alternatives\.Hernia: "),
+        (
+            {"operating_alternatives": {name: {"youden": {"threshold": 2.0}} for name in NONE}},
+            r"Hernia\.youden\.thresh",
+        ),
+        ({"rule_notes": dict.fromkeys(NONE, 3)}, r"rule_notes\.Hernia: "),
+        ({"runtimes": None}, "runtimes: "),
+        ({"runtimes": {"fp32": FP32}}, r"runtimes\.bf16: Field required"),
+        ({"runtimes": {"fp32": FP32, "bf16": BF16, "fp8": FP32}}, r"unknown key 'runtimes\.fp8'"),
+        ({"runtimes": {"fp32": "quick", "bf16": BF16}}, r"runtimes\.fp32: "),
+        ({"runtimes": {"fp32": {**FP32, "accepted": 1}, "bf16": BF16}}, r"runtimes\.fp32\.accepted: "),
+        ({"runtimes": {"fp32": FP32, "bf16": {**BF16, "accepted": False}}}, r"runtimes\.bf16: accepted is not null"),
+        ({"runtimes": {"fp32": {**FP32, "largest_drift": float("nan")}, "bf16": BF16}}, r"fp32\.largest_drift: "),
+        ({"runtimes": {"fp32": FP32, "bf16": BF16, "int8": None}}, r"runtimes\.int8: "),
         ({"runtimes": {"fp32": FP32, "bf16": BF16, "int8": FP32}}, r"golden-int8\.npz; .*openvino-int8"),
-        ({"quality": "none"}, "quality is not an object"),
-        ({"quality": {"lacking": None}}, "quality: lacking"),
-        ({"quality": {"expected_rates": {"lateral": "few"}}}, "not a number"),
+        ({"quality": "none"}, r"quality\."),
+        ({"quality": {"lacking": None}}, r"quality\.\w+\.lacking: "),
+        ({"quality": {"expected_rates": {"lateral": "few"}}}, r"quality\.\w+\.expected_rates\.lateral: "),
         ({"quality": {"expected_rates": {}, "train_images": 60, "held_out_images": 30}}, r"quality\.npz"),
     ],
 )
@@ -203,9 +223,8 @@ def test_alternatives_and_notes_are_kept_and_shown_in_the_card(tiny_bundle, copy
 @pytest.mark.slow
 def test_older_bundle_runs_in_keras(tiny_bundle, copy: Path) -> None:
     """An older bundle has no graph, golden images or quality flags."""
-    for name in EXPORTED:
-        (copy / name).unlink()
-    edit(copy, "runtimes", "quality")
+    (copy / "golden.npz").unlink()
+    remove_graph(copy, "quality")
     old = ray_cxr.load_bundle(copy)
     now, before = tiny_bundle.predict(pixels(3), precision="fp32"), old.predict(pixels(3))
     np.testing.assert_allclose(now[P].to_numpy(), before[P].to_numpy(), rtol=0, atol=1e-5)
@@ -263,16 +282,11 @@ def test_predict_survives_a_decoder_that_aborts(tiny_bundle, tmp_path: Path) -> 
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(ABORT, encoding="utf-8")
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
-    images = [str(tmp_path / name) for name in ("good.png", "bad.dcm", "good.png")]
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py"), str(tiny_bundle.path), *images],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), *filter(None, sys.path)])},
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
+    images = [tmp_path / name for name in ("good.png", "bad.dcm", "good.png")]
+    path = os.pathsep.join([str(tmp_path / "site"), *filter(None, sys.path)])
+    done = run_python(tmp_path / "script.py", tiny_bundle.path, *images, PYTHONPATH=path)
     expected = "['ok', 'error', 'ok'] [None, 'decoder_crash', None]\n"
-    assert (done.returncode, done.stdout.replace("nan", "None")) == (0, 2 * expected), done.stderr
+    assert done.stdout.replace("nan", "None") == 2 * expected, done.stderr
 
 
 @pytest.mark.slow
@@ -286,18 +300,18 @@ def test_predict_keeps_one_decoder_and_starts_none_for_arrays(tiny_bundle, tmp_p
     assert started == []
     for _ in range(2):
         assert bundle.predict(files)["status"].tolist() == ["ok"] * 3
-    assert [child.is_alive() for child in started] == [True]
+    assert [child.process.poll() is None for child in started] == [True]
     with ThreadPoolExecutor(4) as pool:
         frames = list(pool.map(bundle.predict, [files] * 8))
     assert all(frame.equals(frames[0]) for frame in frames)
-    assert sum(child.is_alive() for child in started) == 1
+    assert sum(child.process.poll() is None for child in started) == 1
     started[0].kill()
     with pytest.raises(ValueError, match="uint8"):
         bundle.predict([files[0], np.zeros((4, 4))])
     assert bundle.predict(files)["status"].tolist() == ["ok"] * 3
     del bundle
     gc.collect()
-    assert [child.is_alive() for child in started] == [False] * len(started)
+    assert [child.process.poll() is None for child in started] == [False] * len(started)
 
 
 @pytest.mark.slow
@@ -310,5 +324,4 @@ def test_predict_imports_neither_ray_nor_tensorflow(tiny_bundle) -> None:
         "assert not {'ray', 'tensorflow'} & set(sys.modules)\n"
         "assert sys.modules['openvino_telemetry'] is None\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", code)

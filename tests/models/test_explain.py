@@ -173,9 +173,9 @@ def test_maps_of_a_trained_model_cover_the_drawn_finding() -> None:
     """In phantoms with a Mass, the map covers the mass far more than by chance."""
     count, unseen = 80, 20
     anatomies = [sample_anatomy(3, patient, 0, size=64) for patient in range(1, count + 1)]
-    healthy = [draw_phantom(one) for one in anatomies]
-    ill = [draw_phantom(one, ("Mass",)) for one in anatomies]
-    images = np.stack([resize(one, InputSpec(size=48)) for one in (*healthy, *ill)])[..., None]
+    healthy = [draw_phantom(anatomy) for anatomy in anatomies]
+    ill = [draw_phantom(anatomy, ("Mass",)) for anatomy in anatomies]
+    images = np.stack([resize(image, InputSpec(size=48)) for image in (*healthy, *ill)])[..., None]
     labels = np.repeat([[0.0], [1.0]], count, axis=0)
     seen = np.r_[0 : count - unseen, count : 2 * count - unseen]
     model = build_model(size=48, findings=("Mass",))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +10,10 @@ from unittest.mock import Mock
 import keras
 import numpy as np
 import pytest
+from conftest import make_tiny_bundle
 from test_bundle import reseal, writable_copy
 
 from ray_cxr import load_bundle
-from ray_cxr.config import InputSpec
 from ray_cxr.errors import BundleError
 from ray_cxr.evaluation import quality
 from ray_cxr.imaging.phantom_anatomy import sample_anatomy
@@ -22,8 +21,6 @@ from ray_cxr.imaging.phantom_findings import draw_phantom
 from ray_cxr.labels import FINDINGS
 from ray_cxr.models import bundle as bundles
 from ray_cxr.models import classifier, exports, runtime
-from ray_cxr.models.architecture import Architecture
-from ray_cxr.models.bundle_writer import BundleContent, write_bundle
 
 pytestmark = pytest.mark.slow
 SIZE = 64
@@ -36,23 +33,8 @@ def drawn(first: int, end: int) -> np.ndarray:
 
 
 def write(out: Path, weights: Any = None, images: Any = None, **changes: Any) -> bundles.Bundle:
-    """Write a bundle of a TinyCNN with two findings and random weights."""
-    names = FINDINGS[:2]
-    architecture = Architecture(backbone="TinyCNN", size=SIZE, findings=names)
-    keras.utils.set_random_seed(4)
-    model = classifier.build(architecture)
-    content = BundleContent(
-        architecture=architecture,
-        input_spec=InputSpec(size=SIZE),
-        calibration=dict.fromkeys(names),
-        operating_points=dict.fromkeys(names),
-        expected_flag_rates=dict.fromkeys(names),
-        provenance={"origin": "made by a test", "initial_weights": "random"},
-        config_toml="",
-        curves=[],
-        split=bundles.SPLIT_SCHEMA.empty_table(),
-    )
-    return write_bundle(out, replace(content, **changes), weights or model, images=images)
+    """Write a bundle with two findings; without `weights`, all have the same random ones."""
+    return make_tiny_bundle(out, weights, images, seed=4, findings=FINDINGS[:2], **changes)
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +69,6 @@ def refuse_graphs(monkeypatch: pytest.MonkeyPatch, *refused: str) -> None:
 
     monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: True)
     monkeypatch.setattr(runtime, "OpenVinoRuntime", open_graph)
-
-
-def assert_gives(bundle: bundles.Bundle, model: keras.Model, images: np.ndarray) -> None:
-    """All bundles of `write` have the same random weights."""
-    found = bundle.predict(images)[[f"p_{name}" for name in bundle.findings]].to_numpy()
-    np.testing.assert_allclose(found, model.predict(images[..., None], verbose=0), rtol=0, atol=1e-5)
 
 
 def test_golden_images_are_drawn_and_the_file_holds_the_answers_of_keras(bundle, model: keras.Model) -> None:
@@ -154,36 +130,34 @@ def test_bf16_is_measured_where_the_cpu_has_it(
     assert runtime.choose_precision(info, "auto", gpu=False) == ("bf16" if accepted else "fp32")
 
 
-def test_bundle_is_written_even_if_bf16_cannot_run(model, images, monkeypatch, tmp_path: Path) -> None:
-    refuse_graphs(monkeypatch, "bf16")
-    write(tmp_path / "b", images=exports.SampleImages(images[:60], images[60:90]))
-    bundle = load_bundle(tmp_path / "b")
-    bf16 = dict(bundle.info["runtimes"]["bf16"])
-    reason = bf16.pop("reason")
-    assert bf16 == {"largest_drift": None, "tolerance": 0.02, "accepted": None}
-    assert "no such op" in reason
-    assert str(tmp_path) not in reason
-    assert bundle.info["runtimes"]["fp32"]["accepted"] is True
-    assert_gives(bundle, model, images[:3])
-
-
-@pytest.mark.parametrize("reason", ["off by", "not installed", "no such op"])
-def test_bundle_whose_graph_is_refused_runs_in_keras(model, images, monkeypatch, tmp_path: Path, reason: str) -> None:
-    if reason == "off by":
+@pytest.mark.parametrize(
+    ("obstacle", "reason"),
+    [("bf16", "no such op"), ("all", "no such op"), ("drift", "off by"), ("import", "not installed")],
+)
+def test_bundle_whose_graph_is_refused_runs(model, images, monkeypatch, tmp_path: Path, obstacle, reason: str) -> None:
+    """Without bf16 it runs in fp32, without any graph in Keras."""
+    if obstacle == "drift":
         monkeypatch.setitem(runtime.TOLERANCE, "fp32", -1.0)
-    elif reason == "not installed":
+    elif obstacle == "import":
         monkeypatch.setattr(runtime, "import_openvino", Mock(side_effect=RuntimeError("not installed\nat 0x0")))
     else:
-        refuse_graphs(monkeypatch, *runtime.TOLERANCE)
+        refuse_graphs(monkeypatch, *(["bf16"] if obstacle == "bf16" else runtime.TOLERANCE))
     bundle = write(tmp_path / "b", images=exports.SampleImages(images[:60], images[60:90]))
     monkeypatch.undo()
-    assert "runtimes" not in bundle.info
-    refused = bundle.info["runtimes_refused"]
+    if obstacle == "bf16":
+        bf16 = dict(bundle.info["runtimes"]["bf16"])
+        refused = bf16.pop("reason")
+        assert bf16 == {"largest_drift": None, "tolerance": 0.02, "accepted": None}
+        assert bundle.info["runtimes"]["fp32"]["accepted"] is True
+    else:
+        refused = bundle.info["runtimes_refused"]
+        assert "runtimes" not in bundle.info
+        assert bundle.files == {*bundles.FILES, runtime.GOLDEN, exports.QUALITY}
     assert reason in refused
     assert "\n" not in refused
     assert str(tmp_path) not in refused
-    assert bundle.files == {*bundles.FILES, runtime.GOLDEN, exports.QUALITY}
-    assert_gives(load_bundle(bundle.path), model, images[:3])
+    found = load_bundle(bundle.path).predict(images[:3])[[f"p_{name}" for name in bundle.findings]].to_numpy()
+    np.testing.assert_allclose(found, model.predict(images[:3, ..., None], verbose=0), rtol=0, atol=1e-5)
 
 
 def test_weights_without_probabilities_make_no_bundle(bundle: bundles.Bundle, tmp_path: Path) -> None:

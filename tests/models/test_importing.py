@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +11,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from test_bundle import run_python
 
 from ray_cxr.errors import ConfigError, OutputError
 from ray_cxr.labels import FINDINGS
@@ -110,14 +108,14 @@ def legacy_h5(model: keras.Model, path: Path, *, whole: bool, slashes: bool = Fa
             groups = [(old(layer.name), [layer]) for layer in model.layers]
         group.attrs["layer_names"] = [name.encode() for name, _ in groups]
         for name, layers in groups:
-            one = group.create_group(name)
+            layer_group = group.create_group(name)
             # Trainable variables come first in the group, moving statistics last.
             weights = [(layer, w) for layer in layers for w in layer.trainable_weights]
             weights += [(layer, w) for layer in layers for w in layer.non_trainable_weights]
             named = {f"{old(layer.name)}/{weight.name}:0": weight for layer, weight in weights}
-            one.attrs["weight_names"] = [text.encode() for text in named]
+            layer_group.attrs["weight_names"] = [text.encode() for text in named]
             for text, weight in named.items():
-                one.create_dataset(text, data=np.asarray(weight))
+                layer_group.create_dataset(text, data=np.asarray(weight))
 
 
 @pytest.mark.parametrize("slashes", [False, True], ids=["conv1_conv", "conv1/conv"])
@@ -176,7 +174,4 @@ def test_import_and_predict_work_with_the_instructions_of_an_older_cpu(tmp_path:
         "p = ray_cxr.load_bundle(out).predict(np.zeros((2, 64, 64), 'uint8')).filter(regex='^p_').to_numpy()\n"
         "assert p.shape == (2, 14) and (0 < p).all() and (p < 1).all(), p\n"
     )
-    given = [sys.executable, "-c", code, tmp_path / "m.weights.h5", tmp_path / "b"]
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
-    done = subprocess.run(given, env=environment, capture_output=True, encoding="utf-8", check=False)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", code, tmp_path / "m.weights.h5", tmp_path / "b", ONEDNN_MAX_CPU_ISA="AVX2")

@@ -32,7 +32,7 @@ def rows(count: int, **columns: Any) -> pa.Table:
     return pa.table({"image_id": image_id, "path": path, "patient_id": none, "study_id": none, **columns})
 
 
-def one(probabilities: list[float], given_rules: Rules, **columns: Any) -> dict[str, Any]:
+def make_row(probabilities: list[float], given_rules: Rules, **columns: Any) -> dict[str, Any]:
     table = predictions.assemble(rows(1, **columns), np.array([probabilities], np.float32), {}, given_rules)
     return table.to_pylist()[0]
 
@@ -58,21 +58,21 @@ def test_ranks_equal_manual_results() -> None:
 
 def test_priority_equals_manual_results() -> None:
     """A rare finding just above its low operating point comes before a common one below its high one."""
-    row = one([0.4, 0.1], rules(("Infiltration", "Hernia"), {"Infiltration": 0.5, "Hernia": 0.05}))
+    row = make_row([0.4, 0.1], rules(("Infiltration", "Hernia"), {"Infiltration": 0.5, "Hernia": 0.05}))
     assert (row["top_finding"], row["priority"]) == ("Hernia", pytest.approx(0.5 + 0.5 * 0.05 / 0.95, abs=1e-7))
     assert (row["flag_Infiltration"], row["flag_Hernia"]) == (False, True)
     assert (row["p_Infiltration"], row["p_Hernia"]) == (pytest.approx(0.4), pytest.approx(0.1))
     assert (row["status"], row["error_code"], row["error"], row["model_digest"]) == ("ok", None, None, "d1")
     assert (row["image_id"], row["path"]) == ("0.png", "/x/0.png")
     # Ties go to the first finding.
-    assert one([0.3, 0.3], rules(("Mass", "Nodule")))["top_finding"] == "Mass"
+    assert make_row([0.3, 0.3], rules(("Mass", "Nodule")))["top_finding"] == "Mass"
 
 
 def test_no_finding_takes_no_part_in_the_priority() -> None:
-    row = one([0.1, 0.99], rules(("Mass", "No_Finding"), {"Mass": 0.5, "No_Finding": 0.5}))
+    row = make_row([0.1, 0.99], rules(("Mass", "No_Finding"), {"Mass": 0.5, "No_Finding": 0.5}))
     assert (row["top_finding"], row["priority"]) == ("Mass", pytest.approx(0.1))
     assert row["flag_No_Finding"] is True
-    alone = one([0.99], rules(("No_Finding",)))
+    alone = make_row([0.99], rules(("No_Finding",)))
     assert (alone["top_finding"], alone["priority"]) == (None, None)
     assert alone["p_No_Finding"] == pytest.approx(0.99)
 
@@ -80,7 +80,7 @@ def test_no_finding_takes_no_part_in_the_priority() -> None:
 def test_calibrated_columns_and_flags_are_null_without_a_rule() -> None:
     """sigmoid(2 logit(0.8) - 1) = sigmoid(2 ln 4 - 1) = 16 / (16 + e)."""
     calibrations = {"Mass": Calibration(2.0, -1.0), "Nodule": None}
-    row = one([0.8, 0.25], rules(("Mass", "Nodule"), {"Nodule": 0.5}, calibrations=calibrations))
+    row = make_row([0.8, 0.25], rules(("Mass", "Nodule"), {"Nodule": 0.5}, calibrations=calibrations))
     assert row["c_Mass"] == pytest.approx(16 / (16 + np.e), abs=1e-6)
     assert (row["c_Nodule"], row["flag_Mass"], row["flag_Nodule"]) == (None, None, False)
 
@@ -113,9 +113,9 @@ def test_error_rows_have_no_model_columns() -> None:
 def test_impossible_probabilities_are_refused() -> None:
     for value in (np.nan, -0.001, 1.001, np.inf):
         with pytest.raises(RayCxrError, match=r"^0\.png: "):
-            one([0.5, value], rules(("Mass", "Nodule")))
+            make_row([0.5, value], rules(("Mass", "Nodule")))
     with pytest.raises(ValueError, match=r"\(1, 1\), expected \(1, 2\)"):
-        one([0.5], rules(("Mass", "Nodule")))
+        make_row([0.5], rules(("Mass", "Nodule")))
 
 
 def test_quality_flags() -> None:
@@ -135,8 +135,8 @@ def test_quality_flags() -> None:
         table = predictions.assemble(about, np.float32([[0.5]]), {}, given, [judged] if judged else None)
         assert table["quality_flag"].to_pylist() == [flag]
         # Neither the columns nor the range are needed.
-        assert one([0.5], rules(("Mass",), age_range=(10.0, 90.0)))["quality_flag"] is None
-        assert one([0.5], rules(("Mass",)), age=pa.array([200.0]))["quality_flag"] is None
+        assert make_row([0.5], rules(("Mass",), age_range=(10.0, 90.0)))["quality_flag"] is None
+        assert make_row([0.5], rules(("Mass",)), age=pa.array([200.0]))["quality_flag"] is None
 
 
 PROBABILITY = st.floats(0, 1, width=32)
@@ -152,7 +152,7 @@ def test_priority_is_half_or_more_exactly_where_a_finding_is_flagged(pairs, data
         side = data.draw(st.sampled_from([-np.inf, np.inf]))
         p[0] = float(np.clip(np.nextafter(np.float32(t[0]), np.float32(side)), 0, 1))
     names = FINDINGS[: len(p)]
-    row = one(p, rules(names, dict(zip(names, t, strict=True))))
+    row = make_row(p, rules(names, dict(zip(names, t, strict=True))))
     expected = [None if b is None else bool(np.float32(a) >= np.float32(b)) for a, b in zip(p, t, strict=True)]
     assert [row[f"flag_{name}"] for name in names] == expected
     assert 0 <= row["priority"] <= 1

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,45 +10,38 @@ import keras
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import replace_ray
+from PIL import Image
 from sklearn.metrics import roc_auc_score
-from test_bundle import edit, reseal, writable_copy
+from test_bundle import remove_graph, reseal, run_python, writable_copy
 from test_exports import SIZE, drawn, write
 
 import ray_cxr
 from ray_cxr.config import PrepareSettings, QuantizeSettings
-from ray_cxr.data import manifest, prepared, shards
+from ray_cxr.data import manifest, prepared
 from ray_cxr.errors import BundleError, ConfigError, OutputError
 from ray_cxr.labels import LABELS
 from ray_cxr.models import bundle as bundles
 from ray_cxr.models import classifier, exports, quantization, runtime
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle_writer import derive_bundle
-from ray_cxr.storage import atomic
-from ray_cxr.storage.run_folder import create_run
 
 pytestmark = pytest.mark.slow
 
 
 def prepare(out: Path, *, size: int = SIZE, **settings: Any) -> Path:
-    """Write a prepared set of drawn radiographs, one per patient, without Ray: 40 train, 36 val, 4 test."""
-    splits = ["train"] * 40 + ["val"] * 36 + ["test"] * 4
-    images = drawn(0, len(splits)) if size == SIZE else np.zeros((len(splits), size, size), np.uint8)
-    rows: list[dict[str, Any]] = [
-        {"image_id": f"{i:08d}_000.png", "path": f"/nowhere/{i}.png", "patient_id": str(i), "split": split}
-        | {name: int((i + j) % 3 == 1) for j, name in enumerate(LABELS)}
-        for i, split in enumerate(splits, 1)
-    ]
-    path = out.with_name(f"{out.name}.parquet")
-    manifest.write_manifest(pa.Table.from_pylist(rows, manifest.SCHEMA), path)
-    _, wanted = prepared.check(path, out, PrepareSettings(sizes=(size,), **settings))
-    create_run(out, wanted)
-    shutil.move(path, out / "manifest.parquet")
-    for row, image in zip(rows, images, strict=True):
-        row["image"] = image.tobytes()
-    (out / str(size)).mkdir()
-    shard = pa.Table.from_pylist(rows, shards.shard_schema(size))
-    atomic.write_arrow(shard, out / str(size) / shards.shard_name(0))
-    atomic.write_json(out / str(size) / "counts.json", {"ok": len(rows)})
+    """Prepare drawn radiographs, one per patient, without Ray: 40 train, 36 val, 4 test."""
+    rows: list[dict[str, Any]] = []
+    out.parent.mkdir(exist_ok=True)
+    for i, split in enumerate(["train"] * 40 + ["val"] * 36 + ["test"] * 4, 1):
+        path = out.parent / f"{i:08d}_000.png"
+        Image.fromarray(drawn(i - 1, i)[0]).save(path)
+        labels = {name: int((i + j) % 3 == 1) for j, name in enumerate(LABELS)}
+        rows.append({"image_id": path.name, "path": str(path), "patient_id": str(i), "split": split} | labels)
+    table = out.with_name(f"{out.name}.parquet")
+    manifest.write_manifest(pa.Table.from_pylist(rows, manifest.SCHEMA), table)
+    with replace_ray():
+        prepared.prepare(table, out, PrepareSettings(sizes=(size,), **settings))
     return out
 
 
@@ -119,8 +108,8 @@ def test_recorded_drift_is_that_of_the_runtimes(made, images: Path) -> None:
     new, _ = made
     data = prepared.PreparedSet(images, SIZE).load("val")
     int8, fp32 = (
-        new.open_runtime(one, batch_size=16, threads=runtime.default_threads()).predict(data.images[:])[0]
-        for one in ("int8", "fp32")
+        new.open_runtime(precision, batch_size=16, threads=runtime.default_threads()).predict(data.images[:])[0]
+        for precision in ("int8", "fp32")
     )
     moved, source = np.abs(int8 - fp32), new.info["provenance"]["quantized"]
     assert moved.max() > 1e-4
@@ -174,10 +163,11 @@ def test_findings_without_labels_have_no_auroc() -> None:
     p = np.float32([[0.2, 0.2, 0.2], [0.8, 0.8, 0.8]])
     fake = SimpleNamespace(predict=lambda images: runtime.Outputs(p, p))
     findings = ("Mass", "Edema", "No_Finding")
-    labels = {"Mass": np.array([0, 1]), "Edema": np.array([-1, -1]), "No_Finding": np.array([0, 1])}
-    measured = quantization._measure_drift(fake, fake, np.zeros((2, 1, 1)), labels, findings)
-    assert measured["auroc_fall"] == {"Mass": 0.0}
-    assert quantization._measure_drift(fake, fake, p, {}, findings)["macro_auroc_fall"] is None
+    labels = np.full((2, len(LABELS)), -1)
+    assert quantization._measure_drift(fake, fake, p, labels, findings)["macro_auroc_fall"] is None
+    for name in ("Mass", "No_Finding"):
+        labels[:, LABELS.index(name)] = 0, 1
+    assert quantization._measure_drift(fake, fake, p, labels, findings)["auroc_fall"] == {"Mass": 0.0}
 
 
 def test_patients_that_trained_the_bundle_do_not_check_it(bundle, made, quick, images: Path, tmp_path: Path) -> None:
@@ -197,9 +187,7 @@ def test_patients_that_trained_the_bundle_do_not_check_it(bundle, made, quick, i
 
 def test_unsuitable_set_or_bundle_is_refused(bundle, images: Path, tmp_path: Path) -> None:
     old = writable_copy(bundle, tmp_path / "old")
-    for name in ("openvino.xml", "openvino.bin"):
-        (old / name).unlink()
-    edit(old, "runtimes")
+    remove_graph(old)
     for model, data, error, reason in (
         (bundle.path, prepare(tmp_path / "larger", size=96), ConfigError, "larger: .* size 64, only 96"),
         (bundle.path, prepare(tmp_path / "padded", aspect="pad"), ConfigError, "padded: .*'pad'.* takes .*'stretch'"),
@@ -237,12 +225,9 @@ def test_commands_report_nothing_and_print_only_our_lines(images: Path, tmp_path
     theirs = classifier.build(Architecture(backbone="TinyCNN", size=SIZE, findings=ray_cxr.FINDINGS))
     theirs.save_weights(tmp_path / "theirs.weights.h5")
     (tmp_path / "home").mkdir()
-    given = [sys.executable, "-c", COMMANDS, tmp_path / "theirs.weights.h5", images, tmp_path / "b"]
-    environment = os.environ | {"HOME": str(tmp_path / "home"), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    for name in ("CI", "PYTEST_CURRENT_TEST"):
-        environment.pop(name, None)
-    done = subprocess.run(given, env=environment, capture_output=True, encoding="utf-8", check=False)
-    assert done.returncode == 0, done.stderr
+    given = ("-c", COMMANDS, tmp_path / "theirs.weights.h5", images, tmp_path / "b")
+    changes = {"HOME": str(tmp_path / "home"), "TF_CPP_MIN_LOG_LEVEL": "3", "CI": None, "PYTEST_CURRENT_TEST": None}
+    done = run_python(*given, **changes)
     lines = done.stdout.split("-----\n")[1].splitlines()
     assert [line.split(" ")[0] for line in lines] == ["int8:", "int8", "bundle:"], lines
     assert not (tmp_path / "home" / "intel").exists(), "the client's id would be kept there"

@@ -223,8 +223,8 @@ def test_other_or_damaged_result_or_source_in_out_is_refused(finished: Recalibra
     for setting in ("operating_point=specificity=0.9", "calibration=temperature", "min_positives=6"):
         result = command(*finished.site.arguments("--set", setting))
         assert_refused(result, f"another {setting.split('=')[0]};", "--out")
-    for place in (finished.site.bundle.path, finished.site.scores, finished.site.table):
-        assert_refused(command(*finished.site.arguments(out=place / "new")), f"{place}/new: ", "--out")
+    for path in (finished.site.bundle.path, finished.site.scores, finished.site.table):
+        assert_refused(command(*finished.site.arguments(out=path / "new")), f"{path}/new: ", "--out")
     site.labels[7, LABELS.index(COMMON)] ^= 1
     site.p[7] /= 2
     assert_refused(command(*site.write().arguments(out=finished.site.out)), "another scores, another labels;")
@@ -332,11 +332,11 @@ REFUSED: list[tuple[Callable[[Site], Any], str]] = [
     (columns(lambda table: table.drop_columns(["model_digest"])), "part-00001.parquet: has no column model_digest"),
     (columns(lambda table: table.drop_columns([P])), f"part-00001.parquet: lacks the column {P}"),
     (columns(lambda table: table.append_column("p_Fracture", table[P])), "part-00001.parquet: has the column p_Frac"),
-    (part("image_id", lambda values: [None, *values[1:]]), "scores-of-site: 1 rows"),
-    (part("image_id", lambda values: [*values[:117], *values[:3]]), "scores-of-site: 3 rows"),
-    (part("status", lambda values: ["good", *values[1:]]), "scores-of-site: column status"),
+    (part("image_id", lambda values: [None, *values[1:]]), "scores-of-site: 1 rows have no image_id"),
+    (part("image_id", lambda values: [*values[:117], *values[:3]]), "scores-of-site: 3 rows repeat"),
+    (part("status", lambda values: ["good", *values[1:]]), "scores-of-site: 1 rows have a status"),
     (part(P, lambda values: ["high"] * len(values)), "part-00001.parquet: has columns"),
-    (part(P, lambda values: [np.nan, 1.5, *values[2:]]), "scores-of-site: 2 scored rows"),
+    (part(P, lambda values: [np.nan, 1.5, *values[2:]]), "scores-of-site: 2 rows have a probability"),
     (lambda site: change_column(site.table, "image_id", lambda ids: [ids[1], *ids[1:]]), "site.parquet: 1 rows"),
     (lambda site: site.table.unlink(), "site.parquet: no such file"),
     (lambda site: change_column(site.table, "image_id", lambda ids: [f"x{i}" for i in range(N)]), "0000.png' and 'x0'"),
