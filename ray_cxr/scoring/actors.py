@@ -137,14 +137,14 @@ class ScoreWriter:
         return batch.members
 
     def flush(self, range_position: int) -> tuple[int, int]:
-        """Write a range; return its number and how many rows were scored now."""
+        """Write a range; return the number of the range and how many of its rows were scored now."""
         state, job = self._states[range_position], self._actor.job
         rows = _add_tags(state.rows, state.tags, job.key)
         probabilities, flags = self._probabilities.pop(range_position), self._flags.pop(range_position)
         result = predictions.assemble(rows, probabilities, state.failures, self._actor.rules, flags)
         scored = len(result)
         if state.previous is not None and state.retried is not None:
-            # Row numbers in the previous table followed by the new one.
+            # Positions in the previous table with the new table below it.
             position = np.arange(len(state.previous))
             position[state.retried] = len(state.previous) + np.arange(scored)
             result = pa.concat_tables([state.previous, result]).take(pa.array(position))

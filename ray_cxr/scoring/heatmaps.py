@@ -66,7 +66,7 @@ class HeatMapReport:
         without_evidence: number of maps that are zero everywhere.
         failures: number of images that were scored but not drawn, by error code.
         drawn_now: number of images that this run drew.
-        to_draw: of a dry run: number of rows in ranges without maps.
+        to_draw: in a dry run, the number of rows in ranges without maps.
         seconds: wall time that this run took for maps.
     """
 
@@ -280,22 +280,21 @@ class HeatMapWriter:
             name = overlay_name(image_id, finding)
             png = encode_png(draw_overlay(shown, cells, area, side=actor.request.side))
             atomic.write_bytes(self._job.folder / FOLDER / name, png)
-            rows.append(
-                {
-                    "image_id": image_id,
-                    "finding": finding,
-                    "rank": rank,
-                    "p": p[number],
-                    "evidence": cells.sum(),
-                    "height": cells.shape[0],
-                    "width": cells.shape[1],
-                    "map": cells.ravel(),
-                    **area._asdict(),
-                    "picture_height": height,
-                    "picture_width": width,
-                    "overlay": name,
-                }
-            )
+            row = {
+                "image_id": image_id,
+                "finding": finding,
+                "rank": rank,
+                "p": p[number],
+                "evidence": cells.sum(),
+                "height": cells.shape[0],
+                "width": cells.shape[1],
+                "map": cells.ravel(),
+                **area._asdict(),
+                "picture_height": height,
+                "picture_width": width,
+                "overlay": name,
+            }
+            rows.append(row)
         self._maps[location.range_position][location.row] = rows
 
     def flush(self, range_position: int) -> tuple[int, int]:
@@ -334,7 +333,7 @@ def _list_overlays(part: Path) -> set[str]:
 
 
 class HeatMapActor(PoolActor):
-    """Decodes images, runs the model with gradients and draws, with up to `cpus` threads for each of these."""
+    """Decodes images, runs the model with gradients, and draws; each of the three uses up to `cpus` threads."""
 
     command = "score --heatmaps"
 

@@ -71,7 +71,7 @@ def score(request: ScoreRequest, start_ray: StartRay = contextlib.nullcontext) -
     times["checks"] = time.time()
     if request.dry_run:
         return preview_run(plan)
-    report = ScoreReport(rows=plan.n_rows, notes=plan.rows.notes)
+    report = ScoreReport(rows=plan.settings["rows"], notes=plan.rows.notes)
     if not plan.has_work and not request.fresh and run_folder.is_complete(plan.out):
         report.counts = _count_rows(plan, run_folder.digest_settings(plan.out))
         if plan.drawing is not None:
@@ -241,7 +241,7 @@ def _count_rows(plan: ScorePlan, run: str) -> Counter[str]:
 def _finalise(plan: ScorePlan, report: ScoreReport) -> None:
     """Write the files next to the rows; `_SUCCESS` last."""
     out, bundle = plan.out, plan.bundle
-    remote.remove_files((out / SCORES).glob(".part-*.part"))  # of killed workers
+    remote.remove_files((out / SCORES).glob(".part-*.part"))  # left by killed workers
     heatmaps.remove_partial_files(out)
     atomic.write_json(out / "model.json", bundle.model_json())
     atomic.write_bytes(out / "split.parquet", (bundle.path / "split.parquet").read_bytes())
@@ -270,12 +270,12 @@ def _make_record(plan: ScorePlan, report: ScoreReport) -> dict[str, Any]:
         "input": request.origin,
         "input_digest": plan.settings["input_digest"],
         "split": manifests.split_info(pq.read_schema(plan.out / INPUT).empty_table()),
-        # `heatmaps` lists these two.
+        # The entry `heatmaps` has these two settings.
         "settings": request.settings.model_dump(mode="json", exclude={"heatmap_method", "heatmap_pixels"}),
         "use_gpu": request.use_gpu,
         "precision": plan.settings["precision"],
         "notes": report.notes,
-        # When the last row was scored; heat maps that are drawn later do not change it.
+        # When the last row was scored. Heat maps that are drawn later do not change this time.
         "finished": (before.get("finished") if pool is None else None) or now,
         "actors": pool.actors if pool else None,
         "cpus_per_actor": pool.cpus if pool else None,

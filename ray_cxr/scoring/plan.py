@@ -67,8 +67,8 @@ class ScoreReport:
     """The state of the scores after a run.
 
     Attributes:
-        counts: rows by status (`ok` or an error code) in all files, those that earlier runs wrote included.
-        scored_now: rows written by this run.
+        counts: number of rows by status (`ok` or an error code), with the rows that earlier runs wrote.
+        scored_now: number of rows that this run wrote.
         start_up: seconds up to the first scored image, by stage; empty if nothing was scored.
         notes: sentences about files in the image folder that are not images.
         pool: actors that scored; None if nothing was scored.
@@ -121,10 +121,6 @@ class ScorePlan:
     @property
     def ranges(self) -> list[Range]:
         return [range_ for unit in self.units for range_ in unit.ranges]
-
-    @property
-    def n_rows(self) -> int:
-        return int(self.settings["rows"])
 
     @property
     def has_work(self) -> bool:
@@ -188,17 +184,14 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
 
 def preview_run(plan: ScorePlan) -> ScoreReport:
     """Return the report of a dry run: counts of rows to score and of rows without maps."""
-    report = ScoreReport(rows=plan.n_rows, notes=plan.rows.notes)
+    report = ScoreReport(rows=plan.settings["rows"], notes=plan.rows.notes)
     for task in plan.tasks:
-        if task.retry:
-            count = sum(_count_retryable(plan.out, [range_.index for range_ in task.ranges]).values())
-        else:
-            count = sum(range_.rows for range_ in task.ranges)
-        report.counts["to score"] += count
+        rows = {range_.index: range_.rows for range_ in task.ranges}
+        counts = _count_retryable(plan.out, list(rows)) if task.retry else rows
+        report.counts["to score"] += sum(counts.values())
     if plan.drawing is not None:
         to_draw = plan.to_draw.union(range_.index for task in plan.tasks for range_ in task.ranges)
-        rows = sum(range_.rows for range_ in plan.ranges if range_.index in to_draw)
-        report.heatmaps = HeatMapReport(to_draw=rows)
+        report.heatmaps = HeatMapReport(to_draw=sum(range_.rows for range_ in plan.ranges if range_.index in to_draw))
     return report
 
 

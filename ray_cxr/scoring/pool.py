@@ -141,9 +141,9 @@ def build_dataset(
     """Return a Ray dataset that sends tasks, as rows, through a pool of actors.
 
     Args:
-        arguments: of the actor's `open`, in addition to `cpus`.
-        decode: if given, runs on each row before the actors. Ray Data starts as many of these tasks, of one CPU each,
-            as keep the model busy.
+        arguments: the arguments of the actor's `open`, without `cpus`.
+        decode: if given, Ray tasks of one CPU each call it on every row before the actors. Ray Data runs as many of
+            these tasks as the model needs.
     """
     import ray
 
@@ -170,7 +170,7 @@ def build_dataset(
             # wait for that actor although its node may never come back; `run_with_retries` gives it to another actor.
             ray_remote_args_fn=lambda: {"max_restarts": MAX_RESTARTS, "max_task_retries": 0},
         )
-    # Ray Data skips lost tasks, which `run_with_retries` submits again. It ends when actors keep losing tasks.
+    # Ray Data skips this many lost tasks, which `run_with_retries` submits again; after more, the round ends.
     mapped.context.max_errored_blocks = MAX_LOST_PER_WORKER * plan.actors
     # The pool grows when its actors are busy and a node has joined. It never shrinks.
     scaling = mapped.context.autoscaling_config

@@ -39,7 +39,7 @@ def part_path(out: Path, index: int, folder: str = SCORES) -> Path:
 
 
 def list_parts(folder: Path) -> set[int]:
-    """Return the numbers of the output files in a folder, by one listing."""
+    """Return the numbers of the output files in a folder."""
     with contextlib.suppress(FileNotFoundError):
         names = [path.name for path in folder.iterdir()]
         return {int(name[5:-8]) for name in names if name.startswith("part-") and name[5:-8].isdecimal()}
@@ -74,9 +74,9 @@ class ScoreJob:
 
     Attributes:
         bundle, out: absolute paths or addresses, on storage that all nodes share.
-        digest: of the bundle; workers refuse a bundle that has changed.
+        digest: digest of the bundle; workers refuse a bundle that has changed.
         key: secret for pseudonyms of ids from DICOM headers; None keeps the ids. Not in `repr`, which Ray Data logs.
-        run_digest: of OUT/settings.json. Every output file carries this digest, and a worker stops when it changes.
+        run_digest: digest of OUT/settings.json. Output files carry this digest, and workers stop when it changes.
     """
 
     bundle: str
@@ -231,7 +231,7 @@ class RangeWriter(Protocol[T_co]):
     """Callbacks of `fill_ranges` for images and for complete ranges."""
 
     def add(self, location: RowLocation, image: DecodedImage) -> Iterable[RowLocation]:
-        """Take an image; return the rows that have their result now."""
+        """Take an image; return the rows whose results this completes."""
 
     def finish(self) -> Iterable[RowLocation]:
         """Compute the remaining results; return their rows."""

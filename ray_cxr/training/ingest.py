@@ -39,7 +39,7 @@ def iter_batches(order: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarra
 
 @dataclass(frozen=True)
 class Batch:
-    """One worker's share b of a global batch B.
+    """The share of one worker, b images, of a global batch of B images.
 
     Attributes:
         step: number in the epoch, from 0.
@@ -95,7 +95,7 @@ class Feed:
 
 
 class Prefetcher(Generic[_T]):
-    """Fetch items 0 to count-1 in a thread, ahead of the consumer, who has waited for them `wait_seconds` in total."""
+    """Fetch items 0 to count-1 in a thread ahead of the consumer, whose total waiting time is `wait_seconds`."""
 
     def __init__(self, fetch: Callable[[int], _T], count: int) -> None:
         self._fetch, self._count = fetch, count

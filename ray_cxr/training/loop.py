@@ -253,7 +253,7 @@ class Loop:
         )
 
     def _agree_on_variables(self, epoch: int, batch: Batch) -> None:
-        """Average BatchNorm's moving statistics over the workers; then all variables must be equal and finite.
+        """Average BatchNorm's moving statistics over the workers, then check that all variables are equal and finite.
 
         A weight that is not finite would show in the loss only one step later.
         """
@@ -349,9 +349,9 @@ def compute_cross_entropy(probabilities: np.ndarray, labels: np.ndarray) -> floa
 
 
 def compute_selection_score(macro_auroc: float | None, loss: float | None) -> float:
-    """Return the score of an epoch, of which the highest is the best: the macro AUROC, or else minus the loss.
+    """Return the selection score of an epoch: the macro AUROC, or minus the validation loss if that is undefined.
 
-    A negative loss is below every AUROC, so an epoch with an AUROC always wins.
+    The epoch with the highest score is selected. A negative loss is below every AUROC.
     """
     if macro_auroc is not None:
         return macro_auroc

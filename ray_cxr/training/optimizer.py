@@ -34,7 +34,6 @@ class FlatOptimizer:
         groups = {name: [i for i, other in enumerate(names) if other == name] for name in sorted(set(names))}
         self._groups = list(groups.values())
         self._flats = [keras.Variable(self._flatten(group, self.weights), name=name) for name, group in groups.items()]
-        self._ema = settings.ema is not None
         self._inner = _build_optimizer(settings)
         self.keras = keras.optimizers.LossScaleOptimizer(self._inner) if float16 else self._inner
         self.keras.build(self._flats)
@@ -56,7 +55,7 @@ class FlatOptimizer:
     @contextlib.contextmanager
     def use_average(self) -> Iterator[None]:
         """With `ema`, give the model the averaged weights while the block runs."""
-        if not self._ema or not int(np.asarray(self._inner.iterations)):
+        if not self._inner.use_ema or not int(np.asarray(self._inner.iterations)):
             yield  # no step was applied yet, so there is no average
             return
         raw = [np.asarray(flat) for flat in self._flats]

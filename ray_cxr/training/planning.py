@@ -27,7 +27,7 @@ class TrainPlan:
     """A training run that passed all checks.
 
     Attributes:
-        settings: of the run, with the size of the prepared set, and weights as an absolute path.
+        settings: settings of the run, with the size of the prepared set, and weights as an absolute path.
         run_settings: the content of settings.json, which later runs in `out` must match.
         started: whether this run continues an earlier one.
         bundle: the run's bundle if it is finished, else None.

@@ -53,7 +53,7 @@ def train(
     Args:
         prepared: the folder that `prepare` wrote; needs the splits train and val.
         out: the run's folder, on storage that all nodes share.
-        settings: of the run.
+        settings: settings of the run.
         use_gpu: whether each worker uses a GPU.
         callbacks: called once in every worker; returns `keras.callbacks.Callback`s. They get the logs `loss`,
             `val_loss`, `val_auroc` and `learning_rate`, the same on all workers. They may set `model.stop_training`
@@ -111,7 +111,7 @@ def fit(
     """
     out, settings = plan.out, plan.settings
     if not plan.started:
-        remove_settings(out)  # of an attempt without a checkpoint, which does not bind the folder
+        remove_settings(out)  # left by a run without a checkpoint, which does not bind the folder
     if not queue:
         settings = settings.replace(cpus_per_worker=plan_resources(settings, use_gpu=use_gpu, runs=1)[0])
     create_run(out, plan.run_settings)

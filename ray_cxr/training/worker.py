@@ -35,14 +35,13 @@ if TYPE_CHECKING:
 
 #: In RUN, see `trainer`; failure.json holds the error of a worker.
 METRICS, EVENTS, LIVE, STARTED, FAILURE = "metrics.csv", "tensorboard", "live.json", "started.json", "failure.json"
-#: In a checkpoint, next to the loop's arrays: `TrainState`; only after an epoch, and next to the weights for the
-#: bundle: `loop.evaluate` on validation; the validation probabilities.
+#: In a checkpoint: `TrainState`; and after an epoch, the result and the probabilities of validation.
 PROGRESS, RESULT, VALIDATION = "progress.json", "result.json", "validation.npz"
 #: Minimum seconds between two writes of live.json.
 LIVE_EVERY_S = 2.0
 #: Selection score of a checkpoint during an epoch, which may be the latest but must never be the best.
 UNSCORED = -1e30
-#: The metrics that callbacks get at the end of an epoch.
+#: Names of the metrics that callbacks get at the end of an epoch.
 LOGS = ("loss", "val_loss", "val_auroc", "learning_rate")
 
 #: Each worker calls this function, which returns its callbacks.
@@ -245,9 +244,7 @@ class RunRecorder:
         if not state.curves:
             (self._out / METRICS).unlink(missing_ok=True)  # of an attempt that ended before its first checkpoint
             return
-        atomic.write(
-            self._out / METRICS, lambda part: pd.DataFrame(state.curves).to_csv(part, index=False, lineterminator="\n")
-        )
+        atomic.write_text(self._out / METRICS, pd.DataFrame(state.curves).to_csv(index=False, lineterminator="\n"))
         from tensorboardX import SummaryWriter
 
         (self._out / EVENTS).mkdir(exist_ok=True)
