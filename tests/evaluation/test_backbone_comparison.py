@@ -89,8 +89,8 @@ def test_compare_backbones() -> None:
     assert compared.test == backbones.permutation_test([0.64, 0.75], [0.66, 0.50, 0.62])
     # Points of a curve may be in any order.
     curve = ((3, 0.9), (1, 0.5), (2, 0.6))
-    one = backbones.compare_backbones([TrialCurve(0, "A", "finished", curve)], grace=2).backbones[0]
-    assert (one.best, one.values) == (0.9, (0.6,))
+    result = backbones.compare_backbones([TrialCurve(0, "A", "finished", curve)], grace=2).backbones[0]
+    assert (result.best, result.values) == (0.9, (0.6,))
     # Trials shorter than `grace` are not compared at equal length. Ties for the best go to the first trial.
     compared = backbones.compare_backbones(
         [build_trial(0, "A", 0.6), build_trial(1, "B", 0.5, 0.8, 0.7), build_trial(2, "B", 0.8)], 3
@@ -171,5 +171,5 @@ def test_comparison_record_is_json() -> None:
     assert record["verdict"] == vars(backbones.judge_backbones(case, bootstrap))
     assert f"trial {first} (A) against trial {second} (B)" in record["verdict"]["details"]
     assert (record["patients"]["low"], record["trials"]["p"]) == (bootstrap.low, case.test.p)
-    for one in (empty, record):
-        assert json.loads(json.dumps(one, allow_nan=False)) == one
+    for plain in (empty, record):
+        assert json.loads(json.dumps(plain, allow_nan=False)) == plain

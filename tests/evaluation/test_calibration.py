@@ -213,10 +213,8 @@ def compute_error(y: np.ndarray, p: np.ndarray, bins: int = 10) -> float:
     """Compute the expected calibration error bin by bin."""
     total = 0.0
     for k in range(bins):
-        inside = [(a, b) for a, b in zip(y, p, strict=True) if min(int(b * bins), bins - 1) == k]
-        if inside:
-            share, mean = np.mean(inside, axis=0)
-            total += len(inside) / len(y) * abs(mean - share)
+        inside = [b - a for a, b in zip(y, p, strict=True) if min(int(b * bins), bins - 1) == k]
+        total += abs(sum(inside)) / len(y)
     return float(total)
 
 
@@ -227,30 +225,30 @@ def test_expected_error_equals_its_definition(rows: list[tuple[int, float]], bin
     expected = pytest.approx(compute_error(y, p, bins), abs=1e-12)
     assert metrics.expected_calibration_error(y, p, bins) == expected
     curve = calibration.reliability_curve(y, p, np.arange(len(y)), bins)
-    assert [one.low for one in curve[1:]] == [one.high for one in curve[:-1]]
-    assert (curve[0].low, curve[-1].high, sum(one.n for one in curve)) == (0.0, 1.0, len(rows))
-    for one in curve:
-        if one.n == 0:
-            assert (one.predicted, one.observed, one.observed_low, one.observed_high) == (None,) * 4
+    assert [each.low for each in curve[1:]] == [each.high for each in curve[:-1]]
+    assert (curve[0].low, curve[-1].high, sum(each.n for each in curve)) == (0.0, 1.0, len(rows))
+    for each in curve:
+        if each.n == 0:
+            assert (each.predicted, each.observed, each.observed_low, each.observed_high) == (None,) * 4
             continue
-        wilson = stats.binomtest(round(one.observed * one.n), one.n).proportion_ci(method="wilson")
-        assert (one.observed_low, one.observed_high) == pytest.approx((wilson.low, wilson.high), abs=1e-9)
+        wilson = stats.binomtest(round(each.observed * each.n), each.n).proportion_ci(method="wilson")
+        assert (each.observed_low, each.observed_high) == pytest.approx((wilson.low, wilson.high), abs=1e-9)
 
 
 def test_reliability_interval_counts_patients() -> None:
     y, p = np.array([0, 1, 1, 0, 1, 0, 0, 1]), np.array([0.1, 0.1, 0.15, 0.12, 0.9, 0.95, 0.92, 0.97])
     once = calibration.reliability_curve(y, p, np.arange(8), 2)
     thrice = calibration.reliability_curve(*(np.repeat(values, 3) for values in (y, p, np.arange(8))), 2)
-    for one, more in zip(once, thrice, strict=True):
-        assert more.n == 3 * one.n
+    for plain, more in zip(once, thrice, strict=True):
+        assert more.n == 3 * plain.n
         for name in ("predicted", "observed", "observed_low", "observed_high"):
-            assert getattr(more, name) == pytest.approx(getattr(one, name), abs=1e-12)
+            assert getattr(more, name) == pytest.approx(getattr(plain, name), abs=1e-12)
     # Patients never narrow the interval of independent images.
     rng = np.random.default_rng(0)
     y, p = rng.integers(0, 2, 60), rng.random(60)
     grouped = calibration.reliability_curve(y, p, rng.integers(0, 20, 60))
-    for one, more in zip(calibration.reliability_curve(y, p, np.arange(60)), grouped, strict=True):
-        assert more.observed_high - more.observed_low >= one.observed_high - one.observed_low - 1e-12
+    for plain, more in zip(calibration.reliability_curve(y, p, np.arange(60)), grouped, strict=True):
+        assert more.observed_high - more.observed_low >= plain.observed_high - plain.observed_low - 1e-12
     with pytest.raises(ValueError, match="patients"):
         calibration.reliability_curve(y, p, np.arange(3))
 
@@ -260,18 +258,18 @@ def test_reliability_bins_of_equal_counts() -> None:
     p = rng.beta(1, 40, 200)
     y, patients = rng.random(200) < p, np.arange(200)
     bins = calibration.reliability_curve(y, p, patients)
-    assert [one.n for one in bins] == [20] * 10
+    assert [each.n for each in bins] == [20] * 10
     assert (bins[0].low, bins[-1].high) == (0.0, 1.0)
     order = np.argsort(p)
-    for k, one in enumerate(bins):
+    for k, each in enumerate(bins):
         rows = order[20 * k : 20 * (k + 1)]
-        assert one.predicted == pytest.approx(p[rows].mean(), abs=1e-12)
-        assert one.observed == y[rows].mean()
-        assert one.low <= p[rows].min() <= p[rows].max() <= one.high
+        assert each.predicted == pytest.approx(p[rows].mean(), abs=1e-12)
+        assert each.observed == y[rows].mean()
+        assert each.low <= p[rows].min() <= p[rows].max() <= each.high
     # Equal probabilities fall into one bin; there are no empty ones.
     for value in (0.02, 0.0, 1.0):
         bins = calibration.reliability_curve(y, np.full(200, value), patients)
-        assert [one.n for one in bins if one.n] == [200]
+        assert [each.n for each in bins if each.n] == [200]
     assert calibration.reliability_curve(y[:0], p[:0], patients[:0])[0].n == 0
 
 

@@ -53,9 +53,9 @@ def test_clustered_images_are_no_drift() -> None:
         rates = {name: float(draw_clustered(rng, rate, 700, 6).mean()) for name, rate in (("A", 0.2), ("B", 0.1))}
         model = {"expected_flag_rates": rates, "operating_points": {name: {"n": 4200} for name in NAMES}}
         found = measure(flags, codes, model).flags
-        wrong += any(one.verdict != "ok" for one in found)
+        wrong += any(row.verdict != "ok" for row in found)
         covered += found[0].low <= 0.2 <= found[0].high
-        naive += any(one.verdict != "ok" for one in measure(flags, np.arange(900), model).flags)
+        naive += any(row.verdict != "ok" for row in measure(flags, np.arange(900), model).flags)
     assert wrong <= 10
     assert naive >= 15
     assert 89 <= covered <= 99
@@ -65,44 +65,44 @@ def test_verdicts_of_rates() -> None:
     n = 2000
     shares = (("ok", (0.2,)), ("differs", (0.1, 0.3, 0.4)), ("large", (0.0, 0.09, 0.41)))
     for share, verdict in ((share, verdict) for verdict, group in shares for share in group):
-        one, other = measure(build_flags(n, round(share * n), 200), np.arange(n)).flags
-        assert (one.observed, one.count, one.n, one.n_patients) == (share, round(share * n), n, n)
-        assert (one.expected, one.expected_images) == (0.2, 4000)
-        assert one.ratio == pytest.approx(share / 0.2)
-        assert (one.verdict, other.verdict) == (verdict, "ok")
+        row, other = measure(build_flags(n, round(share * n), 200), np.arange(n)).flags
+        assert (row.observed, row.count, row.n, row.n_patients) == (share, round(share * n), n, n)
+        assert (row.expected, row.expected_images) == (0.2, 4000)
+        assert row.ratio == pytest.approx(share / 0.2)
+        assert (row.verdict, other.verdict) == (verdict, "ok")
     # Too few images or patients
     for n, patients, verdict in ((49, 49, "unknown"), (50, 50, "large"), (400, 19, "unknown"), (400, 20, "large")):
-        one = measure(np.ones((n, 2)), np.arange(n) % patients).flags[0]
-        assert one.verdict == verdict
-        assert ("images" if n < 50 else "patients") in one.reason if verdict == "unknown" else one.reason is None
-        assert (one.p is None) == (verdict == "unknown")
+        row = measure(np.ones((n, 2)), np.arange(n) % patients).flags[0]
+        assert row.verdict == verdict
+        assert ("images" if n < 50 else "patients") in row.reason if verdict == "unknown" else row.reason is None
+        assert (row.p is None) == (verdict == "unknown")
 
 
 def test_p_and_interval_by_formula() -> None:
     n = 1000
     for images in (4000, None):
         model = {**MODEL, "operating_points": {"A": {"n": images}}, "expected_flag_rates": {"A": 0.2}}
-        one = measure(build_flags(n, 230, 0), np.arange(n), model).flags[0]
+        row = measure(build_flags(n, 230, 0), np.arange(n), model).flags[0]
         pooled = (230 + images * 0.2) / (n + images) if images else 0.2
-        variance = pooled * (1 - pooled) * (1 / n + (1 / images if images else 0.0)) * one.design_effect
-        gap = 0.03 - 0.5 * one.design_effect / n
-        assert one.p == one.p_adjusted == pytest.approx(2 * stats.norm.sf(gap / math.sqrt(variance)), rel=1e-9)
-    assert one.design_effect == pytest.approx(n / (n - 1))
+        variance = pooled * (1 - pooled) * (1 / n + (1 / images if images else 0.0)) * row.design_effect
+        gap = 0.03 - 0.5 * row.design_effect / n
+        assert row.p == row.p_adjusted == pytest.approx(2 * stats.norm.sf(gap / math.sqrt(variance)), rel=1e-9)
+    assert row.design_effect == pytest.approx(n / (n - 1))
     # A second copy of each image adds no information.
     twice = measure(np.repeat(build_flags(n, 230, 0), 2, axis=0), np.repeat(np.arange(n), 2), model).flags[0]
-    assert (twice.p, twice.low, twice.high) == pytest.approx((one.p, one.low, one.high), rel=1e-6)
+    assert (twice.p, twice.low, twice.high) == pytest.approx((row.p, row.low, row.high), rel=1e-6)
 
 
 def test_missing_expectations_are_unknown() -> None:
     flags = np.column_stack([np.full(100, -1), np.zeros(100)])
-    one, other = measure(flags, np.arange(100), {**MODEL, "expected_flag_rates": {"A": None, "B": 0.1}}).flags
-    assert (one.verdict, one.observed, one.n) == ("unknown", None, 0)
-    assert "operating point" in one.reason
+    row, other = measure(flags, np.arange(100), {**MODEL, "expected_flag_rates": {"A": None, "B": 0.1}}).flags
+    assert (row.verdict, row.observed, row.n) == ("unknown", None, 0)
+    assert "operating point" in row.reason
     assert other.p_adjusted == other.p  # untested findings do not count for the adjustment
     # An expected share of 0 is not testable without its number of images.
     model = {**MODEL, "operating_points": {}, "expected_flag_rates": {"A": 0.0, "B": 0.0}}
-    one, other = measure(build_flags(100, 9, 0), np.arange(100), model).flags
-    assert (one.verdict, other.verdict, bool(one.reason)) == ("unknown", "ok", True)
+    row, other = measure(build_flags(100, 9, 0), np.arange(100), model).flags
+    assert (row.verdict, other.verdict, bool(row.reason)) == ("unknown", "ok", True)
     nothing = measure(np.zeros((100, 2)), np.arange(100), {})
     for row in (*nothing.flags, *nothing.scores, *nothing.quality):
         assert row.verdict == "unknown"
@@ -117,7 +117,7 @@ def test_quality_flags_and_errors() -> None:
     ok = np.arange(n) < 950
     flags = np.where(ok[:, None], build_flags(n, 200, 100), -1)
     found = measure(flags, np.arange(n), quality_flags=given, ok=ok)
-    rows = {one.name: one for one in found.quality}
+    rows = {row.name: row for row in found.quality}
     assert (rows["inverted"].verdict, rows["inverted"].observed, rows["inverted"].ratio) == ("large", 300 / 950, None)
     assert rows["lateral"].verdict == "ok"
     assert (rows["age_outside_training"].verdict, rows["age_outside_training"].count) == ("unknown", 10)
@@ -169,8 +169,8 @@ def test_a_large_index_by_chance_is_ok() -> None:
     rng = np.random.default_rng(3)
     kept, codes = rng.random(4000), np.repeat(np.arange(20), 3)
     found = [compare_scores(kept, rng.random(20)[codes] * 0.98 + rng.random(60) * 0.02, codes) for _ in range(60)]
-    assert sum(one.psi > 0.25 for one in found) > 30
-    assert sum(one.verdict == "ok" for one in found) > 54
+    assert sum(row.psi > 0.25 for row in found) > 30
+    assert sum(row.verdict == "ok" for row in found) > 54
 
 
 @settings(max_examples=40)

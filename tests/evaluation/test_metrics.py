@@ -15,7 +15,6 @@ from ray_cxr.evaluation import metrics
 # Few distinct scores, so that most are tied.
 TIED = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 6)), min_size=2, max_size=40)
 FREE = st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1, width=32)), min_size=2, max_size=40)
-FLAGGED = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30)
 
 
 def both_classes(rows: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -87,7 +86,7 @@ def test_confusion_and_brier_by_hand() -> None:
 
 
 @settings(max_examples=25)
-@given(FLAGGED)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
 def test_rates_equal_sklearn_and_predictive_values_their_definition(rows: list[tuple[bool, bool]]) -> None:
     y, flags = np.array([row[0] for row in rows], int), np.array([row[1] for row in rows])
     cells = metrics.confusion(y, flags)

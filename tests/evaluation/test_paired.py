@@ -62,13 +62,13 @@ def test_each_finding_equals_a_separate_comparison() -> None:
     for f in (0, 1, 3):
         part = slice(f, f + 1)
         alone = paired.paired_macro_auroc(y[:, part], a[:, part], b[:, part], patients, **options)
-        one = got.findings[f]
+        finding = got.findings[f]
         names = ("a", "b", "difference", "low", "high", "p", "undefined", "reason")
-        assert [getattr(one, name) for name in names] == [getattr(alone, name) for name in names]
+        assert [getattr(finding, name) for name in names] == [getattr(alone, name) for name in names]
         kept = ~np.isnan(a[:, f]) & ~np.isnan(b[:, f])
-        assert (one.n, one.positives) == (kept.sum(), y[kept, f].sum())
+        assert (finding.n, finding.positives) == (kept.sum(), y[kept, f].sum())
         first, second, variance = delong_paired(y[kept, f], a[kept, f], b[kept, f])
-        assert one.delong_p == pytest.approx(normal_p(first - second, variance), rel=1e-9)
+        assert finding.delong_p == pytest.approx(normal_p(first - second, variance), rel=1e-9)
     absent = got.findings[2]
     assert (absent.a, absent.b, absent.difference, absent.low, absent.p, absent.delong_p) == (None,) * 6
     assert (absent.undefined, absent.reason, absent.delong_reason) == (60, "no positive images", "no positive images")
@@ -78,16 +78,16 @@ def test_undefined_comparisons_have_a_reason() -> None:
     y, a, b, patients = simulate_models(40, 0)
     macro = np.ones(2, dtype=bool)
     same = paired.paired_findings(y, a, a, patients, macro=macro, n_resamples=50)
-    for one in (same.macro, same.findings[0]):
-        assert (one.difference, one.low, one.high, one.p, one.reason) == (0.0, 0.0, 0.0, 1.0, None)
+    for result in (same.macro, same.findings[0]):
+        assert (result.difference, result.low, result.high, result.p, result.reason) == (0.0, 0.0, 0.0, 1.0, None)
     assert same.findings[0].delong_p is None
     assert "no variance" in same.findings[0].delong_reason
     for n, defined in ((39, False), (40, True)):
         few = paired.paired_findings(y, a, b, patients, macro=macro, n_resamples=n)
-        for one in (few.macro, few.findings[0]):
-            assert one.difference is not None
-            assert [value is not None for value in (one.low, one.high, one.p)] == [defined] * 3
-            assert (one.reason is None) == defined
+        for result in (few.macro, few.findings[0]):
+            assert result.difference is not None
+            assert [value is not None for value in (result.low, result.high, result.p)] == [defined] * 3
+            assert (result.reason is None) == defined
     nothing = paired.paired_macro_auroc(np.zeros_like(y), a, b, patients, n_resamples=50)
     assert (nothing.a, nothing.b, nothing.difference, nothing.low, nothing.p, nothing.columns) == (*(None,) * 5, ())
     assert "positive and negative" in nothing.reason

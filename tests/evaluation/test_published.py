@@ -19,8 +19,8 @@ OFFICIAL = ["DenseNet-121, official split", "ResNet-50, official split", "ViT-B,
 
 
 def find_record(name: str) -> published.Published:
-    (one,) = (one for one in published.PUBLISHED if one.name == name)
-    return one
+    (record,) = (record for record in published.PUBLISHED if record.name == name)
+    return record
 
 
 def list_reasons(
@@ -52,13 +52,13 @@ def test_values_equal_the_notes(shared: Path) -> None:
 
 
 def test_records_are_consistent() -> None:
-    for one in published.PUBLISHED:
-        assert one.aurocs or one.mean is not None
-        for printed in one.aurocs.values():
+    for record in published.PUBLISHED:
+        assert record.aurocs or record.mean is not None
+        for printed in record.aurocs.values():
             assert 0.5 < (printed.auroc_low or 0.51) <= printed.auroc <= (printed.auroc_high or 1.0) <= 1.0
-        if one.mean is not None and one.aurocs:
+        if record.mean is not None and record.aurocs:
             # Means are printed with three digits.
-            assert abs(np.mean([printed.auroc for printed in one.aurocs.values()]) - one.mean) <= 0.0005
+            assert abs(np.mean([printed.auroc for printed in record.aurocs.values()]) - record.mean) <= 0.0005
     plain = json.loads(json.dumps(find_record("CheXNeXt 2018").to_json()))
     assert plain["aurocs"]["Edema"] == {"auroc": 0.924, "auroc_low": 0.886, "auroc_high": 0.955}
     assert find_record("ResNet-50, official split").to_json()["mean_to"] == 0.815

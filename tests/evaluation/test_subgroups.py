@@ -58,12 +58,11 @@ def measure(c: dict, found: list[groups.Group] | None = None, **more: object) ->
 
 
 def find_group(found: subgroups.Subgroups, attribute: str, value: str) -> subgroups.GroupResult:
-    return next(one for one in found.groups if (one.attribute, one.value) == (attribute, value))
+    return next(group for group in found.groups if (group.attribute, group.value) == (attribute, value))
 
 
 def find_difference(found: subgroups.Subgroups, finding: str | None, quantity: str) -> subgroups.Difference:
-    key = ("sex", finding, quantity)
-    return next(one for one in found.differences if (one.attribute, one.finding, one.quantity) == key)
+    return next(d for d in found.differences if (d.attribute, d.finding, d.quantity) == ("sex", finding, quantity))
 
 
 @settings(max_examples=40)
@@ -78,9 +77,9 @@ def test_every_image_is_in_one_group_of_each_attribute(rows: list[tuple]) -> Non
     assert len(mask) == len(found)
     for group in found:
         if group.crossing:
-            one, other = group.attribute.split(groups.AND)
+            first, second = group.attribute.split(groups.AND)
             a, b = group.value.split(groups.AND)
-            assert (group.mask == (mask[one, a] & mask[other, b])).all()
+            assert (group.mask == (mask[first, a] & mask[second, b])).all()
             assert groups.UNKNOWN not in (a, b)
     # A description counts the same groups.
     counts = groups.describe_population(*to_columns(rows), np.arange(len(rows)) // 2)
@@ -120,9 +119,9 @@ def test_group_metrics_equal_those_of_its_images() -> None:
     c["scores"][::11, 1] = np.nan
     c["flags"][::11, 1] = -1
     found = measure(c)
-    for group, one in zip(build(c), found.groups, strict=True):
-        assert (one.n, one.n_patients) == (group.mask.sum(), len(np.unique(c["patients"][group.mask])))
-        for j, cell in enumerate(one.cells):
+    for group, result in zip(build(c), found.groups, strict=True):
+        assert (result.n, result.n_patients) == (group.mask.sum(), len(np.unique(c["patients"][group.mask])))
+        for j, cell in enumerate(result.cells):
             rows = group.mask & (c["labels"][:, j] >= 0) & ~np.isnan(c["scores"][:, j])
             y, s, flags, people = (c[name][rows] for name in ("labels", "scores", "flags", "patients"))
             y, s, flags = y[:, j], s[:, j], flags[:, j]
@@ -133,8 +132,8 @@ def test_group_metrics_equal_those_of_its_images() -> None:
             expected = (metrics.auroc(y, s), cells.sensitivity, cells.specificity)
             assert (cell.auroc, cell.sensitivity, cell.specificity) == pytest.approx(expected, abs=1e-12)
         for name in ("auroc", "sensitivity", "specificity"):
-            mean = getattr(one.own, name)
-            assert mean.value == pytest.approx(np.mean([getattr(cell, name) for cell in one.cells]))
+            mean = getattr(result.own, name)
+            assert mean.value == pytest.approx(np.mean([getattr(cell, name) for cell in result.cells]))
             assert mean.low <= mean.value <= mean.high
 
 
@@ -162,7 +161,7 @@ def test_small_cells_are_marked_and_kept() -> None:
         assert [group.small for group in found.groups] == [small, False]
         assert all(cell.small == small and cell.auroc is not None for cell in found.groups[0].cells)
         assert found.groups[0].own.auroc.small == (2 if small else 0)
-        assert all(one.small == small for one in found.differences)
+        assert all(d.small == small for d in found.differences)
         assert (found.single.made == 0, found.single.small) == (small, 6 if small else 0)
 
 
@@ -192,7 +191,7 @@ def test_undefined_values_have_a_reason() -> None:
     found = measure(c, build(c, crossings=False))
     unknown = find_group(found, "sex", "unknown")
     assert (unknown.cells[0].auroc is None, unknown.reference) == (False, False)
-    assert not any("unknown" in (one.value, one.reference) or one.attribute == "age_band" for one in found.differences)
+    assert not any("unknown" in (d.value, d.reference) or d.attribute == "age_band" for d in found.differences)
     # Means cover the findings of `macro`.
     chosen = find_group(measure(simulate_images(60, 3), macro=np.array([True, False])), "sex", "F")
     assert chosen.own.auroc.findings == chosen.shared.auroc.findings == ("A",)
@@ -208,8 +207,8 @@ def test_differences_share_their_resamples() -> None:
     found = measure(c, [groups.Group("copy", "one", first), groups.Group("copy", "two", ~first)])
     assert found.groups[0].own.auroc.low < found.groups[0].own.auroc.high
     assert len(found.differences) == 6
-    for one in found.differences:
-        assert (one.difference, one.low, one.high, one.excludes_zero, bool(one.reason)) == (0.0, None, None, None, True)
+    for d in found.differences:
+        assert (d.difference, d.low, d.high, d.excludes_zero, bool(d.reason)) == (0.0, None, None, None, True)
 
 
 def test_differences_are_relative_to_the_largest_group() -> None:
@@ -218,10 +217,10 @@ def test_differences_are_relative_to_the_largest_group() -> None:
     found = measure(c)
     women, men = find_group(found, "sex", "F"), find_group(found, "sex", "M")
     assert (women.reference, men.reference) == (False, True)
-    one = find_difference(found, "A", "sensitivity")
-    assert (one.value, one.reference, one.difference) == ("F", "M", pytest.approx(-men.cells[0].sensitivity))
-    assert one.low <= one.difference <= one.high < 0
-    assert one.excludes_zero
+    missed = find_difference(found, "A", "sensitivity")
+    assert (missed.value, missed.reference, missed.difference) == ("F", "M", pytest.approx(-men.cells[0].sensitivity))
+    assert missed.low <= missed.difference <= missed.high < 0
+    assert missed.excludes_zero
     mean = find_difference(found, None, "auroc")
     assert mean.difference == pytest.approx(women.shared.auroc.value - men.shared.auroc.value)
     assert {d.reference for d in found.differences if d.attribute == "sex & view"} == {"M & PA"}
@@ -243,7 +242,7 @@ def test_chunks_do_not_change_results_and_results_are_json(monkeypatch: pytest.M
     assert measure(c) == whole
     plain = whole.to_json()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
-    row = next(one for one in plain["groups"] if one["value"] == "F")
+    row = next(group for group in plain["groups"] if group["value"] == "F")
     assert set(row["findings"]) == set(NAMES)
     assert row["own"]["auroc"]["findings"] == list(NAMES)
 
