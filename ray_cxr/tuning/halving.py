@@ -85,7 +85,7 @@ class Halving(FIFOScheduler):
         return TrialScheduler.CONTINUE if trial in self._passed else TrialScheduler.STOP
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Remove a failed trial, unless Tune restarts it: such a trial already has the status of an error."""
+        """Remove a failed trial, unless Tune restarts it: then its status is already ERROR."""
         if trial.status != Trial.ERROR:
             self.on_trial_remove(tune_controller, trial)
 

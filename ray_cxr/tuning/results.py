@@ -36,7 +36,7 @@ class SearchResult:
     Attributes:
         rows: the table of `records.build_trial_table`.
         best: the number of the best trial; None if no trial has an AUROC.
-        bundle: the bundle of the best trial; None without a best trial, or if `search` was told not to export it.
+        bundle: the bundle of the best trial; None without a best trial, or with `finish=False`.
         interrupted: whether Ctrl-C ended the search.
         gave_up: why the search started no more trials; None if it did not give up.
         epochs: number of trained epochs.

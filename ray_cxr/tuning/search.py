@@ -41,9 +41,8 @@ logger = logging.getLogger(__name__)
 TRIAL_BYTES = 300 << 20
 #: Maximum wait for an answer of Ray's dashboard, seconds.
 DASHBOARD_WAIT_S = 90
-Report = dict[str, Any]
 #: Trains a trial with a configuration and a context, and returns the last report.
-TrialFunction = Callable[[dict[str, Any], TrialContext], Report]
+TrialFunction = Callable[[dict[str, Any], TrialContext], dict[str, Any]]
 
 
 def search(
@@ -110,8 +109,9 @@ def search(
                 bundle = results.export_best(plan, chosen, rows, best, on_event)
         if not interrupted:
             results.drop_checkpoints(plan, study, rows)
+        seconds = time.monotonic() - started
         facts = results.collect_facts(
-            plan, study, rows, concurrent=concurrent, interrupted=interrupted, seconds=time.monotonic() - started
+            plan, study, rows, concurrent=concurrent, interrupted=interrupted, seconds=seconds
         )
         result = results.SearchResult(
             study=study,
@@ -194,11 +194,7 @@ def _log_start(searcher: StudySearcher, done: int, concurrent: int, on_event: Ca
 
 
 def _run_trials(
-    searcher: StudySearcher,
-    monitor: SearchMonitor,
-    run: Callable[[dict[str, Any]], Report],
-    count: int,
-    concurrent: int,
+    searcher: StudySearcher, monitor: SearchMonitor, run: Callable[[dict[str, Any]], Any], count: int, concurrent: int
 ) -> None:
     """Let Ray Tune run `count` trials; raise RayCxrError if Tune itself failed."""
 

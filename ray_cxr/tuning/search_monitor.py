@@ -32,16 +32,13 @@ class SearchMonitor(Callback):
         self._plan, self._study = searcher.plan, searcher.study
         self.ended = 0
         rows = build_trial_table(self._plan, self._study)
-        records = rows.to_dict("records")
         #: Logged epochs of each trial; a restarted trial reports its earlier epochs again.
-        self._logged = {int(row["number"]): int(row["epochs"]) for row in records}
+        self._logged: dict[int, int] = dict(zip(rows["number"].tolist(), rows["epochs"].tolist(), strict=True))
         self._started: set[int] = set()
         self._best = max(rows.loc[rows["state"] != "failed", "val_auroc"].dropna(), default=-math.inf)
-        self.earlier = {
-            int(row["number"]): build_reports(row["curve"], None)
-            for row in records
-            if row["state"] in ("finished", "stopped")
-        }
+        rows = rows[rows["state"].isin(["finished", "stopped"])]
+        curves = zip(rows["number"].tolist(), rows["curve"], strict=True)
+        self.earlier = {number: build_reports(curve, None) for number, curve in curves}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return nothing: Tune's pickle is never read."""

@@ -1,4 +1,4 @@
-"""One trial: the function that Ray Tune runs in a process of its own.
+"""One trial: the function that Ray Tune runs in a separate process.
 
 A trial is a RUN of `train` in STUDY/trials/NNNN. Its process holds no CPU, because its Ray Train workers need them. If
 the process ends early, the next process of the same trial continues in that folder.
@@ -56,8 +56,8 @@ def run_trial(config: dict[str, Any], context: TrialContext) -> dict[str, Any]:
     """Train a trial, report each epoch to Tune, and return the last report with `ended`.
 
     The epochs before a restart are reported again. Tune restarts a trial that raises, so only a failure that may pass
-    is raised, such as a folder that cannot be read; a failure that would repeat is returned as `failure`. The trial
-    waits for missing resources.
+    is raised, e.g. an unreadable folder; a failure that would repeat is returned as `failure`. The trial waits for
+    missing resources.
     """
     cluster.selector = context.selector
     settings, folder = build(TrainSettings, config["settings"]), Path(config["folder"])

@@ -130,11 +130,10 @@ class Search:
         }
 
     def comparison(self) -> dict[str, Any]:
-        rows = self.table[["number", "backbone", "state", "curve"]].itertuples(index=False)
-        curves = [
-            backbones.TrialCurve(number, backbone, state, tuple((p["epoch"], p["val_auroc"]) for p in curve))
-            for number, backbone, state, curve in rows
-        ]
+        curves = []
+        for row in self.table.itertuples():
+            curve = tuple((point["epoch"], point["val_auroc"]) for point in row.curve)
+            curves.append(backbones.TrialCurve(row.number, row.backbone, row.state, curve))
         compared = backbones.compare_backbones(curves, 2, n=200)
         y, noise = np.tile([[0, 1], [1, 0]], (50, 1)), np.random.default_rng(0).normal(size=(2, 100, 2))
         difference = paired.paired_macro_auroc(y, y + noise[0], noise[1], np.arange(100), n_resamples=50)
@@ -179,27 +178,21 @@ def test_page_shows_the_comparison_of_backbones(forty: tuple[Search, Page], tmp_
     search, page = forty
     compared = search.comparison()
     assert compared["verdict"]["headline"] in page.text
-    for one in compared["backbones"]:
-        assert f"{one['median']:.3f} ({one['lower']:.3f}–{one['upper']:.3f})" in page.text
-        assert f"{one['best']:.3f} trial {one['best_trial']}" in page.text
+    for backbone in compared["backbones"]:
+        assert f"{backbone['median']:.3f} ({backbone['lower']:.3f}–{backbone['upper']:.3f})" in page.text
+        assert f"{backbone['best']:.3f} trial {backbone['best_trial']}" in page.text
     assert "Backbones were not compared." in write_page(Search(["finished"]), tmp_path / "out", compare=False).text
 
 
-def test_page_of_two_objectives_shows_the_front(tmp_path: Path) -> None:
-    search = Search(mixed(20), TWO)
+@pytest.mark.parametrize("objectives", [2, 3, 4])
+def test_page_of_several_objectives_shows_the_front(tmp_path: Path, objectives: int) -> None:
+    search = Search(mixed(20), (*TWO, "calibration_error", "seconds")[:objectives])
     page = write_page(search, tmp_path / "out")
-    count = len(search.facts["pareto"])
-    assert f"{count} trials are on the Pareto front of validation AUROC and images per second" in page.text
     assert page.ids >= {"pareto", "front", *CHAPTERS}
     assert "best" not in page.ids
-    front = next(trace for trace in page.traces() if trace.get("name") == "on the front")
-    assert len(front["text"]) == count
-
-
-@pytest.mark.parametrize("objectives", [3, 4])
-def test_page_of_many_objectives(tmp_path: Path, objectives: int) -> None:
-    names = (*TWO, "calibration_error", "seconds")[:objectives]
-    page = write_page(Search(mixed(8), names), tmp_path / "out")
+    assert f"{len(search.facts['pareto'])} trials are on the Pareto front of validation AUROC" in page.text
+    fronts = [len(trace["text"]) for trace in page.traces() if trace.get("name") == "on the front"]
+    assert fronts == ([] if objectives == 4 else [len(search.facts["pareto"])])
     assert ("here are 4." in page.text) == (objectives == 4)
     assert any(trace["type"] == "scatter3d" for trace in page.traces()) == (objectives == 3)
 
@@ -324,12 +317,12 @@ def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_values_are_none_and_a_dash_in_the_page() -> None:
-    one, other = search_page.read_trials(Search(["running", "failed"]).table.iloc[::-1])
-    assert (one.number, one.calibration_error, one.reason) == (0, None, None)
-    assert (other.val_auroc, other.best_epoch, other.curve) == (None, None, ())
+    running, failed = search_page.read_trials(Search(["running", "failed"]).table.iloc[::-1])
+    assert (running.number, running.calibration_error, running.reason) == (0, None, None)
+    assert (failed.val_auroc, failed.best_epoch, failed.curve) == (None, None, ())
     shown = [html.format_setting(value) for value in (None, True, 1.23456e-5, [512, 128])]
     assert shown == [html.format_duration(None), "true", "1.235e-05", "[512, 128]"]
-    assert ("momentum" in one.params) == (one.params["optimizer"] == "sgd")
+    assert ("momentum" in running.params) == (running.params["optimizer"] == "sgd")
 
 
 def test_a_searched_field_may_be_named_like_a_column(tmp_path: Path) -> None:

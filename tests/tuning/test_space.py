@@ -93,7 +93,7 @@ def test_names_fields_and_choices() -> None:
     assert names(read(text)) == ("weights", "dropout@runs%2Fa", "dropout@runs%252Fa", "dropout@runs%2Fb")
 
 
-FLIP, IF_TRUE = "flip = [true, false]\n", '[when."flip=true"]\n'
+FLIP, IF_TRUE, IF_ANY = "flip = [true, false]\n", '[when."flip=true"]\n', '[when."flip=true|false"]\n'
 #: A table, the key that the message names first, and what else it names.
 REFUSED: list[tuple[str, ...]] = [
     ("droput = [0.1]", ".droput", "'dropout'"),
@@ -141,11 +141,7 @@ REFUSED: list[tuple[str, ...]] = [
     ('flip = [true]\n[when."flip=true"]\nbackbone = ["ResNet50"]', '.when."flip=true".backbone', "[tune.space]"),
     ('flip = [true]\nzoom = [0.1]\n[when."flip=true"]\nzoom = [0.2]', '.when."flip=true".zoom', "[tune.space]"),
     (f'{FLIP}ema = [0.9]\n{IF_TRUE}zoom = [0]\n[when."ema=0.9"]\nzoom = [0.1]', '.when."ema=0.9".zoom', '"flip=true"'),
-    (
-        f'{FLIP}[when."flip=true|false"]\nzoom = [0]\n{IF_TRUE}zoom = [0.1]',
-        '.when."flip=true".zoom',
-        '"flip=true|false"',
-    ),
+    (f"{FLIP}{IF_ANY}zoom = [0]\n{IF_TRUE}zoom = [0.1]", '.when."flip=true".zoom', '"flip=true|false"'),
     ('flip = [true]\n[when."flip=true"]\nepoch = [1]', '.when."flip=true".epoch', "'epoch'"),
     ('flip = [true, false]\n[when."flip=true"]\nsize = "prepared"', ".when", "flip=false", "[train]"),
     (f"{FLIP}{IF_TRUE}sync_batchnorm = [true]\nxla = [true]", "", "flip=true, sync_batchnorm=true, xla=true"),
@@ -155,14 +151,14 @@ REFUSED: list[tuple[str, ...]] = [
 
 @pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused[0][:50])
 def test_a_wrong_table_is_refused(refused: tuple[str, ...]) -> None:
-    text, place, *words = refused
+    text, key, *words = refused
     message = refuse(text)
-    assert message.startswith(f"tune.space{place}: ")
-    assert not [word for word in words if word not in message.removeprefix(f"tune.space{place}")]
+    assert message.startswith(f"tune.space{key}: ")
+    assert not [word for word in words if word not in message.removeprefix(f"tune.space{key}")]
 
 
 @pytest.mark.parametrize(
-    ("batches", "place", "hint"),
+    ("batches", "key", "hint"),
     [
         ("[16, 32]", "0", "use 18"),
         ("{ low = 16, high = 48 }", "low", "use 18"),
@@ -173,11 +169,11 @@ def test_a_wrong_table_is_refused(refused: tuple[str, ...]) -> None:
         ("{ low = 15, high = 15, log = true }", "", {15}),
     ],
 )
-def test_batches_that_the_workers_cannot_share_are_refused(batches: str, place: str, hint: Any) -> None:
+def test_batches_that_the_workers_cannot_share_are_refused(batches: str, key: str, hint: Any) -> None:
     text, three = f"batch_size = {batches}", TrainSettings(workers=3)
-    if place:
+    if key:
         message = refuse(text, three)
-        assert message.startswith(f"tune.space.batch_size.{place}: ")
+        assert message.startswith(f"tune.space.batch_size.{key}: ")
         assert "3 workers" in message
         assert hint in message
         read(text)
