@@ -86,7 +86,7 @@ def _read_numbers(table: CsvTable, columns: dict[str, str]) -> np.ndarray:
     for position, name in enumerate(_NUMBERS):
         text = table.rows[columns[name]].str.strip()
         numbers = pd.to_numeric(text, errors="coerce").astype("float64")
-        is_bad = ~np.isfinite(numbers)
+        is_bad = ~numbers.between(-np.inf, np.inf, inclusive="neither")
         if is_bad.any():
             raise table.error(is_bad, f"{name} is {text[is_bad].iloc[0]!r}, not a number; correct the row")
         values[:, position] = numbers

@@ -72,7 +72,7 @@ def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) ->
         return [task for unit in units if (task := _make_task(unit, existing))]
 
     def build_dataset(pending: list[tasks.Task]) -> Any:
-        # One block per task, so that a lost node costs few shards.
+        # One block per task, so that a lost node loses few shards.
         dataset = ray.data.from_items(pending, override_num_blocks=len(pending))
         arguments = {"out": remote.to_address(out), "settings": settings}
         dataset = tasks.map_once(dataset, _run_task, fn_kwargs=arguments, num_cpus=1)
@@ -135,17 +135,16 @@ def _make_progress(out: Path, sizes: Sequence[int], ranges: Sequence[Range], pro
         names = set.intersection(*(_list_shards(out, size) for size in sizes))
         return {range_.index for range_ in ranges if shard_name(range_.index) in names}
 
-    rows = {range_.index: range_.rows for range_ in ranges}
-    seen, failed = list_complete(), 0
+    reported, failed = list_complete(), 0
 
     def show() -> bool:
         nonlocal failed
-        new = list_complete() - seen
+        new = list_complete() - reported
         for index in new:
             codes = read_error_codes(out / str(sizes[0]) / shard_name(index), sizes[0])
             failed += len(codes) - codes.null_count
-            seen.add(index)
-            progress.advance(rows[index], f"{failed:,} failed")
+            reported.add(index)
+            progress.advance(len(codes), f"{failed:,} failed")
         return bool(new)
 
     return show
@@ -258,7 +257,7 @@ def _count_rows(out: Path, size: int, ranges: Sequence[Range]) -> Counter[str]:
 
 
 def complete_sizes(prepared: Path) -> list[int]:
-    """Return the sizes of a prepared folder whose shards are complete, pixels."""
+    """Return the sizes whose shards are complete in a prepared folder, pixels."""
     names = [folder.name for folder in prepared.glob("*") if folder.name.isdecimal()]
     return sorted(int(name) for name in names if (prepared / name / "counts.json").exists())
 
@@ -283,28 +282,25 @@ class PreparedSet:
     def __init__(self, path: str | Path, size: int | None = None) -> None:
         self.path = remote.to_path(path)
         self._settings = run_folder.read_settings(self.path)
-        made_in = self._settings.get("format", FORMAT)
         if not self._settings or self._settings.get("kind", "prepare") != "prepare":
             raise ConfigError(f"{path}: not a prepared folder; make one with `ray-cxr prepare`")
-        if made_in not in (FORMAT, FORMAT_WITH_ARCHIVES):
+        if (version := self._settings.get("format", FORMAT)) not in (FORMAT, FORMAT_WITH_ARCHIVES):
             raise ConfigError(
-                f"{path}: has format {made_in}, but this version reads formats {FORMAT} and {FORMAT_WITH_ARCHIVES}; "
+                f"{path}: has format {version}, but this version reads formats {FORMAT} and {FORMAT_WITH_ARCHIVES}; "
                 "run `ray-cxr prepare` again into another folder"
             )
         sizes = complete_sizes(self.path)
-        shown = ", ".join(map(str, sizes))
+        names = ", ".join(map(str, sizes))
         if not sizes:
             raise ConfigError(f"{path}: no size is complete; run `ray-cxr prepare` again to continue it")
-        if size is None:
-            if len(sizes) > 1:
-                raise ConfigError(f"{path}: has sizes {shown}; choose one with --set size=...")
-            size = sizes[0]
-        if size not in sizes:
+        if size is None and len(sizes) > 1:
+            raise ConfigError(f"{path}: has sizes {names}; choose one with --set size=...")
+        self.size = sizes[0] if size is None else size
+        if self.size not in sizes:
             raise ConfigError(
-                f"{path}: has no complete size {size}, only {shown}; run `ray-cxr prepare ... --size {size}`"
+                f"{path}: has no complete size {size}, only {names}; run `ray-cxr prepare ... --size {size}`"
             )
-        self.size = size
-        self.counts: dict[str, int] = json.loads((self.path / str(size) / "counts.json").read_text())
+        self.counts: dict[str, int] = json.loads((self.path / str(self.size) / "counts.json").read_text())
 
     @property
     def input_spec(self) -> InputSpec:
@@ -349,7 +345,7 @@ class PreparedSet:
 
     @functools.cached_property
     def _shards(self) -> list[Path]:
-        """Paths on this machine, for `Pixels`; processes of a node share one download of each shard from a bucket."""
+        """Paths on this machine; all processes of a node share one download of each shard from a bucket."""
         # By number, so that a missing shard is noticed.
         count = self._settings.get("shards", -(-self._settings["rows"] // self._settings["rows_per_shard"]))
         try:

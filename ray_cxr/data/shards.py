@@ -1,8 +1,8 @@
 """Shards of prepared sets: their format, writing them, and reading single images from them.
 
 A shard is an uncompressed Arrow IPC file of one record batch, so an image is S*S bytes at a known offset. Training
-reads each image straight from its shard, in another random order every epoch. Nothing is unpacked or copied first, and
-all workers of a node share the system's cache of the same files. Only names and labels use memory of the process
+reads each image straight from its shard, in a new random order every epoch. Nothing is unpacked or copied first, and
+all workers of a node share the system's cache of these files. Only names and labels use memory of the process
 (docs/decisions/0009-arrow-shards.md).
 """
 
@@ -47,8 +47,9 @@ def shard_name(index: int) -> str:
 class ShardWriter:
     """Fill the missing shards of one unit at one size in order, and write each when it is full.
 
-    `rows` are the unit's rows of the manifest; `lengths` the number of rows of each of its shards, by index; `position`
-    the place of this size in `DecodedImage.images`. `wanted`, bool [n], marks the rows that no shard holds yet.
+    `rows` are the manifest's rows of the unit. `lengths` has the number of rows of each shard of the unit, by index.
+    `position` is the index of this size in `DecodedImage.images`. `wanted`, bool [n], is true for the rows that no
+    shard holds yet.
     """
 
     def __init__(self, folder: Path, size: int, position: int, rows: pa.Table, lengths: dict[int, int]) -> None:
@@ -99,7 +100,7 @@ class ShardWriter:
 
 
 def read_error_codes(path: Path, size: int) -> pa.Array:
-    """Return the column error_code of a shard; from a bucket nothing else is fetched."""
+    """Return the column error_code of a shard; from a bucket, only this column is fetched."""
     try:
         with remote.open_file(path) as source:
             schema = pa.ipc.open_file(source).schema
@@ -118,17 +119,17 @@ def read_error_codes(path: Path, size: int) -> pa.Array:
 
 @dataclass(frozen=True)
 class ShardRows:
-    """Columns of rows of one shard, copied from the file."""
+    """Some columns and rows of one shard, copied from the file."""
 
     table: pa.RecordBatch
     offsets: np.ndarray  # int64 [n], start of each row's image in the file, bytes; undefined where the image is null
-    length: int  # of the file, bytes
+    length: int  # length of the file, bytes
 
 
 def read_shard(path: Path, size: int, columns: Sequence[str], split: str | None = None) -> ShardRows:
     """Return columns of a shard without its pixels: of all rows, or of the usable rows of a split."""
-    # Arrow maps the whole file and reads only what is touched. `included_fields` would use more memory: it allocates
-    # the whole batch with its images.
+    # Arrow maps the whole file and reads only the pages that are used. `included_fields` would use more memory, because
+    # it allocates the whole batch with the images.
     try:
         with pa.memory_map(os.fspath(path)) as source:
             file = source.read_buffer()
@@ -147,7 +148,7 @@ def read_shard(path: Path, size: int, columns: Sequence[str], split: str | None 
     pixels = images.buffers()[1]
     first = pixels.address - file.address
     if not 0 <= first <= file.size - pixels.size:
-        raise _damaged(path)  # compressed: Arrow unpacked it to another place in memory
+        raise _damaged(path)  # a compressed batch, which Arrow unpacked outside the mapped file
     if split is None:
         rows = np.arange(len(batch))
     else:
@@ -170,7 +171,7 @@ class Pixels:
 
     `pixels[rows]` reads rows into a new uint8 array: [n,S,S], or [S,S] for one number. `rows` is a numpy index of one
     axis: an array of row numbers in any order, repeated or not, a slice, or a number. `np.asarray(pixels)` reads all
-    rows. Between reads it holds 12 bytes per image and at most `OPEN_SHARDS` open files. Threads read one at a time.
+    rows. Between reads, the object holds 12 bytes per image and at most `OPEN_SHARDS` open files. Threads take turns.
 
     `lengths` are the sizes of the shards in bytes. Image i is in shard `shard_of[i]` (int32) from byte `offsets[i]`
     (int64). Reading raises `OutputError` if a shard is missing or changed.

@@ -20,15 +20,17 @@ from pydicom.sequence import Sequence
 from pydicom.tag import BaseTag, Tag
 from pydicom.valuerep import STR_VR, TEXT_VR_DELIMS
 
-#: Signs of failed decoding, or not allowed in an id: control characters, as of unknown escape sequences; backslashes;
-#: surrogates, which no table can hold; replacement characters.
+#: Characters that show failed decoding, or that an id may not have: control characters, which unknown escape sequences
+#: leave; backslashes; surrogates, which no table can hold; replacement characters.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff\ufffd]")
 #: Padding and ASCII blanks only: the last byte of UTF-8, read as Latin-1, can be another blank.
 _BLANK = b" \0\t\n\v\f\r"
 
 
 def read_identity(ds: Dataset, keyword: str) -> str:
-    """Return an id as text, distinct for distinct bytes, empty if absent; only before another access to it."""
+    """Return an id as text, distinct for distinct bytes, empty if absent. Call it before any other access to the
+    element, which would decode the bytes.
+    """
     element = ds.get_item(keyword) if keyword in ds else None
     if not isinstance(element, RawDataElement) or not _is_text(element):
         value = ds.get(keyword)
@@ -43,7 +45,7 @@ def _is_text(element: RawDataElement) -> bool:
 def _decode_id(raw: bytes, encodings: Any) -> str:
     try:
         text = decode_bytes(raw, [encodings] if isinstance(encodings, str) else encodings, TEXT_VR_DELIMS)
-    except (UnicodeError, LookupError, ValueError):  # the declared codec of Python is not a character set
+    except (ValueError, LookupError):  # LookupError: the declared codec of Python is not a character set
         text = "\ufffd"
     if not _UNFIT.search(text):
         return text
@@ -76,8 +78,8 @@ def copy_elements(ds: Dataset, tags: Iterable[str | BaseTag]) -> Dataset:
 
 
 def add_elements(ds: Dataset, copied: Dataset) -> None:
-    """Add elements of `copy_elements`, also after writing and reading them, to a data set whose other text is ASCII.
-    The character set becomes that of the copied elements, so that pydicom writes them as they are.
+    """Add the elements of `copy_elements` to a data set whose other text is ASCII; they may have been written and read
+    in between. The data set gets the character set of the copied elements, so that pydicom writes them unchanged.
     """
     ds.pop("SpecificCharacterSet", None)
     for tag in list(copied.keys()):

@@ -131,7 +131,7 @@ class Decoder:
             started = time.monotonic()
             deadline = started + self._timeout_s
             try:
-                child.send(request, body, deadline)
+                _send(child.requests, request, [body], deadline)
                 return self._receive(child, deadline)
             except TimeoutError:
                 outcome = _ALARM
@@ -189,7 +189,7 @@ class Decoder:
 
     def _receive(self, child: _Child, deadline: float) -> DecodedImage | Failure:
         try:
-            answer, size = child.receive(deadline)
+            answer, size = _receive(child.answers, deadline)
             if "code" in answer:
                 if size or answer["code"] not in ERROR_CODES:
                     raise EOFError(_UNREADABLE)
@@ -204,13 +204,13 @@ class Decoder:
             raise EOFError(_UNREADABLE) from None
         images = tuple(np.empty(shape, np.uint8) for shape in shapes)
         for image in images:
-            child.read_into(image.data.cast("B"), deadline)
+            _read_into(child.answers, image.data.cast("B"), deadline)
         return DecodedImage(images, tags, (height, width))
 
 
 class _Child:
-    """A process and its two pipes. Its methods raise TimeoutError after the deadline, and EOFError if the process ended
-    or answers nonsense.
+    """A process, and the descriptors of its two pipes. Reading from and writing to them raises TimeoutError after the
+    deadline, and EOFError if the process ended or answers nonsense.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -232,31 +232,23 @@ class _Child:
             raise RayCxrError(f"the decoder process cannot start ({error.strerror or type(error).__name__})") from None
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self._requests, self._answers = self.process.stdin, self.process.stdout
-        for pipe in (self._requests, self._answers):
-            os.set_blocking(pipe.fileno(), False)
+        self._pipes = (self.process.stdin, self.process.stdout)
+        self.requests, self.answers = (pipe.fileno() for pipe in self._pipes)
+        for pipe in (self.requests, self.answers):
+            os.set_blocking(pipe, False)
             if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
                 with contextlib.suppress(OSError):
                     fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         with contextlib.suppress(EOFError, TimeoutError):  # reported by the first answer
-            self.send(settings, b"", time.monotonic() + START_TIMEOUT_S)
+            _send(self.requests, settings, [], time.monotonic() + START_TIMEOUT_S)
 
     def wait_until_ready(self, deadline: float) -> None:
         try:
-            self.receive(deadline)
+            _receive(self.answers, deadline)
         except ValueError:
             raise EOFError(_UNREADABLE) from None
         self._stderr.close()
         self.ready = True
-
-    def send(self, header: Mapping[str, Any], body: bytes | memoryview, deadline: float) -> None:
-        _send(self._requests.fileno(), header, [body], deadline)
-
-    def receive(self, deadline: float) -> tuple[dict[str, Any], int]:
-        return _receive(self._answers.fileno(), deadline)
-
-    def read_into(self, view: memoryview, deadline: float) -> None:
-        _read_into(self._answers.fileno(), view, deadline)
 
     def describe_exit(self) -> str:
         """Return how the process ended after closing its pipe: the name of a signal, or `exit code 1`."""
@@ -278,9 +270,8 @@ class _Child:
     def kill(self) -> None:
         """End the process and wait for it; can be called repeatedly."""
         self.process.kill()
-        self._requests.close()
-        self._answers.close()
-        self._stderr.close()
+        for stream in (*self._pipes, self._stderr):
+            stream.close()
         with contextlib.suppress(subprocess.TimeoutExpired):  # a killed process can still wait for a network disk
             self.process.wait(5.0)
 

@@ -231,15 +231,14 @@ def test_child_lives_from_start_to_close(tmp_path: Path, monkeypatch) -> None:
 
     # After an interrupt the next file does not get the answer to this one.
     with monkeypatch.context() as patch:
-        patch.setattr(sandbox._Child, "read_into", interrupt)
+        patch.setattr(sandbox, "_read_into", interrupt)
         with pytest.raises(KeyboardInterrupt):
             one.load(png_of(255 - RAMP))
     assert has_ended(process)
     assert_good(one.load(GOOD))
 
     process = pid(one)
-    ends = [pipe.fileno() for pipe in (one._child._requests, one._child._answers)]
-    pipes = {os.readlink(f"/proc/self/fd/{end}") for end in ends}
+    pipes = {os.readlink(f"/proc/self/fd/{end}") for end in (one._child.requests, one._child.answers)}
     del one  # without `close`
     assert has_ended(process)
     for end in os.listdir("/proc/self/fd"):
