@@ -21,7 +21,7 @@ from ray_cxr.progress import run_periodically
 logger = logging.getLogger(__name__)
 
 Node = dict[str, Any]
-#: The resource that marks the head of a cluster, and the label of every node that holds its id.
+#: Ray's resource that only the head of a cluster has, and Ray's label with the id of a node.
 HEAD, NODE_ID = "node:__internal_head__", "ray.io/node-id"
 #: A query goes to at most 32 nodes. It waits 60 s for their answers, because a node that is just starting is slow.
 MAX_QUERIED, ANSWER_TIMEOUT_S = 32, 60.0
@@ -29,7 +29,7 @@ MAX_QUERIED, ANSWER_TIMEOUT_S = 32, 60.0
 JOIN_TIMEOUT_S = 300.0
 #: Seconds between two checks of the list of nodes.
 _POLL_S = 2.0
-#: Ray's label selector of the nodes that may work, as this process or its parent chose it; None: all nodes.
+#: Ray's label selector of the nodes that may work; None: all nodes. The processes of a command share it.
 selector: dict[str, str] | None = None
 #: Whether this process started the Ray that it uses. No other process then uses that Ray.
 owns_ray = False

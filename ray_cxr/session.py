@@ -208,13 +208,13 @@ def _report_sudden_end() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        atexit.register(dismiss)  # not yet: Ray can still kill this process before the error is printed
+        atexit.register(dismiss)  # at exit, because Ray can still kill this process before the error is printed
         raise
     dismiss()
 
 
 class _RayWatch:
-    """End a block with an error when Ray is lost. Otherwise calls wait until Ray's C++ layer ends the process silently.
+    """End a block with an error when Ray is lost; else its calls wait until Ray's C++ layer ends the process silently.
 
     Attributes:
         loss: Message of the error; None while Ray is running.
@@ -222,8 +222,8 @@ class _RayWatch:
 
     def __init__(self, address: str) -> None:
         self.loss: str | None = None
-        self._ended = threading.Event()
-        self._ending = threading.Lock()
+        self._end = threading.Event()
+        self._end_lock = threading.Lock()
         self._servers: list[psutil.Process] = []
         self._target: str | None = None
         if not address.startswith("ray://"):
@@ -240,8 +240,8 @@ class _RayWatch:
             self._thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        with self._ending:
-            self._ended.set()
+        with self._end_lock:
+            self._end.set()
         # Ray may raise an error before all of its processes have ended.
         deadline = time.monotonic() + (SHUTDOWN_S if _comes_from_ray(error) else 0)
         while self.loss is None and time.monotonic() < deadline:
@@ -252,16 +252,16 @@ class _RayWatch:
             raise RayCxrError(self.loss) from error
 
     def _loop(self) -> None:
-        while not self._ended.wait(_POLL_S):
+        while not self._end.wait(_POLL_S):
             if self._is_running(LOSS_TIMEOUT_S):
                 continue
-            with self._ending:
-                if self._ended.is_set():  # the block has ended and Ray was shut down
+            with self._end_lock:
+                if self._end.is_set():  # the block has ended and Ray was shut down
                     return
                 self.loss = self._describe()
                 # Not SIGINT, which a background job ignores. `_interrupt` raises even during a system call.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-            if not self._ended.wait(END_TIMEOUT_S):
+            if not self._end.wait(END_TIMEOUT_S):
                 os._exit(1)  # the main thread is blocked inside Ray; `_report_sudden_end` prints the reason
             return
 

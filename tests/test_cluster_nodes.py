@@ -69,11 +69,11 @@ def test_idle_head(nodes: Nodes) -> None:
     assert cluster.hint_at_head("GPU") == ""
 
 
-@pytest.fixture
-def query(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
-    """Let each node of `nodes` answer by what it sees; returns the names of the nodes of each query."""
-
-    def replace(sees: Callable[[str, str], bool]) -> list[list[str]]:
+def test_folder_that_a_node_does_not_see_is_refused_by_its_option(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def query(sees: Callable[[str, str], bool]) -> list[list[str]]:
+        """Let each node answer by the paths that it sees; return the names of the nodes of each query."""
         queried: list[list[str]] = []
 
         def ask(function: Any, nodes: Any, paths: dict[str, str]) -> Iterator[tuple[Any, list[str]]]:
@@ -87,10 +87,6 @@ def query(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[l
 
     nodes += [node("h", 0), node("a", 2), node("b", 2)]
     cluster.select_nodes(None)
-    return replace
-
-
-def test_folder_that_a_node_does_not_see_is_refused_by_its_option(query: Any, nodes: Nodes, tmp_path: Path) -> None:
     out, model = tmp_path / "out", tmp_path / "bundle"
     model.mkdir()
     queried = query(lambda name, path: name != "b")
