@@ -27,6 +27,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydicom.config
 
 from ray_cxr import extras
 from ray_cxr.errors import ErrorRateExceeded, InputError, OutputError, RayCxrError
@@ -105,7 +106,8 @@ def export_sr(scores: str | Path, out: str | Path) -> Export:
     finished = _find_finished(out, folder)
     if finished is not None:
         return finished
-    with sr_studies.keep_invalid_values():
+    # Values of headers are copied unchanged, as the PACS has them, even if they are invalid.
+    with pydicom.config.disable_value_validation():
         plan = sr_studies.plan_export(folder.scores)
     if not plan.headers and FAILED not in plan.outcomes:
         raise InputError(

@@ -35,7 +35,7 @@ from pydicom.uid import UID
 
 from ray_cxr.evaluation import quality
 from ray_cxr.imaging import dicom_text
-from ray_cxr.reporting.sr_studies import ImageHeader, ReportContent, ScoringModel, keep_invalid_values
+from ray_cxr.reporting.sr_studies import ImageHeader, ReportContent, ScoringModel
 
 # highdicom logs UIDs, and names of people if they look unusual to it.
 logging.getLogger("highdicom").setLevel(logging.CRITICAL + 1)
@@ -121,7 +121,7 @@ def build_document(content: ReportContent) -> tuple[str, bytes] | str:
     quotes the header.
     """
     try:
-        with keep_invalid_values():
+        with pydicom.config.disable_value_validation():  # keep values of a header, even if they are invalid
             document = _build(content)
             buffer = io.BytesIO()
             document.save_as(buffer, enforce_file_format=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
 import io
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pydicom
-import pydicom.config
 from pydicom.dataset import Dataset
 
 from ray_cxr.errors import ImageError, TableError
@@ -308,14 +306,3 @@ def collect_contents(folder: ScoreFolder, plan: ExportPlan) -> list[ReportConten
         )
         for rows in plan.studies()
     ]
-
-
-@contextlib.contextmanager
-def keep_invalid_values() -> Iterator[None]:
-    """Make pydicom write values of a header unchanged, even if they are invalid; all threads share the setting."""
-    before = pydicom.config.settings.writing_validation_mode
-    pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
-    try:
-        yield
-    finally:
-        pydicom.config.settings.writing_validation_mode = before
