@@ -59,7 +59,7 @@ class _Line:
     cells: tuple[str, ...]
     values: tuple[str, ...] = ()
     colour: str = INK
-    bold: bool = False
+    is_bold: bool = False
 
 
 def plot_subgroups(rows: Sequence[ForestRow], columns: Sequence[ForestColumn]) -> Figure:
@@ -70,7 +70,7 @@ def plot_subgroups(rows: Sequence[ForestRow], columns: Sequence[ForestColumn]) -
     lines: list[_Line] = []
     row_at_line: dict[int, ForestRow] = {}
     for attribute in dict.fromkeys(row.attribute for row in rows):
-        lines.append(_Line((attribute, ""), bold=True))
+        lines.append(_Line((attribute, ""), is_bold=True))
         for row in (row for row in rows if row.attribute == attribute):
             row_at_line[len(lines)] = row
             pairs = zip(row.estimates, columns, strict=True)
@@ -120,7 +120,7 @@ def plot_differences(compared: ScoreComparison) -> Figure:
     lines = []
     for row, ((name, pair), difference) in enumerate(zip(pairs, differences, strict=True)):
         value = difference.format(signed=True) + _format_p(pair.p) if difference else "undefined"
-        lines.append(_Line((format_finding(name),), (value,), bold=row == 0))
+        lines.append(_Line((format_finding(name),), (value,), is_bold=row == 0))
     legend = [
         plots.create_marker_entry("95% interval excludes 0", BLUE, "o"),
         plots.create_marker_entry("interval includes 0", BLUE, "o", "white"),
@@ -157,7 +157,7 @@ def plot_drift(rates: Sequence[RateDrift]) -> Figure | None:
     for rate, ratio in zip(rates, ratios, strict=True):
         shares = ("unknown" if share is None else plots.format_share(share) for share in (rate.expected, rate.observed))
         value = _format_ratio(ratio.value) if ratio else "no ratio"
-        lines.append(_Line((format_finding(rate.name), *shares), (value,), bold=rate.verdict in (DIFFERS, LARGE)))
+        lines.append(_Line((format_finding(rate.name), *shares), (value,), is_bold=rate.verdict in (DIFFERS, LARGE)))
     legend = [
         plots.create_marker_entry("consistent with chance, with 95% interval", BLUE, "o", "white"),
         plots.create_marker_entry("more than chance", VERMILION, "D"),
@@ -167,8 +167,8 @@ def plot_drift(rates: Sequence[RateDrift]) -> Figure | None:
     _set_ratio_axis(ax, [ratio for ratio in ratios if ratio])
     ax.axvline(1, color=INK, linewidth=1.1, zorder=1)
     for row, (line, ratio) in enumerate(zip(lines, ratios, strict=True)):
-        colour, marker = (VERMILION, "D") if line.bold else (BLUE, "o")
-        _draw_estimate(ax, row, ratio, colour=colour, marker=marker, hollow=not line.bold)
+        colour, marker = (VERMILION, "D") if line.is_bold else (BLUE, "o")
+        _draw_estimate(ax, row, ratio, colour=colour, marker=marker, hollow=not line.is_bold)
     return figure
 
 
@@ -244,29 +244,29 @@ def _draw_forest(
 ) -> tuple[Figure, list[Axes]]:
     """Draw a legend, columns of text, and empty charts with a column of text each; row i is at y = i from the top."""
     gap, edge, measure = 0.2, 0.15, plots.measure_text
-    cells = [
-        max(measure(head, SMALL_TEXT), *(measure(line.cells[i], 9, bold=line.bold) for line in lines))
+    cell_widths = [
+        max(measure(head, SMALL_TEXT), *(measure(line.cells[i], 9, bold=line.is_bold) for line in lines))
         for i, head in enumerate(headers)
     ]
-    values = [
-        max([0.0, *(measure(line.values[i], 8.5, bold=line.bold) for line in lines if line.values)])
+    value_widths = [
+        max([0.0, *(measure(line.values[i], 8.5, bold=line.is_bold) for line in lines if line.values)])
         for i in range(len(charts))
     ]
     names = ["\n".join(textwrap.fill(part, int(width * 17)) for part in name.split("\n")) for name in charts]
-    wide = edge + sum(size + gap for size in cells) + sum(width + 0.12 + size + gap for size in values)
-    legend_rows = math.ceil(len(handles) / plots.count_legend_columns(wide, handles))
+    total = edge + sum(size + gap for size in cell_widths) + sum(width + 0.12 + size + gap for size in value_widths)
+    legend_rows = math.ceil(len(handles) / plots.count_legend_columns(total, handles))
     top, bottom = 0.45 + 0.2 * legend_rows, 0.4 + 0.15 * max(name.count("\n") + 1 for name in names)
-    figure, box = plots.create_sheet(wide, top + height * len(lines) + bottom)
+    figure, box = plots.create_sheet(total, top + height * len(lines) + bottom)
     plots.draw_legend(figure, handles)
 
     def write(left: float, texts: Sequence[str], align: str, size: float) -> None:
         for row, (line, text) in enumerate(zip(lines, texts, strict=True)):
             x, y, _, _ = box(left, top + (row + 0.5) * height, 0, 0)
-            style: dict[str, Any] = {"color": line.colour, "fontweight": "bold" if line.bold else "normal"}
+            style: dict[str, Any] = {"color": line.colour, "fontweight": "bold" if line.is_bold else "normal"}
             figure.text(x, y, text, ha=align, va="center_baseline", fontsize=size, **style)
 
     left = edge
-    for i, (size, head) in enumerate(zip(cells, headers, strict=True)):
+    for i, (size, head) in enumerate(zip(cell_widths, headers, strict=True)):
         # Names are left-aligned, numbers right-aligned.
         anchor, align = (left, "left") if i == 0 else (left + size, "right")
         x, y, _, _ = box(anchor, top - 0.14, 0, 0)
@@ -274,7 +274,7 @@ def _draw_forest(
         write(anchor, [line.cells[i] for line in lines], align, 9)
         left += size + gap
     axes = []
-    for i, (size, name) in enumerate(zip(values, names, strict=True)):
+    for i, (size, name) in enumerate(zip(value_widths, names, strict=True)):
         ax = figure.add_axes(box(left, top, width, height * len(lines)))
         plots.style_axes(ax)
         ax.set(ylim=(len(lines) - 0.5, -0.5), yticks=[], xlabel=name)

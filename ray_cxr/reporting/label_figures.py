@@ -41,7 +41,7 @@ def plot_prevalence(rows: Sequence[tuple[str, float, int, float | None]]) -> Fig
 
 
 def plot_cooccurrence(counts: np.ndarray, findings: Sequence[str], n: int) -> Figure:
-    """Plot how often findings are labelled together, as a share of the images with the row's finding.
+    """Plot the share of the images with the row's finding that also have the column's finding.
 
     `counts` are integers [F, F]: images with both findings, and on the diagonal all images with the finding, of `n`.
     """

@@ -17,14 +17,13 @@ def list_remarks(evaluation: EvaluationResult) -> dict[str, str]:
     remarks = {}
     shown = [metric for metric in metrics.METRICS if metric.table == "main" and metric.key != "auroc"]
     for finding, result in evaluation.findings.items():
+        unscored = 0 if result.auroc.value is None else result.unscored
         constant = [metric.label for metric in shown if result.metrics[metric.key].interval_reason == NO_VARIATION]
         parts = [
             f"undefined: {result.reason}" if result.reason else None,
             result.caution,
             f"no interval for {', '.join(constant)}: {NO_VARIATION}" if constant else None,
-            f"{result.unscored:,} labelled images have no score"
-            if result.unscored and result.auroc.value is not None
-            else None,
+            f"{unscored:,} labelled images have no score" if unscored else None,
         ]
         if any(parts):
             remarks[finding] = "; ".join(filter(None, parts))

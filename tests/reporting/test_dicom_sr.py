@@ -342,15 +342,15 @@ def test_processes_write_the_same_documents(exported: Site, tmp_path: Path, monk
 def test_another_model_is_another_device_with_other_documents(site: Site, command: Command) -> None:
     site.add(1, 1)
     site.export(command)
-    one = site.documents()["1"]
+    first = site.documents()["1"]
     site.model = make_model(FINDINGS[:2], digest="e2" * 32)
     assert "model_digest" in error_line(site.export(command, code=2)[1])
     shutil.rmtree(site.out)
     site.run(command)
-    two = site.documents()["1"]
+    second = site.documents()["1"]
     for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "DeviceSerialNumber"):
-        assert one[keyword].value != two[keyword].value
-    devices = {item.UID for ds in (one, two) for item in items(ds) if meaning(item) == "Device Observer UID"}
+        assert first[keyword].value != second[keyword].value
+    devices = {item.UID for ds in (first, second) for item in items(ds) if meaning(item) == "Device Observer UID"}
     assert len(devices) == 2
     assert all(UID(uid).is_valid and uid.startswith("2.25.") for uid in devices)
 

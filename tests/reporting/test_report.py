@@ -154,9 +154,9 @@ def test_number_without_variation_between_resamples_has_no_interval(archive: Arc
     archive.p["Effusion"][positive] = np.linspace(0.1, 0.2, positive.sum(), dtype=np.float32)
     archive.p["Effusion"][~positive] = np.linspace(0.19, 0.25, (~positive).sum(), dtype=np.float32)
     found = report(archive, tmp_path / "out", labels=archive.labels(), split="test")
-    one = found.metrics["findings"]["Effusion"]
-    assert (one["sensitivity"], one["sensitivity_low"], one["sensitivity_high"]) == (0.0, None, None)
-    assert one["undefined"]["sensitivity_low"] in found.page
+    effusion = found.metrics["findings"]["Effusion"]
+    assert (effusion["sensitivity"], effusion["sensitivity_low"], effusion["sensitivity_high"]) == (0.0, None, None)
+    assert effusion["undefined"]["sensitivity_low"] in found.page
     assert "Worse than chance: Effusion." in found.page
 
 
@@ -306,10 +306,10 @@ def test_predictions_of_another_system_are_evaluated(archive: Archive, tmp_path:
     found = report(archive, tmp_path / "out", scores=str(tmp_path / "theirs"), labels=archive.labels())
     m = found.metrics
     assert (m["split"], m["n_images"], m["leak_check"]["checked"]) == (None, N, False)
-    one = m["findings"]["Effusion"]
+    result = m["findings"]["Effusion"]
     expected = sklearn_metrics.roc_auc_score(archive.y["Effusion"][7:], effusion[7:])
-    assert one["auroc"] == pytest.approx(expected, abs=1e-12)
-    assert (one["sensitivity"], one["n"], one["unscored"]) == (None, N - 7, 7)
+    assert result["auroc"] == pytest.approx(expected, abs=1e-12)
+    assert (result["sensitivity"], result["n"], result["unscored"]) == (None, N - 7, 7)
     assert m["macro"]["findings"] == ["Effusion"]
     assert "p_Lung Lesion" in found.page
     highest = np.fmax(effusion, archive.p["Cardiomegaly"])

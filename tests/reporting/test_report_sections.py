@@ -126,17 +126,17 @@ def test_composite_findings_take_the_highest_calibrated_score(tmp_path: Path) ->
     entry = made.metrics["consensus"]
     assert entry["composites"]["Nodule or mass"] == {"findings": ["Mass", "Nodule"], "scores": "calibrated"}
     highest = np.maximum(archive.p["Mass"], archive.p["Nodule"])[rows] * np.float32(0.9)
-    one = entry["findings"]["Nodule or mass"]
-    assert one["auroc"] == pytest.approx(roc_auc_score(either[rows], highest), abs=1e-12)
+    composite = entry["findings"]["Nodule or mass"]
+    assert composite["auroc"] == pytest.approx(roc_auc_score(either[rows], highest), abs=1e-12)
     flagged = ((archive.p["Mass"] >= archive.threshold) | (archive.p["Nodule"] >= archive.threshold))[rows]
-    assert one["sensitivity"] == pytest.approx(recall_score(either[rows], flagged), abs=1e-15)
+    assert composite["sensitivity"] == pytest.approx(recall_score(either[rows], flagged), abs=1e-15)
 
 
 def test_heat_maps_are_measured_against_boxes(everything: Report) -> None:
     found = everything.metrics["localisation"]
-    one = found["findings"]["Effusion"]
-    assert (one["cases"], one["n"], one["missing"], found["counts"]["evaluated"]) == (40, 36, 4, 40)
-    assert one["hit_rate_low"] < one["hit_rate"] == 30 / 36 < one["hit_rate_high"]
+    effusion = found["findings"]["Effusion"]
+    assert (effusion["cases"], effusion["n"], effusion["missing"], found["counts"]["evaluated"]) == (40, 36, 4, 40)
+    assert effusion["hit_rate_low"] < effusion["hit_rate"] == 30 / 36 < effusion["hit_rate_high"]
     assert "4 of 40 pairs of a boxed image and finding have no heat map" in everything.page
 
 
@@ -167,9 +167,9 @@ def test_other_scores_are_compared_on_the_same_images(everything: Report) -> Non
     assert (found["n_images"], found["left_out"]) == (rows.sum(), m["n_images"] - rows.sum())
     worse = pq.read_table(everything.options["compare"])["p_Effusion"].to_numpy()[rows[: archive.n - 30]]
     y, p = archive.y["Effusion"][rows], archive.p["Effusion"][rows]
-    one = found["findings"]["Effusion"]
-    assert one["difference"] == pytest.approx(roc_auc_score(y, p) - roc_auc_score(y, worse), abs=1e-12)
-    assert one["low"] < one["difference"] < one["high"]
+    effusion = found["findings"]["Effusion"]
+    assert effusion["difference"] == pytest.approx(roc_auc_score(y, p) - roc_auc_score(y, worse), abs=1e-12)
+    assert effusion["low"] < effusion["difference"] < effusion["high"]
     assert found["macro"]["findings"] == ["Cardiomegaly", "Effusion"]
     assert found["macro"]["p"] < 0.05
 
@@ -183,11 +183,11 @@ def test_comparison_with_a_model_trained_on_the_images_is_refused(archive: Archi
 
 def test_predictive_values_follow_the_given_prevalence(everything: Report) -> None:
     findings = everything.metrics["findings"]
-    one = findings["Effusion"]
-    true, false = 0.02 * one["sensitivity"], 0.98 * (1 - one["specificity"])
-    assert one["ppv_at_prevalence"] == pytest.approx(true / (true + false), abs=1e-12)
-    assert one["ppv_at_prevalence_low"] <= one["ppv_at_prevalence"] <= one["ppv_at_prevalence_high"]
-    assert one["assumed_prevalence"] == 0.02
+    effusion = findings["Effusion"]
+    true, false = 0.02 * effusion["sensitivity"], 0.98 * (1 - effusion["specificity"])
+    assert effusion["ppv_at_prevalence"] == pytest.approx(true / (true + false), abs=1e-12)
+    assert effusion["ppv_at_prevalence_low"] <= effusion["ppv_at_prevalence"] <= effusion["ppv_at_prevalence_high"]
+    assert effusion["assumed_prevalence"] == 0.02
     assert findings["Cardiomegaly"]["undefined"]["ppv_at_prevalence"] == "no prevalence was given"
 
 
@@ -211,15 +211,15 @@ def test_unusable_prevalences_are_refused(archive: Archive, tmp_path: Path, text
 
 def test_groups_are_measured_separately(everything: Report) -> None:
     archive, found = everything.archive, everything.metrics["subgroups"]
-    groups = {(one["attribute"], one["value"]): one for one in found["groups"]}
+    groups = {(group["attribute"], group["value"]): group for group in found["groups"]}
     women = archive.tested & (np.arange(archive.n) // 3 % 2 == 1)
-    one = groups["sex", "F"]
+    group = groups["sex", "F"]
     y, p = archive.y["Effusion"][women], archive.p["Effusion"][women]
-    assert one["n"] == women.sum()
-    assert one["findings"]["Effusion"]["auroc"] == pytest.approx(roc_auc_score(y, p), abs=1e-12)
-    assert one["findings"]["Effusion"]["sensitivity"] == pytest.approx(recall_score(y, p >= archive.threshold))
+    assert group["n"] == women.sum()
+    assert group["findings"]["Effusion"]["auroc"] == pytest.approx(roc_auc_score(y, p), abs=1e-12)
+    assert group["findings"]["Effusion"]["sensitivity"] == pytest.approx(recall_score(y, p >= archive.threshold))
     assert ("sex & view", "F & AP") in groups
-    assert {one["attribute"] for one in found["differences"]} >= {"sex", "view", "follow_up"}
+    assert {difference["attribute"] for difference in found["differences"]} >= {"sex", "view", "follow_up"}
 
 
 def test_metrics_parquet_has_every_number_with_its_split(everything: Report) -> None:
@@ -249,11 +249,11 @@ def test_new_metric_is_in_every_output(archive: Archive, tmp_path: Path, monkeyp
     monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, miss_rate))
     archive.y["Hernia"][::2] = 1
     found = report(archive, tmp_path / "out", labels=archive.labels(), split="test")
-    one = found.metrics["findings"]["Effusion"]
-    assert one["miss_rate"] == pytest.approx(1 - one["sensitivity"])
-    assert one["miss_rate_low"] == pytest.approx(1 - one["sensitivity_high"])
+    effusion = found.metrics["findings"]["Effusion"]
+    assert effusion["miss_rate"] == pytest.approx(1 - effusion["sensitivity"])
+    assert effusion["miss_rate_low"] == pytest.approx(1 - effusion["sensitivity_high"])
     frame = pq.read_table(found.out / "metrics.parquet").to_pandas()
-    assert one["miss_rate"] in frame[frame["metric"] == "miss_rate"]["value"].tolist()
+    assert effusion["miss_rate"] in frame[frame["metric"] == "miss_rate"]["value"].tolist()
     for page in (found.page, (found.out / "report.md").read_text(encoding="utf-8")):
         assert "Miss rate" in page
-        assert f"{one['miss_rate']:.3f}" in page
+        assert f"{effusion['miss_rate']:.3f}" in page
