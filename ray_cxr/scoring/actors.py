@@ -233,4 +233,4 @@ def _read_outcomes(row: dict[str, Any], size: int) -> Iterator[tuple[RowLocation
     failures, tags = json.loads(row["failures"]), json.loads(row["tags"])
     for i, image in enumerate(np.frombuffer(row["images"], np.uint8).reshape(-1, size, size)):
         failure, found = failures.get(str(i)), tags.get(str(i))
-        yield RowLocation(0, i), Failure(*failure, tags=found) if failure else DecodedImage((image,), found)
+        yield RowLocation(0, i), Failure(failure[0], failure[1], found) if failure else DecodedImage((image,), found)

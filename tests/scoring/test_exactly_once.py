@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import write_noise
 from nodes import wait_until
-from PIL import Image
 from score_folders import (
     arguments,
     assert_done,
@@ -33,11 +33,8 @@ IDS = [f"{row:05d}.png" for row in range(ROWS)]
 def large_manifest(tmp_path_factory) -> Path:
     """A manifest of enough large images that a run can be killed in the middle; two rows have no file."""
     folder = tmp_path_factory.mktemp("large_manifest")
-    noise = np.random.default_rng(0)
-    for number in range(6):
-        image = noise.integers(0, 256, (900, 900), dtype=np.uint8)
-        Image.fromarray(image).save(folder / f"{number}.png", compress_level=1)
-    paths = [str(folder / ("none.png" if row in MISSING else f"{row % 6}.png")) for row in range(ROWS)]
+    images = write_noise(folder)
+    paths = [str(folder / "none.png" if row in MISSING else images[row % 6]) for row in range(ROWS)]
     pq.write_table(pa.table({"image_id": IDS, "path": paths}), folder / "m.parquet")
     return folder / "m.parquet"
 
