@@ -283,13 +283,13 @@ def _create_chapter(name: str, title: str, caption: str, drawn: Sequence[OptunaP
     return Chapter(name, title, caption, unique)
 
 
-def _explain_missing(study: optuna.Study, least: int, names: Sequence[str] = ("any",)) -> str | None:
-    """Return a sentence if fewer trials than `least` have finished, or none of the settings `names` was searched."""
+def _explain_missing(study: optuna.Study, needed: int, names: Sequence[str] = ("any",)) -> str | None:
+    """Return a sentence if fewer trials than `needed` have finished, or if no setting (`names`) was searched."""
     count = len(list_finished(study))
-    if count >= least:
+    if count >= needed:
         return None if names else "No finished trial has a setting that was searched."
-    needs = "two finished trials" if least == 2 else "a finished trial"
-    return f"This plot needs {needs}; there is {'one' if count == 1 else 'none'}."
+    trials = "two finished trials" if needed == 2 else "a finished trial"
+    return f"This plot needs {trials}; there is {'one' if count == 1 else 'none'}."
 
 
 def _set_titles(draw: Draw, x: str | None, y: str | None) -> Draw:

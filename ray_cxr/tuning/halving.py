@@ -43,7 +43,7 @@ class Halving(FIFOScheduler):
         while rung < epochs:
             self.rungs.append(rung)
             rung *= self._reduction
-        #: Trials per bracket, equal up to one. There are as many brackets as trials that finish, one in each.
+        #: Number of trials in each bracket; the sizes differ by at most one. One trial of each bracket finishes.
         count = math.ceil(trials / self._reduction ** len(self.rungs))
         self.sizes = [trials // count + (index < trials % count) for index in range(count)]
         self._brackets: list[list[Trial]] = [[]]

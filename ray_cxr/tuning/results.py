@@ -176,10 +176,10 @@ def _compare_best(plan: StudyPlan, compared: backbones.Comparison) -> PairedAuro
         return None
     columns = [j for j, name in enumerate(plan.base.finding_names()) if name != NO_FINDING]
     # An image that could not be prepared at one size is missing from the trials of that size.
-    _, mine, theirs = np.intersect1d(first.image_ids, second.image_ids, return_indices=True)
+    _, in_first, in_second = np.intersect1d(first.image_ids, second.image_ids, return_indices=True)
     return paired_macro_auroc(
-        first.labels[mine][:, columns],
-        first.probabilities[mine][:, columns],
-        second.probabilities[theirs][:, columns],
-        first.patients[mine],
+        first.labels[in_first][:, columns],
+        first.probabilities[in_first][:, columns],
+        second.probabilities[in_second][:, columns],
+        first.patients[in_first],
     )
