@@ -1,4 +1,4 @@
-"""Schema of bundle.json, which is checked when a bundle is opened. Imports no Keras, so that reading one is fast."""
+"""Schema of bundle.json, which is checked when a bundle is opened. Imports no Keras, so that this is fast."""
 
 from __future__ import annotations
 

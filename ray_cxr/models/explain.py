@@ -134,9 +134,7 @@ def encode_png(rgb: np.ndarray) -> bytes:
 
 @functools.cache
 def _color_table() -> tuple[np.ndarray, np.ndarray]:
-    """Return the colour to add for each of 256 strengths, uint8 [1,256,3], and the share of the image to keep, uint8
-    [1,256].
-    """
+    """Return, for 256 strengths, the colour to add, uint8 [1,256,3], and the image's share to keep, uint8 [1,256]."""
     from matplotlib import colormaps  # the table alone; no canvas, no fonts
 
     cover = _OPACITY * np.linspace(0.0, 1.0, 256) ** _EXPONENT

@@ -136,7 +136,7 @@ def _summarize(error: Exception, folder: Path) -> str:
 
 
 def largest_drift(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Return the largest difference between probabilities [N,F]; NaN counts as 1, the largest possible one."""
+    """Return the largest difference between probabilities [N,F]; NaN counts as 1, the largest possible difference."""
     return float(np.nan_to_num(np.abs(actual - expected), nan=1.0, posinf=1.0).max(initial=0.0))
 
 
