@@ -178,7 +178,7 @@ def test_resume_scores_what_is_missing(copy: Path, scores: Path, manifest: Path,
 def test_other_model_manifest_or_setting_is_refused(
     scores: Path, manifest: Path, tiny_bundle, other_bundle, tmp_path: Path, command, monkeypatch
 ) -> None:
-    monkeypatch.setattr(plan, "choose_precision", lambda _, wanted, gpu: wanted)  # whatever the CPU has
+    monkeypatch.setattr(plan, "choose_precision", lambda _, wanted, gpu: wanted)  # on any CPU
     short = tmp_path / "short.parquet"
     pq.write_table(pq.read_table(manifest).slice(0, 20), short)
     for bad, word in (

@@ -77,7 +77,7 @@ def act_in_mid_epoch_2(rank: int, marker: Path, act: Callable[[], None]) -> Call
 
 
 def wait_for_checkpoint(out: Path) -> Callable[[], None]:
-    """Return a function that waits until Ray Train has recorded the checkpoint in mid-epoch 2."""
+    """Return a function that waits until Ray Train has recorded the checkpoint during epoch 2."""
     snapshot = out / "ray" / "checkpoint_manager_snapshot.json"
 
     def wait() -> None:

@@ -147,7 +147,7 @@ def train_uninterrupted(policy: str) -> tuple[dict[str, np.ndarray], TrainState]
     ("done", "steps", "policy"), [(0, 2, "float32"), (1, 0, "float32"), (1, 2, "float32"), (1, 2, "mixed_float16")]
 )
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(done: int, steps: int, policy: str, tmp_path) -> None:
-    """The second part knows only the checkpoint: in mid-epoch, between the stages, and with a loss scale."""
+    """The second part knows only the checkpoint: during an epoch, between the stages, and with a loss scale."""
     first = make(policy=policy, checkpoint_steps=2, **EVERYTHING)
     progress = train(first, done)
 
@@ -235,7 +235,7 @@ def test_a_callback_sets_the_learning_rate_from_the_first_epoch_and_after_a_resu
     item.save(tmp_path)
     resumed = start()
     resumed.restore(tmp_path, progress)
-    train(resumed, 1, progress)  # without begin_epoch, and so without the callback
+    train(resumed, 1, progress)  # without `start_epoch`, and so without the callback
     assert rate(resumed) == pytest.approx(0.2)
 
 

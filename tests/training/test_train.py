@@ -154,7 +154,7 @@ class LocalTrainer:
 
 @contextlib.contextmanager
 def replace_ray_train() -> Iterator[list[str]]:
-    """Train in this process, without Ray and without changing TensorFlow's global state; yields what was left out."""
+    """Train in this process, without Ray and without changing TensorFlow's global state; yields the omitted calls."""
     import ray.train
 
     from ray_cxr.training import backend
@@ -231,7 +231,7 @@ def test_a_run_without_its_bundle_continues_until_a_callback_stops_it(
     assert (start["epoch"], start["step"], start["random"]) == (1, 0, [])
     assert bundle.info["provenance"]["precision"] == "float32"
     assert pd.read_csv(out / "metrics.csv")["epoch"].tolist() == [1, 2]
-    # A checkpoint in mid-epoch has no score, so that it is never the best.
+    # A checkpoint during an epoch has no score, so that it is never the best.
     assert [metrics["selection"] > -2 for _, metrics in read_json(out / "ray" / SNAPSHOT)] == [False, True] * 2
 
 
