@@ -127,11 +127,11 @@ def file_names(paths: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array(chunks, pa.string())
 
 
-def redact(place: str) -> str:
+def redact(path: str) -> str:
     """Return a path or URI for a message: without options and without the part before `@`, which can be a secret."""
-    if not is_uri(place):
-        return place
-    return re.sub(r"^([A-Za-z][A-Za-z0-9+.\-]*://)[^/]*@", r"\1", place.partition("?")[0])
+    if not is_uri(path):
+        return path
+    return re.sub(r"^([A-Za-z][A-Za-z0-9+.\-]*://)[^/]*@", r"\1", path.partition("?")[0])
 
 
 def iter_slices(paths: pa.ChunkedArray) -> Iterator[pa.Array]:

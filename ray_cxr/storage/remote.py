@@ -400,8 +400,8 @@ def map_concurrently(function: Callable[[Path], T], paths: Iterable[Path]) -> It
     with ThreadPoolExecutor(THREADS, thread_name_prefix="store") as pool:
         running: deque[Future[T]] = deque()
         try:
-            for one in paths:
-                running.append(pool.submit(function, one))
+            for path in paths:
+                running.append(pool.submit(function, path))
                 if len(running) > THREADS:
                     yield running.popleft().result()
             while running:

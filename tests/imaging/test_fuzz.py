@@ -32,7 +32,6 @@ CODES = set(ERROR_CODES) - {"missing", "permission", "storage", "decode_timeout"
 @pytest.fixture(scope="module")
 def decoder() -> Iterator[Decoder]:
     with Decoder([InputSpec(size=64)], tags=True) as decoder:
-        decoder.start()
         yield decoder
 
 

@@ -61,8 +61,8 @@ GOOD = png_of(RAMP)
 
 @pytest.fixture(scope="module")
 def decoder() -> Iterator[Decoder]:
-    with Decoder(SPECS, tags=True) as one:
-        yield one
+    with Decoder(SPECS, tags=True) as decoder:
+        yield decoder
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +70,14 @@ def broken_decoder(tmp_path_factory) -> Iterator[Decoder]:
     """A decoder whose child misbehaves, as all that start now."""
     folder = tmp_path_factory.mktemp("site")
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    with pytest.MonkeyPatch.context() as patch, Decoder(SPECS) as one:
+    with pytest.MonkeyPatch.context() as patch, Decoder(SPECS) as decoder:
         patch.syspath_prepend(str(folder))
-        yield one
+        yield decoder
 
 
-def pid(one: Decoder) -> int:
-    assert one._child is not None
-    return one._child.process.pid
+def pid(decoder: Decoder) -> int:
+    assert decoder._child is not None
+    return decoder._child.process.pid
 
 
 def has_ended(process: int) -> bool:
@@ -120,12 +120,12 @@ def test_pixels_are_those_of_load(decoder: Decoder, tmp_path: Path) -> None:
 
 
 def test_image_in_its_own_size() -> None:
-    with Decoder([None, SPECS[0]]) as one:
-        result = one.load(GOOD)
+    with Decoder([None, SPECS[0]]) as decoder:
+        result = decoder.load(GOOD)
         assert isinstance(result, DecodedImage)
         np.testing.assert_array_equal(result.images[0], RAMP)
         np.testing.assert_array_equal(result.images[1], resize(RAMP, SPECS[0]))
-        assert one.load(b"text") == Failure("not_an_image", "the contents are neither PNG, JPEG nor DICOM", None)
+        assert decoder.load(b"text") == Failure("not_an_image", "the contents are neither PNG, JPEG nor DICOM", None)
 
 
 def test_codes_and_messages_are_those_of_this_process(decoder: Decoder, tmp_path: Path) -> None:
@@ -156,9 +156,9 @@ def test_tags_of_a_dicom(decoder: Decoder) -> None:
 
 
 def test_pixel_limit_and_no_tags_by_default() -> None:
-    with Decoder(SPECS, max_pixels=32 * 32) as one:
-        assert assert_good(one.load(test_dicom.file_of(ramp(32, 32))), ramp(32, 32)).tags is None
-        assert one.load(GOOD) == Failure("too_large", "70 x 90 pixels; the limit is 1024", None)
+    with Decoder(SPECS, max_pixels=32 * 32) as decoder:
+        assert assert_good(decoder.load(test_dicom.file_of(ramp(32, 32))), ramp(32, 32)).tags is None
+        assert decoder.load(GOOD) == Failure("too_large", "70 x 90 pixels; the limit is 1024", None)
 
 
 def test_harmful_file_costs_its_row(broken_decoder: Decoder) -> None:
@@ -219,27 +219,27 @@ def test_child_lives_from_start_to_close(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "json.py").write_text("raise SystemExit(3)")
     (tmp_path / "a.png").write_bytes(GOOD)
     monkeypatch.chdir(tmp_path)
-    one = Decoder(SPECS)
-    assert one._child is None
-    one.start()
-    process = pid(one)
-    one.start()
-    assert_good(one.load("a.png"))
+    decoder = Decoder(SPECS)
+    assert decoder._child is None
+    decoder.start()
+    process = pid(decoder)
+    decoder.start()
+    assert_good(decoder.load("a.png"))
     os.kill(process, signal.SIGINT)
-    assert_good(one.load(GOOD))
-    assert pid(one) == process
+    assert_good(decoder.load(GOOD))
+    assert pid(decoder) == process
 
     # After an interrupt the next file does not get the answer to this one.
     with monkeypatch.context() as patch:
         patch.setattr(sandbox, "_read_into", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            one.load(png_of(255 - RAMP))
+            decoder.load(png_of(255 - RAMP))
     assert has_ended(process)
-    assert_good(one.load(GOOD))
+    assert_good(decoder.load(GOOD))
 
-    process = pid(one)
-    pipes = {os.readlink(f"/proc/self/fd/{end}") for end in (one._child.requests, one._child.answers)}
-    del one  # without `close`
+    process = pid(decoder)
+    pipes = {os.readlink(f"/proc/self/fd/{end}") for end in (decoder._child.requests, decoder._child.answers)}
+    del decoder  # without `close`
     assert has_ended(process)
     for end in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -249,12 +249,12 @@ def test_child_lives_from_start_to_close(tmp_path: Path, monkeypatch) -> None:
 def test_child_that_cannot_start_is_an_error(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: no such file')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with Decoder(SPECS) as one, pytest.raises(RayCxrError, match=r"ImportError: libGL\.so\.1") as caught:
-        one.load(GOOD)
+    with Decoder(SPECS) as decoder, pytest.raises(RayCxrError, match=r"ImportError: libGL\.so\.1") as caught:
+        decoder.load(GOOD)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(sys, "executable", "/no/python")
-    with Decoder(SPECS) as one, pytest.raises(RayCxrError, match="No such file"):
-        one.load(GOOD)
+    with Decoder(SPECS) as decoder, pytest.raises(RayCxrError, match="No such file"):
+        decoder.load(GOOD)
 
 
 def test_child_killed_while_it_starts_is_started_again(tmp_path: Path, monkeypatch) -> None:
@@ -264,8 +264,8 @@ def test_child_killed_while_it_starts_is_started_again(tmp_path: Path, monkeypat
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    with Decoder(SPECS) as one:
-        assert_good(one.load(GOOD))
+    with Decoder(SPECS) as decoder:
+        assert_good(decoder.load(GOOD))
     assert mark.exists()
 
 
@@ -278,11 +278,11 @@ def test_child_ends_with_its_parent(tmp_path: Path, hangs: bool) -> None:
         from ray_cxr.config import InputSpec
         from ray_cxr.imaging import sandbox
         sandbox._ALARM_MARGIN_S = -599.0
-        one = sandbox.Decoder([InputSpec()], timeout_s=600.0)
-        one._start_and_wait()
-        print(one._child.process.pid, flush=True)
+        decoder = sandbox.Decoder([InputSpec()], timeout_s=600.0)
+        decoder._start_and_wait()
+        print(decoder._child.process.pid, flush=True)
         if {hangs}:
-            one.load({hanging(mark)!r})
+            decoder.load({hanging(mark)!r})
         input()
     """)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
