@@ -117,10 +117,10 @@ class Decoder:
         the code is `decoder_crash`. Other codes are `decode_timeout` and those of `decode.load_image`.
         """
         request: dict[str, Any] = {}
-        body: bytes | memoryview = b""
+        body = memoryview(b"")
         self.seconds = 0.0
         if isinstance(source, (bytes, bytearray, memoryview)):
-            body = source if isinstance(source, bytes) else memoryview(source).cast("B")
+            body = memoryview(source).cast("B")
         elif isinstance(source, (str, os.PathLike)):
             request["path"] = os.fspath(source)
         else:

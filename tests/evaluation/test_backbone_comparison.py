@@ -141,6 +141,14 @@ def test_verdict() -> None:
         assert backbones.judge_backbones(changed, build_paired(0.0, 0.1)).answer == answer
 
 
+@pytest.mark.parametrize("third", [None, 0.55])
+def test_verdict_counts_the_backbones_among_which_the_best_two_were_chosen(third: float | None) -> None:
+    pair = [build_trial(2 * i + k, name, 0.6 + i / 50) for k, name in enumerate("AB") for i in range(3)]
+    compared = backbones.compare_backbones([*pair, build_trial(6, "C", third)], grace=1)
+    noise = backbones.judge_backbones(compared, build_paired(0.0, 0.1)).noise
+    assert ("best of 3, partly" in noise) == (third is not None)
+
+
 def test_no_verdict_without_data() -> None:
     pair_of_both = build_paired(0.02, 0.01)
     one_lacks = [build_trial(0, "A", 0.7), build_trial(1, "B", None)]

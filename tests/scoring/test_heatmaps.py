@@ -27,6 +27,7 @@ from score_folders import (
     write_archive,
 )
 
+from ray_cxr import telemetry
 from ray_cxr.cli import main
 from ray_cxr.config import InputSpec
 from ray_cxr.data.partition import Range
@@ -136,8 +137,12 @@ def test_drawing_adds_its_own_files_and_changes_no_other(with_maps, scores, tiny
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize("count", [3, 5])
-def test_missing_or_additional_maps_are_drawn(copy, with_maps, tiny_bundle, manifest, command, count: int) -> None:
+def test_missing_or_additional_maps_are_drawn(
+    copy, with_maps, tiny_bundle, manifest, command, count: int, monkeypatch
+) -> None:
     """With the same count only the missing file is drawn; more maps are added to those that are there."""
+    measured: list[tuple[str, float]] = []
+    monkeypatch.setattr(telemetry, "add_inference", lambda *measurement: measured.append(measurement))
     given = arguments(tiny_bundle, manifest, copy, "--heatmaps", count)
     if count == 3:
         (copy / "heatmaps" / "part-00001.parquet").unlink()
@@ -156,6 +161,8 @@ def test_missing_or_additional_maps_are_drawn(copy, with_maps, tiny_bundle, mani
     pd.testing.assert_frame_equal(first, read_maps(with_maps).reset_index(drop=True), rtol=1e-3, atol=1e-5)
     images = json.loads((copy / "run.json").read_text(encoding="utf-8"))["heatmaps"]["last_run"]["images"]
     assert 0 < images <= (16 if count == 3 else found["image_id"].nunique())
+    assert len(measured) >= images / 8
+    assert all(name == "heatmaps" and seconds > 0 for name, seconds in measured)
 
 
 @pytest.mark.ray

@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -287,6 +288,10 @@ def test_weights_that_do_not_fit_do_not_bind_the_folder(prepared: Path, tmp_path
         settings = TrainSettings(weights="none", size=64, frozen_epochs=frozen)
         plan = planning.plan_training(prepared, tmp_path / "run", settings)
         assert not plan.started
+        images = len(plan.data.usable("train"))
+        sizes = (images, images - 1, 1)
+        steps = [replace(plan, settings=settings.replace(batch_size=size)).steps_per_epoch for size in sizes]
+        assert steps == [1, 2, images], "the last batch may be smaller"
         assert any("frozen_epochs" in line for line in plan.list_warnings()) == bool(frozen)
 
 
