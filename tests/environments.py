@@ -24,11 +24,8 @@ import psutil
 
 #: The environment of every command, without settings of the machine that runs the cases. Taken before other imports,
 #: which change the environment of this process.
-ENVIRONMENT = {
-    name: value
-    for name, value in os.environ.items()
-    if not re.match("(RAY|KERAS|TF|PYTHON|OMP)_?|.*proxy$", name, re.I)
-}
+_LEFT_OUT = re.compile("(RAY|KERAS|TF|PYTHON|OMP)_?|.*proxy$", re.IGNORECASE)
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not _LEFT_OUT.match(name)}
 PROGRAM = Path(sys.executable).with_name("ray-cxr")
 #: One epoch of the smallest model.
 TRAINING = ("backbone=TinyCNN", "weights=none", "epochs=1", "batch_size=8", "min_positives=2")
@@ -150,7 +147,7 @@ class Inputs:
         return Path(make_tiny_bundle(self.folder / "bundle").path)
 
     @functools.cached_property
-    def _phantoms(self):  # noqa: ANN202
+    def _phantoms(self):
         from ray_cxr.imaging.phantoms import write_phantoms
 
         return write_phantoms(self.folder / "phantoms", patients=8, size=128, broken=False)
@@ -161,13 +158,8 @@ class Inputs:
 
     def train(self, folder: Path) -> list[object]:
         """Return the arguments of `train` into `folder`."""
-        return [
-            "train",
-            self.prepared,
-            "--out",
-            folder / "run",
-            *(part for item in TRAINING for part in ("--set", item)),
-        ]
+        settings = [part for item in TRAINING for part in ("--set", item)]
+        return ["train", self.prepared, "--out", folder / "run", *settings]
 
     def score(self, folder: Path) -> list[object]:
         """Return the arguments of `score` into `folder`."""
