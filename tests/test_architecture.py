@@ -202,7 +202,7 @@ def test_good_file_passes_every_rule_and_all_files_are_checked() -> None:
 
 
 def test_import_contracts_hold_and_find_faults(tmp_path: Path) -> None:
-    """They hold for the package, and fail for a copy of its empty modules with eight faults."""
+    """They hold for the package, and fail for a copy of its empty modules with nine faults."""
     lines = {
         "data/__init__.py": "from ray_cxr.evaluation import metrics",
         "imaging/__init__.py": "def f():\n    import ray_cxr.data",
@@ -212,9 +212,11 @@ def test_import_contracts_hold_and_find_faults(tmp_path: Path) -> None:
         "storage/paths.py": "from ray_cxr.storage import files",
         "storage/files.py": "from ray_cxr.storage import paths",
         "novelty.py": "",
-        # The two exceptions, which must match an import.
+        "training/loop.py": "import keras",
+        # The three exceptions, which must match an import.
         "__init__.py": "from ray_cxr.models import bundle",
         "data/prepared.py": "import ray",
+        "models/keras_setup.py": "import keras",
     }
     for path in ROOT.glob("ray_cxr/**/*.py"):
         copy = tmp_path / path.relative_to(ROOT)
@@ -223,8 +225,8 @@ def test_import_contracts_hold_and_find_faults(tmp_path: Path) -> None:
     for name, code in lines.items():
         (tmp_path / "ray_cxr" / name).write_text(code, encoding="utf-8")
     shutil.copy(ROOT / ".importlinter", tmp_path)
-    for folder, kept in ((ROOT, 3), (tmp_path, 0)):
+    for folder, kept in ((ROOT, 4), (tmp_path, 0)):
         program = [Path(sys.executable).with_name("lint-imports"), "--no-logo", "--no-cache"]
         done = subprocess.run(program, cwd=folder, capture_output=True, encoding="utf-8")
-        assert f"{kept} kept, {3 - kept} broken" in done.stdout, done.stdout + done.stderr
-        assert (done.returncode == 0) == (kept == 3)
+        assert f"{kept} kept, {4 - kept} broken" in done.stdout, done.stdout + done.stderr
+        assert (done.returncode == 0) == (kept == 4)

@@ -11,13 +11,12 @@ import contextlib
 import fcntl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import keras
-from keras import layers, ops
-
 from ray_cxr.errors import ConfigError, first_line
+from ray_cxr.models.keras_setup import KERAS_FOLDER, keras
+
+layers, ops = keras.layers, keras.ops
 
 
 @keras.saving.register_keras_serializable(package="ray_cxr")
@@ -111,9 +110,8 @@ def features(backbone: str, images: Any, weights: str | None) -> Any:
 @contextlib.contextmanager
 def _lock_downloads() -> Iterator[None]:
     """Hold a lock that all processes of this user share, since all would download into the same file."""
-    folder = Path.home() / ".keras"
-    folder.mkdir(exist_ok=True)
-    with open(folder / "ray_cxr.lock", "w") as file:
+    KERAS_FOLDER.mkdir(parents=True, exist_ok=True)  # without it, Keras would download into another folder
+    with open(KERAS_FOLDER / "ray_cxr.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a kill
         yield
 

@@ -43,10 +43,10 @@ from ray_cxr.models.architecture import Architecture, BundleInfo
 from ray_cxr.models.runtime import GOLDEN, GOLDEN_INT8, TOLERANCE
 from ray_cxr.storage import remote
 from ray_cxr.storage.files import hash_file
-from ray_cxr.storage.paths import file_name
+from ray_cxr.storage.paths import file_name, is_system_file
 
 if TYPE_CHECKING:
-    import keras
+    from ray_cxr.models.keras_setup import keras
 
 FORMAT = 1
 WEIGHTS = "model.weights.h5"
@@ -66,6 +66,12 @@ OPTIONAL_FILES = (
 SPLIT_SCHEMA = pa.schema([("image_id", pa.string()), ("patient_id", pa.string()), ("split", pa.string())])
 #: Entries of bundle.json with one entry per finding.
 TABLES = ("calibration", "operating_points", "expected_flag_rates", "operating_alternatives", "rule_notes")
+#: Text files of a bundle are shorter.
+_MAX_TEXT_BYTES = 1 << 26
+_CRLF = (
+    "its lines end with CR LF, as git writes them with core.autocrlf); add the line `* -text` to the .gitattributes of "
+    "the bundle's folder and check it out again, or copy the bundle again"
+)
 _SUM_LINE = re.compile(r"^([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9_.-]*)$")
 
 
@@ -393,10 +399,25 @@ def _verify_files(path: Path) -> tuple[str, set[str]]:
         if file.is_symlink() or not file.is_file():
             raise BundleError(f"{path}: {name} is missing; the bundle is incomplete, copy it again")
         if hash_file(file) != expected:
-            raise BundleError(f"{path}: {name} was changed (SHA-256 differs); copy the bundle again")
+            raise BundleError(f"{path}: {name} was changed ({_explain_change(file, expected)}")
+    if b"\r" in sums:  # after the files, because git converts the model card too, and users know that file
+        raise BundleError(f"{path}: {SUMS} was changed ({_CRLF}")
     extra = sorted(
-        item.name for item in path.iterdir() if item.name not in listed and item.name != SUMS and item.name[0] != "."
+        item.name
+        for item in path.iterdir()
+        if item.name not in {*listed, SUMS} and item.name[0] != "." and not is_system_file(item.name)
     )
     if extra:
         raise BundleError(f"{path}: contains {', '.join(extra[:5])}, which is not part of the bundle; remove it")
     return hashlib.sha256(sums).hexdigest(), set(listed)
+
+
+def _explain_change(file: Path, expected: str) -> str:
+    """Return why the SHA-256 of a file is not `expected`, and the remedy, as the rest of a message."""
+    with open(file, "rb") as stream:
+        data = stream.read(_MAX_TEXT_BYTES)
+    if data.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "it is a pointer of Git LFS); run `git lfs pull`, or copy the bundle again"
+    if hashlib.sha256(data.replace(b"\r\n", b"\n")).hexdigest() == expected:
+        return _CRLF
+    return "SHA-256 differs); copy the bundle again"

@@ -24,7 +24,7 @@ from ray_cxr.storage import atomic, remote
 from ray_cxr.storage.files import hash_file
 
 if TYPE_CHECKING:
-    import keras
+    from ray_cxr.models.keras_setup import keras
 
 #: Entries of bundle.json that depend on the weights alone.
 _EXPORTED = ("runtimes", "runtimes_refused", "quality")

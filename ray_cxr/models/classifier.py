@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import keras
 import numpy as np
-from keras import layers
 
 from ray_cxr import labels
 from ray_cxr.errors import BundleError, ConfigError, first_line
 from ray_cxr.models import backbones
 from ray_cxr.models.architecture import Architecture
+from ray_cxr.models.keras_setup import check_settings, keras
+
+layers = keras.layers
 
 OUTPUT_LAYER = "findings"
 #: More than any backbone's weights. A file that declares more is damaged, or made to exhaust the memory.
@@ -28,8 +29,9 @@ def build(architecture: Architecture, *, weights: str | None = None) -> keras.Mo
     """Build a model from uint8 [N,S,S,1] to probabilities [N,F], which are float32 under any dtype policy.
 
     The model has no nested models, so that heat maps and exports see every layer. `weights` are those of the backbone:
-    `imagenet`, or None for random ones.
+    `imagenet`, or None for random ones. Raises ConfigError if this process has configured Keras in another way.
     """
+    check_settings()
     images = keras.Input((architecture.size, architecture.size, 1), dtype="uint8", name="image")
     x = backbones.features(architecture.backbone, images, weights)
     if architecture.pooling == "avgmax":

@@ -20,13 +20,12 @@ import functools
 from typing import Any, NamedTuple
 
 import cv2
-import keras
 import numpy as np
 
 from ray_cxr.config import HeatMapMethod, InputSpec
-from ray_cxr.errors import ConfigError
 from ray_cxr.imaging.overlays import WHOLE, Area, project_cells
 from ray_cxr.imaging.resize import locate_in_input, resize
+from ray_cxr.models.keras_setup import keras
 
 #: Names that `classifier.build` gives the head's first layer; its input is the feature map.
 _POOLS = ("pool_avg", "pool")
@@ -48,8 +47,6 @@ class GradCam:
     """Computes heat maps of any model that `classifier.build` built, by the methods of the module's docstring."""
 
     def __init__(self, model: keras.Model, method: HeatMapMethod = "gradcam") -> None:
-        if keras.config.backend() != "tensorflow":
-            raise ConfigError(f"heat maps: need Keras on TensorFlow, but KERAS_BACKEND is {keras.config.backend()}")
         import tensorflow as tf
 
         pool = next(model.get_layer(name) for name in _POOLS if name in {layer.name for layer in model.layers})

@@ -88,7 +88,7 @@ def export(
     Raises:
         BundleError: the model's outputs are not probabilities.
     """
-    import keras
+    from ray_cxr.models.keras_setup import keras
 
     # The graph contains the name of the model; another name would change its bytes.
     both = keras.Model(
@@ -169,6 +169,8 @@ def _convert(both: Any, architecture: Architecture, folder: Path) -> runtime.Ope
     """Write a model with two outputs as an OpenVINO graph, and open it in float32."""
     import tensorflow as tf
 
+    from ray_cxr.models.keras_setup import hide_user_settings
+
     ov = runtime.import_openvino()
     weights = [np.asarray(variable) for variable in both.trainable_variables]
     others = [np.asarray(variable) for variable in both.non_trainable_variables]
@@ -180,7 +182,8 @@ def _convert(both: Any, architecture: Architecture, folder: Path) -> runtime.Ope
 
     images = tf.TensorSpec((None, architecture.size, architecture.size, 1), tf.uint8, name="image")
     traced = tf.function(call, autograph=False).get_concrete_function(images)
-    converted = ov.convert_model(traced)
+    with hide_user_settings():  # OpenVINO loads `tf.keras`, which would be Keras 2 with TF_USE_LEGACY_KERAS
+        converted = ov.convert_model(traced)
     for number, node in enumerate(converted.get_ordered_ops()):
         if re.fullmatch(r"[A-Za-z]+_\d+", node.get_friendly_name()):
             # OpenVINO numbers nodes across all conversions of a process; the same weights must give the same file.
@@ -197,9 +200,8 @@ def measure_images_per_second(architecture: Architecture, spec: InputSpec, *, th
     The model has random weights, since weights do not affect the time of a forward pass. The result is the median of
     five rounds of 0.6 s.
     """
-    import keras
-
     from ray_cxr.models import classifier
+    from ray_cxr.models.keras_setup import keras
 
     keras.utils.set_random_seed(0)
     model = classifier.build(architecture)

@@ -25,7 +25,7 @@ import numpy as np
 from ray_cxr.errors import BundleError, ConfigError
 
 if TYPE_CHECKING:
-    import keras
+    from ray_cxr.models.keras_setup import keras
 
 #: Files of a bundle.
 GOLDEN, GOLDEN_INT8 = "golden.npz", "golden-int8.npz"
@@ -207,10 +207,10 @@ class OpenVinoRuntime(Runtime):
 
 
 class KerasRuntime(Runtime):
-    """A Keras model of any backend; batches of one shape are traced once."""
+    """A Keras model; batches of one shape are traced once."""
 
     def __init__(self, model: keras.Model, batch_size: int) -> None:
-        import keras
+        from ray_cxr.models.keras_setup import keras
 
         self._model = keras.Model(model.input, [model.output, model.get_layer("logits").input])
         self.batch_shape = (batch_size, *model.input_shape[1:])
@@ -229,8 +229,6 @@ def limit_threads(threads: int) -> None:
 
     By default each process starts one thread per core, so the actors of a node would compete for the cores.
     """
-    if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
-        return
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)

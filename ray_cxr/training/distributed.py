@@ -14,11 +14,11 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from ray_cxr.errors import RayCxrError
+from ray_cxr.models.keras_setup import keras
 
 
 class Replicas:

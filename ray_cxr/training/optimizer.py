@@ -11,11 +11,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from ray_cxr.config import TrainSettings
+from ray_cxr.models.keras_setup import keras
 
 #: Names of biases and of BatchNorm's weights: weight decay of these regularises nothing.
 NOT_DECAYED = ("bias", "gamma", "beta")
