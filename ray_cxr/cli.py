@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ray_cxr
-from ray_cxr import config, errors
+from ray_cxr import config, environment, errors
 from ray_cxr.errors import ConfigError, ErrorRateExceeded, RayCxrError, one_line
 from ray_cxr.progress import silence_stderr
 from ray_cxr.session import start_ray
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("ray_cxr").setLevel(logging.INFO)
+    environment.ignore_strict_warnings()
     arguments = _build_parser().parse_args(argv)
     try:
         arguments.run(arguments)

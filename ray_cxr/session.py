@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import psutil
 
 import ray_cxr
-from ray_cxr import cluster, config
+from ray_cxr import cluster, config, environment
 from ray_cxr.errors import InputError, RayCxrError, one_line
 from ray_cxr.progress import silence_stderr
 from ray_cxr.storage import atomic
@@ -64,10 +64,11 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
     The dashboard of a local Ray is reachable only from this machine.
 
     Raises:
-        RayCxrError: If Ray does not start, or is lost while the block runs.
+        RayCxrError: If Ray cannot start, or is lost while the block runs.
     """
     # "local" starts a new Ray; Ray's own default would join any Ray that runs on this machine.
     address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
+    environment.prepare_for_ray()
     # Ray's C++ layer reads these variables when Ray is imported. If they are set later, client and server disagree.
     if "ray" not in sys.modules:
         for name, value in (OWN_RAY if address == "local" else ANY_RAY).items():
@@ -84,7 +85,7 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
         ensure_token()
         variables = _build_address_variables() if dashboard else {}
         options: dict[str, Any] = {
-            "num_cpus": settings.num_cpus,
+            "num_cpus": settings.num_cpus or environment.count_cpus(),
             "num_gpus": settings.num_gpus,
             "object_store_memory": settings.object_store_mb and settings.object_store_mb << 20,
             "include_dashboard": dashboard,

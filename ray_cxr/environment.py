@@ -1,0 +1,62 @@
+"""Settings of the user's environment under which Python or Ray cannot run a command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+from ray_cxr.errors import InputError
+from ray_cxr.progress import silence_stderr
+
+logger = logging.getLogger(__name__)
+
+_TRAIN_V2 = "RAY_TRAIN_V2_ENABLED"
+#: Categories of warnings that Python does not show by default.
+_HIDDEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
+
+
+def ignore_strict_warnings() -> None:
+    """Restore Python's default treatment of warnings if the user has turned warnings into errors.
+
+    Any library, also in child processes, would otherwise end a command with a warning that is meant for developers.
+    """
+    actions = [option.partition(":")[0].strip().lower() for option in sys.warnoptions]
+    # Python accepts abbreviations, such as `-W e`.
+    if not any(action and "error".startswith(action) for action in actions):
+        return
+    logger.warning(
+        "PYTHONWARNINGS or -W %s is ignored: warnings of libraries would end the command", ",".join(sys.warnoptions)
+    )
+    os.environ.pop("PYTHONWARNINGS", None)
+    sys.warnoptions.clear()
+    warnings.resetwarnings()
+    for category in _HIDDEN:
+        warnings.simplefilter("ignore", category)
+
+
+def prepare_for_ray() -> None:
+    """Set what Ray needs in this process and its children; call it before Ray is imported.
+
+    Raises:
+        InputError: Python runs without docstrings, from which Ray builds its documentation on import.
+    """
+    if sys.flags.optimize >= 2:
+        raise InputError(
+            "Python runs without docstrings, which Ray needs: unset PYTHONOPTIMIZE, or set it to 1 (and omit -OO)"
+        )
+    if os.environ.get(_TRAIN_V2, "1") != "1":
+        logger.warning("%s=%s is ignored: ray_cxr trains with version 2 of Ray Train", _TRAIN_V2, os.environ[_TRAIN_V2])
+        os.environ[_TRAIN_V2] = "1"
+
+
+def count_cpus() -> int:
+    """Return the number of CPUs of a local Ray, at least 1, where Ray would round a smaller quota down to none."""
+    from ray._private.utils import get_num_cpus
+
+    with silence_stderr():  # Ray warns that it rounds fractions
+        count = int(get_num_cpus(override_docker_cpu_warning=True))
+    if count < 1:
+        logger.warning("the quota of this machine or container is below one CPU; Ray counts it as one")
+    return max(1, count)
