@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("ray_cxr").setLevel(logging.INFO)
-    environment.ignore_strict_warnings()
+    environment.configure_command()
     arguments = _build_parser().parse_args(argv)
     try:
         arguments.run(arguments)

@@ -1,4 +1,4 @@
-"""Settings of the user's environment under which Python or Ray cannot run a command."""
+"""Settings of the user's environment under which Python, Ray or matplotlib cannot run a command."""
 
 from __future__ import annotations
 
@@ -16,8 +16,20 @@ _TRAIN_V2 = "RAY_TRAIN_V2_ENABLED"
 #: Categories of warnings that Python does not show by default.
 _HIDDEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 
+#: Whether this process runs a command, and not a user's program that imports this package.
+is_command = False
 
-def ignore_strict_warnings() -> None:
+
+def configure_command() -> None:
+    """Make this process independent of settings for the user's other programs; call it at the start of a command."""
+    global is_command
+    is_command = True
+    # In a cell of Jupyter it names a module that only Jupyter's environment has, and matplotlib cannot be imported.
+    os.environ["MPLBACKEND"] = "agg"
+    _ignore_strict_warnings()
+
+
+def _ignore_strict_warnings() -> None:
     """Restore Python's default treatment of warnings if the user has turned warnings into errors.
 
     Any library, also in child processes, would otherwise end a command with a warning that is meant for developers.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -24,7 +25,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.textpath import text_to_path
 
+from ray_cxr import environment
+
 _log = logging.getLogger(__name__)
+
+if environment.is_command:
+    matplotlib.rcdefaults()  # without the user's matplotlibrc, whose `text.usetex` or colours are for other figures
 
 # Okabe & Ito (2008): distinct with the common colour vision deficiencies, and in greyscale print by lightness.
 BLUE, VERMILION, GREEN, SKY, ORANGE = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#E69F00"
