@@ -59,7 +59,7 @@ def prepare_for_ray() -> None:
             "Python runs without docstrings, which Ray needs: unset PYTHONOPTIMIZE, or set it to 1 (and omit -OO)"
         )
     if os.environ.get(_TRAIN_V2, "1") != "1":
-        logger.warning("%s=%s is ignored: ray_cxr trains with version 2 of Ray Train", _TRAIN_V2, os.environ[_TRAIN_V2])
+        logger.warning("RAY_TRAIN_V2_ENABLED=%s is ignored: ray_cxr trains with version 2", os.environ[_TRAIN_V2])
         os.environ[_TRAIN_V2] = "1"
 
 
