@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import re
 import subprocess
@@ -147,6 +148,17 @@ class Inputs:
         return Path(make_tiny_bundle(self.folder / "bundle").path)
 
     @functools.cached_property
+    def scores(self) -> Path:
+        """Scores of `bundle` for `manifest`."""
+        from conftest import replace_ray, score_arguments
+
+        from ray_cxr.cli import main
+
+        with replace_ray(), contextlib.redirect_stdout(io.StringIO()):
+            assert main(score_arguments(self.bundle, self.manifest, self.folder / "scores")) == 0
+        return self.folder / "scores"
+
+    @functools.cached_property
     def _phantoms(self):
         from ray_cxr.imaging.phantoms import write_phantoms
 
@@ -193,13 +205,154 @@ def main(names: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-# ---------------------------------------------------------------- configuration of Keras
+# ---------------------------------------------------------------- settings for the user's other programs
+
+OTHER_KERAS = {"KERAS_BACKEND": "jax", "TF_USE_LEGACY_KERAS": "1", "KERAS_MAX_EPOCHS": "none"}
+OTHER_KERAS_JSON = '{"backend": "torch", "floatx": "bfloat16", "image_data_format": "channels_first"}'
+
+
+def configure_other_keras(folder: Path) -> Path:
+    """Write a `keras.json` of another project into the home folder of `run`, and return its path."""
+    path = folder / "home" / ".keras" / "keras.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(OTHER_KERAS_JSON, encoding="utf-8")
+    return path
 
 
 @case
-def keras_on_another_backend(folder: Path) -> None:
-    """`KERAS_BACKEND` is for the user's other projects."""
-    check_success(run(folder, *inputs.train(folder), variables={"KERAS_BACKEND": "jax"}))
+def keras_of_other_projects_while_training(folder: Path) -> None:
+    path = configure_other_keras(folder)
+    result = run(folder, *inputs.train(folder), variables=OTHER_KERAS)
+    check_success(result, "KERAS_BACKEND=jax is ignored")
+    assert path.read_text(encoding="utf-8") == OTHER_KERAS_JSON
+    assert list(path.parent.iterdir()) == [path]
+
+
+@case
+def keras_of_other_projects_while_scoring(folder: Path) -> None:
+    configure_other_keras(folder)
+    check_success(run(folder, *inputs.score(folder), "--heatmaps", "1", variables=OTHER_KERAS))
+
+
+@case
+def keras_is_not_configured_in_the_home_folder(folder: Path) -> None:
+    check_success(run(folder, *inputs.score(folder), "--heatmaps", "1"))
+    assert not (folder / "home" / ".keras").exists()
+
+
+@case
+def variables_of_python_and_ray(folder: Path) -> None:
+    """Each is ignored, or has no effect on the result."""
+    variables = {
+        "PYTHONWARNINGS": "error",
+        "PYTHONOPTIMIZE": "1",
+        "PYTHONHASHSEED": "0",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONSTARTUP": str(folder / "missing.py"),
+        "RAY_TRAIN_V2_ENABLED": "0",
+        "CUDA_VISIBLE_DEVICES": "-1",
+    }
+    result = run(folder, *inputs.train(folder), variables=variables)
+    check_success(result, "PYTHONWARNINGS or -W error is ignored", "RAY_TRAIN_V2_ENABLED=0 is ignored")
+    assert "Warning" not in result.stderr, str(result)
+
+
+@case
+def warnings_as_errors_while_preparing_and_scoring(folder: Path) -> None:
+    for arguments in (inputs.prepare(folder), inputs.score(folder)):
+        result = run(folder, *arguments, variables={"PYTHONWARNINGS": "error"})
+        check_success(result, "PYTHONWARNINGS or -W error is ignored")
+        assert "Warning" not in result.stderr, str(result)
+
+
+@case
+def python_without_docstrings(folder: Path) -> None:
+    for arguments in (inputs.prepare(folder), inputs.train(folder), inputs.score(folder)):
+        result = run(folder, *arguments, variables={"PYTHONOPTIMIZE": "2"}, limit_s=20)
+        check_error(result, "Python runs without docstrings", "PYTHONOPTIMIZE")
+
+
+@case
+def half_a_cpu(folder: Path) -> None:
+    """A container with a quota below one CPU, imitated with a file in place of the kernel's."""
+    groups = Path("/sys/fs/cgroup")
+    file = next((path for path in (groups / "cpu.max", groups / "cpu" / "cpu.cfs_quota_us") if path.exists()), None)
+    if file is None:
+        return
+    quota = folder / "quota"
+    quota.write_text("50000 100000\n" if file.name == "cpu.max" else "50000\n", encoding="utf-8")
+    start = ["unshare", "--map-root-user", "--mount", "sh", "-c", f'mount --bind {quota} {file} && exec "$@"', "sh"]
+    if subprocess.run([*start, "true"], capture_output=True).returncode == 0:
+        result = run(folder, *inputs.prepare(folder), program=[*start, PROGRAM])
+        check_success(result, "the quota of this machine or container is below one CPU")
+
+
+@case
+def figures_from_a_cell_of_jupyter(folder: Path) -> None:
+    """Jupyter sets MPLBACKEND for its cells; `matplotlibrc` needs LaTeX, which is not installed."""
+    (folder / "matplotlibrc").write_text("text.usetex: True\n", encoding="utf-8")
+    variables = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    arguments = ["report", inputs.scores, "--labels", inputs.manifest, "--out", folder / "report"]
+    check_success(run(folder, *arguments, variables=variables))
+
+
+# ---------------------------------------------------------------- folders, modules and networks
+
+
+@case
+def long_temporary_folder(folder: Path) -> None:
+    """Job folders of schedulers are longer than the path of a Unix socket may be."""
+    temporary = folder / ("job" * 30)
+    temporary.mkdir()
+    result = run(folder, *inputs.prepare(folder), variables={"TMPDIR": str(temporary)})
+    check_success(result, "Ray's sockets are in /tmp/ray_cxr-", f"TMPDIR={temporary} is too long")
+    assert list(temporary.glob("ray/session_*/logs/raylet.out")), "Ray's logs are not in TMPDIR"
+    assert not Path(re.search("/tmp/ray_cxr-[^/]*", result.stderr)[0]).exists()
+
+
+@case
+def temporary_folder_that_cannot_be_used(folder: Path) -> None:
+    (folder / "file").touch()
+    result = run(folder, *inputs.prepare(folder), variables={"TMPDIR": str(folder / "file" / "tmp")})
+    check_success(result, "Ray's sockets are in ", "cannot be used (Not a directory)")
+
+
+def write_modules(folder: Path) -> None:
+    """Write modules with the names of libraries, as a user may have them next to his images."""
+    for name in ("numpy", "keras", "random", "statistics", "pandas", "torch", "socket", "ray", "tensorflow"):
+        (folder / f"{name}.py").write_text(f"raise ImportError('the {name}.py of the user')\n")
+
+
+@case
+def modules_of_the_user_while_preparing_and_scoring(folder: Path) -> None:
+    write_modules(folder)
+    check_success(run(folder, *inputs.prepare(folder)))
+    check_success(run(folder, *inputs.score(folder)))
+
+
+@case
+def modules_of_the_user_while_training(folder: Path) -> None:
+    write_modules(folder)
+    check_success(run(folder, *inputs.train(folder)))
+
+
+def in_a_network_namespace(script: str) -> list[str | Path]:
+    """Return the start of a command on a machine whose network is what a shell script makes of it; [] if impossible."""
+    start = ["unshare", "--map-root-user", "--net", "sh", "-c", script + ' && exec "$@"', "sh"]
+    return [] if subprocess.run([*start, "true"], capture_output=True).returncode else [*start, PROGRAM]
+
+
+@case
+def no_network_interface(folder: Path) -> None:
+    if program := in_a_network_namespace("true"):
+        check_error(run(folder, *inputs.train(folder), program=program), "no network interface is up")
+
+
+@case
+def only_the_loopback_interface(folder: Path) -> None:
+    if program := in_a_network_namespace("ip link set lo up"):
+        check_success(run(folder, *inputs.train(folder), program=program))
 
 
 if __name__ == "__main__":
