@@ -30,6 +30,8 @@ from ray_cxr.storage.paths import redact
 _Settings = TypeVar("_Settings", bound=config.Settings)
 _Number = TypeVar("_Number", int, float)
 
+#: Part of the path of a job's working directory, a copy in Ray's session folder that is removed with the session.
+_JOB_FOLDER = "/runtime_resources/working_dir_files/"
 #: The shell's exit code for a program that Ctrl-C ended.
 EXIT_INTERRUPTED = 130
 
@@ -44,11 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (0 done, 1 failed, 2 wrong input, 3 too many errors)."""
     # TensorFlow's C++ code reads this on import.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Child processes, such as those of export-sr, do not import a user's own modules from the working directory.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("ray_cxr").setLevel(logging.INFO)
     environment.configure_command()
     arguments = _build_parser().parse_args(argv)
     try:
+        _check_working_directory(getattr(arguments, "out", ""))
         arguments.run(arguments)
     except BrokenPipeError:
         return 1
@@ -63,6 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ray-cxr {arguments.command}: {one_line(cause)}", file=sys.stderr)
         return cause.exit_code if isinstance(cause, RayCxrError) else 1
     return 0
+
+
+def _check_working_directory(out: str) -> None:
+    """Refuse a working directory that was removed, and an output in the copy of the folder that a job runs in."""
+    try:
+        here = os.getcwd()
+    except OSError:
+        raise errors.InputError("the working directory was removed; change to an existing folder") from None
+    if out and not remote.is_address(out) and _JOB_FOLDER in os.path.join(here, out):
+        raise errors.OutputError(
+            f"--out {out}: is in the working directory of a job, which Ray removes later; pass an absolute path"
+        )
 
 
 def _describe_ray_error(error: Exception) -> RayCxrError | None:

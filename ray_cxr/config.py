@@ -9,6 +9,7 @@ section, `--set section.key=value` a key of another section.
 
 from __future__ import annotations
 
+import codecs
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -349,10 +350,10 @@ def load(
     data: dict[str, Any] = {name: dict(values) for name, values in (start or {}).items()}
     if path is not None:
         try:
-            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            data = read_toml(path)
         except OSError as error:
             raise make_error(f"--config {path}: {error.strerror}; name an existing TOML file") from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise make_error(f"--config {path}: not TOML: {error}") from None
         build(Config, data, where=f"--config {path}")
     for text in overrides:
@@ -366,6 +367,24 @@ def load(
         data[name][field] = _parse_value(value.strip())
         build(Config, data, where=f"--set {text}")
     return build(Config, data)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file, with or without a byte-order mark.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not TOML; the text gives the reason.
+    """
+    data = Path(path).read_bytes()
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise ValueError("encoded in UTF-16; save it as UTF-8")
+    try:
+        return tomllib.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _parse_value(text: str) -> Any:

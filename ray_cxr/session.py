@@ -23,15 +23,20 @@ from typing import Any, NoReturn
 import psutil
 
 import ray_cxr
-from ray_cxr import cluster, config, environment
+from ray_cxr import cluster, config, environment, processes
 from ray_cxr.errors import InputError, RayCxrError, one_line
 from ray_cxr.progress import silence_stderr
 from ray_cxr.storage import atomic
 
 logger = logging.getLogger(__name__)
 
-#: Environment for every Ray: its C++ layer prints no log lines to the terminal.
-ANY_RAY = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
+#: Environment for every Ray.
+ANY_RAY = {
+    # Ray's C++ layer prints no log lines to the terminal.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # With `uv run`, Ray would upload the working directory, images included, and start its workers through uv.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
 #: Environment for a Ray that a command starts. Variables that the user has set are kept.
 OWN_RAY = {
     # On a loaded two-core machine, Ray's defaults are too short: 60 s for its node process and 20 s for its head.
@@ -73,6 +78,7 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
     if "ray" not in sys.modules:
         for name, value in (OWN_RAY if address == "local" else ANY_RAY).items():
             os.environ.setdefault(name, value)
+    environment.import_ray()
     import ray
 
     if ray.is_initialized():
@@ -80,19 +86,43 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
         yield
         return
     bypassed = cluster.bypass_proxies(_list_own_addresses())
-    variables: dict[str, str] = {}
-    if address == "local":
-        ensure_token()
-        variables = _build_address_variables() if dashboard else {}
-        options: dict[str, Any] = {
-            "num_cpus": settings.num_cpus or environment.count_cpus(),
-            "num_gpus": settings.num_gpus,
-            "object_store_memory": settings.object_store_mb and settings.object_store_mb << 20,
-            "include_dashboard": dashboard,
-        }
-    else:
-        source = "ray.address" if settings.address else "RAY_ADDRESS"
-        options = _build_join_options(_wait_for_answer(address, source), bypassed)
+    with contextlib.ExitStack() as stack:
+        if address == "local":
+            folder = stack.enter_context(processes.provide_ray_folder())
+            options, variables = _build_local_options(settings, folder, dashboard=dashboard)
+        else:
+            source = "ray.address" if settings.address else "RAY_ADDRESS"
+            target = _wait_for_answer(address, source)
+            variables = {} if address.startswith("ray://") else match_token(target)
+            options = _build_join_options(target, bypassed)
+        if not address.startswith("ray://"):  # a client's job runs on the cluster
+            options["job_config"] = _make_job_config()
+        _init_ray(address, options, variables)
+        cluster.owns_ray = address == "local"
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread:
+            # `ray job stop` sends SIGTERM. Ray's own handler for it ends the process without a message.
+            signal.signal(signal.SIGTERM, _interrupt)
+        watch = _RayWatch(address)
+        try:
+            with _report_sudden_end(), watch:
+                if address != "local":
+                    _refuse_other_versions(address)
+                    cluster.wait_for_node(settings.on_head)
+                cluster.select_nodes(settings.on_head)
+                yield
+        finally:
+            if watch.loss is None:  # `ray.shutdown` would wait for a lost Ray
+                ray.shutdown()
+            cluster.owns_ray = False
+            if in_main_thread:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _init_ray(address: str, options: Mapping[str, Any], variables: Mapping[str, str]) -> None:
+    """Call `ray.init` with these environment variables; every failure is one line."""
+    import ray
+
     try:
         with silence_stderr(), cluster.set_environment(variables):
             # The output of workers stays in Ray's log folder. Their errors are raised here.
@@ -102,25 +132,54 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
             raise InputError(f"Ray at {address!r}: {mismatch}") from None
         hint = "; the machine may be busy: run the command again" if "timed out during startup" in str(error) else ""
         raise RayCxrError(f"Ray at {address!r}: {one_line(error)[:300]}{hint}") from None
-    cluster.owns_ray = address == "local"
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread:
-        # `ray job stop` sends SIGTERM. Ray's own handler for it ends the process without a message.
-        signal.signal(signal.SIGTERM, _interrupt)
-    watch = _RayWatch(address)
+
+
+def _build_local_options(
+    settings: config.RaySettings, folder: str, *, dashboard: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the options of `ray.init` and the environment variables for a Ray of this command."""
+    _require_loopback()
+    ensure_token()
+    # Ray starts some of its processes with `python -c`, which would import modules from the working directory.
+    variables = {"PYTHONPATH": processes.build_module_path(), "PYTHONSAFEPATH": "1"}
+    options = {
+        "num_cpus": settings.num_cpus or environment.count_cpus(),
+        "num_gpus": settings.num_gpus,
+        "object_store_memory": settings.object_store_mb and settings.object_store_mb << 20,
+        "include_dashboard": dashboard,
+        "_temp_dir": folder,
+    }
+    return options, variables | (_build_address_variables() if dashboard else {})
+
+
+def _require_loopback() -> None:
+    """Refuse a machine whose processes cannot connect to each other; Ray would wait for that without a message."""
     try:
-        with _report_sudden_end(), watch:
-            if address != "local":
-                _refuse_other_versions(address)
-                cluster.wait_for_node(settings.on_head)
-            cluster.select_nodes(settings.on_head)
-            yield
-    finally:
-        if watch.loss is None:  # `ray.shutdown` would wait for a lost Ray
-            ray.shutdown()
-        cluster.owns_ray = False
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=5).close()
+    except OSError as error:
+        raise RayCxrError(
+            f"Ray: no network interface is up on this machine, not even the loopback ({error.strerror or error}), over "
+            "which Ray's processes talk to each other; run `ip link set lo up`, or use a container with a network"
+        ) from None
+
+
+def _make_job_config() -> Any:
+    """Return a job configuration that keeps the working directory out of the workers' module path.
+
+    Ray appends it, so that a user's own `numpy.py` or `random.py` there would replace the library in every worker.
+    """
+    from ray.job_config import JobConfig
+
+    class _JobConfig(JobConfig):
+        def _serialize(self) -> Any:
+            # Ray appends the script's folder, then the working directory. The same folder may be both.
+            path, here = self._py_driver_sys_path, os.path.abspath(os.curdir)
+            if path and path[-1] == here:
+                del path[-1]
+            return super()._serialize()
+
+    return _JobConfig()
 
 
 def _list_own_addresses() -> list[str]:
@@ -181,6 +240,55 @@ def _build_join_options(target: str, bypassed: Mapping[str, str]) -> dict[str, A
         return {}
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # the variables below include those of the job
     return {"runtime_env": {"env_vars": {name: os.environ[name] for name in bypassed}}}
+
+
+def match_token(target: str) -> dict[str, str]:
+    """Compare the authentication of a cluster with this command's; return environment variables for `ray.init`.
+
+    Ray would detect a mismatch late or not at all: actors of a command that requires a token never start on a cluster
+    without one.
+    """
+    from ray._raylet import AuthenticationTokenLoader
+
+    mode, is_open = os.environ.get("RAY_AUTH_MODE", "").lower(), _is_accepted(target, {})
+    if is_open and mode == "token":
+        raise InputError(
+            f"Ray at {target}: the cluster uses no token, but RAY_AUTH_MODE=token is set here; unset it here, or start "
+            "the cluster with it"
+        )
+    if is_open is None or (is_open and mode):
+        return {}
+    try:
+        token = AuthenticationTokenLoader.instance().get_token_for_http_header(ignore_auth_mode=True)
+    except Exception as error:  # the file of RAY_AUTH_TOKEN_PATH is missing or empty
+        raise InputError(f"Ray at {target}: {one_line(error)[:300]}") from None
+    if is_open:
+        if not token:
+            return {}
+        logger.info("Ray at %s uses no token, so this command connects without its own", target)
+        return {"RAY_AUTH_MODE": "disabled"}
+    remedy = "copy ~/.ray/auth_token from the head to this machine, or set RAY_AUTH_TOKEN_PATH"
+    if mode not in ("", "token"):
+        raise InputError(f"Ray at {target}: the cluster requires a token, but RAY_AUTH_MODE={mode} is set; unset it")
+    if not token:
+        raise InputError(f"Ray at {target}: the cluster requires a token, and this command has none; {remedy}")
+    if _is_accepted(target, token) is False:
+        raise InputError(f"Ray at {target}: the cluster rejects this command's token; {remedy}")
+    return {}
+
+
+def _is_accepted(target: str, headers: Mapping[str, str]) -> bool | None:
+    """Return whether the head at HOST:PORT accepts a call with these headers; None if it does not say."""
+    import grpc
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        stub, request = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel), gcs_service_pb2.GetClusterIdRequest()
+        try:
+            stub.GetClusterId(request, timeout=JOIN_TIMEOUT_S, metadata=tuple(headers.items()))
+        except grpc.RpcError as error:
+            return False if error.code() == grpc.StatusCode.UNAUTHENTICATED else None
+    return True
 
 
 @contextlib.contextmanager

@@ -28,15 +28,15 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, Self
 
 import cv2
 import numpy as np
 
+from ray_cxr import processes
 from ray_cxr.config import InputSpec
 from ray_cxr.errors import ERROR_CODES, ImageError, RayCxrError
-from ray_cxr.imaging.decode import decode, is_png_or_jpeg
+from ray_cxr.imaging.decode import decode_with_flags, is_png_or_jpeg
 from ray_cxr.imaging.pixels import MAX_PIXELS, decoder_errors
 from ray_cxr.imaging.resize import resize
 from ray_cxr.storage.files import read_bytes
@@ -60,6 +60,7 @@ class DecodedImage:
     images: tuple[np.ndarray, ...]  # in the order of the specs: uint8[S, S], or uint8[H, W] for None
     tags: Mapping[str, Any] | None  # for a DICOM file, `dicom.read_tags` if requested
     shape: tuple[int, int] | None = None  # height and width before the resize, pixels
+    flags: tuple[str, ...] = ()  # quality flags from the header of a DICOM file
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class Decoder:
                 if size or answer["code"] not in ERROR_CODES:
                     raise EOFError(_UNREADABLE)
                 return Failure(answer["code"], answer["message"], answer["tags"])
-            tags = answer["tags"]
+            tags, flags = answer["tags"], tuple(map(str, answer["flags"]))
             height, width = map(int, answer["shape"])
             shapes = [(height, width) if spec is None else (spec.size, spec.size) for spec in self._specs]
             possible = height > 0 and 0 < height * width <= self._max_pixels
@@ -205,7 +206,7 @@ class Decoder:
         images = tuple(np.empty(shape, np.uint8) for shape in shapes)
         for image in images:
             _read_into(child.answers, image.data.cast("B"), deadline)
-        return DecodedImage(images, tags, (height, width))
+        return DecodedImage(images, tags, (height, width), flags)
 
 
 class _Child:
@@ -278,12 +279,9 @@ class _Child:
 
 def _environment() -> dict[str, str]:
     """Return this process's environment with its module path, which Ray may extend by a working_dir."""
-    path = [os.path.abspath(entry) for entry in sys.path]
-    root = str(Path(__file__).parents[2])
-    if root not in path:
-        path.append(root)
     # Thread pools of libraries slow down the start, and decoding does not use them.
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": processes.build_module_path(), **threads}
 
 
 def _wait(descriptor: int, event: int, deadline: float) -> None:
@@ -357,9 +355,9 @@ def _load(
                 data = read_bytes(path)
             if tags:
                 header = _read_tags(data)
-            image = decode(data, max_pixels=max_pixels)
+            image, flags = decode_with_flags(data, max_pixels=max_pixels)
             images = [image if spec is None else resize(image, spec) for spec in specs]
-            return {"tags": header, "shape": image.shape}, images
+            return {"tags": header, "shape": image.shape, "flags": flags}, images
     except ImageError as error:
         return {"code": error.code, "message": error.message, "tags": header}, []
 

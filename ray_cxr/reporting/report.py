@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from ray_cxr.config import read_toml
 from ray_cxr.data import manifest
 from ray_cxr.errors import InputError, OutputError, first_line
 from ray_cxr.evaluation import metrics, published
@@ -138,11 +138,10 @@ def _evaluate_labels(
 def _read_prevalences(path: str) -> dict[str, float]:
     """Read a TOML file of `Finding = share` lines, shares between 0 and 1."""
     try:
-        with open(path, "rb") as stream:
-            shares = tomllib.load(stream)
+        shares = read_toml(path)
     except OSError as error:
         raise InputError(f"--prevalence {path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"--prevalence {path}: not TOML: {first_line(error)}") from None
     prevalences: dict[str, float] = {}
     for name, share in shares.items():
