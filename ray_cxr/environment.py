@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 
-from ray_cxr.errors import InputError
+from ray_cxr.errors import InputError, last_line
 from ray_cxr.progress import silence_stderr
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,17 @@ def prepare_for_ray() -> None:
     if os.environ.get(_TRAIN_V2, "1") != "1":
         logger.warning("RAY_TRAIN_V2_ENABLED=%s is ignored: ray_cxr trains with version 2", os.environ[_TRAIN_V2])
         os.environ[_TRAIN_V2] = "1"
+
+
+def import_ray() -> None:
+    """Import Ray and Ray Data; raise InputError if a variable of the user has a value that they cannot read."""
+    try:
+        import ray.data  # noqa: F401
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"Ray cannot be imported ({type(error).__name__}: {last_line(error)}), because a variable has a value that "
+            "it cannot read; see `env | grep RAY_`"
+        ) from None
 
 
 def count_cpus() -> int:

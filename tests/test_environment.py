@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,14 @@ def test_warnings_of_libraries_do_not_end_a_command(
 def test_python_without_docstrings_is_refused_before_ray_starts() -> None:
     done = run_python("environment.prepare_for_ray()", PYTHONOPTIMIZE="2")
     assert "InputError: Python runs without docstrings, which Ray needs: unset PYTHONOPTIMIZE" in done.stderr
+
+
+def test_a_variable_that_ray_cannot_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "__init__.py").touch()
+    (tmp_path / "ray" / "data.py").write_text("int('yes')  # as Ray reads RAY_TQDM=yes\n", encoding="utf-8")
+    done = run_python("environment.import_ray()", PYTHONPATH=str(tmp_path))
+    assert re.search(r"InputError: Ray cannot be imported \(ValueError: .*'yes'\), .* `env \| grep RAY_`", done.stderr)
 
 
 def test_version_1_of_ray_train_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
