@@ -17,7 +17,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray_cxr.errors import ImageError, InputError
-from ray_cxr.storage.paths import get_suffix, has_dicom_magic, is_image_name, may_be_dicom, redact
+from ray_cxr.storage.paths import (
+    count_skipped,
+    find_skipped_folder,
+    get_suffix,
+    has_dicom_magic,
+    is_image_name,
+    may_be_dicom,
+    redact,
+)
 from ray_cxr.storage.stores import MAX_BYTES, open_stream
 
 #: Maximum number of times that an archive is read again from the start after its store failed.
@@ -87,10 +95,14 @@ def scan_archive(archive: str, left_out: Counter[str]) -> list[str]:
     `find_images`. The numbers of other files are added to `left_out`, by suffix.
     """
     names: dict[str, None] = {}
+    skipped: set[str] = set()
     try:
         with _open(archive) as (members, stream):
             for info in members:
                 parts = info.name.removeprefix("./").split("/")
+                if (folder := find_skipped_folder(parts[:-1])) is not None:
+                    skipped.add(folder)
+                    continue
                 if info.type not in _PLAIN or info.name in names or any(part.startswith(".") for part in parts):
                     continue
                 if is_image_name(parts[-1]) or (
@@ -104,23 +116,29 @@ def scan_archive(archive: str, left_out: Counter[str]) -> list[str]:
             f"{redact(archive)}: cannot be read as a tar archive: {error.message} ({error.code}); "
             "download it again, or move it away"
         ) from None
+    count_skipped(skipped, left_out)
     return list(names)
 
 
 @contextmanager
 def _open(archive: str) -> Iterator[tuple[Iterator[tarfile.TarInfo], _Stream]]:
     """Yield an iterator over the members of an archive, and the stream that holds the current member's contents."""
-    with open_stream(archive) as fetch:
-        stream = _Stream(_decompress(fetch))
-        head = stream.peek_head()
-        if not head:
-            raise ImageError("empty", "the archive has 0 bytes")
-        try:
-            tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
-        except tarfile.TarError:
-            if len(head) < tarfile.BLOCKSIZE or any(head):  # a block of zeros is an archive without members
-                raise ImageError("not_an_image", "the file is not a tar archive") from None
-        yield _iter_members(stream), stream
+    try:
+        with open_stream(archive) as fetch:
+            stream = _Stream(_decompress(fetch))
+            head = stream.peek_head()
+            if not head:
+                raise ImageError("empty", "the archive has 0 bytes")
+            try:
+                tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+            except tarfile.TarError:
+                if len(head) < tarfile.BLOCKSIZE or any(head):  # a block of zeros is an archive without members
+                    raise ImageError("not_an_image", "the file is not a tar archive") from None
+            yield _iter_members(stream), stream
+    except ImageError as error:
+        if error.code == "missing":
+            raise ImageError("missing", "no such archive (the path before `::`)") from None
+        raise
 
 
 def _iter_members(stream: _Stream) -> Iterator[tarfile.TarInfo]:

@@ -32,6 +32,10 @@ from ray_cxr.storage.paths import (
     IMAGE_SUFFIXES,
     NOT_UTF8,
     URI_SAFE,
+    count_skipped,
+    escape_member,
+    explain_suffixes,
+    find_skipped_folder,
     format_suffixes,
     get_suffix,
     has_dicom_magic,
@@ -90,12 +94,16 @@ def find_images(location: str) -> Listing:
     Files without a suffix are included if their first 132 bytes are those of DICOM (a DICOMDIR is not an image).
     Archives are read once, which takes as long as unpacking them. A member is left out if the same file is also
     unpacked next to the archive (`images_001.tar.gz` and `images/a.png` or `images_001/images/a.png`). Names that start
-    with a dot (macOS writes `._` files) are left out and not counted. Links to folders are followed; a folder that is
-    reachable in several ways is listed once.
+    with a dot (macOS writes `._` files) are left out and not counted. Folders with thumbnails or deleted files, such as
+    `@eaDir`, are left out and counted. Links to folders are followed; a folder that is reachable in several ways is
+    listed once.
+
+    Raises:
+        InputError: nothing is found, something cannot be listed, or a local path reads as a member of an archive.
     """
     left_out: Counter[str] = Counter()
     unpacked = 0
-    if is_archive(location):
+    if is_archive(location) and not os.path.isdir(location):
         root = f"{location}::"
         paths = _to_chunks(f"{root}{name}" for name in _keep_utf8(scan_archive(location, left_out), left_out))
     else:
@@ -109,7 +117,8 @@ def find_images(location: str) -> Listing:
             raise InputError(f"{location}: {_IS_FILE if os.path.exists(location) else _NO_FOLDER}")
         paths, unpacked = _expand_archives(paths, mark + options, left_out)
     if not len(paths):
-        others = f" (left out: {format_suffixes(left_out)})" if left_out else ""
+        others = "; ".join([f"left out: {format_suffixes(left_out)}", *explain_suffixes(left_out)])
+        others = f" ({others})" if left_out else ""
         raise InputError(
             f"{redact(location)}: no images found{others}; searched it and all folders and archives below for "
             f"{', '.join(IMAGE_SUFFIXES)}"
@@ -124,6 +133,8 @@ def _list_local(root: str, left_out: Counter[str]) -> Iterator[str]:
     while pending:
         path = pending.pop()
         if not path.endswith("/"):
+            if "::" in path and split_member(path):
+                raise InputError(f"{path}: reads as a member of an archive; rename it so that no `::` follows .tar")
             yield path
             continue
         try:
@@ -145,6 +156,9 @@ def _list_local(root: str, left_out: Counter[str]) -> Iterator[str]:
 def _entry_name(entry: os.DirEntry[str], left_out: Counter[str]) -> str | None:
     """Return the name of an image or an archive, or of a folder with a final `/`; None for other entries."""
     name = entry.name
+    if (skipped := find_skipped_folder([name])) and entry.is_dir():
+        count_skipped([skipped], left_out)
+        return None
     if name.startswith("."):
         return None
     if entry.is_dir():
@@ -172,7 +186,7 @@ def _list_uri(location: str, root: str, options: str, left_out: Counter[str]) ->
             raise InputError(f"{shown}: {_NO_FOLDER if kind == arrow_fs.FileType.NotFound else _IS_FILE}")
         entries = store.get_file_info(arrow_fs.FileSelector(base, recursive=True))
         names = _keep_utf8(_uri_names(store, base, entries, left_out), left_out)
-        paths = _to_chunks(f"{root}{quote(name, safe=URI_SAFE)}{options}" for name in names)
+        paths = _to_chunks(escape_member(f"{root}{quote(name, safe=URI_SAFE)}{options}") for name in names)
         return paths.take(pc.sort_indices(paths))
     except InputError:
         raise
@@ -191,11 +205,17 @@ def _uri_names(store: Any, base: str, entries: list[Any], left_out: Counter[str]
     """Yield the names of images and archives below `base`, and empty `entries`, which can be large."""
     skip = len(base.rstrip("/")) + 1
     unknown: list[str] = []
+    skipped: set[str] = set()
     while entries:
         entry = entries.pop()
         path = entry.path[skip:]
-        name = path.rsplit("/", 1)[-1]
-        if entry.type != arrow_fs.FileType.File or path.startswith(".") or "/." in path:
+        *folders, name = path.split("/")
+        if entry.type != arrow_fs.FileType.File:
+            continue
+        if (folder := find_skipped_folder(folders)) is not None:
+            skipped.add(folder)
+            continue
+        if path.startswith(".") or "/." in path:
             continue
         if is_image_name(name) or is_archive(name):
             yield path
@@ -203,6 +223,7 @@ def _uri_names(store: Any, base: str, entries: list[Any], left_out: Counter[str]
             unknown.append(path)
         else:
             left_out[get_suffix(name)] += 1
+    count_skipped(skipped, left_out)
     if unknown:
         # One request each, mostly waiting.
         with ThreadPoolExecutor(_SNIFF_THREADS, thread_name_prefix="sniff") as pool:
@@ -238,13 +259,14 @@ def _expand_archives(paths: pa.ChunkedArray, options: str, left_out: Counter[str
         return paths, 0
     pieces: list[pa.Array] = []
     unpacked = next_row = 0
+    composed = pc.utf8_normalize(paths, form="NFC")  # macOS unpacks `é` as two characters
     with Progress("list", len(rows), unit="archives", last_line=False) as progress:
         for row in rows:
             archive = paths[row].as_py()
             names = list(_keep_utf8(scan_archive(archive, left_out), left_out))
             members = _to_chunks(f"{archive}::{name}" for name in names)
             if len(paths) > len(rows):
-                duplicates = _find_unpacked(archive, names, options, paths)
+                duplicates = _find_unpacked(archive, names, options, composed)
                 unpacked += duplicates.true_count
                 members = members.filter(pc.invert(duplicates))
             pieces += [*paths.slice(next_row, row - next_row).chunks, *members.chunks]
@@ -255,7 +277,9 @@ def _expand_archives(paths: pa.ChunkedArray, options: str, left_out: Counter[str
 
 
 def _find_unpacked(archive: str, members: list[str], options: str, paths: pa.ChunkedArray) -> pa.BooleanArray:
-    """Return which members are also files in the archive's folder, or in a folder with the archive's name: bool [n]."""
+    """Return which members are also files in the archive's folder, or in a folder with the archive's name: bool [n].
+    `paths` are in Unicode's form NFC.
+    """
     path = archive.removesuffix(options)
     stem = path[: -len(next(end for end in sorted(ARCHIVE_SUFFIXES, key=len)[::-1] if path.lower().endswith(end)))]
     names = [name.removeprefix("./") for name in members]
@@ -263,7 +287,7 @@ def _find_unpacked(archive: str, members: list[str], options: str, paths: pa.Chu
         names = [quote(name, safe=URI_SAFE) for name in names]
     result = pa.array(np.zeros(len(members), bool))
     for folder in (path.rpartition("/")[0], stem):
-        expected = _to_chunks(f"{folder}/{name}{options}" for name in names)
+        expected = pc.utf8_normalize(_to_chunks(f"{folder}/{name}{options}" for name in names), form="NFC")
         # In this order the hash table is never larger than one archive.
         present = paths.filter(pc.is_in(paths, value_set=expected.combine_chunks()))
         result = pc.or_(result, pc.is_in(expected, value_set=present.combine_chunks()).combine_chunks())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -27,10 +27,19 @@ _MEMBER = re.compile(MEMBER_PATTERN)
 _SUFFIX = re.compile(r"\.[A-Za-z0-9_~-]{0,11}[A-Za-z~][A-Za-z0-9_~-]{0,11}$")
 #: A DICOM file starts with 128 arbitrary bytes, then these (PS3.10, 7.1).
 DICOM_HEAD, _DICOM_MAGIC = 132, b"DICM"
+#: Files and folders that operating systems and network drives put into any folder, in lower case.
+_SYSTEM_NAMES = frozenset(
+    {".ds_store", ".localized", ".directory", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir"}
+)
+#: Folders with thumbnails or deleted files, in lower case. Their files are copies, or belong to no image.
+_SKIPPED_FOLDERS = frozenset({"@eadir", "#recycle", "$recycle.bin", ".@__thumb", ".thumbnails", ".trashes", "__macosx"})
 #: Key in `left_out` of files whose names are not UTF-8, so that no table can hold them.
 NOT_UTF8 = "not named in UTF-8"
 CHUNK_ROWS = 1 << 16
 _SHOWN_SUFFIXES = 5
+#: Suffixes that DICOM files have besides those of `IMAGE_SUFFIXES`, and suffixes of compressed files.
+_DICOM_SUFFIXES = (".ima", ".dic", ".dc3", ".dcm30", ".acr")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 
 
 def is_uri(path: str) -> bool:
@@ -39,11 +48,27 @@ def is_uri(path: str) -> bool:
 
 
 def format_suffixes(left_out: dict[str, int]) -> str:
-    """Return counts by suffix as text: `12 .txt, 3 without suffix, 7 others`."""
+    """Return counts by suffix as text: `12 .txt, 3 without suffix, 7 others`. Suffixes of images are always named."""
     counts = Counter(left_out).most_common()
-    parts = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in counts[:_SHOWN_SUFFIXES]]
-    rest = sum(count for _, count in counts[_SHOWN_SUFFIXES:])
+    shown = [pair for place, pair in enumerate(counts) if place < _SHOWN_SUFFIXES or _get_remedy(pair[0])]
+    parts = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in shown]
+    rest = sum(left_out.values()) - sum(count for _, count in shown)
     return ", ".join(parts + ([f"{rest:,} others"] if rest else []))
+
+
+def explain_suffixes(left_out: dict[str, int]) -> list[str]:
+    """Return a sentence for each kind of files left out that may be images: how to include them."""
+    remedies: dict[str, list[str]] = {}
+    for suffix in sorted(left_out):
+        if remedy := _get_remedy(suffix):
+            remedies.setdefault(remedy, []).append(suffix)
+    return [f"files with {', '.join(suffixes)} may be images: {remedy}" for remedy, suffixes in remedies.items()]
+
+
+def _get_remedy(suffix: str) -> str:
+    if suffix in _DICOM_SUFFIXES:
+        return "to include them, rename them to .dcm, or add links with that suffix"
+    return "to include them, unpack them" if suffix.endswith(_COMPRESSED) and suffix.count(".") > 1 else ""
 
 
 def split_member(path: str | None) -> tuple[str, str] | None:
@@ -63,9 +88,37 @@ def is_image_name(name: str) -> bool:
 
 
 def get_suffix(name: str) -> str:
-    """Return the suffix of a file's name in lower case; `""` for none, and for a number at the end of a UID."""
+    """Return the suffix of a file's name in lower case; `""` for none, and for a number at the end of a UID.
+
+    Of a compressed image it is both suffixes, such as `.dcm.gz`.
+    """
     match = _SUFFIX.search(name)
-    return match[0].lower() if match else ""
+    suffix = match[0].lower() if match else ""
+    if suffix in _COMPRESSED:
+        inner = get_suffix(name[: -len(suffix)])
+        return inner + suffix if inner in (*IMAGE_SUFFIXES, *_DICOM_SUFFIXES) else suffix
+    return suffix
+
+
+def is_system_file(name: str) -> bool:
+    """Whether an operating system leaves a file of this name, such as `Thumbs.db` or `._a.png`, in folders it shows."""
+    return name.startswith("._") or name.lower() in _SYSTEM_NAMES
+
+
+def find_skipped_folder(folders: list[str]) -> str | None:
+    """Return the path of the first folder that holds thumbnails or deleted files, such as `@eaDir`; None for none."""
+    place = next((i for i, name in enumerate(folders) if name.lower() in _SKIPPED_FOLDERS), None)
+    return None if place is None else "/".join(folders[: place + 1])
+
+
+def count_skipped(folders: Iterable[str], left_out: Counter[str]) -> None:
+    """Add folders that `find_skipped_folder` returned to the counts of files left out."""
+    left_out.update(f"folders named {path.rpartition('/')[2]}" for path in folders)
+
+
+def escape_member(uri: str) -> str:
+    """Return the URI of a file so that `split_member` does not take a part of its name for a member of an archive."""
+    return uri.replace("::", "%3A%3A") if split_member(uri) else uri
 
 
 def may_be_dicom(name: str) -> bool:
@@ -119,8 +172,8 @@ def file_name(path: str) -> str:
 def file_names(paths: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return `file_name` of every path, string [n]."""
     chunks = []
-    for part in iter_slices(plain_paths(paths)):
-        names = pc.replace_substring_regex(part, r"(?s)^.*/", "")
+    for part in iter_slices(paths):
+        names = pc.replace_substring_regex(plain_paths(pa.chunked_array([part])), r"(?s)^.*/", "").combine_chunks()
         if pc.any(pc.match_substring(names, "::")).as_py():  # a member at the top of its archive
             names = pa.array([None if path is None else file_name(path) for path in part.to_pylist()], pa.string())
         chunks.append(names)

@@ -297,8 +297,10 @@ def open_file(path: Path) -> Iterator[pa.NativeFile]:
 
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether a path is inside a folder, or the folder itself; links are followed."""
-    inside, outside = (str(each.resolve()).partition("?")[0].rstrip("/") + "/" for each in (path, folder))
-    return inside.startswith(outside)
+    inside, outside = (as_store_path(each) for each in (path, folder))
+    if inside is not None and outside is not None:
+        return f"{inside.inner}/".startswith(f"{outside.inner}/")
+    return inside is None and outside is None and path.resolve().is_relative_to(folder.resolve())
 
 
 def to_arrow(path: Path) -> tuple[Any, str]:

@@ -19,7 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_archives import tar_of
+from test_run_folder import ODD
 
+from ray_cxr.data.manifest import describe_listing
 from ray_cxr.errors import ImageError, InputError
 from ray_cxr.storage import paths, remote, stores
 from ray_cxr.storage.files import Listing, find_images, read_bytes
@@ -225,6 +227,82 @@ def test_members_that_are_also_unpacked_are_listed_once(tmp_path: Path, place: s
     assert found.unpacked == 2
     assert sorted(map(file_name, found.paths.to_pylist())) == ["0 .png", "1 .png", "2 .png"]
     assert sum("::" in path for path in found.paths.to_pylist()) == 1
+
+
+def test_an_unpacked_member_in_another_unicode_form_is_listed_once(tmp_path: Path) -> None:
+    write_files(tmp_path, {"a.tar": tar_of(("s/Ren\u00e9.png", b"x"), ("s/b.png", b"x")), "s/Rene\u0301.png": b"x"})
+    found = find_images(str(tmp_path))
+    assert (found.unpacked, names(found)) == (1, ["a.tar::s/b.png", "s/Rene\u0301.png"])
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_folders_and_files_of_any_name_are_listed_and_read(tmp_path: Path, odd: str, address: Any) -> None:
+    write_files(tmp_path, {f"d{odd}e/f{odd}g.png": b"1", f"d{odd}e/x.tar": tar_of((f"m{odd}.png", b"2"))})
+    found = find_images(address(tmp_path / f"d{odd}e"))
+    assert [read_bytes(path) for path in found.paths.to_pylist()] == [b"1", b"2"]
+    assert file_names(found.paths).to_pylist() == [f"f{odd}g.png", f"m{odd}.png"]
+    assert names(find_images(str(tmp_path))) == [f"d{odd}e/f{odd}g.png", f"d{odd}e/x.tar::m{odd}.png"]
+
+
+def test_a_folder_named_as_an_archive_is_a_folder(tmp_path: Path) -> None:
+    write_files(tmp_path, {"x.tar/a.png": b"1", "x.tar/y.tgz/b.png": b"2"})
+    found = find_images(str(tmp_path / "x.tar"))
+    assert [read_bytes(path) for path in found.paths.to_pylist()] == [b"1", b"2"]
+
+
+def test_a_local_name_that_reads_as_a_member_is_refused_by_name(tmp_path: Path) -> None:
+    write_files(tmp_path, {"a.png": b"1", "sub/x.tar::b.png": b"2"})
+    assert listing_error(str(tmp_path)).startswith(f"{tmp_path}/sub/x.tar::b.png: reads as a member of an archive; ")
+    found = find_images(tmp_path.as_uri())  # its escapes tell it from a member
+    assert [read_bytes(path) for path in found.paths.to_pylist()] == [b"1", b"2"]
+    assert file_names(found.paths).to_pylist() == ["a.png", "x.tar::b.png"]
+    with pytest.raises(ImageError, match="missing: no such archive"):
+        read_bytes(str(tmp_path / "sub" / "x.tar::b.png"))
+
+
+#: Names of files, and how they are counted.
+OTHERS = {
+    "1.IMA": ".ima", "2.ima": ".ima", "3.dic": ".dic", "4.dcm.gz": ".dcm.gz", "5.PNG.zip": ".png.zip",
+    "6.txt.gz": ".gz", "7.ima.bz2": ".ima.bz2", "1.2.840.5.gz": ".gz",
+    **{f"{i}.{kind}": f".{kind}" for kind in ("txt", "csv", "xml", "md", "doc") for i in range(9)},
+}  # fmt: skip
+
+
+def test_files_that_may_be_images_are_named_with_the_remedy(tmp_path: Path, address: Any) -> None:
+    assert {name: paths.get_suffix(name) for name in OTHERS} == OTHERS
+    write_files(tmp_path / "only", dict.fromkeys(OTHERS, DICOM))
+    error = listing_error(address(tmp_path / "only"))
+    counts = "9 .txt, 9 .csv, 9 .xml, 9 .md, 9 .doc, 2 .ima, 1 .dic, 1 .dcm.gz, 1 .png.zip, 1 .ima.bz2, 2 others"
+    assert sorted(error.partition("left out: ")[2].partition(";")[0].split(", ")) == sorted(counts.split(", "))
+    unpack, rename = (
+        "files with .dcm.gz, .ima.bz2, .png.zip may be images: to include them, unpack them",
+        "files with .dic, .ima may be images: to include them, rename them to .dcm, or add links with that suffix",
+    )
+    assert f"; {unpack}" in error
+    assert f"; {rename}" in error
+    write_files(tmp_path / "only", {"a.png": b"x"})
+    assert set(describe_listing(find_images(address(tmp_path / "only")).left_out, 0)[1:]) == {rename, unpack}
+    assert describe_listing({".txt": 1, ".gz": 2}, 0) == ["files left out because they are not images: 2 .gz, 1 .txt"]
+
+
+def test_folders_of_thumbnails_are_skipped_and_counted(tmp_path: Path, address: Any) -> None:
+    skipped = ("@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg", "s/@eaDir/b.png", "s/@eaDir/c/d.txt", "__MACOSX/s/._a.png")
+    more = (".thumbnails/a.png", "#recycle/old.png", "$RECYCLE.BIN/x.png", ".@__thumb/default.jpg")
+    files = dict.fromkeys(("a.png", "s/eaDir/b.png", "s/@eaDir.png", *skipped, *more), b"x")
+    left_out = {"folders named @eaDir": 2} | {
+        f"folders named {name}": 1 for name in ("__MACOSX", ".thumbnails", "#recycle", "$RECYCLE.BIN", ".@__thumb")
+    }
+    write_files(tmp_path / "set", files)
+    (tmp_path / "x.tar").write_bytes(tar_of(*files.items()))
+    for location in (address(tmp_path / "set"), address(tmp_path / "x.tar")):
+        found = find_images(location)
+        assert sorted(names(found)) == ["a.png", "s/@eaDir.png", "s/eaDir/b.png"]
+        assert found.left_out == left_out
+    assert describe_listing({"folders named @eaDir": 2, ".txt": 1}, 0) == [
+        "files left out because they are not images: 2 folders named @eaDir, 1 .txt"
+    ]
+    # A folder that the user names is listed.
+    assert names(find_images(address(tmp_path / "set" / "s" / "@eaDir"))) == ["b.png"]
 
 
 @contextlib.contextmanager
