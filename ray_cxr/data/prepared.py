@@ -15,6 +15,7 @@ spans two archives, so shards then differ in length.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections import Counter
@@ -42,52 +43,61 @@ from ray_cxr.storage.archives import read_members
 FORMAT, FORMAT_WITH_ARCHIVES = 2, 3
 
 
-def prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings) -> dict[int, Counter[str]]:
+def prepare(
+    manifest: str | Path,
+    out: str | Path,
+    settings: PrepareSettings,
+    start_ray: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> dict[int, Counter[str]]:
     """Decode and resize every image of a manifest to `out`, which all nodes share, or continue an earlier run.
+
+    Args:
+        start_ray: returns a context in which Ray runs; it is entered after the checks.
 
     Returns:
         Counts of rows by error code for each size; `ok` counts rows without an error.
 
     Raises:
         TableError: not a manifest, or one without a path.
-        OutputError: `out` holds sets of another manifest or with other settings.
+        OutputError: `out` holds sets of another manifest or with other settings, or another command writes there.
     """
-    import ray
-
     out = remote.to_path(out)
     table, wanted = check(manifest, out, settings)
-    units = plan_units(table["path"], settings.rows_per_shard)
-    n_rows = len(table)
-    cluster.require_shared(out, {"an image at": first_location(table["path"])})
-    run_folder.create_run(out, wanted)
-    ranges = [range_ for unit in units for range_ in unit.ranges]
-    if not (out / "manifest.parquet").exists():
-        _freeze(table, out / "manifest.parquet", ranges)
-    del table
-    for size in settings.sizes:
-        (out / str(size)).mkdir(exist_ok=True)
+    with run_folder.lock(out, "prepare"), start_ray():
+        import ray  # after `start_ray`, which sets its environment
 
-    def find_pending(*_: Any) -> list[tasks.Task]:
-        existing = [_list_shards(out, size) for size in settings.sizes]
-        return [task for unit in units if (task := _make_task(unit, existing))]
+        units = plan_units(table["path"], settings.rows_per_shard)
+        n_rows = len(table)
+        cluster.require_shared(out, {"an image at": first_location(table["path"])})
+        run_folder.create_run(out, wanted)
+        ranges = [range_ for unit in units for range_ in unit.ranges]
+        if not (out / "manifest.parquet").exists():
+            _freeze(table, out / "manifest.parquet", ranges)
+        del table
+        for size in settings.sizes:
+            (out / str(size)).mkdir(exist_ok=True)
 
-    def build_dataset(pending: list[tasks.Task]) -> Any:
-        # One block per task, so that a lost node loses few shards.
-        dataset = ray.data.from_items(pending, override_num_blocks=len(pending))
-        arguments = {"out": remote.to_address(out), "settings": settings}
-        dataset = tasks.map_once(dataset, _run_task, fn_kwargs=arguments, num_cpus=1)
-        cpus = sum(node["Resources"].get("CPU", 0) for node in cluster.list_nodes())
-        dataset.context.max_errored_blocks = int(tasks.MAX_LOST_PER_WORKER * max(1, cpus))
-        return dataset
+        def find_pending(*_: Any) -> list[tasks.Task]:
+            existing = [_list_shards(out, size) for size in settings.sizes]
+            return [task for unit in units if (task := _make_task(unit, existing))]
 
-    if todo := find_pending():
-        pending = sum(sum(task["rows"]) for task in todo)
-        progress = Progress("prepare", n_rows, done=n_rows - pending)
-        show = _make_progress(out, settings.sizes, ranges, progress)
-        with progress, cluster.log_node_changes("prepare"), tasks.poll(show, "prepare"):
-            for _ in tasks.run_with_retries(todo, build_dataset, find_pending):
-                pass  # `show` reports the shards that the tasks write
-    return {size: _count_rows(out, size, ranges) for size in settings.sizes}
+        def build_dataset(pending: list[tasks.Task]) -> Any:
+            # One block per task, so that a lost node loses few shards.
+            dataset = ray.data.from_items(pending, override_num_blocks=len(pending))
+            arguments = {"out": remote.to_address(out), "settings": settings}
+            dataset = tasks.map_once(dataset, _run_task, fn_kwargs=arguments, num_cpus=1)
+            cpus = sum(node["Resources"].get("CPU", 0) for node in cluster.list_nodes())
+            dataset.context.max_errored_blocks = int(tasks.MAX_LOST_PER_WORKER * max(1, cpus))
+            return dataset
+
+        if todo := find_pending():
+            pending = sum(sum(task["rows"]) for task in todo)
+            progress = Progress("prepare", n_rows, done=n_rows - pending)
+            show = _make_progress(out, settings.sizes, ranges, progress)
+            with progress, cluster.log_node_changes("prepare"), tasks.poll(show, "prepare"):
+                for _ in tasks.run_with_retries(todo, build_dataset, find_pending):
+                    pass  # `show` reports the shards that the tasks write
+        return {size: _count_rows(out, size, ranges) for size in settings.sizes}
 
 
 def check(manifest: str | Path, out: Path, settings: PrepareSettings) -> tuple[pa.Table, dict[str, Any]]:

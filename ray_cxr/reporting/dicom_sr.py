@@ -89,7 +89,7 @@ def export_sr(scores: str | Path, out: str | Path) -> Export:
         ConfigError: highdicom is not installed.
         InputError: the scores are unfinished, not a score folder, or contain no DICOM image.
         TableError: the score table is damaged.
-        OutputError: `out` belongs to other scores, or cannot be written.
+        OutputError: `out` belongs to other scores, cannot be written, or another command writes there.
     """
     extras.require("highdicom", KIND)
     from ray_cxr.reporting import sr_document
@@ -106,20 +106,21 @@ def export_sr(scores: str | Path, out: str | Path) -> Export:
     finished = _find_finished(out, folder)
     if finished is not None:
         return finished
-    # Values of headers are copied unchanged, as the PACS has them, even if they are invalid.
-    with pydicom.config.disable_value_validation():
-        plan = sr_studies.plan_export(folder.scores)
-    if not plan.headers and FAILED not in plan.outcomes:
-        raise InputError(
-            f"{scores}: none of its {len(plan.outcomes):,} rows is a scored DICOM image, and structured reports refer "
-            "to DICOM images; score a folder of DICOM files"
-        )
-    run_folder.create_run(out, settings)
-    try:
-        run_folder.clear_complete(out)
-        return _write_export(out, folder, plan)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None
+    with run_folder.lock(out, KIND):
+        # Values of headers are copied unchanged, as the PACS has them, even if they are invalid.
+        with pydicom.config.disable_value_validation():
+            plan = sr_studies.plan_export(folder.scores)
+        if not plan.headers and FAILED not in plan.outcomes:
+            raise InputError(
+                f"{scores}: none of its {len(plan.outcomes):,} rows is a scored DICOM image, and structured reports "
+                "refer to DICOM images; score a folder of DICOM files"
+            )
+        run_folder.create_run(out, settings)
+        try:
+            run_folder.clear_complete(out)
+            return _write_export(out, folder, plan)
+        except OSError as error:
+            raise OutputError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None
 
 
 def _find_finished(out: Path, folder: ScoreFolder) -> Export | None:
@@ -180,7 +181,9 @@ def _write_export(out: Path, folder: ScoreFolder, plan: ExportPlan) -> Export:
 def _read_earlier_reports(out: Path) -> dict[int, str]:
     """Return the document of each row from an earlier run in `out`."""
     try:
-        column = pq.read_table(out / "images.parquet", columns=["report"])["report"].to_pylist()
+        # `read_table` with a path would make columns of folders that are named as `report=1`.
+        with pq.ParquetFile(out / "images.parquet") as file:
+            column = file.read(columns=["report"])["report"].to_pylist()
     except (OSError, KeyError, pa.ArrowException):
         return {}
     return {row: report for row, report in enumerate(column) if report and sr_studies.UID_TEXT.fullmatch(report)}

@@ -41,6 +41,7 @@ from ray_cxr.scoring.plan import KIND, REMEDY, ScorePlan, ScoreReport, ScoreRequ
 from ray_cxr.scoring.pool import ActorPlan, build_dataset, plan_drawing, plan_scoring, run_tasks, show_files
 from ray_cxr.scoring.ranges import INPUT, SCORES, ScoreJob, TaskResult
 from ray_cxr.storage import atomic, remote, run_folder
+from ray_cxr.storage.paths import is_system_file
 from ray_cxr.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def score(request: ScoreRequest, start_ray: StartRay = contextlib.nullcontext) -
             rows are pending.
 
     Raises:
-        InputError: the bundle, the input or a setting is wrong, or `out` holds another run.
+        InputError: the bundle, the input or a setting is wrong, or `out` holds or is used by another run.
         ErrorRateExceeded: all rows are written, and more of them failed than `max_error_rate` allows.
     """
     started = time.monotonic()
@@ -77,10 +78,11 @@ def score(request: ScoreRequest, start_ray: StartRay = contextlib.nullcontext) -
         if plan.drawing is not None:
             report.heatmaps = heatmaps.count_maps(plan.out, plan.ranges)
     else:
-        with start_ray() if plan.has_work else contextlib.nullcontext():
-            times["Ray"] = time.time()
-            _execute(plan, report, times, started)
-        _finalise(plan, report)
+        with run_folder.lock(plan.out, "score"):
+            with start_ray() if plan.has_work else contextlib.nullcontext():
+                times["Ray"] = time.time()
+                _execute(plan, report, times, started)
+            _finalise(plan, report)
     _check_error_rate(report, request.settings.max_error_rate)
     return report
 
@@ -232,8 +234,8 @@ def _count_rows(plan: ScorePlan, run: str) -> Counter[str]:
         if not same or models - {plan.bundle.digest} or written_by != run:
             raise OutputError(f"{part}: does not hold the rows of this run; remove it and run score again")
         counts.update("ok" if code is None else code for code in table["error_code"].to_pylist())
-    extra = {path.name for path in folder.glob("*.parquet")} - {part.name for part in parts}
-    if extra:
+    found = {path.name for path in folder.glob("*.parquet") if not is_system_file(path.name)}
+    if extra := found - {part.name for part in parts}:
         raise OutputError(f"{folder}: holds {min(extra)}, which does not belong to this run; remove it")
     return counts
 

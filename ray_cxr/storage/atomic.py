@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 
 from ray_cxr.errors import OutputError
 from ray_cxr.storage import remote
+from ray_cxr.storage.paths import is_system_file
 
 
 def write(path: str | Path, produce: Callable[[Path], object]) -> None:
@@ -54,14 +56,20 @@ def new_folder(path: Path, last: str) -> Iterator[Path]:
         part.mkdir(parents=True)
         try:
             yield part
-            part.rename(path)
+            try:
+                part.rename(path)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                raise OutputError(f"{path}: another command has written it now; choose another folder") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return
     with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name:
         yield Path(name)
         files = sorted(Path(name).iterdir(), key=lambda file: (file.name == last, file.name))
-        if foreign := {file.name for file in store_path.glob("*") if file.name} - {file.name for file in files}:
+        present = {file.name for file in store_path.glob("*") if file.name and not is_system_file(file.name)}
+        if foreign := present - {file.name for file in files}:
             raise OutputError(f"{path}: holds another file, {min(foreign)}; choose another folder")
         for file in files:
             write(path / file.name, functools.partial(shutil.copyfile, file))

@@ -2,9 +2,9 @@
 
     OUT/settings.json   written first: settings that a later run must match
     OUT/_SUCCESS        written last: all output is complete
-    OUT/.lock           held while a command writes here; the system releases it when the process ends
+    OUT/.lock           held and removed by the command that writes here; the system releases it if the process dies
 
-`OUT` may be in a bucket, except for `lock`, which needs a local path.
+`OUT` may be in a bucket, which has no locks.
 """
 
 from __future__ import annotations
@@ -13,16 +13,22 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ray_cxr.errors import InputError, OutputError
 from ray_cxr.storage import atomic, remote
+from ray_cxr.storage.paths import is_system_file
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
 SUCCESS = "_SUCCESS"
+LOCK = ".lock"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -92,7 +98,9 @@ def remove_settings(out: Path) -> None:
 def refuse_foreign(out: Path, kind: str) -> None:
     """Refuse a file, and a folder that another kind of command wrote, before `--fresh` removes anything."""
     _refuse_file(out)
-    if out.exists() and read_settings(out).get("kind") != kind and any(out.iterdir()):
+    if not out.exists() or read_settings(out).get("kind") == kind:
+        return
+    if any(path.name != LOCK and not is_system_file(path.name) for path in out.iterdir()):
         raise OutputError(f"{out}: holds files but no run of {kind}, so --fresh removes nothing; choose another --out")
 
 
@@ -125,20 +133,58 @@ def check_complete(path: Path, command: str) -> None:
 
 @contextlib.contextmanager
 def lock(out: Path, command: str) -> Iterator[None]:
-    """Hold the lock of a local folder, which is made if needed, while one process of `command` writes there."""
+    """Hold the lock of a local folder, which is made if needed, while one process of `command` writes there.
+
+    A folder that was made for the lock and is still empty is removed at the end. A bucket has no locks, and some shared
+    file systems have none: there, nothing is refused, and for a file system without locks a warning is logged.
+
+    Raises:
+        OutputError: another process holds the lock, or the folder cannot be written.
+    """
+    if remote.as_store_path(out) is not None:
+        yield
+        return
+    is_new = not out.exists()
+    descriptor = _open_lock(out, command)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise _cannot_write(out, error) from None
-    try:
+        yield
+    finally:
+        # Before the lock is released: later, another process could hold the lock of this file.
+        with contextlib.suppress(OSError):
+            (out / LOCK).unlink()
+        os.close(descriptor)
+        if is_new:
+            with contextlib.suppress(OSError):
+                out.rmdir()
+
+
+def _open_lock(out: Path, command: str) -> int:
+    """Return a descriptor that holds the lock of `out`; the file names its holder."""
+    path = out / LOCK
+    while True:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise _cannot_write(out, error) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"{out}: another `ray-cxr {command}` is running here; wait for it, or stop it") from None
-        yield
-    finally:
-        os.close(descriptor)
+            holder = os.read(descriptor, 1000).decode("utf-8", "replace") or "another command"
+            os.close(descriptor)
+            raise OutputError(
+                f"{out}: {holder} is writing here; wait for it, stop it, or choose another --out"
+            ) from None
+        except OSError as error:  # such as Lustre without its option `flock`
+            reason = error.strerror or type(error).__name__
+            logger.warning("%s: this file system has no locks (%s): start no second command here", out, reason)
+            return descriptor
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            with contextlib.suppress(OSError):  # on a full disk the holder has no name
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"`ray-cxr {command}` (process {os.getpid()} on {socket.gethostname()})".encode())
+            return descriptor
+        os.close(descriptor)  # its holder has just removed the file
 
 
 def _refuse_file(out: Path) -> None:

@@ -26,7 +26,7 @@ from ray_cxr.config import TrainSettings
 from ray_cxr.errors import RayCxrError, from_record, last_line, own_error
 from ray_cxr.models.bundle import Bundle
 from ray_cxr.storage import remote
-from ray_cxr.storage.run_folder import create_run, remove_settings
+from ray_cxr.storage.run_folder import create_run, lock, remove_settings
 from ray_cxr.training import schedule, worker
 from ray_cxr.training.checkpoints import read_progress
 from ray_cxr.training.export import CURVES, export_bundle, write_curves
@@ -67,7 +67,8 @@ def train(
         The bundle of the epoch with the best validation macro AUROC.
 
     Raises:
-        ConfigError, TableError, LeakError, OutputError, BundleError: an argument is wrong.
+        ConfigError, TableError, LeakError, OutputError, BundleError: an argument is wrong, or another command writes
+            to `out`.
         RayCxrError: training failed.
     """
     plan = plan_training(prepared, out, settings)
@@ -76,14 +77,14 @@ def train(
         if not (plan.out / CURVES).exists():
             write_curves(plan.out, plan.bundle)
         return plan.bundle
-    with start_ray():
+    with lock(plan.out, "train"), start_ray():
         for warning in plan.list_warnings():
             on_event(f"train: WARNING: {warning}")
         cluster.require_shared(plan.out, {"PREPARED": remote.to_path(prepared), "weights": plan.settings.weights})
         with cluster.log_node_changes("train", on_event):
             fit(plan, use_gpu=use_gpu, callbacks=callbacks, started=started, on_event=on_event)
         bundle = export_bundle(plan, plan.out / "bundle")
-    write_curves(plan.out, bundle)
+        write_curves(plan.out, bundle)
     return bundle
 
 
