@@ -101,7 +101,7 @@ def read_heatmaps(scores: str | Path, image_ids: Collection[str] | None = None) 
         TableError: there are no heat maps, or a file is damaged.
     """
     folder = remote.to_path(scores) / FOLDER
-    parts = sorted(folder.glob("part-*.parquet"))
+    parts = _list_parts(folder)
     if not parts:
         raise TableError(f"{scores}: has no heat maps; make them with `ray-cxr score ... --heatmaps K`")
     wanted = None if image_ids is None else set(image_ids)
@@ -114,6 +114,15 @@ def read_heatmaps(scores: str | Path, image_ids: Collection[str] | None = None) 
         except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):
             raise TableError(f"{part}: damaged or not a file of heat maps; remove it and draw them again") from None
     return maps
+
+
+def has_heatmaps(scores: str | Path) -> bool:
+    """Whether a folder of scores holds heat maps."""
+    return bool(_list_parts(remote.to_path(scores) / FOLDER))
+
+
+def _list_parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-*.parquet"))
 
 
 def _parse_row(row: dict[str, Any], folder: Path) -> HeatMap:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from ray_cxr.imaging.overlays import FOLDER, HeatMap, read_heatmaps
+from ray_cxr.imaging.overlays import HeatMap, has_heatmaps, read_heatmaps
 from ray_cxr.imaging.sandbox import Decoder, Failure
 from ray_cxr.labels import FINDINGS, NO_FINDING
 from ray_cxr.reporting.evaluation_set import EvaluationSet
 from ray_cxr.reporting.image_figures import Example, HeatmapExample, Radiograph
 from ray_cxr.reporting.scores import Scores
-from ray_cxr.storage import remote
 
 #: Number of tiles in a band of examples, in a band of heat maps, and on the page of radiographs.
 _EXAMPLES, _HEATMAPS, _RADIOGRAPHS = 4, 3, 12
@@ -112,7 +111,7 @@ def select_heatmap_examples(table: Scores, evaluated: EvaluationSet) -> list[tup
     scores and flagged negatives with the highest scores. A band takes one case per finding before a second case of a
     finding. Cases with a heat map come first, because maps are drawn for an image's highest findings only.
     """
-    if table.run_folder is None or not (remote.to_path(table.run_folder) / FOLDER).is_dir():
+    if table.run_folder is None or not has_heatmaps(table.run_folder):
         return []
     maps = read_heatmaps(table.run_folder, set(table.ids[evaluated.rows]))
     bands = (

@@ -149,7 +149,7 @@ def read_folder(path: Path) -> ScoreFolder:
             finished=finished.astimezone(datetime.UTC),
         )
         settings_digest = run_folder.digest_settings(path)
-        for part in sorted((path / "scores").glob("*.parquet")):
+        for part in sorted((path / "scores").glob("part-*.parquet")):
             sink.update(hashlib.sha256(part.read_bytes()).digest())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise TableError(f"{path}: model.json, run.json or settings.json is missing or damaged; score again") from None

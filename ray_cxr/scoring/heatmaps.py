@@ -183,7 +183,6 @@ def remove_maps(out: Path) -> None:
     for pattern in ("part-*.parquet", *(f"*.{name}.png" for name in LABELS)):
         remote.remove_files(folder.glob(pattern))
     remove_partial_files(out)
-    # `report` takes this folder as a sign of heat maps, and fails if it holds none.
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
