@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import numpy as np
 import optuna
@@ -126,8 +127,10 @@ class StudyPlan:
         from sqlalchemy.engine import make_url
         from sqlalchemy.exc import ArgumentError
 
+        if self.settings.storage is None:
+            return _make_address(self.out)
         try:
-            parts = make_url(self.settings.storage or f"sqlite:///{self.out / 'study.db'}")
+            parts = make_url(self.settings.storage)
         except (ArgumentError, ValueError):
             raise ConfigError(
                 "tune.storage: not an Optuna storage; write a database URL such as sqlite:////data/studies.db or "
@@ -150,7 +153,7 @@ class StudyPlan:
         self.out.mkdir(parents=True, exist_ok=True)
         identity = read_settings(self.out).get("id") or uuid.uuid4().hex
         storage = self.describe_storage()
-        url = self.settings.storage or f"sqlite:///{self.out.absolute() / 'study.db'}"
+        url = self.settings.storage or _make_address(self.out.absolute())
         options = {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {}
         try:
             study = optuna.create_study(
@@ -202,6 +205,11 @@ class StudyPlan:
 
     def folder(self, number: int) -> Path:
         return self.out / TRIALS / f"{number:04d}"
+
+
+def _make_address(out: Path) -> str:
+    """Return the URL of STUDY/study.db, with escapes (`%3F`): Optuna and SQLAlchemy interpret `?`, `%` and `{}`."""
+    return f"sqlite:///{quote(str(out / 'study.db'))}"
 
 
 def list_prepared_sizes(prepared: Path) -> tuple[int, ...]:

@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from optuna.trial import TrialState
+from sqlalchemy.engine import make_url
 from studies import get_refusal
+from test_run_folder import ODD, ODD_NAME
 
 from ray_cxr.config import TrainSettings, TuneSettings
 from ray_cxr.data.prepared import PreparedSet
@@ -199,6 +201,23 @@ def test_a_storage_belongs_to_one_folder_and_a_folder_to_one_storage(prepared: P
         with pytest.raises(OutputError, match=r"a: .*storage"):
             plan_of(prepared, tmp_path / "a").open_study()
     assert len(plan_of(prepared, tmp_path / "a", storage=storage).open_study().trials) == 1
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_the_address_of_a_study_names_its_file(odd: str) -> None:
+    address = plans._make_address(Path(f"/data/a{odd}b"))
+    filled = optuna.storages.RDBStorage._fill_storage_url_template(address)
+    assert make_url(filled).database == f"/data/a{odd}b/study.db"
+    assert make_url(filled).query == {}
+
+
+def test_a_study_lies_in_its_folder_of_any_name(prepared: Path, tmp_path: Path) -> None:
+    plan = plan_of(prepared, tmp_path / ODD_NAME)
+    ask(plan, plan.open_study(), 1)
+    assert [path.name for path in tmp_path.iterdir()] == [ODD_NAME]
+    assert {path.name for path in plan.out.iterdir()} == {"settings.json", "study.db"}
+    assert plan.describe_storage() == plans._make_address(plan.out)
+    assert len(plan_of(prepared, plan.out).open_study().trials) == 1
 
 
 @pytest.mark.parametrize(
