@@ -11,7 +11,7 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "study_id": ("studyid", "studyinstanceuid"),
     "age": ("patientage", "age"),
     "sex": ("patientgender", "patientsex", "sex", "gender"),
-    "view": ("viewposition", "view"),
+    # Several of these can be in one table; see `CsvTable.find_all` and `views.choose_view`.
+    "view": (
+        *("viewposition", "view", "projection", "viewpositiondicom", "viewcodesequencecodemeaning"),
+        *("frontallateral", "appa"),
+    ),
     "follow_up": ("followup",),
 }
 KNOWN_HEADERS = frozenset(spelling for spellings in COLUMNS.values() for spelling in spellings)
@@ -56,6 +60,11 @@ class CsvTable:
         headers = {normalize_header(name): name for name in reversed(self.headers)}
         matches = {name: [headers[text] for text in texts if text in headers] for name, texts in spellings.items()}
         return {name: columns[0] for name, columns in matches.items() if columns}
+
+    def find_all(self, spellings: Sequence[str]) -> list[str]:
+        """Return the headers of all columns that one of the spellings spells, in the order of the spellings."""
+        found = [self.find_columns({"": (spelling,)}) for spelling in spellings]
+        return [columns[""] for columns in found if columns]
 
     def find_labels(self, canonicalize: Callable[[str], str | None]) -> dict[str, str]:
         """Return the headers of columns for labels, by the label that `canonicalize` returns for the header."""
@@ -96,14 +105,14 @@ class CsvTable:
         ids = ids.where(ids.notna(), None)
         named = image_ids.where(image_ids.str.match(_NIH_NAME)).str.slice(0, 8)
         same = named.notna() & ids.notna() & (ids.astype("string").str.zfill(8) == named)
-        return ids.mask(same.fillna(False).astype(bool), ids.astype("string").str.lstrip("0").astype("object"))
+        return ids.mask(same.fillna(False).astype(bool), ids.str.replace(r"^0+(?=.)", "", regex=True))
 
     def read_optional(self, column: str | None) -> pd.Series:
-        """Return a column's text without outer blanks, None for empty cells and for a table without the column."""
+        """Return a column's text without outer blanks; None for `identity.MISSING`, or without the column."""
         if column is None:
             return pd.Series([None] * len(self.rows), index=self.rows.index, dtype="object")
         text = self.rows[column].str.strip().astype("object")
-        return text.where(text != "", None)
+        return text.mask(text.isin(identity.MISSING), None)
 
     def read_values(self, column: str, values: Mapping[str, int | None], expected: str) -> pd.Series:
         """Translate the cells of a column by `values`, in lower case and without outer blanks: Int8; refuse others."""

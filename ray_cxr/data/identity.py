@@ -24,6 +24,8 @@ from ray_cxr.errors import TableError
 COLUMNS: tuple[str, ...] = ("image_id", "patient_id", "study_id")
 REMEDY = (
     "format the column as text in the spreadsheet before saving, or export the table again from the source, "
+#: Text that stands for a missing value, as pandas and databases write it; as an id it would unite many patients.
+MISSING: tuple[str, ...] = ("", "nan", "NaN", "None", "null", "NULL", "<NA>")
     "ids as text in UTF-8"
 )
 
@@ -51,25 +53,46 @@ def check_series(column: pd.Series, source: str, *, images: bool = False) -> Non
 
 
 def read_ids(column: pa.ChunkedArray, name: str, source: str) -> pa.ChunkedArray:
-    """Return a Parquet column of ids as string [n], with nulls where a float is NaN; refuse ids that lost digits."""
+    """Return a Parquet column of ids as string [n], with the nulls of `to_text`; refuse ids that lost digits."""
     column = _decode_dictionary(column)
     if pa.types.is_floating(column.type):
         _check_floats(column, name, source)
     try:
         # Through binary, because Arrow does not validate the bytes of a string column.
-        text = to_text(column).cast(pa.binary()).cast(pa.string())
+        text = to_text(column, name).cast(pa.binary()).cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise TableError(f"{source}: column {name} is {column.type}, not text in UTF-8; {REMEDY}") from None
     _check_text(text, f"{source}: row", range(1, len(text) + 1), name, images=name == "image_id")
     return text
 
 
-def to_text(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
-    """Return a part of a checked column as string [n], as `read_ids` does."""
+def to_text(column: pa.ChunkedArray | pa.Array, name: str) -> pa.ChunkedArray | pa.Array:
+    """Return a part of a checked column as string [n], with nulls for NaN and, for patients and studies, `MISSING`."""
     column = _decode_dictionary(column)
     if pa.types.is_floating(column.type):
         column = _drop_nan(column)
-    return column.cast(pa.string())
+    text = column.cast(pa.string())
+    if name == "image_id":
+        return text
+    missing = pc.is_in(pc.ascii_trim_whitespace(text), value_set=pa.array(MISSING))
+    return pc.if_else(missing, pa.scalar(None, pa.string()), text)
+
+
+def find_ids(ids: Sequence[str] | np.ndarray, known: Sequence[str] | np.ndarray) -> np.ndarray:
+    """Return the position of each image id in the ids `known`, int [n], -1 for none.
+
+    An id that is not there counts as equal to one in another Unicode form (UAX #15): macOS, and archives made there,
+    write the letter of `é` and its accent as two characters in file names, and tables write one.
+    """
+    rows = {name: row for row, name in enumerate(known) if name is not None}
+    positions = np.array([rows.get(name, -1) for name in ids], dtype=np.int64)
+    missing = [row for row in np.flatnonzero(positions < 0).tolist() if ids[row] and not ids[row].isascii()]
+    if missing:
+        taken = set(positions.tolist())
+        free = {name: row for name, row in rows.items() if row not in taken and not name.isascii()}
+        composed = {unicodedata.normalize("NFC", name): row for name, row in free.items()}
+        positions[missing] = [composed.get(unicodedata.normalize("NFC", ids[row]), -1) for row in missing]
+    return positions
 
 
 def check_table(table: pa.Table, source: str) -> pa.Table:

@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 from ray_cxr import labels
 from ray_cxr.data import identity
 from ray_cxr.errors import TableError
+from ray_cxr.imaging.demographics import MAX_AGE_YEARS
 from ray_cxr.storage import atomic, remote
 from ray_cxr.storage.files import Listing, find_images
-from ray_cxr.storage.paths import file_names, format_suffixes, make_absolute, plain_path, plain_paths
+from ray_cxr.storage.paths import explain_suffixes, file_names, format_suffixes, make_absolute, plain_path, plain_paths
 
 SCHEMA = pa.schema(
     [
@@ -106,6 +107,12 @@ class ManifestFile:
             if others:
                 expected = ", ".join(map(str, allowed))
                 raise TableError(f"{self._path}: column {name} holds {others[:5]}; use {expected} and null only")
+        if name == "age":
+            # NaN, which is unknown, compares as false.
+            wrong = column.filter(pc.or_(pc.less(column, 0), pc.greater(column, MAX_AGE_YEARS)))
+            if len(wrong):
+                expected = f"years from 0 to {MAX_AGE_YEARS:g}, or null"
+                raise TableError(f"{self._path}: column age holds {wrong[0].as_py():g}; use {expected}")
         return column
 
     def read(self) -> pa.Table:
@@ -126,7 +133,7 @@ class ManifestFile:
             if field.name not in names:
                 return pa.nulls(len(batch), field.type)
             column = batch.column(field.name)
-            return identity.to_text(column) if field.name in identity.COLUMNS else column.cast(field.type)
+            return identity.to_text(column, field.name) if field.name in identity.COLUMNS else column.cast(field.type)
 
         with pq.ParquetWriter(target, schema) as writer:
             for batch in self._file.iter_batches(batch_size=row_group_size, columns=names):
@@ -214,6 +221,7 @@ def describe_listing(left_out: dict[str, int], unpacked: int) -> list[str]:
     lines = []
     if left_out:
         lines.append(f"files left out because they are not images: {format_suffixes(left_out)}")
+        lines += explain_suffixes(left_out)
     if unpacked:
         lines.append(f"{unpacked:,} archive members left out because their files are also next to the archive")
     return lines

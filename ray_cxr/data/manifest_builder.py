@@ -20,11 +20,10 @@ from ray_cxr.data.dialects import Dialect, detect_dialect
 from ray_cxr.data.manifest import SCHEMA, SPLIT_KEY, SPLITS, absolute_paths, describe_listing
 from ray_cxr.errors import ConfigError, TableError
 from ray_cxr.imaging import demographics
+from ray_cxr.imaging.demographics import PatientCount
+from ray_cxr.imaging.views import choose_view, parse_view
 from ray_cxr.storage.files import find_images, hash_file
 from ray_cxr.storage.paths import file_names, redact
-
-#: Higher ages are typing errors: NIH's first table holds ages such as 411.
-MAX_AGE_YEARS = 120.0
 
 
 @dataclass
@@ -32,10 +31,11 @@ class ManifestReport:
     """Result of `build_manifest`; every number counts rows, files or patients."""
 
     rows: int = 0
-    patients: int = 0
+    patients: PatientCount = field(default_factory=lambda: PatientCount(0))
     by_split: dict[str, int] = field(default_factory=dict)
     absurd_ages: int = 0
     unreadable_ages: int = 0
+    unknown_views: int = 0
     unlabelled_rows: int = 0
     dropped_rows: int = 0
     dropped_by_split: dict[str, int] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class ManifestReport:
 
     def lines(self) -> list[str]:
         """Return the report as sentences; counts of 0 are left out."""
-        out = [f"{self.rows:,} images of {self.patients:,} patients"]
+        out = [f"{self.rows:,} images of {self.patients}"]
         if self.by_split:
             out[0] += f": {_format_counts(self.by_split)}"
         if self.images_found is not None:
@@ -62,8 +62,9 @@ class ManifestReport:
             )
         out += describe_listing(self.not_images, self.unpacked_members)
         for count, text in (
-            (self.absurd_ages, f"ages over {MAX_AGE_YEARS:.0f} years set to null"),
+            (self.absurd_ages, f"ages over {demographics.MAX_AGE_YEARS:.0f} years set to null"),
             (self.unreadable_ages, "unreadable ages set to null"),
+            (self.unknown_views, "views that are not known or not unique set to null"),
             (self.unlabelled_rows, "rows without any label"),
             (self.unguarded, "rows have a split but no patient id: leaks among them cannot be detected"),
             (self.left_out, "rows left out because their image was not found (--found-only)"),
@@ -154,7 +155,7 @@ def build_manifest(
 
     report.rows = len(data)
     report.unguarded = int((data["split"].notna() & data["patient_id"].isna()).sum())
-    report.patients = int(data["patient_id"].nunique())
+    report.patients = PatientCount.of(data["patient_id"])
     report.by_split = _count_by_split(data["split"])
     table = pa.table({field.name: pa.array(data[field.name], type=field.type, from_pandas=True) for field in SCHEMA})
     return table.replace_schema_metadata({SPLIT_KEY: json.dumps(info, sort_keys=True).encode()}), report
@@ -172,13 +173,14 @@ def read_table(path: str, report: ManifestReport | None = None) -> pd.DataFrame:
     out["patient_id"] = table.read_patient_ids(columns.get("patient_id"), image_ids)
     out["study_id"] = table.read_optional(columns.get("study_id"))
     out["age"] = _read_ages(rows[columns["age"]], dialect, report) if "age" in columns else np.nan
-    for name, parse in (("sex", demographics.parse_sex), ("view", demographics.parse_view)):
-        out[name] = rows[columns[name]].map(parse).astype("object") if name in columns else None
+    out["sex"] = rows[columns["sex"]].map(demographics.parse_sex).astype("object") if "sex" in columns else None
+    views = table.find_all(dialect.columns["view"])
+    out["view"] = _read_views(rows[views], report)
     visits = pd.to_numeric(table.read_optional(columns.get("follow_up")), errors="coerce").astype(float).round()
     out["follow_up"] = visits.where(visits.abs() < 2**31).astype("Int32")
     values = dialect.read_labels(table, image_ids)
     report.unlabelled_rows += int(values.isna().all(axis=1).sum())
-    used = {*columns.values(), *dialect.find_label_columns(table), *report.ignored_columns}
+    used = {*columns.values(), *views, *dialect.find_label_columns(table), *report.ignored_columns}
     report.ignored_columns += [
         name
         for name in table.headers
@@ -195,10 +197,19 @@ def _parse_table_argument(text: str) -> tuple[str | None, str]:
 
 def _read_ages(text: pd.Series, dialect: Dialect, report: ManifestReport) -> pd.Series:
     ages = text.map({value: dialect.parse_age(value) for value in text.unique()}).astype(float)
-    absurd = ages > MAX_AGE_YEARS
-    report.unreadable_ages += int((ages.isna() & (text.str.strip() != "")).sum())
-    report.absurd_ages += int(absurd.sum())
-    return ages.mask(absurd)
+    refused = text[ages.isna() & (text.str.strip() != "")]
+    absurd = sum(demographics.convert_age(value) is not None for value in refused)
+    report.absurd_ages += absurd
+    report.unreadable_ages += len(refused) - absurd
+    return ages
+
+
+def _read_views(text: pd.DataFrame, report: ManifestReport) -> pd.Series:
+    """Return the view that the columns of views name in each row, None if unknown."""
+    rows = list(text.itertuples(index=False, name=None))
+    view_of = {row: choose_view(map(parse_view, row)) for row in set(rows)}
+    report.unknown_views += sum(view_of[row] is None and any(cell.strip() for cell in row) for row in rows)
+    return pd.Series([view_of[row] for row in rows] or None, index=text.index, dtype="object")
 
 
 def _refuse_repeats(data: pd.DataFrame) -> None:

@@ -1,19 +1,73 @@
-"""Age, sex and view as tables and DICOM tags spell them."""
+"""Age and sex as tables and DICOM headers spell them, and counts of patients."""
 
 from __future__ import annotations
 
+import datetime
 import re
+from collections.abc import Collection
+from dataclasses import dataclass
 
-_AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([DWMY]?)")
-_PER_YEAR = {"D": 365.25, "W": 365.25 / 7, "M": 12.0, "Y": 1.0, "": 1.0}
+#: Higher ages are typing errors, or codes for an unknown age: NIH's first table holds 411, headers hold `999Y`.
+MAX_AGE_YEARS = 120.0
+_AGE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([DWMY])(?:AY|EEK|ONTH|EAR|R)?S?)?")
+_PER_YEAR = {"D": 365.25, "W": 365.25 / 7, "M": 12.0, "Y": 1.0, None: 1.0}
 _SEXES = {"M": "M", "F": "F", "MALE": "M", "FEMALE": "F"}
-_LATERAL = frozenset({"LL", "RL", "LAT", "LATERAL"})
+#: Anonymisers write this date for an unknown one.
+_NO_DATE = datetime.date(1900, 1, 1)
+
+
+@dataclass(frozen=True)
+class PatientCount:
+    """Number of patients of some images: `number` without the images that have no patient id, whose number is
+    `without_id`; None if no image has one.
+    """
+
+    number: int | None
+    without_id: int = 0
+
+    @classmethod
+    def of(cls, patients: Collection[object]) -> PatientCount:
+        """Count the patients of images by their ids; None and NaN are unknown."""
+        known = [patient for patient in patients if patient is not None and patient == patient]
+        return cls(len(set(known)) if known or not len(patients) else None, len(patients) - len(known))
+
+    def to_json(self) -> dict[str, int | None]:
+        """Return the entries of a bundle's provenance."""
+        return {"patients": self.number, "images_without_patient": self.without_id}
+
+    def __str__(self) -> str:
+        if self.number is None:
+            return "unknown patients"
+        rest = f" ({self.without_id:,} images without a patient id)" if self.without_id else ""
+        return f"{self.number:,} patients{rest}"
 
 
 def parse_age(text: str) -> float | None:
-    """Return the age in years of `058Y`, `006M`, `002W`, `010D` (DICOM's Age String) or `58`; None if unreadable."""
+    """Return the age in years of `058Y`, `006M`, `002W`, `010D` (DICOM's Age String, PS3.5, 6.2), `58` or `58 years`;
+    None if unreadable or above `MAX_AGE_YEARS`.
+    """
+    years = convert_age(text)
+    return years if years is not None and years <= MAX_AGE_YEARS else None
+
+
+def convert_age(text: str) -> float | None:
+    """Return the age in years, also an impossible one; None if unreadable."""
     match = _AGE.fullmatch(text.strip().upper())
     return float(match[1]) / _PER_YEAR[match[2]] if match else None
+
+
+def compute_age(birth: str, study: str) -> float | None:
+    """Return the age in years between two dates (`YYYYMMDD`, `YYYY.MM.DD`), or None if unknown or impossible.
+
+    As in an Age String, years are completed years, and below two years completed months: with the date of the study, an
+    exact age would reveal the date of birth.
+    """
+    born, seen = _parse_date(birth), _parse_date(study)
+    if born is None or seen is None or seen < born or born == _NO_DATE:
+        return None
+    months = 12 * (seen.year - born.year) + seen.month - born.month - (seen.day < born.day)
+    years = float(months // 12) if months >= 24 else months / 12
+    return years if years <= MAX_AGE_YEARS else None
 
 
 def parse_sex(text: str) -> str | None:
@@ -21,7 +75,9 @@ def parse_sex(text: str) -> str | None:
     return _SEXES.get(text.strip().upper())
 
 
-def parse_view(text: str) -> str | None:
-    """Return `PA`, `AP`, `LATERAL` (also for LL, RL, LAT), other text in upper case, or None for a blank."""
-    word = text.strip().upper()
-    return "LATERAL" if word in _LATERAL else word or None
+def _parse_date(text: str) -> datetime.date | None:
+    match = re.fullmatch(r"(\d{4})[.-]?(\d{2})[.-]?(\d{2})", text.strip())
+    try:
+        return datetime.date(*map(int, match.groups())) if match else None
+    except ValueError:
+        return None

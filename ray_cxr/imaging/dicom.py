@@ -36,7 +36,9 @@ import pydicom
 import pydicom.config
 
 from ray_cxr.errors import ImageError
-from ray_cxr.imaging.demographics import parse_age, parse_sex, parse_view
+from ray_cxr.imaging.demographics import parse_sex
+from ray_cxr.imaging.dicom_attributes import check_attributes, find_flags, normalize_geometry
+from ray_cxr.imaging.dicom_demographics import read_age, read_view
 from ray_cxr.imaging.dicom_display import display_gray, scale_to_8_bits
 from ray_cxr.imaging.dicom_elements import read_integer, read_text, set_defaults
 from ray_cxr.imaging.dicom_frames import read_pixels, unsupported_syntax
@@ -123,18 +125,16 @@ def read_tags(data: bytes) -> dict[str, Any]:
 
     Returns:
         `patient_id` and `study_id` (Study Instance UID): text, distinct for distinct bytes (see `dicom_text`). `age`:
-        float years. `sex`: `M` or `F`. `view`: from View Position, or from Patient Position if that is PA or AP, as in
-        some converted archives (see `demographics`).
+        float years. `sex`: `M` or `F`. `view`: one of `views`. See `dicom_demographics` for the elements.
     """
     with decoder_errors("DICOM"):
         ds, _ = _read_dataset(data, MAX_PIXELS, pixels=False)
-        position = read_text(ds, "PatientPosition").upper()
         return {
             "patient_id": read_identity(ds, "PatientID") or None,
             "study_id": read_identity(ds, "StudyInstanceUID") or None,
-            "age": parse_age(read_text(ds, "PatientAge")),
+            "age": read_age(ds),
             "sex": parse_sex(read_text(ds, "PatientSex")),
-            "view": parse_view(read_text(ds, "ViewPosition") or (position if position in ("PA", "AP") else "")),
+            "view": read_view(ds),
         }
 
 

@@ -28,6 +28,8 @@ IDENTITY = ("image_id", "path", "patient_id", "study_id")
 #: Optional columns, from the manifest or a DICOM header.
 ABOUT = (("age", pa.float64()), ("sex", pa.string()), ("view", pa.string()))
 
+#: Flags of views that are not frontal; a decubitus view is frontal, and whether it is unusual is seen in its pixels.
+_FLAGS_OF_VIEWS = {"LATERAL": "lateral", "OBLIQUE": "not_frontal_chest"}
 
 @dataclass(frozen=True)
 class Rules:
@@ -139,7 +141,7 @@ def _quality_flags(rows: pa.Table, rules: Rules, flags: Sequence[str | None] | N
     result = []
     for flag, age, view in zip(flags or unknown, ages, views, strict=True):
         of_age = None if age is None or youngest <= age <= oldest else "age_outside_training"
-        of_view = "lateral" if view == "LATERAL" else None
+        of_view = _FLAGS_OF_VIEWS.get(view)
         # The tag is more reliable than an estimate from pixels.
         of_pixels = None if flag == "lateral" and view in ("PA", "AP") else flag
         result.append(quality.find_most_severe([of_pixels, of_age, of_view]))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,8 +15,10 @@ import pytest
 
 from ray_cxr.data import boxes, consensus, csv_table, identity, manifest
 from ray_cxr.data.manifest_builder import read_table
-from ray_cxr.errors import TableError
+from ray_cxr.errors import LeakError, TableError
 from ray_cxr.reporting import scores
+from ray_cxr.reporting.evaluation_set import JoinCounts, Population, join_labels
+from ray_cxr.reporting.leakage import check_leakage
 
 REMEDY = "export the table again from the source"
 GOOD = "P-1"
@@ -137,6 +141,29 @@ def test_ids_stay_as_they_are(tmp_path: Path) -> None:
     assert found["patient_id"].tolist() == ["12E10", "12345", "007", None]
 
 
+def test_text_for_a_missing_value_is_no_patient_and_no_study(tmp_path: Path) -> None:
+    texts = ["007", "nan", "None", "<NA>", "NULL", "null", "NaN", "", " ", "7"]
+    expected = ["007", *[None] * 8, "7"]
+    for column, header in (("patient_id", "Patient ID"), ("study_id", "StudyInstanceUID")):
+        rows = [f"{i}.png,{text},1" for i, text in enumerate(texts)]
+        found = read_table(csv(tmp_path / "t.csv", f"Image,{header},Mass", rows))
+        assert found[column].tolist() == expected
+        path = parquet(tmp_path, column, texts, p_Mass=[0.5] * len(texts))
+        assert manifest.read_manifest(path)[column].to_pylist() == expected
+        with manifest.open_manifest(path) as file:
+            file.copy(tmp_path / "copy.parquet", 3)
+        assert manifest.read_manifest(tmp_path / "copy.parquet")[column].to_pylist() == expected
+    assert scores.read_scores(parquet(tmp_path, "patient_id", texts, p_Mass=[0.5] * 10)).patients.tolist() == expected
+
+
+def test_impossible_ages_of_a_manifest_are_refused(tmp_path: Path) -> None:
+    path = parquet(tmp_path, "age", [0.0, 120.0, float("nan"), None])
+    assert manifest.read_manifest(path)["age"].to_pylist()[:2] == [0.0, 120.0]
+    for age in (999.0, -1.0):
+        with pytest.raises(TableError, match=f"column age holds {age:g}; use years from 0 to 120, or null"):
+            manifest.read_manifest(parquet(tmp_path, "age", [50.0, age]))
+
+
 @pytest.mark.parametrize("table", [in_manifest, in_scores])
 @pytest.mark.parametrize(
     ("values", "reason"),
@@ -194,3 +221,58 @@ def test_split_of_an_older_bundle_is_refused(tmp_path: Path) -> None:
     sound = table.set_column(1, "patient_id", pa.array(["17"]))
     pq.write_table(sound, tmp_path / "split.parquet")
     assert identity.read_split(tmp_path).equals(sound)
+
+
+#: `é` as one character (Unicode's form NFC), and as two (NFD), as macOS writes it in file names.
+ONE, TWO = "Ren\u00e9.png", "Rene\u0301.png"
+
+
+@pytest.mark.parametrize(
+    ("names", "known", "expected"),
+    [
+        (["a", "b", "a"], ["b", "a"], [1, 0, 1]),
+        ([ONE, "x", TWO], [TWO, "x"], [-1, 1, 0]),  # both forms are there: only the equal one
+        ([ONE, ONE], [TWO], [0, 0]),
+        ([TWO], ["a", ONE], [1]),
+        ([ONE, TWO], [TWO, ONE], [1, 0]),
+        ([None, ONE, "Rene.png"], [TWO, None], [-1, 0, -1]),
+        ([], [ONE], []),
+        (["\ufb01.png"], ["fi.png"], [-1]),  # a ligature is another name
+    ],
+)
+def test_ids_are_found_in_any_unicode_form(names: list[Any], known: list[Any], expected: list[int]) -> None:
+    assert identity.find_ids(names, known).tolist() == expected
+    assert identity.find_ids(np.array(names, object), np.array(known, object)).tolist() == expected
+
+
+def test_tables_join_in_any_unicode_form(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image_id": ["b.png", TWO], "p_Mass": [0.25, 0.75]}), tmp_path / "scores.parquet")
+    labels = {field.name: pa.nulls(2, field.type) for field in manifest.SCHEMA}
+    labels |= {"image_id": [ONE, "c.png"], "split": ["test", "train"], "Mass": pa.array([1, 0], pa.int8())}
+    manifest.write_manifest(pa.table(labels, schema=manifest.SCHEMA), tmp_path / "labels.parquet")
+    table = scores.read_scores(tmp_path / "scores.parquet")
+    found = join_labels(table, tmp_path / "labels.parquet", "test")
+    assert (found.rows.tolist(), found.labels["Mass"].tolist()) == ([1], [1])
+    assert found.counts == JoinCounts(1, 1, 0, 0, scored_not_labelled=1, scored_other_split=0)
+    population = Population.select_scored(table)
+    kept, rows, _, missing = population.match(table, np.array([ONE, ONE, "z.png"], object), "--boxes t.csv")
+    assert (kept.tolist(), rows.tolist()) == ([True, True, False], [1, 1])
+    assert missing == {"not_scored": 1, "failed": 0, "outside_split": 0}
+
+
+def test_a_leak_is_found_in_any_unicode_form(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image_id": ["b.png", TWO], "p_Mass": [0.25, 0.75]}), tmp_path / "scores.parquet")
+    unknown = np.array([None, None], object)
+    training = scores.TrainingImages(np.array([ONE, "z.png"], object), unknown, np.array(["train", "val"], object))
+    table = replace(scores.read_scores(tmp_path / "scores.parquet"), training=training)
+    with pytest.raises(LeakError, match="1 images and 0 patients of the test split trained this model"):
+        check_leakage(table, np.arange(2), unknown, "test", "the test split")
+
+
+def test_folders_named_as_columns_add_no_column(tmp_path: Path) -> None:
+    folder = tmp_path / "split=7" / "patient_id=8"
+    folder.mkdir(parents=True)
+    table = pa.table({"image_id": ["a"], "patient_id": ["17"], "split": ["train"]})
+    pq.write_table(table, folder / "split.parquet")
+    assert identity.read_split(folder).equals(table)
+    assert identity.read_split(folder, table.schema).equals(table)

@@ -137,11 +137,46 @@ def test_ages_and_follow_up_numbers_that_cannot_be_are_null(tmp_path: Path) -> N
     assert (report.absurd_ages, report.unreadable_ages) == (3, 2)
 
 
+CHEXPERT = """Path,Image,Frontal/Lateral,AP/PA,Age,Mass
+x,a.png,Frontal,AP,90 years,1
+x,b.png,Frontal,,999Y,0
+x,c.png,Lateral,,6 months,0
+x,d.png,,SWIMMERS,58,0
+x,e.png,,,58,0
+"""
+PADCHEST = """ImageID,Projection,ViewPosition_DICOM,Mass
+a.png,L,PA,1
+b.png,PA,,0
+c.png,EXCLUDE,POSTEROANTERIOR,0
+d.png,COSTAL,,0
+"""
+MIMIC = """image_id,ViewPosition,ViewCodeSequence_CodeMeaning,Mass
+a.png,PA LLD,postero-anterior,1
+b.png,,antero-posterior,0
+c.png,XTABLE LATERAL,,0
+d.png,PA,Erect,0
+"""
+
+
+def test_views_of_public_tables(tmp_path: Path) -> None:
+    for text, views, unknown, unused in (
+        (CHEXPERT, ["AP", "FRONTAL", "LATERAL", None, None], 1, ["Path"]),
+        (PADCHEST, ["LATERAL", "PA", "PA", None], 1, []),
+        (MIMIC, ["DECUBITUS", "AP", "LATERAL", "PA"], 0, []),
+    ):
+        table, report = build_text(tmp_path, text)
+        assert table["view"].to_pylist() == views
+        assert (report.unknown_views, report.ignored_columns) == (unknown, unused)
+        assert ("1 views that are not known or not unique set to null" in report.lines()) == bool(unknown)
+    table, _ = build_text(tmp_path, CHEXPERT)
+    assert table["age"].to_pylist() == [90.0, None, 0.5, 58.0, 58.0]
+
+
 def test_only_nih_patient_ids_lose_their_zeros(tmp_path: Path) -> None:
     """In NIH's copies 1 and 00000001 are one patient; elsewhere 008 and 8 may be two people."""
-    lines = "a.png,008,0\nb.png,8,0\n00000007_000.png,00000007,0\n00000007_001.png,7.0,0\n"
+    lines = "a.png,008,0\nb.png,8,0\n00000007_000.png,00000007,0\n00000007_001.png,7.0,0\n00000000_000.png,0,0\n"
     table, _ = build_text(tmp_path, f"Image,PatientId,Mass\n{lines}")
-    assert table["patient_id"].to_pylist() == ["008", "8", "7", "7"]
+    assert table["patient_id"].to_pylist() == ["008", "8", "7", "7", "0"]
     train = put(tmp_path / "train.csv", "Image,PatientId,Mass\n00000007_002.png,7,1\n")
     assert "1 patients" in refusal(LeakError, f"train={train}", f"test={tmp_path / 't.csv'}")
 
@@ -258,7 +293,18 @@ def test_rows_without_patients_in_two_tables(tmp_path: Path) -> None:
     assert "a.png" in refusal(TableError, f"train={a}", f"test={same}", on_leak="drop")
     _, report = build(f"train={a}", f"test={b}")
     assert report.unguarded == 2
+    assert report.lines()[0] == "2 images of unknown patients: train 1, test 1"
     assert any(line.startswith("2 rows have a split but no patient id") for line in report.lines())
+
+
+def test_images_without_a_patient_are_in_no_number_of_patients(tmp_path: Path) -> None:
+    for ids, line in (
+        (["007", "7", "7"], "3 images of 2 patients"),
+        (["007", "", "nan"], "3 images of 1 patients (2 images without a patient id)"),
+        (["", "", ""], "3 images of unknown patients"),
+    ):
+        rows = "".join(f"{i}.png,{patient},1\n" for i, patient in enumerate(ids))
+        assert build_text(tmp_path, f"Image,Patient ID,Mass\n{rows}")[1].lines()[0] == line
 
 
 def test_bad_table_paths_and_contradicting_options_are_refused(tmp_path: Path) -> None:
@@ -335,6 +381,23 @@ def test_images_are_found_in_any_layout(tmp_path: Path, layout: str) -> None:
     if "archives" in layout:
         assert (report.not_images, report.unpacked_members) == ({".txt": 1}, 1)
         assert len(report.lines()) == 4
+
+
+def test_images_and_lists_in_another_unicode_form_match_the_table(tmp_path: Path) -> None:
+    one, two = "Ren\u00e9.png", "Rene\u0301.png"
+    for folder, name in (("i", two), ("i", "b.png"), ("both", one), ("both", two)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_bytes(png())
+    text = f"Image,Patient ID,Mass\n{one},1,1\nb.png,2,0\n"
+    lists = {"train_val_list": put(tmp_path / "tv", f"{two}\n"), "test_list": put(tmp_path / "te", "b.png\n")}
+    table, report = build_text(tmp_path, text, images=str(tmp_path / "i"), split="official", **lists)
+    assert table["image_id"].to_pylist() == [one, "b.png"]
+    assert table["path"].to_pylist() == [f"{tmp_path}/i/{two}", f"{tmp_path}/i/b.png"]
+    assert table["split"].to_pylist() == ["train", "test"]
+    assert (report.images_found, report.files_not_in_table, report.listed_not_in_table) == (2, 0, 0)
+    table, report = build_text(tmp_path, text, images=str(tmp_path / "both"))
+    assert table["path"].to_pylist() == [f"{tmp_path}/both/{one}", None]
+    assert report.files_not_in_table == 1
 
 
 def test_local_paths_are_absolute_and_file_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

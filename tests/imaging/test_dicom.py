@@ -585,8 +585,46 @@ def test_tags() -> None:
     tags = {"patient_id": "17", "study_id": "1.2.3", "age": 58.0, "sex": "F"}
     assert read_tags(file_of(ramp(), **fields, ViewPosition="pa")) == {**tags, "view": "PA"}
     empty = without(dataset(ramp()), "PatientID", "PixelData")
+        ({"ViewPosition": "XTABLE LATERAL"}, "LATERAL"),
+        ({"ViewPosition": "Doe^Jane"}, None),
+        ({"ViewPosition": "SWIMMERS", "SeriesDescription": "W Chest Lat."}, "LATERAL"),
+        ({"ViewCodeSequence": view_codes("272479007", "SCT")}, "PA"),
+        ({"ViewCodeSequence": view_codes("R-10206", "SRT")}, "AP"),
+        ({"ViewCodeSequence": view_codes("X17", "99LOCAL", "Thorax lateral")}, "LATERAL"),
+        ({"ViewCodeSequence": view_codes("399033003", "SCT"), "SeriesDescription": "Thorax p.a."}, "PA"),
+        ({"ViewCodeSequence": [], "AcquisitionDeviceProcessingDescription": "CHEST,LAT"}, "LATERAL"),
+        ({"SeriesDescription": "Chest PA and lateral"}, None),
+        ({"PatientOrientation": ["A", "F"]}, "LATERAL"),
+        ({"PatientOrientation": ["PL", "FR"], "SeriesDescription": "Thorax PA"}, "LATERAL"),
+        ({"PatientOrientation": ["L", "F"]}, "FRONTAL"),
+        ({"PatientOrientation": ["L", "F"], "ProtocolName": "CHEST AP"}, "AP"),
+        ({"PatientOrientation": ["L", "P"]}, None),
+        ({"PatientOrientation": ["L"]}, None),
     assert read_tags(empty) == {"patient_id": None, "study_id": None, "age": None, "sex": None, "view": None}
     for positions, view in (
+
+
+def view_codes(value: str, scheme: str, meaning: str = "") -> list[Dataset]:
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
+    return [item]
+
+
+def test_ages_of_headers() -> None:
+    dates = {"PatientBirthDate": "19600501", "StudyDate": "20200430"}
+    for fields, age in (
+        ({"PatientAge": "999Y"}, None),
+        ({"PatientAge": "058Y", **dates}, 58.0),
+        ({"PatientAge": "", **dates}, 59.0),
+        ({"PatientAge": "999Y", **dates}, 59.0),
+        ({**dates, "StudyDate": "20501231"}, 90.0),  # ages above 89 are kept
+        (dates, 59.0),
+        ({"PatientBirthDate": "19600501"}, None),
+        ({"StudyDate": "20200430"}, None),
+    ):
+        tags = read_tags(file_of(ramp(), **fields))
+        assert tags["age"] == age
+        assert tags.keys() == {"patient_id", "study_id", "age", "sex", "view"}  # no dates
         ({"ViewPosition": "LL"}, "LATERAL"),
         ({"PatientPosition": "AP"}, "AP"),
         ({"PatientPosition": "HFS"}, None),

@@ -125,6 +125,8 @@ def test_quality_flags() -> None:
         ("PA", 9.9, None, "age_outside_training"),
         ("PA", 90.1, None, "age_outside_training"),
         ("LATERAL", 5.0, None, "lateral"),
+        ("OBLIQUE", 50.0, None, "not_frontal_chest"),
+        ("DECUBITUS", 50.0, None, None),
         (None, None, None, None),
         (None, None, "lateral", "lateral"),
         ("PA", None, "lateral", None),
