@@ -22,6 +22,7 @@ from rich.table import Table
 import ray_cxr
 from ray_cxr import config, environment, errors
 from ray_cxr.errors import ConfigError, ErrorRateExceeded, RayCxrError, one_line
+from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.progress import silence_stderr
 from ray_cxr.session import start_ray
 from ray_cxr.storage import remote
@@ -420,7 +421,7 @@ def _report(arguments: argparse.Namespace) -> None:
         _print(
             f"macro AUROC {macro['auroc']:.3f} ({_format(macro['auroc_low'])} to {_format(macro['auroc_high'])}) "
             f"over {len(macro['findings'])} findings, {metrics['n_images']:,} images of "
-            f"{metrics['n_patients']:,} patients"
+            f"{PatientCount(metrics['n_patients'], metrics['images_without_patient'])}"
         )
     _print(f"report: {remote.to_path(arguments.out) / 'report.html'}")
 
@@ -468,7 +469,7 @@ def _recalibrate(arguments: argparse.Namespace) -> None:
     _print_rule_notes(bundle.info["rule_notes"])
     _print(
         f"calibration by {made['method']} and operating points by {made['rule']}, from {made['images']:,} images of "
-        f"{made['patients']:,} patients: report on others"
+        f"{PatientCount(made['patients'], made.get('images_without_patient', 0))}: report on others"
     )
     _print(f"bundle: {bundle.location}")
 

@@ -28,7 +28,7 @@ from scipy.special import chdtrc
 
 from ray_cxr.evaluation import quality
 from ray_cxr.evaluation.delong import normal_p
-from ray_cxr.evaluation.intervals import patient_codes, to_record, wilson_interval
+from ray_cxr.evaluation.intervals import Patients, to_record, wilson_interval
 
 OK, DIFFERS, LARGE, UNKNOWN = "ok", "differs", "large", "unknown"
 #: Minimum numbers for a verdict.
@@ -88,7 +88,7 @@ class _Row:
 
     name: str
     n: int
-    n_patients: int
+    n_patients: int | None  # None if no image has a patient id
     p: float | None = None
     p_adjusted: float | None = None  # Holm's, over all comparisons of this kind
     verdict: str = UNKNOWN
@@ -202,17 +202,17 @@ def measure_drift(
     shape = (len(ok), len(findings))
     if flags.shape != shape or scores.shape != shape or len(quality_flags) != len(ok) or len(patients) != len(ok):
         raise ValueError(f"flags {flags.shape}, scores {scores.shape} do not fit {len(ok)} images, {shape[1]} findings")
-    codes, n_patients = patient_codes(patients)
+    people = Patients.of(patients)
     scored_flags = np.asarray(quality_flags, dtype=object)[ok]
     return Drift(
-        flags=_adjust(_compare_flags(expected, name, flags[:, j], codes) for j, name in enumerate(findings)),
+        flags=_adjust(_compare_flags(expected, name, flags[:, j], people) for j, name in enumerate(findings)),
         scores=_adjust(
-            _compare_scores(name, expected.score_quantiles.get(name), scores[:, j], codes)
+            _compare_scores(name, expected.score_quantiles.get(name), scores[:, j], people)
             for j, name in enumerate(findings)
         ),
-        quality=_adjust(_compare_quality(expected, name, scored_flags, codes[ok]) for name in quality.FLAGS),
-        errors=_compare_rate("errors", ~ok, codes, None, None, "nothing is expected of it"),
-        clustered=n_patients < len(ok),
+        quality=_adjust(_compare_quality(expected, name, scored_flags, people[ok]) for name in quality.FLAGS),
+        errors=_compare_rate("errors", ~ok, people, None, None, "nothing is expected of it"),
+        clustered=people.units < len(ok),
     )
 
 
@@ -252,28 +252,28 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
-def _compare_flags(expected: Expected, name: str, flags: np.ndarray, codes: np.ndarray) -> RateDrift:
+def _compare_flags(expected: Expected, name: str, flags: np.ndarray, patients: Patients) -> RateDrift:
     known = flags >= 0
     rate = expected.flag_rates.get(name)
     reason = "no operating point" if rate is None or not known.any() else None
-    return _compare_rate(name, flags[known] == 1, codes[known], rate, expected.flag_images.get(name), reason)
+    return _compare_rate(name, flags[known] == 1, patients[known], rate, expected.flag_images.get(name), reason)
 
 
-def _compare_quality(expected: Expected, name: str, flags: np.ndarray, codes: np.ndarray) -> RateDrift:
+def _compare_quality(expected: Expected, name: str, flags: np.ndarray, patients: Patients) -> RateDrift:
     rate = expected.quality_rates.get(name)
     reason = None
     if rate is None:
         reason = (expected.quality_reason if name in quality.JUDGED else None) or "the bundle keeps no rate of it"
-    return _compare_rate(name, flags == name, codes, rate, expected.quality_images, reason)
+    return _compare_rate(name, flags == name, patients, rate, expected.quality_images, reason)
 
 
 def _compare_rate(
-    name: str, values: np.ndarray, codes: np.ndarray, expected: float | None, images: int | None, reason: str | None
+    name: str, values: np.ndarray, patients: Patients, expected: float | None, images: int | None, reason: str | None
 ) -> RateDrift:
     """Compare the share of bool [n] with the expected share, unless there is a reason not to."""
-    n, n_patients, count = len(values), len(np.unique(codes)), int(values.sum())
+    n, count = len(values), int(values.sum())
     observed = count / n if n else None
-    effect = design_effect(values, codes) if n else None
+    effect = design_effect(values, patients.codes) if n else None
     low, high = wilson_interval(count / n, n / effect) if effect else (None, None)
     row = RateDrift(
         name=name,
@@ -283,11 +283,11 @@ def _compare_rate(
         expected=None if expected is None else float(expected),
         expected_images=images,
         n=n,
-        n_patients=n_patients,
+        n_patients=patients.number,
         count=count,
         design_effect=effect,
         ratio=None if observed is None or not expected else observed / expected,
-        reason=reason or _explain_too_few(n, n_patients),
+        reason=reason or _explain_too_few(n, patients),
     )
     if row.reason is not None or observed is None or effect is None or expected is None:
         return row
@@ -308,12 +308,12 @@ def _test_share(observed: float, n: int, expected: float, images: int | None, ef
     return 1.0 if p is None or gap <= 0.0 else p
 
 
-def _compare_scores(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, codes: np.ndarray) -> ScoreDrift:
+def _compare_scores(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, patients: Patients) -> ScoreDrift:
     known = ~np.isnan(scores)
-    scores, codes = scores[known].astype(np.float64), codes[known]
-    n, n_patients = len(scores), len(np.unique(codes))
-    reason = "the bundle keeps no validation scores" if kept is None else _explain_too_few(n, n_patients)
-    row = ScoreDrift(name=name, n=n, n_patients=n_patients, reason=reason)
+    scores, patients = scores[known].astype(np.float64), patients[known]
+    n = len(scores)
+    reason = "the bundle keeps no validation scores" if kept is None else _explain_too_few(n, patients)
+    row = ScoreDrift(name=name, n=n, n_patients=patients.number, reason=reason)
     if reason is not None or kept is None:
         return row
     edges, shares, images = np.asarray(kept["edges"]), np.asarray(kept["shares"]), int(kept["n"])
@@ -329,16 +329,16 @@ def _compare_scores(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, 
     p = 1.0
     if freedom:
         # Rao and Scott's first-order correction: the mean design effect of the classes.
-        effect = float(np.mean([design_effect(classes == k, codes) for k in range(freedom + 1)]))
+        effect = float(np.mean([design_effect(classes == k, patients.codes) for k in range(freedom + 1)]))
         p = float(chdtrc(freedom, psi / (effect * (1.0 / n + 1.0 / images))))
     return replace(row, psi=psi, shares=tuple(observed.tolist()), expected=tuple(before.tolist()), p=p)
 
 
-def _explain_too_few(n: int, n_patients: int) -> str | None:
+def _explain_too_few(n: int, patients: Patients) -> str | None:
     if n < MIN_IMAGES:
         return f"{n:,} images; {MIN_IMAGES} are needed"
-    if n_patients < MIN_PATIENTS:
-        return f"{n_patients:,} patients; {MIN_PATIENTS} are needed"
+    if patients.units < MIN_PATIENTS:
+        return f"{patients.units:,} patients; {MIN_PATIENTS} are needed"
     return None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ray_cxr.evaluation import bootstrap, metrics
 from ray_cxr.evaluation.groups import Group
-from ray_cxr.evaluation.intervals import patient_codes
+from ray_cxr.evaluation.intervals import Patients
 from ray_cxr.evaluation.roc_steps import divide_or_nan
 
 #: Labels of several groups resampled together, to bound memory.
@@ -27,8 +27,7 @@ class LabelledScores:
     labels: np.ndarray  # int8 [n, F], 1 or 0; -1 if not labelled or not scored
     scores: np.ndarray  # [n, F], NaN if missing
     flags: np.ndarray  # int8 [n, F], 1 at or above the operating point, 0 below, -1 if there is none
-    codes: np.ndarray  # int64 [n], patients by number
-    n_patients: int
+    patients: Patients
     findings: tuple[str, ...]
     macro: np.ndarray  # bool [F], findings that means count
 
@@ -50,14 +49,14 @@ class LabelledScores:
             )
         known = (labels >= 0) & ~np.isnan(scores.astype(np.float64))
         labels = np.where(known, labels, -1).astype(np.int8)
-        return cls(labels, scores, flags, *patient_codes(patients), tuple(findings), macro)
+        return cls(labels, scores, flags, Patients.of(patients), tuple(findings), macro)
 
     def sum_per_patient(self, values: np.ndarray) -> np.ndarray:
         """Sum bool [n, K] over each patient's images, float32 [patients, K]; exact for such small integers."""
         width = values.shape[1]
         rows, columns = np.nonzero(values)
-        flat = np.bincount(self.codes[rows] * width + columns, minlength=self.n_patients * width)
-        return flat.reshape(self.n_patients, width).astype(np.float32)
+        flat = np.bincount(self.patients.codes[rows] * width + columns, minlength=self.patients.units * width)
+        return flat.reshape(self.patients.units, width).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +83,7 @@ def resample_aurocs(part: Sequence[Group], images: LabelledScores, n_resamples: 
         drawn = bootstrap.resampled_aurocs(
             np.hstack([np.where(group.mask[:, None], images.labels, -1) for group in groups]),
             np.tile(images.scores, (1, len(groups))),
-            images.codes,
+            images.patients.codes,
             n_resamples,
             seed,
         ).values
@@ -113,7 +112,7 @@ def resample_rates(
     points = [_divide_counts(counts.sum(axis=0, dtype=np.float64)[None], width)[:, 0] for counts in sums]
     together = np.hstack(sums)
     drawn = np.empty((len(part), 2, n_resamples, width))
-    for rows, draws in bootstrap.resample_patients(images.n_patients, len(images.labels), n_resamples, seed):
+    for rows, draws in bootstrap.resample_patients(images.patients.units, len(images.labels), n_resamples, seed):
         products = np.hsplit(draws.astype(np.float32) @ together, len(part))
         for k, product in enumerate(products):
             drawn[k, :, rows] = _divide_counts(product, width)

@@ -2,7 +2,7 @@
 
 sex        F, M, unknown
 age_band   0-17, 18-39, 40-59, 60-79, 80+ (completed years), unknown
-view       PA, AP and any other view in the table, unknown
+view       PA, AP and any other view of `imaging.views`, unknown
 follow_up  first image (number 0), later image (above 0), unknown
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_cxr.evaluation.intervals import patient_codes
+from ray_cxr.imaging.demographics import MAX_AGE_YEARS, PatientCount
 
 UNKNOWN = "unknown"
 #: Lower limits of the age bands in years, and their names.
@@ -48,7 +48,7 @@ def build_groups(
 
     Args:
         sex, view: objects [n]; values that are not text count as unknown.
-        age: floats [n], years; NaN, None and negative values count as unknown.
+        age: floats [n], years; NaN, None, negative values and values above `MAX_AGE_YEARS` count as unknown.
         follow_up: numbers [n], 0 for a patient's first image; NaN, None and negative values count as unknown.
         crossings: add the pairs of attributes, for images with both known. An attribute with a single known value is
             not crossed, because that would repeat existing groups.
@@ -56,7 +56,7 @@ def build_groups(
     number = _to_floats(follow_up)
     values = {
         "sex": _clean_text(sex),
-        "age_band": _assign_age_bands(_to_floats(age)),
+        "age_band": _assign_age_bands(_to_years(age)),
         "view": _clean_text(view),
         "follow_up": np.select([number == 0, number > 0], [FIRST, LATER], UNKNOWN).astype(object),
     }
@@ -81,10 +81,10 @@ def describe_population(
 
     The entry `age` has median, q1 and q3 in years over images, None if no age is known.
     """
-    years = _to_floats(age)
-    years = years[years >= 0]  # drops NaN too
+    years = _to_years(age)
+    years = years[~np.isnan(years)]
     quartiles = np.quantile(years, [0.25, 0.5, 0.75]).tolist() if years.size else [None] * 3
-    counts: dict[str, Any] = {"images": len(patients), "patients": patient_codes(patients)[1]}
+    counts: dict[str, Any] = {"images": len(patients), **PatientCount.of(patients).to_json()}
     for group in build_groups(sex, age, view, follow_up, crossings=False):
         counts.setdefault(group.attribute, {})[group.value] = int(group.mask.sum())
     counts["age"] = dict(zip(("q1", "median", "q3"), quartiles, strict=True))
@@ -117,6 +117,11 @@ def _to_floats(values: np.ndarray) -> np.ndarray:
         return array.astype(np.float64)
     kinds = (int, float, np.integer, np.floating)
     return np.array([float(value) if isinstance(value, kinds) else np.nan for value in array], dtype=np.float64)
+
+
+def _to_years(age: np.ndarray) -> np.ndarray:
+    years = _to_floats(age)
+    return np.where((years >= 0) & (years <= MAX_AGE_YEARS), years, np.nan)
 
 
 def _assign_age_bands(age: np.ndarray) -> np.ndarray:

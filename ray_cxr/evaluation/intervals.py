@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -57,6 +58,33 @@ def wilson_interval(share: float, n: float) -> tuple[float, float]:
 def to_record(result: Any) -> dict[str, Any]:
     """Convert a dataclass and all dataclasses in it to what JSON reads back: dicts, with lists instead of tuples."""
     return asdict(result, dict_factory=lambda pairs: {k: list(v) if isinstance(v, tuple) else v for k, v in pairs})
+
+
+@dataclass(frozen=True, eq=False)
+class Patients:
+    """Patients of n images, or of some of them."""
+
+    codes: np.ndarray  # int64 [n], patients by number, with a separate number for each image without a patient id
+    has_id: np.ndarray  # bool [n]
+
+    @classmethod
+    def of(cls, patients: np.ndarray) -> Patients:
+        ids = np.asarray(patients, dtype=object)
+        return cls(patient_codes(ids)[0], np.array([one is not None and one == one for one in ids], dtype=bool))
+
+    def __getitem__(self, rows: np.ndarray) -> Patients:
+        return Patients(self.codes[rows], self.has_id[rows])
+
+    @functools.cached_property
+    def units(self) -> int:
+        """Number of independent units: patients, and images without a patient id."""
+        return len(np.unique(self.codes))
+
+    @property
+    def number(self) -> int | None:
+        """Number of known patients; None if no image has a patient id."""
+        known = self.codes[self.has_id]
+        return len(np.unique(known)) if len(known) or not len(self.codes) else None
 
 
 def patient_codes(patients: np.ndarray) -> tuple[np.ndarray, int]:

@@ -60,7 +60,7 @@ class FindingLocalisation:
     boxes: int
     cases: int
     n: int  # cases with a map, over which all rates are taken; cases = n + missing
-    patients: int  # patients of the cases with a map
+    patients: int | None  # patients of the cases with a map; None if no image has a patient id
     missing: int
     flat: int  # maps without positive evidence (nothing above 0, or constant); each is a miss with IoU 0
     hits: float  # maps that hit; fractional with a shared maximum
@@ -130,7 +130,7 @@ class _Case:
     """One image and finding, its boxes as edges [k,4] (left, top, right, bottom)."""
 
     finding: str
-    patient: object
+    patient: tuple[str, str]  # ("patient", id), or ("image", id) if the patient is unknown
     boxes: np.ndarray
 
 
@@ -322,11 +322,12 @@ def _summarize(
     cases: Sequence[_Case], measured: Sequence[_MapResult], rates: tuple[LocalisationRate, ...]
 ) -> FindingLocalisation:
     hits = float(sum(each.hit for each in measured))
+    known = {each.case.patient for each in measured if each.case.patient[0] == "patient"}
     return FindingLocalisation(
         boxes=sum(len(case.boxes) for case in cases),
         cases=len(cases),
         n=len(measured),
-        patients=len({each.case.patient for each in measured}),
+        patients=len(known) if known or not measured else None,
         missing=len(cases) - len(measured),
         flat=sum(each.flat for each in measured),
         hits=hits,

@@ -9,7 +9,7 @@ import numpy as np
 
 from ray_cxr.evaluation import bootstrap, metrics
 from ray_cxr.evaluation.delong import delong_paired, normal_p
-from ray_cxr.evaluation.intervals import percentile_interval
+from ray_cxr.evaluation.intervals import Patients, percentile_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class PairedAuroc(PairedDifference):
     """Difference of macro AUROC, averaged over `columns`: those with both classes among their labels."""
 
     columns: tuple[int, ...]
-    n_patients: int
+    n_patients: int | None  # None if no image has a patient id
     n_resamples: int
     seed: int
 
@@ -105,7 +105,7 @@ class _Pair:
         count = labels.shape[1]
         self.defined = drawn.defined[:count]
         self._first, self._second = drawn.values[:, :count], drawn.values[:, count:]
-        self.n_patients, self.n_resamples, self.seed = drawn.n_patients, n_resamples, seed
+        self.n_patients, self.n_resamples, self.seed = Patients.of(patients).number, n_resamples, seed
 
     def select(self, f: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return labels and both scores of the images that count for a finding."""

@@ -32,10 +32,10 @@ class Cell:
 
     finding: str
     n: int  # images with a label and a score
-    n_patients: int
+    n_patients: int | None  # here and below: None if no image has a patient id
     positives: int
-    positive_patients: int  # with a positive image; a patient may be positive and negative
-    negative_patients: int
+    positive_patients: int | None  # with a positive image; a patient may be positive and negative
+    negative_patients: int | None
     auroc: float | None
     auroc_low: float | None
     auroc_high: float | None
@@ -48,6 +48,7 @@ class Cell:
     reason: str | None  # why there is no AUROC
     rates_reason: str | None  # why sensitivity or specificity is missing
     interval_reason: str | None  # why AUROC has no interval
+    few_positives: bool  # fewer than `FEW_PATIENTS` positive patients; an image without a patient id counts as one
     small: bool  # fewer than `FEW_PATIENTS` positive or negative patients
 
 
@@ -81,7 +82,7 @@ class GroupResult:
     value: str
     crossing: bool
     n: int  # images, labelled or not
-    n_patients: int
+    n_patients: int | None  # None if no image has a patient id
     own: Means  # over the findings that this group defines; not comparable between groups
     shared: Means  # over the findings that every known group of the attribute defines; comparable
     cells: tuple[Cell, ...]
@@ -186,8 +187,8 @@ def measure_groups(
 
     AUROC of crossings takes most of the time, so it has fewer resamples, `n_resamples_crossings`.
     """
-    if any(group.mask.shape != images.codes.shape for group in groups):
-        raise ValueError(f"a group's mask is not of {len(images.codes)} images")
+    if any(group.mask.shape != images.patients.codes.shape for group in groups):
+        raise ValueError(f"a group's mask is not of {len(images.labels)} images")
     by_attribute: dict[str, list[Group]] = {}
     for group in groups:
         by_attribute.setdefault(group.attribute, []).append(group)
@@ -224,19 +225,19 @@ def _measure_attribute(
     results = []
     for i, group in enumerate(part):
         cells = _measure_cells(group, images, values[i])
-        n_patients = len(np.unique(images.codes[group.mask]))
+        patients = images.patients[group.mask]
         results.append(
             GroupResult(
                 attribute=group.attribute,
                 value=group.value,
                 crossing=group.crossing,
                 n=int(group.mask.sum()),
-                n_patients=n_patients,
+                n_patients=patients.number,
                 own=_average(values[i], cells, images),
                 shared=_average(values[i], cells, images, defined),
                 cells=tuple(cells),
                 reference=i == largest,
-                small=n_patients < FEW_PATIENTS or all(cell.small for cell in cells),
+                small=patients.units < FEW_PATIENTS or all(cell.small for cell in cells),
             )
         )
     if largest is None:
@@ -250,11 +251,11 @@ def _measure_attribute(
 
 
 def _measure_cells(group: Group, images: LabelledScores, values: Mapping[str, Resamples]) -> list[Cell]:
-    labels, flags, codes = images.labels[group.mask], images.flags[group.mask], images.codes[group.mask]
+    labels, flags, patients = images.labels[group.mask], images.flags[group.mask], images.patients[group.mask]
     cells = []
     for j, finding in enumerate(images.findings):
         known, positive = labels[:, j] >= 0, labels[:, j] == 1
-        positive_patients, negative_patients = (len(np.unique(codes[rows])) for rows in (positive, known & ~positive))
+        with_finding, without = patients[positive], patients[known & ~positive]
         reason = metrics.undefined_reason(labels[known, j])
         rates_reason: str | None = "no operating point"
         if (images.flags[:, j] >= 0).any():
@@ -268,15 +269,16 @@ def _measure_cells(group: Group, images: LabelledScores, values: Mapping[str, Re
             Cell(
                 finding=finding,
                 n=int(known.sum()),
-                n_patients=len(np.unique(codes[known])),
+                n_patients=patients[known].number,
                 positives=int(positive.sum()),
-                positive_patients=positive_patients,
-                negative_patients=negative_patients,
+                positive_patients=with_finding.number,
+                negative_patients=without.number,
                 **numbers,
                 reason=reason,
                 rates_reason=rates_reason,
                 interval_reason=intervals["auroc"].reason if reason is None else None,
-                small=min(positive_patients, negative_patients) < FEW_PATIENTS,
+                few_positives=with_finding.units < FEW_PATIENTS,
+                small=min(with_finding.units, without.units) < FEW_PATIENTS,
             )
         )
     return cells
@@ -333,7 +335,7 @@ def _compare(
         for j, finding in enumerate(images.findings):
             small = any(
                 # Sensitivity does not depend on negatives.
-                cell.positive_patients < FEW_PATIENTS if quantity == "sensitivity" else cell.small
+                cell.few_positives if quantity == "sensitivity" else cell.small
                 for cell in (group.cells[j], reference.cells[j])
             )
             yield _subtract(replace(blank, finding=finding, findings=(finding,), small=small), a, b, j)

@@ -11,6 +11,8 @@ from typing import Any
 
 import jinja2
 
+from ray_cxr.imaging.demographics import PatientCount
+
 _ATTRIBUTES = {"sex": "sex", "age_band": "age, years", "view": "view", "follow_up": "follow-up"}
 _RATES = ("sensitivity", "specificity")
 #: Number of differences between subgroups that the card lists.
@@ -37,6 +39,7 @@ def model_card(info: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> 
         attributes=_ATTRIBUTES,
         interval=_interval,
         children=_count_children(source),
+        patients=_count_patients,
         demographics=_demographics(source),
         mean_labels={"auroc": "Macro AUROC"} | {rate: f"Mean {rate}" for rate in rates},
         validation=_validation(info, rates),
@@ -60,6 +63,11 @@ def _count_children(source: Mapping[str, Any]) -> str:
     if not known:
         return "unknown, since no age is known"
     return f"{bands.get('0-17', 0):,} of {known:,} images of known age are of patients under 18"
+
+
+def _count_patients(counts: Mapping[str, Any]) -> str:
+    # Bundles of older versions have 0 where no patient id is known.
+    return str(PatientCount(counts["patients"] or None, counts.get("images_without_patient", 0)))
 
 
 def _demographics(source: Mapping[str, Any]) -> dict[str, str] | None:
@@ -117,7 +125,7 @@ def _subgroups(evaluation: Mapping[str, Any], rates: Sequence[str]) -> str:
         small = means["auroc"]["small"] * 2 > len(means["auroc"]["findings"])
         rows[f"{_ATTRIBUTES[group['attribute']]}: {group['value']}"] = [
             f"{group['n']:,}",
-            f"{group['n_patients']:,}",
+            "unknown" if group["n_patients"] is None else f"{group['n_patients']:,}",
             _mean(means["auroc"], small),
             _mean(group["shared"]["auroc"]),
             *(_mean(means[rate]) for rate in rates),

@@ -31,8 +31,9 @@ import pyarrow.parquet as pq
 from ray_cxr.config import RecalibrateSettings
 from ray_cxr.data import identity, manifest
 from ray_cxr.errors import ConfigError, InputError, LeakError, OutputError, TableError
-from ray_cxr.evaluation import calibration, intervals, metrics
+from ray_cxr.evaluation import calibration, metrics
 from ray_cxr.evaluation.calibration import FittedRules
+from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.models.bundle import SPLIT_SCHEMA, Bundle, load_bundle
 from ray_cxr.models.bundle_writer import derive_bundle, find_finished
 from ray_cxr.storage import remote, run_folder
@@ -138,7 +139,7 @@ def recalibrate(
     record |= {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "images": len(used),
-        "patients": intervals.patient_codes(used["patient_id"].to_numpy(dtype=object))[1],
+        **PatientCount.of(used["patient_id"]).to_json(),
         "left_out": excluded,
         "labels_split": manifest.split_info(labelled),
         "findings": {name: _measure(y[:, j], p[:, j], name, old, rules) for j, name in enumerate(old.findings)},

@@ -18,13 +18,13 @@ from ray_cxr.data.consensus import ConsensusLabels, read_consensus
 from ray_cxr.errors import InputError
 from ray_cxr.evaluation.localisation import Localisation, measure_localisation
 from ray_cxr.evaluation.paired import PairedAuroc, PairedFinding, paired_findings
-from ray_cxr.imaging.overlays import FOLDER, WHOLE, HeatMap, read_heatmaps
+from ray_cxr.imaging.demographics import PatientCount
+from ray_cxr.imaging.overlays import WHOLE, HeatMap, has_heatmaps, read_heatmaps
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING
 from ray_cxr.reporting.evaluation_set import EvaluationSet, Population
 from ray_cxr.reporting.leakage import LeakCheck, check_leakage
 from ray_cxr.reporting.measures import BootstrapSettings, EvaluationResult, ModelOutputs, evaluate
-from ray_cxr.reporting.scores import Scores, count_patients, read_scores
-from ray_cxr.storage import remote
+from ray_cxr.reporting.scores import Scores, read_scores
 
 #: Side in cells of a heat map projected onto an image that the model saw cropped or padded.
 _PROJECTED_SIDE = 256
@@ -45,7 +45,7 @@ class ConsensusResult:
     reference: ConsensusLabels
     parts: dict[str, int]
     n_images: int
-    n_patients: int
+    patients: PatientCount
     scales: dict[str, str]
     counts: dict[str, int]
     leak_check: LeakCheck
@@ -59,7 +59,9 @@ class ConsensusResult:
             "kind": reference.kind,
             "table": self.table,
             "digest": reference.digest,
-            **{name: getattr(self, name) for name in ("images", "parts", "n_images", "n_patients")},
+            **{name: getattr(self, name) for name in ("images", "parts", "n_images")},
+            "n_patients": self.patients.number,
+            "images_without_patient": self.patients.without_id,
             "composites": {
                 name: {"findings": list(members), "scores": self.scales.get(name)} for name, members in composites
             },
@@ -88,7 +90,7 @@ def compare_with_consensus(
         reference=reference,
         parts=dict(sorted(Counter(str(part) for part in reference.parts[kept] if part is not None).items())),
         n_images=len(rows),
-        n_patients=count_patients(patients),
+        patients=PatientCount.of(patients),
         scales=scales,
         counts={"labelled": len(reference), "evaluated": len(rows), **missing},
         leak_check=checked,
@@ -104,7 +106,7 @@ class ScoreComparison:
     models: tuple[str, ...]
     images: str
     n_images: int
-    n_patients: int
+    patients: PatientCount
     left_out: int
     leak_check: LeakCheck
     findings: dict[str, PairedFinding]
@@ -117,7 +119,9 @@ class ScoreComparison:
         return {
             "other": self.other,
             "models": list(self.models),
-            **{name: getattr(self, name) for name in ("images", "n_images", "n_patients", "left_out")},
+            **{name: getattr(self, name) for name in ("images", "n_images", "left_out")},
+            "n_patients": self.patients.number,
+            "images_without_patient": self.patients.without_id,
             "difference": "this less the other",
             "leak_check": self.leak_check.to_json(),
             "findings": {name: asdict(paired) for name, paired in self.findings.items()},
@@ -149,7 +153,7 @@ def compare_with_scores(
         models=other.model_digests,
         images=evaluated.description,
         n_images=int(shared.sum()),
-        n_patients=count_patients(patients),
+        patients=PatientCount.of(patients),
         left_out=int((~shared).sum()),
         leak_check=checked,
         findings=dict(zip(names, paired.findings, strict=True)),

@@ -17,6 +17,7 @@ import numpy as np
 from markupsafe import Markup
 
 from ray_cxr.evaluation.metrics import Metric
+from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.reporting import plots
 
 
@@ -34,6 +35,7 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
         num=format_number,
         percent=format_percent,
         count=format_count,
+        patients=format_patients,
         duration=format_duration,
         setting=format_setting,
         md=escape_markdown,
@@ -64,6 +66,11 @@ def format_percent(value: float | None, digits: int = 1) -> str:
 
 def format_count(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
+
+
+def format_patients(result: Mapping[str, Any]) -> str:
+    """Format the counts of a part of metrics.json, e.g. `80 patients`."""
+    return str(PatientCount(result["n_patients"], result["images_without_patient"]))
 
 
 def format_duration(seconds: float | None) -> str:

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
+from ray_cxr.data import identity
 from ray_cxr.errors import LeakError
+from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.reporting.scores import Scores
 
 UNKNOWN_TRAINING = "not all images that trained the model are known"
@@ -24,15 +25,17 @@ class LeakCheck:
         shared_images, shared_patients: number of training images and patients that are evaluated too.
         shared_by_part: number of shared images by `train` or `val`.
         unknown_patients: number of evaluated images without a patient id.
+        unknown_training_patients: number of training images without a patient id.
     """
 
     reason: str | None
     training_images: int | None = None
-    training_patients: int = 0
+    training_patients: int | None = 0
     shared_images: int = 0
     shared_by_part: dict[str, int] = field(default_factory=dict)
     shared_patients: int = 0
     unknown_patients: int = 0
+    unknown_training_patients: int = 0
 
     def to_json(self) -> dict[str, Any]:
         known = {"reason": self.reason} if self.training_images is None else asdict(self)
@@ -50,12 +53,11 @@ class LeakCheck:
         elif self.reason:
             text = f"not possible: {self.reason}; the known ones are not in this evaluation"
         else:
-            text = (
-                f"passed: none of the {self.training_images:,} training images and {self.training_patients:,} training "
-                "patients is in this evaluation"
-            )
-        if self.unknown_patients:
-            text += f"; {self.unknown_patients:,} images have no patient id and were compared by image id alone"
+            patients = f" and {self.training_patients:,} training patients" if self.training_patients else ""
+            text = f"passed: none of the {self.training_images:,} training images{patients} is in this evaluation"
+        for count, kind in ((self.unknown_patients, ""), (self.unknown_training_patients, "training ")):
+            if count:
+                text += f"; {count:,} {kind}images have no patient id and were compared by image id alone"
         return text
 
 
@@ -72,8 +74,9 @@ def check_leakage(
     training = table.training
     if training is None:
         return LeakCheck(UNKNOWN_TRAINING)
-    same = pd.Index(training.images).isin(table.ids[rows])
-    known = {patient for patient in training.patients if patient is not None}
+    same = identity.find_ids(training.images, table.ids[rows]) >= 0
+    trained = PatientCount.of(training.patients)
+    known = set(training.patients) - {None}
     # Scores and labels may spell one patient differently, and the training may have used either spelling.
     scored_patients = table.patients[rows]
     shared = {patient for patient in (*patients, *scored_patients) if patient in known}
@@ -90,9 +93,10 @@ def check_leakage(
     return LeakCheck(
         UNKNOWN_TRAINING if table.provenance.get("lineage") == "unknown" else None,
         training_images=len(training.images),
-        training_patients=len(known),
+        training_patients=trained.number,
         shared_images=int(same.sum()),
         shared_by_part=dict(sorted(Counter(str(part) for part in training.parts[same]).items())),
         shared_patients=len(shared),
         unknown_patients=sum(a is None and b is None for a, b in zip(patients, scored_patients, strict=True)),
+        unknown_training_patients=trained.without_id,
     )

@@ -16,10 +16,10 @@ from ray_cxr.data.consensus import composite_flags, composite_scores
 from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.bootstrap import DerivedOutputs, RocBand, bootstrap_findings
 from ray_cxr.evaluation.delong import delong, delong_interval
-from ray_cxr.evaluation.intervals import Interval
+from ray_cxr.evaluation.intervals import Interval, Patients
 from ray_cxr.evaluation.subgroups import FEW_PATIENTS
 from ray_cxr.labels import NO_FINDING
-from ray_cxr.reporting.scores import Scores, count_patients, finite_or_none
+from ray_cxr.reporting.scores import Scores, finite_or_none
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class FindingResult:
     positives: int
     unscored: int
     metrics: dict[str, Measurement]
-    positive_patients: int = 0
+    positive_patients: int | None = 0  # None if no image has a patient id
     prevalence: float | None = None
     reason: str | None = None
     caution: str | None = None
@@ -296,17 +296,17 @@ def _evaluate_finding(
         for key, (value, why) in values.items()
     }
     point = outputs.operating_points.get(finding) or {}
-    positive_patients, negative_patients = (count_patients(patients[usable][y == label]) for label in (1, 0))
+    with_finding, without = (Patients.of(patients[usable][y == label]) for label in (1, 0))
     variance = delong(y, s) if reason is None else None
     return FindingResult(
         n=len(y),
         positives=int(y.sum()),
         unscored=int((labelled & np.isnan(p)).sum()),
         metrics=measured,
-        positive_patients=positive_patients,
+        positive_patients=with_finding.number,
         prevalence=float(y.mean()) if len(y) else None,
         reason=reason,
-        caution=_caution(measured["auroc"], positive_patients, negative_patients),
+        caution=_caution(measured["auroc"], with_finding, without),
         delong=delong_interval(*variance) if variance else None,
         undefined_resamples=found["auroc"].undefined,
         threshold=finite_or_none(point.get("threshold")),
@@ -318,15 +318,16 @@ def _evaluate_finding(
     )
 
 
-def _caution(auroc: Measurement, positive_patients: int, negative_patients: int) -> str | None:
+def _caution(auroc: Measurement, with_finding: Patients, without: Patients) -> str | None:
     """Explain why AUROC's interval is missing or should not be trusted."""
     if auroc.value is None:
         return None
     if auroc.low is None:
         return f"no interval: {auroc.interval_reason}"
-    few, kind = min((positive_patients, "positive"), (negative_patients, "negative"))
-    if few < FEW_PATIENTS:
-        count = f"only {few} {kind} patients" if few > 1 else f"only one {kind} patient"
+    few, kind = min((with_finding, "positive"), (without, "negative"), key=lambda pair: pair[0].units)
+    if few.units < FEW_PATIENTS:
+        unit = "patient" if few.has_id.all() else "image" if not few.has_id.any() else "patient or image without an id"
+        count = f"only {few.units} {kind} {unit}s" if few.units > 1 else f"only one {kind} {unit}"
         return f"{count}, so the interval is too narrow"
     if auroc.value in (0.0, 1.0):
         return "the scores separate the classes completely, so the bootstrap cannot estimate the uncertainty"

@@ -21,6 +21,7 @@ from ray_cxr.evaluation import metrics, published
 from ray_cxr.evaluation.group_resamples import LabelledScores
 from ray_cxr.evaluation.groups import build_groups
 from ray_cxr.evaluation.subgroups import Subgroups, measure_groups
+from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.labels import FINDINGS, NO_FINDING, canonicalize, suggest
 from ray_cxr.reporting import figure_set, html, plots, tables
 from ray_cxr.reporting.comparators import compare_with_boxes, compare_with_consensus, compare_with_scores
@@ -28,7 +29,7 @@ from ray_cxr.reporting.evaluation_set import EvaluationSet, Population, join_lab
 from ray_cxr.reporting.leakage import check_leakage
 from ray_cxr.reporting.measures import BootstrapSettings, ModelOutputs, evaluate
 from ray_cxr.reporting.result import Counts, LabelResults, ReportResult, measure_drift, measure_flag_rates
-from ray_cxr.reporting.scores import Location, Scores, count_patients, read_scores
+from ray_cxr.reporting.scores import Location, Scores, read_scores
 from ray_cxr.reporting.summary import list_remarks, summarize
 from ray_cxr.reporting.worklist import build_worklist, format_csv
 from ray_cxr.storage import atomic, remote
@@ -95,30 +96,30 @@ def write_report(
         # The next report would read this one's metrics.parquet as scores.
         raise OutputError(f"--out {out}: is inside the score folder {table.folder}; name a folder outside it")
     _log.debug("%s: %d rows, %d errors", table.source, len(table.ids), int((~table.ok).sum()))
-
-    labelled = None if labels is None else _evaluate_labels(table, labels, split, prevalences, bootstrap)
-    evaluated = labelled.images if labelled else None
-    population = evaluated or Population.select_scored(table)
-    result = ReportResult(
-        split=split,
-        n_images=len(population.rows),
-        n_patients=count_patients(population.patients),
-        labelled=labelled,
-        counts=Counts.count(table, evaluated.counts if evaluated else None),
-        flag_rates=measure_flag_rates(table),
-        drift=measure_drift(table, evaluated),
-        digests=_read_digests(table, labels, labelled),
-        bootstrap=bootstrap if labels or consensus or boxes else None,
-        consensus=None
-        if consensus is None
-        else compare_with_consensus(table, population, str(consensus), prevalences, bootstrap),
-        compared=None
-        if compare is None or evaluated is None
-        else compare_with_scores(table, evaluated, str(compare), bootstrap),
-        boxes=None if boxes is None else compare_with_boxes(table, population, str(boxes), bootstrap),
-        notes=_list_notes(table, split, labelled),
-    )
-    return _write(out, table, result, figure_set.draw_figures(table, result, seed))
+    with run_folder.lock(out, "report"):
+        labelled = None if labels is None else _evaluate_labels(table, labels, split, prevalences, bootstrap)
+        evaluated = labelled.images if labelled else None
+        population = evaluated or Population.select_scored(table)
+        result = ReportResult(
+            split=split,
+            n_images=len(population.rows),
+            patients=PatientCount.of(population.patients),
+            labelled=labelled,
+            counts=Counts.count(table, evaluated.counts if evaluated else None),
+            flag_rates=measure_flag_rates(table),
+            drift=measure_drift(table, evaluated),
+            digests=_read_digests(table, labels, labelled),
+            bootstrap=bootstrap if labels or consensus or boxes else None,
+            consensus=None
+            if consensus is None
+            else compare_with_consensus(table, population, str(consensus), prevalences, bootstrap),
+            compared=None
+            if compare is None or evaluated is None
+            else compare_with_scores(table, evaluated, str(compare), bootstrap),
+            boxes=None if boxes is None else compare_with_boxes(table, population, str(boxes), bootstrap),
+            notes=_list_notes(table, split, labelled),
+        )
+        return _write(out, table, result, figure_set.draw_figures(table, result, seed))
 
 
 def _evaluate_labels(

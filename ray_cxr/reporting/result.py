@@ -13,6 +13,7 @@ from ray_cxr.errors import ERROR_CODES
 from ray_cxr.evaluation import drift
 from ray_cxr.evaluation.published import Published
 from ray_cxr.evaluation.subgroups import Subgroups
+from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.reporting.comparators import BoxResult, ConsensusResult, ScoreComparison
 from ray_cxr.reporting.evaluation_set import EvaluationSet, JoinCounts
 from ray_cxr.reporting.leakage import LeakCheck
@@ -136,7 +137,7 @@ class ReportResult:
 
     split: str | None
     n_images: int
-    n_patients: int
+    patients: PatientCount
     labelled: LabelResults | None
     counts: Counts
     flag_rates: dict[str, dict[str, Any]]
@@ -156,7 +157,8 @@ class ReportResult:
             "split": self.split,
             **{key: labelled[key] for key in ("split_label", "split_kind", "split_seed")},
             "n_images": self.n_images,
-            "n_patients": self.n_patients,
+            "n_patients": self.patients.number,
+            "images_without_patient": self.patients.without_id,
             **{key: labelled[key] for key in ("findings", "macro", "weighted")},
             "counts": self.counts.to_json(),
             "flag_rates": self.flag_rates,

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from ray_cxr.data import identity
 from ray_cxr.errors import ImageError, InputError, TableError, first_line
-from ray_cxr.evaluation import calibration, intervals
+from ray_cxr.evaluation import calibration
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING, canonicalize
 from ray_cxr.storage import remote
 from ray_cxr.storage.paths import redact
@@ -346,10 +346,6 @@ def read_training_images(location: Location) -> TrainingImages | None:
         return None
     ids, patients = (read_texts(table, name, location.path)[kept] for name in ("image_id", "patient_id"))
     return TrainingImages(ids, patients, parts[kept])
-
-
-def count_patients(patients: np.ndarray) -> int:
-    return intervals.patient_codes(patients)[1]
 
 
 def finite_or_none(value: Any) -> float | None:

@@ -40,12 +40,10 @@ def summarize(result: ReportResult) -> list[str]:
             if result.consensus
             else "There are no labels, so the scores are reported without an evaluation."
         )
-        sentences.append(
-            f"{counts.scored:,} of {counts.rows:,} images of {result.n_patients:,} patients were scored. {limit}"
-        )
+        sentences.append(f"{counts.scored:,} of {counts.rows:,} images of {result.patients} were scored. {limit}")
     else:
-        images, patients = f"{result.n_images:,} images", f"{result.n_patients:,} patients"
-        sentences.append(f"{images} of {patients} were evaluated: {result.labelled.images.description}.")
+        evaluated = f"{result.n_images:,} images of {result.patients}"
+        sentences.append(f"{evaluated} were evaluated: {result.labelled.images.description}.")
         sentences += _summarize_evaluation(result.labelled.evaluation)
     if counts.errors:
         codes = ", ".join(f"{code} {n:,}" for code, n in counts.by_code.items())

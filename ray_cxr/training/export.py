@@ -18,6 +18,7 @@ import tomli_w
 from ray_cxr.data import identity
 from ray_cxr.errors import OutputError, RayCxrError
 from ray_cxr.evaluation.calibration import fit_rules
+from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.models import exports
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle
@@ -95,7 +96,7 @@ def _build_content(
         "prepared_digest": data.manifest_digest,
         "split": data.split_info(),
         "images": {
-            name: {"images": len(group), "patients": int(group["patient_id"].nunique())}
+            name: {"images": len(group), **PatientCount.of(group["patient_id"]).to_json()}
             for name, group in used.groupby("split")
         },
         "age_range": [float(ages.min()), float(ages.max())] if len(ages) else None,

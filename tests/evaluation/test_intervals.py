@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ray_cxr.evaluation.intervals import Interval, patient_codes, percentile_interval, wilson_interval
+from ray_cxr.evaluation.intervals import Interval, Patients, patient_codes, percentile_interval, wilson_interval
 
 
 def test_interval_needs_enough_values_that_differ() -> None:
@@ -28,3 +28,11 @@ def test_wilson_interval_equals_scipy() -> None:
 def test_unknown_patients_count_separately() -> None:
     codes, k = patient_codes(np.array(["a", None, "a", float("nan"), None, "b"], dtype=object))
     assert (codes.tolist(), k) == ([0, 1, 0, 2, 3, 4], 5)
+
+
+def test_unknown_patients_are_units_but_no_known_patients() -> None:
+    patients = Patients.of(np.array(["a", None, "a", float("nan"), "b"], dtype=object))
+    assert (patients.units, patients.number) == (4, 2)
+    some = patients[np.array([False, True, False, True, False])]
+    assert (some.units, some.number) == (2, None)
+    assert (Patients.of(np.array([])).units, Patients.of(np.array([])).number) == (0, 0)

@@ -176,13 +176,13 @@ def test_interval_counts_patients() -> None:
     names, patients, repeated = [name for name, _ in twice], np.repeat(ids, 2), np.repeat(boxes, 2, axis=0)
     clustered = measure_localisation(twice, names, findings * 2, repeated, patients, n_resamples=300).overall
     assert (clustered.hit_rate.low, clustered.hit_rate.high) == (once.hit_rate.low, once.hit_rate.high)
-    assert (once.patients, clustered.patients, clustered.n) == (60, 60, 120)
+    assert (once.patients, clustered.patients, clustered.n) == (None, 60, 120)  # without patient ids, and with them
     alone = measure(twice, names, findings * 2, repeated, n_resamples=300).overall.hit_rate
     assert alone.high - alone.low < 0.85 * width
-    # Images without a patient count separately, even if another patient's id equals the image id.
+    # Images without a patient id are no patients, even if another patient's id equals the image id.
     maps = {("a", "Mass"): draw_peak(0, 0), ("a", "Nodule"): draw_peak(0, 0), ("b", "Mass"): draw_peak(0, 0)}
     box = np.array([(0, 0, 300, 300)] * 3)
-    for patients, count in (([None] * 3, 2), (["1"] * 3, 1), ([float("nan")] * 3, 2), ([None, None, "a"], 2)):
+    for patients, count in (([None] * 3, None), (["1"] * 3, 1), ([float("nan")] * 3, None), ([None, None, "a"], 1)):
         found = measure_localisation(maps, ["a", "a", "b"], ["Mass", "Nodule", "Mass"], box, patients)
         assert found.overall.patients == count
 

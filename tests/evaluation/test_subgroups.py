@@ -84,6 +84,7 @@ def test_every_image_is_in_one_group_of_each_attribute(rows: list[tuple]) -> Non
     # A description counts the same groups.
     counts = groups.describe_population(*to_columns(rows), np.arange(len(rows)) // 2)
     assert (counts["images"], counts["patients"]) == (len(rows), (len(rows) + 1) // 2)
+    assert groups.describe_population(*to_columns(rows), np.full(len(rows), None))["patients"] is None
     for group in found:
         assert group.crossing or counts[group.attribute][group.value] == group.mask.sum()
     ages = [row[1] for row in rows if row[1] is not None]
@@ -92,8 +93,8 @@ def test_every_image_is_in_one_group_of_each_attribute(rows: list[tuple]) -> Non
 
 
 def test_age_bands_and_other_values() -> None:
-    ages = [0, 17.9, 18, 39.99, 40, 59, 60, 79.5, 80, 104, None, float("nan"), -1, pd.NA]
-    bands = ["0-17"] * 2 + ["18-39"] * 2 + ["40-59"] * 2 + ["60-79"] * 2 + ["80+"] * 2 + ["unknown"] * 4
+    ages = [0, 17.9, 18, 39.99, 40, 59, 60, 79.5, 80, 104, None, float("nan"), -1, 999, pd.NA]
+    bands = ["0-17"] * 2 + ["18-39"] * 2 + ["40-59"] * 2 + ["60-79"] * 2 + ["80+"] * 2 + ["unknown"] * 5
     for age, band in zip(ages, bands, strict=True):
         found = groups.build_groups(*to_columns([("F", age, "PA", 0)]), crossings=False)
         assert [(group.attribute, group.value) for group in found] == list(

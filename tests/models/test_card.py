@@ -96,6 +96,22 @@ def test_card_shows_provenance_and_people(whole: dict[str, Any]) -> None:
     assert f"| {ages.median():.0f} ({ages.quantile(0.25):.0f} to {ages.quantile(0.75):.0f}) |" in people
 
 
+def test_card_states_unknown_patients(whole: dict[str, Any]) -> None:
+    nobody = whole["provenance"]["evaluation"] | {"groups": []}
+    for counts, text in (
+        ({"images": 300, "patients": 0}, "300 images of unknown patients."),  # as older versions wrote it
+        ({"images": 300, "patients": None, "images_without_patient": 300}, "300 images of unknown patients."),
+        (
+            {"images": 9, "patients": 4, "images_without_patient": 2},
+            "9 images of 4 patients (2 images without a patient",
+        ),
+    ):
+        source = whole["provenance"] | {"images": {"train": counts}, "evaluation": nobody}
+        assert f"- train: {text}" in model_card(whole | {"provenance": source}, [])
+    unknown = frame().assign(patient_id=None)
+    assert provenance.describe_images(unknown)["patients"] is None
+
+
 def test_card_shows_metrics_with_intervals_and_reasons(whole: dict[str, Any]) -> None:
     card = model_card(whole, [])
     measured = whole["provenance"]["evaluation"]

@@ -285,8 +285,10 @@ def test_unknown_training_images_and_patients_are_reported(site: Site, command: 
     site.patients[:2] = [None, None]
     code, out, _ = command(*site.write().arguments())
     assert (code, "WARNING: 2 images have no patient id" in out) == (0, True), out
-    # Each counts as a separate patient.
-    assert ray_cxr.load_bundle(site.out).info["provenance"]["recalibrated"]["patients"] == N // 2 + 1
+    assert f"{N // 2 - 1} patients (2 images without a patient id): report on others" in " ".join(out.split())
+    made = ray_cxr.load_bundle(site.out).info["provenance"]["recalibrated"]
+    assert (made["patients"], made["images_without_patient"]) == (N // 2 - 1, 2)
+    assert f"{N // 2 - 1} patients (2 images without a patient id), " in (site.out / "MODEL_CARD.md").read_text()
 
 
 def changed(**changes: Any) -> Callable[[Site], object]:

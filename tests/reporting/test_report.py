@@ -207,6 +207,27 @@ def test_labels_with_another_split_than_the_model_are_reported(archive: Archive,
     check = found.metrics["leak_check"]
     assert check["shared_by_part"] == {"train": 30, "val": 15}
     assert check["unknown_patients"] == found.metrics["n_images"]
+    assert (check["training_patients"], check["unknown_training_patients"]) == (None, 45)
+
+
+def test_unknown_patients_are_in_no_number_of_patients(archive: Archive, tmp_path: Path) -> None:
+    archive.patient = [None] * N
+    found = report(archive, tmp_path / "out", labels=archive.labels(sex=["F"] * N), split="test")
+    m = found.metrics
+    assert (m["n_images"], m["n_patients"], m["images_without_patient"]) == (132, None, 132)
+    assert "132 images of unknown patients were evaluated" in found.page
+    assert "<b>–</b><span>patients (unknown)</span>" in found.page
+    assert {f["positive_patients"] for f in m["findings"].values() if f["positives"]} == {None}
+    assert {group["n_patients"] for group in m["subgroups"]["groups"]} == {None}
+    assert {rate["n_patients"] for rate in m["drift"]["flags"].values()} == {None}
+    assert "training images have no patient id" in found.page
+    assert "0 training patients" not in found.page
+    # Some are known, two of them apart from leading zeros.
+    archive.patient = ["007", "7", *[None] * (N - 2)]
+    found = report(archive, tmp_path / "again", scores=archive.scores())
+    assert (found.metrics["n_patients"], found.metrics["images_without_patient"]) == (2, 175)
+    assert "images of 2 patients (175 images without a patient id) were scored" in found.page
+    assert {row["patient_id"] for row in found.worklist()} == {"007", "7", ""}
 
 
 @pytest.mark.parametrize("imported", [True, False])
