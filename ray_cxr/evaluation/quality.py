@@ -21,10 +21,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: All quality flags, most severe first: known causes, then unusual images, then known limits of the training data.
-FLAGS = ("inverted", "lateral", "not_frontal_chest", "out_of_distribution", "age_outside_training")
 #: Flags that `judge_images` returns.
-JUDGED = FLAGS[:4]
+JUDGED = ("inverted", "lateral", "not_frontal_chest", "out_of_distribution")
+#: All quality flags, most severe first: known causes, then doubts about the display, then unusual images, then known
+#: limits of the training data. `reoriented`, `display_fallback` and `burned_in_annotation` come from DICOM headers.
+FLAGS = (
+    *JUDGED[:3],
+    "reoriented",
+    "display_fallback",
+    JUDGED[3],
+    "age_outside_training",
+    "burned_in_annotation",
+)
 #: Minimum numbers of images to describe, and to set limits from.
 MIN_TRAINING, MIN_HELD_OUT = 60, 30
 #: More training images take time and change little.

@@ -47,12 +47,17 @@ def load_image(path: str, spec: InputSpec | None = None, *, max_pixels: int = MA
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Return the pixels of `decode_with_flags`."""
+    return decode_with_flags(data, max_pixels=max_pixels)[0]
+
+
+def decode_with_flags(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, tuple[str, ...]]:
     """Decode the contents of a PNG, JPEG or DICOM. The module's docstring has the rules; for DICOM, that of `dicom`.
 
     `max_pixels` limits height x width and is checked before pixels are decoded.
 
     Returns:
-        uint8[H, W], C-contiguous, a new array; 0 is black, 255 white.
+        uint8[H, W], C-contiguous, a new array; 0 is black, 255 white. And the quality flags from a DICOM header.
 
     Raises:
         ImageError: `empty`, `not_an_image`, `truncated`, `corrupt`, `too_large`, `too_small`, `blank` (all pixels
@@ -61,6 +66,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if not data:
         raise ImageError("empty", "the file has 0 bytes")
     data = bytes(data)
+    flags: tuple[str, ...] = ()
     if data.startswith(png.PNG_MAGIC):
         with decoder_errors("PNG"):
             image = png.decode_png(data, max_pixels)
@@ -71,10 +77,10 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         # pydicom and GDCM are slow to import, and PNGs and JPEGs do not need them.
         from ray_cxr.imaging import dicom
 
-        image = dicom.decode_dicom(data, max_pixels=max_pixels)
+        image, flags = dicom.read_image(data, max_pixels=max_pixels)
     if image.min() == image.max():
         raise ImageError("blank", f"all pixels have the value {int(image.min())}")
-    return image
+    return image, flags
 
 
 def is_png_or_jpeg(data: bytes) -> bool:

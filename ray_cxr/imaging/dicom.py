@@ -4,14 +4,20 @@ Decoding follows the standard's grayscale pipeline (DICOM PS3.4, N.2; PS3.3, C.1
 
 1. Stored values: the bits that Bits Stored, High Bit and Pixel Representation select (PS3.3, C.7.6.3.1).
 2. Modality LUT, or Rescale Slope and Intercept (C.11.1).
-3. VOI LUT, otherwise the first window, as LINEAR, LINEAR_EXACT or SIGMOID (C.11.2.1). Windows without a centre or
-   width, or with a forbidden width (below 1 for LINEAR, 0 or less for the others), are ignored. LUT items without a
-   descriptor or data are ignored too. If a VOI LUT's descriptor has wrong bits per entry, the entries decide.
+3. VOI LUT, otherwise the first window that shows the image, as LINEAR, LINEAR_EXACT or SIGMOID (C.11.2.1). Windows
+   without a centre or width, or with a forbidden width (below 1 for LINEAR, 0 or less for the others), are ignored. LUT
+   items without a descriptor or data are ignored too. If a VOI LUT's descriptor has wrong bits per entry, the entries
+   decide.
 4. Scaling to 0..255, rounded. Without VOI LUT and window, up to 8 stored bits scale by the full range of stored values,
    so that 8-bit unsigned values stay unchanged. Above 8 bits, the header does not define the visible range. The scale
    is then the image's own minimum and maximum after step 2, without padding.
 5. MONOCHROME1 is inverted to 255 - x (C.7.6.3.1.2). Presentation LUT Shape repeats this and is not read.
 6. Padding (Pixel Padding Value and its Range Limit, C.7.5.1.1.2) is black for any photometric interpretation.
+7. Square pixels and the orientation of a frontal view (see `dicom_attributes`).
+
+The flag `display_fallback` marks an image whose header would hide it: at least 999 of 1000 pixels with one gray after
+the VOI LUT, the window or the modality LUT, only padding, a slope of 0, or a window of a forbidden width. The next step
+is then applied as if the element were absent.
 
 RGB and YBR (secondary captures) become gray by the luma of `pixels`; steps 2 and 3 do not exist for colour.
 
@@ -45,16 +51,6 @@ from ray_cxr.imaging.dicom_frames import read_pixels, unsupported_syntax
 from ray_cxr.imaging.dicom_text import read_identity
 from ray_cxr.imaging.pixels import MAX_PIXELS, check_size, decoder_errors, luma
 
-#: Modalities of radiographs; converted archives have OT, SC or none.
-RADIOGRAPH_MODALITIES: frozenset[str] = frozenset({"CR", "DX", "RG", "OT", "SC", ""})
-
-# Codes of PS3.3 C.7.3.1.1.1 that a message may quote; other text could be a patient's name.
-_DEFINED_MODALITIES = """
-    AR AU BDUS BI BMD CD CT CFM DF DG DM DOC DR DS ECG EPS ES EC FA FID FS GM HC HD IO IVOCT IVUS KER
-    KO LEN LP LS MA MG MR MS NM OAM OCT OP OPM OPT OPTBSV OPTENF OPV OSS PLAN PR PT PX REG RESP RF
-    RTDOSE RTIMAGE RTINTENT RTPLAN RTRAD RTRECORD RTSEGANN RTSTRUCT RWV SEG SM SMR SR SRF ST STAIN TG
-    US VA VF XA XC
-"""
 _PHOTOMETRIC_COLOUR = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"})
 _PHOTOMETRIC_REFUSED = frozenset({"PALETTE COLOR", "HSV", "ARGB", "CMYK", "YBR_PARTIAL_420", "YBR_PARTIAL_422", "XYB"})
 
@@ -87,37 +83,70 @@ def looks_like_dicom(data: bytes) -> bool:
 
 
 def decode_dicom(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Return the pixels of `read_image`."""
+    return read_image(data, max_pixels=max_pixels)[0]
+
+
+def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, tuple[str, ...]]:
     """Decode a single-frame DICOM radiograph, with or without preamble, by the rules of the module's docstring.
 
-    The error `not_a_radiograph` means another modality, no pixel data, several frames, or a palette.
+    The error `not_a_radiograph` means another modality, an image for processing, no pixel data, several frames, or a
+    palette.
 
     Returns:
-        uint8[H, W], C-contiguous; 0 is black, 255 white.
+        uint8[H, W], C-contiguous; 0 is black, 255 white. And the quality flags from the header.
     """
     with decoder_errors("DICOM"):
         ds, syntax = _read_dataset(data, max_pixels)
-        _check_modality(ds)
+        check_attributes(ds)
         set_defaults(ds)
         if ds.NumberOfFrames > 1:
             raise ImageError("not_a_radiograph", "the DICOM file has several frames")
         rows, columns = read_integer(ds, "Rows"), read_integer(ds, "Columns")
         check_size(rows, columns, max_pixels)
-        photometric = read_text(ds, "PhotometricInterpretation").upper()
-        samples = ds.SamplesPerPixel
-        allocated = read_integer(ds, "BitsAllocated")
-        bits = ds.BitsStored = read_integer(ds, "BitsStored", allocated)
-        if photometric in _PHOTOMETRIC_REFUSED:
-            raise ImageError("not_a_radiograph", f"the photometric interpretation is {photometric}")
-        if allocated in (32, 64):
-            raise ImageError("not_a_radiograph", f"samples of {allocated} bits; CR and DX have 8 or 16")
-        gray = samples == 1 and photometric in ("MONOCHROME1", "MONOCHROME2")
-        colour = samples == 3 and photometric in _PHOTOMETRIC_COLOUR
-        if not (gray or colour) or allocated not in (1, 8, 16) or not 1 <= bits <= allocated:
-            raise ImageError("corrupt", "contradictory samples or bit depths in the DICOM header")
-        pixels = read_pixels(ds, syntax, rows, columns, samples, allocated, bits)
-        if colour:
-            return luma(scale_to_8_bits(pixels, bits))
-        return display_gray(pixels, ds, bits, inverted=photometric == "MONOCHROME1")
+        photometric, allocated, bits = _read_format(ds)
+        pixels = read_pixels(ds, syntax, rows, columns, allocated, bits)
+        flags = find_flags(ds)
+        if photometric in _PHOTOMETRIC_COLOUR:
+            image = luma(scale_to_8_bits(pixels, bits))
+        else:
+            image, is_replaced = display_gray(pixels, ds, bits, inverted=photometric == "MONOCHROME1")
+            if is_replaced:
+                flags.append("display_fallback")
+        image, is_turned = normalize_geometry(image, ds)
+        if is_turned:
+            flags.append("reoriented")
+        check_size(*image.shape, max_pixels)
+        return image, tuple(flags)
+
+
+def _read_format(ds: Any) -> tuple[str, int, int]:
+    """Return Photometric Interpretation, Bits Allocated and Bits Stored (PS3.3, C.7.6.3), and set Samples per Pixel and
+    Bits Stored if absent. A value that no radiograph has is an error that names it.
+    """
+    photometric = read_text(ds, "PhotometricInterpretation").upper()
+    if not photometric:
+        raise ImageError("corrupt", "the DICOM file has no PhotometricInterpretation")
+    if photometric in _PHOTOMETRIC_REFUSED:
+        raise ImageError("not_a_radiograph", f"the photometric interpretation is {photometric}")
+    if photometric not in _PHOTOMETRIC_COLOUR | {"MONOCHROME1", "MONOCHROME2"}:
+        raise ImageError("corrupt", "PhotometricInterpretation of the DICOM file is not one that DICOM defines")
+    samples = 3 if photometric in _PHOTOMETRIC_COLOUR else 1  # which the interpretation requires (C.7.6.3.1.2)
+    allocated = read_integer(ds, "BitsAllocated")
+    if allocated in (32, 64):
+        raise ImageError("not_a_radiograph", f"samples of {allocated} bits; CR and DX have 8 or 16")
+    ds.SamplesPerPixel = read_integer(ds, "SamplesPerPixel", samples)
+    bits = ds.BitsStored = read_integer(ds, "BitsStored", allocated)
+    for keyword, value, possible, name in (
+        ("SamplesPerPixel", ds.SamplesPerPixel, (samples,), f"{samples} for {photometric}"),
+        ("BitsAllocated", allocated, (1, 8, 16), "1, 8 or 16"),
+        ("BitsStored", bits, range(1, allocated + 1), f"1 to {allocated}"),
+        ("PixelRepresentation", ds.PixelRepresentation, (0, 1), "0 or 1"),
+        ("PlanarConfiguration", ds.PlanarConfiguration if samples == 3 else 0, (0, 1), "0 or 1"),
+    ):
+        if value not in possible:
+            raise ImageError("corrupt", f"{keyword} of the DICOM file is {value}, not {name}")
+    return photometric, allocated, bits
 
 
 def read_tags(data: bytes) -> dict[str, Any]:
@@ -178,7 +207,7 @@ def _read_dataset(data: bytes, max_pixels: int, *, pixels: bool = True) -> tuple
     if pixels and not has_pixels:
         if reader.cut:
             raise ImageError("truncated", "the DICOM file ends inside its pixel data")
-        _check_modality(ds)  # another modality is the better reason
+        check_attributes(ds)  # another modality is the better reason
         raise ImageError("not_a_radiograph", "the DICOM file has no pixel data")
     if not syntax:
         implicit, little = ds.original_encoding
@@ -234,10 +263,3 @@ def _inflate(data: bytes, max_pixels: int) -> bytes:
         raise ImageError("truncated", "the deflated data set is incomplete")
     uid = _EXPLICIT_LITTLE.encode() + b"\0"
     return bytes(128) + b"DICM" + struct.pack("<HH2sH", 2, 0x10, b"UI", len(uid)) + uid + body
-
-
-def _check_modality(ds: Any) -> None:
-    modality = read_text(ds, "Modality").upper()
-    if modality not in RADIOGRAPH_MODALITIES:
-        name = modality if modality in _DEFINED_MODALITIES.split() else "not one that DICOM defines"
-        raise ImageError("not_a_radiograph", f"the modality is {name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from pydicom.sequence import Sequence
 from ray_cxr.errors import ImageError
 from ray_cxr.imaging import dicom_elements as elements
 
+_SAMPLE_SIDE = 128  # rows and columns, at least, of the pixels that decide whether a window shows the image
 _ROWS_AT_ONCE = 256  # numpy widens table indices to 64 bits, which takes too much memory for a whole large image
 
 
@@ -31,39 +32,82 @@ def _apply_table(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
     return out
 
 
-def display_gray(codes: np.ndarray, ds: Any, bits: int, *, inverted: bool) -> np.ndarray:
-    """Return uint8[H, W] for codes [H, W], through a table with one entry per possible stored value."""
+def display_gray(codes: np.ndarray, ds: Any, bits: int, *, inverted: bool) -> tuple[np.ndarray, bool]:
+    """Return uint8[H, W] for codes [H, W], through a table with one entry per possible stored value, and whether a
+    value of the header that hides the image was replaced.
+    """
     signed = ds.PixelRepresentation == 1
     values = np.arange(1 << bits, dtype=np.int64)
     if signed:
         values[values >= 1 << (bits - 1)] -= 1 << bits
     padding = _find_padding(ds, values, signed)
-    modality = _apply_modality(ds, values, signed)
-    table = _apply_voi(ds, modality, signed)
-    if table is None:
+    rows, columns = (max(1, side // _SAMPLE_SIDE) for side in codes.shape)
+    everything = codes[::rows, ::columns].ravel()
+    sample = everything[~padding[everything]]
+    replaced = not len(sample)
+    if replaced:
+        padding[:], sample = False, everything
+    modality, is_replaced = _apply_modality(ds, values, signed, sample)
+    replaced |= is_replaced
+    gray, is_replaced = _choose_gray(ds, modality, sample, signed)
+    replaced |= is_replaced
+    if gray is None:
         visible = modality
         if bits > 8:
             is_used = np.zeros(1 << bits, dtype=bool)
             for row in range(0, len(codes), _ROWS_AT_ONCE):
                 is_used[codes[row : row + _ROWS_AT_ONCE]] = True
             visible = modality[is_used & ~padding]
-        low, high = (float(visible.min()), float(visible.max())) if len(visible) else (0.0, 0.0)
-        table = np.zeros(1 << bits) if high <= low else np.clip((modality - low) / (high - low), 0.0, 1.0)
-    gray = np.floor(table * 255.0 + 0.5).astype(np.uint8)
+        gray = _scale_to_range(modality, visible)
     if inverted:
         gray = 255 - gray
     gray[padding] = 0
-    return _apply_table(codes, gray)
+    return _apply_table(codes, gray), replaced
+
+
+def _choose_gray(ds: Any, modality: np.ndarray, sample: np.ndarray, signed: bool) -> tuple[np.ndarray | None, bool]:
+    """Return the table of the first VOI LUT or window that shows the sampled codes, uint8, one per stored value. It is
+    None if the image's own range has to be used. Also return whether a VOI LUT or window was skipped.
+
+    In a uniform image nothing can be shown, and the first VOI LUT or window is used.
+    """
+    first: np.ndarray | None = None
+    skipped = False
+    for table in _iter_voi_tables(ds, modality, signed):
+        if table is not None:
+            gray = np.floor(table * 255.0 + 0.5).astype(np.uint8)
+            if _shows(gray, sample):
+                return gray, skipped
+            first = gray if first is None else first
+        skipped = True
+    if first is not None and not _shows(_scale_to_range(modality, modality[sample]), sample):
+        return first, False
+    return None, skipped
+
+
+def _shows(gray: np.ndarray, sample: np.ndarray) -> bool:
+    """Whether the sampled codes do not all have one gray, apart from 1 in 1000, such as those of a marker."""
+    counts = np.bincount(gray[sample])
+    return bool(counts.max() < 0.999 * len(sample))
+
+
+def _scale_to_range(modality: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Scale the range of the visible values to 0..255: uint8, one per stored value."""
+    low, high = (float(visible.min()), float(visible.max())) if len(visible) else (0.0, 0.0)
+    table = np.zeros(len(modality)) if high <= low else np.clip((modality - low) / (high - low), 0.0, 1.0)
+    return np.floor(table * 255.0 + 0.5).astype(np.uint8)
 
 
 def _find_padding(ds: Any, values: np.ndarray, signed: bool) -> np.ndarray:
-    """Return which stored values are padding: bool, one per value."""
-    if elements.read_first(ds, "PixelPaddingValue") is None:
-        return np.zeros(len(values), dtype=bool)
-    padding = elements.read_integer(ds, "PixelPaddingValue")
-    limit = elements.read_integer(ds, "PixelPaddingRangeLimit", padding)
-    low, high = sorted(_fix_sign(value, signed) for value in (padding, limit))
-    return (values >= low) & (values <= high)
+    """Return which stored values are padding: bool, one per value. Every value of Pixel Padding Value counts."""
+    keyword = "PixelPaddingValue"
+    starts = [elements.to_integer(item, keyword) for item in elements.read_values(ds, keyword) if item is not None]
+    padding = np.zeros(len(values), dtype=bool)
+    for start in starts:
+        limit = elements.read_integer(ds, "PixelPaddingRangeLimit", start)
+        low, high = sorted(_fix_sign(value, signed) for value in (start, limit))
+        padding |= (values >= low) & (values <= high)
+    return padding
 
 
 def _fix_sign(value: int, signed: bool) -> int:
@@ -75,34 +119,41 @@ def _fix_sign(value: int, signed: bool) -> int:
     return value
 
 
-def _apply_modality(ds: Any, values: np.ndarray, signed: bool) -> np.ndarray:
-    """Apply the Modality LUT or rescale (PS3.3, C.11.1): float64, one per stored value."""
+def _apply_modality(ds: Any, values: np.ndarray, signed: bool, sample: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Apply the Modality LUT or rescale (PS3.3, C.11.1): float64, one per stored value.
+
+    A slope of 0 counts as 1, as in DCMTK, and a LUT with one output for all sampled codes as none. Also return whether
+    one of them was replaced.
+    """
     lut = _find_lut(ds, "ModalityLUTSequence", signed)
     if lut is not None:
-        return lut.entries[np.clip(values - lut.first, 0, len(lut.entries) - 1)].astype(np.float64)
+        outputs = lut.entries[np.clip(values - lut.first, 0, len(lut.entries) - 1)].astype(np.float64)
+        if np.ptp(outputs[sample]) > 0 or np.ptp(sample) == 0:
+            return outputs, False
+        return values.astype(np.float64), True
     slope = elements.read_float(ds, "RescaleSlope", 1.0)
     intercept = elements.read_float(ds, "RescaleIntercept", 0.0)
     if not (math.isfinite(slope) and math.isfinite(intercept)):
         raise ImageError("corrupt", "the rescale values of the DICOM file are not finite")
-    return values * slope + intercept
+    return values * (slope or 1.0) + intercept, slope == 0.0
 
 
-def _apply_voi(ds: Any, modality: np.ndarray, signed: bool) -> np.ndarray | None:
-    """Apply the VOI LUT or window (PS3.3, C.11.2): float64 in 0..1, one per stored value; None without either."""
+def _iter_voi_tables(ds: Any, modality: np.ndarray, signed: bool) -> Iterator[np.ndarray | None]:
+    """Yield the result of the VOI LUT, then of each window (PS3.3, C.11.2): float64 in 0..1, one per stored value;
+    None for a window with a forbidden width.
+    """
     lut = _find_lut(ds, "VOILUTSequence", signed or bool(modality.min() < 0))
     if lut is not None:
         index = np.clip(np.floor(modality + 0.5) - lut.first, 0, len(lut.entries) - 1).astype(np.int64)
-        return np.minimum(lut.entries[index] / ((1 << _count_bits(lut)) - 1), 1.0)
-    pairs = zip(elements.read_floats(ds, "WindowCenter"), elements.read_floats(ds, "WindowWidth"), strict=False)
-    window = next(((centre, width) for centre, width in pairs if centre is not None and width is not None), None)
-    if window is None:
-        return None
+        yield np.minimum(lut.entries[index] / ((1 << _count_bits(lut)) - 1), 1.0)
     name = elements.read_text(ds, "VOILUTFunction").upper()
-    centre, width = window
-    usable = width > 0 if name in _WINDOWS else width >= 1
-    if not (usable and math.isfinite(centre) and math.isfinite(width)):
-        return None
-    return _WINDOWS.get(name, window_linear)(modality, centre, width)
+    keywords = ("WindowCenter", "WindowWidth")
+    for pair in zip(*(elements.read_values(ds, keyword) for keyword in keywords), strict=False):
+        if None not in pair:
+            centre, width = map(elements.to_float, pair, keywords)
+            usable = width > 0 if name in _WINDOWS else width >= 1
+            finite = math.isfinite(centre) and math.isfinite(width)
+            yield _WINDOWS.get(name, window_linear)(modality, centre, width) if usable and finite else None
 
 
 def window_linear(x: np.ndarray, centre: float, width: float) -> np.ndarray:

@@ -16,6 +16,7 @@ from ray_cxr.imaging.pixels import check_size, to_gray
 JPEG_MAGIC = b"\xff\xd8\xff"
 #: The marker after a scan. A byte FF inside the scan is followed by a stuffed zero byte (T.81) or zero bit (T.87).
 _MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")
+_FRAME_MARKERS = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})
 _LS_MARKER = re.compile(rb"\xff+[\x80-\xcf\xd8-\xfe]")
 
 
@@ -65,7 +66,7 @@ def parse_jpeg(data: bytes, *, jpeg_ls: bool = False) -> JpegStream:
             raise ImageError("truncated", "the JPEG ends inside a segment")
         if length < 2:
             raise ImageError("corrupt", "a segment of the JPEG has no length")
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+        if marker in _FRAME_MARKERS:
             if size is not None or length < 8:
                 raise ImageError("corrupt", "the frame header of the JPEG is damaged")
             precision, height, width, components = struct.unpack_from(">BHHB", data, offset + 2)
@@ -81,6 +82,21 @@ def parse_jpeg(data: bytes, *, jpeg_ls: bool = False) -> JpegStream:
             scans += 1
         if not (0xE0 <= marker <= 0xEF or marker == 0xFE) or marker in (0xE0, 0xEE):
             segments.append(data[start:offset])
+
+
+def find_process(data: bytes) -> int | None:
+    """Return the marker of the frame header, which names the process (T.81, table B.1; T.87: 0xF7); None if the data
+    do not start with a JPEG's segments up to a frame header.
+    """
+    offset = 2
+    if not data.startswith(JPEG_MAGIC):
+        return None
+    while data[offset : offset + 1] == b"\xff" and offset + 4 <= len(data):
+        marker = data[offset + 1]
+        if marker in _FRAME_MARKERS:
+            return marker
+        offset += 1 if marker == 0xFF else 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
+    return None
 
 
 def decode_jpeg(jpeg: JpegStream, max_pixels: int) -> np.ndarray:

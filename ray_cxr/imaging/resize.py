@@ -39,6 +39,13 @@ def resize(image: np.ndarray, spec: InputSpec) -> np.ndarray:
     return _scale(image, size, size, spec)
 
 
+def square_pixels(image: np.ndarray, aspect: float) -> np.ndarray:
+    """Resample uint8[H, W] to square pixels by reducing one side; `aspect` is the height of a pixel over its width."""
+    height, width = image.shape
+    rows, columns = (height, round(width / aspect)) if aspect > 1.0 else (round(height * aspect), width)
+    return np.asarray(cv2.resize(image, (max(1, columns), max(1, rows)), interpolation=cv2.INTER_AREA))
+
+
 def locate_in_input(spec: InputSpec, height: int, width: int) -> tuple[int, int, int, int]:
     """Return where `resize` puts an image of this size, pixels: (top, left, rows, columns). This is the whole input,
     except for the margins of `pad`.

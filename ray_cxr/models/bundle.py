@@ -227,7 +227,7 @@ class Bundle:
             if any(paths):
                 decoder.start()  # before the runtime is opened, so that both start at the same time
                 self._cached_runtime(batch_size, precision)
-            pixels, failures = _load_images(items, self.input_spec, decoder)
+            pixels, failures, header_flags = _load_images(items, self.input_spec, decoder)
         unknown = [None] * len(items)
         columns = {"image_id": ids, "path": paths, "patient_id": unknown, "study_id": unknown}
         rows = pa.table(columns, schema=pa.schema([(name, pa.string()) for name in columns]))
@@ -240,7 +240,8 @@ class Bundle:
             if self.quality is not None:
                 for i, flag in zip(good, judge_images(self.quality, pixels[good], outputs.features), strict=True):
                     flags[i] = flag
-        frame: pd.DataFrame = predictions.assemble(rows, probabilities, failures, self.rules, flags).to_pandas()
+        table = predictions.assemble(rows, probabilities, failures, self.rules, flags, header_flags)
+        frame: pd.DataFrame = table.to_pandas()
         return frame
 
     @contextlib.contextmanager
@@ -272,13 +273,14 @@ class Bundle:
 
 def _load_images(
     items: Sequence[Any], spec: InputSpec, decoder: Decoder
-) -> tuple[np.ndarray, dict[int, tuple[str, str]]]:
+) -> tuple[np.ndarray, dict[int, tuple[str, str]], dict[int, tuple[str, ...]]]:
     """Resize arrays in this process and files in the decoder.
 
-    Returns images uint8 [N,S,S], and a failed file's error code and message by row.
+    Returns images uint8 [N,S,S], and by row a failed file's error code and message, and quality flags from a header.
     """
     pixels = np.zeros((len(items), spec.size, spec.size), dtype=np.uint8)
     failures: dict[int, tuple[str, str]] = {}
+    flags: dict[int, tuple[str, ...]] = {}
     for i, item in enumerate(items):
         if isinstance(item, np.ndarray):
             pixels[i] = resize(item, spec)
@@ -287,8 +289,8 @@ def _load_images(
         if isinstance(result, Failure):
             failures[i] = (result.code, result.message)
         else:
-            pixels[i] = result.images[0]
-    return pixels, failures
+            pixels[i], flags[i] = result.images[0], result.flags
+    return pixels, failures, flags
 
 
 def load_bundle(path: str | Path) -> Bundle:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,7 @@ ABOUT = (("age", pa.float64()), ("sex", pa.string()), ("view", pa.string()))
 
 #: Flags of views that are not frontal; a decubitus view is frontal, and whether it is unusual is seen in its pixels.
 _FLAGS_OF_VIEWS = {"LATERAL": "lateral", "OBLIQUE": "not_frontal_chest"}
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -77,6 +79,7 @@ def assemble(
     failures: Mapping[int, tuple[str, str]],
     rules: Rules,
     flags: Sequence[str | None] | None = None,
+    header_flags: Mapping[int, Sequence[str]] = MappingProxyType({}),
 ) -> pa.Table:
     """Build one score row per manifest row, in the same order; every model column is null on an error row.
 
@@ -85,6 +88,7 @@ def assemble(
         probabilities: float32 [N,F]; rows in `failures` are ignored.
         failures: row number -> (error_code, message).
         flags: the quality flag of each row, from pixels and features, or None.
+        header_flags: row number -> quality flags from its DICOM header.
 
     Raises:
         RayCxrError: a probability of a row without failure is not in 0..1.
@@ -127,22 +131,24 @@ def assemble(
         names = np.array([findings[j] for j in disease], dtype=object)[best]
         columns["top_finding"] = pa.array(names, pa.string(), mask=bad)
         columns["priority"] = pa.array(r[np.arange(n), best].astype(np.float32), pa.float32(), mask=bad)
-    columns["quality_flag"] = pa.array(_quality_flags(rows, rules, flags), pa.string(), mask=bad)
+    columns["quality_flag"] = pa.array(_quality_flags(rows, rules, flags, header_flags), pa.string(), mask=bad)
     columns["model_digest"] = pa.array([rules.digest] * n, pa.string(), mask=bad)
     wanted = schema(findings)
     return pa.table([columns.get(item.name, pa.nulls(n, item.type)) for item in wanted], schema=wanted)
 
 
-def _quality_flags(rows: pa.Table, rules: Rules, flags: Sequence[str | None] | None) -> list[str | None]:
-    """Return the most severe flag of each row, from its age and view and from its pixels (`flags`)."""
+def _quality_flags(
+    rows: pa.Table, rules: Rules, flags: Sequence[str | None] | None, header_flags: Mapping[int, Sequence[str]]
+) -> list[str | None]:
+    """Return the most severe flag of each row, from its age and view, its pixels (`flags`) and its header."""
     unknown = [None] * len(rows)
     ages, views = (rows[name].to_pylist() if name in rows.column_names else unknown for name in ("age", "view"))
     youngest, oldest = rules.age_range or (-np.inf, np.inf)
     result = []
-    for flag, age, view in zip(flags or unknown, ages, views, strict=True):
+    for row, (flag, age, view) in enumerate(zip(flags or unknown, ages, views, strict=True)):
         of_age = None if age is None or youngest <= age <= oldest else "age_outside_training"
         of_view = _FLAGS_OF_VIEWS.get(view)
         # The tag is more reliable than an estimate from pixels.
         of_pixels = None if flag == "lateral" and view in ("PA", "AP") else flag
-        result.append(quality.find_most_severe([of_pixels, of_age, of_view]))
+        result.append(quality.find_most_severe([of_pixels, of_age, of_view, *header_flags.get(row, ())]))
     return result

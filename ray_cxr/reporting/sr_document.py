@@ -107,8 +107,11 @@ _QUALITY_CODES = (
     Code("INVERTED", SCHEME, "Black and white are exchanged"),
     Code("LATERAL", SCHEME, "Lateral view"),
     Code("NOT_FRONTAL", SCHEME, "Not like a frontal chest radiograph"),
+    Code("REORIENTED", SCHEME, "Turned or mirrored according to its Patient Orientation"),
+    Code("DISPLAY_FALLBACK", SCHEME, "Shown without header values that hide it"),
     Code("OUT_OF_DISTRIB", SCHEME, "Features unlike those of the training"),
     Code("AGE_OUTSIDE", SCHEME, "Age outside that of the training"),
+    Code("BURNED_IN", SCHEME, "Text may be burned into the pixels"),
 )
 QUALITY_CODES = dict(zip(quality.FLAGS, _QUALITY_CODES, strict=True))
 _COMMENT = Code("121106", "DCM", "Comment")

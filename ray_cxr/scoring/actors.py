@@ -141,7 +141,7 @@ class ScoreWriter:
         state, job = self._states[range_position], self._actor.job
         rows = _add_tags(state.rows, state.tags, job.key)
         probabilities, flags = self._probabilities.pop(range_position), self._flags.pop(range_position)
-        result = predictions.assemble(rows, probabilities, state.failures, self._actor.rules, flags)
+        result = predictions.assemble(rows, probabilities, state.failures, self._actor.rules, flags, state.flags)
         scored = len(result)
         if state.previous is not None and state.retried is not None:
             # Positions in the previous table with the new table below it.
@@ -180,14 +180,15 @@ def decode_task(row: dict[str, Any], job: ScoreJob) -> Iterator[dict[str, Any]]:
     """Decode the images of a task's ranges in a Ray task of one CPU; yield a row for `ModelActor` per range.
 
     A row has the columns of `ScoreTask`, and `error`; `positions`, the rows of the range that were read; `images`,
-    uint8 [n*S*S], zeros for failures; `failures` and `tags` of `RangeState` as JSON, so that all rows have one schema.
+    uint8 [n*S*S], zeros for failures; `failures`, `tags` and `flags` of `RangeState` as JSON, so that all rows have one
+    schema.
     """
     try:
         task = ScoreTask.from_row(row)
         states = ranges.load_ranges(job, task)
         yield from ranges.fill_ranges(states, _open_reader(job).iter_images(states), DecodedWriter(job, task, states))
     except Exception as error:
-        columns = {"positions": [], "images": b"", "failures": "{}", "tags": "{}"}
+        columns = {"positions": [], "images": b"", "failures": "{}", "tags": "{}", "flags": "{}"}
         yield {**ScoreTask((), False).to_row(), **columns, **encode_error(sanitize_error(error, "score"))}
     finally:
         telemetry.flush()
@@ -224,13 +225,15 @@ class DecodedWriter:
             "images": self._images.pop(range_position).tobytes(),
             "failures": json.dumps(state.failures),
             "tags": json.dumps(state.tags),
+            "flags": json.dumps(state.flags),
             **SUCCESS,
         }
 
 
 def _read_outcomes(row: dict[str, Any], size: int) -> Iterator[tuple[RowLocation, DecodedImage | Failure]]:
     """Yield the images and failures in a row of `decode_task`."""
-    failures, tags = json.loads(row["failures"]), json.loads(row["tags"])
+    failures, tags, flags = (json.loads(row[name]) for name in ("failures", "tags", "flags"))
     for i, image in enumerate(np.frombuffer(row["images"], np.uint8).reshape(-1, size, size)):
         failure, found = failures.get(str(i)), tags.get(str(i))
-        yield RowLocation(0, i), Failure(failure[0], failure[1], found) if failure else DecodedImage((image,), found)
+        decoded = DecodedImage((image,), found, flags=tuple(flags.get(str(i), ())))
+        yield RowLocation(0, i), Failure(failure[0], failure[1], found) if failure else decoded

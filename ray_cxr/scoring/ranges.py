@@ -180,6 +180,7 @@ class RangeState:
         retried: bool [len(previous)], true for the rows that are scored again.
         failures: code and message, by row.
         tags: fields of DICOM headers, by row.
+        flags: quality flags from DICOM headers, by row.
     """
 
     index: int
@@ -188,6 +189,7 @@ class RangeState:
     retried: np.ndarray | None = None
     failures: dict[int, tuple[str, str]] = field(default_factory=dict)
     tags: dict[int, Any] = field(default_factory=dict)
+    flags: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 def load_ranges(job: ScoreJob, task: ScoreTask, positions: list[int] | None = None) -> list[RangeState]:
@@ -267,5 +269,7 @@ def fill_ranges(states: Sequence[RangeState], outcomes: Outcomes, writer: RangeW
             state.failures[location.row] = (outcome.code, outcome.message)
             yield from settle((location,))
         else:
+            if outcome.flags:
+                state.flags[location.row] = outcome.flags
             yield from settle(writer.add(location, outcome))
     yield from settle(writer.finish())

@@ -40,7 +40,7 @@ def misbehave(data, **limits):
         exec(code)
     return decode(data, **limits)
 
-decode, decoding.decode = decoding.decode, misbehave
+decode, decoding.decode_with_flags = decoding.decode_with_flags, misbehave
 """
 SEGV = "ctypes.string_at(0)"
 

@@ -257,8 +257,8 @@ ABORT = """
 import os
 from ray_cxr.imaging import decode as decoding
 
-decode = decoding.decode
-decoding.decode = lambda data, **limits: os.abort() if data == b"ABORT" else decode(data, **limits)
+decode = decoding.decode_with_flags
+decoding.decode_with_flags = lambda data, **limits: os.abort() if data == b"ABORT" else decode(data, **limits)
 """
 #: `predict` in a script without an `if __name__ == "__main__"`, and in a daemon process.
 SCRIPT = """
