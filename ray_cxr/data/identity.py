@@ -10,9 +10,11 @@ Errors name the file, the column and the line of an example, never the id.
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,10 +24,10 @@ from ray_cxr.errors import TableError
 
 #: The columns of a manifest and of scores that identify an image, its patient and its study.
 COLUMNS: tuple[str, ...] = ("image_id", "patient_id", "study_id")
-REMEDY = (
-    "format the column as text in the spreadsheet before saving, or export the table again from the source, "
 #: Text that stands for a missing value, as pandas and databases write it; as an id it would unite many patients.
 MISSING: tuple[str, ...] = ("", "nan", "NaN", "None", "null", "NULL", "<NA>")
+REMEDY = (
+    "format the column as text in the spreadsheet before saving, or export the table again from the source, "
     "ids as text in UTF-8"
 )
 

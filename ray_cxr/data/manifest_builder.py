@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_cxr.data import splits
+from ray_cxr.data import identity, splits
 from ray_cxr.data.csv_table import read_csv, read_image_list
 from ray_cxr.data.dialects import Dialect, detect_dialect
 from ray_cxr.data.manifest import SCHEMA, SPLIT_KEY, SPLITS, absolute_paths, describe_listing
@@ -226,8 +226,15 @@ def _refuse_repeats(data: pd.DataFrame) -> None:
 def _read_official_split(
     data: pd.DataFrame, train_val_list: str, test_list: str, seed: int, report: ManifestReport
 ) -> pd.Series:
-    train_val, test = (frozenset(read_image_list(path)) for path in (train_val_list, test_list))
-    report.listed_not_in_table = len((train_val | test) - set(data["image_id"]))
+    ids = data["image_id"].tolist()
+    lists = [read_image_list(path) for path in (train_val_list, test_list)]
+    # As the table spells them, which can be another Unicode form.
+    rows = [identity.find_ids(names, ids).tolist() for names in lists]
+    train_val, test = (
+        frozenset(ids[row] if row >= 0 else name for name, row in zip(*pair, strict=True))
+        for pair in zip(lists, rows, strict=True)
+    )
+    report.listed_not_in_table = len((train_val | test) - set(ids))
     result = splits.official_split(data["image_id"], data["patient_id"], train_val, test, seed)
     report.in_neither_list = int(result.isna().sum())
     if report.in_neither_list == len(data):
@@ -256,7 +263,11 @@ def _find_paths(image_ids: pd.Series, location: str, report: ManifestReport) -> 
     report.not_images, report.unpacked_members = found.left_out, found.unpacked
     n_rows = len(image_ids)
     # The row of each file, if any: the hash table of a million names is built once, in Arrow.
-    matches = pc.index_in(file_names(found.paths), value_set=pa.array(image_ids, pa.string()))
+    names = file_names(found.paths)
+    matches = pc.index_in(names, value_set=pa.array(image_ids, pa.string()))
+    if pc.any(pc.and_(pc.is_null(matches), pc.invert(pc.string_is_ascii(names)))).as_py():
+        row_of_file = identity.find_ids(names.to_pylist(), image_ids.tolist())  # also in another Unicode form
+        matches = pa.chunked_array([pa.array(row_of_file, mask=row_of_file < 0)])
     files = pc.indices_nonzero(pc.is_valid(matches))
     rows = matches.take(files).to_numpy()
     file_of_row = np.full(n_rows, -1)

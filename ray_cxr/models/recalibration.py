@@ -238,7 +238,7 @@ def _select_images(
     each finding.
     """
     frame = labelled.select(["image_id", "patient_id", "split", *bundle.findings]).to_pandas()
-    frame["row"] = pd.Index(table.ids).get_indexer(pd.Index(frame["image_id"]))
+    frame["row"] = identity.find_ids(frame["image_id"].tolist(), table.ids)
     n_common = int((frame["row"] >= 0).sum())
     if not n_common:
         example = f", e.g. {table.ids[0]!r} and {frame['image_id'].iloc[0]!r}" if len(frame) else ""
@@ -273,7 +273,7 @@ def _select_images(
     counts = {"split val": (frame["split"] == "val").sum(), "no split": frame["split"].isna().sum()}
     parts = [f"{n:,} of {name}" for name, n in counts.items() if n]
     on_event(f"recalibrate: uses {len(frame):,} images: {', '.join(parts)}")
-    excluded["not_labelled"] = len(set(table.ids) - set(labelled["image_id"].to_pylist()))
+    excluded["not_labelled"] = len(table.ids) - n_common
     parts = [f"{excluded[reason]:,} {text}" for reason, text in _EXCLUDED.items() if excluded[reason]]
     if parts:
         on_event(f"recalibrate: excluded: {', '.join(parts)}")
@@ -287,7 +287,8 @@ def _check_lineage(frame: pd.DataFrame, bundle: Bundle, labels: str) -> list[str
     split = identity.read_split(bundle.path, SPLIT_SCHEMA).to_pandas()
 
     def match(part: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-        return frame["image_id"].isin(set(part["image_id"])), frame["patient_id"].isin(set(part["patient_id"].dropna()))
+        same = identity.find_ids(frame["image_id"].tolist(), part["image_id"].tolist()) >= 0
+        return pd.Series(same, index=frame.index), frame["patient_id"].isin(set(part["patient_id"].dropna()))
 
     images, patients = match(split[split["split"] != "val"])
     if (images | patients).any():

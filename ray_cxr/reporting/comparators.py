@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
+from ray_cxr.data import identity
 from ray_cxr.data.boxes import read_boxes
 from ray_cxr.data.consensus import ConsensusLabels, read_consensus
 from ray_cxr.errors import InputError
@@ -134,7 +134,7 @@ def compare_with_scores(
 ) -> ScoreComparison:
     """Compare AUROC with another score table's, finding by finding, in the same resamples of patients."""
     other = read_scores(path)
-    rows = pd.Index(other.ids).get_indexer(pd.Index(table.ids[evaluated.rows]))
+    rows = identity.find_ids(table.ids[evaluated.rows], other.ids)
     shared = (rows >= 0) & other.ok[rows]
     names = [f for f in table.findings if f in other.findings and (evaluated.labels[f][shared] >= 0).any()]
     if not names:
@@ -196,14 +196,15 @@ class _ProjectedMaps(UserDict[tuple[str, str], Any]):
 def compare_with_boxes(table: Scores, population: Population, path: str, bootstrap: BootstrapSettings) -> BoxResult:
     """Measure the heat maps of `score --heatmaps` against boxes that radiologists drew."""
     boxes = read_boxes(path)
-    if table.run_folder is None or not (remote.to_path(table.run_folder) / FOLDER).is_dir():
+    if table.run_folder is None or not has_heatmaps(table.run_folder):
         command = f"`ray-cxr score ... --heatmaps {len(FINDINGS)}`"
         raise InputError(f"--boxes {path}: {table.source} holds no heat maps. Draw them first: {command}")
     kept, rows, patients, missing = population.match(table, boxes.image_ids, f"--boxes {path}")
     checked = check_leakage(table, np.unique(rows), patients, population.split, "the boxed images")
+    ids = table.ids[rows]  # the maps' spelling, which can be another Unicode form than that of the boxes
     measured = measure_localisation(
-        _ProjectedMaps(read_heatmaps(table.run_folder, set(boxes.image_ids[kept]))),
-        boxes.image_ids[kept],
+        _ProjectedMaps(read_heatmaps(table.run_folder, set(ids))),
+        ids,
         boxes.findings[kept],
         boxes.xywh[kept],
         patients,

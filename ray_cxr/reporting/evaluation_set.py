@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow.compute as pc
 
-from ray_cxr.data import manifest
+from ray_cxr.data import identity, manifest
 from ray_cxr.errors import InputError, TableError
 from ray_cxr.labels import LABELS
 from ray_cxr.reporting.scores import Scores, read_floats, read_texts
@@ -58,14 +57,14 @@ class Population:
         Raises:
             InputError: no image is in the population; `option` starts the message.
         """
-        rows = pd.Index(table.ids).get_indexer(pd.Index(np.unique(ids)))
+        rows = identity.find_ids(np.unique(ids), table.ids)
         scored = rows[rows >= 0]
         missing = {
             "not_scored": int((rows < 0).sum()),
             "failed": int((~table.ok[scored]).sum()),
             "outside_split": int((~np.isin(scored, self.rows) & table.ok[scored]).sum()),
         }
-        positions = pd.Index(table.ids[self.rows]).get_indexer(pd.Index(ids))
+        positions = identity.find_ids(ids, table.ids[self.rows])
         kept = positions >= 0
         if not kept.any():
             raise InputError(
@@ -115,7 +114,8 @@ def join_labels(table: Scores, path: str | Path, split: str | None) -> Evaluatio
     if not len(ids):
         raise InputError(f"--labels {path}: holds no rows; make it again with `ray-cxr manifest`")
     chosen = _select_split(read_texts(labelled, "split", path), split, path)
-    rows = pd.Index(table.ids).get_indexer(pd.Index(ids[chosen]))
+    rows_of_labels = identity.find_ids(ids, table.ids)
+    rows = rows_of_labels[chosen]
     scored = rows >= 0
     if not scored.any():
         where = f"the {split} split of {path}" if split else path
@@ -130,8 +130,8 @@ def join_labels(table: Scores, path: str | Path, split: str | None) -> Evaluatio
         evaluated=int(kept.sum()),
         labelled_not_scored=int((~scored).sum()),
         labelled_errors=int(failed.sum()),
-        scored_not_labelled=int((~pd.Index(table.ids).isin(ids)).sum()),
-        scored_other_split=int(pd.Index(table.ids).isin(ids[~chosen]).sum()),
+        scored_not_labelled=len(table.ids) - int((rows_of_labels >= 0).sum()),
+        scored_other_split=int((rows_of_labels[~chosen] >= 0).sum()),
     )
     labels = {}
     for finding in LABELS:

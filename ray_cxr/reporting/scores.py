@@ -22,7 +22,7 @@ from ray_cxr.errors import ImageError, InputError, TableError, first_line
 from ray_cxr.evaluation import calibration
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING, canonicalize
 from ray_cxr.storage import remote
-from ray_cxr.storage.paths import redact
+from ray_cxr.storage.paths import is_uri, redact
 from ray_cxr.storage.stores import describe_error, is_access_denied, open_uri
 
 _TEXT = ("image_id", "path", "patient_id", "study_id", "status", "error_code", "top_finding", "quality_flag")
@@ -123,7 +123,7 @@ class Location:
     def of(cls, text: str) -> Location:
         shown = redact(text)
         try:
-            fs, path = open_uri(text) if "://" in text else (pafs.LocalFileSystem(), os.path.realpath(text))
+            fs, path = open_uri(text) if is_uri(text) else (pafs.LocalFileSystem(), os.path.realpath(text))
             info = fs.get_file_info(path)
         except ImageError as error:
             raise InputError(f"{shown}: {error.message}") from None
