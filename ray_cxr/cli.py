@@ -283,9 +283,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
         chosen = chosen.replace(sizes=_parse_numbers(int, arguments.size, "--size", "pixels, such as 224 or 224,320"))
     from ray_cxr.data import prepared
 
-    prepared.check(arguments.manifest, remote.to_path(arguments.out), chosen)  # before Ray takes seconds to start
-    with start_ray(settings.ray):
-        counts = prepared.prepare(arguments.manifest, arguments.out, chosen)
+    start = functools.partial(start_ray, settings.ray)
+    counts = prepared.prepare(arguments.manifest, arguments.out, chosen, start_ray=start)
     for size, codes in counts.items():
         failed = codes.total() - codes["ok"]
         detail = ", ".join(f"{code} {count:,}" for code, count in codes.most_common() if code != "ok")

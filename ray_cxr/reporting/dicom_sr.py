@@ -181,9 +181,7 @@ def _write_export(out: Path, folder: ScoreFolder, plan: ExportPlan) -> Export:
 def _read_earlier_reports(out: Path) -> dict[int, str]:
     """Return the document of each row from an earlier run in `out`."""
     try:
-        # `read_table` with a path would make columns of folders that are named as `report=1`.
-        with pq.ParquetFile(out / "images.parquet") as file:
-            column = file.read(columns=["report"])["report"].to_pylist()
+        column = pq.read_table(out / "images.parquet", columns=["report"])["report"].to_pylist()
     except (OSError, KeyError, pa.ArrowException):
         return {}
     return {row: report for row, report in enumerate(column) if report and sr_studies.UID_TEXT.fullmatch(report)}

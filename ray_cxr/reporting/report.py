@@ -32,7 +32,7 @@ from ray_cxr.reporting.result import Counts, LabelResults, ReportResult, measure
 from ray_cxr.reporting.scores import Location, Scores, read_scores
 from ray_cxr.reporting.summary import list_remarks, summarize
 from ray_cxr.reporting.worklist import build_worklist, format_csv
-from ray_cxr.storage import atomic, remote
+from ray_cxr.storage import atomic, remote, run_folder
 
 _log = logging.getLogger(__name__)
 #: Maximum numbers of resamples, for subgroups of one attribute and for the hundreds of pairs of attributes.
@@ -73,7 +73,7 @@ def write_report(
             the other scores; an option lacks the labels it needs; there are no heat maps.
         TableError: a table names an image twice or holds invalid values.
         LeakError: an evaluated image or patient trained the model, in an evaluation of `test` or of no named split.
-        OutputError: `out` is a file, or is inside the score folder.
+        OutputError: `out` is a file or inside the score folder, or another command writes there.
     """
     if split is not None and split not in manifest.SPLITS:
         raise InputError(f"--split {split}: use train, val or test")
@@ -216,6 +216,12 @@ def _list_notes(table: Scores, split: str | None, labelled: LabelResults | None)
         notes.append("The model has random initial weights and no learning curve: it may never have been trained.")
     if table.is_own and (table.training is None or table.provenance.get("lineage") == "unknown"):
         notes.append(f"Not all images that trained this model are known, {untraced}")
+    without_id = PatientCount.of(labelled.images.patients).without_id if labelled else 0
+    if without_id:
+        notes.append(
+            f"{without_id:,} evaluated images have no patient id. Each counts as one patient in the intervals, which "
+            "are too narrow if a patient has several images."
+        )
     if table.ignored:
         shown = ", ".join(table.ignored[:8]) + (" …" if len(table.ignored) > 8 else "")
         notes.append(f"Columns of unknown findings were ignored: {shown}.")

@@ -11,10 +11,14 @@ import socket
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
+from conftest import score_arguments
 
+from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import OutputError
-from ray_cxr.storage import remote, run_folder
+from ray_cxr.imaging.overlays import has_heatmaps
+from ray_cxr.storage import atomic, remote, run_folder
 from ray_cxr.storage.paths import is_system_file
 
 #: Characters that addresses, patterns or shells interpret, and a name with all of them.
@@ -175,3 +179,32 @@ def test_a_report_in_odd_folders(tmp_path: Path, command, scores: Path) -> None:
     assert (code, error) == (0, "")
     assert {"report.html", "report.md", "metrics.json"} <= {path.name for path in (folder / "scores?2").iterdir()}
     assert [path.name for path in tmp_path.iterdir()] == [ODD_NAME]
+
+
+def test_files_of_operating_systems_change_no_result(
+    tmp_path: Path, command, monkeypatch, scores: Path, prepared: Path, tiny_bundle, manifest: Path
+) -> None:
+    monkeypatch.setattr("ray_cxr.cli.start_ray", lambda *_, **__: pytest.fail("Ray starts"))
+    shutil.copytree(scores, tmp_path / "scores")
+    shutil.copytree(prepared, tmp_path / "prepared")
+    (tmp_path / "scores" / "heatmaps").mkdir()  # as `--fresh` leaves it
+    for folder in ("scores", "scores/scores", "scores/heatmaps", "prepared", "prepared/64"):
+        for name in (".DS_Store", "Thumbs.db", "._part-00000.parquet", "._part-00000.arrow"):
+            (tmp_path / folder / name).write_bytes(b"\0\5\26\7")
+    code, out, error = command(*score_arguments(tiny_bundle.path, manifest, tmp_path / "scores"))
+    assert (code, error) == (0, "")
+    assert "is already complete" in out
+    assert not has_heatmaps(tmp_path / "scores")
+    images, expected = (PreparedSet(path, 64).load("train").images[:] for path in (tmp_path / "prepared", prepared))
+    assert np.array_equal(images, expected)
+
+
+def test_a_bundle_that_another_command_writes_meanwhile_is_named(tmp_path: Path) -> None:
+    def write() -> None:
+        with atomic.new_folder(tmp_path / "bundle", "last.txt"):
+            (tmp_path / "bundle").mkdir()
+            (tmp_path / "bundle" / "last.txt").touch()
+
+    with pytest.raises(OutputError, match="bundle: another command has written it now; choose another folder"):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
