@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_run_folder import ODD_NAME
 
 import ray_cxr
+from ray_cxr.data import identity
 from ray_cxr.errors import BundleError, ConfigError, OutputError
 from ray_cxr.evaluation.calibration import Calibration
 from ray_cxr.imaging import sandbox
@@ -89,6 +91,44 @@ def test_bundle_is_read_as_written_and_never_overwritten(tiny_bundle, copy: Path
     assert {file.name for file in copy.iterdir()} == {*again.files, bundles.SUMS}
     with pytest.raises(OutputError, match=str(copy)):
         make_tiny_bundle(copy)
+
+
+def test_files_of_operating_systems_are_no_part_of_a_bundle(tiny_bundle, copy: Path) -> None:
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._bundle.json", ".gitattributes"):
+        (copy / name).write_bytes(b"x")
+    (copy / "@eaDir").mkdir()
+    assert ray_cxr.load_bundle(copy).digest == tiny_bundle.digest
+    (copy / "notes.db").touch()
+    with pytest.raises(BundleError, match=r": contains notes\.db, which is not part of the bundle"):
+        ray_cxr.load_bundle(copy)
+
+
+@pytest.mark.parametrize("name", ["MODEL_CARD.md", "config.toml", "curves.json", "bundle.json", bundles.SUMS])
+def test_a_bundle_that_git_changed_says_so(copy: Path, name: str) -> None:
+    (copy / name).write_bytes((copy / name).read_bytes().replace(b"\n", b"\r\n"))
+    with pytest.raises(BundleError) as caught:
+        ray_cxr.load_bundle(copy)
+    assert str(caught.value).startswith(f"{copy}: {name} was changed (its lines end with CR LF, as git writes them ")
+    assert "`* -text`" in str(caught.value)
+
+
+def test_a_pointer_of_git_lfs_is_named(copy: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (copy / bundles.WEIGHTS).write_text(pointer, encoding="utf-8")
+    with pytest.raises(BundleError, match=r"model\.weights\.h5 was changed \(it is a pointer of Git LFS\); run `"):
+        ray_cxr.load_bundle(copy)
+
+
+def test_a_bundle_works_in_a_folder_of_any_name(tiny_bundle, copy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / ODD_NAME / "split=1"
+    shutil.copytree(copy, folder)
+    moved = ray_cxr.load_bundle(folder)
+    assert moved.digest == tiny_bundle.digest
+    assert moved.predict(pixels(1)).equals(tiny_bundle.predict(pixels(1)))
+    weights, expected = moved.model().get_weights(), tiny_bundle.model().get_weights()
+    assert all(np.array_equal(*pair) for pair in zip(weights, expected, strict=True))
+    assert identity.read_split(folder)["split"].to_pylist() == ["train"]
+    assert identity.read_split(folder, bundles.SPLIT_SCHEMA).column_names == ["image_id", "patient_id", "split"]
 
 
 @pytest.mark.parametrize("name", [*bundles.FILES, *EXPORTED])
