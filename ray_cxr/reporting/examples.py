@@ -37,7 +37,7 @@ def sample_examples(table: Scores, evaluated: EvaluationSet, seed: int) -> list[
     names = [f for f in names if f in flagged]
     bands: list[tuple[str, list[_Candidate]]] = []
     for title, label, flag in kinds:
-        drawn = []
+        drawn: list[_Candidate] = []
         for position, index in enumerate(rng.permutation(len(names))):
             finding = names[index]
             cases = np.flatnonzero((evaluated.labels[finding] == label) & (flagged[finding] == flag))
@@ -117,7 +117,7 @@ def select_heatmap_examples(table: Scores, evaluated: EvaluationSet) -> list[tup
     )
     bands: list[tuple[str, list[_Candidate]]] = []
     for title, label, flag, sign in kinds:
-        ranked = []
+        ranked: list[_Candidate] = []
         for finding in (f for f in table.findings if f in table.flags and f != NO_FINDING):
             p, flags = table.p[finding][evaluated.rows], table.flags[finding][evaluated.rows]
             for case in np.flatnonzero((evaluated.labels[finding] == label) & (flags == flag)):

@@ -218,7 +218,7 @@ class _Columns:
 
     def to_scores(self, **origin: Any) -> Scores:
         """Build the score table; `origin` holds the fields that are not in the Parquet files."""
-        text = {field: read_texts(self.table, name, self.source) for field, name in _TEXT.items()}
+        text: dict[str, Any] = {field: read_texts(self.table, name, self.source) for field, name in _TEXT.items()}
         ok = self._read_ok()
         self._check_ids(text["ids"])
         columns, ignored = self._name_columns()
