@@ -4,12 +4,13 @@ Decoding follows the standard's grayscale pipeline (DICOM PS3.4, N.2; PS3.3, C.1
 
 1. Stored values: the bits that Bits Stored, High Bit and Pixel Representation select (PS3.3, C.7.6.3.1).
 2. Modality LUT, or Rescale Slope and Intercept (C.11.1).
-3. VOI LUT, otherwise the first window, as LINEAR, LINEAR_EXACT or SIGMOID (C.11.2.1). Windows without a centre or
-   width, or with a forbidden width (below 1 for LINEAR, 0 or less for the others), are ignored. LUT items without a
-   descriptor or data are ignored too. If a VOI LUT's descriptor has wrong bits per entry, the entries decide.
-4. Scaling to 0..255, rounded. Without VOI LUT and window, up to 8 stored bits scale by the full range of stored values,
-   so that 8-bit unsigned values stay unchanged. Above 8 bits, the header does not define the visible range. The scale
-   is then the image's own minimum and maximum after step 2, without padding.
+3. VOI LUT, otherwise the first window with a centre and a width, as LINEAR, LINEAR_EXACT or SIGMOID (C.11.2.1). If its
+   width is forbidden (below 1 for LINEAR, 0 or less for the others), no window is used. LUT items without a descriptor
+   or data are ignored. If the entries of a VOI LUT contradict the bits per entry in its descriptor, the largest entry
+   gives the number of bits (see `_count_bits` in `dicom_display`).
+4. Scaling to 0..255, rounded. Without VOI LUT and window: if Bits Stored is 8 or less, the scale is the range of all
+   possible stored values after step 2, so that 8-bit unsigned values stay unchanged. Above 8 bits, the header does not
+   define the visible range. The scale is then the image's own minimum and maximum after step 2, without padding.
 5. MONOCHROME1 is inverted to 255 - x (C.7.6.3.1.2). Presentation LUT Shape repeats this and is not read.
 6. Padding (Pixel Padding Value and its Range Limit, C.7.5.1.1.2) is black for any photometric interpretation.
 
@@ -57,7 +58,7 @@ _PHOTOMETRIC_COLOUR = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "
 _PHOTOMETRIC_REFUSED = frozenset({"PALETTE COLOR", "HSV", "ARGB", "CMYK", "YBR_PARTIAL_420", "YBR_PARTIAL_422", "XYB"})
 
 _DEFLATED = "1.2.840.10008.1.2.1.99"
-_DEFLATED_ELSEWHERE = frozenset({"1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205"})  # JPIP: no pixels inside
+_DEFLATED_WITHOUT_PIXELS = frozenset({"1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205"})  # JPIP
 _EXPLICIT_LITTLE = "1.2.840.10008.1.2.1"
 #: Value representations with 4 bytes of length in explicit VR (PS3.5, 7.1.2).
 _LONG_VRS = frozenset(b"OB OW OF OD OL OV SQ UC UN UR UT SV UV".split())
@@ -122,9 +123,9 @@ def read_tags(data: bytes) -> dict[str, Any]:
     """Return the header fields that a manifest uses, None where unknown; nothing is logged.
 
     Returns:
-        `patient_id` and `study_id` (Study Instance UID): text, distinct for distinct bytes (see `dicom_text`). `age`:
-        float years. `sex`: `M` or `F`. `view`: from View Position, or from Patient Position if that is PA or AP, as in
-        some converted archives (see `demographics`).
+        `patient_id` and `study_id` (Study Instance UID): text; ids whose bytes differ (except blanks at the ends) stay
+        different (see `dicom_text`). `age`: float years. `sex`: `M` or `F`. `view`: from View Position, or from Patient
+        Position if that is PA or AP, as in some converted archives (see `demographics`).
     """
     with decoder_errors("DICOM"):
         ds, _ = _read_dataset(data, MAX_PIXELS, pixels=False)
@@ -159,7 +160,7 @@ def _read_dataset(data: bytes, max_pixels: int, *, pixels: bool = True) -> tuple
     if bare and data[:2] == b"\x02\x00":  # only the preamble is missing
         data = bytes(128) + b"DICM" + data
     syntax = _read_meta(data)[0] if data[128:132] == b"DICM" else ""
-    if syntax and (not pydicom.uid.UID(syntax).is_transfer_syntax or syntax in _DEFLATED_ELSEWHERE):
+    if syntax and (not pydicom.uid.UID(syntax).is_transfer_syntax or syntax in _DEFLATED_WITHOUT_PIXELS):
         raise unsupported_syntax(syntax)
     if syntax == _DEFLATED:
         data, syntax = _inflate(data, max_pixels), _EXPLICIT_LITTLE

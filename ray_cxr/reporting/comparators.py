@@ -18,7 +18,7 @@ from ray_cxr.data.consensus import ConsensusLabels, read_consensus
 from ray_cxr.errors import InputError
 from ray_cxr.evaluation.localisation import Localisation, measure_localisation
 from ray_cxr.evaluation.paired import PairedAuroc, PairedFinding, paired_findings
-from ray_cxr.imaging.overlays import FOLDER, WHOLE, HeatMap, read_heatmaps
+from ray_cxr.imaging.overlays import HEATMAPS, WHOLE, HeatMap, read_heatmaps
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING
 from ray_cxr.reporting.evaluation_set import EvaluationSet, Population
 from ray_cxr.reporting.leakage import LeakCheck, check_leakage
@@ -192,7 +192,7 @@ class _ProjectedMaps(UserDict[tuple[str, str], Any]):
 def compare_with_boxes(table: Scores, population: Population, path: str, bootstrap: BootstrapSettings) -> BoxResult:
     """Measure the heat maps of `score --heatmaps` against boxes that radiologists drew."""
     boxes = read_boxes(path)
-    if table.run_folder is None or not (remote.to_path(table.run_folder) / FOLDER).is_dir():
+    if table.run_folder is None or not (remote.to_path(table.run_folder) / HEATMAPS).is_dir():
         command = f"`ray-cxr score ... --heatmaps {len(FINDINGS)}`"
         raise InputError(f"--boxes {path}: {table.source} holds no heat maps. Draw them first: {command}")
     kept, rows, patients, missing = population.match(table, boxes.image_ids, f"--boxes {path}")

@@ -3,9 +3,9 @@
     to_path("runs/1")           a `pathlib.Path`
     to_path("s3://b/runs/1")    a `StorePath` with the same methods
 
-A PUT is atomic, as a rename is on a disk. So `atomic.write` uploads, and no other code has to distinguish disk and
-bucket (docs/decisions/0016-storage.md). Code that needs a file name, such as `open` or Parquet's reader, gets a local
-copy. A changed object is downloaded again.
+A PUT is atomic, as a rename is on a disk. So for a bucket `atomic.write` uploads the finished file instead of renaming
+it, and almost no other code has to distinguish disk and bucket (docs/decisions/0016-storage.md). Code that needs a file
+name, such as `open` or Parquet's reader, gets a local copy. A changed object is downloaded again.
 """
 
 from __future__ import annotations
@@ -297,8 +297,8 @@ def open_file(path: Path) -> Iterator[pa.NativeFile]:
 
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether a path is inside a folder, or the folder itself; links are followed."""
-    inside, outside = (str(each.resolve()).partition("?")[0].rstrip("/") + "/" for each in (path, folder))
-    return inside.startswith(outside)
+    address, parent = (str(each.resolve()).partition("?")[0].rstrip("/") + "/" for each in (path, folder))
+    return address.startswith(parent)
 
 
 def to_arrow(path: Path) -> tuple[Any, str]:
