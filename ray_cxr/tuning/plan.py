@@ -72,7 +72,9 @@ class StudyPlan:
         data = PreparedSet(self.prepared, sizes[0])
         _check_validation_split(data, base)
         if settings.grace_epochs > base.epochs:
-            raise ConfigError(f"tune.grace_epochs={settings.grace_epochs} exceeds train.epochs={base.epochs}; lower it")
+            raise ConfigError(
+                f"tune.grace_epochs: {settings.grace_epochs} exceeds train.epochs={base.epochs}; lower it"
+            )
         if len(sizes) > 1 and "size" not in self.space.fields:
             raise ConfigError(
                 f"{prepared}: has sizes {', '.join(map(str, sizes))}; set train.size, or search them: "
