@@ -63,26 +63,27 @@ _EXPLICIT_LITTLE = "1.2.840.10008.1.2.1"
 #: Value representations with 4 bytes of length in explicit VR (PS3.5, 7.1.2).
 _LONG_VRS = frozenset(b"OB OW OF OD OL OV SQ UC UN UR UT SV UV".split())
 
-
-def _silence() -> None:
-    """Keep pydicom, its plug-ins and GDCM from logging header values; runs once, at import."""
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    for name in ("pydicom", "pylibjpeg", "openjpeg"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
-    with contextlib.suppress(ImportError):
-        gdcm = importlib.import_module("gdcm")
-        gdcm.Trace.DebugOff()
-        gdcm.Trace.WarningOff()
-        gdcm.Trace.ErrorOff()
-
-
-_silence()
+# Keep pydicom, its plug-ins and GDCM from logging header values.
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+for _name in ("pydicom", "pylibjpeg", "openjpeg"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
+warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
+with contextlib.suppress(ImportError):
+    gdcm = importlib.import_module("gdcm")
+    gdcm.Trace.DebugOff()
+    gdcm.Trace.WarningOff()
+    gdcm.Trace.ErrorOff()
 
 
 def looks_like_dicom(data: bytes) -> bool:
-    """Whether data start like a DICOM file: `DICM` at 128, or the first element of a bare data set."""
-    return data[128:132] == b"DICM" or _is_bare(data)
+    """Whether data start like a DICOM file: `DICM` at 128, or an element of group 0002 or 0008 of plausible length."""
+    if data[128:132] == b"DICM":
+        return True
+    if len(data) < 132 or data[:2] not in (b"\x02\x00", b"\x08\x00", b"\x00\x08"):
+        return False
+    if data[4:6].isalpha():
+        return data[4:6].isupper()
+    return int.from_bytes(data[4:8], "little") < len(data)
 
 
 def decode_dicom(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -187,15 +188,6 @@ def _read_dataset(data: bytes, max_pixels: int, *, pixels: bool = True) -> tuple
         ds.file_meta = pydicom.dataset.FileMetaDataset()
         ds.file_meta.TransferSyntaxUID = syntax
     return ds, syntax
-
-
-def _is_bare(data: bytes) -> bool:
-    """Whether the data start with an element of group 0002 or 0008 of plausible length."""
-    if len(data) < 132 or data[:2] not in (b"\x02\x00", b"\x08\x00", b"\x00\x08"):
-        return False
-    if data[4:6].isalpha():
-        return data[4:6].isupper()
-    return int.from_bytes(data[4:8], "little") < len(data)
 
 
 def _read_meta(data: bytes) -> tuple[str, int]:

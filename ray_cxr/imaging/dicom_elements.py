@@ -14,9 +14,7 @@ _DEFAULTS = {"NumberOfFrames": 1, "SamplesPerPixel": 1, "PixelRepresentation": 0
 
 def read_text(ds: Any, keyword: str) -> str:
     """Return the first value of an element as text without outer blanks; empty if there is none."""
-    value = ds.get(keyword)
-    if isinstance(value, MultiValue):
-        value = value[0] if len(value) else None
+    value = next(iter(read_values(ds, keyword)), None)
     return "" if value is None else str(value).replace("\0", "").strip()
 
 

@@ -40,7 +40,10 @@ def read_pixels(ds: Any, syntax: str, rows: int, columns: int, samples: int, all
     else:
         frame = get_frame(ds.PixelData, 0, number_of_frames=1)
         jpeg = _check_frame(frame, syntax, rows, columns, samples, allocated)
-        if syntax == "1.2.840.10008.1.2.4.51" and jpeg is not None and jpeg.precision != 8:
+        if jpeg is not None and (
+            (syntax in _JPEG_LS and jpeg.precision in (6, 7))
+            or (syntax == "1.2.840.10008.1.2.4.51" and jpeg.precision != 8)
+        ):
             raise ImageError("unsupported_transfer_syntax", f"no decoder for {jpeg.precision} bits of {syntax}")
         if jpeg is not None and syntax in _JPEG_8_BIT and samples == 1:
             # The same decoder as for JPEG files, so that both have the same pixels.
@@ -50,9 +53,6 @@ def read_pixels(ds: Any, syntax: str, rows: int, columns: int, samples: int, all
         elif syntax in _JPEG_LS:
             # Always GDCM, so that other installed decoders do not change which files are refused.
             options["decoding_plugin"] = "gdcm"
-            assert jpeg is not None
-            if jpeg.precision in (6, 7):
-                raise ImageError("unsupported_transfer_syntax", f"no decoder for {jpeg.precision} bits of {syntax}")
         elif syntax == "1.2.840.10008.1.2.5":
             # pydicom is 8 times slower than pylibjpeg-rle, which panics on damaged data and prints a backtrace.
             options["decoding_plugin"] = "pydicom"
