@@ -331,7 +331,7 @@ def run_search(
     tuned = functools.partial(search.ray_tune.TuneConfig, reuse_actors=True)
     with mock.patch.object(search.ray_tune, "TuneConfig", tuned):
         outcome = search.search(plan, trial=light_trial(trainer, budget), finish=False, on_event=lambda line: None)
-    if outcome.interrupted:
+    if outcome.facts["interrupted"]:
         raise KeyboardInterrupt
     proposed = outcome.study.get_trials(deepcopy=False)
     return {

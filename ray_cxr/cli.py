@@ -144,9 +144,7 @@ def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], N
 
 def _add_data_commands(commands: Any) -> None:
     manifest = _add_command(commands, "manifest", _manifest, "combine tables and a folder of images into one manifest")
-    manifest.add_argument(
-        "tables", nargs="+", type=_table, metavar="TABLE", help="CSV, or train=A.csv test=B.csv.gz ..."
-    )
+    manifest.add_argument("tables", nargs="+", type=_table, metavar="TABLE", help="CSV, or train=A.csv test=B.csv.gz")
     manifest.add_argument("--out", required=True, type=_any_path, metavar="M.parquet")
     manifest.add_argument("--images", metavar="DIR_OR_URI", help="location of the images, in any layout")
     manifest.add_argument("--found-only", action="store_true", help="drop rows without an image file")
@@ -191,9 +189,7 @@ def _add_score_command(commands: Any) -> None:
     score.add_argument("--retry-errors", action="store_true", help="read files again that failed temporarily")
     score.add_argument("--max-error-rate", type=float, metavar="R", help="exit with 3 if a larger share fails (0.5)")
     precisions = get_args(config.Precision)
-    score.add_argument(
-        "--precision", choices=precisions, help="auto: bf16 if the CPU and the bundle support it, else fp32"
-    )
+    score.add_argument("--precision", choices=precisions, help="auto: bf16 if CPU and bundle support it, else fp32")
     score.add_argument("--heatmaps", type=int, metavar="K", help="also draw heat maps of each image's top K findings")
     score.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
     score.add_argument("--dry-run", action="store_true", help="check everything, count, write nothing")
@@ -201,17 +197,13 @@ def _add_score_command(commands: Any) -> None:
 
 
 def _add_report_commands(commands: Any) -> None:
-    report = _add_command(
-        commands, "report", _report, "turn scores (and labels) into a report, metrics.json and figures"
-    )
+    report = _add_command(commands, "report", _report, "turn scores (and labels) into a report, metrics and figures")
     scores_help = "folder from score, or a Parquet with image_id and p_<Finding>"
     report.add_argument("scores", type=_any_path, metavar="SCORES", help=scores_help)
     report.add_argument("--out", required=True, type=_any_path, metavar="REPORT")
     report.add_argument("--labels", type=_any_path, metavar="M.parquet")
     report.add_argument("--split", choices=["train", "val", "test"])
-    report.add_argument(
-        "--consensus", type=_local_input, metavar="CSV", help="radiologists' labels, a column per finding"
-    )
+    report.add_argument("--consensus", type=_local_input, metavar="CSV", help="radiologists' labels per finding")
     report.add_argument("--boxes", type=_local_input, metavar="CSV", help="boxes as in BBox_List_2017, for heat maps")
     report.add_argument("--compare", type=_any_path, metavar="SCORES2", help="other scores of the same images")
     prevalence_help = "lines such as Effusion = 0.12, for PPV and NPV"
@@ -219,17 +211,13 @@ def _add_report_commands(commands: Any) -> None:
 
     export = _add_command(commands, "export-sr", _export_sr, "write DICOM Structured Reports, one per study")
     export.add_argument("scores", type=_local_input, metavar="SCORES", help="folder from score; reads its DICOM files")
-    export.add_argument(
-        "--out", required=True, type=_local_output, metavar="DIR", help="will hold patients' names, ids"
-    )
+    export.add_argument("--out", required=True, type=_local_output, metavar="DIR", help="holds patients' names and ids")
 
 
 def _add_bundle_commands(commands: Any) -> None:
     quantize = _add_command(commands, "quantize", _quantize, "add 8-bit weights for `score --precision int8`")
     quantize.add_argument("bundle", type=_any_path, metavar="BUNDLE")
-    quantize.add_argument(
-        "prepared", type=_any_path, metavar="PREPARED", help="from prepare, with train and val images"
-    )
+    quantize.add_argument("prepared", type=_any_path, metavar="PREPARED", help="from prepare; has train and val images")
     quantize.add_argument("--out", required=True, type=_any_path, metavar="BUNDLE2")
     _add_settings(quantize)
 
@@ -246,9 +234,7 @@ def _add_bundle_commands(commands: Any) -> None:
     importer.add_argument("weights", type=_local_input, metavar="F.h5|F.keras")
     importer.add_argument("--backbone", required=True, metavar="NAME")
     importer.add_argument("--out", required=True, type=_any_path, metavar="BUNDLE")
-    importer.add_argument(
-        "--findings", metavar="LIST", help="its outputs in order, comma-separated; or 14, 15: alphabetical"
-    )
+    importer.add_argument("--findings", metavar="LIST", help="outputs in order, comma-separated; 14, 15: alphabetical")
     importer.add_argument("--size", type=int, default=224, help="side of its input, pixels (%(default)s)")
 
 
@@ -350,12 +336,12 @@ def _tune(arguments: argparse.Namespace) -> None:
         _print(outcome.comparison["verdict"]["headline"])
     states = Counter(outcome.rows["state"])
     counts = ", ".join(f"{count} {state}" for state, count in states.most_common()) or "none"
-    _print(f"trials: {counts}; {outcome.epochs} epochs trained, {time.monotonic() - start:.0f} s")
+    _print(f"trials: {counts}; {outcome.facts['epochs_spent']} epochs trained, {time.monotonic() - start:.0f} s")
     _print(f"report: {out / 'report.html'}")
     if outcome.bundle is not None:
-        _print(f"best trial: {outcome.best}, settings in {out / 'best.toml'}")
+        _print(f"best trial: {outcome.facts['best_number']}, settings in {out / 'best.toml'}")
         _print(f"bundle: {outcome.bundle.path}")
-    if outcome.interrupted:
+    if outcome.facts["interrupted"]:
         raise KeyboardInterrupt
     if outcome.gave_up is not None:
         raise RayCxrError(outcome.gave_up)

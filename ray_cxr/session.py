@@ -54,7 +54,7 @@ OWN_RAY = {
 JOIN_TIMEOUT_S = 30.0
 #: Seconds without an answer after which a cluster counts as lost. After 60 s Ray ends the process without a message.
 LOSS_TIMEOUT_S = 45.0
-#: Seconds that a command has to end after its Ray was lost.
+#: After Ray is lost, a command gets this many seconds to end by itself; then the process exits.
 END_TIMEOUT_S = 5.0
 #: Maximum seconds that Ray's processes take to end after `ray stop`.
 SHUTDOWN_S = 3.0
@@ -238,7 +238,8 @@ def _build_join_options(target: str, bypassed: Mapping[str, str]) -> dict[str, A
     proxies = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "grpc_proxy")
     if not any(os.environ.get(name) for name in proxies):
         return {}
-    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # the variables below include those of the job
+    # In a submitted job, these variables replace the job's of the same names; `bypass_proxies` has kept their hosts.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     return {"runtime_env": {"env_vars": {name: os.environ[name] for name in bypassed}}}
 
 
@@ -323,7 +324,7 @@ def _report_sudden_end() -> Iterator[None]:
 
 
 class _RayWatch:
-    """End a block with an error when Ray is lost; else its calls wait until Ray's C++ layer ends the process silently.
+    """End a block with an error when Ray is lost, before Ray's C++ layer ends the process without a message.
 
     Attributes:
         loss: Message of the error; None while Ray is running.
@@ -368,7 +369,7 @@ class _RayWatch:
                 if self._end.is_set():  # the block has ended and Ray was shut down
                     return
                 self.loss = self._describe()
-                # Not SIGINT, which a background job ignores. `_interrupt` raises even during a system call.
+                # A command that a script started with `&` ignores SIGINT. `_interrupt` raises also in a system call.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
             if not self._end.wait(END_TIMEOUT_S):
                 os._exit(1)  # the main thread is blocked inside Ray; `_report_sudden_end` prints the reason

@@ -109,7 +109,7 @@ def changes(file: str, text: str) -> Iterator[Change]:
             case ast.IfExp(body=body, orelse=orelse):
                 new = f"{segment(orelse)} if {segment(node.test)} else {segment(body)}"
                 yield change(node, new, "swapped branches")
-            case ast.Call(args=[ast.Name() as first, ast.Name() as second, *_]):
+            case ast.Call(args=[ast.Name() as first, ast.Name() as second, *_]) if segment(node.func) != "np.clip":
                 yield swapped(node, first, second, "swapped arguments")
             case ast.List(elts=[first, second, *_]) | ast.Tuple(elts=[first, second, *_]) if _are_names(first, second):
                 yield swapped(node, first, second, "swapped columns")
@@ -146,6 +146,10 @@ def _skipped(tree: ast.AST) -> Iterator[ast.AST]:
                 parts = [columns]  # read by name: the order means nothing
             case ast.keyword(arg="columns", value=ast.List() as columns):
                 parts = [columns]
+            case ast.DictComp(generators=[ast.comprehension(iter=ast.Tuple() as names)]):
+                parts = [names]  # keys of a dict
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.Dict(values=values)) if name.isupper():
+                parts = [value for value in values if isinstance(value, ast.Tuple)]  # other names of one thing
             case ast.Call(func=ast.Name(id="round"), args=[_, digits]):
                 parts = [digits]  # how much of a duration is shown
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant() | ast.BinOp() as value) if name.isupper():

@@ -62,8 +62,7 @@ def _find_columns(table: CsvTable) -> dict[str, str]:
     # Only the first of the four columns has a quoted bracket in its header.
     if bracket + 4 <= len(headers):
         columns.update(zip(_NUMBERS, headers[bracket : bracket + 4], strict=True))
-    missing = [name for name in _COLUMNS if name not in columns]
-    if missing:
+    if missing := [name for name in _COLUMNS if name not in columns]:
         raise TableError(
             f"{table.path}: has no column for {', '.join(missing)}; a table of boxes has Image Index, Finding Label "
             f"and Bbox [x,y,w,h]; its columns are: {table.shown_headers()}"

@@ -40,7 +40,6 @@ COMPOSITES: dict[str, tuple[str, ...]] = {
 _COLUMNS = {"image_id": COLUMNS["image_id"], "patient_id": COLUMNS["patient_id"], "part": ("setid", "split")}
 _ADJUDICATED = frozenset({"fracture", "pneumothorax", "airspaceopacity", "noduleormass"})
 _VALUES: Mapping[str, int] = {"": -1, "0": 0, "0.0": 0, "no": 0, "1": 1, "1.0": 1, "yes": 1}
-_FRACTURE = "fracture is not one of the 14 findings, so it has no score"
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +156,7 @@ def _sort_unused(table: CsvTable, used: set[str]) -> tuple[dict[str, str], tuple
         if header in KNOWN_HEADERS or not values <= set(_VALUES) or values == {""}:
             unused.append(column)
         elif header == "fracture":
-            left_out[column] = _FRACTURE
+            left_out[column] = "fracture is not one of the 14 findings, so it has no score"
         else:
             left_out[column] = f"it names none of the 14 findings{suggest(column, FINDINGS)}"
     return left_out, tuple(unused)

@@ -99,8 +99,6 @@ class CsvTable:
         Copies of NIH's table write one patient as 1 or 00000001; in other tables 007 and 7 may be two people. The name
         of an NIH image starts with its patient's number, which separates the two cases row by row.
         """
-        if column is None:
-            return self.read_optional(None)
         ids = self.read_optional(column).str.replace(r"^(\d+)\.0+$", r"\1", regex=True)
         ids = ids.where(ids.notna(), None)
         named = image_ids.where(image_ids.str.match(_NIH_NAME)).str.slice(0, 8)

@@ -79,8 +79,7 @@ class ManifestFile:
         self.metadata: dict[bytes, bytes] | None = file.schema_arrow.metadata
         if "image_id" not in file.schema_arrow.names:
             raise TableError(f"{path}: has no column image_id; make it with `ray-cxr manifest`")
-        repeats = sorted(name for name, count in Counter(file.schema_arrow.names).items() if count > 1)
-        if repeats:
+        if repeats := sorted(name for name, count in Counter(file.schema_arrow.names).items() if count > 1):
             raise TableError(f"{path}: has two columns {repeats[0]}; keep one")
 
     def __len__(self) -> int:
@@ -96,7 +95,12 @@ class ManifestFile:
         except (OSError, pa.ArrowException):
             raise TableError(f"{self._path}: damaged; make it again with `ray-cxr manifest`") from None
         if name in identity.COLUMNS:
-            return self._check_ids(name, column)
+            ids = identity.read_ids(column, name, str(self._path))
+            if name == "image_id" and ids.null_count:
+                raise TableError(f"{self._path}: {ids.null_count:,} rows have no image_id; remove or name them")
+            if name == "image_id" and (repeats := len(ids) - pc.count_distinct(ids).as_py()):
+                raise TableError(f"{self._path}: {repeats:,} rows repeat an image_id; keep one row per image")
+            return ids
         try:
             column = column.cast(kind)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -139,15 +143,6 @@ class ManifestFile:
             for batch in self._file.iter_batches(batch_size=row_group_size, columns=names):
                 arrays = [cast(batch, field) for field in SCHEMA]
                 writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema), row_group_size=row_group_size)
-
-    def _check_ids(self, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-        ids = identity.read_ids(column, name, str(self._path))
-        if name == "image_id":
-            if ids.null_count:
-                raise TableError(f"{self._path}: {ids.null_count:,} rows have no image_id; remove or name them")
-            if repeats := len(ids) - pc.count_distinct(ids).as_py():
-                raise TableError(f"{self._path}: {repeats:,} rows repeat an image_id; keep one row per image")
-        return ids
 
 
 def digest(table: pa.Table) -> str:

@@ -78,8 +78,8 @@ def prepare(
             (out / str(size)).mkdir(exist_ok=True)
 
         def find_pending(*_: Any) -> list[tasks.Task]:
-            existing = [_list_shards(out, size) for size in settings.sizes]
-            return [task for unit in units if (task := _make_task(unit, existing))]
+            complete = _list_complete(out, settings.sizes)
+            return [task for unit in units if (task := _make_task(unit, complete))]
 
         def build_dataset(pending: list[tasks.Task]) -> Any:
             # One block per task, so that a lost node loses few shards.
@@ -110,9 +110,7 @@ def check(manifest: str | Path, out: Path, settings: PrepareSettings) -> tuple[p
         "format": FORMAT,
         "manifest_digest": manifests.digest(table),
         "rows": len(table),
-        "rows_per_shard": settings.rows_per_shard,
-        "aspect": settings.aspect,
-        "interpolation": settings.interpolation,
+        **settings.model_dump(include={"rows_per_shard", "aspect", "interpolation"}),
     }
     table = group_by_archive(table)
     units = plan_units(table["path"], settings.rows_per_shard)
@@ -133,42 +131,33 @@ def _freeze(table: pa.Table, path: Path, ranges: Sequence[Range]) -> None:
     atomic.write(path, produce)
 
 
-def _list_shards(out: Path, size: int) -> set[str]:
-    """Return the names of a size's existing shards."""
-    return {path.name for path in (out / str(size)).glob("part-*.arrow")}
+def _list_complete(out: Path, sizes: Sequence[int]) -> set[str]:
+    """Return the names of the shards that exist at all sizes."""
+    return set.intersection(*({path.name for path in (out / str(size)).glob("part-*.arrow")} for size in sizes))
 
 
 def _make_progress(out: Path, sizes: Sequence[int], ranges: Sequence[Range], progress: Progress) -> Callable[[], bool]:
     """Return a function that reports the shards written since its last call, and returns whether there were any."""
 
-    def list_complete() -> set[int]:
-        names = set.intersection(*(_list_shards(out, size) for size in sizes))
-        return {range_.index for range_ in ranges if shard_name(range_.index) in names}
-
-    reported, failed = list_complete(), 0
+    names = {shard_name(range_.index) for range_ in ranges}
+    reported, failed = names & _list_complete(out, sizes), 0
 
     def show() -> bool:
         nonlocal failed
-        new = list_complete() - reported
-        for index in new:
-            codes = read_error_codes(out / str(sizes[0]) / shard_name(index), sizes[0])
+        new = (names & _list_complete(out, sizes)) - reported
+        for name in new:
+            codes = read_error_codes(out / str(sizes[0]) / name, sizes[0])
             failed += len(codes) - codes.null_count
-            reported.add(index)
+            reported.add(name)
             progress.advance(len(codes), f"{failed:,} failed")
         return bool(new)
 
     return show
 
 
-def _make_task(unit: Unit, existing: Sequence[set[str]]) -> tasks.Task | None:
-    """Return the task that writes the missing shards of a unit; None if there are none. A shard is missing if any set
-    of `existing` names, one per size, lacks it.
-    """
-    missing = {
-        range_.index: range_.rows
-        for range_ in unit.ranges
-        if any(shard_name(range_.index) not in names for names in existing)
-    }
+def _make_task(unit: Unit, complete: set[str]) -> tasks.Task | None:
+    """Return the task that writes the shards of a unit that are not `complete`; None if there are none."""
+    missing = {range_.index: range_.rows for range_ in unit.ranges if shard_name(range_.index) not in complete}
     if not missing:
         return None
     # All lengths, because an existing shard of an archive has to be read to know its rows.
@@ -212,8 +201,7 @@ def _write_shards(task: tasks.Task, out: str, settings: PrepareSettings) -> None
 @functools.lru_cache(maxsize=1)
 def _get_decoder(settings: PrepareSettings) -> Decoder:
     """Return the decoder that all tasks of this process share."""
-    specs = [settings.spec(size) for size in settings.sizes]
-    return Decoder(specs, timeout_s=settings.decode_timeout_s)
+    return Decoder([settings.spec(size) for size in settings.sizes], timeout_s=settings.decode_timeout_s)
 
 
 def _decode(decoder: Decoder, source: str | bytes | None) -> DecodedImage | Failure:

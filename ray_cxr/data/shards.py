@@ -215,11 +215,6 @@ class Pixels:
     def __reduce__(self) -> tuple[Any, ...]:
         return Pixels, (self._paths, self._lengths, self._shard_of, self._offsets, self.size)
 
-    def close(self) -> None:
-        """Close the shards; the next read opens them again."""
-        with self._lock:
-            _close_all(self._open)
-
     def _read(self, into: np.ndarray, shard_of: np.ndarray, offsets: np.ndarray) -> None:
         """Read consecutive images of a file in one read."""
         area = self.size * self.size

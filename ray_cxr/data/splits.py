@@ -28,7 +28,7 @@ def patient_split(patients: pd.Series, fractions: Sequence[float], seed: int) ->
         raise ConfigError(f"--fractions {shown}: use three numbers for train,val,test that sum to 1")
     if unknown := int(patients.isna().sum()):
         raise TableError(f"--split patient: {unknown:,} rows have no patient id; add a patient column")
-    train, val, _ = _cut(patients, fractions, seed)
+    train, val = _choose_patients(patients, fractions, seed)
     names = np.where(patients.isin(train), "train", np.where(patients.isin(val), "val", "test"))
     return pd.Series(names, index=patients.index, dtype="object")
 
@@ -43,7 +43,7 @@ def official_split(
     if unknown := int(patients[in_train_val].isna().sum()):
         raise TableError(f"{unknown:,} images of the train+val list have no patient id; add a patient column")
     fractions = (1.0 - OFFICIAL_VAL_FRACTION, OFFICIAL_VAL_FRACTION, 0.0)
-    _, val, _ = _cut(patients[in_train_val], fractions, seed)
+    _, val = _choose_patients(patients[in_train_val], fractions, seed)
     result = pd.Series([None] * len(image_ids), index=image_ids.index, dtype="object")
     result[in_train_val] = "train"
     result[in_train_val & patients.isin(val)] = "val"
@@ -66,9 +66,7 @@ def resolve_leaks(patients: pd.Series, splits: pd.Series, on_leak: str) -> pd.Se
     `error` a leak is refused; with `drop` a patient stays only in the most protected of their splits.
     """
     shared = shared_patients(patients, splits)
-    if not shared:
-        return pd.Series(True, index=patients.index)
-    if on_leak == "error":
+    if shared and on_leak == "error":
         shown = ", ".join(f"{patient} ({'+'.join(names)})" for patient, names in list(shared.items())[:20])
         more = f" and {len(shared) - 20:,} more" if len(shared) > 20 else ""
         raise LeakError(
@@ -79,9 +77,8 @@ def resolve_leaks(patients: pd.Series, splits: pd.Series, on_leak: str) -> pd.Se
     return home.isna() | (home == splits) | splits.isna()
 
 
-def _cut(
-    patients: pd.Series, fractions: Sequence[float], seed: int
-) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+def _choose_patients(patients: pd.Series, fractions: Sequence[float], seed: int) -> list[np.ndarray]:
+    """Return the patients of train and of val; all others are for test."""
     if seed < 0:
         raise ConfigError(f"--seed {seed}: use 0 or a positive integer")
     # Sorted, so that the order of rows does not matter.
@@ -90,5 +87,5 @@ def _cut(
     n_test = round(fractions[2] * len(unique))
     # A fraction of 0 stays empty, also if both other fractions were rounded down.
     n_val = round(fractions[1] * len(unique)) if fractions[0] else len(unique) - n_test
-    test, val, train = np.split(unique[order], [n_test, n_test + n_val])
-    return frozenset(train), frozenset(val), frozenset(test)
+    _, val, train = np.split(unique[order], [n_test, n_test + n_val])
+    return [train, val]

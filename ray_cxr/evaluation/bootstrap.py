@@ -20,7 +20,7 @@ from ray_cxr.evaluation.roc_steps import Ranking, divide_or_nan
 
 #: False positive rates from 0 to 1 at which ROC bands are computed.
 ROC_GRID = 101
-#: Weights held at once per thread, to bound memory: 4 Mi int32, and a few copies of that size.
+#: Maximum numbers of draws (resamples x images) per thread at a time: 16 MiB of int32, and a few arrays of this size.
 _CELLS = 4 << 20
 #: Findings processed at once. numpy releases the GIL in all slow operations here.
 THREADS = min(4, os.cpu_count() or 1)
@@ -30,7 +30,7 @@ THREADS = min(4, os.cpu_count() or 1)
 class ResampledAuroc:
     """AUROC in each resample."""
 
-    values: np.ndarray  # float64 [n_resamples, F]; NaN if a class is missing from the column
+    values: np.ndarray  # float64 [n_resamples, F]; NaN if the resample has no positive or no negative image
     defined: np.ndarray  # bool [F], columns with both classes in the sample
     n_patients: int
 
@@ -102,19 +102,20 @@ def bootstrap_findings(
     In each resample a metric has the value that `metrics` computes from the resample's images. It can be undefined
     there, because a class is lost or nothing is flagged. Such resamples are counted, and left out of its percentiles.
     A mean leaves out resamples in which any of its findings is undefined: a mean over fewer findings is another
-    quantity. ROC bands follow the curve of straight lines whose area is AUROC.
+    quantity. ROC bands use the ROC curve with straight lines between its points; the area under it is the AUROC.
 
     Percentiles do not correct bias. The expected calibration error sums absolute values, also of noise, so it is too
     high in small samples and higher in resamples: its interval may lie above the value, and rarely reaches 0 even with
-    perfect calibration. Resampled average precision is slightly high because repeated images share a threshold. With
-    few positive patients all intervals are too narrow: in simulations those of AUROC covered the truth in about 95% of
-    cases with 160 positive patients, 93% with 20, 90% with 10 and 85% with 5.
+    perfect calibration. In a resample, all copies of a positive image have one score. Their precision is computed after
+    the last copy, where it is highest, so resampled average precision is slightly too high. With few positive patients
+    all intervals are too narrow: in simulations those of AUROC covered the truth in about 95% of cases with 160
+    positive patients, 93% with 20, 90% with 10 and 85% with 5.
 
     Up to four threads share the work; each needs about 100 MB beyond the arguments.
 
     Args:
         labels, scores, patients: see `resampled_aurocs`.
-        macro: bool [F], findings that the means count if their AUROC is defined.
+        macro: bool [F]: the findings to include in the means over findings; one without a defined AUROC is left out.
     """
     _check_table(labels, scores, patients)
     count = labels.shape[1]
@@ -180,7 +181,7 @@ def resample_patients(
     chunk = int(np.clip(_CELLS // max(n_images, n_patients, 1), 1, 128))
     for start in range(0, n_resamples, chunk):
         size = min(chunk, n_resamples - start)
-        # Counting draws samples a multinomial, faster than numpy's for many classes. The draws do not depend on chunk.
+        # Such counts are multinomial; with many patients this is faster than `rng.multinomial`. Chunks change no draw.
         draws = rng.integers(0, n_patients, (size, n_patients)) + n_patients * np.arange(size)[:, None]
         counts = np.bincount(draws.ravel(), minlength=size * n_patients)
         yield slice(start, start + size), counts.astype(np.int32).reshape(size, n_patients)

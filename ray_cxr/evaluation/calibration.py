@@ -70,13 +70,13 @@ class OperatingPoint(TypedDict):
 
 @dataclass(frozen=True)
 class FittedRules:
-    """Calibrations and operating points: each mapping has all findings as keys, and None where a value is missing."""
+    """Entries of bundle.json: each mapping has all findings as keys, and None where a value is missing."""
 
-    calibrations: dict[str, dict[str, Any] | None]  # in the form of `Calibration.as_dict`
+    calibration: dict[str, dict[str, Any] | None]  # in the form of `Calibration.as_dict`
     operating_points: dict[str, OperatingPoint | None]
     expected_flag_rates: dict[str, float | None]  # share of the images that the operating point flags
-    alternatives: dict[str, dict[str, OperatingPoint | None]]  # by each other rule of `ALTERNATIVES`
-    reasons: dict[str, str | None]  # why calibration or operating point is missing
+    operating_alternatives: dict[str, dict[str, OperatingPoint | None]]  # by each other rule of `ALTERNATIVES`
+    rule_notes: dict[str, str | None]  # why calibration or operating point is missing
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,14 @@ def fit_rules(
         y, p = labels[known, j], probabilities[known, j]
         scaling, no_scaling = fit_calibration(y, p, method, min_positives)
         point, no_point = find_operating_point(y, p, rule, min_positives)
-        fitted.calibrations[name] = None if scaling is None else scaling.as_dict()
+        fitted.calibration[name] = None if scaling is None else scaling.as_dict()
         fitted.operating_points[name] = point
         fitted.expected_flag_rates[name] = None if point is None else point["flag_rate"]
-        fitted.alternatives[name] = {other: find_operating_point(y, p, other, min_positives)[0] for other in others}
+        alternatives = {other: find_operating_point(y, p, other, min_positives)[0] for other in others}
+        fitted.operating_alternatives[name] = alternatives
         reasons = {"calibration": no_scaling, "operating point": no_point}
         parts = [f"no {missing}: {reason}" for missing, reason in reasons.items() if reason is not None]
-        fitted.reasons[name] = no_point if no_point == no_scaling else "; ".join(parts)
+        fitted.rule_notes[name] = no_point if no_point == no_scaling else "; ".join(parts)
     return fitted
 
 

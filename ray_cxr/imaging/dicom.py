@@ -6,11 +6,11 @@ Decoding follows the standard's grayscale pipeline (DICOM PS3.4, N.2; PS3.3, C.1
 2. Modality LUT, or Rescale Slope and Intercept (C.11.1).
 3. VOI LUT, otherwise the first window that shows the image, as LINEAR, LINEAR_EXACT or SIGMOID (C.11.2.1). Windows
    without a centre or width, or with a forbidden width (below 1 for LINEAR, 0 or less for the others), are ignored. LUT
-   items without a descriptor or data are ignored too. If a VOI LUT's descriptor has wrong bits per entry, the entries
-   decide.
-4. Scaling to 0..255, rounded. Without VOI LUT and window, up to 8 stored bits scale by the full range of stored values,
-   so that 8-bit unsigned values stay unchanged. Above 8 bits, the header does not define the visible range. The scale
-   is then the image's own minimum and maximum after step 2, without padding.
+   items without a descriptor or data are ignored too. If the entries of a VOI LUT contradict the bits per entry in its
+   descriptor, the largest entry gives the number of bits (see `_count_bits` in `dicom_display`).
+4. Scaling to 0..255, rounded. Without VOI LUT and window: if Bits Stored is 8 or less, the scale is the range of all
+   possible stored values after step 2, so that 8-bit unsigned values stay unchanged. Above 8 bits, the header does not
+   define the visible range. The scale is then the image's own minimum and maximum after step 2, without padding.
 5. MONOCHROME1 is inverted to 255 - x (C.7.6.3.1.2). Presentation LUT Shape repeats this and is not read.
 6. Padding (Pixel Padding Value and its Range Limit, C.7.5.1.1.2) is black for any photometric interpretation.
 7. Square pixels and the orientation of a frontal view (see `dicom_attributes`).
@@ -55,31 +55,32 @@ _PHOTOMETRIC_COLOUR = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "
 _PHOTOMETRIC_REFUSED = frozenset({"PALETTE COLOR", "HSV", "ARGB", "CMYK", "YBR_PARTIAL_420", "YBR_PARTIAL_422", "XYB"})
 
 _DEFLATED = "1.2.840.10008.1.2.1.99"
-_DEFLATED_ELSEWHERE = frozenset({"1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205"})  # JPIP: no pixels inside
+_DEFLATED_WITHOUT_PIXELS = frozenset({"1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205"})  # JPIP
 _EXPLICIT_LITTLE = "1.2.840.10008.1.2.1"
 #: Value representations with 4 bytes of length in explicit VR (PS3.5, 7.1.2).
 _LONG_VRS = frozenset(b"OB OW OF OD OL OV SQ UC UN UR UT SV UV".split())
 
-
-def _silence() -> None:
-    """Keep pydicom, its plug-ins and GDCM from logging header values; runs once, at import."""
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    for name in ("pydicom", "pylibjpeg", "openjpeg"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
-    with contextlib.suppress(ImportError):
-        gdcm = importlib.import_module("gdcm")
-        gdcm.Trace.DebugOff()
-        gdcm.Trace.WarningOff()
-        gdcm.Trace.ErrorOff()
-
-
-_silence()
+# Keep pydicom, its plug-ins and GDCM from logging header values.
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+for _name in ("pydicom", "pylibjpeg", "openjpeg"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
+warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
+with contextlib.suppress(ImportError):
+    gdcm = importlib.import_module("gdcm")
+    gdcm.Trace.DebugOff()
+    gdcm.Trace.WarningOff()
+    gdcm.Trace.ErrorOff()
 
 
 def looks_like_dicom(data: bytes) -> bool:
-    """Whether data start like a DICOM file: `DICM` at 128, or the first element of a bare data set."""
-    return data[128:132] == b"DICM" or _is_bare(data)
+    """Whether data start like a DICOM file: `DICM` at 128, or an element of group 0002 or 0008 of plausible length."""
+    if data[128:132] == b"DICM":
+        return True
+    if len(data) < 132 or data[:2] not in (b"\x02\x00", b"\x08\x00", b"\x00\x08"):
+        return False
+    if data[4:6].isalpha():
+        return data[4:6].isupper()
+    return int.from_bytes(data[4:8], "little") < len(data)
 
 
 def decode_dicom(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -153,8 +154,9 @@ def read_tags(data: bytes) -> dict[str, Any]:
     """Return the header fields that a manifest uses, None where unknown; nothing is logged.
 
     Returns:
-        `patient_id` and `study_id` (Study Instance UID): text, distinct for distinct bytes (see `dicom_text`). `age`:
-        float years. `sex`: `M` or `F`. `view`: one of `views`. See `dicom_demographics` for the elements.
+        `patient_id` and `study_id` (Study Instance UID): text; ids whose bytes differ (except blanks at the ends) stay
+        different (see `dicom_text`). `age`: float years. `sex`: `M` or `F`. `view`: one of `views`. See
+        `dicom_demographics` for the elements.
     """
     with decoder_errors("DICOM"):
         ds, _ = _read_dataset(data, MAX_PIXELS, pixels=False)
@@ -188,7 +190,7 @@ def _read_dataset(data: bytes, max_pixels: int, *, pixels: bool = True) -> tuple
     if bare and data[:2] == b"\x02\x00":  # only the preamble is missing
         data = bytes(128) + b"DICM" + data
     syntax = _read_meta(data)[0] if data[128:132] == b"DICM" else ""
-    if syntax and (not pydicom.uid.UID(syntax).is_transfer_syntax or syntax in _DEFLATED_ELSEWHERE):
+    if syntax and (not pydicom.uid.UID(syntax).is_transfer_syntax or syntax in _DEFLATED_WITHOUT_PIXELS):
         raise unsupported_syntax(syntax)
     if syntax == _DEFLATED:
         data, syntax = _inflate(data, max_pixels), _EXPLICIT_LITTLE
@@ -215,15 +217,6 @@ def _read_dataset(data: bytes, max_pixels: int, *, pixels: bool = True) -> tuple
         ds.file_meta = pydicom.dataset.FileMetaDataset()
         ds.file_meta.TransferSyntaxUID = syntax
     return ds, syntax
-
-
-def _is_bare(data: bytes) -> bool:
-    """Whether the data start with an element of group 0002 or 0008 of plausible length."""
-    if len(data) < 132 or data[:2] not in (b"\x02\x00", b"\x08\x00", b"\x00\x08"):
-        return False
-    if data[4:6].isalpha():
-        return data[4:6].isupper()
-    return int.from_bytes(data[4:8], "little") < len(data)
 
 
 def _read_meta(data: bytes) -> tuple[str, int]:

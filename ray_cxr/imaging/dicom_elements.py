@@ -22,9 +22,7 @@ _QUOTABLE = re.compile(r"[0-9A-Za-z.,+/ -]{1,16}")
 
 def read_text(ds: Any, keyword: str) -> str:
     """Return the first value of an element as text without outer blanks; empty if there is none."""
-    value = _get_value(ds, keyword)
-    if isinstance(value, (list, MultiValue)):
-        value = value[0] if len(value) else None
+    value = next(iter(read_values(ds, keyword)), None)
     return "" if value is None else str(value).replace("\0", "").strip()
 
 

@@ -26,7 +26,7 @@ from ray_cxr.errors import TableError
 from ray_cxr.imaging.resize import locate_in_input
 from ray_cxr.storage import remote
 
-FOLDER = "heatmaps"
+HEATMAPS = "heatmaps"
 #: One row per map, in order of rank within an image. An image that could not be read again has one row with only
 #: `image_id`, `error_code` and `error`.
 SCHEMA = pa.schema(
@@ -100,7 +100,7 @@ def read_heatmaps(scores: str | Path, image_ids: Collection[str] | None = None) 
     Raises:
         TableError: there are no heat maps, or a file is damaged.
     """
-    folder = remote.to_path(scores) / FOLDER
+    folder = remote.to_path(scores) / HEATMAPS
     parts = _list_parts(folder)
     if not parts:
         raise TableError(f"{scores}: has no heat maps; make them with `ray-cxr score ... --heatmaps K`")
@@ -118,7 +118,7 @@ def read_heatmaps(scores: str | Path, image_ids: Collection[str] | None = None) 
 
 def has_heatmaps(scores: str | Path) -> bool:
     """Whether a folder of scores holds heat maps."""
-    return bool(_list_parts(remote.to_path(scores) / FOLDER))
+    return bool(_list_parts(remote.to_path(scores) / HEATMAPS))
 
 
 def _list_parts(folder: Path) -> list[Path]:

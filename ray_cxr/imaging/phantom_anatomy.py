@@ -59,8 +59,7 @@ class Anatomy:
     def wall(self, y: Array | float) -> Array:
         """Return the distance of the lateral lung border from the midline at height y."""
         u = (np.asarray(y) - self.apex) / (self.dome + self.recess - self.apex)
-        shape = np.interp(u, _WALL_U, _WALL_H)
-        return np.asarray(self.half_width * shape)
+        return np.asarray(self.half_width * np.interp(u, _WALL_U, _WALL_H))
 
     def dome_at(self, side: int) -> float:
         """Return the height y of the diaphragm's dome on one side."""
@@ -152,15 +151,10 @@ def outline_abdomen(chest: Anatomy, raised: Mapping[int, float]) -> Array:
     return np.concatenate([left, right, *corners])
 
 
-def _split_heart(chest: Anatomy) -> tuple[float, float]:
-    """Return the heart's extent to the patient's right and left; they sum to ratio x width."""
-    width = chest.heart * 2 * chest.half_width
-    return 0.31 * width, 0.69 * width
-
-
 def outline_mediastinum(chest: Anatomy) -> Array:
     """Return great vessels, aortic arch and heart as one outline: float[n, 2]."""
-    right, left = _split_heart(chest)
+    width = chest.heart * 2 * chest.half_width
+    right, left = 0.31 * width, 0.69 * width  # the heart's extent to the patient's right and left
     floor = chest.dome + 0.5 * chest.recess
     mid = 0.40 + 0.35 * (floor - 0.74)
     span = floor - mid
@@ -244,10 +238,7 @@ def _draw_tissue(pen: Pen, chest: Anatomy, raised: Mapping[int, float], rng: np.
     pen.fill(hollow, trace_ellipse(x, y, width, height), rng.uniform(0.2, 0.9))
     tissue -= 48 * pen.finish(hollow, 0.006)
     coarse = 3 * rng.standard_normal((18, 18), dtype=np.float32)
-    tissue += scale(coarse, pen.size)
-    tissue *= body
-    tissue += 10
-    return np.asarray(tissue)
+    return np.asarray((tissue + scale(coarse, pen.size)) * body + 10)
 
 
 def _draw_skeleton(pen: Pen, chest: Anatomy) -> Array:

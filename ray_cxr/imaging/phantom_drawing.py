@@ -36,12 +36,8 @@ def fit_curve(points: Array, *, closed: bool) -> Array:
         padded = np.concatenate([points[-1:], points, points[:2]])
     else:
         padded = np.concatenate([2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]])
-    segments = len(padded) - 3
-    curve = np.empty((segments, 6, 2))
-    for axis in (0, 1):
-        windows = padded[np.arange(segments)[:, None] + np.arange(4), axis]
-        curve[:, :, axis] = windows @ _SPLINE.T
-    inner = curve.reshape(-1, 2)
+    windows = np.arange(len(padded) - 3)[:, None] + np.arange(4)
+    inner = np.stack([padded[windows, axis] @ _SPLINE.T for axis in (0, 1)], axis=-1).reshape(-1, 2)
     return inner if closed else np.concatenate([inner, points[-1:]])
 
 

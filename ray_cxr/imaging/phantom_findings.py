@@ -64,17 +64,12 @@ def draw_phantom(chest: Anatomy, findings: Collection[str] = ()) -> Array:
     image += heart * (40 - 34 * abdomen)
     # The abdomen is sharp where it meets lung or heart, soft towards the flank.
     flank = pen.soften(abdomen, 0.035)
-    abdomen -= flank
-    abdomen *= np.maximum(cavity, heart)
-    abdomen += flank
-    abdomen *= 56
-    image += abdomen
+    image += 56 * ((abdomen - flank) * np.maximum(cavity, heart) + flank)
     vessels *= (0.35 if hyperinflated else 1.0) * (58 + 0.25 * (chest.age - 50))
     vessels -= 124 * chest.lucency
     if "Pneumothorax" in findings:  # pleural air is darker than lung and has no vessels
         vessels -= layers.pleural_air * (vessels + 155 * chest.lucency)
-    vessels *= air
-    image += vessels
+    image += vessels * air
     image = cv2.GaussianBlur(image, (3, 3), 0.0026 * chest.size)
     image += cv2.LUT(rng.integers(0, 256, image.shape, dtype=np.uint8), _NOISE)
     return anatomy.expose(pen, image, chest)
@@ -90,7 +85,7 @@ def _locate(chest: Anatomy, finding: str) -> tuple[int, np.random.Generator]:
     return (-side if finding in _OPPOSITE else side), make_generator(*chest.key, -1, 51 + FINDINGS.index(finding))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Layers:
     """Layers of an image, float32[size, size], which findings change in place."""
 
@@ -101,15 +96,11 @@ class _Layers:
     pleural_air: Array  # the part of the air outside the lung, without vessels
     image: Array  # gray values of everything except air
 
-    def brighten(self, grays: Array) -> None:
-        """Add gray values."""
-        np.add(self.image, grays, out=self.image)
-
     def fill(self, mask: Array, amount: float, gray: int = 0) -> None:
         """Remove the fraction `amount` of the remaining air under a mask, and add `gray` there."""
-        np.multiply(self.air, 1 - amount * mask, out=self.air)
+        self.air *= 1 - amount * mask
         if gray:
-            self.brighten(gray * mask)
+            self.image += gray * mask
 
 
 def _draw_effusion(layers: _Layers, side: int, rng: np.random.Generator) -> None:
@@ -119,8 +110,7 @@ def _draw_effusion(layers: _Layers, side: int, rng: np.random.Generator) -> None
     x = np.linspace(0.0, 0.45, 14)
     y = level - climb * np.clip(x / layers.chest.half_width, 0, 1.1) ** 4
     pool = np.concatenate([to_points(side, x, y), to_points(side, [0.45, 0.0], [1.2, 1.2])])
-    fluid = layers.pen.mask(pool, blur=0.006)
-    layers.fill(fluid, 0.97, 8)
+    layers.fill(layers.pen.mask(pool, blur=0.006), 0.97, 8)
 
 
 def _draw_nodule(layers: _Layers, side: int, rng: np.random.Generator) -> None:
@@ -129,8 +119,8 @@ def _draw_nodule(layers: _Layers, side: int, rng: np.random.Generator) -> None:
         y = rng.uniform(0.30, 0.56)
         x = rng.uniform(0.56, 0.74) * float(layers.chest.wall(y))
         radius = rng.uniform(0.029, 0.037)
-        ball = layers.pen.mask(trace_ellipse(0.5 + nodule_side * x, y, radius, radius), blur=0.003)
-        layers.fill(ball, 0.85, 16)
+        ball = trace_ellipse(0.5 + nodule_side * x, y, radius, radius)
+        layers.fill(layers.pen.mask(ball, blur=0.003), 0.85, 16)
 
 
 def _draw_mass(layers: _Layers, side: int, rng: np.random.Generator) -> None:
@@ -140,8 +130,7 @@ def _draw_mass(layers: _Layers, side: int, rng: np.random.Generator) -> None:
     angle = np.linspace(0, 2 * np.pi, 13)[:-1]
     radius = rng.uniform(0.068, 0.090) * rng.uniform(0.84, 1.16, 12)
     lobes = to_points(side, x + radius * np.cos(angle), y + radius * np.sin(angle))
-    mask = layers.pen.mask(fit_curve(lobes, closed=True), blur=0.004)
-    layers.fill(mask, 0.97, 16)
+    layers.fill(layers.pen.mask(fit_curve(lobes, closed=True), blur=0.004), 0.97, 16)
 
 
 def _draw_consolidation(layers: _Layers, side: int, rng: np.random.Generator) -> None:
@@ -198,8 +187,7 @@ def _draw_atelectasis(layers: _Layers, side: int, rng: np.random.Generator) -> N
         x = np.array([0.28, 0.96]) * float(layers.chest.wall(y))
         line = to_points(side, x, y + np.array([rng.uniform(-0.015, 0.0), rng.uniform(0.0, 0.02)]))
         layers.pen.stroke(canvas, line, 0.020, 1.0)
-    plates = layers.pen.finish(canvas, 0.004)
-    layers.fill(plates, 0.88, 10)
+    layers.fill(layers.pen.finish(canvas, 0.004), 0.88, 10)
 
 
 def _draw_fibrosis(layers: _Layers, side: int, rng: np.random.Generator) -> None:
@@ -250,10 +238,10 @@ def _draw_pneumothorax(layers: _Layers, side: int, rng: np.random.Generator) -> 
     edge = np.concatenate([to_points(side, [0.05], [layers.chest.apex + 0.085]), to_points(side, shrunk, y + 0.02)])
     outer = to_points(side, [0.45, 0.45, 0.05], [y[-1] + 0.02, -0.1, -0.1])
     zone = layers.pen.mask(np.concatenate([edge, outer]), blur=0.003)
-    np.copyto(layers.pleural_air, zone)
+    layers.pleural_air = zone
     line = layers.pen.new_canvas()
     layers.pen.stroke(line, fit_curve(edge, closed=False), 0.009, 1.0)
-    layers.brighten(34 * layers.pen.finish(line, 0.002))
+    layers.image += 34 * layers.pen.finish(line, 0.002)
     lung = to_points(side, np.concatenate([[0.03], shrunk, [0.03]]), np.concatenate([[y[0]], y, [y[-1]]]))
     layers.fill(layers.pen.mask(lung, blur=0.02) * (1 - zone), 0.22)
 
@@ -266,7 +254,7 @@ def _draw_hernia(layers: _Layers, side: int, rng: np.random.Generator) -> None:
     inside = layers.pen.mask(trace_ellipse(x, y, 0.86 * radius, 0.78 * radius), blur=0.003)
     above = layers.pen.mask(np.array([[0.0, -0.2], [1.0, -0.2], [1.0, y], [0.0, y]]))
     layers.fill(pouch, 0.9)
-    layers.brighten(20 * pouch - 76 * inside * above)
+    layers.image += 20 * pouch - 76 * inside * above
 
 
 _DRAW: Mapping[str, Callable[[_Layers, int, np.random.Generator], None]] = {

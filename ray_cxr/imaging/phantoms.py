@@ -97,7 +97,15 @@ def write_phantoms(
     n_broken = len(BREAKAGES) if broken else 0
     for patient in range(patients + 1, patients + n_broken + 1):
         rows.append(_Row(sample_anatomy(seed, patient, 0, size=size), (), test=True))
-    counts = _count(rows, n_broken)
+    counts = {
+        "images": len(rows),
+        "patients": patients + n_broken,
+        "train_val": sum(not row.test for row in rows),
+        "test": sum(row.test for row in rows),
+        "broken": n_broken,
+        **{finding: sum(finding in row.findings for row in rows) for finding in FINDINGS},
+        "No Finding": sum(not row.findings for row in rows),
+    }
     result = PhantomSet(out / TABLE_NAME, out / "images", out / "train_val_list.txt", out / "test_list.txt", counts)
     if _is_complete(out, settings, result, [row.name for row in rows]):
         return result
@@ -178,18 +186,6 @@ def _add_finding(current: list[str], rng: np.random.Generator) -> None:
         current.append(finding)
 
 
-def _count(rows: Sequence[_Row], broken: int) -> dict[str, int]:
-    return {
-        "images": len(rows),
-        "patients": len({row.chest.key for row in rows}),
-        "train_val": sum(not row.test for row in rows),
-        "test": sum(row.test for row in rows),
-        "broken": broken,
-        **{finding: sum(finding in row.findings for row in rows) for finding in FINDINGS},
-        "No Finding": sum(not row.findings for row in rows),
-    }
-
-
 def _is_complete(out: Path, settings: Mapping[str, Any], result: PhantomSet, names: Sequence[str]) -> bool:
     """Return whether the set is complete; refuse an `out` with foreign files, or with a set of other settings."""
     try:
@@ -215,11 +211,10 @@ def _encode_png(gray: Array, encoding: str) -> bytes:
     """Return uint8[H, W] as PNG; every encoding decodes to the same gray values."""
     if encoding == "palette":
         # Indices are inverted grays, so that a reader that takes indices for grays shows a negative.
-        image = Image.fromarray(255 - gray).convert("L")
-        paletted = Image.frombytes("P", image.size, image.tobytes())
-        paletted.putpalette([255 - index for index in range(256) for _ in range(3)])
+        image = Image.fromarray(255 - gray)
+        image.putpalette([255 - index for index in range(256) for _ in range(3)])
         buffer = io.BytesIO()
-        paletted.save(buffer, format="PNG", compress_level=1)
+        image.save(buffer, format="PNG", compress_level=1)
         return buffer.getvalue()
     if encoding == "rgba":
         gray = cv2.cvtColor(gray, cv2.COLOR_GRAY2BGRA)

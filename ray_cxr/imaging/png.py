@@ -65,8 +65,7 @@ def decode_png(data: bytes, max_pixels: int) -> np.ndarray:
     image.load()
     # Pillow accepts a compressed stream that ends early and leaves the remaining rows 0. If the last row has other
     # values, the stream is complete and need not be inflated again.
-    last_row = image.crop((0, height - 1, width, height))
-    if interlace or not np.asarray(last_row).any():
+    if interlace or not np.asarray(image.crop((0, height - 1, width, height))).any():
         _check_png_length(pixels, width, height, depth * _PNG_SAMPLES[colour], interlaced=bool(interlace))
     return to_gray(image)
 

@@ -25,18 +25,18 @@ def resize(image: np.ndarray, spec: InputSpec) -> np.ndarray:
         raise ValueError(f"image must be a uint8 array, got {getattr(image, 'dtype', type(image).__name__)}")
     if image.ndim != 2 or 0 in image.shape:
         raise ValueError(f"image must have the shape [H, W], got {list(image.shape)}")
-    size = spec.size
     height, width = image.shape
     if spec.aspect == "crop":
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
-        return _scale(image[top : top + side, left : left + side], size, size, spec)
-    if spec.aspect == "pad":
-        top, left, rows, columns = locate_in_input(spec, height, width)
-        canvas = np.zeros((size, size), dtype=np.uint8)
-        canvas[top : top + rows, left : left + columns] = _scale(image, rows, columns, spec)
-        return canvas
-    return _scale(image, size, size, spec)
+        image = image[top : top + side, left : left + side]
+    top, left, rows, columns = locate_in_input(spec, height, width)
+    if image.shape != (rows, columns):
+        method = _INTERPOLATION[spec.interpolation]
+        image = cv2.resize(np.ascontiguousarray(image), (columns, rows), interpolation=method)
+    canvas = np.zeros((spec.size, spec.size), dtype=np.uint8)
+    canvas[top : top + rows, left : left + columns] = image
+    return canvas
 
 
 def square_pixels(image: np.ndarray, aspect: float) -> np.ndarray:
@@ -57,10 +57,3 @@ def locate_in_input(spec: InputSpec, height: int, width: int) -> tuple[int, int,
     rows = max(1, (2 * height * size + longest) // (2 * longest))  # round to nearest, in integers
     columns = max(1, (2 * width * size + longest) // (2 * longest))
     return (size - rows) // 2, (size - columns) // 2, rows, columns
-
-
-def _scale(image: np.ndarray, rows: int, columns: int, spec: InputSpec) -> np.ndarray:
-    if image.shape == (rows, columns):
-        return image.copy(order="C")
-    image = np.ascontiguousarray(image)
-    return np.asarray(cv2.resize(image, (columns, rows), interpolation=_INTERPOLATION[spec.interpolation]))

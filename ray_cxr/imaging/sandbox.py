@@ -117,22 +117,17 @@ class Decoder:
         A child may be killed for a reason other than the file, so a second child tries the file. If that is lost too,
         the code is `decoder_crash`. Other codes are `decode_timeout` and those of `decode.load_image`.
         """
-        request: dict[str, Any] = {}
-        body = memoryview(b"")
         self.seconds = 0.0
-        if isinstance(source, (bytes, bytearray, memoryview)):
-            body = memoryview(source).cast("B")
-        elif isinstance(source, (str, os.PathLike)):
-            request["path"] = os.fspath(source)
-        else:
+        if not isinstance(source, (str, bytes, bytearray, memoryview)):
             return Failure("missing", "the row has no path", None)
+        path, data = (source, b"") if isinstance(source, str) else (None, source)
         outcome = ""
         for _ in range(2):
             child = self._start_and_wait()
             started = time.monotonic()
             deadline = started + self._timeout_s
             try:
-                _send(child.requests, request, [body], deadline)
+                _send(child.requests, {"path": path}, [memoryview(data)], deadline)
                 return self._receive(child, deadline)
             except TimeoutError:
                 outcome = _ALARM
@@ -218,6 +213,9 @@ class _Child:
         self.ready = False
         # Explains why a child does not start. A child closes it when it is ready, before it sees any file.
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        # Thread pools of libraries slow down the start, and decoding does not use them.
+        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        variables = {"PYTHONPATH": processes.build_module_path(), **threads}
         try:
             self.process = subprocess.Popen(
                 # -P: otherwise a numpy.py in the working directory would be imported.
@@ -226,7 +224,7 @@ class _Child:
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
                 bufsize=0,
-                env=_environment(),
+                env={**os.environ, **variables},
             )
         except OSError as error:
             self._stderr.close()
@@ -277,13 +275,6 @@ class _Child:
             self.process.wait(5.0)
 
 
-def _environment() -> dict[str, str]:
-    """Return this process's environment with its module path, which Ray may extend by a working_dir."""
-    # Thread pools of libraries slow down the start, and decoding does not use them.
-    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    return {**os.environ, "PYTHONPATH": processes.build_module_path(), **threads}
-
-
 def _wait(descriptor: int, event: int, deadline: float) -> None:
     """Wait until a pipe can be read or written or its other end is closed."""
     poll = select.poll()
@@ -321,12 +312,11 @@ def _read_into(descriptor: int, view: memoryview, deadline: float) -> None:
 
 
 def _send(
-    descriptor: int, header: Mapping[str, Any], body: Sequence[bytes | memoryview], deadline: float = float("inf")
+    descriptor: int, header: Mapping[str, Any], body: Sequence[memoryview], deadline: float = float("inf")
 ) -> None:
     """Write a frame; raise EOFError if the other end is closed."""
     text = json.dumps(header).encode()
-    views = [memoryview(part) for part in body]
-    views = [memoryview(_FRAME.pack(len(text), sum(map(len, views))) + text), *views]
+    views = [memoryview(_FRAME.pack(len(text), sum(map(len, body))) + text), *body]
     while views:
         try:
             count = os.writev(descriptor, views)
@@ -385,7 +375,7 @@ def _serve(requests: int, answers: int) -> None:
         data = _read(requests, size)
         # The alarm's default action ends the process, even inside native code.
         signal.setitimer(signal.ITIMER_REAL, settings["alarm_s"])
-        answer, images = _load(request.get("path"), data, specs, settings["max_pixels"], settings["tags"])
+        answer, images = _load(request["path"], data, specs, settings["max_pixels"], settings["tags"])
         _send(answers, answer, [image.data.cast("B") for image in images])
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         del data, images

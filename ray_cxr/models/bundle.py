@@ -119,7 +119,7 @@ class Bundle:
 
     @cached_property
     def quality(self) -> QualityModel | None:
-        """Statistics of ordinary images for the quality flags; None if no images were given when the bundle was made.
+        """Statistics of ordinary images for quality flags; None in older bundles, without images, or if the fit failed.
 
         Raises:
             BundleError: the file is damaged.
@@ -361,7 +361,7 @@ def _check_exported_files(bundle: Bundle) -> None:
     problems = [f"{SUMS} does not list {name}" for name in sorted(expected - present)]
     problems += [f"nothing refers to {name}" for name in sorted(present - expected)]
     if problems:
-        raise BundleError(f"{bundle.path}: bundle.json and the files differ: {'; '.join(problems)}; copy it again")
+        raise BundleError(f"{bundle.path}: files differ from bundle.json: {'; '.join(problems)}; copy the bundle again")
 
 
 def _read_info(path: Path) -> dict[str, Any]:
@@ -393,9 +393,9 @@ def _verify_files(path: Path) -> tuple[str, set[str]]:
     for name in FILES:
         if name not in listed:
             raise BundleError(f"{path}: {SUMS} does not list {name}; the bundle is damaged, copy it again")
-    foreign = sorted(set(listed) - {*FILES, *OPTIONAL_FILES})
+    foreign = ", ".join(sorted(set(listed) - {*FILES, *OPTIONAL_FILES})[:5])
     if foreign:
-        raise BundleError(f"{path}: {SUMS} lists {', '.join(foreign[:5])}, which no bundle contains; do not use it")
+        raise BundleError(f"{path}: {SUMS} lists {foreign}, not part of the bundle format; do not use this bundle")
     for name, expected in listed.items():
         file = path / name
         if file.is_symlink() or not file.is_file():

@@ -129,8 +129,8 @@ def recalibrate(
     y = used[list(old.findings)].to_numpy(dtype=np.float64, na_value=np.nan)
     p = table.p[used["row"].to_numpy()]
     rules = calibration.fit_rules(y, p, old.findings, method=method, rule=rule, min_positives=settings.min_positives)
-    if not any(rules.calibrations.values()) and not any(rules.operating_points.values()):
-        reasons = "; ".join(f"{n} findings: {reason}" for reason, n in Counter(rules.reasons.values()).most_common())
+    if not any(rules.calibration.values()) and not any(rules.operating_points.values()):
+        reasons = "; ".join(f"{n} findings: {reason}" for reason, n in Counter(rules.rule_notes.values()).most_common())
         raise InputError(f"{labels}: nothing can be fitted on these {len(used):,} images ({reasons}); label more")
     provenance = old.info["provenance"]
     before = {name: old.info[name] for name in ("calibration", "operating_points", "expected_flag_rates")}
@@ -150,11 +150,7 @@ def recalibrate(
         return derive_bundle(
             old,
             out,
-            calibration=rules.calibrations,
-            operating_points=rules.operating_points,
-            expected_flag_rates=rules.expected_flag_rates,
-            operating_alternatives=rules.alternatives,
-            rule_notes=rules.reasons,
+            **vars(rules),
             provenance={**provenance, "recalibrated": record},
             split=_extend_split(old, used),
         )
@@ -326,7 +322,7 @@ def _measure(y: np.ndarray, p: np.ndarray, name: str, old: Bundle, rules: Fitted
     row: dict[str, Any] = {"n": int(y.size), "positives": int(y.sum())}
     for suffix, scaling, point in (
         ("_before", old.info["calibration"][name], old.info["operating_points"][name]),
-        ("", rules.calibrations[name], rules.operating_points[name]),
+        ("", rules.calibration[name], rules.operating_points[name]),
     ):
         flags = calibration.apply_threshold(p, point["threshold"]) if point else p[:0]
         row[f"flag_rate{suffix}"] = float(flags.mean()) if flags.size else None

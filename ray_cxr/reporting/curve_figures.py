@@ -50,7 +50,7 @@ class Panel:
 def plot_aurocs(aurocs: Mapping[str, Estimate], macro: Estimate | None) -> Figure:
     """Plot the AUROC of every finding with its interval, best on top, and the macro mean as a band."""
     rows = sorted(aurocs.items(), key=lambda row: row[1].value)
-    figure, (ax,) = plots.create_axes(7.2, 1.3 + 0.32 * len(rows))
+    figure, (ax,) = plots.create_axes(7.2, 1.3 + 0.32 * len(rows), grid="x")
     for row, (_, auroc) in enumerate(rows):
         if auroc.low is not None and auroc.high is not None:
             ax.plot([auroc.low, auroc.high], [row, row], color=plots.BLUE, linewidth=2.2, solid_capstyle="butt")
@@ -66,7 +66,6 @@ def plot_aurocs(aurocs: Mapping[str, Estimate], macro: Estimate | None) -> Figur
         ax.axvline(macro.value, color=plots.VERMILION, linewidth=1.4, label=f"macro mean {macro.value:.3f}")
         ax.legend(loc="lower left", frameon=False, fontsize=8.5, bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
     ax.set_xlabel("AUROC with 95% interval (patient bootstrap); dashed: chance")
-    ax.grid(axis="x", color=plots.FAINT, linewidth=0.7)
     return figure
 
 
@@ -123,21 +122,19 @@ def _mark_point(ax: Axes, x: float | None, y: float | None) -> None:
 
 def plot_priorities(priority: np.ndarray) -> Figure:
     """Plot a histogram of the priorities, finite floats [n], n > 0."""
-    figure, (ax,) = plots.create_axes(7.2, 3.2)
+    figure, (ax,) = plots.create_axes(7.2, 3.2, grid="y")
     inside = bool((priority >= 0).all() and (priority <= 1).all())
     ax.hist(priority, bins=40, range=(0, 1) if inside else None, color=plots.SKY, edgecolor=plots.BLUE, linewidth=0.6)
     if inside:
         ax.set_xlim(0, 1)
     ax.set(xlabel="priority", ylabel="images")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.grid(axis="y", color=plots.FAINT, linewidth=0.7)
-    ax.set_axisbelow(True)
     return figure
 
 
 def plot_learning_curves(epochs: Sequence[Mapping[str, Any]]) -> Figure:
     """Plot training loss, validation cross-entropy and validation AUROC per epoch; missing values are skipped."""
-    figure, axes = plots.create_axes(12.6, 3.2, 3)
+    figure, axes = plots.create_axes(12.6, 3.2, 3, grid="both")
     numbers = [row["epoch"] for row in epochs if "epoch" in row]
     charts = (
         ("loss", "training loss", plots.BLUE),
@@ -156,7 +153,6 @@ def plot_learning_curves(epochs: Sequence[Mapping[str, Any]]) -> Figure:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(numbers) > 1:
             ax.set_xlim(min(numbers) - 0.2, max(numbers) + 0.2)
-        ax.grid(color=plots.FAINT, linewidth=0.7)
     return figure
 
 

@@ -53,15 +53,13 @@ class Export:
     """The result of an export.
 
     Attributes:
-        rows: number of rows of the scores.
-        outcomes: number of rows by outcome.
+        outcomes: number of rows of the scores by outcome.
         reasons: number of failed rows by reason.
         reports: number of documents of these scores in the folder.
         partial: number of documents that lack an image of their study.
         written: number of documents that this run wrote.
     """
 
-    rows: int
     outcomes: Counter[str]
     reasons: Counter[str] = field(default_factory=Counter)
     reports: int = 0
@@ -129,7 +127,7 @@ def _find_finished(out: Path, folder: ScoreFolder) -> Export | None:
     if not run_folder.is_complete(out) or record.get("scores_digest") != folder.digest:
         return None
     try:
-        return Export(record["rows"], Counter(record["outcomes"]), reports=record["reports"], partial=record["partial"])
+        return Export(Counter(record["outcomes"]), reports=record["reports"], partial=record["partial"])
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -137,8 +135,8 @@ def _find_finished(out: Path, folder: ScoreFolder) -> Export | None:
 def _write_export(out: Path, folder: ScoreFolder, plan: ExportPlan) -> Export:
     """Write the documents, then the table and the counts."""
     earlier = _read_earlier_reports(out)
-    export = Export(len(plan.outcomes), Counter())
-    reports: list[str | None] = [None] * export.rows
+    export = Export(Counter())
+    reports: list[str | None] = [None] * len(plan.outcomes)
     studies, contents = plan.studies(), sr_studies.collect_contents(folder, plan)
     with Progress("write reports", len(studies), unit="reports") as progress:
         for rows, content, document in zip(studies, contents, _build_documents(contents), strict=True):
@@ -159,12 +157,12 @@ def _write_export(out: Path, folder: ScoreFolder, plan: ExportPlan) -> Export:
     replaced = {earlier[row] for row, report in enumerate(reports) if report is not None and row in earlier}
     for uid in replaced - set(reports):
         (out / f"{uid}.dcm").unlink(missing_ok=True)
-    reasons = [plan.reasons.get(row) for row in range(export.rows)]
+    reasons = [plan.reasons.get(row) for row in range(len(reports))]
     columns = {"image_id": folder.scores.ids, "outcome": plan.outcomes, "reason": reasons, "report": reports}
     table = pa.table(columns, schema=pa.schema([(name, pa.string()) for name in columns]))
     atomic.write_parquet(table, out / "images.parquet")
     record = {
-        "rows": export.rows,
+        "rows": len(reports),
         "outcomes": dict(sorted(export.outcomes.items())),
         "reasons": dict(sorted(export.reasons.items())),
         "reports": export.reports,

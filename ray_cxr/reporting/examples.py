@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from PIL import Image
 
@@ -14,6 +16,8 @@ from ray_cxr.reporting.scores import Scores
 
 #: Number of tiles in a band of examples, in a band of heat maps, and on the page of radiographs.
 _EXAMPLES, _HEATMAPS, _RADIOGRAPHS = 4, 3, 12
+#: Two keys to sort by, a finding, and the position of an image in the evaluation set.
+_Candidate = tuple[float, float, str, int]
 
 
 def sample_examples(table: Scores, evaluated: EvaluationSet, seed: int) -> list[tuple[str, list[Example]]]:
@@ -30,27 +34,18 @@ def sample_examples(table: Scores, evaluated: EvaluationSet, seed: int) -> list[
         kinds = (("High-scoring positives", 1, 1), ("Low-scoring positives", 1, 0), ("High-scoring negatives", 0, 1))
         flagged = {f: _mark_tenths(table.p[f][evaluated.rows]) for f in names}
     names = [f for f in names if f in flagged]
-    shown: set[int] = set()
-    groups: list[tuple[str, list[tuple[str, int]]]] = []
+    bands: list[tuple[str, list[_Candidate]]] = []
     for title, label, flag in kinds:
-        queues = {}
-        for position in rng.permutation(len(names)):
-            finding = names[position]
+        drawn: list[_Candidate] = []
+        for position, index in enumerate(rng.permutation(len(names))):
+            finding = names[index]
             cases = np.flatnonzero((evaluated.labels[finding] == label) & (flagged[finding] == flag))
-            queues[finding] = rng.permutation(cases)[:50].tolist()
-        chosen: list[tuple[str, int]] = []
-        while len(chosen) < _EXAMPLES and any(queues.values()):
-            for finding, queue in queues.items():
-                while queue and queue[0] in shown:
-                    queue.pop(0)
-                if queue and len(chosen) < _EXAMPLES:
-                    chosen.append((finding, queue.pop(0)))
-                    shown.add(chosen[-1][1])
-        groups.append((title, chosen))
+            drawn += [(row, position, finding, case) for row, case in enumerate(rng.permutation(cases)[:50].tolist())]
+        bands.append((title, drawn))
     with Decoder([None]) as decoder:
         return [
             (title, [_build_example(table, evaluated, finding, case, decoder) for finding, case in chosen])
-            for title, chosen in groups
+            for title, chosen in _choose_cases(bands, _EXAMPLES)
         ]
 
 
@@ -114,39 +109,39 @@ def select_heatmap_examples(table: Scores, evaluated: EvaluationSet) -> list[tup
     if table.run_folder is None or not has_heatmaps(table.run_folder):
         return []
     maps = read_heatmaps(table.run_folder, set(table.ids[evaluated.rows]))
-    bands = (
+    kinds = (
         ("Found, highest scores", 1, 1, -1.0),
         ("Missed, lowest scores", 1, 0, 1.0),
         ("False alarms, highest scores", 0, 1, -1.0),
     )
-    shown: set[int] = set()
-    groups: list[tuple[str, list[tuple[str, int]]]] = []
-    for title, label, flag, sign in bands:
-        ranked = []
+    bands: list[tuple[str, list[_Candidate]]] = []
+    for title, label, flag, sign in kinds:
+        ranked: list[_Candidate] = []
         for finding in (f for f in table.findings if f in table.flags and f != NO_FINDING):
             p, flags = table.p[finding][evaluated.rows], table.flags[finding][evaluated.rows]
             for case in np.flatnonzero((evaluated.labels[finding] == label) & (flags == flag)):
                 lacking = (table.ids[evaluated.rows[case]], finding) not in maps
                 ranked.append((lacking, sign * float(p[case]), finding, int(case)))
-        groups.append((title, _take_one_per_finding(sorted(ranked), shown)))
+        bands.append((title, ranked))
     with Decoder([None]) as decoder:
         return [
             (title, [_build_heatmap_tile(table, evaluated, maps, finding, case, decoder) for finding, case in chosen])
-            for title, chosen in groups
+            for title, chosen in _choose_cases(bands, _HEATMAPS)
         ]
 
 
-def _take_one_per_finding(ranked: list[tuple[bool, float, str, int]], shown: set[int]) -> list[tuple[str, int]]:
-    """Take the first cases, no image twice, and no finding twice while other findings remain."""
-    chosen: list[tuple[str, int]] = []
-    for repeats in (False, True):
-        for _, _, finding, case in ranked:
-            if len(chosen) == _HEATMAPS:
-                return chosen
-            if case not in shown and (repeats or finding not in {name for name, _ in chosen}):
+def _choose_cases(bands: list[tuple[str, list[_Candidate]]], count: int) -> list[tuple[str, list[tuple[str, int]]]]:
+    """Take the first `count` cases of each band, no image twice, and no finding twice while other findings remain."""
+    shown: set[int] = set()
+    groups = []
+    for title, candidates in bands:
+        chosen: list[tuple[str, int]] = []
+        for repeats, (_, _, finding, case) in itertools.product((False, True), sorted(candidates)):
+            if len(chosen) < count and case not in shown and (repeats or finding not in dict(chosen)):
                 shown.add(case)
                 chosen.append((finding, case))
-    return chosen
+        groups.append((title, chosen))
+    return groups
 
 
 def _build_heatmap_tile(

@@ -276,12 +276,10 @@ def _draw_forest(
     axes = []
     for i, (size, name) in enumerate(zip(value_widths, names, strict=True)):
         ax = figure.add_axes(box(left, top, width, height * len(lines)))
-        plots.style_axes(ax)
+        plots.style_axes(ax, grid="x")
         ax.set(ylim=(len(lines) - 0.5, -0.5), yticks=[], xlabel=name)
         ax.spines["left"].set_visible(False)
         ax.xaxis.set_major_locator(MaxNLocator(5))
-        ax.grid(axis="x", color=FAINT, linewidth=0.7)
-        ax.set_axisbelow(True)
         axes.append(ax)
         write(left + width + 0.12, [line.values[i] if line.values else "" for line in lines], "left", 8.5)
         left += width + 0.12 + size + gap

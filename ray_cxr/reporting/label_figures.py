@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -22,7 +20,7 @@ from ray_cxr.reporting.plots import FAINT, INK, MUTED, SKY, VERMILION, format_fi
 def plot_prevalence(rows: Sequence[tuple[str, float, int, float | None]]) -> Figure:
     """Plot rows of (finding, share of positive images, number of positives, share flagged or None)."""
     rows = sorted(rows, key=lambda row: row[1])
-    figure, (ax,) = plots.create_axes(7.2, 1.3 + 0.32 * len(rows))
+    figure, (ax,) = plots.create_axes(7.2, 1.3 + 0.32 * len(rows), grid="x")
     positions = range(len(rows))
     ax.barh(positions, [row[1] for row in rows], height=0.62, color=SKY, label="labelled positive")
     flagged = [(row[3], position) for position, row in enumerate(rows) if row[3] is not None]
@@ -34,8 +32,6 @@ def plot_prevalence(rows: Sequence[tuple[str, float, int, float | None]]) -> Fig
     ax.set_ylim(-0.7, len(rows) - 0.3)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     ax.set_xlabel("share of labelled images (number of positives in brackets)")
-    ax.grid(axis="x", color=FAINT, linewidth=0.7)
-    ax.set_axisbelow(True)
     ax.legend(loc="lower left", frameon=False, fontsize=8.5, ncols=2, bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
     return figure
 
@@ -77,20 +73,17 @@ def plot_cooccurrence(counts: np.ndarray, findings: Sequence[str], n: int) -> Fi
     ax.tick_params(length=0, pad=3, labelcolor=INK)
     for spine in ax.spines.values():
         spine.set_visible(False)
-    _draw_colour_bar(figure, figure.add_axes(box(left + cell * size + 0.2, high, 0.16, min(cell * size, 2.6))), mesh)
+    bar_axes = figure.add_axes(box(left + cell * size + 0.2, high, 0.16, min(cell * size, 2.6)))
+    bar = figure.colorbar(mesh, cax=bar_axes)
+    bar_axes.yaxis.set_major_locator(MaxNLocator(5))
+    bar_axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: plots.format_percent(share)))
+    bar_axes.tick_params(labelsize=8, color=MUTED, labelcolor=INK, length=3)
+    bar.set_label("share of row", fontsize=8, color=MUTED)
+    bar.outline.set_visible(False)
     caption = f"Share of the images with the row's finding that also have the column's. Diagonal: of all {n:,} images."
     x, y, _, _ = box(0.12, figure.get_figheight() - 0.08, 0, 0)
     figure.text(x, y, textwrap.fill(caption, int(wide * 15)), fontsize=plots.SMALL_TEXT, color=MUTED)
     return figure
-
-
-def _draw_colour_bar(figure: Figure, ax: Axes, mesh: QuadMesh) -> None:
-    bar = figure.colorbar(mesh, cax=ax)
-    ax.yaxis.set_major_locator(MaxNLocator(5))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: plots.format_percent(share)))
-    ax.tick_params(labelsize=8, color=MUTED, labelcolor=INK, length=3)
-    bar.set_label("share of row", fontsize=8, color=MUTED)
-    bar.outline.set_visible(False)
 
 
 def _luminance(colour: Sequence[float]) -> float:

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -99,13 +99,15 @@ def write_figures(folder: Path, names: Sequence[str], figures: Mapping[str, Figu
     return encoded
 
 
-def create_axes(width: float, height: float, columns: int = 1, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """Create a figure with a row of axes that fit their texts."""
+def create_axes(
+    width: float, height: float, columns: int = 1, *, grid: Literal["x", "y", "both"], sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """Create a figure with a row of axes that fit their texts, and grid lines of the named axis."""
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     axes = list(np.ravel(figure.subplots(1, columns, sharey=sharey)))
     for ax in axes:
-        style_axes(ax)
+        style_axes(ax, grid=grid)
     return figure, axes
 
 
@@ -174,7 +176,7 @@ def create_marker_entry(label: str, colour: str, marker: str, face: str | None =
     return Line2D([], [], color=colour, linestyle="", label=label, **style)
 
 
-def style_axes(ax: Axes) -> None:
+def style_axes(ax: Axes, *, grid: Literal["x", "y", "both"] | None = None) -> None:
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -182,6 +184,9 @@ def style_axes(ax: Axes) -> None:
     ax.tick_params(labelsize=8.5, color=MUTED, labelcolor=INK, length=3)
     ax.xaxis.label.set(fontsize=8.5, color=MUTED)
     ax.yaxis.label.set(fontsize=8.5, color=MUTED)
+    if grid is not None:
+        ax.grid(axis=grid, color=FAINT, linewidth=0.7)
+        ax.set_axisbelow(True)
 
 
 def set_heading(ax: Axes, finding: str, line: str) -> None:

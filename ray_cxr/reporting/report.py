@@ -35,7 +35,7 @@ from ray_cxr.reporting.worklist import build_worklist, format_csv
 from ray_cxr.storage import atomic, remote, run_folder
 
 _log = logging.getLogger(__name__)
-#: Maximum numbers of resamples, for subgroups of one attribute and for the hundreds of pairs of attributes.
+#: Maximum numbers of resamples: for groups by one attribute; by a pair (often dozens, with up to 15 findings each).
 _SUBGROUP_RESAMPLES, _CROSSING_RESAMPLES = 500, 200
 _WORKLIST_ROWS = 25
 
@@ -72,8 +72,8 @@ def write_report(
         InputError: the scores are incomplete, or share no image with the labels, the consensus table, the boxes or
             the other scores; an option lacks the labels it needs; there are no heat maps.
         TableError: a table names an image twice or holds invalid values.
-        LeakError: an evaluated image or patient trained the model, in an evaluation of `test` or of no named split.
-        OutputError: `out` is a file or inside the score folder, or another command writes there.
+        LeakError: `split` is `test` or None, and an evaluated image or patient is in the model's train or val split.
+        OutputError: `out` is a file, or is inside the score folder, or another command writes there.
     """
     if split is not None and split not in manifest.SPLITS:
         raise InputError(f"--split {split}: use train, val or test")

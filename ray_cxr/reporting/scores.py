@@ -25,7 +25,9 @@ from ray_cxr.storage import remote
 from ray_cxr.storage.paths import is_uri, redact
 from ray_cxr.storage.stores import describe_error, is_access_denied, open_uri
 
-_TEXT = ("image_id", "path", "patient_id", "study_id", "status", "error_code", "top_finding", "quality_flag")
+#: Columns of text by the field of `Scores` that holds them.
+_TEXT = {"ids": "image_id", "paths": "path", "patients": "patient_id", "studies": "study_id", "codes": "error_code"}
+_TEXT |= {"top_findings": "top_finding", "quality_flags": "quality_flag"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +203,7 @@ class Location:
 
 
 def _is_used(column: str) -> bool:
-    return column in (*_TEXT, "priority", "model_digest") or column.startswith(("p_", "c_", "flag_"))
+    return column in (*_TEXT.values(), "status", "priority", "model_digest") or column.startswith(("p_", "c_", "flag_"))
 
 
 class _Columns:
@@ -216,9 +218,9 @@ class _Columns:
 
     def to_scores(self, **origin: Any) -> Scores:
         """Build the score table; `origin` holds the fields that are not in the Parquet files."""
-        text = {name: read_texts(self.table, name, self.source) for name in _TEXT}
-        ids, ok = text["image_id"], self._read_ok(text["status"])
-        self._check_ids(ids)
+        text: dict[str, Any] = {field: read_texts(self.table, name, self.source) for field, name in _TEXT.items()}
+        ok = self._read_ok()
+        self._check_ids(text["ids"])
         columns, ignored = self._name_columns()
         findings = tuple(label for label in LABELS if label in columns["p_"])
         if not findings:
@@ -231,21 +233,15 @@ class _Columns:
             if finding not in flags and points.get(finding):
                 flagged = calibration.apply_threshold(p[finding], points[finding]["threshold"]).astype(np.int8)
                 flags[finding] = np.where(np.isnan(p[finding]), np.int8(-1), flagged)
-        priority, top = read_floats(self.table, "priority", self.source), text["top_finding"]
+        priority = read_floats(self.table, "priority", self.source)
         if "priority" not in self.table.column_names:
-            priority, top = _rank_by_highest(p, ok)
+            priority, text["top_findings"] = _rank_by_highest(p, ok)
         digests = read_texts(self.table, "model_digest", self.source)
         return Scores(
             source=self.source,
-            ids=ids,
-            paths=text["path"],
-            patients=text["patient_id"],
-            studies=text["study_id"],
+            **text,
             ok=ok,
-            codes=text["error_code"],
-            top_findings=top,
             priority=np.where(ok, priority, np.nan),
-            quality_flags=text["quality_flag"],
             model_digests=tuple(sorted({digest for digest in digests if digest is not None})),
             findings=findings,
             p={finding: np.where(ok, values, np.nan) for finding, values in p.items()},
@@ -263,9 +259,10 @@ class _Columns:
             found = f"{len(repeated):,} images have more than one row, such as {repeated[0]!r}"
             raise TableError(f"{self.source}: {found}; keep one row per image")
 
-    def _read_ok(self, status: np.ndarray) -> np.ndarray:
+    def _read_ok(self) -> np.ndarray:
         if "status" not in self.table.column_names:
-            return np.ones(len(status), dtype=bool)
+            return np.ones(len(self.table), dtype=bool)
+        status = read_texts(self.table, "status", self.source)
         wrong = sorted({str(value) for value in status} - {"ok", "error"})
         if wrong:
             raise TableError(f"{self.source}: status is {wrong[0]!r} in some rows; use ok or error")

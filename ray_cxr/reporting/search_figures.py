@@ -81,7 +81,7 @@ def draw_figures(rows: Sequence[TrialRow], best: int | None, comparison: Mapping
 
 def _draw_history(rows: Sequence[TrialRow], styles: Styles) -> Figure:
     """Draw the validation AUROC of every trial by its number, and the best finished trial so far."""
-    figure, (ax,) = plots.create_axes(9.6, 3.7)
+    figure, (ax,) = plots.create_axes(9.6, 3.7, grid="y")
     failed = [row.number for row in rows if row.state == "failed"]
     ax.plot(failed, [0.02] * len(failed), "x", color=plots.MUTED, markersize=5, transform=ax.get_xaxis_transform())
     scored = [(row, row.val_auroc) for row in rows if row.state != "failed" and row.val_auroc is not None]
@@ -98,12 +98,14 @@ def _draw_history(rows: Sequence[TrialRow], styles: Styles) -> Figure:
     _draw_legend(ax, rows, styles, extra, lines=False)
     ax.set(xlabel="trial", ylabel="validation AUROC (macro)", xlim=(-0.7, last + 0.7))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    ax.grid(axis="y", color=plots.FAINT, linewidth=0.7)
     return figure
 
 
 def _draw_backbones(rows: Sequence[TrialRow], styles: Styles, comparison: Mapping[str, Any] | None) -> Figure:
-    """Draw every trial's highest AUROC by backbone: over all its epochs and, in a comparison, at equal length."""
+    """Draw every trial's highest AUROC by backbone: over all its epochs and, in a comparison, at equal length.
+
+    A backbone with at least three trials also has its quartiles.
+    """
     names = [name for name in sorted(styles) if any(row.backbone == name for row in rows)]
     panels = [("all epochs of each trial", [(row.number, max(value for _, value in row.curve)) for row in rows])]
     if comparison is not None:
@@ -111,31 +113,23 @@ def _draw_backbones(rows: Sequence[TrialRow], styles: Styles, comparison: Mappin
         if equal:
             title = f"first {comparison['grace']} epochs of each trial: equal length"
             panels.append((title, sorted(equal.items())))
-    figure, axes = plots.create_axes(5.2 * len(panels), 1.25 + 0.62 * len(names), len(panels), sharey=True)
+    height = 1.25 + 0.62 * len(names)
+    figure, axes = plots.create_axes(5.2 * len(panels), height, len(panels), grid="x", sharey=True)
     by_number = {row.number: row for row in rows}
     for ax, (title, points) in zip(axes, panels, strict=True):
-        for position, name in enumerate(reversed(names)):
+        for y, name in enumerate(reversed(names)):
             mine = [(n, value) for n, value in points if n in by_number and by_number[n].backbone == name]
-            _draw_strip(ax, position, mine, by_number, styles[name])
+            if len(mine) > 2:
+                lower, middle, upper = np.percentile([value for _, value in mine], [25, 50, 75])
+                ax.barh([y], [upper - lower], left=lower, height=0.56, color=plots.FAINT, zorder=1)
+                ax.plot([middle] * 2, [y - 0.28, y + 0.28], color=plots.INK, linewidth=1.8, zorder=2)
+            # Multiples of the golden ratio spread like noise, but are the same on every run.
+            spread = [(v, y + 0.4 * ((n * 0.6180339887) % 1 - 0.5), by_number[n].state) for n, v in mine]
+            _draw_points(ax, spread, styles[name], 5)
         ax.set_yticks(range(len(names)), list(reversed(names)))
         ax.set(xlabel="highest validation AUROC", ylim=(-0.6, len(names) - 0.4))
         ax.set_title(title, fontsize=9, color=plots.INK, loc="left")
-        ax.grid(axis="x", color=plots.FAINT, linewidth=0.7)
-        ax.set_axisbelow(True)
     return figure
-
-
-def _draw_strip(
-    ax: Axes, y: int, points: Sequence[tuple[int, float]], rows: Mapping[int, TrialRow], style: LineStyle
-) -> None:
-    """Draw a backbone's points at height `y` and, if there are at least three, their quartiles."""
-    if len(points) > 2:
-        lower, middle, upper = np.percentile([value for _, value in points], [25, 50, 75])
-        ax.barh([y], [upper - lower], left=lower, height=0.56, color=plots.FAINT, zorder=1)
-        ax.plot([middle] * 2, [y - 0.28, y + 0.28], color=plots.INK, linewidth=1.8, zorder=2)
-    # Multiples of the golden ratio spread like noise, but are the same on every run.
-    spread = [(v, y + 0.4 * ((n * 0.6180339887) % 1 - 0.5), rows[n].state) for n, v in points]
-    _draw_points(ax, spread, style, 5)
 
 
 def _draw_points(ax: Axes, points: Sequence[tuple[float, float, str]], style: LineStyle, size: int) -> None:
@@ -149,7 +143,7 @@ def _draw_points(ax: Axes, points: Sequence[tuple[float, float, str]], style: Li
 
 def _draw_curves(rows: Sequence[TrialRow], styles: Styles, best: int | None) -> Figure:
     """Draw the validation AUROC by epoch; a cross marks the end of a stopped trial, a bar that of a failed one."""
-    figure, (ax,) = plots.create_axes(9.6, 4.2)
+    figure, (ax,) = plots.create_axes(9.6, 4.2, grid="both")
     with_curve = [row for row in rows if row.curve]
     for row in with_curve:
         style, is_best = styles[row.backbone], row.number == best
@@ -170,7 +164,6 @@ def _draw_curves(rows: Sequence[TrialRow], styles: Styles, best: int | None) -> 
     ax.set(xlabel="epoch", ylabel="validation AUROC (macro)")
     ax.margins(x=0.06)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    ax.grid(color=plots.FAINT, linewidth=0.7)
     return figure
 
 

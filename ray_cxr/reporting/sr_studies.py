@@ -9,6 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -207,30 +208,22 @@ def _read_headers(candidates: list[tuple[int, str]]) -> Iterator[tuple[int, Imag
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="headers") as pool:
         for start in range(0, len(files), _BATCH_ROWS):
             rows, paths = zip(*files[start : start + _BATCH_ROWS], strict=True)
-            yield from zip(rows, pool.map(_read_file, paths), strict=True)
+            yield from zip(rows, pool.map(_read_header, map(open_stream, paths)), strict=True)
     for archive, wanted in members.items():
         reason = ImageError("missing", "the archive has no such member")
         try:
-            for name, content in read_members(archive, frozenset(wanted)):
-                header = content if isinstance(content, ImageError) else _read_header(io.BytesIO(content).read)
+            for name, data in read_members(archive, frozenset(wanted)):
+                header = data if isinstance(data, ImageError) else _read_header(nullcontext(io.BytesIO(data).read))
                 yield from ((row, header) for row in wanted.pop(name))
         except ImageError as error:
             reason = ImageError(error.code, f"the archive: {error.message}")
         yield from ((row, reason) for rows in wanted.values() for row in rows)
 
 
-def _read_file(path: str) -> ImageHeader | ImageError | None:
+def _read_header(opened: AbstractContextManager[Callable[[int], bytes]]) -> ImageHeader | ImageError | None:
+    """Read a file up to its pixels; return an error if it cannot be read, and None if it is not DICOM."""
     try:
-        with open_stream(path) as fetch:
-            return _read_header(fetch)
-    except ImageError as error:
-        return error
-
-
-def _read_header(fetch: Callable[[int], bytes]) -> ImageHeader | ImageError | None:
-    """Read a file up to its pixels; return None if it is not DICOM."""
-    try:
-        with decoder_errors("DICOM"):
+        with opened as fetch, decoder_errors("DICOM"):
             file = _HeaderStream(fetch)
             head = file.read(256)
             if not looks_like_dicom(head):

@@ -79,9 +79,7 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> list[str]:
             sentences.append(f"Not distinguishable from chance: {_list_findings(chance)}.")
         inverted = [f for f in ranked if aurocs[f] == 0.0 or (f in known and known[f][1] < 0.5)]
         if inverted:
-            sentences.append(
-                f"Worse than chance: {_list_findings(inverted)}. Check whether scores or labels are inverted."
-            )
+            sentences.append(f"Worse than chance: {_list_findings(inverted)}. Check for inverted scores or labels.")
     cautioned = [finding for finding, found in findings.items() if found.caution]
     if cautioned:
         sentences.append(f"Interpret these intervals with caution (see the remarks): {_list_findings(cautioned)}.")
@@ -136,6 +134,5 @@ def _list_findings(findings: Iterable[str]) -> str:
 
 def _format(found: Measurement) -> str:
     has_interval = found.low is not None and found.high is not None
-    return (
-        f"{found.value:.3f} ({f'95% interval {found.low:.3f} to {found.high:.3f}' if has_interval else 'no interval'})"
-    )
+    interval = f"95% interval {found.low:.3f} to {found.high:.3f}" if has_interval else "no interval"
+    return f"{found.value:.3f} ({interval})"

@@ -9,39 +9,32 @@ import pyarrow as pa
 
 from ray_cxr.evaluation import metrics
 
+#: A row without a finding is about all findings. `attribute` is that of a subgroup, such as sex. `reason` explains a
+#: missing value or interval.
 SCHEMA = pa.schema(
-    [
-        ("section", pa.string()),  # findings | macro | weighted | subgroups | differences | consensus | compared | ...
-        ("finding", pa.string()),  # null: all findings
-        ("attribute", pa.string()),  # of a subgroup, such as sex
-        ("group", pa.string()),
-        ("metric", pa.string()),
-        ("value", pa.float64()),
-        ("low", pa.float64()),
-        ("high", pa.float64()),
-        ("n", pa.int64()),
-        ("positives", pa.int64()),
-        ("reason", pa.string()),  # why there is no value or interval
-        ("split", pa.string()),
-        ("split_kind", pa.string()),
-        ("split_seed", pa.int64()),
-        ("labels_sha256", pa.string()),
-    ]
+    {
+        **dict.fromkeys(("section", "finding", "attribute", "group", "metric"), pa.string()),
+        **dict.fromkeys(("value", "low", "high"), pa.float64()),
+        **dict.fromkeys(("n", "positives"), pa.int64()),
+        **dict.fromkeys(("reason", "split", "split_kind"), pa.string()),
+        "split_seed": pa.int64(),
+        "labels_sha256": pa.string(),
+    }
 )
 
 
 def build_table(result: Mapping[str, Any]) -> pa.Table:
     """Flatten the content of metrics.json; each row has its split and the digest of its labels."""
     split = {name: result[name] for name in ("split", "split_kind", "split_seed")}
-    consensus, boxes = result["consensus"], result["localisation"]
-    labels = result["digests"]["labels"]
+    consensus, boxes, compared = result["consensus"], result["localisation"], result["compared"]
+    subgroups, drift, labels = result["subgroups"] or {}, result["drift"], result["digests"]["labels"]
     sections = [
         (labels, _list_evaluation(result)),
-        (labels, _list_subgroups(result["subgroups"])),
-        (labels, _list_comparison(result["compared"])),
+        (labels, _list_subgroups(subgroups) if "groups" in subgroups else ()),
+        (labels, _list_comparison(compared) if compared else ()),
         (consensus and consensus["digest"], _list_evaluation(consensus, "consensus") if consensus else ()),
         (boxes and boxes["digest"], _list_localisation(boxes) if boxes else ()),
-        (None, _list_drift(result["drift"])),
+        (None, _list_drift(drift) if drift else ()),
     ]
     rows = [{**row, **split, "labels_sha256": digest} for digest, found in sections for row in found]
     return pa.Table.from_pylist(rows, schema=SCHEMA)
@@ -69,9 +62,7 @@ def _number(entry: Mapping[str, Any], name: str, reasons: Mapping[str, str | Non
     }
 
 
-def _list_subgroups(found: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
-    if found is None or "groups" not in found:
-        return
+def _list_subgroups(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for group in found["groups"]:
         names = {"section": "subgroups", "attribute": group["attribute"], "group": group["value"]}
         for kind in ("own", "shared"):
@@ -94,9 +85,7 @@ def _list_subgroups(found: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]
         }
 
 
-def _list_comparison(found: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
-    if found is None:
-        return
+def _list_comparison(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for finding, pair in found["findings"].items():
         counts = {"finding": finding, "n": pair["n"], "positives": pair["positives"]}
         yield {"section": "compared", **counts, "metric": "auroc difference", **_estimate(pair, "difference")}
@@ -120,9 +109,7 @@ def _list_localisation(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             yield {**names, **number, "metric": f"IoU >= {level}"}
 
 
-def _list_drift(found: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
-    if found is None:
-        return
+def _list_drift(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for finding, rate in found["flags"].items():
         names = {"section": "drift", "finding": finding, "n": rate["n"], "reason": rate["reason"]}
         yield {**names, "metric": "flag rate", **_estimate(rate, "observed")}

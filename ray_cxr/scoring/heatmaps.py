@@ -26,7 +26,7 @@ from ray_cxr import telemetry
 from ray_cxr.config import HeatMapMethod, InputSpec, ScoreSettings
 from ray_cxr.data.partition import Range
 from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError
-from ray_cxr.imaging.overlays import FOLDER, SCHEMA, compute_area, overlay_name
+from ray_cxr.imaging.overlays import HEATMAPS, SCHEMA, compute_area, overlay_name
 from ray_cxr.imaging.sandbox import DecodedImage
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import predictions, runtime
@@ -123,7 +123,7 @@ def make_request(bundle: Bundle, settings: ScoreSettings, count: int) -> HeatMap
 
 
 def map_path(out: Path, index: int) -> Path:
-    return part_path(out, index, FOLDER)
+    return part_path(out, index, HEATMAPS)
 
 
 def count_failures(part: pa.NativeFile | None) -> int | None:
@@ -150,7 +150,7 @@ def find_pending(out: Path, indices: Iterable[int], run: str, request: HeatMapRe
         changed = [name for name in ("method", "side") if state[name] != getattr(request, name)]
         if changed:
             shown = ", ".join(f"{name} {state[name]} (now {getattr(request, name)})" for name in changed)
-            raise OutputError(f"{out / FOLDER}: holds heat maps with {shown}; remove that folder to draw them again")
+            raise OutputError(f"{out / HEATMAPS}: holds heat maps with {shown}; remove that folder to draw them again")
         outdated = state["count"] < request.count or state["scores"] != _digest_file(part_path(out, index))
         if outdated or (retry and state["retryable"]):
             pending.add(index)
@@ -179,7 +179,7 @@ def count_maps(out: Path, all_ranges: Sequence[Range]) -> HeatMapReport:
 
 def remove_maps(out: Path) -> None:
     """Remove the maps of an earlier run, and no other files."""
-    folder = out / FOLDER
+    folder = out / HEATMAPS
     for pattern in ("part-*.parquet", *(f"*.{name}.png" for name in LABELS)):
         remote.remove_files(folder.glob(pattern))
     remove_partial_files(out)
@@ -190,7 +190,7 @@ def remove_maps(out: Path) -> None:
 def remove_partial_files(out: Path) -> None:
     """Remove the incomplete files of killed workers."""
     for pattern in (".part-*.part", ".*.png.*.part"):
-        remote.remove_files((out / FOLDER).glob(pattern))
+        remote.remove_files((out / HEATMAPS).glob(pattern))
 
 
 def _list_diseases(findings: Sequence[str]) -> list[int]:
@@ -278,7 +278,7 @@ class HeatMapWriter:
             finding = actor.findings[number]
             name = overlay_name(image_id, finding)
             png = encode_png(draw_overlay(shown, cells, area, side=actor.request.side))
-            atomic.write_bytes(self._job.folder / FOLDER / name, png)
+            atomic.write_bytes(self._job.folder / HEATMAPS / name, png)
             row = {
                 "image_id": image_id,
                 "finding": finding,

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from ray_cxr import cluster
 from ray_cxr.data import manifest as manifests
 from ray_cxr.errors import ErrorRateExceeded, OutputError
-from ray_cxr.imaging.overlays import FOLDER
+from ray_cxr.imaging.overlays import HEATMAPS
 from ray_cxr.scoring import heatmaps, inputs, ranges
 from ray_cxr.scoring.actors import ModelActor, ScoreActor, decode_task
 from ray_cxr.scoring.heatmaps import HeatMapActor, HeatMapReport
@@ -113,7 +113,7 @@ def _execute(plan: ScorePlan, report: ScoreReport, times: dict[str, float], star
 
 
 def _open_folder(plan: ScorePlan) -> ScoreJob:
-    """Prepare `out` for this run: remove an earlier run with --fresh, write the settings, freeze the input."""
+    """Prepare `out` for this run: with --fresh, remove an earlier run; then write the settings and freeze the input."""
     request, out = plan.request, plan.out
     if request.fresh:
         _remove_run(out)
@@ -206,14 +206,14 @@ def _draw_maps(plan: ScorePlan, job: ScoreJob, pool: ActorPlan | None) -> HeatMa
     tasks = ranges.make_tasks(plan.units, pending, retry=retry)
     drawn = 0
     if tasks and pool is not None:
-        (out / FOLDER).mkdir(exist_ok=True)
+        (out / HEATMAPS).mkdir(exist_ok=True)
         pool = replace(pool, actors=min(pool.actors, len(tasks)))
         job = replace(job, batch_size=job.settings.batch_size or heatmaps.BATCH_SIZE[job.use_gpu])
         arguments = {"job": job, "request": request}
         build = functools.partial(build_dataset, actor=HeatMapActor, arguments=arguments, plan=pool)
         results = run_tasks(tasks, build, lambda index: not find_pending({index}, retry=False))
         done = indices - pending
-        with show_files("heat maps", out / FOLDER, plan.ranges, done, heatmaps.count_failures, "score --heatmaps"):
+        with show_files("heat maps", out / HEATMAPS, plan.ranges, done, heatmaps.count_failures, "score --heatmaps"):
             drawn = sum(result.images for result in results)
     report = heatmaps.count_maps(out, plan.ranges)
     report.drawn_now, report.seconds = drawn, time.monotonic() - started
@@ -255,9 +255,9 @@ def _make_record(plan: ScorePlan, report: ScoreReport) -> dict[str, Any]:
     """Return the contents of run.json."""
     request, pool = plan.request, report.pool
     before = run_folder.read_json(plan.out / "run.json")
-    kept = {name: value for name, value in before.items() if name == FOLDER and (plan.out / FOLDER).is_dir()}
+    kept = {name: value for name, value in before.items() if name == HEATMAPS and (plan.out / HEATMAPS).is_dir()}
     if plan.drawing is not None and report.heatmaps is not None:
-        kept = {FOLDER: report.heatmaps.to_record(plan.drawing)}
+        kept = {HEATMAPS: report.heatmaps.to_record(plan.drawing)}
         if pool is None:  # nothing was scored now, so the entries about scoring stay
             kept |= {name: before[name] for name in ("actors", "cpus_per_actor", "last_run") if name in before}
     rate = report.images_per_second
@@ -277,7 +277,7 @@ def _make_record(plan: ScorePlan, report: ScoreReport) -> dict[str, Any]:
         "use_gpu": request.use_gpu,
         "precision": plan.settings["precision"],
         "notes": report.notes,
-        # When the last row was scored. Heat maps that are drawn later do not change this time.
+        # When the command that scored the last row ended. Later commands that only draw heat maps do not change it.
         "finished": (before.get("finished") if pool is None else None) or now,
         "actors": pool.actors if pool else None,
         "cpus_per_actor": pool.cpus if pool else None,

@@ -166,11 +166,12 @@ def build_dataset(
             ),
             num_cpus=plan.cpus,
             num_gpus=plan.gpus,
-            # By default Ray Data restarts an actor without limit. It must not repeat the actor's lost task, which would
-            # wait for that actor although its node may never come back; `run_with_retries` gives it to another actor.
+            # By default Ray Data restarts an actor without limit, and repeats a lost task only on that same actor. Such
+            # a task could wait forever, because the actor's node may never come back. So a lost task is not repeated
+            # here; `run_with_retries` submits it again, and any actor can take it.
             ray_remote_args_fn=lambda: {"max_restarts": MAX_RESTARTS, "max_task_retries": 0},
         )
-    # Ray Data skips this many lost tasks, which `run_with_retries` submits again; after more, the round ends.
+    # Ray Data skips up to this many lost tasks; one more ends the dataset. `run_with_retries` retries them either way.
     mapped.context.max_errored_blocks = MAX_LOST_PER_WORKER * plan.actors
     # The pool grows when its actors are busy and a node has joined. It never shrinks.
     scaling = mapped.context.autoscaling_config
@@ -222,7 +223,7 @@ def show_files(
         files = remote.read_files(folder / part_name(index) for index in indices)
         return zip(indices, map(count_errors, files), strict=True)
 
-    # A file that exists before a retry counts when it has been replaced.
+    # With a retry, the output file already exists. It counts as finished only after this run has replaced it.
     stamps = {index: _read_stamp(folder / part_name(index)) for index in list_parts(folder) - seen}
     total = sum(count or 0 for _, count in read_files(finished))
     progress = Progress(title, sum(rows.values()), done=sum(rows[index] for index in finished))

@@ -143,13 +143,7 @@ def _open(archive: str) -> Iterator[tuple[Iterator[tarfile.TarInfo], _Stream]]:
 
 def _iter_members(stream: _Stream) -> Iterator[tarfile.TarInfo]:
     try:
-        with tarfile.TarFile(
-            fileobj=stream,  # type: ignore[arg-type]
-            mode="r",
-            tarinfo=_Header,
-            encoding="utf-8",
-            errors="surrogateescape",
-        ) as tar:
+        with tarfile.TarFile(fileobj=stream, tarinfo=_Header, encoding="utf-8") as tar:  # type: ignore[arg-type]
             while (info := tar.next()) is not None:
                 if info.size < 0:  # possible in an extended header
                     raise ImageError("corrupt", _BAD_HEADER)

@@ -11,7 +11,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ from ray_cxr.storage.paths import (
     redact,
     split_member,
 )
+from ray_cxr.storage.remote import map_concurrently
 from ray_cxr.storage.stores import MAX_BYTES, is_access_denied, open_uri, read_file
 
 _SNIFF_THREADS = 32
@@ -226,14 +226,12 @@ def _uri_names(store: Any, base: str, entries: list[Any], left_out: Counter[str]
     count_skipped(skipped, left_out)
     if unknown:
         # One request each, mostly waiting.
-        with ThreadPoolExecutor(_SNIFF_THREADS, thread_name_prefix="sniff") as pool:
-            for start in range(0, len(unknown), CHUNK_ROWS):
-                chunk = unknown[start : start + CHUNK_ROWS]
-                for path, is_dicom in zip(chunk, pool.map(lambda path: _sniff(store, base, path), chunk), strict=True):
-                    if is_dicom:
-                        yield path
-                    else:
-                        left_out[""] += 1
+        sniffed = map_concurrently(lambda path: _sniff(store, base, path), unknown, threads=_SNIFF_THREADS)
+        for path, is_dicom in zip(unknown, sniffed, strict=True):
+            if is_dicom:
+                yield path
+            else:
+                left_out[""] += 1
 
 
 def _sniff(store: Any, base: str, path: str) -> bool:
@@ -241,10 +239,8 @@ def _sniff(store: Any, base: str, path: str) -> bool:
     try:
         with store.open_input_file(f"{base.rstrip('/')}/{path}") as file:
             return has_dicom_magic(bytes(file.read_at(DICOM_HEAD, 0)))
-    except (FileNotFoundError, PermissionError):
-        return False
     except OSError as error:
-        if is_access_denied(error):
+        if isinstance(error, FileNotFoundError) or is_access_denied(error):
             return False
         raise
 
@@ -297,15 +293,10 @@ def _find_unpacked(archive: str, members: list[str], options: str, paths: pa.Chu
 def _keep_utf8(names: Iterable[str], left_out: Counter[str]) -> Iterator[str]:
     """Yield the names in UTF-8, which a table can hold, and count the others."""
     for name in names:
-        if name.isascii():
+        if name.isascii() or name.encode(errors="ignore").decode() == name:
             yield name
-            continue
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            left_out[NOT_UTF8] += 1
         else:
-            yield name
+            left_out[NOT_UTF8] += 1
 
 
 def _to_chunks(texts: Iterable[str]) -> pa.ChunkedArray:

@@ -3,9 +3,9 @@
     to_path("runs/1")           a `pathlib.Path`
     to_path("s3://b/runs/1")    a `StorePath` with the same methods
 
-A PUT is atomic, as a rename is on a disk. So `atomic.write` uploads, and no other code has to distinguish disk and
-bucket (docs/decisions/0016-storage.md). Code that needs a file name, such as `open` or Parquet's reader, gets a local
-copy. A changed object is downloaded again.
+A PUT is atomic, as a rename is on a disk. So for a bucket `atomic.write` uploads the finished file instead of renaming
+it, and almost no other code has to distinguish disk and bucket (docs/decisions/0016-storage.md). Code that needs a file
+name, such as `open` or Parquet's reader, gets a local copy. A changed object is downloaded again.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ CACHE_VARIABLE = "RAY_CXR_CACHE"
 #: Concurrent requests for many objects; nearly all of their time is waiting.
 THREADS = 16
 
+P = TypeVar("P")
 T = TypeVar("T")
 
 #: `s3:/b` and `s3:` are typos of an address; as local paths they would create a folder `s3:`.
@@ -397,14 +398,14 @@ def _cache_errors(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def map_concurrently(function: Callable[[Path], T], paths: Iterable[Path]) -> Iterator[T]:
-    """Yield the results of `function` in the order of the paths, with up to `THREADS` calls at a time."""
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="store") as pool:
+def map_concurrently(function: Callable[[P], T], paths: Iterable[P], *, threads: int = THREADS) -> Iterator[T]:
+    """Yield the results of `function` in the order of the paths, with up to `threads` calls at a time."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="store") as pool:
         running: deque[Future[T]] = deque()
         try:
             for path in paths:
                 running.append(pool.submit(function, path))
-                if len(running) > THREADS:
+                if len(running) > threads:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()

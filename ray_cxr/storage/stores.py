@@ -33,7 +33,11 @@ _AWS_ERROR = re.compile(r"AWS Error ([A-Z][A-Z0-9_]*) ")
 def read_file(path: str, max_bytes: int) -> bytes:
     """Return the contents of one file, local or by URI, with the errors of `files.read_bytes`."""
     with storage_errors():
-        data = _read_uri(path, max_bytes) if is_uri(path) else _read_local(path, max_bytes)
+        size, stream = _open_uri_file(path) if is_uri(path) else _open_local_file(path)
+        with stream:
+            data = b"" if size > max_bytes else bytes(stream.read(max_bytes + 1))
+    if max(size, len(data)) > max_bytes:
+        raise ImageError("too_large", f"more than {max_bytes} bytes")
     if not data:
         raise ImageError("empty", "the file has 0 bytes")
     return data
@@ -47,8 +51,7 @@ def open_stream(path: str) -> Iterator[Callable[[int], bytes]]:
             store, inner = open_uri(path)
             stream = store.open_input_stream(inner, compression=None)
         else:
-            _check_regular(path)
-            stream = open(path, "rb", buffering=0)  # noqa: SIM115
+            _, stream = _open_local_file(path)
 
     def read(count: int) -> bytes:
         with storage_errors():
@@ -87,24 +90,18 @@ def describe_error(error: Exception) -> str:
     return one_line(reason or type(error).__name__)[:200]
 
 
-def _check_regular(path: str) -> os.stat_result:
+def _open_local_file(path: str) -> tuple[int, Any]:
+    """Return the size of a regular file, and the open file; refuse anything else."""
     if "\0" in path:
         raise ImageError("missing", "no such file")
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):  # a pipe would block, /dev/zero would never end
         raise ImageError("missing", "the path names a folder or a device, not a file")
-    return info
+    return info.st_size, open(path, "rb")
 
 
-def _read_local(path: str, max_bytes: int) -> bytes:
-    _check_bytes(_check_regular(path).st_size, max_bytes)
-    with open(path, "rb") as file:
-        data = file.read(max_bytes + 1)
-    _check_bytes(len(data), max_bytes)
-    return data
-
-
-def _read_uri(uri: str, max_bytes: int) -> bytes:
+def _open_uri_file(uri: str) -> tuple[int, Any]:
+    """Return the size of a file in a store, and the open file."""
     store, path = open_uri(uri)
     if not isinstance(store, (arrow_fs.S3FileSystem, arrow_fs.GcsFileSystem)):
         # S3 and Google report missing files; the other stores would block when a pipe is opened.
@@ -113,16 +110,8 @@ def _read_uri(uri: str, max_bytes: int) -> bytes:
             raise ImageError("missing", "no such file")
         if info.type == arrow_fs.FileType.Directory:
             raise ImageError("missing", "the path names a folder, not a file")
-    with store.open_input_file(path) as stream:
-        _check_bytes(stream.size(), max_bytes)
-        data = bytes(stream.read(max_bytes + 1))
-    _check_bytes(len(data), max_bytes)
-    return data
-
-
-def _check_bytes(size: int, max_bytes: int) -> None:
-    if size > max_bytes:
-        raise ImageError("too_large", f"more than {max_bytes} bytes")
+    stream = store.open_input_file(path)
+    return stream.size(), stream
 
 
 def is_access_denied(error: Exception) -> bool:
@@ -174,8 +163,7 @@ def _open_bucket(scheme: str, bucket: str, options: str) -> Any:
             options += f"{'&' if options else ''}retry_limit_seconds={RETRY_LIMIT_S}"
         return arrow_fs.FileSystem.from_uri(f"gs://{bucket}?{options}")[0]
     values: dict[str, Any] = dict(parse_qsl(options, keep_blank_values=True))
-    unknown = values.keys() - set(_S3_OPTIONS.split())
-    if unknown:
+    if unknown := values.keys() - set(_S3_OPTIONS.split()):
         raise ImageError("storage", f"unknown s3 options in the address: {', '.join(sorted(unknown))}")
     for name in values.keys() - {"region", "scheme", "endpoint_override"}:
         if (value := values[name].lower()) in ("true", "false", "1", "0"):

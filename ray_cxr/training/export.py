@@ -17,6 +17,7 @@ import tomli_w
 
 from ray_cxr.data import identity
 from ray_cxr.errors import OutputError, RayCxrError
+from ray_cxr.evaluation import drift
 from ray_cxr.evaluation.calibration import fit_rules
 from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.models import exports
@@ -106,22 +107,17 @@ def _build_content(
         "chosen_by": "validation macro AUROC" if result["macro_auroc"] is not None else "validation loss",
         "validation": result,
         "evaluation": provenance.evaluate_validation(val, probabilities, findings, rules, **fitting),
-        "score_quantiles": provenance.compute_score_quantiles(probabilities, findings),
+        "score_quantiles": {name: drift.score_quantiles(probabilities[:, j]) for j, name in enumerate(findings)},
         "settings": settings.model_dump(mode="json"),
         "versions": versions(),
         **more,
     }
-    changed = {key: value for key, value in settings.model_dump(mode="json").items() if value is not None}
     return BundleContent(
         architecture=architecture,
         input_spec=data.input_spec,
-        calibration=rules.calibrations,
-        operating_points=rules.operating_points,
-        expected_flag_rates=rules.expected_flag_rates,
-        operating_alternatives=rules.alternatives,
-        rule_notes=rules.reasons,
+        **vars(rules),
         provenance=origin,
-        config_toml=tomli_w.dumps({"train": changed}),
+        config_toml=tomli_w.dumps({"train": settings.model_dump(mode="json", exclude_none=True)}),
         curves=curves,
         split=split,
     )

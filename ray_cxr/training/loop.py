@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,8 +101,12 @@ class Loop:
         full = math.ceil(len(train) / settings.batch_size)
         self.steps_per_epoch = min(full, settings.steps_per_epoch or full)
         keras.utils.set_random_seed(settings.seed)
-        with _use_policy(policy):
+        default_policy = keras.config.dtype_policy()
+        keras.config.set_dtype_policy(policy)
+        try:
             self.model = classifier.build(architecture, weights="imagenet" if weights == "imagenet" else None)
+        finally:
+            keras.config.set_dtype_policy(default_policy)
         self.random_layers: list[str] = []
         if weights not in ("imagenet", "none"):
             source, order = Path(weights), None
@@ -120,9 +123,7 @@ class Loop:
         self._loss = losses.make_loss(settings, positive, negative)
         self._head_only: bool | None = None
         self._scheduled_rate: float | None = None
-        self.callbacks = keras.callbacks.CallbackList(
-            list(callbacks), add_history=False, add_progbar=False, model=self.model
-        )
+        self.callbacks = keras.callbacks.CallbackList(list(callbacks), model=self.model)
         self._enter_stage(0)
         # Half precision is only for training. Validation and export use a model in float32 with the same weights.
         self._exported = self.model if policy == "float32" else classifier.build(architecture)
@@ -158,7 +159,7 @@ class Loop:
         self._train_step = self.replicas.compile(sum_gradients, apply)
 
     def _gradients(self, images: Any, labels: Any, weight: Any, denominator: Any) -> list[Any]:
-        """Return this worker's summand of the loss of the global batch, and of each flat gradient."""
+        """Return the loss and gradients of this worker's images; their sums over workers are the global batch's."""
         # Watching only trainable variables saves the backward pass of a frozen backbone.
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             for weight_variable in self.optimizer.weights:
@@ -245,12 +246,10 @@ class Loop:
 
     def _step(self, epoch: int, batch: Batch, scores: Sequence[float]) -> Any:
         self._set_rate(epoch, batch.step, scores)
-        seeds = np.random.default_rng([self.settings.seed, epoch, batch.step, self.replicas.rank, 1]).integers(
-            0, 2**32, (len(self._dropouts), 2), dtype=np.uint32
-        )
-        return self._train_step(
-            *map(tf.constant, (batch.images, batch.labels, batch.weight, batch.denominator, batch.draws, seeds))
-        )
+        rng = np.random.default_rng([self.settings.seed, epoch, batch.step, self.replicas.rank, 1])
+        seeds = rng.integers(0, 2**32, (len(self._dropouts), 2), dtype=np.uint32)
+        inputs = batch.images, batch.labels, batch.weight, batch.denominator, batch.draws, seeds
+        return self._train_step(*map(tf.constant, inputs))
 
     def _agree_on_variables(self, epoch: int, batch: Batch) -> None:
         """Average BatchNorm's moving statistics over the workers, then check that all variables are equal and finite.
@@ -287,7 +286,7 @@ class Loop:
         return bool(self.callbacks.callbacks) and self.replicas.any(bool(self.model.stop_training))
 
     def save(self, folder: Path) -> None:
-        """Write the raw weights and the optimizer's state as `state.npz`."""
+        """Write `state.npz`: the optimizer's state and the weights that training continues from, not their average."""
         arrays = {f"model-{i:04d}": np.asarray(v) for i, v in enumerate(self.model.variables)}
         arrays |= {f"optimizer-{i:04d}": np.asarray(v) for i, v in enumerate(self.optimizer.keras.variables)}
         np.savez(folder / STATE, allow_pickle=False, **arrays)
@@ -310,16 +309,6 @@ class Loop:
             self._scheduled_rate = schedule.compute_learning_rate(
                 self.settings, self.steps_per_epoch, epoch, step, state.scores[:epoch]
             )
-
-
-@contextlib.contextmanager
-def _use_policy(name: str) -> Iterator[None]:
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(name)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
 
 
 def evaluate(labels: np.ndarray, probabilities: np.ndarray, findings: tuple[str, ...]) -> dict[str, Any]:
@@ -349,7 +338,7 @@ def compute_cross_entropy(probabilities: np.ndarray, labels: np.ndarray) -> floa
 
 
 def compute_selection_score(macro_auroc: float | None, loss: float | None) -> float:
-    """Return the selection score of an epoch: the macro AUROC, or minus the validation loss if that is undefined.
+    """Return the macro AUROC; if it is undefined, minus the validation loss; if both are, minus infinity.
 
     The epoch with the highest score is selected. A negative loss is below every AUROC.
     """

@@ -18,7 +18,7 @@ from ray_cxr.progress import Progress, run_periodically
 from ray_cxr.storage.run_folder import read_json
 from ray_cxr.training.worker import LIVE, METRICS, STARTED
 
-#: Seconds without a first step after which a message says that Ray may be waiting.
+#: If the first step is not done this many seconds after the command started, a message says that Ray may be waiting.
 WAITING_S = 240
 _POLL_S = 0.5
 
@@ -43,7 +43,7 @@ class RunMonitor:
 
     @contextlib.contextmanager
     def report(self) -> Iterator[None]:
-        """Report while the block runs; report the remaining epochs when it ends."""
+        """Report while the block runs; when it ends, report the finished epochs that were not reported yet."""
         with self._progress:
             try:
                 with run_periodically(self._update, _POLL_S, "metrics"):
@@ -59,9 +59,7 @@ class RunMonitor:
             self._start = start
         if not (self._start or self._has_warned) and time.time() - self._started > WAITING_S:
             self._has_warned = True
-            self._on_event(
-                f"train: no step after {WAITING_S} s; Ray may be waiting for CPUs or GPUs that other work holds"
-            )
+            self._on_event(f"train: no step after {WAITING_S} s; Ray may wait for CPUs or GPUs that other work holds")
         self._report_epochs()
         if live := _read(self._out / LIVE):
             step = (live["epoch"] - 1) * self._steps_per_epoch + live["step"]
@@ -72,7 +70,7 @@ class RunMonitor:
         if is_restart:
             self._on_event("train: WARNING: a worker failed or was lost; Ray Train restarted all of them")
         if start["epoch"] or start["step"]:
-            self._on_event(f"train: continues after epoch {start['epoch']}, step {start['step']}")
+            self._on_event(f"train: continues in epoch {start['epoch'] + 1} after step {start['step']}")
         if start["random"]:
             self._on_event(
                 "train: WARNING: these layers are missing in the weights file and start from random values: "
@@ -112,7 +110,7 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     """Return the rows of metrics.csv, with None for missing values; no rows if the file cannot be read now."""
     try:
         frame = pd.read_csv(io.BytesIO((out / METRICS).read_bytes()))
-    except (FileNotFoundError, RayCxrError):
+    except (FileNotFoundError, RayCxrError, pd.errors.EmptyDataError):
         return []
     rows = frame.to_dict("records")
     return [{str(key): None if pd.isna(value) else value for key, value in row.items()} for row in rows]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ray_cxr.evaluation import calibration, drift, groups, metrics, subgroups
+from ray_cxr.evaluation import calibration, groups, metrics, subgroups
 from ray_cxr.evaluation.calibration import FittedRules
 from ray_cxr.evaluation.group_resamples import LabelledScores
 from ray_cxr.labels import LABELS, NO_FINDING
@@ -31,13 +31,6 @@ def describe_images(table: pd.DataFrame) -> dict[str, Any]:
         name: {"n": int(table[name].notna().sum()), "positives": int((table[name] == 1).sum())} for name in LABELS
     }
     return description
-
-
-def compute_score_quantiles(
-    probabilities: np.ndarray, findings: Sequence[str]
-) -> dict[str, drift.ScoreQuantiles | None]:
-    """Return deciles of the raw probabilities [N,F] by finding; see `drift.score_quantiles`."""
-    return {name: drift.score_quantiles(probabilities[:, j]) for j, name in enumerate(findings)}
 
 
 def evaluate_validation(
@@ -89,7 +82,7 @@ def evaluate_validation(
         cells[name]["average_precision"] = metrics.average_precision(truth, p)
         cells[name]["ece_raw"] = metrics.expected_calibration_error(truth, p)
         cells[name]["ece_calibrated"] = None
-        if rules.calibrations[name] is not None:
+        if rules.calibration[name] is not None:
             cells[name]["ece_calibrated"] = calibration.cross_fitted_error(
                 y[:, [j]], probabilities[:, [j]], patients, method=method, min_positives=min_positives
             )

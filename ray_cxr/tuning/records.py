@@ -19,7 +19,8 @@ from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.labels import LABELS
 from ray_cxr.storage import atomic
 from ray_cxr.training.checkpoints import find_best_checkpoint
-from ray_cxr.training.worker import METRICS, VALIDATION
+from ray_cxr.training.monitor import read_metrics
+from ray_cxr.training.worker import VALIDATION
 from ray_cxr.tuning.plan import StudyPlan, list_prepared_sizes
 from ray_cxr.tuning.space_table import accepts
 
@@ -36,17 +37,10 @@ _EPOCH |= dict.fromkeys(("learning_rate", "seconds", "val_seconds", "images_per_
 #: The columns; those of searched settings follow `backbone`.
 _KINDS: dict[str, pa.DataType] = {
     "number": pa.int32(),
-    "state": pa.string(),
-    "reason": pa.string(),
-    "backbone": pa.string(),
-    "epochs": pa.int32(),
-    "best_epoch": pa.int32(),
-    "val_auroc": pa.float64(),
-    "calibration_error": pa.float64(),
-    "images_per_second": pa.float64(),
-    "seconds": pa.float64(),
-    "started": pa.timestamp("us", tz="UTC"),
-    "ended": pa.timestamp("us", tz="UTC"),
+    **dict.fromkeys(("state", "reason", "backbone"), pa.string()),
+    **dict.fromkeys(("epochs", "best_epoch"), pa.int32()),
+    **dict.fromkeys(("val_auroc", "calibration_error", "images_per_second", "seconds"), pa.float64()),
+    **dict.fromkeys(("started", "ended"), pa.timestamp("us", tz="UTC")),
     "restarts": pa.int32(),
     "curve": pa.list_(pa.struct(_EPOCH | {"epoch": pa.int32()})),
 }
@@ -57,16 +51,6 @@ def get_state(trial: FrozenTrial) -> str:
     if trial.state == TrialState.COMPLETE:
         return str(trial.user_attrs.get("state", "finished"))
     return _STATE_NAMES.get(trial.state, "waiting")
-
-
-def read_curve(folder: Path) -> list[dict[str, Any]]:
-    """Return the epochs of a trial from its metrics.csv."""
-    try:
-        frame = pd.read_csv(folder / METRICS)
-    except (FileNotFoundError, pd.errors.EmptyDataError):
-        return []
-    frame = frame.astype(object).where(frame.notna(), None)
-    return [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False)]
 
 
 def build_trial_table(plan: StudyPlan, study: optuna.Study) -> pd.DataFrame:
@@ -86,7 +70,7 @@ def build_trial_table(plan: StudyPlan, study: optuna.Study) -> pd.DataFrame:
 
 
 def _build_row(plan: StudyPlan, trial: FrozenTrial) -> dict[str, Any]:
-    curve = read_curve(plan.folder(trial.number))
+    curve = read_metrics(plan.folder(trial.number))
     values, attributes = plan.space.values(trial.params), trial.user_attrs
     scored = [point for point in curve if point["val_auroc"] is not None]
     best = max(scored, key=lambda point: point["val_auroc"], default={})

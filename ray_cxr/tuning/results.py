@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -35,22 +36,16 @@ class SearchResult:
 
     Attributes:
         rows: the table of `records.build_trial_table`.
-        best: the number of the best trial; None if no trial has an AUROC.
         bundle: the bundle of the best trial; None without a best trial, or with `finish=False`.
-        interrupted: whether Ctrl-C ended the search.
         gave_up: why the search started no more trials; None if it did not give up.
-        epochs: number of trained epochs.
         facts: the facts of `collect_facts`.
         comparison: the result of `compare_backbones`.
     """
 
     study: optuna.Study
     rows: pd.DataFrame
-    best: int | None
     bundle: Bundle | None
-    interrupted: bool
     gave_up: str | None
-    epochs: int
     facts: dict[str, Any]
     comparison: dict[str, Any] | None
 
@@ -121,9 +116,9 @@ def write_report(result: SearchResult, plan: StudyPlan) -> None:
 
 
 def collect_facts(
-    plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame, *, concurrent: int, interrupted: bool, seconds: float
+    plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame, started: float, *, concurrent: int, interrupted: bool
 ) -> dict[str, Any]:
-    """Return the facts of summary.json and of the report; this command has run for `seconds`."""
+    """Return the facts of summary.json and of the report; `started` is the command's start by `time.monotonic`."""
     settings, epochs = plan.settings, int(rows["epochs"].sum())
     stopped = rows.loc[rows["state"] == "stopped", "epochs"]
     return {
@@ -141,7 +136,7 @@ def collect_facts(
         "epochs_spent": epochs,
         "epochs_full": epochs + int((plan.base.epochs - stopped).sum()),
         "seconds": round(float(rows["seconds"].sum()), 1),
-        "seconds_of_command": round(seconds, 1),
+        "seconds_of_command": round(time.monotonic() - started, 1),
         "best_number": records.find_best_trial(rows),
         "pareto": records.list_pareto_front(study),
         "interrupted": interrupted,

@@ -10,8 +10,9 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from ray_cxr.config import TuneSettings
+from ray_cxr.training.monitor import read_metrics
 from ray_cxr.tuning.halving import Halving
-from ray_cxr.tuning.records import METRIC, read_curve
+from ray_cxr.tuning.records import METRIC
 
 Reports = Sequence[Mapping[str, Any]]
 #: Minimum number of other trials for a median that can stop a trial.
@@ -41,7 +42,9 @@ def create_scheduler(
     if settings.scheduler == "none":
         return FIFOScheduler()
     if settings.scheduler == "halving":
-        return Halving(settings, epochs, trials, processes, lambda trial: len(read_curve(Path(trial.config["folder"]))))
+        return Halving(
+            settings, epochs, trials, processes, lambda trial: len(read_metrics(Path(trial.config["folder"])))
+        )
     if settings.scheduler == "median":
         # With a finite time slice the rule would pause trials, which restarts their workers.
         median = MedianStoppingRule(**common, min_samples_required=_MIN_MEDIAN_TRIALS, min_time_slice=math.inf)

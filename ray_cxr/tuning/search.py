@@ -25,11 +25,12 @@ from ray_cxr.progress import TrialTable
 from ray_cxr.storage import remote
 from ray_cxr.storage.run_folder import lock
 from ray_cxr.training.checkpoints import SNAPSHOT
+from ray_cxr.training.monitor import read_metrics
 from ray_cxr.training.planning import plan_resources
 from ray_cxr.tuning import results
 from ray_cxr.tuning.halving import Halving
 from ray_cxr.tuning.plan import SUMMARY, StudyPlan, save_start_settings
-from ray_cxr.tuning.records import find_best_trial, read_curve
+from ray_cxr.tuning.records import find_best_trial
 from ray_cxr.tuning.schedulers import create_scheduler
 from ray_cxr.tuning.search_monitor import SearchMonitor
 from ray_cxr.tuning.searcher import StudySearcher
@@ -109,21 +110,9 @@ def search(
                 bundle = results.export_best(plan, chosen, rows, best, on_event)
         if not interrupted:
             results.drop_checkpoints(plan, study, rows)
-        seconds = time.monotonic() - started
-        facts = results.collect_facts(
-            plan, study, rows, concurrent=concurrent, interrupted=interrupted, seconds=seconds
-        )
-        result = results.SearchResult(
-            study=study,
-            rows=rows,
-            best=best,
-            bundle=bundle,
-            interrupted=interrupted,
-            gave_up=searcher.gave_up,
-            epochs=facts["epochs_spent"],
-            facts=facts,
-            comparison=results.compare_backbones(plan, rows),
-        )
+        facts = results.collect_facts(plan, study, rows, started, concurrent=concurrent, interrupted=interrupted)
+        comparison = results.compare_backbones(plan, rows)
+        result = results.SearchResult(study, rows, bundle, searcher.gave_up, facts, comparison)
         if finish:
             results.write_report(result, plan)
         return result
@@ -167,7 +156,7 @@ def _log_start(searcher: StudySearcher, done: int, concurrent: int, on_event: Ca
     if done:
         on_event(f"tune: {done} trials have already ended and are kept")
     for number in searcher.unfinished:
-        epochs = len(read_curve(plan.folder(number)))
+        epochs = len(read_metrics(plan.folder(number)))
         resumable = (plan.folder(number) / "ray" / SNAPSHOT).exists()
         how = f"continues from its checkpoint, {epochs} epochs done" if resumable else "has no checkpoint: starts again"
         on_event(f"tune: trial {number} {how}")

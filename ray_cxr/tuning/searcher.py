@@ -16,9 +16,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ray_cxr.errors import one_line
 from ray_cxr.storage import atomic
+from ray_cxr.training.monitor import read_metrics
 from ray_cxr.tuning.halving import Halving
 from ray_cxr.tuning.plan import DIRECTIONS, StudyPlan
-from ray_cxr.tuning.records import METRIC, REPORT_NAMES, get_state, read_curve, read_objectives
+from ray_cxr.tuning.records import METRIC, REPORT_NAMES, get_state, read_objectives
 
 #: After this many successive trials that fail before any epoch the search ends: their settings are not the cause.
 MAX_FAILED_TRIALS = 5
@@ -149,7 +150,7 @@ class StudySearcher(OptunaSearch):
         self._write(lambda: trial.set_user_attr("reason", one_line(reason)[:500]))
         self._write(lambda: self.study.tell(trial, state=TrialState.FAIL))
         self._completed_trials.add(trial_id)
-        self._failed_in_row = 0 if read_curve(self.plan.folder(trial.number)) else self._failed_in_row + 1
+        self._failed_in_row = 0 if read_metrics(self.plan.folder(trial.number)) else self._failed_in_row + 1
 
     def _write(self, write: Callable[[], Any]) -> None:
         """Write to Optuna's storage with retries: other programs may lock it, or it may be restarting."""

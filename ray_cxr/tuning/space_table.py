@@ -235,20 +235,16 @@ def _check_step(step: float, low: float, high: float, key: str, whole: bool) -> 
 
 def _check_batch_sizes(parameter: Parameter, key: str, workers: int) -> None:
     """Check that the workers can share every batch size."""
-    if isinstance(parameter, Choices):
-        sizes = {str(i): size for i, size in enumerate(parameter.choices)}
-    else:
-        sizes = {"low": int(parameter.low)}
-    for name, size in sizes.items():
+    listed = enumerate(parameter.choices) if isinstance(parameter, Choices) else [("low", int(parameter.low))]
+    for name, size in listed:
         if size % workers:
             remedy = f"use {math.ceil(size / workers) * workers}"
             raise make_error(f"{key}.{name}: {size} cannot be divided among {workers} workers; {remedy}")
     if isinstance(parameter, Choices) or workers == 1 or parameter.low == parameter.high:
         return
     if parameter.log or int(parameter.step or 1) % workers:
-        name, remedy = (
-            ("log", f"step = {workers}, or a list") if parameter.log else ("step", f"a multiple of {workers}")
-        )
+        name = "log" if parameter.log else "step"
+        remedy = f"step = {workers}, or a list" if parameter.log else f"a multiple of {workers}"
         raise make_error(f"{key}.{name}: yields sizes that {workers} workers cannot divide equally; use {remedy}")
 
 

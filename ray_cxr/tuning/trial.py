@@ -25,9 +25,9 @@ from ray_cxr.models.architecture import Architecture
 from ray_cxr.storage import atomic
 from ray_cxr.storage.run_folder import read_json
 from ray_cxr.training import trainer
+from ray_cxr.training.monitor import read_metrics
 from ray_cxr.training.planning import plan_training
 from ray_cxr.training.worker import UNSCORED
-from ray_cxr.tuning.records import read_curve
 
 #: In STUDY: measured images per second of exported models, one file per architecture.
 SPEEDS = "speeds"
@@ -66,7 +66,7 @@ def run_trial(config: dict[str, Any], context: TrialContext) -> dict[str, Any]:
     if context.measure_threads is not None:
         architecture = Architecture.of(run.settings, run.data.size)
         rate = _measure_rate(Path(context.out), architecture, run.data.input_spec, context.measure_threads)
-    curve = read_curve(folder)
+    curve = read_metrics(folder)
     for report in build_reports(curve, rate):
         tune.report(report)
     forwarder = ReportForwarder(curve, rate)
@@ -87,9 +87,7 @@ def build_report(curve: Sequence[dict[str, Any]], rate: float | None) -> dict[st
     """
     last = curve[-1]
     if last["val_auroc"] is None:
-        raise RayCxrError(
-            "an epoch has no validation AUROC: no finding has both positives and negatives among its images"
-        )
+        raise RayCxrError("an epoch has no validation AUROC: no finding has positives and negatives among its images")
     best = max(curve, key=lambda epoch: epoch["val_auroc"])  # a bundle made now has this epoch
     return {
         "epoch": int(last["epoch"]),

@@ -54,6 +54,7 @@ def test_permutation_test_with_random_draws(monkeypatch: pytest.MonkeyPatch) -> 
     for groups in (([0.7], [0.6, 0.8, 0.9]), ([0.6, 0.8, 0.9], [0.7])):
         got = backbones.permutation_test(*groups)
         assert (got.p, got.difference, got.smallest, bool(got.reason)) == (None, None, None, True)
+        assert got.arrangements == 0
 
 
 def build_trial(number: int, backbone: str, *values: float | None, state: backbones.State = "finished") -> TrialCurve:

@@ -160,30 +160,36 @@ def test_rules_per_finding() -> None:
     p = np.repeat(scores[:, None], 5, axis=1).astype(np.float32)
     got = fit_rules(labels, p, names)
     point = find_operating_point(y, p[:, 0])
-    assert got.calibrations["Mass"] == fit(y, p[:, 0]).as_dict()
+    assert got.calibration["Mass"] == fit(y, p[:, 0]).as_dict()
     assert got.operating_points["Mass"] == point
     assert got.expected_flag_rates["Mass"] == point["flag_rate"]
     others = {rule: find_operating_point(y, p[:, 0], rule) for rule in ("sensitivity=0.9", "specificity=0.9")}
-    assert got.alternatives["Mass"] == others
+    assert got.operating_alternatives["Mass"] == others
     assert got.operating_points["Nodule"] == find_operating_point(y[:30], p[:30, 0])
     for name in ("Hernia", "Edema", "Fibrosis"):
-        assert got.calibrations[name] is got.operating_points[name] is got.expected_flag_rates[name] is None
-        assert got.reasons[name]
-    assert got.alternatives["Hernia"] == dict.fromkeys(others)
-    assert got.reasons["Mass"] is got.reasons["Nodule"] is None
-    assert "3 positives, needs 5" in got.reasons["Hernia"]
-    for part in (got.calibrations, got.operating_points, got.expected_flag_rates, got.alternatives, got.reasons):
+        assert got.calibration[name] is got.operating_points[name] is got.expected_flag_rates[name] is None
+        assert got.rule_notes[name]
+    assert got.operating_alternatives["Hernia"] == dict.fromkeys(others)
+    assert got.rule_notes["Mass"] is got.rule_notes["Nodule"] is None
+    assert "3 positives, needs 5" in got.rule_notes["Hernia"]
+    for part in (
+        got.calibration,
+        got.operating_points,
+        got.expected_flag_rates,
+        got.operating_alternatives,
+        got.rule_notes,
+    ):
         assert tuple(part) == names
     assert fit_rules(np.nan_to_num(labels, nan=-1).astype(np.int8), p, names) == got
     # Another method and rule.
     got = fit_rules(labels, p, names, method="temperature", rule="sensitivity=0.90", min_positives=3)
-    assert got.calibrations["Mass"]["method"] == "temperature"
+    assert got.calibration["Mass"]["method"] == "temperature"
     for name in ("Mass", "Hernia"):
         point = got.operating_points[name]
         assert (point["rule"], point["sensitivity"] >= 0.9) == ("sensitivity=0.90", True)
     # Other spellings of the chosen rule are not listed as alternatives.
-    assert list(got.alternatives["Mass"]) == ["youden", "specificity=0.9"]
-    assert len(fit_rules(labels, p, names, rule="specificity=0.5").alternatives["Mass"]) == 3
+    assert list(got.operating_alternatives["Mass"]) == ["youden", "specificity=0.9"]
+    assert len(fit_rules(labels, p, names, rule="specificity=0.5").operating_alternatives["Mass"]) == 3
     with pytest.raises(ConfigError, match="f1"):
         fit_rules(labels, p, names, rule="f1")
     for wrong, findings in (([[0], [1]], ["Mass", "Nodule"]), ([[0], [1], [1]], ["Mass"]), ([[0], [2]], ["Mass"])):
@@ -202,10 +208,10 @@ def test_missing_rules_have_a_reason() -> None:
         ([0, 0], [0.3, 0.2], "sensitivity=1", [], "0 positives, needs 1"),
     ):
         got = fit_rules(np.array(y)[:, None], np.array(p)[:, None], ["Mass"], rule=rule, min_positives=1)
-        reason = got.reasons["Mass"]
+        reason = got.rule_notes["Mass"]
         assert part in reason
         assert [what for what in ("calibration", "operating point") if f"no {what}" in reason] == missing
-        for what, value in (("calibration", got.calibrations), ("operating point", got.operating_points)):
+        for what, value in (("calibration", got.calibration), ("operating point", got.operating_points)):
             assert (value["Mass"] is None) == (what in missing or not missing)
 
 

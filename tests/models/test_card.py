@@ -47,10 +47,10 @@ def whole() -> dict[str, Any]:
         "backbone": "DenseNet121",
         "input_spec": {"size": 224, "aspect": "stretch", "interpolation": "area"},
         "findings": list(FINDINGS),
-        "calibration": rules.calibrations,
+        "calibration": rules.calibration,
         "operating_points": rules.operating_points,
         "expected_flag_rates": rules.expected_flag_rates,
-        "rule_notes": rules.reasons,
+        "rule_notes": rules.rule_notes,
         "provenance": {
             "origin": "trained by ray-cxr train on 300 images",
             "initial_weights": "random",

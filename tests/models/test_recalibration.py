@@ -142,10 +142,10 @@ def test_rules_are_fitted_on_the_sites_labels(finished: Recalibrated) -> None:
     rules = calibration.fit_rules(y, site.p, FINDINGS, method="platt", rule="youden", min_positives=5)
     assert new.info["operating_points"] == rules.operating_points
     assert new.info["expected_flag_rates"] == rules.expected_flag_rates
-    assert new.info["operating_alternatives"] == rules.alternatives
-    for name, fitted in rules.calibrations.items():
+    assert new.info["operating_alternatives"] == rules.operating_alternatives
+    for name, fitted in rules.calibration.items():
         assert new.info["calibration"][name] == pytest.approx(fitted)
-    assert new.info["rule_notes"] == rules.reasons
+    assert new.info["rule_notes"] == rules.rule_notes
     assert {name for name, reason in new.info["rule_notes"].items() if reason} == {RARE, UNLABELLED}
 
 

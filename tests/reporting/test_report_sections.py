@@ -36,7 +36,7 @@ def write_consensus(path: Path, archive: Archive, rows: np.ndarray) -> str:
 
 def add_heatmaps(scores: str, archive: Archive, rows: np.ndarray, hits: set[int]) -> None:
     """Write heat maps of 4 x 4 cells for Effusion, with the maximum at the upper left (hits) or lower right."""
-    folder = Path(scores) / overlays.FOLDER
+    folder = Path(scores) / overlays.HEATMAPS
     folder.mkdir()
     lines = []
     for i in rows:

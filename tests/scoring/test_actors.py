@@ -111,6 +111,18 @@ def test_written_heat_maps_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert counted == [(telemetry.IMAGES_DRAWN, "heatmaps", 2, ["blank", "blank"])]
 
 
+@pytest.mark.parametrize("foreign", [False, True])
+def test_removing_maps_keeps_only_files_of_users(tmp_path: Path, foreign: bool) -> None:
+    folder = tmp_path / "heatmaps"
+    folder.mkdir()
+    for name in ("part-00003.parquet", "00003-1.Mass.png", ".part-00003.parquet.1-ab.part", ".1.Mass.png.2-cd.part"):
+        (folder / name).touch()
+    if foreign:
+        (folder / "notes.txt").touch()
+    heatmaps.remove_maps(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == (["heatmaps", "notes.txt"] if foreign else [])
+
+
 class Dataset:
     """Yields a row per task. Ranges of a lost actor are left out, or end the iteration."""
 

@@ -143,7 +143,7 @@ def test_training_in_a_bucket_continues(shared_ray, bucket, manifest: Path, prep
     # As after a kill before the bundle was complete: training resumes from its checkpoint.
     for name in ("SHA256SUMS", "curves.json"):
         bucket.client.delete_object(Bucket="chests", Key=f"train/run/bundle/{name}")
-    assert "continues after epoch 1" in assert_done(command(*train, "--set", "epochs=2"))
+    assert "continues in epoch 2 after step 0" in assert_done(command(*train, "--set", "epochs=2"))
     assert [line.split(",")[0] for line in bucket.get("train/run/metrics.csv").decode().split()] == ["epoch", "1", "2"]
     assert "is finished already" in assert_done(command(*train, "--set", "epochs=2"))
     assert_done(command(*arguments(bucket("train/run/bundle"), manifest, tmp_path / "scores", "--dry-run")))

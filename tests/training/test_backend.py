@@ -1,14 +1,16 @@
-"""The addresses that TensorFlow's workers find each other by."""
+"""The addresses that TensorFlow's workers find each other by, and the end of a run."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
+from unittest.mock import Mock
 
 import pytest
 import ray
 
+from ray_cxr import cluster
 from ray_cxr.training import backend
 
 
@@ -32,3 +34,18 @@ def test_every_worker_knows_all_addresses_and_its_own_place(monkeypatch) -> None
         "task": {"type": "worker", "index": 1},
     }
     assert {"10.0.0.1", "10.0.0.2"} <= set(os.environ["no_proxy"].split(","))
+
+
+@pytest.mark.parametrize(("own", "registered", "aborts"), [(False, True, 1), (True, True, 0), (False, False, 0)])
+def test_ctrl_c_stops_the_workers_on_a_cluster(monkeypatch, own: bool, registered: bool, aborts: int) -> None:
+    """A local Ray ends with the command, and so do its workers."""
+    controller = Mock()
+    monkeypatch.setattr(cluster, "owns_ray", own)
+    monkeypatch.setattr(ray, "get", Mock(side_effect=ray.exceptions.GetTimeoutError))
+    monkeypatch.setattr(backend.DataParallelTrainer, "fit", Mock(side_effect=KeyboardInterrupt))
+    trainer = backend.Trainer.__new__(backend.Trainer)
+    if registered:
+        trainer._register_sigint_handler(controller)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert controller.abort.remote.call_count == aborts

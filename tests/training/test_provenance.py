@@ -104,11 +104,3 @@ def test_demographics_count_images_and_patients_also_where_nothing_describes_the
     counts = provenance.describe_images(frame)
     assert counts["sex"] == counts["age_band"] == counts["view"] == counts["follow_up"] == {"unknown": N}
     assert counts["age"] == {"q1": None, "median": None, "q3": None}
-
-
-def test_score_quantiles_need_enough_images() -> None:
-    p = scores(table())
-    kept = provenance.compute_score_quantiles(p, NAMES)
-    assert list(kept) == list(NAMES)
-    assert kept[COMMON]["edges"][4] == pytest.approx(np.median(p[:, 0]), abs=1e-6)
-    assert provenance.compute_score_quantiles(p[:20], NAMES)[COMMON] is None

@@ -42,11 +42,11 @@ def fake_trial(
     """
 
     def epochs(given: dict[str, Any], job: Any) -> Iterator[dict[str, Any]]:
+        from ray_cxr.training.monitor import read_metrics
         from ray_cxr.tuning import trial
-        from ray_cxr.tuning.records import read_curve
 
         number, folder, notes = given["number"], Path(given["folder"]), Path(job.out) / "notes"
-        curve, rate = read_curve(folder), rates and rates[number]
+        curve, rate = read_metrics(folder), rates and rates[number]
 
         def note(what: str) -> None:
             with open(notes, "a", encoding="utf-8") as file:
@@ -235,8 +235,8 @@ def test_the_outcome_of_a_search(asha: Searched) -> None:
     assert max(sum(span[0] <= when <= span[-1] for span in spans.values()) for _, _, when in asha.notes()) <= 3
     assert asha.printed == ""
     assert "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS" not in os.environ
-    assert (outcome.best, outcome.interrupted, outcome.bundle, outcome.epochs) == (1, False, None, 11)
-    assert outcome.facts["trials_over"] == 6
+    assert (outcome.bundle, outcome.facts["interrupted"]) == (None, False)
+    assert (outcome.facts["best_number"], outcome.facts["epochs_spent"], outcome.facts["trials_over"]) == (1, 11, 6)
     assert outcome.facts["epochs_full"] == 13
     assert config.load(out / "best.toml").train == BASE.replace(dropout=0.4)
     assert not list(out.glob("trials/*/ray"))
@@ -257,7 +257,7 @@ def test_several_objectives_make_a_front(engine: str, prepared: Path, tmp_path: 
     rates = {0: 10.0, 1: 20.0, 2: 15.0, 3: 50.0, 4: 99.0, 5: 1.0}
     plan = plan_of(prepared, out, dropouts, **settings)
     first = run_search(plan, fake_trial(interrupt(3), aurocs, rates), IN_PROCESS)
-    assert first.outcome.interrupted
+    assert first.outcome.facts["interrupted"]
     assert first.rows["epochs"].tolist() == [3, 3, 3, 1]
     assert config.load(out / "best.toml").train.dropout == 0.5
     (out / "notes").unlink()
@@ -274,7 +274,7 @@ def test_several_objectives_make_a_front(engine: str, prepared: Path, tmp_path: 
     assert trials[4].values == [pytest.approx(0.551), 99.0]  # noqa: PD011
     assert first.outcome.facts["pareto"] == [0, 1]
     assert second.outcome.facts["pareto"] == [0, 3, 4]
-    assert second.outcome.best == 0
+    assert second.outcome.facts["best_number"] == 0
     assert second.printed == ""
 
 
@@ -314,7 +314,7 @@ def test_trials_that_all_fail_end_the_search(engine: str, prepared: Path, tmp_pa
     plan = plan_of(prepared, tmp_path / "study", [0.3], base, trials=9, scheduler="halving", reduction_factor=3)
     done = run_search(plan, fake_trial(act), engine)
     assert str(plan.out) in done.outcome.gave_up
-    assert not done.outcome.interrupted
+    assert not done.outcome.facts["interrupted"]
     rows = done.rows
     assert rows["state"].tolist() == ["finished"] + ["failed"] * (len(rows) - 1), done.events
     assert rows.loc[0, "epochs"] == 9

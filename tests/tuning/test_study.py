@@ -22,6 +22,7 @@ from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import ConfigError, InputError, OutputError, RayCxrError, TableError
 from ray_cxr.labels import LABELS
 from ray_cxr.storage import atomic
+from ray_cxr.training.monitor import read_metrics
 from ray_cxr.tuning import plan as plans
 from ray_cxr.tuning import records
 from ray_cxr.tuning.plan import StudyPlan
@@ -425,11 +426,11 @@ def test_the_best_trial_is_the_highest_that_did_not_fail(recorded: Recorded) -> 
 
 def test_a_missing_curve_is_empty(prepared: Path, tmp_path: Path) -> None:
     plan = plan_of(prepared, tmp_path)
-    assert records.read_curve(plan.folder(0)) == []
+    assert read_metrics(plan.folder(0)) == []
     write_curve(plan, 0, 0.5, None)
-    assert [row["val_auroc"] for row in records.read_curve(plan.folder(0))] == [0.5, None]
+    assert [row["val_auroc"] for row in read_metrics(plan.folder(0))] == [0.5, None]
     (plan.folder(0) / "metrics.csv").write_bytes(b"")
-    assert records.read_curve(plan.folder(0)) == []
+    assert read_metrics(plan.folder(0)) == []
 
 
 def test_values_of_a_trial_in_the_order_of_its_objectives() -> None:
