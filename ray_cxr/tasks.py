@@ -149,12 +149,16 @@ def run_with_retries(
         tasks = left
 
 
-def map_once(dataset: Any, function: Callable[..., Any], **options: Any) -> Any:
-    """Map the rows of a dataset with tasks that Ray does not retry, for `run_with_retries`."""
+def map_once(dataset: Any, function: Callable[..., Any], *, flat: bool = False, **options: Any) -> Any:
+    """Map the rows of a dataset with tasks that Ray does not retry, for `run_with_retries`.
+
+    With `flat`, the function returns several rows for each row.
+    """
+    transform = dataset.flat_map if flat else dataset.map
     with warnings.catch_warnings():
         # Ray 2.60 deprecates `max_retries` here and has no replacement yet; pyproject.toml holds Ray below 2.61.
         warnings.filterwarnings("ignore", message=".*ray_remote_args", category=Warning)
-        return dataset.map(function, max_retries=0, **options)
+        return transform(function, max_retries=0, **options)
 
 
 @contextlib.contextmanager
