@@ -13,6 +13,7 @@ import functools
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -57,7 +58,7 @@ def run(
     folder: Path,
     *arguments: object,
     variables: Mapping[str, str | None] | None = None,
-    limit_s: float = 60,
+    limit_s: float = 150,
     program: Sequence[str | Path] = (PROGRAM,),
 ) -> Result:
     """Run a command in `folder`, with an own HOME there, and return its result.
@@ -353,6 +354,70 @@ def no_network_interface(folder: Path) -> None:
 def only_the_loopback_interface(folder: Path) -> None:
     if program := in_a_network_namespace("ip link set lo up"):
         check_success(run(folder, *inputs.train(folder), program=program))
+
+
+# ---------------------------------------------------------------- names and locks of folders
+
+
+def make_odd_folder(folder: Path) -> Path:
+    """Return a new folder whose name has the characters that addresses, patterns and shells interpret."""
+    odd = folder / "a?b#c%20d*[e]{f}&;'\" ~=:::g\nh"
+    odd.mkdir()
+    return odd
+
+
+@case
+def folders_of_any_name_while_training(folder: Path) -> None:
+    odd = make_odd_folder(folder)
+    check_success(run(folder, *inputs.prepare(odd)))
+    settings = [part for item in TRAINING for part in ("--set", item)]
+    check_success(run(folder, "train", odd / "prepared", "--out", odd / "run", *settings))
+    assert {path.name for path in folder.iterdir()} == {"home", odd.name}
+    assert {path.name for path in odd.iterdir()} == {"prepared", "run"}
+
+
+@case
+def folders_of_any_name_while_scoring(folder: Path) -> None:
+    odd = make_odd_folder(folder)
+    shutil.copytree(inputs.bundle, odd / "bundle")
+    shutil.copytree(inputs.images, odd / "images")
+    score = ["score", "--model", odd / "bundle", "--images", odd / "images", "--heatmaps", 1]
+    check_success(run(folder, *score, "--out", odd / "scores?1"))
+    check_success(run(folder, "report", odd / "scores?1", "--out", odd / "scores?2"))
+    assert (odd / "scores?2" / "report.html").exists()
+    assert {path.name for path in folder.iterdir()} == {"home", odd.name}
+
+
+@case
+def folders_of_any_name_while_searching(folder: Path) -> None:
+    odd = make_odd_folder(folder)
+    settings = [part for item in TRAINING for part in ("--set", f"train.{item}")]
+    (odd / "space.toml").write_text("[tune.space]\ndropout = [0.1, 0.2]\n")
+    options = ["--trials", 1, "--config", odd / "space.toml", *settings]
+    check_success(run(folder, "tune", inputs.prepared, "--out", odd / "study", *options))
+    assert (odd / "study" / "study.db").exists()
+    assert {path.name for path in folder.iterdir()} == {"home", odd.name}
+
+
+@case
+def second_command_in_a_folder(folder: Path) -> None:
+    """The second command is refused, also one of another kind; after a kill the next one continues."""
+    (folder / "home").mkdir()
+    environment = {**ENVIRONMENT, "HOME": str(folder / "home")}
+    command = [str(part) for part in (PROGRAM, *inputs.train(folder))]
+    with open(folder / "log", "w") as log:
+        first = subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            while not (folder / "run" / "settings.json").exists():
+                assert first.poll() is None, (folder / "log").read_text()
+                time.sleep(0.2)
+            holder = f"{folder / 'run'}: `ray-cxr train` (process {first.pid} on "
+            check_error(run(folder, *inputs.train(folder), limit_s=30), holder)
+        finally:
+            first.kill()
+            first.wait()
+    check_success(run(folder, *inputs.train(folder)))
+    assert not (folder / "run" / ".lock").exists()
 
 
 if __name__ == "__main__":
