@@ -126,6 +126,8 @@ def test_quality_flags() -> None:
         ("PA", 90.1, None, "age_outside_training"),
         ("LATERAL", 5.0, None, "lateral"),
         ("OBLIQUE", 50.0, None, "not_frontal_chest"),
+        ("left lateral", 50.0, None, "lateral"),
+        ("p.a.", None, "lateral", None),
         ("DECUBITUS", 50.0, None, None),
         (None, None, None, None),
         (None, None, "lateral", "lateral"),

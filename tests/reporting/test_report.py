@@ -221,6 +221,7 @@ def test_unknown_patients_are_in_no_number_of_patients(archive: Archive, tmp_pat
     assert {group["n_patients"] for group in m["subgroups"]["groups"]} == {None}
     assert {rate["n_patients"] for rate in m["drift"]["flags"].values()} == {None}
     assert "training images have no patient id" in found.page
+    assert "132 evaluated images have no patient id. Each counts as one patient in the intervals" in found.page
     assert "0 training patients" not in found.page
     # Some are known, two of them apart from leading zeros.
     archive.patient = ["007", "7", *[None] * (N - 2)]
