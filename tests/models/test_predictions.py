@@ -143,6 +143,18 @@ def test_quality_flags() -> None:
         assert make_row([0.5], rules(("Mass",)), age=pa.array([200.0]))["quality_flag"] is None
 
 
+def test_quality_flags_from_headers() -> None:
+    about = rows(4, view=pa.array(["PA", "PA", "LATERAL", "PA"], pa.string()))
+    headers = {
+        0: ("burned_in_annotation", "display_fallback"),
+        1: ("burned_in_annotation", "reoriented"),
+        2: ("reoriented",),
+    }
+    judged = [None, "out_of_distribution", None, "lateral"]
+    table = predictions.assemble(about, np.full((4, 1), 0.5, np.float32), {}, rules(("Mass",)), judged, headers)
+    assert table["quality_flag"].to_pylist() == ["display_fallback", "reoriented", "lateral", None]
+
+
 PROBABILITY = st.floats(0, 1, width=32)
 #: `operating_point` returns float32, strictly inside 0..1.
 THRESHOLD = st.floats(2.0**-100, 1, width=32, exclude_max=True)
