@@ -43,7 +43,7 @@ class Boxes:
 
 
 def read_boxes(path: str) -> Boxes:
-    """Read a table of boxes, CSV or gzipped CSV, in NIH's form; errors name the line."""
+    """Read a table of boxes, CSV as `csv_table` reads it, in NIH's form; errors name the line."""
     table = read_csv(path)
     columns = _find_columns(table)
     return Boxes(

@@ -75,7 +75,7 @@ def explain(path: str | Path, wanted: str, remedy: str) -> str:
 
     Args:
         wanted: what the argument has to be, such as `a manifest`.
-        remedy: what to do if the kind of the file has no remedy of its own.
+        remedy: what to do if there is none for this kind of file.
     """
     try:
         location = remote.to_path(path)
@@ -124,7 +124,7 @@ def _describe_file(path: Path) -> tuple[str, str]:
 
 
 def _describe_zip(path: Path) -> tuple[str, str]:
-    """Tell weights of Keras and workbooks, whose first member can have any name, from other archives."""
+    """Distinguish weights of Keras and workbooks, whose first member can have any name, from other archives."""
     try:
         with path.open("rb") as stream, ZipFile(stream) as archive:
             names = archive.namelist()
