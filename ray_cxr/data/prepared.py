@@ -95,7 +95,7 @@ def prepare(
             progress = Progress("prepare", n_rows, done=n_rows - pending)
             show = _make_progress(out, settings.sizes, ranges, progress)
             with progress, cluster.log_node_changes("prepare"), tasks.poll(show, "prepare"):
-                for _ in tasks.run_with_retries(todo, build_dataset, find_pending):
+                for _ in tasks.run_with_retries(todo, build_dataset, find_pending, "prepare"):
                     pass  # `show` reports the shards that the tasks write
         return {size: _count_rows(out, size, ranges) for size in settings.sizes}
 
