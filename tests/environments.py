@@ -14,6 +14,8 @@ import io
 import os
 import re
 import shutil
+import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -246,7 +248,6 @@ def variables_of_python_and_ray(folder: Path) -> None:
     """Each is ignored, or has no effect on the result."""
     variables = {
         "PYTHONWARNINGS": "error",
-        "PYTHONOPTIMIZE": "1",
         "PYTHONHASHSEED": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONNOUSERSITE": "1",
@@ -418,6 +419,89 @@ def second_command_in_a_folder(folder: Path) -> None:
             first.wait()
     check_success(run(folder, *inputs.train(folder)))
     assert not (folder / "run" / ".lock").exists()
+
+
+# ---------------------------------------------------------------- memory, processes, streams and databases
+
+
+@case
+def memory_that_is_used_up(folder: Path) -> None:
+    """Ray's memory monitor ends every worker, because it counts 1% of the memory as full."""
+    variables = {"RAY_memory_usage_threshold": "0.01"}
+    facts = {"prepare": "rows_per_shard", "train": "batch_size"}
+    for arguments in (inputs.prepare(folder), inputs.train(folder)):
+        result = run(folder, *arguments, variables=variables, limit_s=120)
+        check_error(result, "ran out of memory (", "GB in use), so Ray ended a worker; ", facts[str(arguments[0])])
+
+
+def as_another_user(processes: int) -> list[str | Path]:
+    """Return the start of a command under a limit of processes, which does not bind root; [] if impossible."""
+    files = "+dac_override,+dac_read_search,+fowner"
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", f"--inh-caps={files}"]
+    start = ["prlimit", f"--nproc={processes}", *user, f"--ambient-caps={files}"]
+    return [] if subprocess.run([*start, "true"], capture_output=True).returncode else [*start, PROGRAM]
+
+
+@case
+def limit_of_processes(folder: Path) -> None:
+    """With 100, Ray cannot start; with 350, the worker of a training aborts on a machine with two CPUs."""
+    for processes, arguments in (
+        (100, inputs.prepare(folder)),
+        (100, inputs.train(folder)),
+        (350, inputs.train(folder)),
+    ):
+        if program := as_another_user(processes):
+            result = run(folder, *arguments, program=program, limit_s=120)
+            check_error(result, "processes and threads are needed on", f"ulimit -u is {processes}", "ray.num_cpus=1")
+
+
+@case
+def home_that_is_a_file(folder: Path) -> None:
+    (folder / "file").touch()
+    for arguments in (inputs.prepare(folder), inputs.train(folder), inputs.score(folder)):
+        check_success(run(folder, *arguments, variables={"HOME": str(folder / "file")}))
+
+
+@case
+def closed_standard_streams(folder: Path) -> None:
+    start = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", PROGRAM]
+    check_success(run(folder, *inputs.prepare(folder), program=start))
+    check_success(run(folder, *inputs.score(folder), program=start))
+
+
+@case
+def standard_output_on_a_full_disk(folder: Path) -> None:
+    start = ["sh", "-c", 'exec "$@" >/dev/full', "sh", PROGRAM]
+    result = run(folder, *inputs.train(folder), program=start)
+    check_error(result, "ray-cxr train: standard output: No space left on device")
+    assert (folder / "run" / "bundle" / "bundle.json").exists()
+
+
+@case
+def ctrl_c_within_the_first_second(folder: Path) -> None:
+    process = subprocess.Popen([PROGRAM, "prepare", "x", "--out", "y"], cwd=folder, stderr=subprocess.PIPE, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "numpy" not in maps.read_text():  # the libraries are being imported
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (130, "ray-cxr: stopped; run the same command again to continue\n")
+
+
+@case
+def only_grpc_has_a_proxy(folder: Path) -> None:
+    check_success(run(folder, *inputs.train(folder), variables={"grpc_proxy": "http://192.0.2.1:3128"}))
+
+
+@case
+def database_of_a_search_that_another_program_has_locked(folder: Path) -> None:
+    study = folder / "study"
+    study.mkdir()
+    settings = [part for item in TRAINING for part in ("--set", f"train.{item}")]
+    with contextlib.closing(sqlite3.connect(study / "study.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        result = run(folder, "tune", inputs.prepared, "--out", study, "--trials", 1, *settings, limit_s=90)
+    check_error(result, "study.db: database is locked; another program has locked it")
 
 
 if __name__ == "__main__":
