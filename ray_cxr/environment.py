@@ -68,6 +68,8 @@ def configure_command() -> None:
     is_command = True
     # In a cell of Jupyter it names a module that only Jupyter's environment has, and matplotlib cannot be imported.
     os.environ["MPLBACKEND"] = "agg"
+    if (backend := os.environ.pop("KERAS_BACKEND", "") or "tensorflow") != "tensorflow":
+        logger.warning("KERAS_BACKEND=%s is ignored: commands run Keras on TensorFlow", backend)
     _ignore_strict_warnings()
 
 

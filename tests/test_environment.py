@@ -44,6 +44,20 @@ def test_warnings_of_libraries_do_not_end_a_command(
     assert done.stdout.strip() == str(None if is_ignored else variables.get("PYTHONWARNINGS"))
 
 
+def test_another_backend_of_keras_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(environment, "is_command", False)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    for _ in range(2):
+        environment.configure_command()
+    assert "KERAS_BACKEND" not in os.environ
+    assert [record.getMessage() for record in caplog.records] == [
+        "KERAS_BACKEND=jax is ignored: commands run Keras on TensorFlow"
+    ]
+
+
 def test_python_without_docstrings_is_refused_before_ray_starts() -> None:
     done = run_python("environment.prepare_for_ray()", PYTHONOPTIMIZE="2")
     assert "InputError: Python runs without docstrings, which Ray needs: unset PYTHONOPTIMIZE" in done.stderr
