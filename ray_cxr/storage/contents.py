@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_cxr.storage import remote
-from ray_cxr.storage.paths import DICOM_HEAD, has_dicom_magic
+from ray_cxr.storage.paths import DICOM_HEAD, has_dicom_magic, redact
 
 #: Bytes from the start of a file that `identify` needs: a tar archive has its mark at 257.
 HEAD = 4096
@@ -77,14 +77,15 @@ def explain(path: str | Path, wanted: str, remedy: str) -> str:
         wanted: what the argument has to be, such as `a manifest`.
         remedy: what to do if there is none for this kind of file.
     """
+    shown = redact(str(path))
     try:
         location = remote.to_path(path)
         if not location.exists():
-            return f"{path}: no such file or folder; {remedy}"
+            return f"{shown}: no such file or folder; {remedy}"
         kind, own_remedy = _describe_folder(location) if location.is_dir() else _describe_file(location)
     except OSError as error:
-        return f"{path}: cannot be read: {error.strerror or type(error).__name__}; {remedy}"
-    return f"{path}: is {kind}, not {wanted}; {own_remedy or remedy}"
+        return f"{shown}: cannot be read: {error.strerror or type(error).__name__}; {remedy}"
+    return f"{shown}: is {kind}, not {wanted}; {own_remedy or remedy}"
 
 
 def describe(path: str | Path) -> str:
@@ -109,7 +110,7 @@ def _describe_folder(path: Path) -> tuple[str, str]:
 
 
 def _describe_file(path: Path) -> tuple[str, str]:
-    with path.open("rb") as stream:
+    with open(path, "rb") as stream:  # also a local copy of an object
         head = stream.read(HEAD)
     if not head:
         return "an empty file", ""
@@ -126,7 +127,7 @@ def _describe_file(path: Path) -> tuple[str, str]:
 def _describe_zip(path: Path) -> tuple[str, str]:
     """Distinguish weights of Keras and workbooks, whose first member can have any name, from other archives."""
     try:
-        with path.open("rb") as stream, ZipFile(stream) as archive:
+        with open(path, "rb") as stream, ZipFile(stream) as archive:
             names = archive.namelist()
     except (BadZipFile, OSError):
         return "a damaged ZIP archive", ""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -102,6 +104,16 @@ def test_the_folder_of_a_training_run_names_its_bundle(inputs: Path) -> None:
         f"{path}: is a folder that `ray-cxr tune` wrote, not a bundle (no bundle.json); "
         f"pass a bundle, e.g. {path}/bundle"
     )
+
+
+def test_objects_in_a_bucket_are_named(bucket: Any) -> None:
+    bucket.client.put_object(Bucket="chests", Key="swapped/m.parquet", Body=CSV.encode())
+    bucket.client.put_object(Bucket="chests", Key="swapped/scores/settings.json", Body=b'{"kind": "score"}')
+    for name, kind in {"m.parquet": "a text or CSV file", "scores": KINDS["scores"]}.items():
+        for read in (manifest.read_manifest, load_bundle, PreparedSet):
+            pattern = rf"^s3://chests/swapped/{re.escape(name)}: is {re.escape(kind)}, not "
+            with pytest.raises(RayCxrError, match=pattern):
+                read(bucket(f"swapped/{name}"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
