@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["FINDINGS", "Bundle", "RayCxrError", "__version__", "load_bundle"]
 
 from ray_cxr.errors import RayCxrError
-from ray_cxr.labels import FINDINGS
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ray_cxr.labels import FINDINGS
     from ray_cxr.models.bundle import Bundle, load_bundle
 
 
 def __getattr__(name: str) -> Any:
-    """Import TensorFlow only on demand, so that `ray-cxr --help` is fast."""
+    """Import NumPy and TensorFlow only on demand: `ray-cxr --help` is fast, and Ctrl-C is handled before any import."""
+    if name == "FINDINGS":
+        from ray_cxr import labels
+
+        return labels.FINDINGS
     if name in ("Bundle", "load_bundle"):
         from ray_cxr.models import bundle
 

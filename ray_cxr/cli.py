@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 import ray_cxr
-from ray_cxr import config, environment, errors
-from ray_cxr.errors import ConfigError, ErrorRateExceeded, RayCxrError, one_line
+from ray_cxr import config, environment, errors, limits
+from ray_cxr.errors import EXIT_INTERRUPTED, ConfigError, ErrorRateExceeded, RayCxrError, one_line
 from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.progress import silence_stderr
 from ray_cxr.session import start_ray
@@ -33,8 +33,6 @@ _Number = TypeVar("_Number", int, float)
 
 #: Part of the path of a job's working directory, a copy in Ray's session folder that is removed with the session.
 _JOB_FOLDER = "/runtime_resources/working_dir_files/"
-#: The shell's exit code for a program that Ctrl-C ended.
-EXIT_INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,9 +40,14 @@ class _Parser(argparse.ArgumentParser):
         print(f"{self.prog}: {one_line(message)}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        environment.write_output("", end="")  # the help may still be in the buffer
+        super().exit(status or _report_lost_output(self.prog), message)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (0 done, 1 failed, 2 wrong input, 3 too many errors)."""
+    environment.open_closed_streams()
     # TensorFlow's C++ code reads this on import.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Child processes, such as those of export-sr, do not import a user's own modules from the working directory.
@@ -68,7 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"ray-cxr {arguments.command}: {one_line(cause)}", file=sys.stderr)
         return cause.exit_code if isinstance(cause, RayCxrError) else 1
-    return 0
+    return _report_lost_output(f"ray-cxr {arguments.command}")
+
+
+def _report_lost_output(command: str) -> int:
+    """Report that lines of a finished command could not be written; return the exit code."""
+    if environment.output_error is None:
+        return 0
+    print(
+        f"{command}: standard output: {environment.output_error}, so its last lines are missing; the command is done",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _check_working_directory(out: str) -> None:
@@ -89,9 +103,9 @@ def _describe_ray_error(error: Exception) -> RayCxrError | None:
     ray_errors = sys.modules.get("ray.exceptions")
     if ray_errors is None or not isinstance(error, ray_errors.RayError):
         return None
-    return RayCxrError(
-        f"Ray failed ({type(error).__name__}: {errors.last_line(error)}); see Ray's log folder, then run it again"
-    )
+    shortage = limits.explain_loss(error, "lower ray.num_cpus, or end other programs")
+    reason = shortage or f"{type(error).__name__}: {errors.last_line(error)}"
+    return RayCxrError(f"Ray failed ({reason}); see Ray's log folder, then run it again")
 
 
 def _any_path(text: str) -> str:
@@ -307,7 +321,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     loaded = config.load(arguments.config, arguments.overrides, section="tune")
     from ray_cxr.tuning import plan as plans
 
-    out, base, chosen = Path(arguments.out), loaded.train, loaded.tune
+    out, base, chosen = remote.to_path(arguments.out), loaded.train, loaded.tune
     if arguments.resume and not plans.has_search(out):
         raise errors.OutputError(f"--resume: {out} holds no search; omit --resume to start one there")
     if arguments.resume and arguments.config is None:
@@ -513,7 +527,10 @@ def _print_rule_notes(reasons: dict[str, str | None]) -> None:
 
 def _print_table(table: Table) -> None:
     # Without a terminal, rich would fold tables at 80 columns.
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    with console.capture() as captured:
+        console.print(table)
+    _print(captured.get().rstrip("\n"))
 
 
 def _format(value: float | None, digits: int = 3, missing: str = "undefined") -> str:
@@ -530,8 +547,7 @@ def _override(settings: _Settings, arguments: argparse.Namespace, *names: str) -
     return settings.replace(**{name: value for name, value in _pick(arguments, *names).items() if value is not None})
 
 
-def _print(line: str) -> None:
-    print(line, flush=True)
+_print = environment.write_output
 
 
 if __name__ == "__main__":

@@ -18,6 +18,48 @@ _HIDDEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, Resourc
 
 #: Whether this process runs a command, and not a user's program that imports this package.
 is_command = False
+#: Why standard output could not be written; None as long as it can.
+output_error: str | None = None
+
+
+def open_closed_streams() -> None:
+    """Open those of standard input, output and error on the null device that are closed, as under some schedulers.
+
+    Files that are opened later would otherwise get their numbers, and output of libraries would go into these files.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # It gets this number, because lower ones are open.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+
+
+def write_output(text: str, end: str = "\n") -> None:
+    """Write a line to standard output. If that fails, as on a full disk, discard it and all later ones.
+
+    A command does not end for that, because its results lie in files.
+    """
+    global output_error
+    try:
+        sys.stdout.write(text + end)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output()
+        raise
+    except OSError as error:
+        output_error = error.strerror or type(error).__name__
+        discard_output()
+
+
+def discard_output() -> None:
+    """Send standard output, with the lines in its buffer, to the null device."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 def configure_command() -> None:
@@ -26,6 +68,8 @@ def configure_command() -> None:
     is_command = True
     # In a cell of Jupyter it names a module that only Jupyter's environment has, and matplotlib cannot be imported.
     os.environ["MPLBACKEND"] = "agg"
+    if (backend := os.environ.pop("KERAS_BACKEND", "") or "tensorflow") != "tensorflow":
+        logger.warning("KERAS_BACKEND=%s is ignored: commands run Keras on TensorFlow", backend)
     _ignore_strict_warnings()
 
 

@@ -16,8 +16,11 @@ No message quotes a DICOM field or a patient's name, because messages end up in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
+
+#: The shell's exit code for a program that Ctrl-C ended.
+EXIT_INTERRUPTED = 130
 
 #: The codes of an `ImageError`, and so of the column `error_code` of a score table.
 ERROR_CODES: tuple[str, ...] = (
@@ -139,6 +142,18 @@ def from_record(record: Mapping[str, Any]) -> RayCxrError:
 
 def own_error(error: BaseException) -> RayCxrError | OSError | None:
     """Return the error of this package or of the operating system that Ray has wrapped, or None."""
+    for current in list_causes(error):
+        # Ray's wrapper is also an instance of the class of the wrapped error, but its message is a traceback.
+        wrapped = getattr(current, "cause", None)
+        # A lost connection to Ray is an OSError too.
+        is_rays = isinstance(wrapped, BaseException) or isinstance(current, (ConnectionError, TimeoutError))
+        if isinstance(current, (RayCxrError, OSError)) and not is_rays:
+            return current
+    return None
+
+
+def list_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and the errors that caused it, also those that Ray wraps."""
     queue: list[object] = [error]
     seen: set[int] = set()
     while queue:
@@ -146,17 +161,11 @@ def own_error(error: BaseException) -> RayCxrError | OSError | None:
         if not isinstance(current, BaseException) or id(current) in seen:
             continue
         seen.add(id(current))
-        # Ray's wrapper is also an instance of the class of the wrapped error, but its message is a traceback.
-        wrapped = getattr(current, "cause", None)
-        # A lost connection to Ray is an OSError too.
-        is_rays = isinstance(wrapped, BaseException) or isinstance(current, (ConnectionError, TimeoutError))
-        if isinstance(current, (RayCxrError, OSError)) and not is_rays:
-            return current
+        yield current
         # Not __context__: an error raised while another was handled is not caused by it.
-        queue += [wrapped, current.__cause__]
+        queue += [getattr(current, "cause", None), current.__cause__]
         if isinstance(failures := getattr(current, "worker_failures", None), dict):
             queue += failures.values()
-    return None
 
 
 def first_line(error: BaseException) -> str:

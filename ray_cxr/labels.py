@@ -52,7 +52,8 @@ def parse(text: str, *, where: str = "") -> tuple[str, ...]:
     """
     at = f"{where}: " if where else ""
     names: set[str] = set()
-    for token in text.split("|"):
+    # A bar at the end adds no finding; text of bars alone is none either.
+    for token in [token for token in text.split("|") if token.strip()] or [text]:
         label = canonicalize(token)
         if label is None:
             raise TableError(f"{at}unknown finding {token.strip()!r}{suggest(token.strip(), _SYNONYMS)}")

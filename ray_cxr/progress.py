@@ -97,7 +97,8 @@ class Progress:
         if self._note:
             details.append(self._note)
         line = f"{self._what}: {self._done:,} of {self._total:,} {self._unit} ({', '.join(details)})"
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a log on a full disk does not end the command
+            print(line, file=sys.stderr, flush=True)
 
 
 class TrialTable:

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import psutil
 
 import ray_cxr
-from ray_cxr import cluster, config, environment, processes
+from ray_cxr import cluster, config, environment, limits, processes
 from ray_cxr.errors import InputError, RayCxrError, one_line
 from ray_cxr.progress import silence_stderr
 from ray_cxr.storage import atomic
@@ -142,8 +142,10 @@ def _build_local_options(
     ensure_token()
     # Ray starts some of its processes with `python -c`, which would import modules from the working directory.
     variables = {"PYTHONPATH": processes.build_module_path(), "PYTHONSAFEPATH": "1"}
+    cpus = settings.num_cpus or environment.count_cpus()
+    limits.check_processes(cpus)
     options = {
-        "num_cpus": settings.num_cpus or environment.count_cpus(),
+        "num_cpus": cpus,
         "num_gpus": settings.num_gpus,
         "object_store_memory": settings.object_store_mb and settings.object_store_mb << 20,
         "include_dashboard": dashboard,

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ray_cxr import limits
 from ray_cxr.errors import ImageError, RayCxrError, from_record, one_line, own_error, to_record
 from ray_cxr.progress import run_periodically
 
@@ -27,13 +28,19 @@ logger = logging.getLogger(__name__)
 Task = dict[str, Any]
 
 #: Lost tasks per worker after which a round ends and the remaining tasks are submitted again.
-MAX_LOST_PER_WORKER = 20
+MAX_LOST_PER_WORKER = 4
 #: Consecutive rounds without a finished file after which the command fails.
 MAX_IDLE_ROUNDS = 2
 #: Seconds between two checks of the output folder.
 POLL_S = 1.0
 #: Seconds without a finished file after which a warning is logged, and between such warnings.
 STALL_S = 600.0
+
+#: What lowers the use of memory and processes, by command.
+REMEDIES: Mapping[str, str] = {
+    "prepare": "lower rows_per_shard, or run fewer tasks at a time: --set ray.num_cpus=N",
+    "score": "lower batch_size and rows_per_file, or run fewer actors: raise cpus_per_actor, or --set ray.num_cpus=N",
+}
 
 #: The column `error` of a task that succeeded.
 SUCCESS: Mapping[str, str] = {"error": ""}
@@ -52,9 +59,23 @@ def configure() -> None:
     context.enable_progress_bars = False  # the commands show the progress of images, not of blocks
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    # These loggers print tracebacks of lost tasks, which are retried, and of exceptions, which become one line.
-    for name in ("_internal.execution.streaming_executor_state", "exceptions"):
-        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
+    # These loggers print tracebacks of exceptions, which become one line, and of lost tasks, which are retried.
+    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)
+    lost = logging.getLogger("ray.data._internal.execution.streaming_executor_state")
+    lost.handlers, lost.propagate = [_losses], False
+
+
+class _LossRecorder(logging.Handler):
+    """Keeps the exception of the last lost task, which Ray Data skips and only logs."""
+
+    last: BaseException | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1] is not None:
+            self.last = record.exc_info[1]
+
+
+_losses = _LossRecorder()
 
 
 def sanitize_error(error: Exception, command: str) -> RayCxrError:
@@ -66,6 +87,8 @@ def sanitize_error(error: Exception, command: str) -> RayCxrError:
         return RayCxrError(error.message)  # about an archive or a table, so it ends the command
     if isinstance(error, RayCxrError):
         return error
+    if reason := limits.explain_loss(error, REMEDIES.get(command, REMEDIES["score"])):
+        return RayCxrError(f"{command}: {reason}; then run the same command again to continue")
     if isinstance(error, OSError):
         where, reason = error.filename or command, error.strerror or error
         return RayCxrError(f"{where}: {reason}; fix this, then run the same command again to continue")
@@ -111,6 +134,7 @@ def run_with_retries(
     tasks: list[Task],
     build_dataset: Callable[[list[Task]], Any],
     find_pending: Callable[[list[Task], set[int]], list[Task]],
+    command: str = "score",
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of all tasks; tasks that were lost with a worker are submitted again.
 
@@ -118,6 +142,7 @@ def run_with_retries(
         tasks: Tasks, each with `indices`, the numbers of the output files that it writes.
         build_dataset: Makes a Ray dataset of tasks. Its rows have `done`, the numbers of finished files, and `error`.
         find_pending: Returns the tasks that are still pending, given tasks and the numbers of finished files.
+        command: The command, whose settings an error about memory names.
 
     Raises:
         RayCxrError: If a row carries an error, or two rounds in a row finish no file.
@@ -128,7 +153,8 @@ def run_with_retries(
     idle = 0
     while tasks:
         done: set[int] = set()
-        lost: RayError | None = None
+        lost: BaseException | None = None
+        _losses.last = None
         try:
             for row in read_rows(build_dataset(tasks)):
                 done.update(row["done"])
@@ -138,23 +164,33 @@ def run_with_retries(
         left = find_pending(tasks, done)
         files, before = (sum(len(task["indices"]) for task in group) for group in (left, tasks))
         idle = idle + 1 if files == before else 0
+        lost = lost or _losses.last
+        reason = limits.explain_loss(lost, REMEDIES[command])
         if left and idle == MAX_IDLE_ROUNDS:
             last = f", last with {type(lost).__name__}" if lost else ""
+            cause = reason or f"the usual cause is too little memory; {REMEDIES[command]}"
             raise RayCxrError(
-                f"workers keep dying ({files:,} output files pending{last}). The usual cause is too little memory; "
-                "Ray's log folder has the workers' logs. Finished files stay; run the same command again to continue"
+                f"workers keep dying ({files:,} output files pending{last}): {cause}. Ray's log "
+                "folder has the workers' logs. Finished files stay; run the same command again to continue"
             ) from lost
         if left:
-            logger.warning("WARNING: workers were lost; %s files that they had in progress are retried", f"{files:,}")
+            why = f" ({reason})" if reason else ""
+            logger.warning(
+                "WARNING: workers were lost%s; %s files that they had in progress are retried", why, f"{files:,}"
+            )
         tasks = left
 
 
-def map_once(dataset: Any, function: Callable[..., Any], **options: Any) -> Any:
-    """Map the rows of a dataset with tasks that Ray does not retry, for `run_with_retries`."""
+def map_once(dataset: Any, function: Callable[..., Any], *, flat: bool = False, **options: Any) -> Any:
+    """Map the rows of a dataset with tasks that Ray does not retry, for `run_with_retries`.
+
+    With `flat`, the function returns several rows for each row.
+    """
+    transform = dataset.flat_map if flat else dataset.map
     with warnings.catch_warnings():
         # Ray 2.60 deprecates `max_retries` here and has no replacement yet; pyproject.toml holds Ray below 2.61.
         warnings.filterwarnings("ignore", message=".*ray_remote_args", category=Warning)
-        return dataset.map(function, max_retries=0, **options)
+        return transform(function, max_retries=0, **options)
 
 
 @contextlib.contextmanager

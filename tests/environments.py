@@ -13,6 +13,9 @@ import functools
 import io
 import os
 import re
+import shutil
+import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -57,7 +60,7 @@ def run(
     folder: Path,
     *arguments: object,
     variables: Mapping[str, str | None] | None = None,
-    limit_s: float = 60,
+    limit_s: float = 150,
     program: Sequence[str | Path] = (PROGRAM,),
 ) -> Result:
     """Run a command in `folder`, with an own HOME there, and return its result.
@@ -245,7 +248,6 @@ def variables_of_python_and_ray(folder: Path) -> None:
     """Each is ignored, or has no effect on the result."""
     variables = {
         "PYTHONWARNINGS": "error",
-        "PYTHONOPTIMIZE": "1",
         "PYTHONHASHSEED": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONNOUSERSITE": "1",
@@ -353,6 +355,153 @@ def no_network_interface(folder: Path) -> None:
 def only_the_loopback_interface(folder: Path) -> None:
     if program := in_a_network_namespace("ip link set lo up"):
         check_success(run(folder, *inputs.train(folder), program=program))
+
+
+# ---------------------------------------------------------------- names and locks of folders
+
+
+def make_odd_folder(folder: Path) -> Path:
+    """Return a new folder whose name has the characters that addresses, patterns and shells interpret."""
+    odd = folder / "a?b#c%20d*[e]{f}&;'\" ~=:::g\nh"
+    odd.mkdir()
+    return odd
+
+
+@case
+def folders_of_any_name_while_training(folder: Path) -> None:
+    odd = make_odd_folder(folder)
+    check_success(run(folder, *inputs.prepare(odd)))
+    settings = [part for item in TRAINING for part in ("--set", item)]
+    check_success(run(folder, "train", odd / "prepared", "--out", odd / "run", *settings))
+    assert {path.name for path in folder.iterdir()} == {"home", odd.name}
+    assert {path.name for path in odd.iterdir()} == {"prepared", "run"}
+
+
+@case
+def folders_of_any_name_while_scoring(folder: Path) -> None:
+    odd = make_odd_folder(folder)
+    shutil.copytree(inputs.bundle, odd / "bundle")
+    shutil.copytree(inputs.images, odd / "images")
+    score = ["score", "--model", odd / "bundle", "--images", odd / "images", "--heatmaps", 1]
+    check_success(run(folder, *score, "--out", odd / "scores?1"))
+    check_success(run(folder, "report", odd / "scores?1", "--out", odd / "scores?2"))
+    assert (odd / "scores?2" / "report.html").exists()
+    assert {path.name for path in folder.iterdir()} == {"home", odd.name}
+
+
+@case
+def folders_of_any_name_while_searching(folder: Path) -> None:
+    odd = make_odd_folder(folder)
+    settings = [part for item in TRAINING for part in ("--set", f"train.{item}")]
+    (odd / "space.toml").write_text("[tune.space]\ndropout = [0.1, 0.2]\n")
+    options = ["--trials", 1, "--config", odd / "space.toml", *settings]
+    check_success(run(folder, "tune", inputs.prepared, "--out", odd / "study", *options))
+    assert (odd / "study" / "study.db").exists()
+    assert {path.name for path in folder.iterdir()} == {"home", odd.name}
+
+
+@case
+def second_command_in_a_folder(folder: Path) -> None:
+    """The second command is refused, also one of another kind; after a kill the next one continues."""
+    (folder / "home").mkdir()
+    environment = {**ENVIRONMENT, "HOME": str(folder / "home")}
+    command = [str(part) for part in (PROGRAM, *inputs.train(folder))]
+    with open(folder / "log", "w") as log:
+        first = subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            while not (folder / "run" / "settings.json").exists():
+                assert first.poll() is None, (folder / "log").read_text()
+                time.sleep(0.2)
+            holder = f"{folder / 'run'}: `ray-cxr train` (process {first.pid} on "
+            check_error(run(folder, *inputs.train(folder), limit_s=30), holder)
+        finally:
+            first.kill()
+            first.wait()
+    check_success(run(folder, *inputs.train(folder)))
+    assert not (folder / "run" / ".lock").exists()
+
+
+# ---------------------------------------------------------------- memory, processes, streams and databases
+
+
+@case
+def memory_that_is_used_up(folder: Path) -> None:
+    """Ray's memory monitor ends every worker, because it counts 1% of the memory as full."""
+    variables = {"RAY_memory_usage_threshold": "0.01"}
+    facts = {"prepare": "rows_per_shard", "train": "batch_size"}
+    for arguments in (inputs.prepare(folder), inputs.train(folder)):
+        result = run(folder, *arguments, variables=variables, limit_s=120)
+        check_error(result, "ran out of memory (", "GB in use), so Ray ended a worker; ", facts[str(arguments[0])])
+
+
+def as_another_user(processes: int) -> list[str | Path]:
+    """Return the start of a command under a limit of processes, which does not bind root; [] if impossible."""
+    files = "+dac_override,+dac_read_search,+fowner"
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", f"--inh-caps={files}"]
+    start = ["prlimit", f"--nproc={processes}", *user, f"--ambient-caps={files}"]
+    return [] if subprocess.run([*start, "true"], capture_output=True).returncode else [*start, PROGRAM]
+
+
+@case
+def limit_of_processes(folder: Path) -> None:
+    """With 100, Ray cannot start; with 350, the worker of a training aborts on a machine with two CPUs."""
+    for processes, arguments in (
+        (100, inputs.prepare(folder)),
+        (100, inputs.train(folder)),
+        (350, inputs.train(folder)),
+    ):
+        if program := as_another_user(processes):
+            result = run(folder, *arguments, program=program, limit_s=120)
+            check_error(result, "processes and threads are needed on", f"ulimit -u is {processes}", "ray.num_cpus=1")
+
+
+@case
+def home_that_is_a_file(folder: Path) -> None:
+    (folder / "file").touch()
+    for arguments in (inputs.prepare(folder), inputs.train(folder), inputs.score(folder)):
+        check_success(run(folder, *arguments, variables={"HOME": str(folder / "file")}))
+
+
+@case
+def closed_standard_streams(folder: Path) -> None:
+    start = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", PROGRAM]
+    check_success(run(folder, *inputs.prepare(folder), program=start))
+    check_success(run(folder, *inputs.score(folder), program=start))
+
+
+@case
+def standard_output_on_a_full_disk(folder: Path) -> None:
+    start = ["sh", "-c", 'exec "$@" >/dev/full', "sh", PROGRAM]
+    result = run(folder, *inputs.train(folder), program=start)
+    check_error(result, "ray-cxr train: standard output: No space left on device")
+    assert (folder / "run" / "bundle" / "bundle.json").exists()
+
+
+@case
+def ctrl_c_within_the_first_second(folder: Path) -> None:
+    process = subprocess.Popen([PROGRAM, "prepare", "x", "--out", "y"], cwd=folder, stderr=subprocess.PIPE, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "numpy" not in maps.read_text():  # the libraries are being imported
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (130, "ray-cxr: stopped; run the same command again to continue\n")
+
+
+@case
+def only_grpc_has_a_proxy(folder: Path) -> None:
+    check_success(run(folder, *inputs.train(folder), variables={"grpc_proxy": "http://192.0.2.1:3128"}))
+
+
+@case
+def database_of_a_search_that_another_program_has_locked(folder: Path) -> None:
+    study = folder / "study"
+    study.mkdir()
+    settings = [part for item in TRAINING for part in ("--set", f"train.{item}")]
+    with contextlib.closing(sqlite3.connect(study / "study.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        result = run(folder, "tune", inputs.prepared, "--out", study, "--trials", 1, *settings, limit_s=90)
+    check_error(result, "study.db: database is locked; another program has locked it")
 
 
 if __name__ == "__main__":

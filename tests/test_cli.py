@@ -114,6 +114,52 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(files: Path, command: Comm
     assert sorted(files.rglob("*")) == before, "a refused command wrote something"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "manifest t.csv",
+        "prepare m.parquet",
+        "train p",
+        "tune p",
+        "score --model b --images i",
+        "report s",
+        "export-sr s",
+        "quantize b p",
+        "recalibrate b s --labels l",
+        "import-weights w.h5 --backbone ResNet50",
+        "demo",
+    ],
+)
+def test_output_in_the_folder_of_a_job_is_refused(
+    line: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray removes the copy of the working directory that a job runs in."""
+    folder = tmp_path / "session_latest" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    name, *arguments = line.split()
+    for out in ("runs/a", str(folder / "runs")):
+        code, _, err = command(name, *arguments, "--out", out)
+        assert (code, err) == (
+            2,
+            f"ray-cxr {name}: --out {out}: is in the working directory of a job, which Ray removes later; "
+            "pass an absolute path\n",
+        )
+    assert list(folder.iterdir()) == []
+
+
+def test_working_directory_that_was_removed_is_one_line(command: Command, tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    code, _, err = command("manifest", "t.csv", "--out", "m.parquet")
+    assert (code, err) == (
+        2,
+        "ray-cxr manifest: the working directory was removed; change to an existing folder\n",
+    )
+
+
 JOB = str(Path(__file__).parents[1] / "jobs" / "train.py")
 
 

@@ -104,6 +104,16 @@ def test_bad_file_is_refused_by_name_in_one_line(tmp_path: Path) -> None:
         assert part in message
 
 
+def test_byte_order_mark_of_a_file_is_ignored(tmp_path: Path) -> None:
+    assert config.load(toml(tmp_path, b"\xef\xbb\xbf[train]\r\nepochs = 7\r\n")).train.epochs == 7
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        mark = "" if encoding == "utf-16" else "\ufeff"
+        path = toml(tmp_path, (mark + "[train]\nepochs = 7\n").encode(encoding))
+        assert refusal(path=path) == f"--config {path}: not TOML: encoded in UTF-16; save it as UTF-8"
+    path = toml(tmp_path, "# Größe\n".encode("latin-1"))
+    assert refusal(path=path) == f"--config {path}: not TOML: not UTF-8 at byte 4; save it as UTF-8"
+
+
 def test_settings_are_frozen_and_replace_validates_a_copy() -> None:
     original = config.TrainSettings()
     with pytest.raises(pydantic.ValidationError, match="frozen"):

@@ -44,6 +44,20 @@ def test_warnings_of_libraries_do_not_end_a_command(
     assert done.stdout.strip() == str(None if is_ignored else variables.get("PYTHONWARNINGS"))
 
 
+def test_another_backend_of_keras_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(environment, "is_command", False)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    for _ in range(2):
+        environment.configure_command()
+    assert "KERAS_BACKEND" not in os.environ
+    assert [record.getMessage() for record in caplog.records] == [
+        "KERAS_BACKEND=jax is ignored: commands run Keras on TensorFlow"
+    ]
+
+
 def test_python_without_docstrings_is_refused_before_ray_starts() -> None:
     done = run_python("environment.prepare_for_ray()", PYTHONOPTIMIZE="2")
     assert "InputError: Python runs without docstrings, which Ray needs: unset PYTHONOPTIMIZE" in done.stderr
@@ -92,3 +106,75 @@ print(matplotlib.get_backend(), *(matplotlib.rcParams[name] for name in ("text.u
     }
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.stdout.split() == ["agg", "False", "white"], done.stderr
+
+
+# ---------------------------------------------------------------- standard streams and Ctrl-C
+
+NO_SPACE = "No space left on device"
+
+
+def run_command(arguments: str, redirection: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run `ray-cxr` from a shell, with Python's default buffering."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m ray_cxr {arguments} {redirection}"],
+        cwd=cwd, env={**variables, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "table.csv"
+    path.write_text("Image Index,Finding Labels,Patient ID\na.png,Effusion,1\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "redirection", "code", "last_line"),
+    [
+        ("manifest table.csv --out m.parquet", "<&- >&- 2>&-", 0, ""),
+        ("manifest table.csv --out m.parquet", ">/dev/full", 1, f"ray-cxr manifest: standard output: {NO_SPACE}"),
+        ("--help", ">/dev/full", 1, f"ray-cxr: standard output: {NO_SPACE}"),
+    ],
+)
+def test_a_command_ends_in_order_without_a_standard_output(
+    arguments: str, redirection: str, code: int, last_line: str, table: Path, tmp_path: Path
+) -> None:
+    done = run_command(arguments, redirection, tmp_path)
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert done.stderr.startswith(last_line)
+    assert len(done.stderr.splitlines()) == bool(last_line)
+    assert (tmp_path / "m.parquet").exists() == ("table.csv" in arguments)
+
+
+def test_closed_streams_do_not_give_their_numbers_to_files(tmp_path: Path) -> None:
+    code = (
+        "environment.open_closed_streams()\n"
+        f"file = open({str(tmp_path / 'file')!r}, 'w')\n"
+        "assert os.system('echo output of a library && echo error >&2') == 0\n"
+        "assert file.fileno() > 2 and os.read(0, 9) == b''"
+    )
+    program = f"import os, sys\nfrom ray_cxr import environment\n{code}"
+    done = subprocess.run(["sh", "-c", '"$@" <&- >&- 2>&-', "sh", sys.executable, "-c", program], cwd=ROOT, timeout=60)
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_ctrl_c_while_the_libraries_are_imported_is_one_line(is_ignored: bool) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "import ray_cxr.__main__ as program\n"
+        "assert not {'numpy', 'pydantic'} & set(sys.modules)\n"
+        "class Finder:\n"
+        "    def find_spec(name, *_):\n"
+        "        if name == 'pandas':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        f"signal.signal(signal.SIGINT, signal.{'SIG_IGN' if is_ignored else 'default_int_handler'})\n"
+        "sys.argv = ['ray-cxr', '--version']\n"
+        "sys.exit(program.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    stopped = (130, "ray-cxr: stopped; run the same command again to continue\n")
+    assert (done.returncode, done.stderr) == ((0, "") if is_ignored else stopped)

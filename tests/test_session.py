@@ -16,15 +16,20 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import grpc
 import pytest
 import ray
 from nodes import find_free_port
-from ray._private import utils
+from ray._private import utils, worker
+from ray._private.runtime_env import uv_runtime_env_hook
+from ray._raylet import AuthenticationTokenLoader
+from ray.core.generated import common_pb2
 
 import ray_cxr
 from ray_cxr import session
@@ -94,6 +99,7 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Connect:
             monkeypatch.setattr(ray, name, getattr(cluster, name))
         monkeypatch.setattr(session.cluster, "wait_for_node", lambda on_head: None)
         monkeypatch.setattr(session, "_wait_for_answer", lambda address, source: address)
+        monkeypatch.setattr(session, "match_token", lambda target: {})
         monkeypatch.setattr(session, "_RayWatch", NoWatch)
         with session.start_ray(RaySettings(address=address)):
             pass
@@ -358,3 +364,111 @@ def test_a_token_of_the_environment_is_left_alone(own: str, tmp_path: Path, monk
     session.ensure_token()
     assert os.environ[own] == "mine"
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- the token of a cluster
+
+
+@pytest.fixture
+def head() -> Iterator[Callable[[str], str]]:
+    """Returns a function that starts a head with this token, or '' for none, and returns its address."""
+    servers = []
+
+    def start(token: str) -> str:
+        def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
+            if token and dict(context.invocation_metadata()).get("authorization") != f"Bearer {token}":
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+            return b""
+
+        method = {"GetClusterId": grpc.unary_unary_rpc_method_handler(answer)}
+        server = grpc.server(ThreadPoolExecutor(1))
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", method),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        servers.append(server)
+        return f"127.0.0.1:{port}"
+
+    yield start
+    for server in servers:
+        server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "own", "mode", "expected"),
+    [
+        ("", "", "", {}),
+        ("", "mine", "", {"RAY_AUTH_MODE": "disabled"}),
+        ("", "mine", "disabled", {}),
+        ("", "mine", "token", "the cluster uses no token, but RAY_AUTH_MODE=token is set here; unset it here, or"),
+        ("t", "t", "", {}),
+        ("t", "t", "token", {}),
+        ("t", "", "", "the cluster requires a token, and this command has none; copy ~/.ray/auth_token from the head"),
+        ("t", "mine", "", "the cluster rejects this command's token; copy ~/.ray/auth_token from the head"),
+        ("t", "t", "disabled", "the cluster requires a token, but RAY_AUTH_MODE=disabled is set; unset it"),
+    ],
+)
+def test_a_mismatch_of_tokens_is_named(
+    head: Callable[[str], str],
+    theirs: str,
+    own: str,
+    mode: str,
+    expected: dict[str, str] | str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"HOME": str(tmp_path), "RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": own}.items():
+        monkeypatch.setenv(name, value)
+        if not value:
+            monkeypatch.delenv(name)
+    AuthenticationTokenLoader.instance().reset_cache()
+    target = head(theirs)
+    try:
+        if isinstance(expected, dict):
+            assert session.match_token(target) == expected
+        else:
+            assert refusal(lambda: session.match_token(target)).startswith(f"Ray at {target}: {expected}")
+    finally:
+        AuthenticationTokenLoader.instance().reset_cache()
+
+
+# ---------------------------------------------------------------- what workers inherit
+
+
+def test_workers_import_nothing_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray.init` appends the script's folder, if any, and the working directory to the workers' module path."""
+    monkeypatch.chdir(tmp_path)
+    for given, expected in (
+        (["/app", str(tmp_path)], ["/app"]),
+        ([str(tmp_path)], []),
+        ([str(tmp_path), str(tmp_path)], [str(tmp_path)]),  # a script of the user, which imports from there too
+        ([], []),  # a job with a working_dir
+    ):
+        configuration = session._make_job_config()
+        configuration._py_driver_sys_path.extend(given)
+        sent = common_pb2.JobConfig.FromString(configuration._serialize())
+        assert list(sent.py_driver_sys_path) == expected
+
+
+def test_local_ray_starts_without_the_users_modules(connect: Connect, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    seen: dict[str, str] = {}
+    connect(Cluster({}), address="local", init=lambda **_: seen.update(os.environ))
+    assert str(tmp_path) not in seen["PYTHONPATH"].split(os.pathsep)
+    assert "" not in seen["PYTHONPATH"].split(os.pathsep)
+    assert seen["PYTHONSAFEPATH"] == "1"
+
+
+def test_uv_does_not_make_ray_upload_the_working_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uv_runtime_env_hook, "_get_uv_run_cmdline", lambda: ["uv", "run", "ray-cxr"])
+    assert worker._maybe_modify_runtime_env({}, False) == {}
+
+
+def test_machine_without_a_network_interface_is_one_line(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = OSError(errno.ENETUNREACH, "Network is unreachable")
+    monkeypatch.setattr(socket, "create_connection", Mock(side_effect=error))
+    message = refusal(lambda: connect(address="local"), RayCxrError)
+    assert message.startswith(
+        "Ray: no network interface is up on this machine, not even the loopback (Network is unreachable)"
+    )
+    assert "`ip link set lo up`" in message

@@ -43,7 +43,7 @@ class Boxes:
 
 
 def read_boxes(path: str) -> Boxes:
-    """Read a table of boxes, CSV or gzipped CSV, in NIH's form; errors name the line."""
+    """Read a table of boxes, CSV as `csv_table` reads it, in NIH's form; errors name the line."""
     table = read_csv(path)
     columns = _find_columns(table)
     return Boxes(
@@ -83,7 +83,7 @@ def _read_findings(table: CsvTable, column: str) -> np.ndarray:
 def _read_numbers(table: CsvTable, columns: dict[str, str]) -> np.ndarray:
     values = np.empty((len(table.rows), 4))
     for position, name in enumerate(_NUMBERS):
-        text = table.rows[columns[name]].str.strip()
+        text = table.read_numbers(columns[name])
         numbers = pd.to_numeric(text, errors="coerce").astype("float64")
         is_bad = ~numbers.between(-np.inf, np.inf, inclusive="neither")
         if is_bad.any():

@@ -65,7 +65,7 @@ class ConsensusLabels:
 
 
 def read_consensus(path: str) -> ConsensusLabels:
-    """Read a consensus table, CSV or gzipped CSV.
+    """Read a consensus table, CSV as `csv_table` reads it.
 
     Values are 0 and 1 (or NO and YES); blank means not judged. Columns of 0 and 1 that name none of our findings are
     listed in `left_out`. Repeated rows are merged; one image with different labels is an error.

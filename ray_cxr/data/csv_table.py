@@ -6,20 +6,15 @@ the checks in this module, so that their errors name file and line in the same w
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import re
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ray_cxr import labels
-from ray_cxr.data import identity
+from ray_cxr.data import identity, table_text
 from ray_cxr.errors import TableError
 
 #: Spellings of the columns that several kinds of tables have, normalised by `normalize_header`.
@@ -38,6 +33,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "follow_up": ("followup",),
 }
 KNOWN_HEADERS = frozenset(spelling for spellings in COLUMNS.values() for spelling in spellings)
+#: Numbers with a decimal comma, also with a unit or an exponent. Three digits after a comma can be thousands. In tables
+#: separated by semicolons they are decimals: spreadsheets write those where the comma is the decimal mark.
+_DECIMAL_COMMA = re.compile(r"([+-]?\d+),(\d{1,2}|\d{4,})((?:\s*[A-Za-z][\w+-]*)?)")
+_ANY_DECIMAL_COMMA = re.compile(r"([+-]?\d+),(\d+)((?:\s*[A-Za-z][\w+-]*)?)")
 _NIH_NAME = re.compile(r"^\d{8}_\d{3}\.png$")
 
 
@@ -47,6 +46,7 @@ class CsvTable:
 
     path: str
     rows: pd.DataFrame
+    separator: str
 
     @property
     def headers(self) -> list[str]:
@@ -99,7 +99,8 @@ class CsvTable:
         Copies of NIH's table write one patient as 1 or 00000001; in other tables 007 and 7 may be two people. The name
         of an NIH image starts with its patient's number, which separates the two cases row by row.
         """
-        ids = self.read_optional(column).str.replace(r"^(\d+)\.0+$", r"\1", regex=True)
+        mark = "[.,]" if self.separator == ";" else "[.]"
+        ids = self.read_optional(column).str.replace(rf"^(\d+){mark}0+$", r"\1", regex=True)
         ids = ids.where(ids.notna(), None)
         named = image_ids.where(image_ids.str.match(_NIH_NAME)).str.slice(0, 8)
         same = named.notna() & ids.notna() & (ids.astype("string").str.zfill(8) == named)
@@ -112,9 +113,16 @@ class CsvTable:
         text = self.rows[column].str.strip().astype("object")
         return text.mask(text.isin(identity.MISSING), None)
 
+    def read_numbers(self, column: str) -> pd.Series:
+        """Return a column's text without outer blanks, and numbers with a decimal comma with a point instead."""
+        text = self.rows[column].str.strip()
+        pattern = _ANY_DECIMAL_COMMA if self.separator == ";" else _DECIMAL_COMMA
+        numbers = {cell: match for cell in text.unique() if "," in cell and (match := pattern.fullmatch(cell))}
+        return text.replace({cell: match.expand(r"\1.\2\3") for cell, match in numbers.items()}) if numbers else text
+
     def read_values(self, column: str, values: Mapping[str, int | None], expected: str) -> pd.Series:
         """Translate the cells of a column by `values`, in lower case and without outer blanks: Int8; refuse others."""
-        text = self.rows[column].str.strip().str.lower()
+        text = self.read_numbers(column).str.lower()
         is_bad = ~text.isin(list(values))
         if is_bad.any():
             raise self.error(is_bad, f"{column} is {self.rows[column][is_bad].iloc[0].strip()!r}; use {expected}")
@@ -139,25 +147,19 @@ def normalize_header(header: str) -> str:
 
 
 def read_csv(path: str) -> CsvTable:
-    """Read a CSV file, gzipped or not; refuse repeated columns and rows of another length."""
-    # strict: otherwise a quotation mark that is never closed swallows the rest of the table.
-    reader = csv.reader(io.StringIO(_read_text(path, "CSV table"), newline=""), strict=True)
-    lines: dict[int, list[str]] = {}
-    try:
-        for row in reader:
-            if any(cell.strip() for cell in row):
-                lines[reader.line_num] = row
-    except csv.Error as error:
-        raise TableError(f"{path}: line {reader.line_num}: cannot be read as CSV: {error}") from None
+    """Read a CSV file in any form that `table_text` reads; refuse repeated columns and rows of another length."""
+    separator, lines = table_text.split_rows(table_text.read_text(path), path, _names_images)
     if not lines:
         raise TableError(f"{path}: the table is empty")
-    header = lines.pop(next(iter(lines)))
+    first = next(iter(lines))
+    header = lines.pop(first)
     if not lines:
         raise TableError(f"{path}: the table has a header but no rows")
     named = max(i for i, name in enumerate(header) if name.strip()) + 1
     for line, row in lines.items():
         if len(row) < named or any(cell.strip() for cell in row[len(header) :]):
-            raise TableError(f"{path}: line {line} has {len(row)} columns, the header {len(header)}; correct the row")
+            counts = f"line {line} has {len(row)} columns, the header (line {first}) {len(header)}"
+            raise TableError(f"{path}: {counts}; correct the row")
         row[len(header) :] = []
         row += [""] * (len(header) - len(row))
     names: list[str] = []
@@ -165,32 +167,20 @@ def read_csv(path: str) -> CsvTable:
         if name in names and (normalize_header(name) in KNOWN_HEADERS or labels.canonicalize(name)):
             raise TableError(f"{path}: has the column {name!r} twice; remove one of them")
         names.append(f"Unnamed {i}" if not name.strip() else f"{name} ({i})" if name in names else name)
-    return CsvTable(path, pd.DataFrame(list(lines.values()), columns=names, index=list(lines), dtype=str))
+    rows = pd.DataFrame(list(lines.values()), columns=names, index=list(lines), dtype=str)
+    return CsvTable(path, rows, separator)
 
 
 def read_image_list(path: str) -> list[str]:
     """Read a list of image names, one per line, gzipped or not."""
-    names = pd.Series(_read_text(path, "split list").splitlines(), name="the image name", dtype=object).str.strip()
-    names.index += 1  # line numbers
-    names = names[names != ""]
-    if names.empty:
+    text = table_text.read_text(path, table_text.SPLIT_LIST)
+    lines = dict(table_text.split_lines(text, path, _names_images))
+    if not lines:
         raise TableError(f"{path}: the list is empty")
+    names = pd.Series(lines, name="the image name", dtype=object)
     identity.check_series(names, path, images=True)
     return names.tolist()
 
 
-def _read_text(path: str, what: str) -> str:
-    """Read a local text file; gzip is recognised by its first bytes."""
-    if "://" in path:
-        raise TableError(f"{path}: is a URI; copy the {what} to this machine and pass the copy")
-    try:
-        data = Path(path).read_bytes()
-        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise TableError(f"{path}: no such file; pass an existing {what}") from None
-    except UnicodeDecodeError:
-        raise TableError(f"{path}: not text in UTF-8; pass a {what}, or save it as UTF-8") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise TableError(f"{path}: damaged gzip file; copy it again") from None
-    except OSError as error:
-        raise TableError(f"{path}: cannot be read: {error.strerror or error}; pass a {what}") from None
+def _names_images(header: Sequence[str]) -> bool:
+    return any(normalize_header(cell) in COLUMNS["image_id"] for cell in header)

@@ -19,7 +19,7 @@ from ray_cxr import labels
 from ray_cxr.data import identity
 from ray_cxr.errors import TableError
 from ray_cxr.imaging.demographics import MAX_AGE_YEARS
-from ray_cxr.storage import atomic, remote
+from ray_cxr.storage import atomic, contents, remote
 from ray_cxr.storage.files import Listing, find_images
 from ray_cxr.storage.paths import explain_suffixes, file_names, format_suffixes, make_absolute, plain_path, plain_paths
 
@@ -63,10 +63,8 @@ def open_manifest(path: str | Path) -> Iterator[ManifestFile]:
     """Open a manifest to read single columns or batches."""
     try:
         file = pq.ParquetFile(remote.to_path(path))
-    except FileNotFoundError:
-        raise TableError(f"{path}: no such file; make it with `ray-cxr manifest`") from None
     except (OSError, pa.ArrowInvalid):
-        raise TableError(f"{path}: not a Parquet file; make it with `ray-cxr manifest`") from None
+        raise TableError(contents.explain(path, "a manifest", "make one with `ray-cxr manifest`")) from None
     with file:
         yield ManifestFile(path, file)
 
@@ -78,7 +76,8 @@ class ManifestFile:
         self._path, self._file = path, file
         self.metadata: dict[bytes, bytes] | None = file.schema_arrow.metadata
         if "image_id" not in file.schema_arrow.names:
-            raise TableError(f"{path}: has no column image_id; make it with `ray-cxr manifest`")
+            remedy = "it has no column image_id; make one with `ray-cxr manifest`"
+            raise TableError(contents.explain(path, "a manifest", remedy))
         if repeats := sorted(name for name, count in Counter(file.schema_arrow.names).items() if count > 1):
             raise TableError(f"{path}: has two columns {repeats[0]}; keep one")
 

@@ -172,11 +172,12 @@ def read_table(path: str, report: ManifestReport | None = None) -> pd.DataFrame:
     out["image_id"] = image_ids
     out["patient_id"] = table.read_patient_ids(columns.get("patient_id"), image_ids)
     out["study_id"] = table.read_optional(columns.get("study_id"))
-    out["age"] = _read_ages(rows[columns["age"]], dialect, report) if "age" in columns else np.nan
+    out["age"] = _read_ages(table.read_numbers(columns["age"]), dialect, report) if "age" in columns else np.nan
     out["sex"] = rows[columns["sex"]].map(demographics.parse_sex).astype("object") if "sex" in columns else None
     views = table.find_all(dialect.columns["view"])
     out["view"] = _read_views(rows[views], report)
-    visits = pd.to_numeric(table.read_optional(columns.get("follow_up")), errors="coerce").astype(float).round()
+    follow_up = table.read_numbers(columns["follow_up"]) if "follow_up" in columns else table.read_optional(None)
+    visits = pd.to_numeric(follow_up, errors="coerce").astype(float).round()
     out["follow_up"] = visits.where(visits.abs() < 2**31).astype("Int32")
     values = dialect.read_labels(table, image_ids)
     report.unlabelled_rows += int(values.isna().all(axis=1).sum())

@@ -36,7 +36,7 @@ from ray_cxr.data.shards import Pixels, ShardRows, ShardWriter, missing_shard, r
 from ray_cxr.errors import ConfigError, ImageError, OutputError, TableError
 from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
 from ray_cxr.progress import Progress
-from ray_cxr.storage import atomic, remote, run_folder
+from ray_cxr.storage import atomic, contents, remote, run_folder
 from ray_cxr.storage.archives import read_members
 
 #: Formats of the folder: 1 had Parquet shards; 3 holds images from archives, in shards of different lengths.
@@ -95,7 +95,7 @@ def prepare(
             progress = Progress("prepare", n_rows, done=n_rows - pending)
             show = _make_progress(out, settings.sizes, ranges, progress)
             with progress, cluster.log_node_changes("prepare"), tasks.poll(show, "prepare"):
-                for _ in tasks.run_with_retries(todo, build_dataset, find_pending):
+                for _ in tasks.run_with_retries(todo, build_dataset, find_pending, "prepare"):
                     pass  # `show` reports the shards that the tasks write
         return {size: _count_rows(out, size, ranges) for size in settings.sizes}
 
@@ -281,7 +281,7 @@ class PreparedSet:
         self.path = remote.to_path(path)
         self._settings = run_folder.read_settings(self.path)
         if not self._settings or self._settings.get("kind", "prepare") != "prepare":
-            raise ConfigError(f"{path}: not a prepared folder; make one with `ray-cxr prepare`")
+            raise ConfigError(contents.explain(path, "a prepared folder", "make one with `ray-cxr prepare`"))
         if (version := self._settings.get("format", FORMAT)) not in (FORMAT, FORMAT_WITH_ARCHIVES):
             raise ConfigError(
                 f"{path}: has format {version}, but this version reads formats {FORMAT} and {FORMAT_WITH_ARCHIVES}; "

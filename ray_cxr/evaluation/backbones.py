@@ -265,6 +265,7 @@ def _judge_by_patients(
         f"Patients: {pair} is {_format_signed(paired.difference)} macro AUROC on the same validation images (95% "
         f"interval {_format_signed(paired.low)} to {_format_signed(paired.high)}, {_format_p(paired.p)}); other "
         f"patients {'could hardly' if sign else 'could'} reverse the order."
+        + (" No patient id is known, so each image counts as one patient." if paired.n_patients is None else "")
     )
 
 

@@ -117,7 +117,7 @@ def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray
         image, is_turned = normalize_geometry(image, ds)
         if is_turned:
             flags.append("reoriented")
-        check_size(*image.shape, max_pixels)
+        check_size(image.shape[0], image.shape[1], max_pixels)
         return image, tuple(flags)
 
 

@@ -51,8 +51,10 @@ def read_pixels(ds: Any, syntax: str, rows: int, columns: int, allocated: int, b
     except ImageError as error:
         if actual == syntax:
             raise
-        declared = f"the transfer syntax {UID(syntax).name} is wrong"
-        raise ImageError(error.code, f"{error.message}; {declared}, the pixel data are {kind}") from None
+        name = UID(syntax).name
+        raise ImageError(
+            error.code, f"{error.message}; the transfer syntax {name} is wrong, the pixel data are {kind}"
+        ) from None
     if array.shape != ((rows, columns) if samples == 1 else (rows, columns, 3)) or array.dtype.kind not in "ui":
         raise ImageError("corrupt", "the shape of the pixel data differs from the DICOM header")
     if array.dtype.itemsize > 2:

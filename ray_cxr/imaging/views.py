@@ -12,6 +12,7 @@ Text that names no view of the table, or several (`PA and lateral`), has no view
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -58,6 +59,7 @@ _DIRECTIONS = (
 )
 
 
+@functools.lru_cache(maxsize=1024)
 def parse_view(text: str) -> str | None:
     """Return the view that a text names, or None."""
     letters = unicodedata.normalize("NFKD", text.upper())

@@ -41,7 +41,7 @@ from ray_cxr.labels import LABELS
 from ray_cxr.models import predictions, runtime
 from ray_cxr.models.architecture import Architecture, BundleInfo
 from ray_cxr.models.runtime import GOLDEN, GOLDEN_INT8, TOLERANCE
-from ray_cxr.storage import remote
+from ray_cxr.storage import contents, remote
 from ray_cxr.storage.files import hash_file
 from ray_cxr.storage.paths import file_name, is_system_file
 
@@ -314,8 +314,9 @@ def is_written(path: Path) -> bool:
 
 
 def _load(path: Path, location: str) -> Bundle:
-    if not path.is_dir():
-        raise BundleError(f"{path}: no such folder; pass a bundle, e.g. the folder RUN/bundle of `ray-cxr train`")
+    if not (path / "bundle.json").exists():
+        inner = f"{location}/bundle" if (path / "bundle" / "bundle.json").exists() else "RUN/bundle of `ray-cxr train`"
+        raise BundleError(contents.explain(location, "a bundle (no bundle.json)", f"pass a bundle, e.g. {inner}"))
     info = _read_info(path)
     if type(info.get("format")) is not int or info["format"] < 1:
         raise BundleError(f"{path}: bundle.json has no format; pass a bundle")
@@ -367,10 +368,6 @@ def _check_exported_files(bundle: Bundle) -> None:
 def _read_info(path: Path) -> dict[str, Any]:
     try:
         info = json.loads((path / "bundle.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(
-            f"{path}: has no bundle.json; pass a bundle, e.g. the folder RUN/bundle of `ray-cxr train`"
-        ) from None
     except (OSError, ValueError):
         info = None
     if not isinstance(info, dict):

@@ -25,7 +25,7 @@ import numpy as np
 from ray_cxr.config import HeatMapMethod, InputSpec
 from ray_cxr.imaging.overlays import WHOLE, Area, project_cells
 from ray_cxr.imaging.resize import locate_in_input, resize
-from ray_cxr.models.keras_setup import keras
+from ray_cxr.models.keras_setup import keras, tf
 
 #: Names that `classifier.build` gives the head's first layer; its input is the feature map.
 _POOLS = ("pool_avg", "pool")
@@ -47,8 +47,6 @@ class GradCam:
     """Computes heat maps of any model that `classifier.build` built, by the methods of the module's docstring."""
 
     def __init__(self, model: keras.Model, method: HeatMapMethod = "gradcam") -> None:
-        import tensorflow as tf
-
         pool = next(model.get_layer(name) for name in _POOLS if name in {layer.name for layer in model.layers})
         self._backbone = keras.Model(model.input, pool.input)
         self._head = keras.Model(pool.input, model.get_layer("logits").output)
@@ -61,8 +59,6 @@ class GradCam:
         return Explanation(*(np.asarray(array, dtype=np.float32) for array in arrays))
 
     def _explain(self, images: Any, findings: Any) -> tuple[Any, Any]:
-        import tensorflow as tf
-
         features = self._backbone(images, training=False)
         # Persistent: one backward pass through the head per finding. In the head an image does not affect others, so
         # the gradient of the sum over all images has the gradient of each image in its row.
@@ -74,8 +70,6 @@ class GradCam:
         return tf.stack(maps, axis=1), tf.sigmoid(logits)
 
     def _map(self, features: Any, gradient: Any) -> Any:
-        import tensorflow as tf
-
         features, gradient = tf.cast(features, tf.float32), tf.cast(gradient, tf.float32)
         if self._method == "gradcam":
             gradient = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)

@@ -167,9 +167,7 @@ def _fit_quality(folder: Path, model: runtime.Runtime, images: SampleImages | No
 
 def _convert(both: Any, architecture: Architecture, folder: Path) -> runtime.OpenVinoRuntime:
     """Write a model with two outputs as an OpenVINO graph, and open it in float32."""
-    import tensorflow as tf
-
-    from ray_cxr.models.keras_setup import hide_user_settings
+    from ray_cxr.models.keras_setup import hide_user_settings, tf
 
     ov = runtime.import_openvino()
     weights = [np.asarray(variable) for variable in both.trainable_variables]

@@ -1,9 +1,9 @@
-"""Import Keras on TensorFlow, without the configuration that the user made for other projects.
+"""Import Keras and TensorFlow, without the configuration that the user made for other projects.
 
 Keras reads `keras.json` in the user's home folder and environment variables. They may select another backend, channels
-first or float16, which the models here do not support. So all modules import Keras from this one: it has Keras read
-the package's own `keras.json`. The user's file and variables stay as they are. Downloaded weights stay in the user's
-folder, where other programs find them.
+first or float16, which the models here do not support. TensorFlow reads and writes the same file. So all modules import
+both from this one: it makes them read the package's own `keras.json`. The user's file and variables stay as they are.
+Downloaded weights stay in the user's folder, where other programs find them.
 """
 
 from __future__ import annotations
@@ -47,21 +47,22 @@ def hide_user_settings() -> Iterator[None]:
 #: The folder of downloaded weights.
 KERAS_FOLDER = find_keras_folder()
 
-if "keras" in sys.modules:
-    import keras
-else:
+_is_configured = "keras" in sys.modules
+if not _is_configured:
     # A failed import of Keras leaves submodules with the settings that it read.
     for _name in [name for name in sys.modules if name.startswith("keras.")]:
         del sys.modules[_name]
-    with hide_user_settings():
-        import keras
-        from keras.src.backend import config as _config
+with hide_user_settings():
+    import keras
+    import tensorflow as tf
+    from keras.src.backend import config as _config
+if not _is_configured:
     # Keras stores downloads next to its keras.json, and has no setting for another folder.
     _config._KERAS_DIR = str(KERAS_FOLDER)
     if (_backend := os.environ.get("KERAS_BACKEND") or "tensorflow") != "tensorflow":
         logger.warning("Keras runs on TensorFlow in this process; KERAS_BACKEND=%s is ignored", _backend)
 
-__all__ = ["KERAS_FOLDER", "check_settings", "hide_user_settings", "keras"]
+__all__ = ["KERAS_FOLDER", "check_settings", "hide_user_settings", "keras", "tf"]
 
 
 def check_settings() -> None:

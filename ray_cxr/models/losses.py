@@ -24,9 +24,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from ray_cxr.config import TrainSettings
+from ray_cxr.models.keras_setup import tf
 
 #: The function that `make_loss` returns.
 Loss = Callable[[Any, Any, Any, Any], Any]

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from ray_cxr.errors import RayCxrError
 from ray_cxr.evaluation import calibration, quality
+from ray_cxr.imaging.views import parse_view
 from ray_cxr.labels import NO_FINDING
 
 #: The highest rank of a finding that has no operating point.
@@ -28,7 +29,6 @@ UNFLAGGED = 0.49
 IDENTITY = ("image_id", "path", "patient_id", "study_id")
 #: Optional columns, from the manifest or a DICOM header.
 ABOUT = (("age", pa.float64()), ("sex", pa.string()), ("view", pa.string()))
-
 #: Flags of views that are not frontal; a decubitus view is frontal, and whether it is unusual is seen in its pixels.
 _FLAGS_OF_VIEWS = {"LATERAL": "lateral", "OBLIQUE": "not_frontal_chest"}
 
@@ -147,7 +147,8 @@ def _quality_flags(
     result = []
     for row, (flag, age, view) in enumerate(zip(flags or unknown, ages, views, strict=True)):
         of_age = None if age is None or youngest <= age <= oldest else "age_outside_training"
-        of_view = _FLAGS_OF_VIEWS.get(view)
+        view = parse_view(view or "")  # a Parquet manifest of other software can spell it in another way
+        of_view = _FLAGS_OF_VIEWS.get(view or "")
         # The tag is more reliable than an estimate from pixels.
         of_pixels = None if flag == "lateral" and view in ("PA", "AP") else flag
         result.append(quality.find_most_severe([of_pixels, of_age, of_view, *header_flags.get(row, ())]))

@@ -126,8 +126,8 @@ def _find_trained(bundle: Bundle, train: SplitData, validation: SplitData) -> np
             images.add(row["image_id"])
             patients.add(row["patient_id"])
     patients.discard(None)  # unknown patients match nothing
-    pairs = zip(validation.image_ids, validation.patient_ids, strict=True)
-    return np.array([image in images or patient in patients for image, patient in pairs], dtype=bool)
+    same = identity.find_ids(validation.image_ids, sorted(images)) >= 0
+    return same | np.array([patient in patients for patient in validation.patient_ids], dtype=bool)
 
 
 def _quantize_graph(graph: Path, images: np.ndarray) -> Any:

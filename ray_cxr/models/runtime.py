@@ -229,7 +229,7 @@ def limit_threads(threads: int) -> None:
 
     By default each process starts one thread per core, so the actors of a node would compete for the cores.
     """
-    import tensorflow as tf
+    from ray_cxr.models.keras_setup import tf
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
@@ -237,7 +237,7 @@ def limit_threads(threads: int) -> None:
 
 def use_gpu_memory_as_needed() -> int:
     """Stop TensorFlow from reserving a whole GPU at its first use; return the number of visible GPUs."""
-    import tensorflow as tf
+    from ray_cxr.models.keras_setup import tf
 
     gpus = tf.config.list_physical_devices("GPU")
     for gpu in gpus:
@@ -251,7 +251,7 @@ def prepare_device(gpu: bool, precision: str) -> str:
     Returns the Keras dtype policy: `precision`, or for `auto` float32 on CPUs, mixed_bfloat16 on GPUs of compute
     capability 8.0 or more, mixed_float16 from 7.0 (tensor cores), and float32 on older GPUs.
     """
-    import tensorflow as tf
+    from ray_cxr.models.keras_setup import tf
 
     if not gpu:
         tf.config.set_visible_devices([], "GPU")
@@ -270,7 +270,7 @@ def prepare_device(gpu: bool, precision: str) -> str:
 
 def _gpu_capability() -> tuple[int, int]:
     """Return CUDA's compute capability of the first GPU; (0, 0) if it is unknown."""
-    import tensorflow as tf
+    from ray_cxr.models.keras_setup import tf
 
     details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
     major, minor = details.get("compute_capability") or (0, 0)
@@ -283,7 +283,7 @@ def prepare_gpu(precision: str) -> str:
         raise ConfigError("--gpu: this actor sees no GPU; check that requirements-gpu.lock is installed there")
     if precision == "bf16" and _gpu_capability() >= (8, 0):
         return "mixed_bfloat16"
-    import tensorflow as tf
+    from ray_cxr.models.keras_setup import tf
 
     tf.config.experimental.enable_tensor_float_32_execution(False)  # TF32 keeps 10 of 23 bits
     return "float32"
@@ -291,7 +291,7 @@ def prepare_gpu(precision: str) -> str:
 
 def make_deterministic() -> None:
     """Restrict TensorFlow to kernels that add in a fixed order, so that every run gives the same bits."""
-    import tensorflow as tf
+    from ray_cxr.models.keras_setup import tf
 
     tf.config.experimental.enable_op_determinism()
 

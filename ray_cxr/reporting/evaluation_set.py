@@ -14,6 +14,7 @@ from ray_cxr.data import identity, manifest
 from ray_cxr.errors import InputError, TableError
 from ray_cxr.labels import LABELS
 from ray_cxr.reporting.scores import Scores, read_floats, read_texts
+from ray_cxr.storage import contents
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,9 @@ def join_labels(table: Scores, path: str | Path, split: str | None) -> Evaluatio
     ids = read_texts(labelled, "image_id", path)
     if not len(ids):
         raise InputError(f"--labels {path}: holds no rows; make it again with `ray-cxr manifest`")
+    if all(labelled[name].null_count == len(ids) for name in LABELS):
+        remedy = "no image has a label; make one from a table with labels"
+        raise InputError(f"--labels {contents.explain(path, 'a manifest with labels', remedy)}")
     chosen = _select_split(read_texts(labelled, "split", path), split, path)
     rows_of_labels = identity.find_ids(ids, table.ids)
     rows = rows_of_labels[chosen]

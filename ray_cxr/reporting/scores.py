@@ -21,7 +21,7 @@ from ray_cxr.data import identity
 from ray_cxr.errors import ImageError, InputError, TableError, first_line
 from ray_cxr.evaluation import calibration
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING, canonicalize
-from ray_cxr.storage import remote
+from ray_cxr.storage import contents, remote
 from ray_cxr.storage.paths import is_uri, redact
 from ray_cxr.storage.stores import describe_error, is_access_denied, open_uri
 
@@ -183,7 +183,7 @@ class Location:
             visible = [entry for entry in entries if not entry.base_name.startswith((".", "_"))]
             files = sorted(entry.path for entry in visible if entry.is_file and entry.path.endswith(".parquet"))
         if not files:
-            raise InputError(f"{shown}: no Parquet files. Pass the folder that `ray-cxr score` wrote.")
+            raise InputError(_explain(shown, "it has no Parquet files"))
 
         def read(name: str) -> pa.Table:
             try:
@@ -191,7 +191,9 @@ class Location:
                     file = pq.ParquetFile(stream, pre_buffer=True)
                     return file.read(columns=[column for column in file.schema_arrow.names if _is_used(column)])
             except (OSError, pa.ArrowInvalid):
-                raise TableError(f"{name}: not a readable Parquet file") from None
+                problem = "not a readable Parquet file"
+                is_local = isinstance(self.fs, pafs.LocalFileSystem)
+                raise TableError(_explain(name, problem) if is_local else f"{name}: {problem}") from None
 
         # In parallel, because reading from a bucket is mostly waiting.
         with ThreadPoolExecutor(remote.THREADS, thread_name_prefix="scores") as pool:
@@ -200,6 +202,12 @@ class Location:
             return pa.concat_tables(parts, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise TableError(f"{shown}: its Parquet files do not fit together: {first_line(error)}") from None
+
+
+def _explain(source: str, problem: str) -> str:
+    """Return the message for a source that is not scores; a local one is described."""
+    remedy = f"{problem}; pass the folder that `ray-cxr score` wrote, or a Parquet file with image_id and p_<Finding>"
+    return f"{redact(source)}: {remedy}" if is_uri(source) else contents.explain(source, "scores", remedy)
 
 
 def _is_used(column: str) -> bool:
@@ -212,7 +220,7 @@ class _Columns:
     def __init__(self, table: pa.Table, source: str) -> None:
         self.table, self.source = table, source
         if "image_id" not in table.column_names:
-            raise TableError(f"{source}: has no column image_id")
+            raise TableError(_explain(source, "it has no column image_id"))
         if len(table) == 0:
             raise TableError(f"{source}: holds no rows")
 
@@ -224,7 +232,7 @@ class _Columns:
         columns, ignored = self._name_columns()
         findings = tuple(label for label in LABELS if label in columns["p_"])
         if not findings:
-            raise TableError(f"{self.source}: has no column p_<Finding>, such as p_{FINDINGS[0]}")
+            raise TableError(_explain(self.source, f"it has no column p_<Finding>, such as p_{FINDINGS[0]}"))
         p = {f: self._probabilities(columns["p_"][f]) for f in findings}
         c = {f: self._probabilities(name) for f, name in columns["c_"].items() if f in findings}
         flags = {f: self._flags(name) for f, name in columns["flag_"].items() if f in findings}

@@ -19,7 +19,7 @@ from ray_cxr.errors import ConfigError, RayCxrError
 from ray_cxr.progress import Progress
 from ray_cxr.scoring.ranges import ScoreTask, TaskResult, list_parts, part_name
 from ray_cxr.storage import remote
-from ray_cxr.tasks import MAX_LOST_PER_WORKER, Task, poll, run_with_retries, sanitize_error
+from ray_cxr.tasks import MAX_LOST_PER_WORKER, Task, map_once, poll, run_with_retries, sanitize_error
 
 #: Maximum by default: further actors speed up a run more than further CPUs per actor.
 MAX_CPUS_PER_ACTOR = 4
@@ -149,7 +149,7 @@ def build_dataset(
 
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     if decode is not None:
-        dataset = dataset.flat_map(decode, fn_kwargs={"job": arguments["job"]}, num_cpus=1)
+        dataset = map_once(dataset, decode, flat=True, fn_kwargs={"job": arguments["job"]}, num_cpus=1)
     with warnings.catch_warnings():
         # Ray 2.60 deprecates `ray_remote_args_fn` without a replacement; pyproject.toml holds Ray below 2.61.
         warnings.filterwarnings("ignore", message=".*ray_remote_args_fn", category=Warning)

@@ -23,6 +23,7 @@ from pyarrow import fs as arrow_fs
 
 from ray_cxr.errors import ImageError, InputError, one_line
 from ray_cxr.progress import Progress
+from ray_cxr.storage import contents
 from ray_cxr.storage.archives import read_member, scan_archive
 from ray_cxr.storage.paths import (
     ARCHIVE_SUFFIXES,
@@ -114,7 +115,8 @@ def find_images(location: str) -> Listing:
         elif os.path.isdir(location):
             paths = _to_chunks(_keep_utf8(_list_local(root, left_out), left_out))
         else:
-            raise InputError(f"{location}: {_IS_FILE if os.path.exists(location) else _NO_FOLDER}")
+            problem = f"{_IS_FILE} ({contents.describe(location)})" if os.path.exists(location) else _NO_FOLDER
+            raise InputError(f"{location}: {problem}")
         paths, unpacked = _expand_archives(paths, mark + options, left_out)
     if not len(paths):
         others = "; ".join([f"left out: {format_suffixes(left_out)}", *explain_suffixes(left_out)])

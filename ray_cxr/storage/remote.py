@@ -59,22 +59,24 @@ def to_path(text: str | os.PathLike[str]) -> Path:
     text = os.fspath(text)
     found = _ADDRESS.match(text)
     if found is None:
-        return Path(text)
-    scheme, path = found["scheme"].lower(), redact(text)
+        path = Path(text)
+        return path.absolute() if _ADDRESS.match(str(path)) else path  # `Path` drops the `./` of `./a:/b`
+    scheme, shown = found["scheme"].lower(), redact(text)
     if scheme != "s3":
-        raise InputError(f"{path}: only s3:// and local paths work here; copy the files, or pass another path")
+        remedy = "copy the files, or pass another path" if found["slashes"] == "://" else f"a local path is ./{shown}"
+        raise InputError(f"{shown}: only s3:// and local paths work here; {remedy}")
     location, mark, options = text[found.end() :].partition("?")
     bucket, _, key = location.partition("/")
     if found["slashes"] != "://" or not bucket:
-        raise InputError(f"{path}: has no bucket; write s3://BUCKET/FOLDER")
+        raise InputError(f"{shown}: has no bucket; write s3://BUCKET/FOLDER")
     try:
         result = StorePath(bucket, unescape(key).strip("/"), mark + options)
         with _store_errors(result, "opened"):
             result.open_store()
     except ImageError as error:
-        raise InputError(f"{path}: {error.message}") from None
+        raise InputError(f"{shown}: {error.message}") from None
     except pa.ArrowInvalid:
-        raise InputError(f"{path}: unknown options; see docs/storage.md") from None
+        raise InputError(f"{shown}: unknown options; see docs/storage.md") from None
     return cast(Path, result)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_cxr.errors import InputError, OutputError
-from ray_cxr.storage import atomic, remote
+from ray_cxr.storage import atomic, contents, remote
 from ray_cxr.storage.paths import is_system_file
 
 logger = logging.getLogger(__name__)
@@ -121,14 +121,11 @@ def clear_complete(out: Path) -> None:
 def check_complete(path: Path, command: str) -> None:
     """Check that `path` holds a finished run of `command`, to read it."""
     remedy = f"pass the folder that `ray-cxr {command}` wrote"
-    if not path.exists():
-        raise InputError(f"{path}: no such folder; {remedy}")
-    if not path.is_dir():
-        raise InputError(f"{path}: is a file; {remedy}")
-    if not is_complete(path):
-        if has_settings(path):
-            raise InputError(f"{path}: {command} did not finish; run it again to continue")
-        raise InputError(f"{path}: not a folder that `ray-cxr {command}` wrote; {remedy}")
+    is_other = read_settings(path).get("kind", command) != command
+    if has_settings(path) and not is_other and not is_complete(path):
+        raise InputError(f"{path}: {command} did not finish; run it again to continue")
+    if is_other or not is_complete(path):
+        raise InputError(contents.explain(path, f"a run of {command}", remedy))
 
 
 @contextlib.contextmanager

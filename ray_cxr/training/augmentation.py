@@ -10,9 +10,9 @@ import math
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from ray_cxr.config import TrainSettings
+from ray_cxr.models.keras_setup import tf
 
 #: Columns of the draws. Append new columns, so that the old columns keep their numbers.
 FLIP, SHIFT_X, SHIFT_Y, CONTRAST, ROTATION, ZOOM = range(6)

@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from ray_cxr.errors import RayCxrError
-from ray_cxr.models.keras_setup import keras
+from ray_cxr.models.keras_setup import keras, tf
 
 
 class Replicas:

@@ -38,7 +38,7 @@ CURVES = "learning_curves.png"
 def export_bundle(plan: TrainPlan, to: Path, *, more: Mapping[str, Any] | None = None) -> Bundle:
     """Write a bundle of the best epoch that a run has finished; `more` entries are added to its provenance."""
     with silence_stderr():  # TensorFlow's C++ code prints on import and when it looks for GPUs
-        import tensorflow as tf
+        from ray_cxr.models.keras_setup import tf
 
         tf.config.list_physical_devices()
     best = find_best_checkpoint(plan.out)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from ray_cxr.config import TrainSettings
 from ray_cxr.data.prepared import SplitData
@@ -20,7 +19,7 @@ from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import classifier, losses
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import WEIGHTS, load_bundle
-from ray_cxr.models.keras_setup import keras
+from ray_cxr.models.keras_setup import keras, tf
 from ray_cxr.training import schedule
 from ray_cxr.training.augmentation import augment
 from ray_cxr.training.distributed import Replicas

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from ray_cxr.config import TrainSettings
-from ray_cxr.models.keras_setup import keras
+from ray_cxr.models.keras_setup import keras, tf
 
 #: Names of biases and of BatchNorm's weights: weight decay of these regularises nothing.
 NOT_DECAYED = ("bias", "gamma", "beta")

@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ray_cxr import cluster
+from ray_cxr import cluster, limits
 from ray_cxr.config import TrainSettings
 from ray_cxr.errors import RayCxrError, from_record, last_line, own_error
 from ray_cxr.models.bundle import Bundle
@@ -183,9 +183,17 @@ def _run_workers(out: Path, settings: TrainSettings, config: dict[str, Any], lis
         cause = own_error(error)
         if isinstance(cause, RayCxrError):
             raise cause from error
+        if reason := limits.explain_loss(error, advise(settings)):
+            raise RayCxrError(f"training failed: {reason}; then run the same command again to continue") from error
         raise RayCxrError(f"training failed: {last_line(cause or error)}") from error
     _raise_failure(out)
     return result
+
+
+def advise(settings: TrainSettings) -> str:
+    """Return what lowers the memory of a run."""
+    fewer = ", or workers" if settings.workers > 1 else ""
+    return f"lower batch_size (now {settings.batch_size}){fewer}, or choose a smaller backbone or size"
 
 
 def _raise_failure(out: Path) -> None:

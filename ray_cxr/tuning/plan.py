@@ -29,7 +29,7 @@ import optuna
 from ray_cxr import extras
 from ray_cxr.config import TrainSettings, TuneSettings, load
 from ray_cxr.data.prepared import PreparedSet, complete_sizes
-from ray_cxr.errors import ConfigError, OutputError, RayCxrError, TableError, first_line
+from ray_cxr.errors import ConfigError, OutputError, RayCxrError, TableError, first_line, list_causes
 from ray_cxr.evaluation import metrics
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.storage import atomic, remote
@@ -48,6 +48,17 @@ DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
 }
 #: Arguments of `warnings.catch_warnings` that silence Optuna's warnings of experimental features.
 _EXPERIMENTAL: Any = {"action": "ignore", "category": optuna.exceptions.ExperimentalWarning}
+#: Seconds to wait for a SQLite database that another program has locked: when the search starts, and later.
+START_LOCK_S, LOCK_S = 20.0, 120.0
+#: What to do if the message of a database contains a word.
+_DATABASE_REMEDIES = {
+    "locked": "another program has locked it: end that program",
+    "readonly": "make the file and its folder writable",
+    "not a database": "it is damaged: restore it from a backup, or choose another --out",
+    "malformed": "it is damaged: restore it from a backup, or choose another --out",
+    "unable to open": "check that its folder exists and is writable",
+    "full": "free some space",
+}
 #: Settings of the search that do not change its trials.
 _FREE = {"trials", "concurrent", "ahead", "max_failures", "keep", "storage"}
 
@@ -154,8 +165,10 @@ class StudyPlan:
         identity = read_settings(self.out).get("id") or uuid.uuid4().hex
         storage = self.describe_storage()
         url = self.settings.storage or _make_address(self.out.absolute())
-        options = {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {}
+        options: dict[str, Any] = {"connect_args": {"timeout": LOCK_S}} if url.startswith("sqlite") else {}
         try:
+            if options:
+                _check_writable(url)
             study = optuna.create_study(
                 storage=optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True, **options}),
                 study_name=self.name,
@@ -179,7 +192,7 @@ class StudyPlan:
         except RayCxrError:
             raise
         except Exception as error:  # any error of a database driver
-            raise RayCxrError(f"tune.storage: {storage}: {first_line(error)}") from None
+            raise RayCxrError(f"tune.storage: {storage}: {explain_database_error(error)}") from None
         if owner != identity:
             raise OutputError(
                 f"tune.storage: {storage} holds the same search ({self.name}), started from another folder; continue "
@@ -205,6 +218,29 @@ class StudyPlan:
 
     def folder(self, number: int) -> Path:
         return self.out / TRIALS / f"{number:04d}"
+
+
+def explain_database_error(error: BaseException) -> str:
+    """Return the message of the database, which Optuna's errors hide, and what to do."""
+    from sqlalchemy.exc import DBAPIError
+
+    originals = (cause.orig for cause in list_causes(error) if isinstance(cause, DBAPIError))
+    message = first_line(next(filter(None, originals), error))
+    remedy = next((text for word, text in _DATABASE_REMEDIES.items() if word in message), "check the database")
+    return f"{message}; {remedy}, then run the same command again to continue"
+
+
+def _check_writable(url: str) -> None:
+    """Write to a SQLite database without a change; raise its error within `START_LOCK_S` seconds if that fails."""
+    from sqlalchemy import create_engine, text
+
+    engine = create_engine(url, connect_args={"timeout": START_LOCK_S})
+    try:
+        with engine.connect() as connection:
+            version = connection.execute(text("PRAGMA user_version")).scalar()
+            connection.execute(text(f"PRAGMA user_version = {version}"))
+    finally:
+        engine.dispose()
 
 
 def _make_address(out: Path) -> str:

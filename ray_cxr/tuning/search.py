@@ -19,7 +19,7 @@ import ray
 from ray import tune as ray_tune
 from ray.tune.trainable import wrap_function
 
-from ray_cxr import cluster
+from ray_cxr import cluster, limits
 from ray_cxr.errors import ConfigError, RayCxrError, last_line, own_error
 from ray_cxr.progress import TrialTable
 from ray_cxr.storage import remote
@@ -27,6 +27,7 @@ from ray_cxr.storage.run_folder import lock
 from ray_cxr.training.checkpoints import SNAPSHOT
 from ray_cxr.training.monitor import read_metrics
 from ray_cxr.training.planning import plan_resources
+from ray_cxr.training.trainer import advise
 from ray_cxr.tuning import results
 from ray_cxr.tuning.halving import Halving
 from ray_cxr.tuning.plan import SUMMARY, StudyPlan, save_start_settings
@@ -222,7 +223,7 @@ def _run_trials(
         with _silence_tune():
             tuner.fit()
     except ray_tune.TuneError as error:
-        reason = last_line(own_error(error) or error)
+        reason = limits.explain_loss(error, advise(plan.base)) or last_line(own_error(error) or error)
         raise RayCxrError(
             f"{plan.out}: Ray Tune failed: {reason}; run the same command again, or with --resume, to continue"
         ) from error

@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 from ray.tune import Callback
 
+from ray_cxr import limits
 from ray_cxr.errors import RayCxrError, last_line, own_error, to_record
 from ray_cxr.progress import TrialTable
 from ray_cxr.storage import atomic
@@ -111,6 +112,8 @@ def _describe_error(trial: Any) -> str:
     cause = own_error(error) if error is not None else None
     if cause is not None:
         return str(cause)
+    if reason := limits.explain_loss(error, "lower the largest batch_size of tune.space, or concurrent"):
+        return reason
     return "its process was lost" + (f", or raised: {last_line(error)}" if error is not None else "")
 
 

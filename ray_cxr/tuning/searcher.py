@@ -14,13 +14,14 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 from sqlalchemy.exc import SQLAlchemyError
 
-from ray_cxr.errors import one_line
+from ray_cxr.errors import RayCxrError, one_line
 from ray_cxr.storage import atomic
 from ray_cxr.training.monitor import read_metrics
 from ray_cxr.tuning.halving import Halving
-from ray_cxr.tuning.plan import DIRECTIONS, StudyPlan
+from ray_cxr.tuning.plan import DIRECTIONS, StudyPlan, explain_database_error
 from ray_cxr.tuning.records import METRIC, REPORT_NAMES, get_state, read_objectives
 
+_DATABASE_ERRORS = (optuna.exceptions.StorageInternalError, SQLAlchemyError)
 #: After this many successive trials that fail before any epoch the search ends: their settings are not the cause.
 MAX_FAILED_TRIALS = 5
 
@@ -158,9 +159,12 @@ class StudySearcher(OptunaSearch):
             try:
                 write()
                 return
-            except (optuna.exceptions.StorageInternalError, SQLAlchemyError):
+            except _DATABASE_ERRORS:
                 time.sleep(wait)
-        write()
+        try:
+            write()
+        except _DATABASE_ERRORS as error:
+            raise RayCxrError(f"{self.plan.describe_storage()}: {explain_database_error(error)}") from None
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: Optuna's storage holds the state."""

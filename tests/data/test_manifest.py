@@ -220,7 +220,7 @@ def test_one_hot_table_with_no_finding_column(tmp_path: Path) -> None:
         ("Image,Infiltration,Infiltrate\na.png,1,0\n", ["'Infiltration' and 'Infiltrate'"]),
         ("Image,Mass,Mass\na.png,1,0\n", ["'Mass' twice"]),
         ("Image,Mass\na.png,1\n,1\n", ["line 3", "no image name"]),
-        ("Image,Finding Labels,Sex\na.png,Mass,M\nb.png,Ma\n", ["line 3 has 2 columns, the header 3"]),
+        ("Image,Finding Labels,Sex\na.png,Mass,M\nb.png,Ma\n", ["line 3 has 2 columns, the header (line 1) 3"]),
         ('Image,Finding Labels\na.png,"Mass\nb.png,Mass\n', ["CSV"]),
         ("Image,Finding Labels\na.png,Mass\n\nb.png,Nodul\nc.png,Nodul\n", ["line 4 (b.png)", "'Nodul'", "'Nodule'"]),
         ("Image,Finding Labels\na.png,Mass\nb.png,No Finding|Mass\n", ["line 3 (b.png)", "'No Finding'"]),

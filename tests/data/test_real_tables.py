@@ -40,10 +40,10 @@ def test_whole_table(whole: Built) -> None:
     table, report = whole
     assert table.schema.equals(manifest.SCHEMA)
     assert len(table) == report.rows == 112_120
-    assert report.patients == 30_805
+    assert (report.patients.number, report.patients.without_id) == (30_805, 0)
     assert report.by_split == {"train": 78_302, "val": 8_222, "test": 25_596}
     assert (report.images_found, report.images_missing, report.files_not_in_table) == (208, 111_912, 0)
-    assert (report.absurd_ages, report.unreadable_ages, report.unlabelled_rows) == (0, 0, 0)
+    assert (report.absurd_ages, report.unreadable_ages, report.unknown_views, report.unlabelled_rows) == (0, 0, 0, 0)
     assert (report.in_neither_list, report.listed_not_in_table, report.dropped_rows) == (0, 0, 0)
     assert tuple(pc.sum(table[name]).as_py() for name in LABELS) == COUNTS
     assert all(table[name].null_count == 0 for name in LABELS)

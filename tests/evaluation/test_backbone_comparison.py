@@ -135,6 +135,9 @@ def test_verdict() -> None:
         assert (better or "A") in got.headline
         assert ("is better than" in got.headline) == (better is not None)
         assert ("hardly" in got.details) == (half < abs(difference)), "an interval without 0 is not turned round"
+        assert "No patient id is known" not in got.details
+    unknown = replace(build_paired(0.02, 0.01), n_patients=None)
+    assert "No patient id is known, so each" in backbones.judge_backbones(compare(0.05), unknown).details
     # p at the level, with no difference between patients.
     case = compare()
     for p, smallest, answer in ((0.05, 0.01, "no"), (0.049, 0.01, "disagree"), (0.5, 0.05, "undecided")):

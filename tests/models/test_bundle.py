@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_dicom import file_of
 from test_run_folder import ODD_NAME
 
 import ray_cxr
@@ -290,6 +291,12 @@ def test_predict_equals_keras_in_order_with_errors_as_rows(tiny_bundle, tmp_path
     expected = np.asarray(tiny_bundle.model()(inputs[..., None]))
     np.testing.assert_allclose(frame.loc[[0, 2], P].to_numpy(dtype=float), expected, rtol=0, atol=1e-5)
     assert frame.loc[1, [*P, "priority", "top_finding", "model_digest"]].isna().all()
+
+
+def test_predict_sets_flags_of_dicom_headers(tiny_bundle, tmp_path: Path) -> None:
+    (tmp_path / "a.dcm").write_bytes(file_of(pixels(1)[0], BurnedInAnnotation="YES"))
+    frame = tiny_bundle.predict([pixels(1)[0], tmp_path / "a.dcm"])
+    assert frame["quality_flag"].fillna("none").tolist() == ["none", "burned_in_annotation"]
 
 
 #: A decoder that aborts its process for some files, as native code can. Python imports this module at startup.

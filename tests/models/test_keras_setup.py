@@ -21,9 +21,10 @@ from ray_cxr.models import keras_setup
 
 PRINT = """
 import json, os, sys
-from ray_cxr.models.keras_setup import keras
+from ray_cxr.models.keras_setup import keras, tf
 from keras.src.backend import config
 names = ["backend", "floatx", "image_data_format", "max_epochs", "keras_home"]
+assert tf.read.endswith("keras_home"), tf.read
 left = {name: value for name, value in os.environ.items() if name.startswith(("KERAS_", "TF_USE_"))}
 print(json.dumps([[getattr(config, name)() for name in names], left]))
 """
@@ -44,6 +45,9 @@ def home(tmp_path: Path) -> Path:
     for name, code in files.items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(code, encoding="utf-8")
+    (tmp_path / "packages" / "tensorflow.py").write_text(
+        "import os\nread = os.environ['KERAS_HOME']\n", encoding="utf-8"
+    )
     shutil.copy(str(keras_config.__file__), package / "src" / "backend" / "config.py")
     (tmp_path / "home").mkdir()
     return tmp_path / "home"

@@ -126,6 +126,8 @@ def test_quality_flags() -> None:
         ("PA", 90.1, None, "age_outside_training"),
         ("LATERAL", 5.0, None, "lateral"),
         ("OBLIQUE", 50.0, None, "not_frontal_chest"),
+        ("left lateral", 50.0, None, "lateral"),
+        ("p.a.", None, "lateral", None),
         ("DECUBITUS", 50.0, None, None),
         (None, None, None, None),
         (None, None, "lateral", "lateral"),
@@ -139,6 +141,18 @@ def test_quality_flags() -> None:
         # Neither the columns nor the range are needed.
         assert make_row([0.5], rules(("Mass",), age_range=(10.0, 90.0)))["quality_flag"] is None
         assert make_row([0.5], rules(("Mass",)), age=pa.array([200.0]))["quality_flag"] is None
+
+
+def test_quality_flags_from_headers() -> None:
+    about = rows(4, view=pa.array(["PA", "PA", "LATERAL", "PA"], pa.string()))
+    headers = {
+        0: ("burned_in_annotation", "display_fallback"),
+        1: ("burned_in_annotation", "reoriented"),
+        2: ("reoriented",),
+    }
+    judged = [None, "out_of_distribution", None, "lateral"]
+    table = predictions.assemble(about, np.full((4, 1), 0.5, np.float32), {}, rules(("Mass",)), judged, headers)
+    assert table["quality_flag"].to_pylist() == ["display_fallback", "reoriented", "lateral", None]
 
 
 PROBABILITY = st.floats(0, 1, width=32)

@@ -493,7 +493,7 @@ NO_IMAGE = "none of its 1 rows is a scored DICOM image"
     ("spoil", "names"),
     [
         (lambda site: (site.scores / "_SUCCESS").unlink(), "scores: score did not finish"),
-        (lambda site: shutil.rmtree(site.scores), "scores: no such folder"),
+        (lambda site: shutil.rmtree(site.scores), "scores: no such file or folder"),
         (lambda site: (site.scores / "model.json").unlink(), "model.json"),
         (lambda site: change_row(site, lambda row: row.pop(f"p_{FINDINGS[0]}")), f"p_{FINDINGS[0]}"),
         (lambda site: (site.scores / "scores" / "part-00000.parquet").write_bytes(b"PAR1"), "part-00000.parquet"),

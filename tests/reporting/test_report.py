@@ -20,7 +20,7 @@ from ray_cxr.evaluation.bootstrap import resampled_aurocs
 from ray_cxr.evaluation.intervals import percentile_interval
 from ray_cxr.evaluation.published import OFFICIAL_TEST_IMAGES
 from ray_cxr.imaging.sandbox import Decoder
-from ray_cxr.labels import NO_FINDING
+from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.reporting import plots
 from ray_cxr.reporting.evaluation_set import join_labels
 from ray_cxr.reporting.examples import load_image, sample_examples
@@ -221,6 +221,7 @@ def test_unknown_patients_are_in_no_number_of_patients(archive: Archive, tmp_pat
     assert {group["n_patients"] for group in m["subgroups"]["groups"]} == {None}
     assert {rate["n_patients"] for rate in m["drift"]["flags"].values()} == {None}
     assert "training images have no patient id" in found.page
+    assert "132 evaluated images have no patient id. Each counts as one patient in the intervals" in found.page
     assert "0 training patients" not in found.page
     # Some are known, two of them apart from leading zeros.
     archive.patient = ["007", "7", *[None] * (N - 2)]
@@ -249,6 +250,7 @@ def test_no_leak_check_is_claimed_without_all_training_images(archive: Archive, 
         ({"split": [None] * N}, "test", InputError, "has no splits"),
         ({"split": ["train"] * N}, "test", InputError, "train"),
         ({"keep": []}, None, InputError, "holds no rows"),
+        (dict.fromkeys(LABELS, [None] * N), None, InputError, "not a manifest with labels; no image has a label"),
         ({"image_id": [f"other_{i}.png" for i in range(N)]}, None, InputError, "other_0.png"),
         ({"Effusion": [2] * N}, "test", TableError, r"Effusion holds \[2\]"),
         ({"Effusion": [-1] * N}, "test", TableError, r"Effusion holds \[-1\]"),

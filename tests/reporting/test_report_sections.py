@@ -18,6 +18,7 @@ from ray_cxr.evaluation import metrics
 from ray_cxr.imaging import overlays
 from ray_cxr.labels import FINDINGS, LABELS
 from ray_cxr.reporting import tables
+from ray_cxr.reporting.report import _read_prevalences
 
 BOXES = ["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]"]
 
@@ -207,6 +208,11 @@ def test_unusable_prevalences_are_refused(archive: Archive, tmp_path: Path, text
     (tmp_path / "p.toml").write_text(text, encoding="utf-8")
     options = {"labels": archive.labels(), "prevalence": tmp_path / "p.toml"}
     refused(InputError, names, archive.scores(), tmp_path / "out", **options)
+
+
+def test_byte_order_mark_of_prevalences_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_bytes(b"\xef\xbb\xbfEffusion = 0.1\n")
+    assert _read_prevalences(str(tmp_path / "p.toml")) == {"Effusion": 0.1}
 
 
 def test_groups_are_measured_separately(everything: Report) -> None:

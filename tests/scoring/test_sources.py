@@ -96,7 +96,7 @@ def write_dicom(path: Path, patient: str, **fields: object) -> None:
 def test_dicom_headers_fill_ids_which_a_key_hides(tiny_bundle, tmp_path: Path, command, decode: str) -> None:
     folder, key, short, plain, hidden = (tmp_path / name for name in ("dicom", "key", "short", "plain", "hidden"))
     write_dicom(folder / "a" / "1.dcm", "Doe^Jane", PatientAge="058Y", PatientSex="M", ViewPosition="AP")
-    write_dicom(folder / "b" / "1.dcm", "Roe")
+    write_dicom(folder / "b" / "1.dcm", "Roe", PatientOrientation=["R", "F"], BurnedInAnnotation="YES")
     write_dicom(folder / "b" / "IM0001", "Roe")  # no suffix
     write_dicom(folder / "b" / "ct.dcm", "Roe", Modality="CT", SOPClassUID="1.2.840.10008.5.1.4.1.1.2")
     key.write_text("a secret of more than sixteen bytes")
@@ -109,6 +109,7 @@ def test_dicom_headers_fill_ids_which_a_key_hides(tiny_bundle, tmp_path: Path, c
     assert one["patient_id"].to_dict() == patients
     assert one["error_code"].dropna().to_dict() == {"b/ct.dcm": "not_a_radiograph"}
     assert one.loc["a/1.dcm", ["sex", "view", "age"]].tolist() == ["M", "AP", 58]
+    assert one["quality_flag"].dropna().to_dict() == {"b/1.dcm": "reoriented"}
     for column in ("patient_id", "study_id"):
         assert two[column].str.fullmatch("[0-9a-f]{32}").all()
         assert two[column].nunique() == one[column].nunique() == 2
@@ -130,7 +131,7 @@ def test_error_in_an_actor_is_one_line(shared_ray, tiny_bundle, manifest: Path, 
     run = pipeline.run_tasks
     monkeypatch.setattr(pipeline, "run_tasks", lambda *given: shutil.move(bundle, tmp_path / "moved") and run(*given))
     outcome = command(*arguments(bundle, manifest, tmp_path / "out"))
-    assert_refused(outcome, str(bundle), "no such folder")
+    assert_refused(outcome, str(bundle), "no such file or folder")
 
 
 def test_repeated_task_keeps_rows_and_images_together(without_ray, tiny_bundle, manifest, tmp_path, command) -> None:

@@ -147,6 +147,8 @@ def test_cache_of_another_user_or_open_to_others_is_refused(bucket, tmp_path: Pa
     [
         *((f"{scheme}b/x", "only s3://") for scheme in ("gs://", "s3a://", "file:///")),
         *((text, "has no bucket") for text in ("s3:/b/x", "s3:", "s3:///x")),
+        ("run:", "run:: only s3:// and local paths work here; a local path is ./run:"),
+        ("a:/b", "a:/b: only s3:// and local paths work here; a local path is ./a:/b"),
         ("s3://AKIA:hush@b/x", "contains a secret key"),
         ("s3://b/x?scheme=hush&region=r", "options"),
         ("s3://b/x?secret_key=hush&region=r", "secret_key"),
@@ -160,6 +162,8 @@ def test_bad_addresses_are_refused_without_secrets(text: str | Path, part: str) 
     assert not any(word in str(caught.value) for word in ("hush", "AKIA", "\n"))
     for name in ("a:b", "./s3:x", "12:/x", "C", "ein Ordner/x"):
         assert remote.to_path(name) == Path(name), "a local name with a colon stays local"
+    for name in ("./run:", "./a:/b", ".//s3://x"):
+        assert remote.to_path(remote.to_path(name)) == Path(name).absolute(), "without ./ an address"
 
 
 OPERATIONS: dict[str, Callable[[Path], object]] = {

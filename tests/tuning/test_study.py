@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -219,6 +221,36 @@ def test_a_study_lies_in_its_folder_of_any_name(prepared: Path, tmp_path: Path) 
     assert {path.name for path in plan.out.iterdir()} == {"settings.json", "study.db"}
     assert plan.describe_storage() == plans._make_address(plan.out)
     assert len(plan_of(prepared, plan.out).open_study().trials) == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("locked", "database is locked; another program has locked it: end that program, then "),
+        ("read-only", "attempt to write a readonly database; make the file and its folder writable, then "),
+        ("damaged", "file is not a database; it is damaged: restore it from a backup, "),
+        ("cut", "database disk image is malformed; it is damaged: restore it from a backup, "),
+    ],
+)
+def test_a_database_that_cannot_be_written_is_named_within_seconds(
+    state: str, words: str, prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "START_LOCK_S", 0.1)
+    file = tmp_path / "studies.db"
+    address = f"sqlite:///{file}"
+    plan_of(prepared, tmp_path / "a", storage=address).open_study()
+    if state == "read-only":  # root may write to any file
+        address = f"sqlite:///file:{file}?mode=ro&uri=true"
+    elif state != "locked":
+        file.write_bytes(b"damaged" * 1000 if state == "damaged" else file.read_bytes()[:5000])
+    before = file.read_bytes()
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+        if state == "locked":
+            other.execute("BEGIN IMMEDIATE")
+        message = get_refusal(RayCxrError, plan_of(prepared, tmp_path / "a", storage=address).open_study)
+    assert message.startswith("tune.storage: sqlite:///")
+    assert words in message
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize(
