@@ -138,7 +138,7 @@ def test_a_killed_worker_is_restarted_to_the_same_weights(uninterrupted, prepare
     settings = build(TrainSettings, SETTINGS | {"workers": 2})
     trainer.train(prepared, tmp_path / "run", settings, callbacks=callbacks, on_event=lines.append)
     lost = next(i for i, line in enumerate(lines) if "a worker failed or was lost" in line)
-    assert "after epoch 1, step 4" in lines[lost + 1]
+    assert "epoch 2 after step 4" in lines[lost + 1]
     assert_same_bits(tmp_path / "run", uninterrupted.out)
 
 

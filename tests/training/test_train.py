@@ -403,7 +403,7 @@ def test_start_and_restart_are_reported(tmp_path: Path) -> None:
     lines: list[str] = []
     monitor = RunMonitor(tmp_path, 2, 3, 10.0, lines.append)
     monitor.report_start(start, is_restart=True)
-    assert ["lost" in lines[0], "epoch 2, step 4" in lines[1], "head_dense0" in lines[2]] == [True] * 3
+    assert ["lost" in lines[0], "epoch 3 after step 4" in lines[1], "head_dense0" in lines[2]] == [True] * 3
     monitor.report_start(start | {"epoch": 0, "step": 0, "random": []}, is_restart=False)
     assert lines[3].startswith("train: first step done after 5 s (data 5)")
     assert "float32" in lines[3]
