@@ -579,6 +579,12 @@ def test_tags() -> None:
     tags = {"patient_id": "17", "study_id": "1.2.3", "age": 58.0, "sex": "F"}
     assert read_tags(file_of(ramp(), **fields, ViewPosition="pa")) == {**tags, "view": "PA"}
     empty = without(dataset(ramp()), "PatientID", "PixelData")
+    assert read_tags(empty) == {"patient_id": None, "study_id": None, "age": None, "sex": None, "view": None}
+    for positions, view in (
+        ({"ViewPosition": "LL"}, "LATERAL"),
+        ({"PatientPosition": "AP"}, "AP"),
+        ({"PatientPosition": "HFS"}, None),
+        ({"PatientPosition": "AP", "ViewPosition": "PA"}, "PA"),
         ({"ViewPosition": "XTABLE LATERAL"}, "LATERAL"),
         ({"ViewPosition": "Doe^Jane"}, None),
         ({"ViewPosition": "SWIMMERS", "SeriesDescription": "W Chest Lat."}, "LATERAL"),
@@ -594,8 +600,8 @@ def test_tags() -> None:
         ({"PatientOrientation": ["L", "F"], "ProtocolName": "CHEST AP"}, "AP"),
         ({"PatientOrientation": ["L", "P"]}, None),
         ({"PatientOrientation": ["L"]}, None),
-    assert read_tags(empty) == {"patient_id": None, "study_id": None, "age": None, "sex": None, "view": None}
-    for positions, view in (
+    ):
+        assert read_tags(file_of(ramp(), **positions))["view"] == view
 
 
 def view_codes(value: str, scheme: str, meaning: str = "") -> list[Dataset]:
@@ -619,9 +625,3 @@ def test_ages_of_headers() -> None:
         tags = read_tags(file_of(ramp(), **fields))
         assert tags["age"] == age
         assert tags.keys() == {"patient_id", "study_id", "age", "sex", "view"}  # no dates
-        ({"ViewPosition": "LL"}, "LATERAL"),
-        ({"PatientPosition": "AP"}, "AP"),
-        ({"PatientPosition": "HFS"}, None),
-        ({"PatientPosition": "AP", "ViewPosition": "PA"}, "PA"),
-    ):
-        assert read_tags(file_of(ramp(), **positions))["view"] == view
