@@ -251,7 +251,7 @@ def check_token(target: str) -> None:
     Ray would detect a mismatch late or not at all: tasks of a command that requires a token never start on a cluster
     without one.
     """
-    from ray._raylet import AuthenticationTokenLoader
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # its stub lacks it
 
     mode, is_open = os.environ.get("RAY_AUTH_MODE", "").lower(), _is_accepted(target, {})
     if is_open is None or (is_open and mode not in ("", "token")):
