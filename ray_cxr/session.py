@@ -93,8 +93,9 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
         else:
             source = "ray.address" if settings.address else "RAY_ADDRESS"
             target = _wait_for_answer(address, source)
-            variables = {} if address.startswith("ray://") else match_token(target)
-            options = _build_join_options(target, bypassed)
+            if not address.startswith("ray://"):
+                check_token(target)
+            options, variables = _build_join_options(target, bypassed), {}
         if not address.startswith("ray://"):  # a client's job runs on the cluster
             options["job_config"] = _make_job_config()
         _init_ray(address, options, variables)
@@ -245,39 +246,34 @@ def _build_join_options(target: str, bypassed: Mapping[str, str]) -> dict[str, A
     return {"runtime_env": {"env_vars": {name: os.environ[name] for name in bypassed}}}
 
 
-def match_token(target: str) -> dict[str, str]:
-    """Compare the authentication of a cluster with this command's; return environment variables for `ray.init`.
+def check_token(target: str) -> None:
+    """Refuse a cluster whose authentication does not match this command's.
 
-    Ray would detect a mismatch late or not at all: actors of a command that requires a token never start on a cluster
+    Ray would detect a mismatch late or not at all: tasks of a command that requires a token never start on a cluster
     without one.
     """
-    from ray._raylet import AuthenticationTokenLoader
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # its stub lacks it
 
     mode, is_open = os.environ.get("RAY_AUTH_MODE", "").lower(), _is_accepted(target, {})
-    if is_open and mode == "token":
-        raise InputError(
-            f"Ray at {target}: the cluster uses no token, but RAY_AUTH_MODE=token is set here; unset it here, or start "
-            "the cluster with it"
-        )
-    if is_open is None or (is_open and mode):
-        return {}
+    if is_open is None or (is_open and mode not in ("", "token")):
+        return
     try:
         token = AuthenticationTokenLoader.instance().get_token_for_http_header(ignore_auth_mode=True)
     except Exception as error:  # the file of RAY_AUTH_TOKEN_PATH is missing or empty
         raise InputError(f"Ray at {target}: {one_line(error)[:300]}") from None
+    problem, remedy = "", "copy ~/.ray/auth_token from the head to this machine, or set RAY_AUTH_TOKEN_PATH"
     if is_open:
-        if not token:
-            return {}
-        logger.info("Ray at %s uses no token, so this command connects without its own", target)
-        return {"RAY_AUTH_MODE": "disabled"}
-    remedy = "copy ~/.ray/auth_token from the head to this machine, or set RAY_AUTH_TOKEN_PATH"
-    if mode not in ("", "token"):
-        raise InputError(f"Ray at {target}: the cluster requires a token, but RAY_AUTH_MODE={mode} is set; unset it")
-    if not token:
-        raise InputError(f"Ray at {target}: the cluster requires a token, and this command has none; {remedy}")
-    if _is_accepted(target, token) is False:
-        raise InputError(f"Ray at {target}: the cluster rejects this command's token; {remedy}")
-    return {}
+        if token or mode == "token":
+            problem = "the cluster uses no token, but this command has one and would require it"
+            remedy = "set RAY_AUTH_MODE=disabled here, or start the cluster with RAY_AUTH_MODE=token and this token"
+    elif mode not in ("", "token"):
+        problem, remedy = f"the cluster requires a token, but RAY_AUTH_MODE={mode} is set", "unset it"
+    elif not token:
+        problem = "the cluster requires a token, and this command has none"
+    elif _is_accepted(target, token) is False:
+        problem = "the cluster rejects this command's token"
+    if problem:
+        raise InputError(f"Ray at {target}: {problem}; {remedy}")
 
 
 def _is_accepted(target: str, headers: Mapping[str, str]) -> bool | None:
