@@ -87,8 +87,8 @@ def sanitize_error(error: Exception, command: str) -> RayCxrError:
         return RayCxrError(error.message)  # about an archive or a table, so it ends the command
     if isinstance(error, RayCxrError):
         return error
-    if reason := limits.explain_loss(error, REMEDIES.get(command, REMEDIES["score"])):
-        return RayCxrError(f"{command}: {reason}; then run the same command again to continue")
+    if shortage := limits.explain_loss(error, REMEDIES.get(command, REMEDIES["score"])):
+        return RayCxrError(f"{command}: {shortage}; then run the same command again to continue")
     if isinstance(error, OSError):
         where, reason = error.filename or command, error.strerror or error
         return RayCxrError(f"{where}: {reason}; fix this, then run the same command again to continue")
