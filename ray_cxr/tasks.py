@@ -87,11 +87,11 @@ def sanitize_error(error: Exception, command: str) -> RayCxrError:
         return RayCxrError(error.message)  # about an archive or a table, so it ends the command
     if isinstance(error, RayCxrError):
         return error
-    if reason := limits.explain_loss(error, REMEDIES.get(command, REMEDIES["score"])):
-        return RayCxrError(f"{command}: {reason}; then run the same command again to continue")
+    if shortage := limits.explain_loss(error, REMEDIES.get(command, REMEDIES["score"])):
+        return RayCxrError(f"{command}: {shortage}; then run the same command again to continue")
     if isinstance(error, OSError):
-        where, reason = error.filename or command, error.strerror or error
-        return RayCxrError(f"{where}: {reason}; fix this, then run the same command again to continue")
+        where = error.filename or command
+        return RayCxrError(f"{where}: {error.strerror or error}; fix this, then run the same command again to continue")
     trace = traceback.extract_tb(error.__traceback__)
     logger.error("%s\n%s", type(error).__name__, "".join(trace.format()))
     where = f"{Path(trace[-1].filename).name}, line {trace[-1].lineno}" if trace else "an unknown place"

@@ -20,7 +20,7 @@ layers, ops = keras.layers, keras.ops
 
 
 @keras.saving.register_keras_serializable(package="ray_cxr")
-class GrayToInput(layers.Layer):
+class GrayToInput(keras.layers.Layer):
     """Maps gray x, uint8 [N,S,S,1], to the input of a backbone, float [N,S,S,C].
 
     Channel c is `x * scale[c] + offset[c]`.

@@ -191,9 +191,8 @@ class Location:
                     file = pq.ParquetFile(stream, pre_buffer=True)
                     return file.read(columns=[column for column in file.schema_arrow.names if _is_used(column)])
             except (OSError, pa.ArrowInvalid):
-                problem = "not a readable Parquet file"
-                is_local = isinstance(self.fs, pafs.LocalFileSystem)
-                raise TableError(_explain(name, problem) if is_local else f"{name}: {problem}") from None
+                address = shown + name.removeprefix(self.path)
+                raise TableError(_explain(address, "not a readable Parquet file")) from None
 
         # In parallel, because reading from a bucket is mostly waiting.
         with ThreadPoolExecutor(remote.THREADS, thread_name_prefix="scores") as pool:
