@@ -420,7 +420,9 @@ def test_figures_are_in_the_folder_and_in_a_page_that_loads_nothing(
 
 
 def test_decoder_that_aborts_costs_its_example(archive: Archive, tmp_path: Path, monkeypatch) -> None:
-    site = "import os\nfrom ray_cxr.imaging import decode\ndecode.decode = lambda data, **limits: os.abort()\n"
+    site = (
+        "import os\nfrom ray_cxr.imaging import decode\ndecode.decode_with_flags = lambda data, **limits: os.abort()\n"
+    )
     (tmp_path / "sitecustomize.py").write_text(site, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     with Decoder([None]) as decoder:
