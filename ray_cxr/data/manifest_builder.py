@@ -75,7 +75,7 @@ class ManifestReport:
                 out.append(f"{count:,} {text}")
         if self.dropped_rows:
             out.append(
-                f"{self.dropped_rows:,} rows removed because their patient is in a more protected split: "
+                f"{self.dropped_rows:,} rows removed because their patient is also in val or test: "
                 f"{_format_counts(self.dropped_by_split)}"
             )
         if self.ignored_columns:
@@ -206,7 +206,7 @@ def _read_ages(text: pd.Series, dialect: Dialect, report: ManifestReport) -> pd.
 
 
 def _read_views(text: pd.DataFrame, report: ManifestReport) -> pd.Series:
-    """Return the view that the columns of views name in each row, None if unknown."""
+    """Return the view of each row from its view columns, None if unknown."""
     rows = list(text.itertuples(index=False, name=None))
     view_of = {row: choose_view(map(parse_view, row)) for row in set(rows)}
     report.unknown_views += sum(view_of[row] is None and any(cell.strip() for cell in row) for row in rows)
@@ -229,7 +229,7 @@ def _read_official_split(
 ) -> pd.Series:
     ids = data["image_id"].tolist()
     lists = [read_image_list(path) for path in (train_val_list, test_list)]
-    # As the table spells them, which can be another Unicode form.
+    # Replace listed names by the table's ids, which may be in another Unicode form.
     rows = [identity.find_ids(names, ids).tolist() for names in lists]
     train_val, test = (
         frozenset(ids[row] if row >= 0 else name for name, row in zip(*pair, strict=True))
@@ -263,7 +263,7 @@ def _find_paths(image_ids: pd.Series, location: str, report: ManifestReport) -> 
     found = find_images(location)
     report.not_images, report.unpacked_members = found.left_out, found.unpacked
     n_rows = len(image_ids)
-    # The row of each file, if any: the hash table of a million names is built once, in Arrow.
+    # The row of each file, or null. Arrow builds one hash table of the image ids for all files.
     names = file_names(found.paths)
     matches = pc.index_in(names, value_set=pa.array(image_ids, pa.string()))
     if pc.any(pc.and_(pc.is_null(matches), pc.invert(pc.string_is_ascii(names)))).as_py():

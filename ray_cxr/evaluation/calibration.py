@@ -207,7 +207,8 @@ def reliability_curve(y: np.ndarray, p: np.ndarray, patients: np.ndarray, bins: 
     are fewer, or empty, if many probabilities are equal.
 
     The interval is Wilson's for an effective number of images, at most n: as many independent images as would have the
-    variance seen between patients (Kish's design effect). If all images of a bin agree, it is the number of patients.
+    variance seen between patients (Kish's design effect). If all labels of a bin are equal, this number is the number
+    of patients.
     """
     y, p = metrics.check_scores(y, p)
     metrics.check_probabilities(p)
@@ -285,13 +286,13 @@ def find_operating_point(
     `sensitivity=0.9` is the highest threshold with a sensitivity of at least 0.9, and `specificity=0.9` the lowest
     with a specificity of at least 0.9.
 
-    The threshold lies strictly inside 0..1, midway between two neighbouring scores. It is exact in float32, like the
-    scores in the score table: comparisons in float32 and float64 return the same flags, and rounding of a score does
-    not change its flag.
+    The threshold lies strictly inside 0..1, midway between the lowest flagged score and the next lower score (0 if
+    there is none), or at the lowest flagged score if no float32 lies between them. It is exact in float32, so
+    comparisons in float32 and float64 return the same flags.
 
     Returns (operating point, None), or (None, reason) if a class is absent or too small, `youden` finds nothing better
-    than chance, only flagging nothing reaches the specificity, or scores saturated at 0 or 1 allow no threshold. Raises
-    ConfigError for an unknown rule, or a target outside 0..1.
+    than chance, the specificity is reached only if no image is flagged, or scores saturated at 0 or 1 allow no
+    threshold. Raises ConfigError for an unknown rule, or a target outside 0..1.
     """
     name, target = _parse_rule(rule)
     y, p = metrics.check_scores(y, np.asarray(p, dtype=np.float32))
@@ -316,7 +317,7 @@ def find_operating_point(
     else:
         k = int(np.flatnonzero(negatives - false >= math.ceil(target * negatives - 1e-9))[-1])
     if k == 0:
-        return None, f"only flagging nothing reaches {rule.strip()}"
+        return None, f"{rule.strip()} is reached only if no image is flagged"
     threshold = _place_threshold(curve.thresholds, k)
     if not 0.0 < threshold < 1.0:
         return None, "scores saturated at 0 or 1 allow no threshold"
@@ -337,7 +338,7 @@ def _place_threshold(descending: np.ndarray, k: int) -> float:
     lowest_flagged = np.float32(descending[k])
     highest_unflagged = np.float32(0.0) if k == len(descending) - 1 else np.float32(descending[k + 1])
     middle = np.float32((float(lowest_flagged) + float(highest_unflagged)) / 2.0)
-    # No float32 lies between two neighbours: then the flagged score is the threshold.
+    # If no float32 lies between the two scores, the lowest flagged score is the threshold.
     return float(middle if middle > highest_unflagged else lowest_flagged)
 
 

@@ -139,7 +139,7 @@ class Decoder:
             finally:
                 self.seconds += time.monotonic() - started
             self.close()
-            if outcome == _ALARM:  # or this process slept past the child's alarm
+            if outcome == _ALARM:  # also if the child's own alarm ended it while this process was suspended
                 return Failure("decode_timeout", f"not read and decoded within {self._timeout_s:g} s", None)
         return Failure("decoder_crash", f"the decoder process ended with {outcome}", None)
 
@@ -238,7 +238,7 @@ class _Child:
             if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
                 with contextlib.suppress(OSError):
                     fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        with contextlib.suppress(EOFError, TimeoutError):  # reported by the first answer
+        with contextlib.suppress(EOFError, TimeoutError):  # `wait_until_ready` will raise it
             _send(self.requests, settings, [], time.monotonic() + START_TIMEOUT_S)
 
     def wait_until_ready(self, deadline: float) -> None:
@@ -340,7 +340,7 @@ def _load(
     """Return the JSON object and the pixels of an answer."""
     header: dict[str, Any] | None = None
     try:
-        with decoder_errors("image"):  # also out of memory in the resize, or a failed print of a decoder
+        with decoder_errors("image"):  # also a MemoryError in the resize, or an exception while a decoder prints
             if path is not None:
                 data = read_bytes(path)
             if tags:

@@ -256,7 +256,7 @@ def _select_images(
     if not (frame["row"] >= 0).any():
         raise LeakError(
             f"{labels}: its {n_common:,} scored images are all of split test or train, or of patients of split test. "
-            "Test images must stay unseen until the report: give the images to fit on the split val, or none"
+            "Test images must stay unseen until the report: the images to fit on need the split val, or no split"
         )
     exclude("not_scored", frame["row"] < 0)
     exclude("errors", ~pd.Series(table.ok[frame["row"].to_numpy()], index=frame.index))

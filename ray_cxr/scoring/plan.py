@@ -99,8 +99,8 @@ class ScorePlan:
     Attributes:
         rows: the whole input, with the rows beyond `limit`.
         units: ranges of the rows to score, grouped by archive.
-        written: numbers of ranges that have a file.
-        to_draw: numbers of ranges with scores but without the requested maps.
+        written: indices of the ranges that have a file of scores.
+        to_draw: indices of ranges, scored or not, whose requested maps are missing, out of date or to be retried.
         first_image: location of the first image, or of its archive.
         settings: contents of settings.json, which a later run in the same folder must match.
     """

@@ -106,7 +106,7 @@ class ScoreJob:
         return found is not None and found.get(RUN_KEY) == self.run_digest.encode()
 
     def check_run(self) -> None:
-        """Raise if a run with --fresh has replaced this one."""
+        """Raise if the settings in the folder are no longer those of this run."""
         if run_folder.digest_settings(self.folder) != self.run_digest:
             raise RayCxrError(f"{self.out}: another run was started in this folder, so this one stops")
 

@@ -50,7 +50,7 @@ def has_settings(out: Path) -> bool:
 
 
 def digest_settings(out: Path) -> str:
-    """Return the SHA-256 of settings.json, which differs between runs in the same folder."""
+    """Return the SHA-256 of settings.json; runs with the same settings can have the same digest."""
     return hashlib.sha256((out / SETTINGS).read_bytes()).hexdigest()
 
 

@@ -104,7 +104,7 @@ def fit(
         use_gpu, callbacks, started: as in `train`.
         on_event: called with one line per event; None: show neither lines nor a progress bar.
         listeners: `UserCallback`s of Ray Train, which get each report in the run's controller.
-        queue: whether to wait while no nodes can hold the workers; needs `cpus_per_worker`.
+        queue: whether to wait while no nodes can hold the workers; each gets `settings.cpus_per_worker` CPUs, or 1.
 
     Returns:
         The metrics of each epoch, from the last checkpoint: metrics.csv is written on another node, and shared storage

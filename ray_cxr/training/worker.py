@@ -242,7 +242,7 @@ class RunRecorder:
     def write_metrics(self, state: TrainState) -> None:
         """Rewrite metrics.csv, and append its new epochs to TensorBoard's log."""
         if not state.curves:
-            (self._out / METRICS).unlink(missing_ok=True)  # of an attempt that ended before its first checkpoint
+            (self._out / METRICS).unlink(missing_ok=True)  # left by an attempt that ended within epoch 1
             return
         atomic.write_text(self._out / METRICS, pd.DataFrame(state.curves).to_csv(index=False, lineterminator="\n"))
         from tensorboardX import SummaryWriter

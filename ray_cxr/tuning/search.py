@@ -172,7 +172,7 @@ def _log_start(searcher: StudySearcher, done: int, concurrent: int, on_event: Ca
         if missing and not done:
             on_event(
                 f"tune: known configuration {number} (tried first) does not set {', '.join(missing)}; "
-                "the sampler chooses it"
+                "the sampler chooses what is missing"
             )
     workers = plan.base.workers
     on_event(
