@@ -241,7 +241,8 @@ def _build_join_options(target: str, bypassed: Mapping[str, str]) -> dict[str, A
     proxies = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "grpc_proxy")
     if not any(os.environ.get(name) for name in proxies):
         return {}
-    # In a submitted job, these variables replace the job's of the same names; `bypass_proxies` has kept their hosts.
+    # In a submitted job, these replace variables of the same names in its runtime_env; no host of those is lost,
+    # because `bypass_proxies` only added hosts.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     return {"runtime_env": {"env_vars": {name: os.environ[name] for name in bypassed}}}
 
