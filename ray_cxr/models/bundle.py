@@ -399,7 +399,7 @@ def _verify_files(path: Path) -> tuple[str, set[str]]:
             raise BundleError(f"{path}: {name} is missing; the bundle is incomplete, copy it again")
         if hash_file(file) != expected:
             raise BundleError(f"{path}: {name} was changed ({_explain_change(file, expected)}")
-    if b"\r" in sums:  # after the files, because git converts the model card too, and users know that file
+    if b"\r" in sums:  # after the files: if git converted them, the error names the model card, which users know
         raise BundleError(f"{path}: {SUMS} was changed ({_CRLF}")
     extra = sorted(
         item.name

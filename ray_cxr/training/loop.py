@@ -285,7 +285,7 @@ class Loop:
         return bool(self.callbacks.callbacks) and self.replicas.any(bool(self.model.stop_training))
 
     def save(self, folder: Path) -> None:
-        """Write `state.npz`: the optimizer's state and the weights that training continues from, not their average."""
+        """Write `state.npz`: the optimizer's state and the weights of training, not those averaged by `ema`."""
         arrays = {f"model-{i:04d}": np.asarray(v) for i, v in enumerate(self.model.variables)}
         arrays |= {f"optimizer-{i:04d}": np.asarray(v) for i, v in enumerate(self.optimizer.keras.variables)}
         np.savez(folder / STATE, allow_pickle=False, **arrays)
