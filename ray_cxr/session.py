@@ -170,7 +170,8 @@ def _require_loopback() -> None:
 def _make_job_config() -> Any:
     """Return a job configuration that keeps the working directory out of the workers' module path.
 
-    Ray appends it, so that a user's own `numpy.py` or `random.py` there would replace the library in every worker.
+    Ray itself appends this directory; a user's own `numpy.py` or `random.py` there would then replace the library in
+    every worker.
     """
     from ray.job_config import JobConfig
 

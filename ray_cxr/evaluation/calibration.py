@@ -206,8 +206,8 @@ def reliability_curve(y: np.ndarray, p: np.ndarray, patients: np.ndarray, bins: 
     Bins of equal width would put nearly all images of a rare finding into the first bin. The bins cover 0 to 1. They
     are fewer, or empty, if many probabilities are equal.
 
-    The interval is Wilson's for an effective number of images, at most n: the number of independent images whose share
-    of positives would have the same variance as this share has with patients as clusters (Kish's design effect). If all
+    The interval is Wilson's for an effective number of images: as many independent images, at most n, as would give the
+    share of positives the variance that it has with patients as clusters (Kish's design effect). If all
     labels of a bin are equal, it is the number of patients.
     """
     y, p = metrics.check_scores(y, p)

@@ -119,7 +119,9 @@ class Bundle:
 
     @cached_property
     def quality(self) -> QualityModel | None:
-        """Statistics of ordinary images for quality flags; None in older bundles, without images, or if the fit failed.
+        """Statistics of ordinary images for quality flags.
+
+        None in older bundles, in bundles made without images, and after a failed fit.
 
         Raises:
             BundleError: the file is damaged.

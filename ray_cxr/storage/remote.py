@@ -84,9 +84,9 @@ class StorePath:
     """A file or folder in a bucket, with the part of `pathlib.Path` that the package uses.
 
     Folders are prefixes: they exist if they are not empty, and `mkdir` does nothing. `str` returns the whole address.
-    The bucket starts with `anonymous@` if the address does; the key has no escapes; options start with `?`. Missing
-    files raise `FileNotFoundError`, as on a disk. Any method that sends a request can raise `InputError` (access is
-    denied, or the bucket does not exist) or `RayCxrError` (the store fails or does not answer).
+    Arguments: `bucket`, with `anonymous@` if the address has it; `key`, unescaped; `options`, empty or with the leading
+    `?`. Missing files raise `FileNotFoundError`, as on a disk. Any method that sends a request can raise `InputError`
+    (access is denied, or the bucket does not exist) or `RayCxrError` (the store fails or does not answer).
     """
 
     def __init__(self, bucket: str, key: str, options: str = "") -> None:

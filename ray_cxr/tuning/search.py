@@ -1,8 +1,8 @@
 """`tune`: Ray Tune runs the trials, Optuna proposes their settings, and STUDY keeps the results.
 
 A search continues from Optuna's storage and from the trials' folders. Ray's `Tuner.restore` is not used: it forgets the
-state of the scheduler, so ASHA would start with empty rungs. Its copy of the searcher is some seconds older than
-Optuna's storage, and a pickle, which can execute code. See docs/decisions/0013-search.md.
+state of the scheduler, so ASHA would start with empty rungs. Its copy of the searcher is a pickle, which can execute
+code, and is some seconds older than Optuna's storage. See docs/decisions/0013-search.md.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from ray_cxr.tuning.trial import TrialContext, run_trial
 
 logger = logging.getLogger(__name__)
 
-#: Memory that Ray reserves for a trial's process. An empty request is an error, and the workers need all CPUs.
+#: Memory that Ray reserves for a trial's process. Ray refuses a request without resources, and a CPU reserved here
+#: would be missing for the workers.
 TRIAL_BYTES = 300 << 20
 #: Maximum wait for an answer of Ray's dashboard, seconds.
 DASHBOARD_WAIT_S = 90
