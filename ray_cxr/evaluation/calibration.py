@@ -206,9 +206,9 @@ def reliability_curve(y: np.ndarray, p: np.ndarray, patients: np.ndarray, bins: 
     Bins of equal width would put nearly all images of a rare finding into the first bin. The bins cover 0 to 1. They
     are fewer, or empty, if many probabilities are equal.
 
-    The interval is Wilson's for an effective number of images: as many independent images, at most n, as would give the
-    share of positives the variance that it has with patients as clusters (Kish's design effect). If all
-    labels of a bin are equal, it is the number of patients.
+    The interval is Wilson's for an effective number of images, at most n. With that many independent images, the share
+    of positives would have the same variance as it has here with patients as clusters (Kish's design effect). If all
+    labels of a bin are equal, the effective number is the number of patients.
     """
     y, p = metrics.check_scores(y, p)
     metrics.check_probabilities(p)
@@ -282,7 +282,7 @@ def find_operating_point(
 ) -> tuple[OperatingPoint | None, str | None]:
     """Choose a threshold by a rule, and measure it on the same images.
 
-    `youden` maximises sensitivity + specificity - 1 (Youden 1950); of equal thresholds it takes the most sensitive.
+    `youden` maximises sensitivity + specificity - 1 (Youden 1950); if several reach the maximum, the most sensitive.
     `sensitivity=0.9` is the highest threshold with a sensitivity of at least 0.9, and `specificity=0.9` the lowest
     with a specificity of at least 0.9.
 

@@ -147,7 +147,7 @@ class Bundle:
         return {"digest": self.digest, **self.info, "curves": curves}
 
     def open_runtime(self, precision: str, *, batch_size: int, threads: int, gpu: bool = False) -> runtime.Runtime:
-        """Open the model for scoring, after the check of `check_golden`.
+        """Open the model for scoring; it passes `check_golden` before it is returned.
 
         Args:
             precision: a result of `choose_precision`.
@@ -278,7 +278,8 @@ def _load_images(
 ) -> tuple[np.ndarray, dict[int, tuple[str, str]], dict[int, tuple[str, ...]]]:
     """Resize arrays in this process and files in the decoder.
 
-    Returns images uint8 [N,S,S], and by row a failed file's error code and message, and quality flags from a header.
+    Returns images uint8 [N,S,S]; by row of a failed file, its error code and message; by row of a read file, the flags
+    of its header.
     """
     pixels = np.zeros((len(items), spec.size, spec.size), dtype=np.uint8)
     failures: dict[int, tuple[str, str]] = {}
@@ -401,7 +402,7 @@ def _verify_files(path: Path) -> tuple[str, set[str]]:
             raise BundleError(f"{path}: {name} is missing; the bundle is incomplete, copy it again")
         if hash_file(file) != expected:
             raise BundleError(f"{path}: {name} was changed ({_explain_change(file, expected)}")
-    if b"\r" in sums:  # after the files: if git converted them, the error names the model card, which users know
+    if b"\r" in sums:  # checked last: if git converted the files, the loop above names the model card, which users know
         raise BundleError(f"{path}: {SUMS} was changed ({_CRLF}")
     extra = sorted(
         item.name

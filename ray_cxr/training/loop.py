@@ -339,7 +339,7 @@ def compute_cross_entropy(probabilities: np.ndarray, labels: np.ndarray) -> floa
 def compute_selection_score(macro_auroc: float | None, loss: float | None) -> float:
     """Return the macro AUROC; if it is undefined, minus the validation loss; if both are, minus infinity.
 
-    The epoch with the highest score is selected. A negative loss is below every AUROC.
+    The epoch with the highest score is selected. Minus a loss is negative, so below every AUROC.
     """
     if macro_auroc is not None:
         return macro_auroc
