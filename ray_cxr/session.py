@@ -369,8 +369,8 @@ class _RayWatch:
                 if self._end.is_set():  # the block has ended and Ray was shut down
                     return
                 self.loss = self._describe()
-                # Not SIGINT, which a command that a script started with `&` ignores. SIGTERM also ends a blocking system
-                # call, because `_interrupt` raises.
+                # Not SIGINT, which a command that a script started with `&` ignores. SIGTERM also ends a blocking
+                # system call, because `_interrupt` raises.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
             if not self._end.wait(END_TIMEOUT_S):
                 os._exit(1)  # the main thread is blocked inside Ray; `_report_sudden_end` prints the reason
