@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -479,7 +480,10 @@ def standard_output_on_a_full_disk(folder: Path) -> None:
 
 @case
 def ctrl_c_within_the_first_second(folder: Path) -> None:
-    process = subprocess.Popen([PROGRAM, "prepare", "x", "--out", "y"], cwd=folder, stderr=subprocess.PIPE, text=True)
+    program = [PROGRAM, "prepare", "x", "--out", "y"]
+    # A shell lets commands that it starts with `&` ignore SIGINT, this script included.
+    reset = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(program, cwd=folder, stderr=subprocess.PIPE, text=True, preexec_fn=reset)
     maps = Path(f"/proc/{process.pid}/maps")
     while "numpy" not in maps.read_text():  # the libraries are being imported
         time.sleep(0.01)
