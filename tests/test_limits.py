@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,8 +124,19 @@ def test_free_processes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "_read_container_limit", lambda: [(100, 70)])
     monkeypatch.setattr(limits, "_read_user_limit", list)
     assert limits.count_free_processes() == 30
+    monkeypatch.setattr(limits, "_read_container_limit", list)
     monkeypatch.setattr(limits, "_read_user_limit", lambda: [50])
-    assert limits.count_free_processes() < 50
+    user = limits.psutil.Process().uids().real
+    processes = [
+        {"uids": SimpleNamespace(real=user), "num_threads": 7},
+        {"uids": SimpleNamespace(real=user), "num_threads": 5},
+        {"uids": SimpleNamespace(real=user + 1), "num_threads": 20},
+        {"uids": None, "num_threads": None},  # access denied
+    ]
+    monkeypatch.setattr(limits.psutil, "process_iter", lambda _: [SimpleNamespace(info=info) for info in processes])
+    assert limits.count_free_processes() == 38
+    monkeypatch.setattr(limits, "_read_container_limit", lambda: [(100, 90)])
+    assert limits.count_free_processes() == 10
     monkeypatch.setattr(limits, "_read_container_limit", list)
     monkeypatch.setattr(limits, "_read_user_limit", list)
     assert limits.count_free_processes() is None
