@@ -123,10 +123,12 @@ def test_commands_are_refused_before_ray_starts(tmp_path: Path, command, monkeyp
         assert error.startswith(f"ray-cxr {line[0]}: {tmp_path / 'out'}: `ray-cxr tune` (process ")
 
 
-def test_train_and_report_are_refused_at_their_start(tmp_path: Path, command, monkeypatch, prepared, scores) -> None:
+def test_train_report_and_export_are_refused_at_their_start(
+    tmp_path: Path, command, monkeypatch, prepared, scores
+) -> None:
     monkeypatch.setattr("ray_cxr.cli.start_ray", lambda *_, **__: pytest.fail("Ray starts"))
     train = ["train", prepared, "--set", "backbone=TinyCNN", "--set", "weights=none", "--set", "size=64"]
-    for line in (train, ["report", scores]):
+    for line in (train, ["report", scores], ["export-sr", scores]):
         with run_folder.lock(tmp_path / "out", "tune"):
             code, _, error = command(*line, "--out", tmp_path / "out")
             assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
