@@ -93,7 +93,8 @@ def _check_working_directory(out: str) -> None:
         raise errors.InputError("the working directory was removed; change to an existing folder") from None
     if out and not remote.is_address(out) and _JOB_FOLDER in os.path.join(here, out):
         raise errors.OutputError(
-            f"--out {out}: is in the working directory of a job, which Ray removes later; pass an absolute path"
+            f"--out {out}: is in the working directory of a job, which Ray removes later; pass an absolute path "
+            "outside of it"
         )
 
 

@@ -143,7 +143,7 @@ def test_output_in_the_folder_of_a_job_is_refused(
         assert (code, err) == (
             2,
             f"ray-cxr {name}: --out {out}: is in the working directory of a job, which Ray removes later; "
-            "pass an absolute path\n",
+            "pass an absolute path outside of it\n",
         )
     assert list(folder.iterdir()) == []
 
