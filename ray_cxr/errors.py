@@ -11,7 +11,9 @@
     ├── ErrorRateExceeded         exit 3   done, but more images failed than was allowed
     └── ImageError                one image that cannot be used; carries its `code`
 
-No message quotes a DICOM field or a patient's name, because messages end up in logs and reports.
+Messages end up in logs and reports. They can name a DICOM element of the pixel description and quote the characters of
+numbers in it. Otherwise they quote only terms that the DICOM standard defines and UIDs of transfer syntaxes, never
+other text of a header, which could name a patient.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Numbers and text of a DICOM header, with tolerance for absent and empty elements.
 
-A value that is present but no number is `corrupt`: the message names the element and the value. No other number is
-used for it, because a guess could change pixels unnoticed.
+A value that is present but no number is `corrupt`: the message names the element, and quotes the value if it has only
+the characters of numbers. No other number is used for it, because a guess could change pixels unnoticed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ray_cxr.errors import ImageError
 
 #: Header numbers that decoding needs and their values if absent or empty (PS3.3, C.7.6.3; NumberOfFrames: C.7.6.6).
 _DEFAULTS = {"NumberOfFrames": 1, "PixelRepresentation": 0, "PlanarConfiguration": 0}
-#: The characters of numbers, of words in their place, and of the 16 bytes of a Decimal String (PS3.5, 6.2).
-_QUOTABLE = re.compile(r"[0-9A-Za-z.,+/ -]{1,16}")
+#: The characters of numbers, up to the 16 bytes of a Decimal String (PS3.5, 6.2); an `e` only inside a number.
+_QUOTABLE = re.compile(r"(?=.{1,16}\Z)(?:[0-9.,+-]|(?<=[0-9])[eE](?=[+-]?[0-9]))+")
 
 
 def read_text(ds: Any, keyword: str) -> str:
@@ -92,6 +92,6 @@ def _get_value(ds: Any, keyword: str) -> Any:
 
 
 def _quote(value: Any) -> str:
-    """Return a value for a message. Other characters are not those of numbers and could be a part of other elements."""
+    """Return a value for a message; nothing if it has other characters, which could name a patient."""
     text = str(value)
     return f": '{text}'" if _QUOTABLE.fullmatch(text) else ""

@@ -116,23 +116,23 @@ def test_uniform_images_stay_blank() -> None:
             decode(file_of(tile(7), 12, **fields))
 
 
-#: Keyword of an element, a value that is no number, and how the message quotes it.
+#: Keyword of an element, a value that is no number, and how the message quotes it: only the characters of numbers.
 UNREADABLE = {
     "WindowCenter": ("2048,5", "'2048,5'"),
-    "WindowWidth": ("AUTO", "'AUTO'"),
+    "WindowWidth": ("MRN 00123456", ""),
     "RescaleSlope": ("1,0", "'1,0'"),
-    "RescaleIntercept": ("none", "'none'"),
-    "NumberOfFrames": ("1 frame", "'1 frame'"),
+    "RescaleIntercept": ("Doe Jane 1970", ""),
+    "NumberOfFrames": ("1 frame", ""),
     "Rows": ("48,0", "'48,0'"),
-    "Columns": ("x", "'x'"),
-    "BitsAllocated": ("8 bits", "'8 bits'"),
+    "Columns": ("Doe Jane", ""),
+    "BitsAllocated": ("1e", ""),
     "BitsStored": ("8.5", "'8.5'"),
     "HighBit": ("7.5", "'7.5'"),
-    "SamplesPerPixel": ("one", "'one'"),
-    "PixelRepresentation": ("unsigned", "'unsigned'"),
+    "SamplesPerPixel": ("AB00123456", ""),
+    "PixelRepresentation": ("2e-1", "'2e-1'"),
     "PlanarConfiguration": ("?", ""),
     "PixelPaddingValue": ("-1,0", "'-1,0'"),
-    "PixelPaddingRangeLimit": ("Doe^Jane", ""),  # no characters of a number: it is not quoted
+    "PixelPaddingRangeLimit": ("Doe^Jane", ""),
 }
 
 
