@@ -47,31 +47,33 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (0 done, 1 failed, 2 wrong input, 3 too many errors)."""
-    environment.open_closed_streams()
-    # TensorFlow's C++ code reads this on import.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # Child processes, such as those of export-sr, do not import a user's own modules from the working directory.
-    os.environ.setdefault("PYTHONSAFEPATH", "1")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("ray_cxr").setLevel(logging.INFO)
-    environment.configure_command()
-    arguments = _build_parser().parse_args(argv)
+    command, arguments = "ray-cxr", argparse.Namespace()
     try:
+        environment.open_closed_streams()
+        # TensorFlow's C++ code reads this on import.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        # Child processes, such as those of export-sr, do not import a user's own modules from the working directory.
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+        logging.getLogger("ray_cxr").setLevel(logging.INFO)
+        environment.configure_command()
+        arguments = _build_parser().parse_args(argv)
+        command = f"ray-cxr {arguments.command}"
         _check_working_directory(getattr(arguments, "out", ""))
         arguments.run(arguments)
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
         again = "the same command without --fresh" if getattr(arguments, "fresh", False) else "the same command again"
-        print(f"ray-cxr {arguments.command}: stopped; run {again} to continue", file=sys.stderr)
+        print(f"{command}: stopped; run {again} to continue", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         cause = error if isinstance(error, RayCxrError) else errors.own_error(error) or _describe_ray_error(error)
         if cause is None:
             raise
-        print(f"ray-cxr {arguments.command}: {one_line(cause)}", file=sys.stderr)
+        print(f"{command}: {one_line(cause)}", file=sys.stderr)
         return cause.exit_code if isinstance(cause, RayCxrError) else 1
-    return _report_lost_output(f"ray-cxr {arguments.command}")
+    return _report_lost_output(command)
 
 
 def _report_lost_output(command: str) -> int:

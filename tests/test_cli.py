@@ -241,3 +241,8 @@ def test_exit_codes(
     found, out, err = command("demo", "--out", "d")
     assert (found, out, err.count("\n")) == (code, "", 1)
     assert err.startswith(f"ray-cxr demo: {line}")
+
+
+def test_ctrl_c_before_the_arguments_are_parsed_is_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_build_parser", Mock(side_effect=KeyboardInterrupt))
+    assert command("demo") == (130, "", "ray-cxr: stopped; run the same command again to continue\n")
