@@ -123,7 +123,7 @@ def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray
 
 def _read_format(ds: Any) -> tuple[str, int, int]:
     """Return Photometric Interpretation, Bits Allocated and Bits Stored (PS3.3, C.7.6.3), and set Samples per Pixel and
-    Bits Stored if absent. A value that no radiograph has is an error that names it.
+    Bits Stored if absent. A value that no radiograph has is an error that names it, also of Number of Frames.
     """
     photometric = read_text(ds, "PhotometricInterpretation").upper()
     if not photometric:
@@ -139,6 +139,7 @@ def _read_format(ds: Any) -> tuple[str, int, int]:
     ds.SamplesPerPixel = read_integer(ds, "SamplesPerPixel", samples)
     bits = ds.BitsStored = read_integer(ds, "BitsStored", allocated)
     for keyword, value, possible, name in (
+        ("NumberOfFrames", ds.NumberOfFrames, (0, 1), "1"),  # pydicom reads 0 as 1
         ("SamplesPerPixel", ds.SamplesPerPixel, (samples,), f"{samples} for {photometric}"),
         ("BitsAllocated", allocated, (1, 8, 16), "1, 8 or 16"),
         ("BitsStored", bits, range(1, allocated + 1), f"1 to {allocated}"),

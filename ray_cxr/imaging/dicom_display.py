@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -133,8 +132,6 @@ def _apply_modality(ds: Any, values: np.ndarray, signed: bool, sample: np.ndarra
         return values.astype(np.float64), True
     slope = elements.read_float(ds, "RescaleSlope", 1.0)
     intercept = elements.read_float(ds, "RescaleIntercept", 0.0)
-    if not (math.isfinite(slope) and math.isfinite(intercept)):
-        raise ImageError("corrupt", "the rescale values of the DICOM file are not finite")
     return values * (slope or 1.0) + intercept, slope == 0.0
 
 
@@ -152,8 +149,7 @@ def _iter_voi_tables(ds: Any, modality: np.ndarray, signed: bool) -> Iterator[np
         if None not in pair:
             centre, width = map(elements.to_float, pair, keywords)
             usable = width > 0 if name in _WINDOWS else width >= 1
-            finite = math.isfinite(centre) and math.isfinite(width)
-            yield _WINDOWS.get(name, window_linear)(modality, centre, width) if usable and finite else None
+            yield _WINDOWS.get(name, window_linear)(modality, centre, width) if usable else None
 
 
 def window_linear(x: np.ndarray, centre: float, width: float) -> np.ndarray:

@@ -6,6 +6,7 @@ the characters of numbers. No other number is used for it, because a guess could
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -66,11 +67,14 @@ def read_float(ds: Any, keyword: str, default: float) -> float:
 
 
 def to_float(value: Any, keyword: str) -> float:
-    """Convert a value of an element; text that is no number is `corrupt`, for example one with a decimal comma."""
+    """Convert a value of an element; text that is no finite number is `corrupt`, for example `1,5` or `nan`."""
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
         raise ImageError("corrupt", f"{keyword} of the DICOM file is not a number{_quote(value)}") from None
+    if not math.isfinite(number):
+        raise ImageError("corrupt", f"{keyword} of the DICOM file is not a finite number{_quote(value)}")
+    return number
 
 
 def to_integer(value: Any, keyword: str) -> int:

@@ -61,9 +61,11 @@ def read_pixels(ds: Any, syntax: str, rows: int, columns: int, allocated: int, b
         raise ImageError("not_a_radiograph", f"samples of {8 * array.dtype.itemsize} bits; CR and DX have 8 or 16")
     codes: np.ndarray = array.view(np.uint8) if array.dtype.itemsize == 1 else array.view(np.uint16)
     if is_native and allocated > 1:
-        unused = read_integer(ds, "HighBit", bits - 1) + 1 - bits
+        high = read_integer(ds, "HighBit", bits - 1)
+        unused = high + 1 - bits
         if not 0 <= unused <= allocated - bits:
-            raise ImageError("corrupt", "contradictory bit depths in the DICOM header")
+            depths = f"BitsStored {bits} and BitsAllocated {allocated}"
+            raise ImageError("corrupt", f"HighBit of the DICOM file is {high}, which contradicts {depths}")
         if unused:
             codes = np.right_shift(codes, unused)
     # The bits above those stored hold the sign, and overlays of old files.

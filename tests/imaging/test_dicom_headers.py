@@ -189,8 +189,16 @@ def test_each_of_several_padding_values_is_black() -> None:
         ({"BitsStored": 0}, "BitsStored of the DICOM file is 0, not 1 to 8"),
         ({"PixelRepresentation": 2}, "PixelRepresentation of the DICOM file is 2, not 0 or 1"),
         ({"PhotometricInterpretation": None}, "the DICOM file has no PhotometricInterpretation"),
+        ({"NumberOfFrames": -1}, "NumberOfFrames of the DICOM file is -1, not 1"),
+        ({"HighBit": 20}, "HighBit of the DICOM file is 20, which contradicts BitsStored 8 and BitsAllocated 8"),
+        ({"HighBit": 3}, "HighBit of the DICOM file is 3, which contradicts BitsStored 8 and BitsAllocated 8"),
+        ({"RescaleSlope": "nan"}, "RescaleSlope of the DICOM file is not a finite number"),
+        ({"RescaleIntercept": "1e999"}, "RescaleIntercept of the DICOM file is not a finite number: '1e999'"),
+        ({**WINDOW, "WindowCenter": "inf"}, "WindowCenter of the DICOM file is not a finite number"),
+        ({**WINDOW, "WindowWidth": "-inf"}, "WindowWidth of the DICOM file is not a finite number"),
     ],
 )
+@pytest.mark.usefixtures("write_anything")
 def test_impossible_number_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ImageError) as caught:
         decode_dicom(file_of(ramp(), **fields))
