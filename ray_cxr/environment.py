@@ -68,9 +68,15 @@ def configure_command() -> None:
     is_command = True
     # In a cell of Jupyter it names a module that only Jupyter's environment has, and matplotlib cannot be imported.
     os.environ["MPLBACKEND"] = "agg"
-    if (backend := os.environ.pop("KERAS_BACKEND", "") or "tensorflow") != "tensorflow":
-        logger.warning("KERAS_BACKEND=%s is ignored: commands run Keras on TensorFlow", backend)
+    report_keras_backend()
+    os.environ.pop("KERAS_BACKEND", None)  # a line from every process would repeat this one
     _ignore_strict_warnings()
+
+
+def report_keras_backend() -> None:
+    """Log that KERAS_BACKEND is ignored if it names another backend than TensorFlow."""
+    if (backend := os.environ.get("KERAS_BACKEND") or "tensorflow") != "tensorflow":
+        logger.warning("KERAS_BACKEND=%s is ignored: ray_cxr runs Keras on TensorFlow", backend)
 
 
 def _ignore_strict_warnings() -> None:

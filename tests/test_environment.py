@@ -54,7 +54,7 @@ def test_another_backend_of_keras_is_named_once(
         environment.configure_command()
     assert "KERAS_BACKEND" not in os.environ
     assert [record.getMessage() for record in caplog.records] == [
-        "KERAS_BACKEND=jax is ignored: commands run Keras on TensorFlow"
+        "KERAS_BACKEND=jax is ignored: ray_cxr runs Keras on TensorFlow"
     ]
 
 

@@ -9,15 +9,13 @@ Downloaded weights stay in the user's folder, where other programs find them.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ray_cxr import environment
 from ray_cxr.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 #: The variable with which TensorFlow looks for Keras 2, which is not installed.
 LEGACY_KERAS = "TF_USE_LEGACY_KERAS"
@@ -59,8 +57,7 @@ with hide_user_settings():
 if not _is_configured:
     # Keras stores downloads next to its keras.json, and has no setting for another folder.
     _config._KERAS_DIR = str(KERAS_FOLDER)
-    if (_backend := os.environ.get("KERAS_BACKEND") or "tensorflow") != "tensorflow":
-        logger.warning("Keras runs on TensorFlow in this process; KERAS_BACKEND=%s is ignored", _backend)
+    environment.report_keras_backend()
 
 __all__ = ["KERAS_FOLDER", "check_settings", "hide_user_settings", "keras", "tf"]
 
