@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 _MEMORY = re.compile(r"Memory on the node \(IP: ([^,)]+).*?\) was ([\d.]+)GB used / ([\d.]+)GB limit", re.DOTALL)
 _KILLED = re.compile("running low on memory|memory usage threshold", re.IGNORECASE)
 _LOST = re.compile("died unexpectedly|worker process has died")
+#: Ray's first guess about a process that died, such as at the memory limit of a Slurm job or of a container.
+_MAYBE_KILLED = "SIGKILL by OOM killer"
 _NO_THREAD = re.compile("can't start new thread|thread: Resource temporarily unavailable|pthread_create failed")
 _PROCESS_REMEDY = "raise that limit, end other programs, or use fewer CPUs: --set ray.num_cpus=1"
 #: What a local Ray with one run of training uses: 400 processes and threads were counted on 2 CPUs. Below the minimum,
@@ -56,8 +58,10 @@ def explain_loss(error: BaseException | None, remedy: str) -> str | None:
 
     `remedy` is what lowers the use of memory.
     """
+    is_lost = False
     for cause in list_causes(error):
         text = str(cause)
+        is_lost = is_lost or _MAYBE_KILLED in text
         if found := _MEMORY.search(text):
             node, used, limit = found.groups()
             return f"the node {node} ran out of memory ({used} of {limit} GB in use), so Ray ended a worker; {remedy}"
@@ -69,7 +73,8 @@ def explain_loss(error: BaseException | None, remedy: str) -> str | None:
             return f"no further process or thread can be started ({describe_process_limit()}); {_PROCESS_REMEDY}"
         if shortage and _LOST.search(text):
             return f"{shortage}; {_PROCESS_REMEDY}"
-    return None
+    # Last, because this is only a guess.
+    return f"a worker process died; the usual cause is too little memory: {remedy}" if is_lost else None
 
 
 def describe_process_limit() -> str:

@@ -22,6 +22,15 @@ RAYS_TEXT = (
     "1 worker(s) were killed due to the node running low on memory. \n"
     "Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/en/latest/x.html."
 )
+#: Of an actor that the kernel ended, for example at the memory limit of a Slurm job or of a container.
+KERNELS_TEXT = (
+    "The actor died unexpectedly before finishing this task.\n"
+    "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "
+    "unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the process was "
+    "killed by SIGKILL by OOM killer due to high memory usage. (2) ray stop --force is called. (3) The worker is "
+    "crashed unexpectedly due to SIGSEGV or other unexpected errors."
+)
+LOST = "a worker process died; the usual cause is too little memory: less"
 MEMORY = "the node 10.0.0.7 ran out of memory (22.83 of 24.00 GB in use), so Ray ended a worker; "
 
 
@@ -45,6 +54,10 @@ def died(text: str) -> ActorDiedError:
         (died(RAYS_TEXT), MEMORY),
         (wrapped(OutOfMemoryError(RAYS_TEXT)), MEMORY),
         (WorkerGroupError("a worker failed", {0: OutOfMemoryError(RAYS_TEXT)}), MEMORY),
+        (died(KERNELS_TEXT), LOST),
+        (wrapped(died(KERNELS_TEXT)), LOST),
+        (WorkerGroupError(KERNELS_TEXT, {0: died(KERNELS_TEXT)}), LOST),
+        (WorkerGroupError(KERNELS_TEXT, {0: OutOfMemoryError(RAYS_TEXT)}), MEMORY),
         (OutOfMemoryError("in other words"), "a node ran out of memory, so Ray ended a worker; less"),
         (MemoryError(), "the memory is used up; less"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "the memory is used up; less"),
