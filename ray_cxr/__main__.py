@@ -16,6 +16,9 @@ def main() -> int:
     previous = signal.getsignal(signal.SIGINT)
     if previous is signal.default_int_handler:  # a background job ignores Ctrl-C
         signal.signal(signal.SIGINT, _stop)
+    from ray_cxr import environment
+
+    environment.configure_command()
     from ray_cxr import cli
 
     signal.signal(signal.SIGINT, previous)

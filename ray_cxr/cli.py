@@ -49,14 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (0 done, 1 failed, 2 wrong input, 3 too many errors)."""
     command, arguments = "ray-cxr", argparse.Namespace()
     try:
-        environment.open_closed_streams()
         # TensorFlow's C++ code reads this on import.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         # Child processes, such as those of export-sr, do not import a user's own modules from the working directory.
         os.environ.setdefault("PYTHONSAFEPATH", "1")
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("ray_cxr").setLevel(logging.INFO)
-        environment.configure_command()
         arguments = _build_parser().parse_args(argv)
         command = f"ray-cxr {arguments.command}"
         _check_working_directory(getattr(arguments, "out", ""))
@@ -554,4 +552,5 @@ _print = environment.write_output
 
 
 if __name__ == "__main__":
+    environment.configure_command()
     raise SystemExit(main())

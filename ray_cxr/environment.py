@@ -1,4 +1,7 @@
-"""Settings of the user's environment under which Python, Ray or matplotlib cannot run a command."""
+"""Settings of the user's environment under which Python, Ray or matplotlib cannot run a command.
+
+Only modules of the standard library are imported at the top: a command calls this module before all other imports.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import sys
 import warnings
 
 from ray_cxr.errors import InputError, last_line
-from ray_cxr.progress import silence_stderr
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +65,10 @@ def discard_output() -> None:
 
 
 def configure_command() -> None:
-    """Make this process independent of settings for the user's other programs; call it at the start of a command."""
+    """Make this process independent of settings for the user's other programs; call it before other imports."""
     global is_command
     is_command = True
+    open_closed_streams()
     # In a cell of Jupyter it names a module that only Jupyter's environment has, and matplotlib cannot be imported.
     os.environ["MPLBACKEND"] = "agg"
     report_keras_backend()
@@ -127,6 +130,8 @@ def import_ray() -> None:
 def count_cpus() -> int:
     """Return the number of CPUs of a local Ray, at least 1, where Ray would round a smaller quota down to none."""
     from ray._private.utils import get_num_cpus
+
+    from ray_cxr.progress import silence_stderr
 
     with silence_stderr():  # Ray warns that it rounds fractions
         count = int(get_num_cpus(override_docker_cpu_warning=True))

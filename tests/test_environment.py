@@ -44,6 +44,24 @@ def test_warnings_of_libraries_do_not_end_a_command(
     assert done.stdout.strip() == str(None if is_ignored else variables.get("PYTHONWARNINGS"))
 
 
+def test_a_warning_while_the_libraries_are_imported_does_not_end_a_command() -> None:
+    code = (
+        "import sys\n"
+        "import ray_cxr.__main__ as program\n"
+        "assert not {'numpy', 'pydantic', 'rich'} & set(sys.modules)\n"
+        "class Finder:\n"
+        "    def find_spec(name, *_):\n"
+        "        if name == 'pandas':\n"
+        "            warnings.warn('old', DeprecationWarning)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        "sys.argv = ['ray-cxr', '--version']\n"
+        "sys.exit(program.main())"
+    )
+    done = run_python(code, "-We")
+    assert (done.returncode, done.stdout) == (0, "ray-cxr 0.1.0\n"), done.stderr
+    assert "PYTHONWARNINGS or -W e is ignored" in done.stderr
+
+
 def test_another_backend_of_keras_is_named_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
