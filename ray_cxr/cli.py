@@ -51,8 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # TensorFlow's C++ code reads this on import.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        # Child processes, such as those of export-sr, do not import a user's own modules from the working directory.
-        os.environ.setdefault("PYTHONSAFEPATH", "1")
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("ray_cxr").setLevel(logging.INFO)
         arguments = _build_parser().parse_args(argv)
@@ -286,10 +284,13 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
     start = functools.partial(start_ray, settings.ray)
     counts = prepared.prepare(arguments.manifest, arguments.out, chosen, start_ray=start)
-    for size, codes in counts.items():
+    for size, found in counts.items():
+        codes = found.codes
         failed = codes.total() - codes["ok"]
-        detail = ", ".join(f"{code} {count:,}" for code, count in codes.most_common() if code != "ok")
-        _print(f"size {size}: {codes['ok']:,} images, {failed:,} failed" + (f": {detail}" if detail else ""))
+        errors = ", ".join(f"{code} {count:,}" for code, count in codes.most_common() if code != "ok")
+        flags = ", ".join(f"{flag} {count:,}" for flag, count in found.flags.most_common())
+        detail = (f": {errors}" if errors else "") + (f"; flags: {flags}" if flags else "")
+        _print(f"size {size}: {codes['ok']:,} images, {failed:,} failed{detail}")
     _print(f"prepared: {arguments.out}")
 
 

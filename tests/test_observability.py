@@ -159,7 +159,8 @@ def test_prepare_counts_every_row(without_ray: None, manifest: Path, given: Give
     from ray_cxr.config import PrepareSettings
     from ray_cxr.data import prepared
 
-    counts = prepared.prepare(manifest, tmp_path / "set", PrepareSettings(sizes=(32, 64), rows_per_shard=1000))[64]
+    settings = PrepareSettings(sizes=(32, 64), rows_per_shard=1000)
+    counts = prepared.prepare(manifest, tmp_path / "set", settings)[64].codes
     prepared._get_decoder.cache_clear()
     sums = totals(given)
     assert sums.pop((telemetry.DECODE_SECONDS.name, "prepare")) > 0

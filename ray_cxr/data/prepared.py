@@ -32,7 +32,7 @@ from ray_cxr import cluster, labels, tasks, telemetry
 from ray_cxr.config import InputSpec, PrepareSettings
 from ray_cxr.data import manifest as manifests
 from ray_cxr.data.partition import Range, Unit, first_location, group_by_archive, plan_units
-from ray_cxr.data.shards import Pixels, ShardRows, ShardWriter, missing_shard, read_error_codes, read_shard, shard_name
+from ray_cxr.data.shards import Pixels, ShardRows, ShardWriter, missing_shard, read_outcomes, read_shard, shard_name
 from ray_cxr.errors import ConfigError, ImageError, OutputError, TableError
 from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
 from ray_cxr.progress import Progress
@@ -43,19 +43,27 @@ from ray_cxr.storage.archives import read_members
 FORMAT, FORMAT_WITH_ARCHIVES = 2, 3
 
 
+@dataclass(frozen=True)
+class OutcomeCounts:
+    """Row counts of one size by outcome."""
+
+    codes: Counter[str]  # by error code; `ok` counts rows without an error
+    flags: Counter[str]  # by quality flag from DICOM headers; a row may have several
+
+
 def prepare(
     manifest: str | Path,
     out: str | Path,
     settings: PrepareSettings,
     start_ray: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-) -> dict[int, Counter[str]]:
+) -> dict[int, OutcomeCounts]:
     """Decode and resize every image of a manifest to `out`, which all nodes share, or continue an earlier run.
 
     Args:
         start_ray: returns a context in which Ray runs; it is entered after the checks.
 
     Returns:
-        Counts of rows by error code for each size; `ok` counts rows without an error.
+        Counts of rows for each size, those of earlier runs included.
 
     Raises:
         TableError: not a manifest, or one without a path.
@@ -146,7 +154,7 @@ def _make_progress(out: Path, sizes: Sequence[int], ranges: Sequence[Range], pro
         nonlocal failed
         new = (names & _list_complete(out, sizes)) - reported
         for name in new:
-            codes = read_error_codes(out / str(sizes[0]) / name, sizes[0])
+            codes, _ = read_outcomes(out / str(sizes[0]) / name, sizes[0])
             failed += len(codes) - codes.null_count
             reported.add(name)
             progress.advance(len(codes), f"{failed:,} failed")
@@ -239,18 +247,19 @@ def _decode_rows(
         yield row, failure
 
 
-def _count_rows(out: Path, size: int, ranges: Sequence[Range]) -> Counter[str]:
+def _count_rows(out: Path, size: int, ranges: Sequence[Range]) -> OutcomeCounts:
     """Count a size's rows from its shards, and mark the size complete."""
-    counts: Counter[str] = Counter()
+    counts = OutcomeCounts(Counter(), Counter())
     paths = [out / str(size) / shard_name(range_.index) for range_ in ranges]
-    found = remote.map_concurrently(functools.partial(read_error_codes, size=size), paths)
-    for range_, path, codes in zip(ranges, paths, found, strict=True):
+    found = remote.map_concurrently(functools.partial(read_outcomes, size=size), paths)
+    for range_, path, (codes, flags) in zip(ranges, paths, found, strict=True):
         if len(codes) != range_.rows:
             raise OutputError(
                 f"{path}: has {len(codes):,} rows instead of {range_.rows:,}; remove it and run `ray-cxr prepare` again"
             )
-        counts.update("ok" if code is None else code for code in codes.to_pylist())
-    atomic.write_json(out / str(size) / "counts.json", dict(sorted(counts.items())))
+        counts.flags.update(flags)
+        counts.codes.update("ok" if code is None else code for code in codes.to_pylist())
+    atomic.write_json(out / str(size) / "counts.json", dict(sorted(counts.codes.items())))
     return counts
 
 

@@ -8,10 +8,11 @@ all workers of a node share the system's cache of these files. Only names and la
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,6 +32,8 @@ from ray_cxr.storage import atomic, remote
 OPEN_SHARDS = 100
 #: Maximum bytes per read: systems refuse or truncate reads of 2 GiB and more.
 READ_BYTES = 2**30
+#: Key of the schema's metadata: a JSON object, the number of images by quality flag; absent if there are none.
+FLAGS_KEY = b"flags"
 
 
 def shard_schema(size: int) -> pa.Schema:
@@ -69,6 +72,7 @@ class ShardWriter:
         self._order: list[int] = []
         self._images: list[bytes | None] = []
         self._errors: list[tuple[str | None, str | None]] = []  # code and message
+        self._flags: Counter[str] = Counter()
 
     def add(self, row: int, outcome: DecodedImage | Failure) -> None:
         """Append the outcome of a row, if it is wanted."""
@@ -81,6 +85,7 @@ class ShardWriter:
         else:
             self._images.append(outcome.images[self._position].tobytes())
             self._errors.append((None, None))
+            self._flags.update(outcome.flags)
         index = next(iter(self._missing))
         if len(self._order) == self._missing[index]:
             self._write(index)
@@ -93,27 +98,30 @@ class ShardWriter:
             *(pa.array(column, pa.string()) for column in zip(*self._errors, strict=True)),
         ]
         shard = pa.Table.from_arrays(arrays, schema=shard_schema(self._size))
+        if self._flags:
+            shard = shard.replace_schema_metadata({FLAGS_KEY: json.dumps(self._flags, sort_keys=True)})
         atomic.write_arrow(shard, self._folder / shard_name(index))
         del self._missing[index]
-        for column in (self._order, self._images, self._errors):
+        for column in (self._order, self._images, self._errors, self._flags):
             column.clear()
 
 
-def read_error_codes(path: Path, size: int) -> pa.Array:
-    """Return the column error_code of a shard; from a bucket, only this column is fetched."""
+def read_outcomes(path: Path, size: int) -> tuple[pa.Array, Counter[str]]:
+    """Return the column error_code of a shard, and its number of images by quality flag, without fetching pixels."""
     try:
         with remote.open_file(path) as source:
             schema = pa.ipc.open_file(source).schema
             if not schema.equals(shard_schema(size)):
                 raise _damaged(path)
+            flags = Counter(json.loads((schema.metadata or {}).get(FLAGS_KEY, b"{}")))
             only = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index("error_code")])
             batch = pa.ipc.open_file(source, options=only).get_batch(0)
             batch.validate()
             # `take` copies, because the column may be in a memory map.
-            return batch.column(0).take(pa.array(np.arange(len(batch))))
+            return batch.column(0).take(pa.array(np.arange(len(batch)))), flags
     except FileNotFoundError:
         raise missing_shard(path) from None
-    except (OSError, pa.ArrowException):
+    except (OSError, ValueError, pa.ArrowException):  # ValueError: metadata that is not JSON
         raise _damaged(path) from None
 
 

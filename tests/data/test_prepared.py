@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from test_dicom import file_of
 
 from ray_cxr.config import InputSpec, PrepareSettings
 from ray_cxr.data import manifest as manifests
@@ -163,6 +164,43 @@ def test_resume_makes_what_is_missing(prepared: Path, manifest: Path, tmp_path: 
 
 
 @pytest.mark.usefixtures("without_ray")
+def test_flags_of_dicom_headers_are_counted(manifest: Path, tmp_path: Path, command) -> None:
+    knee = {"BodyPartExamined": "KNEE", "BurnedInAnnotation": "YES"}
+    paths = [tmp_path / f"{i}.dcm" for i in range(5)]
+    for path, fields, image in zip(paths, ({}, knee, {}, {"BurnedInAnnotation": "YES"}), noise(4, 64), strict=False):
+        path.write_bytes(file_of(image, **fields))
+    table = read_manifest(manifest).slice(0, 5)
+    column = table.schema.get_field_index("path")
+    manifests.write_manifest(table.set_column(column, "path", [[*map(str, paths)]]), tmp_path / "m.parquet")
+    out = tmp_path / "set"
+    given = ["prepare", tmp_path / "m.parquet", "--out", out, "--size", "64", "--set", "rows_per_shard=2"]
+    counted = "size 64: 4 images, 1 failed: missing 1; flags: burned_in_annotation 2, not_frontal_chest 1"
+    code, said, err = command(*given)
+    assert (code, said.splitlines()[0]) == (0, counted), err
+    assert json.loads((out / "64" / "counts.json").read_text()) == {"missing": 1, "ok": 4}
+    metadata = [read(shard).schema.metadata for shard in list_shards(out, 64)]
+    assert metadata == [
+        {b"flags": b'{"burned_in_annotation": 1, "not_frontal_chest": 1}'},
+        {b"flags": b'{"burned_in_annotation": 1}'},
+        None,
+    ]
+
+    before, (first, second, _) = contents(out, 64), list_shards(out, 64)
+    second.unlink()
+    code, said, err = command(*given)
+    assert (code, said.splitlines()[0], contents(out, 64)) == (0, counted, before), err
+    np.testing.assert_array_equal(PreparedSet(out).rows()["image_id"].to_numpy(), table["image_id"].to_numpy())
+
+    atomic.write_arrow(read(first).replace_schema_metadata(None), first)  # as older versions wrote it
+    code, said, err = command(*given)
+    counted = "size 64: 4 images, 1 failed: missing 1; flags: burned_in_annotation 1"
+    assert (code, said.splitlines()[0]) == (0, counted), err
+    atomic.write_arrow(read(first).replace_schema_metadata({b"flags": b"{"}), first)
+    code, _, err = command(*given)
+    assert (code, err.count("\n"), f"{first.name}: damaged" in err) == (2, 1, True), err
+
+
+@pytest.mark.usefixtures("without_ray")
 def test_file_that_takes_too_long_is_a_row(manifest: Path, tmp_path: Path) -> None:
     """64 million pixels in 20 ms."""
     Image.new("L", (8000, 8000)).save(tmp_path / "large.png", compress_level=1)
@@ -170,7 +208,7 @@ def test_file_that_takes_too_long_is_a_row(manifest: Path, tmp_path: Path) -> No
     table = table.set_column(table.schema.get_field_index("path"), "path", [[str(tmp_path / "large.png")]])
     manifests.write_manifest(table, tmp_path / "m.parquet")
     settings = PrepareSettings(sizes=(64,), decode_timeout_s=0.02)
-    assert prepare(tmp_path / "m.parquet", tmp_path / "set", settings) == {64: Counter(decode_timeout=1)}
+    assert prepare(tmp_path / "m.parquet", tmp_path / "set", settings)[64].codes == Counter(decode_timeout=1)
 
 
 def test_failed_images_and_other_splits_leave_the_right_neighbours(tmp_path: Path) -> None:
@@ -397,7 +435,7 @@ def archive_set(download: Path, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("archive_set") / "set"
     with replace_ray():
         counts = prepare(download / "m.parquet", out, SETTINGS)
-    assert counts == {64: Counter(ok=len(read_manifest(download / "m.parquet")) - 6, **BROKEN)}
+    assert counts[64].codes == Counter(ok=len(read_manifest(download / "m.parquet")) - 6, **BROKEN)
     return out
 
 
@@ -486,12 +524,12 @@ def test_truncated_archive_gives_its_rows_and_errors_for_the_rest(download: Path
     shutil.rmtree(copy / "64")
     try:
         archive.write_bytes(whole[: len(whole) // 2])
-        counts = prepare(download / "m.parquet", copy, SETTINGS)
+        codes = prepare(download / "m.parquet", copy, SETTINGS)[64].codes
     finally:
         archive.write_bytes(whole)
-    assert counts[64].total() == len(read_manifest(download / "m.parquet"))
+    assert codes.total() == len(read_manifest(download / "m.parquet"))
     assert 5 < sum(row["error"] == "the archive is incomplete" for row in read_rows(copy, 64)) < 30
-    assert counts[64]["truncated"] > 5
+    assert codes["truncated"] > 5
 
 
 @pytest.mark.usefixtures("without_ray")
