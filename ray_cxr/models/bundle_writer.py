@@ -82,8 +82,7 @@ def write_bundle(
         OutputError: `out` exists; bundles are never changed.
     """
     out = remote.to_path(out)
-    if is_written(out):
-        raise OutputError(f"{out}: exists already, and bundles are never changed; choose another folder")
+    refuse_existing(out)
     with atomic.new_folder(out, bundles.SUMS) as folder:
         info = content.info()
         if isinstance(weights, Path):
@@ -112,6 +111,12 @@ def write_bundle(
         for name in (*files, bundles.SUMS):
             (folder / name).chmod(0o444)
     return load_bundle(out)
+
+
+def refuse_existing(out: Path) -> None:
+    """Refuse an `out` that exists; bundles are never changed."""
+    if is_written(out):
+        raise OutputError(f"{out}: exists already, and bundles are never changed; choose another folder")
 
 
 def derive_bundle(

@@ -14,7 +14,8 @@ from ray_cxr.errors import ConfigError
 from ray_cxr.models import classifier
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import SPLIT_SCHEMA, Bundle
-from ray_cxr.models.bundle_writer import BundleContent, write_bundle
+from ray_cxr.models.bundle_writer import BundleContent, refuse_existing, write_bundle
+from ray_cxr.storage import remote, run_folder
 from ray_cxr.storage.files import hash_file
 from ray_cxr.versions import versions
 
@@ -52,28 +53,31 @@ def import_weights(
     architecture = build(Architecture, {"backbone": backbone, "size": size, "findings": names}, where="import-weights")
     if not path.is_file():
         raise ConfigError(f"{path}: no such weights file")
-    model = classifier.build(architecture)
-    classifier.load_third_party_weights(model, path)
-    settings = build(TrainSettings, {"backbone": backbone, "size": size, "findings": names}).model_dump(mode="json")
-    unknown = dict.fromkeys(names)
-    content = BundleContent(
-        architecture=architecture,
-        input_spec=spec,
-        calibration=unknown,
-        operating_points=unknown,
-        expected_flag_rates=unknown,
-        provenance={
-            "origin": f"imported from {path.name}; its training images are unknown",
-            "initial_weights": f"the file {path.name}, SHA-256 {hash_file(path)}",
-            "lineage": "unknown",
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "split": {},
-            "age_range": None,
-            "settings": settings,
-            "versions": versions(),
-        },
-        config_toml=tomli_w.dumps({"train": {key: value for key, value in settings.items() if value is not None}}),
-        curves=[],
-        split=SPLIT_SCHEMA.empty_table(),
-    )
-    return write_bundle(out, content, model)
+    out = remote.to_path(out)
+    refuse_existing(out)
+    with run_folder.lock_bundle(out, "import-weights"):
+        model = classifier.build(architecture)
+        classifier.load_third_party_weights(model, path)
+        settings = build(TrainSettings, {"backbone": backbone, "size": size, "findings": names}).model_dump(mode="json")
+        unknown = dict.fromkeys(names)
+        content = BundleContent(
+            architecture=architecture,
+            input_spec=spec,
+            calibration=unknown,
+            operating_points=unknown,
+            expected_flag_rates=unknown,
+            provenance={
+                "origin": f"imported from {path.name}; its training images are unknown",
+                "initial_weights": f"the file {path.name}, SHA-256 {hash_file(path)}",
+                "lineage": "unknown",
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "split": {},
+                "age_range": None,
+                "settings": settings,
+                "versions": versions(),
+            },
+            config_toml=tomli_w.dumps({"train": {key: value for key, value in settings.items() if value is not None}}),
+            curves=[],
+            split=SPLIT_SCHEMA.empty_table(),
+        )
+        return write_bundle(out, content, model)

@@ -30,7 +30,7 @@ from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import exports, runtime
 from ray_cxr.models.bundle import SPLIT_SCHEMA, Bundle, load_bundle
 from ray_cxr.models.bundle_writer import derive_bundle, find_finished
-from ray_cxr.storage import remote
+from ray_cxr.storage import remote, run_folder
 from ray_cxr.versions import versions
 
 #: Minimum number of images for the ranges, and minimum number for the check.
@@ -68,20 +68,23 @@ def quantize(
     if finished is not None:
         on_event(f"{out}: finished already, with the same bundle, images and settings")
         return finished
-    train, validation = data.load("train"), data.load("val")
-    usable = np.flatnonzero(~_find_trained(old, train, validation))
-    if min(len(train), len(usable)) < MIN_IMAGES:
-        raise ConfigError(
-            f"{prepared}: has {len(train):,} images of split train and {len(usable):,} of split val whose patients are "
-            f"not in training; int8 needs at least {MIN_IMAGES} of each"
+    # In a temporary folder, int8 is measured before anything is written at `out`.
+    with run_folder.lock_bundle(remote.to_path(out), "quantize"), tempfile.TemporaryDirectory() as folder:
+        train, validation = data.load("train"), data.load("val")
+        usable = np.flatnonzero(~_find_trained(old, train, validation))
+        if min(len(train), len(usable)) < MIN_IMAGES:
+            raise ConfigError(
+                f"{prepared}: has {len(train):,} images of split train and {len(usable):,} of split val whose patients "
+                f"are not in training; int8 needs at least {MIN_IMAGES} of each"
+            )
+        rows = usable[exports.sample_rows(len(usable), settings.seed, settings.check_images)]
+        checked, labels = validation.images[rows], validation.labels[rows]
+        ranges = exports.sample_images(train.images, settings.seed, settings.images)
+        left_out = len(validation) - len(usable)
+        note = f"; {left_out:,} others left out, because their patients are in training" if left_out else ""
+        on_event(
+            f"int8: ranges from {len(ranges):,} training images, check on {len(checked):,} validation images{note}"
         )
-    rows = usable[exports.sample_rows(len(usable), settings.seed, settings.check_images)]
-    checked, labels = validation.images[rows], validation.labels[rows]
-    ranges = exports.sample_images(train.images, settings.seed, settings.images)
-    left_out = len(validation) - len(usable)
-    note = f"; {left_out:,} others left out, because their patients are in training" if left_out else ""
-    on_event(f"int8: ranges from {len(ranges):,} training images, check on {len(checked):,} validation images{note}")
-    with tempfile.TemporaryDirectory() as folder:  # measured before anything is written at `out`
         graph = Path(folder) / runtime.graph_file("int8")
         fp32 = old.path / runtime.graph_file("fp32")
         runtime.import_openvino().save_model(_quantize_graph(fp32, ranges), graph, compress_to_fp16=False)

@@ -124,38 +124,41 @@ def recalibrate(
     if finished is not None:
         on_event(f"recalibrate: {out} is finished already")
         return finished
-
-    used, excluded = _select_images(table, labelled, old, str(scores), str(labels), on_event)
-    y = used[list(old.findings)].to_numpy(dtype=np.float64, na_value=np.nan)
-    p = table.p[used["row"].to_numpy()]
-    rules = calibration.fit_rules(y, p, old.findings, method=method, rule=rule, min_positives=settings.min_positives)
-    if not any(rules.calibration.values()) and not any(rules.operating_points.values()):
-        reasons = "; ".join(f"{n} findings: {reason}" for reason, n in Counter(rules.rule_notes.values()).most_common())
-        raise InputError(f"{labels}: nothing can be fitted on these {len(used):,} images ({reasons}); label more")
-    provenance = old.info["provenance"]
-    before = {name: old.info[name] for name in ("calibration", "operating_points", "expected_flag_rates")}
-    if "recalibrated" in provenance:
-        before["recalibrated"] = provenance["recalibrated"]
-    record |= {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "images": len(used),
-        **PatientCount.of(used["patient_id"]).to_json(),
-        "left_out": excluded,
-        "labels_split": manifest.split_info(labelled),
-        "findings": {name: _measure(y[:, j], p[:, j], name, old, rules) for j, name in enumerate(old.findings)},
-        "before": before,
-        "versions": versions(),
-    }
-    try:
-        return derive_bundle(
-            old,
-            out,
-            **vars(rules),
-            provenance={**provenance, "recalibrated": record},
-            split=_extend_split(old, used),
+    with run_folder.lock_bundle(out, "recalibrate"):
+        used, excluded = _select_images(table, labelled, old, str(scores), str(labels), on_event)
+        y = used[list(old.findings)].to_numpy(dtype=np.float64, na_value=np.nan)
+        p = table.p[used["row"].to_numpy()]
+        rules = calibration.fit_rules(
+            y, p, old.findings, method=method, rule=rule, min_positives=settings.min_positives
         )
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None
+        if not any(rules.calibration.values()) and not any(rules.operating_points.values()):
+            counts = Counter(rules.rule_notes.values()).most_common()
+            reasons = "; ".join(f"{n} findings: {reason}" for reason, n in counts)
+            raise InputError(f"{labels}: nothing can be fitted on these {len(used):,} images ({reasons}); label more")
+        provenance = old.info["provenance"]
+        before = {name: old.info[name] for name in ("calibration", "operating_points", "expected_flag_rates")}
+        if "recalibrated" in provenance:
+            before["recalibrated"] = provenance["recalibrated"]
+        record |= {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "images": len(used),
+            **PatientCount.of(used["patient_id"]).to_json(),
+            "left_out": excluded,
+            "labels_split": manifest.split_info(labelled),
+            "findings": {name: _measure(y[:, j], p[:, j], name, old, rules) for j, name in enumerate(old.findings)},
+            "before": before,
+            "versions": versions(),
+        }
+        try:
+            return derive_bundle(
+                old,
+                out,
+                **vars(rules),
+                provenance={**provenance, "recalibrated": record},
+                split=_extend_split(old, used),
+            )
+        except OSError as error:
+            raise OutputError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None
 
 
 def _common_value(bundle: Bundle, table: str, key: str) -> str | None:

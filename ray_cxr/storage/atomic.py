@@ -61,7 +61,7 @@ def new_folder(path: Path, last: str) -> Iterator[Path]:
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
-                raise OutputError(f"{path}: another command has written it now; choose another folder") from None
+                raise OutputError(f"{path}: another command has written it now, and it is complete; use it") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return

@@ -3,6 +3,7 @@
     OUT/settings.json   written first: settings that a later run must match
     OUT/_SUCCESS        written last: all output is complete
     OUT/.lock           held and removed by the command that writes here; the system releases it if the process dies
+    .BUNDLE.lock        the same lock for a command that writes a bundle, which must contain no other files
 
 `OUT` may be in a bucket, which has no locks.
 """
@@ -141,26 +142,46 @@ def lock(out: Path, command: str) -> Iterator[None]:
     if remote.as_store_path(out) is not None:
         yield
         return
-    is_new = not out.exists()
-    descriptor = _open_lock(out, command)
+    with _hold(out / LOCK, out, command):
+        yield
+
+
+@contextlib.contextmanager
+def lock_bundle(out: Path, command: str) -> Iterator[None]:
+    """Hold a lock as `lock` does, in a file next to `out`: a bundle appears when it is complete, without other files.
+
+    Raises:
+        OutputError: another process holds the lock, or the folder of `out` cannot be written.
+    """
+    if remote.as_store_path(out) is not None:
+        yield
+        return
+    with _hold(out.parent / f".{out.name}{LOCK}", out, command):
+        yield
+
+
+@contextlib.contextmanager
+def _hold(path: Path, out: Path, command: str) -> Iterator[None]:
+    """Hold the lock of `out` in the file `path`, whose folder is made if needed and removed if it is still empty."""
+    is_new = not path.parent.exists()
+    descriptor = _open_lock(path, out, command)
     try:
         yield
     finally:
         # Before the lock is released: later, another process could hold the lock of this file.
         with contextlib.suppress(OSError):
-            (out / LOCK).unlink()
+            path.unlink()
         os.close(descriptor)
         if is_new:
             with contextlib.suppress(OSError):
-                out.rmdir()
+                path.parent.rmdir()
 
 
-def _open_lock(out: Path, command: str) -> int:
+def _open_lock(path: Path, out: Path, command: str) -> int:
     """Return a descriptor that holds the lock of `out`; the file names its holder."""
-    path = out / LOCK
     while True:
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise _cannot_write(out, error) from None

@@ -18,6 +18,7 @@ from ray_cxr.labels import FINDINGS
 from ray_cxr.models import classifier, importing
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import Bundle
+from ray_cxr.storage import run_folder
 
 SIZE = 64
 #: The order of a well-known training script, unlike ours; outputs must keep their own order.
@@ -175,3 +176,17 @@ def test_import_and_predict_work_with_the_instructions_of_an_older_cpu(tmp_path:
         "assert p.shape == (2, 14) and (0 < p).all() and (p < 1).all(), p\n"
     )
     run_python("-c", code, tmp_path / "m.weights.h5", tmp_path / "b", ONEDNN_MAX_CPU_ISA="AVX2")
+
+
+def test_an_existing_or_locked_bundle_is_refused_before_the_weights_are_read(tmp_path: Path) -> None:
+    weights, out = tmp_path / "m.h5", tmp_path / "b"
+    weights.write_bytes(b"no weights")
+    with (
+        run_folder.lock_bundle(out, "import-weights"),
+        pytest.raises(OutputError, match=rf"{out}: `ray-cxr import-weights` \(process \d+ on .*\) is writing here"),
+    ):
+        load(weights, out)
+    out.mkdir()
+    with pytest.raises(OutputError, match=f"{out}: exists already"):
+        load(weights, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "m.h5"]

@@ -25,6 +25,7 @@ from ray_cxr.models import bundle as bundles
 from ray_cxr.models import classifier, exports, quantization, runtime
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle_writer import derive_bundle
+from ray_cxr.storage import run_folder
 
 pytestmark = pytest.mark.slow
 
@@ -131,6 +132,18 @@ def test_second_run_changes_nothing_and_another_out_is_refused(bundle, made, ima
         with pytest.raises(OutputError, match=f"{out}: (exists already|was made from another configuration).*--out"):
             quantization.quantize(bundle.path, images, out, settings, on_event=str)
         assert sorted(out.iterdir()) == before
+
+
+def test_a_second_command_for_one_bundle_is_refused_at_its_start(bundle, images: Path, tmp_path: Path) -> None:
+    events: list[str] = []
+    out = tmp_path / "b"
+    with (
+        run_folder.lock_bundle(out, "quantize"),
+        pytest.raises(OutputError, match=rf"{out}: `ray-cxr quantize` \(process \d+ on .*\) is writing here"),
+    ):
+        quantization.quantize(bundle.path, images, out, SETTINGS, on_event=events.append)
+    assert events == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_inputs_and_output_may_be_in_a_bucket(bucket, bundle, made, quick, images, tmp_path, monkeypatch) -> None:

@@ -23,9 +23,10 @@ from ray_cxr.data import manifest
 from ray_cxr.errors import LeakError
 from ray_cxr.evaluation import calibration
 from ray_cxr.labels import FINDINGS, LABELS
-from ray_cxr.models import predictions
+from ray_cxr.models import predictions, recalibration
 from ray_cxr.models.bundle import Bundle
 from ray_cxr.reporting import report
+from ray_cxr.storage import run_folder
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -354,6 +355,14 @@ def test_unusable_files_are_refused_and_nothing_is_written(site: Site, command: 
     before = sorted(site.home.rglob("*"))
     assert_refused(command(*site.arguments()), words)
     assert sorted(site.home.rglob("*")) == before
+
+
+def test_a_second_command_for_one_bundle_is_refused_at_its_start(site: Site, command: Command, monkeypatch) -> None:
+    monkeypatch.setattr(recalibration, "_select_images", lambda *_: pytest.fail("it starts"))
+    site.write()
+    with run_folder.lock_bundle(site.out, "quantize"):
+        assert_refused(command(*site.arguments()), f"{site.out}: `ray-cxr quantize` (process ", "is writing here")
+    assert not site.out.exists()
 
 
 def test_inputs_and_output_may_be_in_a_bucket(bucket, finished, command: Command, tmp_path, monkeypatch) -> None:

@@ -207,6 +207,6 @@ def test_a_bundle_that_another_command_writes_meanwhile_is_named(tmp_path: Path)
             (tmp_path / "bundle").mkdir()
             (tmp_path / "bundle" / "last.txt").touch()
 
-    with pytest.raises(OutputError, match="bundle: another command has written it now; choose another folder"):
+    with pytest.raises(OutputError, match="bundle: another command has written it now, and it is complete; use it"):
         write()
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
