@@ -3,7 +3,8 @@
     python tests/environments.py [NAME ...]
 
 Each case is a function with the decorator `case`. It gets an empty folder, runs the command with `run`, and checks the
-result with `check_success` or `check_error`. Prints one line per case; the exit code is 1 if a case failed.
+result with `check_success` or `check_error`. A case that this machine cannot run is skipped. Prints one line per case
+and the numbers of cases; the exit code is 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ def case(function: Case) -> Case:
     """Add a function to the cases, under its name."""
     CASES[function.__name__] = function
     return function
+
+
+class Skipped(Exception):
+    """This machine cannot run a case, for the reason in the message."""
 
 
 class Result(NamedTuple):
@@ -113,6 +118,18 @@ def check_error(result: Result, *facts: str) -> None:
     assert last.startswith("ray-cxr"), str(result)
     for fact in facts:
         assert fact in last, f"{fact!r} is missing: {result}"
+
+
+def require(start: Sequence[str]) -> None:
+    """Raise Skipped if a program or permission for a command that begins with `start` is missing."""
+    if shutil.which(start[0]) is None:
+        raise Skipped(f"{start[0]} is not installed")
+    done = subprocess.run([*start, "true"], capture_output=True, text=True, env={**ENVIRONMENT, "LC_ALL": "C"})
+    if done.returncode:
+        reason = done.stderr.strip() or f"exit code {done.returncode}"
+        # Any other reason is a fault of the case. Without user namespaces, unshare reports no space.
+        assert re.search("not permitted|denied|not found|No such file|No space left", reason), reason
+        raise Skipped(" ".join(reason.split()))
 
 
 class Inputs:
@@ -192,7 +209,7 @@ def main(names: Sequence[str]) -> int:
     if unknown := [name for name in names if name not in CASES]:
         print(f"environments.py: no case {', '.join(unknown)}; the cases: {', '.join(CASES)}", file=sys.stderr)
         return 2
-    failed = 0
+    counts = {"ok": 0, "skipped": 0, "failed": 0}
     with tempfile.TemporaryDirectory(prefix="env-") as folder:
         inputs = Inputs(Path(folder) / "inputs")
         inputs.folder.mkdir()
@@ -201,12 +218,17 @@ def main(names: Sequence[str]) -> int:
             started = time.monotonic()
             try:
                 CASES[name](Path(folder) / name)
+            except Skipped as error:
+                counts["skipped"] += 1
+                print(f"skipped {name}: {error}", flush=True)
             except Exception as error:
-                failed += 1
+                counts["failed"] += 1
                 print(f"FAILED {name}: {error if isinstance(error, AssertionError) else repr(error)}", flush=True)
             else:
+                counts["ok"] += 1
                 print(f"ok {name} {time.monotonic() - started:.0f} s", flush=True)
-    return 1 if failed else 0
+    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    return 1 if counts["failed"] else 0
 
 
 # ---------------------------------------------------------------- settings for the user's other programs
@@ -282,13 +304,13 @@ def half_a_cpu(folder: Path) -> None:
     groups = Path("/sys/fs/cgroup")
     file = next((path for path in (groups / "cpu.max", groups / "cpu" / "cpu.cfs_quota_us") if path.exists()), None)
     if file is None:
-        return
+        raise Skipped("no control group limits the CPUs")
     quota = folder / "quota"
     quota.write_text("50000 100000\n" if file.name == "cpu.max" else "50000\n", encoding="utf-8")
     start = ["unshare", "--map-root-user", "--mount", "sh", "-c", f'mount --bind {quota} {file} && exec "$@"', "sh"]
-    if subprocess.run([*start, "true"], capture_output=True).returncode == 0:
-        result = run(folder, *inputs.prepare(folder), program=[*start, PROGRAM])
-        check_success(result, "the quota of this machine or container is below one CPU")
+    require(start)
+    result = run(folder, *inputs.prepare(folder), program=[*start, PROGRAM])
+    check_success(result, "the quota of this machine or container is below one CPU")
 
 
 @case
@@ -341,21 +363,22 @@ def modules_of_the_user_while_training(folder: Path) -> None:
 
 
 def in_a_network_namespace(script: str) -> list[str | Path]:
-    """Return the start of a command on a machine whose network is what a shell script makes of it; [] if impossible."""
+    """Return the start of a command on a machine whose network is what a shell script makes of it."""
     start = ["unshare", "--map-root-user", "--net", "sh", "-c", script + ' && exec "$@"', "sh"]
-    return [] if subprocess.run([*start, "true"], capture_output=True).returncode else [*start, PROGRAM]
+    require(start)
+    return [*start, PROGRAM]
 
 
 @case
 def no_network_interface(folder: Path) -> None:
-    if program := in_a_network_namespace("true"):
-        check_error(run(folder, *inputs.train(folder), program=program), "no network interface is up")
+    program = in_a_network_namespace("true")
+    check_error(run(folder, *inputs.train(folder), program=program), "no network interface is up")
 
 
 @case
 def only_the_loopback_interface(folder: Path) -> None:
-    if program := in_a_network_namespace("ip link set lo up"):
-        check_success(run(folder, *inputs.train(folder), program=program))
+    program = in_a_network_namespace("ip link set lo up")
+    check_success(run(folder, *inputs.train(folder), program=program))
 
 
 # ---------------------------------------------------------------- names and locks of folders
@@ -436,11 +459,12 @@ def memory_that_is_used_up(folder: Path) -> None:
 
 
 def as_another_user(processes: int) -> list[str | Path]:
-    """Return the start of a command under a limit of processes, which does not bind root; [] if impossible."""
+    """Return the start of a command under a limit of processes, which does not bind root."""
     files = "+dac_override,+dac_read_search,+fowner"
     user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", f"--inh-caps={files}"]
     start = ["prlimit", f"--nproc={processes}", *user, f"--ambient-caps={files}"]
-    return [] if subprocess.run([*start, "true"], capture_output=True).returncode else [*start, PROGRAM]
+    require(start)
+    return [*start, PROGRAM]
 
 
 @case
@@ -451,9 +475,8 @@ def limit_of_processes(folder: Path) -> None:
         (100, inputs.train(folder)),
         (350, inputs.train(folder)),
     ):
-        if program := as_another_user(processes):
-            result = run(folder, *arguments, program=program, limit_s=120)
-            check_error(result, "processes and threads are needed on", f"ulimit -u is {processes}", "ray.num_cpus=1")
+        result = run(folder, *arguments, program=as_another_user(processes), limit_s=120)
+        check_error(result, "processes and threads are needed on", f"ulimit -u is {processes}", "ray.num_cpus=1")
 
 
 @case
