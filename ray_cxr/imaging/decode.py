@@ -32,6 +32,11 @@ from ray_cxr.imaging.pixels import MAX_PIXELS, decoder_errors
 from ray_cxr.imaging.resize import resize
 from ray_cxr.storage.files import read_bytes
 
+#: All quality flags that `decode_with_flags` can return.
+HEADER_FLAGS: frozenset[str] = frozenset(
+    {"not_frontal_chest", "burned_in_annotation", "display_fallback", "reoriented"}
+)
+
 
 def load_image(path: str, spec: InputSpec | None = None, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read and decode one radiograph, a local path or a URI, and resize it if there is a spec.
@@ -57,7 +62,7 @@ def decode_with_flags(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.
     `max_pixels` limits height x width and is checked before pixels are decoded.
 
     Returns:
-        uint8[H, W], C-contiguous, a new array; 0 is black, 255 white. And the quality flags from a DICOM header.
+        uint8[H, W], C-contiguous, a new array; 0 is black, 255 white. And the `HEADER_FLAGS` of a DICOM.
 
     Raises:
         ImageError: `empty`, `not_an_image`, `truncated`, `corrupt`, `too_large`, `too_small`, `blank` (all pixels

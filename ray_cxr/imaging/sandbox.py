@@ -36,7 +36,7 @@ import numpy as np
 from ray_cxr import processes
 from ray_cxr.config import InputSpec
 from ray_cxr.errors import ERROR_CODES, ImageError, RayCxrError
-from ray_cxr.imaging.decode import decode_with_flags, is_png_or_jpeg
+from ray_cxr.imaging.decode import HEADER_FLAGS, decode_with_flags, is_png_or_jpeg
 from ray_cxr.imaging.pixels import MAX_PIXELS, decoder_errors
 from ray_cxr.imaging.resize import resize
 from ray_cxr.storage.files import read_bytes
@@ -193,7 +193,7 @@ class Decoder:
             tags, flags = answer["tags"], tuple(map(str, answer["flags"]))
             height, width = map(int, answer["shape"])
             shapes = [(height, width) if spec is None else (spec.size, spec.size) for spec in self._specs]
-            possible = height > 0 and 0 < height * width <= self._max_pixels
+            possible = height > 0 and 0 < height * width <= self._max_pixels and HEADER_FLAGS.issuperset(flags)
             if not possible or size != sum(rows * columns for rows, columns in shapes):
                 raise EOFError(_UNREADABLE)
         except (ValueError, KeyError, TypeError):  # native code corrupted the child's memory

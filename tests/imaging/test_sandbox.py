@@ -17,8 +17,9 @@ import pytest
 
 from ray_cxr.config import InputSpec
 from ray_cxr.errors import ImageError, RayCxrError
+from ray_cxr.evaluation import quality
 from ray_cxr.imaging import sandbox
-from ray_cxr.imaging.decode import decode, load_image
+from ray_cxr.imaging.decode import HEADER_FLAGS, decode, load_image
 from ray_cxr.imaging.resize import resize
 from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
 
@@ -43,6 +44,12 @@ def misbehave(data, **limits):
 decode, decoding.decode_with_flags = decoding.decode_with_flags, misbehave
 """
 SEGV = "ctypes.string_at(0)"
+#: Answers like a child whose memory was corrupted: plausible apart from one flag.
+UNKNOWN_FLAG = """
+import json, struct
+answer = json.dumps({"tags": None, "shape": [70, 90], "flags": ["reoriented", "Doe^Jane"]}).encode()
+os.write(4, struct.pack("<IQ", len(answer), 48 * 48 + 64 * 64) + answer + bytes(48 * 48 + 64 * 64))
+"""
 
 
 def harmful(code: str, image: bytes = b"") -> bytes:
@@ -167,6 +174,7 @@ def test_harmful_file_costs_its_row(broken_decoder: Decoder) -> None:
         ("os._exit(7)", "decoder_crash", "exit code 7"),
         # The child keeps its standard output as descriptor 4.
         ("os.write(4, b'Doe^Jane' * 10)", "decoder_crash", "an unreadable answer"),
+        (UNKNOWN_FLAG, "decoder_crash", "an unreadable answer"),
         ("raise MemoryError", "too_large", "out of memory"),
         ("raise RuntimeError('Doe^Jane')", "corrupt", "RuntimeError"),
     ):
@@ -175,6 +183,12 @@ def test_harmful_file_costs_its_row(broken_decoder: Decoder) -> None:
         assert (result.code, result.tags, message in result.message) == (code, None, True)
         assert "Doe" not in result.message
         assert_good(broken_decoder.load(GOOD))
+
+
+def test_flags_of_headers_are_those_that_pixels_and_ages_do_not_set() -> None:
+    """A flag of a header that is missing in the list would cost every image that has it."""
+    assert set(quality.FLAGS) - HEADER_FLAGS == {"inverted", "lateral", "out_of_distribution", "age_outside_training"}
+    assert set(quality.FLAGS) >= HEADER_FLAGS
 
 
 @pytest.mark.parametrize("kind", ["hanging decoder", "stopped child"])
