@@ -8,14 +8,15 @@ follow_up  first image (number 0), later image (above 0), unknown
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise, product
 from typing import Any
 
 import numpy as np
 
-from ray_cxr.imaging.demographics import MAX_AGE_YEARS, PatientCount
+from ray_cxr.imaging.demographics import MAX_AGE_YEARS, PatientCount, parse_sex
+from ray_cxr.imaging.views import parse_view
 
 UNKNOWN = "unknown"
 #: Lower limits of the age bands in years, and their names.
@@ -47,7 +48,7 @@ def build_groups(
     """Return the groups of images that are not empty: attribute by attribute, `unknown` last, then the crossings.
 
     Args:
-        sex, view: objects [n]; values that are not text count as unknown.
+        sex, view: objects [n], in any spelling of `parse_sex` and `parse_view`; other values count as unknown.
         age: floats [n], years; NaN, None, negative values and values above `MAX_AGE_YEARS` count as unknown.
         follow_up: numbers [n], 0 for a patient's first image; NaN, None and negative values count as unknown.
         crossings: add the pairs of attributes, for images with both known. An attribute with a single known value is
@@ -55,9 +56,9 @@ def build_groups(
     """
     number = _to_floats(follow_up)
     values = {
-        "sex": _clean_text(sex),
+        "sex": _parse_texts(sex, parse_sex),
         "age_band": _assign_age_bands(_to_years(age)),
-        "view": _clean_text(view),
+        "view": _parse_texts(view, parse_view),
         "follow_up": np.select([number == 0, number > 0], [FIRST, LATER], UNKNOWN).astype(object),
     }
     if len({len(column) for column in values.values()}) != 1:
@@ -105,8 +106,9 @@ def _sorted_values(attribute: str, column: np.ndarray) -> list[str]:
     return [value for value in (*known, UNKNOWN) if value in present]
 
 
-def _clean_text(values: np.ndarray) -> np.ndarray:
-    texts = [value.strip() if isinstance(value, str) and value.strip() else UNKNOWN for value in values]
+def _parse_texts(values: np.ndarray, parse: Callable[[str], str | None]) -> np.ndarray:
+    """Return one spelling of each value: a Parquet manifest of other software can spell it in another way."""
+    texts = [(parse(value) if isinstance(value, str) else None) or UNKNOWN for value in values]
     return np.array(texts, dtype=object)
 
 

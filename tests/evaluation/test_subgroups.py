@@ -114,6 +114,15 @@ def test_age_bands_and_other_values() -> None:
         groups.build_groups(*to_columns(rows)[:3], np.zeros(3))
 
 
+def test_spellings_of_a_view_and_a_sex_are_one_group() -> None:
+    views = ["LL", "Lateral", "LATERAL", "P.A.", "PA", "PA and lateral", None]
+    sexes = ["female", "F", "f", "Male", "M", "O", None]
+    rows = [(sex, 50.0, view, 0) for sex, view in zip(sexes, views, strict=True)]
+    found = groups.build_groups(*to_columns(rows), crossings=False)
+    counts = {name: {g.value: g.mask.sum() for g in found if g.attribute == name} for name in ("sex", "view")}
+    assert counts == {"sex": {"F": 3, "M": 2, "unknown": 2}, "view": {"LATERAL": 3, "PA": 2, "unknown": 2}}
+
+
 def test_group_metrics_equal_those_of_its_images() -> None:
     c = simulate_images(60, 4)
     c["labels"][::7, 0] = -1
