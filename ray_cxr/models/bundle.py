@@ -44,6 +44,7 @@ from ray_cxr.models.runtime import GOLDEN, GOLDEN_INT8, TOLERANCE
 from ray_cxr.storage import contents, remote
 from ray_cxr.storage.files import hash_file
 from ray_cxr.storage.paths import file_name, is_system_file
+from ray_cxr.storage.run_folder import LOCK
 
 if TYPE_CHECKING:
     from ray_cxr.models.keras_setup import keras
@@ -64,6 +65,8 @@ OPTIONAL_FILES = (
     QUALITY,
 )
 SPLIT_SCHEMA = pa.schema([("image_id", pa.string()), ("patient_id", pa.string()), ("split", pa.string())])
+#: Files of git and of a command's lock, which a bundle's folder may hold in addition.
+_IGNORED = (".git", ".gitattributes", ".gitignore", LOCK)
 #: Entries of bundle.json with one entry per finding.
 TABLES = ("calibration", "operating_points", "expected_flag_rates", "operating_alternatives", "rule_notes")
 #: Text files of a bundle are shorter.
@@ -407,7 +410,7 @@ def _verify_files(path: Path) -> tuple[str, set[str]]:
     extra = sorted(
         item.name
         for item in path.iterdir()
-        if item.name not in {*listed, SUMS} and item.name[0] != "." and not is_system_file(item.name)
+        if item.name not in {*listed, SUMS, *_IGNORED} and not is_system_file(item.name)
     )
     if extra:
         raise BundleError(f"{path}: contains {', '.join(extra[:5])}, which is not part of the bundle; remove it")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -95,13 +96,16 @@ def test_bundle_is_read_as_written_and_never_overwritten(tiny_bundle, copy: Path
 
 
 def test_files_of_operating_systems_are_no_part_of_a_bundle(tiny_bundle, copy: Path) -> None:
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._bundle.json", ".gitattributes"):
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._bundle.json", ".gitattributes", ".gitignore", ".lock"):
         (copy / name).write_bytes(b"x")
     (copy / "@eaDir").mkdir()
+    (copy / ".git").mkdir()
     assert ray_cxr.load_bundle(copy).digest == tiny_bundle.digest
-    (copy / "notes.db").touch()
-    with pytest.raises(BundleError, match=r": contains notes\.db, which is not part of the bundle"):
-        ray_cxr.load_bundle(copy)
+    for name in ("notes.db", ".notes", ".bundle.json.swp"):
+        (copy / name).touch()
+        with pytest.raises(BundleError, match=rf": contains {re.escape(name)}, which is not part of the bundle"):
+            ray_cxr.load_bundle(copy)
+        (copy / name).unlink()
 
 
 @pytest.mark.parametrize("name", ["MODEL_CARD.md", "config.toml", "curves.json", "bundle.json", bundles.SUMS])
