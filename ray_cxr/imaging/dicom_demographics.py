@@ -10,7 +10,7 @@ from ray_cxr.errors import ImageError
 from ray_cxr.imaging.demographics import compute_age, parse_age
 from ray_cxr.imaging.dicom_elements import read_text, read_values
 from ray_cxr.imaging.pixels import decoder_errors
-from ray_cxr.imaging.views import choose_view, parse_view, parse_view_code
+from ray_cxr.imaging.views import choose_view, parse_view, parse_view_code, parse_view_text
 
 #: Elements with free text that devices use for the view, after those that DICOM defines for it: Fujifilm writes it into
 #: the first. The last two describe a series, which can hold several images.
@@ -38,12 +38,12 @@ def _list_views(ds: Any) -> Iterator[str | None]:
     yield parse_view(read_text(ds, "ViewPosition"))
     with contextlib.suppress(ImageError), decoder_errors("DICOM"):  # a damaged sequence names no view
         for item in ds.get("ViewCodeSequence") or ():
-            yield parse_view_code(read_text(item, "CodeValue")) or parse_view(read_text(item, "CodeMeaning"))
-    yield parse_view(read_text(ds, "PatientPosition"))
+            yield parse_view_code(read_text(item, "CodeValue")) or parse_view_text(read_text(item, "CodeMeaning"))
+    yield parse_view_text(read_text(ds, "PatientPosition"))
     plane = _read_plane(ds)
     yield plane if plane == "LATERAL" else None
     for keyword in _TEXTS:
-        yield parse_view(read_text(ds, keyword))
+        yield parse_view_text(read_text(ds, keyword))
     yield plane
 
 

@@ -48,7 +48,7 @@ _CODES: dict[str, str] = {
 }
 _OF_WORD = {word: view for view, words in _WORDS.items() for word in words.split()}
 _OF_CODE = {code: view for view, codes in _CODES.items() for code in codes.split()}
-#: A text of this letter alone means lateral; in other text it is the left side.
+#: A value of View Position or of a column for views that is this letter alone. In other elements it is the left side.
 _ALONE = {"L": "LATERAL"}
 #: These describe the image better than the words next to them: `LEFT LATERAL DECUBITUS`, `AP AXIAL`, `PA OBLIQUE`.
 _STRONGER = ("DECUBITUS", "OBLIQUE", "AXIAL")
@@ -61,11 +61,14 @@ _DIRECTIONS = (
 
 @functools.lru_cache(maxsize=1024)
 def parse_view(text: str) -> str | None:
-    """Return the view that a text names, or None."""
-    letters = unicodedata.normalize("NFKD", text.upper())
-    words = " ".join(re.findall(r"[A-Z0-9]+", "".join(c for c in letters if not unicodedata.combining(c))))
-    if words in _ALONE:
-        return _ALONE[words]
+    """Return the view that a value of View Position or of a column for views names, or None."""
+    return _ALONE.get(_split_words(text)) or parse_view_text(text)
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_view_text(text: str) -> str | None:
+    """Return the view that free text names, or None."""
+    words = _split_words(text)
     for pattern, word in _DIRECTIONS:
         words = pattern.sub(word, words)
     named = {_OF_WORD[word] for word in words.split() if word in _OF_WORD}
@@ -75,6 +78,12 @@ def parse_view(text: str) -> str | None:
     if len(named) > 1:
         named.discard("FRONTAL")
     return named.pop() if len(named) == 1 else None
+
+
+def _split_words(text: str) -> str:
+    """Return the words of a text in capitals without accents, separated by blanks."""
+    letters = unicodedata.normalize("NFKD", text.upper())
+    return " ".join(re.findall(r"[A-Z0-9]+", "".join(c for c in letters if not unicodedata.combining(c))))
 
 
 def parse_view_code(code: str) -> str | None:

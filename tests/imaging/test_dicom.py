@@ -594,6 +594,10 @@ def test_tags() -> None:
         ({"ViewCodeSequence": view_codes("399033003", "SCT"), "SeriesDescription": "Thorax p.a."}, "PA"),
         ({"ViewCodeSequence": [], "AcquisitionDeviceProcessingDescription": "CHEST,LAT"}, "LATERAL"),
         ({"SeriesDescription": "Chest PA and lateral"}, None),
+        ({"ViewPosition": "L"}, "LATERAL"),
+        ({"SeriesDescription": "L", "ProtocolName": "L", "PatientPosition": "L"}, None),  # the left side
+        ({"ViewCodeSequence": view_codes("X17", "99LOCAL", "L")}, None),
+        ({"SeriesDescription": "L", "PatientOrientation": ["L", "F"]}, "FRONTAL"),
         ({"PatientOrientation": ["A", "F"]}, "LATERAL"),
         ({"PatientOrientation": ["PL", "FR"], "SeriesDescription": "Thorax PA"}, "LATERAL"),
         ({"PatientOrientation": ["L", "F"]}, "FRONTAL"),
