@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ray_cxr.cli import main
+from ray_cxr.__main__ import main
 
 if __name__ == "__main__":
     raise SystemExit(main(["prepare", *sys.argv[1:]]))

@@ -6,13 +6,14 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 from ray_cxr.errors import EXIT_INTERRUPTED
 
 
-def main() -> int:
-    """Import and run the command line; return its exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prepare this process for a command, import the command line and run it; return its exit code."""
     previous = signal.getsignal(signal.SIGINT)
     if previous is signal.default_int_handler:  # a background job ignores Ctrl-C
         signal.signal(signal.SIGINT, _stop)
@@ -22,7 +23,7 @@ def main() -> int:
     from ray_cxr import cli
 
     signal.signal(signal.SIGINT, previous)
-    return cli.main()
+    return cli.main(argv)
 
 
 def _stop(number: int, frame: object) -> NoReturn:

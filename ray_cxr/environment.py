@@ -69,6 +69,8 @@ def configure_command() -> None:
     global is_command
     is_command = True
     open_closed_streams()
+    # Child processes, such as those of export-sr, do not import a user's own modules from the working directory.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     # In a cell of Jupyter it names a module that only Jupyter's environment has, and matplotlib cannot be imported.
     os.environ["MPLBACKEND"] = "agg"
     report_keras_backend()

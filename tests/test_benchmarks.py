@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,10 +21,9 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="it finds its process
 
 
 def run_script(script: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run a script, which imports its neighbours; a command that ran in this process may have forbidden that."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    """Run a script, which imports its neighbours."""
     program = [sys.executable, f"benchmarks/{script}", *options]
-    return subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8")
+    return subprocess.run(program, cwd=ROOT, capture_output=True, encoding="utf-8")
 
 
 def run_benchmark(script: str, out: Path, options: str) -> tuple[dict[str, Any], str]:

@@ -246,3 +246,11 @@ def test_exit_codes(
 def test_ctrl_c_before_the_arguments_are_parsed_is_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_build_parser", Mock(side_effect=KeyboardInterrupt))
     assert command("demo") == (130, "", "ray-cxr: stopped; run the same command again to continue\n")
+
+
+def test_a_call_from_python_leaves_the_module_path_of_later_processes(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    assert command("--version") == (0, "ray-cxr 0.1.0\n", "")
+    assert "PYTHONSAFEPATH" not in os.environ

@@ -67,6 +67,7 @@ def test_another_backend_of_keras_is_named_once(
 ) -> None:
     monkeypatch.setattr(environment, "is_command", False)
     monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     for _ in range(2):
         environment.configure_command()

@@ -130,10 +130,10 @@ def test_children_of_a_command_import_nothing_from_the_working_directory(tmp_pat
     script = tmp_path / "app" / "run.py"
     script.parent.mkdir()
     script.write_text(
-        "import concurrent.futures as futures, contextlib, multiprocessing, ray_cxr.cli\n"
+        "import concurrent.futures as futures, contextlib, multiprocessing, ray_cxr.__main__\n"
         "if __name__ == '__main__':\n"
         "    with contextlib.suppress(SystemExit):\n"
-        "        ray_cxr.cli.main(['--version'])\n"
+        "        ray_cxr.__main__.main(['--version'])\n"
         "    pool = futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn'))\n"
         "    print(pool.submit(len, 'abc').result())\n"
     )
