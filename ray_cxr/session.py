@@ -242,8 +242,8 @@ def _build_join_options(target: str, bypassed: Mapping[str, str]) -> dict[str, A
     proxies = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "grpc_proxy")
     if not any(os.environ.get(name) for name in proxies):
         return {}
-    # Let the `no_proxy` variables in `bypassed` replace those in a submitted job's runtime_env. They contain the job's
-    # hosts too, because `bypass_proxies` only adds hosts.
+    # Let the `no_proxy` variables in `bypassed` replace those in a submitted job's runtime_env. No host of the job is
+    # lost, because `bypass_proxies` only adds hosts to the job's variables.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     return {"runtime_env": {"env_vars": {name: os.environ[name] for name in bypassed}}}
 

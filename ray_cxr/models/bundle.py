@@ -405,7 +405,7 @@ def _verify_files(path: Path) -> tuple[str, set[str]]:
             raise BundleError(f"{path}: {name} is missing; the bundle is incomplete, copy it again")
         if hash_file(file) != expected:
             raise BundleError(f"{path}: {name} was changed ({_explain_change(file, expected)}")
-    if b"\r" in sums:  # checked last: if git converted the files, the loop above names the model card, which users know
+    if b"\r" in sums:  # checked last, so that after a conversion by git the error names the model card, a familiar file
         raise BundleError(f"{path}: {SUMS} was changed ({_CRLF}")
     extra = sorted(
         item.name

@@ -126,7 +126,7 @@ def _check_dashboard() -> None:
     When Tune stops a trial, the controller of its run is killed. A process of Ray Train then frees the resources of the
     run, but only if the state API reports that the controller is dead.
     """
-    # On the head node, like Ray Train's own query, so that both fail if several Rays run on that machine.
+    # On the head node, as Ray Train does, so that this check detects when several Rays there break Train's query.
     query = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001}, max_retries=0)(_query_state_api)
     deadline = time.monotonic() + DASHBOARD_WAIT_S
     while (reason := ray.get(query.remote())) is not None:
