@@ -36,7 +36,7 @@ owns_ray = False
 
 
 def wait_for_node(on_head: bool | None, on_event: Callable[[str], None] = logger.warning) -> None:
-    """Wait until a node with a CPU has joined. Request such a node, because an autoscaling cluster may have none yet.
+    """Wait until a node with a CPU has joined. Request one, because an autoscaling cluster may have none yet.
 
     Ray keeps one request per cluster, so this request replaces one that the user made.
     """

@@ -71,7 +71,7 @@ class BackboneResult:
     median: float | None  # of `values`
     lower: float | None  # quartiles of `values`; None with fewer than three
     upper: float | None
-    values: tuple[float, ...]  # highest AUROC in the first `Comparison.grace` epochs of each trial with so many epochs
+    values: tuple[float, ...]  # highest AUROC in the first `Comparison.grace` epochs of each trial that has them
     numbers: tuple[int, ...]  # of the trials behind `values`
 
 
