@@ -16,7 +16,8 @@ from scipy.special import expit, logit
 
 from ray_cxr.errors import ConfigError
 from ray_cxr.evaluation import metrics
-from ray_cxr.evaluation.intervals import patient_codes, wilson_interval
+from ray_cxr.evaluation.clustered import clustered_share_interval
+from ray_cxr.evaluation.intervals import patient_codes
 
 #: Probabilities are clipped to this distance from 0 and 1 before the logit; float32 has no finer resolution near 1.
 EPSILON = 1e-7
@@ -227,14 +228,8 @@ def reliability_curve(y: np.ndarray, p: np.ndarray, patients: np.ndarray, bins: 
 def _summarize_bin(lowest: float, highest: float, y: np.ndarray, p: np.ndarray, codes: np.ndarray) -> ReliabilityBin:
     if not y.size:
         return ReliabilityBin(lowest, highest, 0, None, None, None, None)
-    observed = float(y.mean())
-    deviations = np.bincount(np.unique(codes, return_inverse=True)[1], weights=y - observed)
-    variance = float((deviations**2).sum()) / y.size**2
-    independent = float(len(deviations))
-    if variance > 0:
-        independent = min(float(y.size), observed * (1 - observed) / variance)
-    low, high = wilson_interval(observed, independent)
-    return ReliabilityBin(lowest, highest, int(y.size), float(p.mean()), observed, low, high)
+    low, high = clustered_share_interval(y, codes)
+    return ReliabilityBin(lowest, highest, int(y.size), float(p.mean()), float(y.mean()), low, high)
 
 
 def cross_fitted_error(

@@ -1,7 +1,7 @@
-"""DeLong's variance of AUROC, and intervals and tests from it (DeLong, DeLong & Clarke-Pearson 1988).
+"""DeLong's variance of AUROC, and tests from it (DeLong, DeLong & Clarke-Pearson 1988).
 
-Images are taken as independent. Where patients have several images, intervals and p values come out too small; prefer
-the bootstrap over patients. Functions take labels y [n], 0 or 1, and scores [n].
+Images are taken as independent. Where patients have several images, variances and p values come out too small; prefer
+`clustered` or the bootstrap over patients. Functions take labels y [n], 0 or 1, and scores [n].
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.special import expit, logit, ndtr, ndtri
+from scipy.special import ndtr
 
 from ray_cxr.evaluation import metrics
 
 
 def delong(y: np.ndarray, s: np.ndarray) -> tuple[float, float] | None:
     """Compute AUROC and its variance; None with fewer than two positives or two negatives."""
-    components = _compute_components(y, s)
+    components = compute_components(y, s)
     if components is None:
         return None
     v10, v01 = components
@@ -28,7 +28,7 @@ def delong_paired(y: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[float, f
 
     The two curves are correlated: the variance is that of the differences of their structural components.
     """
-    first, second = _compute_components(y, a), _compute_components(y, b)
+    first, second = compute_components(y, a), compute_components(y, b)
     if first is None or second is None:
         return None
     variance = _compute_variance(first[0] - second[0], first[1] - second[1])
@@ -40,20 +40,11 @@ def normal_p(difference: float, variance: float) -> float | None:
     return float(2.0 * ndtr(-abs(difference) / math.sqrt(variance))) if variance > 0.0 else None
 
 
-def delong_interval(auc: float, variance: float) -> tuple[float, float] | None:
-    """Compute DeLong's 95% interval, symmetric on the logit scale so that it stays within 0..1.
+def compute_components(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the structural components of positives and negatives, from midranks in O(n log n) (Sun & Xu 2014).
 
-    Returns None if the variance is 0 or AUROC is 0 or 1, where the formula has no width.
+    None with fewer than two positives or two negatives.
     """
-    if variance <= 0.0 or not 0.0 < auc < 1.0:
-        return None
-    # Delta method: the derivative of logit at auc is 1 / (auc (1 - auc)).
-    reach = ndtri(0.975) * math.sqrt(variance) / (auc * (1.0 - auc))
-    return float(expit(logit(auc) - reach)), float(expit(logit(auc) + reach))
-
-
-def _compute_components(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the structural components of positives and negatives, from midranks in O(n log n) (Sun & Xu 2014)."""
     from scipy.stats import rankdata  # slow to import
 
     y, s = metrics.check_scores(y, s)

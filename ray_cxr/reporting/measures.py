@@ -15,7 +15,8 @@ import numpy as np
 from ray_cxr.data.consensus import composite_flags, composite_scores
 from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.bootstrap import DerivedOutputs, RocBand, bootstrap_findings
-from ray_cxr.evaluation.delong import delong, delong_interval
+from ray_cxr.evaluation.clustered import logit_interval
+from ray_cxr.evaluation.delong import delong
 from ray_cxr.evaluation.intervals import Interval, Patients
 from ray_cxr.evaluation.subgroups import FEW_PATIENTS
 from ray_cxr.labels import NO_FINDING
@@ -307,7 +308,7 @@ def _evaluate_finding(
         prevalence=float(y.mean()) if len(y) else None,
         reason=reason,
         caution=_caution(measured["auroc"], with_finding, without),
-        delong=delong_interval(*variance) if variance else None,
+        delong=logit_interval(*variance) if variance else None,
         undefined_resamples=found["auroc"].undefined,
         threshold=finite_or_none(point.get("threshold")),
         rule=point.get("rule"),

@@ -1,0 +1,73 @@
+"""95% intervals for AUROC and shares from one pass over the sample, where images of one patient are correlated.
+
+Arrays have one entry per image. `codes` are patients as integers, see `intervals.patient_codes`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from scipy.special import expit, logit, ndtri
+
+from ray_cxr.evaluation.delong import compute_components
+from ray_cxr.evaluation.intervals import wilson_interval
+
+
+def clustered_auroc(y: np.ndarray, s: np.ndarray, codes: np.ndarray) -> tuple[float, float] | None:
+    """Compute AUROC and its variance with correlated images of patients (Obuchowski 1997).
+
+    A patient can have positive and negative images. If every image has a patient of its own, the result is DeLong's.
+    Returns None with fewer than two patients with positive images, or with negative ones.
+    """
+    components = compute_components(y, s)
+    if components is None:
+        return None
+    v10, v01 = components
+    positive = np.asarray(y).astype(bool)
+    patients, rows = np.unique(codes, return_inverse=True)
+    auc = float(v10.mean())
+    first, with_positive = _sum_deviations(v10 - auc, rows[positive], len(patients))
+    second, with_negative = _sum_deviations(v01 - auc, rows[~positive], len(patients))
+    if min(with_positive, with_negative) < 2:
+        return None
+    variance = (first**2).sum() * _correct(with_positive) + (second**2).sum() * _correct(with_negative)
+    variance += 2.0 * (first * second).sum() * _correct(len(patients))
+    return auc, max(0.0, float(variance))
+
+
+def logit_interval(value: float, variance: float) -> tuple[float, float] | None:
+    """Compute an interval of a value in 0..1, symmetric on the logit scale so that it stays within 0..1.
+
+    Returns None if the variance is 0 or the value is 0 or 1, where the formula has no width.
+    """
+    if variance <= 0.0 or not 0.0 < value < 1.0:
+        return None
+    # Delta method: the derivative of logit at a value is 1 / (value (1 - value)).
+    reach = ndtri(0.975) * math.sqrt(variance) / (value * (1.0 - value))
+    return float(expit(logit(value) - reach)), float(expit(logit(value) + reach))
+
+
+def clustered_share_interval(successes: np.ndarray, codes: np.ndarray) -> tuple[float, float]:
+    """Compute Wilson's interval of the share of successes [n], n > 0, for the effective number of independent images.
+
+    That is the number of images divided by the design effect (Kish 1965), which comes from the deviations of patients
+    from the share; at most n. If no patient deviates, as at 0% and 100%, it is the number of patients.
+    """
+    share = float(np.mean(successes))
+    deviations = np.bincount(np.unique(codes, return_inverse=True)[1], weights=successes - share)
+    variance = float((deviations**2).sum()) / len(codes) ** 2
+    independent = float(len(deviations))
+    if variance > 0.0:
+        independent = min(float(len(codes)), share * (1.0 - share) / variance)
+    return wilson_interval(share, independent)
+
+
+def _sum_deviations(deviations: np.ndarray, rows: np.ndarray, n_patients: int) -> tuple[np.ndarray, int]:
+    """Return the sum of a class's deviations per patient, divided by its images; and the number of its patients."""
+    sums = np.bincount(rows, weights=deviations, minlength=n_patients) / len(deviations)
+    return sums, int(np.count_nonzero(np.bincount(rows, minlength=n_patients)))
+
+
+def _correct(n: int) -> float:
+    return n / (n - 1)

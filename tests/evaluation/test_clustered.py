@@ -1,0 +1,84 @@
+"""Clustered intervals against DeLong's variance, a plain double loop, a jackknife and published numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from ray_cxr.evaluation import metrics
+from ray_cxr.evaluation.clustered import clustered_auroc, clustered_share_interval, logit_interval
+from ray_cxr.evaluation.delong import delong
+from ray_cxr.evaluation.intervals import wilson_interval
+
+
+def simulate_images(patients: int, per_patient: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return labels, scores that are correlated within patients, and patients; most patients have both labels."""
+    rng = np.random.default_rng(seed)
+    codes = rng.permutation(np.repeat(np.arange(patients), per_patient))
+    y = rng.random(len(codes)) < (0.6 * rng.random(patients))[codes]
+    return y, 1.5 * y + rng.normal(size=patients)[codes] + rng.normal(size=len(codes)), codes
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 5)), min_size=4, max_size=40))
+def test_a_patient_per_image_is_delong(rows: list[tuple[int, int]]) -> None:
+    y, s = (np.array(column) for column in zip(*rows, strict=True))
+    assume(2 <= y.sum() <= len(y) - 2)
+    assert clustered_auroc(y, s, np.arange(len(y))) == pytest.approx(delong(y, s), abs=1e-12)
+
+
+def test_clustered_auroc_equals_obuchowski_by_loops() -> None:
+    y, s, codes = simulate_images(12, 4, seed=0)
+    x, z = s[y], s[~y]
+    m, n = len(x), len(z)
+    theta = sum((a > b) + 0.5 * (a == b) for a in x for b in z) / (m * n)
+    s10 = s01 = s11 = 0.0
+    for patient in range(12):
+        xs, zs = s[y & (codes == patient)], s[~y & (codes == patient)]
+        first = sum(np.mean([(a > b) + 0.5 * (a == b) for b in z]) - theta for a in xs)
+        second = sum(np.mean([(a > b) + 0.5 * (a == b) for a in x]) - theta for b in zs)
+        s10, s01, s11 = s10 + first**2, s01 + second**2, s11 + first * second
+    k10, k01, k = len(set(codes[y])), len(set(codes[~y])), 12
+    s10, s01, s11 = s10 * k10 / (k10 - 1) / m, s01 * k01 / (k01 - 1) / n, s11 * k / (k - 1)
+    assert clustered_auroc(y, s, codes) == pytest.approx((theta, s10 / m + s01 / n + 2 * s11 / (m * n)), abs=1e-12)
+
+
+def test_clustered_auroc_agrees_with_a_jackknife_over_patients() -> None:
+    y, s, codes = simulate_images(300, 3, seed=1)
+    left_out = np.array([metrics.auroc(y[codes != k], s[codes != k]) for k in range(300)])
+    jackknife = 299 / 300 * ((left_out - left_out.mean()) ** 2).sum()
+    _, variance = clustered_auroc(y, s, codes)
+    assert variance == pytest.approx(jackknife, rel=0.03)
+    assert variance > 1.2 * delong(y, s)[1]  # images of one patient add less than new patients
+
+
+def test_clustered_auroc_needs_two_patients_of_each_class() -> None:
+    for y, codes in (([1, 1, 0, 0], [0, 0, 1, 2]), ([1, 1, 0, 0], [0, 1, 2, 2]), ([1, 0, 0, 0], [0, 1, 2, 3])):
+        assert clustered_auroc(np.array(y), np.arange(4.0), np.array(codes)) is None
+
+
+def test_logit_interval() -> None:
+    # logit(.9) = log 9; standard error .03 / (.9 * .1) = 1/3 on that scale.
+    reach = 1.959963984540054 / 3
+    expected = 1 / (1 + math.exp(reach) / 9), 1 / (1 + math.exp(-reach) / 9)
+    assert logit_interval(0.9, 0.0009) == pytest.approx(expected, abs=1e-12)
+    assert logit_interval(0.1, 0.0009) == pytest.approx((1 - expected[1], 1 - expected[0]), abs=1e-12)
+    assert logit_interval(0.001, 0.2) == pytest.approx((0.0, 1.0))  # extreme logits do not overflow
+    for value, variance in ((1.0, 0.1), (0.0, 0.1), (0.5, 0.0)):
+        assert logit_interval(value, variance) is None
+
+
+def test_share_interval_is_wilson_for_the_effective_number_of_images() -> None:
+    all_12 = np.ones(12, dtype=bool)
+    assert clustered_share_interval(all_12, np.arange(12)) == pytest.approx((0.7575, 1.0), abs=5e-5)
+    assert clustered_share_interval(~all_12, np.arange(12)) == pytest.approx((0.0, 0.2425), abs=5e-5)
+    seven = np.arange(20) < 7
+    assert clustered_share_interval(seven, np.arange(20)) == pytest.approx(wilson_interval(0.35, 20), abs=1e-12)
+    # Three images per patient with one result each are worth one image; twelve images of six patients at 100% are six.
+    thrice = clustered_share_interval(np.repeat(seven, 3), np.repeat(np.arange(20), 3))
+    assert thrice == pytest.approx(wilson_interval(0.35, 20), abs=1e-12)
+    assert clustered_share_interval(all_12, np.arange(12) // 2) == pytest.approx(wilson_interval(1.0, 6), abs=1e-12)
