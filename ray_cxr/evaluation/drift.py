@@ -1,4 +1,4 @@
-"""Drift without labels: compare flags, scores and quality flags with what the bundle expects.
+"""Drift without labels: compare flags, scores and quality flags with the images that the bundle was last fitted on.
 
 Without labels no metric can be computed. But if a model flags a tenth of its validation images and a third of a
 hospital's images, the data differ: other patients, another machine, a broken export. Three comparisons are made: per
@@ -39,13 +39,13 @@ LEVEL = 0.05
 FOLD = 2.0
 #: Customary limits of the population stability index: negligible below the first, another population from the second.
 PSI_DIFFERS, PSI_LARGE = 0.1, 0.25
-#: Classes of scores: tenths of the validation images.
+#: Classes of scores: tenths of the baseline's images.
 DECILES = 10
 _SMOOTHING = 0.5
 
 
 class ScoreQuantiles(TypedDict):
-    """Distribution of n validation scores, as stored in a bundle.
+    """Distribution of n scores of the baseline, as stored in a bundle.
 
     edges: the nine inner deciles. shares: share of images in each of the ten classes score < edge 1, edge 1 <= score <
     edge 2, ..., edge 9 <= score; a tenth each, unless scores are equal.
@@ -66,19 +66,32 @@ class Expected:
     quality_rates: Mapping[str, float]
     quality_images: int | None  # number of images behind `quality_rates`
     quality_reason: str | None  # why `quality_rates` is missing
+    baselines: Mapping[str, str]  # names the images behind the expectations of flags, scores and quality flags
 
     @classmethod
     def from_model(cls, model: Mapping[str, Any]) -> Expected:
-        """Read `model.json` of a score folder, or `bundle.json`; missing entries stay empty."""
+        """Read `model.json` of a score folder, or `bundle.json`; missing entries stay empty.
+
+        Bundles that older versions recalibrated keep only flag rates of the new site, so their baselines differ.
+        """
         points = _as_dict(model.get("operating_points"))
-        fitted = _as_dict(model.get("quality"))
+        fitted, provenance = _as_dict(model.get("quality")), _as_dict(model.get("provenance"))
+        rates, images = _as_dict(fitted.get("expected_rates")), fitted.get("held_out_images")
+        flags = rest = "validation images of training"
+        site = _as_dict(provenance.get("recalibrated"))
+        if site:
+            flags = f"{site.get('images', 0):,} images of the recalibration of {str(site.get('created'))[:10]}"
+        if "quality_rates" in site:
+            rest, provenance = flags, site
+            rates, images = _as_dict(site["quality_rates"]), site.get("images")
         return cls(
             flag_rates=_as_dict(model.get("expected_flag_rates")),
             flag_images={name: _as_dict(point).get("n") for name, point in points.items()},
-            score_quantiles=_as_dict(_as_dict(model.get("provenance")).get("score_quantiles")),
-            quality_rates=_as_dict(fitted.get("expected_rates")),
-            quality_images=fitted.get("held_out_images"),
+            score_quantiles=_as_dict(provenance.get("score_quantiles")),
+            quality_rates=rates,
+            quality_images=images,
             quality_reason=fitted.get("lacking") or (None if fitted else "the bundle was made without quality flags"),
+            baselines={"flags": flags, "scores": rest, "quality": rest},
         )
 
 
@@ -123,7 +136,7 @@ class RateDrift(_Row):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreDrift(_Row):
-    """Distribution of a finding's raw scores relative to validation; `ok` for an index below 0.1 regardless of p."""
+    """Distribution of a finding's raw scores relative to the baseline; `ok` for an index below 0.1 regardless of p."""
 
     psi: float | None = None  # population stability index: sum of (share - expected) * ln(share / expected)
     shares: tuple[float, ...] = ()  # of images per class of `score_quantiles`, lowest scores first
@@ -148,6 +161,7 @@ class Drift:
     quality: tuple[RateDrift, ...]  # per quality flag the share of scored images with it as their most severe flag
     errors: RateDrift  # share of all images that could not be scored; the verdict is unknown, as nothing is expected
     clustered: bool  # whether patients are known; otherwise each image counts as a patient, and p values are too small
+    baselines: Mapping[str, str]  # see `Expected`
 
     @property
     def summary(self) -> str:
@@ -173,6 +187,8 @@ class Drift:
             **{kind: {row.name: row.to_json() for row in rows} for kind, rows in kinds.items()},
             "errors": self.errors.to_json(),
             "clustered": self.clustered,
+            "baselines": dict(self.baselines),
+            "mixed_baselines": len(set(self.baselines.values())) > 1,
             "words": self.summary,
             "level": LEVEL,
             "adjusted": "Holm, over the verdicts of one kind",
@@ -213,11 +229,12 @@ def measure_drift(
         quality=_adjust(_compare_quality(expected, name, scored_flags, people[ok]) for name in quality.FLAGS),
         errors=_compare_rate("errors", ~ok, people, None, None, "nothing is expected of it"),
         clustered=people.units < len(ok),
+        baselines=expected.baselines,
     )
 
 
 def score_quantiles(scores: np.ndarray) -> ScoreQuantiles | None:
-    """Summarise validation scores [n], NaN if missing; None with fewer than `MIN_IMAGES` scores."""
+    """Summarise scores [n] of the baseline, NaN if missing; None with fewer than `MIN_IMAGES` scores."""
     known = np.asarray(scores, dtype=np.float64)
     known = known[~np.isnan(known)]
     if len(known) < MIN_IMAGES:
@@ -312,7 +329,7 @@ def _compare_scores(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, 
     known = ~np.isnan(scores)
     scores, patients = scores[known].astype(np.float64), patients[known]
     n = len(scores)
-    reason = "the bundle keeps no validation scores" if kept is None else _explain_too_few(n, patients)
+    reason = f"the bundle keeps fewer than {MIN_IMAGES} scores of it" if kept is None else _explain_too_few(n, patients)
     row = ScoreDrift(name=name, n=n, n_patients=patients.number, reason=reason)
     if reason is not None or kept is None:
         return row

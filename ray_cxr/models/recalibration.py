@@ -8,7 +8,8 @@ Labelled images are selected in this order; excluded images are counted:
 3. If a selected image or its patient is in the bundle's training images, the command fails: the model's scores on
    training images are too good to fit on. Validation images of the bundle are used, with a note.
 
-split.parquet of the new bundle lists the selected images as `val`, so that `report` refuses to test on them.
+split.parquet of the new bundle lists the selected images as `val`, so that `report` refuses to test on them. They are
+also the baseline of drift: expected flag rates, score deciles and quality flags all come from them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import pyarrow.parquet as pq
 from ray_cxr.config import RecalibrateSettings
 from ray_cxr.data import identity, manifest
 from ray_cxr.errors import ConfigError, InputError, LeakError, OutputError, TableError
-from ray_cxr.evaluation import calibration, metrics
+from ray_cxr.evaluation import calibration, drift, metrics, quality
 from ray_cxr.evaluation.calibration import FittedRules
 from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.models.bundle import SPLIT_SCHEMA, Bundle, load_bundle
@@ -69,9 +70,10 @@ class _SiteScores:
     patients: list[str | None]
     ok: np.ndarray  # bool [n], False on error rows
     p: np.ndarray  # float32 [n,F], raw probabilities, 0 on error rows
+    quality: np.ndarray  # objects [n], the most severe quality flag or None
 
     def digest(self) -> str:
-        """Return the SHA-256 of all fields, hex."""
+        """Return the SHA-256 of the fields that the rules depend on, hex."""
         sink = hashlib.sha256(json.dumps([self.ids, self.patients]).encode())
         sink.update(self.ok.tobytes())
         sink.update(self.p.tobytes())
@@ -146,6 +148,8 @@ def recalibrate(
             "left_out": excluded,
             "labels_split": manifest.split_info(labelled),
             "findings": {name: _measure(y[:, j], p[:, j], name, old, rules) for j, name in enumerate(old.findings)},
+            "score_quantiles": {name: drift.score_quantiles(p[:, j]) for j, name in enumerate(old.findings)},
+            "quality_rates": _measure_quality(table.quality[used["row"].to_numpy()], old),
             "before": before,
             "versions": versions(),
         }
@@ -190,12 +194,13 @@ def _read_scores(path: Path, bundle: Bundle) -> _SiteScores:
         if bad:
             raise TableError(f"{path}: {bad:,} rows {problem}; score again")
     p[~ok] = 0.0
-    return _SiteScores(ids, table["patient_id"].to_pylist(), ok, p)
+    flags = np.array(table["quality_flag"].to_pylist(), dtype=object)
+    return _SiteScores(ids, table["patient_id"].to_pylist(), ok, p, flags)
 
 
 def _read_part(file: Path, content: pa.NativeFile, bundle: Bundle, folder: Path) -> pa.Table:
     """Read a file of scores after checking its columns and that this bundle scored its rows."""
-    texts = ["image_id", "patient_id", "status", "model_digest"]
+    texts = ["image_id", "patient_id", "status", "model_digest", "quality_flag"]
     try:
         # As a single file, so that pyarrow does not turn a folder name into a column.
         with pq.ParquetFile(content) as part:
@@ -331,6 +336,12 @@ def _measure(y: np.ndarray, p: np.ndarray, name: str, old: Bundle, rules: Fitted
         row[f"flag_rate{suffix}"] = float(flags.mean()) if flags.size else None
         row[f"brier{suffix}"] = metrics.brier(y, calibration.apply_calibration(scaling, p)) if scaling else None
     return row
+
+
+def _measure_quality(flags: np.ndarray, old: Bundle) -> dict[str, float]:
+    """Return the share of images with each quality flag that the bundle can set."""
+    judged = "expected_rates" in (old.info.get("quality") or {})
+    return {name: float((flags == name).mean()) for name in quality.FLAGS if judged or name not in quality.JUDGED}
 
 
 def _extend_split(old: Bundle, used: pd.DataFrame) -> pa.Table:

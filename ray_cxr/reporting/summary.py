@@ -124,7 +124,9 @@ def _summarize_comparisons(result: ReportResult) -> list[str]:
             f"{overall.n:,} cases, against {html.format_percent(overall.chance, 0)} for a random point."
         )
     if result.drift is not None:
-        sentences.append(f"Drift of {result.drift.images} from validation. {result.drift.measured.summary}")
+        measured = result.drift.measured
+        baseline = " and ".join(dict.fromkeys(measured.baselines.values()))  # two of them in older recalibrated bundles
+        sentences.append(f"Drift of {result.drift.images} from {baseline}. {measured.summary}")
     return sentences
 
 

@@ -127,6 +127,26 @@ def test_quality_flags_and_errors() -> None:
     assert (row.verdict, row.reason) == ("unknown", "only 12 images")
 
 
+def test_baseline_is_that_of_the_last_fit() -> None:
+    kept = drift.score_quantiles(np.linspace(0, 1, 100))
+    training = {**MODEL, "provenance": {"score_quantiles": {"A": None}}}
+    site = {"images": 1200, "created": "2026-03-04T05:06:07+00:00", "score_quantiles": {"A": kept}}
+    name = "1,200 images of the recalibration of 2026-03-04"
+    for changes, scores, rates, images, baselines in (
+        (None, None, MODEL["quality"]["expected_rates"], 1000, ["validation images of training"] * 3),
+        ({"quality_rates": {"lateral": 0.5}}, kept, {"lateral": 0.5}, 1200, [name] * 3),
+        ({}, None, MODEL["quality"]["expected_rates"], 1000, [name, *["validation images of training"] * 2]),
+    ):
+        extra = {} if changes is None else {"recalibrated": {**site, **changes}}
+        model = {**training, "provenance": {**training["provenance"], **extra}}
+        expected = drift.Expected.from_model(model)
+        assert expected.score_quantiles["A"] == scores
+        assert (expected.quality_rates, expected.quality_images) == (rates, images)
+        plain = measure(np.zeros((100, 2)), np.arange(100), model).to_json()
+        assert list(plain["baselines"].values()) == baselines
+        assert plain["mixed_baselines"] == (len(set(baselines)) > 1)
+
+
 def compare_scores(kept: np.ndarray, scores: np.ndarray, codes: np.ndarray) -> drift.ScoreDrift:
     model = {**MODEL, "provenance": {"score_quantiles": {"A": drift.score_quantiles(kept), "B": None}}}
     found = measure(np.zeros((len(codes), 2)), codes, model, scores=np.column_stack([scores, scores]))

@@ -49,6 +49,7 @@ class Site:
         self.patients: list[str | None] = [*PATIENTS]
         self.splits: list[str | None] = [None] * N
         self.failures: dict[int, tuple[str, str]] = {}
+        self.turned: range = range(0)  # rows with the quality flag `reoriented`
         self.labels = (rng.random((N, len(LABELS))) < np.linspace(0.1, 0.5, len(LABELS))).astype(np.int8)
         self.labels[:, LABELS.index(RARE)] = np.arange(N) < 3
         logits = -3.0 + 1.5 * self.labels[:, : len(FINDINGS)] + rng.normal(size=(N, len(FINDINGS)))
@@ -67,7 +68,8 @@ class Site:
         null = pa.nulls(N, pa.string())
         patients = pa.array(self.patients, pa.string())
         rows = pa.table({"image_id": self.ids, "path": null, "patient_id": patients, "study_id": null})
-        scored = predictions.assemble(rows, self.p, self.failures, self.bundle.rules)
+        turned = dict.fromkeys(self.turned, ("reoriented",))
+        scored = predictions.assemble(rows, self.p, self.failures, self.bundle.rules, header_flags=turned)
         (self.scores / "scores").mkdir(parents=True, exist_ok=True)
         for i in range(2):
             pq.write_table(scored.slice(i * N // 2, N // 2), self.part(i))
@@ -186,6 +188,30 @@ def test_provenance_names_the_sources_and_keeps_the_old_rules(finished: Recalibr
     scored = Site(tmp_path, new).write()
     with pytest.raises(LeakError, match=f"{N} images and {N // 2} patients"):
         report.write_report(scored.scores, tmp_path / "report", labels=scored.table)
+
+
+def test_site_images_are_the_baseline_of_all_drift(finished: Recalibrated, tmp_path: Path) -> None:
+    """The images of the fit do not drift from themselves, although the old bundle scored far higher."""
+    old = finished.site.bundle
+    high = {name: {"edges": np.linspace(0.8, 0.95, 9).tolist(), "shares": [0.1] * 10, "n": 500} for name in FINDINGS}
+    copy = writable_copy(old, tmp_path / "high")
+    edit(copy, provenance={**old.info["provenance"], "score_quantiles": high})
+    site = Site(tmp_path, ray_cxr.load_bundle(copy))
+    site.turned = range(24)
+    site.write()
+    recalibration.recalibrate(copy, site.scores, site.table, site.out)
+    new = ray_cxr.load_bundle(site.out)
+    scored = Site(tmp_path / "again", new)
+    scored.turned = range(96)
+    found = report.write_report(scored.write().scores, tmp_path / "report")["drift"]
+    assert {row["verdict"] for row in found["scores"].values()} == {"ok"}
+    assert max(row["psi"] for row in found["scores"].values()) < 1e-9
+    assert found["flags"][CALIBRATED]["ratio"] == 1.0
+    row = found["quality"]["reoriented"]
+    assert (row["expected"], row["observed"], row["verdict"]) == (0.1, 0.4, "large")
+    assert found["mixed_baselines"] is False
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert f"{N} images of the recalibration of" in page
 
 
 def test_output_and_card_name_no_patient(finished: Recalibrated) -> None:
