@@ -60,14 +60,21 @@ class RaySettings(Settings):
     )
 
 
+#: Rules for operating points that take a target, as in `npv=0.99`; `youden` takes none.
+TARGET_RULES = ("any_flag_rate", "flag_rate", "sensitivity", "specificity", "npv")
+#: One limit for the flags of all findings; docs/decisions/0019 compares it with the other rules.
+DEFAULT_RULE = "any_flag_rate=0.3"
+_RULES = "youden, any_flag_rate=0.3, flag_rate=0.1, sensitivity=0.9, specificity=0.9 or npv=0.99"
+
+
 def _check_rule(value: str) -> str:
     name, _, target = value.partition("=")
     try:
-        is_valid = value == "youden" or (name in ("sensitivity", "specificity") and 0.0 < float(target) < 1.0)
+        is_valid = value == "youden" or (name in TARGET_RULES and 0.0 < float(target) < 1.0)
     except ValueError:
         is_valid = False
     if not is_valid:
-        raise ValueError("use youden, sensitivity=X or specificity=X, with X between 0 and 1")
+        raise ValueError(f"use youden, or one of {', '.join(f'{rule}=X' for rule in TARGET_RULES)} with 0 < X < 1")
     return value
 
 
@@ -157,7 +164,7 @@ class TrainSettings(Settings):
         "platt", description="platt: slope and intercept; temperature: slope only"
     )
     operating_point: OperatingPoint = Field(
-        "youden", description="rule for flags: youden, sensitivity=0.9 or specificity=0.9"
+        DEFAULT_RULE, description=f"rule for flags: {_RULES}; the number is an example"
     )
     min_positives: int = Field(5, ge=2, description="minimum validation positives to calibrate a finding")
     seed: int = Field(0, ge=0, lt=2**31, description="of initial weights, image order, dropout and augmentation")
@@ -282,8 +289,27 @@ class ScoreSettings(Settings):
     pseudonym_key: str | None = Field(
         None, description="file with a secret key that turns ids from DICOM tags into keyed hashes; null: keep the ids"
     )
+    weights: dict[str, Annotated[float, Field(ge=0.0, le=1000.0)]] = Field(
+        {}, description="of findings in `priority`, such as `{Pneumothorax = 3}`; 1 for other findings"
+    )
     heatmap_method: HeatMapMethod = Field("gradcam", description="method of `--heatmaps K`")
     heatmap_pixels: int = Field(512, ge=64, le=2048, description="longer side of the images of `--heatmaps K`, pixels")
+
+    @field_validator("weights")
+    @classmethod
+    def _weights(cls, value: dict[str, float]) -> dict[str, float]:
+        weights: dict[str, float] = {}
+        for name, weight in value.items():
+            finding = labels.canonicalize(name)
+            if finding not in labels.FINDINGS:
+                raise ValueError(f"{name!r} is not a finding{labels.suggest(name, labels.FINDINGS)}")
+            if finding in weights:
+                raise ValueError(f"{finding} is named twice")
+            weights[finding] = weight
+        return weights
+
+    def __hash__(self) -> int:  # a dict has none
+        return hash(self.model_dump_json())
 
 
 class QuantizeSettings(Settings):
@@ -299,7 +325,7 @@ class RecalibrateSettings(Settings):
         None, description="platt: slope and intercept; temperature: slope only; null: the bundle's, else platt"
     )
     operating_point: OperatingPoint | None = Field(
-        None, description="rule for flags: youden, sensitivity=0.9 or specificity=0.9; null: the bundle's, else youden"
+        None, description=f"rule for flags: {_RULES}; null: the bundle's, else {DEFAULT_RULE}"
     )
     min_positives: int = Field(5, ge=2, description="minimum positives, and negatives, to fit a finding")
 

@@ -51,7 +51,7 @@ def test_defaults() -> None:
         ("findings=Mass,Nodul", "train.findings: unknown finding 'Nodul'; did you mean 'Nodule'?"),
         ("prepare.sizes=[]", "prepare.sizes: "),
         ("prepare.sizes=[31]", "greater than or equal to 32 (got 31)"),
-        *((f"operating_point={rule}", "sensitivity=X") for rule in ("youden=1", "sensitivity=1.0", "specificity=x")),
+        *((f"operating_point={rule}", "sensitivity=X") for rule in ("youden=1", "npv=1.0", "flag_rate=x")),
         *((text, "write it as key=value") for text in ("epochs", "=3", "", " = 3", "a\nb", "epochs\r\n")),
         ("a\nb=3", "unknown key"),
         ("epochs='''x\ny'''", "train.epochs: "),
@@ -72,7 +72,7 @@ def test_override_sets_value_and_type() -> None:
         ("findings=Mass,Nodule", "train", "findings", ("Mass", "Nodule")),
         ("prepare.sizes=[320, 224, 320]", "prepare", "sizes", (224, 320)),
         ("ray.address=ray://head:10001", "ray", "address", "ray://head:10001"),
-        ("operating_point=sensitivity=0.9", "train", "operating_point", "sensitivity=0.9"),
+        ("operating_point=any_flag_rate=0.2", "train", "operating_point", "any_flag_rate=0.2"),
     ):
         found = getattr(getattr(config.load(None, [override]), section), field)
         assert (found, type(found)) == (value, type(value))

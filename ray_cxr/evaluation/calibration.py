@@ -14,15 +14,17 @@ from typing import Any, TypedDict
 import numpy as np
 from scipy.special import expit, logit
 
+from ray_cxr.config import DEFAULT_RULE, TARGET_RULES
 from ray_cxr.errors import ConfigError
 from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.clustered import clustered_share_interval
 from ray_cxr.evaluation.intervals import patient_codes
+from ray_cxr.labels import NO_FINDING
 
 #: Probabilities are clipped to this distance from 0 and 1 before the logit; float32 has no finer resolution near 1.
 EPSILON = 1e-7
 #: Rules whose operating points are reported next to the chosen operating point.
-ALTERNATIVES = ("youden", "sensitivity=0.9", "specificity=0.9")
+ALTERNATIVES = (DEFAULT_RULE, "youden", "sensitivity=0.9", "specificity=0.9", "flag_rate=0.1", "npv=0.99")
 _RIDGE = 1e-6
 
 
@@ -102,15 +104,17 @@ def fit_rules(
     findings: Sequence[str],
     *,
     method: str = "platt",
-    rule: str = "youden",
+    rule: str = DEFAULT_RULE,
     min_positives: int = 5,
 ) -> FittedRules:
     """Fit calibration and operating point per finding, each on the images labelled for it.
 
+    `any_flag_rate=X` also counts the flags of images that are not labelled.
+
     Args:
         labels: [N,F], 1 or 0; NaN or negative if not labelled.
         probabilities: float32 [N,F], raw, columns in the order of `findings`.
-        method, rule: see `fit_calibration` and `find_operating_point`.
+        method, rule: see `fit_calibration` and `find_operating_points`.
         min_positives: minimum number of positives, and of negatives, to fit from.
 
     Raises:
@@ -122,17 +126,23 @@ def fit_rules(
         raise ValueError(
             f"labels are {labels.shape}, probabilities {probabilities.shape}, for {len(findings)} findings"
         )
+    known = [labels[:, j] >= 0 for j in range(len(findings))]
+    scalings = [
+        fit_calibration(labels[rows, j], probabilities[rows, j], method, min_positives) for j, rows in enumerate(known)
+    ]
+    slopes = np.array([1.0 if scaling is None else scaling.slope for scaling, _ in scalings])
+    points = {
+        each: find_operating_points(labels, probabilities, findings, each, min_positives, slopes)
+        for each in (rule, *others)
+    }
     fitted = FittedRules({}, {}, {}, {}, {})
     for j, name in enumerate(findings):
-        known = labels[:, j] >= 0
-        y, p = labels[known, j], probabilities[known, j]
-        scaling, no_scaling = fit_calibration(y, p, method, min_positives)
-        point, no_point = find_operating_point(y, p, rule, min_positives)
+        scaling, no_scaling = scalings[j]
+        point, no_point = points[rule][j]
         fitted.calibration[name] = None if scaling is None else scaling.as_dict()
         fitted.operating_points[name] = point
         fitted.expected_flag_rates[name] = None if point is None else point["flag_rate"]
-        alternatives = {other: find_operating_point(y, p, other, min_positives)[0] for other in others}
-        fitted.operating_alternatives[name] = alternatives
+        fitted.operating_alternatives[name] = {other: points[other][j][0] for other in others}
         reasons = {"calibration": no_scaling, "operating point": no_point}
         parts = [f"no {missing}: {reason}" for missing, reason in reasons.items() if reason is not None]
         fitted.rule_notes[name] = no_point if no_point == no_scaling else "; ".join(parts)
@@ -272,58 +282,153 @@ def apply_threshold(p: np.ndarray, threshold: float) -> np.ndarray:
     return np.asarray(p, dtype=np.float64) >= threshold
 
 
+def find_operating_points(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    findings: Sequence[str],
+    rule: str,
+    min_positives: int = 1,
+    slopes: np.ndarray | None = None,
+) -> list[tuple[OperatingPoint | None, str | None]]:
+    """Choose the threshold of every finding by a rule; see `find_operating_point` for rules of a single finding.
+
+    `any_flag_rate=0.3` starts from Youden's thresholds, and multiplies the odds of all of them by one factor, the
+    lowest with which at most 30% of all images have a flag. The odds are those of calibrated probabilities, so the
+    factor means the same for each finding: how much larger the odds must be than at Youden's threshold. A finding
+    without Youden's threshold has no operating point. `No_Finding` does not count, and keeps Youden's threshold.
+
+    Args:
+        labels, probabilities, findings: see `fit_rules`.
+        slopes: of each finding's calibration, float64 [F]; None for 1.
+
+    Returns:
+        Per finding (operating point, None) or (None, reason).
+    """
+    name, target = _parse_rule(rule)
+    known = [labels[:, j] >= 0 for j in range(len(findings))]
+    single = "youden" if name == "any_flag_rate" else rule
+    points = [
+        find_operating_point(labels[rows, j], probabilities[rows, j], single, min_positives)
+        for j, rows in enumerate(known)
+    ]
+    if name != "any_flag_rate":
+        return points
+    p = np.asarray(probabilities, dtype=np.float32)
+    base = {j: point["threshold"] for j, (point, _) in enumerate(points) if point and findings[j] != NO_FINDING}
+    scale = np.ones(len(findings)) if slopes is None else slopes
+    starts = {j: float(_compute_logit(np.array(threshold))) for j, threshold in base.items()}
+    # The logarithm of how many times larger the odds are than at the threshold.
+    margins = {j: scale[j] * (_compute_logit(p[:, j]) - start) for j, start in starts.items()}
+    cut = _find_cut(np.max(list(margins.values()), axis=0), target) if margins else None
+    for j, (point, _) in enumerate(points):
+        threshold = base.get(j)
+        if point is None or (threshold is not None and cut is None):
+            points[j] = (None, points[j][1] or f"{rule.strip()} is reached only if no image is flagged")
+            continue
+        if threshold is not None and cut is not None:
+            wanted = float(expit(starts[j] + cut / scale[j]))
+            threshold = _fit_between(p[:, j], margins[j] >= cut, wanted)
+        y, rows = labels[known[j], j] == 1, p[known[j], j]
+        points[j] = _describe_point(y, rows, point["threshold"] if threshold is None else threshold, rule)
+    return points
+
+
+def _find_cut(highest: np.ndarray, target: float) -> float | None:
+    """Return the lowest cut that at most a share `target` of the values reaches; None if none does."""
+    values, counts = np.unique(-highest, return_counts=True)
+    reached = int(np.searchsorted(np.cumsum(counts), math.floor(target * highest.size + 1e-9), side="right"))
+    if reached == 0:
+        return None
+    lowest = -values[reached - 1]
+    following = lowest if reached == values.size else -values[reached]
+    middle = (lowest + following) / 2.0
+    return float(middle if middle > following else lowest)
+
+
+def _fit_between(p: np.ndarray, flagged: np.ndarray, wanted: float) -> float:
+    """Return the float32 closest to `wanted` that separates the flagged from the other scores, float32 [n]."""
+    above = np.nextafter(np.max(p[~flagged], initial=np.float32(0.0)), np.float32(2.0))
+    lowest_flagged = np.min(p[flagged], initial=np.float32(2.0))
+    largest = np.nextafter(np.float32(1.0), np.float32(0.0))
+    return float(min(max(min(np.float32(wanted), largest), above), lowest_flagged))
+
+
 def find_operating_point(
     y: np.ndarray, p: np.ndarray, rule: str = "youden", min_positives: int = 1
 ) -> tuple[OperatingPoint | None, str | None]:
-    """Choose a threshold by a rule, and measure it on the same images.
+    """Choose a threshold by a rule of a single finding, and measure it on the same images.
 
     `youden` maximises sensitivity + specificity - 1 (Youden 1950); if several reach the maximum, the most sensitive.
-    `sensitivity=0.9` is the highest threshold with a sensitivity of at least 0.9, and `specificity=0.9` the lowest
-    with a specificity of at least 0.9.
+    `sensitivity=0.9` is the highest threshold with a sensitivity of at least 0.9, `specificity=0.9` the lowest
+    with a specificity of at least 0.9. `flag_rate=0.1` is the lowest threshold with at most 10% of the images flagged,
+    and `npv=0.99` the highest threshold at which at least 99% of the images below it are negative.
 
     The threshold lies strictly inside 0..1, midway between the lowest flagged score and the next lower score (0 if
     there is none), or at the lowest flagged score if no float32 lies between them. It is exact in float32, so
     comparisons in float32 and float64 return the same flags.
 
     Returns (operating point, None), or (None, reason) if a class is absent or too small, `youden` finds nothing better
-    than chance, the specificity is reached only if no image is flagged, or scores saturated at 0 or 1 allow no
-    threshold. Raises ConfigError for an unknown rule, or a target outside 0..1.
+    than chance, the target is reached only if no image or every image is flagged, or scores saturated at 0 or 1 allow
+    no threshold. Raises ConfigError for an unknown rule, a target outside 0..1, or `any_flag_rate`.
     """
     name, target = _parse_rule(rule)
+    if name == "any_flag_rate":
+        raise ConfigError(f"operating point {rule!r}: limits the flags of all findings, so it needs all of them")
     y, p = metrics.check_scores(y, np.asarray(p, dtype=np.float32))
     metrics.check_probabilities(p)
     reason = _explain_too_few(y, min_positives)
     if reason is not None:
         return None, reason
-    positives, negatives = int(y.sum()), int((~y).sum())
     curve = metrics.roc_curve(y, p)
     assert curve is not None
+    k, reason = _choose_step(curve, y, name, target)
+    if reason is not None:
+        return None, reason if name == "youden" else f"{rule.strip()} {reason}"
+    return _describe_point(y, p, _place_threshold(curve.thresholds, k), rule)
+
+
+def _choose_step(curve: metrics.Curve, y: np.ndarray, name: str, target: float) -> tuple[int, str | None]:
+    """Return how many of the distinct scores, from the highest, are flagged, and the reason if there is none."""
+    positives, negatives = int(y.sum()), int((~y).sum())
     # Point k flags the k highest distinct scores. Integers, so that a target of 0.9 means 9 of 10.
     true = np.rint(curve.y * positives).astype(np.int64)
     false = np.rint(curve.x * negatives).astype(np.int64)
+    below = y.size - true - false
     if name == "youden":
         gain = true * negatives - false * positives
         best = int(gain.max())
-        if best <= 0:
-            return None, "no threshold is better than chance"
-        k = int(np.flatnonzero(gain == best)[-1])
-    elif name == "sensitivity":
-        k = int(np.flatnonzero(true >= math.ceil(target * positives - 1e-9))[0])
+        return int(np.flatnonzero(gain == best)[-1]), None if best > 0 else "no threshold is better than chance"
+    if name == "npv":
+        reached = np.flatnonzero((below > 0) & (negatives - false >= np.ceil(target * below - 1e-9)))
+        if not reached.size:
+            return 0, "is reached only if every image is flagged"
+        rare = f"is reached without a flag, because only {positives:,} of {y.size:,} images are positive"
+        return int(reached[0]), rare if reached[0] == 0 else None
+    if name == "sensitivity":
+        return int(np.flatnonzero(true >= math.ceil(target * positives - 1e-9))[0]), None
+    if name == "specificity":
+        allowed = negatives - false >= math.ceil(target * negatives - 1e-9)
     else:
-        k = int(np.flatnonzero(negatives - false >= math.ceil(target * negatives - 1e-9))[-1])
-    if k == 0:
-        return None, f"{rule.strip()} is reached only if no image is flagged"
-    threshold = _place_threshold(curve.thresholds, k)
+        allowed = true + false <= math.floor(target * y.size + 1e-9)
+    k = int(np.flatnonzero(allowed)[-1])
+    return k, "is reached only if no image is flagged" if k == 0 else None
+
+
+def _describe_point(
+    y: np.ndarray, p: np.ndarray, threshold: float, rule: str
+) -> tuple[OperatingPoint | None, str | None]:
+    """Measure a threshold on images with the labels y, bool [n], and the scores p, float32 [n]."""
     if not 0.0 < threshold < 1.0:
         return None, "scores saturated at 0 or 1 allow no threshold"
+    flags = apply_threshold(p, threshold)
     point = OperatingPoint(
         threshold=threshold,
         rule=rule.strip(),
-        sensitivity=float(true[k] / positives),
-        specificity=float((negatives - false[k]) / negatives),
-        flag_rate=float((true[k] + false[k]) / y.size),
+        sensitivity=float(flags[y].mean()),
+        specificity=float((~flags[~y]).mean()),
+        flag_rate=float(flags.mean()),
         n=y.size,
-        positives=positives,
+        positives=int(y.sum()),
     )
     return point, None
 
@@ -345,10 +450,9 @@ def _parse_rule(rule: str) -> tuple[str, float]:
         target = float(text)
     except ValueError:
         target = math.nan
-    if name not in ("sensitivity", "specificity") or not 0.0 < target <= 1.0:
-        raise ConfigError(
-            f"operating point {rule!r}: use youden, sensitivity=X or specificity=X; X is above 0, at most 1"
-        )
+    if name not in TARGET_RULES or not 0.0 < target <= 1.0:
+        choices = ", ".join(f"{known}=X" for known in TARGET_RULES)
+        raise ConfigError(f"operating point {rule!r}: use youden, or one of {choices}; X is above 0, at most 1")
     return name, target
 
 

@@ -29,7 +29,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_cxr.config import RecalibrateSettings
+from ray_cxr.config import DEFAULT_RULE, RecalibrateSettings
 from ray_cxr.data import identity, manifest
 from ray_cxr.errors import ConfigError, InputError, LeakError, OutputError, TableError
 from ray_cxr.evaluation import calibration, drift, metrics, quality
@@ -113,7 +113,7 @@ def recalibrate(
     table = _read_scores(scores, old)
     labelled = manifest.read_manifest(labels)
     method = settings.calibration or _common_value(old, "calibration", "method") or "platt"
-    rule = settings.operating_point or _common_value(old, "operating_points", "rule") or "youden"
+    rule = settings.operating_point or _common_value(old, "operating_points", "rule") or DEFAULT_RULE
     record: dict[str, Any] = {
         "from": old.digest,
         "scores_digest": table.digest(),

@@ -14,7 +14,9 @@ from ray_cxr.evaluation import calibration, metrics
 from ray_cxr.evaluation.calibration import Calibration, OperatingPoint, fit_calibration, fit_rules
 
 LABELLED = st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1, width=32)), min_size=2, max_size=40)
-RULES = st.sampled_from(["youden", "sensitivity=0.9", "specificity=0.9", "sensitivity=1", "specificity=0.5"])
+RULES = st.sampled_from(
+    ["youden", "sensitivity=0.9", "specificity=0.9", "sensitivity=1", "specificity=0.5", "flag_rate=0.2", "npv=0.8"]
+)
 
 
 def fit(y: np.ndarray, p: np.ndarray, method: str = "platt", min_positives: int = 5) -> Calibration | None:
@@ -105,6 +107,114 @@ def test_operating_points_on_ten_images() -> None:
     assert point["sensitivity"] == 0.9
 
 
+def test_flag_rate_and_npv_on_twelve_images() -> None:
+    y = np.array([0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 1])
+    p = np.arange(1, 13) / 16
+    for rule, threshold, sensitivity, specificity, flag_rate in (
+        ("flag_rate=0.25", 9.5 / 16, 2 / 3, 8 / 9, 3 / 12),
+        ("flag_rate=0.24", 10.5 / 16, 2 / 3, 1.0, 2 / 12),
+        ("flag_rate=1", 0.5 / 16, 1.0, 0.0, 1.0),
+        ("npv=0.9", 10.5 / 16, 2 / 3, 1.0, 2 / 12),  # 9 of the 10 below are negative
+        ("npv=0.95", 8.5 / 16, 1.0, 8 / 9, 4 / 12),  # 8 of 8; with 3 flags 8 of 9
+    ):
+        point = find_operating_point(y, p, rule)
+        rates = {"sensitivity": sensitivity, "specificity": specificity, "flag_rate": flag_rate}
+        assert point == {"threshold": threshold, "rule": rule, **rates, "n": 12, "positives": 3}
+    # Equal scores are flagged together: 2 or 4 of 8 images.
+    tied = np.repeat([0.2, 0.4, 0.6, 0.8], 2)
+    assert find_operating_point(np.array([0, 1] * 4), tied, "flag_rate=0.45")["flag_rate"] == 0.25
+    for y, p, rule, part in (
+        ([0] * 150 + [1], np.linspace(0.1, 0.9, 151), "npv=0.99", "without a flag, because only 1 of 151 images are"),
+        ([1, 0, 0, 1], np.array([0.1, 0.2, 0.3, 0.4]), "npv=0.99", "only if every image is flagged"),
+        ([1, 0, 0, 1], np.array([0.1, 0.2, 0.3, 0.4]), "flag_rate=0.2", "only if no image is flagged"),
+    ):
+        point, reason = calibration.find_operating_point(np.array(y), p, rule)
+        assert point is None
+        assert part in reason
+
+
+#: Odds of six images for two findings. Youden's thresholds have the odds 11/4 and 4/11, so the largest multiple of
+#: them in each image is 64/11, 16/11, 8/11, 11, 11/8 and 11/16.
+JOINT_ODDS = np.array([[16, 1 / 8], [4, 1 / 4], [2, 1 / 8], [1 / 2, 4], [1 / 4, 1 / 2], [1 / 8, 1 / 4]])
+JOINT_LABELS = np.array([[1, 0], [1, 0], [0, 0], [0, 1], [0, 1], [0, 0]], dtype=float)
+
+
+def odds(point: OperatingPoint) -> float:
+    return point["threshold"] / (1 - point["threshold"])
+
+
+def test_one_factor_limits_the_images_with_any_flag() -> None:
+    names, p = ["Mass", "Nodule"], (JOINT_ODDS / (1 + JOINT_ODDS)).astype(np.float32)
+
+    def fit_points(rule: str, y: np.ndarray = JOINT_LABELS, **options: np.ndarray) -> list:
+        return calibration.find_operating_points(y, p, names, rule, **options)
+
+    assert [odds(point) for point, _ in fit_points("youden")] == pytest.approx([11 / 4, 4 / 11], rel=1e-6)
+    # Three images: the factor lies midway between 11/8 and 16/11 on the log scale. One: between 64/11 and 11.
+    for rule, factor in (("any_flag_rate=0.5", 2**0.5), ("any_flag_rate=0.6", 2**0.5), ("any_flag_rate=0.3", 8.0)):
+        (mass, _), (nodule, _) = fit_points(rule)
+        assert [odds(mass), odds(nodule)] == pytest.approx([11 / 4 * factor, 4 / 11 * factor], rel=1e-6)
+    # Flagged are image 3 for Nodule, and no image for Mass.
+    assert (nodule["sensitivity"], nodule["specificity"], nodule["flag_rate"]) == (0.5, 1.0, 1 / 6)
+    assert (mass["sensitivity"], mass["flag_rate"], mass["rule"], mass["n"]) == (0.0, 0.0, "any_flag_rate=0.3", 6)
+    for point, reason in fit_points("any_flag_rate=0.1"):
+        assert point is None
+        assert "only if no image" in reason
+    # Unlabelled images count, too: only the threshold of Nodule has fewer images to be measured on.
+    y = JOINT_LABELS.copy()
+    y[5, 1] = np.nan
+    (again, _), (partly, _) = fit_points("any_flag_rate=0.5", y)
+    assert [odds(again), odds(partly)] == pytest.approx([11 / 4 * 2**0.5, 4 / 11 * 2**0.5], rel=1e-6)
+    assert (partly["n"], partly["flag_rate"]) == (5, 1 / 5)
+    # Slopes of 2 and 1: the multiples are (64/11)^2, (16/11)^2, ..., 11, 11/8; the third largest is (16/11)^2.
+    (mass, _), (nodule, _) = fit_points("any_flag_rate=0.5", slopes=np.array([2.0, 1.0]))
+    factor = (16**2 / 11**2 * 11 / 8) ** 0.5
+    assert [odds(mass), odds(nodule)] == pytest.approx([11 / 4 * factor**0.5, 4 / 11 * factor], rel=1e-6)
+
+
+def test_no_finding_and_unfitted_findings_do_not_count_as_flags() -> None:
+    p = (np.column_stack([JOINT_ODDS, JOINT_ODDS[:, 0], JOINT_ODDS[:, 0]])).astype(np.float32)
+    p /= 1 + p
+    y = np.column_stack([JOINT_LABELS, JOINT_LABELS[:, 0], np.zeros(6)])
+    names = ["Mass", "Nodule", "No_Finding", "Hernia"]
+    mass, nodule, none, hernia = calibration.find_operating_points(y, p, names, "any_flag_rate=0.3")
+    assert [odds(mass[0]), odds(nodule[0])] == pytest.approx([22, 32 / 11], rel=1e-6)
+    assert odds(none[0]) == pytest.approx(11 / 4, rel=1e-6)  # Youden's threshold
+    assert (hernia[0], hernia[1]) == (None, "0 positives, needs 1")
+    with pytest.raises(ConfigError, match="all findings"):
+        calibration.find_operating_point(y[:, 0], p[:, 0], "any_flag_rate=0.3")
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(4, 40), st.sampled_from([0.1, 0.3, 0.5, 1.0]), st.booleans())
+def test_joint_rule_keeps_its_limit_exactly(seed: int, n: int, target: float, tied: bool) -> None:
+    rng = np.random.default_rng(seed)
+    p = rng.random((n, 3)).astype(np.float32)
+    if tied:
+        p = np.round(p, 1)
+    y = (rng.random((n, 3)) < 0.4).astype(int)
+    names, slopes = ["Mass", "Nodule", "Edema"], rng.uniform(0.3, 3.0, 3)
+    base = calibration.find_operating_points(y, p, names, "youden", 1, slopes)
+    points = calibration.find_operating_points(y, p, names, f"any_flag_rate={target}", 1, slopes)
+    kept = [j for j, (point, _) in enumerate(points) if point]
+    flags = np.array([p[:, j] >= points[j][0]["threshold"] for j in kept]).reshape(len(kept), n)
+    in_float32 = [p[:, j] >= np.float32(points[j][0]["threshold"]) for j in kept]
+    assert np.array_equal(flags, np.array(in_float32).reshape(flags.shape))
+    flagged = flags.any(axis=0)
+    assert flagged.mean() <= target + 1e-9
+    if len(kept) < sum(point is not None for point, _ in base):
+        return  # the limit allows no flag, or scores of exactly 0 or 1 have no threshold
+    # One more image (and its ties) would exceed the limit.
+    starts = [base[j][0]["threshold"] for j in kept]
+    margins = [
+        slopes[j] * (logit(np.clip(p[:, j], 1e-7, 1 - 1e-7)) - logit(t)) for j, t in zip(kept, starts, strict=True)
+    ]
+    if kept and not flagged.all():
+        highest = np.max(margins, axis=0)
+        assert (highest >= highest[~flagged].max() - 1e-9).mean() > target
+        assert highest[flagged].min(initial=np.inf) > highest[~flagged].max() - 1e-9
+
+
 @given(LABELLED, RULES)
 def test_operating_point_obeys_its_rule(rows: list[tuple[int, float]], rule: str) -> None:
     y, p = np.array([row[0] for row in rows]), np.array([row[1] for row in rows], dtype=np.float32)
@@ -127,6 +237,16 @@ def test_operating_point_obeys_its_rule(rows: list[tuple[int, float]], rule: str
         # Ties go to the more sensitive threshold.
         assert all(t >= lowest for t, both in others.items() if sum(both) > best - 1e-9)
         return
+    if name in ("flag_rate", "npv"):
+        other = {t: getattr(cells, name) for t, cells in counted.items()}
+        if name == "flag_rate":  # the next lower threshold flags too many
+            assert point["flag_rate"] <= float(target) + 1e-12
+            assert all(rate > float(target) for t, rate in other.items() if t < lowest)
+        else:  # every higher threshold leaves too many positives below it
+            assert cells.npv >= float(target) - 1e-12
+            assert all(npv < float(target) for t, npv in other.items() if t > lowest)
+            assert y.mean() > 1 - float(target)
+        return
     assert point[name] >= float(target) - 1e-12
     # Of the thresholds that reach the target, the one that costs least of the other rate.
     better = {t: both for t, both in others.items() if (t > lowest if name == "sensitivity" else t < lowest)}
@@ -135,7 +255,7 @@ def test_operating_point_obeys_its_rule(rows: list[tuple[int, float]], rule: str
 
 def test_unknown_rules_and_values_outside_0_to_1_are_refused() -> None:
     y = np.array([0, 1])
-    for rule in ("", "f1", "youden=1", "sensitivity", "sensitivity=0", "specificity=1.1"):
+    for rule in ("", "f1", "youden=1", "sensitivity", "sensitivity=0", "specificity=1.1", "npv=2"):
         with pytest.raises(ConfigError, match="operating point"):
             find_operating_point(y, np.array([0.1, 0.9]), rule)
     for wrong in (1.5, -0.5):
@@ -158,18 +278,23 @@ def test_rules_per_finding() -> None:
     labels = np.column_stack([y, images < 3, np.full(60, np.nan), 1 - y, np.where(images < 30, y, np.nan)])
     scores = expit(2 * y - 1 + np.random.default_rng(4).normal(size=60))
     p = np.repeat(scores[:, None], 5, axis=1).astype(np.float32)
-    got = fit_rules(labels, p, names)
+    got = fit_rules(labels, p, names, rule="youden")
     point = find_operating_point(y, p[:, 0])
     assert got.calibration["Mass"] == fit(y, p[:, 0]).as_dict()
     assert got.operating_points["Mass"] == point
     assert got.expected_flag_rates["Mass"] == point["flag_rate"]
-    others = {rule: find_operating_point(y, p[:, 0], rule) for rule in ("sensitivity=0.9", "specificity=0.9")}
+    single = ("sensitivity=0.9", "specificity=0.9", "flag_rate=0.1", "npv=0.99")
+    others = {rule: find_operating_point(y, p[:, 0], rule) for rule in single}
+    joint = got.operating_alternatives["Mass"].pop("any_flag_rate=0.3")
     assert got.operating_alternatives["Mass"] == others
+    assert joint == fit_rules(labels, p, names).operating_points["Mass"]  # the default
+    assert (np.column_stack([p[:, 0] >= joint["threshold"]]).any(axis=1)).mean() <= 0.3
+    got.operating_alternatives["Mass"]["any_flag_rate=0.3"] = joint
     assert got.operating_points["Nodule"] == find_operating_point(y[:30], p[:30, 0])
     for name in ("Hernia", "Edema", "Fibrosis"):
         assert got.calibration[name] is got.operating_points[name] is got.expected_flag_rates[name] is None
         assert got.rule_notes[name]
-    assert got.operating_alternatives["Hernia"] == dict.fromkeys(others)
+    assert got.operating_alternatives["Hernia"] == dict.fromkeys(("any_flag_rate=0.3", *others))
     assert got.rule_notes["Mass"] is got.rule_notes["Nodule"] is None
     assert "3 positives, needs 5" in got.rule_notes["Hernia"]
     for part in (
@@ -180,7 +305,7 @@ def test_rules_per_finding() -> None:
         got.rule_notes,
     ):
         assert tuple(part) == names
-    assert fit_rules(np.nan_to_num(labels, nan=-1).astype(np.int8), p, names) == got
+    assert fit_rules(np.nan_to_num(labels, nan=-1).astype(np.int8), p, names, rule="youden") == got
     # Another method and rule.
     got = fit_rules(labels, p, names, method="temperature", rule="sensitivity=0.90", min_positives=3)
     assert got.calibration["Mass"]["method"] == "temperature"
@@ -188,8 +313,8 @@ def test_rules_per_finding() -> None:
         point = got.operating_points[name]
         assert (point["rule"], point["sensitivity"] >= 0.9) == ("sensitivity=0.90", True)
     # Other spellings of the chosen rule are not listed as alternatives.
-    assert list(got.operating_alternatives["Mass"]) == ["youden", "specificity=0.9"]
-    assert len(fit_rules(labels, p, names, rule="specificity=0.5").operating_alternatives["Mass"]) == 3
+    assert not {"sensitivity=0.9", "sensitivity=0.90"} & set(got.operating_alternatives["Mass"])
+    assert len(fit_rules(labels, p, names, rule="specificity=0.5").operating_alternatives["Mass"]) == 6
     with pytest.raises(ConfigError, match="f1"):
         fit_rules(labels, p, names, rule="f1")
     for wrong, findings in (([[0], [1]], ["Mass", "Nodule"]), ([[0], [1], [1]], ["Mass"]), ([[0], [2]], ["Mass"])):
