@@ -187,6 +187,22 @@ def resample_patients(
         yield slice(start, start + size), counts.astype(np.int32).reshape(size, n_patients)
 
 
+def resample_counts(
+    cells: np.ndarray, codes: np.ndarray, shape: tuple[int, int], n_resamples: int, seed: int
+) -> np.ndarray:
+    """Count images per cell in each resample, float64 [n_resamples, cells].
+
+    Entry i of [m] is an image of the patient `codes[i]` in the cell `cells[i]`; `shape` is (cells, patients).
+    """
+    from scipy.sparse import csr_array  # slow to import
+
+    counted = csr_array((np.ones(len(cells)), (cells, codes)), shape=shape)
+    values = np.empty((n_resamples, shape[0]))
+    for rows, drawn in resample_patients(shape[1], shape[1], n_resamples, seed):
+        values[rows] = (counted @ np.ascontiguousarray(drawn.T, dtype=np.float64)).T
+    return values
+
+
 def _rank(labels: np.ndarray, scores: np.ndarray, codes: np.ndarray) -> Ranking | None:
     """Rank the labelled and scored images of one finding; None if a class is missing."""
     usable = ~np.isnan(scores.astype(np.float64)) & (labels >= 0)
@@ -226,7 +242,8 @@ class _PatientSums:
         tn, fp, fn, tp = (drawn @ self._cells).T
         cells = metrics.Confusion(tp, fp, tn, fn)
         columns = drawn @ self._errors
-        sums = metrics.ErrorSums(columns[:, 0], columns[:, 1], columns[:, 2:])
+        by_bin, by_mass = np.hsplit(columns[:, 2:], 2)
+        sums = metrics.ErrorSums(columns[:, 0], columns[:, 1], by_bin, by_mass)
         return {
             rate.key: rate.value(cells, self._prevalence)
             for rate in metrics.RATE_METRICS
@@ -235,14 +252,16 @@ class _PatientSums:
 
 
 def _sum_errors(y: np.ndarray, p: np.ndarray, codes: np.ndarray, n_patients: int) -> np.ndarray:
-    """Return per patient: images, squared errors, errors p - y in each bin; float64 [patients, 2 + bins]."""
+    """Return per patient: images, squared errors, errors p - y in each bin; float64 [patients, 2 + 2 bins]."""
     metrics.check_probabilities(p)
     bins = metrics.CALIBRATION_BINS
-    cell = bins * codes + metrics.probability_bins(p)
-    by_bin = np.bincount(cell, weights=p - y, minlength=bins * n_patients).reshape(n_patients, bins)
+    by_bin, by_mass = (
+        np.bincount(bins * codes + placed, weights=p - y, minlength=bins * n_patients).reshape(n_patients, bins)
+        for placed in (metrics.probability_bins(p), metrics.rank_bins(p, bins))
+    )
     images = np.bincount(codes, minlength=n_patients)
     squared = np.bincount(codes, weights=(p - y) ** 2, minlength=n_patients)
-    return np.column_stack([images, squared, by_bin])
+    return np.column_stack([images, squared, by_bin, by_mass])
 
 
 def _compute_mean_interval(drawn: np.ndarray, weights: Sequence[int] | None = None) -> Interval:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ray_cxr.evaluation.roc_steps import RocSteps, divide_or_nan
 
-#: Bins of the expected calibration error, of equal width.
+#: Bins of the expected calibration error, of equal width or of equal numbers of images.
 CALIBRATION_BINS = 10
 #: An int in one sample, float64 [b] in b bootstrap resamples.
 Count: TypeAlias = Any
@@ -98,7 +98,8 @@ class ErrorSums:
 
     images: np.ndarray  # [b], number of images
     squared: np.ndarray  # [b], of squared errors
-    by_bin: np.ndarray  # [b, bins], of errors in each bin
+    by_bin: np.ndarray  # [b, bins], of errors in each bin of equal width
+    by_mass: np.ndarray  # [b, bins], of errors in each bin of equal mass, whose limits are those of the sample
 
 
 def undefined_reason(y: np.ndarray) -> str | None:
@@ -186,6 +187,25 @@ def expected_calibration_error(y: np.ndarray, p: np.ndarray, bins: int = CALIBRA
         return None
     errors = np.bincount(probability_bins(p, bins), weights=p - y, minlength=bins)
     return float(np.abs(errors).sum() / y.size)
+
+
+def equal_mass_error(y: np.ndarray, p: np.ndarray, bins: int = CALIBRATION_BINS) -> float | None:
+    """Compute `expected_calibration_error` in bins with equal numbers of images (Nixon et al. 2019)."""
+    y, p = check_scores(y, p)
+    check_probabilities(p)
+    if not y.size:
+        return None
+    return float(np.abs(np.bincount(rank_bins(p, bins), weights=p - y)).sum() / y.size)
+
+
+def rank_bins(values: np.ndarray, bins: int) -> np.ndarray:
+    """Return the bin of each value [n], int64 [n], ascending, in at most `bins` bins with equal numbers of values.
+
+    Equal values share the bin of the first of them, so bins can be uneven or fewer.
+    """
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = np.cumsum(counts) - counts
+    return np.asarray(np.unique(ranks * bins // max(len(values), 1), return_inverse=True)[1][places])
 
 
 def probability_bins(p: np.ndarray, bins: int = CALIBRATION_BINS) -> np.ndarray:
@@ -282,6 +302,7 @@ _FLAG_RATE = "Share of the labelled images that are flagged."
 _EXPECTED = "expected at the prevalence given with `--prevalence`, from sensitivity and specificity by Bayes' theorem."
 _BRIER = "Mean squared difference between calibrated probability and label; 0 is best."
 _ECE = "Mean distance of calibrated probability and observed share in ten bins of equal width, weighted by images."
+_EQUAL_MASS = "The same in ten bins with equal numbers of images, which also separates the low scores of rare findings."
 RANKING_METRICS = (
     RankingMetric("auroc", "AUROC", _AUROC, "main"),
     RankingMetric(
@@ -325,6 +346,13 @@ PROBABILITY_METRICS = (
         _ECE,
         value=expected_calibration_error,
         resample=lambda sums: _ratio(np.abs(sums.by_bin).sum(axis=1), sums.images),
+    ),
+    ProbabilityMetric(
+        "expected_calibration_error_equal_mass",
+        "Calibration error, equal mass",
+        _EQUAL_MASS,
+        value=equal_mass_error,
+        resample=lambda sums: _ratio(np.abs(sums.by_mass).sum(axis=1), sums.images),
     ),
 )
 #: Tables of the page that show metrics; see `Metric.table`.

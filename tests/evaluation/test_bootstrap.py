@@ -47,11 +47,14 @@ def draw_resamples(patients: np.ndarray, n_resamples: int, seed: int) -> Iterato
         yield np.concatenate([rows[known[i]] for i in rng.integers(0, len(known), len(known))])
 
 
-def compute_metrics(y: np.ndarray, s: np.ndarray, flags: np.ndarray, p: np.ndarray, prevalence: float) -> dict:
+def compute_metrics(
+    y: np.ndarray, s: np.ndarray, flags: np.ndarray, p: np.ndarray, bins: np.ndarray, prevalence: float
+) -> dict:
     scored, judged, calibrated = (y >= 0) & ~np.isnan(s), (y >= 0) & (flags >= 0), (y >= 0) & ~np.isnan(p)
     cells = metrics.confusion(y[judged], flags[judged] == 1)
     expected = None if isnan(prevalence) else cells.expect_at(prevalence)
     ppv, npv = (expected.ppv, expected.npv) if expected else (None, None)
+    errors = [(p - y)[calibrated & (bins == one)].sum() for one in range(metrics.CALIBRATION_BINS)]
     return {
         "auroc": metrics.auroc(y[scored], s[scored]),
         "average_precision": metrics.average_precision(y[scored], s[scored]),
@@ -60,6 +63,7 @@ def compute_metrics(y: np.ndarray, s: np.ndarray, flags: np.ndarray, p: np.ndarr
         "npv_at_prevalence": npv,
         "brier": metrics.brier(y[calibrated], p[calibrated]),
         "expected_calibration_error": metrics.expected_calibration_error(y[calibrated], p[calibrated]),
+        "expected_calibration_error_equal_mass": np.abs(errors).sum() / calibrated.sum() if calibrated.any() else None,
     }
 
 
@@ -89,7 +93,10 @@ def test_intervals_equal_percentiles_over_resamples(seed: int, rows: int, positi
         flags[:], p[:] = -1, np.nan
     derived = {"flags": flags[:, None], "calibrated": p[:, None], "assumed_prevalence": np.array([prevalence])}
     got = bootstrap_findings(y[:, None], s[:, None], patients, **derived, n_resamples=50, seed=3)
-    drawn = [[part[kept] for part in (y, s, flags, p)] for kept in draw_resamples(patients, 50, seed=3)]
+    # Bins of equal mass have the limits of the sample in all resamples.
+    known, bins = (y >= 0) & ~np.isnan(p), np.zeros(rows, dtype=np.int64)
+    bins[known] = metrics.rank_bins(p[known], metrics.CALIBRATION_BINS)
+    drawn = [[part[kept] for part in (y, s, flags, p, bins)] for kept in draw_resamples(patients, 50, seed=3)]
     expected = [compute_metrics(*parts, prevalence) for parts in drawn]
     assert list(got.findings[0]) == [metric.key for metric in metrics.METRICS] == list(expected[0])
     for name, interval in got.findings[0].items():
@@ -99,7 +106,7 @@ def test_intervals_equal_percentiles_over_resamples(seed: int, rows: int, positi
         assert limits(interval) == (percentiles(values) if known else (None, None)), name
         assert (interval.reason is None) == known, name
     rates, curves = np.arange(101) / 100, []
-    for label, score, _, _ in drawn:
+    for label, score, *_ in drawn:
         scored = (label >= 0) & ~np.isnan(score)
         curve = metrics.roc_curve(label[scored], score[scored])
         if curve is not None:
@@ -190,3 +197,11 @@ def test_intervals_of_ratios() -> None:
     for f in (0, 1):
         values = [flags[rows, f][y[rows, f] == 1].mean() for rows in draw_resamples(patients, 140, seed=1)]
         assert limits(got[f]) == percentiles(values)
+
+
+def test_counts_of_cells_equal_those_of_drawn_rows() -> None:
+    patients = np.array([5, 5, 7, 9, 9, 9])
+    codes, cells = intervals.patient_codes(patients)[0], np.array([0, 2, 2, 1, 1, 0])
+    expected = [np.bincount(cells[rows], minlength=4) for rows in draw_resamples(patients, 30, seed=1)]
+    counts = bootstrap.resample_counts(cells, codes, (4, 3), n_resamples=30, seed=1)
+    np.testing.assert_array_equal(counts, expected)

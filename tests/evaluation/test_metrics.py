@@ -139,3 +139,11 @@ def test_each_metric_is_registered_once_and_documented() -> None:
     docs = Path(__file__).parents[2] / "docs" / "report.md"
     rows = [f"| {metric.label} | `{metric.key}` | {metric.meaning} |\n" for metric in metrics.METRICS]
     assert "".join(["| metric | key | meaning |\n|---|---|---|\n", *rows]) in docs.read_text(encoding="utf-8")
+
+
+def test_calibration_error_in_bins_of_equal_mass_by_hand() -> None:
+    # Four bins of two images: |0.1 + 0.2 - 1|, |0.3 + 0.3|, |0.4 + 0.5 - 1| and |0.6 + 0.9 - 2|, over eight images.
+    y, p = np.array([0, 1, 0, 0, 1, 0, 1, 1]), np.array([0.1, 0.2, 0.3, 0.3, 0.4, 0.5, 0.6, 0.9])
+    assert metrics.equal_mass_error(y, p, bins=4) == pytest.approx((0.7 + 0.6 + 0.1 + 0.5) / 8)
+    assert metrics.rank_bins(p, 8).tolist() == [0, 1, 2, 2, 3, 4, 5, 6], "equal values share a bin"
+    assert metrics.equal_mass_error(np.zeros(0), np.zeros(0)) is None
