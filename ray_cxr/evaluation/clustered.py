@@ -27,13 +27,22 @@ def clustered_auroc(y: np.ndarray, s: np.ndarray, codes: np.ndarray) -> tuple[fl
     positive = np.asarray(y).astype(bool)
     patients, rows = np.unique(codes, return_inverse=True)
     auc = float(v10.mean())
-    first, with_positive = _sum_deviations(v10 - auc, rows[positive], len(patients))
-    second, with_negative = _sum_deviations(v01 - auc, rows[~positive], len(patients))
+    first, with_positive = sum_deviations(v10 - auc, rows[positive], len(patients))
+    second, with_negative = sum_deviations(v01 - auc, rows[~positive], len(patients))
     if min(with_positive, with_negative) < 2:
         return None
     variance = (first**2).sum() * _correct(with_positive) + (second**2).sum() * _correct(with_negative)
     variance += 2.0 * (first * second).sum() * _correct(len(patients))
     return auc, max(0.0, float(variance))
+
+
+def sum_deviations(deviations: np.ndarray, rows: np.ndarray, n_patients: int) -> tuple[np.ndarray, int]:
+    """Return the sum of a class's deviations per patient, divided by its images; and the number of its patients.
+
+    `rows` [n] are the patients of the n deviations, as integers below `n_patients`.
+    """
+    sums = np.bincount(rows, weights=deviations, minlength=n_patients) / len(deviations)
+    return sums, int(np.count_nonzero(np.bincount(rows, minlength=n_patients)))
 
 
 def logit_interval(value: float, variance: float) -> tuple[float, float] | None:
@@ -61,12 +70,6 @@ def clustered_share_interval(successes: np.ndarray, codes: np.ndarray) -> tuple[
     if variance > 0.0:
         independent = min(float(len(codes)), share * (1.0 - share) / variance)
     return wilson_interval(share, independent)
-
-
-def _sum_deviations(deviations: np.ndarray, rows: np.ndarray, n_patients: int) -> tuple[np.ndarray, int]:
-    """Return the sum of a class's deviations per patient, divided by its images; and the number of its patients."""
-    sums = np.bincount(rows, weights=deviations, minlength=n_patients) / len(deviations)
-    return sums, int(np.count_nonzero(np.bincount(rows, minlength=n_patients)))
 
 
 def _correct(n: int) -> float:
