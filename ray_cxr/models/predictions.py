@@ -1,19 +1,12 @@
 """Turn probabilities into rows of a score table: calibration, flags, priority. All callers use this module.
 
-For a finding with probability p and an operating point t, the rank is
-
-    r = 0.5 * p / t                      below t
-    r = 0.5 + 0.5 * (p - t) / (1 - t)    from t on
-
-so that r >= 0.5 exactly where the finding is flagged. Ranks of rare findings such as Hernia and of common ones such as
-Infiltration are comparable. A finding without an operating point has r = 0.49 p, below all flagged findings.
-`top_finding` is the finding with the largest r, except No_Finding, and `priority` is that r.
+`evaluation.ranking` defines abnormality, priority and top_finding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -21,11 +14,9 @@ import pyarrow as pa
 
 from ray_cxr.errors import RayCxrError
 from ray_cxr.evaluation import calibration, quality
+from ray_cxr.evaluation.ranking import RankedFindings, combine
 from ray_cxr.imaging.views import parse_view
-from ray_cxr.labels import NO_FINDING
 
-#: The highest rank of a finding that has no operating point.
-UNFLAGGED = 0.49
 IDENTITY = ("image_id", "path", "patient_id", "study_id")
 #: Optional columns, from the manifest or a DICOM header.
 ABOUT = (("age", pa.float64()), ("sex", pa.string()), ("view", pa.string()))
@@ -35,13 +26,19 @@ _FLAGS_OF_VIEWS = {"LATERAL": "lateral", "OBLIQUE": "not_frontal_chest"}
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules of a bundle that turn its probabilities into score rows."""
+    """The rules that turn a bundle's probabilities into score rows: all are the bundle's except the weights."""
 
     findings: tuple[str, ...]
     calibrations: Mapping[str, calibration.Calibration | None]
     thresholds: Mapping[str, float | None]  # for raw probabilities
     age_range: tuple[float, float] | None  # of the training patients, years; None if unknown
     digest: str
+    weights: Mapping[str, float] = field(default_factory=dict)  # of findings in the priority; 1 if missing
+
+    @property
+    def ranked(self) -> RankedFindings:
+        """The findings that abnormality, priority and top_finding use."""
+        return RankedFindings.choose(self.findings, [name for name, fitted in self.calibrations.items() if fitted])
 
 
 def schema(findings: Sequence[str]) -> pa.Schema:
@@ -53,6 +50,7 @@ def schema(findings: Sequence[str]) -> pa.Schema:
             *((f"c_{name}", pa.float32()) for name in findings),
             *((f"flag_{name}", pa.bool_()) for name in findings),
             ("top_finding", pa.string()),
+            ("abnormality", pa.float32()),
             ("priority", pa.float32()),
             ("quality_flag", pa.string()),
             ("model_digest", pa.string()),
@@ -61,16 +59,27 @@ def schema(findings: Sequence[str]) -> pa.Schema:
     )
 
 
-def compute_ranks(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Compute the ranks [N,F] of probabilities [N,F], see the module's docstring.
+def calibrate(probabilities: np.ndarray, rules: Rules) -> np.ndarray:
+    """Compute calibrated probabilities, float32 [N,F]; NaN for findings without calibration."""
+    result = np.full(probabilities.shape, np.nan, dtype=np.float32)
+    for j, name in enumerate(rules.findings):
+        fitted = rules.calibrations.get(name)
+        if fitted is not None:
+            result[:, j] = calibration.apply_calibration(fitted, probabilities[:, j])
+    return result
 
-    `thresholds` [F] has NaN for a finding without an operating point.
+
+def order_findings(probabilities: np.ndarray, rules: Rules) -> np.ndarray:
+    """Return the numbers of the findings from the highest to the lowest, int [N,D], without No_Finding.
+
+    The first is the top_finding. Findings that the ranking leaves out are last, by raw probability. Ties keep the order
+    of the findings.
     """
-    p = np.asarray(probabilities, dtype=np.float64)
-    t = np.asarray(thresholds, dtype=np.float64)
-    with np.errstate(invalid="ignore"):
-        r = np.where(p >= t, 0.5 + 0.5 * (p - t) / (1.0 - t), 0.5 * p / t)
-    return np.where(np.isnan(t), UNFLAGGED * p, r)
+    ranked = rules.ranked
+    values = calibrate(probabilities, rules) if ranked.is_calibrated else probabilities
+    columns = [rules.findings.index(name) for name in (*ranked.names, *ranked.left_out)]
+    keys = np.where(np.isin(rules.findings, ranked.left_out), probabilities - 1.0, values)[:, columns]
+    return np.asarray(columns, dtype=np.intp)[np.argsort(-keys, axis=1, kind="stable")]
 
 
 def assemble(
@@ -113,24 +122,25 @@ def assemble(
     columns["status"] = pa.array(np.where(bad, "error", "ok"), pa.string())
     for k, name in enumerate(("error_code", "error")):
         columns[name] = pa.array([failures[i][k] if i in failures else None for i in range(n)], pa.string())
-    thresholds = np.full(len(findings), np.nan)
+    p = np.where(bad[:, None], np.float32(0.5), p)
+    calibrated = calibrate(p, rules)
     for j, name in enumerate(findings):
         columns[f"p_{name}"] = pa.array(p[:, j], pa.float32(), mask=bad)
-        fitted, threshold = rules.calibrations.get(name), rules.thresholds.get(name)
-        if fitted is not None:
-            calibrated = calibration.apply_calibration(fitted, np.where(bad, 0.5, p[:, j]))
-            columns[f"c_{name}"] = pa.array(calibrated, pa.float32(), mask=bad)
+        threshold = rules.thresholds.get(name)
+        if rules.calibrations.get(name) is not None:
+            columns[f"c_{name}"] = pa.array(calibrated[:, j], pa.float32(), mask=bad)
         if threshold is not None:
-            thresholds[j] = threshold
             columns[f"flag_{name}"] = pa.array(calibration.apply_threshold(p[:, j], threshold), pa.bool_(), mask=bad)
 
-    disease = [j for j, name in enumerate(findings) if name != NO_FINDING]
-    if disease and n:
-        r = compute_ranks(np.where(bad[:, None], 0.0, p), thresholds)[:, disease]
-        best = r.argmax(axis=1)
-        names = np.array([findings[j] for j in disease], dtype=object)[best]
-        columns["top_finding"] = pa.array(names, pa.string(), mask=bad)
-        columns["priority"] = pa.array(r[np.arange(n), best].astype(np.float32), pa.float32(), mask=bad)
+    ranked = rules.ranked
+    if ranked.names:
+        chosen = [findings.index(name) for name in ranked.names]
+        values = (calibrated if ranked.is_calibrated else p)[:, chosen]
+        top = np.array(ranked.names, dtype=object)[values.argmax(axis=1)]
+        columns["top_finding"] = pa.array(top, pa.string(), mask=bad)
+        weights = list(ranked.list_weights(rules.weights).values())
+        for name, result in (("abnormality", combine(values)), ("priority", combine(values, weights))):
+            columns[name] = pa.array(result.astype(np.float32), pa.float32(), mask=bad)
     columns["quality_flag"] = pa.array(_quality_flags(rows, rules, flags, header_flags), pa.string(), mask=bad)
     columns["model_digest"] = pa.array([rules.digest] * n, pa.string(), mask=bad)
     wanted = schema(findings)

@@ -61,7 +61,8 @@ class ModelActor(PoolActor):
 
     def open(self, job: ScoreJob, cpus: int) -> None:
         bundle = job.load_bundle()
-        self.job, self.rules, self.quality = job, bundle.rules, bundle.quality
+        self.job, self.quality = job, bundle.quality
+        self.rules = replace(bundle.rules, weights=job.settings.weights)
         self.runtime = bundle.open_runtime(job.precision, batch_size=job.batch_size, threads=cpus, gpu=job.use_gpu)
         self.first_at = 0.0
 

@@ -116,7 +116,7 @@ def make_request(bundle: Bundle, settings: ScoreSettings, count: int) -> HeatMap
     """Return the request of `--heatmaps count`, with at most one map per finding of the bundle."""
     if count < 1:
         raise ConfigError(f"--heatmaps {count}: must be at least 1")
-    diseases = len(_list_diseases(bundle.findings))
+    diseases = len(set(bundle.findings) - {NO_FINDING})
     if not diseases:
         raise ConfigError(f"--heatmaps: the bundle predicts only {NO_FINDING}, which has no location in an image")
     return HeatMapRequest(min(count, diseases), settings.heatmap_method, settings.heatmap_pixels)
@@ -191,10 +191,6 @@ def remove_partial_files(out: Path) -> None:
     """Remove the incomplete files of killed workers."""
     for pattern in (".part-*.part", ".*.png.*.part"):
         remote.remove_files((out / HEATMAPS).glob(pattern))
-
-
-def _list_diseases(findings: Sequence[str]) -> list[int]:
-    return [number for number, name in enumerate(findings) if name != NO_FINDING]
 
 
 def _read_state(part: pa.NativeFile | None) -> dict[str, Any] | None:
@@ -338,10 +334,7 @@ class HeatMapActor(PoolActor):
 
     def open(self, job: ScoreJob, request: HeatMapRequest, cpus: int) -> None:
         bundle = job.load_bundle()
-        self.job, self.request, self.findings = job, request, bundle.findings
-        self._diseases = np.array(_list_diseases(bundle.findings))
-        # A finding without a threshold has NaN.
-        self._thresholds = np.array([bundle.rules.thresholds.get(name) for name in bundle.findings], np.float64)
+        self.job, self.request, self.findings, self._rules = job, request, bundle.findings, bundle.rules
         if job.use_gpu:
             if not runtime.use_gpu_memory_as_needed():
                 raise ConfigError("--gpu: this actor sees no GPU; check that requirements-gpu.lock is installed there")
@@ -357,9 +350,7 @@ class HeatMapActor(PoolActor):
 
     def choose_findings(self, p: np.ndarray) -> np.ndarray:
         """Return the numbers of the highest-ranked findings, int [n,K]; the first is the scores' top_finding."""
-        ranks = predictions.compute_ranks(p, self._thresholds)[:, self._diseases]
-        order = np.argsort(-ranks, axis=1, kind="stable")[:, : self.request.count]
-        return np.asarray(self._diseases[order])
+        return predictions.order_findings(p, self._rules)[:, : self.request.count]
 
     def run(self, row: dict[str, Any]) -> TaskResult:
         task, job = ScoreTask.from_row(row), self.job

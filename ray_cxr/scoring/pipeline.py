@@ -94,6 +94,8 @@ def _execute(plan: ScorePlan, report: ScoreReport, times: dict[str, float], star
     result of `time.monotonic()`.
     """
     request, drawing_pool = plan.request, None
+    if (note := plan.bundle.rules.ranked.note) is not None:
+        logger.warning("%s", note)
     if plan.has_work:
         if plan.tasks:
             report.pool = plan_scoring(request.settings, len(plan.tasks), use_gpu=request.use_gpu)
@@ -253,7 +255,7 @@ def _finalise(plan: ScorePlan, report: ScoreReport) -> None:
 
 def _make_record(plan: ScorePlan, report: ScoreReport) -> dict[str, Any]:
     """Return the contents of run.json."""
-    request, pool = plan.request, report.pool
+    request, pool, ranked = plan.request, report.pool, plan.bundle.rules.ranked
     before = run_folder.read_json(plan.out / "run.json")
     kept = {name: value for name, value in before.items() if name == HEATMAPS and (plan.out / HEATMAPS).is_dir()}
     if plan.drawing is not None and report.heatmaps is not None:
@@ -276,6 +278,11 @@ def _make_record(plan: ScorePlan, report: ScoreReport) -> dict[str, Any]:
         "settings": request.settings.model_dump(mode="json", exclude={"heatmap_method", "heatmap_pixels"}),
         "use_gpu": request.use_gpu,
         "precision": plan.settings["precision"],
+        "ranking": {
+            "probabilities": "calibrated" if ranked.is_calibrated else "uncalibrated",
+            "weights": ranked.list_weights(request.settings.weights),
+            "left_out": list(ranked.left_out),
+        },
         "notes": report.notes,
         # When the command that scored the last row ended. Later commands that only draw heat maps do not change it.
         "finished": (before.get("finished") if pool is None else None) or now,

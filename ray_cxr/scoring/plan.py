@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ray_cxr.config import ScoreSettings
 from ray_cxr.data.partition import Range, Unit, first_location, plan_units
-from ray_cxr.errors import RETRYABLE_CODES, ConfigError
+from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.models.runtime import TOLERANCE, choose_precision
 from ray_cxr.scoring import heatmaps, inputs
@@ -21,6 +22,8 @@ from ray_cxr.storage import remote, run_folder
 from ray_cxr.storage.paths import make_absolute
 
 KIND = "score"
+#: Version of the score table. Until 2, priority was the highest rank relative to the operating point.
+FORMAT = 3
 REMEDY = "use --fresh to start over, or choose another --out"
 
 
@@ -152,7 +155,7 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
         raise ConfigError(f"score: {request.origin}: holds no rows to score")
     wanted = {
         "kind": KIND,
-        "format": 2,
+        "format": FORMAT,
         "model_digest": bundle.digest,
         "precision": precision,
         "images": images,
@@ -162,7 +165,17 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
         "max_pixels": settings.max_pixels,
         # Differs between keys without revealing them.
         "pseudonyms": None if key is None else make_pseudonym(key, "ray_cxr"),
+        "weights": bundle.rules.ranked.list_weights(settings.weights),
     }
+    if wanted["weights"] and not any(wanted["weights"].values()):
+        raise ConfigError("score.weights: every finding of this bundle has the weight 0; give one a positive weight")
+    is_old = started_with.get("kind") == KIND and started_with.get("format") in range(FORMAT)
+    if is_old:
+        if not run_folder.is_complete(out) or settings.weights:
+            raise OutputError(_explain_old(out, started_with))
+        # A finished folder of an older version stays as it is.
+        wanted["format"] = started_with["format"]
+        del wanted["weights"]
     if request.fresh:
         run_folder.refuse_foreign(out, KIND)
     else:
@@ -178,6 +191,8 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
     if request.retry_errors:
         errors = _count_retryable(out, sorted(written))
         tasks += make_tasks(units, {index for index, count in errors.items() if count}, retry=True)
+    if is_old and (tasks or to_draw):
+        raise OutputError(_explain_old(out, started_with))
     first_image = first_location(rows.paths)
     return ScorePlan(request, bundle, out, rows, units, written, tasks, to_draw, first_image, wanted, drawing, key)
 
@@ -193,6 +208,17 @@ def preview_run(plan: ScorePlan) -> ScoreReport:
         to_draw = plan.to_draw.union(range_.index for task in plan.tasks for range_ in task.ranges)
         report.heatmaps = HeatMapReport(to_draw=sum(range_.rows for range_ in plan.ranges if range_.index in to_draw))
     return report
+
+
+def _explain_old(out: Path, settings: Mapping[str, Any]) -> str:
+    """Return the message for a folder of an older version in which there is work to do."""
+    is_finished = run_folder.is_complete(out)
+    return (
+        f"{out}: {'written' if is_finished else 'started'} by an older version of ray-cxr (format "
+        f"{settings['format']}, now {FORMAT}), whose priority has another meaning; "
+        + ("report, export-sr and recalibrate still read it; " if is_finished else "finish it with that version, ")
+        + REMEDY
+    )
 
 
 def _read_key(path: str | None) -> bytes | None:

@@ -17,7 +17,7 @@ from ray_cxr.labels import FINDINGS
 from ray_cxr.models import predictions
 from ray_cxr.models.predictions import Rules
 
-MODEL_COLUMNS = ("top_finding", "priority", "quality_flag", "model_digest")
+MODEL_COLUMNS = ("top_finding", "abnormality", "priority", "quality_flag", "model_digest")
 
 
 def rules(findings: tuple[str, ...], thresholds: Mapping[str, float | None] | None = None, **changes: Any) -> Rules:
@@ -42,30 +42,61 @@ def test_schema_keeps_the_order_of_the_findings() -> None:
     assert schema.names == [
         *("image_id", "path", "patient_id", "study_id", "status", "error_code", "error"),
         *("p_Nodule", "p_Mass", "c_Nodule", "c_Mass", "flag_Nodule", "flag_Mass"),
-        *("top_finding", "priority", "quality_flag", "model_digest", "age", "sex", "view"),
+        *("top_finding", "abnormality", "priority", "quality_flag", "model_digest", "age", "sex", "view"),
     ]
-    kinds = {"p_Mass": "float", "c_Mass": "float", "flag_Mass": "bool", "priority": "float", "age": "double"}
+    kinds = {
+        "p_Mass": "float",
+        "c_Mass": "float",
+        "flag_Mass": "bool",
+        "abnormality": "float",
+        "priority": "float",
+        "age": "double",
+    }
     assert {name: str(schema.field(name).type) for name in kinds} == kinds
 
 
-def test_ranks_equal_manual_results() -> None:
-    """t = 0.2: p = 0.1 is half way up to 0.5; p = 0.6 is half way from 0.5 to 1. No t: r = 0.49 p."""
-    p = np.array([[0.1, 0.1], [0.2, 0.2], [0.6, 0.6], [0.0, 0.0], [1.0, 1.0], [np.nan, np.nan]])
-    r = predictions.compute_ranks(p, np.array([0.2, np.nan]))
-    expected = [[0.25, 0.049], [0.5, 0.098], [0.75, 0.294], [0.0, 0.0], [1.0, 0.49], [np.nan, np.nan]]
-    np.testing.assert_allclose(r, expected, rtol=0, atol=1e-15)
+#: Leaves every probability as it is.
+IDENTITY = Calibration(1.0, 0.0)
 
 
-def test_priority_equals_manual_results() -> None:
-    """A rare finding just above its low operating point comes before a common one below its high one."""
-    row = make_row([0.4, 0.1], rules(("Infiltration", "Hernia"), {"Infiltration": 0.5, "Hernia": 0.05}))
-    assert (row["top_finding"], row["priority"]) == ("Hernia", pytest.approx(0.5 + 0.5 * 0.05 / 0.95, abs=1e-7))
-    assert (row["flag_Infiltration"], row["flag_Hernia"]) == (False, True)
-    assert (row["p_Infiltration"], row["p_Hernia"]) == (pytest.approx(0.4), pytest.approx(0.1))
+def test_abnormality_and_priority_equal_manual_results() -> None:
+    """1 - 0.5 * 0.8 = 0.6; with weight 2 for the first finding 1 - 0.5^2 * 0.8 = 0.8."""
+    names = ("Mass", "Nodule")
+    row = make_row([0.5, 0.2], rules(names, {"Mass": 0.9}, calibrations=dict.fromkeys(names, IDENTITY)))
+    assert (row["top_finding"], row["flag_Mass"], row["flag_Nodule"]) == ("Mass", False, None)
+    assert row["abnormality"] == row["priority"] == pytest.approx(0.6, abs=1e-6)
+    assert (row["p_Mass"], row["p_Nodule"]) == (pytest.approx(0.5), pytest.approx(0.2))
     assert (row["status"], row["error_code"], row["error"], row["model_digest"]) == ("ok", None, None, "d1")
     assert (row["image_id"], row["path"]) == ("0.png", "/x/0.png")
+    for weights, priority in (({"Mass": 2.0}, 0.8), ({"Mass": 0.0}, 0.2), ({"Nodule": 0.5}, 1 - 0.5 * 0.8**0.5)):
+        weighted = make_row([0.5, 0.2], rules(names, calibrations=dict.fromkeys(names, IDENTITY), weights=weights))
+        assert weighted["priority"] == pytest.approx(priority, abs=1e-6)
+        assert (weighted["top_finding"], weighted["abnormality"]) == ("Mass", row["abnormality"])
     # Ties go to the first finding.
-    assert make_row([0.3, 0.3], rules(("Mass", "Nodule")))["top_finding"] == "Mass"
+    assert make_row([0.3, 0.3], rules(names))["top_finding"] == "Mass"
+
+
+def test_findings_are_ranked_by_calibrated_probabilities() -> None:
+    """c = sigmoid(logit(p) - ln 9) = p / (9 - 8 p): 0.9 becomes 0.5."""
+    given = rules(
+        ("Infiltration", "Hernia"), calibrations={"Infiltration": Calibration(1.0, -np.log(9)), "Hernia": IDENTITY}
+    )
+    row = make_row([0.9, 0.6], given)
+    assert (row["top_finding"], row["abnormality"]) == ("Hernia", pytest.approx(1 - 0.5 * 0.4, abs=1e-6))
+
+
+def test_findings_without_calibration_are_left_out_unless_none_has_one() -> None:
+    names = ("Mass", "Nodule", "Hernia")
+    some = rules(names, calibrations={"Mass": None, "Nodule": IDENTITY, "Hernia": IDENTITY})
+    row = make_row([0.9, 0.5, 0.2], some)
+    assert (row["top_finding"], row["abnormality"]) == ("Nodule", pytest.approx(0.6, abs=1e-6))
+    assert (some.ranked.left_out, "Mass" in (some.ranked.note or "")) == (("Mass",), True)
+    none = rules(names)
+    row = make_row([0.9, 0.5, 0.2], none)
+    assert (row["top_finding"], row["abnormality"]) == ("Mass", pytest.approx(1 - 0.1 * 0.5 * 0.8, abs=1e-6))
+    assert (none.ranked.left_out, none.ranked.is_calibrated) == ((), False)
+    for chosen, order in ((some, [1, 2, 0]), (none, [0, 1, 2])):
+        assert predictions.order_findings(np.float32([[0.9, 0.5, 0.2]]), chosen).tolist() == [order]
 
 
 def test_no_finding_takes_no_part_in_the_priority() -> None:
@@ -73,7 +104,7 @@ def test_no_finding_takes_no_part_in_the_priority() -> None:
     assert (row["top_finding"], row["priority"]) == ("Mass", pytest.approx(0.1))
     assert row["flag_No_Finding"] is True
     alone = make_row([0.99], rules(("No_Finding",)))
-    assert (alone["top_finding"], alone["priority"]) == (None, None)
+    assert (alone["top_finding"], alone["abnormality"], alone["priority"]) == (None, None, None)
     assert alone["p_No_Finding"] == pytest.approx(0.99)
 
 
@@ -100,7 +131,7 @@ def test_error_rows_have_no_model_columns() -> None:
     assert (bad["image_id"], bad["path"]) == ("1.png", "/x/1.png")
     assert (bad["status"], bad["error_code"], bad["error"]) == ("error", "truncated", "the file ends early")
     of_model = [name for name in table.column_names if name.startswith(("p_", "c_", "flag_")) or name in MODEL_COLUMNS]
-    assert len(of_model) == 10
+    assert len(of_model) == 11
     assert {name: bad[name] for name in of_model} == dict.fromkeys(of_model)
     assert [(row["status"], row["error_code"], row["model_digest"]) for row in (good, last)] == [("ok", None, "d1")] * 2
     only_errors = predictions.assemble(rows(1), np.float32([[np.nan, np.nan]]), {0: ("missing", "x")}, given)
@@ -162,7 +193,7 @@ THRESHOLD = st.floats(2.0**-100, 1, width=32, exclude_max=True)
 
 @settings(max_examples=100)
 @given(st.lists(st.tuples(PROBABILITY, st.one_of(THRESHOLD, st.none())), min_size=1, max_size=14), st.data())
-def test_priority_is_half_or_more_exactly_where_a_finding_is_flagged(pairs, data: st.DataObject) -> None:
+def test_flags_and_priority_of_any_probabilities(pairs, data: st.DataObject) -> None:
     p, t = (list(column) for column in zip(*pairs, strict=True))
     if t[0] is not None and data.draw(st.booleans(), label="neighbour of the threshold"):
         side = data.draw(st.sampled_from([-np.inf, np.inf]))
@@ -171,6 +202,5 @@ def test_priority_is_half_or_more_exactly_where_a_finding_is_flagged(pairs, data
     row = make_row(p, rules(names, dict(zip(names, t, strict=True))))
     expected = [None if b is None else bool(np.float32(a) >= np.float32(b)) for a, b in zip(p, t, strict=True)]
     assert [row[f"flag_{name}"] for name in names] == expected
-    assert 0 <= row["priority"] <= 1
-    assert (row["priority"] >= 0.5) == any(expected)
-    assert not any(expected) or row[f"flag_{row['top_finding']}"]
+    assert np.float32(max(p)) <= row["abnormality"] <= min(1.0, np.float32(sum(p)) * (1 + 1e-6))
+    assert row[f"p_{row['top_finding']}"] == max(row[f"p_{name}"] for name in names)

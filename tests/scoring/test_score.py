@@ -31,7 +31,7 @@ from ray_cxr.scoring.inputs import group_rows
 from ray_cxr.scoring.pool import fit_actors
 from ray_cxr.scoring.ranges import RangeState, TaskResult
 from ray_cxr.scoring.reader import ImageReader
-from ray_cxr.storage import atomic
+from ray_cxr.storage import atomic, run_folder
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,9 @@ def test_rows_and_run_json_follow_the_manifest(scores: Path, manifest: Path, tin
     bad = table.query("status == 'error'")
     assert sorted(bad["error_code"]) == ["blank", "corrupt", "empty", "missing", "not_an_image", "truncated"]
     of_model = [name for name in bad if name.startswith(("p_", "c_", "flag_"))]
-    assert bad[[*of_model, "top_finding", "priority", "quality_flag", "model_digest"]].isna().all(axis=None)
+    assert (
+        bad[[*of_model, "top_finding", "abnormality", "priority", "quality_flag", "model_digest"]].isna().all(axis=None)
+    )
     assert bad["error"].str.len().min() > 5
 
     run, model = (json.loads((scores / name).read_text(encoding="utf-8")) for name in ("run.json", "model.json"))
@@ -88,6 +90,12 @@ def test_rows_and_run_json_follow_the_manifest(scores: Path, manifest: Path, tin
     assert run["last_run"]["rows_scored"] == n
     assert run["last_run"]["images_per_second"] > 0
     assert 0 < run["last_run"]["seconds"] < time.monotonic()  # of this run, not of the machine
+    ranked = tiny_bundle.rules.ranked
+    assert run["ranking"] == {
+        "probabilities": "calibrated",
+        "weights": dict.fromkeys(ranked.names, 1.0),
+        "left_out": list(ranked.left_out),
+    }
     assert model["findings"] == list(tiny_bundle.findings)
     assert model["operating_points"]["Cardiomegaly"]["threshold"] == 0.5
     assert (scores / "split.parquet").read_bytes() == (tiny_bundle.path / "split.parquet").read_bytes()
@@ -187,9 +195,48 @@ def test_other_model_manifest_or_setting_is_refused(
         (arguments(tiny_bundle, manifest, scores, "--set", "rows_per_file=8"), "rows_per_file 16 (now 8)"),
         (arguments(tiny_bundle, manifest, scores, "--set", "max_pixels=90000000"), "max_pixels"),
         (arguments(tiny_bundle, manifest, scores, "--limit", 5), "(now 5)"),
+        (arguments(tiny_bundle, manifest, scores, "--set", "weights={Cardiomegaly=3}"), "Cardiomegaly 1.0 (now 3.0)"),
         (arguments(tiny_bundle, manifest, scores, "--precision", "bf16"), "precision fp32 (now bf16)"),
     ):
         assert_refused(command(*bad), word, "--fresh")
+
+
+@pytest.mark.usefixtures("ray_must_not_start")
+def test_folder_of_an_older_version(copy: Path, manifest: Path, tiny_bundle, command) -> None:
+    """A finished folder is left alone; where rows or maps are missing, one line says what to do."""
+    settings = json.loads((copy / "settings.json").read_text(encoding="utf-8")) | {"format": 2}
+    del settings["weights"]
+    (copy / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    run = run_folder.digest_settings(copy)
+    for part in (copy / "scores").glob("*.parquet"):
+        table = pq.read_table(part).drop_columns("abnormality")
+        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"ray_cxr.run": run}), part)
+    before = modification_times(copy)
+    again = arguments(tiny_bundle, manifest, copy)
+    assert "already complete" in assert_done(command(*again))
+    assert_refused(command(*again, "--heatmaps", "1"), "format 2, now 3", "recalibrate still read it", "--fresh")
+    assert_refused(command(*again, "--set", "weights={Effusion=3}"), "format 2, now 3", "--fresh")
+    assert modification_times(copy) == before
+    (copy / "_SUCCESS").unlink()
+    assert_refused(command(*again), "format 2, now 3", "finish it with that version", "--fresh", "another --out")
+
+
+@pytest.mark.usefixtures("ray_must_not_start")
+def test_wrong_weights_are_one_line(manifest: Path, tiny_bundle, tmp_path: Path, command) -> None:
+    config = tmp_path / "a.toml"
+    for text, *words in (
+        ("Pnuemothorax = 3", "'Pnuemothorax' is not a finding", "Pneumothorax"),
+        ("No_Finding = 1", "'No_Finding' is not a finding"),
+        ("Effusion = -1", "weights.Effusion", "greater than or equal to 0"),
+        ('Effusion = "high"', "weights.Effusion"),
+        ("Pleural_Thickening = 1\n'Pleural Thickening' = 1", "named twice"),
+    ):
+        config.write_text(f"[score.weights]\n{text}\n", encoding="utf-8")
+        more = ("--config", config)
+        assert_refused(command(*arguments(tiny_bundle, manifest, tmp_path / "out", *more)), *words)
+    zeros = ",".join(f"{name}=0" for name in tiny_bundle.rules.ranked.names)
+    more = ("--set", f"weights={{{zeros}}}")
+    assert_refused(command(*arguments(tiny_bundle, manifest, tmp_path / "out", *more)), "weight 0")
 
 
 @pytest.mark.usefixtures("ray_must_not_start")
