@@ -1,6 +1,7 @@
 """`export-sr`: write scores of DICOM radiographs as DICOM Structured Reports, which a PACS keeps next to the images.
 
-There is one document per study, because radiologists read studies. It refers to every scored image of the study.
+There is one document per study, because radiologists read studies. It refers to every scored image of the study. If it
+replaces an earlier document of the study, in this folder or in the folder of `--replaces`, it names that one.
 
     OUT/<SOP Instance UID>.dcm     the documents, see `sr_document`
     OUT/images.parquet             for each row of the scores, the outcome and the document that contains the image
@@ -22,18 +23,20 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pydicom.config
+from pydicom.errors import InvalidDicomError
+from pydicom.uid import ComprehensiveSRStorage
 
 from ray_cxr import extras
 from ray_cxr.errors import ErrorRateExceeded, InputError, OutputError, RayCxrError
 from ray_cxr.progress import Progress
 from ray_cxr.reporting import sr_studies
-from ray_cxr.reporting.sr_studies import EXPORTED, FAILED, ExportPlan, ReportContent, ScoreFolder
+from ray_cxr.reporting.sr_studies import EXPORTED, FAILED, ExportPlan, ImageHeader, ReportContent, ScoreFolder
 from ray_cxr.storage import atomic, run_folder
 
 KIND = "export-sr"
@@ -46,6 +49,8 @@ OUTCOME_TEXTS = {
 #: From this number of documents on, several processes are faster, although they need seconds to start.
 _MIN_PARALLEL, _MAX_PROCESSES = 100, 32
 _BATCH_REPORTS = 512
+#: Earlier documents by study, each with the documents that it replaced.
+_Documents = dict[str, dict[ImageHeader, tuple[ImageHeader, ...]]]
 
 
 @dataclass
@@ -78,14 +83,18 @@ class Export:
             )
 
 
-def export_sr(scores: str | Path, out: str | Path) -> Export:
+def export_sr(scores: str | Path, out: str | Path, replaces: str | Path | None = None) -> Export:
     """Write a structured report for every study that has a scored DICOM image in a finished folder of `ray-cxr score`.
 
     The same call continues a run that was stopped or in which images failed. It does not repeat a finished run.
 
+    Args:
+        replaces: a folder of an earlier export, whose documents of the same studies the new ones name as predecessors.
+
     Raises:
         ConfigError: highdicom is not installed.
-        InputError: the scores are unfinished, not a score folder, or contain no DICOM image.
+        InputError: the scores are unfinished, not a score folder, or contain no DICOM image; `replaces` holds no
+            document.
         TableError: the score table is damaged.
         OutputError: `out` belongs to other scores, cannot be written, or another command writes there.
     """
@@ -99,11 +108,15 @@ def export_sr(scores: str | Path, out: str | Path) -> Export:
         "format": sr_document.FORMAT,
         "model_digest": folder.model.digest,
         "scores": folder.settings_digest,
+        "replaces": None if replaces is None else str(replaces),
     }
     run_folder.check_run(out, settings)
     finished = _find_finished(out, folder)
     if finished is not None:
         return finished
+    former = _read_documents(sorted(Path(replaces).glob("*.dcm"))) if replaces is not None else {}
+    if replaces is not None and not former:
+        raise InputError(f"--replaces {replaces}: has no document; pass the folder of an earlier `export-sr`")
     with run_folder.lock(out, KIND):
         # Values of headers are copied unchanged, as the PACS has them, even if they are invalid.
         with pydicom.config.disable_value_validation():
@@ -116,7 +129,7 @@ def export_sr(scores: str | Path, out: str | Path) -> Export:
         run_folder.create_run(out, settings)
         try:
             run_folder.clear_complete(out)
-            return _write_export(out, folder, plan)
+            return _write_export(out, folder, plan, former)
         except OSError as error:
             raise OutputError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None
 
@@ -132,12 +145,14 @@ def _find_finished(out: Path, folder: ScoreFolder) -> Export | None:
         return None
 
 
-def _write_export(out: Path, folder: ScoreFolder, plan: ExportPlan) -> Export:
+def _write_export(out: Path, folder: ScoreFolder, plan: ExportPlan, former: _Documents) -> Export:
     """Write the documents, then the table and the counts."""
     earlier = _read_earlier_reports(out)
     export = Export(Counter())
     reports: list[str | None] = [None] * len(plan.outcomes)
-    studies, contents = plan.studies(), sr_studies.collect_contents(folder, plan)
+    former |= _read_documents([out / f"{uid}.dcm" for uid in sorted(set(earlier.values()))])
+    studies = plan.studies()
+    contents = [_add_replaced(content, former) for content in sr_studies.collect_contents(folder, plan)]
     with Progress("write reports", len(studies), unit="reports") as progress:
         for rows, content, document in zip(studies, contents, _build_documents(contents), strict=True):
             if isinstance(document, str):
@@ -183,6 +198,39 @@ def _read_earlier_reports(out: Path) -> dict[int, str]:
     except (OSError, KeyError, pa.ArrowException):
         return {}
     return {row: report for row, report in enumerate(column) if report and sr_studies.UID_TEXT.fullmatch(report)}
+
+
+def _read_documents(paths: Sequence[Path]) -> _Documents:
+    """Return the documents of each study; unreadable files are skipped."""
+    found: _Documents = {}
+    tags = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID", "PredecessorDocumentsSequence"]
+    for path in paths:
+        with contextlib.suppress(OSError, InvalidDicomError, AttributeError, KeyError):
+            ds = pydicom.dcmread(path, specific_tags=tags)
+            if ds.SOPClassUID == ComprehensiveSRStorage:
+                document = ImageHeader(*(str(ds[tag].value) for tag in tags[:4]))
+                found.setdefault(document.study, {})[document] = tuple(_list_replaced(ds))
+    return found
+
+
+def _list_replaced(ds: pydicom.Dataset) -> Iterator[ImageHeader]:
+    for study in ds.get("PredecessorDocumentsSequence", []):
+        for series in study.ReferencedSeriesSequence:
+            for item in series.ReferencedSOPSequence:
+                uids = (study.StudyInstanceUID, series.SeriesInstanceUID)
+                yield ImageHeader(*uids, item.ReferencedSOPInstanceUID, item.ReferencedSOPClassUID)
+
+
+def _add_replaced(content: ReportContent, former: _Documents) -> ReportContent:
+    """Add the study's former documents to a content, unless one of them has this content already."""
+    from ray_cxr.reporting.sr_document import derive_uid
+
+    documents = former.get(content.images[0].study, {})
+    for document, before in documents.items():
+        same = replace(content, replaced=before)
+        if derive_uid(same) == document.instance:
+            return same
+    return replace(content, replaced=tuple(documents))
 
 
 def _write_if_changed(path: Path, data: bytes) -> bool:

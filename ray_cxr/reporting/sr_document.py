@@ -2,16 +2,23 @@
 
 For each image a report has
 
-- a measurement group (TID 1501) with the image's priority, top finding and quality flag;
-- a measurement group per finding: its code, the calibrated probability if there is one, the raw probability, the
-  operating point, and whether the image is flagged.
+- a measurement group (TID 1501) without a finding: abnormality, priority, quality flag, and the scores of all findings
+  that are not flagged, under private concept names;
+- a measurement group per flagged finding: its code, the calibrated probability if there is one, the raw probability,
+  and the operating point.
+
+Only flagged findings have a code under the concept name Finding, because generic readers show every such code as
+present. The code Absent (CID 240) is never used: a finding below its operating point is not ruled out. No_Finding has
+scores only, because its code would state that findings are absent. Every group names the chest as finding site, and
+the algorithm (TID 4019); the parameters of the algorithm list the operating points.
 
 The observer is a device. Its UID is derived from the model's digest, so a bundle with another training, quantisation or
 calibration is another device. Every document states in VerificationFlag, in PreliminaryFlag and in words that it is
 unverified.
 
-UIDs are derived from the content and never from a clock or random numbers (see `_uid`): the same scores give the same
-files, and a PACS that receives a file twice keeps one copy. The texts in this module are part of the content; raise
+UIDs are derived from the content and never from a clock or random numbers (see `derive_uid`): the same scores give the
+same files, and a PACS that receives a file twice keeps one copy. A document that replaces others names them in
+PredecessorDocumentsSequence. The texts in this module are part of the content; raise
 `FORMAT` when a text changes.
 """
 
@@ -35,19 +42,20 @@ from pydicom.uid import UID
 
 from ray_cxr.evaluation import quality
 from ray_cxr.imaging import dicom_text
+from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting.sr_studies import ImageHeader, ReportContent, ScoringModel
 
 # highdicom logs UIDs, and names of people if they look unusual to it.
 logging.getLogger("highdicom").setLevel(logging.CRITICAL + 1)
 
 #: Raised whenever the same scores would give another document.
-FORMAT = 1
+FORMAT = 2
 #: The private coding scheme, for concepts without a public code (PS3.16, 8.2: the designator starts with 99).
 SCHEME = "99RAYCXR"
 RESEARCH_ONLY = (
     "Research use only, not for diagnosis. Made by a computer program from single images and reviewed by nobody. "
-    "A probability is of this model on images like those it was calibrated on; a finding below its operating point "
-    "has not been ruled out."
+    "Findings are those at or above an operating point. All others have scores only, and none of them has been ruled "
+    "out. A probability is of this model on images like those it was calibrated on."
 )
 MANUFACTURER = "ray-cxr"
 SERIES_DESCRIPTION = "ray-cxr findings, research use only"
@@ -70,17 +78,18 @@ CODES: dict[str, Code] = {
     "Cardiomegaly": Code("CARDIOMEGALY", SCHEME, "Cardiomegaly"),
     # RadLex 4.3; none in PS3.16.
     "Consolidation": Code("RID43255", "RADLEX", "consolidation"),
-    # PS3.16, CID 3700.
+    # PS3.16, CID 3700, Cath Diagnosis.
     "Edema": Code("19242006", "SCT", "Pulmonary edema"),
-    # PS3.16, CID 8134.
+    # PS3.16, CID 8134, Anatomic Structure.
     "Effusion": Code("60046008", "SCT", "Pleural effusion"),
     # RadLex 4.3; PS3.16 has only mediastinal emphysema.
     "Emphysema": Code("RID4799", "RADLEX", "emphysema"),
-    # PS3.16, CID 6335.
+    # PS3.16 has fibrosis of any organ (CID 6335 to 6338, of prostate MRI), so the finding site is the lung.
     "Fibrosis": Code("112674009", "SCT", "Fibrosis"),
     # None in PS3.16; none in RadLex that could be verified.
     "Hernia": Code("HERNIA", SCHEME, "Hernia"),
-    # PS3.16, CID 6102, Chest Finding or Feature; also Mass, Nodule and Pneumothorax.
+    # PS3.16, CID 6102, Chest Finding or Feature Modifier; also Mass, Nodule and Pneumothorax. CID 6101, Chest Finding
+    # or Feature, has only classes such as abnormal opacity.
     "Infiltration": Code("112121", "DCM", "Infiltrate"),
     "Mass": Code("4147007", "SCT", "Mass"),
     "Nodule": Code("27925004", "SCT", "Nodule"),
@@ -89,19 +98,19 @@ CODES: dict[str, Code] = {
     # RadLex 4.3; none in PS3.16.
     "Pneumonia": Code("RID5350", "RADLEX", "pneumonia"),
     "Pneumothorax": Code("36118008", "SCT", "Pneumothorax"),
-    # An output of the model, not an observation.
-    "No_Finding": Code("NO_FINDING", SCHEME, "None of the findings"),
+    # An output of the model, which is never written as a finding.
+    NO_FINDING: Code("NO_FINDING", SCHEME, "None of the findings"),
 }
+#: PS3.16, CID 4031, Common Anatomic Region, and CID 4, Anatomic Region.
+CHEST, LUNG = Code("816094009", "SCT", "Chest"), Code("39607008", "SCT", "Lung")
 
 PROBABILITY = Code("122157", "DCM", "Probability")
-UNCALIBRATED = Code("UNCALIBRATED", SCHEME, "Output of the network, not calibrated")
+UNCALIBRATED = Code("UNCALIBRATED", SCHEME, "Output of the model, not calibrated")
 OPERATING_POINT = Code("OPERATING_POINT", SCHEME, "Operating point, on the output that is not calibrated")
 CALIBRATION = Code("CALIBRATED", SCHEME, "Calibrated")
-FLAG = Code("FLAG", SCHEME, "Against the operating point")
-FLAGGED = Code("FLAGGED", SCHEME, "Flagged: at or above the operating point")
-NOT_FLAGGED = Code("NOT_FLAGGED", SCHEME, "Not flagged: below the operating point")
-PRIORITY = Code("PRIORITY", SCHEME, "Reading priority, 0 to 1; from 0.5 on a finding is flagged")
-TOP_FINDING = Code("TOP_FINDING", SCHEME, "Finding with the highest rank")
+# FLAG, FLAGGED, NOT_FLAGGED, TOP_FINDING and PRIORITY were codes of format 1; PRIORITY had another definition.
+ABNORMALITY = Code("ABNORMALITY", SCHEME, "Abnormality, 0 to 1, for ranking images")
+PRIORITY = Code("READ_PRIORITY", SCHEME, "Reading priority, 0 to 1, for ranking images")
 QUALITY = Code("QUALITY", SCHEME, "Why the image may be unlike those of the training")
 _QUALITY_CODES = (
     Code("INVERTED", SCHEME, "Black and white are exchanged"),
@@ -113,6 +122,8 @@ _QUALITY_CODES = (
     Code("AGE_OUTSIDE", SCHEME, "Age outside that of the training"),
     Code("BURNED_IN", SCHEME, "Text may be burned into the pixels"),
 )
+#: A Code Value has at most 16 characters.
+_SHORT_NAMES = {"Pleural_Thickening": "PLEURALTHICK"}
 QUALITY_CODES = dict(zip(quality.FLAGS, _QUALITY_CODES, strict=True))
 _COMMENT = Code("121106", "DCM", "Comment")
 _PROCEDURE = Code("43468-8", "LN", "XR unspecified body region")
@@ -133,18 +144,23 @@ def build_document(content: ReportContent) -> tuple[str, bytes] | str:
         return type(error).__name__
 
 
+def derive_uid(content: ReportContent) -> str:
+    """Derive a document's UID from everything but the time and the patient's and study's data."""
+    model, images = content.model, content.images
+    scoring = (model.digest, model.version, model.thresholds)
+    instances = [image.instance for image in images]
+    replaced = sorted(document.instance for document in content.replaced)
+    return _uid("report", FORMAT, images[0].study, *scoring, content.missing, instances, content.values, replaced)
+
+
 def _uid(*content: object) -> str:
     """Derive a UID from content: 2.25 and a name-based UUID (PS3.5, B.2; RFC 4122, version 5)."""
     return f"2.25.{uuid.uuid5(_NAMESPACE, json.dumps(content)).int}"
 
 
 def _build(content: ReportContent) -> Dataset:
-    """Build a study's report. Its UID is derived from everything but the time and the patient's and study's data."""
     model, images, missing = content.model, content.images, content.missing
-    study = images[0].study
-    instances = [image.instance for image in images]
-    scoring = (model.digest, model.version, model.thresholds)
-    uid = _uid("report", FORMAT, study, *scoring, missing, instances, content.values)
+    study, uid = images[0].study, derive_uid(content)
     groups = [
         group
         for number, (image, values) in enumerate(zip(images, content.values, strict=True), 1)
@@ -190,6 +206,7 @@ def _build(content: ReportContent) -> Dataset:
         is_complete=not missing,
         is_final=False,
         is_verified=False,
+        previous_versions=[_describe_image(document) for document in content.replaced] or None,
     )
     document.ContentSequence = items
     if missing:
@@ -205,7 +222,7 @@ def _build(content: ReportContent) -> Dataset:
 
 
 def _describe_image(image: ImageHeader) -> Dataset:
-    """Return the reference to an image, without the patient's name, which highdicom logs if it looks unusual."""
+    """Return the reference to an image or document. It has no patient's name, which highdicom logs if it is unusual."""
     evidence = Dataset()
     evidence.StudyInstanceUID, evidence.SeriesInstanceUID = image.study, image.series
     evidence.SOPInstanceUID, evidence.SOPClassUID = image.instance, UID(image.sop_class)
@@ -225,36 +242,71 @@ def _local_time(when: datetime.datetime, header: Dataset) -> datetime.datetime:
 def _build_groups(
     model: ScoringModel, image: ImageHeader, values: dict[str, Any], uid: str, number: int
 ) -> Iterator[sr.MeasurementsAndQualitativeEvaluations]:
-    """Yield the measurement groups of an image: one for the whole image, then one per finding."""
+    """Yield the measurement groups of an image: one for the whole image, then one per flagged finding."""
 
     def group(
-        name: str, finding: Code | None, measurements: list[sr.Measurement], evaluations: list[tuple[Code, Code]]
+        name: str, finding: str | None, measurements: list[sr.Measurement], **more: Any
     ) -> sr.MeasurementsAndQualitativeEvaluations:
         return sr.MeasurementsAndQualitativeEvaluations(
             tracking_identifier=sr.TrackingIdentifier(uid=_uid("group", uid, name), identifier=name),
-            finding_type=finding,
+            finding_type=None if finding is None else CODES[finding],
+            finding_sites=[sr.FindingSite(LUNG if finding == "Fibrosis" else CHEST)],
             measurements=measurements,
-            qualitative_evaluations=[sr.QualitativeEvaluation(*pair) for pair in evaluations],
             source_images=[sr.SourceImageForMeasurementGroup(UID(image.sop_class), image.instance)],
+            **more,
         )
 
-    evaluations = []
-    if values["top_finding"] is not None:
-        evaluations.append((TOP_FINDING, CODES[values["top_finding"]]))
-    if values["quality_flag"] is not None:
-        evaluations.append((QUALITY, QUALITY_CODES[values["quality_flag"]]))
-    priority = values["priority"]
-    yield group(f"Image {number}", None, [] if priority is None else [_measure(PRIORITY, priority)], evaluations)
+    flagged, scores = [], []
     for j, finding in enumerate(model.findings):
-        measurements = [_measure(UNCALIBRATED, values["p"][j])]
-        if values["c"][j] is not None:
-            measurements.insert(0, _measure(PROBABILITY, values["c"][j], method=CALIBRATION))
-        threshold, flag = model.thresholds[j], values["flags"][j]
-        if threshold is not None:
-            measurements.append(_measure(OPERATING_POINT, threshold))
-        evaluations = [] if flag < 0 else [(FLAG, FLAGGED if flag else NOT_FLAGGED)]
-        yield group(f"Image {number}, {finding}", CODES[finding], measurements, evaluations)
+        p, c, threshold = values["p"][j], values["c"][j], model.thresholds[j]
+        if values["flags"][j] != 1 or finding == NO_FINDING:
+            scores += [_measure(code, value) for code, value in zip(_name_scores(finding), (c, p), strict=True)]
+            continue
+        measurements = [
+            _measure(PROBABILITY, c, method=CALIBRATION),
+            _measure(UNCALIBRATED, p),
+            _measure(OPERATING_POINT, threshold),
+        ]
+        algorithm = _identify_algorithm(model)
+        flagged.append(group(f"Image {number}, {finding}", finding, _drop_none(measurements), algorithm_id=algorithm))
+    ranks = [_measure(code, values[key]) for code, key in ((ABNORMALITY, "abnormality"), (PRIORITY, "priority"))]
+    flag = values["quality_flag"]
+    yield group(
+        f"Image {number}",
+        None,
+        _drop_none([*ranks, *scores]),
+        qualitative_evaluations=[] if flag is None else [sr.QualitativeEvaluation(QUALITY, QUALITY_CODES[flag])],
+        algorithm_id=_identify_algorithm(model, with_parameters=True),
+    )
+    yield from flagged
 
 
-def _measure(name: Code, value: float, method: Code | None = None) -> sr.Measurement:
-    return sr.Measurement(name=name, value=float(value), unit=_NO_UNITS, method=method)
+def _identify_algorithm(model: ScoringModel, *, with_parameters: bool = False) -> sr.AlgorithmIdentification:
+    points = [
+        f"{name}: flagged from {threshold!r} on the output that is not calibrated"
+        for name, threshold in zip(model.findings, model.thresholds, strict=True)
+        if threshold is not None
+    ]
+    return sr.AlgorithmIdentification(
+        name=model.name,
+        version=f"ray-cxr {model.version}, model {model.digest}",
+        manufacturer=MANUFACTURER,
+        parameters=points if with_parameters and points else None,
+    )
+
+
+def _name_scores(finding: str) -> tuple[Code, Code]:
+    """Return concept names of the calibrated probability and of the raw output of a finding that is not reported."""
+    short, name = _SHORT_NAMES.get(finding, finding).upper(), finding.replace("_", " ")
+    return (
+        Code(f"C_{short}", SCHEME, f"{name}, score only: calibrated probability"),
+        Code(f"P_{short}", SCHEME, f"{name}, score only: output, not calibrated"),
+    )
+
+
+def _measure(name: Code, value: float | None, method: Code | None = None) -> sr.Measurement | None:
+    return None if value is None else sr.Measurement(name=name, value=float(value), unit=_NO_UNITS, method=method)
+
+
+def _drop_none(measurements: list[sr.Measurement | None]) -> list[sr.Measurement]:
+    return [measurement for measurement in measurements if measurement is not None]

@@ -83,7 +83,7 @@ class ScoreFolder:
             "p": [float(scores.p[name][row]) for name in findings],
             "c": [finite_or_none(scores.c[name][row]) if name in scores.c else None for name in findings],
             "flags": [int(scores.flags[name][row]) if name in scores.flags else -1 for name in findings],
-            "top_finding": scores.top_findings[row],
+            "abnormality": finite_or_none(getattr(scores, "abnormality", {row: None})[row]),
             "priority": finite_or_none(scores.priority[row]),
             "quality_flag": scores.quality_flags[row],
         }
@@ -91,14 +91,16 @@ class ScoreFolder:
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """UIDs and identity from an image's header."""
+    """UIDs and identity from the header of an image, or of an earlier document, which needs the UIDs alone."""
 
     study: str
     series: str
     instance: str
     sop_class: str
-    patient: tuple[str, ...]  # for comparison with other images of the study
-    copied: bytes = field(repr=False)  # elements of `_COPIED` with unchanged text, in Explicit VR Little Endian
+    patient: tuple[str, ...] = ()  # for comparison with other images of the study
+    copied: bytes = field(
+        default=b"", repr=False
+    )  # elements of `_COPIED` with unchanged text, in Explicit VR Little Endian
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class ReportContent:
     images: tuple[ImageHeader, ...]
     values: tuple[dict[str, Any], ...]  # `ScoreFolder.values` of each image
     missing: int  # number of other images of the study
+    replaced: tuple[ImageHeader, ...] = ()  # earlier documents of the study
 
 
 @dataclass

@@ -36,7 +36,9 @@ Command = Callable[..., tuple[int, str, str]]
 NAME, PATIENT_ID, BIRTH, ACCESSION = "Zweistein", "PAT-4711", "19340506", "ACC-0815"
 IDENTIFYING = (NAME, PATIENT_ID, BIRTH, ACCESSION)  # must not appear anywhere but in the documents
 ROOT = "1.2.826.0.1.3680043.9999"
-FINDING = "121071"  # the code of "Finding" (DCM)
+FINDING, FINDING_SITE = "121071", "363698007"  # the codes of "Finding" (DCM) and "Finding Site" (SCT)
+CHEST = ("816094009", "SCT")
+SHORT = {"Pleural_Thickening": "PLEURALTHICK"}
 
 
 def write_image(path: Path, number: int, study: int, **changes: Any) -> Path:
@@ -117,8 +119,8 @@ class Site:
         self.write()
         return self.run(command, code=code)
 
-    def run(self, command: Command, *, code: int = 0, out: Path | None = None) -> tuple[str, str]:
-        found, stdout, stderr = command("export-sr", self.scores, "--out", out or self.out)
+    def run(self, command: Command, *more: object, code: int = 0, out: Path | None = None) -> tuple[str, str]:
+        found, stdout, stderr = command("export-sr", self.scores, "--out", out or self.out, *more)
         assert found == code, stdout + stderr
         return stdout, stderr
 
@@ -140,8 +142,8 @@ def site(tmp_path: Path) -> Site:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """Two images of study 1, and two of study 2 of which one could not be scored; all findings."""
-    site = Site(tmp_path_factory.mktemp("exported"), make_model(FINDINGS))
+    """Two images of study 1, and two of study 2 of which one could not be scored; all findings and No_Finding."""
+    site = Site(tmp_path_factory.mktemp("exported"), make_model(LABELS))
     site.add(1, 1, SpecificCharacterSet="ISO_IR 100", PatientName="Zweistein^Jörg", TimezoneOffsetFromUTC="-0530")
     site.add(2, 2, TimezoneOffsetFromUTC="+1400")
     site.add(3, 1, ViewPosition="LL")
@@ -195,7 +197,7 @@ def read_groups(document: Dataset) -> dict[str, dict[str, Any]]:
             elif item.ValueType == "IMAGE":
                 reference = item.ReferencedSOPSequence[0]
                 values[code] = (reference.ReferencedSOPInstanceUID, reference.ReferencedSOPClassUID)
-            elif item.ValueType == "TEXT":
+            elif meaning(item) == "Tracking Identifier":
                 groups[item.TextValue] = values
     return groups
 
@@ -204,7 +206,8 @@ def test_codes_are_unique_and_well_formed() -> None:
     assert set(sr_document.CODES) == set(LABELS)
     assert len({(code.scheme_designator, code.value) for code in sr_document.CODES.values()}) == len(LABELS)
     assert sr_document.SCHEME.startswith("99")
-    for code in [*sr_document.CODES.values(), *sr_document.QUALITY_CODES.values()]:
+    scores = [code for name in LABELS for code in sr_document._name_scores(name)]
+    for code in [*sr_document.CODES.values(), *sr_document.QUALITY_CODES.values(), *scores]:
         assert code.scheme_designator in ("SCT", "DCM", "RADLEX", sr_document.SCHEME)
         assert 0 < len(code.value) <= 16, "Code Value is a short string"
         assert 0 < len(code.meaning) <= 64
@@ -216,10 +219,10 @@ def test_public_codes_have_the_meaning_of_dicoms_dictionary(scheme: str) -> None
     dictionary, meanings = getattr(codes, scheme), defaultdict(set)
     for entry in (getattr(dictionary, keyword) for keyword in dictionary.dir()):
         meanings[entry.value].add(entry.meaning.removesuffix(" (disorder)"))
-    used = [*sr_document.CODES.values(), sr_document.PROBABILITY]
-    found = {code.value: {code.meaning} for code in used if code.scheme_designator == scheme}
+    used = [*sr_document.CODES.values(), sr_document.PROBABILITY, sr_document.CHEST, sr_document.LUNG]
+    found = {code.value: code.meaning for code in used if code.scheme_designator == scheme}
     assert found
-    assert {value: meanings[value] for value in found} == found
+    assert [value for value, meant in found.items() if meant not in meanings[value]] == []
 
 
 def test_documents_hold_the_scores(exported: Site) -> None:
@@ -229,22 +232,26 @@ def test_documents_hold_the_scores(exported: Site) -> None:
     for image, row in ((1, 0), (2, 2)):
         scored = exported.table.slice(row, 1).to_pylist()[0]
         source = (f"{ROOT}.1.{row + 1}", ComputedRadiographyImageStorage)
-        top = sr_document.CODES[scored["top_finding"]]
-        top_finding = (top.value, top.scheme_designator)
-        expected[f"Image {image}"] = {"image": source, "PRIORITY": scored["priority"], "TOP_FINDING": top_finding}
+        whole: dict[str, Any] = {"image": source, FINDING_SITE: CHEST}
+        whole |= {"ABNORMALITY": scored["abnormality"], "READ_PRIORITY": scored["priority"]}
         if row == 0:
-            expected["Image 1"]["QUALITY"] = ("AGE_OUTSIDE", sr_document.SCHEME)
-        for name in FINDINGS:
-            flag, code = scored[f"flag_{name}"], sr_document.CODES[name]
-            values = {
-                "image": source,
-                FINDING: (code.value, code.scheme_designator),
-                "UNCALIBRATED": scored[f"p_{name}"],
-                sr_document.PROBABILITY.value: scored[f"c_{name}"],
-                "OPERATING_POINT": exported.model[0].thresholds[name],
-                "FLAG": None if flag is None else ("FLAGGED" if flag else "NOT_FLAGGED", sr_document.SCHEME),
-            }
-            expected[f"Image {image}, {name}"] = {code: value for code, value in values.items() if value is not None}
+            whole["QUALITY"] = ("AGE_OUTSIDE", sr_document.SCHEME)
+        for name in LABELS:
+            code, short = sr_document.CODES[name], SHORT.get(name, name.upper())
+            p, c = scored[f"p_{name}"], scored[f"c_{name}"]
+            if scored[f"flag_{name}"] and name != "No_Finding":
+                values = {
+                    "image": source,
+                    FINDING: (code.value, code.scheme_designator),
+                    FINDING_SITE: ("39607008", "SCT") if name == "Fibrosis" else CHEST,
+                    "UNCALIBRATED": p,
+                    sr_document.PROBABILITY.value: c,
+                    "OPERATING_POINT": exported.model[0].thresholds[name],
+                }
+                expected[f"Image {image}, {name}"] = {key: value for key, value in values.items() if value is not None}
+            else:
+                whole |= {f"P_{short}": p} | ({} if c is None else {f"C_{short}": c})
+        expected[f"Image {image}"] = whole
     assert groups == expected
     (evidence,) = document.CurrentRequestedProcedureEvidenceSequence
     series = {item.SeriesInstanceUID: item.ReferencedSOPSequence for item in evidence.ReferencedSeriesSequence}
@@ -252,11 +259,51 @@ def test_documents_hold_the_scores(exported: Site) -> None:
     assert referred == {f"{ROOT}.3.{i}": [f"{ROOT}.1.{i}"] for i in (1, 3)}
 
 
+def test_only_flagged_findings_are_codes_of_findings(exported: Site) -> None:
+    """A generic reader takes each code under Finding as present, so no other finding has one, and none is absent."""
+    rows = exported.table.to_pylist()
+    for study, numbers in (("1", (0, 2)), ("2", (1,))):
+        document = exported.documents()[study]
+        flagged = [sr_document.CODES[name].value for i in numbers for name in FINDINGS if rows[i][f"flag_{name}"]]
+        coded = [item.ConceptCodeSequence[0].CodeValue for item in items(document) if item.ValueType == "CODE"]
+        findings = [
+            item.ConceptCodeSequence[0].CodeValue
+            for item in items(document)
+            if item.ValueType == "CODE" and item.ConceptNameCodeSequence[0].CodeValue == FINDING
+        ]
+        assert findings == flagged
+        assert flagged
+        others = {code.value for code in sr_document.CODES.values()} - set(flagged)
+        assert not others & set(coded)
+        absent = {codes.SCT.Absent.value, codes.DCM.Absent.value}
+        assert not absent & set(coded)
+
+
+def test_documents_name_their_algorithm_with_its_operating_points(exported: Site) -> None:
+    document = sr.srread(exported.out / f"{exported.images()[0]['report']}.dcm")
+    for finding, count in ((None, 2), (sr_document.CODES["Pneumothorax"], None)):
+        groups = document.content.get_image_measurement_groups(finding_type=finding)
+        groups = [group for group in groups if (group.finding_type is None) == (finding is None)]
+        assert len(groups) == count or count is None
+        for group in groups:
+            found = defaultdict(list)
+            for item in group[0].ContentSequence:
+                if meaning(item).startswith("Algorithm"):
+                    found[meaning(item)].append(item.TextValue)
+            assert found["Algorithm Version"] == [f"ray-cxr 9.8.7, model {exported.model[0].digest}"]
+            points = [name for name, point in exported.model[0].thresholds.items() if point is not None]
+            shown = [text.split(":")[0] for text in found["Algorithm Parameters"]]
+            assert shown == ([] if finding else points)
+
+
 def test_documents_name_their_device_and_are_unverified(exported: Site) -> None:
     document = sr.srread(exported.out / f"{exported.images()[0]['report']}.dcm")
     assert isinstance(document, sr.ComprehensiveSR)
     assert isinstance(document.content, sr.MeasurementReport)
-    assert len(document.content.get_image_measurement_groups(finding_type=sr_document.CODES[FINDINGS[1]])) == 2
+    for name in FINDINGS:
+        flagged = [exported.table[f"flag_{name}"][row].as_py() is True for row in (0, 2)]
+        found = document.content.get_image_measurement_groups(finding_type=sr_document.CODES[name])
+        assert len(found) == sum(flagged)
     flags = (document.Modality, document.VerificationFlag, document.PreliminaryFlag, document.CompletionFlag)
     assert flags == ("SR", "UNVERIFIED", "PRELIMINARY", "COMPLETE")
     assert "VerifyingObserverSequence" not in document
@@ -288,7 +335,8 @@ def test_patient_study_and_time_zone_are_those_of_the_image(exported: Site) -> N
 def test_uids_are_valid_and_unique(exported: Site) -> None:
     documents = exported.documents().values()
     tracked = [item.UID for ds in documents for item in items(ds) if meaning(item).startswith("Tracking U")]
-    assert len(tracked) == len(set(tracked)) == 3 * (1 + len(FINDINGS))
+    flags = [exported.table[f"flag_{name}"].to_pylist() for name in FINDINGS]
+    assert len(tracked) == len(set(tracked)) == 3 + sum(flag is True for column in flags for flag in column)
     assert all(UID(uid).is_valid for uid in tracked)
     assert {f"{ds.SOPInstanceUID}.dcm" for ds in documents} == set(read_files(exported.out))
 
@@ -387,6 +435,45 @@ def test_study_without_one_image_is_partial_until_it_is_found(site: Site, comman
     site.run(command)
     assert {document.CompletionFlag for document in site.documents().values()} == {"COMPLETE"}
     assert (site.out / "_SUCCESS").exists()
+    # The complete document replaces the partial one, also after another run.
+    complete = read_files(site.out)
+    (site.out / "_SUCCESS").unlink()
+    assert "0 written now" in site.run(command)[0]
+    assert read_files(site.out) == complete
+    assert predecessors(site.documents()["1"]) == [found["1"].SOPInstanceUID]
+    assert predecessors(site.documents()["2"]) == []
+
+
+def predecessors(document: Dataset) -> list[str]:
+    """Return the UIDs of the documents that a document replaces, after a check of study and series."""
+    found = []
+    for study in document.get("PredecessorDocumentsSequence", []):
+        assert study.StudyInstanceUID == document.StudyInstanceUID
+        for series in study.ReferencedSeriesSequence:
+            assert series.SeriesInstanceUID.startswith("2.25.")
+            found += [item.ReferencedSOPInstanceUID for item in series.ReferencedSOPSequence]
+            assert {item.ReferencedSOPClassUID for item in series.ReferencedSOPSequence} == {document.SOPClassUID}
+    return found
+
+
+def test_documents_of_another_model_name_those_that_they_replace(site: Site, command: Command) -> None:
+    site.add(1, 1)
+    site.add(2, 2)
+    site.export(command)
+    before, old = site.documents(), site.out
+    site.model = make_model(FINDINGS[:2], digest="e2" * 32)
+    site.add(3, 3)
+    site.write()
+    site.out = site.home / "new"
+    assert "empty: has no document" in error_line(site.run(command, "--replaces", site.home / "empty", code=2)[1])
+    site.run(command, "--replaces", old)
+    after = site.documents()
+    assert [predecessors(after[study]) for study in "123"] == [
+        *([before[study].SOPInstanceUID] for study in "12"),
+        [],
+    ]
+    assert "0 written now" in site.run(command, "--replaces", old)[0]
+    assert "replaces" in error_line(site.run(command, code=2)[1])
 
 
 def test_image_that_fails_costs_only_its_study(site: Site, command: Command) -> None:
