@@ -186,6 +186,7 @@ def _add_training_commands(commands: Any) -> None:
     tune.add_argument("prepared", type=_any_path, metavar="PREPARED")
     tune.add_argument("--out", required=True, type=_local_output, metavar="STUDY")
     tune.add_argument("--trials", type=int, metavar="N", help="total, including earlier runs (20)")
+    tune.add_argument("--confirm", type=int, metavar="N", help="pairs of extra trainings of the best two backbones (0)")
     tune.add_argument("--workers", type=int, metavar="N", help="per trial")
     tune.add_argument("--resume", action="store_true", help="continue the search in STUDY with its settings")
     _add_settings(tune, gpu=True)
@@ -225,6 +226,12 @@ def _add_report_commands(commands: Any) -> None:
     export = _add_command(commands, "export-sr", _export_sr, "write DICOM Structured Reports, one per study")
     export.add_argument("scores", type=_local_input, metavar="SCORES", help="folder from score; reads its DICOM files")
     export.add_argument("--out", required=True, type=_local_output, metavar="DIR", help="holds patients' names and ids")
+    export.add_argument(
+        "--replaces",
+        type=_local_input,
+        metavar="DIR2",
+        help="earlier export whose documents the new ones replace",
+    )
 
 
 def _add_bundle_commands(commands: Any) -> None:
@@ -329,7 +336,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     if arguments.resume and arguments.config is None:
         # Overrides must agree with the settings of the search when it started.
         base, chosen = plans.load_start_settings(out, arguments.overrides)
-    base, chosen = _override(base, arguments, "workers"), _override(chosen, arguments, "trials")
+    base, chosen = _override(base, arguments, "workers"), _override(chosen, arguments, "trials", "confirm")
     plan = plans.StudyPlan(arguments.prepared, out, base, chosen)
     if plan.is_finished():
         _print(f"tune: {out} is finished already; use --trials N for more than {chosen.trials} trials")
@@ -350,9 +357,13 @@ def _tune(arguments: argparse.Namespace) -> None:
             _print(f"trial {row['number']} failed: {row['reason']}")
     if outcome.comparison is not None:
         _print(outcome.comparison["verdict"]["headline"])
+        if outcome.comparison["confirmation"]:
+            _print(outcome.comparison["verdict"]["details"])
     states = Counter(outcome.rows["state"])
     counts = ", ".join(f"{count} {state}" for state, count in states.most_common()) or "none"
-    _print(f"trials: {counts}; {outcome.facts['epochs_spent']} epochs trained, {time.monotonic() - start:.0f} s")
+    epochs, extra = outcome.facts["epochs_spent"], outcome.facts["confirm_epochs"]
+    more = f" and {extra} in confirming trainings" * bool(extra)
+    _print(f"trials: {counts}; {epochs} epochs trained{more}, {time.monotonic() - start:.0f} s")
     _print(f"report: {out / 'report.html'}")
     if outcome.bundle is not None:
         _print(f"best trial: {outcome.facts['best_number']}, settings in {out / 'best.toml'}")
@@ -432,7 +443,7 @@ def _export_sr(arguments: argparse.Namespace) -> None:
         raise ConfigError("--out: is empty; name a folder to write")
     from ray_cxr.reporting import dicom_sr
 
-    export = dicom_sr.export_sr(arguments.scores, arguments.out)
+    export = dicom_sr.export_sr(arguments.scores, arguments.out, arguments.replaces)
     for outcome, text in dicom_sr.OUTCOME_TEXTS.items():
         if export.outcomes[outcome]:
             _print(f"{export.outcomes[outcome]:,} {text}")

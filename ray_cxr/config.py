@@ -252,6 +252,12 @@ class TuneSettings(Settings):
     keep: Literal["best", "all"] = Field(
         "best", description="checkpoints to keep after the search: those that may become the bundle, or all"
     )
+    confirm: int = Field(
+        0,
+        ge=0,
+        le=20,
+        description="pairs of extra trainings of the two best backbones; even, at least 6; --confirm N sets it",
+    )
     storage: str | None = Field(None, description="Optuna storage, such as postgresql://...; null: STUDY/study.db")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of the sampler")
 
@@ -261,6 +267,13 @@ class TuneSettings(Settings):
         if "auroc" not in value or len(set(value)) != len(value):
             raise ValueError("must contain auroc, and no name twice")
         return ("auroc", *(name for name in value if name != "auroc"))
+
+    @field_validator("confirm")
+    @classmethod
+    def _confirm(cls, value: int) -> int:
+        if value and (value < 6 or value % 2):
+            raise ValueError("must be 0, or an even number from 6: fewer pairs cannot reach p < 0.05")
+        return value
 
 
 Precision = Literal["auto", "fp32", "bf16", "int8"]

@@ -1,8 +1,11 @@
 """Compare the backbones of a hyper-parameter search, and judge whether the best two differ by more than noise.
 
 Two tests cover different noise. The paired patient bootstrap shows whether two trained models would change ranks on
-other patients. The permutation test shows whether trials differ more between two backbones than within a backbone.
-Neither test covers variation that was not repeated, such as other seeds or settings.
+other patients. The second test shows whether the backbones differ by more than seeds and settings do. With confirming
+trainings it is `confirmation.sign_flip_test`. Without them it is a permutation test of the trials whose settings were
+drawn at random. Trials that a sampler such as TPE chose are not exchangeable between backbones, because it repeats the
+settings of the backbone that led by chance: a permutation test of all trials finds a difference between two identical
+backbones in up to 39% of searches.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ray_cxr.evaluation.confirmation import MIN_PAIRS, Confirmation
 from ray_cxr.evaluation.intervals import to_record
 from ray_cxr.evaluation.paired import PairedAuroc
 
@@ -49,6 +53,7 @@ class TrialCurve:
     backbone: str
     state: State
     curve: tuple[tuple[int, float | None], ...]
+    is_random: bool = True  # whether its settings were drawn without knowledge of other trials
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class BackboneResult:
     upper: float | None
     values: tuple[float, ...]  # highest AUROC in the first `Comparison.grace` epochs of each trial that has them
     numbers: tuple[int, ...]  # of the trials behind `values`
+    independent: tuple[float, ...]  # those of `values` whose trials have random settings
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Comparison:
     backbones: tuple[BackboneResult, ...]  # best first; those without an AUROC last
     grace: int  # epochs per trial that `BackboneResult.values` compares
     budget: int  # epochs per backbone that `BackboneResult.best_at_budget` compares; 0 without any epoch
-    test: PermutationTest | None  # of the `values` of the best two; None if fewer than two have an AUROC
+    test: PermutationTest | None  # of `independent` of the best two; None if fewer than two have an AUROC
 
     @property
     def pair(self) -> tuple[BackboneResult, BackboneResult] | None:
@@ -149,14 +155,17 @@ def compare_backbones(trials: Sequence[TrialCurve], grace: int, n: int = 10_000,
     results.sort(key=lambda result: (result.best is None, -(result.best or 0.0), result.backbone))
     test = None
     if len(results) > 1 and results[1].best is not None:
-        test = permutation_test(results[0].values, results[1].values, n, seed)
+        test = permutation_test(results[0].independent, results[1].independent, n, seed)
     return Comparison(tuple(results), grace, budget, test)
 
 
-def judge_backbones(compared: Comparison, paired: PairedAuroc | None) -> Verdict:
+def judge_backbones(
+    compared: Comparison, paired: PairedAuroc | None, confirmation: Confirmation | None = None
+) -> Verdict:
     """Decide whether the best two backbones differ by more than noise.
 
     `paired` compares the best trials of both on the same validation images; None if it was not computed.
+    `confirmation` replaces the permutation test.
     """
     if compared.pair is None:
         names = [result.backbone for result in compared.backbones if result.best is not None]
@@ -167,31 +176,42 @@ def judge_backbones(compared: Comparison, paired: PairedAuroc | None) -> Verdict
     assert compared.test is not None
     first, second = compared.pair
     by_patients, patients_text = _judge_by_patients(first, second, paired)
-    by_trials, trials_text = _judge_by_trials(first, second, compared.test, compared.grace)
+    if confirmation is None:
+        by_trials, trials_text = _judge_by_trials(first, second, compared.test, compared.grace)
+    else:
+        by_trials, trials_text = _judge_by_confirmation(first, second, confirmation)
+    repeated = "seeds" if confirmation is not None else "trials"
     pair = f"{first.backbone} and {second.backbone}"
     answer: Answer
     if by_patients is None or by_trials is None:
         answer = "undecided"
-        signs = {"patients": by_patients, "trials": by_trials}
+        signs = {"patients": by_patients, repeated: by_trials}
         missing = " and between ".join(name for name, sign in signs.items() if sign is None)
         headline = f"No verdict on {pair}: too little data to estimate the noise between {missing}."
     elif by_patients != by_trials:
         answer = "disagree"
-        headline = f"Neither of {pair} is shown to be better: the tests over patients and over trials disagree."
+        headline = f"Neither of {pair} is shown to be better: the tests over patients and over {repeated} disagree."
     elif by_patients == 0:
         answer = "no"
-        headline = f"{pair} are not shown to differ by more than noise, neither between patients nor between trials."
+        headline = (
+            f"{pair} are not shown to differ by more than noise, neither between patients nor between {repeated}."
+        )
     else:
         answer = "yes"
         better, other = (first, second) if by_patients > 0 else (second, first)
         headline = (
             f"{better.backbone} is better than {other.backbone} by more than noise, both between patients and between "
-            "trials."
+            f"{repeated}."
         )
-    return Verdict(answer, headline, f"{patients_text} {trials_text}", _explain_noise(first, second, compared))
+    if answer != "yes" and confirmation is None:
+        headline += f" To test smaller differences, add --resume --confirm {MIN_PAIRS}."
+    noise = _explain_noise(first, second, compared, is_confirmed=confirmation is not None)
+    return Verdict(answer, headline, f"{patients_text} {trials_text}", noise)
 
 
-def comparison_record(compared: Comparison, paired: PairedAuroc | None) -> dict[str, Any]:
+def comparison_record(
+    compared: Comparison, paired: PairedAuroc | None, confirmation: Confirmation | None = None
+) -> dict[str, Any]:
     """Return comparison and verdict as a JSON object; `patients` holds `paired`, and `trials` the permutation test."""
     pair = None
     if compared.pair is not None:
@@ -204,7 +224,8 @@ def comparison_record(compared: Comparison, paired: PairedAuroc | None) -> dict[
         "pair": pair,
         "patients": None if paired is None else to_record(paired),
         "trials": None if compared.test is None else to_record(compared.test),
-        "verdict": to_record(judge_backbones(compared, paired)),
+        "confirmation": None if confirmation is None else to_record(confirmation),
+        "verdict": to_record(judge_backbones(compared, paired, confirmation)),
     }
 
 
@@ -243,6 +264,7 @@ def _summarize(name: str, trials: Sequence[TrialCurve], grace: int, budget: int)
         upper=None if few else q3,
         values=tuple(values.values()),
         numbers=tuple(values),
+        independent=tuple(values[trial.number] for trial in kept if trial.is_random and trial.number in values),
     )
 
 
@@ -272,12 +294,13 @@ def _judge_by_patients(
 def _judge_by_trials(
     first: BackboneResult, second: BackboneResult, test: PermutationTest, grace: int
 ) -> tuple[int | None, str]:
-    """Return which is better and a sentence, as `_judge_by_patients` does, from the spread between trials."""
-    length = f"the first {f'{grace} epochs' if grace != 1 else 'epoch'} of each"
+    """Return which is better and a sentence, as `_judge_by_patients` does, from the spread between random trials."""
+    length = f"the first {f'{grace} epochs' if grace != 1 else 'epoch'} of each trial with random settings"
     if test.p is None or test.difference is None or test.smallest is None:
         return None, f"Trials: medians over {length} cannot be compared: {test.reason}."
     medians = " and ".join(
-        f"{result.median:.3f} ({result.backbone}, {len(result.values)} trials)" for result in (first, second)
+        f"{np.median(result.independent):.3f} ({result.backbone}, {len(result.independent)} trials)"
+        for result in (first, second)
     )
     medians = f"Trials: the median over {length} is {medians}"
     if test.smallest >= LEVEL:
@@ -289,15 +312,45 @@ def _judge_by_trials(
     )
 
 
-def _explain_noise(first: BackboneResult, second: BackboneResult, compared: Comparison) -> str:
+def _judge_by_confirmation(
+    first: BackboneResult, second: BackboneResult, confirmation: Confirmation
+) -> tuple[int | None, str]:
+    """Return which is better and a sentence, as `_judge_by_patients` does, from the confirming trainings."""
+    test, total = confirmation.test, len(confirmation.pairs)
+    if confirmation.ended < total:
+        return None, (
+            f"Confirmation: {confirmation.ended} of {total} pairs of trainings have ended; add --resume --confirm "
+            f"{total} to continue."
+        )
+    if test.p is None or test.mean is None or test.low is None or test.high is None:
+        return None, f"Confirmation: {test.reason}; raise --confirm to add pairs."
+    orient = 1 if confirmation.a == first.backbone else -1
+    low, high = sorted((orient * test.low, orient * test.high))
+    sign = 0 if test.p >= LEVEL else 1 if orient * test.mean > 0 else -1
+    return sign, (
+        f"Confirmation: in {test.n} pairs of new trainings with equal settings and seeds, {first.backbone} against "
+        f"{second.backbone} is {_format_signed(orient * test.mean)} macro AUROC on average (95% interval "
+        f"{_format_signed(low)} to {_format_signed(high)}, sign-flip {_format_p(test.p)})."
+    )
+
+
+def _explain_noise(first: BackboneResult, second: BackboneResult, compared: Comparison, *, is_confirmed: bool) -> str:
     backbones = sum(result.best is not None for result in compared.backbones)
     selected = f" The two backbones were selected as the best of {backbones}, partly by luck." if backbones > 2 else ""
-    return (
-        "Sources of noise: the interval covers validation patients only, for two fixed models. It does not cover that "
-        f"they are the best of {first.trials} and of {second.trials} trials, selected on these same images, nor other "
-        "seeds: every trial was trained with one. The spread between trials mixes settings and luck. Trials are not "
-        "independent, because a search samples later trials near earlier good ones. An early lead (epochs: "
-        f"{compared.grace}) may not last, and a small number of trials proves little either way.{selected}"
+    patients = (
+        "Sources of noise: the interval over patients covers validation patients only, for two fixed models. It does "
+        f"not cover that they are the best of {first.trials} and of {second.trials} trials, selected on these same "
+        "images. "
+    )
+    if is_confirmed:
+        return patients + (
+            "The confirming pairs repeat the comparison with new seeds, and with settings that were good for one "
+            f"backbone or the other. They show nothing about other settings, or about a longer training.{selected}"
+        )
+    return patients + (
+        "Every trial was trained with one seed. The second test uses only trials with random settings, because the "
+        "sampler chose the others from earlier results. These trials are few, so the test finds large differences "
+        f"only. An early lead (epochs: {compared.grace}) may not last.{selected}"
     )
 
 

@@ -4,6 +4,7 @@ STUDY/settings.json      settings that a later run must match
 STUDY/begun.json         the settings of the first command, for --resume
 STUDY/study.db           Optuna's storage, unless tune.storage names another
 STUDY/trials/0003/       a trial, which is a RUN of `train` without a bundle; trial.toml holds its settings
+STUDY/confirm/           confirming trainings (see confirm.py)
 STUDY/trials.parquet     one row per trial
 STUDY/best.toml          the best trial's settings, as `train` reads them
 STUDY/bundle/            the best trial's bundle
@@ -18,7 +19,7 @@ import itertools
 import json
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -60,7 +61,7 @@ _DATABASE_REMEDIES = {
     "full": "free some space",
 }
 #: Settings of the search that do not change its trials.
-_FREE = {"trials", "concurrent", "ahead", "max_failures", "keep", "storage"}
+_FREE = {"trials", "concurrent", "ahead", "max_failures", "keep", "storage", "confirm"}
 
 
 class StudyPlan:
@@ -91,6 +92,11 @@ class StudyPlan:
             raise ConfigError(
                 f"{prepared}: has sizes {', '.join(map(str, sizes))}; set train.size, or search them: "
                 'size = "prepared" under [tune.space]'
+            )
+        if settings.confirm and len(self.space.backbones) < 2:
+            raise ConfigError(
+                f"tune.confirm: compares two backbones, and only {self.space.backbones[0]} is searched; set confirm=0, "
+                "or search backbone"
             )
         if settings.sampler == "cmaes":
             _check_cmaes(settings, self.space)
@@ -207,11 +213,16 @@ class StudyPlan:
         """Return whether all requested trials have ended and all output is written."""
         summary = read_json(self.out / SUMMARY)
         has_all_trials = summary.get("trials_over", 0) >= self.settings.trials
+        has_all_trials = has_all_trials and summary.get("confirm_over", 0) >= self.settings.confirm
         return has_all_trials and summary.get("best_number") is not None and (self.out / "bundle").exists()
 
     def build_settings(self, trial: optuna.trial.FrozenTrial | optuna.Trial) -> TrainSettings:
-        """Return a trial's complete settings; paths are absolute, because workers have other working directories."""
-        settings = self.space.settings(trial.params, self.base)
+        """Return a trial's complete settings."""
+        return self.complete(self.space.values(trial.params))
+
+    def complete(self, values: Mapping[str, Any]) -> TrainSettings:
+        """Return complete settings with these values; paths are absolute: workers have other working directories."""
+        settings = self.base.replace(**values)
         if settings.weights in ("imagenet", "none"):
             return settings
         return settings.replace(weights=str(Path(settings.weights).absolute()))

@@ -122,6 +122,26 @@ def find_best_trial(rows: pd.DataFrame) -> int | None:
     return None if usable.empty else int(usable["number"].iloc[int(usable["val_auroc"].astype(float).argmax())])
 
 
+def list_random_trials(plan: StudyPlan, study: optuna.Study) -> set[int]:
+    """Return the trials whose settings were drawn at random, without knowledge of other trials.
+
+    TPE draws at random until `startup_trials` trials have ended without failing. Enqueued trials have fixed settings.
+    """
+    if plan.settings.sampler == "cmaes":
+        return set()
+    trials = study.get_trials(deepcopy=False)
+    ends = [trial.datetime_complete for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+
+    def is_random(trial: FrozenTrial) -> bool:
+        start = trial.datetime_start
+        if start is None or "fixed_params" in trial.system_attrs:
+            return False
+        known = sum(end is not None and end <= start for end in ends)
+        return plan.settings.sampler == "random" or known < plan.settings.startup_trials
+
+    return {trial.number for trial in trials if is_random(trial)}
+
+
 def list_pareto_front(study: optuna.Study) -> list[int]:
     """Return the trials that no other trial beats in every objective; empty with one objective."""
     return sorted(trial.number for trial in study.best_trials) if len(study.directions) > 1 else []

@@ -17,6 +17,7 @@ import tomli_w
 from ray_cxr.config import TrainSettings
 from ray_cxr.errors import BundleError, OutputError
 from ray_cxr.evaluation import backbones
+from ray_cxr.evaluation.confirmation import Confirmation
 from ray_cxr.evaluation.paired import PairedAuroc, paired_macro_auroc
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.models.bundle import Bundle, load_bundle
@@ -145,18 +146,21 @@ def collect_facts(
     }
 
 
-def compare_backbones(plan: StudyPlan, rows: pd.DataFrame) -> dict[str, Any] | None:
+def compare_backbones(
+    plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame, confirmation: Confirmation | None
+) -> dict[str, Any] | None:
     """Compare the backbones at equal length; None if there is only one."""
     if len(plan.space.backbones) < 2:
         return None
-    curves = []
+    curves, random = [], records.list_random_trials(plan, study)
     for row in rows.to_dict("records"):
         curve = tuple((point["epoch"], point["val_auroc"]) for point in row["curve"])
-        curves.append(backbones.TrialCurve(row["number"], row["backbone"], row["state"], curve))
+        number = row["number"]
+        curves.append(backbones.TrialCurve(number, row["backbone"], row["state"], curve, number in random))
     # All trials reach the grace period; without a scheduler they reach the last epoch.
     length = plan.base.epochs if plan.settings.scheduler == "none" else plan.settings.grace_epochs
     compared = backbones.compare_backbones(curves, length)
-    return backbones.comparison_record(compared, _compare_best(plan, compared))
+    return backbones.comparison_record(compared, _compare_best(plan, compared), confirmation)
 
 
 def _compare_best(plan: StudyPlan, compared: backbones.Comparison) -> PairedAuroc | None:

@@ -8,15 +8,17 @@ code, and is some seconds older than Optuna's storage. See docs/decisions/0013-s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
 from ray import tune as ray_tune
+from ray.tune import Callback
 from ray.tune.trainable import wrap_function
 
 from ray_cxr import cluster, limits
@@ -28,12 +30,12 @@ from ray_cxr.training.checkpoints import SNAPSHOT
 from ray_cxr.training.monitor import read_metrics
 from ray_cxr.training.planning import plan_resources
 from ray_cxr.training.trainer import advise
-from ray_cxr.tuning import results
+from ray_cxr.tuning import confirm, results
 from ray_cxr.tuning.halving import Halving
 from ray_cxr.tuning.plan import SUMMARY, StudyPlan, save_start_settings
 from ray_cxr.tuning.records import find_best_trial
 from ray_cxr.tuning.schedulers import create_scheduler
-from ray_cxr.tuning.search_monitor import SearchMonitor
+from ray_cxr.tuning.search_monitor import ConfirmMonitor, SearchMonitor
 from ray_cxr.tuning.searcher import StudySearcher
 from ray_cxr.tuning.trial import TrialContext, run_trial
 
@@ -84,14 +86,14 @@ def search(
         _log_start(searcher, done, concurrent, on_event)
         remaining = max(0, settings.trials - done)
         ended = 0
+        context = TrialContext(
+            prepared=remote.to_address(plan.prepared),
+            out=str(out.absolute()),
+            use_gpu=use_gpu,
+            measure_threads=cpus if "images_per_second" in settings.objectives else None,
+            selector=cluster.selector,
+        )
         if remaining:
-            context = TrialContext(
-                prepared=remote.to_address(plan.prepared),
-                out=str(out.absolute()),
-                use_gpu=use_gpu,
-                measure_threads=cpus if "images_per_second" in settings.objectives else None,
-                selector=cluster.selector,
-            )
             with TrialTable(settings.trials, done) as table:
                 monitor = SearchMonitor(searcher, table, on_event)
 
@@ -112,8 +114,16 @@ def search(
                 bundle = results.export_best(plan, chosen, rows, best, on_event)
         if not interrupted:
             results.drop_checkpoints(plan, study, rows)
+        runs = confirm.plan_runs(plan, study, rows)
+        if settings.confirm and not interrupted and searcher.gave_up is None:
+            untimed = dataclasses.replace(context, measure_threads=None)
+            _run_confirmation(plan, runs, lambda config: trial(config, untimed), (concurrent, cpus), on_event)
+            interrupted = not all(run.state[0] for run in runs)
+        confirmation = confirm.read_confirmation(runs)
         facts = results.collect_facts(plan, study, rows, started, concurrent=concurrent, interrupted=interrupted)
-        comparison = results.compare_backbones(plan, rows)
+        facts["confirm_over"] = settings.confirm if all(run.state[0] for run in runs) else 0
+        facts["confirm_epochs"] = sum(len(read_metrics(run.folder)) for run in runs)
+        comparison = results.compare_backbones(plan, study, rows, confirmation)
         result = results.SearchResult(study, rows, bundle, searcher.gave_up, facts, comparison)
         if finish:
             results.write_report(result, plan)
@@ -180,6 +190,11 @@ def _log_start(searcher: StudySearcher, done: int, concurrent: int, on_event: Ca
         f"tune: {concurrent} trial{'s' * (concurrent > 1)} at a time, each of {workers} "
         f"worker{'s' * (workers > 1)} of {cpus} CPU{'s' * (cpus > 1)}"
     )
+    if settings.confirm:
+        count = 2 * settings.confirm
+        on_event(
+            f"tune: confirm={settings.confirm} adds {count} trainings of {plan.base.epochs} epochs after the search"
+        )
     if done and settings.scheduler == "halving":
         on_event("tune: halving cannot continue the earlier run's brackets; it starts new ones")
 
@@ -187,28 +202,71 @@ def _log_start(searcher: StudySearcher, done: int, concurrent: int, on_event: Ca
 def _run_trials(
     searcher: StudySearcher, monitor: SearchMonitor, run: Callable[[dict[str, Any]], Any], count: int, concurrent: int
 ) -> None:
-    """Let Ray Tune run `count` trials; raise RayCxrError if Tune itself failed."""
-
-    class NamedTrial(wrap_function(run)):  # type: ignore[misc]
-        """The class that Ray makes of the function; the dashboard's list of actors shows the trial's name."""
-
-        def __repr__(self) -> str:
-            return str(self.config["name"])
-
+    """Let Ray Tune run `count` trials."""
     plan, settings = searcher.plan, searcher.plan.settings
     # Up to `settings.ahead` trials wait for workers; they reserve no CPUs.
     processes = concurrent + settings.ahead
     scheduler = create_scheduler(settings, plan.base.epochs, monitor.earlier, trials=count, processes=processes)
     searcher.halving = scheduler if isinstance(scheduler, Halving) else None
+    options = {"search_alg": searcher, "scheduler": scheduler, "num_samples": count}
+    _run_tune(plan, run, monitor, max_concurrent_trials=processes, **options)
+
+
+def _run_confirmation(
+    plan: StudyPlan,
+    runs: Sequence[confirm.ConfirmRun],
+    run: Callable[[dict[str, Any]], Any],
+    resources: tuple[int, int],
+    on_event: Callable[[str], None],
+) -> None:
+    """Let Ray Tune run the confirming trainings that have not ended; `resources`: trainings at a time, CPUs of each."""
+    pending = [one for one in runs if not one.state[0]]
+    if not runs:
+        on_event("tune: no confirming trainings: fewer than two backbones have a validation AUROC")
+    if pending:
+        on_event(
+            f"tune: {len(pending)} confirming trainings of {plan.base.epochs} epochs, in {pending[0].folder.parent}"
+        )
+        configs = {}
+        for one in pending:
+            one.folder.mkdir(parents=True, exist_ok=True)
+            settings = one.settings.replace(cpus_per_worker=resources[1]).model_dump(mode="json")
+            configs[one.number] = {"folder": str(one.folder.absolute()), "settings": settings}
+        # Without a searcher, Tune runs each number once, in order.
+        space = {"number": ray_tune.grid_search(list(configs))}
+        _run_tune(
+            plan,
+            lambda config: run({**config, **configs[config["number"]]}),
+            ConfirmMonitor(runs, on_event),
+            param_space=space,
+            max_concurrent_trials=resources[0] + plan.settings.ahead,
+        )
+    confirm.drop_checkpoints(plan, runs)
+
+
+def _run_tune(
+    plan: StudyPlan,
+    run: Callable[[dict[str, Any]], Any],
+    monitor: Callback,
+    param_space: dict[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    """Call Ray Tune with the options of its TuneConfig; raise RayCxrError if Tune itself failed."""
+
+    class NamedTrial(wrap_function(run)):  # type: ignore[misc]
+        """The class that Ray makes of the function; the dashboard's list of actors shows the trial's name."""
+
+        def __repr__(self) -> str:
+            return _name_trial(self.config)
+
+    settings = plan.settings
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(NamedTrial, {"memory": TRIAL_BYTES}),
+        param_space=param_space,
         tune_config=ray_tune.TuneConfig(
-            search_alg=searcher,
-            scheduler=scheduler,
-            num_samples=count,
-            max_concurrent_trials=processes,
-            trial_name_creator=lambda trial: trial.config["name"],
-            trial_dirname_creator=lambda trial: trial.config["name"],
+            trial_name_creator=lambda trial: _name_trial(trial.config),
+            trial_dirname_creator=lambda trial: _name_trial(trial.config),
+            **options,
         ),
         run_config=ray_tune.RunConfig(
             name=f"tune-{int(time.time())}",
@@ -232,6 +290,10 @@ def _run_trials(
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+def _name_trial(config: dict[str, Any]) -> str:
+    return str(config.get("name") or f"confirm-{config['number']:04d}")
 
 
 @contextlib.contextmanager

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna
 from ray.tune import Callback
 
 from ray_cxr import limits
-from ray_cxr.errors import RayCxrError, last_line, own_error, to_record
+from ray_cxr.errors import RayCxrError, last_line, one_line, own_error, to_record
 from ray_cxr.progress import TrialTable
 from ray_cxr.storage import atomic
+from ray_cxr.training.monitor import read_metrics
 from ray_cxr.training.worker import FAILURE
+from ray_cxr.tuning.confirm import ConfirmRun
 from ray_cxr.tuning.records import METRIC, build_trial_table
 from ray_cxr.tuning.results import drop_checkpoints, write_trials
 from ray_cxr.tuning.searcher import StudySearcher, is_finished
@@ -104,6 +106,43 @@ class SearchMonitor(Callback):
         except (OSError, optuna.exceptions.OptunaError) as error:
             # The file is written again when the next trial ends.
             self._on_event(f"tune: WARNING: cannot update trials.parquet: {error}")
+
+
+class ConfirmMonitor(Callback):
+    """Ray Tune's callback of the confirming trainings; `on_event` receives a line of text per event."""
+
+    def __init__(self, runs: Sequence[ConfirmRun], on_event: Callable[[str], None]) -> None:
+        self._runs, self._on_event = runs, on_event
+        self._logged = {run.number: len(read_metrics(run.folder)) for run in runs}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing: Tune's pickle is never read."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        run = self._runs[trial.config["number"]]
+        text = f"{run.settings.backbone} with the settings of trial {run.trial}, seed {run.settings.seed}"
+        self._on_event(f"tune: confirming run {run.number} starts: {text}")
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        run, epoch = self._runs[trial.config["number"]], result["epoch"]
+        if "failure" not in result and epoch > self._logged[run.number]:
+            self._logged[run.number] = epoch
+            of = f"epoch {epoch} of {run.settings.epochs}"
+            self._on_event(f"tune: confirming run {run.number}, {of}: AUROC {result['val_auroc']:.4f}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if reason := (trial.last_result or {}).get("failure"):
+            self._fail(trial, str(reason))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._fail(trial, _describe_error(trial))
+
+    def _fail(self, trial: Any, reason: str) -> None:
+        run = self._runs[trial.config["number"]]
+        if not (run.folder / FAILURE).exists():
+            atomic.write_json(run.folder / FAILURE, to_record(RayCxrError(one_line(reason)[:500])))
+        self._on_event(f"tune: confirming run {run.number} failed: {reason}")
 
 
 def _describe_error(trial: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import json
@@ -86,12 +87,27 @@ def fake_trial(
     return run
 
 
-def create_tuner(trial: Any, *, tune_config: Any, run_config: Any) -> SimpleNamespace:
-    """Create a stand-in for Ray's `Tuner`, which runs the trials one at a time in this process."""
+def create_tuner(trial: Any, *, tune_config: Any, run_config: Any, param_space: Any = None) -> SimpleNamespace:
+    """Create a stand-in for Ray's `Tuner`, which runs the trials one at a time in this process.
+
+    `trial` has `epochs`, or is the function of a grid, which this process calls as Ray does.
+    """
     job = SimpleNamespace(out=str(Path(run_config.storage_path).parent))
+    if param_space is not None:
+        return SimpleNamespace(fit=lambda: run_grid(trial, param_space["number"]["grid_search"], *run_config.callbacks))
     parts = tune_config.scheduler, tune_config.search_alg, *run_config.callbacks
     tune = FakeTune(*parts, lambda running: trial.epochs(running.config, job), processes=1)
     return SimpleNamespace(fit=lambda: tune.run(tune_config.num_samples))
+
+
+def run_grid(function: Callable[[dict[str, Any]], Any], numbers: list[int], monitor: Any) -> None:
+    """Call a function with each number of a grid, until Ctrl-C."""
+    with contextlib.suppress(KeyboardInterrupt):
+        for number in numbers:
+            running = SimpleNamespace(config={"number": number}, last_result=None)
+            monitor.on_trial_start(0, [], running)
+            running.last_result = function(running.config)
+            monitor.on_trial_complete(0, [], running)
 
 
 IN_PROCESS = "in process"
@@ -155,7 +171,14 @@ def run_search(plan: StudyPlan, trial: Any, engine: str = "on Ray", *, finish: b
         patch.setattr(sys, "stdout", printed)
         patch.setattr(sys, "stderr", printed)
         if engine == IN_PROCESS:
-            patch.setattr(search.ray_tune, "Tuner", lambda _, **configs: create_tuner(trial, **configs))
+            # Ray makes a class of the function that it runs.
+            patch.setattr(search, "wrap_function", lambda function: type("Wrapped", (), {"function": function}))
+            patch.setattr(search.ray_tune, "with_resources", lambda wrapped, _: wrapped)
+
+            def make(wrapped: Any, **configs: Any) -> SimpleNamespace:
+                return create_tuner(wrapped.function if configs.get("param_space") else trial, **configs)
+
+            patch.setattr(search.ray_tune, "Tuner", make)
             patch.setattr(search, "_check_dashboard", lambda: None)
             patch.setattr(cluster, "list_alive", lambda: [{"NodeID": "here", "Resources": {"CPU": 2.0}}])
         outcome = search.search(plan, trial=trial, finish=finish, on_event=events.append)
