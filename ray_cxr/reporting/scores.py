@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from ray_cxr.data import identity
 from ray_cxr.errors import ImageError, InputError, TableError, first_line
 from ray_cxr.evaluation import calibration
-from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING, canonicalize
+from ray_cxr.labels import FINDINGS, LABELS, canonicalize
+from ray_cxr.reporting.ranking import Ranking
 from ray_cxr.storage import contents, remote
 from ray_cxr.storage.paths import is_uri, redact
 from ray_cxr.storage.stores import describe_error, is_access_denied, open_uri
@@ -52,7 +53,8 @@ class Scores:
         run_folder: the SCORES folder, as `remote.to_path` takes it; None for another system's table.
         ids, paths, patients, studies, codes, top_findings, quality_flags: object arrays of str or None.
         ok: False on error rows.
-        p, c, priority: float64 with NaN for null; p is raw and c calibrated, per finding.
+        abnormality, priority, p, c: float64 with NaN for null; p is raw and c calibrated, per finding.
+        ranking: how images and studies are ranked.
         flags: per finding, int8 with -1 for null.
         ignored: columns named like predictions of an unknown finding.
         model, run: `model.json` and `run.json`, or empty.
@@ -69,7 +71,9 @@ class Scores:
     ok: np.ndarray
     codes: np.ndarray
     top_findings: np.ndarray
+    abnormality: np.ndarray
     priority: np.ndarray
+    ranking: Ranking
     quality_flags: np.ndarray
     model_digests: tuple[str, ...]
     findings: tuple[str, ...]
@@ -210,7 +214,8 @@ def _explain(source: str, problem: str) -> str:
 
 
 def _is_used(column: str) -> bool:
-    return column in (*_TEXT.values(), "status", "priority", "model_digest") or column.startswith(("p_", "c_", "flag_"))
+    numbers = ("abnormality", "priority")
+    return column in (*_TEXT.values(), *numbers, "status", "model_digest") or column.startswith(("p_", "c_", "flag_"))
 
 
 class _Columns:
@@ -240,19 +245,29 @@ class _Columns:
             if finding not in flags and points.get(finding):
                 flagged = calibration.apply_threshold(p[finding], points[finding]["threshold"]).astype(np.int8)
                 flags[finding] = np.where(np.isnan(p[finding]), np.int8(-1), flagged)
-        priority = read_floats(self.table, "priority", self.source)
-        if "priority" not in self.table.column_names:
-            priority, text["top_findings"] = _rank_by_highest(p, ok)
+        p = {finding: np.where(ok, values, np.nan) for finding, values in p.items()}
+        c = {finding: np.where(ok, values, np.nan) for finding, values in c.items()}
+        names = frozenset(self.table.column_names)
+        ranking = Ranking.build(p, c, origin["run"], columns=names, is_own=origin["is_own"])
+        abnormality, priority, top = ranking.rank(ranking.values)
+        if "priority" in names:
+            priority = np.where(ok, read_floats(self.table, "priority", self.source), np.nan)
+        else:
+            text["top_findings"] = top
+        if "abnormality" in names and origin["is_own"]:
+            abnormality = np.where(ok, read_floats(self.table, "abnormality", self.source), np.nan)
         digests = read_texts(self.table, "model_digest", self.source)
         return Scores(
             source=self.source,
             **text,
             ok=ok,
-            priority=np.where(ok, priority, np.nan),
+            abnormality=abnormality,
+            priority=priority,
+            ranking=ranking,
             model_digests=tuple(sorted({digest for digest in digests if digest is not None})),
             findings=findings,
-            p={finding: np.where(ok, values, np.nan) for finding, values in p.items()},
-            c={finding: np.where(ok, values, np.nan) for finding, values in c.items()},
+            p=p,
+            c=c,
             flags={finding: np.where(ok, values, np.int8(-1)) for finding, values in flags.items()},
             ignored=tuple(ignored),
             **origin,
@@ -328,16 +343,6 @@ def read_floats(table: pa.Table, name: str, source: str) -> np.ndarray:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise TableError(f"{source}: column {name} is {table[name].type}, not numbers") from None
     return np.asarray(pc.fill_null(values, float("nan")).combine_chunks().to_numpy(zero_copy_only=False))
-
-
-def _rank_by_highest(p: Mapping[str, np.ndarray], ok: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the highest raw probability and its finding, without No_Finding, for tables without a priority."""
-    names = [finding for finding in p if finding != NO_FINDING]
-    # The first column stands for "none": it is highest in rows without a probability.
-    columns = np.column_stack([np.full(len(ok), -0.5), *(np.where(ok, np.nan_to_num(p[f], nan=-1), -1) for f in names)])
-    highest = columns.max(axis=1)
-    top = np.array([None, *names], dtype=object)[columns.argmax(axis=1)]
-    return np.where(highest >= 0, highest, np.nan), top
 
 
 def read_training_images(location: Location) -> TrainingImages | None:

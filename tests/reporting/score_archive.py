@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from ray_cxr.data import manifest
+from ray_cxr.evaluation.ranking import combine
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting import figure_set, plots
 from ray_cxr.reporting.report import write_report
@@ -88,9 +89,10 @@ class Archive:
             columns[f"p_{f}"] = pa.array(self.p[f], pa.float32(), mask=failed)
             columns[f"c_{f}"] = pa.array(self.p[f] * 0.9, pa.float32(), mask=failed)
             columns[f"flag_{f}"] = pa.array(self.p[f] >= self.threshold, pa.bool_(), mask=failed)
-        stacked = np.stack([self.p[f] for f in self.diseases])
-        columns["top_finding"] = pa.array(np.array(self.diseases)[stacked.argmax(axis=0)], pa.string(), mask=failed)
-        columns["priority"] = pa.array(stacked.max(axis=0), pa.float32(), mask=failed)
+        c = np.column_stack([self.p[f] * np.float32(0.9) for f in self.diseases])
+        columns["top_finding"] = pa.array(np.array(self.diseases)[c.argmax(axis=1)], pa.string(), mask=failed)
+        for name in ("abnormality", "priority"):
+            columns[name] = pa.array(combine(c).astype(np.float32), pa.float32(), mask=failed)
         folder = self.root / "SCORES"
         (folder / "scores").mkdir(parents=True, exist_ok=True)
         for part, start in enumerate(range(0, self.n, 70)):
@@ -112,7 +114,10 @@ class Archive:
             **model,
         }
         (folder / "model.json").write_text(json.dumps(described), encoding="utf-8")
-        (folder / "run.json").write_text(json.dumps({"rows": self.n, "input_digest": "aa"}), encoding="utf-8")
+        weights = dict.fromkeys(self.diseases, 1.0)
+        ranking = {"probabilities": "calibrated", "weights": weights, "left_out": []}
+        run = {"rows": self.n, "input_digest": "aa", "ranking": ranking}
+        (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
         (folder / "_SUCCESS").unlink(missing_ok=True)
         if finished:
             (folder / "_SUCCESS").touch()

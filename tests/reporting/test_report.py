@@ -368,7 +368,9 @@ def test_worklist_has_one_row_per_study(unlabelled: Report) -> None:
     assert {row["errors"] for row in rows[-2:]} == {"corrupt|missing", "missing"}
     study = next(row for row in rows if row["patient_id"] == "20" and row["study_id"] == "s20")
     highest = {f: archive.p[f][60:62].max() for f in archive.diseases}
-    assert np.float32(study["priority"]) == max(highest.values())
+    abnormality = 1 - np.prod([1 - 0.9 * p for p in highest.values()])
+    assert float(study["priority"]) == float(study["abnormality"]) == pytest.approx(abnormality, abs=1e-6)
+    assert study["top_finding"] == max(highest, key=lambda f: highest[f])
     assert study["flagged"] == "|".join(f for f, p in highest.items() if p >= archive.threshold)
 
 
