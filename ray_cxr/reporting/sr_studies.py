@@ -83,7 +83,7 @@ class ScoreFolder:
             "p": [float(scores.p[name][row]) for name in findings],
             "c": [finite_or_none(scores.c[name][row]) if name in scores.c else None for name in findings],
             "flags": [int(scores.flags[name][row]) if name in scores.flags else -1 for name in findings],
-            "abnormality": finite_or_none(getattr(scores, "abnormality", {row: None})[row]),
+            "abnormality": finite_or_none(scores.abnormality[row]),
             "priority": finite_or_none(scores.priority[row]),
             "quality_flag": scores.quality_flags[row],
         }
