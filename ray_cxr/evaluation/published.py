@@ -1,16 +1,18 @@
-"""Published AUROC on ChestX-ray14, and whether a published value is comparable with an evaluation.
+"""Published AUROC and localisation on ChestX-ray14, and whether a published AUROC is comparable with an evaluation.
 
 AUROC depends on the model and on the test images. Two values compare two models only if images and labels are the
 same: NIH's official test split, complete, with NIH's labels. All other values are listed with the reason why they are
 not comparable, and nothing is ranked.
 
-Each record names where its values were read, which is mostly not the paper itself.
+Each record names where its values were read, which is mostly not the paper itself. A mean that the source does not
+print is computed here from its values and marked so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any, Literal
 
 from ray_cxr.labels import FINDINGS, NO_FINDING
@@ -42,8 +44,11 @@ class Published:
     tested: Tested
     n_images: int | None = None
     aurocs: Mapping[str, PublishedAuroc] = field(default_factory=dict)  # by finding; empty for a mean only
-    mean: float | None = None  # over the 14 findings as printed
+    mean: float | None = None  # over the 14 findings
     mean_to: float | None = None  # upper end if the source gives a range of means
+    mean_low: float | None = None  # 95% interval of the mean from resampled patients, if printed
+    mean_high: float | None = None
+    mean_computed: bool = False  # whether the source prints no mean, so that it was computed from its values
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of metrics.json."""
@@ -105,21 +110,21 @@ def _compare_means(findings: Sequence[str]) -> str | None:
 
 
 _TABLE = """
-    Finding              Wang     Yao    CheXNet   Zech   Zech_part
-    Atelectasis         0.716    0.772    0.8094   0.8180   0.779
-    Cardiomegaly        0.807    0.904    0.9248   0.9090   0.889
-    Consolidation       0.708    0.788    0.7901   0.8002   0.742
-    Edema               0.835    0.882    0.8878   0.8945   0.811
-    Effusion            0.784    0.859    0.8638   0.8827   0.818
-    Emphysema           0.815    0.829    0.9371   0.9316   0.933
-    Fibrosis            0.769    0.767    0.8047   0.8251   0.834
-    Hernia              0.767    0.914    0.9164   0.9175   0.994
-    Infiltration        0.609    0.695    0.7345   0.7156   0.709
-    Mass                0.706    0.792    0.8676   0.8377   0.820
-    Nodule              0.671    0.717    0.7802   0.7756   0.767
-    Pleural_Thickening  0.708    0.765    0.8062   0.7889   0.751
-    Pneumonia           0.633    0.713    0.7680   0.7617   0.725
-    Pneumothorax        0.806    0.841    0.8887   0.8776   0.883
+    Finding              Wang     Yao    CheXNet   Zech   Zech_part   Wang_official
+    Atelectasis         0.716    0.772    0.8094   0.8180   0.779   0.7003
+    Cardiomegaly        0.807    0.904    0.9248   0.9090   0.889   0.8100
+    Consolidation       0.708    0.788    0.7901   0.8002   0.742   0.7032
+    Edema               0.835    0.882    0.8878   0.8945   0.811   0.8052
+    Effusion            0.784    0.859    0.8638   0.8827   0.818   0.7585
+    Emphysema           0.815    0.829    0.9371   0.9316   0.933   0.8330
+    Fibrosis            0.769    0.767    0.8047   0.8251   0.834   0.7859
+    Hernia              0.767    0.914    0.9164   0.9175   0.994   0.8717
+    Infiltration        0.609    0.695    0.7345   0.7156   0.709   0.6614
+    Mass                0.706    0.792    0.8676   0.8377   0.820   0.6933
+    Nodule              0.671    0.717    0.7802   0.7756   0.767   0.6687
+    Pleural_Thickening  0.708    0.765    0.8062   0.7889   0.751   0.6835
+    Pneumonia           0.633    0.713    0.7680   0.7617   0.725   0.6580
+    Pneumothorax        0.806    0.841    0.8887   0.8776   0.883   0.7993
 """
 _FINDINGS, *_COLUMNS = zip(*(line.split() for line in _TABLE.strip().splitlines()), strict=True)
 #: AUROC by the heading of a column, and by finding.
@@ -127,6 +132,7 @@ _AUROCS = {
     name: {finding: PublishedAuroc(float(value)) for finding, value in zip(_FINDINGS[1:], values, strict=True)}
     for name, *values in _COLUMNS
 }
+_MEANS = {name: fmean(printed.auroc for printed in aurocs.values()) for name, aurocs in _AUROCS.items()}
 _CONSENSUS = {
     "Atelectasis": PublishedAuroc(0.862, 0.825, 0.895),
     "Cardiomegaly": PublishedAuroc(0.831, 0.790, 0.870),
@@ -139,7 +145,8 @@ _CONSENSUS = {
 }
 _OFFICIAL = "NIH's official test split, complete, with NIH's labels"
 _UNNAMED = "ChestX-ray14, on a split that this source does not name"
-_LISTED = "Xiao et al., WACV 2023; as listed in the README of lambert-x/medical_mae"
+_LISTED = "Xiao et al., WACV 2023, arXiv 2210.12843; as listed in the README of lambert-x/medical_mae"
+_YZAZA = "nih-cxr-models of Yzaza on Hugging Face; as read in the model card"
 
 #: Every record, oldest first.
 PUBLISHED: tuple[Published, ...] = (
@@ -149,7 +156,18 @@ PUBLISHED: tuple[Published, ...] = (
         _UNNAMED,
         "unknown",
         aurocs=_AUROCS["Wang"],
-        mean=0.738,
+        mean=_MEANS["Wang"],
+        mean_computed=True,
+    ),
+    Published(
+        "Wang et al. 2017, official split",
+        "ChestX-ray8, arXiv 1705.02315, table 17 of its later version: ResNet-50",
+        _OFFICIAL,
+        "official",
+        n_images=OFFICIAL_TEST_IMAGES,
+        aurocs=_AUROCS["Wang_official"],
+        mean=_MEANS["Wang_official"],
+        mean_computed=True,
     ),
     Published(
         "Yao et al. 2017",
@@ -157,7 +175,8 @@ PUBLISHED: tuple[Published, ...] = (
         _UNNAMED,
         "unknown",
         aurocs=_AUROCS["Yao"],
-        mean=0.803,
+        mean=_MEANS["Yao"],
+        mean_computed=True,
     ),
     Published(
         "CheXNet 2017",
@@ -182,7 +201,8 @@ PUBLISHED: tuple[Published, ...] = (
         "patient",
         n_images=22_433,
         aurocs=_AUROCS["Zech"],
-        mean=0.838,
+        mean=_MEANS["Zech"],
+        mean_computed=True,
     ),
     Published(
         "The same model of J. Zech, official part",
@@ -191,12 +211,21 @@ PUBLISHED: tuple[Published, ...] = (
         "official_part",
         n_images=5_213,
         aurocs=_AUROCS["Zech_part"],
-        mean=0.818,
+        mean=_MEANS["Zech_part"],
+        mean_computed=True,
     ),
-    Published("DenseNet-121, official split", _LISTED, _OFFICIAL, "official", OFFICIAL_TEST_IMAGES, mean=0.822),
+    Published(
+        "DenseNet-121, official split",
+        f"{_LISTED}: 0.822 from ImageNet weights, 0.806 from MoCo v2 and 0.812 from MAE on radiographs",
+        _OFFICIAL,
+        "official",
+        n_images=OFFICIAL_TEST_IMAGES,
+        mean=0.806,
+        mean_to=0.822,
+    ),
     Published(
         "ResNet-50, official split",
-        f"{_LISTED}, for several pre-training methods",
+        f"{_LISTED}, from ImageNet weights by MoCo v2, BYOL and SwAV",
         _OFFICIAL,
         "official",
         n_images=OFFICIAL_TEST_IMAGES,
@@ -204,4 +233,74 @@ PUBLISHED: tuple[Published, ...] = (
         mean_to=0.815,
     ),
     Published("ViT-B, official split", _LISTED, _OFFICIAL, "official", OFFICIAL_TEST_IMAGES, mean=0.830),
+    Published(
+        "Ensemble of grisha1998, 384 and 512 px",
+        "chestxray14-official-ensemble on Hugging Face; as read in the model card: ConvNeXt-S, Swin-B, DenseNet-121",
+        _OFFICIAL,
+        "official",
+        n_images=OFFICIAL_TEST_IMAGES,
+        mean=0.8222,
+    ),
+    Published(
+        "DenseNet-121 of Yzaza, 320 px",
+        _YZAZA,
+        _OFFICIAL,
+        "official",
+        n_images=OFFICIAL_TEST_IMAGES,
+        mean=0.8106,
+        mean_low=0.8036,
+        mean_high=0.8167,
+    ),
+    Published(
+        "Swin-T of Yzaza, 320 px",
+        _YZAZA,
+        _OFFICIAL,
+        "official",
+        n_images=OFFICIAL_TEST_IMAGES,
+        mean=0.8184,
+        mean_low=0.8127,
+        mean_high=0.8236,
+    ),
+    Published(
+        "DenseNet-121 of nessi10",
+        "chestxray14-cnn-vs-transformers on Hugging Face; as read in the model card; 200 resamples of patients",
+        _OFFICIAL,
+        "official",
+        n_images=OFFICIAL_TEST_IMAGES,
+        mean=0.805,
+        mean_low=0.799,
+        mean_high=0.811,
+    ),
 )
+
+# Accuracy of localisation in Wang et al. 2017 (arXiv 1705.02315, tables 4 and 7), in the order of the findings above
+# each table; a row is one threshold. It is the share of a finding's boxes found, at T(IoBB) and at T(IoU).
+_WANG_BOXES = {
+    "iobb": """
+    T     Atelectasis Cardiomegaly Effusion Infiltration Mass    Nodule  Pneumonia  Pneumothorax
+    0.1   0.7277      0.9931       0.7124   0.7886       0.4352  0.1645  0.7500     0.4591
+    0.25  0.5500      0.9794       0.5424   0.5772       0.2823  0.0506  0.5583     0.3469
+    0.5   0.2833      0.8767       0.3333   0.4227       0.1411  0.0126  0.3833     0.1836
+    0.75  0.1666      0.7260       0.2418   0.3252       0.1176  0.0126  0.2583     0.1020
+    0.9   0.1333      0.6849       0.2091   0.2520       0.0588  0.0126  0.2416     0.0816
+""",
+    "iou": """
+    T     Atelectasis Cardiomegaly Effusion Infiltration Mass    Nodule  Pneumonia  Pneumothorax
+    0.1   0.6888      0.9383       0.6601   0.7073       0.4000  0.1392  0.6333     0.3775
+    0.2   0.4722      0.6849       0.4509   0.4796       0.2588  0.0506  0.3500     0.2346
+    0.3   0.2444      0.4589       0.3006   0.2764       0.1529  0.0379  0.1666     0.1326
+    0.4   0.0944      0.2808       0.2026   0.1219       0.0705  0.0126  0.0750     0.0714
+    0.5   0.0500      0.1780       0.1111   0.0650       0.0117  0.0126  0.0333     0.0306
+    0.6   0.0222      0.0753       0.0457   0.0243       0.0000  0.0126  0.0166     0.0306
+    0.7   0.0055      0.0273       0.0196   0.0000       0.0000  0.0000  0.0083     0.0204
+""",
+}
+
+
+def _read_box_accuracy(table: str) -> dict[str, dict[str, float]]:
+    (_, *findings), *rows = (line.split() for line in table.strip().splitlines())
+    return {finding: {row[0]: float(row[column]) for row in rows} for column, finding in enumerate(findings, start=1)}
+
+
+#: Accuracy of Wang et al. by measure (`iobb`, `iou`), finding and threshold.
+WANG_BOX_ACCURACY = {measure: _read_box_accuracy(table) for measure, table in _WANG_BOXES.items()}

@@ -199,21 +199,22 @@ def _format_ratio(ratio: float) -> str:
 
 
 def plot_localisation(found: Localisation) -> Figure:
-    """Plot hit rate and, per threshold of overlap, the share of boxes found; short bars mark chance."""
+    """Plot hit rate and, per level of overlap, the share of cases that reach it; bars mark chance and ceiling."""
     rows: list[tuple[str, FindingLocalisation]] = [*found.findings.items(), ("All findings", found.overall)]
-    # Thresholds that no finding has a rate for are left out.
-    rates = {t: [Estimate.of(row.accuracy[i]) for _, row in rows] for i, t in enumerate(IOU_LEVELS)}
+    # Levels that no finding has a rate for are left out.
+    rates = {t: [Estimate.of(row.iou_at_least[t]) for _, row in rows] for t in IOU_LEVELS}
     rates = {threshold: values for threshold, values in rates.items() if any(values)}
     hits = [Estimate.of(row.hit_rate) for _, row in rows]
     lines = [
         _Line((format_finding(name), f"{row.n:,}"), (hit.format(percent=True) if hit else "undefined", ""))
         for (name, row), hit in zip(rows, hits, strict=True)
     ]
-    titles = ["hit rate: the map peaks in the box", "boxes found: IoU of map and box ≥ T"]
+    titles = ["hit rate: the map peaks in the box", "share of cases whose region and boxes overlap"]
     marks = dict(zip(rates, itertools.cycle(_THRESHOLD_MARKS), strict=False))
     legend: list[Artist] = [
         plots.create_line_entry("chance", INK, "-"),
-        *(plots.create_marker_entry(f"T = {threshold:g}", *mark) for threshold, mark in marks.items()),
+        plots.create_line_entry("ceiling of these maps", MUTED, ":"),
+        *(plots.create_marker_entry(f"IoU ≥ {threshold:g}", *mark) for threshold, mark in marks.items()),
     ]
     height = max(_ROW, 0.09 + 0.105 * len(rates))
     figure, axes = _draw_forest(lines, ("", "cases"), titles if rates else titles[:1], legend, height=height)
@@ -224,8 +225,9 @@ def plot_localisation(found: Localisation) -> Figure:
             ax.axhline(y + 0.5, color=FAINT, linewidth=0.7)
     for y, ((_, row), hit) in enumerate(zip(rows, hits, strict=True)):
         _draw_estimate(axes[0], y, hit, colour=BLUE, marker="o")
-        if row.chance is not None:
-            axes[0].plot([row.chance] * 2, [y - 0.28, y + 0.28], color=INK, linewidth=1.6)
+        for limit, colour, style in ((row.chance, INK, "-"), (row.ceiling, MUTED, ":")):
+            if limit is not None:
+                axes[0].plot([limit] * 2, [y - 0.28, y + 0.28], color=colour, linestyle=style, linewidth=1.6)
         for index, (threshold, values) in enumerate(rates.items()):
             offset = 0.8 * ((index + 0.5) / len(rates) - 0.5)
             colour, marker = marks[threshold]

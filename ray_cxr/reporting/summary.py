@@ -121,7 +121,8 @@ def _summarize_comparisons(result: ReportResult) -> list[str]:
     if overall is not None and overall.hit_rate.value is not None:
         sentences.append(
             f"Heat maps peak inside the radiologist's box in {html.format_percent(overall.hit_rate.value, 0)} of "
-            f"{overall.n:,} cases, against {html.format_percent(overall.chance, 0)} for a random point."
+            f"{overall.n:,} cases, against {html.format_percent(overall.chance, 0)} for a random point and at most "
+            f"{html.format_percent(overall.ceiling, 0)} for any map of this size."
         )
     if result.drift is not None:
         measured = result.drift.measured

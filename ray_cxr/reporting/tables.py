@@ -102,11 +102,16 @@ def _estimate(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _list_localisation(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for finding, entry in (*found["findings"].items(), (None, found["overall"])):
         names = {"section": "localisation", "finding": finding, "n": entry["n"]}
-        for name in ("hit_rate", "iou"):
+        for name in ("hit_rate", "hit_rate_inside", "iou", "tuned_iou"):
             yield {**names, **_number(entry, name, {name: entry[f"{name}_reason"]})}
-        for level, rate in entry["accuracy"].items():
-            number = _number(rate, "accuracy", {"accuracy": rate["accuracy_reason"]})
-            yield {**names, **number, "metric": f"IoU >= {level}"}
+        for name in ("ceiling", "ceiling_inside"):
+            yield {**names, "metric": name, "value": entry[name]}
+        rates = [(rate, "share", f"IoU >= {level}") for level, rate in entry["iou_at_least"].items()]
+        for measure, thresholds in entry["wang"].items():
+            for kind, label in (("accuracy", "box accuracy"), ("false_boxes", "false boxes per case")):
+                rates += [(rate, kind, f"{label}, {measure} > {level}") for level, rate in thresholds.items()]
+        for rate, name, metric in rates:
+            yield {**names, **_number(rate, name, {name: rate[f"{name}_reason"]}), "metric": metric}
 
 
 def _list_drift(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_cxr.evaluation import localisation
+from ray_cxr.data.boxes import read_boxes
+from ray_cxr.evaluation import heatmap_regions, localisation, published
 from ray_cxr.evaluation.localisation import measure_localisation
 
 SIDE = 1024
@@ -114,13 +116,13 @@ def test_overlap_equals_counted_pixels(shape: tuple[int, int], seed: int, boxes:
     assert found.box_share == pytest.approx(boxed.mean(), abs=1e-9)
 
 
-def test_accuracy_counts_maps_that_reach_each_level() -> None:
+def test_shares_count_maps_that_reach_each_level() -> None:
     heat = np.zeros((256, 256))
     heat[:64] = 1.0  # the upper quarter: 0 <= y <= 256
     tall = np.array([(0, 0, 1024, 256.0 / iou) for iou in (1.0, 0.625, 0.3125, 0.25)])
     maps, ids = {(i, "Mass"): heat for i in "abcd"}, list("abcd")
     overall = measure(maps, ids, ["Mass"] * 4, tall).overall
-    assert [rate.value for rate in overall.accuracy] == [1.0, 1.0, 0.5, 0.25]
+    assert [rate.value for rate in overall.iou_at_least.values()] == [1.0, 1.0, 0.5, 0.25]
     assert overall.iou.value == pytest.approx((1.0 + 0.625 + 0.3125 + 0.25) / 4)
 
 
@@ -132,9 +134,10 @@ def test_flat_and_missing_maps_are_counted() -> None:
     boxes[:] = (0, 0, 1024, 1024)
     whole = measure(maps, ids, findings, boxes)
     assert whole.notes() == []
-    # If all maps hit, there is no bootstrap interval.
+    # If all maps hit, all resamples agree: Wilson's lower limit for 10 of 10 patients is n / (n + 1.96^2).
     rate = whole.overall.hit_rate
-    assert (rate.value, rate.low, rate.high, bool(rate.reason)) == (1.0, None, None, True)
+    assert (rate.value, rate.high, rate.method, rate.reason) == (1.0, 1.0, "wilson", None)
+    assert rate.low == pytest.approx(10 / (10 + 1.959964**2))
     for i in range(4):
         del maps[f"{i}", "Mass"]
     maps["9", "Mass"] = np.zeros((4, 4))
@@ -145,7 +148,7 @@ def test_flat_and_missing_maps_are_counted() -> None:
     assert ["4 of 10" in result.notes()[0], "1 of 6" in result.notes()[1]] == [True, True]
     found = measure_image(None, [(0, 0, 10, 10)])
     assert (found.n, found.missing, found.hit_rate_of_all, found.chance, found.box_share) == (0, 1, 0, None, None)
-    for rate in (found.hit_rate, found.iou, *found.accuracy):
+    for rate in (found.hit_rate, found.iou, found.tuned_iou, *found.iou_at_least.values()):
         assert (rate.value, rate.low, rate.high, bool(rate.reason)) == (None, None, None, True)
     empty = measure({}, [], [], np.empty((0, 4)))
     assert (empty.findings, empty.overall.cases, empty.overall.hit_rate_of_all, empty.notes()) == ({}, 0, None, [])
@@ -204,13 +207,128 @@ def test_results_per_finding_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = read["findings"]["Mass"]
     assert (read["tolerance"], read["map_share"], read["iou_levels"]) == (15.0, 0.5, [0.1, 0.25, 0.5, 0.75])
     assert (entry["hit_rate"], entry["hit_rate_low"]) == (mass.hit_rate.value, mass.hit_rate.low)
-    assert entry["accuracy"]["0.1"]["accuracy"] == mass.accuracy[0].value
+    assert entry["iou_at_least"]["0.1"]["share"] == mass.iou_at_least[0.1].value
+    wang = entry["wang"]["iobb"]["0.25"]
+    assert (wang["accuracy"], wang["false_boxes"]) == (
+        mass.accuracy["iobb"][0.25].value,
+        mass.false_boxes["iobb"][0.25].value,
+    )
+    assert read["wang"]["published_accuracy"]["iobb"]["Nodule"]["0.1"] == 0.1645
     assert set(read["overall"]) == set(entry)
     # Results do not depend on the scale of coordinates and maps.
     monkeypatch.setattr(localisation, "TOLERANCE", 7.5)
     half = measure({key: 64 * heat for key, heat in maps.items()}, ids, findings, boxes / 2, image_side=512).overall
     expected = (result.overall.hits, result.overall.iou.value, result.overall.chance)
     assert (half.hits, half.iou.value, half.chance) == pytest.approx(expected)
+
+
+def draw_two_regions() -> np.ndarray:
+    """Draw two regions on the working grid of 4 x 4 pixels: x 120..200, y 40..80, and x 600..680, y 400..480."""
+    heat = np.zeros((256, 256))
+    heat[10:20, 30:50] = 200
+    heat[10:20, 30:40] = 255
+    heat[100:120, 150:170] = 100
+    return heat
+
+
+def test_boxes_are_drawn_around_regions_at_both_thresholds() -> None:
+    drawn = heatmap_regions.draw_boxes(draw_two_regions() / 255, SIDE)
+    # Above 60 of 255 both regions, above 180 the first alone.
+    first, second = [120, 40, 200, 80], [600, 400, 680, 480]
+    assert sorted(drawn.tolist()) == sorted([first, second, first])
+    # Diagonal neighbours are separate regions.
+    assert len(heatmap_regions.draw_boxes(np.eye(3), SIDE)) == 6
+    iobb, iou = heatmap_regions.compare_boxes(np.array([first, second]), np.array([[160, 40, 240, 120]]))
+    # The intersection has 40 x 40 pixels, the drawn box 80 x 40, the other 80 x 80.
+    assert iobb.ravel().tolist() == [0.5, 0.0]
+    assert iou.ravel().tolist() == [1600 / (3200 + 6400 - 1600), 0.0]
+
+
+def test_boxes_found_and_false_boxes() -> None:
+    # IoBB of the first region's two boxes is 0.5 with the first box; the second box is missed.
+    found = measure_image(draw_two_regions(), [(160, 40, 80, 80), (0, 900, 50, 50)])
+    assert {t: rate.value for t, rate in found.accuracy["iobb"].items()} == {
+        0.1: 0.5,
+        0.25: 0.5,
+        0.5: 0,
+        0.75: 0,
+        0.9: 0,
+    }
+    assert {t: rate.value for t, rate in found.false_boxes["iobb"].items()} == {
+        0.1: 1,
+        0.25: 1,
+        0.5: 3,
+        0.75: 3,
+        0.9: 3,
+    }
+    assert [rate.value for rate in found.accuracy["iou"].values()] == [0.5, 0, 0, 0, 0, 0, 0]
+    assert [rate.value for rate in found.false_boxes["iou"].values()] == [1, 3, 3, 3, 3, 3, 3]
+    # A constant added to a map changes no box: it is scaled to 0..255.
+    assert measure_image(draw_two_regions() + 50, [(160, 40, 80, 80), (0, 900, 50, 50)]).accuracy == found.accuracy
+    # Accuracy counts boxes, false boxes count per case: a flat map finds none and draws none.
+    maps = {("a", "Mass"): draw_two_regions(), ("b", "Mass"): np.zeros((7, 7))}
+    both = measure(maps, ["a", "b", "b"], ["Mass"] * 3, np.array([(120, 40, 80, 40)] * 3)).overall
+    assert (both.accuracy["iobb"][0.9].value, both.false_boxes["iobb"][0.9].value) == (pytest.approx(1 / 3), 0.5)
+
+
+def test_ceiling_is_the_best_hit_rate_of_any_map() -> None:
+    # Centres of 7 cells lie at 73.1 + 146.3 k pixels. Boxes of 60 pixels: on a centre, 10 pixels beside, between.
+    boxes = np.array([(60, 60, 60, 60), (83.2, 60, 60, 60), (116.3, 60, 60, 60)])
+    for column, hits in ((0, 1), (3, 0)):
+        maps = {(i, "Mass"): draw_peak(0, column, side=7) for i in "abc"}
+        found = measure(maps, list("abc"), ["Mass"] * 3, boxes).overall
+        assert (found.ceiling, found.ceiling_inside) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+        assert (found.hit_rate.value, found.hit_rate_inside.value) == (
+            pytest.approx(hits * 2 / 3),
+            pytest.approx(hits / 3),
+        )
+    rng = np.random.default_rng(3)
+    maps, ids, findings, boxes = draw_cases(40, seed=3)
+    # Maps drawn with knowledge of the boxes reach the ceiling, and no map exceeds it.
+    best = {key: np.zeros((7, 7)) for key in maps}
+    boxes[:, 2:] = rng.uniform(20, 150, (40, 2))
+    for i, (left, top, width, height) in zip(ids, boxes, strict=True):
+        centre = (np.arange(7) + 0.5) * SIDE / 7
+        y, x = ((low - 15 <= centre) & (centre <= low + size + 15) for low, size in ((top, height), (left, width)))
+        best[i, "Mass"][np.ix_(y, x)] = 1.0
+    found = measure(best, ids, findings, boxes)
+    assert 0 < found.overall.hits == sum(heat.any() for heat in best.values()) < 40
+    assert found.overall.ceiling == found.overall.hit_rate.value
+    assert found.map_shape == (7, 7)
+
+
+def test_ceiling_of_the_real_boxes(shared: Path) -> None:
+    table = read_boxes(str(shared / "nih" / "meta" / "BBox_List_2017.csv.gz"))
+    maps = {key: np.zeros((7, 7)) for key in zip(table.image_ids, table.findings, strict=True)}
+    found = measure(maps, table.image_ids, table.findings, table.xywh, n_resamples=1)
+    nodule = found.findings["Nodule"]
+    assert (nodule.n, nodule.ceiling, nodule.ceiling_inside) == (79, 33 / 79, 19 / 79)
+    assert found.overall.ceiling == 876 / 984
+    # Wang et al. print shares of these numbers of boxes, cut after four digits.
+    for finding, result in found.findings.items():
+        for accuracy in published.WANG_BOX_ACCURACY.values():
+            for printed in accuracy[finding].values():
+                assert any(0 <= count / result.boxes - printed < 1.01e-4 for count in range(result.boxes + 1))
+
+
+def test_threshold_is_tuned_on_other_patients() -> None:
+    # The box is where the map has at least 0.6; one patient's box is where it has at least 0.2.
+    levels = np.repeat(np.linspace(0.05, 0.95, 10), 26)[:256]
+    heat = np.vstack([levels] * 256)
+    right, wide = (4.0 * int((levels < level - 1e-9).sum()) for level in (0.65, 0.25))
+    ids = [f"{i}" for i in range(20)]
+    boxes = np.array([(wide if i == "0" else right, 0, SIDE - (wide if i == "0" else right), SIDE) for i in ids])
+    found = measure({(i, "Mass"): heat for i in ids}, ids, ["Mass"] * 20, boxes).overall
+    result = measure({(i, "Mass"): heat for i in ids}, ids, ["Mass"] * 20, boxes).findings["Mass"]
+    assert len(set(result.tuned_thresholds)) == 1
+    assert len(result.tuned_thresholds) == 5
+    # All others are measured at the level that fits them exactly; the odd one is not tuned on itself.
+    assert found.tuned_iou.value == pytest.approx((19 + (SIDE - right) / (SIDE - wide)) / 20)
+    # The threshold of two patients comes from the other one each.
+    two = measure({(i, "Mass"): heat for i in "01"}, list("01"), ["Mass"] * 2, boxes[:2]).overall
+    assert two.tuned_iou.value == pytest.approx((SIDE - right) / (SIDE - wide))
+    alone = measure_image(heat, [(0, 0, 100, 100)]).tuned_iou
+    assert (alone.value, alone.reason) == (None, "fewer than two patients")
 
 
 def test_bad_input_is_refused() -> None:

@@ -76,9 +76,11 @@ DRIFT = [
     found(0.0, 0.0, 0.002, name="Hernia", expected=0.004, verdict="ok"),
     found(0.02, 0.01, 0.03, name="Nodule", expected=None, verdict="unknown"),
 ]
-RATES = (found(0.6, 0.5, 0.7), UNDEFINED, found(0.2, 0.1, 0.3), UNDEFINED)
-ALL_CASES = SimpleNamespace(n=85, hit_rate=found(0.5, 0.4, 0.6), chance=0.07, accuracy=RATES)
-NODULE = SimpleNamespace(n=79, hit_rate=UNDEFINED, chance=None, accuracy=[UNDEFINED] * 4)
+RATES = {0.1: found(0.6, 0.5, 0.7), 0.25: UNDEFINED, 0.5: found(0.2, 0.1, 0.3), 0.75: UNDEFINED}
+ALL_CASES = SimpleNamespace(n=85, hit_rate=found(0.5, 0.4, 0.6), chance=0.07, ceiling=0.9, iou_at_least=RATES)
+NODULE = SimpleNamespace(
+    n=79, hit_rate=UNDEFINED, chance=None, ceiling=None, iou_at_least=dict.fromkeys(RATES, UNDEFINED)
+)
 LOCALISATION: Any = SimpleNamespace(findings={"Nodule": NODULE}, overall=ALL_CASES)
 EXAMPLE = Example(
     IMAGE, None, "Mass", ("Mass", "Edema"), (), (("Mass", 0.8, 0.5), ("Edema", 0.3, 0.4), ("Hernia", 0.1, None))
@@ -266,8 +268,9 @@ def test_drift_shows_ratios_and_which_exceed_chance(drawn: dict[str, Figure]) ->
 def test_localisation_has_a_mark_per_threshold_and_chance(drawn: dict[str, Figure]) -> None:
     hits, overlaps = charts(drawn["localisation"])
     assert (places(hits, "o"), places(overlaps, "o"), places(overlaps, "s")) == ([0.5], [0.6], [0.2])
-    assert {"T = 0.1", "T = 0.5", "chance", "85", "50% (40–60%)"} <= set(texts(drawn["localisation"]))
-    assert sum(list(line.get_xdata()) == [0.07, 0.07] for line in hits.lines) == 1
+    assert {"IoU ≥ 0.1", "IoU ≥ 0.5", "chance", "85", "50% (40–60%)"} <= set(texts(drawn["localisation"]))
+    for limit in (0.07, 0.9):  # chance and ceiling
+        assert sum(list(line.get_xdata()) == [limit, limit] for line in hits.lines) == 1
     without: Any = SimpleNamespace(findings={}, overall=NODULE)
     assert len(charts(forest_figures.plot_localisation(without))) == 1
 
