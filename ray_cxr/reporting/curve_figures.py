@@ -17,6 +17,7 @@ from scipy.special import logit
 
 from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.bootstrap import RocBand
+from ray_cxr.evaluation.reading_order import ReadingOrder
 from ray_cxr.reporting import plots
 from ray_cxr.reporting.plots import Estimate, format_finding
 
@@ -129,6 +130,24 @@ def plot_priorities(priority: np.ndarray) -> Figure:
         ax.set_xlim(0, 1)
     ax.set(xlabel="priority", ylabel="images")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def plot_reading_order(found: ReadingOrder) -> Figure:
+    """Plot the share of abnormal studies read against the share of the list read, with the best and the average order.
+
+    The band is the pointwise 95% interval.
+    """
+    figure, (ax,) = plots.create_axes(7.2, 4.2, grid="both")
+    keys = ("list_read", "abnormal_read", "low", "high")
+    x, y, low, high = (100 * np.array(found.curve[key], dtype=np.float64) for key in keys)
+    ax.plot([0, 100], [0, 100], label="first come, first served", **_CHANCE)
+    best = 100 * found.abnormal / found.studies
+    ax.plot([0, best, 100], [0, 100, 100], color=plots.GREEN, linewidth=1.2, label="all abnormal studies first")
+    ax.fill_between(x, low, high, color=plots.SKY, alpha=0.45, linewidth=0, label="95% interval")
+    ax.plot(x, y, color=plots.BLUE, linewidth=1.7, label="worklist")
+    ax.set(xlim=(0, 100), ylim=(0, 101), xlabel="share of the list read, %", ylabel="share of abnormal studies read, %")
+    ax.legend(loc="lower right", frameon=False, fontsize=8.5)
     return figure
 
 

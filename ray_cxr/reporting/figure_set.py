@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ray_cxr.evaluation import calibration
+from ray_cxr.evaluation.reading_order import ReadingOrder
 from ray_cxr.evaluation.subgroups import Difference, Subgroups
 from ray_cxr.labels import FINDINGS
 from ray_cxr.reporting import curve_figures, forest_figures, image_figures, label_figures
@@ -20,8 +21,8 @@ from ray_cxr.reporting.scores import Scores
 #: Names of all figures, in the order of the page.
 NAMES = (
     "auroc", "roc", "precision_recall", "reliability", "distributions", "subgroups", "subgroup_differences",
-    "compared", "consensus", "localisation", "drift", "examples", "heatmaps", "radiographs", "learning_curves",
-    "prevalence", "cooccurrence", "priority",
+    "reading_order", "compared", "consensus", "localisation", "drift", "examples", "heatmaps", "radiographs",
+    "learning_curves", "prevalence", "cooccurrence", "priority",
 )  # fmt: skip
 #: Names of the subgroups' attributes on the page.
 ATTRIBUTES = {"sex": "Sex", "age_band": "Age, years", "view": "View", "follow_up": "Follow-up"}
@@ -35,6 +36,8 @@ def draw_figures(table: Scores, result: ReportResult, seed: int) -> dict[str, Fi
         figures |= draw_evaluation(table, labelled.images, labelled.evaluation, seed)
         if isinstance(labelled.subgroups, Subgroups):
             figures |= _draw_subgroups(labelled.subgroups, labelled.evaluation.macro)
+        if isinstance(labelled.reading_order, ReadingOrder):
+            figures["reading_order"] = curve_figures.plot_reading_order(labelled.reading_order)
     if result.compared:
         figures["compared"] = forest_figures.plot_differences(result.compared)
     if result.consensus:
@@ -91,7 +94,7 @@ def draw_evaluation(
 
 
 def _draw_aurocs(evaluation: EvaluationResult) -> Figure:
-    aurocs = {finding: Estimate.of(found.auroc) for finding, found in evaluation.findings.items()}
+    aurocs = {finding: Estimate.of(found.auroc.shown) for finding, found in evaluation.findings.items()}
     known = {finding: auroc for finding, auroc in aurocs.items() if auroc is not None}
     return curve_figures.plot_aurocs(known, Estimate.of(evaluation.macro.auroc))
 
@@ -99,7 +102,7 @@ def _draw_aurocs(evaluation: EvaluationResult) -> Figure:
 def _build_panels(table: Scores, evaluated: EvaluationSet, evaluation: EvaluationResult) -> list[curve_figures.Panel]:
     panels = []
     for finding, found in evaluation.findings.items():
-        auroc = Estimate.of(found.auroc)
+        auroc = Estimate.of(found.auroc.shown)
         if auroc is None:
             continue
         labels, p = evaluated.labels[finding], table.p[finding][evaluated.rows]

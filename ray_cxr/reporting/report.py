@@ -18,12 +18,17 @@ from ray_cxr.config import read_toml
 from ray_cxr.data import manifest
 from ray_cxr.errors import InputError, OutputError, first_line
 from ray_cxr.evaluation import metrics, published
-from ray_cxr.evaluation.group_resamples import LabelledScores
+from ray_cxr.evaluation.alerts import find_abnormal
+from ray_cxr.evaluation.group_estimates import LabelledScores
 from ray_cxr.evaluation.groups import build_groups
 from ray_cxr.evaluation.subgroups import Subgroups, measure_groups
+from ray_cxr.evaluation.underdiagnosis import Underdiagnosis, measure_underdiagnosis
 from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.labels import FINDINGS, NO_FINDING, canonicalize, suggest
 from ray_cxr.reporting import figure_set, html, plots, tables
+from ray_cxr.reporting.abnormality import measure_ranking
+from ray_cxr.reporting.alerts import measure_alerts, measure_order, warn_of_alerts
+from ray_cxr.reporting.checklists import render_checklist
 from ray_cxr.reporting.comparators import compare_with_boxes, compare_with_consensus, compare_with_scores
 from ray_cxr.reporting.evaluation_set import EvaluationSet, Population, join_labels
 from ray_cxr.reporting.leakage import check_leakage
@@ -35,8 +40,6 @@ from ray_cxr.reporting.worklist import build_worklist, format_csv
 from ray_cxr.storage import atomic, remote, run_folder
 
 _log = logging.getLogger(__name__)
-#: Maximum numbers of resamples: for groups by one attribute; by a pair (often dozens, with up to 15 findings each).
-_SUBGROUP_RESAMPLES, _CROSSING_RESAMPLES = 500, 200
 _WORKLIST_ROWS = 25
 
 
@@ -53,7 +56,7 @@ def write_report(
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write metrics.json, metrics.parquet, figures (PNG and SVG), worklist.csv, report.md and, last, report.html.
+    """Write metrics.json, metrics.parquet, figures, worklist.csv, checklist.md, report.md and, last, report.html.
 
     Returns the content of metrics.json: float64 unrounded; undefined numbers are None, with a reason.
 
@@ -100,6 +103,7 @@ def write_report(
         labelled = None if labels is None else _evaluate_labels(table, labels, split, prevalences, bootstrap)
         evaluated = labelled.images if labelled else None
         population = evaluated or Population.select_scored(table)
+        alerts = measure_alerts(table, population, evaluated, bootstrap)
         result = ReportResult(
             split=split,
             n_images=len(population.rows),
@@ -108,6 +112,7 @@ def write_report(
             counts=Counts.count(table, evaluated.counts if evaluated else None),
             flag_rates=measure_flag_rates(table),
             drift=measure_drift(table, evaluated),
+            alerts=alerts,
             digests=_read_digests(table, labels, labelled),
             bootstrap=bootstrap if labels or consensus or boxes else None,
             consensus=None
@@ -117,7 +122,7 @@ def write_report(
             if compare is None or evaluated is None
             else compare_with_scores(table, evaluated, str(compare), bootstrap),
             boxes=None if boxes is None else compare_with_boxes(table, population, str(boxes), bootstrap),
-            notes=_list_notes(table, split, labelled),
+            notes=[*_list_notes(table, split, labelled), *warn_of_alerts(alerts)],
         )
         return _write(out, table, result, figure_set.draw_figures(table, result, seed))
 
@@ -130,10 +135,11 @@ def _evaluate_labels(
     leak_check = check_leakage(table, images.rows, images.patients, split, population)
     outputs = ModelOutputs.select(table, images.rows)
     evaluation = evaluate(outputs, images.labels, images.patients, prevalences=prevalences, bootstrap=bootstrap)
-    subgroups = _measure_subgroups(table, images, bootstrap)
+    subgroups, underdiagnosis = _measure_subgroups(table, images)
     n, findings = len(images.rows), evaluation.macro.findings
     papers = published.list_published(split, images.info.get("kind"), n_images=n, findings=findings)
-    return LabelResults(images, leak_check, evaluation, subgroups, papers)
+    order = measure_order(table, images, bootstrap)
+    return LabelResults(images, leak_check, evaluation, subgroups, underdiagnosis, order, papers, measure_ranking(table, images))
 
 
 def _read_prevalences(path: str) -> dict[str, float]:
@@ -159,22 +165,21 @@ def _read_prevalences(path: str) -> dict[str, float]:
     return prevalences
 
 
-def _measure_subgroups(table: Scores, evaluated: EvaluationSet, bootstrap: BootstrapSettings) -> Subgroups | str:
+def _measure_subgroups(table: Scores, evaluated: EvaluationSet) -> tuple[Subgroups | str, Underdiagnosis | str]:
     """Measure every subgroup, or return the reason why there is none."""
-    groups = build_groups(evaluated.sex, evaluated.age, evaluated.view, evaluated.follow_up)
-    if all(not group.is_known for group in groups):
-        return "the labels hold neither sex, age, view nor follow-up"
     names = [f for f in table.findings if (evaluated.labels[f] >= 0).any()]
     if not names:
-        return "no finding is both scored and labelled"
+        return ("no finding is both scored and labelled",) * 2
     no_flags = np.full(len(table.ids), -1)
     labels = np.column_stack([evaluated.labels[f] for f in names])
     p = np.column_stack([table.p[f] for f in names])[evaluated.rows]
     flags = np.column_stack([table.flags.get(f, no_flags) for f in names])[evaluated.rows]
     macro = np.array([f != NO_FINDING for f in names])
-    n, n_crossings = (min(bootstrap.n_resamples, limit) for limit in (_SUBGROUP_RESAMPLES, _CROSSING_RESAMPLES))
     images = LabelledScores.build(labels, p, flags, evaluated.patients, names, macro)
-    return measure_groups(groups, images, n_resamples=n, n_resamples_crossings=n_crossings, seed=bootstrap.seed)
+    groups = build_groups(evaluated.sex, evaluated.age, evaluated.view, evaluated.follow_up)
+    if all(not group.is_known for group in groups):
+        return ("the labels hold neither sex, age, view nor follow-up",) * 2
+    return measure_groups(groups, images), measure_underdiagnosis(groups, images, find_abnormal(evaluated.labels))
 
 
 def _read_digests(table: Scores, labels: str | Path | None, labelled: LabelResults | None) -> dict[str, Any]:
@@ -222,6 +227,7 @@ def _list_notes(table: Scores, split: str | None, labelled: LabelResults | None)
             f"{without_id:,} evaluated images have no patient id. Each counts as one patient in the intervals, which "
             "are too narrow if a patient has several images."
         )
+    notes.extend(table.ranking.notes)
     if table.ignored:
         shown = ", ".join(table.ignored[:8]) + (" …" if len(table.ignored) > 8 else "")
         notes.append(f"Columns of unknown findings were ignored: {shown}.")
@@ -260,6 +266,7 @@ def _write(out: Path, table: Scores, result: ReportResult, figures: Mapping[str,
         "attributes": figure_set.ATTRIBUTES,
         "assumed": {name: found for name, found in judged.items() if found["assumed_prevalence"] is not None},
     }
+    atomic.write_text(out / "checklist.md", render_checklist(plain, table, view["leak_check"]))
     atomic.write_text(out / "report.md", html.render(view, "report.md.j2"))
     atomic.write_text(out / "report.html", html.render(view))
     _log.debug("report in %s", out)

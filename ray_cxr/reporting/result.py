@@ -11,9 +11,13 @@ import numpy as np
 
 from ray_cxr.errors import ERROR_CODES
 from ray_cxr.evaluation import drift
+from ray_cxr.evaluation.alerts import Alerts
 from ray_cxr.evaluation.published import Published
+from ray_cxr.evaluation.reading_order import ReadingOrder
 from ray_cxr.evaluation.subgroups import Subgroups
+from ray_cxr.evaluation.underdiagnosis import Underdiagnosis
 from ray_cxr.imaging.demographics import PatientCount
+from ray_cxr.reporting.abnormality import RankingResult
 from ray_cxr.reporting.comparators import BoxResult, ConsensusResult, ScoreComparison
 from ray_cxr.reporting.evaluation_set import EvaluationSet, JoinCounts
 from ray_cxr.reporting.leakage import LeakCheck
@@ -108,7 +112,7 @@ class LabelResults:
     """The evaluation against labels.
 
     Attributes:
-        subgroups: the results, or the reason why there are none.
+        subgroups, underdiagnosis, reading_order: the results, or the reason why there are none.
         published: published results, each with the reason why it is not comparable, or None.
     """
 
@@ -116,10 +120,13 @@ class LabelResults:
     leak_check: LeakCheck
     evaluation: EvaluationResult
     subgroups: Subgroups | str
+    underdiagnosis: Underdiagnosis | str
+    reading_order: ReadingOrder | str
     published: list[tuple[Published, str | None]]
+    ranking: RankingResult
 
     def to_json(self) -> dict[str, Any]:
-        subgroups, published = self.subgroups, self.published
+        subgroups, missed, order, published = self.subgroups, self.underdiagnosis, self.reading_order, self.published
         return {
             "split_label": self.images.description,
             "split_kind": self.images.info.get("kind"),
@@ -127,6 +134,9 @@ class LabelResults:
             "leak_check": self.leak_check.to_json(),
             **self.evaluation.to_json(),
             "subgroups": {"reason": subgroups} if isinstance(subgroups, str) else subgroups.to_json(),
+            "underdiagnosis": {"reason": missed} if isinstance(missed, str) else missed.to_json(),
+            "abnormality": self.ranking.to_json(),
+            "reading_order": {"reason": order} if isinstance(order, str) else order.to_json(),
             "published": [{**paper.to_json(), "comparable": why is None, "reason": why} for paper, why in published],
         }
 
@@ -142,6 +152,7 @@ class ReportResult:
     counts: Counts
     flag_rates: dict[str, dict[str, Any]]
     drift: DriftResult | None
+    alerts: Alerts
     digests: dict[str, Any]
     bootstrap: BootstrapSettings | None
     consensus: ConsensusResult | None
@@ -151,7 +162,7 @@ class ReportResult:
 
     def to_json(self) -> dict[str, Any]:
         keys = ("split_label", "split_kind", "split_seed", "macro", "weighted", "leak_check", "subgroups")
-        unlabelled = dict.fromkeys(keys) | {"findings": {}, "published": []}
+        unlabelled = dict.fromkeys((*keys, "abnormality", "reading_order")) | {"findings": {}, "published": []}
         labelled = self.labelled.to_json() if self.labelled else unlabelled
         return {
             "split": self.split,
@@ -163,9 +174,10 @@ class ReportResult:
             "counts": self.counts.to_json(),
             "flag_rates": self.flag_rates,
             "drift": self.drift.to_json() if self.drift else None,
+            "alerts": self.alerts.to_json(),
             "digests": self.digests,
             "intervals": self.bootstrap.to_json() if self.bootstrap else None,
-            **{key: labelled[key] for key in ("leak_check", "subgroups", "published")},
+            **{key: labelled[key] for key in ("leak_check", "subgroups", "abnormality", "reading_order", "published")},
             "consensus": self.consensus.to_json() if self.consensus else None,
             "compared": self.compared.to_json() if self.compared else None,
             "localisation": self.boxes.to_json() if self.boxes else None,

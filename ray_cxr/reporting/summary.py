@@ -8,6 +8,7 @@ from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.intervals import NO_VARIATION
 from ray_cxr.evaluation.subgroups import Subgroups
 from ray_cxr.reporting import html, plots
+from ray_cxr.reporting.alerts import summarize_alerts
 from ray_cxr.reporting.measures import EvaluationResult, Measurement
 from ray_cxr.reporting.result import ReportResult
 
@@ -18,7 +19,10 @@ def list_remarks(evaluation: EvaluationResult) -> dict[str, str]:
     shown = [metric for metric in metrics.METRICS if metric.table == "main" and metric.key != "auroc"]
     for finding, result in evaluation.findings.items():
         unscored = 0 if result.auroc.value is None else result.unscored
-        constant = [metric.label for metric in shown if result.metrics[metric.key].interval_reason == NO_VARIATION]
+        measured = {metric.label: result.metrics[metric.key].shown for metric in shown}
+        constant = [
+            label for label, found in measured.items() if found.low is None and found.interval_reason == NO_VARIATION
+        ]
         parts = [
             f"undefined: {result.reason}" if result.reason else None,
             result.caution,
@@ -45,6 +49,8 @@ def summarize(result: ReportResult) -> list[str]:
         evaluated = f"{result.n_images:,} images of {result.patients}"
         sentences.append(f"{evaluated} were evaluated: {result.labelled.images.description}.")
         sentences += _summarize_evaluation(result.labelled.evaluation)
+        sentences += result.labelled.ranking.summarize()
+    sentences += summarize_alerts(result.alerts)
     if counts.errors:
         codes = ", ".join(f"{code} {n:,}" for code, n in counts.by_code.items())
         share = html.format_percent(counts.errors / counts.rows, 2)
@@ -72,8 +78,8 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> list[str]:
         if len(ranked) > 1:
             lowest = ", ".join(f"{plots.format_finding(f)} {aurocs[f]:.3f}" for f in ranked[: min(3, len(ranked) // 2)])
             sentences.append(f"Lowest: {lowest}. Highest: {plots.format_finding(ranked[-1])} {aurocs[ranked[-1]]:.3f}.")
-        bounds = {f: (findings[f].auroc.low, findings[f].auroc.high) for f in ranked}
-        known = {f: (low, high) for f, (low, high) in bounds.items() if low is not None and high is not None}
+        shown = {f: findings[f].auroc.shown for f in ranked}
+        known = {f: (a.low, a.high) for f, a in shown.items() if a.low is not None and a.high is not None}
         chance = [f for f, (low, high) in known.items() if low <= 0.5 <= high]
         if chance:
             sentences.append(f"Not distinguishable from chance: {_list_findings(chance)}.")

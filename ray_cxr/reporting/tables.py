@@ -10,7 +10,8 @@ import pyarrow as pa
 from ray_cxr.evaluation import metrics
 
 #: A row without a finding is about all findings. `attribute` is that of a subgroup, such as sex. `reason` explains a
-#: missing value or interval.
+#: missing value or interval. `interval_low` and `interval_high` are the interval that pages show where it is not low
+#: and high; `interval_method` is its method.
 SCHEMA = pa.schema(
     {
         **dict.fromkeys(("section", "finding", "attribute", "group", "metric"), pa.string()),
@@ -19,6 +20,8 @@ SCHEMA = pa.schema(
         **dict.fromkeys(("reason", "split", "split_kind"), pa.string()),
         "split_seed": pa.int64(),
         "labels_sha256": pa.string(),
+        **dict.fromkeys(("interval_low", "interval_high"), pa.float64()),
+        "interval_method": pa.string(),
     }
 )
 
@@ -35,6 +38,9 @@ def build_table(result: Mapping[str, Any]) -> pa.Table:
         (consensus and consensus["digest"], _list_evaluation(consensus, "consensus") if consensus else ()),
         (boxes and boxes["digest"], _list_localisation(boxes) if boxes else ()),
         (None, _list_drift(drift) if drift else ()),
+        (labels, _list_alerts(result["alerts"])),
+        (labels, _list_order(result["reading_order"] or {})),
+        (labels, _list_ranking(result["abnormality"]) if result["abnormality"] else ()),
     ]
     rows = [{**row, **split, "labels_sha256": digest} for digest, found in sections for row in found]
     return pa.Table.from_pylist(rows, schema=SCHEMA)
@@ -59,6 +65,7 @@ def _number(entry: Mapping[str, Any], name: str, reasons: Mapping[str, str | Non
         "low": entry.get(f"{name}_low"),
         "high": entry.get(f"{name}_high"),
         "reason": reasons.get(name) or reasons.get(f"{name}_low"),
+        **{column: entry.get(f"{name}_{column}") for column in ("interval_low", "interval_high", "interval_method")},
     }
 
 
@@ -122,3 +129,37 @@ def _list_drift(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for finding, scores in found["scores"].items():
         names = {"section": "drift", "finding": finding, "n": scores["n"], "reason": scores["reason"]}
         yield {**names, "metric": "population stability index", "value": scores["psi"]}
+
+
+def _list_alerts(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for rule in found["rules"]:
+        for name, share in rule["shares"].items():
+            names = {"section": "alerts", "group": rule["rule"], "metric": name, "n": share["n"]}
+            yield {**names, **_estimate(share, "value")}
+
+
+def _list_ranking(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    names = ("abnormality_auroc", "priority_auroc")
+    levels = [
+        (None, f"{level} {name}", found[level][name])
+        for level in ("images", "studies")
+        for name in names
+        if found[level]
+    ]
+    pairs = [(finding, name, share) for finding, pair in found["findings"].items() for name, share in pair.items()]
+    for finding, metric, share in (*levels, (None, "top_finding", found["top_finding"]), *pairs):
+        row = {"section": "abnormality", "finding": finding, "metric": metric, "n": share["n"]}
+        yield {**row, **_estimate(share, "value")}
+
+
+def _list_order(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    if "position" not in found:
+        return
+    shares = {name: found[name] for name in ("position", "normal_position", "minutes_sooner")}
+    shares |= {f"abnormal read in {percent}% of the list": share for percent, share in found["read"].items()}
+    for finding, metric, share in (
+        *((None, name, share) for name, share in shares.items()),
+        *((finding, "position", share) for finding, share in found["findings"].items()),
+    ):
+        names = {"section": "reading order", "finding": finding, "metric": metric, "n": share["n"]}
+        yield {**names, **_estimate(share, "value")}

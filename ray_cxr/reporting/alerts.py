@@ -1,0 +1,127 @@
+"""The alert budget and the reading order of a report's images, from a score table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ray_cxr.evaluation import alerts, calibration
+from ray_cxr.evaluation.alerts import Alerts, RuleAlerts
+from ray_cxr.evaluation.reading_order import ReadingOrder, measure_reading_order
+from ray_cxr.labels import NO_FINDING
+from ray_cxr.reporting.evaluation_set import EvaluationSet, Population
+from ray_cxr.reporting.html import format_percent
+from ray_cxr.reporting.measures import BootstrapSettings
+from ray_cxr.reporting.ranking import group_studies
+from ray_cxr.reporting.scores import Scores, finite_or_none
+
+
+def measure_alerts(
+    table: Scores, population: Population, evaluated: EvaluationSet | None, bootstrap: BootstrapSettings
+) -> Alerts:
+    """Measure what the model's operating points and each alternative rule flag; `evaluated` has the labels, if any."""
+    findings = [finding for finding in table.findings if finding != NO_FINDING]
+    n = len(population.rows)
+    flags = {rule: found for rule, found in _flag(table, findings, population.rows).items() if (found >= 0).any()}
+    unknown = np.full(n, -1, dtype=np.int8)
+    labels = [unknown if evaluated is None else evaluated.labels[finding] for finding in findings]
+    abnormal = unknown if evaluated is None else alerts.find_abnormal(evaluated.labels)
+    shares = alerts.measure_rules(
+        flags,
+        np.column_stack([*labels, unknown])[:, : len(findings)],
+        abnormal,
+        population.patients,
+        n_resamples=bootstrap.n_resamples,
+        seed=bootstrap.seed,
+    )
+    chosen = _name_rule(table.operating_points, findings)
+    counts = (int((abnormal == status).sum()) for status in (1, 0, -1))
+    rules = (
+        RuleAlerts(rule, rule == chosen, int((flags[rule] >= 0).any(axis=0).sum()), found)
+        for rule, found in shares.items()
+    )
+    reason = None if flags else "the scores have neither flags nor a model with operating points"
+    images = "all scored images" if evaluated is None else f"the evaluated images ({evaluated.description})"
+    return Alerts(images, *counts, tuple(rules), reason)
+
+
+def _flag(table: Scores, findings: list[str], rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the flags of the chosen rule and of each alternative of the bundle, int8 [n, F] with -1 for none."""
+    stored = table.model.get("operating_alternatives") or {}
+    missing = np.full(len(table.ids), -1, dtype=np.int8)
+    flags = {_name_rule(table.operating_points, findings): [table.flags.get(f, missing)[rows] for f in findings]}
+    for rule in dict.fromkeys(rule for points in stored.values() for rule in points or {}):
+        flags.setdefault(rule, [_apply(table.p[f][rows], (stored.get(f) or {}).get(rule)) for f in findings])
+    return {rule: np.column_stack([*found, missing[rows]])[:, : len(findings)] for rule, found in flags.items()}
+
+
+def _apply(p: np.ndarray, point: Mapping[str, Any] | None) -> np.ndarray:
+    threshold = finite_or_none((point or {}).get("threshold"))
+    if threshold is None:
+        return np.full(len(p), -1, dtype=np.int8)
+    return np.where(np.isnan(p), np.int8(-1), calibration.apply_threshold(p, threshold).astype(np.int8))
+
+
+def _name_rule(points: Mapping[str, Any], findings: list[str]) -> str:
+    rules = {str(point.get("rule")) for f in findings if (point := points.get(f))}
+    return "flags of the score table" if not rules else rules.pop() if len(rules) == 1 else "several rules"
+
+
+def measure_order(table: Scores, evaluated: EvaluationSet, bootstrap: BootstrapSettings) -> ReadingOrder | str:
+    """Measure how much sooner studies with findings are read in the order of the worklist; or return why not."""
+    rows = evaluated.rows
+    codes, n_studies = group_studies(table.patients[rows], table.studies[rows])
+    _, priority, _ = table.ranking.rank_groups(codes, n_studies, rows, table.priority)
+    ranked = np.isfinite(priority)
+    if not ranked.any():
+        return "the scores have no priority"
+    names = [f for f, y in evaluated.labels.items() if f != NO_FINDING and (y == 1).any()]
+    labels = np.column_stack([alerts.find_abnormal(evaluated.labels), *(evaluated.labels[f] for f in names)])
+    # A study has a finding if one of its images has it, and lacks it if all lack it.
+    order = np.argsort(codes, kind="stable")
+    starts = np.searchsorted(codes[order], np.arange(n_studies))
+    present, absent = (
+        combine.reduceat(labels[order] == value, starts, axis=0)
+        for combine, value in ((np.logical_or, 1), (np.logical_and, 0))
+    )
+    status = np.where(present, 1, np.where(absent, 0, -1)).astype(np.int8)[ranked]
+    return measure_reading_order(
+        priority[ranked],
+        status[:, 0],
+        status[:, 1:],
+        names,
+        evaluated.patients[order[starts]][ranked],
+        n_resamples=bootstrap.n_resamples,
+        seed=bootstrap.seed,
+    )
+
+
+def summarize_alerts(found: Alerts) -> list[str]:
+    """Return a sentence on the flags of the chosen rule; nothing without flags."""
+    if found.chosen is None or found.chosen.shares["images_flagged"].value is None:
+        return []
+    flagged, without, with_finding = (found.chosen.shares[key] for key in list(alerts.MEASURES)[:3])
+    interval = "no interval"
+    if flagged.low is not None:
+        interval = f"95% interval {format_percent(flagged.low, 0)} to {format_percent(flagged.high, 0)}"
+    parts = [
+        f"{format_percent(share.value, 0)} of those {kind} a finding"
+        for share, kind in ((without, "without"), (with_finding, "with"))
+        if share.value is not None
+    ]
+    split = f": {', '.join(parts)}" if parts else ""
+    share = f"{format_percent(flagged.value, 0)} of images ({interval}) have at least one flag"
+    return [f"With the rule {found.chosen.rule}, {share}{split}."]
+
+
+def warn_of_alerts(found: Alerts) -> list[str]:
+    """Return a warning if the chosen rule flags most images."""
+    share = found.chosen.shares["images_flagged"].value if found.chosen else None
+    if share is None or share <= alerts.MANY:
+        return []
+    return [
+        f"{format_percent(share, 0)} of images have at least one flag, so a flag hardly separates images. A rule such "
+        "as any_flag_rate=0.3 limits this share (see the alert budget)."
+    ]

@@ -1,0 +1,117 @@
+"""Alert budget and reading order in a report, against counts from the archive's own scores and labels."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from score_archive import FEW, Archive, Report, report
+
+from ray_cxr.labels import NO_FINDING
+
+ALTERNATIVES = {
+    "Cardiomegaly": {"specificity=0.9": {"threshold": 0.6}},
+    "Effusion": {"specificity=0.9": {"threshold": 0.7}},
+    "Hernia": {"specificity=0.9": None},
+    NO_FINDING: {"specificity=0.9": {"threshold": 0.001}},  # not counted
+}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    root = tmp_path_factory.mktemp("alerts")
+    archive = Archive(root)
+    archive.y[NO_FINDING] = 1 - np.max([archive.y[f] for f in FEW], axis=0)
+    scores = archive.scores(operating_alternatives=ALTERNATIVES)
+    return report(archive, root / "report", scores=scores, labels=archive.labels(), split="test")
+
+
+def test_alerts_of_each_rule_are_counted(evaluated: Report) -> None:
+    archive, found = evaluated.archive, evaluated.metrics["alerts"]
+    tested = archive.tested
+    abnormal = np.any([archive.y[f][tested] == 1 for f in FEW], axis=0)
+    assert (found["n_with_finding"], found["n_without_finding"]) == (abnormal.sum(), (~abnormal).sum())
+    chosen, other = found["rules"]
+    thresholds = {"youden": dict.fromkeys(FEW, 0.3), "specificity=0.9": {"Cardiomegaly": 0.6, "Effusion": 0.7}}
+    for rule, name, is_chosen in ((chosen, "youden", True), (other, "specificity=0.9", False)):
+        assert (rule["rule"], rule["chosen"], rule["findings"]) == (name, is_chosen, len(thresholds[name]))
+        flags = {f: archive.p[f][tested] >= t for f, t in thresholds[name].items()}
+        flagged = np.any(list(flags.values()), axis=0)
+        right = sum((flags[f] & (archive.y[f][tested] == 1)).sum() for f in flags)
+        total = sum(map(np.sum, flags.values()))
+        patients = np.array(archive.patient)[tested]
+        expected = {
+            "images_flagged": flagged.mean(),
+            "images_flagged_without_finding": flagged[~abnormal].mean(),
+            "images_flagged_with_finding": flagged[abnormal].mean(),
+            "patients_flagged": len(set(patients[flagged])) / len(set(patients)),
+            "flags_per_image": total / len(flagged),
+            "flag_ppv": right / total,
+            "any_flag_ppv": abnormal[flagged].mean(),
+        }
+        for key, value in expected.items():
+            share = rule["shares"][key]
+            assert share["value"] == pytest.approx(value)
+            assert share["low"] <= share["value"] <= share["high"]
+    assert f"With the rule youden, {100 * chosen['shares']['images_flagged']['value']:.0f}% of images" in evaluated.page
+    table = pq.read_table(evaluated.out / "metrics.parquet").to_pandas()
+    row = table[
+        (table["section"] == "alerts") & (table["group"] == "specificity=0.9") & (table["metric"] == "flag_ppv")
+    ]
+    assert row["value"].item() == other["shares"]["flag_ppv"]["value"]
+
+
+def test_reading_order_is_that_of_the_studies(evaluated: Report) -> None:
+    found, archive = evaluated.metrics["reading_order"], evaluated.archive
+    tested = np.flatnonzero(archive.tested)
+    studies: dict[tuple[object, ...], list[int]] = {}
+    for row in tested:
+        study = archive.study[row]
+        studies.setdefault((row,) if study is None else (archive.patient[row], study), []).append(row)
+    # Two images of a study: the first study of the worklist is the first of the list.
+    assert found["studies"] == len(studies)
+    abnormal = [any(archive.y[f][row] for f in FEW for row in rows) for rows in studies.values()]
+    assert found["abnormal"] == sum(abnormal)
+    assert found["best_position"] == pytest.approx(sum(abnormal) / len(abnormal) / 2)
+    assert found["best_position"] < found["position"]["value"] < 0.5 < found["normal_position"]["value"]
+    assert found["minutes_sooner"]["value"] == pytest.approx((0.5 - found["position"]["value"]) * 200)
+    with_effusion = sum(any(archive.y["Effusion"][row] for row in rows) for rows in studies.values())
+    assert found["findings"]["Effusion"]["n"] == with_effusion
+    assert set(found["findings"]) == {"Cardiomegaly", "Effusion"}  # Hernia has no positive
+
+
+def test_most_images_flagged_is_a_warning(evaluated: Report, tmp_path: Path) -> None:
+    share = evaluated.metrics["alerts"]["rules"][0]["shares"]["images_flagged"]["value"]
+    warned = any("at least one flag" in note for note in evaluated.metrics["notes"])
+    assert warned == (share > 0.5)
+    archive = Archive(tmp_path, patients=20)
+    archive.threshold = 0.02
+    notes = report(archive, tmp_path / "report").metrics["notes"]
+    assert any("at least one flag" in note for note in notes)
+
+
+def test_alerts_without_labels_or_rules(tmp_path: Path) -> None:
+    archive = Archive(tmp_path, patients=20)
+    found = report(archive, tmp_path / "report")
+    shares = found.metrics["alerts"]["rules"][0]["shares"]
+    known = {"images_flagged", "patients_flagged", "flags_per_image"}
+    assert {key for key, share in shares.items() if share["value"] is not None} == known
+    assert found.metrics["reading_order"] is None
+    assert "flag_ppv" not in found.page
+    # Another system's probabilities: neither flags nor thresholds, but an order.
+    table = pq.read_table(tmp_path / "SCORES" / "scores").select(["image_id", "patient_id", "p_Effusion"])
+    pq.write_table(table.filter(table["p_Effusion"].is_valid()), tmp_path / "foreign.parquet")
+    labels = archive.labels()
+    found = report(archive, tmp_path / "foreign", scores=str(tmp_path / "foreign.parquet"), labels=labels)
+    assert found.metrics["alerts"]["rules"] == []
+    assert f"Not measured: {found.metrics['alerts']['reason']}" in found.page
+    assert math.isfinite(found.metrics["reading_order"]["position"]["value"])
+    nothing = {f: [0] * archive.n for f in FEW} | {NO_FINDING: [1] * archive.n}
+    found = report(
+        archive, tmp_path / "healthy", scores=str(tmp_path / "foreign.parquet"), labels=archive.labels(**nothing)
+    )
+    assert found.metrics["reading_order"] == {"reason": "no study is known to have a finding"}
+    assert "no study is known to have a finding" in found.page
