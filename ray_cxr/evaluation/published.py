@@ -146,7 +146,13 @@ _CONSENSUS = {
 _OFFICIAL = "NIH's official test split, complete, with NIH's labels"
 _UNNAMED = "ChestX-ray14, on a split that this source does not name"
 _LISTED = "Xiao et al., WACV 2023, arXiv 2210.12843; as listed in the README of lambert-x/medical_mae"
-_YZAZA = "nih-cxr-models of Yzaza on Hugging Face; as read in the model card"
+_CARD = "on Hugging Face; as read in the model card"
+_YZAZA = f"nih-cxr-models {_CARD}"
+
+
+def _official(name: str, source: str, **values: Any) -> Published:
+    return Published(name, source, _OFFICIAL, "official", OFFICIAL_TEST_IMAGES, **values)
+
 
 #: Every record, oldest first.
 PUBLISHED: tuple[Published, ...] = (
@@ -159,12 +165,9 @@ PUBLISHED: tuple[Published, ...] = (
         mean=_MEANS["Wang"],
         mean_computed=True,
     ),
-    Published(
+    _official(
         "Wang et al. 2017, official split",
         "ChestX-ray8, arXiv 1705.02315, table 17 of its later version: ResNet-50",
-        _OFFICIAL,
-        "official",
-        n_images=OFFICIAL_TEST_IMAGES,
         aurocs=_AUROCS["Wang_official"],
         mean=_MEANS["Wang_official"],
         mean_computed=True,
@@ -214,93 +217,54 @@ PUBLISHED: tuple[Published, ...] = (
         mean=_MEANS["Zech_part"],
         mean_computed=True,
     ),
-    Published(
+    _official(
         "DenseNet-121, official split",
         f"{_LISTED}: 0.822 from ImageNet weights, 0.806 from MoCo v2 and 0.812 from MAE on radiographs",
-        _OFFICIAL,
-        "official",
-        n_images=OFFICIAL_TEST_IMAGES,
         mean=0.806,
         mean_to=0.822,
     ),
-    Published(
+    _official(
         "ResNet-50, official split",
         f"{_LISTED}, from ImageNet weights by MoCo v2, BYOL and SwAV",
-        _OFFICIAL,
-        "official",
-        n_images=OFFICIAL_TEST_IMAGES,
         mean=0.809,
         mean_to=0.815,
     ),
-    Published("ViT-B, official split", _LISTED, _OFFICIAL, "official", OFFICIAL_TEST_IMAGES, mean=0.830),
-    Published(
+    _official("ViT-B, official split", _LISTED, mean=0.830),
+    _official(
         "Ensemble of grisha1998, 384 and 512 px",
-        "chestxray14-official-ensemble on Hugging Face; as read in the model card: ConvNeXt-S, Swin-B, DenseNet-121",
-        _OFFICIAL,
-        "official",
-        n_images=OFFICIAL_TEST_IMAGES,
+        f"chestxray14-official-ensemble {_CARD}: ConvNeXt-S, Swin-B and DenseNet-121",
         mean=0.8222,
     ),
-    Published(
-        "DenseNet-121 of Yzaza, 320 px",
-        _YZAZA,
-        _OFFICIAL,
-        "official",
-        n_images=OFFICIAL_TEST_IMAGES,
-        mean=0.8106,
-        mean_low=0.8036,
-        mean_high=0.8167,
-    ),
-    Published(
-        "Swin-T of Yzaza, 320 px",
-        _YZAZA,
-        _OFFICIAL,
-        "official",
-        n_images=OFFICIAL_TEST_IMAGES,
-        mean=0.8184,
-        mean_low=0.8127,
-        mean_high=0.8236,
-    ),
-    Published(
+    _official("DenseNet-121 of Yzaza, 320 px", _YZAZA, mean=0.8106, mean_low=0.8036, mean_high=0.8167),
+    _official("Swin-T of Yzaza, 320 px", _YZAZA, mean=0.8184, mean_low=0.8127, mean_high=0.8236),
+    _official(
         "DenseNet-121 of nessi10",
-        "chestxray14-cnn-vs-transformers on Hugging Face; as read in the model card; 200 resamples of patients",
-        _OFFICIAL,
-        "official",
-        n_images=OFFICIAL_TEST_IMAGES,
+        f"chestxray14-cnn-vs-transformers {_CARD}; 200 resamples of patients",
         mean=0.805,
         mean_low=0.799,
         mean_high=0.811,
     ),
 )
 
-# Accuracy of localisation in Wang et al. 2017 (arXiv 1705.02315, tables 4 and 7), in the order of the findings above
-# each table; a row is one threshold. It is the share of a finding's boxes found, at T(IoBB) and at T(IoU).
-_WANG_BOXES = {
-    "iobb": """
-    T     Atelectasis Cardiomegaly Effusion Infiltration Mass    Nodule  Pneumonia  Pneumothorax
-    0.1   0.7277      0.9931       0.7124   0.7886       0.4352  0.1645  0.7500     0.4591
-    0.25  0.5500      0.9794       0.5424   0.5772       0.2823  0.0506  0.5583     0.3469
-    0.5   0.2833      0.8767       0.3333   0.4227       0.1411  0.0126  0.3833     0.1836
-    0.75  0.1666      0.7260       0.2418   0.3252       0.1176  0.0126  0.2583     0.1020
-    0.9   0.1333      0.6849       0.2091   0.2520       0.0588  0.0126  0.2416     0.0816
-""",
-    "iou": """
-    T     Atelectasis Cardiomegaly Effusion Infiltration Mass    Nodule  Pneumonia  Pneumothorax
-    0.1   0.6888      0.9383       0.6601   0.7073       0.4000  0.1392  0.6333     0.3775
-    0.2   0.4722      0.6849       0.4509   0.4796       0.2588  0.0506  0.3500     0.2346
-    0.3   0.2444      0.4589       0.3006   0.2764       0.1529  0.0379  0.1666     0.1326
-    0.4   0.0944      0.2808       0.2026   0.1219       0.0705  0.0126  0.0750     0.0714
-    0.5   0.0500      0.1780       0.1111   0.0650       0.0117  0.0126  0.0333     0.0306
-    0.6   0.0222      0.0753       0.0457   0.0243       0.0000  0.0126  0.0166     0.0306
-    0.7   0.0055      0.0273       0.0196   0.0000       0.0000  0.0000  0.0083     0.0204
-""",
-}
-
-
-def _read_box_accuracy(table: str) -> dict[str, dict[str, float]]:
-    (_, *findings), *rows = (line.split() for line in table.strip().splitlines())
-    return {finding: {row[0]: float(row[column]) for row in rows} for column, finding in enumerate(findings, start=1)}
-
-
-#: Accuracy of Wang et al. by measure (`iobb`, `iou`), finding and threshold.
-WANG_BOX_ACCURACY = {measure: _read_box_accuracy(table) for measure, table in _WANG_BOXES.items()}
+# Wang et al. 2017, arXiv 1705.02315, tables 4 (T(IoBB)) and 7 (T(IoU)): share of a finding's boxes found.
+_WANG_BOXES = """
+    T         Atelectasis Cardiomegaly Effusion Infiltration Mass    Nodule  Pneumonia  Pneumothorax
+    iobb 0.1  0.7277      0.9931       0.7124   0.7886       0.4352  0.1645  0.7500     0.4591
+    iobb 0.25 0.5500      0.9794       0.5424   0.5772       0.2823  0.0506  0.5583     0.3469
+    iobb 0.5  0.2833      0.8767       0.3333   0.4227       0.1411  0.0126  0.3833     0.1836
+    iobb 0.75 0.1666      0.7260       0.2418   0.3252       0.1176  0.0126  0.2583     0.1020
+    iobb 0.9  0.1333      0.6849       0.2091   0.2520       0.0588  0.0126  0.2416     0.0816
+    iou 0.1   0.6888      0.9383       0.6601   0.7073       0.4000  0.1392  0.6333     0.3775
+    iou 0.2   0.4722      0.6849       0.4509   0.4796       0.2588  0.0506  0.3500     0.2346
+    iou 0.3   0.2444      0.4589       0.3006   0.2764       0.1529  0.0379  0.1666     0.1326
+    iou 0.4   0.0944      0.2808       0.2026   0.1219       0.0705  0.0126  0.0750     0.0714
+    iou 0.5   0.0500      0.1780       0.1111   0.0650       0.0117  0.0126  0.0333     0.0306
+    iou 0.6   0.0222      0.0753       0.0457   0.0243       0.0000  0.0126  0.0166     0.0306
+    iou 0.7   0.0055      0.0273       0.0196   0.0000       0.0000  0.0000  0.0083     0.0204
+"""
+#: Accuracy of localisation of Wang et al. by measure (`iobb`, `iou`), finding and threshold.
+WANG_BOX_ACCURACY: dict[str, dict[str, dict[str, float]]] = {"iobb": {}, "iou": {}}
+(_, *_FOUND), *_ROWS = (line.split() for line in _WANG_BOXES.strip().splitlines())
+for _measure, _threshold, *_shares in _ROWS:
+    for _finding, _share in zip(_FOUND, _shares, strict=True):
+        WANG_BOX_ACCURACY[_measure].setdefault(_finding, {})[_threshold] = float(_share)

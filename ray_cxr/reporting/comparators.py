@@ -200,7 +200,8 @@ def compare_with_boxes(table: Scores, population: Population, path: str, bootstr
         command = f"`ray-cxr score ... --heatmaps {len(FINDINGS)}`"
         raise InputError(f"--boxes {path}: {table.source} holds no heat maps. Draw them first: {command}")
     kept, rows, patients, missing = population.match(table, boxes.image_ids, f"--boxes {path}")
-    checked = check_leakage(table, np.unique(rows), patients, population.split, "the boxed images")
+    images, first = np.unique(rows, return_index=True)  # an image can have several boxes
+    checked = check_leakage(table, images, patients[first], population.split, "the boxed images")
     ids = table.ids[rows]  # the maps' spelling, which can be another Unicode form than that of the boxes
     measured = measure_localisation(
         _ProjectedMaps(read_heatmaps(table.run_folder, set(ids))),
@@ -217,7 +218,7 @@ def compare_with_boxes(table: Scores, population: Population, path: str, bootstr
         table=str(path),
         digest=boxes.digest,
         images=population.description,
-        counts={"boxed_images": len(np.unique(boxes.image_ids)), "evaluated": len(np.unique(rows)), **missing},
+        counts={"boxed_images": len(np.unique(boxes.image_ids)), "evaluated": len(images), **missing},
         leak_check=checked,
         localisation=measured,
     )

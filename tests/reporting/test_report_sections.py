@@ -65,6 +65,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Report:
     people = {"sex": ["MF"[k % 2] for k in patient], "age": [20.0 + k for k in patient]}
     people |= {"view": [("AP", "PA", "PA")[i % 3] for i in number], "follow_up": [i % 3 for i in number]}
     boxes = [BOXES, *([archive.ids[i], "Effusion", 0, 0, 256, 256] for i in tested[:40])]
+    boxes.append([archive.ids[tested[0]], "Effusion", 500, 0, 50, 50])  # a second box in one image
     return report(
         archive,
         home / "out",
@@ -137,6 +138,7 @@ def test_heat_maps_are_measured_against_boxes(everything: Report) -> None:
     found = everything.metrics["localisation"]
     effusion = found["findings"]["Effusion"]
     assert (effusion["cases"], effusion["n"], effusion["missing"], found["counts"]["evaluated"]) == (40, 36, 4, 40)
+    assert (effusion["boxes"], effusion["ceiling"], found["map_shape"]) == (41, 1.0, [4, 4])
     assert effusion["hit_rate_low"] < effusion["hit_rate"] == 30 / 36 < effusion["hit_rate_high"]
     assert "4 of 40 pairs of a boxed image and finding have no heat map" in everything.page
 
