@@ -94,10 +94,10 @@ def _adapt_values(space: Space, backbone: str, source: Values, own: Values) -> d
     return values
 
 
-def plan_runs(plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame) -> list[ConfirmRun]:
+def plan_runs(plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame, count: int) -> list[ConfirmRun]:
     """Return the trainings of the two best backbones, two per pair; empty if fewer than two have an AUROC.
 
-    Writes plan.json if `tune.confirm` asks for more pairs than before. Without `tune.confirm`, returns earlier pairs.
+    Writes plan.json if `count` exceeds the number of earlier pairs, which are always returned.
     """
     usable = rows[(rows["state"] != "failed") & rows["val_auroc"].notna()]
     usable = usable.sort_values(["val_auroc", "number"], ascending=[False, True])
@@ -107,11 +107,11 @@ def plan_runs(plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame) -> list[
     first, second = sorted(best["backbone"].iloc[:2])
     folder = plan.out / CONFIRM / f"{first}-{second}"
     record = read_json(folder / _PLAN)
-    if plan.settings.confirm > record.get("pairs", 0):
+    if count > record.get("pairs", 0):
         ranked = [
             usable.loc[usable["backbone"] == name, "number"].tolist()[: MAX_PAIRS // 2] for name in (first, second)
         ]
-        record = {"trials": ranked, **record, "pairs": plan.settings.confirm}
+        record = {"trials": ranked, **record, "pairs": count}
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_json(folder / _PLAN, record)
     if not record:
@@ -120,7 +120,7 @@ def plan_runs(plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame) -> list[
     sources = [
         [Source(number, plan.space.values(trials[number].params)) for number in numbers] for numbers in record["trials"]
     ]
-    runs = []
+    runs: list[ConfirmRun] = []
     for index, (trial, pair) in enumerate(build_pairs(plan.space, (first, second), sources, record["pairs"])):
         seed = (plan.base.seed + 1 + index) % 2**31  # all trials have the seed of `base`
         for values in pair:

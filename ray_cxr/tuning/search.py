@@ -114,14 +114,15 @@ def search(
                 bundle = results.export_best(plan, chosen, rows, best, on_event)
         if not interrupted:
             results.drop_checkpoints(plan, study, rows)
-        runs = confirm.plan_runs(plan, study, rows)
-        if settings.confirm and not interrupted and searcher.gave_up is None:
+        wanted = 0 if interrupted or searcher.gave_up else settings.confirm
+        runs = confirm.plan_runs(plan, study, rows, wanted)
+        if wanted:
             untimed = dataclasses.replace(context, measure_threads=None)
             _run_confirmation(plan, runs, lambda config: trial(config, untimed), (concurrent, cpus), on_event)
             interrupted = not all(run.state[0] for run in runs)
         confirmation = confirm.read_confirmation(runs)
         facts = results.collect_facts(plan, study, rows, started, concurrent=concurrent, interrupted=interrupted)
-        facts["confirm_over"] = settings.confirm if all(run.state[0] for run in runs) else 0
+        facts["confirm_over"] = wanted if all(run.state[0] for run in runs) else 0
         facts["confirm_epochs"] = sum(len(read_metrics(run.folder)) for run in runs)
         comparison = results.compare_backbones(plan, study, rows, confirmation)
         result = results.SearchResult(study, rows, bundle, searcher.gave_up, facts, comparison)
@@ -191,9 +192,8 @@ def _log_start(searcher: StudySearcher, done: int, concurrent: int, on_event: Ca
         f"worker{'s' * (workers > 1)} of {cpus} CPU{'s' * (cpus > 1)}"
     )
     if settings.confirm:
-        count = 2 * settings.confirm
         on_event(
-            f"tune: confirm={settings.confirm} adds {count} trainings of {plan.base.epochs} epochs after the search"
+            f"tune: confirm={settings.confirm} adds {2 * settings.confirm} trainings of all epochs after the search"
         )
     if done and settings.scheduler == "halving":
         on_event("tune: halving cannot continue the earlier run's brackets; it starts new ones")
@@ -224,9 +224,7 @@ def _run_confirmation(
     if not runs:
         on_event("tune: no confirming trainings: fewer than two backbones have a validation AUROC")
     if pending:
-        on_event(
-            f"tune: {len(pending)} confirming trainings of {plan.base.epochs} epochs, in {pending[0].folder.parent}"
-        )
+        on_event(f"tune: {len(pending)} confirming trainings in {pending[0].folder.parent}")
         configs = {}
         for one in pending:
             one.folder.mkdir(parents=True, exist_ok=True)

@@ -114,10 +114,6 @@ class Space:
             values[field] = by_name[name].decode(value)
         return values
 
-    def settings(self, params: Mapping[str, Any], base: TrainSettings) -> TrainSettings:
-        """Return the settings of a trial with these Optuna values; `base` provides the other settings."""
-        return base.replace(**self.values(params))
-
     def point(self, values: Mapping[str, Any], where: str, *, strict: bool = True) -> tuple[dict[str, Any], list[str]]:
         """Convert values by field to values by Optuna parameter; return them, and the fields left out.
 

@@ -12,7 +12,6 @@ Exits with 1 if a test in use says yes too often for identical backbones, or if 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from math import log10
 from types import SimpleNamespace
@@ -30,6 +29,7 @@ from ray_cxr.tuning.plan import StudyPlan
 from ray_cxr.tuning.space import Space, default_space
 
 SEED_NOISE, PAIRS = 0.003, 6
+TESTS = ("all trials", "random trials", "confirming pairs")
 NAMES = ("ResNet50", "DenseNet121", "EfficientNetV2B0")
 BASE = TrainSettings(size=64)
 #: Trials, backbones, true lead of the first backbone, and spread of the settings' effects between backbones.
@@ -74,13 +74,19 @@ class Surface:
         self._weights = interaction * weights / np.linalg.norm(weights, axis=1, keepdims=True)
 
     def train(self, values: Mapping[str, Any]) -> float:
+        return self.expect(values) + SEED_NOISE * float(self._rng.normal())
+
+    def expect(self, values: Mapping[str, Any]) -> float:
         x, index = describe(values), NAMES.index(values["backbone"])
         level = 0.8 + x @ LINEAR - 0.03 * x[0] ** 2 - 0.003 * x[6] ** 2 + x @ self._weights[index]
-        return float(level + (self._lead if index == 0 else 0.0) + SEED_NOISE * self._rng.normal())
+        return float(level + (self._lead if index == 0 else 0.0))
 
 
 def search(seed: int, trials: int, count: int, lead: float, interaction: float) -> dict[str, int]:
-    """Return the answer of each test after one search: 1 if the first backbone is better, -1 or 0."""
+    """Return the answer of each test after one search: 1 if the first backbone is better, -1 or 0.
+
+    `truth` compares the best settings that the search found for each, without noise.
+    """
     rng = np.random.default_rng([seed, trials, count])
     surface = Surface(rng, lead, interaction)
     space = Space.read({**default_space(BASE, [64]), "backbone": list(NAMES[:count])}, BASE, [64])
@@ -101,7 +107,7 @@ def search(seed: int, trials: int, count: int, lead: float, interaction: float) 
     ]
     compared = backbones.compare_backbones(curves, 1, n=999, seed=seed)
     if compared.pair is None or compared.test is None:
-        return {"all trials": 0, "random trials": 0, "confirming pairs": 0}
+        return {**dict.fromkeys(TESTS, 0), "truth": 0}
     names = (compared.pair[0].backbone, compared.pair[1].backbone)
     every = backbones.permutation_test(compared.pair[0].values, compared.pair[1].values, n=999, seed=seed)
     ranked = [
@@ -109,49 +115,47 @@ def search(seed: int, trials: int, count: int, lead: float, interaction: float) 
     ]
     pairs = build_pairs(space, names, ranked, PAIRS)
     flips = sign_flip_test([surface.train(a) - surface.train(b) for _, (a, b) in pairs])
+    tops = [max(surface.expect(source.values) for source in sources) for sources in ranked]
     orient = 1 if names[0] == NAMES[0] else -1
     tests = {
         "all trials": (every.p, every.difference),
         "random trials": (compared.test.p, compared.test.difference),
         "confirming pairs": (flips.p, flips.mean),
     }
-    return {
+    answers = {
         name: 0 if p is None or difference is None or p >= backbones.LEVEL else orient * (1 if difference > 0 else -1)
         for name, (p, difference) in tests.items()
     }
+    return {**answers, "truth": orient * int(np.sign(tops[0] - tops[1]))}
 
 
-def summarize(answers: Sequence[Mapping[str, int]], name: str, lead: float) -> tuple[int, str]:
-    """Return how many searches found a difference (the true one, if there is any), and a cell of the table."""
-    found = sum(answer[name] == 1 if lead else answer[name] != 0 for answer in answers)
-    low, high = wilson_interval(found / len(answers), len(answers))
-    return found, f"{100 * found / len(answers):.1f} ({100 * low:.1f} to {100 * high:.1f})"
+def summarize(found: int, count: int) -> str:
+    low, high = wilson_interval(found / count, count)
+    return f"{100 * found / count:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def main(rounds: int) -> int:
+def main(rounds: int, cases: Sequence[tuple[int, int, float, float]] = CASES) -> int:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    names, status, null = ("all trials", "random trials", "confirming pairs"), 0, []
-    print("trials | backbones | lead | interaction | searches | " + " | ".join(f"{name}, % yes" for name in names))
-    for trials, count, lead, interaction in CASES:
-        start = time.monotonic()
+    status, null = 0, []
+    print("% of searches that name the better backbone, or any backbone if both are identical (95% Wilson interval)")
+    print(f"trials | backbones | lead | interaction | {' | '.join(TESTS)} | pairs that name the wrong one")
+    for trials, count, lead, interaction in cases:
         answers = [search(seed, trials, count, lead, interaction) for seed in range(rounds)]
-        cells = {name: summarize(answers, name, lead) for name in names}
-        texts = " | ".join(text for _, text in cells.values())
-        print(
-            f"{trials} | {count} | {lead} | {interaction} | {rounds} | {texts} | {time.monotonic() - start:.0f} s",
-            flush=True,
-        )
+        found = {name: sum(one[name] == 1 if lead else one[name] != 0 for one in answers) for name in TESTS}
+        wrong = sum(one[TESTS[-1]] * one["truth"] < 0 for one in answers) if lead or interaction else found[TESTS[-1]]
+        texts = " | ".join(summarize(number, rounds) for number in (*found.values(), wrong))
+        print(f"{trials} | {count} | {lead} | {interaction} | {texts}", flush=True)
         if not lead and not interaction:
             null += answers
-        elif lead == 0.02 and cells["confirming pairs"][0] < 0.8 * rounds:
+        elif lead == 0.02 and found[TESTS[-1]] < 0.8 * rounds:
             status = 1
-    for name in names[1:]:
-        found, text = summarize(null, name, 0.0)
-        print(f"identical backbones, {len(null)} searches, {name}: {text} % yes")
-        if wilson_interval(found / len(null), len(null))[0] > backbones.LEVEL:
+    for name in TESTS[1:] if null else ():
+        found_null = sum(one[name] != 0 for one in null)
+        print(f"identical backbones, {len(null)} searches, {name}: {summarize(found_null, len(null))}")
+        if wilson_interval(found_null / len(null), len(null))[0] > backbones.LEVEL:
             status = 1
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 10))
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 40))

@@ -186,9 +186,9 @@ def test_settings_that_exclude_each_other_may_be_searched_under_a_condition() ->
     for base in (BASE, TrainSettings(sync_batchnorm=True)):
         space = read(text, base)
         for params in draw(space, 50):
-            space.settings(params, base)
+            base.replace(**space.values(params))
         with pytest.raises(ConfigError, match=r"^sync_batchnorm: "):
-            space.settings({"sync_batchnorm": True, "xla": True}, base)
+            base.replace(**space.values({"sync_batchnorm": True, "xla": True}))
     # Where xla is not searched, it is as the base has it.
     assert "sync_batchnorm=true: " in refuse(text, TrainSettings(xla=True))
     assert "xla=true: deterministic: " in refuse("xla = [true, false]", TrainSettings(deterministic=True))
@@ -242,7 +242,7 @@ def test_values_have_the_types_of_the_settings_and_conditions_hold() -> None:
         for field, value in values.items():
             seen.setdefault(field, set()).add(value)
             assert type(value) is kinds.get(field, type(value))
-        chosen = space.settings(params, TrainSettings(epochs=3))
+        chosen = TrainSettings(epochs=3).replace(**space.values(params))
         assert chosen.epochs == 3
         assert {field: getattr(chosen, field) for field in values} == values
     assert seen["dropout"] == {0.0, 0.1, 0.2, 0.3, 0.4, 0.5}
@@ -274,7 +274,7 @@ def test_every_trial_of_the_default_space_is_valid(workers: int, sizes: tuple[in
     base = TrainSettings(workers=workers, batch_size=32 * workers, size=sizes[0])
     space = Space.read({}, base, sizes)
     for params in draw(space, 20):
-        chosen = space.settings(params, base)
+        chosen = base.replace(**space.values(params))
         assert chosen.batch_size % workers == 0
         assert chosen.size in sizes
         assert chosen.list_unused() == []
@@ -319,7 +319,7 @@ def test_any_table_gives_valid_settings_or_one_line(table: dict[str, Any], whens
         return
     json.dumps(space.describe())
     for params in draw(space, 3):
-        space.settings(params, base)
+        base.replace(**space.values(params))
 
 
 @settings(max_examples=50)

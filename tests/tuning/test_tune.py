@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import signal
@@ -96,6 +97,35 @@ def test_tune_compares_two_backbones(shared_ray: None, prepared: Path, tmp_path:
     code, _, err = command("tune", prepared, "--out", out, "--resume", "--set", "scheduler=median")
     assert (code, err.count("\n")) == (2, 1)
     assert "tune.scheduler none (now median)" in err
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)  # Ray Train starts 14 times
+def test_tune_confirms_two_backbones(shared_ray: None, prepared: Path, tmp_path: Path, command) -> None:
+    out, settings = tmp_path / "study", tmp_path / "search.toml"
+    settings.write_text(SHORT, encoding="utf-8")
+    arguments = ("tune", prepared, "--out", out, "--config", settings, "--confirm", "6")
+    code, printed, err = command(*arguments)
+    assert code == 0, err
+    assert "confirm=6 adds 12 trainings of all epochs" in printed
+    comparison = json.loads((out / "summary.json").read_text(encoding="utf-8"))["comparison"]
+    confirmation = comparison["confirmation"]
+    assert (confirmation["a"], confirmation["b"]) == ("MobileNetV3Small", "TinyCNN")
+    assert [pair["trial"] for pair in confirmation["pairs"]] == [1, 0] * 3
+    assert [pair["seed"] for pair in confirmation["pairs"]] == list(range(1, 7))
+    assert len({pair["b"] for pair in confirmation["pairs"]}) == 6, "new seeds and settings"
+    assert confirmation["test"]["n"] == 6
+    assert printed.splitlines()[-6:-4] == [comparison["verdict"]["headline"], comparison["verdict"]["details"]]
+    assert len(read_rows(out)) == 2
+    check_bundle(out, prepared)
+    runs = out / "confirm" / "MobileNetV3Small-TinyCNN"
+    written = {path: path.stat().st_mtime_ns for path in runs.glob("*/metrics.csv")}
+    assert len(written) == 12
+    assert not list(runs.glob("*/ray"))
+    # The same command does nothing.
+    code, printed, err = command(*arguments)
+    assert (code, "finished already" in printed) == (0, True), err
+    assert {path: path.stat().st_mtime_ns for path in runs.glob("*/metrics.csv")} == written
 
 
 class Study(NamedTuple):
