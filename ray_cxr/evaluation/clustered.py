@@ -10,8 +10,13 @@ import math
 import numpy as np
 from scipy.special import expit, logit, ndtri
 
+from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.delong import compute_components
 from ray_cxr.evaluation.intervals import wilson_interval
+
+#: Names of the methods of `auroc_interval` and `clustered_share_interval` in metrics.json.
+AUROC_METHOD = "Wilson with the effective number of images, from Obuchowski's and Hanley and McNeil's variances"
+SHARE_METHOD = "Wilson with the effective number of images, from the design effect of patients"
 
 
 def clustered_auroc(y: np.ndarray, s: np.ndarray, codes: np.ndarray) -> tuple[float, float] | None:
@@ -34,6 +39,30 @@ def clustered_auroc(y: np.ndarray, s: np.ndarray, codes: np.ndarray) -> tuple[fl
     variance = (first**2).sum() * _correct(with_positive) + (second**2).sum() * _correct(with_negative)
     variance += 2.0 * (first * second).sum() * _correct(len(patients))
     return auc, max(0.0, float(variance))
+
+
+def auroc_interval(y: np.ndarray, s: np.ndarray, codes: np.ndarray) -> tuple[float, float] | None:
+    """Compute an interval of AUROC that holds also with few patients; None if AUROC is undefined.
+
+    This is Wilson's interval for an effective number of images, AUROC (1 - AUROC) / variance, with the variance of
+    `clustered_auroc`. Scores of few patients often happen to lie close together, so their variance is too small: at
+    AUROC 1 it is 0. So the number is limited to that of Hanley & McNeil's (1982) variance with one image per patient,
+    about two per patient of the smaller class. With k patients in this class the limit is multiplied by 1 + k / 100,
+    because for most distributions that variance is too large, and with many patients the sample's is reliable.
+    tests/simulations/auroc_intervals.py measures the coverage.
+    """
+    auc = metrics.auroc(y, s)
+    if auc is None:
+        return None
+    positive = np.asarray(y).astype(bool)
+    few, many = sorted(len(np.unique(codes[rows])) for rows in (positive, ~positive))
+    high = max(auc, 1.0 - auc)
+    independent = few * many / (1.0 + (few - 1) * (1.0 - high) / (2.0 - high) + (many - 1) * high / (1.0 + high))
+    independent *= 1.0 + few / 100.0
+    found = clustered_auroc(y, s, codes)
+    if found is not None and found[1] > 0.0:
+        independent = min(independent, auc * (1.0 - auc) / found[1])
+    return wilson_interval(auc, independent)
 
 
 def sum_deviations(deviations: np.ndarray, rows: np.ndarray, n_patients: int) -> tuple[np.ndarray, int]:
@@ -67,7 +96,7 @@ def clustered_share_interval(successes: np.ndarray, codes: np.ndarray) -> tuple[
     deviations = np.bincount(np.unique(codes, return_inverse=True)[1], weights=successes - share)
     variance = float((deviations**2).sum()) / len(codes) ** 2
     independent = float(len(deviations))
-    if variance > 0.0:
+    if variance > 1e-20:  # less is rounding
         independent = min(float(len(codes)), share * (1.0 - share) / variance)
     return wilson_interval(share, independent)
 

@@ -274,6 +274,8 @@ class RateMetric(Metric):
     """A rate at the operating point: the property of `Confusion` with the metric's key."""
 
     undefined: str = ""  # the reason given if it is None
+    #: For a share of images: from labels and flags, bool [n], which images count as successes, and among which images.
+    share: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
     at_prevalence: str = ""  # the property of the confusion expected at an assumed prevalence, instead; or empty
 
     def value(self, cells: Confusion, prevalence: float) -> Rate:
@@ -315,12 +317,24 @@ RANKING_METRICS = (
     ),
 )
 RATE_METRICS = (
-    RateMetric("sensitivity", "Sensitivity", _SENSITIVITY, "main", 2, undefined="no positive images"),
-    RateMetric("specificity", "Specificity", _SPECIFICITY, "main", 2, undefined="no negative images"),
-    RateMetric("ppv", "PPV", _PPV, "main", 2, undefined="no image is flagged"),
-    RateMetric("npv", "NPV", _NPV, undefined="every image is flagged"),
+    RateMetric(
+        *("sensitivity", "Sensitivity", _SENSITIVITY, "main", 2),
+        undefined="no positive images",
+        share=lambda y, flags: (flags, y),
+    ),
+    RateMetric(
+        *("specificity", "Specificity", _SPECIFICITY, "main", 2),
+        undefined="no negative images",
+        share=lambda y, flags: (~flags, ~y),
+    ),
+    RateMetric(*("ppv", "PPV", _PPV, "main", 2), undefined="no image is flagged", share=lambda y, flags: (y, flags)),
+    RateMetric("npv", "NPV", _NPV, undefined="every image is flagged", share=lambda y, flags: (~y, ~flags)),
     RateMetric("f1", "F1", "Harmonic mean of PPV and sensitivity.", undefined="no positive images, and none flagged"),
-    RateMetric("flag_rate", "Flagged", _FLAG_RATE, "more", 1, True, undefined="no labelled images"),
+    RateMetric(
+        *("flag_rate", "Flagged", _FLAG_RATE, "more", 1, True),
+        undefined="no labelled images",
+        share=lambda y, flags: (flags, np.ones_like(y)),
+    ),
     RateMetric(
         "ppv_at_prevalence",
         "PPV at this prevalence",

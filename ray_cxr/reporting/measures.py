@@ -15,7 +15,13 @@ import numpy as np
 from ray_cxr.data.consensus import composite_flags, composite_scores
 from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.bootstrap import DerivedOutputs, RocBand, bootstrap_findings
-from ray_cxr.evaluation.clustered import logit_interval
+from ray_cxr.evaluation.clustered import (
+    AUROC_METHOD,
+    SHARE_METHOD,
+    auroc_interval,
+    clustered_share_interval,
+    logit_interval,
+)
 from ray_cxr.evaluation.delong import delong
 from ray_cxr.evaluation.intervals import Interval, Patients
 from ray_cxr.evaluation.subgroups import FEW_PATIENTS
@@ -39,6 +45,8 @@ class BootstrapSettings:
             "n_resamples": self.n_resamples,
             "seed": self.seed,
             "delong": "logit scale, images taken as independent",
+            "auroc": AUROC_METHOD,
+            "shares": SHARE_METHOD,
         }
 
 
@@ -85,13 +93,27 @@ class ModelOutputs:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A metric's value and 95% interval; `reason` explains a missing value, `interval_reason` a missing interval."""
+    """A metric's value and 95% intervals; `reason` explains a missing value, `interval_reason` missing percentiles.
+
+    `low` and `high` are bootstrap percentiles. `wilson` holds also with few patients; pages show it where it exists.
+    """
 
     value: float | None = None
     low: float | None = None
     high: float | None = None
     reason: str | None = None
     interval_reason: str | None = None
+    wilson: tuple[float, float] | None = None
+
+    @property
+    def shown(self) -> Measurement:
+        """Return the measurement with the interval that pages show as `low` and `high`."""
+        return self if self.wilson is None else replace(self, low=self.wilson[0], high=self.wilson[1])
+
+    def explain_no_percentiles(self, key: str) -> str:
+        if self.wilson is None:
+            return f"no interval: {self.interval_reason}"
+        return f"no bootstrap percentiles: {self.interval_reason}; see {key}_interval_low and {key}_interval_high"
 
 
 @dataclass(frozen=True)
@@ -102,7 +124,7 @@ class FindingResult:
         n: labelled and scored images.
         unscored: labelled images without a score.
         reason: why AUROC is undefined, or None.
-        caution: why AUROC's interval is missing or too narrow, or None.
+        caution: why AUROC's interval should be read with caution, or None.
     """
 
     n: int
@@ -132,10 +154,11 @@ class FindingResult:
         low, high = self.delong or (None, None)
         undefined = {key: found.reason for key, found in self.metrics.items() if found.value is None}
         unbounded = {key: found for key, found in self.metrics.items() if found.value is not None and found.low is None}
-        undefined |= {f"{key}_low": f"no interval: {found.interval_reason}" for key, found in unbounded.items()}
+        undefined |= {f"{key}_low": found.explain_no_percentiles(key) for key, found in unbounded.items()}
         return {
             **{name: getattr(self, name) for name in counts},
             **_flatten(self.metrics),
+            **_list_shown(self.metrics),
             "auroc_undefined_resamples": self.undefined_resamples,
             "auroc_delong_low": low,
             "auroc_delong_high": high,
@@ -197,6 +220,17 @@ def _flatten(measured: Mapping[str, Measurement]) -> dict[str, float | None]:
     }
 
 
+def _list_shown(measured: Mapping[str, Measurement]) -> dict[str, float | str | None]:
+    """Return the interval that pages show, with its method, of each metric that can have one besides percentiles."""
+    keys = ["auroc", *(metric.key for metric in metrics.RATE_METRICS if metric.share)]
+    result: dict[str, float | str | None] = {}
+    for key in keys:
+        low, high = measured[key].wilson or (None, None)
+        method = None if low is None else AUROC_METHOD if key == "auroc" else SHARE_METHOD
+        result |= {f"{key}_interval_low": low, f"{key}_interval_high": high, f"{key}_interval_method": method}
+    return result
+
+
 def evaluate(
     outputs: ModelOutputs,
     labels: Mapping[str, np.ndarray],
@@ -231,8 +265,9 @@ def evaluate(
         seed=bootstrap.seed,
     )
     intervals = dict(zip(scored, zip(found.findings, found.roc, strict=True), strict=True))
+    known = Patients.of(patients)
     results = {
-        f: _evaluate_finding(outputs, f, labels[f], patients, prevalences.get(f), *intervals[f])
+        f: _evaluate_finding(outputs, f, labels[f], known, prevalences.get(f), *intervals[f])
         if f in intervals
         else _report_unscored(labels[f])
         for f in names
@@ -273,7 +308,7 @@ def _evaluate_finding(
     outputs: ModelOutputs,
     finding: str,
     labels: np.ndarray,
-    patients: np.ndarray,
+    patients: Patients,
     prevalence: float | None,
     found: Mapping[str, Interval],
     band: RocBand | None,
@@ -290,14 +325,16 @@ def _evaluate_finding(
     for metric in metrics.PROBABILITY_METRICS:
         value = metric.value(labels[calibrated], c[calibrated]) if c is not None else None
         values[metric.key] = value, "no calibrated probabilities"
+    wilson = _find_share_intervals(outputs.flags.get(finding), labels, patients.codes)
+    wilson["auroc"] = auroc_interval(y, s, patients.codes[usable])
     measured = {
         key: Measurement(reason=why)
         if value is None
-        else Measurement(value, found[key].low, found[key].high, None, found[key].reason)
+        else Measurement(value, found[key].low, found[key].high, None, found[key].reason, wilson.get(key))
         for key, (value, why) in values.items()
     }
     point = outputs.operating_points.get(finding) or {}
-    with_finding, without = (Patients.of(patients[usable][y == label]) for label in (1, 0))
+    with_finding, without = (patients[usable][y == label] for label in (1, 0))
     variance = delong(y, s) if reason is None else None
     return FindingResult(
         n=len(y),
@@ -320,18 +357,18 @@ def _evaluate_finding(
 
 
 def _caution(auroc: Measurement, with_finding: Patients, without: Patients) -> str | None:
-    """Explain why AUROC's interval is missing or should not be trusted."""
+    """Explain why AUROC's interval should be read with caution."""
     if auroc.value is None:
         return None
-    if auroc.low is None:
-        return f"no interval: {auroc.interval_reason}"
     few, kind = min((with_finding, "positive"), (without, "negative"), key=lambda pair: pair[0].units)
     if few.units < FEW_PATIENTS:
         unit = "patient" if few.has_id.all() else "image" if not few.has_id.any() else "patient or image without an id"
         count = f"only {few.units} {kind} {unit}s" if few.units > 1 else f"only one {kind} {unit}"
-        return f"{count}, so the interval is too narrow"
+        return f"{count}, so AUROC's interval is a rough estimate"
     if auroc.value in (0.0, 1.0):
-        return "the scores separate the classes completely, so the bootstrap cannot estimate the uncertainty"
+        return (
+            "the scores separate the classes completely, so AUROC's interval depends on the numbers of patients alone"
+        )
     return None
 
 
@@ -354,3 +391,20 @@ def _compute_rates(
             reason = "no positive images" if cells.sensitivity is None else "no negative images"
         rates[metric.key] = metric.value(cells, np.nan if prevalence is None else prevalence), reason
     return rates
+
+
+def _find_share_intervals(
+    flags: np.ndarray | None, labels: np.ndarray, codes: np.ndarray
+) -> dict[str, tuple[float, float] | None]:
+    """Compute the interval of each rate that is a share of images, if it has any images."""
+    judged = (labels >= 0) & (flags >= 0) if flags is not None else np.zeros(len(labels), dtype=bool)
+    if flags is None or not judged.any():
+        return {}
+    found: dict[str, tuple[float, float] | None] = {}
+    for metric in metrics.RATE_METRICS:
+        if metric.share:
+            successes, among = metric.share(labels[judged] == 1, flags[judged] == 1)
+            found[metric.key] = (
+                clustered_share_interval(successes[among], codes[judged][among]) if among.any() else None
+            )
+    return found

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ray_cxr.evaluation import metrics
-from ray_cxr.evaluation.clustered import clustered_auroc, clustered_share_interval, logit_interval
+from ray_cxr.evaluation.clustered import auroc_interval, clustered_auroc, clustered_share_interval, logit_interval
 from ray_cxr.evaluation.delong import delong
 from ray_cxr.evaluation.intervals import wilson_interval
 
@@ -82,3 +82,22 @@ def test_share_interval_is_wilson_for_the_effective_number_of_images() -> None:
     thrice = clustered_share_interval(np.repeat(seven, 3), np.repeat(np.arange(20), 3))
     assert thrice == pytest.approx(wilson_interval(0.35, 20), abs=1e-12)
     assert clustered_share_interval(all_12, np.arange(12) // 2) == pytest.approx(wilson_interval(1.0, 6), abs=1e-12)
+
+
+def test_auroc_interval_is_wilson_for_a_limited_number_of_images() -> None:
+    # All of m positives above n negatives: Hanley & McNeil's variance / (AUROC (1 - AUROC)) is (1 + (n - 1) / 2) / mn.
+    y, s = np.arange(1005) >= 1000, np.arange(1005.0)
+    independent = 5 * 1000 / (1 + 999 / 2) * 1.05
+    assert auroc_interval(y, s, np.arange(1005)) == pytest.approx(wilson_interval(1.0, independent), abs=1e-12)
+    assert auroc_interval(y, s, np.arange(1005))[0] == pytest.approx(0.7319, abs=5e-5)
+    assert auroc_interval(~y, -s, np.arange(1005)) == auroc_interval(y, s, np.arange(1005))  # classes are symmetric
+    mirrored = auroc_interval(y, -s, np.arange(1005))
+    assert mirrored == pytest.approx((0.0, 1 - 0.7319), abs=5e-5)
+    # Five images of one patient count as one patient.
+    one = auroc_interval(y, s, np.r_[np.arange(1000), [1000] * 5])
+    assert one == pytest.approx(wilson_interval(1.0, 1000 / (1 + 999 / 2) * 1.01), abs=1e-12)
+    # With many patients it is Wilson's for the sample's own variance.
+    y, s, codes = simulate_images(1500, 3, seed=2)
+    auroc, variance = clustered_auroc(y, s, codes)
+    assert auroc_interval(y, s, codes) == wilson_interval(auroc, auroc * (1 - auroc) / variance)
+    assert auroc_interval(np.ones(3), np.arange(3.0), np.arange(3)) is None

@@ -17,7 +17,8 @@ from sklearn import metrics as sklearn_metrics
 
 from ray_cxr.errors import InputError, LeakError, OutputError, TableError
 from ray_cxr.evaluation.bootstrap import resampled_aurocs
-from ray_cxr.evaluation.intervals import percentile_interval
+from ray_cxr.evaluation.clustered import auroc_interval, clustered_share_interval
+from ray_cxr.evaluation.intervals import patient_codes, percentile_interval, wilson_interval
 from ray_cxr.evaluation.published import OFFICIAL_TEST_IMAGES
 from ray_cxr.imaging.sandbox import Decoder
 from ray_cxr.labels import LABELS, NO_FINDING
@@ -78,6 +79,20 @@ def test_numbers_equal_sklearn_on_the_same_rows(evaluated: Report) -> None:
         interval = percentile_interval(resampled_aurocs(y[:, None], p[:, None], patients, n_resamples=60).values[:, 0])
         assert (got["auroc_low"], got["auroc_high"]) == (interval.low, interval.high)
         assert got["auroc_delong_low"] < got["auroc"] < got["auroc_delong_high"]
+        codes = patient_codes(patients)[0]
+        shown = {
+            "auroc": auroc_interval(y, p, codes),
+            "sensitivity": clustered_share_interval(flags[y == 1], codes[y == 1]),
+            "specificity": clustered_share_interval(~flags[y == 0], codes[y == 0]),
+            "ppv": clustered_share_interval(y[flags] == 1, codes[flags]),
+            "npv": clustered_share_interval(y[~flags] == 0, codes[~flags]),
+            "flag_rate": clustered_share_interval(flags, codes),
+        }
+        for name, (low, high) in shown.items():
+            assert (got[f"{name}_interval_low"], got[f"{name}_interval_high"]) == pytest.approx((low, high), abs=1e-12)
+            assert got[f"{name}_interval_method"]
+        low, high = shown["auroc"]
+        assert f"({low:.3f}–{high:.3f})" in evaluated.page
 
 
 def test_page_and_markdown_show_the_computed_numbers(evaluated: Report) -> None:
@@ -148,7 +163,7 @@ def test_macro_of_no_scored_finding_is_undefined(archive: Archive, tmp_path: Pat
     assert (macro["auroc"], macro["reason"]) == (None, "no finding has a defined AUROC")
 
 
-def test_number_without_variation_between_resamples_has_no_interval(archive: Archive, tmp_path: Path) -> None:
+def test_rate_without_variation_between_resamples_shows_wilson(archive: Archive, tmp_path: Path) -> None:
     """No positive is flagged, so [0, 0] would overstate the certainty."""
     positive = archive.y["Effusion"] == 1
     archive.p["Effusion"][positive] = np.linspace(0.1, 0.2, positive.sum(), dtype=np.float32)
@@ -157,6 +172,10 @@ def test_number_without_variation_between_resamples_has_no_interval(archive: Arc
     effusion = found.metrics["findings"]["Effusion"]
     assert (effusion["sensitivity"], effusion["sensitivity_low"], effusion["sensitivity_high"]) == (0.0, None, None)
     assert effusion["undefined"]["sensitivity_low"] in found.page
+    patients = len(set(np.array(archive.patient)[archive.tested & positive]))
+    low, high = effusion["sensitivity_interval_low"], effusion["sensitivity_interval_high"]
+    assert (low, high) == pytest.approx(wilson_interval(0.0, patients), abs=1e-12)
+    assert f"(0.00–{high:.2f})" in found.page
     assert "Worse than chance: Effusion." in found.page
 
 
