@@ -1,8 +1,9 @@
 """Metrics of every finding in each group, and differences between groups.
 
 Small cells have fewer than `FEW_PATIENTS` patients with the finding, or without it. They are kept, and marked because
-their intervals are too narrow. Differences are taken within a resample. They are reported with the number of
-comparisons, because one in twenty intervals excludes 0 by chance.
+their intervals are less reliable. Differences are reported with the number of comparisons, because one in twenty
+intervals excludes 0 by chance. `group_estimates` defines the intervals; `tests/simulations/group_differences.py`
+measures how often they exclude 0 if there is no difference.
 """
 
 from __future__ import annotations
@@ -15,20 +16,29 @@ from typing import Any
 import numpy as np
 
 from ray_cxr.evaluation import metrics
-from ray_cxr.evaluation.group_resamples import LabelledScores, Resamples, resample_aurocs, resample_rates
+from ray_cxr.evaluation.group_estimates import (
+    INTERVAL_METHOD,
+    Estimates,
+    LabelledScores,
+    estimate_aurocs,
+    estimate_shares,
+    sum_per_patient,
+)
 from ray_cxr.evaluation.groups import Group
-from ray_cxr.evaluation.intervals import percentile_interval, to_record
+from ray_cxr.evaluation.intervals import to_record
 
-#: With fewer positive (or negative) patients the bootstrap interval is too narrow to trust.
+#: With fewer positive (or negative) patients an interval is too narrow to trust.
 FEW_PATIENTS = 10
 #: Share of intervals that miss the truth by chance.
-_MISS_RATE = 0.05
+MISS_RATE = 0.05
+#: Why a value has no interval.
+_FEW = "fewer than two patients with or without the finding"
 _QUANTITIES = ("auroc", "sensitivity", "specificity")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One finding in one group; limits are patient-bootstrap intervals, rates are taken at the operating point."""
+    """One finding in one group; limits are 95% intervals over patients, rates are at the operating point."""
 
     finding: str
     n: int  # images with a label and a score
@@ -49,19 +59,24 @@ class Cell:
     rates_reason: str | None  # why sensitivity or specificity is missing
     interval_reason: str | None  # why AUROC has no interval
     few_positives: bool  # fewer than `FEW_PATIENTS` positive patients; an image without a patient id counts as one
+    few_negatives: bool
     small: bool  # fewer than `FEW_PATIENTS` positive or negative patients
+
+    def is_small(self, quantity: str) -> bool:
+        """Return whether too few patients define a quantity: sensitivity does not depend on negatives."""
+        few = {"sensitivity": self.few_positives, "specificity": self.few_negatives}
+        return few.get(quantity, self.small)
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A quantity's unweighted mean over findings; `reason` is set if there is no value, or no interval."""
+    """A quantity's unweighted mean over findings; `reason` is set if there is no value."""
 
     value: float | None
     low: float | None
     high: float | None
     findings: tuple[str, ...]
     small: int  # number of small cells among the findings
-    undefined: int  # number of resamples omitted from the interval because they leave a finding undefined
     reason: str | None
 
 
@@ -99,7 +114,7 @@ class GroupResult:
 class Difference:
     """A group's value minus that of the reference group of its attribute.
 
-    A difference of -0.1 in sensitivity is underdiagnosis: ten more of 100 images with the finding are missed.
+    A difference of -0.1 in sensitivity means that ten more of 100 images with the finding are missed.
     """
 
     attribute: str
@@ -107,9 +122,9 @@ class Difference:
     reference: str
     crossing: bool
     finding: str | None  # None for the mean over `findings`; see `GroupResult.shared`
-    quantity: str  # `auroc` or `sensitivity`
+    quantity: str  # `auroc`, `sensitivity` or `specificity`
     difference: float | None = None
-    low: float | None = None  # 95% percentiles over resampled patients
+    low: float | None = None
     high: float | None = None
     findings: tuple[str, ...]
     reason: str | None = None  # why there is no difference, or no interval
@@ -133,7 +148,7 @@ class Comparisons:
     @classmethod
     def count(cls, differences: Sequence[Difference]) -> Comparisons:
         judged = [each.excludes_zero for each in differences if each.excludes_zero is not None and not each.small]
-        return cls(len(judged), sum(judged), _MISS_RATE * len(judged), sum(each.small for each in differences))
+        return cls(len(judged), sum(judged), MISS_RATE * len(judged), sum(each.small for each in differences))
 
     @property
     def summary(self) -> str:
@@ -153,9 +168,6 @@ class Subgroups:
     differences: tuple[Difference, ...]
     single: Comparisons  # between groups of one attribute
     crossings: Comparisons  # between pairs of two attributes
-    n_resamples: int  # of all intervals except AUROC of crossings
-    n_resamples_crossings: int
-    seed: int
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of metrics.json: lists of groups and differences; a group's findings by name."""
@@ -168,37 +180,19 @@ class Subgroups:
                 name: {**to_record(count), "words": count.summary}
                 for name, count in (("single", self.single), ("crossings", self.crossings))
             },
-            "n_resamples": self.n_resamples,
-            "n_resamples_crossings": self.n_resamples_crossings,
-            "seed": self.seed,
+            "interval_method": INTERVAL_METHOD,
             "few_patients": FEW_PATIENTS,
         }
 
 
-def measure_groups(
-    groups: Sequence[Group],
-    images: LabelledScores,
-    *,
-    n_resamples: int = 500,
-    n_resamples_crossings: int = 200,
-    seed: int = 0,
-) -> Subgroups:
-    """Measure every finding in every group, and compare each group with the largest of its attribute.
-
-    AUROC of crossings takes most of the time, so it has fewer resamples, `n_resamples_crossings`.
-    """
+def measure_groups(groups: Sequence[Group], images: LabelledScores) -> Subgroups:
+    """Measure every finding in every group, and compare each group with the largest of its attribute."""
     if any(group.mask.shape != images.patients.codes.shape for group in groups):
         raise ValueError(f"a group's mask is not of {len(images.labels)} images")
-    by_attribute: dict[str, list[Group]] = {}
-    for group in groups:
-        by_attribute.setdefault(group.attribute, []).append(group)
     results: list[GroupResult] = []
     differences: list[Difference] = []
-    for part in by_attribute.values():
-        aurocs = resample_aurocs(part, images, n_resamples_crossings if part[0].crossing else n_resamples, seed)
-        rates = resample_rates(part, images, n_resamples, seed)
-        values = [{"auroc": auroc, **rate} for auroc, rate in zip(aurocs, rates, strict=True)]
-        measured, compared = _measure_attribute(part, images, values)
+    for part in split_by_attribute(groups):
+        measured, compared = _measure_attribute(part, images)
         results += measured
         differences += compared
     return Subgroups(
@@ -206,25 +200,59 @@ def measure_groups(
         differences=tuple(differences),
         single=Comparisons.count([difference for difference in differences if not difference.crossing]),
         crossings=Comparisons.count([difference for difference in differences if difference.crossing]),
-        n_resamples=n_resamples,
-        n_resamples_crossings=n_resamples_crossings,
-        seed=seed,
     )
 
 
-def _measure_attribute(
-    part: Sequence[Group], images: LabelledScores, values: Sequence[Mapping[str, Resamples]]
-) -> tuple[list[GroupResult], list[Difference]]:
-    """Summarise the groups of one attribute, and compare the known ones with the largest."""
+def split_by_attribute(groups: Sequence[Group]) -> list[list[Group]]:
+    """Return the groups of each attribute, in order."""
+    by_attribute: dict[str, list[Group]] = {}
+    for group in groups:
+        by_attribute.setdefault(group.attribute, []).append(group)
+    return list(by_attribute.values())
+
+
+def find_reference(part: Sequence[Group]) -> int | None:
+    """Return the position of the largest known group of an attribute."""
+    known = [i for i, group in enumerate(part) if group.is_known]
+    return max(known, key=lambda i: int(part[i].mask.sum()), default=None)
+
+
+def subtract(blank: Difference, a: Estimates, b: Estimates, j: int) -> Difference:
+    """Fill in value j of `blank.value` minus that of `blank.reference`, or the reason why there is none."""
+    difference = _float_or_none(a.values[j] - b.values[j])
+    if difference is None:
+        undefined = [name for name, value in ((blank.value, a), (blank.reference, b)) if np.isnan(value.values[j])]
+        return replace(blank, reason=f"no {blank.quantity} in {' nor in '.join(undefined)}")
+    interval = a.difference_interval(b, j)
+    low, high = interval or (None, None)
+    return replace(blank, difference=difference, low=low, high=high, reason=None if interval else _FEW)
+
+
+def _estimate(group: Group, images: LabelledScores) -> dict[str, Estimates]:
+    """Estimate each quantity of every finding in a group."""
+    labels, flags, codes = images.labels[group.mask], images.flags[group.mask], images.patients.codes[group.mask]
+    judged, positive, flagged = (labels >= 0) & (flags >= 0), labels == 1, flags == 1
+    cells = [judged & positive & flagged, judged & positive, judged & ~positive & ~flagged, judged & ~positive]
+    counts = np.hsplit(sum_per_patient(np.hstack(cells), codes, images.patients.units), 4)
+    return {
+        "auroc": estimate_aurocs(labels, images.scores[group.mask], codes, images.patients.units),
+        "sensitivity": estimate_shares(counts[0], counts[1]),
+        "specificity": estimate_shares(counts[2], counts[3]),
+    }
+
+
+def _measure_attribute(part: Sequence[Group], images: LabelledScores) -> tuple[list[GroupResult], list[Difference]]:
+    """Measure the groups of one attribute, and compare the known ones with the largest."""
+    estimates = [_estimate(group, images) for group in part]
     known = [i for i, group in enumerate(part) if group.is_known]
     defined = {
-        name: np.logical_and.reduce([~np.isnan(values[i][name].point) for i in known] or [~images.macro])
+        name: np.logical_and.reduce([~np.isnan(estimates[i][name].values) for i in known] or [~images.macro])
         for name in _QUANTITIES
     }
-    largest = max(known, key=lambda i: int(part[i].mask.sum()), default=None)
+    largest = find_reference(part)
     results = []
     for i, group in enumerate(part):
-        cells = _measure_cells(group, images, values[i])
+        cells = _measure_cells(group, images, estimates[i])
         patients = images.patients[group.mask]
         results.append(
             GroupResult(
@@ -233,8 +261,8 @@ def _measure_attribute(
                 crossing=group.crossing,
                 n=int(group.mask.sum()),
                 n_patients=patients.number,
-                own=_average(values[i], cells, images),
-                shared=_average(values[i], cells, images, defined),
+                own=_average(estimates[i], cells, images),
+                shared=_average(estimates[i], cells, images, defined),
                 cells=tuple(cells),
                 reference=i == largest,
                 small=patients.units < FEW_PATIENTS or all(cell.small for cell in cells),
@@ -246,11 +274,11 @@ def _measure_attribute(
     for i in known:
         if i != largest:
             pair = (results[i], results[largest])
-            differences += _compare(pair, (values[i], values[largest]), images, defined)
+            differences += _compare(pair, (estimates[i], estimates[largest]), images, defined)
     return results, differences
 
 
-def _measure_cells(group: Group, images: LabelledScores, values: Mapping[str, Resamples]) -> list[Cell]:
+def _measure_cells(group: Group, images: LabelledScores, estimates: Mapping[str, Estimates]) -> list[Cell]:
     labels, flags, patients = images.labels[group.mask], images.flags[group.mask], images.patients[group.mask]
     cells = []
     for j, finding in enumerate(images.findings):
@@ -260,11 +288,11 @@ def _measure_cells(group: Group, images: LabelledScores, values: Mapping[str, Re
         rates_reason: str | None = "no operating point"
         if (images.flags[:, j] >= 0).any():
             rates_reason = metrics.undefined_reason(positive[known & (flags[:, j] >= 0)])
-        intervals = {name: percentile_interval(values[name].drawn[:, j]) for name in _QUANTITIES}
         numbers: dict[str, float | None] = {}
-        for name, interval in intervals.items():
-            numbers[name] = _float_or_none(values[name].point[j])
-            numbers |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+        for name in _QUANTITIES:
+            low, high = estimates[name].interval(j) or (None, None)
+            value = _float_or_none(estimates[name].values[j])
+            numbers |= {name: value, f"{name}_low": low, f"{name}_high": high}
         cells.append(
             Cell(
                 finding=finding,
@@ -276,8 +304,9 @@ def _measure_cells(group: Group, images: LabelledScores, values: Mapping[str, Re
                 **numbers,
                 reason=reason,
                 rates_reason=rates_reason,
-                interval_reason=intervals["auroc"].reason if reason is None else None,
+                interval_reason=_FEW if reason is None and numbers["auroc_low"] is None else None,
                 few_positives=with_finding.units < FEW_PATIENTS,
+                few_negatives=without.units < FEW_PATIENTS,
                 small=min(with_finding.units, without.units) < FEW_PATIENTS,
             )
         )
@@ -285,41 +314,41 @@ def _measure_cells(group: Group, images: LabelledScores, values: Mapping[str, Re
 
 
 def _average(
-    values: Mapping[str, Resamples],
+    estimates: Mapping[str, Estimates],
     cells: Sequence[Cell],
     images: LabelledScores,
     shared: Mapping[str, np.ndarray] | None = None,
 ) -> Means:
     """Average over the findings that a group defines, or over `shared` findings, bool [F] per quantity."""
     means = {}
-    for name, value in values.items():
-        columns = images.macro & (~np.isnan(value.point) if shared is None else shared[name])
-        mean = value.mean(columns)
-        point = _float_or_none(mean.point[0])
+    for name, estimate in estimates.items():
+        columns = images.macro & (~np.isnan(estimate.values) if shared is None else shared[name])
+        mean = estimate.mean(columns)
+        value = _float_or_none(mean.values[0])
         names = tuple(compress(images.findings, columns))
-        if point is None:
+        if value is None:
             if names:
                 reason = f"not every one of {len(names)} findings has {name} here"
             else:
                 reason = f"no finding has {name}" + ("" if shared is None else " defined in all groups")
-            means[name] = Mean(None, None, None, (), 0, len(mean.drawn), reason)
+            means[name] = Mean(None, None, None, (), 0, reason)
             continue
-        interval = percentile_interval(mean.drawn[:, 0])
+        low, high = mean.interval(0) or (None, None)
         small = sum(cell.small for cell in compress(cells, columns))
-        means[name] = Mean(point, interval.low, interval.high, names, small, interval.undefined, interval.reason)
+        means[name] = Mean(value, low, high, names, small, None)
     return Means(**means)
 
 
 def _compare(
     pair: tuple[GroupResult, GroupResult],
-    values: tuple[Mapping[str, Resamples], Mapping[str, Resamples]],
+    estimates: tuple[Mapping[str, Estimates], Mapping[str, Estimates]],
     images: LabelledScores,
     defined: Mapping[str, np.ndarray],
 ) -> Iterator[Difference]:
-    """Yield differences of AUROC and of sensitivity: first of the shared means, then of each finding."""
+    """Yield differences of each quantity: first of the shared means, then of each finding."""
     group, reference = pair
-    for quantity in ("auroc", "sensitivity"):
-        a, b = (value[quantity] for value in values)
+    for quantity in _QUANTITIES:
+        a, b = (estimate[quantity] for estimate in estimates)
         columns = defined[quantity] & images.macro
         blank = Difference(
             attribute=group.attribute,
@@ -331,23 +360,10 @@ def _compare(
             findings=tuple(compress(images.findings, columns)),
             small=group.small or reference.small,
         )
-        yield _subtract(blank, a.mean(columns), b.mean(columns), 0)
+        yield subtract(blank, a.mean(columns), b.mean(columns), 0)
         for j, finding in enumerate(images.findings):
-            small = any(
-                # Sensitivity does not depend on negatives.
-                cell.few_positives if quantity == "sensitivity" else cell.small
-                for cell in (group.cells[j], reference.cells[j])
-            )
-            yield _subtract(replace(blank, finding=finding, findings=(finding,), small=small), a, b, j)
-
-
-def _subtract(blank: Difference, a: Resamples, b: Resamples, j: int) -> Difference:
-    difference = _float_or_none(a.point[j] - b.point[j])
-    if difference is None:
-        undefined = [name for name, value in ((blank.value, a), (blank.reference, b)) if np.isnan(value.point[j])]
-        return replace(blank, reason=f"no {blank.quantity} in {' nor in '.join(undefined)}")
-    interval = percentile_interval(a.drawn[:, j] - b.drawn[:, j])
-    return replace(blank, difference=difference, low=interval.low, high=interval.high, reason=interval.reason)
+            small = any(cell.is_small(quantity) for cell in (group.cells[j], reference.cells[j]))
+            yield subtract(replace(blank, finding=finding, findings=(finding,), small=small), a, b, j)
 
 
 def _float_or_none(value: float) -> float | None:

@@ -15,13 +15,11 @@ import pandas as pd
 
 from ray_cxr.evaluation import calibration, groups, metrics, subgroups
 from ray_cxr.evaluation.calibration import FittedRules
-from ray_cxr.evaluation.group_resamples import LabelledScores
+from ray_cxr.evaluation.group_estimates import INTERVAL_METHOD, LabelledScores
 from ray_cxr.labels import LABELS, NO_FINDING
 
 #: Columns of a manifest that this module uses.
 COLUMNS = ("patient_id", "sex", "age", "view", "follow_up", *LABELS)
-#: Resamples per interval; few, because the export waits for them.
-N_RESAMPLES = 200
 
 
 def describe_images(table: pd.DataFrame) -> dict[str, Any]:
@@ -41,7 +39,6 @@ def evaluate_validation(
     *,
     method: str,
     min_positives: int,
-    n_resamples: int = N_RESAMPLES,
 ) -> dict[str, Any]:
     """Evaluate the model on validation images, overall and by sex, age band, view and follow-up.
 
@@ -50,10 +47,9 @@ def evaluate_validation(
         probabilities: float32 [N,F], raw.
         findings: F names; means exclude No_Finding.
         rules: fitted on these images; their operating points give sensitivity and specificity.
-        n_resamples: resamples of patients per interval.
 
     Returns:
-        `split`, `n_resamples` and `seed`. `findings`: per finding a `subgroups.Cell` with average_precision and the
+        `split` and `interval_method`. `findings`: per finding a `subgroups.Cell` with average_precision and the
         expected calibration error, raw (`ece_raw`) and calibrated on other patients (`ece_calibrated`, None without a
         calibration). `means`: a `subgroups.Means` of all images. `groups`: the means of each subgroup.
         `differences`: of a finding's sensitivity between groups that are not small, where the interval excludes 0.
@@ -71,8 +67,6 @@ def evaluate_validation(
     measured = subgroups.measure_groups(
         [whole, *groups.build_groups(*_get_demographics(table), crossings=False)],
         LabelledScores.build(y, probabilities, flags, patients, findings, macro),
-        n_resamples=n_resamples,
-        seed=0,
     )
     first, *others = measured.to_json()["groups"]
     cells: dict[str, dict[str, Any]] = first["findings"]
@@ -90,8 +84,7 @@ def evaluate_validation(
     tested = [difference for difference in sensitivity if difference.finding is not None and not difference.small]
     return {
         "split": "val",
-        "n_resamples": n_resamples,
-        "seed": 0,
+        "interval_method": INTERVAL_METHOD,
         "findings": cells,
         "means": first["own"],
         "groups": [{key: value for key, value in group.items() if key != "findings"} for group in others],

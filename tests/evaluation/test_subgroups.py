@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from ray_cxr.evaluation import bootstrap, group_resamples, groups, metrics, subgroups
-from ray_cxr.evaluation.group_resamples import LabelledScores
+from ray_cxr.evaluation import bootstrap, group_estimates, groups, metrics, subgroups
+from ray_cxr.evaluation.clustered import clustered_auroc, logit_interval
+from ray_cxr.evaluation.group_estimates import Estimates, LabelledScores
 
 NAMES = ("A", "B")
 ATTRIBUTES = ("sex", "age_band", "view", "follow_up")
@@ -50,11 +52,12 @@ def build(c: dict[str, np.ndarray], **more: bool) -> list[groups.Group]:
     return groups.build_groups(c["sex"], c["age"], c["view"], c["follow_up"], **more)
 
 
-def measure(c: dict, found: list[groups.Group] | None = None, **more: object) -> subgroups.Subgroups:
+def measure(
+    c: dict, found: list[groups.Group] | None = None, macro: tuple[bool, bool] = (True, True)
+) -> subgroups.Subgroups:
     found = build(c) if found is None else found
-    macro = more.pop("macro", np.ones(2, dtype=bool))
-    images = LabelledScores.build(c["labels"], c["scores"], c["flags"], c["patients"], NAMES, macro)
-    return subgroups.measure_groups(found, images, **{"n_resamples": 60, "n_resamples_crossings": 50, **more})
+    images = LabelledScores.build(c["labels"], c["scores"], c["flags"], c["patients"], NAMES, np.array(macro))
+    return subgroups.measure_groups(found, images)
 
 
 def find_group(found: subgroups.Subgroups, attribute: str, value: str) -> subgroups.GroupResult:
@@ -147,17 +150,74 @@ def test_group_metrics_equal_those_of_its_images() -> None:
             assert mean.low <= mean.value <= mean.high
 
 
-def test_group_of_all_images_has_their_intervals() -> None:
-    c, options = simulate_images(60, 3), {"n_resamples": 100, "seed": 5}
-    whole = measure(c, [groups.Group("all", "all", np.ones(180, dtype=bool))], **options).groups[0]
-    derived = bootstrap.DerivedOutputs(c["flags"], np.full((180, 2), np.nan), np.full(2, np.nan))
-    table, macro = (c["labels"], c["scores"], c["patients"]), np.ones(2, dtype=bool)
-    plain = bootstrap.bootstrap_findings(*table, derived, macro=macro, **options)
-    for cell, finding in zip(whole.cells, plain.findings, strict=True):
-        for name in ("auroc", "sensitivity", "specificity"):
-            got = (getattr(cell, f"{name}_low"), getattr(cell, f"{name}_high"))
-            assert got == pytest.approx((finding[name].low, finding[name].high), abs=1e-12)
-    assert (whole.own.auroc.low, whole.own.auroc.high) == (plain.macro["auroc"].low, plain.macro["auroc"].high)
+def test_interval_of_auroc_is_logit_with_t_and_the_clustered_variance() -> None:
+    c = simulate_images(60, 3)
+    whole = measure(c, [groups.Group("all", "all", np.ones(180, dtype=bool))]).groups[0]
+    for j, cell in enumerate(whole.cells):
+        auroc, variance = clustered_auroc(c["labels"][:, j], c["scores"][:, j], c["patients"])
+        freedom = min(cell.positive_patients, cell.negative_patients) - 1
+        low, high = logit_interval(auroc, variance * (stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)) ** 2)
+        assert (cell.auroc_low, cell.auroc_high) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_interval_of_a_share_is_wilson_with_t() -> None:
+    """Ten patients with one image each: eight hits, so n - 1 = 9 effective images, and t with 9 degrees of freedom."""
+    found = group_estimates.estimate_shares(np.repeat([1.0, 0.0], [8, 2])[:, None], np.ones((10, 1)))
+    assert found.interval(0) == pytest.approx((0.427013, 0.955495), abs=1e-6)
+    # Twice the images of the same patients add nothing; without an error the number of patients counts.
+    double = group_estimates.estimate_shares(np.repeat([2.0, 0.0], [8, 2])[:, None], np.full((10, 1), 2.0))
+    assert double.interval(0) == pytest.approx(found.interval(0))
+    perfect = group_estimates.estimate_shares(np.full((10, 1), 3.0), np.full((10, 1), 3.0))
+    assert perfect.interval(0) == pytest.approx((1 / (1 + 2.262157**2 / 10), 1.0), abs=1e-6)
+    single = group_estimates.estimate_shares(np.ones((1, 1)), np.ones((1, 1)))
+    assert single.interval(0) is None
+
+
+def test_difference_of_shares_equals_a_published_example() -> None:
+    """Newcombe (1998), method 10: 56/70 - 48/80 is 0.2 with the limits 0.0524 and 0.3339."""
+
+    def share(part: int, whole: int) -> Estimates:
+        value = part / whole
+        error = np.sqrt(value * (1 - value) / whole)
+        return Estimates(np.array([value]), np.array([[error], [0.0]]), np.array([1e9]), np.array([float(whole)]))
+
+    first, second = share(56, 70), share(48, 80)
+    second.errors[:] = second.errors[::-1]  # other patients
+    assert first.difference_interval(second, 0) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    # The same patients in both groups: a positive covariance narrows the interval.
+    low, high = first.difference_interval(share(48, 80), 0)
+    assert 0.0524 < low < 0.2 < high < 0.3339
+
+
+def test_intervals_of_means_and_of_differences_agree_with_the_bootstrap() -> None:
+    """With many patients, who are in both groups."""
+    c = simulate_images(800, 3, seed=1)
+    found = measure(c, [group for group in build(c) if group.attribute == "view"])
+    parts = [np.where(c["view"][:, None] == view, c["labels"], -1) for view in ("AP", "PA")]
+    table = np.hstack(parts), np.tile(c["scores"], 2)
+    drawn = bootstrap.resampled_aurocs(*table, c["patients"], 400).values  # noqa: PD011
+    means = drawn.reshape(400, 2, 2).mean(axis=2)
+    cell, mean = found.groups[0].cells[0], found.groups[0].own.auroc
+    differences = {d.finding: d for d in found.differences if d.quantity == "auroc"}
+    for got, resampled in (
+        ((cell.auroc_low, cell.auroc_high), drawn[:, 0]),
+        ((mean.low, mean.high), means[:, 0]),
+        ((differences["A"].low, differences["A"].high), drawn[:, 0] - drawn[:, 2]),
+        ((differences[None].low, differences[None].high), means[:, 0] - means[:, 1]),
+    ):
+        low, high = np.percentile(resampled, [2.5, 97.5])
+        assert got == pytest.approx((low, high), abs=0.15 * (high - low))
+
+
+def test_mean_includes_a_finding_of_one_patient() -> None:
+    c = simulate_images(60, 3)
+    c["labels"][:, 1] = 0
+    c["labels"][4, 1] = 1
+    whole = measure(c, [groups.Group("all", "all", np.ones(180, dtype=bool))]).groups[0]
+    rare = whole.cells[1]
+    assert (rare.auroc_low, rare.interval_reason) == (None, "fewer than two patients with or without the finding")
+    assert rare.auroc == metrics.auroc(c["labels"][:, 1], c["scores"][:, 1])
+    assert whole.own.auroc.low < whole.own.auroc.value - 0.2  # the rare finding's rank is hardly known
 
 
 def test_small_cells_are_marked_and_kept() -> None:
@@ -172,7 +232,7 @@ def test_small_cells_are_marked_and_kept() -> None:
         assert all(cell.small == small and cell.auroc is not None for cell in found.groups[0].cells)
         assert found.groups[0].own.auroc.small == (2 if small else 0)
         assert all(d.small == small for d in found.differences)
-        assert (found.single.made == 0, found.single.small) == (small, 6 if small else 0)
+        assert (found.single.made == 0, found.single.small) == (small, 9 if small else 0)
 
 
 def test_undefined_values_have_a_reason() -> None:
@@ -203,22 +263,25 @@ def test_undefined_values_have_a_reason() -> None:
     assert (unknown.cells[0].auroc is None, unknown.reference) == (False, False)
     assert not any("unknown" in (d.value, d.reference) or d.attribute == "age_band" for d in found.differences)
     # Means cover the findings of `macro`.
-    chosen = find_group(measure(simulate_images(60, 3), macro=np.array([True, False])), "sex", "F")
+    chosen = find_group(measure(simulate_images(60, 3), macro=(True, False)), "sex", "F")
     assert chosen.own.auroc.findings == chosen.shared.auroc.findings == ("A",)
     assert chosen.own.auroc.value == chosen.cells[0].auroc
 
 
-def test_differences_share_their_resamples() -> None:
-    """Each patient has the same image in both groups, so no resample shows a difference."""
+def test_differences_of_copies_are_hardly_uncertain() -> None:
+    """Each patient has the same image in both groups, so every sample of patients has the difference 0."""
     c = simulate_images(60, 2, seed=3)
     for name in ("labels", "scores", "flags"):
         c[name][1::2] = c[name][::2]
     first = np.arange(120) % 2 == 0
     found = measure(c, [groups.Group("copy", "one", first), groups.Group("copy", "two", ~first)])
-    assert found.groups[0].own.auroc.low < found.groups[0].own.auroc.high
-    assert len(found.differences) == 6
+    assert len(found.differences) == 9
     for d in found.differences:
-        assert (d.difference, d.low, d.high, d.excludes_zero, bool(d.reason)) == (0.0, None, None, None, True)
+        assert (d.difference, d.excludes_zero) == (0.0, False)
+        if d.finding is not None:
+            cell = found.groups[0].cells[NAMES.index(d.finding)]
+            width = getattr(cell, f"{d.quantity}_high") - getattr(cell, f"{d.quantity}_low")
+            assert d.high - d.low < 0.5 * width
 
 
 def test_differences_are_relative_to_the_largest_group() -> None:
@@ -234,23 +297,18 @@ def test_differences_are_relative_to_the_largest_group() -> None:
     mean = find_difference(found, None, "auroc")
     assert mean.difference == pytest.approx(women.shared.auroc.value - men.shared.auroc.value)
     assert {d.reference for d in found.differences if d.attribute == "sex & view"} == {"M & PA"}
-    # 18 comparisons: three attributes with two values, two quantities, two findings and their mean.
+    # 27 comparisons: three attributes with two values, three quantities, two findings and their mean.
     single = [d for d in found.differences if not d.crossing]
     made = [d for d in single if not d.small]
-    assert len(single) == 18
-    assert (found.single.made, found.single.small) == (len(made), 18 - len(made))
+    assert len(single) == 27
+    assert (found.single.made, found.single.small) == (len(made), 27 - len(made))
     assert found.single.exclude_zero == sum(d.excludes_zero for d in made) >= 1
     assert found.single.expected_by_chance == pytest.approx(0.05 * len(made))
-    assert found.crossings.made + found.crossings.small == len(found.differences) - 18
+    assert found.crossings.made + found.crossings.small == len(found.differences) - 27
 
 
-def test_chunks_do_not_change_results_and_results_are_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    c = simulate_images(50, 3)
-    whole = measure(c)
-    monkeypatch.setattr(group_resamples, "_CELLS", 1)
-    monkeypatch.setattr(bootstrap, "_CELLS", 7 * 150)
-    assert measure(c) == whole
-    plain = whole.to_json()
+def test_results_are_json() -> None:
+    plain = measure(simulate_images(50, 3)).to_json()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     row = next(group for group in plain["groups"] if group["value"] == "F")
     assert set(row["findings"]) == set(NAMES)

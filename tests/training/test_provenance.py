@@ -43,7 +43,7 @@ def scores(frame: pd.DataFrame, seed: int = 1) -> np.ndarray:
 
 def evaluate(frame: pd.DataFrame, p: np.ndarray) -> dict:
     rules = fit_rules(frame[list(NAMES)].to_numpy(dtype=float, na_value=np.nan), p, NAMES)
-    return provenance.evaluate_validation(frame, p, NAMES, rules, method="platt", min_positives=5, n_resamples=50)
+    return provenance.evaluate_validation(frame, p, NAMES, rules, method="platt", min_positives=5)
 
 
 def test_numbers_are_those_of_scikit_learn() -> None:

@@ -1,0 +1,159 @@
+"""AUROC and shares of several groups of images, with intervals for each group and for the difference of two groups.
+
+A patient can be in several groups, for example in two views. So an estimate keeps each patient's contribution to its
+sampling error: their squares sum to the variance, and their products to the covariance of two estimates.
+
+AUROC has the clustered variance of Obuchowski (1997) and an interval on the logit scale. A share has Wilson's (1927)
+interval for the effective number of images. Both use Student's t with one degree of freedom less than patients (of the
+smaller class), as in surveys with few clusters (Korn & Graubard 1998). Differences combine the limits of both groups
+(MOVER: Newcombe 1998; Zou & Donner 2008; with their covariance: Zou 2009).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtri, stdtrit
+
+from ray_cxr.evaluation.clustered import logit_interval, sum_deviations
+from ray_cxr.evaluation.delong import compute_components
+from ray_cxr.evaluation.intervals import Patients, wilson_interval
+from ray_cxr.evaluation.roc_steps import divide_or_nan
+
+#: Standard errors of a single patient's mean rank (uniform in 0..1) and share. No deviation shows them, so such a value
+#: has no interval, but means have to include them.
+ONE_RANK, ONE_SHARE = 12**-0.5, 0.5
+INTERVAL_METHOD = "logit (AUROC, means) or Wilson (rates) with variances over patients; MOVER for differences"
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledScores:
+    """Labels and predictions of n images for F findings."""
+
+    labels: np.ndarray  # int8 [n, F], 1 or 0; -1 if not labelled or not scored
+    scores: np.ndarray  # [n, F], NaN if missing
+    flags: np.ndarray  # int8 [n, F], 1 at or above the operating point, 0 below, -1 if there is none
+    patients: Patients
+    findings: tuple[str, ...]
+    macro: np.ndarray  # bool [F], findings that means count
+
+    @classmethod
+    def build(
+        cls,
+        labels: np.ndarray,
+        scores: np.ndarray,
+        flags: np.ndarray,
+        patients: np.ndarray,
+        findings: Sequence[str],
+        macro: np.ndarray,
+    ) -> LabelledScores:
+        """Check the arrays of n images, and remove labels without a score. Missing labels are NaN or negative."""
+        if {labels.shape, scores.shape, flags.shape} != {(len(patients), len(findings))}:
+            raise ValueError(
+                f"labels {labels.shape}, scores {scores.shape}, flags {flags.shape}, {len(patients)} patients and "
+                f"{len(findings)} findings do not fit"
+            )
+        known = (labels >= 0) & ~np.isnan(scores.astype(np.float64))
+        labels = np.where(known, labels, -1).astype(np.int8)
+        return cls(labels, scores, flags, Patients.of(patients), tuple(findings), macro)
+
+
+@dataclass(frozen=True, eq=False)
+class Estimates:
+    """K values of one group, in 0..1 and NaN where undefined."""
+
+    values: np.ndarray  # float64 [K]
+    errors: np.ndarray  # float64 [patients, K], contributions to the sampling error
+    freedom: np.ndarray  # float64 [K], degrees of freedom of the variance
+    images: np.ndarray  # float64 [K], of the denominator of a share; NaN for AUROC and means
+
+    def mean(self, columns: np.ndarray) -> Estimates:
+        """Average columns bool [K] into one; NaN if one of them is NaN. Freedom is Satterthwaite's (1946)."""
+        if not columns.any():
+            return Estimates(*(np.full(shape, np.nan) for shape in (1, (len(self.errors), 1), 1, 1)))
+        errors, variances = self.errors[:, columns], (self.errors[:, columns] ** 2).sum(axis=0)
+        total = variances.sum(keepdims=True)
+        known = np.maximum(self.freedom[columns], 1.0)
+        freedom = divide_or_nan(total**2, (variances**2 / known).sum(keepdims=True))
+        lowest = known.min(keepdims=True)  # if no patient deviates
+        return Estimates(
+            self.values[columns].mean(keepdims=True),
+            errors.mean(axis=1, keepdims=True),
+            np.where(np.isnan(freedom), lowest, freedom),
+            np.full(1, np.nan),
+        )
+
+    def interval(self, k: int, miss_rate: float = 0.05) -> tuple[float, float] | None:
+        """Compute the interval of value k, by default of 95%; None if fewer than two patients define the value."""
+        value, variance, freedom = float(self.values[k]), float((self.errors[:, k] ** 2).sum()), float(self.freedom[k])
+        if np.isnan(value) or np.isnan(variance) or not freedom > 0.0:
+            return None
+        stretch = float(stdtrit(freedom, 1.0 - miss_rate / 2.0) / ndtri(0.975)) ** 2
+        if variance < 1e-20 or not 0.0 < value < 1.0:  # no patient deviates: as many images as patients
+            return wilson_interval(value, (freedom + 1.0) / stretch)
+        if np.isnan(self.images[k]):
+            return logit_interval(value, variance * stretch)
+        return wilson_interval(value, min(self.images[k], value * (1.0 - value) / variance) / stretch)
+
+    def difference_interval(self, other: Estimates, k: int, miss_rate: float = 0.05) -> tuple[float, float] | None:
+        """Compute the interval of value k minus that of another group; None if one of them has no interval."""
+        first, second = self.interval(k, miss_rate), other.interval(k, miss_rate)
+        if first is None or second is None:
+            return None
+        a, b = float(self.values[k]), float(other.values[k])
+        u, w = self.errors[:, k], other.errors[:, k]
+        scale = math.sqrt(float(u @ u) * float(w @ w))
+        correlation = float(u @ w) / scale if scale > 0.0 else 0.0
+        below = _combine(a - first[0], second[1] - b, correlation)
+        above = _combine(first[1] - a, b - second[0], correlation)
+        return a - b - below, a - b + above
+
+
+def estimate_aurocs(labels: np.ndarray, scores: np.ndarray, codes: np.ndarray, n_patients: int) -> Estimates:
+    """Estimate the AUROC of each column; labels [n, F] below 0 are left out."""
+    count = labels.shape[1]
+    values, freedom = np.full(count, np.nan), np.zeros(count)
+    errors = np.full((n_patients, count), np.nan)
+    for j in range(count):
+        members = [np.flatnonzero(labels[:, j] == label) for label in (1, 0)]
+        # A class of one image has it twice: that changes no rank.
+        members = [np.repeat(rows, 2) if len(rows) == 1 else rows for rows in members]
+        y = np.repeat([True, False], [len(rows) for rows in members])
+        components = compute_components(y, scores[np.concatenate(members), j])
+        if components is None:
+            continue
+        values[j] = components[0].mean()
+        errors[:, j], sizes = 0.0, []
+        for component, rows in zip(components, members, strict=True):
+            sums, size = sum_deviations(component - values[j], codes[rows], n_patients)
+            errors[:, j] += sums * math.sqrt(size / (size - 1)) if size > 1 else 0.0
+            errors[codes[rows[0]], j] += ONE_RANK if size == 1 else 0.0
+            sizes.append(size)
+        freedom[j] = min(sizes) - 1
+    return Estimates(values, errors, freedom, np.full(count, np.nan))
+
+
+def estimate_shares(parts: np.ndarray, wholes: np.ndarray) -> Estimates:
+    """Estimate the shares sum(parts) / sum(wholes) from counts of images per patient [patients, K]."""
+    images, units = wholes.sum(axis=0), (wholes > 0).sum(axis=0)
+    values = divide_or_nan(parts.sum(axis=0), images)
+    deviations = (parts - values * wholes) * np.sqrt(divide_or_nan(units, units - 1))
+    errors = divide_or_nan(deviations, np.broadcast_to(images, parts.shape))
+    errors = np.where(units == 1, ONE_SHARE * (wholes > 0), errors)
+    return Estimates(values, errors, units - 1.0, images)
+
+
+def sum_per_patient(values: np.ndarray, codes: np.ndarray, n_patients: int) -> np.ndarray:
+    """Sum bool [n, K] over each patient's images, float64 [patients, K]."""
+    width = values.shape[1]
+    rows, columns = np.nonzero(values)
+    flat = np.bincount(codes[rows] * width + columns, minlength=n_patients * width)
+    return flat.reshape(n_patients, width).astype(np.float64)
+
+
+def _combine(mine: float, others: float, correlation: float) -> float:
+    """Combine the distances of two estimates from their limits into that of their difference."""
+    return math.sqrt(max(0.0, mine**2 - 2.0 * correlation * mine * others + others**2))
