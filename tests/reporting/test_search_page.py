@@ -24,6 +24,7 @@ from score_archive import without_drawing
 
 from ray_cxr.errors import OutputError
 from ray_cxr.evaluation import backbones, paired
+from ray_cxr.evaluation.confirmation import Confirmation, ConfirmedPair
 from ray_cxr.reporting import html, optuna_plots, plots, search_page
 from ray_cxr.reporting.search_page import write_search_page
 
@@ -129,7 +130,7 @@ class Search:
             "curve": [{"epoch": e, "val_auroc": value} for e, value in enumerate(values, 1)],
         }
 
-    def comparison(self) -> dict[str, Any]:
+    def comparison(self, confirmation: Confirmation | None = None) -> dict[str, Any]:
         curves = []
         for row in self.table.itertuples():
             curve = tuple((point["epoch"], point["val_auroc"]) for point in row.curve)
@@ -137,14 +138,22 @@ class Search:
         compared = backbones.compare_backbones(curves, 2, n=200)
         y, noise = np.tile([[0, 1], [1, 0]], (50, 1)), np.random.default_rng(0).normal(size=(2, 100, 2))
         difference = paired.paired_macro_auroc(y, y + noise[0], noise[1], np.arange(100), n_resamples=50)
-        return backbones.comparison_record(compared, difference if compared.pair else None)
+        return backbones.comparison_record(compared, difference if compared.pair else None, confirmation)
 
 
-def write_page(search: Search, out: Path, *, compare: bool = True, with_figures: bool = False) -> Page:
+def write_page(
+    search: Search,
+    out: Path,
+    *,
+    compare: bool = True,
+    with_figures: bool = False,
+    confirmation: Confirmation | None = None,
+) -> Page:
     level = optuna.logging.get_verbosity()
     with contextlib.nullcontext() if with_figures else without_drawing(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        write_search_page(out, search.study, search.table, search.facts, search.comparison() if compare else None)
+        comparison = search.comparison(confirmation) if compare else None
+        write_search_page(out, search.study, search.table, search.facts, comparison)
     assert optuna.logging.get_verbosity() == level
     return Page((out / "report.html").read_text(encoding="utf-8"))
 
@@ -181,7 +190,18 @@ def test_page_shows_the_comparison_of_backbones(forty: tuple[Search, Page], tmp_
     for backbone in compared["backbones"]:
         assert f"{backbone['median']:.3f} ({backbone['lower']:.3f}–{backbone['upper']:.3f})" in page.text
         assert f"{backbone['best']:.3f} trial {backbone['best_trial']}" in page.text
+    assert "confirmation" not in page.ids
     assert "Backbones were not compared." in write_page(Search(["finished"]), tmp_path / "out", compare=False).text
+
+
+def test_page_shows_the_confirming_pairs(tmp_path: Path) -> None:
+    pairs = [ConfirmedPair(n, n + 1, 0.80 + n / 100, 0.79, True) for n in range(6)]
+    pairs.append(ConfirmedPair(6, 7, None, 0.79, True, "DenseNet121: the loss is nan"))
+    search = Search(mixed(20))
+    page = write_page(search, tmp_path / "out", confirmation=Confirmation.of("DenseNet121", "ResNet50", pairs))
+    assert "confirmation" in page.ids
+    for words in ("0.8200.7900.030", "DenseNet121: the loss is nan", "6 pairs of new trainings", "+0.010 to +0.060"):
+        assert words in page.text
 
 
 @pytest.mark.parametrize("objectives", [2, 3, 4])
