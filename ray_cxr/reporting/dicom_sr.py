@@ -208,7 +208,8 @@ def _read_documents(paths: Sequence[Path]) -> _Documents:
         with contextlib.suppress(OSError, InvalidDicomError, AttributeError, KeyError):
             ds = pydicom.dcmread(path, specific_tags=tags)
             if ds.SOPClassUID == ComprehensiveSRStorage:
-                document = ImageHeader(*(str(ds[tag].value) for tag in tags[:4]))
+                study, series, instance, sop_class = (str(ds[tag].value) for tag in tags[:4])
+                document = ImageHeader(study, series, instance, sop_class)
                 found.setdefault(document.study, {})[document] = tuple(_list_replaced(ds))
     return found
 

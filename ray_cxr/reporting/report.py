@@ -139,7 +139,8 @@ def _evaluate_labels(
     n, findings = len(images.rows), evaluation.macro.findings
     papers = published.list_published(split, images.info.get("kind"), n_images=n, findings=findings)
     order = measure_order(table, images, bootstrap)
-    return LabelResults(images, leak_check, evaluation, subgroups, underdiagnosis, order, papers, measure_ranking(table, images))
+    ranking = measure_ranking(table, images)
+    return LabelResults(images, leak_check, evaluation, subgroups, underdiagnosis, order, papers, ranking)
 
 
 def _read_prevalences(path: str) -> dict[str, float]:
@@ -266,7 +267,7 @@ def _write(out: Path, table: Scores, result: ReportResult, figures: Mapping[str,
         "attributes": figure_set.ATTRIBUTES,
         "assumed": {name: found for name, found in judged.items() if found["assumed_prevalence"] is not None},
     }
-    atomic.write_text(out / "checklist.md", render_checklist(plain, table, view["leak_check"]))
+    atomic.write_text(out / "checklist.md", render_checklist(plain, table, str(view["leak_check"])))
     atomic.write_text(out / "report.md", html.render(view, "report.md.j2"))
     atomic.write_text(out / "report.html", html.render(view))
     _log.debug("report in %s", out)
