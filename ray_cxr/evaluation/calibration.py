@@ -172,12 +172,12 @@ def fit_calibration(
     target = np.where(y, (positives + 1.0) / (positives + 2.0), 1.0 / (negatives + 2.0))
     if method == "temperature":
         scale = math.sqrt(float(np.mean(x**2)))
-        slope, intercept = float(_fit_logistic((x / scale)[:, None], target, np.zeros(1), np.zeros(1))[0] / scale), 0.0
+        slope, intercept = float(fit_logistic((x / scale)[:, None], target, np.zeros(1), np.zeros(1))[0] / scale), 0.0
     else:
         # Centred and scaled, the two parameters are nearly independent and the problem is well conditioned.
         centre, scale = x.mean(), x.std()
         z = np.column_stack([(x - centre) / scale, np.ones_like(x)])
-        beta = _fit_logistic(z, target, np.array([0.0, logit(positives / y.size)]), np.array([_RIDGE, 0.0]))
+        beta = fit_logistic(z, target, np.array([0.0, logit(positives / y.size)]), np.array([_RIDGE, 0.0]))
         slope, intercept = float(beta[0] / scale), float(beta[1] - beta[0] * centre / scale)
     if not slope > 0.0:
         return None, "the best slope is not positive"
@@ -196,15 +196,20 @@ def _explain_too_few(y: np.ndarray, minimum: int) -> str | None:
     return "; ".join(parts) or None
 
 
-def _fit_logistic(z: np.ndarray, target: np.ndarray, start: np.ndarray, ridge: np.ndarray) -> np.ndarray:
-    """Return coefficients [k] that minimise cross-entropy for features z [n,k], targets [n] and an L2 penalty [k]."""
+def fit_logistic(
+    z: np.ndarray, target: np.ndarray, start: np.ndarray, ridge: np.ndarray, offset: np.ndarray | float = 0.0
+) -> np.ndarray:
+    """Return coefficients [k] that minimise cross-entropy for features z [n,k], targets [n] and an L2 penalty [k].
+
+    The offset [n] is added to the linear predictor.
+    """
     from scipy.optimize import least_squares  # slow to import
 
     def gradient(beta: np.ndarray) -> np.ndarray:
-        return np.asarray(z.T @ (expit(z @ beta) - target) + ridge * beta)
+        return np.asarray(z.T @ (expit(z @ beta + offset) - target) + ridge * beta)
 
     def hessian(beta: np.ndarray) -> np.ndarray:
-        q = expit(z @ beta)
+        q = expit(z @ beta + offset)
         return np.asarray((z * (q * (1.0 - q))[:, None]).T @ z + np.diag(ridge + 1e-12))
 
     # The gradient's root rather than the loss' minimum: near it the loss is constant in float64, the gradient is not.

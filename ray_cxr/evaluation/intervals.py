@@ -29,6 +29,25 @@ class Interval:
     reason: str | None = None
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95% interval; `reason` explains what is missing."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, value: float, drawn: np.ndarray) -> Estimate:
+        """Take the interval from resampled values [b]."""
+        found = percentile_interval(drawn)
+        return cls(value, found.low, found.high, found.reason)
+
+    def to_json(self, name: str) -> dict[str, Any]:
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high, f"{name}_reason": self.reason}
+
+
 def percentile_interval(values: np.ndarray, *, allow_constant: bool = False) -> Interval:
     """Compute the percentile interval of resampled values [n], NaN where undefined.
 
