@@ -22,7 +22,7 @@ SHARE_METHOD = "Wilson with the effective number of images, from the design effe
 def clustered_auroc(y: np.ndarray, s: np.ndarray, codes: np.ndarray) -> tuple[float, float] | None:
     """Compute AUROC and its variance with correlated images of patients (Obuchowski 1997).
 
-    A patient can have positive and negative images. If every image has a patient of its own, the result is DeLong's.
+    A patient can have positive and negative images. If no patient has two images, the result is DeLong's.
     Returns None with fewer than two patients with positive images, or with negative ones.
     """
     components = compute_components(y, s)

@@ -1,4 +1,4 @@
-"""Simulate how often 95% intervals of AUROC and of sensitivity contain the true value, and how wide they are.
+"""Simulate the coverage and the width of 95% intervals of AUROC and sensitivity.
 
 `python tests/simulations/auroc_intervals.py [ROUNDS]` prints two tables of coverage in percent / mean width, and fails
 if a shown interval covers too rarely. Patients have 1 to 3 images with the finding, and one without it on average;
