@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from ray_cxr.evaluation import calibration
 from ray_cxr.evaluation.reading_order import ReadingOrder
 from ray_cxr.evaluation.subgroups import Difference, Subgroups
+from ray_cxr.evaluation.underdiagnosis import Underdiagnosis
 from ray_cxr.labels import FINDINGS
 from ray_cxr.reporting import curve_figures, forest_figures, image_figures, label_figures
 from ray_cxr.reporting.evaluation_set import EvaluationSet
@@ -21,8 +22,8 @@ from ray_cxr.reporting.scores import Scores
 #: Names of all figures, in the order of the page.
 NAMES = (
     "auroc", "roc", "precision_recall", "reliability", "distributions", "subgroups", "subgroup_differences",
-    "reading_order", "compared", "consensus", "localisation", "drift", "examples", "heatmaps", "radiographs",
-    "learning_curves", "prevalence", "cooccurrence", "priority",
+    "underdiagnosis", "reading_order", "compared", "consensus", "localisation", "drift", "examples", "heatmaps",
+    "radiographs", "learning_curves", "prevalence", "cooccurrence", "priority",
 )  # fmt: skip
 #: Names of the subgroups' attributes on the page.
 ATTRIBUTES = {"sex": "Sex", "age_band": "Age, years", "view": "View", "follow_up": "Follow-up"}
@@ -36,6 +37,8 @@ def draw_figures(table: Scores, result: ReportResult, seed: int) -> dict[str, Fi
         figures |= draw_evaluation(table, labelled.images, labelled.evaluation, seed)
         if isinstance(labelled.subgroups, Subgroups):
             figures |= _draw_subgroups(labelled.subgroups, labelled.evaluation.macro)
+        if isinstance(labelled.underdiagnosis, Underdiagnosis):
+            figures["underdiagnosis"] = _draw_underdiagnosis(labelled.underdiagnosis)
         if isinstance(labelled.reading_order, ReadingOrder):
             figures["reading_order"] = curve_figures.plot_reading_order(labelled.reading_order)
     if result.compared:
@@ -134,13 +137,14 @@ def build_reliability(
 
 
 def _draw_subgroups(found: Subgroups, macro: MeanResult) -> dict[str, Figure]:
-    """Draw macro AUROC and mean sensitivity of each group, and the differences to its attribute's largest group."""
+    """Draw the means of each group, and their differences to the largest group of the attribute."""
     groups = [group for group in found.groups if not group.crossing]
     if not groups:
         return {}
     rows = []
     for group in groups:
-        means = (Estimate.of(group.shared.auroc), Estimate.of(group.shared.sensitivity))
+        shared = group.shared
+        means = tuple(Estimate.of(mean) for mean in (shared.auroc, shared.sensitivity, shared.specificity))
         rows.append(ForestRow(ATTRIBUTES[group.attribute], group.value, group.n, means, group.small))
     # The overall mean is comparable only if it averages the same findings as the groups' means.
     averaged = [set(group.shared.auroc.findings) for group in groups if group.shared.auroc.findings]
@@ -148,6 +152,7 @@ def _draw_subgroups(found: Subgroups, macro: MeanResult) -> dict[str, Figure]:
     columns = [
         ForestColumn("macro AUROC", overall, "" if overall is None else f"all images {overall:.3f}"),
         ForestColumn("mean sensitivity"),
+        ForestColumn("mean specificity"),
     ]
     figures = {"subgroups": forest_figures.plot_subgroups(rows, columns)}
     sizes = {group.value: group.n for group in groups}
@@ -158,12 +163,31 @@ def _draw_subgroups(found: Subgroups, macro: MeanResult) -> dict[str, Figure]:
             pairs.setdefault(names, {})[difference.quantity] = difference
     rows = []
     for (attribute, value, reference), pair in pairs.items():
-        changes = tuple(Estimate.of(pair.get(quantity), "difference") for quantity in ("sensitivity", "auroc"))
+        changes = tuple(
+            Estimate.of(pair.get(quantity), "difference") for quantity in ("auroc", "sensitivity", "specificity")
+        )
         is_small = any(difference.small for difference in pair.values())
         label = f"{value} − {reference}"
         rows.append(ForestRow(ATTRIBUTES[attribute], label, sizes[value], changes, is_small))
     if rows:
-        titles = ("difference in mean sensitivity", "difference in macro AUROC")
-        columns = [ForestColumn(title, 0.0, "no difference", signed=True) for title in titles]
+        names = ("macro AUROC", "mean sensitivity", "mean specificity")
+        columns = [ForestColumn(f"difference in {name}", 0.0, "no difference", signed=True) for name in names]
         figures["subgroup_differences"] = forest_figures.plot_subgroups(rows, columns)
     return figures
+
+
+def _draw_underdiagnosis(found: Underdiagnosis) -> Figure | None:
+    """Draw underdiagnosis and overdiagnosis of images in each group, with those of all images."""
+    keys = ("underdiagnosis", "overdiagnosis")
+    rows = []
+    for group in (group for group in found.groups if not group.crossing):
+        rates = [group.rates[key] for key in keys]
+        estimates = tuple(Estimate.of(rate) for rate in rates)
+        n, small = sum(rate.n for rate in rates), any(rate.small for rate in rates)
+        rows.append(ForestRow(ATTRIBUTES[group.attribute], group.value, n, estimates, small))
+    columns = []
+    for key, name in zip(keys, ("underdiagnosis: finding, no flag", "overdiagnosis: no finding, flag"), strict=True):
+        overall = Estimate.of(found.overall[key])
+        label = "" if overall is None else f"all images {overall.value:.3f}"
+        columns.append(ForestColumn(name, overall and overall.value, label))
+    return forest_figures.plot_subgroups(rows, columns) if any(any(row.estimates) for row in rows) else None

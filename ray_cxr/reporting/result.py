@@ -24,6 +24,9 @@ from ray_cxr.reporting.leakage import LeakCheck
 from ray_cxr.reporting.measures import BootstrapSettings, EvaluationResult
 from ray_cxr.reporting.scores import Scores, finite_or_none
 
+#: Sections of metrics.json about labels that follow the settings.
+_LABELLED = ("leak_check", "subgroups", "underdiagnosis", "abnormality", "reading_order", "published")
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -161,8 +164,8 @@ class ReportResult:
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        keys = ("split_label", "split_kind", "split_seed", "macro", "weighted", "leak_check", "subgroups")
-        unlabelled = dict.fromkeys((*keys, "abnormality", "reading_order")) | {"findings": {}, "published": []}
+        keys = ("split_label", "split_kind", "split_seed", "macro", "weighted", *_LABELLED)
+        unlabelled = dict.fromkeys(keys) | {"findings": {}, "published": []}
         labelled = self.labelled.to_json() if self.labelled else unlabelled
         return {
             "split": self.split,
@@ -177,7 +180,7 @@ class ReportResult:
             "alerts": self.alerts.to_json(),
             "digests": self.digests,
             "intervals": self.bootstrap.to_json() if self.bootstrap else None,
-            **{key: labelled[key] for key in ("leak_check", "subgroups", "abnormality", "reading_order", "published")},
+            **{key: labelled[key] for key in _LABELLED},
             "consensus": self.consensus.to_json() if self.consensus else None,
             "compared": self.compared.to_json() if self.compared else None,
             "localisation": self.boxes.to_json() if self.boxes else None,

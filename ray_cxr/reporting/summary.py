@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.intervals import NO_VARIATION
 from ray_cxr.evaluation.subgroups import Subgroups
+from ray_cxr.evaluation.underdiagnosis import Rate, Underdiagnosis
 from ray_cxr.reporting import html, plots
 from ray_cxr.reporting.alerts import summarize_alerts
 from ray_cxr.reporting.measures import EvaluationResult, Measurement
@@ -123,6 +124,8 @@ def _summarize_comparisons(result: ReportResult) -> list[str]:
     if isinstance(groups, Subgroups):
         few = "All subgroups have too few patients to be compared."
         sentences.append(f"Subgroups: {groups.single.summary}." if groups.single.made else few)
+    if result.labelled and isinstance(result.labelled.underdiagnosis, Underdiagnosis):
+        sentences += _summarize_underdiagnosis(result.labelled.underdiagnosis)
     overall = result.boxes.localisation.overall if result.boxes else None
     if overall is not None and overall.hit_rate.value is not None:
         sentences.append(
@@ -135,6 +138,28 @@ def _summarize_comparisons(result: ReportResult) -> list[str]:
         baseline = " and ".join(dict.fromkeys(measured.baselines.values()))  # two of them in older recalibrated bundles
         sentences.append(f"Drift of {result.drift.images} from {baseline}. {measured.summary}")
     return sentences
+
+
+def _summarize_underdiagnosis(found: Underdiagnosis) -> list[str]:
+    """Return a sentence on images with a finding but no flag, and on the group in which they are clearly more."""
+    if found.overall["underdiagnosis"].value is None:
+        return []
+    all_images = _format_rate(found.overall["underdiagnosis"])
+    sentence = f"Underdiagnosis: {all_images} of the images with a finding have no flag."
+    if found.highest is not None:
+        group, other = found.highest
+        rates = [_format_rate(one.rates["underdiagnosis"]) for one in found.highest]
+        return [
+            f"{sentence} The highest rate that is clearly above another is that of {group.attribute.replace('_', ' ')} "
+            f"{group.value}, {rates[0]}, against {rates[1]} of {other.value}; this holds after correction for "
+            f"{found.single.made} comparisons."
+        ]
+    return [f"{sentence} No group clearly differs from the largest one." if found.single.made else sentence]
+
+
+def _format_rate(rate: Rate) -> str:
+    shown = html.format_percent(rate.value)
+    return shown if rate.low is None else f"{shown} ({html.format_percent(rate.low)}–{html.format_percent(rate.high)})"
 
 
 def _list_findings(findings: Iterable[str]) -> str:

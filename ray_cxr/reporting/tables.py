@@ -34,6 +34,7 @@ def build_table(result: Mapping[str, Any]) -> pa.Table:
     sections = [
         (labels, _list_evaluation(result)),
         (labels, _list_subgroups(subgroups) if "groups" in subgroups else ()),
+        (labels, _list_underdiagnosis(result["underdiagnosis"] or {})),
         (labels, _list_comparison(compared) if compared else ()),
         (consensus and consensus["digest"], _list_evaluation(consensus, "consensus") if consensus else ()),
         (boxes and boxes["digest"], _list_localisation(boxes) if boxes else ()),
@@ -90,6 +91,17 @@ def _list_subgroups(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "metric": difference["quantity"],
             **_estimate(difference, "difference"),
         }
+
+
+def _list_underdiagnosis(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    whole = {"attribute": None, "value": None, "rates": found.get("overall", {}), "differences": {}}
+    for group in (whole, *found.get("groups", ())):
+        names = {"section": "underdiagnosis", "attribute": group["attribute"], "group": group["value"]}
+        for metric, rate in group["rates"].items():
+            yield {**names, "metric": metric, "n": rate["n"], **_estimate(rate, "value")}
+        for metric, difference in group["differences"].items():
+            other = f"{group['value']} less {difference['reference']}"
+            yield {**names, "group": other, "metric": f"{metric} difference", **_estimate(difference, "difference")}
 
 
 def _list_comparison(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
