@@ -85,7 +85,7 @@ class Surface:
 def search(seed: int, trials: int, count: int, lead: float, interaction: float) -> dict[str, int]:
     """Return the answer of each test after one search: 1 if the first backbone is better, -1 or 0.
 
-    `truth` compares the best settings that the search found for each, without noise.
+    `truth` compares the best of all settings of the search with either backbone, without noise.
     """
     rng = np.random.default_rng([seed, trials, count])
     surface = Surface(rng, lead, interaction)
@@ -115,7 +115,7 @@ def search(seed: int, trials: int, count: int, lead: float, interaction: float) 
     ]
     pairs = build_pairs(space, names, ranked, PAIRS)
     flips = sign_flip_test([surface.train(a) - surface.train(b) for _, (a, b) in pairs])
-    tops = [max(surface.expect(source.values) for source in sources) for sources in ranked]
+    tops = [max(surface.expect({**values, "backbone": name}) for _, _, values in results) for name in names]
     orient = 1 if names[0] == NAMES[0] else -1
     tests = {
         "all trials": (every.p, every.difference),

@@ -180,7 +180,9 @@ def test_a_failed_training_leaves_its_pair_out(prepared: Path, tmp_path: Path) -
     def act(number: int) -> None:
         pass
 
-    done = run_search(plan_of(prepared, tmp_path / "study", confirm=6), fake_training([], act), IN_PROCESS)
+    settings = {"storage": f"sqlite:///{tmp_path / 'x.db'}", "objectives": ("auroc", "calibration_error")}
+    plan = plan_of(prepared, tmp_path / "study", confirm=6, **settings)
+    done = run_search(plan, fake_training([], act), IN_PROCESS)
     confirmation, facts = done.outcome.comparison["confirmation"], done.outcome.facts
     assert confirmation["pairs"][1]["reason"] == "ResNet50: the loss is nan at epoch 1"
     assert confirmation["test"]["n"] == 5
@@ -220,3 +222,8 @@ def test_pairs_do_not_change_with_later_trials(prepared: Path, tmp_path: Path) -
     trials = (("TinyCNN", 0.7), ("ResNet50", 0.8))
     assert list_trials(*trials) == [1, 0] * 3
     assert list_trials(*trials, ("ResNet50", 0.9)) == [1, 0] * 3
+    # Another backbone among the best two has other pairs, in another folder.
+    assert list_trials(*trials, ("MobileNetV3Small", 0.75)) == [2, 1] * 3
+    assert list_trials(*trials) == [1, 0] * 3
+    folders = {path.name for path in (plan.out / "confirm").iterdir()}
+    assert folders == {"ResNet50-TinyCNN", "MobileNetV3Small-ResNet50"}
