@@ -66,7 +66,7 @@ def plot_aurocs(aurocs: Mapping[str, Estimate], macro: Estimate | None) -> Figur
             ax.axvspan(macro.low, macro.high, color=plots.ORANGE, alpha=0.25, linewidth=0)
         ax.axvline(macro.value, color=plots.VERMILION, linewidth=1.4, label=f"macro mean {macro.value:.3f}")
         ax.legend(loc="lower left", frameon=False, fontsize=8.5, bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
-    ax.set_xlabel("AUROC with 95% interval (patient bootstrap); dashed: chance")
+    ax.set_xlabel("AUROC with 95% interval; dashed: chance")
     return figure
 
 
