@@ -4,8 +4,8 @@ For the probability c of each finding, calibrated, and weights w >= 0, both take
 
     abnormality = 1 - product of (1 - c)         priority = 1 - product of (1 - c)^w
 
-Both lie in 0..1. With all weights 1, the default, they are equal. This is the "noisy or" (Pearl 1988). Abnormality would
-be the probability of any finding if findings were independent. They are not, so it is a score for ranking, usually
+Both lie in 0..1. With all weights 1, the default, they are equal. This is the "noisy or" (Pearl 1988). Abnormality is
+the probability of any finding only if findings are independent. They are not, so it is a score for ranking, usually
 above that probability. `top_finding` is the finding with the highest c; weights do not change it.
 
 Only findings on one scale can be combined. So a finding without calibration is left out if others have one. If no
