@@ -364,13 +364,15 @@ def _tune_thresholds(
 
     The IoU is NaN if its finding has fewer than two patients.
     """
-    values, chosen = np.full(len(measured), np.nan), {}
+    values = np.full(len(measured), np.nan)
+    chosen: dict[str | None, tuple[float, ...]] = {}
+    patients, all_ious = _list_patients(measured), np.array([each.tuned_ious for each in measured])
     for name in names:
         rows = np.flatnonzero([each.case.finding == name for each in measured])
-        codes, n_patients = patient_codes(_list_patients([measured[row] for row in rows]))
+        codes, n_patients = patient_codes(patients[rows])
         if n_patients < 2:
             continue
-        ious = np.array([measured[row].tuned_ious for row in rows])
+        ious = all_ious[rows]
         folds = np.random.default_rng(seed).permutation(n_patients)[codes] % FOLDS
         levels = []
         for fold in np.unique(folds):

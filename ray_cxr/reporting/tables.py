@@ -124,7 +124,7 @@ def _list_localisation(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         for name in ("hit_rate", "hit_rate_inside", "iou", "tuned_iou"):
             yield {**names, **_number(entry, name, {name: entry[f"{name}_reason"]})}
         for name in ("ceiling", "ceiling_inside"):
-            yield {**names, "metric": name, "value": entry[name]}
+            yield {**names, "metric": name, "value": entry[name], "reason": None if entry["n"] else "no heat map"}
         rates = [(rate, "share", f"IoU >= {level}") for level, rate in entry["iou_at_least"].items()]
         for measure, thresholds in entry["wang"].items():
             for kind, label in (("accuracy", "box accuracy"), ("false_boxes", "false boxes per case")):
