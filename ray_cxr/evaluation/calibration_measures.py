@@ -152,7 +152,7 @@ def fit_line(y: np.ndarray, p: np.ndarray, codes: np.ndarray) -> tuple[Estimate,
     z = np.column_stack([(x - x.mean()) / scale, ones])
     start = np.array([scale, logit(y.mean())])
     fitted = _estimate(z, y, codes, np.zeros_like(x), calibration.fit_logistic(z, y, start, np.zeros(2)))
-    return intercept, Estimate(*(value / scale for value in (fitted.value, fitted.low, fitted.high)))
+    return intercept, Estimate(*(float(value / scale) for value in (fitted.value, fitted.low, fitted.high)))
 
 
 def _estimate(z: np.ndarray, y: np.ndarray, codes: np.ndarray, offset: np.ndarray, beta: np.ndarray) -> Estimate:

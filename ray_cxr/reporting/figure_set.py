@@ -10,7 +10,7 @@ from ray_cxr.evaluation.reading_order import ReadingOrder
 from ray_cxr.evaluation.subgroups import Difference, Subgroups
 from ray_cxr.evaluation.underdiagnosis import Underdiagnosis
 from ray_cxr.labels import FINDINGS
-from ray_cxr.reporting import curve_figures, forest_figures, image_figures, label_figures
+from ray_cxr.reporting import curve_figures, decision_figures, forest_figures, image_figures, label_figures
 from ray_cxr.reporting.evaluation_set import EvaluationSet
 from ray_cxr.reporting.examples import sample_examples, sample_radiographs, select_heatmap_examples
 from ray_cxr.reporting.forest_figures import ForestColumn, ForestRow
@@ -21,9 +21,9 @@ from ray_cxr.reporting.scores import Scores
 
 #: Names of all figures, in the order of the page.
 NAMES = (
-    "auroc", "roc", "precision_recall", "reliability", "distributions", "subgroups", "subgroup_differences",
-    "underdiagnosis", "reading_order", "compared", "consensus", "localisation", "drift", "examples", "heatmaps",
-    "radiographs", "learning_curves", "prevalence", "cooccurrence", "priority",
+    "auroc", "roc", "precision_recall", "distributions", "reliability", "net_benefit", "selective", "subgroups",
+    "subgroup_differences", "underdiagnosis", "reading_order", "compared", "consensus", "localisation", "drift",
+    "examples", "heatmaps", "radiographs", "learning_curves", "prevalence", "cooccurrence", "priority",
 )  # fmt: skip
 #: Names of the subgroups' attributes on the page.
 ATTRIBUTES = {"sex": "Sex", "age_band": "Age, years", "view": "View", "follow_up": "Follow-up"}
@@ -35,6 +35,10 @@ def draw_figures(table: Scores, result: ReportResult, seed: int) -> dict[str, Fi
     labelled = result.labelled
     if labelled:
         figures |= draw_evaluation(table, labelled.images, labelled.evaluation, seed)
+        curves = {f: curve for f, curve in labelled.decisions.net_benefit.items() if not isinstance(curve, str)}
+        figures["net_benefit"] = decision_figures.plot_net_benefit(curves) if curves else None
+        selections = {f: found for f, found in labelled.decisions.selection.items() if not isinstance(found, str)}
+        figures["selective"] = decision_figures.plot_selection(selections) if selections else None
         if isinstance(labelled.subgroups, Subgroups):
             figures |= _draw_subgroups(labelled.subgroups, labelled.evaluation.macro)
         if isinstance(labelled.underdiagnosis, Underdiagnosis):
@@ -143,8 +147,7 @@ def _draw_subgroups(found: Subgroups, macro: MeanResult) -> dict[str, Figure]:
         return {}
     rows = []
     for group in groups:
-        shared = group.shared
-        means = tuple(Estimate.of(mean) for mean in (shared.auroc, shared.sensitivity, shared.specificity))
+        means = (Estimate.of(group.shared.auroc), Estimate.of(group.shared.sensitivity))
         rows.append(ForestRow(ATTRIBUTES[group.attribute], group.value, group.n, means, group.small))
     # The overall mean is comparable only if it averages the same findings as the groups' means.
     averaged = [set(group.shared.auroc.findings) for group in groups if group.shared.auroc.findings]
@@ -152,7 +155,6 @@ def _draw_subgroups(found: Subgroups, macro: MeanResult) -> dict[str, Figure]:
     columns = [
         ForestColumn("macro AUROC", overall, "" if overall is None else f"all images {overall:.3f}"),
         ForestColumn("mean sensitivity"),
-        ForestColumn("mean specificity"),
     ]
     figures = {"subgroups": forest_figures.plot_subgroups(rows, columns)}
     sizes = {group.value: group.n for group in groups}

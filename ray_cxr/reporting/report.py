@@ -30,6 +30,7 @@ from ray_cxr.reporting.abnormality import measure_ranking
 from ray_cxr.reporting.alerts import measure_alerts, measure_order, warn_of_alerts
 from ray_cxr.reporting.checklists import render_checklist
 from ray_cxr.reporting.comparators import compare_with_boxes, compare_with_consensus, compare_with_scores
+from ray_cxr.reporting.decisions import measure_decisions
 from ray_cxr.reporting.evaluation_set import EvaluationSet, Population, join_labels
 from ray_cxr.reporting.leakage import check_leakage
 from ray_cxr.reporting.measures import BootstrapSettings, ModelOutputs, evaluate
@@ -140,7 +141,8 @@ def _evaluate_labels(
     papers = published.list_published(split, images.info.get("kind"), n_images=n, findings=findings)
     order = measure_order(table, images, bootstrap)
     ranking = measure_ranking(table, images)
-    return LabelResults(images, leak_check, evaluation, subgroups, underdiagnosis, order, papers, ranking)
+    decisions = measure_decisions(table, images, bootstrap)
+    return LabelResults(images, leak_check, evaluation, subgroups, underdiagnosis, order, papers, ranking, decisions)
 
 
 def _read_prevalences(path: str) -> dict[str, float]:

@@ -19,13 +19,14 @@ from ray_cxr.evaluation.underdiagnosis import Underdiagnosis
 from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.reporting.abnormality import RankingResult
 from ray_cxr.reporting.comparators import BoxResult, ConsensusResult, ScoreComparison
+from ray_cxr.reporting.decisions import DECISIONS, Decisions
 from ray_cxr.reporting.evaluation_set import EvaluationSet, JoinCounts
 from ray_cxr.reporting.leakage import LeakCheck
 from ray_cxr.reporting.measures import BootstrapSettings, EvaluationResult
 from ray_cxr.reporting.scores import Scores, finite_or_none
 
 #: Sections of metrics.json about labels that follow the settings.
-_LABELLED = ("leak_check", "subgroups", "underdiagnosis", "abnormality", "reading_order", "published")
+_LABELLED = ("leak_check", "subgroups", "underdiagnosis", "abnormality", "reading_order", "published", *DECISIONS)
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class LabelResults:
     reading_order: ReadingOrder | str
     published: list[tuple[Published, str | None]]
     ranking: RankingResult
+    decisions: Decisions
 
     def to_json(self) -> dict[str, Any]:
         subgroups, missed, order, published = self.subgroups, self.underdiagnosis, self.reading_order, self.published
@@ -141,6 +143,7 @@ class LabelResults:
             "abnormality": self.ranking.to_json(),
             "reading_order": {"reason": order} if isinstance(order, str) else order.to_json(),
             "published": [{**paper.to_json(), "comparable": why is None, "reason": why} for paper, why in published],
+            **self.decisions.to_json(),
         }
 
 

@@ -51,6 +51,7 @@ def summarize(result: ReportResult) -> list[str]:
         sentences.append(f"{evaluated} were evaluated: {result.labelled.images.description}.")
         sentences += _summarize_evaluation(result.labelled.evaluation)
         sentences += result.labelled.ranking.summarize()
+        sentences += result.labelled.decisions.summarize()
     sentences += summarize_alerts(result.alerts)
     if counts.errors:
         codes = ", ".join(f"{code} {n:,}" for code, n in counts.by_code.items())

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from ray_cxr.evaluation import metrics
+from ray_cxr.reporting.decisions import DECISIONS
 
 #: A row without a finding is about all findings. `attribute` is that of a subgroup, such as sex. `reason` explains a
 #: missing value or interval. `interval_low` and `interval_high` are the interval that pages show where it is not low
@@ -35,6 +36,7 @@ def build_table(result: Mapping[str, Any]) -> pa.Table:
         (labels, _list_evaluation(result)),
         (labels, _list_subgroups(subgroups) if "groups" in subgroups else ()),
         (labels, _list_underdiagnosis(result["underdiagnosis"] or {})),
+        (labels, _list_decisions(result)),
         (labels, _list_comparison(compared) if compared else ()),
         (consensus and consensus["digest"], _list_evaluation(consensus, "consensus") if consensus else ()),
         (boxes and boxes["digest"], _list_localisation(boxes) if boxes else ()),
@@ -102,6 +104,27 @@ def _list_underdiagnosis(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         for metric, difference in group["differences"].items():
             other = f"{group['value']} less {difference['reference']}"
             yield {**names, "group": other, "metric": f"{metric} difference", **_estimate(difference, "difference")}
+
+
+def _list_decisions(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """List calibration, net benefit at every eighth threshold, and rates with and without the least certain tenth."""
+    for section in DECISIONS:
+        for finding, entry in (result[section] or {}).items():
+            if "reason" in entry:
+                continue
+            counts = {"finding": finding, "n": entry["n"], "positives": entry["positives"]}
+            names = {"section": section, **counts}
+            if section == "net_benefit":
+                for i, threshold in list(enumerate(entry["thresholds"]))[::8]:
+                    for name in ("model", "gain"):
+                        number = {f"{name}{part}": entry[f"{name}{part}"][i] for part in ("", "_low", "_high")}
+                        place = {"group": f"threshold {threshold:.6g}"}
+                        yield {**names, **place, **_number(number, name, {})}
+                continue
+            for name, value in entry.items():
+                is_limit = name.endswith(("_low", "_high", "_reason")) or name in ("n", "positives")
+                if not isinstance(value, list) and not is_limit:
+                    yield {**names, **_number(entry, name, {name: entry.get(f"{name}_reason")})}
 
 
 def _list_comparison(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

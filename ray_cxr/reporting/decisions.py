@@ -1,0 +1,98 @@
+"""What the calibrated probabilities are worth for decisions: calibration, net benefit and selective prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ray_cxr.evaluation.alerts import find_abnormal
+from ray_cxr.evaluation.calibration_measures import CalibrationMeasures, measure_calibration
+from ray_cxr.evaluation.net_benefit import DecisionCurve, measure_net_benefit
+from ray_cxr.evaluation.selective import Selection, measure_selection
+from ray_cxr.labels import NO_FINDING
+from ray_cxr.reporting import plots
+from ray_cxr.reporting.evaluation_set import EvaluationSet
+from ray_cxr.reporting.html import format_percent
+from ray_cxr.reporting.measures import BootstrapSettings
+from ray_cxr.reporting.scores import Scores
+
+#: The entry of `Decisions.selection` for "any finding", and the abnormality from which an image counts as abnormal.
+ABNORMALITY, ABNORMAL_FROM = "abnormality", 0.5
+_RESAMPLES = 500
+#: Sections of metrics.json, the fields of `Decisions`.
+DECISIONS = ("calibration", "net_benefit", "selection")
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Results by finding; a text is the reason why there is no result. `selection` also has `ABNORMALITY`."""
+
+    calibration: dict[str, CalibrationMeasures]
+    net_benefit: dict[str, DecisionCurve | str]
+    selection: dict[str, Selection | str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            name: {key: {"reason": found} if isinstance(found, str) else found.to_json() for key, found in part.items()}
+            for name, part in ((name, getattr(self, name)) for name in DECISIONS)
+        }
+
+    def summarize(self) -> list[str]:
+        """Return sentences on net benefit and on the least certain tenth; nothing without calibrated probabilities."""
+        sentences = []
+        curves = {finding: curve for finding, curve in self.net_benefit.items() if isinstance(curve, DecisionCurve)}
+        without = [finding for finding, curve in curves.items() if not curve.benefit]
+        if curves:
+            sentences.append(
+                f"Net benefit: for {len(curves) - len(without)} of {len(curves)} findings, flagging by calibrated "
+                "probability is better than flagging all or no images, at the thresholds given below"
+                + (f"; not shown for {_list_findings(without)}." if without else ".")
+            )
+        found = self.selection.get(ABNORMALITY)
+        if isinstance(found, Selection) and found.errors_handed_over.value is not None:
+            share = format_percent(found.errors_handed_over.value, 0)
+            before, after = (format_percent(part["error_rate"]) for part in (found.all_images, found.kept))
+            sentences.append(
+                f"The tenth of the images whose abnormality is least certain holds {share} of the wrong decisions on "
+                f"whether there is any finding (a random tenth: 10%). Without it, the error rate is {after} instead of "
+                f"{before}."
+            )
+        return sentences
+
+
+def measure_decisions(table: Scores, evaluated: EvaluationSet, bootstrap: BootstrapSettings) -> Decisions:
+    """Measure the evaluated images; findings without calibrated probabilities or labels are left out."""
+    rows, labels = evaluated.rows, evaluated.labels
+    names = [f for f in table.findings if f in table.c and ((labels[f] >= 0) & ~np.isnan(table.c[f][rows])).any()]
+    if not names:
+        return Decisions({}, {}, {})
+    y = np.column_stack([labels[f] for f in names])
+    c = np.column_stack([table.c[f][rows] for f in names])
+    options: dict[str, Any] = {"n_resamples": min(bootstrap.n_resamples, _RESAMPLES), "seed": bootstrap.seed}
+    measures = measure_calibration(y, c, evaluated.patients, **options)
+    diseases = [f for f in names if f != NO_FINDING]
+    chosen = [names.index(f) for f in diseases]
+    curves = measure_net_benefit(y[:, chosen], c[:, chosen], evaluated.patients, **options)
+    flags = np.column_stack([table.flags.get(f, np.full(len(table.ids), -1))[rows] for f in names])[:, chosen]
+    y, c = y[:, chosen], c[:, chosen]
+    if table.ranking.findings.is_calibrated:
+        any_finding = table.abnormality[rows]
+        abnormal = np.where(np.isnan(any_finding), -1, any_finding >= ABNORMAL_FROM)
+        y, c, flags = (
+            np.column_stack([new, part])
+            for new, part in ((find_abnormal(labels), y), (any_finding, c), (abnormal, flags))
+        )
+        diseases = [ABNORMALITY, *diseases]
+    selections = measure_selection(y, c, flags, evaluated.patients, **options)
+    return Decisions(
+        {f: found for f, found in zip(names, measures, strict=True) if found is not None},
+        dict(zip([f for f in names if f != NO_FINDING], curves, strict=True)),
+        dict(zip(diseases, selections, strict=True)),
+    )
+
+
+def _list_findings(findings: Iterable[str]) -> str:
+    return ", ".join(map(plots.format_finding, findings))
