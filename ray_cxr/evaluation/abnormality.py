@@ -1,4 +1,4 @@
-"""How well abnormality, priority and top_finding order images and studies, against labels.
+"""Evaluate the order of images and studies by abnormality and priority, and their top_finding, against labels.
 
 Intervals are those of `clustered`, for images of one patient that are not independent.
 """

@@ -216,7 +216,8 @@ class Bundle:
         Returns:
             A score table (see `predictions.schema`) with one row per image, in order. The image_id is the file's name;
             for the array at position i it is `array_<i>`. The status is `error` for a file that cannot be read, crashes
-            the decoder, or takes more than a minute.
+            the decoder, or takes more than a minute. All weights of the priority are 1. If the bundle calibrates no
+            finding, uncalibrated probabilities rank the images.
 
         Raises:
             ValueError: an array is not uint8 [H,W].

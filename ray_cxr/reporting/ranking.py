@@ -102,7 +102,7 @@ class Ranking:
 
 
 def group_studies(patients: np.ndarray, studies: np.ndarray) -> tuple[np.ndarray, int]:
-    """Number studies, int64 [n], by first appearance, and count them; an image without a study id is one of its own."""
+    """Number studies, int64 [n], by first appearance, and count them; each image without a study id is a study."""
     numbers: dict[object, int] = {}
     pairs = enumerate(zip(patients, studies, strict=True))
     keys = (row if study is None else (patient or "", study) for row, (patient, study) in pairs)

@@ -25,9 +25,8 @@ _ORDER = ("patient_id", "study_id", "image_id")
 def build_worklist(table: Scores) -> list[dict[str, str]]:
     """Return one row per study, or per image without a study id, highest priority first and failures last.
 
-    Flags of findings without calibration do not raise the priority. So a study with such a flag stands at least where
-    the median of the studies with other flags stands, or first if there are none. `flagged_unranked` names the
-    findings.
+    Flags of findings without calibration do not raise the priority. So a study that has one stands at least where the
+    median of the studies with other flags stands, or first if there are none. `flagged_unranked` names the findings.
     """
     codes, n_studies = group_studies(table.patients, table.studies)
     every = np.arange(len(codes))

@@ -67,7 +67,7 @@ def test_weights_of_run_json_order_studies(tmp_path: Path) -> None:
 
 
 def test_a_flag_of_a_finding_without_calibration_is_not_last(tmp_path: Path) -> None:
-    """Image d has only such a flag. It is placed like the median of a, b and c, which have other flags."""
+    """Only this flag is in image d, which is placed like the median of a, b and c, which have other flags."""
     flags = {"flag_Mass": [True, True, True, False, False], "flag_Hernia": [False, False, False, True, False]}
     c = {"c_Mass": [0.9, 0.5, 0.3, 0.1, 0.2], "c_Hernia": pa.nulls(5, pa.float32())}
     table = read(tmp_path, p_Mass=[0.5] * 5, p_Hernia=[0.9] * 5, **c, **flags)
