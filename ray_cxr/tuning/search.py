@@ -103,9 +103,16 @@ def search(
                 _run_trials(searcher, monitor, run, remaining, concurrent)
             ended = monitor.ended
         interrupted = ended < remaining and not searcher.gave_up
+        rows = results.write_trials(plan, study)
+        wanted = 0 if interrupted or searcher.gave_up else settings.confirm
+        runs = confirm.plan_runs(plan, study, rows, wanted)
+        if wanted:
+            # Before the export, which loads TensorFlow into this process.
+            untimed = dataclasses.replace(context, measure_threads=None)
+            _run_confirmation(plan, runs, lambda config: trial(config, untimed), (concurrent, cpus), on_event)
+            interrupted = not all(run.state[0] for run in runs)
         if interrupted:
             on_event("tune: interrupted; writing the results so far")
-        rows = results.write_trials(plan, study)
         best, bundle = find_best_trial(rows), None
         if best is not None:
             chosen = plan.build_settings(study.get_trials(deepcopy=False)[best])
@@ -114,12 +121,6 @@ def search(
                 bundle = results.export_best(plan, chosen, rows, best, on_event)
         if not interrupted:
             results.drop_checkpoints(plan, study, rows)
-        wanted = 0 if interrupted or searcher.gave_up else settings.confirm
-        runs = confirm.plan_runs(plan, study, rows, wanted)
-        if wanted:
-            untimed = dataclasses.replace(context, measure_threads=None)
-            _run_confirmation(plan, runs, lambda config: trial(config, untimed), (concurrent, cpus), on_event)
-            interrupted = not all(run.state[0] for run in runs)
         confirmation = confirm.read_confirmation(runs)
         facts = results.collect_facts(plan, study, rows, started, concurrent=concurrent, interrupted=interrupted)
         facts["confirm_over"] = wanted if all(run.state[0] for run in runs) else 0
