@@ -123,6 +123,17 @@ TRIPOD_AI: tuple[_Item, ...] = (
 )
 
 
+#: Parts of metrics.json with measures of their own.
+_SECTIONS = {
+    "calibration": "calibration slope and intercept",
+    "net_benefit": "net benefit",
+    "selection": "selective prediction",
+    "alerts": "share of images with a flag",
+    "reading_order": "reading-order gain",
+    "underdiagnosis": "underdiagnosis by group",
+}
+
+
 def render_checklist(m: Mapping[str, Any], table: Scores, leak_check: str) -> str:
     """Return checklist.md of a report with the content `m` of metrics.json."""
     run = _Run(m, table, leak_check)
@@ -234,14 +245,17 @@ class _Run:
         return "None: one model" if self.table.is_own and len(self.table.model_digests) == 1 else ""
 
     def metrics(self) -> str:
-        return ", ".join(metric.label for metric in metrics.METRICS) if self.m["findings"] else ""
+        findings = self.m["findings"].values()
+        measured = [m.label for m in metrics.METRICS if any(found.get(m.key) is not None for found in findings)]
+        return ", ".join([*measured, *(label for key, label in _SECTIONS.items() if findings and self.m.get(key))])
 
     def uncertainty(self) -> str:
         found = self.m["intervals"]
         if not found:
             return ""
         resamples = f"{found['n_resamples']:,} resamples, seed {found['seed']}"
-        return f"{found['level']:.0%} intervals, {found['method']}, {resamples}"
+        others = [_name(label, found.get(key)) for key, label in (("auroc", "AUROC"), ("shares", "Rates"))]
+        return _join(f"{found['level']:.0%} intervals, {found['method']}, {resamples}", *others)
 
     def drift(self) -> str:
         found = self.m["drift"]
