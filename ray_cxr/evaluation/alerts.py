@@ -137,27 +137,23 @@ def _count(
     flags: np.ndarray, labels: np.ndarray, abnormal: np.ndarray, people: Patients
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return numerators and denominators of `MEASURES`, float64 [n, 9]."""
-    judged, flagged = (flags >= 0).any(axis=1), (flags == 1).any(axis=1)
+    judged, flagged = (np.asarray(np.any(found, axis=1)) for found in (flags >= 0, flags == 1))
     known = (flags == 1) & (labels >= 0)
-    wholes = [judged, judged & (abnormal == 0), judged & (abnormal == 1)]
+    wholes = [judged, np.logical_and(judged, abnormal == 0), np.logical_and(judged, abnormal == 1)]
     images = [flagged & whole for whole in wholes]
     # A patient is counted in the row of the first image.
     _, first, codes = np.unique(people.codes, return_index=True, return_inverse=True)
-    any_of, all_of = np.maximum, np.minimum
 
-    def by_patient(values: np.ndarray, combine: np.ufunc, start: bool) -> np.ndarray:
+    def by_patient(values: np.ndarray, combine: np.ufunc, start: bool = False) -> np.ndarray:
         result = np.full(len(first), start)
         combine.at(result, codes, values)
         rows = np.zeros(len(codes), dtype=bool)
         rows[first] = result
         return rows
 
-    groups = [
-        by_patient(judged, any_of, False) & people.has_id,
-        by_patient(judged & (abnormal == 0), all_of, True) & people.has_id,
-        by_patient(judged & (abnormal == 1), any_of, False) & people.has_id,
-    ]
-    with_flag = by_patient(flagged, any_of, False)
+    patients = [by_patient(judged, np.logical_or), by_patient(wholes[1], np.logical_and, True)]
+    groups = [group & people.has_id for group in (*patients, by_patient(wholes[2], np.logical_or))]
+    with_flag = by_patient(flagged, np.logical_or)
     n_flags = (flags == 1).sum(axis=1)
     parts = [*images, *(with_flag & group for group in groups), n_flags, (known & (labels == 1)).sum(axis=1), images[2]]
     totals = [*wholes, *groups, judged, known.sum(axis=1), flagged & (abnormal >= 0)]

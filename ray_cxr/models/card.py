@@ -15,6 +15,15 @@ from ray_cxr.imaging.demographics import PatientCount
 
 _ATTRIBUTES = {"sex": "sex", "age_band": "age, years", "view": "view", "follow_up": "follow-up"}
 _RATES = ("sensitivity", "specificity")
+#: What a rule for operating points promises on the images of the fit; those with a target after "the share of".
+_RULES = {
+    "any_flag_rate": "images with any flag is at most",
+    "flag_rate": "flagged images of each finding is at most",
+    "npv": "negatives among the unflagged images is at least",
+    "sensitivity": "flagged positives is at least",
+    "specificity": "unflagged negatives is at least",
+    "youden": "sensitivity + specificity is highest",
+}
 #: Number of differences between subgroups that the card lists.
 _MAX_DIFFERENCES = 10
 
@@ -49,6 +58,7 @@ def model_card(info: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> 
         largest=sorted(evaluation.get("differences", []), key=lambda row: -abs(row["difference"]))[:_MAX_DIFFERENCES],
         calibration=_calibration(info),
         recalibration=_recalibration(info),
+        rule=_describe_rule(info),
         alternatives=_alternatives(info),
         unfitted=_unfitted(info),
     )
@@ -189,6 +199,15 @@ def _rules(info: Mapping[str, Any], name: str) -> list[str]:
         _number(point["threshold"], 4) if point else "none",
         _number(info["expected_flag_rates"][name]) if point else "none",
     ]
+
+
+def _describe_rule(info: Mapping[str, Any]) -> str | None:
+    """Return the rule of the operating points and its meaning; None if they do not share one."""
+    rules = {point.get("rule") for point in info["operating_points"].values() if point}
+    name, _, target = str(rules.pop()).partition("=") if len(rules) == 1 else ("", "", "")
+    if name not in _RULES:
+        return None
+    return f"{name}={target} (the share of {_RULES[name]} {target})" if target else f"{name} ({_RULES[name]})"
 
 
 def _alternatives(info: Mapping[str, Any]) -> str | None:

@@ -25,26 +25,26 @@ def measure_alerts(
     findings = [finding for finding in table.findings if finding != NO_FINDING]
     n = len(population.rows)
     flags = {rule: found for rule, found in _flag(table, findings, population.rows).items() if (found >= 0).any()}
-    unknown = np.full(n, -1, dtype=np.int8)
-    labels = [unknown if evaluated is None else evaluated.labels[finding] for finding in findings]
-    abnormal = unknown if evaluated is None else alerts.find_abnormal(evaluated.labels)
+    missing = np.full(n, -1, dtype=np.int8)
+    labels = [missing if evaluated is None else evaluated.labels[finding] for finding in findings]
+    abnormal = missing if evaluated is None else alerts.find_abnormal(evaluated.labels)
     shares = alerts.measure_rules(
         flags,
-        np.column_stack([*labels, unknown])[:, : len(findings)],
+        np.column_stack([*labels, missing])[:, : len(findings)],
         abnormal,
         population.patients,
         n_resamples=bootstrap.n_resamples,
         seed=bootstrap.seed,
     )
     chosen = _name_rule(table.operating_points, findings)
-    counts = (int((abnormal == status).sum()) for status in (1, 0, -1))
     rules = (
         RuleAlerts(rule, rule == chosen, int((flags[rule] >= 0).any(axis=0).sum()), found)
         for rule, found in shares.items()
     )
     reason = None if flags else "the scores have neither flags nor a model with operating points"
     images = "all scored images" if evaluated is None else f"the evaluated images ({evaluated.description})"
-    return Alerts(images, *counts, tuple(rules), reason)
+    with_finding, without, unknown = (int((abnormal == status).sum()) for status in (1, 0, -1))
+    return Alerts(images, with_finding, without, unknown, tuple(rules), reason)
 
 
 def _flag(table: Scores, findings: list[str], rows: np.ndarray) -> dict[str, np.ndarray]:

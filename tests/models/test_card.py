@@ -131,6 +131,12 @@ def test_card_shows_metrics_with_intervals_and_reasons(whole: dict[str, Any]) ->
     numbers = [rule["slope"], rule["intercept"], cell["ece_raw"], cell["ece_calibrated"]]
     assert row(text, FINDINGS[2])[1:] == ["platt", *(f"{number:.4f}" for number in numbers)]
     assert f"| {RARE} |" not in text
+    assert "- Flags by the rule youden (sensitivity + specificity is highest)" in table
+    points = {
+        name: point and point | {"rule": "any_flag_rate=0.3"} for name, point in whole["operating_points"].items()
+    }
+    table = section(model_card(whole | {"operating_points": points}, []), "Validation")
+    assert "any_flag_rate=0.3 (the share of images with any flag is at most 0.3)" in table
 
 
 def test_recalibrated_card_drops_numbers_of_older_thresholds(whole: dict[str, Any]) -> None:
