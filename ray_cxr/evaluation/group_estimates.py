@@ -76,7 +76,7 @@ class Estimates:
             return Estimates(*(np.full(shape, np.nan) for shape in (1, (len(self.errors), 1), 1, 1)))
         errors, variances = self.errors[:, columns], (self.errors[:, columns] ** 2).sum(axis=0)
         total = variances.sum(keepdims=True)
-        known = np.maximum(self.freedom[columns], 1.0)
+        known = np.where(self.freedom[columns] > 0.0, self.freedom[columns], 1e9)  # 1e9: assumed, not estimated
         freedom = divide_or_nan(total**2, (variances**2 / known).sum(keepdims=True))
         lowest = known.min(keepdims=True)  # if no patient deviates
         return Estimates(

@@ -153,10 +153,11 @@ class Comparisons:
     @property
     def summary(self) -> str:
         """One sentence with these counts."""
+        chance = f"about {self.expected_by_chance:.0f}" if self.expected_by_chance >= 1.0 else "less than one"
+        small = f" ({self.small:,} more have too few patients to count)" if self.small else ""
         return (
             f"{self.exclude_zero:,} of {self.made:,} differences have an interval that excludes 0; without any true "
-            f"difference about {self.expected_by_chance:.0f} would, because one 95% interval in twenty does "
-            f"({self.small:,} more have too few patients to count)"
+            f"difference {chance} would, because one 95% interval in twenty does{small}"
         )
 
 

@@ -79,7 +79,8 @@ def plot_subgroups(rows: Sequence[ForestRow], columns: Sequence[ForestColumn]) -
     legend: list[Artist] = [plots.create_marker_entry("value with 95% interval", BLUE, "o")]
     if any(row.small for row in rows):
         legend.append(plots.create_marker_entry("small group: interpret with caution", GREY, "o", "white"))
-    figure, axes = _draw_forest(lines, ("", "images"), [column.name for column in columns], legend)
+    width = 2.7 if len(columns) < 3 else 1.9
+    figure, axes = _draw_forest(lines, ("", "images"), [column.name for column in columns], legend, width=width)
     for index, (ax, column) in enumerate(zip(axes, columns, strict=True)):
         _set_limits(ax, [(row.estimates[index], row.small) for row in rows], column.reference)
         if column.reference is not None:
