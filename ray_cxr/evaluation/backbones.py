@@ -5,7 +5,7 @@ other patients. The second test shows whether the backbones differ by more than 
 trainings it is `confirmation.sign_flip_test`. Without them it is a permutation test of the trials whose settings were
 drawn at random. Trials that a sampler such as TPE chose are not exchangeable between backbones, because it repeats the
 settings of the backbone that led by chance: a permutation test of all trials finds a difference between two identical
-backbones in up to 39% of searches.
+backbones in 24% of simulated searches of 20 trials, and in 92% of searches of 100.
 """
 
 from __future__ import annotations
