@@ -430,8 +430,9 @@ def _report(arguments: argparse.Namespace) -> None:
         metrics = report.write_report(arguments.scores, arguments.out, **options)
     macro = metrics["macro"]
     if macro and macro["auroc"] is not None:
+        low, high = (_format(macro[f"auroc_interval_{end}"]) for end in ("low", "high"))
         _print(
-            f"macro AUROC {macro['auroc']:.3f} ({_format(macro['auroc_low'])} to {_format(macro['auroc_high'])}) "
+            f"macro AUROC {macro['auroc']:.3f} ({low} to {high}) "
             f"over {len(macro['findings'])} findings, {metrics['n_images']:,} images of "
             f"{PatientCount(metrics['n_patients'], metrics['images_without_patient'])}"
         )

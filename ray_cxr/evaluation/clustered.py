@@ -14,8 +14,9 @@ from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.delong import compute_components
 from ray_cxr.evaluation.intervals import wilson_interval
 
-#: Names of the methods of `auroc_interval` and `clustered_share_interval` in metrics.json.
+#: Names of the methods of `auroc_interval`, `mean_interval` and `clustered_share_interval` in metrics.json.
 AUROC_METHOD = "Wilson with the effective number of images, from Obuchowski's and Hanley and McNeil's variances"
+MEAN_METHOD = "MOVER (Zou and Donner 2008) of the findings' intervals"
 SHARE_METHOD = "Wilson with the effective number of images, from the design effect of patients"
 
 
@@ -63,6 +64,42 @@ def auroc_interval(y: np.ndarray, s: np.ndarray, codes: np.ndarray) -> tuple[flo
     if found is not None and found[1] > 0.0:
         independent = min(independent, auc * (1.0 - auc) / found[1])
     return wilson_interval(auc, independent)
+
+
+def auroc_influence(y: np.ndarray, s: np.ndarray, codes: np.ndarray, n_patients: int) -> np.ndarray:
+    """Return each patient's contribution to the deviation of AUROC, float64 [n_patients]; 0 if it is unknown.
+
+    `codes` are below `n_patients`. The variance of AUROC is about the sum of squares, a covariance that of products.
+    """
+    components = compute_components(y, s)
+    if components is None:
+        return np.zeros(n_patients)
+    positive = np.asarray(y).astype(bool)
+    pairs = zip(components, (positive, ~positive), strict=True)
+    first, second = (sum_deviations(part - part.mean(), codes[rows], n_patients)[0] for part, rows in pairs)
+    return np.asarray(first + second)
+
+
+def mean_interval(
+    values: np.ndarray, limits: np.ndarray, influence: np.ndarray, weights: np.ndarray
+) -> tuple[float, float]:
+    """Compute an interval of a weighted mean from the intervals of its terms (MOVER; Zou & Donner 2008).
+
+    Args:
+        values: [k].
+        limits: intervals of the values, [k, 2].
+        influence: contributions of the patients to each value [k, patients]; only their correlations matter.
+        weights: [k], treated as exact.
+    """
+    share = weights / weights.sum()
+    length = np.sqrt((influence**2).sum(axis=1))
+    scaled = influence / np.where(length > 0.0, length, 1.0)[:, None]
+    correlations = scaled @ scaled.T
+    np.fill_diagonal(correlations, 1.0)
+    reach = share[:, None] * np.abs(limits - values[:, None])
+    below, above = (math.sqrt(max(0.0, float(side @ correlations @ side))) for side in reach.T)
+    mean = float(share @ values)
+    return max(0.0, mean - below), min(1.0, mean + above)
 
 
 def sum_deviations(deviations: np.ndarray, rows: np.ndarray, n_patients: int) -> tuple[np.ndarray, int]:

@@ -103,7 +103,7 @@ def draw_evaluation(
 def _draw_aurocs(evaluation: EvaluationResult) -> Figure:
     aurocs = {finding: Estimate.of(found.auroc.shown) for finding, found in evaluation.findings.items()}
     known = {finding: auroc for finding, auroc in aurocs.items() if auroc is not None}
-    return curve_figures.plot_aurocs(known, Estimate.of(evaluation.macro.auroc))
+    return curve_figures.plot_aurocs(known, Estimate.of(evaluation.macro.auroc.shown))
 
 
 def _build_panels(table: Scores, evaluated: EvaluationSet, evaluation: EvaluationResult) -> list[curve_figures.Panel]:

@@ -17,10 +17,13 @@ from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.bootstrap import DerivedOutputs, RocBand, bootstrap_findings
 from ray_cxr.evaluation.clustered import (
     AUROC_METHOD,
+    MEAN_METHOD,
     SHARE_METHOD,
+    auroc_influence,
     auroc_interval,
     clustered_share_interval,
     logit_interval,
+    mean_interval,
 )
 from ray_cxr.evaluation.delong import delong
 from ray_cxr.evaluation.intervals import Interval, Patients
@@ -46,6 +49,7 @@ class BootstrapSettings:
             "seed": self.seed,
             "delong": "logit scale, images taken as independent",
             "auroc": AUROC_METHOD,
+            "mean_auroc": MEAN_METHOD,
             "shares": SHARE_METHOD,
         }
 
@@ -190,6 +194,7 @@ class MeanResult:
     def to_json(self) -> dict[str, Any]:
         return ({"weights": self.weights} if self.weights else {}) | {
             **_flatten(self.metrics),
+            **_list_shown(self.metrics, MEAN_METHOD),
             "undefined_resamples": self.undefined_resamples,
             "findings": self.findings,
             "reason": self.reason,
@@ -220,13 +225,13 @@ def _flatten(measured: Mapping[str, Measurement]) -> dict[str, float | None]:
     }
 
 
-def _list_shown(measured: Mapping[str, Measurement]) -> dict[str, float | str | None]:
+def _list_shown(measured: Mapping[str, Measurement], auroc_method: str = AUROC_METHOD) -> dict[str, float | str | None]:
     """Return the interval that pages show, with its method, of each metric that can have one besides percentiles."""
-    keys = ["auroc", *(metric.key for metric in metrics.RATE_METRICS if metric.share)]
+    keys = ["auroc", *(metric.key for metric in metrics.RATE_METRICS if metric.share and metric.key in measured)]
     result: dict[str, float | str | None] = {}
     for key in keys:
         low, high = measured[key].wilson or (None, None)
-        method = None if low is None else AUROC_METHOD if key == "auroc" else SHARE_METHOD
+        method = None if low is None else auroc_method if key == "auroc" else SHARE_METHOD
         result |= {f"{key}_interval_low": low, f"{key}_interval_high": high, f"{key}_interval_method": method}
     return result
 
@@ -273,12 +278,18 @@ def evaluate(
         for f in names
     }
     averaged = {f: result for f, result in results.items() if result.auroc.value is not None and f != NO_FINDING}
+    influence = np.array([_find_influence(outputs.p[f], labels[f], known.codes) for f in averaged])
     positives = [result.positives for result in averaged.values()]
     return EvaluationResult(
         results,
-        macro=_average(averaged, [1] * len(averaged), found.macro),
-        weighted=_average(averaged, positives, found.weighted, "positives"),
+        macro=_average(averaged, [1] * len(averaged), found.macro, influence),
+        weighted=_average(averaged, positives, found.weighted, influence, "positives"),
     )
+
+
+def _find_influence(p: np.ndarray, labels: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    usable = (labels >= 0) & ~np.isnan(p)
+    return auroc_influence(labels[usable], p[usable], codes[usable], int(codes.max()) + 1)
 
 
 def _stack(arrays: list[np.ndarray], n: int) -> np.ndarray:
@@ -286,7 +297,11 @@ def _stack(arrays: list[np.ndarray], n: int) -> np.ndarray:
 
 
 def _average(
-    results: Mapping[str, FindingResult], weights: list[int], found: Mapping[str, Interval], name: str | None = None
+    results: Mapping[str, FindingResult],
+    weights: list[int],
+    found: Mapping[str, Interval],
+    influence: np.ndarray,
+    name: str | None = None,
 ) -> MeanResult:
     means = {}
     for metric in metrics.RANKING_METRICS:
@@ -294,6 +309,11 @@ def _average(
         mean = float(np.average(values, weights=weights)) if results else None
         means[metric.key] = Measurement(mean, found[metric.key].low, found[metric.key].high)
     reason = None if results else "no finding has a defined AUROC"
+    if results:
+        limits = np.array([result.auroc.wilson for result in results.values()], dtype=np.float64)
+        values = np.array([result.auroc.value for result in results.values()], dtype=np.float64)
+        interval = mean_interval(values, limits, influence, np.array(weights, dtype=np.float64))
+        means["auroc"] = replace(means["auroc"], wilson=interval)
     return MeanResult(means, list(results), reason, found["auroc"].undefined, name)
 
 

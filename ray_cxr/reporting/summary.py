@@ -74,7 +74,7 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> list[str]:
         sentences.append(f"The macro AUROC is undefined: {macro.reason}.")
     else:
         averaged = f"{len(macro.findings)} findings" if len(macro.findings) > 1 else "one finding"
-        sentences.append(f"The macro AUROC over {averaged} is {_format(macro.auroc)}.")
+        sentences.append(f"The macro AUROC over {averaged} is {_format(macro.auroc.shown)}.")
         aurocs = {finding: findings[finding].auroc.value or 0.0 for finding in macro.findings}
         ranked = sorted(aurocs, key=lambda finding: aurocs[finding])
         if len(ranked) > 1:
@@ -102,7 +102,7 @@ def _summarize_comparisons(result: ReportResult) -> list[str]:
     sentences = []
     if result.consensus is not None:
         consensus = result.consensus
-        macro = consensus.evaluation.macro.auroc
+        macro = consensus.evaluation.macro.auroc.shown
         shown = f"the macro AUROC is {_format(macro)}" if macro.value is not None else "AUROC is undefined"
         cautioned = [name for name, found in consensus.evaluation.findings.items() if found.caution]
         warning = f" Interpret these intervals with caution: {_list_findings(cautioned)}." if cautioned else ""

@@ -10,7 +10,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ray_cxr.evaluation import metrics
-from ray_cxr.evaluation.clustered import auroc_interval, clustered_auroc, clustered_share_interval, logit_interval
+from ray_cxr.evaluation.clustered import (
+    auroc_influence,
+    auroc_interval,
+    clustered_auroc,
+    clustered_share_interval,
+    logit_interval,
+    mean_interval,
+)
 from ray_cxr.evaluation.delong import delong
 from ray_cxr.evaluation.intervals import wilson_interval
 
@@ -101,3 +108,21 @@ def test_auroc_interval_is_wilson_for_a_limited_number_of_images() -> None:
     auroc, variance = clustered_auroc(y, s, codes)
     assert auroc_interval(y, s, codes) == wilson_interval(auroc, auroc * (1 - auroc) / variance)
     assert auroc_interval(np.ones(3), np.arange(3.0), np.arange(3)) is None
+
+
+def test_mean_interval_combines_intervals_by_their_correlation() -> None:
+    values, limits = np.array([0.8, 0.6]), np.array([[0.7, 0.85], [0.56, 0.68]])
+    independent = mean_interval(values, limits, np.eye(2), np.ones(2))
+    expected = 0.7 - math.hypot(0.1, 0.04) / 2, 0.7 + math.hypot(0.05, 0.08) / 2
+    assert independent == pytest.approx(expected, abs=1e-12)
+    equal = mean_interval(values, limits, np.ones((2, 3)), np.array([1.0, 3.0]))
+    assert equal == pytest.approx((0.65 - (0.1 + 3 * 0.04) / 4, 0.65 + (0.05 + 3 * 0.08) / 4), abs=1e-12)
+    # Patients' influence has the correlation and the variance of the AUROCs.
+    y, s, codes = simulate_images(400, 3, seed=3)
+    influence = auroc_influence(y, s, codes, 400)
+    assert (influence**2).sum() == pytest.approx(clustered_auroc(y, s, codes)[1], rel=0.01)
+    low, high = auroc_interval(y, s, codes)
+    both = np.array([metrics.auroc(y, s)] * 2), np.array([[low, high]] * 2)
+    assert mean_interval(*both, np.array([influence] * 2), np.ones(2)) == pytest.approx((low, high), abs=1e-12)
+    # Without influence, as at AUROC 1, intervals count as independent.
+    assert mean_interval(values, limits, np.zeros((2, 3)), np.ones(2)) == pytest.approx(expected, abs=1e-12)
