@@ -40,7 +40,7 @@ NEGATIVES = 600
 #: AUROC of the patients that are not missed.
 SEEN = 0.998
 RESAMPLES = 300
-#: Percent of data sets that the shown interval must cover: up to AUROC 0.95, at 0.99, on average; sensitivity and means.
+#: Percent of data sets to cover with the shown interval: up to AUROC 0.95, at 0.99, on average; sensitivity and means.
 BARS = (90.0, 85.0, 95.0, 87.0)
 Limits = tuple[float, float]
 
