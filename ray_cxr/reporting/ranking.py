@@ -78,7 +78,8 @@ class Ranking:
         weights = None if self.weights is None else list(self.weights.values())
         priority = np.full(len(values), np.nan) if self.weights is None else combine(values, weights)
         top = np.array(self.findings.names, dtype=object)[np.nan_to_num(values, nan=-1.0).argmax(axis=1)]
-        return abnormality, priority, np.where(np.isnan(abnormality), None, top)
+        top[np.isnan(abnormality)] = None
+        return abnormality, priority, top
 
     def rank_groups(
         self, codes: np.ndarray, n_groups: int, rows: np.ndarray, priority: np.ndarray

@@ -153,7 +153,7 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
     n_rows = min(len(rows), request.limit or len(rows))
     if not n_rows:
         raise ConfigError(f"score: {request.origin}: holds no rows to score")
-    wanted = {
+    wanted: dict[str, Any] = {
         "kind": KIND,
         "format": FORMAT,
         "model_digest": bundle.digest,
