@@ -8,10 +8,9 @@ values of the run. If the run lacks them, the item is unknown.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from ray_cxr.evaluation import metrics
+from ray_cxr.evaluation.metrics import METRICS
 from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.reporting import html
 from ray_cxr.reporting.scores import Scores
@@ -19,7 +18,7 @@ from ray_cxr.reporting.scores import Scores
 AUTHORS = "to be written by the authors"
 UNKNOWN = "unknown: not recorded in this run"
 
-#: Number, topic, and the method of `_Run` that fills the item in; empty if only authors can.
+#: Number, topic, and the key of the text that fills the item in; empty if only authors can.
 _Item = tuple[str, str, str]
 CLAIM: tuple[_Item, ...] = (
     ("1", "Title: AI and its kind", ""),
@@ -136,203 +135,139 @@ _SECTIONS = {
 
 def render_checklist(m: Mapping[str, Any], table: Scores, leak_check: str) -> str:
     """Return checklist.md of a report with the content `m` of metrics.json."""
-    run = _Run(m, table, leak_check)
+    known = _describe_data(m, table, leak_check) | _describe_model(m, table) | _describe_results(m)
     lists = {
         "CLAIM 2024 Update (Tejani et al., Radiology: Artificial Intelligence 2024)": CLAIM,
         "TRIPOD+AI (Collins et al., BMJ 2024)": TRIPOD_AI,
     }
     filled = {
-        title: [(number, topic, (getattr(run, key)() or UNKNOWN) if key else AUTHORS) for number, topic, key in items]
+        title: [(number, topic, (known[key] or UNKNOWN) if key else AUTHORS) for number, topic, key in items]
         for title, items in lists.items()
     }
     return html.render({"lists": filled, "source": table.source}, "checklist.md.j2")
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One method per item that a run can fill in; it returns None or an empty text if the run lacks the values."""
-
-    m: Mapping[str, Any]
-    table: Scores
-    leak_check: str
-
-    @property
-    def _source(self) -> Mapping[str, Any]:
-        return self.table.provenance
-
-    @property
-    def _people(self) -> str:
-        return html.format_patients(self.m)
-
-    def data(self) -> str:
-        tables = (self._source.get("split") or {}).get("tables") or {}
-        return _join(
-            _name("Evaluated", self.m["split_label"]),
-            _name("SHA-256 of the labels", self.m["digests"]["labels"]),
-            _name("Model", self._source.get("origin")),
-            _name("Tables of the training", ", ".join(f"{name} (SHA-256 {digest})" for name, digest in tables.items())),
-        )
-
-    def tested(self) -> str:
-        label = self.m["split_label"]
-        return f"Evaluated: {label}. Whether its sites are those of the training is not recorded" if label else ""
-
-    def preprocessing(self) -> str:
-        spec, flags = self.table.model.get("input_spec") or {}, self.m["counts"]["quality_flags"]
-        resized = f"{spec.get('size')} × {spec.get('size')} pixels, {spec.get('aspect')}, {spec.get('interpolation')}"
-        flagged = ", ".join(f"{name} {n:,}" for name, n in flags.items())
-        return _join(
-            f"Resized to {resized}" if spec else "",
-            _name("Images with a quality flag, which are evaluated too", flagged),
-        )
-
-    def missing(self) -> str:
-        counts, labelled = self.m["counts"], [found["n"] for found in self.m["findings"].values()]
-        return _join(
+def _describe_data(m: Mapping[str, Any], table: Scores, leak_check: str) -> dict[str, str]:
+    """Fill in the items on data; a text is empty if the run lacks the values."""
+    source, counts, labels = table.provenance, m["counts"], m["digests"]["labels"]
+    split, spec = source.get("split") or {}, table.model.get("input_spec") or {}
+    tables = ", ".join(f"{name} (SHA-256 {digest})" for name, digest in (split.get("tables") or {}).items())
+    size = f"{m['n_images']:,} images of {html.format_patients(m)}"
+    parts = [f"{name} {part['images']:,} images of {_people(part)}" for name, part in source.get("images", {}).items()]
+    rule = ", ".join(f"{key} {split[key]}" for key in ("kind", "seed", "fractions") if split.get(key) is not None)
+    labelled = [found["n"] for found in m["findings"].values()]
+    flow = ("rows", "scored", "errors", "labelled", "evaluated", "labelled_errors", "labelled_not_scored")
+    evaluated = _name("Evaluated", m["split_label"])
+    groups = [group for group in (m["subgroups"] or {}).get("groups", []) if not group.get("crossing")]
+    people = [
+        f"{name}: {_list(part.get('sex'))}; age {_list(part.get('age'))}"
+        for name, part in source.get("demographics", {}).items()
+    ]
+    trained = source.get("demographics", {}).get("train", {}).get("findings", {})
+    return {
+        "data": _join(
+            evaluated,
+            _name("SHA-256 of the labels", labels),
+            _name("Model", source.get("origin")),
+            _name("Tables of the training", tables),
+        ),
+        "tested": _join(evaluated, "Whether its sites are those of the training is not recorded" if evaluated else ""),
+        "preprocessing": _join(
+            f"Resized to {spec.get('size')} × {spec.get('size')} pixels, {spec.get('aspect')}, {spec.get('interpolation')}"
+            if spec
+            else "",
+            _name("Images with a quality flag, which are evaluated too", _list(counts["quality_flags"])),
+        ),
+        "missing": _join(
             f"Excluded: {counts['errors']:,} of {counts['rows']:,} images that could not be scored",
-            f"{counts['labelled_not_scored']:,} labelled images without a score" if labelled else "",
-            f"Null labels are left out per finding; at least {min(labelled):,} images have a label" if labelled else "",
-        )
+            f"{counts['labelled_not_scored']:,} labelled images without a score. Null labels are left out per finding; "
+            f"at least {min(labelled):,} images have a label"
+            if labelled
+            else "",
+        ),
+        "reference": _join(
+            _name("Label table, SHA-256", labels),
+            _name("Also compared with the panel of", (m["consensus"] or {}).get("source")),
+            "How the labels were made is not recorded" if labelled else "",
+        ),
+        "partitions": _join(_name("Split of the training", rule), "; ".join([*parts, f"evaluated {size}"])),
+        "disjoint": _name("Leak check", leak_check),
+        "size": f"{size}; no sample size was calculated here",
+        "flow": ", ".join(f"{name.replace('_', ' ')} {counts[name]:,}" for name in flow if name in counts),
+        "demographics": _join(
+            *people,
+            _name("Evaluated", ", ".join(f"{g['attribute']} {g['value']} {g['n']:,} images" for g in groups)),
+        ),
+        "failures": _join(f"{counts['errors']:,} images could not be scored", _list(counts["by_code"])),
+        "events": _join(
+            size, _name("Positives", _list_positives(m["findings"])), _name("In training", _list_positives(trained))
+        ),
+    }
 
-    def reference(self) -> str:
-        return _join(
-            _name("Label table, SHA-256", self.m["digests"]["labels"]),
-            _name("Also compared with the panel of", (self.m["consensus"] or {}).get("source")),
-            "How the labels were made is not recorded" if self.m["findings"] else "",
-        )
 
-    def partitions(self) -> str:
-        split = self._source.get("split") or {}
-        parts = self._source.get("images") or {}
-        used = [f"{name} {part['images']:,} images of {_format_people(part)}" for name, part in parts.items()]
-        rule = ", ".join(f"{key} {split[key]}" for key in ("kind", "seed", "fractions") if split.get(key) is not None)
-        evaluated = f"evaluated {self.m['n_images']:,} images of {self._people}"
-        return _join(_name("Split of the training", rule), "; ".join([*used, evaluated]))
-
-    def disjoint(self) -> str:
-        return _name("Leak check", self.leak_check)
-
-    def size(self) -> str:
-        return f"{self.m['n_images']:,} images of {self._people}; no sample size was calculated here"
-
-    def model(self) -> str:
-        fixed = self.table.model.get("architecture") or {}
-        layers = ", ".join(f"{key} {fixed[key]}" for key in ("pooling", "dense", "dropout") if key in fixed)
-        return _join(
-            _name("Backbone", self.table.model.get("backbone")),
-            _name("Layers above it", layers),
-            f"One probability for each of {len(self.table.findings)} findings",
-        )
-
-    def software(self) -> str:
-        versions = {"Training": self._source.get("versions"), "Scoring": self.table.run.get("versions")}
-        return _join(*(_name(step, _list(found)) for step, found in versions.items() if found))
-
-    def start(self) -> str:
-        return _join(
-            self._source.get("initial_weights"), _name("Images that trained them", self._source.get("lineage"))
-        )
-
-    def training(self) -> str:
-        epochs = len(self.table.model.get("curves") or [])
-        return _join(_name("Settings", _list(self._source.get("settings"))), f"{epochs} epochs" if epochs else "")
-
-    def selection(self) -> str:
-        epoch, rule = self._source.get("best_epoch"), self._source.get("chosen_by")
-        return f"Epoch {epoch}, the best by {rule}" if epoch and rule else ""
-
-    def ensemble(self) -> str:
-        return "None: one model" if self.table.is_own and len(self.table.model_digests) == 1 else ""
-
-    def metrics(self) -> str:
-        findings = self.m["findings"].values()
-        measured = [m.label for m in metrics.METRICS if any(found.get(m.key) is not None for found in findings)]
-        return ", ".join([*measured, *(label for key, label in _SECTIONS.items() if findings and self.m.get(key))])
-
-    def uncertainty(self) -> str:
-        found = self.m["intervals"]
-        if not found:
-            return ""
-        resamples = f"{found['n_resamples']:,} resamples, seed {found['seed']}"
-        others = [_name(label, found.get(key)) for key, label in (("auroc", "AUROC"), ("shares", "Rates"))]
-        return _join(f"{found['level']:.0%} intervals, {found['method']}, {resamples}", *others)
-
-    def drift(self) -> str:
-        found = self.m["drift"]
-        if not found:
-            return ""
-        return f"Drift from {' and '.join(dict.fromkeys(found['baselines'].values()))}: {found['words']}"
-
-    def explanation(self) -> str:
-        found = (self.m["localisation"] or {}).get("overall") or {}
-        if found.get("hit_rate") is None:
-            return ""
-        return f"Heat maps: hit rate {found['hit_rate']:.3f} on {found['n']:,} boxed findings"
-
-    def flow(self) -> str:
-        counts = self.m["counts"]
-        names = ("rows", "scored", "errors", "labelled", "evaluated", "labelled_errors", "labelled_not_scored")
-        return ", ".join(f"{name.replace('_', ' ')} {counts[name]:,}" for name in names if name in counts)
-
-    def demographics(self) -> str:
-        parts = []
-        for name, people in (self._source.get("demographics") or {}).items():
-            parts.append(f"{name}: {_list(people.get('sex'))}; age {_list(people.get('age'))}")
-        groups = [group for group in (self.m["subgroups"] or {}).get("groups", []) if not group.get("crossing")]
-        shown = ", ".join(f"{group['attribute']} {group['value']} {group['n']:,} images" for group in groups)
-        return _join(*parts, _name("Evaluated", shown))
-
-    def performance(self) -> str:
-        macro = self.m["macro"]
-        if not macro:
-            return ""
-        compared = (self.m["subgroups"] or {}).get("comparisons", {}).get("single", {}).get("words")
-        return _join(f"Macro AUROC {_interval(macro)}, over {len(macro['findings'])} findings", compared)
-
-    def accuracy(self) -> str:
-        return _join(
-            self.performance(),
-            *(f"{name} {_interval(found)}" for name, found in self.m["findings"].items() if found["auroc"] is not None),
-        )
-
-    def failures(self) -> str:
-        counts = self.m["counts"]
-        return _join(f"{counts['errors']:,} images could not be scored", _list(counts["by_code"]))
-
-    def identity(self) -> str:
-        return _name("Model, SHA-256", ", ".join(self.m["digests"]["model"]))
-
-    def predictors(self) -> str:
-        return "The pixels of one radiograph; no clinical data" if self.table.is_own else ""
-
-    def updating(self) -> str:
-        made = self._source.get("recalibrated")
-        if not made:
-            return "None: not recalibrated" if self.table.is_own else ""
+def _describe_model(m: Mapping[str, Any], table: Scores) -> dict[str, str]:
+    """Fill in the items on the model and its training."""
+    source, model, made = table.provenance, table.model, table.provenance.get("recalibrated")
+    layers, settings = model.get("architecture") or {}, source.get("settings") or {}
+    versions = {"Training": source.get("versions"), "Scoring": table.run.get("versions")}
+    epochs, epoch, chosen_by = len(model.get("curves") or []), source.get("best_epoch"), source.get("chosen_by")
+    methods = sorted({str(rule["method"]) for rule in (model.get("calibration") or {}).values() if rule})
+    rules = sorted({str(point.get("rule")) for point in table.operating_points.values() if point})
+    updating = "None: not recalibrated" if table.is_own else ""
+    if made:
         fitted = f"calibration {made['method']}, operating points {made['rule']}"
-        return f"Recalibrated {made['created'][:10]} on {made['images']:,} images of {_format_people(made)}: {fitted}"
+        updating = f"Recalibrated {made['created'][:10]} on {made['images']:,} images of {_people(made)}: {fitted}"
+    return {
+        "model": _join(
+            _name("Backbone", model.get("backbone")),
+            _name("Layers above it", _list({k: layers[k] for k in ("pooling", "dense", "dropout") if k in layers})),
+            f"One probability for each of {len(table.findings)} findings",
+        ),
+        "predictors": "The pixels of one radiograph; no clinical data" if table.is_own else "",
+        "software": _join(*(_name(step, _list(found)) for step, found in versions.items())),
+        "start": _join(source.get("initial_weights"), _name("Images that trained them", source.get("lineage"))),
+        "training": _join(_name("Settings", _list(settings)), f"{epochs} epochs" if epochs else ""),
+        "selection": f"Epoch {epoch}, the best by {chosen_by}" if epoch and chosen_by else "",
+        "ensemble": "None: one model" if table.is_own and len(table.model_digests) == 1 else "",
+        "identity": _name("Model, SHA-256", ", ".join(m["digests"]["model"])),
+        "updating": updating,
+        "prediction": _name("ray-cxr score, precision", table.run.get("precision")),
+        "imbalance": _name("Loss", settings.get("loss")),
+        "output": _join(_name("Calibration", ", ".join(methods)), _name("Rule of the thresholds", ", ".join(rules))),
+    }
 
-    def prediction(self) -> str:
-        precision = self.table.run.get("precision")
-        return f"ray-cxr score, precision {precision}" if precision else ""
 
-    def imbalance(self) -> str:
-        return _name("Loss", (self._source.get("settings") or {}).get("loss"))
-
-    def output(self) -> str:
-        points = self.table.operating_points
-        rules = sorted({str(point.get("rule")) for point in points.values() if point})
-        fitted = self.table.model.get("calibration") or {}
-        methods = sorted({str(rule["method"]) for rule in fitted.values() if rule})
-        return _join(_name("Calibration", ", ".join(methods)), _name("Rule of the thresholds", ", ".join(rules)))
-
-    def events(self) -> str:
-        train = ((self._source.get("demographics") or {}).get("train") or {}).get("findings") or {}
-        return _join(
-            f"{self.m['n_images']:,} images of {self._people}",
-            _name("Positives", _list_positives(self.m["findings"])),
-            _name("In training", _list_positives(train)),
-        )
+def _describe_results(m: Mapping[str, Any]) -> dict[str, str]:
+    """Fill in the items on metrics and results."""
+    findings, macro, intervals, drift = m["findings"], m["macro"], m["intervals"] or {}, m["drift"]
+    measured = [metric.label for metric in METRICS if any(f.get(metric.key) is not None for f in findings.values())]
+    more = [label for key, label in _SECTIONS.items() if findings and m.get(key)]
+    hits = (m["localisation"] or {}).get("overall") or {}
+    performance = _join(
+        f"Macro AUROC {_interval(macro)}, over {len(macro['findings'])} findings" if macro else "",
+        (m["subgroups"] or {}).get("comparisons", {}).get("single", {}).get("words"),
+    )
+    return {
+        "metrics": ", ".join([*measured, *more]),
+        "uncertainty": _join(
+            f"{intervals['level']:.0%} intervals, {intervals['method']}, {intervals['n_resamples']:,} resamples, "
+            f"seed {intervals['seed']}"
+            if intervals
+            else "",
+            _name("AUROC", intervals.get("auroc")),
+            _name("Rates", intervals.get("shares")),
+        ),
+        "drift": f"Drift from {' and '.join(dict.fromkeys(drift['baselines'].values()))}: {drift['words']}"
+        if drift
+        else "",
+        "explanation": f"Heat maps: hit rate {hits['hit_rate']:.3f} on {hits['n']:,} boxed findings"
+        if hits.get("hit_rate") is not None
+        else "",
+        "performance": performance,
+        "accuracy": _join(
+            performance, *(f"{name} {_interval(f)}" for name, f in findings.items() if f["auroc"] is not None)
+        ),
+    }
 
 
 def _name(label: str, value: object) -> str:
@@ -351,7 +286,7 @@ def _list_positives(findings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {found['positives']:,} of {found['n']:,}" for name, found in findings.items())
 
 
-def _format_people(part: Mapping[str, Any]) -> str:
+def _people(part: Mapping[str, Any]) -> str:
     # Bundles of older versions have 0 where no patient id is known.
     return str(PatientCount(part["patients"] or None, part.get("images_without_patient", 0)))
 
