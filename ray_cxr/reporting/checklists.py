@@ -173,9 +173,7 @@ def _describe_data(m: Mapping[str, Any], table: Scores, leak_check: str) -> dict
         ),
         "tested": _join(evaluated, "Whether its sites are those of the training is not recorded" if evaluated else ""),
         "preprocessing": _join(
-            f"Resized to {spec.get('size')} × {spec.get('size')} pixels, {spec.get('aspect')}, {spec.get('interpolation')}"
-            if spec
-            else "",
+            _name("Resized, pixels", _list(spec)),
             _name("Images with a quality flag, which are evaluated too", _list(counts["quality_flags"])),
         ),
         "missing": _join(
