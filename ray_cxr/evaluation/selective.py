@@ -28,6 +28,13 @@ COVERAGE = 0.9
 #: Coverages of a curve.
 GRID = np.linspace(0.5, 1.0, 21)
 RATES = ("error_rate", "sensitivity", "specificity")
+#: Why a rate of all images or of those kept is undefined.
+_REASONS = {
+    "error_rate": "no images",
+    "sensitivity": "no positive images",
+    "specificity": "no negative images",
+    "auroc": "no positive or no negative images",
+}
 _BINS = 200
 _AUROC_RESAMPLES = 200
 _AT = int(np.searchsorted(GRID, COVERAGE - 1e-9))
@@ -174,9 +181,9 @@ def _build_selection(cutoff: float, kept: np.ndarray, aurocs: list[np.ndarray]) 
         curves={name: Band.of(values[0], values[1:]) for name, values in rates.items()},
         all_images={name: _number(before[0]) for name, (before, _) in pairs.items()},
         kept={name: _number(after[0]) for name, (_, after) in pairs.items()},
-        changes={name: _estimate(after - before) for name, (before, after) in pairs.items()},
-        errors_handed_over=_estimate(1 - divide_or_nan(wrong[:, _AT], wrong[:, -1])),
-        missed_handed_over=_estimate(1 - divide_or_nan(fn[:, _AT], fn[:, -1])),
+        changes={name: _estimate(after - before, _REASONS[name]) for name, (before, after) in pairs.items()},
+        errors_handed_over=_estimate(1 - divide_or_nan(wrong[:, _AT], wrong[:, -1]), "no errors"),
+        missed_handed_over=_estimate(1 - divide_or_nan(fn[:, _AT], fn[:, -1]), "no missed positives"),
         best_possible=min(1.0, (1 - COVERAGE) * n / errors) if errors else None,
     )
 
@@ -185,7 +192,7 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _estimate(values: np.ndarray) -> Estimate:
+def _estimate(values: np.ndarray, reason: str) -> Estimate:
     if np.isnan(values[0]):
-        return Estimate(None, reason="undefined without positives, without negatives or without errors")
+        return Estimate(None, reason=reason)
     return Estimate.of(float(values[0]), values[1:])

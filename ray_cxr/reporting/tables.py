@@ -123,8 +123,9 @@ def _list_decisions(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 continue
             for name, value in entry.items():
                 is_limit = name.endswith(("_low", "_high", "_reason")) or name in ("n", "positives")
-                if not isinstance(value, list) and not is_limit:
-                    yield {**names, **_number(entry, name, {name: entry.get(f"{name}_reason")})}
+                reason = entry.get(f"{name}_reason")
+                if not isinstance(value, list) and not is_limit and (value is not None or reason):
+                    yield {**names, **_number(entry, name, {name: reason})}
 
 
 def _list_comparison(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -22,8 +22,10 @@ from matplotlib.text import Text
 from PIL import Image
 
 from ray_cxr.evaluation.bootstrap import RocBand
+from ray_cxr.evaluation.net_benefit import measure_net_benefit
+from ray_cxr.evaluation.selective import measure_selection
 from ray_cxr.labels import FINDINGS
-from ray_cxr.reporting import curve_figures, forest_figures, image_figures, label_figures, plots
+from ray_cxr.reporting import curve_figures, decision_figures, forest_figures, image_figures, label_figures, plots
 from ray_cxr.reporting.curve_figures import Panel, Reliability
 from ray_cxr.reporting.forest_figures import ForestColumn, ForestRow
 from ray_cxr.reporting.image_figures import Example, HeatmapExample, Radiograph
@@ -292,3 +294,28 @@ def test_radiographs_show_their_labels(drawn: dict[str, Figure]) -> None:
     words = {"Mass, Pleural Thickening\nPA, F, 58 years", "no finding", "not labelled", "cannot be shown:\ntruncated"}
     assert words <= set(shown)
     assert any(text.startswith("Atelectasis") and text.endswith(" …") for text in shown), "long lists are cut"
+
+
+def test_net_benefit_shows_the_curve_and_where_it_is_useful() -> None:
+    p = np.random.default_rng(0).beta(1, 6, 3000)
+    y = (np.random.default_rng(1).random(3000) < p).astype(np.int8)
+    (curve,) = measure_net_benefit(y[:, None], p[:, None], np.arange(3000), n_resamples=50, seed=0)
+    figure = decision_figures.plot_net_benefit({"Mass": curve, LONG: replace(curve, benefit=())})
+    ax = figure.axes[0]
+    np.testing.assert_allclose(ax.lines[-1].get_ydata(), 1000 * curve.model.value)
+    low, high = (plots.format_share(limit) for limit in curve.benefit[0])
+    assert {f"useful from {low} to {high}", "no benefit shown", "flag all images"} <= set(texts(figure))
+
+
+def test_selection_shows_rates_over_coverage() -> None:
+    p = np.random.default_rng(0).random(1000)
+    y, flags = (np.random.default_rng(1).random(1000) < p).astype(np.int8), (p > 0.5).astype(np.int8)
+    columns = (part[:, None] for part in (y, p, flags))
+    (found,) = measure_selection(*columns, np.arange(1000), n_resamples=50, seed=0)
+    figure = decision_figures.plot_selection({"abnormality": found})
+    drawn = [line.get_ydata() for line in figure.axes[0].lines]
+    for name, line in zip(("error_rate", "sensitivity", "specificity"), drawn, strict=False):
+        np.testing.assert_allclose(line, found.curves[name].value)
+    assert drawn[3][-1] == pytest.approx(found.all_images["error_rate"])
+    share = plots.format_share(found.errors_handed_over.value)
+    assert {"Abnormality", f"least certain 10%: {share} of errors"} <= set(texts(figure))

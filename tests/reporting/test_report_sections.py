@@ -15,6 +15,7 @@ from sklearn.metrics import recall_score, roc_auc_score
 
 from ray_cxr.errors import InputError, LeakError, TableError
 from ray_cxr.evaluation import metrics
+from ray_cxr.evaluation.alerts import find_abnormal
 from ray_cxr.imaging import overlays
 from ray_cxr.labels import FINDINGS, LABELS
 from ray_cxr.reporting import tables
@@ -228,6 +229,30 @@ def test_groups_are_measured_separately(everything: Report) -> None:
     assert group["findings"]["Effusion"]["sensitivity"] == pytest.approx(recall_score(y, p >= archive.threshold))
     assert ("sex & view", "F & AP") in groups
     assert {difference["attribute"] for difference in found["differences"]} >= {"sex", "view", "follow_up"}
+
+
+def test_decisions_are_measured_on_calibrated_probabilities(everything: Report) -> None:
+    archive, result = everything.archive, everything.metrics
+    rows, y = archive.tested, archive.y["Effusion"]
+    c, found = 0.9 * archive.p["Effusion"][rows].astype(np.float64), result["selection"]["Effusion"]
+    flags = archive.p["Effusion"][rows] >= archive.threshold
+    assert found["error_rate_all"] == pytest.approx(np.mean(flags != y[rows]))
+    assert found["cutoff"] == pytest.approx(0.9 * archive.threshold, abs=0.02)
+    curve, measures = result["net_benefit"]["Effusion"], result["calibration"]["Effusion"]
+    middle = curve["thresholds"][24]
+    assert middle == pytest.approx(y[rows].mean())
+    benefit = np.mean(np.where(c >= middle, np.where(y[rows] == 1, 1, -middle / (1 - middle)), 0))
+    assert curve["model"][24] == curve["gain"][24] == pytest.approx(benefit)
+    assert (result["net_benefit"]["Hernia"]["reason"], measures["n"]) == ("no positive images", rows.sum())
+    labels = {f: values[rows] for f, values in archive.y.items()}
+    abnormal = find_abnormal(labels)
+    score = 1 - np.prod([1 - 0.9 * archive.p[f][rows] for f in archive.diseases], axis=0)
+    assert result["selection"]["abnormality"]["error_rate_all"] == pytest.approx(np.mean((score >= 0.5) != abnormal))
+    table = pq.read_table(everything.out / "metrics.parquet").to_pylist()
+    (slope,) = [row for row in table if (row["finding"], row["metric"]) == ("Effusion", "slope")]
+    assert (slope["value"], slope["low"]) == (measures["slope"], measures["slope_low"])
+    for section in ("calibration", "net_benefit", "selective"):
+        assert f'<h2 id="{section}">' in everything.page
 
 
 def test_metrics_parquet_has_every_number_with_its_split(everything: Report) -> None:
