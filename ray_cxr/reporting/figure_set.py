@@ -191,5 +191,5 @@ def _draw_underdiagnosis(found: Underdiagnosis) -> Figure | None:
     for key, name in zip(keys, ("underdiagnosis: finding, no flag", "overdiagnosis: no finding, flag"), strict=True):
         overall = Estimate.of(found.overall[key])
         label = "" if overall is None else f"all images {overall.value:.3f}"
-        columns.append(ForestColumn(name, overall and overall.value, label))
+        columns.append(ForestColumn(name, None if overall is None else overall.value, label))
     return forest_figures.plot_subgroups(rows, columns) if any(any(row.estimates) for row in rows) else None
