@@ -117,11 +117,21 @@ def summarize_alerts(found: Alerts) -> list[str]:
 
 
 def warn_of_alerts(found: Alerts) -> list[str]:
-    """Return a warning if the chosen rule flags most images."""
+    """Return a warning if the chosen rule flags most images, or must miss images with a finding."""
     share = found.chosen.shares["images_flagged"].value if found.chosen else None
-    if share is None or share <= alerts.MANY:
+    if found.chosen is None or share is None:
         return []
-    return [
-        f"{format_percent(share, 0)} of images have at least one flag, so a flag hardly separates images. A rule such "
-        "as any_flag_rate=0.3 limits this share (see the alert budget)."
-    ]
+    if share > alerts.MANY:
+        return [
+            f"{format_percent(share, 0)} of images have at least one flag, so a flag hardly separates images. A rule "
+            "such as any_flag_rate=0.3 limits this share (see the alert budget)."
+        ]
+    name, _, limit = found.chosen.rule.partition("=")
+    known = found.n_with_finding + found.n_without_finding
+    if name == "any_flag_rate" and found.n_with_finding > float(limit) * known:
+        present = format_percent(found.n_with_finding / known, 0)
+        return [
+            f"{present} of images have a finding, more than the rule {found.chosen.rule} can flag. Images without a "
+            "flag need to be read too; see the alert budget for other rules."
+        ]
+    return []

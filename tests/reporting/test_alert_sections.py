@@ -91,6 +91,16 @@ def test_most_images_flagged_is_a_warning(evaluated: Report, tmp_path: Path) -> 
     archive.threshold = 0.02
     notes = report(archive, tmp_path / "report").metrics["notes"]
     assert any("at least one flag" in note for note in notes)
+    # More images have a finding than a limit of 10% allows to flag.
+    archive.threshold = 0.95
+    point = {"threshold": 0.95, "rule": "any_flag_rate=0.1"}
+    scores = archive.scores(operating_points=dict.fromkeys(archive.findings, point))
+    for every, warned in ((4, True), (20, False)):
+        y = np.arange(archive.n) % every == 0
+        columns = {"Effusion": y, "Cardiomegaly": 0 * y, NO_FINDING: ~y}
+        labels = archive.labels(**{name: column.astype(int).tolist() for name, column in columns.items()})
+        found = report(archive, tmp_path / f"limit{every}", scores=scores, labels=labels, split="test")
+        assert any("have a finding, more than" in note for note in found.metrics["notes"]) == warned
 
 
 def test_alerts_without_labels_or_rules(tmp_path: Path) -> None:
