@@ -242,7 +242,9 @@ def _describe_results(m: Mapping[str, Any]) -> dict[str, str]:
     more = [label for key, label in _SECTIONS.items() if findings and m.get(key)]
     hits = (m["localisation"] or {}).get("overall") or {}
     performance = _join(
-        f"Macro AUROC {_interval(macro)}, over {len(macro['findings'])} findings" if macro else "",
+        f"Macro AUROC {_interval(macro)}, over {len(macro['findings'])} findings"
+        if macro and macro["auroc"] is not None
+        else "",
         (m["subgroups"] or {}).get("comparisons", {}).get("single", {}).get("words"),
     )
     return {
@@ -253,6 +255,7 @@ def _describe_results(m: Mapping[str, Any]) -> dict[str, str]:
             if intervals
             else "",
             _name("AUROC", intervals.get("auroc")),
+            _name("Mean AUROC", intervals.get("mean_auroc")),
             _name("Rates", intervals.get("shares")),
         ),
         "drift": f"Drift from {' and '.join(dict.fromkeys(drift['baselines'].values()))}: {drift['words']}"
@@ -290,5 +293,5 @@ def _people(part: Mapping[str, Any]) -> str:
 
 
 def _interval(found: Mapping[str, Any]) -> str:
-    low, high = (found.get(f"auroc_interval_{end}", found[f"auroc_{end}"]) for end in ("low", "high"))  # means lack it
+    low, high = (found[f"auroc_interval_{end}"] for end in ("low", "high"))
     return f"{found['auroc']:.3f}" + (f" ({low:.3f} to {high:.3f})" if low is not None else " (no interval)")
