@@ -221,6 +221,23 @@ def test_folder_of_an_older_version(copy: Path, manifest: Path, tiny_bundle, com
     assert_refused(command(*again), "format 2, now 3", "finish it with that version", "--fresh", "another --out")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_ray")
+def test_weights_change_the_priority_alone(manifest: Path, scores: Path, tiny_bundle, tmp_path: Path, command) -> None:
+    out = tmp_path / "out"
+    more = ("--limit", "20", "--set", "weights={Cardiomegaly=3}")
+    assert_done(command(*arguments(tiny_bundle, manifest, out, *more)))
+    found, plain = read_rows(out), read_rows(scores)[:20]
+    c = found[[f"c_{name}" for name in tiny_bundle.rules.ranked.names]].to_numpy()
+    weights = [3 if name == "Cardiomegaly" else 1 for name in tiny_bundle.rules.ranked.names]
+    np.testing.assert_allclose(found["priority"], 1 - np.prod((1 - c) ** weights, axis=1), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(plain["priority"], 1 - np.prod(1 - c, axis=1), rtol=0, atol=1e-5)
+    others = [name for name in found if name.startswith(("p_", "c_", "top_", "abn"))]
+    pd.testing.assert_frame_equal(found[others], plain[others], rtol=0, atol=1e-6)
+    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert run["ranking"]["weights"]["Cardiomegaly"] == run["settings"]["weights"]["Cardiomegaly"] == 3
+
+
 @pytest.mark.usefixtures("ray_must_not_start")
 def test_wrong_weights_are_one_line(manifest: Path, tiny_bundle, tmp_path: Path, command) -> None:
     config = tmp_path / "a.toml"
