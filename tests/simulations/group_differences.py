@@ -5,13 +5,14 @@
 Each round draws the scores of a group and of a reference group with one or three times as many patients. Patients have
 one to three images of each label they have, and scores with the correlation 0.4. The groups are of different patients,
 or of the same patients (as two views of each). A number in the table is the percentage of rounds whose interval
-excludes 0. AUROCs of 0.7, 0.85 and 0.95 go with sensitivities of 0.5, 0.8 and 0.95.
+excludes 0. The last table is of the worst case for few patients: some positive patients score like negative ones, and
+the rest are separated. AUROCs of 0.7, 0.85 and 0.95 go with sensitivities of 0.5, 0.8 and 0.95.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import numpy as np
@@ -27,6 +28,7 @@ LEVELS = ((0.7, 0.5), (0.85, 0.8), (0.95, 0.95))
 CORRELATION = 0.4
 NEGATIVES_PER_POSITIVE = 8
 FINDINGS = 14
+MISSED_LEVELS, HIGHEST_MISSED = (0.8, 0.9, 0.95), 16.0
 #: Bars in percent: for any setting, and for the average over the settings of a number of patients. With 10 positives
 #: and a sensitivity of 0.95 hardly any sample can differ from another, so sensitivity stays below 5%.
 HIGHEST, HIGHEST_AVERAGE = 10.0, 6.5
@@ -43,7 +45,14 @@ def draw_images(rng: np.random.Generator, patients: int) -> tuple[np.ndarray, np
 
 
 def simulate(
-    rng: np.random.Generator, patients: int, ratio: int, level: tuple[float, float], shared: bool, rounds: int
+    rng: np.random.Generator,
+    patients: int,
+    ratio: int,
+    level: tuple[float, float],
+    shared: bool,
+    rounds: int,
+    *,
+    draw: Callable[..., np.ndarray] | None = None,
 ) -> tuple[Difference, ...]:
     """Return all differences of one layout of images, with `rounds` columns of scores."""
     auroc, sensitivity = level
@@ -52,7 +61,7 @@ def simulate(
     if not shared:
         others = others + codes.max() + 1
     patient, y = np.concatenate([codes, others]), np.concatenate([labels, other_labels])
-    scores = draw_scores(rng, patient, y[:, None], auroc, rounds)
+    scores = (draw or draw_scores)(rng, patient, y[:, None], auroc, rounds)
     shift = np.sqrt(2) * ndtri(auroc)
     names = tuple(map(str, range(rounds)))
     images = LabelledScores.build(
@@ -72,6 +81,11 @@ def draw_scores(rng: np.random.Generator, patient: np.ndarray, y: np.ndarray, au
     own = rng.normal(size=(patient.max() + 1, columns))[patient]
     noise = rng.normal(size=(len(patient), columns))
     return np.sqrt(2) * ndtri(auroc) * y + np.sqrt(CORRELATION) * own + np.sqrt(1 - CORRELATION) * noise
+
+
+def draw_missed(rng: np.random.Generator, patient: np.ndarray, y: np.ndarray, auroc: float, columns: int) -> np.ndarray:
+    missed = rng.random((patient.max() + 1, columns)) < 2 * (1 - auroc)
+    return draw_scores(rng, patient, y, 0.5, columns) + np.where(missed[patient], 0.0, 5.0) * y
 
 
 def simulate_means(rng: np.random.Generator, patients: int, shared: bool, rounds: int) -> Iterator[Difference]:
@@ -152,9 +166,27 @@ def check_means(rng: np.random.Generator, rounds: int) -> list[str]:
     return missed
 
 
+def check_missed(rng: np.random.Generator, rounds: int) -> list[str]:
+    missed = []
+    print(f"\n{'some missed':42}", *(f"{f'AUROC {auroc}':>11}" for auroc in MISSED_LEVELS))
+    for patients in POSITIVE_PATIENTS:
+        row = []
+        for auroc in MISSED_LEVELS:
+            settings = product((1, 3), (False, True))
+            found = [
+                simulate(rng, patients, *one, rounds // 4, draw=draw_missed)
+                for one in ((r, (auroc, 0.8), s) for r, s in settings)
+            ]
+            row.append(measure([d for part in found for d in part], "auroc"))
+        print(f"{patients:<42}", *(f"{rate:11.1f}" for rate in row), flush=True)
+        if max(row) > HIGHEST_MISSED:
+            missed.append(f"{patients} positive patients, some missed: {max(row):.1f}%")
+    return missed
+
+
 def main(rounds: int) -> int:
     rng = np.random.default_rng(20211210)
-    missed = [*check_findings(rng, rounds), *check_means(rng, rounds)]
+    missed = [*check_findings(rng, rounds), *check_means(rng, rounds), *check_missed(rng, rounds)]
     print(*(f"missed: {line}" for line in missed), sep="\n")
     return int(bool(missed))
 
