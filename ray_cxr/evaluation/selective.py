@@ -93,7 +93,8 @@ def measure_selection(
     codes, n_patients = patient_codes(patients)
     results: list[Selection | str] = []
     known = (labels >= 0) & (flags >= 0) & ~np.isnan(calibrated)
-    columns, cells, owners = [], [np.zeros(0, dtype=np.int64)], [codes[:0]]
+    columns: list[tuple[int, float]] = []
+    cells, owners = [np.zeros(0, dtype=np.int64)], [codes[:0]]
     kept_labels = np.where(known, labels, -1)
     for f, rows in enumerate(known.T):
         y, p, flagged = labels[rows, f] == 1, calibrated[rows, f], flags[rows, f] == 1

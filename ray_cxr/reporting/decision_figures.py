@@ -58,7 +58,7 @@ def plot_selection(found: Mapping[str, Selection]) -> Figure:
             band = selection.curves[name]
             ax.fill_between(GRID, band.low, band.high, color=_COLOURS[name], **style)
             ax.plot(GRID, band.value, color=_COLOURS[name], linewidth=1.6)
-        best = np.maximum(selection.all_images["error_rate"] - (1 - GRID), 0) / GRID
+        best = np.maximum(selection.curves["error_rate"].value[-1] - (1 - GRID), 0) / GRID
         ax.plot(GRID, best, color=plots.MUTED, linewidth=1, linestyle=plots.DASHED)
         ax.set(xlim=(GRID[0], 1), ylim=(-0.01, 1.01))
         ax.set_xticks([0.5, 0.75, 0.9, 1], ["50%", "75%", "90%", "100%"])
