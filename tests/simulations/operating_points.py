@@ -72,7 +72,8 @@ def describe(y: np.ndarray, flags: np.ndarray) -> str:
     cells = (flagged.mean(), flagged[~abnormal].mean(), flagged[abnormal].mean())
     ppv = (flags & (y == 1)).sum() / flags.sum()
     shares = " | ".join(f"{100 * cell:.0f}%" for cell in cells)
-    return f"{shares} | {flags.sum(axis=1).mean():.2f} | {100 * ppv:.0f}% | {sensitivity.mean():.2f} | {sensitivity.min():.2f}"
+    mean, lowest = sensitivity.mean(), sensitivity.min()
+    return f"{shares} | {flags.sum(axis=1).mean():.2f} | {100 * ppv:.0f}% | {mean:.2f} | {lowest:.2f}"
 
 
 def fit_one_threshold(y: np.ndarray, p: np.ndarray, new: np.ndarray, share: float) -> np.ndarray:
