@@ -1,4 +1,4 @@
-"""How well calibrated probabilities agree with labels: intercept, slope and integrated calibration index.
+"""Calibration of probabilities: intercept, slope and integrated calibration index.
 
 - Intercept, or calibration in the large: a of logit(share) = a + logit(p). Above 0, probabilities are too low on
   average.
@@ -152,7 +152,8 @@ def fit_line(y: np.ndarray, p: np.ndarray, codes: np.ndarray) -> tuple[Estimate,
     z = np.column_stack([(x - x.mean()) / scale, ones])
     start = np.array([scale, logit(y.mean())])
     fitted = _estimate(z, y, codes, np.zeros_like(x), calibration.fit_logistic(z, y, start, np.zeros(2)))
-    return intercept, Estimate(*(float(np.float64(value) / scale) for value in (fitted.value, fitted.low, fitted.high)))
+    value, low, high = (np.array([fitted.value, fitted.low, fitted.high], dtype=np.float64) / scale).tolist()
+    return intercept, Estimate(value, low, high)
 
 
 def _estimate(z: np.ndarray, y: np.ndarray, codes: np.ndarray, offset: np.ndarray, beta: np.ndarray) -> Estimate:
@@ -160,7 +161,7 @@ def _estimate(z: np.ndarray, y: np.ndarray, codes: np.ndarray, offset: np.ndarra
     q = expit(z @ beta + offset)
     independent = np.linalg.inv((z * (q * (1 - q))[:, None]).T @ z)
     scores = np.column_stack([np.bincount(codes, weights=column) for column in (z * (y - q)[:, None]).T])
-    patients = np.count_nonzero(np.bincount(codes))
-    clustered = independent @ scores.T @ scores @ independent * patients / max(patients - 1, 1)
+    patients = int(np.count_nonzero(np.bincount(codes)))
+    clustered = independent @ scores.T @ scores @ independent * (patients / max(float(patients - 1), 1.0))
     reach = ndtri(0.975) * np.sqrt(max(independent[0, 0], clustered[0, 0]))
     return Estimate(float(beta[0]), float(beta[0] - reach), float(beta[0] + reach))
