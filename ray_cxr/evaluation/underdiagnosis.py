@@ -170,9 +170,9 @@ def _list_rates(estimates: Estimates) -> dict[str, Rate]:
         if not n:
             rates[key] = Rate(None, None, None, 0, True, reason)
             continue
-        interval = estimates.interval(k)
-        missing = None if interval else "only one patient"
-        rates[key] = Rate(float(estimates.values[k]), *(interval or (None, None)), n, bool(small), missing)
+        low, high = estimates.interval(k) or (None, None)
+        missing = "only one patient" if low is None else None
+        rates[key] = Rate(float(estimates.values[k]), low, high, n, bool(small), missing)
     return rates
 
 
