@@ -31,6 +31,9 @@ from ray_cxr.evaluation.delong import normal_p
 from ray_cxr.evaluation.intervals import Patients, to_record, wilson_interval
 
 OK, DIFFERS, LARGE, UNKNOWN = "ok", "differs", "large", "unknown"
+#: The summary names at most this many findings.
+_LISTED = 5
+_DIFFERENCES = {LARGE: "large difference for", DIFFERS: "difference for"}
 #: Minimum numbers for a verdict.
 MIN_IMAGES, MIN_PATIENTS = 50, 20
 #: Level of adjusted p values.
@@ -176,8 +179,10 @@ class Drift:
             elif not any(named.values()):
                 parts.append(f"{kind}s: all {len(judged)} as expected")
             else:
-                listed = [f"{verdict}: {', '.join(names)}" for verdict, names in named.items() if names]
-                parts.append(f"{kind}s: {', '.join(listed)} (of {len(judged)})")
+                listed = [
+                    f"{_DIFFERENCES[verdict]} {_list(names, len(judged))}" for verdict, names in named.items() if names
+                ]
+                parts.append(f"{kind}s: {', '.join(listed)}")
         return ". ".join(part[0].upper() + part[1:] for part in parts) + "."
 
     def to_json(self) -> dict[str, Any]:
@@ -280,7 +285,7 @@ def _compare_quality(expected: Expected, name: str, flags: np.ndarray, patients:
     rate = expected.quality_rates.get(name)
     reason = None
     if rate is None:
-        reason = (expected.quality_reason if name in quality.JUDGED else None) or "the bundle keeps no rate of it"
+        reason = (expected.quality_reason if name in quality.JUDGED else None) or "the model has no expected rate"
     return _compare_rate(name, flags == name, patients, rate, expected.quality_images, reason)
 
 
@@ -366,6 +371,13 @@ def _adjust(compared: Iterable[_AnyDrift]) -> tuple[_AnyDrift, ...]:
     for i, p in zip(tested, holm([row.p for row in rows if row.p is not None]), strict=True):
         rows[i] = replace(rows[i], p_adjusted=p, verdict=rows[i].judge(p))
     return tuple(rows)
+
+
+def _list(names: Sequence[str], total: int) -> str:
+    if len(names) == total > 1:
+        return f"all {total}"
+    shown = ", ".join(name.replace("_", " ") for name in names)
+    return f"{shown} ({len(names)} of {total})" if len(names) <= _LISTED else f"{len(names)} of {total}"
 
 
 def _as_dict(value: Any) -> dict[str, Any]:

@@ -42,7 +42,11 @@ class RankingResult:
         parts = [f"AUROC {_format(images.abnormality_auroc)} by abnormality"]
         if not equal:
             parts.append(f"{_format(images.priority_auroc)} by priority")
-        sentences = [f"Images with any finding rank above images without: {', '.join(parts)}."]
+        low, high = images.abnormality_auroc.low, images.abnormality_auroc.high
+        order = "are not shown to rank above"
+        if low is not None and high is not None and not low <= 0.5 <= high:
+            order = "rank above" if low > 0.5 else "rank below"
+        sentences = [f"Images with any finding {order} images without: {', '.join(parts)}."]
         if top.value is not None:
             guess = self.measured.most_common_finding
             sentences[0] += (

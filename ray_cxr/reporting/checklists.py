@@ -174,7 +174,7 @@ def _describe_data(m: Mapping[str, Any], table: Scores, leak_check: str) -> dict
         "tested": _join(evaluated, "Whether its sites are those of the training is not recorded" if evaluated else ""),
         "preprocessing": _join(
             _name("Resized, pixels", _list(spec)),
-            _name("Images with a quality flag, which are evaluated too", _list(counts["quality_flags"])),
+            _name("Images with a quality flag, which are not excluded", _list(counts["quality_flags"])),
         ),
         "missing": _join(
             f"Excluded: {counts['errors']:,} of {counts['rows']:,} images that could not be scored",
@@ -188,7 +188,10 @@ def _describe_data(m: Mapping[str, Any], table: Scores, leak_check: str) -> dict
             _name("Also compared with the panel of", (m["consensus"] or {}).get("source")),
             "How the labels were made is not recorded" if labelled else "",
         ),
-        "partitions": _join(_name("Split of the training", rule), "; ".join([*parts, f"evaluated {size}"])),
+        "partitions": _join(
+            _name("Split of the training", rule),
+            "; ".join([*parts, f"{'evaluated' if evaluated else 'scored'} {size}"]),
+        ),
         "disjoint": _name("Leak check", leak_check),
         "size": f"{size}; no sample size was calculated here",
         "flow": ", ".join(f"{name.replace('_', ' ')} {counts[name]:,}" for name in flow if name in counts),

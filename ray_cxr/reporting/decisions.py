@@ -46,10 +46,13 @@ class Decisions:
         curves = {finding: curve for finding, curve in self.net_benefit.items() if isinstance(curve, DecisionCurve)}
         without = [finding for finding, curve in curves.items() if not curve.benefit]
         if curves:
+            better = "flagging by calibrated probability is better than flagging all or no images"
+            shown = len(curves) - len(without)
             sentences.append(
-                f"Net benefit: for {len(curves) - len(without)} of {len(curves)} findings, flagging by calibrated "
-                "probability is better than flagging all or no images, at the thresholds given below"
+                f"Net benefit: for {shown} of {len(curves)} findings, {better}, at the thresholds given below"
                 + (f"; not shown for {_list_findings(without)}." if without else ".")
+                if shown
+                else f"Net benefit: for none of the findings is it shown that {better}."
             )
         found = self.selection.get(ABNORMALITY)
         if isinstance(found, Selection) and found.errors_handed_over.value is not None:

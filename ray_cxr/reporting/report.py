@@ -286,5 +286,6 @@ def _describe_model(table: Scores) -> list[tuple[str, str]]:
         ("Model digest", ", ".join(table.model_digests) or table.model.get("digest")),
     ]
     plain = [(name, value) for name, value in sorted(table.provenance.items()) if isinstance(value, (str, int, float))]
-    facts += [(str(name).replace("_", " ").capitalize(), value) for name, value in plain]
+    names = {"lineage": "All training images", "prepared_digest": "Digest of the prepared images"}
+    facts += [(names.get(name, str(name).replace("_", " ").capitalize()), value) for name, value in plain]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]

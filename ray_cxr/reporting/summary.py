@@ -22,12 +22,14 @@ def list_remarks(evaluation: EvaluationResult) -> dict[str, str]:
         unscored = 0 if result.auroc.value is None else result.unscored
         measured = {metric.label: result.metrics[metric.key].shown for metric in shown}
         constant = [
-            label for label, found in measured.items() if found.low is None and found.interval_reason == NO_VARIATION
+            label if label.isupper() else label.lower()
+            for label, found in measured.items()
+            if found.low is None and found.interval_reason == NO_VARIATION
         ]
         parts = [
             f"undefined: {result.reason}" if result.reason else None,
             result.caution,
-            f"no interval for {', '.join(constant)}: {NO_VARIATION}" if constant else None,
+            f"no interval for {', '.join(constant)}, because {NO_VARIATION}" if constant else None,
             f"{unscored:,} labelled images have no score" if unscored else None,
         ]
         if any(parts):
@@ -62,6 +64,14 @@ def summarize(result: ReportResult) -> list[str]:
         )
     else:
         sentences.append("No image failed.")
+    if counts.quality_flags:
+        flagged = sum(counts.quality_flags.values())
+        share = html.format_percent(flagged / counts.rows)
+        flags = ", ".join(f"{plots.format_finding(flag)} {n:,}" for flag, n in counts.quality_flags.items())
+        sentences.append(
+            f"{flagged:,} of {counts.rows:,} images ({share}) have a quality flag: {flags}. Their scores may "
+            "be unreliable."
+        )
     if joined is not None and joined.labelled_not_scored:
         sentences.append(f"{joined.labelled_not_scored:,} labelled images are missing from the scores.")
     return sentences + _summarize_comparisons(result)
@@ -74,7 +84,10 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> list[str]:
         sentences.append(f"The macro AUROC is undefined: {macro.reason}.")
     else:
         averaged = f"{len(macro.findings)} findings" if len(macro.findings) > 1 else "one finding"
-        sentences.append(f"The macro AUROC over {averaged} is {_format(macro.auroc.shown)}.")
+        low, high = macro.auroc.shown.low, macro.auroc.shown.high
+        has_chance = low is not None and high is not None and low <= 0.5 <= high
+        chance_level = ", not distinguishable from chance" if has_chance else ""
+        sentences.append(f"The macro AUROC over {averaged} is {_format(macro.auroc.shown)}{chance_level}.")
         aurocs = {finding: findings[finding].auroc.value or 0.0 for finding in macro.findings}
         ranked = sorted(aurocs, key=lambda finding: aurocs[finding])
         if len(ranked) > 1:
@@ -90,7 +103,7 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> list[str]:
             sentences.append(f"Worse than chance: {_list_findings(inverted)}. Check for inverted scores or labels.")
     cautioned = [finding for finding, found in findings.items() if found.caution]
     if cautioned:
-        sentences.append(f"Interpret these intervals with caution (see the remarks): {_list_findings(cautioned)}.")
+        sentences.append(f"Interpret the intervals of {_list_findings(cautioned)} with caution (see the remarks).")
     undefined = [finding for finding, found in findings.items() if found.auroc.value is None]
     if undefined:
         sentences.append(f"AUROC is undefined for {_list_findings(undefined)}; the remarks give the reason.")
@@ -105,7 +118,7 @@ def _summarize_comparisons(result: ReportResult) -> list[str]:
         macro = consensus.evaluation.macro.auroc.shown
         shown = f"the macro AUROC is {_format(macro)}" if macro.value is not None else "AUROC is undefined"
         cautioned = [name for name, found in consensus.evaluation.findings.items() if found.caution]
-        warning = f" Interpret these intervals with caution: {_list_findings(cautioned)}." if cautioned else ""
+        warning = f" Interpret the intervals of {_list_findings(cautioned)} with caution." if cautioned else ""
         source = consensus.reference.source
         sentences.append(f"Against {source}, on {consensus.n_images:,} images, {shown}.{warning}")
     if result.compared is not None:
@@ -155,7 +168,8 @@ def _summarize_underdiagnosis(found: Underdiagnosis) -> list[str]:
             f"{group.value}, {rates[0]}, against {rates[1]} of {other.value}; this holds after correction for "
             f"{found.single.made} comparisons."
         ]
-    return [f"{sentence} No group clearly differs from the largest one." if found.single.made else sentence]
+    none = f"No group clearly differs from the largest one after correction for {found.single.made} comparisons."
+    return [f"{sentence} {none}" if found.single.made else sentence]
 
 
 def _format_rate(rate: Rate) -> str:
