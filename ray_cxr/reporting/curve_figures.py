@@ -204,7 +204,7 @@ def plot_reliability(panels: Sequence[Reliability]) -> Figure:
     legend: list[Artist] = [
         plots.create_line_entry("perfect calibration", plots.MUTED, plots.DASHED),
         plots.create_marker_entry("images of similar probability, with 95% interval", plots.BLUE, "o"),
-        Patch(color=plots.SKY, label="number of images, log scale (last bar: or more)"),
+        Patch(color=plots.SKY, label="number of images, log scale (last bar: this probability or more)"),
     ]
     figure, axes = plots.create_grid(len(panels), legend, below=0.5)
     for panel, square, flat in zip(panels, axes[: len(panels)], axes[len(panels) :], strict=True):
@@ -336,12 +336,21 @@ def _choose_logit_ticks(low: float, high: float) -> tuple[list[float], list[str]
         for p in candidates:
             position = float(_logit(p))
             inside = low - 1e-9 <= position <= high + 1e-9
-            if inside and (not chosen or position - float(_logit(chosen[-1])) >= 0.17 * (high - low)):
+            if inside and (not chosen or position - float(_logit(chosen[-1])) >= _space(chosen[-1], p) * (high - low)):
                 chosen.append(p)
         if len(chosen) >= 3:
             break
-    labels = [f"{p:.4f}".rstrip("0") if p < 0.01 or p > 0.99 else f"{p:.3g}" for p in chosen]
-    return [float(_logit(p)) for p in chosen], labels
+    return [float(_logit(p)) for p in chosen], list(map(_format_tick, chosen))
+
+
+def _space(left: float, right: float) -> float:
+    """Return the minimum distance of two ticks, as a share of the axis, at which their labels do not touch."""
+    widths = [plots.measure_text(_format_tick(p), 8.5) for p in (left, right)]
+    return max(0.17, (sum(widths) / 2 + 0.08) / plots.PANEL_SIDE)
+
+
+def _format_tick(p: float) -> str:
+    return f"{p:.4f}".rstrip("0") if p < 0.01 or p > 0.99 else f"{p:.3g}"
 
 
 def _set_unit_square(ax: Axes, x: str, y: str) -> None:

@@ -41,15 +41,16 @@ def plot_net_benefit(curves: Mapping[str, DecisionCurve]) -> Figure:
         ax.set_ylabel("net hits per 1,000 images", fontsize=8)
         ax.tick_params(axis="y", labelsize=7.5)
         ax.grid(color=plots.FAINT, linewidth=0.6)
-        ranges = [" to ".join(plots.format_share(t) for t in limits) for limits in curve.benefit]
-        plots.set_heading(ax, finding, f"useful from {ranges[0]}" if ranges else "no benefit shown")
+        ranges = [" to ".join(dict.fromkeys(map(plots.format_share, limits))) for limits in curve.benefit]
+        more = f" and {len(ranges) - 2} more" if len(ranges) > 2 else ""
+        plots.set_heading(ax, finding, f"useful: {', '.join(ranges[:2])}{more}" if ranges else "no benefit shown")
     return figure
 
 
 def plot_selection(found: Mapping[str, Selection]) -> Figure:
     """Plot error rate, sensitivity and specificity of the images kept over their share, one panel per finding."""
     legend: list[Artist] = [plots.create_line_entry(name.replace("_", " "), _COLOURS[name]) for name in RATES]
-    legend.append(plots.create_line_entry("error rate of a perfect confidence", plots.MUTED, plots.DASHED))
+    legend.append(plots.create_line_entry("error rate if only errors were handed over", plots.MUTED, plots.DASHED))
     legend.append(Patch(color=plots.MUTED, alpha=_ALPHA, label="95% interval"))
     figure, axes = plots.create_grid(len(found), legend)
     style: dict[str, Any] = {"alpha": _ALPHA, "linewidth": 0}

@@ -150,7 +150,7 @@ def draw_heatmaps(groups: Sequence[tuple[str, Sequence[HeatmapExample]]]) -> Fig
             right = left + side + 0.06
             ax = figure.add_axes(box(right, down, side, side))
             _draw_image(ax, case.overlay, textwrap.fill(f"no heat map: {case.reason}", 26))
-            _write_above(ax, f"heat map: {format_finding(case.example.heading)}, p {case.score:.2g}", 8.5)
+            _write_above(ax, f"heat map: {format_finding(case.example.heading)}, p {_format_score(case.score)}", 8.5)
             _draw_bars(figure.add_axes(box(right + 1.42, down + side + 0.1, side - 1.44, 0.5)), case.example)
         top += head + count * band
     return figure
@@ -168,6 +168,10 @@ def draw_radiographs(tiles: Sequence[Radiograph]) -> Figure:
         labels = "not labelled" if scan.findings is None else _list_findings(scan.findings) or "no finding"
         _write_below(ax, _wrap(labels, 36) + (f"\n{scan.note}" if scan.note else ""), 7.8)
     return figure
+
+
+def _format_score(score: float) -> str:
+    return "< 0.01" if score < 0.01 else f"{score:.2f}"
 
 
 def _list_findings(findings: Sequence[str]) -> str:

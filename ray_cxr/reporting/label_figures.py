@@ -25,7 +25,7 @@ def plot_prevalence(rows: Sequence[tuple[str, float, int, float | None]]) -> Fig
     ax.barh(positions, [row[1] for row in rows], height=0.62, color=SKY, label="labelled positive")
     flagged = [(row[3], position) for position, row in enumerate(rows) if row[3] is not None]
     if flagged:
-        ax.plot(*zip(*flagged, strict=True), "D", color=VERMILION, markersize=5.5, label="flagged")
+        ax.plot(*zip(*flagged, strict=True), "D", color=VERMILION, markersize=5.5, label="flagged", clip_on=False)
     top = max([0.01, *(max(row[1], row[3] or 0.0) for row in rows)])
     ax.set_xlim(0, top * 1.05)
     ax.set_yticks(positions, [f"{format_finding(row[0])} ({row[2]:,})" for row in rows])

@@ -40,6 +40,8 @@ GREY = "#70757a"
 DASHED = (0, (4, 3))
 DPI = 150
 SMALL_TEXT = 8.0
+#: Side of the square panels of `create_grid` in inches.
+PANEL_SIDE = 2.05
 #: Left, top, width and height in inches from the top left, as the fractions that `Figure.add_axes` takes.
 Box = Callable[[float, float, float, float], tuple[float, float, float, float]]
 
@@ -59,11 +61,15 @@ class Estimate:
         return None if value is None else cls(value, result.low, result.high)
 
     def format(self, *, signed: bool = False, percent: bool = False) -> str:
-        """Return `0.812 (0.790–0.831)`; signed `+0.012 (−0.003 to +0.027)`; in percent `81% (79–83%)`."""
+        """Return `0.812 (0.790–0.831)`; signed `+0.012 (−0.003 to +0.027)`; in percent `81% (79–83%)`.
+
+        Zero has no sign.
+        """
         sign = "+" if signed else ""
-        spec, scale, unit = (f"{sign}.0f", 100, "%") if percent else (f"{sign}.3f", 1, "")
+        spec, scale, unit = (f"{sign}z.0f", 100, "%") if percent else (f"{sign}z.3f", 1, "")
         known = (number for number in (self.value, self.low, self.high) if number is not None)
-        value, *bounds = (f"{scale * number:{spec}}".replace("-", "−") for number in known)
+        texts = (f"{scale * number:{spec}}" for number in known)
+        value, *bounds = (text.replace("-", "−") if float(text) else text.lstrip("+") for text in texts)
         if len(bounds) < 2:
             return value + unit
         between = " to " if signed else "–"
@@ -127,7 +133,7 @@ def create_grid(count: int, handles: Sequence[Artist], below: float = 0.0) -> tu
     `below` is the height in inches of a flat panel below each square one; the result lists the flat panels last.
     """
     columns = max(1, min(count, 4))
-    cell, side, gap = 2.75, 2.05, 0.14
+    cell, side, gap = 2.75, PANEL_SIDE, 0.14
     tall = 3.0 + (below + gap if below else 0.0)
     width = max(cell * columns + 0.1, 3.6)
     top = 0.2 + 0.2 * math.ceil(len(handles) / count_legend_columns(width, handles))

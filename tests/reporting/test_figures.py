@@ -304,7 +304,7 @@ def test_net_benefit_shows_the_curve_and_where_it_is_useful() -> None:
     ax = figure.axes[0]
     np.testing.assert_allclose(ax.lines[-1].get_ydata(), 1000 * curve.model.value)
     low, high = (plots.format_share(limit) for limit in curve.benefit[0])
-    assert {f"useful from {low} to {high}", "no benefit shown", "flag all images"} <= set(texts(figure))
+    assert {f"useful: {low} to {high}", "no benefit shown", "flag all images"} <= set(texts(figure))
 
 
 def test_selection_shows_rates_over_coverage() -> None:
