@@ -49,7 +49,8 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    """Format a number with a minus sign, and zero without a sign: `0.812`, `−0.04`, `0.00`."""
+    return "–" if value is None else f"{value:z.{digits}f}".replace("-", "−")
 
 
 def format_metric(value: float | None, metric: Metric) -> str:
@@ -61,7 +62,7 @@ def format_p(value: float | None) -> str:
 
 
 def format_percent(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None else f"{100 * value:.{digits}f}%"
+    return "–" if value is None else f"{format_number(100 * value, digits)}%"
 
 
 def format_count(value: int | None) -> str:
