@@ -299,7 +299,7 @@ def _check_map(heat: np.ndarray, name: str) -> np.ndarray:
     heat = heat.astype(np.float64)
     if not np.isfinite(heat).all():
         raise ValueError(f"{name} has values that are not finite")
-    return heat
+    return np.maximum(heat, 0.0)  # negative values are no evidence
 
 
 def _measure_map(case: _Case, heat: np.ndarray, side: float) -> _MapResult:

@@ -271,6 +271,15 @@ def test_boxes_found_and_false_boxes() -> None:
     assert (both.accuracy["iobb"][0.9].value, both.false_boxes["iobb"][0.9].value) == (pytest.approx(1 / 3), 0.5)
 
 
+def test_negative_values_of_a_map_count_as_none() -> None:
+    boxes = [(160, 40, 80, 80), (600, 400, 80, 80)]
+    heat = draw_two_regions()
+    found = measure_image(heat, boxes)
+    assert found.tuned_iou.reason == "fewer than two patients"
+    heat[200:] = -1000.0
+    assert measure_image(heat, boxes) == found
+
+
 def test_ceiling_is_the_best_hit_rate_of_any_map() -> None:
     # Centres of 7 cells lie at 73.1 + 146.3 k pixels. Boxes of 60 pixels: on a centre, 10 pixels beside, between.
     boxes = np.array([(60, 60, 60, 60), (83.2, 60, 60, 60), (116.3, 60, 60, 60)])
