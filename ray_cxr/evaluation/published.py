@@ -11,7 +11,7 @@ print is computed here from its values and marked so.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
 
@@ -44,9 +44,9 @@ class Published:
     tested: Tested
     n_images: int | None = None
     aurocs: Mapping[str, PublishedAuroc] = field(default_factory=dict)  # by finding; empty for a mean only
-    mean: float | None = None  # over the 14 findings
+    mean: float | None = None  # over the 14 findings, or those of the evaluation (see `list_published`)
     mean_to: float | None = None  # upper end if the source gives a range of means
-    mean_low: float | None = None  # 95% interval of the mean from resampled patients, if printed
+    mean_low: float | None = None  # 95% interval of the mean as printed, from resampled patients
     mean_high: float | None = None
     mean_computed: bool = False  # whether the source prints no mean, so that it was computed from its values
 
@@ -60,19 +60,24 @@ def list_published(
 ) -> list[tuple[Published, str | None]]:
     """Return all records with the reason why each is not comparable with an evaluation against NIH's labels, or None.
 
-    Comparable records come first.
+    Comparable records come first. The mean of those with values per finding covers the findings of the evaluation.
 
     Args:
         split: evaluated split, `train`, `val` or `test`; None if all rows were evaluated.
         kind: origin of the split, `official`, `patient` or `given`; None if unknown.
         n_images: number of evaluated images.
-        findings: findings that the evaluation's mean covers. They matter for records with a mean only.
+        findings: findings that the evaluation's mean covers.
     """
     not_official = _compare_with_official(split, kind, n_images)
     pairs = []
     for record in PUBLISHED:
         reason = _explain_test_set(record, kind) if record.tested != "official" else not_official
-        pairs.append((record, reason or (None if record.aurocs else _compare_means(findings))))
+        other_findings = _compare_means(findings)
+        if reason is None and other_findings is not None and record.aurocs:
+            values = [printed.auroc for finding, printed in record.aurocs.items() if finding in findings]
+            mean = fmean(values) if values else None
+            record = replace(record, mean=mean, mean_to=None, mean_low=None, mean_high=None, mean_computed=True)
+        pairs.append((record, reason or (None if record.aurocs else other_findings)))
     return sorted(pairs, key=lambda pair: pair[1] is not None)
 
 

@@ -107,3 +107,16 @@ def test_reason_names_the_difference() -> None:
     for findings, comparable in ((FINDINGS, True), (LABELS, True), (FINDINGS[:13], False)):
         found = list_reasons("test", "official", findings=findings)
         assert {found[name] is None for name in MEANS_ONLY} == {comparable}
+
+
+def test_comparable_means_cover_the_same_findings() -> None:
+    wang = "Wang et al. 2017, official split"
+    for findings, mean in (
+        (("Mass", "Nodule"), (0.6933 + 0.6687) / 2),
+        ((), None),
+        (LABELS, find_record(wang).mean),
+    ):
+        pairs = published.list_published("test", "official", n_images=WHOLE, findings=findings)
+        (record,) = (record for record, reason in pairs if record.name == wang and reason is None)
+        assert (record.mean, record.aurocs) == (pytest.approx(mean), find_record(wang).aurocs)
+        assert all(record == find_record(record.name) for record, reason in pairs if reason is not None)
