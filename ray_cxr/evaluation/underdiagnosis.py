@@ -11,6 +11,11 @@ overdiagnosis   images that are known to be without any finding (`alerts.find_ab
 
 Null labels neither exclude an image with a positive label nor make one normal. A patient is underdiagnosed in a group
 if none of the patient's images with a finding there has a flag, and overdiagnosed if one of those without has a flag.
+
+A group is named as clearly different only if both groups have at least `CLAIM_PATIENTS` patients with a finding, and
+the difference excludes 0 after Bonferroni's correction. Limits that far out need many independent patients: Student's
+t has the degrees of freedom of a variance to which patients contribute by the square of their number of images
+(Satterthwaite 1946). `tests/simulations/underdiagnosis.py` measures how often identical groups are named.
 """
 
 from __future__ import annotations
@@ -35,6 +40,8 @@ from ray_cxr.evaluation.subgroups import (
     subtract,
 )
 
+#: Patients with a finding that both groups need before one is named as clearly different.
+CLAIM_PATIENTS = 30
 #: Rates by key, with the reason if there is nothing to divide by.
 RATES = {
     "underdiagnosis": "no image with a finding",
@@ -60,8 +67,9 @@ class Rate:
 class GroupRates:
     """The rates of one group by the keys of `RATES`, and their differences to the largest group of the attribute.
 
-    `beyond_chance`: the difference in underdiagnosis of images excludes 0 also at 0.05 divided by the number of such
-    differences (Bonferroni); None if there is no difference, for small groups, and for pairs of attributes.
+    `beyond_chance`: the difference in underdiagnosis of images excludes 0 also at 0.05 divided by the number of groups
+    for which this is tested (Bonferroni); None if it is not: without a difference, if one of the groups has fewer than
+    `CLAIM_PATIENTS` patients with a finding, and for pairs of attributes.
     """
 
     attribute: str
@@ -90,6 +98,11 @@ class Underdiagnosis:
     crossings: Comparisons
 
     @property
+    def tested(self) -> int:
+        """Number of groups that could be named as clearly different."""
+        return sum(group.beyond_chance is not None for group in self.groups)
+
+    @property
     def highest(self) -> tuple[GroupRates, GroupRates] | None:
         """The groups with the higher and lower rate of the clear differences, for the highest rate; None without."""
         pairs = []
@@ -107,9 +120,10 @@ class Underdiagnosis:
             "overall": {key: to_record(rate) for key, rate in self.overall.items()},
             "groups": [group.to_json() for group in self.groups],
             "comparisons": {
-                name: {**to_record(count), "words": count.summary}
+                name: {**to_record(count), "words": count.describe("differences in underdiagnosis of images")}
                 for name, count in (("single", self.single), ("crossings", self.crossings))
             },
+            "claims": {"patients": CLAIM_PATIENTS, "tested": self.tested},
             "highest": highest
             and {"attribute": highest[0].attribute, "higher": highest[0].value, "lower": highest[1].value},
         }
@@ -130,7 +144,7 @@ def measure_underdiagnosis(
     names = tuple(compress(images.findings, columns))
     whole = _estimate(np.ones(len(flagged), dtype=bool), counted, images)
     results: list[GroupRates] = []
-    compared: dict[int, tuple[Estimates, Estimates]] = {}
+    compared: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for part in split_by_attribute(groups):
         estimates = [_estimate(group.mask, counted, images) for group in part]
         largest = find_reference(part)
@@ -139,20 +153,20 @@ def measure_underdiagnosis(
             if largest is not None and i != largest and group.is_known:
                 pair = estimates[i], estimates[largest]
                 differences = _compare(group, part[largest], pair, names)
-                compared[len(results)] = pair
+                if not group.crossing and all(one.freedom[0] + 1 >= CLAIM_PATIENTS for one in pair):
+                    compared[len(results)] = group.mask, part[largest].mask
             attributes = (group.attribute, group.value, group.crossing, i == largest)
             results.append(GroupRates(*attributes, _list_rates(estimates[i]), differences))
     single, crossings = (
         [g.differences["underdiagnosis"] for g in results if g.differences and g.crossing == kind]
         for kind in (False, True)
     )
-    counts = Comparisons.count(single)
-    for i, (first, second) in compared.items():
-        difference = results[i].differences["underdiagnosis"]
-        if not results[i].crossing and not difference.small and difference.low is not None:
-            low, high = first.difference_interval(second, 0, MISS_RATE / counts.made) or (0.0, 0.0)
-            results[i] = replace(results[i], beyond_chance=low > 0.0 or high < 0.0)
-    return Underdiagnosis(names, _list_rates(whole), tuple(results), counts, Comparisons.count(crossings))
+    for i, masks in compared.items():
+        first, second = (_estimate_claim(mask, counted, images) for mask in masks)
+        low, high = first.difference_interval(second, 0, MISS_RATE / len(compared)) or (0.0, 0.0)
+        results[i] = replace(results[i], beyond_chance=low > 0.0 or high < 0.0)
+    counts = (Comparisons.count(found) for found in (single, crossings))
+    return Underdiagnosis(names, _list_rates(whole), tuple(results), *counts)
 
 
 def _estimate(mask: np.ndarray, counted: np.ndarray, images: LabelledScores) -> Estimates:
@@ -161,6 +175,14 @@ def _estimate(mask: np.ndarray, counted: np.ndarray, images: LabelledScores) -> 
     missed, ill, alarmed, well = sums.T
     parts = [missed, (ill > 0) & (missed == ill), alarmed, alarmed > 0]
     return estimate_shares(np.column_stack(parts), np.column_stack([ill, ill > 0, well, well > 0]))
+
+
+def _estimate_claim(mask: np.ndarray, counted: np.ndarray, images: LabelledScores) -> Estimates:
+    """Estimate underdiagnosis of images for a claim; see the module's docstring."""
+    missed, ill = sum_per_patient(counted[mask, :2], images.patients.codes[mask], images.patients.units).T[..., None]
+    estimates, squares = estimate_shares(missed, ill), ill**2
+    equal = squares.sum() ** 2 / (squares**2).sum()  # patients, if all have the same number of images
+    return replace(estimates, freedom=estimates.freedom * equal / (estimates.freedom + 1.0))
 
 
 def _list_rates(estimates: Estimates) -> dict[str, Rate]:

@@ -38,8 +38,13 @@ class PatientCount:
     def __str__(self) -> str:
         if self.number is None:
             return "unknown patients"
-        rest = f" ({self.without_id:,} images without a patient id)" if self.without_id else ""
-        return f"{self.number:,} patients{rest}"
+        rest = f" ({count_of(self.without_id, 'image')} without a patient id)" if self.without_id else ""
+        return f"{count_of(self.number, 'patient')}{rest}"
+
+
+def count_of(number: int, noun: str) -> str:
+    """Format a count with its noun: `1 patient`, `2,500 patients`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def parse_age(text: str) -> float | None:

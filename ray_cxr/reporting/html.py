@@ -17,7 +17,7 @@ import numpy as np
 from markupsafe import Markup
 
 from ray_cxr.evaluation.metrics import Metric
-from ray_cxr.imaging.demographics import PatientCount
+from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.reporting import plots
 
 
@@ -35,6 +35,7 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
         num=format_number,
         percent=format_percent,
         count=format_count,
+        count_of=count_of,
         patients=format_patients,
         duration=format_duration,
         setting=format_setting,

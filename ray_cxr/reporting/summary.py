@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.intervals import NO_VARIATION
+from ray_cxr.evaluation.localisation import TOLERANCE
 from ray_cxr.evaluation.subgroups import Subgroups
-from ray_cxr.evaluation.underdiagnosis import Rate, Underdiagnosis
+from ray_cxr.evaluation.underdiagnosis import CLAIM_PATIENTS, Rate, Underdiagnosis
+from ray_cxr.imaging.demographics import count_of
 from ray_cxr.reporting import html, plots
 from ray_cxr.reporting.alerts import summarize_alerts
 from ray_cxr.reporting.measures import EvaluationResult, Measurement
@@ -30,7 +32,7 @@ def list_remarks(evaluation: EvaluationResult) -> dict[str, str]:
             f"undefined: {result.reason}" if result.reason else None,
             result.caution,
             f"no interval for {', '.join(constant)}, because {NO_VARIATION}" if constant else None,
-            f"{unscored:,} labelled images have no score" if unscored else None,
+            f"{count_of(unscored, 'labelled image')} without a score" if unscored else None,
         ]
         if any(parts):
             remarks[finding] = "; ".join(filter(None, parts))
@@ -47,10 +49,11 @@ def summarize(result: ReportResult) -> list[str]:
             if result.consensus
             else "There are no labels, so the scores are reported without an evaluation."
         )
-        sentences.append(f"{counts.scored:,} of {counts.rows:,} images of {result.patients} were scored. {limit}")
+        of_all = f"{counts.scored:,} of {count_of(counts.rows, 'image')} of {result.patients}"
+        sentences.append(f"{of_all} {_was(counts.scored)} scored. {limit}")
     else:
-        evaluated = f"{result.n_images:,} images of {result.patients}"
-        sentences.append(f"{evaluated} were evaluated: {result.labelled.images.description}.")
+        evaluated = f"{count_of(result.n_images, 'image')} of {result.patients} {_was(result.n_images)} evaluated"
+        sentences.append(f"{evaluated}: {result.labelled.images.description}.")
         sentences += _summarize_evaluation(result.labelled.evaluation)
         sentences += result.labelled.ranking.summarize()
         sentences += result.labelled.decisions.summarize()
@@ -59,8 +62,8 @@ def summarize(result: ReportResult) -> list[str]:
         codes = ", ".join(f"{code} {n:,}" for code, n in counts.by_code.items())
         share = html.format_percent(counts.errors / counts.rows, 2)
         sentences.append(
-            f"{counts.errors:,} of {counts.rows:,} images ({share}) could not be scored: {codes}. They are at the end "
-            "of the worklist and excluded from all results above."
+            f"{counts.errors:,} of {count_of(counts.rows, 'image')} ({share}) could not be scored: {codes}. Failed "
+            "images are at the end of the worklist and excluded from all results above."
         )
     else:
         sentences.append("No image failed.")
@@ -69,11 +72,11 @@ def summarize(result: ReportResult) -> list[str]:
         share = html.format_percent(flagged / counts.rows)
         flags = ", ".join(f"{plots.format_finding(flag)} {n:,}" for flag, n in counts.quality_flags.items())
         sentences.append(
-            f"{flagged:,} of {counts.rows:,} images ({share}) have a quality flag: {flags}. Their scores may "
-            "be unreliable."
+            f"{flagged:,} of {count_of(counts.rows, 'image')} ({share}) {'has' if flagged == 1 else 'have'} a quality "
+            f"flag: {flags}. Scores of such images may be unreliable."
         )
     if joined is not None and joined.labelled_not_scored:
-        sentences.append(f"{joined.labelled_not_scored:,} labelled images are missing from the scores.")
+        sentences.append(f"Missing from the scores: {count_of(joined.labelled_not_scored, 'labelled image')}.")
     return sentences + _summarize_comparisons(result)
 
 
@@ -120,7 +123,7 @@ def _summarize_comparisons(result: ReportResult) -> list[str]:
         cautioned = [name for name, found in consensus.evaluation.findings.items() if found.caution]
         warning = f" Interpret the intervals of {_list_findings(cautioned)} with caution." if cautioned else ""
         source = consensus.reference.source
-        sentences.append(f"Against {source}, on {consensus.n_images:,} images, {shown}.{warning}")
+        sentences.append(f"Against {source}, on {count_of(consensus.n_images, 'image')}, {shown}.{warning}")
     if result.compared is not None:
         other, paired = result.compared.other, result.compared.macro
         if paired.difference is None:
@@ -132,20 +135,21 @@ def _summarize_comparisons(result: ReportResult) -> list[str]:
                 interval = f"95% interval {paired.low:+.3f} to {paired.high:+.3f}, which {zero} 0"
             sentences.append(
                 f"The macro AUROC minus that of {other} is {paired.difference:+.3f} ({interval}) on the same "
-                f"{result.compared.n_images:,} images."
+                f"{count_of(result.compared.n_images, 'image')}."
             )
     groups = result.labelled.subgroups if result.labelled else None
     if isinstance(groups, Subgroups):
-        few = "All subgroups have too few patients to be compared."
-        sentences.append(f"Subgroups: {groups.single.summary}." if groups.single.made else few)
+        summary = groups.single.summary
+        sentences.append(f"Subgroups: {summary}." if groups.single.made else f"{html.capitalise(summary)}.")
     if result.labelled and isinstance(result.labelled.underdiagnosis, Underdiagnosis):
         sentences += _summarize_underdiagnosis(result.labelled.underdiagnosis)
     overall = result.boxes.localisation.overall if result.boxes else None
     if overall is not None and overall.hit_rate.value is not None:
         sentences.append(
-            f"Heat maps peak inside the radiologist's box in {html.format_percent(overall.hit_rate.value, 0)} of "
-            f"{overall.n:,} cases, against {html.format_percent(overall.chance, 0)} for a random point and at most "
-            f"{html.format_percent(overall.ceiling, 0)} for any map of this size."
+            f"Heat maps peak in or within {TOLERANCE:.0f} pixels of the radiologist's box in "
+            f"{html.format_percent(overall.hit_rate.value, 0)} of {count_of(overall.n, 'case')}, against "
+            f"{html.format_percent(overall.chance, 0)} for a random point and at most "
+            f"{html.format_percent(overall.ceiling, 0)} for the best possible maps of the same size."
         )
     if result.drift is not None:
         measured = result.drift.measured
@@ -160,16 +164,25 @@ def _summarize_underdiagnosis(found: Underdiagnosis) -> list[str]:
         return []
     all_images = _format_rate(found.overall["underdiagnosis"])
     sentence = f"Underdiagnosis: {all_images} of the images with a finding have no flag."
+    corrected = (
+        f"{count_of(found.tested, 'comparison')} of groups with at least {CLAIM_PATIENTS} patients with a finding"
+    )
     if found.highest is not None:
         group, other = found.highest
         rates = [_format_rate(one.rates["underdiagnosis"]) for one in found.highest]
         return [
             f"{sentence} The highest rate that is clearly above another is that of {group.attribute.replace('_', ' ')} "
             f"{group.value}, {rates[0]}, against {rates[1]} of {other.value}; this holds after correction for "
-            f"{found.single.made} comparisons."
+            f"{corrected}."
         ]
-    none = f"No group clearly differs from the largest one after correction for {found.single.made} comparisons."
-    return [f"{sentence} {none}" if found.single.made else sentence]
+    if found.tested:
+        return [f"{sentence} No group clearly differs from the largest one after correction for {corrected}."]
+    few = f"No group is tested against the largest one: that takes {CLAIM_PATIENTS} patients with a finding in both."
+    return [f"{sentence} {few}" if found.groups else sentence]
+
+
+def _was(count: int) -> str:
+    return "was" if count == 1 else "were"
 
 
 def _format_rate(rate: Rate) -> str:

@@ -119,6 +119,27 @@ def test_a_claim_is_corrected_for_the_number_of_comparisons() -> None:
     assert among.highest is None
 
 
+@pytest.mark.parametrize(("patients", "named"), [(29, False), (30, True)])
+def test_few_patients_name_no_group(patients: int, named: bool) -> None:
+    women = np.arange(400) < patients
+    labels, flags, codes, _ = simulate(0.0, 0.0)
+    flags[:, 0] = ~women
+    found = measure(labels, flags, np.arange(400), split(women))
+    assert (found.groups[0].beyond_chance, found.tested, found.highest is not None) == (named or None, named, named)
+    assert found.groups[0].differences["underdiagnosis"].excludes_zero
+
+
+def test_a_claim_does_not_rest_on_one_patient_with_most_images() -> None:
+    for most, named in ((1, True), (100, False)):
+        codes = np.repeat(np.arange(200), [most, *[1] * 199])
+        women = codes < 40
+        labels = np.tile(np.array([[1, 0, 0]], dtype=np.int8), (len(codes), 1))
+        missed = np.where(women, codes % 10 < 8, codes % 10 < 3)
+        flags = np.stack([~missed, 0 * codes, 0 * codes], axis=1).astype(np.int8)
+        group = measure(labels, flags, codes, split(women)).groups[0]
+        assert (group.differences["underdiagnosis"].excludes_zero, group.beyond_chance) == (True, named)
+
+
 def test_without_operating_points_there_is_a_reason() -> None:
     labels = np.ones((4, 3), dtype=np.int8)
     images = LabelledScores.build(labels, np.zeros((4, 3)), -labels, np.arange(4), NAMES, np.ones(3, dtype=bool))
