@@ -75,7 +75,7 @@ def measure_decisions(table: Scores, evaluated: EvaluationSet, bootstrap: Bootst
     y = np.column_stack([labels[f] for f in names])
     c = np.column_stack([table.c[f][rows] for f in names])
     options: dict[str, Any] = {"n_resamples": min(bootstrap.n_resamples, _RESAMPLES), "seed": bootstrap.seed}
-    measures = measure_calibration(y, c, evaluated.patients, **options)
+    measures = measure_calibration(y, c, evaluated.patients, seed=bootstrap.seed)
     diseases = [f for f in names if f != NO_FINDING]
     chosen = [names.index(f) for f in diseases]
     curves = measure_net_benefit(y[:, chosen], c[:, chosen], evaluated.patients, **options)
