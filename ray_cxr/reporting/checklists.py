@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_cxr.evaluation.metrics import METRICS
-from ray_cxr.imaging.demographics import PatientCount
+from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.reporting import html
 from ray_cxr.reporting.scores import Scores
 
@@ -152,8 +152,8 @@ def _describe_data(m: Mapping[str, Any], table: Scores, leak_check: str) -> dict
     source, counts, labels = table.provenance, m["counts"], m["digests"]["labels"]
     split, spec = source.get("split") or {}, table.model.get("input_spec") or {}
     tables = ", ".join(f"{name} (SHA-256 {digest})" for name, digest in (split.get("tables") or {}).items())
-    size = f"{m['n_images']:,} images of {html.format_patients(m)}"
-    parts = [f"{name} {part['images']:,} images of {_people(part)}" for name, part in source.get("images", {}).items()]
+    size = f"{count_of(m['n_images'], 'image')} of {html.format_patients(m)}"
+    parts = [f"{name} {count_of(part['images'], 'image')} of {_people(part)}" for name, part in source.get("images", {}).items()]
     rule = ", ".join(f"{key} {split[key]}" for key in ("kind", "seed", "fractions") if split.get(key) is not None)
     labelled = [found["n"] for found in m["findings"].values()]
     flow = ("rows", "scored", "errors", "labelled", "evaluated", "labelled_errors", "labelled_not_scored")
@@ -177,9 +177,9 @@ def _describe_data(m: Mapping[str, Any], table: Scores, leak_check: str) -> dict
             _name("Images with a quality flag, which are not excluded", _list(counts["quality_flags"])),
         ),
         "missing": _join(
-            f"Excluded: {counts['errors']:,} of {counts['rows']:,} images that could not be scored",
-            f"{counts['labelled_not_scored']:,} labelled images without a score. Null labels are left out per finding; "
-            f"at least {min(labelled):,} images have a label"
+            f"Excluded: {counts['errors']:,} of {count_of(counts['rows'], 'image')} that could not be scored",
+            f"{count_of(counts['labelled_not_scored'], 'labelled image')} without a score. Null labels are left out "
+            f"per finding; images with a label: at least {min(labelled):,}"
             if labelled
             else "",
         ),
@@ -197,9 +197,9 @@ def _describe_data(m: Mapping[str, Any], table: Scores, leak_check: str) -> dict
         "flow": ", ".join(f"{name.replace('_', ' ')} {counts[name]:,}" for name in flow if name in counts),
         "demographics": _join(
             *people,
-            _name("Evaluated", ", ".join(f"{g['attribute']} {g['value']} {g['n']:,} images" for g in groups)),
+            _name("Evaluated", ", ".join(f"{g['attribute']} {g['value']} {count_of(g['n'], 'image')}" for g in groups)),
         ),
-        "failures": _join(f"{counts['errors']:,} images could not be scored", _list(counts["by_code"])),
+        "failures": _join(f"{count_of(counts['errors'], 'image')} could not be scored", _list(counts["by_code"])),
         "events": _join(
             size, _name("Positives", _list_positives(m["findings"])), _name("In training", _list_positives(trained))
         ),
@@ -217,7 +217,7 @@ def _describe_model(m: Mapping[str, Any], table: Scores) -> dict[str, str]:
     updating = "None: not recalibrated" if table.is_own else ""
     if made:
         fitted = f"calibration {made['method']}, operating points {made['rule']}"
-        updating = f"Recalibrated {made['created'][:10]} on {made['images']:,} images of {_people(made)}: {fitted}"
+        updating = f"Recalibrated {made['created'][:10]} on {count_of(made['images'], 'image')} of {_people(made)}: {fitted}"
     return {
         "model": _join(
             _name("Backbone", model.get("backbone")),
@@ -245,7 +245,7 @@ def _describe_results(m: Mapping[str, Any]) -> dict[str, str]:
     more = [label for key, label in _SECTIONS.items() if findings and m.get(key)]
     hits = (m["localisation"] or {}).get("overall") or {}
     performance = _join(
-        f"Macro AUROC {_interval(macro)}, over {len(macro['findings'])} findings"
+        f"Macro AUROC {_interval(macro)}, over {count_of(len(macro['findings']), 'finding')}"
         if macro and macro["auroc"] is not None
         else "",
         (m["subgroups"] or {}).get("comparisons", {}).get("single", {}).get("words"),
@@ -260,11 +260,12 @@ def _describe_results(m: Mapping[str, Any]) -> dict[str, str]:
             _name("AUROC", intervals.get("auroc")),
             _name("Mean AUROC", intervals.get("mean_auroc")),
             _name("Rates", intervals.get("shares")),
+            _name("Groups", (m["subgroups"] or {}).get("interval_method")),
         ),
         "drift": f"Drift from {' and '.join(dict.fromkeys(drift['baselines'].values()))}: {drift['words']}"
         if drift
         else "",
-        "explanation": f"Heat maps: hit rate {hits['hit_rate']:.3f} on {hits['n']:,} boxed findings"
+        "explanation": f"Heat maps: hit rate {hits['hit_rate']:.3f} on {count_of(hits['n'], 'boxed finding')}"
         if hits.get("hit_rate") is not None
         else "",
         "performance": performance,

@@ -12,6 +12,7 @@ from ray_cxr.evaluation.alerts import find_abnormal
 from ray_cxr.evaluation.calibration_measures import CalibrationMeasures, measure_calibration
 from ray_cxr.evaluation.net_benefit import DecisionCurve, measure_net_benefit
 from ray_cxr.evaluation.selective import Selection, measure_selection
+from ray_cxr.imaging.demographics import count_of
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting import plots
 from ray_cxr.reporting.evaluation_set import EvaluationSet
@@ -49,7 +50,7 @@ class Decisions:
             better = "flagging by calibrated probability is better than flagging all or no images"
             shown = len(curves) - len(without)
             sentences.append(
-                f"Net benefit: for {shown} of {len(curves)} findings, {better}, at the thresholds given below"
+                f"Net benefit: for {shown} of {count_of(len(curves), 'finding')}, {better}, at the thresholds given below"
                 + (f"; not shown for {_list_findings(without)}." if without else ".")
                 if shown
                 else f"Net benefit: for none of the findings is it shown that {better}."

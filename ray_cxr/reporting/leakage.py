@@ -10,7 +10,7 @@ import numpy as np
 
 from ray_cxr.data import identity
 from ray_cxr.errors import LeakError
-from ray_cxr.imaging.demographics import PatientCount
+from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.reporting.scores import Scores
 
 UNKNOWN_TRAINING = "not all images that trained the model are known"
@@ -46,18 +46,19 @@ class LeakCheck:
         if self.training_images is None:
             return f"not possible: {self.reason}"
         if self.shared_images or self.shared_patients:
-            parts = ", ".join(f"{n:,} of its {part} images" for part, n in self.shared_by_part.items())
-            images = f"{self.shared_images:,} images" + (f" ({parts})" if parts else "")
-            patients = f"{self.shared_patients:,} patients"
+            parts = ", ".join(f"{count_of(n, f'{part} image')}" for part, n in self.shared_by_part.items())
+            images = count_of(self.shared_images, "image") + (f" ({parts})" if parts else "")
+            patients = count_of(self.shared_patients, "patient")
             text = f"{images} and {patients} trained the model, as expected for the {split} split"
         elif self.reason:
             text = f"not possible: {self.reason}; the known ones are not in this evaluation"
         else:
-            patients = f" and {self.training_patients:,} training patients" if self.training_patients else ""
-            text = f"passed: none of the {self.training_images:,} training images{patients} is in this evaluation"
+            patients = f" and {count_of(self.training_patients, 'training patient')}" if self.training_patients else ""
+            text = f"passed: none of the {count_of(self.training_images, 'training image')}{patients} is in this evaluation"
         for count, kind in ((self.unknown_patients, ""), (self.unknown_training_patients, "training ")):
             if count:
-                text += f"; {count:,} {kind}images have no patient id and were compared by image id alone"
+                have = "has" if count == 1 else "have"
+                text += f"; {count_of(count, f'{kind}image')} {have} no patient id: compared by image id alone"
         return text
 
 

@@ -23,7 +23,7 @@ from ray_cxr.evaluation.group_estimates import LabelledScores
 from ray_cxr.evaluation.groups import build_groups
 from ray_cxr.evaluation.subgroups import Subgroups, measure_groups
 from ray_cxr.evaluation.underdiagnosis import Underdiagnosis, measure_underdiagnosis
-from ray_cxr.imaging.demographics import PatientCount
+from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.labels import FINDINGS, NO_FINDING, canonicalize, suggest
 from ray_cxr.reporting import figure_set, html, plots, tables
 from ray_cxr.reporting.abnormality import measure_ranking
@@ -210,8 +210,8 @@ def _list_notes(table: Scores, split: str | None, labelled: LabelResults | None)
         mismatched = labelled.leak_check.shared_by_part.get(other, 0) if labelled else 0
         if mismatched:
             notes.append(
-                f"{mismatched:,} images are {split} in the labels, but the model used them as {other}: "
-                "the two splits differ."
+                f"{count_of(mismatched, 'image')} {'is' if mismatched == 1 else 'are'} {split} in the labels, but "
+                f"{other} for the model: the two splits differ."
             )
     untraced = "so a leak between its training and this evaluation cannot be excluded."
     if not table.is_own:
@@ -227,8 +227,8 @@ def _list_notes(table: Scores, split: str | None, labelled: LabelResults | None)
     without_id = PatientCount.of(labelled.images.patients).without_id if labelled else 0
     if without_id:
         notes.append(
-            f"{without_id:,} evaluated images have no patient id. Each counts as one patient in the intervals, which "
-            "are too narrow if a patient has several images."
+            f"{count_of(without_id, 'evaluated image')} {'has' if without_id == 1 else 'have'} no patient id. Each "
+            "counts as one patient in the intervals, which are too narrow if a patient has several images."
         )
     notes.extend(table.ranking.notes)
     if table.ignored:
