@@ -153,7 +153,8 @@ def _describe_data(m: Mapping[str, Any], table: Scores, leak_check: str) -> dict
     split, spec = source.get("split") or {}, table.model.get("input_spec") or {}
     tables = ", ".join(f"{name} (SHA-256 {digest})" for name, digest in (split.get("tables") or {}).items())
     size = f"{count_of(m['n_images'], 'image')} of {html.format_patients(m)}"
-    parts = [f"{name} {count_of(part['images'], 'image')} of {_people(part)}" for name, part in source.get("images", {}).items()]
+    images = source.get("images", {}).items()
+    parts = [f"{name} {count_of(part['images'], 'image')} of {_people(part)}" for name, part in images]
     rule = ", ".join(f"{key} {split[key]}" for key in ("kind", "seed", "fractions") if split.get(key) is not None)
     labelled = [found["n"] for found in m["findings"].values()]
     flow = ("rows", "scored", "errors", "labelled", "evaluated", "labelled_errors", "labelled_not_scored")
@@ -217,7 +218,8 @@ def _describe_model(m: Mapping[str, Any], table: Scores) -> dict[str, str]:
     updating = "None: not recalibrated" if table.is_own else ""
     if made:
         fitted = f"calibration {made['method']}, operating points {made['rule']}"
-        updating = f"Recalibrated {made['created'][:10]} on {count_of(made['images'], 'image')} of {_people(made)}: {fitted}"
+        images = f"{count_of(made['images'], 'image')} of {_people(made)}"
+        updating = f"Recalibrated {made['created'][:10]} on {images}: {fitted}"
     return {
         "model": _join(
             _name("Backbone", model.get("backbone")),

@@ -50,7 +50,7 @@ class Decisions:
             better = "flagging by calibrated probability is better than flagging all or no images"
             shown = len(curves) - len(without)
             sentences.append(
-                f"Net benefit: for {shown} of {count_of(len(curves), 'finding')}, {better}, at the thresholds given below"
+                f"Net benefit: for {shown} of {count_of(len(curves), 'finding')}, {better}, at the thresholds below"
                 + (f"; not shown for {_list_findings(without)}." if without else ".")
                 if shown
                 else f"Net benefit: for none of the findings is it shown that {better}."

@@ -54,7 +54,8 @@ class LeakCheck:
             text = f"not possible: {self.reason}; the known ones are not in this evaluation"
         else:
             patients = f" and {count_of(self.training_patients, 'training patient')}" if self.training_patients else ""
-            text = f"passed: none of the {count_of(self.training_images, 'training image')}{patients} is in this evaluation"
+            images = count_of(self.training_images, "training image")
+            text = f"passed: none of the {images}{patients} is in this evaluation"
         for count, kind in ((self.unknown_patients, ""), (self.unknown_training_patients, "training ")):
             if count:
                 have = "has" if count == 1 else "have"
