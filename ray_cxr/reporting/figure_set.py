@@ -169,7 +169,7 @@ def _draw_subgroups(found: Subgroups, macro: MeanResult) -> dict[str, Figure]:
             Estimate.of(pair.get(quantity), "difference") for quantity in ("auroc", "sensitivity", "specificity")
         )
         is_small = any(difference.small for difference in pair.values())
-        label = f"{value} − {reference}"
+        label = f"{value} minus {reference}"
         rows.append(ForestRow(ATTRIBUTES[attribute], label, sizes[value], changes, is_small))
     if rows:
         names = ("macro AUROC", "mean sensitivity", "mean specificity")
