@@ -29,6 +29,7 @@ from scipy.special import chdtrc
 from ray_cxr.evaluation import quality
 from ray_cxr.evaluation.delong import normal_p
 from ray_cxr.evaluation.intervals import Patients, to_record, wilson_interval
+from ray_cxr.imaging.demographics import count_of
 
 OK, DIFFERS, LARGE, UNKNOWN = "ok", "differs", "large", "unknown"
 #: The summary names at most this many findings.
@@ -83,7 +84,7 @@ class Expected:
         flags = rest = "validation images of training"
         site = _as_dict(provenance.get("recalibrated"))
         if site:
-            flags = f"{site.get('images', 0):,} images of the recalibration of {str(site.get('created'))[:10]}"
+            flags = f"{count_of(site.get('images', 0), 'image')} of the recalibration of {str(site.get('created'))[:10]}"
         if "quality_rates" in site:
             rest, provenance = flags, site
             rates, images = _as_dict(site["quality_rates"]), site.get("images")
@@ -358,7 +359,7 @@ def _compare_scores(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, 
 
 def _explain_too_few(n: int, patients: Patients) -> str | None:
     if n < MIN_IMAGES:
-        return f"{n:,} images; {MIN_IMAGES} are needed"
+        return f"{count_of(n, 'image')}; {MIN_IMAGES} are needed"
     if patients.units < MIN_PATIENTS:
         return f"{patients.units:,} patients; {MIN_PATIENTS} are needed"
     return None

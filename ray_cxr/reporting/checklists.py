@@ -224,7 +224,7 @@ def _describe_model(m: Mapping[str, Any], table: Scores) -> dict[str, str]:
         "model": _join(
             _name("Backbone", model.get("backbone")),
             _name("Layers above it", _list({k: layers[k] for k in ("pooling", "dense", "dropout") if k in layers})),
-            f"One probability for each of {len(table.findings)} findings",
+            f"One probability per finding ({count_of(len(table.findings), 'finding')})",
         ),
         "predictors": "The pixels of one radiograph; no clinical data" if table.is_own else "",
         "software": _join(*(_name(step, _list(found)) for step, found in versions.items())),
