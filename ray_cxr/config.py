@@ -302,8 +302,8 @@ class ScoreSettings(Settings):
     pseudonym_key: str | None = Field(
         None, description="file with a secret key that turns ids from DICOM tags into keyed hashes; null: keep the ids"
     )
-    weights: dict[str, Annotated[float, Field(ge=0.0, le=1000.0)]] = Field(
-        {}, description="of findings in `priority`, such as `{Pneumothorax = 3}`; 1 for other findings"
+    weights: dict[str, Annotated[float, Field(ge=0.0, le=10.0)]] = Field(
+        {}, description="of findings in `priority`, 0 to 10, such as `{Pneumothorax = 3}`; 1 for other findings"
     )
     heatmap_method: HeatMapMethod = Field("gradcam", description="method of `--heatmaps K`")
     heatmap_pixels: int = Field(512, ge=64, le=2048, description="longer side of the images of `--heatmaps K`, pixels")

@@ -245,6 +245,7 @@ def test_wrong_weights_are_one_line(manifest: Path, tiny_bundle, tmp_path: Path,
         ("Pnuemothorax = 3", "'Pnuemothorax' is not a finding", "Pneumothorax"),
         ("No_Finding = 1", "'No_Finding' is not a finding"),
         ("Effusion = -1", "weights.Effusion", "greater than or equal to 0"),
+        ("Effusion = 11", "weights.Effusion", "less than or equal to 10"),
         ('Effusion = "high"', "weights.Effusion"),
         ("Pleural_Thickening = 1\n'Pleural Thickening' = 1", "named twice"),
     ):
