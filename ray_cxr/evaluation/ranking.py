@@ -8,6 +8,9 @@ Both lie in 0..1. With all weights 1, the default, they are equal. This is the "
 the probability of any finding only if findings are independent. They are not, so it is a score for ranking, usually
 above that probability. `top_finding` is the finding with the highest c; weights do not change it.
 
+Near 1, different images round to the same priority. So worklists are ordered by the sum of -w log(1 - c), which
+increases with priority.
+
 Only findings on one scale can be combined. So a finding without calibration is left out if others have one. If no
 finding has a calibration, the raw probabilities of all findings are used.
 """
@@ -40,7 +43,9 @@ class RankedFindings:
 
     @property
     def note(self) -> str | None:
-        """What a reader must know of findings without calibration; None if all have one."""
+        """What a reader must know of findings without calibration; None if all have one, or if none is ranked."""
+        if not self.names:
+            return None
         if not self.is_calibrated:
             return "No finding has calibrated probabilities, so images are ranked by uncalibrated probabilities."
         if self.left_out:
@@ -58,10 +63,14 @@ def combine(probabilities: np.ndarray, weights: Sequence[float] | None = None) -
 
     NaN is left out; a row without any number is NaN. Weights [F] default to 1.
     """
+    return np.asarray(-np.expm1(-sum_logs(probabilities, weights)) + 0.0)  # no negative zero
+
+
+def sum_logs(probabilities: np.ndarray, weights: Sequence[float] | None = None) -> np.ndarray:
+    """Compute the sum of -w log(1 - c), which orders images like `combine`, but does not round near 1: float64 [n]."""
     c = np.asarray(probabilities, dtype=np.float64)
     w = np.ones(c.shape[1]) if weights is None else np.asarray(weights, dtype=np.float64)
     counted = w > 0
     with np.errstate(divide="ignore"):
         logs = np.log1p(-c[:, counted]) * w[counted]  # -inf at 1; precise for small probabilities
-    result = -np.expm1(np.nansum(logs, axis=1)) + 0.0  # no negative zero
-    return np.where(np.isnan(c).all(axis=1), np.nan, result)
+    return np.where(np.isnan(c).all(axis=1), np.nan, -np.nansum(logs, axis=1))

@@ -72,7 +72,7 @@ def measure_reading_order(
     Studies of equal priority are in random order: each has the mean of their positions. Intervals resample patients.
 
     Args:
-        priority: float [m], one entry per study, without NaN.
+        priority: float [m], one entry per study, without NaN; infinite values are first or last.
         abnormal: int8 [m], 1 with a finding, 0 without, -1 if unknown.
         labels: int8 [m, F], 1, 0 or -1 if not labelled, with the columns `findings`.
         patients: ids [m].
@@ -83,7 +83,7 @@ def measure_reading_order(
     if not (abnormal == 1).any():
         return "no study is known to have a finding"
     order = np.argsort(-priority, kind="stable")
-    starts = np.flatnonzero(np.concatenate([[True], np.diff(priority[order]) != 0]))
+    starts = np.flatnonzero(np.concatenate([[True], priority[order][1:] != priority[order][:-1]]))
     groups = np.repeat(np.arange(len(starts)), np.diff([*starts, len(order)]))
     masks = np.column_stack([abnormal == 1, abnormal == 0, labels == 1])[order].astype(np.float64)
     codes, n_patients = patient_codes(patients)

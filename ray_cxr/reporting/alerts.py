@@ -14,8 +14,11 @@ from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting.evaluation_set import EvaluationSet, Population
 from ray_cxr.reporting.html import format_percent
 from ray_cxr.reporting.measures import BootstrapSettings
-from ray_cxr.reporting.ranking import group_studies
 from ray_cxr.reporting.scores import Scores, finite_or_none
+from ray_cxr.reporting.worklist import sort_studies
+
+#: Names of flags whose rule is not known, or differs between findings.
+_UNKNOWN, _SEVERAL = "flags of the score table", "several rules"
 
 
 def measure_alerts(
@@ -65,30 +68,29 @@ def _apply(p: np.ndarray, point: Mapping[str, Any] | None) -> np.ndarray:
 
 
 def _name_rule(points: Mapping[str, Any], findings: list[str]) -> str:
-    rules = {str(point.get("rule")) for f in findings if (point := points.get(f))}
-    return "flags of the score table" if not rules else rules.pop() if len(rules) == 1 else "several rules"
+    rules = {point.get("rule") for f in findings if (point := points.get(f))}
+    return _SEVERAL if len(rules) > 1 else str(next(iter(rules), None) or _UNKNOWN)
 
 
 def measure_order(table: Scores, evaluated: EvaluationSet, bootstrap: BootstrapSettings) -> ReadingOrder | str:
-    """Measure how much sooner studies with findings are read in the order of the worklist; or return why not."""
-    rows = evaluated.rows
-    codes, n_studies = group_studies(table.patients[rows], table.studies[rows])
-    _, priority, _ = table.ranking.rank_groups(codes, n_studies, rows, table.priority)
-    ranked = np.isfinite(priority)
+    """Measure how much sooner evaluated studies with findings are read in the order of the worklist; or say why not."""
+    rows_of, places = sort_studies(table)
+    studies, codes = np.unique(rows_of[evaluated.rows], return_inverse=True)
+    ranked = places[studies] < np.inf
     if not ranked.any():
         return "the scores have no priority"
     names = [f for f, y in evaluated.labels.items() if f != NO_FINDING and (y == 1).any()]
     labels = np.column_stack([alerts.find_abnormal(evaluated.labels), *(evaluated.labels[f] for f in names)])
     # A study has a finding if one of its images has it, and lacks it if all lack it.
     order = np.argsort(codes, kind="stable")
-    starts = np.searchsorted(codes[order], np.arange(n_studies))
+    starts = np.searchsorted(codes[order], np.arange(len(studies)))
     present, absent = (
         combine.reduceat(labels[order] == value, starts, axis=0)
         for combine, value in ((np.logical_or, 1), (np.logical_and, 0))
     )
     status = np.where(present, 1, np.where(absent, 0, -1)).astype(np.int8)[ranked]
     return measure_reading_order(
-        priority[ranked],
+        -places[studies][ranked],
         status[:, 0],
         status[:, 1:],
         names,
@@ -113,7 +115,8 @@ def summarize_alerts(found: Alerts) -> list[str]:
     ]
     split = f": {', '.join(parts)}" if parts else ""
     share = f"{format_percent(flagged.value, 0)} of images ({interval}) have at least one flag"
-    return [f"With the rule {found.chosen.rule}, {share}{split}."]
+    name = {_UNKNOWN: f"the {_UNKNOWN}", _SEVERAL: _SEVERAL}.get(found.chosen.rule, f"the rule {found.chosen.rule}")
+    return [f"With {name}, {share}{split}."]
 
 
 def warn_of_alerts(found: Alerts) -> list[str]:
@@ -121,17 +124,26 @@ def warn_of_alerts(found: Alerts) -> list[str]:
     share = found.chosen.shares["images_flagged"].value if found.chosen else None
     if found.chosen is None or share is None:
         return []
+    rule = found.chosen.rule
+    name, _, limit = rule.partition("=")
     if share > alerts.MANY:
-        return [
-            f"{format_percent(share, 0)} of images have at least one flag, so a flag hardly separates images. A rule "
-            "such as any_flag_rate=0.3 limits this share (see the alert budget)."
-        ]
-    name, _, limit = found.chosen.rule.partition("=")
+        warning = f"{format_percent(share, 0)} of images have at least one flag, so a flag hardly separates images."
+        advice = " A rule such as any_flag_rate=0.3 limits this share (see the alert budget)."
+        if rule == _UNKNOWN:
+            advice = ""
+        elif name == "any_flag_rate" and share > float(limit):
+            advice = (
+                f" The limit of the rule {rule} does not hold on these images: recalibrate the model on images like "
+                "these."
+            )
+        elif name == "any_flag_rate":
+            advice = f" The rule {rule} allows this; a lower limit flags fewer images."
+        return [warning + advice]
     known = found.n_with_finding + found.n_without_finding
     if name == "any_flag_rate" and found.n_with_finding > float(limit) * known:
         present = format_percent(found.n_with_finding / known, 0)
         return [
-            f"{present} of images have a finding, more than the rule {found.chosen.rule} can flag. Images without a "
+            f"{present} of images have a finding, more than the rule {rule} is meant to flag. Images without a "
             "flag need to be read too; see the alert budget for other rules."
         ]
     return []

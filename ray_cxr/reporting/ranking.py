@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_cxr.evaluation.ranking import RankedFindings, combine
+from ray_cxr.evaluation.ranking import RankedFindings, combine, sum_logs
 
 _OLD = (
     "An older version wrote these scores: their priority is the highest rank of a finding relative to its operating "
@@ -65,6 +65,8 @@ class Ranking:
             notes.append(_OWN)
         elif "abnormality" not in columns:
             notes.append(_OLD)
+        if not ranked.names:  # only No_Finding
+            notes = []
         return cls(ranked, values, weights, tuple(notes))
 
     def rank(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -94,12 +96,23 @@ class Ranking:
             rows: the images' rows in the table, int [m].
             priority: of all images of the table, float64 [n].
         """
-        highest = np.full((n_groups, self.values.shape[1]), np.nan)
-        np.fmax.at(highest, codes, self.values[rows])
-        abnormality, combined, top = self.rank(highest)
+        abnormality, combined, top = self.rank(self._find_highest(codes, n_groups, rows))
         if self.weights is None:
             np.fmax.at(combined, codes, priority[rows])
         return abnormality, combined, top
+
+    def order_groups(self, codes: np.ndarray, n_groups: int, rows: np.ndarray, priority: np.ndarray) -> np.ndarray:
+        """Return a value per group that orders like the priority of `rank_groups`, but does not round near 1."""
+        if self.weights is not None:
+            return sum_logs(self._find_highest(codes, n_groups, rows), list(self.weights.values()))
+        highest = np.full(n_groups, np.nan)
+        np.fmax.at(highest, codes, priority[rows])
+        return highest
+
+    def _find_highest(self, codes: np.ndarray, n_groups: int, rows: np.ndarray) -> np.ndarray:
+        highest = np.full((n_groups, self.values.shape[1]), np.nan)
+        np.fmax.at(highest, codes, self.values[rows])
+        return highest
 
 
 def group_studies(patients: np.ndarray, studies: np.ndarray) -> tuple[np.ndarray, int]:

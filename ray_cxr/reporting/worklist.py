@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,17 +27,17 @@ def build_worklist(table: Scores) -> list[dict[str, str]]:
     Flags of findings without calibration do not raise the priority. So a study that has one stands at least where the
     median of the studies with other flags stands, or first if there are none. `flagged_unranked` names the findings.
     """
-    codes, n_studies = group_studies(table.patients, table.studies)
-    every = np.arange(len(codes))
+    codes, places = sort_studies(table)
+    n_studies, every = len(places), np.arange(len(codes))
     abnormality, priority, top = table.ranking.rank_groups(codes, n_studies, every, table.priority)
+    images = _to_sort_values(table.ranking.order_groups(every, len(every), every, table.priority))
     studies: list[list[int]] = [[] for _ in range(n_studies)]
     for row, code in enumerate(codes):
         studies[code].append(row)
-    names = [f for f in table.findings if f in table.flags and f != NO_FINDING]
-    unranked = table.ranking.findings.left_out if table.ranking.weights is not None else ()
+    names, unranked = _list_flagged(table)
     lines = []
     for study, rows in enumerate(studies):
-        best = min(rows, key=lambda row: (_sort_value(float(table.priority[row])), table.ids[row]))
+        best = min(rows, key=lambda row: (images[row], table.ids[row]))
         flagged = [f for f in names if any(table.flags[f][row] == 1 for row in rows)]
         line = {
             "priority": _format(priority[study]),
@@ -55,21 +54,34 @@ def build_worklist(table: Scores) -> list[dict[str, str]]:
             "quality_flags": _join(table.quality_flags[row] for row in rows),
         }
         lines.append(line)
-    places = _place(priority, lines)
     order = sorted(range(n_studies), key=lambda study: (places[study], *(lines[study][key] for key in _ORDER)))
     return [lines[study] for study in order]
 
 
-def _place(priority: np.ndarray, lines: Sequence[Mapping[str, str]]) -> list[float]:
-    """Return the value by which each study is sorted, the smallest first."""
-    unranked = np.array([bool(line["flagged_unranked"]) for line in lines])
-    others = np.array([bool(line["flagged"]) for line in lines]) & ~unranked
-    floor = float(np.median(priority[others])) if others.any() else np.inf
-    return [_sort_value(p) for p in np.where(unranked, np.fmax(priority, floor), priority).tolist()]
+def sort_studies(table: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """Return the study of each row, int64 [n], and the value by which the worklist sorts each study, float64.
+
+    The smallest is first. The value is infinite without a probability. Studies of equal values are ordered by ids.
+    """
+    codes, n_studies = group_studies(table.patients, table.studies)
+    urgency = table.ranking.order_groups(codes, n_studies, np.arange(len(codes)), table.priority)
+    names, left_out = _list_flagged(table)
+    others, unranked = np.zeros((2, n_studies), dtype=bool)
+    for finding in names:
+        (unranked if finding in left_out else others)[codes[table.flags[finding] == 1]] = True
+    others &= ~unranked & ~np.isnan(urgency)
+    floor = float(np.median(urgency[others])) if others.any() else np.inf
+    return codes, _to_sort_values(np.where(unranked, np.fmax(urgency, floor), urgency))
 
 
-def _sort_value(priority: float) -> float:
-    return math.inf if np.isnan(priority) else -priority
+def _list_flagged(table: Scores) -> tuple[list[str], tuple[str, ...]]:
+    """Return the findings with flags, and the findings that the priority leaves out."""
+    names = [f for f in table.findings if f in table.flags and f != NO_FINDING]
+    return names, table.ranking.findings.left_out if table.ranking.weights is not None else ()
+
+
+def _to_sort_values(urgency: np.ndarray) -> np.ndarray:
+    return np.where(np.isnan(urgency), np.inf, -urgency)
 
 
 def _format(value: float) -> str:

@@ -66,6 +66,14 @@ def test_weights_of_run_json_order_studies(tmp_path: Path) -> None:
     assert table.ranking.notes == ()
 
 
+def test_large_weights_do_not_make_studies_equal(tmp_path: Path) -> None:
+    """All priorities are 1 in float64: (1 - 0.98)^10 is 1e-17."""
+    run = {"ranking": {"weights": {"Mass": 10.0}}}
+    c = {"c_Mass": [0.98, 0.99, 0.995, 0.985], "priority": [1.0] * 4, "abnormality": [0.98, 0.99, 0.995, 0.985]}
+    table = read(tmp_path, run, study_id=["s", "t", "t", "u"], p_Mass=[0.5] * 4, top_finding=["Mass"] * 4, **c)
+    assert shown(table, "image_id", "priority") == [("c", "1.0"), ("d", "1.0"), ("a", "1.0")]
+
+
 def test_a_flag_of_a_finding_without_calibration_is_not_last(tmp_path: Path) -> None:
     """Only this flag is in image d, which is placed like the median of a, b and c, which have other flags."""
     flags = {"flag_Mass": [True, True, True, False, False], "flag_Hernia": [False, False, False, True, False]}
@@ -98,6 +106,11 @@ def test_rows_without_any_probability_are_last(tmp_path: Path) -> None:
     table = read(tmp_path, p_Mass=[None, 0.1, 0.2], p_Nodule=[None, None, 0.2])
     assert shown(table, "image_id", "priority") == [("c", "0.36"), ("b", "0.1"), ("a", "")]
     assert table.top_findings.tolist() == [None, "Mass", "Mass"]
+
+
+def test_a_table_of_no_finding_alone_has_no_notes_on_the_order(tmp_path: Path) -> None:
+    table = read(tmp_path, p_No_Finding=[0.1, 0.2])
+    assert table.ranking.notes == ()
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@a", "\t=1"])
