@@ -2,12 +2,17 @@
 
 A flag is wrong if it differs from the label. It depends on whether the probability c is above a cutoff, so its
 confidence is the distance of log-odds |logit(c) - logit(cutoff)|: odds that are twice or half those of the cutoff are
-equally certain. The cutoff lies between the highest c that is not flagged and the lowest that is. Coverage is the share
+equally certain. If the cutoff is not known, it lies between the highest c that is not flagged and the lowest that is.
+Coverage is the share
 of images that the model keeps, the most certain ones (Geifman & El-Yaniv 2017); images of equal confidence are kept or
 handed over in equal shares. At `COVERAGE`, a tenth is handed over.
 
 Two references show what confidence adds. Random images contain a tenth of the errors and change no rate. A perfect
 confidence hands over only errors.
+
+AUROC of the images kept differs from the rates: it keeps all images that are as certain as the last one kept, and its
+interval is conditional on the images kept, because resamples do not choose them again. Intervals of all measures take
+the cutoff as given.
 """
 
 from __future__ import annotations
@@ -80,7 +85,14 @@ class Selection:
 
 
 def measure_selection(
-    labels: np.ndarray, calibrated: np.ndarray, flags: np.ndarray, patients: np.ndarray, *, n_resamples: int, seed: int
+    labels: np.ndarray,
+    calibrated: np.ndarray,
+    flags: np.ndarray,
+    patients: np.ndarray,
+    *,
+    n_resamples: int,
+    seed: int,
+    cutoffs: np.ndarray | None = None,
 ) -> tuple[Selection | str, ...]:
     """Compute the curves of each column, or the reason why there are none; all have the same resamples.
 
@@ -89,6 +101,7 @@ def measure_selection(
         calibrated: probabilities [n, F]; NaN if missing.
         flags: [n, F], 1 or 0; negative if there is no operating point.
         patients: ids [n].
+        cutoffs: the lowest probabilities that are flagged [F]; NaN if not known.
     """
     codes, n_patients = patient_codes(patients)
     results: list[Selection | str] = []
@@ -98,7 +111,7 @@ def measure_selection(
     kept_labels = np.where(known, labels, -1)
     for f, rows in enumerate(known.T):
         y, p, flagged = labels[rows, f] == 1, calibrated[rows, f], flags[rows, f] == 1
-        cutoff = _find_cutoff(p, flagged)
+        cutoff = _find_cutoff(p, flagged, np.nan if cutoffs is None else cutoffs[f])
         results.append(cutoff if isinstance(cutoff, str) else "")
         if isinstance(cutoff, str):
             continue
@@ -129,12 +142,17 @@ def _log_odds(p: np.ndarray) -> np.ndarray:
     return np.asarray(logit(np.clip(p, calibration.EPSILON, 1 - calibration.EPSILON)))
 
 
-def _find_cutoff(p: np.ndarray, flagged: np.ndarray) -> float | str:
-    """Return the log-odds midway between flagged and unflagged probabilities, or the reason why there is no cutoff."""
+def _find_cutoff(p: np.ndarray, flagged: np.ndarray, known: float) -> float | str:
+    """Return the log-odds of the cutoff, or the reason why there is none.
+
+    If it is not known, it is midway between the flagged and the unflagged probabilities.
+    """
     if not p.size:
         return "no image has a label, a calibrated probability and a flag"
     if flagged.all() or not flagged.any():
         return "every image is flagged" if flagged.all() else "no image is flagged"
+    if not np.isnan(known):
+        return float(_log_odds(np.array(known)))
     below, above = float(p[~flagged].max()), float(p[flagged].min())
     if below > above:
         return "flags do not follow the calibrated probability"

@@ -20,8 +20,8 @@ from ray_cxr.reporting.html import format_percent
 from ray_cxr.reporting.measures import BootstrapSettings
 from ray_cxr.reporting.scores import Scores
 
-#: The entry of `Decisions.selection` for "any finding", and the abnormality from which an image counts as abnormal.
-ABNORMALITY, ABNORMAL_FROM = "abnormality", 0.5
+#: The entry of `Decisions.selection` for "any finding".
+ABNORMALITY = "abnormality"
 _RESAMPLES = 500
 #: Sections of metrics.json, the fields of `Decisions`.
 DECISIONS = ("calibration", "net_benefit", "selection")
@@ -29,11 +29,15 @@ DECISIONS = ("calibration", "net_benefit", "selection")
 
 @dataclass(frozen=True)
 class Decisions:
-    """Results by finding; a text is the reason why there is no result. `selection` also has `ABNORMALITY`."""
+    """Results by finding; a text is the reason why there is no result.
+
+    `selection` also has `ABNORMALITY`, which does not include the findings `left_out`.
+    """
 
     calibration: dict[str, CalibrationMeasures]
     net_benefit: dict[str, DecisionCurve | str]
     selection: dict[str, Selection | str]
+    left_out: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -59,10 +63,12 @@ class Decisions:
         if isinstance(found, Selection) and found.errors_handed_over.value is not None:
             share = format_percent(found.errors_handed_over.value, 0)
             before, after = (format_percent(part["error_rate"]) for part in (found.all_images, found.kept))
+            without = self.left_out
+            partly = f" (abnormality leaves out {_list_findings(without)}: not calibrated)" if without else ""
             sentences.append(
                 f"The tenth of the images whose abnormality is least certain holds {share} of the wrong decisions on "
-                f"whether there is any finding (a random tenth: 10%). Without it, the error rate is {after} instead of "
-                f"{before}."
+                f"whether there is any finding{partly}; a random tenth holds 10%. Without it, the error rate is "
+                f"{after} instead of {before}."
             )
         return sentences
 
@@ -82,20 +88,36 @@ def measure_decisions(table: Scores, evaluated: EvaluationSet, bootstrap: Bootst
     curves = measure_net_benefit(y[:, chosen], c[:, chosen], evaluated.patients, **options)
     flags = np.column_stack([table.flags.get(f, np.full(len(table.ids), -1))[rows] for f in names])[:, chosen]
     y, c = y[:, chosen], c[:, chosen]
+    cutoffs = np.full(len(diseases), np.nan)
     if table.ranking.findings.is_calibrated:
-        any_finding = table.abnormality[rows]
-        abnormal = np.where(np.isnan(any_finding), -1, any_finding >= ABNORMAL_FROM)
+        abnormal, cutoff = _decide_abnormal(table, rows)
         y, c, flags = (
             np.column_stack([new, part])
-            for new, part in ((find_abnormal(labels), y), (any_finding, c), (abnormal, flags))
+            for new, part in ((find_abnormal(labels), y), (table.abnormality[rows], c), (abnormal, flags))
         )
-        diseases = [ABNORMALITY, *diseases]
-    selections = measure_selection(y, c, flags, evaluated.patients, **options)
+        diseases, cutoffs = [ABNORMALITY, *diseases], np.append(cutoff, cutoffs)
+    selections = measure_selection(y, c, flags, evaluated.patients, cutoffs=cutoffs, **options)
     return Decisions(
         {f: found for f, found in zip(names, measures, strict=True) if found is not None},
         dict(zip([f for f in names if f != NO_FINDING], curves, strict=True)),
         dict(zip(diseases, selections, strict=True)),
+        table.ranking.findings.left_out,
     )
+
+
+def _decide_abnormal(table: Scores, rows: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return which images count as abnormal, 1, 0 or -1 without a flag, and the abnormality from which they do.
+
+    Abnormality is not a calibrated probability, so no number such as 0.5 separates images. The cutoff is chosen so that
+    as many images are abnormal as have any flag; more if their abnormality is equal. It is NaN if no image has a flag.
+    """
+    no_flags = np.full((1, len(rows)), -1)
+    flags = np.vstack([no_flags, *(found[rows] for f, found in table.flags.items() if f != NO_FINDING)])
+    abnormality = table.abnormality[rows]
+    judged = (flags >= 0).any(axis=0) & ~np.isnan(abnormality)
+    wanted = int((flags[:, judged] == 1).any(axis=0).sum())
+    cutoff = float(np.sort(abnormality[judged])[-wanted]) if wanted else np.nan
+    return np.where(judged, abnormality >= cutoff, -1), cutoff
 
 
 def _list_findings(findings: Iterable[str]) -> str:

@@ -65,6 +65,17 @@ def test_equal_confidence_hands_over_a_random_tenth() -> None:
     assert found.errors_handed_over.value == pytest.approx(0.1)
 
 
+def test_confidence_is_the_distance_to_a_known_cutoff() -> None:
+    """The image of 0.5, a false alarm, is at the cutoff. Between 0.4 and 0.5, both images are equally uncertain."""
+    p = np.array([0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.4, 0.5, 0.97, 0.98])[:, None]
+    y, flags = (p > 0.9).astype(np.int8), (p >= 0.5).astype(np.int8)
+    for cutoff, handed_over in ((0.5, 1), (np.nan, 0.5)):
+        known = {"cutoffs": np.array([cutoff]), "n_resamples": 20, "seed": 0}
+        (found,) = measure_selection(y, p, flags, np.arange(10), **known)
+        assert isinstance(found, Selection)
+        assert found.errors_handed_over.value == pytest.approx(handed_over)
+
+
 def test_undefined_curves_have_reasons() -> None:
     y, p = np.array([0, 1, 0, 1]), np.array([0.1, 0.9, 0.3, 0.7])
     for flags, reason in (

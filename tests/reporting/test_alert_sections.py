@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from scipy.stats import rankdata
 from score_archive import FEW, Archive, Report, report
 
 from ray_cxr.labels import NO_FINDING
@@ -83,14 +84,54 @@ def test_reading_order_is_that_of_the_studies(evaluated: Report) -> None:
     assert set(found["findings"]) == {"Cardiomegaly", "Effusion"}  # Hernia has no positive
 
 
+def test_reading_order_is_that_of_the_worklist(tmp_path: Path) -> None:
+    """Studies flagged for Effusion alone, which has no calibration, are moved up and share their mean position."""
+    archive = Archive(tmp_path)
+    table = pq.read_table(f"{archive.scores()}/scores").drop_columns(["c_Effusion", "priority"])
+    pq.write_table(table, tmp_path / "other.parquet")
+    scores = str(tmp_path / "other.parquet")
+    found = report(archive, tmp_path / "report", scores=scores, labels=archive.labels(), split="test")
+    lines = [line for line in found.worklist() if line["priority"]]
+    value = np.array([float(line["priority"]) for line in lines])
+    moved = np.array([line["flagged_unranked"] != "" for line in lines])
+    others = np.array([line["flagged"] != "" for line in lines]) & ~moved
+    value = np.where(moved, np.maximum(value, np.median(value[others])), value)
+    assert (value[moved] == np.median(value[others])).sum() > 5
+    rows = [archive.ids.index(line["image_id"]) for line in lines]
+    studies = [(archive.patient[row], archive.study[row] or row) for row in rows]
+    effusion = {(archive.patient[i], archive.study[i] or i) for i in np.flatnonzero(archive.y["Effusion"] * archive.ok)}
+    with_effusion = np.array([study in effusion for study in studies])
+    evaluated = archive.tested[rows]
+    position = (rankdata(-value[evaluated]) - 0.5) / evaluated.sum()
+    order = found.metrics["reading_order"]
+    assert order["studies"] == evaluated.sum()
+    assert order["findings"]["Effusion"]["value"] == pytest.approx(position[with_effusion[evaluated]].mean())
+    # Decisions on any finding name it, too. Without flags there is no decision.
+    assert "abnormality leaves out Effusion" in found.page
+    pq.write_table(
+        table.select([name for name in table.column_names if "flag_" not in name]), tmp_path / "other.parquet"
+    )
+    found = report(archive, tmp_path / "unflagged", scores=scores, labels=archive.labels(), split="test")
+    assert "flag" in found.metrics["selection"]["abnormality"]["reason"]
+
+
 def test_most_images_flagged_is_a_warning(evaluated: Report, tmp_path: Path) -> None:
     share = evaluated.metrics["alerts"]["rules"][0]["shares"]["images_flagged"]["value"]
     warned = any("at least one flag" in note for note in evaluated.metrics["notes"])
     assert warned == (share > 0.5)
     archive = Archive(tmp_path, patients=20)
     archive.threshold = 0.02
-    notes = report(archive, tmp_path / "report").metrics["notes"]
-    assert any("at least one flag" in note for note in notes)
+    for rule, advised in (("youden", "any_flag_rate=0.3"), ("any_flag_rate=0.3", "recalibrate"), (None, "")):
+        point = {"threshold": 0.02, "rule": rule}
+        scores = archive.scores(operating_points=dict.fromkeys(archive.findings, point))
+        if rule is None:
+            pq.write_table(pq.read_table(f"{scores}/scores"), tmp_path / "other.parquet")
+            scores = str(tmp_path / "other.parquet")
+        found = report(archive, tmp_path / f"report {rule}", scores=scores)
+        (note,) = [note for note in found.metrics["notes"] if "at least one flag" in note]
+        assert advised in note
+        assert ("any_flag_rate" in note, "recalibrate" in note) == (rule is not None, rule == "any_flag_rate=0.3")
+        assert ("With the rule" in found.page) == (rule is not None)
     # More images have a finding than a limit of 10% allows to flag.
     archive.threshold = 0.95
     point = {"threshold": 0.95, "rule": "any_flag_rate=0.1"}

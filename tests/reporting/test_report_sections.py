@@ -18,10 +18,15 @@ from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.alerts import find_abnormal
 from ray_cxr.imaging import overlays
 from ray_cxr.labels import FINDINGS, LABELS
-from ray_cxr.reporting import tables
+from ray_cxr.reporting import html, tables
 from ray_cxr.reporting.report import _read_prevalences
 
 BOXES = ["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]"]
+
+
+def test_thresholds_keep_two_digits_for_rare_findings() -> None:
+    shown = html.format_ranges([(0.000312, 0.0139), (0.05, 0.05001), (0.124, 0.3)])
+    assert shown == "0.031% to 1.4%, 5.0%, 12% to 30%"
 
 
 def write_csv(path: Path, rows: list[list[Any]]) -> str:
@@ -247,7 +252,11 @@ def test_decisions_are_measured_on_calibrated_probabilities(everything: Report) 
     labels = {f: values[rows] for f, values in archive.y.items()}
     abnormal = find_abnormal(labels)
     score = 1 - np.prod([1 - 0.9 * archive.p[f][rows] for f in archive.diseases], axis=0)
-    assert result["selection"]["abnormality"]["error_rate_all"] == pytest.approx(np.mean((score >= 0.5) != abnormal))
+    flagged = np.any([archive.p[f][rows] >= archive.threshold for f in archive.diseases], axis=0).sum()
+    cutoff = np.sort(score)[-flagged]
+    any_finding = result["selection"]["abnormality"]
+    assert any_finding["error_rate_all"] == pytest.approx(np.mean((score >= cutoff) != abnormal))
+    assert any_finding["cutoff"] == pytest.approx(cutoff, abs=1e-6)
     table = pq.read_table(everything.out / "metrics.parquet").to_pylist()
     (slope,) = [row for row in table if (row["finding"], row["metric"]) == ("Effusion", "slope")]
     assert (slope["value"], slope["low"]) == (measures["slope"], measures["slope_low"])
