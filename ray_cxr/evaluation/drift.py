@@ -84,7 +84,8 @@ class Expected:
         flags = rest = "validation images of training"
         site = _as_dict(provenance.get("recalibrated"))
         if site:
-            flags = f"{count_of(site.get('images', 0), 'image')} of the recalibration of {str(site.get('created'))[:10]}"
+            fitted_on = count_of(site.get("images", 0), "image")
+            flags = f"{fitted_on} of the recalibration of {str(site.get('created'))[:10]}"
         if "quality_rates" in site:
             rest, provenance = flags, site
             rates, images = _as_dict(site["quality_rates"]), site.get("images")
