@@ -122,7 +122,7 @@ def test_a_claim_is_corrected_for_the_number_of_comparisons() -> None:
 @pytest.mark.parametrize(("patients", "named"), [(29, False), (30, True)])
 def test_few_patients_name_no_group(patients: int, named: bool) -> None:
     women = np.arange(400) < patients
-    labels, flags, codes, _ = simulate(0.0, 0.0)
+    labels, flags, _, _ = simulate(0.0, 0.0)
     flags[:, 0] = ~women
     found = measure(labels, flags, np.arange(400), split(women))
     assert (found.groups[0].beyond_chance, found.tested, found.highest is not None) == (named or None, named, named)
