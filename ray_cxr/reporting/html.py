@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
         png=_encode_png,
         metric=format_metric,
         p=format_p,
+        ranges=format_ranges,
     )
     return environment.get_template(template).render(view)
 
@@ -64,6 +65,12 @@ def format_p(value: float | None) -> str:
 
 def format_percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{format_number(100 * value, digits)}%"
+
+
+def format_ranges(ranges: Sequence[tuple[float, float]]) -> str:
+    """Format ranges of thresholds: `0.031% to 1.4%, 5.0%`."""
+    ends = [[plots.format_share(end) for end in limits] for limits in ranges]
+    return ", ".join(low if low == high else f"{low} to {high}" for low, high in ends)
 
 
 def format_count(value: int | None) -> str:

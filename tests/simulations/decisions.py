@@ -1,7 +1,7 @@
 """Simulate calibration measures, net benefit and selective prediction with few positives and correlated images.
 
 `python tests/simulations/decisions.py [ROUNDS]` prints two tables, and fails if intervals of intercept or slope of
-calibrated probabilities cover the truth in less than 93% of data sets (88% with 20 to 50 patients of 20 images each), if
+calibrated probabilities cover the truth in less than 93% of data sets (88% with few patients of 20 images each), if
 `ici_if_calibrated` is not within 15% of the mean ICI, if net benefit is claimed at a threshold without one in more than
 5%, or, with 20 positives or more, if intervals of the change of error rate by handing over a tenth cover the truth in
 less than 92%.
