@@ -20,7 +20,7 @@ from ray_cxr.data.dialects import Dialect, detect_dialect
 from ray_cxr.data.manifest import SCHEMA, SPLIT_KEY, SPLITS, absolute_paths, describe_listing
 from ray_cxr.errors import ConfigError, TableError
 from ray_cxr.imaging import demographics
-from ray_cxr.imaging.demographics import PatientCount
+from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.imaging.views import choose_view, parse_view
 from ray_cxr.storage.files import find_images, hash_file
 from ray_cxr.storage.paths import file_names, redact
@@ -52,7 +52,7 @@ class ManifestReport:
 
     def lines(self) -> list[str]:
         """Return the report as sentences; counts of 0 are left out."""
-        out = [f"{self.rows:,} images of {self.patients}"]
+        out = [f"{count_of(self.rows, 'image')} of {self.patients}"]
         if self.by_split:
             out[0] += f": {_format_counts(self.by_split)}"
         if self.images_found is not None:
