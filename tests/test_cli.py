@@ -205,7 +205,7 @@ def test_manifest_from_table_to_file(files: Path, command: Command) -> None:
     assert command(*line.split())[0] == 0
     assert Path("new/m.parquet").read_bytes() == before, "the same command wrote other bytes"
     line = "manifest train=leak_a.csv test=leak_b.csv --out m2.parquet --on-leak drop"
-    assert command(*line.split())[1].startswith("1 images of 1 patients: test 1\n1 rows removed")
+    assert command(*line.split())[1].startswith("1 image of 1 patient: test 1\n1 rows removed")
 
 
 class Wrapped(Exception):

@@ -62,7 +62,8 @@ def test_ages_between_dates_are_completed_years_or_months() -> None:
 def test_counts_of_patients() -> None:
     for patients, number, without_id, text in (
         (["007", "7", "7"], 2, 0, "2 patients"),
-        (["007", None, float("nan")], 1, 2, "1 patients (2 images without a patient id)"),
+        (["7", None], 1, 1, "1 patient (1 image without a patient id)"),
+        (["007", None, float("nan")], 1, 2, "1 patient (2 images without a patient id)"),
         ([None, None], None, 2, "unknown patients"),
         ([], 0, 0, "0 patients"),
     ):
