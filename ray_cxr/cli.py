@@ -450,6 +450,8 @@ def _export_sr(arguments: argparse.Namespace) -> None:
             _print(f"{export.outcomes[outcome]:,} {text}")
     partial = f", {export.partial:,} of them without an image of their study" if export.partial else ""
     _print(f"reports: {export.reports:,} in {arguments.out}{partial}; {export.written:,} written now")
+    if arguments.replaces or export.replacing:
+        _print(f"replaced: {export.replacing:,} of the reports name an earlier report of their study")
     export.raise_for_failures()
 
 

@@ -62,6 +62,7 @@ class Export:
         reasons: number of failed rows by reason.
         reports: number of documents of these scores in the folder.
         partial: number of documents that lack an image of their study.
+        replacing: number of documents that name an earlier document of their study.
         written: number of documents that this run wrote.
     """
 
@@ -69,6 +70,7 @@ class Export:
     reasons: Counter[str] = field(default_factory=Counter)
     reports: int = 0
     partial: int = 0
+    replacing: int = 0
     written: int = 0
 
     def raise_for_failures(self) -> None:
@@ -108,7 +110,7 @@ def export_sr(scores: str | Path, out: str | Path, replaces: str | Path | None =
         "format": sr_document.FORMAT,
         "model_digest": folder.model.digest,
         "scores": folder.settings_digest,
-        "replaces": None if replaces is None else str(replaces),
+        "replaces": None if replaces is None else str(Path(replaces).resolve()),
     }
     run_folder.check_run(out, settings)
     finished = _find_finished(out, folder)
@@ -140,7 +142,8 @@ def _find_finished(out: Path, folder: ScoreFolder) -> Export | None:
     if not run_folder.is_complete(out) or record.get("scores_digest") != folder.digest:
         return None
     try:
-        return Export(Counter(record["outcomes"]), reports=record["reports"], partial=record["partial"])
+        counts = {name: record[name] for name in ("reports", "partial", "replacing")}
+        return Export(Counter(record["outcomes"]), **counts)
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -165,6 +168,7 @@ def _write_export(out: Path, folder: ScoreFolder, plan: ExportPlan, former: _Doc
                 export.written += _write_if_changed(out / f"{uid}.dcm", data)
                 export.reports += 1
                 export.partial += content.missing > 0
+                export.replacing += bool(content.replaced)
             progress.advance(1)
     export.outcomes.update(plan.outcomes)
     export.reasons.update(plan.reasons.values())
@@ -182,6 +186,7 @@ def _write_export(out: Path, folder: ScoreFolder, plan: ExportPlan, former: _Doc
         "reasons": dict(sorted(export.reasons.items())),
         "reports": export.reports,
         "partial": export.partial,
+        "replacing": export.replacing,
         "scores_digest": folder.digest,
         "model_digest": folder.model.digest,
     }

@@ -126,7 +126,9 @@ _QUALITY_CODES = (
 _SHORT_NAMES = {"Pleural_Thickening": "PLEURALTHICK"}
 QUALITY_CODES = dict(zip(quality.FLAGS, _QUALITY_CODES, strict=True))
 _COMMENT = Code("121106", "DCM", "Comment")
-_PROCEDURE = Code("43468-8", "LN", "XR unspecified body region")
+#: Not in CID 100, which can be extended: its only code for radiography is of an unspecified body region. It says
+#: nothing about the number of views. Compared with lists of two vendors that use LOINC.
+_PROCEDURE = Code("30745-4", "LN", "XR Chest Views")
 _NO_UNITS = Code("1", "UCUM", "no units")
 
 

@@ -456,7 +456,19 @@ def predecessors(document: Dataset) -> list[str]:
     return found
 
 
-def test_documents_of_another_model_name_those_that_they_replace(site: Site, command: Command) -> None:
+def test_earlier_documents_of_other_studies_replace_nothing(site: Site, command: Command) -> None:
+    site.add(1, 1)
+    site.export(command)
+    other = Site(site.home)
+    other.scores, other.out = site.home / "other scores", site.home / "other"
+    other.add(2, 2)
+    other.write()
+    assert "replaced: 0 of the reports" in other.run(command, "--replaces", site.out)[0]
+
+
+def test_documents_of_another_model_name_those_that_they_replace(
+    site: Site, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site.add(1, 1)
     site.add(2, 2)
     site.export(command)
@@ -466,13 +478,17 @@ def test_documents_of_another_model_name_those_that_they_replace(site: Site, com
     site.write()
     site.out = site.home / "new"
     assert "empty: has no document" in error_line(site.run(command, "--replaces", site.home / "empty", code=2)[1])
-    site.run(command, "--replaces", old)
+    assert "replaced: 2 of the reports" in site.run(command, "--replaces", old)[0]
+    assert json.loads((site.out / "export.json").read_text(encoding="utf-8"))["replacing"] == 2
     after = site.documents()
     assert [predecessors(after[study]) for study in "123"] == [
         *([before[study].SOPInstanceUID] for study in "12"),
         [],
     ]
-    assert "0 written now" in site.run(command, "--replaces", old)[0]
+    monkeypatch.chdir(old.parent)
+    again = site.run(command, "--replaces", old.name)[0]
+    assert "0 written now" in again
+    assert "replaced: 2 of the reports" in again
     assert "replaces" in error_line(site.run(command, code=2)[1])
 
 
