@@ -15,7 +15,7 @@ if none of the patient's images with a finding there has a flag, and overdiagnos
 A group is named as clearly different only if both groups have at least `CLAIM_PATIENTS` patients with a finding, and
 the difference excludes 0 after Bonferroni's correction. Limits that far out need many independent patients: Student's
 t has the degrees of freedom of a variance to which patients contribute by the square of their number of images
-(Satterthwaite 1946). `tests/simulations/underdiagnosis.py` measures how often identical groups are named.
+(Satterthwaite 1946). `tests/simulations/underdiagnosis.py` counts groups that are named although none differ.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure how often the report names a group as clearly different in underdiagnosis although no groups differ.
+"""Count rounds in which a group is named as clearly different in underdiagnosis although no groups differ.
 
     python tests/simulations/underdiagnosis.py [ROUNDS]
 
