@@ -29,11 +29,6 @@ def test_thresholds_keep_two_digits_for_rare_findings() -> None:
     assert shown == "0.031% to 1.4%, 5.0%, 12% to 30%"
 
 
-def test_thresholds_keep_two_digits_for_rare_findings() -> None:
-    shown = html.format_ranges([(0.000312, 0.0139), (0.05, 0.05001), (0.124, 0.3)])
-    assert shown == "0.031% to 1.4%, 5.0%, 12% to 30%"
-
-
 def write_csv(path: Path, rows: list[list[Any]]) -> str:
     with open(path, "w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows(rows)
