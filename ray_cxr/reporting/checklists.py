@@ -50,10 +50,10 @@ CLAIM: tuple[_Item, ...] = (
     ("27", "Ensembles", "ensemble"),
     ("28", "Metrics", "metrics"),
     ("29", "Uncertainty and significance", "uncertainty"),
-    ("30", "Robustness", ""),
+    ("30", "Robustness", "robustness"),
     ("31", "Explainability", "explanation"),
-    ("32", "Testing on internal data", "tested"),
-    ("33", "Testing on external data", "tested"),
+    ("32", "Testing on internal data", "internal"),
+    ("33", "Testing on external data", "external"),
     ("34", "Trial registration", ""),
     ("35", "Numbers included and excluded", "flow"),
     ("36", "Demographics per partition", "demographics"),
@@ -95,7 +95,7 @@ TRIPOD_AI: tuple[_Item, ...] = (
     ("12f", "Model updating: methods", "updating"),
     ("12g", "Computation of the predictions", "prediction"),
     ("13", "Class imbalance", "imbalance"),
-    ("14", "Fairness: methods", ""),
+    ("14", "Fairness: methods", "fairness"),
     ("15", "Output and thresholds", "output"),
     ("16", "Differences between training and evaluation data", "drift"),
     ("17", "Ethics", ""),
@@ -133,9 +133,10 @@ _SECTIONS = {
 }
 
 
-def render_checklist(m: Mapping[str, Any], table: Scores, leak_check: str) -> str:
-    """Return checklist.md of a report with the content `m` of metrics.json."""
+def render_checklist(m: Mapping[str, Any], table: Scores, leak_check: str, tables: Mapping[str, str]) -> str:
+    """Return checklist.md of a report with the content `m` of metrics.json, and SHA-256s of its label tables."""
     known = _describe_data(m, table, leak_check) | _describe_model(m, table) | _describe_results(m)
+    known |= _compare_tables(m, table, tables)
     lists = {
         "CLAIM 2024 Update (Tejani et al., Radiology: Artificial Intelligence 2024)": CLAIM,
         "TRIPOD+AI (Collins et al., BMJ 2024)": TRIPOD_AI,
@@ -172,7 +173,6 @@ def _describe_data(m: Mapping[str, Any], table: Scores, leak_check: str) -> dict
             _name("Model", source.get("origin")),
             _name("Tables of the training", tables),
         ),
-        "tested": _join(evaluated, "Whether its sites are those of the training is not recorded" if evaluated else ""),
         "preprocessing": _join(
             _name("Resized, pixels", _list(spec)),
             _name("Images with a quality flag, which are not excluded", _list(counts["quality_flags"])),
@@ -205,6 +205,19 @@ def _describe_data(m: Mapping[str, Any], table: Scores, leak_check: str) -> dict
             size, _name("Positives", _list_positives(m["findings"])), _name("In training", _list_positives(trained))
         ),
     }
+
+
+def _compare_tables(m: Mapping[str, Any], table: Scores, tables: Mapping[str, str]) -> dict[str, str]:
+    """Fill in internal and external testing; the run only knows whether the training read the same tables."""
+    trained = set(((table.provenance.get("split") or {}).get("tables") or {}).values())
+    evaluated = _name("Evaluated", m["split_label"])
+    if not (trained and tables and evaluated):
+        return {"internal": "", "external": ""}
+    if trained & set(tables.values()):
+        same = "of tables that the training also read"
+        return {"internal": f"{evaluated}, {same}", "external": f"Not in this run: its images are {same}"}
+    sites = "Whether the sites differ too is not recorded"
+    return {"internal": "", "external": f"{evaluated}, of other tables than those of the training. {sites}"}
 
 
 def _describe_model(m: Mapping[str, Any], table: Scores) -> dict[str, str]:
@@ -246,11 +259,17 @@ def _describe_results(m: Mapping[str, Any]) -> dict[str, str]:
     measured = [metric.label for metric in METRICS if any(f.get(metric.key) is not None for f in findings.values())]
     more = [label for key, label in _SECTIONS.items() if findings and m.get(key)]
     hits = (m["localisation"] or {}).get("overall") or {}
+    words = (m["subgroups"] or {}).get("comparisons", {}).get("single", {}).get("words")
+    groups = [group for group in (m["subgroups"] or {}).get("groups", []) if not group["crossing"]]
+    attributes = ", ".join(dict.fromkeys(group["attribute"].replace("_", " ") for group in groups))
+    is_judged = bool((m["underdiagnosis"] or {}).get("groups"))
+    baselines = " and ".join(dict.fromkeys(drift["baselines"].values())) if drift else ""
+    drifted = f"Drift from {baselines}: {drift['words']}" if drift else ""
     performance = _join(
         f"Macro AUROC {_interval(macro)}, over {count_of(len(macro['findings']), 'finding')}"
         if macro and macro["auroc"] is not None
         else "",
-        (m["subgroups"] or {}).get("comparisons", {}).get("single", {}).get("words"),
+        words,
     )
     return {
         "metrics": ", ".join([*measured, *more]),
@@ -264,8 +283,11 @@ def _describe_results(m: Mapping[str, Any]) -> dict[str, str]:
             _name("Rates", intervals.get("shares")),
             _name("Groups", (m["subgroups"] or {}).get("interval_method")),
         ),
-        "drift": f"Drift from {' and '.join(dict.fromkeys(drift['baselines'].values()))}: {drift['words']}"
-        if drift
+        "drift": drifted,
+        "robustness": _join(_name("Groups", words), drifted),
+        "fairness": f"AUROC, sensitivity and specificity by {attributes}, each compared with the largest group"
+        + ("; underdiagnosis and overdiagnosis in the same groups" if is_judged else "")
+        if attributes
         else "",
         "explanation": f"Heat maps: hit rate {hits['hit_rate']:.3f} on {count_of(hits['n'], 'boxed finding')}"
         if hits.get("hit_rate") is not None

@@ -269,7 +269,9 @@ def _write(out: Path, table: Scores, result: ReportResult, figures: Mapping[str,
         "attributes": figure_set.ATTRIBUTES,
         "assumed": {name: found for name, found in judged.items() if found["assumed_prevalence"] is not None},
     }
-    atomic.write_text(out / "checklist.md", render_checklist(plain, table, str(view["leak_check"])))
+    info = result.labelled.images.info if result.labelled else {}
+    checklist = render_checklist(plain, table, str(view["leak_check"]), info.get("tables") or {})
+    atomic.write_text(out / "checklist.md", checklist)
     atomic.write_text(out / "report.md", html.render(view, "report.md.j2"))
     atomic.write_text(out / "report.html", html.render(view))
     _log.debug("report in %s", out)

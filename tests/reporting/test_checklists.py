@@ -87,6 +87,9 @@ def test_items_hold_values_of_the_run(archive: Archive, tmp_path: Path) -> None:
         ("CLAIM", "25"): "loss focal, seed 3. 3 epochs",
         ("CLAIM", "26"): "Epoch 2, the best by validation macro AUROC",
         ("CLAIM", "29"): "40 resamples, seed 0",
+        ("CLAIM", "30"): "large difference for Hernia",
+        ("CLAIM", "32"): "test split of a random patient split, seed 0, of tables that the training also read",
+        ("CLAIM", "33"): "Not in this run",
         ("CLAIM", "37"): f"Macro AUROC {macro['auroc']:.3f} (0.",
         ("CLAIM", "39"): "3 images could not be scored. missing 2, corrupt 1",
         ("TRIPOD", "12f"): "2026-01-02 on 30 images of 10 patients: calibration platt, operating points youden",
@@ -96,9 +99,22 @@ def test_items_hold_values_of_the_run(archive: Archive, tmp_path: Path) -> None:
         ("TRIPOD", "23a"): f"Effusion {found['findings']['Effusion']['auroc']:.3f}",
     }.items():
         assert words in cells[item], (item, cells[item])
-    for item in (("CLAIM", "13"), ("CLAIM", "30"), ("TRIPOD", "17"), ("TRIPOD", "25")):
+    for item in (("CLAIM", "13"), ("TRIPOD", "17"), ("TRIPOD", "25")):
         assert cells[item] == AUTHORS
     assert cells["CLAIM", "31"] == UNKNOWN  # no boxes
+    assert cells["TRIPOD", "14"] == UNKNOWN  # no sex, age or view
+
+
+def test_groups_and_other_tables_are_stated(archive: Archive, tmp_path: Path) -> None:
+    labels = archive.labels(sex=["F" if i % 6 < 3 else "M" for i in range(archive.n)])
+    provenance = {"split": {"kind": "given", "tables": {"elsewhere.csv": "cd" * 32}}}
+    write_report(archive.scores(provenance=provenance), tmp_path, labels=labels, split="test", n_resamples=40)
+    cells = read_checklist(tmp_path)
+    assert cells["CLAIM", "32"] == UNKNOWN
+    assert "of other tables than those of the training" in cells["CLAIM", "33"]
+    assert "specificity by sex" in cells["TRIPOD", "14"]
+    assert "underdiagnosis" in cells["TRIPOD", "14"]
+    assert "Groups: " in cells["CLAIM", "30"]
 
 
 def test_another_systems_scores_leave_items_unknown(archive: Archive, tmp_path: Path) -> None:
@@ -106,6 +122,7 @@ def test_another_systems_scores_leave_items_unknown(archive: Archive, tmp_path: 
     for out, options in (("labels", {"labels": archive.labels(), "n_resamples": 40}), ("bare", {})):
         write_report(foreign, tmp_path / out, **options)
         cells = read_checklist(tmp_path / out)
-        items = [("CLAIM", n) for n in ("23", "24", "25", "26", "27")] + [("TRIPOD", n) for n in ("12f", "12g", "13")]
+        numbers = {"CLAIM": ("23", "24", "25", "26", "27", "32", "33"), "TRIPOD": ("12f", "12g", "13")}
+        items = [(part, n) for part, found in numbers.items() for n in found]
         assert {cells[item] for item in items} == {UNKNOWN}
     assert cells["CLAIM", "37"] == UNKNOWN
