@@ -67,18 +67,19 @@ DEFAULT_RULE = "any_flag_rate=0.3"
 _RULES = "youden, any_flag_rate=0.3, flag_rate=0.1, sensitivity=0.9, specificity=0.9 or npv=0.99"
 
 
-def _check_rule(value: str) -> str:
-    name, _, target = value.partition("=")
+def normalize_rule(rule: str) -> str:
+    """Return a rule for operating points without blanks; raise ValueError if it is unknown or its target not valid."""
+    name, equals, target = (part.strip() for part in rule.partition("="))
     try:
-        is_valid = value == "youden" or (name in TARGET_RULES and 0.0 < float(target) < 1.0)
+        is_valid = 0.0 < float(target) < 1.0 if name in TARGET_RULES else name == "youden" and not equals
     except ValueError:
         is_valid = False
     if not is_valid:
-        raise ValueError(f"use youden, or one of {', '.join(f'{rule}=X' for rule in TARGET_RULES)} with 0 < X < 1")
-    return value
+        raise ValueError(f"use youden, or one of {', '.join(f'{known}=X' for known in TARGET_RULES)} with 0 < X < 1")
+    return f"{name}{equals}{target}"
 
 
-OperatingPoint = Annotated[str, AfterValidator(_check_rule)]
+OperatingPoint = Annotated[str, AfterValidator(normalize_rule)]
 
 
 class PrepareSettings(Settings):

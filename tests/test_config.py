@@ -73,6 +73,8 @@ def test_override_sets_value_and_type() -> None:
         ("prepare.sizes=[320, 224, 320]", "prepare", "sizes", (224, 320)),
         ("ray.address=ray://head:10001", "ray", "address", "ray://head:10001"),
         ("operating_point=any_flag_rate=0.2", "train", "operating_point", "any_flag_rate=0.2"),
+        ('operating_point=" any_flag_rate = 0.2 "', "train", "operating_point", "any_flag_rate=0.2"),
+        ('operating_point=" youden"', "train", "operating_point", "youden"),
     ):
         found = getattr(getattr(config.load(None, [override]), section), field)
         assert (found, type(found)) == (value, type(value))

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import numpy as np
 from scipy.special import expit, logit
 
-from ray_cxr.config import DEFAULT_RULE, TARGET_RULES
+from ray_cxr.config import DEFAULT_RULE, normalize_rule
 from ray_cxr.errors import ConfigError
 from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.clustered import clustered_share_interval
@@ -120,8 +120,8 @@ def fit_rules(
     Raises:
         ConfigError: unknown rule.
     """
-    chosen = _parse_rule(rule)
-    others = [name for name in ALTERNATIVES if _parse_rule(name) != chosen]
+    rule, kind, target = _parse_rule(rule)
+    others = [other for other in ALTERNATIVES if _parse_rule(other)[1:] != (kind, target)]
     if labels.shape != probabilities.shape or probabilities.shape[1:] != (len(findings),):
         raise ValueError(
             f"labels are {labels.shape}, probabilities {probabilities.shape}, for {len(findings)} findings"
@@ -300,7 +300,8 @@ def find_operating_points(
     `any_flag_rate=0.3` starts from Youden's thresholds, and multiplies the odds of all of them by one factor, the
     lowest with which at most 30% of all images have a flag. The odds are those of calibrated probabilities, so the
     factor means the same for each finding: how much larger the odds must be than at Youden's threshold. A finding
-    without Youden's threshold has no operating point. `No_Finding` does not count, and keeps Youden's threshold.
+    without Youden's threshold has no operating point, nor has one that the factor leaves without a flag; the others use
+    the whole 30% then. `No_Finding` does not count, and has the operating point of `youden`.
 
     Args:
         labels, probabilities, findings: see `fit_rules`.
@@ -309,7 +310,7 @@ def find_operating_points(
     Returns:
         Per finding (operating point, None) or (None, reason).
     """
-    name, target = _parse_rule(rule)
+    rule, name, target = _parse_rule(rule)
     known = [labels[:, j] >= 0 for j in range(len(findings))]
     single = "youden" if name == "any_flag_rate" else rule
     points = [
@@ -319,35 +320,49 @@ def find_operating_points(
     if name != "any_flag_rate":
         return points
     p = np.asarray(probabilities, dtype=np.float32)
-    base = {j: point["threshold"] for j, (point, _) in enumerate(points) if point and findings[j] != NO_FINDING}
     scale = np.ones(len(findings)) if slopes is None else slopes
-    starts = {j: float(_compute_logit(np.array(threshold))) for j, threshold in base.items()}
-    # The logarithm of how many times larger the odds are than at the threshold.
+    starts = {
+        j: float(_compute_logit(np.array(point["threshold"])))
+        for j, (point, _) in enumerate(points)
+        if point and findings[j] != NO_FINDING
+    }
+    # The logarithm of how many times larger the odds are than at Youden's threshold.
     margins = {j: scale[j] * (_compute_logit(p[:, j]) - start) for j, start in starts.items()}
-    cut = _find_cut(np.max(list(margins.values()), axis=0), target) if margins else None
-    for j, (point, _) in enumerate(points):
-        threshold = base.get(j)
-        if point is None or (threshold is not None and cut is None):
-            points[j] = (None, points[j][1] or f"{rule.strip()} is reached only if no image is flagged")
+    cut, dropped = _find_common_cut(margins, min(math.floor(target * len(p) + 1e-9), len(p) - 1))
+    for j, start in starts.items():
+        if j in dropped:
+            points[j] = (None, f"{rule} {dropped[j]}")
             continue
-        if threshold is not None and cut is not None:
-            wanted = float(expit(starts[j] + cut / scale[j]))
-            threshold = _fit_between(p[:, j], margins[j] >= cut, wanted)
-        y, rows = labels[known[j], j] == 1, p[known[j], j]
-        points[j] = _describe_point(y, rows, point["threshold"] if threshold is None else threshold, rule)
+        threshold = _fit_between(p[:, j], margins[j] >= cut, float(expit(start + cut / scale[j])))
+        points[j] = _describe_point(labels[known[j], j] == 1, p[known[j], j], threshold, rule)
     return points
 
 
-def _find_cut(highest: np.ndarray, target: float) -> float | None:
-    """Return the lowest cut that at most a share `target` of the values reaches; None if none does."""
-    values, counts = np.unique(-highest, return_counts=True)
-    reached = int(np.searchsorted(np.cumsum(counts), math.floor(target * highest.size + 1e-9), side="right"))
-    if reached == 0:
-        return None
-    lowest = -values[reached - 1]
-    following = lowest if reached == values.size else -values[reached]
-    middle = (lowest + following) / 2.0
-    return float(middle if middle > following else lowest)
+def _find_common_cut(margins: Mapping[int, np.ndarray], allowed: int) -> tuple[float, dict[int, str]]:
+    """Return the lowest cut that at most `allowed` images reach for any finding, and the findings left out, with why.
+
+    Findings that no such cut flags an image for are left out one at a time, the highest first, and the cut is searched
+    again. Otherwise, many images that share the highest margin of one finding would keep the cut high for all. Findings
+    that reach the cut still do afterwards, since it only becomes lower.
+    """
+    left, dropped = dict(margins), dict[int, str]()
+    while left:
+        highest = np.max(list(left.values()), axis=0)
+        excess = np.sort(highest)[-1 - allowed]  # the cut is above it: it would flag one image too many
+        tops = {j: float(values.max()) for j, values in left.items()}
+        below = {j: top for j, top in tops.items() if top <= excess}
+        if not below:
+            lowest = min(highest[highest > excess].min(), *tops.values())
+            middle = (lowest + excess) / 2.0
+            return float(middle if middle > excess else lowest), dropped
+        j = max(below, key=below.__getitem__)
+        tied = int((left.pop(j) == below[j]).sum())
+        why = "the scores of other findings are further above Youden's thresholds"
+        if tied > allowed:
+            who = f"{tied:,} images share" if tied > 1 else "1 image has"
+            why = f"{who} its highest score and at most {allowed:,} may have flags"
+        dropped[j] = f"flags no validation image, because {why}"
+    return math.inf, dropped
 
 
 def _fit_between(p: np.ndarray, flagged: np.ndarray, wanted: float) -> float:
@@ -376,7 +391,7 @@ def find_operating_point(
     than chance, the target is reached only if no image or every image is flagged, or scores saturated at 0 or 1 allow
     no threshold. Raises ConfigError for an unknown rule, a target outside 0..1, or `any_flag_rate`.
     """
-    name, target = _parse_rule(rule)
+    rule, name, target = _parse_rule(rule)
     if name == "any_flag_rate":
         raise ConfigError(f"operating point {rule!r}: limits the flags of all findings, so it needs all of them")
     y, p = metrics.check_scores(y, np.asarray(p, dtype=np.float32))
@@ -388,7 +403,7 @@ def find_operating_point(
     assert curve is not None
     k, reason = _choose_step(curve, y, name, target)
     if reason is not None:
-        return None, reason if name == "youden" else f"{rule.strip()} {reason}"
+        return None, reason if name == "youden" else f"{rule} {reason}"
     return _describe_point(y, p, _place_threshold(curve.thresholds, k), rule)
 
 
@@ -428,7 +443,7 @@ def _describe_point(
     flags = apply_threshold(p, threshold)
     point = OperatingPoint(
         threshold=threshold,
-        rule=rule.strip(),
+        rule=rule,
         sensitivity=float(flags[y].mean()),
         specificity=float((~flags[~y]).mean()),
         flag_rate=float(flags.mean()),
@@ -447,18 +462,14 @@ def _place_threshold(descending: np.ndarray, k: int) -> float:
     return float(middle if middle > highest_unflagged else lowest_flagged)
 
 
-def _parse_rule(rule: str) -> tuple[str, float]:
-    name, equals, text = rule.strip().partition("=")
-    if name == "youden" and not equals:
-        return name, 0.0
+def _parse_rule(rule: str) -> tuple[str, str, float]:
+    """Return the normal form of a rule, its name, and its target (0 for `youden`)."""
     try:
-        target = float(text)
-    except ValueError:
-        target = math.nan
-    if name not in TARGET_RULES or not 0.0 < target <= 1.0:
-        choices = ", ".join(f"{known}=X" for known in TARGET_RULES)
-        raise ConfigError(f"operating point {rule!r}: use youden, or one of {choices}; X is above 0, at most 1")
-    return name, target
+        normal = normalize_rule(rule)
+    except ValueError as error:
+        raise ConfigError(f"operating point {rule!r}: {error}") from None
+    name, _, target = normal.partition("=")
+    return normal, name, float(target or 0.0)
 
 
 def _compute_logit(p: np.ndarray) -> np.ndarray:

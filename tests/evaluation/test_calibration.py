@@ -15,7 +15,7 @@ from ray_cxr.evaluation.calibration import Calibration, OperatingPoint, fit_cali
 
 LABELLED = st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1, width=32)), min_size=2, max_size=40)
 RULES = st.sampled_from(
-    ["youden", "sensitivity=0.9", "specificity=0.9", "sensitivity=1", "specificity=0.5", "flag_rate=0.2", "npv=0.8"]
+    ["youden", "sensitivity=0.9", "specificity=0.9", "sensitivity=0.99", "specificity=0.5", "flag_rate=0.2", "npv=0.8"]
 )
 
 
@@ -113,7 +113,7 @@ def test_flag_rate_and_npv_on_twelve_images() -> None:
     for rule, threshold, sensitivity, specificity, flag_rate in (
         ("flag_rate=0.25", 9.5 / 16, 2 / 3, 8 / 9, 3 / 12),
         ("flag_rate=0.24", 10.5 / 16, 2 / 3, 1.0, 2 / 12),
-        ("flag_rate=1", 0.5 / 16, 1.0, 0.0, 1.0),
+        ("flag_rate=0.99", 1.5 / 16, 1.0, 1 / 9, 11 / 12),
         ("npv=0.9", 10.5 / 16, 2 / 3, 1.0, 2 / 12),  # 9 of the 10 below are negative
         ("npv=0.95", 8.5 / 16, 1.0, 8 / 9, 4 / 12),  # 8 of 8; with 3 flags 8 of 9
     ):
@@ -150,16 +150,23 @@ def test_one_factor_limits_the_images_with_any_flag() -> None:
         return calibration.find_operating_points(y, p, names, rule, **options)
 
     assert [odds(point) for point, _ in fit_points("youden")] == pytest.approx([11 / 4, 4 / 11], rel=1e-6)
-    # Three images: the factor lies midway between 11/8 and 16/11 on the log scale. One: between 64/11 and 11.
-    for rule, factor in (("any_flag_rate=0.5", 2**0.5), ("any_flag_rate=0.6", 2**0.5), ("any_flag_rate=0.3", 8.0)):
+    # Three images: the factor lies midway between 11/8 and 16/11 on the log scale.
+    for rule, factor in (("any_flag_rate=0.5", 2**0.5), (" any_flag_rate = 0.6", 2**0.5)):
         (mass, _), (nodule, _) = fit_points(rule)
+        assert mass["rule"] == rule.replace(" ", "")
         assert [odds(mass), odds(nodule)] == pytest.approx([11 / 4 * factor, 4 / 11 * factor], rel=1e-6)
-    # Flagged are image 3 for Nodule, and no image for Mass.
+    # One image: 11 of Nodule, so no image for Mass (64/11). Without Mass, the factor lies between 11/8 and 11.
+    (mass, reason), (nodule, _) = fit_points("any_flag_rate=0.3")
+    assert odds(nodule) == pytest.approx(4 / 11 * (11 / 8 * 11) ** 0.5, rel=1e-6)
     assert (nodule["sensitivity"], nodule["specificity"], nodule["flag_rate"]) == (0.5, 1.0, 1 / 6)
-    assert (mass["sensitivity"], mass["flag_rate"], mass["rule"], mass["n"]) == (0.0, 0.0, "any_flag_rate=0.3", 6)
+    assert (mass, reason) == (
+        None,
+        "any_flag_rate=0.3 flags no validation image, because the scores of other findings are further above Youden's "
+        "thresholds",
+    )
     for point, reason in fit_points("any_flag_rate=0.1"):
         assert point is None
-        assert "only if no image" in reason
+        assert reason.endswith("because 1 image has its highest score and at most 0 may have flags")
     # Unlabelled images count, too: only the threshold of Nodule has fewer images to be measured on.
     y = JOINT_LABELS.copy()
     y[5, 1] = np.nan
@@ -177,16 +184,39 @@ def test_no_finding_and_unfitted_findings_do_not_count_as_flags() -> None:
     p /= 1 + p
     y = np.column_stack([JOINT_LABELS, JOINT_LABELS[:, 0], np.zeros(6)])
     names = ["Mass", "Nodule", "No_Finding", "Hernia"]
-    mass, nodule, none, hernia = calibration.find_operating_points(y, p, names, "any_flag_rate=0.3")
-    assert [odds(mass[0]), odds(nodule[0])] == pytest.approx([22, 32 / 11], rel=1e-6)
-    assert odds(none[0]) == pytest.approx(11 / 4, rel=1e-6)  # Youden's threshold
+    mass, nodule, none, hernia = calibration.find_operating_points(y, p, names, "any_flag_rate=0.5")
+    assert [odds(mass[0]), odds(nodule[0])] == pytest.approx([11 / 4 * 2**0.5, 4 / 11 * 2**0.5], rel=1e-6)
+    assert none == calibration.find_operating_point(y[:, 2], p[:, 2], "youden")
+    assert none[0]["rule"] == "youden"
     assert (hernia[0], hernia[1]) == (None, "0 positives, needs 1")
     with pytest.raises(ConfigError, match="all findings"):
         calibration.find_operating_point(y[:, 0], p[:, 0], "any_flag_rate=0.3")
 
 
+@pytest.mark.parametrize("top", [0.999, 1.0])
+@pytest.mark.parametrize("tied", [0.2, 0.35, 0.6])
+def test_finding_with_many_equal_scores_leaves_the_limit_to_the_others(top: float, tied: float) -> None:
+    rng, n = np.random.default_rng(1), 2000
+    y = (rng.random((n, 3)) < 0.15).astype(int)
+    p = (0.4 * y + 0.6 * rng.random((n, 3))).astype(np.float32)
+    p[:, 1] = np.where(rng.random(n) < tied + 0.4 * y[:, 1], np.float32(top), 0.01 * rng.random(n))
+    got = fit_rules(y, p, ["Effusion", "Mass", "Nodule"])
+    points = {name: point for name, point in got.operating_points.items() if point}
+    flags = np.column_stack(
+        [p[:, j] >= points[name]["threshold"] for j, name in enumerate(got.calibration) if name in points]
+    )
+    assert flags.any(axis=1).mean() == pytest.approx(0.3, abs=0.001)
+    assert flags.any(axis=0).all()
+    if tied > 0.3:
+        assert list(points) == ["Effusion", "Nodule"]
+        count = int((p[:, 1] == np.float32(top)).sum())
+        reason = f"flags no validation image, because {count:,} images share its highest score and at most 600 may"
+        assert reason in got.rule_notes["Mass"]
+        assert got.expected_flag_rates["Mass"] is None
+
+
 @settings(max_examples=60)
-@given(st.integers(0, 2**32 - 1), st.integers(4, 40), st.sampled_from([0.1, 0.3, 0.5, 1.0]), st.booleans())
+@given(st.integers(0, 2**32 - 1), st.integers(4, 40), st.sampled_from([0.1, 0.3, 0.5, 0.99]), st.booleans())
 def test_joint_rule_keeps_its_limit_exactly(seed: int, n: int, target: float, tied: bool) -> None:
     rng = np.random.default_rng(seed)
     p = rng.random((n, 3)).astype(np.float32)
@@ -202,15 +232,19 @@ def test_joint_rule_keeps_its_limit_exactly(seed: int, n: int, target: float, ti
     assert np.array_equal(flags, np.array(in_float32).reshape(flags.shape))
     flagged = flags.any(axis=0)
     assert flagged.mean() <= target + 1e-9
-    if len(kept) < sum(point is not None for point, _ in base):
-        return  # the limit allows no flag, or scores of exactly 0 or 1 have no threshold
+    assert flags.any(axis=1).all()  # each operating point flags an image
+    margins = {
+        j: slopes[j] * (logit(np.clip(p[:, j].astype(float), 1e-7, 1 - 1e-7)) - logit(point["threshold"]))
+        for j, (point, _) in enumerate(base)
+        if point
+    }
+    # A cut low enough for a finding without an operating point would exceed the limit.
+    for j in margins.keys() - set(kept):
+        assert "flags no validation image" in points[j][1]
+        assert (np.max([margins[k] for k in (j, *kept)], axis=0) >= margins[j].max()).mean() > target
     # One more image (and its ties) would exceed the limit.
-    starts = [base[j][0]["threshold"] for j in kept]
-    margins = [
-        slopes[j] * (logit(np.clip(p[:, j], 1e-7, 1 - 1e-7)) - logit(t)) for j, t in zip(kept, starts, strict=True)
-    ]
     if kept and not flagged.all():
-        highest = np.max(margins, axis=0)
+        highest = np.max([margins[j] for j in kept], axis=0)
         assert (highest >= highest[~flagged].max() - 1e-9).mean() > target
         assert highest[flagged].min(initial=np.inf) > highest[~flagged].max() - 1e-9
 
@@ -255,7 +289,7 @@ def test_operating_point_obeys_its_rule(rows: list[tuple[int, float]], rule: str
 
 def test_unknown_rules_and_values_outside_0_to_1_are_refused() -> None:
     y = np.array([0, 1])
-    for rule in ("", "f1", "youden=1", "sensitivity", "sensitivity=0", "specificity=1.1", "npv=2"):
+    for rule in ("", "f1", "youden=1", "sensitivity", "sensitivity=0", "specificity=1", "npv=2"):
         with pytest.raises(ConfigError, match="operating point"):
             find_operating_point(y, np.array([0.1, 0.9]), rule)
     for wrong in (1.5, -0.5):
@@ -327,10 +361,10 @@ def test_missing_rules_have_a_reason() -> None:
         ([0, 1], [0.3, 0.3], "youden", ["calibration", "operating point"], "equal"),
         ([0, 1], [0.3, 0.2], "youden", ["calibration", "operating point"], "better than chance"),
         ([0, 1], [0.3, 0.3], "specificity=0.9", ["calibration", "operating point"], "specificity=0.9"),
-        ([0] * 5 + [1] * 10, [1e-6] * 5 + [0.0] + [0.9] * 9, "sensitivity=1", ["operating point"], "saturated"),
-        ([0, 1], [0.3, 0.2], "sensitivity=1", ["calibration"], "slope"),
+        ([0] * 5 + [1] * 10, [1e-6] * 5 + [0.0] + [0.9] * 9, "sensitivity=0.99", ["operating point"], "saturated"),
+        ([0, 1], [0.3, 0.2], "sensitivity=0.99", ["calibration"], "slope"),
         ([1, 1], [0.3, 0.2], "youden", [], "0 negatives, needs 1"),  # one reason for both
-        ([0, 0], [0.3, 0.2], "sensitivity=1", [], "0 positives, needs 1"),
+        ([0, 0], [0.3, 0.2], "sensitivity=0.99", [], "0 positives, needs 1"),
     ):
         got = fit_rules(np.array(y)[:, None], np.array(p)[:, None], ["Mass"], rule=rule, min_positives=1)
         reason = got.rule_notes["Mass"]
