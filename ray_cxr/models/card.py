@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from ray_cxr.imaging.demographics import PatientCount
+from ray_cxr.labels import NO_FINDING
 
 _ATTRIBUTES = {"sex": "sex", "age_band": "age, years", "view": "view", "follow_up": "follow-up"}
 _RATES = ("sensitivity", "specificity")
@@ -202,8 +203,9 @@ def _rules(info: Mapping[str, Any], name: str) -> list[str]:
 
 
 def _describe_rule(info: Mapping[str, Any]) -> str | None:
-    """Return the rule of the operating points and its meaning; None if they do not share one."""
-    rules = {point.get("rule") for point in info["operating_points"].values() if point}
+    """Return the rule of the operating points, without that of `No_Finding`, and its meaning; None if they differ."""
+    points = info["operating_points"]
+    rules = {point.get("rule") for finding, point in points.items() if point and finding != NO_FINDING}
     name, _, target = str(rules.pop()).partition("=") if len(rules) == 1 else ("", "", "")
     if name not in _RULES:
         return None

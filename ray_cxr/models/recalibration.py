@@ -35,6 +35,7 @@ from ray_cxr.errors import ConfigError, InputError, LeakError, OutputError, Tabl
 from ray_cxr.evaluation import calibration, drift, metrics, quality
 from ray_cxr.evaluation.calibration import FittedRules
 from ray_cxr.imaging.demographics import PatientCount
+from ray_cxr.labels import NO_FINDING
 from ray_cxr.models.bundle import SPLIT_SCHEMA, Bundle, load_bundle
 from ray_cxr.models.bundle_writer import derive_bundle, find_finished
 from ray_cxr.storage import remote, run_folder
@@ -166,9 +167,14 @@ def recalibrate(
 
 
 def _common_value(bundle: Bundle, table: str, key: str) -> str | None:
-    """Return the text under `key` of every finding's entry in a table of the bundle; None if the findings differ."""
-    texts = {entry[key] for entry in bundle.info[table].values() if entry and isinstance(entry.get(key), str)}
-    return texts.pop() if len(texts) == 1 else None
+    """Return the text under `key` of every finding's entry in a table of the bundle; None if the findings differ.
+
+    `No_Finding` counts only if no other entry has one: its rule can be another than the bundle's.
+    """
+    entries = bundle.info[table]
+    texts = {name: entry[key] for name, entry in entries.items() if entry and isinstance(entry.get(key), str)}
+    common = {text for name, text in texts.items() if name != NO_FINDING} or set(texts.values())
+    return common.pop() if len(common) == 1 else None
 
 
 def _read_scores(path: Path, bundle: Bundle) -> _SiteScores:

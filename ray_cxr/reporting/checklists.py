@@ -12,6 +12,7 @@ from typing import Any
 
 from ray_cxr.evaluation.metrics import METRICS
 from ray_cxr.imaging.demographics import PatientCount, count_of
+from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting import html
 from ray_cxr.reporting.scores import Scores
 
@@ -227,7 +228,8 @@ def _describe_model(m: Mapping[str, Any], table: Scores) -> dict[str, str]:
     versions = {"Training": source.get("versions"), "Scoring": table.run.get("versions")}
     epochs, epoch, chosen_by = len(model.get("curves") or []), source.get("best_epoch"), source.get("chosen_by")
     methods = sorted({str(rule["method"]) for rule in (model.get("calibration") or {}).values() if rule})
-    rules = sorted({str(point.get("rule")) for point in table.operating_points.values() if point})
+    points = {name: point for name, point in table.operating_points.items() if point and name != NO_FINDING}
+    rules = sorted({str(point.get("rule")) for point in points.values()})
     updating = "None: not recalibrated" if table.is_own else ""
     if made:
         fitted = f"calibration {made['method']}, operating points {made['rule']}"

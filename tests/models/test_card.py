@@ -11,7 +11,7 @@ import pytest
 from test_bundle import BF16, FP32
 
 from ray_cxr.evaluation.calibration import fit_rules
-from ray_cxr.labels import FINDINGS, LABELS
+from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING
 from ray_cxr.models.card import model_card
 from ray_cxr.training import provenance
 
@@ -135,6 +135,7 @@ def test_card_shows_metrics_with_intervals_and_reasons(whole: dict[str, Any]) ->
     points = {
         name: point and point | {"rule": "any_flag_rate=0.3"} for name, point in whole["operating_points"].items()
     }
+    points[NO_FINDING] = {**whole["operating_points"][FINDINGS[2]], "rule": "youden"}  # has a rule of its own
     table = section(model_card(whole | {"operating_points": points}, []), "Validation")
     assert "any_flag_rate=0.3 (the share of images with any flag is at most 0.3)" in table
 

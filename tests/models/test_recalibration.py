@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
@@ -22,7 +23,7 @@ from ray_cxr.cli import main
 from ray_cxr.data import manifest
 from ray_cxr.errors import LeakError
 from ray_cxr.evaluation import calibration
-from ray_cxr.labels import FINDINGS, LABELS
+from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING
 from ray_cxr.models import predictions, recalibration
 from ray_cxr.models.bundle import Bundle
 from ray_cxr.reporting import report
@@ -282,6 +283,13 @@ def test_method_and_rule_are_settings_and_stay_with_the_bundle(site: Site, comma
     assert (made["method"], made["rule"], made["min_positives"]) == ("temperature", "sensitivity=0.9", 5)
     assert made["before"]["recalibrated"]["from"] == site.bundle.digest
     assert len(split_of(last)) == N + 1
+
+
+def test_rule_of_no_finding_does_not_change_the_bundles(tiny_bundle: Bundle) -> None:
+    points = {COMMON: {"rule": "any_flag_rate=0.2"}, RARE: None, NO_FINDING: {"rule": "youden"}}
+    for left, rule in ((points, "any_flag_rate=0.2"), ({NO_FINDING: points[NO_FINDING]}, "youden"), ({}, None)):
+        bundle = dataclasses.replace(tiny_bundle, info={**tiny_bundle.info, "operating_points": left})
+        assert recalibration._common_value(bundle, "operating_points", "rule") == rule
 
 
 def test_images_are_selected_by_split_score_and_label(site: Site, command: Command) -> None:
