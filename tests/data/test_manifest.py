@@ -300,7 +300,7 @@ def test_rows_without_patients_in_two_tables(tmp_path: Path) -> None:
 def test_images_without_a_patient_are_in_no_number_of_patients(tmp_path: Path) -> None:
     for ids, line in (
         (["007", "7", "7"], "3 images of 2 patients"),
-        (["007", "", "nan"], "3 images of 1 patients (2 images without a patient id)"),
+        (["007", "", "nan"], "3 images of 1 patient (2 images without a patient id)"),
         (["", "", ""], "3 images of unknown patients"),
     ):
         rows = "".join(f"{i}.png,{patient},1\n" for i, patient in enumerate(ids))
