@@ -63,8 +63,8 @@ class Decisions:
         if isinstance(found, Selection) and found.errors_handed_over.value is not None:
             share = format_percent(found.errors_handed_over.value, 0)
             before, after = (format_percent(part["error_rate"]) for part in (found.all_images, found.kept))
-            without = self.left_out
-            partly = f" (abnormality leaves out {_list_findings(without)}: not calibrated)" if without else ""
+            left_out = _list_findings(self.left_out)
+            partly = f" (abnormality leaves out {left_out}: not calibrated)" if left_out else ""
             sentences.append(
                 f"The tenth of the images whose abnormality is least certain holds {share} of the wrong decisions on "
                 f"whether there is any finding{partly}; a random tenth holds 10%. Without it, the error rate is "
