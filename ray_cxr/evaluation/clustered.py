@@ -56,34 +56,47 @@ def auroc_interval(y: np.ndarray, s: np.ndarray, codes: np.ndarray) -> tuple[flo
     if auc is None:
         return None
     positive = np.asarray(y).astype(bool)
-    few, many = sorted(len(np.unique(codes[rows])) for rows in (positive, ~positive))
+    numbers = (len(np.unique(codes[rows])) for rows in (positive, ~positive))
+    found = clustered_auroc(y, s, codes)
+    return limited_auroc_interval(auc, 0.0 if found is None else found[1], *numbers)
+
+
+def limited_auroc_interval(
+    auc: float, variance: float, positive_patients: int, negative_patients: int
+) -> tuple[float, float]:
+    """Compute the interval of `auroc_interval`; the variance is 0 if it is unknown."""
+    few, many = sorted((positive_patients, negative_patients))
     high = max(auc, 1.0 - auc)
     independent = few * many / (1.0 + (few - 1) * (1.0 - high) / (2.0 - high) + (many - 1) * high / (1.0 + high))
     independent *= 1.0 + few / 100.0
-    found = clustered_auroc(y, s, codes)
-    if found is not None and found[1] > 0.0:
-        independent = min(independent, auc * (1.0 - auc) / found[1])
+    if variance > 0.0:
+        independent = min(independent, auc * (1.0 - auc) / variance)
     return wilson_interval(auc, independent)
 
 
 def auroc_influence(y: np.ndarray, s: np.ndarray, codes: np.ndarray, n_patients: int) -> np.ndarray:
-    """Return each patient's contribution to the deviation of AUROC, float64 [n_patients]; 0 if it is unknown.
+    """Return each patient's contribution to the deviation of AUROC, float64 [n_patients].
 
-    `codes` are below `n_patients`. The variance of AUROC is about the sum of squares, a covariance that of products.
+    All are 0 if they are unknown: without a class, with one patient of a class, and at AUROC 1 and 0. `codes` are below
+    `n_patients`. The variance of AUROC is about the sum of squares, a covariance that of products.
     """
     components = compute_components(y, s)
     if components is None:
         return np.zeros(n_patients)
     positive = np.asarray(y).astype(bool)
     pairs = zip(components, (positive, ~positive), strict=True)
-    first, second = (sum_deviations(part - part.mean(), codes[rows], n_patients)[0] for part, rows in pairs)
-    return np.asarray(first + second)
+    (first, m), (second, n) = (sum_deviations(part - part.mean(), codes[rows], n_patients) for part, rows in pairs)
+    return np.asarray(first + second) if min(m, n) > 1 else np.zeros(n_patients)
 
 
 def mean_interval(
     values: np.ndarray, limits: np.ndarray, influence: np.ndarray, weights: np.ndarray
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """Compute an interval of a weighted mean from the intervals of its terms (MOVER; Zou & Donner 2008).
+
+    A value without influence, for example an AUROC of 1, has the correlation 1 with the others: images of the same few
+    patients must not look like independent evidence. Negative correlations, which chance makes large with few patients,
+    count as 0. Returns None with fewer than two patients.
 
     Args:
         values: [k].
@@ -91,15 +104,18 @@ def mean_interval(
         influence: contributions of the patients to each value [k, patients]; only their correlations matter.
         weights: [k], treated as exact.
     """
+    if influence.shape[1] < 2:
+        return None
     share = weights / weights.sum()
     length = np.sqrt((influence**2).sum(axis=1))
-    scaled = influence / np.where(length > 0.0, length, 1.0)[:, None]
-    correlations = scaled @ scaled.T
-    np.fill_diagonal(correlations, 1.0)
+    known = length > 1e-12  # less is rounding
+    scaled = influence / np.where(known, length, 1.0)[:, None]
+    correlations = np.where(known[:, None] & known, np.clip(scaled @ scaled.T, 0.0, 1.0), 1.0)
     reach = share[:, None] * np.abs(limits - values[:, None])
-    below, above = (math.sqrt(max(0.0, float(side @ correlations @ side))) for side in reach.T)
-    mean = float(share @ values)
-    return max(0.0, mean - below), min(1.0, mean + above)
+    below, above = (math.sqrt(float(side @ correlations @ side)) for side in reach.T)
+    mean = float(np.average(values, weights=weights))
+    # The mean itself is a bound because rounding could leave a limit just inside it.
+    return min(mean, max(0.0, mean - below)), max(mean, min(1.0, mean + above))
 
 
 def sum_deviations(deviations: np.ndarray, rows: np.ndarray, n_patients: int) -> tuple[np.ndarray, int]:
@@ -124,17 +140,28 @@ def logit_interval(value: float, variance: float) -> tuple[float, float] | None:
 
 
 def clustered_share_interval(successes: np.ndarray, codes: np.ndarray) -> tuple[float, float]:
-    """Compute Wilson's interval of the share of successes [n], n > 0, for the effective number of independent images.
+    """Compute `share_interval` of the share of successes [n], n > 0, in images of patients `codes` [n]."""
+    patients = np.unique(codes, return_inverse=True)[1]
+    return share_interval(np.bincount(patients, weights=successes), np.bincount(patients))
 
-    That is the number of images divided by the design effect (Kish 1965), which comes from the deviations of patients
-    from the share; at most n. If no patient deviates, as at 0% and 100%, it is the number of patients.
+
+def share_interval(parts: np.ndarray, wholes: np.ndarray) -> tuple[float, float]:
+    """Compute Wilson's interval of sum(parts) / sum(wholes), numbers of images of each patient.
+
+    The effective number of independent images comes from the variance between patients (Kish's design effect, 1965).
+    With few patients, or a share near 0 or 1, this variance is often too small by chance. So it is averaged with the
+    largest possible one, that of patients whose images all agree. The first counts once for each patient with images of
+    the rarer outcome, the second twice. It decides alone at 0% and 100%. If each patient has one image, the variances
+    are equal, and it is Wilson's interval for the images. tests/simulations/auroc_intervals.py measures the coverage.
     """
-    share = float(np.mean(successes))
-    deviations = np.bincount(np.unique(codes, return_inverse=True)[1], weights=successes - share)
-    variance = float((deviations**2).sum()) / len(codes) ** 2
-    independent = float(len(deviations))
-    if variance > 1e-20:  # less is rounding
-        independent = min(float(len(codes)), share * (1.0 - share) / variance)
+    images = float(wholes.sum())
+    share = float(parts.sum()) / images
+    independent = images**2 / float((np.asarray(wholes, dtype=np.float64) ** 2).sum())
+    rarer = min(int(np.count_nonzero(parts > 0)), int(np.count_nonzero(parts < wholes)))
+    if rarer and 0.0 < share < 1.0:
+        binomial = share * (1.0 - share)
+        variance = float(((parts - share * wholes) ** 2).sum()) / images**2
+        independent = min(images, binomial * (rarer + 2) / (rarer * variance + 2.0 * binomial / independent))
     return wilson_interval(share, independent)
 
 

@@ -3,10 +3,10 @@
 A patient can be in several groups, for example in two views. So an estimate keeps each patient's contribution to its
 sampling error: their squares sum to the variance, and their products to the covariance of two estimates.
 
-AUROC has the clustered variance of Obuchowski (1997) and an interval on the logit scale. A share has Wilson's (1927)
-interval for the effective number of images. Both use Student's t with one degree of freedom less than patients (of the
-smaller class), as in surveys with few clusters (Korn & Graubard 1998). Differences combine the limits of both groups
-(MOVER: Newcombe 1998; Zou & Donner 2008; with their covariance: Zou 2009).
+The interval of a group's own value is that of all images (`clustered`). The interval of a difference combines other
+limits of the two groups (MOVER: Newcombe 1998; Zou & Donner 2008; with their covariance: Zou 2009): logit for AUROC and
+means, and Wilson's (1927) for the effective number of images for shares. Both use Student's t with one degree of
+freedom less than patients (of the smaller class), as in surveys with few clusters (Korn & Graubard 1998).
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from ray_cxr.evaluation.clustered import logit_interval, sum_deviations
+from ray_cxr.evaluation.clustered import (
+    limited_auroc_interval,
+    logit_interval,
+    mean_interval,
+    share_interval,
+    sum_deviations,
+)
 from ray_cxr.evaluation.delong import compute_components
 from ray_cxr.evaluation.intervals import Patients, wilson_interval
 from ray_cxr.evaluation.roc_steps import divide_or_nan
@@ -26,7 +32,10 @@ from ray_cxr.evaluation.roc_steps import divide_or_nan
 #: Standard errors of a single patient's mean rank (uniform in 0..1) and share. No deviation shows them, so such a value
 #: has no interval, but means have to include them.
 ONE_RANK, ONE_SHARE = 12**-0.5, 0.5
-INTERVAL_METHOD = "logit (AUROC, means) or Wilson (rates) with variances over patients; MOVER for differences"
+INTERVAL_METHOD = (
+    "Wilson with the effective number of images; MOVER for means and differences, for differences with limits from "
+    "variances over patients and Student's t: logit (AUROC, means) or Wilson (rates)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,25 +78,36 @@ class Estimates:
     errors: np.ndarray  # float64 [patients, K], contributions to the sampling error
     freedom: np.ndarray  # float64 [K], degrees of freedom of the variance
     images: np.ndarray  # float64 [K], of the denominator of a share; NaN for AUROC and means
+    own: np.ndarray  # float64 [K, 2], 95% intervals of the values
 
     def mean(self, columns: np.ndarray) -> Estimates:
         """Average columns bool [K] into one; NaN if one of them is NaN. Freedom is Satterthwaite's (1946)."""
         if not columns.any():
-            return Estimates(*(np.full(shape, np.nan) for shape in (1, (len(self.errors), 1), 1, 1)))
+            return Estimates(*(np.full(shape, np.nan) for shape in (1, (len(self.errors), 1), 1, 1, (1, 2))))
         errors, variances = self.errors[:, columns], (self.errors[:, columns] ** 2).sum(axis=0)
         total = variances.sum(keepdims=True)
         known = np.where(self.freedom[columns] > 0.0, self.freedom[columns], 1e9)  # 1e9: assumed, not estimated
         freedom = divide_or_nan(total**2, (variances**2 / known).sum(keepdims=True))
         lowest = known.min(keepdims=True)  # if no patient deviates
+        own = None
+        if self.freedom[columns].max() > 0.0 and not np.isnan(total).any():
+            own = mean_interval(self.values[columns], self.own[columns], errors.T, np.ones(columns.sum()))
         return Estimates(
             self.values[columns].mean(keepdims=True),
             errors.mean(axis=1, keepdims=True),
             np.where(np.isnan(freedom), lowest, freedom),
             np.full(1, np.nan),
+            np.array([own or (np.nan, np.nan)]),
         )
 
-    def interval(self, k: int, miss_rate: float = 0.05) -> tuple[float, float] | None:
-        """Compute the interval of value k, by default of 95%; None if fewer than two patients define the value."""
+    def interval(self, k: int) -> tuple[float, float] | None:
+        """Return the 95% interval of value k; None if fewer than two patients define the value."""
+        if not self.freedom[k] > 0.0 or np.isnan(self.own[k]).any():
+            return None
+        return float(self.own[k, 0]), float(self.own[k, 1])
+
+    def limits(self, k: int, miss_rate: float) -> tuple[float, float] | None:
+        """Compute the limits of value k for differences; None if fewer than two patients define the value."""
         value, variance, freedom = float(self.values[k]), float((self.errors[:, k] ** 2).sum()), float(self.freedom[k])
         if np.isnan(value) or np.isnan(variance) or not freedom > 0.0:
             return None
@@ -100,7 +120,7 @@ class Estimates:
 
     def difference_interval(self, other: Estimates, k: int, miss_rate: float = 0.05) -> tuple[float, float] | None:
         """Compute the interval of value k minus that of another group; None if one of them has no interval."""
-        first, second = self.interval(k, miss_rate), other.interval(k, miss_rate)
+        first, second = self.limits(k, miss_rate), other.limits(k, miss_rate)
         if first is None or second is None:
             return None
         a, b = float(self.values[k]), float(other.values[k])
@@ -116,7 +136,7 @@ def estimate_aurocs(labels: np.ndarray, scores: np.ndarray, codes: np.ndarray, n
     """Estimate the AUROC of each column; labels [n, F] below 0 are left out."""
     count = labels.shape[1]
     values, freedom = np.full(count, np.nan), np.zeros(count)
-    errors = np.full((n_patients, count), np.nan)
+    errors, own = np.full((n_patients, count), np.nan), np.full((count, 2), np.nan)
     for j in range(count):
         members = [np.flatnonzero(labels[:, j] == label) for label in (1, 0)]
         # A class of one image has it twice: that changes no rank.
@@ -133,7 +153,9 @@ def estimate_aurocs(labels: np.ndarray, scores: np.ndarray, codes: np.ndarray, n
             errors[codes[rows[0]], j] += ONE_RANK if size == 1 else 0.0
             sizes.append(size)
         freedom[j] = min(sizes) - 1
-    return Estimates(values, errors, freedom, np.full(count, np.nan))
+        variance = float((errors[:, j] ** 2).sum()) if freedom[j] else 0.0
+        own[j] = limited_auroc_interval(float(values[j]), variance, *sizes)
+    return Estimates(values, errors, freedom, np.full(count, np.nan), own)
 
 
 def estimate_shares(parts: np.ndarray, wholes: np.ndarray) -> Estimates:
@@ -143,7 +165,8 @@ def estimate_shares(parts: np.ndarray, wholes: np.ndarray) -> Estimates:
     deviations = (parts - values * wholes) * np.sqrt(divide_or_nan(units, units - 1))
     errors = divide_or_nan(deviations, np.broadcast_to(images, parts.shape))
     errors = np.where(units == 1, ONE_SHARE * (wholes > 0), errors)
-    return Estimates(values, errors, units - 1.0, images)
+    own = [share_interval(*pair) if pair[1].any() else (np.nan, np.nan) for pair in zip(parts.T, wholes.T, strict=True)]
+    return Estimates(values, errors, units - 1.0, images, np.array(own).reshape(-1, 2))
 
 
 def sum_per_patient(values: np.ndarray, codes: np.ndarray, n_patients: int) -> np.ndarray:

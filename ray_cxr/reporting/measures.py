@@ -33,6 +33,9 @@ from ray_cxr.reporting.scores import Scores, finite_or_none
 
 _log = logging.getLogger(__name__)
 
+#: Why a mean AUROC has no interval.
+_ONE_PATIENT = "fewer than two patients"
+
 
 @dataclass(frozen=True)
 class BootstrapSettings:
@@ -195,6 +198,7 @@ class MeanResult:
         return ({"weights": self.weights} if self.weights else {}) | {
             **_flatten(self.metrics),
             **_list_shown(self.metrics, MEAN_METHOD),
+            "auroc_interval_reason": None if self.auroc.value is None or self.auroc.wilson else _ONE_PATIENT,
             "undefined_resamples": self.undefined_resamples,
             "findings": self.findings,
             "reason": self.reason,

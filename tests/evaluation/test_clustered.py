@@ -89,6 +89,19 @@ def test_share_interval_is_wilson_for_the_effective_number_of_images() -> None:
     thrice = clustered_share_interval(np.repeat(seven, 3), np.repeat(np.arange(20), 3))
     assert thrice == pytest.approx(wilson_interval(0.35, 20), abs=1e-12)
     assert clustered_share_interval(all_12, np.arange(12) // 2) == pytest.approx(wilson_interval(1.0, 6), abs=1e-12)
+    # At 100%, a patient with nine of ten images counts little more than one: 10^2 / (9^2 + 1).
+    uneven = clustered_share_interval(all_12[:10], np.arange(10) // 9)
+    assert uneven == pytest.approx(wilson_interval(1.0, 100 / 82), abs=1e-12)
+
+
+def test_share_interval_of_few_patients_includes_the_largest_design_effect() -> None:
+    """Four patients with ten images: 9, 8, 9, 6 hits. Their variance alone would give 67 effective images, above 40."""
+    hits = np.concatenate([np.arange(10) < count for count in (9, 8, 9, 6)])
+    sample, largest = (1 + 0 + 1 + 4) / 40**2, 0.8 * 0.2 / 4
+    independent = 0.8 * 0.2 / ((4 * sample + 2 * largest) / 6)
+    assert independent == pytest.approx(10.1, abs=0.1)
+    found = clustered_share_interval(hits, np.repeat(np.arange(4), 10))
+    assert found == pytest.approx(wilson_interval(0.8, independent), abs=1e-12)
 
 
 def test_auroc_interval_is_wilson_for_a_limited_number_of_images() -> None:
@@ -124,5 +137,23 @@ def test_mean_interval_combines_intervals_by_their_correlation() -> None:
     low, high = auroc_interval(y, s, codes)
     both = np.array([metrics.auroc(y, s)] * 2), np.array([[low, high]] * 2)
     assert mean_interval(*both, np.array([influence] * 2), np.ones(2)) == pytest.approx((low, high), abs=1e-12)
-    # Without influence, as at AUROC 1, intervals count as independent.
-    assert mean_interval(values, limits, np.zeros((2, 3)), np.ones(2)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_mean_interval_of_unknown_correlations_is_as_wide_as_that_of_equal_findings() -> None:
+    """At AUROC 1, and with one patient of a class, patients have no influence."""
+    values, limits = np.array([0.8, 0.6]), np.array([[0.7, 0.85], [0.56, 0.68]])
+    equal = 0.7 - (0.1 + 0.04) / 2, 0.7 + (0.05 + 0.08) / 2
+    assert mean_interval(values, limits, np.zeros((2, 3)), np.ones(2)) == pytest.approx(equal, abs=1e-12)
+    assert mean_interval(values, limits, np.eye(2, 3) * [[1], [0]], np.ones(2)) == pytest.approx(equal, abs=1e-12)
+    assert mean_interval(values, limits, np.ones((2, 1)), np.ones(2)) is None  # one patient
+    s, codes = np.array([0.1, 0.5, 0.3, 0.7]), np.array([0, 1, 2, 2])
+    assert not auroc_influence(np.array([0, 0, 1, 1]), s, codes, 3).any()
+    # Opposite influence, which two patients always have, does not make a mean certain.
+    opposite = mean_interval(values, limits, np.array([[1.0, -1.0], [-1.0, 1.0]]), np.ones(2))
+    assert opposite[0] < 0.7 - math.hypot(0.1, 0.04) / 2 + 1e-12
+
+
+def test_interval_of_a_mean_contains_the_mean() -> None:
+    values, limits = np.ones(13), np.column_stack([np.full(13, 0.9), np.ones(13)])
+    for weights in (np.ones(13), np.arange(1.0, 14.0) / 7.0):
+        assert mean_interval(values, limits, np.zeros((13, 2)), weights)[1] >= np.average(values, weights=weights)

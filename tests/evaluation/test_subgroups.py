@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ray_cxr.evaluation import bootstrap, group_estimates, groups, metrics, subgroups
-from ray_cxr.evaluation.clustered import clustered_auroc, logit_interval
+from ray_cxr.evaluation.clustered import auroc_interval, clustered_auroc, clustered_share_interval, logit_interval
 from ray_cxr.evaluation.group_estimates import Estimates, LabelledScores
 
 NAMES = ("A", "B")
@@ -150,27 +150,37 @@ def test_group_metrics_equal_those_of_its_images() -> None:
             assert mean.low <= mean.value <= mean.high
 
 
-def test_interval_of_auroc_is_logit_with_t_and_the_clustered_variance() -> None:
+def test_interval_of_a_group_is_that_of_all_images() -> None:
     c = simulate_images(60, 3)
     whole = measure(c, [groups.Group("all", "all", np.ones(180, dtype=bool))]).groups[0]
     for j, cell in enumerate(whole.cells):
+        y, s, flags = (c[name][:, j] for name in ("labels", "scores", "flags"))
+        found = auroc_interval(y == 1, s, c["patients"])
+        assert (cell.auroc_low, cell.auroc_high) == pytest.approx(found, abs=2e-4)
+        found = clustered_share_interval(flags[y == 1] == 1, c["patients"][y == 1])
+        assert (cell.sensitivity_low, cell.sensitivity_high) == pytest.approx(found)
+
+
+def test_limits_of_auroc_for_differences_are_logit_with_t_and_the_clustered_variance() -> None:
+    c = simulate_images(60, 3)
+    found = group_estimates.estimate_aurocs(c["labels"], c["scores"], c["patients"], 60)
+    for j, freedom in enumerate(found.freedom):
         auroc, variance = clustered_auroc(c["labels"][:, j], c["scores"][:, j], c["patients"])
-        freedom = min(cell.positive_patients, cell.negative_patients) - 1
-        low, high = logit_interval(auroc, variance * (stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)) ** 2)
-        assert (cell.auroc_low, cell.auroc_high) == pytest.approx((low, high), abs=2e-4)
+        limits = logit_interval(auroc, variance * (stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)) ** 2)
+        assert found.limits(j, 0.05) == pytest.approx(limits, abs=2e-4)
 
 
-def test_interval_of_a_share_is_wilson_with_t() -> None:
+def test_limits_of_a_share_for_differences_are_wilson_with_t() -> None:
     """Ten patients with one image each: eight hits, so n - 1 = 9 effective images, and t with 9 degrees of freedom."""
     found = group_estimates.estimate_shares(np.repeat([1.0, 0.0], [8, 2])[:, None], np.ones((10, 1)))
-    assert found.interval(0) == pytest.approx((0.427013, 0.955495), abs=1e-6)
+    assert found.limits(0, 0.05) == pytest.approx((0.427013, 0.955495), abs=1e-6)
     # Twice the images of the same patients add nothing; without an error the number of patients counts.
     double = group_estimates.estimate_shares(np.repeat([2.0, 0.0], [8, 2])[:, None], np.full((10, 1), 2.0))
-    assert double.interval(0) == pytest.approx(found.interval(0))
+    assert double.limits(0, 0.05) == pytest.approx(found.limits(0, 0.05))
     perfect = group_estimates.estimate_shares(np.full((10, 1), 3.0), np.full((10, 1), 3.0))
-    assert perfect.interval(0) == pytest.approx((1 / (1 + 2.262157**2 / 10), 1.0), abs=1e-6)
+    assert perfect.limits(0, 0.05) == pytest.approx((1 / (1 + 2.262157**2 / 10), 1.0), abs=1e-6)
     single = group_estimates.estimate_shares(np.ones((1, 1)), np.ones((1, 1)))
-    assert single.interval(0) is None
+    assert (single.limits(0, 0.05), single.interval(0)) == (None, None)
 
 
 def test_difference_of_shares_equals_a_published_example() -> None:
@@ -179,7 +189,13 @@ def test_difference_of_shares_equals_a_published_example() -> None:
     def share(part: int, whole: int) -> Estimates:
         value = part / whole
         error = np.sqrt(value * (1 - value) / whole)
-        return Estimates(np.array([value]), np.array([[error], [0.0]]), np.array([1e9]), np.array([float(whole)]))
+        return Estimates(
+            np.array([value]),
+            np.array([[error], [0.0]]),
+            np.array([1e9]),
+            np.array([float(whole)]),
+            np.full((1, 2), np.nan),
+        )
 
     first, second = share(56, 70), share(48, 80)
     second.errors[:] = second.errors[::-1]  # other patients

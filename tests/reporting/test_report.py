@@ -175,9 +175,9 @@ def test_rate_without_variation_between_resamples_shows_wilson(archive: Archive,
     effusion = found.metrics["findings"]["Effusion"]
     assert (effusion["sensitivity"], effusion["sensitivity_low"], effusion["sensitivity_high"]) == (0.0, None, None)
     assert effusion["undefined"]["sensitivity_low"] in found.page
-    patients = len(set(np.array(archive.patient)[archive.tested & positive]))
+    counts = np.unique(np.array(archive.patient)[archive.tested & positive], return_counts=True)[1]
     low, high = effusion["sensitivity_interval_low"], effusion["sensitivity_interval_high"]
-    assert (low, high) == pytest.approx(wilson_interval(0.0, patients), abs=1e-12)
+    assert (low, high) == pytest.approx(wilson_interval(0.0, counts.sum() ** 2 / (counts**2).sum()), abs=1e-12)
     assert f"(0.00–{high:.2f})" in found.page
     assert "Worse than chance: Effusion." in found.page
 
