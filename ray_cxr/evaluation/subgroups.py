@@ -32,7 +32,16 @@ FEW_PATIENTS = 10
 #: Share of intervals that miss the truth by chance.
 MISS_RATE = 0.05
 #: Why a value has no interval.
-_FEW = "fewer than two patients with or without the finding"
+_FEW = {
+    "auroc": "fewer than two patients with or without the finding",
+    "sensitivity": "fewer than two patients with the finding",
+    "specificity": "fewer than two patients without the finding",
+}
+_NAMES = {
+    "auroc": "AUROC",
+    "underdiagnosis_patients": "underdiagnosis of patients",
+    "overdiagnosis_patients": "overdiagnosis of patients",
+}
 _QUANTITIES = ("auroc", "sensitivity", "specificity")
 
 
@@ -163,7 +172,8 @@ class Comparisons:
         small = f" ({self.small:,} more: too few patients to count)" if self.small else ""
         return (
             f"the interval of {self.exclude_zero:,} of {self.made:,} {differences} excludes 0; without any true "
-            f"difference {chance} would, because one 95% interval in twenty does{small}"
+            f"difference {chance} would, because one 95% interval in twenty does "
+            f"(more at high AUROC with few patients){small}"
         )
 
 
@@ -229,10 +239,14 @@ def subtract(blank: Difference, a: Estimates, b: Estimates, j: int) -> Differenc
     difference = _float_or_none(a.values[j] - b.values[j])
     if difference is None:
         undefined = [name for name, value in ((blank.value, a), (blank.reference, b)) if np.isnan(value.values[j])]
-        return replace(blank, reason=f"no {blank.quantity} in {' nor in '.join(undefined)}")
+        name = _NAMES.get(blank.quantity, blank.quantity)
+        return replace(blank, reason=f"no {name} in {' nor in '.join(undefined)}")
     interval = a.difference_interval(b, j)
     low, high = interval or (None, None)
-    return replace(blank, difference=difference, low=low, high=high, reason=None if interval else _FEW)
+    few = "fewer than two patients in a group"
+    if blank.finding is not None:
+        few = f"{_FEW[blank.quantity]} in a group"
+    return replace(blank, difference=difference, low=low, high=high, reason=None if interval else few)
 
 
 def _estimate(group: Group, images: LabelledScores) -> dict[str, Estimates]:
@@ -311,7 +325,7 @@ def _measure_cells(group: Group, images: LabelledScores, estimates: Mapping[str,
                 **numbers,
                 reason=reason,
                 rates_reason=rates_reason,
-                interval_reason=_FEW if reason is None and numbers["auroc_low"] is None else None,
+                interval_reason=_FEW["auroc"] if reason is None and numbers["auroc_low"] is None else None,
                 few_positives=with_finding.units < FEW_PATIENTS,
                 few_negatives=without.units < FEW_PATIENTS,
                 small=min(with_finding.units, without.units) < FEW_PATIENTS,

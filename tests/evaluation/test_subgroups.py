@@ -266,7 +266,7 @@ def test_undefined_values_have_a_reason() -> None:
     # Only A is defined in both, so only A is compared.
     assert (men.shared.auroc.findings, men.shared.auroc.value) == (("A",), men.cells[0].auroc)
     none = find_difference(found, "B", "auroc")
-    assert (none.difference, none.excludes_zero, none.reason) == (None, None, "no auroc in F")
+    assert (none.difference, none.excludes_zero, none.reason) == (None, None, "no AUROC in F")
     assert find_difference(found, None, "auroc").findings == ("A",)
     assert women.own.sensitivity.value is men.shared.sensitivity.value is None
     assert women.own.sensitivity.reason == "no finding has sensitivity"
@@ -339,3 +339,20 @@ def test_bad_input_is_refused() -> None:
             measure({**c, name: c[name][1:]}, found)
     with pytest.raises(ValueError, match="mask"):
         measure(c, [groups.Group("sex", "F", np.ones(3, bool)), *found[1:]])
+
+
+@pytest.mark.parametrize("quantity", ["auroc", "sensitivity", "specificity"])
+def test_a_difference_without_an_interval_names_its_own_denominator(quantity: str) -> None:
+    c = simulate_images(60, 3)
+    c["labels"][c["sex"] == "F", 1] = 0
+    c["labels"][np.flatnonzero(c["sex"] == "F")[0], 1] = 1
+    found = measure(c, build(c, crossings=False))
+    one = next(
+        d for d in found.differences if (d.value, d.quantity, d.finding) in {("F", quantity, "B"), ("M", quantity, "B")}
+    )
+    expected = {
+        "auroc": "fewer than two patients with or without the finding in a group",
+        "sensitivity": "fewer than two patients with the finding in a group",
+        "specificity": None,
+    }
+    assert one.reason == expected[quantity]
