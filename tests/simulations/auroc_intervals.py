@@ -33,6 +33,8 @@ from ray_cxr.evaluation.delong import compute_components
 
 PATIENTS = (5, 10, 20, 50, 200)
 AUROCS = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+#: Numbers of patients with 10 to 20 images each.
+MANY_IMAGES = (5, 10, 20, 50)
 SENSITIVITIES = (0.5, 0.7, 0.9, 0.95, 0.99)
 #: AUROCs of findings with the numbers of positive patients above, for the mean over findings.
 MEANS = ((0.7, 0.7, 0.7, 0.7, 0.7), (0.95, 0.9, 0.85, 0.8, 0.75), (0.95, 0.95, 0.95, 0.95, 0.95))
@@ -185,6 +187,18 @@ def main() -> int:
             show(label, result)
             if result["shown"][0] < BARS[3]:
                 failed.append(f"sensitivity {label}")
+    for patients in MANY_IMAGES:
+        for share in SENSITIVITIES:
+
+            def draw(seed: int, patients: int = patients, share: float = share) -> dict[str, Limits]:
+                rng = np.random.default_rng(seed)
+                codes = np.repeat(np.arange(patients), rng.integers(10, 21, patients))
+                return find_share_intervals(correlate(codes, rng) < ndtri(share), codes, rng)
+
+            label, result = f"{patients} x 10-20, {share}", measure(draw, share, rounds)
+            show(label, result)
+            if result["shown"][0] < BARS[3]:
+                failed.append(f"share {label}")
     print(f"\n{'model, mean AUROC':<24}" + "".join(f"{name:>17}" for name in ("bootstrap", "shown")))
     for model in ("normal", "missed"):
         for aurocs in MEANS:

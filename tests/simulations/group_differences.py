@@ -5,8 +5,9 @@
 Each round draws the scores of a group and of a reference group with one or three times as many patients. Patients have
 one to three images of each label they have, and scores with the correlation 0.4. The groups are of different patients,
 or of the same patients (as two views of each). A number in the table is the percentage of rounds whose interval
-excludes 0. The last table is of the worst case for few patients: some positive patients score like negative ones, and
-the rest are separated. AUROCs of 0.7, 0.85 and 0.95 go with sensitivities of 0.5, 0.8 and 0.95.
+excludes 0. One table is of the worst case for few patients: some positive patients score like negative ones, and the
+rest are separated. The last one has higher AUROCs, and reference groups with 10 and 30 times as many patients. AUROCs
+of 0.7, 0.85 and 0.95 go with sensitivities of 0.5, 0.8 and 0.95.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ CORRELATION = 0.4
 NEGATIVES_PER_POSITIVE = 8
 FINDINGS = 14
 MISSED_LEVELS, HIGHEST_MISSED = (0.8, 0.9, 0.95), 16.0
+#: Levels and ratios of the table of large reference groups and high AUROCs, all with different patients.
+LARGE_LEVELS, LARGE_RATIOS, HIGHEST_LARGE = (*LEVELS[1:], (0.97, 0.9), (0.99, 0.98)), (1, 10, 30), 12.0
 #: Bars in percent: for any setting, and for the average over the settings of a number of patients. With 10 positives
 #: and a sensitivity of 0.95 hardly any sample can differ from another, so sensitivity stays below 5%.
 HIGHEST, HIGHEST_AVERAGE = 10.0, 6.5
@@ -166,6 +169,18 @@ def check_means(rng: np.random.Generator, rounds: int) -> list[str]:
     return missed
 
 
+def check_large(rng: np.random.Generator, rounds: int) -> list[str]:
+    missed = []
+    print(f"\n{'positive patients':18}{'other group':24}", *(f"{f'AUROC {auroc}':>11}" for auroc, _ in LARGE_LEVELS))
+    for patients, ratio in product(POSITIVE_PATIENTS[:3:2], LARGE_RATIOS):
+        found = (simulate(rng, patients, ratio, level, False, rounds) for level in LARGE_LEVELS)
+        row = [measure(list(each), "auroc") for each in found]
+        print(f"{patients:<18}{f'{ratio} x as many':24}", *(f"{rate:11.1f}" for rate in row), flush=True)
+        if max(row) > HIGHEST_LARGE:
+            missed.append(f"{patients} positive patients, {ratio} x as many: {max(row):.1f}%")
+    return missed
+
+
 def check_missed(rng: np.random.Generator, rounds: int) -> list[str]:
     missed = []
     print(f"\n{'some missed':42}", *(f"{f'AUROC {auroc}':>11}" for auroc in MISSED_LEVELS))
@@ -187,6 +202,7 @@ def check_missed(rng: np.random.Generator, rounds: int) -> list[str]:
 def main(rounds: int) -> int:
     rng = np.random.default_rng(20211210)
     missed = [*check_findings(rng, rounds), *check_means(rng, rounds), *check_missed(rng, rounds)]
+    missed += check_large(np.random.default_rng(10), rounds // 2)
     print(*(f"missed: {line}" for line in missed), sep="\n")
     return int(bool(missed))
 
