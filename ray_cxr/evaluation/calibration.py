@@ -222,9 +222,7 @@ def reliability_curve(y: np.ndarray, p: np.ndarray, patients: np.ndarray, bins: 
     Bins of equal width would put nearly all images of a rare finding into the first bin. The bins cover 0 to 1. They
     are fewer, or empty, if many probabilities are equal.
 
-    The interval is Wilson's for an effective number of images, at most n. With that many independent images, the share
-    of positives would have the same variance as it has here with patients as clusters (Kish's design effect). If all
-    labels of a bin are equal, the effective number is the number of patients.
+    The interval is Wilson's for an effective number of images, at most n; see `clustered.share_interval`.
     """
     y, p = metrics.check_scores(y, p)
     metrics.check_probabilities(p)

@@ -144,3 +144,13 @@ def test_without_operating_points_there_is_a_reason() -> None:
     labels = np.ones((4, 3), dtype=np.int8)
     images = LabelledScores.build(labels, np.zeros((4, 3)), -labels, np.arange(4), NAMES, np.ones(3, dtype=bool))
     assert measure_underdiagnosis([], images, np.ones(4)) == "no finding has an operating point"
+
+
+def test_reasons_name_rates_in_words() -> None:
+    """No woman has a finding, so there is no difference."""
+    labels = np.zeros((6, 3), dtype=np.int8)
+    labels[5, 0] = 1
+    women = np.arange(6) < 3
+    found = measure(labels, np.zeros_like(labels), np.array(list("abcdef")), split(women))
+    reasons = {key: d.reason for group in found.groups for key, d in group.differences.items()}
+    assert reasons["underdiagnosis_patients"] == "no underdiagnosis of patients in F"
