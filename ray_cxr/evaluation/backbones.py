@@ -2,10 +2,11 @@
 
 Two tests cover different noise. The paired patient bootstrap shows whether two trained models would change ranks on
 other patients. The second test shows whether the backbones differ by more than seeds and settings do. With confirming
-trainings it is `confirmation.sign_flip_test`. Without them it is a permutation test of the trials whose settings were
-drawn at random. Trials that a sampler such as TPE chose are not exchangeable between backbones, because it repeats the
-settings of the backbone that led by chance: a permutation test of all trials finds a difference between two identical
-backbones in 24% of simulated searches of 20 trials, and in 92% of searches of 100.
+trainings it is `confirmation.sign_flip_test`, and their mean must also exceed the noise of patients. Without them it is
+a permutation test of the trials whose settings were drawn at random. Trials that a sampler such as TPE chose are not
+exchangeable between backbones, because it repeats the settings of the backbone that led by chance: a permutation test
+of all trials finds a difference between two identical backbones in 23% of simulated searches of 20 trials, and in 95%
+of searches of 100.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def judge_backbones(
     if confirmation is None:
         by_trials, trials_text = _judge_by_trials(first, second, compared.test, compared.grace)
     else:
-        by_trials, trials_text = _judge_by_confirmation(first, second, confirmation)
+        by_trials, trials_text = _judge_by_confirmation(first, second, confirmation, paired)
     repeated = "seeds" if confirmation is not None else "trials"
     pair = f"{first.backbone} and {second.backbone}"
     answer: Answer
@@ -313,9 +314,14 @@ def _judge_by_trials(
 
 
 def _judge_by_confirmation(
-    first: BackboneResult, second: BackboneResult, confirmation: Confirmation
+    first: BackboneResult, second: BackboneResult, confirmation: Confirmation, paired: PairedAuroc | None
 ) -> tuple[int | None, str]:
-    """Return which is better and a sentence, as `_judge_by_patients` does, from the confirming trainings."""
+    """Return which is better and a sentence, as `_judge_by_patients` does, from the confirming trainings.
+
+    All pairs share the validation images, and the lead of the best trials is partly luck. So the mean of the pairs must
+    also exceed the noise of seeds and patients together. Their distances to the limits add as squares, as for any sum
+    of independent estimates (Zou and Donner 2008, "Construction of confidence limits about effect measures").
+    """
     test, total = confirmation.test, len(confirmation.pairs)
     if confirmation.ended < total:
         return None, (
@@ -326,11 +332,17 @@ def _judge_by_confirmation(
         return None, f"Confirmation: {test.reason}; raise --confirm to add pairs."
     orient = 1 if confirmation.a == first.backbone else -1
     low, high = sorted((orient * test.low, orient * test.high))
-    sign = 0 if test.p >= LEVEL else 1 if orient * test.mean > 0 else -1
+    mean = orient * test.mean
+    sign, together = 0 if test.p >= LEVEL else 1 if mean > 0 else -1, ""
+    if paired is not None and paired.difference is not None and paired.low is not None and paired.high is not None:
+        lower = mean - math.hypot(mean - low, paired.difference - paired.low)
+        upper = mean + math.hypot(high - mean, paired.high - paired.difference)
+        sign = 0 if lower <= 0 <= upper else sign
+        together = f"; with the noise between patients {_format_signed(lower)} to {_format_signed(upper)}"
     return sign, (
         f"Confirmation: in {test.n} pairs of new trainings with equal settings and seeds, {first.backbone} against "
-        f"{second.backbone} is {_format_signed(orient * test.mean)} macro AUROC on average (95% interval "
-        f"{_format_signed(low)} to {_format_signed(high)}, sign-flip {_format_p(test.p)})."
+        f"{second.backbone} is {_format_signed(mean)} macro AUROC on average (95% interval "
+        f"{_format_signed(low)} to {_format_signed(high)}, sign-flip {_format_p(test.p)}{together})."
     )
 
 
@@ -344,8 +356,9 @@ def _explain_noise(first: BackboneResult, second: BackboneResult, compared: Comp
     )
     if is_confirmed:
         return patients + (
-            "The confirming pairs repeat the comparison with new seeds, and with settings that were good for one "
-            f"backbone or the other. They show nothing about other settings, or about a longer training.{selected}"
+            "The confirming pairs repeat the comparison with new seeds on the same images, and with settings that "
+            "were good for one backbone or the other. They show nothing about other settings, or about a longer "
+            f"training.{selected}"
         )
     return patients + (
         "Every trial was trained with one seed. The second test uses only trials with random settings, because the "

@@ -63,6 +63,8 @@ def test_verdict_of_confirming_pairs() -> None:
         (confirm(*lead, names=("B", "A")), -0.02, "yes", "B is better than A"),
         (confirm(*lead, names=("B", "A")), 0.02, "disagree", "over seeds"),
         (confirm(*mixed), 0.02, "disagree", "Neither"),
+        # A lead in all pairs that other patients could reverse: its interval over seeds and patients includes 0.
+        (confirm(*[d - 0.009 for d in lead]), 0.02, "disagree", "with the noise between patients −0.005 to +0.017"),
         (confirm(*mixed), 0.0, "no", "not shown"),
         (confirm(*lead[:5], None), 0.02, "undecided", "5 complete pairs"),
         (confirm(*lead, ended=False), 0.02, "undecided", "5 of 6 pairs"),
@@ -72,7 +74,7 @@ def test_verdict_of_confirming_pairs() -> None:
         assert got.answer == answer, got
         assert words in f"{got.headline} {got.details}"
     got = backbones.judge_backbones(compare(0.05), build_paired(-0.02, 0.01), confirm(*lead, names=("B", "A")))
-    assert "−0.015 macro AUROC on average (95% interval −0.020 to −0.010, sign-flip p = 0.031)" in got.details
+    assert "−0.015 macro AUROC on average (95% interval −0.020 to −0.010, sign-flip p = 0.031; with" in got.details
     record = backbones.comparison_record(compare(), build_paired(0.02, 0.01), confirm(*lead, None))
     assert record["confirmation"]["pairs"][6]["reason"] == "A: lost"
     assert json.loads(json.dumps(record, allow_nan=False)) == record
