@@ -77,8 +77,10 @@ def limited_auroc_interval(
 def auroc_influence(y: np.ndarray, s: np.ndarray, codes: np.ndarray, n_patients: int) -> np.ndarray:
     """Return each patient's contribution to the deviation of AUROC, float64 [n_patients].
 
-    All are 0 if they are unknown: without a class, with one patient of a class, and at AUROC 1 and 0. `codes` are below
-    `n_patients`. The variance of AUROC is about the sum of squares, a covariance that of products.
+    The variance of AUROC is about the sum of squares, a covariance that of products. Where no image deviates (AUROC 1
+    or 0) or a class has one patient, the result is each patient's share of the positive plus that of the negative
+    images: two findings of the same patients then count as one. All are 0 without a class. `codes` are below
+    `n_patients`.
     """
     components = compute_components(y, s)
     if components is None:
@@ -86,7 +88,11 @@ def auroc_influence(y: np.ndarray, s: np.ndarray, codes: np.ndarray, n_patients:
     positive = np.asarray(y).astype(bool)
     pairs = zip(components, (positive, ~positive), strict=True)
     (first, m), (second, n) = (sum_deviations(part - part.mean(), codes[rows], n_patients) for part, rows in pairs)
-    return np.asarray(first + second) if min(m, n) > 1 else np.zeros(n_patients)
+    influence = np.asarray(first + second)
+    if min(m, n) > 1 and np.abs(influence).max() > 1e-12:  # less is rounding
+        return influence
+    shares = [np.bincount(codes[rows], minlength=n_patients) / np.count_nonzero(rows) for rows in (positive, ~positive)]
+    return np.asarray(shares[0] + shares[1])
 
 
 def mean_interval(
@@ -94,8 +100,8 @@ def mean_interval(
 ) -> tuple[float, float] | None:
     """Compute an interval of a weighted mean from the intervals of its terms (MOVER; Zou & Donner 2008).
 
-    A value without influence, for example an AUROC of 1, has the correlation 1 with the others: images of the same few
-    patients must not look like independent evidence. Negative correlations, which chance makes large with few patients,
+    A value without influence has the correlation 1 with the others, so that images of the same few patients do not look
+    like independent evidence. Negative correlations, which chance makes large with few patients,
     count as 0. Returns None with fewer than two patients.
 
     Args:

@@ -140,17 +140,34 @@ def test_mean_interval_combines_intervals_by_their_correlation() -> None:
 
 
 def test_mean_interval_of_unknown_correlations_is_as_wide_as_that_of_equal_findings() -> None:
-    """At AUROC 1, and with one patient of a class, patients have no influence."""
     values, limits = np.array([0.8, 0.6]), np.array([[0.7, 0.85], [0.56, 0.68]])
     equal = 0.7 - (0.1 + 0.04) / 2, 0.7 + (0.05 + 0.08) / 2
     assert mean_interval(values, limits, np.zeros((2, 3)), np.ones(2)) == pytest.approx(equal, abs=1e-12)
     assert mean_interval(values, limits, np.eye(2, 3) * [[1], [0]], np.ones(2)) == pytest.approx(equal, abs=1e-12)
     assert mean_interval(values, limits, np.ones((2, 1)), np.ones(2)) is None  # one patient
-    s, codes = np.array([0.1, 0.5, 0.3, 0.7]), np.array([0, 1, 2, 2])
-    assert not auroc_influence(np.array([0, 0, 1, 1]), s, codes, 3).any()
     # Opposite influence, which two patients always have, does not make a mean certain.
     opposite = mean_interval(values, limits, np.array([[1.0, -1.0], [-1.0, 1.0]]), np.ones(2))
     assert opposite[0] < 0.7 - math.hypot(0.1, 0.04) / 2 + 1e-12
+
+
+def test_findings_without_deviations_are_correlated_by_their_patients() -> None:
+    """At AUROC 1, and with one patient of a class, no image shows a patient's influence."""
+    codes = np.arange(40)
+    one, two = np.arange(40) < 4, np.arange(40) >= 36
+
+    def influence(y: np.ndarray) -> np.ndarray:
+        return auroc_influence(y.astype(int), y.astype(float), codes, 40)
+
+    np.testing.assert_allclose(influence(one), np.where(one, 1 / 4, 1 / 36))
+    values, limits = np.ones(2), np.array([[0.6, 1.0]] * 2)
+    same = mean_interval(values, limits, np.array([influence(one)] * 2), np.ones(2))
+    other = mean_interval(values, limits, np.array([influence(one), influence(two)]), np.ones(2))
+    assert same == pytest.approx((0.6, 1.0))
+    # Correlation: the negative patients they share, (2 * 4 / 4 / 36 + 32 / 36^2) / (4 / 4^2 + 36 / 36^2).
+    correlation = (2 / 36 + 32 / 1296) / (1 / 4 + 1 / 36)
+    assert other == pytest.approx((1 - 0.4 * math.sqrt((1 + correlation) / 2), 1.0))
+    s = np.array([0.1, 0.5, 0.3, 0.7])
+    np.testing.assert_allclose(auroc_influence(np.array([0, 0, 1, 1]), s, np.array([0, 1, 2, 2]), 3), [0.5, 0.5, 1.0])
 
 
 def test_interval_of_a_mean_contains_the_mean() -> None:
