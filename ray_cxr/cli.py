@@ -250,12 +250,18 @@ def _add_bundle_commands(commands: Any) -> None:
     recalibrate.add_argument("--out", required=True, type=_any_path, metavar="BUNDLE2")
     _add_settings(recalibrate)
 
-    importer = _add_command(commands, "import-weights", _import_weights, "make a bundle of third-party Keras weights")
-    importer.add_argument("weights", type=_local_input, metavar="F.h5|F.keras")
+    importer = _add_command(commands, "import-weights", _import_weights, "make a bundle of third-party weights")
+    importer.add_argument("weights", type=_local_input, metavar="FILE", help="of Keras or PyTorch, see docs/models.md")
     importer.add_argument("--backbone", required=True, metavar="NAME")
     importer.add_argument("--out", required=True, type=_any_path, metavar="BUNDLE")
-    importer.add_argument("--findings", metavar="LIST", help="outputs in order, comma-separated; 14, 15: alphabetical")
-    importer.add_argument("--size", type=int, default=224, help="side of its input, pixels (%(default)s)")
+    importer.add_argument(
+        "--findings", metavar="LIST", help="outputs in order, comma-separated, - to leave one out; 14, 15: alphabetical"
+    )
+    importer.add_argument(
+        "--normalization", metavar="RULE", help="keras, imagenet, torchxrayvision, or MEAN,STD of gray from 0 to 1"
+    )
+    importer.add_argument("--size", type=int, help="side of its input, pixels (224)")
+    importer.add_argument("--aspect", choices=("stretch", "pad", "crop"), help="of images that are not square")
 
 
 def _add_settings(parser: argparse.ArgumentParser, *, gpu: bool = False) -> None:
@@ -490,23 +496,24 @@ def _recalibrate(arguments: argparse.Namespace) -> None:
 
 
 def _import_weights(arguments: argparse.Namespace) -> None:
-    if arguments.findings is None:
-        raise ConfigError(
-            "--findings: name the outputs in their order, comma-separated (or 14, 15 for alphabetical order); "
-            "a wrong order cannot be detected later"
-        )
     with silence_stderr():
         from ray_cxr.models import importing
 
-    bundle = importing.import_weights(
-        arguments.weights,
-        arguments.out,
-        backbone=arguments.backbone,
-        findings=importing.parse_findings(arguments.findings),
+    options = importing.ImportOptions(
+        outputs=None if arguments.findings is None else importing.parse_findings(arguments.findings),
+        normalization=arguments.normalization,
         size=arguments.size,
+        aspect=arguments.aspect,
     )
+    bundle = importing.import_weights(arguments.weights, arguments.out, backbone=arguments.backbone, options=options)
     _print(f"outputs: {', '.join(bundle.findings)}")
-    _print("no calibration or operating points; those columns of score tables will be null")
+    dropped = bundle.info["provenance"].get("dropped_outputs")
+    if dropped:
+        _print(f"outputs left out, by number: {', '.join(map(str, dropped))}")
+    if any(bundle.info["operating_points"].values()):
+        _print("operating points as in the file; no calibration, so that the columns c_ of score tables will be null")
+    else:
+        _print("no calibration or operating points; those columns of score tables will be null")
     _print(f"bundle: {bundle.location}")
 
 

@@ -103,7 +103,14 @@ class PrepareSettings(Settings):
 
 
 Backbone = Literal[
-    "ResNet50", "ResNet50V2", "DenseNet121", "DenseNet169", "EfficientNetV2B0", "MobileNetV3Small", "TinyCNN"
+    "ResNet50",
+    "ResNet50V1.5",
+    "ResNet50V2",
+    "DenseNet121",
+    "DenseNet169",
+    "EfficientNetV2B0",
+    "MobileNetV3Small",
+    "TinyCNN",
 ]
 
 
@@ -113,7 +120,9 @@ class TrainSettings(Settings):
     backbone: Backbone = Field("DenseNet121", description="the model below the head; TinyCNN is for demos and tests")
     size: int | None = Field(None, ge=32, le=2048, description="which prepared size to use; null: the only one")
     findings: int | tuple[str, ...] = Field(14, description="14, 15 (with No_Finding), or a list of names")
-    weights: str = Field("imagenet", description="initial weights: imagenet, none, a bundle, or a Keras weights file")
+    weights: str = Field(
+        "imagenet", description="initial weights: imagenet, none, a bundle, or a Keras or PyTorch file"
+    )
     pooling: Literal["avg", "max", "avgmax"] = Field("avg", description="of the last feature map; avgmax: both")
     dense: tuple[Annotated[int, Field(ge=1, le=8192)], ...] = Field((), description="widths of additional dense layers")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="before each dense layer, including the output")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field, StrictBool, model_validator
+import numpy as np
+from pydantic import ConfigDict, Field, StrictBool, field_validator, model_validator
 
 from ray_cxr.config import Backbone, InputSpec, Settings, TrainSettings
+
+_Normalization: TypeAlias = tuple[tuple[float, float], ...]
 
 
 class Architecture(Settings):
@@ -18,6 +21,15 @@ class Architecture(Settings):
     pooling: Literal["avg", "max", "avgmax"] = "avg"
     dense: tuple[Annotated[int, Field(ge=1, le=8192)], ...] = ()
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    #: (scale, offset) per input channel: the backbone gets gray * scale + offset. None: as for its ImageNet weights.
+    normalization: _Normalization | None = None
+
+    @field_validator("normalization")
+    @classmethod
+    def _check_channels(cls, value: _Normalization | None) -> _Normalization | None:
+        if value is not None and not (len(value) in (1, 3) and np.isfinite(value).all()):
+            raise ValueError("needs finite (scale, offset) of one or three channels")
+        return value
 
     @classmethod
     def of(cls, settings: TrainSettings, size: int) -> Architecture:

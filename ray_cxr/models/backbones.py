@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class GrayToInput(keras.layers.Layer):
 class BackboneInfo:
     """How a backbone is constructed and what input it expects; for scale and offset see `GrayToInput`."""
 
-    application: str | None  # its constructor in keras.applications; None for TinyCNN
+    application: str | None  # its constructor in keras.applications; None for those built here
     scale: tuple[float, ...]
     offset: tuple[float, ...]
     options: tuple[tuple[str, Any], ...] = ()  # additional arguments of the constructor
@@ -64,6 +64,8 @@ _ONES, _ZEROS = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
 
 BACKBONES: dict[str, BackboneInfo] = {
     "ResNet50": BackboneInfo("ResNet50", _ONES, _CAFFE_OFFSET),
+    # He et al. with the stride in the 3 x 3 convolution, as in torchvision; keras.applications has it in the 1 x 1.
+    "ResNet50V1.5": BackboneInfo(None, _TORCH_SCALE, _TORCH_OFFSET),
     # Mode "tf": x / 127.5 - 1.
     "ResNet50V2": BackboneInfo("ResNet50V2", (1 / 127.5,) * 3, (-1.0,) * 3),
     "DenseNet121": BackboneInfo("DenseNet121", _TORCH_SCALE, _TORCH_OFFSET),
@@ -75,21 +77,25 @@ BACKBONES: dict[str, BackboneInfo] = {
 }
 
 
-def features(backbone: str, images: Any, weights: str | None) -> Any:
+def features(
+    backbone: str, images: Any, weights: str | None, normalization: Sequence[tuple[float, float]] | None = None
+) -> Any:
     """Build a backbone on a symbolic uint8 [N,S,S,1], without a nested model; return its last feature map [N,h,w,C].
 
-    Weights are `imagenet`, or None for random ones. Raises ConfigError if they are unavailable.
+    Weights are `imagenet`, or None for random ones. `normalization` has (scale, offset) per input channel; None stands
+    for that of the ImageNet weights. Raises ConfigError if the weights are unavailable.
     """
     if backbone not in BACKBONES:
         raise ConfigError(f"backbone: unknown {backbone!r}; use one of {', '.join(BACKBONES)}")
     info = BACKBONES[backbone]
-    x = GrayToInput(info.scale, info.offset, name="normalisation")(images)
+    scale, offset = zip(*normalization, strict=True) if normalization else (info.scale, info.offset)
+    x = GrayToInput(scale, offset, name="normalisation")(images)
     if info.application is None:
         if weights is not None:
             raise ConfigError(
                 f"weights: {backbone} has no {weights!r} weights; use --set weights=none or a weights file"
             )
-        return _tiny(x)
+        return _resnet50(x) if backbone == "ResNet50V1.5" else _tiny(x)
     constructor: Callable[..., Any] = getattr(keras.applications, info.application)
     try:
         # As `input_tensor`: keras.applications rejects ImageNet weights if the input has another name.
@@ -124,4 +130,28 @@ def _tiny(x: Any) -> Any:
         x = layers.ReLU(name=f"tiny_relu{stage}")(x)
         if stage < 3:
             x = layers.MaxPooling2D(2, name=f"tiny_pool{stage}")(x)
+    return x
+
+
+def _resnet50(x: Any) -> Any:
+    """Build ResNet50 v1.5 as PyTorch does: padding on both sides, epsilon 1e-5. Layers are named as in Keras."""
+
+    def convolve(x: Any, width: int, kernel: int, stride: int, name: str, relu: bool = True) -> Any:
+        if kernel > 1:
+            x = layers.ZeroPadding2D(kernel // 2, name=f"{name}_pad")(x)
+        x = layers.Conv2D(width, kernel, strides=stride, use_bias=False, name=f"{name}_conv")(x)
+        x = layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=f"{name}_bn")(x)
+        return layers.ReLU(name=f"{name}_relu")(x) if relu else x
+
+    x = convolve(x, 64, 7, 2, "conv1")
+    x = layers.ZeroPadding2D(1, name="pool1_pad")(x)  # zeros, because ReLU leaves nothing below
+    x = layers.MaxPooling2D(3, strides=2, name="pool1_pool")(x)
+    for stage, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3)), 2):
+        for block in range(1, blocks + 1):
+            name, stride = f"conv{stage}_block{block}", 2 if block == 1 and stage > 2 else 1
+            shortcut = convolve(x, 4 * width, 1, stride, f"{name}_0", relu=False) if block == 1 else x
+            y = convolve(x, width, 1, 1, f"{name}_1")
+            y = convolve(y, width, 3, stride, f"{name}_2")
+            y = convolve(y, 4 * width, 1, 1, f"{name}_3", relu=False)
+            x = layers.ReLU(name=f"{name}_out")(layers.Add(name=f"{name}_add")([shortcut, y]))
     return x

@@ -13,7 +13,7 @@ import numpy as np
 
 from ray_cxr import labels
 from ray_cxr.errors import BundleError, ConfigError, first_line
-from ray_cxr.models import backbones
+from ray_cxr.models import backbones, torch_files, torch_weights
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.keras_setup import check_settings, keras
 
@@ -33,7 +33,7 @@ def build(architecture: Architecture, *, weights: str | None = None) -> keras.Mo
     """
     check_settings()
     images = keras.Input((architecture.size, architecture.size, 1), dtype="uint8", name="image")
-    x = backbones.features(architecture.backbone, images, weights)
+    x = backbones.features(architecture.backbone, images, weights, architecture.normalization)
     if architecture.pooling == "avgmax":
         x = layers.Concatenate(name="pool")(
             [layers.GlobalAveragePooling2D(name="pool_avg")(x), layers.GlobalMaxPooling2D(name="pool_max")(x)]
@@ -85,7 +85,13 @@ def initialize_weights(
 
     Returns the parts that stay random: names of layers, and `logits of <Finding>`.
     """
-    stored = stored_arrays(Path(path))
+    path = Path(path)
+    if path.suffix in torch_files.SUFFIXES:
+        read = torch_files.read_torch_file(path)
+        converted = torch_weights.convert_weights(read.arrays, architecture.backbone, str(path))
+        stored = {**converted.layers, "logits": [converted.kernel, converted.bias]}
+    else:
+        stored = stored_arrays(path)
     random = _copy_layers(model, stored, path, optional="head_")
     layer = model.get_layer("logits")
     kernel, bias = layer.get_weights()
@@ -101,27 +107,41 @@ def initialize_weights(
     return random
 
 
-def load_third_party_weights(model: keras.Model, path: str | Path) -> None:
+def load_third_party_weights(model: keras.Model, path: str | Path, n_outputs: int, kept: Sequence[int]) -> None:
     """Load a third-party `.h5`, `.weights.h5` or `.keras` file of the same backbone, with one dense output layer.
 
-    Layers are matched by name; the layer without a match becomes the output. The model description in the file is never
-    executed, so the file cannot run code.
+    Layers are matched by name; the layer without a match becomes the output, of which the columns `kept` are copied.
+    The model description in the file is never executed, so the file cannot run code.
     """
     stored = stored_arrays(Path(path))
-    _copy_layers(model, stored, path)
     names = {layer.name for layer in _inner_layers(model)}
     rest = {name: arrays for name, arrays in stored.items() if name not in names and arrays}
-    width, n_outputs = model.get_layer("logits").kernel.shape
+    width = model.get_layer("logits").kernel.shape[0]
     fitting = [a for a in rest.values() if len(a) == 2 and a[0].ndim == 2 and a[0].shape[0] == width]
     if len(fitting) != 1 or len(rest) != 1:
+        _copy_layers(model, stored, path)  # explains a file for another backbone better
         shown = ", ".join(f"{name} {_shapes(arrays)}" for name, arrays in list(rest.items())[:6]) or "none"
         raise ConfigError(
             f"{path}: expected the backbone and one dense output layer from {width} features; found: {shown}"
         )
-    columns = fitting[0][0].shape[1]
-    if columns != n_outputs:
-        raise ConfigError(f"{path}: its output has {columns} columns, but {n_outputs} findings were named")
-    model.get_layer("logits").set_weights(fitting[0])
+    kernel, bias = fitting[0]
+    set_weights(model, stored, kernel, bias, path, n_outputs, kept)
+
+
+def set_weights(
+    model: keras.Model,
+    layers: dict[str, list[np.ndarray]],
+    kernel: np.ndarray,
+    bias: np.ndarray,
+    path: str | Path,
+    n_outputs: int,
+    kept: Sequence[int],
+) -> None:
+    """Set the backbone's layers by name, and the output to the columns `kept` of kernel [C,n_outputs] and its bias."""
+    _copy_layers(model, layers, path)
+    if kernel.shape[1] != n_outputs:
+        raise ConfigError(f"{path}: its output has {kernel.shape[1]} columns, but {n_outputs} findings were named")
+    model.get_layer("logits").set_weights([kernel[:, list(kept)], bias[list(kept)]])
 
 
 def _copy_layers(

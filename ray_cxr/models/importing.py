@@ -1,17 +1,23 @@
-"""`import-weights`: turn third-party Keras weights, such as a CheXNet file, into a bundle."""
+"""`import-weights`: turn third-party weights, such as a CheXNet file, into a bundle."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import tomli_w
+from pydantic import ConfigDict
 
 from ray_cxr import labels
-from ray_cxr.config import Aspect, InputSpec, Interpolation, TrainSettings, build
+from ray_cxr.config import Aspect, InputSpec, Interpolation, Settings, TrainSettings, build
 from ray_cxr.errors import ConfigError
-from ray_cxr.models import classifier
+from ray_cxr.models import torch_files, torch_weights
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import SPLIT_SCHEMA, Bundle
 from ray_cxr.models.bundle_writer import BundleContent, refuse_existing, write_bundle
@@ -19,65 +25,227 @@ from ray_cxr.storage import remote, run_folder
 from ray_cxr.storage.files import hash_file
 from ray_cxr.versions import versions
 
+if TYPE_CHECKING:
+    from ray_cxr.models.keras_setup import keras
+
+#: An output of a third-party model that is left out.
+DROPPED = "-"
+#: (mean, standard deviation) per channel, of gray values from 0 to 1.
+_IMAGENET = ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))
+#: torchxrayvision maps gray from 0 to 255 to -1024 to 1024.
+_TORCHXRAYVISION = (2048.0 / 255.0, -1024.0)
+#: Saves the weights of a torchxrayvision model with what `import-weights` must know of it.
+_SAVE_TORCHXRAYVISION = """\
+import json, torchxrayvision as xrv, safetensors.torch as st; m = xrv.models.DenseNet(weights="densenet121-res224-all")
+about = {"source": "torchxrayvision", "outputs": m.targets, "op_threshs": m.op_threshs.tolist(), "size": 224}
+st.save_model(m, "xrv.safetensors", {k: json.dumps(v) for k, v in about.items()})"""
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What a file of weights does not tell. None: as the file's metadata says, else the default in brackets."""
+
+    outputs: tuple[str, ...] | None = None  # findings or `-`, in the file's order; no default
+    normalization: str | None = None  # keras, imagenet, torchxrayvision or MEAN,STD (keras; imagenet for PyTorch files)
+    size: int | None = None  # side of the input, pixels (224)
+    aspect: Aspect | None = None  # (stretch)
+    interpolation: Interpolation = "area"
+
 
 def parse_findings(text: str) -> tuple[str, ...]:
-    """Parse `14`, `15`, or comma-separated names in the order of the file's outputs."""
+    """Parse `14`, `15`, or comma-separated names in the order of the file's outputs; `-` is an output to leave out."""
     if text.strip().isdigit():
         return labels.resolve(int(text))
-    return labels.parse_order([name for name in text.split(",") if name.strip()])
+    return _check_outputs([name.strip() for name in text.split(",") if name.strip()])
 
 
-def import_weights(
-    path: str | Path,
-    out: str | Path,
-    *,
-    backbone: str,
-    findings: Sequence[str],
-    size: int = 224,
-    aspect: Aspect = "stretch",
-    interpolation: Interpolation = "area",
-) -> Bundle:
-    """Make a bundle of a Keras `.h5`, `.weights.h5` or `.keras` file with a backbone, pooling and one dense layer.
+def _check_outputs(names: Sequence[str]) -> tuple[str, ...]:
+    """Return canonical names, and `-` where it is given."""
+    kept = iter(labels.parse_order([name for name in names if name != DROPPED]))
+    return tuple(DROPPED if name == DROPPED else next(kept) for name in names)
 
-    The input is normalised as keras.applications' `preprocess_input` does for this backbone. The bundle has neither
-    calibration nor operating points, so the columns `c_` and `flag_` of its score tables are null. Only numbers are
-    read from the file; its model description is never executed.
 
-    Args:
-        findings: the file's outputs in order. The file cannot reveal a wrong order.
-        size: side of the input, pixels.
+def import_weights(path: str | Path, out: str | Path, *, backbone: str, options: ImportOptions | None = None) -> Bundle:
+    """Make a bundle of a file with the weights of a backbone, pooling and one dense layer.
+
+    Reads Keras files (`.h5`, `.weights.h5`, `.keras`) of every backbone, and PyTorch files (`.pth`, `.pt`, `.pth.tar`,
+    `.bin`, `.safetensors`) in torchvision's layout of DenseNet121, DenseNet169 and ResNet50. A ResNet50 of a PyTorch
+    file becomes the backbone `ResNet50V1.5`. Only numbers are read; no code of the file is executed.
+
+    The bundle has no calibration, so the columns `c_` of its score tables are null; and no operating points, unless
+    the file's metadata has them (see docs/models.md).
+
+    Raises:
+        ConfigError: the file does not fit the backbone or the outputs, is damaged, or could run code.
     """
-    path = Path(path)
-    names = labels.parse_order(findings)
-    spec = build(InputSpec, {"size": size, "aspect": aspect, "interpolation": interpolation}, where="import-weights")
-    architecture = build(Architecture, {"backbone": backbone, "size": size, "findings": names}, where="import-weights")
+    path, out, options = Path(path), remote.to_path(out), options or ImportOptions()
     if not path.is_file():
         raise ConfigError(f"{path}: no such weights file")
-    out = remote.to_path(out)
     refuse_existing(out)
     with run_folder.lock_bundle(out, "import-weights"):
-        model = classifier.build(architecture)
-        classifier.load_third_party_weights(model, path)
-        settings = build(TrainSettings, {"backbone": backbone, "size": size, "findings": names}).model_dump(mode="json")
-        unknown = dict.fromkeys(names)
-        content = BundleContent(
-            architecture=architecture,
-            input_spec=spec,
-            calibration=unknown,
-            operating_points=unknown,
-            expected_flag_rates=unknown,
-            provenance={
-                "origin": f"imported from {path.name}; its training images are unknown",
-                "initial_weights": f"the file {path.name}, SHA-256 {hash_file(path)}",
-                "lineage": "unknown",
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "split": {},
-                "age_range": None,
-                "settings": settings,
-                "versions": versions(),
+        is_torch = path.suffix in torch_files.SUFFIXES
+        source = _read_torch(path, backbone) if is_torch else _Source(backbone)
+        outputs = options.outputs or _read_outputs(source.facts)
+        kept = [j for j, name in enumerate(outputs) if name != DROPPED]
+        architecture = build(
+            Architecture,
+            {
+                "backbone": source.backbone,
+                "size": options.size or source.facts.size or 224,
+                "findings": tuple(outputs[j] for j in kept),
+                "normalization": _find_normalization(options, source, is_torch),
             },
-            config_toml=tomli_w.dumps({"train": {key: value for key, value in settings.items() if value is not None}}),
-            curves=[],
-            split=SPLIT_SCHEMA.empty_table(),
+            where="import-weights",
         )
-        return write_bundle(out, content, model)
+        spec = build(
+            InputSpec,
+            {
+                "size": architecture.size,
+                "aspect": options.aspect or ("crop" if source.facts.source == "torchxrayvision" else "stretch"),
+                "interpolation": options.interpolation,
+            },
+            where="import-weights",
+        )
+        model = _build_model(architecture, source, path, len(outputs), kept)
+        points = _read_points(source.facts, outputs, path)
+        return write_bundle(out, _describe(architecture, spec, path, points, outputs), model)
+
+
+class _Facts(Settings):
+    """What a `.safetensors` file tells of its model, as JSON texts in its metadata."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
+
+    source: Literal["torchxrayvision"] | None = None
+    outputs: tuple[str, ...] | None = None
+    op_threshs: tuple[float, ...] | None = None  # NaN for an output without one
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is known of a file before its findings are."""
+
+    backbone: str
+    weights: torch_weights.TorchWeights | None = None  # None for a Keras file
+    facts: _Facts = field(default_factory=_Facts)
+
+
+def _read_torch(path: Path, backbone: str) -> _Source:
+    name = {"ResNet50": "ResNet50V1.5"}.get(backbone, backbone)
+    try:
+        read = torch_files.read_torch_file(path)
+    except torch_files.WholeModelError as error:
+        raise ConfigError(f"{error}; for a model of torchxrayvision:\n{_SAVE_TORCHXRAYVISION}") from None
+    try:
+        known_facts = {key: json.loads(text) for key, text in read.metadata.items() if key in _Facts.model_fields}
+    except ValueError:
+        raise ConfigError(f"{path}: an entry of its metadata is not JSON") from None
+    return _Source(
+        name,
+        torch_weights.convert_weights(read.arrays, name, str(path)),
+        build(_Facts, known_facts, where=f"{path}, metadata"),
+    )
+
+
+def _read_outputs(facts: _Facts) -> tuple[str, ...]:
+    """Return the outputs that the file names, with `-` for those that are no findings of ours."""
+    if facts.outputs is None:
+        raise ConfigError(
+            "--findings: name the outputs in their order, comma-separated (or 14, 15 for alphabetical order; - for an "
+            "output to leave out); a wrong order cannot be detected later"
+        )
+    return _check_outputs([labels.canonicalize(name) or DROPPED for name in facts.outputs])
+
+
+def _read_points(facts: _Facts, outputs: Sequence[str], path: Path) -> dict[str, dict[str, Any] | None]:
+    """Return the operating points that the file names; a threshold of NaN, or outside 0 to 1, is none."""
+    thresholds = facts.op_threshs or (math.nan,) * len(outputs)
+    if len(thresholds) != len(outputs):
+        raise ConfigError(f"{path}: its metadata has {len(thresholds)} op_threshs for {len(outputs)} outputs")
+    return {
+        name: {"threshold": float(np.float32(value)), "rule": "of the imported file"} if 0.0 < value < 1.0 else None
+        for name, value in zip(outputs, thresholds, strict=True)
+        if name != DROPPED
+    }
+
+
+def _find_normalization(
+    options: ImportOptions, source: _Source, is_torch: bool
+) -> tuple[tuple[float, float], ...] | None:
+    """Return (scale, offset) per channel for gray from 0 to 255; None for the backbone's own."""
+    channels = source.weights.channels if source.weights else 3
+    text = options.normalization or source.facts.source
+    if text is None:
+        if channels == 1:
+            raise ConfigError(
+                "--normalization: name it, because the model takes one channel: torchxrayvision, or MEAN,STD of gray "
+                "values from 0 to 1"
+            )
+        text = "imagenet" if is_torch else "keras"
+    if text == "keras":
+        return None
+    if text == "torchxrayvision":
+        return (_TORCHXRAYVISION,) * channels
+    if text == "imagenet":
+        if channels != 3:
+            raise ConfigError("--normalization imagenet: has three channels, the model one; name MEAN,STD")
+        return tuple((1.0 / (255.0 * std), -mean / std) for mean, std in _IMAGENET)
+    try:
+        mean, std = (float(part) for part in text.split(","))
+    except ValueError:
+        mean, std = math.nan, math.nan
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise ConfigError(
+            f"--normalization {text!r}: use imagenet, torchxrayvision, keras, or MEAN,STD of gray values from 0 to 1, "
+            "such as 0.5,0.25"
+        )
+    return ((1.0 / (255.0 * std), -mean / std),) * channels
+
+
+def _build_model(
+    architecture: Architecture, source: _Source, path: Path, n_outputs: int, kept: Sequence[int]
+) -> keras.Model:
+    from ray_cxr.models import classifier
+
+    model = classifier.build(architecture)
+    if source.weights is None:
+        classifier.load_third_party_weights(model, path, n_outputs, kept)
+    else:
+        kernel, bias = source.weights.kernel, source.weights.bias
+        classifier.set_weights(model, source.weights.layers, kernel, bias, path, n_outputs, kept)
+    return model
+
+
+def _describe(
+    architecture: Architecture,
+    spec: InputSpec,
+    path: Path,
+    points: dict[str, dict[str, Any] | None],
+    outputs: Sequence[str],
+) -> BundleContent:
+    same = {"backbone": architecture.backbone, "size": architecture.size, "findings": architecture.findings}
+    settings = build(TrainSettings, same).model_dump(mode="json")
+    unknown = dict.fromkeys(architecture.findings)
+    dropped = [number for number, name in enumerate(outputs, 1) if name == DROPPED]
+    return BundleContent(
+        architecture=architecture,
+        input_spec=spec,
+        calibration=unknown,
+        operating_points=points,
+        expected_flag_rates=unknown,
+        provenance={
+            "origin": f"imported from {path.name}; its training images are unknown",
+            "initial_weights": f"the file {path.name}, SHA-256 {hash_file(path)}",
+            "lineage": "unknown",
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "split": {},
+            "age_range": None,
+            "settings": settings,
+            "versions": versions(),
+            **({"dropped_outputs": dropped} if dropped else {}),
+        },
+        config_toml=tomli_w.dumps({"train": {key: value for key, value in settings.items() if value is not None}}),
+        curves=[],
+        split=SPLIT_SCHEMA.empty_table(),
+    )

@@ -58,13 +58,14 @@ def tiny() -> keras.Model:
 
 
 def load(path: Path, out: Path, findings: tuple[str, ...] = FINDINGS, backbone: str = "TinyCNN") -> Bundle:
-    return importing.import_weights(path, out, backbone=backbone, findings=findings, size=SIZE)
+    options = importing.ImportOptions(outputs=findings, size=SIZE)
+    return importing.import_weights(path, out, backbone=backbone, options=options)
 
 
 def assert_imported(path: Path, theirs: keras.Model) -> None:
     """Import into a TinyCNN as `import_weights` does, without writing a bundle, and compare all weights."""
     ours = classifier.build(Architecture(backbone="TinyCNN", size=SIZE, findings=FINDINGS))
-    classifier.load_third_party_weights(ours, path)
+    classifier.load_third_party_weights(ours, path, len(FINDINGS), range(len(FINDINGS)))
     for one, other in zip(ours.get_weights(), theirs.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -135,7 +136,7 @@ def test_file_that_does_not_fit_is_refused(tiny: keras.Model, tmp_path: Path) ->
     for more, reason in (({"dense": (8,)}, "head_dense0.*another backbone"), ({"pooling": "avgmax"}, "192 features")):
         other = classifier.build(Architecture(backbone="TinyCNN", size=SIZE, findings=FINDINGS, **more))
         with pytest.raises(ConfigError, match=reason):
-            classifier.load_third_party_weights(other, path)
+            classifier.load_third_party_weights(other, path, len(FINDINGS), range(len(FINDINGS)))
     with pytest.raises(ConfigError, match=r"nowhere\.h5"):
         load(tmp_path / "nowhere.h5", out)
     for content in (b"", b"not hdf5 at all", b"PK\x05\x06" + bytes(18)):
