@@ -251,17 +251,23 @@ def _add_bundle_commands(commands: Any) -> None:
     _add_settings(recalibrate)
 
     importer = _add_command(commands, "import-weights", _import_weights, "make a bundle of third-party weights")
-    importer.add_argument("weights", type=_local_input, metavar="FILE", help="of Keras or PyTorch, see docs/models.md")
-    importer.add_argument("--backbone", required=True, metavar="NAME")
+    importer.add_argument(
+        "weights", type=_local_input, metavar="FILE", help="Keras, PyTorch or ONNX, see docs/models.md"
+    )
+    importer.add_argument("--backbone", metavar="NAME", help="not for ONNX files")
     importer.add_argument("--out", required=True, type=_any_path, metavar="BUNDLE")
     importer.add_argument(
         "--findings", metavar="LIST", help="outputs in order, comma-separated, - to leave one out; 14, 15: alphabetical"
     )
     importer.add_argument(
-        "--normalization", metavar="RULE", help="keras, imagenet, torchxrayvision, or MEAN,STD of gray from 0 to 1"
+        "--normalization",
+        metavar="RULE",
+        help="keras, imagenet, torchxrayvision, none; or MEAN,STD of gray 0 to 1",
     )
     importer.add_argument("--size", type=int, help="side of its input, pixels (224)")
     importer.add_argument("--aspect", choices=("stretch", "pad", "crop"), help="of images that are not square")
+    importer.add_argument("--input-layout", choices=("nchw", "nhwc"), help="of an ONNX file's input")
+    importer.add_argument("--logits", action="store_true", help="the outputs of an ONNX file need a sigmoid")
 
 
 def _add_settings(parser: argparse.ArgumentParser, *, gpu: bool = False) -> None:
@@ -504,6 +510,8 @@ def _import_weights(arguments: argparse.Namespace) -> None:
         normalization=arguments.normalization,
         size=arguments.size,
         aspect=arguments.aspect,
+        layout=arguments.input_layout,
+        logits=arguments.logits,
     )
     bundle = importing.import_weights(arguments.weights, arguments.out, backbone=arguments.backbone, options=options)
     _print(f"outputs: {', '.join(bundle.findings)}")

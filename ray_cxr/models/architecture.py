@@ -13,9 +13,12 @@ _Normalization: TypeAlias = tuple[tuple[float, float], ...]
 
 
 class Architecture(Settings):
-    """Everything that rebuilds a model without executing code from a bundle."""
+    """Everything that rebuilds a model without executing code from a bundle.
 
-    backbone: Backbone
+    The backbone `graph` stands for a bundle that holds an OpenVINO graph and no layers, see `graphs`.
+    """
+
+    backbone: Backbone | Literal["graph"]
     size: int = Field(ge=32, le=2048)
     findings: tuple[str, ...] = Field(min_length=1)
     pooling: Literal["avg", "max", "avgmax"] = "avg"

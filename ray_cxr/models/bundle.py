@@ -2,7 +2,7 @@
 
 bundle.json        format, architecture, findings in order, input spec, calibration, operating points, provenance;
                    may have operating_alternatives (points by other rules) and rule_notes (why a finding has no point)
-model.weights.h5   the weights alone; the model is rebuilt from `architecture`
+model.weights.h5   the weights alone; the model is rebuilt from `architecture`; missing if the bundle holds only a graph
 config.toml        the resolved settings, which `ray-cxr train --config` accepts
 curves.json        learning curves, one object per epoch
 split.parquet      image_id, patient_id, split: the images used to train the model and to choose its epoch
@@ -53,8 +53,8 @@ FORMAT = 1
 WEIGHTS = "model.weights.h5"
 QUALITY = "quality.npz"
 SUMS = "SHA256SUMS"
-FILES = ("MODEL_CARD.md", "bundle.json", "config.toml", "curves.json", WEIGHTS, "split.parquet")
-#: Files that bundles of older versions lack.
+FILES = ("MODEL_CARD.md", "bundle.json", "config.toml", "curves.json", "split.parquet")
+#: Files that some bundles lack: those of older versions, and those that hold only a graph.
 OPTIONAL_FILES = (
     GOLDEN_INT8,
     GOLDEN,
@@ -63,6 +63,7 @@ OPTIONAL_FILES = (
     "openvino.bin",
     "openvino.xml",
     QUALITY,
+    WEIGHTS,
 )
 SPLIT_SCHEMA = pa.schema([("image_id", pa.string()), ("patient_id", pa.string()), ("split", pa.string())])
 #: Files of git and of a command's lock, which a bundle's folder may hold in addition.
@@ -105,6 +106,11 @@ class Bundle:
         """Names of the model's outputs, in order."""
         return self.architecture.findings
 
+    @property
+    def is_graph(self) -> bool:
+        """Whether the bundle holds an OpenVINO graph and no layers."""
+        return self.architecture.backbone == "graph"
+
     @cached_property
     def rules(self) -> predictions.Rules:
         """The rules that turn the model's probabilities into rows of a score table."""
@@ -139,7 +145,15 @@ class Bundle:
 
         Args:
             policy: Keras' dtype policy for computation; weights and probabilities are always float32.
+
+        Raises:
+            ConfigError: the bundle holds only a graph.
         """
+        if self.is_graph:
+            raise ConfigError(
+                f"{self.location}: holds only a graph, without layers: it runs on CPUs, and can be neither trained "
+                "further nor explained by gradients"
+            )
         from ray_cxr.models import classifier
 
         return classifier.load_model(self.architecture, self.path / WEIGHTS, policy)
@@ -358,7 +372,8 @@ def _load(path: Path, location: str) -> Bundle:
 def _check_exported_files(bundle: Bundle) -> None:
     """Check that exactly the files that bundle.json refers to are present."""
     info = bundle.info
-    expected = {GOLDEN} & bundle.files  # a bundle without graphs may have it: Keras is compared with it
+    expected = set() if bundle.is_graph else {WEIGHTS}
+    expected |= {GOLDEN} & bundle.files  # a bundle without graphs may have it: Keras is compared with it
     if "runtimes" in info:
         expected |= {GOLDEN, "openvino.xml", "openvino.bin"}
         if "int8" in info["runtimes"]:

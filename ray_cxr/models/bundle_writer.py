@@ -64,7 +64,7 @@ class BundleContent:
 def write_bundle(
     out: str | Path,
     content: BundleContent,
-    weights: Path | keras.Model,
+    weights: Path | keras.Model | exports.Graph | None,
     *,
     images: exports.SampleImages | None = None,
     source: Bundle | None = None,
@@ -73,9 +73,9 @@ def write_bundle(
     """Write a bundle under a temporary name and rename it, so that `out` is complete or absent.
 
     Args:
-        weights: a `.weights.h5` file to copy, or a model whose weights are saved.
+        weights: a `.weights.h5` file to copy, a model whose weights are saved, or a graph; None with a `source`.
         images: images for the drift of each precision and for the quality flags.
-        source: a bundle with the same weights; its graphs, golden images and quality flags are copied.
+        source: a bundle whose weights, graphs, golden images and quality flags are copied.
         add: a function that adds files of `OPTIONAL_FILES` to the folder and entries to those of bundle.json.
 
     Raises:
@@ -85,20 +85,23 @@ def write_bundle(
     refuse_existing(out)
     with atomic.new_folder(out, bundles.SUMS) as folder:
         info = content.info()
-        if isinstance(weights, Path):
-            shutil.copyfile(weights, folder / WEIGHTS)
-        else:
-            weights.save_weights(str(folder / WEIGHTS))
-        if source is None:
-            from ray_cxr.models import classifier
-
-            # Export the weights as written, in float32: the given model may have another dtype policy.
-            model = classifier.load_model(content.architecture, folder / WEIGHTS)
-            info |= exports.export(folder, model, content.architecture, content.input_spec, images)
-        else:
+        if source is not None:
             info |= {name: source.info[name] for name in _EXPORTED if name in source.info}
             for name in source.files & set(bundles.OPTIONAL_FILES):
                 shutil.copyfile(source.path / name, folder / name)
+        elif isinstance(weights, exports.Graph):
+            info |= exports.export_graph(folder, weights, content.input_spec)
+        else:
+            from ray_cxr.models import classifier
+
+            if isinstance(weights, Path):
+                shutil.copyfile(weights, folder / WEIGHTS)
+            else:
+                assert weights is not None
+                weights.save_weights(str(folder / WEIGHTS))
+            # Export the weights as written, in float32: the given model may have another dtype policy.
+            model = classifier.load_model(content.architecture, folder / WEIGHTS)
+            info |= exports.export(folder, model, content.architecture, content.input_spec, images)
         if add is not None:
             add(folder, info)
         atomic.write_json(folder / "bundle.json", info)
@@ -132,7 +135,7 @@ def derive_bundle(
         split=identity.read_split(source.path, bundles.SPLIT_SCHEMA),
         **fields,
     )
-    return write_bundle(out, replace(content, **changes), source.path / WEIGHTS, source=source, add=add)
+    return write_bundle(out, replace(content, **changes), None, source=source, add=add)
 
 
 def find_finished(out: Path, step: str, inputs: Mapping[str, Any], names: Mapping[str, str]) -> Bundle | None:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ray_cxr.config import InputSpec
-from ray_cxr.errors import BundleError
+from ray_cxr.errors import BundleError, ConfigError
 from ray_cxr.evaluation import quality
 from ray_cxr.imaging.phantom_anatomy import sample_anatomy
 from ray_cxr.imaging.phantom_findings import draw_phantom
@@ -30,6 +30,7 @@ from ray_cxr.imaging.resize import resize
 from ray_cxr.models import runtime
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import QUALITY
+from ray_cxr.models.graphs import check_graph
 
 GOLDEN_IMAGES = 8
 #: Maximum number of images for drift and quality flags; more would take minutes and change nothing.
@@ -111,23 +112,56 @@ def export(
             (folder / runtime.graph_file("fp32")).with_suffix(suffix).unlink(missing_ok=True)
         quality_entry = _fit_quality(folder, runtime.KerasRuntime(model, _BATCH), images)
         return {"runtimes_refused": refused, "quality": quality_entry}
-    bf16: dict[str, Any] = {"largest_drift": None, "tolerance": runtime.TOLERANCE["bf16"], "accepted": None}
-    fastest: runtime.Runtime = exact
-    if runtime.cpu_has_bf16():
-        held_out = golden[:0] if images is None else images.validation
-        others = held_out[:: max(1, -(-len(held_out) // _MAX_DRIFT_IMAGES))]
-        graph = folder / runtime.graph_file("bf16")
-        try:
-            half = runtime.OpenVinoRuntime(graph, "bf16", _BATCH, runtime.default_threads())
-            drift = largest_drift(half.predict(golden).probabilities, expected)
-            drift = max(drift, largest_drift(half.predict(others).probabilities, exact.predict(others).probabilities))
-        except (BundleError, RuntimeError) as error:
-            bf16["reason"] = f"the machine that made it cannot run it: {_summarize(error, folder)}"
-        else:
-            bf16 = precision_entry("bf16", drift)
-            if bf16["accepted"]:
-                fastest = half
+    fastest, bf16 = _measure_bf16(folder, exact, golden, expected, images)
     return {"runtimes": {"fp32": fp32, "bf16": bf16}, "quality": _fit_quality(folder, fastest, images)}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model that exists only as an OpenVINO graph, see `graphs`; `origin` names its file in messages."""
+
+    model: Any
+    origin: str
+
+
+def export_graph(folder: Path, graph: Graph, spec: InputSpec) -> dict[str, Any]:
+    """Write a graph and the golden images into a new bundle; return the entries of `bundle.json` as `export` does.
+
+    The golden images' probabilities are those of the graph itself in float32.
+
+    Raises:
+        ConfigError: its outputs are no probabilities, or depend on the batch.
+    """
+    file, golden = folder / runtime.graph_file("fp32"), golden_images(spec)
+    runtime.import_openvino().save_model(graph.model, file, compress_to_fp16=False)
+    try:
+        expected = check_graph(file, golden, graph.origin)
+        exact = runtime.OpenVinoRuntime(file, "fp32", _BATCH, runtime.default_threads())
+    except (BundleError, RuntimeError) as error:
+        raise ConfigError(f"{graph.origin}: OpenVINO cannot run it: {_summarize(error, folder)}") from None
+    np.savez(folder / runtime.GOLDEN, images=golden, fp32=expected)
+    _, bf16 = _measure_bf16(folder, exact, golden, expected, None)
+    fp32 = precision_entry("fp32", largest_drift(exact.predict(golden).probabilities, expected))
+    return {"runtimes": {"fp32": fp32, "bf16": bf16}, "quality": {"lacking": "the bundle was made without images"}}
+
+
+def _measure_bf16(
+    folder: Path, exact: runtime.Runtime, golden: np.ndarray, expected: np.ndarray, images: SampleImages | None
+) -> tuple[runtime.Runtime, dict[str, Any]]:
+    """Return the fastest accepted runtime, and the entry of `bundle.json` for bf16."""
+    bf16: dict[str, Any] = {"largest_drift": None, "tolerance": runtime.TOLERANCE["bf16"], "accepted": None}
+    if not runtime.cpu_has_bf16():
+        return exact, bf16
+    held_out = golden[:0] if images is None else images.validation
+    others = held_out[:: max(1, -(-len(held_out) // _MAX_DRIFT_IMAGES))]
+    try:
+        half = runtime.OpenVinoRuntime(folder / runtime.graph_file("bf16"), "bf16", _BATCH, runtime.default_threads())
+        drift = largest_drift(half.predict(golden).probabilities, expected)
+        drift = max(drift, largest_drift(half.predict(others).probabilities, exact.predict(others).probabilities))
+    except (BundleError, RuntimeError) as error:
+        return exact, {**bf16, "reason": f"the machine that made it cannot run it: {_summarize(error, folder)}"}
+    entry = precision_entry("bf16", drift)
+    return half if entry["accepted"] else exact, entry
 
 
 def _summarize(error: Exception, folder: Path) -> str:

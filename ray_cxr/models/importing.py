@@ -17,7 +17,7 @@ from pydantic import ConfigDict
 from ray_cxr import labels
 from ray_cxr.config import Aspect, InputSpec, Interpolation, Settings, TrainSettings, build
 from ray_cxr.errors import ConfigError
-from ray_cxr.models import torch_files, torch_weights
+from ray_cxr.models import exports, graphs, torch_files, torch_weights
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import SPLIT_SCHEMA, Bundle
 from ray_cxr.models.bundle_writer import BundleContent, refuse_existing, write_bundle
@@ -50,6 +50,8 @@ class ImportOptions:
     size: int | None = None  # side of the input, pixels (224)
     aspect: Aspect | None = None  # (stretch)
     interpolation: Interpolation = "area"
+    layout: graphs.Layout | None = None  # of an ONNX file's input; no default
+    logits: bool = False  # whether an ONNX file's outputs need a sigmoid
 
 
 def parse_findings(text: str) -> tuple[str, ...]:
@@ -70,7 +72,11 @@ def import_weights(path: str | Path, out: str | Path, *, backbone: str, options:
 
     Reads Keras files (`.h5`, `.weights.h5`, `.keras`) of every backbone, and PyTorch files (`.pth`, `.pt`, `.pth.tar`,
     `.bin`, `.safetensors`) in torchvision's layout of DenseNet121, DenseNet169 and ResNet50. A ResNet50 of a PyTorch
-    file becomes the backbone `ResNet50V1.5`. Only numbers are read; no code of the file is executed.
+    file becomes the backbone `ResNet50V1.5`. Only numbers are read; no code of the file is executed. An ONNX file
+    (`.onnx`) can have any layers; its bundle holds only the graph (see `graphs`).
+
+    Args:
+        backbone: name of the backbone; None for an ONNX file.
 
     The bundle has no calibration, so the columns `c_` of its score tables are null; and no operating points, unless
     the file's metadata has them (see docs/models.md).
@@ -83,17 +89,16 @@ def import_weights(path: str | Path, out: str | Path, *, backbone: str, options:
         raise ConfigError(f"{path}: no such weights file")
     refuse_existing(out)
     with run_folder.lock_bundle(out, "import-weights"):
-        is_torch = path.suffix in torch_files.SUFFIXES
-        source = _read_torch(path, backbone) if is_torch else _Source(backbone)
+        source = _read_source(path, backbone, options)
         outputs = options.outputs or _read_outputs(source.facts)
         kept = [j for j, name in enumerate(outputs) if name != DROPPED]
         architecture = build(
             Architecture,
             {
                 "backbone": source.backbone,
-                "size": options.size or source.facts.size or 224,
+                "size": source.size or options.size or source.facts.size or 224,
                 "findings": tuple(outputs[j] for j in kept),
-                "normalization": _find_normalization(options, source, is_torch),
+                "normalization": None if source.graph else _find_normalization(options, source),
             },
             where="import-weights",
         )
@@ -106,7 +111,10 @@ def import_weights(path: str | Path, out: str | Path, *, backbone: str, options:
             },
             where="import-weights",
         )
-        model = _build_model(architecture, source, path, len(outputs), kept)
+        if source.graph is not None:
+            model = exports.Graph(graphs.keep_outputs(source.graph, kept, len(outputs), path), str(path))
+        else:
+            model = _build_model(architecture, source, path, len(outputs), kept)
         points = _read_points(source.facts, outputs, path)
         return write_bundle(out, _describe(architecture, spec, path, points, outputs), model)
 
@@ -127,8 +135,31 @@ class _Source:
     """What is known of a file before its findings are."""
 
     backbone: str
-    weights: torch_weights.TorchWeights | None = None  # None for a Keras file
+    weights: torch_weights.TorchWeights | None = None  # of a PyTorch file
     facts: _Facts = field(default_factory=_Facts)
+    graph: Any = None  # of an ONNX file
+    size: int | None = None  # of its input, pixels
+
+
+def _read_source(path: Path, backbone: str | None, options: ImportOptions) -> _Source:
+    if path.suffix == ".onnx":
+        if backbone is not None:
+            raise ConfigError(f"--backbone {backbone}: an ONNX file has its own layers; omit --backbone")
+        if options.layout is None:
+            raise ConfigError("--input-layout: name it, nchw (as PyTorch exports) or nhwc (as Keras does)")
+        if options.normalization is None:
+            raise ConfigError(
+                "--normalization: name what the model takes: imagenet, torchxrayvision, none (gray from 0 to 255), or "
+                "MEAN,STD of gray values from 0 to 1"
+            )
+        rule = parse_normalization(options.normalization, 3)
+        graph, size = graphs.read_onnx(
+            path, layout=options.layout, normalization=rule, size=options.size, logits=options.logits
+        )
+        return _Source("graph", graph=graph, size=size)
+    if backbone is None:
+        raise ConfigError("--backbone: name it; only ONNX files have none")
+    return _read_torch(path, backbone) if path.suffix in torch_files.SUFFIXES else _Source(backbone)
 
 
 def _read_torch(path: Path, backbone: str) -> _Source:
@@ -170,9 +201,7 @@ def _read_points(facts: _Facts, outputs: Sequence[str], path: Path) -> dict[str,
     }
 
 
-def _find_normalization(
-    options: ImportOptions, source: _Source, is_torch: bool
-) -> tuple[tuple[float, float], ...] | None:
+def _find_normalization(options: ImportOptions, source: _Source) -> tuple[tuple[float, float], ...] | None:
     """Return (scale, offset) per channel for gray from 0 to 255; None for the backbone's own."""
     channels = source.weights.channels if source.weights else 3
     text = options.normalization or source.facts.source
@@ -182,9 +211,14 @@ def _find_normalization(
                 "--normalization: name it, because the model takes one channel: torchxrayvision, or MEAN,STD of gray "
                 "values from 0 to 1"
             )
-        text = "imagenet" if is_torch else "keras"
-    if text == "keras":
-        return None
+        text = "imagenet" if source.weights else "keras"
+    return None if text == "keras" else parse_normalization(text, channels)
+
+
+def parse_normalization(text: str, channels: int) -> tuple[tuple[float, float], ...]:
+    """Return (scale, offset) per channel for gray from 0 to 255."""
+    if text == "none":
+        return ((1.0, 0.0),) * channels
     if text == "torchxrayvision":
         return (_TORCHXRAYVISION,) * channels
     if text == "imagenet":
@@ -197,8 +231,8 @@ def _find_normalization(
         mean, std = math.nan, math.nan
     if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
         raise ConfigError(
-            f"--normalization {text!r}: use imagenet, torchxrayvision, keras, or MEAN,STD of gray values from 0 to 1, "
-            "such as 0.5,0.25"
+            f"--normalization {text!r}: use imagenet, torchxrayvision, keras, none, or MEAN,STD of gray values from 0 "
+            "to 1, such as 0.5,0.25"
         )
     return ((1.0 / (255.0 * std), -mean / std),) * channels
 
@@ -224,7 +258,9 @@ def _describe(
     points: dict[str, dict[str, Any] | None],
     outputs: Sequence[str],
 ) -> BundleContent:
-    same = {"backbone": architecture.backbone, "size": architecture.size, "findings": architecture.findings}
+    same: dict[str, Any] = {"size": architecture.size, "findings": architecture.findings}
+    if architecture.backbone != "graph":
+        same["backbone"] = architecture.backbone
     settings = build(TrainSettings, same).model_dump(mode="json")
     unknown = dict.fromkeys(architecture.findings)
     dropped = [number for number, name in enumerate(outputs, 1) if name == DROPPED]

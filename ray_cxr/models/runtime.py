@@ -115,6 +115,8 @@ def choose_precision(info: Mapping[str, Any], requested: str, *, gpu: bool) -> s
     """
     runtimes = info.get("runtimes", {})
     bf16 = runtimes.get("bf16", {})
+    if gpu and info["architecture"]["backbone"] == "graph":
+        raise ConfigError("--gpu: this bundle holds only an OpenVINO graph, which runs on CPUs; omit --gpu")
     if requested == "auto":
         return "bf16" if gpu or (bf16.get("accepted") and cpu_has_bf16()) else "fp32"
     problem = None

@@ -292,9 +292,9 @@ def test_normalization_rules(text: str | None, channels: int, expected: Any) -> 
     options = OPTIONS(normalization=text)
     if isinstance(expected, str):
         with pytest.raises(ConfigError, match=expected):
-            importing._find_normalization(options, source, is_torch=True)
+            importing._find_normalization(options, source)
         return
-    found = importing._find_normalization(options, source, is_torch=True)
+    found = importing._find_normalization(options, source)
     assert (found is None) == (expected is None)
     if expected is not None:
         assert found is not None
