@@ -287,7 +287,7 @@ class TuneSettings(Settings):
 
 
 Precision = Literal["auto", "fp32", "bf16", "int8"]
-HeatMapMethod = Literal["gradcam", "hirescam"]
+HeatMapMethod = Literal["gradcam", "hirescam", "occlusion"]
 
 
 class ScoreSettings(Settings):
@@ -315,7 +315,9 @@ class ScoreSettings(Settings):
     weights: dict[str, Annotated[float, Field(ge=0.0, le=10.0)]] = Field(
         {}, description="of findings in `priority`, 0 to 10, such as `{Pneumothorax = 3}`; 1 for other findings"
     )
-    heatmap_method: HeatMapMethod = Field("gradcam", description="method of `--heatmaps K`")
+    heatmap_method: HeatMapMethod = Field(
+        "gradcam", description="method of `--heatmaps K`; occlusion is slow, and works for every bundle"
+    )
     heatmap_pixels: int = Field(512, ge=64, le=2048, description="longer side of the images of `--heatmaps K`, pixels")
 
     @field_validator("weights")

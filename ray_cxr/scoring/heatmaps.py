@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,11 +31,15 @@ from ray_cxr.imaging.sandbox import DecodedImage
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import predictions, runtime
 from ray_cxr.models.bundle import Bundle
+from ray_cxr.models.occlusion import Occlusion
 from ray_cxr.scoring import ranges
 from ray_cxr.scoring.pool import PoolActor
 from ray_cxr.scoring.ranges import RangeState, RowLocation, ScoreJob, ScoreTask, TaskResult, part_path
 from ray_cxr.scoring.reader import ImageReader
 from ray_cxr.storage import atomic, remote
+
+if TYPE_CHECKING:
+    from ray_cxr.models.explain import GradCam
 
 #: Images per forward pass, without and with a GPU.
 BATCH_SIZE = {False: 16, True: 64}
@@ -119,6 +123,11 @@ def make_request(bundle: Bundle, settings: ScoreSettings, count: int) -> HeatMap
     diseases = len(set(bundle.findings) - {NO_FINDING})
     if not diseases:
         raise ConfigError(f"--heatmaps: the bundle predicts only {NO_FINDING}, which has no location in an image")
+    if bundle.is_graph and settings.heatmap_method != "occlusion":
+        raise ConfigError(
+            f"--heatmaps: {bundle.location} holds only a graph, without the layers that {settings.heatmap_method} "
+            "needs; add --set heatmap_method=occlusion, which is slower"
+        )
     return HeatMapRequest(min(count, diseases), settings.heatmap_method, settings.heatmap_pixels)
 
 
@@ -335,18 +344,26 @@ class HeatMapActor(PoolActor):
     def open(self, job: ScoreJob, request: HeatMapRequest, cpus: int) -> None:
         bundle = job.load_bundle()
         self.job, self.request, self.findings, self._rules = job, request, bundle.findings, bundle.rules
-        if job.use_gpu:
-            if not runtime.use_gpu_memory_as_needed():
-                raise ConfigError("--gpu: this actor sees no GPU; check that requirements-gpu.lock is installed there")
-        elif "keras" not in sys.modules:
-            runtime.limit_threads(cpus)
-        from ray_cxr.models.explain import GradCam  # imports Keras, whose threads are limited by now
-
-        self.cam = GradCam(bundle.model(), request.method)
+        if job.use_gpu and not runtime.use_gpu_memory_as_needed():
+            raise ConfigError("--gpu: this actor sees no GPU; check that requirements-gpu.lock is installed there")
+        self.cam = self._open_model(bundle, cpus)
         #: How overlays show an image.
         self.shown = InputSpec(size=request.side, aspect="pad")
         self.pool = ThreadPoolExecutor(cpus, thread_name_prefix="draw")
         self._reader = ImageReader(job, cpus, [self.shown], "heatmaps")
+
+    def _open_model(self, bundle: Bundle, cpus: int) -> GradCam | Occlusion:
+        if self.request.method == "occlusion":
+            return Occlusion(
+                bundle.open_runtime(
+                    self.job.precision, batch_size=self.job.batch_size, threads=cpus, gpu=self.job.use_gpu
+                )
+            )
+        if not self.job.use_gpu and "keras" not in sys.modules:
+            runtime.limit_threads(cpus)
+        from ray_cxr.models.explain import GradCam  # imports Keras, whose threads are limited by now
+
+        return GradCam(bundle.model(), self.request.method)
 
     def choose_findings(self, p: np.ndarray) -> np.ndarray:
         """Return the numbers of the highest-ranked findings, int [n,K]; the first is the scores' top_finding."""
