@@ -250,6 +250,14 @@ def _add_bundle_commands(commands: Any) -> None:
     recalibrate.add_argument("--out", required=True, type=_any_path, metavar="BUNDLE2")
     _add_settings(recalibrate)
 
+    ensemble = _add_command(commands, "ensemble", _ensemble, "average several bundles in one")
+    ensemble.add_argument("bundles", nargs="+", type=_any_path, metavar="BUNDLE")
+    ensemble.add_argument("--out", required=True, type=_any_path, metavar="BUNDLE2")
+
+    exporter = _add_command(commands, "export-onnx", _export_onnx, "write a model as an ONNX file for other servers")
+    exporter.add_argument("bundle", type=_any_path, metavar="BUNDLE")
+    exporter.add_argument("--out", required=True, type=_any_path, metavar="F.onnx")
+
     importer = _add_command(commands, "import-weights", _import_weights, "make a bundle of third-party weights")
     importer.add_argument(
         "weights", type=_local_input, metavar="FILE", help="Keras, PyTorch or ONNX, see docs/models.md"
@@ -505,6 +513,9 @@ def _import_weights(arguments: argparse.Namespace) -> None:
     with silence_stderr():
         from ray_cxr.models import importing
 
+        if not str(arguments.weights).endswith(".onnx"):
+            from ray_cxr.models import classifier  # noqa: F401  -- imports TensorFlow, which prints
+
     options = importing.ImportOptions(
         outputs=None if arguments.findings is None else importing.parse_findings(arguments.findings),
         normalization=arguments.normalization,
@@ -523,6 +534,26 @@ def _import_weights(arguments: argparse.Namespace) -> None:
     else:
         _print("no calibration or operating points; those columns of score tables will be null")
     _print(f"bundle: {bundle.location}")
+
+
+def _ensemble(arguments: argparse.Namespace) -> None:
+    from ray_cxr.models import ensembles
+
+    bundle = ensembles.build_ensemble(arguments.bundles, arguments.out)
+    members = bundle.info["provenance"]["ensemble"]["findings"]
+    _print(f"members per finding: {', '.join(f'{name} {count}' for name, count in members.items())}")
+    _print("no calibration or operating points; score labelled images and run `ray-cxr recalibrate`")
+    _print(f"bundle: {bundle.location}")
+
+
+def _export_onnx(arguments: argparse.Namespace) -> None:
+    with silence_stderr():
+        from ray_cxr.models import classifier, onnx_export  # noqa: F401  -- imports TensorFlow, which prints
+
+    with _explain_write_errors(arguments.out):
+        drift = onnx_export.export_onnx(arguments.bundle, arguments.out)
+    _print(f"largest difference from Keras on the golden images, in ONNX Runtime: {drift:.1g}")
+    _print(f"model: {arguments.out}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from ray_cxr.errors import ConfigError
 
-EXTRAS = {"highdicom": "dicom-sr", "nncf": "int8", "plotly": "plots", "cmaes": "cmaes"}
+EXTRAS = {"highdicom": "dicom-sr", "nncf": "int8", "plotly": "plots", "cmaes": "cmaes", "tf2onnx": "onnx"}
 
 
 def is_installed(package: str) -> bool:

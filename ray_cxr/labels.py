@@ -32,6 +32,9 @@ NO_FINDING = "No_Finding"
 #: The label columns of a manifest, in order.
 LABELS: tuple[str, ...] = (*FINDINGS, NO_FINDING)
 
+#: Columns of a score table that tell how much the probabilities differ that were averaged: p_spread_<Finding>.
+SPREAD_PREFIX = "p_spread_"
+
 _SYNONYMS: dict[str, str] = {
     **{label: label for label in LABELS},
     "Infiltrate": "Infiltration",

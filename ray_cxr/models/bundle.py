@@ -252,15 +252,19 @@ class Bundle:
         columns = {"image_id": ids, "path": paths, "patient_id": unknown, "study_id": unknown}
         rows = pa.table(columns, schema=pa.schema([(name, pa.string()) for name in columns]))
         probabilities = np.zeros((len(items), len(self.findings)), dtype=np.float32)
+        spread: np.ndarray | None = None
         flags: list[str | None] = [None] * len(items)
         good = [i for i in range(len(items)) if i not in failures]
         if good:
             outputs = self._cached_runtime(batch_size, precision).predict(pixels[good])
             probabilities[good] = outputs.probabilities
+            if outputs.spread is not None:
+                spread = np.zeros_like(probabilities)
+                spread[good] = outputs.spread
             if self.quality is not None:
                 for i, flag in zip(good, judge_images(self.quality, pixels[good], outputs.features), strict=True):
                     flags[i] = flag
-        table = predictions.assemble(rows, probabilities, failures, self.rules, flags, header_flags)
+        table = predictions.assemble(rows, probabilities, failures, self.rules, flags, header_flags, spread)
         frame: pd.DataFrame = table.to_pandas()
         return frame
 

@@ -63,11 +63,14 @@ def read_onnx(
     return build_graph(image, probabilities, features), size
 
 
-def build_graph(image: Any, probabilities: Any, features: Any) -> Any:
-    """Build a graph of an input and two outputs, named as the runtime expects."""
+def build_graph(image: Any, probabilities: Any, features: Any, spread: Any = None) -> Any:
+    """Build a graph of an input and its outputs, named as the runtime expects."""
     ov = runtime.import_openvino()
     results = []
-    for name, node in zip(runtime.OUTPUTS, (probabilities, features), strict=True):
+    nodes = {**dict(zip(runtime.OUTPUTS, (probabilities, features), strict=True)), runtime.SPREAD: spread}
+    for name, node in nodes.items():
+        if node is None:
+            continue
         result = ov.opset13.result(node)
         result.output(0).set_names({name})
         results.append(result)

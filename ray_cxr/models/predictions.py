@@ -16,6 +16,7 @@ from ray_cxr.errors import RayCxrError
 from ray_cxr.evaluation import calibration, quality
 from ray_cxr.evaluation.ranking import RankedFindings, combine
 from ray_cxr.imaging.views import parse_view
+from ray_cxr.labels import SPREAD_PREFIX
 
 IDENTITY = ("image_id", "path", "patient_id", "study_id")
 #: Optional columns, from the manifest or a DICOM header.
@@ -41,13 +42,17 @@ class Rules:
         return RankedFindings.choose(self.findings, [name for name, fitted in self.calibrations.items() if fitted])
 
 
-def schema(findings: Sequence[str]) -> pa.Schema:
-    """Return the Arrow schema of a score table for these findings."""
+def schema(findings: Sequence[str], *, spread: bool = False) -> pa.Schema:
+    """Return the Arrow schema of a score table for these findings.
+
+    With `spread` it has `p_spread_<Finding>`, the standard deviation of the probabilities that were averaged.
+    """
     return pa.schema(
         [
             *((name, pa.string()) for name in (*IDENTITY, "status", "error_code", "error")),
             *((f"p_{name}", pa.float32()) for name in findings),
             *((f"c_{name}", pa.float32()) for name in findings),
+            *((f"{SPREAD_PREFIX}{name}", pa.float32()) for name in (findings if spread else ())),
             *((f"flag_{name}", pa.bool_()) for name in findings),
             ("top_finding", pa.string()),
             ("abnormality", pa.float32()),
@@ -89,6 +94,7 @@ def assemble(
     rules: Rules,
     flags: Sequence[str | None] | None = None,
     header_flags: Mapping[int, Sequence[str]] = MappingProxyType({}),
+    spread: np.ndarray | None = None,
 ) -> pa.Table:
     """Build one score row per manifest row, in the same order; every model column is null on an error row.
 
@@ -98,6 +104,7 @@ def assemble(
         failures: row number -> (error_code, message).
         flags: the quality flag of each row, from pixels and features, or None.
         header_flags: row number -> quality flags from its DICOM header.
+        spread: float32 [N,F], see `schema`.
 
     Raises:
         RayCxrError: a probability of a row without failure is not in 0..1.
@@ -126,6 +133,8 @@ def assemble(
     calibrated = calibrate(p, rules)
     for j, name in enumerate(findings):
         columns[f"p_{name}"] = pa.array(p[:, j], pa.float32(), mask=bad)
+        if spread is not None:
+            columns[f"{SPREAD_PREFIX}{name}"] = pa.array(spread[:, j], pa.float32(), mask=bad)
         threshold = rules.thresholds.get(name)
         if rules.calibrations.get(name) is not None:
             columns[f"c_{name}"] = pa.array(calibrated[:, j], pa.float32(), mask=bad)
@@ -143,7 +152,7 @@ def assemble(
             columns[name] = pa.array(result.astype(np.float32), pa.float32(), mask=bad)
     columns["quality_flag"] = pa.array(_quality_flags(rows, rules, flags, header_flags), pa.string(), mask=bad)
     columns["model_digest"] = pa.array([rules.digest] * n, pa.string(), mask=bad)
-    wanted = schema(findings)
+    wanted = schema(findings, spread=spread is not None)
     return pa.table([columns.get(item.name, pa.nulls(n, item.type)) for item in wanted], schema=wanted)
 
 

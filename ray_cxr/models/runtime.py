@@ -32,8 +32,8 @@ GOLDEN, GOLDEN_INT8 = "golden.npz", "golden-int8.npz"
 #: Largest accepted difference of a probability of the golden images. fp32 and bf16 are compared with Keras in float32,
 #: int8 with the int8 that `quantize` measured; `quantize` itself compares int8 with fp32.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.02, "int8": 0.02}
-#: Names of a graph's two outputs, in the order of `Outputs`.
-OUTPUTS = ("probabilities", "features")
+#: Names of a graph's outputs, in the order of `Outputs`; the third is missing unless several results were averaged.
+OUTPUTS, SPREAD = ("probabilities", "features"), "spread"
 #: Golden images and statistics take a few MiB; a small zip file can unpack to any size.
 _MAX_UNPACKED = 256 * 1024**2
 
@@ -43,6 +43,7 @@ class Outputs(NamedTuple):
 
     probabilities: np.ndarray  # [N,F]
     features: np.ndarray  # [N,C], the pooled input of the last layer
+    spread: np.ndarray | None = None  # [N,F], standard deviation of the results that were averaged
 
 
 class Runtime(ABC):
@@ -52,6 +53,7 @@ class Runtime(ABC):
     """
 
     batch_shape: tuple[int, int, int, int]
+    has_spread = False  # whether `Outputs.spread` is present
 
     def submit(self, images: np.ndarray) -> Future[Outputs]:
         """Score one batch, uint8 [n,S,S] with n up to the batch size; the caller may reuse the array afterwards.
@@ -71,7 +73,14 @@ class Runtime(ABC):
         step = self.batch_shape[0]
         # Without images, one empty batch gives the right shapes.
         parts = [self.submit(images[start : start + step]) for start in range(0, max(len(images), 1), step)]
-        return Outputs(*(np.concatenate(arrays) for arrays in zip(*(part.result() for part in parts), strict=True)))
+        results = [part.result() for part in parts]
+        return Outputs(
+            np.concatenate([result.probabilities for result in results]),
+            np.concatenate([result.features for result in results]),
+            np.concatenate([result.spread for result in results if result.spread is not None])
+            if self.has_spread
+            else None,
+        )
 
 
 def graph_file(precision: str) -> str:
@@ -115,7 +124,7 @@ def choose_precision(info: Mapping[str, Any], requested: str, *, gpu: bool) -> s
     """
     runtimes = info.get("runtimes", {})
     bf16 = runtimes.get("bf16", {})
-    if gpu and info["architecture"]["backbone"] == "graph":
+    if gpu and info.get("backbone") == "graph":
         raise ConfigError("--gpu: this bundle holds only an OpenVINO graph, which runs on CPUs; omit --gpu")
     if requested == "auto":
         return "bf16" if gpu or (bf16.get("accepted") and cpu_has_bf16()) else "fp32"
@@ -168,6 +177,7 @@ class OpenVinoRuntime(Runtime):
             size = int(model.input(0).partial_shape[1].get_length())
             for name in OUTPUTS:
                 model.output(name)
+            has_spread = any(SPREAD in output.get_names() for output in model.outputs)
             model.reshape([batch_size, size, size, 1])
             options = {
                 # For int8 too: on CPUs with bf16, its operations in floating point are faster in bf16.
@@ -181,6 +191,7 @@ class OpenVinoRuntime(Runtime):
         except (RuntimeError, IndexError) as error:
             raise BundleError(f"{graph}: OpenVINO cannot run it: {summarize_error(error)}") from None
         self.batch_shape = (batch_size, size, size, 1)
+        self._outputs, self.has_spread = (*OUTPUTS, SPREAD) if has_spread else OUTPUTS, has_spread
         # One more request than streams, so that a stream never waits for its next batch.
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         requests = [compiled.create_infer_request() for _ in range(threads + 1)]
@@ -188,7 +199,7 @@ class OpenVinoRuntime(Runtime):
         # do so at the same time can deadlock: each holds either the table's lock or Python's and waits for the other.
         with _FIRST_ACCESS:
             compiled.input(0).get_element_type().to_dtype()
-            for name in OUTPUTS:
+            for name in self._outputs:
                 requests[0].get_tensor(name).data  # noqa: B018
         for request in requests:
             self._idle.put(request)
@@ -203,7 +214,7 @@ class OpenVinoRuntime(Runtime):
             # Not `infer`, which would run in this thread instead of a stream.
             request.start_async({0: batch}, share_inputs=True)
             request.wait()
-            return Outputs(*(request.get_tensor(name).data[:n].copy() for name in OUTPUTS))
+            return Outputs(*(request.get_tensor(name).data[:n].copy() for name in self._outputs))
         finally:
             self._idle.put(request)
 

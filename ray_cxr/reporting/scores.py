@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from ray_cxr.data import identity
 from ray_cxr.errors import ImageError, InputError, TableError, first_line
 from ray_cxr.evaluation import calibration
-from ray_cxr.labels import FINDINGS, LABELS, canonicalize
+from ray_cxr.labels import FINDINGS, LABELS, SPREAD_PREFIX, canonicalize
 from ray_cxr.reporting.ranking import Ranking
 from ray_cxr.storage import contents, remote
 from ray_cxr.storage.paths import is_uri, redact
@@ -215,6 +215,8 @@ def _explain(source: str, problem: str) -> str:
 
 def _is_used(column: str) -> bool:
     numbers = ("abnormality", "priority")
+    if column.startswith(SPREAD_PREFIX):
+        return False
     return column in (*_TEXT.values(), *numbers, "status", "model_digest") or column.startswith(("p_", "c_", "flag_"))
 
 

@@ -31,6 +31,7 @@ from ray_cxr.errors import from_record
 from ray_cxr.evaluation import quality
 from ray_cxr.imaging.sandbox import DecodedImage, Failure
 from ray_cxr.models import predictions
+from ray_cxr.models.augmented import AugmentedRuntime
 from ray_cxr.models.runtime import Outputs
 from ray_cxr.scoring import ranges
 from ray_cxr.scoring.pool import PoolActor
@@ -63,7 +64,9 @@ class ModelActor(PoolActor):
         bundle = job.load_bundle()
         self.job, self.quality = job, bundle.quality
         self.rules = replace(bundle.rules, weights=job.settings.weights)
-        self.runtime = bundle.open_runtime(job.precision, batch_size=job.batch_size, threads=cpus, gpu=job.use_gpu)
+        opened = bundle.open_runtime(job.precision, batch_size=job.batch_size, threads=cpus, gpu=job.use_gpu)
+        self.runtime = AugmentedRuntime(opened, job.settings.tta) if job.settings.tta > 1 else opened
+        self.has_spread = self.runtime.has_spread
         self.first_at = 0.0
 
     def run(self, row: dict[str, Any]) -> TaskResult:
@@ -98,6 +101,7 @@ class ScoreWriter:
         self._actor, self._states = actor, states
         findings, size = len(actor.rules.findings), actor.job.spec.size
         self._probabilities = {i: np.zeros((len(s.rows), findings), np.float32) for i, s in enumerate(states)}
+        self._spreads = {i: np.zeros_like(p) for i, p in self._probabilities.items()} if actor.has_spread else None
         self._flags: dict[int, list[str | None]] = {i: [None] * len(s.rows) for i, s in enumerate(states)}
         self._images = np.empty((actor.job.batch_size, size, size), np.uint8)
         self._members: list[RowLocation] = []
@@ -135,6 +139,9 @@ class ScoreWriter:
             flags = quality.judge_images(model, batch.images, outputs.features)
         for (range_position, row), probabilities, flag in zip(batch.members, outputs.probabilities, flags, strict=True):
             self._probabilities[range_position][row], self._flags[range_position][row] = probabilities, flag
+        if self._spreads is not None and outputs.spread is not None:
+            for (range_position, row), spread in zip(batch.members, outputs.spread, strict=True):
+                self._spreads[range_position][row] = spread
         return batch.members
 
     def flush(self, range_position: int) -> tuple[int, int]:
@@ -142,7 +149,9 @@ class ScoreWriter:
         state, job = self._states[range_position], self._actor.job
         rows = _add_tags(state.rows, state.tags, job.key)
         probabilities, flags = self._probabilities.pop(range_position), self._flags.pop(range_position)
-        result = predictions.assemble(rows, probabilities, state.failures, self._actor.rules, flags, state.flags)
+        spread = None if self._spreads is None else self._spreads.pop(range_position)
+        rules = self._actor.rules
+        result = predictions.assemble(rows, probabilities, state.failures, rules, flags, state.flags, spread)
         scored = len(result)
         if state.previous is not None and state.retried is not None:
             # Positions in the previous table with the new table below it.

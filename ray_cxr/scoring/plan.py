@@ -165,6 +165,8 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
         "max_pixels": settings.max_pixels,
         # Differs between keys without revealing them.
         "pseudonyms": None if key is None else make_pseudonym(key, "ray_cxr"),
+        # Left out without copies, so that folders of earlier versions still match.
+        **({"tta": settings.tta} if settings.tta > 1 else {}),
         "weights": bundle.rules.ranked.list_weights(settings.weights),
     }
     if wanted["weights"] and not any(wanted["weights"].values()):

@@ -89,7 +89,7 @@ def test_bundle_is_read_as_written_and_never_overwritten(tiny_bundle, copy: Path
 
     again = ray_cxr.load_bundle(copy)
     assert (again.digest, again.findings, again.input_spec.size) == (tiny_bundle.digest, ray_cxr.FINDINGS, 64)
-    assert again.files == {*bundles.FILES, *EXPORTED}
+    assert again.files == {*bundles.FILES, bundles.WEIGHTS, *EXPORTED}
     assert {file.name for file in copy.iterdir()} == {*again.files, bundles.SUMS}
     with pytest.raises(OutputError, match=str(copy)):
         make_tiny_bundle(copy)
@@ -136,7 +136,7 @@ def test_a_bundle_works_in_a_folder_of_any_name(tiny_bundle, copy: Path, tmp_pat
     assert identity.read_split(folder, bundles.SPLIT_SCHEMA).column_names == ["image_id", "patient_id", "split"]
 
 
-@pytest.mark.parametrize("name", [*bundles.FILES, *EXPORTED])
+@pytest.mark.parametrize("name", [*bundles.FILES, bundles.WEIGHTS, *EXPORTED])
 def test_changed_or_missing_file_is_refused(copy: Path, name: str) -> None:
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1

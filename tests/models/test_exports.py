@@ -146,7 +146,7 @@ def test_bundle_whose_graph_is_refused_runs(model, images, monkeypatch, tmp_path
     else:
         refused = bundle.info["runtimes_refused"]
         assert "runtimes" not in bundle.info
-        assert bundle.files == {*bundles.FILES, runtime.GOLDEN, exports.QUALITY}
+        assert bundle.files == {*bundles.FILES, bundles.WEIGHTS, runtime.GOLDEN, exports.QUALITY}
     assert reason in refused
     assert "\n" not in refused
     assert str(tmp_path) not in refused

@@ -151,7 +151,7 @@ def test_openvino_equals_keras_in_any_batch(tiny_bundle, by_keras, fp32, images,
     scale = np.abs(expected.features).max()
     np.testing.assert_allclose(found.probabilities, expected.probabilities, rtol=0, atol=tolerance)
     np.testing.assert_allclose(found.features, expected.features, rtol=0, atol=2 * scale * tolerance)
-    assert {array.dtype for array in (*found, *expected)} == {np.dtype(np.float32)}
+    assert {array.dtype for array in (*found[:2], *expected[:2])} == {np.dtype(np.float32)}
     assert precision == "fp32" or (found.probabilities != expected.probabilities).any(), "this was not bf16"
     # At the same position of a batch, an image has the same bits for any other images.
     replaced = images.copy()
@@ -160,7 +160,9 @@ def test_openvino_equals_keras_in_any_batch(tiny_bundle, by_keras, fp32, images,
     np.testing.assert_allclose(opened.predict(images[::-1]).probabilities[::-1], found.probabilities, atol=tolerance)
     # Without images there are no rows.
     for engine in (opened, by_keras):
-        assert [array.shape for array in engine.predict(images[:0])] == [(0, array.shape[1]) for array in expected]
+        assert [array.shape for array in engine.predict(images[:0])[:2]] == [
+            (0, array.shape[1]) for array in expected[:2]
+        ]
     assert len(tiny_bundle.predict([])) == 0
 
 

@@ -1,0 +1,131 @@
+"""Ensembles of bundles, and averages over copies of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from scipy.special import expit, logit
+
+from ray_cxr.cli import main
+from ray_cxr.models import augmented, ensembles, importing, runtime
+from ray_cxr.models.bundle import Bundle, load_bundle
+from ray_cxr.models.bundle_writer import derive_bundle
+
+SMALL = Path(__file__).parent / "small.onnx"
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 64, 64), dtype=np.uint8)
+
+
+def make_member(
+    out: Path, outputs: Sequence[str], normalization: str, calibration: tuple[float, float] | None = None
+) -> Bundle:
+    options = importing.ImportOptions(outputs=tuple(outputs), normalization=normalization, layout="nchw", logits=True)
+    bundle = importing.import_weights(SMALL, out / "raw", backbone=None, options=options)
+    if calibration is None:
+        return bundle
+    rule = {"method": "platt", "slope": calibration[0], "intercept": calibration[1]}
+    return derive_bundle(bundle, out / "calibrated", calibration=dict.fromkeys(bundle.findings, rule))
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory: pytest.TempPathFactory) -> list[Bundle]:
+    home = tmp_path_factory.mktemp("members")
+    return [
+        make_member(home / "a", ["Mass", "Edema", "Hernia"], "imagenet", (2.0, 0.5)),
+        make_member(home / "b", ["Edema", "-", "Mass"], "0.2,0.3", (0.5, -1.0)),
+    ]
+
+
+def predict(bundle: Bundle, name: str, column: str = "p") -> np.ndarray:
+    return bundle.predict(IMAGES, precision="fp32")[f"{column}_{name}"].to_numpy(np.float64)
+
+
+def test_probability_is_the_mean_of_calibrated_logits(members: list[Bundle], tmp_path: Path) -> None:
+    assert main(["ensemble", *(str(bundle.path) for bundle in members), "--out", str(tmp_path / "both")]) == 0
+    both = load_bundle(tmp_path / "both")
+    assert both.findings == ("Edema", "Hernia", "Mass")
+    for name in ("Edema", "Mass"):
+        one, two = (predict(bundle, name, "c") for bundle in members)
+        assert np.abs(one - two).max() > 0.05
+        np.testing.assert_allclose(predict(both, name), expit((logit(one) + logit(two)) / 2), atol=1e-5)
+        np.testing.assert_allclose(predict(both, name, "p_spread"), np.abs(one - two) / 2, atol=1e-5)
+    np.testing.assert_allclose(predict(both, "Hernia"), predict(members[0], "Hernia", "c"), atol=1e-5)
+    np.testing.assert_allclose(predict(both, "Hernia", "p_spread"), 0, atol=1e-6)
+    features = both.open_runtime("fp32", batch_size=2, threads=1).predict(IMAGES).features
+    assert features.shape == (5, 8)
+    assert main(["ensemble", *(str(bundle.path) for bundle in members), "--out", str(tmp_path / "both")]) == 0
+    assert main(["ensemble", *(str(bundle.path) for bundle in members[::-1]), "--out", str(tmp_path / "both")]) == 2
+
+
+def test_members_that_do_not_fit_are_refused(
+    members: list[Bundle], tmp_path: Path, tiny_bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = make_member(tmp_path / "raw", ["Mass", "-", "-"], "none")
+    given = [
+        (members[:1], "at least two"),
+        ([members[0], members[0]], "named twice"),
+        ([members[0], raw], "calibrate Mass and others do not"),
+        ([members[0], tiny_bundle], "same input") if tiny_bundle.input_spec != members[0].input_spec else None,
+    ]
+    for bundles, reason in filter(None, given):
+        assert main(["ensemble", *(str(one.path) for one in bundles), "--out", str(tmp_path / "e")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert reason in line
+    assert not (tmp_path / "e").exists()
+
+
+def test_training_images_of_all_members_are_kept(members: list[Bundle], tiny_bundle: Bundle) -> None:
+    merged = ensembles._merge_splits([members[0], tiny_bundle, members[1]])
+    assert merged.sort_by("image_id").equals(pq.read_table(tiny_bundle.path / "split.parquet").sort_by("image_id"))
+
+
+class Brightness(runtime.Runtime):
+    """Its probability is the brightness of the image's upper left quarter; it fails for images of zeros."""
+
+    batch_shape = (4, 64, 64, 1)
+
+    def _submit_batch(self, batch: np.ndarray, n: int) -> Future[runtime.Outputs]:
+        future: Future[runtime.Outputs] = Future()
+        if not batch[:n].any():
+            future.set_exception(RuntimeError("black"))
+            return future
+        p = (batch[:n, :32, :32].mean(axis=(1, 2)) / 256).astype(np.float32)
+        future.set_result(runtime.Outputs(p, p))
+        return future
+
+
+def test_copies_are_averaged_and_never_flipped() -> None:
+    model = augmented.AugmentedRuntime(Brightness(), 6)
+    outputs = model.predict(IMAGES)
+    plain = Brightness().predict(IMAGES)
+    assert outputs.spread is not None
+    assert (outputs.spread > 0).all()
+    np.testing.assert_array_equal(outputs.features, plain.features)
+    np.testing.assert_allclose(outputs.probabilities, plain.probabilities, atol=0.02)
+    again = augmented.AugmentedRuntime(Brightness(), 6).predict(IMAGES[2:])
+    np.testing.assert_array_equal(again.probabilities, outputs.probabilities[2:])
+    # A bright left half stays left in every copy.
+    halves = np.zeros((1, 64, 64), np.uint8)
+    halves[:, :, :32] = 200
+    for matrix in augmented._list_transforms(9, 64):
+        moved = augmented._transform(halves, matrix)
+        assert moved[0, :, :24].mean() > 190
+        assert moved[0, :, 40:].mean() < 10
+    with pytest.raises(RuntimeError, match="black"):
+        model.predict(np.zeros((1, 64, 64), np.uint8))
+
+
+def test_mean_of_copies_is_that_of_their_logits() -> None:
+    def outputs(p: float, spread: float | None = None) -> runtime.Outputs:
+        array = np.array([[p]], np.float32)
+        return runtime.Outputs(array, array, None if spread is None else np.array([[spread]], np.float32))
+
+    average = augmented._average([outputs(0.5), outputs(0.9)])
+    np.testing.assert_allclose(average.probabilities, [[0.75]], atol=1e-6)  # logits 0 and ln 9, mean ln 3
+    np.testing.assert_allclose(average.spread, [[0.2]], atol=1e-6)
+    average = augmented._average([outputs(0.5, 0.3), outputs(0.5, 0.4)])
+    np.testing.assert_allclose(average.spread, [[np.sqrt(0.125)]], atol=1e-6)
