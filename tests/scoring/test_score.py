@@ -385,3 +385,19 @@ def test_folder_gives_a_row_per_file_and_its_listing_is_frozen(tiny_bundle, tmp_
     assert_done(command(*given, "--fresh", "--limit", 3))
     assert read_rows(out)["image_id"].tolist() == ["empty.png", "good.png", "late.png"]
     assert len(pq.read_table(out / "input.parquet")) == 6, "the listing is frozen, also beyond the limit"
+
+
+def test_copies_of_each_image_are_averaged(manifest: Path, scores: Path, tiny_bundle, tmp_path: Path, command) -> None:
+    out = tmp_path / "averaged"
+    given = arguments(tiny_bundle, manifest, out, "--set", "tta=3")
+    assert_done(command(*given))
+    averaged, plain = read_rows(out), read_rows(scores)
+    ok = averaged["status"] == "ok"
+    names = [f"p_spread_{name}" for name in tiny_bundle.findings]
+    assert (averaged.loc[ok, names].to_numpy() > 0).any()
+    assert averaged.loc[~ok, names].isna().all(axis=None)
+    p = [f"p_{name}" for name in tiny_bundle.findings]
+    difference = np.abs(averaged.loc[ok, p].to_numpy() - plain.loc[ok, p].to_numpy())
+    assert 0 < difference.max() < 0.5
+    for other, folder in (((), out), (("--set", "tta=3"), scores)):
+        assert_refused(command(*arguments(tiny_bundle, manifest, folder, *other)), "tta")
