@@ -7,6 +7,9 @@ Coverage is the share
 of images that the model keeps, the most certain ones (Geifman & El-Yaniv 2017); images of equal confidence are kept or
 handed over in equal shares. At `COVERAGE`, a tenth is handed over.
 
+Where the model averages several results, their spread is another sign of uncertainty: the share of the errors in the
+tenth with the largest spread can be compared with that of the least confident tenth.
+
 Two references show what confidence adds. Random images contain a tenth of the errors and change no rate. A perfect
 confidence hands over only errors.
 
@@ -17,14 +20,14 @@ the cutoff as given.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy.special import expit, logit
 
 from ray_cxr.evaluation import calibration, metrics
-from ray_cxr.evaluation.bootstrap import resample_counts, resampled_aurocs
+from ray_cxr.evaluation.bootstrap import bootstrap_ratios, resample_counts, resampled_aurocs
 from ray_cxr.evaluation.intervals import Estimate, patient_codes
 from ray_cxr.evaluation.net_benefit import Band
 from ray_cxr.evaluation.roc_steps import divide_or_nan
@@ -58,6 +61,7 @@ class Selection:
         errors_handed_over, missed_handed_over: share of the errors, and of the missed positives, among the images that
             are handed over at `COVERAGE`. A random choice gives 1 - `COVERAGE`.
         best_possible: `errors_handed_over` of a perfect confidence.
+        errors_by_spread: share of the errors in the tenth with the largest spread; None if there is no spread.
     """
 
     n: int
@@ -70,6 +74,7 @@ class Selection:
     errors_handed_over: Estimate
     missed_handed_over: Estimate
     best_possible: float | None
+    errors_by_spread: Estimate | None = None
 
     def to_json(self) -> dict[str, Any]:
         plain: dict[str, Any] = {"n": self.n, "positives": self.positives, "cutoff": self.cutoff}
@@ -78,6 +83,8 @@ class Selection:
             plain |= change.to_json(f"{name}_change")
         for name in ("errors_handed_over", "missed_handed_over"):
             plain |= getattr(self, name).to_json(name)
+        if self.errors_by_spread is not None:
+            plain |= self.errors_by_spread.to_json("errors_by_spread")
         plain |= {"best_possible": self.best_possible, "coverage": GRID.tolist()}
         for name, band in self.curves.items():
             plain |= band.to_json(f"{name}_by_coverage")
@@ -93,6 +100,7 @@ def measure_selection(
     n_resamples: int,
     seed: int,
     cutoffs: np.ndarray | None = None,
+    spread: np.ndarray | None = None,
 ) -> tuple[Selection | str, ...]:
     """Compute the curves of each column, or the reason why there are none; all have the same resamples.
 
@@ -102,6 +110,7 @@ def measure_selection(
         flags: [n, F], 1 or 0; negative if there is no operating point.
         patients: ids [n].
         cutoffs: the lowest probabilities that are flagged [F]; NaN if not known.
+        spread: [n, F], standard deviation of the probabilities that were averaged; NaN if missing.
     """
     codes, n_patients = patient_codes(patients)
     results: list[Selection | str] = []
@@ -134,8 +143,30 @@ def measure_selection(
         for part in (np.where(known, labels, -1), kept_labels)
     ]
     for i, (f, cutoff) in enumerate(columns):
-        results[f] = _build_selection(float(expit(cutoff)), _keep(counts[:, i]), [drawn[:, i] for drawn in pair])
+        found = _build_selection(float(expit(cutoff)), _keep(counts[:, i]), [drawn[:, i] for drawn in pair])
+        rows = known[:, f]
+        if spread is not None and not np.isnan(spread[rows, f]).any():
+            wrong = labels[rows, f] != flags[rows, f]
+            by_spread = _hand_over(wrong, spread[rows, f], patients[rows], n_resamples, seed)
+            found = replace(found, errors_by_spread=by_spread)
+        results[f] = found
     return tuple(results)
+
+
+def _hand_over(wrong: np.ndarray, spread: np.ndarray, patients: np.ndarray, n_resamples: int, seed: int) -> Estimate:
+    """Return the share of the errors, bool [n], in the tenth of the images with the largest spread [n].
+
+    Images of the spread at which the tenth ends belong to it in equal shares.
+    """
+    if not wrong.any():
+        return Estimate(None, reason="no errors")
+    wanted = (1 - COVERAGE) * len(spread)
+    end = np.sort(spread)[-max(1, int(np.ceil(wanted - 1e-9)))]
+    above, equal = spread > end, spread == end
+    share = np.where(above, 1.0, np.where(equal, (wanted - above.sum()) / equal.sum(), 0.0)) * wrong
+    whole = wrong.astype(np.float64)
+    (found,) = bootstrap_ratios(share[:, None], whole[:, None], patients, n_resamples, seed)
+    return Estimate(float(share.sum() / whole.sum()), found.low, found.high, found.reason)
 
 
 def _log_odds(p: np.ndarray) -> np.ndarray:

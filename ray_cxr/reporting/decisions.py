@@ -88,15 +88,17 @@ def measure_decisions(table: Scores, evaluated: EvaluationSet, bootstrap: Bootst
     curves = measure_net_benefit(y[:, chosen], c[:, chosen], evaluated.patients, **options)
     flags = np.column_stack([table.flags.get(f, np.full(len(table.ids), -1))[rows] for f in names])[:, chosen]
     y, c = y[:, chosen], c[:, chosen]
-    cutoffs = np.full(len(diseases), np.nan)
+    cutoffs, unknown = np.full(len(diseases), np.nan), np.full(len(rows), np.nan)
+    spreads = [table.spread[f][rows] if f in table.spread else unknown for f in diseases]
     if table.ranking.findings.is_calibrated:
         abnormal, cutoff = _decide_abnormal(table, rows)
         y, c, flags = (
             np.column_stack([new, part])
             for new, part in ((find_abnormal(labels), y), (table.abnormality[rows], c), (abnormal, flags))
         )
-        diseases, cutoffs = [ABNORMALITY, *diseases], np.append(cutoff, cutoffs)
-    selections = measure_selection(y, c, flags, evaluated.patients, cutoffs=cutoffs, **options)
+        diseases, cutoffs, spreads = [ABNORMALITY, *diseases], np.append(cutoff, cutoffs), [unknown, *spreads]
+    spread = np.column_stack(spreads) if table.spread else None
+    selections = measure_selection(y, c, flags, evaluated.patients, cutoffs=cutoffs, spread=spread, **options)
     return Decisions(
         {f: found for f, found in zip(names, measures, strict=True) if found is not None},
         dict(zip([f for f in names if f != NO_FINDING], curves, strict=True)),

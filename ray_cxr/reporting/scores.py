@@ -55,6 +55,7 @@ class Scores:
         ok: False on error rows.
         abnormality, priority, p, c: float64 with NaN for null; p is raw and c calibrated, per finding.
         ranking: how images and studies are ranked.
+        spread: per finding, how much the probabilities differ that were averaged; empty without an average.
         flags: per finding, int8 with -1 for null.
         ignored: columns named like predictions of an unknown finding.
         model, run: `model.json` and `run.json`, or empty.
@@ -79,6 +80,7 @@ class Scores:
     findings: tuple[str, ...]
     p: dict[str, np.ndarray]
     c: dict[str, np.ndarray]
+    spread: dict[str, np.ndarray]
     flags: dict[str, np.ndarray]
     ignored: tuple[str, ...]
     model: dict[str, Any]
@@ -215,8 +217,6 @@ def _explain(source: str, problem: str) -> str:
 
 def _is_used(column: str) -> bool:
     numbers = ("abnormality", "priority")
-    if column.startswith(SPREAD_PREFIX):
-        return False
     return column in (*_TEXT.values(), *numbers, "status", "model_digest") or column.startswith(("p_", "c_", "flag_"))
 
 
@@ -270,6 +270,11 @@ class _Columns:
             findings=findings,
             p=p,
             c=c,
+            spread={
+                finding: np.where(ok, read_floats(self.table, f"{SPREAD_PREFIX}{finding}", self.source), np.nan)
+                for finding in findings
+                if f"{SPREAD_PREFIX}{finding}" in names
+            },
             flags={finding: np.where(ok, values, np.int8(-1)) for finding, values in flags.items()},
             ignored=tuple(ignored),
             **origin,
@@ -298,7 +303,7 @@ class _Columns:
         ignored: list[str] = []
         for name in self.table.column_names:
             for prefix, known in columns.items():
-                if not name.startswith(prefix):
+                if not name.startswith(prefix) or name.startswith(SPREAD_PREFIX):
                     continue
                 finding = canonicalize(name.removeprefix(prefix))
                 if finding is None:

@@ -90,3 +90,21 @@ def test_undefined_curves_have_reasons() -> None:
     perfect = measure(y, p, np.array([0, 1, 0, 1]))
     assert perfect.best_possible is None
     assert perfect.to_json()["errors_handed_over"] is None
+
+
+def test_share_of_errors_in_the_tenth_of_largest_spread() -> None:
+    labels = np.array([[1], [0]] * 10)
+    flags = labels.copy()
+    flags[[0, 1, 2, 3]] = 1 - flags[[0, 1, 2, 3]]  # four errors
+    calibrated = np.where(flags == 1, 0.8, 0.2)
+    spread = np.full((20, 1), 0.1)
+    spread[0] = 0.9  # one of two images that are handed over; the other is any of the rest
+    patients = np.arange(20).astype(object)
+    (found,) = measure_selection(labels, calibrated, flags, patients, spread=spread, n_resamples=50, seed=0)
+    assert isinstance(found, Selection)
+    assert found.errors_by_spread is not None
+    assert found.errors_by_spread.value == pytest.approx((1 + 3 / 19) / 4)
+    (without,) = measure_selection(labels, calibrated, flags, patients, n_resamples=50, seed=0)
+    assert isinstance(without, Selection)
+    assert without.errors_by_spread is None
+    assert "errors_by_spread" not in without.to_json()
