@@ -104,13 +104,16 @@ def run_library(spec: dict[str, Any], channel: Channel) -> None:
 
 def parse() -> argparse.Namespace:
     parser = create_parser(__doc__)
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="models and scores; kept")
-    parser.add_argument("--torch", required=True, metavar="PYTHON", help="a Python with torchxrayvision")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="models and scores; kept")
+    parser.add_argument("--torch", metavar="PYTHON", help="a Python with torchxrayvision")
     parser.add_argument("--images", type=Path, metavar="DIR", help="PNGs to score (48 phantoms of 1024 x 1024)")
     parser.add_argument("--limit", default=200, **POSITIVE, help="number of images (%(default)s)")
     parser.add_argument("--rounds", default=3, **POSITIVE)
     parser.add_argument("--only", nargs="+", choices=("ours", "ours-bf16", "library", "ensemble", "three"))
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not arguments.child and not (arguments.work and arguments.torch):
+        parser.error("--work and --torch are needed")
+    return arguments
 
 
 def prepare(arguments: argparse.Namespace) -> list[str]:
