@@ -270,3 +270,18 @@ def test_runs_and_folders_without_maps_are_refused(tmp_path: Path, manifest: Pat
     (tmp_path / "heatmaps" / "part-00000.parquet").write_text("x")
     with pytest.raises(TableError, match=r"part-00000\.parquet"):
         read_heatmaps(tmp_path)
+
+
+def test_maps_of_a_bundle_without_layers_are_drawn_by_occlusion(manifest: Path, tmp_path: Path, command) -> None:
+    onnx = Path(__file__).parents[1] / "models/small.onnx"
+    given = ["import-weights", str(onnx), "--input-layout", "nchw", "--normalization", "imagenet", "--logits"]
+    assert_done(command(*given, "--findings", "Mass,Edema,Hernia", "--out", str(tmp_path / "graph")))
+    out = tmp_path / "out"
+    score = arguments(tmp_path / "graph", manifest, out, "--limit", 4, "--heatmaps", 2)
+    assert_refused(command(*score), "heatmap_method=occlusion")
+    assert_done(command(*score, "--set", "heatmap_method=occlusion"))
+    maps, rows = read_maps(out), read_rows(out)
+    drawn = maps[maps["error_code"].isna()]
+    assert len(drawn) == 2 * (rows["status"] == "ok").sum() > 0
+    assert set(zip(drawn["height"], drawn["width"], strict=True)) == {(7, 7)}
+    assert all((out / "heatmaps" / name).exists() for name in drawn["overlay"])
