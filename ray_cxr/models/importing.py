@@ -41,6 +41,12 @@ about = {"source": "torchxrayvision", "outputs": m.targets, "op_threshs": m.op_t
 st.save_model(m, "xrv.safetensors", {k: json.dumps(v) for k, v in about.items()})"""
 
 
+_NO_FINDINGS = (
+    "--findings: name the outputs in their order, comma-separated (or 14, 15 for alphabetical order; - for an output "
+    "to leave out); a wrong order cannot be detected later"
+)
+
+
 @dataclass(frozen=True)
 class ImportOptions:
     """What a file of weights does not tell. None: as the file's metadata says, else the default in brackets."""
@@ -85,6 +91,7 @@ def import_weights(path: str | Path, out: str | Path, *, backbone: str, options:
         ConfigError: the file does not fit the backbone or the outputs, is damaged, or could run code.
     """
     path, out, options = Path(path), remote.to_path(out), options or ImportOptions()
+    _check_options(path, backbone, options)
     if not path.is_file():
         raise ConfigError(f"{path}: no such weights file")
     refuse_existing(out)
@@ -130,6 +137,26 @@ class _Facts(Settings):
     size: int | None = None
 
 
+def _check_options(path: Path, backbone: str | None, options: ImportOptions) -> None:
+    """Raise ConfigError if an option is missing or has no effect on a file of this kind."""
+    if path.suffix != ".onnx":
+        if backbone is None:
+            raise ConfigError("--backbone: name it; only ONNX files have none")
+        if options.layout is not None or options.logits:
+            raise ConfigError("--input-layout and --logits: are for ONNX files only")
+    elif backbone is not None:
+        raise ConfigError(f"--backbone {backbone}: an ONNX file has its own layers; omit --backbone")
+    elif options.layout is None:
+        raise ConfigError("--input-layout: name it, nchw (as PyTorch exports) or nhwc (as Keras does)")
+    elif options.normalization is None:
+        raise ConfigError(
+            "--normalization: name what the model takes: imagenet, torchxrayvision, none (gray from 0 to 255), or "
+            "MEAN,STD of gray values from 0 to 1"
+        )
+    if options.outputs is None and path.suffix != ".safetensors":
+        raise ConfigError(_NO_FINDINGS)
+
+
 @dataclass(frozen=True)
 class _Source:
     """What is known of a file before its findings are."""
@@ -143,22 +170,14 @@ class _Source:
 
 def _read_source(path: Path, backbone: str | None, options: ImportOptions) -> _Source:
     if path.suffix == ".onnx":
-        if backbone is not None:
-            raise ConfigError(f"--backbone {backbone}: an ONNX file has its own layers; omit --backbone")
-        if options.layout is None:
-            raise ConfigError("--input-layout: name it, nchw (as PyTorch exports) or nhwc (as Keras does)")
-        if options.normalization is None:
-            raise ConfigError(
-                "--normalization: name what the model takes: imagenet, torchxrayvision, none (gray from 0 to 255), or "
-                "MEAN,STD of gray values from 0 to 1"
-            )
+        assert options.layout is not None
+        assert options.normalization is not None
         rule = parse_normalization(options.normalization, 3)
         graph, size = graphs.read_onnx(
             path, layout=options.layout, normalization=rule, size=options.size, logits=options.logits
         )
         return _Source("graph", graph=graph, size=size)
-    if backbone is None:
-        raise ConfigError("--backbone: name it; only ONNX files have none")
+    assert backbone is not None
     return _read_torch(path, backbone) if path.suffix in torch_files.SUFFIXES else _Source(backbone)
 
 
@@ -182,10 +201,7 @@ def _read_torch(path: Path, backbone: str) -> _Source:
 def _read_outputs(facts: _Facts) -> tuple[str, ...]:
     """Return the outputs that the file names, with `-` for those that are no findings of ours."""
     if facts.outputs is None:
-        raise ConfigError(
-            "--findings: name the outputs in their order, comma-separated (or 14, 15 for alphabetical order; - for an "
-            "output to leave out); a wrong order cannot be detected later"
-        )
+        raise ConfigError(_NO_FINDINGS)
     return _check_outputs([labels.canonicalize(name) or DROPPED for name in facts.outputs])
 
 

@@ -66,7 +66,6 @@ class ModelActor(PoolActor):
         self.rules = replace(bundle.rules, weights=job.settings.weights)
         opened = bundle.open_runtime(job.precision, batch_size=job.batch_size, threads=cpus, gpu=job.use_gpu)
         self.runtime = AugmentedRuntime(opened, job.settings.tta) if job.settings.tta > 1 else opened
-        self.has_spread = self.runtime.has_spread
         self.first_at = 0.0
 
     def run(self, row: dict[str, Any]) -> TaskResult:
@@ -101,7 +100,9 @@ class ScoreWriter:
         self._actor, self._states = actor, states
         findings, size = len(actor.rules.findings), actor.job.spec.size
         self._probabilities = {i: np.zeros((len(s.rows), findings), np.float32) for i, s in enumerate(states)}
-        self._spreads = {i: np.zeros_like(p) for i, p in self._probabilities.items()} if actor.has_spread else None
+        self._spreads: dict[int, np.ndarray] | None = None
+        if actor.runtime.has_spread:
+            self._spreads = {i: np.zeros_like(p) for i, p in self._probabilities.items()}
         self._flags: dict[int, list[str | None]] = {i: [None] * len(s.rows) for i, s in enumerate(states)}
         self._images = np.empty((actor.job.batch_size, size, size), np.uint8)
         self._members: list[RowLocation] = []

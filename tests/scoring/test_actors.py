@@ -84,10 +84,10 @@ def test_batches_are_full_but_for_the_last(monkeypatch: pytest.MonkeyPatch) -> N
 
     def submit(images: np.ndarray) -> Future[Any]:
         sizes.append(len(images))
-        return finished(SimpleNamespace(probabilities=np.full((len(images), 2), 0.5), features=None))
+        return finished(SimpleNamespace(probabilities=np.full((len(images), 2), 0.5), features=None, spread=None))
 
     job = SimpleNamespace(batch_size=4, spec=SimpleNamespace(size=SIZE))
-    rules, runtime = SimpleNamespace(findings=("Mass", "Edema")), SimpleNamespace(submit=submit)
+    rules, runtime = SimpleNamespace(findings=("Mass", "Edema")), SimpleNamespace(submit=submit, has_spread=False)
     actor: Any = SimpleNamespace(job=job, rules=rules, runtime=runtime, quality=None, first_at=0.0)
     states = [make_state(11)]
     writer = actors.ScoreWriter(actor, states)
