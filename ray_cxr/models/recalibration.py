@@ -35,7 +35,7 @@ from ray_cxr.errors import ConfigError, InputError, LeakError, OutputError, Tabl
 from ray_cxr.evaluation import calibration, drift, metrics, quality
 from ray_cxr.evaluation.calibration import FittedRules
 from ray_cxr.imaging.demographics import PatientCount
-from ray_cxr.labels import NO_FINDING
+from ray_cxr.labels import NO_FINDING, SPREAD_PREFIX
 from ray_cxr.models.bundle import SPLIT_SCHEMA, Bundle, load_bundle
 from ray_cxr.models.bundle_writer import derive_bundle, find_finished
 from ray_cxr.storage import remote, run_folder
@@ -211,7 +211,7 @@ def _read_part(file: Path, content: pa.NativeFile, bundle: Bundle, folder: Path)
         # As a single file, so that pyarrow does not turn a folder name into a column.
         with pq.ParquetFile(content) as part:
             names = part.schema_arrow.names
-            p = [name for name in names if name.startswith("p_")]
+            p = [name for name in names if name.startswith("p_") and not name.startswith(SPREAD_PREFIX)]
             table = part.read(columns=[*texts, *p])
     except (OSError, pa.ArrowInvalid):
         raise TableError(f"{file}: not a readable Parquet file; score again") from None

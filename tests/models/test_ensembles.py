@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from scipy.special import expit, logit
+from test_recalibration import Site
 
 from ray_cxr.cli import main
+from ray_cxr.labels import FINDINGS
 from ray_cxr.models import augmented, ensembles, importing, runtime
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.models.bundle_writer import derive_bundle
@@ -59,6 +61,19 @@ def test_probability_is_the_mean_of_calibrated_logits(members: list[Bundle], tmp
     assert features.shape == (5, 8)
     assert main(["ensemble", *(str(bundle.path) for bundle in members), "--out", str(tmp_path / "both")]) == 0
     assert main(["ensemble", *(str(bundle.path) for bundle in members[::-1]), "--out", str(tmp_path / "both")]) == 2
+
+
+def test_ensemble_can_be_recalibrated(members: list[Bundle], tmp_path: Path) -> None:
+    both = ensembles.build_ensemble([bundle.path for bundle in members], tmp_path / "both")
+    site = Site(tmp_path, both)
+    site.p = site.p[:, [FINDINGS.index(name) for name in both.findings]]
+    site.spread = site.p / 10
+    site.write()
+    assert "p_spread_Edema" in pq.read_table(site.part(0)).column_names
+    assert main([str(item) for item in site.arguments()]) == 0
+    rows = load_bundle(site.out).predict(IMAGES, precision="fp32")
+    assert rows[["p_Edema", "p_spread_Edema", "c_Edema", "flag_Edema"]].notna().all(axis=None)
+    np.testing.assert_allclose(rows["p_Edema"], predict(both, "Edema"), atol=1e-6)
 
 
 def test_members_that_do_not_fit_are_refused(

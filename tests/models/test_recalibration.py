@@ -49,6 +49,7 @@ class Site:
         self.ids: list[str] = [*IDS]
         self.patients: list[str | None] = [*PATIENTS]
         self.splits: list[str | None] = [None] * N
+        self.spread: np.ndarray | None = None  # float32 [N,F], of a model that averages
         self.failures: dict[int, tuple[str, str]] = {}
         self.turned: range = range(0)  # rows with the quality flag `reoriented`
         self.labels = (rng.random((N, len(LABELS))) < np.linspace(0.1, 0.5, len(LABELS))).astype(np.int8)
@@ -70,7 +71,9 @@ class Site:
         patients = pa.array(self.patients, pa.string())
         rows = pa.table({"image_id": self.ids, "path": null, "patient_id": patients, "study_id": null})
         turned = dict.fromkeys(self.turned, ("reoriented",))
-        scored = predictions.assemble(rows, self.p, self.failures, self.bundle.rules, header_flags=turned)
+        scored = predictions.assemble(
+            rows, self.p, self.failures, self.bundle.rules, header_flags=turned, spread=self.spread
+        )
         (self.scores / "scores").mkdir(parents=True, exist_ok=True)
         for i in range(2):
             pq.write_table(scored.slice(i * N // 2, N // 2), self.part(i))
