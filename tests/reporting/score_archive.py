@@ -49,6 +49,7 @@ class Archive:
             self.y["Hernia"][:] = 0
         logits = {f: 2.0 * y - 2.0 + rng.normal(size=n) for f, y in self.y.items()}
         self.p = {f: (1 / (1 + np.exp(-values))).astype(np.float32) for f, values in logits.items()}
+        self.spread: dict[str, np.ndarray] = {}  # of a model that averages
         (root / "images").mkdir(parents=True)
         self.paths = [str(root / "images" / name) for name in self.ids]
         for path in self.paths[::4]:
@@ -89,6 +90,8 @@ class Archive:
             columns[f"p_{f}"] = pa.array(self.p[f], pa.float32(), mask=failed)
             columns[f"c_{f}"] = pa.array(self.p[f] * 0.9, pa.float32(), mask=failed)
             columns[f"flag_{f}"] = pa.array(self.p[f] >= self.threshold, pa.bool_(), mask=failed)
+            if f in self.spread:
+                columns[f"p_spread_{f}"] = pa.array(self.spread[f], pa.float32(), mask=failed)
         c = np.column_stack([self.p[f] * np.float32(0.9) for f in self.diseases])
         columns["top_finding"] = pa.array(np.array(self.diseases)[c.argmax(axis=1)], pa.string(), mask=failed)
         for name in ("abnormality", "priority"):

@@ -264,6 +264,20 @@ def test_decisions_are_measured_on_calibrated_probabilities(everything: Report) 
         assert f'<h2 id="{section}">' in everything.page
 
 
+def test_errors_are_counted_where_averaged_models_disagree(archive: Archive, tmp_path: Path) -> None:
+    rows, y = archive.tested, archive.y["Effusion"]
+    wrong = (archive.p["Effusion"] >= archive.threshold) != y
+    # The spread is largest for some of the wrong images: a tenth of the images, all of them errors.
+    n, spread = rows.sum() // 10, np.zeros(archive.n)
+    spread[np.flatnonzero(rows & wrong)[:n]] = 0.2
+    archive.spread = {"Effusion": spread}
+    written = report(archive, tmp_path / "out", labels=archive.labels(), split="test")
+    found = written.metrics["selection"]
+    assert found["Effusion"]["errors_by_spread"] == pytest.approx(n / wrong[rows].sum(), abs=0.02)
+    assert "errors_by_spread" not in found["Cardiomegaly"]
+    assert "Errors in the tenth of largest spread" in written.page
+
+
 def test_metrics_parquet_has_every_number_with_its_split(everything: Report) -> None:
     m = everything.metrics
     found = pq.read_table(everything.out / "metrics.parquet")
