@@ -203,6 +203,81 @@ def test_whole_models_are_refused_with_a_way_out(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "b").exists()
 
 
+def read_pickle(path: Path, pickled: bytes) -> torch_files.TorchFile:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data.pkl", pickled)
+    return torch_files.read_torch_file(path)
+
+
+def test_a_checkpoint_that_contains_itself_is_refused(tmp_path: Path) -> None:
+    loop: dict[str, Any] = {"epoch": 1}
+    loop["state_dict"] = {"model": loop, "net": loop}
+    with pytest.raises(ConfigError, match="has no state dict; it holds: epoch, state_dict"):
+        read_pickle(tmp_path / "m.pth", pickle.dumps(loop, protocol=2))
+
+
+def test_small_files_cannot_take_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    huge = b"\x80\x02}r\xff\xff\xff\x7f."  # an index of the memo for which the unpickler would make 32 GiB of entries
+    with pytest.raises(ConfigError, match="impossible sizes"):
+        read_pickle(tmp_path / "m.pth", huge)
+    (tmp_path / "old.pth").write_bytes(huge)
+    with pytest.raises(ConfigError, match="impossible sizes"):
+        torch_files.read_torch_file(tmp_path / "old.pth")
+    write_zip(tmp_path / "m.pth", state())
+    with (
+        zipfile.ZipFile(tmp_path / "m.pth") as source,
+        zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as sink,
+    ):
+        for name in source.namelist():
+            sink.writestr(name, source.read(name))
+    with pytest.raises(ConfigError, match="compressed zip"):
+        torch_files.read_torch_file(tmp_path / "packed.pth")
+    storage = Storage("FloatStorage", np.zeros(250_000, np.float32))
+    write_zip(tmp_path / "m.pth", {str(number): Tensor(storage, (250_000,), (1,)) for number in range(3)})
+    monkeypatch.setattr(torch_files, "_MAX_BYTES", 2 << 20)
+    with pytest.raises(ConfigError, match="its tensors have more than"):
+        torch_files.read_torch_file(tmp_path / "m.pth")
+    monkeypatch.setattr(torch_files, "_MAX_OPCODES", 20)
+    with pytest.raises(ConfigError, match="more objects"):
+        torch_files.read_torch_file(tmp_path / "m.pth")
+
+
+@pytest.mark.parametrize(
+    "name", [b"torch._utils\n_rebuild_tensor_v2", b"torch._utils\n_rebuild_parameter", b"argparse\nNamespace"]
+)
+@pytest.mark.parametrize("key", [b"__defaults__", b"__call__", b"__class__", b"append"])
+def test_a_file_cannot_change_the_reader(tmp_path: Path, name: bytes, key: bytes) -> None:
+    """The opcode BUILD sets the attributes that its second dictionary names."""
+    entry = b"}U" + bytes([len(key)]) + key + b"cargparse\nNamespace\ns"
+    known = dict(torch_files._KNOWN)
+    for attributes in (b"(N" + entry + b"t", entry):
+        with pytest.raises(ConfigError, match="not a readable PyTorch file"):
+            read_pickle(tmp_path / "m.pth", b"\x80\x02c" + name + b"\n" + attributes + b"b.")
+    assert known == torch_files._KNOWN
+    write_zip(tmp_path / "m.pth", state())
+    assert_state(torch_files.read_torch_file(tmp_path / "m.pth"))
+
+
+def test_harmless_objects_beside_the_weights_are_ignored(tmp_path: Path) -> None:
+    names = (
+        ("torch", "float32"),
+        ("numpy", "float64"),
+        ("collections", "deque"),
+        ("torch.optim.lr_scheduler", "StepLR"),
+        ("omegaconf.dictconfig", "DictConfig"),
+        ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
+    )
+    used = b"".join(b"c%s\n%s\n" % (module.encode(), name.encode()) for module, name in names)
+    with pytest.raises(ConfigError, match="has no state dict; it holds: tuple"):
+        read_pickle(tmp_path / "m.pth", b"\x80\x02(" + used + b")\x81}U\x01aNsbt.")
+    for module in ("lightning.pytorch.core.module", "monai.networks.nets.densenet", "models.densenet", "__main__"):
+        with pytest.raises(torch_files.WholeModelError, match=f"pickled model .{module}"):
+            read_pickle(tmp_path / "m.pth", f"\x80\x02c{module}\nNet\n.".encode("latin1"))
+    with pytest.raises(ConfigError, match=r"refers to models2\.x\.N\\x1b; ") as caught:
+        read_pickle(tmp_path / "m.pth", b"\x80\x04\x8c\x09models2.x\x8c\x02N\x1b\x93.")
+    assert not isinstance(caught.value, torch_files.WholeModelError)
+
+
 def make_state(name: str) -> dict[str, np.ndarray]:
     """Return weights that are a function of their position; the same function made the expected numbers below."""
     arrays = {}
