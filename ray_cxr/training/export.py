@@ -21,7 +21,6 @@ from ray_cxr.evaluation import drift
 from ray_cxr.evaluation.calibration import fit_rules
 from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.models import exports
-from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle
 from ray_cxr.models.bundle_writer import BundleContent, write_bundle
 from ray_cxr.progress import silence_stderr
@@ -82,8 +81,7 @@ def _build_content(
     val = table[table["split"] == "val"].reset_index(drop=True)
     if val["image_id"].tolist() != ids.tolist():
         raise RayCxrError(f"{plan.out}: the validation images changed during the run; train again in another --out")
-    architecture = Architecture.of(settings, data.size)
-    findings = architecture.findings
+    findings = plan.architecture.findings
     fitting: dict[str, Any] = {"method": settings.calibration, "min_positives": settings.min_positives}
     labels = val[list(findings)].to_numpy(dtype=np.float64, na_value=np.nan)
     rules = fit_rules(labels, probabilities, findings, rule=settings.operating_point, **fitting)
@@ -113,7 +111,7 @@ def _build_content(
         **more,
     }
     return BundleContent(
-        architecture=architecture,
+        architecture=plan.architecture,
         input_spec=data.input_spec,
         **vars(rules),
         provenance=origin,

@@ -16,6 +16,7 @@ from ray_cxr.config import TrainSettings
 from ray_cxr.data import identity
 from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import ConfigError, LeakError, TableError
+from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import Bundle, is_written, load_bundle
 from ray_cxr.storage import remote
 from ray_cxr.storage.run_folder import check_run, read_settings
@@ -28,6 +29,7 @@ class TrainPlan:
 
     Attributes:
         settings: settings of the run, with the size of the prepared set, and weights as an absolute path.
+        architecture: that of the settings, with the normalization of the bundle that the run starts from.
         run_settings: the content of settings.json, which later runs in `out` must match.
         started: whether this run continues an earlier one.
         bundle: the run's bundle if it is finished, else None.
@@ -36,6 +38,7 @@ class TrainPlan:
     out: Path
     data: PreparedSet
     settings: TrainSettings
+    architecture: Architecture
     run_settings: dict[str, Any]
     started: bool
     bundle: Bundle | None
@@ -75,6 +78,8 @@ def plan_training(prepared: str | Path, out: str | Path, settings: TrainSettings
     if settings.weights not in ("imagenet", "none"):
         if not Path(settings.weights).exists():
             raise ConfigError(f"weights: {settings.weights}: no such file or bundle; or use imagenet or none")
+        if Path(settings.weights).suffix == ".onnx":
+            raise _refuse_graph(settings.weights)
         # Workers have other working directories.
         settings = settings.replace(weights=str(Path(settings.weights).absolute()))
     data.usable("train")
@@ -84,8 +89,14 @@ def plan_training(prepared: str | Path, out: str | Path, settings: TrainSettings
         raise TableError(
             f"{data.path}: no image of split 'val' is labelled for {', '.join(findings)}, so no epoch can be chosen"
         )
+    architecture = Architecture.of(settings, data.size)
     if Path(settings.weights).is_dir():
-        refuse_leak(load_bundle(settings.weights), val)
+        start = load_bundle(settings.weights)
+        if start.is_graph:
+            raise _refuse_graph(settings.weights)
+        refuse_leak(start, val)
+        # Its weights were trained on this input.
+        architecture = architecture.replace(normalization=start.architecture.normalization)
     run_settings = {
         "kind": "train",
         "format": 1,
@@ -98,9 +109,15 @@ def plan_training(prepared: str | Path, out: str | Path, settings: TrainSettings
     if started or read_settings(out).get("kind") != "train":  # a run without a checkpoint does not bind its folder
         check_run(out, run_settings)
     bundle = load_bundle(out / "bundle") if finished else None
-    if bundle is not None and (epochs := bundle.info["provenance"]["settings"]["epochs"]) != settings.epochs:
+    if bundle is not None and (epochs := bundle.info["provenance"]["settings"].get("epochs")) != settings.epochs:
         raise ConfigError(f"{out}: is finished with epochs={epochs}; choose another --out for epochs={settings.epochs}")
-    return TrainPlan(out, data, settings, run_settings, started, bundle)
+    return TrainPlan(out, data, settings, architecture, run_settings, started, bundle)
+
+
+def _refuse_graph(weights: str) -> ConfigError:
+    return ConfigError(
+        f"weights: {weights}: holds only a graph; it cannot be trained further; use weights that Keras or PyTorch saved"
+    )
 
 
 def refuse_leak(start: Bundle, val: pa.Table) -> None:

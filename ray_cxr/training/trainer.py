@@ -124,6 +124,7 @@ def fit(
         monitor = RunMonitor(out, settings.epochs, plan.steps_per_epoch, started, on_event).report()
     config = {
         "settings": settings.model_dump(mode="json"),
+        "architecture": plan.architecture.model_dump(mode="json"),
         "prepared": remote.to_address(plan.data.path),
         "out": remote.to_address(out),
         "cpus": settings.cpus_per_worker or 1,

@@ -102,7 +102,7 @@ def _train(config: dict[str, Any]) -> None:
     loop = Loop(
         replicas,
         settings,
-        Architecture.of(settings, data.size),
+        build(Architecture, config["architecture"]),
         train,
         val,
         weights="none" if checkpoint else settings.weights,

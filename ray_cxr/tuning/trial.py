@@ -64,8 +64,7 @@ def run_trial(config: dict[str, Any], context: TrialContext) -> dict[str, Any]:
     run = plan_training(context.prepared, folder, settings)
     rate = None
     if context.measure_threads is not None:
-        architecture = Architecture.of(run.settings, run.data.size)
-        rate = _measure_rate(Path(context.out), architecture, run.data.input_spec, context.measure_threads)
+        rate = _measure_rate(Path(context.out), run.architecture, run.data.input_spec, context.measure_threads)
     curve = read_metrics(folder)
     for report in build_reports(curve, rate):
         tune.report(report)

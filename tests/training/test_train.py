@@ -32,7 +32,8 @@ from ray_cxr.config import DEFAULT_RULE, TrainSettings, build
 from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import LeakError, RayCxrError, TableError
 from ray_cxr.labels import FINDINGS
-from ray_cxr.models import runtime
+from ray_cxr.models import importing, runtime
+from ray_cxr.models.bundle_writer import derive_bundle
 from ray_cxr.training import planning, trainer
 from ray_cxr.training.checkpoints import SNAPSHOT, find_best_checkpoint
 from ray_cxr.training.export import export_bundle
@@ -179,14 +180,22 @@ def local_train() -> Iterator[None]:
 
 
 RULES = {"findings": 15, "calibration": "temperature", "operating_point": "specificity=0.8"}
+NORMALIZATION = ((0.01, -0.5),)
 FROM_BUNDLE = RULES | {"epochs": 1, "frozen_epochs": 1, "checkpoint_steps": 2, "precision": "mixed_bfloat16"}
 
 
 @pytest.fixture(scope="module")
-def from_bundle(prepared: Path, tiny_bundle, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def start_bundle(tiny_bundle, tmp_path_factory: pytest.TempPathFactory) -> ray_cxr.Bundle:
+    """A bundle whose backbone takes other values than by default."""
+    architecture = tiny_bundle.architecture.replace(normalization=NORMALIZATION)
+    return derive_bundle(tiny_bundle, tmp_path_factory.mktemp("start") / "bundle", architecture=architecture)
+
+
+@pytest.fixture(scope="module")
+def from_bundle(prepared: Path, start_bundle, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One epoch that starts from a bundle, in another precision than the default of CPUs."""
     out = tmp_path_factory.mktemp("from_bundle") / "run"
-    arguments = training_arguments(prepared, out, **SETTINGS | FROM_BUNDLE | {"weights": tiny_bundle.path})
+    arguments = training_arguments(prepared, out, **SETTINGS | FROM_BUNDLE | {"weights": start_bundle.path})
     with replace_ray_train() as left_out, contextlib.redirect_stdout(io.StringIO()) as output:
         assert main(arguments) == 0
     assert left_out == ["2 threads", "deterministic"]
@@ -194,16 +203,17 @@ def from_bundle(prepared: Path, tiny_bundle, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.slow
-def test_a_run_that_starts_from_a_bundle_inherits_its_split(from_bundle: Run, tiny_bundle) -> None:
+def test_a_run_that_starts_from_a_bundle_inherits_its_split(from_bundle: Run, start_bundle) -> None:
     start = read_json(from_bundle.out / "started.json")
     assert (start["epoch"], start["step"], start["policy"]) == (0, 0, "mixed_bfloat16")
     assert start["random"] == ["logits of No_Finding"]
     bundle = ray_cxr.load_bundle(from_bundle.out / "bundle")
+    assert bundle.architecture.normalization == NORMALIZATION
     source = bundle.info["provenance"]
     split = pq.read_table(bundle.path / "split.parquet").to_pandas().set_index("image_id")
     assert split.loc["00000099_000.png", "patient_id"] == "99"  # from the first bundle
     assert len(split) > 20
-    assert source["initial_weights"] == f"the bundle {tiny_bundle.digest}"
+    assert source["initial_weights"] == f"the bundle {start_bundle.digest}"
     assert source["precision"] == "mixed_bfloat16"
     assert source["lineage"] == "unknown"  # the first bundle does not state its lineage
     assert {fit["method"] for fit in bundle.info["calibration"].values() if fit} == {"temperature"}
@@ -213,7 +223,7 @@ def test_a_run_that_starts_from_a_bundle_inherits_its_split(from_bundle: Run, ti
 
 @pytest.mark.slow
 def test_a_run_without_its_bundle_continues_until_a_callback_stops_it(
-    from_bundle: Run, prepared: Path, tiny_bundle, tmp_path: Path, local_train
+    from_bundle: Run, prepared: Path, start_bundle, tmp_path: Path, local_train
 ) -> None:
     """As if the command had died just before the bundle; the precision of the first part stays."""
     out = tmp_path / "run"
@@ -226,7 +236,7 @@ def test_a_run_without_its_bundle_continues_until_a_callback_stops_it(
         callback.model.stop_training = True
 
     callback = LambdaCallback(on_epoch_end=stop)
-    settings = build(TrainSettings, SETTINGS | FROM_BUNDLE | {"epochs": 4, "weights": str(tiny_bundle.path)})
+    settings = build(TrainSettings, SETTINGS | FROM_BUNDLE | {"epochs": 4, "weights": str(start_bundle.path)})
     lines: list[str] = []
     bundle = trainer.train(prepared, out, settings, callbacks=lambda: [callback], on_event=lines.append)
     assert [line.split(":")[1] for line in lines if line.startswith("train: epoch")] == [" epoch 2 of 4"]
@@ -313,6 +323,17 @@ def test_weights_that_do_not_fit_do_not_bind_the_folder(prepared: Path, tmp_path
 @pytest.mark.usefixtures("without_ray")
 def test_settings_that_do_not_fit_are_refused(settings, options, part, prepared: Path, tmp_path, command) -> None:
     assert_refused(command(*training_arguments(prepared, tmp_path / "run", **SETTINGS | settings), *options), part)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_graph_is_refused_as_initial_weights(prepared: Path, tmp_path: Path, command) -> None:
+    small = Path(__file__).parents[1] / "models" / "small.onnx"
+    options = importing.ImportOptions(outputs=("Mass", "-", "-"), normalization="none", layout="nchw", logits=True)
+    importing.import_weights(small, tmp_path / "graph", backbone=None, options=options)
+    for weights in (small, tmp_path / "graph"):
+        given = training_arguments(prepared, tmp_path / "run", weights=weights)
+        assert_refused(command(*given), f"weights: {weights}: holds only a graph; it cannot be trained further")
     assert not (tmp_path / "run").exists()
 
 
