@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import tomli_w
 
-from ray_cxr.config import TrainSettings, build
 from ray_cxr.data import identity
 from ray_cxr.errors import ConfigError
 from ray_cxr.evaluation.calibration import EPSILON
@@ -54,7 +53,8 @@ def build_ensemble(members: Sequence[str | Path], out: str | Path) -> Bundle:
             "backbones": [bundle.architecture.backbone for bundle in bundles],
             "findings": {name: sum(name in bundle.findings for bundle in bundles) for name in findings},
         }
-        settings = build(TrainSettings, {"size": first.input_spec.size, "findings": findings}).model_dump(mode="json")
+        settings: dict[str, Any] = {"size": first.input_spec.size, "findings": list(findings)}
+        splits = [bundle.info["provenance"].get("split", {}) for bundle in bundles]
         ages = [bundle.rules.age_range for bundle in bundles]
         known_ages = [age for age in ages if age is not None]
         content = BundleContent(
@@ -68,16 +68,16 @@ def build_ensemble(members: Sequence[str | Path], out: str | Path) -> Bundle:
                 "initial_weights": "those of the members",
                 "lineage": "unknown" if any(_has_unknown_images(bundle) for bundle in bundles) else "known",
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "split": first.info["provenance"].get("split", {}),
+                "split": splits[0] if all(split == splits[0] for split in splits) else {},
                 # Ages that every member has seen.
                 "age_range": [max(low for low, _ in known_ages), min(high for _, high in known_ages)]
                 if known_ages
                 else None,
-                "ensemble": record,
+                "ensemble": {**record, "splits": splits},
                 "settings": settings,
                 "versions": versions(),
             },
-            config_toml=tomli_w.dumps({"train": {key: value for key, value in settings.items() if value is not None}}),
+            config_toml=tomli_w.dumps({"train": settings}),
             curves=[],
             split=_merge_splits(bundles),
         )

@@ -119,7 +119,7 @@ def import_weights(path: str | Path, out: str | Path, *, backbone: str, options:
             where="import-weights",
         )
         if source.graph is not None:
-            model = exports.Graph(graphs.keep_outputs(source.graph, kept, len(outputs), path), str(path))
+            model = exports.Graph(graphs.keep_outputs(source.graph, kept), str(path))
         else:
             model = _build_model(architecture, source, path, len(outputs), kept)
         points = _read_points(source.facts, outputs, path)
@@ -172,9 +172,15 @@ def _read_source(path: Path, backbone: str | None, options: ImportOptions) -> _S
     if path.suffix == ".onnx":
         assert options.layout is not None
         assert options.normalization is not None
+        assert options.outputs is not None
         rule = parse_normalization(options.normalization, 3)
         graph, size = graphs.read_onnx(
-            path, layout=options.layout, normalization=rule, size=options.size, logits=options.logits
+            path,
+            layout=options.layout,
+            normalization=rule,
+            size=options.size,
+            logits=options.logits,
+            n_outputs=len(options.outputs),
         )
         return _Source("graph", graph=graph, size=size)
     assert backbone is not None
@@ -277,7 +283,8 @@ def _describe(
     same: dict[str, Any] = {"size": architecture.size, "findings": architecture.findings}
     if architecture.backbone != "graph":
         same["backbone"] = architecture.backbone
-    settings = build(TrainSettings, same).model_dump(mode="json")
+    # Without the defaults, which did not make this model.
+    settings = build(TrainSettings, same).model_dump(mode="json", include={*same})
     unknown = dict.fromkeys(architecture.findings)
     dropped = [number for number, name in enumerate(outputs, 1) if name == DROPPED]
     return BundleContent(
@@ -297,7 +304,7 @@ def _describe(
             "versions": versions(),
             **({"dropped_outputs": dropped} if dropped else {}),
         },
-        config_toml=tomli_w.dumps({"train": {key: value for key, value in settings.items() if value is not None}}),
+        config_toml=tomli_w.dumps({"train": settings}),
         curves=[],
         split=SPLIT_SCHEMA.empty_table(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -74,6 +75,24 @@ def test_ensemble_can_be_recalibrated(members: list[Bundle], tmp_path: Path) -> 
     rows = load_bundle(site.out).predict(IMAGES, precision="fp32")
     assert rows[["p_Edema", "p_spread_Edema", "c_Edema", "flag_Edema"]].notna().all(axis=None)
     np.testing.assert_allclose(rows["p_Edema"], predict(both, "Edema"), atol=1e-6)
+
+
+def test_provenance_says_only_what_is_true_of_all_members(members: list[Bundle], tmp_path: Path) -> None:
+    settings = {"size": 64, "findings": ["Edema", "Hernia", "Mass"]}
+    records = [{"kind": "patient", "seed": seed} for seed in (0, 0, 1)]
+    for number, (split, other) in enumerate(((records[0], records[1]), (records[0], records[2]))):
+        given = [
+            derive_bundle(bundle, tmp_path / f"{number}-{j}", provenance={**bundle.info["provenance"], "split": record})
+            for j, (bundle, record) in enumerate(zip(members, (split, other), strict=True))
+        ]
+        both = ensembles.build_ensemble([bundle.path for bundle in given], tmp_path / f"both{number}")
+        source = both.info["provenance"]
+        assert source["split"] == (split if split == other else {})
+        assert source["ensemble"]["splits"] == [split, other]
+        assert source["settings"] == settings
+        assert tomllib.loads((both.path / "config.toml").read_text(encoding="utf-8")) == {"train": settings}
+    imported = [bundle.info["provenance"]["settings"] for bundle in members]
+    assert [set(found) for found in imported] == [{"size", "findings"}] * 2
 
 
 def test_members_that_do_not_fit_are_refused(
