@@ -181,7 +181,7 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
     if request.fresh:
         run_folder.refuse_foreign(out, KIND)
     else:
-        run_folder.check_run(out, wanted, remedy=REMEDY)
+        run_folder.check_run(out, wanted, remedy=REMEDY, defaults={"tta": 1})
     units = plan_units(rows.paths.slice(0, n_rows), settings.rows_per_file)
     written = set() if request.fresh else list_parts(out / SCORES)
     indices = {range_.index for unit in units for range_ in unit.ranges}

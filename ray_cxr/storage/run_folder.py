@@ -55,18 +55,26 @@ def digest_settings(out: Path) -> str:
     return hashlib.sha256((out / SETTINGS).read_bytes()).hexdigest()
 
 
-def check_run(out: Path, settings: Mapping[str, Any], *, remedy: str = "choose another --out") -> None:
+def check_run(
+    out: Path,
+    settings: Mapping[str, Any],
+    *,
+    remedy: str = "choose another --out",
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
     """Refuse an `out` that is a file, or that holds a run with damaged or other settings; the error names each
     difference.
+
+    `defaults` has the values of settings that either side may lack.
     """
     remote.check_bucket(out)
     _refuse_file(out)
     if not has_settings(out):
         return
-    old = _flatten(read_settings(out))
+    old = read_settings(out)
     if not old:
         raise OutputError(f"{out / SETTINGS}: damaged; {remedy}")
-    new = _flatten(settings)
+    old, new = ({**(defaults or {}), **_flatten(given)} for given in (old, settings))
     changes = [
         f"{name} {_shorten(old.get(name))} (now {_shorten(new.get(name))})"
         for name in sorted({*new, *old})

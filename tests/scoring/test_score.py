@@ -399,5 +399,5 @@ def test_copies_of_each_image_are_averaged(manifest: Path, scores: Path, tiny_bu
     p = [f"p_{name}" for name in tiny_bundle.findings]
     difference = np.abs(averaged.loc[ok, p].to_numpy() - plain.loc[ok, p].to_numpy())
     assert 0 < difference.max() < 0.5
-    for other, folder in (((), out), (("--set", "tta=3"), scores)):
-        assert_refused(command(*arguments(tiny_bundle, manifest, folder, *other)), "tta")
+    for other, folder, part in (((), out, "tta 3 (now 1)"), (("--set", "tta=3"), scores, "tta 1 (now 3)")):
+        assert_refused(command(*arguments(tiny_bundle, manifest, folder, *other)), part)

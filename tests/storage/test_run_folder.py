@@ -210,3 +210,11 @@ def test_a_bundle_that_another_command_writes_meanwhile_is_named(tmp_path: Path)
     with pytest.raises(OutputError, match="bundle: another command has written it now, and it is complete; use it"):
         write()
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_settings_that_a_folder_lacks_have_their_default(tmp_path: Path) -> None:
+    """Folders of versions without a setting continue, and a message names its default."""
+    run_folder.create_run(tmp_path, {"kind": "score"})
+    run_folder.check_run(tmp_path, {"kind": "score", "tta": 1}, defaults={"tta": 1})
+    with pytest.raises(OutputError, match=r"tta 1 \(now 3\)"):
+        run_folder.check_run(tmp_path, {"kind": "score", "tta": 3}, defaults={"tta": 1})
