@@ -138,7 +138,10 @@ def export_graph(folder: Path, graph: Graph, spec: InputSpec) -> dict[str, Any]:
         expected = check_graph(file, golden, graph.origin)
         exact = runtime.OpenVinoRuntime(file, "fp32", _BATCH, runtime.default_threads())
     except (BundleError, RuntimeError) as error:
-        raise ConfigError(f"{graph.origin}: OpenVINO cannot run it: {_summarize(error, folder)}") from None
+        cause = _summarize(error, folder).rpartition("cannot run it: ")[2]
+        raise ConfigError(
+            f"{graph.origin}: OpenVINO cannot run it; is its batch size fixed? Export it with a dynamic one ({cause})"
+        ) from None
     np.savez(folder / runtime.GOLDEN, images=golden, fp32=expected)
     _, bf16 = _measure_bf16(folder, exact, golden, expected, None)
     fp32 = precision_entry("fp32", largest_drift(exact.predict(golden).probabilities, expected))

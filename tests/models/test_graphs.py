@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from ray_cxr.cli import main
-from ray_cxr.config import ScoreSettings
+from ray_cxr.config import InputSpec, ScoreSettings
 from ray_cxr.errors import ConfigError
-from ray_cxr.models import importing, runtime
+from ray_cxr.models import exports, graphs, importing, runtime
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.models.bundle_writer import derive_bundle
 from ray_cxr.models.occlusion import CELLS, Occlusion
@@ -81,6 +84,101 @@ def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
         (tmp_path / "m.onnx").write_bytes(content)
         with pytest.raises(ConfigError, match=r"m\.onnx: [^\n]+$"):
             importing.import_weights(tmp_path / "m.onnx", tmp_path / "b", backbone=None, options=options)
+
+
+#: Weights of a model [N,3,32,32] -> average -> dense [N,3].
+DENSE = np.linspace(-1.0, 1.0, 9, dtype=np.float32).reshape(3, 3)
+
+
+def write_onnx(path: Path, nodes: str, outputs: dict[str, list[int | str] | None], batch: int | str = "N") -> Path:
+    """Write a model of `INPUTS Operation OUTPUT` per node; it has the constants W (dense), S ([1,3]) and C [1,3]."""
+    made = []
+    for node in nodes.split("; "):
+        *inputs, operation, output = node.split()
+        made.append(helper.make_node(operation, inputs, [output]))
+    constants = {"W": DENSE, "S": np.array([1, 3]), "C": np.zeros((1, 3), np.float32)}
+    graph = helper.make_graph(
+        made,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 3, 32, 32])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+    return path
+
+
+def import_onnx(path: Path, *more: str) -> Bundle:
+    options = importing.ImportOptions(
+        outputs=("Mass", "Edema", "Hernia"), layout="nchw", normalization="0.5,0.25", logits="--logits" in more
+    )
+    return importing.import_weights(path, path.with_suffix(""), backbone=None, options=options)
+
+
+POOL, HEAD = "x GlobalAveragePool p", "f W MatMul z"
+NF: list[int | str] = ["N", 3]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "outputs", "logits", "reason"),
+    [
+        (f"{POOL}; p Squeeze f; {HEAD}; z Sigmoid y", {"y": NF}, "", "squeeze"),
+        ("C Sigmoid y", {"y": [1, 3]}, "", "export it with a dynamic batch size"),
+        (f"{POOL}; p Flatten f; {HEAD}; z Sigmoid y", {"y": NF}, "--logits", "omit --logits"),
+        (f"{POOL}; p Flatten f; {HEAD}; z Softmax y", {"y": NF}, "", "softmax"),
+        (f"{POOL}; p Flatten f; {HEAD}; z Softmax y", {"y": NF}, "--logits", "softmax"),
+        (f"{POOL}; p Flatten f; {HEAD}; z Sigmoid y; f Sigmoid v", {"y": NF, "v": NF}, "", "y .*, v "),
+        (f"{POOL}; p Foo f; {HEAD}; z Sigmoid y", {"y": NF}, "", "Foo"),
+    ],
+)
+def test_models_of_another_form_are_one_line(
+    nodes: str, outputs: dict[str, list[int | str] | None], logits: str, reason: str, tmp_path: Path
+) -> None:
+    path = write_onnx(tmp_path / "m.onnx", nodes, outputs)
+    with pytest.raises(ConfigError, match=rf"^{path}: [^\n]*{reason}[^\n]*$"):
+        import_onnx(path, logits)
+
+
+def test_output_with_the_findings_is_chosen(tmp_path: Path) -> None:
+    nodes = f"{POOL}; p Flatten f; {HEAD}; z Sigmoid y"
+    outputs: dict[str, list[int | str] | None] = {"p": ["N", 3, 1, 1], "z": NF, "y": NF}
+    found = [
+        import_onnx(write_onnx(tmp_path / f"{number}.onnx", nodes, outputs), option)
+        for number, option in enumerate(("", "--logits"))
+    ]
+    # The channels' means are equal, so that each logit is a mean times the sum of a column.
+    logits = (100 / 255 - 0.5) / 0.25 * DENSE.sum(axis=0)
+    for bundle in found:
+        frame = bundle.predict([np.full((32, 32), 100, np.uint8)], precision="fp32")
+        p = frame.loc[0, ["p_Mass", "p_Edema", "p_Hernia"]].to_numpy(float)
+        np.testing.assert_allclose(p, 1 / (1 + np.exp(-logits)), atol=1e-6)
+
+
+def test_fixed_batch_is_replaced(tmp_path: Path) -> None:
+    nodes = f"{POOL}; p S Reshape f; {HEAD}; z Sigmoid y"
+    bundle = import_onnx(write_onnx(tmp_path / "m.onnx", nodes, {"y": [1, 3]}, batch=1))
+    assert len(bundle.predict([IMAGE, IMAGE], precision="fp32")) == 2
+
+
+def test_only_onnx_files_without_others_are_read(bundle: Bundle, tmp_path: Path) -> None:
+    shutil.copy(bundle.path / "openvino.xml", tmp_path / "ir.onnx")
+    shutil.copy(bundle.path / "openvino.bin", tmp_path / "ir.bin")
+    with pytest.raises(ConfigError, match=r"^[^\n]*cannot read it as ONNX[^\n]*$"):
+        import_onnx(tmp_path / "ir.onnx")
+    path = write_onnx(tmp_path / "m.onnx", f"{POOL}; p Flatten f; {HEAD}; z Sigmoid y", {"y": NF})
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="m.data", size_threshold=0)
+    with pytest.raises(ConfigError, match=r"^[^\n]*save it as a single file$"):
+        import_onnx(path)
+
+
+def test_graphs_that_do_not_run_are_one_line(tmp_path: Path) -> None:
+    ops = runtime.import_openvino().opset13
+    image = ops.parameter([-1, 64, 64, 1], np.uint8)
+    half = ops.constant(np.full((1, 3), 0.5, np.float32))
+    for value in (half, ops.reshape(ops.convert(image, "f32"), [2, 2048], False)):
+        graph = exports.Graph(graphs.build_graph(image, value, value), "a file")
+        with pytest.raises(ConfigError, match=r"^a file: [^\n]+dynamic[^\n]+$"):
+            exports.export_graph(tmp_path, graph, InputSpec(size=64))
 
 
 class Bright(runtime.Runtime):
