@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ray_cxr.imaging.phantoms import PhantomSet
@@ -97,6 +100,27 @@ def test_a_prediction_worked_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
     for change, limit, seconds in (({"storage": 50_000}, "storage", 200), ({"driver_range_s": 3}, "driver", 300)):
         slow = scaling.predict(10_000, 2, dataclasses.replace(figures, **change))
         assert (slow.limit, slow.parts["work"]) == (limit, pytest.approx(seconds))
+
+
+def test_probabilities_are_compared_after_a_single_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library comes last, and the other runs of the same bundle have other probabilities."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    models = importlib.import_module("models")
+
+    def score(work: Path, bundle: str, *more: str) -> float:
+        (folder := work / f"scores-{bundle}" / "scores").mkdir(parents=True, exist_ok=True)
+        row = {"image_id": ["a.png"], "p_Mass": [0.5 if more else 0.9]}
+        pq.write_table(pa.table(row), folder / "part-00000.parquet")
+        return 1.0
+
+    answer = {"wall_s": 1.0, "probabilities": [[0.4, 0.7]]}
+    monkeypatch.setattr(models, "prepare", lambda _: ["/images/a.png"])
+    monkeypatch.setattr(models, "score", score)
+    monkeypatch.setattr(models, "ask_child", lambda *_, **__: answer)
+    result: dict[str, Any] = {}
+    given = argparse.Namespace(work=tmp_path, only=None, rounds=1, torch="python")
+    models.measure(given, result)
+    assert result["difference"] == pytest.approx({"median": 0.1, "largest": 0.1})
 
 
 def test_the_page_has_the_tables_of_the_script() -> None:
