@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ray_cxr import extras
-from ray_cxr.errors import BundleError, OutputError
+from ray_cxr.errors import BundleError, ConfigError, OutputError
 from ray_cxr.models import runtime
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.storage import atomic, remote
@@ -35,8 +35,12 @@ def export_onnx(path: str | Path, out: str | Path) -> float:
     bundle, out = load_bundle(path), remote.to_path(out)
     if out.exists():
         raise OutputError(f"{out}: exists already; choose another --out")
-    model = bundle.model()
-    data = _convert(bundle, model)
+    if bundle.is_graph:
+        raise ConfigError(
+            f"{bundle.location}: holds only an OpenVINO graph, which cannot become ONNX; export the members of an "
+            "ensemble, or use the ONNX file that was imported"
+        )
+    data = _convert(bundle, bundle.model())
     drift = _check(bundle, data)
     atomic.write_bytes(out, data)
     return drift

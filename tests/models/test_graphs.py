@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ray_cxr.cli import main
 from ray_cxr.config import InputSpec, ScoreSettings
 from ray_cxr.errors import ConfigError
-from ray_cxr.models import exports, graphs, importing, runtime
+from ray_cxr.models import exports, graphs, importing, onnx_export, runtime
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.models.bundle_writer import derive_bundle
 from ray_cxr.models.occlusion import CELLS, Occlusion
@@ -42,15 +42,23 @@ def test_probabilities_equal_those_of_pytorch(bundle: Bundle) -> None:
     assert outputs.features.shape == (1, 4)
 
 
+def test_the_card_compares_with_the_graph(bundle: Bundle) -> None:
+    card = (bundle.path / "MODEL_CARD.md").read_text()
+    assert "those of the graph itself in float32" in card
+    assert "Keras in float32" not in card
+
+
 def test_a_copy_needs_no_weights_either(bundle: Bundle, tmp_path: Path) -> None:
     copy = derive_bundle(bundle, tmp_path / "copy", calibration={"Mass": None, "Edema": None})
     assert copy.is_graph
     assert "model.weights.h5" not in copy.files
 
 
-def test_what_a_graph_cannot_do_is_refused(bundle: Bundle) -> None:
+def test_what_a_graph_cannot_do_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="only a graph"):
         bundle.model()
+    with pytest.raises(ConfigError, match="export the members of an ensemble, or use the ONNX file"):
+        onnx_export.export_onnx(bundle.path, tmp_path / "m.onnx")
     with pytest.raises(ConfigError, match=r"^--gpu: .*omit --gpu$"):
         runtime.choose_precision(bundle.info, "auto", gpu=True)
     with pytest.raises(ConfigError, match="heatmap_method=occlusion"):
