@@ -274,6 +274,12 @@ def _add_bundle_commands(commands: Any) -> None:
     )
     importer.add_argument("--size", type=int, help="side of its input, pixels (224)")
     importer.add_argument("--aspect", choices=("stretch", "pad", "crop"), help="of images that are not square")
+    importer.add_argument(
+        "--interpolation",
+        choices=get_args(config.Interpolation),
+        default="area",
+        help="of images of another size (area)",
+    )
     importer.add_argument("--input-layout", choices=("nchw", "nhwc"), help="of an ONNX file's input")
     importer.add_argument("--logits", action="store_true", help="the outputs of an ONNX file need a sigmoid")
 
@@ -513,7 +519,7 @@ def _import_weights(arguments: argparse.Namespace) -> None:
     with silence_stderr():
         from ray_cxr.models import importing
 
-        if not str(arguments.weights).endswith(".onnx"):
+        if not str(arguments.weights).lower().endswith(".onnx"):
             from ray_cxr.models import classifier  # noqa: F401  -- imports TensorFlow, which prints
 
     options = importing.ImportOptions(
@@ -521,14 +527,16 @@ def _import_weights(arguments: argparse.Namespace) -> None:
         normalization=arguments.normalization,
         size=arguments.size,
         aspect=arguments.aspect,
+        interpolation=arguments.interpolation,
         layout=arguments.input_layout,
         logits=arguments.logits,
     )
     bundle = importing.import_weights(arguments.weights, arguments.out, backbone=arguments.backbone, options=options)
     _print(f"outputs: {', '.join(bundle.findings)}")
-    dropped = bundle.info["provenance"].get("dropped_outputs")
-    if dropped:
-        _print(f"outputs left out, by number: {', '.join(map(str, dropped))}")
+    made = bundle.info["provenance"]
+    if "dropped_names" in made:
+        dropped = zip(made["dropped_outputs"], made["dropped_names"], strict=True)
+        _print(f"outputs left out: {', '.join(name or f'number {number}' for number, name in dropped)}")
     if any(bundle.info["operating_points"].values()):
         _print("operating points as in the file; no calibration, so that the columns c_ of score tables will be null")
     else:

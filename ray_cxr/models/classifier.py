@@ -86,7 +86,7 @@ def initialize_weights(
     Returns the parts that stay random: names of layers, and `logits of <Finding>`.
     """
     path = Path(path)
-    if path.suffix in torch_files.SUFFIXES:
+    if path.suffix.lower() in torch_files.SUFFIXES:
         read = torch_files.read_torch_file(path)
         converted = torch_weights.convert_weights(read.arrays, architecture.backbone, str(path))
         stored = {**converted.layers, "logits": [converted.kernel, converted.bias]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,11 +34,17 @@ DROPPED = "-"
 _IMAGENET = ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))
 #: torchxrayvision maps gray from 0 to 255 to -1024 to 1024.
 _TORCHXRAYVISION = (2048.0 / 255.0, -1024.0)
-#: Saves the weights of a torchxrayvision model with what `import-weights` must know of it.
+#: Saves the weights of a file of torchxrayvision with what `import-weights` must know of them; an error is one line.
 _SAVE_TORCHXRAYVISION = """\
-import json, torchxrayvision as xrv, safetensors.torch as st; m = xrv.models.DenseNet(weights="densenet121-res224-all")
-about = {"source": "torchxrayvision", "outputs": m.targets, "op_threshs": m.op_threshs.tolist(), "size": 224}
-st.save_model(m, "xrv.safetensors", {k: json.dumps(v) for k, v in about.items()})"""
+import json, torch, torchxrayvision as xrv, safetensors.torch as st;
+m = torch.load({file!r}, map_location="cpu", weights_only=False);
+known = next((k for k in xrv.models.model_urls.values() if k["weights_url"].endswith({ending!r})), {{}});
+outputs = known.get("labels") or getattr(m, "pathologies", m.targets);
+points = known.get("op_threshs", getattr(m, "op_threshs", None));
+about = {{"source": "torchxrayvision", "outputs": outputs, "size": 224}};
+about["op_threshs"] = None if points is None else [float(x) for x in points];
+print("the outputs must be those that the file was trained for:", outputs);
+st.save_model(m, "xrv.safetensors", {{k: json.dumps(v) for k, v in about.items()}})"""
 
 
 _NO_FINDINGS = (
@@ -98,6 +104,7 @@ def import_weights(path: str | Path, out: str | Path, *, backbone: str, options:
     with run_folder.lock_bundle(out, "import-weights"):
         source = _read_source(path, backbone, options)
         outputs = options.outputs or _read_outputs(source.facts)
+        dropped = _list_dropped(outputs, source.facts)
         kept = [j for j, name in enumerate(outputs) if name != DROPPED]
         architecture = build(
             Architecture,
@@ -123,7 +130,7 @@ def import_weights(path: str | Path, out: str | Path, *, backbone: str, options:
         else:
             model = _build_model(architecture, source, path, len(outputs), kept)
         points = _read_points(source.facts, outputs, path)
-        return write_bundle(out, _describe(architecture, spec, path, points, outputs), model)
+        return write_bundle(out, _describe(architecture, spec, path, points, dropped), model)
 
 
 class _Facts(Settings):
@@ -139,7 +146,7 @@ class _Facts(Settings):
 
 def _check_options(path: Path, backbone: str | None, options: ImportOptions) -> None:
     """Raise ConfigError if an option is missing or has no effect on a file of this kind."""
-    if path.suffix != ".onnx":
+    if path.suffix.lower() != ".onnx":
         if backbone is None:
             raise ConfigError("--backbone: name it; only ONNX files have none")
         if options.layout is not None or options.logits:
@@ -153,7 +160,7 @@ def _check_options(path: Path, backbone: str | None, options: ImportOptions) -> 
             "--normalization: name what the model takes: imagenet, torchxrayvision, none (gray from 0 to 255), or "
             "MEAN,STD of gray values from 0 to 1"
         )
-    if options.outputs is None and path.suffix != ".safetensors":
+    if options.outputs is None and path.suffix.lower() != ".safetensors":
         raise ConfigError(_NO_FINDINGS)
 
 
@@ -169,11 +176,11 @@ class _Source:
 
 
 def _read_source(path: Path, backbone: str | None, options: ImportOptions) -> _Source:
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         assert options.layout is not None
         assert options.normalization is not None
         assert options.outputs is not None
-        rule = parse_normalization(options.normalization, 3)
+        rule = parse_normalization(options.normalization, 3, onnx=True)
         graph, size = graphs.read_onnx(
             path,
             layout=options.layout,
@@ -184,7 +191,7 @@ def _read_source(path: Path, backbone: str | None, options: ImportOptions) -> _S
         )
         return _Source("graph", graph=graph, size=size)
     assert backbone is not None
-    return _read_torch(path, backbone) if path.suffix in torch_files.SUFFIXES else _Source(backbone)
+    return _read_torch(path, backbone) if path.suffix.lower() in torch_files.SUFFIXES else _Source(backbone)
 
 
 def _read_torch(path: Path, backbone: str) -> _Source:
@@ -192,7 +199,10 @@ def _read_torch(path: Path, backbone: str) -> _Source:
     try:
         read = torch_files.read_torch_file(path)
     except torch_files.WholeModelError as error:
-        raise ConfigError(f"{error}; for a model of torchxrayvision:\n{_SAVE_TORCHXRAYVISION}") from None
+        if not f"{error.module}.".startswith("torchxrayvision."):
+            raise
+        recipe = _SAVE_TORCHXRAYVISION.format(file=str(path), ending=f"/{path.name}")
+        raise ConfigError(f"{error}; or run this in Python with torchxrayvision: {recipe}") from None
     try:
         known_facts = {key: json.loads(text) for key, text in read.metadata.items() if key in _Facts.model_fields}
     except ValueError:
@@ -209,6 +219,13 @@ def _read_outputs(facts: _Facts) -> tuple[str, ...]:
     if facts.outputs is None:
         raise ConfigError(_NO_FINDINGS)
     return _check_outputs([labels.canonicalize(name) or DROPPED for name in facts.outputs])
+
+
+def _list_dropped(outputs: Sequence[str], facts: _Facts) -> dict[int, str]:
+    """Return the outputs that are left out: their numbers from 1, and the file's names for them, empty if unknown."""
+    names = facts.outputs or ()
+    known = names if len(names) == len(outputs) else ("",) * len(outputs)
+    return {j + 1: known[j] for j, name in enumerate(outputs) if name == DROPPED}
 
 
 def _read_points(facts: _Facts, outputs: Sequence[str], path: Path) -> dict[str, dict[str, Any] | None]:
@@ -237,8 +254,8 @@ def _find_normalization(options: ImportOptions, source: _Source) -> tuple[tuple[
     return None if text == "keras" else parse_normalization(text, channels)
 
 
-def parse_normalization(text: str, channels: int) -> tuple[tuple[float, float], ...]:
-    """Return (scale, offset) per channel for gray from 0 to 255."""
+def parse_normalization(text: str, channels: int, *, onnx: bool = False) -> tuple[tuple[float, float], ...]:
+    """Return (scale, offset) per channel for gray from 0 to 255; `onnx`: errors do not name rules of a backbone."""
     if text == "none":
         return ((1.0, 0.0),) * channels
     if text == "torchxrayvision":
@@ -252,9 +269,9 @@ def parse_normalization(text: str, channels: int) -> tuple[tuple[float, float], 
     except ValueError:
         mean, std = math.nan, math.nan
     if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        names = "imagenet, torchxrayvision, none" if onnx else "imagenet, torchxrayvision, keras, none"
         raise ConfigError(
-            f"--normalization {text!r}: use imagenet, torchxrayvision, keras, none, or MEAN,STD of gray values from 0 "
-            "to 1, such as 0.5,0.25"
+            f"--normalization {text!r}: use {names}, or MEAN,STD of gray values from 0 to 1, such as 0.5,0.25"
         )
     return ((1.0 / (255.0 * std), -mean / std),) * channels
 
@@ -278,7 +295,7 @@ def _describe(
     spec: InputSpec,
     path: Path,
     points: dict[str, dict[str, Any] | None],
-    outputs: Sequence[str],
+    dropped: Mapping[int, str],
 ) -> BundleContent:
     same: dict[str, Any] = {"size": architecture.size, "findings": architecture.findings}
     if architecture.backbone != "graph":
@@ -286,7 +303,6 @@ def _describe(
     # Without the defaults, which did not make this model.
     settings = build(TrainSettings, same).model_dump(mode="json", include={*same})
     unknown = dict.fromkeys(architecture.findings)
-    dropped = [number for number, name in enumerate(outputs, 1) if name == DROPPED]
     return BundleContent(
         architecture=architecture,
         input_spec=spec,
@@ -302,7 +318,7 @@ def _describe(
             "age_range": None,
             "settings": settings,
             "versions": versions(),
-            **({"dropped_outputs": dropped} if dropped else {}),
+            **({"dropped_outputs": list(dropped), "dropped_names": list(dropped.values())} if dropped else {}),
         },
         config_toml=tomli_w.dumps({"train": settings}),
         curves=[],

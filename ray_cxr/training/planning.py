@@ -78,7 +78,7 @@ def plan_training(prepared: str | Path, out: str | Path, settings: TrainSettings
     if settings.weights not in ("imagenet", "none"):
         if not Path(settings.weights).exists():
             raise ConfigError(f"weights: {settings.weights}: no such file or bundle; or use imagenet or none")
-        if Path(settings.weights).suffix == ".onnx":
+        if Path(settings.weights).suffix.lower() == ".onnx":
             raise _refuse_graph(settings.weights)
         # Workers have other working directories.
         settings = settings.replace(weights=str(Path(settings.weights).absolute()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import io
 import json
@@ -190,16 +191,22 @@ def test_code_in_a_file_never_runs(tmp_path: Path) -> None:
 
 def test_whole_models_are_refused_with_a_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pickled = b"\x80\x02ctorchxrayvision.models\nDenseNet\nq\x00)\x81."
-    with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
-        archive.writestr("model/data.pkl", pickled)
+    for name, content in (("m.pt", pickled), ("other.PT", pickled.replace(b"xray", b""))):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("model/data.pkl", content)
     write_zip(tmp_path / "script.pt", state(), {"code/__torch__.py": b"import os"})
-    for name in ("m.pt", "script.pt"):
+    for name in ("m.pt", "script.pt", "other.PT"):
         given = ["import-weights", str(tmp_path / name), "--backbone", "DenseNet121", "--out", str(tmp_path / "b")]
         assert main([*given, "--findings", "14"]) == 2
         lines = capsys.readouterr().err.splitlines()
         assert name in lines[0]
         assert "runs code" in lines[0]
-        assert "save_model" in lines[-1]
+        # Only for a file of torchxrayvision, a program follows that loads this very file.
+        assert ("save_model" in lines[0]) == (name == "m.pt")
+        if name == "m.pt":
+            program = lines[0].partition("with torchxrayvision: ")[2]
+            assert f"torch.load({str(tmp_path / name)!r}, " in program
+            ast.parse(program)
     assert not (tmp_path / "b").exists()
 
 
@@ -377,8 +384,14 @@ def test_normalization_rules(text: str | None, channels: int, expected: Any) -> 
         np.testing.assert_allclose(found[0], expected[0])
 
 
+@pytest.mark.parametrize("rule", ["keras", "0.5"])
+def test_rules_of_a_backbone_are_not_suggested_for_onnx(rule: str) -> None:
+    with pytest.raises(ConfigError, match="use imagenet, torchxrayvision, none, or MEAN,STD"):
+        importing.parse_normalization(rule, 3, onnx=True)
+
+
 @pytest.mark.slow
-def test_outputs_and_thresholds_come_from_the_metadata(tmp_path: Path) -> None:
+def test_outputs_and_thresholds_come_from_the_metadata(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One-channel input, outputs that are no findings of ours, and operating points."""
     keras.utils.set_random_seed(0)
     weights = {key: array for key, array in make_state("densenet121").items() if not key.startswith("classifier")}
@@ -388,17 +401,20 @@ def test_outputs_and_thresholds_come_from_the_metadata(tmp_path: Path) -> None:
     about = {"source": "torchxrayvision", "outputs": ["Edema", "Fracture", "", "Mass"], "size": 64}
     metadata = {key: json.dumps(value) for key, value in about.items()}
     metadata["op_threshs"] = "[0.25, 0.5, NaN, NaN]"
-    save_file(weights, tmp_path / "m.safetensors", metadata)
+    save_file(weights, tmp_path / "m.SafeTensors", metadata)
     out = tmp_path / "bundle"
-    command = ["import-weights", str(tmp_path / "m.safetensors"), "--backbone", "DenseNet121", "--out", str(out)]
-    assert main(command) == 0
+    command = ["import-weights", str(tmp_path / "m.SafeTensors"), "--backbone", "DenseNet121", "--out", str(out)]
+    assert main([*command, "--interpolation", "linear"]) == 0
+    assert "Fracture, number 3" in capsys.readouterr().out
     bundle = load_bundle(out)
     assert bundle.findings == ("Edema", "Mass")
-    assert (bundle.input_spec.size, bundle.input_spec.aspect) == (64, "crop")
+    spec = bundle.input_spec
+    assert (spec.size, spec.aspect, spec.interpolation) == (64, "crop", "linear")
     assert bundle.architecture.normalization == ((2048 / 255, -1024.0),)
     points = bundle.info["operating_points"]
     assert (points["Edema"]["threshold"], points["Mass"]) == (0.25, None)
     assert bundle.info["provenance"]["dropped_outputs"] == [2, 3]
+    assert bundle.info["provenance"]["dropped_names"] == ["Fracture", ""]
     rows = bundle.predict(np.random.default_rng(0).integers(0, 256, (3, 80, 70), np.uint8), precision="fp32")
     assert (rows["flag_Edema"] == (rows["p_Edema"] >= 0.25)).all()
     assert rows[["flag_Mass", "c_Edema"]].isna().all(axis=None)
