@@ -39,6 +39,8 @@ _MAX_BYTES = 2 << 30
 _MAX_PICKLE_BYTES = 256 << 20
 #: Each opcode can make an object, so that a pickle is more in memory than in the file.
 _MAX_OPCODES = 4 << 20
+#: Tuples inside tuples, without end, would overflow the stack of the process. A tensor has four.
+_MAX_TUPLES = 60_000
 _BFLOAT16 = np.dtype("<u2")
 #: NumPy's type by the name of a storage class; bfloat16 has none and is widened.
 _TYPES: dict[str, np.dtype[Any]] = {
@@ -291,10 +293,12 @@ def _unpickle(file: Any, path: Path, storages: dict[str, _Storage]) -> Any:
     start = file.tell()
     # An index of the memo makes the unpickler allocate as many entries, whatever the pickle's length.
     number = highest = -1
+    tuples = 0
     for number, (opcode, argument, position) in enumerate(pickletools.genops(file)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
             highest = max(highest, int(argument))
-        if number > _MAX_OPCODES or (position or 0) - start > _MAX_PICKLE_BYTES:
+        tuples += opcode.name.startswith("TUPLE")
+        if number > _MAX_OPCODES or tuples > _MAX_TUPLES or (position or 0) - start > _MAX_PICKLE_BYTES:
             raise ConfigError(f"{path}: has more objects beside its tensors than any model here")
     end = file.tell()
     if end - start > _MAX_PICKLE_BYTES or highest > number:

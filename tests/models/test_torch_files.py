@@ -230,6 +230,8 @@ def test_small_files_cannot_take_much_memory(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "old.pth").write_bytes(huge)
     with pytest.raises(ConfigError, match="impossible sizes"):
         torch_files.read_torch_file(tmp_path / "old.pth")
+    with pytest.raises(ConfigError, match="more objects"):
+        read_pickle(tmp_path / "m.pth", b"\x80\x02})" + 200_000 * b"\x85" + b"K\x01s.")  # the hash of a key overflows
     write_zip(tmp_path / "m.pth", state())
     with (
         zipfile.ZipFile(tmp_path / "m.pth") as source,
