@@ -296,7 +296,7 @@ def _unpickle(file: Any, path: Path, storages: dict[str, _Storage]) -> Any:
     tuples = 0
     for number, (opcode, argument, position) in enumerate(pickletools.genops(file)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            highest = max(highest, int(argument))
+            highest = max(highest, int(argument or 0))
         tuples += opcode.name.startswith("TUPLE")
         if number > _MAX_OPCODES or tuples > _MAX_TUPLES or (position or 0) - start > _MAX_PICKLE_BYTES:
             raise ConfigError(f"{path}: has more objects beside its tensors than any model here")
@@ -370,7 +370,8 @@ def _read_pickles(file: mmap.mmap, path: Path) -> Any:
 
 def _find_state(loaded: Any, path: Path) -> dict[str, np.ndarray]:
     """Return the arrays of a state dict, or of the state dict inside a checkpoint."""
-    level, seen = [loaded], set()
+    level = [loaded]
+    seen: set[int] = set()
     for _ in range(_MAX_DEPTH):
         level = [found for found in level if isinstance(found, dict) and id(found) not in seen]
         seen.update(map(id, level))
