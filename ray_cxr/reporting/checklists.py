@@ -246,13 +246,21 @@ def _describe_model(m: Mapping[str, Any], table: Scores) -> dict[str, str]:
         "start": _join(source.get("initial_weights"), _name("Images that trained them", source.get("lineage"))),
         "training": _join(_name("Settings", _list(settings)), f"{epochs} epochs" if epochs else ""),
         "selection": f"Epoch {epoch}, the best by {chosen_by}" if epoch and chosen_by else "",
-        "ensemble": "None: one model" if table.is_own and len(table.model_digests) == 1 else "",
+        "ensemble": _describe_ensemble(table),
         "identity": _name("Model, SHA-256", ", ".join(m["digests"]["model"])),
         "updating": updating,
         "prediction": _name("ray-cxr score, precision", table.run.get("precision")),
         "imbalance": _name("Loss", settings.get("loss")),
         "output": _join(_name("Calibration", ", ".join(methods)), _name("Rule of the thresholds", ", ".join(rules))),
     }
+
+
+def _describe_ensemble(table: Scores) -> str:
+    """State how many models were averaged; empty if unknown."""
+    members = (table.provenance.get("ensemble") or {}).get("members")
+    if members:
+        return f"The mean of the calibrated logits of {len(members)} models"
+    return "None: one model" if table.is_own and len(table.model_digests) == 1 else ""
 
 
 def _describe_results(m: Mapping[str, Any]) -> dict[str, str]:
