@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/models.py --work DIR --torch .torch/bin/python --out models.json
 
-`--torch` names a Python with torch, torchvision and torchxrayvision, such as the one of scripts/services. The model has
+`--torch` names a Python with torch, torchvision and torchxrayvision; scripts/services makes one. The model has
 random weights, because published ones are downloads: its speed is real, its probabilities are meaningless, but equal.
 
     ours, ours-bf16   `ray-cxr score` of the imported bundle, in fp32 and in the precision that it chooses

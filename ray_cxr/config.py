@@ -308,7 +308,10 @@ class ScoreSettings(Settings):
         60.0, gt=0.0, le=86_400, description="a file that takes longer gets the error code decode_timeout"
     )
     tta: int = Field(
-        1, ge=1, le=32, description="average of so many slightly shifted and scaled copies of each image; 1: none"
+        1,
+        ge=1,
+        le=32,
+        description="number of slightly shifted and scaled copies of each image to average; 1: no average",
     )
     max_error_rate: float = Field(0.5, ge=0.0, le=1.0, description="exit with 3 if a larger share of images fails")
     max_pixels: int = Field(100_000_000, ge=1, description="refuse larger images before decoding")

@@ -32,7 +32,7 @@ NO_FINDING = "No_Finding"
 #: The label columns of a manifest, in order.
 LABELS: tuple[str, ...] = (*FINDINGS, NO_FINDING)
 
-#: Columns of a score table that tell how much the probabilities differ that were averaged: p_spread_<Finding>.
+#: Columns p_spread_<Finding> of a score table: standard deviation of the probabilities that were averaged.
 SPREAD_PREFIX = "p_spread_"
 
 _SYNONYMS: dict[str, str] = {

@@ -29,8 +29,8 @@ from ray_cxr.evaluation.delong import compute_components
 from ray_cxr.evaluation.intervals import Patients, wilson_interval
 from ray_cxr.evaluation.roc_steps import divide_or_nan
 
-#: Standard errors of a single patient's mean rank (uniform in 0..1) and share. No deviation shows them, so such a value
-#: has no interval, but means have to include them.
+#: Standard errors of a single patient's mean rank (uniform in 0..1) and share. No deviation shows them, so the
+#: value has no interval, but means have to include them.
 ONE_RANK, ONE_SHARE = 12**-0.5, 0.5
 INTERVAL_METHOD = (
     "Wilson with the effective number of images; MOVER for means and differences, for differences with limits from "

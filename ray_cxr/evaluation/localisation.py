@@ -1,4 +1,4 @@
-"""Localisation: how well heat maps match the boxes that radiologists drew. Three protocols:
+"""Localisation: agreement of heat maps with the boxes that radiologists drew. Three protocols:
 
 1. Ours. Pointing game (after Zhang et al., Top-down Neural Attention by Excitation Backprop, ECCV 2016): a map hits if
    its highest cell's centre lies in a box of its finding, or at most `TOLERANCE` pixels outside. If several cells share

@@ -1,9 +1,9 @@
 """Metrics of every finding in each group, and differences between groups.
 
 Small cells have fewer than `FEW_PATIENTS` patients with the finding, or without it. They are kept, and marked because
-their intervals are less reliable. Differences are reported with the number of comparisons, because one in twenty
-intervals excludes 0 by chance. `group_estimates` defines the intervals; `tests/simulations/group_differences.py`
-measures how often they exclude 0 if there is no difference.
+their intervals are less reliable. Differences are reported with the number of comparisons, because about one
+in twenty intervals excludes 0 by chance. `group_estimates` defines the intervals;
+`tests/simulations/group_differences.py` measures the share that excludes 0 if there is no difference.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Underdiagnosis: images with a finding that the model passes as normal, by group (Seyyed-Kalantari et al. 2021).
 
-The paper measures how often a model's output "No Finding" is positive for patients who have a finding, by sex, age,
-race and insurance, and for pairs of these. Here an image is passed as normal if no finding is flagged, because that is
+The paper measures the false-positive rate of a model's output "No Finding" by sex, age, race and insurance, and for
+pairs of these. Here an image is passed as normal if no finding is flagged, because that is
 what a reader of the flags sees; the attributes are those of `groups`; and differences have intervals.
 
 The findings are those with an operating point. Images count as follows:
