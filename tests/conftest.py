@@ -267,13 +267,13 @@ def replace_ray() -> Iterator[None]:
     """Run `prepare`, `score` and heat maps in this process, for tests of their output only."""
     import ray.data
 
-    from ray_cxr import cli, cluster
+    from ray_cxr import cluster
 
     node = {"NodeID": "here", "Alive": True, "NodeManagerAddress": "127.0.0.1", "Resources": {"CPU": 2.0}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray.data, "from_items", InProcessDataset)
         patch.setattr(cluster, "list_alive", lambda: [node])
-        patch.setattr(cli, "start_ray", lambda *_, **__: contextlib.nullcontext())
+        patch.setattr(session, "start_ray", lambda *_, **__: contextlib.nullcontext())
         yield
 
 

@@ -45,7 +45,7 @@ FILES = {
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "start_ray", Mock(side_effect=AssertionError("the command started Ray")))
+    monkeypatch.setattr("ray_cxr.session.start_ray", Mock(side_effect=AssertionError("the command started Ray")))
 
 
 @pytest.fixture

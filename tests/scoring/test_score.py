@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from score_folders import arguments, assert_done, assert_refused, make_job, modification_times, read_rows
 
-from ray_cxr import cli
 from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import ConfigError, OutputError, RayCxrError
 from ray_cxr.imaging.sandbox import DecodedImage
@@ -131,7 +130,7 @@ def other_bundle(tmp_path_factory):
 
 @pytest.fixture
 def ray_must_not_start(monkeypatch) -> None:
-    monkeypatch.setattr(cli, "start_ray", Mock(side_effect=AssertionError("Ray is started")))
+    monkeypatch.setattr("ray_cxr.session.start_ray", Mock(side_effect=AssertionError("Ray is started")))
 
 
 @pytest.mark.usefixtures("ray_must_not_start")

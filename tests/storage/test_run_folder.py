@@ -112,7 +112,7 @@ def test_a_bucket_has_no_lock() -> None:
 
 
 def test_commands_are_refused_before_ray_starts(tmp_path: Path, command, monkeypatch, tiny_bundle, manifest) -> None:
-    monkeypatch.setattr("ray_cxr.cli.start_ray", lambda *_, **__: pytest.fail("Ray starts"))
+    monkeypatch.setattr("ray_cxr.session.start_ray", lambda *_, **__: pytest.fail("Ray starts"))
     for line in (
         ["prepare", manifest, "--size", 64],
         ["score", "--model", tiny_bundle.path, "--manifest", manifest],
@@ -126,7 +126,7 @@ def test_commands_are_refused_before_ray_starts(tmp_path: Path, command, monkeyp
 def test_train_report_and_export_are_refused_at_their_start(
     tmp_path: Path, command, monkeypatch, prepared, scores
 ) -> None:
-    monkeypatch.setattr("ray_cxr.cli.start_ray", lambda *_, **__: pytest.fail("Ray starts"))
+    monkeypatch.setattr("ray_cxr.session.start_ray", lambda *_, **__: pytest.fail("Ray starts"))
     train = ["train", prepared, "--set", "backbone=TinyCNN", "--set", "weights=none", "--set", "size=64"]
     for line in (train, ["report", scores], ["export-sr", scores]):
         with run_folder.lock(tmp_path / "out", "tune"):
@@ -186,7 +186,7 @@ def test_a_report_in_odd_folders(tmp_path: Path, command, scores: Path) -> None:
 def test_files_of_operating_systems_change_no_result(
     tmp_path: Path, command, monkeypatch, scores: Path, prepared: Path, tiny_bundle, manifest: Path
 ) -> None:
-    monkeypatch.setattr("ray_cxr.cli.start_ray", lambda *_, **__: pytest.fail("Ray starts"))
+    monkeypatch.setattr("ray_cxr.session.start_ray", lambda *_, **__: pytest.fail("Ray starts"))
     shutil.copytree(scores, tmp_path / "scores")
     shutil.copytree(prepared, tmp_path / "prepared")
     (tmp_path / "scores" / "heatmaps").mkdir()  # as `--fresh` leaves it

@@ -1,0 +1,151 @@
+"""Commands that make a bundle or export one: `import-weights`, `ensemble`, `quantize`, `recalibrate`, `export-onnx`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, get_args
+
+from rich.table import Table
+
+from ray_cxr import config
+from ray_cxr.cli.arguments import add_command, add_settings, any_path, local_input
+from ray_cxr.cli.output import explain_write_errors, format_number, print_line, print_rule_notes, print_table
+from ray_cxr.imaging.demographics import PatientCount
+from ray_cxr.progress import silence_stderr
+
+
+def add_commands(commands: Any) -> None:
+    quantize = add_command(commands, "quantize", _quantize, "add 8-bit weights for `score --precision int8`")
+    quantize.add_argument("bundle", type=any_path, metavar="BUNDLE")
+    quantize.add_argument("prepared", type=any_path, metavar="PREPARED", help="from prepare; has train and val images")
+    quantize.add_argument("--out", required=True, type=any_path, metavar="BUNDLE2")
+    add_settings(quantize)
+
+    recalibrate = add_command(
+        commands, "recalibrate", _recalibrate, "fit calibration and operating points to own labels"
+    )
+    recalibrate.add_argument("bundle", type=any_path, metavar="BUNDLE")
+    recalibrate.add_argument("scores", type=any_path, metavar="SCORES", help="folder from score with this BUNDLE")
+    recalibrate.add_argument("--labels", required=True, type=any_path, metavar="M.parquet")
+    recalibrate.add_argument("--out", required=True, type=any_path, metavar="BUNDLE2")
+    add_settings(recalibrate)
+
+    ensemble = add_command(commands, "ensemble", _ensemble, "average several bundles in one")
+    ensemble.add_argument("bundles", nargs="+", type=any_path, metavar="BUNDLE")
+    ensemble.add_argument("--out", required=True, type=any_path, metavar="BUNDLE2")
+
+    exporter = add_command(commands, "export-onnx", _export_onnx, "write a model as an ONNX file for other servers")
+    exporter.add_argument("bundle", type=any_path, metavar="BUNDLE")
+    exporter.add_argument("--out", required=True, type=any_path, metavar="F.onnx")
+
+    importer = add_command(commands, "import-weights", _import_weights, "make a bundle of third-party weights")
+    importer.add_argument(
+        "weights", type=local_input, metavar="FILE", help="Keras, PyTorch or ONNX, see docs/models.md"
+    )
+    importer.add_argument("--backbone", metavar="NAME", help="not for ONNX files")
+    importer.add_argument("--out", required=True, type=any_path, metavar="BUNDLE")
+    importer.add_argument(
+        "--findings", metavar="LIST", help="outputs in order, comma-separated, - to leave one out; 14, 15: alphabetical"
+    )
+    importer.add_argument(
+        "--normalization",
+        metavar="RULE",
+        help="keras, imagenet, torchxrayvision, none; or MEAN,STD of gray 0 to 1",
+    )
+    importer.add_argument("--size", type=int, help="side of its input, pixels (224)")
+    importer.add_argument("--aspect", choices=("stretch", "pad", "crop"), help="of images that are not square")
+    importer.add_argument(
+        "--interpolation",
+        choices=get_args(config.Interpolation),
+        default="area",
+        help="of images of another size (area)",
+    )
+    importer.add_argument("--input-layout", choices=("nchw", "nhwc"), help="of an ONNX file's input")
+    importer.add_argument("--logits", action="store_true", help="the outputs of an ONNX file need a sigmoid")
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    chosen = config.load(arguments.config, arguments.overrides, section="quantize").quantize
+    from ray_cxr.models import quantization
+
+    with explain_write_errors(arguments.out):
+        bundle = quantization.quantize(arguments.bundle, arguments.prepared, arguments.out, chosen, on_event=print_line)
+    print_line(f"bundle: {bundle.location}")
+
+
+def _recalibrate(arguments: argparse.Namespace) -> None:
+    chosen = config.load(arguments.config, arguments.overrides, section="recalibrate").recalibrate
+    from ray_cxr.models import recalibration
+
+    bundle = recalibration.recalibrate(
+        arguments.bundle, arguments.scores, arguments.labels, arguments.out, chosen, on_event=print_line
+    )
+    made, points = bundle.info["provenance"]["recalibrated"], bundle.info["operating_points"]
+    names = ("finding", "images", "positives", "flags above", "before", "flag rate", "before", "Brier", "before")
+    table = Table(*names, title="Recalibration, on the images that it was fitted on")
+    for name in bundle.findings:
+        row, point, old = made["findings"][name], points[name], made["before"]["operating_points"][name]
+        counts = f"{row['n']:,}", f"{row['positives']:,}"
+        thresholds = (format_number(used and used["threshold"], 4, "none") for used in (point, old))
+        rates = (
+            format_number(row[key], 3, "none") for key in ("flag_rate", "flag_rate_before", "brier", "brier_before")
+        )
+        table.add_row(name, *counts, *thresholds, *rates)
+    print_table(table)
+    print_rule_notes(bundle.info["rule_notes"])
+    print_line(
+        f"calibration by {made['method']} and operating points by {made['rule']}, from {made['images']:,} images of "
+        f"{PatientCount(made['patients'], made.get('images_without_patient', 0))}: report on others"
+    )
+    print_line(f"bundle: {bundle.location}")
+
+
+def _import_weights(arguments: argparse.Namespace) -> None:
+    with silence_stderr():
+        from ray_cxr.models import importing
+
+        if not str(arguments.weights).lower().endswith(".onnx"):
+            from ray_cxr.models import classifier  # noqa: F401  -- imports TensorFlow, which prints
+
+    options = importing.ImportOptions(
+        outputs=None if arguments.findings is None else importing.parse_findings(arguments.findings),
+        normalization=arguments.normalization,
+        size=arguments.size,
+        aspect=arguments.aspect,
+        interpolation=arguments.interpolation,
+        layout=arguments.input_layout,
+        logits=arguments.logits,
+    )
+    bundle = importing.import_weights(arguments.weights, arguments.out, backbone=arguments.backbone, options=options)
+    print_line(f"outputs: {', '.join(bundle.findings)}")
+    made = bundle.info["provenance"]
+    if "dropped_names" in made:
+        dropped = zip(made["dropped_outputs"], made["dropped_names"], strict=True)
+        print_line(f"outputs left out: {', '.join(name or f'number {number}' for number, name in dropped)}")
+    if any(bundle.info["operating_points"].values()):
+        print_line(
+            "operating points as in the file; no calibration, so that the columns c_ of score tables will be null"
+        )
+    else:
+        print_line("no calibration or operating points; those columns of score tables will be null")
+    print_line(f"bundle: {bundle.location}")
+
+
+def _ensemble(arguments: argparse.Namespace) -> None:
+    from ray_cxr.models import ensembles
+
+    bundle = ensembles.build_ensemble(arguments.bundles, arguments.out)
+    members = bundle.info["provenance"]["ensemble"]["findings"]
+    print_line(f"members per finding: {', '.join(f'{name} {count}' for name, count in members.items())}")
+    print_line("no calibration or operating points; score labelled images and run `ray-cxr recalibrate`")
+    print_line(f"bundle: {bundle.location}")
+
+
+def _export_onnx(arguments: argparse.Namespace) -> None:
+    with silence_stderr():
+        from ray_cxr.models import classifier, onnx_export  # noqa: F401  -- imports TensorFlow, which prints
+
+    with explain_write_errors(arguments.out):
+        drift = onnx_export.export_onnx(arguments.bundle, arguments.out)
+    print_line(f"largest difference from Keras on the golden images, in ONNX Runtime: {drift:.1g}")
+    print_line(f"model: {arguments.out}")

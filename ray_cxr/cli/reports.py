@@ -1,0 +1,69 @@
+"""`report` and `export-sr`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ray_cxr.cli.arguments import add_command, any_path, local_input, local_output, pick
+from ray_cxr.cli.output import explain_write_errors, format_number, print_line
+from ray_cxr.errors import ConfigError
+from ray_cxr.imaging.demographics import PatientCount
+from ray_cxr.storage import remote
+
+
+def add_commands(commands: Any) -> None:
+    report = add_command(commands, "report", _report, "turn scores (and labels) into a report, metrics and figures")
+    scores_help = "folder from score, or a Parquet with image_id and p_<Finding>"
+    report.add_argument("scores", type=any_path, metavar="SCORES", help=scores_help)
+    report.add_argument("--out", required=True, type=any_path, metavar="REPORT")
+    report.add_argument("--labels", type=any_path, metavar="M.parquet")
+    report.add_argument("--split", choices=["train", "val", "test"])
+    report.add_argument("--consensus", type=local_input, metavar="CSV", help="radiologists' labels per finding")
+    report.add_argument("--boxes", type=local_input, metavar="CSV", help="boxes as in BBox_List_2017, for heat maps")
+    report.add_argument("--compare", type=any_path, metavar="SCORES2", help="other scores of the same images")
+    prevalence_help = "lines such as Effusion = 0.12, for PPV and NPV"
+    report.add_argument("--prevalence", type=local_input, metavar="F.toml", help=prevalence_help)
+
+    export = add_command(commands, "export-sr", _export_sr, "write DICOM Structured Reports, one per study")
+    export.add_argument("scores", type=local_input, metavar="SCORES", help="folder from score; reads its DICOM files")
+    export.add_argument("--out", required=True, type=local_output, metavar="DIR", help="holds patients' names and ids")
+    export.add_argument(
+        "--replaces",
+        type=local_input,
+        metavar="DIR2",
+        help="earlier export whose documents the new ones replace",
+    )
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from ray_cxr.reporting import report
+
+    with explain_write_errors(arguments.out):
+        options = pick(arguments, "labels", "split", "consensus", "boxes", "compare", "prevalence")
+        metrics = report.write_report(arguments.scores, arguments.out, **options)
+    macro = metrics["macro"]
+    if macro and macro["auroc"] is not None:
+        low, high = (format_number(macro[f"auroc_interval_{end}"]) for end in ("low", "high"))
+        print_line(
+            f"macro AUROC {macro['auroc']:.3f} ({low} to {high}) "
+            f"over {len(macro['findings'])} findings, {metrics['n_images']:,} images of "
+            f"{PatientCount(metrics['n_patients'], metrics['images_without_patient'])}"
+        )
+    print_line(f"report: {remote.to_path(arguments.out) / 'report.html'}")
+
+
+def _export_sr(arguments: argparse.Namespace) -> None:
+    if not arguments.out:
+        raise ConfigError("--out: is empty; name a folder to write")
+    from ray_cxr.reporting import dicom_sr
+
+    export = dicom_sr.export_sr(arguments.scores, arguments.out, arguments.replaces)
+    for outcome, text in dicom_sr.OUTCOME_TEXTS.items():
+        if export.outcomes[outcome]:
+            print_line(f"{export.outcomes[outcome]:,} {text}")
+    partial = f", {export.partial:,} of them without an image of their study" if export.partial else ""
+    print_line(f"reports: {export.reports:,} in {arguments.out}{partial}; {export.written:,} written now")
+    if arguments.replaces or export.replacing:
+        print_line(f"replaced: {export.replacing:,} of the reports name an earlier report of their study")
+    export.raise_for_failures()

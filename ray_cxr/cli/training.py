@@ -1,0 +1,112 @@
+"""`train` and `tune`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from collections import Counter
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+
+from ray_cxr import config, errors, session
+from ray_cxr.cli.arguments import add_command, add_settings, any_path, local_output, override_settings
+from ray_cxr.cli.output import format_number, print_line, print_rule_notes, print_table
+from ray_cxr.errors import RayCxrError
+from ray_cxr.storage import remote
+
+
+def add_commands(commands: Any) -> None:
+    train = add_command(commands, "train", _train, "train a model with Ray Train; writes RUN/bundle")
+    train.add_argument("prepared", type=any_path, metavar="PREPARED")
+    train.add_argument("--out", required=True, type=any_path, metavar="RUN")
+    train.add_argument("--workers", type=int, metavar="N")
+    add_settings(train, gpu=True)
+
+    tune = add_command(commands, "tune", _tune, "search backbones and settings with Ray Tune and Optuna")
+    tune.add_argument("prepared", type=any_path, metavar="PREPARED")
+    tune.add_argument("--out", required=True, type=local_output, metavar="STUDY")
+    tune.add_argument("--trials", type=int, metavar="N", help="total, including earlier runs (20)")
+    tune.add_argument("--confirm", type=int, metavar="N", help="pairs of extra trainings of the best two backbones (0)")
+    tune.add_argument("--workers", type=int, metavar="N", help="per trial")
+    tune.add_argument("--resume", action="store_true", help="continue the search in STUDY with its settings")
+    add_settings(tune, gpu=True)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    started = time.time()
+    settings = config.load(arguments.config, arguments.overrides, section="train")
+    from ray_cxr.training import trainer
+
+    options: dict[str, Any] = {"use_gpu": arguments.gpu, "started": started, "on_event": print_line}
+    chosen = override_settings(settings.train, arguments, "workers")
+    start = functools.partial(session.start_ray, settings.ray)
+    bundle = trainer.train(arguments.prepared, arguments.out, chosen, **options, start_ray=start)
+    table = Table("finding", "val images", "positives", "AUROC", "calibrated", "operating point", title="Validation")
+    metrics = bundle.info["provenance"]["validation"]["findings"]
+    for name in bundle.findings:
+        row, point = metrics[name], bundle.info["operating_points"][name]
+        calibrated, threshold = "yes" if bundle.info["calibration"][name] else "no", point and point["threshold"]
+        counts = f"{row['n']:,}", f"{row['positives']:,}"
+        table.add_row(name, *counts, format_number(row["auroc"]), calibrated, format_number(threshold))
+    print_table(table)
+    macro = bundle.info["provenance"]["validation"]["macro_auroc"]
+    print_rule_notes(bundle.info.get("rule_notes", {}))
+    print_line(f"validation macro AUROC {format_number(macro)}, epoch {bundle.info['provenance']['best_epoch']}")
+    out = remote.to_path(arguments.out)
+    print_line(f"learning curves: {out / trainer.CURVES}")
+    print_line(f"bundle: {out / 'bundle'}")
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    start = time.monotonic()
+    loaded = config.load(arguments.config, arguments.overrides, section="tune")
+    from ray_cxr.tuning import plan as plans
+
+    out, base, chosen = remote.to_path(arguments.out), loaded.train, loaded.tune
+    if arguments.resume and not plans.has_search(out):
+        raise errors.OutputError(f"--resume: {out} holds no search; omit --resume to start one there")
+    if arguments.resume and arguments.config is None:
+        # Overrides must agree with the settings of the search when it started.
+        base, chosen = plans.load_start_settings(out, arguments.overrides)
+    base = override_settings(base, arguments, "workers")
+    chosen = override_settings(chosen, arguments, "trials", "confirm")
+    plan = plans.StudyPlan(arguments.prepared, out, base, chosen)
+    if plan.is_finished():
+        print_line(f"tune: {out} is finished already; use --trials N for more than {chosen.trials} trials")
+        return
+    # Ray Train asks the dashboard whether a stopped trial's run is still alive.
+    with session.start_ray(loaded.ray, dashboard=True):
+        from ray_cxr.tuning import search  # imports Ray, so only after its environment is set
+
+        outcome = search.search(plan, use_gpu=arguments.gpu, on_event=print_line)
+    table = Table("trial", "backbone", "state", "epochs", "AUROC", "seconds", title="Trials, the best first")
+    for row in outcome.rows.sort_values("val_auroc", ascending=False).head(15).to_dict("records"):
+        auroc = "none" if pd.isna(row["val_auroc"]) else f"{row['val_auroc']:.4f}"
+        seconds = "" if pd.isna(row["seconds"]) else f"{row['seconds']:.0f}"
+        table.add_row(str(row["number"]), row["backbone"], row["state"], str(row["epochs"]), auroc, seconds)
+    print_table(table)
+    for row in outcome.rows.to_dict("records"):
+        if row["state"] == "failed":
+            print_line(f"trial {row['number']} failed: {row['reason']}")
+    if outcome.comparison is not None:
+        print_line(outcome.comparison["verdict"]["headline"])
+        if outcome.comparison["confirmation"]:
+            print_line(outcome.comparison["verdict"]["details"])
+    states = Counter(outcome.rows["state"])
+    counts = ", ".join(f"{count} {state}" for state, count in states.most_common()) or "none"
+    epochs, extra = outcome.facts["epochs_spent"], outcome.facts["confirm_epochs"]
+    more = f" and {extra} in confirming trainings" * bool(extra)
+    print_line(f"trials: {counts}; {epochs} epochs trained{more}, {time.monotonic() - start:.0f} s")
+    print_line(f"report: {out / 'report.html'}")
+    if outcome.bundle is not None:
+        print_line(f"best trial: {outcome.facts['best_number']}, settings in {out / 'best.toml'}")
+        print_line(f"bundle: {outcome.bundle.path}")
+    if outcome.facts["interrupted"]:
+        raise KeyboardInterrupt
+    if outcome.gave_up is not None:
+        raise RayCxrError(outcome.gave_up)
+    if outcome.bundle is None:
+        raise RayCxrError(f"{out}: no trial completed an epoch, so there is no bundle; see trials.parquet")
