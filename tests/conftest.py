@@ -267,7 +267,7 @@ def replace_ray() -> Iterator[None]:
     """Run `prepare`, `score` and heat maps in this process, for tests of their output only."""
     import ray.data
 
-    from ray_cxr import cluster
+    from ray_cxr import cluster, session
 
     node = {"NodeID": "here", "Alive": True, "NodeManagerAddress": "127.0.0.1", "Resources": {"CPU": 2.0}}
     with pytest.MonkeyPatch.context() as patch:
