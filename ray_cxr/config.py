@@ -288,6 +288,8 @@ class TuneSettings(Settings):
 
 Precision = Literal["auto", "fp32", "bf16", "int8"]
 HeatMapMethod = Literal["gradcam", "hirescam", "occlusion"]
+#: Findings of `--heatmaps K` that are drawn over the image, from few to many.
+HeatMapImages = Literal["none", "flagged", "all"]
 
 
 class ScoreSettings(Settings):
@@ -325,6 +327,11 @@ class ScoreSettings(Settings):
         "gradcam", description="method of `--heatmaps K`; occlusion is slow, and works for every bundle"
     )
     heatmap_pixels: int = Field(512, ge=64, le=2048, description="longer side of the images of `--heatmaps K`, pixels")
+    heatmap_images: HeatMapImages = Field(
+        "flagged",
+        description="heat maps that are also drawn as images; flagged: of flagged findings, or of the top finding if the "
+        "model has no operating points",
+    )
 
     @field_validator("weights")
     @classmethod

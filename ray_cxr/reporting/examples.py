@@ -160,6 +160,8 @@ def _build_heatmap_tile(
         reason = "its score is not among the image's highest"
     elif heatmap.evidence == 0:
         reason = "no positive evidence in the image"
+    elif heatmap.overlay is None:
+        reason = "not drawn over the image"
     else:
         try:
             with Image.open(heatmap.overlay) as image:

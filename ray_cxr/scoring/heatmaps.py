@@ -1,8 +1,8 @@
 """`score --heatmaps K`: a second pass that draws heat maps of the K highest-ranked findings of each scored image.
 
 `imaging.overlays` describes the files. As with scores, a range whose file is missing is pending, and a repeated range
-writes the same file. A file of maps is written after its PNGs. It holds the digest of its file of scores: when rows are
-scored again, their maps are drawn again. This pass only reads scores.
+writes the same file. A file of maps is written after its overlays. It holds the digest of its file of scores: when rows
+are scored again, their maps are drawn again. This pass only reads scores.
 """
 
 from __future__ import annotations
@@ -16,17 +16,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_cxr import telemetry
-from ray_cxr.config import HeatMapMethod, InputSpec, ScoreSettings
+from ray_cxr.config import HeatMapImages, HeatMapMethod, InputSpec, ScoreSettings
 from ray_cxr.data.partition import Range
 from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError
-from ray_cxr.imaging.overlays import HEATMAPS, SCHEMA, compute_area, overlay_name
+from ray_cxr.imaging.overlays import (
+    HEATMAPS,
+    OVERLAY_TYPES,
+    SCHEMA,
+    compute_area,
+    crop_padding,
+    draw_overlay,
+    encode_jpeg,
+    overlay_name,
+)
 from ray_cxr.imaging.sandbox import DecodedImage
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.models import predictions, runtime
@@ -34,7 +43,7 @@ from ray_cxr.models.bundle import Bundle
 from ray_cxr.models.occlusion import Occlusion
 from ray_cxr.scoring import ranges
 from ray_cxr.scoring.pool import PoolActor
-from ray_cxr.scoring.ranges import RangeState, RowLocation, ScoreJob, ScoreTask, TaskResult, part_path
+from ray_cxr.scoring.ranges import ProgressFile, RangeState, RowLocation, ScoreJob, ScoreTask, TaskResult, part_path
 from ray_cxr.scoring.reader import ImageReader
 from ray_cxr.storage import atomic, remote
 
@@ -47,17 +56,19 @@ BATCH_SIZE = {False: 16, True: 64}
 MAX_DRIFT = 0.25
 #: Error code of an image that changed after scoring, in addition to `errors.ERROR_CODES`.
 CHANGED = "changed"
+_OVERLAYS = get_args(HeatMapImages)
 #: Key of the entry that describes a file of maps in its metadata.
 _KEY = b"ray_cxr.heatmaps"
 
 
 @dataclass(frozen=True)
 class HeatMapRequest:
-    """Heat maps to draw: `count` per image, with overlays whose longer side has `side` pixels."""
+    """Heat maps to draw: `count` per image, and for `overlays` of them an image whose longer side has `side` pixels."""
 
     count: int
     method: HeatMapMethod
     side: int
+    overlays: HeatMapImages = "flagged"
 
 
 @dataclass
@@ -67,6 +78,7 @@ class HeatMapReport:
     Attributes:
         images: number of images that have maps, those of earlier runs included.
         maps: number of maps of these images.
+        overlays: number of maps that are also drawn over their image.
         without_evidence: number of maps that are zero everywhere.
         failures: number of images that were scored but not drawn, by error code.
         drawn_now: number of images that this run drew.
@@ -76,6 +88,7 @@ class HeatMapReport:
 
     images: int = 0
     maps: int = 0
+    overlays: int = 0
     without_evidence: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     drawn_now: int = 0
@@ -88,7 +101,7 @@ class HeatMapReport:
 
     def lines(self) -> list[str]:
         """Describe the report, for the terminal."""
-        lines = [f"heat maps: {self.maps:,} for {self.images:,} images"]
+        lines = [f"heat maps: {self.maps:,} for {self.images:,} images, {self.overlays:,} drawn over the image"]
         if self.images_per_second is not None:
             rate = f"{self.images_per_second:.1f} images/s, start-up included"
             lines[0] += f"; {self.drawn_now:,} images drawn now in {self.seconds:.0f} s ({rate})"
@@ -106,6 +119,7 @@ class HeatMapReport:
             **asdict(request),
             "images": self.images,
             "maps": self.maps,
+            "drawn": self.overlays,
             "without_evidence": self.without_evidence,
             "failed": dict(sorted(self.failures.items())),
             "last_run": {
@@ -128,7 +142,9 @@ def make_request(bundle: Bundle, settings: ScoreSettings, count: int) -> HeatMap
             f"--heatmaps: {bundle.location} holds only a graph, without the layers that {settings.heatmap_method} "
             "needs; add --set heatmap_method=occlusion, which is slower"
         )
-    return HeatMapRequest(min(count, diseases), settings.heatmap_method, settings.heatmap_pixels)
+    return HeatMapRequest(
+        min(count, diseases), settings.heatmap_method, settings.heatmap_pixels, settings.heatmap_images
+    )
 
 
 def map_path(out: Path, index: int) -> Path:
@@ -160,7 +176,9 @@ def find_pending(out: Path, indices: Iterable[int], run: str, request: HeatMapRe
         if changed:
             shown = ", ".join(f"{name} {state[name]} (now {getattr(request, name)})" for name in changed)
             raise OutputError(f"{out / HEATMAPS}: holds heat maps with {shown}; remove that folder to draw them again")
-        outdated = state["count"] < request.count or state["scores"] != _digest_file(part_path(out, index))
+        # Earlier versions drew every map over its image. Files that hold more than requested stay.
+        fewer = _OVERLAYS.index(state.get("overlays", "all")) < _OVERLAYS.index(request.overlays)
+        outdated = fewer or state["count"] < request.count or state["scores"] != _digest_file(part_path(out, index))
         if outdated or (retry and state["retryable"]):
             pending.add(index)
     return pending
@@ -174,7 +192,7 @@ def count_maps(out: Path, all_ranges: Sequence[Range]) -> HeatMapReport:
     for range_, map_file, score_file in zip(all_ranges, maps, scores, strict=True):
         part = map_path(out, range_.index)
         scored = _read_scored(part_path(out, range_.index), score_file, ["image_id"])["image_id"].to_pylist()
-        table = ranges.read_part(part, map_file, ["image_id", "evidence", "error_code"])
+        table = ranges.read_part(part, map_file, ["image_id", "evidence", "overlay", "error_code"])
         ids = table["image_id"].to_pylist()
         if list(dict.fromkeys(ids)) != scored:
             raise OutputError(f"{part}: does not match its file of scores; remove it and run score again")
@@ -182,6 +200,7 @@ def count_maps(out: Path, all_ranges: Sequence[Range]) -> HeatMapReport:
         report.failures.update(codes)
         report.images += len(scored) - len(codes)
         report.maps += len(ids) - len(codes)
+        report.overlays += len(ids) - table["overlay"].null_count
         report.without_evidence += table["evidence"].to_pylist().count(0)
     return report
 
@@ -189,16 +208,32 @@ def count_maps(out: Path, all_ranges: Sequence[Range]) -> HeatMapReport:
 def remove_maps(out: Path) -> None:
     """Remove the maps of an earlier run, and no other files."""
     folder = out / HEATMAPS
-    for pattern in ("part-*.parquet", *(f"*.{name}.png" for name in LABELS)):
-        remote.remove_files(folder.glob(pattern))
+    remote.remove_files(folder.glob("part-*.parquet"))
+    remote.remove_files(folder / name for name in list_overlays(out))
     remove_partial_files(out)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
+def list_overlays(out: Path) -> set[str]:
+    """Return the names of the files in the folder of maps that are named like overlays."""
+    endings = tuple(f".{name}{suffix}" for name in LABELS for suffix in OVERLAY_TYPES)
+    return {path.name for path in (out / HEATMAPS).glob("*.*") if path.name.endswith(endings)}
+
+
+def remove_orphans(out: Path, found: set[str], all_ranges: Sequence[Range]) -> None:
+    """Remove those of the overlays `found` that no file of maps lists, left by killed runs with other settings."""
+    if not found:
+        return
+    parts = [map_path(out, range_.index) for range_ in all_ranges]
+    for part, file in zip(parts, remote.read_files(parts), strict=True):
+        found = found.difference(ranges.read_part(part, file, ["overlay"])["overlay"].to_pylist())
+    remote.remove_files(out / HEATMAPS / name for name in found)
+
+
 def remove_partial_files(out: Path) -> None:
     """Remove the incomplete files of killed workers."""
-    for pattern in (".part-*.part", ".*.png.*.part"):
+    for pattern in (".part-*.part", *(f".*{suffix}.*.part" for suffix in OVERLAY_TYPES)):
         remote.remove_files((out / HEATMAPS).glob(pattern))
 
 
@@ -230,13 +265,16 @@ class HeatMapWriter:
     def __init__(self, actor: HeatMapActor, states: Sequence[RangeState]) -> None:
         self._actor, self._job, self._states = actor, actor.job, states
         self._digests = [_digest_file(part_path(self._job.folder, state.index)) for state in states]
-        columns = [f"p_{name}" for name in actor.findings]
-        self._p = [
-            np.column_stack([state.rows[name].to_numpy() for name in columns]).astype(np.float32) for state in states
-        ]
+        self._p = [_stack_columns(state, "p_", actor.findings, np.nan).astype(np.float32) for state in states]
+        #: Whether each finding is flagged, bool [rows,F], by range.
+        self._flags = [_stack_columns(state, "flag_", actor.findings, False).astype(bool) for state in states]
+        self._has_flags = any(
+            state.rows[f"flag_{name}"].null_count < len(state.rows) for state in states for name in actor.findings
+        )
         #: Rows of the file of maps, by row of the range.
         self._maps: list[dict[int, list[dict[str, Any]]]] = [{} for _ in states]
         self._batch: list[tuple[RowLocation, DecodedImage]] = []
+        self._progress = [ProgressFile(map_path(self._job.folder, state.index)) for state in states]
 
     def add(self, location: RowLocation, image: DecodedImage) -> list[RowLocation]:
         self._batch.append((location, image))
@@ -264,26 +302,28 @@ class HeatMapWriter:
                 state.failures[location.row] = (CHANGED, "the image changed after scoring; score it again")
         for drawing in drawings:
             drawing.result()
+        for position in {location.range_position for location, _ in batch}:
+            self._progress[position].write(len(self._maps[position]) + len(self._states[position].failures))
         return [location for location, _ in batch]
 
     def _draw(
         self, location: RowLocation, image: DecodedImage, chosen: np.ndarray, p: np.ndarray, maps: np.ndarray
     ) -> None:
         """Write an image's overlays, and keep its rows for the file of maps."""
-        from ray_cxr.models.explain import crop_padding, draw_overlay, encode_png
-
         actor = self._actor
         assert image.shape is not None
         height, width = image.shape
-        shown = crop_padding(image.images[1], actor.shown, image.shape)
         area = compute_area(self._job.spec, height, width)
         image_id = self._states[location.range_position].rows["image_id"][location.row].as_py()
         rows = []
         for rank, (number, cells) in enumerate(zip(chosen.tolist(), maps, strict=True), start=1):
             finding = actor.findings[number]
-            name = overlay_name(image_id, finding)
-            png = encode_png(draw_overlay(shown, cells, area, side=actor.request.side))
-            atomic.write_bytes(self._job.folder / HEATMAPS / name, png)
+            name = None
+            if self._is_drawn(location, number, rank):
+                name = overlay_name(image_id, finding)
+                shown = crop_padding(image.images[1], actor.shown, image.shape)
+                overlay = draw_overlay(shown, cells, area, side=actor.request.side)
+                atomic.write_bytes(self._job.folder / HEATMAPS / name, encode_jpeg(overlay))
             row = {
                 "image_id": image_id,
                 "finding": finding,
@@ -300,6 +340,14 @@ class HeatMapWriter:
             }
             rows.append(row)
         self._maps[location.range_position][location.row] = rows
+
+    def _is_drawn(self, location: RowLocation, finding: int, rank: int) -> bool:
+        """Return whether a map is drawn over its image: `finding` is its number, `rank` is 1 for the top finding."""
+        if self._actor.request.overlays != "flagged":
+            return self._actor.request.overlays == "all"
+        if not self._has_flags:  # the model has no operating points
+            return rank == 1
+        return bool(self._flags[location.range_position][location.row, finding])
 
     def flush(self, range_position: int) -> tuple[int, int]:
         """Write the maps of a range; return the number of the range and how many of its images have maps."""
@@ -319,6 +367,7 @@ class HeatMapWriter:
         path = map_path(job.folder, state.index)
         old_overlays = _list_overlays(path)
         atomic.write_parquet(table.replace_schema_metadata({_KEY: json.dumps(record)}), path, compression="zstd")
+        self._progress[range_position].remove()
         telemetry.add_written(telemetry.IMAGES_DRAWN, "heatmaps", len(maps), codes)
         for name in old_overlays - set(table["overlay"].to_pylist()):
             (path.parent / name).unlink(missing_ok=True)
@@ -333,7 +382,12 @@ def _list_overlays(part: Path) -> set[str]:
     if _read_state(file) is None:
         return set()
     names = ranges.read_part(part, file, ["overlay"])["overlay"].to_pylist()
-    return {name for name in names if name and "/" not in name and name.endswith(".png")}
+    return {name for name in names if name and "/" not in name and name.endswith(OVERLAY_TYPES)}
+
+
+def _stack_columns(state: RangeState, prefix: str, findings: Sequence[str], missing: Any) -> np.ndarray:
+    """Return one column of a range's scores per finding: [rows,F], with `missing` for null."""
+    return np.column_stack([state.rows[f"{prefix}{name}"].fill_null(missing).to_numpy() for name in findings])
 
 
 class HeatMapActor(PoolActor):
@@ -350,7 +404,7 @@ class HeatMapActor(PoolActor):
         #: How overlays show an image.
         self.shown = InputSpec(size=request.side, aspect="pad")
         self.pool = ThreadPoolExecutor(cpus, thread_name_prefix="draw")
-        self._reader = ImageReader(job, cpus, [self.shown], "heatmaps")
+        self._reader = ImageReader(job, cpus, [self.shown] if request.overlays != "none" else [], "heatmaps")
 
     def _open_model(self, bundle: Bundle, cpus: int) -> GradCam | Occlusion:
         if self.request.method == "occlusion":
@@ -375,7 +429,7 @@ class HeatMapActor(PoolActor):
         if not task.retry:
             # Ray repeats a task whose worker was lost: ranges that it had drawn stay as they are.
             indices = find_pending(job.folder, indices, job.run_digest, self.request, retry=False)
-        columns = ["image_id", "path", *(f"p_{name}" for name in self.findings)]
+        columns = ["image_id", "path", *(f"{kind}_{name}" for name in self.findings for kind in ("p", "flag"))]
         paths = {index: part_path(job.folder, index) for index in sorted(indices)}
         states = [RangeState(i, _read_scored(path, remote.read_file(path), columns)) for i, path in paths.items()]
         files = list(ranges.fill_ranges(states, self._reader.iter_images(states), HeatMapWriter(self, states)))

@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 #: Images per forward pass, without and with a GPU. A batch of 16 overflows the caches of a CPU: DenseNet121 in bfloat16
 #: takes 33 ms of a core per image in a batch of 16, and 22 ms in a batch of 4.
 BATCH_SIZE = {False: 4, True: 64}
+#: Settings that run.json has in its entry `heatmaps`.
+_DRAWING_SETTINGS = {"heatmap_method", "heatmap_pixels", "heatmap_images"}
 #: Names of start-up stages in the log that differ from the keys in run.json.
 _STAGES = {"network": "model", "first pictures": "first images"}
 
@@ -209,6 +211,7 @@ def _draw_maps(plan: ScorePlan, job: ScoreJob, pool: ActorPlan | None) -> HeatMa
     drawn = 0
     if tasks and pool is not None:
         (out / HEATMAPS).mkdir(exist_ok=True)
+        before = heatmaps.list_overlays(out)
         pool = replace(pool, actors=min(pool.actors, len(tasks)))
         job = replace(job, batch_size=job.settings.batch_size or heatmaps.BATCH_SIZE[job.use_gpu])
         arguments = {"job": job, "request": request}
@@ -217,6 +220,7 @@ def _draw_maps(plan: ScorePlan, job: ScoreJob, pool: ActorPlan | None) -> HeatMa
         done = indices - pending
         with show_files("heat maps", out / HEATMAPS, plan.ranges, done, heatmaps.count_failures, "score --heatmaps"):
             drawn = sum(result.images for result in results)
+        heatmaps.remove_orphans(out, before, plan.ranges)
     report = heatmaps.count_maps(out, plan.ranges)
     report.drawn_now, report.seconds = drawn, time.monotonic() - started
     return report
@@ -274,8 +278,7 @@ def _make_record(plan: ScorePlan, report: ScoreReport) -> dict[str, Any]:
         "input": request.origin,
         "input_digest": plan.settings["input_digest"],
         "split": manifests.split_info(pq.read_schema(plan.out / INPUT).empty_table()),
-        # The entry `heatmaps` has these two settings.
-        "settings": request.settings.model_dump(mode="json", exclude={"heatmap_method", "heatmap_pixels"}),
+        "settings": request.settings.model_dump(mode="json", exclude=_DRAWING_SETTINGS),
         "use_gpu": request.use_gpu,
         "precision": plan.settings["precision"],
         "ranking": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from ray_cxr.config import ScoreSettings
 from ray_cxr.data.partition import Range
 from ray_cxr.errors import ConfigError, RayCxrError
 from ray_cxr.progress import Progress
-from ray_cxr.scoring.ranges import ScoreTask, TaskResult, list_parts, part_name
+from ray_cxr.scoring.ranges import ProgressFile, ScoreTask, TaskResult, list_parts, part_name
 from ray_cxr.storage import remote
 from ray_cxr.tasks import MAX_LOST_PER_WORKER, Task, map_once, poll, run_with_retries, sanitize_error
 
@@ -213,6 +214,8 @@ def show_files(
 ) -> Iterator[None]:
     """Show the progress of a run while the block runs: the rows of the output files that exist, and their errors.
 
+    Rows that workers have done for files not yet written count too, see `ProgressFile`.
+
     Args:
         finished: numbers of the ranges whose files this run does not write.
         count_errors: returns the number of errors in a file; None if the file is incomplete.
@@ -228,16 +231,26 @@ def show_files(
     total = sum(count or 0 for _, count in read_files(finished))
     progress = Progress(title, sum(rows.values()), done=sum(rows[index] for index in finished))
 
+    #: Rows shown of ranges without an output file.
+    partial: Counter[int] = Counter()
+
     def update() -> bool:
         nonlocal total
+        moved = False
         known, found = len(seen), (list_parts(folder) - seen) & rows.keys()
         new = {i for i in found if i not in stamps or stamps[i] != _read_stamp(folder / part_name(i))}
         for index, count in read_files(new):
             if count is not None:
                 total += count
                 seen.add(index)
-                progress.advance(rows[index], f"{total:,} errors")
-        return len(seen) > known
+                progress.advance(rows[index] - partial.pop(index, 0), f"{total:,} errors")
+        for index, count in ProgressFile.read_all(folder).items():
+            more = min(count, rows.get(index, 0)) - partial[index]
+            if index not in seen and more > 0:
+                partial[index] += more
+                progress.advance(more, f"{total:,} errors")
+                moved = True
+        return moved or len(seen) > known
 
     with progress, poll(update, command):
         yield

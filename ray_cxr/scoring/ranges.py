@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,39 @@ def read_metadata(file: pa.NativeFile | None) -> dict[bytes, bytes] | None:
         return dict(pq.read_metadata(file).metadata or {})
     except (OSError, pa.ArrowException):
         return None
+
+
+class ProgressFile:
+    """Number of images that are done of a range whose output file is not yet written, for the driver's progress line.
+
+    The file is hidden, lies next to the output file, and is written at most once a second.
+    """
+
+    _NAME = ".part-{:05d}.progress.part"
+
+    def __init__(self, part: Path) -> None:
+        self._path = part.with_name(self._NAME.format(int(part.name[5:-8])))
+        self._written_at = 0.0
+
+    def write(self, count: int) -> None:
+        if time.monotonic() - self._written_at >= 1:
+            self._written_at = time.monotonic()
+            with contextlib.suppress(OSError, RayCxrError):  # only for display
+                self._path.write_bytes(str(count).encode())
+
+    def remove(self) -> None:
+        if self._written_at:
+            with contextlib.suppress(OSError, RayCxrError):
+                self._path.unlink(missing_ok=True)
+
+    @classmethod
+    def read_all(cls, folder: Path) -> dict[int, int]:
+        """Return the counts in a folder of output files, by number of the range."""
+        counts = {}
+        for path in folder.glob(cls._NAME.replace("{:05d}", "*")):
+            with contextlib.suppress(OSError, RayCxrError, ValueError):  # removed or being written
+                counts[int(path.name.split("-")[1].split(".")[0])] = int(path.read_bytes())
+        return counts
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ def finished(value: Any) -> Future[Any]:
 
 def make_state(rows: int, index: int = 0) -> RangeState:
     ids = [str(row) for row in range(rows)]
-    return RangeState(index, pa.table({"image_id": ids, "path": ids, "p_Mass": [0.5] * rows}))
+    return RangeState(
+        index, pa.table({"image_id": ids, "path": ids, "p_Mass": [0.5] * rows, "flag_Mass": [True] * rows})
+    )
 
 
 def test_images_ahead_of_the_model_are_bounded() -> None:
@@ -115,7 +117,8 @@ def test_written_heat_maps_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_removing_maps_keeps_only_files_of_users(tmp_path: Path, foreign: bool) -> None:
     folder = tmp_path / "heatmaps"
     folder.mkdir()
-    for name in ("part-00003.parquet", "00003-1.Mass.png", ".part-00003.parquet.1-ab.part", ".1.Mass.png.2-cd.part"):
+    overlays = ("00003-1.Mass.jpg", "00003-1.Mass.png", ".1.Mass.jpg.2-cd.part")
+    for name in (*overlays, "part-00003.parquet", ".part-00003.parquet.1-ab.part", ".part-00003.progress.part"):
         (folder / name).touch()
     if foreign:
         (folder / "notes.txt").touch()

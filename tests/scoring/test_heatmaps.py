@@ -33,13 +33,15 @@ from ray_cxr.config import InputSpec
 from ray_cxr.data.partition import Range
 from ray_cxr.errors import TableError
 from ray_cxr.imaging.decode import load_image
-from ray_cxr.imaging.overlays import SCHEMA, compute_area, overlay_name, read_heatmaps
+from ray_cxr.imaging.overlays import SCHEMA, compute_area, draw_overlay, overlay_name, read_heatmaps
 from ray_cxr.imaging.resize import resize
 from ray_cxr.labels import FINDINGS, NO_FINDING
 from ray_cxr.scoring.heatmaps import HeatMapActor, HeatMapRequest, remove_maps
-from ray_cxr.scoring.ranges import ScoreTask
+from ray_cxr.scoring.pool import show_files
+from ray_cxr.scoring.ranges import ProgressFile, ScoreTask
 
 SIDE = 128  # as in `arguments`
+ALL = ("--set", "heatmap_images=all")
 
 
 @given(st.sets(st.text(min_size=1, max_size=300), min_size=2, max_size=30))
@@ -52,7 +54,7 @@ def test_overlay_names_are_safe_and_unique(ids: set[str]) -> None:
         assert name.isascii()
         assert not set(name) & set("/\\:*?\"<>|\0\n '$`")
         assert not name.startswith((".", "-", "part-00000.parquet"))
-    assert overlay_name("00000001_000.png", "Mass") == "00000001_000.png.Mass.png"
+    assert overlay_name("00000001_000.png", "Mass") == "00000001_000.png.Mass.jpg"
     assert overlay_name("ward 3/IM-1.dcm", "Mass").startswith("ward_3_IM-1_dcm~")
 
 
@@ -88,7 +90,7 @@ def test_maps_are_of_the_highest_ranked_findings(with_maps: Path, tiny_bundle) -
 
 @pytest.mark.slow
 def test_maps_are_those_of_the_model_on_the_same_pixels(with_maps: Path, tiny_bundle) -> None:
-    from ray_cxr.models.explain import GradCam, draw_overlay
+    from ray_cxr.models.explain import GradCam
 
     scored = read_rows(with_maps).query("status == 'ok'").set_index("image_id")
     read = read_heatmaps(with_maps, image_ids=scored.index[3:7])
@@ -101,8 +103,12 @@ def test_maps_are_those_of_the_model_on_the_same_pixels(with_maps: Path, tiny_bu
         np.testing.assert_allclose(found.cells, cells, rtol=1e-3, atol=1e-5)
         assert found.evidence == pytest.approx(cells.sum(), rel=1e-3, abs=1e-4)
         assert found.image_shape == original.shape
-        shown = np.asarray(Image.open(found.overlay)).astype(int)
-        assert np.abs(shown - draw_overlay(original, found.cells, found.area, side=SIDE)).max() <= 1
+        is_flagged = scored.loc[found.image_id, f"flag_{found.finding}"]
+        assert (found.overlay is not None) == bool(is_flagged)
+        if found.overlay is not None:
+            shown = np.asarray(Image.open(found.overlay)).astype(int)
+            assert np.abs(shown - draw_overlay(original, found.cells, found.area, side=SIDE)).mean() < 4
+    assert {heatmap.overlay is None for heatmap in read.values()} == {False, True}
 
 
 @pytest.mark.slow
@@ -112,12 +118,13 @@ def test_drawing_adds_its_own_files_and_changes_no_other(with_maps, scores, tiny
         assert (with_maps / path).read_bytes() == (scores / path).read_bytes()
     found = read_maps(with_maps)
     assert pq.read_table(with_maps / "heatmaps" / "part-00000.parquet").schema.equals(SCHEMA)
-    assert {path.name for path in (with_maps / "heatmaps").glob("*.png")} == set(found["overlay"])
+    assert {path.name for path in (with_maps / "heatmaps").glob("*.jpg")} == set(found["overlay"].dropna())
     old, new = (json.loads((out / "run.json").read_text(encoding="utf-8")) for out in (scores, with_maps))
     maps = new.pop("heatmaps")
     assert {**new, "settings": None} == {**old, "settings": None}
     assert maps["maps"] == len(found) == 3 * new["ok"]
     assert (maps["count"], maps["images"], maps["failed"]) == (3, new["ok"], {})
+    assert 0 < maps["drawn"] == found["overlay"].notna().sum() < len(found)
     assert maps["without_evidence"] == (found["evidence"] == 0).sum()
 
     # The same command leaves finished maps alone.
@@ -211,7 +218,7 @@ def test_lost_images_are_counted_and_can_be_retried(tiny_bundle, manifest: Path,
 
 
 @pytest.mark.slow
-def test_image_that_changed_since_scoring_gets_no_map(copy: Path, tiny_bundle) -> None:
+def test_image_that_changed_since_scoring_gets_no_map(copy: Path, tiny_bundle, monkeypatch) -> None:
     """The row of the third image has another probability than its pixels give now."""
     part = copy / "scores" / "part-00000.parquet"
     table = pq.read_table(part)
@@ -219,13 +226,17 @@ def test_image_that_changed_since_scoring_gets_no_map(copy: Path, tiny_bundle) -
     p[2] += 0.4 if p[2] < 0.5 else -0.4
     index, field = table.column_names.index("p_Mass"), table.schema.field("p_Mass")
     pq.write_table(table.set_column(index, field, pa.array(p, from_pandas=True)), part)
+    counts: list[int] = []
+    monkeypatch.setattr(ProgressFile, "write", lambda self, count: counts.append(count))
     actor = HeatMapActor(make_job(tiny_bundle, copy), HeatMapRequest(2, "gradcam", SIDE), 1)
     images = actor(ScoreTask((Range(0, 0, len(table)),), retry=False).to_row())["images"]
     found = pd.read_parquet(copy / "heatmaps" / "part-00000.parquet").set_index("image_id")
     assert found["error_code"].dropna().to_dict() == {table["image_id"][2].as_py(): "changed"}
     assert len(found) == 2 * images + 1
+    assert counts == sorted(counts)
+    assert (len(counts), counts[-1]) == (2, len(table)), "the driver learns of every batch"
     # The overlays of the third map, drawn before, are removed.
-    assert {path.name for path in (copy / "heatmaps").glob("*.png")} == set(read_maps(copy)["overlay"].dropna())
+    assert {path.name for path in (copy / "heatmaps").glob("*.jpg")} == set(read_maps(copy)["overlay"].dropna())
 
 
 @pytest.mark.slow
@@ -245,7 +256,7 @@ def test_maps_of_oblong_images_in_archives_with_foreign_ids(tmp_path: Path, comm
     ids = ["../../a b.png", "../../a_b.png", "Ärzte/ÄB"]
     paths = [f"{archive}::x/b.png", f"{archive}::x/a.png", str(tmp_path / "c.png")]
     pq.write_table(pa.table({"image_id": ids, "path": paths}), tmp_path / "m.parquet")
-    assert_done(command(*arguments(bundle, tmp_path / "m.parquet", tmp_path / "out", "--heatmaps", 5)))
+    assert_done(command(*arguments(bundle, tmp_path / "m.parquet", tmp_path / "out", "--heatmaps", 5, *ALL)))
     found = read_heatmaps(tmp_path / "out")
     assert set(found) == {(image_id, "Mass") for image_id in ids}
     maps = [found[image_id, "Mass"] for image_id in ids]
@@ -284,4 +295,68 @@ def test_maps_of_a_bundle_without_layers_are_drawn_by_occlusion(manifest: Path, 
     drawn = maps[maps["error_code"].isna()]
     assert len(drawn) == 2 * (rows["status"] == "ok").sum() > 0
     assert set(zip(drawn["height"], drawn["width"], strict=True)) == {(7, 7)}
-    assert all((out / "heatmaps" / name).exists() for name in drawn["overlay"])
+    assert all((out / "heatmaps" / name).exists() for name in drawn["overlay"].dropna())
+    # A graph has no operating points, so each image shows its top finding.
+    assert drawn["overlay"].notna().tolist() == (drawn["rank"] == 1).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_ray")
+def test_setting_selects_the_maps_that_are_drawn_over_the_image(copy, tiny_bundle, manifest, command) -> None:
+    folder = copy / "heatmaps"
+    flagged = set(read_maps(copy)["overlay"].dropna())
+    given = arguments(tiny_bundle, manifest, copy, "--heatmaps", 3)
+    assert "already complete" in assert_done(command(*given, "--set", "heatmap_images=none"))
+    assert_done(command(*given, *ALL))
+    maps = read_maps(copy)
+    assert {path.name for path in folder.glob("*.jpg")} == set(maps["overlay"].dropna()) > flagged
+    assert maps["overlay"].notna().equals(maps["finding"].notna())
+    before = modification_times(copy)
+    assert "already complete" in assert_done(command(*given))
+    assert modification_times(copy) == before
+
+    # A run with `all` was killed while it drew a range, and continues with `none`.
+    (folder / "part-00001.parquet").unlink()
+    (folder / "mine.jpg").touch()
+    assert_done(command(*given, "--set", "heatmap_images=none"))
+    left = set(read_maps(copy)["overlay"].dropna())
+    assert {path.name for path in folder.glob("*.jpg")} == left | {"mine.jpg"}
+    assert 0 < len(left) < len(maps)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_ray")
+def test_maps_of_an_earlier_version_stay_and_are_completed(copy, tiny_bundle, manifest, command) -> None:
+    """Earlier versions drew every map, as PNG, and did not record which maps are drawn."""
+    folder = copy / "heatmaps"
+    for part in folder.glob("part-*.parquet"):
+        table = pq.read_table(part)
+        state = json.loads(table.schema.metadata[b"ray_cxr.heatmaps"])
+        del state["overlays"]
+        names = [f"{i}-{part.stem}.Mass.png" for i in range(len(table))]
+        for name in names:
+            Image.fromarray(np.zeros((SIDE, SIDE, 3), np.uint8)).save(folder / name)
+        table = table.set_column(table.column_names.index("overlay"), "overlay", pa.array(names))
+        pq.write_table(table.replace_schema_metadata({b"ray_cxr.heatmaps": json.dumps(state)}), part)
+    for path in folder.glob("*.jpg"):
+        path.unlink()
+    given = arguments(tiny_bundle, manifest, copy, "--heatmaps", 3)
+    before = modification_times(copy)
+    assert "already complete" in assert_done(command(*given, *ALL))
+    assert modification_times(copy) == before
+    (folder / "part-00000.parquet").unlink()
+    assert_done(command(*given))
+    overlays = [heatmap.overlay for heatmap in read_heatmaps(copy).values() if heatmap.overlay is not None]
+    assert {path.suffix for path in overlays} == {".jpg", ".png"}
+    assert {Path(path) for path in folder.glob("*.*g")} == set(overlays)
+
+
+def test_progress_counts_images_of_unfinished_files(tmp_path: Path, capsys) -> None:
+    ranges = [Range(0, 0, 16), Range(1, 16, 16)]
+    with show_files("heat maps", tmp_path, ranges, set(), lambda file: 0):
+        ProgressFile(tmp_path / "part-00001.parquet").write(5)
+    assert "heat maps: 5 of 32 images" in capsys.readouterr().err
+    with show_files("heat maps", tmp_path, ranges, set(), lambda file: 0):
+        (tmp_path / "part-00000.parquet").touch()
+        ProgressFile(tmp_path / "part-00000.parquet").write(16)
+    assert "heat maps: 21 of 32 images" in capsys.readouterr().err, "a file counts once"
