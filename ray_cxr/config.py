@@ -329,8 +329,8 @@ class ScoreSettings(Settings):
     heatmap_pixels: int = Field(512, ge=64, le=2048, description="longer side of the images of `--heatmaps K`, pixels")
     heatmap_images: HeatMapImages = Field(
         "flagged",
-        description="heat maps that are also drawn as images; flagged: of flagged findings, or of the top finding if the "
-        "model has no operating points",
+        description="heat maps that are also drawn as images; flagged: of flagged findings, or of the top finding if "
+        "the model has no operating points",
     )
 
     @field_validator("weights")

@@ -230,9 +230,9 @@ def show_files(
     stamps = {index: _read_stamp(folder / part_name(index)) for index in list_parts(folder) - seen}
     total = sum(count or 0 for _, count in read_files(finished))
     progress = Progress(title, sum(rows.values()), done=sum(rows[index] for index in finished))
-
     #: Rows shown of ranges without an output file.
     partial: Counter[int] = Counter()
+    ProgressFile.remove_all(folder)
 
     def update() -> bool:
         nonlocal total

@@ -93,6 +93,11 @@ class ProgressFile:
                 self._path.unlink(missing_ok=True)
 
     @classmethod
+    def remove_all(cls, folder: Path) -> None:
+        """Remove the files that killed workers left."""
+        remote.remove_files(folder.glob(cls._NAME.replace("{:05d}", "*")))
+
+    @classmethod
     def read_all(cls, folder: Path) -> dict[int, int]:
         """Return the counts in a folder of output files, by number of the range."""
         counts = {}
