@@ -5,40 +5,53 @@ hospital's images, the data differ: other patients, another machine, a broken ex
 finding the share of flagged images and the distribution of raw scores (population stability index), and per quality
 flag the share of images with it.
 
-Each comparison has a p value. Images of one patient resemble each other, so variances are multiplied by the design
-effect (Kish 1965), estimated from these images. The same effect is applied to the validation images, because bundles
-keep no patients per score. p values of one kind are adjusted for the number of findings (Holm 1979).
+Each comparison has an interval, which alone decides the verdict: of observed - expected share, or of the index. It
+covers the uncertainty of both samples. Images of one patient resemble each other, so numbers of images are divided by
+the design effect (Kish 1965), estimated from these images. The same effect is applied to the validation images, because
+bundles keep no patients per score. The level of the intervals and the p values are corrected for the number of findings
+(Bonferroni), so that an adjusted p is below `LEVEL` exactly if the interval excludes 0.
 
-    ok       within chance, or too small to matter
-    differs  beyond chance
-    large    beyond chance, and more than twice or less than half the expected share (an index of 0.25 or more)
-    unknown  not testable; the reason is given
+    ok            the interval lies within the tolerated range (see `RateDrift.tolerance` and `PSI_DIFFERS`)
+    differs       it does not, and it excludes 0
+    large         differs, and more than twice or less than half the expected share (an index of 0.25 or more)
+    inconclusive  neither: the images are too few to tell
+    unknown       not testable; the reason is given
 
 A verdict states that the data differ, not how, and not that the model is wrong.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict, TypeVar
 
 import numpy as np
-from scipy.special import chdtrc
+from scipy.special import betaincinv, chdtrc, chndtrinc, ndtr
 
 from ray_cxr.evaluation import quality
-from ray_cxr.evaluation.delong import normal_p
 from ray_cxr.evaluation.intervals import Patients, to_record, wilson_interval
 from ray_cxr.imaging.demographics import count_of
 
-OK, DIFFERS, LARGE, UNKNOWN = "ok", "differs", "large", "unknown"
+OK, DIFFERS, LARGE, INCONCLUSIVE, UNKNOWN = "ok", "differs", "large", "inconclusive", "unknown"
 #: The summary names at most this many findings.
 _LISTED = 5
-_DIFFERENCES = {LARGE: "large difference for", DIFFERS: "difference for"}
+#: Verdicts in the order of the summary.
+_WORDS = {
+    LARGE: "large difference for",
+    DIFFERS: "difference for",
+    INCONCLUSIVE: "inconclusive for",
+    OK: "as expected for",
+}
 #: Minimum numbers for a verdict.
 MIN_IMAGES, MIN_PATIENTS = 50, 20
-#: Level of adjusted p values.
+#: Level of adjusted p values, and of all intervals of one kind together.
 LEVEL = 0.05
+#: Tolerated difference, as a share of the expected share of images with the flag, or of those without if that is less.
+TOLERANCE = 0.25
+#: A difference of this many images per image is tolerated too, unless it is beyond chance.
+MARGIN = 0.01
 #: A difference is large if a share is more than this multiple of the expected share, or less than this fraction.
 FOLD = 2.0
 #: Customary limits of the population stability index: negligible below the first, another population from the second.
@@ -46,6 +59,8 @@ PSI_DIFFERS, PSI_LARGE = 0.1, 0.25
 #: Classes of scores: tenths of the baseline's images.
 DECILES = 10
 _SMOOTHING = 0.5
+#: p values are searched between 1 and 1e-15.
+_MAX_DEVIATE, _BISECTIONS = 8.0, 50
 
 
 class ScoreQuantiles(TypedDict):
@@ -108,7 +123,8 @@ class _Row:
     n: int
     n_patients: int | None  # None if no image has a patient id
     p: float | None = None
-    p_adjusted: float | None = None  # Holm's, over all comparisons of this kind
+    p_adjusted: float | None = None  # Bonferroni's, over all comparisons of this kind
+    interval_level: float | None = None  # of the interval that decides: 1 - LEVEL / number of comparisons of this kind
     verdict: str = UNKNOWN
     reason: str | None = None  # why the verdict is unknown
 
@@ -130,28 +146,59 @@ class RateDrift(_Row):
     count: int  # number of images behind `observed`
     design_effect: float | None  # variance of the share relative to independent images
     ratio: float | None  # observed / expected
+    difference: float | None = None  # observed - expected
+    difference_low: float | None = None  # the interval that decides, at `interval_level`
+    difference_high: float | None = None
 
-    def judge(self, p: float) -> str:
-        """Return the verdict for an adjusted p."""
-        if p >= LEVEL or self.observed is None or self.expected is None:
-            return OK
+    @property
+    def tolerance(self) -> float | None:
+        """The largest difference that is as expected, or None if there is no interval."""
+        if self.expected is None or self.difference_low is None or self.difference_high is None:
+            return None
+        relative = TOLERANCE * min(self.expected, 1.0 - self.expected)
+        return max(relative, MARGIN) if self.difference_low <= 0.0 <= self.difference_high else relative
+
+    def decide(self, tail: float) -> RateDrift:
+        """Set the interval, whose tails have this probability, and the verdict."""
+        if self.observed is None or self.expected is None or self.design_effect is None:
+            return self
+        low, high = _bound_difference(self, tail)
+        row = replace(self, difference_low=low, difference_high=high)
         is_far = self.observed > FOLD * self.expected or self.observed < self.expected / FOLD
-        return LARGE if is_far else DIFFERS
+        is_within = row.tolerance is not None and max(-low, high) <= row.tolerance
+        return replace(row, verdict=_judge(is_within, low > 0.0 or high < 0.0, is_far))
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "tolerance": self.tolerance}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreDrift(_Row):
-    """Distribution of a finding's raw scores relative to the baseline; `ok` for an index below 0.1 regardless of p."""
+    """Distribution of a finding's raw scores relative to the baseline."""
 
     psi: float | None = None  # population stability index: sum of (share - expected) * ln(share / expected)
+    psi_low: float | None = None  # the interval that decides
+    psi_high: float | None = None
     shares: tuple[float, ...] = ()  # of images per class of `score_quantiles`, lowest scores first
     expected: tuple[float, ...] = ()
+    scale: float | None = None  # mean of the index by chance, per degree of freedom
+    freedom: int = 0
 
-    def judge(self, p: float) -> str:
-        """Return the verdict for an adjusted p."""
-        if p >= LEVEL or self.psi is None or self.psi < PSI_DIFFERS:
-            return OK
-        return LARGE if self.psi >= PSI_LARGE else DIFFERS
+    def decide(self, tail: float) -> ScoreDrift:
+        """Set the interval and the verdict. Each limit has twice this probability, because an index is not negative.
+
+        psi / scale has approximately a non-central chi-square distribution with non-centrality true index / scale. The
+        upper limit takes an index below its mean by chance as this mean, because no index is too small.
+        """
+        if self.psi is None or self.scale is None or self.p is None:
+            return self
+        low, high, excludes_zero = 0.0, 0.0, self.p < 2.0 * tail
+        if self.freedom:
+            found = self.psi / self.scale
+            high = self.scale * float(chndtrinc(max(found, self.freedom), self.freedom, 2.0 * tail))
+            low = self.scale * float(chndtrinc(found, self.freedom, 1.0 - 2.0 * tail)) if excludes_zero else 0.0
+        row = replace(self, psi_low=low, psi_high=high)
+        return replace(row, verdict=_judge(high < PSI_DIFFERS, excludes_zero, self.psi >= PSI_LARGE))
 
 
 _AnyDrift = TypeVar("_AnyDrift", RateDrift, ScoreDrift)
@@ -175,15 +222,13 @@ class Drift:
         for items, kind in ((self.flags, "flagged share"), (self.scores, "score"), (self.quality, "quality flag")):
             rows: Sequence[_Row] = items
             judged = [row for row in rows if row.verdict != UNKNOWN]
-            named = {verdict: [row.name for row in judged if row.verdict == verdict] for verdict in (LARGE, DIFFERS)}
+            named = {verdict: [row.name for row in judged if row.verdict == verdict] for verdict in _WORDS}
             if not judged:
                 parts.append(f"{kind}s: not testable")
-            elif not any(named.values()):
+            elif len(named[OK]) == len(judged):
                 parts.append(f"{kind}s: all {len(judged)} as expected")
             else:
-                listed = [
-                    f"{_DIFFERENCES[verdict]} {_list(names, len(judged))}" for verdict, names in named.items() if names
-                ]
+                listed = [f"{_WORDS[verdict]} {_list(names, len(judged))}" for verdict, names in named.items() if names]
                 parts.append(f"{kind}s: {', '.join(listed)}")
         return ". ".join(part[0].upper() + part[1:] for part in parts) + "."
 
@@ -198,7 +243,10 @@ class Drift:
             "mixed_baselines": len(set(self.baselines.values())) > 1,
             "words": self.summary,
             "level": LEVEL,
-            "adjusted": "Holm, over the verdicts of one kind",
+            "adjusted": "Bonferroni, over the verdicts of one kind",
+            "tolerance": TOLERANCE,
+            "margin": MARGIN,
+            "psi_tolerance": PSI_DIFFERS,
             "min_images": MIN_IMAGES,
             "min_patients": MIN_PATIENTS,
         }
@@ -267,15 +315,6 @@ def design_effect(values: np.ndarray, codes: np.ndarray) -> float:
     return max(1.0, variance / (share * (1.0 - share) / n))
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Adjust p values so that the chance of any false positive among them stays below the level (Holm 1979)."""
-    order = np.argsort(p, kind="stable")
-    steps = np.arange(len(order), 0, -1) * np.asarray(p, dtype=np.float64)[order]
-    adjusted = np.empty(len(order))
-    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
-    return [float(value) for value in adjusted]
-
-
 def _compare_flags(expected: Expected, name: str, flags: np.ndarray, patients: Patients) -> RateDrift:
     known = flags >= 0
     rate = expected.flag_rates.get(name)
@@ -311,25 +350,56 @@ def _compare_rate(
         count=count,
         design_effect=effect,
         ratio=None if observed is None or not expected else observed / expected,
+        difference=None if observed is None or expected is None else observed - expected,
         reason=reason or _explain_too_few(n, patients),
     )
     if row.reason is not None or observed is None or effect is None or expected is None:
         return row
     if not images and expected in (0.0, 1.0) and observed != expected:
         return replace(row, reason=f"{expected:.0%} is expected, but the bundle does not state of how many images")
-    return replace(row, p=_test_share(observed, n, float(expected), images, effect))
+    return replace(row, p=_find_p(row))
 
 
-def _test_share(observed: float, n: int, expected: float, images: int | None, effect: float) -> float:
-    """Compute the p of two shares with pooled variance and continuity correction (half an effective image).
+def _bound_difference(row: RateDrift, tail: float) -> tuple[float, float]:
+    """Return the interval of observed - expected share; MOVER (Newcombe 1998; Zou and Donner 2008) of exact limits.
 
-    The expected share is exact if `images` is None.
+    The limits of each share are Clopper and Pearson's, for the effective number of images. The expected share is exact
+    if its number of images is unknown.
     """
-    pooled = (n * observed + images * expected) / (n + images) if images else expected
-    variance = effect * pooled * (1.0 - pooled) * (1.0 / n + (1.0 / images if images else 0.0))
-    gap = abs(observed - expected) - 0.5 * effect / n
-    p = normal_p(gap, variance)
-    return 1.0 if p is None or gap <= 0.0 else p
+    assert row.observed is not None
+    assert row.expected is not None
+    assert row.design_effect is not None
+    low, high = _bound_share(row.observed, row.n / row.design_effect, tail)
+    before_low, before_high = row.expected, row.expected
+    if row.expected_images:
+        before_low, before_high = _bound_share(row.expected, row.expected_images / row.design_effect, tail)
+    down, up = (row.observed - low, before_high - row.expected), (high - row.observed, row.expected - before_low)
+    difference = row.observed - row.expected
+    return difference - math.hypot(*down), difference + math.hypot(*up)
+
+
+def _bound_share(share: float, n: float, tail: float) -> tuple[float, float]:
+    """Return Clopper and Pearson's limits of a share of n > 0 images; n can be a fraction."""
+    count = min(max(share * n, 0.0), n)
+    low = float(betaincinv(count, n - count + 1.0, tail)) if count > 0.0 else 0.0
+    high = float(betaincinv(count + 1.0, n - count, 1.0 - tail)) if count < n else 1.0
+    return min(low, share), max(high, share)
+
+
+def _find_p(row: RateDrift) -> float:
+    """Return the p that belongs to the interval: twice the smallest tail with which it excludes 0."""
+
+    def excludes(tail: float) -> bool:
+        low, high = _bound_difference(row, tail)
+        return low > 0.0 or high < 0.0
+
+    if not excludes(0.5):
+        return 1.0
+    low, high = 0.0, _MAX_DEVIATE
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if excludes(float(ndtr(-middle))) else (low, middle)
+    return float(2.0 * ndtr(-low))
 
 
 def _compare_scores(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, patients: Patients) -> ScoreDrift:
@@ -350,12 +420,18 @@ def _compare_scores(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, 
     observed, before = (numbers / numbers.sum() for numbers in smooth)
     psi = float(np.sum((observed - before) * np.log(observed / before)))
     freedom = int(used.sum()) - 1
-    p = 1.0
-    if freedom:
-        # Rao and Scott's first-order correction: the mean design effect of the classes.
-        effect = float(np.mean([design_effect(classes == k, patients.codes) for k in range(freedom + 1)]))
-        p = float(chdtrc(freedom, psi / (effect * (1.0 / n + 1.0 / images))))
-    return replace(row, psi=psi, shares=tuple(observed.tolist()), expected=tuple(before.tolist()), p=p)
+    # Rao and Scott's first-order correction: the mean design effect of the classes.
+    effect = float(np.mean([design_effect(classes == k, patients.codes) for k in range(freedom + 1)]))
+    scale = effect * (1.0 / n + 1.0 / images)
+    return replace(
+        row,
+        psi=psi,
+        shares=tuple(observed.tolist()),
+        expected=tuple(before.tolist()),
+        scale=scale,
+        freedom=freedom,
+        p=float(chdtrc(freedom, psi / scale)) if freedom else 1.0,
+    )
 
 
 def _explain_too_few(n: int, patients: Patients) -> str | None:
@@ -366,12 +442,21 @@ def _explain_too_few(n: int, patients: Patients) -> str | None:
     return None
 
 
+def _judge(is_within: bool, excludes_none: bool, is_far: bool) -> str:
+    """Return a verdict for an interval: within the tolerated range, without the expected value; and for the value."""
+    if is_within:
+        return OK
+    return (LARGE if is_far else DIFFERS) if excludes_none else INCONCLUSIVE
+
+
 def _adjust(compared: Iterable[_AnyDrift]) -> tuple[_AnyDrift, ...]:
-    """Set p_adjusted and verdict of the rows that have a p."""
+    """Set p_adjusted, interval and verdict of the rows that have a p."""
     rows = list(compared)
-    tested = [i for i, row in enumerate(rows) if row.p is not None]
-    for i, p in zip(tested, holm([row.p for row in rows if row.p is not None]), strict=True):
-        rows[i] = replace(rows[i], p_adjusted=p, verdict=rows[i].judge(p))
+    number = sum(row.p is not None for row in rows)
+    for i, row in enumerate(rows):
+        if row.p is not None:
+            adjusted, level = min(1.0, number * row.p), 1.0 - LEVEL / number
+            rows[i] = replace(row, p_adjusted=adjusted, interval_level=level).decide(LEVEL / number / 2.0)
     return tuple(rows)
 
 
