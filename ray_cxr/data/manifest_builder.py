@@ -52,7 +52,7 @@ class ManifestReport:
 
     def lines(self) -> list[str]:
         """Return the report as sentences; counts of 0 are left out."""
-        out = [f"{count_of(self.rows, 'image')} of {self.patients}"]
+        out = [self.patients.describe(self.rows)]
         if self.by_split:
             out[0] += f": {_format_counts(self.by_split)}"
         if self.images_found is not None:

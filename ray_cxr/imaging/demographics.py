@@ -35,9 +35,13 @@ class PatientCount:
         """Return the entries of a bundle's provenance."""
         return {"patients": self.number, "images_without_patient": self.without_id}
 
+    def describe(self, images: int) -> str:
+        """Format the patients with their images: `540 images of 519 patients`, `120 images, patients unknown`."""
+        return f"{count_of(images, 'image')}{', ' if self.number is None else ' of '}{self}"
+
     def __str__(self) -> str:
         if self.number is None:
-            return "unknown patients"
+            return "patients unknown"
         rest = f" ({count_of(self.without_id, 'image')} without a patient id)" if self.without_id else ""
         return f"{count_of(self.number, 'patient')}{rest}"
 

@@ -78,7 +78,7 @@ def _count_children(source: Mapping[str, Any]) -> str:
 
 def _count_patients(counts: Mapping[str, Any]) -> str:
     # Bundles of older versions have 0 where no patient id is known.
-    return str(PatientCount(counts["patients"] or None, counts.get("images_without_patient", 0)))
+    return PatientCount(counts["patients"] or None, counts.get("images_without_patient", 0)).describe(counts["images"])
 
 
 def _demographics(source: Mapping[str, Any]) -> dict[str, str] | None:

@@ -154,9 +154,9 @@ def _describe_data(m: Mapping[str, Any], table: Scores, leak_check: str) -> dict
     source, counts, labels = table.provenance, m["counts"], m["digests"]["labels"]
     split, spec = source.get("split") or {}, table.model.get("input_spec") or {}
     tables = ", ".join(f"{name} (SHA-256 {digest})" for name, digest in (split.get("tables") or {}).items())
-    size = f"{count_of(m['n_images'], 'image')} of {html.format_patients(m)}"
+    size = html.format_patients(m)
     images = source.get("images", {}).items()
-    parts = [f"{name} {count_of(part['images'], 'image')} of {_people(part)}" for name, part in images]
+    parts = [f"{name} {_people(part)}" for name, part in images]
     rule = ", ".join(f"{key} {split[key]}" for key in ("kind", "seed", "fractions") if split.get(key) is not None)
     labelled = [found["n"] for found in m["findings"].values()]
     flow = ("rows", "scored", "errors", "labelled", "evaluated", "labelled_errors", "labelled_not_scored")
@@ -233,7 +233,7 @@ def _describe_model(m: Mapping[str, Any], table: Scores) -> dict[str, str]:
     updating = "None: not recalibrated" if table.is_own else ""
     if made:
         fitted = f"calibration {made['method']}, operating points {made['rule']}"
-        images = f"{count_of(made['images'], 'image')} of {_people(made)}"
+        images = _people(made)
         updating = f"Recalibrated {made['created'][:10]} on {images}: {fitted}"
     return {
         "model": _join(
@@ -327,7 +327,7 @@ def _list_positives(findings: Mapping[str, Any]) -> str:
 
 def _people(part: Mapping[str, Any]) -> str:
     # Bundles of older versions have 0 where no patient id is known.
-    return str(PatientCount(part["patients"] or None, part.get("images_without_patient", 0)))
+    return PatientCount(part["patients"] or None, part.get("images_without_patient", 0)).describe(part["images"])
 
 
 def _interval(found: Mapping[str, Any]) -> str:

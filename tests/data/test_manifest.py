@@ -293,7 +293,7 @@ def test_rows_without_patients_in_two_tables(tmp_path: Path) -> None:
     assert "a.png" in refusal(TableError, f"train={a}", f"test={same}", on_leak="drop")
     _, report = build(f"train={a}", f"test={b}")
     assert report.unguarded == 2
-    assert report.lines()[0] == "2 images of unknown patients: train 1, test 1"
+    assert report.lines()[0] == "2 images, patients unknown: train 1, test 1"
     assert any(line.startswith("2 rows have a split but no patient id") for line in report.lines())
 
 
@@ -301,7 +301,7 @@ def test_images_without_a_patient_are_in_no_number_of_patients(tmp_path: Path) -
     for ids, line in (
         (["007", "7", "7"], "3 images of 2 patients"),
         (["007", "", "nan"], "3 images of 1 patient (2 images without a patient id)"),
-        (["", "", ""], "3 images of unknown patients"),
+        (["", "", ""], "3 images, patients unknown"),
     ):
         rows = "".join(f"{i}.png,{patient},1\n" for i, patient in enumerate(ids))
         assert build_text(tmp_path, f"Image,Patient ID,Mass\n{rows}")[1].lines()[0] == line

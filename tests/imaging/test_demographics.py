@@ -64,7 +64,7 @@ def test_counts_of_patients() -> None:
         (["007", "7", "7"], 2, 0, "2 patients"),
         (["7", None], 1, 1, "1 patient (1 image without a patient id)"),
         (["007", None, float("nan")], 1, 2, "1 patient (2 images without a patient id)"),
-        ([None, None], None, 2, "unknown patients"),
+        ([None, None], None, 2, "patients unknown"),
         ([], 0, 0, "0 patients"),
     ):
         count = demographics.PatientCount.of(patients)

@@ -99,8 +99,8 @@ def test_card_shows_provenance_and_people(whole: dict[str, Any]) -> None:
 def test_card_states_unknown_patients(whole: dict[str, Any]) -> None:
     nobody = whole["provenance"]["evaluation"] | {"groups": []}
     for counts, text in (
-        ({"images": 300, "patients": 0}, "300 images of unknown patients."),  # as older versions wrote it
-        ({"images": 300, "patients": None, "images_without_patient": 300}, "300 images of unknown patients."),
+        ({"images": 300, "patients": 0}, "300 images, patients unknown."),  # as older versions wrote it
+        ({"images": 300, "patients": None, "images_without_patient": 300}, "300 images, patients unknown."),
         (
             {"images": 9, "patients": 4, "images_without_patient": 2},
             "9 images of 4 patients (2 images without a patient",

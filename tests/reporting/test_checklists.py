@@ -82,7 +82,7 @@ def test_items_hold_values_of_the_run(archive: Archive, tmp_path: Path) -> None:
     macro = found["macro"]
     for item, words in {
         ("CLAIM", "7"): "table.csv (SHA-256 abab",
-        ("CLAIM", "19"): "kind patient, seed 7. train 30 images of 10 patients; val 15 images of unknown patients",
+        ("CLAIM", "19"): "kind patient, seed 7. train 30 images of 10 patients; val 15 images, patients unknown",
         ("CLAIM", "23"): "ray-cxr 9.8.7",
         ("CLAIM", "25"): "loss focal, seed 3. 3 epochs",
         ("CLAIM", "26"): "Epoch 2, the best by validation macro AUROC",
