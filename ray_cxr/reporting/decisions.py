@@ -45,31 +45,31 @@ class Decisions:
             for name, part in ((name, getattr(self, name)) for name in DECISIONS)
         }
 
-    def summarize(self) -> list[str]:
+    def summarize(self) -> dict[str, list[str]]:
         """Return sentences on net benefit and on the least certain tenth; nothing without calibrated probabilities."""
-        sentences = []
+        sentences = {}
         curves = {finding: curve for finding, curve in self.net_benefit.items() if isinstance(curve, DecisionCurve)}
         without = [finding for finding, curve in curves.items() if not curve.benefit]
         if curves:
             better = "flagging by calibrated probability is better than flagging all or no images"
             shown = len(curves) - len(without)
-            sentences.append(
+            sentences["net_benefit"] = [
                 f"Net benefit: for {shown} of {count_of(len(curves), 'finding')}, {better}, at the thresholds below"
                 + (f"; not shown for {_list_findings(without)}." if without else ".")
                 if shown
                 else f"Net benefit: for none of the findings is it shown that {better}."
-            )
+            ]
         found = self.selection.get(ABNORMALITY)
         if isinstance(found, Selection) and found.errors_handed_over.value is not None:
             share = format_percent(found.errors_handed_over.value, 0)
             before, after = (format_percent(part["error_rate"]) for part in (found.all_images, found.kept))
             left_out = _list_findings(self.left_out)
             partly = f" (abnormality leaves out {left_out}: not calibrated)" if left_out else ""
-            sentences.append(
+            sentences["selective"] = [
                 f"The tenth of the images whose abnormality is least certain holds {share} of the wrong decisions on "
                 f"whether there is any finding{partly}; a random tenth holds 10%. Without it, the error rate is "
                 f"{after} instead of {before}."
-            )
+            ]
         return sentences
 
 
