@@ -74,23 +74,22 @@ def _name_rule(points: Mapping[str, Any], findings: list[str]) -> str:
 
 def measure_order(table: Scores, evaluated: EvaluationSet, bootstrap: BootstrapSettings) -> ReadingOrder | str:
     """Measure how much sooner evaluated studies with findings are read in the order of the worklist; or say why not."""
-    rows_of, places = sort_studies(table)
-    studies, codes = np.unique(rows_of[evaluated.rows], return_inverse=True)
-    ranked = places[studies] < np.inf
+    codes, places = sort_studies(table.select(evaluated.rows))
+    ranked = places < np.inf
     if not ranked.any():
         return "the scores have no priority"
     names = [f for f, y in evaluated.labels.items() if f != NO_FINDING and (y == 1).any()]
     labels = np.column_stack([alerts.find_abnormal(evaluated.labels), *(evaluated.labels[f] for f in names)])
     # A study has a finding if one of its images has it, and lacks it if all lack it.
     order = np.argsort(codes, kind="stable")
-    starts = np.searchsorted(codes[order], np.arange(len(studies)))
+    starts = np.searchsorted(codes[order], np.arange(len(places)))
     present, absent = (
         combine.reduceat(labels[order] == value, starts, axis=0)
         for combine, value in ((np.logical_or, 1), (np.logical_and, 0))
     )
     status = np.where(present, 1, np.where(absent, 0, -1)).astype(np.int8)[ranked]
     return measure_reading_order(
-        -places[studies][ranked],
+        -places[ranked],
         status[:, 0],
         status[:, 1:],
         names,

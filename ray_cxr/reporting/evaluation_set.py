@@ -33,10 +33,12 @@ class JoinCounts:
 class Population:
     """Scored images: their rows in `Scores`, int [n], and their patients' ids [n] or None.
 
-    `split` is None for images of any split; `description` names the images for readers.
+    `failed` are the rows of the images that belong to them and could not be scored, int [k]. `split` is None for images
+    of any split; `description` names the images for readers.
     """
 
     rows: np.ndarray
+    failed: np.ndarray
     patients: np.ndarray
     split: str | None
     description: str
@@ -44,7 +46,12 @@ class Population:
     @classmethod
     def select_scored(cls, table: Scores) -> Population:
         rows = np.flatnonzero(table.ok)
-        return cls(rows, table.patients[rows], None, "all scored images of any split")
+        return cls(rows, np.flatnonzero(~table.ok), table.patients[rows], None, "all scored images of any split")
+
+    @property
+    def listed(self) -> np.ndarray:
+        """Rows of all images, failed or not, in the order of the table."""
+        return np.sort(np.concatenate([self.rows, self.failed]))
 
     def match(
         self, table: Scores, ids: np.ndarray, option: str
@@ -82,12 +89,14 @@ class EvaluationSet(Population):
 
     Attributes:
         labels: per finding int8, -1 for null.
+        failed_labels: the same of the images of `failed`.
         sex, view: objects, None if unknown.
         age, follow_up: float, years and the number of the image, NaN if unknown.
         info: the manifest's description of its split.
     """
 
     labels: dict[str, np.ndarray]
+    failed_labels: dict[str, np.ndarray]
     sex: np.ndarray
     age: np.ndarray
     view: np.ndarray
@@ -137,20 +146,23 @@ def join_labels(table: Scores, path: str | Path, split: str | None) -> Evaluatio
         scored_not_labelled=len(table.ids) - int((rows_of_labels >= 0).sum()),
         scored_other_split=int((rows_of_labels[~chosen] >= 0).sum()),
     )
-    labels = {}
+    labels, failed_labels = {}, {}
     for finding in LABELS:
         known = labelled[finding].drop_null().unique().to_pylist()
         if not {0, 1}.issuperset(known):
             raise TableError(f"{path}: column {finding} holds {sorted(known)}; use 0, 1 and null (not labelled)")
-        labels[finding] = pc.fill_null(labelled[finding], -1).to_numpy()[chosen][kept]
+        values = pc.fill_null(labelled[finding], -1).to_numpy()[chosen]
+        labels[finding], failed_labels[finding] = values[kept], values[failed]
     patients, sex, view = (read_texts(labelled, name, path)[chosen][kept] for name in ("patient_id", "sex", "view"))
     age, follow_up = (read_floats(labelled, name, path)[chosen][kept] for name in ("age", "follow_up"))
-    rows = rows[kept]
+    rows, failed_rows = rows[kept], rows[failed]
     # The score table may know a patient whom the manifest does not.
     patients = np.where([patient is None for patient in patients], table.patients[rows], patients)
     info = manifest.split_info(labelled)
     described = _describe_split(split, info)
-    return EvaluationSet(rows, patients, split, described, labels, sex, age, view, follow_up, counts, info)
+    return EvaluationSet(
+        rows, failed_rows, patients, split, described, labels, failed_labels, sex, age, view, follow_up, counts, info
+    )
 
 
 def _select_split(splits: np.ndarray, split: str | None, path: str | Path) -> np.ndarray:

@@ -105,14 +105,22 @@ class Ranking:
         """Return a value per group that orders like the priority of `rank_groups`, but does not round near 1."""
         if self.weights is not None:
             return sum_logs(self._find_highest(codes, n_groups, rows), list(self.weights.values()))
-        highest = np.full(n_groups, np.nan)
-        np.fmax.at(highest, codes, priority[rows])
-        return highest
+        return find_highest(priority[rows], codes, n_groups)
 
     def _find_highest(self, codes: np.ndarray, n_groups: int, rows: np.ndarray) -> np.ndarray:
-        highest = np.full((n_groups, self.values.shape[1]), np.nan)
-        np.fmax.at(highest, codes, self.values[rows])
-        return highest
+        return find_highest(self.values[rows], codes, n_groups)
+
+
+def find_highest(values: np.ndarray, codes: np.ndarray, n_groups: int) -> np.ndarray:
+    """Return the highest value of each group of rows, float64 [n_groups, ...], NaN without one.
+
+    Args:
+        values: float [m, ...], NaN for null.
+        codes: the group of each row, int [m] in 0..n_groups-1.
+    """
+    highest = np.full((n_groups, *values.shape[1:]), np.nan)
+    np.fmax.at(highest, codes, values)
+    return highest
 
 
 def group_studies(patients: np.ndarray, studies: np.ndarray) -> tuple[np.ndarray, int]:

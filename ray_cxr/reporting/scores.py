@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,16 @@ class Scores:
 
     def threshold(self, finding: str) -> float | None:
         return finite_or_none((self.operating_points.get(finding) or {}).get("threshold"))
+
+    def select(self, rows: np.ndarray) -> Scores:
+        """Return the table with these rows only, int [m], in their order."""
+        changes: dict[str, Any] = {"ranking": replace(self.ranking, values=self.ranking.values[rows])}
+        for name, value in ((field.name, getattr(self, field.name)) for field in fields(self)):
+            if isinstance(value, np.ndarray):
+                changes[name] = value[rows]
+            elif name in ("p", "c", "spread", "flags"):
+                changes[name] = {finding: column[rows] for finding, column in value.items()}
+        return replace(self, **changes)
 
 
 def read_scores(path: str | Path) -> Scores:

@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ray_cxr.labels import NO_FINDING
-from ray_cxr.reporting.ranking import group_studies
+from ray_cxr.reporting.ranking import find_highest, group_studies
 from ray_cxr.reporting.scores import Scores
+from ray_cxr.reporting.spreadsheets import format_csv
 
-#: A spreadsheet runs a cell that starts with one of these as a formula.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
-#: Columns of numbers.
-_NUMBERS = ("priority", "abnormality")
 #: Columns that order studies of equal priority.
 _ORDER = ("patient_id", "study_id", "image_id")
 
 
-def build_worklist(table: Scores) -> list[dict[str, str]]:
-    """Return one row per study, or per image without a study id, highest priority first and failures last.
+@dataclass(frozen=True, eq=False)
+class Worklist:
+    """One entry per study, or per image without a study id, highest priority first and failures last.
+
+    Attributes:
+        lines: the columns of text of worklist.csv.
+        rows: the rows of each study in the score table; the first is the image of the line.
+        priority, abnormality: float32 [n], NaN without a probability.
+        p, c: per finding, the study's highest raw and calibrated probability, float64 [n], NaN for null.
+    """
+
+    lines: list[dict[str, str]]
+    rows: list[list[int]]
+    priority: np.ndarray
+    abnormality: np.ndarray
+    p: dict[str, np.ndarray]
+    c: dict[str, np.ndarray]
+
+    def to_csv(self) -> str:
+        """Return worklist.csv."""
+        return format_csv(
+            {
+                "priority": self.priority,
+                "abnormality": self.abnormality,
+                **{name: [line[name] for line in self.lines] for name in self.lines[0]},
+                **{f"p_{finding}": values for finding, values in self.p.items()},
+                **{f"c_{finding}": values for finding, values in self.c.items()},
+            }
+        )
+
+
+def build_worklist(table: Scores) -> Worklist:
+    """List the studies of a score table.
 
     Flags of findings without calibration do not raise the priority. So a study that has one stands at least where the
     median of the studies with other flags stands, or first if there are none. `flagged_unranked` names the findings.
@@ -38,10 +64,9 @@ def build_worklist(table: Scores) -> list[dict[str, str]]:
     lines = []
     for study, rows in enumerate(studies):
         best = min(rows, key=lambda row: (images[row], table.ids[row]))
+        rows.sort(key=lambda row: row != best)
         flagged = [f for f in names if any(table.flags[f][row] == 1 for row in rows)]
         line = {
-            "priority": _format(priority[study]),
-            "abnormality": _format(abnormality[study]),
             "top_finding": (table.top_findings[best] if table.ranking.weights is None else top[study]) or "",
             "flagged": "|".join(flagged),
             "flagged_unranked": "|".join(f for f in flagged if f in unranked),
@@ -55,7 +80,14 @@ def build_worklist(table: Scores) -> list[dict[str, str]]:
         }
         lines.append(line)
     order = sorted(range(n_studies), key=lambda study: (places[study], *(lines[study][key] for key in _ORDER)))
-    return [lines[study] for study in order]
+    return Worklist(
+        lines=[lines[study] for study in order],
+        rows=[studies[study] for study in order],
+        priority=priority[order].astype(np.float32),
+        abnormality=abnormality[order].astype(np.float32),
+        p={finding: find_highest(p, codes, n_studies)[order] for finding, p in table.p.items()},
+        c={finding: find_highest(c, codes, n_studies)[order] for finding, c in table.c.items()},
+    )
 
 
 def sort_studies(table: Scores) -> tuple[np.ndarray, np.ndarray]:
@@ -84,19 +116,5 @@ def _to_sort_values(urgency: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(urgency), np.inf, -urgency)
 
 
-def _format(value: float) -> str:
-    return "" if np.isnan(value) else str(np.float32(value))
-
-
 def _join(values: Any) -> str:
     return "|".join(sorted({value for value in values if value}))
-
-
-def format_csv(lines: Sequence[Mapping[str, str]]) -> str:
-    """Return the rows as CSV; a text that a spreadsheet would run as a formula gets an apostrophe."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    for line in lines:
-        writer.writerow({k: f"'{v}" if k not in _NUMBERS and v.startswith(_FORMULA) else v for k, v in line.items()})
-    return buffer.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_cxr.reporting.scores import Scores, read_scores
-from ray_cxr.reporting.worklist import build_worklist, format_csv
+from ray_cxr.reporting.worklist import build_worklist
 
 
 def read(folder: Path, run: dict[str, Any] | None = None, **columns: list[Any]) -> Scores:
@@ -30,7 +31,8 @@ def read(folder: Path, run: dict[str, Any] | None = None, **columns: list[Any]) 
 
 
 def shown(table: Scores, *columns: str) -> list[tuple[str, ...]]:
-    return [tuple(line[name] for name in columns) for line in build_worklist(table)]
+    lines = csv.DictReader(build_worklist(table).to_csv().splitlines())
+    return [tuple(line[name] for name in columns) for line in lines]
 
 
 def test_a_study_has_the_highest_probability_of_each_finding(tmp_path: Path) -> None:
@@ -50,6 +52,7 @@ def test_a_study_has_the_highest_probability_of_each_finding(tmp_path: Path) -> 
         ("0.55", "0.55", "Mass", "d", "1", ""),
         ("", "", "", "e", "1", "missing"),
     ]
+    assert shown(table, "p_Mass", "p_Nodule") == [("0.5", "0.2"), ("0.55", "0.0"), ("", "")]
     np.testing.assert_allclose(table.priority, [0.55, 0.28, np.nan, 0.55, np.nan], atol=1e-12)
     assert "1 - product of (1 - p)" in " ".join(table.ranking.notes)
 
@@ -79,7 +82,7 @@ def test_a_flag_of_a_finding_without_calibration_is_not_last(tmp_path: Path) -> 
     flags = {"flag_Mass": [True, True, True, False, False], "flag_Hernia": [False, False, False, True, False]}
     c = {"c_Mass": [0.9, 0.5, 0.3, 0.1, 0.2], "c_Hernia": pa.nulls(5, pa.float32())}
     table = read(tmp_path, p_Mass=[0.5] * 5, p_Hernia=[0.9] * 5, **c, **flags)
-    assert [line["image_id"] for line in build_worklist(table)] == [*"abdce"]
+    assert [line["image_id"] for line in build_worklist(table).lines] == [*"abdce"]
     assert shown(table, "image_id", "flagged_unranked", "priority")[2] == ("d", "Hernia", "0.1")
     assert "Hernia" in table.ranking.notes[0]
 
@@ -116,5 +119,6 @@ def test_a_table_of_no_finding_alone_has_no_notes_on_the_order(tmp_path: Path) -
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@a", "\t=1"])
 def test_cells_are_safe_for_spreadsheets(tmp_path: Path, text: str) -> None:
     table = read(tmp_path, study_id=[text], p_Mass=[1e-9])
-    assert f"'{text}" in format_csv(build_worklist(table))
-    assert format_csv(build_worklist(table)).splitlines()[1].startswith("1e-09,1e-09,")
+    content = build_worklist(table).to_csv()
+    assert f"'{text}" in content
+    assert content.splitlines()[1].startswith("1e-09,1e-09,")

@@ -1,0 +1,154 @@
+"""What needs a look: flagged images, studies and patients, and images whose scores are missing or doubtful."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ray_cxr.errors import ERROR_CODES
+from ray_cxr.imaging.demographics import PatientCount, count_of
+from ray_cxr.labels import NO_FINDING
+from ray_cxr.reporting import plots
+from ray_cxr.reporting.evaluation_set import EvaluationSet, Population
+from ray_cxr.reporting.html import format_percent
+from ray_cxr.reporting.scores import Scores
+
+#: Findings that a sentence names.
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class FlagCount:
+    """Flagged images, studies and patients of a finding, or of any finding.
+
+    Attributes:
+        images: number of flagged images of `n` with a known flag.
+        studies, patients: those with a flagged image; `number` is None if no such image has an id.
+    """
+
+    images: int
+    n: int
+    studies: PatientCount
+    patients: PatientCount
+
+    @classmethod
+    def count(cls, flags: np.ndarray, studies: np.ndarray, patients: np.ndarray) -> FlagCount:
+        """Count from flags, int8 [n] with -1 for null, and ids [n] or None."""
+        chosen = flags == 1
+        of_studies, of_patients = (PatientCount.of(ids[chosen]) for ids in (studies, patients))
+        return cls(int(chosen.sum()), int((flags >= 0).sum()), of_studies, of_patients)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "images": self.images,
+            "n": self.n,
+            "share": self.images / self.n,
+            "studies": self.studies.number,
+            "patients": self.patients.number,
+            "images_without_study": self.studies.without_id,
+            "images_without_patient": self.patients.without_id,
+        }
+
+
+@dataclass(frozen=True)
+class Flagged:
+    """The images of a report that need a look.
+
+    Attributes:
+        description: of the images, for readers.
+        images: number of images, failed ones included.
+        studies, patients: of the images with a score.
+        total: images with a flag for any finding; None if no finding can be flagged.
+        findings: by finding, most images first; only findings with flags.
+        without_flags: findings that cannot be flagged.
+        failed: images that could not be scored, by code.
+        quality: images with a quality flag, by flag.
+    """
+
+    description: str
+    images: int
+    studies: PatientCount
+    patients: PatientCount
+    total: FlagCount | None
+    findings: dict[str, FlagCount]
+    without_flags: tuple[str, ...]
+    failed: dict[str, int]
+    quality: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "description": self.description,
+            "images": self.images,
+            "studies": self.studies.number,
+            "patients": self.patients.number,
+            "images_without_study": self.studies.without_id,
+            "images_without_patient": self.patients.without_id,
+            "any_finding": self.total.to_json() if self.total else None,
+            "findings": {finding: found.to_json() for finding, found in self.findings.items()},
+            "without_flags": list(self.without_flags),
+            "failed": {"images": sum(self.failed.values()), "by_code": self.failed},
+            "quality_flags": {"images": sum(self.quality.values()), "by_flag": self.quality},
+        }
+
+
+def measure_flagged(table: Scores, population: Population) -> Flagged:
+    """Count the images of a report that are flagged, failed, or have a quality flag."""
+    rows, patients = population.rows, population.patients
+    # A study id is unique within a patient only.
+    ids = zip(table.patients[rows], table.studies[rows], strict=True)
+    studies = np.fromiter((None if study is None else (patient, study) for patient, study in ids), object, len(rows))
+    names = [finding for finding in table.findings if finding != NO_FINDING]
+    flags = {f: table.flags[f][rows] for f in names if f in table.flags and (table.flags[f][rows] >= 0).any()}
+    counts = {finding: FlagCount.count(values, studies, patients) for finding, values in flags.items()}
+    highest = np.max([*flags.values()], axis=0) if flags else np.full(len(rows), -1)
+    codes = Counter(code or "unknown" for code in table.codes[population.failed])
+    return Flagged(
+        description=population.description if isinstance(population, EvaluationSet) else "all images of the scores",
+        images=len(population.listed),
+        studies=PatientCount.of(studies),
+        patients=PatientCount.of(patients),
+        total=FlagCount.count(highest, studies, patients) if flags else None,
+        findings=dict(sorted(counts.items(), key=lambda pair: -pair[1].images)),
+        without_flags=tuple(finding for finding in names if finding not in flags) if len(rows) else (),
+        failed={code: codes[code] for code in [*ERROR_CODES, *sorted(set(codes) - set(ERROR_CODES))] if codes[code]},
+        quality=dict(sorted(Counter(flag for flag in table.quality_flags[rows] if flag).items())),
+    )
+
+
+def summarize_flagged(found: Flagged) -> str:
+    """Return a sentence on the images that need a look."""
+    parts = []
+    if found.total is not None:
+        total = found.total
+        parts.append(
+            f"{total.images:,} of {count_of(total.n, 'scored image')} ({format_percent(total.images / total.n)}) "
+            f"{'is' if total.images == 1 else 'are'} flagged ({_format_groups(total)})"
+        )
+        named = [f"{plots.format_finding(f)} {count.images:,}" for f, count in found.findings.items() if count.images]
+        if named:
+            more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+            parts[0] += f": {', '.join(named[:_NAMED])}{more}"
+    else:
+        parts.append("no finding can be flagged: the scores have no operating points")
+    if found.failed:
+        parts.append(f"{count_of(sum(found.failed.values()), 'image')} could not be scored")
+    if found.quality:
+        parts.append(f"{count_of(sum(found.quality.values()), 'image')} with a quality flag")
+    return f"What needs a look: {'; '.join(parts)}."
+
+
+def _format_groups(count: FlagCount) -> str:
+    if count.studies.number is None and count.patients.number is None and count.images:
+        return "studies and patients unknown"
+    return ", ".join(_format_ids(*pair) for pair in ((count.studies, "study"), (count.patients, "patient")))
+
+
+def _format_ids(count: PatientCount, noun: str) -> str:
+    plural = "studies" if noun == "study" else f"{noun}s"
+    if count.number is None:
+        return f"{plural} unknown"
+    rest = f" ({count_of(count.without_id, 'image')} without {noun} id)" if count.without_id else ""
+    return f"{count.number:,} {noun if count.number == 1 else plural}{rest}"

@@ -1,0 +1,141 @@
+"""The first rows of the worklist on the page: studies with their highest findings, radiograph and heat map."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ray_cxr.errors import TableError
+from ray_cxr.imaging.overlays import HeatMap, draw_overlay, has_heatmaps, read_heatmaps, scale_to_side
+from ray_cxr.imaging.sandbox import Decoder
+from ray_cxr.labels import NO_FINDING
+from ray_cxr.reporting.cases import encode_webp, load_image
+from ray_cxr.reporting.scores import Scores
+from ray_cxr.reporting.worklist import Worklist
+
+#: Rows with images, and rows of the table.
+CARDS, ROWS = 10, 25
+#: Findings per row: flagged ones, filled up with others to `_AT_LEAST`.
+_AT_LEAST, _AT_MOST = 2, 4
+#: Longer side of an image on the page, pixels; as WebP it has about 5 kB.
+_SIDE = 320
+
+
+@dataclass(frozen=True)
+class FindingScore:
+    """A study's probabilities of a finding, None if unknown, and whether an image of the study is flagged for it."""
+
+    finding: str
+    p: float | None
+    c: float | None
+    threshold: float | None
+    flagged: bool
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """A row of the worklist on the page; images are WebP.
+
+    Attributes:
+        line: the columns of text of worklist.csv.
+        findings: flagged ones first, the highest first; `hidden` flagged findings more.
+        image: the radiograph; None if it was not loaded or cannot be read, then with an `image_error`.
+        heatmap: over the image, of the finding `heatmap_finding`; None if there is none.
+    """
+
+    line: dict[str, str]
+    priority: float | None
+    abnormality: float | None
+    findings: list[FindingScore]
+    hidden: int
+    image: bytes | None = None
+    image_error: str | None = None
+    heatmap: bytes | None = None
+    heatmap_finding: str | None = None
+
+
+def list_rows(table: Scores, worklist: Worklist) -> list[StudyRow]:
+    """Return the first rows of a worklist of this table, the first `CARDS` of them with images."""
+    rows = [_build_row(table, worklist, place) for place in range(min(ROWS, len(worklist.lines)))]
+    images = [study[0] for study in worklist.rows[:CARDS]]
+    return [*add_images(rows[:CARDS], table, images), *rows[CARDS:]]
+
+
+def _build_row(table: Scores, worklist: Worklist, place: int) -> StudyRow:
+    line = worklist.lines[place]
+    flagged = set(line["flagged"].split("|"))
+    found = [
+        FindingScore(
+            finding,
+            _number(worklist.p[finding][place]),
+            _number(worklist.c[finding][place]) if finding in worklist.c else None,
+            table.threshold(finding),
+            finding in flagged,
+        )
+        for finding in worklist.p
+        if finding != NO_FINDING and not np.isnan(worklist.p[finding][place])
+    ]
+    # As the priority: by calibrated probabilities, if there are any.
+    calibrated = any(score.c is not None for score in found)
+    found.sort(key=lambda score: (not score.flagged, -((score.c if calibrated else score.p) or 0.0)))
+    n_flagged = sum(score.flagged for score in found)
+    shown = found[: min(_AT_MOST, max(_AT_LEAST, n_flagged))]
+    priority, abnormality = (_number(values[place]) for values in (worklist.priority, worklist.abnormality))
+    return StudyRow(line, priority, abnormality, shown, max(0, n_flagged - len(shown)))
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def add_images(studies: Sequence[StudyRow], table: Scores, rows: Sequence[int]) -> list[StudyRow]:
+    """Add radiographs and heat maps of the images in these rows of the table."""
+    with Decoder([None]) as decoder:
+        decoder.start()
+        maps = _read_maps(table, rows)
+        return [_add_image(study, table, row, maps, decoder) for study, row in zip(studies, rows, strict=True)]
+
+
+def _read_maps(table: Scores, rows: Sequence[int]) -> dict[tuple[str, str], HeatMap]:
+    if table.run_folder is None or not has_heatmaps(table.run_folder):
+        return {}
+    try:
+        return read_heatmaps(table.run_folder, set(table.ids[rows]))
+    except TableError:  # damaged maps; the section on localisation, which needs them, reports it
+        return {}
+
+
+def _add_image(
+    study: StudyRow, table: Scores, row: int, maps: dict[tuple[str, str], HeatMap], decoder: Decoder
+) -> StudyRow:
+    """Add the radiograph in a row of the table, and a heat map of the first finding that has one."""
+    if not table.ok[row]:
+        return replace(study, image_error=table.codes[row] or "unknown")
+    if table.paths[row] is None:
+        return study
+    image, code = load_image(table.paths[row], decoder)
+    if image is None:
+        return replace(study, image_error=code)
+    image = scale_to_side(image, _SIDE)
+    study = replace(study, image=encode_webp(image))
+    for score in study.findings:
+        heatmap = maps.get((table.ids[row], score.finding))
+        if heatmap is not None and heatmap.evidence > 0:
+            overlay = draw_overlay(image, heatmap.cells, heatmap.area, side=_SIDE)
+            return replace(study, heatmap=encode_webp(overlay), heatmap_finding=score.finding)
+    return study
+
+
+def describe_missing_images(rows: Sequence[StudyRow]) -> str:
+    """Return a sentence on the images of the first rows that were scored and cannot be read any more, or nothing."""
+    cards = rows[:CARDS]
+    lost = Counter(row.image_error for row in cards if row.image_error and row.priority is not None)
+    if lost:
+        codes = ", ".join(f"{code} {n}" for code, n in lost.items())
+        return f"{lost.total()} of {len(cards)} radiographs were scored, but cannot be read any more: {codes}."
+    if any(row.priority is not None for row in cards) and not any(row.image or row.image_error for row in cards):
+        return "The score table has no paths of images, so no radiograph can be shown."
+    return ""
