@@ -10,6 +10,7 @@ section, `--set section.key=value` a key of another section.
 from __future__ import annotations
 
 import codecs
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -483,6 +484,8 @@ def _describe_errors(kind: type[Settings], error: ValidationError) -> str:
         else:
             given = "" if isinstance(item["input"], (Mapping, Settings)) else f" (got {shorten_repr(item['input'])})"
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "literal_error":
+                given += labels.suggest(str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]))
             parts.append(f"{place}: {message}{given}" if place else message)
     return "; ".join(parts)
 

@@ -12,13 +12,20 @@ from pathlib import Path
 import ray_cxr
 from ray_cxr import errors, limits
 from ray_cxr.cli import bundles, data, reports, scoring, training
-from ray_cxr.cli.arguments import CommandParser, add_command, local_output
+from ray_cxr.cli.arguments import PATH_TYPES, CommandParser, add_command, local_output, wrap
+from ray_cxr.cli.next_step import IMAGES, JOB_FOLDER, hide_next, place_next_to, print_next
 from ray_cxr.cli.output import print_line, report_lost_output
 from ray_cxr.errors import EXIT_INTERRUPTED, RayCxrError, one_line
 from ray_cxr.storage import remote
 
-#: Part of the path of a job's working directory, a copy in Ray's session folder that is removed with the session.
-_JOB_FOLDER = "/runtime_resources/working_dir_files/"
+#: Groups of the commands in the overview. The commands of the first one read each other's output, in this order.
+_GROUPS = {
+    "workflow, each step reads what the step before wrote": ("manifest", "prepare", "train", "score", "report"),
+    "search, and third-party models": ("tune", "import-weights"),
+    "from a bundle (the model folder of train) to a new one": ("recalibrate", "quantize", "ensemble"),
+    "exports": ("export-onnx", "export-sr"),
+    "first steps": ("demo", "completion"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("ray_cxr").setLevel(logging.INFO)
         arguments = _build_parser().parse_args(argv)
-        command = f"ray-cxr {arguments.command}"
+        arguments.words = list(sys.argv[1:] if argv is None else argv)
+        command = f"ray-cxr {arguments.command or ''}".rstrip()
         _check_working_directory(getattr(arguments, "out", ""))
         arguments.run(arguments)
     except BrokenPipeError:
@@ -54,7 +62,7 @@ def _check_working_directory(out: str) -> None:
         here = os.getcwd()
     except OSError:
         raise errors.InputError("the working directory was removed; change to an existing folder") from None
-    if out and not remote.is_address(out) and _JOB_FOLDER in os.path.join(here, out):
+    if out and not remote.is_address(out) and JOB_FOLDER in os.path.join(here, out):
         raise errors.OutputError(
             f"--out {out}: is in the working directory of a job, which Ray removes later; pass an absolute path "
             "outside of it"
@@ -72,16 +80,55 @@ def _describe_ray_error(error: Exception) -> RayCxrError | None:
     return RayCxrError(f"Ray failed ({reason}); see Ray's log folder, then run it again")
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog="ray-cxr", description=ray_cxr.__doc__)
+class _Program(CommandParser):
+    """The parser of `ray-cxr`, whose help is an overview of the commands."""
+
+    commands: argparse._SubParsersAction[CommandParser]
+
+    def format_help(self) -> str:
+        lines = ["usage: ray-cxr COMMAND [options], or ray-cxr --version", "", wrap(str(self.description))]
+        for title, names in _GROUPS.items():
+            lines += ["", f"{title}:"]
+            lines += [wrap(self.commands.choices[name].summary, " " * 18, f"  {name:<16}") for name in names]
+        end = "`ray-cxr demo --out demo` is a good start. `ray-cxr COMMAND --help` explains options, with examples."
+        return "\n".join([*lines, "", wrap(end), ""])
+
+
+def _build_parser() -> CommandParser:
+    parser = _Program(prog="ray-cxr", description=ray_cxr.__doc__)
     parser.add_argument("--version", action="version", version=f"ray-cxr {ray_cxr.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=CommandParser)
+    parser.set_defaults(run=lambda arguments: print_line(parser.format_help().rstrip("\n")))
+    parser.commands = commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=CommandParser)
     for module in (data, training, scoring, reports, bundles):
         module.add_commands(commands)
-    demo = add_command(commands, "demo", _demo, "run every step on synthetic radiographs, on a laptop, in minutes")
-    demo.add_argument("--out", required=True, type=local_output, metavar="DIR")
+    demo = add_command(
+        commands,
+        "demo",
+        _demo,
+        "run every step on synthetic radiographs, on a laptop, in minutes",
+        ["--out demo", "--out demo-search --tune"],
+    )
+    demo.add_argument("--out", required=True, type=local_output, metavar="DIR", help="folder for all files of the demo")
     demo.add_argument("--tune", action="store_true", help="also run a small search before the training")
+    completion = add_command(
+        commands,
+        "completion",
+        lambda arguments: _print_completion(parser, arguments.shell),
+        "print a script that completes commands, options and files at the Tab key",
+        ["bash > ~/.local/share/bash-completion/completions/ray-cxr", "fish > ~/.config/fish/completions/ray-cxr.fish"],
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL", help="bash, zsh or fish")
     return parser
+
+
+def _print_completion(parser: _Program, shell: str) -> None:
+    import shtab
+
+    for command in parser.commands.choices.values():
+        for action in command._actions:
+            if action.type in PATH_TYPES:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print_line(shtab.complete(parser, shell))
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
+import itertools
+import shlex
+import shutil
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from ray_cxr import config, environment, errors
+from ray_cxr import config, environment, errors, labels
 from ray_cxr.cli.output import report_lost_output
 from ray_cxr.errors import ConfigError, one_line
 from ray_cxr.storage import remote
@@ -19,13 +24,107 @@ _Number = TypeVar("_Number", int, float)
 
 
 class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with the word that was probably meant."""
+
+    def __init__(self, **options: Any) -> None:
+        # Without abbreviations, an option of a later version cannot change what an old command means.
+        options = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options}
+        super().__init__(**options)
+        #: Sections of the settings that `--set` changes, the command's own first.
+        self.sections: Sequence[str] = ()
+        #: What the command does, without a full stop.
+        self.summary = ""
+        self._inputs: list[tuple[argparse.Action, argparse.Action]] = []
+
+    def add_input(self, *names: str, metavar: str, dest: str, text: str, nargs: str | None = None) -> None:
+        """Add an argument that is passed by its place, or by one of its names."""
+        place = self.add_argument(dest, type=any_path, metavar=metavar, nargs=nargs, help=text)
+        named = self.add_argument(
+            *names, dest=dest, type=any_path, metavar=metavar, nargs=nargs, default=argparse.SUPPRESS,
+            help=f"{metavar} by name instead of by its place",
+        )  # fmt: skip
+        self._inputs.append((place, named))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse all arguments; refuse an unknown one before a missing one, which is often its consequence."""
+        words = list(sys.argv[1:] if args is None else args)
+        options = list(itertools.takewhile(lambda word: word != "--", words))
+        if self._subparsers is not None:  # the other words belong to the command
+            options = list(itertools.takewhile(lambda word: word.startswith("-"), options))
+        if not {"-h", "--help"} & set(options):
+            for index, word in enumerate(options):
+                if word.startswith("--") and " " not in word and word.partition("=")[0] not in self._options():
+                    self._refuse_option(word, *options[index + 1 : index + 2])
+        for place, named in self._inputs:
+            if any(word.partition("=")[0] in named.option_strings for word in options):
+                self._remove_action(place)
+        found, rest = super().parse_known_args(words, namespace)
+        if rest and rest[0].startswith("-"):
+            self._refuse_option(*rest[:2])
+        elif rest:
+            self.error(f"unexpected argument {rest[0]!r}")
+        return found, []
+
+    def format_help(self) -> str:
+        """Return the help, with a usage line that leaves the options to their list."""
+        groups = [group for group in self._mutually_exclusive_groups if group.required]
+        places = [(str(action.metavar), action.nargs) for action in self._get_positional_actions()]
+        parts = [f"{name} [{name} ...]" if nargs else name for name, nargs in places]
+        parts += [_show(action) for action in self._actions if action.option_strings and action.required]
+        parts += [f"({' | '.join(map(_show, group._group_actions))})" for group in groups]
+        self.usage = wrap(" ".join(["usage:", self.prog, *parts, "[options]"]), " " * 9, "").removeprefix("usage: ")
+        return super().format_help()
+
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {one_line(message)}; see {self.prog} --help", file=sys.stderr)
-        raise SystemExit(2)
+        self._stop(f"{message}; see {self.prog} --help")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         environment.write_output("", end="")  # the help may still be in the buffer
         super().exit(status or report_lost_output(self.prog), message)
+
+    def _stop(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {one_line(message)}", file=sys.stderr)
+        raise SystemExit(2)
+
+    def _options(self) -> list[str]:
+        return [name for action in self._actions for name in action.option_strings]
+
+    def _refuse_option(self, word: str, following: str = "") -> NoReturn:
+        """Report an unknown option, with the option or the setting that was probably meant."""
+        option, equals, value = word.partition("=")
+        plain, options = option.replace("_", "-"), self._options()
+        settings = {f"--{name.split('.')[-1].replace('_', '-')}": name for name in reversed(self._name_settings())}
+        settings = {name: key for name, key in settings.items() if name not in options}
+        near = difflib.get_close_matches(plain, options, n=1, cutoff=0.9)
+        if not near and plain in settings:
+            near = [plain]
+        near = near or [name for name in options if len(plain) > 3 and name.startswith(plain)]
+        near = near or difflib.get_close_matches(plain, [*options, *settings], n=1)
+        if near and near[0] in settings:
+            value = value if equals else following if following and not following.startswith("--") else "VALUE"
+            use = "use {}" if near == [plain] else "did you mean {}?"
+            self._stop(f"unknown option {option}; " + use.format(f"--set {settings[near[0]]}={shlex.quote(value)}"))
+        if near:
+            self._stop(f"unknown option {option}; did you mean {near[0]}?")
+        self.error(f"unknown option {option}")
+
+    def _name_settings(self) -> list[str]:
+        """Return the names of the settings in `--set NAME=VALUE`, the command's own first."""
+        own, *others = [*self.sections, ""]
+        return [*list_keys(own), *(f"{section}.{key}" for section in others for key in list_keys(section))]
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        names = [str(choice) for choice in action.choices]
+        near = labels.suggest(str(value), names) or f"; use {', '.join(names)}"
+        if action.dest == "command":
+            self._stop(f"unknown command {value!r}{near}")
+        self._stop(f"{'/'.join(action.option_strings) or action.metavar}: unknown value {value!r}{near}")
+
+
+def _show(action: argparse.Action) -> str:
+    return f"{action.option_strings[0]} {action.metavar}"
 
 
 def any_path(text: str) -> str:
@@ -34,6 +133,11 @@ def any_path(text: str) -> str:
         remote.to_path(text)
     except errors.InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def any_address(text: str) -> str:
+    """Argument type: a folder, or any address that pyarrow opens."""
     return text
 
 
@@ -48,18 +152,62 @@ def local_input(text: str, remedy: str = "copy it to this machine") -> str:
 local_output = functools.partial(local_input, remedy="write to a folder and copy that")
 
 
-def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> CommandParser:
-    """Add a command, the function that runs it, and its help text."""
-    parser: CommandParser = commands.add_parser(name, help=text)
+def label_table(text: str) -> str:
+    """Argument type: a table on this machine, or `train=TABLE`, `val=TABLE`, `test=TABLE`."""
+    local_input(text.partition("=")[2] or text)
+    return text
+
+
+#: Argument types whose values a shell completes as files.
+PATH_TYPES = (any_path, any_address, local_input, local_output, label_table)
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str, examples: Sequence[str]
+) -> CommandParser:
+    """Add a command, the function that runs it, the sentence that describes it, and examples."""
+    parser: CommandParser = commands.add_parser(
+        name,
+        help=text,
+        description=wrap(text[0].upper() + text[1:] + "."),
+        epilog="\n".join(["examples:", *(f"  ray-cxr {name} {example}" for example in examples)]),
+    )
+    parser.summary = text
     parser.set_defaults(run=run)
     return parser
 
 
-def add_settings(parser: argparse.ArgumentParser, *, gpu: bool = False) -> None:
-    parser.add_argument("--config", type=local_input, metavar="F.toml", help="settings; see docs/settings.md")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value")
+def wrap(text: str, indent: str = "", first: str | None = None) -> str:
+    """Wrap a text at the width of the terminal, as argparse wraps help texts."""
+    width = max(40, shutil.get_terminal_size().columns - 2)
+    start = indent if first is None else first
+    return textwrap.fill(text, width, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def add_settings(parser: CommandParser, *sections: str, gpu: bool = False) -> None:
+    """Add the options that change settings of these sections, the command's own first."""
+    parser.sections = sections
+    keys = list_keys(sections[0])
+    parser.add_argument("--config", type=local_input, metavar="F.toml", help="file of settings, see docs/settings.md")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="key=value",
+        help="change one setting (keys below); repeat it for others",
+    )  # fmt: skip
+    if "seed" in keys:
+        parser.add_argument(
+            "--seed", dest="overrides", action="append", metavar="N", type=lambda text: f"seed={text}",
+            help="seed of random choices (0); as --set seed=N",
+        )  # fmt: skip
     if gpu:
         parser.add_argument("--gpu", action="store_true", help="use one GPU per worker or actor")
+    others = "".join(f" {name}.KEY" for name in sections[1:])
+    listed = wrap(", ".join([*keys, *others.split()]), "  ")
+    parser.epilog = f"{parser.epilog}\n\nkeys of --set, explained in docs/settings.md:\n{listed}"
+
+
+def list_keys(section: str) -> list[str]:
+    """Return the keys of a section of the settings; none of an unknown section."""
+    return list(type(getattr(config.Config(), section)).model_fields) if section else []
 
 
 def parse_numbers(kind: type[_Number], text: str, option: str, what: str) -> list[_Number]:

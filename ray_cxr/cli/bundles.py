@@ -15,52 +15,96 @@ from ray_cxr.progress import silence_stderr
 
 
 def add_commands(commands: Any) -> None:
-    quantize = add_command(commands, "quantize", _quantize, "add 8-bit weights for `score --precision int8`")
-    quantize.add_argument("bundle", type=any_path, metavar="BUNDLE")
-    quantize.add_argument("prepared", type=any_path, metavar="PREPARED", help="from prepare; has train and val images")
-    quantize.add_argument("--out", required=True, type=any_path, metavar="BUNDLE2")
-    add_settings(quantize)
+    quantize = add_command(
+        commands,
+        "quantize",
+        _quantize,
+        "add 8-bit weights to a bundle, for `score --precision int8`",
+        ["run/bundle prepared --out run/int8", "run/bundle prepared --out run/int8 --set images=500"],
+    )
+    bundle_help = "model, such as RUN/bundle of train"
+    quantize.add_input("--bundle", metavar="BUNDLE", dest="bundle", text=bundle_help)
+    prepared_help = "folder from prepare; has train and val images"
+    quantize.add_argument("prepared", type=any_path, metavar="PREPARED", help=prepared_help)
+    quantize.add_argument("--out", required=True, type=any_path, metavar="BUNDLE2", help="bundle to write")
+    add_settings(quantize, "quantize")
 
     recalibrate = add_command(
-        commands, "recalibrate", _recalibrate, "fit calibration and operating points to own labels"
+        commands,
+        "recalibrate",
+        _recalibrate,
+        "fit calibration and operating points of a bundle to your own labels",
+        [
+            "run/bundle scores --manifest m.parquet --out local",
+            "run/bundle scores --manifest m.parquet --out local2 --set min_positives=10",
+        ],
     )
-    recalibrate.add_argument("bundle", type=any_path, metavar="BUNDLE")
+    recalibrate.add_input("--bundle", metavar="BUNDLE", dest="bundle", text=bundle_help)
     recalibrate.add_argument("scores", type=any_path, metavar="SCORES", help="folder from score with this BUNDLE")
-    recalibrate.add_argument("--labels", required=True, type=any_path, metavar="M.parquet")
-    recalibrate.add_argument("--out", required=True, type=any_path, metavar="BUNDLE2")
-    add_settings(recalibrate)
-
-    ensemble = add_command(commands, "ensemble", _ensemble, "average several bundles in one")
-    ensemble.add_argument("bundles", nargs="+", type=any_path, metavar="BUNDLE")
-    ensemble.add_argument("--out", required=True, type=any_path, metavar="BUNDLE2")
-
-    exporter = add_command(commands, "export-onnx", _export_onnx, "write a model as an ONNX file for other servers")
-    exporter.add_argument("bundle", type=any_path, metavar="BUNDLE")
-    exporter.add_argument("--out", required=True, type=any_path, metavar="F.onnx")
-
-    importer = add_command(commands, "import-weights", _import_weights, "make a bundle of third-party weights")
-    importer.add_argument(
-        "weights", type=local_input, metavar="FILE", help="Keras, PyTorch or ONNX, see docs/models.md"
+    recalibrate.add_argument(
+        "--manifest",
+        "--labels",
+        dest="labels",
+        required=True,
+        type=any_path,
+        metavar="M.parquet",
+        help="manifest with the labels",
     )
-    importer.add_argument("--backbone", metavar="NAME", help="not for ONNX files")
-    importer.add_argument("--out", required=True, type=any_path, metavar="BUNDLE")
+    recalibrate.add_argument("--out", required=True, type=any_path, metavar="BUNDLE2", help="bundle to write")
+    add_settings(recalibrate, "recalibrate")
+
+    ensemble = add_command(
+        commands,
+        "ensemble",
+        _ensemble,
+        "average several bundles in one",
+        ["run1/bundle run2/bundle --out ensemble", "run1/bundle run2/bundle run3/bundle --out ensemble3"],
+    )
+    ensemble.add_input("--bundle", metavar="BUNDLE", dest="bundles", text="models to average", nargs="+")
+    ensemble.add_argument("--out", required=True, type=any_path, metavar="BUNDLE2", help="bundle to write")
+
+    exporter = add_command(
+        commands,
+        "export-onnx",
+        _export_onnx,
+        "write a model as an ONNX file for other servers",
+        ["run/bundle --out model.onnx", "--bundle study/bundle --out best.onnx"],
+    )
+    exporter.add_input("--bundle", metavar="BUNDLE", dest="bundle", text=bundle_help)
+    exporter.add_argument("--out", required=True, type=any_path, metavar="F.onnx", help="file to write")
+
+    importer = add_command(
+        commands,
+        "import-weights",
+        _import_weights,
+        "make a bundle of third-party weights",
+        [
+            "theirs.weights.h5 --backbone DenseNet121 --findings 14 --out theirs",
+            "theirs.onnx --findings Mass,-,Nodule --logits --out theirs",
+        ],
+    )
+    importer.add_argument(
+        "weights", type=local_input, metavar="FILE", help="Keras, PyTorch or ONNX file, see docs/models.md"
+    )
+    importer.add_argument("--backbone", metavar="NAME", help="architecture of the weights; not for ONNX files")
+    importer.add_argument("--out", required=True, type=any_path, metavar="BUNDLE", help="bundle to write")
     importer.add_argument(
         "--findings", metavar="LIST", help="outputs in order, comma-separated, - to leave one out; 14, 15: alphabetical"
     )
     importer.add_argument(
         "--normalization",
         metavar="RULE",
-        help="keras, imagenet, torchxrayvision, none; or MEAN,STD of gray 0 to 1",
+        help="of gray values: keras, imagenet, torchxrayvision, none; or MEAN,STD of gray from 0 to 1",
     )
-    importer.add_argument("--size", type=int, help="side of its input, pixels (224)")
-    importer.add_argument("--aspect", choices=("stretch", "pad", "crop"), help="of images that are not square")
+    importer.add_argument("--size", type=int, metavar="N", help="side of its input, pixels (224)")
+    importer.add_argument("--aspect", choices=("stretch", "pad", "crop"), help="for images that are not square")
     importer.add_argument(
         "--interpolation",
         choices=get_args(config.Interpolation),
         default="area",
-        help="of images of another size (area)",
+        help="for images of another size (area)",
     )
-    importer.add_argument("--input-layout", choices=("nchw", "nhwc"), help="of an ONNX file's input")
+    importer.add_argument("--input-layout", choices=("nchw", "nhwc"), help="axes of an ONNX file's input")
     importer.add_argument("--logits", action="store_true", help="the outputs of an ONNX file need a sigmoid")
 
 
@@ -93,9 +137,10 @@ def _recalibrate(arguments: argparse.Namespace) -> None:
         table.add_row(name, *counts, *thresholds, *rates)
     print_table(table)
     print_rule_notes(bundle.info["rule_notes"])
+    patients = PatientCount(made["patients"], made.get("images_without_patient", 0))
     print_line(
-        f"calibration by {made['method']} and operating points by {made['rule']}, from {made['images']:,} images of "
-        f"{PatientCount(made['patients'], made.get('images_without_patient', 0))}: report on others"
+        f"calibration by {made['method']} and operating points by {made['rule']}, from "
+        f"{patients.describe(made['images'])}: report on others"
     )
     print_line(f"bundle: {bundle.location}")
 

@@ -7,51 +7,81 @@ import functools
 from typing import Any
 
 from ray_cxr import config, session
-from ray_cxr.cli.arguments import add_command, add_settings, any_path, local_input, parse_numbers, pick
-from ray_cxr.cli.output import explain_write_errors, print_line
+from ray_cxr.cli.arguments import (
+    add_command,
+    add_settings,
+    any_address,
+    any_path,
+    label_table,
+    local_input,
+    parse_numbers,
+    pick,
+)
+from ray_cxr.cli.next_step import place_next_to, print_next, suggest_after_manifest
+from ray_cxr.cli.output import explain_write_errors, format_size, print_line
+from ray_cxr.progress import Stage
+from ray_cxr.storage import remote
 
 
 def add_commands(commands: Any) -> None:
-    manifest = add_command(commands, "manifest", _manifest, "combine tables and a folder of images into one manifest")
-    manifest.add_argument("tables", nargs="+", type=_table, metavar="TABLE", help="CSV, or train=A.csv test=B.csv.gz")
-    manifest.add_argument("--out", required=True, type=any_path, metavar="M.parquet")
-    manifest.add_argument("--images", metavar="DIR_OR_URI", help="location of the images, in any layout")
+    manifest = add_command(
+        commands,
+        "manifest",
+        _manifest,
+        "combine tables and a folder of images into one manifest",
+        [
+            "labels.csv --images images --split patient --out m.parquet",
+            "train=a.csv val=b.csv test=c.csv --images images --out m.parquet",
+        ],
+    )
+    tables_help = "CSV file of labels, .gz allowed; train=A.csv val=B.csv test=C.csv give the split by file"
+    manifest.add_argument("tables", nargs="+", type=label_table, metavar="TABLE", help=tables_help)
+    manifest.add_argument("--out", required=True, type=any_path, metavar="M.parquet", help="manifest to write")
+    images_help = "location of the images, in any layout"
+    manifest.add_argument("--images", type=any_address, metavar="DIR_OR_URI", help=images_help)
     manifest.add_argument("--found-only", action="store_true", help="drop rows without an image file")
-    manifest.add_argument("--split", choices=["official", "patient"])
-    manifest.add_argument("--train-val-list", type=local_input, metavar="F")
-    manifest.add_argument("--test-list", type=local_input, metavar="F")
-    manifest.add_argument("--fractions", default="0.7,0.1,0.2", help="train,val,test for --split patient (%(default)s)")
-    manifest.add_argument("--seed", type=int, default=0)
-    manifest.add_argument("--on-leak", choices=["error", "drop"], default="error", help="for patients in two splits")
+    split_help = "official: by NIH's two lists; patient: at random, by patient. Training needs a split"
+    manifest.add_argument("--split", choices=["official", "patient"], help=split_help)
+    lists = {"--train-val-list": "NIH's list of train and val images", "--test-list": "NIH's list of test images"}
+    for option, text in lists.items():
+        manifest.add_argument(option, type=local_input, metavar="F", help=f"{text}, for --split official")
+    fractions_help = "train,val,test for --split patient (%(default)s)"
+    manifest.add_argument("--fractions", default="0.7,0.1,0.2", metavar="X,Y,Z", help=fractions_help)
+    manifest.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the split (0)")
+    leak_help = "for patients in two splits: error (default), or drop their rows from train, then val"
+    manifest.add_argument("--on-leak", choices=["error", "drop"], default="error", help=leak_help)
 
-    prepare = add_command(commands, "prepare", _prepare, "decode and resize every image once, into Parquet")
-    prepare.add_argument("manifest", type=any_path, metavar="M.parquet")
-    prepare.add_argument("--out", required=True, type=any_path, metavar="PREPARED")
-    prepare.add_argument("--size", metavar="224[,320...]", help="sides in pixels; one prepared set each")
-    add_settings(prepare)
-
-
-def _table(text: str) -> str:
-    """Argument type: a table on this machine, or `train=TABLE`, `val=TABLE`, `test=TABLE`."""
-    local_input(text.partition("=")[2] or text)
-    return text
+    prepare = add_command(
+        commands,
+        "prepare",
+        _prepare,
+        "decode and resize every image once, into Arrow files for training",
+        ["m.parquet --out prepared", "m.parquet --out prepared --size 224,320"],
+    )
+    prepare.add_input("--manifest", metavar="M.parquet", dest="manifest", text="manifest from ray-cxr manifest")
+    prepare.add_argument("--out", required=True, type=any_path, metavar="PREPARED", help="folder to write")
+    prepare.add_argument("--size", metavar="224[,320...]", help="sides in pixels; one prepared set each (224)")
+    add_settings(prepare, "prepare", "ray")
 
 
 def _manifest(arguments: argparse.Namespace) -> None:
-    from ray_cxr.data.manifest import write_manifest
-    from ray_cxr.data.manifest_builder import build_manifest
+    with Stage("reading the tables"):
+        from ray_cxr.data.manifest import write_manifest
+        from ray_cxr.data.manifest_builder import build_manifest
 
     fractions = parse_numbers(float, arguments.fractions, "--fractions", "three numbers, such as 0.7,0.1,0.2")
-    table, report = build_manifest(
-        arguments.tables,
-        fractions=fractions,
-        **pick(arguments, "images", "split", "train_val_list", "test_list", "seed", "on_leak", "found_only"),
-    )
-    with explain_write_errors(arguments.out):
+    with Stage("reading the tables"):
+        table, report = build_manifest(
+            arguments.tables,
+            fractions=fractions,
+            **pick(arguments, "images", "split", "train_val_list", "test_list", "seed", "on_leak", "found_only"),
+        )
+    with explain_write_errors(arguments.out), Stage(f"writing {arguments.out}"):
         write_manifest(table, arguments.out)
     for line in report.lines():
         print_line(line)
     print_line(f"manifest: {arguments.out}")
+    suggest_after_manifest(arguments, has_images=bool(report.images_found), has_split="train" in report.by_split)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -59,9 +89,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
     chosen = settings.prepare
     if arguments.size is not None:
         chosen = chosen.replace(sizes=parse_numbers(int, arguments.size, "--size", "pixels, such as 224 or 224,320"))
-    from ray_cxr.data import prepared
+    with Stage("checking the manifest"):
+        from ray_cxr.data import prepared
 
     start = functools.partial(session.start_ray, settings.ray)
+    out = remote.to_path(arguments.out)
     counts = prepared.prepare(arguments.manifest, arguments.out, chosen, start_ray=start)
     for size, found in counts.items():
         codes = found.codes
@@ -69,5 +101,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
         errors = ", ".join(f"{code} {count:,}" for code, count in codes.most_common() if code != "ok")
         flags = ", ".join(f"{flag} {count:,}" for flag, count in found.flags.most_common())
         detail = (f": {errors}" if errors else "") + (f"; flags: {flags}" if flags else "")
-        print_line(f"size {size}: {codes['ok']:,} images, {failed:,} failed{detail}")
+        written = sum(path.stat().st_size for path in (out / str(size)).glob("part-*"))
+        print_line(f"size {size}: {codes['ok']:,} images, {failed:,} failed, {format_size(written)} on disk{detail}")
     print_line(f"prepared: {arguments.out}")
+    sizes = ["--set", f"size={min(counts)}"] if len(prepared.complete_sizes(out)) > 1 else []
+    print_next("train", out, "--out", place_next_to(out, "run"), *sizes)

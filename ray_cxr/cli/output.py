@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +14,7 @@ from ray_cxr import environment
 from ray_cxr.errors import ConfigError
 
 print_line = environment.write_output
+_UNLIMITED = 10_000
 
 
 def report_lost_output(command: str) -> int:
@@ -43,12 +45,31 @@ def print_rule_notes(reasons: dict[str, str | None]) -> None:
             print_line(f"{name}: {reason}")
 
 
-def print_table(table: Table) -> None:
-    # Without a terminal, rich would fold tables at 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 110)
+def print_table(table: Table, optional: Sequence[str] = ()) -> None:
+    """Print a table without cutting or folding a cell; columns in `optional` are left out, in order, to fit the width.
+
+    The width is that of the terminal, or the variable COLUMNS. Without both, as in a log, it is not limited.
+    """
+    console = Console()
+    limit = console.width if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal() else _UNLIMITED
+    console.width = _UNLIMITED
+    for column in table.columns:
+        column.no_wrap = True
+    for name in optional:
+        if console.measure(table).maximum > limit:
+            table.columns = [column for column in table.columns if column.header != name]
     with console.capture() as captured:
         console.print(table)
-    print_line(captured.get().rstrip("\n"))
+    print_line("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def format_size(size: int) -> str:
+    """Format a number of bytes: 540 B, 12 kB, 1.9 GB."""
+    value, units = float(size), iter(["B", "kB", "MB", "GB"])
+    unit = next(units)
+    while value >= 1000 and unit != "GB":
+        value, unit = value / 1000, next(units)
+    return f"{value:,.1f} {unit}" if value < 10 and unit != "B" else f"{value:,.0f} {unit}"
 
 
 def format_number(value: float | None, digits: int = 3, missing: str = "undefined") -> str:

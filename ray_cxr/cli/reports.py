@@ -13,19 +13,34 @@ from ray_cxr.storage import remote
 
 
 def add_commands(commands: Any) -> None:
-    report = add_command(commands, "report", _report, "turn scores (and labels) into a report, metrics and figures")
+    report = add_command(
+        commands,
+        "report",
+        _report,
+        "turn scores, and labels if there are any, into a report with metrics and figures",
+        ["scores --out report", "scores --manifest m.parquet --split test --out report"],
+    )
     scores_help = "folder from score, or a Parquet with image_id and p_<Finding>"
     report.add_argument("scores", type=any_path, metavar="SCORES", help=scores_help)
-    report.add_argument("--out", required=True, type=any_path, metavar="REPORT")
-    report.add_argument("--labels", type=any_path, metavar="M.parquet")
-    report.add_argument("--split", choices=["train", "val", "test"])
+    report.add_argument("--out", required=True, type=any_path, metavar="REPORT", help="folder to write")
+    labels_help = "manifest with labels, to evaluate the scores"
+    report.add_argument("--manifest", "--labels", dest="labels", type=any_path, metavar="M.parquet", help=labels_help)
+    report.add_argument("--split", choices=["train", "val", "test"], help="evaluate the images of this split only")
     report.add_argument("--consensus", type=local_input, metavar="CSV", help="radiologists' labels per finding")
     report.add_argument("--boxes", type=local_input, metavar="CSV", help="boxes as in BBox_List_2017, for heat maps")
     report.add_argument("--compare", type=any_path, metavar="SCORES2", help="other scores of the same images")
     prevalence_help = "lines such as Effusion = 0.12, for PPV and NPV"
     report.add_argument("--prevalence", type=local_input, metavar="F.toml", help=prevalence_help)
+    csv_help = "also write REPORT/scores.csv: one row per image with scores, flags and labels, for spreadsheets"
+    report.add_argument("--csv", action="store_true", help=csv_help)
 
-    export = add_command(commands, "export-sr", _export_sr, "write DICOM Structured Reports, one per study")
+    export = add_command(
+        commands,
+        "export-sr",
+        _export_sr,
+        "write DICOM Structured Reports, one per study",
+        ["scores --out reports", "scores --out reports2 --replaces reports"],
+    )
     export.add_argument("scores", type=local_input, metavar="SCORES", help="folder from score; reads its DICOM files")
     export.add_argument("--out", required=True, type=local_output, metavar="DIR", help="holds patients' names and ids")
     export.add_argument(
@@ -40,15 +55,15 @@ def _report(arguments: argparse.Namespace) -> None:
     from ray_cxr.reporting import report
 
     with explain_write_errors(arguments.out):
-        options = pick(arguments, "labels", "split", "consensus", "boxes", "compare", "prevalence")
+        options = pick(arguments, "labels", "split", "consensus", "boxes", "compare", "prevalence", "csv")
         metrics = report.write_report(arguments.scores, arguments.out, **options)
     macro = metrics["macro"]
     if macro and macro["auroc"] is not None:
         low, high = (format_number(macro[f"auroc_interval_{end}"]) for end in ("low", "high"))
         print_line(
             f"macro AUROC {macro['auroc']:.3f} ({low} to {high}) "
-            f"over {len(macro['findings'])} findings, {metrics['n_images']:,} images of "
-            f"{PatientCount(metrics['n_patients'], metrics['images_without_patient'])}"
+            f"over {len(macro['findings'])} findings, "
+            f"{PatientCount(metrics['n_patients'], metrics['images_without_patient']).describe(metrics['n_images'])}"
         )
     print_line(f"report: {remote.to_path(arguments.out) / 'report.html'}")
 

@@ -9,18 +9,25 @@ import psutil
 from rich.table import Table
 
 from ray_cxr import config, session
-from ray_cxr.cli.arguments import add_command, add_settings, any_path, override_settings, pick
+from ray_cxr.cli.arguments import add_command, add_settings, any_address, any_path, override_settings, pick
 from ray_cxr.cli.output import print_line, print_table
 from ray_cxr.errors import ConfigError, ErrorRateExceeded
 
 
 def add_commands(commands: Any) -> None:
-    score = add_command(commands, "score", _score, "score images with Ray Data into Parquet, one row each")
-    score.add_argument("--model", required=True, type=any_path, metavar="BUNDLE")
-    score.add_argument("--out", required=True, type=any_path, metavar="SCORES")
+    score = add_command(
+        commands,
+        "score",
+        _score,
+        "score images with Ray Data into a Parquet table, one row per image",
+        ["run/bundle --images images --out scores", "run/bundle --manifest m.parquet --out scores --heatmaps 3"],
+    )
+    score.add_input("--bundle", "--model", metavar="BUNDLE", dest="model", text="model, such as RUN/bundle of train")
+    score.add_argument("--out", required=True, type=any_path, metavar="SCORES", help="folder to write")
     source = score.add_mutually_exclusive_group(required=True)
-    source.add_argument("--manifest", type=any_path, metavar="M.parquet")
-    source.add_argument("--images", metavar="DIR_OR_URI")
+    source.add_argument("--manifest", type=any_path, metavar="M.parquet", help="score the images of a manifest")
+    images_help = "score all images below a folder or URI"
+    source.add_argument("--images", type=any_address, metavar="DIR_OR_URI", help=images_help)
     score.add_argument("--fresh", action="store_true", help="start over; removes an earlier run's files in SCORES")
     score.add_argument("--retry-errors", action="store_true", help="read files again that failed temporarily")
     score.add_argument("--max-error-rate", type=float, metavar="R", help="exit with 3 if a larger share fails (0.5)")
@@ -29,7 +36,7 @@ def add_commands(commands: Any) -> None:
     score.add_argument("--heatmaps", type=int, metavar="K", help="also draw heat maps of each image's top K findings")
     score.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
     score.add_argument("--dry-run", action="store_true", help="check everything, count, write nothing")
-    add_settings(score, gpu=True)
+    add_settings(score, "score", "ray", gpu=True)
 
 
 def _score(arguments: argparse.Namespace) -> None:

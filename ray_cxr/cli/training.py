@@ -13,38 +13,54 @@ from rich.table import Table
 
 from ray_cxr import config, errors, session
 from ray_cxr.cli.arguments import add_command, add_settings, any_path, local_output, override_settings
+from ray_cxr.cli.next_step import suggest_score
 from ray_cxr.cli.output import format_number, print_line, print_rule_notes, print_table
 from ray_cxr.errors import RayCxrError
+from ray_cxr.progress import Stage
 from ray_cxr.storage import remote
 
 
 def add_commands(commands: Any) -> None:
-    train = add_command(commands, "train", _train, "train a model with Ray Train; writes RUN/bundle")
-    train.add_argument("prepared", type=any_path, metavar="PREPARED")
-    train.add_argument("--out", required=True, type=any_path, metavar="RUN")
-    train.add_argument("--workers", type=int, metavar="N")
-    add_settings(train, gpu=True)
+    train = add_command(
+        commands,
+        "train",
+        _train,
+        "train a model with Ray Train and write it as a bundle, in RUN/bundle",
+        ["prepared --out run --config jobs/laptop.toml", "prepared --out run --set backbone=ResNet50 --set epochs=3"],
+    )
+    train.add_argument("prepared", type=any_path, metavar="PREPARED", help="folder from ray-cxr prepare")
+    train.add_argument("--out", required=True, type=any_path, metavar="RUN", help="folder to write; holds RUN/bundle")
+    train.add_argument("--workers", type=int, metavar="N", help="training processes (1)")
+    add_settings(train, "train", "ray", gpu=True)
 
-    tune = add_command(commands, "tune", _tune, "search backbones and settings with Ray Tune and Optuna")
-    tune.add_argument("prepared", type=any_path, metavar="PREPARED")
-    tune.add_argument("--out", required=True, type=local_output, metavar="STUDY")
-    tune.add_argument("--trials", type=int, metavar="N", help="total, including earlier runs (20)")
+    tune = add_command(
+        commands,
+        "tune",
+        _tune,
+        "search backbones and settings with Ray Tune and Optuna; the best model becomes STUDY/bundle",
+        ["prepared --out study --config jobs/laptop.toml --trials 10", "prepared --out study --resume --trials 20"],
+    )
+    tune.add_argument("prepared", type=any_path, metavar="PREPARED", help="folder from ray-cxr prepare")
+    tune.add_argument("--out", required=True, type=local_output, metavar="STUDY", help="folder to write")
+    tune.add_argument("--trials", type=int, metavar="N", help="number of trials, including earlier runs (20)")
     tune.add_argument("--confirm", type=int, metavar="N", help="pairs of extra trainings of the best two backbones (0)")
-    tune.add_argument("--workers", type=int, metavar="N", help="per trial")
+    tune.add_argument("--workers", type=int, metavar="N", help="training processes per trial (1)")
     tune.add_argument("--resume", action="store_true", help="continue the search in STUDY with its settings")
-    add_settings(tune, gpu=True)
+    add_settings(tune, "tune", "train", "ray", gpu=True)
 
 
 def _train(arguments: argparse.Namespace) -> None:
     started = time.time()
     settings = config.load(arguments.config, arguments.overrides, section="train")
-    from ray_cxr.training import trainer
+    with Stage("checking the prepared set"):
+        from ray_cxr.training import trainer
 
     options: dict[str, Any] = {"use_gpu": arguments.gpu, "started": started, "on_event": print_line}
     chosen = override_settings(settings.train, arguments, "workers")
     start = functools.partial(session.start_ray, settings.ray)
     bundle = trainer.train(arguments.prepared, arguments.out, chosen, **options, start_ray=start)
-    table = Table("finding", "val images", "positives", "AUROC", "calibrated", "operating point", title="Validation")
+    names = ("finding", "val\nimages", "positives", "AUROC", "calibrated", "operating\npoint")
+    table = Table(*names, title="Validation")
     metrics = bundle.info["provenance"]["validation"]["findings"]
     for name in bundle.findings:
         row, point = metrics[name], bundle.info["operating_points"][name]
@@ -54,16 +70,19 @@ def _train(arguments: argparse.Namespace) -> None:
     print_table(table)
     macro = bundle.info["provenance"]["validation"]["macro_auroc"]
     print_rule_notes(bundle.info.get("rule_notes", {}))
-    print_line(f"validation macro AUROC {format_number(macro)}, epoch {bundle.info['provenance']['best_epoch']}")
+    best, epochs = bundle.info["provenance"]["best_epoch"], len(bundle.info["curves"])
+    print_line(f"validation macro AUROC {format_number(macro)} in epoch {best}, the best of {epochs}")
     out = remote.to_path(arguments.out)
     print_line(f"learning curves: {out / trainer.CURVES}")
     print_line(f"bundle: {out / 'bundle'}")
+    suggest_score(out / "bundle", arguments.prepared)
 
 
 def _tune(arguments: argparse.Namespace) -> None:
     start = time.monotonic()
     loaded = config.load(arguments.config, arguments.overrides, section="tune")
-    from ray_cxr.tuning import plan as plans
+    with Stage("checking the prepared set"):
+        from ray_cxr.tuning import plan as plans
 
     out, base, chosen = remote.to_path(arguments.out), loaded.train, loaded.tune
     if arguments.resume and not plans.has_search(out):
@@ -76,6 +95,8 @@ def _tune(arguments: argparse.Namespace) -> None:
     plan = plans.StudyPlan(arguments.prepared, out, base, chosen)
     if plan.is_finished():
         print_line(f"tune: {out} is finished already; use --trials N for more than {chosen.trials} trials")
+        print_line(f"report: {out / 'report.html'}")
+        suggest_score(out / "bundle", arguments.prepared)
         return
     # Ray Train asks the dashboard whether a stopped trial's run is still alive.
     with session.start_ray(loaded.ray, dashboard=True):
@@ -110,3 +131,4 @@ def _tune(arguments: argparse.Namespace) -> None:
         raise RayCxrError(outcome.gave_up)
     if outcome.bundle is None:
         raise RayCxrError(f"{out}: no trial completed an epoch, so there is no bundle; see trials.parquet")
+    suggest_score(outcome.bundle.path, arguments.prepared)
