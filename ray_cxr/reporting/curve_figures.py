@@ -12,7 +12,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 from scipy.special import logit
 
 from ray_cxr.evaluation import metrics
@@ -51,7 +51,7 @@ class Panel:
 def plot_aurocs(aurocs: Mapping[str, Estimate], macro: Estimate | None) -> Figure:
     """Plot the AUROC of every finding with its interval, best on top, and the macro mean as a band."""
     rows = sorted(aurocs.items(), key=lambda row: row[1].value)
-    figure, (ax,) = plots.create_axes(7.2, 1.3 + 0.32 * len(rows), grid="x")
+    figure, (ax,) = plots.create_axes(4.8, 1.1 + 0.28 * len(rows), grid="x")
     for row, (_, auroc) in enumerate(rows):
         if auroc.low is not None and auroc.high is not None:
             ax.plot([auroc.low, auroc.high], [row, row], color=plots.BLUE, linewidth=2.2, solid_capstyle="butt")
@@ -123,13 +123,14 @@ def _mark_point(ax: Axes, x: float | None, y: float | None) -> None:
 
 def plot_priorities(priority: np.ndarray) -> Figure:
     """Plot a histogram of the priorities, finite floats [n], n > 0."""
-    figure, (ax,) = plots.create_axes(7.2, 3.2, grid="y")
+    figure, (ax,) = plots.create_axes(4.8, 2.8, grid="y")
     inside = bool((priority >= 0).all() and (priority <= 1).all())
     ax.hist(priority, bins=40, range=(0, 1) if inside else None, color=plots.SKY, edgecolor=plots.BLUE, linewidth=0.6)
     if inside:
         ax.set_xlim(0, 1)
     ax.set(xlabel="priority", ylabel="images")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     return figure
 
 
@@ -138,7 +139,7 @@ def plot_reading_order(found: ReadingOrder) -> Figure:
 
     The band is the pointwise 95% interval.
     """
-    figure, (ax,) = plots.create_axes(7.2, 4.2, grid="both")
+    figure, (ax,) = plots.create_axes(4.8, 3.8, grid="both")
     keys = ("list_read", "abnormal_read", "low", "high")
     x, y, low, high = (100 * np.array(found.curve[key], dtype=np.float64) for key in keys)
     ax.plot([0, 100], [0, 100], label="first come, first served", **_CHANCE)
@@ -153,7 +154,7 @@ def plot_reading_order(found: ReadingOrder) -> Figure:
 
 def plot_learning_curves(epochs: Sequence[Mapping[str, Any]]) -> Figure:
     """Plot training loss, validation cross-entropy and validation AUROC per epoch; missing values are skipped."""
-    figure, axes = plots.create_axes(12.6, 3.2, 3, grid="both")
+    figure, axes = plots.create_grid(3, wide=3.1, high=2.2, margin=0.75)
     numbers = [row["epoch"] for row in epochs if "epoch" in row]
     charts = (
         ("loss", "training loss", plots.BLUE),
@@ -169,6 +170,8 @@ def plot_learning_curves(epochs: Sequence[Mapping[str, Any]]) -> Figure:
             ax.plot([epoch], [best], "o", markersize=10, markerfacecolor="none", markeredgecolor=plots.INK)
             ax.set_title(f"best {best:.3f} at epoch {epoch}", fontsize=9, color=plots.MUTED, loc="right")
         ax.set(xlabel="epoch", ylabel=name)
+        ax.grid(color=plots.FAINT, linewidth=0.6)
+        ax.yaxis.set_major_locator(MaxNLocator(5))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(numbers) > 1:
             ax.set_xlim(min(numbers) - 0.2, max(numbers) + 0.2)
@@ -198,8 +201,7 @@ class Reliability:
 def plot_reliability(panels: Sequence[Reliability]) -> Figure:
     """Plot observed share against calibrated probability, one panel per finding, above a histogram of predictions.
 
-    Both axes of a panel end just above its largest point and have square-root scales, so that rare findings stay
-    readable. An interval that leaves the frame ends in an arrow head.
+    Both axes of a panel end just above its largest point. An interval that leaves the frame ends in an arrow head.
     """
     legend: list[Artist] = [
         plots.create_line_entry("perfect calibration", plots.MUTED, plots.DASHED),
@@ -222,9 +224,8 @@ def _draw_observed(ax: Axes, panel: Reliability, end: float) -> None:
     if beyond.size:
         ax.plot(beyond, np.full(beyond.size, end), "^", **style)
     ax.plot(panel.predicted, panel.observed, "o-", linewidth=0.8, zorder=4, **style)
-    ticks = _set_root_axis(ax, end)
-    ax.set_yscale("function", functions=(_root, np.square))
-    ax.set_ylim(0, end)
+    ticks = [0, end / 2, end]
+    ax.set(xlim=(0, end), ylim=(0, end))
     ax.set_xticks(ticks, [])
     ax.set_yticks(ticks, [plots.format_percent(tick) for tick in ticks], fontsize=7.5)
     ax.set_ylabel("observed share", fontsize=8)
@@ -234,9 +235,7 @@ def _draw_observed(ax: Axes, panel: Reliability, end: float) -> None:
 
 
 def _draw_predictions(ax: Axes, panel: Reliability, end: float) -> None:
-    # Bins of equal width on the square-root axis.
-    edges = end * np.linspace(0, 1, 31) ** 2
-    counts, _ = np.histogram(np.clip(panel.p, 0, end), bins=edges)
+    counts, edges = np.histogram(np.clip(panel.p, 0, end), bins=30, range=(0, end))
     ax.set_yscale("log")
     ax.stairs(np.maximum(counts, 0.5), edges, baseline=0.5, fill=True, color=plots.SKY)
     most = int(counts.max())
@@ -244,21 +243,10 @@ def _draw_predictions(ax: Axes, panel: Reliability, end: float) -> None:
     ax.set_yticks([1, most] if most > 3 else [most], ["1", f"{most:,}"] if most > 3 else [f"{most}"])
     ax.yaxis.set_minor_locator(NullLocator())
     ax.tick_params(axis="y", labelsize=7)
-    ticks = _set_root_axis(ax, end)
-    ax.set_xticks(ticks, [plots.format_percent(tick) for tick in ticks])
-    ax.set_xlabel("calibrated probability (√ scale)", fontsize=8)
-
-
-def _set_root_axis(ax: Axes, end: float) -> list[float]:
-    """Give the x axis a square-root scale from 0 to `end`; return the positions of the ticks."""
-    ax.set_xscale("function", functions=(_root, np.square))
     ax.set_xlim(0, end)
-    return [0, end / 4, end]
-
-
-def _root(x: np.ndarray) -> np.ndarray:
-    # matplotlib also evaluates scales below 0.
-    return np.sqrt(np.maximum(x, 0))
+    ticks = [0, end / 2, end]
+    ax.set_xticks(ticks, [plots.format_percent(tick) for tick in ticks])
+    ax.set_xlabel("calibrated probability", fontsize=8)
 
 
 def _find_end(panel: Reliability) -> float:

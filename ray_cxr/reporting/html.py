@@ -19,6 +19,7 @@ from markupsafe import Markup
 from ray_cxr.evaluation.metrics import Metric
 from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.reporting import plots
+from ray_cxr.reporting.plots import Drawing
 
 
 def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
@@ -42,6 +43,7 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
         md=escape_markdown,
         sentence=capitalise,
         spaced=plots.format_finding,
+        drawing=format_drawing,
         png=_encode_png,
         metric=format_metric,
         p=format_p,
@@ -113,6 +115,13 @@ def capitalise(text: str) -> str:
 def escape_markdown(text: str) -> str:
     """Escape a text for Markdown, including table cells."""
     return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(str(text).split()))
+
+
+def format_drawing(drawing: Drawing, alt: str) -> Markup:
+    """Return a figure's HTML, which `alt` describes."""
+    if drawing.html is None:
+        return Markup('<div><img src="{}" alt="{}"></div>').format(_encode_png(drawing.png), alt)
+    return Markup('<div class="drawing" role="img" aria-label="{}">{}</div>').format(alt, drawing.html)
 
 
 def _encode_png(data: bytes) -> Markup:

@@ -8,19 +8,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.colors import Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ray_cxr.reporting import plots
 from ray_cxr.reporting.plots import FAINT, INK, MUTED, SKY, VERMILION, format_finding
 
+#: Colour of full cells as red, green and blue, and of texts on them; both are the same on light and dark pages.
+_CELL, _WHITE = (0.03, 0.32, 0.61), "#fefefe"
+
 
 def plot_prevalence(rows: Sequence[tuple[str, float, int, float | None]]) -> Figure:
     """Plot rows of (finding, share of positive images, number of positives, share flagged or None)."""
     rows = sorted(rows, key=lambda row: row[1])
-    figure, (ax,) = plots.create_axes(7.2, 1.3 + 0.32 * len(rows), grid="x")
+    figure, (ax,) = plots.create_axes(4.8, 1.1 + 0.28 * len(rows), grid="x")
     positions = range(len(rows))
     ax.barh(positions, [row[1] for row in rows], height=0.62, color=SKY, label="labelled positive")
     flagged = [(row[3], position) for position, row in enumerate(rows) if row[3] is not None]
@@ -31,7 +33,8 @@ def plot_prevalence(rows: Sequence[tuple[str, float, int, float | None]]) -> Fig
     ax.set_yticks(positions, [f"{format_finding(row[0])} ({row[2]:,})" for row in rows])
     ax.set_ylim(-0.7, len(rows) - 0.3)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
-    ax.set_xlabel("share of labelled images (number of positives in brackets)")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.set_xlabel("share of labelled images (in brackets: positives)")
     ax.legend(loc="lower left", frameon=False, fontsize=8.5, ncols=2, bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
     return figure
 
@@ -54,15 +57,17 @@ def plot_cooccurrence(counts: np.ndarray, findings: Sequence[str], n: int) -> Fi
     wide = max(left + max(cell * size + 1.1, *ends), 4.5)
     figure, box = plots.create_sheet(wide, high + cell * size + 0.45)
     ax = figure.add_axes(box(left, high, cell * size, cell * size))
-    colours = colormaps["Blues"].copy()
+    # One colour of growing opacity, so that the cells suit light and dark pages.
+    colours = LinearSegmentedColormap.from_list("cells", [(*_CELL, 0.0), (*_CELL, 1.0)])
     colours.set_bad(FAINT)
     cells = np.where(off, shares, np.nan)
-    mesh = ax.pcolormesh(cells, cmap=colours, norm=Normalize(0, most), edgecolors="white", linewidth=0.8)
+    mesh = ax.pcolormesh(cells, cmap=colours, norm=Normalize(0, most), edgecolors=FAINT, linewidth=0.8)
     ax.set_ylim(size, 0)
     for row, column in np.ndindex(counts.shape):
         diagonal = row == column
         share = float(totals[row] / n if diagonal else shares[row, column])
-        colour = "white" if off[row, column] and _luminance(colours(share / most)) < 0.22 else INK
+        # From this opacity on, white has the higher contrast on a light page.
+        colour = _WHITE if off[row, column] and share / most > 0.62 else INK
         text = f"{counts[row, column]:,}\n{plots.format_share(share) if diagonal or totals[row] else '–'}"
         style: dict[str, Any] = {"fontsize": 6.6, "linespacing": 1.2, "fontweight": "bold" if diagonal else "normal"}
         ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, **style)
@@ -84,9 +89,3 @@ def plot_cooccurrence(counts: np.ndarray, findings: Sequence[str], n: int) -> Fi
     x, y, _, _ = box(0.12, figure.get_figheight() - 0.08, 0, 0)
     figure.text(x, y, textwrap.fill(caption, int(wide * 15)), fontsize=plots.SMALL_TEXT, color=MUTED)
     return figure
-
-
-def _luminance(colour: Sequence[float]) -> float:
-    """Return the relative luminance of an sRGB colour (WCAG 2)."""
-    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in colour[:3]]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

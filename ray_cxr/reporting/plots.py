@@ -1,7 +1,7 @@
 """Style and building blocks of all figures: white background, colours that remain distinct with colour blindness.
 
-Only matplotlib's object interface is used (no pyplot, no rcParams), so threads share no state and a figure is freed
-with its last reference.
+Only matplotlib's object interface is used (no pyplot), so threads share no state and a figure is freed with its last
+reference.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import io
 import logging
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -33,17 +34,19 @@ if environment.is_command:
     matplotlib.rcdefaults()  # without the user's matplotlibrc, whose `text.usetex` or colours are for other figures
 
 # Okabe & Ito (2008): distinct with the common colour vision deficiencies, and in greyscale print by lightness.
-BLUE, VERMILION, GREEN, SKY, ORANGE = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#E69F00"
+BLUE, VERMILION, GREEN, SKY, ORANGE, PURPLE = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#E69F00", "#CC79A7"
 INK, MUTED, FAINT = "#1a1a1a", "#5f6368", "#d9dce0"
 #: For small groups; contrast 4.6 to 1 against white.
 GREY = "#70757a"
 DASHED = (0, (4, 3))
 DPI = 150
-SMALL_TEXT = 8.0
+SMALL_TEXT, LEGEND_TEXT = 8.0, 8.5
 #: Side of the square panels of `create_grid` in inches.
 PANEL_SIDE = 2.05
 #: Left, top, width and height in inches from the top left, as the fractions that `Figure.add_axes` takes.
 Box = Callable[[float, float, float, float], tuple[float, float, float, float]]
+# The settings of an SVG file are global in matplotlib.
+_svg_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -76,33 +79,51 @@ class Estimate:
         return f"{value}{unit} ({bounds[0]}{between}{bounds[1]}{unit})"
 
 
+class Piece(NamedTuple):
+    """Artists of a sheet within a rectangle: left, top, width and height in inches from the top left."""
+
+    box: tuple[float, float, float, float]
+    artists: tuple[Artist, ...]
+
+
+class Sheet(Figure):
+    """A figure with a fixed layout.
+
+    Attributes:
+        parts: what a page can arrange by its width; each part is a row of pieces. Empty for an indivisible figure.
+        is_whole_on_wide: a wide page shows the whole figure instead of its parts.
+    """
+
+    def __init__(self, width: float, height: float) -> None:
+        super().__init__(figsize=(width, height), facecolor="white")
+        self.parts: list[tuple[Piece, ...]] = []
+        self.is_whole_on_wide = False
+
+
+class Drawing(NamedTuple):
+    """A figure as PNG, and as HTML for a page; `html` is None for radiographs, which a page shows as PNG."""
+
+    png: bytes
+    html: Markup | None
+
+
 def format_finding(finding: str) -> str:
     """Return a finding's name for readers: `Pleural_Thickening` as `Pleural Thickening`."""
     return finding.replace("_", " ")
 
 
 def encode_figure(figure: Figure) -> tuple[bytes, bytes]:
-    """Return a figure as the bytes of a PNG file (150 dots per inch) and of an SVG file without a date."""
+    """Return a figure as the bytes of a PNG file (150 dots per inch) and of an SVG file without a date.
+
+    Texts of the SVG remain texts: they can be selected, searched and edited.
+    """
     png, svg = io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png", dpi=DPI)
     # Computing the layout again would take as long as drawing.
     figure.set_layout_engine("none")
-    figure.savefig(svg, format="svg", dpi=DPI, metadata={"Date": None})
+    with _svg_lock, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ray_cxr"}):
+        figure.savefig(svg, format="svg", dpi=DPI, metadata={"Date": None})
     return png.getvalue(), svg.getvalue()
-
-
-def write_figures(folder: Path, names: Sequence[str], figures: Mapping[str, Figure]) -> dict[str, bytes]:
-    """Write figures as PNG and SVG in place of an older report's figures of these names; return the PNGs by name."""
-    stale = {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
-    for path in [path for path in folder.glob("*") if path.name in stale]:
-        path.unlink(missing_ok=True)
-    encoded = {}
-    for name in filter(figures.get, names):
-        _log.debug("drawing %s", name)
-        encoded[name], svg = encode_figure(figures[name])
-        (folder / f"{name}.png").write_bytes(encoded[name])
-        (folder / f"{name}.svg").write_bytes(svg)
-    return encoded
 
 
 def create_axes(
@@ -117,35 +138,47 @@ def create_axes(
     return figure, axes
 
 
-def create_sheet(width: float, height: float) -> tuple[Figure, Box]:
+def create_sheet(width: float, height: float) -> tuple[Sheet, Box]:
     """Create an empty figure for a fixed layout, so that axes have one size and texts do not collide."""
-    figure = Figure(figsize=(width, height), facecolor="white")
 
     def box(left: float, top: float, wide: float, high: float) -> tuple[float, float, float, float]:
         return left / width, 1 - (top + high) / height, wide / width, high / height
 
-    return figure, box
+    return Sheet(width, height), box
 
 
-def create_grid(count: int, handles: Sequence[Artist], below: float = 0.0) -> tuple[Figure, list[Axes]]:
-    """Create a figure of square panels, four per row, with space for a title above each, and a legend on top.
+def create_grid(
+    count: int,
+    handles: Sequence[Artist] = (),
+    below: float = 0.0,
+    *,
+    wide: float = PANEL_SIDE,
+    high: float = PANEL_SIDE,
+    margin: float = 0.6,
+) -> tuple[Sheet, list[Axes]]:
+    """Create a figure of panels, up to four per row, with space for a title above each, and a legend on top.
 
-    `below` is the height in inches of a flat panel below each square one; the result lists the flat panels last.
+    `below` is the height in inches of a flat panel below each panel; the result lists the flat panels last. `margin` is
+    the space for the texts left of a panel.
     """
     columns = max(1, min(count, 4))
-    cell, side, gap = 2.75, PANEL_SIDE, 0.14
-    tall = 3.0 + (below + gap if below else 0.0)
+    cell, gap = margin + wide + 0.1, 0.14
+    tall = high + 0.95 + (below + gap if below else 0.0)
     width = max(cell * columns + 0.1, 3.6)
-    top = 0.2 + 0.2 * math.ceil(len(handles) / count_legend_columns(width, handles))
+    top = 0.2 + 0.2 * math.ceil(len(handles) / count_legend_columns(width, handles)) if handles else 0.0
     figure, box = create_sheet(width, top + tall * max(1, math.ceil(count / columns)))
-    draw_legend(figure, handles)
-    squares, flats = [], []
+    if handles:
+        draw_legend(figure, handles)
+    panels, flats = [], []
     for index in range(count):
-        left, down = 0.6 + index % columns * cell, top + 0.45 + index // columns * tall
-        squares.append(figure.add_axes(box(left, down, side, side)))
+        left, down = margin + index % columns * cell, top + 0.45 + index // columns * tall
+        artists = [figure.add_axes(box(left, down, wide, high))]
+        panels.append(artists[0])
         if below:
-            flats.append(figure.add_axes(box(left, down + side + gap, side, below)))
-    axes = [*squares, *flats]
+            artists.append(figure.add_axes(box(left, down + high + gap, wide, below)))
+            flats.append(artists[1])
+        figure.parts.append((Piece((left - margin + 0.08, down - 0.45, cell, tall), tuple(artists)),))
+    axes = [*panels, *flats]
     for ax in axes:
         style_axes(ax)
     return figure, axes
@@ -154,12 +187,12 @@ def create_grid(count: int, handles: Sequence[Artist], below: float = 0.0) -> tu
 def draw_legend(figure: Figure, handles: Sequence[Artist]) -> None:
     """Draw the legend at the top of a fixed layout, in as many columns as fit."""
     columns = count_legend_columns(figure.get_figwidth(), handles)
-    style: dict[str, Any] = {"frameon": False, "fontsize": 8.5, "labelcolor": INK, "borderaxespad": 0.15}
+    style: dict[str, Any] = {"frameon": False, "fontsize": LEGEND_TEXT, "labelcolor": INK, "borderaxespad": 0.15}
     figure.legend(handles=list(handles), loc="upper left", ncols=columns, **style)
 
 
 def count_legend_columns(width: float, handles: Sequence[Artist]) -> int:
-    widest = 0.55 + max(measure_text(str(handle.get_label()), 8.5) for handle in handles)
+    widest = 0.55 + max(measure_text(str(handle.get_label()), LEGEND_TEXT) for handle in handles)
     return int(np.clip((width - 0.1) // widest, 1, len(handles)))
 
 

@@ -25,7 +25,7 @@ from ray_cxr.evaluation.subgroups import Subgroups, measure_groups
 from ray_cxr.evaluation.underdiagnosis import Underdiagnosis, measure_underdiagnosis
 from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.labels import FINDINGS, NO_FINDING, canonicalize, suggest
-from ray_cxr.reporting import figure_set, html, plots, tables
+from ray_cxr.reporting import figure_set, html, inline_svg, plots, tables
 from ray_cxr.reporting.abnormality import measure_ranking
 from ray_cxr.reporting.alerts import measure_alerts, measure_order, warn_of_alerts
 from ray_cxr.reporting.checklists import render_checklist
@@ -245,7 +245,7 @@ def _write(out: Path, table: Scores, result: ReportResult, figures: Mapping[str,
     out.mkdir(parents=True, exist_ok=True)
     for name in ("report.html", "report.md"):
         (out / name).unlink(missing_ok=True)
-    encoded = plots.write_figures(out, figure_set.NAMES, figures)
+    encoded = inline_svg.write_figures(out, figure_set.NAMES, figures)
     rows = build_worklist(table)
     plain = result.to_json()
     atomic.write_text(out / "worklist.csv", format_csv(rows))

@@ -18,7 +18,7 @@ import optuna
 import pandas as pd
 
 from ray_cxr.errors import OutputError
-from ray_cxr.reporting import html, optuna_plots, plots
+from ray_cxr.reporting import html, inline_svg, optuna_plots
 from ray_cxr.reporting.optuna_plots import format_objective
 from ray_cxr.reporting.search_figures import NAMES, TrialRow, draw_figures
 from ray_cxr.storage import atomic
@@ -50,7 +50,7 @@ def write_search_page(
     searched = [name.removeprefix(_PARAM) for name in trials.columns if name.startswith(_PARAM)]
     params = [name for name in searched if any(name in row.params for row in rows)]
     best = next((row for row in rows if row.number == facts["best_number"]), None)
-    figures = plots.write_figures(out, NAMES, draw_figures(rows, facts["best_number"], comparison))
+    figures = inline_svg.write_figures(out, NAMES, draw_figures(rows, facts["best_number"], comparison))
     with optuna_plots.silence_optuna():
         copy = optuna_plots.copy_study(study, facts["objectives"])
         chapters = optuna_plots.draw_chapters(copy, facts["objectives"])

@@ -14,12 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from markupsafe import Markup
 from PIL import Image
 
 from ray_cxr.data import manifest
 from ray_cxr.evaluation.ranking import combine
 from ray_cxr.labels import NO_FINDING
-from ray_cxr.reporting import figure_set, plots
+from ray_cxr.reporting import figure_set, inline_svg, plots, worklist_page
 from ray_cxr.reporting.report import write_report
 
 FEW = ("Cardiomegaly", "Effusion", "Hernia")
@@ -143,11 +144,14 @@ class Report:
 
 
 @contextlib.contextmanager
-def without_drawing() -> Iterator[None]:
-    """Skip figures and the plotting script, which take seconds."""
+def without_drawing(*, images: bool = False) -> Iterator[None]:
+    """Skip figures and the plotting script, which take seconds, and also the worklist's images without `images`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "encode_figure", lambda figure: (b"png", b"svg"))
+        patch.setattr(inline_svg, "embed_figure", lambda *_: Markup("<svg></svg>"))
         patch.setattr(figure_set, "draw_evaluation", lambda *_: {})
+        if not images:
+            patch.setattr(worklist_page, "add_images", lambda studies, *_: studies)
         patch.setattr("plotly.offline.get_plotlyjs", lambda: "window.Plotly = {};")
         yield
 
@@ -162,10 +166,12 @@ def refused(error: type[Exception], match: str, scores: str | Path, out: Path, *
     return str(caught.value)
 
 
-def report(archive: Archive, out: Path, *, scores: str | None = None, draw: bool = False, **options: Any) -> Report:
-    """Write a report, with figures if `draw` is set."""
+def report(
+    archive: Archive, out: Path, *, scores: str | None = None, draw: bool = False, images: bool = False, **options: Any
+) -> Report:
+    """Write a report; with figures if `draw` is set, and with the worklist's images if `images` is set."""
     options = {"n_resamples": 60, **options}
-    with contextlib.nullcontext() if draw else without_drawing():
+    with contextlib.nullcontext() if draw else without_drawing(images=images):
         returned = write_report(scores or archive.scores(), out, **options)
     written = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(returned, allow_nan=False))
