@@ -15,20 +15,34 @@ from typing import Any
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ray_cxr.evaluation.drift import DIFFERS, LARGE, RateDrift
+from ray_cxr.evaluation.drift import DIFFERS, LARGE, OK, RateDrift
 from ray_cxr.evaluation.localisation import IOU_LEVELS, FindingLocalisation, Localisation
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting import plots
 from ray_cxr.reporting.comparators import ScoreComparison
-from ray_cxr.reporting.plots import BLUE, FAINT, GREY, INK, MUTED, SMALL_TEXT, VERMILION, Estimate, format_finding
+from ray_cxr.reporting.plots import (
+    BLUE,
+    FAINT,
+    GREY,
+    INK,
+    MUTED,
+    SMALL_TEXT,
+    VERMILION,
+    Estimate,
+    Piece,
+    format_finding,
+)
 
 #: Height of a row in inches.
 _ROW = 0.27
 #: Colour and marker of each overlap threshold, lowest first.
 _COLOURS = (plots.SKY, BLUE, plots.GREEN, plots.ORANGE, VERMILION, MUTED, INK)
 _THRESHOLD_MARKS = tuple(zip(_COLOURS, "os^DvPX", strict=True))
+#: Colour and marker of a verdict on drift, and colour of the tolerated range.
+_DRIFT_MARKS = {OK: (BLUE, "o"), DIFFERS: (VERMILION, "D"), LARGE: (VERMILION, "D")}
+_TOLERATED = FAINT
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ def plot_subgroups(rows: Sequence[ForestRow], columns: Sequence[ForestColumn]) -
             low, high = ax.get_xlim()
             share = (column.reference - low) / (high - low)
             align = "left" if share < 0.3 else "right" if share > 0.7 else "center"
-            style: dict[str, Any] = {"ha": align, "va": "bottom", "fontsize": SMALL_TEXT, "color": VERMILION}
+            style: dict[str, Any] = {"ha": align, "va": "bottom", "fontsize": SMALL_TEXT, "color": MUTED}
             above = ((column.reference, 1), (0, 4), ("data", "axes fraction"), "offset points")
             ax.annotate(column.reference_name, *above, **style)
         for line, row in row_at_line.items():
@@ -128,7 +142,7 @@ def plot_differences(compared: ScoreComparison) -> Figure:
         plots.create_marker_entry("macro mean", VERMILION, "D"),
     ]
     title = "AUROC of these scores − AUROC of the others\nright of 0: these scores have the higher AUROC"
-    figure, (ax,) = _draw_forest(lines, ("",), [title], legend, width=3.6)
+    figure, (ax,) = _draw_forest(lines, ("",), [title], legend, width=3.0)
     ends = [abs(end) for difference in differences if difference for end in _bounds(difference)]
     end = max(1.08 * max(ends, default=0.0), 0.004)
     ax.set_xlim(-end, end)
@@ -145,58 +159,47 @@ def plot_differences(compared: ScoreComparison) -> Figure:
 
 
 def plot_drift(rates: Sequence[RateDrift]) -> Figure | None:
-    """Plot the ratio of observed to expected flag rate of each finding on a logarithmic axis; None without flags.
+    """Plot the difference of observed and expected flag rate of each finding, with the interval that decides.
 
-    A diamond differs by more than chance, a hollow circle does not. A finding without flags is an arrow head at the
-    left edge. A finding whose expected rate is unknown or 0 has text instead of a marker.
+    A bar behind each row is the tolerated range. A finding without a verdict has text instead of a marker. Returns None
+    without flags.
     """
     rates = [rate for rate in rates if rate.observed is not None and rate.name != NO_FINDING]
     if not rates:
         return None
-    ratios = [_divide(rate) for rate in rates]
     lines = []
-    for rate, ratio in zip(rates, ratios, strict=True):
+    for rate in rates:
         shares = ("unknown" if share is None else plots.format_share(share) for share in (rate.expected, rate.observed))
-        value = _format_ratio(ratio.value) if ratio else "no ratio"
-        lines.append(_Line((format_finding(rate.name), *shares), (value,), is_bold=rate.verdict in (DIFFERS, LARGE)))
+        is_bold = rate.verdict in (DIFFERS, LARGE)
+        lines.append(_Line((format_finding(rate.name), *shares), (rate.verdict,), is_bold=is_bold))
     legend = [
-        plots.create_marker_entry("consistent with chance, with 95% interval", BLUE, "o", "white"),
-        plots.create_marker_entry("more than chance", VERMILION, "D"),
+        plots.create_marker_entry("as expected", BLUE, "o"),
+        plots.create_marker_entry("inconclusive", GREY, "o", "white"),
+        plots.create_marker_entry("differs", VERMILION, "D"),
+        plots.create_marker_entry("tolerated", _TOLERATED, "s"),
     ]
-    title = "ratio of flagged to expected"
-    figure, (ax,) = _draw_forest(lines, ("", "expected", "flagged"), [title], legend, width=3.8)
-    _set_ratio_axis(ax, [ratio for ratio in ratios if ratio])
-    ax.axvline(1, color=INK, linewidth=1.1, zorder=1)
-    for row, (line, ratio) in enumerate(zip(lines, ratios, strict=True)):
-        colour, marker = (VERMILION, "D") if line.is_bold else (BLUE, "o")
-        _draw_estimate(ax, row, ratio, colour=colour, marker=marker, hollow=not line.is_bold)
+    title = "flagged − expected, in percentage points"
+    figure, (ax,) = _draw_forest(lines, ("", "expected", "flagged"), [title], legend, width=3.0)
+    ax.axvline(0, color=INK, linewidth=1.1, zorder=1)
+    points = [_convert_to_points(rate) for rate in rates]
+    bands = [100 * rate.tolerance if rate.tolerance is not None else 0.0 for rate in rates]
+    end = max([1.5, *bands, *(abs(bound) for estimate in points if estimate for bound in _bounds(estimate))])
+    ax.set_xlim(-1.05 * end, 1.05 * end)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+.3g}".replace("-", "−") if abs(x) > 1e-9 else "0"))
+    for row, (rate, estimate, band) in enumerate(zip(rates, points, bands, strict=True)):
+        ax.barh(row, 2 * band, left=-band, height=0.72, color=_TOLERATED, zorder=0.5)
+        colour, marker = _DRIFT_MARKS.get(rate.verdict, (GREY, "o"))
+        hollow = rate.verdict not in (OK, DIFFERS, LARGE)
+        _draw_estimate(ax, row, estimate, colour=colour, marker=marker, hollow=hollow)
     return figure
 
 
-def _set_ratio_axis(ax: Axes, ratios: Sequence[Estimate]) -> None:
-    """Set a logarithmic axis around 1 with ticks at powers of two."""
-    ax.set_xscale("log")
-    ends = [1.12 * max(end, 1 / end) for ratio in ratios for end in _bounds(ratio) if end > 0]
-    points = [1.12 * max(ratio.value, 1 / ratio.value) for ratio in ratios if ratio.value > 0]
-    # Intervals of rare findings may leave the axis, values may not.
-    span = max([2.2, min(16.0, max(ends, default=1.0)), *points])
-    ax.set_xlim(1 / span, span)
-    doublings = int(math.log2(span))
-    step = math.ceil(doublings / 3)
-    powers = range(-(doublings // step) * step, doublings + 1, step)
-    ax.xaxis.set_major_locator(FixedLocator([2.0**power for power in powers]))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"× {x:g}" if x >= 1 else f"× 1/{1 / x:g}"))
-    ax.xaxis.set_minor_locator(NullLocator())
-
-
-def _divide(rate: RateDrift) -> Estimate | None:
-    """Return the observed rate and its interval as multiples of the expected rate."""
-    observed = Estimate.of(rate, "observed")
-    return Estimate(*(end / rate.expected for end in _bounds(observed))) if observed and rate.expected else None
-
-
-def _format_ratio(ratio: float) -> str:
-    return "none flagged" if ratio == 0 else f"× {ratio:.2g}" if ratio < 100 else f"× {ratio:.0f}"
+def _convert_to_points(rate: RateDrift) -> Estimate | None:
+    """Return the difference and its interval in percentage points; None if the finding has no verdict."""
+    if rate.difference is None or rate.difference_low is None or rate.difference_high is None:
+        return None
+    return Estimate(100 * rate.difference, 100 * rate.difference_low, 100 * rate.difference_high)
 
 
 def plot_localisation(found: Localisation) -> Figure:
@@ -260,30 +263,42 @@ def _draw_forest(
     legend_rows = math.ceil(len(handles) / plots.count_legend_columns(total, handles))
     top, bottom = 0.45 + 0.2 * legend_rows, 0.4 + 0.15 * max(name.count("\n") + 1 for name in names)
     figure, box = plots.create_sheet(total, top + height * len(lines) + bottom)
+    figure.is_whole_on_wide = True
     plots.draw_legend(figure, handles)
 
-    def write(left: float, texts: Sequence[str], align: str, size: float) -> None:
+    def write(left: float, texts: Sequence[str], align: str, size: float) -> list[Artist]:
+        written: list[Artist] = []
         for row, (line, text) in enumerate(zip(lines, texts, strict=True)):
             x, y, _, _ = box(left, top + (row + 0.5) * height, 0, 0)
             style: dict[str, Any] = {"color": line.colour, "fontweight": "bold" if line.is_bold else "normal"}
-            figure.text(x, y, text, ha=align, va="center_baseline", fontsize=size, **style)
+            if text:
+                written.append(figure.text(x, y, text, ha=align, va="center_baseline", fontsize=size, **style))
+        return written
 
     left = edge
+    texts: list[Artist] = []
     for i, (size, head) in enumerate(zip(cell_widths, headers, strict=True)):
         # Names are left-aligned, numbers right-aligned.
         anchor, align = (left, "left") if i == 0 else (left + size, "right")
         x, y, _, _ = box(anchor, top - 0.14, 0, 0)
-        figure.text(x, y, head, ha=align, va="center_baseline", fontsize=SMALL_TEXT, color=MUTED)
-        write(anchor, [line.cells[i] for line in lines], align, 9)
+        if head:
+            style: dict[str, Any] = {"ha": align, "va": "center_baseline", "fontsize": SMALL_TEXT, "color": MUTED}
+            texts.append(figure.text(x, y, head, **style))
+        texts += write(anchor, [line.cells[i] for line in lines], align, 9)
         left += size + gap
+        if i == 0:
+            # A narrow page shows each chart next to the names; its tables have the numbers.
+            above = top - 0.25
+            names_of_rows = Piece((0, above, left, figure.get_figheight() - above), tuple(texts))
     axes = []
     for i, (size, name) in enumerate(zip(value_widths, names, strict=True)):
         ax = figure.add_axes(box(left, top, width, height * len(lines)))
         plots.style_axes(ax, grid="x")
         ax.set(ylim=(len(lines) - 0.5, -0.5), yticks=[], xlabel=name)
         ax.spines["left"].set_visible(False)
-        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_locator(MaxNLocator(max(3, int(width / 0.62))))
         axes.append(ax)
+        figure.parts.append((names_of_rows, Piece((left, above, width + gap, names_of_rows.box[3]), (ax,))))
         write(left + width + 0.12, [line.values[i] if line.values else "" for line in lines], "left", 8.5)
         left += width + 0.12 + size + gap
     return figure, axes
