@@ -25,7 +25,7 @@ import psutil
 import ray_cxr
 from ray_cxr import cluster, config, environment, limits, processes
 from ray_cxr.errors import InputError, RayCxrError, one_line
-from ray_cxr.progress import silence_stderr
+from ray_cxr.progress import Stage, silence_stderr
 from ray_cxr.storage import atomic
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,8 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
     if "ray" not in sys.modules:
         for name, value in (OWN_RAY if address == "local" else ANY_RAY).items():
             os.environ.setdefault(name, value)
-    environment.import_ray()
+    with Stage("loading Ray"):
+        environment.import_ray()
     import ray
 
     if ray.is_initialized():
@@ -125,7 +126,8 @@ def _init_ray(address: str, options: Mapping[str, Any], variables: Mapping[str, 
     import ray
 
     try:
-        with silence_stderr(), cluster.set_environment(variables):
+        title = "starting Ray" if address == "local" else "joining Ray"
+        with Stage(title), silence_stderr(), cluster.set_environment(variables):
             # The output of workers stays in Ray's log folder. Their errors are raised here.
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **options)  # noqa: TID251
     except Exception as error:  # Ray raises a bare Exception if a node does not start within 30 seconds

@@ -16,11 +16,15 @@ from typing import Any, NamedTuple
 import hypothesis
 import pytest
 
+from ray_cxr import progress
 from ray_cxr.session import OWN_RAY
 
 # The gate tries the same examples on every machine, without a time limit.
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("here")
+
+# Commands in the test's process print no line because they are slow on a loaded machine.
+progress.SILENT_S = 1e6
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")

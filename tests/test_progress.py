@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -25,13 +25,13 @@ def test_a_job_logs_where_it_starts_and_its_total(capsys: pytest.CaptureFixture[
 def test_a_long_job_logs_its_rate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(progress, "time", clock)
-    with progress.Progress("score", 100, line_every=20.0) as work:
-        clock.now = 19.0
+    with progress.Progress("score", 10_000) as work:
+        clock.now = progress.LINE_EVERY_S - 1
         work.advance(38)
         assert capsys.readouterr().err == ""
         clock.now = 20.0
         work.advance(2)
-        assert capsys.readouterr().err == "score: 40 of 100 images (2.0/s, 30 s left)\n"
+        assert capsys.readouterr().err == "score: 40 of 10,000 images (2.0 images/s, 1 h 23 min left)\n"
 
 
 def test_failed_jobs_and_jobs_with_their_own_summary_log_no_last_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,24 +46,71 @@ def test_failed_jobs_and_jobs_with_their_own_summary_log_no_last_line(capsys: py
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_log_names_a_stage_only_if_it_takes_long(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    with progress.Stage("checking the input"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.05)
+    with progress.Stage("starting Ray", at_once=True) as stage:
+        assert capsys.readouterr().err == "starting Ray …\n"
+        with progress.silence_stderr():
+            stage.update("starting Ray again")
+            time.sleep(0.15)
+    time.sleep(0.1)  # no line after the end
+
+
+def test_work_that_waits_says_for_what(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(progress, "SILENT_S", 0.0)
+    monkeypatch.setattr(progress, "_SHORT_S", 0.0)
+    with progress.Progress("score", 10, waiting="loading the model") as work:
+        time.sleep(0.05)
+        assert capsys.readouterr().err == "score: loading the model …\n"
+        work.advance(10)
+    assert capsys.readouterr().err.startswith("score: 10 of 10 images (")
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_a_log_has_no_spinner_where_colours_are_forced(variable: str, capsys, monkeypatch) -> None:
+    monkeypatch.setenv(variable, "1")
+    with progress.Stage("starting Ray", at_once=True), progress.Progress("score", 1) as work:
+        work.advance(1)
+    assert "\x1b" not in capsys.readouterr().err
+
+
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """A terminal of 80 columns and 40 lines, whatever this process runs in."""
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     written = io.StringIO()
-    made = functools.partial(Console, file=written, force_terminal=True, width=80, height=40)
-    monkeypatch.setattr(progress, "Console", lambda **options: made())
+    console = Console(file=written, force_terminal=True, width=80, height=40)
+    monkeypatch.setattr(progress, "_open_console", lambda: console)
+    monkeypatch.setattr(progress, "is_live", lambda: True)
     return written
+
+
+def plain(screen: io.StringIO) -> str:
+    """All that was drawn, without control sequences."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
 
 
 def last_table(screen: io.StringIO) -> tuple[str, list[list[str]]]:
     """The table as it was drawn last: its title and the cells of each row."""
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
-    before, _, body = text.rpartition("┏")
+    before, _, body = plain(screen).rpartition("┏")
     title = before[max(before.rfind(mark) for mark in "┘┓┛\r") + 1 :]
     rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in body.splitlines()]
     return " ".join(title.split()), [row for row in rows if row and row[0].isdecimal()]
+
+
+def test_a_bar_of_large_numbers_fits_80_columns(screen: io.StringIO) -> None:
+    with progress.Progress("heat maps", 112_120, waiting="loading the model") as work:
+        with progress.Stage("starting Ray", at_once=True):
+            work.advance(93_120, "1,234 errors")
+            time.sleep(0.05)
+    lines = [line.rstrip() for line in re.split("[\r\n]", plain(screen))]
+    (last,) = {line for line in lines if "93,120" in line and "1,234 errors" in line and line.endswith("errors")}
+    assert len(last) <= 80
+    assert any("starting Ray …" in line for line in lines)
 
 
 def test_trials_on_a_terminal_are_a_table(screen: io.StringIO) -> None:

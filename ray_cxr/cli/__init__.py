@@ -13,7 +13,7 @@ import ray_cxr
 from ray_cxr import errors, limits
 from ray_cxr.cli import bundles, data, reports, scoring, training
 from ray_cxr.cli.arguments import PATH_TYPES, CommandParser, add_command, local_output, wrap
-from ray_cxr.cli.next_step import IMAGES, JOB_FOLDER, hide_next, place_next_to, print_next
+from ray_cxr.cli.next_step import JOB_FOLDER, hide_next, print_next
 from ray_cxr.cli.output import print_line, report_lost_output
 from ray_cxr.errors import EXIT_INTERRUPTED, RayCxrError, one_line
 from ray_cxr.storage import remote
@@ -134,4 +134,8 @@ def _print_completion(parser: _Program, shell: str) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from ray_cxr import demo
 
-    demo.run_demo(Path(arguments.out), main, print_line, tune=arguments.tune)
+    out = Path(arguments.out)
+    with hide_next():
+        demo.run_demo(out, main, print_line, tune=arguments.tune)
+    # Score the images again as new ones, without labels.
+    print_next("score", out / "run" / "bundle", "--images", out / "phantoms" / "images", "--out", out / "screened")

@@ -9,9 +9,17 @@ from rich.table import Table
 
 from ray_cxr import config
 from ray_cxr.cli.arguments import add_command, add_settings, any_path, local_input
-from ray_cxr.cli.output import explain_write_errors, format_number, print_line, print_rule_notes, print_table
+from ray_cxr.cli.next_step import suggest_score
+from ray_cxr.cli.output import (
+    explain_write_errors,
+    format_number,
+    print_line,
+    print_rule_notes,
+    print_table,
+    print_warnings,
+)
 from ray_cxr.imaging.demographics import PatientCount
-from ray_cxr.progress import silence_stderr
+from ray_cxr.progress import Stage
 
 
 def add_commands(commands: Any) -> None:
@@ -110,23 +118,27 @@ def add_commands(commands: Any) -> None:
 
 def _quantize(arguments: argparse.Namespace) -> None:
     chosen = config.load(arguments.config, arguments.overrides, section="quantize").quantize
-    from ray_cxr.models import quantization
+    with explain_write_errors(arguments.out), Stage("checking the bundle and the prepared set"):
+        from ray_cxr.models import quantization
 
-    with explain_write_errors(arguments.out):
         bundle = quantization.quantize(arguments.bundle, arguments.prepared, arguments.out, chosen, on_event=print_line)
     print_line(f"bundle: {bundle.location}")
+    suggest_score(arguments.out, arguments.prepared, "--precision", "int8")
 
 
 def _recalibrate(arguments: argparse.Namespace) -> None:
     chosen = config.load(arguments.config, arguments.overrides, section="recalibrate").recalibrate
-    from ray_cxr.models import recalibration
+    with Stage("fitting calibration and operating points"):
+        from ray_cxr.evaluation import usability
+        from ray_cxr.models import recalibration
 
-    bundle = recalibration.recalibrate(
-        arguments.bundle, arguments.scores, arguments.labels, arguments.out, chosen, on_event=print_line
-    )
+        bundle = recalibration.recalibrate(
+            arguments.bundle, arguments.scores, arguments.labels, arguments.out, chosen, on_event=print_line
+        )
     made, points = bundle.info["provenance"]["recalibrated"], bundle.info["operating_points"]
-    names = ("finding", "images", "positives", "flags above", "before", "flag rate", "before", "Brier", "before")
-    table = Table(*names, title="Recalibration, on the images that it was fitted on")
+    names = ("finding", "images", "positives", "flags\nabove", "old", "flag\nrate", "old", "Brier", "old")
+    title = "Recalibration, new and old, on the images that it was fitted on"
+    table = Table(*names, title=title, show_edge=False, pad_edge=False)
     for name in bundle.findings:
         row, point, old = made["findings"][name], points[name], made["before"]["operating_points"][name]
         counts = f"{row['n']:,}", f"{row['positives']:,}"
@@ -135,22 +147,21 @@ def _recalibrate(arguments: argparse.Namespace) -> None:
             format_number(row[key], 3, "none") for key in ("flag_rate", "flag_rate_before", "brier", "brier_before")
         )
         table.add_row(name, *counts, *thresholds, *rates)
-    print_table(table)
+    print_table(table, optional=("images", "positives"))
     print_rule_notes(bundle.info["rule_notes"])
+    print_warnings(warning.text for warning in usability.warn_of_model(bundle.info))
     patients = PatientCount(made["patients"], made.get("images_without_patient", 0))
     print_line(
         f"calibration by {made['method']} and operating points by {made['rule']}, from "
         f"{patients.describe(made['images'])}: report on others"
     )
     print_line(f"bundle: {bundle.location}")
+    suggest_score(arguments.out, None)
 
 
 def _import_weights(arguments: argparse.Namespace) -> None:
-    with silence_stderr():
+    with Stage("reading the weights"):
         from ray_cxr.models import importing
-
-        if not str(arguments.weights).lower().endswith(".onnx"):
-            from ray_cxr.models import classifier  # noqa: F401  -- imports TensorFlow, which prints
 
     options = importing.ImportOptions(
         outputs=None if arguments.findings is None else importing.parse_findings(arguments.findings),
@@ -161,7 +172,10 @@ def _import_weights(arguments: argparse.Namespace) -> None:
         layout=arguments.input_layout,
         logits=arguments.logits,
     )
-    bundle = importing.import_weights(arguments.weights, arguments.out, backbone=arguments.backbone, options=options)
+    with Stage("building and checking the model"):
+        bundle = importing.import_weights(
+            arguments.weights, arguments.out, backbone=arguments.backbone, options=options
+        )
     print_line(f"outputs: {', '.join(bundle.findings)}")
     made = bundle.info["provenance"]
     if "dropped_names" in made:
@@ -174,23 +188,26 @@ def _import_weights(arguments: argparse.Namespace) -> None:
     else:
         print_line("no calibration or operating points; those columns of score tables will be null")
     print_line(f"bundle: {bundle.location}")
+    suggest_score(arguments.out, None)
 
 
 def _ensemble(arguments: argparse.Namespace) -> None:
-    from ray_cxr.models import ensembles
+    with Stage("building and checking the model"):
+        from ray_cxr.models import ensembles
 
-    bundle = ensembles.build_ensemble(arguments.bundles, arguments.out)
+        bundle = ensembles.build_ensemble(arguments.bundles, arguments.out)
     members = bundle.info["provenance"]["ensemble"]["findings"]
     print_line(f"members per finding: {', '.join(f'{name} {count}' for name, count in members.items())}")
     print_line("no calibration or operating points; score labelled images and run `ray-cxr recalibrate`")
     print_line(f"bundle: {bundle.location}")
+    suggest_score(arguments.out, None)
 
 
 def _export_onnx(arguments: argparse.Namespace) -> None:
-    with silence_stderr():
-        from ray_cxr.models import classifier, onnx_export  # noqa: F401  -- imports TensorFlow, which prints
+    with explain_write_errors(arguments.out), Stage("exporting and checking the model"):
+        from ray_cxr.models import onnx_export
 
-    with explain_write_errors(arguments.out):
         drift = onnx_export.export_onnx(arguments.bundle, arguments.out)
     print_line(f"largest difference from Keras on the golden images, in ONNX Runtime: {drift:.1g}")
     print_line(f"model: {arguments.out}")
+    suggest_score(arguments.bundle, None)

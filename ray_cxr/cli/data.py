@@ -81,7 +81,9 @@ def _manifest(arguments: argparse.Namespace) -> None:
     for line in report.lines():
         print_line(line)
     print_line(f"manifest: {arguments.out}")
-    suggest_after_manifest(arguments, has_images=bool(report.images_found), has_split="train" in report.by_split)
+    suggest_after_manifest(
+        arguments, has_images=bool(report.images_found), has_split="train" in report.by_split or not report.can_split
+    )
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

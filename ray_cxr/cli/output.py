@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -39,10 +39,16 @@ def explain_write_errors(out: str) -> Iterator[None]:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}{at}") from None
 
 
-def print_rule_notes(reasons: dict[str, str | None]) -> None:
-    for name, reason in reasons.items():
+def print_rule_notes(reasons: Mapping[str, str | None]) -> None:
+    """Print why findings lack a calibration or an operating point, findings with the same reason in one line."""
+    for reason in dict.fromkeys(reasons.values()):
         if reason:
-            print_line(f"{name}: {reason}")
+            print_line(f"{', '.join(name for name, own in reasons.items() if own == reason)}: {reason}")
+
+
+def print_warnings(warnings: Iterable[str]) -> None:
+    for text in warnings:
+        print_line(f"WARNING: {text}")
 
 
 def print_table(table: Table, optional: Sequence[str] = ()) -> None:

@@ -6,9 +6,11 @@ import argparse
 from typing import Any
 
 from ray_cxr.cli.arguments import add_command, any_path, local_input, local_output, pick
-from ray_cxr.cli.output import explain_write_errors, format_number, print_line
+from ray_cxr.cli.next_step import place_next_to, print_next, suggest_after_report
+from ray_cxr.cli.output import explain_write_errors, format_number, print_line, print_warnings
 from ray_cxr.errors import ConfigError
-from ray_cxr.imaging.demographics import PatientCount
+from ray_cxr.imaging.demographics import PatientCount, count_of
+from ray_cxr.progress import Stage
 from ray_cxr.storage import remote
 
 
@@ -52,26 +54,32 @@ def add_commands(commands: Any) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from ray_cxr.reporting import report
+    with Stage("reading the scores"):
+        from ray_cxr.reporting import report
 
     with explain_write_errors(arguments.out):
         options = pick(arguments, "labels", "split", "consensus", "boxes", "compare", "prevalence", "csv")
         metrics = report.write_report(arguments.scores, arguments.out, **options)
     macro = metrics["macro"]
-    if macro and macro["auroc"] is not None:
+    print_warnings(warning["text"] for warning in metrics["warnings"])
+    if macro and macro["auroc"] is not None and macro["headline_reason"] is None:
         low, high = (format_number(macro[f"auroc_interval_{end}"]) for end in ("low", "high"))
         print_line(
             f"macro AUROC {macro['auroc']:.3f} ({low} to {high}) "
             f"over {len(macro['findings'])} findings, "
             f"{PatientCount(metrics['n_patients'], metrics['images_without_patient']).describe(metrics['n_images'])}"
         )
+    if any_finding := metrics["flagged"]["any_finding"]:
+        print_line(f"flagged: {any_finding['images']:,} of {count_of(any_finding['n'], 'scored image')}")
     print_line(f"report: {remote.to_path(arguments.out) / 'report.html'}")
+    suggest_after_report(arguments)
 
 
 def _export_sr(arguments: argparse.Namespace) -> None:
     if not arguments.out:
         raise ConfigError("--out: is empty; name a folder to write")
-    from ray_cxr.reporting import dicom_sr
+    with Stage("reading the scores"):
+        from ray_cxr.reporting import dicom_sr
 
     export = dicom_sr.export_sr(arguments.scores, arguments.out, arguments.replaces)
     for outcome, text in dicom_sr.OUTCOME_TEXTS.items():
@@ -82,3 +90,5 @@ def _export_sr(arguments: argparse.Namespace) -> None:
     if arguments.replaces or export.replacing:
         print_line(f"replaced: {export.replacing:,} of the reports name an earlier report of their study")
     export.raise_for_failures()
+    scores = remote.to_path(arguments.scores)
+    print_next("report", scores, "--out", place_next_to(scores, "report"))

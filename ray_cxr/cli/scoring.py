@@ -5,13 +5,20 @@ from __future__ import annotations
 import argparse
 from typing import Any, get_args
 
+import numpy as np
 import psutil
+import pyarrow.dataset
 from rich.table import Table
 
 from ray_cxr import config, session
 from ray_cxr.cli.arguments import add_command, add_settings, any_address, any_path, override_settings, pick
-from ray_cxr.cli.output import print_line, print_table
+from ray_cxr.cli.next_step import print_next, suggest_report
+from ray_cxr.cli.output import print_line, print_table, print_warnings
 from ray_cxr.errors import ConfigError, ErrorRateExceeded
+from ray_cxr.imaging.demographics import count_of
+from ray_cxr.labels import NO_FINDING
+from ray_cxr.progress import Stage
+from ray_cxr.storage import remote
 
 
 def add_commands(commands: Any) -> None:
@@ -44,8 +51,9 @@ def _score(arguments: argparse.Namespace) -> None:
     chosen = override_settings(settings.score, arguments, "max_error_rate", "precision")
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError(f"--limit {arguments.limit}: must be at least 1")
-    from ray_cxr.scoring.pipeline import score
-    from ray_cxr.scoring.plan import ScoreRequest
+    with Stage("checking the model and the input"):
+        from ray_cxr.scoring.pipeline import score
+        from ray_cxr.scoring.plan import ScoreRequest
 
     request = ScoreRequest(
         settings=chosen,
@@ -65,21 +73,45 @@ def _score(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         drawn = "" if report.heatmaps is None else f", heat maps of up to {report.heatmaps.to_draw:,} to draw"
         print_line(f"{report.rows:,} rows, {report.counts['to score']:,} of them to score{drawn}; nothing was written")
+        print_next(*(word for word in arguments.words if word != "--dry-run"))
         return
     table = Table("result", "rows", title="Scores")
     for code, count in report.counts.most_common():
         table.add_row(code, f"{count:,}")
     print_table(table)
     if report.images_per_second is None:
-        print_line(f"scores: {arguments.out} is already complete")
+        print_line("all rows were scored already")
     else:
         print_line(
             f"scored {report.scored_now:,} images in {report.seconds:.0f} s "
             f"({report.images_per_second:.1f} images/s, start-up included)"
         )
-        print_line(f"scores: {arguments.out}")
     if report.heatmaps is not None:
         for line in report.heatmaps.lines():
             print_line(line)
+    _print_flagged(arguments.out)
+    print_line(f"scores: {arguments.out}")
     if too_many is not None:
         raise too_many
+    suggest_report(arguments.out, arguments.manifest, report.rows)
+
+
+def _print_flagged(out: str) -> None:
+    """Print how many images, studies and patients are flagged for any finding."""
+    with Stage("counting flagged images"):
+        from ray_cxr.evaluation import usability
+        from ray_cxr.reporting.flagged import FlagCount, format_groups, identify_studies
+
+        store, folder = remote.to_arrow(remote.to_path(out) / "scores")
+        data = pyarrow.dataset.dataset(folder, format="parquet", filesystem=store)
+        names = [name for name in data.schema.names if name.startswith("flag_") and name != f"flag_{NO_FINDING}"]
+        table = data.to_table(columns=["patient_id", "study_id", *names])
+        flags = {name.removeprefix("flag_"): table[name].cast("int8").fill_null(-1).to_numpy() for name in names}
+        highest = np.max([np.full(len(table), -1, np.int8), *flags.values()], axis=0)
+        patients, studies = (table[name].to_numpy() for name in ("patient_id", "study_id"))
+        found = FlagCount.count(highest, identify_studies(studies, patients), patients)
+    if found.n:
+        print_line(f"flagged: {found.images:,} of {count_of(found.n, 'scored image')} ({format_groups(found)})")
+    else:
+        print_line("flagged: unknown, because the bundle has no operating points")
+    print_warnings(warning.text for warning in usability.warn_of_flags(flags))

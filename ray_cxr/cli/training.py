@@ -14,7 +14,7 @@ from rich.table import Table
 from ray_cxr import config, errors, session
 from ray_cxr.cli.arguments import add_command, add_settings, any_path, local_output, override_settings
 from ray_cxr.cli.next_step import suggest_score
-from ray_cxr.cli.output import format_number, print_line, print_rule_notes, print_table
+from ray_cxr.cli.output import format_number, print_line, print_rule_notes, print_table, print_warnings
 from ray_cxr.errors import RayCxrError
 from ray_cxr.progress import Stage
 from ray_cxr.storage import remote
@@ -53,6 +53,7 @@ def _train(arguments: argparse.Namespace) -> None:
     started = time.time()
     settings = config.load(arguments.config, arguments.overrides, section="train")
     with Stage("checking the prepared set"):
+        from ray_cxr.evaluation import usability
         from ray_cxr.training import trainer
 
     options: dict[str, Any] = {"use_gpu": arguments.gpu, "started": started, "on_event": print_line}
@@ -70,8 +71,11 @@ def _train(arguments: argparse.Namespace) -> None:
     print_table(table)
     macro = bundle.info["provenance"]["validation"]["macro_auroc"]
     print_rule_notes(bundle.info.get("rule_notes", {}))
-    best, epochs = bundle.info["provenance"]["best_epoch"], len(bundle.info["curves"])
-    print_line(f"validation macro AUROC {format_number(macro)} in epoch {best}, the best of {epochs}")
+    print_warnings(warning.text for warning in usability.warn_of_model(bundle.info))
+    too_few = usability.explain_validation(metrics)
+    best, epochs = bundle.info["provenance"]["best_epoch"], len(bundle.model_json()["curves"])
+    shown = format_number(macro) if too_few is None else f"not shown ({too_few})"
+    print_line(f"validation macro AUROC {shown} in epoch {best}, the best of {epochs}")
     out = remote.to_path(arguments.out)
     print_line(f"learning curves: {out / trainer.CURVES}")
     print_line(f"bundle: {out / 'bundle'}")

@@ -100,7 +100,7 @@ def prepare(
 
         if todo := find_pending():
             pending = sum(sum(task["rows"]) for task in todo)
-            progress = Progress("prepare", n_rows, done=n_rows - pending)
+            progress = Progress("prepare", n_rows, done=n_rows - pending, waiting="starting the workers")
             show = _make_progress(out, settings.sizes, ranges, progress)
             with progress, cluster.log_node_changes("prepare"), tasks.poll(show, "prepare"):
                 for _ in tasks.run_with_retries(todo, build_dataset, find_pending, "prepare"):
@@ -364,8 +364,8 @@ class PreparedSet:
         shards = [read_shard(path, self.size, columns, split) for path in self._shards]
         if split is not None and not any(len(shard.offsets) for shard in shards):
             raise TableError(
-                f"{self.path}: no usable image in split {split!r}; make the manifest with --split, "
-                "or with train= and val= tables"
+                f"{self.path}: no usable image in split {split!r}; make the manifest again with --split patient, or "
+                "with train=, val= and test= tables, and prepare it into a new folder"
             )
         return shards
 

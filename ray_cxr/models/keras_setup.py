@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ray_cxr import environment
 from ray_cxr.errors import ConfigError
+from ray_cxr.progress import Stage, silence_stderr
 
 #: The variable with which TensorFlow looks for Keras 2, which is not installed.
 LEGACY_KERAS = "TF_USE_LEGACY_KERAS"
@@ -50,10 +51,18 @@ if not _is_configured:
     # A failed import of Keras leaves submodules with the settings that it read.
     for _name in [name for name in sys.modules if name.startswith("keras.")]:
         del sys.modules[_name]
-with hide_user_settings():
+with contextlib.ExitStack() as _stack:
+    _stack.enter_context(hide_user_settings())
+    if environment.is_command:
+        # TensorFlow's C++ code prints on import and when it looks for GPUs.
+        _stack.enter_context(silence_stderr())
+        _stack.enter_context(Stage("loading TensorFlow", at_once=True))
     import keras
     import tensorflow as tf
     from keras.src.backend import config as _config
+
+    if environment.is_command:
+        tf.config.list_physical_devices()
 if not _is_configured:
     # Keras stores downloads next to its keras.json, and has no setting for another folder.
     _config._KERAS_DIR = str(KERAS_FOLDER)

@@ -94,12 +94,16 @@ class Flagged:
         }
 
 
+def identify_studies(studies: np.ndarray, patients: np.ndarray) -> np.ndarray:
+    """Return ids of studies that differ between patients, because a study id is unique within a patient only."""
+    ids = zip(patients, studies, strict=True)
+    return np.fromiter((None if study is None else (patient, study) for patient, study in ids), object, len(studies))
+
+
 def measure_flagged(table: Scores, population: Population) -> Flagged:
     """Count the images of a report that are flagged, failed, or have a quality flag."""
     rows, patients = population.rows, population.patients
-    # A study id is unique within a patient only.
-    ids = zip(table.patients[rows], table.studies[rows], strict=True)
-    studies = np.fromiter((None if study is None else (patient, study) for patient, study in ids), object, len(rows))
+    studies = identify_studies(table.studies[rows], table.patients[rows])
     names = [finding for finding in table.findings if finding != NO_FINDING]
     flags = {f: table.flags[f][rows] for f in names if f in table.flags and (table.flags[f][rows] >= 0).any()}
     counts = {finding: FlagCount.count(values, studies, patients) for finding, values in flags.items()}
@@ -125,7 +129,7 @@ def summarize_flagged(found: Flagged) -> str:
         total = found.total
         parts.append(
             f"{total.images:,} of {count_of(total.n, 'scored image')} ({format_percent(total.images / total.n)}) "
-            f"{'is' if total.images == 1 else 'are'} flagged ({_format_groups(total)})"
+            f"{'is' if total.images == 1 else 'are'} flagged ({format_groups(total)})"
         )
         named = [f"{plots.format_finding(f)} {count.images:,}" for f, count in found.findings.items() if count.images]
         if named:
@@ -140,7 +144,8 @@ def summarize_flagged(found: Flagged) -> str:
     return f"What needs a look: {'; '.join(parts)}."
 
 
-def _format_groups(count: FlagCount) -> str:
+def format_groups(count: FlagCount) -> str:
+    """Return the studies and patients of a count, for a sentence."""
     if count.studies.number is None and count.patients.number is None and count.images:
         return "studies and patients unknown"
     return ", ".join(_format_ids(*pair) for pair in ((count.studies, "study"), (count.patients, "patient")))

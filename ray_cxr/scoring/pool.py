@@ -229,7 +229,8 @@ def show_files(
     # With a retry, the output file already exists. It counts as finished only after this run has replaced it.
     stamps = {index: _read_stamp(folder / part_name(index)) for index in list_parts(folder) - seen}
     total = sum(count or 0 for _, count in read_files(finished))
-    progress = Progress(title, sum(rows.values()), done=sum(rows[index] for index in finished))
+    done = sum(rows[index] for index in finished)
+    progress = Progress(title, sum(rows.values()), done=done, waiting="starting the workers, loading the model")
     #: Rows shown of ranges without an output file.
     partial: Counter[int] = Counter()
     ProgressFile.remove_all(folder)

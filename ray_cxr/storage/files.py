@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from pyarrow import fs as arrow_fs
 
 from ray_cxr.errors import ImageError, InputError, one_line
-from ray_cxr.progress import Progress
+from ray_cxr.progress import Progress, Stage
 from ray_cxr.storage import contents
 from ray_cxr.storage.archives import read_member, scan_archive
 from ray_cxr.storage.paths import (
@@ -102,18 +102,25 @@ def find_images(location: str) -> Listing:
     Raises:
         InputError: nothing is found, something cannot be listed, or a local path reads as a member of an archive.
     """
+    with Stage(f"listing images in {redact(location)}") as stage:
+        return _find_images(location, stage)
+
+
+def _find_images(location: str, stage: Stage) -> Listing:
     left_out: Counter[str] = Counter()
     unpacked = 0
     if is_archive(location) and not os.path.isdir(location):
         root = f"{location}::"
-        paths = _to_chunks(f"{root}{name}" for name in _keep_utf8(scan_archive(location, left_out), left_out))
+        names = _keep_utf8(scan_archive(location, left_out), left_out)
+        paths = _to_chunks(f"{root}{name}" for name in _show_count(names, location, stage))
     else:
         folder, mark, options = location.partition("?") if is_uri(location) else (location, "", "")
         root = folder.rstrip("/") + "/"
         if is_uri(location):
             paths = _list_uri(location, root, mark + options, left_out)
         elif os.path.isdir(location):
-            paths = _to_chunks(_keep_utf8(_list_local(root, left_out), left_out))
+            names = _keep_utf8(_list_local(root, left_out), left_out)
+            paths = _to_chunks(_show_count(names, location, stage))
         else:
             problem = f"{_IS_FILE} ({contents.describe(location)})" if os.path.exists(location) else _NO_FOLDER
             raise InputError(f"{location}: {problem}")
@@ -299,6 +306,13 @@ def _keep_utf8(names: Iterable[str], left_out: Counter[str]) -> Iterator[str]:
             yield name
         else:
             left_out[NOT_UTF8] += 1
+
+
+def _show_count(names: Iterable[str], location: str, stage: Stage) -> Iterator[str]:
+    for number, name in enumerate(names, 1):
+        if number % 1000 == 0:
+            stage.update(f"listing images in {location}: {number:,} found")
+        yield name
 
 
 def _to_chunks(texts: Iterable[str]) -> pa.ChunkedArray:

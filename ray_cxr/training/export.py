@@ -23,7 +23,6 @@ from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.models import exports
 from ray_cxr.models.bundle import SPLIT_SCHEMA, WEIGHTS, Bundle, load_bundle
 from ray_cxr.models.bundle_writer import BundleContent, write_bundle
-from ray_cxr.progress import silence_stderr
 from ray_cxr.training import provenance
 from ray_cxr.training.checkpoints import find_best_checkpoint, read_progress, read_result
 from ray_cxr.training.planning import TrainPlan
@@ -36,10 +35,6 @@ CURVES = "learning_curves.png"
 
 def export_bundle(plan: TrainPlan, to: Path, *, more: Mapping[str, Any] | None = None) -> Bundle:
     """Write a bundle of the best epoch that a run has finished; `more` entries are added to its provenance."""
-    with silence_stderr():  # TensorFlow's C++ code prints on import and when it looks for GPUs
-        from ray_cxr.models.keras_setup import tf
-
-        tf.config.list_physical_devices()
     best = find_best_checkpoint(plan.out)
     if best is None:
         raise RayCxrError(f"{plan.out}: no epoch has finished yet, so there is no bundle to export; continue training")

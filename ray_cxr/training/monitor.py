@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,10 +35,8 @@ class RunMonitor:
         self._reported = len(read_metrics(out))  # epochs of an earlier run
         self._step, total = self._reported * steps_per_epoch, epochs * steps_per_epoch
         # No line at the end: each epoch has its own line, and after an early stop it would show an unfinished run.
-        if self._step < total:
-            self._progress = Progress("train", total, done=self._step, unit="steps", line_every=60.0, last_line=False)
-        else:
-            self._progress = Progress("train", 0, line_every=math.inf, last_line=False)
+        waiting = "starting the workers, loading TensorFlow"
+        self._progress = Progress("train", total, done=self._step, unit="steps", waiting=waiting, last_line=False)
 
     @contextlib.contextmanager
     def report(self) -> Iterator[None]:

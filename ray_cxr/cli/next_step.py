@@ -1,0 +1,128 @@
+"""The last line of a command: the command that comes next, with real paths.
+
+Words in capitals, such as IMAGES, stand for data that the command does not know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from ray_cxr import labels
+from ray_cxr.cli.output import print_line
+from ray_cxr.data import manifest as manifests
+from ray_cxr.storage import remote, run_folder
+
+#: Part of the path of a job's working directory, a copy in Ray's session folder that is removed with the session.
+JOB_FOLDER = "/runtime_resources/working_dir_files/"
+#: Stands for images that are new to the model.
+IMAGES = "IMAGES"
+
+_is_hidden = False
+
+
+@contextlib.contextmanager
+def hide_next() -> Iterator[None]:
+    """Print no next command while the block runs, because the caller prints a later one."""
+    global _is_hidden
+    before, _is_hidden = _is_hidden, True
+    try:
+        yield
+    finally:
+        _is_hidden = before
+
+
+def print_next(*words: str | Path) -> None:
+    """Print the command that comes next; a path is printed so that the command works in this folder."""
+    if not _is_hidden:
+        print_line(f"next: {shlex.join(['ray-cxr', *map(_format_word, words)])}")
+
+
+def _format_word(word: str | Path) -> str:
+    if isinstance(word, str):
+        return word
+    # The working directory of a job is removed.
+    return remote.to_address(word) if JOB_FOLDER in f"{os.getcwd()}/" else str(word)
+
+
+def place_next_to(path: str | Path, name: str) -> Path:
+    """Return a path for a new folder or file next to another one: `name`, or with a number if that exists."""
+    folder = remote.to_path(path).parent
+    target, number = folder / name, 1
+    while not remote.is_address(target) and target.exists():
+        number += 1
+        target = (folder / name).with_name(f"{Path(name).stem}-{number}{Path(name).suffix}")
+    return target
+
+
+def suggest_after_manifest(arguments: Any, *, has_images: bool, has_split: bool) -> None:
+    """Suggest `prepare`, or the same command with what the manifest lacks for training."""
+    out = remote.to_path(arguments.out)
+    missing = [*(["--images", IMAGES] if not has_images else []), *(["--split", "patient"] if not has_split else [])]
+    if missing:
+        print_next(*arguments.words, *missing)
+    else:
+        print_next("prepare", out, "--out", place_next_to(out, "prepared"))
+
+
+def suggest_score(bundle: str | Path, prepared: str | Path | None, *more: str) -> None:
+    """Suggest to score with a new bundle: the images of a prepared set, or images that the user chooses."""
+    bundle, source = remote.to_path(bundle), ["--images", IMAGES]
+    near = bundle.parent if bundle.name == "bundle" else bundle
+    if prepared is not None:
+        source = ["--manifest", remote.to_path(prepared) / "manifest.parquet"]
+    print_next("score", bundle, *source, "--out", place_next_to(near, "scores"), *more)
+
+
+def suggest_report(scores: str | Path, manifest: str | None, rows: int) -> None:
+    """Suggest a report of scores, with labels if their manifest has any in the first `rows` rows."""
+    scores = remote.to_path(scores)
+    options: list[str | Path] = []
+    if manifest is not None and (split := find_evaluated_split(scores / "input.parquet", rows)) is not None:
+        options = ["--manifest", remote.to_path(manifest), *(["--split", split] if split else [])]
+    print_next("report", scores, *options, "--out", place_next_to(scores, "report"))
+
+
+def find_evaluated_split(path: Path, rows: int) -> str | None:
+    """Return the split to evaluate: the first of test, val and train that has rows; `""` without splits.
+
+    Returns None if no row has a label.
+    """
+    with manifests.open_manifest(path) as file:
+        columns = (file.column(name).slice(0, rows) for name in labels.LABELS)
+        if all(column.null_count == len(column) for column in columns):
+            return None
+        splits = pc.unique(file.column("split").slice(0, rows)).to_pylist()
+    return next((name for name in reversed(manifests.SPLITS) if name in splits), "")
+
+
+def suggest_after_report(arguments: Any) -> None:
+    """Suggest what to do with a model that was evaluated, or with the scores of new images."""
+    scores, out = remote.to_path(arguments.scores), remote.to_path(arguments.out)
+    model = run_folder.read_json(scores / "run.json").get("model") if scores.is_dir() else None
+    is_known = model is not None and (remote.is_address(model) or Path(model).exists())
+    bundle = remote.to_path(model) if is_known else "BUNDLE"
+    if arguments.labels is None and (scores / "input.parquet").exists() and _has_dicom(scores / "input.parquet"):
+        print_next("export-sr", scores, "--out", place_next_to(scores, "sr"))
+    elif arguments.labels is None and not arguments.csv:
+        print_next("report", scores, "--csv", "--out", out)
+    elif arguments.labels is None:
+        print_next("report", scores, "--manifest", "M.parquet", "--out", place_next_to(out, "report"))
+    elif arguments.split is None and is_known:
+        labels = remote.to_path(arguments.labels)
+        new = place_next_to(scores, "recalibrated")
+        print_next("recalibrate", bundle, scores, "--manifest", labels, "--out", new)
+    else:
+        print_next("score", bundle, "--images", IMAGES, "--out", place_next_to(scores, "screened"))
+
+
+def _has_dicom(path: Path) -> bool:
+    with manifests.open_manifest(path) as file:
+        names = pc.utf8_lower(file.column("path"))
+    return bool(pc.any(pc.match_substring_regex(names, r"\.(dcm|dicom)$")).as_py())
