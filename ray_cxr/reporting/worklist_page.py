@@ -19,7 +19,7 @@ from ray_cxr.reporting.worklist import Worklist
 #: Rows with images, and rows of the table.
 CARDS, ROWS = 10, 25
 #: Findings per row: flagged ones, filled up with others to `_AT_LEAST`.
-_AT_LEAST, _AT_MOST = 2, 4
+_AT_LEAST, _AT_MOST = 3, 5
 #: Longer side of an image on the page, pixels; as WebP it has about 5 kB.
 _SIDE = 320
 
@@ -43,7 +43,7 @@ class StudyRow:
         line: the columns of text of worklist.csv.
         findings: flagged ones first, the highest first; `hidden` flagged findings more.
         image: the radiograph; None if it was not loaded or cannot be read, then with an `image_error`.
-        heatmap: over the image, of the finding `heatmap_finding`; None if there is none.
+        heatmap: the image with the heat map of the finding `heatmap_finding`; None if there is none.
     """
 
     line: dict[str, str]
@@ -111,7 +111,10 @@ def _read_maps(table: Scores, rows: Sequence[int]) -> dict[tuple[str, str], Heat
 def _add_image(
     study: StudyRow, table: Scores, row: int, maps: dict[tuple[str, str], HeatMap], decoder: Decoder
 ) -> StudyRow:
-    """Add the radiograph in a row of the table, and a heat map of the first finding that has one."""
+    """Add the radiograph in a row of the table, and a heat map of the first flagged finding that has one.
+
+    Without flags it is the first finding that has one.
+    """
     if not table.ok[row]:
         return replace(study, image_error=table.codes[row] or "unknown")
     if table.paths[row] is None:
@@ -121,7 +124,8 @@ def _add_image(
         return replace(study, image_error=code)
     image = scale_to_side(image, _SIDE)
     study = replace(study, image=encode_webp(image))
-    for score in study.findings:
+    flagged = [score for score in study.findings if score.flagged]
+    for score in flagged or study.findings:
         heatmap = maps.get((table.ids[row], score.finding))
         if heatmap is not None and heatmap.evidence > 0:
             overlay = draw_overlay(image, heatmap.cells, heatmap.area, side=_SIDE)
