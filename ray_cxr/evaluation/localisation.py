@@ -134,10 +134,14 @@ class FindingLocalisation:
 
 @dataclass(frozen=True)
 class Localisation:
-    """Results per finding that has a box, in canonical order, and over all cases."""
+    """Results per finding that has a box, in canonical order, and over all cases.
+
+    `hits` are those of each image and finding with a map: 0 or 1, or a fraction with a shared maximum.
+    """
 
     findings: Mapping[str, FindingLocalisation]
     overall: FindingLocalisation
+    hits: Mapping[tuple[str, str], float]
     map_shape: tuple[int, int] | None  # rows and columns of the maps; None without maps or if they differ
     image_side: float
     n_resamples: int
@@ -241,10 +245,12 @@ def measure_localisation(
         raise ValueError("boxes must be finite and have an area")
     cases = _group_boxes(image_ids, findings, xywh, patients)
     measured: list[_MapResult] = []
+    hits = {}
     for (image, finding), case in cases.items():
         heat = maps.get((image, finding))
         if heat is not None:
             measured.append(_measure_map(case, _check_map(heat, f"the map of {finding} in {image}"), image_side))
+            hits[image, finding] = measured[-1].hit
     all_cases = list(cases.values())
     present = {case.finding for case in all_cases}
     names = [*(f for f in FINDINGS if f in present), *sorted(present - set(FINDINGS))]
@@ -265,6 +271,7 @@ def measure_localisation(
     return Localisation(
         findings=dict(zip(names, results, strict=True)),
         overall=overall,
+        hits=hits,
         map_shape=shapes.pop() if len(shapes) == 1 else None,
         image_side=float(image_side),
         n_resamples=n_resamples,

@@ -19,8 +19,9 @@ from ray_cxr.errors import InputError
 from ray_cxr.evaluation.localisation import Localisation, measure_localisation
 from ray_cxr.evaluation.paired import PairedAuroc, PairedFinding, paired_findings
 from ray_cxr.imaging.demographics import PatientCount
-from ray_cxr.imaging.overlays import WHOLE, HeatMap, has_heatmaps, read_heatmaps
+from ray_cxr.imaging.overlays import WHOLE, Area, HeatMap, has_heatmaps, read_heatmaps
 from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING
+from ray_cxr.reporting.cases import Box
 from ray_cxr.reporting.evaluation_set import EvaluationSet, Population
 from ray_cxr.reporting.leakage import LeakCheck, check_leakage
 from ray_cxr.reporting.measures import BootstrapSettings, EvaluationResult, ModelOutputs, evaluate
@@ -165,7 +166,9 @@ def compare_with_scores(
 class BoxResult:
     """Agreement of heat maps with radiologists' boxes.
 
-    `counts` are the numbers of images with boxes: all, those evaluated, and those left out by reason.
+    Attributes:
+        counts: the numbers of images with boxes: all, those evaluated, and those left out by reason.
+        boxes: the boxes by image id.
     """
 
     source: str
@@ -175,6 +178,7 @@ class BoxResult:
     counts: dict[str, int]
     leak_check: LeakCheck
     localisation: Localisation
+    boxes: Mapping[str, list[Box]]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -213,6 +217,11 @@ def compare_with_boxes(table: Scores, population: Population, path: str, bootstr
         n_resamples=bootstrap.n_resamples,
         seed=bootstrap.seed,
     )
+    drawn: dict[str, list[Box]] = {}
+    for image_id, finding, (left, top, width, height) in zip(
+        ids, boxes.findings[kept], boxes.xywh[kept] / boxes.image_side, strict=True
+    ):
+        drawn.setdefault(image_id, []).append(Box(finding, Area(top, left, top + height, left + width)))
     return BoxResult(
         source=boxes.source,
         table=str(path),
@@ -221,4 +230,5 @@ def compare_with_boxes(table: Scores, population: Population, path: str, bootstr
         counts={"boxed_images": len(np.unique(boxes.image_ids)), "evaluated": len(images), **missing},
         leak_check=checked,
         localisation=measured,
+        boxes=drawn,
     )

@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from ray_cxr.imaging.overlays import HeatMap, has_heatmaps, read_heatmaps
-from ray_cxr.imaging.sandbox import Decoder, Failure
-from ray_cxr.labels import FINDINGS, NO_FINDING
+from ray_cxr.imaging.sandbox import Decoder
+from ray_cxr.labels import NO_FINDING
+from ray_cxr.reporting.cases import Band, Case, CaseBuilder, add_heatmap
+from ray_cxr.reporting.comparators import BoxResult
 from ray_cxr.reporting.evaluation_set import EvaluationSet
-from ray_cxr.reporting.image_figures import Example, HeatmapExample, Radiograph
+from ray_cxr.reporting.result import ReportResult
 from ray_cxr.reporting.scores import Scores
 
-#: Number of tiles in a band of examples, in a band of heat maps, and on the page of radiographs.
-_EXAMPLES, _HEATMAPS, _RADIOGRAPHS = 4, 3, 12
-#: Two keys to sort by, a finding, and the position of an image in the evaluation set.
+#: Number of cases in a band of examples, in a band of heat maps, and on the page of radiographs.
+_EXAMPLES, _HEATMAPS, _RADIOGRAPHS = 3, 3, 12
+#: Two keys to sort by, a finding, and the position of an image in the evaluation set or in the table.
 _Candidate = tuple[float, float, str, int]
 
 
-def sample_examples(table: Scores, evaluated: EvaluationSet, seed: int) -> list[tuple[str, list[Example]]]:
+def select_cases(table: Scores, result: ReportResult, seed: int) -> dict[str, list[Band]]:
+    """Select the cases of the figures `examples`, `heatmaps` and `radiographs`, and of `localisation`.
+
+    A figure without a case, or of which no image can be shown, is left out. `heatmaps` is empty if there are heat maps,
+    but none of a labelled positive or flagged finding.
+    """
+    images = result.labelled.images if result.labelled else None
+    with Decoder([None]) as decoder:
+        builder = CaseBuilder(table, result.boxes.boxes if result.boxes else {}, decoder)
+        bands: dict[str, list[Band]] = {}
+        if images is not None:
+            bands["examples"] = sample_examples(table, images, builder, seed)
+            bands["heatmaps"] = select_heatmaps(table, images, builder)
+            bands["radiographs"] = sample_radiographs(images, builder, seed)
+        if result.boxes is not None:
+            bands["localisation"] = select_localised(table, images, result.boxes, builder)
+    shown = {name: [(title, cases) for title, cases in found if cases] for name, found in bands.items()}
+    return {
+        name: found
+        for name, found in shown.items()
+        if any(case.image is not None or case.overlay is not None for _, cases in found for case in cases)
+        or (name == "heatmaps" and not found and table.run_folder is not None and has_heatmaps(table.run_folder))
+    }
+
+
+def sample_examples(table: Scores, images: EvaluationSet, builder: CaseBuilder, seed: int) -> list[Band]:
     """Draw a seeded random sample of true positives, missed positives and false alarms, one band for each kind.
 
     A band takes one image per finding before a second image of a finding. No image is shown twice. Without operating
@@ -29,24 +56,23 @@ def sample_examples(table: Scores, evaluated: EvaluationSet, seed: int) -> list[
     rng = np.random.default_rng(seed)
     names = [f for f in table.findings if f != NO_FINDING]
     kinds = (("True positives", 1, 1), ("Missed", 1, 0), ("False alarms", 0, 1))
-    flagged = {f: table.flags[f][evaluated.rows] for f in names if f in table.flags}
+    flagged = {f: table.flags[f][images.rows] for f in names if f in table.flags}
     if not any((flags >= 0).any() for flags in flagged.values()):
         kinds = (("High-scoring positives", 1, 1), ("Low-scoring positives", 1, 0), ("High-scoring negatives", 0, 1))
-        flagged = {f: _mark_tenths(table.p[f][evaluated.rows]) for f in names}
+        flagged = {f: _mark_tenths(table.p[f][images.rows]) for f in names}
     names = [f for f in names if f in flagged]
     bands: list[tuple[str, list[_Candidate]]] = []
     for title, label, flag in kinds:
         drawn: list[_Candidate] = []
         for position, index in enumerate(rng.permutation(len(names))):
             finding = names[index]
-            cases = np.flatnonzero((evaluated.labels[finding] == label) & (flagged[finding] == flag))
+            cases = np.flatnonzero((images.labels[finding] == label) & (flagged[finding] == flag))
             drawn += [(row, position, finding, case) for row, case in enumerate(rng.permutation(cases)[:50].tolist())]
         bands.append((title, drawn))
-    with Decoder([None]) as decoder:
-        return [
-            (title, [_build_example(table, evaluated, finding, case, decoder) for finding, case in chosen])
-            for title, chosen in _choose_cases(bands, _EXAMPLES)
-        ]
+    return [
+        (title, [builder.build(images.rows[case], finding, _labels_of(images, case)) for finding, case in chosen])
+        for title, chosen in _choose_cases(bands, _EXAMPLES)
+    ]
 
 
 def _mark_tenths(p: np.ndarray) -> np.ndarray:
@@ -56,59 +82,35 @@ def _mark_tenths(p: np.ndarray) -> np.ndarray:
     return np.where(p >= high, 1, np.where(p <= low, 0, -1))
 
 
-def _build_example(table: Scores, evaluated: EvaluationSet, heading: str, case: int, decoder: Decoder) -> Example:
-    row = evaluated.rows[case]
-    image, code = load_image(table.paths[row], decoder)
-    ranked = sorted(
-        ((f, float(table.p[f][row])) for f in table.findings if f != NO_FINDING and not np.isnan(table.p[f][row])),
-        key=lambda pair: -pair[1],
-    )
-    return Example(
-        image=image,
-        code=code,
-        heading=heading,
-        true=tuple(f for f in FINDINGS if evaluated.labels[f][case] == 1),
-        flagged=tuple(f for f in FINDINGS if f in table.flags and table.flags[f][row] == 1),
-        bars=tuple((f, p, table.threshold(f)) for f, p in ranked[:3]),
-    )
+def _labels_of(images: EvaluationSet, case: int) -> dict[str, int]:
+    return {finding: int(labels[case]) for finding, labels in images.labels.items()}
 
 
-def load_image(path: str | None, decoder: Decoder) -> tuple[np.ndarray | None, str | None]:
-    """Return an image in its own size, or its error code. A damaged file can crash only the decoder's child process."""
-    decoded = decoder.load(path)
-    return (None, decoded.code) if isinstance(decoded, Failure) else (decoded.images[0], None)
-
-
-def sample_radiographs(table: Scores, evaluated: EvaluationSet, seed: int) -> list[Radiograph]:
+def sample_radiographs(images: EvaluationSet, builder: CaseBuilder, seed: int) -> list[Band]:
     """Draw a seeded random sample of the evaluated images."""
-    chosen = np.random.default_rng(seed).permutation(len(evaluated.rows))[:_RADIOGRAPHS]
-    tiles = []
-    with Decoder([None]) as decoder:
-        for case in sorted(chosen.tolist()):
-            image, code = load_image(table.paths[evaluated.rows[case]], decoder)
-            labelled = any(evaluated.labels[f][case] >= 0 for f in FINDINGS)
-            positive = tuple(f for f in FINDINGS if evaluated.labels[f][case] == 1) if labelled else None
-            tiles.append(Radiograph(image, code, positive, _describe_patient(evaluated, case)))
-    return tiles
+    chosen = np.random.default_rng(seed).permutation(len(images.rows))[:_RADIOGRAPHS]
+    cases = []
+    for case in sorted(chosen.tolist()):
+        note = _describe_patient(images, case)
+        cases.append(builder.build(images.rows[case], None, _labels_of(images, case), note))
+    return [("", cases)]
 
 
-def _describe_patient(evaluated: EvaluationSet, case: int) -> str:
+def _describe_patient(images: EvaluationSet, case: int) -> str:
     """Return view, sex and age, as far as they are known."""
-    age = evaluated.age[case]
-    parts = (evaluated.view[case], evaluated.sex[case], None if np.isnan(age) else f"{age:.0f} years")
+    age = images.age[case]
+    parts = (images.view[case], images.sex[case], None if np.isnan(age) else f"{age:.0f} years")
     return ", ".join(part for part in parts if part)
 
 
-def select_heatmap_examples(table: Scores, evaluated: EvaluationSet) -> list[tuple[str, list[HeatmapExample]]]:
-    """Select the best and worst predictions with heat maps; none if the scores have no heat maps.
+def select_heatmaps(table: Scores, images: EvaluationSet, builder: CaseBuilder) -> list[Band]:
+    """Select the best and worst predictions among those with a heat map, with evidence if possible.
 
     The best predictions are flagged positives with the highest scores. The worst are missed positives with the lowest
     scores and flagged negatives with the highest scores. A band takes one case per finding before a second case of a
-    finding. Cases with a heat map come first, because maps are drawn for an image's highest findings only.
+    finding. Maps exist for an image's highest findings only.
     """
-    if table.run_folder is None or not has_heatmaps(table.run_folder):
-        return []
-    maps = read_heatmaps(table.run_folder, set(table.ids[evaluated.rows]))
+    maps = _read_maps(table, images.rows)
     kinds = (
         ("Found, highest scores", 1, 1, -1.0),
         ("Missed, lowest scores", 1, 0, 1.0),
@@ -118,19 +120,53 @@ def select_heatmap_examples(table: Scores, evaluated: EvaluationSet) -> list[tup
     for title, label, flag, sign in kinds:
         ranked: list[_Candidate] = []
         for finding in (f for f in table.findings if f in table.flags and f != NO_FINDING):
-            p, flags = table.p[finding][evaluated.rows], table.flags[finding][evaluated.rows]
-            for case in np.flatnonzero((evaluated.labels[finding] == label) & (flags == flag)):
-                lacking = (table.ids[evaluated.rows[case]], finding) not in maps
-                ranked.append((lacking, sign * float(p[case]), finding, int(case)))
+            p, flags = table.p[finding][images.rows], table.flags[finding][images.rows]
+            for case in np.flatnonzero((images.labels[finding] == label) & (flags == flag)):
+                heatmap = maps.get((table.ids[images.rows[case]], finding))
+                if heatmap is not None:
+                    ranked.append((heatmap.evidence == 0, sign * float(p[case]), finding, int(case)))
         bands.append((title, ranked))
-    with Decoder([None]) as decoder:
-        return [
-            (title, [_build_heatmap_tile(table, evaluated, maps, finding, case, decoder) for finding, case in chosen])
-            for title, chosen in _choose_cases(bands, _HEATMAPS)
+    groups = []
+    for title, chosen in _choose_cases(bands, _HEATMAPS):
+        cases = []
+        for finding, case in chosen:
+            built = builder.build(images.rows[case], finding, _labels_of(images, case))
+            cases.append(add_heatmap(built, maps.get((built.image_id, finding))))
+        groups.append((title, cases))
+    return groups
+
+
+def select_localised(table: Scores, images: EvaluationSet | None, boxes: BoxResult, builder: CaseBuilder) -> list[Band]:
+    """Select boxed images with the highest scores, those whose heat map hits a box and those whose map does not."""
+    rows = {image_id: row for row, image_id in enumerate(table.ids.tolist())}
+    positions = {} if images is None else {row: case for case, row in enumerate(images.rows.tolist())}
+    maps = _read_maps(table, np.array([rows[image_id] for image_id in boxes.boxes]))
+    bands: list[tuple[str, list[_Candidate]]] = []
+    for title, is_hit in (("The highest cell is in a box", True), ("The highest cell is outside the boxes", False)):
+        ranked = [
+            (maps[image_id, finding].evidence == 0, -float(table.p[finding][rows[image_id]]), finding, rows[image_id])
+            for (image_id, finding), hit in boxes.localisation.hits.items()
+            if (hit >= 0.5) == is_hit and finding in table.p
         ]
+        bands.append((title, ranked))
+    groups = []
+    for title, chosen in _choose_cases(bands, _HEATMAPS):
+        cases: list[Case] = []
+        for finding, row in chosen:
+            labels = _labels_of(images, positions[row]) if images is not None and row in positions else None
+            built = builder.build(row, finding, labels)
+            cases.append(add_heatmap(built, maps.get((built.image_id, finding))))
+        groups.append((title, cases))
+    return groups
 
 
-def _choose_cases(bands: list[tuple[str, list[_Candidate]]], count: int) -> list[tuple[str, list[tuple[str, int]]]]:
+def _read_maps(table: Scores, rows: np.ndarray) -> dict[tuple[str, str], HeatMap]:
+    if table.run_folder is None or not len(rows) or not has_heatmaps(table.run_folder):
+        return {}
+    return read_heatmaps(table.run_folder, set(table.ids[rows]))
+
+
+def _choose_cases(bands: Sequence[tuple[str, list[_Candidate]]], count: int) -> list[tuple[str, list[tuple[str, int]]]]:
     """Take the first `count` cases of each band, no image twice, and no finding twice while other findings remain."""
     shown: set[int] = set()
     groups = []
@@ -142,30 +178,3 @@ def _choose_cases(bands: list[tuple[str, list[_Candidate]]], count: int) -> list
                 chosen.append((finding, case))
         groups.append((title, chosen))
     return groups
-
-
-def _build_heatmap_tile(
-    table: Scores,
-    evaluated: EvaluationSet,
-    maps: dict[tuple[str, str], HeatMap],
-    finding: str,
-    case: int,
-    decoder: Decoder,
-) -> HeatmapExample:
-    example = _build_example(table, evaluated, finding, case, decoder)
-    row = evaluated.rows[case]
-    heatmap = maps.get((table.ids[row], finding))
-    overlay, reason = None, ""
-    if heatmap is None:
-        reason = "its score is not among the image's highest"
-    elif heatmap.evidence == 0:
-        reason = "no positive evidence in the image"
-    elif heatmap.overlay is None:
-        reason = "not drawn over the image"
-    else:
-        try:
-            with Image.open(heatmap.overlay) as image:
-                overlay = np.asarray(image.convert("RGB"))
-        except OSError:
-            reason = f"{heatmap.overlay.name} cannot be read"
-    return HeatmapExample(example, float(table.p[finding][row]), overlay, reason)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -11,8 +13,8 @@ from ray_cxr.evaluation.subgroups import Difference, Subgroups
 from ray_cxr.evaluation.underdiagnosis import Underdiagnosis
 from ray_cxr.labels import FINDINGS
 from ray_cxr.reporting import curve_figures, decision_figures, forest_figures, image_figures, label_figures
+from ray_cxr.reporting.cases import Band
 from ray_cxr.reporting.evaluation_set import EvaluationSet
-from ray_cxr.reporting.examples import sample_examples, sample_radiographs, select_heatmap_examples
 from ray_cxr.reporting.forest_figures import ForestColumn, ForestRow
 from ray_cxr.reporting.measures import EvaluationResult, MeanResult
 from ray_cxr.reporting.plots import Estimate
@@ -27,14 +29,21 @@ NAMES = (
 )  # fmt: skip
 #: Names of the subgroups' attributes on the page.
 ATTRIBUTES = {"sex": "Sex", "age_band": "Age, years", "view": "View", "follow_up": "Follow-up"}
+_DRAWN_CASES = {
+    "examples": image_figures.draw_examples,
+    "heatmaps": image_figures.draw_heatmaps,
+    "radiographs": image_figures.draw_radiographs,
+}
 
 
-def draw_figures(table: Scores, result: ReportResult, seed: int) -> dict[str, Figure]:
-    """Draw a report's figures by name, except those without data."""
+def draw_figures(table: Scores, result: ReportResult, cases: Mapping[str, list[Band]]) -> dict[str, Figure]:
+    """Draw a report's figures by name, except those without data; `cases` are those of `examples.select_cases`."""
     figures: dict[str, Figure | None] = {}
+    for name, draw in _DRAWN_CASES.items():
+        figures[name] = draw(cases[name]) if cases.get(name) else None
     labelled = result.labelled
     if labelled:
-        figures |= draw_evaluation(table, labelled.images, labelled.evaluation, seed)
+        figures |= draw_evaluation(table, labelled.images, labelled.evaluation)
         curves = {f: curve for f, curve in labelled.decisions.net_benefit.items() if not isinstance(curve, str)}
         figures["net_benefit"] = decision_figures.plot_net_benefit(curves) if curves else None
         selections = {f: found for f, found in labelled.decisions.selection.items() if not isinstance(found, str)}
@@ -63,9 +72,7 @@ def draw_figures(table: Scores, result: ReportResult, seed: int) -> dict[str, Fi
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def draw_evaluation(
-    table: Scores, evaluated: EvaluationSet, evaluation: EvaluationResult, seed: int
-) -> dict[str, Figure]:
+def draw_evaluation(table: Scores, evaluated: EvaluationSet, evaluation: EvaluationResult) -> dict[str, Figure]:
     """Draw the figures of an evaluation against labels, by name."""
     figures: dict[str, Figure] = {}
     panels = _build_panels(table, evaluated, evaluation)
@@ -88,15 +95,6 @@ def draw_evaluation(
     if len(present) > 1:
         positive = np.column_stack([evaluated.labels[finding] == 1 for finding in present]).astype(np.int64)
         figures["cooccurrence"] = label_figures.plot_cooccurrence(positive.T @ positive, present, len(evaluated.rows))
-    groups = sample_examples(table, evaluated, seed)
-    if any(tile.image is not None for _, tiles in groups for tile in tiles):
-        figures["examples"] = image_figures.draw_examples(groups)
-    bands = select_heatmap_examples(table, evaluated)
-    if any(tiles for _, tiles in bands):
-        figures["heatmaps"] = image_figures.draw_heatmaps(bands)
-    radiographs = sample_radiographs(table, evaluated, seed)
-    if any(tile.image is not None for tile in radiographs):
-        figures["radiographs"] = image_figures.draw_radiographs(radiographs)
     return figures
 
 

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from ray_cxr.evaluation.metrics import Metric
 from ray_cxr.imaging.demographics import PatientCount, count_of
-from ray_cxr.reporting import plots
+from ray_cxr.reporting import cards, cases, plots
 from ray_cxr.reporting.plots import Drawing
 
 
@@ -34,10 +34,12 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
     )
     environment.filters.update(
         num=format_number,
+        difference=format_difference,
         percent=format_percent,
         count=format_count,
         count_of=count_of,
         patients=format_patients,
+        headings=list_headings,
         duration=format_duration,
         setting=format_setting,
         md=escape_markdown,
@@ -45,9 +47,15 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
         spaced=plots.format_finding,
         drawing=format_drawing,
         png=_encode_png,
+        webp=_encode_webp,
         metric=format_metric,
         p=format_p,
         ranges=format_ranges,
+        shots=cards.list_shots,
+        marks=cards.list_marks,
+        has_boxes=cards.has_boxes,
+        case_p=cases.format_p,
+        labels_of=cases.describe_labels,
     )
     return environment.get_template(template).render(view)
 
@@ -55,6 +63,12 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
 def format_number(value: float | None, digits: int = 3) -> str:
     """Format a number with a minus sign, and zero without a sign: `0.812`, `−0.04`, `0.00`."""
     return "–" if value is None else f"{value:z.{digits}f}".replace("-", "−")
+
+
+def format_difference(value: float | None, digits: int = 3) -> str:
+    """Format a difference with its sign: `+0.012`, `−0.040`, `0.000`."""
+    shown = format_number(value, digits)
+    return f"+{shown}" if value is not None and value > 0 and float(shown) else shown
 
 
 def format_metric(value: float | None, metric: Metric) -> str:
@@ -80,8 +94,14 @@ def format_count(value: int | None) -> str:
 
 
 def format_patients(result: Mapping[str, Any]) -> str:
-    """Format the counts of a part of metrics.json, e.g. `80 patients`."""
-    return str(PatientCount(result["n_patients"], result["images_without_patient"]))
+    """Format the counts of a part of metrics.json, e.g. `200 images of 80 patients`."""
+    return PatientCount(result["n_patients"], result["images_without_patient"]).describe(result["n_images"])
+
+
+def list_headings(page: str) -> list[tuple[str, str]]:
+    """List the sections of a part of a page as id and title, without what follows a colon."""
+    found = re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', page, re.DOTALL)
+    return [(id, Markup(title).striptags().partition(":")[0]) for id, title in found]
 
 
 def format_duration(seconds: float | None) -> str:
@@ -127,3 +147,7 @@ def format_drawing(drawing: Drawing, alt: str) -> Markup:
 def _encode_png(data: bytes) -> Markup:
     # Base64 contains no character that is special in HTML.
     return Markup("data:image/png;base64," + base64.b64encode(data).decode("ascii"))
+
+
+def _encode_webp(data: bytes) -> Markup:
+    return Markup("data:image/webp;base64," + base64.b64encode(data).decode("ascii"))

@@ -1,178 +1,171 @@
-"""Pages of radiographs: examples, heat maps, and a random sample with labels."""
+"""Figures of radiographs as files: examples, heat maps, and a random sample. The page shows them as `cards`."""
 
 from __future__ import annotations
 
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
+from ray_cxr.imaging.overlays import color_scale
 from ray_cxr.reporting import plots
-from ray_cxr.reporting.plots import FAINT, INK, MUTED, ORANGE, SKY, format_finding
+from ray_cxr.reporting.cases import Band, Box, Case, Judgement, describe_labels, format_p
+from ray_cxr.reporting.plots import GREY, INK, MUTED, VERMILION, format_finding
+
+#: Sides in inches of an image and of its tile, with the gaps to its neighbours.
+_SIDE, _MARGIN = 3.0, 0.15
+#: Height in inches of a line of a table, and the left edges of its columns.
+_LINE, _COLUMNS = 0.17, (0.0, 1.25, 1.68, 2.06, 2.7)
+#: Lines of a table without its heading; findings beyond are counted.
+_MOST = 6
+#: Colour of boxes: distinct from the colours of heat maps, on black lungs and on white bones.
+BOX_COLOUR = "#00e5ff"
+_KEY = (
+    "evidence for the finding, from none to the highest value in this map\n"
+    "each map has its own scale: compare p, not colours"
+)
+_BOX_KEY = "radiologist's box for this finding\ndashed: for another finding"
 
 
-@dataclass(frozen=True)
-class Example:
-    """One tile of the page of examples: an image, uint8 [H, W], or the error `code` of an image that cannot be shown.
-
-    The tile is an example of the finding `heading`. `true` lists the findings by label, `flagged` those by flag. `bars`
-    are (finding, raw probability, threshold or None), highest first.
-    """
-
-    image: np.ndarray | None
-    code: str | None
-    heading: str
-    true: tuple[str, ...]
-    flagged: tuple[str, ...]
-    bars: tuple[tuple[str, float, float | None], ...]
+def draw_examples(bands: Sequence[Band]) -> Figure:
+    """Draw one row of radiographs per band, each with what labels and model state."""
+    return _draw_cases(bands, pairs=False)
 
 
-@dataclass(frozen=True)
-class HeatmapExample:
-    """One tile of the page of heat maps, for the finding of `example.heading`.
-
-    `overlay` is uint8 [H, W, 3], or None for a `reason`.
-    """
-
-    example: Example
-    score: float
-    overlay: np.ndarray | None
-    reason: str = ""
+def draw_heatmaps(bands: Sequence[Band]) -> Figure:
+    """Draw one row per band, each radiograph next to its heat map, below a colour key."""
+    return _draw_cases(bands, pairs=True)
 
 
-@dataclass(frozen=True)
-class Radiograph:
-    """One tile of the page of radiographs; see `Example`. `findings` is None for an image without labels."""
-
-    image: np.ndarray | None
-    code: str | None
-    findings: tuple[str, ...] | None
-    note: str = ""
-
-
-def draw_examples(groups: Sequence[tuple[str, Sequence[Example]]]) -> Figure:
-    """Draw one band per named group that has tiles: a radiograph, its findings, and its three highest probabilities."""
-    groups = [(name, tiles) for name, tiles in groups if tiles]
-    columns = max(2, *(len(tiles) for _, tiles in groups))
-    tile, band, margin = 2.75, 4.75, 0.12
-    width, height = columns * tile + margin, len(groups) * band
-    figure, box = plots.create_sheet(width, height)
-    for row, (name, tiles) in enumerate(groups):
-        top = row * band
-        _write_band_name(figure, margin / width, 1 - (top + 0.14) / height, name)
-        for column, example in enumerate(tiles):
-            left = margin + column * tile
-            _draw_example(figure.add_axes(box(left, top + 0.72, 2.6, 2.6)), example)
-            # Names left of the bars, because text over the bars would hide the threshold.
-            _draw_bars(figure.add_axes(box(left + 1.42, top + 3.98, 1.12, 0.5)), example)
+def _draw_cases(bands: Sequence[Band], *, pairs: bool) -> Figure:
+    bands = [(title, cases) for title, cases in bands if cases]
+    columns = max(len(cases) for _, cases in bands)
+    wide = (2 if pairs else 1) * (_SIDE + _MARGIN)
+    has_boxes = any(case.boxes for _, cases in bands for case in cases)
+    top = 0.45 if pairs or has_boxes else 0.0
+    tables = [1 + max(min(len(case.judgements), _MOST + 1) for case in cases) for _, cases in bands]
+    heights = [0.4 + 0.5 + _SIDE + 0.32 + _LINE * lines + 0.25 for lines in tables]
+    figure, place = plots.create_sheet(max(columns * wide + _MARGIN, 9.4 if pairs else 6.4), top + sum(heights))
+    if pairs:
+        _draw_key(figure, place)
+    if has_boxes:
+        _draw_box_key(figure, place, _MARGIN + (5.6 if pairs else 0.0))
+    for (title, cases), height in zip(bands, heights, strict=True):
+        _write(figure, place, _MARGIN, top + 0.08, title, fontsize=14, fontweight="bold")
+        for column, case in enumerate(cases):
+            left, down = _MARGIN + column * wide, top + 0.4
+            _write_heading(figure, place, left, down, case)
+            _draw_image(figure.add_axes(place(left, down + 0.5, _SIDE, _SIDE)), case.image, _explain(case), case)
+            if pairs:
+                ax = figure.add_axes(place(left + _SIDE + 0.06, down + 0.5, _SIDE, _SIDE))
+                _draw_image(ax, case.overlay, f"no heat map: {case.no_overlay}", case)
+            _write(figure, place, left, down + _SIDE + 0.56, _shorten(case.image_id), fontsize=9, color=MUTED)
+            _write_table(figure, place, left, down + _SIDE + 0.8, case)
+        top += height
     return figure
 
 
-def _write_band_name(figure: Figure, x: float, y: float, name: str) -> None:
-    figure.text(x, y, name, va="top", fontsize=13, fontweight="bold", color=INK)
+def _write(figure: Figure, place: plots.Box, left: float, down: float, text: str, **style: Any) -> None:
+    x, y, *_ = place(left, down, 0, 0)
+    figure.text(x, y, text, va="top", **{"color": INK, **style})
 
 
-def _draw_example(ax: Axes, tile: Example, width: int = 42) -> None:
-    """Draw an image or its error code, with a heading above and labels and flags below, `width` characters per line."""
-    _draw_image(ax, tile.image, f"cannot be shown:\n{tile.code}")
-    _write_above(ax, format_finding(tile.heading), 10, "bold")
-    texts = (f"label: {_list_findings(tile.true) or 'none'}", f"flags: {_list_findings(tile.flagged) or 'none'}")
-    _write_below(ax, "\n".join(_wrap(text, width) for text in texts), 7.5)
+def _write_heading(figure: Figure, place: plots.Box, left: float, down: float, case: Case) -> None:
+    """Name the finding that the case is an example of, with its probability and threshold."""
+    assert case.finding is not None
+    judged = case.judgements[0]
+    threshold = "no threshold" if judged.threshold is None else f"threshold {format_p(judged.threshold)}"
+    _write(figure, place, left, down, format_finding(case.finding), fontsize=11, fontweight="bold")
+    _write(figure, place, left, down + 0.23, f"p {format_p(judged.p)}, {threshold}", fontsize=9)
 
 
-# Texts have offsets in points from the axes, because a tall image narrows the axes and must not move the text.
-def _write_above(ax: Axes, text: str, size: float, weight: str = "normal") -> None:
-    style: dict[str, Any] = {"fontsize": size, "fontweight": weight, "color": INK}
-    ax.annotate(text, (0, 1), (0, 5), "axes fraction", "offset points", **style)
+def _write_table(figure: Figure, place: plots.Box, left: float, down: float, case: Case) -> None:
+    """Write a line per finding that is labelled positive or flagged, that of the example first."""
+    lines = [("finding", "label", "p", "threshold", "flag"), *map(_list_cells, case.judgements[:_MOST])]
+    for row, cells in enumerate(lines):
+        for column, text in zip(_COLUMNS, cells, strict=True):
+            strong = column == 0 and row == 1
+            colour = MUTED if row == 0 else VERMILION if (column, text) == (_COLUMNS[-1], "yes") else INK
+            weight = "bold" if strong else "normal"
+            _write(figure, place, left + column, down + row * _LINE, text, fontsize=8, color=colour, fontweight=weight)
+    if len(case.judgements) > _MOST:
+        more = f"and {len(case.judgements) - _MOST} more"
+        _write(figure, place, left, down + len(lines) * _LINE, more, fontsize=8, color=GREY)
 
 
-def _write_below(ax: Axes, text: str, size: float) -> None:
-    style: dict[str, Any] = {"fontsize": size, "color": INK, "linespacing": 1.25}
-    ax.annotate(text, (0, 0), (0, -4), "axes fraction", "offset points", va="top", **style)
+def _list_cells(judged: Judgement) -> tuple[str, ...]:
+    label = "–" if judged.label is None else "yes" if judged.label else "no"
+    flag = "–" if judged.flagged is None else "yes" if judged.flagged else "no"
+    name = format_finding(judged.finding)
+    return name if len(name) < 20 else name[:18] + "…", label, format_p(judged.p), format_p(judged.threshold), flag
 
 
-def _draw_image(ax: Axes, image: np.ndarray | None, reason: str) -> None:
-    """Draw a radiograph [H, W] or an overlay [H, W, 3], uint8, without a frame; or why there is none, on grey."""
+def _explain(case: Case) -> str:
+    return f"cannot be shown:\n{case.code}"
+
+
+def _shorten(text: str, most: int = 44) -> str:
+    return text if len(text) <= most else f"…{text[-most + 1 :]}"
+
+
+def _draw_image(ax: Axes, image: np.ndarray | None, reason: str, case: Case) -> None:
+    """Draw a radiograph [H, W] or an overlay [H, W, 3], uint8, with its boxes; or why there is none, on grey."""
     if image is None:
         ax.set_facecolor("#c2c6ca")
+        reason = textwrap.fill(reason, 30)
         ax.text(0.5, 0.5, reason, transform=ax.transAxes, ha="center", va="center", fontsize=9, color=INK)
     else:
         ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-        ax.set_anchor("W")
+        ax.set_anchor("NW")
+        for box in case.boxes:
+            _draw_box(ax, box, image.shape[:2], is_own=box.finding == case.finding)
     ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values():
         spine.set_visible(False)
 
 
-def _wrap(text: str, width: int) -> str:
-    """Wrap a text to at most two lines, so that tiles stay aligned."""
-    lines = textwrap.wrap(text, width)
-    return "\n".join(lines[:2]) + (" …" if len(lines) > 2 else "")
+def _draw_box(ax: Axes, box: Box, shape: tuple[int, ...], *, is_own: bool) -> None:
+    height, width = shape
+    top, left, bottom, right = box.area
+    corner = (left * width - 0.5, top * height - 0.5)  # pixels are centred on whole numbers
+    style: dict[str, Any] = {"fill": False, "edgecolor": BOX_COLOUR, "linewidth": 1.6 if is_own else 1.0}
+    line = "-" if is_own else "--"
+    ax.add_patch(Rectangle(corner, (right - left) * width, (bottom - top) * height, linestyle=line, **style))
 
 
-def _draw_bars(ax: Axes, tile: Example) -> None:
-    """Draw the highest raw probabilities as bars, each with a tick at its threshold."""
-    names = [f"{format_finding(finding)}  {p:.2f}" for finding, p, _ in tile.bars]
-    for row, (_, p, threshold) in enumerate(tile.bars):
-        reached = threshold is not None and p >= threshold
-        ax.barh([row], [p], height=0.7, color=ORANGE if reached else SKY)
-        if threshold is not None:
-            ax.plot([threshold] * 2, [row - 0.42, row + 0.42], color=INK, linewidth=1.3)
-    ax.set_ylim(2.6, -0.6)
-    ax.set_xlim(0, 1)
-    ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=7, color=MUTED)
-    ax.set_yticks(range(len(names)), names, fontsize=7.5, color=INK)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
-    ax.spines["bottom"].set_color(FAINT)
-    ax.tick_params(length=0, pad=3)
+def _draw_key(figure: Figure, place: plots.Box) -> None:
+    """Draw the colours of heat maps over gray, from no evidence to the highest value of a map."""
+    scale = color_scale(64)
+    colours = scale[:, :3] * scale[:, 3:] + 0.5 * (1 - scale[:, 3:])
+    ax = figure.add_axes(place(_MARGIN, 0.12, 1.6, 0.14))
+    ax.imshow(colours[None], aspect="auto")
+    ax.set(xticks=[], yticks=[])
+    _write(figure, place, _MARGIN + 1.75, 0.06, _KEY, fontsize=8.5, color=MUTED)
 
 
-def draw_heatmaps(groups: Sequence[tuple[str, Sequence[HeatmapExample]]]) -> Figure:
-    """Draw one band per named group that has tiles: a radiograph and its heat map."""
-    groups = [(name, tiles) for name, tiles in groups if tiles]
-    columns = min(3, max(len(tiles) for _, tiles in groups))
-    side, tile, band, head, margin = 2.2, 4.72, 3.5, 0.45, 0.12
-    lines = [math.ceil(len(tiles) / columns) for _, tiles in groups]
-    figure, box = plots.create_sheet(columns * tile + margin, sum(lines) * band + len(groups) * head)
-    width, height = figure.get_size_inches()
-    top = 0.0
-    for (name, tiles), count in zip(groups, lines, strict=True):
-        _write_band_name(figure, margin / width, 1 - (top + 0.14) / height, name)
-        for index, case in enumerate(tiles):
-            left, down = margin + index % columns * tile, top + head + 0.27 + index // columns * band
-            _draw_example(figure.add_axes(box(left, down, side, side)), case.example, 38)
-            right = left + side + 0.06
-            ax = figure.add_axes(box(right, down, side, side))
-            _draw_image(ax, case.overlay, textwrap.fill(f"no heat map: {case.reason}", 26))
-            _write_above(ax, f"heat map: {format_finding(case.example.heading)}, p {_format_score(case.score)}", 8.5)
-            _draw_bars(figure.add_axes(box(right + 1.42, down + side + 0.1, side - 1.44, 0.5)), case.example)
-        top += head + count * band
-    return figure
+def _draw_box_key(figure: Figure, place: plots.Box, left: float) -> None:
+    ax = figure.add_axes(place(left, 0.12, 0.24, 0.14), facecolor="#555555")
+    ax.set(xticks=[], yticks=[])
+    for spine in ax.spines.values():
+        spine.set(color=BOX_COLOUR, linewidth=1.6)
+    _write(figure, place, left + 0.34, 0.06, _BOX_KEY, fontsize=8.5, color=MUTED)
 
 
-def draw_radiographs(tiles: Sequence[Radiograph]) -> Figure:
+def draw_radiographs(bands: Sequence[Band]) -> Figure:
     """Draw a page of radiographs with their labels."""
-    columns = min(6, math.ceil(math.sqrt(len(tiles))))
-    rows = math.ceil(len(tiles) / columns)
-    side, tile, band = 2.1, 2.25, 2.72
-    figure, box = plots.create_sheet(columns * tile + 0.13, rows * band + 0.1)
-    for index, scan in enumerate(tiles):
-        ax = figure.add_axes(box(0.14 + index % columns * tile, 0.1 + index // columns * band, side, side))
-        _draw_image(ax, scan.image, f"cannot be shown:\n{scan.code}")
-        labels = "not labelled" if scan.findings is None else _list_findings(scan.findings) or "no finding"
-        _write_below(ax, _wrap(labels, 36) + (f"\n{scan.note}" if scan.note else ""), 7.8)
+    cases = [case for _, cases in bands for case in cases]
+    columns = min(4, math.ceil(math.sqrt(len(cases))))
+    rows = math.ceil(len(cases) / columns)
+    tile, band = _SIDE + _MARGIN, _SIDE + 1.0
+    figure, place = plots.create_sheet(columns * tile + _MARGIN, rows * band + 0.1)
+    for index, case in enumerate(cases):
+        left, down = _MARGIN + index % columns * tile, 0.1 + index // columns * band
+        _draw_image(figure.add_axes(place(left, down, _SIDE, _SIDE)), case.image, _explain(case), case)
+        text = "\n".join((_shorten(case.image_id), *textwrap.wrap(describe_labels(case), 46)[:2], case.note))
+        _write(figure, place, left, down + _SIDE + 0.06, text, fontsize=8.5, linespacing=1.3)
     return figure
-
-
-def _format_score(score: float) -> str:
-    return "< 0.01" if score < 0.01 else f"{score:.2f}"
-
-
-def _list_findings(findings: Sequence[str]) -> str:
-    return ", ".join(map(format_finding, findings))

@@ -1,6 +1,7 @@
 """The report: evaluate a score table against labels and reference standards, and write numbers, figures and a page.
 
-Every row of scores and labels appears in a count of metrics.json, and every image, failed or not, in worklist.csv.
+Every row of scores and labels appears in a count of metrics.json, and every image of the report, failed or not, in
+worklist.csv.
 """
 
 from __future__ import annotations
@@ -25,23 +26,27 @@ from ray_cxr.evaluation.subgroups import Subgroups, measure_groups
 from ray_cxr.evaluation.underdiagnosis import Underdiagnosis, measure_underdiagnosis
 from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.labels import FINDINGS, NO_FINDING, canonicalize, suggest
-from ray_cxr.reporting import figure_set, html, inline_svg, plots, tables
+from ray_cxr.progress import Stage
+from ray_cxr.reporting import cards, examples, facts, figure_set, html, inline_svg, tables
 from ray_cxr.reporting.abnormality import measure_ranking
-from ray_cxr.reporting.alerts import measure_alerts, measure_order, warn_of_alerts
+from ray_cxr.reporting.alerts import list_warnings, measure_alerts, measure_order, note_missed_findings
+from ray_cxr.reporting.cases import Band
 from ray_cxr.reporting.checklists import render_checklist
 from ray_cxr.reporting.comparators import compare_with_boxes, compare_with_consensus, compare_with_scores
 from ray_cxr.reporting.decisions import measure_decisions
 from ray_cxr.reporting.evaluation_set import EvaluationSet, Population, join_labels
+from ray_cxr.reporting.flagged import measure_flagged
 from ray_cxr.reporting.leakage import check_leakage
 from ray_cxr.reporting.measures import BootstrapSettings, ModelOutputs, evaluate
 from ray_cxr.reporting.result import Counts, LabelResults, ReportResult, measure_drift, measure_flag_rates
 from ray_cxr.reporting.scores import Location, Scores, read_scores
+from ray_cxr.reporting.spreadsheets import format_scores
 from ray_cxr.reporting.summary import list_remarks, summarize
-from ray_cxr.reporting.worklist import build_worklist, format_csv
+from ray_cxr.reporting.worklist import build_worklist
+from ray_cxr.reporting.worklist_page import CARDS, describe_missing_images, list_rows
 from ray_cxr.storage import atomic, remote, run_folder
 
 _log = logging.getLogger(__name__)
-_WORKLIST_ROWS = 25
 
 
 def write_report(
@@ -54,6 +59,7 @@ def write_report(
     boxes: str | Path | None = None,
     compare: str | Path | None = None,
     prevalence: str | Path | None = None,
+    csv: bool = False,
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -70,6 +76,7 @@ def write_report(
         boxes: radiologists' boxes, compared with the heat maps that `score --heatmaps` drew.
         compare: another score table, compared on the labelled images that both tables have.
         prevalence: a TOML file with the findings' prevalences in a population to compute predictive values for.
+        csv: also write scores.csv, with the scores, flags and labels of each image of the report.
         seed: seeds the bootstrap and the choice of examples.
 
     Raises:
@@ -79,6 +86,72 @@ def write_report(
         LeakError: `split` is `test` or None, and an evaluated image or patient is in the model's train or val split.
         OutputError: `out` is a file, or is inside the score folder, or another command writes there.
     """
+    _check_options(labels, split, consensus, compare, prevalence, n_resamples)
+    bootstrap = BootstrapSettings(n_resamples, seed)
+    out = remote.to_path(out)
+    remote.check_bucket(out)
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"--out {out}: is a file; name a folder")
+    prevalences = {} if prevalence is None else _read_prevalences(str(prevalence))
+    with Stage("reading the scores"):
+        table = read_scores(scores)
+    if table.folder is not None and remote.is_inside(out, remote.to_path(table.folder)):
+        # The next report would read this one's metrics.parquet as scores.
+        raise OutputError(f"--out {out}: is inside the score folder {table.folder}; name a folder outside it")
+    _log.debug("%s: %d rows, %d errors", table.source, len(table.ids), int((~table.ok).sum()))
+    with run_folder.lock(out, "report"), Stage("reading the labels" if labels else "counting flags") as stage:
+        labelled = None if labels is None else _evaluate_labels(table, labels, split, prevalences, bootstrap, stage)
+        evaluated = labelled.images if labelled else None
+        population = evaluated or Population.select_scored(table)
+        stage.change("measuring alerts and drift")
+        alerts = measure_alerts(table, population, evaluated, bootstrap)
+        warnings = list_warnings(table, population, labelled.evaluation if labelled else None)
+        result = ReportResult(
+            split=split,
+            n_images=len(population.rows),
+            patients=PatientCount.of(population.patients),
+            labelled=labelled,
+            counts=Counts.count(table, evaluated.counts if evaluated else None),
+            flagged=measure_flagged(table, population),
+            flag_rates=measure_flag_rates(table),
+            drift=measure_drift(table, evaluated),
+            alerts=alerts,
+            digests=_read_digests(table, labels, labelled),
+            report=facts.describe_report(table, evaluated.info if evaluated else {}),
+            bootstrap=bootstrap if labels or consensus or boxes else None,
+            consensus=None
+            if consensus is None
+            else compare_with_consensus(table, population, str(consensus), prevalences, bootstrap),
+            compared=None
+            if compare is None or evaluated is None
+            else compare_with_scores(table, evaluated, str(compare), bootstrap),
+            boxes=None if boxes is None else compare_with_boxes(table, population, str(boxes), bootstrap),
+            warnings=warnings,
+            notes=[
+                *(warning.advice for warning in warnings if warning.advice),
+                *_list_notes(table, split, labelled),
+                *note_missed_findings(alerts),
+            ],
+        )
+        (out / "scores.csv").unlink(missing_ok=True)  # of an older report
+        if csv:
+            out.mkdir(parents=True, exist_ok=True)
+            atomic.write_text(out / "scores.csv", format_scores(table, population))
+        stage.change("drawing figures")
+        cases = examples.select_cases(table, result, seed)
+        figures = figure_set.draw_figures(table, result, cases)
+        stage.change("writing the pages")
+        return _write(out, table, table.select(population.listed), result, figures, cases)
+
+
+def _check_options(
+    labels: str | Path | None,
+    split: str | None,
+    consensus: str | Path | None,
+    compare: str | Path | None,
+    prevalence: str | Path | None,
+    n_resamples: int,
+) -> None:
     if split is not None and split not in manifest.SPLITS:
         raise InputError(f"--split {split}: use train, val or test")
     if split is not None and labels is None:
@@ -89,56 +162,29 @@ def write_report(
         raise InputError(f"--prevalence {prevalence}: needs --labels or --consensus, to measure sensitivity")
     if n_resamples < 1:
         raise InputError(f"n_resamples is {n_resamples}; it must be at least 1")
-    bootstrap = BootstrapSettings(n_resamples, seed)
-    out = remote.to_path(out)
-    remote.check_bucket(out)
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"--out {out}: is a file; name a folder")
-    prevalences = {} if prevalence is None else _read_prevalences(str(prevalence))
-    table = read_scores(scores)
-    if table.folder is not None and remote.is_inside(out, remote.to_path(table.folder)):
-        # The next report would read this one's metrics.parquet as scores.
-        raise OutputError(f"--out {out}: is inside the score folder {table.folder}; name a folder outside it")
-    _log.debug("%s: %d rows, %d errors", table.source, len(table.ids), int((~table.ok).sum()))
-    with run_folder.lock(out, "report"):
-        labelled = None if labels is None else _evaluate_labels(table, labels, split, prevalences, bootstrap)
-        evaluated = labelled.images if labelled else None
-        population = evaluated or Population.select_scored(table)
-        alerts = measure_alerts(table, population, evaluated, bootstrap)
-        result = ReportResult(
-            split=split,
-            n_images=len(population.rows),
-            patients=PatientCount.of(population.patients),
-            labelled=labelled,
-            counts=Counts.count(table, evaluated.counts if evaluated else None),
-            flag_rates=measure_flag_rates(table),
-            drift=measure_drift(table, evaluated),
-            alerts=alerts,
-            digests=_read_digests(table, labels, labelled),
-            bootstrap=bootstrap if labels or consensus or boxes else None,
-            consensus=None
-            if consensus is None
-            else compare_with_consensus(table, population, str(consensus), prevalences, bootstrap),
-            compared=None
-            if compare is None or evaluated is None
-            else compare_with_scores(table, evaluated, str(compare), bootstrap),
-            boxes=None if boxes is None else compare_with_boxes(table, population, str(boxes), bootstrap),
-            notes=[*_list_notes(table, split, labelled), *warn_of_alerts(alerts)],
-        )
-        return _write(out, table, result, figure_set.draw_figures(table, result, seed))
 
 
 def _evaluate_labels(
-    table: Scores, labels: str | Path, split: str | None, prevalences: Mapping[str, float], bootstrap: BootstrapSettings
+    table: Scores,
+    labels: str | Path,
+    split: str | None,
+    prevalences: Mapping[str, float],
+    bootstrap: BootstrapSettings,
+    stage: Stage,
 ) -> LabelResults:
     images = join_labels(table, labels, split)
     population = "the test split" if split else "the labels"
     leak_check = check_leakage(table, images.rows, images.patients, split, population)
     outputs = ModelOutputs.select(table, images.rows)
+    stage.change(f"computing metrics, and intervals from {bootstrap.n_resamples:,} resamples")
     evaluation = evaluate(outputs, images.labels, images.patients, prevalences=prevalences, bootstrap=bootstrap)
+    stage.change("comparing subgroups")
     subgroups, underdiagnosis = _measure_subgroups(table, images)
     n, findings = len(images.rows), evaluation.macro.findings
     papers = published.list_published(split, images.info.get("kind"), n_images=n, findings=findings)
+    if facts.is_synthetic(images.info):
+        papers = []
+    stage.change("measuring reading order and net benefit")
     order = measure_order(table, images, bootstrap)
     ranking = measure_ranking(table, images)
     decisions = measure_decisions(table, images, bootstrap)
@@ -191,6 +237,7 @@ def _read_digests(table: Scores, labels: str | Path | None, labelled: LabelResul
     digest = table.model.get("digest")
     return {
         "model": list(table.model_digests) or ([digest] if digest else []),
+        "run": facts.hash_run(table),
         "input": table.run.get("input_digest"),
         "labels": hashlib.sha256(location.read_bytes()).hexdigest() if location and location.is_file else None,
         "tables": info.get("tables") or info.get("digests"),
@@ -241,25 +288,38 @@ def _list_notes(table: Scores, split: str | None, labelled: LabelResults | None)
     return notes
 
 
-def _write(out: Path, table: Scores, result: ReportResult, figures: Mapping[str, Figure]) -> dict[str, Any]:
+def _write(
+    out: Path,
+    table: Scores,
+    listed: Scores,
+    result: ReportResult,
+    figures: Mapping[str, Figure],
+    cases: Mapping[str, list[Band]],
+) -> dict[str, Any]:
+    """Write the files; `listed` has the rows of the table that the worklist has."""
     out.mkdir(parents=True, exist_ok=True)
     for name in ("report.html", "report.md"):
         (out / name).unlink(missing_ok=True)
     encoded = inline_svg.write_figures(out, figure_set.NAMES, figures)
-    rows = build_worklist(table)
+    worklist = build_worklist(listed)
+    studies = list_rows(listed, worklist)
     plain = result.to_json()
-    atomic.write_text(out / "worklist.csv", format_csv(rows))
+    atomic.write_text(out / "worklist.csv", worklist.to_csv())
     atomic.write_json(out / "metrics.json", plain)
     atomic.write_parquet(tables.build_table(plain), out / "metrics.parquet")
     judged = plain["findings"] or (plain["consensus"] or {}).get("findings", {})
     view = {
         "m": plain,
-        "source": table.source,
+        "facts": facts.list_facts(table, plain),
         "figures": encoded,
-        "model": _describe_model(table),
+        "cases": cases,
+        "colour_stops": cards.list_stops(),
+        "model": facts.list_model_facts(table, plain),
         "summary": summarize(result),
-        "worklist": rows[:_WORKLIST_ROWS],
-        "worklist_total": len(rows),
+        "worklist": studies,
+        "cards": CARDS,
+        "missing_images": describe_missing_images(studies),
+        "worklist_total": len(worklist.lines),
         "columns": {name: [metric for metric in metrics.METRICS if metric.table == name] for name in metrics.TABLES},
         "probability_metrics": metrics.PROBABILITY_METRICS,
         "remarks": list_remarks(result.labelled.evaluation) if result.labelled else {},
@@ -276,18 +336,3 @@ def _write(out: Path, table: Scores, result: ReportResult, figures: Mapping[str,
     atomic.write_text(out / "report.html", html.render(view))
     _log.debug("report in %s", out)
     return plain
-
-
-def _describe_model(table: Scores) -> list[tuple[str, str]]:
-    """List what is known of the model, as pairs of name and value."""
-    spec = table.model.get("input_spec") or {}
-    facts = [
-        ("Backbone", table.model.get("backbone")),
-        ("Input", f"{spec['size']} × {spec['size']} pixels, {spec.get('aspect')}" if spec.get("size") else None),
-        ("Findings", ", ".join(plots.format_finding(finding) for finding in table.findings)),
-        ("Model digest", ", ".join(table.model_digests) or table.model.get("digest")),
-    ]
-    plain = [(name, value) for name, value in sorted(table.provenance.items()) if isinstance(value, (str, int, float))]
-    names = {"lineage": "All training images", "prepared_digest": "Digest of the prepared images"}
-    facts += [(names.get(name, str(name).replace("_", " ").capitalize()), value) for name, value in plain]
-    return [(name, str(value)) for name, value in facts if value not in (None, "")]

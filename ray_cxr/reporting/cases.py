@@ -1,0 +1,163 @@
+"""A radiograph that a report shows: its image, heat map and boxes, and what labels and model state about it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from ray_cxr.imaging.overlays import Area, HeatMap, draw_overlay, scale_to_side
+from ray_cxr.imaging.sandbox import Decoder, Failure
+from ray_cxr.labels import FINDINGS, NO_FINDING
+from ray_cxr.reporting.plots import format_finding
+from ray_cxr.reporting.scores import Scores
+
+#: Longer side of an image in a report, pixels: smaller images are enlarged to the first, larger ones reduced.
+SIDES = (384, 768)
+#: Quality as WebP: a radiograph of 768 pixels has about 25 KB.
+_QUALITY = 80
+
+
+@dataclass(frozen=True)
+class Box:
+    """A radiologist's box for a finding; edges are fractions of the image's sides."""
+
+    finding: str
+    area: Area
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the labels and the model state about a finding in an image; None is unknown."""
+
+    finding: str
+    label: bool | None
+    p: float | None
+    threshold: float | None
+    flagged: bool | None
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A radiograph of a report.
+
+    Attributes:
+        finding: the finding that it is an example of; None for an image of a random sample.
+        judgements: of that finding first, then of others that are labelled positive or flagged, in canonical order.
+        image: uint8 [H,W], or None with an error `code`.
+        overlay: the heat map of `finding` over the image, uint8 [H,W,3]; None without a map, for the reason
+            `no_overlay`, which is empty if no map was wanted.
+        boxes: of all findings.
+        note: view, sex and age, as far as they are known.
+    """
+
+    image_id: str
+    finding: str | None
+    judgements: tuple[Judgement, ...]
+    is_labelled: bool
+    image: np.ndarray | None
+    code: str | None = None
+    overlay: np.ndarray | None = None
+    no_overlay: str = ""
+    boxes: tuple[Box, ...] = ()
+    note: str = ""
+
+    @property
+    def positives(self) -> tuple[str, ...]:
+        return tuple(f for f in FINDINGS for j in self.judgements if j.finding == f and j.label)
+
+    @property
+    def flagged(self) -> tuple[str, ...]:
+        return tuple(f for f in FINDINGS for j in self.judgements if j.finding == f and j.flagged)
+
+
+#: Cases under a common title.
+Band = tuple[str, list[Case]]
+
+
+class CaseBuilder:
+    """Builds cases from a score table; a damaged image can crash only the decoder's child process.
+
+    Args:
+        boxes: by image id.
+    """
+
+    def __init__(self, table: Scores, boxes: Mapping[str, Sequence[Box]], decoder: Decoder) -> None:
+        self._table, self._boxes, self._decoder = table, boxes, decoder
+
+    def build(self, row: int, finding: str | None, labels: Mapping[str, int] | None, note: str = "") -> Case:
+        """Build the case of a row of the table; `labels` per finding are 0, 1, or -1 for unknown; None: no labels."""
+        image, code = load_image(self._table.paths[row], self._decoder)
+        if image is not None:
+            image = scale_to_side(image, int(np.clip(max(image.shape), *SIDES)))
+        judged = {f: self._judge(row, f, labels) for f in FINDINGS if f in self._table.findings or labels is not None}
+        shown = [f for f, j in judged.items() if f != finding and (j.label or j.flagged)]
+        image_id = str(self._table.ids[row])
+        return Case(
+            image_id=image_id,
+            finding=finding,
+            judgements=tuple(judged[f] for f in ([finding] if finding is not None else []) + shown),
+            is_labelled=labels is not None and any(label >= 0 for f, label in labels.items() if f != NO_FINDING),
+            image=image,
+            code=code,
+            boxes=tuple(self._boxes.get(image_id, ())),
+            note=note,
+        )
+
+    def _judge(self, row: int, finding: str, labels: Mapping[str, int] | None) -> Judgement:
+        table = self._table
+        label = -1 if labels is None else labels.get(finding, -1)
+        p = float(table.p[finding][row]) if finding in table.p else np.nan
+        flag = int(table.flags[finding][row]) if finding in table.flags else -1
+        return Judgement(
+            finding,
+            None if label < 0 else bool(label),
+            None if np.isnan(p) else p,
+            table.threshold(finding),
+            None if flag < 0 else bool(flag),
+        )
+
+
+def load_image(path: str | None, decoder: Decoder) -> tuple[np.ndarray | None, str | None]:
+    """Return an image in its own size, or its error code."""
+    decoded = decoder.load(path)
+    return (None, decoded.code) if isinstance(decoded, Failure) else (decoded.images[0], None)
+
+
+def add_heatmap(case: Case, heatmap: HeatMap | None) -> Case:
+    """Return the case with a heat map over its image, or with the reason why there is none."""
+    if heatmap is None:
+        return replace(case, no_overlay="the score is not among the image's highest")
+    if heatmap.evidence == 0:
+        return replace(case, no_overlay="no region of the image supports the finding")
+    if case.image is not None:
+        overlay = draw_overlay(case.image, heatmap.cells, heatmap.area, side=max(case.image.shape))
+        return replace(case, overlay=overlay)
+    if heatmap.overlay is None:
+        return replace(case, no_overlay="the image cannot be read")
+    try:
+        with Image.open(heatmap.overlay) as file:
+            return replace(case, overlay=np.asarray(file.convert("RGB")))
+    except OSError:
+        return replace(case, no_overlay=f"{heatmap.overlay.name} cannot be read")
+
+
+def encode_webp(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "WEBP", quality=_QUALITY)
+    return buffer.getvalue()
+
+
+def format_p(value: float | None) -> str:
+    """Format a probability of a case: `0.70`, `< 0.01`."""
+    return "–" if value is None else "< 0.01" if value < 0.005 else f"{value:.2f}"
+
+
+def describe_labels(case: Case) -> str:
+    """Return the findings by label, for a case of a random sample."""
+    if not case.is_labelled:
+        return "not labelled"
+    return ", ".join(map(format_finding, case.positives)) or "no finding"
