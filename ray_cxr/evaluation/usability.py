@@ -1,0 +1,203 @@
+"""Warnings where a result cannot be used: findings without a threshold, useless thresholds, and too many flags.
+
+A mean AUROC is a headline only if it rests on enough patients (`explain_headline`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ray_cxr.labels import NO_FINDING
+
+#: A threshold, or a score table, that flags more than this share of images is no selection.
+MANY = 0.5
+#: The share that a threshold flags is far above the prevalence if it is more than this multiple of it.
+FAR_ABOVE = 2.0
+#: A finding supports a headline AUROC with this many patients with it, and without it.
+HEADLINE_PATIENTS = 5
+#: Share of the averaged findings that must support a headline AUROC.
+HEADLINE_FINDINGS = 0.5
+#: With fewer images, the share of flagged images says little.
+FEW_IMAGES = 10
+#: Findings that a warning names.
+_NAMED = 4
+#: Share of the flagged images of which a finding accounts for almost all flags.
+_ALMOST_ALL = 0.9
+_MIN_POSITIVES = 5
+
+
+@dataclass(frozen=True)
+class Warned:
+    """A warning: its kind, the findings it is about, one sentence, and what to do about it.
+
+    Kinds are `no_threshold`, `flags_most`, `most_images_flagged` and `few_patients`.
+    """
+
+    kind: str
+    text: str
+    advice: str = ""
+    findings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "findings": list(self.findings)}
+
+
+@dataclass(frozen=True)
+class FittedPoint:
+    """The threshold of a finding: the share of images it flags, and why it is missing (one of the two is None)."""
+
+    finding: str
+    flag_rate: float | None
+    reason: str | None
+    n: int | None = None  # images that it was chosen on, and those of them with the finding
+    positives: int | None = None
+
+
+def warn_of_model(model: Mapping[str, Any]) -> list[Warned]:
+    """List the warnings of `bundle.json` or `model.json`; a model without operating points gets one."""
+    points, notes = model.get("operating_points") or {}, model.get("rule_notes") or {}
+    provenance = model.get("provenance") or {}
+    site = provenance.get("recalibrated") or {}
+    counts = (site or provenance.get("validation") or {}).get("findings") or {}
+    source = site or provenance.get("settings") or {}
+    least = int(source.get("min_positives") or _MIN_POSITIVES)
+    images = "the images of the recalibration" if site else "the validation images"
+    fitted = []
+    for finding in model.get("findings") or points:
+        if finding == NO_FINDING:
+            continue
+        point, row = points.get(finding) or {}, counts.get(finding) or {}
+        n, positives = point.get("n", row.get("n")), point.get("positives", row.get("positives"))
+        reason = None if point else _explain_missing(notes.get(finding), n, positives, least, images)
+        fitted.append(FittedPoint(finding, point.get("flag_rate"), reason, n, positives))
+    return [*warn_of_missing(fitted), *warn_of_thresholds(fitted, images)]
+
+
+def warn_of_missing(points: Sequence[FittedPoint]) -> list[Warned]:
+    """Warn of findings without a threshold, by reason."""
+    missing = [point for point in points if point.reason is not None]
+    if not missing:
+        return []
+    names = tuple(point.finding for point in missing)
+    if len(missing) == len(points) and not any(point.reason for point in missing):
+        text = "No finding can be flagged: the model has no operating points."
+        return [Warned("no_threshold", text, "Score labelled images and run `ray-cxr recalibrate`.", names)]
+    reasons: dict[str, list[str]] = {}
+    for point in missing:
+        reasons.setdefault(point.reason or "no operating point", []).append(point.finding)
+    parts = [f"{reason} ({_list(found)})" for reason, found in reasons.items()]
+    text = f"{len(missing)} of {len(points)} findings cannot be flagged: {'; '.join(parts)}."
+    return [Warned("no_threshold", text, "An image without a flag can still have these findings.", names)]
+
+
+def warn_of_thresholds(points: Iterable[FittedPoint], images: str) -> list[Warned]:
+    """Warn of thresholds that flag most of the images that they were chosen on, although few have the finding."""
+    found = [
+        (point.finding, point.flag_rate, point.positives / point.n)
+        for point in points
+        if point.flag_rate is not None and point.n and point.positives is not None
+    ]
+    useless = [each for each in found if each[1] > MANY and each[1] > FAR_ABOVE * each[2]]
+    if not useless:
+        return []
+    parts = [f"{_name(name)} {_percent(rate)} ({_percent(share)} have it)" for name, rate, share in useless]
+    what = "A threshold flags" if len(useless) == 1 else f"{len(useless)} thresholds flag"
+    text = f"{what} most of {images}, far more than have the finding: {', '.join(parts)}."
+    advice = "Most flags of these findings are false alarms: choose another rule of operating points."
+    return [Warned("flags_most", text, advice, tuple(name for name, _, _ in useless))]
+
+
+def warn_of_flags(flags: Mapping[str, np.ndarray], rule: str | None = None) -> list[Warned]:
+    """Warn if most images have a flag.
+
+    Args:
+        flags: per finding, int8 [n], 1, 0, or -1 without a threshold or score.
+        rule: the rule of all operating points, if there is one.
+    """
+    found = {finding: values for finding, values in flags.items() if finding != NO_FINDING}
+    if not found:
+        return []
+    columns = np.column_stack(list(found.values()))
+    judged, flagged = int((columns >= 0).any(axis=1).sum()), int((columns == 1).any(axis=1).sum())
+    if judged < FEW_IMAGES or flagged <= MANY * judged:
+        return []
+    counts = {finding: int((values == 1).sum()) for finding, values in found.items()}
+    most = max(counts, key=counts.__getitem__)
+    named = (
+        (f"almost all for {_name(most)}" if len(found) > 1 else f"for {_name(most)}",)
+        if (counts[most] >= _ALMOST_ALL * flagged)
+        else ()
+    )
+    text = f"{flagged:,} of {judged:,} images ({100 * flagged / judged:.1f}%) are flagged"
+    text = ", ".join([text, *named]) + ": the worklist is not a selection."
+    findings = tuple(finding for finding in counts if counts[finding] > MANY * judged)
+    return [Warned("most_images_flagged", text, _advise_on_flags(rule, flagged / judged), findings)]
+
+
+def _advise_on_flags(rule: str | None, share: float) -> str:
+    if rule is None:
+        return ""
+    name, _, limit = rule.partition("=")
+    if name != "any_flag_rate":
+        return "A rule such as any_flag_rate=0.3 limits this share (see the alert budget)."
+    if share > float(limit):
+        return (
+            f"The limit of the rule {rule} does not hold on these images: recalibrate the model on images like these."
+        )
+    return f"The rule {rule} allows this; a lower limit flags fewer images."
+
+
+def explain_headline(counts: Sequence[int], unit: str = "patients") -> str | None:
+    """Explain why a mean AUROC is no headline, or return None if it is.
+
+    Args:
+        counts: for each averaged finding, the number of patients with it or of those without it, whichever is less.
+        unit: what is counted.
+    """
+    few = sum(count < HEADLINE_PATIENTS for count in counts)
+    if few <= (1.0 - HEADLINE_FINDINGS) * len(counts):
+        return None
+    return (
+        f"not enough {unit}: {few} of {len(counts)} findings have fewer than {HEADLINE_PATIENTS} positive or "
+        f"negative {unit}"
+    )
+
+
+def explain_validation(findings: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Explain why the mean AUROC of a bundle's `provenance.validation.findings` is no headline, or return None."""
+    averaged = [row for name, row in findings.items() if row["auroc"] is not None and name != NO_FINDING]
+    return explain_headline([min(row["positives"], row["n"] - row["positives"]) for row in averaged], "images")
+
+
+def warn_of_headline(reason: str) -> Warned:
+    return Warned("few_patients", f"No mean AUROC is shown as a main result: {reason}.")
+
+
+def _explain_missing(note: str | None, n: int | None, positives: int | None, least: int, images: str) -> str:
+    """Return why a finding has no threshold; an empty text if it is unknown."""
+    if n is not None and positives is not None:
+        for count, kind in ((positives, "positives"), (n - positives, "negatives")):
+            if count < least:
+                return f"fewer than {least} {kind} among {images}"
+    for part in (note or "").split("; "):
+        kind, _, reason = part.rpartition(": ")
+        if kind in ("", "no operating point"):
+            return reason.partition(", because")[0]
+    return ""
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(map(_name, names[:_NAMED]))
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
+
+
+def _name(finding: str) -> str:
+    return finding.replace("_", " ")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%"
