@@ -192,7 +192,7 @@ def test_manifest_from_table_to_file(files: Path, command: Command) -> None:
     code, out, err = command(*line.split())
     assert (code, err) == (0, "")
     table = manifest.read_manifest("new/m.parquet")
-    first, second, last = out.splitlines()
+    first, second, last, _ = out.splitlines()
     assert first.startswith("4 images of 3 patients: train ")
     assert second.startswith("images: 1 found, 3 ")
     assert last == "manifest: new/m.parquet"
@@ -205,6 +205,27 @@ def test_manifest_from_table_to_file(files: Path, command: Command) -> None:
     assert Path("new/m.parquet").read_bytes() == before, "the same command wrote other bytes"
     line = "manifest train=leak_a.csv test=leak_b.csv --out m2.parquet --on-leak drop"
     assert command(*line.split())[1].startswith("1 image of 1 patient: test 1\n1 rows removed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("t.csv", ["no split", "train", "--split patient"]),
+        ("anonymous.csv", ["no split", "patient ids"]),
+        ("t.csv --split patient", []),
+        ("train=leak_a.csv", []),
+    ],
+)
+def test_manifest_without_a_split_warns(files: Path, command: Command, arguments: str, parts: list[str]) -> None:
+    Path("anonymous.csv").write_text("Image,Mass\n1_000.png,1\n")
+    code, out, _ = command("manifest", *arguments.split(), "--out", "new.parquet")
+    assert code == 0
+    found = [line for line in out.splitlines() if line.startswith("no split")]
+    assert len(found) == bool(parts)
+    assert all(part in found[0] for part in parts)
+    if parts:
+        suggested = [line for line in out.splitlines() if line.startswith("next: ") and "--split patient" in line]
+        assert bool(suggested) == ("--split patient" in parts)
 
 
 class Wrapped(Exception):

@@ -80,6 +80,8 @@ def _manifest(arguments: argparse.Namespace) -> None:
         write_manifest(table, arguments.out)
     for line in report.lines():
         print_line(line)
+    if warning := report.describe_missing_split():
+        print_line(warning)
     print_line(f"manifest: {arguments.out}")
     suggest_after_manifest(
         arguments, has_images=bool(report.images_found), has_split="train" in report.by_split or not report.can_split

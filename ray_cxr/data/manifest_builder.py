@@ -20,7 +20,7 @@ from ray_cxr.data.dialects import Dialect, detect_dialect
 from ray_cxr.data.manifest import SCHEMA, SPLIT_KEY, SPLITS, absolute_paths, describe_listing
 from ray_cxr.errors import ConfigError, TableError
 from ray_cxr.imaging import demographics
-from ray_cxr.imaging.demographics import PatientCount, count_of
+from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.imaging.views import choose_view, parse_view
 from ray_cxr.storage.files import find_images, hash_file
 from ray_cxr.storage.paths import file_names, redact
@@ -49,6 +49,18 @@ class ManifestReport:
     left_out: int = 0
     unguarded: int = 0
     ignored_columns: list[str] = field(default_factory=list)
+
+    @property
+    def can_split(self) -> bool:
+        """Whether every row has a patient id, so that `--split patient` is possible."""
+        return self.patients.number is not None and not self.patients.without_id
+
+    def describe_missing_split(self) -> str | None:
+        """Return a warning and its remedy if no row has a split."""
+        if not self.rows or self.by_split:
+            return None
+        way = "add --split patient" if self.can_split else "add a column of patient ids for --split patient"
+        return f"no split, which train and tune need: {way}, or pass train=, val= and test= tables"
 
     def lines(self) -> list[str]:
         """Return the report as sentences; counts of 0 are left out."""

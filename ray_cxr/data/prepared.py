@@ -35,7 +35,7 @@ from ray_cxr.data.partition import Range, Unit, first_location, group_by_archive
 from ray_cxr.data.shards import Pixels, ShardRows, ShardWriter, missing_shard, read_outcomes, read_shard, shard_name
 from ray_cxr.errors import ConfigError, ImageError, OutputError, TableError
 from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
-from ray_cxr.progress import Progress
+from ray_cxr.progress import Progress, Stage
 from ray_cxr.storage import atomic, contents, remote, run_folder
 from ray_cxr.storage.archives import read_members
 
@@ -70,7 +70,8 @@ def prepare(
         OutputError: `out` holds sets of another manifest or with other settings, or another command writes there.
     """
     out = remote.to_path(out)
-    table, wanted = check(manifest, out, settings)
+    with Stage("checking the manifest"):
+        table, wanted = check(manifest, out, settings)
     with run_folder.lock(out, "prepare"), start_ray():
         import ray  # after `start_ray`, which sets its environment
 
@@ -105,7 +106,8 @@ def prepare(
             with progress, cluster.log_node_changes("prepare"), tasks.poll(show, "prepare"):
                 for _ in tasks.run_with_retries(todo, build_dataset, find_pending, "prepare"):
                     pass  # `show` reports the shards that the tasks write
-        return {size: _count_rows(out, size, ranges) for size in settings.sizes}
+        with Stage("counting the images of each size"):
+            return {size: _count_rows(out, size, ranges) for size in settings.sizes}
 
 
 def check(manifest: str | Path, out: Path, settings: PrepareSettings) -> tuple[pa.Table, dict[str, Any]]:
