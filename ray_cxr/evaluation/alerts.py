@@ -17,8 +17,6 @@ from ray_cxr.evaluation.clustered import clustered_share_interval
 from ray_cxr.evaluation.intervals import NO_VARIATION, Interval, Patients, to_record
 from ray_cxr.labels import NO_FINDING
 
-#: A rule that flags more than this share of images gets a warning.
-MANY = 0.5
 #: Measures of a rule, with the reason if there is nothing to divide by.
 MEASURES = {
     "images_flagged": "no image has flags",

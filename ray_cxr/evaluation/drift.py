@@ -230,6 +230,8 @@ class Drift:
             else:
                 listed = [f"{_WORDS[verdict]} {_list(names, len(judged))}" for verdict, names in named.items() if names]
                 parts.append(f"{kind}s: {', '.join(listed)}")
+        if any(row.verdict == INCONCLUSIVE for row in (*self.flags, *self.scores, *self.quality)):
+            parts.append("inconclusive: too few images to tell")
         return ". ".join(part[0].upper() + part[1:] for part in parts) + "."
 
     def to_json(self) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ray_cxr.evaluation import alerts, calibration
+from ray_cxr.evaluation import alerts, calibration, usability
 from ray_cxr.evaluation.alerts import Alerts, RuleAlerts
 from ray_cxr.evaluation.reading_order import ReadingOrder, measure_reading_order
+from ray_cxr.evaluation.usability import Warned
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting.evaluation_set import EvaluationSet, Population
 from ray_cxr.reporting.html import format_percent
-from ray_cxr.reporting.measures import BootstrapSettings
+from ray_cxr.reporting.measures import BootstrapSettings, EvaluationResult
 from ray_cxr.reporting.scores import Scores, finite_or_none
 from ray_cxr.reporting.worklist import sort_studies
 
@@ -118,31 +119,27 @@ def summarize_alerts(found: Alerts) -> list[str]:
     return [f"With {name}, {share}{split}."]
 
 
-def warn_of_alerts(found: Alerts) -> list[str]:
-    """Return a warning if the chosen rule flags most images, or must miss images with a finding."""
-    share = found.chosen.shares["images_flagged"].value if found.chosen else None
-    if found.chosen is None or share is None:
+def list_warnings(table: Scores, population: Population, evaluation: EvaluationResult | None) -> list[Warned]:
+    """List where the results cannot be used: of the model, of the flags of these images, and of the mean AUROC."""
+    findings = [finding for finding in table.findings if finding in table.flags]
+    flags = {finding: table.flags[finding][population.rows] for finding in findings}
+    rule = _name_rule(table.operating_points, findings)
+    warnings = usability.warn_of_model({**table.model, "findings": table.findings}) if table.is_own else []
+    warnings += usability.warn_of_flags(flags, None if rule in (_UNKNOWN, _SEVERAL) else rule)
+    reason = evaluation.macro.headline_reason if evaluation else None
+    return [*warnings, *([usability.warn_of_headline(reason)] if reason else [])]
+
+
+def note_missed_findings(found: Alerts) -> list[str]:
+    """Return a note if the chosen rule must miss images with a finding, because it is meant to flag fewer."""
+    if found.chosen is None:
         return []
-    rule = found.chosen.rule
-    name, _, limit = rule.partition("=")
-    if share > alerts.MANY:
-        warning = f"{format_percent(share, 0)} of images have at least one flag, so a flag hardly separates images."
-        advice = " A rule such as any_flag_rate=0.3 limits this share (see the alert budget)."
-        if rule == _UNKNOWN:
-            advice = ""
-        elif name == "any_flag_rate" and share > float(limit):
-            advice = (
-                f" The limit of the rule {rule} does not hold on these images: recalibrate the model on images like "
-                "these."
-            )
-        elif name == "any_flag_rate":
-            advice = f" The rule {rule} allows this; a lower limit flags fewer images."
-        return [warning + advice]
+    name, _, limit = found.chosen.rule.partition("=")
     known = found.n_with_finding + found.n_without_finding
-    if name == "any_flag_rate" and found.n_with_finding > float(limit) * known:
-        present = format_percent(found.n_with_finding / known, 0)
-        return [
-            f"{present} of images have a finding, more than the rule {rule} is meant to flag. Images without a "
-            "flag need to be read too; see the alert budget for other rules."
-        ]
-    return []
+    if name != "any_flag_rate" or found.n_with_finding <= float(limit) * known:
+        return []
+    present = format_percent(found.n_with_finding / known, 0)
+    return [
+        f"{present} of images have a finding, more than the rule {found.chosen.rule} is meant to flag. Images without "
+        "a flag need to be read too; see the alert budget for other rules."
+    ]

@@ -275,12 +275,12 @@ def _describe_results(m: Mapping[str, Any]) -> dict[str, str]:
     is_judged = bool((m["underdiagnosis"] or {}).get("groups"))
     baselines = " and ".join(dict.fromkeys(drift["baselines"].values())) if drift else ""
     drifted = f"Drift from {baselines}: {drift['words']}" if drift else ""
-    performance = _join(
-        f"Macro AUROC {_interval(macro)}, over {count_of(len(macro['findings']), 'finding')}"
-        if macro and macro["auroc"] is not None
-        else "",
-        words,
-    )
+    mean = ""
+    if macro and macro["auroc"] is not None:
+        mean = f"Macro AUROC {_interval(macro)}, over {count_of(len(macro['findings']), 'finding')}"
+    if macro and macro["headline_reason"]:
+        mean = f"No macro AUROC ({macro['headline_reason']})"
+    performance = _join(mean, words)
     return {
         "metrics": ", ".join([*measured, *more]),
         "uncertainty": _join(

@@ -93,7 +93,7 @@ def plot_subgroups(rows: Sequence[ForestRow], columns: Sequence[ForestColumn]) -
     legend: list[Artist] = [plots.create_marker_entry("value with 95% interval", BLUE, "o")]
     if any(row.small for row in rows):
         legend.append(plots.create_marker_entry("small group: interpret with caution", GREY, "o", "white"))
-    width = 2.7 if len(columns) < 3 else 1.9
+    width = 2.7 if len(columns) < 3 else 1.5
     figure, axes = _draw_forest(lines, ("", "images"), [column.name for column in columns], legend, width=width)
     for index, (ax, column) in enumerate(zip(axes, columns, strict=True)):
         _set_limits(ax, [(row.estimates[index], row.small) for row in rows], column.reference)
@@ -249,7 +249,7 @@ def _draw_forest(
     height: float = _ROW,
 ) -> tuple[Figure, list[Axes]]:
     """Draw a legend, columns of text, and empty charts with a column of text each; row i is at y = i from the top."""
-    gap, edge, measure = 0.2, 0.15, plots.measure_text
+    gap, edge, measure = 0.15, 0.15, plots.measure_text
     cell_widths = [
         max(measure(head, SMALL_TEXT), *(measure(line.cells[i], 9, bold=line.is_bold) for line in lines))
         for i, head in enumerate(headers)
@@ -296,7 +296,7 @@ def _draw_forest(
         plots.style_axes(ax, grid="x")
         ax.set(ylim=(len(lines) - 0.5, -0.5), yticks=[], xlabel=name)
         ax.spines["left"].set_visible(False)
-        ax.xaxis.set_major_locator(MaxNLocator(max(3, int(width / 0.62))))
+        ax.xaxis.set_major_locator(MaxNLocator(max(2, int(width / 0.62))))
         axes.append(ax)
         figure.parts.append((names_of_rows, Piece((left, above, width + gap, names_of_rows.box[3]), (ax,))))
         write(left + width + 0.12, [line.values[i] if line.values else "" for line in lines], "left", 8.5)

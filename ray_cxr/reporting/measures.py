@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ray_cxr.data.consensus import composite_flags, composite_scores
-from ray_cxr.evaluation import metrics
+from ray_cxr.evaluation import metrics, usability
 from ray_cxr.evaluation.bootstrap import DerivedOutputs, RocBand, bootstrap_findings
 from ray_cxr.evaluation.clustered import (
     AUROC_METHOD,
@@ -132,6 +132,7 @@ class FindingResult:
         unscored: labelled images without a score.
         reason: why AUROC is undefined, or None.
         caution: why AUROC's interval should be read with caution, or None.
+        fewest_patients: number of patients with it, or without it if they are fewer; images without an id count too.
     """
 
     n: int
@@ -139,6 +140,7 @@ class FindingResult:
     unscored: int
     metrics: dict[str, Measurement]
     positive_patients: int | None = 0  # None if no image has a patient id
+    fewest_patients: int = 0
     prevalence: float | None = None
     reason: str | None = None
     caution: str | None = None
@@ -181,6 +183,7 @@ class MeanResult:
     Attributes:
         reason: why there is no mean, or None.
         undefined_resamples: number of resamples in which a finding's AUROC is undefined.
+        headline_reason: why the mean AUROC is not shown as a main result, or None.
         weights: what the findings are weighted by; None for equal weights.
     """
 
@@ -188,6 +191,7 @@ class MeanResult:
     findings: list[str]
     reason: str | None
     undefined_resamples: int
+    headline_reason: str | None
     weights: str | None = None
 
     @property
@@ -202,6 +206,7 @@ class MeanResult:
             "undefined_resamples": self.undefined_resamples,
             "findings": self.findings,
             "reason": self.reason,
+            "headline_reason": self.headline_reason,
         }
 
 
@@ -318,7 +323,8 @@ def _average(
         values = np.array([result.auroc.value for result in results.values()], dtype=np.float64)
         interval = mean_interval(values, limits, influence, np.array(weights, dtype=np.float64))
         means["auroc"] = replace(means["auroc"], wilson=interval)
-    return MeanResult(means, list(results), reason, found["auroc"].undefined, name)
+    headline = usability.explain_headline([result.fewest_patients for result in results.values()])
+    return MeanResult(means, list(results), reason, found["auroc"].undefined, headline, name)
 
 
 def _report_unscored(labels: np.ndarray) -> FindingResult:
@@ -366,6 +372,7 @@ def _evaluate_finding(
         unscored=int((labelled & np.isnan(p)).sum()),
         metrics=measured,
         positive_patients=with_finding.number,
+        fewest_patients=min(with_finding.units, without.units),
         prevalence=float(y.mean()) if len(y) else None,
         reason=reason,
         caution=_caution(measured["auroc"], with_finding, without),

@@ -16,11 +16,13 @@ from ray_cxr.evaluation.published import Published
 from ray_cxr.evaluation.reading_order import ReadingOrder
 from ray_cxr.evaluation.subgroups import Subgroups
 from ray_cxr.evaluation.underdiagnosis import Underdiagnosis
+from ray_cxr.evaluation.usability import Warned
 from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.reporting.abnormality import RankingResult
 from ray_cxr.reporting.comparators import BoxResult, ConsensusResult, ScoreComparison
 from ray_cxr.reporting.decisions import DECISIONS, Decisions
 from ray_cxr.reporting.evaluation_set import EvaluationSet, JoinCounts
+from ray_cxr.reporting.flagged import Flagged
 from ray_cxr.reporting.leakage import LeakCheck
 from ray_cxr.reporting.measures import BootstrapSettings, EvaluationResult
 from ray_cxr.reporting.scores import Scores, finite_or_none
@@ -156,14 +158,17 @@ class ReportResult:
     patients: PatientCount
     labelled: LabelResults | None
     counts: Counts
+    flagged: Flagged
     flag_rates: dict[str, dict[str, Any]]
     drift: DriftResult | None
     alerts: Alerts
     digests: dict[str, Any]
+    report: dict[str, Any]
     bootstrap: BootstrapSettings | None
     consensus: ConsensusResult | None
     compared: ScoreComparison | None
     boxes: BoxResult | None
+    warnings: list[Warned]
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -178,14 +183,17 @@ class ReportResult:
             "images_without_patient": self.patients.without_id,
             **{key: labelled[key] for key in ("findings", "macro", "weighted")},
             "counts": self.counts.to_json(),
+            "flagged": self.flagged.to_json(),
             "flag_rates": self.flag_rates,
             "drift": self.drift.to_json() if self.drift else None,
             "alerts": self.alerts.to_json(),
             "digests": self.digests,
+            "report": self.report,
             "intervals": self.bootstrap.to_json() if self.bootstrap else None,
             **{key: labelled[key] for key in _LABELLED},
             "consensus": self.consensus.to_json() if self.consensus else None,
             "compared": self.compared.to_json() if self.compared else None,
             "localisation": self.boxes.to_json() if self.boxes else None,
+            "warnings": [warning.to_json() for warning in self.warnings],
             "notes": self.notes,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.intervals import NO_VARIATION
@@ -12,8 +13,12 @@ from ray_cxr.evaluation.underdiagnosis import CLAIM_PATIENTS, Rate, Underdiagnos
 from ray_cxr.imaging.demographics import count_of
 from ray_cxr.reporting import html, plots
 from ray_cxr.reporting.alerts import summarize_alerts
+from ray_cxr.reporting.flagged import summarize_flagged
 from ray_cxr.reporting.measures import EvaluationResult, Measurement
 from ray_cxr.reporting.result import ReportResult
+
+#: Of the main results.
+MAX_SENTENCES = 6
 
 
 def list_remarks(evaluation: EvaluationResult) -> dict[str, str]:
@@ -39,50 +44,42 @@ def list_remarks(evaluation: EvaluationResult) -> dict[str, str]:
     return remarks
 
 
-def summarize(result: ReportResult) -> list[str]:
-    """Summarize a report in a few sentences."""
-    counts, joined = result.counts, result.counts.joined
-    sentences = []
-    if result.labelled is None:
-        limit = (
-            "Only the images of the consensus table could be evaluated, because there are no other labels."
-            if result.consensus
-            else "There are no labels, so the scores are reported without an evaluation."
-        )
-        of_all = f"{counts.scored:,} of {count_of(counts.rows, 'image')} of {result.patients}"
-        sentences.append(f"{of_all} {_was(counts.scored)} scored. {limit}")
-    else:
-        evaluated = f"{count_of(result.n_images, 'image')} of {result.patients} {_was(result.n_images)} evaluated"
-        sentences.append(f"{evaluated}: {result.labelled.images.description}.")
-        sentences += _summarize_evaluation(result.labelled.evaluation)
-        sentences += result.labelled.ranking.summarize()
-        sentences += result.labelled.decisions.summarize()
-    sentences += summarize_alerts(result.alerts)
-    if counts.errors:
-        codes = ", ".join(f"{code} {n:,}" for code, n in counts.by_code.items())
-        share = html.format_percent(counts.errors / counts.rows, 2)
-        sentences.append(
-            f"{counts.errors:,} of {count_of(counts.rows, 'image')} ({share}) could not be scored: {codes}. Failed "
-            "images are at the end of the worklist and excluded from all results above."
-        )
-    else:
-        sentences.append("No image failed.")
-    if counts.quality_flags:
-        flagged = sum(counts.quality_flags.values())
-        share = html.format_percent(flagged / counts.rows)
-        flags = ", ".join(f"{plots.format_finding(flag)} {n:,}" for flag, n in counts.quality_flags.items())
-        sentences.append(
-            f"{flagged:,} of {count_of(counts.rows, 'image')} ({share}) {'has' if flagged == 1 else 'have'} a quality "
-            f"flag: {flags}. Scores of such images may be unreliable."
-        )
-    if joined is not None and joined.labelled_not_scored:
-        sentences.append(f"Missing from the scores: {count_of(joined.labelled_not_scored, 'labelled image')}.")
-    return sentences + _summarize_comparisons(result)
+@dataclass(frozen=True)
+class Summary:
+    """The main results, at most `MAX_SENTENCES`, and the sentences of each section of the page by its id."""
+
+    top: list[str]
+    sections: dict[str, list[str]]
 
 
-def _summarize_evaluation(evaluation: EvaluationResult) -> list[str]:
+def summarize(result: ReportResult) -> Summary:
+    """Summarize a report in a few sentences, and each of its sections in one or two."""
+    labelled = result.labelled
+    sections = {"alerts": summarize_alerts(result.alerts), **_summarize_comparators(result)}
+    top = [summarize_flagged(result.flagged)]
+    if labelled is None:
+        if not result.consensus:
+            top.append("There are no labels, so nothing here tells how good the scores are.")
+    else:
+        results, sections["findings"] = _summarize_evaluation(labelled.evaluation)
+        top += results
+        sections["ranking"] = labelled.ranking.summarize()
+        sections |= labelled.decisions.summarize()
+        if isinstance(labelled.subgroups, Subgroups):
+            summary = labelled.subgroups.single.summary
+            made = labelled.subgroups.single.made
+            sections["subgroups"] = [f"Subgroups: {summary}." if made else f"{html.capitalise(summary)}."]
+        if isinstance(labelled.underdiagnosis, Underdiagnosis):
+            sections["underdiagnosis"] = _summarize_underdiagnosis(labelled.underdiagnosis)
+    for name in ("consensus", "compared", "underdiagnosis", "flags"):
+        top += sections.get(name, [])
+    return Summary(top[:MAX_SENTENCES], sections)
+
+
+def _summarize_evaluation(evaluation: EvaluationResult) -> tuple[list[str], list[str]]:
+    """Return the main results, and what else a reader of the table must know."""
     macro, findings = evaluation.macro, evaluation.findings
-    sentences = []
+    sentences, remarks = [], []
     if macro.auroc.value is None:
         sentences.append(f"The macro AUROC is undefined: {macro.reason}.")
     else:
@@ -90,7 +87,8 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> list[str]:
         low, high = macro.auroc.shown.low, macro.auroc.shown.high
         has_chance = low is not None and high is not None and low <= 0.5 <= high
         chance_level = ", not distinguishable from chance" if has_chance else ""
-        sentences.append(f"The macro AUROC over {averaged} is {_format(macro.auroc.shown)}{chance_level}.")
+        if macro.headline_reason is None:
+            sentences.append(f"The macro AUROC over {averaged} is {_format(macro.auroc.shown)}{chance_level}.")
         aurocs = {finding: findings[finding].auroc.value or 0.0 for finding in macro.findings}
         ranked = sorted(aurocs, key=lambda finding: aurocs[finding])
         if len(ranked) > 1:
@@ -100,62 +98,58 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> list[str]:
         known = {f: (a.low, a.high) for f, a in shown.items() if a.low is not None and a.high is not None}
         chance = [f for f, (low, high) in known.items() if low <= 0.5 <= high]
         if chance:
-            sentences.append(f"Not distinguishable from chance: {_list_findings(chance)}.")
+            remarks.append(f"Not distinguishable from chance: {_list_findings(chance)}.")
         inverted = [f for f in ranked if aurocs[f] == 0.0 or (f in known and known[f][1] < 0.5)]
         if inverted:
             sentences.append(f"Worse than chance: {_list_findings(inverted)}. Check for inverted scores or labels.")
     cautioned = [finding for finding, found in findings.items() if found.caution]
     if cautioned:
-        sentences.append(f"Interpret the intervals of {_list_findings(cautioned)} with caution (see the remarks).")
+        remarks.append(f"Interpret the intervals of {_list_findings(cautioned)} with caution (see the remarks).")
     undefined = [finding for finding, found in findings.items() if found.auroc.value is None]
     if undefined:
-        sentences.append(f"AUROC is undefined for {_list_findings(undefined)}; the remarks give the reason.")
-    return sentences
+        remarks.append(f"AUROC is undefined for {_list_findings(undefined)}; the remarks give the reason.")
+    return sentences, remarks
 
 
-def _summarize_comparisons(result: ReportResult) -> list[str]:
-    """Return one sentence per reference standard, comparator, subgroup analysis and drift check."""
-    sentences = []
+def _summarize_comparators(result: ReportResult) -> dict[str, list[str]]:
+    """Return a sentence on each reference standard and comparator, and on drift."""
+    sections = {}
     if result.consensus is not None:
         consensus = result.consensus
-        macro = consensus.evaluation.macro.auroc.shown
+        macro, reason = consensus.evaluation.macro.auroc.shown, consensus.evaluation.macro.headline_reason
         shown = f"the macro AUROC is {_format(macro)}" if macro.value is not None else "AUROC is undefined"
+        shown = shown if reason is None else f"no macro AUROC is stated: {reason}"
         cautioned = [name for name, found in consensus.evaluation.findings.items() if found.caution]
         warning = f" Interpret the intervals of {_list_findings(cautioned)} with caution." if cautioned else ""
         source = consensus.reference.source
-        sentences.append(f"Against {source}, on {count_of(consensus.n_images, 'image')}, {shown}.{warning}")
+        sections["consensus"] = [f"Against {source}, on {count_of(consensus.n_images, 'image')}, {shown}.{warning}"]
     if result.compared is not None:
         other, paired = result.compared.other, result.compared.macro
         if paired.difference is None:
-            sentences.append(f"The macro AUROC cannot be compared with {other}: {paired.reason}.")
+            sections["compared"] = [f"The macro AUROC cannot be compared with {other}: {paired.reason}."]
         else:
             interval = "no interval"
             if paired.low is not None and paired.high is not None:
                 zero = "excludes" if paired.low > 0 or paired.high < 0 else "includes"
-                interval = f"95% interval {paired.low:+.3f} to {paired.high:+.3f}, which {zero} 0"
-            sentences.append(
-                f"The macro AUROC minus that of {other} is {paired.difference:+.3f} ({interval}) on the same "
-                f"{count_of(result.compared.n_images, 'image')}."
-            )
-    groups = result.labelled.subgroups if result.labelled else None
-    if isinstance(groups, Subgroups):
-        summary = groups.single.summary
-        sentences.append(f"Subgroups: {summary}." if groups.single.made else f"{html.capitalise(summary)}.")
-    if result.labelled and isinstance(result.labelled.underdiagnosis, Underdiagnosis):
-        sentences += _summarize_underdiagnosis(result.labelled.underdiagnosis)
+                ends = " to ".join(html.format_difference(end) for end in (paired.low, paired.high))
+                interval = f"95% interval {ends}, which {zero} 0"
+            sections["compared"] = [
+                f"The macro AUROC minus that of {other} is {html.format_difference(paired.difference)} ({interval}) on "
+                f"the same {count_of(result.compared.n_images, 'image')}."
+            ]
     overall = result.boxes.localisation.overall if result.boxes else None
     if overall is not None and overall.hit_rate.value is not None:
-        sentences.append(
+        sections["localisation"] = [
             f"Heat maps peak in or within {TOLERANCE:.0f} pixels of the radiologist's box in "
             f"{html.format_percent(overall.hit_rate.value, 0)} of {count_of(overall.n, 'case')}, against "
             f"{html.format_percent(overall.chance, 0)} for a random point and at most "
             f"{html.format_percent(overall.ceiling, 0)} for the best possible maps of the same size."
-        )
+        ]
     if result.drift is not None:
         measured = result.drift.measured
         baseline = " and ".join(dict.fromkeys(measured.baselines.values()))  # two of them in older recalibrated bundles
-        sentences.append(f"Drift of {result.drift.images} from {baseline}. {measured.summary}")
-    return sentences
+        sections["flags"] = [f"Drift from {baseline}. {measured.summary}"]
+    return sections
 
 
 def _summarize_underdiagnosis(found: Underdiagnosis) -> list[str]:
@@ -179,10 +173,6 @@ def _summarize_underdiagnosis(found: Underdiagnosis) -> list[str]:
         return [f"{sentence} No group clearly differs from the largest one after correction for {corrected}."]
     few = f"No group is tested against the largest one: that takes {CLAIM_PATIENTS} patients with a finding in both."
     return [f"{sentence} {few}" if found.groups else sentence]
-
-
-def _was(count: int) -> str:
-    return "was" if count == 1 else "were"
 
 
 def _format_rate(rate: Rate) -> str:

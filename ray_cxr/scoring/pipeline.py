@@ -33,7 +33,9 @@ import pyarrow.parquet as pq
 from ray_cxr import cluster
 from ray_cxr.data import manifest as manifests
 from ray_cxr.errors import ErrorRateExceeded, OutputError
+from ray_cxr.evaluation import usability
 from ray_cxr.imaging.overlays import HEATMAPS
+from ray_cxr.progress import Stage
 from ray_cxr.scoring import heatmaps, inputs, ranges
 from ray_cxr.scoring.actors import ModelActor, ScoreActor, decode_task
 from ray_cxr.scoring.heatmaps import HeatMapActor, HeatMapReport
@@ -70,7 +72,10 @@ def score(request: ScoreRequest, start_ray: StartRay = contextlib.nullcontext) -
     """
     started = time.monotonic()
     times = {"command": request.started_at or time.time()}
-    plan = plan_run(request)
+    with Stage("checking the model and the images"):
+        plan = plan_run(request)
+    for warning in usability.warn_of_model(plan.bundle.info):
+        logger.warning("WARNING: %s", warning.text)
     times["checks"] = time.time()
     if request.dry_run:
         return preview_run(plan)
@@ -228,6 +233,11 @@ def _draw_maps(plan: ScorePlan, job: ScoreJob, pool: ActorPlan | None) -> HeatMa
 
 def _count_rows(plan: ScorePlan, run: str) -> Counter[str]:
     """Count rows by status from the files, and check that they are the rows of the input, in order, by this model."""
+    with Stage("checking the scores"):
+        return _count_codes(plan, run)
+
+
+def _count_codes(plan: ScorePlan, run: str) -> Counter[str]:
     counts: Counter[str] = Counter()
     folder, ids = plan.out / SCORES, plan.rows.ids
     parts = [ranges.part_path(plan.out, range_.index) for range_ in plan.ranges]

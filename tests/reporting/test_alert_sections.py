@@ -117,8 +117,8 @@ def test_reading_order_is_that_of_the_worklist(tmp_path: Path) -> None:
 
 def test_most_images_flagged_is_a_warning(evaluated: Report, tmp_path: Path) -> None:
     share = evaluated.metrics["alerts"]["rules"][0]["shares"]["images_flagged"]["value"]
-    warned = any("at least one flag" in note for note in evaluated.metrics["notes"])
-    assert warned == (share > 0.5)
+    kinds = [warning["kind"] for warning in evaluated.metrics["warnings"]]
+    assert ("most_images_flagged" in kinds) == (share > 0.5)
     archive = Archive(tmp_path, patients=20)
     archive.threshold = 0.02
     for rule, advised in (("youden", "any_flag_rate=0.3"), ("any_flag_rate=0.3", "recalibrate"), (None, "")):
@@ -128,9 +128,13 @@ def test_most_images_flagged_is_a_warning(evaluated: Report, tmp_path: Path) -> 
             pq.write_table(pq.read_table(f"{scores}/scores"), tmp_path / "other.parquet")
             scores = str(tmp_path / "other.parquet")
         found = report(archive, tmp_path / f"report {rule}", scores=scores)
-        (note,) = [note for note in found.metrics["notes"] if "at least one flag" in note]
-        assert advised in note
-        assert ("any_flag_rate" in note, "recalibrate" in note) == (rule is not None, rule == "any_flag_rate=0.3")
+        (warning,) = [one for one in found.metrics["warnings"] if one["kind"] == "most_images_flagged"]
+        assert warning["text"] in found.page
+        assert warning["text"] in (found.out / "report.md").read_text(encoding="utf-8")
+        advice = warning["advice"]
+        assert advised in advice
+        assert (advice in found.metrics["notes"]) == bool(advice)
+        assert ("any_flag_rate" in advice, "recalibrate" in advice) == (rule is not None, rule == "any_flag_rate=0.3")
         assert ("With the rule" in found.page) == (rule is not None)
     # More images have a finding than a limit of 10% allows to flag.
     archive.threshold = 0.95
