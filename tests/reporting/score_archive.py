@@ -152,6 +152,7 @@ def without_drawing(*, images: bool = False) -> Iterator[None]:
         patch.setattr(figure_set, "draw_evaluation", lambda *_: {})
         if not images:
             patch.setattr(worklist_page, "add_images", lambda studies, *_: studies)
+        patch.setenv("SOURCE_DATE_EPOCH", "1700000000")
         patch.setattr("plotly.offline.get_plotlyjs", lambda: "window.Plotly = {};")
         yield
 
