@@ -224,7 +224,7 @@ def _read_part(file: Path, content: pa.NativeFile, bundle: Bundle, folder: Path)
     if others:
         raise ConfigError(
             f"{folder}: {others:,} of {len(table):,} rows of {file.name} were not scored with {bundle.location} "
-            f"(digest {bundle.digest[:12]}); run: ray-cxr score --model {bundle.location}"
+            f"(digest {bundle.digest[:12]}); run: ray-cxr score {bundle.location}"
         )
     wanted = [f"p_{name}" for name in bundle.findings]
     differing = sorted({*p} ^ {*wanted})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_cxr.data import identity, manifest
@@ -119,13 +120,17 @@ def _describe_split(split: str | None, info: Mapping[str, Any]) -> str:
 
 def join_labels(table: Scores, path: str | Path, split: str | None) -> EvaluationSet:
     """Join scores with a manifest's rows of a split, or with all rows."""
-    path, labelled = str(path), manifest.read_manifest(path)
+    return join_table(table, manifest.read_manifest(path), str(path), split)
+
+
+def join_table(table: Scores, labelled: pa.Table, path: str, split: str | None) -> EvaluationSet:
+    """Join scores with the rows of a checked manifest; `path` names it in messages."""
     ids = read_texts(labelled, "image_id", path)
     if not len(ids):
-        raise InputError(f"--labels {path}: holds no rows; make it again with `ray-cxr manifest`")
+        raise InputError(f"{path}: holds no rows; make it again with `ray-cxr manifest`")
     if all(labelled[name].null_count == len(ids) for name in LABELS):
         remedy = "no image has a label; make one from a table with labels"
-        raise InputError(f"--labels {contents.explain(path, 'a manifest with labels', remedy)}")
+        raise InputError(contents.explain(path, "a manifest with labels", remedy))
     chosen = _select_split(read_texts(labelled, "split", path), split, path)
     rows_of_labels = identity.find_ids(ids, table.ids)
     rows = rows_of_labels[chosen]
@@ -169,7 +174,7 @@ def _select_split(splits: np.ndarray, split: str | None, path: str | Path) -> np
     if split is None:
         return np.ones(len(splits), dtype=bool)
     if all(value is None for value in splits):
-        raise InputError(f"--split {split}: {path} has no splits; omit --split, or use a manifest with splits")
+        raise InputError(f"--split {split}: {path} has no splits; omit --split, or make it again with --split patient")
     chosen = np.asarray(splits == split)
     if not chosen.any():
         known = ", ".join(sorted({value for value in splits if value is not None}))

@@ -86,7 +86,7 @@ def check_leakage(
         remedy = (
             "Use a manifest whose test split excludes them"
             if split
-            else "Add `--labels M.parquet` with `--split test`, or use a table that excludes them"
+            else "Add `--manifest M.parquet` with `--split test`, or use a table that excludes them"
         )
         raise LeakError(
             f"{table.source}: {int(same.sum()):,} images and {len(shared):,} patients of {population} trained this "

@@ -155,11 +155,11 @@ def _check_options(
     if split is not None and split not in manifest.SPLITS:
         raise InputError(f"--split {split}: use train, val or test")
     if split is not None and labels is None:
-        raise InputError(f"--split {split}: needs --labels, whose rows it selects")
+        raise InputError(f"--split {split}: needs --manifest, whose rows it selects")
     if compare is not None and labels is None:
-        raise InputError(f"--compare {compare}: needs --labels, to compute the AUROC of both tables")
+        raise InputError(f"--compare {compare}: needs --manifest, to compute the AUROC of both tables")
     if prevalence is not None and labels is None and consensus is None:
-        raise InputError(f"--prevalence {prevalence}: needs --labels or --consensus, to measure sensitivity")
+        raise InputError(f"--prevalence {prevalence}: needs --manifest or --consensus, to measure sensitivity")
     if n_resamples < 1:
         raise InputError(f"n_resamples is {n_resamples}; it must be at least 1")
 

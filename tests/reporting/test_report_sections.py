@@ -158,8 +158,8 @@ def test_unusable_tables_are_refused(archive: Archive, tmp_path: Path) -> None:
         (boxes, InputError, "--heatmaps 14"),
         (boxes, InputError, "--boxes .*none of its 1 images"),
         (other, InputError, "--consensus .*none of its 1 images"),
-        ({"compare": scores}, InputError, "--compare .* needs --labels"),
-        ({"prevalence": "p.toml"}, InputError, "--prevalence p.toml: needs --labels or --consensus"),
+        ({"compare": scores}, InputError, "--compare .* needs --manifest"),
+        ({"prevalence": "p.toml"}, InputError, "--prevalence p.toml: needs --manifest or --consensus"),
         ({"labels": labels, "prevalence": tmp_path / "none.toml"}, InputError, r"none\.toml"),
         ({"consensus": tmp_path / "none.csv"}, TableError, r"none\.csv"),
     ]
