@@ -77,8 +77,8 @@ def run_demo(
         ["prepare", str(manifest), "--out", str(prepared), "--size", str(SIZE)],
         *search,
         ["train", str(prepared), "--out", str(model), *training],
-        ["score", "--model", str(model / "bundle"), "--manifest", str(manifest), "--out", str(scores), *MAPS],
-        ["report", str(scores), "--labels", str(manifest), "--split", "test", "--out", str(report)],
+        ["score", str(model / "bundle"), "--manifest", str(manifest), "--out", str(scores), *MAPS],
+        ["report", str(scores), "--manifest", str(manifest), "--split", "test", "--out", str(report)],
     ]
     for step in steps:
         on_event("")
