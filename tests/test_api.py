@@ -14,6 +14,7 @@ from ray_cxr import extras
 
 MODULES = (
     "ray_cxr",
+    "ray_cxr.api",
     "ray_cxr.cli",
     "ray_cxr.data.manifest",
     "ray_cxr.data.prepared",
@@ -27,7 +28,18 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 
 def test_public_names_and_version() -> None:
-    assert ray_cxr.__all__ == ["FINDINGS", "Bundle", "RayCxrError", "__version__", "load_bundle"]
+    assert ray_cxr.__all__ == [
+        "FINDINGS",
+        "Bundle",
+        "HeatMap",
+        "RayCxrError",
+        "__version__",
+        "evaluate",
+        "load_bundle",
+        "plot_calibration",
+        "train",
+        "worklist",
+    ]
     assert ray_cxr.__version__ == PROJECT["version"]
     with pytest.raises(AttributeError, match="load_model"):
         _ = ray_cxr.load_model  # type: ignore[attr-defined]

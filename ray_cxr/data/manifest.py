@@ -58,6 +58,14 @@ def read_manifest(path: str | Path) -> pa.Table:
         return file.read()
 
 
+def check_manifest(table: pa.Table, name: str) -> pa.Table:
+    """Return the columns of a manifest in memory, checked as by `read_manifest`; `name` starts messages."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    with pq.ParquetFile(pa.BufferReader(sink.getvalue())) as file:
+        return ManifestFile(name, file).read()
+
+
 @contextmanager
 def open_manifest(path: str | Path) -> Iterator[ManifestFile]:
     """Open a manifest to read single columns or batches."""

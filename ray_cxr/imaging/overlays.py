@@ -23,10 +23,12 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_cxr.config import InputSpec
 from ray_cxr.errors import TableError
+from ray_cxr.imaging.decode import load_image
 from ray_cxr.imaging.resize import locate_in_input, resize
 from ray_cxr.storage import remote
 
@@ -105,6 +107,18 @@ class HeatMap:
         """Return the map on the pixels of the original, or of a smaller copy: float32 [H,W]."""
         return project_cells(self.cells, self.area, shape or self.image_shape)
 
+    def draw(self, image: str | Path | np.ndarray, *, side: int = 512) -> np.ndarray:
+        """Draw the map over its image: uint8 RGB [H,W,3], whose longer side has `side` pixels.
+
+        Args:
+            image: the original, a path or URI or uint8 [H,W]. Its text, such as a burned-in name, stays visible.
+
+        Raises:
+            ImageError: the file cannot be read.
+        """
+        pixels = image if isinstance(image, np.ndarray) else load_image(str(image))
+        return draw_overlay(pixels, self.cells, self.area, side=side)
+
 
 def read_heatmaps(scores: str | Path, image_ids: Collection[str] | None = None) -> dict[tuple[str, str], HeatMap]:
     """Read the heat maps in a folder that `score --heatmaps` wrote, by image_id and finding. If `image_ids` is None,
@@ -119,12 +133,15 @@ def read_heatmaps(scores: str | Path, image_ids: Collection[str] | None = None) 
     parts = _list_parts(folder)
     if not parts:
         raise TableError(f"{scores}: has no heat maps; make them with `ray-cxr score ... --heatmaps K`")
-    wanted = None if image_ids is None else set(image_ids)
+    wanted = None if image_ids is None else pa.array(image_ids, pa.string())
     maps: dict[tuple[str, str], HeatMap] = {}
     for part, file in zip(parts, remote.read_files(parts), strict=True):
         try:
-            for row in pq.read_table(file, columns=SCHEMA.names).cast(SCHEMA).to_pylist():
-                if row["finding"] is not None and (wanted is None or row["image_id"] in wanted):
+            table = pq.read_table(file, columns=SCHEMA.names).cast(SCHEMA)
+            if wanted is not None:  # rows as Python objects take much longer than the file
+                table = table.filter(pc.is_in(table["image_id"], wanted))
+            for row in table.to_pylist():
+                if row["finding"] is not None:
                     maps[row["image_id"], row["finding"]] = _parse_row(row, folder)
         except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):
             raise TableError(f"{part}: damaged or not a file of heat maps; remove it and draw them again") from None

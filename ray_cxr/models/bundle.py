@@ -31,10 +31,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from ray_cxr.config import InputSpec, build
-from ray_cxr.errors import BundleError, ConfigError
+from ray_cxr.config import HeatMapMethod, InputSpec, build
+from ray_cxr.errors import BundleError, ConfigError, ImageError
 from ray_cxr.evaluation.calibration import Calibration
 from ray_cxr.evaluation.quality import QualityModel, judge_images
+from ray_cxr.imaging.overlays import HeatMap, compute_area
 from ray_cxr.imaging.resize import resize
 from ray_cxr.imaging.sandbox import Decoder, Failure
 from ray_cxr.labels import LABELS
@@ -267,6 +268,82 @@ class Bundle:
         table = predictions.assemble(rows, probabilities, failures, self.rules, flags, header_flags, spread)
         frame: pd.DataFrame = table.to_pandas()
         return frame
+
+    def explain(
+        self,
+        images: Sequence[str | Path | np.ndarray] | np.ndarray,
+        finding: str | None = None,
+        *,
+        method: HeatMapMethod = "gradcam",
+    ) -> list[HeatMap]:
+        """Compute heat maps, which show the regions that support a finding according to the model. Needs no Ray.
+
+        Args:
+            images: as for `predict`.
+            finding: a finding of this bundle; None: each image's top finding.
+            method: `gradcam`, `hirescam` or `occlusion` (slow, works for every bundle).
+
+        Returns:
+            One map per image, in order. `cells` are float32 [h,w] in units of the finding's logit, 0 and above; `p` is
+            the raw probability; `project(shape)` scales the cells to pixels, and `draw(image)` draws them over it.
+
+        Raises:
+            ConfigError: the bundle does not predict the finding, or holds only a graph (use `occlusion`).
+            ImageError: a file cannot be read; its `code` is one of docs/scoring.md.
+            ValueError: an array is not uint8 [H,W].
+        """
+        if finding is not None and finding not in self.findings:
+            raise ConfigError(f"finding {finding!r}: this bundle predicts {', '.join(self.findings)}")
+        items = [images] if isinstance(images, (str, Path)) else list(images)
+        pixels = np.zeros((len(items), self.input_spec.size, self.input_spec.size, 1), np.uint8)
+        shapes: list[tuple[int, int]] = []
+        with self._borrow_decoder() as decoder:
+            for i, item in enumerate(items):
+                if isinstance(item, np.ndarray):
+                    pixels[i, ..., 0], shape = resize(item, self.input_spec), (item.shape[0], item.shape[1])
+                else:
+                    loaded = decoder.load(str(item))
+                    if isinstance(loaded, Failure):
+                        raise ImageError(loaded.code, f"{item}: {loaded.message}")
+                    assert loaded.shape is not None
+                    pixels[i, ..., 0], shape = loaded.images[0], loaded.shape
+                shapes.append(shape)
+        if not items:
+            return []
+        cam = self._cached_cam(method)
+        number = 0 if finding is None else self.findings.index(finding)
+        numbers = np.full((len(items), 1), number, np.int32)
+        maps, p = cam.explain(pixels, numbers)
+        order = predictions.order_findings(p, self.rules)
+        if finding is None:
+            numbers = order[:, :1].astype(np.int32)
+            maps, p = cam.explain(pixels, numbers)
+        return [
+            HeatMap(
+                image_id=f"array_{i}" if isinstance(item, np.ndarray) else file_name(str(item)),
+                finding=self.findings[numbers[i, 0]],
+                rank=1 + int(np.append(order[i], numbers[i]).tolist().index(numbers[i, 0])),  # No_Finding is the last
+                p=float(p[i, numbers[i, 0]]),
+                cells=maps[i, 0],
+                area=compute_area(self.input_spec, *shapes[i]),
+                image_shape=shapes[i],
+                overlay=None,
+            )
+            for i, item in enumerate(items)
+        ]
+
+    def _cached_cam(self, method: HeatMapMethod) -> Any:
+        """Return the object that computes heat maps, which takes seconds to build."""
+        from ray_cxr.models import explain, occlusion  # `explain` imports Keras
+
+        cache: dict[str, Any] = self.__dict__.setdefault("_cams", {})
+        if method not in cache:
+            cache[method] = (
+                occlusion.Occlusion(self._cached_runtime(4, "auto"))
+                if method == "occlusion"
+                else explain.GradCam(self.model(), method)
+            )
+        return cache[method]
 
     @contextlib.contextmanager
     def _borrow_decoder(self) -> Iterator[Decoder]:

@@ -129,6 +129,12 @@ def read_scores(path: str | Path) -> Scores:
     )
 
 
+def read_score_table(table: pa.Table, name: str) -> Scores:
+    """Check a table of predictions in memory, whose training images are unknown; `name` starts messages."""
+    origin: dict[str, Any] = {"is_own": False, "folder": None, "run_folder": None, "training": None}
+    return _Columns(table, name).to_scores(**origin, model={}, run={})
+
+
 @dataclass(frozen=True)
 class Location:
     """A file or folder, local or behind a URI that Arrow can open."""

@@ -36,15 +36,17 @@ class Worklist:
 
     def to_csv(self) -> str:
         """Return worklist.csv."""
-        return format_csv(
-            {
-                "priority": self.priority,
-                "abnormality": self.abnormality,
-                **{name: [line[name] for line in self.lines] for name in self.lines[0]},
-                **{f"p_{finding}": values for finding, values in self.p.items()},
-                **{f"c_{finding}": values for finding, values in self.c.items()},
-            }
-        )
+        return format_csv(self.to_columns())
+
+    def to_columns(self) -> dict[str, Any]:
+        """Return the columns of worklist.csv, lists of text and arrays of numbers."""
+        return {
+            "priority": self.priority,
+            "abnormality": self.abnormality,
+            **{name: [line[name] for line in self.lines] for name in self.lines[0]},
+            **{f"p_{finding}": values for finding, values in self.p.items()},
+            **{f"c_{finding}": values for finding, values in self.c.items()},
+        }
 
 
 def build_worklist(table: Scores) -> Worklist:
