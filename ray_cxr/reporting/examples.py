@@ -104,7 +104,7 @@ def _describe_patient(images: EvaluationSet, case: int) -> str:
 
 
 def select_heatmaps(table: Scores, images: EvaluationSet, builder: CaseBuilder) -> list[Band]:
-    """Select the best and worst predictions among those with a heat map, with evidence if possible.
+    """Select the best and worst predictions among those whose heat map shows evidence.
 
     The best predictions are flagged positives with the highest scores. The worst are missed positives with the lowest
     scores and flagged negatives with the highest scores. A band takes one case per finding before a second case of a
@@ -125,7 +125,7 @@ def select_heatmaps(table: Scores, images: EvaluationSet, builder: CaseBuilder) 
                 heatmap = maps.get((table.ids[images.rows[case]], finding))
                 if heatmap is not None:
                     ranked.append((heatmap.evidence == 0, sign * float(p[case]), finding, int(case)))
-        bands.append((title, ranked))
+        bands.append((title, _prefer_evidence(ranked)))
     groups = []
     for title, chosen in _choose_cases(bands, _HEATMAPS):
         cases = []
@@ -148,7 +148,7 @@ def select_localised(table: Scores, images: EvaluationSet | None, boxes: BoxResu
             for (image_id, finding), hit in boxes.localisation.hits.items()
             if (hit >= 0.5) == is_hit and finding in table.p
         ]
-        bands.append((title, ranked))
+        bands.append((title, _prefer_evidence(ranked)))
     groups = []
     for title, chosen in _choose_cases(bands, _HEATMAPS):
         cases: list[Case] = []
@@ -158,6 +158,11 @@ def select_localised(table: Scores, images: EvaluationSet | None, boxes: BoxResu
             cases.append(add_heatmap(built, maps.get((built.image_id, finding))))
         groups.append((title, cases))
     return groups
+
+
+def _prefer_evidence(ranked: list[_Candidate]) -> list[_Candidate]:
+    """Return the candidates whose first key is 0, maps with evidence, or a single one without evidence."""
+    return [candidate for candidate in ranked if not candidate[0]] or sorted(ranked)[:1]
 
 
 def _read_maps(table: Scores, rows: np.ndarray) -> dict[tuple[str, str], HeatMap]:

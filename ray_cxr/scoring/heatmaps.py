@@ -79,6 +79,8 @@ class HeatMapReport:
         images: number of images that have maps, those of earlier runs included.
         maps: number of maps of these images.
         overlays: number of maps that are also drawn over their image.
+        flagged: number of flagged findings in these images.
+        flagged_without_map: number of flagged findings that are not among the image's findings with a map.
         without_evidence: number of maps that are zero everywhere.
         failures: number of images that were scored but not drawn, by error code.
         drawn_now: number of images that this run drew.
@@ -89,6 +91,8 @@ class HeatMapReport:
     images: int = 0
     maps: int = 0
     overlays: int = 0
+    flagged: int = 0
+    flagged_without_map: int = 0
     without_evidence: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     drawn_now: int = 0
@@ -107,6 +111,11 @@ class HeatMapReport:
             lines[0] += f"; {self.drawn_now:,} images drawn now in {self.seconds:.0f} s ({rate})"
         if self.without_evidence:
             lines.append(f"heat maps: {self.without_evidence:,} are empty: no region of the image supports the finding")
+        if self.flagged_without_map:
+            lines.append(
+                f"heat maps: {self.flagged_without_map:,} of {self.flagged:,} flagged findings have none, because they "
+                "are not among the K highest of their image; a larger --heatmaps K draws them"
+            )
         if self.failures:
             codes = ", ".join(f"{code} {n:,}" for code, n in self.failures.most_common())
             lines.append(f"heat maps: {self.failures.total():,} images that were scored could not be drawn: {codes}")
@@ -120,6 +129,8 @@ class HeatMapReport:
             "images": self.images,
             "maps": self.maps,
             "drawn": self.overlays,
+            "flagged": self.flagged,
+            "flagged_without_map": self.flagged_without_map,
             "without_evidence": self.without_evidence,
             "failed": dict(sorted(self.failures.items())),
             "last_run": {
@@ -184,19 +195,30 @@ def find_pending(out: Path, indices: Iterable[int], run: str, request: HeatMapRe
     return pending
 
 
-def count_maps(out: Path, all_ranges: Sequence[Range]) -> HeatMapReport:
+def count_maps(out: Path, all_ranges: Sequence[Range], findings: Sequence[str]) -> HeatMapReport:
     """Count maps from their files, and check that each scored image has its maps or an error."""
     report = HeatMapReport()
     maps = remote.read_files(map_path(out, range_.index) for range_ in all_ranges)
     scores = remote.read_files(part_path(out, range_.index) for range_ in all_ranges)
     for range_, map_file, score_file in zip(all_ranges, maps, scores, strict=True):
         part = map_path(out, range_.index)
-        scored = _read_scored(part_path(out, range_.index), score_file, ["image_id"])["image_id"].to_pylist()
-        table = ranges.read_part(part, map_file, ["image_id", "evidence", "overlay", "error_code"])
+        flags = {name: f"flag_{name}" for name in findings if name != NO_FINDING}
+        rows = _read_scored(part_path(out, range_.index), score_file, ["image_id", *flags.values()])
+        scored = rows["image_id"].to_pylist()
+        table = ranges.read_part(part, map_file, ["image_id", "finding", "evidence", "overlay", "error_code"])
         ids = table["image_id"].to_pylist()
         if list(dict.fromkeys(ids)) != scored:
             raise OutputError(f"{part}: does not match its file of scores; remove it and run score again")
         codes = table["error_code"].drop_null().to_pylist()
+        failed = set(table.filter(table["error_code"].is_valid())["image_id"].to_pylist())
+        flagged = {
+            (image_id, name)
+            for name, column in flags.items()
+            for image_id in rows.filter(rows[column])["image_id"].to_pylist()
+            if image_id not in failed
+        }
+        report.flagged += len(flagged)
+        report.flagged_without_map += len(flagged.difference(zip(ids, table["finding"].to_pylist(), strict=True)))
         report.failures.update(codes)
         report.images += len(scored) - len(codes)
         report.maps += len(ids) - len(codes)

@@ -39,7 +39,7 @@ from ray_cxr.progress import Stage
 from ray_cxr.scoring import heatmaps, inputs, ranges
 from ray_cxr.scoring.actors import ModelActor, ScoreActor, decode_task
 from ray_cxr.scoring.heatmaps import HeatMapActor, HeatMapReport
-from ray_cxr.scoring.plan import KIND, REMEDY, ScorePlan, ScoreReport, ScoreRequest, plan_run, preview_run
+from ray_cxr.scoring.plan import KIND, REMEDY, ScorePlan, ScoreReport, ScoreRequest, plan_run
 from ray_cxr.scoring.pool import ActorPlan, build_dataset, plan_drawing, plan_scoring, run_tasks, show_files
 from ray_cxr.scoring.ranges import INPUT, SCORES, ScoreJob, TaskResult
 from ray_cxr.storage import atomic, remote, run_folder
@@ -77,13 +77,11 @@ def score(request: ScoreRequest, start_ray: StartRay = contextlib.nullcontext) -
     for warning in usability.warn_of_model(plan.bundle.info):
         logger.warning("WARNING: %s", warning.text)
     times["checks"] = time.time()
-    if request.dry_run:
-        return preview_run(plan)
     report = ScoreReport(rows=plan.settings["rows"], notes=plan.rows.notes)
     if not plan.has_work and not request.fresh and run_folder.is_complete(plan.out):
         report.counts = _count_rows(plan, run_folder.digest_settings(plan.out))
         if plan.drawing is not None:
-            report.heatmaps = heatmaps.count_maps(plan.out, plan.ranges)
+            report.heatmaps = heatmaps.count_maps(plan.out, plan.ranges, plan.bundle.findings)
     else:
         with run_folder.lock(plan.out, "score"):
             with start_ray() if plan.has_work else contextlib.nullcontext():
@@ -226,7 +224,7 @@ def _draw_maps(plan: ScorePlan, job: ScoreJob, pool: ActorPlan | None) -> HeatMa
         with show_files("heat maps", out / HEATMAPS, plan.ranges, done, heatmaps.count_failures, "score --heatmaps"):
             drawn = sum(result.images for result in results)
         heatmaps.remove_orphans(out, before, plan.ranges)
-    report = heatmaps.count_maps(out, plan.ranges)
+    report = heatmaps.count_maps(out, plan.ranges, plan.bundle.findings)
     report.drawn_now, report.seconds = drawn, time.monotonic() - started
     return report
 
