@@ -23,7 +23,7 @@ from rich.text import Text
 #: Without a terminal, seconds between two lines about the same work; after `_LONG_S` seconds of it, a longer time.
 LINE_EVERY_S, _LONG_S, _LONG_EVERY_S = 15.0, 300.0, 60.0
 #: Without a terminal, the longest silence before a line says what the command does. Wrong arguments end it earlier.
-SILENT_S = 1.5
+SILENT_S = 1.2
 #: A stage that is shorter is not worth a line or a spinner.
 _SHORT_S = 0.2
 _WIDEST_BAR = 30
@@ -108,10 +108,12 @@ class Stage:
     Args:
         text: The work, such as `starting Ray`.
         at_once: Whether the work always takes long, so that its line does not wait.
+        in_log: Whether there is a line without a terminal. Imports have none, because a wrong argument that is found
+            after them must remain one line.
     """
 
-    def __init__(self, text: str, *, at_once: bool = False) -> None:
-        self._text, self._at_once = text, at_once
+    def __init__(self, text: str, *, at_once: bool = False, in_log: bool = True) -> None:
+        self._text, self._at_once, self._in_log = text, at_once, in_log
         self._lock, self._has_ended = threading.Lock(), False
         self._timer: threading.Timer | None = None
         self._live: Live | None = None
@@ -121,8 +123,8 @@ class Stage:
         self._start = time.monotonic()
         if self._at_once:
             self._show()
-        else:
-            self._schedule(_SHORT_S if is_live() else max(_SHORT_S, SILENT_S - (self._start - _printed_at)))
+        elif self._in_log or is_live():
+            self._schedule(self._find_delay())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -134,8 +136,19 @@ class Stage:
             _stop_live(self._live)
 
     def update(self, text: str) -> None:
-        """Replace the text, for example to show a count."""
+        """Replace the text, for example to show a count; a log has no line for it."""
         self._text = text
+
+    def change(self, text: str) -> None:
+        """Show what the command does next."""
+        with self._lock:
+            self._text, self._start = text, time.monotonic()
+            if self._live is None and self._timer is not None:
+                self._timer.cancel()
+                self._schedule(self._find_delay())
+
+    def _find_delay(self) -> float:
+        return _SHORT_S if is_live() else max(_SHORT_S, SILENT_S - (self._start - _printed_at))
 
     def _schedule(self, seconds: float) -> None:
         self._timer = threading.Timer(seconds, self._show)

@@ -118,9 +118,10 @@ def add_commands(commands: Any) -> None:
 
 def _quantize(arguments: argparse.Namespace) -> None:
     chosen = config.load(arguments.config, arguments.overrides, section="quantize").quantize
-    with explain_write_errors(arguments.out), Stage("checking the bundle and the prepared set"):
+    with Stage("checking the bundle", in_log=False):
         from ray_cxr.models import quantization
 
+    with explain_write_errors(arguments.out), Stage("measuring the ranges of the layers"):
         bundle = quantization.quantize(arguments.bundle, arguments.prepared, arguments.out, chosen, on_event=print_line)
     print_line(f"bundle: {bundle.location}")
     suggest_score(arguments.out, arguments.prepared, "--precision", "int8")
@@ -128,10 +129,11 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 def _recalibrate(arguments: argparse.Namespace) -> None:
     chosen = config.load(arguments.config, arguments.overrides, section="recalibrate").recalibrate
-    with Stage("fitting calibration and operating points"):
+    with Stage("checking the bundle", in_log=False):
         from ray_cxr.evaluation import usability
         from ray_cxr.models import recalibration
 
+    with Stage("fitting calibration and operating points"):
         bundle = recalibration.recalibrate(
             arguments.bundle, arguments.scores, arguments.labels, arguments.out, chosen, on_event=print_line
         )
@@ -160,7 +162,7 @@ def _recalibrate(arguments: argparse.Namespace) -> None:
 
 
 def _import_weights(arguments: argparse.Namespace) -> None:
-    with Stage("reading the weights"):
+    with Stage("reading the weights", in_log=False):
         from ray_cxr.models import importing
 
     options = importing.ImportOptions(
@@ -192,9 +194,10 @@ def _import_weights(arguments: argparse.Namespace) -> None:
 
 
 def _ensemble(arguments: argparse.Namespace) -> None:
-    with Stage("building and checking the model"):
+    with Stage("checking the bundles", in_log=False):
         from ray_cxr.models import ensembles
 
+    with Stage("building and checking the model"):
         bundle = ensembles.build_ensemble(arguments.bundles, arguments.out)
     members = bundle.info["provenance"]["ensemble"]["findings"]
     print_line(f"members per finding: {', '.join(f'{name} {count}' for name, count in members.items())}")
@@ -204,9 +207,10 @@ def _ensemble(arguments: argparse.Namespace) -> None:
 
 
 def _export_onnx(arguments: argparse.Namespace) -> None:
-    with explain_write_errors(arguments.out), Stage("exporting and checking the model"):
+    with Stage("checking the bundle", in_log=False):
         from ray_cxr.models import onnx_export
 
+    with explain_write_errors(arguments.out), Stage("exporting and checking the model"):
         drift = onnx_export.export_onnx(arguments.bundle, arguments.out)
     print_line(f"largest difference from Keras on the golden images, in ONNX Runtime: {drift:.1g}")
     print_line(f"model: {arguments.out}")

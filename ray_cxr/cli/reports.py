@@ -54,7 +54,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    with Stage("reading the scores"):
+    with Stage("reading the scores", in_log=False):
         from ray_cxr.reporting import report
 
     with explain_write_errors(arguments.out):
@@ -78,7 +78,7 @@ def _report(arguments: argparse.Namespace) -> None:
 def _export_sr(arguments: argparse.Namespace) -> None:
     if not arguments.out:
         raise ConfigError("--out: is empty; name a folder to write")
-    with Stage("reading the scores"):
+    with Stage("reading the scores", in_log=False):
         from ray_cxr.reporting import dicom_sr
 
     export = dicom_sr.export_sr(arguments.scores, arguments.out, arguments.replaces)

@@ -25,6 +25,7 @@ from ray_cxr import cluster, limits
 from ray_cxr.config import TrainSettings
 from ray_cxr.errors import RayCxrError, from_record, last_line, own_error
 from ray_cxr.models.bundle import Bundle
+from ray_cxr.progress import Stage
 from ray_cxr.storage import remote
 from ray_cxr.storage.run_folder import create_run, lock, remove_settings
 from ray_cxr.training import schedule, worker
@@ -71,7 +72,8 @@ def train(
             to `out`.
         RayCxrError: training failed.
     """
-    plan = plan_training(prepared, out, settings)
+    with Stage("checking the prepared set"):
+        plan = plan_training(prepared, out, settings)
     if plan.bundle is not None:
         on_event(f"train: {plan.out / 'bundle'} is finished already")
         if not (plan.out / CURVES).exists():
@@ -83,8 +85,9 @@ def train(
         cluster.require_shared(plan.out, {"PREPARED": remote.to_path(prepared), "weights": plan.settings.weights})
         with cluster.log_node_changes("train", on_event):
             fit(plan, use_gpu=use_gpu, callbacks=callbacks, started=started, on_event=on_event)
-        bundle = export_bundle(plan, plan.out / "bundle")
-        write_curves(plan.out, bundle)
+        with Stage("writing the bundle"):
+            bundle = export_bundle(plan, plan.out / "bundle")
+            write_curves(plan.out, bundle)
     return bundle
 
 

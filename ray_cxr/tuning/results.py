@@ -21,6 +21,7 @@ from ray_cxr.evaluation.confirmation import Confirmation
 from ray_cxr.evaluation.paired import PairedAuroc, paired_macro_auroc
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.models.bundle import Bundle, load_bundle
+from ray_cxr.progress import Stage
 from ray_cxr.reporting.search_page import write_search_page
 from ray_cxr.storage import atomic
 from ray_cxr.training.export import export_bundle
@@ -98,7 +99,8 @@ def export_best(
             return existing
     shutil.rmtree(new, ignore_errors=True)
     on_event(f"tune: exporting the bundle of trial {best}")
-    export_bundle(plan_training(plan.prepared, plan.folder(best), settings), new, more={"tuned": origin})
+    with Stage("writing the bundle"):
+        export_bundle(plan_training(plan.prepared, plan.folder(best), settings), new, more={"tuned": origin})
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
@@ -110,7 +112,8 @@ def export_best(
 def write_report(result: SearchResult, plan: StudyPlan) -> None:
     """Write the report with its figures and, last, summary.json; raise OutputError if a file cannot be written."""
     try:
-        write_search_page(plan.out, result.study, result.rows, result.facts, result.comparison)
+        with Stage("drawing figures"):
+            write_search_page(plan.out, result.study, result.rows, result.facts, result.comparison)
         atomic.write_json(plan.out / SUMMARY, {**result.facts, "comparison": result.comparison})
     except OSError as error:
         raise OutputError(f"{plan.out}: cannot write the report: {error.strerror or error}") from None
