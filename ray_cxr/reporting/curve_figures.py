@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
-from scipy.special import logit
+from scipy.special import expit, logit
 
 from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.bootstrap import RocBand
@@ -154,7 +154,7 @@ def plot_reading_order(found: ReadingOrder) -> Figure:
 
 def plot_learning_curves(epochs: Sequence[Mapping[str, Any]]) -> Figure:
     """Plot training loss, validation cross-entropy and validation AUROC per epoch; missing values are skipped."""
-    figure, axes = plots.create_grid(3, wide=3.1, high=2.2, margin=0.75)
+    figure, axes = plots.create_grid(3, wide=2.6, high=2.0, margin=0.75)
     numbers = [row["epoch"] for row in epochs if "epoch" in row]
     charts = (
         ("loss", "training loss", plots.BLUE),
@@ -250,10 +250,10 @@ def _draw_predictions(ax: Axes, panel: Reliability, end: float) -> None:
 
 
 def _find_end(panel: Reliability) -> float:
-    """Return a round number above all points and most predictions; intervals reach to twice the largest point."""
+    """Return a round number above all points and most predictions; intervals may leave the frame."""
     points = max(float(np.max(panel.predicted)), float(np.max(panel.observed)), 1e-4)
     highs = panel.high[~np.isnan(panel.high)]
-    reach = min(2 * points, float(highs.max())) if highs.size else 0.0
+    reach = min(1.25 * points, float(highs.max())) if highs.size else 0.0
     largest = max(1.04 * points, reach, float(np.quantile(panel.p, 0.99)))
     power = 10.0 ** math.floor(math.log10(largest))
     return min(1.0, next(step * power for step in (1, 2, 3, 4, 6, 8, 10) if largest <= step * power * (1 + 1e-9)))
@@ -317,7 +317,7 @@ def _choose_logit_ticks(low: float, high: float) -> tuple[list[float], list[str]
     tiers: list[Sequence[float]] = [
         (1e-4, 1e-2, 0.5, 0.99, 0.9999) if high - low > 12 else (1e-4, 1e-3, 1e-2, 0.1, 0.5, 0.9, 0.99, 0.999),
         (*(k * 10.0**-e for e in (4, 3, 2) for k in (1, 2, 5)), *(k / 10 for k in range(1, 10)), 0.95, 0.98, 0.99),
-        list(np.linspace(1 / (1 + math.exp(-low)), 1 / (1 + math.exp(-high)), 3)),
+        _round_apart(expit(np.linspace(low + 0.05 * (high - low), high - 0.05 * (high - low), 3))),
     ]
     for candidates in tiers:
         chosen: list[float] = []
@@ -329,6 +329,15 @@ def _choose_logit_ticks(low: float, high: float) -> tuple[list[float], list[str]
         if len(chosen) >= 3:
             break
     return [float(_logit(p)) for p in chosen], list(map(_format_tick, chosen))
+
+
+def _round_apart(values: np.ndarray) -> list[float]:
+    """Round values to the fewest digits, at least two, that keep them distinct."""
+    for digits in range(2, 17):
+        rounded = [float(f"{value:.{digits}g}") for value in values]
+        if len(set(rounded)) == len(rounded):
+            break
+    return rounded
 
 
 def _space(left: float, right: float) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.special import logit
 
 from ray_cxr.evaluation.net_benefit import DecisionCurve
@@ -36,15 +37,21 @@ def plot_net_benefit(curves: Mapping[str, DecisionCurve]) -> Figure:
         top = 1.1 * max(float(np.nanmax(1000 * np.append(curve.model.high, curve.model.value))), 1e-6)
         ax.set(xlim=(x[0], x[-1]), ylim=(-0.25 * top, top))
         ticks = np.array([0, len(x) // 2, len(x) - 1])
-        ax.set_xticks(x[ticks], [plots.format_percent(round(t, 4)) for t in curve.thresholds[ticks]])
+        ax.set_xticks(x[ticks], [plots.format_share(t) for t in curve.thresholds[ticks]])
         ax.set_xlabel("threshold probability (log-odds axis)", fontsize=8)
         ax.set_ylabel("net hits per 1,000 images", fontsize=8)
+        ax.yaxis.set_major_locator(MaxNLocator(5))
+        ax.yaxis.set_major_formatter(FuncFormatter(_format_hits))
         ax.tick_params(axis="y", labelsize=7.5)
         ax.grid(color=plots.FAINT, linewidth=0.6)
         ranges = [" to ".join(dict.fromkeys(map(plots.format_share, limits))) for limits in curve.benefit]
         more = f" and {len(ranges) - 2} more" if len(ranges) > 2 else ""
         plots.set_heading(ax, finding, f"useful: {', '.join(ranges[:2])}{more}" if ranges else "no benefit shown")
     return figure
+
+
+def _format_hits(value: float, _: int) -> str:
+    return f"{value:z,.3g}".replace("-", "−") if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def plot_selection(found: Mapping[str, Selection]) -> Figure:
@@ -62,7 +69,7 @@ def plot_selection(found: Mapping[str, Selection]) -> Figure:
         best = np.maximum(selection.curves["error_rate"].value[-1] - (1 - GRID), 0) / GRID
         ax.plot(GRID, best, color=plots.MUTED, linewidth=1, linestyle=plots.DASHED)
         ax.set(xlim=(GRID[0], 1), ylim=(-0.01, 1.01))
-        ax.set_xticks([0.5, 0.75, 0.9, 1], ["50%", "75%", "90%", "100%"])
+        ax.set_xticks([0.5, 0.75, 1], ["50%", "75%", "100%"])
         ax.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
         ax.set_xlabel("images kept, most certain first", fontsize=8)
         ax.grid(color=plots.FAINT, linewidth=0.6)
