@@ -133,7 +133,7 @@ def read_heatmaps(scores: str | Path, image_ids: Collection[str] | None = None) 
     parts = _list_parts(folder)
     if not parts:
         raise TableError(f"{scores}: has no heat maps; make them with `ray-cxr score ... --heatmaps K`")
-    wanted = None if image_ids is None else pa.array(image_ids, pa.string())
+    wanted = None if image_ids is None else pa.array(list(image_ids), pa.string())
     maps: dict[tuple[str, str], HeatMap] = {}
     for part, file in zip(parts, remote.read_files(parts), strict=True):
         try:

@@ -41,6 +41,7 @@ def build_table(result: Mapping[str, Any]) -> pa.Table:
         (consensus and consensus["digest"], _list_evaluation(consensus, "consensus") if consensus else ()),
         (boxes and boxes["digest"], _list_localisation(boxes) if boxes else ()),
         (None, _list_drift(drift) if drift else ()),
+        (None, _list_flagged(result["flagged"])),
         (labels, _list_alerts(result["alerts"])),
         (labels, _list_order(result["reading_order"] or {})),
         (labels, _list_ranking(result["abnormality"]) if result["abnormality"] else ()),
@@ -165,6 +166,13 @@ def _list_drift(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for finding, scores in found["scores"].items():
         names = {"section": "drift", "finding": finding, "n": scores["n"], "reason": scores["reason"]}
         yield {**names, "metric": "population stability index", "value": scores["psi"]}
+
+
+def _list_flagged(flagged: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    counts = {None: flagged["any_finding"], **flagged["findings"]}
+    for finding, entry in counts.items():
+        for metric in ("images", "share", "studies", "patients") if entry else ():
+            yield {"section": "flagged", "finding": finding, "metric": metric, "value": entry[metric], "n": entry["n"]}
 
 
 def _list_alerts(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
