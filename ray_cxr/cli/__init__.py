@@ -18,13 +18,14 @@ from ray_cxr.cli.output import print_line, report_lost_output
 from ray_cxr.errors import EXIT_INTERRUPTED, RayCxrError, one_line
 from ray_cxr.storage import remote
 
-#: Groups of the commands in the overview. The commands of the first one read each other's output, in this order.
+#: Groups of the commands in the overview. The commands of the workflow read each other's output, in this order.
 _GROUPS = {
+    "first steps": ("demo",),
     "workflow, each step reads what the step before wrote": ("manifest", "prepare", "train", "score", "report"),
-    "search, and third-party models": ("tune", "import-weights"),
-    "from a bundle (the model folder of train) to a new one": ("recalibrate", "quantize", "ensemble"),
+    "other ways to a bundle (the folder of a model)": ("tune", "import-weights"),
+    "from bundles to a new bundle": ("recalibrate", "quantize", "ensemble"),
     "exports": ("export-onnx", "export-sr"),
-    "first steps": ("demo", "completion"),
+    "shell": ("completion",),
 }
 
 
@@ -90,7 +91,7 @@ class _Program(CommandParser):
         for title, names in _GROUPS.items():
             lines += ["", f"{title}:"]
             lines += [wrap(self.commands.choices[name].summary, " " * 18, f"  {name:<16}") for name in names]
-        end = "`ray-cxr demo --out demo` is a good start. `ray-cxr COMMAND --help` explains options, with examples."
+        end = "Start with `ray-cxr demo --out demo`. `ray-cxr COMMAND --help` explains options, with examples."
         return "\n".join([*lines, "", wrap(end), ""])
 
 
@@ -105,7 +106,7 @@ def _build_parser() -> CommandParser:
         commands,
         "demo",
         _demo,
-        "run every step on synthetic radiographs, on a laptop, in minutes",
+        "run every step on synthetic radiographs, in minutes",
         ["--out demo", "--out demo-search --tune"],
     )
     demo.add_argument("--out", required=True, type=local_output, metavar="DIR", help="folder for all files of the demo")
@@ -114,7 +115,7 @@ def _build_parser() -> CommandParser:
         commands,
         "completion",
         lambda arguments: _print_completion(parser, arguments.shell),
-        "print a script that completes commands, options and files at the Tab key",
+        "print a script for completion with the Tab key",
         ["bash > ~/.local/share/bash-completion/completions/ray-cxr", "fish > ~/.config/fish/completions/ray-cxr.fish"],
     )
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL", help="bash, zsh or fish")

@@ -41,7 +41,7 @@ class CommandParser(argparse.ArgumentParser):
         place = self.add_argument(dest, type=any_path, metavar=metavar, nargs=nargs, help=text)
         named = self.add_argument(
             *names, dest=dest, type=any_path, metavar=metavar, nargs=nargs, default=argparse.SUPPRESS,
-            help=f"{metavar} by name instead of by its place",
+            help=f"another way to pass {metavar}",
         )  # fmt: skip
         self._inputs.append((place, named))
 

@@ -27,7 +27,7 @@ def add_commands(commands: Any) -> None:
         commands,
         "quantize",
         _quantize,
-        "add 8-bit weights to a bundle, for `score --precision int8`",
+        "add 8-bit weights, for `score --precision int8`",
         ["run/bundle prepared --out run/int8", "run/bundle prepared --out run/int8 --set images=500"],
     )
     bundle_help = "model, such as RUN/bundle of train"
@@ -41,7 +41,7 @@ def add_commands(commands: Any) -> None:
         commands,
         "recalibrate",
         _recalibrate,
-        "fit calibration and operating points of a bundle to your own labels",
+        "fit calibration and operating points to your own labels",
         [
             "run/bundle scores --manifest m.parquet --out local",
             "run/bundle scores --manifest m.parquet --out local2 --set min_positives=10",
@@ -65,7 +65,7 @@ def add_commands(commands: Any) -> None:
         commands,
         "ensemble",
         _ensemble,
-        "average several bundles in one",
+        "average the outputs of several bundles",
         ["run1/bundle run2/bundle --out ensemble", "run1/bundle run2/bundle run3/bundle --out ensemble3"],
     )
     ensemble.add_input("--bundle", metavar="BUNDLE", dest="bundles", text="models to average", nargs="+")
@@ -75,7 +75,7 @@ def add_commands(commands: Any) -> None:
         commands,
         "export-onnx",
         _export_onnx,
-        "write a model as an ONNX file for other servers",
+        "write a bundle as an ONNX file for other servers",
         ["run/bundle --out model.onnx", "--bundle study/bundle --out best.onnx"],
     )
     exporter.add_input("--bundle", metavar="BUNDLE", dest="bundle", text=bundle_help)
@@ -85,7 +85,7 @@ def add_commands(commands: Any) -> None:
         commands,
         "import-weights",
         _import_weights,
-        "make a bundle of third-party weights",
+        "make a bundle of weights from Keras, PyTorch or ONNX",
         [
             "theirs.weights.h5 --backbone DenseNet121 --findings 14 --out theirs",
             "theirs.onnx --findings Mass,-,Nodule --logits --out theirs",

@@ -19,7 +19,7 @@ def add_commands(commands: Any) -> None:
         commands,
         "report",
         _report,
-        "turn scores, and labels if there are any, into a report with metrics and figures",
+        "make a report of scores, with metrics if there are labels",
         ["scores --out report", "scores --manifest m.parquet --split test --out report"],
     )
     scores_help = "folder from score, or a Parquet with image_id and p_<Finding>"
