@@ -27,6 +27,9 @@ SILENT_S = 1.2
 #: A stage that is shorter is not worth a line or a spinner.
 _SHORT_S = 0.2
 _WIDEST_BAR = 30
+#: Without a terminal, seconds between two lines about a search.
+TRIALS_EVERY_S = 60.0
+_RUNNING = ("waits", "trains")
 
 #: When this process printed its last line of progress.
 _printed_at = time.monotonic()
@@ -271,19 +274,27 @@ class Progress:
 
 
 class TrialTable:
-    """Show the trials of a search as a live table; without a terminal, show nothing."""
+    """Show the trials of a search as a live table; without a terminal, as a line every minute.
+
+    Each event of a search has its own line, which the caller prints.
+    """
 
     def __init__(self, total: int, done: int) -> None:
         self._total, self._done = total, done
         self._rows: dict[int, dict[str, str]] = {}
         self._live: Live | None = None
+        self._printed = ""
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         if is_live():
             self._live = _start_live(self._build)
+        else:
+            self._stack.enter_context(run_periodically(self._print_state, TRIALS_EVERY_S, "trials"))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.close()
         if self._live is not None:
             _stop_live(self._live)
 
@@ -305,6 +316,17 @@ class TrialTable:
     def _show(self) -> None:
         if self._live is not None:
             self._live.refresh()
+
+    def _print_state(self) -> None:
+        running = [
+            f"trial {number} ({row['epoch'] and 'epoch '}{row['epoch'] or 'before its first epoch'})"
+            for number, row in sorted(self._rows.items())
+            if row["state"] in _RUNNING
+        ]
+        line = f"tune: {self._done} of {self._total} trials have ended; running: {', '.join(running) or 'none'}"
+        if line != self._printed:
+            self._printed = line
+            _print_line(line)
 
     def _build(self) -> Table:
         best = max((row["auroc"] for row in self._rows.values() if row["auroc"]), default="none yet")

@@ -7,6 +7,7 @@ import io
 import itertools
 import os
 import runpy
+import shlex
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -42,6 +43,8 @@ if os.environ.get("RAY_CXR_TEST_NO_BF16"):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_folder, os.environ.get("PYTHONPATH")]))
     runpy.run_path(f"{_folder}/sitecustomize.py")
 
+#: Stand for data that a command does not know, in the next command that it prints.
+PLACEHOLDERS = {"IMAGES", "BUNDLE", "M.parquet"}
 SHARED = Path(__file__).parents[1].parent / "shared"
 
 
@@ -207,7 +210,7 @@ def bucket() -> Iterator[Bucket]:
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run a command in this process; return (exit code, stdout, stderr)."""
+    """Run a command in this process; return (exit code, stdout, stderr). If it is done, it must name the next one."""
     from ray_cxr.cli import main
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -217,9 +220,26 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
         except SystemExit as stop:
             code = int(stop.code or 0)
         out, err = capsys.readouterr()
+        if code == 0 and not {"--help", "--version", "completion"} & set(map(str, arguments)) and arguments:
+            read_next(out)
         return code, out, err
 
     return run
+
+
+def read_next(output: str) -> list[str]:
+    """Return the words after `ray-cxr` in a command's last line, which must parse and name files that exist."""
+    from ray_cxr.cli import _build_parser
+
+    *lines, last = output.splitlines()
+    assert last.startswith("next: ray-cxr ")
+    assert not any(line.startswith("next:") for line in lines)
+    words = shlex.split(last.removeprefix("next: ray-cxr "))
+    given = vars(_build_parser().parse_args(words))
+    inputs = [given.get(name) for name in ("model", "bundle", "prepared", "manifest", "scores", "labels", "images")]
+    for path in filter(None, inputs):
+        assert path in PLACEHOLDERS or "://" in path or Path(path).exists(), path
+    return words
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,18 @@ def test_work_that_waits_says_for_what(capsys: pytest.CaptureFixture[str], monke
     assert capsys.readouterr().err.startswith("score: 10 of 10 images (")
 
 
+def test_a_log_has_the_state_of_a_search_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(progress, "TRIALS_EVERY_S", 0.1)
+    with progress.TrialTable(3, 0) as board:
+        board.start_trial(0, "TinyCNN")
+        board.end_trial(0, "failed", None)
+        board.start_trial(1, "TinyCNN")
+        board.end_epoch(1, 2, 4, 0.5)
+        time.sleep(0.25)
+    (line,) = capsys.readouterr().err.splitlines()  # not again while nothing changes
+    assert line == "tune: 1 of 3 trials have ended; running: trial 1 (epoch 2 of 4)"
+
+
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
 def test_a_log_has_no_spinner_where_colours_are_forced(variable: str, capsys, monkeypatch) -> None:
     monkeypatch.setenv(variable, "1")
@@ -103,10 +115,10 @@ def last_table(screen: io.StringIO) -> tuple[str, list[list[str]]]:
 
 
 def test_a_bar_of_large_numbers_fits_80_columns(screen: io.StringIO) -> None:
-    with progress.Progress("heat maps", 112_120, waiting="loading the model") as work:
-        with progress.Stage("starting Ray", at_once=True):
-            work.advance(93_120, "1,234 errors")
-            time.sleep(0.05)
+    work = progress.Progress("heat maps", 112_120, waiting="loading the model")
+    with work, progress.Stage("starting Ray", at_once=True):
+        work.advance(93_120, "1,234 errors")
+        time.sleep(0.05)
     lines = [line.rstrip() for line in re.split("[\r\n]", plain(screen))]
     (last,) = {line for line in lines if "93,120" in line and "1,234 errors" in line and line.endswith("errors")}
     assert len(last) <= 80

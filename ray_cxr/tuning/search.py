@@ -23,7 +23,7 @@ from ray.tune.trainable import wrap_function
 
 from ray_cxr import cluster, limits
 from ray_cxr.errors import ConfigError, RayCxrError, last_line, own_error
-from ray_cxr.progress import TrialTable
+from ray_cxr.progress import Stage, TrialTable
 from ray_cxr.storage import remote
 from ray_cxr.storage.run_folder import lock
 from ray_cxr.training.checkpoints import SNAPSHOT
@@ -73,7 +73,8 @@ def search(
     """
     started = time.monotonic()
     settings, out = plan.settings, plan.out
-    _check_dashboard()
+    with Stage("waiting for Ray's dashboard"):
+        _check_dashboard()
     cpus, capacity = plan_resources(plan.base, use_gpu=use_gpu, runs=settings.concurrent)
     concurrent = settings.concurrent or capacity
     with lock(out, "tune"):
