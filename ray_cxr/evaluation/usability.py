@@ -91,7 +91,7 @@ def warn_of_missing(points: Sequence[FittedPoint]) -> list[Warned]:
         reasons.setdefault(point.reason or "no operating point", []).append(point.finding)
     parts = [f"{reason} ({_list(found)})" for reason, found in reasons.items()]
     text = f"{len(missing)} of {len(points)} findings cannot be flagged: {'; '.join(parts)}."
-    return [Warned("no_threshold", text, "An image without a flag can still have these findings.", names)]
+    return [Warned("no_threshold", text, findings=names)]
 
 
 def warn_of_thresholds(points: Iterable[FittedPoint], images: str) -> list[Warned]:
@@ -186,7 +186,8 @@ def _explain_missing(note: str | None, n: int | None, positives: int | None, lea
     for part in (note or "").split("; "):
         kind, _, reason = part.rpartition(": ")
         if kind in ("", "no operating point"):
-            return reason.partition(", because")[0]
+            reason = reason.partition(", because")[0]
+            return f"the rule {reason}" if "=" in reason.partition(" ")[0] else reason
     return ""
 
 

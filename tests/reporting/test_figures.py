@@ -26,9 +26,9 @@ from ray_cxr.evaluation.net_benefit import measure_net_benefit
 from ray_cxr.evaluation.selective import measure_selection
 from ray_cxr.labels import FINDINGS
 from ray_cxr.reporting import curve_figures, decision_figures, forest_figures, image_figures, label_figures, plots
+from ray_cxr.reporting.cases import Case, Judgement
 from ray_cxr.reporting.curve_figures import Panel, Reliability
 from ray_cxr.reporting.forest_figures import ForestColumn, ForestRow
-from ray_cxr.reporting.image_figures import Example, HeatmapExample, Radiograph
 from ray_cxr.reporting.plots import Estimate
 
 LONG = "Enlarged_Cardiomediastinum_with_a_tortuous_Aorta"
@@ -72,31 +72,40 @@ UNDEFINED = found(None, p=None)
 MASS, EDEMA = found(0.012, -0.003, 0.027, p=0.11), found(-0.02, -0.03, -0.01, p=0.0004)
 PAIRS = {"Mass": MASS, "Hernia": UNDEFINED, "Edema": EDEMA}
 DIFFERENCES: Any = SimpleNamespace(macro=found(0.004, 0.001, 0.007, p=0.008), findings=PAIRS)
-DRIFT = [
-    found(0.06, 0.05, 0.07, name="Mass", expected=0.03, verdict="large"),
-    found(0.05, 0.03, 0.07, name="Edema", expected=0.05, verdict="ok"),
-    found(0.0, 0.0, 0.002, name="Hernia", expected=0.004, verdict="ok"),
-    found(0.02, 0.01, 0.03, name="Nodule", expected=None, verdict="unknown"),
+DRIFT: Any = [
+    SimpleNamespace(name=name, observed=observed, expected=expected, verdict=verdict, tolerance=tolerance)
+    for name, observed, expected, verdict, tolerance in (
+        ("Mass", 0.06, 0.03, "large", 0.0075),
+        ("Edema", 0.05, 0.05, "ok", 0.0125),
+        ("Hernia", 0.0, 0.004, "inconclusive", 0.01),
+        ("Nodule", 0.02, None, "unknown", None),
+    )
 ]
+for rate, low, high in zip(DRIFT, (0.02, -0.01, -0.03, None), (0.04, 0.012, 0.02, None), strict=True):
+    difference = None if low is None else rate.observed - rate.expected
+    vars(rate).update(difference=difference, difference_low=low, difference_high=high)
 RATES = {0.1: found(0.6, 0.5, 0.7), 0.25: UNDEFINED, 0.5: found(0.2, 0.1, 0.3), 0.75: UNDEFINED}
 ALL_CASES = SimpleNamespace(n=85, hit_rate=found(0.5, 0.4, 0.6), chance=0.07, ceiling=0.9, iou_at_least=RATES)
 NODULE = SimpleNamespace(
     n=79, hit_rate=UNDEFINED, chance=None, ceiling=None, iou_at_least=dict.fromkeys(RATES, UNDEFINED)
 )
 LOCALISATION: Any = SimpleNamespace(findings={"Nodule": NODULE}, overall=ALL_CASES)
-EXAMPLE = Example(
-    IMAGE, None, "Mass", ("Mass", "Edema"), (), (("Mass", 0.8, 0.5), ("Edema", 0.3, 0.4), ("Hernia", 0.1, None))
+JUDGED = (
+    Judgement("Mass", True, 0.91, 0.5, True),
+    Judgement("Edema", False, 0.3, 0.2, True),
+    Judgement("Hernia", True, 0.001, None, None),
 )
+CASE = Case("a.png", "Mass", JUDGED, True, IMAGE)
 OVERLAY = np.repeat(IMAGE[..., None], 3, axis=2)
-TILES = [
-    HeatmapExample(EXAMPLE, 0.91, OVERLAY),
-    HeatmapExample(replace(EXAMPLE, image=None, code="truncated"), 0.1, None, "not among the highest"),
+CASES = [
+    replace(CASE, overlay=OVERLAY),
+    replace(CASE, image=None, code="truncated", no_overlay="not among the highest"),
 ]
 SCANS = [
-    Radiograph(IMAGE, None, ("Mass", "Pleural_Thickening"), "PA, F, 58 years"),
-    Radiograph(IMAGE, None, ()),
-    Radiograph(IMAGE, None, FINDINGS),
-    Radiograph(None, "truncated", None),
+    replace(CASE, finding=None, note="PA, F, 58 years"),
+    replace(CASE, finding=None, judgements=()),
+    replace(CASE, finding=None, judgements=tuple(Judgement(f, True, None, None, None) for f in FINDINGS)),
+    replace(CASE, finding=None, image=None, code="truncated", is_labelled=False),
 ]
 
 ALL: dict[str, Callable[[], Figure]] = {
@@ -109,8 +118,8 @@ ALL: dict[str, Callable[[], Figure]] = {
     "compared": lambda: forest_figures.plot_differences(DIFFERENCES),
     "drift": lambda: forest_figures.plot_drift(DRIFT),
     "localisation": lambda: forest_figures.plot_localisation(LOCALISATION),
-    "heatmap_examples": lambda: image_figures.draw_heatmaps([("Best", TILES), ("none", []), ("Worst", TILES[:1])]),
-    "radiographs": lambda: image_figures.draw_radiographs(SCANS),
+    "heatmap_examples": lambda: image_figures.draw_heatmaps([("Best", CASES), ("none", []), ("Worst", CASES[:1])]),
+    "radiographs": lambda: image_figures.draw_radiographs([("", SCANS)]),
 }
 
 
@@ -252,19 +261,17 @@ def test_comparison_shows_differences_and_whether_they_exclude_zero(drawn: dict[
         assert text in all_text(drawn["compared"])
 
 
-def test_drift_shows_ratios_and_which_exceed_chance(drawn: dict[str, Figure]) -> None:
+def test_drift_draws_the_interval_that_decides(drawn: dict[str, Figure]) -> None:
     (ax,) = charts(drawn["drift"])
-    assert (places(ax, "D"), places(ax, "o")) == ([2.0], [1.0])
-    assert points(ax, "o")[0].get_markerfacecolor() == "white"
-    assert [float(head.get_ydata()[0]) for head in points(ax, "<")] == [2]  # no flags: an arrow head at the edge
-    low, high = ax.get_xlim()
-    assert ax.get_xscale() == "log"
-    assert low * high == pytest.approx(1)
-    assert {"× 1/2", "× 1", "× 2"} <= {tick.get_text() for tick in ax.get_xticklabels()}
-    assert {"none flagged", "0%", "0.4%", "unknown", "no ratio"} <= set(texts(drawn["drift"]))
-    never = found(0.1, 0.05, 0.15, name="Mass", expected=0.0, verdict="differs")
-    assert "no ratio" in texts(forest_figures.plot_drift([never]))
-    assert forest_figures.plot_drift([found(None, name="Mass")]) is None
+    assert places(ax, "D") == [pytest.approx(3.0)]
+    assert places(ax, "o") == [pytest.approx(0.0), pytest.approx(-0.4)]
+    assert [point.get_markerfacecolor() == "white" for point in points(ax, "o")] == [False, True]
+    bars = [list(line.get_xdata()) for line in ax.lines if len(line.get_xdata()) == 2 and line.get_ydata()[0] < 3]
+    assert [pytest.approx(ends) for ends in ([2, 4], [-1, 1.2], [-3, 2])] == [bar for bar in bars if bar != [0, 0]]
+    widths = [patch.get_width() for patch in ax.patches]
+    assert widths == pytest.approx([1.5, 2.5, 2.0, 0.0])
+    assert {"0%", "0.4%", "unknown", "inconclusive", "large", "ok"} <= set(texts(drawn["drift"]))
+    assert forest_figures.plot_drift([SimpleNamespace(name="Mass", observed=None)]) is None
 
 
 def test_localisation_has_a_mark_per_threshold_and_chance(drawn: dict[str, Figure]) -> None:
@@ -277,23 +284,23 @@ def test_localisation_has_a_mark_per_threshold_and_chance(drawn: dict[str, Figur
     assert len(charts(forest_figures.plot_localisation(without))) == 1
 
 
-def test_heat_map_tiles_show_labels_flags_and_reasons(drawn: dict[str, Figure]) -> None:
+def test_heat_maps_show_labels_flags_and_reasons(drawn: dict[str, Figure]) -> None:
     figure = drawn["heatmap_examples"]
     shapes = [image.get_array().shape for ax in figure.axes for image in ax.images]
-    assert sorted(shapes) == [(40, 32), (40, 32), (40, 32, 3), (40, 32, 3)]
+    assert sorted(shapes) == [(1, 64, 3), (40, 32), (40, 32), (40, 32, 3), (40, 32, 3)]
     text = all_text(figure).replace("\n", " ")
-    for words in ("label: Mass, Edema flags: none", "heat map: Mass, p 0.91", "cannot be shown: truncated"):
+    for words in ("Mass p 0.91, threshold 0.50", "Edema no 0.30 0.20 yes", "Hernia yes < 0.01 – –", "a.png"):
         assert words in text
-    assert "no heat map: not among the highest" in text
+    for reason in ("no heat map: not among the highest", "cannot be shown: truncated"):
+        assert reason in text
     assert {"Best", "Worst"} <= set(texts(figure))
-    assert "none" not in texts(figure), "groups without tiles are left out"
+    assert "none" not in texts(figure), "groups without cases are left out"
 
 
 def test_radiographs_show_their_labels(drawn: dict[str, Figure]) -> None:
     shown = texts(drawn["radiographs"])
-    words = {"Mass, Pleural Thickening\nPA, F, 58 years", "no finding", "not labelled", "cannot be shown:\ntruncated"}
-    assert words <= set(shown)
-    assert any(text.startswith("Atelectasis") and text.endswith(" …") for text in shown), "long lists are cut"
+    assert {"a.png\nMass, Hernia\nPA, F, 58 years", "a.png\nno finding", "a.png\nnot labelled"} <= set(shown)
+    assert any(text.startswith("a.png\nAtelectasis") for text in shown)
 
 
 def test_net_benefit_shows_the_curve_and_where_it_is_useful() -> None:
