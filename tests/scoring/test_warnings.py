@@ -1,0 +1,36 @@
+"""`score` warns of findings that cannot be flagged before it starts, and of most images flagged at its end."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import score_arguments
+
+from ray_cxr.cli import main
+
+
+@pytest.mark.slow
+def test_warnings_of_model_and_flags(
+    tiny_bundle, manifest: Path, scores: Path, tmp_path: Path, capsys, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = Path(shutil.copytree(scores, tmp_path / "scores"))
+    for flagged, warned in ((True, True), (False, False)):
+        for part in (out / "scores").glob("*.parquet"):
+            table = pq.read_table(part)
+            for name in table.column_names:
+                if name.startswith("flag_"):
+                    values = [flagged and name == "flag_Nodule"] * len(table)
+                    index = table.column_names.index(name)
+                    table = table.set_column(index, table.schema.field(name), pa.array(values, pa.bool_()))
+            pq.write_table(table, part)
+        with caplog.at_level(logging.WARNING, "ray_cxr"):
+            assert main(score_arguments(tiny_bundle.path, manifest, out)) == 0
+        printed = capsys.readouterr().out
+        assert ("images (100.0%) are flagged, almost all for Nodule" in printed) == warned
+        without = sum(not point for point in tiny_bundle.info["operating_points"].values())
+        assert f"{without} of 14 findings cannot be flagged" in caplog.text
