@@ -19,8 +19,9 @@ from PIL import Image
 
 from ray_cxr.data import manifest
 from ray_cxr.evaluation.ranking import combine
+from ray_cxr.imaging import overlays
 from ray_cxr.labels import NO_FINDING
-from ray_cxr.reporting import figure_set, inline_svg, plots, worklist_page
+from ray_cxr.reporting import examples, figure_set, inline_svg, plots, worklist_page
 from ray_cxr.reporting.report import write_report
 
 FEW = ("Cardiomegaly", "Effusion", "Hernia")
@@ -128,6 +129,32 @@ class Archive:
         return str(folder)
 
 
+def write_csv(path: Path, rows: list[list[Any]]) -> str:
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows(rows)
+    return str(path)
+
+
+def add_heatmaps(scores: str, archive: Archive, rows: np.ndarray, hits: set[int]) -> None:
+    """Write heat maps of 4 x 4 cells for Effusion, with the maximum at the upper left (hits) or lower right."""
+    folder = Path(scores) / overlays.HEATMAPS
+    folder.mkdir()
+    lines = []
+    for i in rows:
+        cells = np.zeros((4, 4), np.float32)
+        cells[(0, 0) if i in hits else (3, 3)] = 1.0
+        line = dict.fromkeys(overlays.SCHEMA.names) | {"image_id": archive.ids[i], "finding": "Effusion", "rank": 1}
+        line |= {"p": 0.5, "evidence": 1.0, "height": 4, "width": 4, "map": cells.ravel().tolist()}
+        line |= {"top": 0.0, "left": 0.0, "bottom": 1.0, "right": 1.0, "picture_height": 48, "picture_width": 40}
+        lines.append(line | {"overlay": f"{i}.png"})
+    pq.write_table(pa.Table.from_pylist(lines, overlays.SCHEMA), folder / "part-00000.parquet")
+
+
+def write_boxes(path: Path, rows: list[list[Any]]) -> str:
+    """Write a table of boxes: image id, finding, left, top, width, height in pixels of 1024."""
+    return write_csv(path, [["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]"], *rows])
+
+
 @dataclass(frozen=True)
 class Report:
     """A written report: its folder, the content of metrics.json, the page, the archive and the options."""
@@ -144,12 +171,15 @@ class Report:
 
 
 @contextlib.contextmanager
-def without_drawing(*, images: bool = False) -> Iterator[None]:
-    """Skip figures and the plotting script, which take seconds, and also the worklist's images without `images`."""
+def without_drawing(*, images: bool = False, cases: bool = False) -> Iterator[None]:
+    """Skip figures and the plotting script, which take seconds, and also the worklist's images without `images`,
+    and the examples without `cases`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "encode_figure", lambda figure: (b"png", b"svg"))
         patch.setattr(inline_svg, "embed_figure", lambda *_: Markup("<svg></svg>"))
         patch.setattr(figure_set, "draw_evaluation", lambda *_: {})
+        if not cases:
+            patch.setattr(examples, "select_cases", lambda *_: {})
         if not images:
             patch.setattr(worklist_page, "add_images", lambda studies, *_: studies)
         patch.setenv("SOURCE_DATE_EPOCH", "1700000000")
@@ -168,11 +198,18 @@ def refused(error: type[Exception], match: str, scores: str | Path, out: Path, *
 
 
 def report(
-    archive: Archive, out: Path, *, scores: str | None = None, draw: bool = False, images: bool = False, **options: Any
+    archive: Archive,
+    out: Path,
+    *,
+    scores: str | None = None,
+    draw: bool = False,
+    images: bool = False,
+    cases: bool = False,
+    **options: Any,
 ) -> Report:
     """Write a report; with figures if `draw` is set, and with the worklist's images if `images` is set."""
     options = {"n_resamples": 60, **options}
-    with contextlib.nullcontext() if draw else without_drawing(images=images):
+    with contextlib.nullcontext() if draw else without_drawing(images=images, cases=cases):
         returned = write_report(scores or archive.scores(), out, **options)
     written = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(returned, allow_nan=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from score_archive import Archive, Report, refused, report
+from score_archive import Archive, Report, add_heatmaps, refused, report, write_boxes, write_csv
 from sklearn.metrics import recall_score, roc_auc_score
 
 from ray_cxr.errors import InputError, LeakError, TableError
 from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.alerts import find_abnormal
-from ray_cxr.imaging import overlays
 from ray_cxr.labels import FINDINGS, LABELS
 from ray_cxr.reporting import html, tables
 from ray_cxr.reporting.report import _read_prevalences
-
-BOXES = ["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]"]
 
 
 def test_thresholds_keep_two_digits_for_rare_findings() -> None:
@@ -29,31 +25,10 @@ def test_thresholds_keep_two_digits_for_rare_findings() -> None:
     assert shown == "0.031% to 1.4%, 5.0%, 12% to 30%"
 
 
-def write_csv(path: Path, rows: list[list[Any]]) -> str:
-    with open(path, "w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows(rows)
-    return str(path)
-
-
 def write_consensus(path: Path, archive: Archive, rows: np.ndarray) -> str:
     """Write consensus labels that differ from the archive's labels on every fifth image."""
     y = archive.y["Effusion"] ^ (np.arange(archive.n) % 5 == 0)
     return write_csv(path, [["image_id", "Effusion", "Fracture"], *([archive.ids[i], int(y[i]), 0] for i in rows)])
-
-
-def add_heatmaps(scores: str, archive: Archive, rows: np.ndarray, hits: set[int]) -> None:
-    """Write heat maps of 4 x 4 cells for Effusion, with the maximum at the upper left (hits) or lower right."""
-    folder = Path(scores) / overlays.HEATMAPS
-    folder.mkdir()
-    lines = []
-    for i in rows:
-        cells = np.zeros((4, 4), np.float32)
-        cells[(0, 0) if i in hits else (3, 3)] = 1.0
-        line = dict.fromkeys(overlays.SCHEMA.names) | {"image_id": archive.ids[i], "finding": "Effusion", "rank": 1}
-        line |= {"p": 0.5, "evidence": 1.0, "height": 4, "width": 4, "map": cells.ravel().tolist()}
-        line |= {"top": 0.0, "left": 0.0, "bottom": 1.0, "right": 1.0, "picture_height": 48, "picture_width": 40}
-        lines.append(line | {"overlay": f"{i}.png"})
-    pq.write_table(pa.Table.from_pylist(lines, overlays.SCHEMA), folder / "part-00000.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +45,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Report:
     patient, number = [int(name) for name in archive.patient if name], range(archive.n)
     people = {"sex": ["MF"[k % 2] for k in patient], "age": [20.0 + k for k in patient]}
     people |= {"view": [("AP", "PA", "PA")[i % 3] for i in number], "follow_up": [i % 3 for i in number]}
-    boxes = [BOXES, *([archive.ids[i], "Effusion", 0, 0, 256, 256] for i in tested[:40])]
+    boxes = [*([archive.ids[i], "Effusion", 0, 0, 256, 256] for i in tested[:40])]
     boxes.append([archive.ids[tested[0]], "Effusion", 500, 0, 50, 50])  # a second box in one image
     return report(
         archive,
@@ -79,7 +54,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Report:
         labels=archive.labels(**people),
         split="test",
         consensus=write_consensus(home / "consensus.csv", archive, tested[::2]),
-        boxes=write_csv(home / "boxes.csv", boxes),
+        boxes=write_boxes(home / "boxes.csv", boxes),
         compare=home / "worse.parquet",
         prevalence=home / "p.toml",
         n_resamples=100,
@@ -151,8 +126,8 @@ def test_heat_maps_are_measured_against_boxes(everything: Report) -> None:
 
 def test_unusable_tables_are_refused(archive: Archive, tmp_path: Path) -> None:
     labels, scores = archive.labels(), archive.scores()
-    strange = [BOXES, ["elsewhere.png", "Effusion", 0, 0, 9, 9]]
-    boxes = {"boxes": write_csv(tmp_path / "boxes.csv", strange)}
+    strange = [["elsewhere.png", "Effusion", 0, 0, 9, 9]]
+    boxes = {"boxes": write_boxes(tmp_path / "boxes.csv", strange)}
     other = {"consensus": write_csv(tmp_path / "consensus.csv", [["image_id", "Effusion"], ["elsewhere.png", 1]])}
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         (boxes, InputError, "--heatmaps 14"),
