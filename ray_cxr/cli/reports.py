@@ -9,7 +9,7 @@ from ray_cxr.cli.arguments import add_command, any_path, local_input, local_outp
 from ray_cxr.cli.next_step import place_next_to, print_next, suggest_after_report
 from ray_cxr.cli.output import explain_write_errors, format_number, print_line, print_warnings
 from ray_cxr.errors import ConfigError
-from ray_cxr.imaging.demographics import PatientCount, count_of
+from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.progress import Stage
 from ray_cxr.storage import remote
 
@@ -56,6 +56,7 @@ def add_commands(commands: Any) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     with Stage("reading the scores", in_log=False):
         from ray_cxr.reporting import report
+        from ray_cxr.reporting.flagged import FlagCount
 
     with explain_write_errors(arguments.out):
         options = pick(arguments, "labels", "split", "consensus", "boxes", "compare", "prevalence", "csv")
@@ -69,8 +70,8 @@ def _report(arguments: argparse.Namespace) -> None:
             f"over {len(macro['findings'])} findings, "
             f"{PatientCount(metrics['n_patients'], metrics['images_without_patient']).describe(metrics['n_images'])}"
         )
-    if any_finding := metrics["flagged"]["any_finding"]:
-        print_line(f"flagged: {any_finding['images']:,} of {count_of(any_finding['n'], 'scored image')}")
+    if metrics["flagged"]["any_finding"]:
+        print_line(f"flagged: {FlagCount.from_json(metrics['flagged']['any_finding']).describe()}")
     print_line(f"report: {remote.to_path(arguments.out) / 'report.html'}")
     suggest_after_report(arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,16 @@ class FlagCount:
         chosen = flags == 1
         of_studies, of_patients = (PatientCount.of(ids[chosen]) for ids in (studies, patients))
         return cls(int(chosen.sum()), int((flags >= 0).sum()), of_studies, of_patients)
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> FlagCount:
+        """Return the count that `to_json` described."""
+        groups = (("studies", "images_without_study"), ("patients", "images_without_patient"))
+        return cls(plain["images"], plain["n"], *(PatientCount(plain[name], plain[rest]) for name, rest in groups))
+
+    def describe(self) -> str:
+        """Return the count as a line: `135 of 540 scored images (studies unknown, 129 patients)`."""
+        return f"{self.images:,} of {count_of(self.n, 'scored image')} ({format_groups(self)})"
 
     def to_json(self) -> dict[str, Any]:
         return {
