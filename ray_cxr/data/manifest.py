@@ -183,6 +183,12 @@ def _to_numpy(column: pa.ChunkedArray, dtype: Any) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype), *chunks])
 
 
+def has_split(path: str | Path, name: str) -> bool:
+    """Return whether a manifest has rows of a split."""
+    with open_manifest(path) as file:
+        return name in pc.unique(file.column("split")).to_pylist()
+
+
 def split_info(table: pa.Table) -> dict[str, Any]:
     """Return the metadata that describes the split; `{}` if there is none."""
     try:
