@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.console import Console
@@ -13,8 +15,15 @@ from rich.table import Table
 from ray_cxr import environment
 from ray_cxr.errors import ConfigError
 
-print_line = environment.write_output
 _UNLIMITED = 10_000
+
+
+def print_line(text: str) -> None:
+    """Print a line, on a terminal folded between words; a command to copy stays one line."""
+    columns = shutil.get_terminal_size().columns
+    if sys.stdout.isatty() and len(text) > columns and "\n" not in text and not text.startswith(("next: ", "$ ")):
+        text = textwrap.fill(text, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    environment.write_output(text)
 
 
 def report_lost_output(command: str) -> int:
@@ -64,18 +73,11 @@ def print_table(table: Table, optional: Sequence[str] = ()) -> None:
     for name in optional:
         if console.measure(table).maximum > limit:
             table.columns = [column for column in table.columns if column.header != name]
+            for index, column in enumerate(table.columns):
+                column._index = index  # rich finds the outer columns by it
     with console.capture() as captured:
         console.print(table)
     print_line("\n".join(line.rstrip() for line in captured.get().splitlines()))
-
-
-def format_size(size: int) -> str:
-    """Format a number of bytes: 540 B, 12 kB, 1.9 GB."""
-    value, units = float(size), iter(["B", "kB", "MB", "GB"])
-    unit = next(units)
-    while value >= 1000 and unit != "GB":
-        value, unit = value / 1000, next(units)
-    return f"{value:,.1f} {unit}" if value < 10 and unit != "B" else f"{value:,.0f} {unit}"
 
 
 def format_number(value: float | None, digits: int = 3, missing: str = "undefined") -> str:
