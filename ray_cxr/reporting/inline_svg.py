@@ -22,7 +22,7 @@ _PIXELS = 96 / 72
 #: Width of a legend's symbol with the gap to its text, in points.
 _SYMBOL = 2.9 * plots.LEGEND_TEXT
 #: The style sheet defines these variables for light and dark pages.
-_VARIABLES = {
+VARIABLES = {
     "white": "--ground",
     "#ffffff": "--ground",
     plots.INK: "--ink",
@@ -36,7 +36,7 @@ _VARIABLES = {
     plots.ORANGE: "--orange",
     plots.PURPLE: "--purple",
 }
-_COLOURS = {colour.lower(): f"var({name})" for colour, name in _VARIABLES.items()}
+_COLOURS = {colour.lower(): f"var({name})" for colour, name in VARIABLES.items()}
 _COLOUR = re.compile(r"#[0-9a-f]{6}")
 #: The page's font, and a style that the style sheet states once for all elements.
 _COMMON = re.compile(r"font-family:[^;]*;? ?|stroke-linejoin: round;? ?")

@@ -33,8 +33,9 @@ _TIMELINE = {
     "COMPLETE": ("finished", plots.BLUE),
     "PRUNED": ("stopped", plots.ORANGE),
     "FAIL": ("failed", plots.VERMILION),
-    "RUNNING": ("running", plots.SKY),
-    "WAITING": ("waiting", plots.MUTED),
+    # The page is written when no trial runs any more.
+    "RUNNING": ("waiting to continue", plots.SKY),
+    "WAITING": ("waiting to start", plots.MUTED),
 }
 _AXIS = {
     "gridcolor": plots.FAINT,
@@ -46,12 +47,16 @@ _AXIS = {
     "automargin": True,
     "title": {"standoff": 12},
 }
+#: The page replaces this and the colours of `plots` by those of its light or dark theme.
+_GROUND = "#ffffff"
+#: Ends of a scale that is visible on light and dark grounds.
+_SCALE = ((0.0, "#3f83d0"), (1.0, "#c96a00"))
 _TEMPLATE = {
     "layout": {
         "font": {"family": "system-ui, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif", "color": plots.INK},
         "colorway": [style.colour for style in STYLES],
-        "paper_bgcolor": "white",
-        "plot_bgcolor": "white",
+        "paper_bgcolor": _GROUND,
+        "plot_bgcolor": _GROUND,
         "xaxis": _AXIS,
         "yaxis": _AXIS,
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
@@ -62,13 +67,15 @@ _TEMPLATE = {
 class OptunaPlot(NamedTuple):
     """A plot of Optuna as JSON for plotly.js, or the reason why it is missing.
 
-    Height and width are in pixels; on a narrower page the plot scrolls.
+    Height and width are in pixels; on a narrower page the plot scrolls. A plot with fixed colours has a light ground
+    also on a dark page.
     """
 
     figure: Markup | None
     reason: str | None
     height: int = 0
     width: int = 0
+    has_fixed_colours: bool = False
 
 
 class Chapter(NamedTuple):
@@ -177,9 +184,17 @@ def _draw_front(study: optuna.Study, objectives: Sequence[Objective]) -> Chapter
 
 def _draw_history(study: optuna.Study, objectives: Sequence[Objective]) -> Chapter:
     plot, reason = optuna.visualization.plot_optimization_history, _explain_missing(study, 1)
-    draws = [partial(plot, study, target=objective.target, target_name=objective.name) for objective in objectives]
-    caption = "The value of each finished trial; stopped trials have none."
-    drawn = [_encode(draw, reason, height=340) for draw in draws]
+
+    def draw(objective: Objective) -> go.Figure:
+        figure = plot(study, target=objective.target, target_name=objective.name)
+        values = [value for trace in figure.data for value in trace.y]
+        margin = max(0.08 * (max(values) - min(values)), 0.01 * abs(max(values, key=abs)), 1e-6)
+        # plotly's own range for a single value v is v − 1 to v + 1.
+        figure.update_yaxes(range=(min(values) - margin, max(values) + margin))
+        return figure.update_xaxes(dtick=_choose_step(max(len(study.trials), 1)))
+
+    caption = "The value of each finished trial; stopped and waiting trials have none."
+    drawn = [_encode(partial(draw, objective), reason, height=340) for objective in objectives]
     return _create_chapter("optimization", "Optimization history", caption, drawn)
 
 
@@ -223,7 +238,9 @@ def _draw_parallel(study: optuna.Study, objectives: Sequence[Objective], names: 
         return figure.update_traces(opacity=0.9, line_width=1.6, selector={"mode": "lines"})
 
     reason = _explain_missing(study, 2, names)
-    drawn = _encode(draw, reason, height=440, width=220 + 100 * max(3, len(names)), right=90)
+    width = 220 + 100 * max(3, len(names))
+    # Optuna computes the colour of each line.
+    drawn = _encode(draw, reason, height=440, width=width, right=90, has_fixed_colours=True)
     colour = "its rank: 0 is the Pareto front" if len(objectives) > 1 else "its value"
     caption = f"A line is a finished trial; the colour shows {colour}. None: the trial does not have the setting.{note}"
     return _create_chapter("parallel", "Parallel coordinates", caption, [drawn])
@@ -254,7 +271,12 @@ def _draw_intermediate(study: optuna.Study, objectives: Sequence[Objective]) -> 
             if len(objectives) > 1
             else "No trial has reported a value during training."
         )
-    plot = _set_titles(partial(optuna.visualization.plot_intermediate_values, study), "epoch", objectives[0].name)
+
+    def draw() -> go.Figure:
+        figure = optuna.visualization.plot_intermediate_values(study)
+        return figure.update_xaxes(dtick=_choose_step(max(max(trace.x, default=1) for trace in figure.data)))
+
+    plot = _set_titles(draw, "epoch", objectives[0].name)
     caption = "A line is a trial; one that ends early was stopped."
     return _create_chapter("intermediate", "Values during training", caption, [_encode(plot, reason, height=380)])
 
@@ -269,7 +291,7 @@ def _draw_timeline(study: optuna.Study) -> Chapter:
             # The outline has a fixed width, so that a trial of a few seconds remains visible among hours.
             marker = {"color": colour, "line": {"color": colour, "width": 2}}
             trace.update(name=name, marker=marker, hovertemplate=f"%{{text}}<extra>{name}</extra>")
-        return figure
+        return figure.update_yaxes(dtick=_choose_step(count))
 
     reason = None if count else "No trial was started."
     drawn = _encode(_set_titles(draw, None, "trial"), reason, height=min(900, 150 + 16 * count))
@@ -292,12 +314,24 @@ def _explain_missing(study: optuna.Study, needed: int, names: Sequence[str] = ("
     return f"This plot needs {trials}; there is {'one' if count == 1 else 'none'}."
 
 
+def _choose_step(count: int) -> int:
+    """Return the step of an axis of whole numbers, so that ticks are whole and at most a dozen."""
+    return next(step * 10**power for power in range(9) for step in (1, 2, 5) if 12 * step * 10**power >= count)
+
+
 def _set_titles(draw: Draw, x: str | None, y: str | None) -> Draw:
     return lambda: draw().update_layout(xaxis_title=x, yaxis_title=y)
 
 
 def _encode(
-    draw: Draw, reason: str | None, *, height: int, width: int = 320, title: str = "", right: int = 20
+    draw: Draw,
+    reason: str | None,
+    *,
+    height: int,
+    width: int = 320,
+    title: str = "",
+    right: int = 20,
+    has_fixed_colours: bool = False,
 ) -> OptunaPlot:
     """Draw a plot unless there is a reason against it; an exception of Optuna becomes the reason."""
     if reason is None and not extras.is_installed("plotly"):
@@ -313,6 +347,10 @@ def _encode(
         return OptunaPlot(None, f"Optuna could not draw this: {type(error).__name__}: {one_line(error)}")
     if not figure.data:
         return OptunaPlot(None, "Optuna found nothing to draw here.")
+    for trace in () if has_fixed_colours else figure.data:
+        for style in (getattr(trace, "marker", None), getattr(trace, "line", None)):
+            if getattr(style, "colorscale", None):
+                style.update(colorscale=_SCALE, reversescale=False)
     figure.update_layout(
         template=_TEMPLATE,
         title={"text": title, "font": {"size": 13}} if title else None,
@@ -322,7 +360,7 @@ def _encode(
     )
     # Escaped, so that no text can close the element that contains it.
     text = htmlsafe_json_dumps(figure, dumps=plotly.io.to_json, validate=False, engine="json")
-    return OptunaPlot(text, None, height, width)
+    return OptunaPlot(text, None, height, width, has_fixed_colours)
 
 
 def load_plotly_script() -> Markup:

@@ -57,11 +57,13 @@ STYLES = (
     LineStyle(plots.VERMILION, "s", "--"),
     LineStyle(plots.GREEN, "^", "-."),
     LineStyle(plots.ORANGE, "D", ":"),
-    LineStyle("#CC79A7", "v", (0, (5, 1))),
+    LineStyle(plots.PURPLE, "v", (0, (5, 1))),
     LineStyle(plots.SKY, "P", (0, (3, 1, 1, 1))),
     LineStyle(plots.INK, "h", (0, (1, 1))),
 )
 Styles = Mapping[str, LineStyle]
+#: Width of a figure with one panel in inches.
+_WIDE = 4.2
 
 
 def draw_figures(rows: Sequence[TrialRow], best: int | None, comparison: Mapping[str, Any] | None) -> dict[str, Figure]:
@@ -81,21 +83,24 @@ def draw_figures(rows: Sequence[TrialRow], best: int | None, comparison: Mapping
 
 def _draw_history(rows: Sequence[TrialRow], styles: Styles) -> Figure:
     """Draw the validation AUROC of every trial by its number, and the best finished trial so far."""
-    figure, (ax,) = plots.create_axes(9.6, 3.7, grid="y")
-    failed = [row.number for row in rows if row.state == "failed"]
-    ax.plot(failed, [0.02] * len(failed), "x", color=plots.MUTED, markersize=5, transform=ax.get_xaxis_transform())
+    finished = [(row.number, row.val_auroc) for row in rows if row.state == "finished" and row.val_auroc is not None]
+    extra = [plots.create_line_entry("best finished so far", plots.MUTED)] if finished else []
+    entries = [*_list_entries(rows, styles, lines=False), *extra]
+    figure, (ax,) = plots.create_grid(1, entries, wide=_WIDE, high=2.6, margin=0.75)
+    ax.grid(axis="y", color=plots.FAINT, linewidth=0.7)
+    for state, mark in (("failed", "x"), ("waiting", "d")):
+        numbers = [row.number for row in rows if row.state == state and (state == "failed" or row.val_auroc is None)]
+        style: dict[str, Any] = {"color": plots.MUTED, "markerfacecolor": "white", "markersize": 5, "clip_on": False}
+        ax.plot(numbers, [0.02] * len(numbers), mark, transform=ax.get_xaxis_transform(), **style)
     scored = [(row, row.val_auroc) for row in rows if row.state != "failed" and row.val_auroc is not None]
     for name, style in styles.items():
         mine = [(float(row.number), auroc, row.state) for row, auroc in scored if row.backbone == name]
         _draw_points(ax, mine, style, 6)
-    finished = [(row.number, auroc) for row, auroc in scored if row.state == "finished"]
     last = max(row.number for row in rows)
     if finished:
         numbers, values = zip(*finished, strict=True)
         best = np.maximum.accumulate(values)
         ax.step([*numbers, last], [*best, best[-1]], where="post", color=plots.MUTED, linewidth=1.2, zorder=1)
-    extra = [plots.create_line_entry("best finished so far", plots.MUTED)] if finished else []
-    _draw_legend(ax, rows, styles, extra, lines=False)
     ax.set(xlabel="trial", ylabel="validation AUROC (macro)", xlim=(-0.7, last + 0.7))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
@@ -111,10 +116,10 @@ def _draw_backbones(rows: Sequence[TrialRow], styles: Styles, comparison: Mappin
     if comparison is not None:
         equal = {n: v for item in comparison["backbones"] for n, v in zip(item["numbers"], item["values"], strict=True)}
         if equal:
-            title = f"first {comparison['grace']} epochs of each trial: equal length"
+            title = f"first {comparison['grace']} epochs: equal length"
             panels.append((title, sorted(equal.items())))
-    height = 1.25 + 0.62 * len(names)
-    figure, axes = plots.create_axes(5.2 * len(panels), height, len(panels), grid="x", sharey=True)
+    margin = 0.25 + max(plots.measure_text(name, 8.5) for name in names)
+    figure, axes = plots.create_grid(len(panels), wide=3.0, high=0.62 * len(names), margin=margin)
     by_number = {row.number: row for row in rows}
     for ax, (title, points) in zip(axes, panels, strict=True):
         for y, name in enumerate(reversed(names)):
@@ -129,6 +134,8 @@ def _draw_backbones(rows: Sequence[TrialRow], styles: Styles, comparison: Mappin
         ax.set_yticks(range(len(names)), list(reversed(names)))
         ax.set(xlabel="highest validation AUROC", ylim=(-0.6, len(names) - 0.4))
         ax.set_title(title, fontsize=9, color=plots.INK, loc="left")
+        ax.grid(axis="x", color=plots.FAINT, linewidth=0.7)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
     return figure
 
 
@@ -143,40 +150,43 @@ def _draw_points(ax: Axes, points: Sequence[tuple[float, float, str]], style: Li
 
 def _draw_curves(rows: Sequence[TrialRow], styles: Styles, best: int | None) -> Figure:
     """Draw the validation AUROC by epoch; a cross marks the end of a stopped trial, a bar that of a failed one."""
-    figure, (ax,) = plots.create_axes(9.6, 4.2, grid="both")
     with_curve = [row for row in rows if row.curve]
+    states = {row.state for row in with_curve}
+    marks = [("stopped", "x", "stopped early"), ("failed", "|", "failed"), ("waiting", "d", "waiting")]
+    extra = [plots.create_marker_entry(text, plots.MUTED, mark) for state, mark, text in marks if state in states]
+    entries = [*_list_entries(rows, styles, lines=True), *extra]
+    figure, (ax,) = plots.create_grid(1, entries, wide=_WIDE, high=3.0, margin=0.75)
+    ax.grid(color=plots.FAINT, linewidth=0.7)
     for row in with_curve:
         style, is_best = styles[row.backbone], row.number == best
         epochs, values = zip(*row.curve, strict=True)
         width, alpha, order = (2.6, 1.0, 4) if is_best else (1.1, 0.6, 2)
         (line,) = ax.plot(epochs, values, linestyle=style.line, color=style.colour)
         line.set(linewidth=width, alpha=alpha, zorder=order)
-        end = {"stopped": "x", "failed": "|", "running": ""}.get(row.state, style.marker)
+        end = {"stopped": "x", "failed": "|", "waiting": "d"}.get(row.state, style.marker)
         ax.plot(epochs[-1:], values[-1:], end, color=style.colour, markersize=6.5, zorder=5)
         if is_best:
             font: dict[str, Any] = {"fontsize": 8.5, "fontweight": "bold", "color": style.colour}
             end_point = (epochs[-1], values[-1])
             ax.annotate(f"trial {row.number}", end_point, (7, 0), textcoords="offset points", va="center", **font)
-    states = {row.state for row in with_curve}
-    marks = [("stopped", "x", "stopped early"), ("failed", "|", "failed")]
-    extra = [plots.create_marker_entry(text, plots.MUTED, mark) for state, mark, text in marks if state in states]
-    _draw_legend(ax, rows, styles, extra, lines=True)
     ax.set(xlabel="epoch", ylabel="validation AUROC (macro)")
-    ax.margins(x=0.06)
+    ax.margins(x=0.1)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
 
 
-def _draw_legend(ax: Axes, rows: Sequence[TrialRow], styles: Styles, extra: Sequence[Line2D], *, lines: bool) -> None:
-    handles = [
+def _list_entries(rows: Sequence[TrialRow], styles: Styles, *, lines: bool) -> list[Line2D]:
+    """Return the legend's entries of the backbones and, without lines, of the states."""
+    entries = [
         Line2D([], [], color=style.colour, marker=style.marker, linestyle=style.line if lines else "", label=name)
         for name, style in styles.items()
     ]
     if not lines:
         states = {row.state for row in rows}
-        if states & {"stopped", "running"}:
-            handles.append(plots.create_marker_entry("hollow: not finished", plots.MUTED, "o", "white"))
+        if states & {"stopped", "waiting"}:
+            entries.append(plots.create_marker_entry("hollow: not finished", plots.MUTED, "o", "white"))
         if "failed" in states:
-            handles.append(plots.create_marker_entry("failed", plots.MUTED, "x"))
-    style: dict[str, Any] = {"bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2, "frameon": False, "fontsize": 8.5}
-    ax.legend(handles=[*handles, *extra], loc="lower left", ncols=5, **style)
+            entries.append(plots.create_marker_entry("failed", plots.MUTED, "x"))
+        if any(row.state == "waiting" and row.val_auroc is None for row in rows):
+            entries.append(plots.create_marker_entry("waiting", plots.MUTED, "d", "white"))
+    return entries

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ Facts = Mapping[str, Any]
 _log = logging.getLogger(__name__)
 
 _PARAM = "param_"
-_STATES = ("finished", "stopped", "failed", "running")
+_STATES = ("finished", "stopped", "failed", "waiting")
 
 
 def write_search_page(
@@ -67,7 +68,8 @@ def write_search_page(
         "comparison": comparison,
         "chapters": chapters,
         "figures": figures,
-        "commands": _list_commands(facts),
+        "commands": _list_commands(out, rows, facts),
+        "colours": {colour.lower(): name for colour, name in inline_svg.VARIABLES.items()},
         "objectives": [format_objective(name) for name in facts["objectives"]],
         # The script has five megabytes; only interactive plots need it.
         "plotly": optuna_plots.load_plotly_script() if has_plot else None,
@@ -77,7 +79,10 @@ def write_search_page(
 
 
 def read_trials(trials: pd.DataFrame) -> list[TrialRow]:
-    """Return the rows of the table in order of their numbers."""
+    """Return the rows of the table in order of their numbers.
+
+    The page is written when no trial runs any more: a trial that has neither ended nor failed waits for the next start.
+    """
     names = [field.name for field in dataclasses.fields(TrialRow) if field.name not in ("params", "curve")]
     rows = []
     for record in trials.sort_values("number").to_dict("records"):
@@ -85,6 +90,7 @@ def read_trials(trials: pd.DataFrame) -> list[TrialRow]:
         values: dict[str, Any] = {name: known.get(name) for name in names}
         if values["best_epoch"] is not None:
             values["best_epoch"] = int(values["best_epoch"])  # a column with missing values holds floats
+        values["state"] = "waiting" if values["state"] == "running" else values["state"]
         params = {name.removeprefix(_PARAM): value for name, value in known.items() if name.startswith(_PARAM)}
         curve = [(point["epoch"], point["val_auroc"]) for point in record["curve"] if point["val_auroc"] is not None]
         rows.append(TrialRow(**values, params=params, curve=tuple(curve)))
@@ -96,7 +102,7 @@ def _summarize(rows: Sequence[TrialRow], params: Sequence[str], best: TrialRow |
     counts = {state: sum(row.state == state for row in rows) for state in _STATES}
     sentences = [
         f"{len(rows):,} of {facts['trials_wanted']:,} trials: {counts['finished']:,} finished, "
-        f"{counts['stopped']:,} stopped early, {counts['failed']:,} failed, {counts['running']:,} still running."
+        f"{counts['stopped']:,} stopped early, {counts['failed']:,} failed, {counts['waiting']:,} waiting to continue."
     ]
     if rows:
         names = ", ".join(sorted({row.backbone for row in rows}))
@@ -142,14 +148,20 @@ def _list_cautions(rows: Sequence[TrialRow], facts: Facts) -> list[str]:
     return cautions
 
 
-def _list_commands(facts: Facts) -> list[tuple[str, str]]:
-    """Return the next commands, each after its purpose."""
+def _list_commands(out: Path, rows: Sequence[TrialRow], facts: Facts) -> list[tuple[str, str]]:
+    """Return the next commands, each after its purpose, with paths that hold in any folder."""
     commands = []
+    study, prepared = out.absolute(), str(facts["prepared"])
+    prepared = prepared if "://" in prepared else os.path.abspath(prepared)
+    if facts["interrupted"] or len(rows) < facts["trials_wanted"] or any(row.state == "waiting" for row in rows):
+        command = shlex.join(["ray-cxr", "tune", prepared, "--out", str(study), "--resume"])
+        commands.append(("Continue the search:", command))
     if facts["storage"]:
         remark = " (add the password to the address)" if re.search(r"://[^/]*@", facts["storage"]) else ""
-        command = f"optuna-dashboard {shlex.quote(facts['storage'])}"
+        storage = facts["storage"] if "://" in facts["storage"] else os.path.abspath(facts["storage"])
+        command = shlex.join(["optuna-dashboard", storage])
         commands.append((f"Look at every trial in a browser{remark}:", command))
     if facts["best_number"] is not None:
-        prepared = shlex.quote(str(facts["prepared"]))
-        commands.append(("Train the best settings:", f"ray-cxr train {prepared} --config best.toml --out RUN"))
+        words = ["train", prepared, "--config", str(study / "best.toml"), "--out", f"{study}-best"]
+        commands.append(("Train the best settings:", shlex.join(["ray-cxr", *words])))
     return commands

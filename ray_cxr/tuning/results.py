@@ -126,7 +126,7 @@ def collect_facts(
     settings, epochs = plan.settings, int(rows["epochs"].sum())
     stopped = rows.loc[rows["state"] == "stopped", "epochs"]
     return {
-        "title": f"Search in {plan.out.name}",
+        "title": f"Hyper-parameter search: {plan.out.absolute().name}",
         "prepared": str(plan.prepared),
         "study_name": plan.name,
         "storage": plan.describe_storage(),

@@ -168,11 +168,11 @@ def test_page_sums_up_the_search(forty: tuple[Search, Page]) -> None:
     search, page = forty
     best = search.table.loc[search.facts["best_number"]]
     for words in (
-        "40 of 40 trials: 24 finished, 11 stopped early, 4 failed, 1 still running.",
+        "40 of 40 trials: 24 finished, 11 stopped early, 4 failed, 1 waiting to continue.",
         f"Best: trial {best['number']} ({best['backbone']}), validation AUROC {best['val_auroc']:.3f}",
         f"{search.facts['epochs_spent']} epochs were trained; all trials at full length would have cost 320",
         "it is the best of 36 trials",
-        "ray-cxr train 'prepared images/nih' --config best.toml --out RUN",
+        f"ray-cxr train '{Path.cwd()}/prepared images/nih' --config ",
     ):
         assert words in page.text
     assert page.text.count("out of memory <script>") == 4
@@ -232,7 +232,7 @@ def test_page_of_a_small_search(tmp_path: Path, states: list[str], words: str, o
     page = write_page(Search(states, objectives), tmp_path / "out")
     assert page.ids >= CHAPTERS
     assert words in page.text
-    assert any("Plotly.newPlot" in script for script in page.scripts) == bool(page.figures) == bool(states)
+    assert any("Plotly.react" in script for script in page.scripts) == bool(page.figures) == bool(states)
 
 
 def test_settings_that_never_varied_have_no_importance(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_hostile_text_is_escaped(tmp_path: Path) -> None:
     assert bad in page.text
     assert set(page.tags) == set(plain.tags)
     assert page.tags.count("script") - len(page.figures) == plain.tags.count("script") - len(plain.figures)
-    assert all(url.startswith("data:image/png;base64,") for url in page.urls)
+    assert all(url.startswith("#") for url in page.urls)
 
 
 @pytest.mark.slow
@@ -280,11 +280,11 @@ def test_page_holds_its_figures_and_loads_nothing(tmp_path: Path, monkeypatch: p
     out = tmp_path / "out"
     page = write_page(Search(mixed(6), TWO), out, with_figures=True)
     assert page.urls
-    assert all(url.startswith("data:image/png;base64,") for url in page.urls)
+    assert all(url.startswith("#") for url in page.urls)
     for words in ("plotly.js v", "default-src 'none'", "showSendToCloud: false"):
         assert page.source.count(words) == 1
     own = re.sub(r"<script>.*?</script>", "", page.source, flags=re.DOTALL)
-    assert not re.search(r"@import|url\(|https?://", own)
+    assert not re.search(r"@import|url\((?!#)|https?://", own)
     for name in ("history", "backbones", "curves"):
         with Image.open(out / f"{name}.png") as image:
             assert image.width > 130
@@ -296,7 +296,7 @@ def test_a_new_page_replaces_the_figures_of_the_old_one(tmp_path: Path) -> None:
     search = Search(mixed(6))
     search.study.enqueue_trial({"learning_rate": 1e-3})  # waiting trials do no harm
     page = write_page(search, out)
-    assert "waiting" in {trace.get("name") for trace in page.traces()}
+    assert {"waiting to start", "waiting to continue"} <= {trace.get("name") for trace in page.traces()}
     names = {f"{name}.{kind}" for name in ("history", "backbones", "curves") for kind in ("png", "svg")}
     assert {path.name for path in out.iterdir()} == {"report.html", *names}
     write_page(Search(["failed"]), out)
@@ -315,7 +315,7 @@ def test_a_plot_that_optuna_cannot_draw_becomes_a_sentence(tmp_path: Path, monke
 
 def test_the_same_search_gives_the_same_page(tmp_path: Path) -> None:
     states = mixed(6)[:-1]  # a running trial is drawn up to now
-    assert len({write_page(Search(states), tmp_path / name).source for name in ("one", "two")}) == 1
+    assert len({write_page(Search(states), tmp_path / "out").source for _ in range(2)}) == 1
 
 
 def test_page_names_the_next_commands(tmp_path: Path) -> None:
@@ -323,10 +323,14 @@ def test_page_names_the_next_commands(tmp_path: Path) -> None:
     search.facts |= {"storage": "postgresql://reader@host/db; rm x", "prepared": "$(rm y)"}
     page = write_page(search, tmp_path / "out")
     assert "optuna-dashboard 'postgresql://reader@host/db; rm x'" in page.text
-    assert "ray-cxr train '$(rm y)' --config" in page.text
+    assert (
+        f"ray-cxr train '{Path.cwd()}/$(rm y)' --config {tmp_path}/out/best.toml --out {tmp_path}/out-best" in page.text
+    )
+    assert "--resume" not in page.text
     search.facts |= {"interrupted": True, "storage": None, "best_number": None}
     page = write_page(search, tmp_path / "out")
     assert "interrupted" in page.text
+    assert f"ray-cxr tune '{Path.cwd()}/$(rm y)' --out {tmp_path}/out --resume" in page.text
     assert "optuna-dashboard" not in page.text
 
 
@@ -334,6 +338,27 @@ def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("", encoding="utf-8")
     with pytest.raises(OutputError, match=r"--out .*out: is a file"):
         write_page(Search([]), tmp_path / "out")
+
+
+@pytest.mark.parametrize("objectives", [("val_auroc",), TWO])
+def test_history_axis_has_the_range_of_the_values(tmp_path: Path, objectives: tuple[str, ...]) -> None:
+    page = write_page(Search(["finished", "failed", "running"], objectives), tmp_path / "out")
+    first = page.figures[1 if len(objectives) > 1 else 0]
+    value = first["data"][0]["y"][0]
+    low, high = first["layout"]["yaxis"]["range"]
+    assert 0.9 * value < low < value < high < 1.1 * value
+
+
+def test_trials_without_an_end_wait_and_are_drawn_as_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "DPI", 50)
+    search = Search(["finished", "running", "running"])
+    search.table.loc[2, "val_auroc"] = None
+    write_page(search, tmp_path / "out", with_figures=True)
+    history = (tmp_path / "out/history.svg").read_text(encoding="utf-8")
+    assert ">waiting<" in history
+    assert ">failed<" not in history
+    rows = search_page.read_trials(search.table)
+    assert [row.state for row in rows] == ["finished", "waiting", "waiting"]
 
 
 def test_missing_values_are_none_and_a_dash_in_the_page() -> None:
