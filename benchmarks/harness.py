@@ -418,13 +418,15 @@ def ask_child(
         return {**answer, "wall_s": time.monotonic() - started}
 
 
-def run_command(arguments: Sequence[str], log: Path, *, limit_s: float = LIMIT_S) -> Process:
-    """Run `ray-cxr` to its end.
+def run_command(
+    arguments: Sequence[str], log: Path, *, limit_s: float = LIMIT_S, program: Sequence[str] = ("-m", "ray_cxr.cli")
+) -> Process:
+    """Run `ray-cxr`, or another program of Python that takes its arguments, to its end.
 
     Raises:
         BenchmarkError: its exit code is not 0, or it took too long.
     """
-    with Process([sys.executable, "-m", "ray_cxr.cli", *arguments], log) as process:
+    with Process([sys.executable, *program, *arguments], log) as process:
         try:
             process.process.wait(limit_s)
         except subprocess.TimeoutExpired:

@@ -322,9 +322,12 @@ def start_bare_ray(spec: dict[str, Any], channel: Channel) -> None:
 
 
 def plan_only(spec: dict[str, Any], channel: Channel) -> None:
-    """Run `ray-cxr score --dry-run` in this process and report its peak memory."""
+    """Run `ray-cxr score --dry-run` in this process, without its estimate, and report its peak memory."""
     from ray_cxr.cli import main
+    from ray_cxr.costs import Cost
+    from ray_cxr.scoring import cost
 
+    cost.estimate_score = lambda *_: Cost("", {}, None, {})
     channel.end_stage("imports")
     code = main(["score", "--dry-run", *spec["arguments"]])
     channel.end_stage("plan")

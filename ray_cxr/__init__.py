@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 #: What programs and notebooks use; docs/python.md shows each of them.
@@ -29,24 +28,20 @@ if TYPE_CHECKING:
     from ray_cxr.labels import FINDINGS
     from ray_cxr.models.bundle import Bundle, load_bundle
 
-#: The module of each name that is imported on first use: `import ray_cxr` and `ray-cxr --help` stay fast, and a command
-#: handles Ctrl-C before any import.
-_MODULES = {
-    "FINDINGS": "ray_cxr.labels",
-    "Bundle": "ray_cxr.models.bundle",
-    "HeatMap": "ray_cxr.imaging.overlays",
-    "evaluate": "ray_cxr.api",
-    "load_bundle": "ray_cxr.models.bundle",
-    "plot_calibration": "ray_cxr.api",
-    "train": "ray_cxr.api",
-    "worklist": "ray_cxr.api",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    """Import NumPy and TensorFlow only on demand: `ray-cxr --help` is fast, and Ctrl-C is handled before any import."""
+    if name == "FINDINGS":
+        from ray_cxr import labels as module
+    elif name in ("Bundle", "load_bundle"):
+        from ray_cxr.models import bundle as module
+    elif name == "HeatMap":
+        from ray_cxr.imaging import overlays as module
+    elif name in ("evaluate", "plot_calibration", "train", "worklist"):
+        from ray_cxr import api as module
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

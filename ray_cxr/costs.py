@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from ray_cxr.progress import format_duration
 
 #: Start and end of Ray and of its first actor, seconds, on two idle cores.
 RAY_S = 8.0
@@ -28,7 +29,7 @@ class Rate:
 
     def describe(self, what: str) -> str:
         digits = 0 if self.per_second >= 20 else 1 if self.per_second >= 1 else 3
-        return f"{what} {self.per_second:,.{digits}f} images/s ({self.source})"
+        return f"{what}: {self.per_second:,.{digits}f} images/s, {self.source}"
 
 
 @dataclass(frozen=True)
@@ -52,31 +53,20 @@ class Cost:
 
     def list_lines(self, out: str | Path) -> list[str]:
         """Describe the estimate for the terminal; `out` is the folder that the run would write."""
-        rates = "; ".join(rate.describe(what) for what, rate in self.rates.items())
+        lines = [self.counts]
         if self.seconds is None:
-            time = f"unknown: {self.unknown}"
-        else:
+            lines.append(f"time: unknown, because {self.unknown}")
+        elif self.seconds[1]:
             low, high = map(format_duration, self.seconds)
-            time = f"about {high}" if low == high else f"{low} to {high}"
-        total = sum(self.sizes.values())
-        parts = ", ".join(f"{what} {format_bytes(size)}" for what, size in self.sizes.items() if size)
-        disk = f"about {format_bytes(total)}" + (f" ({parts})" if total else "")
-        free = find_free_bytes(out)
-        lines = [self.counts, f"time: {time}" + (f"; {rates}" if rates else "")]
-        lines.append(f"disk: {disk}" + ("" if free is None else f"; {format_bytes(free)} free"))
+            lines.append(f"time: {f'about {high}' if low == high else f'{low} to {high}'}, start-up included")
+            lines += [f"  {rate.describe(what)}" for what, rate in self.rates.items()]
+        total, free = sum(self.sizes.values()), find_free_bytes(out)
+        if total:
+            lines.append(f"disk: about {format_size(total)}" + ("" if free is None else f", {format_size(free)} free"))
+            lines.append("  " + ", ".join(f"{what} {format_size(size)}" for what, size in self.sizes.items() if size))
         if free is not None and total > free:
             lines.append(f"WARNING: {out}: the disk has too little space; free some, or choose another --out")
         return lines + self.notes
-
-
-def add_seconds(parts: Mapping[Rate | None, float]) -> float | None:
-    """Return the seconds for numbers of images at their rates; None if a rate is unknown."""
-    total = 0.0
-    for rate, images in parts.items():
-        if images and rate is None:
-            return None
-        total += images / rate.per_second if rate is not None else 0.0
-    return total
 
 
 def count_cpus(limit: int | None = None) -> int:
@@ -94,21 +84,10 @@ def find_free_bytes(out: str | Path) -> int | None:
     return shutil.disk_usage(path).free
 
 
-def format_duration(seconds: float) -> str:
-    """Format a duration with two digits: 45 s, 12 min, 3.5 hours."""
-    if seconds < 99.5:
-        return f"{max(1, math.ceil(seconds))} s"
-    if seconds < 99.5 * 60:
-        return f"{seconds / 60:.0f} min"
-    hours = seconds / 3600
-    return f"{hours:.1f} hours" if hours < 9.95 else f"{hours:,.0f} hours"
-
-
-def format_bytes(size: float) -> str:
-    """Format a size with two or three digits: 12 KB, 5.2 MB, 120 GB."""
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if size < 999.5 or unit == "GB":
-            break
-        size /= 1000
-    digits = 1 if unit != "bytes" and size < 9.95 else 0
-    return f"{size:,.{digits}f} {unit}"
+def format_size(size: float) -> str:
+    """Format a number of bytes: 540 B, 12 kB, 1.9 GB."""
+    value, units = float(size), iter(["B", "kB", "MB", "GB"])
+    unit = next(units)
+    while value >= 1000 and unit != "GB":
+        value, unit = value / 1000, next(units)
+    return f"{value:,.1f} {unit}" if value < 10 and unit != "B" else f"{value:,.0f} {unit}"

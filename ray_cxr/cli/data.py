@@ -6,7 +6,7 @@ import argparse
 import functools
 from typing import Any
 
-from ray_cxr import config, session
+from ray_cxr import config, costs, session
 from ray_cxr.cli.arguments import (
     add_command,
     add_settings,
@@ -17,8 +17,9 @@ from ray_cxr.cli.arguments import (
     parse_numbers,
     pick,
 )
+from ray_cxr.cli.dry_run import add_dry_run, print_cost
 from ray_cxr.cli.next_step import place_next_to, print_next, suggest_after_manifest
-from ray_cxr.cli.output import explain_write_errors, format_size, print_line
+from ray_cxr.cli.output import explain_write_errors, print_line
 from ray_cxr.progress import Stage
 from ray_cxr.storage import remote
 
@@ -55,17 +56,18 @@ def add_commands(commands: Any) -> None:
         commands,
         "prepare",
         _prepare,
-        "decode and resize every image once, into Arrow files for training",
+        "decode and resize every image once, into Arrow files",
         ["m.parquet --out prepared", "m.parquet --out prepared --size 224,320"],
     )
     prepare.add_input("--manifest", metavar="M.parquet", dest="manifest", text="manifest from ray-cxr manifest")
     prepare.add_argument("--out", required=True, type=any_path, metavar="PREPARED", help="folder to write")
     prepare.add_argument("--size", metavar="224[,320...]", help="sides in pixels; one prepared set each (224)")
+    add_dry_run(prepare)
     add_settings(prepare, "prepare", "ray")
 
 
 def _manifest(arguments: argparse.Namespace) -> None:
-    with Stage("reading the tables"):
+    with Stage("reading the tables", in_log=False):
         from ray_cxr.data.manifest import write_manifest
         from ray_cxr.data.manifest_builder import build_manifest
 
@@ -93,9 +95,20 @@ def _prepare(arguments: argparse.Namespace) -> None:
     chosen = settings.prepare
     if arguments.size is not None:
         chosen = chosen.replace(sizes=parse_numbers(int, arguments.size, "--size", "pixels, such as 224 or 224,320"))
-    with Stage("checking the manifest"):
-        from ray_cxr.data import prepared
+    with Stage("checking the manifest", in_log=False):
+        from ray_cxr.data import manifest as manifests
+        from ray_cxr.data import prepare_cost, prepared
 
+    if arguments.dry_run:
+        with Stage("measuring with some of the images", in_log=False):
+            cpus = costs.count_cpus(settings.ray.num_cpus)
+            cost = prepare_cost.estimate_prepare(arguments.manifest, arguments.out, chosen, cpus)
+        print_cost(cost, arguments)
+        return
+    has_training_images = manifests.has_split(arguments.manifest, "train")
+    if not has_training_images:
+        remedy = "make it again with --split patient, or with train=, val= and test= tables"
+        print_line(f"{arguments.manifest}: no images of split train, which training needs: {remedy}")
     start = functools.partial(session.start_ray, settings.ray)
     out = remote.to_path(arguments.out)
     counts = prepared.prepare(arguments.manifest, arguments.out, chosen, start_ray=start)
@@ -105,8 +118,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
         errors = ", ".join(f"{code} {count:,}" for code, count in codes.most_common() if code != "ok")
         flags = ", ".join(f"{flag} {count:,}" for flag, count in found.flags.most_common())
         detail = (f": {errors}" if errors else "") + (f"; flags: {flags}" if flags else "")
-        written = sum(path.stat().st_size for path in (out / str(size)).glob("part-*"))
-        print_line(f"size {size}: {codes['ok']:,} images, {failed:,} failed, {format_size(written)} on disk{detail}")
+        written = costs.format_size(sum(path.stat().st_size for path in (out / str(size)).glob("part-*")))
+        print_line(f"size {size}: {codes['ok']:,} images, {failed:,} failed, {written} on disk{detail}")
     print_line(f"prepared: {arguments.out}")
     sizes = ["--set", f"size={min(counts)}"] if len(prepared.complete_sizes(out)) > 1 else []
-    print_next("train", out, "--out", place_next_to(out, "run"), *sizes)
+    if has_training_images:
+        print_next("train", out, "--out", place_next_to(out, "run"), *sizes)
+    else:
+        print_next("manifest", "TABLE", "--out", remote.to_path(arguments.manifest), "--split", "patient")

@@ -10,12 +10,12 @@ import psutil
 import pyarrow.dataset
 from rich.table import Table
 
-from ray_cxr import config, session
+from ray_cxr import config, costs, session
 from ray_cxr.cli.arguments import add_command, add_settings, any_address, any_path, override_settings, pick
-from ray_cxr.cli.next_step import print_next, suggest_report
+from ray_cxr.cli.dry_run import add_dry_run, print_cost
+from ray_cxr.cli.next_step import suggest_report
 from ray_cxr.cli.output import print_line, print_table, print_warnings
 from ray_cxr.errors import ConfigError, ErrorRateExceeded
-from ray_cxr.imaging.demographics import count_of
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.progress import Stage
 from ray_cxr.storage import remote
@@ -26,7 +26,7 @@ def add_commands(commands: Any) -> None:
         commands,
         "score",
         _score,
-        "score images with Ray Data into a Parquet table, one row per image",
+        "score images into a Parquet table, one row per image",
         ["run/bundle --images images --out scores", "run/bundle --manifest m.parquet --out scores --heatmaps 3"],
     )
     score.add_input("--bundle", "--model", metavar="BUNDLE", dest="model", text="model, such as RUN/bundle of train")
@@ -42,7 +42,7 @@ def add_commands(commands: Any) -> None:
     score.add_argument("--precision", choices=precisions, help="auto: bf16 if CPU and bundle support it, else fp32")
     score.add_argument("--heatmaps", type=int, metavar="K", help="also draw heat maps of each image's top K findings")
     score.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
-    score.add_argument("--dry-run", action="store_true", help="check everything, count, write nothing")
+    add_dry_run(score)
     add_settings(score, "score", "ray", gpu=True)
 
 
@@ -51,18 +51,26 @@ def _score(arguments: argparse.Namespace) -> None:
     chosen = override_settings(settings.score, arguments, "max_error_rate", "precision")
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError(f"--limit {arguments.limit}: must be at least 1")
-    with Stage("checking the model and the input"):
+    with Stage("checking the model and the input", in_log=False):
         from ray_cxr.scoring.pipeline import score
-        from ray_cxr.scoring.plan import ScoreRequest
+        from ray_cxr.scoring.plan import ScoreRequest, plan_run
 
     request = ScoreRequest(
         settings=chosen,
         use_gpu=arguments.gpu,
         started_at=psutil.Process().create_time(),  # includes the imports before this line
-        **pick(
-            arguments, "model", "out", "manifest", "images", "fresh", "retry_errors", "limit", "dry_run", "heatmaps"
-        ),
+        **pick(arguments, "model", "out", "manifest", "images", "fresh", "retry_errors", "limit", "heatmaps"),
     )
+    if arguments.dry_run:
+        with Stage("measuring with some of the images", in_log=False):
+            from ray_cxr.scoring.cost import estimate_score
+
+            plan = plan_run(request)
+            cost = estimate_score(plan, costs.count_cpus(settings.ray.num_cpus))
+        for note in plan.rows.notes:
+            print_line(f"{arguments.images}: {note}")
+        print_cost(cost, arguments)
+        return
     too_many: ErrorRateExceeded | None = None
     try:
         report = score(request, start_ray=lambda: session.start_ray(settings.ray))
@@ -70,17 +78,12 @@ def _score(arguments: argparse.Namespace) -> None:
         too_many, report = error, error.report
     for note in report.notes:
         print_line(f"{arguments.images}: {note}")
-    if arguments.dry_run:
-        drawn = "" if report.heatmaps is None else f", heat maps of up to {report.heatmaps.to_draw:,} to draw"
-        print_line(f"{report.rows:,} rows, {report.counts['to score']:,} of them to score{drawn}; nothing was written")
-        print_next(*(word for word in arguments.words if word != "--dry-run"))
-        return
     table = Table("result", "rows", title="Scores")
     for code, count in report.counts.most_common():
         table.add_row(code, f"{count:,}")
     print_table(table)
     if report.images_per_second is None:
-        print_line("all rows were scored already")
+        print_line("the scores are already complete")
     else:
         print_line(
             f"scored {report.scored_now:,} images in {report.seconds:.0f} s "
@@ -100,7 +103,7 @@ def _print_flagged(out: str) -> None:
     """Print how many images, studies and patients are flagged for any finding."""
     with Stage("counting flagged images"):
         from ray_cxr.evaluation import usability
-        from ray_cxr.reporting.flagged import FlagCount, format_groups, identify_studies
+        from ray_cxr.reporting.flagged import FlagCount, identify_studies
 
         store, folder = remote.to_arrow(remote.to_path(out) / "scores")
         data = pyarrow.dataset.dataset(folder, format="parquet", filesystem=store)
@@ -111,7 +114,7 @@ def _print_flagged(out: str) -> None:
         patients, studies = (table[name].to_numpy() for name in ("patient_id", "study_id"))
         found = FlagCount.count(highest, identify_studies(studies, patients), patients)
     if found.n:
-        print_line(f"flagged: {found.images:,} of {count_of(found.n, 'scored image')} ({format_groups(found)})")
+        print_line(f"flagged: {found.describe()}")
     else:
         print_line("flagged: unknown, because the bundle has no operating points")
     print_warnings(warning.text for warning in usability.warn_of_flags(flags))

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ray_cxr import config, errors, session
 from ray_cxr.cli.arguments import add_command, add_settings, any_path, local_output, override_settings
+from ray_cxr.cli.dry_run import add_dry_run, print_cost
 from ray_cxr.cli.next_step import suggest_score
 from ray_cxr.cli.output import format_number, print_line, print_rule_notes, print_table, print_warnings
 from ray_cxr.errors import RayCxrError
@@ -25,19 +26,20 @@ def add_commands(commands: Any) -> None:
         commands,
         "train",
         _train,
-        "train a model with Ray Train and write it as a bundle, in RUN/bundle",
+        "train a model and write it as a bundle, in RUN/bundle",
         ["prepared --out run --config jobs/laptop.toml", "prepared --out run --set backbone=ResNet50 --set epochs=3"],
     )
     train.add_argument("prepared", type=any_path, metavar="PREPARED", help="folder from ray-cxr prepare")
     train.add_argument("--out", required=True, type=any_path, metavar="RUN", help="folder to write; holds RUN/bundle")
     train.add_argument("--workers", type=int, metavar="N", help="training processes (1)")
+    add_dry_run(train)
     add_settings(train, "train", "ray", gpu=True)
 
     tune = add_command(
         commands,
         "tune",
         _tune,
-        "search backbones and settings with Ray Tune and Optuna; the best model becomes STUDY/bundle",
+        "search backbones and settings; the best model is STUDY/bundle",
         ["prepared --out study --config jobs/laptop.toml --trials 10", "prepared --out study --resume --trials 20"],
     )
     tune.add_argument("prepared", type=any_path, metavar="PREPARED", help="folder from ray-cxr prepare")
@@ -46,18 +48,26 @@ def add_commands(commands: Any) -> None:
     tune.add_argument("--confirm", type=int, metavar="N", help="pairs of extra trainings of the best two backbones (0)")
     tune.add_argument("--workers", type=int, metavar="N", help="training processes per trial (1)")
     tune.add_argument("--resume", action="store_true", help="continue the search in STUDY with its settings")
+    add_dry_run(tune)
     add_settings(tune, "tune", "train", "ray", gpu=True)
 
 
 def _train(arguments: argparse.Namespace) -> None:
     started = time.time()
     settings = config.load(arguments.config, arguments.overrides, section="train")
-    with Stage("checking the prepared set"):
+    with Stage("checking the prepared set", in_log=False):
         from ray_cxr.evaluation import usability
         from ray_cxr.training import trainer
 
     options: dict[str, Any] = {"use_gpu": arguments.gpu, "started": started, "on_event": print_line}
     chosen = override_settings(settings.train, arguments, "workers")
+    if arguments.dry_run:
+        with Stage("measuring a training step", in_log=False):
+            from ray_cxr.training import cost
+
+            found = cost.estimate_train(arguments.prepared, arguments.out, chosen, use_gpu=arguments.gpu)
+        print_cost(found, arguments)
+        return
     start = functools.partial(session.start_ray, settings.ray)
     bundle = trainer.train(arguments.prepared, arguments.out, chosen, **options, start_ray=start)
     names = ("finding", "val\nimages", "positives", "AUROC", "calibrated", "operating\npoint")
@@ -85,7 +95,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _tune(arguments: argparse.Namespace) -> None:
     start = time.monotonic()
     loaded = config.load(arguments.config, arguments.overrides, section="tune")
-    with Stage("checking the prepared set"):
+    with Stage("checking the prepared set", in_log=False):
         from ray_cxr.tuning import plan as plans
 
     out, base, chosen = remote.to_path(arguments.out), loaded.train, loaded.tune
@@ -101,6 +111,13 @@ def _tune(arguments: argparse.Namespace) -> None:
         print_line(f"tune: {out} is finished already; use --trials N for more than {chosen.trials} trials")
         print_line(f"report: {out / 'report.html'}")
         suggest_score(out / "bundle", arguments.prepared)
+        return
+    if arguments.dry_run:
+        with Stage("measuring a training step of each backbone", in_log=False):
+            from ray_cxr.tuning import cost
+
+            found = cost.estimate_tune(plan, use_gpu=arguments.gpu)
+        print_cost(found, arguments)
         return
     # Ray Train asks the dashboard whether a stopped trial's run is still alive.
     with session.start_ray(loaded.ray, dashboard=True):

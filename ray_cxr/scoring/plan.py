@@ -50,7 +50,6 @@ class ScoreRequest:
     fresh: bool = False
     retry_errors: bool = False
     limit: int | None = None
-    dry_run: bool = False
     use_gpu: bool = False
     heatmaps: int | None = None
     started_at: float | None = None
