@@ -26,6 +26,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from ray_cxr.data import identity
 from ray_cxr.data.csv_table import COLUMNS, KNOWN_HEADERS, CsvTable, normalize_header, read_csv
 from ray_cxr.errors import TableError
 from ray_cxr.labels import FINDINGS, LABELS, canonicalize, suggest
@@ -81,7 +82,8 @@ def read_consensus(path: str) -> ConsensusLabels:
     )
     table.refuse_contradictions(rows)
     rows["image_id"] = image_ids
-    rows["patient_id"] = table.read_patient_ids(columns.get("patient_id"), image_ids)
+    written = table.read_patient_ids(columns.get("patient_id"))
+    rows["patient_id"] = identity.unify_patients(image_ids, written)
     rows["part"] = table.read_optional(columns.get("part"))
     unique = _merge_repeats(rows, table)
     adjudicated = {normalize_header(name) for name in table.headers} >= _ADJUDICATED

@@ -37,7 +37,6 @@ KNOWN_HEADERS = frozenset(spelling for spellings in COLUMNS.values() for spellin
 #: separated by semicolons they are decimals: spreadsheets write those where the comma is the decimal mark.
 _DECIMAL_COMMA = re.compile(r"([+-]?\d+),(\d{1,2}|\d{4,})((?:\s*[A-Za-z][\w+-]*)?)")
 _ANY_DECIMAL_COMMA = re.compile(r"([+-]?\d+),(\d+)((?:\s*[A-Za-z][\w+-]*)?)")
-_NIH_NAME = re.compile(r"^\d{8}_\d{3}\.png$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,18 +92,11 @@ class CsvTable:
                 identity.check_series(self.rows[columns[name]], self.path, images=name == "image_id")
         return ids
 
-    def read_patient_ids(self, column: str | None, image_ids: pd.Series) -> pd.Series:
-        """Return the patient ids as a manifest writes them; None for blanks and for a table without the column.
-
-        Copies of NIH's table write one patient as 1 or 00000001; in other tables 007 and 7 may be two people. The name
-        of an NIH image starts with its patient's number, which separates the two cases row by row.
-        """
+    def read_patient_ids(self, column: str | None) -> pd.Series:
+        """Return the patient ids as the table writes them; None for blanks and for a table without the column."""
         mark = "[.,]" if self.separator == ";" else "[.]"
         ids = self.read_optional(column).str.replace(rf"^(\d+){mark}0+$", r"\1", regex=True)
-        ids = ids.where(ids.notna(), None)
-        named = image_ids.where(image_ids.str.match(_NIH_NAME)).str.slice(0, 8)
-        same = named.notna() & ids.notna() & (ids.astype("string").str.zfill(8) == named)
-        return ids.mask(same.fillna(False).astype(bool), ids.str.replace(r"^0+(?=.)", "", regex=True))
+        return ids.where(ids.notna(), None)
 
     def read_optional(self, column: str | None) -> pd.Series:
         """Return a column's text without outer blanks; None for `identity.MISSING`, or without the column."""

@@ -10,9 +10,11 @@ Errors name the file, the column and the line of an example, never the id.
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,6 +32,9 @@ REMEDY = (
     "format the column as text in the spreadsheet before saving, or export the table again from the source, "
     "ids as text in UTF-8"
 )
+
+#: The name of an NIH image starts with its patient's number.
+_NIH_NAME = re.compile(r"\d{8}_\d{3}\.png", re.ASCII)
 
 #: A column whose pattern has a smaller probability than this by chance has lost digits.
 _CHANCE = 1e-4
@@ -97,6 +102,20 @@ def find_ids(ids: Sequence[str] | np.ndarray, known: Sequence[str] | np.ndarray)
     return positions
 
 
+def unify_patients(image_ids: Iterable[Any], patients: Iterable[Any]) -> np.ndarray:
+    """Return patient ids [n] in the spelling in which files are compared, as objects.
+
+    Copies of NIH's table write one patient as 13 or 00000013; in other tables 007 and 7 may be two people. The name of
+    an NIH image, such as 00000013_008.png, separates the two cases.
+    """
+    unified = np.array([*patients], dtype=object)
+    for row, (image, patient) in enumerate(zip(image_ids, unified, strict=True)):
+        padded = isinstance(patient, str) and patient.startswith("0") and patient.zfill(8) == str(image)[:8]
+        if padded and _NIH_NAME.fullmatch(str(image)):
+            unified[row] = patient.lstrip("0") or "0"
+    return unified
+
+
 def check_table(table: pa.Table, source: str) -> pa.Table:
     """Return a table after checking its identity columns as `read_ids` does."""
     for name in COLUMNS:
@@ -106,9 +125,15 @@ def check_table(table: pa.Table, source: str) -> pa.Table:
 
 
 def read_split(folder: Path, schema: pa.Schema | None = None) -> pa.Table:
-    """Read `split.parquet`, the images that trained a bundle; refuse ids that lost digits, which hide leaks."""
+    """Read `split.parquet`, the images that trained a bundle, with patients as `unify_patients` spells them.
+
+    Ids that lost digits are refused, because they hide leaks.
+    """
     file = folder / "split.parquet"
-    return check_table(pq.read_table(file, schema=schema), str(file))
+    table = check_table(pq.read_table(file, schema=schema), str(file))
+    images, patients = (to_text(table[name], name).to_pylist() for name in ("image_id", "patient_id"))
+    unified = pa.array(unify_patients(images, patients), table.schema.field("patient_id").type)
+    return table.set_column(table.schema.get_field_index("patient_id"), table.schema.field("patient_id"), unified)
 
 
 def _decode_dictionary(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:

@@ -134,6 +134,8 @@ def build_manifest(
 
     frames = [read_table(path, report).assign(split=name, _table=Path(path).name) for name, path in arguments]
     data = pd.concat(frames, ignore_index=True)
+    data["_written"] = data["patient_id"]
+    data["patient_id"] = identity.unify_patients(data["image_id"], data["patient_id"])
     if not by_table:
         _refuse_repeats(data)
     info: dict[str, Any] = {
@@ -169,6 +171,10 @@ def build_manifest(
     report.unguarded = int((data["split"].notna() & data["patient_id"].isna()).sum())
     report.patients = PatientCount.of(data["patient_id"])
     report.by_split = _count_by_split(data["split"])
+    # One spelling per patient: that with zeros, if any row of the patient has it.
+    padded = data[data["patient_id"] != data["_written"]].dropna(subset="patient_id")
+    spellings = dict(zip(padded["patient_id"], padded["_written"], strict=True))
+    data["patient_id"] = [spellings.get(patient, patient) for patient in data["patient_id"]]
     table = pa.table({field.name: pa.array(data[field.name], type=field.type, from_pandas=True) for field in SCHEMA})
     return table.replace_schema_metadata({SPLIT_KEY: json.dumps(info, sort_keys=True).encode()}), report
 
@@ -182,7 +188,7 @@ def read_table(path: str, report: ManifestReport | None = None) -> pd.DataFrame:
     image_ids = table.read_image_ids(columns)
     out = pd.DataFrame(index=rows.index)
     out["image_id"] = image_ids
-    out["patient_id"] = table.read_patient_ids(columns.get("patient_id"), image_ids)
+    out["patient_id"] = table.read_patient_ids(columns.get("patient_id"))
     out["study_id"] = table.read_optional(columns.get("study_id"))
     out["age"] = _read_ages(table.read_numbers(columns["age"]), dialect, report) if "age" in columns else np.nan
     out["sex"] = rows[columns["sex"]].map(demographics.parse_sex).astype("object") if "sex" in columns else None

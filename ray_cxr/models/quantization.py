@@ -123,14 +123,16 @@ def quantize(
 
 def _find_trained(bundle: Bundle, train: SplitData, validation: SplitData) -> np.ndarray:
     """Find the validation images whose id or patient is in `train` or in the bundle's training images: bool [M]."""
-    images, patients = set(train.image_ids), set(train.patient_ids)
+    images = set(train.image_ids)
+    patients = set(identity.unify_patients(train.image_ids, train.patient_ids))
     for row in identity.read_split(bundle.path, SPLIT_SCHEMA).to_pylist():
         if row["split"] == "train":
             images.add(row["image_id"])
             patients.add(row["patient_id"])
     patients.discard(None)  # unknown patients match nothing
     same = identity.find_ids(validation.image_ids, sorted(images)) >= 0
-    return same | np.array([patient in patients for patient in validation.patient_ids], dtype=bool)
+    validated = identity.unify_patients(validation.image_ids, validation.patient_ids)
+    return same | np.array([patient in patients for patient in validated], dtype=bool)
 
 
 def _quantize_graph(graph: Path, images: np.ndarray) -> Any:

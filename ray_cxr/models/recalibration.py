@@ -255,7 +255,8 @@ def _select_images(
         raise InputError(f"{scores} and {labels} have no image in common; compare their image_id{example}")
     # Where the labels have no patient id, the score table may have one.
     patients = np.array([*table.patients, None], dtype=object)[frame["row"].to_numpy()]
-    frame["patient_id"] = frame["patient_id"].astype(object).where(frame["patient_id"].notna(), patients)
+    patients = frame["patient_id"].astype(object).where(frame["patient_id"].notna(), patients)
+    frame["patient_id"] = identity.unify_patients(frame["image_id"], patients)
     excluded: dict[str, int] = {}
 
     def exclude(reason: str, rows: pd.Series) -> None:

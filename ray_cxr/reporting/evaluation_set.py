@@ -163,6 +163,7 @@ def join_table(table: Scores, labelled: pa.Table, path: str, split: str | None) 
     rows, failed_rows = rows[kept], rows[failed]
     # The score table may know a patient whom the manifest does not.
     patients = np.where([patient is None for patient in patients], table.patients[rows], patients)
+    patients = identity.unify_patients(table.ids[rows], patients)
     info = manifest.split_info(labelled)
     described = _describe_split(split, info)
     return EvaluationSet(

@@ -80,7 +80,7 @@ def check_leakage(
     trained = PatientCount.of(training.patients)
     known = set(training.patients) - {None}
     # Scores and labels may spell one patient differently, and the training may have used either spelling.
-    scored_patients = table.patients[rows]
+    patients, scored_patients = (identity.unify_patients(table.ids[rows], p) for p in (patients, table.patients[rows]))
     shared = {patient for patient in (*patients, *scored_patients) if patient in known}
     if split not in ("train", "val") and (same.any() or shared):
         remedy = (

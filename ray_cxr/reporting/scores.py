@@ -377,7 +377,7 @@ def read_training_images(location: Location) -> TrainingImages | None:
     if not kept.any():
         return None
     ids, patients = (read_texts(table, name, location.path)[kept] for name in ("image_id", "patient_id"))
-    return TrainingImages(ids, patients, parts[kept])
+    return TrainingImages(ids, identity.unify_patients(ids, patients), parts[kept])
 
 
 def finite_or_none(value: Any) -> float | None:

@@ -125,7 +125,8 @@ def refuse_leak(start: Bundle, val: pa.Table) -> None:
     split = identity.read_split(start.path)
     trained = split.filter(pc.equal(split["split"], "train"))
     images = pa.array(identity.find_ids(val["image_id"].to_pylist(), trained["image_id"].to_pylist()) >= 0)
-    patients = pc.is_in(val["patient_id"], trained["patient_id"].drop_null().combine_chunks())
+    unified = identity.unify_patients(val["image_id"].to_pylist(), val["patient_id"].to_pylist())
+    patients = pc.is_in(pa.array(unified, pa.string()), trained["patient_id"].drop_null().combine_chunks())
     count = pc.sum(pc.or_(images, patients)).as_py()
     if count:
         raise LeakError(

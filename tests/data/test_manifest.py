@@ -86,7 +86,7 @@ def test_nih_tables_of_2017_and_2020(tmp_path: Path) -> None:
     table, report = build_text(tmp_path, NIH_2017)
     rows = table.to_pylist()
     assert table["image_id"].to_pylist() == [*NIH_NAMES, "00000003_000.png"]
-    assert table["patient_id"].to_pylist() == ["1", "1", "2", "3"]
+    assert table["patient_id"].to_pylist() == [name[:8] for name in table["image_id"].to_pylist()]
     assert table["age"].to_pylist() == [58.0, 58.0, None, 0.5]
     assert table["sex"].to_pylist() == ["M", "M", "F", "F"]
     assert table["view"].to_pylist() == ["PA", "PA", "AP", "PA"]
@@ -97,9 +97,10 @@ def test_nih_tables_of_2017_and_2020(tmp_path: Path) -> None:
     assert all(row["split"] is row["path"] is row["study_id"] is None for row in rows)
     assert (report.absurd_ages, report.unreadable_ages, report.ignored_columns) == (1, 0, [])
     assert report.lines() == ["4 images of 3 patients", "1 ages over 120 years set to null"]
-    # NIH's table of 2020 differs in its ages only.
+    # NIH's table of 2020 differs in ages and in the spelling of patients.
     new, _ = build_text(tmp_path, NIH_V2020)
-    assert new.drop_columns("age").equals(table.drop_columns("age"))
+    assert new.drop_columns(["age", "patient_id"]).equals(table.drop_columns(["age", "patient_id"]))
+    assert new["patient_id"].to_pylist() == ["1", "1", "2", "3"]
     assert new["age"].to_pylist() == [58.0, 58.0, 81.0, 0.0]
 
 
@@ -172,13 +173,29 @@ def test_views_of_public_tables(tmp_path: Path) -> None:
     assert table["age"].to_pylist() == [90.0, None, 0.5, 58.0, 58.0]
 
 
-def test_only_nih_patient_ids_lose_their_zeros(tmp_path: Path) -> None:
-    """In NIH's copies 1 and 00000001 are one patient; elsewhere 008 and 8 may be two people."""
-    lines = "a.png,008,0\nb.png,8,0\n00000007_000.png,00000007,0\n00000007_001.png,7.0,0\n00000000_000.png,0,0\n"
-    table, _ = build_text(tmp_path, f"Image,PatientId,Mass\n{lines}")
-    assert table["patient_id"].to_pylist() == ["008", "8", "7", "7", "0"]
-    train = put(tmp_path / "train.csv", "Image,PatientId,Mass\n00000007_002.png,7,1\n")
+@pytest.mark.parametrize("labels", ["Finding Labels", "Mass"])
+def test_patient_ids_keep_their_zeros(tmp_path: Path, labels: str) -> None:
+    """In NIH's copies 7 and 00000007 are one patient; elsewhere 008 and 8 may be two people."""
+    lines = [("a.png", "008"), ("b.png", "8"), ("00000007_000.png", "00000007"), ("00000013_008.png", "00000013")]
+    label = {"Finding Labels": "Mass", "Mass": "1"}[labels]
+    head = f"Image,PatientId,{labels}\n"
+    table, _ = build_text(tmp_path, head + "".join(f"{image},{patient},{label}\n" for image, patient in lines))
+    assert table["patient_id"].to_pylist() == ["008", "8", "00000007", "00000013"]
+    train = put(tmp_path / "train.csv", f"{head}00000007_002.png,7,{label}\n")
     assert "1 patients" in refusal(LeakError, f"train={train}", f"test={tmp_path / 't.csv'}")
+
+
+def test_spelling_of_nih_patients_is_one_per_manifest_and_changes_no_split(tmp_path: Path) -> None:
+    patients = range(1, 21)
+    splits = []
+    for spelling in ("{}", "{:08d}"):
+        lines = "".join(f"{n:08d}_000.png,{spelling.format(n)},0\n" for n in patients)
+        table, _ = build_text(tmp_path, f"Image,PatientId,Mass\n{lines}", split="patient", seed=3)
+        assert table["patient_id"].to_pylist() == [spelling.format(n) for n in patients]
+        splits.append(table["split"].to_pylist())
+    assert splits[0] == splits[1]
+    table, _ = build_text(tmp_path, "Image,PatientId,Mass\n00000007_000.png,7.0,0\n00000007_001.png,00000007,0\n")
+    assert table["patient_id"].to_pylist() == ["00000007"] * 2
 
 
 def test_one_hot_table_without_no_finding_column(tmp_path: Path) -> None:
