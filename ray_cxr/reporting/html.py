@@ -35,6 +35,7 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
     environment.filters.update(
         num=format_number,
         difference=format_difference,
+        group=format_group,
         percent=format_percent,
         count=format_count,
         count_of=count_of,
@@ -69,6 +70,11 @@ def format_difference(value: float | None, digits: int = 3) -> str:
     """Format a difference with its sign: `+0.012`, `−0.040`, `0.000`."""
     shown = format_number(value, digits)
     return f"+{shown}" if value is not None and value > 0 and float(shown) else shown
+
+
+def format_group(value: str) -> str:
+    """Format a group of patients with an en dash in ranges of age: `40–59 & F`."""
+    return re.sub(r"(?<=\d)-(?=\d)", "–", value)
 
 
 def format_metric(value: float | None, metric: Metric) -> str:

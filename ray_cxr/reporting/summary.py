@@ -72,14 +72,15 @@ def summarize(result: ReportResult) -> Summary:
         if isinstance(labelled.underdiagnosis, Underdiagnosis):
             sections["underdiagnosis"] = _summarize_underdiagnosis(labelled.underdiagnosis)
     for name in ("consensus", "compared", "underdiagnosis", "flags"):
-        top += sections.get(name, [])
+        top += sections.get(name, [])[:1]
     return Summary(top[:MAX_SENTENCES], sections)
 
 
 def _summarize_evaluation(evaluation: EvaluationResult) -> tuple[list[str], list[str]]:
     """Return the main results, and what else a reader of the table must know."""
     macro, findings = evaluation.macro, evaluation.findings
-    sentences, remarks = [], []
+    sentences: list[str] = []
+    remarks: list[str] = []
     if macro.auroc.value is None:
         sentences.append(f"The macro AUROC is undefined: {macro.reason}.")
     else:
@@ -93,7 +94,9 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> tuple[list[str], list
         ranked = sorted(aurocs, key=lambda finding: aurocs[finding])
         if len(ranked) > 1:
             lowest = ", ".join(f"{plots.format_finding(f)} {aurocs[f]:.3f}" for f in ranked[: min(3, len(ranked) // 2)])
-            sentences.append(f"Lowest: {lowest}. Highest: {plots.format_finding(ranked[-1])} {aurocs[ranked[-1]]:.3f}.")
+            highest = f"{plots.format_finding(ranked[-1])} {aurocs[ranked[-1]]:.3f}"
+            place = sentences if macro.headline_reason is None else remarks
+            place.append(f"Lowest: {lowest}. Highest: {highest}.")
         shown = {f: findings[f].auroc.shown for f in ranked}
         known = {f: (a.low, a.high) for f, a in shown.items() if a.low is not None and a.high is not None}
         chance = [f for f, (low, high) in known.items() if low <= 0.5 <= high]
@@ -162,17 +165,19 @@ def _summarize_underdiagnosis(found: Underdiagnosis) -> list[str]:
         f"{count_of(found.tested, 'comparison')} of groups with at least {CLAIM_PATIENTS} patients with a finding"
     )
     if found.highest is not None:
-        group, other = found.highest
+        group, _ = found.highest
         rates = [_format_rate(one.rates["underdiagnosis"]) for one in found.highest]
+        names = [html.format_group(one.value) for one in found.highest]
+        attribute = group.attribute.replace("_", " ")
         return [
-            f"{sentence} The highest rate that is clearly above another is that of {group.attribute.replace('_', ' ')} "
-            f"{group.value}, {rates[0]}, against {rates[1]} of {other.value}; this holds after correction for "
-            f"{corrected}."
+            f"{sentence} Highest rate clearly above another: {attribute} {names[0]}, {rates[0]}, against {rates[1]} of "
+            f"{names[1]}.",
+            f"This holds after correction for {corrected}.",
         ]
     if found.tested:
-        return [f"{sentence} No group clearly differs from the largest one after correction for {corrected}."]
+        return [sentence, f"No group clearly differs from the largest one after correction for {corrected}."]
     few = f"No group is tested against the largest one: that takes {CLAIM_PATIENTS} patients with a finding in both."
-    return [f"{sentence} {few}" if found.groups else sentence]
+    return [sentence, few] if found.groups else [sentence]
 
 
 def _format_rate(rate: Rate) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ray_cxr.evaluation.bootstrap import resampled_aurocs
 from ray_cxr.evaluation.clustered import auroc_interval, clustered_share_interval
 from ray_cxr.evaluation.intervals import patient_codes, percentile_interval, wilson_interval
 from ray_cxr.evaluation.published import OFFICIAL_TEST_IMAGES
+from ray_cxr.imaging.phantoms import TABLE_NAME
 from ray_cxr.imaging.sandbox import Decoder
 from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.reporting import plots
@@ -101,6 +103,25 @@ def test_page_and_markdown_show_the_computed_numbers(evaluated: Report) -> None:
     for text in ((evaluated.out / "report.md").read_text(encoding="utf-8"), evaluated.page):
         for words in (auroc, "test split of a random patient split, seed 0", "Research use only"):
             assert words in text
+
+
+def test_page_names_its_sections_its_date_and_what_it_was_computed_from(evaluated: Report, unlabelled: Report) -> None:
+    for found in (evaluated, unlabelled):
+        page, scores = Page(found.page), found.archive.root / "SCORES"
+        listed = {url[1:] for url in page.urls if url.startswith("#")}
+        assert {"worklist", "alerts", "model"} <= listed <= page.ids
+        assert ("findings" in listed) == (found is evaluated)
+        report, digests = found.metrics["report"], found.metrics["digests"]
+        assert report["created"] == "2023-11-14T22:13:20+00:00"
+        assert digests["run"] == hashlib.sha256((scores / "run.json").read_bytes()).hexdigest()
+        assert all(text in page.text for text in (report["created"], report["version"], digests["run"], "d1" * 32))
+
+
+def test_synthetic_images_are_compared_with_no_published_result(archive: Archive, tmp_path: Path) -> None:
+    labels = archive.labels(info={"kind": "patient", "seed": 0, "tables": {TABLE_NAME: "ab" * 32}})
+    found = report(archive, tmp_path / "out", labels=labels, split="test")
+    assert (found.metrics["report"]["synthetic"], found.metrics["published"]) == (True, [])
+    assert "published" not in Page(found.page).ids
 
 
 def test_undefined_numbers_have_a_reason_and_stay_out_of_the_macro(evaluated: Report) -> None:
@@ -201,6 +222,22 @@ def test_other_images_of_training_patients_are_refused(archive: Archive, tmp_pat
     trained = pq.read_table(scores / "split.parquet")
     others = [name not in archive.ids[1::3] for name in trained["image_id"].to_pylist()]
     pq.write_table(trained.filter(pa.array(others)), scores / "split.parquet")
+    refused(LeakError, "0 images and 15 patients", scores, tmp_path / "out", labels=labels, split="test")
+
+
+def test_zeros_of_patient_ids_survive_and_hide_no_leak(archive: Archive, tmp_path: Path) -> None:
+    """The model was trained with NIH's newer table (13), and is evaluated with the older one (00000013)."""
+    scores = Path(archive.scores())
+    trained = pq.read_table(scores / "split.parquet")
+    others = pa.array([name not in archive.ids[1::3] for name in trained["image_id"].to_pylist()])
+    archive.patient = [f"{patient:0>8}" for patient in archive.patient]
+    archive.scores()
+    found = report(archive, tmp_path / "padded", scores=str(scores), labels=archive.labels(), split="test")
+    shown = {row["patient_id"] for row in found.worklist()}
+    assert shown == {patient for patient, part in zip(archive.patient, archive.split, strict=True) if part == "test"}
+    assert found.worklist()[0]["patient_id"] in found.page
+    pq.write_table(trained.filter(others), scores / "split.parquet")
+    labels = archive.labels(split=["test"] * N, keep=range(1, N, 3))
     refused(LeakError, "0 images and 15 patients", scores, tmp_path / "out", labels=labels, split="test")
 
 
