@@ -60,14 +60,15 @@ def print_warnings(warnings: Iterable[str]) -> None:
         print_line(f"WARNING: {text}")
 
 
-def print_table(table: Table, optional: Sequence[str] = ()) -> None:
-    """Print a table without cutting or folding a cell; columns in `optional` are left out, in order, to fit the width.
+def find_width() -> int:
+    """Return the width of the terminal, or the variable COLUMNS; without both, as in a log, it is not limited."""
+    limited = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    return Console().width if limited else _UNLIMITED
 
-    The width is that of the terminal, or the variable COLUMNS. Without both, as in a log, it is not limited.
-    """
-    console = Console()
-    limit = console.width if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal() else _UNLIMITED
-    console.width = _UNLIMITED
+
+def print_table(table: Table, optional: Sequence[str] = ()) -> None:
+    """Print a table without cutting or folding a cell; columns in `optional` are left out, in order, to fit."""
+    console, limit = Console(width=_UNLIMITED), find_width()
     for column in table.columns:
         column.no_wrap = True
     for name in optional:

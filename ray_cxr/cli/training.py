@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from typing import Any
 
-import pandas as pd
 from rich.table import Table
 
 from ray_cxr import config, errors, session
@@ -16,6 +15,7 @@ from ray_cxr.cli.arguments import add_command, add_settings, any_path, local_out
 from ray_cxr.cli.dry_run import add_dry_run, print_cost
 from ray_cxr.cli.next_step import suggest_score
 from ray_cxr.cli.output import format_number, print_line, print_rule_notes, print_table, print_warnings
+from ray_cxr.cli.trials import print_trials
 from ray_cxr.errors import RayCxrError
 from ray_cxr.progress import Stage
 from ray_cxr.storage import remote
@@ -124,12 +124,7 @@ def _tune(arguments: argparse.Namespace) -> None:
         from ray_cxr.tuning import search  # imports Ray, so only after its environment is set
 
         outcome = search.search(plan, use_gpu=arguments.gpu, on_event=print_line)
-    table = Table("trial", "backbone", "state", "epochs", "AUROC", "seconds", title="Trials, the best first")
-    for row in outcome.rows.sort_values("val_auroc", ascending=False).head(15).to_dict("records"):
-        auroc = "none" if pd.isna(row["val_auroc"]) else f"{row['val_auroc']:.4f}"
-        seconds = "" if pd.isna(row["seconds"]) else f"{row['seconds']:.0f}"
-        table.add_row(str(row["number"]), row["backbone"], row["state"], str(row["epochs"]), auroc, seconds)
-    print_table(table)
+    print_trials(outcome.rows)
     for row in outcome.rows.to_dict("records"):
         if row["state"] == "failed":
             print_line(f"trial {row['number']} failed: {row['reason']}")
@@ -137,7 +132,8 @@ def _tune(arguments: argparse.Namespace) -> None:
         print_line(outcome.comparison["verdict"]["headline"])
         if outcome.comparison["confirmation"]:
             print_line(outcome.comparison["verdict"]["details"])
-    states = Counter(outcome.rows["state"])
+    # No trial runs any more.
+    states = Counter(outcome.rows["state"].replace("running", "waiting"))
     counts = ", ".join(f"{count} {state}" for state, count in states.most_common()) or "none"
     epochs, extra = outcome.facts["epochs_spent"], outcome.facts["confirm_epochs"]
     more = f" and {extra} in confirming trainings" * bool(extra)
