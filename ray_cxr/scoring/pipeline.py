@@ -106,7 +106,7 @@ def _execute(plan: ScorePlan, report: ScoreReport, times: dict[str, float], star
             report.pool = plan_scoring(request.settings, len(plan.tasks), use_gpu=request.use_gpu)
         if plan.drawing:
             drawing_pool = plan_drawing(request.settings, len(plan.units), use_gpu=request.use_gpu)
-        cluster.require_shared(plan.out, {"--model": request.model, "an image at": plan.first_image})
+        cluster.require_shared(plan.out, {"BUNDLE": request.model, "an image at": plan.first_image})
     job = _open_folder(plan)
     # From here on only the ids of the input are needed.
     plan.rows.release()

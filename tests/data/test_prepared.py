@@ -211,6 +211,21 @@ def test_file_that_takes_too_long_is_a_row(manifest: Path, tmp_path: Path) -> No
     assert prepare(tmp_path / "m.parquet", tmp_path / "set", settings)[64].codes == Counter(decode_timeout=1)
 
 
+@pytest.mark.usefixtures("without_ray")
+def test_manifest_without_training_images_is_reported_before_the_work(manifest: Path, tmp_path: Path, command) -> None:
+    table = read_manifest(manifest).slice(0, 2)
+    column = table.schema.get_field_index("split")
+    unsplit, out = tmp_path / "m.parquet", tmp_path / "set"
+    manifests.write_manifest(table.set_column(column, "split", pa.nulls(2, pa.string())), unsplit)
+    code, said, err = command("prepare", unsplit, "--out", out, "--size", "64")
+    assert code == 0, err
+    assert str(unsplit) in said.splitlines()[0]
+    assert "--split patient" in said.splitlines()[0]
+    assert "next: ray-cxr train" not in said
+    code, _, err = command("train", out, "--out", tmp_path / "run")
+    assert (code, "--split patient" in err) == (2, True), err
+
+
 def test_failed_images_and_other_splits_leave_the_right_neighbours(tmp_path: Path) -> None:
     images = noise(10)
     failed = {0, 2, 3, 9}
