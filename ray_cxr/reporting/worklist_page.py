@@ -43,7 +43,8 @@ class StudyRow:
         line: the columns of text of worklist.csv.
         findings: flagged ones first, the highest first; `hidden` flagged findings more.
         image: the radiograph; None if it was not loaded or cannot be read, then with an `image_error`.
-        heatmap: the image with the heat map of the finding `heatmap_finding`; None if there is none.
+        heatmap: the image with the heat map of the finding `heatmap_finding`. None if the scores have none for it; the
+            finding is None if they have no heat maps.
     """
 
     line: dict[str, str]
@@ -124,13 +125,14 @@ def _add_image(
         return replace(study, image_error=code)
     image = scale_to_side(image, _SIDE)
     study = replace(study, image=encode_webp(image))
-    flagged = [score for score in study.findings if score.flagged]
-    for score in flagged or study.findings:
-        heatmap = maps.get((table.ids[row], score.finding))
+    findings = [score.finding for score in study.findings if score.flagged]
+    findings = findings or [score.finding for score in study.findings]
+    for finding in findings:
+        heatmap = maps.get((table.ids[row], finding))
         if heatmap is not None and heatmap.evidence > 0:
             overlay = draw_overlay(image, heatmap.cells, heatmap.area, side=_SIDE)
-            return replace(study, heatmap=encode_webp(overlay), heatmap_finding=score.finding)
-    return study
+            return replace(study, heatmap=encode_webp(overlay), heatmap_finding=finding)
+    return replace(study, heatmap_finding=findings[0]) if maps and findings else study
 
 
 def describe_missing_images(rows: Sequence[StudyRow]) -> str:

@@ -415,7 +415,7 @@ def test_report_of_failed_images_only(archive: Archive, tmp_path: Path) -> None:
     assert (found.metrics["n_images"], found.metrics["macro"]["auroc"]) == (0, None)
     assert all(entry["auroc"] is None for entry in found.metrics["findings"].values())
     assert "180 of 180 images (100.00%)" in found.page
-    assert len(found.worklist()) == 120
+    assert len(found.worklist()) == 90
 
 
 def test_worklist_has_one_row_per_study(unlabelled: Report) -> None:
