@@ -107,7 +107,7 @@ def worklist(scores: Table) -> pd.DataFrame:
     """List the studies of a score table, the most urgent first and failed images last.
 
     Args:
-        scores: as for `evaluate`. Images without a `study_id` are studies of their own.
+        scores: as for `evaluate`. Each image without a `study_id` is a study.
 
     Returns:
         The columns of worklist.csv (docs/report.md): `priority` and `abnormality`, float32 0 to 1, NaN for a failed

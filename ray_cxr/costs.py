@@ -14,7 +14,7 @@ from ray_cxr.progress import format_duration
 RAY_S = 8.0
 #: Images to measure a rate with, and the seconds after which measuring stops.
 PROBE_IMAGES, PROBE_S = 32, 3.0
-#: An earlier run tells a rate if it took longer than this; a shorter one mostly measures the start of Ray.
+#: Minimum duration of an earlier run whose rate is used; a shorter one mostly measures the start of Ray.
 MIN_RUN_S = 60.0
 #: Source of a rate that nothing was measured for.
 ASSUMED = "assumed"

@@ -90,7 +90,7 @@ def estimate_score(plan: ScorePlan, cpus: int) -> Cost:
 
 
 def _read_rates(plan: ScorePlan) -> dict[str, Rate]:
-    """Return the rates of the last run in the same folder, if it was long enough to tell them."""
+    """Return the rates of the last run in the same folder, if it took at least `MIN_RUN_S`."""
     run = run_folder.read_json(plan.out / "run.json")
     if run.get("use_gpu") != plan.request.use_gpu or run.get("model_digest") != plan.bundle.digest:
         return {}
