@@ -13,7 +13,8 @@ bundles keep no patients per score. The level of the intervals and the p values 
 
     ok            the interval lies within the tolerated range (see `RateDrift.tolerance` and `PSI_DIFFERS`)
     differs       it does not, and it excludes 0
-    large         differs, and more than twice or less than half the expected share (an index of 0.25 or more)
+    large         it lies outside of this range, and the share is more than twice or less than half the expected one, or
+                  the index at least 0.25
     inconclusive  neither: the images are too few to tell
     unknown       not testable; the reason is given
 
@@ -164,9 +165,10 @@ class RateDrift(_Row):
             return self
         low, high = _bound_difference(self, tail)
         row = replace(self, difference_low=low, difference_high=high)
+        tolerance = row.tolerance or 0.0
         is_far = self.observed > FOLD * self.expected or self.observed < self.expected / FOLD
-        is_within = row.tolerance is not None and max(-low, high) <= row.tolerance
-        return replace(row, verdict=_judge(is_within, low > 0.0 or high < 0.0, is_far))
+        is_large = is_far and (low > tolerance or high < -tolerance)
+        return replace(row, verdict=_judge(max(-low, high) <= tolerance, low > 0.0 or high < 0.0, is_large))
 
     def to_json(self) -> dict[str, Any]:
         return {**super().to_json(), "tolerance": self.tolerance}
@@ -198,7 +200,8 @@ class ScoreDrift(_Row):
             high = self.scale * float(chndtrinc(max(found, self.freedom), self.freedom, 2.0 * tail))
             low = self.scale * float(chndtrinc(found, self.freedom, 1.0 - 2.0 * tail)) if excludes_zero else 0.0
         row = replace(self, psi_low=low, psi_high=high)
-        return replace(row, verdict=_judge(high < PSI_DIFFERS, excludes_zero, self.psi >= PSI_LARGE))
+        is_large = self.psi >= PSI_LARGE and low >= PSI_DIFFERS
+        return replace(row, verdict=_judge(high < PSI_DIFFERS, excludes_zero, is_large))
 
 
 _AnyDrift = TypeVar("_AnyDrift", RateDrift, ScoreDrift)
@@ -444,11 +447,11 @@ def _explain_too_few(n: int, patients: Patients) -> str | None:
     return None
 
 
-def _judge(is_within: bool, excludes_none: bool, is_far: bool) -> str:
-    """Return a verdict for an interval: within the tolerated range, without the expected value; and for the value."""
+def _judge(is_within: bool, excludes_zero: bool, is_large: bool) -> str:
+    """Return the verdict for an interval that lies within the tolerated range, or excludes 0."""
     if is_within:
         return OK
-    return (LARGE if is_far else DIFFERS) if excludes_none else INCONCLUSIVE
+    return (LARGE if is_large else DIFFERS) if excludes_zero else INCONCLUSIVE
 
 
 def _adjust(compared: Iterable[_AnyDrift]) -> tuple[_AnyDrift, ...]:

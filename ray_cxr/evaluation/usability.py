@@ -101,13 +101,14 @@ def warn_of_thresholds(points: Iterable[FittedPoint], images: str) -> list[Warne
         for point in points
         if point.flag_rate is not None and point.n and point.positives is not None
     ]
-    useless = [each for each in found if each[1] > MANY and each[1] > FAR_ABOVE * each[2]]
+    useless = sorted((one for one in found if one[1] > MANY and one[1] > FAR_ABOVE * one[2]), key=lambda one: -one[1])
     if not useless:
         return []
-    parts = [f"{_name(name)} {_percent(rate)} ({_percent(share)} have it)" for name, rate, share in useless]
+    parts = [f"{_name(name)} {_percent(rate)} ({_percent(share)} have it)" for name, rate, share in useless[:_NAMED]]
+    more = f" and {len(useless) - _NAMED} more" if len(useless) > _NAMED else ""
     what = "A threshold flags" if len(useless) == 1 else f"{len(useless)} thresholds flag"
-    text = f"{what} most of {images}, far more than have the finding: {', '.join(parts)}."
-    advice = "Most flags of these findings are false alarms: choose another rule of operating points."
+    text = f"{what} most of {images}, far more than have the finding: {', '.join(parts)}{more}."
+    advice = "Most of these flags are false alarms: recalibrate with another rule of operating points."
     return [Warned("flags_most", text, advice, tuple(name for name, _, _ in useless))]
 
 
@@ -126,14 +127,10 @@ def warn_of_flags(flags: Mapping[str, np.ndarray], rule: str | None = None) -> l
     if judged < FEW_IMAGES or flagged <= MANY * judged:
         return []
     counts = {finding: int((values == 1).sum()) for finding, values in found.items()}
-    most = max(counts, key=counts.__getitem__)
-    named = (
-        (f"almost all for {_name(most)}" if len(found) > 1 else f"for {_name(most)}",)
-        if (counts[most] >= _ALMOST_ALL * flagged)
-        else ()
-    )
-    text = f"{flagged:,} of {judged:,} images ({100 * flagged / judged:.1f}%) are flagged"
-    text = ", ".join([text, *named]) + ": the worklist is not a selection."
+    named = sorted((name for name in counts if counts[name] >= _ALMOST_ALL * flagged), key=lambda name: -counts[name])
+    for_most = f", almost all for {_list(named)}" if named else ""
+    share = f"{flagged:,} of {judged:,} images ({100 * flagged / judged:.1f}%)"
+    text = f"{share} are flagged{for_most}: the worklist is not a selection."
     findings = tuple(finding for finding in counts if counts[finding] > MANY * judged)
     return [Warned("most_images_flagged", text, _advise_on_flags(rule, flagged / judged), findings)]
 

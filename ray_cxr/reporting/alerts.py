@@ -124,8 +124,8 @@ def list_warnings(table: Scores, population: Population, evaluation: EvaluationR
     findings = [finding for finding in table.findings if finding in table.flags]
     flags = {finding: table.flags[finding][population.rows] for finding in findings}
     rule = _name_rule(table.operating_points, findings)
-    warnings = usability.warn_of_model({**table.model, "findings": table.findings}) if table.is_own else []
-    warnings += usability.warn_of_flags(flags, None if rule in (_UNKNOWN, _SEVERAL) else rule)
+    warnings = usability.warn_of_flags(flags, None if rule in (_UNKNOWN, _SEVERAL) else rule)
+    warnings += usability.warn_of_model({**table.model, "findings": table.findings}) if table.is_own else []
     reason = evaluation.macro.headline_reason if evaluation else None
     return [*warnings, *([usability.warn_of_headline(reason)] if reason else [])]
 

@@ -105,7 +105,6 @@ def write_report(
         population = evaluated or Population.select_scored(table)
         stage.change("measuring alerts and drift")
         alerts = measure_alerts(table, population, evaluated, bootstrap)
-        warnings = list_warnings(table, population, labelled.evaluation if labelled else None)
         result = ReportResult(
             split=split,
             n_images=len(population.rows),
@@ -126,12 +125,8 @@ def write_report(
             if compare is None or evaluated is None
             else compare_with_scores(table, evaluated, str(compare), bootstrap),
             boxes=None if boxes is None else compare_with_boxes(table, population, str(boxes), bootstrap),
-            warnings=warnings,
-            notes=[
-                *(warning.advice for warning in warnings if warning.advice),
-                *_list_notes(table, split, labelled),
-                *note_missed_findings(alerts),
-            ],
+            warnings=list_warnings(table, population, labelled.evaluation if labelled else None),
+            notes=[*_list_notes(table, split, labelled), *note_missed_findings(alerts)],
         )
         (out / "scores.csv").unlink(missing_ok=True)  # of an older report
         if csv:

@@ -205,7 +205,7 @@ def test_quality_flags_and_errors() -> None:
     assert rows["lateral"].verdict == "inconclusive"
     assert (rows["age_outside_training"].verdict, rows["age_outside_training"].count) == ("unknown", 10)
     assert (found.errors.observed, found.errors.n, found.errors.verdict) == (0.05, 1000, "unknown")
-    assert "large difference for inverted, " in found.summary
+    assert "large difference for inverted (1 of 4)" in found.summary
     row = measure(flags, np.arange(n), {**MODEL, "quality": {"lacking": "only 12 images"}}).quality[0]
     assert (row.verdict, row.reason) == ("unknown", "only 12 images")
 

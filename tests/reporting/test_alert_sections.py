@@ -130,10 +130,9 @@ def test_most_images_flagged_is_a_warning(evaluated: Report, tmp_path: Path) -> 
         found = report(archive, tmp_path / f"report {rule}", scores=scores)
         (warning,) = [one for one in found.metrics["warnings"] if one["kind"] == "most_images_flagged"]
         assert warning["text"] in found.page
-        assert warning["text"] in (found.out / "report.md").read_text(encoding="utf-8")
         advice = warning["advice"]
         assert advised in advice
-        assert (advice in found.metrics["notes"]) == bool(advice)
+        assert advice in found.page
         assert ("any_flag_rate" in advice, "recalibrate" in advice) == (rule is not None, rule == "any_flag_rate=0.3")
         assert ("With the rule" in found.page) == (rule is not None)
     # More images have a finding than a limit of 10% allows to flag.
