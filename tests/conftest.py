@@ -220,7 +220,13 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
         except SystemExit as stop:
             code = int(stop.code or 0)
         out, err = capsys.readouterr()
-        if code == 0 and not {"--help", "--version", "completion"} & set(map(str, arguments)) and arguments:
+        words = list(map(str, arguments))
+        if (
+            code == 0
+            and words
+            and not {"--help", "--version", "completion"} & set(words)
+            and "".join(words).isprintable()
+        ):
             read_next(out)
         return code, out, err
 

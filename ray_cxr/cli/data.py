@@ -118,9 +118,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
         errors = ", ".join(f"{code} {count:,}" for code, count in codes.most_common() if code != "ok")
         flags = ", ".join(f"{flag} {count:,}" for flag, count in found.flags.most_common())
         detail = (f": {errors}" if errors else "") + (f"; flags: {flags}" if flags else "")
-        written = costs.format_size(sum(path.stat().st_size for path in (out / str(size)).glob("part-*")))
-        print_line(f"size {size}: {codes['ok']:,} images, {failed:,} failed, {written} on disk{detail}")
-    print_line(f"prepared: {arguments.out}")
+        print_line(f"size {size}: {codes['ok']:,} images, {failed:,} failed{detail}")
+    written = sum(path.stat().st_size for size in counts for path in (out / str(size)).glob("part-*.arrow"))
+    print_line(f"prepared: {arguments.out} ({costs.format_size(written)})")
     sizes = ["--set", f"size={min(counts)}"] if len(prepared.complete_sizes(out)) > 1 else []
     if has_training_images:
         print_next("train", out, "--out", place_next_to(out, "run"), *sizes)

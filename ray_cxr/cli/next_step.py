@@ -40,8 +40,9 @@ def hide_next() -> Iterator[None]:
 
 def print_next(*words: str | Path) -> None:
     """Print the command that comes next; a path is printed so that the command works in this folder."""
-    if not _is_hidden:
-        print_line(f"next: {shlex.join(['ray-cxr', *map(_format_word, words)])}")
+    line = f"next: {shlex.join(['ray-cxr', *map(_format_word, words)])}"
+    if not _is_hidden and line.isprintable():  # a path with a line break cannot be copied
+        print_line(line)
 
 
 def _format_word(word: str | Path) -> str:

@@ -82,9 +82,7 @@ def _score(arguments: argparse.Namespace) -> None:
     for code, count in report.counts.most_common():
         table.add_row(code, f"{count:,}")
     print_table(table)
-    if report.images_per_second is None:
-        print_line("the scores are already complete")
-    else:
+    if report.images_per_second is not None:
         print_line(
             f"scored {report.scored_now:,} images in {report.seconds:.0f} s "
             f"({report.images_per_second:.1f} images/s, start-up included)"
@@ -93,7 +91,7 @@ def _score(arguments: argparse.Namespace) -> None:
         for line in report.heatmaps.lines():
             print_line(line)
     _print_flagged(arguments.out)
-    print_line(f"scores: {arguments.out}")
+    print_line(f"scores: {arguments.out}" + (" is already complete" if report.images_per_second is None else ""))
     if too_many is not None:
         raise too_many
     suggest_report(arguments.out, arguments.manifest, report.rows)
@@ -105,8 +103,9 @@ def _print_flagged(out: str) -> None:
         from ray_cxr.evaluation import usability
         from ray_cxr.reporting.flagged import FlagCount, identify_studies
 
-        store, folder = remote.to_arrow(remote.to_path(out) / "scores")
-        data = pyarrow.dataset.dataset(folder, format="parquet", filesystem=store)
+        store, _ = remote.to_arrow(remote.to_path(out))
+        parts = [remote.to_arrow(part)[1] for part in (remote.to_path(out) / "scores").glob("part-*.parquet")]
+        data = pyarrow.dataset.dataset(parts, format="parquet", filesystem=store)
         names = [name for name in data.schema.names if name.startswith("flag_") and name != f"flag_{NO_FINDING}"]
         table = data.to_table(columns=["patient_id", "study_id", *names])
         flags = {name.removeprefix("flag_"): table[name].cast("int8").fill_null(-1).to_numpy() for name in names}
