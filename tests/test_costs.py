@@ -108,6 +108,7 @@ def test_score_states_heat_maps_and_overlays(
     [
         (["prepare", "none.parquet"], "none.parquet"),
         (["prepare", "{manifest}", "--out", "{file}"], "is a file"),
+        (["prepare", "{manifest}", "--out", "{inside}"], "cannot be written: Not a directory"),
         (["train", "{prepared}", *TINY, "--set", "batch_size=5", "--set", "workers=2"], "not a multiple"),
         (["train", "{prepared}"], "choose one with --set size"),
         (["tune", "{prepared}", *TINY, "--set", "grace_epochs=99"], "grace_epochs"),
@@ -118,7 +119,7 @@ def test_a_dry_run_fails_where_the_run_would(
     arguments: list[str], message: str, command: Command, manifest: Path, prepared: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    places = {"manifest": manifest, "prepared": prepared, "file": tmp_path / "file"}
+    places = {"manifest": manifest, "prepared": prepared, "file": tmp_path / "file", "inside": tmp_path / "file" / "x"}
     words = [word.format(**places) if word.startswith("{") else word for word in arguments]
     out = [] if "--out" in words else ["--out", str(tmp_path / "new")]
     code, printed, err = command(*words, *out, "--dry-run")

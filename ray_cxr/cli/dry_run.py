@@ -7,7 +7,7 @@ import argparse
 from ray_cxr.cli.next_step import print_next
 from ray_cxr.cli.output import print_line
 from ray_cxr.costs import Cost
-from ray_cxr.storage import remote
+from ray_cxr.storage import remote, run_folder
 
 OPTION = "--dry-run"
 
@@ -18,7 +18,9 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
 
 
 def print_cost(cost: Cost, arguments: argparse.Namespace) -> None:
-    for line in cost.list_lines(remote.to_path(arguments.out)):
+    out = remote.to_path(arguments.out)
+    run_folder.check_writable(out)
+    for line in cost.list_lines(out):
         print_line(line)
     print_line("nothing was written")
     print_next(*(word for word in arguments.words if word != OPTION))

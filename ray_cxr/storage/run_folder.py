@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -82,6 +83,17 @@ def check_run(
     ]
     if changes:
         raise OutputError(f"{out}: its run started with other settings: {', '.join(changes)}; {remedy}")
+
+
+def check_writable(out: Path) -> None:
+    """Refuse a local folder that this process cannot make or write, without writing."""
+    if remote.as_store_path(out) is not None:
+        return
+    near = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not near.is_dir():
+        raise _cannot_write(out, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(near, os.W_OK | os.X_OK):
+        raise _cannot_write(out, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def create_run(out: Path, settings: Mapping[str, Any]) -> None:
