@@ -43,8 +43,8 @@ def print_trials(rows: pd.DataFrame) -> None:
             width += _measure(*others[0])
             shown.append(others.pop(0))
         table = Table(*(name for name, _ in shown), title=title)
-        for cells in zip(*(cells for _, cells in shown), strict=True):
-            table.add_row(*cells)
+        for row in zip(*(cells for _, cells in shown), strict=True):
+            table.add_row(*row)
         print_table(table)
         title = "Their settings" if title and "backbone" in dict(shown) else None
 

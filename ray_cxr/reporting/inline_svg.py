@@ -89,9 +89,9 @@ def embed_figure(name: str, figure: Figure, svg: bytes) -> Markup:
     if not parts:
         _shorten(root, name)
         # On a page that would make its texts too small, it scrolls.
-        least = Markup('<div style="min-width:{:.0f}px">{}</div>')
+        frame = Markup('<div style="min-width:{:.0f}px">{}</div>')
         whole = _format_svg((0, 0, width, height), content)
-        return _hide(definitions) + least.format(0.75 * _PIXELS * width, whole)
+        return _hide(definitions) + frame.format(0.75 * _PIXELS * width, whole)
     legend = by_id.get("legend_1")
     entries = [] if legend is None else _split_legend(legend)
     groups = {key: by_id[key] for part in parts for key in _list_ids(part)}
@@ -104,9 +104,9 @@ def embed_figure(name: str, figure: Figure, svg: bytes) -> Markup:
         replaced = {id(groups[key]): use for key, use in uses.items()}
         definitions += groups.values()
         groups = uses
-        top = max((box[1] + box[3] for box, _ in entries), default=0.0)
+        start = max((box[1] + box[3] for box, _ in entries), default=0.0)
         rest = [replaced.get(id(child), child) for child in content if child is not legend]
-        html = Markup('<div class="whole">{}</div>').format(_format_svg((0, top, width, height - top), rest))
+        html = Markup('<div class="whole">{}</div>').format(_format_svg((0, start, width, height - start), rest))
     least = 0.84 * 72 * _PIXELS * min(sum(piece.box[2] for piece in part) for part in parts)
     panels = Markup().join(_format_part(part, groups) for part in parts)
     html += Markup('<div class="panels" style="--least:{:.0f}px">{}</div>').format(least, panels)

@@ -349,7 +349,7 @@ def _encode(
         return OptunaPlot(None, "Optuna found nothing to draw here.")
     for trace in () if has_fixed_colours else figure.data:
         for style in (getattr(trace, "marker", None), getattr(trace, "line", None)):
-            if getattr(style, "colorscale", None):
+            if style is not None and getattr(style, "colorscale", None):
                 style.update(colorscale=_SCALE, reversescale=False)
     figure.update_layout(
         template=_TEMPLATE,

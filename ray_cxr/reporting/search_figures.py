@@ -88,10 +88,10 @@ def _draw_history(rows: Sequence[TrialRow], styles: Styles) -> Figure:
     entries = [*_list_entries(rows, styles, lines=False), *extra]
     figure, (ax,) = plots.create_grid(1, entries, wide=_WIDE, high=2.6, margin=0.75)
     ax.grid(axis="y", color=plots.FAINT, linewidth=0.7)
+    look: dict[str, Any] = {"color": plots.MUTED, "markerfacecolor": "white", "markersize": 5, "clip_on": False}
     for state, mark in (("failed", "x"), ("waiting", "d")):
-        numbers = [row.number for row in rows if row.state == state and (state == "failed" or row.val_auroc is None)]
-        style: dict[str, Any] = {"color": plots.MUTED, "markerfacecolor": "white", "markersize": 5, "clip_on": False}
-        ax.plot(numbers, [0.02] * len(numbers), mark, transform=ax.get_xaxis_transform(), **style)
+        at = [row.number for row in rows if row.state == state and (state == "failed" or row.val_auroc is None)]
+        ax.plot(at, [0.02] * len(at), mark, transform=ax.get_xaxis_transform(), **look)
     scored = [(row, row.val_auroc) for row in rows if row.state != "failed" and row.val_auroc is not None]
     for name, style in styles.items():
         mine = [(float(row.number), auroc, row.state) for row, auroc in scored if row.backbone == name]
