@@ -121,10 +121,10 @@ def select_heatmaps(table: Scores, images: EvaluationSet, builder: CaseBuilder) 
         ranked: list[_Candidate] = []
         for finding in (f for f in table.findings if f in table.flags and f != NO_FINDING):
             p, flags = table.p[finding][images.rows], table.flags[finding][images.rows]
-            for case in np.flatnonzero((images.labels[finding] == label) & (flags == flag)):
+            for case in np.flatnonzero((images.labels[finding] == label) & (flags == flag)).tolist():
                 heatmap = maps.get((table.ids[images.rows[case]], finding))
                 if heatmap is not None:
-                    ranked.append((heatmap.evidence == 0, sign * float(p[case]), finding, int(case)))
+                    ranked.append((float(heatmap.evidence == 0), sign * float(p[case]), finding, case))
         bands.append((title, _prefer_evidence(ranked)))
     groups = []
     for title, chosen in _choose_cases(bands, _HEATMAPS):
@@ -144,7 +144,12 @@ def select_localised(table: Scores, images: EvaluationSet | None, boxes: BoxResu
     bands: list[tuple[str, list[_Candidate]]] = []
     for title, is_hit in (("The highest cell is in a box", True), ("The highest cell is outside the boxes", False)):
         ranked = [
-            (maps[image_id, finding].evidence == 0, -float(table.p[finding][rows[image_id]]), finding, rows[image_id])
+            (
+                float(maps[image_id, finding].evidence == 0),
+                -float(table.p[finding][rows[image_id]]),
+                finding,
+                rows[image_id],
+            )
             for (image_id, finding), hit in boxes.localisation.hits.items()
             if (hit >= 0.5) == is_hit and finding in table.p
         ]

@@ -105,10 +105,10 @@ class HeatMapReport:
 
     def lines(self) -> list[str]:
         """Describe the report, for the terminal."""
-        lines = [f"heat maps: {self.maps:,} for {self.images:,} images, {self.overlays:,} drawn over the image"]
+        lines = [f"heat maps: {self.maps:,} for {self.images:,} images; {self.overlays:,} drawn over the image"]
         if self.images_per_second is not None:
             rate = f"{self.images_per_second:.1f} images/s, start-up included"
-            lines[0] += f"; {self.drawn_now:,} images drawn now in {self.seconds:.0f} s ({rate})"
+            lines.append(f"heat maps: {self.drawn_now:,} images in {self.seconds:.0f} s ({rate})")
         if self.without_evidence:
             lines.append(f"heat maps: {self.without_evidence:,} are empty: no region of the image supports the finding")
         if self.flagged_without_map:
