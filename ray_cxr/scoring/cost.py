@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from ray_cxr.imaging import overlays
 from ray_cxr.imaging.sample import Sample, decode_sample
 from ray_cxr.imaging.sandbox import DecodedImage
 from ray_cxr.models import predictions
-from ray_cxr.models.occlusion import CELLS, Occlusion
+from ray_cxr.models.occlusion import Occlusion
 from ray_cxr.models.runtime import default_threads
 from ray_cxr.progress import silence_stderr
 from ray_cxr.scoring.heatmaps import BATCH_SIZE, HeatMapRequest
@@ -23,7 +24,9 @@ from ray_cxr.scoring.plan import ScorePlan, preview_run
 from ray_cxr.storage import run_folder
 
 #: Bytes of a row of scores without the columns of findings, per finding, and of a map without its cells.
-_ROW_BYTES, _FINDING_BYTES, _MAP_BYTES = 80, 10, 120
+_ROW_BYTES, _FINDING_BYTES, _MAP_BYTES = 60, 12, 50
+#: Bytes in the file of maps per byte of the compressed cells.
+_CELL_FACTOR = 1.5
 #: Overlays that are drawn to measure their bytes.
 _OVERLAYS = 8
 _NO_GPU_RATE = "a GPU is measured by a run only; run a part with --limit, and see its images/s"
@@ -58,7 +61,7 @@ def estimate_score(plan: ScorePlan, cpus: int) -> Cost:
     sample = decode_sample(plan.rows.paths.slice(0, report.rows), specs, **limits)  # type: ignore[arg-type]
     known = _read_rates(plan)
     rates: dict[str, Rate] = {}
-    sizes = {"scores": rows * (_ROW_BYTES + _FINDING_BYTES * len(plan.bundle.findings) * 3)}
+    sizes = {"scores": rows * (_ROW_BYTES + _FINDING_BYTES * len(plan.bundle.findings))}
     seconds, unknown = RAY_S, ""
     if not sample.images:
         return Cost(counts, {}, None, sizes, "none of the images that were tried could be read")
@@ -145,8 +148,8 @@ def _draw_sample(plan: ScorePlan, request: HeatMapRequest, sample: Sample, table
             seconds = (time.monotonic() - traced) / batch_size
     start = time.monotonic() - started
     drawn = _choose_overlays(plan, request, table, chosen)
-    area = int(np.prod(maps.shape[2:])) if len(maps) else CELLS**2
-    map_bytes = request.count * (4.0 * area + _MAP_BYTES)
+    cells = [len(zlib.compress(part.tobytes())) for image in maps[: len(images)] for part in image]
+    map_bytes = request.count * (_MAP_BYTES + _CELL_FACTOR * float(np.mean(cells)))
     overlay_bytes = overlay_s = 0.0
     if drawn.any():
         started, sizes = time.monotonic(), []
