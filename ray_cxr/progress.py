@@ -224,7 +224,10 @@ class Progress:
         self._done += count
         self._note = note
         if count:
-            self._advanced_at, self._waiting = time.monotonic(), ""
+            self._advanced_at = time.monotonic()
+            if self._waiting and self._done < self._total:  # the rate does not include the wait
+                self._start, self._first = self._advanced_at, self._done
+            self._waiting = ""
             self._stage.close()
         if self._live is None:
             self._print_if_due()
@@ -260,7 +263,7 @@ class Progress:
         return details
 
     def _render(self) -> RenderableType:
-        if self._waiting and self._done == self._first:
+        if self._waiting:
             self._spinner.update(text=Text(f"{self._what}: {self._waiting} …"))
             return self._spinner
         details = ", ".join([f"{self._done:,} of {self._total:,}", *self._list_details()])
