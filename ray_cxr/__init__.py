@@ -32,16 +32,22 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """Import NumPy and TensorFlow only on demand: `ray-cxr --help` is fast, and Ctrl-C is handled before any import."""
     if name == "FINDINGS":
-        from ray_cxr import labels as module
-    elif name in ("Bundle", "load_bundle"):
-        from ray_cxr.models import bundle as module
-    elif name == "HeatMap":
-        from ray_cxr.imaging import overlays as module
-    elif name in ("evaluate", "plot_calibration", "train", "worklist"):
-        from ray_cxr import api as module
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(module, name)
+        from ray_cxr import labels
+
+        return labels.FINDINGS
+    if name in ("Bundle", "load_bundle"):
+        from ray_cxr.models import bundle
+
+        return getattr(bundle, name)
+    if name == "HeatMap":
+        from ray_cxr.imaging import overlays
+
+        return overlays.HeatMap
+    if name in ("evaluate", "plot_calibration", "train", "worklist"):
+        from ray_cxr import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
