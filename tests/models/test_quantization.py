@@ -242,7 +242,7 @@ def test_commands_report_nothing_and_print_only_our_lines(images: Path, tmp_path
     changes = {"HOME": str(tmp_path / "home"), "TF_CPP_MIN_LOG_LEVEL": "3", "CI": None, "PYTEST_CURRENT_TEST": None}
     done = run_python(*given, **changes)
     lines = done.stdout.split("-----\n")[1].splitlines()
-    assert [line.split(" ")[0] for line in lines] == ["int8:", "int8", "bundle:"], lines
+    assert [line.split(" ")[0] for line in lines] == ["int8:", "int8", "bundle:", "next:"], lines
     assert not (tmp_path / "home" / "intel").exists(), "the client's id would be kept there"
     of_tensorflow = "WARNING: All log messages before absl::InitializeLog() is called are written to STDERR\n"
     assert done.stderr.replace(of_tensorflow, "") == "", done.stderr
