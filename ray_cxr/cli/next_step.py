@@ -74,7 +74,8 @@ def suggest_after_manifest(arguments: Any, *, has_images: bool, has_split: bool)
 
 def suggest_score(bundle: str | Path, prepared: str | Path | None, *more: str) -> None:
     """Suggest to score with a new bundle: the images of a prepared set, or images that the user chooses."""
-    bundle, source = remote.to_path(bundle), ["--images", IMAGES]
+    bundle = remote.to_path(bundle)
+    source: list[str | Path] = ["--images", IMAGES]
     near = bundle.parent if bundle.name == "bundle" else bundle
     if prepared is not None:
         source = ["--manifest", remote.to_path(prepared) / "manifest.parquet"]
@@ -107,8 +108,8 @@ def suggest_after_report(arguments: Any) -> None:
     """Suggest what to do with a model that was evaluated, or with the scores of new images."""
     scores, out = remote.to_path(arguments.scores), remote.to_path(arguments.out)
     model = run_folder.read_json(scores / "run.json").get("model") if scores.is_dir() else None
-    is_known = model is not None and (remote.is_address(model) or Path(model).exists())
-    bundle = remote.to_path(model) if is_known else "BUNDLE"
+    is_known = bool(model) and (remote.is_address(str(model)) or Path(str(model)).exists())
+    bundle = remote.to_path(str(model)) if is_known else "BUNDLE"
     if arguments.labels is None and (scores / "input.parquet").exists() and _has_dicom(scores / "input.parquet"):
         print_next("export-sr", scores, "--out", place_next_to(scores, "sr"))
     elif arguments.labels is None and not arguments.csv:
