@@ -147,7 +147,7 @@ def _estimate(z: np.ndarray, y: np.ndarray, codes: np.ndarray, offset: np.ndarra
     """Return the first coefficient [k] of features z [n, k] with its interval."""
     value, patients = float(beta[0]), len(np.unique(codes))
     if patients < MIN_PATIENTS:
-        return Estimate(value, reason=f"{patients} patients; an interval needs {MIN_PATIENTS}")
+        return Estimate(value, reason=f"fewer than {MIN_PATIENTS} patients")
     q = expit(z @ beta + offset)
     independent = np.linalg.inv((z * (q * (1 - q))[:, None]).T @ z)
     scores = np.column_stack([np.bincount(codes, weights=column) for column in (z * (y - q)[:, None]).T])

@@ -443,7 +443,7 @@ def _explain_too_few(n: int, patients: Patients) -> str | None:
     if n < MIN_IMAGES:
         return f"{count_of(n, 'image')}; {MIN_IMAGES} are needed"
     if patients.units < MIN_PATIENTS:
-        return f"{patients.units:,} patients; {MIN_PATIENTS} are needed"
+        return f"fewer than {MIN_PATIENTS} patients"
     return None
 
 
