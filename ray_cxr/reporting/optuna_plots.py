@@ -240,7 +240,7 @@ def _draw_parallel(study: optuna.Study, objectives: Sequence[Objective], names: 
     reason = _explain_missing(study, 2, names)
     width = 220 + 100 * max(3, len(names))
     # Optuna computes the colour of each line.
-    drawn = _encode(draw, reason, height=440, width=width, right=90, has_fixed_colours=True)
+    drawn = _encode(draw, reason, height=440, width=width, right=130, has_fixed_colours=True)
     colour = "its rank: 0 is the Pareto front" if len(objectives) > 1 else "its value"
     caption = f"A line is a finished trial; the colour shows {colour}. None: the trial does not have the setting.{note}"
     return _create_chapter("parallel", "Parallel coordinates", caption, [drawn])
@@ -259,7 +259,7 @@ def _draw_slices(study: optuna.Study, objectives: Sequence[Objective], names: li
         _encode(partial(draw, row, objective), reason, height=330, width=150 + 200 * len(row))
         for objective, row in itertools.product(objectives, rows)
     ]
-    caption = f"A dot is a finished trial, darker for later ones.{note}"
+    caption = f"A dot is a finished trial, from blue for early to orange for late ones.{note}"
     return _create_chapter("slice", "Settings one by one", caption, drawn)
 
 
