@@ -16,7 +16,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ray_cxr import labels
 from ray_cxr.errors import ConfigError, one_line
@@ -47,6 +57,15 @@ class InputSpec(Settings):
     size: int = Field(224, ge=32, le=2048, description="side of the square input, pixels")
     aspect: Aspect = Field("stretch", description="for images that are not square: stretch, pad with black, or crop")
     interpolation: Interpolation = Field("area", description="area averages when shrinking, against aliasing")
+    tiles: tuple[InputSpec, ...] = Field((), description="inputs that share the square, instead of one image")
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_tiles(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write a plain spec as files of runs without tiles hold it."""
+        written: dict[str, Any] = write(self)
+        if not self.tiles:
+            del written["tiles"]
+        return written
 
 
 class RaySettings(Settings):

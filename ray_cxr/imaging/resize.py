@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
-from ray_cxr.config import InputSpec
+from ray_cxr.config import InputSpec, build
 
 _INTERPOLATION: dict[str, int] = {
     "area": cv2.INTER_AREA,
@@ -20,11 +22,17 @@ def resize(image: np.ndarray, spec: InputSpec) -> np.ndarray:
 
     `stretch` scales both sides to S. `pad` keeps the proportions and centres the image on black. `crop` takes the
     centred square first. An odd remainder is added or lost at the bottom or right. An image of S x S stays equal.
+    With tiles, the result holds the image once per tile, each resized by its own spec.
     """
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
         raise ValueError(f"image must be a uint8 array, got {getattr(image, 'dtype', type(image).__name__)}")
     if image.ndim != 2 or 0 in image.shape:
         raise ValueError(f"image must have the shape [H, W], got {list(image.shape)}")
+    if spec.tiles:
+        canvas = np.zeros((spec.size, spec.size), dtype=np.uint8)
+        for tile, (top, left) in zip(spec.tiles, place_tiles(spec), strict=True):
+            canvas[top : top + tile.size, left : left + tile.size] = resize(image, tile)
+        return canvas
     height, width = image.shape
     if spec.aspect == "crop":
         side = min(height, width)
@@ -37,6 +45,48 @@ def resize(image: np.ndarray, spec: InputSpec) -> np.ndarray:
     canvas = np.zeros((spec.size, spec.size), dtype=np.uint8)
     canvas[top : top + rows, left : left + columns] = image
     return canvas
+
+
+def combine_specs(specs: Sequence[InputSpec]) -> InputSpec:
+    """Return one spec for several models: the smallest square with a tile for each distinct spec.
+
+    Raises:
+        ConfigError: the square would be larger than an input may be.
+    """
+    tiles = tuple(dict.fromkeys(specs))
+    if len(tiles) == 1:
+        return tiles[0]
+    side = max(tile.size for tile in tiles)
+    while _fill_shelves(tiles, side)[1] > side:
+        side += 1
+    return build(InputSpec, {"size": side, "tiles": tiles}, where="the members' inputs together")
+
+
+def place_tiles(spec: InputSpec) -> list[tuple[int, int]]:
+    """Return the top and left pixel of each tile."""
+    return _fill_shelves(spec.tiles, spec.size)[0]
+
+
+def list_images(spec: InputSpec) -> list[tuple[int, int, int]]:
+    """Return top, left and side of each copy of the image that an input holds; one without tiles."""
+    if not spec.tiles:
+        return [(0, 0, spec.size)]
+    return [
+        (top + inner_top, left + inner_left, side)
+        for tile, (top, left) in zip(spec.tiles, place_tiles(spec), strict=True)
+        for inner_top, inner_left, side in list_images(tile)
+    ]
+
+
+def _fill_shelves(tiles: Sequence[InputSpec], width: int) -> tuple[list[tuple[int, int]], int]:
+    """Place squares from left to right, in rows as high as their highest; return their corners and the height."""
+    corners, top, left, highest = [], 0, 0, 0
+    for tile in tiles:
+        if left + tile.size > width:
+            top, left, highest = top + highest, 0, 0
+        corners.append((top, left))
+        left, highest = left + tile.size, max(highest, tile.size)
+    return corners, top + highest
 
 
 def square_pixels(image: np.ndarray, aspect: float) -> np.ndarray:

@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 from scipy.special import expit, logit
 
+from ray_cxr.config import InputSpec
+from ray_cxr.imaging.resize import list_images
 from ray_cxr.models.runtime import Outputs, Runtime
 
 #: Largest shift, as a share of the side, and largest change of scale.
@@ -29,14 +31,15 @@ class AugmentedRuntime(Runtime):
 
     has_spread = True
 
-    def __init__(self, inner: Runtime, copies: int) -> None:
+    def __init__(self, inner: Runtime, copies: int, spec: InputSpec) -> None:
         self._inner = inner
         self.batch_shape = inner.batch_shape
-        self._transforms = _list_transforms(copies, inner.batch_shape[1])
+        self._images = list_images(spec)
+        self._copies = copies
 
     def _submit_batch(self, batch: np.ndarray, n: int) -> Future[Outputs]:
         result: Future[Outputs] = Future()
-        parts = [self._inner.submit(_transform(batch[:n, ..., 0], matrix)) for matrix in self._transforms]
+        parts = [self._inner.submit(self._copy(batch[:n, ..., 0], k)) for k in range(self._copies)]
         waiting, lock = len(parts), threading.Lock()
 
         def finish(_: Future[Outputs]) -> None:
@@ -54,27 +57,32 @@ class AugmentedRuntime(Runtime):
             part.add_done_callback(finish)
         return result
 
-
-def _list_transforms(copies: int, side: int) -> list[np.ndarray | None]:
-    """Return affine matrices [2,3] for images of `side` pixels; None for the image itself."""
-    transforms: list[np.ndarray | None] = [None]
-    centre = (side - 1) / 2
-    for k in range(1, copies):
-        # Fractions that fill the unit cube evenly for any number of copies (a Kronecker sequence).
-        x, y, z = (2.0 * ((k * step) % 1.0) - 1.0 for step in (0.8191725, 0.6710436, 0.5497005))
-        scale = 1.0 + _SCALE * z
-        shift = side * _SHIFT * np.array([x, y]) + centre * (1.0 - scale)
-        transforms.append(np.array([[scale, 0.0, shift[0]], [0.0, scale, shift[1]]]))
-    return transforms
+    def _copy(self, batch: np.ndarray, k: int) -> np.ndarray:
+        """Return copy number `k` of a batch uint8 [n,S,S]; number 0 is the batch itself."""
+        if k == 0:
+            return batch
+        copied = batch.copy()
+        for top, left, side in self._images:
+            matrix, area = _build_transform(k, side), (slice(top, top + side), slice(left, left + side))
+            for image, source in zip(copied, batch, strict=True):
+                image[area] = _transform(source[area], matrix)
+        return copied
 
 
-def _transform(images: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
-    """Apply a transform to images uint8 [n,S,S]; pixels beyond the border repeat it."""
-    if matrix is None:
-        return images
-    side = images.shape[1]
+def _build_transform(k: int, side: int) -> np.ndarray:
+    """Return the affine matrix [2,3] of copy number `k` for images of `side` pixels."""
+    # Fractions that fill the unit cube evenly for any number of copies (a Kronecker sequence).
+    x, y, z = (2.0 * ((k * step) % 1.0) - 1.0 for step in (0.8191725, 0.6710436, 0.5497005))
+    scale = 1.0 + _SCALE * z
+    shift = side * _SHIFT * np.array([x, y]) + (side - 1) / 2 * (1.0 - scale)
+    return np.array([[scale, 0.0, shift[0]], [0.0, scale, shift[1]]])
+
+
+def _transform(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Apply a transform to an image uint8 [S,S]; pixels beyond the border repeat it."""
+    side = image.shape[0]
     options = {"flags": cv2.INTER_LINEAR, "borderMode": cv2.BORDER_REPLICATE}
-    return np.stack([cv2.warpAffine(image, matrix, (side, side), **options) for image in images])
+    return np.asarray(cv2.warpAffine(image, matrix, (side, side), **options))
 
 
 def _average(outputs: list[Outputs]) -> Outputs:

@@ -1,4 +1,6 @@
-"""`ensemble`: one bundle that averages several, as a single graph, so that each image is decoded and resized once.
+"""`ensemble`: one bundle that averages several, as a single graph, so that each image is decoded once.
+
+Members of different inputs share a square input: each image is resized once for every distinct input.
 
 For each finding, the ensemble's probability is the sigmoid of the mean of its members' calibrated logits, over the
 members that have the finding. A third output, `spread`, is the standard deviation of the members' calibrated
@@ -16,9 +18,11 @@ import numpy as np
 import pyarrow as pa
 import tomli_w
 
+from ray_cxr.config import InputSpec
 from ray_cxr.data import identity
 from ray_cxr.errors import ConfigError
 from ray_cxr.evaluation.calibration import EPSILON
+from ray_cxr.imaging.resize import combine_specs, place_tiles
 from ray_cxr.labels import LABELS
 from ray_cxr.models import exports, graphs, runtime
 from ray_cxr.models.architecture import Architecture
@@ -29,23 +33,23 @@ from ray_cxr.versions import versions
 
 
 def build_ensemble(members: Sequence[str | Path], out: str | Path) -> Bundle:
-    """Write a bundle that averages the bundles `members`, which take the same input.
+    """Write a bundle that averages the bundles `members`.
 
     It has neither calibration nor operating points: score labelled images with it and run `recalibrate`. Its training
     images are those of all members, so that leaks are found.
 
     Raises:
-        ConfigError: fewer than two members, the same one twice, different inputs, a member without graph, or a finding
-            that some members calibrate and others do not.
+        ConfigError: fewer than two members, the same one twice, inputs that do not fit into one, a member without
+            graph, or a finding that some members calibrate and others do not.
     """
     bundles = [load_bundle(member) for member in members]
     _check_members(bundles)
+    spec = combine_specs([bundle.input_spec for bundle in bundles])
     findings = tuple(name for name in LABELS if any(name in bundle.findings for bundle in bundles))
     out, digests = remote.to_path(out), [bundle.digest for bundle in bundles]
     finished = find_finished(out, "ensemble", {"members": digests}, {"members": "list of bundles"})
     if finished is not None:
         return finished
-    first = bundles[0]
     with run_folder.lock_bundle(out, "ensemble"):
         unknown = dict.fromkeys(findings)
         record = {
@@ -53,13 +57,13 @@ def build_ensemble(members: Sequence[str | Path], out: str | Path) -> Bundle:
             "backbones": [bundle.architecture.backbone for bundle in bundles],
             "findings": {name: sum(name in bundle.findings for bundle in bundles) for name in findings},
         }
-        settings: dict[str, Any] = {"size": first.input_spec.size, "findings": list(findings)}
+        settings: dict[str, Any] = {"size": spec.size, "findings": list(findings)}
         splits = [bundle.info["provenance"].get("split", {}) for bundle in bundles]
         ages = [bundle.rules.age_range for bundle in bundles]
         known_ages = [age for age in ages if age is not None]
         content = BundleContent(
-            architecture=Architecture(backbone="graph", size=first.input_spec.size, findings=findings),
-            input_spec=first.input_spec,
+            architecture=Architecture(backbone="graph", size=spec.size, findings=findings),
+            input_spec=spec,
             calibration=unknown,
             operating_points=unknown,
             expected_flag_rates=unknown,
@@ -81,7 +85,7 @@ def build_ensemble(members: Sequence[str | Path], out: str | Path) -> Bundle:
             curves=[],
             split=_merge_splits(bundles),
         )
-        return write_bundle(out, content, exports.Graph(_average(bundles, findings), "ensemble"))
+        return write_bundle(out, content, exports.Graph(_average(bundles, findings, spec), "ensemble"))
 
 
 def _check_members(bundles: Sequence[Bundle]) -> None:
@@ -89,13 +93,7 @@ def _check_members(bundles: Sequence[Bundle]) -> None:
         raise ConfigError("ensemble: name at least two bundles")
     if len({bundle.digest for bundle in bundles}) < len(bundles):
         raise ConfigError("ensemble: a bundle is named twice")
-    first = bundles[0]
     for bundle in bundles:
-        if bundle.input_spec != first.input_spec:
-            raise ConfigError(
-                f"ensemble: {bundle.location} takes {bundle.input_spec}, {first.location} {first.input_spec}; members "
-                "must take the same input"
-            )
         if "runtimes" not in bundle.info:
             raise ConfigError(f"ensemble: {bundle.location} has no OpenVINO graph; train or import it again")
     for name in LABELS:
@@ -122,16 +120,20 @@ def _merge_splits(bundles: Sequence[Bundle]) -> pa.Table:
     return pa.Table.from_pylist(entries, SPLIT_SCHEMA)
 
 
-def _average(bundles: Sequence[Bundle], findings: Sequence[str]) -> Any:
+def _average(bundles: Sequence[Bundle], findings: Sequence[str], spec: InputSpec) -> Any:
     """Return the graph of the ensemble."""
     ov = runtime.import_openvino()
-    ops, core, size = ov.opset13, ov.Core(), bundles[0].input_spec.size
-    image = ops.parameter([-1, size, size, 1], ov.Type.u8, name="image")
+    ops, core = ov.opset13, ov.Core()
+    image = ops.parameter([-1, spec.size, spec.size, 1], ov.Type.u8, name="image")
+    inputs = {spec: image}
+    for tile, (top, left) in zip(spec.tiles, place_tiles(spec), strict=True):
+        ends = np.array([top + tile.size, left + tile.size])
+        inputs[tile] = ops.slice(image, np.array([top, left]), ends, np.array([1, 1]), np.array([1, 2]))
     logits, features = [], []
     for bundle in bundles:
         graph = core.read_model(bundle.path / runtime.graph_file("fp32"))
         for target in list(graph.get_parameters()[0].output(0).get_target_inputs()):
-            target.replace_source_output(image.output(0))
+            target.replace_source_output(inputs[bundle.input_spec].output(0))
         probabilities, inner = (graph.output(name).get_node().input_value(0) for name in runtime.OUTPUTS)
         clipped = ops.clamp(probabilities, EPSILON, 1.0 - EPSILON)
         raw = ops.subtract(ops.log(clipped), ops.log(ops.subtract(np.float32(1.0), clipped)))

@@ -175,7 +175,7 @@ def _describe_data(m: Mapping[str, Any], table: Scores, leak_check: str) -> dict
             _name("Tables of the training", tables),
         ),
         "preprocessing": _join(
-            _name("Resized, pixels", _list(spec)),
+            _name("Resized", html.format_spec(spec) if spec.get("size") else ""),
             _name("Images with a quality flag, which are not excluded", _list(counts["quality_flags"])),
         ),
         "missing": _join(

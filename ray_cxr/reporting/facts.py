@@ -69,7 +69,7 @@ def list_model_facts(table: Scores, metrics: Mapping[str, Any]) -> list[tuple[st
         ("Input of the scoring run, SHA-256", digests["input"]),
         ("Labels, SHA-256", digests["labels"]),
         ("Backbone", table.model.get("backbone")),
-        ("Input", f"{spec['size']} × {spec['size']} pixels, {spec.get('aspect')}" if spec.get("size") else None),
+        ("Input", html.format_spec(spec) if spec.get("size") else None),
         ("Findings", ", ".join(plots.format_finding(finding) for finding in table.findings)),
     ]
     plain = [(name, value) for name, value in sorted(table.provenance.items()) if isinstance(value, (str, int, float))]

@@ -157,3 +157,10 @@ def _encode_png(data: bytes) -> Markup:
 
 def _encode_webp(data: bytes) -> Markup:
     return Markup("data:image/webp;base64," + base64.b64encode(data).decode("ascii"))
+
+
+def format_spec(spec: Mapping[str, Any]) -> str:
+    """Describe the input spec of a model, as `model.json` holds it."""
+    if spec.get("tiles"):
+        return "; ".join(format_spec(tile) for tile in spec["tiles"])
+    return f"{spec['size']} × {spec['size']} pixels, {spec.get('aspect')}, {spec.get('interpolation')}"

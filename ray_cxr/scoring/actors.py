@@ -65,7 +65,8 @@ class ModelActor(PoolActor):
         self.job, self.quality = job, bundle.quality
         self.rules = replace(bundle.rules, weights=job.settings.weights)
         opened = bundle.open_runtime(job.precision, batch_size=job.batch_size, threads=cpus, gpu=job.use_gpu)
-        self.runtime = AugmentedRuntime(opened, job.settings.tta) if job.settings.tta > 1 else opened
+        copies = job.settings.tta
+        self.runtime = AugmentedRuntime(opened, copies, bundle.input_spec) if copies > 1 else opened
         self.first_at = 0.0
 
     def run(self, row: dict[str, Any]) -> TaskResult:

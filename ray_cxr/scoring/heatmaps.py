@@ -148,6 +148,10 @@ def make_request(bundle: Bundle, settings: ScoreSettings, count: int) -> HeatMap
     diseases = len(set(bundle.findings) - {NO_FINDING})
     if not diseases:
         raise ConfigError(f"--heatmaps: the bundle predicts only {NO_FINDING}, which has no location in an image")
+    if bundle.input_spec.tiles:
+        raise ConfigError(
+            f"--heatmaps: {bundle.location} averages models of different inputs; draw the heat maps of one of them"
+        )
     if bundle.is_graph and settings.heatmap_method != "occlusion":
         raise ConfigError(
             f"--heatmaps: {bundle.location} holds only a graph, without the layers that {settings.heatmap_method} "
