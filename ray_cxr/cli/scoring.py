@@ -35,6 +35,7 @@ def add_commands(commands: Any) -> None:
     source.add_argument("--manifest", type=any_path, metavar="M.parquet", help="score the images of a manifest")
     images_help = "score all images below a folder or URI"
     source.add_argument("--images", type=any_address, metavar="DIR_OR_URI", help=images_help)
+    source.add_argument("--prepared", type=any_path, metavar="PREPARED", help="folder from prepare; decodes nothing")
     score.add_argument("--fresh", action="store_true", help="start over; removes an earlier run's files in SCORES")
     score.add_argument("--retry-errors", action="store_true", help="read files again that failed temporarily")
     score.add_argument("--max-error-rate", type=float, metavar="R", help="exit with 3 if a larger share fails (0.5)")
@@ -59,7 +60,8 @@ def _score(arguments: argparse.Namespace) -> None:
         settings=chosen,
         use_gpu=arguments.gpu,
         started_at=psutil.Process().create_time(),  # includes the imports before this line
-        **pick(arguments, "model", "out", "manifest", "images", "fresh", "retry_errors", "limit", "heatmaps"),
+        **pick(arguments, "model", "out", "manifest", "images", "prepared", "fresh", "retry_errors"),
+        **pick(arguments, "limit", "heatmaps"),
     )
     if arguments.dry_run:
         with Stage("measuring with some of the images", in_log=False):

@@ -211,7 +211,8 @@ def _write_shards(task: tasks.Task, out: str, settings: PrepareSettings) -> None
 @functools.lru_cache(maxsize=1)
 def _get_decoder(settings: PrepareSettings) -> Decoder:
     """Return the decoder that all tasks of this process share."""
-    return Decoder([settings.spec(size) for size in settings.sizes], timeout_s=settings.decode_timeout_s)
+    specs = [settings.spec(size) for size in settings.sizes]
+    return Decoder(specs, timeout_s=settings.decode_timeout_s, tags=True)
 
 
 def _decode(decoder: Decoder, source: str | bytes | None) -> DecodedImage | Failure:
@@ -352,13 +353,42 @@ class PreparedSet:
             images=images,
         )
 
+    def manifest_metadata(self) -> dict[bytes, bytes]:
+        """Return the metadata of the manifest's schema, such as the description of its split."""
+        with manifests.open_manifest(self.path / "manifest.parquet") as file:
+            return dict(file.metadata or {})
+
+    @functools.cached_property
+    def shard_names(self) -> list[str]:
+        """Names of the shards, in order."""
+        count = self._settings.get("shards", -(-self._settings["rows"] // self._settings["rows_per_shard"]))
+        return [shard_name(index) for index in range(count)]
+
+    @functools.cached_property
+    def has_details(self) -> bool:
+        """Whether the quality flags of each image are known; earlier versions only counted them."""
+        return all(shard.details is not None for shard in self._read([]))
+
+    def count_shard_rows(self) -> list[int]:
+        """Return the number of rows of each shard."""
+        return [len(shard.offsets) for shard in self._read(["image_id"])]
+
+    def read_rows(self, index: int, columns: Sequence[str]) -> tuple[ShardRows, Pixels]:
+        """Return columns of all rows of one shard, and its images; only this shard is fetched from a bucket."""
+        (path,) = self._download([self.shard_names[index]])
+        shard = read_shard(path, self.size, columns)
+        places = np.zeros(len(shard.offsets), np.int32)
+        return shard, Pixels([path], [shard.length], places, shard.offsets, self.size)
+
     @functools.cached_property
     def _shards(self) -> list[Path]:
-        """Paths on this machine; all processes of a node share one download of each shard from a bucket."""
         # By number, so that a missing shard is noticed.
-        count = self._settings.get("shards", -(-self._settings["rows"] // self._settings["rows_per_shard"]))
+        return self._download(self.shard_names)
+
+    def _download(self, names: Sequence[str]) -> list[Path]:
+        """Return paths on this machine; all processes of a node share one download of each shard from a bucket."""
         try:
-            return remote.download([self.path / str(self.size) / shard_name(index) for index in range(count)])
+            return remote.download([self.path / str(self.size) / name for name in names])
         except FileNotFoundError as error:  # of a bucket; on a disk the reader notices
             raise missing_shard(error.filename) from None
 

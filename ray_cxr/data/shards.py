@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +34,11 @@ OPEN_SHARDS = 100
 READ_BYTES = 2**30
 #: Key of the schema's metadata: a JSON object, the number of images by quality flag; absent if there are none.
 FLAGS_KEY = b"flags"
+#: Key of the schema's metadata: a JSON object, `Details` by row of the shard, only of rows that have some. Shards of
+#: earlier versions lack the key.
+DETAILS_KEY = b"details"
+#: Fields of DICOM headers that a shard keeps: none that identify a patient.
+_HEADER_FIELDS = ("age", "sex", "view")
 
 
 def shard_schema(size: int) -> pa.Schema:
@@ -45,6 +50,22 @@ def shard_schema(size: int) -> pa.Schema:
 
 def shard_name(index: int) -> str:
     return f"part-{index:05d}.arrow"
+
+
+@dataclass(frozen=True)
+class Details:
+    """What the header of a DICOM file says about an image: quality flags, and fields that fill gaps of a manifest."""
+
+    flags: Sequence[str]
+    fields: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, outcome: DecodedImage | Failure) -> Details | None:
+        """Return the details of an outcome; None if there are none."""
+        flags = () if isinstance(outcome, Failure) else outcome.flags
+        known = outcome.tags or {}
+        fields = {name: known[name] for name in _HEADER_FIELDS if known.get(name) is not None}
+        return cls(flags, fields) if flags or fields else None
 
 
 class ShardWriter:
@@ -73,11 +94,14 @@ class ShardWriter:
         self._images: list[bytes | None] = []
         self._errors: list[tuple[str | None, str | None]] = []  # code and message
         self._flags: Counter[str] = Counter()
+        self._details: dict[int, Details] = {}
 
     def add(self, row: int, outcome: DecodedImage | Failure) -> None:
         """Append the outcome of a row, if it is wanted."""
         if not self.wanted[row]:
             return
+        if details := Details.of(outcome):
+            self._details[len(self._order)] = details
         self._order.append(row)
         if isinstance(outcome, Failure):
             self._images.append(None)
@@ -98,11 +122,13 @@ class ShardWriter:
             *(pa.array(column, pa.string()) for column in zip(*self._errors, strict=True)),
         ]
         shard = pa.Table.from_arrays(arrays, schema=shard_schema(self._size))
+        metadata = {DETAILS_KEY: json.dumps({row: vars(details) for row, details in self._details.items()})}
         if self._flags:
-            shard = shard.replace_schema_metadata({FLAGS_KEY: json.dumps(self._flags, sort_keys=True)})
+            metadata[FLAGS_KEY] = json.dumps(self._flags, sort_keys=True)
+        shard = shard.replace_schema_metadata(metadata)
         atomic.write_arrow(shard, self._folder / shard_name(index))
         del self._missing[index]
-        for column in (self._order, self._images, self._errors, self._flags):
+        for column in (self._order, self._images, self._errors, self._flags, self._details):
             column.clear()
 
 
@@ -132,6 +158,14 @@ class ShardRows:
     table: pa.RecordBatch
     offsets: np.ndarray  # int64 [n], start of each row's image in the file, bytes; undefined where the image is null
     length: int  # length of the file, bytes
+    metadata: Mapping[bytes, bytes]  # of the schema
+
+    @property
+    def details(self) -> dict[int, Details] | None:
+        """Return the details of rows that have some, of a shard that was read whole; None if it does not hold them."""
+        if DETAILS_KEY not in self.metadata:
+            return None if FLAGS_KEY in self.metadata else {}
+        return {int(row): Details(**found) for row, found in json.loads(self.metadata[DETAILS_KEY]).items()}
 
 
 def read_shard(path: Path, size: int, columns: Sequence[str], split: str | None = None) -> ShardRows:
@@ -163,7 +197,8 @@ def read_shard(path: Path, size: int, columns: Sequence[str], split: str | None 
         usable = pc.and_(pc.equal(batch["split"], split), pc.is_null(batch["error_code"]))
         rows = pc.indices_nonzero(usable).to_numpy().astype(np.int64)
     # `take` copies: the rows must not keep the whole file mapped.
-    return ShardRows(batch.select(columns).take(rows), first + (images.offset + rows) * size * size, file.size)
+    offsets = first + (images.offset + rows) * size * size
+    return ShardRows(batch.select(columns).take(rows), offsets, file.size, reader.schema.metadata or {})
 
 
 def missing_shard(path: Path | str) -> OutputError:

@@ -11,7 +11,7 @@ from typing import Any
 import ray_cxr
 from ray_cxr.imaging import phantoms
 from ray_cxr.imaging.demographics import PatientCount, count_of
-from ray_cxr.reporting import plots
+from ray_cxr.reporting import html, plots
 from ray_cxr.reporting.scores import Location, Scores
 
 _DIGITS = 12

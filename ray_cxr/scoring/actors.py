@@ -35,6 +35,7 @@ from ray_cxr.models.augmented import AugmentedRuntime
 from ray_cxr.models.runtime import Outputs
 from ray_cxr.scoring import ranges
 from ray_cxr.scoring.pool import PoolActor
+from ray_cxr.scoring.prepared_reader import PreparedReader
 from ray_cxr.scoring.ranges import Outcomes, RangeState, RowLocation, ScoreJob, ScoreTask, TaskResult
 from ray_cxr.scoring.reader import ImageReader
 from ray_cxr.storage import atomic
@@ -83,10 +84,13 @@ class ModelActor(PoolActor):
 
 
 class ScoreActor(ModelActor):
-    """Decodes and scores in one actor: fastest on CPUs, because no image passes through Ray's object store."""
+    """Decodes, or reads prepared images, and scores in one actor.
+
+    This is fastest on CPUs, because no image passes through Ray's object store.
+    """
 
     def open(self, job: ScoreJob, cpus: int) -> None:
-        self._reader = ImageReader(job, cpus)
+        self._reader = ImageReader(job, cpus) if job.prepared is None else PreparedReader(job)
         super().open(job, cpus)
 
     def run(self, row: dict[str, Any]) -> TaskResult:

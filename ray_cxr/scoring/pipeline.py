@@ -103,7 +103,8 @@ def _execute(plan: ScorePlan, report: ScoreReport, times: dict[str, float], star
         logger.warning("%s", note)
     if plan.has_work:
         if plan.tasks:
-            report.pool = plan_scoring(request.settings, len(plan.tasks), use_gpu=request.use_gpu)
+            decodes = plan.prepared is None
+            report.pool = plan_scoring(request.settings, len(plan.tasks), use_gpu=request.use_gpu, decodes=decodes)
         if plan.drawing:
             drawing_pool = plan_drawing(request.settings, len(plan.units), use_gpu=request.use_gpu)
         cluster.require_shared(plan.out, {"BUNDLE": request.model, "an image at": plan.first_image})
@@ -147,6 +148,7 @@ def _open_folder(plan: ScorePlan) -> ScoreJob:
         batch_size=request.settings.batch_size or BATCH_SIZE[request.use_gpu],
         key=plan.key,
         run_digest=run,
+        prepared=plan.prepared,
     )
 
 

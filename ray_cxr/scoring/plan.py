@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from ray_cxr.config import ScoreSettings
 from ray_cxr.data.partition import Range, Unit, first_location, plan_units
+from ray_cxr.data.prepared import PreparedSet, complete_sizes
 from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.models.runtime import TOLERANCE, choose_precision
@@ -17,7 +19,16 @@ from ray_cxr.scoring import heatmaps, inputs
 from ray_cxr.scoring.actors import make_pseudonym
 from ray_cxr.scoring.heatmaps import HeatMapReport, HeatMapRequest
 from ray_cxr.scoring.pool import ActorPlan
-from ray_cxr.scoring.ranges import INPUT, SCORES, ScoreTask, list_parts, make_tasks, part_path, read_part
+from ray_cxr.scoring.ranges import (
+    INPUT,
+    SCORES,
+    PreparedSource,
+    ScoreTask,
+    list_parts,
+    make_tasks,
+    part_path,
+    read_part,
+)
 from ray_cxr.storage import remote, run_folder
 from ray_cxr.storage.paths import make_absolute
 
@@ -34,7 +45,8 @@ class ScoreRequest:
     Attributes:
         model: folder of a bundle, on storage that all nodes share.
         out: folder for the scores, on storage that all nodes share.
-        manifest, images: the input, a manifest or a folder or URI of images; exactly one of the two is set.
+        manifest, images, prepared: the input: a manifest, a folder or URI of images, or a folder of `prepare`; exactly
+            one of them is set.
         fresh: remove an earlier run in `out` first.
         retry_errors: score rows again whose error code is retryable.
         limit: maximum number of rows to score.
@@ -47,6 +59,7 @@ class ScoreRequest:
     settings: ScoreSettings
     manifest: str | None = None
     images: str | None = None
+    prepared: str | None = None
     fresh: bool = False
     retry_errors: bool = False
     limit: int | None = None
@@ -55,13 +68,17 @@ class ScoreRequest:
     started_at: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.manifest is None) == (self.images is None):
-            raise ConfigError("score: pass either --manifest or --images")
+        if sum(source is not None for source in (self.manifest, self.images, self.prepared)) != 1:
+            raise ConfigError("score: pass one of --manifest, --images and --prepared")
+        if self.prepared is not None and self.heatmaps is not None:
+            raise ConfigError("--heatmaps: draws on the image files; use --manifest instead of --prepared")
+        if self.prepared is not None and self.retry_errors:
+            raise ConfigError("--retry-errors: a prepared set keeps its errors; use --manifest instead of --prepared")
 
     @property
     def origin(self) -> str:
         """The manifest or folder as the user named it."""
-        return str(self.manifest or self.images)
+        return str(self.manifest or self.images or self.prepared)
 
 
 @dataclass
@@ -103,7 +120,7 @@ class ScorePlan:
         units: ranges of the rows to score, grouped by archive.
         written: indices of the ranges that have a file of scores.
         to_draw: indices of ranges, scored or not, whose requested maps are missing, out of date or to be retried.
-        first_image: location of the first image, or of its archive.
+        first_image: location of the first image, of its archive, or of the prepared set.
         settings: contents of settings.json, which a later run in the same folder must match.
     """
 
@@ -119,6 +136,7 @@ class ScorePlan:
     settings: dict[str, Any]
     drawing: HeatMapRequest | None
     key: bytes | None = field(repr=False)
+    prepared: PreparedSource | None = None
 
     @property
     def ranges(self) -> list[Range]:
@@ -142,7 +160,10 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
     precision = choose_precision(bundle.info, requested, gpu=request.use_gpu)
     key = _read_key(settings.pseudonym_key)
     images = None if request.images is None else make_absolute(request.images)
-    if request.manifest is not None:
+    data = None if request.prepared is None else _open_prepared(request.prepared, bundle)
+    if data is not None:
+        rows = inputs.read_prepared(data)
+    elif request.manifest is not None:
         rows = inputs.read_manifest(request.manifest)
     elif started_with.get("images") == images and (out / INPUT).exists():
         # The run continues with the images that it started with, even if the folder has changed.
@@ -166,6 +187,7 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
         "pseudonyms": None if key is None else make_pseudonym(key, "ray_cxr"),
         # Left out without copies, so that folders of earlier versions still match.
         **({"tta": settings.tta} if settings.tta > 1 else {}),
+        **({} if data is None else {"prepared": data.manifest_digest}),
         "weights": bundle.rules.ranked.list_weights(settings.weights),
     }
     if wanted["weights"] and not any(wanted["weights"].values()):
@@ -180,7 +202,7 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
     if request.fresh:
         run_folder.refuse_foreign(out, KIND)
     else:
-        run_folder.check_run(out, wanted, remedy=REMEDY, defaults={"tta": 1})
+        run_folder.check_run(out, wanted, remedy=REMEDY, defaults={"tta": 1, "prepared": None})
     units = plan_units(rows.paths.slice(0, n_rows), settings.rows_per_file)
     written = set() if request.fresh else list_parts(out / SCORES)
     indices = {range_.index for unit in units for range_ in unit.ranges}
@@ -194,8 +216,28 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
         tasks += make_tasks(units, {index for index, count in errors.items() if count}, retry=True)
     if is_old and (tasks or to_draw):
         raise OutputError(_explain_old(out, started_with))
-    first_image = first_location(rows.paths)
-    return ScorePlan(request, bundle, out, rows, units, written, tasks, to_draw, first_image, wanted, drawing, key)
+    source = None
+    if data is not None:
+        source = PreparedSource(remote.to_address(data.path), data.size, (0, *accumulate(data.count_shard_rows())))
+    first_image = first_location(rows.paths) if source is None else source.path
+    return ScorePlan(
+        request, bundle, out, rows, units, written, tasks, to_draw, first_image, wanted, drawing, key, source
+    )
+
+
+def _open_prepared(path: str, bundle: Bundle) -> PreparedSet:
+    """Open the prepared set of the model's input; refuse one that was resized in another way."""
+    if bundle.input_spec.size not in complete_sizes(remote.to_path(path)):
+        PreparedSet(path)  # a folder that is no prepared set has its own message
+    data = PreparedSet(path, bundle.input_spec.size)
+    if data.input_spec != bundle.input_spec:
+        raise ConfigError(f"{path}: prepared with {data.input_spec}, but the bundle takes {bundle.input_spec}")
+    if not data.has_details:
+        raise ConfigError(
+            f"{path}: prepared by an earlier version, which did not keep the quality flags of each image; run "
+            "`ray-cxr prepare` again into another folder"
+        )
+    return data
 
 
 def preview_run(plan: ScorePlan) -> ScoreReport:

@@ -46,9 +46,17 @@ class ActorPlan:
     decode_apart: bool = False
 
 
-def plan_scoring(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool) -> ActorPlan:
-    """Return a pool for scoring that fits the CPUs and GPUs of the running cluster."""
+def plan_scoring(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool, decodes: bool = True) -> ActorPlan:
+    """Return a pool for scoring that fits the CPUs and GPUs of the running cluster.
+
+    Without `decodes`, the actors read prepared images themselves.
+    """
     cpus, gpus = _list_resource("CPU"), _list_resource("GPU")
+    if not decodes:
+        if not use_gpu:
+            return ActorPlan(*fit_actors(cpus, settings.cpus_per_actor, n_tasks))
+        _require_gpu(gpus)
+        return ActorPlan(int(sum(gpus)), cpus=0, gpus=1)
     if use_gpu:
         if settings.decode == "inside":
             raise ConfigError("decode=inside: cannot be combined with --gpu; remove one of them")

@@ -108,6 +108,15 @@ class ProgressFile:
 
 
 @dataclass(frozen=True)
+class PreparedSource:
+    """A prepared set to score: address, size in pixels, first row of each shard followed by the number of rows."""
+
+    path: str
+    size: int
+    starts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ScoreJob:
     """Settings that all workers of a run share.
 
@@ -116,6 +125,7 @@ class ScoreJob:
         digest: digest of the bundle; workers refuse a bundle that has changed.
         key: secret for pseudonyms of ids from DICOM headers; None keeps the ids. Not in `repr`, which Ray Data logs.
         run_digest: digest of OUT/settings.json. Output files carry this digest, and workers stop when it changes.
+        prepared: where the images come from, if not from files.
     """
 
     bundle: str
@@ -128,6 +138,7 @@ class ScoreJob:
     batch_size: int
     key: bytes | None = field(repr=False)
     run_digest: str
+    prepared: PreparedSource | None = None
 
     @property
     def folder(self) -> Path:
@@ -220,6 +231,7 @@ class RangeState:
         failures: code and message, by row.
         tags: fields of DICOM headers, by row.
         flags: quality flags from DICOM headers, by row.
+        start: position of its first row in the input.
     """
 
     index: int
@@ -229,6 +241,7 @@ class RangeState:
     failures: dict[int, tuple[str, str]] = field(default_factory=dict)
     tags: dict[int, Any] = field(default_factory=dict)
     flags: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    start: int = 0
 
 
 def load_ranges(job: ScoreJob, task: ScoreTask, positions: list[int] | None = None) -> list[RangeState]:
@@ -251,7 +264,7 @@ def load_ranges(job: ScoreJob, task: ScoreTask, positions: list[int] | None = No
                     groups[group] = file.read_row_group(group, columns=COLUMNS)
             offset = range_.start - int(starts[first])
             rows = pa.concat_tables([groups[group] for group in range(first, last + 1)]).slice(offset, range_.rows)
-            state = RangeState(range_.index, rows)
+            state = RangeState(range_.index, rows, start=range_.start)
             if task.retry:
                 state.previous = pq.read_table(remote.read_file(part_path(job.folder, range_.index)))
                 if positions is None:
