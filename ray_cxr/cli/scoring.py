@@ -42,6 +42,7 @@ def add_commands(commands: Any) -> None:
     precisions = get_args(config.Precision)
     score.add_argument("--precision", choices=precisions, help="auto: bf16 if CPU and bundle support it, else fp32")
     score.add_argument("--heatmaps", type=int, metavar="K", help="also draw heat maps of each image's top K findings")
+    score.add_argument("--features", action="store_true", help="also write each image's pooled features, for probe")
     score.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
     add_dry_run(score)
     add_settings(score, "score", "ray", gpu=True)
@@ -61,7 +62,7 @@ def _score(arguments: argparse.Namespace) -> None:
         use_gpu=arguments.gpu,
         started_at=psutil.Process().create_time(),  # includes the imports before this line
         **pick(arguments, "model", "out", "manifest", "images", "prepared", "fresh", "retry_errors"),
-        **pick(arguments, "limit", "heatmaps"),
+        **pick(arguments, "limit", "heatmaps", "features"),
     )
     if arguments.dry_run:
         with Stage("measuring with some of the images", in_log=False):

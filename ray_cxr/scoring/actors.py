@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_cxr import telemetry
+from ray_cxr.data.features import FEATURES, read_part, to_matrix, write_features
 from ray_cxr.errors import from_record
 from ray_cxr.evaluation import quality
 from ray_cxr.imaging.sandbox import DecodedImage, Failure
@@ -68,6 +69,9 @@ class ModelActor(PoolActor):
         opened = bundle.open_runtime(job.precision, batch_size=job.batch_size, threads=cpus, gpu=job.use_gpu)
         copies = job.settings.tta
         self.runtime = AugmentedRuntime(opened, copies, bundle.input_spec) if copies > 1 else opened
+        # A batch of no image has the number of features.
+        empty = np.zeros((0, *opened.batch_shape[1:3]), np.uint8)
+        self.feature_count = opened.predict(empty).features.shape[1] if job.features else 0
         self.first_at = 0.0
 
     def run(self, row: dict[str, Any]) -> TaskResult:
@@ -108,6 +112,9 @@ class ScoreWriter:
         self._spreads: dict[int, np.ndarray] | None = None
         if actor.runtime.has_spread:
             self._spreads = {i: np.zeros_like(p) for i, p in self._probabilities.items()}
+        # Float16 once the range is written; until then as the model computes them.
+        width = actor.feature_count
+        self._features = {i: np.zeros((len(s.rows), width), np.float32) for i, s in enumerate(states)}
         self._flags: dict[int, list[str | None]] = {i: [None] * len(s.rows) for i, s in enumerate(states)}
         self._images = np.empty((actor.job.batch_size, size, size), np.uint8)
         self._members: list[RowLocation] = []
@@ -145,6 +152,9 @@ class ScoreWriter:
             flags = quality.judge_images(model, batch.images, outputs.features)
         for (range_position, row), probabilities, flag in zip(batch.members, outputs.probabilities, flags, strict=True):
             self._probabilities[range_position][row], self._flags[range_position][row] = probabilities, flag
+        if self._actor.job.features:
+            for (range_position, row), values in zip(batch.members, outputs.features, strict=True):
+                self._features[range_position][row] = values
         if self._spreads is not None and outputs.spread is not None:
             for (range_position, row), spread in zip(batch.members, outputs.spread, strict=True):
                 self._spreads[range_position][row] = spread
@@ -165,12 +175,29 @@ class ScoreWriter:
             position[state.retried] = len(state.previous) + np.arange(scored)
             result = pa.concat_tables([state.previous, result]).take(pa.array(position))
         job.check_run()
+        features = self._features.pop(range_position)
+        if job.features:
+            _write_features(job, state, features)
         errors = len(result) - result["error_code"].null_count
         # Metadata lets the driver count errors without reading a column.
         result = result.replace_schema_metadata({ranges.RUN_KEY: job.run_digest, ranges.ERRORS_KEY: str(errors)})
         atomic.write_parquet(result, ranges.part_path(job.folder, state.index), compression="zstd")
         telemetry.add_written(telemetry.IMAGES_SCORED, "score", scored, (code for code, _ in state.failures.values()))
         return state.index, scored
+
+
+def _write_features(job: ScoreJob, state: RangeState, values: np.ndarray) -> None:
+    """Write the features of a range; a retry replaces those of the rows that were scored again."""
+    path = ranges.part_path(job.folder, state.index, FEATURES)
+    ids, bad = state.rows["image_id"], np.zeros(len(state.rows), bool)
+    bad[list(state.failures)] = True
+    if state.previous is not None and state.retried is not None:
+        table = read_part(path)
+        before, missing = to_matrix(table["features"])
+        before, missing = before.astype(np.float32), missing.copy()
+        before[state.retried], missing[state.retried] = values, bad
+        ids, values, bad = table["image_id"], before, missing
+    write_features(path, ids, values, bad, {ranges.RUN_KEY: job.run_digest})
 
 
 def _add_tags(rows: pa.Table, tags: dict[int, Any], key: bytes | None) -> pa.Table:

@@ -5,6 +5,7 @@
     SCORES/scores/part-00000.parquet, ...   fixed names, one file per range of the input, complete or missing
     SCORES/model.json, split.parquet        copied from the bundle
     SCORES/heatmaps/              if requested: see `heatmaps`
+    SCORES/features/              if requested: see `data.features`
     SCORES/run.json               counts, versions, digests, settings, seconds
     SCORES/_SUCCESS               last, once all rows were counted from the files themselves
 
@@ -32,6 +33,7 @@ import pyarrow.parquet as pq
 
 from ray_cxr import cluster
 from ray_cxr.data import manifest as manifests
+from ray_cxr.data.features import FEATURES
 from ray_cxr.errors import ErrorRateExceeded, OutputError
 from ray_cxr.evaluation import usability
 from ray_cxr.imaging.overlays import HEATMAPS
@@ -115,6 +117,8 @@ def _execute(plan: ScorePlan, report: ScoreReport, times: dict[str, float], star
         if report.pool is not None:
             _score_ranges(plan, job, report, report.pool, times)
         report.counts = _count_rows(plan, job.run_digest)
+        if job.features:
+            _check_features(plan, job.run_digest)
         report.seconds = time.monotonic() - started
         if plan.drawing is not None:
             report.heatmaps = _draw_maps(plan, job, drawing_pool)
@@ -130,7 +134,8 @@ def _open_folder(plan: ScorePlan) -> ScoreJob:
     run_folder.check_run(out, plan.settings, remedy=REMEDY)
     run = run_folder.digest_settings(out)
     run_folder.clear_complete(out)
-    (out / SCORES).mkdir(exist_ok=True)
+    for folder in (SCORES, FEATURES) if request.features else (SCORES,):
+        (out / folder).mkdir(exist_ok=True)
     if not (out / INPUT).exists():
         # Freeze the whole listing, including rows beyond the limit.
         plan.rows.freeze(out / INPUT, inputs.group_rows(len(plan.rows), request.settings.rows_per_file))
@@ -149,6 +154,7 @@ def _open_folder(plan: ScorePlan) -> ScoreJob:
         key=plan.key,
         run_digest=run,
         prepared=plan.prepared,
+        features=request.features,
     )
 
 
@@ -159,8 +165,8 @@ def _remove_run(out: Path) -> None:
     run_folder.clear_complete(out)
     if run_folder.has_settings(out):
         run_folder.replace_settings(out, {"kind": KIND, "removing": True})
-    for pattern in ("part-*.parquet", ".part-*.part"):
-        remote.remove_files((out / SCORES).glob(pattern))
+    for folder, pattern in itertools.product((SCORES, FEATURES), ("part-*.parquet", ".part-*.part")):
+        remote.remove_files((out / folder).glob(pattern))
     heatmaps.remove_maps(out)
     for name in ("run.json", "model.json", "split.parquet", INPUT):
         (out / name).unlink(missing_ok=True)
@@ -256,10 +262,22 @@ def _count_codes(plan: ScorePlan, run: str) -> Counter[str]:
     return counts
 
 
+def _check_features(plan: ScorePlan, run: str) -> None:
+    """Check that every range has a file of features of this run, with as many rows."""
+    parts = [ranges.part_path(plan.out, range_.index, FEATURES) for range_ in plan.ranges]
+    for range_, part, file in zip(plan.ranges, parts, remote.read_files(parts), strict=True):
+        table = ranges.read_part(part, file, ["image_id"])
+        expected = plan.rows.ids.slice(range_.start, range_.rows)
+        written_by = (table.schema.metadata or {}).get(ranges.RUN_KEY, b"").decode()
+        if written_by != run or not table["image_id"].equals(expected):
+            raise OutputError(f"{part}: does not hold the rows of this run; remove it and run score again")
+
+
 def _finalise(plan: ScorePlan, report: ScoreReport) -> None:
     """Write the files next to the rows; `_SUCCESS` last."""
     out, bundle = plan.out, plan.bundle
-    remote.remove_files((out / SCORES).glob(".part-*.part"))  # left by killed workers
+    for folder in (SCORES, FEATURES):
+        remote.remove_files((out / folder).glob(".part-*.part"))  # left by killed workers
     heatmaps.remove_partial_files(out)
     atomic.write_json(out / "model.json", bundle.model_json())
     atomic.write_bytes(out / "split.parquet", (bundle.path / "split.parquet").read_bytes())

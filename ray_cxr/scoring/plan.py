@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_cxr.config import ScoreSettings
+from ray_cxr.data.features import FEATURES
 from ray_cxr.data.partition import Range, Unit, first_location, plan_units
 from ray_cxr.data.prepared import PreparedSet, complete_sizes
 from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError
@@ -51,6 +52,7 @@ class ScoreRequest:
         retry_errors: score rows again whose error code is retryable.
         limit: maximum number of rows to score.
         heatmaps: number of heat maps per image, drawn after scoring.
+        features: write the features of each image, too.
         started_at: start of the command, seconds since 1970; None: now.
     """
 
@@ -65,6 +67,7 @@ class ScoreRequest:
     limit: int | None = None
     use_gpu: bool = False
     heatmaps: int | None = None
+    features: bool = False
     started_at: float | None = None
 
     def __post_init__(self) -> None:
@@ -188,6 +191,7 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
         # Left out without copies, so that folders of earlier versions still match.
         **({"tta": settings.tta} if settings.tta > 1 else {}),
         **({} if data is None else {"prepared": data.manifest_digest}),
+        **({"features": True} if request.features else {}),
         "weights": bundle.rules.ranked.list_weights(settings.weights),
     }
     if wanted["weights"] and not any(wanted["weights"].values()):
@@ -202,9 +206,11 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
     if request.fresh:
         run_folder.refuse_foreign(out, KIND)
     else:
-        run_folder.check_run(out, wanted, remedy=REMEDY, defaults={"tta": 1, "prepared": None})
+        run_folder.check_run(out, wanted, remedy=REMEDY, defaults={"tta": 1, "prepared": None, "features": False})
     units = plan_units(rows.paths.slice(0, n_rows), settings.rows_per_file)
     written = set() if request.fresh else list_parts(out / SCORES)
+    if request.features:
+        written &= list_parts(out / FEATURES)
     indices = {range_.index for unit in units for range_ in unit.ranges}
     to_draw = set() if drawing is None else indices
     if drawing is not None and not request.fresh and run_folder.has_settings(out):

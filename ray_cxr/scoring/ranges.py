@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_cxr.config import InputSpec, ScoreSettings
+from ray_cxr.data.features import FEATURES
 from ray_cxr.data.partition import Range, Unit
 from ray_cxr.errors import RETRYABLE_CODES, OutputError, RayCxrError
 from ray_cxr.imaging.sandbox import DecodedImage, Failure
@@ -126,6 +127,7 @@ class ScoreJob:
         key: secret for pseudonyms of ids from DICOM headers; None keeps the ids. Not in `repr`, which Ray Data logs.
         run_digest: digest of OUT/settings.json. Output files carry this digest, and workers stop when it changes.
         prepared: where the images come from, if not from files.
+        features: whether to write the features of each image.
     """
 
     bundle: str
@@ -139,6 +141,7 @@ class ScoreJob:
     key: bytes | None = field(repr=False)
     run_digest: str
     prepared: PreparedSource | None = None
+    features: bool = False
 
     @property
     def folder(self) -> Path:
@@ -151,9 +154,10 @@ class ScoreJob:
         return bundle
 
     def has_written(self, index: int) -> bool:
-        """Whether the file of a range is complete and belongs to this run."""
-        found = read_metadata(remote.read_file(part_path(self.folder, index)))
-        return found is not None and found.get(RUN_KEY) == self.run_digest.encode()
+        """Whether the files of a range are complete and belong to this run."""
+        folders = (SCORES, FEATURES) if self.features else (SCORES,)
+        found = [read_metadata(remote.read_file(part_path(self.folder, index, folder))) for folder in folders]
+        return all((metadata or {}).get(RUN_KEY) == self.run_digest.encode() for metadata in found)
 
     def check_run(self) -> None:
         """Raise if the settings in the folder are no longer those of this run."""
