@@ -1,7 +1,7 @@
 """Settings: frozen, validated, and read from a TOML file with a section per command.
 
     [ray]      where Ray runs
-    [prepare]  [train]  [tune]  [score]  [quantize]  [recalibrate]
+    [prepare]  [train]  [tune]  [score]  [quantize]  [recalibrate]  [probe]
 
 An unknown key is an error that suggests the nearest known one. `--set key=value` changes a key of the command's own
 section, `--set section.key=value` a key of another section.
@@ -388,6 +388,21 @@ class RecalibrateSettings(Settings):
     min_positives: int = Field(5, ge=2, description="minimum positives, and negatives, to fit a finding")
 
 
+class ProbeSettings(Settings):
+    findings: tuple[str, ...] | None = Field(None, description="findings of the head; null: all with enough labels")
+    strengths: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.001, 0.01, 0.1, 1.0),
+        min_length=1,
+        description="candidates for scikit-learn's C; large: weak penalty",
+    )
+    folds: int = Field(5, ge=2, le=20, description="folds of patients, without images of both splits train and val")
+    selection_images: int = Field(20000, ge=100, description="images that choose the strength; more take longer")
+    calibration: Literal["platt", "temperature"] = Field("platt", description="platt: slope and intercept")
+    operating_point: OperatingPoint = Field(DEFAULT_RULE, description=f"rule for flags: {_RULES}")
+    min_positives: int = Field(5, ge=2, description="minimum positives, and negatives, of a finding")
+    seed: int = Field(0, ge=0, description="of the sample of patients that chooses the strength")
+
+
 class Config(Settings):
     """All sections."""
 
@@ -398,6 +413,7 @@ class Config(Settings):
     score: ScoreSettings = ScoreSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     recalibrate: RecalibrateSettings = RecalibrateSettings()
+    probe: ProbeSettings = ProbeSettings()
 
     @model_validator(mode="before")
     @classmethod

@@ -61,6 +61,27 @@ def add_commands(commands: Any) -> None:
     recalibrate.add_argument("--out", required=True, type=any_path, metavar="BUNDLE2", help="bundle to write")
     add_settings(recalibrate, "recalibrate")
 
+    probe = add_command(
+        commands,
+        "probe",
+        _probe,
+        "fit a linear head on the features of scored images",
+        ["scores --manifest m.parquet --out probe", "scores --manifest m.parquet --out probe2 --set folds=10"],
+    )
+    probe.add_argument("scores", type=any_path, metavar="SCORES", help="folder from score --features")
+    probe.add_argument(
+        "--manifest",
+        "--labels",
+        dest="labels",
+        required=True,
+        type=any_path,
+        metavar="M.parquet",
+        help="manifest with the labels",
+    )
+    probe.add_argument("--out", required=True, type=any_path, metavar="BUNDLE2", help="bundle to write")
+    probe.add_argument("--bundle", type=any_path, metavar="BUNDLE", help="model that wrote SCORES, if it has moved")
+    add_settings(probe, "probe")
+
     ensemble = add_command(
         commands,
         "ensemble",
@@ -189,6 +210,29 @@ def _import_weights(arguments: argparse.Namespace) -> None:
         )
     else:
         print_line("no calibration or operating points; those columns of score tables will be null")
+    print_line(f"bundle: {bundle.location}")
+    suggest_score(arguments.out, None)
+
+
+def _probe(arguments: argparse.Namespace) -> None:
+    chosen = config.load(arguments.config, arguments.overrides, section="probe").probe
+    with Stage("reading the features"):
+        from ray_cxr.training import probe
+
+    with explain_write_errors(arguments.out):
+        bundle = probe.fit_probe(
+            arguments.scores, arguments.labels, arguments.out, chosen, bundle=arguments.bundle, on_event=print_line
+        )
+    source, points = bundle.info["provenance"], bundle.info["operating_points"]
+    table = Table("finding", "images", "positives", "AUROC", "strength", "operating point", title="Other patients")
+    for name in bundle.findings:
+        row, point = source["validation"]["findings"][name], points[name]
+        counts = f"{row['n']:,}", f"{row['positives']:,}"
+        strength = f"{source['probed']['strengths'][name]:g}"
+        table.add_row(name, *counts, format_number(row["auroc"]), strength, format_number(point and point["threshold"]))
+    print_table(table)
+    print_rule_notes(bundle.info["rule_notes"])
+    print_line(f"macro AUROC on other patients {format_number(source['validation']['macro_auroc'])}")
     print_line(f"bundle: {bundle.location}")
     suggest_score(arguments.out, None)
 
