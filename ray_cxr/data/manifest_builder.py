@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from ray_cxr.data import identity, splits
 from ray_cxr.data.csv_table import read_csv, read_image_list
 from ray_cxr.data.dialects import Dialect, detect_dialect
+from ray_cxr.data.external_dialects import rewrite_external
 from ray_cxr.data.manifest import SCHEMA, SPLIT_KEY, SPLITS, absolute_paths, describe_listing
 from ray_cxr.errors import ConfigError, TableError
 from ray_cxr.imaging import demographics
@@ -182,7 +183,8 @@ def build_manifest(
 def read_table(path: str, report: ManifestReport | None = None) -> pd.DataFrame:
     """Read a CSV file of any dialect into a manifest's columns, without `path` and `split`; errors name the line."""
     report = report or ManifestReport()
-    table = read_csv(path)
+    given = read_csv(path)
+    table = rewrite_external(given) or given
     dialect = detect_dialect(table)
     rows, columns = table.rows, table.find_columns(dialect.columns)
     image_ids = table.read_image_ids(columns)
@@ -276,13 +278,27 @@ def _hash_files(paths: Sequence[str]) -> dict[str, str]:
     return {Path(path).name if names[Path(path).name] == 1 else path: hash_file(path) for path in paths}
 
 
+def _name_like(image_ids: pd.Series, paths: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the name of each file in the form of the image ids: with as many folders, and without a suffix if no id
+    has one.
+    """
+    folders = image_ids.iloc[0].count("/")
+    names = file_names(paths)
+    if folders:
+        parts = (path.replace("::", "/").rsplit("/", folders + 1)[-folders - 1 :] for path in paths.to_pylist())
+        names = pa.chunked_array([pa.array(["/".join(part) for part in parts], pa.string())])
+    if not image_ids.str.contains(".", regex=False).any():
+        names = pc.replace_substring_regex(names, r"\.[^./]*$", "")
+    return names
+
+
 def _find_paths(image_ids: pd.Series, location: str, report: ManifestReport) -> pd.Series:
     """Return for each image the path of its file below `location`, or None; refuse names that several files share."""
     found = find_images(location)
     report.not_images, report.unpacked_members = found.left_out, found.unpacked
     n_rows = len(image_ids)
     # The row of each file, or null. Arrow builds one hash table of the image ids for all files.
-    names = file_names(found.paths)
+    names = _name_like(image_ids, found.paths)
     matches = pc.index_in(names, value_set=pa.array(image_ids, pa.string()))
     if pc.any(pc.and_(pc.is_null(matches), pc.invert(pc.string_is_ascii(names)))).as_py():
         row_of_file = identity.find_ids(names.to_pylist(), image_ids.tolist())  # also in another Unicode form
