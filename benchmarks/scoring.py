@@ -408,6 +408,15 @@ class Workspace:
             write_manifest(out, names, [f"{links}/{name}" for name in names])
         return out
 
+    def prepared(self, manifest: Path, rows: int) -> Path:
+        """Return the prepared set of a manifest."""
+        out = self.folder / f"prepared-{rows}-{self._size}"
+        if not (out / str(self._size) / "counts.json").exists():
+            log(f"making {out}")
+            command = ["prepare", str(manifest), "--out", str(out), "--size", str(self._size)]
+            run_command(command, self.logs / "prepare-rows.log")
+        return out
+
     def bundle(self, precision: str) -> Path:
         """Return a bundle with random weights; for int8 it also contains the 8-bit graph."""
         kind = f"{self._backbone}-{self._size}"
@@ -474,6 +483,7 @@ class Contestant:
         batch: images per forward pass; ours chooses its own.
         inline: the bound decodes in its threads.
         tuned: PyTorch's tensors are channels last.
+        prepared: ours reads images that `ray-cxr prepare` has decoded and resized.
         slow: a rival that needs only --rival-images for its steady rate.
     """
 
@@ -484,6 +494,7 @@ class Contestant:
     slow: bool = False
     inline: bool = False
     tuned: bool = False
+    prepared: bool = False
 
 
 CONTESTANTS = {
@@ -501,6 +512,8 @@ CONTESTANTS = {
     "ours-fp32": Contestant("ray-cxr score, fp32", "ours", "fp32"),
     "bound-fp32": Contestant("(c) bare program, fp32", "bound", "fp32"),
     "inline-fp32": Contestant("(c) bare program, fp32, inline", "bound", "fp32", inline=True),
+    "prepared-bf16": Contestant("ray-cxr score --prepared, bf16", "ours", "bf16", prepared=True),
+    "prepared-int8": Contestant("ray-cxr score --prepared, int8", "ours", "int8", prepared=True),
     "ray": Contestant("bare ray.init()", "ray"),
 }
 KERAS, TORCH = ("keras-16", "keras-32"), ("torch-fp32", "torch-bf16")
@@ -536,6 +549,8 @@ BARS = [
     Bar("whole", "ours-bf16", BOUND_BF16, None, most=2_000),
     Bar("whole", "ours-int8", BOUND_INT8, None),
     # At most 30 s to the first image if ray.init() alone takes 12.
+    Bar("steady", "prepared-bf16", ("ours-bf16",), None),
+    Bar("steady", "prepared-int8", ("ours-int8",), None),
     Bar("first", "ours-bf16", ("ray",), 30 / 12),
     Bar("first", "ours-bf16", BOUND_BF16, None),
 ]
@@ -605,7 +620,10 @@ def measure_speed(arguments: argparse.Namespace, workspace: Workspace) -> dict[s
     outs.mkdir(exist_ok=True)
     manifest = workspace.manifest(arguments.images)
     for one in contestants.values():
-        workspace.bundle(one.precision if one.kind in ("ours", "bound") else "fp32")  # before anything is timed
+        # Before anything is timed:
+        workspace.bundle(one.precision if one.kind in ("ours", "bound") else "fp32")
+        if one.prepared:
+            workspace.prepared(manifest, arguments.images)
     for number, key in interleave(arguments.only, arguments.rounds):
         measured = run_contestant(key, arguments, workspace, manifest, outs)
         result["contestants"][key]["rounds"].append(measured)
@@ -627,7 +645,10 @@ def run_contestant(
     spec = {"kind": one.kind, "images": images, "batch": one.batch, "precision": one.precision}
     bundle = workspace.bundle(one.precision if one.kind in ("ours", "bound") else "fp32")
     if one.kind == "ours":
-        options = ["--model", str(bundle), "--manifest", str(manifest), "--precision", one.precision]
+        source = ["--manifest", str(manifest)]
+        if one.prepared:
+            source = ["--prepared", str(workspace.prepared(manifest, images))]
+        options = ["--model", str(bundle), *source, "--precision", one.precision]
         answer = run_ours([*options, *arguments.settings], outs / key, path)
     elif one.kind == "torch":
         spec |= {"paths": _rows(str(manifest), images)[1], "size": arguments.size, "tuned": one.tuned}

@@ -8,6 +8,7 @@ be scored. It is written before the range's file of scores, so a range with scor
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,9 @@ from ray_cxr.errors import ConfigError, InputError, OutputError
 from ray_cxr.storage import atomic, contents, remote, run_folder
 
 FEATURES = "features"
-#: Rows per matrix product of a query; converting float16 to float32 takes more memory than the result.
+#: Rows that are converted to float32 at a time.
 _BLOCK = 8192
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,19 @@ class Features:
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    @functools.cached_property
+    def _unit_vectors(self) -> np.ndarray:
+        """The vectors divided by their lengths, float32 [N,C]; zeros stay zeros."""
+        unit = np.empty(self.vectors.shape, np.float32)
+        for start in range(0, len(self), _BLOCK):
+            block = self.vectors[start : start + _BLOCK].astype(np.float32)
+            unit[start : start + _BLOCK] = block / np.maximum(np.linalg.norm(block, axis=1, keepdims=True), _TINY)
+        return unit
+
     def find_nearest(self, query: str | np.ndarray, k: int = 10) -> pd.DataFrame:
         """Return the images whose features have the largest cosine similarity to those of an image.
+
+        The first call converts the vectors to float32: four bytes per value, in addition.
 
         Args:
             query: an image id, which is then not part of the result, or features of the same model, float [C].
@@ -66,11 +79,7 @@ class Features:
         vector = np.asarray(query, np.float32)
         if vector.shape != self.vectors.shape[1:]:
             raise InputError(f"query of shape {list(vector.shape)}: the features have {self.vectors.shape[1]} values")
-        similarity = np.empty(len(self), np.float32)
-        for start in range(0, len(self), _BLOCK):
-            block = self.vectors[start : start + _BLOCK].astype(np.float32)
-            norms = np.linalg.norm(block, axis=1) * np.linalg.norm(vector)
-            similarity[start : start + _BLOCK] = (block @ vector) / np.maximum(norms, np.finfo(np.float32).tiny)
+        similarity = self._unit_vectors @ (vector / max(float(np.linalg.norm(vector)), _TINY))
         if own is not None:
             similarity[own] = -np.inf
         count = min(k, len(self) - (own is not None))
