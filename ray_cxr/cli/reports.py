@@ -27,7 +27,8 @@ def add_commands(commands: Any) -> None:
     report.add_argument("--out", required=True, type=any_path, metavar="REPORT", help="folder to write")
     labels_help = "manifest with labels, to evaluate the scores"
     report.add_argument("--manifest", "--labels", dest="labels", type=any_path, metavar="M.parquet", help=labels_help)
-    report.add_argument("--split", choices=["train", "val", "test"], help="evaluate the images of this split only")
+    split_help = "evaluate the images of this split only; external: all, as images of another hospital"
+    report.add_argument("--split", choices=["train", "val", "test", "external"], help=split_help)
     report.add_argument("--consensus", type=local_input, metavar="CSV", help="radiologists' labels per finding")
     report.add_argument("--boxes", type=local_input, metavar="CSV", help="boxes as in BBox_List_2017, for heat maps")
     report.add_argument("--compare", type=any_path, metavar="SCORES2", help="other scores of the same images")

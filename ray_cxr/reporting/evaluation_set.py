@@ -17,6 +17,9 @@ from ray_cxr.labels import LABELS
 from ray_cxr.reporting.scores import Scores, read_floats, read_texts
 from ray_cxr.storage import contents
 
+#: A value of `--split`: images of another hospital, of any split in its tables.
+EXTERNAL = "external"
+
 
 @dataclass(frozen=True)
 class JoinCounts:
@@ -110,6 +113,8 @@ def _describe_split(split: str | None, info: Mapping[str, Any]) -> str:
     """Describe the evaluated split (None: all rows) with the kind and seed in the manifest's metadata."""
     if split is None:
         return "all labelled images of any split"
+    if split == EXTERNAL:
+        return "external images: all labelled images, whatever split their tables name"
     kinds = {
         "official": f"official {split} split",
         "patient": f"{split} split of a random patient split, seed {info.get('seed')}",
@@ -136,7 +141,7 @@ def join_table(table: Scores, labelled: pa.Table, path: str, split: str | None) 
     rows = rows_of_labels[chosen]
     scored = rows >= 0
     if not scored.any():
-        where = f"the {split} split of {path}" if split else path
+        where = f"the {split} split of {path}" if split in manifest.SPLITS else path
         raise InputError(
             f"{table.source} and {where} have no image in common; "
             f"compare their image_id, such as {table.ids[0]!r} and {ids[chosen][0]!r}"
@@ -172,7 +177,7 @@ def join_table(table: Scores, labelled: pa.Table, path: str, split: str | None) 
 
 
 def _select_split(splits: np.ndarray, split: str | None, path: str | Path) -> np.ndarray:
-    if split is None:
+    if split in (None, EXTERNAL):
         return np.ones(len(splits), dtype=bool)
     if all(value is None for value in splits):
         raise InputError(f"--split {split}: {path} has no splits; omit --split, or make it again with --split patient")

@@ -85,6 +85,8 @@ def check_leakage(
     if split not in ("train", "val") and (same.any() or shared):
         remedy = (
             "Use a manifest whose test split excludes them"
+            if split == "test"
+            else "Leave them out, or evaluate a split that they are not in"
             if split
             else "Add `--manifest M.parquet` with `--split test`, or use a table that excludes them"
         )

@@ -34,7 +34,7 @@ from ray_cxr.reporting.cases import Band
 from ray_cxr.reporting.checklists import render_checklist
 from ray_cxr.reporting.comparators import compare_with_boxes, compare_with_consensus, compare_with_scores
 from ray_cxr.reporting.decisions import measure_decisions
-from ray_cxr.reporting.evaluation_set import EvaluationSet, Population, join_labels
+from ray_cxr.reporting.evaluation_set import EXTERNAL, EvaluationSet, Population, join_labels
 from ray_cxr.reporting.flagged import measure_flagged
 from ray_cxr.reporting.leakage import check_leakage
 from ray_cxr.reporting.measures import BootstrapSettings, ModelOutputs, evaluate
@@ -71,7 +71,8 @@ def write_report(
         scores: the folder that `ray-cxr score` wrote; or a Parquet file or folder with image_id and p_<Finding>.
         out: the folder for the report; an older report in it is replaced.
         labels: a manifest; None reports scores without an evaluation.
-        split: evaluate only the labels' rows of `train`, `val` or `test`; None takes all rows.
+        split: evaluate only the labels' rows of `train`, `val` or `test`; None takes all rows, and so does `external`,
+            which names them images of another hospital.
         consensus: radiologists' labels, compared on the evaluated images, or without `labels` on all scored images.
         boxes: radiologists' boxes, compared with the heat maps that `score --heatmaps` drew.
         compare: another score table, compared on the labelled images that both tables have.
@@ -147,8 +148,8 @@ def _check_options(
     prevalence: str | Path | None,
     n_resamples: int,
 ) -> None:
-    if split is not None and split not in manifest.SPLITS:
-        raise InputError(f"--split {split}: use train, val or test")
+    if split is not None and split not in (*manifest.SPLITS, EXTERNAL):
+        raise InputError(f"--split {split}: use train, val, test or external")
     if split is not None and labels is None:
         raise InputError(f"--split {split}: needs --manifest, whose rows it selects")
     if compare is not None and labels is None:
@@ -168,7 +169,7 @@ def _evaluate_labels(
     stage: Stage,
 ) -> LabelResults:
     images = join_labels(table, labels, split)
-    population = "the test split" if split else "the labels"
+    population = "the labels" if split in (None, EXTERNAL) else "the test split"
     leak_check = check_leakage(table, images.rows, images.patients, split, population)
     outputs = ModelOutputs.select(table, images.rows)
     stage.change(f"computing metrics, and intervals from {bootstrap.n_resamples:,} resamples")
