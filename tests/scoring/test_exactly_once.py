@@ -58,14 +58,24 @@ def assert_each_row_once(out: Path) -> None:
     [
         ("command", "scores"),
         pytest.param("command", "heatmaps", marks=pytest.mark.long),
+        pytest.param("command", "features", marks=pytest.mark.long),
         pytest.param("raylet", "scores", marks=pytest.mark.long),
     ],
 )
 def test_killed_command_continues(large_manifest, tiny_bundle, tmp_path: Path, victim: str, folder: str) -> None:
-    """The same command finishes the run and keeps the finished files. Its Ray has one CPU."""
+    """The same command finishes the run and keeps the finished files. Its Ray has one CPU.
+
+    With features, the images come from a prepared set.
+    """
     out, log = tmp_path / "out", tmp_path / "log"
     maps = ["--heatmaps", "1"] if folder == "heatmaps" else []
     given = arguments(tiny_bundle, large_manifest, out, "--set", "ray.num_cpus=1", *maps)
+    if folder == "features":
+        made = ["prepare", str(large_manifest), "--out", str(tmp_path / "set"), "--size", "64"]
+        assert start_command(made, log).wait(300) == 0, log.read_text(encoding="utf-8")
+        place = given.index("--manifest")
+        # Copies of each image, so that the run takes long enough to be killed.
+        given[place : place + 2] = ["--prepared", str(tmp_path / "set"), "--features", "--set", "tta=16"]
     process = start_command(given, log)
     wait_until(lambda: count_parts(out, folder) >= 3 or process.poll() is not None, 200)
     assert process.poll() is None, log.read_text(encoding="utf-8")
@@ -88,7 +98,12 @@ def test_killed_command_continues(large_manifest, tiny_bundle, tmp_path: Path, v
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     run = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert (run["rows"], run["errors"]) == (ROWS, len(MISSING))
-    if folder == "scores":
+    if folder == "features":
+        parts = [pq.read_table(part) for part in sorted((out / "features").glob("*.parquet"))]
+        table = pa.concat_tables(parts)
+        assert table["image_id"].to_pylist() == IDS
+        assert np.flatnonzero(table["features"].is_null()).tolist() == MISSING
+    elif folder == "scores":
         assert (run["actors"], run["cpus_per_actor"]) == (1, 1)
     else:
         assert read_maps(out)["image_id"].tolist() == read_rows(out).query("status == 'ok'")["image_id"].tolist()
