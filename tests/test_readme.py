@@ -119,6 +119,15 @@ def run(commands: str, checkout: Path, **changes: str) -> str:
     return done.stdout
 
 
+PROBE = """\
+cd demo-out
+ray-cxr score run/bundle --manifest manifest.parquet --out featured --features
+ray-cxr probe featured --manifest manifest.parquet --out probe
+ray-cxr score probe --prepared prepared --out rescored
+ray-cxr report rescored --manifest manifest.parquet --split test --out probed
+"""
+
+
 @pytest.mark.readme
 def test_scripts_demo(checkout: Path) -> None:
     printed = run(SHELL[0], checkout)
@@ -134,6 +143,10 @@ def test_scripts_demo(checkout: Path) -> None:
     assert sorted(scores["error_code"].dropna()) == codes
     for name in ("report.html", "roc.png", "examples.png", "worklist.csv"):
         assert (out / "report" / name).stat().st_size > 500
+    # A new head on the features of the model does not lose to the head that was trained with it.
+    run(PROBE, checkout)
+    probed = json.loads((out / "probed" / "metrics.json").read_text())
+    assert probed["macro"]["auroc"] > metrics["macro"]["auroc"] - 0.02
 
 
 @pytest.mark.readme
