@@ -21,6 +21,7 @@ from ray_cxr.models.runtime import default_threads
 from ray_cxr.progress import silence_stderr
 from ray_cxr.scoring.heatmaps import BATCH_SIZE, HeatMapRequest
 from ray_cxr.scoring.plan import ScorePlan, preview_run
+from ray_cxr.scoring.prepared_reader import read_sample
 from ray_cxr.storage import run_folder
 
 #: Bytes of a row of scores without the columns of findings, per finding, and of a map without its cells.
@@ -58,10 +59,15 @@ def estimate_score(plan: ScorePlan, cpus: int) -> Cost:
     shown = InputSpec(size=plan.drawing.side, aspect="pad") if plan.drawing else None
     specs = [plan.bundle.input_spec, *([shown] if shown else [])]
     limits = {"max_pixels": settings.max_pixels, "timeout_s": settings.decode_timeout_s}
-    sample = decode_sample(plan.rows.paths.slice(0, report.rows), specs, **limits)  # type: ignore[arg-type]
+    if plan.prepared is None:
+        sample = decode_sample(plan.rows.paths.slice(0, report.rows), specs, **limits)  # type: ignore[arg-type]
+    else:
+        sample = read_sample(plan.prepared)
     known = _read_rates(plan)
     rates: dict[str, Rate] = {}
     sizes = {"scores": rows * (_ROW_BYTES + _FINDING_BYTES * len(plan.bundle.findings))}
+    if plan.request.features:
+        sizes["features"] = rows * 2 * _count_features(plan)
     seconds, unknown = RAY_S, ""
     if not sample.images:
         return Cost(counts, {}, None, sizes, "none of the images that were tried could be read")
@@ -90,6 +96,11 @@ def estimate_score(plan: ScorePlan, cpus: int) -> Cost:
     return Cost(
         counts, rates, None if unknown else (seconds, seconds), sizes, unknown, [failed] if sample.failed else []
     )
+
+
+def _count_features(plan: ScorePlan) -> int:
+    opened = plan.bundle.open_runtime("fp32", batch_size=1, threads=default_threads())
+    return int(opened.predict(np.zeros((0, *opened.batch_shape[1:3]), np.uint8)).features.shape[1])
 
 
 def _read_rates(plan: ScorePlan) -> dict[str, Rate]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow.compute as pc
 
+from ray_cxr.costs import PROBE_IMAGES
 from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.data.shards import Pixels, ShardRows
 from ray_cxr.errors import OutputError
+from ray_cxr.imaging.sample import Sample
 from ray_cxr.imaging.sandbox import DecodedImage, Failure
 from ray_cxr.scoring.ranges import PreparedSource, RangeState, RowLocation, ScoreJob
 
@@ -74,6 +78,16 @@ class PreparedReader:
 
     def _open_shard(self, index: int) -> tuple[ShardRows, Pixels]:
         return self._data.read_rows(index, ["image_id", "error_code", "error"])
+
+
+def read_sample(source: PreparedSource) -> Sample:
+    """Read the first images of a prepared set, to state before a run how long it takes."""
+    started = time.monotonic()
+    shard, pixels = PreparedSet(source.path, source.size).read_rows(0, ["error_code"])
+    rows = np.arange(min(PROBE_IMAGES, len(pixels)))
+    good = rows[pc.is_null(shard.table["error_code"].slice(0, len(rows))).to_numpy(zero_copy_only=False)]
+    images = [DecodedImage((image,), None) for image in pixels[good]]
+    return Sample(images, len(rows) - len(good), (time.monotonic() - started) / max(len(rows), 1))
 
 
 def _cut(starts: Sequence[int], start: int, count: int) -> Iterator[_Slice]:

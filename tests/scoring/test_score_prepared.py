@@ -82,6 +82,8 @@ def test_what_does_not_fit_is_refused(tiny_bundle, manifest, prepared, tmp_path:
     assert_refused(command(*given(tiny_bundle, tmp_path, out)), "prepared folder")
     assert_refused(command(*given(tiny_bundle, prepared, out, "--heatmaps", "1")), "--heatmaps")
     assert_refused(command(*given(tiny_bundle, prepared, out, "--retry-errors")), "--retry-errors")
+    said = assert_done(command(*given(tiny_bundle, prepared, out, "--features", "--dry-run")))
+    assert "features" in said
     assert not out.exists()
     assert_done(command(*given(tiny_bundle, prepared, out)))
     # A run from files is another run.
