@@ -13,6 +13,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "load_bundle",
+    "load_features",
     "plot_calibration",
     "train",
     "worklist",
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ray_cxr.api import evaluate, plot_calibration, train, worklist
+    from ray_cxr.data.features import load_features
     from ray_cxr.imaging.overlays import HeatMap
     from ray_cxr.labels import FINDINGS
     from ray_cxr.models.bundle import Bundle, load_bundle
@@ -43,6 +45,10 @@ def __getattr__(name: str) -> Any:
         from ray_cxr.imaging import overlays
 
         return overlays.HeatMap
+    if name == "load_features":
+        from ray_cxr.data import features
+
+        return features.load_features
     if name in ("evaluate", "plot_calibration", "train", "worklist"):
         from ray_cxr import api
 

@@ -36,6 +36,7 @@ def test_public_names_and_version() -> None:
         "__version__",
         "evaluate",
         "load_bundle",
+        "load_features",
         "plot_calibration",
         "train",
         "worklist",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shutil
 from pathlib import Path
@@ -12,9 +14,11 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from conftest import replace_ray, score_arguments
 from sklearn.metrics import roc_auc_score
 
 import ray_cxr
+from ray_cxr.cli import main
 from ray_cxr.imaging.decode import load_image
 
 ROOT = Path(__file__).parents[1]
@@ -33,14 +37,30 @@ def frame(scores: Path) -> pd.DataFrame:
     return pd.read_parquet(scores / "scores")
 
 
+@pytest.fixture(scope="module")
+def featured(tiny_bundle: Any, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Score with features, without Ray."""
+    out = tmp_path_factory.mktemp("featured") / "out"
+    with replace_ray(), contextlib.redirect_stdout(io.StringIO()):
+        assert main(score_arguments(tiny_bundle.path, manifest, out, "--features")) == 0
+    return out
+
+
 @pytest.fixture
 def workplace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bundle: Any, scores: Path, manifest: Path, labels: Any
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_bundle: Any,
+    scores: Path,
+    manifest: Path,
+    labels: Any,
+    featured: Path,
 ) -> Path:
     """Return a working directory with the paths of docs/python.md and of the notebook."""
     places = {
         "runs/first/bundle": tiny_bundle.path,
         "runs/scores": scores,
+        "runs/featured": featured,
         "runs/nih.parquet": manifest,
         "demo-out/run/bundle": tiny_bundle.path,
         "demo-out/manifest.parquet": manifest,

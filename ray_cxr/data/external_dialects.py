@@ -83,11 +83,8 @@ _VINDR = {
     "Pneumothorax": "Pneumothorax",
     NO_FINDING: "No finding",
 }
-#: Findings whose classes are in every table of boxes: VinBigData keeps 14 of VinDr-CXR's classes.
-_VINBIGDATA = (
-    *("Atelectasis", "Cardiomegaly", "Consolidation", "Effusion", "Fibrosis", "Infiltration", "Pleural_Thickening"),
-    *("Pneumothorax", NO_FINDING),
-)
+#: Classes that VinBigData leaves out; a table of boxes names all others, even if it has no box of one.
+_VINDR_ONLY = ("Edema", "Emphysema", "Pneumonia")
 
 
 def rewrite_external(table: CsvTable) -> CsvTable | None:
@@ -187,7 +184,7 @@ def _rewrite_vindr(table: CsvTable) -> CsvTable:
     if "class_name" in rows:
         named = rows["class_name"].str.strip()
         present = {finding: named == name for finding, name in _VINDR.items()}
-        labelled = {finding for finding, marks in present.items() if marks.any()} | set(_VINBIGDATA)
+        labelled = {finding for finding, marks in present.items() if marks.any() or finding not in _VINDR_ONLY}
     else:
         present = {
             finding: rows[name].str.strip().isin(("1", "1.0")) for finding, name in _VINDR.items() if name in rows
