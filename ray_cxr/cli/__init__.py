@@ -23,7 +23,7 @@ _GROUPS = {
     "first steps": ("demo",),
     "workflow, each step reads what the step before wrote": ("manifest", "prepare", "train", "score", "report"),
     "other ways to a bundle (the folder of a model)": ("tune", "import-weights"),
-    "from bundles to a new bundle": ("recalibrate", "quantize", "ensemble"),
+    "from bundles to a new bundle": ("recalibrate", "probe", "quantize", "ensemble"),
     "exports": ("export-onnx", "export-sr"),
     "shell": ("completion",),
 }
