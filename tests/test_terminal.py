@@ -65,6 +65,9 @@ def test_next_command_of_a_job_has_absolute_paths(tmp_path: Path, capsys, monkey
     monkeypatch.chdir(folder)
     next_step.print_next("prepare", Path("m.parquet"), "--out", Path("/data/p"))
     assert shlex.split(capsys.readouterr().out)[2:] == ["prepare", str(folder / "m.parquet"), "--out", "/data/p"]
+    folder.rmdir()  # as Ray does once nothing uses it
+    next_step.print_next("prepare", Path("/data/m.parquet"), "--out", Path("/data/p"))
+    assert shlex.split(capsys.readouterr().out)[2:] == ["prepare", "/data/m.parquet", "--out", "/data/p"]
 
 
 @pytest.mark.parametrize("columns", [None, "80"])

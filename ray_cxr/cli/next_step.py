@@ -48,8 +48,11 @@ def print_next(*words: str | Path) -> None:
 def _format_word(word: str | Path) -> str:
     if isinstance(word, str):
         return word
-    # The working directory of a job is removed.
-    return remote.to_address(word) if JOB_FOLDER in f"{os.getcwd()}/" else str(word)
+    with contextlib.suppress(FileNotFoundError):  # Ray has removed the job's folder already
+        # It removes that folder after the job, so a path must not be relative to it.
+        if JOB_FOLDER in f"{os.getcwd()}/":
+            return remote.to_address(word)
+    return str(word)
 
 
 def place_next_to(path: str | Path, name: str) -> Path:

@@ -88,9 +88,9 @@ def test_batches_are_full_but_for_the_last(monkeypatch: pytest.MonkeyPatch) -> N
         sizes.append(len(images))
         return finished(SimpleNamespace(probabilities=np.full((len(images), 2), 0.5), features=None, spread=None))
 
-    job = SimpleNamespace(batch_size=4, spec=SimpleNamespace(size=SIZE))
+    job = SimpleNamespace(batch_size=4, spec=SimpleNamespace(size=SIZE), features=False)
     rules, runtime = SimpleNamespace(findings=("Mass", "Edema")), SimpleNamespace(submit=submit, has_spread=False)
-    actor: Any = SimpleNamespace(job=job, rules=rules, runtime=runtime, quality=None, first_at=0.0)
+    actor: Any = SimpleNamespace(job=job, rules=rules, runtime=runtime, quality=None, feature_count=0, first_at=0.0)
     states = [make_state(11)]
     writer = actors.ScoreWriter(actor, states)
     monkeypatch.setattr(writer, "flush", lambda part: (part, len(states[part].failures)))
