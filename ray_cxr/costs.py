@@ -70,8 +70,11 @@ class Cost:
 
 
 def count_cpus(limit: int | None = None) -> int:
-    """Return the number of CPUs that a local Ray would use; `limit` is the setting ray.num_cpus."""
-    return limit or len(os.sched_getaffinity(0))
+    """Return the number of CPUs that this process may use; `limit` is the setting ray.num_cpus."""
+    if limit:
+        return limit
+    # macOS has no sched_getaffinity.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def find_free_bytes(out: str | Path) -> int | None:

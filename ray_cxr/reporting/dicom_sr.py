@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.uid import ComprehensiveSRStorage
 
 from ray_cxr import extras
+from ray_cxr.costs import count_cpus
 from ray_cxr.errors import ErrorRateExceeded, InputError, OutputError, RayCxrError
 from ray_cxr.progress import Progress
 from ray_cxr.reporting import sr_studies
@@ -254,10 +254,9 @@ def _build_documents(contents: Sequence[ReportContent]) -> Iterator[tuple[str, b
     if len(contents) < _MIN_PARALLEL:
         yield from map(build_document, contents)
         return
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Processes, because the work is pure Python. Spawned, because threads of other libraries do not survive a fork.
     pool = ProcessPoolExecutor(
-        min(cpus, _MAX_PROCESSES),
+        min(count_cpus(), _MAX_PROCESSES),
         mp_context=multiprocessing.get_context("spawn"),
         initializer=signal.signal,
         initargs=(signal.SIGINT, signal.SIG_IGN),  # on Ctrl-C the main process ends them
