@@ -18,7 +18,7 @@ _NO_DATE = datetime.date(1900, 1, 1)
 
 @dataclass(frozen=True)
 class PatientCount:
-    """Number of patients of some images: `number` without the images that have no patient id, whose number is
+    """Number of patients, or of studies, of some images: `number` without the images that have no id, whose number is
     `without_id`; None if no image has one.
     """
 
@@ -40,15 +40,24 @@ class PatientCount:
         return f"{count_of(images, 'image')}{', ' if self.number is None else ' of '}{self}"
 
     def __str__(self) -> str:
+        return self.name("patient")
+
+    def name(self, noun: str, rest: str = " ({})") -> str:
+        """Format the number with a noun; `rest` frames the images without an id."""
         if self.number is None:
-            return "patients unknown"
-        rest = f" ({count_of(self.without_id, 'image')} without a patient id)" if self.without_id else ""
-        return f"{count_of(self.number, 'patient')}{rest}"
+            return f"{pluralize(noun)} unknown"
+        without = rest.format(f"{count_of(self.without_id, 'image')} without a {noun} id") if self.without_id else ""
+        return f"{count_of(self.number, noun)}{without}"
 
 
 def count_of(number: int, noun: str) -> str:
-    """Format a count with its noun: `1 patient`, `2,500 patients`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """Format a count with its noun: `1 patient`, `2,500 patients`, `3 studies`."""
+    return f"{number:,} {noun if number == 1 else pluralize(noun)}"
+
+
+def pluralize(noun: str) -> str:
+    """Return the plural of a noun: `patients`, `studies`."""
+    return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
 
 
 def parse_age(text: str) -> float | None:

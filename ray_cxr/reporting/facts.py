@@ -52,7 +52,7 @@ def list_facts(table: Scores, metrics: Mapping[str, Any]) -> list[str]:
         report["created"][:10],
         metrics["split_label"] or "no labels",
         f"{images}, synthetic" if report["synthetic"] else images,
-        "studies unknown" if flagged["studies"] is None else _count(flagged["studies"], "stud"),
+        PatientCount(flagged["studies"], flagged["images_without_study"]).name("study"),
         str(PatientCount(metrics["n_patients"], metrics["images_without_patient"])),
         "model " + (" ".join(filter(None, names)) or "unknown"),
     ]
@@ -80,7 +80,3 @@ def list_model_facts(table: Scores, metrics: Mapping[str, Any]) -> list[tuple[st
 
 def _prefix(words: str, value: str | None) -> str | None:
     return None if value is None else f"{words}{value}"
-
-
-def _count(number: int, stem: str) -> str:
-    return f"{number:,} {stem}{'y' if number == 1 else 'ies'}"
