@@ -71,8 +71,9 @@ def _report(arguments: argparse.Namespace) -> None:
             f"over {len(macro['findings'])} findings, "
             f"{PatientCount(metrics['n_patients'], metrics['images_without_patient']).describe(metrics['n_images'])}"
         )
-    if metrics["flagged"]["any_finding"]:
-        print_line(f"flagged: {FlagCount.from_json(metrics['flagged']['any_finding']).describe()}")
+    flagged = metrics["flagged"]
+    counted = FlagCount.from_json(flagged["any_finding"]).describe() if flagged["any_finding"] else None
+    print_line(f"flagged: {counted or 'unknown, because ' + flagged['reason']}")
     print_line(f"report: {remote.to_path(arguments.out) / 'report.html'}")
     suggest_after_report(arguments)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any, get_args
 
-import numpy as np
 import psutil
 import pyarrow.dataset
 from rich.table import Table
@@ -104,19 +103,19 @@ def _print_flagged(out: str) -> None:
     """Print how many images, studies and patients are flagged for any finding."""
     with Stage("counting flagged images"):
         from ray_cxr.evaluation import usability
-        from ray_cxr.reporting.flagged import FlagCount, identify_studies
+        from ray_cxr.reporting.flagged import FlagCount, explain_no_flags, identify_studies
 
         store, _ = remote.to_arrow(remote.to_path(out))
         parts = [remote.to_arrow(part)[1] for part in (remote.to_path(out) / "scores").glob("part-*.parquet")]
         data = pyarrow.dataset.dataset(parts, format="parquet", filesystem=store)
         names = [name for name in data.schema.names if name.startswith("flag_") and name != f"flag_{NO_FINDING}"]
-        table = data.to_table(columns=["patient_id", "study_id", *names])
+        table = data.to_table(columns=["patient_id", "study_id", "status", *names])
         flags = {name.removeprefix("flag_"): table[name].cast("int8").fill_null(-1).to_numpy() for name in names}
-        highest = np.max([np.full(len(table), -1, np.int8), *flags.values()], axis=0)
-        patients, studies = (table[name].to_numpy() for name in ("patient_id", "study_id"))
-        found = FlagCount.count(highest, identify_studies(studies, patients), patients)
+        any_flag = usability.flag_any(flags, len(table))
+        patients, studies, status = (table[name].to_numpy() for name in ("patient_id", "study_id", "status"))
+        found = FlagCount.count(any_flag, identify_studies(studies, patients), patients)
     if found.n:
         print_line(f"flagged: {found.describe()}")
     else:
-        print_line("flagged: unknown, because the bundle has no operating points")
+        print_line(f"flagged: unknown, because {explain_no_flags(int((status == 'ok').sum()))}")
     print_warnings(warning.text for warning in usability.warn_of_flags(flags))

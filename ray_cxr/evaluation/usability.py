@@ -122,8 +122,8 @@ def warn_of_flags(flags: Mapping[str, np.ndarray], rule: str | None = None) -> l
     found = {finding: values for finding, values in flags.items() if finding != NO_FINDING}
     if not found:
         return []
-    columns = np.column_stack(list(found.values()))
-    judged, flagged = int((columns >= 0).any(axis=1).sum()), int((columns == 1).any(axis=1).sum())
+    highest = flag_any(found, len(next(iter(found.values()))))
+    judged, flagged = int((highest >= 0).sum()), int((highest == 1).sum())
     if judged < FEW_IMAGES or flagged <= MANY * judged:
         return []
     counts = {finding: int((values == 1).sum()) for finding, values in found.items()}
@@ -133,6 +133,16 @@ def warn_of_flags(flags: Mapping[str, np.ndarray], rule: str | None = None) -> l
     text = f"{share} are flagged{for_most}: the worklist is not a selection."
     findings = tuple(finding for finding in counts if counts[finding] > MANY * judged)
     return [Warned("most_images_flagged", text, _advise_on_flags(rule, flagged / judged), findings)]
+
+
+def flag_any(flags: Mapping[str, np.ndarray], n: int) -> np.ndarray:
+    """Return the flag of n images for any finding: 1, 0, or -1 if no flag is known; `No_Finding` does not count.
+
+    Args:
+        flags: per finding, int8 [n], 1, 0 or -1.
+    """
+    found = [values for finding, values in flags.items() if finding != NO_FINDING]
+    return np.max([np.full(n, -1, np.int8), *found], axis=0)
 
 
 def _advise_on_flags(rule: str | None, share: float) -> str:

@@ -13,6 +13,7 @@ from ray_cxr.evaluation.reading_order import ReadingOrder, measure_reading_order
 from ray_cxr.evaluation.usability import Warned
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting.evaluation_set import EvaluationSet, Population
+from ray_cxr.reporting.flagged import explain_no_flags
 from ray_cxr.reporting.html import format_percent
 from ray_cxr.reporting.measures import BootstrapSettings, EvaluationResult
 from ray_cxr.reporting.scores import Scores, finite_or_none
@@ -45,7 +46,7 @@ def measure_alerts(
         RuleAlerts(rule, rule == chosen, int((flags[rule] >= 0).any(axis=0).sum()), found)
         for rule, found in shares.items()
     )
-    reason = None if flags else "the scores have neither flags nor a model with operating points"
+    reason = None if flags else explain_no_flags(n)
     images = "all scored images" if evaluated is None else f"the evaluated images ({evaluated.description})"
     with_finding, without, unknown = (int((abnormal == status).sum()) for status in (1, 0, -1))
     return Alerts(images, with_finding, without, unknown, tuple(rules), reason)

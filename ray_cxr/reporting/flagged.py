@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ray_cxr.errors import ERROR_CODES
+from ray_cxr.evaluation.usability import flag_any
 from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting import plots
@@ -72,7 +73,7 @@ class Flagged:
         description: of the images, for readers.
         images: number of images, failed ones included.
         studies, patients: of the images with a score.
-        total: images with a flag for any finding; None if no finding can be flagged.
+        total: images with a flag for any finding; None if no finding can be flagged, for the `reason`.
         findings: by finding, most images first; only findings with flags.
         without_flags: findings that cannot be flagged.
         failed: images that could not be scored, by code.
@@ -88,6 +89,7 @@ class Flagged:
     without_flags: tuple[str, ...]
     failed: dict[str, int]
     quality: dict[str, int]
+    reason: str | None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -98,6 +100,7 @@ class Flagged:
             "images_without_study": self.studies.without_id,
             "images_without_patient": self.patients.without_id,
             "any_finding": self.total.to_json() if self.total else None,
+            "reason": self.reason,
             "findings": {finding: found.to_json() for finding, found in self.findings.items()},
             "without_flags": list(self.without_flags),
             "failed": {"images": sum(self.failed.values()), "by_code": self.failed},
@@ -118,19 +121,26 @@ def measure_flagged(table: Scores, population: Population) -> Flagged:
     names = [finding for finding in table.findings if finding != NO_FINDING]
     flags = {f: table.flags[f][rows] for f in names if f in table.flags and (table.flags[f][rows] >= 0).any()}
     counts = {finding: FlagCount.count(values, studies, patients) for finding, values in flags.items()}
-    highest = np.max([*flags.values()], axis=0) if flags else np.full(len(rows), -1)
     codes = Counter(code or "unknown" for code in table.codes[population.failed])
     return Flagged(
         description=population.description if isinstance(population, EvaluationSet) else "all images of the scores",
         images=len(population.listed),
         studies=PatientCount.of(studies),
         patients=PatientCount.of(patients),
-        total=FlagCount.count(highest, studies, patients) if flags else None,
+        total=FlagCount.count(flag_any(flags, len(rows)), studies, patients) if flags else None,
         findings=dict(sorted(counts.items(), key=lambda pair: -pair[1].images)),
         without_flags=tuple(finding for finding in names if finding not in flags) if len(rows) else (),
         failed={code: codes[code] for code in [*ERROR_CODES, *sorted(set(codes) - set(ERROR_CODES))] if codes[code]},
         quality=dict(sorted(Counter(flag for flag in table.quality_flags[rows] if flag).items())),
+        reason=None if flags else explain_no_flags(len(rows)),
     )
+
+
+def explain_no_flags(n_scored: int) -> str:
+    """Return the reason why no image is or can be flagged."""
+    if not n_scored:
+        return "no image was scored"
+    return "the scores have neither flags nor a model with operating points"
 
 
 def summarize_flagged(found: Flagged) -> str:
@@ -140,14 +150,14 @@ def summarize_flagged(found: Flagged) -> str:
         total = found.total
         parts.append(
             f"{total.images:,} of {count_of(total.n, 'scored image')} ({format_percent(total.images / total.n)}) "
-            f"{'is' if total.images == 1 else 'are'} flagged ({format_groups(total)})"
+            f"{'is' if 1 in (total.images, total.n) else 'are'} flagged ({format_groups(total)})"
         )
         named = [f"{plots.format_finding(f)} {count.images:,}" for f, count in found.findings.items() if count.images]
         if named:
             more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
             parts[0] += f": {', '.join(named[:_NAMED])}{more}"
     else:
-        parts.append("no finding can be flagged: the scores have no operating points")
+        parts.append(f"no finding can be flagged: {found.reason}")
     if found.failed:
         parts.append(f"{count_of(sum(found.failed.values()), 'image')} could not be scored")
     if found.quality:
@@ -159,12 +169,5 @@ def format_groups(count: FlagCount) -> str:
     """Return the studies and patients of a count, for a sentence."""
     if count.studies.number is None and count.patients.number is None and count.images:
         return "studies and patients unknown"
-    return ", ".join(_format_ids(*pair) for pair in ((count.studies, "study"), (count.patients, "patient")))
-
-
-def _format_ids(count: PatientCount, noun: str) -> str:
-    plural = "studies" if noun == "study" else f"{noun}s"
-    if count.number is None:
-        return f"{plural} unknown"
-    rest = f" ({count_of(count.without_id, 'image')} without {noun} id)" if count.without_id else ""
-    return f"{count.number:,} {noun if count.number == 1 else plural}{rest}"
+    groups = ((count.studies, "study"), (count.patients, "patient"))
+    return ", ".join(found.name(noun, " and {}") for found, noun in groups)

@@ -409,7 +409,8 @@ def _compute_rates(
     """Return each rate at the operating point, with the reason if it is None."""
     judged = (labels >= 0) & (flags >= 0) if flags is not None else np.zeros(len(labels), dtype=bool)
     if flags is None or not judged.any():
-        reason = "no labelled images" if flags is not None and (flags >= 0).any() else "no operating point"
+        has_flags = flags is not None and bool((flags >= 0).any())
+        reason = "no operating point" if (labels >= 0).any() and not has_flags else "no labelled images"
         return {metric.key: (None, reason) for metric in metrics.RATE_METRICS}
     cells = metrics.confusion(labels[judged], flags[judged] == 1)
     rates: dict[str, tuple[float | None, str | None]] = {}

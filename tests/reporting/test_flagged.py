@@ -98,6 +98,43 @@ def test_scores_without_flags_flag_nothing_and_say_so(archive: Archive, tmp_path
     assert not images_of(written.page)
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+def test_images_that_all_failed_are_the_reason_not_the_operating_points(
+    tmp_path: Path, labelled: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Archive(tmp_path, patients=4)
+    other.ok[:] = False
+    scores, out = other.scores(), tmp_path / "out"
+    with without_drawing():
+        assert cli.main(["report", scores, "--out", str(out), *(["--manifest", other.labels()] * labelled)]) == 0
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["flagged"]["any_finding"] is None
+    assert metrics["flagged"]["reason"] == metrics["alerts"]["reason"] == "no image was scored"
+    printed = capsys.readouterr().out
+    for text in (printed, *((out / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))):
+        assert "no image was scored" in text
+        assert not re.findall("(?:no|with|without an) operating points?", text)
+
+
+def test_images_without_study_are_counted_beside_the_studies(screened: Report) -> None:
+    """Two of three images of a patient have a study; the first line, the table and the summary say so."""
+    facts = re.search(r'id="facts">(.*?)</p>', screened.page)
+    assert facts is not None
+    assert "59 studies (59 images without a study id)" in facts[1]
+    table = (screened.out / "report.md").read_text(encoding="utf-8").partition("| any finding |")[2].partition("\n")[0]
+    found = screened.metrics["flagged"]["any_finding"]
+    assert f"{found['studies']} and {found['images_without_study']} images without" in table
+
+
+def test_what_failed_counts_the_images_of_the_report(archive: Archive, tmp_path: Path) -> None:
+    """One image of the table has a quality flag, in the test split; the three failed ones are in it too."""
+    page = report(archive, tmp_path / "out", labels=archive.labels(), split="train").page
+    assert 'id="failed"' not in page
+    page = report(archive, tmp_path / "out", labels=archive.labels(), split="test").page
+    section = page.partition('id="failed"')[2].partition("<h2")[0]
+    assert section.count("of 135 images") == 2
+
+
 def test_a_report_on_a_split_holds_the_images_of_that_split(archive: Archive, tmp_path: Path) -> None:
     out, labels = tmp_path / "out", archive.labels()
     with without_drawing():
