@@ -65,8 +65,8 @@ REPORT_BAR_S = 90.0
 #: Largest difference that rounding explains.
 SAME = 1e-9
 PREVALENCE = 0.05
-#: All metrics but one: bins of equal mass have the sample's limits, which the loop over resamples does not know.
-SCALARS = tuple(m.key for m in metrics.METRICS if m.key != "expected_calibration_error_equal_mass")
+#: All metrics with an interval.
+SCALARS = tuple(m.key for m in metrics.METRICS if not getattr(m, "no_interval", ""))
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,6 @@ def compute_rates(y: np.ndarray, flags: np.ndarray, p: np.ndarray) -> list[float
     sensitivity, specificity = divide(tp, tp + fn), divide(tn, tn + fp)
     hits, alarms = PREVALENCE * sensitivity, (1 - PREVALENCE) * (1 - specificity)
     misses, passes = PREVALENCE * (1 - sensitivity), (1 - PREVALENCE) * specificity
-    error = metrics.expected_calibration_error(y, p)
     return [
         sensitivity,
         specificity,
@@ -160,7 +159,6 @@ def compute_rates(y: np.ndarray, flags: np.ndarray, p: np.ndarray) -> list[float
         divide(hits, hits + alarms),
         divide(passes, passes + misses),
         sklearn_metrics.brier_score_loss(y, p),
-        float("nan") if error is None else error,
     ]
 
 

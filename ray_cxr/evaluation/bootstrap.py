@@ -104,13 +104,13 @@ def bootstrap_findings(
     A mean leaves out resamples in which any of its findings is undefined: a mean over fewer findings is another
     quantity. ROC bands use the ROC curve with straight lines between its points; the area under it is the AUROC.
 
-    Percentiles do not correct bias. The expected calibration error sums absolute values, also of noise, so it is too
-    high in small samples and higher in resamples: its interval may lie above the value, and rarely reaches 0 even with
-    perfect calibration. In a resample, all copies of a positive image have one score. Their precision is computed after
-    the last copy, where it is highest, so resampled average precision is slightly too high. With few positive patients
-    all intervals are too narrow, most of all near 0 and 1: at AUROC 0.9 with normal scores they covered the truth in
-    95% of simulated data sets with 200 positive patients, 90% with 20, 85% with 10 and 78% with 5; with other scores
-    less. `clustered` has intervals that hold there.
+    Percentiles do not correct bias. The calibration errors sum absolute values, also of noise, so they are too high in
+    small samples and higher in resamples: percentiles may lie above the value, and rarely reach 0 even with perfect
+    calibration, so there are none. In a resample, all copies of a positive image have one score. Their precision is
+    computed after the last copy, where it is highest, so resampled average precision is slightly too high. With few
+    positive patients all intervals are too narrow, most of all near 0 and 1: at AUROC 0.9 with normal scores they
+    covered the truth in 95% of simulated data sets with 200 positive patients, 90% with 20, 85% with 10 and 78% with 5;
+    with other scores less. `clustered` has intervals that hold there.
 
     Up to four threads share the work; each needs about 100 MB beyond the arguments.
 
@@ -132,6 +132,8 @@ def bootstrap_findings(
     rankings = [_rank(labels[:, f], scores[:, f], codes) for f in range(count)]
     sums = [_PatientSums(labels, derived, codes, n_patients, f) for f in range(count)]
     keys = [metric.key for metric in metrics.METRICS]
+    unbounded = [metric for metric in metrics.PROBABILITY_METRICS if metric.resample is None]
+    without_interval = {metric.key: Interval(None, None, 0, metric.no_interval) for metric in unbounded}
     values = {key: np.full((n_resamples, count), np.nan) for key in keys}
     curves = np.full((count, n_resamples, ROC_GRID), np.nan)
 
@@ -152,7 +154,9 @@ def bootstrap_findings(
     positives = [len(ranking.positive_codes) for ranking in counted.values()]
     averaged = {metric.key: values[metric.key][:, list(counted)] for metric in metrics.RANKING_METRICS}
     return BootstrapFindings(
-        findings=tuple({key: percentile_interval(values[key][:, f]) for key in keys} for f in range(count)),
+        findings=tuple(
+            {key: percentile_interval(values[key][:, f]) for key in keys} | without_interval for f in range(count)
+        ),
         macro={key: _compute_mean_interval(drawn) for key, drawn in averaged.items()},
         weighted={key: _compute_mean_interval(drawn, positives) for key, drawn in averaged.items()},
         roc=tuple(_compute_roc_band(curve) for curve in curves),
@@ -225,7 +229,7 @@ def _rank(labels: np.ndarray, scores: np.ndarray, codes: np.ndarray) -> Ranking 
 
 
 class _PatientSums:
-    """One finding's confusion counts and calibration errors, summed over each patient's images."""
+    """One finding's confusion counts and squared errors, summed over each patient's images."""
 
     def __init__(self, labels: np.ndarray, derived: DerivedOutputs, codes: np.ndarray, n_patients: int, f: int) -> None:
         y, flags, p = labels[:, f], derived.flags[:, f], derived.calibrated[:, f].astype(np.float64)
@@ -242,27 +246,20 @@ class _PatientSums:
         """Compute rates and probability metrics, float64 [b], NaN if undefined, from draws float64 [b, patients]."""
         tn, fp, fn, tp = (drawn @ self._cells).T
         cells = metrics.Confusion(tp, fp, tn, fn)
-        columns = drawn @ self._errors
-        by_bin, by_mass = np.hsplit(columns[:, 2:], 2)
-        sums = metrics.ErrorSums(columns[:, 0], columns[:, 1], by_bin, by_mass)
+        sums = metrics.ErrorSums(*(drawn @ self._errors).T)
         return {
             rate.key: rate.value(cells, self._prevalence)
             for rate in metrics.RATE_METRICS
             if not (rate.at_prevalence and np.isnan(self._prevalence))
-        } | {metric.key: metric.resample(sums) for metric in metrics.PROBABILITY_METRICS}
+        } | {metric.key: metric.resample(sums) for metric in metrics.PROBABILITY_METRICS if metric.resample}
 
 
 def _sum_errors(y: np.ndarray, p: np.ndarray, codes: np.ndarray, n_patients: int) -> np.ndarray:
-    """Return per patient: images, squared errors, errors p - y in each bin; float64 [patients, 2 + 2 bins]."""
+    """Return the number of images and the sum of squared errors of each patient, float64 [patients, 2]."""
     metrics.check_probabilities(p)
-    bins = metrics.CALIBRATION_BINS
-    by_bin, by_mass = (
-        np.bincount(bins * codes + placed, weights=p - y, minlength=bins * n_patients).reshape(n_patients, bins)
-        for placed in (metrics.probability_bins(p), metrics.rank_bins(p, bins))
-    )
     images = np.bincount(codes, minlength=n_patients)
     squared = np.bincount(codes, weights=(p - y) ** 2, minlength=n_patients)
-    return np.column_stack([images, squared, by_bin, by_mass])
+    return np.column_stack([images, squared])
 
 
 def _compute_mean_interval(drawn: np.ndarray, weights: Sequence[int] | None = None) -> Interval:

@@ -94,12 +94,10 @@ class Confusion:
 
 @dataclass(frozen=True)
 class ErrorSums:
-    """Sums of calibration errors p - y in b bootstrap resamples."""
+    """Sums over the images of b bootstrap resamples."""
 
     images: np.ndarray  # [b], number of images
-    squared: np.ndarray  # [b], of squared errors
-    by_bin: np.ndarray  # [b, bins], of errors in each bin of equal width
-    by_mass: np.ndarray  # [b, bins], of errors in each bin of equal mass, whose limits are those of the sample
+    squared: np.ndarray  # [b], of squared errors p - y
 
 
 def undefined_reason(y: np.ndarray) -> str | None:
@@ -288,10 +286,14 @@ class RateMetric(Metric):
 
 @dataclass(frozen=True)
 class ProbabilityMetric(Metric):
-    """A metric of labels [n] and calibrated probabilities [n]; `resample` computes it from sums of errors."""
+    """A metric of labels [n] and calibrated probabilities [n]; `resample` computes it from sums of errors.
+
+    Without `resample` the metric has no interval, for the reason `no_interval`.
+    """
 
     value: Callable[[np.ndarray, np.ndarray], float | None] = brier
-    resample: Callable[[ErrorSums], np.ndarray] = lambda sums: _ratio(sums.squared, sums.images)
+    resample: Callable[[ErrorSums], np.ndarray] | None = None
+    no_interval: str = ""
 
 
 _AUROC = "Probability that an image with the finding scores higher than one without it (ties one half); 0.5 is chance."
@@ -305,6 +307,7 @@ _EXPECTED = "expected at the prevalence given with `--prevalence`, from sensitiv
 _BRIER = "Mean squared difference between calibrated probability and label; 0 is best."
 _ECE = "Mean distance of calibrated probability and observed share in ten bins of equal width, weighted by images."
 _EQUAL_MASS = "The same in ten bins with equal numbers of images, which also separates the low scores of rare findings."
+_NO_INTERVAL = "resampling adds noise to absolute differences, so percentiles can lie wholly above the value"
 RANKING_METRICS = (
     RankingMetric("auroc", "AUROC", _AUROC, "main"),
     RankingMetric(
@@ -353,20 +356,22 @@ RATE_METRICS = (
     ),
 )
 PROBABILITY_METRICS = (
-    ProbabilityMetric("brier", "Brier score", _BRIER, digits=4),
+    ProbabilityMetric(
+        "brier", "Brier score", _BRIER, digits=4, resample=lambda sums: _ratio(sums.squared, sums.images)
+    ),
     ProbabilityMetric(
         "expected_calibration_error",
         "Calibration error",
         _ECE,
         value=expected_calibration_error,
-        resample=lambda sums: _ratio(np.abs(sums.by_bin).sum(axis=1), sums.images),
+        no_interval=_NO_INTERVAL,
     ),
     ProbabilityMetric(
         "expected_calibration_error_equal_mass",
         "Calibration error, equal mass",
         _EQUAL_MASS,
         value=equal_mass_error,
-        resample=lambda sums: _ratio(np.abs(sums.by_mass).sum(axis=1), sums.images),
+        no_interval=_NO_INTERVAL,
     ),
 )
 #: Tables of the page that show metrics; see `Metric.table`.
