@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_cxr.imaging.demographics import count_of
 from ray_cxr.labels import NO_FINDING
 
 #: A threshold, or a score table, that flags more than this share of images is no selection.
@@ -28,19 +29,22 @@ _NAMED = 4
 #: Share of the flagged images of which a finding accounts for almost all flags.
 _ALMOST_ALL = 0.9
 _MIN_POSITIVES = 5
+#: Starts the reason of findings that validation has in too few images.
+_FEWER = "fewer than"
 
 
 @dataclass(frozen=True)
 class Warned:
-    """A warning: its kind, the findings it is about, one sentence, and what to do about it.
+    """A warning: its kind, the findings it is about, one sentence, what to do about it, and the reasons.
 
-    Kinds are `no_threshold`, `flags_most`, `most_images_flagged` and `few_patients`.
+    Kinds are `no_threshold`, `flags_most`, `most_images_flagged`, `few_patients` and `training_images`.
     """
 
     kind: str
     text: str
     advice: str = ""
     findings: tuple[str, ...] = ()
+    reasons: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "findings": list(self.findings)}
@@ -89,9 +93,26 @@ def warn_of_missing(points: Sequence[FittedPoint]) -> list[Warned]:
     reasons: dict[str, list[str]] = {}
     for point in missing:
         reasons.setdefault(point.reason or "no operating point", []).append(point.finding)
-    parts = [f"{reason} ({_list(found)})" for reason, found in reasons.items()]
-    text = f"{len(missing)} of {len(points)} findings cannot be flagged: {'; '.join(parts)}."
-    return [Warned("no_threshold", text, findings=names)]
+    explained = "; ".join(f"{reason} ({_list(found)})" for reason, found in reasons.items())
+    flagged = [point.finding for point in points if point.reason is None]
+    one = len(missing) == 1
+    if not flagged:
+        text = f"No finding can be flagged: {_list(names)}."
+    elif len(flagged) <= len(missing) and len(flagged) <= _NAMED:
+        only = " and ".join(filter(None, (", ".join(map(_name, flagged[:-1])), _name(flagged[-1]))))
+        text = f"Only {only} can be flagged; {count_of(len(missing), 'finding')} cannot: {_list(names)}."
+    else:
+        text = f"{len(missing)} of {len(points)} findings cannot be flagged: {_list(names)}."
+    images = any(point.reason and point.reason.startswith(_FEWER) for point in missing)
+    rules = any(point.reason and not point.reason.startswith(_FEWER) for point in missing)
+    remedies = (
+        f"more validation images with {'it' if one else 'them'}" if images else "",
+        "another rule (`operating_point`)" if rules else "",
+    )
+    advice = f"An image without a flag may have {'it' if one else 'them'}."
+    if images or rules:
+        advice += f" Remedy: {' or '.join(filter(None, remedies))}."
+    return [Warned("no_threshold", text, advice, names, f"{explained}.")]
 
 
 def warn_of_thresholds(points: Iterable[FittedPoint], images: str) -> list[Warned]:
@@ -189,7 +210,7 @@ def _explain_missing(note: str | None, n: int | None, positives: int | None, lea
     if n is not None and positives is not None:
         for count, kind in ((positives, "positives"), (n - positives, "negatives")):
             if count < least:
-                return f"fewer than {least} {kind} among {images}"
+                return f"{_FEWER} {least} {kind} among {images}"
     for part in (note or "").split("; "):
         kind, _, reason = part.rpartition(": ")
         if kind in ("", "no operating point"):

@@ -28,16 +28,22 @@ def test_findings_without_a_threshold_are_grouped_by_reason() -> None:
     notes = {"Edema": "3 positives, needs 5", "Mass": "no calibration: none; no operating point: npv=0.99 needs more"}
     (warned,) = usability.warn_of_model(build_model(rates, {"Edema": 3, "Hernia": 98}, rule_notes=notes))
     assert (warned.kind, warned.findings) == ("no_threshold", ("Edema", "Hernia", "Mass"))
-    for part in ("3 of 14", "5 positives among the validation images (Edema)", "5 negatives", "needs more (Mass)"):
-        assert part in warned.text
-    assert "calibration" not in warned.text
+    assert "3 of 14" in warned.text
+    for part in ("5 positives among the validation images (Edema)", "5 negatives", "needs more (Mass)"):
+        assert part in warned.reasons
+        assert part not in warned.text, "the summary names findings, the section the reasons"
+    assert "calibration" not in warned.reasons
+    # A model that can flag few findings
+    few = build_model(dict.fromkeys(("Infiltration", "Pleural_Thickening"), 0.2), {})
+    assert usability.warn_of_model(few)[0].text.startswith(
+        "Only Infiltration and Pleural Thickening can be flagged; 12 findings cannot: Atelectasis, "
+    )
     # A recalibrated bundle: the counts of its own images and its own minimum.
     model = build_model(rates, {})
     site = {"findings": {"Mass": {"n": 50, "positives": 9}}, "min_positives": 10}
     model["provenance"]["recalibrated"] = site
-    assert (
-        "fewer than 10 positives among the images of the recalibration (Mass)" in usability.warn_of_model(model)[0].text
-    )
+    (warned,) = usability.warn_of_model(model)
+    assert "fewer than 10 positives among the images of the recalibration (Mass)" in warned.reasons
     # Without any operating point
     (warned,) = usability.warn_of_model({"findings": FINDINGS, "operating_points": dict.fromkeys(FINDINGS)})
     assert len(warned.findings) == 14
