@@ -43,8 +43,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True, allow_inf_nan=False)
 
     def replace(self, **changes: Any) -> Self:
-        """Return a validated copy with some fields changed."""
-        return build(type(self), {**self.model_dump(), **changes})
+        """Return a validated copy with some fields changed; the fields that were not set remain so."""
+        return build(type(self), {**self.model_dump(exclude_unset=True), **changes})
 
 
 class InputSpec(Settings):

@@ -37,7 +37,7 @@ from ray_cxr.storage import atomic, remote
 from ray_cxr.storage.run_folder import check_run, create_run, read_json, read_settings
 from ray_cxr.training.planning import list_free_settings, plan_training
 from ray_cxr.tuning.parameters import Choices
-from ray_cxr.tuning.space import KNOWN, Space
+from ray_cxr.tuning.space import KNOWN, Space, default_space
 
 #: Names in STUDY.
 TRIALS, TABLE, SUMMARY, START_SETTINGS = "trials", "trials.parquet", "summary.json", "begun.json"
@@ -79,9 +79,11 @@ class StudyPlan:
     """
 
     def __init__(self, prepared: str | Path, out: str | Path, base: TrainSettings, settings: TuneSettings) -> None:
-        self.prepared, self.out, self.settings = remote.to_path(prepared), Path(out), settings
+        self.prepared, self.out = remote.to_path(prepared), Path(out)
         sizes = list_prepared_sizes(self.prepared) if base.size is None else (base.size,)
-        self.base, self.space = base, Space.read(settings.space, base, sizes)
+        # With the table itself, --resume continues with the same space.
+        settings = settings.replace(space=settings.space or default_space(base, sizes))
+        self.settings, self.base, self.space = settings, base, Space.read(settings.space, base, sizes)
         data = PreparedSet(self.prepared, sizes[0])
         _check_validation_split(data, base)
         if settings.grace_epochs > base.epochs:
@@ -286,6 +288,8 @@ def load_start_settings(out: Path, overrides: Sequence[str]) -> tuple[TrainSetti
         start = {"train": dict(saved["train"]), "tune": dict(saved["tune"])}
     except (KeyError, TypeError, ValueError):
         raise OutputError(f"{out / START_SETTINGS}: damaged; pass the settings again instead of --resume") from None
+    if start["tune"].get("space") == {}:
+        raise OutputError(f"{out / START_SETTINGS}: of an earlier version; pass the settings again instead of --resume")
     loaded = load(None, overrides, section="tune", start=start)
     return loaded.train, loaded.tune
 

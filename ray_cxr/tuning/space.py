@@ -40,9 +40,12 @@ KNOWN: tuple[Mapping[str, Any], ...] = (
 
 
 def default_space(base: TrainSettings, sizes: Sequence[int]) -> dict[str, Any]:
-    """Return the table that replaces an empty `[tune.space]`; `base.workers` limits the batch sizes."""
+    """Return the table that replaces an empty `[tune.space]`, without the fields that are set in `base`.
+
+    `base.workers` limits the batch sizes.
+    """
     batches = [size for size in (16, 32, 64) if size % base.workers == 0]
-    return {
+    table: dict[str, Any] = {
         "backbone": ["ResNet50", "DenseNet121"],
         **({"size": "prepared"} if len(set(sizes)) > 1 else {}),
         "learning_rate": {"low": 1e-5, "high": 3e-3, "log": True},
@@ -56,12 +59,18 @@ def default_space(base: TrainSettings, sizes: Sequence[int]) -> dict[str, Any]:
         "rotation": {"low": 0.0, "high": 10.0, "step": 1.0},
         "shift": {"low": 0.0, "high": 0.1},
         "contrast": {"low": 0.0, "high": 0.3},
-        "when": {
-            "backbone=ResNet50": {"dense": [[], [512], [512, 256]]},
-            "optimizer=adamw": {"weight_decay": {"low": 1e-6, "high": 1e-2, "log": True}},
-            "loss=focal": {"focal_gamma": {"low": 0.5, "high": 4.0}},
-        },
     }
+    fixed, whens = base.model_fields_set, {}
+    for field, value, name, entry in (
+        ("backbone", "ResNet50", "dense", [[], [512], [512, 256]]),
+        ("optimizer", "adamw", "weight_decay", {"low": 1e-6, "high": 1e-2, "log": True}),
+        ("loss", "focal", "focal_gamma", {"low": 0.5, "high": 4.0}),
+    ):
+        if name not in fixed and field not in fixed:
+            whens[f"{field}={value}"] = {name: entry}
+        elif name not in fixed and getattr(base, field) == value:
+            table[name] = entry
+    return {name: entry for name, entry in table.items() if name not in fixed} | ({"when": whens} if whens else {})
 
 
 @dataclass(frozen=True)

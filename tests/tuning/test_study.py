@@ -509,6 +509,18 @@ def test_resume_knows_the_settings_and_takes_overrides(prepared: Path, tmp_path:
             plans.load_start_settings(tmp_path, [])
 
 
+def test_settings_of_train_are_not_searched_by_default(prepared: Path, tmp_path: Path) -> None:
+    plan = plan_of(prepared, tmp_path, BASE.replace(workers=2, loss="focal"), space={}, known=True)
+    assert plan.space.backbones == ("TinyCNN",)
+    assert not {"backbone", "batch_size", "dense", "loss"} & set(plan.space.fields)
+    assert {"learning_rate", "weight_decay", "focal_gamma"} < set(plan.space.fields)
+    searched = plan_of(prepared, tmp_path, space={"backbone": ["TinyCNN", "ResNet50"]})
+    assert searched.space.backbones == ("TinyCNN", "ResNet50")
+    # The settings that --resume reads hold every field.
+    plans.save_start_settings(tmp_path, plan.base, plan.settings)
+    assert StudyPlan(prepared, tmp_path, *plans.load_start_settings(tmp_path, [])).name == plan.name
+
+
 def test_a_search_is_finished_with_all_trials_and_a_bundle(prepared: Path, tmp_path: Path) -> None:
     plan = plan_of(prepared, tmp_path, trials=4)
     assert not plan.is_finished()
