@@ -151,9 +151,20 @@ def encode_webp(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def format_p(value: float | None) -> str:
-    """Format a probability of a case: `0.70`, `< 0.01`."""
-    return "–" if value is None else "< 0.01" if value < 0.005 else f"{value:.2f}"
+def format_p(value: float | None, other: float | None = None) -> str:
+    """Format a probability: `0.702`, `< 0.001`.
+
+    With the `other` of a probability and its threshold it has more digits, if the two would look the same.
+    """
+    if value is None:
+        return "–"
+    steps = range(3, 10) if other is not None and other != value else (3,)
+    texts = [[_round_p(number, digits) for number in (value, other)] for digits in steps]
+    return next((text for text, second in texts if text != second), texts[-1][0])
+
+
+def _round_p(value: float | None, digits: int) -> str:
+    return "" if value is None else "< 0.001" if digits == 3 and value < 0.001 else f"{value:.{digits}f}"
 
 
 def describe_labels(case: Case) -> str:

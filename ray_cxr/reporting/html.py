@@ -50,12 +50,11 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
         png=_encode_png,
         webp=_encode_webp,
         metric=format_metric,
-        p=format_p,
+        p=cases.format_p,
         ranges=format_ranges,
         shots=cards.list_shots,
         marks=cards.list_marks,
         has_boxes=cards.has_boxes,
-        case_p=cases.format_p,
         labels_of=cases.describe_labels,
     )
     return environment.get_template(template).render(view)
@@ -79,10 +78,6 @@ def format_group(value: str) -> str:
 
 def format_metric(value: float | None, metric: Metric) -> str:
     return (format_percent if metric.percent else format_number)(value, metric.digits)
-
-
-def format_p(value: float | None) -> str:
-    return "< 0.001" if value is not None and value < 0.001 else format_number(value)
 
 
 def format_percent(value: float | None, digits: int = 1) -> str:

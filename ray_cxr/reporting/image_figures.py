@@ -79,9 +79,9 @@ def _write_heading(figure: Figure, place: plots.Box, left: float, down: float, c
     """Name the finding that the case is an example of, with its probability and threshold."""
     assert case.finding is not None
     judged = case.judgements[0]
-    threshold = "no threshold" if judged.threshold is None else f"threshold {format_p(judged.threshold)}"
+    threshold = "no threshold" if judged.threshold is None else f"threshold {format_p(judged.threshold, judged.p)}"
     _write(figure, place, left, down, format_finding(case.finding), fontsize=11, fontweight="bold")
-    _write(figure, place, left, down + 0.23, f"p {format_p(judged.p)}, {threshold}", fontsize=9)
+    _write(figure, place, left, down + 0.23, f"p {format_p(judged.p, judged.threshold)}, {threshold}", fontsize=9)
 
 
 def _write_table(figure: Figure, place: plots.Box, left: float, down: float, case: Case) -> None:
@@ -102,7 +102,8 @@ def _list_cells(judged: Judgement) -> tuple[str, ...]:
     label = "–" if judged.label is None else "yes" if judged.label else "no"
     flag = "–" if judged.flagged is None else "yes" if judged.flagged else "no"
     name = format_finding(judged.finding)
-    return name if len(name) < 20 else name[:18] + "…", label, format_p(judged.p), format_p(judged.threshold), flag
+    p, threshold = format_p(judged.p, judged.threshold), format_p(judged.threshold, judged.p)
+    return name if len(name) < 20 else name[:18] + "…", label, p, threshold, flag
 
 
 def _explain(case: Case) -> str:

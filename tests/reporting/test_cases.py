@@ -20,7 +20,7 @@ from ray_cxr.imaging.resize import resize
 from ray_cxr.imaging.sandbox import Decoder
 from ray_cxr.labels import FINDINGS
 from ray_cxr.reporting import cards, examples, image_figures
-from ray_cxr.reporting.cases import Box, Case, CaseBuilder, Judgement, add_heatmap
+from ray_cxr.reporting.cases import Box, Case, CaseBuilder, Judgement, add_heatmap, format_p
 from ray_cxr.reporting.evaluation_set import join_labels
 from ray_cxr.reporting.scores import read_scores
 
@@ -52,7 +52,7 @@ def test_a_card_names_image_finding_probability_and_what_labels_and_model_state(
         row = archive.ids.index(re.search(r'class="id">([^<]+)<', card)[1])
         finding = re.search(r"<h4>([^<]+)</h4>", card)[1]
         p = archive.p[finding][row]
-        assert f"p {p:.2f}, threshold 0.30" in card or p < 0.005
+        assert f"p {p:.3f}, threshold 0.300" in card or p < 0.001
         lines = re.findall(
             r'<th scope="row">(\w+)</th><td>(\w+)</td><td>([\d.< ]+)</td>.*?<td[^>]*>(\w+)</td></tr>', card
         )
@@ -141,3 +141,11 @@ def test_heat_maps_are_of_cases_that_have_one(tmp_path: Path) -> None:
     written = report(archive, tmp_path / "out", scores=scores, labels=archive.labels(), split="test", cases=True)
     assert not read_cards(written.page, "heatmaps")
     assert '<h2 id="heatmaps">' in written.page
+
+
+def test_a_probability_and_its_threshold_look_equal_only_if_they_are() -> None:
+    for p, threshold in ((0.1304, 0.1301), (0.15826, 0.15832), (0.0004, 0.00041), (0.99961, 0.99987)):
+        shown, limit = format_p(p, threshold), format_p(threshold, p)
+        assert (float(shown) < float(limit)) == (p < threshold)
+    assert format_p(0.25, 0.25) == format_p(0.25, 0.5) == format_p(0.25) == "0.250"
+    assert (format_p(0.0002, 0.5), format_p(None, 0.5)) == ("< 0.001", "–")
