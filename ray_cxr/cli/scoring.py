@@ -93,7 +93,8 @@ def _score(arguments: argparse.Namespace) -> None:
         for line in report.heatmaps.lines():
             print_line(line)
     _print_flagged(arguments.out)
-    print_line(f"scores: {arguments.out}" + (" is already complete" if report.images_per_second is None else ""))
+    has_changed = report.scored_now or (report.heatmaps is not None and report.heatmaps.drawn_now)
+    print_line(f"scores: {arguments.out}" + ("" if has_changed else " is already complete"))
     if too_many is not None:
         raise too_many
     suggest_report(arguments.out, arguments.manifest, report.rows)
