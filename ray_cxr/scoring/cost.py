@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ray_cxr.config import InputSpec
 from ray_cxr.costs import MIN_RUN_S, RAY_S, Cost, Rate
 from ray_cxr.errors import BundleError, ConfigError
-from ray_cxr.imaging import overlays
 from ray_cxr.imaging.sample import Sample, decode_sample
 from ray_cxr.imaging.sandbox import DecodedImage
 from ray_cxr.models import predictions
 from ray_cxr.models.occlusion import Occlusion
 from ray_cxr.models.runtime import default_threads
 from ray_cxr.progress import silence_stderr
-from ray_cxr.scoring.heatmaps import BATCH_SIZE, HeatMapRequest
+from ray_cxr.scoring.heatmaps import (
+    BATCH_SIZE,
+    HeatMapRequest,
+    choose_overlays,
+    describe_shown,
+    encode_overlay,
+    widen_request,
+)
 from ray_cxr.scoring.plan import ScorePlan, preview_run
 from ray_cxr.scoring.prepared_reader import read_sample
 from ray_cxr.storage import run_folder
@@ -56,8 +62,7 @@ def estimate_score(plan: ScorePlan, cpus: int) -> Cost:
     if not rows and not maps:
         return Cost(counts, {}, (0.0, 0.0), {})
     use_gpu, settings = plan.request.use_gpu, plan.request.settings
-    shown = InputSpec(size=plan.drawing.side, aspect="pad") if plan.drawing else None
-    specs = [plan.bundle.input_spec, *([shown] if shown else [])]
+    specs = [plan.bundle.input_spec, *([describe_shown(plan.drawing.side)] if plan.drawing else [])]
     limits = {"max_pixels": settings.max_pixels, "timeout_s": settings.decode_timeout_s}
     if plan.prepared is None:
         sample = decode_sample(plan.rows.paths.slice(0, report.rows), specs, **limits)  # type: ignore[arg-type]
@@ -83,14 +88,17 @@ def estimate_score(plan: ScorePlan, cpus: int) -> Cost:
             )
             seconds += rows / rates["score"].per_second
     if maps and plan.drawing:
-        drawing = _draw_sample(plan, plan.drawing, sample, table, cpus)
+        request = plan.drawing
+        if run_folder.has_settings(plan.out) and not plan.request.fresh:
+            request = widen_request(plan.out, plan.to_draw, run_folder.digest_settings(plan.out), request)
+        drawing = _draw_sample(plan, request, sample, table, cpus)
         if known.get("heat maps") is None and use_gpu:
             unknown = _NO_GPU_RATE
         else:
             each = sample.seconds / cpus + drawing.seconds
             rates["heat maps"] = known.get("heat maps") or Rate(1 / each, source)
             seconds += drawing.start + maps / rates["heat maps"].per_second
-        drawn = f"overlays ({settings.heatmap_images})"
+        drawn = f"overlays ({request.overlays})"
         sizes |= {"maps": round(maps * drawing.map_bytes), drawn: round(maps * drawing.overlay_bytes)}
     failed = f"{sample.failed} of {sample.count} images that were tried could not be read"
     return Cost(
@@ -133,56 +141,46 @@ def _score_sample(plan: ScorePlan, sample: Sample) -> tuple[Any, float]:
 
 
 def _draw_sample(plan: ScorePlan, request: HeatMapRequest, sample: Sample, table: Any, cpus: int) -> _Drawing:
-    """Compute the maps of the sample and draw some overlays, as `HeatMapWriter` does."""
-    bundle, batch_size = plan.bundle, BATCH_SIZE[False]
+    """Compute the maps of a batch of the sample and draw some overlays, as `HeatMapWriter` does."""
+    findings = plan.bundle.findings
+    p = table[[f"p_{name}" for name in findings]].to_numpy(np.float32)
+    chosen = predictions.order_findings(p, plan.bundle.rules)[:, : request.count]
+    images = sample.images[: BATCH_SIZE[False]]
+    start, seconds, maps = _time_maps(plan, request, images, chosen, cpus)
+    cells = [len(zlib.compress(part.tobytes())) for image in maps for part in image]
+    map_bytes = request.count * (_MAP_BYTES + _CELL_FACTOR * float(np.mean(cells)))
+    flags = table[[f"flag_{name}" for name in findings]]
+    has_flags = bool(flags.notna().to_numpy().any())
+    drawn = choose_overlays(request.overlays, chosen, flags.fillna(False).to_numpy(bool) if has_flags else None)
+    each = float(drawn.sum(axis=1).mean())  # overlays per image
+    if not each:
+        return _Drawing(start, seconds, 0.0, map_bytes)
+    shown, spec = list(zip(images, maps, strict=False))[:_OVERLAYS], plan.bundle.input_spec
     started = time.monotonic()
-    p = table[[f"p_{name}" for name in bundle.findings]].to_numpy(np.float32)
-    chosen = predictions.order_findings(p, bundle.rules)[:, : request.count]
-    images, numbers = sample.images[:batch_size], chosen[:batch_size].astype(np.int32)
-    pixels = np.zeros((batch_size, *images[0].images[0].shape, 1), np.uint8)
+    sizes = [len(encode_overlay(image, ranked[0], spec, request.side)) for image, ranked in shown]
+    overlay_s = (time.monotonic() - started) / len(sizes)
+    return _Drawing(start, seconds + each * overlay_s / cpus, each * float(np.mean(sizes)), map_bytes)
+
+
+def _time_maps(
+    plan: ScorePlan, request: HeatMapRequest, images: Sequence[DecodedImage], chosen: np.ndarray, cpus: int
+) -> tuple[float, float, np.ndarray]:
+    """Return the seconds to start, the seconds per image, and the maps of the images, or of the first two of them."""
+    started, size = time.monotonic(), BATCH_SIZE[False]
+    # All batches of a run have one size.
+    pixels = np.zeros((size, *images[0].images[0].shape, 1), np.uint8)
     pixels[: len(images), ..., 0] = [image.images[0] for image in images]
-    numbers = np.pad(numbers, ((0, batch_size - len(numbers)), (0, 0)))
+    numbers = np.pad(chosen[:size].astype(np.int32), ((0, max(0, size - len(chosen))), (0, 0)))
     cam: Any
     if request.method == "occlusion":
-        cam = Occlusion(bundle.open_runtime(plan.settings["precision"], batch_size=batch_size, threads=cpus))
-        started = time.monotonic()
-        maps, _ = cam.explain(pixels[:2], numbers[:2])
-        seconds = (time.monotonic() - started) / 2
+        runtime = plan.bundle.open_runtime(plan.settings["precision"], batch_size=size, threads=cpus)
+        cam, n = Occlusion(runtime), 2  # slow, and the same for every image
     else:
         with silence_stderr():
             from ray_cxr.models.explain import GradCam  # imports TensorFlow, which prints
 
-            cam = GradCam(bundle.model(), request.method)
-            cam.explain(pixels, numbers)
-            traced = time.monotonic()
-            maps, _ = cam.explain(pixels, numbers)
-            seconds = (time.monotonic() - traced) / batch_size
-    start = time.monotonic() - started
-    drawn = _choose_overlays(plan, request, table, chosen)
-    cells = [len(zlib.compress(part.tobytes())) for image in maps[: len(images)] for part in image]
-    map_bytes = request.count * (_MAP_BYTES + _CELL_FACTOR * float(np.mean(cells)))
-    overlay_bytes = overlay_s = 0.0
-    if drawn.any():
-        started, sizes = time.monotonic(), []
-        for n in range(min(_OVERLAYS, len(maps), len(images))):
-            sizes.append(len(_encode_overlay(plan, request, images[n], maps[n, 0])))
-        each = drawn.sum(axis=1).mean()
-        overlay_bytes, overlay_s = each * float(np.mean(sizes)), each * (time.monotonic() - started) / len(sizes)
-    return _Drawing(start, seconds + overlay_s / cpus, overlay_bytes, map_bytes)
-
-
-def _choose_overlays(plan: ScorePlan, request: HeatMapRequest, table: Any, chosen: np.ndarray) -> np.ndarray:
-    """Return which maps of each image are drawn over it, bool [n,K]; see `config.ScoreSettings.heatmap_images`."""
-    flags = table[[f"flag_{name}" for name in plan.bundle.findings]]
-    if request.overlays != "flagged":
-        return np.full(chosen.shape, request.overlays == "all")
-    if flags.isna().to_numpy().all():
-        return np.arange(chosen.shape[1])[None] == np.zeros((len(chosen), 1))
-    return np.take_along_axis(flags.fillna(False).to_numpy(bool), chosen, axis=1)
-
-
-def _encode_overlay(plan: ScorePlan, request: HeatMapRequest, image: DecodedImage, cells: np.ndarray) -> bytes:
-    assert image.shape is not None
-    shown = overlays.crop_padding(image.images[1], InputSpec(size=request.side, aspect="pad"), image.shape)
-    area = overlays.compute_area(plan.bundle.input_spec, *image.shape)
-    return overlays.encode_jpeg(overlays.draw_overlay(shown, cells, area, side=request.side))
+            cam, n = GradCam(plan.bundle.model(), request.method), size
+            cam.explain(pixels, numbers)  # traces the model
+    ready = time.monotonic()
+    maps, _ = cam.explain(pixels[:n], numbers[:n])
+    return ready - started, (time.monotonic() - ready) / n, maps[: len(images)]

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -81,6 +81,7 @@ class HeatMapReport:
         overlays: number of maps that are also drawn over their image.
         flagged: number of flagged findings in these images.
         flagged_without_map: number of flagged findings that are not among the image's findings with a map.
+        last_flagged: rank of the last of them in its image: with that many maps per image, each has one.
         without_evidence: number of maps that are zero everywhere.
         failures: number of images that were scored but not drawn, by error code.
         drawn_now: number of images that this run drew.
@@ -93,6 +94,7 @@ class HeatMapReport:
     overlays: int = 0
     flagged: int = 0
     flagged_without_map: int = 0
+    last_flagged: int = 0
     without_evidence: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     drawn_now: int = 0
@@ -114,7 +116,7 @@ class HeatMapReport:
         if self.flagged_without_map:
             lines.append(
                 f"heat maps: {self.flagged_without_map:,} of {self.flagged:,} flagged findings have none, because they "
-                "are not among the K highest of their image; a larger --heatmaps K draws them"
+                f"are not among the K highest of their image; --heatmaps {self.last_flagged} draws them all"
             )
         if self.failures:
             codes = ", ".join(f"{code} {n:,}" for code, n in self.failures.most_common())
@@ -199,15 +201,55 @@ def find_pending(out: Path, indices: Iterable[int], run: str, request: HeatMapRe
     return pending
 
 
-def count_maps(out: Path, all_ranges: Sequence[Range], findings: Sequence[str]) -> HeatMapReport:
+def widen_request(out: Path, pending: Iterable[int], run: str, request: HeatMapRequest) -> HeatMapRequest:
+    """Return the request to draw the ranges `pending` with: what any of their files of maps holds already stays."""
+    for part in remote.read_files(map_path(out, index) for index in sorted(pending)):
+        state = _read_state(part)
+        if state is not None and state["run"] == run:
+            overlays = max(state.get("overlays", "all"), request.overlays, key=_OVERLAYS.index)
+            request = replace(request, count=max(state["count"], request.count), overlays=overlays)
+    return request
+
+
+def choose_overlays(overlays: HeatMapImages, chosen: np.ndarray, flags: np.ndarray | None) -> np.ndarray:
+    """Return which maps are drawn over their image, bool [n,K]; see `config.ScoreSettings.heatmap_images`.
+
+    Args:
+        chosen: numbers of the findings that have a map, by rank, int [n,K].
+        flags: whether each finding is flagged, bool [n,F]; None if the model has no operating points.
+    """
+    if overlays != "flagged":
+        return np.full(chosen.shape, overlays == "all")
+    if flags is None:
+        return np.broadcast_to(np.arange(chosen.shape[1]) == 0, chosen.shape)
+    return np.take_along_axis(flags, chosen, axis=1)
+
+
+def encode_overlay(image: DecodedImage, cells: np.ndarray, spec: InputSpec, side: int) -> bytes:
+    """Return the JPEG of a map over its image.
+
+    Args:
+        image: was decoded to the model's input `spec`, and then to `describe_shown(side)`.
+    """
+    assert image.shape is not None
+    shown = crop_padding(image.images[1], describe_shown(side), image.shape)
+    return encode_jpeg(draw_overlay(shown, cells, compute_area(spec, *image.shape), side=side))
+
+
+def describe_shown(side: int) -> InputSpec:
+    """Return how overlays show an image."""
+    return InputSpec(size=side, aspect="pad")
+
+
+def count_maps(out: Path, all_ranges: Sequence[Range], bundle: Bundle) -> HeatMapReport:
     """Count maps from their files, and check that each scored image has its maps or an error."""
     report = HeatMapReport()
     maps = remote.read_files(map_path(out, range_.index) for range_ in all_ranges)
     scores = remote.read_files(part_path(out, range_.index) for range_ in all_ranges)
     for range_, map_file, score_file in zip(all_ranges, maps, scores, strict=True):
         part = map_path(out, range_.index)
-        flags = {name: f"flag_{name}" for name in findings if name != NO_FINDING}
-        rows = _read_scored(part_path(out, range_.index), score_file, ["image_id", *flags.values()])
+        columns = [f"{kind}_{name}" for name in bundle.findings for kind in ("p", "flag")]
+        rows = _read_scored(part_path(out, range_.index), score_file, ["image_id", *columns])
         scored = rows["image_id"].to_pylist()
         table = ranges.read_part(part, map_file, ["image_id", "finding", "evidence", "overlay", "error_code"])
         ids = table["image_id"].to_pylist()
@@ -216,19 +258,27 @@ def count_maps(out: Path, all_ranges: Sequence[Range], findings: Sequence[str]) 
         codes = table["error_code"].drop_null().to_pylist()
         failed = set(table.filter(table["error_code"].is_valid())["image_id"].to_pylist())
         flagged = {
-            (image_id, name)
-            for name, column in flags.items()
-            for image_id in rows.filter(rows[column])["image_id"].to_pylist()
-            if image_id not in failed
+            (scored[row], bundle.findings[number]): rank
+            for (row, number), rank in _rank_flagged(rows, bundle).items()
+            if scored[row] not in failed
         }
+        without = flagged.keys() - set(zip(ids, table["finding"].to_pylist(), strict=True))
         report.flagged += len(flagged)
-        report.flagged_without_map += len(flagged.difference(zip(ids, table["finding"].to_pylist(), strict=True)))
+        report.flagged_without_map += len(without)
+        report.last_flagged = max([report.last_flagged, *(flagged[key] for key in without)])
         report.failures.update(codes)
         report.images += len(scored) - len(codes)
         report.maps += len(ids) - len(codes)
         report.overlays += len(ids) - table["overlay"].null_count
         report.without_evidence += table["evidence"].to_pylist().count(0)
     return report
+
+
+def _rank_flagged(rows: pa.Table, bundle: Bundle) -> dict[tuple[int, int], int]:
+    """Return the rank of each flagged finding in its image, by the row and the number of the finding."""
+    ranked = predictions.order_findings(_stack_columns(rows, "p_", bundle.findings, np.nan), bundle.rules)
+    flags = np.take_along_axis(_stack_columns(rows, "flag_", bundle.findings, False).astype(bool), ranked, axis=1)
+    return {(int(row), int(ranked[row, position])): int(position) + 1 for row, position in np.argwhere(flags)}
 
 
 def remove_maps(out: Path) -> None:
@@ -291,9 +341,9 @@ class HeatMapWriter:
     def __init__(self, actor: HeatMapActor, states: Sequence[RangeState]) -> None:
         self._actor, self._job, self._states = actor, actor.job, states
         self._digests = [_digest_file(part_path(self._job.folder, state.index)) for state in states]
-        self._p = [_stack_columns(state, "p_", actor.findings, np.nan).astype(np.float32) for state in states]
+        self._p = [_stack_columns(state.rows, "p_", actor.findings, np.nan).astype(np.float32) for state in states]
         #: Whether each finding is flagged, bool [rows,F], by range.
-        self._flags = [_stack_columns(state, "flag_", actor.findings, False).astype(bool) for state in states]
+        self._flags = [_stack_columns(state.rows, "flag_", actor.findings, False).astype(bool) for state in states]
         self._has_flags = any(
             state.rows[f"flag_{name}"].null_count < len(state.rows) for state in states for name in actor.findings
         )
@@ -311,7 +361,9 @@ class HeatMapWriter:
         if not batch:
             return []
         p = np.stack([self._p[range_position][row] for (range_position, row), _ in batch])
+        flags = np.stack([self._flags[range_position][row] for (range_position, row), _ in batch])
         chosen = self._actor.choose_findings(p)
+        drawn = choose_overlays(self._actor.request.overlays, chosen, flags if self._has_flags else None)
         # All batches have one size, so that the model is traced once.
         side, padding = self._job.spec.size, self._job.batch_size - len(batch)
         images = np.zeros((self._job.batch_size, side, side, 1), np.uint8)
@@ -322,7 +374,8 @@ class HeatMapWriter:
         drawings = []
         for n, (location, image) in enumerate(batch):
             if np.abs(new_p[n] - p[n]).max() <= MAX_DRIFT:
-                drawings.append(self._actor.pool.submit(self._draw, location, image, chosen[n], p[n], maps[n]))
+                given = (chosen[n], drawn[n], p[n], maps[n])
+                drawings.append(self._actor.pool.submit(self._draw, location, image, *given))
             else:
                 state = self._states[location.range_position]
                 state.failures[location.row] = (CHANGED, "the image changed after scoring; score it again")
@@ -333,7 +386,13 @@ class HeatMapWriter:
         return [location for location, _ in batch]
 
     def _draw(
-        self, location: RowLocation, image: DecodedImage, chosen: np.ndarray, p: np.ndarray, maps: np.ndarray
+        self,
+        location: RowLocation,
+        image: DecodedImage,
+        chosen: np.ndarray,
+        drawn: np.ndarray,
+        p: np.ndarray,
+        maps: np.ndarray,
     ) -> None:
         """Write an image's overlays, and keep its rows for the file of maps."""
         actor = self._actor
@@ -342,14 +401,13 @@ class HeatMapWriter:
         area = compute_area(self._job.spec, height, width)
         image_id = self._states[location.range_position].rows["image_id"][location.row].as_py()
         rows = []
-        for rank, (number, cells) in enumerate(zip(chosen.tolist(), maps, strict=True), start=1):
+        for rank, (number, is_drawn, cells) in enumerate(zip(chosen.tolist(), drawn, maps, strict=True), start=1):
             finding = actor.findings[number]
             name = None
-            if self._is_drawn(location, number, rank):
+            if is_drawn:
                 name = overlay_name(image_id, finding)
-                shown = crop_padding(image.images[1], actor.shown, image.shape)
-                overlay = draw_overlay(shown, cells, area, side=actor.request.side)
-                atomic.write_bytes(self._job.folder / HEATMAPS / name, encode_jpeg(overlay))
+                data = encode_overlay(image, cells, self._job.spec, actor.request.side)
+                atomic.write_bytes(self._job.folder / HEATMAPS / name, data)
             row = {
                 "image_id": image_id,
                 "finding": finding,
@@ -366,14 +424,6 @@ class HeatMapWriter:
             }
             rows.append(row)
         self._maps[location.range_position][location.row] = rows
-
-    def _is_drawn(self, location: RowLocation, finding: int, rank: int) -> bool:
-        """Return whether a map is drawn over its image: `finding` is its number, `rank` is 1 for the top finding."""
-        if self._actor.request.overlays != "flagged":
-            return self._actor.request.overlays == "all"
-        if not self._has_flags:  # the model has no operating points
-            return rank == 1
-        return bool(self._flags[location.range_position][location.row, finding])
 
     def flush(self, range_position: int) -> tuple[int, int]:
         """Write the maps of a range; return the number of the range and how many of its images have maps."""
@@ -411,9 +461,9 @@ def _list_overlays(part: Path) -> set[str]:
     return {name for name in names if name and "/" not in name and name.endswith(OVERLAY_TYPES)}
 
 
-def _stack_columns(state: RangeState, prefix: str, findings: Sequence[str], missing: Any) -> np.ndarray:
-    """Return one column of a range's scores per finding: [rows,F], with `missing` for null."""
-    return np.column_stack([state.rows[f"{prefix}{name}"].fill_null(missing).to_numpy() for name in findings])
+def _stack_columns(rows: pa.Table, prefix: str, findings: Sequence[str], missing: Any) -> np.ndarray:
+    """Return one column of scores per finding: [rows,F], with `missing` for null."""
+    return np.column_stack([rows[f"{prefix}{name}"].fill_null(missing).to_numpy() for name in findings])
 
 
 class HeatMapActor(PoolActor):
@@ -427,10 +477,9 @@ class HeatMapActor(PoolActor):
         if job.use_gpu and not runtime.use_gpu_memory_as_needed():
             raise ConfigError("--gpu: this actor sees no GPU; check that requirements-gpu.lock is installed there")
         self.cam = self._open_model(bundle, cpus)
-        #: How overlays show an image.
-        self.shown = InputSpec(size=request.side, aspect="pad")
         self.pool = ThreadPoolExecutor(cpus, thread_name_prefix="draw")
-        self._reader = ImageReader(job, cpus, [self.shown] if request.overlays != "none" else [], "heatmaps")
+        shown = [] if request.overlays == "none" else [describe_shown(request.side)]
+        self._reader = ImageReader(job, cpus, shown, "heatmaps")
 
     def _open_model(self, bundle: Bundle, cpus: int) -> GradCam | Occlusion:
         if self.request.method == "occlusion":

@@ -83,7 +83,7 @@ def score(request: ScoreRequest, start_ray: StartRay = contextlib.nullcontext) -
     if not plan.has_work and not request.fresh and run_folder.is_complete(plan.out):
         report.counts = _count_rows(plan, run_folder.digest_settings(plan.out))
         if plan.drawing is not None:
-            report.heatmaps = heatmaps.count_maps(plan.out, plan.ranges, plan.bundle.findings)
+            report.heatmaps = heatmaps.count_maps(plan.out, plan.ranges, plan.bundle)
     else:
         with run_folder.lock(plan.out, "score"):
             with start_ray() if plan.has_work else contextlib.nullcontext():
@@ -218,6 +218,7 @@ def _draw_maps(plan: ScorePlan, job: ScoreJob, pool: ActorPlan | None) -> HeatMa
     indices = {range_.index for range_ in plan.ranges}
     find_pending = functools.partial(heatmaps.find_pending, out, run=job.run_digest, request=request)
     pending = find_pending(indices, retry=retry)
+    request = heatmaps.widen_request(out, pending, job.run_digest, request)
     tasks = ranges.make_tasks(plan.units, pending, retry=retry)
     drawn = 0
     if tasks and pool is not None:
@@ -232,7 +233,7 @@ def _draw_maps(plan: ScorePlan, job: ScoreJob, pool: ActorPlan | None) -> HeatMa
         with show_files("heat maps", out / HEATMAPS, plan.ranges, done, heatmaps.count_failures, "score --heatmaps"):
             drawn = sum(result.images for result in results)
         heatmaps.remove_orphans(out, before, plan.ranges)
-    report = heatmaps.count_maps(out, plan.ranges, plan.bundle.findings)
+    report = heatmaps.count_maps(out, plan.ranges, plan.bundle)
     report.drawn_now, report.seconds = drawn, time.monotonic() - started
     return report
 

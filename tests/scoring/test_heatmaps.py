@@ -353,6 +353,32 @@ def test_maps_of_an_earlier_version_stay_and_are_completed(copy, tiny_bundle, ma
     assert {path.suffix for path in overlays} == {".jpg", ".png"}
     assert {Path(path) for path in folder.glob("*.*g")} == set(overlays)
 
+    # With more maps per image, all of them are drawn over it, because those of the earlier version were.
+    said = assert_done(command(*arguments(tiny_bundle, manifest, copy, "--heatmaps", 4)))
+    assert "already" not in said
+    maps = read_maps(copy).dropna(subset="finding")
+    assert maps["rank"].max() == 4
+    assert maps["overlay"].notna().all()
+    assert {path.name for path in folder.glob("*.*g")} == set(maps["overlay"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_ray")
+def test_smallest_count_that_draws_all_flagged_findings_is_named(copy, tiny_bundle, manifest, command) -> None:
+    scored = read_rows(copy).query("status == 'ok'").set_index("image_id")
+    ranks = scored[[f"c_{name}" for name in tiny_bundle.rules.ranked.names]].rank(axis=1, ascending=False)
+    rank = 6
+    for part in (copy / "scores").glob("*.parquet"):
+        table = pq.read_table(part)
+        for name in FINDINGS:
+            at = table.column_names.index(f"flag_{name}")
+            ids, column = table["image_id"].to_pylist(), f"c_{name}"
+            flags = [column in ranks and i in ranks.index and ranks.loc[i, column] == rank for i in ids]
+            table = table.set_column(at, table.schema.field(at), pa.array(flags, pa.bool_()))
+        pq.write_table(table, part)
+    said = assert_done(command(*arguments(tiny_bundle, manifest, copy, "--heatmaps", 3)))
+    assert f"--heatmaps {rank} draws them all" in said
+
 
 def test_progress_counts_images_of_unfinished_files(tmp_path: Path, capsys) -> None:
     ranges = [Range(0, 0, 16), Range(1, 16, 16)]
