@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
-from ray_cxr.imaging.overlays import Area, HeatMap, draw_overlay, scale_to_side
+from ray_cxr.errors import TableError
+from ray_cxr.imaging.overlays import Area, HeatMap, draw_overlay, has_heatmaps, read_heatmaps, scale_to_side
 from ray_cxr.imaging.sandbox import Decoder, Failure
 from ray_cxr.labels import FINDINGS, NO_FINDING
 from ray_cxr.reporting.plots import format_finding
@@ -119,6 +120,35 @@ class CaseBuilder:
             table.threshold(finding),
             None if flag < 0 else bool(flag),
         )
+
+
+class HeatMapReader:
+    """Reads the heat maps that a page shows; a damaged file costs all maps of the page, but not the page.
+
+    Args:
+        folder: of the scores; None if it is unknown.
+
+    Attributes:
+        notes: on the page, why it shows no maps.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        self._folder = folder if folder is not None and has_heatmaps(folder) else None
+        self.notes: list[str] = []
+
+    @property
+    def has_maps(self) -> bool:
+        return self._folder is not None and not self.notes
+
+    def read(self, image_ids: Collection[str]) -> dict[tuple[str, str], HeatMap]:
+        """Return the maps of these images by image id and finding."""
+        if self._folder is None or self.notes or not len(image_ids):
+            return {}
+        try:
+            return read_heatmaps(self._folder, set(image_ids))
+        except TableError as error:
+            self.notes.append(f"Heat maps are left out: {error}.")
+            return {}
 
 
 def load_image(path: str | None, decoder: Decoder) -> tuple[np.ndarray | None, str | None]:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ray_cxr.imaging.overlays import HeatMap, has_heatmaps, read_heatmaps
 from ray_cxr.imaging.sandbox import Decoder
 from ray_cxr.labels import NO_FINDING
-from ray_cxr.reporting.cases import Band, Case, CaseBuilder, add_heatmap
+from ray_cxr.reporting.cases import Band, Case, CaseBuilder, HeatMapReader, add_heatmap
 from ray_cxr.reporting.comparators import BoxResult
 from ray_cxr.reporting.evaluation_set import EvaluationSet
 from ray_cxr.reporting.result import ReportResult
@@ -22,7 +21,7 @@ _EXAMPLES, _HEATMAPS, _RADIOGRAPHS = 3, 3, 12
 _Candidate = tuple[float, float, str, int]
 
 
-def select_cases(table: Scores, result: ReportResult, seed: int) -> dict[str, list[Band]]:
+def select_cases(table: Scores, result: ReportResult, seed: int, maps: HeatMapReader) -> dict[str, list[Band]]:
     """Select the cases of the figures `examples`, `heatmaps` and `radiographs`, and of `localisation`.
 
     A figure without a case, or of which no image can be shown, is left out. `heatmaps` is empty if there are heat maps,
@@ -34,16 +33,16 @@ def select_cases(table: Scores, result: ReportResult, seed: int) -> dict[str, li
         bands: dict[str, list[Band]] = {}
         if images is not None:
             bands["examples"] = sample_examples(table, images, builder, seed)
-            bands["heatmaps"] = select_heatmaps(table, images, builder)
+            bands["heatmaps"] = select_heatmaps(table, images, builder, maps)
             bands["radiographs"] = sample_radiographs(images, builder, seed)
         if result.boxes is not None:
-            bands["localisation"] = select_localised(table, images, result.boxes, builder)
+            bands["localisation"] = select_localised(table, images, result.boxes, builder, maps)
     shown = {name: [(title, cases) for title, cases in found if cases] for name, found in bands.items()}
     return {
         name: found
         for name, found in shown.items()
         if any(case.image is not None or case.overlay is not None for _, cases in found for case in cases)
-        or (name == "heatmaps" and not found and table.run_folder is not None and has_heatmaps(table.run_folder))
+        or (name == "heatmaps" and not found and maps.has_maps)
     }
 
 
@@ -103,17 +102,17 @@ def _describe_patient(images: EvaluationSet, case: int) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def select_heatmaps(table: Scores, images: EvaluationSet, builder: CaseBuilder) -> list[Band]:
+def select_heatmaps(table: Scores, images: EvaluationSet, builder: CaseBuilder, reader: HeatMapReader) -> list[Band]:
     """Select the best and worst predictions among those whose heat map shows evidence.
 
     The best predictions are flagged positives with the highest scores. The worst are missed positives with the lowest
     scores and flagged negatives with the highest scores. A band takes one case per finding before a second case of a
     finding. Maps exist for an image's highest findings only.
     """
-    maps = _read_maps(table, images.rows)
+    maps = reader.read(table.ids[images.rows])
     kinds = (
         ("Found, highest scores", 1, 1, -1.0),
-        ("Missed, lowest scores", 1, 0, 1.0),
+        ("Missed, lowest scores among images with a map", 1, 0, 1.0),
         ("False alarms, highest scores", 0, 1, -1.0),
     )
     bands: list[tuple[str, list[_Candidate]]] = []
@@ -123,9 +122,9 @@ def select_heatmaps(table: Scores, images: EvaluationSet, builder: CaseBuilder) 
             p, flags = table.p[finding][images.rows], table.flags[finding][images.rows]
             for case in np.flatnonzero((images.labels[finding] == label) & (flags == flag)).tolist():
                 heatmap = maps.get((table.ids[images.rows[case]], finding))
-                if heatmap is not None:
-                    ranked.append((float(heatmap.evidence == 0), sign * float(p[case]), finding, case))
-        bands.append((title, _prefer_evidence(ranked)))
+                if heatmap is not None and heatmap.evidence:
+                    ranked.append((0.0, sign * float(p[case]), finding, case))
+        bands.append((title, ranked))
     groups = []
     for title, chosen in _choose_cases(bands, _HEATMAPS):
         cases = []
@@ -136,24 +135,21 @@ def select_heatmaps(table: Scores, images: EvaluationSet, builder: CaseBuilder) 
     return groups
 
 
-def select_localised(table: Scores, images: EvaluationSet | None, boxes: BoxResult, builder: CaseBuilder) -> list[Band]:
+def select_localised(
+    table: Scores, images: EvaluationSet | None, boxes: BoxResult, builder: CaseBuilder, reader: HeatMapReader
+) -> list[Band]:
     """Select boxed images with the highest scores, those whose heat map hits a box and those whose map does not."""
     rows = {image_id: row for row, image_id in enumerate(table.ids.tolist())}
     positions = {} if images is None else {row: case for case, row in enumerate(images.rows.tolist())}
-    maps = _read_maps(table, np.array([rows[image_id] for image_id in boxes.boxes]))
+    maps = reader.read(boxes.boxes)
     bands: list[tuple[str, list[_Candidate]]] = []
     for title, is_hit in (("The highest cell is in a box", True), ("The highest cell is outside the boxes", False)):
         ranked = [
-            (
-                float(maps[image_id, finding].evidence == 0),
-                -float(table.p[finding][rows[image_id]]),
-                finding,
-                rows[image_id],
-            )
+            (0.0, -float(table.p[finding][rows[image_id]]), finding, rows[image_id])
             for (image_id, finding), hit in boxes.localisation.hits.items()
-            if (hit >= 0.5) == is_hit and finding in table.p
+            if (hit >= 0.5) == is_hit and finding in table.p and maps[image_id, finding].evidence
         ]
-        bands.append((title, _prefer_evidence(ranked)))
+        bands.append((title, ranked))
     groups = []
     for title, chosen in _choose_cases(bands, _HEATMAPS):
         cases: list[Case] = []
@@ -163,17 +159,6 @@ def select_localised(table: Scores, images: EvaluationSet | None, boxes: BoxResu
             cases.append(add_heatmap(built, maps.get((built.image_id, finding))))
         groups.append((title, cases))
     return groups
-
-
-def _prefer_evidence(ranked: list[_Candidate]) -> list[_Candidate]:
-    """Return the candidates whose first key is 0, maps with evidence, or a single one without evidence."""
-    return [candidate for candidate in ranked if not candidate[0]] or sorted(ranked)[:1]
-
-
-def _read_maps(table: Scores, rows: np.ndarray) -> dict[tuple[str, str], HeatMap]:
-    if table.run_folder is None or not len(rows) or not has_heatmaps(table.run_folder):
-        return {}
-    return read_heatmaps(table.run_folder, set(table.ids[rows]))
 
 
 def _choose_cases(bands: Sequence[tuple[str, list[_Candidate]]], count: int) -> list[tuple[str, list[tuple[str, int]]]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ from ray_cxr.progress import Stage
 from ray_cxr.reporting import cards, examples, facts, figure_set, html, inline_svg, tables
 from ray_cxr.reporting.abnormality import measure_ranking
 from ray_cxr.reporting.alerts import list_warnings, measure_alerts, measure_order, note_missed_findings
-from ray_cxr.reporting.cases import Band
+from ray_cxr.reporting.cases import Band, HeatMapReader
 from ray_cxr.reporting.checklists import render_checklist
 from ray_cxr.reporting.comparators import compare_with_boxes, compare_with_consensus, compare_with_scores
 from ray_cxr.reporting.decisions import measure_decisions
 from ray_cxr.reporting.evaluation_set import EXTERNAL, EvaluationSet, Population, join_labels
 from ray_cxr.reporting.flagged import measure_flagged
-from ray_cxr.reporting.leakage import check_leakage
+from ray_cxr.reporting.leakage import check_leakage, compare_training, warn_of_training
 from ray_cxr.reporting.measures import BootstrapSettings, ModelOutputs, evaluate
 from ray_cxr.reporting.result import Counts, LabelResults, ReportResult, measure_drift, measure_flag_rates
 from ray_cxr.reporting.scores import Location, Scores, read_scores
@@ -106,11 +107,15 @@ def write_report(
         population = evaluated or Population.select_scored(table)
         stage.change("measuring alerts and drift")
         alerts = measure_alerts(table, population, evaluated, bootstrap)
+        n, patients = len(population.rows), PatientCount.of(population.patients)
+        leak_check = labelled.leak_check if labelled else compare_training(table, population.rows, population.patients)
+        seen = [] if labelled else warn_of_training(leak_check, n)
         result = ReportResult(
             split=split,
-            n_images=len(population.rows),
-            patients=PatientCount.of(population.patients),
+            n_images=n,
+            patients=patients,
             labelled=labelled,
+            leak_check=leak_check,
             counts=Counts.count(table, evaluated.counts if evaluated else None),
             flagged=measure_flagged(table, population),
             flag_rates=measure_flag_rates(table),
@@ -126,7 +131,7 @@ def write_report(
             if compare is None or evaluated is None
             else compare_with_scores(table, evaluated, str(compare), bootstrap),
             boxes=None if boxes is None else compare_with_boxes(table, population, str(boxes), bootstrap),
-            warnings=list_warnings(table, population, labelled.evaluation if labelled else None),
+            warnings=[*seen, *list_warnings(table, population, labelled.evaluation if labelled else None)],
             notes=[*_list_notes(table, split, labelled), *note_missed_findings(alerts)],
         )
         (out / "scores.csv").unlink(missing_ok=True)  # of an older report
@@ -134,10 +139,11 @@ def write_report(
             out.mkdir(parents=True, exist_ok=True)
             atomic.write_text(out / "scores.csv", format_scores(table, population))
         stage.change("drawing figures")
-        cases = examples.select_cases(table, result, seed)
+        maps = HeatMapReader(table.run_folder)
+        cases = examples.select_cases(table, result, seed, maps)
         figures = figure_set.draw_figures(table, result, cases)
         stage.change("writing the pages")
-        return _write(out, table, table.select(population.listed), result, figures, cases)
+        return _write(out, table, table.select(population.listed), result, figures, cases, maps)
 
 
 def _check_options(
@@ -291,6 +297,7 @@ def _write(
     result: ReportResult,
     figures: Mapping[str, Figure],
     cases: Mapping[str, list[Band]],
+    maps: HeatMapReader,
 ) -> dict[str, Any]:
     """Write the files; `listed` has the rows of the table that the worklist has."""
     out.mkdir(parents=True, exist_ok=True)
@@ -298,8 +305,8 @@ def _write(
         (out / name).unlink(missing_ok=True)
     encoded = inline_svg.write_figures(out, figure_set.NAMES, figures)
     worklist = build_worklist(listed)
-    studies = list_rows(listed, worklist)
-    plain = result.to_json()
+    studies = list_rows(listed, worklist, maps)
+    plain = replace(result, notes=[*result.notes, *maps.notes]).to_json()
     atomic.write_text(out / "worklist.csv", worklist.to_csv())
     atomic.write_json(out / "metrics.json", plain)
     atomic.write_parquet(tables.build_table(plain), out / "metrics.parquet")
@@ -311,7 +318,7 @@ def _write(
         "cases": cases,
         "colour_stops": cards.list_stops(),
         "model": facts.list_model_facts(table, plain),
-        "summary": summarize(result),
+        "summary": summarize(result, table.model, worklist),
         "worklist": studies,
         "cards": CARDS,
         "missing_images": describe_missing_images(studies),
@@ -320,7 +327,7 @@ def _write(
         "probability_metrics": metrics.PROBABILITY_METRICS,
         "remarks": list_remarks(result.labelled.evaluation) if result.labelled else {},
         "consensus_remarks": list_remarks(result.consensus.evaluation) if result.consensus else {},
-        "leak_check": result.labelled.leak_check.describe(result.split) if result.labelled else "",
+        "leak_check": result.leak_check.describe(result.split),
         "compared_leak_check": result.compared.leak_check.describe(result.split) if result.compared else "",
         "attributes": figure_set.ATTRIBUTES,
         "assumed": {name: found for name, found in judged.items() if found["assumed_prevalence"] is not None},

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ray_cxr.errors import TableError
-from ray_cxr.imaging.overlays import HeatMap, draw_overlay, has_heatmaps, read_heatmaps, scale_to_side
+from ray_cxr.imaging.overlays import HeatMap, draw_overlay, scale_to_side
 from ray_cxr.imaging.sandbox import Decoder
 from ray_cxr.labels import NO_FINDING
-from ray_cxr.reporting.cases import encode_webp, load_image
+from ray_cxr.reporting.cases import HeatMapReader, encode_webp, load_image
+from ray_cxr.reporting.plots import format_finding
 from ray_cxr.reporting.scores import Scores
 from ray_cxr.reporting.worklist import Worklist
 
@@ -26,13 +26,20 @@ _SIDE = 320
 
 @dataclass(frozen=True)
 class FindingScore:
-    """A study's probabilities of a finding, None if unknown, and whether an image of the study is flagged for it."""
+    """A study's probabilities of a finding, None if unknown, and whether an image of the study is flagged for it.
+
+    Attributes:
+        image_id: the image that has them; None if it is the image of the row.
+        flagged_here: whether the image of the row is flagged.
+    """
 
     finding: str
     p: float | None
     c: float | None
     threshold: float | None
     flagged: bool
+    image_id: str | None
+    flagged_here: bool
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,8 @@ class StudyRow:
         line: the columns of text of worklist.csv.
         findings: flagged ones first, the highest first; `hidden` flagged findings more.
         image: the radiograph; None if it was not loaded or cannot be read, then with an `image_error`.
-        heatmap: the image with the heat map of the finding `heatmap_finding`. None if the scores have none for it; the
-            finding is None if they have no heat maps.
+        heatmap: the image with the heat map of the finding `heatmap_finding`; None without one.
+        no_heatmap: why not; empty if the scores have no heat maps.
     """
 
     line: dict[str, str]
@@ -56,17 +63,18 @@ class StudyRow:
     image_error: str | None = None
     heatmap: bytes | None = None
     heatmap_finding: str | None = None
+    no_heatmap: str = ""
 
 
-def list_rows(table: Scores, worklist: Worklist) -> list[StudyRow]:
+def list_rows(table: Scores, worklist: Worklist, maps: HeatMapReader) -> list[StudyRow]:
     """Return the first rows of a worklist of this table, the first `CARDS` of them with images."""
     rows = [_build_row(table, worklist, place) for place in range(min(ROWS, len(worklist.lines)))]
     images = [study[0] for study in worklist.rows[:CARDS]]
-    return [*add_images(rows[:CARDS], table, images), *rows[CARDS:]]
+    return [*add_images(rows[:CARDS], table, images, maps), *rows[CARDS:]]
 
 
 def _build_row(table: Scores, worklist: Worklist, place: int) -> StudyRow:
-    line = worklist.lines[place]
+    line, images = worklist.lines[place], worklist.rows[place]
     flagged = set(line["flagged"].split("|"))
     found = [
         FindingScore(
@@ -75,6 +83,8 @@ def _build_row(table: Scores, worklist: Worklist, place: int) -> StudyRow:
             _number(worklist.c[finding][place]) if finding in worklist.c else None,
             table.threshold(finding),
             finding in flagged,
+            _find_other_image(table, images, finding),
+            finding in table.flags and table.flags[finding][images[0]] == 1,
         )
         for finding in worklist.p
         if finding != NO_FINDING and not np.isnan(worklist.p[finding][place])
@@ -88,33 +98,32 @@ def _build_row(table: Scores, worklist: Worklist, place: int) -> StudyRow:
     return StudyRow(line, priority, abnormality, shown, max(0, n_flagged - len(shown)))
 
 
+def _find_other_image(table: Scores, rows: Sequence[int], finding: str) -> str | None:
+    """Return the id of the image with the highest probability of these rows, if it is not the first."""
+    best = int(np.nanargmax(table.p[finding][rows]))
+    return str(table.ids[rows[best]]) if best else None
+
+
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def add_images(studies: Sequence[StudyRow], table: Scores, rows: Sequence[int]) -> list[StudyRow]:
+def add_images(
+    studies: Sequence[StudyRow], table: Scores, rows: Sequence[int], reader: HeatMapReader
+) -> list[StudyRow]:
     """Add radiographs and heat maps of the images in these rows of the table."""
     with Decoder([None]) as decoder:
         decoder.start()
-        maps = _read_maps(table, rows)
+        maps = reader.read(table.ids[rows])
         return [_add_image(study, table, row, maps, decoder) for study, row in zip(studies, rows, strict=True)]
-
-
-def _read_maps(table: Scores, rows: Sequence[int]) -> dict[tuple[str, str], HeatMap]:
-    if table.run_folder is None or not has_heatmaps(table.run_folder):
-        return {}
-    try:
-        return read_heatmaps(table.run_folder, set(table.ids[rows]))
-    except TableError:  # damaged maps; the section on localisation, which needs them, reports it
-        return {}
 
 
 def _add_image(
     study: StudyRow, table: Scores, row: int, maps: dict[tuple[str, str], HeatMap], decoder: Decoder
 ) -> StudyRow:
-    """Add the radiograph in a row of the table, and a heat map of the first flagged finding that has one.
+    """Add the radiograph in a row of the table, and a heat map of the first finding that is flagged on it and has one.
 
-    Without flags it is the first finding that has one.
+    In a study without flags it is the first finding that has one, of those whose probability is that of this image.
     """
     if not table.ok[row]:
         return replace(study, image_error=table.codes[row] or "unknown")
@@ -125,14 +134,31 @@ def _add_image(
         return replace(study, image_error=code)
     image = scale_to_side(image, _SIDE)
     study = replace(study, image=encode_webp(image))
-    findings = [score.finding for score in study.findings if score.flagged]
-    findings = findings or [score.finding for score in study.findings]
+    if not maps:
+        return study
+    findings = [score.finding for score in study.findings if score.flagged_here]
+    if not any(score.flagged for score in study.findings):
+        findings = [score.finding for score in study.findings if score.image_id is None]
+    image_id = table.ids[row]
     for finding in findings:
-        heatmap = maps.get((table.ids[row], finding))
+        heatmap = maps.get((image_id, finding))
         if heatmap is not None and heatmap.evidence > 0:
             overlay = draw_overlay(image, heatmap.cells, heatmap.area, side=_SIDE)
             return replace(study, heatmap=encode_webp(overlay), heatmap_finding=finding)
-    return replace(study, heatmap_finding=findings[0]) if maps and findings else study
+    return replace(study, no_heatmap=_explain_no_map(maps, image_id, findings))
+
+
+def _explain_no_map(maps: dict[tuple[str, str], HeatMap], image_id: str, findings: Sequence[str]) -> str:
+    if not findings:
+        return "no heat map: this image has no flag"
+    of_image = [finding for name, finding in maps if name == image_id]
+    if not of_image:
+        reason = "the image has no heat maps"
+    elif findings[0] in of_image:
+        reason = "no region of the image supports the finding"
+    else:
+        reason = f"not among the image's {len(of_image)} highest findings"
+    return f"no heat map of {format_finding(findings[0])}: {reason}"
 
 
 def describe_missing_images(rows: Sequence[StudyRow]) -> str:

@@ -20,7 +20,7 @@ from ray_cxr.imaging.resize import resize
 from ray_cxr.imaging.sandbox import Decoder
 from ray_cxr.labels import FINDINGS
 from ray_cxr.reporting import cards, examples, image_figures
-from ray_cxr.reporting.cases import Box, Case, CaseBuilder, Judgement, add_heatmap, format_p
+from ray_cxr.reporting.cases import Box, Case, CaseBuilder, HeatMapReader, Judgement, add_heatmap, format_p
 from ray_cxr.reporting.evaluation_set import join_labels
 from ray_cxr.reporting.scores import read_scores
 
@@ -131,7 +131,7 @@ def test_heat_maps_are_of_cases_that_have_one(tmp_path: Path) -> None:
     add_heatmaps(scores, archive, rows[rows % 4 == 0], hits=set())
     table, images = read_scores(scores), join_labels(read_scores(scores), archive.labels(), "test")
     with Decoder([None]) as decoder:
-        bands = examples.select_heatmaps(table, images, CaseBuilder(table, {}, decoder))
+        bands = examples.select_heatmaps(table, images, CaseBuilder(table, {}, decoder), HeatMapReader(scores))
     cases = [case for _, found in bands for case in found]
     assert len(cases) >= 6
     assert all(case.overlay is not None and case.finding == "Effusion" for case in cases)

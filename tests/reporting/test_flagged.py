@@ -8,6 +8,7 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,10 @@ from PIL import Image
 from score_archive import Archive, Report, report, without_drawing
 
 from ray_cxr import cli
+from ray_cxr.imaging.overlays import WHOLE, HeatMap
+from ray_cxr.reporting import worklist_page
+from ray_cxr.reporting.scores import read_scores
+from ray_cxr.reporting.worklist import build_worklist
 
 NAMES = ("Cardiomegaly", "Effusion", "Hernia")
 
@@ -207,4 +212,32 @@ def test_the_first_rows_show_the_heat_map_of_their_first_finding(archive: Archiv
     ]
     assert len(coloured) == existing > 0
     (scores / "heatmaps" / "part-00000.parquet").write_bytes(b"damaged")
-    assert len(images_of(report(other, tmp_path / "again", scores=str(scores), images=True).page)) == existing
+    options: dict[str, Any]
+    for options in ({}, {"labels": other.labels(), "split": "train"}):
+        again = report(other, tmp_path / "again", scores=str(scores), images=True, cases=True, **options)
+        assert len(images_of(again.page.partition('id="worklist"')[2].partition("<h2")[0])) == existing
+        assert any("part-00000.parquet: damaged" in note for note in again.metrics["notes"])
+        assert 'id="heatmaps"' not in again.page
+
+
+def test_a_card_of_two_images_names_the_image_of_a_finding_and_maps_only_its_own_flags(tmp_path: Path) -> None:
+    """The first image of the study is flagged for Cardiomegaly without a map, the second for Effusion with one."""
+    other = Archive(tmp_path, patients=4)
+    for p in other.p.values():
+        p[:] = 0.05
+    other.p["Cardiomegaly"][0], other.p["Effusion"][1] = 0.99, 0.97
+    table = read_scores(other.scores())
+    cells = np.ones((2, 2), np.float32)
+    maps = {
+        (other.ids[i], "Effusion"): HeatMap(other.ids[i], "Effusion", 1, 0.5, cells, WHOLE, (48, 40), None)
+        for i in (0, 1)
+    }
+    reader = SimpleNamespace(read=lambda ids: maps)
+    row = worklist_page.list_rows(table, build_worklist(table), reader)[0]
+    assert row.line["image_id"] == other.ids[0]
+    assert [(found.finding, found.image_id) for found in row.findings if found.flagged] == [
+        ("Cardiomegaly", None),
+        ("Effusion", other.ids[1]),
+    ]
+    assert row.heatmap is None
+    assert "Cardiomegaly: not among the image's 1 highest" in row.no_heatmap
