@@ -12,6 +12,7 @@ import numpy as np
 
 from ray_cxr.costs import MIN_RUN_S, RAY_S, Cost, Rate
 from ray_cxr.errors import BundleError, ConfigError
+from ray_cxr.imaging.demographics import count_of
 from ray_cxr.imaging.sample import Sample, decode_sample
 from ray_cxr.imaging.sandbox import DecodedImage
 from ray_cxr.models import predictions
@@ -57,7 +58,7 @@ def estimate_score(plan: ScorePlan, cpus: int) -> Cost:
     """
     report = preview_run(plan)
     rows, maps = report.counts["to score"], report.heatmaps.to_draw if report.heatmaps else 0
-    counts = f"{report.rows:,} rows, {rows:,} of them to score"
+    counts = f"{count_of(report.rows, 'row')}, {rows:,} of them to score"
     counts += "" if report.heatmaps is None else f", heat maps of up to {maps:,} to draw"
     if not rows and not maps:
         return Cost(counts, {}, (0.0, 0.0), {})
