@@ -26,6 +26,8 @@ LINE_EVERY_S, _LONG_S, _LONG_EVERY_S = 15.0, 300.0, 60.0
 SILENT_S = 1.2
 #: A stage that is shorter is not worth a line or a spinner.
 _SHORT_S = 0.2
+#: A rate is measured over at least this time: the items that were finished during the wait arrive at once.
+_RATE_S = 1.0
 _WIDEST_BAR = 30
 #: Without a terminal, seconds between two lines about a search.
 TRIALS_EVERY_S = 60.0
@@ -252,7 +254,7 @@ class Progress:
         """Return the rate, the time left and the note."""
         now, new = time.monotonic(), self._done - self._first
         seconds, details = now - self._start, []
-        if new > 0 and seconds > 0:
+        if new > 0 and seconds >= _RATE_S:
             details.append(f"{new / seconds:.1f} {self._unit}/s")
             if self._done < self._total:
                 details.append(f"{format_duration((self._total - self._done) * seconds / new)} left")

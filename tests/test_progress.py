@@ -34,6 +34,13 @@ def test_a_long_job_logs_its_rate(capsys: pytest.CaptureFixture[str], monkeypatc
         assert capsys.readouterr().err == "score: 40 of 10,000 images (2.0 images/s, 1 h 23 min left)\n"
 
 
+def test_items_that_were_finished_during_the_wait_have_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.Progress("prepare", 540, waiting="starting the workers") as work:
+        work.advance(256)
+        work.advance(284)
+    assert capsys.readouterr().err == "prepare: 540 of 540 images\n"
+
+
 def test_failed_jobs_and_jobs_with_their_own_summary_log_no_last_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError), progress.Progress("score", 10):
         raise RuntimeError
