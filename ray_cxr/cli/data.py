@@ -99,16 +99,16 @@ def _prepare(arguments: argparse.Namespace) -> None:
         from ray_cxr.data import manifest as manifests
         from ray_cxr.data import prepare_cost, prepared
 
+    has_training_images = manifests.has_split(arguments.manifest, "train")
+    if not has_training_images:
+        remedy = "make it again with --split patient, or with train=, val= and test= tables"
+        print_line(f"{arguments.manifest}: no images of split train, which training needs: {remedy}")
     if arguments.dry_run:
         with Stage("measuring with some of the images", in_log=False):
             cpus = costs.count_cpus(settings.ray.num_cpus)
             cost = prepare_cost.estimate_prepare(arguments.manifest, arguments.out, chosen, cpus)
         print_cost(cost, arguments)
         return
-    has_training_images = manifests.has_split(arguments.manifest, "train")
-    if not has_training_images:
-        remedy = "make it again with --split patient, or with train=, val= and test= tables"
-        print_line(f"{arguments.manifest}: no images of split train, which training needs: {remedy}")
     start = functools.partial(session.start_ray, settings.ray)
     out = remote.to_path(arguments.out)
     counts = prepared.prepare(arguments.manifest, arguments.out, chosen, start_ray=start)
