@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +71,20 @@ def test_next_command_of_a_job_has_absolute_paths(tmp_path: Path, capsys, monkey
     folder.rmdir()  # as Ray does once nothing uses it
     next_step.print_next("prepare", Path("/data/m.parquet"), "--out", Path("/data/p"))
     assert shlex.split(capsys.readouterr().out)[2:] == ["prepare", "/data/m.parquet", "--out", "/data/p"]
+
+
+def test_next_command_finds_the_model_of_scores_made_in_another_folder(tmp_path: Path, capsys, monkeypatch) -> None:
+    for place, text in (("project", "right"), ("other", "wrong")):
+        (tmp_path / place / "run").mkdir(parents=True)
+        (tmp_path / place / "run" / "SHA256SUMS").write_text(text, encoding="utf-8")
+    (tmp_path / "project" / "scores").mkdir()
+    record = {"model": "run", "model_digest": hashlib.sha256(b"right").hexdigest()}
+    (tmp_path / "project" / "scores" / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "other")
+    given = {"scores": "../project/scores", "out": "report", "labels": "m.parquet", "split": "test", "csv": False}
+    next_step.suggest_after_report(argparse.Namespace(**given))
+    model = Path(shlex.split(capsys.readouterr().out)[3])
+    assert model.resolve() == tmp_path / "project" / "run"
 
 
 @pytest.mark.parametrize("columns", [None, "80"])

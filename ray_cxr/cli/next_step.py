@@ -16,8 +16,10 @@ import pyarrow.compute as pc
 
 from ray_cxr import labels
 from ray_cxr.cli.output import print_line
+from ray_cxr.config import ScoreSettings
 from ray_cxr.data import manifest as manifests
 from ray_cxr.storage import remote, run_folder
+from ray_cxr.storage.files import hash_file
 
 #: Part of the path of a job's working directory, a copy in Ray's session folder that is removed with the session.
 JOB_FOLDER = "/runtime_resources/working_dir_files/"
@@ -109,22 +111,65 @@ def find_evaluated_split(path: Path, rows: int) -> str | None:
 
 def suggest_after_report(arguments: Any) -> None:
     """Suggest what to do with a model that was evaluated, or with the scores of new images."""
+    from ray_cxr.models.bundle import WEIGHTS
+
     scores, out = remote.to_path(arguments.scores), remote.to_path(arguments.out)
-    model = run_folder.read_json(scores / "run.json").get("model") if scores.is_dir() else None
-    is_known = bool(model) and (remote.is_address(str(model)) or Path(str(model)).exists())
-    bundle = remote.to_path(str(model)) if is_known else "BUNDLE"
+    record = run_folder.read_json(scores / "run.json") if scores.is_dir() else {}
+    bundle = _find_bundle(scores, record)
+    is_local = bundle is not None and not remote.is_address(bundle)
+    draw = ["--heatmaps", "3"] if is_local and (bundle / WEIGHTS).exists() else []  # not of a graph
     if arguments.labels is None and (scores / "input.parquet").exists() and _has_dicom(scores / "input.parquet"):
         print_next("export-sr", scores, "--out", place_next_to(scores, "sr"))
+    elif arguments.labels is None and bundle and draw and (source := _repeat_input(scores, record)):
+        print_next("score", bundle, *source, "--out", scores, *draw)
     elif arguments.labels is None and not arguments.csv:
+        print_line("--csv also writes scores.csv, one row per image, for spreadsheets")
         print_next("report", scores, "--csv", "--out", out)
     elif arguments.labels is None:
         print_next("report", scores, "--manifest", "M.parquet", "--out", place_next_to(out, "report"))
-    elif arguments.split is None and is_known:
+    elif arguments.split is None and bundle:
         labels = remote.to_path(arguments.labels)
         new = place_next_to(scores, "recalibrated")
         print_next("recalibrate", bundle, scores, "--manifest", labels, "--out", new)
     else:
-        print_next("score", bundle, "--images", IMAGES, "--out", place_next_to(scores, "screened"))
+        screened = place_next_to(scores, "screened")
+        print_next("score", bundle or "BUNDLE", "--images", IMAGES, "--out", screened, *draw)
+
+
+def _find_bundle(scores: Path, record: dict[str, Any]) -> Path | None:
+    """Return the model that run.json names; None if it is not there any more."""
+    if str(record.get("model")).startswith("s3://"):
+        return remote.to_path(record["model"])
+    for path in _list_paths(scores, record.get("model")):
+        sums = path / "SHA256SUMS"
+        if sums.exists() and hash_file(sums) == record.get("model_digest"):
+            return path
+    return None
+
+
+def _list_paths(scores: Path, name: Any) -> list[Path]:
+    """Return a path in run.json as it is, and below each folder that SCORES is in: `score` may have run there."""
+    if not name or remote.is_address(str(name)):
+        return []
+    folders = [Path(), *([] if remote.is_address(scores) else scores.absolute().parents)]
+    return [folder / name for folder in folders if (folder / name).exists()]
+
+
+def _repeat_input(scores: Path, record: dict[str, Any]) -> list[str | Path]:
+    """Return the options that score the same images into SCORES again; none if that is unknown, or maps are there."""
+    from ray_cxr.imaging.overlays import HEATMAPS
+
+    shared = {"rows_per_file", "max_pixels", "tta", "pseudonym_key", "weights"}
+    plain, used = ScoreSettings().model_dump(mode="json", include=shared), record.get("settings", {})
+    path = next(iter(_list_paths(scores, record.get("input"))), None)
+    is_plain = {name: used.get(name, plain[name]) for name in shared} == plain
+    is_plain = is_plain and not {"prepared", "features"} & run_folder.read_settings(scores).keys()
+    if path is None or not is_plain or (scores / HEATMAPS).exists():
+        return []
+    with manifests.open_manifest(scores / "input.parquet") as file:
+        limit = [] if len(file.column("image_id")) == record.get("rows") else ["--limit", str(record.get("rows"))]
+    gpu = ["--gpu"] if record.get("use_gpu") else []
+    return ["--images" if path.is_dir() else "--manifest", path, *limit, *gpu]
 
 
 def _has_dicom(path: Path) -> bool:
