@@ -89,10 +89,11 @@ def test_tune_states_trials_and_a_range(command: Command, prepared: Path, tmp_pa
 def test_score_states_heat_maps_and_overlays(
     command: Command, tiny_bundle: Any, manifest: Path, tmp_path: Path
 ) -> None:
-    source = ["score", tiny_bundle.path, "--manifest", manifest, "--precision", "fp32"]
+    source = ["score", "--model", tiny_bundle.path, "--manifest", manifest, "--precision", "fp32"]
     plain = run_dry(command, tmp_path / "scores", *source)
     drawn = run_dry(command, tmp_path / "scores", *source, "--heatmaps", 2)
     assert "heat maps" not in plain
+    assert f"next: ray-cxr score --bundle {tiny_bundle.path} --manifest" in plain
     assert "heat maps of up to" in drawn
     sizes = {}
     for images in ("flagged", "all"):

@@ -70,7 +70,8 @@ def test_overview_names_every_command_once(command: Command) -> None:
 MEANT = [
     ("trian p", "'train'"),
     ("--verison", "--version"),
-    ("score --modle b", "--model"),
+    ("score --modle b", "--bundle"),
+    ("report s --label m", "did you mean --manifest?"),
     ("score --image i", "--images"),
     ("train p --work 2", "--workers"),
     ("prepare m --out p --sizes 224", "--size"),
@@ -133,6 +134,21 @@ def test_spellings_of_one_input_mean_the_same(lines: list[str], names: dict[str,
     for line in lines:
         found = parse(line)
         assert {name: getattr(found, name) for name in names} == names, line
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "report s --labels m --manifest n --out o",
+        "report s --manifest=m --manifest n --out o",
+        "score --model b --bundle c --images i --out o",
+        "ensemble --bundle a --bundle b --out o",
+    ],
+)
+def test_input_that_is_passed_twice_is_refused(line: str, command: Command) -> None:
+    code, _, err = command(*line.split())
+    assert (code, err.count("\n")) == (2, 1)
+    assert "passed 2 times" in err
 
 
 def test_input_that_is_passed_by_place_and_by_name_is_refused(command: Command) -> None:

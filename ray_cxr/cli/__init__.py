@@ -37,8 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("ray_cxr").setLevel(logging.INFO)
-        arguments = _build_parser().parse_args(argv)
-        arguments.words = list(sys.argv[1:] if argv is None else argv)
+        parser = _build_parser()
+        arguments = parser.parse_args(argv)
+        words = list(sys.argv[1:] if argv is None else argv)
+        arguments.words = parser.commands.choices[arguments.command].use_new_names(words) if arguments.command else words
         command = f"ray-cxr {arguments.command or ''}".rstrip()
         _check_working_directory(getattr(arguments, "out", ""))
         arguments.run(arguments)
@@ -95,7 +97,7 @@ class _Program(CommandParser):
         return "\n".join([*lines, "", wrap(end), ""])
 
 
-def _build_parser() -> CommandParser:
+def _build_parser() -> _Program:
     parser = _Program(prog="ray-cxr", description=ray_cxr.__doc__)
     parser.add_argument("--version", action="version", version=f"ray-cxr {ray_cxr.__version__}")
     parser.set_defaults(run=lambda arguments: print_line(parser.format_help().rstrip("\n")))

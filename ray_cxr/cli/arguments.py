@@ -55,6 +55,7 @@ class CommandParser(argparse.ArgumentParser):
             for index, word in enumerate(options):
                 if word.startswith("--") and " " not in word and word.partition("=")[0] not in self._options():
                     self._refuse_option(word, *options[index + 1 : index + 2])
+        self._refuse_repeats(options)
         for place, named in self._inputs:
             if any(word.partition("=")[0] in named.option_strings for word in options):
                 self._remove_action(place)
@@ -89,6 +90,21 @@ class CommandParser(argparse.ArgumentParser):
     def _options(self) -> list[str]:
         return [name for action in self._actions for name in action.option_strings]
 
+    def _refuse_repeats(self, words: Sequence[str]) -> None:
+        """Refuse an input that is passed twice, also by two names: argparse would use the last one only."""
+        for action in self._actions:
+            names = [name for word in words if (name := word.partition("=")[0]) in action.option_strings]
+            if len(names) > 1 and action.type in PATH_TYPES:
+                same = "" if len(set(names)) == 1 else f"; {' and '.join(dict.fromkeys(names))} mean the same"
+                self._stop(f"{action.option_strings[0]}: passed {len(names)} times{same}")
+
+    def use_new_names(self, words: Sequence[str]) -> list[str]:
+        """Return the words of a command with the first name of each option, for a command to suggest."""
+        first = {name: action.option_strings[0] for action in self._actions for name in action.option_strings}
+        end = words.index("--") if "--" in words else len(words)
+        parts = [word.partition("=") for word in words[:end]]
+        return [*(first.get(name, name) + equals + value for name, equals, value in parts), *words[end:]]
+
     def _refuse_option(self, word: str, following: str = "") -> NoReturn:
         """Report an unknown option, with the option or the setting that was probably meant."""
         option, equals, value = word.partition("=")
@@ -105,7 +121,7 @@ class CommandParser(argparse.ArgumentParser):
             use = "use {}" if near == [plain] else "did you mean {}?"
             self._stop(f"unknown option {option}; " + use.format(f"--set {settings[near[0]]}={shlex.quote(value)}"))
         if near:
-            self._stop(f"unknown option {option}; did you mean {near[0]}?")
+            self._stop(f"unknown option {option}; did you mean {self.use_new_names(near)[0]}?")
         self.error(f"unknown option {option}")
 
     def _name_settings(self) -> list[str]:
