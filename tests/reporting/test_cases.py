@@ -137,6 +137,11 @@ def test_heat_maps_are_of_cases_that_have_one(tmp_path: Path) -> None:
     assert all(case.overlay is not None and case.finding == "Effusion" for case in cases)
     part = Path(scores) / "heatmaps" / "part-00000.parquet"
     maps = pq.read_table(part)
+    cells = pa.array([[0.0] * 16] * len(maps), maps.schema.field("map").type)
+    pq.write_table(maps.set_column(maps.column_names.index("map"), "map", cells), part)
+    with Decoder([None]) as decoder:
+        bands = examples.select_heatmaps(table, images, CaseBuilder(table, {}, decoder), HeatMapReader(scores))
+    assert [found for _, found in bands] == [[], [], []]
     pq.write_table(maps.set_column(1, "finding", pa.array(["Pneumonia"] * len(maps))), part)
     written = report(archive, tmp_path / "out", scores=scores, labels=archive.labels(), split="test", cases=True)
     assert not read_cards(written.page, "heatmaps")
