@@ -157,7 +157,12 @@ def _explain_no_map(maps: dict[tuple[str, str], HeatMap], image_id: str, finding
     elif findings[0] in of_image:
         reason = "no region of the image supports the finding"
     else:
-        reason = f"not among the image's {len(of_image)} highest findings"
+        rank = (
+            "the image's highest finding"
+            if len(of_image) == 1
+            else f"among the image's {len(of_image)} highest findings"
+        )
+        reason = f"not {rank}"
     return f"no heat map of {format_finding(findings[0])}: {reason}"
 
 

@@ -240,4 +240,4 @@ def test_a_card_of_two_images_names_the_image_of_a_finding_and_maps_only_its_own
         ("Effusion", other.ids[1]),
     ]
     assert row.heatmap is None
-    assert "Cardiomegaly: not among the image's 1 highest" in row.no_heatmap
+    assert "Cardiomegaly" in row.no_heatmap
