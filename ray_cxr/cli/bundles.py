@@ -172,7 +172,7 @@ def _recalibrate(arguments: argparse.Namespace) -> None:
         table.add_row(name, *counts, *thresholds, *rates)
     print_table(table, optional=("images", "positives"))
     print_rule_notes(bundle.info["rule_notes"])
-    print_warnings(f"{one.text} {one.reasons}".strip() for one in usability.warn_of_model(bundle.info))
+    print_warnings(warning.describe() for warning in usability.warn_of_model(bundle.info))
     patients = PatientCount(made["patients"], made.get("images_without_patient", 0))
     print_line(
         f"calibration by {made['method']} and operating points by {made['rule']}, from "

@@ -56,6 +56,7 @@ def add_commands(commands: Any) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     with Stage("reading the scores", in_log=False):
+        from ray_cxr.evaluation import usability
         from ray_cxr.reporting import report
         from ray_cxr.reporting.flagged import FlagCount
 
@@ -63,7 +64,7 @@ def _report(arguments: argparse.Namespace) -> None:
         options = pick(arguments, "labels", "split", "consensus", "boxes", "compare", "prevalence", "csv")
         metrics = report.write_report(arguments.scores, arguments.out, **options)
     macro = metrics["macro"]
-    print_warnings(warning["text"] for warning in metrics["warnings"])
+    print_warnings(usability.Warned(**warning).describe() for warning in metrics["warnings"])
     if macro and macro["auroc"] is not None and macro["headline_reason"] is None:
         low, high = (format_number(macro[f"auroc_interval_{end}"]) for end in ("low", "high"))
         print_line(

@@ -17,7 +17,7 @@ from ray_cxr.cli.output import print_line, print_table, print_warnings
 from ray_cxr.errors import ConfigError, ErrorRateExceeded
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.progress import Stage
-from ray_cxr.storage import remote
+from ray_cxr.storage import remote, run_folder
 
 
 def add_commands(commands: Any) -> None:
@@ -65,12 +65,14 @@ def _score(arguments: argparse.Namespace) -> None:
     )
     if arguments.dry_run:
         with Stage("measuring with some of the images", in_log=False):
+            from ray_cxr.evaluation import usability
             from ray_cxr.scoring.cost import estimate_score
 
             plan = plan_run(request)
             cost = estimate_score(plan, costs.count_cpus(settings.ray.num_cpus))
         for note in plan.rows.notes:
             print_line(f"{arguments.images}: {note}")
+        print_warnings(warning.describe() for warning in usability.warn_of_model(plan.bundle.info))
         print_cost(cost, arguments)
         return
     too_many: ErrorRateExceeded | None = None
@@ -119,4 +121,7 @@ def _print_flagged(out: str) -> None:
         print_line(f"flagged: {found.describe()}")
     else:
         print_line(f"flagged: unknown, because {explain_no_flags(int((status == 'ok').sum()))}")
-    print_warnings(warning.text for warning in usability.warn_of_flags(flags))
+    points = run_folder.read_json(remote.to_path(out) / "model.json").get("operating_points") or {}
+    rules = {point.get("rule") for point in points.values() if point}
+    rule = rules.pop() if len(rules) == 1 else None
+    print_warnings(warning.describe() for warning in usability.warn_of_flags(flags, rule))

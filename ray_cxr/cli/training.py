@@ -81,7 +81,7 @@ def _train(arguments: argparse.Namespace) -> None:
     print_table(table)
     macro = bundle.info["provenance"]["validation"]["macro_auroc"]
     print_rule_notes(bundle.info.get("rule_notes", {}))
-    print_warnings(f"{one.text} {one.reasons}".strip() for one in usability.warn_of_model(bundle.info))
+    print_warnings(warning.describe() for warning in usability.warn_of_model(bundle.info))
     too_few = usability.explain_validation(metrics)
     best, epochs = bundle.info["provenance"]["best_epoch"], len(bundle.model_json()["curves"])
     shown = format_number(macro) if too_few is None else f"not shown ({too_few})"

@@ -46,6 +46,10 @@ class Warned:
     findings: tuple[str, ...] = ()
     reasons: str = ""
 
+    def describe(self) -> str:
+        """Return the warning and what to do about it, for the terminal."""
+        return f"{self.text} {self.advice}".strip()
+
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "findings": list(self.findings)}
 
@@ -107,7 +111,7 @@ def warn_of_missing(points: Sequence[FittedPoint]) -> list[Warned]:
     rules = any(point.reason and not point.reason.startswith(_FEWER) for point in missing)
     remedies = (
         f"more validation images with {'it' if one else 'them'}" if images else "",
-        "another rule (`operating_point`)" if rules else "",
+        "another rule (operating_point)" if rules else "",
     )
     advice = f"An image without a flag may have {'it' if one else 'them'}."
     if images or rules:

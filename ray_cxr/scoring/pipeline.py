@@ -77,7 +77,7 @@ def score(request: ScoreRequest, start_ray: StartRay = contextlib.nullcontext) -
     with Stage("checking the model and the images"):
         plan = plan_run(request)
     for warning in usability.warn_of_model(plan.bundle.info):
-        logger.warning("WARNING: %s", warning.text)
+        logger.warning("WARNING: %s", warning.describe())
     times["checks"] = time.time()
     report = ScoreReport(rows=plan.settings["rows"], notes=plan.rows.notes)
     if not plan.has_work and not request.fresh and run_folder.is_complete(plan.out):

@@ -58,6 +58,7 @@ def test_findings_without_a_threshold_are_in_page_metrics_and_terminal(
     assert warning["findings"] == ["Edema"]
     assert "1 of 4 findings cannot be flagged: Edema" in warning["text"]
     assert "fewer than 5 positives" in warning["reasons"]
+    assert warning["advice"] in printed
     for text in (page, printed, (tmp_path / "report" / "report.md").read_text(encoding="utf-8")):
         assert warning["text"] in text
     assert warning["reasons"] in page[page.index('id="needs-look"') :], "the section has the reasons"

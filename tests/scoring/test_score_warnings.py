@@ -12,6 +12,7 @@ import pytest
 from conftest import score_arguments
 
 from ray_cxr.cli import main
+from ray_cxr.evaluation import usability
 
 
 @pytest.mark.slow
@@ -34,3 +35,9 @@ def test_warnings_of_model_and_flags(
         assert ("images (100.0%) are flagged, almost all for Nodule" in printed) == warned
         without = sum(not point for point in tiny_bundle.info["operating_points"].values())
         assert f"{without} of 14 findings cannot be flagged" in caplog.text
+    dry_run = [*score_arguments(tiny_bundle.path, manifest, out), "--dry-run"]
+    assert main(dry_run) == 0
+    (warning,) = usability.warn_of_model(tiny_bundle.info)
+    for text in (capsys.readouterr().out, caplog.text):
+        assert warning.text in text
+        assert warning.advice in text
