@@ -78,7 +78,7 @@ class HeatMapReport:
     Attributes:
         images: number of images that have maps, those of earlier runs included.
         maps: number of maps of these images.
-        overlays: number of maps that are also drawn over their image.
+        overlays: number of maps with evidence that are also drawn over their image.
         flagged: number of flagged findings in these images.
         flagged_without_map: number of flagged findings that are not among the image's findings with a map.
         last_flagged: rank of the last of them in its image: with that many maps per image, each has one.
@@ -269,8 +269,10 @@ def count_maps(out: Path, all_ranges: Sequence[Range], bundle: Bundle) -> HeatMa
         report.failures.update(codes)
         report.images += len(scored) - len(codes)
         report.maps += len(ids) - len(codes)
-        report.overlays += len(ids) - table["overlay"].null_count
-        report.without_evidence += table["evidence"].to_pylist().count(0)
+        has_evidence = pc.not_equal(table["evidence"], 0)
+        # Earlier versions also drew maps without evidence, as the gray image.
+        report.overlays += table.filter(has_evidence)["overlay"].is_valid().to_pylist().count(True)
+        report.without_evidence += has_evidence.to_pylist().count(False)
     return report
 
 
@@ -404,7 +406,7 @@ class HeatMapWriter:
         for rank, (number, is_drawn, cells) in enumerate(zip(chosen.tolist(), drawn, maps, strict=True), start=1):
             finding = actor.findings[number]
             name = None
-            if is_drawn:
+            if is_drawn and cells.any():
                 name = overlay_name(image_id, finding)
                 data = encode_overlay(image, cells, self._job.spec, actor.request.side)
                 atomic.write_bytes(self._job.folder / HEATMAPS / name, data)

@@ -36,7 +36,7 @@ from ray_cxr.imaging.decode import load_image
 from ray_cxr.imaging.overlays import SCHEMA, compute_area, draw_overlay, overlay_name, read_heatmaps
 from ray_cxr.imaging.resize import resize
 from ray_cxr.labels import FINDINGS, NO_FINDING
-from ray_cxr.scoring.heatmaps import HeatMapActor, HeatMapRequest, remove_maps
+from ray_cxr.scoring.heatmaps import HeatMapActor, HeatMapRequest, count_maps, remove_maps
 from ray_cxr.scoring.pool import show_files
 from ray_cxr.scoring.ranges import ProgressFile, ScoreTask
 
@@ -104,7 +104,7 @@ def test_maps_are_those_of_the_model_on_the_same_pixels(with_maps: Path, tiny_bu
         assert found.evidence == pytest.approx(cells.sum(), rel=1e-3, abs=1e-4)
         assert found.image_shape == original.shape
         is_flagged = scored.loc[found.image_id, f"flag_{found.finding}"]
-        assert (found.overlay is not None) == bool(is_flagged)
+        assert (found.overlay is not None) == bool(is_flagged and found.evidence)
         if found.overlay is not None:
             shown = np.asarray(Image.open(found.overlay)).astype(int)
             assert np.abs(shown - draw_overlay(original, found.cells, found.area, side=SIDE)).mean() < 4
@@ -127,7 +127,9 @@ def test_drawing_adds_its_own_files_and_changes_no_other(with_maps, scores, tiny
     assert 0 < maps["drawn"] == found["overlay"].notna().sum() < len(found)
     rows = read_rows(with_maps).query("status == 'ok'")
     flagged = rows[[f"flag_{name}" for name in FINDINGS if name in tiny_bundle.findings]].eq(True).sum().sum()
-    assert (maps["flagged"], maps["flagged_without_map"]) == (flagged, flagged - maps["drawn"])
+    by_id = rows.set_index("image_id")
+    with_map = sum(bool(by_id.loc[row.image_id, f"flag_{row.finding}"]) for row in found.itertuples())
+    assert (maps["flagged"], maps["flagged_without_map"]) == (flagged, flagged - with_map)
     assert maps["without_evidence"] == (found["evidence"] == 0).sum()
 
     # The same command leaves finished maps alone.
@@ -242,6 +244,26 @@ def test_image_that_changed_since_scoring_gets_no_map(copy: Path, tiny_bundle, m
     assert {path.name for path in (copy / "heatmaps").glob("*.jpg")} == set(read_maps(copy)["overlay"].dropna())
 
 
+def test_maps_without_evidence_are_not_drawn(copy: Path, tiny_bundle, monkeypatch) -> None:
+    part, rows = (
+        copy / "heatmaps" / "part-00000.parquet",
+        pq.read_table(copy / "scores" / "part-00000.parquet").num_rows,
+    )
+    drawn = pd.read_parquet(part)["overlay"].notna()
+    actor = HeatMapActor(make_job(tiny_bundle, copy), HeatMapRequest(3, "gradcam", SIDE), 1)
+    explain = actor.cam.explain
+    monkeypatch.setattr(actor.cam, "explain", lambda *given: (0 * explain(*given)[0], explain(*given)[1]))
+    part.unlink()
+    actor(ScoreTask((Range(0, 0, rows),), retry=False).to_row())
+    assert pd.read_parquet(part)["overlay"].isna().all()
+    # Earlier versions drew them.
+    table = pq.read_table(part)
+    names = pa.array([name if name else None for name in np.where(drawn, "1.Mass.jpg", "")])
+    pq.write_table(table.set_column(table.column_names.index("overlay"), "overlay", names), part)
+    found = count_maps(copy, [Range(0, 0, rows)], tiny_bundle)
+    assert (found.overlays, found.without_evidence) == (0, len(table))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
 def test_maps_of_oblong_images_in_archives_with_foreign_ids(tmp_path: Path, command, monkeypatch) -> None:
@@ -313,7 +335,7 @@ def test_setting_selects_the_maps_that_are_drawn_over_the_image(copy, tiny_bundl
     assert_done(command(*given, *ALL))
     maps = read_maps(copy)
     assert {path.name for path in folder.glob("*.jpg")} == set(maps["overlay"].dropna()) > flagged
-    assert maps["overlay"].notna().equals(maps["finding"].notna())
+    assert maps["overlay"].notna().equals(maps["evidence"] > 0)
     before = modification_times(copy)
     assert "already" in assert_done(command(*given))
     assert modification_times(copy) == before
