@@ -59,6 +59,10 @@ class InputSpec(Settings):
     interpolation: Interpolation = Field("area", description="area averages when shrinking, against aliasing")
     tiles: tuple[InputSpec, ...] = Field((), description="inputs that share the square, instead of one image")
 
+    def __str__(self) -> str:
+        """Return the form that error messages show."""
+        return f"size={self.size} aspect={self.aspect} interpolation={self.interpolation}"
+
     @model_serializer(mode="wrap")
     def _leave_out_no_tiles(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Write a plain spec as files of runs without tiles hold it."""

@@ -99,7 +99,8 @@ def _score(arguments: argparse.Namespace) -> None:
     print_line(f"scores: {arguments.out}" + ("" if has_changed else " is already complete"))
     if too_many is not None:
         raise too_many
-    suggest_report(arguments.out, arguments.manifest, report.rows)
+    labels = arguments.manifest or (arguments.prepared and str(remote.to_path(arguments.prepared) / "manifest.parquet"))
+    suggest_report(arguments.out, labels, report.rows)
 
 
 def _print_flagged(out: str) -> None:

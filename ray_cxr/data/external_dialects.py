@@ -43,14 +43,14 @@ _PADCHEST = {
         *("segmental atelectasis", "total atelectasis"),
     ),
     "Cardiomegaly": ("cardiomegaly",),
-    "Consolidation": ("consolidation",),
+    "Consolidation": ("consolidation", "air bronchogram"),
     "Edema": ("pulmonary edema",),
     "Effusion": (
         *("pleural effusion", "loculated pleural effusion", "loculated fissural effusion", "hydropneumothorax"),
         *("empyema", "hemothorax"),
     ),
     "Emphysema": ("emphysema",),
-    "Fibrosis": ("pulmonary fibrosis",),
+    "Fibrosis": ("pulmonary fibrosis", "post radiotherapy changes", "asbestosis signs"),
     "Hernia": ("hiatal hernia",),
     "Infiltration": (
         *("infiltrates", "interstitial pattern", "ground glass pattern", "reticular interstitial pattern"),
@@ -66,7 +66,7 @@ _PADCHEST = {
 #: Labels of PadChest that say that the report is not complete: findings that it does not name are unlabelled.
 _PADCHEST_INCOMPLETE = frozenset({"", "exclude", "suboptimal study", "unchanged"})
 #: Labels of PadChest above several findings: which of them is unknown.
-_PADCHEST_UNCLEAR = {"mass": ("Mass",)}
+_PADCHEST_UNCLEAR = {"mass": "Mass", "infiltrates": "Consolidation", "alveolar pattern": "Consolidation"}
 
 #: Class of VinDr-CXR by finding. `Nodule/Mass` is one class.
 _VINDR = {
@@ -94,7 +94,7 @@ def rewrite_external(table: CsvTable) -> CsvTable | None:
         return _rewrite_chexpert(table)
     if {"ImageID", "MethodLabel", "Labels"} <= headers:
         return _rewrite_padchest(table)
-    if {"image_id", "rad_id", "class_name"} <= headers or {"image_id", "Pleural effusion", "Nodule/Mass"} <= headers:
+    if {"image_id", "class_name"} <= headers or {"image_id", "Pleural effusion", "Nodule/Mass"} <= headers:
         return _rewrite_vindr(table)
     return None
 
@@ -112,9 +112,9 @@ def _rewrite_chexpert(table: CsvTable) -> CsvTable:
         if name in rows:
             out[name] = rows[name]
     known = {"1.0": "1", "1": "1", "0.0": "0", "0": "0", "-1.0": "", "-1": "", "": ""}
-    diseases = [*_CHEXPERT.values(), *_CHEXPERT_OTHERS]
-    wanted = [name for name in (*diseases, "No Finding") if name in rows]
-    cells = pd.DataFrame({name: _translate(table, name, known) for name in wanted})
+    columns = [*_CHEXPERT.values(), *_CHEXPERT_OTHERS, "No Finding"]
+    # A column that a part of the table leaves out is not labelled.
+    cells = pd.DataFrame({name: _translate(table, name, known) if name in rows else "" for name in columns}, rows.index)
     normal = cells["No Finding"] == "1"
     for finding, name in _CHEXPERT.items():
         out[finding] = cells[name].mask(normal & (cells[name] == ""), "0")
@@ -167,9 +167,7 @@ def _encode_padchest(text: str) -> dict[str, str] | None:
     names = {name.strip().lower() for name in listed} or {""}
     is_complete = not names & _PADCHEST_INCOMPLETE
     cells = dict.fromkeys(LABELS, "0" if is_complete else "")
-    for unclear, findings in _PADCHEST_UNCLEAR.items():
-        if unclear in names:
-            cells |= dict.fromkeys(findings, "")
+    cells |= {finding: "" for unclear, finding in _PADCHEST_UNCLEAR.items() if unclear in names}
     cells |= {finding: "1" for finding, spellings in _PADCHEST.items() if names.intersection(spellings)}
     cells[NO_FINDING] = "1" if names == {"normal"} else "0" if is_complete or "1" in cells.values() else ""
     return cells

@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ray_cxr.data import identity
 from ray_cxr.errors import ConfigError, InputError, OutputError
 from ray_cxr.storage import atomic, contents, remote, run_folder
 
@@ -68,17 +69,19 @@ class Features:
         Raises:
             InputError: no features of this image, or a vector of another length.
         """
-        if k < 1:
-            raise InputError(f"k={k}: must be at least 1")
+        if not isinstance(k, int | np.integer) or k < 1:
+            raise InputError(f"k={k}: must be an integer of at least 1")
         own = None
         if isinstance(query, str):
-            if query not in self.image_ids:
+            own = int(identity.find_ids([query], self.image_ids)[0])
+            if own < 0:
                 raise InputError(f"{query}: no features of this image")
-            own = self.image_ids.index(query)
             query = self.vectors[own]
         vector = np.asarray(query, np.float32)
         if vector.shape != self.vectors.shape[1:]:
             raise InputError(f"query of shape {list(vector.shape)}: the features have {self.vectors.shape[1]} values")
+        if not np.isfinite(vector).all():
+            raise InputError("query: holds values that are not finite")
         similarity = self._unit_vectors @ (vector / max(float(np.linalg.norm(vector)), _TINY))
         if own is not None:
             similarity[own] = -np.inf

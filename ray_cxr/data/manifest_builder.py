@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from ray_cxr.imaging import demographics
 from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.imaging.views import choose_view, parse_view
 from ray_cxr.storage.files import find_images, hash_file
-from ray_cxr.storage.paths import file_names, redact
+from ray_cxr.storage.paths import IMAGE_SUFFIXES, file_names, redact
 
 
 @dataclass
@@ -278,17 +279,37 @@ def _hash_files(paths: Sequence[str]) -> dict[str, str]:
     return {Path(path).name if names[Path(path).name] == 1 else path: hash_file(path) for path in paths}
 
 
-def _name_like(image_ids: pd.Series, paths: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return the name of each file in the form of the image ids: with as many folders, and without a suffix if no id
-    has one.
+def _match_files(image_ids: pd.Series, paths: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the row of each file, or null.
+
+    An id with folders, such as `study1/view1.jpg`, is compared with as many folders of a path, and an id without the
+    suffix of an image with the name without it. Tables of several hospitals can have ids of several forms.
     """
-    folders = image_ids.iloc[0].count("/")
+    folders = image_ids.str.count("/").to_numpy()
+    bare = ~image_ids.str.lower().str.endswith(IMAGE_SUFFIXES).to_numpy(bool)
+    found: pa.ChunkedArray | None = None
+    for form in sorted({*zip(folders.tolist(), bare.tolist(), strict=True)}):
+        rows = np.flatnonzero((folders == form[0]) & (bare == form[1]))
+        names = _name_like(paths, form[0], bare=form[1])
+        wanted = image_ids.iloc[rows]
+        matches = pc.index_in(names, value_set=pa.array(wanted, pa.string()))
+        if pc.any(pc.and_(pc.is_null(matches), pc.invert(pc.string_is_ascii(names)))).as_py():
+            row_of_file = identity.find_ids(names.to_pylist(), wanted.tolist())  # also in another Unicode form
+            matches = pa.chunked_array([pa.array(row_of_file, mask=row_of_file < 0)])
+        places = pa.chunked_array([pa.array(rows)]).take(matches)
+        found = places if found is None else pc.coalesce(found, places)
+    assert found is not None
+    return found
+
+
+def _name_like(paths: pa.ChunkedArray, folders: int, *, bare: bool) -> pa.ChunkedArray:
+    """Return the name of each file with a number of folders before it; `bare`: without the suffix of an image."""
     names = file_names(paths)
     if folders:
         parts = (path.replace("::", "/").rsplit("/", folders + 1)[-folders - 1 :] for path in paths.to_pylist())
         names = pa.chunked_array([pa.array(["/".join(part) for part in parts], pa.string())])
-    if not image_ids.str.contains(".", regex=False).any():
-        names = pc.replace_substring_regex(names, r"\.[^./]*$", "")
+    if bare:
+        names = pc.replace_substring_regex(names, rf"(?i)({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", "")
     return names
 
 
@@ -297,12 +318,8 @@ def _find_paths(image_ids: pd.Series, location: str, report: ManifestReport) -> 
     found = find_images(location)
     report.not_images, report.unpacked_members = found.left_out, found.unpacked
     n_rows = len(image_ids)
-    # The row of each file, or null. Arrow builds one hash table of the image ids for all files.
-    names = _name_like(image_ids, found.paths)
-    matches = pc.index_in(names, value_set=pa.array(image_ids, pa.string()))
-    if pc.any(pc.and_(pc.is_null(matches), pc.invert(pc.string_is_ascii(names)))).as_py():
-        row_of_file = identity.find_ids(names.to_pylist(), image_ids.tolist())  # also in another Unicode form
-        matches = pa.chunked_array([pa.array(row_of_file, mask=row_of_file < 0)])
+    # Arrow builds one hash table of the image ids for all files.
+    matches = _match_files(image_ids, found.paths)
     files = pc.indices_nonzero(pc.is_valid(matches))
     rows = matches.take(files).to_numpy()
     file_of_row = np.full(n_rows, -1)

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_cxr import cluster, labels, tasks, telemetry
@@ -286,6 +287,21 @@ class SplitData:
         return len(self.image_ids)
 
 
+@dataclass(frozen=True)
+class Scan:
+    """What `score` reads of a prepared set before it reads images.
+
+    Attributes:
+        rows: the manifest's columns, in the order of the shards.
+        counts: number of rows of each shard.
+        has_details: whether all `shards.Details` are known; earlier versions did not keep those of DICOM files.
+    """
+
+    rows: pa.Table
+    counts: list[int]
+    has_details: bool
+
+
 class PreparedSet:
     """One size of a folder that `prepare` made, open for reading; `size` None chooses the only one."""
 
@@ -364,14 +380,11 @@ class PreparedSet:
         count = self._settings.get("shards", -(-self._settings["rows"] // self._settings["rows_per_shard"]))
         return [shard_name(index) for index in range(count)]
 
-    @functools.cached_property
-    def has_details(self) -> bool:
-        """Whether the quality flags of each image are known; earlier versions only counted them."""
-        return all(shard.details is not None for shard in self._read([]))
-
-    def count_shard_rows(self) -> list[int]:
-        """Return the number of rows of each shard."""
-        return [len(shard.offsets) for shard in self._read(["image_id"])]
+    def scan(self) -> Scan:
+        """Read the rows of all shards, in their order."""
+        shards = self._read(manifests.SCHEMA.names)
+        has_details = all(shard.details is not None or _lacks_headers(shard.table["path"]) for shard in shards)
+        return Scan(_to_table(shards), [len(shard.offsets) for shard in shards], has_details)
 
     def read_rows(self, index: int, columns: Sequence[str]) -> tuple[ShardRows, Pixels]:
         """Return columns of all rows of one shard, and its images; only this shard is fetched from a bucket."""
@@ -400,6 +413,12 @@ class PreparedSet:
                 "with train=, val= and test= tables, and prepare it into a new folder"
             )
         return shards
+
+
+def _lacks_headers(paths: pa.Array) -> bool:
+    """Whether all images of a shard are PNG or JPEG files, which have no headers to keep."""
+    names = pc.utf8_lower(paths)
+    return bool(pc.all(pc.match_substring_regex(names, r"\.(png|jpe?g)$")).as_py() is not False)
 
 
 def _to_table(shards: Sequence[ShardRows]) -> pa.Table:

@@ -164,7 +164,7 @@ class ShardRows:
     def details(self) -> dict[int, Details] | None:
         """Return the details of rows that have some, of a shard that was read whole; None if it does not hold them."""
         if DETAILS_KEY not in self.metadata:
-            return None if FLAGS_KEY in self.metadata else {}
+            return None
         return {int(row): Details(**found) for row, found in json.loads(self.metadata[DETAILS_KEY]).items()}
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from ray_cxr.config import InputSpec, build
+from ray_cxr.config import InputSpec
+from ray_cxr.errors import ConfigError
 
 _INTERPOLATION: dict[str, int] = {
     "area": cv2.INTER_AREA,
@@ -59,7 +60,13 @@ def combine_specs(specs: Sequence[InputSpec]) -> InputSpec:
     side = max(tile.size for tile in tiles)
     while _fill_shelves(tiles, side)[1] > side:
         side += 1
-    return build(InputSpec, {"size": side, "tiles": tiles}, where="the members' inputs together")
+    limit = 2048
+    if side > limit:
+        raise ConfigError(
+            f"the inputs of the members, {', '.join(map(str, tiles))}, do not fit into {limit} x {limit} pixels; leave "
+            "one out"
+        )
+    return InputSpec(size=side, tiles=tiles)
 
 
 def place_tiles(spec: InputSpec) -> list[tuple[int, int]]:

@@ -90,17 +90,17 @@ def build_ensemble(members: Sequence[str | Path], out: str | Path) -> Bundle:
 
 def _check_members(bundles: Sequence[Bundle]) -> None:
     if len(bundles) < 2:
-        raise ConfigError("ensemble: name at least two bundles")
+        raise ConfigError("name at least two bundles")
     if len({bundle.digest for bundle in bundles}) < len(bundles):
-        raise ConfigError("ensemble: a bundle is named twice")
+        raise ConfigError("a bundle is named twice")
     for bundle in bundles:
         if "runtimes" not in bundle.info:
-            raise ConfigError(f"ensemble: {bundle.location} has no OpenVINO graph; train or import it again")
+            raise ConfigError(f"{bundle.location} has no OpenVINO graph; train or import it again")
     for name in LABELS:
         fitted = [bundle.info["calibration"][name] is not None for bundle in bundles if name in bundle.findings]
         if len(set(fitted)) > 1:
             raise ConfigError(
-                f"ensemble: some members calibrate {name} and others do not; run `ray-cxr recalibrate` on the others"
+                f"some members calibrate {name} and others do not; run `ray-cxr recalibrate` on the others"
             )
 
 

@@ -61,6 +61,10 @@ def quantize(
         reason = old.info.get("runtimes_refused", "an older ray-cxr wrote it; train or import it again")
         raise BundleError(f"{bundle}: has no OpenVINO graph to quantise ({reason})")
     data = PreparedSet(prepared, old.architecture.size)
+    if old.input_spec.tiles:
+        raise ConfigError(
+            f"{bundle}: averages models of different inputs, which no prepared set holds, so it cannot be quantized"
+        )
     if data.input_spec != old.input_spec:
         raise ConfigError(f"{prepared}: prepared with {data.input_spec}, but the bundle takes {old.input_spec}")
     inputs = {"from": old.digest, "prepared_digest": data.manifest_digest, "settings": settings.model_dump(mode="json")}

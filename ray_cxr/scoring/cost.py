@@ -72,7 +72,7 @@ def estimate_score(plan: ScorePlan, cpus: int) -> Cost:
     known = _read_rates(plan)
     rates: dict[str, Rate] = {}
     sizes = {"scores": rows * (_ROW_BYTES + _FINDING_BYTES * len(plan.bundle.findings))}
-    if plan.request.features:
+    if plan.has_features:
         sizes["features"] = rows * 2 * _count_features(plan)
     seconds, unknown = RAY_S, ""
     if not sample.images:

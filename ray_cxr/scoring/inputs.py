@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from ray_cxr.data import manifest as manifests
 from ray_cxr.data.partition import group_by_archive
-from ray_cxr.data.prepared import PreparedSet
+from ray_cxr.data.prepared import PreparedSet, Scan
 from ray_cxr.storage import atomic
 
 #: The frozen input has row groups of at least 8,192 rows, and at most about 1,000 groups. For each task a worker reads
@@ -67,9 +67,9 @@ def read_manifest(path: str | Path) -> InputRows:
         return InputRows(ids, paths, digest, notes, path)
 
 
-def read_prepared(data: PreparedSet) -> InputRows:
+def read_prepared(data: PreparedSet, scan: Scan) -> InputRows:
     """Return the rows of a prepared set in the order of its shards; their paths are not read."""
-    table = data.rows().select(manifests.SCHEMA.names).replace_schema_metadata(data.manifest_metadata())
+    table = scan.rows.replace_schema_metadata(data.manifest_metadata())
     paths = pa.chunked_array([pa.nulls(len(table), pa.string())])
     return InputRows(table["image_id"], paths, manifests.digest(table), [], table)
 

@@ -134,7 +134,7 @@ def _open_folder(plan: ScorePlan) -> ScoreJob:
     run_folder.check_run(out, plan.settings, remedy=REMEDY)
     run = run_folder.digest_settings(out)
     run_folder.clear_complete(out)
-    for folder in (SCORES, FEATURES) if request.features else (SCORES,):
+    for folder in (SCORES, FEATURES) if plan.has_features else (SCORES,):
         (out / folder).mkdir(exist_ok=True)
     if not (out / INPUT).exists():
         # Freeze the whole listing, including rows beyond the limit.
@@ -154,7 +154,7 @@ def _open_folder(plan: ScorePlan) -> ScoreJob:
         key=plan.key,
         run_digest=run,
         prepared=plan.prepared,
-        features=request.features,
+        features=plan.has_features,
     )
 
 

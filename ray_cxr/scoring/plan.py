@@ -12,7 +12,7 @@ from typing import Any
 from ray_cxr.config import ScoreSettings
 from ray_cxr.data.features import FEATURES
 from ray_cxr.data.partition import Range, Unit, first_location, plan_units
-from ray_cxr.data.prepared import PreparedSet, complete_sizes
+from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.models.runtime import TOLERANCE, choose_precision
@@ -146,6 +146,11 @@ class ScorePlan:
         return [range_ for unit in self.units for range_ in unit.ranges]
 
     @property
+    def has_features(self) -> bool:
+        """Whether the run writes features: also without a request, if the run in the folder started with it."""
+        return bool(self.settings.get("features"))
+
+    @property
     def has_work(self) -> bool:
         return bool(self.tasks or self.to_draw)
 
@@ -164,8 +169,14 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
     key = _read_key(settings.pseudonym_key)
     images = None if request.images is None else make_absolute(request.images)
     data = None if request.prepared is None else _open_prepared(request.prepared, bundle)
-    if data is not None:
-        rows = inputs.read_prepared(data)
+    scan = None if data is None else data.scan()
+    if data is not None and scan is not None:
+        if not scan.has_details:
+            raise ConfigError(
+                f"{request.prepared}: prepared by an earlier version, which did not keep what DICOM headers say; run "
+                "`ray-cxr prepare` again into another folder"
+            )
+        rows = inputs.read_prepared(data, scan)
     elif request.manifest is not None:
         rows = inputs.read_manifest(request.manifest)
     elif started_with.get("images") == images and (out / INPUT).exists():
@@ -191,7 +202,8 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
         # Left out without copies, so that folders of earlier versions still match.
         **({"tta": settings.tta} if settings.tta > 1 else {}),
         **({} if data is None else {"prepared": data.manifest_digest}),
-        **({"features": True} if request.features else {}),
+        # Of a run that wrote features, also if they are not requested again.
+        **({"features": True} if request.features or (started_with.get("features") and not request.fresh) else {}),
         "weights": bundle.rules.ranked.list_weights(settings.weights),
     }
     if wanted["weights"] and not any(wanted["weights"].values()):
@@ -209,7 +221,7 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
         run_folder.check_run(out, wanted, remedy=REMEDY, defaults={"tta": 1, "prepared": None, "features": False})
     units = plan_units(rows.paths.slice(0, n_rows), settings.rows_per_file)
     written = set() if request.fresh else list_parts(out / SCORES)
-    if request.features:
+    if wanted.get("features"):
         written &= list_parts(out / FEATURES)
     indices = {range_.index for unit in units for range_ in unit.ranges}
     to_draw = set() if drawing is None else indices
@@ -223,8 +235,8 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
     if is_old and (tasks or to_draw):
         raise OutputError(_explain_old(out, started_with))
     source = None
-    if data is not None:
-        source = PreparedSource(remote.to_address(data.path), data.size, (0, *accumulate(data.count_shard_rows())))
+    if data is not None and scan is not None:
+        source = PreparedSource(remote.to_address(data.path), data.size, (0, *accumulate(scan.counts)))
     first_image = first_location(rows.paths) if source is None else source.path
     return ScorePlan(
         request, bundle, out, rows, units, written, tasks, to_draw, first_image, wanted, drawing, key, source
@@ -233,16 +245,14 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
 
 def _open_prepared(path: str, bundle: Bundle) -> PreparedSet:
     """Open the prepared set of the model's input; refuse one that was resized in another way."""
-    if bundle.input_spec.size not in complete_sizes(remote.to_path(path)):
-        PreparedSet(path)  # a folder that is no prepared set has its own message
+    if bundle.input_spec.tiles:
+        raise ConfigError(
+            f"--prepared: {bundle.location} averages models of different inputs, which no prepared set holds; use "
+            "--manifest"
+        )
     data = PreparedSet(path, bundle.input_spec.size)
     if data.input_spec != bundle.input_spec:
         raise ConfigError(f"{path}: prepared with {data.input_spec}, but the bundle takes {bundle.input_spec}")
-    if not data.has_details:
-        raise ConfigError(
-            f"{path}: prepared by an earlier version, which did not keep the quality flags of each image; run "
-            "`ray-cxr prepare` again into another folder"
-        )
     return data
 
 

@@ -69,7 +69,7 @@ class _Images:
             return [(self.fitted, self.judged)]
         groups, n_groups = patient_codes(self.table["patient_id"].to_numpy(dtype=object))
         if n_groups < 2:
-            raise InputError("probe: all images are of one patient, so none can judge the head; label more patients")
+            raise InputError("all images are of one patient, so none can judge the head; label more patients")
         return list(GroupKFold(min(count, n_groups)).split(self.vectors, groups=groups))
 
 
@@ -117,9 +117,9 @@ def fit_probe(
     }
     finished = find_finished(out, "probed", record, _INPUTS)
     if finished is not None:
-        on_event(f"probe: {out} is finished already")
+        on_event(f"{out} is finished already")
         return finished
-    images = _select_images(found, labelled, folder, base, str(labels))
+    images = _select_images(found, labelled, folder, base, str(labels), on_event)
     with run_folder.lock_bundle(out, "probe"):
         findings = _choose_findings(images, settings, on_event)
         y = images.table[list(findings)].to_numpy(dtype=np.float64, na_value=np.nan)
@@ -147,8 +147,10 @@ def _load_base(folder: Path, found: Features, bundle: str | Path | None) -> Bund
     return base
 
 
-def _select_images(found: Features, labelled: pa.Table, folder: Path, base: Bundle, where: str) -> _Images:
-    """Select the images, see the module's docstring."""
+def _select_images(
+    found: Features, labelled: pa.Table, folder: Path, base: Bundle, where: str, on_event: Callable[[str], None]
+) -> _Images:
+    """Select the images, see the module's docstring, and tell what could not be checked."""
     columns = ["image_id", "split", *provenance.COLUMNS]
     frame = labelled.select(columns).to_pandas()
     row = identity.find_ids(frame["image_id"].tolist(), found.image_ids)
@@ -156,7 +158,8 @@ def _select_images(found: Features, labelled: pa.Table, folder: Path, base: Bund
         raise InputError(f"{where} and {folder} have no image in common; compare their image_id")
     patients = _read_patients(folder)
     known = [patients.get(found.image_ids[i]) if i >= 0 else None for i in row]
-    frame["patient_id"] = frame["patient_id"].astype(object).where(frame["patient_id"].notna(), known)
+    written = frame["patient_id"].astype(object).where(frame["patient_id"].notna(), known)
+    frame["patient_id"] = identity.unify_patients(frame["image_id"], written)
     tested = set(frame.loc[frame["split"] == "test", "patient_id"].dropna())
     used = (row >= 0) & (frame["split"] != "test").to_numpy() & ~frame["patient_id"].isin(tested).to_numpy()
     if not used.any():
@@ -164,7 +167,11 @@ def _select_images(found: Features, labelled: pa.Table, folder: Path, base: Bund
     frame, row = frame[used].reset_index(drop=True), row[used]
     parts = [np.flatnonzero(frame["split"] == name) for name in ("train", "val")]
     fitted, judged = parts if all(map(len, parts)) else (None, None)
-    _check_lineage(frame if judged is None else frame.iloc[judged], base, where)
+    on_event(
+        f"uses {len(frame):,} images; {int((~used).sum()):,} rows are of split test or its patients, or not scored"
+    )
+    for note in _check_lineage(frame if judged is None else frame.iloc[judged], base, where):
+        on_event(note)
     if fitted is not None and judged is not None:
         shared = set(frame["patient_id"].iloc[fitted].dropna()) & set(frame["patient_id"].iloc[judged].dropna())
         if shared:
@@ -181,8 +188,11 @@ def _read_patients(folder: Path) -> dict[str, str | None]:
     return patients
 
 
-def _check_lineage(judging: pd.DataFrame, base: Bundle, where: str) -> None:
-    """Refuse images that judge the head and trained the bundle: its features of them are too good."""
+def _check_lineage(judging: pd.DataFrame, base: Bundle, where: str) -> list[str]:
+    """Refuse images that judge the head and trained the bundle: its features of them are too good.
+
+    Returns notes on what could not be checked, and on validation images of the bundle.
+    """
     split = identity.read_split(base.path, SPLIT_SCHEMA).to_pandas()
     trained = split[split["split"] != "val"]
     same = identity.find_ids(judging["image_id"].tolist(), trained["image_id"].tolist()) >= 0
@@ -192,6 +202,18 @@ def _check_lineage(judging: pd.DataFrame, base: Bundle, where: str) -> None:
             f"{where}: {int(same.sum()):,} of {len(judging):,} images that would judge the head, or images of their "
             "patients, trained this bundle; give them the split train, or leave them out"
         )
+    notes = []
+    if base.info["provenance"].get("lineage") == "unknown" or split.empty:
+        notes.append("WARNING: not all images that trained the model are known, so a leak cannot be excluded")
+    if unknown := int(judging["patient_id"].isna().sum()):
+        notes.append(f"WARNING: {unknown:,} images that judge the head have no patient id; each counts as a patient")
+    seen = set(split.loc[split["split"] == "val", "image_id"])
+    if validated := int(judging["image_id"].isin(seen).sum()):
+        notes.append(
+            f"{validated:,} images that judge the head are validation images of the model, which selected its epoch: "
+            "the result may be slightly too good"
+        )
+    return notes
 
 
 def _choose_findings(images: _Images, settings: ProbeSettings, on_event: Callable[[str], None]) -> tuple[str, ...]:
@@ -199,18 +221,23 @@ def _choose_findings(images: _Images, settings: ProbeSettings, on_event: Callabl
     wanted = names.LABELS if settings.findings is None else names.parse_order(settings.findings)
     chosen: list[str] = []
     lacking: list[str] = []
-    parts = [part for part in (images.fitted, images.judged) if part is not None] or [np.arange(len(images.table))]
+    folds = images.folds(settings.folds)
+    is_apart = images.judged is not None
     for name in wanted:
-        column = images.table[name]
-        counts = [int((column.iloc[part] == value).sum()) for part in parts for value in (0, 1)]
-        (chosen if min(counts) >= settings.min_positives else lacking).append(name)
+        column = images.table[name].to_numpy(dtype=float, na_value=np.nan)
+        parts = folds[0] if is_apart else [np.arange(len(column))]
+        counts = [int((column[part] == value).sum()) for part in parts for value in (0, 1)]
+        # The positives of one patient are in one fold, so another fold can lack them.
+        is_fitted = all((column[fitted] == value).any() for fitted, _ in folds for value in (0, 1))
+        (chosen if is_fitted and min(counts) >= settings.min_positives else lacking).append(name)
     if lacking:
         on_event(
-            f"probe: left out, with fewer than {settings.min_positives} positives or negatives: {', '.join(lacking)}"
+            f"left out, with fewer than {settings.min_positives} positives or negatives, or all of one patient: "
+            f"{', '.join(lacking)}"
         )
     if not chosen:
         raise TableError(
-            f"probe: no finding has {settings.min_positives} positives and negatives to fit and to judge; label more"
+            f"no finding has {settings.min_positives} positives and negatives to fit and to judge; label more images"
         )
     return tuple(chosen)
 
@@ -314,7 +341,7 @@ def _fit_one(x: np.ndarray, y: np.ndarray, rows: np.ndarray, strength: float) ->
     """Fit one finding on the rows that are labelled."""
     rows = rows[~np.isnan(y[rows])]
     if len(np.unique(y[rows])) < 2:
-        raise TableError("probe: a fold holds only positives or only negatives of a finding; raise min_positives")
+        raise TableError("a fold holds only positives or only negatives of a finding; raise min_positives")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return LogisticRegression(C=strength, max_iter=_ITERATIONS).fit(x[rows], y[rows].astype(np.int8))

@@ -66,9 +66,9 @@ COUNTS = {
         *((245, 14387), (0, 0), (0, 0), (882, 13019), (0, 0), (58, 14904), (10606, 4394)),
     ),
     "PADCHEST_chest_x_ray_images_labels_160K_01.02.19": (
-        *((2279, 32581), (3746, 31262), (364, 34168), (87, 34413), (1800, 33012), (376, 34171), (166, 34351)),
+        *((2279, 32581), (3746, 31262), (394, 31778), (87, 34413), (1800, 33012), (376, 34171), (214, 34313)),
         *((608, 33944), (4463, 30565), (247, 34248), (830, 33737), (1827, 32981), (1826, 32795), (115, 34390)),
-        (12694, 23551),
+        (12694, 23553),
     ),
 }
 
@@ -100,6 +100,8 @@ def test_chexpert(tmp_path: Path) -> None:
     assert normal == {**dict.fromkeys(mapped, 0), NO_FINDING: 1}
     assert uncertain == {"Edema": 1, "Consolidation": 0, NO_FINDING: 0}
     assert blank == {}
+    short = read(tmp_path, "Path,Enlarged Cardiomediastinum,Pleural Effusion\ntrain/patient1/study1/a.jpg,,1.0\n")
+    assert labelled(short.iloc[0]) == {"Effusion": 1, NO_FINDING: 0}
     with pytest.raises(TableError, match="line 2"):
         read(tmp_path, CHEXPERT.replace("AP,1.0", "AP,2.0"))
 
@@ -137,6 +139,27 @@ def test_vindr_readers_vote(tmp_path: Path) -> None:
     one, two = (labelled(row) for _, row in read(tmp_path, CONSENSUS).iterrows())
     assert one == {"Atelectasis": 0, "Effusion": 1, "Fibrosis": 0, "Pneumonia": 0, NO_FINDING: 0}
     assert two[NO_FINDING] == 1
+
+
+def test_tables_of_several_hospitals_find_their_images(
+    tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    names = ("train/patient00001/study1/view1_frontal.jpg", "bb.png", "00000013_000.png")
+    for name in names:
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (40, 40), 9).save(tmp_path / "images" / name)
+    nih = "Image Index,Finding Labels,Patient ID\n00000013_000.png,No Finding,13\n"
+    for name, text in (("nih", nih), ("chexpert", CHEXPERT), ("vindr", BOXES)):
+        (tmp_path / f"{name}.csv").write_text(text)
+    tables = [tmp_path / f"{name}.csv" for name in ("nih", "chexpert", "vindr")]
+    code, _, err = command("manifest", *tables, "--images", tmp_path / "images", "--out", tmp_path / "m.parquet")
+    assert code == 0, err
+    paths = pd.read_parquet(tmp_path / "m.parquet").set_index("image_id")["path"].dropna()
+    assert {image: Path(path).name for image, path in paths.items()} == {
+        names[0]: "view1_frontal.jpg",
+        "bb": "bb.png",
+        names[2]: names[2],
+    }
 
 
 def test_images_are_found_by_folder_and_without_suffix(

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 from score_folders import arguments, assert_done, assert_refused, modification_times, read_rows, write_archive
 from test_sources import write_dicom
@@ -17,6 +18,18 @@ from ray_cxr.scoring import pipeline
 from ray_cxr.scoring.pool import plan_scoring
 
 pytestmark = pytest.mark.usefixtures("without_ray")
+
+
+def rewrite(shard: Path, *, paths: str) -> None:
+    """Write a shard as an earlier version did, without the details of headers, of files with this suffix."""
+    with pa.memory_map(str(shard)) as source:
+        table = pa.ipc.open_file(source).read_all()
+    names = [f"{i}{paths}" for i in range(len(table))]
+    column = table.schema.get_field_index("path")
+    table = table.set_column(column, "path", pa.array(names)).replace_schema_metadata(None).combine_chunks()
+    shard.unlink()
+    with pa.OSFile(str(shard), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
 
 
 def given(bundle: object, prepared: Path, out: Path, *more: object) -> list[str]:
@@ -81,6 +94,12 @@ def test_what_does_not_fit_is_refused(tiny_bundle, manifest, prepared, tmp_path:
     assert_refused(command(*given(tiny_bundle, tmp_path / "large", out)), "no complete size 64")
     assert_refused(command(*given(tiny_bundle, tmp_path, out)), "prepared folder")
     assert_refused(command(*given(tiny_bundle, prepared, out, "--heatmaps", "1")), "--heatmaps")
+    old = shutil.copytree(prepared, tmp_path / "old")
+    for shard in (old / "64").glob("*.arrow"):
+        rewrite(shard, paths=".png")
+    assert "nothing was written" in assert_done(command(*given(tiny_bundle, old, out, "--dry-run")))
+    rewrite(min((old / "64").glob("*.arrow")), paths=".dcm")
+    assert_refused(command(*given(tiny_bundle, old, out)), "earlier version")
     assert_refused(command(*given(tiny_bundle, prepared, out, "--retry-errors")), "--retry-errors")
     said = assert_done(command(*given(tiny_bundle, prepared, out, "--features", "--dry-run")))
     assert "features" in said

@@ -125,6 +125,39 @@ def test_folds_judge_each_image_without_its_patient(base: Bundle, tmp_path: Path
     assert (split.loc[split["image_id"].str.startswith("site"), "split"] == "train").all()
 
 
+def test_patients_are_compared_in_any_spelling(base: Bundle, tmp_path: Path, command: Command) -> None:
+    """NIH's copies write a patient as 13 or 00000013; a leak is one in either spelling."""
+    site = Site(tmp_path, base)
+    trained = pq.read_table(base.path / "split.parquet").to_pandas()
+    known = trained[trained["image_id"].str.fullmatch(r"\d{8}_\d{3}.png") & (trained["split"] == "train")]
+    image = known["image_id"].iloc[0]
+    table = pd.read_parquet(site.labels)
+    names = {old: f"{image[:9]}9{row:02d}.png" for row, old in enumerate(table["image_id"].iloc[180:190])}
+    table["image_id"] = table["image_id"].replace(names)
+    table.loc[180:189, "patient_id"] = image[:8]
+    table.to_parquet(site.labels)
+    for part in (site.scores / "features").iterdir():
+        rows = pq.read_table(part)
+        ids = pa.array([names.get(name, name) for name in rows["image_id"].to_pylist()])
+        pq.write_table(rows.set_column(0, "image_id", ids), part)
+    code, _, err = command(*site.arguments(tmp_path / "out"))
+    assert code == 2
+    assert "trained this bundle" in err
+
+
+def test_finding_of_one_patient_is_left_out(base: Bundle, tmp_path: Path, command: Command) -> None:
+    site = Site(tmp_path, base, split=False)
+    table = pd.read_parquet(site.labels)
+    table["Mass"] = 0.0
+    table.loc[0:8, "Mass"] = 1.0
+    table.loc[0:8, "patient_id"] = "p0"
+    table.to_parquet(site.labels)
+    code, said, err = command(*site.arguments(tmp_path / "out", "--set", "strengths=[0.01]"))
+    assert code == 0, err
+    assert "Mass" in said.split("\n")[1]
+    assert load_bundle(tmp_path / "out").findings == ("Edema", "Hernia")
+
+
 def test_probe_of_a_graph(tmp_path: Path, command: Command) -> None:
     options = importing.ImportOptions(outputs=("Mass", "-", "-"), normalization="none", layout="nchw", logits=True)
     small = Path(__file__).parents[1] / "models/small.onnx"
