@@ -179,12 +179,21 @@ class Localisation:
         missing, cases, flat, n = (getattr(self.overall, name) for name in ("missing", "cases", "flat", "n"))
         notes = []
         if missing:
+            pairs = f"{missing:,} of {cases:,} pair{'s' if cases > 1 else ''} of a boxed image and finding"
+            absent = f"{pairs} {'have' if missing > 1 else 'has'} no heat map"
             notes.append(
-                f"{missing:,} of {cases:,} pairs of a boxed image and finding have no heat map and are in no rate; if "
-                "maps were drawn for the highest scores only, the rates are too high."
+                f"{absent} and {'are' if missing > 1 else 'is'} in no rate; if maps were drawn for the highest scores "
+                "only, the rates are too high."
+                if n
+                else f"{absent}, so nothing can be measured. Draw more maps with `score --heatmaps {len(FINDINGS)}`."
             )
         if flat:
-            notes.append(f"{flat:,} of {n:,} heat maps show no positive evidence; they count as misses.")
+            what = (
+                "maps show no positive evidence; they count as misses"
+                if flat > 1
+                else (f"map{'s' if n > 1 else ''} shows no positive evidence; it counts as a miss")
+            )
+            notes.append(f"{flat:,} of {n:,} heat {what}.")
         return notes
 
 

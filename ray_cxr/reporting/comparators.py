@@ -197,12 +197,21 @@ class _ProjectedMaps(UserDict[tuple[str, str], Any]):
         return heatmap.cells if heatmap.area == WHOLE else heatmap.project((_PROJECTED_SIDE, _PROJECTED_SIDE))
 
 
-def compare_with_boxes(table: Scores, population: Population, path: str, bootstrap: BootstrapSettings) -> BoxResult:
-    """Measure the heat maps of `score --heatmaps` against boxes that radiologists drew."""
-    boxes = read_boxes(path)
+def check_heatmaps(table: Scores, path: str) -> None:
+    """Raise InputError if there are no heat maps to compare with the boxes in `path`."""
     if table.run_folder is None or not has_heatmaps(table.run_folder):
         command = f"`ray-cxr score ... --heatmaps {len(FINDINGS)}`"
         raise InputError(f"--boxes {path}: {table.source} holds no heat maps. Draw them first: {command}")
+
+
+def compare_with_boxes(table: Scores, population: Population, path: str, bootstrap: BootstrapSettings) -> BoxResult:
+    """Measure the heat maps of `score --heatmaps`, after `check_heatmaps`, against boxes that radiologists drew.
+
+    Raises:
+        NotEvaluatedError: no boxed image is in the population.
+    """
+    boxes = read_boxes(path)
+    assert table.run_folder is not None
     kept, rows, patients, missing = population.match(table, boxes.image_ids, f"--boxes {path}")
     images, first = np.unique(rows, return_index=True)  # an image can have several boxes
     checked = check_leakage(table, images, patients[first], population.split, "the boxed images")

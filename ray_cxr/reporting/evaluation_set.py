@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 
 from ray_cxr.data import identity, manifest
 from ray_cxr.errors import InputError, TableError
+from ray_cxr.imaging.demographics import count_of
 from ray_cxr.labels import LABELS
 from ray_cxr.reporting.scores import Scores, read_floats, read_texts
 from ray_cxr.storage import contents
@@ -33,12 +35,16 @@ class JoinCounts:
     scored_other_split: int
 
 
+class NotEvaluatedError(InputError):
+    """A reference standard has no image of the population."""
+
+
 @dataclass(frozen=True)
 class Population:
     """Scored images: their rows in `Scores`, int [n], and their patients' ids [n] or None.
 
     `failed` are the rows of the images that belong to them and could not be scored, int [k]. `split` is None for images
-    of any split; `description` names the images for readers.
+    of any split; `description` names the images for readers. `splits` are those of the labels by image id.
     """
 
     rows: np.ndarray
@@ -46,6 +52,7 @@ class Population:
     patients: np.ndarray
     split: str | None
     description: str
+    splits: Mapping[str, str | None] = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def select_scored(cls, table: Scores) -> Population:
@@ -67,7 +74,7 @@ class Population:
             are, [m]; and the number of images that are not, by reason.
 
         Raises:
-            InputError: no image is in the population; `option` starts the message.
+            NotEvaluatedError: no image is in the population; `option` starts the message.
         """
         rows = identity.find_ids(np.unique(ids), table.ids)
         scored = rows[rows >= 0]
@@ -79,10 +86,14 @@ class Population:
         positions = identity.find_ids(ids, table.ids[self.rows])
         kept = positions >= 0
         if not kept.any():
-            raise InputError(
-                f"{option}: none of its {len(rows):,} images is evaluated here ({missing['not_scored']:,} have no "
-                f"score, {missing['failed']:,} failed, {missing['outside_split']:,} are in no or another split). Score "
-                "them, or evaluate their split."
+            outside = table.ids[np.setdiff1d(scored[table.ok[scored]], self.rows)].tolist()
+            counts = Counter(f"in split {split}" for split in map(self.splits.get, outside) if split)
+            reasons = {"without a score": missing["not_scored"], "failed": missing["failed"], **counts}
+            reasons["in no split"] = len(outside) - counts.total()
+            found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+            raise NotEvaluatedError(
+                f"{option}: none of its {count_of(len(rows), 'image')} is evaluated here ({found}). Score them, or "
+                "evaluate their split."
             )
         return kept, self.rows[positions[kept]], self.patients[positions[kept]], missing
 
@@ -136,7 +147,8 @@ def join_table(table: Scores, labelled: pa.Table, path: str, split: str | None) 
     if all(labelled[name].null_count == len(ids) for name in LABELS):
         remedy = "no image has a label; make one from a table with labels"
         raise InputError(contents.explain(path, "a manifest with labels", remedy))
-    chosen = _select_split(read_texts(labelled, "split", path), split, path)
+    all_splits = read_texts(labelled, "split", path)
+    chosen = _select_split(all_splits, split, path)
     rows_of_labels = identity.find_ids(ids, table.ids)
     rows = rows_of_labels[chosen]
     scored = rows >= 0
@@ -171,8 +183,24 @@ def join_table(table: Scores, labelled: pa.Table, path: str, split: str | None) 
     patients = identity.unify_patients(table.ids[rows], patients)
     info = manifest.split_info(labelled)
     described = _describe_split(split, info)
+    splits = dict(zip(table.ids[rows_of_labels[rows_of_labels >= 0]], all_splits[rows_of_labels >= 0], strict=True))
     return EvaluationSet(
-        rows, failed_rows, patients, split, described, labels, failed_labels, sex, age, view, follow_up, counts, info
+        *(
+            rows,
+            failed_rows,
+            patients,
+            split,
+            described,
+            labels,
+            failed_labels,
+            sex,
+            age,
+            view,
+            follow_up,
+            counts,
+            info,
+        ),
+        splits=splits,
     )
 
 

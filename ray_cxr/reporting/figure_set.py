@@ -60,7 +60,7 @@ def draw_figures(table: Scores, result: ReportResult, cases: Mapping[str, list[B
         evaluation = result.consensus.evaluation
         has_auroc = any(found.auroc.value is not None for found in evaluation.findings.values())
         figures["consensus"] = _draw_aurocs(evaluation) if has_auroc else None
-    if result.boxes:
+    if result.boxes and result.boxes.localisation.overall.n:
         figures["localisation"] = forest_figures.plot_localisation(result.boxes.localisation)
     if result.drift:
         figures["drift"] = forest_figures.plot_drift(result.drift.measured.flags)

@@ -25,6 +25,7 @@ from ray_cxr.evaluation.group_estimates import LabelledScores
 from ray_cxr.evaluation.groups import build_groups
 from ray_cxr.evaluation.subgroups import Subgroups, measure_groups
 from ray_cxr.evaluation.underdiagnosis import Underdiagnosis, measure_underdiagnosis
+from ray_cxr.evaluation.usability import Warned
 from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.labels import FINDINGS, NO_FINDING, canonicalize, suggest
 from ray_cxr.progress import Stage
@@ -33,9 +34,15 @@ from ray_cxr.reporting.abnormality import measure_ranking
 from ray_cxr.reporting.alerts import list_warnings, measure_alerts, measure_order, note_missed_findings
 from ray_cxr.reporting.cases import Band, HeatMapReader
 from ray_cxr.reporting.checklists import render_checklist
-from ray_cxr.reporting.comparators import compare_with_boxes, compare_with_consensus, compare_with_scores
+from ray_cxr.reporting.comparators import (
+    BoxResult,
+    check_heatmaps,
+    compare_with_boxes,
+    compare_with_consensus,
+    compare_with_scores,
+)
 from ray_cxr.reporting.decisions import measure_decisions
-from ray_cxr.reporting.evaluation_set import EXTERNAL, EvaluationSet, Population, join_labels
+from ray_cxr.reporting.evaluation_set import EXTERNAL, EvaluationSet, NotEvaluatedError, Population, join_labels
 from ray_cxr.reporting.flagged import measure_flagged
 from ray_cxr.reporting.leakage import check_leakage, compare_training, warn_of_training
 from ray_cxr.reporting.measures import BootstrapSettings, ModelOutputs, evaluate
@@ -82,8 +89,8 @@ def write_report(
         seed: seeds the bootstrap and the choice of examples.
 
     Raises:
-        InputError: the scores are incomplete, or share no image with the labels, the consensus table, the boxes or
-            the other scores; an option lacks the labels it needs; there are no heat maps.
+        InputError: the scores are incomplete, or share no image with the labels, the consensus table or the other
+            scores; an option lacks the labels it needs; there are no heat maps.
         TableError: a table names an image twice or holds invalid values.
         LeakError: `split` is `test` or None, and an evaluated image or patient is in the model's train or val split.
         OutputError: `out` is a file, or is inside the score folder, or another command writes there.
@@ -97,6 +104,8 @@ def write_report(
     prevalences = {} if prevalence is None else _read_prevalences(str(prevalence))
     with Stage("reading the scores"):
         table = read_scores(scores)
+    if boxes is not None:
+        check_heatmaps(table, str(boxes))
     if table.folder is not None and remote.is_inside(out, remote.to_path(table.folder)):
         # The next report would read this one's metrics.parquet as scores.
         raise OutputError(f"--out {out}: is inside the score folder {table.folder}; name a folder outside it")
@@ -110,6 +119,7 @@ def write_report(
         n, patients = len(population.rows), PatientCount.of(population.patients)
         leak_check = labelled.leak_check if labelled else compare_training(table, population.rows, population.patients)
         seen = [] if labelled else warn_of_training(leak_check, n)
+        box_result, unboxed = _compare_boxes(table, population, boxes, bootstrap)
         result = ReportResult(
             split=split,
             n_images=n,
@@ -130,8 +140,8 @@ def write_report(
             compared=None
             if compare is None or evaluated is None
             else compare_with_scores(table, evaluated, str(compare), bootstrap),
-            boxes=None if boxes is None else compare_with_boxes(table, population, str(boxes), bootstrap),
-            warnings=[*seen, *list_warnings(table, population, labelled.evaluation if labelled else None)],
+            boxes=box_result,
+            warnings=[*seen, *unboxed, *list_warnings(table, population, labelled.evaluation if labelled else None)],
             notes=[*_list_notes(table, split, labelled), *note_missed_findings(alerts)],
         )
         (out / "scores.csv").unlink(missing_ok=True)  # of an older report
@@ -191,6 +201,18 @@ def _evaluate_labels(
     ranking = measure_ranking(table, images)
     decisions = measure_decisions(table, images, bootstrap)
     return LabelResults(images, leak_check, evaluation, subgroups, underdiagnosis, order, papers, ranking, decisions)
+
+
+def _compare_boxes(
+    table: Scores, population: Population, path: str | Path | None, bootstrap: BootstrapSettings
+) -> tuple[BoxResult | None, list[Warned]]:
+    """Compare heat maps with boxes; without an evaluated box return a warning, as the other results hold."""
+    if path is None:
+        return None, []
+    try:
+        return compare_with_boxes(table, population, str(path), bootstrap), []
+    except NotEvaluatedError as error:
+        return None, [Warned("no_boxes", f"Heat maps were not compared with boxes. {error}")]
 
 
 def _read_prevalences(path: str) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,17 +132,31 @@ def test_unusable_tables_are_refused(archive: Archive, tmp_path: Path) -> None:
     other = {"consensus": write_csv(tmp_path / "consensus.csv", [["image_id", "Effusion"], ["elsewhere.png", 1]])}
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         (boxes, InputError, "--heatmaps 14"),
-        (boxes, InputError, "--boxes .*none of its 1 images"),
-        (other, InputError, "--consensus .*none of its 1 images"),
+        (other, InputError, "--consensus .*none of its 1 image is evaluated"),
         ({"compare": scores}, InputError, "--compare .* needs --manifest"),
         ({"prevalence": "p.toml"}, InputError, "--prevalence p.toml: needs --manifest or --consensus"),
         ({"labels": labels, "prevalence": tmp_path / "none.toml"}, InputError, r"none\.toml"),
         ({"consensus": tmp_path / "none.csv"}, TableError, r"none\.csv"),
     ]
-    for number, (options, error, names) in enumerate(cases):
+    for options, error, names in cases:
         refused(error, names, scores, tmp_path / "out", **options)
-        if number == 0:
-            add_heatmaps(scores, archive, np.arange(1), set())
+
+
+def test_boxes_that_cannot_be_measured_cost_only_their_section(archive: Archive, tmp_path: Path) -> None:
+    labels, scores = archive.labels(), archive.scores()
+    add_heatmaps(scores, archive, np.arange(1), set())
+    trained, tested = archive.ids[0], archive.ids[int(np.flatnonzero(archive.tested)[0])]
+    lines = [[trained, "Effusion", 0, 0, 9, 9], ["elsewhere.png", "Mass", 0, 0, 9, 9]]
+    boxes = write_boxes(tmp_path / "boxes.csv", lines)
+    made = report(archive, tmp_path / "out", scores=scores, labels=labels, split="test", boxes=boxes, n_resamples=20)
+    assert made.metrics["localisation"] is None
+    (warning,) = (found for found in made.metrics["warnings"] if found["kind"] == "no_boxes")
+    assert re.search(r"none of its 2 images .*1 without a score, 1 in split (train|val)", warning["text"])
+    boxes = write_boxes(tmp_path / "boxes.csv", [[tested, "Mass", 0, 0, 9, 9]])
+    made = report(archive, tmp_path / "out", scores=scores, labels=labels, split="test", boxes=boxes, n_resamples=20)
+    section = made.page.partition('<h2 id="localisation"')[2].partition("<h2 ")[0]
+    assert "1 of 1 pair of a boxed image and finding has no heat map" in section
+    assert "<table" not in section
 
 
 def test_other_scores_are_compared_on_the_same_images(everything: Report) -> None:
