@@ -7,11 +7,12 @@ flag the share of images with it.
 
 Each comparison has an interval, which alone decides the verdict: of observed - expected share, or of the index. It
 covers the uncertainty of both samples. Images of one patient resemble each other, so numbers of images are divided by
-the design effect (Kish 1965), estimated from these images. The same effect is applied to the validation images, because
-bundles keep no patients per score. The level of the intervals and the p values are corrected for the number of findings
-(Bonferroni), so that an adjusted p is below `LEVEL` exactly if the interval excludes 0.
+the design effect (Kish 1965), estimated from these images; the index has one per direction (see `_find_scales`). The
+same effects are applied to the validation images, because bundles keep no patients per score. The level of the
+intervals and the p values are corrected for the number of findings (Bonferroni), so that an adjusted p is below `LEVEL`
+exactly if the interval excludes 0.
 
-    ok            the interval lies within the tolerated range (see `RateDrift.tolerance` and `PSI_DIFFERS`)
+    ok            the interval lies within the tolerated range (see `_find_tolerance` and `PSI_DIFFERS`)
     differs       it does not, and it excludes 0
     large         it lies outside of this range, and the share is more than twice or less than half the expected one, or
                   the index at least 0.25
@@ -51,10 +52,12 @@ MIN_IMAGES, MIN_PATIENTS = 50, 20
 LEVEL = 0.05
 #: Tolerated difference, as a share of the expected share of images with the flag, or of those without if that is less.
 TOLERANCE = 0.25
-#: A difference of this many images per image is tolerated too, unless it is beyond chance.
-MARGIN = 0.01
 #: A difference is large if a share is more than this multiple of the expected share, or less than this fraction.
 FOLD = 2.0
+#: A difference of this many images per image is tolerated too, unless the share can be more than `FOLD` times as high.
+MARGIN = 0.01
+#: A difference of this many images per image is always tolerated.
+LEAST_TOLERANCE = 0.001
 #: Customary limits of the population stability index: negligible below the first, another population from the second.
 PSI_DIFFERS, PSI_LARGE = 0.1, 0.25
 #: Classes of scores: tenths of the baseline's images.
@@ -150,28 +153,18 @@ class RateDrift(_Row):
     difference: float | None = None  # observed - expected
     difference_low: float | None = None  # the interval that decides, at `interval_level`
     difference_high: float | None = None
-
-    @property
-    def tolerance(self) -> float | None:
-        """The largest difference that is as expected, or None if there is no interval."""
-        if self.expected is None or self.difference_low is None or self.difference_high is None:
-            return None
-        relative = TOLERANCE * min(self.expected, 1.0 - self.expected)
-        return max(relative, MARGIN) if self.difference_low <= 0.0 <= self.difference_high else relative
+    tolerance: float | None = None  # the largest difference that is as expected
 
     def decide(self, tail: float) -> RateDrift:
         """Set the interval, whose tails have this probability, and the verdict."""
         if self.observed is None or self.expected is None or self.design_effect is None:
             return self
         low, high = _bound_difference(self, tail)
-        row = replace(self, difference_low=low, difference_high=high)
-        tolerance = row.tolerance or 0.0
+        tolerance = _find_tolerance(self, tail)
+        row = replace(self, difference_low=low, difference_high=high, tolerance=tolerance)
         is_far = self.observed > FOLD * self.expected or self.observed < self.expected / FOLD
         is_large = is_far and (low > tolerance or high < -tolerance)
         return replace(row, verdict=_judge(max(-low, high) <= tolerance, low > 0.0 or high < 0.0, is_large))
-
-    def to_json(self) -> dict[str, Any]:
-        return {**super().to_json(), "tolerance": self.tolerance}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,21 +177,25 @@ class ScoreDrift(_Row):
     shares: tuple[float, ...] = ()  # of images per class of `score_quantiles`, lowest scores first
     expected: tuple[float, ...] = ()
     scale: float | None = None  # mean of the index by chance, per degree of freedom
-    freedom: int = 0
+    freedom: float = 0.0
+    scale_found: float | None = None  # the same for the difference that was found; at least `scale`
 
     def decide(self, tail: float) -> ScoreDrift:
         """Set the interval and the verdict. Each limit has twice this probability, because an index is not negative.
 
         psi / scale has approximately a non-central chi-square distribution with non-centrality true index / scale. The
-        upper limit takes an index below its mean by chance as this mean, because no index is too small.
+        upper limit uses `scale_found` with as many degrees of freedom as keep the mean by chance, and takes an index
+        below this mean as this mean, because no index is too small.
         """
-        if self.psi is None or self.scale is None or self.p is None:
+        if self.psi is None or self.scale is None or self.scale_found is None or self.p is None:
             return self
         low, high, excludes_zero = 0.0, 0.0, self.p < 2.0 * tail
         if self.freedom:
-            found = self.psi / self.scale
-            high = self.scale * float(chndtrinc(max(found, self.freedom), self.freedom, 2.0 * tail))
-            low = self.scale * float(chndtrinc(found, self.freedom, 1.0 - 2.0 * tail)) if excludes_zero else 0.0
+            chance = self.scale * self.freedom
+            freedom = chance / self.scale_found
+            high = self.scale_found * float(chndtrinc(max(self.psi, chance) / self.scale_found, freedom, 2.0 * tail))
+            if excludes_zero:
+                low = self.scale * float(chndtrinc(self.psi / self.scale, self.freedom, 1.0 - 2.0 * tail))
         row = replace(self, psi_low=low, psi_high=high)
         is_large = self.psi >= PSI_LARGE and low >= PSI_DIFFERS
         return replace(row, verdict=_judge(high < PSI_DIFFERS, excludes_zero, is_large))
@@ -222,17 +219,19 @@ class Drift:
     def summary(self) -> str:
         """The verdicts in one or two sentences."""
         parts = []
-        for items, kind in ((self.flags, "flagged share"), (self.scores, "score"), (self.quality, "quality flag")):
+        expectable = [row for row in self.quality if row.name in quality.JUDGED]  # nothing is ever expected of others
+        for items, kind in ((self.flags, "flagged share"), (self.scores, "score"), (expectable, "quality flag")):
             rows: Sequence[_Row] = items
             judged = [row for row in rows if row.verdict != UNKNOWN]
             named = {verdict: [row.name for row in judged if row.verdict == verdict] for verdict in _WORDS}
+            untested = f"{len(judged)} of {len(rows)} tested, " if len(judged) < len(rows) else ""
             if not judged:
                 parts.append(f"{kind}s: not testable")
             elif len(named[OK]) == len(judged):
-                parts.append(f"{kind}s: all {len(judged)} as expected")
+                parts.append(f"{kind}s: {untested}all {'' if untested else f'{len(judged)} '}as expected")
             else:
                 listed = [f"{_WORDS[verdict]} {_list(names, len(judged))}" for verdict, names in named.items() if names]
-                parts.append(f"{kind}s: {', '.join(listed)}")
+                parts.append(f"{kind}s: {untested}{', '.join(listed)}")
         if any(row.verdict == INCONCLUSIVE for row in (*self.flags, *self.scores, *self.quality)):
             parts.append("inconclusive: too few images to tell")
         return ". ".join(part[0].upper() + part[1:] for part in parts) + "."
@@ -251,6 +250,8 @@ class Drift:
             "adjusted": "Bonferroni, over the verdicts of one kind",
             "tolerance": TOLERANCE,
             "margin": MARGIN,
+            "fold": FOLD,
+            "least_tolerance": LEAST_TOLERANCE,
             "psi_tolerance": PSI_DIFFERS,
             "min_images": MIN_IMAGES,
             "min_patients": MIN_PATIENTS,
@@ -323,7 +324,7 @@ def design_effect(values: np.ndarray, codes: np.ndarray) -> float:
 def _compare_flags(expected: Expected, name: str, flags: np.ndarray, patients: Patients) -> RateDrift:
     known = flags >= 0
     rate = expected.flag_rates.get(name)
-    reason = "no operating point" if rate is None or not known.any() else None
+    reason = "no operating point" if rate is None else None if known.any() else "no image was scored"
     return _compare_rate(name, flags[known] == 1, patients[known], rate, expected.flag_images.get(name), reason)
 
 
@@ -375,12 +376,29 @@ def _bound_difference(row: RateDrift, tail: float) -> tuple[float, float]:
     assert row.expected is not None
     assert row.design_effect is not None
     low, high = _bound_share(row.observed, row.n / row.design_effect, tail)
-    before_low, before_high = row.expected, row.expected
-    if row.expected_images:
-        before_low, before_high = _bound_share(row.expected, row.expected_images / row.design_effect, tail)
+    before_low, before_high = _bound_expected(row, tail)
     down, up = (row.observed - low, before_high - row.expected), (high - row.observed, row.expected - before_low)
     difference = row.observed - row.expected
     return difference - math.hypot(*down), difference + math.hypot(*up)
+
+
+def _bound_expected(row: RateDrift, tail: float) -> tuple[float, float]:
+    assert row.expected is not None
+    assert row.design_effect is not None
+    if not row.expected_images:
+        return row.expected, row.expected
+    return _bound_share(row.expected, row.expected_images / row.design_effect, tail)
+
+
+def _find_tolerance(row: RateDrift, tail: float) -> float:
+    """Return the largest difference that is as expected.
+
+    `MARGIN` is at most the lower limit of the expected share, because an estimate of a rare share can be much too high.
+    """
+    assert row.expected is not None
+    low, high = _bound_expected(row, tail)
+    rarer, rarer_low = min(row.expected, 1.0 - row.expected), min(low, 1.0 - high)
+    return max(TOLERANCE * rarer, min(MARGIN, (FOLD - 1.0) * rarer_low), LEAST_TOLERANCE)
 
 
 def _bound_share(share: float, n: float, tail: float) -> tuple[float, float]:
@@ -424,10 +442,7 @@ def _compare_scores(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, 
     smooth = (numbers[used] + _SMOOTHING for numbers in (counts, shares * images))
     observed, before = (numbers / numbers.sum() for numbers in smooth)
     psi = float(np.sum((observed - before) * np.log(observed / before)))
-    freedom = int(used.sum()) - 1
-    # Rao and Scott's first-order correction: the mean design effect of the classes.
-    effect = float(np.mean([design_effect(classes == k, patients.codes) for k in range(freedom + 1)]))
-    scale = effect * (1.0 / n + 1.0 / images)
+    scale, freedom, scale_found = _find_scales(observed, before, classes, images, patients.codes)
     return replace(
         row,
         psi=psi,
@@ -435,8 +450,55 @@ def _compare_scores(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, 
         expected=tuple(before.tolist()),
         scale=scale,
         freedom=freedom,
+        scale_found=scale_found,
         p=float(chdtrc(freedom, psi / scale)) if freedom else 1.0,
     )
+
+
+def _find_scales(
+    observed: np.ndarray, before: np.ndarray, classes: np.ndarray, images: int, codes: np.ndarray
+) -> tuple[float, float, float]:
+    """Return scale and freedom of the index without a difference, and the scale for the difference found.
+
+    Without a difference: Rao and Scott's second-order correction (1984), which matches mean and variance of the index
+    with Satterthwaite's approximation. With a difference: the linearised variance of the index, relative to four times
+    the index. It is more than the mean effect of the classes if patients differ in the direction of this difference.
+    """
+    n, chance = len(classes), 1.0 / len(classes) + 1.0 / images
+    effects, directions = _find_effects(observed, classes, codes)
+    between = effects[1:]  # the first is that of the sum of shares, which is 1
+    if not len(between):
+        return chance, 0.0, chance
+    scale = chance * float((between**2).sum() / between.sum())
+    freedom = float(between.sum() ** 2 / (between**2).sum())
+    variance, psi = 0.0, 0.0
+    for share, other, number in ((observed, before, n), (before, observed, images)):
+        slope = np.log(share / other) + 1.0 - other / share
+        along = directions.T @ (np.sqrt(share) * (slope - (share * slope).sum()))
+        variance += float((effects * along**2).sum()) / number
+        psi += float((share * np.log(share / other)).sum())
+    return scale, freedom, max(scale, variance / (4.0 * psi) if psi > 0.0 else 0.0)
+
+
+def _find_effects(shares: np.ndarray, classes: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the generalised design effects of shares [k], at least 1, and their directions [k,k] as columns.
+
+    They are eigenvalues of the covariance of the shares relative to independent images (Rao and Scott 1981). The first
+    belongs to the sum of the shares. Where a class has none or all of the images, see `design_effect`.
+    """
+    n, number = len(classes), len(shares)
+    _, rows, sizes = np.unique(codes, return_inverse=True, return_counts=True)
+    counts = np.bincount(rows * number + classes, minlength=len(sizes) * number).reshape(-1, number)
+    residuals = counts - sizes[:, None] * (counts.sum(axis=0) / n)
+    covariance = residuals.T @ residuals * (len(sizes) / max(1, len(sizes) - 1) / n)
+    if len(sizes) < 2:
+        covariance[:] = 0.0
+    relative = covariance / np.sqrt(np.outer(shares, shares))
+    same = np.diag(relative) == 0.0
+    relative[same, same] = float((sizes.astype(np.float64) ** 2).sum() / n)
+    sums = np.eye(number) - np.sqrt(np.outer(shares, shares))
+    effects, directions = np.linalg.eigh(sums @ relative @ sums)
+    return np.maximum(effects, 1.0), directions
 
 
 def _explain_too_few(n: int, patients: Patients) -> str | None:

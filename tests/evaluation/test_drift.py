@@ -106,24 +106,65 @@ def test_ok_is_rare_at_the_edge_of_the_tolerated_range(share: float, true: float
     assert found.count("ok") <= 9
 
 
-def test_ok_scores_are_rare_where_the_true_index_is_at_the_limit() -> None:
-    rng = np.random.default_rng(7)
+@pytest.mark.parametrize(("patients", "each", "correlation"), [(1000, 1, 0.0), (500, 5, 0.7), (500, 5, 0.9)])
+def test_ok_scores_are_rare_where_the_true_index_is_at_the_limit(patients: int, each: int, correlation: float) -> None:
+    rng = np.random.default_rng(9)
     tilt = np.linspace(-1, 1, 10)
 
     def index(slope: float) -> float:
         return float(np.sum(slope * tilt * np.log1p(10 * slope * tilt)))
 
+    def draw(patients: int) -> np.ndarray:
+        common, own = rng.normal(size=(patients, 1)), rng.normal(size=(patients, each))
+        return stats.norm.cdf(np.sqrt(correlation) * common + np.sqrt(1 - correlation) * own).ravel()
+
     shifted = 0.1 + optimize.brentq(lambda slope: index(slope) - drift.PSI_DIFFERS, 0, 0.09) * tilt
+    ends = np.concatenate([[0], np.cumsum(shifted)])
+    codes = np.repeat(np.arange(patients), each)
     wrong = right = 0
-    for _ in range(40):
-        kept, codes = rng.random(3000), np.arange(2000)
-        wrong += compare_scores(kept, (rng.choice(10, 2000, p=shifted) + rng.random(2000)) / 10, codes).verdict == "ok"
-        right += compare_scores(kept, rng.random(2000), codes).verdict == "ok"
-        small = compare_scores(kept, rng.random(60), np.arange(60))
-        assert small.verdict != "ok"
-        assert (small.p_adjusted < drift.LEVEL) == (small.psi_low > 0)
-    assert wrong <= 6
-    assert right >= 39
+    for _ in range(60):
+        kept, scores = draw(patients + 500), draw(patients)
+        wrong += compare_scores(kept, np.interp(scores, ends, np.linspace(0, 1, 11)), codes).verdict == "ok"
+        right += compare_scores(kept, scores, codes).verdict == "ok"
+    assert wrong <= 5
+    assert right >= 57
+    few = slice(0, 60)
+    small = compare_scores(kept, scores[few], codes[few])
+    assert small.verdict != "ok"
+    assert each > 1 or (small.p_adjusted < drift.LEVEL) == (small.psi_low > 0)
+
+
+def judge_share(observed: float, expected: float, n: int, images: int | None) -> drift.RateDrift:
+    model = {"expected_flag_rates": {"A": expected}, "operating_points": {"A": {"n": images}}}
+    return measure(build_flags(n, round(observed * n), 0), np.arange(n), model).flags[0]
+
+
+def test_a_doubled_share_of_rare_flags_is_not_ok() -> None:
+    for observed, n, verdict in (
+        (0.002, 4000, "inconclusive"),
+        (0.003, 4000, "inconclusive"),
+        (0.003, 20_000, "large"),
+        (0.001, 20_000, "ok"),
+    ):
+        assert judge_share(observed, 0.001, n, n).verdict == verdict
+    # Nothing expected and nothing found
+    assert [judge_share(0.0, 0.0, n, n).verdict for n in (1000, 20_000)] == ["inconclusive", "ok"]
+
+
+def test_tolerance_does_not_depend_on_the_observed_share() -> None:
+    for expected, tolerance in (
+        (0.0005, 0.001),
+        (0.005, 0.005),
+        (0.03, 0.01),
+        (0.2, 0.05),
+        (0.9, 0.025),
+        (0.996, 0.004),
+    ):
+        for observed in (0.01, expected, 0.5):
+            assert judge_share(observed, expected, 2000, None).tolerance == pytest.approx(tolerance)
+    # Ten of 2,000 images: the expected share can be far lower than 0.5%.
+    low = stats.beta.ppf(0.025, 10, 1991)
+    assert judge_share(0.01, 0.005, 2000, 2000).tolerance == pytest.approx(low, rel=0.01)
 
 
 def test_verdicts_of_rates() -> None:
@@ -181,6 +222,7 @@ def test_missing_expectations_are_unknown() -> None:
     row, other = measure(flags, np.arange(100), {**MODEL, "expected_flag_rates": {"A": None, "B": 0.1}}).flags
     assert (row.verdict, row.observed, row.n) == ("unknown", None, 0)
     assert "operating point" in row.reason
+    assert measure(np.full((100, 2), -1), np.arange(100)).flags[0].reason == "no image was scored"
     assert other.p_adjusted == other.p  # untested findings do not count for the adjustment
     # An expected share of 0 is not testable without its number of images.
     model = {**MODEL, "operating_points": {}, "expected_flag_rates": {"A": 0.0, "B": 0.0}}
@@ -206,6 +248,8 @@ def test_quality_flags_and_errors() -> None:
     assert (rows["age_outside_training"].verdict, rows["age_outside_training"].count) == ("unknown", 10)
     assert (found.errors.observed, found.errors.n, found.errors.verdict) == (0.05, 1000, "unknown")
     assert "large difference for inverted (1 of 4)" in found.summary
+    one = measure(build_flags(n, 200, 100), np.arange(n), {**MODEL, "expected_flag_rates": {"A": 0.2}})
+    assert "1 of 2 tested, all as expected" in one.summary
     row = measure(flags, np.arange(n), {**MODEL, "quality": {"lacking": "only 12 images"}}).quality[0]
     assert (row.verdict, row.reason) == ("unknown", "only 12 images")
 
