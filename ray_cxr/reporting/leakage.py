@@ -1,4 +1,4 @@
-"""The leak check: did evaluated images, or their patients, train the model?"""
+"""The leak check: did images of a report, or their patients, train the model?"""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import numpy as np
 
 from ray_cxr.data import identity
 from ray_cxr.errors import LeakError
+from ray_cxr.evaluation.usability import Warned
 from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.reporting.scores import Scores
 
+#: Splits whose images train or tune a model.
+_KNOWN = ("train", "val")
 UNKNOWN_TRAINING = "not all images that trained the model are known"
 
 
@@ -22,9 +25,10 @@ class LeakCheck:
 
     Attributes:
         reason: why the check is incomplete; None if all training images are known.
-        shared_images, shared_patients: number of training images and patients that are evaluated too.
+        shared_images, shared_patients: number of training images and patients that are in the report too.
         shared_by_part: number of shared images by `train` or `val`.
-        unknown_patients: number of evaluated images without a patient id.
+        related_images: number of other images of these patients in the report.
+        unknown_patients: number of images in the report without a patient id.
         unknown_training_patients: number of training images without a patient id.
     """
 
@@ -34,6 +38,7 @@ class LeakCheck:
     shared_images: int = 0
     shared_by_part: dict[str, int] = field(default_factory=dict)
     shared_patients: int = 0
+    related_images: int = 0
     unknown_patients: int = 0
     unknown_training_patients: int = 0
 
@@ -49,13 +54,14 @@ class LeakCheck:
             parts = ", ".join(f"{count_of(n, f'{part} image')}" for part, n in self.shared_by_part.items())
             images = count_of(self.shared_images, "image") + (f" ({parts})" if parts else "")
             patients = count_of(self.shared_patients, "patient")
-            text = f"{images} and {patients} trained the model, as expected for the {split} split"
+            text = f"{images} and {patients} trained or tuned the model"
+            text += f", as expected for the {split} split" if split in _KNOWN else ""
         elif self.reason:
-            text = f"not possible: {self.reason}; the known ones are not in this evaluation"
+            text = f"not possible: {self.reason}; the known ones are not in this report"
         else:
-            patients = f" and {count_of(self.training_patients, 'training patient')}" if self.training_patients else ""
-            images = count_of(self.training_images, "training image")
-            text = f"passed: none of the {images}{patients} is in this evaluation"
+            images = count_of(self.training_images, "training and validation image")
+            patients = f" and none of their {self.training_patients:,} patients" if self.training_patients else ""
+            text = f"passed: none of the {images}{patients} is in this report"
         for count, kind in ((self.unknown_patients, ""), (self.unknown_training_patients, "training ")):
             if count:
                 have = "has" if count == 1 else "have"
@@ -73,16 +79,8 @@ def check_leakage(
     Raises:
         LeakError: images or patients are shared, and `split` is neither `train` nor `val`.
     """
-    training = table.training
-    if training is None:
-        return LeakCheck(UNKNOWN_TRAINING)
-    same = identity.find_ids(training.images, table.ids[rows]) >= 0
-    trained = PatientCount.of(training.patients)
-    known = set(training.patients) - {None}
-    # Scores and labels may spell one patient differently, and the training may have used either spelling.
-    patients, scored_patients = (identity.unify_patients(table.ids[rows], p) for p in (patients, table.patients[rows]))
-    shared = {patient for patient in (*patients, *scored_patients) if patient in known}
-    if split not in ("train", "val") and (same.any() or shared):
+    found = compare_training(table, rows, patients)
+    if split not in _KNOWN and (found.shared_images or found.shared_patients):
         remedy = (
             "Use a manifest whose test split excludes them"
             if split == "test"
@@ -91,9 +89,26 @@ def check_leakage(
             else "Add `--manifest M.parquet` with `--split test`, or use a table that excludes them"
         )
         raise LeakError(
-            f"{table.source}: {int(same.sum()):,} images and {len(shared):,} patients of {population} trained this "
-            f"model. {remedy} (`--split train` or `--split val` evaluates training images as such)."
+            f"{table.source}: {found.shared_images:,} images and {found.shared_patients:,} patients of {population} "
+            f"trained this model. {remedy} (`--split train` or `--split val` evaluates training images as such)."
         )
+    return found
+
+
+def compare_training(table: Scores, rows: np.ndarray, patients: np.ndarray) -> LeakCheck:
+    """Count the images in these rows [n], and of these patients [n], that trained the model."""
+    training = table.training
+    if training is None:
+        return LeakCheck(UNKNOWN_TRAINING)
+    places = identity.find_ids(training.images, table.ids[rows])
+    same = places >= 0
+    trained = PatientCount.of(training.patients)
+    known = set(training.patients) - {None}
+    # Scores and labels may spell one patient differently, and the training may have used either spelling.
+    patients, scored_patients = (identity.unify_patients(table.ids[rows], p) for p in (patients, table.patients[rows]))
+    shared = {patient for patient in (*patients, *scored_patients) if patient in known}
+    related = np.array([a in shared or b in shared for a, b in zip(patients, scored_patients, strict=True)], bool)
+    related[places[same]] = False
     return LeakCheck(
         UNKNOWN_TRAINING if table.provenance.get("lineage") == "unknown" else None,
         training_images=len(training.images),
@@ -101,6 +116,22 @@ def check_leakage(
         shared_images=int(same.sum()),
         shared_by_part=dict(sorted(Counter(str(part) for part in training.parts[same]).items())),
         shared_patients=len(shared),
+        related_images=int(related.sum()),
         unknown_patients=sum(a is None and b is None for a, b in zip(patients, scored_patients, strict=True)),
         unknown_training_patients=trained.without_id,
     )
+
+
+def warn_of_training(found: LeakCheck, n: int) -> list[Warned]:
+    """Warn if some of `n` images without labels, or their patients, trained or tuned the model."""
+    if not found.shared_images and not found.shared_patients:
+        return []
+    related, all_images = found.related_images, count_of(n, "image")
+    verb, rest = "was" if found.shared_images == 1 else "were", "is" if related == 1 else "are"
+    if found.shared_images:
+        text = f"{found.shared_images:,} of {all_images} {verb} used to train or tune this model"
+        text += f"; {related:,} more {rest} of the same patients." if related else "."
+    else:
+        text = f"{related:,} of {all_images} {rest} of patients whose other images trained or tuned this model."
+    advice = "The scores of these images do not show how the model does on new patients."
+    return [Warned("training_images", text, advice)]

@@ -151,12 +151,16 @@ class LabelResults:
 
 @dataclass(frozen=True)
 class ReportResult:
-    """A report's results; images and patients are those evaluated, or without labels those scored."""
+    """A report's results; images and patients are those evaluated, or without labels those scored.
+
+    `leak_check` is that of these images.
+    """
 
     split: str | None
     n_images: int
     patients: PatientCount
     labelled: LabelResults | None
+    leak_check: LeakCheck
     counts: Counts
     flagged: Flagged
     flag_rates: dict[str, dict[str, Any]]
@@ -173,7 +177,7 @@ class ReportResult:
 
     def to_json(self) -> dict[str, Any]:
         keys = ("split_label", "split_kind", "split_seed", "macro", "weighted", *_LABELLED)
-        unlabelled = dict.fromkeys(keys) | {"findings": {}, "published": []}
+        unlabelled = dict.fromkeys(keys) | {"findings": {}, "published": [], "leak_check": self.leak_check.to_json()}
         labelled = self.labelled.to_json() if self.labelled else unlabelled
         return {
             "split": self.split,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from ray_cxr.evaluation import metrics
+from ray_cxr.evaluation import metrics, usability
+from ray_cxr.evaluation.drift import INCONCLUSIVE, UNKNOWN
 from ray_cxr.evaluation.intervals import NO_VARIATION
 from ray_cxr.evaluation.localisation import TOLERANCE
 from ray_cxr.evaluation.subgroups import Subgroups
@@ -16,9 +18,12 @@ from ray_cxr.reporting.alerts import summarize_alerts
 from ray_cxr.reporting.flagged import summarize_flagged
 from ray_cxr.reporting.measures import EvaluationResult, Measurement
 from ray_cxr.reporting.result import ReportResult
+from ray_cxr.reporting.worklist import Worklist
 
 #: Of the main results.
 MAX_SENTENCES = 6
+#: Findings that a sentence names, and studies that are read first.
+_NAMED = 3
 
 
 def list_remarks(evaluation: EvaluationResult) -> dict[str, str]:
@@ -46,20 +51,26 @@ def list_remarks(evaluation: EvaluationResult) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Summary:
-    """The main results, at most `MAX_SENTENCES`, and the sentences of each section of the page by its id."""
+    """The main results, at most `MAX_SENTENCES`, and the sentences of each section of the page by its id.
 
+    `first` says what needs a look, before all warnings; `top` has the other results.
+    """
+
+    first: list[str]
     top: list[str]
     sections: dict[str, list[str]]
 
 
-def summarize(result: ReportResult) -> Summary:
-    """Summarize a report in a few sentences, and each of its sections in one or two."""
+def summarize(result: ReportResult, model: Mapping[str, Any], worklist: Worklist) -> Summary:
+    """Summarize a report in a few sentences, and each of its sections in one or two; `model` is model.json."""
     labelled = result.labelled
     sections = {"alerts": summarize_alerts(result.alerts), **_summarize_comparators(result)}
-    top = [summarize_flagged(result.flagged)]
+    order, sections["worklist"] = _summarize_worklist(worklist)
+    first, top = [summarize_flagged(result.flagged)], list[str]()
     if labelled is None:
+        first += order
         if not result.consensus:
-            top.append("There are no labels, so nothing here tells how good the scores are.")
+            top.append(_summarize_validation(model))
     else:
         results, sections["findings"] = _summarize_evaluation(labelled.evaluation)
         top += results
@@ -73,7 +84,46 @@ def summarize(result: ReportResult) -> Summary:
             sections["underdiagnosis"] = _summarize_underdiagnosis(labelled.underdiagnosis)
     for name in ("consensus", "compared", "underdiagnosis", "flags"):
         top += sections.get(name, [])[:1]
-    return Summary(top[:MAX_SENTENCES], sections)
+    return Summary(first, top[: MAX_SENTENCES - len(first)], sections)
+
+
+def _summarize_worklist(worklist: Worklist) -> tuple[list[str], list[str]]:
+    """Return sentences on what to read first and how far flags reach, for the summary and for the section."""
+    ranked = [line for line, value in zip(worklist.lines, worklist.priority, strict=True) if value == value]
+    flagged = [place for place, line in enumerate(worklist.lines, 1) if line["flagged"]]
+    if len(ranked) < 2:
+        return [], []
+    first = f"Read first, in the order of the worklist: {', '.join(line['image_id'] for line in ranked[:_NAMED])}."
+    if not flagged:
+        return [first], []
+    rows = f"{len(flagged):,} of {count_of(len(worklist.lines), 'row')} {'has' if len(flagged) == 1 else 'have'} a flag"
+    if flagged[-1] == len(flagged):
+        reach = f"{rows}: the first of the worklist."
+        return [f"{first} {reach}"], [reach]
+    last = f"{rows}; the last of them is row {flagged[-1]:,}"
+    return [f"{first} {last}."], [f"{last}, because the order follows the priority, not the flags."]
+
+
+def _summarize_validation(model: Mapping[str, Any]) -> str:
+    """Return a sentence on how good the model of scores without labels was on its validation images."""
+    provenance = model.get("provenance") or {}
+    validation = provenance.get("validation") or {}
+    macro, rows = validation.get("macro_auroc"), validation.get("findings") or {}
+    start = "Without labels these scores cannot be checked"
+    if macro is None or not rows:
+        return f"{start}, and no result of the model on validation images is recorded: how good they are is unknown."
+    images = f"its {count_of(max(row['n'] for row in rows.values()), 'validation image')}"
+    reason = usability.explain_validation(rows)
+    if reason is not None:
+        return f"{start}, and {images} are too few to tell how good the model is: {reason}."
+    found = ((provenance.get("evaluation") or {}).get("means") or {}).get("auroc") or {}
+    interval = ""
+    if found.get("value") == macro and found.get("low") is not None:
+        interval = f"95% interval {found['low']:.3f} to {found['high']:.3f}; "
+    return (
+        f"{start}. On {images} the model reached a macro AUROC of {macro:.3f} ({interval}chance is 0.5). These images "
+        "also chose the model, so expect less on new ones."
+    )
 
 
 def _summarize_evaluation(evaluation: EvaluationResult) -> tuple[list[str], list[str]]:
@@ -92,11 +142,10 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> tuple[list[str], list
             sentences.append(f"The macro AUROC over {averaged} is {_format(macro.auroc.shown)}{chance_level}.")
         aurocs = {finding: findings[finding].auroc.value or 0.0 for finding in macro.findings}
         ranked = sorted(aurocs, key=lambda finding: aurocs[finding])
-        if len(ranked) > 1:
-            lowest = ", ".join(f"{plots.format_finding(f)} {aurocs[f]:.3f}" for f in ranked[: min(3, len(ranked) // 2)])
-            highest = f"{plots.format_finding(ranked[-1])} {aurocs[ranked[-1]]:.3f}"
-            place = sentences if macro.headline_reason is None else remarks
-            place.append(f"Lowest: {lowest}. Highest: {highest}.")
+        extremes = _summarize_extremes(
+            {f: aurocs[f] for f in ranked if findings[f].fewest_patients >= usability.HEADLINE_PATIENTS}
+        )
+        (sentences if macro.headline_reason is None else remarks).extend(extremes)
         shown = {f: findings[f].auroc.shown for f in ranked}
         known = {f: (a.low, a.high) for f, a in shown.items() if a.low is not None and a.high is not None}
         chance = [f for f, (low, high) in known.items() if low <= 0.5 <= high]
@@ -112,6 +161,18 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> tuple[list[str], list
     if undefined:
         remarks.append(f"AUROC is undefined for {_list_findings(undefined)}; the remarks give the reason.")
     return sentences, remarks
+
+
+def _summarize_extremes(aurocs: Mapping[str, float]) -> list[str]:
+    """Name the findings with the lowest and the highest AUROC, which come in ascending order."""
+    ranked = list(aurocs)
+    if len(ranked) < 2:
+        return []
+    lowest = ", ".join(f"{plots.format_finding(f)} {aurocs[f]:.3f}" for f in ranked[: min(_NAMED, len(ranked) // 2)])
+    best = f"{aurocs[ranked[-1]]:.3f}"
+    equal = [finding for finding in ranked if f"{aurocs[finding]:.3f}" == best]
+    highest = f"{plots.format_finding(ranked[-1])} {best}" if len(equal) == 1 else f"{best}, of {len(equal)} findings"
+    return [f"Lowest: {lowest}. Highest: {highest}."] if len(equal) < len(ranked) else [f"All have AUROC {best}."]
 
 
 def _summarize_comparators(result: ReportResult) -> dict[str, list[str]]:
@@ -152,6 +213,9 @@ def _summarize_comparators(result: ReportResult) -> dict[str, list[str]]:
         measured = result.drift.measured
         baseline = " and ".join(dict.fromkeys(measured.baselines.values()))  # two of them in older recalibrated bundles
         sections["flags"] = [f"Drift from {baseline}. {measured.summary}"]
+        verdicts = {row.verdict for row in (*measured.flags, *measured.scores, *measured.quality)} - {UNKNOWN}
+        if verdicts == {INCONCLUSIVE}:
+            sections["flags"] = [f"Drift from {baseline}: too few images to tell."]
     return sections
 
 
@@ -160,7 +224,10 @@ def _summarize_underdiagnosis(found: Underdiagnosis) -> list[str]:
     if found.overall["underdiagnosis"].value is None:
         return []
     all_images = _format_rate(found.overall["underdiagnosis"])
-    sentence = f"Underdiagnosis: {all_images} of the images with a finding have no flag."
+    measured = "" if len(found.findings) > _NAMED else f" ({_list_findings(found.findings)})"
+    images = count_of(found.overall["underdiagnosis"].n, "image")
+    of_images = f"of the {images} with a finding that can be flagged{measured}"
+    sentence = f"Underdiagnosis: {all_images} {of_images} have no flag."
     corrected = (
         f"{count_of(found.tested, 'comparison')} of groups with at least {CLAIM_PATIENTS} patients with a finding"
     )

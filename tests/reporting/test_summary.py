@@ -1,0 +1,72 @@
+"""The first screen of a report: what needs a look, what to read first, and whether the scores can be trusted."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from score_archive import Archive, without_drawing
+
+from ray_cxr.reporting import summary
+from ray_cxr.reporting.report import write_report
+
+
+def read_summary(out: Path) -> list[str]:
+    page = (out / "report.html").read_text(encoding="utf-8")
+    box = page[page.index('id="summary"') :]
+    return re.findall(r"<li>(.*?)</li>", box[: box.index("</ul>")])
+
+
+def describe_validation(macro: float, **more: Any) -> dict[str, Any]:
+    rows = {finding: {"n": 45, "positives": 9, "auroc": macro} for finding in ("Cardiomegaly", "Effusion")}
+    validation = {"findings": rows, "macro_auroc": macro}
+    return {"provenance": {"lineage": "known", "best_epoch": 2, "validation": validation, **more}}
+
+
+def test_scores_without_labels_say_what_to_read_and_whether_to_trust_them(tmp_path: Path) -> None:
+    archive = Archive(tmp_path / "archive", patients=20)
+    archive.split[7] = "test"  # the other images of this patient are in the training
+    scores = archive.scores(**describe_validation(0.713))
+    with without_drawing():
+        metrics = write_report(scores, tmp_path / "report")
+    sentences = read_summary(tmp_path / "report")
+    worklist = (tmp_path / "report" / "worklist.csv").read_text(encoding="utf-8").splitlines()
+    names = worklist[0].split(",")
+    rows = [dict(zip(names, line.split(","), strict=True)) for line in worklist[1:]]
+    assert sentences[0].startswith("What needs a look: ")
+    assert rows[0]["image_id"] in sentences[1]
+    last = max(place for place, row in enumerate(rows, 1) if row["flagged"])
+    assert f"row {last}" in sentences[1]
+    (warning,) = [one for one in metrics["warnings"] if one["kind"] == "training_images"]
+    assert "44 of 57 images were used to train or tune this model; 1 more is of the same patients" in warning["text"]
+    assert (metrics["leak_check"]["shared_images"], metrics["leak_check"]["related_images"]) == (44, 1)
+    (trust,) = [sentence for sentence in sentences if "validation images" in sentence and "AUROC" in sentence]
+    assert "45 validation images" in trust
+    assert "0.713" in trust
+    # Imported weights: nothing is known.
+    imported = Archive(tmp_path / "imported", patients=20)
+    with without_drawing():
+        write_report(imported.scores(), tmp_path / "again", n_resamples=2)
+    assert any("how good they are is unknown" in sentence for sentence in read_summary(tmp_path / "again"))
+
+
+def test_highest_and_lowest_need_patients_and_name_shared_values() -> None:
+    assert summary._summarize_extremes({"Mass": 1.0}) == []
+    assert summary._summarize_extremes({"Nodule": 0.5, "Mass": 1.0, "Edema": 1.0}) == [
+        "Lowest: Nodule 0.500. Highest: 1.000, of 2 findings."
+    ]
+
+
+def test_underdiagnosis_counts_findings_that_can_be_flagged(tmp_path: Path) -> None:
+    archive = Archive(tmp_path / "archive", patients=40, findings=("Mass",))
+    others = [int(i % 3 == 0) for i in range(archive.n)]
+    labels = archive.labels(sex=["FM"[i % 2] for i in range(archive.n)], Edema=others)
+    with without_drawing():
+        metrics = write_report(archive.scores(), tmp_path / "report", labels=labels, split="test", n_resamples=2)
+    found = metrics["underdiagnosis"]
+    n = found["overall"]["underdiagnosis"]["n"]
+    assert metrics["alerts"]["n_with_finding"] > n
+    markdown = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    for text in ("\n".join(read_summary(tmp_path / "report")), markdown.replace("\\", "")):
+        assert f"of the {n} images with a finding that can be flagged (Mass)" in text
