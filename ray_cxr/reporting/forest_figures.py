@@ -19,7 +19,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ray_cxr.evaluation.drift import DIFFERS, LARGE, OK, RateDrift
 from ray_cxr.evaluation.localisation import IOU_LEVELS, FindingLocalisation, Localisation
-from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting import plots
 from ray_cxr.reporting.comparators import ScoreComparison
 from ray_cxr.reporting.plots import (
@@ -76,8 +75,10 @@ class _Line:
     is_bold: bool = False
 
 
-def plot_subgroups(rows: Sequence[ForestRow], columns: Sequence[ForestColumn]) -> Figure:
+def plot_subgroups(rows: Sequence[ForestRow], columns: Sequence[ForestColumn], counted: str = "images") -> Figure:
     """Plot each group's estimates in one chart per column, with the value of all images as a line.
+
+    `counted` heads the column of numbers.
 
     Small groups are grey and hollow. Intervals that leave a chart end in an arrow head.
     """
@@ -94,7 +95,7 @@ def plot_subgroups(rows: Sequence[ForestRow], columns: Sequence[ForestColumn]) -
     if any(row.small for row in rows):
         legend.append(plots.create_marker_entry("small group: interpret with caution", GREY, "o", "white"))
     width = 2.7 if len(columns) < 3 else 1.5
-    figure, axes = _draw_forest(lines, ("", "images"), [column.name for column in columns], legend, width=width)
+    figure, axes = _draw_forest(lines, ("", counted), [column.name for column in columns], legend, width=width)
     for index, (ax, column) in enumerate(zip(axes, columns, strict=True)):
         _set_limits(ax, [(row.estimates[index], row.small) for row in rows], column.reference)
         if column.reference is not None:
@@ -164,7 +165,7 @@ def plot_drift(rates: Sequence[RateDrift]) -> Figure | None:
     A bar behind each row is the tolerated range. A finding without a verdict has text instead of a marker. Returns None
     without flags.
     """
-    rates = [rate for rate in rates if rate.observed is not None and rate.name != NO_FINDING]
+    rates = [rate for rate in rates if rate.observed is not None]
     if not rates:
         return None
     lines = []

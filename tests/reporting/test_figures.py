@@ -272,6 +272,9 @@ def test_drift_draws_the_interval_that_decides(drawn: dict[str, Figure]) -> None
     assert widths == pytest.approx([1.5, 2.5, 2.0, 0.0])
     assert {"0%", "0.4%", "unknown", "inconclusive", "large", "ok"} <= set(texts(drawn["drift"]))
     assert forest_figures.plot_drift([SimpleNamespace(name="Mass", observed=None)]) is None
+    # A row of the table is in the figure too.
+    (ax,) = charts(forest_figures.plot_drift([SimpleNamespace(**{**vars(DRIFT[1]), "name": "No_Finding"})]))
+    assert len(points(ax, "o")) == 1
 
 
 def test_localisation_has_a_mark_per_threshold_and_chance(drawn: dict[str, Figure]) -> None:
