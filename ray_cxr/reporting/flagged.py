@@ -157,7 +157,7 @@ def summarize_flagged(found: Flagged) -> str:
             more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
             parts[0] += f": {', '.join(named[:_NAMED])}{more}"
     else:
-        parts.append(f"no finding can be flagged: {found.reason}")
+        parts.append(f"no finding can be flagged, because {found.reason}")
     if found.failed:
         parts.append(f"{count_of(sum(found.failed.values()), 'image')} could not be scored")
     if found.quality:
