@@ -116,8 +116,8 @@ def suggest_after_report(arguments: Any) -> None:
     scores, out = remote.to_path(arguments.scores), remote.to_path(arguments.out)
     record = run_folder.read_json(scores / "run.json") if scores.is_dir() else {}
     bundle = _find_bundle(scores, record)
-    is_local = bundle is not None and not remote.is_address(bundle)
-    draw = ["--heatmaps", "3"] if is_local and (bundle / WEIGHTS).exists() else []  # not of a graph
+    has_layers = bundle is not None and not remote.is_address(bundle) and (bundle / WEIGHTS).exists()
+    draw = ["--heatmaps", "3"] if has_layers else []
     if arguments.labels is None and (scores / "input.parquet").exists() and _has_dicom(scores / "input.parquet"):
         print_next("export-sr", scores, "--out", place_next_to(scores, "sr"))
     elif arguments.labels is None and bundle and draw and (source := _repeat_input(scores, record)):
