@@ -102,6 +102,8 @@ def parse_order(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'X'?` with the nearest known word, or an empty string."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """Return `; did you mean 'X'?` with the nearest known word in any case, or an empty string."""
+    lower, names = word.lower(), {name.lower(): name for name in known}
+    near = [name for name in names if name == lower or (len(lower) > 3 and name.startswith(lower))]
+    near = sorted(near, key=len) or difflib.get_close_matches(lower, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {names[near[0]]!r}?" if near else ""

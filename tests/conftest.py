@@ -224,7 +224,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
         if (
             code == 0
             and words
-            and not {"--help", "--version", "completion"} & set(words)
+            and not {"help", "--help", "--version", "completion"} & set(words)
             and "".join(words).isprintable()
         ):
             read_next(out)

@@ -61,7 +61,8 @@ def test_help_of_a_command_fits_and_has_examples_that_parse(
 def test_overview_names_every_command_once(command: Command) -> None:
     code, out, err = command()
     assert (code, err) == (0, "")
-    assert command("--help") == (0, out, "")
+    assert command("--help") == command("help") == (0, out, "")
+    assert command("help", "train") == command("train", "--help")
     named = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and line[2] != " "]
     assert sorted(named) == sorted(PARSERS)
 
@@ -70,6 +71,12 @@ def test_overview_names_every_command_once(command: Command) -> None:
 MEANT = [
     ("trian p", "'train'"),
     ("--verison", "--version"),
+    ("import w.h5", "'import-weights'"),
+    ("evaluate s", "'report'"),
+    ("report s --out r --heatmaps 3", "which score has"),
+    ("score b images --out s", "'images'; pass it after --manifest, --images or --prepared"),
+    ("score b --out s", "--images"),
+    ("train p --out r --set backbone=Tinycnn", "'TinyCNN'"),
     ("score --modle b", "--bundle"),
     ("report s --label m", "did you mean --manifest?"),
     ("score --image i", "--images"),

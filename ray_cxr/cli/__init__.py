@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ray_cxr
 from ray_cxr import errors, limits
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = _build_parser()
         arguments = parser.parse_args(argv)
         words = list(sys.argv[1:] if argv is None else argv)
-        arguments.words = parser.commands.choices[arguments.command].use_new_names(words) if arguments.command else words
+        arguments.words = (
+            parser.commands.choices[arguments.command].use_new_names(words) if arguments.command else words
+        )
         command = f"ray-cxr {arguments.command or ''}".rstrip()
         _check_working_directory(getattr(arguments, "out", ""))
         arguments.run(arguments)
@@ -88,6 +91,11 @@ class _Program(CommandParser):
 
     commands: argparse._SubParsersAction[CommandParser]
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse all arguments; `help` and `help COMMAND` mean `--help`."""
+        words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args([*words[1:2], "--help"] if words[:1] == ["help"] else words, namespace)
+
     def format_help(self) -> str:
         lines = ["usage: ray-cxr COMMAND [options], or ray-cxr --version", "", wrap(str(self.description))]
         for title, names in _GROUPS.items():
@@ -121,6 +129,8 @@ def _build_parser() -> _Program:
         ["bash > ~/.local/share/bash-completion/completions/ray-cxr", "fish > ~/.config/fish/completions/ray-cxr.fish"],
     )
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL", help="bash, zsh or fish")
+    for command in commands.choices.values():
+        command.siblings = commands.choices
     return parser
 
 

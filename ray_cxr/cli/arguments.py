@@ -10,7 +10,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from ray_cxr import config, environment, errors, labels
@@ -18,6 +18,9 @@ from ray_cxr.cli.output import report_lost_output
 from ray_cxr.errors import ConfigError, one_line
 from ray_cxr.storage import remote
 from ray_cxr.storage.paths import redact
+
+#: Words for commands that other programs use.
+_SAME = {"evaluate": "report", "eval": "report", "predict": "score", "infer": "score"}
 
 _Settings = TypeVar("_Settings", bound=config.Settings)
 _Number = TypeVar("_Number", int, float)
@@ -34,7 +37,10 @@ class CommandParser(argparse.ArgumentParser):
         self.sections: Sequence[str] = ()
         #: What the command does, without a full stop.
         self.summary = ""
+        #: All commands, this one too: an unknown option may belong to another one.
+        self.siblings: Mapping[str, CommandParser] = {}
         self._inputs: list[tuple[argparse.Action, argparse.Action]] = []
+        self._choices: list[argparse._MutuallyExclusiveGroup] = []
 
     def add_input(self, *names: str, metavar: str, dest: str, text: str, nargs: str | None = None) -> None:
         """Add an argument that is passed by its place, or by one of its names."""
@@ -44,6 +50,11 @@ class CommandParser(argparse.ArgumentParser):
             help=f"another way to pass {metavar}",
         )  # fmt: skip
         self._inputs.append((place, named))
+
+    def add_choice(self) -> argparse._MutuallyExclusiveGroup:
+        """Add a group of options one of which must be passed."""
+        self._choices.append(self.add_mutually_exclusive_group())
+        return self._choices[-1]
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse all arguments; refuse an unknown one before a missing one, which is often its consequence."""
@@ -62,17 +73,23 @@ class CommandParser(argparse.ArgumentParser):
         found, rest = super().parse_known_args(words, namespace)
         if rest and rest[0].startswith("-"):
             self._refuse_option(*rest[:2])
+        names = [[str(action.option_strings[0]) for action in group._group_actions] for group in self._choices]
+        passed = [any(getattr(found, action.dest) for action in group._group_actions) for group in self._choices]
+        missing = next((options for options, is_passed in zip(names, passed, strict=True) if not is_passed), None)
+        if rest and missing:
+            self.error(f"unexpected argument {rest[0]!r}; pass it after {', '.join(missing[:-1])} or {missing[-1]}")
         elif rest:
             self.error(f"unexpected argument {rest[0]!r}")
+        elif missing:
+            self.error(f"one of the arguments {' '.join(missing)} is required")
         return found, []
 
     def format_help(self) -> str:
         """Return the help, with a usage line that leaves the options to their list."""
-        groups = [group for group in self._mutually_exclusive_groups if group.required]
         places = [(str(action.metavar), action.nargs) for action in self._get_positional_actions()]
         parts = [f"{name} [{name} ...]" if nargs else name for name, nargs in places]
         parts += [_show(action) for action in self._actions if action.option_strings and action.required]
-        parts += [f"({' | '.join(map(_show, group._group_actions))})" for group in groups]
+        parts += [f"({' | '.join(map(_show, group._group_actions))})" for group in self._choices]
         self.usage = wrap(" ".join(["usage:", self.prog, *parts, "[options]"]), " " * 9, "").removeprefix("usage: ")
         return super().format_help()
 
@@ -114,6 +131,9 @@ class CommandParser(argparse.ArgumentParser):
         near = difflib.get_close_matches(plain, options, n=1, cutoff=0.9)
         if not near and plain in settings:
             near = [plain]
+        others = [name for name, parser in self.siblings.items() if not near and plain in parser._options()]
+        if others:
+            self.error(f"unknown option {option}, which {' and '.join(others)} {'have' if others[1:] else 'has'}")
         near = near or [name for name in options if len(plain) > 3 and name.startswith(plain)]
         near = near or difflib.get_close_matches(plain, [*options, *settings], n=1)
         if near and near[0] in settings:
@@ -135,6 +155,7 @@ class CommandParser(argparse.ArgumentParser):
         names = [str(choice) for choice in action.choices]
         near = labels.suggest(str(value), names) or f"; use {', '.join(names)}"
         if action.dest == "command":
+            near = f"; did you mean {_SAME[value]!r}?" if value in _SAME else near
             self._stop(f"unknown command {value!r}{near}")
         self._stop(f"{'/'.join(action.option_strings) or action.metavar}: unknown value {value!r}{near}")
 

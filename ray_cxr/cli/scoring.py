@@ -30,7 +30,7 @@ def add_commands(commands: Any) -> None:
     )
     score.add_input("--bundle", "--model", metavar="BUNDLE", dest="model", text="model, such as RUN/bundle of train")
     score.add_argument("--out", required=True, type=any_path, metavar="SCORES", help="folder to write")
-    source = score.add_mutually_exclusive_group(required=True)
+    source = score.add_choice()
     source.add_argument("--manifest", type=any_path, metavar="M.parquet", help="score the images of a manifest")
     images_help = "score all images below a folder or URI"
     source.add_argument("--images", type=any_address, metavar="DIR_OR_URI", help=images_help)
