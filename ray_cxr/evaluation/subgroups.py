@@ -169,11 +169,11 @@ class Comparisons:
         if not self.made:
             return "all subgroups have too few patients to be compared" if self.small else "no subgroups to compare"
         chance = f"about {self.expected_by_chance:.0f}" if self.expected_by_chance >= 1.0 else "less than one"
-        small = f" ({self.small:,} more: too few patients to count)" if self.small else ""
+        small = f"; {self.small:,} more have too few patients to count" if self.small else ""
         return (
             f"the interval of {self.exclude_zero:,} of {self.made:,} {differences} excludes 0; without any true "
-            f"difference {chance} would, because one 95% interval in twenty does "
-            f"(more at high AUROC with few patients){small}"
+            f"difference {chance} would, because one 95% interval in twenty does, and more at high AUROC with few "
+            f"patients{small}"
         )
 
 

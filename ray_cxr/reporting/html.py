@@ -21,6 +21,9 @@ from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.reporting import cards, cases, plots
 from ray_cxr.reporting.plots import Drawing
 
+#: A wider interval of a calibration slope, whose ideal is 1, is not shown.
+_WIDEST_SLOPE = 20.0
+
 
 def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
     """Fill a template of this folder with the variables of `view`."""
@@ -57,6 +60,7 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
         has_boxes=cards.has_boxes,
         labels_of=cases.describe_labels,
     )
+    environment.tests["wide_slope"] = has_wide_slope
     return environment.get_template(template).render(view)
 
 
@@ -82,6 +86,11 @@ def format_metric(value: float | None, metric: Metric) -> str:
 
 def format_percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{format_number(100 * value, digits)}%"
+
+
+def has_wide_slope(result: Mapping[str, Any]) -> bool:
+    """Return whether the interval of a calibration slope is too wide to say anything; the ideal slope is 1."""
+    return result["slope_low"] is not None and result["slope_high"] - result["slope_low"] > _WIDEST_SLOPE
 
 
 def format_ranges(ranges: Sequence[tuple[float, float]]) -> str:
