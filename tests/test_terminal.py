@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,16 @@ def test_next_command_finds_the_model_of_scores_made_in_another_folder(tmp_path:
     next_step.suggest_after_report(argparse.Namespace(**given))
     model = Path(shlex.split(capsys.readouterr().out)[3])
     assert model.resolve() == tmp_path / "project" / "run"
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_log_lines_are_folded_on_a_terminal_only(is_live: bool, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(output, "is_live", lambda: is_live)
+    record = logging.makeLogRecord({"msg": "WARNING: %s", "args": ("word " * 40 + "end",)})
+    lines = output.LogFormatter("%(message)s").format(record).splitlines()
+    assert len(lines) == (3 if is_live else 1)
+    assert not is_live or max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize("columns", [None, "80"])

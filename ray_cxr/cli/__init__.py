@@ -15,7 +15,7 @@ from ray_cxr import errors, limits
 from ray_cxr.cli import bundles, data, reports, scoring, training
 from ray_cxr.cli.arguments import PATH_TYPES, CommandParser, add_command, local_output, wrap
 from ray_cxr.cli.next_step import JOB_FOLDER, hide_next, print_next
-from ray_cxr.cli.output import print_line, report_lost_output
+from ray_cxr.cli.output import LogFormatter, print_line, report_lost_output
 from ray_cxr.errors import EXIT_INTERRUPTED, RayCxrError, one_line
 from ray_cxr.storage import remote
 
@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # TensorFlow's C++ code reads this on import.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(LogFormatter("%(message)s"))
+        logging.basicConfig(level=logging.WARNING, handlers=[handler])
         logging.getLogger("ray_cxr").setLevel(logging.INFO)
         parser = _build_parser()
         arguments = parser.parse_args(argv)

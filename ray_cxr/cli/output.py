@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -14,16 +15,29 @@ from rich.table import Table
 
 from ray_cxr import environment
 from ray_cxr.errors import ConfigError
+from ray_cxr.progress import is_live
 
 _UNLIMITED = 10_000
 
 
 def print_line(text: str) -> None:
     """Print a line, on a terminal folded between words; a command to copy stays one line."""
+    environment.write_output(_fold(text) if sys.stdout.isatty() and not text.startswith(("next: ", "$ ")) else text)
+
+
+class LogFormatter(logging.Formatter):
+    """Formats the lines of a log; on a terminal they are folded between words."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return _fold(text) if is_live() else text
+
+
+def _fold(text: str) -> str:
     columns = shutil.get_terminal_size().columns
-    if sys.stdout.isatty() and len(text) > columns and "\n" not in text and not text.startswith(("next: ", "$ ")):
-        text = textwrap.fill(text, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    environment.write_output(text)
+    if len(text) <= columns or "\n" in text:
+        return text
+    return textwrap.fill(text, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def report_lost_output(command: str) -> int:
