@@ -55,8 +55,6 @@ logger = logging.getLogger(__name__)
 BATCH_SIZE = {False: 4, True: 64}
 #: Settings that run.json has in its entry `heatmaps`.
 _DRAWING_SETTINGS = {"heatmap_method", "heatmap_pixels", "heatmap_images"}
-#: Names of start-up stages in the log that differ from the keys in run.json.
-_STAGES = {"network": "model", "first pictures": "first images"}
 
 StartRay = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -191,8 +189,7 @@ def _score_ranges(
             report.scored_now += result.images
             if result.first_at and not report.start_up:
                 report.start_up = _split_start_up(result, times)
-                total, *stages = (f"{_STAGES.get(key, key)} {s:.0f}" for key, s in report.start_up.items())
-                logger.info("seconds to the first scored image: %s (%s)", total, ", ".join(stages))
+                logger.debug("seconds to the first scored image: %s", report.start_up)
     # A lost worker can have written files that no result reported.
     new = ranges.list_parts(folder) - written
     report.scored_now = max(report.scored_now, sum(range_.rows for range_ in plan.ranges if range_.index in new))
