@@ -43,7 +43,10 @@ class PatientCount:
         return self.name("patient")
 
     def name(self, noun: str, rest: str = " ({})") -> str:
-        """Format the number with a noun; `rest` frames the images without an id."""
+        """Format the number with a noun, such as `519 patients (3 images without a patient id)`.
+
+        `rest` frames the images without an id.
+        """
         if self.number is None:
             return f"{pluralize(noun)} unknown"
         without = rest.format(f"{count_of(self.without_id, 'image')} without a {noun} id") if self.without_id else ""
