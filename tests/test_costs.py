@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tarfile
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from ray_cxr import session
+from ray_cxr import costs, session
 from ray_cxr.config import InputSpec, PrepareSettings, ScoreSettings
 from ray_cxr.data.prepare_cost import estimate_prepare
 from ray_cxr.imaging.sample import decode_sample
@@ -144,3 +145,9 @@ def test_images_are_sampled_from_archives_and_failures_counted(phantoms: Any, tm
     )
     assert (len(sample.images), sample.failed) == (1, 1)
     assert decode_sample(pa.chunked_array([pa.array([], pa.string())]), [InputSpec(size=64)]).count == 0
+
+
+def test_cpus_are_counted_where_a_process_has_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert costs.count_cpus() == os.cpu_count()
+    assert costs.count_cpus(3) == 3
