@@ -16,6 +16,7 @@ from ray_cxr.reporting import curve_figures, decision_figures, forest_figures, i
 from ray_cxr.reporting.cases import Band
 from ray_cxr.reporting.evaluation_set import EvaluationSet
 from ray_cxr.reporting.forest_figures import ForestColumn, ForestRow
+from ray_cxr.reporting.html import format_group, format_percent
 from ray_cxr.reporting.measures import EvaluationResult, MeanResult
 from ray_cxr.reporting.plots import Estimate
 from ray_cxr.reporting.result import ReportResult
@@ -146,7 +147,7 @@ def _draw_subgroups(found: Subgroups, macro: MeanResult) -> dict[str, Figure]:
     rows = []
     for group in groups:
         means = (Estimate.of(group.shared.auroc), Estimate.of(group.shared.sensitivity))
-        rows.append(ForestRow(ATTRIBUTES[group.attribute], group.value, group.n, means, group.small))
+        rows.append(ForestRow(ATTRIBUTES[group.attribute], format_group(group.value), group.n, means, group.small))
     # The overall mean is comparable only if it averages the same findings as the groups' means.
     averaged = [set(group.shared.auroc.findings) for group in groups if group.shared.auroc.findings]
     overall = macro.auroc.value if all(findings == set(macro.findings) for findings in averaged) else None
@@ -167,7 +168,7 @@ def _draw_subgroups(found: Subgroups, macro: MeanResult) -> dict[str, Figure]:
             Estimate.of(pair.get(quantity), "difference") for quantity in ("auroc", "sensitivity", "specificity")
         )
         is_small = any(difference.small for difference in pair.values())
-        label = f"{value} minus {reference}"
+        label = f"{format_group(value)} minus {format_group(reference)}"
         rows.append(ForestRow(ATTRIBUTES[attribute], label, sizes[value], changes, is_small))
     if rows:
         names = ("macro AUROC", "mean sensitivity", "mean specificity")
@@ -183,11 +184,12 @@ def _draw_underdiagnosis(found: Underdiagnosis) -> Figure | None:
     for group in (group for group in found.groups if not group.crossing):
         rates = [group.rates[key] for key in keys]
         estimates = tuple(Estimate.of(rate) for rate in rates)
-        n, small = sum(rate.n for rate in rates), any(rate.small for rate in rates)
-        rows.append(ForestRow(ATTRIBUTES[group.attribute], group.value, n, estimates, small))
+        small = any(rate.small for rate in rates)
+        rows.append(ForestRow(ATTRIBUTES[group.attribute], format_group(group.value), rates[0].n, estimates, small))
     columns = []
     for key, name in zip(keys, ("underdiagnosis: finding, no flag", "overdiagnosis: no finding, flag"), strict=True):
         overall = Estimate.of(found.overall[key])
-        label = "" if overall is None else f"all images {overall.value:.3f}"
-        columns.append(ForestColumn(name, None if overall is None else overall.value, label))
-    return forest_figures.plot_subgroups(rows, columns) if any(any(row.estimates) for row in rows) else None
+        label = "" if overall is None else f"all images {format_percent(overall.value)}"
+        columns.append(ForestColumn(name, None if overall is None else overall.value, label, percent=1))
+    drawn = any(any(row.estimates) for row in rows)
+    return forest_figures.plot_subgroups(rows, columns, counted="images counted") if drawn else None

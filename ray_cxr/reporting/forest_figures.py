@@ -52,6 +52,7 @@ class ForestColumn:
     reference: float | None = None
     reference_name: str = ""
     signed: bool = False
+    percent: int | None = None  # digits after the point
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,10 @@ def plot_subgroups(rows: Sequence[ForestRow], columns: Sequence[ForestColumn], c
         for row in (row for row in rows if row.attribute == attribute):
             row_at_line[len(lines)] = row
             pairs = zip(row.estimates, columns, strict=True)
-            values = tuple(value.format(signed=column.signed) if value else "undefined" for value, column in pairs)
+            values = tuple(
+                value.format(signed=column.signed, percent=column.percent) if value else "undefined"
+                for value, column in pairs
+            )
             lines.append(_Line((f"   {row.label}", f"{row.n:,}"), values, GREY if row.small else INK))
     legend: list[Artist] = [plots.create_marker_entry("value with 95% interval", BLUE, "o")]
     if any(row.small for row in rows):
@@ -98,6 +102,8 @@ def plot_subgroups(rows: Sequence[ForestRow], columns: Sequence[ForestColumn], c
     figure, axes = _draw_forest(lines, ("", counted), [column.name for column in columns], legend, width=width)
     for index, (ax, column) in enumerate(zip(axes, columns, strict=True)):
         _set_limits(ax, [(row.estimates[index], row.small) for row in rows], column.reference)
+        if column.percent is not None:
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:z.3g}%"))
         if column.reference is not None:
             ax.axvline(column.reference, color=VERMILION, linewidth=1.3, linestyle=plots.DASHED, zorder=1)
             low, high = ax.get_xlim()
@@ -211,7 +217,7 @@ def plot_localisation(found: Localisation) -> Figure:
     rates = {threshold: values for threshold, values in rates.items() if any(values)}
     hits = [Estimate.of(row.hit_rate) for _, row in rows]
     lines = [
-        _Line((format_finding(name), f"{row.n:,}"), (hit.format(percent=True) if hit else "undefined", ""))
+        _Line((format_finding(name), f"{row.n:,}"), (hit.format(percent=0) if hit else "undefined", ""))
         for (name, row), hit in zip(rows, hits, strict=True)
     ]
     titles = ["hit rate: the map peaks in the box", "share of cases whose region and boxes overlap"]

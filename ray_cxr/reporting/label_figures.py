@@ -55,7 +55,7 @@ def plot_cooccurrence(counts: np.ndarray, findings: Sequence[str], n: int) -> Fi
     left, high = 0.25 + max(lengths), 0.45 + max(lengths) * math.sin(slope)
     ends = [(column + 0.8) * cell + length * math.cos(slope) for column, length in enumerate(lengths)]
     wide = max(left + max(cell * size + 1.1, *ends), 4.5)
-    figure, box = plots.create_sheet(wide, high + cell * size + 0.45)
+    figure, box = plots.create_sheet(wide, high + cell * size + 0.6)
     ax = figure.add_axes(box(left, high, cell * size, cell * size))
     # One colour of growing opacity, so that the cells suit light and dark pages.
     colours = LinearSegmentedColormap.from_list("cells", [(*_CELL, 0.0), (*_CELL, 1.0)])
@@ -69,7 +69,7 @@ def plot_cooccurrence(counts: np.ndarray, findings: Sequence[str], n: int) -> Fi
         # From this opacity on, white has the higher contrast on a light page.
         colour = _WHITE if off[row, column] and share / most > 0.62 else INK
         text = f"{counts[row, column]:,}\n{plots.format_share(share) if diagonal or totals[row] else '–'}"
-        style: dict[str, Any] = {"fontsize": 6.6, "linespacing": 1.2, "fontweight": "bold" if diagonal else "normal"}
+        style: dict[str, Any] = {"fontsize": 8, "linespacing": 1.15, "fontweight": "bold" if diagonal else "normal"}
         ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, **style)
     middles = np.arange(size) + 0.5
     ax.set_yticks(middles, names, fontsize=8.5)
@@ -87,5 +87,7 @@ def plot_cooccurrence(counts: np.ndarray, findings: Sequence[str], n: int) -> Fi
     bar.outline.set_visible(False)
     caption = f"Share of the images with the row's finding that also have the column's. Diagonal: of all {n:,} images."
     x, y, _, _ = box(0.12, figure.get_figheight() - 0.08, 0, 0)
-    figure.text(x, y, textwrap.fill(caption, int(wide * 15)), fontsize=plots.SMALL_TEXT, color=MUTED)
+    # Short lines, which a phone shows without scrolling.
+    style = {"fontsize": plots.SMALL_TEXT, "color": MUTED, "va": "bottom"}
+    figure.text(x, y, textwrap.fill(caption, min(52, int(wide * 15))), **style)
     return figure

@@ -63,13 +63,13 @@ class Estimate:
         value = getattr(result, name, None)
         return None if value is None else cls(value, result.low, result.high)
 
-    def format(self, *, signed: bool = False, percent: bool = False) -> str:
-        """Return `0.812 (0.790–0.831)`; signed `+0.012 (−0.003 to +0.027)`; in percent `81% (79–83%)`.
+    def format(self, *, signed: bool = False, percent: int | None = None) -> str:
+        """Return `0.812 (0.790–0.831)`; signed `+0.012 (−0.003 to +0.027)`; in percent with 0 digits `81% (79–83%)`.
 
         Zero has no sign.
         """
         sign = "+" if signed else ""
-        spec, scale, unit = (f"{sign}z.0f", 100, "%") if percent else (f"{sign}z.3f", 1, "")
+        spec, scale, unit = (f"{sign}z.3f", 1, "") if percent is None else (f"{sign}z.{percent}f", 100, "%")
         known = (number for number in (self.value, self.low, self.high) if number is not None)
         texts = (f"{scale * number:{spec}}" for number in known)
         value, *bounds = (text.replace("-", "−") if float(text) else text.lstrip("+") for text in texts)

@@ -292,7 +292,7 @@ def test_heat_maps_show_labels_flags_and_reasons(drawn: dict[str, Figure]) -> No
     shapes = [image.get_array().shape for ax in figure.axes for image in ax.images]
     assert sorted(shapes) == [(1, 64, 3), (40, 32), (40, 32), (40, 32, 3), (40, 32, 3)]
     text = all_text(figure).replace("\n", " ")
-    for words in ("Mass p 0.91, threshold 0.50", "Edema no 0.30 0.20 yes", "Hernia yes < 0.01 – –", "a.png"):
+    for words in ("Mass p 0.910, threshold 0.500", "Edema no 0.300 0.200 yes", "Hernia yes 0.001 – –", "a.png"):
         assert words in text
     for reason in ("no heat map: not among the highest", "cannot be shown: truncated"):
         assert reason in text
