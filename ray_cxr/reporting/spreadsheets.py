@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting.evaluation_set import EvaluationSet, Population
 from ray_cxr.reporting.scores import Scores
 
@@ -37,6 +38,12 @@ def _to_cells(values: Sequence[str | None] | np.ndarray) -> list[str]:
     return list(np.where(missing, "", texts).tolist())
 
 
+def _list_flagged(images: Scores) -> list[str]:
+    """Return the flagged findings of each image, as in worklist.csv."""
+    names = [finding for finding in images.flags if finding != NO_FINDING]
+    return ["|".join(f for f in names if images.flags[f][row] == 1) for row in range(len(images.ids))]
+
+
 def format_scores(table: Scores, population: Population) -> str:
     """Return scores.csv: one row per image of a report, failed or not, in the order of the score table."""
     rows = population.listed
@@ -49,6 +56,7 @@ def format_scores(table: Scores, population: Population) -> str:
         "error_code": images.codes.tolist(),
         "quality_flag": images.quality_flags.tolist(),
         "top_finding": images.top_findings.tolist(),
+        "flagged": _list_flagged(images),
         "abnormality": images.abnormality,
         "priority": images.priority,
         **{f"p_{finding}": values for finding, values in images.p.items()},

@@ -19,6 +19,7 @@ from score_archive import Archive, Report, report, without_drawing
 
 from ray_cxr import cli
 from ray_cxr.imaging.overlays import WHOLE, HeatMap
+from ray_cxr.labels import FINDINGS
 from ray_cxr.reporting import worklist_page
 from ray_cxr.reporting.scores import read_scores
 from ray_cxr.reporting.worklist import build_worklist
@@ -160,6 +161,9 @@ def test_a_report_on_a_split_holds_the_images_of_that_split(archive: Archive, tm
     assert np.float32(first["p_Effusion"]) == archive.p["Effusion"][i]
     assert first["flag_Effusion"] == str(int(archive.p["Effusion"][i] >= archive.threshold))
     assert first["label_Effusion"] == str(archive.y["Effusion"][i])
+    for row in rows:
+        flagged = {name for name in FINDINGS if row.get(f"flag_{name}") == "1"}
+        assert set(filter(None, row["flagged"].split("|"))) == flagged
     assert (first["status"], failed["status"], failed["error_code"]) == ("ok", "error", "missing")
     assert (failed["p_Effusion"], failed["c_Effusion"], failed["flag_Effusion"]) == ("", "", "")
     assert failed["label_Effusion"] == str(archive.y["Effusion"][listed[-1]])
