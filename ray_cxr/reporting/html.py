@@ -45,7 +45,7 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
         patients=format_patients,
         headings=list_headings,
         duration=format_duration,
-        setting=format_setting,
+        setting=_format_page_setting,
         md=escape_markdown,
         sentence=capitalise,
         spaced=plots.format_finding,
@@ -135,6 +135,10 @@ def format_setting(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(format_setting(item) for item in value) + "]"
     return str(value)
+
+
+def _format_page_setting(value: Any) -> str:
+    return re.sub(r"(?<=\de)-|^-(?=\d)", "−", format_setting(value))
 
 
 def capitalise(text: str) -> str:

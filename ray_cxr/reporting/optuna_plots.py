@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -251,6 +252,10 @@ def _draw_slices(study: optuna.Study, objectives: Sequence[Objective], names: li
         figure = optuna.visualization.plot_slice(study, row, target=objective.target, target_name=objective.name)
         # Only powers of ten: in a narrow plot the ticks between them overlap.
         figure.for_each_xaxis(lambda axis: axis.update(dtick=1, exponentformat="e"), selector={"type": "log"})
+        for trace in figure.data:
+            if trace.x and all(type(x) is int for x in trace.x):
+                step = _choose_step(max(trace.x) - min(trace.x))
+                figure.update_layout({(trace.xaxis or "x").replace("x", "xaxis"): {"dtick": step}})
         return figure
 
     reason = _explain_missing(study, 2, names)
@@ -360,6 +365,8 @@ def _encode(
     )
     # Escaped, so that no text can close the element that contains it.
     text = htmlsafe_json_dumps(figure, dumps=plotly.io.to_json, validate=False, engine="json")
+    # Optuna shows a categorical value as in Python, in quotes.
+    text = Markup(re.sub(r'"\\u0027((?:(?!\\u0027)[^"])*)\\u0027"', r'"\1"', str(text)))
     return OptunaPlot(text, None, height, width, has_fixed_colours)
 
 

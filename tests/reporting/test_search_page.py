@@ -373,3 +373,13 @@ def test_missing_values_are_none_and_a_dash_in_the_page() -> None:
 def test_a_searched_field_may_be_named_like_a_column(tmp_path: Path) -> None:
     page = write_page(Search(["finished"] * 3, space={**SPACE, "epochs": IntDistribution(4, 8)}), tmp_path / "out")
     assert ", zoom, epochs." in page.text
+
+
+def test_plots_show_categorical_values_without_pythons_quotes(tmp_path: Path) -> None:
+    write_page(Search(mixed(20)), tmp_path / "out", with_figures=True)
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    plots = re.findall(r'<script type="application/json">(.*?)</script>', text, re.DOTALL)
+    traces = [trace for plot in plots for trace in json.loads(plot)["data"]]
+    shown = {x for trace in traces for x in trace.get("x") or () if isinstance(x, str)}
+    assert {"adam", "sgd"} <= shown
+    assert not any(x.startswith("'") for x in shown)
