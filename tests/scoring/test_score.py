@@ -314,9 +314,10 @@ def test_refused_run_changes_nothing(copy, manifest, tiny_bundle, tmp_path: Path
     for bad, word in (
         (["--gpu"], "Ray has no GPU"),
         (["--set", "cpus_per_actor=64"], "cpus_per_actor=64"),
-        (["--manifest", tmp_path / "none.parquet"], "none.parquet"),
     ):
         assert_refused(command(*arguments(tiny_bundle, manifest, copy, "--fresh", *bad)), word)
+    missing = tmp_path / "none.parquet"
+    assert_refused(command(*arguments(tiny_bundle, missing, copy, "--fresh")), "none.parquet")
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.cluster, "require_shared", Mock(side_effect=OutputError("not shared")))
         for folder, more in ((copy, ["--fresh"]), (tmp_path / "new", ["--precision", "auto"])):
