@@ -37,7 +37,8 @@ _FEWER = "fewer than"
 class Warned:
     """A warning: its kind, the findings it is about, one sentence, what to do about it, and the reasons.
 
-    Kinds are `no_threshold`, `flags_most`, `most_images_flagged`, `few_patients` and `training_images`.
+    Kinds are `no_threshold`, `flags_most`, `most_images_flagged`, `few_patients`, `training_images` and
+    `no_boxes`.
     """
 
     kind: str
