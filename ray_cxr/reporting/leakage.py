@@ -81,13 +81,14 @@ def check_leakage(
     """
     found = compare_training(table, rows, patients)
     if split not in _KNOWN and (found.shared_images or found.shared_patients):
-        remedy = (
-            "Use a manifest whose test split excludes them"
-            if split == "test"
-            else "Leave them out, or evaluate a split that they are not in"
-            if split
-            else "Add `--manifest M.parquet` with `--split test`, or use a table that excludes them"
-        )
+        remedies = {
+            "test": "Use a manifest whose test split excludes them",
+            None: "Add `--manifest M.parquet` with `--split test`, or use a table that excludes them",
+        }
+        remedy = remedies.get(split, "Leave them out")
+        if not found.shared_images:
+            # Two hospitals that number their patients from 1 have the same ids for different patients.
+            remedy += "; if these are other people with the same ids, add a prefix to your ids"
         raise LeakError(
             f"{table.source}: {found.shared_images:,} images and {found.shared_patients:,} patients of {population} "
             f"trained this model. {remedy} (`--split train` or `--split val` evaluates training images as such)."
