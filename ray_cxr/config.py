@@ -61,7 +61,7 @@ class InputSpec(Settings):
 
     def __str__(self) -> str:
         """Return the form that error messages show."""
-        return f"size={self.size} aspect={self.aspect} interpolation={self.interpolation}"
+        return f"size={self.size} aspect={self.aspect!r} interpolation={self.interpolation!r}"
 
     @model_serializer(mode="wrap")
     def _leave_out_no_tiles(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

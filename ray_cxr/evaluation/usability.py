@@ -37,7 +37,7 @@ _FEWER = "fewer than"
 class Warned:
     """A warning: its kind, the findings it is about, one sentence, what to do about it, and the reasons.
 
-    Kinds are `no_threshold`, `flags_most`, `most_images_flagged`, `few_patients`, `training_images` and
+    Kinds are `no_threshold`, `flags_most`, `most_images_flagged`, `chance`, `few_patients`, `training_images` and
     `no_boxes`.
     """
 
@@ -111,8 +111,8 @@ def warn_of_missing(points: Sequence[FittedPoint]) -> list[Warned]:
     images = any(point.reason and point.reason.startswith(_FEWER) for point in missing)
     rules = any(point.reason and not point.reason.startswith(_FEWER) for point in missing)
     remedies = (
+        "another rule, by `ray-cxr recalibrate` with labels and `--set operating_point=youden`" if rules else "",
         f"more validation images with {'it' if one else 'them'}" if images else "",
-        "another rule (operating_point)" if rules else "",
     )
     advice = f"An image without a flag may have {'it' if one else 'them'}."
     if images or rules:
@@ -159,6 +159,33 @@ def warn_of_flags(flags: Mapping[str, np.ndarray], rule: str | None = None) -> l
     text = f"{share} are flagged{for_most}: the worklist is not a selection."
     findings = tuple(finding for finding in counts if counts[finding] > MANY * judged)
     return [Warned("most_images_flagged", text, _advise_on_flags(rule, flagged / judged), findings)]
+
+
+def warn_of_chance(
+    flags: Mapping[str, np.ndarray], aurocs: Mapping[str, tuple[float | None, float | None, float | None]], where: str
+) -> list[Warned]:
+    """Warn of findings with flags whose AUROC is not shown to be better than chance.
+
+    Args:
+        flags: per finding, int8 [n], 1, 0, or -1 without a threshold or score.
+        aurocs: per finding, the AUROC and the ends of its 95% interval; None where unknown.
+        where: names the images of the AUROC, such as `these images`.
+    """
+    found = {finding: values for finding, values in flags.items() if finding != NO_FINDING}
+    flagged = int((flag_any(found, len(next(iter(found.values()), np.zeros(0)))) == 1).sum())
+    counts = {finding: int((values == 1).sum()) for finding, values in found.items()}
+    named, parts = [], []
+    for finding in sorted(counts, key=lambda name: -counts[name]):
+        value, low, high = aurocs.get(finding, (None, None, None))
+        if counts[finding] and value is not None and low is not None and high is not None and low <= 0.5:
+            named.append(finding)
+            share = f"{counts[finding]:,} of {count_of(flagged, 'flagged image')}"
+            parts.append(f"{_name(finding)} ({share}): AUROC {value:.3f} ({low:.3f}–{high:.3f})")
+    if not named:
+        return []
+    more = f", and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+    text = f"Flags that are not shown to be better than chance, on {where}: {', '.join(parts[:_NAMED])}{more}."
+    return [Warned("chance", text, findings=tuple(named))]
 
 
 def flag_any(flags: Mapping[str, np.ndarray], n: int) -> np.ndarray:

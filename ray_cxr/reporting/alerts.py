@@ -126,9 +126,30 @@ def list_warnings(table: Scores, population: Population, evaluation: EvaluationR
     flags = {finding: table.flags[finding][population.rows] for finding in findings}
     rule = _name_rule(table.operating_points, findings)
     warnings = usability.warn_of_flags(flags, None if rule in (_UNKNOWN, _SEVERAL) else rule)
+    warnings += usability.warn_of_chance(flags, *_list_aurocs(table, evaluation))
     warnings += usability.warn_of_model({**table.model, "findings": table.findings}) if table.is_own else []
     reason = evaluation.macro.headline_reason if evaluation else None
     return [*warnings, *([usability.warn_of_headline(reason)] if reason else [])]
+
+
+def _list_aurocs(
+    table: Scores, evaluation: EvaluationResult | None
+) -> tuple[dict[str, tuple[float | None, float | None, float | None]], str]:
+    """Return AUROC and interval per finding: of the report's images, or without labels of the model's validation.
+
+    Findings with few patients are left out.
+    """
+    least = usability.HEADLINE_PATIENTS
+    if evaluation is not None:
+        enough = {name: found for name, found in evaluation.findings.items() if found.fewest_patients >= least}
+        shown = {finding: found.auroc.shown for finding, found in enough.items()}
+        return {finding: (auroc.value, auroc.low, auroc.high) for finding, auroc in shown.items()}, "these images"
+    cells = ((table.model.get("provenance") or {}).get("evaluation") or {}).get("findings") or {}
+    keys = ("auroc", "auroc_low", "auroc_high")
+    patients = ("positive_patients", "negative_patients")
+    known = {name: cell for name, cell in cells.items() if min(cell.get(key) or 0 for key in patients) >= least}
+    found = {finding: tuple(cell.get(key) for key in keys) for finding, cell in known.items()}
+    return {finding: (one[0], one[1], one[2]) for finding, one in found.items()}, "its validation images"
 
 
 def note_missed_findings(found: Alerts) -> list[str]:

@@ -100,8 +100,19 @@ def _summarize_worklist(worklist: Worklist) -> tuple[list[str], list[str]]:
     if flagged[-1] == len(flagged):
         reach = f"{rows}: the first of the worklist."
         return [f"{first} {reach}"], [reach]
-    last = f"{rows}; the last of them is row {flagged[-1]:,}"
-    return [f"{first} {last}."], [f"{last}, because the order follows the priority, not the flags."]
+    last = f"{rows}; the last of them is row {flagged[-1]:,}."
+    ignored = [
+        line["flagged"] for line in worklist.lines if line["flagged"] and line["flagged"] == line["flagged_unranked"]
+    ]
+    if ignored:
+        names = dict.fromkeys(name for names in ignored for name in names.split("|"))
+        last += f" The order ignores {_list_findings(names)}, for which alone {len(ignored):,} of them are flagged."
+    placed = (
+        " Rows with such flags stand no lower than the median of the rows with other flags, or first if there are none."
+        if ignored
+        else ""
+    )
+    return [f"{first} {last}"], [f"{last}{placed}"]
 
 
 def _summarize_validation(model: Mapping[str, Any]) -> str:
@@ -120,9 +131,11 @@ def _summarize_validation(model: Mapping[str, Any]) -> str:
     interval = ""
     if found.get("value") == macro and found.get("low") is not None:
         interval = f"95% interval {found['low']:.3f} to {found['high']:.3f}; "
+    is_chance = macro <= 0.5 or (bool(interval) and found["low"] <= 0.5)
+    limit = "this is not shown to be better than chance" if is_chance else "expect less on new ones"
     return (
         f"{start}. On {images} the model reached a macro AUROC of {macro:.3f} ({interval}chance is 0.5). These images "
-        "also chose the model, so expect less on new ones."
+        f"also chose the model, {'and' if is_chance else 'so'} {limit}."
     )
 
 
@@ -149,6 +162,10 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> tuple[list[str], list
         shown = {f: findings[f].auroc.shown for f in ranked}
         known = {f: (a.low, a.high) for f, a in shown.items() if a.low is not None and a.high is not None}
         chance = [f for f, (low, high) in known.items() if low <= 0.5 <= high]
+        if macro.headline_reason is None and len(chance) > len(ranked) / 2:
+            sentences.append(
+                f"{len(chance)} of {count_of(len(ranked), 'finding')} are not distinguishable from chance."
+            )
         if chance:
             remarks.append(f"Not distinguishable from chance: {_list_findings(chance)}.")
         inverted = [f for f in ranked if aurocs[f] == 0.0 or (f in known and known[f][1] < 0.5)]
@@ -227,7 +244,7 @@ def _summarize_underdiagnosis(found: Underdiagnosis) -> list[str]:
     measured = "" if len(found.findings) > _NAMED else f" ({_list_findings(found.findings)})"
     images = count_of(found.overall["underdiagnosis"].n, "image")
     of_images = f"of the {images} with a finding that can be flagged{measured}"
-    sentence = f"Underdiagnosis: {all_images} {of_images} have no flag."
+    sentence = f"Underdiagnosis: {all_images} {of_images} have no flag of any finding."
     corrected = (
         f"{count_of(found.tested, 'comparison')} of groups with at least {CLAIM_PATIENTS} patients with a finding"
     )

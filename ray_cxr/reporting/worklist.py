@@ -53,7 +53,8 @@ def build_worklist(table: Scores) -> Worklist:
     """List the studies of a score table.
 
     Flags of findings without calibration do not raise the priority. So a study that has one stands at least where the
-    median of the studies with other flags stands, or first if there are none. `flagged_unranked` names the findings.
+    median of the studies with other flags stands, or first if there are none; such studies keep the order of their own
+    priority. `flagged_unranked` names the findings.
     """
     codes, places = sort_studies(table)
     n_studies, every = len(places), np.arange(len(codes))
@@ -105,7 +106,11 @@ def sort_studies(table: Scores) -> tuple[np.ndarray, np.ndarray]:
         (unranked if finding in left_out else others)[codes[table.flags[finding] == 1]] = True
     others &= ~unranked & ~np.isnan(urgency)
     floor = float(np.median(urgency[others])) if others.any() else np.inf
-    return codes, _to_sort_values(np.where(unranked, np.fmax(urgency, floor), urgency))
+    lifted = _to_sort_values(np.where(unranked, np.fmax(urgency, floor), urgency))
+    # Studies that are lifted to the same place keep the order of their own urgency.
+    own = _to_sort_values(urgency)
+    _, places = np.unique(np.column_stack([lifted, own]), axis=0, return_inverse=True)
+    return codes, np.where(np.isinf(lifted) & np.isinf(own), np.inf, places.reshape(-1).astype(float))
 
 
 def _list_flagged(table: Scores) -> tuple[list[str], tuple[str, ...]]:

@@ -75,6 +75,16 @@ def test_most_images_flagged() -> None:
         assert advice in usability.warn_of_flags(flags, rule)[0].advice
 
 
+def test_flags_that_are_no_better_than_chance_are_named() -> None:
+    flags = {"Mass": np.array([1, 1, 0, 0]), "Edema": np.array([0, 0, 1, -1]), "Hernia": np.array([0, 0, 0, 0])}
+    known = {"Mass": (0.6, 0.45, 0.75), "Edema": (0.9, 0.8, 0.95), "Hernia": (0.4, 0.3, 0.5)}
+    (warning,) = usability.warn_of_chance(flags, known, "these images")
+    assert (warning.kind, warning.findings) == ("chance", ("Mass",))
+    assert "2 of 3 flagged images" in warning.text
+    assert usability.warn_of_chance(flags, {"Mass": (None, None, None)}, "these images") == []
+    assert usability.warn_of_chance({}, known, "these images") == []
+
+
 def test_a_headline_needs_patients_in_half_of_the_findings() -> None:
     assert usability.explain_headline([]) is None
     assert usability.explain_headline([5, 5, 4, 4]) is None

@@ -85,7 +85,7 @@ def test_reading_order_is_that_of_the_studies(evaluated: Report) -> None:
 
 
 def test_reading_order_is_that_of_the_worklist(tmp_path: Path) -> None:
-    """Studies flagged for Effusion alone, which has no calibration, are moved up and share their mean position."""
+    """Studies flagged for Effusion alone, which has no calibration, are moved up and keep their own order."""
     archive = Archive(tmp_path)
     table = pq.read_table(f"{archive.scores()}/scores").drop_columns(["c_Effusion", "priority"])
     pq.write_table(table, tmp_path / "other.parquet")
@@ -95,14 +95,15 @@ def test_reading_order_is_that_of_the_worklist(tmp_path: Path) -> None:
     value = np.array([float(line["priority"]) for line in lines])
     moved = np.array([line["flagged_unranked"] != "" for line in lines])
     others = np.array([line["flagged"] != "" for line in lines]) & ~moved
-    value = np.where(moved, np.maximum(value, np.median(value[others])), value)
+    own, value = value, np.where(moved, np.maximum(value, np.median(value[others])), value)
     assert (value[moved] == np.median(value[others])).sum() > 5
     rows = [archive.ids.index(line["image_id"]) for line in lines]
     studies = [(archive.patient[row], archive.study[row] or row) for row in rows]
     effusion = {(archive.patient[i], archive.study[i] or i) for i in np.flatnonzero(archive.y["Effusion"] * archive.ok)}
     with_effusion = np.array([study in effusion for study in studies])
     evaluated = archive.tested[rows]
-    position = (rankdata(-value[evaluated]) - 0.5) / evaluated.sum()
+    _, places = np.unique(np.column_stack([-value, -own]), axis=0, return_inverse=True)
+    position = (rankdata(places.reshape(-1)[evaluated]) - 0.5) / evaluated.sum()
     order = found.metrics["reading_order"]
     assert order["studies"] == evaluated.sum()
     assert order["findings"]["Effusion"]["value"] == pytest.approx(position[with_effusion[evaluated]].mean())

@@ -87,6 +87,14 @@ def test_a_flag_of_a_finding_without_calibration_is_not_last(tmp_path: Path) -> 
     assert "Hernia" in table.ranking.notes[0]
 
 
+def test_studies_that_such_flags_lift_keep_their_own_order(tmp_path: Path) -> None:
+    """Images b to e have only a flag of Hernia and stand behind a; among them the most abnormal comes first."""
+    flags = {"flag_Mass": [True, *[False] * 5], "flag_Hernia": [False, *[True] * 4, False]}
+    c = {"c_Mass": [0.9, 0.1, 0.4, 0.2, 0.3, 0.5], "c_Hernia": pa.nulls(6, pa.float32())}
+    table = read(tmp_path, p_Mass=[0.5] * 6, p_Hernia=[0.9] * 6, **c, **flags)
+    assert [line["image_id"] for line in build_worklist(table).lines] == [*"acedbf"]
+
+
 def test_uncalibrated_tables_say_so(tmp_path: Path) -> None:
     run = {"ranking": {"weights": {"Mass": 1.0}}}
     table = read(tmp_path, run, p_Mass=[0.4], c_Mass=[None], abnormality=[0.4], priority=[0.4], top_finding=["Mass"])
