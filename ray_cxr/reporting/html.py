@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ray_cxr.evaluation.metrics import Metric
 from ray_cxr.imaging.demographics import PatientCount, count_of
@@ -47,6 +47,7 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
         duration=format_duration,
         setting=_format_page_setting,
         md=escape_markdown,
+        code=format_code,
         sentence=capitalise,
         spaced=plots.format_finding,
         drawing=format_drawing,
@@ -144,6 +145,11 @@ def _format_page_setting(value: Any) -> str:
 def capitalise(text: str) -> str:
     """Capitalise the first letter and keep the rest, such as names, unchanged."""
     return text[:1].upper() + text[1:]
+
+
+def format_code(text: str) -> Markup:
+    """Return a text as HTML, with what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def escape_markdown(text: str) -> str:
