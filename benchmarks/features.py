@@ -80,10 +80,10 @@ def write_folder(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         logits = (values - 1.0) @ weights * 2 + rng.logistic(size=(len(values), len(FINDINGS)))
         truth[rows] = logits > np.quantile(logits, 1 - np.array(PREVALENCE), axis=0).diagonal()
         name = f"part-{start // PART:05d}.parquet"
-        begun = time.monotonic()
+        started = time.monotonic()
         chosen = pa.array(ids[rows])
         features.write_features(folder / features.FEATURES / name, chosen, values, np.zeros(len(values), bool), {})
-        seconds += time.monotonic() - begun
+        seconds += time.monotonic() - started
         pq.write_table(pa.table({"image_id": chosen, "patient_id": patients[rows]}), folder / "scores" / name)
     settings = {"kind": "score", "features": True, "model_digest": bundle.digest}
     (folder / "settings.json").write_text(json.dumps(settings))
@@ -100,9 +100,9 @@ def write_folder(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def run_probe(command: list[str]) -> dict[str, Any]:
     """Run `ray-cxr probe`; return its seconds and largest resident set."""
     log("probe ...")
-    begun = time.monotonic()
+    started = time.monotonic()
     subprocess.run([sys.executable, "-m", "ray_cxr.cli", *command], check=True, stdout=subprocess.DEVNULL)
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - started
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     return {"probe, s": seconds, "probe, memory, MB": memory}
 
@@ -111,21 +111,21 @@ def compare_search(folder: Path) -> dict[str, Any]:
     """Time a search for the nearest images, ours and scikit-learn's in turns; raise ValueError if they disagree."""
     from sklearn.neighbors import NearestNeighbors
 
-    begun = time.monotonic()
+    started = time.monotonic()
     loaded = features.load_features(folder)
-    load = time.monotonic() - begun
+    load = time.monotonic() - started
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     loaded.find_nearest(loaded.image_ids[0], NEAREST)  # converts the vectors
     wide = loaded.vectors.astype(np.float32)
     rival = NearestNeighbors(n_neighbors=NEAREST, metric="cosine", algorithm="brute").fit(wide)
     ours, theirs = [], []
     for query in np.linspace(0, len(loaded) - 1, QUERIES).astype(int):
-        begun = time.monotonic()
+        started = time.monotonic()
         nearest = loaded.find_nearest(loaded.vectors[query], NEAREST)
-        ours.append(time.monotonic() - begun)
-        begun = time.monotonic()
+        ours.append(time.monotonic() - started)
+        started = time.monotonic()
         distances, _ = rival.kneighbors(wide[query : query + 1])
-        theirs.append(time.monotonic() - begun)
+        theirs.append(time.monotonic() - started)
         if not np.allclose(1 - distances[0], nearest["similarity"], atol=1e-3):
             raise ValueError(f"image {query}: the nearest images of scikit-learn have other similarities")
     one, two = statistics.median(ours), statistics.median(theirs)

@@ -49,15 +49,7 @@ def add_commands(commands: Any) -> None:
     )
     recalibrate.add_input("--bundle", metavar="BUNDLE", dest="bundle", text=bundle_help)
     recalibrate.add_argument("scores", type=any_path, metavar="SCORES", help="folder from score with this BUNDLE")
-    recalibrate.add_argument(
-        "--manifest",
-        "--labels",
-        dest="labels",
-        required=True,
-        type=any_path,
-        metavar="M.parquet",
-        help="manifest with the labels",
-    )
+    _add_labels(recalibrate)
     recalibrate.add_argument("--out", required=True, type=any_path, metavar="BUNDLE2", help="bundle to write")
     add_settings(recalibrate, "recalibrate")
 
@@ -69,15 +61,7 @@ def add_commands(commands: Any) -> None:
         ["scores --manifest m.parquet --out probe", "scores --manifest m.parquet --out probe2 --set folds=10"],
     )
     probe.add_argument("scores", type=any_path, metavar="SCORES", help="folder from score --features")
-    probe.add_argument(
-        "--manifest",
-        "--labels",
-        dest="labels",
-        required=True,
-        type=any_path,
-        metavar="M.parquet",
-        help="manifest with the labels",
-    )
+    _add_labels(probe)
     probe.add_argument("--out", required=True, type=any_path, metavar="BUNDLE2", help="bundle to write")
     probe.add_argument("--bundle", type=any_path, metavar="BUNDLE", help="model that wrote SCORES, if it has moved")
     add_settings(probe, "probe")
@@ -135,6 +119,11 @@ def add_commands(commands: Any) -> None:
     )
     importer.add_argument("--input-layout", choices=("nchw", "nhwc"), help="axes of an ONNX file's input")
     importer.add_argument("--logits", action="store_true", help="the outputs of an ONNX file need a sigmoid")
+
+
+def _add_labels(parser: argparse.ArgumentParser) -> None:
+    options: dict[str, Any] = {"type": any_path, "metavar": "M.parquet", "help": "manifest with the labels"}
+    parser.add_argument("--manifest", "--labels", dest="labels", required=True, **options)
 
 
 def _quantize(arguments: argparse.Namespace) -> None:

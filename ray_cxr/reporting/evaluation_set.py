@@ -125,7 +125,7 @@ def _describe_split(split: str | None, info: Mapping[str, Any]) -> str:
     if split is None:
         return "all labelled images of any split"
     if split == EXTERNAL:
-        return "external images: all labelled images, whatever split their tables name"
+        return "external images: all labelled images, of any split in their tables"
     kinds = {
         "official": f"official {split} split",
         "patient": f"{split} split of a random patient split, seed {info.get('seed')}",
