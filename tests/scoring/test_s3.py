@@ -86,7 +86,10 @@ def test_resume_refusals_and_fresh_in_a_bucket(bucket, tiny_bundle, manifest: Pa
 
 @pytest.mark.long
 @pytest.mark.usefixtures("without_ray")
-def test_report_of_scores_in_a_bucket(bucket, tiny_bundle, manifest: Path, tmp_path: Path, command) -> None:
+def test_report_of_scores_in_a_bucket(
+    bucket, tiny_bundle, manifest: Path, tmp_path: Path, command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")  # metrics.json states when it was written
     given = arguments(tiny_bundle, manifest, bucket("far/scores"), "--heatmaps", 1, "--limit", 24)
     assert_done(command(*given, "--max-error-rate", 1))
     for name in names_in(bucket, "far/scores"):
