@@ -16,7 +16,7 @@ exactly if the interval excludes 0.
     differs       it does not, and it excludes 0
     large         it lies outside of this range, and the share is more than twice or less than half the expected one, or
                   the index at least 0.25
-    inconclusive  neither: the images are too few to tell
+    inconclusive  neither: the images are too few to decide
     unknown       not testable; the reason is given
 
 A verdict states that the data differ, not how, and not that the model is wrong.
@@ -233,7 +233,7 @@ class Drift:
                 listed = [f"{_WORDS[verdict]} {_list(names, len(judged))}" for verdict, names in named.items() if names]
                 parts.append(f"{kind}s: {untested}{', '.join(listed)}")
         if any(row.verdict == INCONCLUSIVE for row in (*self.flags, *self.scores, *self.quality)):
-            parts.append("inconclusive: too few images to tell")
+            parts.append("inconclusive: too few images to decide")
         return ". ".join(part[0].upper() + part[1:] for part in parts) + "."
 
     def to_json(self) -> dict[str, Any]:

@@ -215,7 +215,7 @@ def explain_headline(counts: Sequence[int], unit: str = "patients") -> str | Non
     """Explain why a mean AUROC is no headline, or return None if it is.
 
     Args:
-        counts: for each averaged finding, the number of patients with it or of those without it, whichever is less.
+        counts: for each averaged finding, the smaller of the numbers of patients with it and without it.
         unit: what is counted.
     """
     few = sum(count < HEADLINE_PATIENTS for count in counts)

@@ -55,7 +55,7 @@ _NO_FINDINGS = (
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What a file of weights does not tell. None: as the file's metadata says, else the default in brackets."""
+    """Facts that a file of weights lacks. None: as the file's metadata says, else the default in brackets."""
 
     outputs: tuple[str, ...] | None = None  # findings or `-`, in the file's order; no default
     normalization: str | None = None  # keras, imagenet, torchxrayvision or MEAN,STD (keras; imagenet for PyTorch files)
@@ -134,7 +134,7 @@ def import_weights(path: str | Path, out: str | Path, *, backbone: str, options:
 
 
 class _Facts(Settings):
-    """What a `.safetensors` file tells of its model, as JSON texts in its metadata."""
+    """Facts about the model in the metadata of a `.safetensors` file, as JSON texts."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
 

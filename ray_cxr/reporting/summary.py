@@ -126,7 +126,7 @@ def _summarize_validation(model: Mapping[str, Any]) -> str:
     images = f"its {count_of(max(row['n'] for row in rows.values()), 'validation image')}"
     reason = usability.explain_validation(rows)
     if reason is not None:
-        return f"{start}, and {images} are too few to tell how good the model is: {reason}."
+        return f"{start}, and {images} are too few to judge how good the model is: {reason}."
     found = ((provenance.get("evaluation") or {}).get("means") or {}).get("auroc") or {}
     interval = ""
     if found.get("value") == macro and found.get("low") is not None:
@@ -232,7 +232,7 @@ def _summarize_comparators(result: ReportResult) -> dict[str, list[str]]:
         sections["flags"] = [f"Drift from {baseline}. {measured.summary}"]
         verdicts = {row.verdict for row in (*measured.flags, *measured.scores, *measured.quality)} - {UNKNOWN}
         if verdicts == {INCONCLUSIVE}:
-            sections["flags"] = [f"Drift from {baseline}: too few images to tell."]
+            sections["flags"] = [f"Drift from {baseline}: too few images to decide."]
     return sections
 
 
