@@ -6,7 +6,17 @@ from importlib.util import find_spec
 
 from ray_cxr.errors import ConfigError
 
-EXTRAS = {"highdicom": "dicom-sr", "nncf": "int8", "plotly": "plots", "cmaes": "cmaes", "tf2onnx": "onnx"}
+EXTRAS = {
+    "highdicom": "dicom-sr",
+    "nncf": "int8",
+    "plotly": "plots",
+    "cmaes": "cmaes",
+    "tf2onnx": "onnx",
+    "dicomweb_client": "pacs",
+    "pynetdicom": "pacs",
+    "starlette": "review",
+    "uvicorn": "review",
+}
 
 
 def is_installed(package: str) -> bool:
