@@ -1,6 +1,7 @@
 """Settings: frozen, validated, and read from a TOML file with a section per command.
 
     [ray]      where Ray runs
+    [pacs]     how a PACS is reached
     [prepare]  [train]  [tune]  [score]  [quantize]  [recalibrate]  [probe]
 
 An unknown key is an error that suggests the nearest known one. `--set key=value` changes a key of the command's own
@@ -82,6 +83,48 @@ class RaySettings(Settings):
     on_head: bool | None = Field(
         None, description="whether a cluster's head decodes, trains and scores; null: only if no other node has a CPU"
     )
+
+
+class PacsSettings(Settings):
+    """How a PACS is reached over DICOMweb. Secrets are in files, never in settings; this holds only the paths."""
+
+    host: str | None = Field(
+        None,
+        description="the only host, as HOST or HOST:PORT, that may be reached; required with token_file or "
+        "client_certificate, so that no address in a table can obtain them; null: any host",
+    )
+    credentials: str | None = Field(
+        None, description="file of mode 600 with lines `machine HOST login USER password PASSWORD`; null: no password"
+    )
+    token_file: str | None = Field(
+        None, description="file of mode 600 with a bearer token, read again when the PACS refuses the token"
+    )
+    client_certificate: str | None = Field(None, description="PEM file with the client's certificate for TLS")
+    client_key: str | None = Field(
+        None, description="PEM file of mode 600 with its key, not encrypted; null: in client_certificate"
+    )
+    ca_file: str | None = Field(
+        None, description="PEM file with the authorities that sign the PACS's certificate; null: the public ones"
+    )
+    parallel: int = Field(4, ge=1, le=256, description="requests at the same time, over the whole cluster")
+    per_second: float = Field(20.0, gt=0.0, le=10_000.0, description="requests per second, over the whole cluster")
+    timeout_s: float = Field(
+        60.0, gt=0.0, le=86_400, description="one request with its whole transfer; also of a server that sends slowly"
+    )
+    attempts: int = Field(
+        5, ge=1, le=20, description="for busy servers (429, 500, 502, 503, 504), broken connections and time-outs"
+    )
+    page: int = Field(500, ge=1, le=10_000, description="instances per page of a listing (QIDO-RS)")
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.credentials and self.token_file:
+            raise ValueError("credentials, token_file: set one of them")
+        if self.client_key and not self.client_certificate:
+            raise ValueError("client_key: set client_certificate too")
+        if self.host is None and (self.token_file or self.client_certificate):
+            raise ValueError("host: required with token_file or client_certificate; such as pacs.example.org")
+        return self
 
 
 #: Rules for operating points that take a target, as in `npv=0.99`; `youden` takes none.
@@ -411,6 +454,7 @@ class Config(Settings):
     """All sections."""
 
     ray: RaySettings = RaySettings()
+    pacs: PacsSettings = PacsSettings()
     prepare: PrepareSettings = PrepareSettings()
     train: TrainSettings = TrainSettings()
     tune: TuneSettings = TuneSettings()

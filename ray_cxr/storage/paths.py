@@ -47,6 +47,11 @@ def is_uri(path: str) -> bool:
     return _URI.match(path) is not None
 
 
+def is_dicomweb(path: str) -> bool:
+    """Whether a path is an address of a PACS, such as `dicomweb+https://host/dicom-web/studies/...`."""
+    return path[:9].lower() == "dicomweb+"
+
+
 def format_suffixes(left_out: dict[str, int]) -> str:
     """Return counts by suffix as text: `12 .txt, 3 without suffix, 7 others`. Suffixes of images are always named."""
     counts = Counter(left_out).most_common()
