@@ -116,16 +116,6 @@ class PacsSettings(Settings):
     )
     page: int = Field(500, ge=1, le=10_000, description="instances per page of a listing (QIDO-RS)")
 
-    @model_validator(mode="after")
-    def _together(self) -> Self:
-        if self.credentials and self.token_file:
-            raise ValueError("credentials, token_file: set one of them")
-        if self.client_key and not self.client_certificate:
-            raise ValueError("client_key: set client_certificate too")
-        if self.host is None and (self.token_file or self.client_certificate):
-            raise ValueError("host: required with token_file or client_certificate; such as pacs.example.org")
-        return self
-
 
 #: Rules for operating points that take a target, as in `npv=0.99`; `youden` takes none.
 TARGET_RULES = ("any_flag_rate", "flag_rate", "sensitivity", "specificity", "npv")
