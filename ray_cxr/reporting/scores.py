@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -197,8 +197,9 @@ class Location:
             raise InputError(f"{self.path}/{name}: not JSON; run score again") from None
         return value if isinstance(value, dict) else {}
 
-    def read_parquet(self, shown: str) -> pa.Table:
-        """Read the columns that reports use from one file or from all files below a folder."""
+    def read_parquet(self, shown: str, is_used: Callable[[str], bool] | None = None) -> pa.Table:
+        """Read columns, by default those that reports use, from one file or from all files below a folder."""
+        is_used = is_used or _is_used
         files = [self.path]
         if not self.is_file:
             entries = self.fs.get_file_info(pafs.FileSelector(self.path, recursive=True, allow_not_found=True))
@@ -211,7 +212,7 @@ class Location:
             try:
                 with self.fs.open_input_file(name) as stream:
                     file = pq.ParquetFile(stream, pre_buffer=True)
-                    return file.read(columns=[column for column in file.schema_arrow.names if _is_used(column)])
+                    return file.read(columns=[column for column in file.schema_arrow.names if is_used(column)])
             except (OSError, pa.ArrowInvalid):
                 address = shown + name.removeprefix(self.path)
                 raise TableError(_explain(address, "not a readable Parquet file")) from None

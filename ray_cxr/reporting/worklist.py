@@ -12,9 +12,6 @@ from ray_cxr.reporting.ranking import find_highest, group_studies
 from ray_cxr.reporting.scores import Scores
 from ray_cxr.reporting.spreadsheets import format_csv
 
-#: Columns that order studies of equal priority.
-_ORDER = ("patient_id", "study_id", "image_id")
-
 
 @dataclass(frozen=True, eq=False)
 class Worklist:
@@ -56,18 +53,13 @@ def build_worklist(table: Scores) -> Worklist:
     median of the studies with other flags stands, or first if there are none; such studies keep the order of their own
     priority. `flagged_unranked` names the findings.
     """
-    codes, places = sort_studies(table)
-    n_studies, every = len(places), np.arange(len(codes))
-    abnormality, priority, top = table.ranking.rank_groups(codes, n_studies, every, table.priority)
-    images = _to_sort_values(table.ranking.order_groups(every, len(every), every, table.priority))
-    studies: list[list[int]] = [[] for _ in range(n_studies)]
-    for row, code in enumerate(codes):
-        studies[code].append(row)
+    codes, studies, order = order_studies(table)
+    n_studies = len(studies)
+    abnormality, priority, top = table.ranking.rank_groups(codes, n_studies, np.arange(len(codes)), table.priority)
     names, unranked = _list_flagged(table)
     lines = []
     for study, rows in enumerate(studies):
-        best = min(rows, key=lambda row: (images[row], table.ids[row]))
-        rows.sort(key=lambda row: row != best)
+        best = rows[0]
         flagged = [f for f in names if any(table.flags[f][row] == 1 for row in rows)]
         line = {
             "top_finding": (table.top_findings[best] if table.ranking.weights is None else top[study]) or "",
@@ -82,7 +74,6 @@ def build_worklist(table: Scores) -> Worklist:
             "quality_flags": _join(table.quality_flags[row] for row in rows),
         }
         lines.append(line)
-    order = sorted(range(n_studies), key=lambda study: (places[study], *(lines[study][key] for key in _ORDER)))
     return Worklist(
         lines=[lines[study] for study in order],
         rows=[studies[study] for study in order],
@@ -91,6 +82,31 @@ def build_worklist(table: Scores) -> Worklist:
         p={finding: find_highest(p, codes, n_studies)[order] for finding, p in table.p.items()},
         c={finding: find_highest(c, codes, n_studies)[order] for finding, c in table.c.items()},
     )
+
+
+def order_studies(table: Scores) -> tuple[np.ndarray, list[list[int]], list[int]]:
+    """Return the order of the worklist.
+
+    Returns:
+        The study of each row, int64 [n]; the rows of each study, the one with the highest priority first; and the
+        studies, the one to read first at the front.
+    """
+    codes, places = sort_studies(table)
+    every = np.arange(len(codes))
+    images = _to_sort_values(table.ranking.order_groups(every, len(every), every, table.priority))
+    studies: list[list[int]] = [[] for _ in range(len(places))]
+    for row, code in enumerate(codes):
+        studies[code].append(row)
+    for rows in studies:
+        best = min(rows, key=lambda row: (images[row], table.ids[row]))
+        rows.sort(key=lambda row: row != best)
+
+    def sort_key(study: int) -> tuple[float, str, str, str]:
+        # Studies of equal priority are ordered by their ids.
+        row = studies[study][0]
+        return places[study], table.patients[row] or "", table.studies[row] or "", table.ids[row]
+
+    return codes, studies, sorted(range(len(studies)), key=sort_key)
 
 
 def sort_studies(table: Scores) -> tuple[np.ndarray, np.ndarray]:
