@@ -37,6 +37,8 @@ KIND = "score"
 #: Version of the score table. Until 2, priority was the highest rank relative to the operating point.
 FORMAT = 3
 REMEDY = "use --fresh to start over, or choose another --out"
+#: Values of settings that settings.json may lack.
+_DEFAULTS = {"tta": 1, "prepared": None, "features": False}
 
 
 @dataclass(frozen=True)
@@ -161,39 +163,68 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
     bundle = load_bundle(request.model)
     drawing = None if request.heatmaps is None else heatmaps.make_request(bundle, settings, request.heatmaps)
     started_with = {} if request.fresh else run_folder.read_settings(out)
+    key = _read_key(settings.pseudonym_key)
+    source = _open_source(request, bundle, out, started_with)
+    wanted = _make_settings(request, bundle, source, started_with, key)
+    is_old = _check_folder(request, out, wanted, started_with)
+    units = plan_units(source.rows.paths.slice(0, wanted["rows"]), settings.rows_per_file)
+    written = set() if request.fresh else list_parts(out / SCORES)
+    if wanted.get("features"):
+        written &= list_parts(out / FEATURES)
+    tasks = _list_tasks(request, out, units, written)
+    to_draw = _list_drawings(request, out, units, drawing)
+    if is_old and (tasks or to_draw):
+        raise OutputError(_explain_old(out, started_with))
+    first_image = first_location(source.rows.paths) if source.prepared is None else source.prepared.path
+    return ScorePlan(
+        request, bundle, out, source.rows, units, written, tasks, to_draw, first_image, wanted, drawing, key,
+        source.prepared,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The input of a run: its rows, and what settings.json records of where they come from."""
+
+    rows: inputs.InputRows
+    settings: dict[str, Any]
+    prepared: PreparedSource | None = None
+
+
+def _open_source(request: ScoreRequest, bundle: Bundle, out: Path, started_with: Mapping[str, Any]) -> _Source:
+    """Read the manifest, list the images, or open the prepared set; a listing is frozen at the first run."""
+    if request.prepared is not None:
+        return _open_prepared(request.prepared, bundle)
+    if request.manifest is not None:
+        return _Source(inputs.read_manifest(request.manifest), {"images": None})
+    images = make_absolute(str(request.images))
+    if started_with.get("images") == images and (out / INPUT).exists():
+        # The run continues with the images that it started with, even if the folder has changed.
+        return _Source(inputs.read_manifest(out / INPUT), {"images": images})
+    return _Source(inputs.list_folder(str(request.images)), {"images": images})
+
+
+def _make_settings(
+    request: ScoreRequest, bundle: Bundle, source: _Source, started_with: Mapping[str, Any], key: bytes | None
+) -> dict[str, Any]:
+    """Return the contents of settings.json, which a later run in the same folder must match."""
+    settings = request.settings
     requested = settings.precision
     if requested == "auto" and started_with.get("precision") in TOLERANCE:
         # A run continues on any machine with the precision that it started with.
         requested = started_with["precision"]
-    precision = choose_precision(bundle.info, requested, gpu=request.use_gpu)
-    key = _read_key(settings.pseudonym_key)
-    images = None if request.images is None else make_absolute(request.images)
-    data = None if request.prepared is None else _open_prepared(request.prepared, bundle)
-    scan = None if data is None else data.scan()
-    if data is not None and scan is not None:
-        if not scan.has_details:
-            raise ConfigError(
-                f"{request.prepared}: prepared by an earlier version, which did not keep what DICOM headers say; run "
-                "`ray-cxr prepare` again into another folder"
-            )
-        rows = inputs.read_prepared(data, scan)
-    elif request.manifest is not None:
-        rows = inputs.read_manifest(request.manifest)
-    elif started_with.get("images") == images and (out / INPUT).exists():
-        # The run continues with the images that it started with, even if the folder has changed.
-        rows = inputs.read_manifest(out / INPUT)
-    else:
-        rows = inputs.list_folder(str(request.images))
-    n_rows = min(len(rows), request.limit or len(rows))
+    n_rows = min(len(source.rows), request.limit or len(source.rows))
     if not n_rows:
         raise ConfigError(f"score: {request.origin}: holds no rows to score")
-    wanted: dict[str, Any] = {
+    weights = bundle.rules.ranked.list_weights(settings.weights)
+    if weights and not any(weights.values()):
+        raise ConfigError("score.weights: every finding of this bundle has the weight 0; give one a positive weight")
+    return {
         "kind": KIND,
         "format": FORMAT,
         "model_digest": bundle.digest,
-        "precision": precision,
-        "images": images,
-        "input_digest": rows.digest,
+        "precision": choose_precision(bundle.info, requested, gpu=request.use_gpu),
+        "input_digest": source.rows.digest,
         "rows": n_rows,
         "rows_per_file": settings.rows_per_file,
         "max_pixels": settings.max_pixels,
@@ -201,16 +232,18 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
         "pseudonyms": None if key is None else make_pseudonym(key, "ray_cxr"),
         # Left out without copies, so that folders of earlier versions still match.
         **({"tta": settings.tta} if settings.tta > 1 else {}),
-        **({} if data is None else {"prepared": data.manifest_digest}),
+        **source.settings,
         # Of a run that wrote features, also if they are not requested again.
-        **({"features": True} if request.features or (started_with.get("features") and not request.fresh) else {}),
-        "weights": bundle.rules.ranked.list_weights(settings.weights),
+        **({"features": True} if request.features or started_with.get("features") else {}),
+        "weights": weights,
     }
-    if wanted["weights"] and not any(wanted["weights"].values()):
-        raise ConfigError("score.weights: every finding of this bundle has the weight 0; give one a positive weight")
+
+
+def _check_folder(request: ScoreRequest, out: Path, wanted: dict[str, Any], started_with: Mapping[str, Any]) -> bool:
+    """Refuse a folder of another run; return whether an older version finished it, whose settings `wanted` takes."""
     is_old = started_with.get("kind") == KIND and started_with.get("format") in range(FORMAT)
     if is_old:
-        if not run_folder.is_complete(out) or settings.weights:
+        if not run_folder.is_complete(out) or request.settings.weights:
             raise OutputError(_explain_old(out, started_with))
         # A finished folder of an older version stays as it is.
         wanted["format"] = started_with["format"]
@@ -218,32 +251,33 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
     if request.fresh:
         run_folder.refuse_foreign(out, KIND)
     else:
-        run_folder.check_run(out, wanted, remedy=REMEDY, defaults={"tta": 1, "prepared": None, "features": False})
-    units = plan_units(rows.paths.slice(0, n_rows), settings.rows_per_file)
-    written = set() if request.fresh else list_parts(out / SCORES)
-    if wanted.get("features"):
-        written &= list_parts(out / FEATURES)
-    indices = {range_.index for unit in units for range_ in unit.ranges}
-    to_draw = set() if drawing is None else indices
-    if drawing is not None and not request.fresh and run_folder.has_settings(out):
-        run = run_folder.digest_settings(out)
-        to_draw = heatmaps.find_pending(out, indices, run, drawing, retry=request.retry_errors)
-    tasks = make_tasks(units, indices - written, retry=False)
+        run_folder.check_run(out, wanted, remedy=REMEDY, defaults=_DEFAULTS)
+    return is_old
+
+
+def _list_tasks(request: ScoreRequest, out: Path, units: list[Unit], written: set[int]) -> list[ScoreTask]:
+    """Return the tasks for ranges without a file, and with --retry-errors for files with retryable errors."""
+    tasks = make_tasks(units, _list_indices(units) - written, retry=False)
     if request.retry_errors:
         errors = _count_retryable(out, sorted(written))
         tasks += make_tasks(units, {index for index, count in errors.items() if count}, retry=True)
-    if is_old and (tasks or to_draw):
-        raise OutputError(_explain_old(out, started_with))
-    source = None
-    if data is not None and scan is not None:
-        source = PreparedSource(remote.to_address(data.path), data.size, (0, *accumulate(scan.counts)))
-    first_image = first_location(rows.paths) if source is None else source.path
-    return ScorePlan(
-        request, bundle, out, rows, units, written, tasks, to_draw, first_image, wanted, drawing, key, source
-    )
+    return tasks
 
 
-def _open_prepared(path: str, bundle: Bundle) -> PreparedSet:
+def _list_drawings(request: ScoreRequest, out: Path, units: list[Unit], drawing: HeatMapRequest | None) -> set[int]:
+    """Return the ranges whose requested heat maps are missing, out of date or to be retried."""
+    indices = set() if drawing is None else _list_indices(units)
+    if drawing is None or request.fresh or not run_folder.has_settings(out):
+        return indices
+    run = run_folder.digest_settings(out)
+    return heatmaps.find_pending(out, indices, run, drawing, retry=request.retry_errors)
+
+
+def _list_indices(units: list[Unit]) -> set[int]:
+    return {range_.index for unit in units for range_ in unit.ranges}
+
+
+def _open_prepared(path: str, bundle: Bundle) -> _Source:
     """Open the prepared set of the model's input; refuse one that was resized in another way."""
     if bundle.input_spec.tiles:
         raise ConfigError(
@@ -253,7 +287,14 @@ def _open_prepared(path: str, bundle: Bundle) -> PreparedSet:
     data = PreparedSet(path, bundle.input_spec.size)
     if data.input_spec != bundle.input_spec:
         raise ConfigError(f"{path}: prepared with {data.input_spec}, but the bundle takes {bundle.input_spec}")
-    return data
+    scan = data.scan()
+    if not scan.has_details:
+        raise ConfigError(
+            f"{path}: prepared by an earlier version, which did not keep what DICOM headers say; run "
+            "`ray-cxr prepare` again into another folder"
+        )
+    source = PreparedSource(remote.to_address(data.path), data.size, (0, *accumulate(scan.counts)))
+    return _Source(inputs.read_prepared(data, scan), {"images": None, "prepared": data.manifest_digest}, source)
 
 
 def preview_run(plan: ScorePlan) -> ScoreReport:
