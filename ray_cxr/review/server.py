@@ -1,0 +1,86 @@
+"""Serve the pages on this machine only, until Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from ray_cxr import extras
+from ray_cxr.errors import ConfigError
+from ray_cxr.review.guard import Session
+from ray_cxr.review.index import read_index
+from ray_cxr.review.session import ReviewSession
+from ray_cxr.review.verdicts import VerdictLog
+
+HOST = "127.0.0.1"
+DEFAULT_PORT = 8000
+
+
+def open_socket(port: int | None) -> socket.socket:
+    """Return a listening socket on the loopback interface.
+
+    Args:
+        port: None for `DEFAULT_PORT`, or a free port if that is in use.
+
+    Raises:
+        ConfigError: the port was requested and cannot be used.
+    """
+    for wanted in (DEFAULT_PORT, 0) if port is None else (port,):
+        found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind((HOST, wanted))
+            found.listen(128)
+        except OSError as error:
+            found.close()
+            if port is None and error.errno in (errno.EADDRINUSE, errno.EACCES) and wanted:
+                continue
+            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+            raise ConfigError(f"--port {wanted}: {reason}; pass another port, or none for a free one") from None
+        return found
+    raise AssertionError  # port 0 is always free
+
+
+def serve(review: ReviewSession, listener: socket.socket, on_address: Callable[[str], None]) -> None:
+    """Serve a session on a listening socket until Ctrl-C or SIGTERM.
+
+    Args:
+        on_address: receives the address with a token, first and again after each login, for another browser.
+    """
+    extras.require("starlette", "review")
+    extras.require("uvicorn", "review")
+    import uvicorn
+
+    from ray_cxr.review.app import build_app
+
+    port = listener.getsockname()[1]
+
+    def announce(token: str) -> None:
+        on_address(f"http://{HOST}:{port}/?token={token}")
+
+    login = Session(announce)
+    config = uvicorn.Config(
+        build_app(review, login),
+        log_level=logging.WARNING,
+        access_log=False,  # addresses contain ids of patients
+        server_header=False,
+        lifespan="off",
+        ws="none",
+        http="h11",
+        timeout_graceful_shutdown=3,
+    )
+    announce(login.token)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def open_review(
+    scores: str | Path, reader: str, labels: str | Path | None = None, *, is_blind: bool = False
+) -> ReviewSession:
+    """Read a finished run and the reader's earlier verdicts."""
+    index = read_index(scores, labels, is_blind=is_blind)
+    return ReviewSession(index, VerdictLog(index.scores, reader), is_blind=is_blind)
