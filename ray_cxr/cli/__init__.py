@@ -25,7 +25,7 @@ _GROUPS = {
     "workflow, each step reads what the step before wrote": ("manifest", "prepare", "train", "score", "report"),
     "other ways to a bundle (the folder of a model)": ("tune", "import-weights"),
     "from bundles to a new bundle": ("recalibrate", "probe", "quantize", "ensemble"),
-    "reading by people": ("review",),
+    "reading by people": ("review", "reviews"),
     "exports": ("export-onnx", "export-sr"),
     "shell": ("completion",),
 }

@@ -193,8 +193,31 @@ def _match_values(columns: dict[str, np.ndarray], finding: str, value: str) -> n
     return np.asarray((rows == 0).any(axis=0) & ~(rows == 1).any(axis=0)) & (value == "no")
 
 
-def read_index(scores: str | Path, labels: str | Path | None = None, *, is_blind: bool = False) -> ReviewIndex:
+@dataclass(frozen=True)
+class Sample:
+    """A random sample of studies: with one seed, a larger sample contains a smaller one."""
+
+    size: int
+    seed: int = 0
+
+    def choose(self, table: Scores) -> np.ndarray:
+        """Return the rows of the sample, int64 [k]; studies without a readable image are not drawn."""
+        codes, rows_of, _ = order_studies(table)
+        names = {
+            study: min(table.ids[row] for row in rows) for study, rows in enumerate(rows_of) if table.ok[rows].any()
+        }
+        drawn = sorted(names, key=lambda study: _hash_id(f"{self.seed} {names[study]}"))[: self.size]
+        return np.flatnonzero(np.isin(codes, drawn))
+
+
+def read_index(
+    scores: str | Path, labels: str | Path | None = None, *, is_blind: bool = False, sample: Sample | None = None
+) -> ReviewIndex:
     """Read a finished SCORES folder, and the labels of a manifest.
+
+    Args:
+        is_blind: number the studies in an order that is independent of the model.
+        sample: only these studies.
 
     Raises:
         InputError: the run did not finish, or it is not a run of `score`.
@@ -205,6 +228,9 @@ def read_index(scores: str | Path, labels: str | Path | None = None, *, is_blind
     folder = remote.to_path(table.run_folder)
     location = Location.of(str(scores))
     details = (location.find_run() or location).child("scores").read_parquet(str(scores), lambda name: name in _DETAILS)
+    if sample is not None:
+        chosen = sample.choose(table)
+        table, details = table.select(chosen), details.take(pa.array(chosen))
     codes, rows_of, order = order_studies(table)
     if is_blind:
         rows_of = [sorted(rows, key=lambda row: table.ids[row]) for rows in rows_of]

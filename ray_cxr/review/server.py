@@ -12,7 +12,7 @@ from pathlib import Path
 from ray_cxr import extras
 from ray_cxr.errors import ConfigError
 from ray_cxr.review.guard import Session
-from ray_cxr.review.index import read_index
+from ray_cxr.review.index import Sample, read_index
 from ray_cxr.review.session import ReviewSession
 from ray_cxr.review.verdicts import VerdictLog
 
@@ -79,8 +79,15 @@ def serve(review: ReviewSession, listener: socket.socket, on_address: Callable[[
 
 
 def open_review(
-    scores: str | Path, reader: str, labels: str | Path | None = None, *, is_blind: bool = False
+    scores: str | Path,
+    reader: str,
+    labels: str | Path | None = None,
+    *,
+    is_blind: bool = False,
+    sample: Sample | None = None,
 ) -> ReviewSession:
-    """Read a finished run and the reader's earlier verdicts."""
-    index = read_index(scores, labels, is_blind=is_blind)
-    return ReviewSession(index, VerdictLog(index.scores, reader), is_blind=is_blind)
+    """Read a finished run and the reader's earlier verdicts; a sample is always read blind."""
+    is_blind = is_blind or sample is not None
+    index = read_index(scores, labels, is_blind=is_blind, sample=sample)
+    drawn = None if sample is None else f"{len(index):,} studies at random, seed {sample.seed}"
+    return ReviewSession(index, VerdictLog(index.scores, reader), is_blind=is_blind, sample=drawn)

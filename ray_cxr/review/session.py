@@ -75,11 +75,13 @@ class ReviewSession:
         index: the studies.
         findings: the findings to decide on, without `No_Finding`.
         is_blind: the model's output of an image is hidden until the reader has decided on every finding of it.
-        is_sample: the index holds a random sample.
+        sample: describes the random sample that the index holds; None for all studies.
     """
 
-    def __init__(self, index: ReviewIndex, log: VerdictLog, *, is_blind: bool = False, is_sample: bool = False) -> None:
-        self.index, self._log, self.is_blind, self.is_sample = index, log, is_blind, is_sample
+    def __init__(
+        self, index: ReviewIndex, log: VerdictLog, *, is_blind: bool = False, sample: str | None = None
+    ) -> None:
+        self.index, self._log, self.is_blind, self.sample = index, log, is_blind, sample
         self.findings = tuple(name for name in index.findings if name != NO_FINDING)
         self.reader = log.reader
         self._lock = threading.RLock()
@@ -184,7 +186,7 @@ class ReviewSession:
             present=present,
             flag=flag,
             blind=hidden,
-            sampled=self.is_sample,
+            sample=self.sample,
             heatmap=decision.heatmap and not hidden,
             labels=decision.labels,
             note=decision.note,

@@ -38,7 +38,7 @@ class Verdict:
         present: 1 or 0, whether the reader sees the finding; None for `unsure` and `undone`.
         flag: the model's flag, 1 or 0; None without an operating point.
         blind: the reader had not been shown the model's output for this image.
-        sampled: the session showed a random sample of the studies.
+        sample: the random sample that the session showed, as text; None for all studies.
         heatmap, labels: a heat map, or the labels of a table, were visible.
     """
 
@@ -53,7 +53,7 @@ class Verdict:
     present: int | None
     flag: int | None
     blind: bool
-    sampled: bool
+    sample: str | None
     heatmap: bool
     labels: bool
     note: str
