@@ -115,6 +115,9 @@ class PacsSettings(Settings):
         5, ge=1, le=20, description="for busy servers (429, 500, 502, 503, 504), broken connections and time-outs"
     )
     page: int = Field(500, ge=1, le=10_000, description="instances per page of a listing (QIDO-RS)")
+    captures: bool = Field(
+        False, description="also list Secondary Captures: scanned films, but also screenshots and stored heat maps"
+    )
 
 
 #: Rules for operating points that take a target, as in `npv=0.99`; `youden` takes none.

@@ -40,6 +40,8 @@ SCHEMA = pa.schema(
 #: Metadata entries: how the manifest was split, and which files of a listed folder are not images.
 SPLIT_KEY = b"ray_cxr.split"
 LISTING_KEY = b"ray_cxr.listing"
+#: A kind of objects that a listing of a PACS leaves out by default.
+CAPTURES = "Secondary Capture"
 SPLITS = ("train", "val", "test")
 #: Small row groups let a scoring task read its own rows only.
 _ROW_GROUP_SIZE = 8192
@@ -219,7 +221,8 @@ def listing_notes(table: pa.Table) -> list[str]:
     """Return sentences about the files that `manifest_of_images` left out; `[]` for other manifests."""
     try:
         notes = json.loads((table.schema.metadata or {}).get(LISTING_KEY, b"{}"))
-        return describe_listing(notes.get("left_out", {}), notes.get("unpacked", 0))
+        kinds = describe_kinds(notes["kinds"]) if notes.get("kinds") else []
+        return describe_listing(notes.get("left_out", {}), notes.get("unpacked", 0)) + kinds
     except (ValueError, AttributeError, TypeError):
         return []
 
@@ -233,6 +236,19 @@ def describe_listing(left_out: dict[str, int], unpacked: int) -> list[str]:
     if unpacked:
         lines.append(f"{unpacked:,} archive members left out because their files are also next to the archive")
     return lines
+
+
+def describe_kinds(kinds: Mapping[str, int]) -> list[str]:
+    """Return the objects of a PACS that are no radiographs, by kind, as sentences."""
+    lines = [f"instances left out because they are not radiographs: {format_counts(kinds)}"]
+    if CAPTURES in kinds:
+        lines.append(f"to include {CAPTURES}, for example scanned films, pass --set pacs.captures=true")
+    return lines
+
+
+def format_counts(counts: Mapping[str, int]) -> str:
+    """Return counts as text, the largest first: `12 SR, 3 PR`."""
+    return ", ".join(f"{count:,} {name}" for name, count in Counter(counts).most_common())
 
 
 def absolute_paths(listing: Listing) -> pa.ChunkedArray:

@@ -19,15 +19,16 @@ from ray_cxr.imaging.resize import square_pixels
 #: Modalities of radiographs (PS3.3, C.7.3.1.1.1); converted archives have OT, SC or none, some systems DR or XR.
 RADIOGRAPH_MODALITIES: frozenset[str] = frozenset({"CR", "DX", "RG", "DR", "XR", "OT", "SC", ""})
 
-# Codes of PS3.3 C.7.3.1.1.1 that a message may quote; other text could be a patient's name.
-_DEFINED_MODALITIES = """
+_CODES = """
     AR AU BDUS BI BMD CD CT CFM DF DG DM DOC DS ECG EPS ES EC FA FID FS GM HC HD IO IVOCT IVUS KER
     KO LEN LP LS MA MG MR MS NM OAM OCT OP OPM OPT OPTBSV OPTENF OPV OSS PLAN PR PT PX REG RESP RF
     RTDOSE RTIMAGE RTINTENT RTPLAN RTRAD RTRECORD RTSEGANN RTSTRUCT RWV SEG SM SMR SR SRF ST STAIN TG
     US VA VF XA XC
 """
+#: Codes of PS3.3 C.7.3.1.1.1 that a message may quote; other text could be a patient's name.
+DEFINED_MODALITIES = frozenset(_CODES.split())
 #: SOP Class of Digital X-Ray Images for processing (PS3.4, B.5).
-_DX_FOR_PROCESSING = "1.2.840.10008.5.1.4.1.1.1.1.1"
+DX_FOR_PROCESSING = "1.2.840.10008.5.1.4.1.1.1.1.1"
 
 # Words of PS3.16, Annex L. Regions that contain the lungs, such as RIB and STERNUM, are in neither set.
 _CHEST = frozenset({"CHEST", "THORAX", "LUNG"})
@@ -44,10 +45,10 @@ def check_attributes(ds: Any) -> None:
     """Refuse images of other modalities, and raw images, which are not for display (PS3.3, C.8.11.1.1.1)."""
     modality = read_text(ds, "Modality").upper()
     if modality not in RADIOGRAPH_MODALITIES:
-        name = modality if modality in _DEFINED_MODALITIES.split() else "not one that DICOM defines"
+        name = modality if modality in DEFINED_MODALITIES else "not one that DICOM defines"
         raise ImageError("not_a_radiograph", f"the modality is {name}")
     intent = read_text(ds, "PresentationIntentType").upper()
-    if intent == "FOR PROCESSING" or (not intent and read_text(ds, "SOPClassUID") == _DX_FOR_PROCESSING):
+    if intent == "FOR PROCESSING" or (not intent and read_text(ds, "SOPClassUID") == DX_FOR_PROCESSING):
         raise ImageError(
             "not_a_radiograph", "Presentation Intent Type is FOR PROCESSING (raw data); export it FOR PRESENTATION"
         )
