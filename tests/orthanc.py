@@ -133,6 +133,12 @@ class Orthanc:
         with _OPENER.open(asked, timeout=60) as answer:
             return json.load(answer)
 
+    def write_credentials(self, path: Path) -> Path:
+        """Write the login for the setting `pacs.credentials`."""
+        path.touch(0o600)
+        path.write_text(f"machine 127.0.0.1 login {USER} password {PASSWORD}\n", encoding="utf-8")
+        return path
+
     def upload(self, instances: Iterable[bytes]) -> list[str]:
         """Store DICOM files and return the statuses, e.g. `Success` or `AlreadyStored`."""
         with ThreadPoolExecutor(4) as pool:
