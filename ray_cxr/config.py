@@ -115,6 +115,7 @@ class PacsSettings(Settings):
         5, ge=1, le=20, description="for busy servers (429, 500, 502, 503, 504), broken connections and time-outs"
     )
     page: int = Field(500, ge=1, le=10_000, description="instances per page of a listing (QIDO-RS)")
+    calling_aet: str = Field("RAYCXR", description="AE title of this program, for `export-sr --send dimse://...`")
     captures: bool = Field(
         False, description="also list Secondary Captures: scanned films, but also screenshots and stored heat maps"
     )
