@@ -74,6 +74,11 @@ def _review(arguments: argparse.Namespace) -> None:
     finally:
         count = session.close()
     print_line(f"verdicts of this session: {count:,}{f' in {session.path}' if count else ''}")
+    scores = remote.to_path(arguments.scores)
+    if count:
+        print_next("reviews", scores, "--out", place_next_to(scores, "labels.parquet"))
+    else:
+        print_next("review", scores)
 
 
 def _reviews(arguments: argparse.Namespace) -> None:
