@@ -12,24 +12,82 @@ An address is `dicomweb+https://HOST[:PORT]/ROOT`; `dicomweb+http` is for the lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+import json
+import re
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from io import BytesIO
+from typing import Any, Literal
+from urllib.parse import urlencode
 
-from ray_cxr.config import PacsSettings
-from ray_cxr.storage.stores import MAX_BYTES
+from ray_cxr.errors import ImageError, InputError
+from ray_cxr.storage.dicomweb_access import Limiter
+from ray_cxr.storage.dicomweb_address import Search, is_uid, make_instance_path, parse_root, parse_search
+from ray_cxr.storage.dicomweb_retrieve import (
+    JSON,
+    MAX_JSON_BYTES,
+    configure,
+    fetch_instance,
+    fetch_metadata,
+    get_settings,
+    open_session,
+    parse_rows,
+)
+from ray_cxr.storage.paths import is_dicomweb, redact
+from ray_cxr.storage.remote import map_concurrently
 
+__all__ = [
+    "FIELDS",
+    "Limiter",
+    "Stored",
+    "check_root",
+    "check_search",
+    "configure",
+    "fetch_instance",
+    "fetch_metadata",
+    "get_text",
+    "is_dicomweb",
+    "make_instance_path",
+    "search",
+    "store",
+]
 
-class Limiter(Protocol):
-    """Grants requests to a PACS."""
-
-    def slot(self) -> AbstractContextManager[None]:
-        """Wait until a request may start; the slot is free again when the block ends.
-
-        A block lasts at most `timeout_s`. Waits between attempts are outside of it.
-        """
-        ...
+#: Attributes that a listing asks for, besides those that every PACS returns.
+FIELDS = (
+    "PatientAge",
+    "PatientSex",
+    "PatientBirthDate",
+    "Modality",
+    "SOPClassUID",
+    "ViewPosition",
+    "PatientOrientation",
+    "BodyPartExamined",
+    "ImageType",
+    "NumberOfFrames",
+)
+#: A listing with more instances, or studies, is an error: a server that repeats itself would never end.
+MAX_LISTED = 10_000_000
+_SOP_INSTANCE, _STUDY, _SERIES = "00080018", "0020000D", "0020000E"
+_COUNT = "00201208"  # NumberOfStudyRelatedInstances
+_FAILED, _FAILURE_REASON = "00081198", "00081197"
+_STORED, _WARNING_REASON = "00081199", "00081196"
+_DUPLICATE = 0x0111
+#: PS3.18 table I.2-1 and PS3.7 annex C.
+_REASONS = {
+    0x0110: "processing failure",
+    0x0117: "invalid SOP Instance UID",
+    0x0122: "SOP class not supported",
+    0x0124: "not authorized",
+    0xA700: "out of resources",
+    0xA900: "data set does not match its SOP class",
+    0xB000: "elements were coerced",
+    0xB006: "elements were discarded",
+    0xB007: "data set does not match its SOP class",
+    0xC000: "data set cannot be understood",
+    0xC122: "transfer syntax not supported",
+}
 
 
 @dataclass(frozen=True)
@@ -37,72 +95,164 @@ class Stored:
     """What a PACS did with one document."""
 
     sop_instance_uid: str
-    status: Literal["accepted", "warned", "refused", "unavailable"]  # unavailable: no answer; send it again later
-    reason: int | None  # warning or failure reason of PS3.18, table I.2-2, such as 0x0122; None if the PACS gave none
+    status: Literal["accepted", "warned", "refused", "unavailable"]  # unavailable: not processed, send it again later
+    reason: int | None  # warning or failure reason (PS3.18 table I.2-1), such as 0x0122; None if the PACS gave none
     message: str  # one line, without the address
-
-
-def configure(settings: PacsSettings, limiter: Limiter | None = None) -> None:
-    """Set credentials and limits for this process, and check the files that the settings name.
-
-    Args:
-        limiter: Grants the requests of a whole cluster; None: one of this process with `settings.parallel` and
-            `settings.per_second`.
-
-    Raises:
-        ConfigError: A file is missing, open to other users, or not of its kind. No message quotes the file.
-    """
-    raise NotImplementedError
 
 
 def check_search(address: str) -> None:
     """Raise InputError if an address is not one of a search. No message quotes credentials or the query."""
-    raise NotImplementedError
+    parse_search(address)
 
 
 def check_root(address: str) -> None:
     """Raise InputError if an address is not one to store at: `dicomweb+https://HOST/ROOT`, without a query."""
-    raise NotImplementedError
+    parse_root(address)
 
 
-def make_instance_path(address: str, study: str, series: str, instance: str) -> str:
-    """Return the path of an instance, from the address of a search and three UIDs.
-
-    Raises:
-        ImageError: `corrupt`: a UID is longer than 64 characters or has other characters than digits and dots.
-    """
-    raise NotImplementedError
-
-
-def fetch_instance(path: str, *, max_bytes: int = MAX_BYTES) -> bytes:
-    """Return the DICOM file of one instance as the PACS has it (WADO-RS, any transfer syntax).
-
-    Raises:
-        ImageError: `missing` (404, 410, or not the path of an instance), `permission` (401, 403), `too_large`, `empty`,
-            or `storage` (no answer after all attempts, another answer than a DICOM file). The message omits the path.
-    """
-    raise NotImplementedError
+def get_text(row: Mapping[str, Any], tag: str) -> str:
+    """Return the first value of a tag in the DICOM JSON model as text; `""` if it is missing or of another kind."""
+    element = row.get(tag)
+    values = element.get("Value") if isinstance(element, dict) else None
+    value = values[0] if isinstance(values, list) and values else None
+    if isinstance(value, dict):  # a person's name
+        value = value.get("Alphabetic")
+    return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
 
 
-def fetch_metadata(path: str) -> dict[str, Any]:
-    """Return the header of one instance in the DICOM JSON model (PS3.18 F); the errors are those of `fetch_instance`."""
-    raise NotImplementedError
+def search(address: str, left_out: Counter[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield each instance that a search finds once, in the DICOM JSON model (QIDO-RS).
 
+    The search lists studies page by page, then the instances of each study: PACSs ignore keys of studies, such as
+    ModalitiesInStudy, when they are asked for instances. The values of a study, such as PatientID, are in its instances
+    too. Keys are tags as in `"00080018"`. Study, series and SOP Instance UID are valid; other values can be missing or
+    of any type.
 
-def search(address: str) -> Iterator[dict[str, Any]]:
-    """Yield each instance that a search finds once, in the DICOM JSON model, page by page (QIDO-RS).
-
-    Keys are tags as in `"00080018"`. Study, series and SOP Instance UID are checked; other values can be missing or of
-    any type.
+    Args:
+        left_out: Receives the numbers by reason of objects without valid UIDs, instances that are listed in a second
+            study too, and studies that were deleted meanwhile; None: such an object is an error.
 
     Raises:
         InputError: The address is wrong, the PACS cannot be searched, or the listing would not be complete.
     """
-    raise NotImplementedError
+    return _search(parse_search(address), redact(address), left_out)
+
+
+def _search(parsed: Search, shown: str, left_out: Counter[str] | None) -> Iterator[dict[str, Any]]:
+    listing = _Listing(parsed)
+    seen: set[str] = set()
+    try:
+        studies = (row for row in listing.list_studies() if _is_kept(row, [_STUDY], left_out, "studies"))
+        for study, rows in map_concurrently(listing.list_instances, studies, threads=get_settings().parallel):
+            if rows is None:
+                _leave_out("studies that were deleted while they were listed", left_out)
+            for row in rows or ():
+                merged = {
+                    **study,
+                    **{tag: value for tag, value in row.items() if tag not in study or _has_value(value)},
+                }
+                # The path of an instance is made of the study that was asked for.
+                merged[_STUDY] = study[_STUDY]
+                if not _is_kept(merged, [_SERIES, _SOP_INSTANCE], left_out, "instances"):
+                    continue
+                uid = get_text(merged, _SOP_INSTANCE)
+                if uid in seen:
+                    _leave_out("instances listed in a second study", left_out)
+                    continue
+                seen.add(uid)
+                if len(seen) > MAX_LISTED:
+                    raise ImageError("storage", f"it lists more than {MAX_LISTED:,} instances; narrow the search")
+                yield merged
+    except ImageError as error:
+        raise InputError(f"{shown}: the PACS cannot be searched: {error.message}") from None
+
+
+def _is_kept(row: Mapping[str, Any], tags: list[str], left_out: Counter[str] | None, kind: str) -> bool:
+    if all(is_uid(get_text(row, tag)) for tag in tags):
+        return True
+    _leave_out(f"{kind} without a valid UID", left_out)
+    return False
+
+
+def _leave_out(kind: str, left_out: Counter[str] | None) -> None:
+    if left_out is None:
+        raise ImageError("storage", f"it lists {kind}")
+    left_out[kind] += 1
+
+
+def _has_value(element: Any) -> bool:
+    return isinstance(element, dict) and bool(element.get("Value"))
+
+
+class _Listing:
+    """Runs the queries of one search."""
+
+    def __init__(self, parsed: Search) -> None:
+        self._parsed, self._page = parsed, get_settings().page
+
+    def list_studies(self) -> Iterator[dict[str, Any]]:
+        params = {**self._parsed.study_filters, "includefield": "NumberOfStudyRelatedInstances"}
+        if self._parsed.is_fuzzy is not None:
+            params["fuzzymatching"] = str(self._parsed.is_fuzzy).lower()
+        return self._list_pages(f"{self._parsed.root}/studies", params, _STUDY)
+
+    def list_instances(self, study: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+        """Return a study with its instances; None if the PACS does not have the study any more."""
+        url = f"{self._parsed.root}/studies/{get_text(study, _STUDY)}/instances"
+        params = {**self._parsed.instance_filters, "includefield": FIELDS}
+        # The number spares one request per study, which would return an empty page.
+        count = get_text(study, _COUNT)
+        expected = int(count) if re.fullmatch("[0-9]{1,9}", count) and not self._parsed.instance_filters else None
+        try:
+            return study, list(self._list_pages(url, params, _SOP_INSTANCE, expected))
+        except ImageError as error:
+            if error.code != "missing":
+                raise
+            return study, None
+
+    def _list_pages(
+        self, url: str, params: Mapping[str, Any], key: str, expected: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Yield each object of all pages once, until a page is empty or the expected number is reached.
+
+        Pages overlap when new images arrive. A PACS can ignore the offset and repeat its page; then the listing is
+        complete only if the page is shorter than requested and the PACS does not report that it has more results.
+        """
+        seen: set[str] = set()
+        offset = 0
+        while True:
+            rows, has_more = _query(url, {**params, "limit": self._page, "offset": offset})
+            if not rows:
+                return
+            new = {name: row for row in rows if (name := get_text(row, key) or json.dumps(row)) not in seen}
+            if not new:
+                if has_more or len(rows) == self._page:
+                    raise ImageError("storage", "it repeats the same page, so the listing would not be complete")
+                return
+            seen.update(new)
+            if len(seen) > MAX_LISTED:
+                raise ImageError("storage", f"it lists more than {MAX_LISTED:,} objects; narrow the search")
+            yield from new.values()
+            if len(seen) == expected and not has_more:
+                return
+            offset += len(rows)
+
+
+def _query(url: str, params: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+    """Return one page of a listing, and whether the PACS reports that it has more results (Warning 299)."""
+    from ray_cxr.storage.dicomweb_http import check_status
+
+    query = urlencode(params, doseq=True)
+    answer = open_session().exchange("GET", f"{url}?{query}", {"Accept": JSON}, max_bytes=MAX_JSON_BYTES)
+    check_status(answer)
+    # The same code reports that fuzzymatching is not supported, which leaves the number of results open.
+    return parse_rows(answer.body), re.search(r"\b299\b", answer.headers.get("Warning", "")) is not None
 
 
 def store(address: str, documents: Iterable[bytes]) -> Iterator[Stored]:
     """Store DICOM files, one request each (STOW-RS), and yield what the PACS did with each, in order.
+
+    A document that the PACS already has (failure reason 0x0111) is accepted.
 
     Args:
         address: `dicomweb+https://HOST/ROOT`.
@@ -111,4 +261,65 @@ def store(address: str, documents: Iterable[bytes]) -> Iterator[Stored]:
     Raises:
         InputError: The address is wrong. All other failures are yielded.
     """
-    raise NotImplementedError
+    url = f"{parse_root(address)}/studies"
+    return (_store(url, document) for document in documents)
+
+
+def _store(url: str, document: bytes) -> Stored:
+    from pydicom import dcmread
+
+    from ray_cxr.storage.dicomweb_http import describe_status
+
+    uid = str(dcmread(BytesIO(document), specific_tags=["SOPInstanceUID"]).SOPInstanceUID)
+    mark = uuid.uuid4().hex.encode()
+    body = b"--%b\r\nContent-Type: application/dicom\r\n\r\n%b\r\n--%b--\r\n" % (mark, document, mark)
+    kind = f'multipart/related; type="application/dicom"; boundary={mark.decode()}'
+    try:
+        answer = open_session().exchange(
+            "POST", url, {"Accept": JSON, "Content-Type": kind}, max_bytes=MAX_JSON_BYTES, body=body
+        )
+    except ImageError as error:
+        return Stored(uid, "unavailable", None, error.message)
+    status = describe_status(answer.status)
+    if answer.status not in (200, 202, 409):
+        is_refused = 400 <= answer.status < 500 and answer.status not in (401, 403, 404, 408)
+        return Stored(uid, "refused" if is_refused else "unavailable", None, f"the PACS answers {status}")
+    return _read_outcome(uid, answer.status, answer.body)
+
+
+def _read_outcome(uid: str, status: int, body: bytes) -> Stored:
+    """Return the outcome of a document from the answer to it (PS3.18 10.5.3 and table I.2-1)."""
+    try:
+        rows = parse_rows(body)
+    except ImageError:
+        rows = []
+    failure, is_failed = _find_reason(rows, _FAILED, _FAILURE_REASON)
+    if failure == _DUPLICATE:
+        return Stored(uid, "accepted", failure, "the PACS has it already")
+    if is_failed or status == 409:
+        return Stored(uid, "refused", failure, _describe_reason(failure))
+    warning, _ = _find_reason(rows, _STORED, _WARNING_REASON)
+    if warning is not None or status == 202:
+        return Stored(uid, "warned", warning, _describe_reason(warning))
+    return Stored(uid, "accepted", None, "stored")
+
+
+def _find_reason(rows: list[dict[str, Any]], sequence: str, tag: str) -> tuple[int | None, bool]:
+    """Return the first reason in a sequence, if it has one, and whether the sequence has an item."""
+    items = [
+        item
+        for row in rows
+        if isinstance(element := row.get(sequence), dict) and isinstance(element.get("Value"), list)
+        for item in element["Value"]
+        if isinstance(item, dict)
+    ]
+    reasons = [int(text) for item in items if re.fullmatch("[0-9]{1,5}", text := get_text(item, tag))]
+    return (reasons[0] if reasons else None), bool(items)
+
+
+def _describe_reason(reason: int | None) -> str:
+    if reason is None:
+        return "without a reason"
+    name = _REASONS.get(reason) or next((_REASONS[group] for group in (0xA700, 0xA900) if reason & 0xFF00 == group), "")
+    name = name or (_REASONS[0xC000] if reason & 0xF000 == 0xC000 else "")
+    return f"reason {reason:#06x}{f', {name}' if name else ''}"

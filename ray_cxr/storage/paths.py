@@ -36,6 +36,9 @@ _SKIPPED_FOLDERS = frozenset({"@eadir", "#recycle", "$recycle.bin", ".@__thumb",
 #: Key in `left_out` of files whose names are not UTF-8, so that no table can hold them.
 NOT_UTF8 = "not named in UTF-8"
 CHUNK_ROWS = 1 << 16
+#: Larger files are refused before they are read, bytes.
+MAX_BYTES = 512 * 1024 * 1024
+_INSTANCE = re.compile(r"/instances/([0-9.]{1,64})$")
 _SHOWN_SUFFIXES = 5
 #: Suffixes that DICOM files have besides those of `IMAGE_SUFFIXES`, and suffixes of compressed files.
 _DICOM_SUFFIXES = (".ima", ".dic", ".dc3", ".dcm30", ".acr")
@@ -50,6 +53,12 @@ def is_uri(path: str) -> bool:
 def is_dicomweb(path: str) -> bool:
     """Whether a path is an address of a PACS, such as `dicomweb+https://host/dicom-web/studies/...`."""
     return path[:9].lower() == "dicomweb+"
+
+
+def find_instance_uid(path: str | None) -> str | None:
+    """Return the SOP Instance UID in the path of an instance of a PACS; None for other paths."""
+    found = _INSTANCE.search(path) if path is not None and is_dicomweb(path) else None
+    return found[1] if found else None
 
 
 def format_suffixes(left_out: dict[str, int]) -> str:
@@ -189,6 +198,9 @@ def redact(path: str) -> str:
     """Return a path or URI for a message: without options and without the part before `@`, which can be a secret."""
     if not is_uri(path):
         return path
+    if is_dicomweb(path):
+        # No part of such an address contains `@`, and a password can contain any character that ends the part before.
+        return f"{path.partition('://')[0]}://..." if "@" in path else re.split("[?#]", path, maxsplit=1)[0]
     return re.sub(r"^([A-Za-z][A-Za-z0-9+.\-]*://)[^/]*@", r"\1", path.partition("?")[0])
 
 

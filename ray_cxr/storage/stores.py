@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import re
 import stat
@@ -14,10 +15,9 @@ from urllib.parse import parse_qsl, unquote
 from pyarrow import fs as arrow_fs
 
 from ray_cxr.errors import ImageError, one_line
-from ray_cxr.storage.paths import is_uri
+from ray_cxr.storage.dicomweb_retrieve import fetch_instance
+from ray_cxr.storage.paths import MAX_BYTES, is_dicomweb, is_uri
 
-#: Larger files are refused before they are read, bytes.
-MAX_BYTES = 512 * 1024 * 1024
 #: Limits of requests to s3:// or gs://. A store that is down is an error within seconds; failed requests are repeated.
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 30.0
@@ -32,6 +32,8 @@ _AWS_ERROR = re.compile(r"AWS Error ([A-Z][A-Z0-9_]*) ")
 
 def read_file(path: str, max_bytes: int) -> bytes:
     """Return the contents of one file, local or by URI, with the errors of `files.read_bytes`."""
+    if is_dicomweb(path):
+        return fetch_instance(path, max_bytes=max_bytes)
     with storage_errors():
         size, stream = _open_uri_file(path) if is_uri(path) else _open_local_file(path)
         with stream:
@@ -45,7 +47,13 @@ def read_file(path: str, max_bytes: int) -> bytes:
 
 @contextlib.contextmanager
 def open_stream(path: str) -> Iterator[Callable[[int], bytes]]:
-    """Open a file to read it from start to end: `read(n)` returns up to n bytes, `b""` at the end."""
+    """Open a file to read it from start to end: `read(n)` returns up to n bytes, `b""` at the end.
+
+    An instance of a PACS is fetched whole.
+    """
+    if is_dicomweb(path):
+        yield io.BytesIO(fetch_instance(path, max_bytes=MAX_BYTES)).read
+        return
     with storage_errors():
         if is_uri(path):
             store, inner = open_uri(path)
