@@ -105,11 +105,11 @@ def build_app(review: ReviewSession, login: Session) -> Any:
 
         try:
             row = await run_in_threadpool(change, json.loads(await request.body() or b"{}"))
+        except OutputError as error:
+            return JSONResponse({"error": str(error)}, 507)
         except (InputError, ValueError, RecursionError) as error:
             text = str(error) if isinstance(error, InputError) else "the body is not JSON"
             return JSONResponse({"error": text}, 400)
-        except OutputError as error:
-            return JSONResponse({"error": str(error)}, 507)
         if row is None:
             return JSONResponse({"error": "nothing to undo in this session"}, 409)
         return JSONResponse(_describe_image(review, row))
