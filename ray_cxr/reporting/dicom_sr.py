@@ -5,6 +5,7 @@ replaces an earlier document of the study, in this folder or in the folder of `-
 
     OUT/<SOP Instance UID>.dcm     the documents, see `sr_document`
     OUT/images.parquet             for each row of the scores, the outcome and the document that contains the image
+    OUT/heatmaps/, heatmaps.parquet    with `--heatmaps`, see `captures`
     OUT/export.json                counts
     OUT/settings.json              settings that a later run must match
     OUT/_SUCCESS                   written last, unless an image failed
@@ -32,12 +33,14 @@ from pydicom.errors import InvalidDicomError
 from pydicom.uid import ComprehensiveSRStorage
 
 from ray_cxr import extras
+from ray_cxr.config import PacsSettings
 from ray_cxr.costs import count_cpus
 from ray_cxr.errors import ErrorRateExceeded, InputError, OutputError, RayCxrError
 from ray_cxr.progress import Progress
 from ray_cxr.reporting import sr_studies
 from ray_cxr.reporting.sr_studies import EXPORTED, FAILED, ExportPlan, ImageHeader, ReportContent, ScoreFolder
-from ray_cxr.storage import atomic, run_folder
+from ray_cxr.storage import atomic, dicomweb, run_folder
+from ray_cxr.storage.paths import is_dicomweb
 
 KIND = "export-sr"
 OUTCOME_TEXTS = {
@@ -45,6 +48,12 @@ OUTCOME_TEXTS = {
     sr_studies.NOT_SCORED: "left out: they could not be scored",
     sr_studies.NOT_DICOM: "left out: they are not DICOM",
     sr_studies.REPEATED: "left out: another row has the same image (SOP Instance UID)",
+}
+CAPTURE_TEXTS = {
+    sr_studies.CAPTURED: "flagged findings with a capture of their heat map",
+    sr_studies.NO_MAP: "flagged findings without a heat map; a larger K of `score --heatmaps K` draws it",
+    sr_studies.NOT_DRAWN: "flagged findings without a drawn heat map; run score with heatmap_images = 'flagged'",
+    sr_studies.EMPTY: "flagged findings with an empty heat map: no region of the image supports them",
 }
 #: From this number of documents on, several processes are faster, although they need seconds to start.
 _MIN_PARALLEL, _MAX_PROCESSES = 100, 32
@@ -64,6 +73,8 @@ class Export:
         partial: number of documents that lack an image of their study.
         replacing: number of documents that name an earlier document of their study.
         written: number of documents that this run wrote.
+        captures: number of flagged findings by the outcome of their heat map; None if heat maps are not exported.
+        capture_reasons: number of failed heat maps by reason.
     """
 
     outcomes: Counter[str]
@@ -72,36 +83,58 @@ class Export:
     partial: int = 0
     replacing: int = 0
     written: int = 0
+    captures: Counter[str] | None = None
+    capture_reasons: Counter[str] = field(default_factory=Counter)
 
-    def raise_for_failures(self) -> None:
-        """Raise ErrorRateExceeded if any image failed, because a missing report could remain unnoticed."""
+    def list_failures(self) -> list[str]:
+        """Return a sentence for images, and one for heat maps, that failed: a missing report could stay unnoticed."""
+        failures = []
         if self.outcomes[FAILED]:
             reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
-            raise ErrorRateExceeded(
+            failures.append(
                 f"{self.outcomes[FAILED]:,} of {self.outcomes[FAILED] + self.outcomes[EXPORTED]:,} images could not be "
-                f"exported ({reasons}); all others are. images.parquet lists them; "
-                "run the same command again to retry them",
-                self,
+                f"exported ({reasons}); all others are. images.parquet lists them"
             )
+        if self.captures and self.captures[FAILED]:
+            reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.capture_reasons.most_common())
+            failures.append(
+                f"{self.captures[FAILED]:,} of {self.captures.total():,} heat maps could not be exported ({reasons}); "
+                "heatmaps.parquet lists them"
+            )
+        return failures
+
+    def raise_for_failures(self, *others: str) -> None:
+        """Raise ErrorRateExceeded if an image or a heat map failed, or if there are `others`."""
+        if failures := [*self.list_failures(), *others]:
+            raise ErrorRateExceeded("; ".join(failures) + "; run the same command again to retry them", self)
 
 
-def export_sr(scores: str | Path, out: str | Path, replaces: str | Path | None = None) -> Export:
+def export_sr(
+    scores: str | Path,
+    out: str | Path,
+    replaces: str | Path | None = None,
+    *,
+    with_heatmaps: bool = False,
+    pacs: PacsSettings | None = None,
+) -> Export:
     """Write a structured report for every study that has a scored DICOM image in a finished folder of `ray-cxr score`.
 
     The same call continues a run that was stopped or in which images failed. It does not repeat a finished run.
 
     Args:
         replaces: a folder of an earlier export, whose documents of the same studies the new ones name as predecessors.
+        with_heatmaps: also write the heat maps of flagged findings as Secondary Captures.
+        pacs: how to reach the PACS of images whose path is in one; None: the defaults.
 
     Raises:
-        ConfigError: highdicom is not installed.
+        ConfigError: highdicom or, for images of a PACS, dicomweb-client is not installed; a file of `pacs` is unusable.
         InputError: the scores are unfinished, not a score folder, or contain no DICOM image; `replaces` holds no
             document.
-        TableError: the score table is damaged.
+        TableError: the score table is damaged, or there are no heat maps.
         OutputError: `out` belongs to other scores, cannot be written, or another command writes there.
     """
     extras.require("highdicom", KIND)
-    from ray_cxr.reporting import sr_document
+    from ray_cxr.reporting import captures, sr_document
 
     out = Path(out)
     folder = sr_studies.read_folder(Path(scores))
@@ -113,12 +146,16 @@ def export_sr(scores: str | Path, out: str | Path, replaces: str | Path | None =
         "replaces": None if replaces is None else str(Path(replaces).resolve()),
     }
     run_folder.check_run(out, settings)
-    finished = _find_finished(out, folder)
+    maps_digest = captures.check(folder) if with_heatmaps else None
+    finished = _find_finished(out, folder, maps_digest)
     if finished is not None:
         return finished
-    former = _read_documents(sorted(Path(replaces).glob("*.dcm"))) if replaces is not None else {}
+    former = read_documents(sorted(Path(replaces).glob("*.dcm"))) if replaces is not None else {}
     if replaces is not None and not former:
         raise InputError(f"--replaces {replaces}: has no document; pass the folder of an earlier `export-sr`")
+    if any(path is not None and is_dicomweb(path) for path in folder.scores.paths):
+        extras.require("dicomweb_client", KIND)
+        dicomweb.configure(pacs or PacsSettings())
     with run_folder.lock(out, KIND):
         # Values of headers are copied unchanged, as the PACS has them, even if they are invalid.
         with pydicom.config.disable_value_validation():
@@ -131,29 +168,36 @@ def export_sr(scores: str | Path, out: str | Path, replaces: str | Path | None =
         run_folder.create_run(out, settings)
         try:
             run_folder.clear_complete(out)
-            return _write_export(out, folder, plan, former)
+            return _write_export(out, folder, plan, former, maps_digest)
         except OSError as error:
             raise OutputError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None
 
 
-def _find_finished(out: Path, folder: ScoreFolder) -> Export | None:
-    """Return the counts of an earlier run in `out` if it finished with the same scores."""
+def _find_finished(out: Path, folder: ScoreFolder, maps_digest: str | None) -> Export | None:
+    """Return the counts of an earlier run in `out` if it finished with the same scores and heat maps."""
     record = run_folder.read_json(out / "export.json")
     if not run_folder.is_complete(out) or record.get("scores_digest") != folder.digest:
         return None
+    if maps_digest not in (None, record.get("heatmaps_digest")):
+        return None
     try:
         counts = {name: record[name] for name in ("reports", "partial", "replacing")}
-        return Export(Counter(record["outcomes"]), **counts)
+        captured = None if maps_digest is None else Counter(record["heatmaps"])
+        return Export(Counter(record["outcomes"]), captures=captured, **counts)
     except (KeyError, TypeError, ValueError):
         return None
 
 
-def _write_export(out: Path, folder: ScoreFolder, plan: ExportPlan, former: _Documents) -> Export:
-    """Write the documents, then the table and the counts."""
+def _write_export(
+    out: Path, folder: ScoreFolder, plan: ExportPlan, former: _Documents, maps_digest: str | None
+) -> Export:
+    """Write the documents, then the heat maps if `maps_digest` is set, then the table and the counts."""
+    from ray_cxr.reporting import captures
+
     earlier = _read_earlier_reports(out)
     export = Export(Counter())
     reports: list[str | None] = [None] * len(plan.outcomes)
-    former |= _read_documents([out / f"{uid}.dcm" for uid in sorted(set(earlier.values()))])
+    former |= read_documents([out / f"{uid}.dcm" for uid in sorted(set(earlier.values()))])
     studies = plan.studies()
     contents = [_add_replaced(content, former) for content in sr_studies.collect_contents(folder, plan)]
     with Progress("write reports", len(studies), unit="reports") as progress:
@@ -165,7 +209,7 @@ def _write_export(out: Path, folder: ScoreFolder, plan: ExportPlan, former: _Doc
                 uid, data = document
                 for row in rows:
                     reports[row] = uid
-                export.written += _write_if_changed(out / f"{uid}.dcm", data)
+                export.written += atomic.write_if_changed(out / f"{uid}.dcm", data)
                 export.reports += 1
                 export.partial += content.missing > 0
                 export.replacing += bool(content.replaced)
@@ -190,8 +234,11 @@ def _write_export(out: Path, folder: ScoreFolder, plan: ExportPlan, former: _Doc
         "scores_digest": folder.digest,
         "model_digest": folder.model.digest,
     }
+    if maps_digest is not None:
+        export.captures, export.capture_reasons = captures.write_captures(out, folder, plan)
+        record |= {"heatmaps": dict(sorted(export.captures.items())), "heatmaps_digest": maps_digest}
     atomic.write_json(out / "export.json", record)
-    if not export.outcomes[FAILED]:
+    if not export.list_failures():
         run_folder.mark_complete(out)
     return export
 
@@ -205,7 +252,7 @@ def _read_earlier_reports(out: Path) -> dict[int, str]:
     return {row: report for row, report in enumerate(column) if report and sr_studies.UID_TEXT.fullmatch(report)}
 
 
-def _read_documents(paths: Sequence[Path]) -> _Documents:
+def read_documents(paths: Sequence[Path]) -> _Documents:
     """Return the documents of each study; unreadable files are skipped."""
     found: _Documents = {}
     tags = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID", "PredecessorDocumentsSequence"]
@@ -237,14 +284,6 @@ def _add_replaced(content: ReportContent, former: _Documents) -> ReportContent:
         if derive_uid(same) == document.instance:
             return same
     return replace(content, replaced=tuple(documents))
-
-
-def _write_if_changed(path: Path, data: bytes) -> bool:
-    with contextlib.suppress(OSError):
-        if path.read_bytes() == data:
-            return False
-    atomic.write(path, lambda part: part.write_bytes(data))
-    return True
 
 
 def _build_documents(contents: Sequence[ReportContent]) -> Iterator[tuple[str, bytes] | str]:

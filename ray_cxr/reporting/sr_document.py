@@ -152,10 +152,10 @@ def derive_uid(content: ReportContent) -> str:
     scoring = (model.digest, model.version, model.thresholds)
     instances = [image.instance for image in images]
     replaced = sorted(document.instance for document in content.replaced)
-    return _uid("report", FORMAT, images[0].study, *scoring, content.missing, instances, content.values, replaced)
+    return make_uid("report", FORMAT, images[0].study, *scoring, content.missing, instances, content.values, replaced)
 
 
-def _uid(*content: object) -> str:
+def make_uid(*content: object) -> str:
     """Derive a UID from content: 2.25 and a name-based UUID (PS3.5, B.2; RFC 4122, version 5)."""
     return f"2.25.{uuid.uuid5(_NAMESPACE, json.dumps(content)).int}"
 
@@ -169,7 +169,7 @@ def _build(content: ReportContent) -> Dataset:
         for group in _build_groups(model, image, values, uid, number)
     ]
     device = sr.DeviceObserverIdentifyingAttributes(
-        uid=_uid("device", model.digest),
+        uid=make_uid("device", model.digest),
         name=f"ray-cxr {model.version}, model {model.digest[:16]}",
         manufacturer_name=MANUFACTURER,
         model_name=model.name,
@@ -186,14 +186,12 @@ def _build(content: ReportContent) -> Dataset:
     # The constructor gets an empty tree, because it walks the tree four times to check references and 3D coordinates,
     # which doubles the time. All references are in the evidence, and there are no 3D coordinates.
     root.ContentSequence = sr.ContentSequence(is_root=False)
-    header = pydicom.dcmread(io.BytesIO(images[0].copied), force=True)
-    copied = dicom_text.copy_elements(header, header.keys())
-    when = _local_time(model.finished, header)
+    when = local_time(model.finished, images[0])
     scheme = CodingSchemeIdentificationItem(SCHEME, name="ray-cxr private codes", responsible_organization="ray-cxr")
     document = sr.ComprehensiveSR(
         evidence=[_describe_image(image) for image in images],
         content=root,
-        series_instance_uid=_uid("series", study, model.digest),
+        series_instance_uid=make_uid("series", study, model.digest),
         series_number=SERIES_NUMBER,
         sop_instance_uid=uid,
         instance_number=1,
@@ -217,10 +215,20 @@ def _build(content: ReportContent) -> Dataset:
     document.InstanceCreationDate, document.InstanceCreationTime = document.ContentDate, document.ContentTime
     for tool in document.ContributingEquipmentSequence:  # highdicom writes the current time
         tool.ContributionDateTime = f"{when:%Y%m%d%H%M%S}"
+    add_patient_and_study(document, images[0])
+    return document
+
+
+def add_patient_and_study(document: Dataset, image: ImageHeader) -> None:
+    """Copy patient and study from an image's header into a document; required values that it lacks are empty."""
     for keyword in _REQUIRED:
         setattr(document, keyword, None)
-    dicom_text.add_elements(document, copied)
-    return document
+    header = _read_copied(image)
+    dicom_text.add_elements(document, dicom_text.copy_elements(header, header.keys()))
+
+
+def _read_copied(image: ImageHeader) -> Dataset:
+    return pydicom.dcmread(io.BytesIO(image.copied), force=True)
 
 
 def _describe_image(image: ImageHeader) -> Dataset:
@@ -233,9 +241,9 @@ def _describe_image(image: ImageHeader) -> Dataset:
     return evidence
 
 
-def _local_time(when: datetime.datetime, header: Dataset) -> datetime.datetime:
+def local_time(when: datetime.datetime, image: ImageHeader) -> datetime.datetime:
     """Return a time without zone, as DICOM stores it, in the time zone of the image or else of this machine."""
-    offset = str(header.get("TimezoneOffsetFromUTC") or "").strip()
+    offset = str(_read_copied(image).get("TimezoneOffsetFromUTC") or "").strip()
     is_valid = re.fullmatch(r"[+-](0[0-9]|1[0-4])[0-5][0-9]", offset)
     zone = datetime.datetime.strptime(offset, "%z").tzinfo if is_valid else None
     return when.astimezone(zone).replace(tzinfo=None)
@@ -250,7 +258,7 @@ def _build_groups(
         name: str, finding: str | None, measurements: list[sr.Measurement], **more: Any
     ) -> sr.MeasurementsAndQualitativeEvaluations:
         return sr.MeasurementsAndQualitativeEvaluations(
-            tracking_identifier=sr.TrackingIdentifier(uid=_uid("group", uid, name), identifier=name),
+            tracking_identifier=sr.TrackingIdentifier(uid=make_uid("group", uid, name), identifier=name),
             finding_type=None if finding is None else CODES[finding],
             finding_sites=[sr.FindingSite(LUNG if finding == "Fibrosis" else CHEST)],
             measurements=measurements,

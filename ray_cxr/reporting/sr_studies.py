@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.tag import Tag
 
 from ray_cxr.errors import ImageError, TableError
 from ray_cxr.imaging import dicom_text
@@ -24,13 +25,15 @@ from ray_cxr.imaging.dicom import looks_like_dicom
 from ray_cxr.imaging.pixels import decoder_errors
 from ray_cxr.progress import Progress
 from ray_cxr.reporting.scores import Scores, finite_or_none, read_scores
-from ray_cxr.storage import run_folder
+from ray_cxr.storage import dicomweb, run_folder
 from ray_cxr.storage.archives import read_members
-from ray_cxr.storage.paths import file_name, split_member
+from ray_cxr.storage.paths import file_name, is_dicomweb, split_member
 from ray_cxr.storage.stores import open_stream
 
 #: Outcomes of a row of the scores.
 EXPORTED, NOT_SCORED, NOT_DICOM, REPEATED, FAILED = "exported", "not_scored", "not_dicom", "repeated", "failed"
+#: Outcomes of the heat map of a flagged finding, or FAILED.
+CAPTURED, NO_MAP, NOT_DRAWN, EMPTY = "captured", "no_map", "not_drawn", "empty"
 
 _MAX_HEADER = 64 * 1024 * 1024
 _FETCH_BYTES = 64 * 1024
@@ -38,6 +41,7 @@ _FETCH_BYTES = 64 * 1024
 _NOT_DICOM_SUFFIXES = (".png", ".jpg", ".jpeg")
 #: Threads, since reading a header from a store is mostly waiting for an answer.
 _THREADS, _BATCH_ROWS = 8, 512
+_UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
 #: Elements that are copied from an image's header into the document of its study, because they identify the patient and
 #: the study (Patient, Patient Study and General Study modules, PS3.3, C.7.1.1, C.7.2.2, C.7.2.1).
 _COPIED = (
@@ -68,6 +72,7 @@ class ScoringModel:
 class ScoreFolder:
     """A finished score folder."""
 
+    path: Path
     model: ScoringModel
     scores: Scores
     settings_digest: str  # SHA-256 of settings.json, hex
@@ -160,7 +165,7 @@ def read_folder(path: Path) -> ScoreFolder:
     bad = [f"p_{name}" for name in findings if name not in scores.p or np.isnan(scores.p[name][scores.ok]).any()]
     if bad or not findings:
         raise TableError(f"{path}: no values in scored rows ({', '.join(bad)}); run score again with --fresh")
-    return ScoreFolder(model, scores, settings_digest, sink.hexdigest())
+    return ScoreFolder(path, model, scores, settings_digest, sink.hexdigest())
 
 
 def plan_export(scores: Scores) -> ExportPlan:
@@ -211,7 +216,7 @@ def _read_headers(candidates: list[tuple[int, str]]) -> Iterator[tuple[int, Imag
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="headers") as pool:
         for start in range(0, len(files), _BATCH_ROWS):
             rows, paths = zip(*files[start : start + _BATCH_ROWS], strict=True)
-            yield from zip(rows, pool.map(_read_header, map(open_stream, paths)), strict=True)
+            yield from zip(rows, pool.map(_read_file, paths), strict=True)
     for archive, wanted in members.items():
         reason = ImageError("missing", "the archive has no such member")
         try:
@@ -221,6 +226,25 @@ def _read_headers(candidates: list[tuple[int, str]]) -> Iterator[tuple[int, Imag
         except ImageError as error:
             reason = ImageError(error.code, f"the archive: {error.message}")
         yield from ((row, reason) for rows in wanted.values() for row in rows)
+
+
+def _read_file(path: str) -> ImageHeader | ImageError | None:
+    return _read_metadata(path) if is_dicomweb(path) else _read_header(open_stream(path))
+
+
+def _read_metadata(path: str) -> ImageHeader | ImageError:
+    """Fetch the header of an image in a PACS, without its pixels; return an error if there is none."""
+    try:
+        header = dicomweb.fetch_metadata(path)
+        with decoder_errors("DICOM"):
+            wanted = {f"{Tag(keyword):08X}" for keyword in (*_UIDS, *_COPIED)}
+            ds = Dataset.from_json({tag: value for tag, value in header.items() if tag in wanted})
+            # JSON is UTF-8, whatever the character set of the PACS's own file.
+            ds.SpecificCharacterSet = "ISO_IR 192"
+            ds.set_original_encoding(False, True, "utf8")
+            return _parse_header(ds)
+    except ImageError as error:
+        return error
 
 
 def _read_header(opened: AbstractContextManager[Callable[[int], bytes]]) -> ImageHeader | ImageError | None:
@@ -268,7 +292,7 @@ class _HeaderStream(io.BytesIO):
 def _parse_header(ds: Dataset) -> ImageHeader:
     """Raise ImageError if a UID that a report needs is missing, or the character set is undefined."""
     uids = []
-    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"):
+    for keyword in _UIDS:
         value = str(ds.get(keyword) or "")
         if not UID_TEXT.fullmatch(value) or len(value) > 64:
             raise ImageError("corrupt", f"the DICOM header has no valid {keyword}")

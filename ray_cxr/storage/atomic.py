@@ -94,6 +94,15 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     write(path, lambda part: part.write_bytes(data))
 
 
+def write_if_changed(path: Path, data: bytes) -> bool:
+    """Write a local file unless it has this content already; return whether it was written."""
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == data:
+            return False
+    write_bytes(path, data)
+    return True
+
+
 def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
