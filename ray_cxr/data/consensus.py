@@ -15,6 +15,8 @@ findings above. Atelectasis is excluded: a collapsed lung loses its air and is n
 the same way: in the table's `val` part, which holds no NIH test images, 41% of the 96 images with Atelectasis alone are
 airspace opacities. Of the images with one of the four findings alone, 57 to 67% are, and of those with No Finding 23%.
 Effusion is excluded too: it lies outside the lung, although most images with an effusion also have an opacity.
+
+A third kind is a manifest (Parquet), such as `ray-cxr reviews` writes from the verdicts of readers.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 
-from ray_cxr.data import identity
+from ray_cxr.data import identity, manifest, review_facts
 from ray_cxr.data.csv_table import COLUMNS, KNOWN_HEADERS, CsvTable, normalize_header, read_csv
 from ray_cxr.errors import TableError
 from ray_cxr.labels import FINDINGS, LABELS, canonicalize, suggest
@@ -66,11 +69,13 @@ class ConsensusLabels:
 
 
 def read_consensus(path: str) -> ConsensusLabels:
-    """Read a consensus table, CSV as `csv_table` reads it.
+    """Read a consensus table: a manifest, or CSV as `csv_table` reads it.
 
     Values are 0 and 1 (or NO and YES); blank means not judged. Columns of 0 and 1 that name none of our findings are
     listed in `left_out`. Repeated rows are merged; one image with different labels is an error.
     """
+    if _is_parquet(path):
+        return _read_manifest(path)
     table = read_csv(path)
     columns = table.find_columns(_COLUMNS)
     image_ids = table.read_image_ids(columns)
@@ -105,6 +110,40 @@ def read_consensus(path: str) -> ConsensusLabels:
         notes=tuple(_describe(composites, left_out, len(rows) - len(unique))),
         left_out=left_out,
         unused=unused,
+    )
+
+
+def _is_parquet(path: str) -> bool:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(4) == b"PAR1"
+    except OSError:
+        return False  # `read_csv` reports it
+
+
+def _read_manifest(path: str) -> ConsensusLabels:
+    """Return the labels of a manifest, without findings that it does not label."""
+    table = manifest.read_manifest(path)
+    facts = review_facts.read_facts(table.schema.metadata)
+    labels = {name: pc.fill_null(table[name], -1).to_numpy() for name in LABELS if table[name].null_count < len(table)}
+    if not labels:
+        raise TableError(f"{path}: no image has a label; a consensus table needs some")
+    image_ids = np.array(table["image_id"].to_pylist(), dtype=object)
+    source = "a consensus table from the user"
+    if facts is not None:
+        source = f"verdicts of {facts.readers} reader{'s' * (facts.readers != 1)} ({facts.rule})"
+    return ConsensusLabels(
+        image_ids=image_ids,
+        patient_ids=identity.unify_patients(image_ids, table["patient_id"].to_pylist()),
+        parts=np.array(table["split"].to_pylist(), dtype=object),
+        labels=labels,
+        composites={},
+        kind="consensus",
+        source=source,
+        digest=hash_file(path),
+        notes=tuple(f"{line[:1].upper()}{line[1:]}." for line in facts.describe()) if facts else (),
+        left_out={},
+        unused=(),
     )
 
 

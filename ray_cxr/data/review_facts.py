@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ray_cxr.data import manifest
+from ray_cxr.errors import TableError
 
 #: Metadata entry of a manifest that `ray-cxr reviews` wrote.
 REVIEW_KEY = b"ray_cxr.review"
@@ -77,7 +78,10 @@ def read_facts(metadata: Mapping[bytes, bytes] | None) -> ReviewFacts | None:
 
 
 def read_caveats(path: str | Path) -> list[str]:
-    """Return what limits the labels of a manifest; `[]` for one that `reviews` did not write."""
-    with manifest.open_manifest(path) as file:
-        facts = read_facts(file.metadata)
+    """Return what limits the labels of a table; `[]` for one that `reviews` did not write."""
+    try:
+        with manifest.open_manifest(path) as file:
+            facts = read_facts(file.metadata)
+    except TableError:  # a CSV
+        return []
     return facts.describe() if facts else []

@@ -14,6 +14,7 @@ also the baseline of drift: expected flag rates, score deciles and quality flags
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -30,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_cxr.config import DEFAULT_RULE, RecalibrateSettings
-from ray_cxr.data import identity, manifest
+from ray_cxr.data import identity, manifest, review_facts
 from ray_cxr.errors import ConfigError, InputError, LeakError, OutputError, TableError
 from ray_cxr.evaluation import calibration, drift, metrics, quality
 from ray_cxr.evaluation.calibration import FittedRules
@@ -129,6 +130,9 @@ def recalibrate(
         return finished
     with run_folder.lock_bundle(out, "recalibrate"):
         used, excluded = _select_images(table, labelled, old, str(scores), str(labels), on_event)
+        facts = review_facts.read_facts(labelled.schema.metadata)
+        for line in facts.describe() if facts else ():
+            on_event(f"recalibrate: {line}")
         y = used[list(old.findings)].to_numpy(dtype=np.float64, na_value=np.nan)
         p = table.p[used["row"].to_numpy()]
         rules = calibration.fit_rules(
@@ -148,6 +152,7 @@ def recalibrate(
             **PatientCount.of(used["patient_id"]).to_json(),
             "left_out": excluded,
             "labels_split": manifest.split_info(labelled),
+            **({"labels_of_readers": dataclasses.asdict(facts)} if facts else {}),
             "findings": {name: _measure(y[:, j], p[:, j], name, old, rules) for j, name in enumerate(old.findings)},
             "score_quantiles": {name: drift.score_quantiles(p[:, j]) for j, name in enumerate(old.findings)},
             "quality_rates": _measure_quality(table.quality[used["row"].to_numpy()], old),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_cxr.data import identity, manifest
+from ray_cxr.data import identity, manifest, review_facts
 from ray_cxr.errors import InputError, TableError
 from ray_cxr.imaging.demographics import count_of
 from ray_cxr.labels import LABELS
@@ -108,6 +108,7 @@ class EvaluationSet(Population):
         sex, view: objects, None if unknown.
         age, follow_up: float, years and the number of the image, NaN if unknown.
         info: the manifest's description of its split.
+        caveats: what limits labels from readers' verdicts, a sentence each.
     """
 
     labels: dict[str, np.ndarray]
@@ -118,6 +119,7 @@ class EvaluationSet(Population):
     follow_up: np.ndarray
     counts: JoinCounts
     info: Mapping[str, Any]
+    caveats: Sequence[str] = ()
 
 
 def _describe_split(split: str | None, info: Mapping[str, Any]) -> str:
@@ -182,6 +184,7 @@ def join_table(table: Scores, labelled: pa.Table, path: str, split: str | None) 
     patients = np.where([patient is None for patient in patients], table.patients[rows], patients)
     patients = identity.unify_patients(table.ids[rows], patients)
     info = manifest.split_info(labelled)
+    facts = review_facts.read_facts(labelled.schema.metadata)
     described = _describe_split(split, info)
     splits = dict(zip(table.ids[rows_of_labels[rows_of_labels >= 0]], all_splits[rows_of_labels >= 0], strict=True))
     return EvaluationSet(
@@ -200,6 +203,7 @@ def join_table(table: Scores, labelled: pa.Table, path: str, split: str | None) 
             counts,
             info,
         ),
+        caveats=facts.describe() if facts else (),
         splits=splits,
     )
 
