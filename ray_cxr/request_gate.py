@@ -124,11 +124,14 @@ class GateLimiter:
 
 
 @contextlib.contextmanager
-def open_gate(settings: PacsSettings) -> Iterator[str]:
-    """Run a gate while the block runs; yield its name, which `GateLimiter` takes. Ray must run."""
+def open_gate(settings: PacsSettings) -> Iterator[str | None]:
+    """Run a gate while the block runs; yield its name, which `GateLimiter` takes. Without Ray, yield None."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    if not ray.is_initialized():
+        yield None
+        return
     name = f"ray_cxr-requests-{secrets.token_hex(8)}"
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     gate = (

@@ -55,6 +55,11 @@ IMAGE_ERRORS = _counter(
 )
 IMAGES_DECODED = _counter("images_decoded", "files", "Files sent to a decoder, successful or not.", "command")
 DECODE_SECONDS = _counter("decode_seconds", "seconds", "Time to read, decode and resize, over all decoders.", "command")
+INSTANCES_FETCHED = _counter(
+    "pacs_instances", "instances", "Instances fetched from a PACS, or not after all attempts.", "command"
+)
+PACS_BYTES = _counter("pacs_bytes", "bytes", "Size of the instances fetched from a PACS.", "command")
+PACS_SECONDS = _counter("pacs_seconds", "seconds", "Time of fetches, over all threads, with their waits.", "command")
 BATCHES_INFERRED = _counter("batches_inferred", "batches", "Batches that the model completed.", "command")
 INFER_SECONDS = _counter("infer_seconds", "seconds", "Time of batches in the model; batches overlap.", "command")
 IMAGES_TRAINED = _counter("images_trained", "images", "Images trained on, by all workers of the run.", "run")
@@ -109,6 +114,13 @@ def add_decode(command: str, seconds: float) -> None:
     """Count one decoded file and its time."""
     add(IMAGES_DECODED, 1, command)
     add(DECODE_SECONDS, seconds, command)
+
+
+def add_fetch(command: str, size: int, seconds: float) -> None:
+    """Count one instance of a PACS, its bytes, and the time until it arrived or failed for good."""
+    add(INSTANCES_FETCHED, 1, command)
+    add(PACS_BYTES, size, command)
+    add(PACS_SECONDS, seconds, command)
 
 
 def add_inference(command: str, seconds: float) -> None:

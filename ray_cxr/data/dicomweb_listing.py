@@ -107,15 +107,11 @@ def list_radiographs(
 def _iter_rows(
     address: str, left_out: Counter[str], captures: bool, replace_id: Callable[[str], str] | None
 ) -> Iterator[tuple[Any, ...]]:
-    """Yield a row of `_ORDER` for each radiograph once, and count other objects."""
-    seen: set[str] = set()
-    for elements in dicomweb.search(address):
+    """Yield a row of `_ORDER` for each radiograph, and count other objects."""
+    for elements in dicomweb.search(address, left_out):
         header = _Header(elements)
         uids = [read_text(header, f"{level}InstanceUID") for level in ("Study", "Series", "SOP")]
         study, series, instance = uids
-        if instance in seen:  # also if it was stored during the search, so that pages overlap
-            continue
-        seen.add(instance)
         if (kind := find_kind(header, captures)) is not None:
             left_out[kind] += 1
             continue

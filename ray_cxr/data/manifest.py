@@ -240,7 +240,7 @@ def describe_listing(left_out: dict[str, int], unpacked: int) -> list[str]:
 
 def describe_kinds(kinds: Mapping[str, int]) -> list[str]:
     """Return the objects of a PACS that are no radiographs, by kind, as sentences."""
-    lines = [f"instances left out because they are not radiographs: {format_counts(kinds)}"]
+    lines = [f"objects left out because they are not radiographs: {format_counts(kinds)}"]
     if CAPTURES in kinds:
         lines.append(f"to include {CAPTURES}, for example scanned films, pass --set pacs.captures=true")
     return lines

@@ -21,6 +21,7 @@ from ray_cxr.imaging.sandbox import DecodedImage, Failure
 from ray_cxr.models import predictions
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.storage import remote, run_folder
+from ray_cxr.storage.pacs_workers import PacsAccess
 from ray_cxr.tasks import SUCCESS, encode_error
 
 INPUT, SCORES = "input.parquet", "scores"
@@ -128,6 +129,7 @@ class ScoreJob:
         run_digest: digest of OUT/settings.json. Output files carry this digest, and workers stop when it changes.
         prepared: where the images come from, if not from files.
         features: whether to write the features of each image.
+        pacs: how to reach the PACS that has images of the input; None if there is none.
     """
 
     bundle: str
@@ -142,6 +144,7 @@ class ScoreJob:
     run_digest: str
     prepared: PreparedSource | None = None
     features: bool = False
+    pacs: PacsAccess | None = None
 
     @property
     def folder(self) -> Path:

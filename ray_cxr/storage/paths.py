@@ -55,6 +55,12 @@ def is_dicomweb(path: str) -> bool:
     return path[:9].lower() == "dicomweb+"
 
 
+def find_dicomweb(paths: pa.ChunkedArray) -> str | None:
+    """Return the first path that is an address of a PACS; None if there is none."""
+    row = pc.index(pc.starts_with(paths, "dicomweb+", ignore_case=True), True).as_py()
+    return None if row < 0 else str(paths[row])
+
+
 def find_instance_uid(path: str | None) -> str | None:
     """Return the SOP Instance UID in the path of an instance of a PACS; None for other paths."""
     found = _INSTANCE.search(path) if path is not None and is_dicomweb(path) else None
