@@ -381,6 +381,10 @@ class ScoreSettings(Settings):
     pseudonym_key: str | None = Field(
         None, description="file with a secret key that turns ids from DICOM tags into keyed hashes; null: keep the ids"
     )
+    select: Literal["all", "frontal"] = Field(
+        "all",
+        description="frontal: one frontal image per study, by manifest, listing or DICOM header; see docs/scoring.md",
+    )
     weights: dict[str, Annotated[float, Field(ge=0.0, le=10.0)]] = Field(
         {}, description="of findings in `priority`, 0 to 10, such as `{Pneumothorax = 3}`; 1 for other findings"
     )

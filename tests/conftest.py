@@ -243,7 +243,8 @@ def read_next(output: str) -> list[str]:
     words = shlex.split(last.removeprefix("next: ray-cxr "))
     given = vars(_build_parser().parse_args(words))
     inputs = [given.get(name) for name in ("model", "bundle", "prepared", "manifest", "scores", "labels", "images")]
-    for path in filter(None, inputs):
+    several = itertools.chain.from_iterable(item if isinstance(item, list) else [item] for item in inputs)
+    for path in filter(None, several):
         assert path in PLACEHOLDERS or "://" in path or Path(path).exists(), path
     return words
 

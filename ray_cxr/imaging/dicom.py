@@ -35,6 +35,7 @@ import logging
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,8 @@ _PHOTOMETRIC_REFUSED = frozenset({"PALETTE COLOR", "HSV", "ARGB", "CMYK", "YBR_P
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _DEFLATED_WITHOUT_PIXELS = frozenset({"1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205"})  # JPIP
 _EXPLICIT_LITTLE = "1.2.840.10008.1.2.1"
+#: Bytes to read until a header is complete: nearly all headers end within the first number.
+_LEADING_BYTES = (64 * 1024, 1024 * 1024, 64 * 1024 * 1024)
 #: Value representations with 4 bytes of length in explicit VR (PS3.5, 7.1.2).
 _LONG_VRS = frozenset(b"OB OW OF OD OL OV SQ UC UN UR UT SV UV".split())
 
@@ -152,22 +155,45 @@ def _read_format(ds: Any) -> tuple[str, int, int]:
 
 
 def read_tags(data: bytes) -> dict[str, Any]:
-    """Return the header fields that a manifest uses, None where unknown; nothing is logged.
+    """Return the header fields that a manifest or a score table uses, None where unknown; nothing is logged.
 
     Returns:
-        `patient_id` and `study_id` (Study Instance UID): text; ids whose bytes differ (except blanks at the ends) stay
-        different (see `dicom_text`). `age`: float years. `sex`: `M` or `F`. `view`: one of `views`. See
-        `dicom_demographics` for the elements.
+        `patient_id`, `study_id` (Study Instance UID) and `sop_instance_uid`: text; ids whose bytes differ (except
+        blanks at the ends) stay different (see `dicom_text`). `age`: float years. `sex`: `M` or `F`. `view`: one of
+        `views`. See `dicom_demographics` for the elements.
     """
     with decoder_errors("DICOM"):
-        ds, _ = _read_dataset(data, MAX_PIXELS, pixels=False)
-        return {
-            "patient_id": read_identity(ds, "PatientID") or None,
-            "study_id": read_identity(ds, "StudyInstanceUID") or None,
-            "age": read_age(ds),
-            "sex": parse_sex(read_text(ds, "PatientSex")),
-            "view": read_view(ds),
-        }
+        return _list_tags(_read_dataset(data, MAX_PIXELS, pixels=False)[0])
+
+
+def read_leading_tags(start: bytes, fetch: Callable[[int], bytes]) -> dict[str, Any]:
+    """Return `read_tags` of a file of which no more is read than its header needs.
+
+    Args:
+        start: the first bytes of the file, which `looks_like_dicom` accepts.
+        fetch: returns up to n of the bytes that follow, `b""` at the end.
+    """
+    for size in _LEADING_BYTES:
+        while len(start) < size and (chunk := fetch(size - len(start))):
+            start += chunk
+        try:
+            with decoder_errors("DICOM"):
+                return _list_tags(_read_dataset(start, MAX_PIXELS, pixels=False, is_part=len(start) == size)[0])
+        except ImageError as error:
+            if error.code != "truncated" or len(start) < size:
+                raise
+    raise ImageError("too_large", f"the DICOM header has more than {_LEADING_BYTES[-1]} bytes")
+
+
+def _list_tags(ds: Any) -> dict[str, Any]:
+    return {
+        "patient_id": read_identity(ds, "PatientID") or None,
+        "study_id": read_identity(ds, "StudyInstanceUID") or None,
+        "sop_instance_uid": read_identity(ds, "SOPInstanceUID") or None,
+        "age": read_age(ds),
+        "sex": parse_sex(read_text(ds, "PatientSex")),
+        "view": read_view(ds),
+    }
 
 
 class _Reader(io.BytesIO):
@@ -183,8 +209,11 @@ class _Reader(io.BytesIO):
         return data
 
 
-def _read_dataset(data: bytes, max_pixels: int, *, pixels: bool = True) -> tuple[Any, str]:
-    """Return the data set and its transfer syntax; with `pixels`, it has Pixel Data."""
+def _read_dataset(data: bytes, max_pixels: int, *, pixels: bool = True, is_part: bool = False) -> tuple[Any, str]:
+    """Return the data set and its transfer syntax; with `pixels`, it has Pixel Data.
+
+    With `is_part`, more data may follow in the file: a header that reaches their end is `truncated`.
+    """
     if not looks_like_dicom(data):
         raise ImageError("not_an_image", "the contents are neither PNG, JPEG nor DICOM")
     bare = data[128:132] != b"DICM"
@@ -200,11 +229,13 @@ def _read_dataset(data: bytes, max_pixels: int, *, pixels: bool = True) -> tuple
         ds = pydicom.dcmread(reader, force=bare, stop_before_pixels=not pixels)
         has_pixels = "PixelData" in ds
     except (OSError, EOFError, struct.error):
-        if bare:
+        if bare and not is_part:
             raise ImageError("not_an_image", "the contents are not DICOM") from None
         if reader.cut or reader.tell() >= len(data):
             raise ImageError("truncated", "the DICOM file ends inside its header") from None
         raise
+    if is_part and (reader.cut or reader.tell() >= len(data)):
+        raise ImageError("truncated", "the DICOM header continues after these bytes")
     if bare and not ("Rows" in ds and "Columns" in ds and (has_pixels or not pixels)):
         raise ImageError("not_an_image", "the contents are not DICOM")
     if pixels and not has_pixels:

@@ -4,6 +4,9 @@
     Decoder.load(path or contents)  -- stdin -->  read_bytes, decode, read_tags, resize
     DecodedImage | Failure              <- stdout --  pixels, or a code and a message
 
+    Decoder.identify(path or contents)          open_stream, read_leading_tags, SHA-256
+    tags | Failure                      <- stdout --
+
 Both directions carry frames: the lengths of two parts, a JSON object, and raw bytes. The child runs the same functions
 as decoding in-process, so pixels and codes are equal. Output of decoders goes to the null device.
 
@@ -15,6 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import io
 import json
 import os
 import resource
@@ -26,9 +31,9 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeVar
 
 import cv2
 import numpy as np
@@ -40,6 +45,10 @@ from ray_cxr.imaging.decode import HEADER_FLAGS, decode_with_flags, is_png_or_jp
 from ray_cxr.imaging.pixels import MAX_PIXELS, decoder_errors
 from ray_cxr.imaging.resize import resize
 from ray_cxr.storage.files import read_bytes
+from ray_cxr.storage.paths import DICOM_HEAD
+from ray_cxr.storage.stores import open_stream
+
+_T = TypeVar("_T")
 
 #: Maximum time until a child is ready, seconds: mostly imports on a busy machine.
 START_TIMEOUT_S = 120.0
@@ -58,14 +67,14 @@ class DecodedImage:
     """One decoded radiograph."""
 
     images: tuple[np.ndarray, ...]  # in the order of the specs: uint8[S, S], or uint8[H, W] for None
-    tags: Mapping[str, Any] | None  # for a DICOM file, `dicom.read_tags` if requested
+    tags: Mapping[str, Any] | None  # if requested: `dicom.read_tags` of a DICOM file, and `content_digest`
     shape: tuple[int, int] | None = None  # height and width before the resize, pixels
     flags: tuple[str, ...] = ()  # quality flags from the header of a DICOM file
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The `code` and `message` of an `ImageError`, and `tags` if a DICOM header could be read."""
+    """The `code` and `message` of an `ImageError`, and the tags that could be read."""
 
     code: str
     message: str
@@ -77,8 +86,8 @@ class Decoder:
 
     `start` or the first `load` starts the child, and the next `load` replaces a child that was lost. A spec of None
     keeps the original size. `timeout_s` limits the time to read and decode one file. With `tags`, the header fields of
-    DICOM files are read too. `seconds` is the duration of the last `load` without the start of a child; 0 if there was
-    nothing to read.
+    DICOM files are read too; with `digest`, the tags have `content_digest`, the SHA-256 of the file, hex. `seconds` is
+    the duration of the last `load` without the start of a child; 0 if there was nothing to read.
     """
 
     def __init__(
@@ -88,6 +97,7 @@ class Decoder:
         max_pixels: int = MAX_PIXELS,
         timeout_s: float = 60.0,
         tags: bool = False,
+        digest: bool = False,
     ) -> None:
         self._specs = tuple(specs)
         self._timeout_s = float(timeout_s)
@@ -97,6 +107,7 @@ class Decoder:
             "max_pixels": max_pixels,
             "alarm_s": self._timeout_s + _ALARM_MARGIN_S,
             "tags": tags,
+            "digest": digest,
         }
         self.seconds = 0.0
         self._child: _Child | None = None
@@ -117,6 +128,19 @@ class Decoder:
         A child may be killed for a reason other than the file, so a second child tries the file. If that is lost too,
         the code is `decoder_crash`. Other codes are `decode_timeout` and those of `decode.load_image`.
         """
+        return self._exchange(source, {}, self._receive)
+
+    def identify(self, source: str | bytes | None, *, header: bool, digest: bool) -> Mapping[str, Any] | Failure:
+        """Return what identifies a file, without decoding: `dicom.read_tags` of a DICOM file, and `content_digest`.
+
+        Without `digest`, no more of a file is read than its header. The failures are those of `load`.
+        """
+        return self._exchange(source, {"header": header, "digest": digest}, self._receive_tags)
+
+    def _exchange(
+        self, source: str | bytes | None, wanted: Mapping[str, Any], receive: Callable[[_Child, float], _T | Failure]
+    ) -> _T | Failure:
+        """Send a file to the child and return its answer; a second child gets a file at which the first was lost."""
         self.seconds = 0.0
         if not isinstance(source, (str, bytes, bytearray, memoryview)):
             return Failure("missing", "the row has no path", None)
@@ -127,8 +151,8 @@ class Decoder:
             started = time.monotonic()
             deadline = started + self._timeout_s
             try:
-                _send(child.requests, {"path": path}, [memoryview(data)], deadline)
-                return self._receive(child, deadline)
+                _send(child.requests, {"path": path, **wanted}, [memoryview(data)], deadline)
+                return receive(child, deadline)
             except TimeoutError:
                 outcome = _ALARM
             except EOFError as lost:
@@ -183,13 +207,18 @@ class Decoder:
             f"the decoder process cannot start ({reason}); for details run {sys.executable} -m ray_cxr.imaging.sandbox"
         )
 
+    def _receive_tags(self, child: _Child, deadline: float) -> Mapping[str, Any] | Failure:
+        try:
+            answer, size = _receive(child.answers, deadline)
+            return _parse_failure(answer, size) or dict(answer["tags"])
+        except (ValueError, KeyError, TypeError):
+            raise EOFError(_UNREADABLE) from None
+
     def _receive(self, child: _Child, deadline: float) -> DecodedImage | Failure:
         try:
             answer, size = _receive(child.answers, deadline)
-            if "code" in answer:
-                if size or answer["code"] not in ERROR_CODES:
-                    raise EOFError(_UNREADABLE)
-                return Failure(answer["code"], answer["message"], answer["tags"])
+            if failure := _parse_failure(answer, size):
+                return failure
             tags, flags = answer["tags"], tuple(map(str, answer["flags"]))
             height, width = map(int, answer["shape"])
             shapes = [(height, width) if spec is None else (spec.size, spec.size) for spec in self._specs]
@@ -202,6 +231,15 @@ class Decoder:
         for image in images:
             _read_into(child.answers, image.data.cast("B"), deadline)
         return DecodedImage(images, tags, (height, width), flags)
+
+
+def _parse_failure(answer: Mapping[str, Any], size: int) -> Failure | None:
+    """Return the failure in an answer that `size` raw bytes follow; None if it has none."""
+    if "code" not in answer:
+        return None
+    if size or answer["code"] not in ERROR_CODES:
+        raise EOFError(_UNREADABLE)
+    return Failure(answer["code"], answer["message"], answer["tags"])
 
 
 class _Child:
@@ -335,7 +373,7 @@ def _send(
 
 
 def _load(
-    path: str | None, data: bytes, specs: Sequence[InputSpec | None], max_pixels: int, tags: bool
+    path: str | None, data: bytes, specs: Sequence[InputSpec | None], settings: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Return the JSON object and the pixels of an answer."""
     header: dict[str, Any] | None = None
@@ -343,13 +381,45 @@ def _load(
         with decoder_errors("image"):  # also a MemoryError in the resize, or an exception while a decoder prints
             if path is not None:
                 data = read_bytes(path)
-            if tags:
-                header = _read_tags(data)
-            image, flags = decode_with_flags(data, max_pixels=max_pixels)
+            if settings["digest"]:
+                header = {"content_digest": hashlib.sha256(data).hexdigest()}
+            if settings["tags"] and (found := _read_tags(data)) is not None:
+                header = found | (header or {})
+            image, flags = decode_with_flags(data, max_pixels=settings["max_pixels"])
             images = [image if spec is None else resize(image, spec) for spec in specs]
             return {"tags": header, "shape": image.shape, "flags": flags}, images
     except ImageError as error:
         return {"code": error.code, "message": error.message, "tags": header}, []
+
+
+def _identify(path: str | None, data: bytes, header: bool, digest: bool) -> dict[str, Any]:
+    """Return the JSON object of an answer to `Decoder.identify`."""
+    tags: dict[str, Any] = {}
+    try:
+        with decoder_errors("image"):
+            if digest:
+                data = data if path is None else read_bytes(path)
+                tags["content_digest"] = hashlib.sha256(data).hexdigest()
+                opened: contextlib.AbstractContextManager[Callable[[int], bytes]]
+            opened = contextlib.nullcontext(io.BytesIO(data).read) if digest or path is None else open_stream(path)
+            with opened as fetch:
+                start = fetch(DICOM_HEAD) if header else b""
+                if start and not is_png_or_jpeg(start):
+                    tags |= _read_leading_tags(start, fetch)
+    except ImageError as error:
+        return {"code": error.code, "message": error.message, "tags": tags}
+    return {"tags": tags}
+
+
+def _read_leading_tags(start: bytes, fetch: Callable[[int], bytes]) -> dict[str, Any]:
+    """Return `dicom.read_leading_tags` of a DICOM with a readable header, otherwise nothing."""
+    from ray_cxr.imaging import dicom  # slow to import, and PNGs do not need it
+
+    start += fetch(256)  # `looks_like_dicom` needs more than the 132 bytes that tell DICOM from other files
+    if dicom.looks_like_dicom(start):
+        with contextlib.suppress(ImageError):
+            return dicom.read_leading_tags(start, fetch)
+    return {}
 
 
 def _read_tags(data: bytes) -> dict[str, Any] | None:
@@ -375,7 +445,11 @@ def _serve(requests: int, answers: int) -> None:
         data = _read(requests, size)
         # The alarm's default action ends the process, even inside native code.
         signal.setitimer(signal.ITIMER_REAL, settings["alarm_s"])
-        answer, images = _load(request["path"], data, specs, settings["max_pixels"], settings["tags"])
+        images: list[np.ndarray] = []
+        if "header" in request:
+            answer = _identify(request["path"], data, request["header"], request["digest"])
+        else:
+            answer, images = _load(request["path"], data, specs, settings)
         _send(answers, answer, [image.data.cast("B") for image in images])
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         del data, images

@@ -21,6 +21,8 @@ from ray_cxr.labels import SPREAD_PREFIX
 IDENTITY = ("image_id", "path", "patient_id", "study_id")
 #: Optional columns, from the manifest or a DICOM header.
 ABOUT = (("age", pa.float64()), ("sex", pa.string()), ("view", pa.string()))
+#: What identifies an image in the scores of another run: from a PACS or a DICOM header, and SHA-256 of the file, hex.
+MARKS = ("sop_instance_uid", "content_digest")
 #: Flags of views that are not frontal; a decubitus view is frontal, and whether it is unusual is seen in its pixels.
 _FLAGS_OF_VIEWS = {"LATERAL": "lateral", "OBLIQUE": "not_frontal_chest"}
 
@@ -60,6 +62,7 @@ def schema(findings: Sequence[str], *, spread: bool = False) -> pa.Schema:
             ("quality_flag", pa.string()),
             ("model_digest", pa.string()),
             *ABOUT,
+            *((name, pa.string()) for name in MARKS),
         ]
     )
 
@@ -99,7 +102,7 @@ def assemble(
     """Build one score row per manifest row, in the same order; every model column is null on an error row.
 
     Args:
-        rows: image_id, path, patient_id, study_id; also age, sex and view if they are known.
+        rows: image_id, path, patient_id, study_id; also age, sex, view and `MARKS` if they are known.
         probabilities: float32 [N,F]; rows in `failures` are ignored.
         failures: row number -> (error_code, message).
         flags: the quality flag of each row, from pixels and features, or None.
@@ -124,7 +127,8 @@ def assemble(
         )
 
     # Columns that are missing here become null.
-    known = (*IDENTITY, *(name for name, _ in ABOUT if name in rows.column_names))
+    optional = (*(name for name, _ in ABOUT), *MARKS)
+    known = (*IDENTITY, *(name for name in optional if name in rows.column_names))
     columns: dict[str, pa.Array | pa.ChunkedArray] = {name: rows[name] for name in known}
     columns["status"] = pa.array(np.where(bad, "error", "ok"), pa.string())
     for k, name in enumerate(("error_code", "error")):

@@ -40,10 +40,12 @@ from ray_cxr.scoring.prepared_reader import PreparedReader
 from ray_cxr.scoring.ranges import Outcomes, RangeState, RowLocation, ScoreJob, ScoreTask, TaskResult
 from ray_cxr.scoring.reader import ImageReader
 from ray_cxr.storage import atomic
+from ray_cxr.storage.paths import find_instance_uid
 from ray_cxr.tasks import SUCCESS, encode_error, sanitize_error
 
-#: Fields of a DICOM header that fill gaps in the input.
-_TAGS = ("patient_id", "study_id", "age", "sex", "view")
+#: Fields of a DICOM header that fill gaps in the input, and those of them that a key hides.
+_TAGS = ("patient_id", "study_id", "age", "sex", "view", *predictions.MARKS)
+_HIDDEN = {"patient_id", "study_id", *predictions.MARKS}
 
 #: Passes on the seconds that a batch took. It is a queue, because a future wakes its waiters before its callbacks run.
 LatencyQueue = queue.SimpleQueue[float]
@@ -173,7 +175,9 @@ class ScoreWriter:
             # Positions in the previous table with the new table below it.
             position = np.arange(len(state.previous))
             position[state.retried] = len(state.previous) + np.arange(scored)
-            result = pa.concat_tables([state.previous, result]).take(pa.array(position))
+            # Files of earlier versions lack some columns.
+            both = pa.concat_tables([state.previous, result], promote_options="default")
+            result = both.select(result.column_names).take(pa.array(position))
         job.check_run()
         features = self._features.pop(range_position)
         if job.features:
@@ -201,15 +205,23 @@ def _write_features(job: ScoreJob, state: RangeState, values: np.ndarray) -> Non
 
 
 def _add_tags(rows: pa.Table, tags: dict[int, Any], key: bytes | None) -> pa.Table:
-    """Fill missing values from DICOM headers; ids become pseudonyms if there is a key."""
-    if not tags:
-        return rows
-    for name in _TAGS:
+    """Add the columns of `predictions.MARKS`, and fill missing values from DICOM headers; a key hides ids.
+
+    The UID of an instance of a PACS is in its path, also if it could not be fetched.
+    """
+
+    def hide(value: str | None) -> str | None:
+        return value if key is None or value is None else make_pseudonym(key, value)
+
+    uids = [hide(find_instance_uid(path)) for path in rows["path"].to_pylist()]
+    columns = {"sop_instance_uid": pa.array(uids, pa.string()), "content_digest": pa.nulls(len(rows), pa.string())}
+    for name, column in columns.items():
+        rows = rows.append_column(name, column)
+    for name in _TAGS if tags else ():
         values = rows[name].to_pylist()
         for row, fields in tags.items():
-            value = fields.get(name)
-            if values[row] is None and value is not None:
-                values[row] = make_pseudonym(key, value) if key is not None and name.endswith("_id") else value
+            if values[row] is None:
+                values[row] = hide(fields.get(name)) if name in _HIDDEN else fields.get(name)
         rows = rows.set_column(rows.column_names.index(name), name, pa.array(values, rows.schema.field(name).type))
     return rows
 

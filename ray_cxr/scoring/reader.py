@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from ray_cxr import telemetry
 from ray_cxr.config import InputSpec
@@ -13,11 +14,13 @@ from ray_cxr.errors import ImageError
 from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
 from ray_cxr.scoring.ranges import RangeState, RowLocation, ScoreJob
 from ray_cxr.storage.archives import read_members
+from ray_cxr.storage.pacs_workers import PacsFetcher
 from ray_cxr.storage.paths import split_member
 
 #: Bytes of archive members that wait for a decoder.
 BYTES_AHEAD = 256 * 1024 * 1024
 
+_L = TypeVar("_L")
 #: The path of an image, its contents, None for a row without a path, or the reason why an archive lacks it.
 ImageSource = str | bytes | ImageError | None
 
@@ -33,9 +36,12 @@ class ImageReader:
 
         def make_decoder() -> None:
             max_pixels, timeout_s = job.settings.max_pixels, job.settings.decode_timeout_s
-            self._local.decoder = Decoder((job.spec, *specs), max_pixels=max_pixels, timeout_s=timeout_s, tags=True)
+            self._local.decoder = Decoder(
+                (job.spec, *specs), max_pixels=max_pixels, timeout_s=timeout_s, tags=True, digest=True
+            )
 
         self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode", initializer=make_decoder)
+        self._fetcher = None if job.pacs is None else PacsFetcher(job.pacs, command)
         # At least 32 images ahead of the model, and two batches.
         self._ahead = max(32, 2 * job.batch_size) + decoders
         self._turn = threading.Lock()
@@ -50,7 +56,7 @@ class ImageReader:
         waiting_bytes = 0
         # One caller reads at a time: two callers side by side would end together and leave the model idle.
         with self._turn:
-            for location, source in _iter_sources(states):
+            for location, source in self._iter_sources(states):
                 size = len(source) if isinstance(source, bytes) else 0
                 waiting_bytes += size
                 ahead.append((location, size, self._pool.submit(self._load, source)))
@@ -61,6 +67,11 @@ class ImageReader:
         while ahead:
             first, _, future = ahead.popleft()
             yield first, future.result()
+
+    def _iter_sources(self, states: Sequence[RangeState]) -> Iterator[tuple[RowLocation, ImageSource]]:
+        """Yield the source of every row's image; images of a PACS are fetched while earlier ones are decoded."""
+        sources = iter_sources(_locate(states))
+        return sources if self._fetcher is None else self._fetcher.fetch_ahead(sources)
 
     def _start_decoder(self, barrier: threading.Barrier) -> None:
         barrier.wait()  # so that each thread of the pool makes one call
@@ -76,16 +87,25 @@ class ImageReader:
         return outcome
 
 
-def _iter_sources(states: Sequence[RangeState]) -> Iterator[tuple[RowLocation, ImageSource]]:
-    """Yield the source of every row's image in the order of reading: single files, then archive by archive."""
-    members: dict[str, dict[str, list[RowLocation]]] = {}
+def _locate(states: Sequence[RangeState]) -> Iterator[tuple[RowLocation, str | None]]:
     for range_position, state in enumerate(states):
         for row, path in enumerate(state.rows["path"].to_pylist()):
-            inside = split_member(path)
-            if inside is None:
-                yield RowLocation(range_position, row), path
-            else:
-                members.setdefault(inside[0], {}).setdefault(inside[1], []).append(RowLocation(range_position, row))
+            yield RowLocation(range_position, row), path
+
+
+def iter_sources(paths: Iterable[tuple[_L, str | None]]) -> Iterator[tuple[_L, ImageSource]]:
+    """Yield the source of the image at each path in the order of reading: single files, then archive by archive.
+
+    Args:
+        paths: pairs of a location, which the result repeats, and a path.
+    """
+    members: dict[str, dict[str, list[_L]]] = {}
+    for location, path in paths:
+        inside = split_member(path)
+        if inside is None:
+            yield location, path
+        else:
+            members.setdefault(inside[0], {}).setdefault(inside[1], []).append(location)
     for archive, wanted in members.items():
         reason = ImageError("missing", "the archive holds no such member")
         try:
