@@ -45,7 +45,7 @@ from ray_cxr.imaging.decode import HEADER_FLAGS, decode_with_flags, is_png_or_jp
 from ray_cxr.imaging.pixels import MAX_PIXELS, decoder_errors
 from ray_cxr.imaging.resize import resize
 from ray_cxr.storage.files import read_bytes
-from ray_cxr.storage.paths import DICOM_HEAD
+from ray_cxr.storage.paths import DICOM_HEAD, is_dicomweb
 from ray_cxr.storage.stores import open_stream
 
 _T = TypeVar("_T")
@@ -142,6 +142,12 @@ class Decoder:
     ) -> _T | Failure:
         """Send a file to the child and return its answer; a second child gets a file at which the first was lost."""
         self.seconds = 0.0
+        if isinstance(source, str) and is_dicomweb(source):
+            # Only this process has the credentials of the PACS, and the limits of requests.
+            try:
+                source = read_bytes(source)
+            except ImageError as error:
+                return Failure(error.code, error.message, None)
         if not isinstance(source, (str, bytes, bytearray, memoryview)):
             return Failure("missing", "the row has no path", None)
         path, data = (source, b"") if isinstance(source, str) else (None, source)
