@@ -576,10 +576,10 @@ def test_other_contents_are_not_an_image() -> None:
 
 def test_tags() -> None:
     fields = {"PatientID": "17", "StudyInstanceUID": "1.2.3", "PatientAge": "058Y", "PatientSex": "F"}
-    tags = {"patient_id": "17", "study_id": "1.2.3", "age": 58.0, "sex": "F"}
+    tags = {"patient_id": "17", "study_id": "1.2.3", "sop_instance_uid": "1.2.3.4", "age": 58.0, "sex": "F"}
     assert read_tags(file_of(ramp(), **fields, ViewPosition="pa")) == {**tags, "view": "PA"}
-    empty = without(dataset(ramp()), "PatientID", "PixelData")
-    assert read_tags(empty) == {"patient_id": None, "study_id": None, "age": None, "sex": None, "view": None}
+    empty = without(dataset(ramp()), "PatientID", "SOPInstanceUID", "PixelData")
+    assert read_tags(empty) == dict.fromkeys([*tags, "view"])
     for positions, view in (
         ({"ViewPosition": "LL"}, "LATERAL"),
         ({"PatientPosition": "AP"}, "AP"),

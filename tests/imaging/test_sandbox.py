@@ -154,6 +154,7 @@ def test_codes_and_messages_are_those_of_this_process(decoder: Decoder, tmp_path
 def test_tags_of_a_dicom(decoder: Decoder) -> None:
     data = test_dicom.file_of(RAMP, PatientAge="058Y", PatientSex="F", ViewPosition="PA", StudyInstanceUID="1.2.3")
     tags = {"patient_id": "Doe^Jane", "study_id": "1.2.3", "age": 58.0, "sex": "F", "view": "PA"}
+    tags["sop_instance_uid"] = "1.2.3.4"
     assert assert_good(decoder.load(data)).tags == tags
     cut = decoder.load(data[:-100])
     assert isinstance(cut, Failure)
