@@ -85,6 +85,12 @@ class DicomwebServer:
         self._server.shutdown()
         self._server.server_close()
 
+    def reset(self) -> None:
+        """Forget instances, requests and faults, and end answers that would never end."""
+        self.stopping.set()
+        self.__init__(self.tls)  # type: ignore[misc]
+        self.stopping = threading.Event()
+
     @property
     def address(self) -> str:
         return f"dicomweb+{'https' if self.tls else 'http'}://127.0.0.1:{self.port}{ROOT}"
@@ -120,6 +126,7 @@ class DicomwebServer:
 class Handler(BaseHTTPRequestHandler):
     pacs: DicomwebServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # otherwise the body of each answer waits 40 ms after its headers
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -163,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/studies":
             studies: dict[str, list[dict[str, Any]]] = {}
             for row in rows:
-                studies.setdefault(get(row, STUDY), []).append(row)
+                studies.setdefault(str(get(row, STUDY)), []).append(row)
             self._list([_describe_study(group, self.pacs.has_counts) for group in studies.values()])
         elif match := re.fullmatch("/studies/([^/]+)/instances", path):
             found = [row for row in rows if get(row, STUDY) == match[1]]
@@ -241,30 +248,33 @@ def _matches(row: dict[str, Any], key: str, value: str) -> bool:
 
 def trickle(handler: Handler) -> None:
     """Send one byte at a time, for ever."""
+    stopping = handler.pacs.stopping
     handler.send_response(200)
     handler.send_header("Content-Type", "application/dicom")
     handler.send_header("Content-Length", "1000000")
     handler.end_headers()
-    while not handler.pacs.stopping.wait(0.02):
+    while not stopping.wait(0.02):
         handler.wfile.write(b"x")
         handler.wfile.flush()
 
 
 def trickle_headers(handler: Handler) -> None:
     """Send a header for ever."""
+    stopping = handler.pacs.stopping
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
-    while not handler.pacs.stopping.wait(0.02):
+    while not stopping.wait(0.02):
         handler.wfile.write(b"x")
         handler.wfile.flush()
 
 
 def send_endless(handler: Handler) -> None:
     """Send chunks for ever."""
+    stopping = handler.pacs.stopping
     handler.send_response(200)
     handler.send_header("Content-Type", "application/dicom")
     handler.send_header("Transfer-Encoding", "chunked")
     handler.end_headers()
-    while not handler.pacs.stopping.is_set():
+    while not stopping.is_set():
         handler.wfile.write(b"10000\r\n" + bytes(0x10000) + b"\r\n")
 
 

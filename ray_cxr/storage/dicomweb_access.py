@@ -180,8 +180,9 @@ def _check_tls(settings: PacsSettings) -> None:
             # Without a password here OpenSSL would ask for one on the terminal, and wait.
             ssl.create_default_context().load_cert_chain(settings.client_certificate, key, password="")
         except (OSError, ssl.SSLError, ValueError) as error:
-            is_content = isinstance(error, (ssl.SSLError, ValueError)) or not error.strerror
-            reason = "no certificate with its unencrypted key, in PEM" if is_content else error.strerror
+            reason = "no certificate with its unencrypted key, in PEM"
+            if isinstance(error, OSError) and not isinstance(error, ssl.SSLError):
+                reason = error.strerror or reason
             raise ConfigError(f"pacs.client_certificate {settings.client_certificate}: {reason}") from None
 
 

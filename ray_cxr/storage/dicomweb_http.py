@@ -84,7 +84,7 @@ class _TimedStream(io.RawIOBase):
 class _TimedResponse(http.client.HTTPResponse):
     def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
         super().__init__(sock, *args, **options)
-        self.fp = io.BufferedReader(_TimedStream(self.fp.detach(), sock), _CHUNK)  # type: ignore[attr-defined]
+        self.fp = io.BufferedReader(_TimedStream(self.fp.detach(), sock), _CHUNK)
 
 
 class _TimedConnection(HTTPConnection):
@@ -107,6 +107,11 @@ class _Adapter(HTTPAdapter):
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
         super().init_poolmanager(*args, **options)
         self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _SecurePool}
+
+
+class _Session(requests.Session):
+    def get_redirect_target(self, resp: Any) -> None:
+        """Return no target: redirects are followed by `PacsSession`, after a check."""
 
 
 class _Authorization(AuthBase):
@@ -134,7 +139,7 @@ class PacsSession:
         self._settings, self._access, self._limiter = settings, access, limiter
         # Its messages of level DEBUG, and some warnings, contain the query.
         logging.getLogger("urllib3").setLevel(logging.ERROR)
-        self._session = requests.Session()
+        self._session = _Session()
         self._session.trust_env = False
         self._session.verify = settings.ca_file or True
         if settings.client_certificate:
