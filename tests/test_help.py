@@ -131,7 +131,7 @@ def parse(line: str) -> argparse.Namespace:
         (["export-onnx b --out o", "export-onnx --out o --bundle b"], {"bundle": "b"}),
         (["ensemble a b --out o", "ensemble --bundle a b --out o"], {"bundles": ["a", "b"]}),
         (["prepare m --out o", "prepare --manifest m --out o"], {"manifest": "m"}),
-        (["report s --labels m --out o", "report s --out o --manifest m"], {"scores": "s", "labels": "m"}),
+        (["report s --labels m --out o", "report s --out o --manifest m"], {"scores": ["s"], "labels": "m"}),
         (["train p --out o --set seed=3", "train p --out o --seed 3"], {"overrides": ["seed=3"]}),
         (["tune p --out o --set seed=3", "tune p --out o --seed 3"], {"overrides": ["seed=3"]}),
         (["quantize b p --out o --set seed=3", "quantize b p --out o --seed 3"], {"overrides": ["seed=3"]}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,14 @@ def suggest_report(scores: str | Path, manifest: str | None, rows: int) -> None:
     print_next("report", scores, *options, "--out", place_next_to(scores, "report"))
 
 
+def suggest_after_nothing(arguments: Any, folders: Sequence[str]) -> None:
+    """Suggest a report of the latest earlier scores, or without any, the same command with all images."""
+    if folders:
+        suggest_report(folders[-1], None, 0)
+    else:
+        print_next(*arguments.words, "--set", "score.select=all")
+
+
 def find_evaluated_split(path: Path, rows: int) -> str | None:
     """Return the split to evaluate: the first of test, val and train that has rows; `""` without splits.
 
@@ -109,25 +117,31 @@ def find_evaluated_split(path: Path, rows: int) -> str | None:
     return next((name for name in reversed(manifests.SPLITS) if name in splits), "")
 
 
-def suggest_after_report(arguments: Any) -> None:
-    """Suggest what to do with a model that was evaluated, or with the scores of new images."""
+def suggest_after_report(arguments: Any, folders: Sequence[str]) -> None:
+    """Suggest what to do with a model that was evaluated, or with the scores of new images.
+
+    `folders` are the score tables of the report, the latest night last.
+    """
     from ray_cxr.models.bundle import WEIGHTS
 
-    scores, out = remote.to_path(arguments.scores), remote.to_path(arguments.out)
+    scores, out = remote.to_path(folders[-1]), remote.to_path(arguments.out)
+    report = ["report", *map(remote.to_path, arguments.scores)]
     record = run_folder.read_json(scores / "run.json") if scores.is_dir() else {}
     bundle = _find_bundle(scores, record)
     has_layers = bundle is not None and not remote.is_address(bundle) and (bundle / WEIGHTS).exists()
     draw = ["--heatmaps", "3"] if has_layers else []
     if arguments.labels is None and (scores / "input.parquet").exists() and _has_dicom(scores / "input.parquet"):
         print_next("export-sr", scores, "--out", place_next_to(scores, "sr"))
-    elif arguments.labels is None and bundle and draw and (source := _repeat_input(scores, record)):
+    elif (
+        arguments.labels is None and len(folders) == 1 and bundle and draw and (source := _repeat_input(scores, record))
+    ):
         print_next("score", bundle, *source, "--out", scores, *draw)
     elif arguments.labels is None and not arguments.csv:
         print_line("--csv also writes scores.csv, one row per image, for spreadsheets")
-        print_next("report", scores, "--csv", "--out", out)
+        print_next(*report, "--csv", "--out", out)
     elif arguments.labels is None:
-        print_next("report", scores, "--manifest", "M.parquet", "--out", place_next_to(out, "report"))
-    elif arguments.split is None and bundle:
+        print_next(*report, "--manifest", "M.parquet", "--out", place_next_to(out, "report"))
+    elif arguments.split is None and bundle and len(folders) == 1:
         labels = remote.to_path(arguments.labels)
         new = place_next_to(scores, "recalibrated")
         print_next("recalibrate", bundle, scores, "--manifest", labels, "--out", new)
@@ -163,7 +177,7 @@ def _repeat_input(scores: Path, record: dict[str, Any]) -> list[str | Path]:
     plain, used = ScoreSettings().model_dump(mode="json", include=shared), record.get("settings", {})
     path = next(iter(_list_paths(scores, record.get("input"))), None)
     is_plain = {name: used.get(name, plain[name]) for name in shared} == plain
-    is_plain = is_plain and not {"prepared", "features"} & run_folder.read_settings(scores).keys()
+    is_plain = is_plain and not {"prepared", "features", "select"} & run_folder.read_settings(scores).keys()
     if path is None or not is_plain or (scores / HEATMAPS).exists():
         return []
     with manifests.open_manifest(scores / "input.parquet") as file:

@@ -20,10 +20,13 @@ def add_commands(commands: Any) -> None:
         "report",
         _report,
         "make a report of scores, with metrics if there are labels",
-        ["scores --out report", "scores --manifest m.parquet --split test --out report"],
+        [
+            "scores --manifest m.parquet --split test --out report",
+            "nights/* --out report",
+        ],
     )
-    scores_help = "folder from score, or a Parquet with image_id and p_<Finding>"
-    report.add_argument("scores", type=any_path, metavar="SCORES", help=scores_help)
+    scores_help = "folder from score, several of one model (nights), or a Parquet with image_id and p_<Finding>"
+    report.add_argument("scores", type=any_path, metavar="SCORES", nargs="+", help=scores_help)
     report.add_argument("--out", required=True, type=any_path, metavar="REPORT", help="folder to write")
     labels_help = "manifest with labels, to evaluate the scores"
     report.add_argument("--manifest", "--labels", dest="labels", type=any_path, metavar="M.parquet", help=labels_help)
@@ -76,7 +79,8 @@ def _report(arguments: argparse.Namespace) -> None:
     counted = FlagCount.from_json(flagged["any_finding"]).describe() if flagged["any_finding"] else None
     print_line(f"flagged: {counted or 'unknown, because ' + flagged['reason']}")
     print_line(f"report: {remote.to_path(arguments.out) / 'report.html'}")
-    suggest_after_report(arguments)
+    nights = [night["source"] for night in metrics["nights"]["by_night"]] if metrics["nights"] else []
+    suggest_after_report(arguments, nights or arguments.scores)
 
 
 def _export_sr(arguments: argparse.Namespace) -> None:
@@ -88,6 +92,8 @@ def _export_sr(arguments: argparse.Namespace) -> None:
     export = dicom_sr.export_sr(arguments.scores, arguments.out, arguments.replaces)
     for outcome, text in dicom_sr.OUTCOME_TEXTS.items():
         if export.outcomes[outcome]:
+    if metrics["nights"]:
+        print_line(metrics["nights"]["words"])
             print_line(f"{export.outcomes[outcome]:,} {text}")
     partial = f", {export.partial:,} of them without an image of their study" if export.partial else ""
     print_line(f"reports: {export.reports:,} in {arguments.out}{partial}; {export.written:,} written now")

@@ -24,8 +24,9 @@ A verdict states that the data differ, not how, and not that the model is wrong.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict, TypeVar
 
@@ -90,6 +91,8 @@ class Expected:
     quality_images: int | None  # number of images behind `quality_rates`
     quality_reason: str | None  # why `quality_rates` is missing
     baselines: Mapping[str, str]  # names the images behind the expectations of flags, scores and quality flags
+    error_rate: float | None = None
+    error_images: int | None = None  # number of images behind `error_rate`
 
     @classmethod
     def from_model(cls, model: Mapping[str, Any]) -> Expected:
@@ -116,6 +119,35 @@ class Expected:
             quality_images=images,
             quality_reason=fitted.get("lacking") or (None if fitted else "the bundle was made without quality flags"),
             baselines={"flags": flags, "scores": rest, "quality": rest},
+        )
+
+    @classmethod
+    def from_images(
+        cls,
+        findings: Sequence[str],
+        flags: np.ndarray,
+        scores: np.ndarray,
+        quality_flags: np.ndarray,
+        ok: np.ndarray,
+        name: str,
+    ) -> Expected:
+        """Expect what other images of the same model had, such as those of earlier nights; `name` names them.
+
+        The arrays are those of `measure_drift`. Unlike a bundle, images have an expected rate of every quality flag and
+        of errors.
+        """
+        known = {finding: flags[:, j][flags[:, j] >= 0] for j, finding in enumerate(findings)}
+        of_scored = np.asarray(quality_flags, dtype=object)[ok]
+        return cls(
+            flag_rates={finding: float(values.mean()) for finding, values in known.items() if len(values)},
+            flag_images={finding: len(values) for finding, values in known.items()},
+            score_quantiles={finding: score_quantiles(scores[:, j]) for j, finding in enumerate(findings)},
+            quality_rates={flag: float((of_scored == flag).mean()) for flag in quality.FLAGS} if len(of_scored) else {},
+            quality_images=len(of_scored),
+            quality_reason="no image was scored",
+            baselines=dict.fromkeys(("flags", "scores", "quality"), name),
+            error_rate=float((~ok).mean()) if len(ok) else None,
+            error_images=len(ok),
         )
 
 
@@ -211,7 +243,7 @@ class Drift:
     flags: tuple[RateDrift, ...]  # per finding the share of scored images that are flagged
     scores: tuple[ScoreDrift, ...]  # per finding the distribution of raw scores
     quality: tuple[RateDrift, ...]  # per quality flag the share of scored images with it as their most severe flag
-    errors: RateDrift  # share of all images that could not be scored; the verdict is unknown, as nothing is expected
+    errors: RateDrift  # share of all images that could not be scored; a bundle expects nothing of it
     clustered: bool  # whether patients are known; otherwise each image counts as a patient, and p values are too small
     baselines: Mapping[str, str]  # see `Expected`
 
@@ -266,6 +298,8 @@ def measure_drift(
     quality_flags: np.ndarray,
     ok: np.ndarray,
     patients: np.ndarray,
+    *,
+    questions: int = 1,
 ) -> Drift:
     """Compare a score table with the expectations of its bundle.
 
@@ -274,6 +308,8 @@ def measure_drift(
         scores: raw probabilities [n,F], NaN if missing.
         quality_flags: objects [n], most severe flag of each image or None.
         ok: bool [n], False if the image could not be scored.
+        questions: number of kinds of comparison that are one question. Levels and p values are corrected for it too:
+            with 4, the chance of any false difference among the flags, scores, quality flags and errors is `LEVEL`.
     """
     flags, scores, ok = np.asarray(flags), np.asarray(scores), np.asarray(ok, dtype=bool)
     shape = (len(ok), len(findings))
@@ -281,14 +317,19 @@ def measure_drift(
         raise ValueError(f"flags {flags.shape}, scores {scores.shape} do not fit {len(ok)} images, {shape[1]} findings")
     people = Patients.of(patients)
     scored_flags = np.asarray(quality_flags, dtype=object)[ok]
+    error_reason = "nothing is expected of it" if expected.error_rate is None else None
+    errors = _compare_rate("errors", ~ok, people, expected.error_rate, expected.error_images, error_reason)
+    adjust = functools.partial(_adjust, questions=questions)
     return Drift(
-        flags=_adjust(_compare_flags(expected, name, flags[:, j], people) for j, name in enumerate(findings)),
-        scores=_adjust(
-            _compare_scores(name, expected.score_quantiles.get(name), scores[:, j], people)
-            for j, name in enumerate(findings)
+        flags=adjust([_compare_flags(expected, name, flags[:, j], people) for j, name in enumerate(findings)]),
+        scores=adjust(
+            [
+                _compare_scores(name, expected.score_quantiles.get(name), scores[:, j], people)
+                for j, name in enumerate(findings)
+            ]
         ),
-        quality=_adjust(_compare_quality(expected, name, scored_flags, people[ok]) for name in quality.FLAGS),
-        errors=_compare_rate("errors", ~ok, people, None, None, "nothing is expected of it"),
+        quality=adjust([_compare_quality(expected, name, scored_flags, people[ok]) for name in quality.FLAGS]),
+        errors=adjust([errors])[0],
         clustered=people.units < len(ok),
         baselines=expected.baselines,
     )
@@ -332,7 +373,7 @@ def _compare_quality(expected: Expected, name: str, flags: np.ndarray, patients:
     rate = expected.quality_rates.get(name)
     reason = None
     if rate is None:
-        reason = (expected.quality_reason if name in quality.JUDGED else None) or "the model has no expected rate"
+        reason = (expected.quality_reason if name in quality.JUDGED else None) or "no rate is expected of it"
     return _compare_rate(name, flags == name, patients, rate, expected.quality_images, reason)
 
 
@@ -429,7 +470,7 @@ def _compare_scores(name: str, kept: ScoreQuantiles | None, scores: np.ndarray, 
     known = ~np.isnan(scores)
     scores, patients = scores[known].astype(np.float64), patients[known]
     n = len(scores)
-    reason = f"the bundle keeps fewer than {MIN_IMAGES} scores of it" if kept is None else _explain_too_few(n, patients)
+    reason = f"the baseline has fewer than {MIN_IMAGES} scores of it" if kept is None else _explain_too_few(n, patients)
     row = ScoreDrift(name=name, n=n, n_patients=patients.number, reason=reason)
     if reason is not None or kept is None:
         return row
@@ -516,10 +557,9 @@ def _judge(is_within: bool, excludes_zero: bool, is_large: bool) -> str:
     return (LARGE if is_large else DIFFERS) if excludes_zero else INCONCLUSIVE
 
 
-def _adjust(compared: Iterable[_AnyDrift]) -> tuple[_AnyDrift, ...]:
+def _adjust(rows: list[_AnyDrift], *, questions: int) -> tuple[_AnyDrift, ...]:
     """Set p_adjusted, interval and verdict of the rows that have a p."""
-    rows = list(compared)
-    number = sum(row.p is not None for row in rows)
+    number = questions * sum(row.p is not None for row in rows)
     for i, row in enumerate(rows):
         if row.p is not None:
             adjusted, level = min(1.0, number * row.p), 1.0 - LEVEL / number

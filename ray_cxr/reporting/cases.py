@@ -125,27 +125,27 @@ class CaseBuilder:
 class HeatMapReader:
     """Reads the heat maps that a page shows; a damaged file costs all maps of the page, but not the page.
 
-    Args:
-        folder: of the scores; None if it is unknown.
-
     Attributes:
         notes: on the page, why it shows no maps.
     """
 
-    def __init__(self, folder: str | None) -> None:
-        self._folder = folder if folder is not None and has_heatmaps(folder) else None
+    def __init__(self, table: Scores) -> None:
+        self._table = table
+        self._folders = {folder for folder in table.folders if has_heatmaps(folder)}
         self.notes: list[str] = []
 
     @property
     def has_maps(self) -> bool:
-        return self._folder is not None and not self.notes
+        return bool(self._folders) and not self.notes
 
     def read(self, image_ids: Collection[str]) -> dict[tuple[str, str], HeatMap]:
         """Return the maps of these images by image id and finding."""
-        if self._folder is None or self.notes or not len(image_ids):
+        if not self.has_maps or not len(image_ids):
             return {}
+        grouped = self._table.group_by_folder(image_ids).items()
         try:
-            return read_heatmaps(self._folder, set(image_ids))
+            maps = [read_heatmaps(folder, found) for folder, found in grouped if folder in self._folders]
+            return {key: heatmap for found in maps for key, heatmap in found.items()}
         except TableError as error:
             self.notes.append(f"Heat maps are left out: {error}.")
             return {}

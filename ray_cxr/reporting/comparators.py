@@ -199,7 +199,7 @@ class _ProjectedMaps(UserDict[tuple[str, str], Any]):
 
 def check_heatmaps(table: Scores, path: str) -> None:
     """Raise InputError if there are no heat maps to compare with the boxes in `path`."""
-    if table.run_folder is None or not has_heatmaps(table.run_folder):
+    if not any(map(has_heatmaps, table.folders)):
         command = f"`ray-cxr score ... --heatmaps {len(FINDINGS)}`"
         raise InputError(f"--boxes {path}: {table.source} holds no heat maps. Draw them first: {command}")
 
@@ -211,13 +211,15 @@ def compare_with_boxes(table: Scores, population: Population, path: str, bootstr
         NotEvaluatedError: no boxed image is in the population.
     """
     boxes = read_boxes(path)
-    assert table.run_folder is not None
     kept, rows, patients, missing = population.match(table, boxes.image_ids, f"--boxes {path}")
     images, first = np.unique(rows, return_index=True)  # an image can have several boxes
     checked = check_leakage(table, images, patients[first], population.split, "the boxed images")
     ids = table.ids[rows]  # the maps' spelling, which can be another Unicode form than that of the boxes
+    maps: dict[tuple[str, str], HeatMap] = {}
+    for folder, found in table.group_by_folder(set(ids)).items():
+        maps |= read_heatmaps(folder, found) if has_heatmaps(folder) else {}
     measured = measure_localisation(
-        _ProjectedMaps(read_heatmaps(table.run_folder, set(ids))),
+        _ProjectedMaps(maps),
         ids,
         boxes.findings[kept],
         boxes.xywh[kept],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,7 @@ import ray_cxr
 from ray_cxr.imaging import phantoms
 from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.reporting import html, plots
-from ray_cxr.reporting.scores import Location, Scores
+from ray_cxr.reporting.scores import Scores
 
 _DIGITS = 12
 
@@ -34,12 +33,6 @@ def describe_report(table: Scores, info: Mapping[str, Any]) -> dict[str, Any]:
         "scored_with": (table.run.get("versions") or {}).get("ray-cxr"),
         "synthetic": is_synthetic(info) or is_synthetic(table.run.get("split") or {}),
     }
-
-
-def hash_run(table: Scores) -> str | None:
-    """Return the SHA-256 of the scores' run.json; None for another system's scores."""
-    run = Location.of(table.source).find_run() if table.is_own else None
-    return hashlib.sha256(run.child("run.json").read_bytes()).hexdigest() if run and run.has("run.json") else None
 
 
 def list_facts(table: Scores, metrics: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,14 @@ from ray_cxr.evaluation.reading_order import ReadingOrder
 from ray_cxr.evaluation.subgroups import Difference, Subgroups
 from ray_cxr.evaluation.underdiagnosis import Underdiagnosis
 from ray_cxr.labels import FINDINGS
-from ray_cxr.reporting import curve_figures, decision_figures, forest_figures, image_figures, label_figures
+from ray_cxr.reporting import (
+    curve_figures,
+    decision_figures,
+    forest_figures,
+    image_figures,
+    label_figures,
+    night_figures,
+)
 from ray_cxr.reporting.cases import Band
 from ray_cxr.reporting.evaluation_set import EvaluationSet
 from ray_cxr.reporting.forest_figures import ForestColumn, ForestRow
@@ -26,7 +33,7 @@ from ray_cxr.reporting.scores import Scores
 NAMES = (
     "auroc", "roc", "precision_recall", "distributions", "reliability", "net_benefit", "selective", "subgroups",
     "subgroup_differences", "underdiagnosis", "reading_order", "compared", "consensus", "localisation", "drift",
-    "examples", "heatmaps", "radiographs", "learning_curves", "prevalence", "cooccurrence", "priority",
+    "nights", "examples", "heatmaps", "radiographs", "learning_curves", "prevalence", "cooccurrence", "priority",
 )  # fmt: skip
 #: Names of the subgroups' attributes on the page.
 ATTRIBUTES = {"sex": "Sex", "age_band": "Age, years", "view": "View", "follow_up": "Follow-up"}
@@ -65,6 +72,8 @@ def draw_figures(table: Scores, result: ReportResult, cases: Mapping[str, list[B
         figures["localisation"] = forest_figures.plot_localisation(result.boxes.localisation)
     if result.drift:
         figures["drift"] = forest_figures.plot_drift(result.drift.measured.flags)
+    if result.nights:
+        figures["nights"] = night_figures.plot_nights(result.nights.nights)
     priority = table.priority[np.isfinite(table.priority)]
     if labelled is None and len(priority):
         figures["priority"] = curve_figures.plot_priorities(priority)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,12 @@ from ray_cxr.reporting.comparators import (
 from ray_cxr.reporting.decisions import measure_decisions
 from ray_cxr.reporting.evaluation_set import EXTERNAL, EvaluationSet, NotEvaluatedError, Population, join_labels
 from ray_cxr.reporting.flagged import measure_flagged
-from ray_cxr.reporting.leakage import check_leakage, compare_training, warn_of_training
+from ray_cxr.reporting.leakage import LeakCheck, check_leakage, compare_training, warn_of_training
 from ray_cxr.reporting.measures import BootstrapSettings, ModelOutputs, evaluate
+from ray_cxr.reporting.night_results import measure_nights
+from ray_cxr.reporting.nights import NightTable, hash_run, list_night_notes, read_nights
 from ray_cxr.reporting.result import Counts, LabelResults, ReportResult, measure_drift, measure_flag_rates
-from ray_cxr.reporting.scores import Location, Scores, read_scores
+from ray_cxr.reporting.scores import Location, Scores
 from ray_cxr.reporting.spreadsheets import format_scores
 from ray_cxr.reporting.summary import list_remarks, summarize
 from ray_cxr.reporting.worklist import build_worklist
@@ -58,7 +60,7 @@ _log = logging.getLogger(__name__)
 
 
 def write_report(
-    scores: str | Path,
+    scores: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     labels: str | Path | None = None,
@@ -76,7 +78,8 @@ def write_report(
     Returns the content of metrics.json: float64 unrounded; undefined numbers are None, with a reason.
 
     Args:
-        scores: the folder that `ray-cxr score` wrote; or a Parquet file or folder with image_id and p_<Finding>.
+        scores: the folder that `ray-cxr score` wrote; or a Parquet file or folder with image_id and p_<Finding>; or
+            several folders of one model, such as those of several nights, or a pattern that matches them.
         out: the folder for the report; an older report in it is replaced.
         labels: a manifest; None reports scores without an evaluation.
         split: evaluate only the labels' rows of `train`, `val` or `test`; None takes all rows, and so does `external`,
@@ -90,7 +93,8 @@ def write_report(
 
     Raises:
         InputError: the scores are incomplete, or share no image with the labels, the consensus table or the other
-            scores; an option lacks the labels it needs; there are no heat maps.
+            scores; several folders of scores are not of one model; an option lacks the labels it needs; there are no
+            heat maps.
         TableError: a table names an image twice or holds invalid values.
         LeakError: `split` is `test` or None, and an evaluated image or patient is in the model's train or val split.
         OutputError: `out` is a file, or is inside the score folder, or another command writes there.
@@ -103,17 +107,21 @@ def write_report(
         raise OutputError(f"--out {out}: is a file; name a folder")
     prevalences = {} if prevalence is None else _read_prevalences(str(prevalence))
     with Stage("reading the scores"):
-        table = read_scores(scores)
+        table, night_tables = read_nights(scores)
     if boxes is not None:
         check_heatmaps(table, str(boxes))
-    if table.folder is not None and remote.is_inside(out, remote.to_path(table.folder)):
-        # The next report would read this one's metrics.parquet as scores.
-        raise OutputError(f"--out {out}: is inside the score folder {table.folder}; name a folder outside it")
+    _check_out(out, table)
     _log.debug("%s: %d rows, %d errors", table.source, len(table.ids), int((~table.ok).sum()))
     with run_folder.lock(out, "report"), Stage("reading the labels" if labels else "counting flags") as stage:
-        labelled = None if labels is None else _evaluate_labels(table, labels, split, prevalences, bootstrap, stage)
-        evaluated = labelled.images if labelled else None
+        evaluated, checked = (None, None) if labels is None else _join_labels(table, labels, split)
         population = evaluated or Population.select_scored(table)
+        consensus_result = None
+        if consensus is not None:
+            stage.change("comparing with the consensus table")
+            consensus_result = compare_with_consensus(table, population, str(consensus), prevalences, bootstrap)
+        labelled = None
+        if evaluated is not None and checked is not None:
+            labelled = _evaluate_labels(table, evaluated, checked, prevalences, bootstrap, stage)
         stage.change("measuring alerts and drift")
         alerts = measure_alerts(table, population, evaluated, bootstrap)
         n, patients = len(population.rows), PatientCount.of(population.patients)
@@ -130,26 +138,25 @@ def write_report(
             flagged=measure_flagged(table, population),
             flag_rates=measure_flag_rates(table),
             drift=measure_drift(table, evaluated),
+            nights=measure_nights(night_tables) if night_tables else None,
             alerts=alerts,
             digests=_read_digests(table, labels, labelled),
             report=facts.describe_report(table, evaluated.info if evaluated else {}),
             bootstrap=bootstrap if labels or consensus or boxes else None,
-            consensus=None
-            if consensus is None
-            else compare_with_consensus(table, population, str(consensus), prevalences, bootstrap),
+            consensus=consensus_result,
             compared=None
             if compare is None or evaluated is None
             else compare_with_scores(table, evaluated, str(compare), bootstrap),
             boxes=box_result,
             warnings=[*seen, *unboxed, *list_warnings(table, population, labelled.evaluation if labelled else None)],
-            notes=[*_list_notes(table, split, labelled), *note_missed_findings(alerts)],
+            notes=[*_list_notes(table, split, labelled, night_tables), *note_missed_findings(alerts)],
         )
         (out / "scores.csv").unlink(missing_ok=True)  # of an older report
         if csv:
             out.mkdir(parents=True, exist_ok=True)
             atomic.write_text(out / "scores.csv", format_scores(table, population))
         stage.change("drawing figures")
-        maps = HeatMapReader(table.run_folder)
+        maps = HeatMapReader(table)
         cases = examples.select_cases(table, result, seed, maps)
         figures = figure_set.draw_figures(table, result, cases)
         stage.change("writing the pages")
@@ -176,17 +183,29 @@ def _check_options(
         raise InputError(f"n_resamples is {n_resamples}; it must be at least 1")
 
 
+def _check_out(out: Path, table: Scores) -> None:
+    """Refuse to write into a folder of scores: the next report would read this one's metrics.parquet as scores."""
+    nights = [remote.to_path(folder) / "scores" for folder in table.folders] if table.nights else []
+    for folder in [*nights, *([] if table.folder is None else [remote.to_path(table.folder)])]:
+        if remote.is_inside(out, folder):
+            raise OutputError(f"--out {out}: is inside the score folder {folder}; name a folder outside it")
+
+
+def _join_labels(table: Scores, labels: str | Path, split: str | None) -> tuple[EvaluationSet, LeakCheck]:
+    images = join_labels(table, labels, split)
+    population = "the labels" if split in (None, EXTERNAL) else "the test split"
+    return images, check_leakage(table, images.rows, images.patients, split, population)
+
+
 def _evaluate_labels(
     table: Scores,
-    labels: str | Path,
-    split: str | None,
+    images: EvaluationSet,
+    leak_check: LeakCheck,
     prevalences: Mapping[str, float],
     bootstrap: BootstrapSettings,
     stage: Stage,
 ) -> LabelResults:
-    images = join_labels(table, labels, split)
-    population = "the labels" if split in (None, EXTERNAL) else "the test split"
-    leak_check = check_leakage(table, images.rows, images.patients, split, population)
+    split = images.split
     outputs = ModelOutputs.select(table, images.rows)
     stage.change(f"computing metrics, and intervals from {bootstrap.n_resamples:,} resamples")
     evaluation = evaluate(outputs, images.labels, images.patients, prevalences=prevalences, bootstrap=bootstrap)
@@ -261,14 +280,16 @@ def _read_digests(table: Scores, labels: str | Path | None, labelled: LabelResul
     digest = table.model.get("digest")
     return {
         "model": list(table.model_digests) or ([digest] if digest else []),
-        "run": facts.hash_run(table),
+        "run": hash_run(table.source) if table.is_own and not table.nights else None,
         "input": table.run.get("input_digest"),
         "labels": hashlib.sha256(location.read_bytes()).hexdigest() if location and location.is_file else None,
         "tables": info.get("tables") or info.get("digests"),
     }
 
 
-def _list_notes(table: Scores, split: str | None, labelled: LabelResults | None) -> list[str]:
+def _list_notes(
+    table: Scores, split: str | None, labelled: LabelResults | None, nights: Sequence[NightTable]
+) -> list[str]:
     """List what a reader must know to interpret the numbers."""
     notes = []
     if split in ("train", "val"):
@@ -303,6 +324,7 @@ def _list_notes(table: Scores, split: str | None, labelled: LabelResults | None)
         )
     notes.extend(table.ranking.notes)
     if table.ignored:
+    notes.extend(list_night_notes(nights))
         shown = ", ".join(table.ignored[:8]) + (" …" if len(table.ignored) > 8 else "")
         notes.append(f"Columns of unknown findings were ignored: {shown}.")
     if labelled is not None and labelled.images.info.get("kind") == "official" and split == "test":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from ray_cxr.reporting.evaluation_set import EvaluationSet, JoinCounts
 from ray_cxr.reporting.flagged import Flagged
 from ray_cxr.reporting.leakage import LeakCheck
 from ray_cxr.reporting.measures import BootstrapSettings, EvaluationResult
+from ray_cxr.reporting.night_results import NightResults, stack_columns
 from ray_cxr.reporting.scores import Scores, finite_or_none
 
 #: Sections of metrics.json about labels that follow the settings.
@@ -96,19 +96,9 @@ def measure_drift(table: Scores, evaluated: EvaluationSet | None) -> DriftResult
     if not table.is_own:
         return None
     rows = np.arange(len(table.ids)) if evaluated is None else evaluated.rows
-
-    def stack(columns: Mapping[str, np.ndarray], missing: Any) -> np.ndarray:
-        return np.column_stack([columns.get(f, np.full(len(table.ids), missing)) for f in table.findings])[rows]
-
-    measured = drift.measure_drift(
-        drift.Expected.from_model(table.model),
-        table.findings,
-        stack(table.flags, np.int8(-1)),
-        stack(table.p, np.nan),
-        table.quality_flags[rows],
-        table.ok[rows],
-        table.patients[rows] if evaluated is None else evaluated.patients,
-    )
+    *columns, patients = stack_columns(table, rows)
+    patients = patients if evaluated is None else evaluated.patients
+    measured = drift.measure_drift(drift.Expected.from_model(table.model), table.findings, *columns, patients)
     images = "all scored images" if evaluated is None else f"the evaluated images ({evaluated.description})"
     return DriftResult(images, measured, has_errors=evaluated is None)
 
@@ -165,6 +155,7 @@ class ReportResult:
     flagged: Flagged
     flag_rates: dict[str, dict[str, Any]]
     drift: DriftResult | None
+    nights: NightResults | None
     alerts: Alerts
     digests: dict[str, Any]
     report: dict[str, Any]
@@ -190,6 +181,7 @@ class ReportResult:
             "flagged": self.flagged.to_json(),
             "flag_rates": self.flag_rates,
             "drift": self.drift.to_json() if self.drift else None,
+            "nights": self.nights.to_json() if self.nights else None,
             "alerts": self.alerts.to_json(),
             "digests": self.digests,
             "report": self.report,

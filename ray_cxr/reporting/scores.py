@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -44,6 +44,24 @@ class TrainingImages:
 
 
 @dataclass(frozen=True)
+class Night:
+    """A finished SCORES folder of several that are read as one table.
+
+    Attributes:
+        name: its date, for readers; see `nights.read_nights`.
+        source, folder: `Scores.source` and `Scores.run_folder` of its table.
+        finished: when its scoring ended first, ISO 8601; None if unknown.
+        digest: SHA-256 of its run.json.
+    """
+
+    name: str
+    source: str
+    folder: str | None
+    finished: str | None
+    digest: str | None
+
+
+@dataclass(frozen=True)
 class Scores:
     """A score table in memory, one entry per row in every array [n].
 
@@ -59,6 +77,8 @@ class Scores:
         flags: per finding, int8 with -1 for null.
         ignored: columns named like predictions of an unknown finding.
         model, run: `model.json` and `run.json`, or empty.
+        nights: the folders of a table of several nights, oldest first; empty for one folder or file.
+        night: the number of the night of each row, int64; None for one folder or file.
     """
 
     source: str
@@ -86,6 +106,24 @@ class Scores:
     model: dict[str, Any]
     run: dict[str, Any]
     training: TrainingImages | None
+    nights: tuple[Night, ...] = ()
+    night: np.ndarray | None = None
+
+    @property
+    def folders(self) -> list[str]:
+        """The SCORES folders, as `remote.to_path` takes them."""
+        known = [night.folder for night in self.nights] or [self.run_folder]
+        return [folder for folder in known if folder is not None]
+
+    def group_by_folder(self, image_ids: Collection[str]) -> dict[str, set[str]]:
+        """Return the SCORES folders that hold the rows of these images, each with the ids of its images."""
+        if self.night is None:
+            return {folder: set(image_ids) for folder in self.folders}
+        ids = np.array([*image_ids], dtype=object)
+        rows = identity.find_ids(ids, self.ids)
+        nights = np.where(rows < 0, -1, self.night[rows])
+        grouped = {night.folder: set(ids[nights == number]) for number, night in enumerate(self.nights)}
+        return {folder: found for folder, found in grouped.items() if folder is not None and found}
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -112,6 +150,17 @@ class Scores:
 
 def read_scores(path: str | Path) -> Scores:
     """Read a SCORES folder, or the Parquet file or folder of another system's predictions."""
+    table, origin = open_scores(path)
+    return build_scores(table, str(path), origin)
+
+
+def build_scores(table: pa.Table, source: str, origin: Mapping[str, Any]) -> Scores:
+    """Check a table of scores; `origin` is that of `open_scores`."""
+    return _Columns(table, source).to_scores(**origin)
+
+
+def open_scores(path: str | Path) -> tuple[pa.Table, dict[str, Any]]:
+    """Read the files of `read_scores`, and return the fields of `Scores` that are not in the table."""
     location = Location.of(str(path))
     run = location.find_run()
     if run is not None:
@@ -119,14 +168,14 @@ def read_scores(path: str | Path) -> Scores:
             raise InputError(f"{path}: score did not finish; run it again to continue")
         # A path inside a SCORES folder must not bypass the leak check.
         location = location if location.is_file else run.child("scores")
-    return _Columns(location.read_parquet(str(path)), str(path)).to_scores(
-        is_own=run is not None,
-        folder=None if location.is_file else location.address(str(path)),
-        run_folder=None if run is None else run.address(str(path)),
-        model=run.read_json("model.json") if run else {},
-        run=run.read_json("run.json") if run else {},
-        training=read_training_images(run.child("split.parquet")) if run and run.has("split.parquet") else None,
-    )
+    return location.read_parquet(str(path)), {
+        "is_own": run is not None,
+        "folder": None if location.is_file else location.address(str(path)),
+        "run_folder": None if run is None else run.address(str(path)),
+        "model": run.read_json("model.json") if run else {},
+        "run": run.read_json("run.json") if run else {},
+        "training": read_training_images(run.child("split.parquet")) if run and run.has("split.parquet") else None,
+    }
 
 
 def read_score_table(table: pa.Table, name: str) -> Scores:

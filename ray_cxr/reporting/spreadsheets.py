@@ -57,6 +57,7 @@ def format_scores(table: Scores, population: Population) -> str:
         "quality_flag": images.quality_flags.tolist(),
         "top_finding": images.top_findings.tolist(),
         "flagged": _list_flagged(images),
+        **({} if images.night is None else {"night": [images.nights[night].name for night in images.night]}),
         "abnormality": images.abnormality,
         "priority": images.priority,
         **{f"p_{finding}": values for finding, values in images.p.items()},

@@ -18,6 +18,7 @@ from ray_cxr.reporting.alerts import summarize_alerts
 from ray_cxr.reporting.flagged import summarize_flagged
 from ray_cxr.reporting.measures import EvaluationResult, Measurement
 from ray_cxr.reporting.result import ReportResult
+from ray_cxr.reporting.night_results import describe_last, summarize_nights
 from ray_cxr.reporting.worklist import Worklist
 
 #: Of the main results.
@@ -68,6 +69,9 @@ def summarize(result: ReportResult, model: Mapping[str, Any], worklist: Worklist
     order, sections["worklist"] = _summarize_worklist(worklist)
     first, top = [summarize_flagged(result.flagged)], list[str]()
     if labelled is None:
+    if result.nights is not None:
+        first.insert(0, describe_last(result.nights))
+        sections["nights"] = summarize_nights(result.nights)
         first += order
         if not result.consensus:
             top.append(_summarize_validation(model))

@@ -41,6 +41,7 @@ def build_table(result: Mapping[str, Any]) -> pa.Table:
         (consensus and consensus["digest"], _list_evaluation(consensus, "consensus") if consensus else ()),
         (boxes and boxes["digest"], _list_localisation(boxes) if boxes else ()),
         (None, _list_drift(drift) if drift else ()),
+        (None, _list_nights(result["nights"]) if result["nights"] else ()),
         (None, _list_flagged(result["flagged"])),
         (labels, _list_alerts(result["alerts"])),
         (labels, _list_order(result["reading_order"] or {})),
@@ -166,6 +167,19 @@ def _list_drift(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for finding, scores in found["scores"].items():
         names = {"section": "drift", "finding": finding, "n": scores["n"], "reason": scores["reason"]}
         yield {**names, "metric": "population stability index", "value": scores["psi"]}
+
+
+def _list_nights(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for night in found["by_night"]:
+        names, failed = {"section": "nights", "group": night["name"]}, night["failed"]["images"]
+        for metric, value in (("images", night["images"]), ("images not scored", failed)):
+            yield {**names, "metric": metric, "value": value}
+        for finding, rate in night["expected"]["flags"].items():
+            row = {**names, "finding": finding, "n": rate["n"], "reason": rate["reason"]}
+            yield {**row, "metric": "flag rate", **_estimate(rate, "observed")}
+        for finding, scores in night["expected"]["scores"].items():
+            row = {**names, "finding": finding, "n": scores["n"], "reason": scores["reason"]}
+            yield {**row, "metric": "population stability index", "value": scores["psi"]}
 
 
 def _list_flagged(flagged: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -73,6 +73,8 @@ def build_worklist(table: Scores) -> Worklist:
             "errors": _join(table.codes[row] or "unknown" for row in rows if not table.ok[row]),
             "quality_flags": _join(table.quality_flags[row] for row in rows),
         }
+        if table.night is not None:
+            line["night"] = "|".join(table.nights[night].name for night in np.unique(table.night[rows]))
         lines.append(line)
     return Worklist(
         lines=[lines[study] for study in order],

@@ -334,3 +334,5 @@ def _check_error_rate(report: ScoreReport, allowed: float) -> None:
         codes = ", ".join(f"{code} {n:,}" for code, n in report.counts.most_common() if code != "ok")
         failed = f"{report.errors:,} of {report.rows:,} images failed ({rate:.1%}, allowed {allowed:.1%}): {codes}"
         raise ErrorRateExceeded(f"{failed}; all rows are written; see their error_code", report)
+        # A report over several nights dates a night by it, which a later retry does not move.
+        "first_finished": before.get("first_finished") or before.get("finished") or now,

@@ -339,3 +339,28 @@ def test_result_is_json_and_bad_input_is_refused() -> None:
     for columns, ok in ((3, np.ones(100, bool)), (2, np.ones(99, bool))):
         with pytest.raises(ValueError, match="do not fit"):
             measure(np.zeros((100, columns)), np.arange(100), ok=ok)
+
+
+def test_other_images_are_a_baseline_and_four_kinds_are_one_question() -> None:
+    """Three of 300 earlier images failed; of 300 later ones 30 fail, and the shares of flags stay the same."""
+    n = 300
+    flags, p = build_flags(n, 90, 30), np.column_stack([np.linspace(0.0, 1.0, n)] * 2)
+    quality_flags = np.where(np.arange(n) < 6, "lateral", None)
+    failed = [np.arange(n) >= n - count for count in (3, 30)]
+    earlier, later = ([flags.copy(), p.copy(), quality_flags.copy(), ~bad] for bad in failed)
+    for columns, bad in zip((earlier, later), failed, strict=True):
+        columns[0][bad], columns[1][bad] = -1, np.nan
+    expected = drift.Expected.from_images(["Mass", "Nodule"], *earlier, name="earlier nights")
+    patients = np.arange(n).astype(str).astype(object)
+    alone, asked = (
+        drift.measure_drift(expected, ["Mass", "Nodule"], *later, patients, questions=number) for number in (1, 4)
+    )
+    assert [row.expected for row in asked.flags] == pytest.approx([90 / 297, 30 / 297])
+    assert (asked.errors.expected, asked.errors.observed, asked.errors.verdict) == (0.01, 0.1, drift.LARGE)
+    assert {row.verdict for row in (*asked.flags, *asked.scores)} <= {drift.OK, drift.INCONCLUSIVE}
+    assert next(row for row in asked.quality if row.name == "lateral").expected == pytest.approx(6 / 297)
+    for one, four in zip((*alone.flags, alone.errors), (*asked.flags, asked.errors), strict=True):
+        assert four.p == one.p
+        assert four.p_adjusted == pytest.approx(min(1.0, 4 * (2 if one.name != "errors" else 1) * one.p))
+        assert four.difference_high > one.difference_high
+    assert alone.baselines["flags"] == "earlier nights"

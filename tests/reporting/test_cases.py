@@ -131,7 +131,7 @@ def test_heat_maps_are_of_cases_that_have_one(tmp_path: Path) -> None:
     add_heatmaps(scores, archive, rows[rows % 4 == 0], hits=set())
     table, images = read_scores(scores), join_labels(read_scores(scores), archive.labels(), "test")
     with Decoder([None]) as decoder:
-        bands = examples.select_heatmaps(table, images, CaseBuilder(table, {}, decoder), HeatMapReader(scores))
+        bands = examples.select_heatmaps(table, images, CaseBuilder(table, {}, decoder), HeatMapReader(table))
     cases = [case for _, found in bands for case in found]
     assert len(cases) >= 6
     assert all(case.overlay is not None and case.finding == "Effusion" for case in cases)
@@ -140,7 +140,7 @@ def test_heat_maps_are_of_cases_that_have_one(tmp_path: Path) -> None:
     cells = pa.array([[0.0] * 16] * len(maps), maps.schema.field("map").type)
     pq.write_table(maps.set_column(maps.column_names.index("map"), "map", cells), part)
     with Decoder([None]) as decoder:
-        bands = examples.select_heatmaps(table, images, CaseBuilder(table, {}, decoder), HeatMapReader(scores))
+        bands = examples.select_heatmaps(table, images, CaseBuilder(table, {}, decoder), HeatMapReader(table))
     assert [found for _, found in bands] == [[], [], []]
     pq.write_table(maps.set_column(1, "finding", pa.array(["Pneumonia"] * len(maps))), part)
     written = report(archive, tmp_path / "out", scores=scores, labels=archive.labels(), split="test", cases=True)
