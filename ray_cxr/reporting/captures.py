@@ -234,7 +234,7 @@ def _build(content: CaptureContent, pixels: np.ndarray, size: int, overlay: byte
     # Unknown: the decoder may have turned the image.
     capture.PatientOrientation = None
     capture.ConversionType = "WSD"  # made on a workstation, not digitized
-    capture.BurnedInAnnotation = "YES"
+    capture.BurnedInAnnotation, capture.BodyPartExamined = "YES", "CHEST"
     if overlay.startswith(b"\xff\xd8"):  # a JPEG
         capture.LossyImageCompression, capture.LossyImageCompressionMethod = "01", "ISO_10918_1"
         capture.LossyImageCompressionRatio = f"{size / len(overlay):.1f}"
