@@ -323,8 +323,8 @@ def _list_notes(
             "counts as one patient in the intervals, which are too narrow if a patient has several images."
         )
     notes.extend(table.ranking.notes)
-    if table.ignored:
     notes.extend(list_night_notes(nights))
+    if table.ignored:
         shown = ", ".join(table.ignored[:8]) + (" …" if len(table.ignored) > 8 else "")
         notes.append(f"Columns of unknown findings were ignored: {shown}.")
     if labelled is not None and labelled.images.info.get("kind") == "official" and split == "test":
