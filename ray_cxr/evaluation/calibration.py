@@ -250,21 +250,22 @@ def cross_fitted_error(
 ) -> float | None:
     """Compute the expected calibration error after calibration on other patients, averaged over findings.
 
-    Patients are split in halves. Each half is calibrated with a fit on the other half, or not at all if that half has
-    too few positives. The error would nearly vanish if it were measured on the images of the fit. Labels are int8
-    [N,F], -1 if not labelled; the result is None without labels.
+    Patients are split in halves, and each half is calibrated with a fit on the other half. The error would nearly
+    vanish if it were measured on the images of the fit. A finding is left out if one half has too few positives or
+    negatives for a fit, or scores that no fit improves. Labels are int8 [N,F], -1 if not labelled; the result is None
+    if no finding remains.
     """
     half = patient_codes(patients)[0] % 2 == 0
     errors = []
     for j in range(labels.shape[1]):
         known = labels[:, j] >= 0
         y, raw = labels[known, j], p[known, j].astype(np.float64)
-        calibrated = raw.copy()
+        calibrated = np.full(raw.shape, np.nan)
         for part in (half[known], ~half[known]):
             rule, _ = fit_calibration(y[~part], raw[~part], method, min_positives)
             if rule is not None:
                 calibrated[part] = apply_calibration(rule, raw[part])
-        error = metrics.expected_calibration_error(y, calibrated)
+        error = None if np.isnan(calibrated).any() else metrics.expected_calibration_error(y, calibrated)
         if error is not None:
             errors.append(error)
     return float(np.mean(errors)) if errors else None

@@ -241,7 +241,9 @@ def subtract(blank: Difference, a: Estimates, b: Estimates, j: int) -> Differenc
         undefined = [name for name, value in ((blank.value, a), (blank.reference, b)) if np.isnan(value.values[j])]
         name = _NAMES.get(blank.quantity, blank.quantity)
         return replace(blank, reason=f"no {name} in {' nor in '.join(undefined)}")
-    interval = a.difference_interval(b, j)
+    # One patient with the finding has no interval alone, so none in a difference.
+    has_own = a.interval(j) is not None and b.interval(j) is not None
+    interval = a.difference_interval(b, j) if has_own else None
     low, high = interval or (None, None)
     few = "fewer than two patients in a group"
     if blank.finding is not None:

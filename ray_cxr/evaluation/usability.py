@@ -111,7 +111,7 @@ def warn_of_missing(points: Sequence[FittedPoint]) -> list[Warned]:
     images = any(point.reason and point.reason.startswith(_FEWER) for point in missing)
     rules = any(point.reason and not point.reason.startswith(_FEWER) for point in missing)
     remedies = (
-        "another rule, by `ray-cxr recalibrate` with labels and `--set operating_point=youden`" if rules else "",
+        "another rule, by `ray-cxr recalibrate` with labels and `--set operating_point=flag_rate=0.1`" if rules else "",
         f"more validation images with {'it' if one else 'them'}" if images else "",
     )
     advice = f"An image without a flag may have {'it' if one else 'them'}."

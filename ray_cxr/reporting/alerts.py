@@ -9,7 +9,7 @@ import numpy as np
 
 from ray_cxr.evaluation import alerts, calibration, usability
 from ray_cxr.evaluation.alerts import Alerts, RuleAlerts
-from ray_cxr.evaluation.reading_order import ReadingOrder, measure_reading_order
+from ray_cxr.evaluation.reading_order import LIST_LENGTH, MINUTES_PER_STUDY, ReadingOrder, measure_reading_order
 from ray_cxr.evaluation.usability import Warned
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting.evaluation_set import EvaluationSet, Population
@@ -99,6 +99,40 @@ def measure_order(table: Scores, evaluated: EvaluationSet, bootstrap: BootstrapS
         n_resamples=bootstrap.n_resamples,
         seed=bootstrap.seed,
     )
+
+
+def is_order_worse(found: ReadingOrder) -> bool:
+    """Whether the worklist is clearly worse than first come, first served."""
+    return found.minutes_sooner.high is not None and found.minutes_sooner.high < 0.0
+
+
+def summarize_order(found: ReadingOrder, unit: str) -> list[str]:
+    """Say whether the worklist brings abnormal images or studies forward; `unit` is `image` or `study`."""
+    gain, units = found.minutes_sooner, {"image": "images", "study": "studies"}[unit]
+    if gain.value is None:
+        return []
+    interval = "no interval" if gain.low is None or gain.high is None else ""
+    when = f"{abs(gain.value):.0f} min {'sooner' if gain.value >= 0 else 'later'}"
+    if not interval and gain.low is not None and gain.high is not None:
+        low, high = sorted((abs(gain.low), abs(gain.high)))
+        interval = f"95% interval {low:.0f} to {high:.0f}"
+        if gain.low < 0.0 < gain.high:
+            interval = f"95% interval {-gain.low:.0f} later to {gain.high:.0f} sooner"
+    of_list = f"with {LIST_LENGTH} {units} of {MINUTES_PER_STUDY} minutes each"
+    if is_order_worse(found):
+        return [
+            f"The worklist is worse than first come, first served: abnormal {units} are read {when} ({interval}), "
+            f"{of_list}. Check for inverted scores, and do not read in this order."
+        ]
+    if not gain.low or gain.low <= 0.0:
+        return [
+            f"The worklist is not shown to differ from first come, first served: abnormal {units} are read {when} "
+            f"({interval}), {of_list}."
+        ]
+    return [
+        f"The worklist brings abnormal {units} forward: they are read {when} ({interval}), {of_list}.",
+        f"Normal {units} wait longer. If {units} are read as they arrive, the gain is smaller.",
+    ]
 
 
 def summarize_alerts(found: Alerts) -> list[str]:

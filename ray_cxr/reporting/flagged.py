@@ -18,7 +18,7 @@ from ray_cxr.reporting.evaluation_set import EvaluationSet, Population
 from ray_cxr.reporting.html import format_percent
 from ray_cxr.reporting.scores import Scores
 
-#: Findings that a sentence names.
+#: Findings, or images, that a sentence names.
 _NAMED = 3
 
 
@@ -78,6 +78,7 @@ class Flagged:
         without_flags: findings that cannot be flagged.
         failed: images that could not be scored, by code.
         quality: images with a quality flag, by flag.
+        doubtful: ids of the first of these images, by flag.
     """
 
     description: str
@@ -89,6 +90,7 @@ class Flagged:
     without_flags: tuple[str, ...]
     failed: dict[str, int]
     quality: dict[str, int]
+    doubtful: dict[str, list[str]]
     reason: str | None
 
     def to_json(self) -> dict[str, Any]:
@@ -104,7 +106,11 @@ class Flagged:
             "findings": {finding: found.to_json() for finding, found in self.findings.items()},
             "without_flags": list(self.without_flags),
             "failed": {"images": sum(self.failed.values()), "by_code": self.failed},
-            "quality_flags": {"images": sum(self.quality.values()), "by_flag": self.quality},
+            "quality_flags": {
+                "images": sum(self.quality.values()),
+                "by_flag": self.quality,
+                "first_images": self.doubtful,
+            },
         }
 
 
@@ -132,8 +138,17 @@ def measure_flagged(table: Scores, population: Population) -> Flagged:
         without_flags=tuple(finding for finding in names if finding not in flags) if len(rows) else (),
         failed={code: codes[code] for code in [*ERROR_CODES, *sorted(set(codes) - set(ERROR_CODES))] if codes[code]},
         quality=dict(sorted(Counter(flag for flag in table.quality_flags[rows] if flag).items())),
+        doubtful=_list_doubtful(table, rows),
         reason=None if flags else explain_no_flags(len(rows)),
     )
+
+
+def _list_doubtful(table: Scores, rows: np.ndarray) -> dict[str, list[str]]:
+    """Return the ids of the first images with each quality flag."""
+    found: dict[str, list[str]] = {}
+    for row in rows[table.quality_flags[rows] != None]:  # noqa: E711, an array of str or None
+        found.setdefault(str(table.quality_flags[row]), []).append(str(table.ids[row]))
+    return {flag: ids[:_NAMED] for flag, ids in sorted(found.items())}
 
 
 def explain_no_flags(n_scored: int) -> str:

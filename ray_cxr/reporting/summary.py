@@ -10,15 +10,16 @@ from ray_cxr.evaluation import metrics, usability
 from ray_cxr.evaluation.drift import INCONCLUSIVE, UNKNOWN
 from ray_cxr.evaluation.intervals import NO_VARIATION
 from ray_cxr.evaluation.localisation import TOLERANCE
+from ray_cxr.evaluation.reading_order import ReadingOrder
 from ray_cxr.evaluation.subgroups import Subgroups
 from ray_cxr.evaluation.underdiagnosis import CLAIM_PATIENTS, Rate, Underdiagnosis
 from ray_cxr.imaging.demographics import count_of
 from ray_cxr.reporting import html, plots
-from ray_cxr.reporting.alerts import summarize_alerts
+from ray_cxr.reporting.alerts import is_order_worse, summarize_alerts, summarize_order
 from ray_cxr.reporting.flagged import summarize_flagged
 from ray_cxr.reporting.measures import EvaluationResult, Measurement
-from ray_cxr.reporting.result import ReportResult
 from ray_cxr.reporting.night_results import describe_last, summarize_nights
+from ray_cxr.reporting.result import ReportResult
 from ray_cxr.reporting.worklist import Worklist
 
 #: Of the main results.
@@ -68,10 +69,10 @@ def summarize(result: ReportResult, model: Mapping[str, Any], worklist: Worklist
     sections = {"alerts": summarize_alerts(result.alerts), **_summarize_comparators(result)}
     order, sections["worklist"] = _summarize_worklist(worklist)
     first, top = [summarize_flagged(result.flagged)], list[str]()
-    if labelled is None:
     if result.nights is not None:
         first.insert(0, describe_last(result.nights))
         sections["nights"] = summarize_nights(result.nights)
+    if labelled is None:
         first += order
         if not result.consensus:
             top.append(_summarize_validation(model))
@@ -80,6 +81,11 @@ def summarize(result: ReportResult, model: Mapping[str, Any], worklist: Worklist
         top += results
         sections["ranking"] = labelled.ranking.summarize()
         sections |= labelled.decisions.summarize()
+        if isinstance(labelled.reading_order, ReadingOrder):
+            unit = "image" if result.flagged.studies is None else "study"
+            sections["reading_order"] = summarize_order(labelled.reading_order, unit)
+            if is_order_worse(labelled.reading_order):
+                top += sections["reading_order"][:1]
         if isinstance(labelled.subgroups, Subgroups):
             summary = labelled.subgroups.single.summary
             made = labelled.subgroups.single.made
@@ -101,10 +107,9 @@ def _summarize_worklist(worklist: Worklist) -> tuple[list[str], list[str]]:
     if not flagged:
         return [first], []
     rows = f"{len(flagged):,} of {count_of(len(worklist.lines), 'row')} {'has' if len(flagged) == 1 else 'have'} a flag"
-    if flagged[-1] == len(flagged):
-        reach = f"{rows}: the first of the worklist."
-        return [f"{first} {reach}"], [reach]
     last = f"{rows}; the last of them is row {flagged[-1]:,}."
+    if flagged[-1] == len(flagged):
+        last = f"{rows}: the first of the worklist."
     ignored = [
         line["flagged"] for line in worklist.lines if line["flagged"] and line["flagged"] == line["flagged_unranked"]
     ]
@@ -160,7 +165,7 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> tuple[list[str], list
         aurocs = {finding: findings[finding].auroc.value or 0.0 for finding in macro.findings}
         ranked = sorted(aurocs, key=lambda finding: aurocs[finding])
         extremes = _summarize_extremes(
-            {f: aurocs[f] for f in ranked if findings[f].fewest_patients >= usability.HEADLINE_PATIENTS}
+            {f: aurocs[f] for f in ranked if findings[f].fewest_patients >= usability.HEADLINE_PATIENTS}, len(ranked)
         )
         (sentences if macro.headline_reason is None else remarks).extend(extremes)
         shown = {f: findings[f].auroc.shown for f in ranked}
@@ -184,8 +189,13 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> tuple[list[str], list
     return sentences, remarks
 
 
-def _summarize_extremes(aurocs: Mapping[str, float]) -> list[str]:
-    """Name the findings with the lowest and the highest AUROC, which come in ascending order."""
+def _summarize_extremes(aurocs: Mapping[str, float], count: int) -> list[str]:
+    """Name the findings with the lowest and the highest AUROC, which come in ascending order.
+
+    Args:
+        aurocs: of the findings with enough patients.
+        count: number of findings that have an AUROC.
+    """
     ranked = list(aurocs)
     if len(ranked) < 2:
         return []
@@ -193,7 +203,11 @@ def _summarize_extremes(aurocs: Mapping[str, float]) -> list[str]:
     best = f"{aurocs[ranked[-1]]:.3f}"
     equal = [finding for finding in ranked if f"{aurocs[finding]:.3f}" == best]
     highest = f"{plots.format_finding(ranked[-1])} {best}" if len(equal) == 1 else f"{best}, of {len(equal)} findings"
-    return [f"Lowest: {lowest}. Highest: {highest}."] if len(equal) < len(ranked) else [f"All have AUROC {best}."]
+    if len(equal) == len(ranked):
+        return [f"All have AUROC {best}."]
+    least = usability.HEADLINE_PATIENTS
+    among = f"Of the {len(ranked)} findings with at least {least} patients with and without it, lowest"
+    return [f"{'Lowest' if count == len(ranked) else among}: {lowest}. Highest: {highest}."]
 
 
 def _summarize_comparators(result: ReportResult) -> dict[str, list[str]]:

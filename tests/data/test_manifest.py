@@ -226,13 +226,24 @@ def test_one_hot_table_with_no_finding_column(tmp_path: Path) -> None:
     assert report.unlabelled_rows == 1
 
 
+def test_a_table_without_labels_keeps_patients_and_studies(tmp_path: Path) -> None:
+    """Its columns are all known, so no label can be lost."""
+    path = put(tmp_path / "t.csv", "image,patient,study,view\na.png,7,s1,PA\nb.png,7,s1,LL\n")
+    table, report = build(str(path))
+    rows = table.select(["image_id", "patient_id", "study_id", "view"]).to_pylist()
+    assert [row["patient_id"] for row in rows] == ["7", "7"]
+    assert [(row["study_id"], row["view"]) for row in rows] == [("s1", "PA"), ("s1", "LATERAL")]
+    assert (report.unlabelled_rows, table["Mass"].null_count) == (2, 2)
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
         ("", ["empty"]),
         ("Image,Finding Labels\n", ["no rows"]),
         ("Patient ID,Finding Labels\n1,Mass\n", ["no image column", "Patient ID, Finding Labels"]),
-        ("Image Index,Patient ID\na.png,1\n", ["'Finding Labels'", "Image Index, Patient ID"]),
+        ("Image Index,Patient ID,Nodul\na.png,1,1\n", ["'Finding Labels'", "Image Index, Patient ID, Nodul"]),
+        ("Image Index\na.png\n", ["'Finding Labels'", "Image Index"]),
         ("Image,Finding Labels,Mass,Edema\na.png,Mass,1,0\n", ["Finding Labels", "Mass, Edema"]),
         ("Image,Infiltration,Infiltrate\na.png,1,0\n", ["'Infiltration' and 'Infiltrate'"]),
         ("Image,Mass,Mass\na.png,1,0\n", ["'Mass' twice"]),

@@ -11,7 +11,10 @@ import pytest
 from scipy.stats import rankdata
 from score_archive import FEW, Archive, Report, report
 
+from ray_cxr.evaluation.alerts import Share
+from ray_cxr.evaluation.reading_order import ReadingOrder
 from ray_cxr.labels import NO_FINDING
+from ray_cxr.reporting.alerts import is_order_worse, summarize_order
 
 ALTERNATIVES = {
     "Cardiomegaly": {"specificity=0.9": {"threshold": 0.6}},
@@ -170,3 +173,21 @@ def test_alerts_without_labels_or_rules(tmp_path: Path) -> None:
     )
     assert found.metrics["reading_order"] == {"reason": "no study is known to have a finding"}
     assert "no study is known to have a finding" in found.page
+
+
+@pytest.mark.parametrize(
+    ("gain", "said", "not_said"),
+    [
+        ((7.0, 2.0, 14.0), "7 min sooner (95% interval 2 to 14)", "worse"),
+        ((-7.0, -14.0, -2.0), "worse than first come, first served", "forward"),
+        ((-3.0, -9.0, 4.0), "9 later to 4 sooner", "worse"),
+        ((3.0, None, None), "not shown to differ", "forward"),
+    ],
+)
+def test_a_reading_order_that_does_harm_is_called_so(gain: tuple, said: str, not_said: str) -> None:
+    share = Share(gain[0], gain[1], gain[2], 40, None)
+    order = ReadingOrder(100, 40, share, share, 0.2, share, {}, {}, {})
+    text = " ".join(summarize_order(order, "study"))
+    assert said in text
+    assert not_said not in text
+    assert is_order_worse(order) == (gain[0] == -7.0)

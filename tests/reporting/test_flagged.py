@@ -75,7 +75,10 @@ def test_flagged_images_studies_and_patients_are_counted_by_finding(archive: Arc
         assert {key: entry[key] for key in expected} == expected
         assert entry["share"] == pytest.approx(expected["images"] / expected["n"])
     assert found["failed"] == {"images": 3, "by_code": {"missing": 2, "corrupt": 1}}
-    assert found["quality_flags"] == {"images": 1, "by_flag": {"lateral": 1}}
+    quality = found["quality_flags"]
+    assert (quality["images"], quality["by_flag"]) == (1, {"lateral": 1})
+    (doubtful,) = quality["first_images"]["lateral"]
+    assert doubtful in screened.page, "a reader must find the image"
 
 
 def test_a_finding_without_operating_point_is_named_and_has_no_count(screened: Report) -> None:
