@@ -125,13 +125,25 @@ class Orthanc:
                 self._process.wait()
             self._process = None
 
-    def request(self, path: str, data: bytes | None = None, *, method: str | None = None) -> Any:
+    def request(self, path: str, data: bytes | None = None) -> Any:
         """Return the JSON that Orthanc's own REST interface answers, which is independent of DICOMweb."""
+        return json.loads(self._fetch(path, data, {}))
+
+    def _fetch(self, path: str, data: bytes | None, headers: dict[str, str]) -> bytes:
         token = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-        headers = {"Authorization": f"Basic {token}"}
-        asked = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers, method=method)
-        with _OPENER.open(asked, timeout=60) as answer:
-            return json.load(answer)
+        headers = {"Authorization": f"Basic {token}", **headers}
+        with _OPENER.open(urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers)) as answer:
+            return bytes(answer.read())
+
+    def retrieve(self, uids: Iterable[str]) -> dict[str, bytes]:
+        """Return the files of instances by SOP Instance UID, unchanged, through WADO-RS."""
+        listed = {}
+        for entry in self.request("/dicom-web/instances"):
+            study, series, one = (entry[tag]["Value"][0] for tag in ("0020000D", "0020000E", "00080018"))
+            listed[one] = f"/dicom-web/studies/{study}/series/{series}/instances/{one}"
+        accept = {"Accept": 'multipart/related; type="application/dicom"; transfer-syntax=*'}
+        parts = {one: self._fetch(listed[one], None, accept) for one in uids}
+        return {one: body.partition(b"\r\n\r\n")[2].rpartition(b"\r\n--")[0] for one, body in parts.items()}
 
     def write_credentials(self, path: Path) -> Path:
         """Write the login for the setting `pacs.credentials`."""
