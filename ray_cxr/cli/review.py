@@ -92,7 +92,7 @@ def _reviews(arguments: argparse.Namespace) -> None:
         table.add_column(name, justify="left" if name == "finding" else "right")
     for name, found in reviews.findings.items():
         kappa = format_number(found.kappa, 2, "-")
-        against = f"{found.against_model} of {found.compared}"
+        against = f"{found.against_model} of {found.compared}" if found.compared else "-"
         counts = (found.labels, found.present, found.undecided)
         table.add_row(name, *map(str, counts), against, kappa, str(found.pairs))
     print_table(table, optional=("pairs", "undecided"))

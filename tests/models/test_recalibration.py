@@ -27,6 +27,7 @@ from ray_cxr.labels import FINDINGS, LABELS, NO_FINDING
 from ray_cxr.models import predictions, recalibration
 from ray_cxr.models.bundle import Bundle
 from ray_cxr.reporting import report
+from ray_cxr.review.verdicts import Verdict, VerdictLog
 from ray_cxr.storage import run_folder
 
 Command = Callable[..., tuple[int, str, str]]
@@ -416,3 +417,28 @@ def test_inputs_and_output_may_be_in_a_bucket(bucket, finished, command: Command
     assert command(*given, bucket("site/new"))[0] == 0
     assert_refused(command(*given, bucket("site/scores/new")), f"lies inside {bucket('site/scores')}")
     assert not [key for key in bucket.keys("site/scores") if "new" in key]
+
+
+def test_verdicts_of_readers_are_labels(finished: Recalibrated, tmp_path: Path, command: Command) -> None:
+    """The same labels as verdicts give the same rules, and their limits are stated and recorded."""
+    site, expected, _ = finished
+    scores = tmp_path / "scores"
+    shutil.copytree(site.scores, scores)
+    log = VerdictLog(scores, "anna")
+    fixed: dict[str, Any] = {"session": log.session, "reader": "anna", "time": "2026-01-01T00:00:00.000+00:00"}
+    fixed |= {"model_digest": None, "study_id": None, "flag": None, "verdict": None, "note": ""}
+    fixed |= {"blind": False, "sample": None, "heatmap": False, "labels": False}
+    rows = [(i, j) for i in range(N) for j in range(len(FINDINGS)) if site.labels[i, j] >= 0]
+    log.append(
+        Verdict(**fixed, image_id=site.ids[i], finding=FINDINGS[j], present=int(site.labels[i, j])) for i, j in rows
+    )
+    log.close()
+    table = tmp_path / "verdicts.parquet"
+    assert command("reviews", scores, "--out", table)[0] == 0
+    code, said, err = command("recalibrate", site.bundle.path, scores, "--labels", table, "--out", tmp_path / "new")
+    assert code == 0, err
+    assert f"{len(rows):,} of {len(rows):,} labels were decided while the model's output was visible" in said + err
+    new = ray_cxr.load_bundle(tmp_path / "new").info
+    for name, fitted in new["calibration"].items():
+        assert fitted == (pytest.approx(expected.info["calibration"][name]) if fitted else None)
+    assert new["provenance"]["recalibrated"]["labels_of_readers"]["anchored"] == len(rows)
