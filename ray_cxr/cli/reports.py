@@ -78,6 +78,8 @@ def _report(arguments: argparse.Namespace) -> None:
     flagged = metrics["flagged"]
     counted = FlagCount.from_json(flagged["any_finding"]).describe() if flagged["any_finding"] else None
     print_line(f"flagged: {counted or 'unknown, because ' + flagged['reason']}")
+    if metrics["nights"]:
+        print_line(metrics["nights"]["words"])
     print_line(f"report: {remote.to_path(arguments.out) / 'report.html'}")
     nights = [night["source"] for night in metrics["nights"]["by_night"]] if metrics["nights"] else []
     suggest_after_report(arguments, nights or arguments.scores)
@@ -92,8 +94,6 @@ def _export_sr(arguments: argparse.Namespace) -> None:
     export = dicom_sr.export_sr(arguments.scores, arguments.out, arguments.replaces)
     for outcome, text in dicom_sr.OUTCOME_TEXTS.items():
         if export.outcomes[outcome]:
-    if metrics["nights"]:
-        print_line(metrics["nights"]["words"])
             print_line(f"{export.outcomes[outcome]:,} {text}")
     partial = f", {export.partial:,} of them without an image of their study" if export.partial else ""
     print_line(f"reports: {export.reports:,} in {arguments.out}{partial}; {export.written:,} written now")

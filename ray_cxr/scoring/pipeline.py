@@ -315,6 +315,8 @@ def _make_record(plan: ScorePlan, report: ScoreReport) -> dict[str, Any]:
         "notes": report.notes,
         # When the command that scored the last row ended. Later commands that only draw heat maps do not change it.
         "finished": (before.get("finished") if pool is None else None) or now,
+        # A report over several nights dates a night by it, which a later retry does not move.
+        "first_finished": before.get("first_finished") or before.get("finished") or now,
         "actors": pool.actors if pool else None,
         "cpus_per_actor": pool.cpus if pool else None,
         "last_run": {
@@ -334,5 +336,3 @@ def _check_error_rate(report: ScoreReport, allowed: float) -> None:
         codes = ", ".join(f"{code} {n:,}" for code, n in report.counts.most_common() if code != "ok")
         failed = f"{report.errors:,} of {report.rows:,} images failed ({rate:.1%}, allowed {allowed:.1%}): {codes}"
         raise ErrorRateExceeded(f"{failed}; all rows are written; see their error_code", report)
-        # A report over several nights dates a night by it, which a later retry does not move.
-        "first_finished": before.get("first_finished") or before.get("finished") or now,
