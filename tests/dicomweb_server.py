@@ -39,6 +39,7 @@ class Request:
     path: str
     headers: dict[str, str]
     body: bytes = b""
+    client: int = 0  # port of the client, so that connections can be told apart
 
 
 @dataclass
@@ -151,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
     def _serve(self, method: Callable[[str], None]) -> None:
         pacs = self.pacs
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        pacs.requests.append(Request(self.command, self.path, dict(self.headers), self.body))
+        pacs.requests.append(Request(self.command, self.path, dict(self.headers), self.body, self.client_address[1]))
         if behaviour := pacs.take_fault(self.path):
             behaviour(self)
             return

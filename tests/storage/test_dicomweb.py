@@ -75,12 +75,13 @@ def make_file(number: int, study: int | None = None, **attributes: Any) -> bytes
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = ComputedRadiographyImageStorage
-    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{number}"
+    dataset.SOPInstanceUID = f"1.2.3.{number}"
     dataset.StudyInstanceUID = f"1.2.1.{number if study is None else study}"
     dataset.SeriesInstanceUID = f"{dataset.StudyInstanceUID}.1"
     dataset.Modality, dataset.PatientID = "CR", f"P{number}"
     for name, value in attributes.items():
         setattr(dataset, name, value)
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     with BytesIO() as stream:
         pydicom.dcmwrite(stream, dataset, enforce_file_format=True)
         return stream.getvalue()
@@ -204,6 +205,7 @@ PART = b"\r\nContent-Type: application/dicom\r\n\r\n"
         (b"--b\r\nX: 1\r\n\r\n" + make_file(1) + b"\r\n--b--", RELATED + '"b"', None),
         (b"--b" + PART + make_file(2) + b"\r\n--b--", RELATED + "b", "storage"),
         (b"--b" + PART + make_file(11) + b"\r\n--b--", RELATED + "b", "storage"),
+        (b"--b" + PART + make_file(1, SOPInstanceUID="2.1.2.3.1") + b"\r\n--b--", RELATED + "b", "storage"),
         (b"--b" + (PART + make_file(1) + b"\r\n--b") * 2 + b"--", RELATED + "b", "storage"),
         (b"--b" + PART + make_file(1), RELATED + "b", "storage"),
         (b"--b--", RELATED + "b", "storage"),
@@ -406,6 +408,7 @@ def test_token_is_read_again_after_401(pacs: DicomwebServer, tmp_path: Path) -> 
     fetch_instance(path)
     pacs.token = "second"
     fail(path, "permission")
+    assert len(pacs.requests) == 2, "the same token was sent again"
     write_secret(tmp_path / "token", "")  # another program is writing it
     fail(path, "permission")
     write_secret(tmp_path / "token", "second")
@@ -527,6 +530,7 @@ def test_nothing_shows_credentials_or_the_query(
         lambda: fetch_metadata(path),
         lambda: list_uids(address),
         lambda: list(store(pacs.address, [make_file(3)])),
+        lambda: list_uids(f"dicomweb+http://127.0.0.1:1/dicom-web?PatientName={QUERY}"),
     ]
     token = write_secret(tmp_path / "token", SECRET)
     attempts = 0
@@ -578,6 +582,8 @@ def test_forked_process_opens_its_own_connection(pacs: DicomwebServer) -> None:
     assert results.get() == make_file(1)
     child.join(10)
     assert fetch_instance(path) == make_file(1)
+    ports = [request.client for request in pacs.requests]
+    assert ports[0] == ports[2] != ports[1]
 
 
 def test_limits_of_requests(pacs: DicomwebServer) -> None:
@@ -658,6 +664,19 @@ def test_keys_of_a_study_select_studies_and_others_instances(pacs: DicomwebServe
     assert list_uids(f"{pacs.address}?00080061=DX&00080060=DX") == ["1.2.3.1"]
     [row] = search(f"{pacs.address}?ModalitiesInStudy=DX&Modality=DX")
     assert dicomweb.get_text(row, "00100010") == QUERY, "values of the study are in the instance"
+
+
+def test_number_of_instances_spares_requests(pacs: DicomwebServer) -> None:
+    fill(pacs, studies=3)
+    list_uids(pacs.address)
+    assert len(pacs.requests) == 2 + 3
+
+
+def test_instance_that_names_another_study_is_fetched_where_it_is_listed(pacs: DicomwebServer) -> None:
+    [uid] = fill(pacs, studies=1)
+    row = {**pacs.instances[uid], "0020000D": {"Value": ["1.2.9"]}}
+    pacs.disturb(lambda handler: handler.answer(200, json.dumps([row]).encode()), where="/instances?")
+    assert [dicomweb.get_text(row, "0020000D") for row in search(pacs.address)] == ["1.2.1.1"]
 
 
 def test_images_that_arrive_meanwhile_lose_none(pacs: DicomwebServer) -> None:
