@@ -17,7 +17,7 @@ from ray_cxr import config, environment, errors, labels
 from ray_cxr.cli.output import report_lost_output
 from ray_cxr.errors import ConfigError, one_line
 from ray_cxr.storage import remote
-from ray_cxr.storage.paths import redact
+from ray_cxr.storage.paths import is_dicomweb, redact
 
 #: Words for commands that other programs use.
 _SAME = {"evaluate": "report", "eval": "report", "predict": "score", "infer": "score"}
@@ -42,11 +42,14 @@ class CommandParser(argparse.ArgumentParser):
         self._inputs: list[tuple[argparse.Action, argparse.Action]] = []
         self._choices: list[argparse._MutuallyExclusiveGroup] = []
 
-    def add_input(self, *names: str, metavar: str, dest: str, text: str, nargs: str | None = None) -> None:
-        """Add an argument that is passed by its place, or by one of its names."""
-        place = self.add_argument(dest, type=any_path, metavar=metavar, nargs=nargs, help=text)
+    def add_input(
+        self, *names: str, metavar: str, dest: str, text: str, nargs: str | None = None, kind: Any = None
+    ) -> None:
+        """Add an argument that is passed by its place, or by one of its names; `kind` is its type, None for a path."""
+        kind = kind or any_path
+        place = self.add_argument(dest, type=kind, metavar=metavar, nargs=nargs, help=text)
         named = self.add_argument(
-            *names, dest=dest, type=any_path, metavar=metavar, nargs=nargs, default=argparse.SUPPRESS,
+            *names, dest=dest, type=kind, metavar=metavar, nargs=nargs, default=argparse.SUPPRESS,
             help=f"another way to pass {metavar}",
         )  # fmt: skip
         self._inputs.append((place, named))
@@ -173,6 +176,11 @@ def any_path(text: str) -> str:
     return text
 
 
+def path_or_search(text: str) -> str:
+    """Argument type: as `any_path`, or a search of a PACS."""
+    return text if is_dicomweb(text) else any_path(text)
+
+
 def any_address(text: str) -> str:
     """Argument type: a folder, or any address that pyarrow opens."""
     return text
@@ -196,7 +204,7 @@ def label_table(text: str) -> str:
 
 
 #: Argument types whose values a shell completes as files.
-PATH_TYPES = (any_path, any_address, local_input, local_output, label_table)
+PATH_TYPES = (any_path, any_address, path_or_search, local_input, local_output, label_table)
 
 
 def add_command(

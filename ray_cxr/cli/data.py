@@ -15,6 +15,7 @@ from ray_cxr.cli.arguments import (
     label_table,
     local_input,
     parse_numbers,
+    path_or_search,
     pick,
 )
 from ray_cxr.cli.dry_run import add_dry_run, print_cost
@@ -22,6 +23,7 @@ from ray_cxr.cli.next_step import place_next_to, print_next, suggest_after_manif
 from ray_cxr.cli.output import explain_write_errors, print_line
 from ray_cxr.progress import Stage
 from ray_cxr.storage import remote
+from ray_cxr.storage.paths import is_dicomweb, redact
 
 
 def add_commands(commands: Any) -> None:
@@ -59,11 +61,12 @@ def add_commands(commands: Any) -> None:
         "decode and resize every image once, into Arrow files",
         ["m.parquet --out prepared", "m.parquet --out prepared --size 224,320"],
     )
-    prepare.add_input("--manifest", metavar="M.parquet", dest="manifest", text="manifest from ray-cxr manifest")
+    manifest_help = "manifest from ray-cxr manifest, or a search of a PACS"
+    prepare.add_input("--manifest", metavar="M.parquet", dest="manifest", text=manifest_help, kind=path_or_search)
     prepare.add_argument("--out", required=True, type=any_path, metavar="PREPARED", help="folder to write")
     prepare.add_argument("--size", metavar="224[,320...]", help="sides in pixels; one prepared set each (224)")
     add_dry_run(prepare)
-    add_settings(prepare, "prepare", "ray")
+    add_settings(prepare, "prepare", "ray", "pacs")
 
 
 def _manifest(arguments: argparse.Namespace) -> None:
@@ -99,19 +102,20 @@ def _prepare(arguments: argparse.Namespace) -> None:
         from ray_cxr.data import manifest as manifests
         from ray_cxr.data import prepare_cost, prepared
 
-    has_training_images = manifests.has_split(arguments.manifest, "train")
-    if not has_training_images:
+    is_search = is_dicomweb(arguments.manifest)
+    has_training_images = not is_search and manifests.has_split(arguments.manifest, "train")
+    if not (has_training_images or is_search):
         remedy = "make it again with --split patient, or with train=, val= and test= tables"
         print_line(f"{arguments.manifest}: no images of split train, which training needs: {remedy}")
     if arguments.dry_run:
         with Stage("measuring with some of the images", in_log=False):
             cpus = costs.count_cpus(settings.ray.num_cpus)
-            cost = prepare_cost.estimate_prepare(arguments.manifest, arguments.out, chosen, cpus)
+            cost = prepare_cost.estimate_prepare(arguments.manifest, arguments.out, chosen, cpus, settings.pacs)
         print_cost(cost, arguments)
         return
     start = functools.partial(session.start_ray, settings.ray)
     out = remote.to_path(arguments.out)
-    counts = prepared.prepare(arguments.manifest, arguments.out, chosen, start_ray=start)
+    counts = prepared.prepare(arguments.manifest, arguments.out, chosen, start_ray=start, pacs=settings.pacs)
     for size, found in counts.items():
         codes = found.codes
         failed = codes.total() - codes["ok"]
@@ -122,7 +126,12 @@ def _prepare(arguments: argparse.Namespace) -> None:
     written = sum(path.stat().st_size for size in counts for path in (out / str(size)).glob("part-*.arrow"))
     print_line(f"prepared: {arguments.out} ({costs.format_size(written)})")
     sizes = ["--set", f"size={min(counts)}"] if len(prepared.complete_sizes(out)) > 1 else []
-    if has_training_images:
+    if is_search:
+        with manifests.open_manifest(out / "manifest.parquet") as file:
+            for note in manifests.describe_notes(file.metadata):
+                print_line(f"{redact(arguments.manifest)}: {note}")
+        print_next("score", "BUNDLE", "--prepared", out, "--out", place_next_to(out, "scores"))
+    elif has_training_images:
         print_next("train", out, "--out", place_next_to(out, "run"), *sizes)
     else:
         print_next("manifest", "TABLE", "--out", remote.to_path(arguments.manifest), "--split", "patient")

@@ -7,6 +7,7 @@ were stored in the PACS are some.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -102,6 +103,15 @@ def list_radiographs(
     nulls = {field.type: pa.nulls(len(table), field.type) for field in SCHEMA}
     columns = {field.name: nulls[field.type] for field in SCHEMA} | {name: table[name] for name in _COLUMNS}
     return pa.table(columns, schema=SCHEMA.with_metadata({LISTING_KEY: notes.encode()}))
+
+
+def name_search(address: str, hide: Callable[[str], str] | None = None) -> str:
+    """Return the address of a search with a digest of its keys, which can name a patient; for settings.json.
+
+    `hide` makes the digest, if the keys must not be guessed from it.
+    """
+    query = address.partition("?")[2]
+    return f"{redact(address)}?{hide(query) if hide else hashlib.sha256(query.encode()).hexdigest()[:32]}"
 
 
 def _iter_rows(

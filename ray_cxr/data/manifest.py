@@ -219,8 +219,13 @@ def manifest_of_images(location: str) -> pa.Table:
 
 def listing_notes(table: pa.Table) -> list[str]:
     """Return sentences about the files that `manifest_of_images` left out; `[]` for other manifests."""
+    return describe_notes(table.schema.metadata)
+
+
+def describe_notes(metadata: Mapping[bytes, bytes] | None) -> list[str]:
+    """Return `listing_notes` from the metadata of a manifest."""
     try:
-        notes = json.loads((table.schema.metadata or {}).get(LISTING_KEY, b"{}"))
+        notes = json.loads((metadata or {}).get(LISTING_KEY, b"{}"))
         kinds = describe_kinds(notes["kinds"]) if notes.get("kinds") else []
         return describe_listing(notes.get("left_out", {}), notes.get("unpacked", 0)) + kinds
     except (ValueError, AttributeError, TypeError):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ray_cxr.config import PrepareSettings
+from ray_cxr.config import PacsSettings, PrepareSettings
 from ray_cxr.costs import RAY_S, Cost
 from ray_cxr.data import prepared
 from ray_cxr.data.manifest import SPLITS
@@ -22,17 +22,21 @@ ROW_BYTES = 200
 WRITE_S = 0.0005
 
 
-def estimate_prepare(manifest: str | Path, out: str | Path, settings: PrepareSettings, cpus: int) -> Cost:
+def estimate_prepare(
+    manifest: str | Path, out: str | Path, settings: PrepareSettings, cpus: int, pacs: PacsSettings | None = None
+) -> Cost:
     """Make the checks of `prepare`, decode a few images, and write nothing.
 
     Args:
         cpus: CPUs that Ray would use.
+        pacs: how to reach a PACS that has images; None: the default settings.
 
     Raises:
         TableError, OutputError: as `prepare`.
     """
     folder = remote.to_path(out)
-    table, _ = prepared.check(manifest, folder, settings)
+    pacs = pacs or PacsSettings()
+    table, _ = prepared.check(manifest, folder, settings, pacs)
     units = plan_units(table["path"], settings.rows_per_shard)
     missing = [
         range_
@@ -47,13 +51,18 @@ def estimate_prepare(manifest: str | Path, out: str | Path, settings: PrepareSet
     )
     rate = sample.rate(min(cpus, len(units)))
     seconds = RAY_S + pending / rate.per_second + pending * WRITE_S * len(specs) if rate else RAY_S
+    rates = {f"decode and resize with {min(cpus, len(units))} processes": rate} if rate else {}
+    notes = [f"{sample.failed} of {sample.count} images that were tried could not be read"] if sample.failed else []
+    if transfer := sample.estimate_transfer(pacs, pending):
+        rates["PACS"], seconds = transfer.rate, max(seconds, RAY_S + transfer.seconds)
+        notes.append(transfer.describe())
     return Cost(
         counts=f"{describe_splits(table)}; {pending:,} of them to prepare",
-        rates={f"decode and resize with {min(cpus, len(units))} processes": rate} if rate else {},
+        rates=rates,
         seconds=(seconds, seconds) if rate or not pending else None,
         unknown="none of the images that were tried could be read",
         sizes={f"{size} pixels": pending * (size * size + ROW_BYTES) for size in settings.sizes},
-        notes=[f"{sample.failed} of {sample.count} images that were tried could not be read"] if sample.failed else [],
+        notes=notes,
     )
 
 

@@ -30,15 +30,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_cxr import cluster, labels, tasks, telemetry
-from ray_cxr.config import InputSpec, PrepareSettings
+from ray_cxr.config import InputSpec, PacsSettings, PrepareSettings
 from ray_cxr.data import manifest as manifests
+from ray_cxr.data.dicomweb_listing import list_radiographs, name_search
 from ray_cxr.data.partition import Range, Unit, first_location, group_by_archive, plan_units
 from ray_cxr.data.shards import Pixels, ShardRows, ShardWriter, missing_shard, read_outcomes, read_shard, shard_name
 from ray_cxr.errors import ConfigError, ImageError, OutputError, TableError
 from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
 from ray_cxr.progress import Progress, Stage
-from ray_cxr.storage import atomic, contents, remote, run_folder
+from ray_cxr.storage import atomic, contents, dicomweb, remote, run_folder
 from ray_cxr.storage.archives import read_members
+from ray_cxr.storage.pacs_workers import PacsAccess, PacsFetcher, open_access
+from ray_cxr.storage.paths import find_dicomweb, is_dicomweb
 
 #: Formats of the folder: 1 had Parquet shards; 3 holds images from archives, in shards of different lengths.
 FORMAT, FORMAT_WITH_ARCHIVES = 2, 3
@@ -57,10 +60,13 @@ def prepare(
     out: str | Path,
     settings: PrepareSettings,
     start_ray: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    pacs: PacsSettings | None = None,
 ) -> dict[int, OutcomeCounts]:
     """Decode and resize every image of a manifest to `out`, which all nodes share, or continue an earlier run.
 
     Args:
+        manifest: a manifest, or a search of a PACS, whose listing is frozen at the first run.
+        pacs: how to reach a PACS that has images; None: the default settings.
         start_ray: returns a context in which Ray runs; it is entered after the checks.
 
     Returns:
@@ -72,13 +78,16 @@ def prepare(
     """
     out = remote.to_path(out)
     with Stage("checking the manifest"):
-        table, wanted = check(manifest, out, settings)
-    with run_folder.lock(out, "prepare"), start_ray():
+        table, wanted = check(manifest, out, settings, pacs)
+    with run_folder.lock(out, "prepare"), start_ray(), contextlib.ExitStack() as stack:
         import ray  # after `start_ray`, which sets its environment
 
         units = plan_units(table["path"], settings.rows_per_shard)
         n_rows = len(table)
         cluster.require_shared(out, {"an image at": first_location(table["path"])})
+        in_pacs, access = find_dicomweb(table["path"]), None
+        if in_pacs is not None:
+            access = stack.enter_context(open_access(pacs or PacsSettings(), in_pacs))
         run_folder.create_run(out, wanted)
         ranges = [range_ for unit in units for range_ in unit.ranges]
         if not (out / "manifest.parquet").exists():
@@ -94,7 +103,7 @@ def prepare(
         def build_dataset(pending: list[tasks.Task]) -> Any:
             # One block per task, so that a lost node loses few shards.
             dataset = ray.data.from_items(pending, override_num_blocks=len(pending))
-            arguments = {"out": remote.to_address(out), "settings": settings}
+            arguments = {"out": remote.to_address(out), "settings": settings, "access": access}
             dataset = tasks.map_once(dataset, _run_task, fn_kwargs=arguments, num_cpus=1)
             cpus = sum(node["Resources"].get("CPU", 0) for node in cluster.list_nodes())
             dataset.context.max_errored_blocks = int(tasks.MAX_LOST_PER_WORKER * max(1, cpus))
@@ -111,9 +120,11 @@ def prepare(
             return {size: _count_rows(out, size, ranges) for size in settings.sizes}
 
 
-def check(manifest: str | Path, out: Path, settings: PrepareSettings) -> tuple[pa.Table, dict[str, Any]]:
+def check(
+    manifest: str | Path, out: Path, settings: PrepareSettings, pacs: PacsSettings | None = None
+) -> tuple[pa.Table, dict[str, Any]]:
     """Make the checks of `prepare` that need no Ray; return the manifest in reading order and the run's settings."""
-    table = manifests.read_manifest(manifest)
+    table, origin = _read_input(manifest, out, pacs or PacsSettings())
     if not len(table) or table["path"].null_count == len(table):
         raise TableError(f"{manifest}: no row has a path; make it with `ray-cxr manifest ... --images FOLDER`")
     wanted = {
@@ -122,6 +133,7 @@ def check(manifest: str | Path, out: Path, settings: PrepareSettings) -> tuple[p
         "manifest_digest": manifests.digest(table),
         "rows": len(table),
         **settings.model_dump(include={"rows_per_shard", "aspect", "interpolation"}),
+        **origin,
     }
     table = group_by_archive(table)
     units = plan_units(table["path"], settings.rows_per_shard)
@@ -129,6 +141,23 @@ def check(manifest: str | Path, out: Path, settings: PrepareSettings) -> tuple[p
         wanted |= {"format": FORMAT_WITH_ARCHIVES, "shards": sum(len(unit.ranges) for unit in units)}
     run_folder.check_run(out, wanted)
     return table, wanted
+
+
+def _read_input(manifest: str | Path, out: Path, pacs: PacsSettings) -> tuple[pa.Table, dict[str, Any]]:
+    """Read a manifest, or search a PACS unless an earlier run in `out` did; also return what settings.json records."""
+    origin: dict[str, Any] = {}
+    if not is_dicomweb(str(manifest)):
+        table = manifests.read_manifest(manifest)
+    else:
+        origin, frozen = {"images": name_search(str(manifest))}, out / "manifest.parquet"
+        if run_folder.read_settings(out).get("images") == origin["images"] and frozen.exists():
+            table = manifests.read_manifest(frozen)
+        else:
+            dicomweb.configure(pacs)
+            table = list_radiographs(str(manifest), captures=pacs.captures)
+    if find_dicomweb(table["path"]) is not None:
+        dicomweb.configure(pacs)
+    return table, origin
 
 
 def _freeze(table: pa.Table, path: Path, ranges: Sequence[Range]) -> None:
@@ -181,10 +210,10 @@ def _make_task(unit: Unit, complete: set[str]) -> tasks.Task | None:
     }
 
 
-def _run_task(task: tasks.Task, out: str, settings: PrepareSettings) -> dict[str, Any]:
+def _run_task(task: tasks.Task, out: str, settings: PrepareSettings, access: PacsAccess | None) -> dict[str, Any]:
     """Write the missing shards of one unit, in a Ray task; each image is decoded once for all sizes."""
     try:
-        _write_shards(task, out, settings)
+        _write_shards(task, out, settings, None if access is None else _get_fetcher(access))
     except Exception as error:
         return {"done": [], **tasks.encode_error(tasks.sanitize_error(error, "prepare"))}
     finally:
@@ -192,7 +221,7 @@ def _run_task(task: tasks.Task, out: str, settings: PrepareSettings) -> dict[str
     return {"done": task["indices"], **tasks.SUCCESS}
 
 
-def _write_shards(task: tasks.Task, out: str, settings: PrepareSettings) -> None:
+def _write_shards(task: tasks.Task, out: str, settings: PrepareSettings, fetcher: PacsFetcher | None) -> None:
     shards = range(task["first"], task["first"] + len(task["lengths"]))
     folder = remote.to_path(out)
     rows = pq.ParquetFile(folder / "manifest.parquet").read_row_groups(list(shards))
@@ -201,7 +230,8 @@ def _write_shards(task: tasks.Task, out: str, settings: PrepareSettings) -> None
         ShardWriter(folder / str(size), size, position, rows, lengths) for position, size in enumerate(settings.sizes)
     ]
     wanted = np.flatnonzero(np.any([writer.wanted for writer in writers], axis=0)).tolist()
-    for row, outcome in _decode_rows(task["archive"], rows["path"].to_pylist(), wanted, _get_decoder(settings)):
+    decoder = _get_decoder(settings)
+    for row, outcome in _decode_rows(task["archive"], rows["path"].to_pylist(), wanted, decoder, fetcher):
         telemetry.add(telemetry.IMAGES_PREPARED, 1)
         if isinstance(outcome, Failure):
             telemetry.add(telemetry.IMAGE_ERRORS, 1, "prepare", outcome.code)
@@ -216,7 +246,15 @@ def _get_decoder(settings: PrepareSettings) -> Decoder:
     return Decoder(specs, timeout_s=settings.decode_timeout_s, tags=True)
 
 
-def _decode(decoder: Decoder, source: str | bytes | None) -> DecodedImage | Failure:
+@functools.lru_cache(maxsize=1)
+def _get_fetcher(access: PacsAccess) -> PacsFetcher:
+    """Return the fetcher that all tasks of this process share."""
+    return PacsFetcher(access, "prepare")
+
+
+def _decode(decoder: Decoder, source: str | bytes | ImageError | None) -> DecodedImage | Failure:
+    if isinstance(source, ImageError):
+        return Failure(source.code, source.message, None)
     outcome = decoder.load(source)
     if decoder.seconds:
         telemetry.add_decode("prepare", decoder.seconds)
@@ -224,12 +262,13 @@ def _decode(decoder: Decoder, source: str | bytes | None) -> DecodedImage | Fail
 
 
 def _decode_rows(
-    archive: str, paths: list[str | None], rows: list[int], decoder: Decoder
+    archive: str, paths: list[str | None], rows: list[int], decoder: Decoder, fetcher: PacsFetcher | None
 ) -> Iterator[tuple[int, DecodedImage | Failure]]:
     """Yield each row once with its image: single files in the order of the rows, members in the archive's order."""
     if not archive:
-        for row in rows:
-            yield row, _decode(decoder, paths[row])
+        sources: Iterator[tuple[int, str | bytes | ImageError | None]] = ((row, paths[row]) for row in rows)
+        for row, source in sources if fetcher is None else fetcher.fetch_ahead(sources):
+            yield row, _decode(decoder, source)
         return
     members: dict[str, list[int]] = {}
     for row in rows:
@@ -238,10 +277,7 @@ def _decode_rows(
     pending = set(rows)
     try:
         for name, content in read_members(archive, members.keys()):
-            if isinstance(content, ImageError):
-                outcome: DecodedImage | Failure = Failure(content.code, content.message, None)
-            else:
-                outcome = _decode(decoder, content)
+            outcome = _decode(decoder, content)
             pending.difference_update(members[name])
             for row in members[name]:
                 yield row, outcome

@@ -9,22 +9,53 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from ray_cxr.config import InputSpec
-from ray_cxr.costs import PROBE_IMAGES, PROBE_S, Rate
+from ray_cxr.config import InputSpec, PacsSettings
+from ray_cxr.costs import PROBE_IMAGES, PROBE_S, Rate, format_size
 from ray_cxr.errors import ImageError
+from ray_cxr.imaging.demographics import count_of
 from ray_cxr.imaging.pixels import MAX_PIXELS
 from ray_cxr.imaging.sandbox import DecodedImage, Decoder
+from ray_cxr.progress import format_duration
 from ray_cxr.storage.archives import read_members
-from ray_cxr.storage.paths import is_image_name, split_member
+from ray_cxr.storage.files import read_bytes
+from ray_cxr.storage.paths import is_dicomweb, is_image_name, split_member
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What it takes to fetch images of a PACS, one request each: bytes in total, and the rate that the limits allow."""
+
+    requests: int
+    size: float
+    rate: Rate
+
+    @property
+    def seconds(self) -> float:
+        return self.requests / self.rate.per_second
+
+    def describe(self) -> str:
+        return (
+            f"PACS: {count_of(self.requests, 'request')}, about {format_size(self.size)}, at least "
+            f"{format_duration(self.seconds)} with these limits"
+        )
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Images that were decoded, the number of files that failed, and the seconds per file, with one process."""
+    """Images that were decoded.
+
+    Attributes:
+        failed: number of files that could not be read.
+        seconds: per file, to decode with one process.
+        fetched: number of images that a PACS sent, with their mean size in bytes and seconds per request.
+    """
 
     images: list[DecodedImage]
     failed: int
     seconds: float
+    fetched: int = 0
+    fetched_size: float = 0.0
+    fetch_seconds: float = 0.0
 
     @property
     def count(self) -> int:
@@ -33,6 +64,15 @@ class Sample:
     def rate(self, processes: int) -> Rate | None:
         """Return the rate of decoding with this number of processes; None without a file."""
         return Rate(processes / self.seconds, f"measured on {self.count} of the images") if self.seconds else None
+
+    def estimate_transfer(self, pacs: PacsSettings, requests: int) -> Transfer | None:
+        """Return what it takes to fetch this number of images; None if no image of the sample came from a PACS."""
+        if not self.fetched or not requests:
+            return None
+        rate = min(pacs.per_second, pacs.parallel / self.fetch_seconds)
+        limits = f"with {pacs.parallel} requests at a time and {pacs.per_second:g} per second"
+        source = f"{limits}, measured on {self.fetched} of the images"
+        return Transfer(requests, requests * self.fetched_size, Rate(rate, source))
 
 
 def decode_sample(
@@ -45,10 +85,14 @@ def decode_sample(
     """Decode images from all parts of a table, or the first of one archive, for about three seconds at most."""
     images: list[DecodedImage] = []
     times: list[float] = []
+    transfers: list[tuple[int, float]] = []
     failed, started = 0, time.monotonic()
     decoder = Decoder(specs, max_pixels=max_pixels, timeout_s=min(timeout_s, PROBE_S), tags=True)
     try:
-        for source in _choose(paths):
+        for chosen in _choose(paths):
+            source = chosen
+            if isinstance(chosen, str) and is_dicomweb(chosen):
+                source = _fetch(chosen, transfers)
             outcome = None if isinstance(source, ImageError) else decoder.load(source)
             if isinstance(outcome, DecodedImage):
                 images.append(outcome)
@@ -60,7 +104,20 @@ def decode_sample(
     finally:
         decoder.close()
     # The first file of a decoder also loads libraries.
-    return Sample(images, failed, float(np.mean(times[1:] or times)) if times else 0.0)
+    seconds = float(np.mean(times[1:] or times)) if times else 0.0
+    sizes, waits = zip(*(transfers[1:] or transfers or [(0, 0.0)]), strict=True)  # the first also connects
+    return Sample(images, failed, seconds, len(transfers), float(np.mean(sizes)), float(np.mean(waits)))
+
+
+def _fetch(path: str, transfers: list[tuple[int, float]]) -> bytes | ImageError:
+    """Return an instance of a PACS, and record its bytes and seconds."""
+    started = time.monotonic()
+    try:
+        content = read_bytes(path)
+    except ImageError as error:
+        return error
+    transfers.append((len(content), max(1e-6, time.monotonic() - started)))
+    return content
 
 
 class _Images:
