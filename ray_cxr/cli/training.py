@@ -84,8 +84,8 @@ def _train(arguments: argparse.Namespace) -> None:
     print_warnings(warning.describe() for warning in usability.warn_of_model(bundle.info))
     too_few = usability.explain_validation(metrics)
     best, epochs = bundle.info["provenance"]["best_epoch"], len(bundle.model_json()["curves"])
-    shown = format_number(macro) if too_few is None else f"not shown ({too_few})"
-    print_line(f"validation macro AUROC {shown} in epoch {best}, the best of {epochs}")
+    unreliable = "" if too_few is None else f"; it says little: {too_few}"
+    print_line(f"validation macro AUROC {format_number(macro)} in epoch {best}, the best of {epochs}{unreliable}")
     out = remote.to_path(arguments.out)
     print_line(f"learning curves: {out / trainer.CURVES}")
     print_line(f"bundle: {out / 'bundle'}")
