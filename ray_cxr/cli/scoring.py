@@ -12,7 +12,7 @@ from rich.table import Table
 from ray_cxr import config, costs, session
 from ray_cxr.cli.arguments import add_command, add_settings, any_address, any_path, override_settings, pick
 from ray_cxr.cli.dry_run import add_dry_run, print_cost
-from ray_cxr.cli.next_step import suggest_report
+from ray_cxr.cli.next_step import suggest_after_nothing, suggest_report
 from ray_cxr.cli.output import print_line, print_table, print_warnings
 from ray_cxr.errors import ConfigError, ErrorRateExceeded
 from ray_cxr.labels import NO_FINDING
@@ -32,7 +32,7 @@ def add_commands(commands: Any) -> None:
     score.add_argument("--out", required=True, type=any_path, metavar="SCORES", help="folder to write")
     source = score.add_choice()
     source.add_argument("--manifest", type=any_path, metavar="M.parquet", help="score the images of a manifest")
-    images_help = "score all images below a folder or URI"
+    images_help = "score all images below a folder or URI, or those that a search of a PACS finds"
     source.add_argument("--images", type=any_address, metavar="DIR_OR_URI", help=images_help)
     source.add_argument("--prepared", type=any_path, metavar="PREPARED", help="folder from prepare; decodes nothing")
     score.add_argument("--fresh", action="store_true", help="start over; removes an earlier run's files in SCORES")
@@ -43,8 +43,10 @@ def add_commands(commands: Any) -> None:
     score.add_argument("--heatmaps", type=int, metavar="K", help="also draw heat maps of each image's top K findings")
     score.add_argument("--features", action="store_true", help="also write each image's pooled features, for probe")
     score.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
+    skip_help = "leave out images with scores of the same model in earlier folders, or patterns such as 'nights/*'"
+    score.add_argument("--skip-scored", type=any_path, nargs="+", default=[], metavar="SCORES", help=skip_help)
     add_dry_run(score)
-    add_settings(score, "score", "ray", gpu=True)
+    add_settings(score, "score", "ray", "pacs", gpu=True)
 
 
 def _score(arguments: argparse.Namespace) -> None:
@@ -62,6 +64,8 @@ def _score(arguments: argparse.Namespace) -> None:
         started_at=psutil.Process().create_time(),  # includes the imports before this line
         **pick(arguments, "model", "out", "manifest", "images", "prepared", "fresh", "retry_errors"),
         **pick(arguments, "limit", "heatmaps", "features"),
+        skip_scored=tuple(arguments.skip_scored),
+        pacs=settings.pacs,
     )
     if arguments.dry_run:
         with Stage("measuring with some of the images", in_log=False):
@@ -71,7 +75,9 @@ def _score(arguments: argparse.Namespace) -> None:
             plan = plan_run(request)
             cost = estimate_score(plan, costs.count_cpus(settings.ray.num_cpus))
         for note in plan.rows.notes:
-            print_line(f"{arguments.images}: {note}")
+            print_line(f"{request.origin}: {note}")
+        for line in plan.rows.selection.list_lines() if plan.rows.selection else ():
+            print_line(line)
         print_warnings(warning.describe() for warning in usability.warn_of_model(plan.bundle.info))
         print_cost(cost, arguments)
         return
@@ -81,7 +87,14 @@ def _score(arguments: argparse.Namespace) -> None:
     except ErrorRateExceeded as error:
         too_many, report = error, error.report
     for note in report.notes:
-        print_line(f"{arguments.images}: {note}")
+        print_line(f"{request.origin}: {note}")
+    left_out = report.selection.list_lines() if report.selection else []
+    if not report.rows:
+        print_line(f"nothing to score, and nothing was written to {arguments.out}: {'; '.join(left_out)}")
+        suggest_after_nothing(arguments, report.selection.skip_scored if report.selection else [])
+        return
+    for line in left_out:
+        print_line(line)
     table = Table("result", "rows", title="Scores")
     for code, count in report.counts.most_common():
         table.add_row(code, f"{count:,}")

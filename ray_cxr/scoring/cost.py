@@ -101,9 +101,18 @@ def estimate_score(plan: ScorePlan, cpus: int) -> Cost:
             seconds += drawing.start + maps / rates["heat maps"].per_second
         drawn = f"overlays ({request.overlays})"
         sizes |= {"maps": round(maps * drawing.map_bytes), drawn: round(maps * drawing.overlay_bytes)}
+    notes = []
+    if transfer := sample.estimate_transfer(plan.request.pacs, rows + maps):
+        rates["PACS"], seconds = transfer.rate, max(seconds, RAY_S + transfer.seconds)
+        notes.append(transfer.describe())
     failed = f"{sample.failed} of {sample.count} images that were tried could not be read"
     return Cost(
-        counts, rates, None if unknown else (seconds, seconds), sizes, unknown, [failed] if sample.failed else []
+        counts,
+        rates,
+        None if unknown else (seconds, seconds),
+        sizes,
+        unknown,
+        notes + ([failed] if sample.failed else []),
     )
 
 

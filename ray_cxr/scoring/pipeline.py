@@ -22,7 +22,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from ray_cxr.scoring.plan import KIND, REMEDY, ScorePlan, ScoreReport, ScoreRequ
 from ray_cxr.scoring.pool import ActorPlan, build_dataset, plan_drawing, plan_scoring, run_tasks, show_files
 from ray_cxr.scoring.ranges import INPUT, SCORES, ScoreJob, TaskResult
 from ray_cxr.storage import atomic, remote, run_folder
+from ray_cxr.storage.pacs_workers import PacsAccess, open_access
 from ray_cxr.storage.paths import is_system_file
 from ray_cxr.versions import versions
 
@@ -77,7 +78,9 @@ def score(request: ScoreRequest, start_ray: StartRay = contextlib.nullcontext) -
     for warning in usability.warn_of_model(plan.bundle.info):
         logger.warning("WARNING: %s", warning.describe())
     times["checks"] = time.time()
-    report = ScoreReport(rows=plan.settings["rows"], notes=plan.rows.notes)
+    report = ScoreReport(rows=plan.settings["rows"], notes=plan.rows.notes, selection=plan.rows.selection)
+    if plan.is_empty:
+        return report
     if not plan.has_work and not request.fresh and run_folder.is_complete(plan.out):
         report.counts = _count_rows(plan, run_folder.digest_settings(plan.out))
         if plan.drawing is not None:
@@ -108,10 +111,15 @@ def _execute(plan: ScorePlan, report: ScoreReport, times: dict[str, float], star
         if plan.drawing:
             drawing_pool = plan_drawing(request.settings, len(plan.units), use_gpu=request.use_gpu)
         cluster.require_shared(plan.out, {"BUNDLE": request.model, "an image at": plan.first_image})
-    job = _open_folder(plan)
-    # From here on only the ids of the input are needed.
-    plan.rows.release()
-    with cluster.log_node_changes("score") if plan.has_work else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        access = None
+        if plan.has_work:
+            if plan.rows.in_pacs is not None:
+                access = stack.enter_context(open_access(request.pacs, plan.rows.in_pacs))
+            stack.enter_context(cluster.log_node_changes("score"))
+        job = _open_folder(plan, access)
+        # From here on only the ids of the input are needed.
+        plan.rows.release()
         if report.pool is not None:
             _score_ranges(plan, job, report, report.pool, times)
         report.counts = _count_rows(plan, job.run_digest)
@@ -120,13 +128,19 @@ def _execute(plan: ScorePlan, report: ScoreReport, times: dict[str, float], star
         report.seconds = time.monotonic() - started
         if plan.drawing is not None:
             report.heatmaps = _draw_maps(plan, job, drawing_pool)
+        if access is not None:
+            report.pacs = access.read_totals()
 
 
-def _open_folder(plan: ScorePlan) -> ScoreJob:
+def _open_folder(plan: ScorePlan, access: PacsAccess | None) -> ScoreJob:
     """Prepare `out` for this run: with --fresh, remove an earlier run; then write the settings and freeze the input."""
     request, out = plan.request, plan.out
     if request.fresh:
         _remove_run(out)
+    if not run_folder.has_settings(out):
+        # Before the settings: a run that is killed in between starts over, and lists the images again.
+        (out / INPUT).unlink(missing_ok=True)
+        _freeze_input(plan)
     run_folder.create_run(out, plan.settings)
     # Another command may have started here in the meantime.
     run_folder.check_run(out, plan.settings, remedy=REMEDY)
@@ -134,12 +148,8 @@ def _open_folder(plan: ScorePlan) -> ScoreJob:
     run_folder.clear_complete(out)
     for folder in (SCORES, FEATURES) if plan.has_features else (SCORES,):
         (out / folder).mkdir(exist_ok=True)
-    if not (out / INPUT).exists():
-        # Freeze the whole listing, including rows beyond the limit.
-        plan.rows.freeze(out / INPUT, inputs.group_rows(len(plan.rows), request.settings.rows_per_file))
-        if inputs.read_manifest(out / INPUT).digest != plan.rows.digest:
-            (out / INPUT).unlink()
-            raise OutputError(f"{request.origin}: changed while the run started; run the command again")
+    if not (out / INPUT).exists():  # started by an earlier version
+        _freeze_input(plan)
     return ScoreJob(
         bundle=remote.to_address(remote.to_path(request.model)),
         out=remote.to_address(out),
@@ -153,7 +163,17 @@ def _open_folder(plan: ScorePlan) -> ScoreJob:
         run_digest=run,
         prepared=plan.prepared,
         features=plan.has_features,
+        pacs=access,
     )
+
+
+def _freeze_input(plan: ScorePlan) -> None:
+    """Write the whole input, including rows beyond the limit."""
+    out, rows = plan.out, plan.rows
+    rows.freeze(out / INPUT, inputs.group_rows(len(rows), plan.request.settings.rows_per_file))
+    if inputs.read_manifest(out / INPUT).digest != rows.digest:
+        (out / INPUT).unlink()
+        raise OutputError(f"{plan.request.origin}: changed while the run started; run the command again")
 
 
 def _remove_run(out: Path) -> None:
@@ -313,6 +333,7 @@ def _make_record(plan: ScorePlan, report: ScoreReport) -> dict[str, Any]:
             "left_out": list(ranked.left_out),
         },
         "notes": report.notes,
+        **({} if report.selection is None else {"selection": asdict(report.selection)}),
         # When the command that scored the last row ended. Later commands that only draw heat maps do not change it.
         "finished": (before.get("finished") if pool is None else None) or now,
         # A report over several nights dates a night by it, which a later retry does not move.
@@ -324,6 +345,7 @@ def _make_record(plan: ScorePlan, report: ScoreReport) -> dict[str, Any]:
             "seconds": round(report.seconds, 3),
             "images_per_second": None if rate is None else round(rate, 3),
             "start_up": {name: round(seconds, 3) for name, seconds in report.start_up.items()},
+            **({"pacs": {name: round(amount, 3) for name, amount in report.pacs.items()}} if report.pacs else {}),
         },
         **kept,
         "versions": versions(),

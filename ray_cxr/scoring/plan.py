@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from ray_cxr.config import ScoreSettings
+import numpy as np
+
+from ray_cxr.config import PacsSettings, ScoreSettings
+from ray_cxr.data.dicomweb_listing import name_search
 from ray_cxr.data.features import FEATURES
 from ray_cxr.data.partition import Range, Unit, first_location, plan_units
 from ray_cxr.data.prepared import PreparedSet
@@ -18,6 +22,7 @@ from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.models.runtime import TOLERANCE, choose_precision
 from ray_cxr.scoring import heatmaps, inputs
 from ray_cxr.scoring.actors import make_pseudonym
+from ray_cxr.scoring.earlier import read_earlier
 from ray_cxr.scoring.heatmaps import HeatMapReport, HeatMapRequest
 from ray_cxr.scoring.pool import ActorPlan
 from ray_cxr.scoring.ranges import (
@@ -30,15 +35,23 @@ from ray_cxr.scoring.ranges import (
     part_path,
     read_part,
 )
-from ray_cxr.storage import remote, run_folder
-from ray_cxr.storage.paths import make_absolute
+from ray_cxr.scoring.selection import Marks, Selection, leave_out_scored, select_frontal
+from ray_cxr.storage import dicomweb, remote, run_folder
+from ray_cxr.storage.paths import is_dicomweb, make_absolute, redact
 
 KIND = "score"
 #: Version of the score table. Until 2, priority was the highest rank relative to the operating point.
 FORMAT = 3
 REMEDY = "use --fresh to start over, or choose another --out"
 #: Values of settings that settings.json may lack.
-_DEFAULTS = {"tta": 1, "prepared": None, "features": False}
+_DEFAULTS: dict[str, Any] = {
+    "tta": 1,
+    "prepared": None,
+    "features": False,
+    "select": "all",
+    "skip_scored": False,
+    "manifest_digest": None,
+}
 
 
 @dataclass(frozen=True)
@@ -48,11 +61,13 @@ class ScoreRequest:
     Attributes:
         model: folder of a bundle, on storage that all nodes share.
         out: folder for the scores, on storage that all nodes share.
-        manifest, images, prepared: the input: a manifest, a folder or URI of images, or a folder of `prepare`; exactly
-            one of them is set.
+        manifest, images, prepared: the input: a manifest, a folder or URI of images or a search of a PACS, or a folder
+            of `prepare`; exactly one of them is set.
+        pacs: how to reach a PACS that has images.
         fresh: remove an earlier run in `out` first.
         retry_errors: score rows again whose error code is retryable.
         limit: maximum number of rows to score.
+        skip_scored: folders of earlier scores, or patterns of folders, whose images are left out.
         heatmaps: number of heat maps per image, drawn after scoring.
         features: write the features of each image, too.
         started_at: start of the command, seconds since 1970; None: now.
@@ -70,7 +85,9 @@ class ScoreRequest:
     use_gpu: bool = False
     heatmaps: int | None = None
     features: bool = False
+    skip_scored: tuple[str, ...] = ()
     started_at: float | None = None
+    pacs: PacsSettings = field(default_factory=PacsSettings)
 
     def __post_init__(self) -> None:
         if sum(source is not None for source in (self.manifest, self.images, self.prepared)) != 1:
@@ -80,10 +97,21 @@ class ScoreRequest:
         if self.prepared is not None and self.retry_errors:
             raise ConfigError("--retry-errors: a prepared set keeps its errors; use --manifest instead of --prepared")
 
+        if self.prepared is not None and self.is_selective:
+            option = "--skip-scored" if self.skip_scored else "score.select=frontal"
+            raise ConfigError(
+                f"{option}: all images of a prepared set are scored; use --manifest instead of --prepared"
+            )
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether some of the listed images are left out."""
+        return self.settings.select != "all" or bool(self.skip_scored)
+
     @property
     def origin(self) -> str:
-        """The manifest or folder as the user named it."""
-        return str(self.manifest or self.images or self.prepared)
+        """The manifest or folder as the user named it; a search of a PACS without its keys."""
+        return redact(str(self.manifest or self.images or self.prepared))
 
 
 @dataclass
@@ -95,7 +123,9 @@ class ScoreReport:
         scored_now: number of rows that this run wrote.
         start_up: seconds up to the first scored image, by stage; empty if nothing was scored.
         notes: sentences about files in the image folder that are not images.
+        selection: the listed images that were left out; None if all were scored.
         pool: actors that scored; None if nothing was scored.
+        pacs: requests to a PACS, instances, their bytes, and seconds over all threads that fetch, in this run.
     """
 
     rows: int
@@ -104,8 +134,10 @@ class ScoreReport:
     seconds: float = 0.0
     start_up: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    selection: Selection | None = None
     pool: ActorPlan | None = None
     heatmaps: HeatMapReport | None = None
+    pacs: dict[str, float] = field(default_factory=dict)
 
     @property
     def errors(self) -> int:
@@ -153,6 +185,11 @@ class ScorePlan:
         return bool(self.settings.get("features"))
 
     @property
+    def is_empty(self) -> bool:
+        """Whether no image is left to score, and nothing was started in the folder."""
+        return not len(self.rows)
+
+    @property
     def has_work(self) -> bool:
         return bool(self.tasks or self.to_draw)
 
@@ -164,7 +201,9 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
     drawing = None if request.heatmaps is None else heatmaps.make_request(bundle, settings, request.heatmaps)
     started_with = {} if request.fresh else run_folder.read_settings(out)
     key = _read_key(settings.pseudonym_key)
-    source = _open_source(request, bundle, out, started_with)
+    source = _open_source(request, bundle, out, started_with, key)
+    if source.rows.in_pacs is not None:
+        dicomweb.configure(request.pacs)
     wanted = _make_settings(request, bundle, source, started_with, key)
     is_old = _check_folder(request, out, wanted, started_with)
     units = plan_units(source.rows.paths.slice(0, wanted["rows"]), settings.rows_per_file)
@@ -191,17 +230,73 @@ class _Source:
     prepared: PreparedSource | None = None
 
 
-def _open_source(request: ScoreRequest, bundle: Bundle, out: Path, started_with: Mapping[str, Any]) -> _Source:
+def _open_source(
+    request: ScoreRequest, bundle: Bundle, out: Path, started_with: Mapping[str, Any], key: bytes | None
+) -> _Source:
     """Read the manifest, list the images, or open the prepared set; a listing is frozen at the first run."""
     if request.prepared is not None:
         return _open_prepared(request.prepared, bundle)
-    if request.manifest is not None:
-        return _Source(inputs.read_manifest(request.manifest), {"images": None})
-    images = make_absolute(str(request.images))
-    if started_with.get("images") == images and (out / INPUT).exists():
+    images = None if request.images is None else _name_images(request.images, key)
+    manifest = None if request.manifest is None else inputs.read_manifest(request.manifest)
+    settings: dict[str, Any] = {"images": images}
+    if request.is_selective:
+        # The folders of earlier scores grow from night to night, so their names are not compared.
+        settings |= {"select": request.settings.select, "skip_scored": bool(request.skip_scored)}
+        settings |= {} if manifest is None else {"manifest_digest": manifest.digest}
+    is_listed = request.is_selective or (images is not None and started_with.get("images") == images)
+    if started_with and is_listed and (out / INPUT).exists():
         # The run continues with the images that it started with, even if the folder has changed.
-        return _Source(inputs.read_manifest(out / INPUT), {"images": images})
-    return _Source(inputs.list_folder(str(request.images)), {"images": images})
+        return _Source(inputs.read_frozen(out / INPUT), settings)
+    rows = _list_images(request, key) if manifest is None else manifest
+    if not len(rows):
+        raise ConfigError(f"score: {request.origin}: holds no rows to score")
+    if request.is_selective:
+        rows = _select(rows, request, bundle, out, key)
+    return _Source(rows, settings)
+
+
+def _list_images(request: ScoreRequest, key: bytes | None) -> inputs.InputRows:
+    """List a folder, or search a PACS."""
+    images = str(request.images)
+    if not is_dicomweb(images):
+        return inputs.list_folder(images)
+    dicomweb.configure(request.pacs)
+    limit = None if request.is_selective else request.limit
+    return inputs.list_search(images, limit=limit, captures=request.pacs.captures, replace_id=_make_hide(key))
+
+
+def _make_hide(key: bytes | None) -> Callable[[str], str] | None:
+    return None if key is None else functools.partial(make_pseudonym, key)
+
+
+def _is_cut(request: ScoreRequest, rows: inputs.InputRows) -> bool:
+    """Whether --limit ended the search that found the rows."""
+    return is_dicomweb(str(request.images)) and not request.is_selective and len(rows) == request.limit
+
+
+def _name_images(images: str, key: bytes | None) -> str:
+    """Return the location of the images for settings.json."""
+    return name_search(images, _make_hide(key)) if is_dicomweb(images) else make_absolute(images)
+
+
+def _select(
+    rows: inputs.InputRows, request: ScoreRequest, bundle: Bundle, out: Path, key: bytes | None
+) -> inputs.InputRows:
+    """Leave out the images that score.select and --skip-scored do not want."""
+    settings, selection = request.settings, Selection(len(rows), request.settings.select)
+    wanted = {"model_digest": bundle.digest, "pseudonyms": _mark_key(key), **settings.model_dump()}
+    earlier = read_earlier(request.skip_scored, out, wanted) if request.skip_scored else None
+    marks = Marks(rows.read_table(), settings.decode_timeout_s)
+    kept = np.ones(len(rows), bool) if settings.select == "all" else select_frontal(marks, selection)
+    if earlier is not None:
+        selection.skip_scored = earlier.folders
+        leave_out_scored(marks, kept, earlier, selection, key)
+    return inputs.select(rows, kept, selection)
+
+
+def _mark_key(key: bytes | None) -> str | None:
+    """Return a text that differs between keys for pseudonyms without revealing them."""
+    return None if key is None else make_pseudonym(key, "ray_cxr")
 
 
 def _make_settings(
@@ -214,8 +309,6 @@ def _make_settings(
         # A run continues on any machine with the precision that it started with.
         requested = started_with["precision"]
     n_rows = min(len(source.rows), request.limit or len(source.rows))
-    if not n_rows:
-        raise ConfigError(f"score: {request.origin}: holds no rows to score")
     weights = bundle.rules.ranked.list_weights(settings.weights)
     if weights and not any(weights.values()):
         raise ConfigError("score.weights: every finding of this bundle has the weight 0; give one a positive weight")
@@ -226,10 +319,11 @@ def _make_settings(
         "precision": choose_precision(bundle.info, requested, gpu=request.use_gpu),
         "input_digest": source.rows.digest,
         "rows": n_rows,
+        # A search ends at the limit, so a later run without a limit would need another search.
+        **({"limit": request.limit} if _is_cut(request, source.rows) else {}),
         "rows_per_file": settings.rows_per_file,
         "max_pixels": settings.max_pixels,
-        # Differs between keys without revealing them.
-        "pseudonyms": None if key is None else make_pseudonym(key, "ray_cxr"),
+        "pseudonyms": _mark_key(key),
         # Left out without copies, so that folders of earlier versions still match.
         **({"tta": settings.tta} if settings.tta > 1 else {}),
         **source.settings,

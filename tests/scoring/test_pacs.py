@@ -1,0 +1,189 @@
+"""`score` and `prepare` of a search of a PACS: rows, resuming, limits, errors, and what no output may contain."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from dicomweb_server import DicomwebServer
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import (
+    BasicTextSRStorage,
+    DigitalXRayImageStorageForPresentation,
+    ExplicitVRLittleEndian,
+    SecondaryCaptureImageStorage,
+)
+
+from ray_cxr.scoring.actors import make_pseudonym
+
+Command = Callable[..., tuple[int, str, str]]
+SECRET = "20260105-20260106"
+SEARCH = f"?StudyDate={SECRET}&ModalitiesInStudy=DX"
+FAST = ("--precision", "fp32", "--set", "batch_size=2", "--set", "rows_per_file=4", "--set", "pacs.per_second=1000")
+
+
+def make_instance(number: int, sop_class: str = DigitalXRayImageStorageForPresentation, **changes: Any) -> bytes:
+    """Return a DICOM file; two instances make a study, and an odd number is a lateral."""
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = sop_class
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = f"1.2.{number // 2}", f"1.2.{number // 2}.1"
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"1.2.{number // 2}.1.{number}"
+    ds.StudyDate, ds.PatientID, ds.PatientSex, ds.PatientAge = "20260105", f"P{number // 2}", "F", f"{40 + number:03d}Y"
+    ds.PatientName, ds.Modality, ds.InstanceNumber = "Doe^Jane", "DX", number
+    ds.ViewPosition = "LL" if number % 2 else "PA"
+    ds.Rows = ds.Columns = 48
+    ds.SamplesPerPixel, ds.PixelRepresentation, ds.PhotometricInterpretation = 1, 0, "MONOCHROME2"
+    ds.BitsAllocated = ds.BitsStored = 8
+    ds.HighBit = 7
+    ds.PixelData = np.random.default_rng(number).integers(0, 256, (48, 48), dtype=np.uint8).tobytes()
+    for name, value in changes.items():
+        setattr(ds, name, value)
+    out = io.BytesIO()
+    ds.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
+@pytest.fixture
+def pacs() -> Iterator[DicomwebServer]:
+    """A PACS with 6 radiographs in 3 studies, an SR and a Secondary Capture."""
+    with DicomwebServer() as server:
+        for number in range(6):
+            server.add(make_instance(number))
+        server.add(make_instance(1, BasicTextSRStorage, Modality="SR", SOPInstanceUID="1.2.0.1.90"))
+        server.add(make_instance(1, SecondaryCaptureImageStorage, Modality="OT", SOPInstanceUID="1.2.0.1.91"))
+        yield server
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    return pq.read_table(out / "scores").to_pylist()
+
+
+def count_searches(pacs: DicomwebServer) -> int:
+    return sum("/studies?" in request.path for request in pacs.requests)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_search_is_scored_once_and_frozen(
+    pacs: DicomwebServer, tiny_bundle: Any, tmp_path: Path, command: Command
+) -> None:
+    arguments = ["score", tiny_bundle.path, "--images", pacs.address + SEARCH, "--out", tmp_path / "out", *FAST]
+    # One instance stays unavailable, and two requests find a busy server.
+    pacs.fail(500, times=1, where="/instances/1.2.1.1.2")
+    pacs.fail(503, times=2, where="/instances/1.2.2.1.4", Retry_After="0")
+    code, printed, logged = command(*arguments, "--set", "pacs.attempts=1")
+    assert code == 0
+    rows = read_rows(tmp_path / "out")
+    assert [row["image_id"] for row in rows] == [f"1.2.{n // 2}.1.{n}" for n in range(6)]
+    assert [row["error_code"] for row in rows] == [None, None, "storage", None, "storage", None]
+    assert [row["patient_id"] for row in rows] == ["P0", "P0", "P1", "P1", "P2", "P2"]
+    assert [row["study_id"] for row in rows] == [f"1.2.{n // 2}" for n in range(6)]
+    assert [row["age"] for row in rows] == [40.0, 41.0, 42.0, 43.0, 44.0, 45.0]
+    assert {row["sex"] for row in rows} == {"F"}
+    assert [row["view"] for row in rows] == ["PA", "LATERAL"] * 3
+    assert rows[0]["path"] == f"{pacs.address}/studies/1.2.0/series/1.2.0.1/instances/1.2.0.1.0"
+    assert "1 SR" in printed
+    assert "1 Secondary Capture" in printed
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    for text in (printed, logged, *(path.read_bytes().decode("latin-1") for path in files)):
+        assert SECRET not in text
+        assert "Doe" not in text
+
+    pacs.add(make_instance(7))  # arrives after the listing
+    searches = count_searches(pacs)
+    code, _, _ = command(*arguments, "--retry-errors")
+    assert code == 0
+    assert [row["error_code"] for row in read_rows(tmp_path / "out")] == [None] * 6
+    assert count_searches(pacs) == searches
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_limit_ends_the_search_and_pseudonyms_replace_ids(
+    pacs: DicomwebServer, tiny_bundle: Any, tmp_path: Path, command: Command
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("sixteen bytes or more")
+    named = [f"pseudonym_key={key}", "pacs.parallel=1", "pacs.page=1"]
+    options = [*FAST, *(word for text in named for word in ("--set", text))]
+    arguments = ["score", tiny_bundle.path, "--images", f"{pacs.address}?PatientID=P1", "--out", tmp_path / "out"]
+    assert command(*arguments, "--limit", 1, *options)[0] == 0
+    (row,) = read_rows(tmp_path / "out")
+    assert row["patient_id"] == make_pseudonym(b"sixteen bytes or more", "P1")
+    assert row["study_id"] == make_pseudonym(b"sixteen bytes or more", "1.2.1")
+    assert "P1" not in (tmp_path / "out" / "settings.json").read_text()
+    assert "P1" not in (tmp_path / "out" / "run.json").read_text()
+    code, _, error = command(*arguments, *options)
+    assert code == 2
+    assert "limit" in error
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_search_that_finds_nothing_or_is_refused_is_one_line(
+    pacs: DicomwebServer, tiny_bundle: Any, tmp_path: Path, command: Command
+) -> None:
+    arguments = ["score", tiny_bundle.path, "--out", tmp_path / "out", "--images"]
+    code, _, error = command(*arguments, f"{pacs.address}?PatientID=nobody-{SECRET}")
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert "no radiographs" in error
+    pacs.login = "reader:password"
+    code, _, refused = command(*arguments, pacs.address + SEARCH)
+    assert (code, len(refused.splitlines())) == (2, 1)
+    assert "pacs.credentials" in refused
+    assert SECRET not in error + refused
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("without_ray")
+def test_heat_maps_are_drawn_over_images_of_a_pacs(
+    pacs: DicomwebServer, tiny_bundle: Any, tmp_path: Path, command: Command
+) -> None:
+    arguments = ["score", tiny_bundle.path, "--images", pacs.address + SEARCH, "--out", tmp_path / "out", *FAST]
+    assert command(*arguments)[0] == 0
+    pacs.fail(500, where="/instances/1.2.1.1.2")
+    assert command(*arguments, "--heatmaps", 1, "--set", "pacs.attempts=1")[0] == 0
+    parts = sorted((tmp_path / "out" / "heatmaps").glob("*.parquet"))
+    maps = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    assert [row["image_id"] for row in maps] == [row["image_id"] for row in read_rows(tmp_path / "out")]
+    assert [row["error_code"] for row in maps] == [None, None, "storage", None, None, None]
+    assert all((tmp_path / "out" / "heatmaps" / row["overlay"]).exists() for row in maps if row["overlay"])
+    assert command(*arguments, "--heatmaps", 1, "--retry-errors")[0] == 0
+    maps = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    assert [row["error_code"] for row in maps] == [None] * 6
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_dry_run_states_requests_and_bytes(
+    pacs: DicomwebServer, tiny_bundle: Any, tmp_path: Path, command: Command
+) -> None:
+    arguments = ["score", tiny_bundle.path, "--images", pacs.address + SEARCH, "--out", tmp_path / "out", *FAST]
+    code, printed, _ = command(*arguments, "--dry-run", "--set", "pacs.per_second=50")
+    assert code == 0
+    assert "PACS: 6 requests" in printed
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_prepare_takes_a_search(pacs: DicomwebServer, tmp_path: Path, command: Command) -> None:
+    out = tmp_path / "prepared"
+    arguments = ["prepare", pacs.address + SEARCH, "--out", out, "--size", 32, "--set", "rows_per_shard=4"]
+    code, printed, _ = command(*arguments)
+    assert code == 0
+    assert "1 SR" in printed
+    searches, (settings, manifest) = count_searches(pacs), (out / "settings.json", out / "manifest.parquet")
+    assert SECRET not in settings.read_text()
+    rows = pq.read_table(manifest).to_pylist()
+    assert [row["patient_id"] for row in rows] == ["P0", "P0", "P1", "P1", "P2", "P2"]
+    assert json.loads((out / "32" / "counts.json").read_text()) == {"ok": 6}
+    pacs.add(make_instance(7))
+    (out / "32" / "part-00001.arrow").unlink()
+    assert command(*arguments)[0] == 0
+    assert count_searches(pacs) == searches
+    assert json.loads((out / "32" / "counts.json").read_text()) == {"ok": 6}
