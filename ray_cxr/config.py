@@ -11,6 +11,7 @@ section, `--set section.key=value` a key of another section.
 from __future__ import annotations
 
 import codecs
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -85,6 +86,16 @@ class RaySettings(Settings):
     )
 
 
+def _locate(path: str) -> str:
+    if not path:
+        raise ValueError("name a file")
+    return os.path.abspath(os.path.expanduser(path))
+
+
+#: A file of this machine, made absolute, because workers run in other folders.
+LocalFile = Annotated[str, AfterValidator(_locate)]
+
+
 class PacsSettings(Settings):
     """How a PACS is reached over DICOMweb. Secrets are in files, never in settings; this holds only the paths."""
 
@@ -93,17 +104,17 @@ class PacsSettings(Settings):
         description="the only host, as HOST or HOST:PORT, that may be reached; required with token_file or "
         "client_certificate, so that no address in a table can obtain them; null: any host",
     )
-    credentials: str | None = Field(
+    credentials: LocalFile | None = Field(
         None, description="file of mode 600 with lines `machine HOST login USER password PASSWORD`; null: no password"
     )
-    token_file: str | None = Field(
+    token_file: LocalFile | None = Field(
         None, description="file of mode 600 with a bearer token, read again when the PACS refuses the token"
     )
-    client_certificate: str | None = Field(None, description="PEM file with the client's certificate for TLS")
-    client_key: str | None = Field(
+    client_certificate: LocalFile | None = Field(None, description="PEM file with the client's certificate for TLS")
+    client_key: LocalFile | None = Field(
         None, description="PEM file of mode 600 with its key, not encrypted; null: in client_certificate"
     )
-    ca_file: str | None = Field(
+    ca_file: LocalFile | None = Field(
         None, description="PEM file with the authorities that sign the PACS's certificate; null: the public ones"
     )
     parallel: int = Field(4, ge=1, le=256, description="requests at the same time, over the whole cluster")

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -184,10 +183,3 @@ def _check_tls(settings: PacsSettings) -> None:
             if isinstance(error, OSError) and not isinstance(error, ssl.SSLError):
                 reason = error.strerror or reason
             raise ConfigError(f"pacs.client_certificate {settings.client_certificate}: {reason}") from None
-
-
-def expand(settings: PacsSettings) -> PacsSettings:
-    """Return settings with absolute paths, so that workers in other folders find the files."""
-    names = ("credentials", "token_file", "client_certificate", "client_key", "ca_file")
-    paths = {name: str(Path(value).expanduser().absolute()) for name in names if (value := getattr(settings, name))}
-    return settings.replace(**paths) if paths else settings
