@@ -26,6 +26,7 @@ SECTIONS = {
     "score": ("score", "ray"),
     "quantize": ("quantize",),
     "recalibrate": ("recalibrate",),
+    "export-sr": ("pacs",),
 }
 
 
@@ -73,7 +74,7 @@ MEANT = [
     ("--verison", "--version"),
     ("import w.h5", "'import-weights'"),
     ("evaluate s", "'report'"),
-    ("report s --out r --heatmaps 3", "which score has"),
+    ("report s --out r --heatmaps 3", "which score and export-sr have"),
     ("score b images --out s", "'images'; pass it after --manifest, --images or --prepared"),
     ("score b --out s", "--images"),
     ("train p --out r --set backbone=Tinycnn", "'TinyCNN'"),

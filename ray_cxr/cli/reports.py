@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from ray_cxr.cli.arguments import add_command, any_path, local_input, local_output, pick
+from rich.table import Table
+
+from ray_cxr import config
+from ray_cxr.cli.arguments import add_command, add_settings, any_address, any_path, local_input, local_output, pick
 from ray_cxr.cli.next_step import place_next_to, print_next, suggest_after_report
-from ray_cxr.cli.output import explain_write_errors, format_number, print_line, print_warnings
+from ray_cxr.cli.output import explain_write_errors, format_number, print_line, print_table, print_warnings
 from ray_cxr.errors import ConfigError
 from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.progress import Stage
@@ -32,7 +36,7 @@ def add_commands(commands: Any) -> None:
     report.add_argument("--manifest", "--labels", dest="labels", type=any_path, metavar="M.parquet", help=labels_help)
     split_help = "evaluate the images of this split only; external: all, as images of another hospital"
     report.add_argument("--split", choices=["train", "val", "test", "external"], help=split_help)
-    report.add_argument("--consensus", type=local_input, metavar="CSV", help="radiologists' labels per finding")
+    report.add_argument("--consensus", type=local_input, metavar="TABLE", help="labels of readers, CSV or from reviews")
     report.add_argument("--boxes", type=local_input, metavar="CSV", help="boxes as in BBox_List_2017, for heat maps")
     report.add_argument("--compare", type=any_path, metavar="SCORES2", help="other scores of the same images")
     prevalence_help = "lines such as Effusion = 0.12, for PPV and NPV"
@@ -44,8 +48,8 @@ def add_commands(commands: Any) -> None:
         commands,
         "export-sr",
         _export_sr,
-        "write DICOM Structured Reports, one per study",
-        ["scores --out reports", "scores --out reports2 --replaces reports"],
+        "write DICOM Structured Reports, one per study, and send them to a PACS",
+        ["scores --out reports --heatmaps", "scores --out reports --send dimse://PACS@10.0.0.7:104"],
     )
     export.add_argument("scores", type=local_input, metavar="SCORES", help="folder from score; reads its DICOM files")
     export.add_argument("--out", required=True, type=local_output, metavar="DIR", help="holds patients' names and ids")
@@ -55,10 +59,17 @@ def add_commands(commands: Any) -> None:
         metavar="DIR2",
         help="earlier export whose documents the new ones replace",
     )
+    maps_help = "also export the heat maps of flagged findings, as Secondary Captures"
+    export.add_argument("--heatmaps", action="store_true", help=maps_help)
+    send_help = "store the documents in a PACS: dicomweb+https://HOST/ROOT or dimse://AET@HOST:PORT"
+    export.add_argument("--send", type=any_address, metavar="PACS", help=send_help)
+    export.add_argument("--resend", action="store_true", help="also send what the PACS has stored already")
+    add_settings(export, "pacs")
 
 
 def _report(arguments: argparse.Namespace) -> None:
     with Stage("reading the scores", in_log=False):
+        from ray_cxr.data.review_facts import read_caveats
         from ray_cxr.evaluation import usability
         from ray_cxr.reporting import report
         from ray_cxr.reporting.flagged import FlagCount
@@ -68,6 +79,8 @@ def _report(arguments: argparse.Namespace) -> None:
         metrics = report.write_report(arguments.scores, arguments.out, **options)
     macro = metrics["macro"]
     print_warnings(usability.Warned(**warning).describe() for warning in metrics["warnings"])
+    for labels in filter(None, (arguments.labels, arguments.consensus)):
+        print_warnings(read_caveats(labels))
     if macro and macro["auroc"] is not None and macro["headline_reason"] is None:
         low, high = (format_number(macro[f"auroc_interval_{end}"]) for end in ("low", "high"))
         print_line(
@@ -88,10 +101,17 @@ def _report(arguments: argparse.Namespace) -> None:
 def _export_sr(arguments: argparse.Namespace) -> None:
     if not arguments.out:
         raise ConfigError("--out: is empty; name a folder to write")
+    if arguments.resend and not arguments.send:
+        raise ConfigError("--resend: needs --send PACS")
+    settings = config.load(arguments.config, arguments.overrides, section="pacs").pacs
     with Stage("reading the scores", in_log=False):
-        from ray_cxr.reporting import dicom_sr
+        from ray_cxr.reporting import dicom_sr, sending
 
-    export = dicom_sr.export_sr(arguments.scores, arguments.out, arguments.replaces)
+    if arguments.send:
+        sending.check_destination(arguments.send)
+    export = dicom_sr.export_sr(
+        arguments.scores, arguments.out, arguments.replaces, with_heatmaps=arguments.heatmaps, pacs=settings
+    )
     for outcome, text in dicom_sr.OUTCOME_TEXTS.items():
         if export.outcomes[outcome]:
             print_line(f"{export.outcomes[outcome]:,} {text}")
@@ -99,6 +119,36 @@ def _export_sr(arguments: argparse.Namespace) -> None:
     print_line(f"reports: {export.reports:,} in {arguments.out}{partial}; {export.written:,} written now")
     if arguments.replaces or export.replacing:
         print_line(f"replaced: {export.replacing:,} of the reports name an earlier report of their study")
-    export.raise_for_failures()
+    for outcome, text in dicom_sr.CAPTURE_TEXTS.items():
+        if export.captures and export.captures[outcome]:
+            print_line(f"heat maps: {export.captures[outcome]:,} {text}")
+    if export.captures is not None and not export.captures:
+        print_line("heat maps: 0, because no finding is flagged")
+    lost = _send(arguments, settings) if arguments.send else []
+    export.raise_for_failures(*lost)
     scores = remote.to_path(arguments.scores)
     print_next("report", scores, "--out", place_next_to(scores, "report"))
+
+
+def _send(arguments: argparse.Namespace, settings: config.PacsSettings) -> list[str]:
+    """Send the documents, and print what the PACS did with them; return a sentence if it did not store all."""
+    from ray_cxr.reporting import sending
+
+    sent = sending.send(
+        Path(arguments.out), arguments.send, settings, with_heatmaps=arguments.heatmaps, resend=arguments.resend
+    )
+    table = Table("documents", *sending.STATUSES, "stored earlier", title=f"Sent to {sent.destination}")
+    for kind in (sending.REPORT, sending.HEAT_MAP)[: 1 + arguments.heatmaps]:
+        counts = [sent.counts[kind, status] for status in sending.STATUSES]
+        table.add_row(f"{kind}s", *(f"{count:,}" for count in [*counts, sent.earlier[kind]]))
+    print_table(table)
+    for (status, message), count in sorted(sent.messages.items()):
+        print_line(f"{status}: {count:,}: {message}")
+    if sent.unsent_predecessors:
+        print_line(
+            f"{sent.unsent_predecessors:,} reports name an earlier report that was not sent there from "
+            f"{arguments.replaces or arguments.out}"
+        )
+    if not (lost := sent.count_lost()):
+        return []
+    return [f"{lost:,} of {sent.total:,} documents are not stored in {sent.destination}; {sending.TABLE} lists them"]

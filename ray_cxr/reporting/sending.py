@@ -15,7 +15,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -134,13 +134,15 @@ def send(out: Path, address: str, settings: PacsSettings, *, with_heatmaps: bool
 
 
 def _send_pending(sent: Sent, record: _Record, pending: list[Document], address: str, settings: PacsSettings) -> None:
-    unanswered = 0
+    unanswered, earlier = 0, record.find_stored()
     done = sent.earlier.total()
     with (
         Progress("send", done + len(pending), done=done, unit="documents") as progress,
         contextlib.closing(_store(address, pending, settings)) as answers,
     ):
         for number, (document, stored) in enumerate(zip(pending, answers, strict=True), 1):
+            if stored.reason == dimse.DUPLICATE and earlier.get(document.uid, document.sha256) != document.sha256:
+                stored = replace(stored, status="warned", message="the PACS keeps the version that was sent earlier")
             record.add(document, stored)
             sent.counts[document.kind, stored.status] += 1
             if stored.status != "accepted":

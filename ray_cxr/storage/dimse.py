@@ -39,7 +39,8 @@ _CONNECT_S, _ASSOCIATE_S = 10.0, 30.0
 _BACKOFF_S, _MAX_WAIT_S = 1.0, 60.0
 #: Failures of C-STORE that can pass: out of resources (PS3.4, table B.2-1).
 _BUSY = range(0xA700, 0xA800)
-_DUPLICATE = 0x0111
+#: Failure of a document whose UID the PACS has already (PS3.7, annex C.5.6), also of STOW-RS.
+DUPLICATE = 0x0111
 #: Diagnostics of a rejection by the service user (PS3.8, table 9-21).
 _UNKNOWN_CALLING, _UNKNOWN_CALLED = 3, 7
 #: A title is at most 16 characters of ASCII without control characters and backslash (PS3.5, 6.2).
@@ -237,9 +238,9 @@ def _judge(uid: str, status: int) -> Stored:
 
     kind = code_to_category(status)
     if kind == "Success":
-        return Stored(uid, "accepted", None, "")
-    if status == _DUPLICATE:
-        return Stored(uid, "warned", status, "0x0111 the PACS has a document with this UID already, and kept it")
+        return Stored(uid, "accepted", None, "stored")
+    if status == DUPLICATE:
+        return Stored(uid, "accepted", status, "the PACS has it already")
     _, meaning = STORAGE_SERVICE_CLASS_STATUS.get(status, ("", "unknown status"))
     text = f"0x{status:04X} {meaning}"
     if kind == "Warning":
