@@ -49,10 +49,11 @@ class EarlierScores:
         """Return the row of each value in a column, int32; null if no row has it."""
         return pc.index_in(values, value_set=self.rows[column].combine_chunks(), skip_nulls=True)
 
-    def list_ambiguous_uids(self) -> pa.Array:
-        """Return the SOP Instance UIDs that files of different contents have: they identify no image."""
-        counts = self.rows.group_by(UID).aggregate([(DIGEST, "count_distinct")])
-        return counts.filter(pc.greater(counts[f"{DIGEST}_count_distinct"], 1))[UID].combine_chunks().drop_null()
+    def list_ambiguous_uids(self) -> set[tuple[str, str | None]]:
+        """Return each SOP Instance UID and study that files of different contents have: it identifies no image."""
+        counts = self.rows.group_by([UID, "study_id"]).aggregate([(DIGEST, "count_distinct")])
+        counts = counts.filter(pc.greater(counts[f"{DIGEST}_count_distinct"], 1))
+        return set(zip(counts[UID].to_pylist(), counts["study_id"].to_pylist(), strict=True))
 
 
 def read_earlier(patterns: Sequence[str], out: Path, settings: Mapping[str, Any]) -> EarlierScores:

@@ -116,22 +116,29 @@ class Marks:
     """
 
     def __init__(self, table: pa.Table, timeout_s: float) -> None:
-        self._paths: list[str | None] = table["path"].to_pylist()
+        self.paths: list[str | None] = table["path"].to_pylist()
         self._columns = {name: table[name].to_pylist() for name in ("patient_id", "study_id", "view")}
         self._timeout_s = timeout_s
         self._tags: dict[int, Mapping[str, Any]] = {}
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def get(self, row: int, name: str) -> Any:
         """Return a value of the column, or else of the header, if `read_headers` read it."""
         value = self._columns[name][row]
         return value if value is not None else self._tags.get(row, {}).get(name)
 
+    def get_study(self, row: int) -> tuple[str | None, str] | None:
+        """Return patient and study, both from the columns or both from the header; None without a study."""
+        patient, study = (self._columns[name][row] for name in ("patient_id", "study_id"))
+        if study is None:
+            patient, study = (self._tags.get(row, {}).get(name) for name in ("patient_id", "study_id"))
+        return None if study is None else (patient, study)
+
     def get_uid(self, row: int) -> str | None:
         """Return the SOP Instance UID, by the path in a PACS or by the header."""
-        return find_instance_uid(self._paths[row]) or self._tags.get(row, {}).get(UID)
+        return find_instance_uid(self.paths[row]) or self._tags.get(row, {}).get(UID)
 
     def get_digest(self, row: int) -> str | None:
         return self._tags.get(row, {}).get(DIGEST)
@@ -145,11 +152,11 @@ class Marks:
 
     def read_digests(self, rows: Sequence[int]) -> None:
         """Compute the digests of files; an instance of a PACS has none before it is fetched."""
-        paths = {row: self._paths[row] for row in rows if self.get_digest(row) is None}
+        paths = {row: self.paths[row] for row in rows if self.get_digest(row) is None}
         self._read([row for row, path in paths.items() if path and not is_dicomweb(path)], "compare files", digest=True)
 
     def _has_header(self, row: int) -> bool:
-        path = self._paths[row]
+        path = self.paths[row]
         if path is None or row in self._tags or is_dicomweb(path):
             return False
         return not file_name(path).lower().endswith(_WITHOUT_HEADER)
@@ -174,7 +181,7 @@ class Marks:
         threads = min(_MAX_READERS, costs.count_cpus(), len(rows))
         try:
             with Progress(what, len(rows), unit="files", last_line=False) as progress:
-                sources = iter_sources((row, self._paths[row]) for row in rows)
+                sources = iter_sources((row, self.paths[row]) for row in rows)
                 for row, tags in map_concurrently(identify, sources, threads=threads):
                     self._tags[row] = {**self._tags.get(row, {}), **tags}
                     progress.advance(1)
@@ -196,8 +203,8 @@ def select_frontal(marks: Marks, selection: Selection) -> np.ndarray:
     marks.read_headers([row for row in range(len(marks)) if marks.lacks(row, "study_id", "view")])
     studies: dict[Any, list[int]] = defaultdict(list)
     for row in range(len(marks)):
-        study = marks.get(row, "study_id")
-        studies[row if study is None else (marks.get(row, "patient_id"), study)].append(row)
+        study = marks.get_study(row)
+        studies[row if study is None else study].append(row)
     if all(isinstance(study, int) for study in studies):
         raise ConfigError(
             "score.select=frontal: no image has a study, neither in a DICOM header nor in a column study_id; pass a "
@@ -208,7 +215,10 @@ def select_frontal(marks: Marks, selection: Selection) -> np.ndarray:
     for rows in studies.values():
         views = {row: parse_view(marks.get(row, "view") or "") for row in rows}
         frontal, unusual = (
-            sorted((row for row in rows if views[row] in order), key=lambda row: (order.index(str(views[row])), row))
+            sorted(
+                (row for row in rows if views[row] in order),
+                key=lambda row: (order.index(str(views[row])), marks.paths[row] or ""),
+            )
             for order in (_FRONTAL, _UNUSUAL)
         )
         unknown = [row for row in rows if views[row] is None]
@@ -234,20 +244,22 @@ def leave_out_scored(
 ) -> None:
     """Clear the rows of `kept` that earlier runs scored, or that failed there in a way that would be the same again.
 
-    Equal SOP Instance UIDs of equal studies are the same image, unless files of different contents have the UID. All
-    other files are compared by digest.
+    An image of the same SOP Instance UID and study is the same image, unless several files have both, as faulty
+    anonymisers write them. All other files are compared by digest.
     """
     rows = np.flatnonzero(kept).tolist()
     marks.read_headers(rows)
     uids = _hide([marks.get_uid(row) for row in rows], key)
+    own = list(zip(uids.to_pylist(), (marks.get(row, "study_id") for row in rows), strict=True))
+    counts = Counter(own)
     found = earlier.find(UID, uids)
     studies = earlier.rows["study_id"].take(found).to_pylist()
-    unclear = {uid for uid, count in Counter(uids.to_pylist()).items() if count > 1}
-    unclear.update(earlier.list_ambiguous_uids().to_pylist())
+    ambiguous = earlier.list_ambiguous_uids()
     matches: dict[int, int] = {}
     to_compare = []
-    for row, uid, match, study in zip(rows, uids.to_pylist(), found.to_pylist(), studies, strict=True):
-        if match is not None and uid not in unclear and _is_same_study(study, marks.get(row, "study_id"), key):
+    for row, (uid, study), match, before in zip(rows, own, found.to_pylist(), studies, strict=True):
+        is_clear = counts[uid, study] == 1 and (uid, before) not in ambiguous
+        if match is not None and is_clear and _is_same_study(before, study, key):
             matches[row] = match
         elif uid is None or match is not None:
             to_compare.append(row)

@@ -27,7 +27,7 @@ def make_dicom(**fields: object) -> bytes:
 
 
 @pytest.mark.usefixtures("without_ray")
-@pytest.mark.parametrize("decode", ["inside", "apart"])
+@pytest.mark.parametrize("decode", ["inside", pytest.param("apart", marks=pytest.mark.long)])
 def test_rows_have_uid_and_digest_which_a_key_hides(tiny_bundle, phantoms, tmp_path, command, decode: str) -> None:
     images, key, plain, hidden = (tmp_path / name for name in ("images", "key", "plain", "hidden"))
     images.mkdir()
@@ -52,6 +52,7 @@ def test_rows_have_uid_and_digest_which_a_key_hides(tiny_bundle, phantoms, tmp_p
     assert not {*expected.values(), "1.2.3.4"} & set(marks)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("without_ray")
 def test_retry_in_a_file_of_an_earlier_version(tiny_bundle, manifest: Path, scores: Path, tmp_path, command) -> None:
     """Files of scores without the new columns get them for the rows that are scored again."""
