@@ -65,6 +65,7 @@ class DicomwebServer:
     outcome: Callable[[pydicom.Dataset], tuple[int, Any]] | None = None
     parts: int = 1
     quote: bool = True
+    port: int = 0  # 0: any; it stays the same when the server starts again
     instances: dict[str, dict[str, Any]] = field(default_factory=dict)  # by SOP Instance UID: DICOM JSON model
     files: dict[str, bytes] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
@@ -72,7 +73,7 @@ class DicomwebServer:
 
     def __enter__(self) -> Self:
         self.stopping = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"pacs": self}))
+        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), type("BoundHandler", (Handler,), {"pacs": self}))
         self._server.daemon_threads = True
         self._server.block_on_close = False
         if self.tls:

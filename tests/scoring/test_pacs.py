@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,55 @@ def test_dry_run_states_requests_and_bytes(
     assert code == 0
     assert "PACS: 6 requests" in printed
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ray
+def test_workers_share_limits_and_survive_a_restart_of_the_pacs(
+    shared_ray: None, pacs: DicomwebServer, tiny_bundle: Any, tmp_path: Path, command: Command
+) -> None:
+    for number in range(6, 30):
+        pacs.add(make_instance(number))
+    lock, running, most = threading.Lock(), 0, 0
+
+    def answer_slowly(handler: Any) -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+        handler._get(handler.path.removeprefix("/dicom-web"))
+
+    def restart() -> None:
+        while len(pacs.requests) < 30:
+            time.sleep(0.01)
+        pacs.__exit__()
+        time.sleep(0.3)
+        pacs.__enter__()
+
+    pacs.fail(503, times=3, where="/instances/1.2.1.1.3", Retry_After="0")  # as many as attempts
+    for number in range(10, 30, 4):
+        pacs.fail(503, where=f".1.{number}", Retry_After="0")
+    pacs.disturb(answer_slowly, where="/series/")
+    limits = ["pacs.parallel=2", "pacs.per_second=100", "pacs.attempts=3", "cpus_per_actor=1"]
+    arguments = ["score", tiny_bundle.path, "--images", pacs.address + SEARCH, "--out", tmp_path / "out", *FAST]
+    arguments += [word for text in limits for word in ("--set", text)]
+    restarting = threading.Thread(target=restart)
+    restarting.start()
+    code, _, _ = command(*arguments)
+    restarting.join()
+    assert code == 0
+    rows = read_rows(tmp_path / "out")
+    assert sorted(row["image_id"] for row in rows) == sorted(f"1.2.{n // 2}.1.{n}" for n in range(30))
+    assert [row["image_id"] for row in rows if row["error_code"]] == ["1.2.1.1.3"]
+    assert most == 2
+    totals = json.loads((tmp_path / "out" / "run.json").read_text())["last_run"]["pacs"]
+    assert totals["instances"] == 30
+    assert totals["requests"] >= 30 + 3
+    assert totals["bytes"] > 30 * 48 * 48
+    assert command(*arguments, "--retry-errors")[0] == 0
+    assert {row["status"] for row in read_rows(tmp_path / "out")} == {"ok"}
 
 
 @pytest.mark.usefixtures("without_ray")
