@@ -189,7 +189,7 @@ class Disturber:
 
     Args:
         port: of the server, on this machine.
-        every: of as many requests, one is answered with 503; 0: none.
+        every: of as many requests, one is answered with 503; 0: none. Can be changed, as the next one.
         broken_every: of as many requests, one gets half of its answer; 0: none.
 
     Attributes:
@@ -203,7 +203,7 @@ class Disturber:
     def __init__(self, port: int, *, every: int = 0, broken_every: int = 0) -> None:
         self.requests = self.refused = self.broken = self.most_at_once = 0
         self.paths: list[str] = []
-        self._upstream, self._every, self._broken_every = port, every, broken_every
+        self._upstream, self.every, self.broken_every = port, every, broken_every
         self._lock, self._running = threading.Lock(), 0
         proxy = self
 
@@ -240,8 +240,8 @@ class Disturber:
             self.requests += 1
             self._running += 1
             self.most_at_once = max(self.most_at_once, self._running)
-            refuse = bool(self._every) and self.requests % self._every == 0
-            breaks = bool(self._broken_every) and self.requests % self._broken_every == 0
+            refuse = bool(self.every) and self.requests % self.every == 0
+            breaks = bool(self.broken_every) and self.requests % self.broken_every == 0
             self.refused += refuse
             self.broken += breaks and not refuse
             if not refuse:

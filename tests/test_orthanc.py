@@ -27,6 +27,7 @@ from ray_cxr.cli import main
 
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.ray,
     pytest.mark.timeout(400),
     pytest.mark.skipif(
         not orthanc.is_installed(), reason="Orthanc is not installed; run scripts/services pacs as root"
@@ -43,7 +44,7 @@ def pacs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
 
 @pytest.fixture(scope="module")
 def proxy(pacs: Orthanc) -> Iterator[Disturber]:
-    """Refuse one request in six with 503, and break one answer in nine, in all tests of this file."""
+    """Refuse one request in six with 503, and break one answer in nine, during the first night; later fewer."""
     with Disturber(pacs.port, every=6, broken_every=9) as disturber:
         yield disturber
 
@@ -206,6 +207,7 @@ def sent(night: Night, pacs: Orthanc, proxy: Disturber, login: list[str], bundle
             assert code == 0, output
         return set(pacs.list_uids())
 
+    proxy.every, proxy.broken_every = 25, 40
     with pytest.MonkeyPatch.context() as patch:
         code, output = run(patch, score(bundle, address(proxy), night.out, *login, "--heatmaps", "1"))
         assert code == 0, output
