@@ -20,6 +20,9 @@ import pytest
 from ray_cxr import progress
 from ray_cxr.session import OWN_RAY
 
+# A second conftest.py would replace this module, from which tests import.
+pytest_plugins = ["review_fixtures"]
+
 # The gate tries the same examples on every machine, without a time limit.
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("here")
