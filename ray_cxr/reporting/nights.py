@@ -15,7 +15,16 @@ import pyarrow as pa
 
 from ray_cxr.errors import InputError
 from ray_cxr.imaging.demographics import count_of
-from ray_cxr.reporting.scores import Location, Night, Scores, build_scores, open_scores, read_scores
+from ray_cxr.reporting.scores import (
+    CONTENT,
+    Location,
+    Night,
+    Scores,
+    build_scores,
+    open_scores,
+    read_scores,
+    read_texts,
+)
 from ray_cxr.storage import remote
 from ray_cxr.storage.paths import is_uri
 
@@ -98,8 +107,11 @@ def read_nights(scores: str | Path | Sequence[str | Path]) -> tuple[Scores, list
         nights.append(Night(name, sources[i], origin["run_folder"], times[i], hash_run(sources[i])))
     _check_models(tables)
     night = np.repeat(np.arange(len(tables)), [len(table.ids) for table in tables])
-    kept = _choose_rows(tables, night)
-    rows = pa.concat_tables(parts, promote_options="permissive").take(pa.array(kept))
+    joined_rows = pa.concat_tables(parts, promote_options="permissive")
+    kept, pairs = _choose_rows(tables)
+    if len(pairs):
+        _check_images(tables, joined_rows, night, pairs)
+    rows = joined_rows.take(pa.array(kept))
     source = f"{len(nights)} nights, {nights[0].name} to {nights[-1].name}"
     joined = _rank_alike(build_scores(rows, source, _join_origins(tables)), tables)
     counted = np.bincount(night[kept], minlength=len(tables))
@@ -189,39 +201,39 @@ def _name_nights(sources: Sequence[str], times: Sequence[str | None]) -> list[st
     return [f"{name} {place}" if name in repeated else name for place, name in enumerate(names, 1)]
 
 
-def _choose_rows(tables: Sequence[Scores], night: np.ndarray) -> np.ndarray:
-    """Return the rows of the nights, one after another, that count: int64 [n] in ascending order."""
+def _choose_rows(tables: Sequence[Scores]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of the nights, one after another, that count: int64 [n] ascending; and pairs of rows, [k,2].
+
+    The pairs have one image id each.
+    """
     ids, ok = (np.concatenate([getattr(table, name) for table in tables]) for name in ("ids", "ok"))
     chosen: dict[str, int] = {}
-    others = []
+    pairs = []
     for row, image_id in enumerate(ids):
         before = chosen.setdefault(image_id, row)
         if before != row:
             if ok[row] or not ok[before]:
                 chosen[image_id] = row
-            others.append((before, row))
-    if others:
-        _check_images(tables, ids, night, np.array(others).T)
-    return np.sort(np.fromiter(chosen.values(), dtype=np.int64, count=len(chosen)))
+            pairs.append((before, row))
+    return np.sort(np.fromiter(chosen.values(), dtype=np.int64, count=len(chosen))), np.array(pairs, dtype=np.int64)
 
 
-def _check_images(tables: Sequence[Scores], ids: np.ndarray, night: np.ndarray, pairs: np.ndarray) -> None:
-    """Refuse image ids that name different images; `pairs` are the rows of equal ids, int [2,k]."""
-    first, second = pairs
-    differ = np.zeros(len(first), dtype=bool)
-    for name in ("patients", "studies"):
-        values = np.concatenate([getattr(table, name) for table in tables])
-        known = np.not_equal(values, None)
-        differ |= known[first] & known[second] & (values[first] != values[second])
+def _check_images(tables: Sequence[Scores], rows: pa.Table, night: np.ndarray, pairs: np.ndarray) -> None:
+    """Refuse image ids that name different images; `rows` are those of all nights, `pairs` those of equal ids [k,2]."""
+    differ = np.zeros(len(pairs), dtype=bool)
+    for name in ("patient_id", "study_id", *CONTENT):
+        first, second = (read_texts(rows.take(pa.array(side)), name, "") for side in pairs.T)
+        differ |= np.not_equal(first, None) & np.not_equal(second, None) & (first != second)
     for finding in tables[0].findings:
         p = np.concatenate([table.p[finding] for table in tables])
-        differ |= np.abs(p[first] - p[second]) > _MAX_DIFFERENCE  # NaN, of an image without a score, is not
+        differ |= np.abs(p[pairs[:, 0]] - p[pairs[:, 1]]) > _MAX_DIFFERENCE  # NaN, of an image without a score, is not
     if differ.any():
         found = int(np.flatnonzero(differ)[0])
-        new, old = (tables[night[side[found]]].source for side in (second, first))
+        old, new = (tables[night[row]].source for row in pairs[found])
+        name = rows["image_id"][int(pairs[found, 1])].as_py()
         raise InputError(
             f"{new}: {count_of(int(differ.sum()), 'image')} with ids that other images have in {old}, such "
-            f"as {ids[second[found]]!r}; score with ids that are unique over all nights (image_id of a manifest), or "
+            f"as {name!r}; score with ids that are unique over all nights (image_id of a manifest), or "
             "make a report per night"
         )
 

@@ -29,6 +29,8 @@ from ray_cxr.storage.stores import describe_error, is_access_denied, open_uri
 #: Columns of text by the field of `Scores` that holds them.
 _TEXT = {"ids": "image_id", "paths": "path", "patients": "patient_id", "studies": "study_id", "codes": "error_code"}
 _TEXT |= {"top_findings": "top_finding", "quality_flags": "quality_flag"}
+#: Columns that identify the content of an image; tables of earlier versions lack them.
+CONTENT = ("sop_instance_uid", "content_digest")
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,7 +285,8 @@ def _explain(source: str, problem: str) -> str:
 
 def _is_used(column: str) -> bool:
     numbers = ("abnormality", "priority")
-    return column in (*_TEXT.values(), *numbers, "status", "model_digest") or column.startswith(("p_", "c_", "flag_"))
+    texts = (*_TEXT.values(), *CONTENT, "status", "model_digest")
+    return column in (*texts, *numbers) or column.startswith(("p_", "c_", "flag_"))
 
 
 class _Columns:

@@ -74,7 +74,7 @@ def build_worklist(table: Scores) -> Worklist:
             "quality_flags": _join(table.quality_flags[row] for row in rows),
         }
         if table.night is not None:
-            line["night"] = "|".join(table.nights[night].name for night in np.unique(table.night[rows]))
+            line["night"] = "|".join(table.nights[night].name for night in sorted({*table.night[rows].tolist()}))
         lines.append(line)
     return Worklist(
         lines=[lines[study] for study in order],

@@ -197,11 +197,12 @@ def test_nights_have_a_name_each(tmp_path: Path) -> None:
 
 def test_what_cannot_be_one_table_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     p = np.full((2, 2), 0.1)
-    good = write_night(tmp_path / "good", "2026-03-01", ["a", "b"], p)
+    good = write_night(tmp_path / "good", "2026-03-01", ["a", "b"], p, content_digest=["0" * 64, "1" * 64])
     other = write_night(tmp_path / "other", "2026-03-02", ["c", "d"], p, model={**MODEL, "digest": "d2" * 32})
     running = write_night(tmp_path / "running", "2026-03-02", ["c", "d"], p, finished=False)
     changed = write_night(tmp_path / "changed", "2026-03-02", ["b", "c"], p + 0.5)
     person = write_night(tmp_path / "person", "2026-03-02", ["b", "c"], p, patient_id=["x", "y"])
+    copied = write_night(tmp_path / "copied", "2026-03-02", ["b", "c"], p, content_digest=["2" * 64, "3" * 64])
     (tmp_path / "link").symlink_to(good)
     pq.write_table(pa.table({"image_id": ["z"], "p_Mass": [0.5]}), tmp_path / "table.parquet")
     for words, reason in (
@@ -213,6 +214,7 @@ def test_what_cannot_be_one_table_is_refused_in_one_line(tmp_path: Path, capsys:
         ([str(tmp_path / "no*")], "matches nothing"),
         ([good, changed], "'b'"),
         ([good, person], "'b'"),
+        ([good, copied], "'b'"),
     ):
         assert cli.main(["report", *words, "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
