@@ -143,7 +143,7 @@ def _send(arguments: argparse.Namespace, settings: config.PacsSettings) -> list[
         table.add_row(f"{kind}s", *(f"{count:,}" for count in [*counts, sent.earlier[kind]]))
     print_table(table)
     for (status, message), count in sorted(sent.messages.items()):
-        print_line(f"{status}: {count:,}: {message}")
+        print_line(f"{count:,} {status}: {message}")
     if sent.unsent_predecessors:
         print_line(
             f"{sent.unsent_predecessors:,} reports name an earlier report that was not sent there from "

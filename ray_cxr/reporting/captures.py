@@ -231,8 +231,8 @@ def _build(content: CaptureContent, pixels: np.ndarray, size: int, overlay: byte
     capture.DateOfSecondaryCapture, capture.TimeOfSecondaryCapture = capture.ContentDate, capture.ContentTime
     for tool in capture.ContributingEquipmentSequence:  # highdicom writes the current time
         tool.ContributionDateTime = f"{when:%Y%m%d%H%M%S}"
-    # Unknown: the decoder may have turned the image.
-    capture.PatientOrientation = None
+    # Empty, because the decoder may have turned the image.
+    capture.PatientOrientation = []
     capture.ConversionType = "WSD"  # made on a workstation, not digitized
     capture.BurnedInAnnotation, capture.BodyPartExamined = "YES", "CHEST"
     if overlay.startswith(b"\xff\xd8"):  # a JPEG

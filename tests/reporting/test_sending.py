@@ -213,7 +213,7 @@ def test_server_that_stops_gets_the_others_later(site: Site, command: Command, w
     out, err = send(site, command, web.address, "--set", "attempts=1", code=3)
     assert statuses(site) == ["accepted"] + ["unavailable"] * 4
     assert requests == 4
-    assert "1: not tried" in out
+    assert "1 unavailable: not tried" in out
     assert "4 of 5" in err
     web.outcome = None
     send(site, command, web.address)
