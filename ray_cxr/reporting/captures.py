@@ -86,7 +86,7 @@ class CaptureContent:
             f"{self.finding.replace('_', ' ')}: {kind} {self.probability:.2f}",
             f"Heat map ({self.method}), not a boundary of the finding",
             f"Model {self.model.name}, {self.model.digest[:16]}",
-            f"ray-cxr {self.model.version}, reviewed by nobody",
+            f"ray-cxr {self.model.version}, not reviewed",
         ]
 
 
