@@ -40,7 +40,7 @@ def add_commands(commands: Any) -> None:
     tables_help = "CSV file of labels, .gz allowed; train=A.csv val=B.csv test=C.csv give the split by file"
     manifest.add_argument("tables", nargs="+", type=label_table, metavar="TABLE", help=tables_help)
     manifest.add_argument("--out", required=True, type=any_path, metavar="M.parquet", help="manifest to write")
-    images_help = "location of the images, in any layout"
+    images_help = "location of the images, in any layout, or a search of a PACS"
     manifest.add_argument("--images", type=any_address, metavar="DIR_OR_URI", help=images_help)
     manifest.add_argument("--found-only", action="store_true", help="drop rows without an image file")
     split_help = "official: by NIH's two lists; patient: at random, by patient. Training needs a split"
@@ -53,6 +53,7 @@ def add_commands(commands: Any) -> None:
     manifest.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the split (0)")
     leak_help = "for patients in two splits: error (default), or drop their rows from train, then val"
     manifest.add_argument("--on-leak", choices=["error", "drop"], default="error", help=leak_help)
+    add_settings(manifest, "pacs")
 
     prepare = add_command(
         commands,
@@ -74,11 +75,13 @@ def _manifest(arguments: argparse.Namespace) -> None:
         from ray_cxr.data.manifest import write_manifest
         from ray_cxr.data.manifest_builder import build_manifest
 
+    settings = config.load(arguments.config, arguments.overrides, section="pacs")
     fractions = parse_numbers(float, arguments.fractions, "--fractions", "three numbers, such as 0.7,0.1,0.2")
     with Stage("reading the tables"):
         table, report = build_manifest(
             arguments.tables,
             fractions=fractions,
+            pacs=settings.pacs,
             **pick(arguments, "images", "split", "train_val_list", "test_list", "seed", "on_leak", "found_only"),
         )
     with explain_write_errors(arguments.out), Stage(f"writing {arguments.out}"):

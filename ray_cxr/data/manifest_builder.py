@@ -15,17 +15,20 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ray_cxr.config import PacsSettings
 from ray_cxr.data import identity, splits
 from ray_cxr.data.csv_table import read_csv, read_image_list
 from ray_cxr.data.dialects import Dialect, detect_dialect
+from ray_cxr.data.dicomweb_listing import list_radiographs
 from ray_cxr.data.external_dialects import rewrite_external
-from ray_cxr.data.manifest import SCHEMA, SPLIT_KEY, SPLITS, absolute_paths, describe_listing
+from ray_cxr.data.manifest import SCHEMA, SPLIT_KEY, SPLITS, absolute_paths, describe_listing, listing_notes
 from ray_cxr.errors import ConfigError, TableError
 from ray_cxr.imaging import demographics
 from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.imaging.views import choose_view, parse_view
-from ray_cxr.storage.files import find_images, hash_file
-from ray_cxr.storage.paths import IMAGE_SUFFIXES, file_names, redact
+from ray_cxr.storage import dicomweb
+from ray_cxr.storage.files import Listing, find_images, hash_file
+from ray_cxr.storage.paths import IMAGE_SUFFIXES, file_names, is_dicomweb, redact
 
 
 @dataclass
@@ -45,6 +48,7 @@ class ManifestReport:
     images_missing: int | None = None
     files_not_in_table: int | None = None
     not_images: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     unpacked_members: int = 0
     listed_not_in_table: int = 0
     in_neither_list: int = 0
@@ -74,7 +78,7 @@ class ManifestReport:
                 f"images: {self.images_found:,} found, {self.images_missing:,} in the table but not on disk, "
                 f"{self.files_not_in_table:,} on disk but not in the table"
             )
-        out += describe_listing(self.not_images, self.unpacked_members)
+        out += describe_listing(self.not_images, self.unpacked_members) + self.notes
         for count, text in (
             (self.absurd_ages, f"ages over {demographics.MAX_AGE_YEARS:.0f} years set to null"),
             (self.unreadable_ages, "unreadable ages set to null"),
@@ -108,17 +112,20 @@ def build_manifest(
     seed: int = 0,
     on_leak: str = "error",
     found_only: bool = False,
+    pacs: PacsSettings | None = None,
 ) -> tuple[pa.Table, ManifestReport]:
     """Read tables, find images and assign splits. Return the manifest and the report; the metadata of the manifest
     describe the split.
 
     Args:
         tables: paths of CSV files, `.gz` allowed; or `train=A.csv`, `val=B.csv`, `test=C.csv`.
-        images: a folder or URI with the images, in any layout, also inside tar archives; None leaves `path` null.
+        images: a folder or URI with the images, in any layout, also inside tar archives, or a search of a PACS, whose
+            instances are found by their SOP Instance UID; None leaves `path` null.
         split: `official` (needs both lists), `patient`, or None.
         fractions: shares of patients for train, val and test, if `split` is `patient`.
         on_leak: `error` or `drop`, see `splits.resolve_leaks`.
         found_only: leave out and count the rows whose image is not in `images`.
+        pacs: how to reach a PACS; None: the default settings.
     """
     report = ManifestReport()
     arguments = [_parse_table_argument(text) for text in tables]
@@ -163,7 +170,7 @@ def build_manifest(
 
     data["path"] = None
     if images is not None:
-        data["path"] = _find_paths(data["image_id"], images, report)
+        data["path"] = _find_paths(data["image_id"], images, report, pacs or PacsSettings())
         if found_only:
             report.left_out = report.images_missing or 0
             info["rows_without_picture_left_out"] = report.left_out
@@ -313,9 +320,17 @@ def _name_like(paths: pa.ChunkedArray, folders: int, *, bare: bool) -> pa.Chunke
     return names
 
 
-def _find_paths(image_ids: pd.Series, location: str, report: ManifestReport) -> pd.Series:
+def _search(address: str, pacs: PacsSettings, report: ManifestReport) -> Listing:
+    """List the radiographs that a search of a PACS finds."""
+    dicomweb.configure(pacs)
+    table = list_radiographs(address, captures=pacs.captures)
+    report.notes = listing_notes(table)
+    return Listing(f"{redact(address).rstrip('/')}/", table["path"])
+
+
+def _find_paths(image_ids: pd.Series, location: str, report: ManifestReport, pacs: PacsSettings) -> pd.Series:
     """Return for each image the path of its file below `location`, or None; refuse names that several files share."""
-    found = find_images(location)
+    found = _search(location, pacs, report) if is_dicomweb(location) else find_images(location)
     report.not_images, report.unpacked_members = found.left_out, found.unpacked
     n_rows = len(image_ids)
     # Arrow builds one hash table of the image ids for all files.

@@ -172,6 +172,19 @@ def test_dry_run_states_requests_and_bytes(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_table_of_labels_finds_its_images_in_a_pacs(pacs: DicomwebServer, tmp_path: Path, command: Command) -> None:
+    table, out = tmp_path / "labels.csv", tmp_path / "m.parquet"
+    table.write_text("image,Mass,Nodule\n1.2.0.1.0,1,0\n1.2.1.1.3,0,0\n1.2.9.1.9,0,1\n")
+    code, printed, _ = command("manifest", table, "--images", pacs.address + SEARCH, "--out", out)
+    assert code == 0
+    assert pq.read_table(out)["path"].to_pylist() == [
+        f"{pacs.address}/studies/1.2.0/series/1.2.0.1/instances/1.2.0.1.0",
+        f"{pacs.address}/studies/1.2.1/series/1.2.1.1/instances/1.2.1.1.3",
+        None,
+    ]
+    assert "1 SR" in printed
+
+
 @pytest.mark.ray
 def test_workers_share_limits_and_survive_a_restart_of_the_pacs(
     shared_ray: None, pacs: DicomwebServer, tiny_bundle: Any, tmp_path: Path, command: Command
