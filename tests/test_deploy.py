@@ -260,3 +260,62 @@ def test_named_files_exist(file: Path) -> None:
     names = r"\bjobs/\w+\.py|\brequirements[\w-]*\.lock|\bscripts/[\w-]+|\b(?:docs|tests)/[\w/]+\.\w+"
     assert [name for name in re.findall(names, text) if not (ROOT / name).is_file()] == []
     assert set(re.findall(r"ray-cxr:(\d[\w.]*)", text)) <= {VERSION}
+
+
+# --- a nightly job
+
+NIGHTLY = DEPLOY / "nightly"
+
+
+def test_units_of_systemd_are_valid(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("needs systemd-analyze")
+    for unit in NIGHTLY.glob("ray-cxr-night.*"):
+        text = unit.read_text(encoding="utf-8")
+        # Programs and users of the example are not on this machine.
+        text = re.sub(r"(?m)^ExecStart=.*", "ExecStart=/bin/true", text).replace("User=ray-cxr", "User=root")
+        (tmp_path / unit.name).write_text(text, encoding="utf-8")
+    units = sorted(map(str, tmp_path.iterdir()))
+    assert len(units) == 2
+    checked = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, timeout=60)
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
+
+
+@pytest.fixture
+def run_night(tmp_path: Path):
+    """Run the script with a `score` that writes its words and exits with a code."""
+    (tmp_path / "nights").mkdir()
+    fake = tmp_path / "ray-cxr"
+    fake.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\nexit ${{CODE:-0}}\n', encoding="utf-8")
+    fake.chmod(0o755)
+
+    def run(**variables: str) -> tuple[int, list[str]]:
+        (tmp_path / "calls").unlink(missing_ok=True)
+        given = {
+            "MODEL": "m",
+            "IMAGES": "x?StudyDate=%SINCE%-%DATE%",
+            "NIGHTS": f"{tmp_path}/nights",
+            "NIGHT": "20260302",
+        }
+        environment = {"PATH": "/usr/bin:/bin", "RAY_CXR": str(fake), **given, **variables}
+        code = subprocess.run(["sh", str(NIGHTLY / "night.sh")], env=environment, timeout=60, check=False).returncode
+        return code, (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
+
+    return run
+
+
+def test_script_of_a_night_continues_a_killed_one_first(run_night, tmp_path: Path) -> None:
+    nights = tmp_path / "nights"
+    first = f"score --model m --images x?StudyDate=20260227-20260302 --out {nights}/20260302"
+    assert run_night() == (0, [first])
+    for name, done in (("20260228", True), ("20260301", False)):
+        (nights / name).mkdir()
+        (nights / name / "settings.json").touch()
+        if done:
+            (nights / name / "_SUCCESS").touch()
+    killed = f"score --model m --images x?StudyDate=20260226-20260301 --out {nights}/20260301"
+    skip = f"--skip-scored {nights}/20260228"
+    assert run_night(OPTIONS="--limit 3") == (0, [f"{killed} --limit 3 {skip}", f"{first} --limit 3 {skip}"])
+    assert run_night(CODE="3")[0] == 3
+    assert len(run_night(CODE="3")[1]) == 2, "scored, with many errors: the next night goes on"
+    assert run_night(CODE="2") == (2, [f"{killed} {skip}"])
