@@ -41,7 +41,7 @@ _MAX_READERS = 8
 
 @dataclass
 class Selection:
-    """Counts of what was left out of a listing, and why.
+    """Counts of the listed images that are not scored, and why.
 
     Attributes:
         listed: number of images before the selection.
@@ -76,7 +76,7 @@ class Selection:
         return None if found is None else cls(**json.loads(found))
 
     def list_lines(self) -> list[str]:
-        """Return sentences about what was left out."""
+        """Return sentences about the images that are not scored."""
         lines = []
         if self.select != "all":
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.not_selected.items())
@@ -164,17 +164,17 @@ class Marks:
     def _read(self, rows: Sequence[int], what: str, *, digest: bool) -> None:
         if not rows:
             return
-        local, decoders = threading.local(), []
+        worker, decoders = threading.local(), []
 
         def identify(item: tuple[int, ImageSource]) -> tuple[int, Mapping[str, Any]]:
             row, source = item
             if isinstance(source, ImageError):
                 return row, {}
-            if not hasattr(local, "decoder"):
-                local.decoder = Decoder([], timeout_s=self._timeout_s)
-                decoders.append(local.decoder)
+            if not hasattr(worker, "decoder"):
+                worker.decoder = Decoder([], timeout_s=self._timeout_s)
+                decoders.append(worker.decoder)
             # A member of an archive is not read twice.
-            outcome = local.decoder.identify(source, header=not digest, digest=digest or isinstance(source, bytes))
+            outcome = worker.decoder.identify(source, header=not digest, digest=digest or isinstance(source, bytes))
             # A file that cannot be read is reported by the run.
             return row, (outcome.tags or {}) if isinstance(outcome, Failure) else outcome
 

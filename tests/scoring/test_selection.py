@@ -1,4 +1,4 @@
-"""`score --skip-scored` and `score.select`: which images are scored, and what is said of the others. Without Ray."""
+"""`score --skip-scored` and `score.select`: which images are scored, and the counts of the others. Without Ray."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_two_nights(tiny_bundle, pngs, tmp_path: Path, command) -> None:
     assert (run["listed"], run["by_digest"], run["failed_before"]) == (12, 6, {"not_an_image": 1})
     assert run["skip_scored"] == [str(one)]
 
-    # Nothing is new: no folder, and the nightly job goes on.
+    # Nothing is new: no folder, and the nightly job does not fail.
     said = assert_done(command(*arguments(tiny_bundle, images, three, "--skip-scored", one, two)))
     assert "nothing to score" in said
     assert not three.exists()
