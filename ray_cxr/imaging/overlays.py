@@ -12,9 +12,10 @@ input was padded.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -129,32 +130,44 @@ def read_heatmaps(scores: str | Path, image_ids: Collection[str] | None = None) 
     Raises:
         TableError: there are no heat maps, or a file is damaged.
     """
-    folder = remote.to_path(scores) / HEATMAPS
-    parts = _list_parts(folder)
+    parts = list_parts(scores)
     if not parts:
         raise TableError(f"{scores}: has no heat maps; make them with `ray-cxr score ... --heatmaps K`")
-    wanted = None if image_ids is None else pa.array(list(image_ids), pa.string())
     maps: dict[tuple[str, str], HeatMap] = {}
     for part, file in zip(parts, remote.read_files(parts), strict=True):
-        try:
-            table = pq.read_table(file, columns=SCHEMA.names).cast(SCHEMA)
-            if wanted is not None:  # rows as Python objects take much longer than the file
-                table = table.filter(pc.is_in(table["image_id"], wanted))
-            for row in table.to_pylist():
-                if row["finding"] is not None:
-                    maps[row["image_id"], row["finding"]] = _parse_row(row, folder)
-        except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):
-            raise TableError(f"{part}: damaged or not a file of heat maps; remove it and draw them again") from None
+        maps |= parse_part(part, file, image_ids)
     return maps
+
+
+def parse_part(
+    part: Path, file: pa.NativeFile | None, image_ids: Collection[str] | None = None
+) -> dict[tuple[str, str], HeatMap]:
+    """Return what `read_heatmaps` returns, from one file of maps that was opened already; `part` is its path."""
+    with explain_damage(part):
+        table = pq.read_table(file, columns=SCHEMA.names).cast(SCHEMA)
+        if image_ids is not None:  # rows as Python objects take much longer than the file
+            table = table.filter(pc.is_in(table["image_id"], pa.array(list(image_ids), pa.string())))
+        rows = [row for row in table.to_pylist() if row["finding"] is not None]
+        return {(row["image_id"], row["finding"]): _parse_row(row, part.parent) for row in rows}
+
+
+@contextlib.contextmanager
+def explain_damage(part: Path) -> Iterator[None]:
+    """Raise TableError in place of the errors of reading a damaged file of maps."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):
+        raise TableError(f"{part}: damaged or not a file of heat maps; remove it and draw them again") from None
 
 
 def has_heatmaps(scores: str | Path) -> bool:
     """Whether a folder of scores holds heat maps."""
-    return bool(_list_parts(remote.to_path(scores) / HEATMAPS))
+    return bool(list_parts(scores))
 
 
-def _list_parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob("part-*.parquet"))
+def list_parts(scores: str | Path) -> list[Path]:
+    """Return the files of maps of a folder of scores, in the order of its rows."""
+    return sorted((remote.to_path(scores) / HEATMAPS).glob("part-*.parquet"))
 
 
 def _parse_row(row: dict[str, Any], folder: Path) -> HeatMap:

@@ -23,6 +23,7 @@ Every template gets `session` (`ReviewSession`), `index` (`ReviewIndex`), `run` 
 (query string of the list to return to, "" or "?..."). base.html.j2 has the blocks `title` and `main`.
 
     list.html.j2    `query` (`Query`), `studies` (list of `StudyLine`), `total` (studies that match), `pages`, `page`,
+                    `progress` (of all studies, by this reader: `reviewed` and `partly`),
                     `choices` (values of each filter by name), `link(name=value, ...)` (the list's address with other
                     parameters)
     study.html.j2   `number`, `rows` (rows of the study), and what `viewer` adds
@@ -36,16 +37,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlencode
 
 import numpy as np
 
 from ray_cxr.errors import InputError, OutputError
 from ray_cxr.review import pages, viewer
 from ray_cxr.review.guard import Guard, Session
-from ray_cxr.review.index import PAGE_SIZE, Query, ReviewIndex
+from ray_cxr.review.index import PAGE_SIZE, Query, ReviewIndex, format_query, parse_query
 from ray_cxr.review.session import Decision, ReviewSession
 
 
@@ -112,7 +112,7 @@ def build_app(review: ReviewSession, login: Session) -> Any:
             return JSONResponse({"error": text}, 400)
         if row is None:
             return JSONResponse({"error": "nothing to undo in this session"}, 409)
-        return JSONResponse(_describe_image(review, row))
+        return JSONResponse(viewer.describe_image(review, row))
 
     routes = [
         Route("/", show_list),
@@ -135,40 +135,6 @@ def refuse(status: int, text: str) -> str:
     return pages.render("refused.html.j2", status=status, text=text)
 
 
-def _describe_image(review: ReviewSession, row: int) -> dict[str, Any]:
-    verdicts = review.get_verdicts(row)
-    hidden = review.is_hidden(row)
-    return {
-        "row": row,
-        "number": int(review.index.study_of[row]) + 1,
-        "verdicts": {
-            # While the model is hidden, `agree` would reveal its flag.
-            name: {
-                "verdict": None if hidden and v.verdict != "unsure" else v.verdict,
-                "present": v.present,
-                "note": v.note,
-            }
-            for name, v in verdicts.items()
-        },
-        "decided": bool(review.decided[row]),
-        "hidden": hidden,
-    }
-
-
-def parse_query(values: dict[str, str]) -> Query:
-    """Return the query of a list; unknown parameters and a page that is not a number are ignored."""
-    known = {field.name: values[field.name][:200] for field in fields(Query) if field.name in values}
-    page = known.pop("page", "1")
-    return Query(**known, page=max(1, int(page)) if page.isdecimal() and len(page) < 10 else 1)  # type: ignore[arg-type]
-
-
-def format_query(query: Query, **changes: Any) -> str:
-    """Return the query string of a list, "" or "?...", without parameters that have their default."""
-    default = asdict(Query())
-    values = {**asdict(query), **changes}
-    return "".join(["?", urlencode(chosen)]) if (chosen := {k: v for k, v in values.items() if v != default[k]}) else ""
-
-
 def _render_list(review: ReviewSession, values: dict[str, str]) -> str:
     index, query = review.index, parse_query(values)
     numbers = index.select(query, review.reviewed, review.decided)
@@ -185,11 +151,20 @@ def _render_list(review: ReviewSession, values: dict[str, str]) -> str:
         back=format_query(query, page=page),
         studies=[_build_line(review, int(number), query.finding) for number in shown],
         total=len(numbers),
+        progress=_count_reviewed(review),
         pages=n_pages,
         page=page,
         choices=_list_choices(review),
         link=lambda **changes: "/" + format_query(query, **{"page": 1, **changes}),
     )
+
+
+def _count_reviewed(review: ReviewSession) -> dict[str, int]:
+    states = {"reviewed": "yes", "partly": "partly"}
+    return {
+        name: len(review.index.select(Query(reviewed=state), review.reviewed, review.decided))
+        for name, state in states.items()
+    }
 
 
 def _list_choices(review: ReviewSession) -> dict[str, tuple[str, ...]]:

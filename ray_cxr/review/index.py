@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import pandas as pd
@@ -58,6 +59,20 @@ class Query:
     reviewed: str = ""
     sort: str = "priority"
     page: int = 1
+
+
+def parse_query(values: dict[str, str]) -> Query:
+    """Return the query of a list; unknown parameters and a page that is not a number are ignored."""
+    known = {field.name: values[field.name][:200] for field in fields(Query) if field.name in values}
+    page = known.pop("page", "1")
+    return Query(**known, page=max(1, int(page)) if page.isdecimal() and len(page) < 10 else 1)  # type: ignore[arg-type]
+
+
+def format_query(query: Query, **changes: Any) -> str:
+    """Return the query string of a list, "" or "?...", without parameters that have their default."""
+    default = asdict(Query())
+    values = {**asdict(query), **changes}
+    return "".join(["?", urlencode(chosen)]) if (chosen := {k: v for k, v in values.items() if v != default[k]}) else ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ray_cxr.errors import InputError, OutputError
+from ray_cxr.errors import InputError, OutputError, RayCxrError
 from ray_cxr.storage import atomic, remote
 
 REVIEWS = "reviews"
@@ -96,9 +96,10 @@ class VerdictLog:
                     atomic.write_bytes(self.path, b"".join([*self._lines, data]))
                 else:
                     self._append_local(data)
-            except OSError as error:
+            except (OSError, RayCxrError) as error:  # a bucket raises the latter
+                reason = getattr(error, "strerror", None) or error
                 raise OutputError(
-                    f"{self.path}: the verdict cannot be written: {error.strerror or error}; it was not recorded"
+                    f"{self.path}: the verdict cannot be written: {reason}; it was not recorded"
                 ) from None
             self._lines.append(data)
             self.count += len(verdicts)

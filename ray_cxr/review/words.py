@@ -1,0 +1,35 @@
+"""What the codes of a score table mean, in words for a reader."""
+
+from __future__ import annotations
+
+QUALITY: dict[str, str] = {
+    "inverted": "gray values look inverted",
+    "lateral": "lateral view",
+    "not_frontal_chest": "may not be a frontal chest image",
+    "reoriented": "was mirrored or turned, put upright",
+    "display_fallback": "window of the header not used",
+    "out_of_distribution": "unlike the training images",
+    "age_outside_training": "age outside the training data",
+    "burned_in_annotation": "text burned into the image",
+}
+ERRORS: dict[str, str] = {
+    "missing": "file not found",
+    "permission": "no permission to read the file",
+    "storage": "disk or store failed",
+    "empty": "empty file",
+    "truncated": "incomplete file",
+    "corrupt": "damaged file",
+    "not_an_image": "not an image",
+    "not_a_radiograph": "not a radiograph",
+    "unsupported_transfer_syntax": "DICOM compression not supported",
+    "too_large": "too many pixels",
+    "too_small": "too few pixels",
+    "blank": "one gray value everywhere",
+    "decode_timeout": "decoding took too long",
+    "decoder_crash": "decoder crashed",
+}
+
+
+def describe_code(code: str) -> str:
+    """Return the words for an error code or a quality flag; an unknown one is returned unchanged."""
+    return ERRORS.get(code) or QUALITY.get(code) or code
