@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from ray_cxr.errors import RETRYABLE_CODES, ConfigError
 from ray_cxr.models import predictions
 from ray_cxr.progress import Stage
-from ray_cxr.scoring.ranges import SCORES, read_part
+from ray_cxr.scoring.ranges import INPUT, SCORES, read_part
 from ray_cxr.storage import contents, remote, run_folder
 
 UID, DIGEST = predictions.MARKS
@@ -85,7 +85,10 @@ def _is_retryable(codes: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _expand(pattern: str) -> list[Path]:
-    """Return the folders that a pattern names, or the folder that it is."""
+    """Return the folders that a pattern names, or the folder that it is.
+
+    A folder of a pattern in which a run was killed before it had settings holds no rows, and is ignored.
+    """
     path = remote.to_path(pattern)
     if path.exists() or not set(pattern) & set("*?["):
         return [path]
@@ -95,7 +98,11 @@ def _expand(pattern: str) -> list[Path]:
         found = list(path.parent.glob(path.name))
     if not found:
         raise ConfigError(f"--skip-scored {pattern}: matches no folder; correct it, or leave it out on the first night")
-    return found
+    return [path for path in found if not _is_unused(path)]
+
+
+def _is_unused(folder: Path) -> bool:
+    return folder.is_dir() and all(path.name == INPUT or path.name.startswith(".") for path in folder.iterdir())
 
 
 def _read_folder(folder: Path, settings: Mapping[str, Any]) -> list[pa.Table]:

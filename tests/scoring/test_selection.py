@@ -51,6 +51,8 @@ def test_two_nights(tiny_bundle, pngs, tmp_path: Path, command) -> None:
     (images / "gone.png").symlink_to(tmp_path / "later.png")
     one, two, three = nights / "1", nights / "2", nights / "3"
     assert_done(command(*arguments(tiny_bundle, images, one)))
+    (nights / "0").mkdir()
+    (nights / "0" / "input.parquet").touch()  # killed before it started
 
     os.rename(images / "0.png", images / "renamed.png")
     write_dicom(images / "a.dcm", "1.2.1", ImageComments="changed by the archive")
