@@ -7,6 +7,7 @@ import itertools
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ class DimsePacs:
 
     classes: tuple[str, ...] = (ComprehensiveSRStorage, SecondaryCaptureImageStorage)
     answers: list[int | None] = field(default_factory=list)
+    delay_s: float = 0.0
     stored: dict[str, pydicom.Dataset] = field(default_factory=dict)
     requests: int = 0
     callers: list[str] = field(default_factory=list)
@@ -53,6 +55,7 @@ class DimsePacs:
 
     def _store(self, event: Any) -> int:
         self.requests += 1
+        time.sleep(self.delay_s)
         answer = self.answers.pop(0) if self.answers else 0
         if answer is None:
             event.assoc.abort()
@@ -191,6 +194,25 @@ def test_busy_server_and_broken_association_are_tried_again(site: Site, command:
     send(site, command, pacs.start())
     assert set(pacs.stored) == read_uids(site)
     assert len(pacs.callers) == 3
+
+
+@pytest.mark.long
+def test_server_that_does_not_answer_in_time_is_left(site: Site, command: Command, pacs: DimsePacs) -> None:
+    pacs.delay_s = 1.0
+    out, _ = send(site, command, pacs.start(), "--set", "timeout_s=0.2", "--set", "attempts=2", code=3)
+    assert "did not answer in time" in out
+    assert statuses(site) == ["unavailable"] * 5
+    pacs.delay_s = 0.0
+    send(site, command, f"dimse://ARCHIVE@localhost:{pacs.server.server_address[1]}")
+    assert set(pacs.stored) == read_uids(site)
+
+
+@pytest.mark.long
+def test_requests_are_limited(site: Site, command: Command, pacs: DimsePacs, web: DicomwebServer) -> None:
+    for address in (pacs.start(), web.address):
+        start = time.monotonic()
+        send(site, command, address, "--set", "per_second=10")
+        assert time.monotonic() - start > 0.4  # four intervals between five documents
 
 
 def test_refused_by_stow(site: Site, command: Command, web: DicomwebServer) -> None:
