@@ -7,8 +7,8 @@
     GET /heatmap/{row}/{finding}        PNG, RGBA, to be stretched over the image
     GET /static/{name}                  a file of `STATIC`
 
-An image that cannot be read answers 404 and {"code", "error"}, a heat map that is missing 404 and {"error"}, a heat map
-that the reader must not see yet 403 and {"error"}. Rows of another number than the run has answer 404.
+An image that cannot be read answers 404 and {"code", "error"}. An image without a heat map of the finding answers 200
+and {"error"}, because most have none. A map that the reader must not see yet answers 403. Unknown rows answer 404.
 
 study.html.j2 gets, in addition to what every template gets:
 
@@ -142,7 +142,7 @@ def build_routes(review: ReviewSession) -> list[Any]:
         try:
             return Response(maps.draw(row, finding), media_type="image/png")
         except NoMapError as reason:
-            return JSONResponse({"error": str(reason)}, 404)
+            return JSONResponse({"error": str(reason)})
 
     def show_file(request: Request) -> Response:
         name = request.path_params["name"]

@@ -138,30 +138,30 @@ const heat = get("heat");
 let wantsHeat = false;
 let seesLabels = false;
 
-function showHeat() {
+async function showHeat() {
+  const { finding, name } = chosen.dataset;
   heat.hidden = true;
   get("map")?.setAttribute("aria-pressed", wantsHeat);
   get("caption").textContent = "";
-  if (wantsHeat) heat.src = `/heatmap/${row}/${encodeURIComponent(chosen.dataset.finding)}`;
-}
-
-async function explainHeat() {
-  const name = chosen.dataset.name;
+  if (!wantsHeat) return;
   let text = "the server does not answer";
+  let map = null;
   try {
-    text = (await (await fetch(heat.src)).json()).error;
+    const answer = await fetch(`/heatmap/${row}/${encodeURIComponent(finding)}`);
+    if (answer.headers.get("content-type") === "image/png") map = await answer.blob();
+    else text = (await answer.json()).error;
   } catch { /* the text above */ }
-  if (wantsHeat && name === chosen.dataset.name) get("caption").textContent = `No heat map of ${name}: ${text}`;
+  if (!wantsHeat || finding !== chosen.dataset.finding) return;
+  get("caption").textContent = map ? `Heat map of ${name}: where the model's evidence is, not how strong`
+    : `No heat map of ${name}: ${text}`;
+  if (!map) return;
+  URL.revokeObjectURL(heat.src);
+  heat.src = URL.createObjectURL(map);
+  heat.hidden = false;
+  draw();
 }
 
 function listenToLayers() {
-  heat.addEventListener("load", () => {
-    if (!wantsHeat) return;
-    heat.hidden = false;
-    get("caption").textContent = `Heat map of ${chosen.dataset.name}: where the model's evidence is, not how strong`;
-    draw();
-  });
-  heat.addEventListener("error", explainHeat);
   get("opacity")?.addEventListener("input", () => { heat.style.opacity = get("opacity").value / 100; });
 }
 
