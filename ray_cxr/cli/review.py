@@ -29,6 +29,8 @@ def add_commands(commands: Any) -> None:
     review.add_argument("scores", type=any_path, metavar="SCORES", help="folder from score")
     labels_help = "manifest whose labels the page shows on request"
     review.add_argument("--manifest", "--labels", dest="labels", type=any_path, metavar="M.parquet", help=labels_help)
+    boxes_help = "boxes that the page shows on request, as for report"
+    review.add_argument("--boxes", type=any_path, metavar="CSV", help=boxes_help)
     review.add_argument("--port", type=int, metavar="PORT", help="port on this machine (8000, or a free one)")
     review.add_argument("--blind", action="store_true", help="hide the model's output of an image until it is decided")
     sample_help = "read N studies drawn at random, blind, for labels without selection"
@@ -65,7 +67,7 @@ def _review(arguments: argparse.Namespace) -> None:
 
         listener = server.open_socket(arguments.port)
         sample = None if arguments.sample is None else Sample(arguments.sample, arguments.seed)
-        options: dict[str, Any] = {"is_blind": arguments.blind, "sample": sample}
+        options: dict[str, Any] = {"is_blind": arguments.blind, "sample": sample, "boxes": arguments.boxes}
         session = server.open_review(arguments.scores, reader, arguments.labels, **options)
     blind = ", blind" if session.is_blind else ""
     print_line(f"{session.sample or f'{len(session.index):,} studies'}, reader {reader}{blind}; Ctrl-C ends the page")

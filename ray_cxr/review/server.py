@@ -13,7 +13,7 @@ from ray_cxr import extras
 from ray_cxr.errors import ConfigError
 from ray_cxr.review.guard import Session
 from ray_cxr.review.index import Sample, read_index
-from ray_cxr.review.session import ReviewSession
+from ray_cxr.review.session import ReviewSession, read_image_boxes
 from ray_cxr.review.verdicts import VerdictLog
 
 HOST = "127.0.0.1"
@@ -85,9 +85,11 @@ def open_review(
     *,
     is_blind: bool = False,
     sample: Sample | None = None,
+    boxes: str | None = None,
 ) -> ReviewSession:
-    """Read a finished run and the reader's earlier verdicts; a sample is always read blind."""
+    """Read a finished run, tables to show on request, and earlier verdicts; a sample is always read blind."""
     is_blind = is_blind or sample is not None
     index = read_index(scores, labels, is_blind=is_blind, sample=sample)
     drawn = None if sample is None else f"{len(index):,} studies at random, seed {sample.seed}"
-    return ReviewSession(index, VerdictLog(index.scores, reader), is_blind=is_blind, sample=drawn)
+    found = None if boxes is None else read_image_boxes(index, boxes)
+    return ReviewSession(index, VerdictLog(index.scores, reader), is_blind=is_blind, sample=drawn, boxes=found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ray_cxr.data import identity
+from ray_cxr.data.boxes import read_boxes
 from ray_cxr.errors import InputError
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.review.index import ReviewIndex
@@ -19,6 +20,7 @@ from ray_cxr.review.verdicts import Verdict, VerdictLog
 
 #: Longest note, characters.
 MAX_NOTE = 2000
+ImageBox = tuple[str, float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,23 @@ class Decision:
         return cls(row, finding, verdict, present, note, *visible)
 
 
+def read_image_boxes(index: ReviewIndex, path: str) -> dict[int, list[ImageBox]]:
+    """Return the boxes of a CSV table per row: finding, then left, top, width and height as fractions of the image.
+
+    Raises:
+        InputError: the table is damaged, or has no image of the run.
+    """
+    boxes = read_boxes(path)
+    rows = identity.find_ids(boxes.image_ids, index.ids.to_pylist())
+    if not (rows >= 0).any():
+        raise InputError(f"--boxes {path}: has no image of {index.scores}; compare their image_id")
+    found: dict[int, list[ImageBox]] = {}
+    for row, finding, edges in zip(rows.tolist(), boxes.findings, boxes.xywh / boxes.image_side, strict=True):
+        if row >= 0:
+            found.setdefault(row, []).append((finding, *map(float, edges)))  # type: ignore[arg-type]
+    return found
+
+
 class ReviewSession:
     """What one reader sees and decides.
 
@@ -76,12 +95,20 @@ class ReviewSession:
         findings: the findings to decide on, without `No_Finding`.
         is_blind: the model's output of an image is hidden until the reader has decided on every finding of it.
         sample: describes the random sample that the index holds; None for all studies.
+        boxes: per row, boxes that the page shows on request, see `read_image_boxes`.
     """
 
     def __init__(
-        self, index: ReviewIndex, log: VerdictLog, *, is_blind: bool = False, sample: str | None = None
+        self,
+        index: ReviewIndex,
+        log: VerdictLog,
+        *,
+        is_blind: bool = False,
+        sample: str | None = None,
+        boxes: Mapping[int, Sequence[ImageBox]] | None = None,
     ) -> None:
         self.index, self._log, self.is_blind, self.sample = index, log, is_blind, sample
+        self.boxes = boxes or {}
         self.findings = tuple(name for name in index.findings if name != NO_FINDING)
         self.reader = log.reader
         self._lock = threading.RLock()

@@ -22,7 +22,7 @@ study.html.j2 gets, in addition to what every template gets:
     others              rows of the patient's images in other studies, at most `MAX_OTHERS`; `n_others`: how many
     facts               list of (name, value): what is known about image and run
     has_maps            the run has heat maps
-    boxes               boxes of the image, list of (finding, x, y, width, height) as fractions
+    boxes               boxes of the image, see `session.read_image_boxes`
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def _build_view(review: ReviewSession, row: int, has_maps: bool) -> dict[str, An
         "n_others": len(others),
         "facts": _list_facts(index, row, hidden),
         "has_maps": has_maps,
-        "boxes": [],
+        "boxes": review.boxes.get(row, ()),
     }
 
 

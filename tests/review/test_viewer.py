@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from review_browser import Browser
-from score_archive import Archive, add_heatmaps
+from score_archive import Archive, add_heatmaps, write_boxes
 
-from ray_cxr.errors import ERROR_CODES
+from ray_cxr.errors import ERROR_CODES, InputError
 from ray_cxr.imaging.sandbox import Failure
 from ray_cxr.review.images import ImageStore
 from ray_cxr.review.words import describe_code
@@ -93,6 +93,18 @@ def test_pages_hold_no_inline_code_and_name_no_other_host(open_page: OpenPage) -
         assert not re.search(r"<style|\son\w+=|\sstyle=|<script(?! src=)|https?:", text)
         assert page.get("/static/..%2fapp.py").status_code == 404
     assert page.get("/static/review.js").headers["content-type"].startswith("text/javascript")
+
+
+def test_boxes_are_fractions_of_their_image(open_page: OpenPage, archive: Archive) -> None:
+    path = write_boxes(archive.root / "boxes.csv", [[archive.ids[4], "Effusion", 256, 512, 128, 64]])
+    page = open_page(boxes=path)
+    text = page.get(f"/study/{page.review.index.study_of[4] + 1}?image=4").text
+    assert '<rect x="0.25" y="0.5" width="0.125" height="0.0625"><title>Effusion' in text
+    other = page.get(f"/study/{page.review.index.study_of[8] + 1}?image=8").text
+    assert "<title>Effusion" not in other
+    unknown = write_boxes(archive.root / "unknown.csv", [["other.png", "Effusion", 1, 1, 1, 1]])
+    with pytest.raises(InputError, match="has no image of"):
+        open_page(boxes=unknown)
 
 
 def test_every_error_code_has_words() -> None:

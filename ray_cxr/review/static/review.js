@@ -262,7 +262,8 @@ function decideRest() {
 }
 
 function post(body) {
-  const visible = { heatmap: !heat.hidden, labels: seesLabels };
+  const hasBoxes = !get("boxes").hasAttribute("hidden");
+  const visible = { heatmap: !heat.hidden, labels: seesLabels || hasBoxes };
   queue.push({ path: "/verdicts", body: { row, ...body, ...visible } });
   showVerdicts();
   send();
