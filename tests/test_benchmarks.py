@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from orthanc import is_installed
 
 from ray_cxr.imaging.phantoms import PhantomSet
 from ray_cxr.models.bundle import Bundle
@@ -78,6 +79,23 @@ def test_intervals_agree_with_a_loop_of_scikit_learn(tmp_path: Path) -> None:
     result = run_benchmark("evaluation.py", tmp_path / "speed.json", options)[0]["bootstrap"]
     assert {name: len(seconds) for name, seconds in result["seconds"].items()} == {"ours": 2, "sklearn": 2, "areas": 2}
     assert result["largest_difference"] < 1e-9
+
+
+@pytest.mark.long
+@pytest.mark.ray
+@LINUX
+def test_scoring_from_a_pacs_is_compared_with_the_same_files_on_disk(tmp_path: Path) -> None:
+    if not is_installed():
+        pytest.skip("Orthanc is not installed; run scripts/services pacs as root")
+    options = f"--backbone TinyCNN --size 64 --images 32 --loop-images 32 --rounds 1 --work {tmp_path / 'work'}"
+    result, _ = run_benchmark("pacs.py", tmp_path / "speed.json", options)
+    assert {name: [one["images"] for one in rounds] for name, rounds in result["contestants"].items()} == {
+        "pacs": [32],
+        "disk": [32],
+        "loop": [32],
+    }
+    assert result["difference"] < 1e-4
+    assert [(one["contestant"], one["rival"]) for one in result["ratios"]] == [("pacs", "disk"), ("pacs", "loop")]
 
 
 def test_a_prediction_worked_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
