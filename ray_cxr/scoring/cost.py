@@ -22,6 +22,7 @@ from ray_cxr.progress import silence_stderr
 from ray_cxr.scoring.heatmaps import (
     BATCH_SIZE,
     HeatMapRequest,
+    choose_findings,
     choose_overlays,
     describe_shown,
     encode_overlay,
@@ -154,14 +155,14 @@ def _draw_sample(plan: ScorePlan, request: HeatMapRequest, sample: Sample, table
     """Compute the maps of a batch of the sample and draw some overlays, as `HeatMapWriter` does."""
     findings = plan.bundle.findings
     p = table[[f"p_{name}" for name in findings]].to_numpy(np.float32)
-    chosen = predictions.order_findings(p, plan.bundle.rules)[:, : request.count]
+    flags = table[[f"flag_{name}" for name in findings]]
+    has_flags, flagged = bool(flags.notna().to_numpy().any()), flags.fillna(False).to_numpy(bool)
+    chosen, ranks = choose_findings(predictions.order_findings(p, plan.bundle.rules), flagged, request.count)
     images = sample.images[: BATCH_SIZE[False]]
     start, seconds, maps = _time_maps(plan, request, images, chosen, cpus)
     cells = [len(zlib.compress(part.tobytes())) for image in maps for part in image]
-    map_bytes = request.count * (_MAP_BYTES + _CELL_FACTOR * float(np.mean(cells)))
-    flags = table[[f"flag_{name}" for name in findings]]
-    has_flags = bool(flags.notna().to_numpy().any())
-    drawn = choose_overlays(request.overlays, chosen, flags.fillna(False).to_numpy(bool) if has_flags else None)
+    map_bytes = float((ranks > 0).sum(axis=1).mean()) * (_MAP_BYTES + _CELL_FACTOR * float(np.mean(cells)))
+    drawn = choose_overlays(request.overlays, chosen, flagged if has_flags else None) & (ranks > 0)
     each = float(drawn.sum(axis=1).mean())  # overlays per image
     if not each:
         return _Drawing(start, seconds, 0.0, map_bytes)

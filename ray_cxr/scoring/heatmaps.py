@@ -1,4 +1,4 @@
-"""`score --heatmaps K`: a second pass that draws heat maps of the K highest-ranked findings of each scored image.
+"""`score --heatmaps K`: a second pass that draws heat maps of the K highest-ranked and of the flagged findings.
 
 `imaging.overlays` describes the files. As with scores, a range whose file is missing is pending, and a repeated range
 writes the same file. A file of maps is written after its overlays. It holds the digest of its file of scores: when rows
@@ -63,7 +63,7 @@ _KEY = b"ray_cxr.heatmaps"
 
 @dataclass(frozen=True)
 class HeatMapRequest:
-    """Heat maps to draw: `count` per image, and for `overlays` of them an image whose longer side has `side` pixels."""
+    """Heat maps to draw: at least `count` per image, and for `overlays` of them an image of `side` pixels."""
 
     count: int
     method: HeatMapMethod
@@ -80,8 +80,7 @@ class HeatMapReport:
         maps: number of maps of these images.
         overlays: number of maps with evidence that are also drawn over their image.
         flagged: number of flagged findings in these images.
-        flagged_without_map: number of flagged findings that are not among the image's findings with a map.
-        last_flagged: rank of the last of them in its image: with that many maps per image, each has one.
+        flagged_without_map: number of flagged findings without a map, in files of earlier versions.
         without_evidence: number of maps that are zero everywhere.
         failures: number of images that were scored but not drawn, by error code.
         drawn_now: number of images that this run drew.
@@ -94,7 +93,6 @@ class HeatMapReport:
     overlays: int = 0
     flagged: int = 0
     flagged_without_map: int = 0
-    last_flagged: int = 0
     without_evidence: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     drawn_now: int = 0
@@ -115,8 +113,8 @@ class HeatMapReport:
             lines.append(f"heat maps: {self.without_evidence:,} are empty: no region of the image supports the finding")
         if self.flagged_without_map:
             lines.append(
-                f"heat maps: {self.flagged_without_map:,} of {self.flagged:,} flagged findings have none, because they "
-                f"are not among the K highest of their image; --heatmaps {self.last_flagged} draws them all"
+                f"heat maps: {self.flagged_without_map:,} of {self.flagged:,} flagged findings have none, because an "
+                f"earlier version drew the K highest only; remove the folder {HEATMAPS} to draw them again"
             )
         if self.failures:
             codes = ", ".join(f"{code} {n:,}" for code, n in self.failures.most_common())
@@ -211,6 +209,26 @@ def widen_request(out: Path, pending: Iterable[int], run: str, request: HeatMapR
     return request
 
 
+def choose_findings(ranked: np.ndarray, flags: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the findings that get a map: the `count` highest of each image, and its flagged ones below them.
+
+    Args:
+        ranked: numbers of the findings from the highest to the lowest, int [n,D].
+        flags: whether each finding is flagged, bool [n,F].
+
+    Returns:
+        Numbers and ranks (from 1) of the findings, int [n,M], in order of rank. An image with fewer than M of them has
+        others at the end, of rank 0, that get no map. M is a multiple of `count`.
+    """
+    has_map = np.take_along_axis(flags, ranked, axis=1)
+    has_map[:, :count] = True
+    width = -(-int(has_map.sum(axis=1).max()) // count) * count
+    places = np.argsort(~has_map, axis=1, kind="stable")[:, :width]
+    ranks = np.where(np.take_along_axis(has_map, places, axis=1), places + 1, 0)
+    padding = ((0, 0), (0, width - places.shape[1]))
+    return np.pad(np.take_along_axis(ranked, places, axis=1), padding), np.pad(ranks, padding)
+
+
 def choose_overlays(overlays: HeatMapImages, chosen: np.ndarray, flags: np.ndarray | None) -> np.ndarray:
     """Return which maps are drawn over their image, bool [n,K]; see `config.ScoreSettings.heatmap_images`.
 
@@ -257,15 +275,14 @@ def count_maps(out: Path, all_ranges: Sequence[Range], bundle: Bundle) -> HeatMa
             raise OutputError(f"{part}: does not match its file of scores; remove it and run score again")
         codes = table["error_code"].drop_null().to_pylist()
         failed = set(table.filter(table["error_code"].is_valid())["image_id"].to_pylist())
+        flags = _stack_columns(rows, "flag_", bundle.findings, False).astype(bool)
         flagged = {
-            (scored[row], bundle.findings[number]): rank
-            for (row, number), rank in _rank_flagged(rows, bundle).items()
-            if scored[row] not in failed
+            (scored[row], bundle.findings[number])
+            for row, number in np.argwhere(flags).tolist()
+            if scored[row] not in failed and bundle.findings[number] != NO_FINDING
         }
-        without = flagged.keys() - set(zip(ids, table["finding"].to_pylist(), strict=True))
         report.flagged += len(flagged)
-        report.flagged_without_map += len(without)
-        report.last_flagged = max([report.last_flagged, *(flagged[key] for key in without)])
+        report.flagged_without_map += len(flagged - set(zip(ids, table["finding"].to_pylist(), strict=True)))
         report.failures.update(codes)
         report.images += len(scored) - len(codes)
         report.maps += len(ids) - len(codes)
@@ -274,13 +291,6 @@ def count_maps(out: Path, all_ranges: Sequence[Range], bundle: Bundle) -> HeatMa
         report.overlays += table.filter(has_evidence)["overlay"].is_valid().to_pylist().count(True)
         report.without_evidence += has_evidence.to_pylist().count(False)
     return report
-
-
-def _rank_flagged(rows: pa.Table, bundle: Bundle) -> dict[tuple[int, int], int]:
-    """Return the rank of each flagged finding in its image, by the row and the number of the finding."""
-    ranked = predictions.order_findings(_stack_columns(rows, "p_", bundle.findings, np.nan), bundle.rules)
-    flags = np.take_along_axis(_stack_columns(rows, "flag_", bundle.findings, False).astype(bool), ranked, axis=1)
-    return {(int(row), int(ranked[row, position])): int(position) + 1 for row, position in np.argwhere(flags)}
 
 
 def remove_maps(out: Path) -> None:
@@ -364,19 +374,19 @@ class HeatMapWriter:
             return []
         p = np.stack([self._p[range_position][row] for (range_position, row), _ in batch])
         flags = np.stack([self._flags[range_position][row] for (range_position, row), _ in batch])
-        chosen = self._actor.choose_findings(p)
+        chosen, ranks = self._actor.choose_findings(p, flags)
         drawn = choose_overlays(self._actor.request.overlays, chosen, flags if self._has_flags else None)
         # All batches have one size, so that the model is traced once.
         side, padding = self._job.spec.size, self._job.batch_size - len(batch)
         images = np.zeros((self._job.batch_size, side, side, 1), np.uint8)
         images[: len(batch), ..., 0] = [image.images[0] for _, image in batch]
         start = time.monotonic()
-        maps, new_p = self._actor.cam.explain(images, np.pad(chosen.astype(np.int32), ((0, padding), (0, 0))))
+        maps, new_p = self._explain(images, np.pad(chosen.astype(np.int32), ((0, padding), (0, 0))))
         telemetry.add_inference("heatmaps", time.monotonic() - start)
         drawings = []
         for n, (location, image) in enumerate(batch):
             if np.abs(new_p[n] - p[n]).max() <= MAX_DRIFT:
-                given = (chosen[n], drawn[n], p[n], maps[n])
+                given = (chosen[n], ranks[n], drawn[n], p[n], maps[n])
                 drawings.append(self._actor.pool.submit(self._draw, location, image, *given))
             else:
                 state = self._states[location.range_position]
@@ -387,11 +397,21 @@ class HeatMapWriter:
             self._progress[position].write(len(self._maps[position]) + len(self._states[position].failures))
         return [location for location, _ in batch]
 
+    def _explain(self, images: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the maps of the findings [n,M] and the probabilities; each call has as many findings per image."""
+        count = self._actor.request.count
+        parts = [
+            self._actor.cam.explain(images, chosen[:, start : start + count])
+            for start in range(0, chosen.shape[1], count)
+        ]
+        return np.concatenate([maps for maps, _ in parts], axis=1), parts[0][1]
+
     def _draw(
         self,
         location: RowLocation,
         image: DecodedImage,
         chosen: np.ndarray,
+        ranks: np.ndarray,
         drawn: np.ndarray,
         p: np.ndarray,
         maps: np.ndarray,
@@ -403,7 +423,9 @@ class HeatMapWriter:
         area = compute_area(self._job.spec, height, width)
         image_id = self._states[location.range_position].rows["image_id"][location.row].as_py()
         rows = []
-        for rank, (number, is_drawn, cells) in enumerate(zip(chosen.tolist(), drawn, maps, strict=True), start=1):
+        for number, rank, is_drawn, cells in zip(chosen.tolist(), ranks.tolist(), drawn, maps, strict=True):
+            if not rank:
+                continue
             finding = actor.findings[number]
             name = None
             if is_drawn and cells.any():
@@ -496,9 +518,9 @@ class HeatMapActor(PoolActor):
 
         return GradCam(bundle.model(), self.request.method)
 
-    def choose_findings(self, p: np.ndarray) -> np.ndarray:
-        """Return the numbers of the highest-ranked findings, int [n,K]; the first is the scores' top_finding."""
-        return predictions.order_findings(p, self._rules)[:, : self.request.count]
+    def choose_findings(self, p: np.ndarray, flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return numbers and ranks of the findings that get a map, int [n,M]; the first is the scores' top_finding."""
+        return choose_findings(predictions.order_findings(p, self._rules), flags, self.request.count)
 
     def run(self, row: dict[str, Any]) -> TaskResult:
         task, job = ScoreTask.from_row(row), self.job
