@@ -40,7 +40,7 @@ def add_commands(commands: Any) -> None:
     score.add_argument("--max-error-rate", type=float, metavar="R", help="exit with 3 if a larger share fails (0.5)")
     precisions = get_args(config.Precision)
     score.add_argument("--precision", choices=precisions, help="auto: bf16 if CPU and bundle support it, else fp32")
-    score.add_argument("--heatmaps", type=int, metavar="K", help="also draw heat maps of each image's top K findings")
+    score.add_argument("--heatmaps", type=int, metavar="K", help="also draw maps of each image's top K and flagged findings")
     score.add_argument("--features", action="store_true", help="also write each image's pooled features, for probe")
     score.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
     skip_help = "leave out images with scores of the same model in earlier folders, or patterns such as 'nights/*'"
@@ -121,20 +121,26 @@ def _print_flagged(out: str) -> None:
     with Stage("counting flagged images"):
         from ray_cxr.evaluation import usability
         from ray_cxr.reporting.flagged import FlagCount, explain_no_flags, identify_studies
+        from ray_cxr.reporting.leakage import count_shared, warn_of_training
+        from ray_cxr.reporting.scores import Location, read_training_images
 
         store, _ = remote.to_arrow(remote.to_path(out))
         parts = [remote.to_arrow(part)[1] for part in (remote.to_path(out) / "scores").glob("part-*.parquet")]
         data = pyarrow.dataset.dataset(parts, format="parquet", filesystem=store)
         names = [name for name in data.schema.names if name.startswith("flag_") and name != f"flag_{NO_FINDING}"]
-        table = data.to_table(columns=["patient_id", "study_id", "status", *names])
+        table = data.to_table(columns=["image_id", "patient_id", "study_id", "status", *names])
         flags = {name.removeprefix("flag_"): table[name].cast("int8").fill_null(-1).to_numpy() for name in names}
         any_flag = usability.flag_any(flags, len(table))
         patients, studies, status = (table[name].to_numpy() for name in ("patient_id", "study_id", "status"))
         found = FlagCount.count(any_flag, identify_studies(studies, patients), patients)
+        ok = status == "ok"
+        training = read_training_images(Location.of(str(remote.to_path(out) / "split.parquet")))
+        shared = count_shared(training, table["image_id"].to_numpy()[ok], patients[ok], patients[ok], is_complete=True)
     if found.n:
         print_line(f"flagged: {found.describe()}")
     else:
         print_line(f"flagged: unknown, because {explain_no_flags(int((status == 'ok').sum()))}")
+    print_warnings(warning.describe() for warning in warn_of_training(shared, int(ok.sum())))
     points = run_folder.read_json(remote.to_path(out) / "model.json").get("operating_points") or {}
     rules = {point.get("rule") for point in points.values() if point}
     rule = rules.pop() if len(rules) == 1 else None

@@ -44,6 +44,8 @@ _REFERENCE = re.compile(r"(?<=#)[\w-]+(?=\)|$| )")
 #: Attributes in which two decimals, a fiftieth of a pixel, are enough.
 _NUMBERS = ("d", "x", "y", "width", "height", "transform")
 _DECIMALS = re.compile(r"(\d\.\d\d)\d+")
+#: A phone shows this many parts of a figure, and the others on demand.
+_UNFOLDED = 4
 #: Left, top, width and height in points.
 Box = tuple[float, float, float, float]
 
@@ -109,6 +111,11 @@ def embed_figure(name: str, figure: Figure, svg: bytes) -> Markup:
         html = Markup('<div class="whole">{}</div>').format(_format_svg((0, start, width, height - start), rest))
     least = 0.84 * 72 * _PIXELS * min(sum(piece.box[2] for piece in part) for part in parts)
     panels = Markup().join(_format_part(part, groups) for part in parts)
+    if len(parts) > _UNFOLDED:
+        box = (
+            '<input type="checkbox" class="unfold" id="{0}-unfold"><label for="{0}-unfold">Show all {1} panels</label>'
+        )
+        html = Markup(box).format(name, len(parts)) + html
     html += Markup('<div class="panels" style="--least:{:.0f}px">{}</div>').format(least, panels)
     keys = Markup().join(_format_svg(box, elements) for box, elements in entries)
     return _hide(definitions) + (Markup('<div class="keys">{}</div>').format(keys) if entries else "") + html

@@ -12,7 +12,7 @@ from ray_cxr.data import identity
 from ray_cxr.errors import LeakError
 from ray_cxr.evaluation.usability import Warned
 from ray_cxr.imaging.demographics import PatientCount, count_of
-from ray_cxr.reporting.scores import Scores
+from ray_cxr.reporting.scores import Scores, TrainingImages
 
 #: Splits whose images train or tune a model.
 _KNOWN = ("train", "val")
@@ -98,20 +98,35 @@ def check_leakage(
 
 def compare_training(table: Scores, rows: np.ndarray, patients: np.ndarray) -> LeakCheck:
     """Count the images in these rows [n], and of these patients [n], that trained the model."""
-    training = table.training
+    is_complete = table.provenance.get("lineage") != "unknown"
+    return count_shared(table.training, table.ids[rows], patients, table.patients[rows], is_complete=is_complete)
+
+
+def count_shared(
+    training: TrainingImages | None,
+    ids: np.ndarray,
+    patients: np.ndarray,
+    scored_patients: np.ndarray,
+    *,
+    is_complete: bool,
+) -> LeakCheck:
+    """Count the training images among images [n]; their patients as in the labels, and as in the scores.
+
+    `is_complete` states whether all images that trained the model are known.
+    """
     if training is None:
         return LeakCheck(UNKNOWN_TRAINING)
-    places = identity.find_ids(training.images, table.ids[rows])
+    places = identity.find_ids(training.images, ids)
     same = places >= 0
     trained = PatientCount.of(training.patients)
     known = set(training.patients) - {None}
     # Scores and labels may spell one patient differently, and the training may have used either spelling.
-    patients, scored_patients = (identity.unify_patients(table.ids[rows], p) for p in (patients, table.patients[rows]))
+    patients, scored_patients = (identity.unify_patients(ids, p) for p in (patients, scored_patients))
     shared = {patient for patient in (*patients, *scored_patients) if patient in known}
     related = np.array([a in shared or b in shared for a, b in zip(patients, scored_patients, strict=True)], bool)
     related[places[same]] = False
     return LeakCheck(
-        UNKNOWN_TRAINING if table.provenance.get("lineage") == "unknown" else None,
+        None if is_complete else UNKNOWN_TRAINING,
         training_images=len(training.images),
         training_patients=trained.number,
         shared_images=int(same.sum()),

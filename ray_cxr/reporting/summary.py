@@ -55,7 +55,7 @@ def list_remarks(evaluation: EvaluationResult) -> dict[str, str]:
 class Summary:
     """The main results, at most `MAX_SENTENCES`, and the sentences of each section of the page by its id.
 
-    `first` says what needs a look, before all warnings; `top` has the other results.
+    `first` says what needs a look and how good the model is, before all warnings; `top` has the other results.
     """
 
     first: list[str]
@@ -75,10 +75,11 @@ def summarize(result: ReportResult, model: Mapping[str, Any], worklist: Worklist
     if labelled is None:
         first += order
         if not result.consensus:
-            top.append(_summarize_validation(model))
+            first.append(_summarize_validation(model))
     else:
         results, sections["findings"] = _summarize_evaluation(labelled.evaluation)
-        top += results
+        first += results[:1]
+        top += results[1:]
         sections["ranking"] = labelled.ranking.summarize()
         sections |= labelled.decisions.summarize()
         if isinstance(labelled.reading_order, ReadingOrder):

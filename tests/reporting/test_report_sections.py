@@ -18,6 +18,7 @@ from ray_cxr.evaluation import metrics
 from ray_cxr.evaluation.alerts import find_abnormal
 from ray_cxr.labels import FINDINGS, LABELS
 from ray_cxr.reporting import html, tables
+from ray_cxr.reporting import report as report_module
 from ray_cxr.reporting.report import _read_prevalences
 
 
@@ -140,6 +141,15 @@ def test_unusable_tables_are_refused(archive: Archive, tmp_path: Path) -> None:
     ]
     for options, error, names in cases:
         refused(error, names, scores, tmp_path / "out", **options)
+
+
+def test_a_consensus_table_without_an_evaluated_image_costs_no_computation(
+    archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_module, "evaluate", lambda *_, **__: pytest.fail("computed metrics first"))
+    trained = write_csv(tmp_path / "consensus.csv", [["image_id", "Effusion"], [archive.ids[0], 1]])
+    options = {"labels": archive.labels(), "split": "test", "consensus": trained}
+    refused(InputError, "none of its 1 image is evaluated", archive.scores(), tmp_path / "out", **options)
 
 
 def test_boxes_that_cannot_be_measured_cost_only_their_section(archive: Archive, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""`score` warns of findings that cannot be flagged before it starts, and of most images flagged at its end."""
+"""`score` warns of findings that cannot be flagged before it starts; of most images flagged, and of training images, at
+its end.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +37,14 @@ def test_warnings_of_model_and_flags(
         assert ("images (100.0%) are flagged, almost all for Nodule" in printed) == warned
         without = sum(not point for point in tiny_bundle.info["operating_points"].values())
         assert f"{without} of 14 findings cannot be flagged" in caplog.text
+    assert "used to train" not in printed
+    first = pq.read_table(out / "scores" / "part-00000.parquet").slice(0, 1)
+    used = pq.read_table(out / "split.parquet")
+    trained = {"image_id": first["image_id"], "patient_id": pa.nulls(1, pa.string()), "split": ["train"]}
+    pq.write_table(pa.table(trained, used.schema.remove_metadata()), out / "split.parquet")
+    assert main(score_arguments(tiny_bundle.path, manifest, out)) == 0
+    assert "1 of " in (printed := capsys.readouterr().out)
+    assert "was used to train or tune this model" in printed
     dry_run = [*score_arguments(tiny_bundle.path, manifest, out), "--dry-run"]
     assert main(dry_run) == 0
     (warning,) = usability.warn_of_model(tiny_bundle.info)
