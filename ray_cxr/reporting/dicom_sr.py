@@ -127,7 +127,7 @@ def export_sr(
         pacs: how to reach the PACS of images whose path is in one; None: the defaults.
 
     Raises:
-        ConfigError: highdicom or, for images of a PACS, dicomweb-client is not installed; a file of `pacs` is unusable.
+        ConfigError: highdicom is not installed, or a file that `pacs` names is unusable.
         InputError: the scores are unfinished, not a score folder, or contain no DICOM image; `replaces` holds no
             document.
         TableError: the score table is damaged, or there are no heat maps.
@@ -154,7 +154,6 @@ def export_sr(
     if replaces is not None and not former:
         raise InputError(f"--replaces {replaces}: has no document; pass the folder of an earlier `export-sr`")
     if any(path is not None and is_dicomweb(path) for path in folder.scores.paths):
-        extras.require("dicomweb_client", KIND)
         dicomweb.configure(pacs or PacsSettings())
     with run_folder.lock(out, KIND):
         # Values of headers are copied unchanged, as the PACS has them, even if they are invalid.

@@ -93,7 +93,6 @@ def check_destination(address: str) -> str:
         extras.require("pynetdicom", "export-sr --send")
         return str(dimse.parse_address(address))
     if is_dicomweb(address):
-        extras.require("dicomweb_client", "export-sr --send")
         dicomweb.check_root(address)
         return address.rstrip("/")
     raise InputError("--send: unknown scheme; pass dicomweb+https://HOST/ROOT or dimse://AET@HOST:PORT")

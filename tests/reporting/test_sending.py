@@ -46,8 +46,8 @@ class DimsePacs:
             setattr(entity, name, value)
         for sop_class in self.classes:
             entity.add_supported_context(sop_class, self.syntax)
-        handlers = [(evt.EVT_C_STORE, self._store), (evt.EVT_ACCEPTED, self._accept)]
-        self.server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
+        handlers: list[Any] = [(evt.EVT_C_STORE, self._store), (evt.EVT_ACCEPTED, self._accept)]
+        self.server: Any = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
         return f"dimse://ARCHIVE@localhost:{self.server.server_address[1]}"
 
     def _accept(self, event: Any) -> None:
