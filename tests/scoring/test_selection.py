@@ -13,7 +13,9 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from dicomweb_server import DicomwebServer
 from score_folders import arguments, assert_done, assert_refused, modification_times, read_rows, write_archive
+from test_pacs import make_instance
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "imaging"))
 from test_dicom import file_of
@@ -202,3 +204,34 @@ def test_selected_images_are_scored_and_resumed(tiny_bundle, tmp_path: Path, com
     (images / "b.dcm").unlink()
     assert "left out by score.select=frontal: 1 of 2 images" in assert_done(command(*given))
     assert_refused(command(*arguments(tiny_bundle, images, out)), "select frontal")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("hide", [False, True])
+def test_nights_of_a_pacs_fetch_only_what_is_new(tiny_bundle, tmp_path: Path, command, hide: bool) -> None:
+    key, nights = tmp_path / "key", tmp_path / "nights"
+    key.write_text("a secret of more than sixteen bytes")
+    options = ["--set", "select=frontal", "--set", "pacs.per_second=1000", "--set", "pacs.attempts=1"]
+    options += ["--set", f"pseudonym_key={key}"] if hide else []
+    with DicomwebServer() as pacs:
+
+        def score(name: str, *more: object) -> set[str]:
+            """Return the instances that a night fetched."""
+            before = len(pacs.requests)
+            search = f"{pacs.address}?StudyDate=20260105"
+            assert_done(command(*arguments(tiny_bundle, search, nights / name, *options, *more)))
+            paths = [request.path for request in pacs.requests[before:]]
+            return {path.rpartition("/instances/")[2] for path in paths if "/instances/" in path}
+
+        for number in range(4):  # the odd ones are lateral
+            pacs.add(make_instance(number))
+        pacs.fail(500, times=1, where="/instances/1.2.1.1.2")
+        assert score("1") == {"1.2.0.1.0", "1.2.1.1.2"}
+        pacs.add(make_instance(4))
+        assert score("2", "--skip-scored", nights / "1") == {"1.2.1.1.2", "1.2.2.1.4"}
+        assert score("3", "--skip-scored", nights / "*") == set()
+    rows = read_rows(nights / "2")
+    assert (rows["status"] == "ok").all()
+    assert ("1.2.2.1.4" in rows["sop_instance_uid"].tolist()) != hide
+    run = json.loads((nights / "2" / "run.json").read_text(encoding="utf-8"))["selection"]
+    assert (run["listed"], run["not_selected"], run["by_uid"], run["retried"]) == (5, {"lateral": 2}, 1, 1)
