@@ -43,6 +43,7 @@ def test_schema_keeps_the_order_of_the_findings() -> None:
         *("image_id", "path", "patient_id", "study_id", "status", "error_code", "error"),
         *("p_Nodule", "p_Mass", "c_Nodule", "c_Mass", "flag_Nodule", "flag_Mass"),
         *("top_finding", "abnormality", "priority", "quality_flag", "model_digest", "age", "sex", "view"),
+        *("sop_instance_uid", "content_digest"),
     ]
     kinds = {
         "p_Mass": "float",
