@@ -19,9 +19,12 @@ import pytest
 import uvicorn
 from score_archive import Archive
 
+from ray_cxr.data import manifest
 from ray_cxr.errors import ConfigError
 from ray_cxr.review import server
+from ray_cxr.review.session import Decision
 from ray_cxr.review.verdicts import read_verdicts
+from ray_cxr.storage import remote
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -134,3 +137,19 @@ def test_two_readers_at_once_lose_nothing(archive: Archive) -> None:
         for row in range(20):
             assert send(first, cookies[0], row) == send(second, cookies[1], row) == 200
     assert sorted(verdict.image_id for verdict in read_verdicts(scores)) == sorted(archive.ids[:20] * 2)
+
+
+@pytest.mark.long
+def test_verdicts_on_a_run_in_a_bucket_are_written_there(archive: Archive, bucket: Any, command: Command) -> None:
+    bucket.upload(archive.root / "SCORES", "reviewed-night")
+    address = bucket("reviewed-night")
+    sessions = [server.open_review(address, name) for name in ("anna", "bert")]
+    for row in range(3):
+        for session in sessions:
+            session.decide(Decision(row, "Effusion", None, 1, "", False, False))
+    assert len(read_verdicts(remote.to_path(address))) == 6
+    assert server.open_review(address, "anna").reviewed.nonzero()[0].tolist() == [0, 1, 2]
+    out = archive.root / "labels-of-readers.parquet"
+    code, _, err = command("reviews", address, "--out", out)
+    assert code == 0, err
+    assert manifest.read_manifest(out)["Effusion"].to_pylist() == [1, 1, 1]

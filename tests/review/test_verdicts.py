@@ -194,7 +194,7 @@ def collect(browser: Browser, rows: list[int]) -> dict[str, tuple[int, bytes]]:
     numbers = range(1, len(browser.review.index) + 1)
     queries = ["", "finding=Effusion&flag=yes", "finding=Effusion&sort=probability", "quality=any", "sort=id"]
     paths = [f"/?{query}" for query in queries] + [f"/study/{number}" for number in numbers]
-    paths += [f"/{kind}/{row}" for kind in ("image", "thumb") for row in rows]
+    paths += [f"/{kind}/{rows[0]}" for kind in ("image", "thumb")]
     paths += [f"/heatmap/{row}/{finding}" for row in rows for finding in FEW]
     found = {path: browser.get(path) for path in paths}
     return {path: (answer.status_code, answer.content) for path, answer in found.items()}

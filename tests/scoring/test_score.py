@@ -169,6 +169,9 @@ def test_success_is_written_last(copy: Path, manifest: Path, tiny_bundle, comman
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
 def test_resume_scores_what_is_missing(copy: Path, scores: Path, manifest: Path, tiny_bundle, command) -> None:
+    verdicts = copy / "reviews" / "session.jsonl"
+    verdicts.parent.mkdir()
+    verdicts.write_text("readers' work")
     lost = copy / "scores" / "part-00001.parquet"
     lost.unlink()
     (copy / "scores" / ".part-00001.parquet.1-ab.part").write_text("half a file, left by a killed worker")
@@ -179,6 +182,7 @@ def test_resume_scores_what_is_missing(copy: Path, scores: Path, manifest: Path,
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     pd.testing.assert_frame_equal(read_rows(copy), read_rows(scores), rtol=0, atol=1e-6)
     assert (copy / "_SUCCESS").exists()
+    assert verdicts.read_text() == "readers' work"
 
 
 @pytest.mark.usefixtures("ray_must_not_start")
@@ -382,7 +386,11 @@ def test_folder_gives_a_row_per_file_and_its_listing_is_frozen(tiny_bundle, tmp_
     assert_refused(command(*arguments(tiny_bundle, tmp_path / "nowhere", out)), "nowhere")
 
     assert "6 rows, 6 of them to score" in assert_done(command(*given, "--fresh", "--dry-run"))
+    verdicts = out / "reviews" / "session.jsonl"
+    verdicts.parent.mkdir()
+    verdicts.write_text("readers' work")
     assert_done(command(*given, "--fresh", "--limit", 3))
+    assert verdicts.read_text() == "readers' work"
     assert read_rows(out)["image_id"].tolist() == ["empty.png", "good.png", "late.png"]
     assert len(pq.read_table(out / "input.parquet")) == 6, "the listing is frozen, also beyond the limit"
 
