@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import optuna
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
@@ -68,15 +69,13 @@ _TEMPLATE = {
 class OptunaPlot(NamedTuple):
     """A plot of Optuna as JSON for plotly.js, or the reason why it is missing.
 
-    Height and width are in pixels; on a narrower page the plot scrolls. A plot with fixed colours has a light ground
-    also on a dark page.
+    Height and width are in pixels; on a narrower page the plot scrolls.
     """
 
     figure: Markup | None
     reason: str | None
     height: int = 0
     width: int = 0
-    has_fixed_colours: bool = False
 
 
 class Chapter(NamedTuple):
@@ -236,15 +235,33 @@ def _draw_importances(study: optuna.Study, objectives: Sequence[Objective]) -> t
 def _draw_parallel(study: optuna.Study, objectives: Sequence[Objective], names: list[str], note: str) -> Chapter:
     def draw() -> go.Figure:
         figure = optuna.visualization.plot_parallel_coordinate(study, names, target_name=objectives[0].name)
+        _recolour_lines(figure)
         return figure.update_traces(opacity=0.9, line_width=1.6, selector={"mode": "lines"})
 
     reason = _explain_missing(study, 2, names)
     width = 220 + 100 * max(3, len(names))
-    # Optuna computes the colour of each line.
-    drawn = _encode(draw, reason, height=440, width=width, right=130, has_fixed_colours=True)
+    drawn = _encode(draw, reason, height=440, width=width, right=130)
     colour = "its rank: 0 is the Pareto front" if len(objectives) > 1 else "its value"
     caption = f"A line is a finished trial; the colour shows {colour}. None: the trial does not have the setting.{note}"
     return _create_chapter("parallel", "Parallel coordinates", caption, [drawn])
+
+
+def _recolour_lines(figure: go.Figure) -> None:
+    """Give lines the colours of `_SCALE`: Optuna computes them from its own scale, which suits a light ground only."""
+    bar = next(trace.marker for trace in figure.data if trace.marker and trace.marker.colorscale)
+    places, shades = zip(*((place, -sum(_read_colour(colour))) for place, colour in bar.colorscale), strict=True)
+    ends = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for _, colour in _SCALE]
+    for trace in figure.data:
+        if trace.mode == "lines":
+            share = float(np.interp(-sum(_read_colour(trace.line.color)), shades, places))
+            share = 1.0 - share if bar.reversescale else share
+            mixed = (low + share * (high - low) for low, high in zip(*ends, strict=True))
+            trace.line.color = f"rgb({', '.join(f'{part:.0f}' for part in mixed)})"
+
+
+def _read_colour(text: str) -> list[float]:
+    """Return red, green and blue of `rgb(8, 48, 107)`."""
+    return [float(part) for part in re.findall(r"[\d.]+", text)]
 
 
 def _draw_slices(study: optuna.Study, objectives: Sequence[Objective], names: list[str], note: str) -> Chapter:
@@ -336,7 +353,6 @@ def _encode(
     width: int = 320,
     title: str = "",
     right: int = 20,
-    has_fixed_colours: bool = False,
 ) -> OptunaPlot:
     """Draw a plot unless there is a reason against it; an exception of Optuna becomes the reason."""
     if reason is None and not extras.is_installed("plotly"):
@@ -352,7 +368,7 @@ def _encode(
         return OptunaPlot(None, f"Optuna could not draw this: {type(error).__name__}: {one_line(error)}")
     if not figure.data:
         return OptunaPlot(None, "Optuna found nothing to draw here.")
-    for trace in () if has_fixed_colours else figure.data:
+    for trace in figure.data:
         for style in (getattr(trace, "marker", None), getattr(trace, "line", None)):
             if style is not None and getattr(style, "colorscale", None):
                 style.update(colorscale=_SCALE, reversescale=False)
@@ -367,7 +383,7 @@ def _encode(
     text = htmlsafe_json_dumps(figure, dumps=plotly.io.to_json, validate=False, engine="json")
     # Optuna shows a categorical value as in Python, in quotes.
     text = Markup(re.sub(r'"\\u0027((?:(?!\\u0027)[^"])*)\\u0027"', r'"\1"', str(text)))
-    return OptunaPlot(text, None, height, width, has_fixed_colours)
+    return OptunaPlot(text, None, height, width)
 
 
 def load_plotly_script() -> Markup:
