@@ -61,10 +61,8 @@ class ImageStore:
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._paths, self._errors = paths, errors
-        self._limits = {
-            "max_pixels": int(settings.get("max_pixels", MAX_PIXELS)),
-            "timeout_s": float(settings.get("decode_timeout_s", 60.0)),
-        }
+        self._max_pixels = int(settings.get("max_pixels", MAX_PIXELS))
+        self._timeout_s = float(settings.get("decode_timeout_s", 60.0))
         self._cache_bytes, self._bytes = cache_bytes, 0
         self._cache: OrderedDict[_Job, bytes] = OrderedDict()
         self._jobs: dict[_Job, Future[bytes | Failure]] = {}
@@ -115,7 +113,8 @@ class ImageStore:
             self._has_threads = True
             for served in (*[self._queue] * _DECODERS, self._ahead_queue):
                 # A daemon, so that an image that takes long does not delay the end of the server.
-                arguments = (weakref.ref(self), served, Decoder((None,), **self._limits))
+                decoder = Decoder((None,), max_pixels=self._max_pixels, timeout_s=self._timeout_s)
+                arguments = (weakref.ref(self), served, decoder)
                 threading.Thread(target=_work, args=arguments, name="decode", daemon=True).start()
         future: Future[bytes | Failure] = Future()
         self._jobs[job] = future

@@ -65,7 +65,7 @@ def parse_query(values: dict[str, str]) -> Query:
     """Return the query of a list; unknown parameters and a page that is not a number are ignored."""
     known = {field.name: values[field.name][:200] for field in fields(Query) if field.name in values}
     page = known.pop("page", "1")
-    return Query(**known, page=max(1, int(page)) if page.isdecimal() and len(page) < 10 else 1)  # type: ignore[arg-type]
+    return Query(**known, page=max(1, int(page)) if page.isdecimal() and len(page) < 10 else 1)
 
 
 def format_query(query: Query, **changes: Any) -> str:

@@ -83,7 +83,7 @@ def read_image_boxes(index: ReviewIndex, path: str) -> dict[int, list[ImageBox]]
     found: dict[int, list[ImageBox]] = {}
     for row, finding, edges in zip(rows.tolist(), boxes.findings, boxes.xywh / boxes.image_side, strict=True):
         if row >= 0:
-            found.setdefault(row, []).append((finding, *map(float, edges)))  # type: ignore[arg-type]
+            found.setdefault(row, []).append((finding, *map(float, edges)))
     return found
 
 
@@ -119,7 +119,8 @@ class ReviewSession:
         self._revealed = np.zeros(n, dtype=bool)
         self._undo: list[list[tuple[int, str, Verdict | None]]] = []
         earlier = log.read()
-        rows = identity.find_ids([v.image_id for v in earlier], index.ids.to_pylist()) if earlier else []
+        known = index.ids.to_pylist() if earlier else []
+        rows = identity.find_ids([v.image_id for v in earlier], known)
         for verdict, row in zip(earlier, rows, strict=True):
             if row >= 0 and verdict.finding in self.findings:
                 self._apply(int(row), verdict)

@@ -246,7 +246,7 @@ def _read_probability(index: ReviewIndex, name: str, row: int) -> dict[str, Any]
     rule = (index.model.get("calibration") or {}).get(name)
     c = float(index.c[name][row]) if name in index.c else math.nan
     is_calibrated = rule is not None and not math.isnan(c)
-    if is_calibrated:
+    if rule is not None and is_calibrated:
         p = c
         threshold = None if threshold is None else float(apply_calibration(rule, np.array([threshold]))[0])
     return {
