@@ -125,7 +125,7 @@ def suggest_after_report(arguments: Any, folders: Sequence[str]) -> None:
     from ray_cxr.models.bundle import WEIGHTS
 
     scores, out = remote.to_path(folders[-1]), remote.to_path(arguments.out)
-    report = ["report", *map(remote.to_path, arguments.scores)]
+    report: list[str | Path] = ["report", *map(remote.to_path, arguments.scores)]
     record = run_folder.read_json(scores / "run.json") if scores.is_dir() else {}
     bundle = _find_bundle(scores, record)
     has_layers = bundle is not None and not remote.is_address(bundle) and (bundle / WEIGHTS).exists()

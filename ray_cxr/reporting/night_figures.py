@@ -40,7 +40,7 @@ def plot_nights(nights: Sequence[NightResult]) -> Figure | None:
         Patch(color=plots.FAINT, label="tolerated"),
     ]
     figure, axes = plots.create_grid(2 + len(findings), legend, high=1.35)
-    shares = [total and total.images / total.n for total in totals]
+    shares = [None if total is None else total.images / total.n for total in totals]
     _draw_shares(axes[0], "Any finding", shares, nights)
     _draw_rates(axes[1], "Images not scored", [night.expected.errors for night in nights], nights)
     for ax, rates in zip(axes[2:], findings, strict=True):
@@ -59,9 +59,9 @@ def _draw_rates(ax: Axes, name: str, rates: Sequence[RateDrift], nights: Sequenc
     highest = [share for share in expected if share is not None]
     for x, rate in enumerate(rates):
         if rate.expected is not None and rate.tolerance is not None:
-            low, high = max(0.0, rate.expected - rate.tolerance), rate.expected + rate.tolerance
-            ax.fill_between([x - 0.5, x + 0.5], low, high, color=plots.FAINT, linewidth=0, zorder=0.5)
-            highest.append(high)
+            bottom, top = max(0.0, rate.expected - rate.tolerance), rate.expected + rate.tolerance
+            ax.fill_between([x - 0.5, x + 0.5], bottom, top, color=plots.FAINT, linewidth=0, zorder=0.5)
+            highest.append(top)
     if expected[0] is not None:
         style: dict[str, Any] = {"linestyle": plots.DASHED, "linewidth": 1.1, "zorder": 1}
         ax.axhline(expected[0], color=plots.MUTED, **style)

@@ -116,12 +116,13 @@ def measure_nights(tables: Sequence[NightTable]) -> NightResults:
     expected = Expected.from_model(tables[-1].table.model)
     parts = [stack_columns(night.table, np.arange(len(night.table.ids))) for night in tables]
     joined = [np.concatenate(columns) for columns in zip(*(part[:4] for part in parts), strict=True)]
-    results, rows = [], 0
+    results, rows = list[NightResult](), 0
     for night, part in zip(tables, parts, strict=True):
         earlier = None
         if rows:
             name = "the earlier night" if len(results) == 1 else f"the {len(results)} earlier nights"
-            baseline = Expected.from_images(findings, *(column[:rows] for column in joined), name=name)
+            flags, scores, quality_flags, ok = (column[:rows] for column in joined)
+            baseline = Expected.from_images(findings, flags, scores, quality_flags, ok, name)
             baseline = _leave_out_absent(baseline, night.table)
             earlier = drift.measure_drift(baseline, findings, *part, questions=_KINDS)
         flagged = measure_flagged(night.table, Population.select_scored(night.table))

@@ -116,9 +116,11 @@ def read_nights(scores: str | Path | Sequence[str | Path]) -> tuple[Scores, list
     joined = _rank_alike(build_scores(rows, source, _join_origins(tables)), tables)
     counted = np.bincount(night[kept], minlength=len(tables))
     joined = replace(joined, nights=tuple(nights), night=night[kept])
-    return joined, [
-        NightTable(*pair, len(pair[1].ids) - int(n)) for *pair, n in zip(nights, tables, counted, strict=True)
-    ]
+    return joined, [NightTable(*found) for found in zip(nights, tables, _count_replaced(tables, counted), strict=True)]
+
+
+def _count_replaced(tables: Sequence[Scores], counted: np.ndarray) -> list[int]:
+    return [len(table.ids) - int(n) for table, n in zip(tables, counted, strict=True)]
 
 
 def list_night_notes(nights: Sequence[NightTable]) -> list[str]:
@@ -223,7 +225,8 @@ def _check_images(tables: Sequence[Scores], rows: pa.Table, night: np.ndarray, p
     differ = np.zeros(len(pairs), dtype=bool)
     for name in ("patient_id", "study_id", *CONTENT):
         first, second = (read_texts(rows.take(pa.array(side)), name, "") for side in pairs.T)
-        differ |= np.not_equal(first, None) & np.not_equal(second, None) & (first != second)
+        known = np.array([None not in pair for pair in zip(first, second, strict=True)], dtype=bool)
+        differ |= known & (first != second)
     for finding in tables[0].findings:
         p = np.concatenate([table.p[finding] for table in tables])
         differ |= np.abs(p[pairs[:, 0]] - p[pairs[:, 1]]) > _MAX_DIFFERENCE  # NaN, of an image without a score, is not

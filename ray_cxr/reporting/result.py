@@ -96,9 +96,10 @@ def measure_drift(table: Scores, evaluated: EvaluationSet | None) -> DriftResult
     if not table.is_own:
         return None
     rows = np.arange(len(table.ids)) if evaluated is None else evaluated.rows
-    *columns, patients = stack_columns(table, rows)
+    flags, scores, quality_flags, ok, patients = stack_columns(table, rows)
     patients = patients if evaluated is None else evaluated.patients
-    measured = drift.measure_drift(drift.Expected.from_model(table.model), table.findings, *columns, patients)
+    expected = drift.Expected.from_model(table.model)
+    measured = drift.measure_drift(expected, table.findings, flags, scores, quality_flags, ok, patients)
     images = "all scored images" if evaluated is None else f"the evaluated images ({evaluated.description})"
     return DriftResult(images, measured, has_errors=evaluated is None)
 
