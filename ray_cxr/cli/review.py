@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from ray_cxr import extras
-from ray_cxr.cli.arguments import add_command, any_path
+from ray_cxr import config, extras
+from ray_cxr.cli.arguments import add_command, add_settings, any_path
 from ray_cxr.cli.next_step import place_next_to, print_next
 from ray_cxr.cli.output import explain_write_errors, format_number, print_line, print_table, print_warnings
 from ray_cxr.errors import ConfigError
@@ -37,6 +37,7 @@ def add_commands(commands: Any) -> None:
     review.add_argument("--sample", type=int, metavar="N", help=sample_help)
     review.add_argument("--seed", type=int, default=0, metavar="N", help="seed of --sample (0)")
     review.add_argument("--reader", metavar="NAME", help="name in the verdicts (your user name)")
+    add_settings(review, "pacs")
 
     reviews = add_command(
         commands,
@@ -61,13 +62,15 @@ def _review(arguments: argparse.Namespace) -> None:
     if arguments.sample is not None and arguments.sample < 1:
         raise ConfigError(f"--sample {arguments.sample}: must be at least 1")
     reader = _check_reader(arguments.reader or getpass.getuser())
+    pacs = config.load(arguments.config, arguments.overrides, section="pacs").pacs
     with Stage("reading the scores", in_log=False):
         from ray_cxr.review import server
         from ray_cxr.review.index import Sample
 
         listener = server.open_socket(arguments.port)
         sample = None if arguments.sample is None else Sample(arguments.sample, arguments.seed)
-        options: dict[str, Any] = {"is_blind": arguments.blind, "sample": sample, "boxes": arguments.boxes}
+        options: dict[str, Any] = {"is_blind": arguments.blind, "sample": sample}
+        options |= {"boxes": arguments.boxes, "pacs": pacs}
         session = server.open_review(arguments.scores, reader, arguments.labels, **options)
     blind = ", blind" if session.is_blind else ""
     print_line(f"{session.sample or f'{len(session.index):,} studies'}, reader {reader}{blind}; Ctrl-C ends the page")

@@ -9,12 +9,17 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+
 from ray_cxr import extras
+from ray_cxr.config import PacsSettings
 from ray_cxr.errors import ConfigError
 from ray_cxr.review.guard import Session
 from ray_cxr.review.index import Sample, read_index
 from ray_cxr.review.session import ReviewSession, read_image_boxes
 from ray_cxr.review.verdicts import VerdictLog
+from ray_cxr.storage import dicomweb
+from ray_cxr.storage.paths import find_dicomweb
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -86,10 +91,17 @@ def open_review(
     is_blind: bool = False,
     sample: Sample | None = None,
     boxes: str | None = None,
+    pacs: PacsSettings | None = None,
 ) -> ReviewSession:
-    """Read a finished run, tables to show on request, and earlier verdicts; a sample is always read blind."""
+    """Read a finished run, tables to show on request, and earlier verdicts; a sample is always read blind.
+
+    Args:
+        pacs: for images of a PACS; None for the defaults.
+    """
     is_blind = is_blind or sample is not None
     index = read_index(scores, labels, is_blind=is_blind, sample=sample)
+    if find_dicomweb(pa.chunked_array([index.paths])) is not None:
+        dicomweb.configure(pacs or PacsSettings())
     drawn = None if sample is None else f"{len(index):,} studies at random, seed {sample.seed}"
     found = None if boxes is None else read_image_boxes(index, boxes)
     return ReviewSession(index, VerdictLog(index.scores, reader), is_blind=is_blind, sample=drawn, boxes=found)
