@@ -322,6 +322,7 @@ def _list_notes(
             f"{count_of(without_id, 'evaluated image')} {'has' if without_id == 1 else 'have'} no patient id. Each "
             "counts as one patient in the intervals, which are too narrow if a patient has several images."
         )
+    notes.extend(f"{line[:1].upper()}{line[1:]}." for line in (labelled.images.caveats if labelled else ()))
     notes.extend(table.ranking.notes)
     notes.extend(list_night_notes(nights))
     if table.ignored:
