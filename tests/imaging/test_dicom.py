@@ -628,4 +628,4 @@ def test_ages_of_headers() -> None:
     ):
         tags = read_tags(file_of(ramp(), **fields))
         assert tags["age"] == age
-        assert tags.keys() == {"patient_id", "study_id", "age", "sex", "view"}  # no dates
+        assert tags.keys() == {"patient_id", "study_id", "sop_instance_uid", "age", "sex", "view"}  # no dates
