@@ -90,7 +90,7 @@ class DicomwebServer:
     def reset(self) -> None:
         """Forget instances, requests and faults, and end answers that would never end."""
         self.stopping.set()
-        self.__init__(self.tls)  # type: ignore[misc]
+        self.__init__(tls=self.tls, port=self.port)  # type: ignore[misc]
         self.stopping = threading.Event()
 
     @property
@@ -241,7 +241,8 @@ def _describe_study(rows: list[dict[str, Any]], has_counts: bool) -> dict[str, A
 def _matches(row: dict[str, Any], key: str, value: str) -> bool:
     """Match as QIDO-RS does: a value, a range of dates, or one of the values."""
     tag = key.upper() if re.fullmatch("[0-9A-Fa-f]{8}", key) else f"{tag_for_keyword(key):08X}"
-    actual = [str(one) for one in row.get(tag, {}).get("Value", [""])]
+    values = row.get(tag, {}).get("Value", [""])
+    actual = [str(one.get("Alphabetic") if isinstance(one, dict) else one) for one in values]
     if keyword_for_tag(int(tag, 16)).endswith("Date") and "-" in value:
         start, _, end = value.partition("-")
         return (not start or actual[0] >= start) and (not end or actual[0] <= end)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import ipaddress
 import json
 import logging
 import multiprocessing
@@ -19,6 +21,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pydicom
 import pytest
 from dicomweb_server import (
@@ -449,8 +452,6 @@ def make_certificate(folder: Path, name: str, host: str) -> tuple[str, str]:
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     now = datetime.now(UTC)
-    import ipaddress
-
     with_host = x509.IPAddress(ipaddress.ip_address(host)) if host[0].isdigit() else x509.DNSName(host)
     certificate = (
         x509.CertificateBuilder()
@@ -563,6 +564,46 @@ def test_nothing_shows_credentials_or_the_query(
     for secret in (SECRET, USER, encoded):
         assert secret not in output
     assert f"PatientName={QUERY}" not in output
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("without_ray")
+def test_command_shows_no_credentials_in_processes_and_files(
+    pacs: DicomwebServer, tmp_path: Path, command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pacs.login = f"{USER}:{SECRET}"
+    pacs.add(make_file(1, PatientName=QUERY))
+    write_netrc(tmp_path)
+    seen: set[str] = set()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    seen.add(f"{process.cmdline()} {process.environ()}")
+
+    monkeypatch.chdir(tmp_path)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    arguments = ["prepare", f"{pacs.address}?PatientName={QUERY}", "--out", "out", "--size", "32"]
+    _, out, error = command(*arguments, "--set", "pacs.credentials=netrc", "--set", "pacs.per_second=1000")
+    done.set()
+    watcher.join()
+    assert any("sandbox" in text for text in seen), "no decoder was seen"
+    files = [path.read_bytes().decode("latin-1") for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert files
+    for text in (out, error, *seen, *files):
+        assert SECRET not in text
+        assert QUERY not in text
+    for address in (
+        f"dicomweb+https://{USER}:{SECRET}@pacs.example/a",
+        f"dicomweb+http://pacs.example?PatientName={QUERY}",
+    ):
+        code, out, error = command("prepare", address, "--out", "other")
+        assert (code, out, len(error.splitlines())) == (2, "", 1)
+        assert SECRET not in error
+        assert QUERY not in error
 
 
 # --- Processes and threads
