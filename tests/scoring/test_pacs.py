@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from dicomweb_server import DicomwebServer
+from nodes import wait_until
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
     BasicTextSRStorage,
@@ -21,6 +24,7 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     SecondaryCaptureImageStorage,
 )
+from score_folders import count_parts, modification_times, start_command
 
 from ray_cxr.scoring.actors import make_pseudonym
 
@@ -232,6 +236,29 @@ def test_workers_share_limits_and_survive_a_restart_of_the_pacs(
     assert totals["bytes"] > 30 * 48 * 48
     assert command(*arguments, "--retry-errors")[0] == 0
     assert {row["status"] for row in read_rows(tmp_path / "out")} == {"ok"}
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.timeout(420)
+def test_killed_command_continues_with_its_listing(pacs: DicomwebServer, tiny_bundle: Any, tmp_path: Path) -> None:
+    for number in range(6, 60):
+        pacs.add(make_instance(number))
+    out, log = tmp_path / "out", tmp_path / "log"
+    given = ["score", tiny_bundle.path, "--images", pacs.address + SEARCH, "--out", out, *FAST]
+    given = [*map(str, given), "--set", "pacs.per_second=8", "--set", "ray.num_cpus=1"]
+    process = start_command(given, log)
+    wait_until(lambda: count_parts(out, "scores") >= 2 or process.poll() is not None, 200)
+    assert process.poll() is None, log.read_text(encoding="utf-8")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = modification_times(out, "part-*.parquet")
+    assert start_command(given, log).wait(300) == 0, log.read_text(encoding="utf-8")
+    rows = read_rows(out)
+    assert sorted(row["image_id"] for row in rows) == sorted(f"1.2.{n // 2}.1.{n}" for n in range(60))
+    assert {row["status"] for row in rows} == {"ok"}
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert count_searches(pacs) == 1
 
 
 @pytest.mark.usefixtures("without_ray")
