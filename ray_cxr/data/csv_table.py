@@ -22,7 +22,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "image_id": ("imageindex", "image", "imageid", "imagename", "filename"),
     "labels": ("findinglabels",),
     "patient_id": ("patientid", "patient"),
-    "study_id": ("studyid", "studyinstanceuid"),
+    "study_id": ("studyid", "studyinstanceuid", "study"),
     "age": ("patientage", "age"),
     "sex": ("patientgender", "patientsex", "sex", "gender"),
     # Several of these can be in one table; see `CsvTable.find_all` and `views.choose_view`.

@@ -99,6 +99,27 @@ class OneHotDialect(Dialect):
         return out
 
 
+class UnlabelledDialect(Dialect):
+    """A table without labels: the image, and patient, study, age, sex, view or follow-up; no other columns.
+
+    Another column could hold labels under an unknown name, which must not be lost.
+    """
+
+    description = "no labels"
+
+    def find_label_columns(self, table: CsvTable) -> list[str]:
+        return []
+
+    def read_labels(self, table: CsvTable, image_ids: pd.Series) -> pd.DataFrame:
+        return pd.DataFrame(index=table.rows.index, columns=list(labels.LABELS), dtype="Int8")
+
+    def accepts(self, table: CsvTable) -> bool:
+        """Whether the table names images and something about them, and has only known columns."""
+        known = table.find_columns(self.columns)
+        views = table.find_all(self.columns["view"])
+        return "image_id" in known and len({*known.values(), *views}) == len(table.headers) > 1
+
+
 DIALECTS: tuple[Dialect, ...] = (NihDialect(), OneHotDialect())
 
 
@@ -106,8 +127,14 @@ def detect_dialect(table: CsvTable) -> Dialect:
     """Return the dialect of a table; refuse one without labels, or with labels of two dialects."""
     found = [dialect for dialect in DIALECTS if dialect.find_label_columns(table)]
     if not found:
+        unlabelled = UnlabelledDialect()
+        if unlabelled.accepts(table):
+            return unlabelled
         expected = " nor ".join(dialect.description for dialect in DIALECTS)
-        raise TableError(f"{table.path}: has neither {expected}; its columns are: {table.shown_headers()}")
+        raise TableError(
+            f"{table.path}: has neither {expected}; its columns are: {table.shown_headers()}. For a manifest without "
+            "labels keep only image_id and any of patient_id, study_id, age, sex, view, follow_up"
+        )
     if len(found) > 1:
         both = " and in ".join(", ".join(dialect.find_label_columns(table)) for dialect in found)
         raise TableError(f"{table.path}: has labels in {both}; keep one of the two")
