@@ -17,7 +17,8 @@ from ray_cxr.storage import dicomweb
 from ray_cxr.storage.paths import is_dicomweb
 from ray_cxr.storage.prefetch import fetch_ahead
 
-K, S = TypeVar("K"), TypeVar("S")
+K = TypeVar("K")
+S = TypeVar("S")
 
 #: Bytes of instances that wait for a decoder, in each process.
 BYTES_AHEAD = 256 * 1024 * 1024

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from typing import TypeVar
 
-K, S, T = TypeVar("K"), TypeVar("S"), TypeVar("T")
+K = TypeVar("K")
+S = TypeVar("S")
+T = TypeVar("T")
 
 #: Maximum number of results that wait for the caller, however small they are.
 MAX_AHEAD = 64
