@@ -12,7 +12,7 @@ EXTRAS = {
     "plotly": "plots",
     "cmaes": "cmaes",
     "tf2onnx": "onnx",
-    "dicomweb_client": "pacs",
+    "requests": "pacs",
     "pynetdicom": "pacs",
     "starlette": "review",
     "uvicorn": "review",
