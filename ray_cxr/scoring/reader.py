@@ -33,10 +33,11 @@ class ImageReader:
 
     def __init__(self, job: ScoreJob, decoders: int, specs: Sequence[InputSpec] = (), command: str = "score") -> None:
         self._command, self._local = command, threading.local()
+        local = self._local  # without a cycle through the pool, the threads end with their reader
 
         def make_decoder() -> None:
             max_pixels, timeout_s = job.settings.max_pixels, job.settings.decode_timeout_s
-            self._local.decoder = Decoder(
+            local.decoder = Decoder(
                 (job.spec, *specs), max_pixels=max_pixels, timeout_s=timeout_s, tags=True, digest=True
             )
 

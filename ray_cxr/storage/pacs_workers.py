@@ -97,7 +97,7 @@ class PacsFetcher:
     def __init__(self, access: PacsAccess, command: str) -> None:
         self._gate = access.connect()
         self._command, self._threads = command, min(MAX_THREADS, access.settings.parallel)
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="fetch")
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="pacs")
 
     def fetch_ahead(self, items: Iterable[tuple[K, S]]) -> Iterator[tuple[K, S | bytes | ImageError]]:
         """Yield the items in order; an instance of a PACS becomes its contents, or the reason why it has none."""
