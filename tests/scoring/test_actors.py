@@ -45,7 +45,7 @@ def make_state(rows: int, index: int = 0) -> RangeState:
 def test_images_ahead_of_the_model_are_bounded() -> None:
     submitted: list[str] = []
     images = reader.ImageReader.__new__(reader.ImageReader)
-    images._ahead, images._turn = 5, threading.Lock()
+    images._ahead, images._turn, images._fetcher = 5, threading.Lock(), None
     images._pool = SimpleNamespace(submit=lambda _, path: submitted.append(path) or finished(IMAGE))  # type: ignore[assignment]
     waiting = [len(submitted) - count for count, _ in enumerate(images.iter_images([make_state(12)]))]
     assert waiting == [5, 5, 5, 5, 5, 5, 5, 5, 4, 3, 2, 1]
