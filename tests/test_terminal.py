@@ -82,8 +82,9 @@ def test_next_command_finds_the_model_of_scores_made_in_another_folder(tmp_path:
     record = {"model": "run", "model_digest": hashlib.sha256(b"right").hexdigest()}
     (tmp_path / "project" / "scores" / "run.json").write_text(json.dumps(record), encoding="utf-8")
     monkeypatch.chdir(tmp_path / "other")
-    given = {"scores": "../project/scores", "out": "report", "labels": "m.parquet", "split": "test", "csv": False}
-    next_step.suggest_after_report(argparse.Namespace(**given))
+    folders = ["../project/scores"]
+    given = {"scores": folders, "out": "report", "labels": "m.parquet", "split": "test", "csv": False}
+    next_step.suggest_after_report(argparse.Namespace(**given), folders)
     model = Path(shlex.split(capsys.readouterr().out)[3])
     assert model.resolve() == tmp_path / "project" / "run"
 
