@@ -70,6 +70,7 @@ def serve(review: ReviewSession, listener: socket.socket, on_address: Callable[[
     login = Session(announce)
     config = uvicorn.Config(
         build_app(review, login),
+        log_config=None,  # uvicorn's own closes all log handlers of the process
         log_level=logging.WARNING,
         access_log=False,  # addresses contain ids of patients
         server_header=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import logging
 import os
 import re
 import signal
@@ -51,6 +52,18 @@ def test_command_prints_the_address_and_ends(served: list[Any], archive: Archive
     assert host == "127.0.0.1"
     assert re.search(rf"http://127\.0\.0\.1:{port}/\?token=[\w-]{{40,}}$", said, re.MULTILINE)
     assert not (archive.root / "SCORES" / "reviews").exists()
+
+
+def test_command_closes_no_log_handler_of_the_process(
+    served: list[Any], archive: Archive, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some handlers, such as TensorFlow's, close their stream, which is the standard error of the process."""
+    closed: list[bool] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "close", lambda: closed.append(True))
+    assert command("review", archive.root / "SCORES")[0] == 0
+    assert served
+    assert not closed
 
 
 def test_port_in_use(served: list[Any], archive: Archive, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
