@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import hypothesis
 import pytest
 
-from ray_cxr import progress
+from ray_cxr import progress, session
 from ray_cxr.session import OWN_RAY
 
 # A second conftest.py would replace this module, from which tests import.
@@ -61,6 +61,16 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         if tests := {report.nodeid for report in reports}:
             seconds = sum(report.duration for report in reports)
             terminalreporter.write_line(f"{part}: {len(tests)} tests, {seconds:.0f} s of one process")
+
+
+@pytest.fixture(autouse=True)
+def forbid_ray(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that starts a Ray of its own, which takes long, without the mark `ray`, `long` or `readme`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not {"ray", "long", "readme"} & {mark.name for mark in request.node.iter_markers()}:
+            message = "the test starts Ray: mark it `ray`, or use the fixture `without_ray`"
+            patch.setattr(session, "_init_ray", lambda *_: pytest.fail(message))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -301,7 +311,7 @@ def replace_ray() -> Iterator[None]:
     """Run `prepare`, `score` and heat maps in this process, for tests of their output only."""
     import ray.data
 
-    from ray_cxr import cluster, session
+    from ray_cxr import cluster
 
     node = {"NodeID": "here", "Alive": True, "NodeManagerAddress": "127.0.0.1", "Resources": {"CPU": 2.0}}
     with pytest.MonkeyPatch.context() as patch:

@@ -315,6 +315,8 @@ def test_runs_and_folders_without_maps_are_refused(tmp_path: Path, manifest: Pat
         read_heatmaps(tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_ray")
 def test_maps_of_a_bundle_without_layers_are_drawn_by_occlusion(manifest: Path, tmp_path: Path, command) -> None:
     onnx = Path(__file__).parents[1] / "models/small.onnx"
     given = ["import-weights", str(onnx), "--input-layout", "nchw", "--normalization", "imagenet", "--logits"]

@@ -395,6 +395,8 @@ def test_folder_gives_a_row_per_file_and_its_listing_is_frozen(tiny_bundle, tmp_
     assert len(pq.read_table(out / "input.parquet")) == 6, "the listing is frozen, also beyond the limit"
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_ray")
 def test_copies_of_each_image_are_averaged(manifest: Path, scores: Path, tiny_bundle, tmp_path: Path, command) -> None:
     out = tmp_path / "averaged"
     given = arguments(tiny_bundle, manifest, out, "--set", "tta=3")
