@@ -1,4 +1,4 @@
-"""The worklist: one row per study, highest priority first, failed images last."""
+"""The worklist: one row per study. Those with a flag come first; both parts are in order of priority."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ray_cxr.reporting.spreadsheets import format_csv
 
 @dataclass(frozen=True, eq=False)
 class Worklist:
-    """One entry per study, or per image without a study id, highest priority first and failures last.
+    """One entry per study, or per image without a study id, in the order of `sort_studies`.
 
     Attributes:
         lines: the columns of text of worklist.csv.
@@ -47,12 +47,7 @@ class Worklist:
 
 
 def build_worklist(table: Scores) -> Worklist:
-    """List the studies of a score table.
-
-    Flags of findings without calibration do not raise the priority. So a study that has one stands at least where the
-    median of the studies with other flags stands, or first if there are none; such studies keep the order of their own
-    priority. `flagged_unranked` names the findings.
-    """
+    """List the studies of a score table; `flagged_unranked` names flags of findings that the priority leaves out."""
     codes, studies, order = order_studies(table)
     n_studies = len(studies)
     abnormality, priority, top = table.ranking.rank_groups(codes, n_studies, np.arange(len(codes)), table.priority)
@@ -112,23 +107,20 @@ def order_studies(table: Scores) -> tuple[np.ndarray, list[list[int]], list[int]
 
 
 def sort_studies(table: Scores) -> tuple[np.ndarray, np.ndarray]:
-    """Return the study of each row, int64 [n], and the value by which the worklist sorts each study, float64.
+    """Return the study of each row, int64 [n], and the place of each study in the worklist, float64.
 
-    The smallest is first. The value is infinite without a probability. Studies of equal values are ordered by ids.
+    The smallest is first: studies with a flag, also of a finding that the priority leaves out, and then the others;
+    both in order of priority, highest first. Studies with equal places are ordered by ids. The place is infinite
+    without a flag and a probability, as of failed images.
     """
     codes, n_studies = group_studies(table.patients, table.studies)
-    urgency = table.ranking.order_groups(codes, n_studies, np.arange(len(codes)), table.priority)
-    names, left_out = _list_flagged(table)
-    others, unranked = np.zeros((2, n_studies), dtype=bool)
-    for finding in names:
-        (unranked if finding in left_out else others)[codes[table.flags[finding] == 1]] = True
-    others &= ~unranked & ~np.isnan(urgency)
-    floor = float(np.median(urgency[others])) if others.any() else np.inf
-    lifted = _to_sort_values(np.where(unranked, np.fmax(urgency, floor), urgency))
-    # Studies that are lifted to the same place keep the order of their own urgency.
-    own = _to_sort_values(urgency)
-    _, places = np.unique(np.column_stack([lifted, own]), axis=0, return_inverse=True)
-    return codes, np.where(np.isinf(lifted) & np.isinf(own), np.inf, places.reshape(-1).astype(float))
+    urgency = _to_sort_values(table.ranking.order_groups(codes, n_studies, np.arange(len(codes)), table.priority))
+    flagged = np.zeros(n_studies, dtype=bool)
+    for finding in _list_flagged(table)[0]:
+        flagged[codes[table.flags[finding] == 1]] = True
+    _, places = np.unique(np.column_stack([~flagged, urgency]), axis=0, return_inverse=True)
+    # A probability of 1 has the urgency -inf here, a missing one +inf.
+    return codes, np.where(~flagged & np.isposinf(urgency), np.inf, places.reshape(-1).astype(float))
 
 
 def _list_flagged(table: Scores) -> tuple[list[str], tuple[str, ...]]:

@@ -88,7 +88,7 @@ def test_reading_order_is_that_of_the_studies(evaluated: Report) -> None:
 
 
 def test_reading_order_is_that_of_the_worklist(tmp_path: Path) -> None:
-    """Studies flagged for Effusion alone, which has no calibration, are moved up and keep their own order."""
+    """Studies with a flag come first, also of Effusion, which has no calibration; then the priority decides."""
     archive = Archive(tmp_path)
     table = pq.read_table(f"{archive.scores()}/scores").drop_columns(["c_Effusion", "priority"])
     pq.write_table(table, tmp_path / "other.parquet")
@@ -96,16 +96,14 @@ def test_reading_order_is_that_of_the_worklist(tmp_path: Path) -> None:
     found = report(archive, tmp_path / "report", scores=scores, labels=archive.labels(), split="test")
     lines = [line for line in found.worklist() if line["priority"]]
     value = np.array([float(line["priority"]) for line in lines])
-    moved = np.array([line["flagged_unranked"] != "" for line in lines])
-    others = np.array([line["flagged"] != "" for line in lines]) & ~moved
-    own, value = value, np.where(moved, np.maximum(value, np.median(value[others])), value)
-    assert (value[moved] == np.median(value[others])).sum() > 5
+    flagged = np.array([line["flagged"] != "" for line in lines])
+    assert sum(line["flagged"] == line["flagged_unranked"] == "Effusion" for line in lines) > 5
     rows = [archive.ids.index(line["image_id"]) for line in lines]
     studies = [(archive.patient[row], archive.study[row] or row) for row in rows]
     effusion = {(archive.patient[i], archive.study[i] or i) for i in np.flatnonzero(archive.y["Effusion"] * archive.ok)}
     with_effusion = np.array([study in effusion for study in studies])
     evaluated = archive.tested[rows]
-    _, places = np.unique(np.column_stack([-value, -own]), axis=0, return_inverse=True)
+    _, places = np.unique(np.column_stack([~flagged, -value]), axis=0, return_inverse=True)
     position = (rankdata(places.reshape(-1)[evaluated]) - 0.5) / evaluated.sum()
     order = found.metrics["reading_order"]
     assert order["studies"] == evaluated.sum()

@@ -77,22 +77,19 @@ def test_large_weights_do_not_make_studies_equal(tmp_path: Path) -> None:
     assert shown(table, "image_id", "priority") == [("c", "1.0"), ("d", "1.0"), ("a", "1.0")]
 
 
-def test_a_flag_of_a_finding_without_calibration_is_not_last(tmp_path: Path) -> None:
-    """Only this flag is in image d, which is placed like the median of a, b and c, which have other flags."""
-    flags = {"flag_Mass": [True, True, True, False, False], "flag_Hernia": [False, False, False, True, False]}
-    c = {"c_Mass": [0.9, 0.5, 0.3, 0.1, 0.2], "c_Hernia": pa.nulls(5, pa.float32())}
+def test_rows_with_a_flag_come_first_also_of_a_finding_without_calibration(tmp_path: Path) -> None:
+    """Of a to e only c has no flag, and e only one of Hernia, whose place among the flags is that of its priority."""
+    flags = {"flag_Mass": [True, True, False, True, False], "flag_Hernia": [False, False, False, False, True]}
+    c = {"c_Mass": [0.5, 0.9, 0.95, 0.1, 0.3], "c_Hernia": pa.nulls(5, pa.float32())}
     table = read(tmp_path, p_Mass=[0.5] * 5, p_Hernia=[0.9] * 5, **c, **flags)
-    assert [line["image_id"] for line in build_worklist(table).lines] == [*"abdce"]
-    assert shown(table, "image_id", "flagged_unranked", "priority")[2] == ("d", "Hernia", "0.1")
+    assert [line["image_id"] for line in build_worklist(table).lines] == [*"baedc"]
+    assert shown(table, "image_id", "flagged_unranked", "priority")[2] == ("e", "Hernia", "0.3")
     assert "Hernia" in table.ranking.notes[0]
 
 
-def test_studies_that_such_flags_lift_keep_their_own_order(tmp_path: Path) -> None:
-    """Images b to e have only a flag of Hernia and stand behind a; among them the most abnormal comes first."""
-    flags = {"flag_Mass": [True, *[False] * 5], "flag_Hernia": [False, *[True] * 4, False]}
-    c = {"c_Mass": [0.9, 0.1, 0.4, 0.2, 0.3, 0.5], "c_Hernia": pa.nulls(6, pa.float32())}
-    table = read(tmp_path, p_Mass=[0.5] * 6, p_Hernia=[0.9] * 6, **c, **flags)
-    assert [line["image_id"] for line in build_worklist(table).lines] == [*"acedbf"]
+def test_a_probability_of_1_is_first_and_not_last_with_the_failures(tmp_path: Path) -> None:
+    table = read(tmp_path, p_Mass=[0.4, 1.0, None], status=["ok", "ok", "error"], error_code=[None, None, "corrupt"])
+    assert shown(table, "image_id", "priority") == [("b", "1.0"), ("a", "0.4"), ("c", "")]
 
 
 def test_uncalibrated_tables_say_so(tmp_path: Path) -> None:
