@@ -244,7 +244,7 @@ class Drift:
     scores: tuple[ScoreDrift, ...]  # per finding the distribution of raw scores
     quality: tuple[RateDrift, ...]  # per quality flag the share of scored images with it as their most severe flag
     errors: RateDrift  # share of all images that could not be scored; a bundle expects nothing of it
-    clustered: bool  # whether patients are known; otherwise each image counts as a patient, and p values are too small
+    clustered: bool  # whether all patients are known; images without one count as patients, so p values are too small
     baselines: Mapping[str, str]  # see `Expected`
 
     @property
@@ -330,7 +330,7 @@ def measure_drift(
         ),
         quality=adjust([_compare_quality(expected, name, scored_flags, people[ok]) for name in quality.FLAGS]),
         errors=adjust([errors])[0],
-        clustered=people.units < len(ok),
+        clustered=bool(people.has_id.all()),
         baselines=expected.baselines,
     )
 
