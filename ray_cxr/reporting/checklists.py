@@ -159,7 +159,9 @@ def _describe_data(m: Mapping[str, Any], table: Scores, leak_check: str) -> dict
     parts = [f"{name} {_people(part)}" for name, part in images]
     rule = ", ".join(f"{key} {split[key]}" for key in ("kind", "seed", "fractions") if split.get(key) is not None)
     labelled = [found["n"] for found in m["findings"].values()]
-    flow = ("rows", "scored", "errors", "labelled", "evaluated", "labelled_errors", "labelled_not_scored")
+    flagged, is_labelled = m["flagged"], "labelled" in counts
+    listed = count_of(flagged["images"], f"{'labelled' if is_labelled else 'listed'} image")
+    failed = f"{flagged['failed']['images']:,} of {listed} could not be scored"
     evaluated = _name("Evaluated", m["split_label"])
     groups = [group for group in (m["subgroups"] or {}).get("groups", []) if not group.get("crossing")]
     people = [
@@ -176,10 +178,13 @@ def _describe_data(m: Mapping[str, Any], table: Scores, leak_check: str) -> dict
         ),
         "preprocessing": _join(
             _name("Resized", html.format_spec(spec) if spec.get("size") else ""),
-            _name("Images with a quality flag, which are not excluded", _list(counts["quality_flags"])),
+            _name(
+                f"Images with a quality flag, which are not excluded, of {listed}",
+                _list(flagged["quality_flags"]["by_flag"]),
+            ),
         ),
         "missing": _join(
-            f"Excluded: {counts['errors']:,} of {count_of(counts['rows'], 'image')} that could not be scored",
+            f"Excluded: {failed}",
             f"{count_of(counts['labelled_not_scored'], 'labelled image')} without a score. Null labels are left out "
             f"per finding; images with a label: at least {min(labelled):,}"
             if labelled
@@ -196,16 +201,30 @@ def _describe_data(m: Mapping[str, Any], table: Scores, leak_check: str) -> dict
         ),
         "disjoint": _name("Leak check", leak_check),
         "size": f"{size}; no sample size was calculated here",
-        "flow": ", ".join(f"{name.replace('_', ' ')} {counts[name]:,}" for name in flow if name in counts),
+        "flow": _describe_flow(counts),
         "demographics": _join(
             *people,
             _name("Evaluated", ", ".join(f"{g['attribute']} {g['value']} {count_of(g['n'], 'image')}" for g in groups)),
         ),
-        "failures": _join(f"{count_of(counts['errors'], 'image')} could not be scored", _list(counts["by_code"])),
+        "failures": _join(failed, _list(flagged["failed"]["by_code"])),
         "events": _join(
             size, _name("Positives", _list_positives(m["findings"])), _name("In training", _list_positives(trained))
         ),
     }
+
+
+def _describe_flow(counts: Mapping[str, Any]) -> str:
+    """State the numbers of images of the scores, and those of the labels apart from them."""
+    parts = [("Images of the scores", "rows", ("scored", "scored"), ("failed", "errors"))]
+    if "labelled" in counts:
+        left_out = (("failed", "labelled_errors"), ("without a score", "labelled_not_scored"))
+        parts.append(("Labelled images to evaluate", "labelled", ("evaluated", "evaluated"), *left_out))
+    return _join(
+        *(
+            f"{name}: {counts[total]:,} ({', '.join(f'{word} {counts[key]:,}' for word, key in rest)})"
+            for name, total, *rest in parts
+        )
+    )
 
 
 def _compare_tables(m: Mapping[str, Any], table: Scores, tables: Mapping[str, str]) -> dict[str, str]:

@@ -91,10 +91,14 @@ def test_items_hold_values_of_the_run(archive: Archive, tmp_path: Path) -> None:
         ("CLAIM", "32"): "test split of a random patient split, seed 0, of tables that the training also read",
         ("CLAIM", "33"): "Not in this run",
         ("CLAIM", "37"): f"Macro AUROC {macro['auroc']:.3f} (0.",
-        ("CLAIM", "39"): "3 images could not be scored. missing 2, corrupt 1",
+        ("CLAIM", "39"): "3 of 75 labelled images could not be scored. missing 2, corrupt 1",
         ("TRIPOD", "12f"): "2026-01-02 on 30 images of 10 patients: calibration platt, operating points youden",
         ("TRIPOD", "13"): "focal",
-        ("TRIPOD", "20a"): f"evaluated {found['n_images']}",
+        (
+            "TRIPOD",
+            "20a",
+        ): "Images of the scores: 120 (scored 117, failed 3). Labelled images to evaluate: 75 (evaluated",
+        ("TRIPOD", "7"): "of 75 labelled images: lateral 1",
         ("TRIPOD", "20b"): "F 12, M 18",
         ("TRIPOD", "23a"): f"Effusion {found['findings']['Effusion']['auroc']:.3f}",
     }.items():
@@ -115,6 +119,19 @@ def test_groups_and_other_tables_are_stated(archive: Archive, tmp_path: Path) ->
     assert "specificity by sex" in cells["TRIPOD", "14"]
     assert "underdiagnosis" in cells["TRIPOD", "14"]
     assert "Groups: " in cells["CLAIM", "30"]
+
+
+def test_numbers_are_of_the_evaluated_images(archive: Archive, tmp_path: Path) -> None:
+    """One image with a quality flag and two that failed are in the scores, but not among the labels."""
+    labels = archive.labels(keep=[i for i in range(archive.n) if i not in (50, archive.n - 3, archive.n - 1)])
+    write_report(archive.scores(), tmp_path, labels=labels, split="test", n_resamples=40)
+    cells = read_checklist(tmp_path)
+    for item in (("CLAIM", "9"), ("TRIPOD", "7"), ("TRIPOD", "12b")):
+        assert "lateral" not in cells[item]
+    assert "1 of 72 labelled images" in cells["CLAIM", "12"]
+    assert cells["TRIPOD", "27a"] == "1 of 72 labelled images could not be scored. corrupt 1"
+    assert "120 (scored 117, failed 3)" in cells["CLAIM", "35"]
+    assert "72 (evaluated 71, failed 1, without a score 0)" in cells["CLAIM", "35"]
 
 
 def test_another_systems_scores_leave_items_unknown(archive: Archive, tmp_path: Path) -> None:
