@@ -162,6 +162,7 @@ def test_working_directory_that_was_removed_is_one_line(command: Command, tmp_pa
 JOB = str(Path(__file__).parents[1] / "jobs" / "train.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "arguments", "start"),
     [

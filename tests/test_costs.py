@@ -43,6 +43,7 @@ def run_dry(command: Command, out: Path, *arguments: object) -> str:
     return printed
 
 
+@pytest.mark.slow
 def test_prepare_states_splits_and_the_size_of_the_prepared_set(
     command: Command, manifest: Path, prepared: Path, tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_tune_states_trials_and_a_range(command: Command, prepared: Path, tmp_pa
     assert re.search(r"^time: .* to ", printed, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_score_states_heat_maps_and_overlays(
     command: Command, tiny_bundle: Any, manifest: Path, tmp_path: Path
 ) -> None:

@@ -130,6 +130,7 @@ def test_setup_installs_cuda_only_where_a_gpu_responds(gpu: bool, tmp_path: Path
     assert done.stdout.split() == (["setup", "gpu"] if gpu else ["setup"])
 
 
+@pytest.mark.slow
 def test_ray_start_up_opens_no_port_and_grants_no_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's default is a group with port 22 open to all and a role with all rights; here it uses the named ones."""
     moto = pytest.importorskip("moto", reason="moto: run scripts/setup dev")

@@ -148,6 +148,7 @@ def table(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "redirection", "code", "last_line"),
     [
@@ -179,6 +180,7 @@ def test_closed_streams_do_not_give_their_numbers_to_files(tmp_path: Path) -> No
     assert (tmp_path / "file").read_bytes() == b""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_ignored", [False, True])
 def test_ctrl_c_while_the_libraries_are_imported_is_one_line(is_ignored: bool) -> None:
     program = (

@@ -124,6 +124,7 @@ def test_a_machine_without_a_short_folder_is_one_line(short_parent: Path, monkey
     assert [path.name for path in folder.iterdir()] == ["ray"]
 
 
+@pytest.mark.slow
 def test_children_of_a_command_import_nothing_from_the_working_directory(tmp_path: Path) -> None:
     """`export-sr` starts its processes with `python -c`, for which Python adds the working directory."""
     (tmp_path / "socket.py").write_text("raise SystemExit('a module of the user')")

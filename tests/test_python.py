@@ -123,6 +123,7 @@ def test_worklist_has_the_most_urgent_study_first_and_failures_last(frame: pd.Da
     assert {"top_finding", "flagged", "p_Effusion"} <= set(found.columns)
 
 
+@pytest.mark.slow
 def test_explain_gives_a_map_per_image_of_its_top_finding_or_the_named_one(tiny_bundle: Any, phantoms: Any) -> None:
     path = next(p for p in sorted(phantoms.images.rglob("*.png")) if p.stat().st_size > 1000)
     image = load_image(str(path))
@@ -147,6 +148,7 @@ def test_explain_gives_a_map_per_image_of_its_top_finding_or_the_named_one(tiny_
         tiny_bundle.explain(["nothing.png"])
 
 
+@pytest.mark.slow
 def test_examples_of_the_guide_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     namespace: dict[str, Any] = {}
     *blocks, training = GUIDE

@@ -37,6 +37,7 @@ def test_manifest_names_a_command_that_runs(
     assert (code, read_next(out)) == (0, ["train", "prepared", "--out", "run-2"])
 
 
+@pytest.mark.slow
 def test_next_command_after_scores_depends_on_labels(
     without_ray: None, scores: Path, manifest: Path, phantoms: Any, tiny_bundle: Any, tmp_path: Path, command: Command
 ) -> None:

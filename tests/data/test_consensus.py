@@ -120,6 +120,7 @@ def test_composite_has_the_highest_score_and_any_flag_of_its_members(rows: list[
     assert (scores.dtype, flagged.dtype) == (np.float64, np.int8)
 
 
+@pytest.mark.slow
 def test_real_adjudicated_table(shared: Path) -> None:
     meta = shared / "nih" / "meta"
     table = consensus.read_consensus(str(meta / "google2019_nih-chest-xray-labels.csv.gz"))

@@ -202,6 +202,7 @@ def test_flags_of_dicom_headers_are_counted(manifest: Path, tmp_path: Path, comm
     assert (code, err.count("\n"), f"{first.name}: damaged" in err) == (2, 1, True), err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
 def test_file_that_takes_too_long_is_a_row(manifest: Path, tmp_path: Path) -> None:
     """64 million pixels in 20 ms."""
@@ -263,6 +264,7 @@ def test_shards_cut_from_larger_tables_are_read_right(tmp_path: Path) -> None:
     np.testing.assert_array_equal(PreparedSet(folder).load("train").images[:], images[[3, 4, 5, 6, 9, 10, 1]])
 
 
+@pytest.mark.slow
 @linux
 def test_shards_are_closed_and_unmapped_when_done(five_shards, monkeypatch) -> None:
     def open_shards() -> list[str]:

@@ -36,6 +36,7 @@ def counts(column: pa.ChunkedArray) -> dict[str, int]:
     return {row["values"]: row["counts"] for row in pc.value_counts(column).to_pylist()}
 
 
+@pytest.mark.slow
 def test_whole_table(whole: Built) -> None:
     table, report = whole
     assert table.schema.equals(manifest.SCHEMA)
@@ -71,6 +72,7 @@ def test_leak_of_the_small_tables_is_refused_or_dropped(meta: Path) -> None:
     assert all(split == "val" for patient, split in chosen if patient in LEAKED)
 
 
+@pytest.mark.slow
 def test_one_hot_and_text_labels_agree(whole: Built, meta: Path) -> None:
     """NIH's README: 418 of the 420 rows of test.csv have the labels of Data_Entry."""
     table, _ = manifest_builder.build_manifest([str(meta / "test.csv")])

@@ -169,6 +169,7 @@ def test_pixel_limit_and_no_tags_by_default() -> None:
         assert decoder.load(GOOD) == Failure("too_large", "70 x 90 pixels; the limit is 1024", None)
 
 
+@pytest.mark.slow
 def test_harmful_file_costs_its_row(broken_decoder: Decoder) -> None:
     for program, code, message in (
         (SEGV, "decoder_crash", "SIGSEGV"),

@@ -72,6 +72,7 @@ def test_probability_is_the_mean_of_calibrated_logits(members: list[Bundle], tmp
     assert main(["ensemble", *(str(bundle.path) for bundle in members[::-1]), "--out", str(tmp_path / "both")]) == 2
 
 
+@pytest.mark.slow
 def test_members_of_different_inputs_share_one_decode(
     tmp_path: Path, members: list[Bundle], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +118,7 @@ def test_ensemble_can_be_recalibrated(members: list[Bundle], tmp_path: Path) -> 
     np.testing.assert_allclose(rows["p_Edema"], predict(both, "Edema"), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_provenance_says_only_what_is_true_of_all_members(members: list[Bundle], tmp_path: Path) -> None:
     settings = {"size": 64, "findings": ["Edema", "Hernia", "Mass"]}
     records = [{"kind": "patient", "seed": seed} for seed in (0, 0, 1)]

@@ -87,6 +87,7 @@ def test_reading_order_is_that_of_the_studies(evaluated: Report) -> None:
     assert set(found["findings"]) == {"Cardiomegaly", "Effusion"}  # Hernia has no positive
 
 
+@pytest.mark.slow
 def test_reading_order_is_that_of_the_worklist(tmp_path: Path) -> None:
     """Studies with a flag come first, also of Effusion, which has no calibration; then the priority decides."""
     archive = Archive(tmp_path)
@@ -117,6 +118,7 @@ def test_reading_order_is_that_of_the_worklist(tmp_path: Path) -> None:
     assert "flag" in found.metrics["selection"]["abnormality"]["reason"]
 
 
+@pytest.mark.slow
 def test_most_images_flagged_is_a_warning(evaluated: Report, tmp_path: Path) -> None:
     share = evaluated.metrics["alerts"]["rules"][0]["shares"]["images_flagged"]["value"]
     kinds = [warning["kind"] for warning in evaluated.metrics["warnings"]]

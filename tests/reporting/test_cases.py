@@ -125,6 +125,7 @@ def test_overlays_of_earlier_versions_stand_in_for_an_image_that_cannot_be_read(
         assert (case.overlay, bool(case.no_overlay)) == (None, True)
 
 
+@pytest.mark.slow
 def test_heat_maps_are_of_cases_that_have_one(tmp_path: Path) -> None:
     archive = Archive(tmp_path / "archive")
     scores, rows = archive.scores(), np.flatnonzero(archive.tested)

@@ -135,6 +135,7 @@ def test_images_without_study_are_counted_beside_the_studies(screened: Report) -
     assert f"{found['studies']} and {found['images_without_study']} images without" in table
 
 
+@pytest.mark.slow
 def test_what_failed_counts_the_images_of_the_report(archive: Archive, tmp_path: Path) -> None:
     """One image of the table has a quality flag, in the test split; the three failed ones are in it too."""
     page = report(archive, tmp_path / "out", labels=archive.labels(), split="train").page
@@ -195,6 +196,7 @@ def test_first_rows_show_their_radiographs_or_why_not(archive: Archive, screened
     assert f"{10 - len(existing)} of 10 radiographs were scored, but cannot be read any more" in section
 
 
+@pytest.mark.slow
 def test_the_first_rows_show_the_heat_map_of_their_first_finding(archive: Archive, tmp_path: Path) -> None:
     """Only images with a file can have one; a damaged file of maps costs the maps, not the report."""
     other = Archive(tmp_path, patients=4)

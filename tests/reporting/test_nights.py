@@ -140,6 +140,7 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [write_night(root / f"n{k}", f"2026-03-0{k + 1}", ids[k], draw(1000, 0.3, k)) for k in range(4)]
 
 
+@pytest.mark.slow
 def test_a_night_without_a_change_is_not_called_changed(quiet: list[str], tmp_path: Path) -> None:
     found = report(quiet, tmp_path / "out")["nights"]
     assert (found["changed"], found["compared_with_earlier"]) == ([], 3)

@@ -500,6 +500,7 @@ def test_figures_are_in_the_folder_and_in_a_page_that_loads_nothing(
     assert not (out / "roc.png").exists()
 
 
+@pytest.mark.slow
 def test_decoder_that_aborts_costs_its_example(archive: Archive, tmp_path: Path, monkeypatch) -> None:
     site = (
         "import os\nfrom ray_cxr.imaging import decode\ndecode.decode_with_flags = lambda data, **limits: os.abort()\n"

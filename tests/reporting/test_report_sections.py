@@ -96,6 +96,7 @@ def test_consensus_without_labels_is_an_evaluation_and_is_guarded(archive: Archi
     assert named.metrics["consensus"]["images"].startswith("train split")
 
 
+@pytest.mark.slow
 def test_composite_findings_take_the_highest_calibrated_score(tmp_path: Path) -> None:
     archive = Archive(tmp_path / "nih", patients=40, findings=LABELS)
     rows = np.flatnonzero(archive.tested)
@@ -152,6 +153,7 @@ def test_a_consensus_table_without_an_evaluated_image_costs_no_computation(
     refused(InputError, "none of its 1 image is evaluated", archive.scores(), tmp_path / "out", **options)
 
 
+@pytest.mark.slow
 def test_boxes_that_cannot_be_measured_cost_only_their_section(archive: Archive, tmp_path: Path) -> None:
     labels, scores = archive.labels(), archive.scores()
     add_heatmaps(scores, archive, np.arange(1), set())

@@ -23,6 +23,7 @@ def run_report(
     return metrics, (out / "report.html").read_text(encoding="utf-8"), capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_auroc_of_few_patients_is_no_headline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive = Archive(tmp_path / "few", patients=18)
     metrics, page, printed = run_report(archive, tmp_path / "report", capsys)

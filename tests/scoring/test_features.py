@@ -20,6 +20,7 @@ def read_parts(out: Path) -> pd.DataFrame:
     return pd.concat([pq.read_table(part).to_pandas() for part in sorted((out / "features").glob("*.parquet"))])
 
 
+@pytest.mark.slow
 def test_features_are_those_of_the_model(tiny_bundle, manifest, scores, tmp_path: Path, command) -> None:
     out = tmp_path / "out"
     given = arguments(tiny_bundle, manifest, out, "--features")

@@ -76,6 +76,7 @@ def count_searches(pacs: DicomwebServer) -> int:
     return sum("/studies?" in request.path for request in pacs.requests)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
 def test_a_search_is_scored_once_and_frozen(
     pacs: DicomwebServer, tiny_bundle: Any, tmp_path: Path, command: Command

@@ -60,6 +60,7 @@ def test_rows_equal_those_of_the_files(tiny_bundle, prepared, scores, tmp_path: 
     pd.testing.assert_frame_equal(again, expected, check_exact=True)
 
 
+@pytest.mark.slow
 def test_archives_and_headers_give_the_same_rows(tiny_bundle, phantoms, tmp_path: Path, command) -> None:
     folder = tmp_path / "images"
     write_dicom(folder / "1.dcm", "Doe^Jane", PatientAge="058Y", PatientSex="M", ViewPosition="AP")
@@ -88,6 +89,7 @@ def test_archives_and_headers_give_the_same_rows(tiny_bundle, phantoms, tmp_path
         assert b"Doe" not in shard.read_bytes()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(tiny_bundle, manifest, prepared, tmp_path: Path, command) -> None:
     out = tmp_path / "out"
     padded = tmp_path / "padded"

@@ -174,6 +174,7 @@ def test_links_lead_inside(tmp_path: Path) -> None:
     assert not remote.is_inside(tmp_path / "scores-report", tmp_path / "link")
 
 
+@pytest.mark.slow
 def test_a_report_in_odd_folders(tmp_path: Path, command, scores: Path) -> None:
     folder = tmp_path / ODD_NAME
     shutil.copytree(scores, folder / "scores?1")

@@ -41,6 +41,7 @@ def test_frozen_epochs_have_their_own_rate_and_the_schedule_starts_after_them() 
     assert set(rates(**stages)[:10]) == {0.1}
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(0, 1), max_size=30), st.integers(1, 4))
 def test_plateau_falls_where_the_callback_of_keras_falls(scores: list[float], patience: int) -> None:
     settings = TrainSettings(schedule="plateau", plateau_patience=patience, plateau_factor=0.5, epochs=31)

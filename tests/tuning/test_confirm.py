@@ -136,6 +136,7 @@ def fake_training(started: list[tuple[str, int]], act: Callable[[int], None] = n
     return run
 
 
+@pytest.mark.slow
 def test_a_search_confirms_its_two_best_backbones(prepared: Path, tmp_path: Path, monkeypatch) -> None:
     """After the search, with an interruption, and with more pairs later."""
     monkeypatch.setattr(results, "export_best", lambda plan, *_: (plan.out / "bundle").mkdir(exist_ok=True))

@@ -344,6 +344,7 @@ def test_trials_that_all_fail_end_the_search(engine: str, prepared: Path, tmp_pa
     assert 3 <= len(rows) <= 5  # on Ray some have started before the second failure is known
 
 
+@pytest.mark.slow
 def test_search_writes_the_report_and_last_the_summary(prepared: Path, tmp_path: Path, monkeypatch) -> None:
     """Also for a caller in Python; a search that runs again removes the summary first."""
     monkeypatch.setattr(results, "export_best", lambda *_: None)

@@ -276,6 +276,7 @@ def test_a_broken_storage_is_refused_without_its_password(storage: str, shown: s
     assert not any(b"secret" in path.read_bytes() for path in files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_a_resumed_study_draws_other_values(sampler: str, prepared: Path, tmp_path: Path) -> None:
     runs = []
