@@ -34,6 +34,8 @@ from ray_cxr import labels
 from ray_cxr.errors import ConfigError, one_line
 
 _T = TypeVar("_T", bound="Settings")
+#: A range of workers, such as `2-8`.
+_RANGE = re.compile(r"(\d{1,5})-(\d{1,5})")
 
 Interpolation = Literal["area", "linear", "cubic", "lanczos"]
 Aspect = Literal["stretch", "pad", "crop"]
@@ -250,10 +252,18 @@ class TrainSettings(Settings):
     )
     min_positives: int = Field(5, ge=2, description="minimum validation positives to calibrate a finding")
     seed: int = Field(0, ge=0, lt=2**31, description="of initial weights, image order, dropout and augmentation")
-    workers: int = Field(1, ge=1, description="training processes; --workers N sets it")
+    workers: int = Field(1, ge=1, description="training processes; --workers N sets it; 2-8: as many as fit")
+    min_workers: int | None = Field(
+        None, ge=1, description="train with fewer workers too; null: no; workers=2-8 sets it"
+    )
     cpus_per_worker: int | None = Field(None, ge=1, description="null: divide all CPUs among the workers")
     gpus_per_worker: float = Field(1.0, gt=0.0, le=1.0, description="with --gpu; below 1, one-worker runs share a GPU")
-    max_failures: int = Field(2, ge=-1, description="maximum restarts from the last checkpoint; -1: unlimited")
+    max_failures: int = Field(
+        2, ge=-1, description="maximum restarts after failures, not after lost spot machines; -1: unlimited"
+    )
+    step_timeout_s: float | None = Field(
+        900.0, ge=1.0, description="restart workers that wait this long for a step, which another holds up; null: never"
+    )
 
     @field_validator("findings", mode="before")
     @classmethod
@@ -267,8 +277,17 @@ class TrainSettings(Settings):
             raise ValueError(str(error).removeprefix("findings: ")) from None
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _worker_range(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (found := _RANGE.fullmatch(str(values.get("workers", "")))):
+            return {**values, "min_workers": int(found[1]), "workers": int(found[2])}
+        return values
+
     @model_validator(mode="after")
     def _together(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"workers: {self.min_workers}-{self.workers}: must be a range such as 2-8")
         if self.xla and self.deterministic:
             raise ValueError(
                 "deterministic: XLA has no deterministic gradient of max pooling; set xla or deterministic to false"

@@ -31,7 +31,7 @@ def add_commands(commands: Any) -> None:
     )
     train.add_argument("prepared", type=any_path, metavar="PREPARED", help="folder from ray-cxr prepare")
     train.add_argument("--out", required=True, type=any_path, metavar="RUN", help="folder to write; holds RUN/bundle")
-    train.add_argument("--workers", type=int, metavar="N", help="training processes (1)")
+    train.add_argument("--workers", metavar="N", help="training processes (1); 2-8: as many as fit")
     add_dry_run(train)
     add_settings(train, "train", "ray", gpu=True)
 
@@ -46,7 +46,7 @@ def add_commands(commands: Any) -> None:
     tune.add_argument("--out", required=True, type=local_output, metavar="STUDY", help="folder to write")
     tune.add_argument("--trials", type=int, metavar="N", help="number of trials, including earlier runs (20)")
     tune.add_argument("--confirm", type=int, metavar="N", help="pairs of extra trainings of the best two backbones (0)")
-    tune.add_argument("--workers", type=int, metavar="N", help="training processes per trial (1)")
+    tune.add_argument("--workers", metavar="N", help="training processes per trial (1)")
     tune.add_argument("--resume", action="store_true", help="continue the search in STUDY with its settings")
     add_dry_run(tune)
     add_settings(tune, "tune", "train", "ray", gpu=True)

@@ -29,12 +29,17 @@ def shuffle_epoch(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def iter_batches(order: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield global batches as (rows int64 [B], real bool [B]); `real` is false for the padding of the last batch."""
+def iter_batches(
+    order: np.ndarray, batch_size: int, padded: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield global batches as (rows int64 [P], real bool [P]); `real` is false for padding.
+
+    P is `padded` or else the batch size. The last batch has more padding than the others.
+    """
+    padded = padded or batch_size
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        real = np.arange(batch_size) < len(rows)
-        yield np.resize(rows, batch_size), real
+        yield np.resize(rows, padded), np.arange(padded) < len(rows)
 
 
 @dataclass(frozen=True)
@@ -61,21 +66,28 @@ class Batch:
 
 
 class Feed:
-    """Read the batches of one split for worker `rank` of `count`; the global `batch_size` is a multiple of `count`."""
+    """Read the batches of one split for worker `rank` of `count`.
+
+    All workers have equal shares of a global batch of `batch_size` images. If these are not a multiple of `count`, the
+    last shares are padded with images of weight 0, so that the steps stay the same with any number of workers.
+    """
 
     def __init__(self, data: SplitData, columns: Sequence[int], batch_size: int, rank: int, count: int) -> None:
         self._data, self._columns, self._batch_size = data, list(columns), batch_size
-        share = batch_size // count
+        share = -(-batch_size // count)
+        self._padded = share * count
         self._rows = slice(rank * share, (rank + 1) * share)
 
     def prefetch_training(self, seed: int, epoch: int, first: int, last: int) -> Prefetcher[Batch]:
         """Return the batches of steps first..last-1 of an epoch."""
-        plan = list(iter_batches(shuffle_epoch(len(self._data), seed, epoch), self._batch_size))[first:last]
+        order = shuffle_epoch(len(self._data), seed, epoch)
+        plan = list(iter_batches(order, self._batch_size, self._padded))[first:last]
 
         def fetch(i: int) -> Batch:
             (rows, real), step = plan[i], first + i
             labels = self._data.labels[rows][:, self._columns]
             weight = ((labels >= 0) & real[:, None]).astype(np.float32)
+            draws = draw_random(seed, epoch, step, self._batch_size)
             return Batch(
                 step=step,
                 rows=rows[real],
@@ -83,15 +95,20 @@ class Feed:
                 labels=np.maximum(labels[self._rows], 0).astype(np.float32),
                 weight=weight[self._rows],
                 denominator=np.float32(max(weight.sum(), 1.0)),
-                draws=draw_random(seed, epoch, step, self._batch_size)[self._rows],
+                draws=np.resize(draws, (self._padded, draws.shape[1]))[self._rows],
             )
 
         return Prefetcher(fetch, len(plan))
 
     def prefetch_images(self) -> Prefetcher[np.ndarray]:
-        """Return batches uint8 [b,S,S,1] of all images in order; the last batch is padded."""
-        plan = list(iter_batches(np.arange(len(self._data)), self._batch_size))
+        """Return batches uint8 [b,S,S,1] of all images in order, padded as in training; see `join_shares`."""
+        plan = list(iter_batches(np.arange(len(self._data)), self._batch_size, self._padded))
         return Prefetcher(lambda i: self._data.images[plan[i][0][self._rows]][..., None], len(plan))
+
+    def join_shares(self, parts: np.ndarray) -> np.ndarray:
+        """Return results for `prefetch_images` of all workers [workers,steps,b,F] in the order of images, [n,F]."""
+        batches = np.moveaxis(parts, 0, 1).reshape(parts.shape[1], -1, parts.shape[-1])
+        return batches[:, : self._batch_size].reshape(-1, parts.shape[-1])[: len(self._data)]
 
 
 class Prefetcher(Generic[_T]):

@@ -73,10 +73,11 @@ class Loop:
     """Model, optimizer and data of one worker.
 
     Args:
-        settings: the batch size is a multiple of the number of workers.
+        settings: all settings of the run; the number of workers is that of `replicas`.
         weights: starting weights: `imagenet`, `none` for random ones, or the path of a bundle or a weights file.
         policy: the Keras dtype policy: `float32`, `mixed_bfloat16` or `mixed_float16`.
         callbacks: run on every worker, with the same logs.
+        on_progress: called after each step of training or validation.
     """
 
     def __init__(
@@ -90,8 +91,9 @@ class Loop:
         weights: str,
         policy: str = "float32",
         callbacks: Sequence[keras.callbacks.Callback] = (),
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
-        self.settings, self.replicas = settings, replicas
+        self.settings, self.replicas, self.on_progress = settings, replicas, on_progress
         self.train, self.val = train, val
         self.findings = architecture.findings
         self.columns = [LABELS.index(name) for name in self.findings]
@@ -173,13 +175,15 @@ class Loop:
         state: TrainState,
         *,
         on_step: Callable[[int, float], None] | None = None,
+        is_due: Callable[[], bool] = lambda: False,
         on_checkpoint: Callable[[], None] | None = None,
     ) -> EpochResult:
         """Train the next epoch from step `len(state.losses)` on, and append the loss of each step to `state`.
 
         Args:
             on_step: called after each step with the number of finished steps and the loss of the step.
-            on_checkpoint: called every `checkpoint_steps` steps, at a time when weights and `state` agree.
+            is_due: called after each step; whether to write a checkpoint now, the same on all workers.
+            on_checkpoint: called if one is due, or after `checkpoint_steps` steps, when weights and `state` agree.
 
         Raises:
             DivergedError: a loss or a weight is not finite; the message names the step and the images of its batch.
@@ -197,6 +201,7 @@ class Loop:
                 return
             (batch, value), pending = pending, None
             loss = float(value)
+            self.on_progress()
             if not math.isfinite(loss):
                 raise self._build_error(f"the loss is {loss}", epoch, batch)
             state.losses.append(loss)
@@ -213,7 +218,8 @@ class Loop:
             finish_step()
             pending = batch, value
             images += len(batch.rows)
-            due = self.settings.checkpoint_steps and (batch.step + 1) % self.settings.checkpoint_steps == 0
+            every = self.settings.checkpoint_steps
+            due = is_due() or (every is not None and (batch.step + 1) % every == 0)
             if has_callbacks or due:
                 finish_step()
             if due and on_checkpoint is not None and batch.step + 1 < self.steps_per_epoch:
@@ -266,18 +272,20 @@ class Loop:
         seeds = {id(generator.state) for generator in self._dropouts}
         return [v for v in (*self.model.variables, *self.optimizer.keras.variables) if id(v) not in seeds]
 
-    def predict(self, feed: Feed, n: int) -> np.ndarray:
-        """Return the probabilities of the first n images of `feed`, float32 [n,F]; each worker computes its share."""
-        own = np.stack([np.asarray(self._predict_step(tf.constant(images))) for images in feed.prefetch_images()])
-        parts = self.replicas.gather(own)  # [workers, steps, share, F]
-        return np.moveaxis(parts, 0, 1).reshape(-1, parts.shape[-1])[:n]
+    def predict(self, feed: Feed) -> np.ndarray:
+        """Return the probabilities of the images of `feed`, float32 [n,F]; each worker computes its share."""
+        own = []
+        for images in feed.prefetch_images():
+            own.append(np.asarray(self._predict_step(tf.constant(images))))
+            self.on_progress()
+        return feed.join_shares(self.replicas.gather(np.stack(own)))
 
     def validate(self) -> tuple[np.ndarray, dict[str, Any]]:
         """Return the probabilities of all validation images, float32 [N,F], and the result of `evaluate` on them."""
         if self._exported is not self.model:
             for variable, value in zip(self._exported.variables, self.model.variables, strict=True):
                 variable.assign(value)
-        probabilities = self.predict(self._val_feed, len(self.val))
+        probabilities = self.predict(self._val_feed)
         return probabilities, evaluate(self.val.labels[:, self.columns], probabilities, self.findings)
 
     def is_stop_requested(self) -> bool:

@@ -15,7 +15,8 @@ import pandas as pd
 from ray_cxr.errors import RayCxrError
 from ray_cxr.progress import Progress, run_periodically
 from ray_cxr.storage.run_folder import read_json
-from ray_cxr.training.worker import LIVE, METRICS, STARTED
+from ray_cxr.training.watchdog import explain_stalled, read_stalled
+from ray_cxr.training.worker import LEAVING, LIVE, METRICS, STARTED
 
 #: If the first step is not done this many seconds after the command started, a message says that Ray may be waiting.
 WAITING_S = 240
@@ -31,7 +32,7 @@ class RunMonitor:
         self._out, self._epochs, self._steps_per_epoch = out, epochs, steps_per_epoch
         self._started, self._on_event = started, on_event
         self._start: dict[str, Any] | None = None
-        self._has_warned = False
+        self._has_warned = self._leaving = False
         self._reported = len(read_metrics(out))  # epochs of an earlier run
         self._step, total = self._reported * steps_per_epoch, epochs * steps_per_epoch
         # No line at the end: each epoch has its own line, and after an early stop it would show an unfinished run.
@@ -50,6 +51,12 @@ class RunMonitor:
                 self._advance(self._reported * self._steps_per_epoch)
 
     def _update(self) -> None:
+        if (leaving := _read(self._out / LEAVING)) and not self._leaving:
+            self._on_event(
+                "train: WARNING: a machine of the run is going away; checkpoint written in epoch "
+                f"{leaving['epoch'] + 1} after step {leaving['step']}"
+            )
+        self._leaving = bool(leaving)
         start = _read(self._out / STARTED)
         if start and start != self._start:
             self.report_start(start, is_restart=self._start is not None)
@@ -65,7 +72,13 @@ class RunMonitor:
     def report_start(self, start: dict[str, Any], *, is_restart: bool) -> None:
         """Log what rank 0 wrote to started.json."""
         if is_restart:
-            self._on_event("train: WARNING: a worker failed or was lost; Ray Train restarted all of them")
+            stalled = read_stalled(self._out)
+            reason = explain_stalled(stalled) if stalled else "a worker failed or was lost"
+            before = (self._start or start).get("workers")
+            if start["workers"] != before:
+                reason = f"{start['workers']} workers instead of {before}"
+            self._on_event(f"train: WARNING: {reason}; Ray Train restarted all of them")
+            (self._out / LEAVING).unlink(missing_ok=True)
         if start["epoch"] or start["step"]:
             self._on_event(f"train: continues in epoch {start['epoch'] + 1} after step {start['step']}")
         if start["random"]:

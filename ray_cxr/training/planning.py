@@ -71,7 +71,7 @@ def plan_training(prepared: str | Path, out: str | Path, settings: TrainSettings
     out = remote.to_path(out)
     data = PreparedSet(prepared, settings.size)
     settings = settings.replace(size=data.size)
-    if settings.batch_size % settings.workers:
+    if settings.min_workers is None and settings.batch_size % settings.workers:
         multiple = math.ceil(settings.batch_size / settings.workers) * settings.workers
         problem = f"{settings.batch_size} is not a multiple of {settings.workers} workers"
         raise ConfigError(f"batch_size: {problem}; use {multiple}")
@@ -137,7 +137,8 @@ def refuse_leak(start: Bundle, val: pa.Table) -> None:
 
 def list_free_settings(settings: TrainSettings) -> set[str]:
     """Return the names of settings that may change when a run continues: the steps so far do not depend on them."""
-    free = {"workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "checkpoint_steps"}
+    free = {"workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "checkpoint_steps"}
+    free.add("step_timeout_s")
     # A cosine ends with the last epoch, so another number of epochs changes all learning rates.
     return free if settings.schedule == "cosine" else {*free, "epochs"}
 
@@ -145,33 +146,36 @@ def list_free_settings(settings: TrainSettings) -> set[str]:
 def plan_resources(settings: TrainSettings, *, use_gpu: bool, runs: int | None = None) -> tuple[int, int]:
     """Return the CPUs per worker on Ray's current nodes, and the number of such runs that fit at a time.
 
-    The CPUs are divided among `runs` runs; by default among as many runs as fit on the GPUs, or one without GPUs.
+    The CPUs are divided among `runs` runs; by default among as many runs as fit on the GPUs, or one without GPUs. If
+    the number of workers may vary, the nodes of the moment need to hold only the minimum.
 
     Raises:
         ConfigError: not even one run fits, so that Ray would wait indefinitely.
     """
     resources = [node["Resources"] for node in cluster.list_nodes()]
     gpus = sum(node.get("GPU", 0) for node in resources)
-    if use_gpu and gpus < settings.workers * settings.gpus_per_worker:
+    least = settings.min_workers or settings.workers
+    if use_gpu and gpus < least * settings.gpus_per_worker:
         raise ConfigError(
-            f"--gpu: {settings.workers} workers need {settings.workers * settings.gpus_per_worker:g} GPUs, Ray has "
+            f"--gpu: {least} workers need {least * settings.gpus_per_worker:g} GPUs, Ray has "
             f"{gpus:g}; omit --gpu, or join a cluster that has them{cluster.hint_at_head('GPU')}"
         )
     # A worker cannot use parts of two GPUs, so the number is rounded down; 1 / 0.2 is 5, but 1 // 0.2 is 4.
     per_gpu = int(1 / settings.gpus_per_worker + 1e-9)
     nodes = [(node.get("CPU", 0), int(node.get("GPU", 0)) * per_gpu if use_gpu else math.inf) for node in resources]
-    most = max(1, int(sum(slots for _, slots in nodes)) // settings.workers if use_gpu else 1)
+    most = max(1, int(sum(slots for _, slots in nodes)) // least if use_gpu else 1)
     counts = (runs,) if runs else range(most, 0, -1)  # fewer than the GPUs allow, if some GPUs have no CPU
-    fits = (_fit_cpus(nodes, settings.workers * count, settings.cpus_per_worker) for count in counts)
+    sizes = range(settings.workers, least - 1, -1)
+    fits = (_fit_cpus(nodes, workers * count, settings.cpus_per_worker) for count in counts for workers in sizes)
     cpus = next(filter(None, fits), None)
     if cpus is None:
         available = ", ".join(f"{cpus:g}" for cpus, slots in nodes if slots)
         prefix = f"{runs} runs of " if runs and runs > 1 else ""
         raise ConfigError(
-            f"{prefix}{settings.workers} workers of {settings.cpus_per_worker or 1} CPUs do not fit Ray's nodes, "
+            f"{prefix}{least} workers of {settings.cpus_per_worker or 1} CPUs do not fit Ray's nodes, "
             f"which have {available}; lower {'concurrent, ' if prefix else ''}workers or cpus_per_worker"
         )
-    return cpus, _count_workers(nodes, cpus) // settings.workers
+    return cpus, _count_workers(nodes, cpus) // least
 
 
 def _fit_cpus(nodes: Sequence[tuple[float, float]], workers: int, requested: int | None) -> int | None:

@@ -33,7 +33,8 @@ from ray_cxr.training.checkpoints import read_progress
 from ray_cxr.training.export import CURVES, export_bundle, write_curves
 from ray_cxr.training.monitor import RunMonitor
 from ray_cxr.training.planning import TrainPlan, plan_resources, plan_training
-from ray_cxr.training.worker import FAILURE, LIVE, STARTED, Callbacks
+from ray_cxr.training.watchdog import read_stalled
+from ray_cxr.training.worker import FAILURE, LEAVING, LIVE, STARTED, Callbacks
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +120,9 @@ def fit(
     if not queue:
         settings = settings.replace(cpus_per_worker=plan_resources(settings, use_gpu=use_gpu, runs=1)[0])
     create_run(out, plan.run_settings)
-    for name in (FAILURE, STARTED, LIVE):
+    for name in (FAILURE, STARTED, LIVE, LEAVING):
         (out / name).unlink(missing_ok=True)
+    read_stalled(out)
     monitor: AbstractContextManager[None] = contextlib.nullcontext()
     if on_event is not None:
         started = started or time.time()
@@ -164,7 +166,7 @@ def _run_workers(out: Path, settings: TrainSettings, config: dict[str, Any], lis
         train_loop_config=config,
         backend_config=TensorflowCluster(),
         scaling_config=ScalingConfig(
-            num_workers=settings.workers,
+            num_workers=settings.workers if settings.min_workers is None else (settings.min_workers, settings.workers),
             use_gpu=config["use_gpu"],
             resources_per_worker=resources,
             label_selector=cluster.selector,

@@ -5,6 +5,7 @@ RUN is on storage that all nodes share. Ray Train stores the checkpoints.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 #: In RUN, see `trainer`; failure.json holds the error of a worker.
 METRICS, EVENTS, LIVE, STARTED, FAILURE = "metrics.csv", "tensorboard", "live.json", "started.json", "failure.json"
+#: In RUN, while a machine of the run is going away: epoch and step of the checkpoint that was written for it.
+LEAVING = "leaving.json"
 #: In a checkpoint: `TrainState`; and after an epoch, the result and the probabilities of validation.
 PROGRESS, RESULT, VALIDATION = "progress.json", "result.json", "validation.npz"
 #: Minimum seconds between two writes of live.json.
@@ -81,6 +84,8 @@ def _train(config: dict[str, Any]) -> None:
     from ray_cxr.training import schedule
     from ray_cxr.training.distributed import Replicas
     from ray_cxr.training.loop import Loop, TrainState
+    from ray_cxr.training.preemption import PreemptionWatch
+    from ray_cxr.training.watchdog import Watchdog
 
     times["TensorFlow"] = time.time()
     settings, out, gpu = build(TrainSettings, config["settings"]), remote.to_path(config["out"]), config["use_gpu"]
@@ -89,6 +94,7 @@ def _train(config: dict[str, Any]) -> None:
     if settings.deterministic if settings.deterministic is not None else not (gpu or settings.xla):
         runtime.make_deterministic()
     replicas = Replicas(gpu=gpu)
+    watchdog = Watchdog(settings.step_timeout_s, out, replicas.rank, replicas.count)
     if replicas.any((out / FAILURE).exists()):
         return  # restarted after one of our errors: all workers must stop together
     data = PreparedSet(config["prepared"], settings.size)
@@ -108,6 +114,7 @@ def _train(config: dict[str, Any]) -> None:
         weights="none" if checkpoint else settings.weights,
         policy=state.policy,  # a run continues on any machine with the precision that it started with
         callbacks=config["callbacks"]() if config["callbacks"] else (),
+        on_progress=watchdog.beat,
     )
     if checkpoint:
         with checkpoint.as_directory() as folder:
@@ -115,12 +122,19 @@ def _train(config: dict[str, Any]) -> None:
     replicas.check_equal(loop.list_shared(), "at the start")
     times["model"] = time.time()
     recorder = RunRecorder(out, loop, times, state) if replicas.rank == 0 else None
+    preemption = PreemptionWatch(replicas, ray.train.get_preemption_info)
     if recorder:
         recorder.write_metrics(state)
 
     def on_checkpoint() -> None:
-        with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name:
-            _report({"epoch": state.epochs_done + 1, "selection": UNSCORED}, loop, state, Path(name))
+        started, leaving = time.monotonic(), preemption.info is not None
+        metrics = {"epoch": state.epochs_done + 1, "selection": UNSCORED}
+        # While a machine goes away, wait until the checkpoint is stored.
+        _report(metrics, loop, state, _make_folder(), wait=leaving)
+        preemption.record_save(time.monotonic() - started)
+        watchdog.beat()
+        if recorder and leaving:
+            recorder.record_preemption(state)
 
     loop.callbacks.on_train_begin()
     while not schedule.has_ended(settings, state.scores, stopped=state.stopped):
@@ -129,20 +143,28 @@ def _train(config: dict[str, Any]) -> None:
         if recorder:
             recorder.start_epoch()
         on_step = functools.partial(recorder.record_step, epoch) if recorder else None
-        result = loop.run_epoch(state, on_step=on_step, on_checkpoint=on_checkpoint)
-        with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name:
-            point, selection = validate_epoch(loop, state, result, Path(name))
-            loop.callbacks.on_epoch_end(epoch, {key: point[key] for key in LOGS})
-            state.epochs_done, state.losses = epoch + 1, []
-            state.scores.append(selection)
-            state.curves.append(point)
-            state.stopped = loop.is_stop_requested()
-            if recorder:
-                recorder.write_metrics(state)
-                recorder.send_metrics(point)
-            # Prefer the first of equal epochs; Ray Train would keep the last.
-            _report({**point, "selection": selection - 1e-12 * epoch}, loop, state, Path(name))
+        result = loop.run_epoch(state, on_step=on_step, is_due=preemption.is_due, on_checkpoint=on_checkpoint)
+        folder = _make_folder()
+        point, selection = validate_epoch(loop, state, result, folder)
+        loop.callbacks.on_epoch_end(epoch, {key: point[key] for key in LOGS})
+        state.epochs_done, state.losses = epoch + 1, []
+        state.scores.append(selection)
+        state.curves.append(point)
+        state.stopped = loop.is_stop_requested()
+        if recorder:
+            recorder.write_metrics(state)
+            recorder.send_metrics(point)
+        # Prefer the first of equal epochs; Ray Train would keep the last.
+        _report({**point, "selection": selection - 1e-12 * epoch}, loop, state, folder)
+        watchdog.beat()
     loop.callbacks.on_train_end()
+
+
+def _make_folder() -> Path:
+    """Make a temporary folder for a checkpoint, which is removed after its upload or when this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="ray_cxr-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def validate_epoch(loop: Loop, state: TrainState, epoch: EpochResult, folder: Path) -> tuple[dict[str, Any], float]:
@@ -179,16 +201,28 @@ def validate_epoch(loop: Loop, state: TrainState, epoch: EpochResult, folder: Pa
     return point, compute_selection_score(result["macro_auroc"], loss)
 
 
-def _report(metrics: dict[str, Any], loop: Loop, state: TrainState, folder: Path) -> None:
-    """Report metrics to Ray Train, with a checkpoint from rank 0, and wait until all workers report."""
+def _report(metrics: dict[str, Any], loop: Loop, state: TrainState, folder: Path, *, wait: bool = False) -> None:
+    """Report metrics to Ray Train, with a checkpoint from rank 0, and wait until all workers report.
+
+    The checkpoint in `folder` is uploaded while training goes on, in the order of the reports, then removed. With
+    `wait`, the call returns when it is stored.
+    """
     import ray.train
+    from ray.train import CheckpointUploadMode
 
     checkpoint = None
     if loop.replicas.rank == 0:
         loop.save(folder)
         (folder / PROGRESS).write_text(json.dumps(asdict(state)), encoding="utf-8")
         checkpoint = ray.train.Checkpoint.from_directory(folder)
-    ray.train.report(metrics, checkpoint=checkpoint)
+    else:
+        shutil.rmtree(folder)
+    ray.train.report(
+        metrics,
+        checkpoint=checkpoint,
+        checkpoint_upload_mode=CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+    )
 
 
 class RunRecorder:
@@ -206,6 +240,7 @@ class RunRecorder:
             "step": len(state.losses),
             "random": loop.random_layers,
             "policy": state.policy,
+            "workers": loop.replicas.count,
             "times": times,
         }
         self._live_at, self._n_logged = 0.0, len(state.curves)
@@ -229,6 +264,10 @@ class RunRecorder:
             self._live_at = now
             with contextlib.suppress(RayCxrError):  # only the progress display needs this file
                 atomic.write_json(self._out / LIVE, {"epoch": epoch + 1, "step": step, "loss": loss})
+
+    def record_preemption(self, state: TrainState) -> None:
+        with contextlib.suppress(RayCxrError):  # only for the log
+            atomic.write_json(self._out / LEAVING, {"epoch": state.epochs_done, "step": len(state.losses)})
 
     def send_metrics(self, point: dict[str, Any]) -> None:
         run = self._out.name

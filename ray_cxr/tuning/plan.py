@@ -80,6 +80,11 @@ class StudyPlan:
 
     def __init__(self, prepared: str | Path, out: str | Path, base: TrainSettings, settings: TuneSettings) -> None:
         self.prepared, self.out = remote.to_path(prepared), Path(out)
+        if base.min_workers is not None:
+            raise ConfigError(
+                f"workers: {base.min_workers}-{base.workers}: trials need one number, or machines that come and go "
+                "would decide which trial wins; set workers to it"
+            )
         sizes = list_prepared_sizes(self.prepared) if base.size is None else (base.size,)
         # With the table itself, --resume continues with the same space.
         settings = settings.replace(space=settings.space or default_space(base, sizes))

@@ -56,7 +56,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
     return {count: [read_scenarios(out / f"{count}-{rank}.npz") for rank in range(count)] for count in (1, 2)}
 
 
-@pytest.mark.parametrize("scenario", ["plain", "clipped", "unsynchronised", "overflow"])
+@pytest.mark.parametrize("scenario", ["plain", "clipped", "padded", "unsynchronised", "overflow"])
 def test_weights_and_optimizer_state_have_the_same_bits_on_both_workers(results, scenario: str) -> None:
     one, other = (worker[scenario] for worker in results[2])
     names = set(one) - {"own statistics", *READS}
@@ -66,7 +66,7 @@ def test_weights_and_optimizer_state_have_the_same_bits_on_both_workers(results,
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-@pytest.mark.parametrize("scenario", ["plain", "clipped"])
+@pytest.mark.parametrize("scenario", ["plain", "clipped", "padded"])
 def test_two_workers_take_the_steps_of_one(results, scenario: str) -> None:
     """The same global batches give the same weights and predictions, to 1e-5 of each tensor's size."""
     together, alone = results[2][0][scenario], results[1][0][scenario]

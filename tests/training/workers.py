@@ -97,6 +97,18 @@ def plain(out: Path) -> dict[str, np.ndarray]:
     return weights(item) | rows | {"probabilities": probabilities, "macro AUROC": macro}
 
 
+def padded() -> dict[str, np.ndarray]:
+    """Batches of 7 images: two workers cannot share them equally, so one share has an image of weight 0.
+
+    Only the head is trained, because BatchNorm's statistics would include that image.
+    """
+    item = make(20, 9, batch_size=7, frozen_epochs=1, flip=True, contrast=0.3, **SGD)
+    train(item, 1)
+    probabilities, result = item.validate()
+    rows = {"trained": np.concatenate(item.train.images.reads), "validated": np.concatenate(item.val.images.reads)}
+    return rows | weights(item) | {"probabilities": probabilities, "macro AUROC": np.array(result["macro_auroc"])}
+
+
 def clipped() -> dict[str, np.ndarray]:
     """Clip the norm of the global gradient."""
     item = make(16, 4, clip_norm=0.01, **SGD)
@@ -177,7 +189,7 @@ def main() -> None:
     runtime.prepare_device(False, "auto")
     runtime.limit_threads(1)
     runtime.make_deterministic()
-    scenarios: dict[str, Any] = {"plain": lambda: plain(out), "clipped": clipped}
+    scenarios: dict[str, Any] = {"plain": lambda: plain(out), "clipped": clipped, "padded": padded}
     if count > 1:
         scenarios |= {"unsynchronised": unsynchronised, "overflow": overflow, "exchanges": exchanges}
     arrays = {f"{name}/{key}": value for name, run in scenarios.items() for key, value in run().items()}

@@ -1,0 +1,83 @@
+"""End a worker that waits for an exchange which never ends, so that Ray Train restarts all workers.
+
+A worker that is stopped, or whose machine hangs, stays alive for Ray: the other workers wait for it in an exchange, and
+nothing else notices.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+from ray_cxr.storage import atomic, remote
+
+#: In RUN, one file per worker that ended itself: `{"rank": 0, "workers": 2, "seconds": 900.0}`.
+STALLED = "stalled-{}.json"
+#: Exit code of such a worker.
+EXIT_CODE = 75
+
+
+class Watchdog:
+    """Ends this process if `beat` is not called for `timeout_s` seconds; None never ends it.
+
+    Args:
+        out: address of RUN, where the worker states that it ended itself.
+        rank, workers: number of this worker, and the number of all workers.
+    """
+
+    def __init__(self, timeout_s: float | None, out: Path, rank: int, workers: int) -> None:
+        self._timeout_s, self._out, self._rank, self._workers = timeout_s, out, rank, workers
+        self._beat_at = time.monotonic()
+        if timeout_s is not None:
+            threading.Thread(target=self._watch, args=(timeout_s,), name="watchdog", daemon=True).start()
+
+    def beat(self) -> None:
+        """State that the worker makes progress."""
+        self._beat_at = time.monotonic()
+
+    def _watch(self, timeout_s: float) -> None:
+        interval, checked_at = min(1.0, timeout_s / 10), time.monotonic()
+        while True:
+            time.sleep(interval)
+            now = time.monotonic()
+            if now - checked_at > 10 * interval + 5:
+                self._beat_at = now  # this worker itself was stopped or starved: the others decide
+            checked_at = now
+            if now - self._beat_at > timeout_s:
+                self._end(now - self._beat_at)
+
+    def _end(self, seconds: float) -> None:
+        """Leave a note in RUN, and end the process, because its main thread waits in native code."""
+        record = {"rank": self._rank, "workers": self._workers, "seconds": round(seconds, 1)}
+        writer = threading.Thread(target=self._write, args=(record,), daemon=True)
+        writer.start()
+        writer.join(timeout=30)  # the storage may be what hangs
+        os._exit(EXIT_CODE)
+
+    def _write(self, record: dict[str, float]) -> None:
+        atomic.write_json(self._out / STALLED.format(self._rank), record)
+
+
+def read_stalled(out: Path) -> list[dict[str, float]]:
+    """Return and remove the notes of workers that ended themselves."""
+    from ray_cxr.storage.run_folder import read_json
+
+    notes = []
+    for path in sorted(out.glob(STALLED.format("*"))):
+        notes.append(read_json(path))
+        remote.remove_files([path])
+    return [note for note in notes if note]
+
+
+def explain_stalled(notes: list[dict[str, float]]) -> str:
+    """Return the line about workers that waited in vain, from their notes."""
+    waited = sorted(int(note["rank"]) for note in notes)
+    missing = sorted(set(range(int(notes[0]["workers"]))) - set(waited))
+    seconds = min(note["seconds"] for note in notes)
+    if missing:
+        names = ", ".join(map(str, missing))
+        who = f"worker {names} did" if len(missing) == 1 else f"workers {names} did"
+        return f"{who} not answer the others for {seconds:.0f} s; its process or machine hangs"
+    return f"no worker finished a step in {seconds:.0f} s; storage or network hangs, or step_timeout_s is too low"
