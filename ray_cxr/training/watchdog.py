@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Self
 
 from ray_cxr.storage import atomic, remote
 
@@ -20,7 +21,7 @@ EXIT_CODE = 75
 
 
 class Watchdog:
-    """Ends this process if `beat` is not called for `timeout_s` seconds; None never ends it.
+    """A context that ends this process if `beat` is not called for `timeout_s` seconds; None never ends it.
 
     Args:
         out: address of RUN, where the worker states that it ended itself.
@@ -29,9 +30,15 @@ class Watchdog:
 
     def __init__(self, timeout_s: float | None, out: Path, rank: int, workers: int) -> None:
         self._timeout_s, self._out, self._rank, self._workers = timeout_s, out, rank, workers
-        self._beat_at = time.monotonic()
-        if timeout_s is not None:
-            threading.Thread(target=self._watch, args=(timeout_s,), name="watchdog", daemon=True).start()
+        self._beat_at, self._stopped = time.monotonic(), threading.Event()
+
+    def __enter__(self) -> Self:
+        if self._timeout_s is not None:
+            threading.Thread(target=self._watch, args=(self._timeout_s,), name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stopped.set()
 
     def beat(self) -> None:
         """State that the worker makes progress."""
@@ -39,8 +46,7 @@ class Watchdog:
 
     def _watch(self, timeout_s: float) -> None:
         interval, checked_at = min(1.0, timeout_s / 10), time.monotonic()
-        while True:
-            time.sleep(interval)
+        while not self._stopped.wait(interval):
             now = time.monotonic()
             if now - checked_at > 10 * interval + 5:
                 self._beat_at = now  # this worker itself was stopped or starved: the others decide

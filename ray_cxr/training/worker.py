@@ -56,7 +56,8 @@ def run(config: dict[str, Any]) -> None:
     import ray.train
 
     try:
-        _train(config)
+        with contextlib.ExitStack() as stack:
+            _train(config, stack)
     except Exception as error:
         cause, failure, settings = error, remote.to_path(config["out"]) / FAILURE, config["settings"]
         if isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError":
@@ -74,8 +75,8 @@ def run(config: dict[str, Any]) -> None:
             raise RayCxrError(f"worker {context.get_world_rank()} failed; see {failure}") from None
 
 
-def _train(config: dict[str, Any]) -> None:
-    """Train from the latest checkpoint to the last epoch."""
+def _train(config: dict[str, Any], stack: contextlib.ExitStack) -> None:
+    """Train from the latest checkpoint to the last epoch, with contexts that end with `stack`."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     times = {"Ray": time.time()}
     import ray.train
@@ -94,7 +95,7 @@ def _train(config: dict[str, Any]) -> None:
     if settings.deterministic if settings.deterministic is not None else not (gpu or settings.xla):
         runtime.make_deterministic()
     replicas = Replicas(gpu=gpu)
-    watchdog = Watchdog(settings.step_timeout_s, out, replicas.rank, replicas.count)
+    watchdog = stack.enter_context(Watchdog(settings.step_timeout_s, out, replicas.rank, replicas.count))
     if replicas.any((out / FAILURE).exists()):
         return  # restarted after one of our errors: all workers must stop together
     data = PreparedSet(config["prepared"], settings.size)

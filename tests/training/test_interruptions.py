@@ -68,7 +68,7 @@ def test_a_worker_that_waits_in_vain_ends_itself_and_says_so(beats: int, tmp_pat
     """With `beats` the main thread makes progress all the time, so nothing happens."""
     program = (
         "import sys, time; from pathlib import Path; from ray_cxr.training.watchdog import Watchdog\n"
-        "dog = Watchdog(1.0, Path(sys.argv[1]), 0, 3)\n"
+        "dog = Watchdog(1.0, Path(sys.argv[1]), 0, 3).__enter__()\n"
         f"for _ in range(25):\n    time.sleep(0.1)\n    dog.beat() if {beats} else None\n"
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=60, check=False)

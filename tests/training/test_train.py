@@ -144,10 +144,11 @@ class LocalTrainer:
             patch.setattr(ray.train, "get_context", lambda: context)
             patch.setattr(ray.train, "get_checkpoint", lambda: read_result(self._folder).checkpoint)
             patch.setattr(ray.train, "report", self._report)
+            patch.setattr(ray.train, "get_preemption_info", lambda: None)
             self._run()
         return read_result(self._folder)
 
-    def _report(self, metrics: dict[str, Any], checkpoint: Any) -> None:
+    def _report(self, metrics: dict[str, Any], checkpoint: Any, **_: Any) -> None:
         listed = self._folder / SNAPSHOT
         entries = read_json(listed) if listed.exists() else []
         name = f"checkpoint_{len(entries)}"
@@ -423,6 +424,7 @@ def test_last_epochs_are_reported_before_the_run_returns(tmp_path: Path) -> None
 
 def test_start_and_restart_are_reported(tmp_path: Path) -> None:
     start = {"epoch": 2, "step": 4, "random": ["head_dense0"], "policy": "float32", "times": {"data": 15.0}}
+    start["workers"] = 1
     lines: list[str] = []
     monitor = RunMonitor(tmp_path, 2, 3, 10.0, lines.append)
     monitor.report_start(start, is_restart=True)
