@@ -70,6 +70,8 @@ class Nodes:
         ours = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
         return {
             **{key: value for key, value in os.environ.items() if key not in ours},
+            # The tests' own process has the variables of a local Ray, which no cloud reclaims.
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -99,7 +101,7 @@ class Nodes:
     def add_node(self, name: str, *, cpus: int = 1, gpus: int = 0, hidden: Path | None = None) -> None:
         """Start a node; its GPUs need not exist. This node sees `hidden` as an empty folder (needs root)."""
         mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(hidden)]
-        options = [f"--address={self.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
+        options = [f"--address={self.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--labels=name={name}"]
         self._start(name, *options, before=mount if hidden else [])
 
     @contextlib.contextmanager
@@ -124,6 +126,22 @@ class Nodes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
         process.wait()
+
+    def drain(self, name: str, seconds: float) -> None:
+        """Announce that a node goes away in some seconds, as a cloud's notice of a reclaimed machine does."""
+        program = (
+            f"import ray; ray.init({self.address!r}, log_to_driver=False)\n"
+            f"print('found', *[n['NodeID'] for n in ray.nodes() if n['Alive'] and n['Labels'].get('name') == {name!r}])"
+        )
+        asked = subprocess.run(
+            [sys.executable, "-c", program], env=self.environment, text=True, timeout=120, stdout=subprocess.PIPE
+        )
+        node = asked.stdout.rpartition("found ")[2].strip()
+        assert node, asked.stdout
+        options = ["--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "reclaimed"]
+        options += ["--deadline-remaining-seconds", str(int(seconds))]
+        done = self.run_ray("drain-node", "--address", self.address, *options)
+        assert done.returncode == 0, done.stdout
 
     def stop(self) -> None:
         for job in self._jobs.values():
@@ -160,6 +178,16 @@ class Nodes:
             if "No available agent" not in log.read_text():
                 break
             time.sleep(1)
+        return log
+
+    def start(self, command: Sequence[object], *, name: str) -> Path:
+        """Start a command that joins this cluster from outside, and return its log file."""
+        log = self.folder / f"command-{name}.log"
+        program = [str(BIN / "ray-cxr"), *map(str, command)]
+        with open(log, "wb") as stream:
+            self._jobs[log] = subprocess.Popen(
+                program, cwd=ROOT, env={**self.environment, "RAY_ADDRESS": self.address}, stdout=stream, stderr=stream
+            )
         return log
 
     def stop_job(self, name: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,36 @@ def test_training_continues_on_the_remaining_nodes(nodes: Nodes, manifest: Path,
     assert re.search(r"train: continues in epoch [1-9][0-9]* after step [1-9]", printed), printed
     assert len(pd.read_csv(tmp_path / "run" / "metrics.csv")) == 6
     ray_cxr.load_bundle(tmp_path / "run" / "bundle")
+
+
+@pytest.mark.long
+def test_training_survives_machines_that_come_and_go(prepared: Path, tmp_path: Path) -> None:
+    """A machine is announced to go, goes, and another joins: two workers, one, two; every epoch is trained."""
+    run = tmp_path / "run"
+    settings = {"epochs": 300, "workers": "1-2", "cpus_per_worker": 2, "batch_size": 1}
+    with cluster(tmp_path / "spot") as nodes:
+        nodes.add_node("h", cpus=2)
+        nodes.add_node("i", cpus=2)
+        log = nodes.start(training_arguments(prepared, run, **settings), name="spot")
+
+        def wait_for(text: str, seconds: float) -> None:
+            wait_until(lambda: text in log.read_text() or nodes.has_ended(log), seconds, log.read_text)
+            assert text in log.read_text(), log.read_text()
+
+        wait_until(lambda: (run / "started.json").exists() or nodes.has_ended(log), 300, log.read_text)
+        assert json.loads((run / "started.json").read_text())["workers"] == 2
+        time.sleep(10)
+        nodes.drain("i", 20)
+        wait_for("is going away; checkpoint written", 60)
+        time.sleep(20)
+        nodes.kill("i")
+        wait_for("1 workers instead of 2", 300)
+        nodes.add_node("j", cpus=2)
+        wait_for("2 workers instead of 1", 300)
+        printed = assert_succeeds(nodes, log, 900)
+    print(printed)  # the log of a run that lost a machine and got another
+    assert pd.read_csv(run / "metrics.csv")["epoch"].tolist() == list(range(1, 301))
+    ray_cxr.load_bundle(run / "bundle")
 
 
 @pytest.mark.long

@@ -1,21 +1,26 @@
 """End a worker that waits for an exchange which never ends, so that Ray Train restarts all workers.
 
-A worker that is stopped, or whose machine hangs, stays alive for Ray: the other workers wait for it in an exchange, and
-nothing else notices.
+TensorFlow notices within seconds that the process of another worker is stopped, from missing heartbeats. A worker that
+waits in its main thread, for a disk or a device, still sends them: the others wait for it, and nothing else notices.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import threading
 import time
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+from ray_cxr.errors import RayCxrError
 from ray_cxr.storage import atomic, remote
 
-#: In RUN, one file per worker that ended itself: `{"rank": 0, "workers": 2, "seconds": 900.0}`.
+#: In RUN, one file per worker that ended itself: `{"rank": 0, "workers": 2, "seconds": 900.0, "lost": []}`. `lost` are
+#: workers without heartbeats.
 STALLED = "stalled-{}.json"
+_NO_HEARTBEAT = "stopped sending heartbeats"
 #: Exit code of such a worker.
 EXIT_CODE = 75
 
@@ -56,17 +61,25 @@ class Watchdog:
 
     def _end(self, seconds: float) -> None:
         """Leave a note in RUN, and end the process, because its main thread waits in native code."""
-        record = {"rank": self._rank, "workers": self._workers, "seconds": round(seconds, 1)}
-        writer = threading.Thread(target=self._write, args=(record,), daemon=True)
+        record = {"rank": self._rank, "workers": self._workers, "seconds": round(seconds, 1), "lost": []}
+        path = self._out / STALLED.format(self._rank)
+        writer = threading.Thread(target=atomic.write_json, args=(path, record), daemon=True)
         writer.start()
         writer.join(timeout=30)  # the storage may be what hangs
         os._exit(EXIT_CODE)
 
-    def _write(self, record: dict[str, float]) -> None:
-        atomic.write_json(self._out / STALLED.format(self._rank), record)
+
+def record_lost(error: Exception, out: Path, rank: int, workers: int) -> None:
+    """Leave a note in RUN if TensorFlow missed the heartbeats of other workers."""
+    _, found, rest = str(error).partition(_NO_HEARTBEAT)
+    lost = sorted({int(number) for number in re.findall(r"/task:(\d+)", rest)} - {rank})
+    if found and lost:
+        with contextlib.suppress(RayCxrError):  # only for the log
+            record = {"rank": rank, "workers": workers, "seconds": 0.0, "lost": lost}
+            atomic.write_json(out / STALLED.format(rank), record)
 
 
-def read_stalled(out: Path) -> list[dict[str, float]]:
+def read_stalled(out: Path) -> list[dict[str, Any]]:
     """Return and remove the notes of workers that ended themselves."""
     from ray_cxr.storage.run_folder import read_json
 
@@ -77,8 +90,11 @@ def read_stalled(out: Path) -> list[dict[str, float]]:
     return [note for note in notes if note]
 
 
-def explain_stalled(notes: list[dict[str, float]]) -> str:
+def explain_stalled(notes: list[dict[str, Any]]) -> str:
     """Return the line about workers that waited in vain, from their notes."""
+    if lost := sorted({int(rank) for note in notes for rank in note["lost"]}):
+        names = ", ".join(map(str, lost))
+        return f"a worker failed or was lost: {names} stopped answering (its process or machine hangs, or is gone)"
     waited = sorted(int(note["rank"]) for note in notes)
     missing = sorted(set(range(int(notes[0]["workers"]))) - set(waited))
     seconds = min(note["seconds"] for note in notes)

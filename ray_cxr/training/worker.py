@@ -30,6 +30,7 @@ from ray_cxr.labels import NO_FINDING
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import WEIGHTS
 from ray_cxr.storage import atomic, remote
+from ray_cxr.training.watchdog import Watchdog, record_lost
 
 if TYPE_CHECKING:
     from ray_cxr.training.loop import EpochResult, Loop, TrainState
@@ -65,14 +66,16 @@ def run(config: dict[str, Any]) -> None:
                 f"out of memory with batch_size={settings['batch_size']} over {settings['workers']} workers and images "
                 f"of {settings['size']} pixels; lower one of them, or use more workers"
             )
+        context = ray.train.get_context()
+        rank, workers = context.get_world_rank(), context.get_world_size()
         if not isinstance(cause, RayCxrError):
+            record_lost(error, failure.parent, rank, workers)
             raise
         atomic.write_json(failure, to_record(cause))
-        context = ray.train.get_context()
-        if context.get_world_size() > 1:
+        if workers > 1:
             # Other workers may be waiting in an exchange: this exception makes Ray Train end them. It must not hold
             # image ids, because its text goes to Ray's logs.
-            raise RayCxrError(f"worker {context.get_world_rank()} failed; see {failure}") from None
+            raise RayCxrError(f"worker {rank} failed; see {failure}") from None
 
 
 def _train(config: dict[str, Any], stack: contextlib.ExitStack) -> None:
@@ -86,7 +89,6 @@ def _train(config: dict[str, Any], stack: contextlib.ExitStack) -> None:
     from ray_cxr.training.distributed import Replicas
     from ray_cxr.training.loop import Loop, TrainState
     from ray_cxr.training.preemption import PreemptionWatch
-    from ray_cxr.training.watchdog import Watchdog
 
     times["TensorFlow"] = time.time()
     settings, out, gpu = build(TrainSettings, config["settings"]), remote.to_path(config["out"]), config["use_gpu"]

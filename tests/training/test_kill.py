@@ -142,6 +142,39 @@ def test_a_killed_worker_is_restarted_to_the_same_weights(uninterrupted, prepare
     assert_same_bits(tmp_path / "run", uninterrupted.out)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(("rank", "is_stopped"), [(1, True), (0, True), (1, False)])
+def test_a_worker_that_hangs_is_replaced(
+    rank: int, is_stopped: bool, uninterrupted, prepared: Path, tmp_path: Path
+) -> None:
+    """SIGSTOP, or a main thread that waits forever: the process lives, so that Ray notices nothing."""
+    wait = wait_for_checkpoint(tmp_path / "run")
+
+    def hang() -> None:
+        import os
+        import signal
+        import time
+
+        wait()
+        if is_stopped:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            time.sleep(3600)
+
+    lines: list[str] = []
+    callbacks = act_in_mid_epoch_2(rank, tmp_path / "marker", hang)
+    settings = build(TrainSettings, SETTINGS | {"workers": 2, "step_timeout_s": 40})
+    started = time.monotonic()
+    trainer.train(prepared, tmp_path / "run", settings, callbacks=callbacks, on_event=lines.append)
+    assert time.monotonic() - started < 200
+    stalled = next(i for i, line in enumerate(lines) if "Ray Train restarted" in line)
+    # Without worker 0 the others lose TensorFlow's coordinator, which ends them.
+    expected = {(1, True): "1 stopped answering", (1, False): "no worker finished a step in 4"}
+    assert expected.get((rank, is_stopped), "lost") in lines[stalled], lines
+    assert "epoch 2 after step 4" in lines[stalled + 1]
+    assert_same_bits(tmp_path / "run", uninterrupted.out)
+
+
 def main() -> None:
     """Run a command of `ray-cxr`, but hold worker 0 before step 5 of epoch 2 until it is killed."""
 
