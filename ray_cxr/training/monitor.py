@@ -72,12 +72,16 @@ class RunMonitor:
     def report_start(self, start: dict[str, Any], *, is_restart: bool) -> None:
         """Log what rank 0 wrote to started.json."""
         if is_restart:
-            stalled = read_stalled(self._out)
-            reason = explain_stalled(stalled) if stalled else "a worker failed or was lost"
-            before = (self._start or start).get("workers")
+            stalled, before = read_stalled(self._out), (self._start or start).get("workers")
             if start["workers"] != before:
-                reason = f"{start['workers']} workers instead of {before}"
-            self._on_event(f"train: WARNING: {reason}; Ray Train restarted all of them")
+                line = (
+                    f"train: WARNING: {start['workers']} workers instead of {before}; Ray Train restarted all of them"
+                )
+            elif stalled:
+                line = f"train: WARNING: {explain_stalled(stalled)}; Ray Train restarted all of them"
+            else:
+                line = "train: WARNING: a worker failed or was lost; Ray Train restarted all of them"
+            self._on_event(line)
             (self._out / LEAVING).unlink(missing_ok=True)
         if start["epoch"] or start["step"]:
             self._on_event(f"train: continues in epoch {start['epoch'] + 1} after step {start['step']}")
