@@ -66,10 +66,18 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(autouse=True)
 def forbid_ray(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that starts a Ray of its own, which takes long, without the mark `ray`, `long` or `readme`."""
+    start = session._init_ray
+
+    def refuse(*arguments: Any) -> None:
+        import ray
+
+        if ray.init.__module__.startswith("ray."):
+            pytest.fail("the test starts Ray: mark it `ray`, or use the fixture `without_ray`")
+        start(*arguments)  # the test replaces ray.init
+
     with pytest.MonkeyPatch.context() as patch:
         if not {"ray", "long", "readme"} & {mark.name for mark in request.node.iter_markers()}:
-            message = "the test starts Ray: mark it `ray`, or use the fixture `without_ray`"
-            patch.setattr(session, "_init_ray", lambda *_: pytest.fail(message))
+            patch.setattr(session, "_init_ray", refuse)
         yield
 
 
