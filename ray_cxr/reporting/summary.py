@@ -99,30 +99,26 @@ def summarize(result: ReportResult, model: Mapping[str, Any], worklist: Worklist
 
 
 def _summarize_worklist(worklist: Worklist) -> tuple[list[str], list[str]]:
-    """Return sentences on what to read first and how far flags reach, for the summary and for the section."""
+    """Return sentences on what to read first and on the order, for the summary and for the section."""
     ranked = [line for line, value in zip(worklist.lines, worklist.priority, strict=True) if value == value]
-    flagged = [place for place, line in enumerate(worklist.lines, 1) if line["flagged"]]
     if len(ranked) < 2:
         return [], []
     first = f"Read first, in the order of the worklist: {', '.join(line['image_id'] for line in ranked[:_NAMED])}."
+    flagged = [line for line in worklist.lines if line["flagged"]]
     if not flagged:
-        return [first], []
-    rows = f"{len(flagged):,} of {count_of(len(worklist.lines), 'row')} {'has' if len(flagged) == 1 else 'have'} a flag"
-    last = f"{rows}; the last of them is row {flagged[-1]:,}."
-    if flagged[-1] == len(flagged):
-        last = f"{rows}: the first of the worklist."
-    ignored = [
-        line["flagged"] for line in worklist.lines if line["flagged"] and line["flagged"] == line["flagged_unranked"]
-    ]
-    if ignored:
-        names = dict.fromkeys(name for names in ignored for name in names.split("|"))
-        last += f" The order ignores {_list_findings(names)}, for which alone {len(ignored):,} of them are flagged."
-    placed = (
-        " Rows with such flags stand no lower than the median of the rows with other flags, or first if there are none."
-        if ignored
-        else ""
-    )
-    return [f"{first} {last}"], [f"{last}{placed}"]
+        return [first], ["No row has a flag: all rows are in order of priority, highest first."]
+    has = "has a flag and comes" if len(flagged) == 1 else "have a flag and come"
+    rows = f"{len(flagged):,} of {count_of(len(worklist.lines), 'row')} {has} first"
+    if len(flagged) == len(worklist.lines):
+        rows = f"All {len(flagged):,} rows have a flag"
+    order = f"{rows}; rows with and rows without a flag are each in order of priority, highest first."
+    unranked = [line["flagged"] for line in flagged if line["flagged"] == line["flagged_unranked"]]
+    if unranked:
+        names = dict.fromkeys(name for names in unranked for name in names.split("|"))
+        are = "row without another flag is" if len(unranked) == 1 else "rows without another flag are"
+        order += f" The priority leaves out {_list_findings(names)}, because not calibrated: {len(unranked):,} {are}"
+        order += " placed by the probabilities of other findings."
+    return [f"{first} {order}"], [order]
 
 
 def _summarize_validation(model: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from ray_cxr.imaging.overlays import HeatMap, draw_overlay, scale_to_side
 from ray_cxr.imaging.sandbox import Decoder
 from ray_cxr.labels import NO_FINDING
-from ray_cxr.reporting.cases import HeatMapReader, encode_webp, load_image
+from ray_cxr.reporting.cases import HeatMapReader, encode_webp, format_p, load_image
 from ray_cxr.reporting.plots import format_finding
 from ray_cxr.reporting.scores import Scores
 from ray_cxr.reporting.worklist import Worklist
@@ -52,6 +52,7 @@ class StudyRow:
         image: the radiograph; None if it was not loaded or cannot be read, then with an `image_error`.
         heatmap: the image with the heat map of the finding `heatmap_finding`; None without one.
         no_heatmap: why not; empty if the scores have no heat maps.
+        reason: why the row is the first of the worklist; empty for other rows.
     """
 
     line: dict[str, str]
@@ -64,13 +65,41 @@ class StudyRow:
     heatmap: bytes | None = None
     heatmap_finding: str | None = None
     no_heatmap: str = ""
+    reason: str = ""
 
 
 def list_rows(table: Scores, worklist: Worklist, maps: HeatMapReader) -> list[StudyRow]:
     """Return the first rows of a worklist of this table, the first `CARDS` of them with images."""
     rows = [_build_row(table, worklist, place) for place in range(min(ROWS, len(worklist.lines)))]
+    rows[:1] = [replace(row, reason=explain_first(worklist)) for row in rows[:1]]
     images = [study[0] for study in worklist.rows[:CARDS]]
     return [*add_images(rows[:CARDS], table, images, maps), *rows[CARDS:]]
+
+
+def explain_first(worklist: Worklist) -> str:
+    """Return why the first row of a worklist is the first; nothing for a single row or without a priority."""
+    line, n = worklist.lines[0], len(worklist.lines)
+    if n < 2 or np.isnan(worklist.priority[0]):
+        return ""
+    n_flagged = sum(bool(line["flagged"]) for line in worklist.lines)
+    flags = [format_finding(name) for name in line["flagged"].split("|") if name]
+    if not flags:
+        reason = f"First because it has the highest priority of {n:,} rows; no row has a flag."
+    elif n_flagged == 1:
+        reason = f"First because it is the only row with a flag ({', '.join(flags)})."
+    else:
+        reason = (
+            f"First because it is flagged ({', '.join(flags)}) and has the highest priority of {n_flagged:,} such rows."
+        )
+    top = line["top_finding"]
+    for kind, values in (("calibrated ", worklist.c), ("", worklist.p)):
+        if top in values and not np.isnan(values[top][0]):
+            reason += f" Its highest {kind}probability is {format_finding(top)} {format_p(float(values[top][0]))}."
+            break
+    if line["flagged_unranked"]:
+        left_out = ", ".join(map(format_finding, line["flagged_unranked"].split("|")))
+        reason += f" The priority does not count {left_out}, because not calibrated."
+    return reason
 
 
 def _build_row(table: Scores, worklist: Worklist, place: int) -> StudyRow:

@@ -14,6 +14,7 @@ import pytest
 
 from ray_cxr.reporting.scores import Scores, read_scores
 from ray_cxr.reporting.worklist import build_worklist
+from ray_cxr.reporting.worklist_page import explain_first
 
 
 def read(folder: Path, run: dict[str, Any] | None = None, **columns: list[Any]) -> Scores:
@@ -127,3 +128,18 @@ def test_cells_are_safe_for_spreadsheets(tmp_path: Path, text: str) -> None:
     content = build_worklist(table).to_csv()
     assert f"'{text}" in content
     assert content.splitlines()[1].startswith("1e-09,1e-09,")
+
+
+def test_the_first_row_says_why_it_is_first(tmp_path: Path) -> None:
+    """Image b has the flag, a the higher probability; then both have a flag; then none."""
+    for name, flags, parts in (
+        ("one", [False, True], ["only row with a flag (Mass)", "Nodule 0.300"]),
+        ("two", [True, True], ["the 2 rows with a flag", "Nodule 0.600"]),
+        ("none", [False, False], ["of 2 rows", "Nodule 0.600"]),
+    ):
+        (tmp_path / name).mkdir()
+        table = read(tmp_path / name, p_Mass=[0.1, 0.2], p_Nodule=[0.6, 0.3], flag_Mass=flags)
+        reason = explain_first(build_worklist(table))
+        assert all(part in reason for part in parts), reason
+    (tmp_path / "single").mkdir()
+    assert explain_first(build_worklist(read(tmp_path / "single", p_Mass=[0.1]))) == ""

@@ -9,7 +9,7 @@ are normal with the AUROC per finding of a public model (retrained by jrzech/rep
 is common to all findings of an image, and another finding raises a score by a share of the effect of the finding. The
 shares of the second model give results like those of that model's public predictions (old priority 0.771, abnormality
 0.789). The old priority is the highest rank: 0.5 p / t below the threshold t by Youden's rule, 0.5 + 0.5 (p - t) / (1 -
-t) from t on.
+t) from t on. `flags first` is the order of the worklist: by flag, then by abnormality.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ PREVALENCES = (0.103, 0.025, 0.042, 0.021, 0.119, 0.022, 0.015, 0.002, 0.177, 0.
 VALIDATION, TEST = 9_000, 22_433
 #: Correlation of labels, share of noise that is common, and effect of another finding.
 MODELS = {"independent": (0.0, 0.0, 0.0), "like public": (0.15, 0.2, 0.27), "common noise": (0.15, 0.5, 0.27)}
-COLUMNS = ("old priority", "abnormality", "old top", "top", "Pneumothorax", "own", "mean", "observed")
+#: Rule of the flags that the worklist puts first.
+_FLAGS = "any_flag_rate=0.3"
+COLUMNS = ("old priority", "abnormality", "flags first", "old top", "top", "Pneumothorax", "own", "mean", "observed")
 
 
 def draw_labels(n: int, correlation: float, rng: np.random.Generator) -> np.ndarray:
@@ -67,12 +69,15 @@ def measure(y: np.ndarray, p: np.ndarray) -> np.ndarray:
     thresholds = np.array([rules.operating_points[name]["threshold"] for name in FINDINGS])
     c = np.column_stack([calibration.apply_calibration(rules.calibration[f], p[:, j]) for j, f in enumerate(FINDINGS)])
     ranks, abnormality, status = compute_old_ranks(p.astype(float), thresholds), combine(c), y.any(axis=1)
+    points = [rules.operating_alternatives[name][_FLAGS] for name in FINDINGS]
+    flagged = (p >= [np.inf if point is None else point["threshold"] for point in points]).any(axis=1)
     rows = np.flatnonzero(status)
     last = y[:, -1] | ~status
     return np.array(
         [
             metrics.auroc(status, ranks.max(axis=1)),
             metrics.auroc(status, abnormality),
+            metrics.auroc(status, abnormality + flagged),
             y[rows, ranks.argmax(axis=1)[rows]].mean(),
             y[rows, c.argmax(axis=1)[rows]].mean(),
             metrics.auroc(y[last, -1], abnormality[last]),
