@@ -60,6 +60,7 @@ def test_prepare_states_splits_and_the_size_of_the_prepared_set(
     assert not any(estimate_prepare(manifest, prepared, settings, cpus=2).sizes.values())
 
 
+@pytest.mark.slow
 def test_train_uses_the_rate_of_an_earlier_run_in_the_folder(command: Command, prepared: Path, tmp_path: Path) -> None:
     arguments = ["train", prepared, *TINY, "--set", "epochs=7"]
     printed = run_dry(command, tmp_path / "run", *arguments)

@@ -44,6 +44,7 @@ def test_warnings_of_libraries_do_not_end_a_command(
     assert done.stdout.strip() == str(None if is_ignored else variables.get("PYTHONWARNINGS"))
 
 
+@pytest.mark.slow
 def test_a_warning_while_the_libraries_are_imported_does_not_end_a_command() -> None:
     code = (
         "import sys\n"
@@ -107,6 +108,7 @@ def test_a_quota_below_one_cpu_counts_as_one(
     assert ("Ray counts it as one" in caplog.text) == (quota < 1)
 
 
+@pytest.mark.slow
 def test_figures_are_independent_of_the_settings_for_matplotlib(tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\naxes.facecolor: black\n", encoding="utf-8")
     code = f"""

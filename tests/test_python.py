@@ -74,6 +74,7 @@ def workplace(
     return tmp_path
 
 
+@pytest.mark.slow
 def test_evaluate_agrees_with_scikit_learn_and_takes_tables_and_folders(
     scores: Path, frame: pd.DataFrame, manifest: Path, labels: pd.DataFrame
 ) -> None:
@@ -163,6 +164,7 @@ def test_examples_of_the_guide_run(workplace: Path, capsys: pytest.CaptureFixtur
     assert [name for name in ray_cxr.__all__ if not re.search(rf"\b{name}\b", shown)] == ["__version__"]
 
 
+@pytest.mark.slow
 def test_notebook_runs_and_has_small_outputs(workplace: Path) -> None:
     path = ROOT / "examples" / "first_look.ipynb"
     cells = notebooks.read_cells(path)

@@ -30,6 +30,7 @@ def simulate_images(patients: int, per_patient: int, seed: int) -> tuple[np.ndar
     return y, 1.5 * y + rng.normal(size=patients)[codes] + rng.normal(size=len(codes)), codes
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 5)), min_size=4, max_size=40))
 def test_a_patient_per_image_is_delong(rows: list[tuple[int, int]]) -> None:

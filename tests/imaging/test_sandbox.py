@@ -208,6 +208,7 @@ def test_file_that_never_ends_costs_its_row(broken_decoder: Decoder, tmp_path: P
     assert_good(broken_decoder.load(GOOD))
 
 
+@pytest.mark.slow
 def test_child_killed_by_others_costs_no_row(broken_decoder: Decoder, tmp_path: Path) -> None:
     """Killed once between two files, and once while it decodes one: both times the file gets a second child."""
     broken_decoder.load(GOOD)
@@ -285,6 +286,7 @@ def test_child_killed_while_it_starts_is_started_again(tmp_path: Path, monkeypat
     assert mark.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hangs", [False, True])
 @pytest.mark.usefixtures("broken_decoder")
 def test_child_ends_with_its_parent(tmp_path: Path, hangs: bool) -> None:

@@ -105,6 +105,7 @@ def test_members_of_different_inputs_share_one_decode(
     assert "different inputs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ensemble_can_be_recalibrated(members: list[Bundle], tmp_path: Path) -> None:
     both = ensembles.build_ensemble([bundle.path for bundle in members], tmp_path / "both")
     site = Site(tmp_path, both)

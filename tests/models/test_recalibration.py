@@ -195,6 +195,7 @@ def test_provenance_names_the_sources_and_keeps_the_old_rules(finished: Recalibr
         report.write_report(scored.scores, tmp_path / "report", labels=scored.table)
 
 
+@pytest.mark.slow
 def test_site_images_are_the_baseline_of_all_drift(finished: Recalibrated, tmp_path: Path) -> None:
     """The images of the fit do not drift from themselves, although the old bundle scored far higher."""
     old = finished.site.bundle
@@ -403,6 +404,7 @@ def test_a_second_command_for_one_bundle_is_refused_at_its_start(site: Site, com
     assert not site.out.exists()
 
 
+@pytest.mark.slow
 def test_inputs_and_output_may_be_in_a_bucket(bucket, finished, command: Command, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("RAY_CXR_CACHE", str(tmp_path / "cache"))
     site = finished.site

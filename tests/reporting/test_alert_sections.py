@@ -151,6 +151,7 @@ def test_most_images_flagged_is_a_warning(evaluated: Report, tmp_path: Path) -> 
         assert any("have a finding, more than" in note for note in found.metrics["notes"]) == warned
 
 
+@pytest.mark.slow
 def test_alerts_without_labels_or_rules(tmp_path: Path) -> None:
     archive = Archive(tmp_path, patients=20)
     found = report(archive, tmp_path / "report")

@@ -31,6 +31,7 @@ def list_flagged(site: Site) -> list[int]:
     return [row for row, flag in enumerate(site.table["flag_Cardiomegaly"].to_pylist()) if flag]
 
 
+@pytest.mark.slow
 def test_every_flagged_finding_has_a_capture_in_its_study(site: Site, command: Command) -> None:
     out, _ = site.run(command, "--heatmaps")
     flagged = list_flagged(site)

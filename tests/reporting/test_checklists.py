@@ -59,6 +59,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
     return Archive(tmp_path_factory.mktemp("archive"), patients=40)
 
 
+@pytest.mark.slow
 def test_items_hold_values_of_the_run(archive: Archive, tmp_path: Path) -> None:
     people = {"images": 30, "patients": 10, "images_without_patient": 0}
     provenance: dict[str, Any] = {
@@ -109,6 +110,7 @@ def test_items_hold_values_of_the_run(archive: Archive, tmp_path: Path) -> None:
     assert cells["TRIPOD", "14"] == UNKNOWN  # no sex, age or view
 
 
+@pytest.mark.slow
 def test_groups_and_other_tables_are_stated(archive: Archive, tmp_path: Path) -> None:
     labels = archive.labels(sex=["F" if i % 6 < 3 else "M" for i in range(archive.n)])
     provenance = {"split": {"kind": "given", "tables": {"elsewhere.csv": "cd" * 32}}}
@@ -121,6 +123,7 @@ def test_groups_and_other_tables_are_stated(archive: Archive, tmp_path: Path) ->
     assert "Groups: " in cells["CLAIM", "30"]
 
 
+@pytest.mark.slow
 def test_numbers_are_of_the_evaluated_images(archive: Archive, tmp_path: Path) -> None:
     """One image with a quality flag and two that failed are in the scores, but not among the labels."""
     labels = archive.labels(keep=[i for i in range(archive.n) if i not in (50, archive.n - 3, archive.n - 1)])
@@ -134,6 +137,7 @@ def test_numbers_are_of_the_evaluated_images(archive: Archive, tmp_path: Path) -
     assert "72 (evaluated 71, failed 1, without a score 0)" in cells["CLAIM", "35"]
 
 
+@pytest.mark.slow
 def test_another_systems_scores_leave_items_unknown(archive: Archive, tmp_path: Path) -> None:
     foreign = shutil.copy(Path(archive.scores()) / "scores" / "00000.parquet", tmp_path)
     for out, options in (("labels", {"labels": archive.labels(), "n_resamples": 40}), ("bare", {})):

@@ -80,6 +80,7 @@ def test_consensus_labels_replace_the_mined_ones(everything: Report) -> None:
     assert list(found["left_out"]) == ["Fracture"]
 
 
+@pytest.mark.slow
 def test_consensus_without_labels_is_an_evaluation_and_is_guarded(archive: Archive, tmp_path: Path) -> None:
     rows = np.flatnonzero(archive.split == "test")
     (tmp_path / "p.toml").write_text("Effusion = 0.02\n", encoding="utf-8")

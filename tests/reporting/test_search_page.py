@@ -204,6 +204,7 @@ def test_page_shows_the_confirming_pairs(tmp_path: Path) -> None:
         assert words in page.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objectives", [2, 3, 4])
 def test_page_of_several_objectives_shows_the_front(tmp_path: Path, objectives: int) -> None:
     search = Search(mixed(20), (*TWO, "calibration_error", "seconds")[:objectives])
@@ -235,6 +236,7 @@ def test_page_of_a_small_search(tmp_path: Path, states: list[str], words: str, o
     assert any("Plotly.react" in script for script in page.scripts) == bool(page.figures) == bool(states)
 
 
+@pytest.mark.slow
 def test_settings_that_never_varied_have_no_importance(tmp_path: Path) -> None:
     space: dict[str, BaseDistribution] = {"backbone": CategoricalDistribution(["DenseNet121"])}
     page = write_page(Search(mixed(6), space=space), tmp_path / "out")
@@ -313,6 +315,7 @@ def test_a_plot_that_optuna_cannot_draw_becomes_a_sentence(tmp_path: Path, monke
     assert page.figures
 
 
+@pytest.mark.slow
 def test_the_same_search_gives_the_same_page(tmp_path: Path) -> None:
     states = mixed(6)[:-1]  # a running trial is drawn up to now
     assert len({write_page(Search(states), tmp_path / "out").source for _ in range(2)}) == 1
@@ -375,6 +378,7 @@ def test_a_searched_field_may_be_named_like_a_column(tmp_path: Path) -> None:
     assert ", zoom, epochs." in page.text
 
 
+@pytest.mark.slow
 def test_plots_show_categorical_values_without_pythons_quotes(tmp_path: Path) -> None:
     write_page(Search(mixed(20)), tmp_path / "out", with_figures=True)
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

@@ -200,6 +200,7 @@ def collect(browser: Browser, rows: list[int]) -> dict[str, tuple[int, bytes]]:
     return {path: (answer.status_code, answer.content) for path, answer in found.items()}
 
 
+@pytest.mark.slow
 def test_blind_reader_learns_nothing_of_the_model_before_deciding(tmp_path: Path) -> None:
     """Two models with other predictions of the same images give the same answers, byte for byte."""
     folders = []

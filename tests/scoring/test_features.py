@@ -52,6 +52,7 @@ def test_features_are_those_of_the_model(tiny_bundle, manifest, scores, tmp_path
     assert not list((out / "features").iterdir())
 
 
+@pytest.mark.slow
 def test_retry_replaces_features_of_its_rows_alone(tiny_bundle, manifest, tmp_path: Path, command) -> None:
     table = pd.read_parquet(manifest)
     table = table[table["path"].notna()].head(6).reset_index(drop=True)

@@ -111,6 +111,7 @@ def test_a_search_is_scored_once_and_frozen(
     assert count_searches(pacs) == searches
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
 def test_limit_ends_the_search_and_pseudonyms_replace_ids(
     pacs: DicomwebServer, tiny_bundle: Any, tmp_path: Path, command: Command

@@ -76,6 +76,7 @@ def predict(bundle: Bundle, images: np.ndarray) -> Any:
     return bundle.open_runtime("fp32", batch_size=4, threads=1).predict(images)
 
 
+@pytest.mark.slow
 def test_head_is_that_of_a_logistic_regression(base: Bundle, tmp_path: Path, command: Command) -> None:
     site = Site(tmp_path, base)
     code, said, err = command(*site.arguments(tmp_path / "out", "--set", "strengths=[0.05]"))
@@ -111,6 +112,7 @@ def test_head_is_that_of_a_logistic_regression(base: Bundle, tmp_path: Path, com
     assert command(*site.arguments(tmp_path / "out"))[0] == 2
 
 
+@pytest.mark.slow
 def test_folds_judge_each_image_without_its_patient(base: Bundle, tmp_path: Path, command: Command) -> None:
     site = Site(tmp_path, base, split=False)
     code, _, err = command(*site.arguments(tmp_path / "out", "--set", 'findings=["Edema", "Hernia"]'))
@@ -158,6 +160,7 @@ def test_finding_of_one_patient_is_left_out(base: Bundle, tmp_path: Path, comman
     assert load_bundle(tmp_path / "out").findings == ("Edema", "Hernia")
 
 
+@pytest.mark.slow
 def test_probe_of_a_graph(tmp_path: Path, command: Command) -> None:
     options = importing.ImportOptions(outputs=("Mass", "-", "-"), normalization="none", layout="nchw", logits=True)
     small = Path(__file__).parents[1] / "models/small.onnx"

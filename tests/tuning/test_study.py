@@ -291,6 +291,7 @@ def test_a_resumed_study_draws_other_values(sampler: str, prepared: Path, tmp_pa
     assert not set(first_dropouts(plan_of(prepared, tmp_path / "other", sampler=sampler, seed=1), 3)) & set(runs[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "space"), [("tpe", FULL), ("tpe", {}), ("random", FULL), ("cmaes", RATES)])
 def test_samplers_print_nothing(sampler: str, space: dict[str, Any], prepared: Path, tmp_path: Path, capfd) -> None:
     """They model the space after two trials and see finished, stopped and failed ones."""
