@@ -51,8 +51,10 @@ class DicomwebServer:
         token: bearer token that requests need; None for none.
         page_limit: maximum number of results in an answer, reported with Warning 299; None for none.
         ignores_offset: whether each page is the first.
+        cuts_first: whether the limit is applied before the offset.
         has_counts: whether studies report how many instances they have.
-        outcome: for STOW-RS, returns status and JSON from the dataset; None stores it and answers 200.
+        outcome: for STOW-RS, returns status and JSON from the dataset, which is then not stored. Without it, or if it
+            returns None, the dataset is stored, and the answer is 200.
         store_headers, parts, quote: how the answer of WADO-RS looks.
     """
 
@@ -61,8 +63,9 @@ class DicomwebServer:
     token: str | None = None
     page_limit: int | None = None
     ignores_offset: bool = False
+    cuts_first: bool = False
     has_counts: bool = True
-    outcome: Callable[[pydicom.Dataset], tuple[int, Any]] | None = None
+    outcome: Callable[[pydicom.Dataset], tuple[int, Any] | None] | None = None
     parts: int = 1
     quote: bool = True
     port: int = 0  # 0: any; it stays the same when the server starts again
@@ -201,7 +204,8 @@ class Handler(BaseHTTPRequestHandler):
         limit = int(query.pop("limit", len(rows)))
         for name in ("includefield", "fuzzymatching", "offset"):
             query.pop(name, None)
-        rows = [row for row in rows if all(_matches(row, key, value) for key, value in query.items())][offset:]
+        rows = [row for row in rows if all(_matches(row, key, value) for key, value in query.items())]
+        rows = rows[: limit if self.pacs.cuts_first else None][offset:]
         is_cut = self.pacs.page_limit is not None and len(rows) > self.pacs.page_limit < limit
         rows = rows[: min(limit, self.pacs.page_limit or limit)]
         warning = {"Warning": '299 pacs "There are additional results that can be requested"'} if is_cut else {}
@@ -216,8 +220,8 @@ class Handler(BaseHTTPRequestHandler):
         part = self.body.split(b"--" + boundary[1].encode())[1]
         data = part.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n")
         dataset = pydicom.dcmread(BytesIO(data))
-        if self.pacs.outcome:
-            status, content = self.pacs.outcome(dataset)
+        if self.pacs.outcome and (answer := self.pacs.outcome(dataset)):
+            status, content = answer
             self.answer(status, content if isinstance(content, bytes) else json.dumps(content).encode())
             return
         self.pacs.add(data)

@@ -64,8 +64,9 @@ def list_radiographs(
 ) -> pa.Table:
     """Return a manifest of the radiographs that a search finds, without labels and split.
 
-    `image_id` is the SOP Instance UID, `study_id` the Study Instance UID. Other columns are null where the PACS sends
-    no value. `manifest.listing_notes` describes the objects that were left out.
+    `image_id` is the SOP Instance UID, `study_id` the Study Instance UID. Images with the same SOP Instance UID, as
+    faulty anonymisers write them, have `STUDY/SERIES/INSTANCE` as `image_id`. Other columns are null where the PACS
+    sends no value. `manifest.listing_notes` describes what was left out.
 
     Args:
         address: of a search, `dicomweb+https://HOST/ROOT?KEYWORD=VALUE&...`.
@@ -75,13 +76,15 @@ def list_radiographs(
 
     Raises:
         InputError: the address is wrong, the PACS cannot be searched, or it has no radiograph for this search.
+        RayCxrError: the PACS does not answer.
     """
     left_out: Counter[str] = Counter()
+    gaps: Counter[str] = Counter()
     shown = f"listing images in {redact(address)}"
     with Stage(shown) as stage:
         batches: list[pa.RecordBatch] = []
         rows: list[tuple[Any, ...]] = []
-        for count, row in enumerate(_iter_rows(address, left_out, captures, replace_id), 1):
+        for count, row in enumerate(_iter_rows(address, left_out, gaps, captures, replace_id), 1):
             rows.append(row)
             if len(rows) == _BATCH_ROWS:
                 batches.append(_to_batch(rows))
@@ -92,17 +95,29 @@ def list_radiographs(
                 break
         table = pa.Table.from_batches([*batches, _to_batch(rows)])
     if not len(table):
-        others = f" (left out: {format_counts(left_out)})" if left_out else ""
+        others = f" (left out: {format_counts(left_out + gaps)})" if left_out + gaps else ""
         raise InputError(
             f"{redact(address)}: the search finds no radiographs{others}; check its dates and other keys, and whether "
             "this account may see the studies"
         )
-    order = [(name, "ascending") for name in ("study_id", "series", "number", "image_id")]
+    order = [(name, "ascending") for name in ("study_id", "series", "number", "image_id", "path")]
     table = table.take(pc.sort_indices(table, sort_keys=order))
-    notes = json.dumps({"kinds": dict(left_out.most_common())}, sort_keys=True)
+    table, repeats = _name_repeats(table)
+    notes = json.dumps({"kinds": dict(left_out.most_common()), "gaps": dict(gaps), "repeats": repeats}, sort_keys=True)
     nulls = {field.type: pa.nulls(len(table), field.type) for field in SCHEMA}
     columns = {field.name: nulls[field.type] for field in SCHEMA} | {name: table[name] for name in _COLUMNS}
     return pa.table(columns, schema=SCHEMA.with_metadata({LISTING_KEY: notes.encode()}))
+
+
+def _name_repeats(table: pa.Table) -> tuple[pa.Table, int]:
+    """Replace each image_id that several rows have by `STUDY/SERIES/INSTANCE`; return the number of these rows too."""
+    counts = pc.value_counts(table["image_id"])
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    is_repeated = pc.is_in(table["image_id"], value_set=repeated)
+    pattern = r"^.*/studies/([^/]+)/series/([^/]+)/instances/([^/]+)$"
+    names = pc.replace_substring_regex(table["path"], pattern, r"\1/\2/\3")
+    ids = pc.if_else(is_repeated, names, table["image_id"])
+    return table.set_column(table.column_names.index("image_id"), "image_id", ids), pc.sum(is_repeated).as_py()
 
 
 def name_search(address: str, hide: Callable[[str], str] | None = None) -> str:
@@ -115,10 +130,14 @@ def name_search(address: str, hide: Callable[[str], str] | None = None) -> str:
 
 
 def _iter_rows(
-    address: str, left_out: Counter[str], captures: bool, replace_id: Callable[[str], str] | None
+    address: str,
+    left_out: Counter[str],
+    gaps: Counter[str],
+    captures: bool,
+    replace_id: Callable[[str], str] | None,
 ) -> Iterator[tuple[Any, ...]]:
     """Yield a row of `_ORDER` for each radiograph, and count other objects."""
-    for elements in dicomweb.search(address, left_out):
+    for elements in dicomweb.search(address, gaps):
         header = _Header(elements)
         uids = [read_text(header, f"{level}InstanceUID") for level in ("Study", "Series", "SOP")]
         study, series, instance = uids

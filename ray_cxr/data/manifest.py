@@ -226,8 +226,15 @@ def describe_notes(metadata: Mapping[bytes, bytes] | None) -> list[str]:
     """Return `listing_notes` from the metadata of a manifest."""
     try:
         notes = json.loads((metadata or {}).get(LISTING_KEY, b"{}"))
-        kinds = describe_kinds(notes["kinds"]) if notes.get("kinds") else []
-        return describe_listing(notes.get("left_out", {}), notes.get("unpacked", 0)) + kinds
+        lines = describe_kinds(notes["kinds"]) if notes.get("kinds") else []
+        if gaps := notes.get("gaps"):
+            lines.append(f"WARNING: the listing is not complete: {format_counts(gaps)}")
+        if repeats := notes.get("repeats"):
+            lines.append(
+                f"{repeats:,} images have a SOP Instance UID that another image has too; their image_id is "
+                "STUDY/SERIES/INSTANCE"
+            )
+        return describe_listing(notes.get("left_out", {}), notes.get("unpacked", 0)) + lines
     except (ValueError, AttributeError, TypeError):
         return []
 

@@ -25,6 +25,14 @@ _DEFAULT_PORTS = {"https": 443, "http": 80}
 Origin = tuple[str, str, int]  # scheme, host, port
 
 
+class Unavailable(ImageError):
+    """The PACS gave no answer, or that it is busy, in all attempts; a later request can succeed."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("storage", message)
+        self.args = (message,)  # so that it survives pickling between processes
+
+
 class Limiter(Protocol):
     """Grants requests to a PACS."""
 

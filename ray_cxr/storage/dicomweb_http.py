@@ -31,7 +31,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from ray_cxr.config import PacsSettings
 from ray_cxr.errors import ImageError
-from ray_cxr.storage.dicomweb_access import Access, Limiter, get_origin
+from ray_cxr.storage.dicomweb_access import Access, Limiter, Unavailable, get_origin
 
 #: Statuses of a server that is busy or restarts.
 BUSY = frozenset({429, 500, 502, 503, 504})
@@ -128,7 +128,7 @@ class _Authorization(AuthBase):
         return request
 
 
-class _Unavailable(Exception):
+class _NoAnswer(Exception):
     """An attempt failed in a way that may be temporary; the text is for users."""
 
 
@@ -155,9 +155,10 @@ class PacsSession:
         """Send a request until it is answered, at most `attempts` times, and return the answer with any status.
 
         Raises:
-            ImageError: `storage` (no answer after all attempts, an untrusted certificate, a redirect to another host,
-                a compressed answer), `permission` (`pacs.host`, a client certificate is required) or `too_large`.
-                Messages contain no address.
+            Unavailable: No answer after all attempts.
+            ImageError: `storage` (an untrusted certificate, a redirect to another host, a compressed answer),
+                `permission` (`pacs.host`, a client certificate is required) or `too_large`. Messages contain no
+                address.
         """
         self._access.check_host(url)
         wait = BACKOFF_S
@@ -170,12 +171,12 @@ class PacsSession:
                     return answer
                 failure = f"the PACS answers {describe_status(answer.status)}"
                 pause = _parse_retry_after(answer.headers.get("Retry-After"), pause)
-            except _Unavailable as error:
+            except _NoAnswer as error:
                 failure = str(error)
             if attempt < self._settings.attempts:
                 time.sleep(pause)
                 wait *= 2
-        raise ImageError("storage", f"{failure} ({self._settings.attempts} attempts)")
+        raise Unavailable(f"{failure} ({self._settings.attempts} attempts)")
 
     def _send(self, method: str, url: str, headers: Mapping[str, str], max_bytes: int, body: bytes | None) -> Answer:
         """Send one request; follow redirects to the same scheme, host and port; replace a token that was refused."""
@@ -229,7 +230,7 @@ class PacsSession:
             with contextlib.closing(response):
                 return Answer(response.status_code, response.headers, _read_body(response, max_bytes))
         except (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError):
-            raise _Unavailable(late) from None
+            raise _NoAnswer(late) from None
         except (requests.ConnectionError, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
             raise _explain(error) from None
         except (requests.RequestException, ValueError):
@@ -262,10 +263,10 @@ def _explain(error: Exception) -> Exception:
     if "ALERT" in text and ("CERTIFICATE" in text or "HANDSHAKE" in text or "UNKNOWN CA" in text):
         return ImageError("permission", _NO_CERTIFICATE)
     if re.search("NAMERESOLUTION|GETADDRINFO|NAME OR SERVICE", text):
-        return _Unavailable("the host of the PACS is unknown")
+        return _NoAnswer("the host of the PACS is unknown")
     if "REFUSED" in text or "UNREACHABLE" in text or "NEWCONNECTION" in text:
-        return _Unavailable("the PACS cannot be reached")
-    return _Unavailable("the connection to the PACS broke")
+        return _NoAnswer("the PACS cannot be reached")
+    return _NoAnswer("the connection to the PACS broke")
 
 
 def _parse_retry_after(value: str | None, default: float) -> float:

@@ -36,7 +36,7 @@ def answer(instance: str, study: str = "1.2", series: str = "1.2.1", **values: A
 @pytest.fixture
 def list_answers(monkeypatch: pytest.MonkeyPatch):
     def run(answers: Iterable[dict[str, Any]], **options: Any) -> Any:
-        monkeypatch.setattr(dicomweb, "search", lambda address, left_out: iter(answers))
+        monkeypatch.setattr(dicomweb, "search", lambda address, gaps: iter(answers))
         return list_radiographs(ADDRESS, **options)
 
     return run
@@ -116,6 +116,13 @@ def test_rows_are_sorted_by_study_series_and_number(list_answers: Any) -> None:
     ]
     assert list_answers(answers)["image_id"].to_pylist() == ["1", "2", "3", "4", "5"]
     assert list_answers(answers[::-1]).equals(list_answers(answers))
+
+
+def test_images_with_one_uid_have_different_ids(list_answers: Any) -> None:
+    answers = [answer("1.1"), answer("1.1", series="1.2.2"), answer("1.1", study="1.3"), answer("1.4")]
+    table = list_answers(answers)
+    assert sorted(table["image_id"].to_pylist()) == ["1.2/1.2.1/1.1", "1.2/1.2.2/1.1", "1.3/1.2.1/1.1", "1.4"]
+    assert any("3 images" in note for note in listing_notes(table))
 
 
 def test_a_limit_ends_the_search(list_answers: Any) -> None:

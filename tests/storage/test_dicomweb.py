@@ -36,9 +36,9 @@ from dicomweb_server import (
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian
 
 from ray_cxr.config import PacsSettings
-from ray_cxr.errors import ConfigError, ImageError, InputError
+from ray_cxr.errors import ConfigError, ImageError, InputError, RayCxrError
 from ray_cxr.storage import dicomweb, dicomweb_http
-from ray_cxr.storage.dicomweb import check_root, check_search, configure, fetch_instance, fetch_metadata, search, store
+from ray_cxr.storage.dicomweb import check_root, configure, fetch_instance, fetch_metadata, search, store
 from ray_cxr.storage.dicomweb_access import Access, ProcessLimiter
 from ray_cxr.storage.files import read_bytes
 from ray_cxr.storage.paths import file_name, make_absolute, redact
@@ -100,8 +100,13 @@ def write_netrc(folder: Path) -> str:
     return write_secret(folder / "netrc", f"machine 127.0.0.1 login {USER} password {SECRET}\n")
 
 
-def list_uids(address: str, left_out: Counter[str] | None = None) -> list[str]:
-    return [dicomweb.get_text(row, "00080018") for row in search(address, left_out)]
+def list_uids(address: str, gaps: Counter[str] | None = None) -> list[str]:
+    """Return the SOP Instance UIDs that a search finds; gaps must be expected."""
+    found: Counter[str] = Counter()
+    uids = [dicomweb.get_text(row, "00080018") for row in search(address, found)]
+    assert gaps is not None or not found
+    (Counter() if gaps is None else gaps).update(found)
+    return uids
 
 
 def fail(path: str, code: str, **options: Any) -> str:
@@ -142,7 +147,7 @@ def fail(path: str, code: str, **options: Any) -> str:
 )
 def test_wrong_address_is_one_line_without_secrets(address: str) -> None:
     with pytest.raises(InputError) as caught:
-        check_search(address)
+        search(address, Counter())
     text = str(caught.value)
     assert caught.value.exit_code == 2
     assert text.splitlines() == [text]
@@ -153,7 +158,7 @@ def test_wrong_address_is_one_line_without_secrets(address: str) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1:80", "[::1]:8042", "LocalHost:1"])
 def test_http_is_for_loopback(host: str) -> None:
-    check_search(f"dicomweb+http://{host}/dicom-web?StudyDate=20260101-&00100020=x&Modality=DX&fuzzymatching=true")
+    search(f"dicomweb+http://{host}/dicom-web?00100020=x&Modality=DX&fuzzymatching=true", Counter())
     check_root(f"dicomweb+http://{host}/dicom-web/")
 
 
@@ -552,7 +557,7 @@ def test_nothing_shows_credentials_or_the_query(
                         pacs.disturb(fault)
                     try:
                         lines.append(str(run()).replace(QUERY, "") if run is runs[1] else str(run()))
-                    except (ImageError, InputError):
+                    except RayCxrError:
                         lines.append(traceback.format_exc())
                         attempts += 1
             lines.append(f"{Access(PacsSettings(**settings))!r} {vars(PacsSettings(**settings))}")
@@ -703,7 +708,7 @@ def test_keys_of_a_study_select_studies_and_others_instances(pacs: DicomwebServe
     pacs.add(make_file(3, 2, Modality="CT"))
     assert list_uids(f"{pacs.address}?ModalitiesInStudy=DX") == ["1.2.3.1", "1.2.3.2"]
     assert list_uids(f"{pacs.address}?00080061=DX&00080060=DX") == ["1.2.3.1"]
-    [row] = search(f"{pacs.address}?ModalitiesInStudy=DX&Modality=DX")
+    [row] = search(f"{pacs.address}?ModalitiesInStudy=DX&Modality=DX", Counter())
     assert dicomweb.get_text(row, "00100010") == QUERY, "values of the study are in the instance"
 
 
@@ -717,20 +722,58 @@ def test_instance_that_names_another_study_is_fetched_where_it_is_listed(pacs: D
     [uid] = fill(pacs, studies=1)
     row = {**pacs.instances[uid], "0020000D": {"Value": ["1.2.9"]}}
     pacs.disturb(lambda handler: handler.answer(200, json.dumps([row]).encode()), where="/instances?")
-    assert [dicomweb.get_text(row, "0020000D") for row in search(pacs.address)] == ["1.2.1.1"]
+    assert [dicomweb.get_text(row, "0020000D") for row in search(pacs.address, Counter())] == ["1.2.1.1"]
+
+
+def then_serve(change: Callable[[], None]) -> Callable[[Handler], None]:
+    """Answer as usual, after a change."""
+
+    def behave(handler: Handler) -> None:
+        change()
+        handler._get(handler.path.partition("?")[0].removeprefix("/dicom-web"))
+
+    return behave
 
 
 def test_images_that_arrive_meanwhile_lose_none(pacs: DicomwebServer) -> None:
     uids = fill(pacs, studies=7)
     use(page=3)
-    rows = search(pacs.address)
-    found = [dicomweb.get_text(next(rows), "00080018")]
-    for number in (800, 900):  # new studies come first, so the next page begins with studies that are known
-        pacs.add(make_file(number, number // 100))
-        pacs.instances = {f"1.2.3.{number}": pacs.instances[f"1.2.3.{number}"], **pacs.instances}
-    found += [dicomweb.get_text(row, "00080018") for row in rows]
+
+    def arrive() -> None:  # new studies come first, so the next page begins with studies that are known
+        pacs.add(make_file(800, 8))
+        pacs.instances = {"1.2.3.800": pacs.instances["1.2.3.800"], **pacs.instances}
+
+    pacs.disturb(then_serve(arrive), where="offset=3", times=1)
+    found = list_uids(pacs.address)
     assert set(uids) <= set(found)
     assert len(found) == len(set(found))
+
+
+def test_study_deleted_before_its_instances_are_listed_shifts_no_page(pacs: DicomwebServer) -> None:
+    uids = fill(pacs, studies=7)
+    use(page=2, parallel=1)
+    pacs.disturb(then_serve(lambda: pacs.instances.pop(uids[0], None)), where="/instances?")
+    gaps: Counter[str] = Counter()
+    assert list_uids(pacs.address, gaps) == uids[1:]
+    assert sum(gaps.values()) == 1
+
+
+@pytest.mark.parametrize("page", [2, 3, 7])
+def test_server_that_cuts_before_it_applies_the_offset(pacs: DicomwebServer, page: int) -> None:
+    uids = fill(pacs, studies=7, images=2)
+    pacs.cuts_first = True
+    use(page=page)
+    assert list_uids(pacs.address) == uids
+
+
+def test_instances_that_the_server_counts_but_does_not_list(pacs: DicomwebServer) -> None:
+    uids = fill(pacs, studies=2, images=5)
+    pacs.ignores_offset = True
+    rows = [pacs.instances[uid] for uid in uids[:2]]
+    pacs.disturb(answer_with(json.dumps(rows).encode(), "application/json"), where="1.2.1.1/instances?")
+    gaps: Counter[str] = Counter()
+    assert list_uids(pacs.address, gaps) == uids[:2] + uids[5:]
+    assert gaps == {dicomweb.UNLISTED: 3}
 
 
 def test_server_that_ignores_the_offset(pacs: DicomwebServer) -> None:
@@ -770,16 +813,13 @@ def test_objects_with_wrong_uids_are_counted(pacs: DicomwebServer, uid: Any) -> 
     assert list_uids(pacs.address, left_out) == uids
     assert sum(left_out.values()) == 2
     assert all("/../" not in request.path for request in pacs.requests)
-    with pytest.raises(InputError):
-        list_uids(pacs.address)
 
 
-def test_instance_of_two_studies_is_listed_once_and_counted(pacs: DicomwebServer) -> None:
+@pytest.mark.parametrize("level", ["0020000D", "0020000E"])
+def test_instances_of_two_studies_or_series_with_one_uid_are_both_listed(pacs: DicomwebServer, level: str) -> None:
     [first, second] = fill(pacs, studies=2)
-    pacs.instances["x"] = {**pacs.instances[first], "0020000D": pacs.instances[second]["0020000D"]}
-    left_out: Counter[str] = Counter()
-    assert list_uids(pacs.address, left_out) == [first, second]
-    assert sum(left_out.values()) == 1
+    pacs.instances["x"] = {**pacs.instances[first], level: {"Value": ["1.2.1.2" if level.endswith("D") else "1.9"]}}
+    assert sorted(list_uids(pacs.address)) == [first, first, second]
 
 
 def test_study_deleted_meanwhile_is_counted(pacs: DicomwebServer) -> None:
@@ -804,7 +844,7 @@ def test_listing_that_is_no_dicom_json_is_an_error(pacs: DicomwebServer, body: b
 def test_values_of_wrong_types_are_passed_on(pacs: DicomwebServer, value: Any) -> None:
     [uid] = fill(pacs, studies=1)
     pacs.instances[uid]["00100010"] = pacs.instances[uid]["00101010"] = value
-    [row] = search(pacs.address)
+    [row] = search(pacs.address, Counter())
     assert dicomweb.get_text(row, "00101010") == ""
 
 
@@ -812,36 +852,40 @@ def test_unavailable_pacs_cannot_be_searched(pacs: DicomwebServer) -> None:
     fill(pacs, studies=2)
     use(attempts=2)
     pacs.fail(503, times=4, where="/instances")
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(RayCxrError) as caught:
         list_uids(f"{pacs.address}?PatientName=")
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == 1
     assert "PatientName" not in str(caught.value)
 
 
 # --- Storing
 
 
-def failed(reason: Any) -> Any:
-    return {"00081198": {"Value": [{"00081197": {"Value": [reason]}}]}}
+def failed(reason: Any, uid: str = "1.2.3.5") -> Any:
+    return {"00081198": {"Value": [{"00081155": {"Value": [uid]}, "00081197": {"Value": [reason]}}]}}
 
 
-def warned(reason: Any) -> Any:
-    return {"00081199": {"Value": [{"00081196": {"Value": [reason]}}]}}
+def stored(uid: str = "1.2.3.5", warning: Any = None) -> Any:
+    return {"00081199": {"Value": [{"00081155": {"Value": [uid]}, "00081196": {"Value": [warning]}}]}}
 
 
 @pytest.mark.parametrize(
     ("status", "content", "expected", "reason"),
     [
-        (200, {"00081199": {"Value": [{}]}}, "accepted", None),
-        (200, b"", "accepted", None),
-        (200, b"<xml/>", "accepted", None),
-        (200, warned(0xB000), "warned", 0xB000),
-        (202, warned(0xB007), "warned", 0xB007),
-        (202, b"", "warned", None),
+        (200, stored(), "accepted", None),
+        (200, stored("1.2.3.55"), "unavailable", None),
+        (200, {"00081199": {"Value": [{}]}}, "unavailable", None),
+        (200, b"", "unavailable", None),
+        (200, b"<html>Please log in</html>", "unavailable", None),
+        (200, stored(warning=0xB000), "warned", 0xB000),
+        (202, stored(warning=0xB007), "warned", 0xB007),
+        (202, stored(), "warned", None),
+        (202, b"", "unavailable", None),
         (202, failed(0xA700), "refused", 0xA700),
         (200, failed(0x0122), "refused", 0x0122),
         (409, failed(0x0110), "refused", 0x0110),
         (409, failed(0x0111), "accepted", 0x0111),
+        (409, failed(0x0111, "1.2.3.55"), "refused", 0x0111),
         (409, failed("x"), "refused", None),
         (409, {"00081198": {"Value": 3}}, "refused", None),
         (409, b"[3]", "refused", None),
@@ -861,6 +905,16 @@ def test_outcome_of_a_document(
     [outcome] = store(pacs.address, [make_file(5)])
     assert (outcome.sop_instance_uid, outcome.status, outcome.reason) == ("1.2.3.5", expected, reason)
     assert outcome.message.splitlines() == [outcome.message]
+
+
+def test_document_that_the_answer_does_not_name_is_read_back(pacs: DicomwebServer) -> None:
+    use(attempts=1)
+    document = make_file(5)
+    pacs.outcome = lambda dataset: (200, b"<xml/>")
+    pacs.add(document)
+    assert [outcome.status for outcome in store(pacs.address, [document])] == ["accepted"]
+    pacs.add(make_file(5, PatientID="other"))
+    assert [outcome.status for outcome in store(pacs.address, [document])] == ["unavailable"]
 
 
 def test_documents_are_stored_one_by_one_and_retried(pacs: DicomwebServer) -> None:
