@@ -140,7 +140,7 @@ def _send_pending(sent: Sent, record: _Record, pending: list[Document], address:
         contextlib.closing(_store(address, pending, settings)) as answers,
     ):
         for number, (document, stored) in enumerate(zip(pending, answers, strict=True), 1):
-            if stored.reason == dimse.DUPLICATE and earlier.get(document.uid, document.sha256) != document.sha256:
+            if stored.reason == dicomweb.DUPLICATE and earlier.get(document.uid, document.sha256) != document.sha256:
                 stored = replace(stored, status="warned", message="the PACS keeps the version that was sent earlier")
             record.add(document, stored)
             sent.counts[document.kind, stored.status] += 1

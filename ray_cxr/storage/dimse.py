@@ -29,7 +29,7 @@ from pydicom.uid import (
 
 from ray_cxr.config import PacsSettings
 from ray_cxr.errors import ConfigError, InputError
-from ray_cxr.storage.dicomweb import Stored
+from ray_cxr.storage.dicomweb import DUPLICATE, Stored
 from ray_cxr.storage.dicomweb_access import ProcessLimiter
 
 SCHEME = "dimse://"
@@ -39,8 +39,6 @@ _CONNECT_S, _ASSOCIATE_S = 10.0, 30.0
 _BACKOFF_S, _MAX_WAIT_S = 1.0, 60.0
 #: Failures of C-STORE that can pass: out of resources (PS3.4, table B.2-1).
 _BUSY = range(0xA700, 0xA800)
-#: Failure of a document whose UID the PACS has already (PS3.7, annex C.5.6), also of STOW-RS.
-DUPLICATE = 0x0111
 #: Diagnostics of a rejection by the service user (PS3.8, table 9-21).
 _UNKNOWN_CALLING, _UNKNOWN_CALLED = 3, 7
 #: A title is at most 16 characters of ASCII without control characters and backslash (PS3.5, 6.2).
