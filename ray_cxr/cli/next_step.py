@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 
 from ray_cxr import labels
 from ray_cxr.cli.output import print_line
-from ray_cxr.config import ScoreSettings
+from ray_cxr.config import PacsSettings, ScoreSettings
 from ray_cxr.data import manifest as manifests
 from ray_cxr.storage import remote, run_folder
 from ray_cxr.storage.files import hash_file
@@ -57,9 +58,30 @@ def _format_word(word: str | Path) -> str:
     return str(word)
 
 
+def list_pacs_options(settings: PacsSettings) -> list[str]:
+    """Return the options that reach the same PACS: names of files, and the host for which they are; no secret."""
+    names = ("host", "credentials", "token_file", "client_certificate", "client_key", "ca_file")
+    found = {name: getattr(settings, name) for name in names}
+    shown = {name: _shorten(value) if name != "host" else value for name, value in found.items() if value}
+    return [word for name, value in shown.items() for word in ("--set", f"pacs.{name}={value}")]
+
+
+def _shorten(path: str) -> str:
+    """Return a path below this folder relative to it, unless the folder is that of a job."""
+    here = Path.cwd()
+    is_below = Path(path).is_relative_to(here) and JOB_FOLDER not in f"{here}/"
+    return str(Path(path).relative_to(here)) if is_below else path
+
+
 def place_next_to(path: str | Path, name: str) -> Path:
-    """Return a path for a new folder or file next to another one: `name`, or with a number if that exists."""
+    """Return a path for a new folder or file next to another one: `name`, or with a number if that exists.
+
+    For scores of a night, whose folder is named by its date, it is next to the folder of all nights, which patterns
+    such as `nights/*` match.
+    """
     folder = remote.to_path(path).parent
+    if re.fullmatch(r"\d{4}-?\d\d-?\d\d.*", remote.to_path(path).name) and not remote.is_address(folder):
+        folder = folder.parent
     target, number = folder / name, 1
     while not remote.is_address(target) and target.exists():
         number += 1
@@ -87,19 +109,23 @@ def suggest_score(bundle: str | Path, prepared: str | Path | None, *more: str) -
     print_next("score", bundle, *source, "--out", place_next_to(near, "scores"), *more)
 
 
-def suggest_report(scores: str | Path, manifest: str | None, rows: int) -> None:
-    """Suggest a report of scores, with labels if their manifest has any in the first `rows` rows."""
+def suggest_report(scores: str | Path, manifest: str | None, rows: int, pacs: Sequence[str] = ()) -> None:
+    """Suggest a report of scores, with labels if their manifest has any in the first `rows` rows.
+
+    Args:
+        pacs: options that reach the PACS of the images.
+    """
     scores = remote.to_path(scores)
     options: list[str | Path] = []
     if manifest is not None and (split := find_evaluated_split(scores / "input.parquet", rows)) is not None:
         options = ["--manifest", remote.to_path(manifest), *(["--split", split] if split else [])]
-    print_next("report", scores, *options, "--out", place_next_to(scores, "report"))
+    print_next("report", scores, *options, "--out", place_next_to(scores, "report"), *pacs)
 
 
-def suggest_after_nothing(arguments: Any, folders: Sequence[str]) -> None:
+def suggest_after_nothing(arguments: Any, folders: Sequence[str], pacs: Sequence[str] = ()) -> None:
     """Suggest a report of the latest earlier scores, or without any, the same command with all images."""
     if folders:
-        suggest_report(folders[-1], None, 0)
+        suggest_report(folders[-1], None, 0, pacs)
     else:
         print_next(*arguments.words, "--set", "score.select=all")
 
@@ -117,10 +143,12 @@ def find_evaluated_split(path: Path, rows: int) -> str | None:
     return next((name for name in reversed(manifests.SPLITS) if name in splits), "")
 
 
-def suggest_after_report(arguments: Any, folders: Sequence[str]) -> None:
+def suggest_after_report(arguments: Any, folders: Sequence[str], pacs: Sequence[str] = ()) -> None:
     """Suggest what to do with a model that was evaluated, or with the scores of new images.
 
-    `folders` are the score tables of the report, the latest night last.
+    Args:
+        folders: the score tables of the report, the latest night last.
+        pacs: options that reach the PACS of the images.
     """
     from ray_cxr.models.bundle import WEIGHTS
 
@@ -131,16 +159,16 @@ def suggest_after_report(arguments: Any, folders: Sequence[str]) -> None:
     has_layers = bundle is not None and not remote.is_address(bundle) and (bundle / WEIGHTS).exists()
     draw = ["--heatmaps", "3"] if has_layers else []
     if arguments.labels is None and (scores / "input.parquet").exists() and _has_dicom(scores / "input.parquet"):
-        print_next("export-sr", scores, "--out", place_next_to(scores, "sr"))
+        print_next("export-sr", scores, "--out", place_next_to(scores, "sr"), *pacs)
     elif (
         arguments.labels is None and len(folders) == 1 and bundle and draw and (source := _repeat_input(scores, record))
     ):
         print_next("score", bundle, *source, "--out", scores, *draw)
     elif arguments.labels is None and not arguments.csv:
         print_line("--csv also writes scores.csv, one row per image, for spreadsheets")
-        print_next(*report, "--csv", "--out", out)
+        print_next(*report, "--csv", "--out", out, *pacs)
     elif arguments.labels is None:
-        print_next(*report, "--manifest", "M.parquet", "--out", place_next_to(out, "report"))
+        print_next(*report, "--manifest", "M.parquet", "--out", place_next_to(out, "report"), *pacs)
     elif arguments.split is None and bundle and len(folders) == 1:
         labels = remote.to_path(arguments.labels)
         new = place_next_to(scores, "recalibrated")
@@ -189,4 +217,4 @@ def _repeat_input(scores: Path, record: dict[str, Any]) -> list[str | Path]:
 def _has_dicom(path: Path) -> bool:
     with manifests.open_manifest(path) as file:
         names = pc.utf8_lower(file.column("path"))
-    return bool(pc.any(pc.match_substring_regex(names, r"\.(dcm|dicom)$")).as_py())
+    return bool(pc.any(pc.match_substring_regex(names, r"\.(dcm|dicom)$|^dicomweb\+")).as_py())

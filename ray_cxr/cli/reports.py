@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ray_cxr import config
 from ray_cxr.cli.arguments import add_command, add_settings, any_address, any_path, local_input, local_output, pick
-from ray_cxr.cli.next_step import place_next_to, print_next, suggest_after_report
+from ray_cxr.cli.next_step import list_pacs_options, place_next_to, print_next, suggest_after_report
 from ray_cxr.cli.output import explain_write_errors, format_number, print_line, print_table, print_warnings
 from ray_cxr.errors import ConfigError
 from ray_cxr.imaging.demographics import PatientCount
@@ -26,7 +26,7 @@ def add_commands(commands: Any) -> None:
         "make a report of scores, with metrics if there are labels",
         [
             "scores --manifest m.parquet --split test --out report",
-            "nights/* --out report",
+            "'nights/*' --out report",
         ],
     )
     scores_help = "folder from score, several of one model (nights), or a Parquet with image_id and p_<Finding>"
@@ -43,6 +43,7 @@ def add_commands(commands: Any) -> None:
     report.add_argument("--prevalence", type=local_input, metavar="F.toml", help=prevalence_help)
     csv_help = "also write REPORT/scores.csv: one row per image with scores, flags and labels, for spreadsheets"
     report.add_argument("--csv", action="store_true", help=csv_help)
+    add_settings(report, "pacs")
 
     export = add_command(
         commands,
@@ -68,6 +69,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    pacs = config.load(arguments.config, arguments.overrides, section="pacs").pacs
     with Stage("reading the scores", in_log=False):
         from ray_cxr.data.review_facts import read_caveats
         from ray_cxr.evaluation import usability
@@ -76,9 +78,11 @@ def _report(arguments: argparse.Namespace) -> None:
 
     with explain_write_errors(arguments.out):
         options = pick(arguments, "labels", "split", "consensus", "boxes", "compare", "prevalence", "csv")
-        metrics = report.write_report(arguments.scores, arguments.out, **options)
+        metrics = report.write_report(arguments.scores, arguments.out, pacs=pacs, **options)
     macro = metrics["macro"]
     print_warnings(usability.Warned(**warning).describe() for warning in metrics["warnings"])
+    if metrics["images_not_read"]:
+        print_warnings([metrics["images_not_read"]])
     for labels in filter(None, (arguments.labels, arguments.consensus)):
         print_warnings(read_caveats(labels))
     if macro and macro["auroc"] is not None and macro["headline_reason"] is None:
@@ -95,7 +99,7 @@ def _report(arguments: argparse.Namespace) -> None:
         print_line(metrics["nights"]["words"])
     print_line(f"report: {remote.to_path(arguments.out) / 'report.html'}")
     nights = [night["source"] for night in metrics["nights"]["by_night"]] if metrics["nights"] else []
-    suggest_after_report(arguments, nights or arguments.scores)
+    suggest_after_report(arguments, nights or arguments.scores, list_pacs_options(pacs))
 
 
 def _export_sr(arguments: argparse.Namespace) -> None:
@@ -127,7 +131,7 @@ def _export_sr(arguments: argparse.Namespace) -> None:
     lost = _send(arguments, settings) if arguments.send else []
     export.raise_for_failures(*lost)
     scores = remote.to_path(arguments.scores)
-    print_next("report", scores, "--out", place_next_to(scores, "report"))
+    print_next("report", scores, "--out", place_next_to(scores, "report"), *list_pacs_options(settings))
 
 
 def _send(arguments: argparse.Namespace, settings: config.PacsSettings) -> list[str]:

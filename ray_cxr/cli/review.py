@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ray_cxr import config, extras
 from ray_cxr.cli.arguments import add_command, add_settings, any_path
-from ray_cxr.cli.next_step import place_next_to, print_next
+from ray_cxr.cli.next_step import list_pacs_options, place_next_to, print_next
 from ray_cxr.cli.output import explain_write_errors, format_number, print_line, print_table, print_warnings
 from ray_cxr.errors import ConfigError
 from ray_cxr.progress import Stage
@@ -83,7 +83,7 @@ def _review(arguments: argparse.Namespace) -> None:
     if count:
         print_next("reviews", scores, "--out", place_next_to(scores, "labels.parquet"))
     else:
-        print_next("review", scores)
+        print_next("review", scores, *list_pacs_options(pacs))
 
 
 def _reviews(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from ray_cxr import config, costs, session
 from ray_cxr.cli.arguments import add_command, add_settings, any_address, any_path, override_settings, pick
 from ray_cxr.cli.dry_run import add_dry_run, print_cost
-from ray_cxr.cli.next_step import suggest_after_nothing, suggest_report
+from ray_cxr.cli.next_step import list_pacs_options, suggest_after_nothing, suggest_report
 from ray_cxr.cli.output import print_line, print_table, print_warnings
 from ray_cxr.errors import ConfigError, ErrorRateExceeded
 from ray_cxr.labels import NO_FINDING
@@ -91,7 +91,8 @@ def _score(arguments: argparse.Namespace) -> None:
     left_out = report.selection.list_lines() if report.selection else []
     if not report.rows:
         print_line(f"nothing to score, and nothing was written to {arguments.out}: {'; '.join(left_out)}")
-        suggest_after_nothing(arguments, report.selection.skip_scored if report.selection else [])
+        folders = report.selection.skip_scored if report.selection else []
+        suggest_after_nothing(arguments, folders, list_pacs_options(settings.pacs))
         return
     for line in left_out:
         print_line(line)
@@ -113,7 +114,7 @@ def _score(arguments: argparse.Namespace) -> None:
     if too_many is not None:
         raise too_many
     labels = arguments.manifest or (arguments.prepared and str(remote.to_path(arguments.prepared) / "manifest.parquet"))
-    suggest_report(arguments.out, labels, report.rows)
+    suggest_report(arguments.out, labels, report.rows, list_pacs_options(settings.pacs))
 
 
 def _print_flagged(out: str) -> None:

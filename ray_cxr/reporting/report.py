@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ray_cxr.config import read_toml
+from ray_cxr.config import PacsSettings, read_toml
 from ray_cxr.data import manifest
 from ray_cxr.errors import InputError, OutputError, first_line
 from ray_cxr.evaluation import metrics, published
@@ -48,13 +48,15 @@ from ray_cxr.reporting.leakage import LeakCheck, check_leakage, compare_training
 from ray_cxr.reporting.measures import BootstrapSettings, ModelOutputs, evaluate
 from ray_cxr.reporting.night_results import measure_nights
 from ray_cxr.reporting.nights import NightTable, hash_run, list_night_notes, read_nights
+from ray_cxr.reporting.report_folder import check_folder
 from ray_cxr.reporting.result import Counts, LabelResults, ReportResult, measure_drift, measure_flag_rates
 from ray_cxr.reporting.scores import Location, Scores
 from ray_cxr.reporting.spreadsheets import format_scores
 from ray_cxr.reporting.summary import list_remarks, summarize
+from ray_cxr.reporting.unread_images import describe_missing_images, explain_unread_images
 from ray_cxr.reporting.worklist import build_worklist
-from ray_cxr.reporting.worklist_page import CARDS, describe_missing_images, list_rows
-from ray_cxr.storage import atomic, remote, run_folder
+from ray_cxr.reporting.worklist_page import CARDS, list_rows
+from ray_cxr.storage import atomic, dicomweb, remote, run_folder
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ def write_report(
     compare: str | Path | None = None,
     prevalence: str | Path | None = None,
     csv: bool = False,
+    pacs: PacsSettings | None = None,
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -89,9 +92,11 @@ def write_report(
         compare: another score table, compared on the labelled images that both tables have.
         prevalence: a TOML file with the findings' prevalences in a population to compute predictive values for.
         csv: also write scores.csv, with the scores, flags and labels of each image of the report.
+        pacs: how to reach the PACS of images whose path is in one; None: the defaults.
         seed: seeds the bootstrap and the choice of examples.
 
     Raises:
+        ConfigError: a file that `pacs` names is unusable.
         InputError: the scores are incomplete, or share no image with the labels, the consensus table or the other
             scores; several folders of scores are not of one model; an option lacks the labels it needs; there are no
             heat maps.
@@ -111,6 +116,8 @@ def write_report(
     if boxes is not None:
         check_heatmaps(table, str(boxes))
     _check_out(out, table)
+    if any(path is not None and dicomweb.is_dicomweb(path) for path in table.paths):
+        dicomweb.configure(pacs or PacsSettings())
     _log.debug("%s: %d rows, %d errors", table.source, len(table.ids), int((~table.ok).sum()))
     with run_folder.lock(out, "report"), Stage("reading the labels" if labels else "counting flags") as stage:
         evaluated, checked = (None, None) if labels is None else _join_labels(table, labels, split)
@@ -184,11 +191,15 @@ def _check_options(
 
 
 def _check_out(out: Path, table: Scores) -> None:
-    """Refuse to write into a folder of scores: the next report would read this one's metrics.parquet as scores."""
+    """Refuse to write into a folder of other files, above all of scores.
+
+    There the next report would read this one's metrics.parquet as scores.
+    """
     nights = [remote.to_path(folder) / "scores" for folder in table.folders] if table.nights else []
     for folder in [*nights, *([] if table.folder is None else [remote.to_path(table.folder)])]:
         if remote.is_inside(out, folder):
             raise OutputError(f"--out {out}: is inside the score folder {folder}; name a folder outside it")
+    check_folder(out)
 
 
 def _join_labels(table: Scores, labels: str | Path, split: str | None) -> tuple[EvaluationSet, LeakCheck]:
@@ -352,6 +363,7 @@ def _write(
     worklist = build_worklist(listed)
     studies = list_rows(listed, worklist, maps)
     plain = replace(result, notes=[*result.notes, *maps.notes]).to_json()
+    plain["images_not_read"] = explain_unread_images(studies, listed.paths) or None
     atomic.write_text(out / "worklist.csv", worklist.to_csv())
     atomic.write_json(out / "metrics.json", plain)
     atomic.write_parquet(tables.build_table(plain), out / "metrics.parquet")
@@ -366,7 +378,7 @@ def _write(
         "summary": summarize(result, table.model, worklist),
         "worklist": studies,
         "cards": CARDS,
-        "missing_images": describe_missing_images(studies),
+        "missing_images": describe_missing_images(studies, listed.paths),
         "worklist_total": len(worklist.lines),
         "columns": {name: [metric for metric in metrics.METRICS if metric.table == name] for name in metrics.TABLES},
         "probability_metrics": metrics.PROBABILITY_METRICS,
