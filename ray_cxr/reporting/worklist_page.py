@@ -84,13 +84,12 @@ def explain_first(worklist: Worklist) -> str:
     n_flagged = sum(bool(line["flagged"]) for line in worklist.lines)
     flags = [format_finding(name) for name in line["flagged"].split("|") if name]
     if not flags:
-        reason = f"First because it has the highest priority of {n:,} rows; no row has a flag."
+        reason = f"First because it has the highest priority of the {n:,} rows; none has a flag."
     elif n_flagged == 1:
         reason = f"First because it is the only row with a flag ({', '.join(flags)})."
     else:
-        reason = (
-            f"First because it is flagged ({', '.join(flags)}) and has the highest priority of {n_flagged:,} such rows."
-        )
+        highest = f"has the highest priority of the {n_flagged:,} rows with a flag"
+        reason = f"First because it is flagged ({', '.join(flags)}) and {highest}."
     top = line["top_finding"]
     for kind, values in (("calibrated ", worklist.c), ("", worklist.p)):
         if top in values and not np.isnan(values[top][0]):
