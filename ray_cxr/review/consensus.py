@@ -224,7 +224,7 @@ def _derive_no_finding(values: Sequence[int | None]) -> int | None:
 
 def _format_disagreements(index: ReviewIndex, found: Sequence[Disagreement]) -> str:
     rows = [each.row for each in found]
-    p = [index.p[each.finding][each.row] for each in found]
+    missing = np.full(len(index.ids), np.nan, dtype=np.float32)
     columns: dict[str, Sequence[str | None] | np.ndarray] = {
         "kind": [each.kind for each in found],
         **{
@@ -234,7 +234,10 @@ def _format_disagreements(index: ReviewIndex, found: Sequence[Disagreement]) -> 
         "finding": [each.finding for each in found],
         "label": [_format_value(each.label) for each in found],
         "flag": [_format_value(_get_flag(index, each.row, each.finding)) for each in found],
-        "p": np.array(p, dtype=np.float32),
+        **{
+            name: np.array([values.get(each.finding, missing)[each.row] for each in found], dtype=np.float32)
+            for name, values in (("p", index.p), ("c", index.c))
+        },
         "verdicts": [
             "|".join(f"{v.reader}={_format_value(v.present) or 'unsure'}" for v in each.verdicts) for each in found
         ],

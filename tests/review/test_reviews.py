@@ -83,6 +83,9 @@ def test_labels_of_two_readers(open_page: Open, archive: Archive, command: Comma
     assert between[0]["verdicts"] == f"anna={y['Effusion'][0]}|bert={other['Effusion'][0]}"
     against = {line["image_id"] for line in lines if (line["kind"], line["finding"]) == ("model", "Effusion")}
     assert against == {archive.ids[i] for i in range(1, n) if flags[i] != y["Effusion"][i]}
+    for name, scale in (("p", 1.0), ("c", 0.9)):
+        expected = [scale * archive.p[line["finding"]][archive.ids.index(line["image_id"])] for line in lines]
+        assert [float(line[name]) for line in lines] == pytest.approx(expected, rel=1e-5)
     both = [(a, b) for a, b in zip(y["Effusion"][:n], other["Effusion"][:n], strict=True) if b is not None]
     kappa = cohen_kappa_score(*zip(*both, strict=True))
     assert f" {kappa:.2f} " in next(line for line in said.splitlines() if line.strip().startswith("Effusion"))
