@@ -54,8 +54,10 @@ class StudyLine:
     """A line of the list.
 
     Attributes:
-        row: the image with the highest priority, or the first of the study if the model is hidden.
+        row: the image that opens, see `ReviewIndex.rows_of`.
+        priority, top_finding: of the study, as in worklist.csv.
         hidden: the model's output is hidden; `priority`, `top_finding`, `flagged` and `quality` are then empty.
+        probability: of the query's finding, the highest of the study; calibrated where the pages show that.
         reviewed: `yes`, `partly` or `no`.
     """
 
@@ -181,7 +183,8 @@ def _build_line(review: ReviewSession, number: int, finding: str) -> StudyLine:
     row = rows[0]
     hidden = any(review.is_hidden(row) for row in rows)
     flagged = [name for name in review.findings if name in index.flags and (index.flags[name][rows] == 1).any()]
-    p = index.p.get(finding)
+    priority = index.study_priority[number - 1]
+    p = index.get_probability(finding)[0] if finding in index.p else None
     highest = None if p is None or np.isnan(p[rows]).all() else float(np.nanmax(p[rows]))
     n_open = int((index.ok[rows] & ~review.decided[rows]).sum())
     some = bool(review.reviewed[rows].any())
@@ -194,8 +197,8 @@ def _build_line(review: ReviewSession, number: int, finding: str) -> StudyLine:
         n_images=len(rows),
         codes=_list_values(index, "code", rows),
         hidden=hidden,
-        priority=None if hidden or np.isnan(index.priority[row]) else float(index.priority[row]),
-        top_finding=None if hidden else index.categories["top_finding"].get(row),
+        priority=None if hidden or np.isnan(priority) else float(priority),
+        top_finding=None if hidden else index.study_top.get(number - 1),
         flagged=() if hidden else tuple(flagged),
         quality=() if hidden else _list_values(index, "quality", rows),
         probability=None if hidden else highest,

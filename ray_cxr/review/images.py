@@ -7,8 +7,10 @@ the disk, and the files for the browser have no metadata.
 
 from __future__ import annotations
 
+import html
 import itertools
 import queue
+import textwrap
 import threading
 import weakref
 from collections import OrderedDict
@@ -22,6 +24,7 @@ import numpy as np
 from ray_cxr.imaging.overlays import encode_jpeg, scale_to_side
 from ray_cxr.imaging.pixels import MAX_PIXELS
 from ray_cxr.imaging.sandbox import Decoder, Failure
+from ray_cxr.review.words import describe_code
 
 #: Longer side of a small image, pixels.
 THUMBNAIL = 96
@@ -164,6 +167,15 @@ def _work(store: weakref.ref[ImageStore], jobs: _Queue, decoder: Decoder) -> Non
                 return
             found._run(job, future, decoder)
             del found
+
+
+def draw_failure(code: str) -> str:
+    """Return a small image, SVG, with the words for the code of an image that cannot be read."""
+    lines = textwrap.wrap(f"Not readable: {describe_code(code)}", 15)
+    spans = "".join(f'<tspan x="48" dy="16">{html.escape(line)}</tspan>' for line in lines)
+    text = f'<text y="{44 - 8 * len(lines)}" fill="#a0a8b0" font-family="sans-serif" font-size="11.5">{spans}</text>'
+    size = f'width="{THUMBNAIL}" height="{THUMBNAIL}" viewBox="0 0 96 96" text-anchor="middle"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{text}</svg>'
 
 
 def _encode(kind: Kind, pixels: np.ndarray) -> bytes:

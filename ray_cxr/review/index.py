@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from ray_cxr.data import identity, manifest
 from ray_cxr.errors import InputError
-from ray_cxr.labels import LABELS
+from ray_cxr.labels import LABELS, NO_FINDING
 from ray_cxr.reporting.ranking import find_highest
 from ray_cxr.reporting.scores import Location, Scores, read_scores
 from ray_cxr.reporting.worklist import order_studies
@@ -106,11 +106,13 @@ class ReviewIndex:
         scores: the SCORES folder.
         ids, studies, patients, paths, errors: Arrow strings [n].
         p, c, flags: per finding, raw and calibrated probability, float32 [n] with NaN, and the flag, int8 [n] with -1.
-        categories: `quality`, `code`, `split`, `sex`, `view` and `top_finding`.
+        categories: `quality`, `code`, `split`, `sex` and `view`.
         labels: per finding, int8 [n] with -1 for null; empty without labels.
         thresholds: the operating point of each finding on the raw probability, None without one.
         study_of: the study's number minus 1 of each row, int64 [n].
-        rows_of: the rows of each study, the one with the highest priority first (by id if the order is blind).
+        study_priority, study_top: priority, float32 [m] with NaN, and top finding of each study, as in worklist.csv.
+        rows_of: the rows of each study: those with a flag, then the others; the highest priority first (by id if the
+            order is blind).
     """
 
     scores: Path
@@ -131,6 +133,8 @@ class ReviewIndex:
     labels: dict[str, np.ndarray]
     thresholds: dict[str, float | None]
     study_of: np.ndarray
+    study_priority: np.ndarray
+    study_top: Category
     rows_of: list[list[int]]
     model: dict[str, Any] = field(repr=False)
     run: dict[str, Any] = field(repr=False)
@@ -161,7 +165,7 @@ class ReviewIndex:
             first = pa.array([rows[0] for rows in (self.rows_of[number] for number in numbers)], pa.int64())
             numbers = numbers[np.asarray(pc.sort_indices(self.ids.take(first)))]
         elif query.sort == "probability" and query.finding in self.p and not self.is_blind:
-            highest = find_highest(self.p[query.finding], self.study_of, len(self))[numbers]
+            highest = find_highest(self.get_probability(query.finding)[0], self.study_of, len(self))[numbers]
             numbers = numbers[np.argsort(-np.nan_to_num(highest, nan=-1.0), kind="stable")]
         return numbers + 1
 
@@ -183,6 +187,13 @@ class ReviewIndex:
         if query.label:
             mask &= _match_values(self.labels, query.finding, query.label) if self.labels else False
         return mask
+
+    def get_probability(self, finding: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the probability that the pages show, float [n], and where it is calibrated, bool [n]."""
+        p, c = self.p[finding], self.c.get(finding)
+        if c is None or (self.model.get("calibration") or {}).get(finding) is None:
+            return p, np.zeros(len(p), dtype=bool)
+        return np.where(np.isnan(c), p, c), ~np.isnan(c)
 
     def find_neighbours(self, number: int) -> tuple[int | None, int | None]:
         """Return the numbers of the study before and the study after."""
@@ -247,16 +258,18 @@ def read_index(
         chosen = sample.choose(table)
         table, details = table.select(chosen), details.take(pa.array(chosen))
     codes, rows_of, order = order_studies(table)
+    study_priority, top = _rank_studies(table, codes, rows_of)
     if is_blind:
         rows_of = [sorted(rows, key=lambda row: table.ids[row]) for rows in rows_of]
         order = sorted(order, key=lambda study: _hash_id(table.ids[rows_of[study][0]]))
+    else:
+        rows_of = _put_flagged_first(table, rows_of)
     number_of = np.empty(len(order), dtype=np.int64)
     number_of[order] = np.arange(len(order))
     split, label_columns = _join_labels(table, folder, labels)
     categories = {
         "quality": Category.build(table.quality_flags),
         "code": Category.build(table.codes),
-        "top_finding": Category.build(table.top_findings),
         "split": Category.build(split),
         **{name: Category.build(_read_detail(details, name)) for name in ("sex", "view")},
     }
@@ -279,11 +292,31 @@ def read_index(
         labels=label_columns,
         thresholds={name: table.threshold(name) for name in table.findings},
         study_of=number_of[codes],
+        study_priority=study_priority[order].astype(np.float32),
+        study_top=Category.build(np.asarray(top, dtype=object)[order]),
         rows_of=[rows_of[study] for study in order],
         model=table.model,
         run=table.run,
         is_blind=is_blind,
     )
+
+
+def _rank_studies(
+    table: Scores, codes: np.ndarray, rows_of: list[list[int]]
+) -> tuple[np.ndarray, Sequence[str | None] | np.ndarray]:
+    """Return the priority and the top finding of each study, as worklist.csv has them."""
+    ranking = table.ranking
+    _, priority, top = ranking.rank_groups(codes, len(rows_of), np.arange(len(codes)), table.priority)
+    return priority, top if ranking.weights is not None else [table.top_findings[rows[0]] for rows in rows_of]
+
+
+def _put_flagged_first(table: Scores, rows_of: list[list[int]]) -> list[list[int]]:
+    """Order the rows of each study: those with a flag first, and both parts by priority, the highest first."""
+    flags = [values == 1 for name, values in table.flags.items() if name != NO_FINDING]
+    flagged = np.any(flags, axis=0) if flags else np.zeros(len(table.ids), dtype=bool)
+    urgency = -np.nan_to_num(table.priority, nan=-1.0)
+    # The first of `rows` has the highest priority, also among equal numbers.
+    return [sorted(rows, key=lambda row: (not flagged[row], row != rows[0], urgency[row])) for rows in rows_of]
 
 
 def _hash_id(image_id: str) -> bytes:

@@ -10,7 +10,7 @@ import jinja2
 
 from ray_cxr.reporting.html import format_count, format_number, format_percent
 from ray_cxr.reporting.plots import format_finding
-from ray_cxr.review.words import describe_code
+from ray_cxr.review.words import describe_code, shorten_id
 
 
 def render(template: str, **view: Any) -> str:
@@ -28,5 +28,5 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(num=format_number, percent=format_percent, count=format_count, spaced=format_finding)
-    environment.filters.update(words=describe_code)
+    environment.filters.update(words=describe_code, short=shorten_id)
     return environment

@@ -3,17 +3,18 @@
     GET /study/{number}                 study.html.j2; the query is that of the list, which j and k follow, and `image`,
                                         the row to show
     GET /image/{row}                    PNG, 8-bit gray, in the original size
-    GET /thumb/{row}                    JPEG, longer side `images.THUMBNAIL` pixels
+    GET /thumb/{row}                    JPEG, longer side `images.THUMBNAIL` pixels; an SVG with the reason of a failure
     GET /heatmap/{row}/{finding}        PNG, RGBA, to be stretched over the image
     GET /static/{name}                  a file of `STATIC`
 
-An image that cannot be read answers 404 and {"code", "error"}. An image without a heat map of the finding answers 200
-and {"error"}, because most have none. A map that the reader must not see yet answers 403. Unknown rows answer 404.
+An `/image` that cannot be read answers 404 and {"code", "error"}. An image without a heat map of the finding answers
+200 and {"error"}, because most have none. A map that the reader must not see yet answers 403. Unknown rows answer 404.
 
 study.html.j2 gets, in addition to what every template gets:
 
     number, place       number of the study, and `Place` in the list
-    row, rows           the row that is shown, and all rows of the study
+    row, rows           the row that is shown, and all rows of the study, by id
+    elsewhere           list of (row, findings): the study's other images with a flag that this image does not have
     hidden              the model's output of this image must not be shown
     findings            list of `FindingView`, in the order of the page
     state               `describe_image` of the row
@@ -37,7 +38,7 @@ import numpy as np
 from ray_cxr.evaluation.calibration import apply_calibration
 from ray_cxr.imaging.sandbox import Failure
 from ray_cxr.review import pages
-from ray_cxr.review.images import ImageStore
+from ray_cxr.review.images import ImageStore, draw_failure
 from ray_cxr.review.index import Query, ReviewIndex, format_query, parse_query
 from ray_cxr.review.maps import MapStore, NoMapError
 from ray_cxr.review.session import ReviewSession
@@ -131,7 +132,11 @@ def build_routes(review: ReviewSession) -> list[Any]:
         return answer(images.get_image(get_row(request)), "image/png")
 
     def show_thumbnail(request: Request) -> Response:
-        return answer(images.get_thumbnail(get_row(request)), "image/jpeg")
+        found = images.get_thumbnail(get_row(request))
+        if isinstance(found, Failure):
+            # With 404, a browser shows its own symbol, and logs an error for each.
+            return Response(draw_failure(found.code), media_type="image/svg+xml")
+        return Response(found, media_type="image/jpeg")
 
     def show_heat_map(request: Request) -> Response:
         row, finding = get_row(request), request.path_params["finding"]
@@ -211,10 +216,12 @@ def _find_error(index: ReviewIndex, row: int) -> Failure | None:
 def _build_view(review: ReviewSession, row: int, has_maps: bool) -> dict[str, Any]:
     index, hidden = review.index, review.is_hidden(row)
     error = _find_error(index, row)
+    rows = sorted(index.rows_of[int(index.study_of[row])], key=lambda each: index.ids[each].as_py())
     others = [other for other in index.find_patient(row) if index.study_of[other] != index.study_of[row]]
     return {
         "row": row,
-        "rows": sorted(index.rows_of[int(index.study_of[row])], key=lambda each: index.ids[each].as_py()),
+        "rows": rows,
+        "elsewhere": [] if hidden else _find_flags_elsewhere(review, row, rows),
         "hidden": hidden,
         "findings": [] if error else _list_findings(review, row, hidden),
         "state": describe_image(review, row),
@@ -240,15 +247,22 @@ def _list_findings(review: ReviewSession, row: int, hidden: bool) -> list[Findin
     return views if hidden else sorted(views, key=lambda view: (view.flag != 1, -view.ratio))
 
 
+def _find_flags_elsewhere(review: ReviewSession, row: int, rows: list[int]) -> list[tuple[int, list[str]]]:
+    """Return the other images of a study with a flag that an image does not have, and those findings."""
+    found = []
+    for other in (each for each in rows if each != row and not review.is_hidden(each)):
+        flags = [(name, review.index.flags[name]) for name in review.findings if name in review.index.flags]
+        if names := [name for name, values in flags if values[other] == 1 and values[row] != 1]:
+            found.append((other, names))
+    return found
+
+
 def _read_probability(index: ReviewIndex, name: str, row: int) -> dict[str, Any]:
     flag = int(index.flags[name][row]) if name in index.flags else -1
-    threshold, p = index.thresholds.get(name), float(index.p[name][row])
-    rule = (index.model.get("calibration") or {}).get(name)
-    c = float(index.c[name][row]) if name in index.c else math.nan
-    is_calibrated = rule is not None and not math.isnan(c)
-    if rule is not None and is_calibrated:
-        p = c
-        threshold = None if threshold is None else float(apply_calibration(rule, np.array([threshold]))[0])
+    threshold = index.thresholds.get(name)
+    p, is_calibrated = (values[row].item() for values in index.get_probability(name))
+    if is_calibrated and threshold is not None:
+        threshold = float(apply_calibration(index.model["calibration"][name], np.array([threshold]))[0])
     return {
         "p": None if math.isnan(p) else p,
         "threshold": threshold,
@@ -269,7 +283,7 @@ def _list_facts(index: ReviewIndex, row: int, hidden: bool) -> list[tuple[str, s
         "view": index.categories["view"].get(row),
         "split": index.categories["split"].get(row),
         "file": None if path is None else file_name(path),
-        "priority": None if hidden or np.isnan(index.priority[row]) else f"{index.priority[row]:.2f}",
+        "priority of the image": None if hidden or np.isnan(index.priority[row]) else f"{index.priority[row]:.3f}",
         "model": run.get("model"),
         "model digest": index.digests.get(row),
         "precision": run.get("precision"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+#: Longest id that is shown whole, characters.
+_LONGEST = 32
 QUALITY: dict[str, str] = {
     "inverted": "gray values look inverted",
     "lateral": "lateral view",
@@ -33,3 +35,8 @@ ERRORS: dict[str, str] = {
 def describe_code(code: str) -> str:
     """Return the words for an error code or a quality flag; an unknown one is returned unchanged."""
     return ERRORS.get(code) or QUALITY.get(code) or code
+
+
+def shorten_id(text: str) -> str:
+    """Return the last 8 characters of an id that is too long for a line, such as a UID of DICOM."""
+    return f"…{text[-8:]}" if len(text) > _LONGEST else text

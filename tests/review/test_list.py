@@ -30,8 +30,30 @@ def list_studies(browser: Browser, query: str = "") -> list[int]:
 def test_studies_are_listed_in_the_order_of_the_worklist(open_page: Open, archive: Archive) -> None:
     browser = open_page()
     assert list_studies(browser) == list(range(1, 25))
-    worklist = build_worklist(read_scores(archive.root / "SCORES"))
-    assert browser.review.index.rows_of == worklist.rows
+    worklist, index = build_worklist(read_scores(archive.root / "SCORES")), browser.review.index
+    assert [sorted(rows) for rows in index.rows_of] == [sorted(rows) for rows in worklist.rows]
+    np.testing.assert_array_equal(index.study_priority, worklist.priority)
+    shown = re.findall(r"Priority</span> <b>([\d.]+)", browser.get("/").text)
+    assert shown == [f"{value:.3f}" for value in worklist.priority if not np.isnan(value)]
+
+
+def test_study_opens_on_its_flagged_image_and_names_flags_of_the_others(tmp_path: Path) -> None:
+    from ray_cxr.review.server import open_review
+
+    archive = Archive(tmp_path, patients=3)
+    for finding in archive.diseases:
+        archive.p[finding][:2] = [0.29, 0.01]
+    archive.p["Hernia"][1] = 0.3
+    browser = Browser(open_review(archive.scores(), "anna")).log_in()
+    number = int(browser.review.index.study_of[0]) + 1
+    opened = browser.get(f"/study/{number}").text
+    assert 'data-row="1"' in opened
+    assert "Image 2 of 2" in opened
+    assert "Flag in" not in opened
+    assert re.search(r"Flag in the other image: Hernia", browser.get(f"/study/{number}?image=0").text)
+    blind = Browser(open_review(archive.root / "SCORES", "anna", is_blind=True)).log_in()
+    for row in (0, 1):
+        assert "Flag in" not in blind.get(f"/study/{blind.review.index.study_of[0] + 1}?image={row}").text
 
 
 #: Query of the list, and which images a matching study must have one of.

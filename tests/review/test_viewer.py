@@ -33,6 +33,9 @@ def test_images_arrive_with_the_pixels_of_the_file_and_nothing_else(open_page: O
     missing = page.get(f"/image/{row + 1}")
     assert (missing.status_code, missing.json()["code"]) == (404, "missing")
     assert str(archive.root) not in missing.text
+    small = page.get(f"/thumb/{row + 1}")
+    assert (small.status_code, small.headers["content-type"]) == (200, "image/svg+xml")
+    assert "file not" in small.text
     assert [page.get(f"/{kind}/{len(archive.ids)}").status_code for kind in ("image", "thumb")] == [404, 404]
 
 

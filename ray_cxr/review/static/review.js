@@ -142,6 +142,7 @@ async function showHeat() {
   const { finding, name } = chosen.dataset;
   heat.hidden = true;
   get("map")?.setAttribute("aria-pressed", wantsHeat);
+  get("opaque")?.toggleAttribute("hidden", !wantsHeat);
   get("caption").textContent = "";
   if (!wantsHeat) return;
   let text = "the server does not answer";
@@ -224,6 +225,8 @@ function showVerdicts() {
       cell.append(text);
     }
   }
+  const given = verdicts[chosen?.dataset.finding];
+  get("given").textContent = given ? `Your verdict: ${describeVerdict(given)}` : "";
   if (queue.length) get("saved").textContent = "saving …";
 }
 
@@ -244,11 +247,23 @@ function choose(position) {
     get(id).setAttribute("aria-label", `${name}: ${texts[n].toLowerCase()}, key ${"ad"[n]}`);
   });
   get("unsure").setAttribute("aria-label", `${name}: unsure, key u`);
+  showVerdicts();
   if (wantsHeat) showHeat();
 }
 
+/** A key that is pressed while another image opens belongs to neither image. */
+function isLeaving() {
+  if (destination) get("caption").textContent = "Not recorded: another image is opening";
+  return Boolean(destination);
+}
+
+function chooseByKey(position) {
+  choose(position);
+  chosen?.scrollIntoView({ block: "nearest" });
+}
+
 function decide(choice) {
-  if (!chosen) return;
+  if (!chosen || isLeaving()) return;
   const finding = chosen.dataset.finding;
   const note = drafts.get(finding) ?? listVerdicts()[finding]?.note ?? "";
   drafts.delete(finding);
@@ -257,6 +272,7 @@ function decide(choice) {
 }
 
 function decideRest() {
+  if (isLeaving()) return;
   const verdicts = listVerdicts();
   if (rows.some((each) => !verdicts[each.dataset.finding])) post({ finding: null, present: 0, note: "" });
 }
@@ -270,6 +286,7 @@ function post(body) {
 }
 
 function undo() {
+  destination = null;
   // A verdict that was not sent yet is simply dropped.
   if (queue.length > (isSending ? 1 : 0)) {
     queue.pop();
@@ -301,6 +318,7 @@ async function send() {
   } else if ([400, 409, 413, 415].includes(status)) {
     queue.shift();
     const isUndo = path === "/undo";
+    destination = null;
     showVerdicts();
     get("saved").textContent = isUndo ? answer.error : "";
     showFailure(isUndo ? "" : `The verdict was refused: ${answer.error}`);
@@ -336,12 +354,13 @@ function showFailure(text) {
 
 function leave(address) {
   // The second request leaves at once; the browser then asks because of unsaved verdicts.
-  if (queue.length && destination !== address) destination = address;
-  else location.assign(address);
+  const isSecond = destination === address;
+  destination = address;
+  if (!queue.length || isSecond) location.assign(address);
 }
 
 function openNote() {
-  if (!chosen) return;
+  if (!chosen || isLeaving()) return;
   const finding = chosen.dataset.finding;
   get("text").value = drafts.get(finding) ?? listVerdicts()[finding]?.note ?? "";
   get("notes-title").textContent = `Note on ${chosen.dataset.name}`;
@@ -379,8 +398,8 @@ const imageActions = {
   r: decideRest,
   n: openNote,
   z: undo,
-  ArrowUp: () => choose(rows.indexOf(chosen) - 1),
-  ArrowDown: () => choose(rows.indexOf(chosen) + 1),
+  ArrowUp: () => chooseByKey(rows.indexOf(chosen) - 1),
+  ArrowDown: () => chooseByKey(rows.indexOf(chosen) + 1),
 };
 const moves = { ArrowUp: [0, 60], ArrowDown: [0, -60], ArrowLeft: [60, 0], ArrowRight: [-60, 0] };
 const buttons = {
@@ -390,8 +409,9 @@ const buttons = {
 
 function stepImage(step) {
   const links = [...(get("images")?.querySelectorAll("a") ?? [])];
-  const next = links[links.findIndex((link) => link.getAttribute("aria-current")) + step];
-  if (next) leave(next.href);
+  const at = links.findIndex((link) => link.getAttribute("aria-current"));
+  if (links.length) leave(links[(at + step + links.length) % links.length].href);
+  else get("caption").textContent = "This study has no other image";
 }
 
 document.addEventListener("keydown", (event) => {
@@ -401,13 +421,13 @@ document.addEventListener("keydown", (event) => {
   if (element.matches("textarea, select, input:not([type=range])")) return;
   if (element.matches("input") && /^(Arrow|Page|Home|End)/.test(key)) return;
   let action = actions[key];
-  if (!action && element === stage && moves[key] && image) action = () => pan(...moves[key]);
-  if (!action && (key === "ArrowLeft" || key === "ArrowRight")) action = () => stepImage(key === "ArrowLeft" ? -1 : 1);
-  if (!action && image && /^[1-9]$/.test(key)) action = () => choose(Number(key) - 1);
+  if (event.shiftKey && moves[key]) action = image ? () => pan(...moves[key]) : undefined;
+  else if (!action && (key === "ArrowLeft" || key === "ArrowRight")) action = () => stepImage(key === "ArrowLeft" ? -1 : 1);
+  if (!action && image && /^[1-9]$/.test(key)) action = () => chooseByKey(Number(key) - 1);
   if (!action && image) action = imageActions[key];
   if (!action) return;
   event.preventDefault();
-  if (!event.repeat || /^[+=-]|^Arrow/.test(key)) action();
+  if (!event.repeat || event.shiftKey || /^([+=-]|ArrowUp|ArrowDown)$/.test(key)) action();
 });
 
 for (const [id, key] of Object.entries(buttons)) {
@@ -420,8 +440,12 @@ document.addEventListener("click", (event) => {
   leave(link.href);
 });
 addEventListener("beforeunload", (event) => {
-  if (queue.length || drafts.size) event.preventDefault();
+  if (!queue.length && !drafts.size) return;
+  event.preventDefault();
+  // The browser asks; the timer runs only if the reader stays.
+  setTimeout(() => { destination = null; }, 500);
 });
+addEventListener("pageshow", (event) => { if (event.persisted) location.reload(); });
 
 if (image) {
   rows.forEach((each, position) => each.addEventListener("click", () => choose(position)));
@@ -439,5 +463,4 @@ if (image) {
   listenToPointers();
   listenToLayers();
   choose(0);
-  showVerdicts();
 }
