@@ -5,6 +5,9 @@
 A document that a destination accepted, also with a warning, is not sent again, unless its file has changed or all are
 requested again. All others are sent by every run. The table is also written while documents are sent: after a kill, the
 documents of the last seconds are sent twice, and the PACS keeps one, because UID and content are the same.
+
+Many PACSs accept a changed file under a known UID, and keep the first. So a changed file counts as accepted only if it
+can be read back; C-STORE has no way to read.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ SCHEMA = pa.schema(
         ("reason", pa.int32()),  # code of the PACS, such as 0xA900; null if it gave none
         ("message", pa.string()),
         ("sha256", pa.string()),  # of the file that was sent
+        ("kept_sha256", pa.string()),  # of the file that the destination is known to have; null if it has none
         ("time", pa.timestamp("s", "UTC")),
     ]
 )
@@ -45,6 +49,7 @@ SCHEMA = pa.schema(
 STATUSES = ("accepted", "warned", "refused", "unavailable")
 _STORED = STATUSES[:2]
 REPORT, HEAT_MAP = "report", "heat map"
+_MAY_KEEP_EARLIER = "the PACS may keep the earlier version of this document"
 #: Number of documents in a row without an answer after which the others are not tried.
 _MAX_UNANSWERED = 3
 #: Seconds between two writes of the table.
@@ -133,15 +138,15 @@ def send(out: Path, address: str, settings: PacsSettings, *, with_heatmaps: bool
 
 
 def _send_pending(sent: Sent, record: _Record, pending: list[Document], address: str, settings: PacsSettings) -> None:
-    unanswered, earlier = 0, record.find_stored()
+    unanswered = 0
     done = sent.earlier.total()
     with (
         Progress("send", done + len(pending), done=done, unit="documents") as progress,
         contextlib.closing(_store(address, pending, settings)) as answers,
     ):
         for number, (document, stored) in enumerate(zip(pending, answers, strict=True), 1):
-            if stored.reason == dicomweb.DUPLICATE and earlier.get(document.uid, document.sha256) != document.sha256:
-                stored = replace(stored, status="warned", message="the PACS keeps the version that was sent earlier")
+            if stored.status in _STORED and record.has_other_version(document) and not _is_kept(address, document):
+                stored = replace(stored, status="warned", message=_MAY_KEEP_EARLIER)
             record.add(document, stored)
             sent.counts[document.kind, stored.status] += 1
             if stored.status != "accepted":
@@ -162,6 +167,11 @@ def _send_pending(sent: Sent, record: _Record, pending: list[Document], address:
 def _store(address: str, documents: list[Document], settings: PacsSettings) -> Generator[dicomweb.Stored]:
     files = (document.path.read_bytes() for document in documents)
     yield from dicomweb.store(address, files) if is_dicomweb(address) else dimse.store(address, files, settings)
+
+
+def _is_kept(address: str, document: Document) -> bool:
+    """Return whether the destination is known to have the current version of a document."""
+    return is_dicomweb(address) and dicomweb.has_version(address, document.path.read_bytes()) is True
 
 
 def _list_documents(out: Path, *, with_heatmaps: bool) -> list[Document]:
@@ -222,8 +232,16 @@ class _Record:
             if destination == self._destination and row["status"] in _STORED
         }
 
+    def has_other_version(self, document: Document) -> bool:
+        """Return whether the destination is known to have another version of a document than the current one."""
+        return self._get_kept(document) not in (None, document.sha256)
+
+    def _get_kept(self, document: Document) -> object:
+        return self._rows.get((self._destination, document.uid), {}).get("kept_sha256")
+
     def add(self, document: Document, stored: dicomweb.Stored) -> None:
         """Add an answer, and write the table if the last write is some seconds ago."""
+        is_kept = stored.status in _STORED and stored.message != _MAY_KEEP_EARLIER
         self._rows[self._destination, document.uid] = {
             "destination": self._destination,
             "sop_instance_uid": document.uid,
@@ -232,6 +250,7 @@ class _Record:
             "reason": stored.reason,
             "message": stored.message or None,
             "sha256": document.sha256,
+            "kept_sha256": document.sha256 if is_kept else self._get_kept(document),
             "time": datetime.datetime.now(datetime.UTC),
         }
         self._is_changed = True

@@ -273,15 +273,44 @@ def test_killed_run_does_not_send_again(
     assert len(web.requests) == 6
 
 
+def correct(site: Site, name: str) -> None:
+    path = min(site.out.glob("*.dcm"))
+    document = pydicom.dcmread(path)
+    document.PatientName = name
+    document.save_as(path)
+
+
+def accept_without_storing(document: pydicom.Dataset) -> tuple[int, Any]:
+    return 200, {"00081199": {"Value": [{"00081155": {"Value": [document.SOPInstanceUID]}}]}}
+
+
+def test_corrected_document_is_accepted_only_if_the_pacs_has_it(
+    site: Site, command: Command, web: DicomwebServer
+) -> None:
+    send(site, command, web.address)
+    correct(site, "Corrected")
+    web.outcome = lambda document: (503, {})
+    send(site, command, web.address, "--set", "attempts=1", code=3)
+    web.outcome = accept_without_storing
+    out, _ = send(site, command, web.address)
+    assert sorted(statuses(site)) == ["accepted"] * 4 + ["warned"]
+    assert "may keep the earlier version" in out
+    send(site, command, web.address, "--resend")
+    assert sorted(statuses(site)) == ["accepted"] * 4 + ["warned"]
+    web.outcome = None
+    send(site, command, web.address, "--resend")
+    assert statuses(site) == ["accepted"] * 5
+
+
 @pytest.mark.long
-def test_changed_document_is_sent_again(site: Site, command: Command, pacs: DimsePacs) -> None:
+@pytest.mark.parametrize("answer", [0, 0x0111])
+def test_corrected_document_is_sent_again_by_c_store(
+    site: Site, command: Command, pacs: DimsePacs, answer: int
+) -> None:
     address = pacs.start()
     send(site, command, address)
-    path = next(site.out.glob("*.dcm"))
-    document = pydicom.dcmread(path)
-    document.PatientName = "Corrected"
-    document.save_as(path)
-    pacs.answers = [0x0111]
+    correct(site, "Corrected")
+    pacs.answers = [answer]
     send(site, command, address)
     assert pacs.requests == 6
     assert sorted(statuses(site)) == ["accepted"] * 4 + ["warned"]
