@@ -13,7 +13,7 @@ from ray_cxr.cli.arguments import add_command, add_settings, any_address, any_pa
 from ray_cxr.cli.next_step import list_pacs_options, place_next_to, print_next, suggest_after_report
 from ray_cxr.cli.output import explain_write_errors, format_number, print_line, print_table, print_warnings
 from ray_cxr.errors import ConfigError
-from ray_cxr.imaging.demographics import PatientCount
+from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.progress import Stage
 from ray_cxr.storage import remote
 
@@ -95,6 +95,8 @@ def _report(arguments: argparse.Namespace) -> None:
     flagged = metrics["flagged"]
     counted = FlagCount.from_json(flagged["any_finding"]).describe() if flagged["any_finding"] else None
     print_line(f"flagged: {counted or 'unknown, because ' + flagged['reason']}")
+    look = f"{flagged['need_look']:,} of {count_of(flagged['images'], 'image')}"
+    print_line(f"need a look: {look} (flagged, with a quality flag, or not scored)")
     if metrics["nights"]:
         print_line(metrics["nights"]["words"])
     print_line(f"report: {remote.to_path(arguments.out) / 'report.html'}")

@@ -15,7 +15,7 @@ from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting import plots
 from ray_cxr.reporting.evaluation_set import EvaluationSet, Population
-from ray_cxr.reporting.html import format_percent
+from ray_cxr.reporting.html import capitalise, format_percent
 from ray_cxr.reporting.scores import Scores
 
 #: Findings, or images, that a sentence names.
@@ -78,6 +78,7 @@ class Flagged:
         without_flags: findings that cannot be flagged.
         failed: images that could not be scored, by code.
         quality: images with a quality flag, by flag.
+        overlap: number of images with a quality flag that also have a flag for a finding.
         doubtful: ids of the first of these images, by flag.
     """
 
@@ -90,8 +91,15 @@ class Flagged:
     without_flags: tuple[str, ...]
     failed: dict[str, int]
     quality: dict[str, int]
+    overlap: int
     doubtful: dict[str, list[str]]
     reason: str | None
+
+    @property
+    def need_look(self) -> int:
+        """Number of images that are flagged, have a quality flag or could not be scored, each counted once."""
+        flagged = self.total.images if self.total else 0
+        return flagged + sum(self.quality.values()) - self.overlap + sum(self.failed.values())
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -101,6 +109,7 @@ class Flagged:
             "patients": self.patients.number,
             "images_without_study": self.studies.without_id,
             "images_without_patient": self.patients.without_id,
+            "need_look": self.need_look,
             "any_finding": self.total.to_json() if self.total else None,
             "reason": self.reason,
             "findings": {finding: found.to_json() for finding, found in self.findings.items()},
@@ -108,6 +117,7 @@ class Flagged:
             "failed": {"images": sum(self.failed.values()), "by_code": self.failed},
             "quality_flags": {
                 "images": sum(self.quality.values()),
+                "also_flagged": self.overlap,
                 "by_flag": self.quality,
                 "first_images": self.doubtful,
             },
@@ -127,17 +137,19 @@ def measure_flagged(table: Scores, population: Population) -> Flagged:
     names = [finding for finding in table.findings if finding != NO_FINDING]
     flags = {f: table.flags[f][rows] for f in names if f in table.flags and (table.flags[f][rows] >= 0).any()}
     counts = {finding: FlagCount.count(values, studies, patients) for finding, values in flags.items()}
+    any_flag = flag_any(flags, len(rows))
     codes = Counter(code or "unknown" for code in table.codes[population.failed])
     return Flagged(
         description=population.description if isinstance(population, EvaluationSet) else "all images of the scores",
         images=len(population.listed),
         studies=PatientCount.of(studies),
         patients=PatientCount.of(patients),
-        total=FlagCount.count(flag_any(flags, len(rows)), studies, patients) if flags else None,
+        total=FlagCount.count(any_flag, studies, patients) if flags else None,
         findings=dict(sorted(counts.items(), key=lambda pair: -pair[1].images)),
         without_flags=tuple(finding for finding in names if finding not in flags) if len(rows) else (),
         failed={code: codes[code] for code in [*ERROR_CODES, *sorted(set(codes) - set(ERROR_CODES))] if codes[code]},
         quality=dict(sorted(Counter(flag for flag in table.quality_flags[rows] if flag).items())),
+        overlap=sum(bool(flag) for flag in table.quality_flags[rows][any_flag == 1]),
         doubtful=_list_doubtful(table, rows),
         reason=None if flags else explain_no_flags(len(rows)),
     )
@@ -176,8 +188,19 @@ def summarize_flagged(found: Flagged) -> str:
     if found.failed:
         parts.append(f"{count_of(sum(found.failed.values()), 'image')} could not be scored")
     if found.quality:
-        parts.append(f"{count_of(sum(found.quality.values()), 'image')} with a quality flag")
-    return f"What needs a look: {'; '.join(parts)}."
+        n = sum(found.quality.values())
+        also = "" if found.total is None else f", {_describe_overlap(found.overlap, n)}"
+        parts.append(f"{count_of(n, 'image')} with a quality flag{also}")
+    once = ", each counted once" if found.overlap else ""
+    total = f"{found.need_look:,} of {count_of(found.images, 'image')}{once}"
+    return f"What needs a look: {total}. {capitalise('; '.join(parts))}."
+
+
+def _describe_overlap(overlap: int, n: int) -> str:
+    """Say how many of n images with a quality flag also have a flag for a finding."""
+    if n == 1:
+        return "which is also flagged" if overlap else "which is not flagged"
+    return f"{'none' if not overlap else 'all' if overlap == n else f'{overlap:,}'} of them also flagged"
 
 
 def format_groups(count: FlagCount) -> str:

@@ -75,6 +75,10 @@ def test_flagged_images_studies_and_patients_are_counted_by_finding(archive: Arc
         assert {key: entry[key] for key in expected} == expected
         assert entry["share"] == pytest.approx(expected["images"] / expected["n"])
     assert found["failed"] == {"images": 3, "by_code": {"missing": 2, "corrupt": 1}}
+    doubtful = np.arange(archive.n) == 50
+    flagged = np.any([archive.p[f] >= archive.threshold for f in NAMES[:2]], axis=0)
+    assert found["need_look"] == (~archive.ok | doubtful | flagged).sum()
+    assert found["quality_flags"]["also_flagged"] == (doubtful & flagged).sum()
     quality = found["quality_flags"]
     assert (quality["images"], quality["by_flag"]) == (1, {"lateral": 1})
     (doubtful,) = quality["first_images"]["lateral"]
