@@ -6,7 +6,8 @@ sampling error: their squares sum to the variance, and their products to the cov
 The interval of a group's own value is that of all images (`clustered`). The interval of a difference combines other
 limits of the two groups (MOVER: Newcombe 1998; Zou & Donner 2008; with their covariance: Zou 2009): logit for AUROC and
 means, and Wilson's (1927) for the effective number of images for shares. Both use Student's t with one degree of
-freedom less than patients (of the smaller class), as in surveys with few clusters (Korn & Graubard 1998).
+freedom less than patients (of the smaller class), as in surveys with few clusters (Korn & Graubard 1998). If all
+patients of a finding agree, its variance is unknown, and a mean's limits are at least those of its own interval.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Estimates:
     freedom: np.ndarray  # float64 [K], degrees of freedom of the variance
     images: np.ndarray  # float64 [K], of the denominator of a share; NaN for AUROC and means
     own: np.ndarray  # float64 [K, 2], 95% intervals of the values
+    is_guessed: bool = False  # a mean of values of which one has an unknown variance: of one patient, or all agree
 
     def mean(self, columns: np.ndarray) -> Estimates:
         """Average columns bool [K] into one; NaN if one of them is NaN. Freedom is Satterthwaite's (1946)."""
@@ -98,6 +100,7 @@ class Estimates:
             np.where(np.isnan(freedom), lowest, freedom),
             np.full(1, np.nan),
             np.array([own or (np.nan, np.nan)]),
+            is_guessed=bool(((variances < 1e-20) | (self.freedom[columns] < 1.0)).any()),
         )
 
     def interval(self, k: int) -> tuple[float, float] | None:
@@ -112,11 +115,20 @@ class Estimates:
         if np.isnan(value) or np.isnan(variance) or not freedom > 0.0:
             return None
         stretch = float(stdtrit(freedom, 1.0 - miss_rate / 2.0) / ndtri(0.975)) ** 2
-        if variance < 1e-20 or not 0.0 < value < 1.0:  # no patient deviates: as many images as patients
-            return wilson_interval(value, (freedom + 1.0) / stretch)
-        if np.isnan(self.images[k]):
-            return logit_interval(value, variance * stretch)
-        return wilson_interval(value, min(self.images[k], value * (1.0 - value) / variance) / stretch)
+        deviates = variance >= 1e-20 and 0.0 < value < 1.0
+        if not np.isnan(self.images[k]):
+            found = freedom + 1.0  # no patient deviates: as many images as patients
+            if deviates:
+                found = min(self.images[k], value * (1.0 - value) / variance)
+            return wilson_interval(value, found / stretch)
+        spread = logit_interval(value, variance * stretch) if deviates else None
+        if spread is not None and not self.is_guessed:
+            return spread
+        # The variance is too small, and the value's own interval covers that.
+        low, high = (float(limit) for limit in self.own[k])
+        if math.isnan(low):
+            return spread
+        return (low, high) if spread is None else (min(low, spread[0]), max(high, spread[1]))
 
     def difference_interval(self, other: Estimates, k: int, miss_rate: float = 0.05) -> tuple[float, float] | None:
         """Compute the interval of value k minus that of another group; None if one of them has no interval."""

@@ -141,8 +141,10 @@ class Difference:
 
     @property
     def excludes_zero(self) -> bool | None:
-        """Whether the interval excludes 0; None without an interval."""
-        return None if self.low is None or self.high is None else self.low > 0.0 or self.high < 0.0
+        """Whether the interval excludes 0; None without an interval, or with a small cell, which proves nothing."""
+        if self.small or self.low is None or self.high is None:
+            return None
+        return self.low > 0.0 or self.high < 0.0
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class Comparisons:
 
     @classmethod
     def count(cls, differences: Sequence[Difference]) -> Comparisons:
-        judged = [each.excludes_zero for each in differences if each.excludes_zero is not None and not each.small]
+        judged = [each.excludes_zero for each in differences if each.excludes_zero is not None]
         return cls(len(judged), sum(judged), MISS_RATE * len(judged), sum(each.small for each in differences))
 
     @property

@@ -300,6 +300,28 @@ def test_differences_of_copies_are_hardly_uncertain() -> None:
             assert d.high - d.low < 0.5 * width
 
 
+def test_a_difference_is_not_narrower_than_the_interval_of_a_few_patients() -> None:
+    """The later images miss the only patient with A and both with B, which looks like no variance at all."""
+    n, few = 120, 14
+    labels = np.zeros((n + few, 2), dtype=np.int8)
+    labels[:20], labels[n, 0], labels[n + 1 : n + 3, 1] = 1, 1, 1
+    flags = np.zeros_like(labels)
+    flags[:3] = 1
+    later = np.arange(n + few) >= n
+    scores = np.random.default_rng(0).random(labels.shape)
+    images = LabelledScores.build(labels, scores, flags, np.arange(n + few), NAMES, np.ones(2, dtype=bool))
+    found = subgroups.measure_groups([groups.Group("view", "AP", later), groups.Group("view", "PA", ~later)], images)
+    small = next(group for group in found.groups if group.value == "AP")
+    for quantity in ("sensitivity", "specificity"):
+        mean = getattr(small.shared, quantity)
+        difference = next(d for d in found.differences if d.finding is None and d.quantity == quantity)
+        assert difference.high - difference.low >= mean.high - mean.low
+    missed = next(d for d in found.differences if d.finding is None and d.quantity == "sensitivity")
+    assert missed.low < 0 < missed.high
+    assert (small.small, missed.small, missed.excludes_zero) == (True, True, None)
+    assert all(d.excludes_zero is None for d in found.differences if d.small)
+
+
 def test_differences_are_relative_to_the_largest_group() -> None:
     c = simulate_images(100, 4)
     c["flags"][(c["sex"] == "F") & (c["labels"][:, 0] == 1), 0] = 0
