@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import zlib
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -17,13 +18,15 @@ from ray_cxr.storage.paths import DICOM_HEAD, has_dicom_magic, redact
 #: Bytes from the start of a file that `identify` needs: a tar archive has its mark at 257.
 HEAD = 4096
 _UNPACK = "unpack it and pass a file of it"
+_GZIP = b"\x1f\x8b"
 _ZIP = b"PK\x03\x04"
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _SHOWN_COLUMNS = 6
 #: First bytes, the kind of file, and the remedy if it is not another table or another file.
 _MAGICS: tuple[tuple[bytes, str, str], ...] = (
     (_ZIP, "a ZIP archive", _UNPACK),
     (b"PK\x05\x06", "a ZIP archive", _UNPACK),
-    (b"\x1f\x8b", "a gzip file", _UNPACK),
+    (_GZIP, "a gzip file", _UNPACK),
     (b"BZh", "a bzip2 file", _UNPACK),
     (b"\xfd7zXZ\0", "an xz file", _UNPACK),
     (b"\x28\xb5\x2f\xfd", "a Zstandard file", _UNPACK),
@@ -118,10 +121,22 @@ def _describe_file(path: Path) -> tuple[str, str]:
         return _describe_parquet(path), ""
     if head.startswith(_ZIP) and (identify(head) or ("",))[0] == "a ZIP archive":
         return _describe_zip(path)
-    text = head.decode("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8", "ignore")
+    if head.startswith(_GZIP):
+        return _describe_gzip(head)
+    text = head.decode("utf-16" if head[:2] in _UTF_16 else "utf-8", "ignore")
     if found := identify(head) or identify_text(text):
         return found
     return ("another binary file" if "\0" in text else "a text or CSV file"), ""
+
+
+def _describe_gzip(head: bytes) -> tuple[str, str]:
+    """Distinguish a table, which `ray-cxr manifest` reads without unpacking, from other packed files."""
+    with contextlib.suppress(zlib.error):
+        data = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, HEAD)
+        line = data.decode("utf-16" if data[:2] in _UTF_16 else "utf-8", "ignore").partition("\n")[0]
+        if "\0" not in line and re.search("[,;\t]", line):
+            return "a table of labels or images (CSV, gzip)", ""
+    return "a gzip file", _UNPACK
 
 
 def _describe_zip(path: Path) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -34,6 +35,8 @@ KINDS = {
     "cut.parquet": "a damaged Parquet file",
     "csv.parquet": "a text or CSV file",
     "csv-utf-16.parquet": "a text or CSV file",
+    "table.csv.gz": "a table of labels or images (CSV, gzip)",
+    "text.gz": "a gzip file",
     "binary": "another binary file",
     "empty": "an empty file",
     "page.html": "an HTML page",
@@ -68,6 +71,8 @@ def inputs(tmp_path: Path) -> Path:
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "other.parquet").read_bytes()[:-9])
     (tmp_path / "csv.parquet").write_text(CSV, encoding="utf-8")
     (tmp_path / "csv-utf-16.parquet").write_text(CSV, encoding="utf-16")
+    (tmp_path / "table.csv.gz").write_bytes(gzip.compress(CSV.encode()))
+    (tmp_path / "text.gz").write_bytes(gzip.compress(bytes(100)))
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     (tmp_path / "empty").touch()
     (tmp_path / "page.html").write_text("<html>", encoding="utf-8")
@@ -82,7 +87,7 @@ def test_other_inputs_are_named(inputs: Path, wanted: str) -> None:
             read(inputs / name)
         message = str(caught.value)
         assert message.startswith(f"{inputs / name}: is {KINDS[name]}, not {wanted}; "), message
-        assert remedy in message or KINDS[name] == "an HTML page"
+        assert remedy in message or KINDS[name] in ("an HTML page", "a gzip file")
         assert "\n" not in message
     with pytest.raises(RayCxrError, match=r"none: no(t found| such file or folder)"):
         read(inputs / "none")
