@@ -94,3 +94,5 @@ def run_demo(
     on_event(f"demo: {time.monotonic() - started:.0f} s ({parts})")
     on_event(f"demo: macro AUROC on the test split {metrics['macro']['auroc']:.3f}")
     on_event(f"demo: open {report / 'report.html'}")
+    review = ["ray-cxr", "review", str(scores), "--manifest", str(manifest)]
+    on_event(f"demo: go through the images as a reader: {shlex.join(review)}")
