@@ -26,8 +26,14 @@ _ACCEPT = 'multipart/related; type="application/dicom"; transfer-syntax=*'
 JSON = "application/dicom+json"
 #: Of a page of a listing, of a header, or of the answer to a document, bytes.
 MAX_JSON_BYTES = 64 << 20
-#: The SOP Instance UID is at the start of a file: in its meta information, and in group 0008.
+#: The SOP Instance UID is at the start of a file.
 _HEAD = 1 << 16
+#: Media Storage SOP Instance UID (0002,0003), and SOP Instance UID (0008,0018) with or without a VR and in either byte
+#: order. All elements before them are short and hold no such bytes; values start after the match.
+_MEDIA_UID = re.compile(rb"\x02\x00\x03\x00UI[\x00-\x40]\x00")
+_DATA_UID = re.compile(
+    rb"\x08\x00\x18\x00(?:UI[\x00-\x40]\x00|[\x00-\x40]\x00\x00\x00)|\x00\x08\x00\x18UI\x00[\x00-\x40]"
+)
 _NOT_A_FILE = "the PACS sent no DICOM file; check that the address is the root of DICOMweb"
 
 
@@ -88,7 +94,7 @@ def fetch_instance(path: str, *, max_bytes: int = MAX_BYTES) -> bytes:
     """Return the DICOM file of one instance as the PACS has it (WADO-RS).
 
     The request accepts any transfer syntax (`transfer-syntax=*`), so the PACS has no reason to transcode. Nothing is
-    parsed except the multipart envelope; the SOP Instance UID of the path must occur at the start of the file.
+    parsed except the multipart envelope and the SOP Instance UID, which must be the one of the path.
 
     Raises:
         ImageError: `missing` (404, 410, or not the path of an instance), `permission` (401, 403), `too_large`, `empty`,
@@ -102,9 +108,17 @@ def fetch_instance(path: str, *, max_bytes: int = MAX_BYTES) -> bytes:
         raise ImageError("too_large", f"more than {max_bytes} bytes")
     if not data:
         raise ImageError("empty", "the file has 0 bytes")
-    if not re.search(rb"(?<![0-9.])" + re.escape(uid.encode()) + rb"(?![0-9.])", data[:_HEAD]):
+    if _find_uid(data) != uid:
         raise ImageError("storage", "the PACS sent another object than the instance that was requested")
     return data
+
+
+def _find_uid(data: bytes) -> str | None:
+    """Return the SOP Instance UID of a DICOM file by its meta information, or else by its data set."""
+    head = data[:_HEAD]
+    found = (_MEDIA_UID.search(head, 132) if head[128:132] == b"DICM" else None) or _DATA_UID.search(head)
+    value = re.compile(rb"[0-9.]*").match(head, found.end()) if found else None
+    return value[0].decode() if value else None
 
 
 def fetch_metadata(path: str) -> dict[str, Any]:

@@ -200,6 +200,14 @@ def answer_with(body: bytes, kind: str, **headers: str) -> Callable[[Handler], N
     return lambda handler: handler.answer(200, body, kind, **headers)
 
 
+def strip_meta(data: bytes) -> bytes:
+    """Return the data set of a file alone, in Implicit VR Little Endian, as old archives store it."""
+    dataset = pydicom.dcmread(BytesIO(data))
+    out = BytesIO()
+    pydicom.dcmwrite(out, pydicom.Dataset(dataset), implicit_vr=True, little_endian=True)
+    return out.getvalue()
+
+
 RELATED = "multipart/related; type=application/dicom; boundary="
 PART = b"\r\nContent-Type: application/dicom\r\n\r\n"
 
@@ -214,6 +222,9 @@ PART = b"\r\nContent-Type: application/dicom\r\n\r\n"
         (b"--b" + PART + make_file(2) + b"\r\n--b--", RELATED + "b", "storage"),
         (b"--b" + PART + make_file(11) + b"\r\n--b--", RELATED + "b", "storage"),
         (b"--b" + PART + make_file(1, SOPInstanceUID="2.1.2.3.1") + b"\r\n--b--", RELATED + "b", "storage"),
+        (b"--b" + PART + make_file(2, StudyInstanceUID="1.2.3.1") + b"\r\n--b--", RELATED + "b", "storage"),
+        (strip_meta(make_file(1)), "application/dicom", None),
+        (strip_meta(make_file(2, StudyInstanceUID="1.2.3.1")), "application/dicom", "storage"),
         (b"--b" + (PART + make_file(1) + b"\r\n--b") * 2 + b"--", RELATED + "b", "storage"),
         (b"--b" + PART + make_file(1), RELATED + "b", "storage"),
         (b"--b--", RELATED + "b", "storage"),
@@ -231,7 +242,7 @@ def test_answer_is_the_requested_file_or_an_error(
     path = pacs.add(make_file(1))
     pacs.disturb(answer_with(body, kind))
     if code is None:
-        assert fetch_instance(path) == make_file(1)
+        assert fetch_instance(path) == (body if kind == "application/dicom" else make_file(1))
     else:
         fail(path, code)
 
