@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from ray_cxr.reporting.scores import (
 from ray_cxr.storage import remote
 from ray_cxr.storage.paths import is_uri
 
+_log = logging.getLogger(__name__)
+
 #: Two rows of one image differ by less in any probability; the nights may differ in precision.
 _MAX_DIFFERENCE = 0.25
 _DIGITS = 12
@@ -44,6 +47,8 @@ class NightTable:
 
 def list_folders(scores: str | Path | Sequence[str | Path]) -> list[str]:
     """Return the score tables that a report reads; a pattern such as `nights/*/scores` stands for what matches it.
+
+    If folders of `score` match a pattern, everything else that matches, such as a report, is left out with a warning.
 
     Raises:
         InputError: nothing matches a pattern, or a table is listed twice.
@@ -76,7 +81,10 @@ def _expand(text: str) -> list[str]:
     found = [path for path in found if path.exists()]
     if not found:
         raise InputError(f"{text}: matches nothing; pass folders that `ray-cxr score` wrote")
-    return list(map(str, found))
+    own = [path for path in found if Location.of(str(path)).find_run() is not None]
+    if own and (others := [path.name for path in found if path not in own]):
+        _log.warning("%s: left out, because not written by `ray-cxr score`: %s", text, ", ".join(others))
+    return list(map(str, own or found))
 
 
 def read_nights(scores: str | Path | Sequence[str | Path]) -> tuple[Scores, list[NightTable]]:
@@ -155,7 +163,7 @@ def _check_folders(sources: Sequence[str], origins: Sequence[dict[str, Any]]) ->
         if not origin["is_own"]:
             raise InputError(
                 f"{source}: not a folder that `ray-cxr score` wrote; only such folders are read together. Pass other "
-                "tables one at a time."
+                "tables one at a time; a quoted pattern, such as 'nights/*', leaves them out."
             )
         folder = origin["run_folder"] or source
         if folder in seen:

@@ -6,6 +6,7 @@ An image is known by its SOP Instance UID or by the digest of its file (`predict
 from __future__ import annotations
 
 import glob
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from ray_cxr.models import predictions
 from ray_cxr.progress import Stage
 from ray_cxr.scoring.ranges import INPUT, SCORES, read_part
 from ray_cxr.storage import contents, remote, run_folder
+
+_log = logging.getLogger(__name__)
 
 UID, DIGEST = predictions.MARKS
 #: Settings that must be those of the earlier runs, with the values of folders that lack them: with another model or
@@ -68,7 +71,9 @@ def read_earlier(patterns: Sequence[str], out: Path, settings: Mapping[str, Any]
     """
     folders = [folder for pattern in patterns for folder in _expand(pattern) if folder.resolve() != out.resolve()]
     if not folders:
-        raise ConfigError(f"--skip-scored {' '.join(patterns)}: names only --out itself; pass folders of earlier runs")
+        raise ConfigError(
+            f"--skip-scored {' '.join(patterns)}: names no scores, except those in --out; pass folders of earlier runs"
+        )
     tables: list[pa.Table] = []
     with Stage("reading earlier scores") as stage:
         for folder in dict.fromkeys(folders):
@@ -87,7 +92,8 @@ def _is_retryable(codes: pa.ChunkedArray) -> pa.ChunkedArray:
 def _expand(pattern: str) -> list[Path]:
     """Return the folders that a pattern names, or the folder that it is.
 
-    A folder of a pattern in which a run was killed before it had settings holds no rows, and is ignored.
+    A folder of a pattern in which a run was killed before it had settings holds no rows, and is ignored. What else
+    matches a pattern and is no folder of scores, such as a report, is left out with a warning.
     """
     path = remote.to_path(pattern)
     if path.exists() or not set(pattern) & set("*?["):
@@ -98,7 +104,15 @@ def _expand(pattern: str) -> list[Path]:
         found = list(path.parent.glob(path.name))
     if not found:
         raise ConfigError(f"--skip-scored {pattern}: matches no folder; correct it, or leave it out on the first night")
-    return [path for path in found if not _is_unused(path)]
+    scores = [path for path in found if _holds_scores(path)]
+    if others := [path.name for path in found if path not in scores and not _is_unused(path)]:
+        _log.warning("--skip-scored %s: left out, because no folders of scores: %s", pattern, ", ".join(others))
+    return scores
+
+
+def _holds_scores(folder: Path) -> bool:
+    """Whether `score` wrote a folder; true as well for one that has lost its settings, which is an error later."""
+    return folder.is_dir() and (run_folder.read_settings(folder).get("kind") == "score" or (folder / SCORES).exists())
 
 
 def _is_unused(folder: Path) -> bool:

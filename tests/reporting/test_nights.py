@@ -115,8 +115,9 @@ def test_of_an_image_in_several_nights_the_latest_row_with_a_score_counts(
     assert [round(float(table.p["Mass"][rows[name]]), 3) for name in "abce"] == [0.2, 0.2, 0.1, 0.2]
     assert not table.ok[rows["d"]]
     assert table.codes[rows["d"]] == "truncated"
+    Path(tmp_path, "nights/a/scores-report").mkdir()  # matches too, but is no folder of scores
     with without_drawing():
-        pattern = f"{tmp_path}/nights/*/scores-run"
+        pattern = f"{tmp_path}/nights/*/scores-r*"
         assert cli.main(["report", pattern, "--csv", "--out", str(tmp_path / "out")]) == 0
     assert "Last night, 2026-03-02 (5 images" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))

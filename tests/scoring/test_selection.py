@@ -40,7 +40,7 @@ def pngs(phantoms) -> list[Path]:
     return [path for path in files if path.stat().st_size > 3000][:6]
 
 
-def test_two_nights(tiny_bundle, pngs, tmp_path: Path, command) -> None:
+def test_two_nights(tiny_bundle, pngs, tmp_path: Path, command, caplog) -> None:
     """The second night scores what is new, what failed for a while, and files whose UID says nothing."""
     images, nights = tmp_path / "images", tmp_path / "nights"
     images.mkdir()
@@ -55,6 +55,11 @@ def test_two_nights(tiny_bundle, pngs, tmp_path: Path, command) -> None:
     assert_done(command(*arguments(tiny_bundle, images, one)))
     (nights / "0").mkdir()
     (nights / "0" / "input.parquet").touch()  # killed before it started
+    (nights / "report").mkdir()
+    (nights / "report" / "metrics.parquet").touch()
+    (nights / "labels.parquet").touch()
+    named = arguments(tiny_bundle, images, two, "--skip-scored", one, nights / "report")
+    assert_refused(command(*named), "report")
 
     os.rename(images / "0.png", images / "renamed.png")
     write_dicom(images / "a.dcm", "1.2.1", ImageComments="changed by the archive")
@@ -63,7 +68,9 @@ def test_two_nights(tiny_bundle, pngs, tmp_path: Path, command) -> None:
     shutil.copy(pngs[3], tmp_path / "later.png")
     write_archive(images / "more.tar.gz", [("x.png", pngs[1].read_bytes()), ("y.png", pngs[4].read_bytes())])
     given = arguments(tiny_bundle, images, two, "--skip-scored", nights / "*")
-    assert "left out: 7 scored before (1 by SOP Instance UID, 6 by digest)" in assert_done(command(*given))
+    said = assert_done(command(*given))
+    assert "labels.parquet, report" in caplog.text
+    assert "left out: 7 scored before (1 by SOP Instance UID, 6 by digest)" in said
     assert sorted(read_rows(two)["image_id"]) == ["gone.png", "other.dcm", "same3.dcm", "y.png"]
     run = json.loads((two / "run.json").read_text(encoding="utf-8"))["selection"]
     assert (run["listed"], run["by_digest"], run["failed_before"]) == (12, 6, {"not_an_image": 1})
