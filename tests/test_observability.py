@@ -197,6 +197,7 @@ def test_training_counts_every_step_and_epoch(given: Given, tmp_path: Path) -> N
     out = tmp_path / "patients" / "run7"
     out.mkdir(parents=True)
     loop: Any = SimpleNamespace(settings=TrainSettings(batch_size=8), train=range(20), random_layers=[])
+    loop.replicas = SimpleNamespace(count=2)
     state: Any = SimpleNamespace(epochs_done=0, losses=[], curves=[], policy="float32")
     recorder = worker.RunRecorder(out, loop, {}, state)
     started = time.monotonic()
