@@ -256,4 +256,5 @@ def test_nights_of_different_weights_are_ranked_by_those_of_the_latest(tmp_path:
     assert dict(zip(table.ids, table.priority.round(6), strict=True)) == {"a": 0.1, "b": 0.4, "c": 0.05, "d": 0.2}
     metrics = report([old, new], tmp_path / "out")
     assert any("weights" in note for note in metrics["notes"])
-    assert [line["image_id"] for line in read_csv(tmp_path / "out" / "worklist.csv")] == [*"bdac"]
+    # Images with a flag come first.
+    assert [line["image_id"] for line in read_csv(tmp_path / "out" / "worklist.csv")] == [*"badc"]

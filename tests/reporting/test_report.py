@@ -422,8 +422,8 @@ def test_worklist_has_one_row_per_study(unlabelled: Report) -> None:
     archive, rows = unlabelled.archive, unlabelled.worklist()
     assert len(rows) == 120  # of every three images, two share a study and one has none
     assert [sum(int(row[name]) for row in rows) for name in ("n_images", "n_errors")] == [180, 3]
-    scored = [float(row["priority"]) for row in rows if row["priority"]]
-    assert scored == sorted(scored, reverse=True)
+    order = [(not row["flagged"], -float(row["priority"])) for row in rows if row["priority"]]
+    assert order == sorted(order), "first the studies with a flag"
     assert [row["priority"] for row in rows[-2:]] == ["", ""]
     assert {row["errors"] for row in rows[-2:]} == {"corrupt|missing", "missing"}
     study = next(row for row in rows if row["patient_id"] == "20" and row["study_id"] == "s20")
