@@ -33,6 +33,28 @@ FLAGS = (
     "age_outside_training",
     "burned_in_annotation",
 )
+#: Short names for readers. Flags from pixels are guesses; `lateral` is one unless the view is stated.
+NAMES = {
+    "inverted": "possibly inverted",
+    "lateral": "possibly lateral",
+    "not_frontal_chest": "possibly not a frontal chest",
+    "out_of_distribution": "unlike the training images",
+}
+#: What flags mean, for readers; `lateral` without a stated view.
+MEANINGS = {
+    "inverted": "the pixels look like a negative",
+    "lateral": "a guess from the pixels, because no view is stated: the image is unusually asymmetric, as a "
+    "lateral view is, but also a frontal chest that is rotated or has a large opacity on one side",
+    "not_frontal_chest": "the pixels look unlike the training images: not a frontal chest, or one with wide borders, "
+    "cropped or turned; or the manifest or header states an oblique view or another body part",
+    "reoriented": "the header says that the image is mirrored or turned; it was put upright",
+    "display_fallback": "the header's gray values would hide the image, and were not used",
+    "out_of_distribution": "the model's features are far from those of the training images",
+    "age_outside_training": "younger or older than every training patient",
+    "burned_in_annotation": "the header says that text is burned into the pixels",
+}
+#: What `lateral` means if the view is stated.
+STATED_LATERAL = "the manifest or header states a lateral view"
 #: Minimum numbers of images to describe, and to set limits from.
 MIN_TRAINING, MIN_HELD_OUT = 60, 30
 #: More training images take time and change little.
@@ -141,6 +163,11 @@ def find_most_severe(flags: Iterable[str | None]) -> str | None:
     """Return the first flag in the order of `FLAGS`, or None."""
     present = set(flags)
     return next((flag for flag in FLAGS if flag in present), None)
+
+
+def name_flag(flag: str) -> str:
+    """Return the short name of a flag for readers: `possibly lateral`, `reoriented`."""
+    return NAMES.get(flag, flag.replace("_", " "))
 
 
 def fit_quality_model(

@@ -12,14 +12,15 @@ import numpy as np
 from ray_cxr.errors import ERROR_CODES
 from ray_cxr.evaluation.usability import flag_any
 from ray_cxr.imaging.demographics import PatientCount, count_of
+from ray_cxr.imaging.views import parse_view
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting import plots
 from ray_cxr.reporting.evaluation_set import EvaluationSet, Population
 from ray_cxr.reporting.html import capitalise, format_percent
 from ray_cxr.reporting.scores import Scores
 
-#: Findings, or images, that a sentence names.
-_NAMED = 3
+#: Findings that a sentence names, and images with a quality flag that are named if they are more than `_ALL`.
+_NAMED, _ALL = 3, 10
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Flagged:
         failed: images that could not be scored, by code.
         quality: images with a quality flag, by flag.
         overlap: number of images with a quality flag that also have a flag for a finding.
-        doubtful: ids of the first of these images, by flag.
+        doubtful: ids of these images by flag, of the first of them if there are many.
+        stated: number of images with the flag `lateral` whose view is stated; the others are guesses from pixels.
     """
 
     description: str
@@ -93,6 +95,7 @@ class Flagged:
     quality: dict[str, int]
     overlap: int
     doubtful: dict[str, list[str]]
+    stated: int
     reason: str | None
 
     @property
@@ -120,6 +123,7 @@ class Flagged:
                 "also_flagged": self.overlap,
                 "by_flag": self.quality,
                 "first_images": self.doubtful,
+                "stated_lateral": self.stated,
             },
         }
 
@@ -151,16 +155,28 @@ def measure_flagged(table: Scores, population: Population) -> Flagged:
         quality=dict(sorted(Counter(flag for flag in table.quality_flags[rows] if flag).items())),
         overlap=sum(bool(flag) for flag in table.quality_flags[rows][any_flag == 1]),
         doubtful=_list_doubtful(table, rows),
+        stated=int(_is_stated(table, rows).sum()),
         reason=None if flags else explain_no_flags(len(rows)),
     )
 
 
 def _list_doubtful(table: Scores, rows: np.ndarray) -> dict[str, list[str]]:
-    """Return the ids of the first images with each quality flag."""
+    """Return the ids of the images with each quality flag, of the first `_NAMED` if there are more than `_ALL`.
+
+    Images whose lateral view is stated are last.
+    """
     found: dict[str, list[str]] = {}
-    for row in rows[table.quality_flags[rows] != None]:  # noqa: E711, an array of str or None
+    rows = rows[table.quality_flags[rows] != None]  # noqa: E711, an array of str or None
+    stated = _is_stated(table, rows)
+    for row in (*rows[~stated], *rows[stated]):
         found.setdefault(str(table.quality_flags[row]), []).append(str(table.ids[row]))
-    return {flag: ids[:_NAMED] for flag, ids in sorted(found.items())}
+    return {flag: ids if len(ids) <= _ALL else ids[:_NAMED] for flag, ids in sorted(found.items())}
+
+
+def _is_stated(table: Scores, rows: np.ndarray) -> np.ndarray:
+    """Return which rows [n] have the flag `lateral` because the manifest or the header states this view."""
+    pairs = zip(table.quality_flags[rows], table.views[rows], strict=True)
+    return np.array([flag == "lateral" and parse_view(view or "") == "LATERAL" for flag, view in pairs], dtype=bool)
 
 
 def explain_no_flags(n_scored: int) -> str:

@@ -16,6 +16,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
+from ray_cxr.evaluation import quality
 from ray_cxr.evaluation.metrics import Metric
 from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.reporting import cards, cases, plots
@@ -44,9 +45,13 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
         count_of=count_of,
         patients=format_patients,
         headings=list_headings,
+        quality_flags=list_quality,
+        quality_names=name_quality,
+        quality_name=format_quality,
         duration=format_duration,
         setting=_format_page_setting,
         md=escape_markdown,
+        md_code=escape_around_code,
         code=format_code,
         sentence=capitalise,
         spaced=plots.format_finding,
@@ -109,6 +114,32 @@ def format_patients(result: Mapping[str, Any]) -> str:
     return PatientCount(result["n_patients"], result["images_without_patient"]).describe(result["n_images"])
 
 
+def list_quality(found: Mapping[str, Any]) -> list[tuple[str, int, str, list[str]]]:
+    """List the quality flags of an entry `quality_flags` of metrics.json: name, number, meaning and ids of images.
+
+    `lateral` can be listed twice: guessed from pixels, and stated in the manifest or a header.
+    """
+    listed = []
+    for flag, count in found["by_flag"].items():
+        ids, stated = found["first_images"].get(flag, []), found["stated_lateral"] if flag == "lateral" else 0
+        guessed = count - stated
+        if guessed:
+            listed.append((quality.name_flag(flag), guessed, quality.MEANINGS.get(flag, ""), ids[:guessed]))
+        if stated:
+            listed.append(("lateral", stated, quality.STATED_LATERAL, ids[guessed:]))
+    return listed
+
+
+def name_quality(found: Mapping[str, Any]) -> dict[str, int]:
+    """Return the numbers of images of `list_quality` by name."""
+    return {name: count for name, count, _, _ in list_quality(found)}
+
+
+def format_quality(flags: str) -> str:
+    """Format the quality flags of a row of worklist.csv, separated by `|`: `possibly lateral, reoriented`."""
+    return ", ".join(map(quality.name_flag, flags.split("|"))) if flags else ""
+
+
 def list_headings(page: str) -> list[tuple[str, str]]:
     """List the sections of a part of a page as id and title, without what follows a colon."""
     found = re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', page, re.DOTALL)
@@ -154,7 +185,17 @@ def format_code(text: str) -> Markup:
 
 def escape_markdown(text: str) -> str:
     """Escape a text for Markdown, including table cells."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(str(text).split()))
+    return _escape_marks(" ".join(str(text).split()))
+
+
+def _escape_marks(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", text)
+
+
+def escape_around_code(text: str) -> str:
+    """Escape a text for Markdown except what stands between backticks, so that commands can be copied."""
+    parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
+    return "".join(part if i % 2 else _escape_marks(part) for i, part in enumerate(parts))
 
 
 def format_drawing(drawing: Drawing, alt: str) -> Markup:

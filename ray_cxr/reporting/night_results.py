@@ -25,6 +25,7 @@ from ray_cxr.evaluation.drift import (
     RateDrift,
     ScoreDrift,
 )
+from ray_cxr.evaluation.quality import name_flag
 from ray_cxr.imaging.demographics import count_of
 from ray_cxr.reporting import plots
 from ray_cxr.reporting.evaluation_set import Population
@@ -162,7 +163,7 @@ def list_comparisons(found: Drift | None) -> Iterator[tuple[str, RateDrift | Sco
     yield "images not scored", found.errors
     yield from ((f"flagged share of {plots.format_finding(row.name)}", row) for row in found.flags)
     yield from ((f"scores of {plots.format_finding(row.name)}", row) for row in found.scores)
-    yield from ((f"quality flag {plots.format_finding(row.name)}", row) for row in found.quality)
+    yield from ((f"quality flag {name_flag(row.name)}", row) for row in found.quality)
 
 
 def describe_last(found: NightResults) -> str:

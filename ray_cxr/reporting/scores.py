@@ -28,7 +28,7 @@ from ray_cxr.storage.stores import describe_error, is_access_denied, open_uri
 
 #: Columns of text by the field of `Scores` that holds them.
 _TEXT = {"ids": "image_id", "paths": "path", "patients": "patient_id", "studies": "study_id", "codes": "error_code"}
-_TEXT |= {"top_findings": "top_finding", "quality_flags": "quality_flag"}
+_TEXT |= {"top_findings": "top_finding", "quality_flags": "quality_flag", "views": "view"}
 #: Columns that identify the content of an image; tables of earlier versions lack them.
 CONTENT = ("sop_instance_uid", "content_digest")
 
@@ -71,7 +71,7 @@ class Scores:
         is_own: `ray-cxr score` wrote the table, not another system.
         folder: the folder with the Parquet files, as `remote.to_path` takes it; None for files and read-only stores.
         run_folder: the SCORES folder, as `remote.to_path` takes it; None for another system's table.
-        ids, paths, patients, studies, codes, top_findings, quality_flags: object arrays of str or None.
+        ids, paths, patients, studies, codes, top_findings, quality_flags, views: object arrays of str or None.
         ok: False on error rows.
         abnormality, priority, p, c: float64 with NaN for null; p is raw and c calibrated, per finding.
         ranking: how images and studies are ranked.
@@ -98,6 +98,7 @@ class Scores:
     priority: np.ndarray
     ranking: Ranking
     quality_flags: np.ndarray
+    views: np.ndarray
     model_digests: tuple[str, ...]
     findings: tuple[str, ...]
     p: dict[str, np.ndarray]

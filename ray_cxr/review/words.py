@@ -6,8 +6,8 @@ from __future__ import annotations
 _LONGEST = 32
 QUALITY: dict[str, str] = {
     "inverted": "gray values look inverted",
-    "lateral": "lateral view",
-    "not_frontal_chest": "may not be a frontal chest image",
+    "lateral": "may be a lateral view",
+    "not_frontal_chest": "may not be a frontal chest, or has wide borders",
     "reoriented": "was mirrored or turned, put upright",
     "display_fallback": "window of the header not used",
     "out_of_distribution": "unlike the training images",

@@ -24,7 +24,7 @@ from ray_cxr.evaluation.published import OFFICIAL_TEST_IMAGES
 from ray_cxr.imaging.phantoms import TABLE_NAME
 from ray_cxr.imaging.sandbox import Decoder
 from ray_cxr.labels import LABELS, NO_FINDING
-from ray_cxr.reporting import plots
+from ray_cxr.reporting import html, plots
 from ray_cxr.reporting.cases import CaseBuilder, load_image
 from ray_cxr.reporting.evaluation_set import join_labels
 from ray_cxr.reporting.examples import sample_examples
@@ -213,6 +213,31 @@ def test_training_images_are_refused(archive: Archive, tmp_path: Path, split: st
     assert ("`--split test`" in error) == (split is None)
 
 
+def test_the_remedy_for_training_images_names_only_the_missing_option(archive: Archive, tmp_path: Path) -> None:
+    error = refused(LeakError, "--split test", archive.scores(), tmp_path / "out", labels=archive.labels())
+    assert "--manifest" not in error
+
+
+def test_commands_in_markdown_can_be_copied() -> None:
+    shown = html.escape_around_code("a_b | `cxr --set operating_point=flag_rate=0.1`\n<b> `")
+    assert shown == "a\\_b \\| `cxr --set operating_point=flag_rate=0.1` \\<b\\> \\`"
+
+
+def test_images_with_a_quality_flag_are_named_and_a_stated_view_is_no_guess(archive: Archive, tmp_path: Path) -> None:
+    table = pq.read_table(f"{archive.scores()}/scores").drop_columns("quality_flag")
+    flags = {3: "lateral", 4: "lateral", **dict.fromkeys(range(8, 18), "not_frontal_chest")}
+    flags |= dict.fromkeys(range(20, 31), "inverted")
+    columns = {"quality_flag": [flags.get(i) for i in range(archive.n)], "view": ["LATERAL"] * 4 + [None] * archive.n}
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values[: archive.n], pa.string()))
+    pq.write_table(table, tmp_path / "scores.parquet")
+    found = report(archive, tmp_path / "out", scores=str(tmp_path / "scores.parquet"))
+    quality = found.metrics["flagged"]["quality_flags"]
+    assert (quality["stated_lateral"], quality["first_images"]["lateral"]) == (1, [archive.ids[4], archive.ids[3]])
+    section = found.page.partition('id="failed"')[2].partition("<h2")[0]
+    assert [archive.ids[i] in section for i in (3, 4, *range(8, 18), 20, 23)] == [True] * 13 + [False]
+
+
 @pytest.mark.parametrize("prefix", ["", "X"])
 def test_other_images_of_training_patients_are_refused(archive: Archive, tmp_path: Path, prefix: str) -> None:
     """Labels and scores may spell the patients differently."""
@@ -374,6 +399,10 @@ def test_unusable_output_is_refused(archive: Archive, tmp_path: Path) -> None:
     scores = Path(archive.scores())
     for source, out in ((scores, tmp_path / "file"), (theirs, theirs / "report"), (scores, scores / "scores")):
         refused(OutputError, f"--out {out}", source, out)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("", encoding="utf-8")
+    error = refused(OutputError, f"--out {tmp_path / 'thesis'}", scores, tmp_path / "thesis")
+    assert "chapter.tex" in error
     for _ in range(2):  # next to the rows; the second report does not read the first as scores
         report(archive, scores / "report", scores=str(scores))
 
