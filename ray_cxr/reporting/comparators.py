@@ -81,7 +81,14 @@ def compare_with_consensus(
     reference = read_consensus(path)
     kept, rows, patients, missing = population.match(table, reference.image_ids, f"--consensus {path}")
     patients = np.where([patient is None for patient in patients], reference.patient_ids[kept], patients)
-    checked = check_leakage(table, rows, patients, population.split, "the consensus table")
+    checked = check_leakage(
+        table,
+        rows,
+        patients,
+        population.split,
+        "the consensus table",
+        has_manifest=isinstance(population, EvaluationSet),
+    )
     names = [name for name in (*LABELS, *reference.composites) if name in reference.labels]
     labels = {name: reference.labels[name][kept] for name in names}
     outputs, scales = ModelOutputs.select(table, rows).add_composites(reference.composites)
@@ -213,7 +220,14 @@ def compare_with_boxes(table: Scores, population: Population, path: str, bootstr
     boxes = read_boxes(path)
     kept, rows, patients, missing = population.match(table, boxes.image_ids, f"--boxes {path}")
     images, first = np.unique(rows, return_index=True)  # an image can have several boxes
-    checked = check_leakage(table, images, patients[first], population.split, "the boxed images")
+    checked = check_leakage(
+        table,
+        images,
+        patients[first],
+        population.split,
+        "the boxed images",
+        has_manifest=isinstance(population, EvaluationSet),
+    )
     ids = table.ids[rows]  # the maps' spelling, which can be another Unicode form than that of the boxes
     maps: dict[tuple[str, str], HeatMap] = {}
     for folder, found in table.group_by_folder(set(ids)).items():

@@ -70,20 +70,28 @@ class LeakCheck:
 
 
 def check_leakage(
-    table: Scores, rows: np.ndarray, patients: np.ndarray, split: str | None, population: str
+    table: Scores,
+    rows: np.ndarray,
+    patients: np.ndarray,
+    split: str | None,
+    population: str,
+    *,
+    has_manifest: bool = True,
 ) -> LeakCheck:
     """Compare the evaluated rows [n] and patient ids [n] with those that trained the model.
 
-    An evaluation of `train` or `val` may share images with the training. `population` names the images in the error.
+    An evaluation of `train` or `val` may share images with the training. `population` names the images in the error,
+    whose remedy depends on whether a manifest was passed.
 
     Raises:
         LeakError: images or patients are shared, and `split` is neither `train` nor `val`.
     """
     found = compare_training(table, rows, patients)
     if split not in _KNOWN and (found.shared_images or found.shared_patients):
+        option = "--split test" if has_manifest else "--manifest M.parquet --split test"
         remedies = {
             "test": "Use a manifest whose test split excludes them",
-            None: "Add `--manifest M.parquet` with `--split test`, or use a table that excludes them",
+            None: f"Add `{option}`, or use a table that excludes them",
         }
         remedy = remedies.get(split, "Leave them out")
         if not found.shared_images:
