@@ -66,6 +66,10 @@ def list_model_facts(table: Scores, metrics: Mapping[str, Any]) -> list[tuple[st
         ("Findings", ", ".join(plots.format_finding(finding) for finding in table.findings)),
     ]
     plain = [(name, value) for name, value in sorted(table.provenance.items()) if isinstance(value, (str, int, float))]
+    trained, scored = table.provenance.get("precision"), table.run.get("precision")
+    steps = (_prefix("trained in ", trained), _prefix("scored in ", scored))
+    plain = [(name, value) for name, value in plain if name != "precision"]
+    plain.append(("precision", ", ".join(filter(None, steps))))
     names = {"lineage": "All training images", "prepared_digest": "Prepared images, SHA-256"}
     facts += [(names.get(name, str(name).replace("_", " ").capitalize()), value) for name, value in plain]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
