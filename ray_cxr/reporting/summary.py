@@ -203,8 +203,8 @@ def _summarize_extremes(aurocs: Mapping[str, float], count: int) -> list[str]:
     if len(equal) == len(ranked):
         return [f"All have AUROC {best}."]
     least = usability.HEADLINE_PATIENTS
-    among = f"Of the {len(ranked)} findings with at least {least} patients with and without it, lowest"
-    return [f"{'Lowest' if count == len(ranked) else among}: {lowest}. Highest: {highest}."]
+    among = f"Of the {len(ranked)} findings with at least {least} patients with and without it, lowest AUROC"
+    return [f"{'Lowest AUROC' if count == len(ranked) else among}: {lowest}. Highest: {highest}."]
 
 
 def _summarize_comparators(result: ReportResult) -> dict[str, list[str]]:
