@@ -15,8 +15,8 @@ from ray_cxr import errors, limits
 from ray_cxr.cli import bundles, data, reports, review, scoring, training
 from ray_cxr.cli.arguments import PATH_TYPES, CommandParser, add_command, local_output, wrap
 from ray_cxr.cli.next_step import JOB_FOLDER, hide_next, print_next
-from ray_cxr.cli.output import LogFormatter, print_line, report_lost_output
-from ray_cxr.errors import EXIT_INTERRUPTED, RayCxrError, one_line
+from ray_cxr.cli.output import LogFormatter, describe_error, print_line, report_lost_output
+from ray_cxr.errors import EXIT_INTERRUPTED, RayCxrError
 from ray_cxr.storage import remote
 
 #: Groups of the commands in the overview. The commands of the workflow read each other's output, in this order.
@@ -34,6 +34,7 @@ _GROUPS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (0 done, 1 failed, 2 wrong input, 3 too many errors)."""
     command, arguments = "ray-cxr", argparse.Namespace()
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
         # TensorFlow's C++ code reads this on import.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -43,7 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger("ray_cxr").setLevel(logging.INFO)
         parser = _build_parser()
         arguments = parser.parse_args(argv)
-        words = list(sys.argv[1:] if argv is None else argv)
         arguments.words = (
             parser.commands.choices[arguments.command].use_new_names(words) if arguments.command else words
         )
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cause = error if isinstance(error, RayCxrError) else errors.own_error(error) or _describe_ray_error(error)
         if cause is None:
             raise
-        print(f"{command}: {one_line(cause)}", file=sys.stderr)
+        print(f"{command}: {describe_error(cause, words)}", file=sys.stderr)
         return cause.exit_code if isinstance(cause, RayCxrError) else 1
     return report_lost_output(command)
 

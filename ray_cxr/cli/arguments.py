@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from ray_cxr import config, environment, errors, labels
-from ray_cxr.cli.output import report_lost_output
-from ray_cxr.errors import ConfigError, one_line
+from ray_cxr.cli.output import describe_error, report_lost_output
+from ray_cxr.errors import ConfigError
 from ray_cxr.storage import remote
 from ray_cxr.storage.paths import is_dicomweb, redact
 
@@ -41,6 +41,7 @@ class CommandParser(argparse.ArgumentParser):
         self.siblings: Mapping[str, CommandParser] = {}
         self._inputs: list[tuple[argparse.Action, argparse.Action]] = []
         self._choices: list[argparse._MutuallyExclusiveGroup] = []
+        self._words: list[str] = []
 
     def add_input(
         self, *names: str, metavar: str, dest: str, text: str, nargs: str | None = None, kind: Any = None
@@ -61,7 +62,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse all arguments; refuse an unknown one before a missing one, which is often its consequence."""
-        words = list(sys.argv[1:] if args is None else args)
+        self._words = words = list(sys.argv[1:] if args is None else args)
         options = list(itertools.takewhile(lambda word: word != "--", words))
         if self._subparsers is not None:  # the other words belong to the command
             options = list(itertools.takewhile(lambda word: word.startswith("-"), options))
@@ -104,7 +105,7 @@ class CommandParser(argparse.ArgumentParser):
         super().exit(status or report_lost_output(self.prog), message)
 
     def _stop(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {one_line(message)}", file=sys.stderr)
+        print(f"{self.prog}: {describe_error(message, self._words)}", file=sys.stderr)
         raise SystemExit(2)
 
     def _options(self) -> list[str]:

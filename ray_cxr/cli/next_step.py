@@ -21,6 +21,7 @@ from ray_cxr.config import PacsSettings, ScoreSettings
 from ray_cxr.data import manifest as manifests
 from ray_cxr.storage import remote, run_folder
 from ray_cxr.storage.files import hash_file
+from ray_cxr.storage.paths import hide_search
 
 #: Part of the path of a job's working directory, a copy in Ray's session folder that is removed with the session.
 JOB_FOLDER = "/runtime_resources/working_dir_files/"
@@ -42,7 +43,10 @@ def hide_next() -> Iterator[None]:
 
 
 def print_next(*words: str | Path) -> None:
-    """Print the command that comes next; a path is printed so that the command works in this folder."""
+    """Print the command that comes next; a path is printed so that the command works in this folder.
+
+    The query of a PACS, which can name a patient, is left out.
+    """
     line = f"next: {shlex.join(['ray-cxr', *map(_format_word, words)])}"
     if not _is_hidden and line.isprintable():  # a path with a line break cannot be copied
         print_line(line)
@@ -50,7 +54,7 @@ def print_next(*words: str | Path) -> None:
 
 def _format_word(word: str | Path) -> str:
     if isinstance(word, str):
-        return word
+        return hide_search(word)
     with contextlib.suppress(FileNotFoundError):  # Ray has removed the job's folder already
         # It removes that folder after the job, so a path must not be relative to it.
         if JOB_FOLDER in f"{os.getcwd()}/":

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_cxr import environment
-from ray_cxr.errors import ConfigError
+from ray_cxr.errors import ConfigError, one_line
 from ray_cxr.progress import is_live
+from ray_cxr.storage.paths import hide_search
 
 _UNLIMITED = 10_000
 
@@ -97,3 +98,14 @@ def print_table(table: Table, optional: Sequence[str] = ()) -> None:
 
 def format_number(value: float | None, digits: int = 3, missing: str = "undefined") -> str:
     return missing if value is None else f"{value:.{digits}f}"
+
+
+def describe_error(error: object, words: Sequence[str]) -> str:
+    """Return an error as one line, in which no argument of the command shows a query or a password of a PACS."""
+    text = one_line(error)
+    for word in words:
+        address = word[max(0, word.lower().find("dicomweb+")) :]
+        if (shown := hide_search(address)) != address:
+            for form in (address, repr(address)[1:-1]):
+                text = text.replace(one_line(form), shown)
+    return text

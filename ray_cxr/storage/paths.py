@@ -210,6 +210,15 @@ def redact(path: str) -> str:
     return re.sub(r"^([A-Za-z][A-Za-z0-9+.\-]*://)[^/]*@", r"\1", path.partition("?")[0])
 
 
+def hide_search(word: str) -> str:
+    """Return an argument for a message: the address of a PACS in it without credentials and without its query."""
+    start = word.lower().find("dicomweb+")
+    if start < 0:
+        return word
+    shown = redact(word[start:])
+    return word[:start] + (shown if shown == word[start:] else f"{shown}?...")
+
+
 def iter_slices(paths: pa.ChunkedArray) -> Iterator[pa.Array]:
     for chunk in paths.chunks:
         for start in range(0, len(chunk), CHUNK_ROWS):

@@ -178,6 +178,31 @@ def test_dry_run_states_requests_and_bytes(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("secret", ["Doe^Jane", "it's pa  Qz7"])
+def test_no_argument_error_and_no_next_line_shows_a_query(
+    pacs: DicomwebServer, tiny_bundle: Any, tmp_path: Path, command: Command, secret: str
+) -> None:
+    address = f"{pacs.address}?PatientName={secret}"
+    login = f"dicomweb+https://user:{secret}@pacs.example/dicom-web"
+    for words in (
+        ["prepare", address, login, "--out", "o"],
+        ["score", tiny_bundle.path, login, address],
+        ["score", tiny_bundle.path, "--images", address, "--out", "o", "--limit", login],
+        ["score", tiny_bundle.path, "--image", address],
+        ["score", tiny_bundle.path, f"--images={address}", "--set", f"pacs.{address}", "--out", "o"],
+        [login],
+        ["manifest", address, "--out", tmp_path / "m"],
+        ["score", tiny_bundle.path, f"--images={login}", "--out", "o"],
+    ):
+        code, printed, error = command(*words)
+        assert code == 2
+        assert secret.split()[-1] not in printed + error
+    code, printed, _ = command(
+        "prepare", f"{pacs.address}?PatientName=Doe%5EJane", "--out", tmp_path / "o", "--dry-run"
+    )
+    assert (code, "Jane" in printed) == (0, False)
+
+
 def test_a_table_of_labels_finds_its_images_in_a_pacs(pacs: DicomwebServer, tmp_path: Path, command: Command) -> None:
     table, out = tmp_path / "labels.csv", tmp_path / "m.parquet"
     table.write_text("image,Mass,Nodule\n1.2.0.1.0,1,0\n1.2.1.1.3,0,0\n1.2.9.1.9,0,1\n")
