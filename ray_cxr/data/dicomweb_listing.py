@@ -61,6 +61,7 @@ def list_radiographs(
     limit: int | None = None,
     captures: bool = False,
     replace_id: Callable[[str], str] | None = None,
+    allow_empty: bool = False,
 ) -> pa.Table:
     """Return a manifest of the radiographs that a search finds, without labels and split.
 
@@ -73,6 +74,7 @@ def list_radiographs(
         limit: maximum number of rows: those that the PACS sends first. The search stops there.
         captures: include Secondary Captures.
         replace_id: makes pseudonyms of patient and study ids.
+        allow_empty: return no rows if the search finds no radiograph.
 
     Raises:
         InputError: the address is wrong, the PACS cannot be searched, or it has no radiograph for this search.
@@ -94,7 +96,7 @@ def list_radiographs(
             if count == limit:
                 break
         table = pa.Table.from_batches([*batches, _to_batch(rows)])
-    if not len(table):
+    if not len(table) and not allow_empty:
         others = f" (left out: {format_counts(left_out + gaps)})" if left_out + gaps else ""
         raise InputError(
             f"{redact(address)}: the search finds no radiographs{others}; check its dates and other keys, and whether "
@@ -117,7 +119,8 @@ def _name_repeats(table: pa.Table) -> tuple[pa.Table, int]:
     pattern = r"^.*/studies/([^/]+)/series/([^/]+)/instances/([^/]+)$"
     names = pc.replace_substring_regex(table["path"], pattern, r"\1/\2/\3")
     ids = pc.if_else(is_repeated, names, table["image_id"])
-    return table.set_column(table.column_names.index("image_id"), "image_id", ids), pc.sum(is_repeated).as_py()
+    count = pc.sum(is_repeated, min_count=0).as_py()
+    return table.set_column(table.column_names.index("image_id"), "image_id", ids), count
 
 
 def name_search(address: str, hide: Callable[[str], str] | None = None) -> str:

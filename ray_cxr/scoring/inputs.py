@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -99,12 +99,9 @@ def list_folder(location: str) -> InputRows:
     return _from_table(manifests.manifest_of_images(location))
 
 
-def list_search(
-    address: str, *, limit: int | None, captures: bool, replace_id: Callable[[str], str] | None
-) -> InputRows:
-    """List the radiographs that a search of a PACS finds; the arguments are those of `list_radiographs`."""
-    table = dicomweb_listing.list_radiographs(address, limit=limit, captures=captures, replace_id=replace_id)
-    return _from_table(table)
+def list_search(address: str, **options: Any) -> InputRows:
+    """List the radiographs that a search of a PACS finds; the options are those of `list_radiographs`."""
+    return _from_table(dicomweb_listing.list_radiographs(address, **options))
 
 
 def select(rows: InputRows, kept: np.ndarray, selection: Selection) -> InputRows:

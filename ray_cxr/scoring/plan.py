@@ -248,7 +248,7 @@ def _open_source(
         # The run continues with the images that it started with, even if the folder has changed.
         return _Source(inputs.read_frozen(out / INPUT), settings)
     rows = _list_images(request, key) if manifest is None else manifest
-    if not len(rows):
+    if not len(rows) and not (request.skip_scored and is_dicomweb(str(request.images))):
         raise ConfigError(f"score: {request.origin}: holds no rows to score")
     if request.is_selective:
         rows = _select(rows, request, bundle, out, key)
@@ -262,7 +262,13 @@ def _list_images(request: ScoreRequest, key: bytes | None) -> inputs.InputRows:
         return inputs.list_folder(images)
     dicomweb.configure(request.pacs)
     limit = None if request.is_selective else request.limit
-    return inputs.list_search(images, limit=limit, captures=request.pacs.captures, replace_id=_make_hide(key))
+    return inputs.list_search(
+        images,
+        limit=limit,
+        captures=request.pacs.captures,
+        replace_id=_make_hide(key),
+        allow_empty=bool(request.skip_scored),  # a night without images
+    )
 
 
 def _make_hide(key: bytes | None) -> Callable[[str], str] | None:
@@ -287,7 +293,8 @@ def _select(
     wanted = {"model_digest": bundle.digest, "pseudonyms": _mark_key(key), **settings.model_dump()}
     earlier = read_earlier(request.skip_scored, out, wanted) if request.skip_scored else None
     marks = Marks(rows.read_table(), settings.decode_timeout_s)
-    kept = np.ones(len(rows), bool) if settings.select == "all" else select_frontal(marks, selection)
+    is_all = settings.select == "all" or not len(rows)
+    kept = np.ones(len(rows), bool) if is_all else select_frontal(marks, selection)
     if earlier is not None:
         selection.skip_scored = earlier.folders
         leave_out_scored(marks, kept, earlier, selection, key)

@@ -110,6 +110,13 @@ def test_a_search_is_scored_once_and_frozen(
     assert [row["error_code"] for row in read_rows(tmp_path / "out")] == [None] * 6
     assert count_searches(pacs) == searches
 
+    empty = [*arguments[:3], f"{pacs.address}?PatientID=nobody", "--out", tmp_path / "next", *FAST]
+    for more in ([], ["--set", "select=frontal"]):
+        code, printed, _ = command(*empty, "--skip-scored", tmp_path / "out", *more)
+        assert code == 0
+        assert "nothing to score" in printed
+        assert not (tmp_path / "next").exists()
+
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
@@ -144,7 +151,9 @@ def test_a_search_that_finds_nothing_or_is_refused_is_one_line(
     code, _, refused = command(*arguments, pacs.address + SEARCH)
     assert (code, len(refused.splitlines())) == (2, 1)
     assert "pacs.credentials" in refused
-    assert SECRET not in error + refused
+    code, _, away = command(*arguments, f"dicomweb+http://127.0.0.1:1/{SEARCH}", "--set", "pacs.attempts=1")
+    assert (code, len(away.splitlines())) == (1, 1)
+    assert SECRET not in error + refused + away
     assert not (tmp_path / "out").exists()
 
 
