@@ -43,6 +43,11 @@ CONNECT_TIMEOUT_S = 10.0
 _MAX_REDIRECTS = 5
 _MAX_ERROR_BYTES = 1 << 20
 _CHUNK = 1 << 16
+#: Consecutive requests without an answer after which the PACS counts as down, and the seconds until the next request
+#: tries again; all others fail at once.
+MAX_UNANSWERED = 20
+DOWN_S = 60.0
+_log = logging.getLogger(__name__)
 _NOT_TRUSTED = "the certificate of the PACS is not trusted; set pacs.ca_file to the authority that signed it"
 _NO_CERTIFICATE = "the PACS refuses the connection: it requires another client certificate; see pacs.client_certificate"
 
@@ -132,11 +137,39 @@ class _NoAnswer(Exception):
     """An attempt failed in a way that may be temporary; the text is for users."""
 
 
+class _Outage:
+    """Counts the consecutive requests of this process that no attempt answered."""
+
+    def __init__(self) -> None:
+        self._lock, self._unanswered, self._next_try = threading.Lock(), 0, 0.0
+
+    def check(self) -> None:
+        """Raise Unavailable while the PACS counts as down; let one request through every `DOWN_S` seconds."""
+        with self._lock:
+            if self._unanswered < MAX_UNANSWERED:
+                return
+            now = time.monotonic()
+            if now < self._next_try:
+                raise Unavailable("the PACS is down, so no request was sent")
+            self._next_try = now + DOWN_S
+
+    def count(self, *, is_answered: bool) -> None:
+        with self._lock:
+            self._unanswered = 0 if is_answered else self._unanswered + 1
+            if self._unanswered == MAX_UNANSWERED:
+                self._next_try = time.monotonic() + DOWN_S
+                _log.warning(
+                    "the PACS does not answer (%d requests): other images fail at once with the code storage; run the "
+                    "command again with --retry-errors later",
+                    MAX_UNANSWERED,
+                )
+
+
 class PacsSession:
     """Sends requests of all threads of this process; connections are kept and used again."""
 
     def __init__(self, settings: PacsSettings, access: Access, limiter: Limiter) -> None:
-        self._settings, self._access, self._limiter = settings, access, limiter
+        self._settings, self._access, self._limiter, self._outage = settings, access, limiter, _Outage()
         # Its messages of level DEBUG, and some warnings, contain the query.
         logging.getLogger("urllib3").setLevel(logging.ERROR)
         self._session = _Session()
@@ -155,20 +188,23 @@ class PacsSession:
         """Send a request until it is answered, at most `attempts` times, and return the answer with any status.
 
         Raises:
-            Unavailable: No answer after all attempts.
+            Unavailable: No answer after all attempts, or the PACS did not answer the last `MAX_UNANSWERED` requests.
             ImageError: `storage` (an untrusted certificate, a redirect to another host, a compressed answer),
                 `permission` (`pacs.host`, a client certificate is required) or `too_large`. Messages contain no
                 address.
         """
         self._access.check_host(url)
-        wait = BACKOFF_S
+        self._outage.check()
+        wait, is_answered = BACKOFF_S, False
         for attempt in range(1, self._settings.attempts + 1):
             pause = min(MAX_WAIT_S, wait) * random.uniform(0.75, 1.25)
             try:
                 with self._limiter.slot():
                     answer = self._send(method, url, headers, max_bytes, body)
                 if answer.status not in BUSY:
+                    self._outage.count(is_answered=True)
                     return answer
+                is_answered = True
                 failure = f"the PACS answers {describe_status(answer.status)}"
                 pause = _parse_retry_after(answer.headers.get("Retry-After"), pause)
             except _NoAnswer as error:
@@ -176,6 +212,7 @@ class PacsSession:
             if attempt < self._settings.attempts:
                 time.sleep(pause)
                 wait *= 2
+        self._outage.count(is_answered=is_answered)
         raise Unavailable(f"{failure} ({self._settings.attempts} attempts)")
 
     def _send(self, method: str, url: str, headers: Mapping[str, str], max_bytes: int, body: bytes | None) -> Answer:

@@ -275,6 +275,31 @@ def test_server_that_is_away_is_an_error_without_its_address(pacs: DicomwebServe
     assert "127.0.0.1" not in fail(path, "storage")
 
 
+def test_server_that_stays_down_is_asked_rarely(
+    pacs: DicomwebServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = pacs.add(make_file(1))
+    use(attempts=1)
+    pacs.disturb(break_connection, where="/series/", times=25)
+    for _ in range(30):
+        fail(path, "storage")
+    assert len(pacs.requests) == dicomweb_http.MAX_UNANSWERED
+    assert [record.levelname for record in caplog.records if record.name == dicomweb_http.__name__] == ["WARNING"]
+    later = time.monotonic() + 100
+    monkeypatch.setattr(dicomweb_http.time, "monotonic", lambda: later)
+    fail(path, "storage")
+    assert len(pacs.requests) == dicomweb_http.MAX_UNANSWERED + 1
+
+
+def test_busy_server_is_not_down(pacs: DicomwebServer) -> None:
+    path = pacs.add(make_file(1))
+    use(attempts=1)
+    pacs.fail(500, times=25)
+    for _ in range(25):
+        fail(path, "storage")
+    assert fetch_instance(path) == make_file(1)
+
+
 @pytest.mark.parametrize(
     ("value", "waits"),
     [
