@@ -72,6 +72,8 @@ def _review(arguments: argparse.Namespace) -> None:
         options: dict[str, Any] = {"is_blind": arguments.blind, "sample": sample}
         options |= {"boxes": arguments.boxes, "pacs": pacs}
         session = server.open_review(arguments.scores, reader, arguments.labels, **options)
+        warning = server.check_images(session.index)
+    print_warnings([warning] if warning else [])
     blind = ", blind" if session.is_blind else ""
     print_line(f"{session.sample or f'{len(session.index):,} studies'}, reader {reader}{blind}; Ctrl-C ends the page")
     try:

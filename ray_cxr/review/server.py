@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,16 +14,19 @@ import pyarrow as pa
 
 from ray_cxr import extras
 from ray_cxr.config import PacsSettings
-from ray_cxr.errors import ConfigError
+from ray_cxr.errors import ConfigError, ImageError
 from ray_cxr.review.guard import Session
-from ray_cxr.review.index import Sample, read_index
+from ray_cxr.review.index import ReviewIndex, Sample, read_index
 from ray_cxr.review.session import ReviewSession, read_image_boxes
 from ray_cxr.review.verdicts import VerdictLog
 from ray_cxr.storage import dicomweb
+from ray_cxr.storage.files import read_bytes
 from ray_cxr.storage.paths import find_dicomweb
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
+#: How long the start waits for one image, seconds.
+_PATIENCE_S = 10.0
 
 
 def open_socket(port: int | None) -> socket.socket:
@@ -106,3 +110,29 @@ def open_review(
     drawn = None if sample is None else f"{len(index):,} studies at random, seed {sample.seed}"
     found = None if boxes is None else read_image_boxes(index, boxes)
     return ReviewSession(index, VerdictLog(index.scores, reader), is_blind=is_blind, sample=drawn, boxes=found)
+
+
+def check_images(index: ReviewIndex) -> str | None:
+    """Try to read one image that `score` could read; return why that fails and what to do, otherwise None."""
+    row = next((row for rows in index.rows_of for row in rows if index.ok[row]), None)
+    if row is None:
+        return None
+    path = index.paths[row].as_py()
+    found = [f"storage: no answer within {_PATIENCE_S:.0f} seconds"]
+
+    def read() -> None:
+        try:
+            read_bytes(path)
+            found[:] = []
+        except ImageError as error:
+            found[:] = [str(error)]
+
+    thread = threading.Thread(target=read, name="check", daemon=True)
+    thread.start()
+    thread.join(_PATIENCE_S)
+    if not found:
+        return None
+    remedy = "make the images readable here, under the paths that score read"
+    if path is not None and dicomweb.is_dicomweb(path):
+        remedy = "pass the settings of the section pacs that score got, such as --set pacs.credentials=FILE"
+    return f"1 image was tried, and it cannot be read ({found[0]}). Remedy: {remedy}."
