@@ -18,14 +18,18 @@ from typing import Any
 
 import pytest
 import uvicorn
+from dicomweb_server import DicomwebServer
 from score_archive import Archive
+from sr_site import write_image
 
+from ray_cxr.config import PacsSettings
 from ray_cxr.data import manifest
 from ray_cxr.errors import ConfigError
 from ray_cxr.review import server
 from ray_cxr.review.session import Decision
 from ray_cxr.review.verdicts import read_verdicts
 from ray_cxr.storage import remote
+from ray_cxr.storage.dicomweb import configure
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -52,6 +56,22 @@ def test_command_prints_the_address_and_ends(served: list[Any], archive: Archive
     assert host == "127.0.0.1"
     assert re.search(rf"http://127\.0\.0\.1:{port}/\?token=[\w-]{{40,}}$", said, re.MULTILINE)
     assert not (archive.root / "SCORES" / "reviews").exists()
+
+
+def test_start_warns_if_images_cannot_be_read(served: list[Any], archive: Archive, command: Command) -> None:
+    """Without the credentials of the PACS, the page would open and show no image."""
+    with DicomwebServer(token="secret-1") as pacs:
+        archive.paths = [pacs.add(write_image(archive.root / "image.dcm", 1, 1).read_bytes())] * archive.n
+        scores = archive.scores()
+        (archive.root / "token").write_text("secret-1\n")
+        (archive.root / "token").chmod(0o600)
+        plain = command("review", scores)
+        token = f"pacs.token_file={archive.root / 'token'}"
+        given = command("review", scores, "--set", token, "--set", f"pacs.host=127.0.0.1:{pacs.port}")
+    configure(PacsSettings())
+    assert (plain[0], given[0]) == (0, 0)
+    assert re.search(r"WARNING: .*permission.*--set pacs\.credentials=", plain[1])
+    assert "WARNING" not in given[1]
 
 
 def test_command_closes_no_log_handler_of_the_process(

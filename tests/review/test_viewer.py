@@ -8,14 +8,19 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from dicomweb_server import DicomwebServer
 from PIL import Image
 from review_browser import Browser
 from score_archive import Archive, add_heatmaps, write_boxes
+from sr_site import write_image
 
+from ray_cxr.config import PacsSettings
 from ray_cxr.errors import ERROR_CODES, InputError
+from ray_cxr.imaging.decode import decode
 from ray_cxr.imaging.sandbox import Failure
 from ray_cxr.review.images import ImageStore
 from ray_cxr.review.words import describe_code
+from ray_cxr.storage.dicomweb import configure
 
 OpenPage = Callable[..., Browser]
 
@@ -108,6 +113,22 @@ def test_boxes_are_fractions_of_their_image(open_page: OpenPage, archive: Archiv
     unknown = write_boxes(archive.root / "unknown.csv", [["other.png", "Effusion", 1, 1, 1, 1]])
     with pytest.raises(InputError, match="has no image of"):
         open_page(boxes=unknown)
+
+
+def test_images_of_a_pacs_are_fetched_with_the_credentials(open_page: OpenPage, archive: Archive) -> None:
+    token = archive.root / "token"
+    token.write_text("secret-1\n")
+    token.chmod(0o600)
+    pixels = {"BitsAllocated": 16, "BitsStored": 16, "HighBit": 15, "SamplesPerPixel": 1, "PixelRepresentation": 0}
+    header = write_image(archive.root / "image.dcm", 1, 1, PhotometricInterpretation="MONOCHROME2", **pixels)
+    data = header.read_bytes() + np.random.default_rng(0).bytes(2 * 64 * 64)
+    with DicomwebServer(token="secret-1") as pacs:
+        archive.paths[0] = pacs.add(data)
+        archive.scores()
+        page = open_page(pacs=PacsSettings(host=f"127.0.0.1:{pacs.port}", token_file=str(token)))
+        answer = page.get("/image/0")
+    configure(PacsSettings())
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(answer.content))), decode(data))
 
 
 def test_every_error_code_has_words() -> None:
