@@ -173,7 +173,7 @@ def test_the_first_line_names_what_changed_last_night(quiet: list[str], tmp_path
     else:
         p = np.where(p >= THRESHOLD, p, 0.29)  # the same flags, but scores near the threshold
         options["quality_flag"] = ["lateral"] * 60 + [None] * 940
-        named = {"scores of Mass", "quality flag lateral 0% → 6.0%"}
+        named = {"scores of Mass", "lateral 0% → 6.0%"}
     last = write_night(tmp_path / "last", "2026-03-05", ids, p, **options)
     metrics = report([*quiet, last], tmp_path / "out")
     found = metrics["nights"]
