@@ -219,8 +219,8 @@ def fit_logistic(
 def reliability_curve(y: np.ndarray, p: np.ndarray, patients: np.ndarray, bins: int = 10) -> tuple[ReliabilityBin, ...]:
     """Compute the share of positives in `bins` classes of the predicted probability with equal numbers of images.
 
-    Bins of equal width would put nearly all images of a rare finding into the first bin. The bins cover 0 to 1. They
-    are fewer, or empty, if many probabilities are equal.
+    Bins of equal width would put nearly all images of a rare finding into the first bin. The bins are those of
+    `metrics.equal_mass_error` and cover 0 to 1. They are fewer if many probabilities are equal.
 
     The interval is Wilson's for an effective number of images, at most n; see `clustered.share_interval`.
     """
@@ -229,12 +229,11 @@ def reliability_curve(y: np.ndarray, p: np.ndarray, patients: np.ndarray, bins: 
     codes = patient_codes(patients)[0]
     if codes.size != y.size:
         raise ValueError(f"{y.size} labels and {codes.size} patients do not fit")
-    inner = np.unique(np.quantile(p, np.arange(1, bins) / bins)) if p.size else np.zeros(0)
-    inner = inner[(inner > 0) & (inner < 1)]
-    positions = np.searchsorted(inner, p, side="right")
+    positions = metrics.rank_bins(p, bins)
+    inner = [float(p[positions == i].min()) for i in range(1, positions.max(initial=0) + 1)]
     return tuple(
         _summarize_bin(*limits, *(column[positions == i] for column in (y, p, codes)))
-        for i, limits in enumerate(pairwise([0.0, *inner.tolist(), 1.0]))
+        for i, limits in enumerate(pairwise([0.0, *inner, 1.0]))
     )
 
 

@@ -231,7 +231,7 @@ def _draw_observed(ax: Axes, panel: Reliability, end: float) -> None:
     ax.set_ylabel("observed share", fontsize=8)
     ax.yaxis.set_label_coords(-0.2, 0.5)
     ax.grid(color=plots.FAINT, linewidth=0.6)
-    plots.set_heading(ax, panel.finding, f"ECE {panel.error.format()}")
+    plots.set_heading(ax, panel.finding, f"ECE, equal mass {panel.error.format()}")
 
 
 def _draw_predictions(ax: Axes, panel: Reliability, end: float) -> None:

@@ -136,7 +136,7 @@ def build_reliability(
     """Compute the calibration curve of each finding, with bins of equal counts."""
     panels = []
     for finding, found in evaluation.findings.items():
-        error = Estimate.of(found.metrics["expected_calibration_error"])
+        error = Estimate.of(found.metrics["expected_calibration_error_equal_mass"])
         if error is None:
             continue
         labels, c = evaluated.labels[finding], table.c[finding][evaluated.rows]

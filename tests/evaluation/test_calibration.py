@@ -433,6 +433,11 @@ def test_reliability_bins_of_equal_counts() -> None:
         assert each.predicted == pytest.approx(p[rows].mean(), abs=1e-12)
         assert each.observed == y[rows].mean()
         assert each.low <= p[rows].min() <= p[rows].max() <= each.high
+    # The number next to the curve is the distance of its points to the diagonal, also if the bins are uneven.
+    for n in (200, 137):
+        bins = calibration.reliability_curve(y[:n], p[:n], patients[:n])
+        distances = [each.n * abs(each.predicted - each.observed) for each in bins]
+        assert sum(distances) / n == pytest.approx(metrics.equal_mass_error(y[:n], p[:n]), abs=1e-12)
     # Equal probabilities fall into one bin; there are no empty ones.
     for value in (0.02, 0.0, 1.0):
         bins = calibration.reliability_curve(y, np.full(200, value), patients)
