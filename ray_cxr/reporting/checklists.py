@@ -215,14 +215,14 @@ def _describe_data(m: Mapping[str, Any], table: Scores, leak_check: str) -> dict
 
 def _describe_flow(counts: Mapping[str, Any]) -> str:
     """State the numbers of images of the scores, and those of the labels apart from them."""
-    parts = [("Images of the scores", "rows", ("scored", "scored"), ("failed", "errors"))]
+    parts = {"Images of the scores": ("rows", {"scored": "scored", "failed": "errors"})}
     if "labelled" in counts:
-        left_out = (("failed", "labelled_errors"), ("without a score", "labelled_not_scored"))
-        parts.append(("Labelled images to evaluate", "labelled", ("evaluated", "evaluated"), *left_out))
+        rest = {"evaluated": "evaluated", "failed": "labelled_errors", "without a score": "labelled_not_scored"}
+        parts["Labelled images to evaluate"] = ("labelled", rest)
     return _join(
         *(
-            f"{name}: {counts[total]:,} ({', '.join(f'{word} {counts[key]:,}' for word, key in rest)})"
-            for name, total, *rest in parts
+            f"{name}: {counts[total]:,} ({', '.join(f'{word} {counts[key]:,}' for word, key in rest.items())})"
+            for name, (total, rest) in parts.items()
         )
     )
 
