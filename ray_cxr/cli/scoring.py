@@ -109,6 +109,12 @@ def _score(arguments: argparse.Namespace) -> None:
         for line in report.heatmaps.lines():
             print_line(line)
     _print_flagged(arguments.out)
+    if report.heatmaps is not None:
+        from ray_cxr.evaluation.usability import warn_of_empty_maps
+
+        drawn = report.heatmaps.flagged - report.heatmaps.flagged_without_map
+        method = settings.score.heatmap_method
+        print_warnings(w.describe() for w in warn_of_empty_maps(report.heatmaps.flagged_empty, drawn, method))
     has_changed = report.scored_now or (report.heatmaps is not None and report.heatmaps.drawn_now)
     print_line(f"scores: {arguments.out}" + ("" if has_changed else " is already complete"))
     if too_many is not None:

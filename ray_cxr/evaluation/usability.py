@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ray_cxr.imaging.demographics import count_of
+from ray_cxr.imaging.overlays import EMPTY
 from ray_cxr.labels import NO_FINDING
 
 #: A threshold, or a score table, that flags more than this share of images is no selection.
@@ -37,8 +38,8 @@ _FEWER = "fewer than"
 class Warned:
     """A warning: its kind, the findings it is about, one sentence, what to do about it, and the reasons.
 
-    Kinds are `no_threshold`, `flags_most`, `most_images_flagged`, `chance`, `few_patients`, `training_images` and
-    `no_boxes`.
+    Kinds are `no_threshold`, `flags_most`, `most_images_flagged`, `chance`, `few_patients`, `training_images`,
+    `no_boxes` and `empty_heatmaps`.
     """
 
     kind: str
@@ -186,6 +187,23 @@ def warn_of_chance(
     more = f", and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
     text = f"Flags that are not shown to be better than chance, on {where}: {', '.join(parts[:_NAMED])}{more}."
     return [Warned("chance", text, findings=tuple(named))]
+
+
+def warn_of_empty_maps(empty: int, flagged: int, method: str | None) -> list[Warned]:
+    """Warn if most heat maps of flagged findings are empty.
+
+    Args:
+        flagged: number of heat maps of flagged findings.
+        empty: number of these that are zero everywhere.
+        method: of `score.heatmap_method`, None if unknown.
+    """
+    if empty <= MANY * flagged:
+        return []
+    text = f"{empty:,} of {count_of(flagged, 'flagged finding')} {'has' if flagged == 1 else 'have'} an empty heat map"
+    advice = ""
+    if method != "occlusion":
+        advice = "Try `--set heatmap_method=occlusion`: remove the folder heatmaps in SCORES and run `score` again."
+    return [Warned("empty_heatmaps", f"{text}: {EMPTY}.", advice)]
 
 
 def flag_any(flags: Mapping[str, np.ndarray], n: int) -> np.ndarray:

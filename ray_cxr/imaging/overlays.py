@@ -58,6 +58,8 @@ SCHEMA = pa.schema(
     ]
 )
 
+#: What a map of zeros means.
+EMPTY = "no single region raises the score, which does not speak against the finding"
 #: File types of overlays; the first is written now, and earlier versions wrote the others.
 OVERLAY_TYPES = (".jpg", ".png")
 #: At 512 pixels, PNG takes eleven times the bytes and eight times the time; WebP half the bytes and twelve times the
@@ -149,6 +151,22 @@ def parse_part(
             table = table.filter(pc.is_in(table["image_id"], pa.array(list(image_ids), pa.string())))
         rows = [row for row in table.to_pylist() if row["finding"] is not None]
         return {(row["image_id"], row["finding"]): _parse_row(row, part.parent) for row in rows}
+
+
+def read_evidence(scores: str | Path) -> dict[tuple[str, str], float]:
+    """Return the evidence of each heat map of a folder of scores by image_id and finding, without reading the maps.
+
+    Raises:
+        TableError: a file is damaged.
+    """
+    found: dict[tuple[str, str], float] = {}
+    parts = list_parts(scores)
+    for part, file in zip(parts, remote.read_files(parts), strict=True):
+        with explain_damage(part):
+            table = pq.read_table(file, columns=["image_id", "finding", "evidence"])
+            rows = table.filter(table["finding"].is_valid()).to_pydict()
+            found |= dict(zip(zip(rows["image_id"], rows["finding"], strict=True), rows["evidence"], strict=True))
+    return found
 
 
 @contextlib.contextmanager

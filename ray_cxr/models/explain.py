@@ -8,7 +8,7 @@ a finding, on cells (i, j) and channels c:
 
 Both give the same map if the head is an average and one dense layer. Maps are in units of the logit and are not
 scaled: with such a head, the sum over the cells before the ReLU is the logit minus the bias. A map of zeros means that
-no region supports the finding.
+no single region raises the logit; the finding can still be flagged.
 
 Maps are of the logit, because the slope of the sigmoid would dim the maps of a confident model. All findings share one
 forward pass of the backbone; gradients are computed through the head only.

@@ -10,7 +10,16 @@ import numpy as np
 from PIL import Image
 
 from ray_cxr.errors import TableError
-from ray_cxr.imaging.overlays import Area, HeatMap, draw_overlay, has_heatmaps, read_heatmaps, scale_to_side
+from ray_cxr.imaging.overlays import (
+    EMPTY,
+    Area,
+    HeatMap,
+    draw_overlay,
+    has_heatmaps,
+    read_evidence,
+    read_heatmaps,
+    scale_to_side,
+)
 from ray_cxr.imaging.sandbox import Decoder, Failure
 from ray_cxr.labels import FINDINGS, NO_FINDING
 from ray_cxr.reporting.plots import format_finding
@@ -122,6 +131,15 @@ class CaseBuilder:
         )
 
 
+@dataclass(frozen=True)
+class MapCount:
+    """Heat maps of flagged findings: their number, how many of them are empty, and their method if it is known."""
+
+    flagged: int
+    empty: int
+    method: str | None
+
+
 class HeatMapReader:
     """Reads the heat maps that a page shows; a damaged file costs all maps of the page, but not the page.
 
@@ -150,6 +168,29 @@ class HeatMapReader:
             self.notes.append(f"Heat maps are left out: {error}.")
             return {}
 
+    def count_flagged(self, rows: np.ndarray) -> MapCount | None:
+        """Count the heat maps of flagged findings in these rows of the table; None without heat maps."""
+        if not self.has_maps:
+            return None
+        ids = self._table.ids[rows]
+        try:
+            grouped = self._table.group_by_folder(ids).items()
+            evidence = {
+                key: value
+                for folder, found in grouped
+                if folder in self._folders
+                for key, value in read_evidence(folder).items()
+                if key[0] in found
+            }
+        except TableError as error:
+            self.notes.append(f"Heat maps are left out: {error}.")
+            return None
+        flags = {finding: flags[rows] for finding, flags in self._table.flags.items() if finding != NO_FINDING}
+        keys = [(image_id, finding) for finding, flagged in flags.items() for image_id in ids[flagged == 1]]
+        mapped = [evidence[key] for key in keys if key in evidence]
+        method = (self._table.run.get("heatmaps") or {}).get("method")
+        return MapCount(len(mapped), sum(value == 0 for value in mapped), method)
+
 
 def load_image(path: str | None, decoder: Decoder) -> tuple[np.ndarray | None, str | None]:
     """Return an image in its own size, or its error code."""
@@ -162,7 +203,7 @@ def add_heatmap(case: Case, heatmap: HeatMap | None) -> Case:
     if heatmap is None:
         return replace(case, no_overlay="the score is not among the image's highest")
     if heatmap.evidence == 0:
-        return replace(case, no_overlay="no region of the image supports the finding")
+        return replace(case, no_overlay=f"the heat map is empty: {EMPTY}")
     if case.image is not None:
         overlay = draw_overlay(case.image, heatmap.cells, heatmap.area, side=max(case.image.shape))
         return replace(case, overlay=overlay)

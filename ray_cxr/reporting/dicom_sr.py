@@ -36,6 +36,7 @@ from ray_cxr import extras
 from ray_cxr.config import PacsSettings
 from ray_cxr.costs import count_cpus
 from ray_cxr.errors import ErrorRateExceeded, InputError, OutputError, RayCxrError
+from ray_cxr.imaging.overlays import EMPTY
 from ray_cxr.progress import Progress
 from ray_cxr.reporting import sr_studies
 from ray_cxr.reporting.sr_studies import EXPORTED, FAILED, ExportPlan, ImageHeader, ReportContent, ScoreFolder
@@ -53,7 +54,7 @@ CAPTURE_TEXTS = {
     sr_studies.CAPTURED: "flagged findings with a capture of their heat map",
     sr_studies.NO_MAP: "flagged findings without a heat map; a larger K of `score --heatmaps K` draws it",
     sr_studies.NOT_DRAWN: "flagged findings without a drawn heat map; run score with heatmap_images = 'flagged'",
-    sr_studies.EMPTY: "flagged findings with an empty heat map: no region of the image supports them",
+    sr_studies.EMPTY: f"flagged findings with an empty heat map: {EMPTY}",
 }
 #: From this number of documents on, several processes are faster, although they need seconds to start.
 _MIN_PARALLEL, _MAX_PROCESSES = 100, 32

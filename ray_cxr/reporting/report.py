@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from ray_cxr.config import PacsSettings, read_toml
 from ray_cxr.data import manifest
 from ray_cxr.errors import InputError, OutputError, first_line
-from ray_cxr.evaluation import metrics, published
+from ray_cxr.evaluation import metrics, published, usability
 from ray_cxr.evaluation.alerts import find_abnormal
 from ray_cxr.evaluation.group_estimates import LabelledScores
 from ray_cxr.evaluation.groups import build_groups
@@ -135,6 +135,9 @@ def write_report(
         leak_check = labelled.leak_check if labelled else compare_training(table, population.rows, population.patients)
         seen = [] if labelled else warn_of_training(leak_check, n)
         box_result, unboxed = _compare_boxes(table, population, boxes, bootstrap)
+        maps = HeatMapReader(table)
+        counted = maps.count_flagged(population.rows)
+        emptied = usability.warn_of_empty_maps(counted.empty, counted.flagged, counted.method) if counted else []
         result = ReportResult(
             split=split,
             n_images=n,
@@ -155,7 +158,13 @@ def write_report(
             if compare is None or evaluated is None
             else compare_with_scores(table, evaluated, str(compare), bootstrap),
             boxes=box_result,
-            warnings=[*seen, *unboxed, *list_warnings(table, population, labelled.evaluation if labelled else None)],
+            heatmaps=counted,
+            warnings=[
+                *seen,
+                *unboxed,
+                *list_warnings(table, population, labelled.evaluation if labelled else None),
+                *emptied,
+            ],
             notes=[*_list_notes(table, split, labelled, night_tables), *note_missed_findings(alerts)],
         )
         (out / "scores.csv").unlink(missing_ok=True)  # of an older report
@@ -163,7 +172,6 @@ def write_report(
             out.mkdir(parents=True, exist_ok=True)
             atomic.write_text(out / "scores.csv", format_scores(table, population))
         stage.change("drawing figures")
-        maps = HeatMapReader(table)
         cases = examples.select_cases(table, result, seed, maps)
         figures = figure_set.draw_figures(table, result, cases)
         stage.change("writing the pages")

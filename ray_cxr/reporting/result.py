@@ -18,6 +18,7 @@ from ray_cxr.evaluation.underdiagnosis import Underdiagnosis
 from ray_cxr.evaluation.usability import Warned
 from ray_cxr.imaging.demographics import PatientCount
 from ray_cxr.reporting.abnormality import RankingResult
+from ray_cxr.reporting.cases import MapCount
 from ray_cxr.reporting.comparators import BoxResult, ConsensusResult, ScoreComparison
 from ray_cxr.reporting.decisions import DECISIONS, Decisions
 from ray_cxr.reporting.evaluation_set import EvaluationSet, JoinCounts
@@ -144,7 +145,7 @@ class LabelResults:
 class ReportResult:
     """A report's results; images and patients are those evaluated, or without labels those scored.
 
-    `leak_check` is that of these images.
+    `leak_check` and `heatmaps` are those of these images.
     """
 
     split: str | None
@@ -164,6 +165,7 @@ class ReportResult:
     consensus: ConsensusResult | None
     compared: ScoreComparison | None
     boxes: BoxResult | None
+    heatmaps: MapCount | None
     warnings: list[Warned]
     notes: list[str]
 
@@ -191,6 +193,7 @@ class ReportResult:
             "consensus": self.consensus.to_json() if self.consensus else None,
             "compared": self.compared.to_json() if self.compared else None,
             "localisation": self.boxes.to_json() if self.boxes else None,
+            "heatmaps": asdict(self.heatmaps) if self.heatmaps else None,
             "warnings": [warning.to_json() for warning in self.warnings],
             "notes": self.notes,
         }

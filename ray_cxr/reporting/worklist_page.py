@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ray_cxr.imaging.overlays import HeatMap, draw_overlay, scale_to_side
+from ray_cxr.imaging.overlays import EMPTY, HeatMap, draw_overlay, scale_to_side
 from ray_cxr.imaging.sandbox import Decoder
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting.cases import HeatMapReader, encode_webp, format_p, load_image
@@ -183,7 +183,7 @@ def _explain_no_map(maps: dict[tuple[str, str], HeatMap], image_id: str, finding
     if not of_image:
         reason = "the image has no heat maps"
     elif findings[0] in of_image:
-        reason = "no region of the image supports the finding"
+        return f"empty heat map of {format_finding(findings[0])}: {EMPTY}"
     else:
         rank = (
             "the image's highest finding"

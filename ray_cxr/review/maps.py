@@ -48,7 +48,7 @@ class MapStore:
         """
         found = self._read(row, finding)
         if not found.evidence > 0:
-            raise NoMapError("no region of the image supports the finding")
+            raise NoMapError(f"the heat map is empty: {overlays.EMPTY}")
         scale = SIDE / max(found.image_shape)
         height, width = (max(1, round(side * scale)) for side in found.image_shape)
         strength = found.project((height, width)) / found.cells.max()

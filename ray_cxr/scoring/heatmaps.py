@@ -27,6 +27,7 @@ from ray_cxr.config import HeatMapImages, HeatMapMethod, InputSpec, ScoreSetting
 from ray_cxr.data.partition import Range
 from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError
 from ray_cxr.imaging.overlays import (
+    EMPTY,
     HEATMAPS,
     OVERLAY_TYPES,
     SCHEMA,
@@ -82,6 +83,7 @@ class HeatMapReport:
         flagged: number of flagged findings in these images.
         flagged_without_map: number of flagged findings without a map, in files of earlier versions.
         without_evidence: number of maps that are zero everywhere.
+        flagged_empty: number of these that are of flagged findings.
         failures: number of images that were scored but not drawn, by error code.
         drawn_now: number of images that this run drew.
         to_draw: in a dry run, the number of rows in ranges without maps.
@@ -94,6 +96,7 @@ class HeatMapReport:
     flagged: int = 0
     flagged_without_map: int = 0
     without_evidence: int = 0
+    flagged_empty: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     drawn_now: int = 0
     to_draw: int = 0
@@ -105,12 +108,14 @@ class HeatMapReport:
 
     def lines(self) -> list[str]:
         """Describe the report, for the terminal."""
-        lines = [f"heat maps: {self.maps:,} for {self.images:,} images; {self.overlays:,} drawn over the image"]
+        lines = [f"heat maps: {self.maps:,} for {self.images:,} images, stored in {HEATMAPS}/*.parquet"]
+        if self.overlays:
+            lines.append(f"heat maps: {self.overlays:,} of them also saved as images for viewing, {HEATMAPS}/*.jpg")
         if self.images_per_second is not None:
             rate = f"{self.images_per_second:.1f} images/s, start-up included"
             lines.append(f"heat maps: {self.drawn_now:,} images in {self.seconds:.0f} s ({rate})")
         if self.without_evidence:
-            lines.append(f"heat maps: {self.without_evidence:,} are empty: no region of the image supports the finding")
+            lines.append(f"heat maps: {self.without_evidence:,} of {self.maps:,} are empty: {EMPTY}")
         if self.flagged_without_map:
             lines.append(
                 f"heat maps: {self.flagged_without_map:,} of {self.flagged:,} flagged findings have none, because an "
@@ -132,6 +137,7 @@ class HeatMapReport:
             "flagged": self.flagged,
             "flagged_without_map": self.flagged_without_map,
             "without_evidence": self.without_evidence,
+            "flagged_empty": self.flagged_empty,
             "failed": dict(sorted(self.failures.items())),
             "last_run": {
                 "images": self.drawn_now,
@@ -290,6 +296,8 @@ def count_maps(out: Path, all_ranges: Sequence[Range], bundle: Bundle) -> HeatMa
         # Earlier versions also drew maps without evidence, as the gray image.
         report.overlays += table.filter(has_evidence)["overlay"].is_valid().to_pylist().count(True)
         report.without_evidence += has_evidence.to_pylist().count(False)
+        cells = zip(ids, table["finding"].to_pylist(), table["evidence"].to_pylist(), strict=True)
+        report.flagged_empty += len(flagged & {(name, finding) for name, finding, evidence in cells if evidence == 0})
     return report
 
 

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from score_archive import Archive, Report, report, without_drawing
+from score_archive import Archive, Report, add_heatmaps, report, without_drawing
 
 from ray_cxr import cli
 from ray_cxr.imaging.overlays import WHOLE, HeatMap
@@ -213,8 +214,6 @@ def test_the_first_rows_show_the_heat_map_of_their_first_finding(archive: Archiv
         for name in other.ids
         for finding in other.diseases
     ]
-    import pyarrow as pa
-
     from ray_cxr.imaging.overlays import SCHEMA
 
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), scores / "heatmaps" / "part-00000.parquet")
@@ -254,3 +253,34 @@ def test_a_card_of_two_images_names_the_image_of_a_finding_and_maps_only_its_own
     ]
     assert row.heatmap is None
     assert "Cardiomegaly" in row.no_heatmap
+
+
+def test_empty_heat_maps_of_flags_are_counted_alike_on_page_and_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All maps of Effusion are empty but those of the first two flagged images; other findings have none."""
+    other, out = Archive(tmp_path, patients=20), tmp_path / "out"
+    scores = other.scores()
+    add_heatmaps(scores, other, np.flatnonzero(other.ok), set())
+    flagged = np.flatnonzero(other.ok & (other.p["Effusion"] >= other.threshold))
+    part = Path(scores, "heatmaps", "part-00000.parquet")
+    table = pq.read_table(part)
+    kept = np.isin(table["image_id"].to_pylist(), [other.ids[i] for i in flagged[:2]])
+    table = table.set_column(4, "evidence", pa.array(kept.astype(np.float32)))
+    pq.write_table(table, part)
+    with without_drawing():
+        assert cli.main(["report", scores, "--out", str(out)]) == 0
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["heatmaps"] == {"flagged": len(flagged), "empty": len(flagged) - 2, "method": None}
+    (warning,) = [one for one in metrics["warnings"] if one["kind"] == "empty_heatmaps"]
+    assert warning["text"].startswith(f"{len(flagged) - 2} of {len(flagged)} ")
+    assert warning["text"] in (out / "report.html").read_text(encoding="utf-8")
+    assert warning["text"] in " ".join(capsys.readouterr().out.split())
+
+
+def test_images_with_a_quality_flag_are_shown(tmp_path: Path) -> None:
+    other = Archive(tmp_path, patients=20)
+    Image.open(other.paths[48]).save(other.paths[50])
+    section = report(other, tmp_path / "out", images=True).page.partition('id="failed"')[2].partition("<h2")[0]
+    assert len(images_of(section)) == 1
+    assert other.ids[50] in section
