@@ -48,6 +48,7 @@ from ray_cxr.reporting.leakage import LeakCheck, check_leakage, compare_training
 from ray_cxr.reporting.measures import BootstrapSettings, ModelOutputs, evaluate
 from ray_cxr.reporting.night_results import measure_nights
 from ray_cxr.reporting.nights import NightTable, hash_run, list_night_notes, read_nights
+from ray_cxr.reporting.quality_page import list_quality_images
 from ray_cxr.reporting.report_folder import check_folder
 from ray_cxr.reporting.result import Counts, LabelResults, ReportResult, measure_drift, measure_flag_rates
 from ray_cxr.reporting.scores import Location, Scores
@@ -370,6 +371,7 @@ def _write(
     encoded = inline_svg.write_figures(out, figure_set.NAMES, figures)
     worklist = build_worklist(listed)
     studies = list_rows(listed, worklist, maps)
+    quality_images = list_quality_images(listed, result.flagged.doubtful)
     plain = replace(result, notes=[*result.notes, *maps.notes]).to_json()
     plain["images_not_read"] = explain_unread_images(studies, listed.paths) or None
     atomic.write_text(out / "worklist.csv", worklist.to_csv())
@@ -385,6 +387,7 @@ def _write(
         "model": facts.list_model_facts(table, plain),
         "summary": summarize(result, table.model, worklist),
         "worklist": studies,
+        "quality_images": quality_images,
         "cards": CARDS,
         "missing_images": describe_missing_images(studies, listed.paths),
         "worklist_total": len(worklist.lines),

@@ -137,12 +137,12 @@ def _number(value: float) -> float | None:
 
 
 def add_images(
-    studies: Sequence[StudyRow], table: Scores, rows: Sequence[int], reader: HeatMapReader
+    studies: Sequence[StudyRow], table: Scores, rows: Sequence[int], reader: HeatMapReader | None
 ) -> list[StudyRow]:
-    """Add radiographs and heat maps of the images in these rows of the table."""
+    """Add radiographs of the images in these rows of the table, and with a `reader` heat maps."""
     with Decoder([None]) as decoder:
         decoder.start()
-        maps = reader.read(table.ids[rows])
+        maps = {} if reader is None else reader.read(table.ids[rows])
         return [_add_image(study, table, row, maps, decoder) for study, row in zip(studies, rows, strict=True)]
 
 
