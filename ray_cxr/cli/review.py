@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ray_cxr import config, extras
 from ray_cxr.cli.arguments import add_command, add_settings, any_path
-from ray_cxr.cli.next_step import list_pacs_options, place_next_to, print_next
+from ray_cxr.cli.next_step import find_evaluated_split, list_pacs_options, place_next_to, print_next
 from ray_cxr.cli.output import explain_write_errors, format_number, print_line, print_table, print_warnings
 from ray_cxr.errors import ConfigError
 from ray_cxr.progress import Stage
@@ -117,7 +117,9 @@ def _reviews(arguments: argparse.Namespace) -> None:
         f"labels: {facts.labels:,} of {facts.images:,} images by {facts.readers} readers ({facts.rule}), in {out}"
     )
     scores = remote.to_path(arguments.scores)
-    print_next("report", scores, "--manifest", out, "--out", place_next_to(scores, "report"))
+    split = find_evaluated_split(out, facts.images)
+    options = ["--split", split] if split else []
+    print_next("report", scores, "--manifest", out, *options, "--out", place_next_to(scores, "report"))
 
 
 def _check_reader(name: str) -> str:
