@@ -119,8 +119,8 @@ class PacsSettings(Settings):
     ca_file: LocalFile | None = Field(
         None, description="PEM file with the authorities that sign the PACS's certificate; null: the public ones"
     )
-    parallel: int = Field(4, ge=1, le=256, description="requests at the same time, over the whole cluster")
-    per_second: float = Field(20.0, gt=0.0, le=10_000.0, description="requests per second, over the whole cluster")
+    parallel: int = Field(4, ge=1, le=256, description="requests at the same time, over all nodes of a run")
+    per_second: float = Field(20.0, gt=0.0, le=10_000.0, description="requests per second, over all nodes of a run")
     timeout_s: float = Field(
         60.0, gt=0.0, le=86_400, description="one request with its whole transfer; also of a server that sends slowly"
     )

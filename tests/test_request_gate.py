@@ -56,6 +56,15 @@ def test_a_request_of_a_dead_worker_ends_after_its_lease() -> None:
     asyncio.run(run())
 
 
+def test_a_waiting_request_notices_that_a_lease_ends() -> None:
+    async def run() -> None:
+        gate = RequestGate(1, 1000, 0.03)
+        await gate.acquire()
+        await asyncio.wait_for(gate.acquire(), 5)  # nothing releases the first
+
+    asyncio.run(run())
+
+
 def test_starts_are_spread_over_the_seconds() -> None:
     async def run() -> list[float]:
         clock, starts = Clock(), []

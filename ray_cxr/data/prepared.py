@@ -146,6 +146,7 @@ def check(
 def _read_input(manifest: str | Path, out: Path, pacs: PacsSettings) -> tuple[pa.Table, dict[str, Any]]:
     """Read a manifest, or search a PACS unless an earlier run in `out` did; also return what settings.json records."""
     origin: dict[str, Any] = {}
+    dicomweb.configure(pacs)  # also checks the files that it names
     if not is_dicomweb(str(manifest)):
         table = manifests.read_manifest(manifest)
     else:
@@ -153,10 +154,7 @@ def _read_input(manifest: str | Path, out: Path, pacs: PacsSettings) -> tuple[pa
         if run_folder.read_settings(out).get("images") == origin["images"] and frozen.exists():
             table = manifests.read_manifest(frozen)
         else:
-            dicomweb.configure(pacs)
             table = list_radiographs(str(manifest), captures=pacs.captures)
-    if find_dicomweb(table["path"]) is not None:
-        dicomweb.configure(pacs)
     return table, origin
 
 

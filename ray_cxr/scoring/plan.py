@@ -201,9 +201,8 @@ def plan_run(request: ScoreRequest) -> ScorePlan:
     drawing = None if request.heatmaps is None else heatmaps.make_request(bundle, settings, request.heatmaps)
     started_with = {} if request.fresh else run_folder.read_settings(out)
     key = _read_key(settings.pseudonym_key)
+    dicomweb.configure(request.pacs)  # also checks the files that it names
     source = _open_source(request, bundle, out, started_with, key)
-    if source.rows.in_pacs is not None:
-        dicomweb.configure(request.pacs)
     wanted = _make_settings(request, bundle, source, started_with, key)
     is_old = _check_folder(request, out, wanted, started_with)
     units = plan_units(source.rows.paths.slice(0, wanted["rows"]), settings.rows_per_file)
@@ -260,7 +259,6 @@ def _list_images(request: ScoreRequest, key: bytes | None) -> inputs.InputRows:
     images = str(request.images)
     if not is_dicomweb(images):
         return inputs.list_folder(images)
-    dicomweb.configure(request.pacs)
     limit = None if request.is_selective else request.limit
     return inputs.list_search(
         images,

@@ -14,11 +14,8 @@ from ray_cxr.errors import ImageError
 from ray_cxr.imaging.sandbox import DecodedImage, Decoder, Failure
 from ray_cxr.scoring.ranges import RangeState, RowLocation, ScoreJob
 from ray_cxr.storage.archives import read_members
-from ray_cxr.storage.pacs_workers import PacsFetcher
+from ray_cxr.storage.pacs_workers import BYTES_AHEAD, PacsFetcher
 from ray_cxr.storage.paths import split_member
-
-#: Bytes of archive members that wait for a decoder.
-BYTES_AHEAD = 256 * 1024 * 1024
 
 _L = TypeVar("_L")
 #: The path of an image, its contents, None for a row without a path, or the reason why an archive lacks it.
@@ -54,14 +51,14 @@ class ImageReader:
     def iter_images(self, states: Sequence[RangeState]) -> Iterator[tuple[RowLocation, DecodedImage | Failure]]:
         """Yield the image or failure of every row: first single files, then each archive's members in its order."""
         ahead: deque[tuple[RowLocation, int, Future[DecodedImage | Failure]]] = deque()
-        waiting_bytes = 0
+        waiting_bytes, max_bytes = 0, BYTES_AHEAD if self._fetcher is None else BYTES_AHEAD // 2
         # One caller reads at a time: two callers side by side would end together and leave the model idle.
         with self._turn:
             for location, source in self._iter_sources(states):
                 size = len(source) if isinstance(source, bytes) else 0
                 waiting_bytes += size
                 ahead.append((location, size, self._pool.submit(self._load, source)))
-                while len(ahead) >= self._ahead or (waiting_bytes > BYTES_AHEAD and ahead):
+                while len(ahead) >= self._ahead or (waiting_bytes > max_bytes and ahead):
                     first, size, future = ahead.popleft()
                     waiting_bytes -= size
                     yield first, future.result()

@@ -50,6 +50,7 @@ DOWN_S = 60.0
 _log = logging.getLogger(__name__)
 _NOT_TRUSTED = "the certificate of the PACS is not trusted; set pacs.ca_file to the authority that signed it"
 _NO_CERTIFICATE = "the PACS refuses the connection: it requires another client certificate; see pacs.client_certificate"
+_NO_TLS = "the PACS does not use TLS at this port; name its port for https, or set up a proxy with TLS"
 
 #: `at` is the time of `time.monotonic` when the request of this thread has to be complete.
 _deadline = threading.local()
@@ -215,6 +216,10 @@ class PacsSession:
         self._outage.count(is_answered=is_answered)
         raise Unavailable(f"{failure} ({self._settings.attempts} attempts)")
 
+    def explain_refusal(self, url: str) -> str:
+        """Return what to do after the answer 401."""
+        return self._access.explain_refusal(url)
+
     def _send(self, method: str, url: str, headers: Mapping[str, str], max_bytes: int, body: bytes | None) -> Answer:
         """Send one request; follow redirects to the same scheme, host and port; replace a token that was refused."""
         _deadline.at = time.monotonic() + self._settings.timeout_s
@@ -287,7 +292,7 @@ def _read_body(response: Any, max_bytes: int) -> bytes:
         body += chunk
         if is_error and len(body) > _MAX_ERROR_BYTES:
             return b""
-        if len(body) > max_bytes:
+        if not is_error and len(body) > max_bytes:
             raise ImageError("too_large", f"the answer of the PACS has more than {max_bytes} bytes")
     return bytes(body)
 
@@ -297,6 +302,8 @@ def _explain(error: Exception) -> Exception:
     text = str(error).upper()
     if "CERTIFICATE_VERIFY_FAILED" in text or "HOSTNAME MISMATCH" in text:
         return ImageError("storage", _NOT_TRUSTED)
+    if "WRONG_VERSION_NUMBER" in text or "RECORD LAYER FAILURE" in text:
+        return ImageError("storage", _NO_TLS)
     if "ALERT" in text and ("CERTIFICATE" in text or "HANDSHAKE" in text or "UNKNOWN CA" in text):
         return ImageError("permission", _NO_CERTIFICATE)
     if re.search("NAMERESOLUTION|GETADDRINFO|NAME OR SERVICE", text):
@@ -326,13 +333,14 @@ def describe_status(status: int) -> str:
     return f"{status} {http.client.responses.get(status, '')}".strip()
 
 
-def check_status(answer: Answer) -> None:
-    """Raise ImageError if an answer is not a success: `permission`, `missing` or `storage`."""
+def check_status(answer: Answer, remedies: Mapping[int, str]) -> None:
+    """Raise ImageError if an answer is not a success: `permission`, `missing` or `storage`.
+
+    Args:
+        remedies: what to do, by status; after the status in the message.
+    """
     if 200 <= answer.status < 300:
         return
     code = {401: "permission", 403: "permission", 404: "missing", 410: "missing"}.get(answer.status, "storage")
-    hint = {
-        401: "; set pacs.credentials or pacs.token_file, or check them",
-        403: "; this account may not read it",
-    }.get(answer.status, "")
-    raise ImageError(code, f"the PACS answers {describe_status(answer.status)}{hint}")
+    remedy = remedies.get(answer.status) or {403: "this account may not read it"}.get(answer.status, "")
+    raise ImageError(code, f"the PACS answers {describe_status(answer.status)}{remedy and '; '}{remedy}")

@@ -70,7 +70,7 @@ def configure(settings: PacsSettings, limiter: Limiter | None = None) -> None:
     """Set credentials and limits for this process, and check the files that the settings name.
 
     Args:
-        limiter: Grants the requests of a whole cluster; None: one of this process with `settings.parallel` and
+        limiter: Grants the requests of all processes of a run; None: one of this process with `settings.parallel` and
             `settings.per_second`.
 
     Raises:
@@ -150,7 +150,7 @@ def _get(url: str, accept: str, max_bytes: int) -> tuple[bytes, str]:
 
     # The envelope of one part is small; a larger body than this cannot hold an allowed file.
     answer = open_session().exchange("GET", url, {"Accept": accept}, max_bytes=max_bytes + _HEAD)
-    check_status(answer)
+    check_status(answer, {401: open_session().explain_refusal(url)})
     return answer.body, answer.headers.get("Content-Type", "")
 
 

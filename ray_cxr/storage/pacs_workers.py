@@ -20,9 +20,9 @@ from ray_cxr.storage.prefetch import fetch_ahead
 K = TypeVar("K")
 S = TypeVar("S")
 
-#: Bytes of instances that wait for a decoder, in each process.
+#: Bytes of instances that wait for a decoder, in each process: half of them here, and half in the caller's own queue.
 BYTES_AHEAD = 256 * 1024 * 1024
-#: Maximum number of threads per process that fetch; `pacs.parallel` is for the whole cluster.
+#: Maximum number of threads per process that fetch; `pacs.parallel` is for all processes of a run.
 MAX_THREADS = 16
 
 
@@ -101,7 +101,7 @@ class PacsFetcher:
 
     def fetch_ahead(self, items: Iterable[tuple[K, S]]) -> Iterator[tuple[K, S | bytes | ImageError]]:
         """Yield the items in order; an instance of a PACS becomes its contents, or the reason why it has none."""
-        return fetch_ahead(self._pool, self._fetch, items, threads=self._threads, max_bytes=BYTES_AHEAD)
+        return fetch_ahead(self._pool, self._fetch, items, threads=self._threads, max_bytes=BYTES_AHEAD // 2)
 
     def _fetch(self, source: S) -> S | bytes | ImageError:
         if not (isinstance(source, str) and is_dicomweb(source)):

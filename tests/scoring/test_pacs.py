@@ -26,7 +26,12 @@ from pydicom.uid import (
 )
 from score_folders import count_parts, modification_times, start_command
 
+from ray_cxr import cluster
+from ray_cxr.config import PacsSettings
+from ray_cxr.errors import ConfigError
 from ray_cxr.scoring.actors import make_pseudonym
+from ray_cxr.storage import pacs_workers
+from ray_cxr.storage.dicomweb import configure
 
 Command = Callable[..., tuple[int, str, str]]
 SECRET = "20260105-20260106"
@@ -185,6 +190,30 @@ def test_dry_run_states_requests_and_bytes(
     assert code == 0
     assert "PACS: 6 requests" in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_a_pacs_are_checked_for_all_images(tiny_bundle: Any, tmp_path: Path, command: Command) -> None:
+    code, _, error = command("score", tiny_bundle.path, "--images", tmp_path, "--out", "o", "--set", "pacs.ca_file=no")
+    assert code == 2
+    assert "pacs.ca_file" in error
+
+
+def test_a_pacs_that_no_node_reaches_is_left_to_the_rows(pacs: DicomwebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = next(iter(pacs.instances))
+    path = f"{pacs.address}/studies/1.2.0/series/1.2.0.1/instances/{image}"
+    nodes, problems = [{"NodeManagerAddress": "192.0.2.1"}], ["no route"]
+    monkeypatch.setattr(cluster, "list_nodes", lambda: nodes)
+    monkeypatch.setattr(cluster, "query_nodes", lambda *_: list(zip(nodes, problems, strict=True)))
+    monkeypatch.setattr(cluster, "list_alive", lambda: nodes)
+    access = pacs_workers.PacsAccess(PacsSettings(attempts=1, per_second=1000))
+    pacs_workers._require_nodes(access, path)
+    assert not pacs.requests, "a single node needs no check"
+    monkeypatch.setattr(cluster, "list_alive", lambda: nodes * 2)
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1 cannot fetch"):
+        pacs_workers._require_nodes(access, path)
+    pacs.fail(500, where="/series/")
+    pacs_workers._require_nodes(access, path)
+    configure(PacsSettings())
 
 
 @pytest.mark.parametrize("secret", ["Doe^Jane", "it's pa  Qz7"])

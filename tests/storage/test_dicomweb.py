@@ -143,6 +143,10 @@ def fail(path: str, code: str, **options: Any) -> str:
         f"dicomweb+https://pacs.example:port/a?PatientName={SECRET}",
         f"dicomweb+https:///a?PatientName={SECRET}",
         f"dicomweb+https://pacs.example/root/studies/1.2?PatientName={SECRET}",
+        f"dicomweb+https://pacs.example/dicom-web?StudyDate=2026-01-05&PatientName={SECRET}",
+        f"dicomweb+https://pacs.example/dicom-web?StudyDate=20261305&PatientName={SECRET}",
+        f"dicomweb+https://pacs.example/dicom-web?00080020=20260106-20260105&PatientName={SECRET}",
+        f"dicomweb+https://pacs.example/dicom-web?StudyDate=-&PatientName={SECRET}",
     ],
 )
 def test_wrong_address_is_one_line_without_secrets(address: str) -> None:
@@ -154,6 +158,11 @@ def test_wrong_address_is_one_line_without_secrets(address: str) -> None:
     assert SECRET not in text
     assert USER not in text
     assert SECRET not in redact(address)
+
+
+@pytest.mark.parametrize("date", ["20260105", "20260101-20260131", "20260101-", "-20260131", ""])
+def test_dates_of_dicom_are_accepted(date: str) -> None:
+    search(f"dicomweb+https://pacs.example/dicom-web?StudyDate={date}&StudyTime=0700-1200", Counter())
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1:80", "[::1]:8042", "LocalHost:1"])
@@ -289,6 +298,31 @@ def test_server_that_stays_down_is_asked_rarely(
     monkeypatch.setattr(dicomweb_http.time, "monotonic", lambda: later)
     fail(path, "storage")
     assert len(pacs.requests) == dicomweb_http.MAX_UNANSWERED + 1
+
+
+def test_each_wait_is_twice_as_long(pacs: DicomwebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = pacs.add(make_file(1))
+    slept: list[float] = []
+    monkeypatch.setattr(dicomweb_http, "BACKOFF_S", 1.0)
+    monkeypatch.setattr(dicomweb_http.time, "sleep", slept.append)
+    pacs.fail(503, times=3)
+    fetch_instance(path)
+    waits = [seconds for seconds in slept if seconds > 0.5]
+    assert [round(seconds / 2**number) for number, seconds in enumerate(waits)] == [1, 1, 1]
+
+
+def test_cookies_are_not_kept(pacs: DicomwebServer) -> None:
+    path = pacs.add(make_file(1))
+    pacs.disturb(lambda handler: handler.answer(404, **{"Set-Cookie": "session=1; Path=/"}), times=1)
+    fail(path, "missing")
+    fetch_instance(path)
+    assert "Cookie" not in pacs.requests[-1].headers
+
+
+def test_body_of_an_error_is_not_read_to_its_end(pacs: DicomwebServer) -> None:
+    path = pacs.add(make_file(1))
+    pacs.disturb(lambda handler: handler.answer(404, bytes(2 << 20)))
+    fail(path, "missing", max_bytes=100)
 
 
 def test_busy_server_is_not_down(pacs: DicomwebServer) -> None:
@@ -440,8 +474,15 @@ def test_password_is_sent_only_to_its_host(pacs: DicomwebServer, tmp_path: Path)
     assert "pacs.credentials" in fail(path, "permission")
     use(credentials=write_netrc(tmp_path))
     assert fetch_instance(path) == make_file(1)
-    fail(path.replace("127.0.0.1", "localhost"), "permission")
+    assert "has no line for localhost" in fail(path.replace("127.0.0.1", "localhost"), "permission")
     assert "Authorization" not in pacs.requests[-1].headers
+
+
+def test_wrong_root_and_missing_tls_are_named(pacs: DicomwebServer) -> None:
+    with pytest.raises(InputError, match="check the root"):
+        list(search(pacs.address.replace("/dicom-web", "/dicomweb"), Counter()))
+    with pytest.raises(InputError, match="TLS"):
+        list(search(pacs.address.replace("+http:", "+https:"), Counter()))
 
 
 def test_token_is_read_again_after_401(pacs: DicomwebServer, tmp_path: Path) -> None:
@@ -746,6 +787,14 @@ def test_keys_of_a_study_select_studies_and_others_instances(pacs: DicomwebServe
     assert list_uids(f"{pacs.address}?00080061=DX&00080060=DX") == ["1.2.3.1"]
     [row] = search(f"{pacs.address}?ModalitiesInStudy=DX&Modality=DX", Counter())
     assert dicomweb.get_text(row, "00100010") == QUERY, "values of the study are in the instance"
+
+
+def test_more_results_than_the_number_of_instances_are_listed(pacs: DicomwebServer) -> None:
+    uids = fill(pacs, studies=1, images=3)
+    study = {"0020000D": {"Value": ["1.2.1.1"]}, "00201208": {"Value": [1]}}
+    pacs.disturb(answer_with(json.dumps([study]).encode(), "application/json"), where="/studies?")
+    pacs.page_limit = 1
+    assert list_uids(pacs.address) == uids
 
 
 def test_number_of_instances_spares_requests(pacs: DicomwebServer) -> None:
