@@ -203,6 +203,40 @@ def test_heat_map_zoom_and_contrast(browser: Any, start: Any) -> None:
     check_quiet(browser, server.root)
 
 
+def test_verdicts_are_visible_next_to_labels(browser: Any, start: Any, tmp_path: Path) -> None:
+    server = start("--manifest", Archive(tmp_path / "labels", patients=12).labels())
+    browser.get(server.address)
+    fits = "const e = document.getElementById(arguments[0]); return e.scrollWidth <= e.clientWidth"
+    for width, height in ((1440, 760), (1024, 768), (390, 844)):
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        open_study(browser, f"{server.root}/study/1")
+        press(browser, "l", "1", "a", "2", "d", "3", "u")
+        assert [name for name in ("panel", "main") if not browser.execute_script(fits, name)] == []
+        assert "unsure" in text(browser, "given")
+
+
+def test_arrows_go_around_the_images_and_no_key_decides_on_the_image_that_was_left(
+    browser: Any, start: Any, scores: Path
+) -> None:
+    server = start()
+    browser.get(server.address)
+    browser.get(f"{server.root}/?q=00000001_001")
+    browser.find_element("css selector", ".studies .id").click()
+    wait(lambda: browser.find_elements("id", "which"))
+    shown = []
+    for _ in range(3):
+        name = text(browser, "which").split("Flag")[0].strip()
+        shown.append(name)
+        # Both keys in one turn: the page has not left yet.
+        keys = """for (const key of ["ArrowRight", "1", "a"])
+          document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}))"""
+        browser.execute_script(keys)
+        wait(lambda name=name: text(browser, "which") and not text(browser, "which").strip().startswith(name))
+    assert shown[0] == shown[2] != shown[1]
+    assert read_records(scores) == []
+
+
 def test_killed_server_loses_no_verdict_that_the_page_showed_as_saved(browser: Any, start: Any, scores: Path) -> None:
     server = start()
     browser.get(server.address)
