@@ -23,7 +23,7 @@ from typing import Any, Literal
 from urllib.parse import urlencode
 
 from ray_cxr.errors import ImageError, InputError, RayCxrError
-from ray_cxr.storage.dicomweb_access import Limiter, Unavailable
+from ray_cxr.storage.dicomweb_access import Unavailable
 from ray_cxr.storage.dicomweb_address import Search, is_uid, make_instance_path, parse_root, parse_search
 from ray_cxr.storage.dicomweb_retrieve import (
     JSON,
@@ -40,9 +40,7 @@ from ray_cxr.storage.remote import map_concurrently
 
 __all__ = [
     "DUPLICATE",
-    "FIELDS",
     "UNLISTED",
-    "Limiter",
     "Stored",
     "check_root",
     "configure",
@@ -275,7 +273,10 @@ def _query(url: str, params: Mapping[str, Any]) -> tuple[list[dict[str, Any]], b
 
     query = urlencode(params, doseq=True)
     answer = open_session().exchange("GET", f"{url}?{query}", {"Accept": JSON}, max_bytes=MAX_JSON_BYTES)
-    check_status(answer)
+    remedies = {401: open_session().explain_refusal(url)}
+    if url.endswith("/studies"):
+        remedies |= dict.fromkeys((400, 404, 405), "check the root, such as /dicom-web in Orthanc")
+    check_status(answer, remedies)
     # The same code reports that fuzzymatching is not supported, which leaves the number of results open.
     return parse_rows(answer.body), re.search(r"\b299\b", answer.headers.get("Warning", "")) is not None
 
