@@ -8,8 +8,9 @@ The captions are part of the pixels, since viewers do not show the header: RESEA
 probability and model below. They are large enough to be read when the capture is shown at 512 pixels. They never cover
 the image.
 
-The UID is derived from the model, the image, the finding, and everything that the captions state. The pixels may differ
-by rounding between two machines, and keep their UID.
+The UID is derived from the model, the image, the finding, and the pixels with their captions, so that one UID is always
+one image. Maps of another size or method have other UIDs, and so may maps that were drawn on two machines, which can
+differ by rounding.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from ray_cxr.reporting.sr_studies import (
 from ray_cxr.storage import atomic
 
 #: Raised whenever the same heat map would give another capture.
-FORMAT = 1
+FORMAT = 2
 SERIES_DESCRIPTION = "ray-cxr heat maps, RESEARCH ONLY"
 #: Follows the series of documents.
 SERIES_NUMBER = 9902
@@ -217,7 +218,8 @@ def _build(content: CaptureContent, pixels: np.ndarray, size: int, overlay: byte
         series_number=SERIES_NUMBER,
         series_description=SERIES_DESCRIPTION,
         sop_instance_uid=make_uid(
-            "heat map", FORMAT, image.study, image.instance, model.digest, content.finding, lines
+            *("heat map", FORMAT, image.study, image.instance, model.digest, content.finding, lines),
+            *(pixels.shape, hashlib.sha256(pixels.tobytes()).hexdigest()),
         ),
         instance_number=content.number,
         manufacturer=MANUFACTURER,

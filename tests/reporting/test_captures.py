@@ -62,6 +62,18 @@ def test_every_flagged_finding_has_a_capture_in_its_study(site: Site, command: C
     assert not any(word in str(path) for word in IDENTIFYING for path in site.out.rglob("*"))
 
 
+def test_other_pixels_have_other_uids(site: Site, command: Command) -> None:
+    site.run(command, "--heatmaps")
+    first = {ds.SOPInstanceUID for ds in site.captures()}
+    site.out = site.home / "again"
+    site.run(command, "--heatmaps")
+    assert {ds.SOPInstanceUID for ds in site.captures()} == first
+    site.out = site.home / "larger"
+    site.draw_maps(size=(256, 192))
+    site.run(command, "--heatmaps")
+    assert first.isdisjoint(ds.SOPInstanceUID for ds in site.captures())
+
+
 def test_captures_show_the_map_below_a_warning(site: Site, command: Command) -> None:
     site.run(command, "--heatmaps")
     for ds in site.captures():
