@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
@@ -80,7 +80,8 @@ class Estimates:
     freedom: np.ndarray  # float64 [K], degrees of freedom of the variance
     images: np.ndarray  # float64 [K], of the denominator of a share; NaN for AUROC and means
     own: np.ndarray  # float64 [K, 2], 95% intervals of the values
-    is_guessed: bool = False  # a mean of values of which one has an unknown variance: of one patient, or all agree
+    #: A mean of values of which one has an unknown variance: it has one patient, or all patients agree.
+    is_guessed: bool = field(default=False, kw_only=True)
 
     def mean(self, columns: np.ndarray) -> Estimates:
         """Average columns bool [K] into one; NaN if one of them is NaN. Freedom is Satterthwaite's (1946)."""

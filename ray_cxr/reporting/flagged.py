@@ -208,8 +208,8 @@ def summarize_flagged(found: Flagged) -> str:
         also = "" if found.total is None else f", {_describe_overlap(found.overlap, n)}"
         parts.append(f"{count_of(n, 'image')} with a quality flag{also}")
     once = ", each counted once" if found.overlap else ""
-    total = f"{found.need_look:,} of {count_of(found.images, 'image')}{once}"
-    return f"What needs a look: {total}. {capitalise('; '.join(parts))}."
+    look = f"{found.need_look:,} of {count_of(found.images, 'image')}{once}"
+    return f"What needs a look: {look}. {capitalise('; '.join(parts))}."
 
 
 def _describe_overlap(overlap: int, n: int) -> str:
