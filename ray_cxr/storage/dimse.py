@@ -10,9 +10,10 @@ import io
 import logging
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -154,7 +155,8 @@ class _Client:
             return Stored(uid, "refused", None, f"the PACS accepts no {sop_class.name} (presentation context refused)")
         self._message_id = self._message_id % 65_535 + 1
         try:
-            answer = self._association.send_c_store(document, msg_id=self._message_id)
+            with self._limit():
+                answer = self._association.send_c_store(document, msg_id=self._message_id)
         except (RuntimeError, ValueError, OSError):  # the association broke before it was used
             answer = Dataset()
         if "Status" not in answer:
@@ -162,16 +164,33 @@ class _Client:
             return Stored(uid, "unavailable", None, "the PACS broke the association, or did not answer in time")
         return _judge(uid, int(answer.Status))
 
+    @contextmanager
+    def _limit(self) -> Iterator[None]:
+        """Shut the connection down after the time limit: pynetdicom's limits do not end a send to a peer that stops
+        reading, and its abort waits behind all data that is still to be sent."""
+
+        def shut_down(wrapped: Any = self._association.dul.socket) -> None:
+            with suppress(OSError, AttributeError):  # it is closed already
+                wrapped.socket.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(self._entity.dimse_timeout, shut_down)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def close(self) -> None:
         """Release the association."""
         if self._association is not None and self._association.is_established:
-            with suppress(OSError, RuntimeError):
+            with suppress(OSError, RuntimeError), self._limit():
                 self._association.release()
         self._association = None
 
     def _abort(self) -> None:
         if self._association.is_established:
-            with suppress(OSError, RuntimeError):
+            with suppress(OSError, RuntimeError), self._limit():
                 self._association.abort()
         self._association = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import shutil
 import socket
@@ -17,7 +18,12 @@ import pyarrow.parquet as pq
 import pydicom
 import pytest
 from dicomweb_server import DicomwebServer
-from pydicom.uid import ComprehensiveSRStorage, ImplicitVRLittleEndian, SecondaryCaptureImageStorage
+from pydicom.uid import (
+    ComprehensiveSRStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    SecondaryCaptureImageStorage,
+)
 from pynetdicom import AE, evt
 from sr_site import IDENTIFYING, Command, Site
 
@@ -39,6 +45,7 @@ class DimsePacs:
     requests: int = 0
     callers: list[str] = field(default_factory=list)
     syntax: str | None = None
+    stalled: threading.Event | None = None  # until it is set, documents are not read
 
     def start(self, **required: Any) -> str:
         entity = AE(ae_title="ARCHIVE")
@@ -47,8 +54,13 @@ class DimsePacs:
         for sop_class in self.classes:
             entity.add_supported_context(sop_class, self.syntax)
         handlers: list[Any] = [(evt.EVT_C_STORE, self._store), (evt.EVT_ACCEPTED, self._accept)]
+        handlers.append((evt.EVT_DATA_RECV, self._stall))
         self.server: Any = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
         return f"dimse://ARCHIVE@localhost:{self.server.server_address[1]}"
+
+    def _stall(self, event: Any) -> None:
+        if self.stalled is not None and event.data[:1] == b"\x04":  # P-DATA-TF
+            self.stalled.wait(20)
 
     def _accept(self, event: Any) -> None:
         self.callers.append(event.assoc.requestor.ae_title)
@@ -205,6 +217,29 @@ def test_server_that_does_not_answer_in_time_is_left(site: Site, command: Comman
     pacs.delay_s = 0.0
     send(site, command, f"dimse://ARCHIVE@localhost:{pacs.server.server_address[1]}")
     assert set(pacs.stored) == read_uids(site)
+
+
+def test_server_that_stops_reading_is_left(pacs: DimsePacs) -> None:
+    address, pacs.stalled = pacs.start(), threading.Event()
+    document = pydicom.Dataset()
+    document.file_meta = pydicom.dataset.FileMetaDataset()
+    document.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    document.SOPClassUID = document.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    document.SOPInstanceUID = document.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    document.add_new("PixelData", "OB", bytes(16 << 20))  # more than the buffers of a connection hold
+    file = io.BytesIO()
+    document.save_as(file, enforce_file_format=True)
+    answers: list[str] = []
+
+    def store() -> None:
+        settings = PacsSettings(timeout_s=0.2, attempts=1)
+        answers.extend(answer.status for answer in dimse.store(address, [file.getvalue()] * 2, settings))
+
+    thread = threading.Thread(target=store, daemon=True)
+    thread.start()
+    thread.join(10)
+    pacs.stalled.set()
+    assert answers == ["unavailable"] * 2
 
 
 @pytest.mark.long
