@@ -297,6 +297,7 @@ def run_night(tmp_path: Path):
             "IMAGES": "x?StudyDate=%SINCE%-%DATE%",
             "NIGHTS": f"{tmp_path}/nights",
             "NIGHT": "20260302",
+            "START": "20260101",
         }
         environment = {"PATH": "/usr/bin:/bin", "RAY_CXR": str(fake), **given, **variables}
         code = subprocess.run(["sh", str(NIGHTLY / "night.sh")], env=environment, timeout=60, check=False).returncode
@@ -307,16 +308,32 @@ def run_night(tmp_path: Path):
 
 def test_script_of_a_night_continues_a_killed_one_first(run_night, tmp_path: Path) -> None:
     nights = tmp_path / "nights"
-    first = f"score --model m --images x?StudyDate=20260227-20260302 --out {nights}/20260302"
+    first = f"score --model m --images x?StudyDate=20260101-20260302 --out {nights}/20260302"
     assert run_night() == (0, [first])
     for name, done in (("20260228", True), ("20260301", False)):
         (nights / name).mkdir()
         (nights / name / "settings.json").touch()
         if done:
             (nights / name / "_SUCCESS").touch()
-    killed = f"score --model m --images x?StudyDate=20260226-20260301 --out {nights}/20260301"
+    killed = f"score --model m --images x?StudyDate=20260225-20260301 --out {nights}/20260301"
+    first = first.replace("20260101", "20260225")
     skip = f"--skip-scored {nights}/20260228"
     assert run_night(OPTIONS="--limit 3") == (0, [f"{killed} --limit 3 {skip}", f"{first} --limit 3 {skip}"])
     assert run_night(CODE="3")[0] == 3
     assert len(run_night(CODE="3")[1]) == 2, "scored, with many errors: the next night goes on"
     assert run_night(CODE="2") == (2, [f"{killed} {skip}"])
+
+
+def test_script_searches_all_days_since_the_last_finished_night(run_night, tmp_path: Path) -> None:
+    for name in ("20260210", "20260220", "notes"):
+        (tmp_path / "nights" / name).mkdir()
+        (tmp_path / "nights" / name / "_SUCCESS").touch()
+    code, [call] = run_night()
+    assert (code, call.split()[4]) == (0, "x?StudyDate=20260217-20260302")
+
+
+def test_script_needs_a_date_to_start(run_night, tmp_path: Path) -> None:
+    (tmp_path / "calls").touch()
+    assert run_night(START="", NIGHT="20260302", IMAGES="x?StudyDate=%DATE%")[0] == 0
+    with pytest.raises(FileNotFoundError):  # nothing was scored
+        run_night(START="")

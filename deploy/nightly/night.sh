@@ -3,16 +3,20 @@
 #
 #   NIGHTS/20260105/         SCORES of one night; no folder if nothing was new
 #
-# The environment has MODEL, IMAGES and NIGHTS, and optionally OPTIONS, further words for `ray-cxr score`. In IMAGES,
-# %DATE% stands for the date of the night and %SINCE% for three days before: images that arrive late are found too.
+# The environment has MODEL, IMAGES, NIGHTS and START, and optionally OPTIONS, further words for `ray-cxr score`. In
+# IMAGES, %DATE% stands for the date of the night, and %SINCE% for three days before the last finished night: images of
+# nights without a run, and images that arrive late, are found too. Before the first finished night, %SINCE% is START.
 #
 # Exit codes, those of `ray-cxr score`:
 #   0  done, or nothing was new
 #   3  done, and more images failed than max_error_rate allows: look at the errors; do not run it again
 #   2  the arguments, the model or an earlier folder is wrong: correct it; running it again changes nothing
-#   1  anything else, such as a full disk or a stopped machine: run it again, it continues
+#   1  anything else, such as a full disk, or a PACS that does not answer: run it again, it continues
 set -u
-: "${MODEL:?}" "${IMAGES:?}" "${NIGHTS:?}"
+if [ -z "${MODEL:-}" ] || [ -z "${IMAGES:-}" ] || [ -z "${NIGHTS:-}" ]; then
+    echo "night.sh: set MODEL, IMAGES and NIGHTS, such as in night.env" >&2
+    exit 2
+fi
 mkdir -p "$NIGHTS" || exit 1
 exec 9>"$NIGHTS/.night.lock" || exit 1
 if ! flock -n 9; then
@@ -21,7 +25,22 @@ if ! flock -n 9; then
 fi
 
 score_night() {
-    since=$(date -d "$1 - 3 days" +%Y%m%d) || return 1
+    # Only nights before this one count, so that a night which continues has the search that it started with.
+    last=
+    for scores in "$NIGHTS"/[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]/; do
+        name=$(basename "$scores")
+        if [ -e "$scores/_SUCCESS" ] && [ "$name" -lt "$1" ]; then
+            last=$name
+        fi
+    done
+    since=${START:-}
+    if [ -n "$last" ]; then
+        since=$(date -d "$last - 3 days" +%Y%m%d) || return 1
+    fi
+    if [ -z "$since" ] && [ "$IMAGES" != "${IMAGES#*%SINCE%}" ]; then
+        echo "night.sh: no night is finished yet; set START, the first date to search, such as 20260101" >&2
+        return 2
+    fi
     images=$(printf '%s' "$IMAGES" | sed "s/%DATE%/$1/g; s/%SINCE%/$since/g")
     out=$NIGHTS/$1
     set -- # the finished nights, which this one leaves out
@@ -50,6 +69,11 @@ for night in "$NIGHTS"/*/; do
         case $code in
         0) ;;
         3) errors=3 ;;
+        2)
+            echo "night.sh: $night cannot continue. Restore the MODEL, IMAGES, START and OPTIONS that it started" \
+                "with, or move the folder away: the next night then searches its days again" >&2
+            exit 2
+            ;;
         *) exit $code ;;
         esac
     fi
