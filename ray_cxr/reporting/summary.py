@@ -115,9 +115,10 @@ def _summarize_worklist(worklist: Worklist) -> tuple[list[str], list[str]]:
     unranked = [line["flagged"] for line in flagged if line["flagged"] == line["flagged_unranked"]]
     if unranked:
         names = dict.fromkeys(name for names in unranked for name in names.split("|"))
-        are = "row without another flag is" if len(unranked) == 1 else "rows without another flag are"
-        order += f" The priority leaves out {_list_findings(names)}, because not calibrated: {len(unranked):,} {are}"
-        order += " placed by the probabilities of other findings."
+        only = "the row with only such a flag is" if len(unranked) == 1 else f"the {len(unranked):,} rows with only"
+        only += "" if len(unranked) == 1 else " such flags are"
+        order += f" The priority leaves out {_list_findings(names)}, because not calibrated: {only} placed by other"
+        order += " findings."
     return [f"{first} {order}"], [order]
 
 
