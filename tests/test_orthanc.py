@@ -156,7 +156,7 @@ def test_each_instance_has_one_row_although_the_server_restarted(
 
 @pytest.mark.parametrize("page", [3, 50, 500])
 def test_pages_of_a_search_for_modalities_lose_no_study(
-    night: Night, pacs: Orthanc, images: list[Instance], login: list[str], page: int
+    pacs: Orthanc, images: list[Instance], login: list[str], page: int
 ) -> None:
     """Orthanc 1.10 applies the limit before the offset if a key is not in its index."""
     file = login[1].partition("=")[2]
