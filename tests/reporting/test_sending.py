@@ -28,8 +28,9 @@ from pynetdicom import AE, evt
 from sr_site import IDENTIFYING, Command, Site
 
 from ray_cxr.config import PacsSettings
+from ray_cxr.errors import OutputError
 from ray_cxr.reporting import dicom_sr, sending
-from ray_cxr.storage import dicomweb_http, dimse
+from ray_cxr.storage import dicomweb_http, dimse, run_folder
 
 QUICK = ("--set", "per_second=1000", "--set", "timeout_s=2")
 
@@ -45,6 +46,7 @@ class DimsePacs:
     requests: int = 0
     callers: list[str] = field(default_factory=list)
     syntax: str | None = None
+    connections: int = 0
     stalled: threading.Event | None = None  # until it is set, documents are not read
 
     def start(self, **required: Any) -> str:
@@ -54,9 +56,12 @@ class DimsePacs:
         for sop_class in self.classes:
             entity.add_supported_context(sop_class, self.syntax)
         handlers: list[Any] = [(evt.EVT_C_STORE, self._store), (evt.EVT_ACCEPTED, self._accept)]
-        handlers.append((evt.EVT_DATA_RECV, self._stall))
+        handlers += [(evt.EVT_DATA_RECV, self._stall), (evt.EVT_CONN_OPEN, self._count)]
         self.server: Any = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
         return f"dimse://ARCHIVE@localhost:{self.server.server_address[1]}"
+
+    def _count(self, event: Any) -> None:
+        self.connections += 1
 
     def _stall(self, event: Any) -> None:
         if self.stalled is not None and event.data[:1] == b"\x04":  # P-DATA-TF
@@ -278,6 +283,12 @@ def test_server_that_stops_gets_the_others_later(site: Site, command: Command, w
     assert statuses(site) == ["accepted"] * 5
 
 
+def test_second_send_from_one_folder_is_refused(site: Site, web: DicomwebServer) -> None:
+    with run_folder.lock(site.out, "export-sr --send"), pytest.raises(OutputError):
+        sending.send(site.out, web.address, PacsSettings(per_second=1000.0))
+    assert not web.requests
+
+
 def test_killed_run_does_not_send_again(
     site: Site, command: Command, web: DicomwebServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,15 +367,21 @@ def test_corrected_document_is_sent_again_by_c_store(
     [({"require_called_aet": True}, "no AE title WRONG"), ({"require_calling_aet": ["OTHER"]}, "title RAYCXR")],
 )
 def test_wrong_titles_are_named(
-    site: Site, command: Command, pacs: DimsePacs, required: dict[str, Any], answers: str
+    site: Site,
+    command: Command,
+    pacs: DimsePacs,
+    monkeypatch: pytest.MonkeyPatch,
+    required: dict[str, Any],
+    answers: str,
 ) -> None:
+    monkeypatch.setattr(dimse, "_BACKOFF_S", -1.0)  # a wait before another attempt would be an error
     address = pacs.start(**required)
     if "require_called_aet" in required:
         address = address.replace("ARCHIVE", "WRONG")
     out, _err = send(site, command, address, code=3)
     assert answers in out
     assert statuses(site) == ["unavailable"] * 5
-    assert len(pacs.callers) <= 1
+    assert pacs.connections == 1
 
 
 def test_server_that_accepts_no_reports_stores_the_captures(site: Site, command: Command, pacs: DimsePacs) -> None:
