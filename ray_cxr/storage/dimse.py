@@ -132,7 +132,7 @@ class _Client:
         self._entity = AE(ae_title=self._calling)
         self._entity.connection_timeout = min(_CONNECT_S, settings.timeout_s)
         self._entity.acse_timeout = min(_ASSOCIATE_S, settings.timeout_s)
-        self._entity.dimse_timeout = settings.timeout_s
+        self._entity.dimse_timeout = self._timeout_s = settings.timeout_s
         self._entity.network_timeout = None  # a document may take long to come
         for sop_class in (ComprehensiveSRStorage, SecondaryCaptureImageStorage):
             self._entity.add_requested_context(sop_class, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
@@ -173,7 +173,7 @@ class _Client:
             with suppress(OSError, AttributeError):  # it is closed already
                 wrapped.socket.shutdown(socket.SHUT_RDWR)
 
-        timer = threading.Timer(self._entity.dimse_timeout, shut_down)
+        timer = threading.Timer(self._timeout_s, shut_down)
         timer.daemon = True
         timer.start()
         try:
