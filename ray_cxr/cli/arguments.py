@@ -137,7 +137,7 @@ class CommandParser(argparse.ArgumentParser):
             near = [plain]
         others = [name for name, parser in self.siblings.items() if not near and plain in parser._options()]
         if others:
-            self.error(f"unknown option {option}, which {' and '.join(others)} {'have' if others[1:] else 'has'}")
+            self.error(f"unknown option {option}, which {_join(others)} {'have' if others[1:] else 'has'}")
         near = near or [name for name in options if len(plain) > 3 and name.startswith(plain)]
         near = near or difflib.get_close_matches(plain, [*options, *settings], n=1)
         if near and near[0] in settings:
@@ -164,6 +164,10 @@ class CommandParser(argparse.ArgumentParser):
         self._stop(f"{'/'.join(action.option_strings) or action.metavar}: unknown value {value!r}{near}")
 
 
+def _join(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
 def _show(action: argparse.Action) -> str:
     return f"{action.option_strings[0]} {action.metavar}"
 
@@ -179,11 +183,18 @@ def any_path(text: str) -> str:
 
 def path_or_search(text: str) -> str:
     """Argument type: as `any_path`, or a search of a PACS."""
-    return text if is_dicomweb(text) else any_path(text)
+    return text if is_dicomweb(text) else any_path(_refuse_http(text))
 
 
 def any_address(text: str) -> str:
-    """Argument type: a folder, or any address that pyarrow opens."""
+    """Argument type: a folder, any address that pyarrow opens, or one of a PACS."""
+    return _refuse_http(text)
+
+
+def _refuse_http(text: str) -> str:
+    if text.lower().startswith(("http://", "https://")):
+        shown = redact(text).partition("://")[2]
+        raise argparse.ArgumentTypeError(f"web pages are not read; for a PACS write dicomweb+https://{shown}")
     return text
 
 

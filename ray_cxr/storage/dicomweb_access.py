@@ -103,6 +103,13 @@ class Access:
         """Return user and password for the host of an address; None if it has none."""
         return self._passwords.get(get_origin(url)[1])
 
+    def explain_refusal(self, url: str) -> str:
+        """Return what to do after the answer 401, for the address of the request."""
+        host = get_origin(url)[1]
+        if self._passwords and host not in self._passwords:
+            return f"{self._settings.credentials} has no line for {host}"
+        return "set pacs.credentials or pacs.token_file, or check them"
+
     @property
     def token(self) -> str | None:
         return self._token

@@ -5,6 +5,7 @@ No message quotes the query or a part of an address that can be a password, beca
 
 from __future__ import annotations
 
+import datetime
 import ipaddress
 import re
 from dataclasses import dataclass, field
@@ -76,6 +77,7 @@ def parse_search(address: str) -> Search:
         filters = studies if _find_keyword(key, shown) in _STUDY_KEYWORDS.split() else instances
         if key in filters:
             raise InputError(f"{shown}: the query names {key} twice; run one search for each value")
+        _check_date(key, value, shown)
         filters[key] = value
     return Search(root, studies, instances, is_fuzzy)
 
@@ -94,6 +96,29 @@ def _find_keyword(key: str, shown: str) -> str:
         shown_key = f": {key!r}{labels.suggest(key, datadict.keyword_dict)}" if is_word else "; an example is StudyDate"
         raise InputError(f"{shown}: a key of the query is no DICOM keyword or 8-digit tag{shown_key}")
     return key
+
+
+def _check_date(key: str, value: str, shown: str) -> None:
+    """Refuse a date in another form than DICOM's (PS3.18 8.3.4 and PS3.4 C.2.2.2.5): a PACS would find nothing."""
+    from pydicom import datadict
+
+    tag = int(key, 16) if _TAG.fullmatch(key) else datadict.tag_for_keyword(key)
+    if tag is None or not datadict.dictionary_has_tag(tag) or datadict.dictionary_VR(tag) != "DA":
+        return
+    first, dash, last = value.partition("-")
+    dates = [date for date in (first, last) if date] or ([""] if dash else [])
+    try:
+        for date in dates:
+            if not re.fullmatch("[0-9]{8}", date):
+                raise ValueError
+            datetime.datetime.strptime(date, "%Y%m%d")
+        is_valid = not (first and last) or first <= last
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        raise InputError(
+            f"{shown}: {key} is no DICOM date; write 20260105, 20260101-20260131, 20260101- or -20260131"
+        )
 
 
 def make_instance_path(address: str, study: str, series: str, instance: str) -> str:
