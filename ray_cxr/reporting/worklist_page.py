@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -192,15 +191,3 @@ def _explain_no_map(maps: dict[tuple[str, str], HeatMap], image_id: str, finding
         )
         reason = f"not {rank}"
     return f"no heat map of {format_finding(findings[0])}: {reason}"
-
-
-def describe_missing_images(rows: Sequence[StudyRow]) -> str:
-    """Return a sentence on the images of the first rows that were scored and cannot be read any more, or nothing."""
-    cards = rows[:CARDS]
-    lost = Counter(row.image_error for row in cards if row.image_error and row.priority is not None)
-    if lost:
-        codes = ", ".join(f"{code} {n}" for code, n in lost.items())
-        return f"{lost.total()} of {len(cards)} radiographs were scored, but cannot be read any more: {codes}."
-    if any(row.priority is not None for row in cards) and not any(row.image or row.image_error for row in cards):
-        return "The score table has no paths of images, so no radiograph can be shown."
-    return ""
