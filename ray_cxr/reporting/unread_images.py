@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from ray_cxr.reporting.worklist_page import CARDS, StudyRow
 from ray_cxr.storage.paths import is_dicomweb
 
@@ -19,11 +21,11 @@ _FILE_REMEDIES = {
 }
 
 
-def explain_unread_images(rows: Sequence[StudyRow], paths: Sequence[str | None]) -> str:
+def explain_unread_images(rows: Sequence[StudyRow], paths: np.ndarray) -> str:
     """Return a sentence on images of the first rows that were scored and could not be read; nothing without any.
 
     Args:
-        paths: of all images of the report.
+        paths: of all images of the report, object array of str or None.
     """
     cards = rows[:CARDS]
     lost = Counter(row.image_error for row in cards if row.image_error and row.priority is not None)
@@ -36,7 +38,7 @@ def explain_unread_images(rows: Sequence[StudyRow], paths: Sequence[str | None])
     return f"{text}. Remedy: {remedy}." if remedy else f"{text}."
 
 
-def describe_missing_images(rows: Sequence[StudyRow], paths: Sequence[str | None]) -> str:
+def describe_missing_images(rows: Sequence[StudyRow], paths: np.ndarray) -> str:
     """Return `explain_unread_images`, or that the table has no paths; nothing if no radiograph is missing."""
     cards = rows[:CARDS]
     has_image = any(row.image or row.image_error for row in cards)
