@@ -14,7 +14,7 @@ from ray_cxr.cli.arguments import add_command, add_settings, any_address, any_pa
 from ray_cxr.cli.dry_run import add_dry_run, print_cost
 from ray_cxr.cli.next_step import list_pacs_options, suggest_after_nothing, suggest_report
 from ray_cxr.cli.output import print_line, print_table, print_warnings
-from ray_cxr.errors import ConfigError, ErrorRateExceeded
+from ray_cxr.errors import RETRYABLE_CODES, ConfigError, ErrorRateExceeded
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.progress import Stage
 from ray_cxr.storage import remote, run_folder
@@ -101,10 +101,14 @@ def _score(arguments: argparse.Namespace) -> None:
         table.add_row(code, f"{count:,}")
     print_table(table)
     if report.images_per_second is not None:
+        what = "scored {:,} images" if report.counts["ok"] else "tried {:,} images, and scored none,"
         print_line(
-            f"scored {report.scored_now:,} images in {report.seconds:.0f} s "
+            f"{what.format(report.scored_now)} in {report.seconds:.0f} s "
             f"({report.images_per_second:.1f} images/s, start-up included)"
         )
+    temporary = sum(report.counts[code] for code in RETRYABLE_CODES)
+    if temporary and arguments.prepared is None:
+        print_line(f"{temporary:,} rows have errors that can pass; to read these images again, add --retry-errors")
     if report.heatmaps is not None:
         for line in report.heatmaps.lines():
             print_line(line)

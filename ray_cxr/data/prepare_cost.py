@@ -52,7 +52,7 @@ def estimate_prepare(
     rate = sample.rate(min(cpus, len(units)))
     seconds = RAY_S + pending / rate.per_second + pending * WRITE_S * len(specs) if rate else RAY_S
     rates = {f"decode and resize with {min(cpus, len(units))} processes": rate} if rate else {}
-    notes = [f"{sample.failed} of {sample.count} images that were tried could not be read"] if sample.failed else []
+    notes = sample.list_notes()
     if transfer := sample.estimate_transfer(pacs, pending):
         rates["PACS"], seconds = transfer.rate, max(seconds, RAY_S + transfer.seconds)
         notes.append(transfer.describe())

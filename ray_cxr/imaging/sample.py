@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +49,7 @@ class Sample:
         failed: number of files that could not be read.
         seconds: per file, to decode with one process.
         fetched: number of images that a PACS sent, with their mean size in bytes and seconds per request.
+        codes: number of these files by error code, if known.
     """
 
     images: list[DecodedImage]
@@ -56,6 +58,7 @@ class Sample:
     fetched: int = 0
     fetched_size: float = 0.0
     fetch_seconds: float = 0.0
+    codes: Counter[str] = field(default_factory=Counter)
 
     @property
     def count(self) -> int:
@@ -64,6 +67,14 @@ class Sample:
     def rate(self, processes: int) -> Rate | None:
         """Return the rate of decoding with this number of processes; None without a file."""
         return Rate(processes / self.seconds, f"measured on {self.count} of the images") if self.seconds else None
+
+    def list_notes(self) -> list[str]:
+        """Return a sentence on the files that could not be read; nothing without any."""
+        if not self.failed:
+            return []
+        codes = ", ".join(f"{code} {n}" for code, n in self.codes.most_common())
+        line = f"{self.failed} of {self.count} images that were tried could not be read"
+        return [f"{line}: {codes}" if codes else line]
 
     def estimate_transfer(self, pacs: PacsSettings, requests: int) -> Transfer | None:
         """Return what it takes to fetch this number of images; None if no image of the sample came from a PACS."""
@@ -86,6 +97,7 @@ def decode_sample(
     images: list[DecodedImage] = []
     times: list[float] = []
     transfers: list[tuple[int, float]] = []
+    codes: Counter[str] = Counter()
     failed, started = 0, time.monotonic()
     decoder = Decoder(specs, max_pixels=max_pixels, timeout_s=min(timeout_s, PROBE_S), tags=True)
     try:
@@ -93,12 +105,13 @@ def decode_sample(
             source = chosen
             if isinstance(chosen, str) and is_dicomweb(chosen):
                 source = _fetch(chosen, transfers)
-            outcome = None if isinstance(source, ImageError) else decoder.load(source)
+            outcome = source if isinstance(source, ImageError) else decoder.load(source)
             if isinstance(outcome, DecodedImage):
                 images.append(outcome)
                 times.append(decoder.seconds)
             else:
                 failed += 1
+                codes[outcome.code] += 1
             if time.monotonic() - started > PROBE_S:
                 break
     finally:
@@ -106,7 +119,7 @@ def decode_sample(
     # The first file of a decoder also loads libraries.
     seconds = float(np.mean(times[1:] or times)) if times else 0.0
     sizes, waits = zip(*(transfers[1:] or transfers or [(0, 0.0)]), strict=True)  # the first also connects
-    return Sample(images, failed, seconds, len(transfers), float(np.mean(sizes)), float(np.mean(waits)))
+    return Sample(images, failed, seconds, len(transfers), float(np.mean(sizes)), float(np.mean(waits)), codes)
 
 
 def _fetch(path: str, transfers: list[tuple[int, float]]) -> bytes | ImageError:

@@ -92,9 +92,10 @@ class Export:
         failures = []
         if self.outcomes[FAILED]:
             reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
+            others = "; all others are" if self.outcomes[EXPORTED] else ""
             failures.append(
                 f"{self.outcomes[FAILED]:,} of {self.outcomes[FAILED] + self.outcomes[EXPORTED]:,} images could not be "
-                f"exported ({reasons}); all others are. images.parquet lists them"
+                f"exported ({reasons}){others}. images.parquet lists them"
             )
         if self.captures and self.captures[FAILED]:
             reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.capture_reasons.most_common())

@@ -106,14 +106,13 @@ def estimate_score(plan: ScorePlan, cpus: int) -> Cost:
     if transfer := sample.estimate_transfer(plan.request.pacs, rows + maps):
         rates["PACS"], seconds = transfer.rate, max(seconds, RAY_S + transfer.seconds)
         notes.append(transfer.describe())
-    failed = f"{sample.failed} of {sample.count} images that were tried could not be read"
     return Cost(
         counts,
         rates,
         None if unknown else (seconds, seconds),
         sizes,
         unknown,
-        notes + ([failed] if sample.failed else []),
+        notes + sample.list_notes(),
     )
 
 

@@ -116,9 +116,7 @@ def _check_date(key: str, value: str, shown: str) -> None:
     except ValueError:
         is_valid = False
     if not is_valid:
-        raise InputError(
-            f"{shown}: {key} is no DICOM date; write 20260105, 20260101-20260131, 20260101- or -20260131"
-        )
+        raise InputError(f"{shown}: {key} is no DICOM date; write 20260105, 20260101-20260131, 20260101- or -20260131")
 
 
 def make_instance_path(address: str, study: str, series: str, instance: str) -> str:
