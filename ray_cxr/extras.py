@@ -12,7 +12,6 @@ EXTRAS = {
     "plotly": "plots",
     "cmaes": "cmaes",
     "tf2onnx": "onnx",
-    "requests": "pacs",
     "pynetdicom": "pacs",
     "starlette": "review",
     "uvicorn": "review",

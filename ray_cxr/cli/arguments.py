@@ -193,8 +193,9 @@ def any_address(text: str) -> str:
 
 def _refuse_http(text: str) -> str:
     if text.lower().startswith(("http://", "https://")):
-        shown = redact(text).partition("://")[2]
-        raise argparse.ArgumentTypeError(f"web pages are not read; for a PACS write dicomweb+https://{shown}")
+        shown = redact(text)
+        pacs = f"dicomweb+https://{shown.partition('://')[2]}"
+        raise argparse.ArgumentTypeError(f"{shown}: web pages are not read; for a PACS write {pacs}")
     return text
 
 
