@@ -290,9 +290,14 @@ def _draw_halves(ax: Axes, panel: Panel) -> None:
         low, high = low - 0.5, high + 0.5
     low, high = low - 0.03 * (high - low), high + 0.03 * (high - low)
     # Limit the bars to what the rarer class can fill.
-    bins = int(np.clip(2 * math.sqrt(min(y.sum(), (~y).sum())), 8, 50))
+    edges = np.linspace(low, high, int(np.clip(2 * math.sqrt(min(y.sum(), (~y).sum())), 8, 50)) + 1)
+    if line is not None:
+        # An edge at the threshold, so that no bar stands on both sides of it.
+        width = edges[1] - edges[0]
+        edges = line + width * np.arange(-math.ceil((line - low) / width), math.ceil((high - line) / width) + 1)
+        low, high = float(edges[0]), float(edges[-1])
     for half, sign, colour in ((x[y], 1, plots.ORANGE), (x[~y], -1, plots.BLUE)):
-        counts, edges = np.histogram(np.clip(half, low, high), bins=bins, range=(low, high))
+        counts, _ = np.histogram(np.clip(half, low, high), bins=edges)
         ax.stairs(sign * counts / counts.max(), edges, fill=True, color=colour)
     ax.axhline(0, color=plots.INK, linewidth=0.8)
     if line is not None:

@@ -93,6 +93,7 @@ def explain_first(worklist: Worklist) -> str:
     for kind, values in (("calibrated ", worklist.c), ("", worklist.p)):
         if top in values and not np.isnan(values[top][0]):
             reason += f" Its highest {kind}probability is {format_finding(top)} {format_p(float(values[top][0]))}."
+            reason += f" The priority combines all {kind}probabilities; worklist.csv has them."
             break
     if line["flagged_unranked"]:
         left_out = ", ".join(map(format_finding, line["flagged_unranked"].split("|")))
