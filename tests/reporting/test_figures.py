@@ -207,6 +207,15 @@ def test_distributions_show_positives_above_negatives_and_the_threshold(drawn: d
     assert low <= min(ticks) <= max(ticks) <= high
 
 
+def test_no_bar_of_the_scores_stands_on_both_sides_of_the_threshold(drawn: dict[str, Figure]) -> None:
+    ax = drawn["distributions"].axes[0]
+    (line,) = (line.get_xdata()[0] for line in ax.lines if len(set(line.get_xdata())) == 1)
+    steps = [patch.get_data().edges for patch in ax.patches if hasattr(patch, "get_data")]
+    assert len(steps) == 2
+    for edges in steps:
+        assert np.abs(edges - line).min() < 1e-9
+
+
 def test_distributions_take_scores_of_any_range() -> None:
     usual = panel(n=20)
     odd = [[0.3, 0.3], [0.0, 1.0], [0.4999, 0.5], [1e-9, 2e-9]]
