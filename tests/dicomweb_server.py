@@ -254,7 +254,7 @@ def _matches(row: dict[str, Any], key: str, value: str) -> bool:
 
 
 def trickle(handler: Handler) -> None:
-    """Send one byte at a time, for ever."""
+    """Send one byte at a time, forever."""
     stopping = handler.pacs.stopping
     handler.send_response(200)
     handler.send_header("Content-Type", "application/dicom")
@@ -266,7 +266,7 @@ def trickle(handler: Handler) -> None:
 
 
 def trickle_headers(handler: Handler) -> None:
-    """Send a header for ever."""
+    """Send a header forever."""
     stopping = handler.pacs.stopping
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
     while not stopping.wait(0.02):
@@ -275,7 +275,7 @@ def trickle_headers(handler: Handler) -> None:
 
 
 def send_endless(handler: Handler) -> None:
-    """Send chunks for ever."""
+    """Send chunks forever."""
     stopping = handler.pacs.stopping
     handler.send_response(200)
     handler.send_header("Content-Type", "application/dicom")

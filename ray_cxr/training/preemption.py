@@ -1,6 +1,6 @@
 """Checkpoints before a machine is taken away, for example a reclaimed spot instance.
 
-Ray Train tells the workers of a node that is being drained. All workers ask together, since asking waits for all of
+Ray Train reports to the workers that a node is being drained. All workers ask together, since asking waits for all of
 them, and they write a checkpoint at once. Until the machine is gone they write more, so that its loss costs seconds.
 """
 
@@ -27,7 +27,7 @@ class PreemptionWatch:
         ask: `ray.train.get_preemption_info`, which waits until all workers call it.
 
     Attributes:
-        info: what Ray Train said of the machine; None while no machine goes away.
+        info: the report of Ray Train on the machine; None while no machine goes away.
     """
 
     def __init__(self, replicas: Replicas, ask: Callable[[], Any]) -> None:

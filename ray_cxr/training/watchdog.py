@@ -21,7 +21,7 @@ from ray_cxr.storage import atomic, remote
 #: workers without heartbeats.
 STALLED = "stalled-{}.json"
 _NO_HEARTBEAT = "stopped sending heartbeats"
-#: Exit code of such a worker.
+#: Exit code of a worker that ended itself.
 EXIT_CODE = 75
 
 

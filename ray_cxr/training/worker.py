@@ -207,7 +207,7 @@ def validate_epoch(loop: Loop, state: TrainState, epoch: EpochResult, folder: Pa
 def _report(metrics: dict[str, Any], loop: Loop, state: TrainState, folder: Path, *, wait: bool = False) -> None:
     """Report metrics to Ray Train, with a checkpoint from rank 0, and wait until all workers report.
 
-    The checkpoint in `folder` is uploaded while training goes on, in the order of the reports, then removed. With
+    The checkpoint in `folder` is uploaded while training continues, in the order of the reports, then removed. With
     `wait`, the call returns when it is stored.
     """
     import ray.train
