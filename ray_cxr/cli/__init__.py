@@ -12,7 +12,7 @@ from typing import Any
 
 import ray_cxr
 from ray_cxr import errors, limits
-from ray_cxr.cli import bundles, data, reports, review, scoring, training
+from ray_cxr.cli import benchmark, bundles, data, reports, review, scoring, training
 from ray_cxr.cli.arguments import PATH_TYPES, CommandParser, add_command, local_output, wrap
 from ray_cxr.cli.next_step import JOB_FOLDER, hide_next, print_next
 from ray_cxr.cli.output import LogFormatter, describe_error, print_line, report_lost_output
@@ -26,6 +26,7 @@ _GROUPS = {
     "other ways to a bundle (the folder of a model)": ("tune", "import-weights"),
     "from bundles to a new bundle": ("recalibrate", "probe", "quantize", "ensemble"),
     "reading by people": ("review", "reviews"),
+    "speed of this machine": ("benchmark",),
     "exports": ("export-onnx", "export-sr"),
     "shell": ("completion",),
 }
@@ -113,7 +114,7 @@ def _build_parser() -> _Program:
     parser.add_argument("--version", action="version", version=f"ray-cxr {ray_cxr.__version__}")
     parser.set_defaults(run=lambda arguments: print_line(parser.format_help().rstrip("\n")))
     parser.commands = commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=CommandParser)
-    for module in (data, training, scoring, reports, review, bundles):
+    for module in (data, training, scoring, reports, review, bundles, benchmark):
         module.add_commands(commands)
     demo = add_command(
         commands,

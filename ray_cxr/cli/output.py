@@ -53,14 +53,14 @@ def report_lost_output(command: str) -> int:
 
 
 @contextlib.contextmanager
-def explain_write_errors(out: str) -> Iterator[None]:
+def explain_write_errors(out: str, option: str = "--out") -> Iterator[None]:
     if not out:
-        raise ConfigError("--out: is empty; name a file or folder to write")
+        raise ConfigError(f"{option}: is empty; name a file or folder to write")
     try:
         yield
     except OSError as error:
         at = f" ({error.filename})" if error.filename and str(error.filename) != out else ""
-        raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}{at}") from None
+        raise ConfigError(f"{option} {out}: cannot be written: {error.strerror or error}{at}") from None
 
 
 def print_rule_notes(reasons: Mapping[str, str | None]) -> None:
