@@ -56,7 +56,7 @@ from harness import (
 )
 from rich.table import Table
 
-from ray_cxr.config import Backbone, TrainSettings, build
+from ray_cxr.config import Backbone, InputSpec, TrainSettings, build
 from ray_cxr.data import prepared, shards
 from ray_cxr.errors import ConfigError
 from ray_cxr.storage import atomic
@@ -290,8 +290,16 @@ def write_set(out: Path, size: int, rows: dict[str, int]) -> Path:
     """Write a prepared folder of noise with random labels and these numbers of rows by split."""
     rng = np.random.default_rng(0)
     splits = np.repeat(list(rows), list(rows.values())).tolist()
-    per_shard = 1024
-    settings = {"kind": "prepare", "format": prepared.FORMAT, "rows": len(splits), "rows_per_shard": per_shard}
+    per_shard, spec = 1024, InputSpec(size=size)
+    settings = {
+        "kind": "prepare",
+        "format": prepared.FORMAT,
+        "rows": len(splits),
+        "rows_per_shard": per_shard,
+        "manifest_digest": "noise",
+        "aspect": spec.aspect,
+        "interpolation": spec.interpolation,
+    }
     create_run(out, settings)
     (out / str(size)).mkdir()
     schema = shards.shard_schema(size)

@@ -131,12 +131,11 @@ def import_ray() -> None:
 
 def count_cpus() -> int:
     """Return the number of CPUs of a local Ray, at least 1, where Ray would round a smaller quota down to none."""
-    from ray._private.utils import get_num_cpus
-
+    from ray_cxr import ray_api
     from ray_cxr.progress import silence_stderr
 
     with silence_stderr():  # Ray warns that it rounds fractions
-        count = int(get_num_cpus(override_docker_cpu_warning=True))
+        count = int(ray_api.count_cpus())
     if count < 1:
         logger.warning("the quota of this machine or container is below one CPU; Ray counts it as one")
     return max(1, count)

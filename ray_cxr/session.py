@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import psutil
 
 import ray_cxr
-from ray_cxr import cluster, config, environment, limits, processes
+from ray_cxr import cluster, config, environment, limits, processes, ray_api
 from ray_cxr.errors import InputError, RayCxrError, one_line
 from ray_cxr.progress import Stage, silence_stderr
 from ray_cxr.storage import atomic
@@ -208,10 +208,8 @@ def _wait_for_answer(address: str, source: str) -> str:
         )
     target = address.removeprefix("ray://")
     if address == "auto":
-        from ray._private.services import canonicalize_bootstrap_address
-
         try:
-            target = canonicalize_bootstrap_address(address)
+            target = ray_api.find_own_head()
         except ConnectionError:
             raise RayCxrError(f"{source}=auto: no Ray runs on this machine; start one, or unset it") from None
     logger.info("joining Ray at %s (%s)", target, source)
@@ -256,13 +254,11 @@ def check_token(target: str) -> None:
     Ray would detect a mismatch late or not at all: tasks of a command that requires a token never start on a cluster
     without one.
     """
-    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # its stub lacks it
-
     mode, is_open = os.environ.get("RAY_AUTH_MODE", "").lower(), _is_accepted(target, {})
     if is_open is None or (is_open and mode not in ("", "token")):
         return
     try:
-        token = AuthenticationTokenLoader.instance().get_token_for_http_header(ignore_auth_mode=True)
+        token = ray_api.load_token()
     except Exception as error:  # the file of RAY_AUTH_TOKEN_PATH is missing or empty
         raise InputError(f"Ray at {target}: {one_line(error)[:300]}") from None
     problem, remedy = "", "copy ~/.ray/auth_token from the head to this machine, or set RAY_AUTH_TOKEN_PATH"
@@ -283,12 +279,10 @@ def check_token(target: str) -> None:
 def _is_accepted(target: str, headers: Mapping[str, str]) -> bool | None:
     """Return whether the head at HOST:PORT accepts a call with these headers; None if it does not say."""
     import grpc
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        stub, request = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel), gcs_service_pb2.GetClusterIdRequest()
         try:
-            stub.GetClusterId(request, timeout=JOIN_TIMEOUT_S, metadata=tuple(headers.items()))
+            ray_api.call_head(channel, headers, JOIN_TIMEOUT_S)
         except grpc.RpcError as error:
             return False if error.code() == grpc.StatusCode.UNAUTHENTICATED else None
     return True

@@ -14,12 +14,11 @@ import json
 import logging
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_cxr import limits
+from ray_cxr import limits, ray_api
 from ray_cxr.errors import ImageError, RayCxrError, from_record, one_line, own_error, to_record
 from ray_cxr.progress import run_periodically
 
@@ -58,10 +57,10 @@ def configure() -> None:
     context.raise_original_map_exception = True
     context.enable_progress_bars = False  # the commands show the progress of images, not of blocks
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    logging.getLogger(ray_api.PROGRESS_LOGGER).setLevel(logging.ERROR)
     # These loggers print tracebacks of exceptions, which become one line, and of lost tasks, which are retried.
     logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)
-    lost = logging.getLogger("ray.data._internal.execution.streaming_executor_state")
+    lost = logging.getLogger(ray_api.LOSS_LOGGER)
     lost.handlers, lost.propagate = [_losses], False
 
 
@@ -187,10 +186,7 @@ def map_once(dataset: Any, function: Callable[..., Any], *, flat: bool = False, 
     With `flat`, the function returns several rows for each row.
     """
     transform = dataset.flat_map if flat else dataset.map
-    with warnings.catch_warnings():
-        # Ray 2.60 deprecates `max_retries` here and has no replacement yet; pyproject.toml holds Ray below 2.61.
-        warnings.filterwarnings("ignore", message=".*ray_remote_args", category=Warning)
-        return transform(function, max_retries=0, **options)
+    return ray_api.map_rows(transform, function, {"max_retries": 0}, **options)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,10 @@ FINDING_TABLES = {
 }
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 PLACES = {"local", "is_local", "local_mode", "on_laptop", "is_laptop", "on_cluster", "is_cluster"}
+#: A private name of Ray, or a module that it generates.
+PRIVATE_NAME = re.compile(r"ray(\.\w+)*\.(_\w|core\.generated)")
+#: Options of `Dataset.map` and its like that Ray 2.64 removes.
+DEPRECATED_OPTIONS = {"ray_remote_args_fn", "max_restarts", "max_task_retries", "max_retries"}
 UNSAFE_CALLS = {"eval", "exec", "yaml.load", "builtins.eval", "builtins.exec"}
 UNSAFE_METHODS = {"read_pickle", "to_pickle", "enable_unsafe_deserialization", "unsafe_load", "full_load"}
 
@@ -140,6 +145,24 @@ def no_unsafe_calls(files: Files) -> list[str]:
     return bad
 
 
+def private_names_of_ray_are_in_one_module(files: Files) -> list[str]:
+    """`ray_api` alone uses names that Ray may change in any minor version, as imports, attributes or texts."""
+    bad = []
+    for path, tree in files.items():
+        if path == "ray_cxr/ray_api.py":
+            continue
+        found = list(list_imports(tree))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+                found.append((ast.unparse(node), node.lineno))
+            elif isinstance(node, ast.Constant) and " " not in (_text(node) or " "):
+                found.append((str(node.value), node.lineno))
+            elif isinstance(node, ast.Call) and _last(node.func) in ("map", "flat_map", "map_batches"):
+                found += [(f"ray._{one.arg}", node.lineno) for one in node.keywords if one.arg in DEPRECATED_OPTIONS]
+        bad += [f"{path}:{line}: {name}" for name, line in found if PRIVATE_NAME.match(name)]
+    return bad
+
+
 def no_branch_on_the_place(files: Files) -> list[str]:
     """Laptop and cluster differ in settings, never in a branch."""
     return [
@@ -177,6 +200,14 @@ RULES: dict[Check, list[tuple[str, str]]] = {
         ("ray_cxr/x.py", "eval('1')"),
         ("ray_cxr/x.py", "pd.read_pickle(f)"),
         ("ray_cxr/x.py", "keras.models.load_model(f, safe_mode=False)"),
+    ],
+    private_names_of_ray_are_in_one_module: [
+        ("ray_cxr/x.py", "def f():\n    from ray._private.utils import get_num_cpus"),
+        ("ray_cxr/x.py", "from ray.train.v2._internal.callbacks import datasets"),
+        ("ray_cxr/x.py", "import ray\nray._private.state.state"),
+        ("ray_cxr/x.py", "logging.getLogger('ray.data._internal.progress')"),
+        ("ray_cxr/x.py", "from ray.core.generated import gcs_service_pb2"),
+        ("jobs/x.py", "dataset.map(f, max_restarts=3)"),
     ],
     no_branch_on_the_place: [
         ("ray_cxr/x.py", "a = 1 if settings.local else 2"),

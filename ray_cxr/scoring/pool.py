@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ray_cxr import cluster
+from ray_cxr import cluster, ray_api
 from ray_cxr.config import ScoreSettings
 from ray_cxr.data.partition import Range
 from ray_cxr.errors import ConfigError, RayCxrError
@@ -159,27 +158,25 @@ def build_dataset(
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     if decode is not None:
         dataset = map_once(dataset, decode, flat=True, fn_kwargs={"job": arguments["job"]}, num_cpus=1)
-    with warnings.catch_warnings():
-        # Ray 2.60 deprecates `ray_remote_args_fn` without a replacement; pyproject.toml holds Ray below 2.61.
-        warnings.filterwarnings("ignore", message=".*ray_remote_args_fn", category=Warning)
-        mapped = dataset.map(
-            actor,
-            fn_constructor_kwargs={**arguments, "cpus": max(1, plan.cpus)},
-            compute=ray.data.ActorPoolStrategy(
-                min_size=1,
-                initial_size=plan.actors,
-                max_size=max(plan.actors, len(rows)),  # when nodes join
-                max_tasks_in_flight_per_actor=plan.in_flight,
-                max_concurrent_calls_per_actor=plan.in_flight,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=plan.cpus,
-            num_gpus=plan.gpus,
-            # By default Ray Data restarts an actor without limit, and repeats a lost task only on that same actor. Such
-            # a task could wait forever, because the actor's node may never come back. So a lost task is not repeated
-            # here; `run_with_retries` submits it again, and any actor can take it.
-            ray_remote_args_fn=lambda: {"max_restarts": MAX_RESTARTS, "max_task_retries": 0},
-        )
+    mapped = ray_api.map_rows(
+        dataset.map,
+        actor,
+        # By default Ray Data restarts an actor without limit, and repeats a lost task only on that same actor. Such a
+        # task could wait forever, because the actor's node may never come back. So a lost task is not repeated here;
+        # `run_with_retries` submits it again, and any actor can take it.
+        {"max_restarts": MAX_RESTARTS, "max_task_retries": 0},
+        fn_constructor_kwargs={**arguments, "cpus": max(1, plan.cpus)},
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1,
+            initial_size=plan.actors,
+            max_size=max(plan.actors, len(rows)),  # when nodes join
+            max_tasks_in_flight_per_actor=plan.in_flight,
+            max_concurrent_calls_per_actor=plan.in_flight,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=plan.cpus,
+        num_gpus=plan.gpus,
+    )
     # Ray Data skips up to this many lost tasks; one more ends the dataset. `run_with_retries` retries them either way.
     mapped.context.max_errored_blocks = MAX_LOST_PER_WORKER * plan.actors
     # The pool grows when its actors are busy and a node has joined. It never shrinks.

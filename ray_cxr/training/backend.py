@@ -14,17 +14,17 @@ from typing import Any
 
 import ray
 from ray.train.backend import Backend, BackendConfig
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from ray_cxr import cluster
+from ray_cxr import cluster, ray_api
 
 #: Seconds that the workers of a run on a cluster have to stop after Ctrl-C.
 ABORT_TIMEOUT_S = 30.0
 
 
-class Trainer(DataParallelTrainer):
+_rays = ray_api.load_train_classes()
+
+
+class Trainer(_rays.trainer):
     """Ray Train's trainer without two helper processes, each of which takes two seconds of a core at every start.
 
     The first serves Ray datasets, which the workers do not use. The second frees the resources of a run whose
@@ -34,7 +34,7 @@ class Trainer(DataParallelTrainer):
     _controller: Any = None
 
     def _create_default_callbacks(self) -> list[Any]:
-        unused = (DatasetsCallback, PlacementGroupCleanerCallback) if cluster.owns_ray else (DatasetsCallback,)
+        unused = _rays.helpers if cluster.owns_ray else _rays.helpers[:1]
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
     def fit(self) -> Any:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
+from ray_cxr.errors import RayCxrError
+from ray_cxr.ray_api import CHECKPOINT_LIST
 from ray_cxr.storage import remote
 from ray_cxr.training.worker import PROGRESS, UNSCORED
 
-#: In RUN/ray: Ray Train's own list of its checkpoints.
-SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+def has_checkpoint(out: Path) -> bool:
+    """Return whether a run has a complete checkpoint."""
+    return (out / "ray" / CHECKPOINT_LIST).exists()
 
 
 def find_best_checkpoint(out: Path) -> Any:
     """Return Ray Train's checkpoint of the best epoch that a run has finished; None if it has finished none."""
-    if not (out / "ray" / SNAPSHOT).exists():
+    if not has_checkpoint(out):
         return None
     scored = [pair for pair in read_result(out).best_checkpoints if pair[1]["selection"] > UNSCORED]
     return max(scored, key=lambda pair: pair[1]["selection"])[0] if scored else None
@@ -28,6 +33,17 @@ def read_result(out: Path) -> Any:
     # Absolute, because Ray takes a relative path for an address.
     store, path = remote.to_arrow((out / "ray").resolve())
     return Result.from_path(path, storage_filesystem=store)
+
+
+def remove_incomplete(out: Path) -> None:
+    """Remove checkpoints whose upload was interrupted; call it when no worker runs."""
+    result = read_result(out)
+    complete = {Path(one.path).name for one in (result.checkpoint, *(pair[0] for pair in result.best_checkpoints))}
+    with contextlib.suppress(RayCxrError, OSError):  # they are only in the way
+        for folder in (out / "ray").glob("checkpoint_*"):
+            if folder.name not in complete:
+                remote.remove_files(list(folder.iterdir()))
+                folder.rmdir()
 
 
 def read_progress(checkpoint: Any) -> dict[str, Any]:

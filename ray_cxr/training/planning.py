@@ -20,7 +20,7 @@ from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import Bundle, is_written, load_bundle
 from ray_cxr.storage import remote
 from ray_cxr.storage.run_folder import check_run, read_settings
-from ray_cxr.training.checkpoints import SNAPSHOT
+from ray_cxr.training.checkpoints import has_checkpoint
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def plan_training(prepared: str | Path, out: str | Path, settings: TrainSettings
         "train": settings.model_dump(mode="json", exclude=list_free_settings(settings)),
     }
     finished = is_written(out / "bundle")
-    started = finished or (out / "ray" / SNAPSHOT).exists()
+    started = finished or has_checkpoint(out)
     if started or read_settings(out).get("kind") != "train":  # a run without a checkpoint does not bind its folder
         check_run(out, run_settings)
     bundle = load_bundle(out / "bundle") if finished else None

@@ -29,12 +29,13 @@ from ray_cxr.progress import Stage
 from ray_cxr.storage import remote
 from ray_cxr.storage.run_folder import create_run, lock, remove_settings
 from ray_cxr.training import schedule, worker
-from ray_cxr.training.checkpoints import read_progress
+from ray_cxr.training.checkpoints import read_progress, remove_incomplete
 from ray_cxr.training.export import CURVES, export_bundle, write_curves
 from ray_cxr.training.monitor import RunMonitor
 from ray_cxr.training.planning import TrainPlan, plan_resources, plan_training
+from ray_cxr.training.uploads import FAILURE
 from ray_cxr.training.watchdog import read_stalled
-from ray_cxr.training.worker import FAILURE, LEAVING, LIVE, STARTED, Callbacks
+from ray_cxr.training.worker import LEAVING, LIVE, STARTED, Callbacks
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ def fit(
             f"{out}: training ended after {len(scores)} of {settings.epochs} epochs without a reason; "
             "run the same command again to continue"
         )
+    remove_incomplete(out)
     return list(progress["curves"])
 
 

@@ -5,7 +5,6 @@ RUN is on storage that all nodes share. Ray Train stores the checkpoints.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import json
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ray_cxr import telemetry
+from ray_cxr import ray_api, telemetry
 from ray_cxr.config import TrainSettings, build
 from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import ConfigError, RayCxrError, to_record
@@ -30,13 +29,14 @@ from ray_cxr.labels import NO_FINDING
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import WEIGHTS
 from ray_cxr.storage import atomic, remote
+from ray_cxr.training.uploads import FAILURE, Uploads
 from ray_cxr.training.watchdog import Watchdog, record_lost
 
 if TYPE_CHECKING:
     from ray_cxr.training.loop import EpochResult, Loop, TrainState
 
-#: In RUN, see `trainer`; failure.json holds the error of a worker.
-METRICS, EVENTS, LIVE, STARTED, FAILURE = "metrics.csv", "tensorboard", "live.json", "started.json", "failure.json"
+#: In RUN, see `trainer`.
+METRICS, EVENTS, LIVE, STARTED = "metrics.csv", "tensorboard", "live.json", "started.json"
 #: In RUN, while a machine of the run is going away: epoch and step of the checkpoint that was written for it.
 LEAVING = "leaving.json"
 #: In a checkpoint: `TrainState`; and after an epoch, the result and the probabilities of validation.
@@ -125,7 +125,7 @@ def _train(config: dict[str, Any], stack: contextlib.ExitStack) -> None:
     replicas.check_equal(loop.list_shared(), "at the start")
     times["model"] = time.time()
     recorder = RunRecorder(out, loop, times, state) if replicas.rank == 0 else None
-    preemption = PreemptionWatch(replicas, ray.train.get_preemption_info)
+    preemption, uploads = PreemptionWatch(replicas, ray_api.get_preemption_info), Uploads(out)
     if recorder:
         recorder.write_metrics(state)
 
@@ -133,7 +133,7 @@ def _train(config: dict[str, Any], stack: contextlib.ExitStack) -> None:
         started, leaving = time.monotonic(), preemption.info is not None
         metrics = {"epoch": state.epochs_done + 1, "selection": UNSCORED}
         # While a machine goes away, wait until the checkpoint is stored.
-        _report(metrics, loop, state, _make_folder(), wait=leaving)
+        _report(metrics, uploads, loop, state, uploads.make_folder(), wait=leaving)
         preemption.record_save(time.monotonic() - started)
         watchdog.beat()
         if recorder and leaving:
@@ -147,7 +147,7 @@ def _train(config: dict[str, Any], stack: contextlib.ExitStack) -> None:
             recorder.start_epoch()
         on_step = functools.partial(recorder.record_step, epoch) if recorder else None
         result = loop.run_epoch(state, on_step=on_step, is_due=preemption.is_due, on_checkpoint=on_checkpoint)
-        folder = _make_folder()
+        folder = uploads.make_folder()
         point, selection = validate_epoch(loop, state, result, folder)
         loop.callbacks.on_epoch_end(epoch, {key: point[key] for key in LOGS})
         state.epochs_done, state.losses = epoch + 1, []
@@ -158,16 +158,9 @@ def _train(config: dict[str, Any], stack: contextlib.ExitStack) -> None:
             recorder.write_metrics(state)
             recorder.send_metrics(point)
         # Prefer the first of equal epochs; Ray Train would keep the last.
-        _report({**point, "selection": selection - 1e-12 * epoch}, loop, state, folder)
+        _report({**point, "selection": selection - 1e-12 * epoch}, uploads, loop, state, folder)
         watchdog.beat()
     loop.callbacks.on_train_end()
-
-
-def _make_folder() -> Path:
-    """Make a temporary folder for a checkpoint, which is removed after its upload or when this process ends."""
-    folder = Path(tempfile.mkdtemp(prefix="ray_cxr-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 def validate_epoch(loop: Loop, state: TrainState, epoch: EpochResult, folder: Path) -> tuple[dict[str, Any], float]:
@@ -204,28 +197,17 @@ def validate_epoch(loop: Loop, state: TrainState, epoch: EpochResult, folder: Pa
     return point, compute_selection_score(result["macro_auroc"], loss)
 
 
-def _report(metrics: dict[str, Any], loop: Loop, state: TrainState, folder: Path, *, wait: bool = False) -> None:
-    """Report metrics to Ray Train, with a checkpoint from rank 0, and wait until all workers report.
-
-    The checkpoint in `folder` is uploaded while training continues, in the order of the reports, then removed. With
-    `wait`, the call returns when it is stored.
-    """
-    import ray.train
-    from ray.train import CheckpointUploadMode
-
-    checkpoint = None
+def _report(
+    metrics: dict[str, Any], uploads: Uploads, loop: Loop, state: TrainState, folder: Path, *, wait: bool = False
+) -> None:
+    """Report metrics to Ray Train, with a checkpoint from rank 0 in `folder`; see `Uploads.report`."""
     if loop.replicas.rank == 0:
         loop.save(folder)
         (folder / PROGRESS).write_text(json.dumps(asdict(state)), encoding="utf-8")
-        checkpoint = ray.train.Checkpoint.from_directory(folder)
+        uploads.report(metrics, folder, wait=wait)
     else:
         shutil.rmtree(folder)
-    ray.train.report(
-        metrics,
-        checkpoint=checkpoint,
-        checkpoint_upload_mode=CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC,
-        delete_local_checkpoint_after_upload=True,
-    )
+        uploads.report(metrics, None, wait=wait)
 
 
 class RunRecorder:

@@ -23,7 +23,7 @@ from ray_cxr.evaluation.confirmation import MAX_PAIRS, Confirmation, ConfirmedPa
 from ray_cxr.storage import atomic
 from ray_cxr.storage.run_folder import read_json
 from ray_cxr.training.monitor import read_metrics
-from ray_cxr.training.worker import FAILURE
+from ray_cxr.training.uploads import FAILURE
 from ray_cxr.tuning.plan import StudyPlan
 from ray_cxr.tuning.space import Space
 

@@ -26,7 +26,7 @@ from ray_cxr.errors import ConfigError, RayCxrError, last_line, own_error
 from ray_cxr.progress import Stage, TrialTable
 from ray_cxr.storage import remote
 from ray_cxr.storage.run_folder import lock
-from ray_cxr.training.checkpoints import SNAPSHOT
+from ray_cxr.training.checkpoints import has_checkpoint
 from ray_cxr.training.monitor import read_metrics
 from ray_cxr.training.planning import plan_resources
 from ray_cxr.training.trainer import advise
@@ -172,7 +172,7 @@ def _log_start(searcher: StudySearcher, done: int, concurrent: int, on_event: Ca
         on_event(f"tune: {done} trials have already ended and are kept")
     for number in searcher.unfinished:
         epochs = len(read_metrics(plan.folder(number)))
-        resumable = (plan.folder(number) / "ray" / SNAPSHOT).exists()
+        resumable = has_checkpoint(plan.folder(number))
         how = f"continues from its checkpoint, {epochs} epochs done" if resumable else "has no checkpoint: starts again"
         on_event(f"tune: trial {number} {how}")
     if settings.trials <= done:

@@ -14,7 +14,7 @@ from ray_cxr.errors import RayCxrError, last_line, one_line, own_error, to_recor
 from ray_cxr.progress import TrialTable
 from ray_cxr.storage import atomic
 from ray_cxr.training.monitor import read_metrics
-from ray_cxr.training.worker import FAILURE
+from ray_cxr.training.uploads import FAILURE
 from ray_cxr.tuning.confirm import ConfirmRun
 from ray_cxr.tuning.records import METRIC, build_trial_table
 from ray_cxr.tuning.results import drop_checkpoints, write_trials

@@ -42,7 +42,7 @@ def test_ctrl_c_stops_the_workers_on_a_cluster(monkeypatch, own: bool, registere
     controller = Mock()
     monkeypatch.setattr(cluster, "owns_ray", own)
     monkeypatch.setattr(ray, "get", Mock(side_effect=ray.exceptions.GetTimeoutError))
-    monkeypatch.setattr(backend.DataParallelTrainer, "fit", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(backend.Trainer.__base__, "fit", Mock(side_effect=KeyboardInterrupt))
     trainer = backend.Trainer.__new__(backend.Trainer)
     if registered:
         trainer._register_sigint_handler(controller)

@@ -34,8 +34,9 @@ from ray_cxr.errors import LeakError, RayCxrError, TableError
 from ray_cxr.labels import FINDINGS
 from ray_cxr.models import importing, runtime
 from ray_cxr.models.bundle_writer import derive_bundle
+from ray_cxr.ray_api import CHECKPOINT_LIST
 from ray_cxr.training import planning, trainer
-from ray_cxr.training.checkpoints import SNAPSHOT, find_best_checkpoint
+from ray_cxr.training.checkpoints import find_best_checkpoint
 from ray_cxr.training.export import export_bundle
 from ray_cxr.training.monitor import RunMonitor
 from ray_cxr.training.worker import VALIDATION
@@ -123,7 +124,7 @@ def read_result(path: str | Path, storage_filesystem: Any = None) -> SimpleNames
     """Stand in for Ray Train's `Result.from_path`: the checkpoints that `LocalTrainer` listed, the latest one last."""
     from ray.train import Checkpoint
 
-    listed = Path(path) / SNAPSHOT
+    listed = Path(path) / CHECKPOINT_LIST
     entries = read_json(listed) if listed.exists() else []
     found = [(Checkpoint.from_directory(Path(path) / name), metrics) for name, metrics in entries]
     return SimpleNamespace(checkpoint=found[-1][0] if found else None, best_checkpoints=found)
@@ -148,12 +149,12 @@ class LocalTrainer:
             self._run()
         return read_result(self._folder)
 
-    def _report(self, metrics: dict[str, Any], checkpoint: Any, **_: Any) -> None:
-        listed = self._folder / SNAPSHOT
+    def _report(self, metrics: dict[str, Any], checkpoint: Any, *, checkpoint_upload_fn: Any, **_: Any) -> None:
+        listed = self._folder / CHECKPOINT_LIST
         entries = read_json(listed) if listed.exists() else []
         name = f"checkpoint_{len(entries)}"
-        with checkpoint.as_directory() as folder:
-            shutil.copytree(folder, self._folder / name)
+        checkpoint_upload_fn(checkpoint, name)
+        shutil.rmtree(checkpoint.path)
         listed.write_text(json.dumps([*entries, (name, metrics)]), encoding="utf-8")
 
 
@@ -246,7 +247,8 @@ def test_a_run_without_its_bundle_continues_until_a_callback_stops_it(
     assert bundle.info["provenance"]["precision"] == "float32"
     assert pd.read_csv(out / "metrics.csv")["epoch"].tolist() == [1, 2]
     # A checkpoint during an epoch has no score, so that it is never the best.
-    assert [metrics["selection"] > -2 for _, metrics in read_json(out / "ray" / SNAPSHOT)] == [False, True] * 2
+    listed = read_json(out / "ray" / CHECKPOINT_LIST)
+    assert [metrics["selection"] > -2 for _, metrics in listed] == [False, True] * 2
 
 
 @pytest.mark.slow
