@@ -4,7 +4,8 @@
 
 RUN is in a bucket of an S3 server on this machine (moto), which takes uploads at a limited speed. One worker trains
 through Ray, as `train` does. In its epoch, blocks of steps alternate: every round starts with another contestant, and
-between two blocks the worker waits until all uploads are done, which does not count.
+between two blocks the worker waits until all uploads are done, which does not count. The time of a checkpoint is that
+of the training loop: it includes writing to the local disk.
 
     async   as `train`: a checkpoint is written to the local disk, and uploaded while training continues
     sync    the worker waits until each checkpoint is stored
@@ -33,7 +34,6 @@ from harness import (
     compare_rounds,
     create_console,
     create_parser,
-    format_spread,
     interleave,
     log,
     read_load,
@@ -129,6 +129,10 @@ def measure(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     show(create_console(), result, arguments, per_block)
 
 
+def format_spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
 def show(console: Any, result: dict[str, Any], arguments: argparse.Namespace, per_block: int) -> None:
     """Print the table, and add steps per second and ratios to the result."""
     blocks = {name: [one for one in result["blocks"] if one["name"] == name] for name in CONTESTANTS}
@@ -139,16 +143,11 @@ def show(console: Any, result: dict[str, Any], arguments: argparse.Namespace, pe
         f"{result['checkpoint_mb']:.1f} MB at {arguments.speed:g} MB/s"
     )
     table.add_column("checkpoints")
-    for title in ("steps/s, median (min to max)", "s per checkpoint in the loop"):
+    for title in ("steps/s, median (min to max)", "seconds per checkpoint in the loop"):
         table.add_column(title, justify="right")
     for name, each in blocks.items():
         waits = [seconds for one in each for seconds in one["checkpoints"]]
-        rate = statistics.median(rates[name])
-        table.add_row(
-            name,
-            f"{rate:.2f} ({min(rates[name]):.2f} to {max(rates[name]):.2f})",
-            format_spread(waits) if name != "none" else "-",
-        )
+        table.add_row(name, format_spread(rates[name]), format_spread(waits) if name != "none" else "-")
     console.print(table)
     result["ratios"] = {f"{a}/{b}": compare_rounds(rates[a], rates[b]) for a, b in PAIRS}
     for pair, found in result["ratios"].items():
@@ -161,8 +160,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--backbone", default="MobileNetV3Small", choices=get_args(Backbone), help="MobileNetV3Small")
     parser.add_argument("--size", default=96, help="of the images, pixels (96)", **POSITIVE)
     parser.add_argument("--batch", default=16, help="images per step (16)", **POSITIVE)
-    parser.add_argument("--every", default=12, help="steps between checkpoints (12)", **POSITIVE)
-    parser.add_argument("--checkpoints", default=3, help="of a block (3)", **POSITIVE)
+    parser.add_argument("--every", default=24, help="steps between checkpoints (24)", **POSITIVE)
+    parser.add_argument("--checkpoints", default=2, help="of a block (2)", **POSITIVE)
     parser.add_argument("--rounds", default=4, help="blocks of each contestant (4)", **POSITIVE)
     parser.add_argument(
         "--speed", type=float, default=10.0, metavar="MB", help="of an upload, megabytes per second (10)"

@@ -50,6 +50,16 @@ def test_training_is_compared_with_fit_and_two_workers_with_one(tmp_path: Path) 
     assert [(bar["contestant"], bar["rival"]) for bar in result["bars"]] == [("ours", "fit"), ("two", "ours")]
 
 
+@pytest.mark.long
+@pytest.mark.ray
+def test_uploads_in_the_background_are_compared_with_waiting_for_them(tmp_path: Path) -> None:
+    options = "--backbone TinyCNN --size 32 --batch 8 --every 2 --checkpoints 2 --rounds 1 --speed 0.1"
+    result, _ = run_benchmark("uploads.py", tmp_path / "uploads.json", options)
+    seconds = {block["name"]: sum(block["checkpoints"]) for block in result["blocks"]}
+    assert seconds["none"] < seconds["async"] < seconds["sync"]
+    assert set(result["ratios"]) == {"async/none", "sync/none", "async/sync"}
+
+
 @pytest.mark.slow
 @LINUX
 def test_scoring_is_compared_with_a_bare_program_and_pytorch_may_be_missing(
