@@ -15,6 +15,7 @@ EXTRAS = {
     "pynetdicom": "pacs",
     "starlette": "review",
     "uvicorn": "review",
+    "psycopg": "postgres",
 }
 
 
