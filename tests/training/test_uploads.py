@@ -100,13 +100,12 @@ def list_complete(store: SlowStore, run: str) -> tuple[set[str], set[str]]:
 @pytest.mark.timeout(900)
 def test_the_end_waits_for_the_last_upload(uninterrupted, prepared: Path, command, tmp_path: Path) -> None:
     """An upload takes longer than an epoch here. Without the wait, the bundle would be of an earlier epoch."""
-    with SlowStore(bytes_per_second=60_000) as store:
+    with SlowStore(bytes_per_second=300_000) as store:
         code, _, error = command(*arguments(prepared, store("end/run"), 2))
         assert code == 0, error
         assert store.running == []
         listed, folders = list_complete(store, "end/run")
-        assert folders == listed - (listed - folders)
-        assert folders
+        assert folders == listed
         assert_same_bits(store.download("end/run", tmp_path / "run"), uninterrupted.out)
 
 
@@ -124,7 +123,7 @@ def test_a_worker_lost_during_an_upload_costs_only_that_checkpoint(
         folder = path.partition("/ray/checkpoint_")[2].partition("/")[0]
         if folder and folder not in folders:
             folders.append(folder)
-        if folder and folders.index(folder) == 2 and path.endswith("weights.h5") and not held.exists():
+        if folder and folders.index(folder) == 2 and path.endswith("state.npz") and not held.exists():
             held.touch()
             wait_until(killed.exists, 120)
             time.sleep(1)
@@ -150,16 +149,8 @@ def test_a_worker_lost_during_an_upload_costs_only_that_checkpoint(
         lost = next(i for i, line in enumerate(lines) if "a worker failed or was lost" in line)
         assert "epoch 2 after step 0" in lines[lost + 1]
         listed, stored = list_complete(store, "lost/run")
-        assert stored <= listed, "what was half stored is removed"
+        assert stored == listed, "what was half stored is removed"
         assert_same_bits(store.download("lost/run", tmp_path / "run"), uninterrupted.out)
-
-
-def retry_soon() -> list[object]:
-    """Return no callbacks, but let a worker repeat a failed upload at once."""
-    from ray_cxr.training import uploads
-
-    uploads.RETRY_AFTER_S = (0.5,)
-    return []
 
 
 @pytest.mark.ray
@@ -177,6 +168,13 @@ def test_a_store_that_takes_no_checkpoint_ends_the_run(
     status: int, part: str, code: int, expected: str, shared_ray, prepared: Path, command, monkeypatch
 ) -> None:
     """After the first step: with one line, and neither with a bundle nor after hours."""
+
+    def retry_soon() -> list[object]:
+        from ray_cxr.training import uploads
+
+        uploads.RETRY_AFTER_S = (0.5,)
+        return []
+
     with SlowStore() as store:
         started: list[str] = []
 
@@ -203,7 +201,7 @@ def test_a_store_that_takes_no_checkpoint_ends_the_run(
 def test_a_reclaimed_machine_with_a_slow_store(prepared: Path, tmp_path: Path) -> None:
     """The checkpoint of the notice is stored before the machine is gone, and the run continues from it."""
     settings = {"epochs": 200, "workers": "1-2", "cpus_per_worker": 2, "batch_size": 1}
-    with SlowStore(bytes_per_second=200_000) as store, cluster(tmp_path / "nodes") as nodes:
+    with SlowStore(bytes_per_second=1_000_000) as store, cluster(tmp_path / "nodes") as nodes:
         for name in ("k", "l"):
             nodes.add_node(name, cpus=2)
         log = nodes.start(training_arguments(prepared, store("spot/run"), **settings), name="slow")
