@@ -117,16 +117,17 @@ def test_a_worker_lost_during_an_upload_costs_only_that_checkpoint(
     rank: int, uninterrupted, prepared: Path, tmp_path: Path
 ) -> None:
     """The third checkpoint, of epoch 2, is half stored when the worker is killed; the run continues from the second."""
-    held, killed, folders = tmp_path / "held", tmp_path / "killed", []
+    held, starts, folders = tmp_path / "held", [], []
 
     def hold(path: str) -> int | None:
+        if path.endswith("/started.json"):
+            starts.append(path)
         folder = path.partition("/ray/checkpoint_")[2].partition("/")[0]
         if folder and folder not in folders:
             folders.append(folder)
-        if folder and folders.index(folder) == 2 and path.endswith("state.npz") and not held.exists():
+        if folder and folders.index(folder) == 2 and path.endswith("state.npz"):
             held.touch()
-            wait_until(killed.exists, 120)
-            time.sleep(1)
+            wait_until(lambda: len(starts) == 2, 120)
             return 500
         return None
 
@@ -137,7 +138,6 @@ def test_a_worker_lost_during_an_upload_costs_only_that_checkpoint(
 
         while not held.exists():
             time.sleep(0.05)
-        killed.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
     lines: list[str] = []
