@@ -38,10 +38,10 @@ def read_result(out: Path) -> Any:
 def remove_incomplete(out: Path) -> None:
     """Remove checkpoints whose upload was interrupted; call it when no worker runs."""
     result = read_result(out)
-    complete = {Path(one.path).name for one in (result.checkpoint, *(pair[0] for pair in result.best_checkpoints))}
+    complete = [Path(one.path).name for one in (result.checkpoint, *(pair[0] for pair in result.best_checkpoints))]
     with contextlib.suppress(RayCxrError, OSError):  # they are only in the way
         for folder in (out / "ray").glob("checkpoint_*"):
-            if folder.name not in complete:
+            if folder.name not in (*complete, CHECKPOINT_LIST):
                 remote.remove_files(list(folder.iterdir()))
                 folder.rmdir()
 

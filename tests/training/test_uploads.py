@@ -21,7 +21,7 @@ from ray_cxr.config import TrainSettings, build
 from ray_cxr.errors import InputError, RayCxrError
 from ray_cxr.ray_api import CHECKPOINT_LIST
 from ray_cxr.storage import remote
-from ray_cxr.training import trainer, uploads
+from ray_cxr.training import checkpoints, trainer, uploads
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +85,19 @@ def test_checkpoints_do_not_fill_the_local_disk(tmp_path: Path, monkeypatch: pyt
     uploads.shutil.rmtree(folders[0])  # as Ray Train does after an upload
     last.join(10)
     assert reported == folders
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["checkpoint_1", "checkpoint_2", "checkpoint_3"]
+    for name in names:
+        (tmp_path / "ray" / name).mkdir(parents=True)
+        (tmp_path / "ray" / name / "progress.json").touch()
+    (tmp_path / "ray" / CHECKPOINT_LIST).touch()
+    kept = [SimpleNamespace(path=str(tmp_path / "ray" / name)) for name in names[:2]]
+    result = SimpleNamespace(checkpoint=kept[1], best_checkpoints=[(one, {}) for one in kept])
+    monkeypatch.setattr(checkpoints, "read_result", lambda out: result)
+    checkpoints.remove_incomplete(tmp_path)
+    assert {path.name for path in (tmp_path / "ray").iterdir()} == {*names[:2], CHECKPOINT_LIST}
 
 
 def list_complete(store: SlowStore, run: str) -> tuple[set[str], set[str]]:
