@@ -9,54 +9,110 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray_cxr import ray_api
 from ray_cxr.errors import ConfigError, OutputError, RayCxrError
 from ray_cxr.progress import run_periodically
 
 logger = logging.getLogger(__name__)
 
 Node = dict[str, Any]
+#: Labels of nodes, or a label selector of Ray.
+Labels = Mapping[str, str]
 #: Ray's resource that only the head of a cluster has, and Ray's label with the id of a node.
 HEAD, NODE_ID = "node:__internal_head__", "ray.io/node-id"
+#: Ray's label of machines that a cloud can reclaim, negated.
+NOT_SPOT = {"ray.io/market-type": "!spot"}
 #: A query goes to at most 32 nodes. It waits 60 s for their answers, because a node that is just starting is slow.
 MAX_QUERIED, ANSWER_TIMEOUT_S = 32, 60.0
 #: Seconds to wait for a first node that may work.
 JOIN_TIMEOUT_S = 300.0
 #: Seconds between two checks of the list of nodes.
 _POLL_S = 2.0
-#: Ray's label selector of the nodes that may work; None: all nodes. The processes of a command share it.
-selector: dict[str, str] | None = None
 #: Whether this process started the Ray that it uses. No other process then uses that Ray.
 owns_ray = False
 
 
-def wait_for_node(on_head: bool | None, on_event: Callable[[str], None] = logger.warning) -> None:
-    """Wait until a node with a CPU has joined. Request one, because an autoscaling cluster may have none yet.
+@dataclass(frozen=True)
+class Placement:
+    """The nodes for the tasks and actors of a command, as label selectors of Ray; empty: all nodes.
 
-    Ray keeps one request per cluster, so this request replaces one that the user made.
+    Attributes:
+        required: labels of the nodes that may work.
+        preferred: labels of those of them that work first; the others work when these are busy or lost.
     """
 
-    def has_node() -> bool:
-        nodes = [node for node in list_alive() if node["Resources"].get("CPU", 0) >= 1]
-        return any(HEAD not in node["Resources"] for node in nodes) if on_head is False else bool(nodes)
+    required: Labels = field(default_factory=dict)
+    preferred: Labels = field(default_factory=dict)
 
-    if has_node():
+    @property
+    def first_choice(self) -> dict[str, str]:
+        """Return the label selector of the preferred nodes."""
+        return {**self.required, **self.preferred}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the options of Ray that place a task, an actor or an operator of Ray Data."""
+        if not self.preferred:
+            return {"label_selector": dict(self.required)} if self.required else {}
+        return {
+            "label_selector": self.first_choice,
+            "fallback_strategy": [{"label_selector": dict(self.required)}],
+        }
+
+
+#: The processes of a command share it.
+placement = Placement()
+
+
+def has_labels(node: Node, selector: Labels) -> bool:
+    """Return whether a node matches Ray's label selector, whose values are `a`, `!a`, `in(a, b)` or `!in(a, b)`."""
+    for key, expression in selector.items():
+        positive = expression.removeprefix("!")
+        values = re.split(", ?", positive[positive.find("(") + 1 : -1]) if positive.endswith(")") else [positive]
+        if (node["Labels"].get(key) in values) != (positive == expression):
+            return False
+    return True
+
+
+def check_labels(required: Labels, preferred: Labels) -> None:
+    """Raise ConfigError if a label selector is not in Ray's form."""
+    for name, labels in (("label_selector", required), ("prefer", preferred)):
+        if problem := ray_api.explain_labels(labels):
+            raise ConfigError(f"ray.{name}={_format(labels)}: {problem}")
+
+
+def wait_for_node(on_head: bool | None, required: Labels, on_event: Callable[[str], None] = logger.warning) -> None:
+    """Wait until a node that may work has joined. Request one, because an autoscaling cluster may have none yet.
+
+    Ray keeps one request per cluster, so this request replaces one that the user made.
+
+    Raises:
+        ConfigError: No node has the required labels, and the cluster does not start nodes itself.
+        RayCxrError: No such node has joined for `JOIN_TIMEOUT_S`.
+    """
+    if _find_workers(on_head, required):
         return
     from ray.autoscaler.sdk import request_resources
 
-    on_event("no node with a CPU has joined the cluster yet; waiting for one")
-    request_resources(num_cpus=1)
+    if required and not _has_autoscaler():
+        raise ConfigError(_explain_labels(required))
+    wanted = "a CPU" + (f" and the labels {_format(required)}" if required else "")
+    on_event(f"no node with {wanted} has joined the cluster yet; waiting for one")
+    request_resources(bundles=[{"CPU": 1}], bundle_label_selectors=[dict(required)])
     try:
         deadline = time.monotonic() + JOIN_TIMEOUT_S
-        while not has_node():
+        while not _find_workers(on_head, required):
             if time.monotonic() > deadline:
                 raise RayCxrError(
-                    f"the cluster has had no node that may work for {JOIN_TIMEOUT_S:.0f} s; see `ray status` there, "
+                    f"the cluster has had no node with {wanted} for {JOIN_TIMEOUT_S:.0f} s; see `ray status` there, "
                     "and check that its nodes reach the head's port"
                 )
             time.sleep(_POLL_S)
@@ -64,23 +120,61 @@ def wait_for_node(on_head: bool | None, on_event: Callable[[str], None] = logger
         request_resources(bundles=[])
 
 
-def select_nodes(on_head: bool | None) -> None:
+def select_nodes(on_head: bool | None, required: Labels, preferred: Labels) -> None:
     """Choose the nodes on which this process's tasks, actors and datasets may run.
 
     If `on_head` is None, the head works only if no other node has a CPU.
-    """
-    global selector
-    alive = list_alive()
-    heads = [node for node in alive if HEAD in node["Resources"]]
-    others = [node for node in alive if HEAD not in node["Resources"] and node["Resources"].get("CPU", 0) >= 1]
-    exclude_head = bool(heads and others) if on_head is None else not on_head
-    if exclude_head and not others:
-        raise ConfigError("ray.on_head=false: no other node has a CPU; omit it, or let a node join")
-    selector = {NODE_ID: f"!{heads[0]['NodeID']}"} if exclude_head and heads else None
 
+    Raises:
+        ConfigError: No node may work.
+    """
+    global placement
     from ray.data import DataContext
 
-    DataContext.get_current().execution_options.label_selector = selector
+    workers = _find_workers(on_head, required)
+    if required and not workers:
+        raise ConfigError(_explain_labels(required))
+    if on_head is False and not workers:
+        raise ConfigError("ray.on_head=false: no other node has a CPU; omit it, or let a node join")
+    head = next((node for node in list_alive() if HEAD in node["Resources"]), None)
+    if head and workers and head not in workers and on_head is not True:
+        required = {**required, NODE_ID: f"!{head['NodeID']}"}
+    placement = Placement(required, preferred)
+    if preferred and not any(has_labels(node, preferred) for node in list_nodes()):
+        logger.warning("ray.prefer=%s: no node has these labels now, so all nodes may work", _format(preferred))
+    DataContext.get_current().execution_options.label_selector = dict(required) or None
+
+
+def _has_autoscaler() -> bool:
+    """Return whether the cluster can start nodes; also if that is unknown, as behind Ray's client."""
+    import ray
+
+    try:
+        return ray_api.get_cluster_config() is not None
+    except ray.exceptions.RaySystemError:
+        return True
+
+
+def _find_workers(on_head: bool | None, required: Labels) -> list[Node]:
+    """Return the nodes with a CPU that may work."""
+    nodes = [node for node in list_alive() if node["Resources"].get("CPU", 0) >= 1]
+    others = [node for node in nodes if HEAD not in node["Resources"]]
+    allowed = others if on_head is False or (on_head is None and others) else nodes
+    return [node for node in allowed if has_labels(node, required)]
+
+
+def _format(labels: Labels) -> str:
+    return ",".join(f"{key}={value}" for key, value in labels.items())
+
+
+def _explain_labels(required: Labels) -> str:
+    """Return an error about labels that no node with a CPU has."""
+    nodes = list_alive()
+    found = (f"{key}: {', '.join(sorted({node['Labels'].get(key, 'none') for node in nodes}))}" for key in required)
+    return (
+        f"ray.label_selector={_format(required)}: no node that may work has a CPU and these labels; the nodes have "
+        f"{'; '.join(found)}. Change it, or let a node with these labels join"
+    )
 
 
 @contextlib.contextmanager
@@ -117,8 +211,14 @@ def bypass_proxies(hosts: Iterable[str]) -> dict[str, str]:
 
 def list_nodes() -> list[Node]:
     """Return the nodes of `ray.nodes()` that are alive and may work."""
-    excluded = (selector or {}).get(NODE_ID, "").removeprefix("!")
-    return [node for node in list_alive() if node.get("NodeID") != excluded]
+    return [node for node in list_alive() if has_labels(node, placement.required)]
+
+
+def group_nodes() -> tuple[list[Node], list[Node]]:
+    """Return the nodes of `list_nodes` that work first, and the others."""
+    nodes = list_nodes()
+    first = [node for node in nodes if has_labels(node, placement.preferred)]
+    return first, [node for node in nodes if node not in first]
 
 
 def list_alive() -> list[Node]:
@@ -128,10 +228,23 @@ def list_alive() -> list[Node]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def hint_at_head(resource: str) -> str:
-    """Return a hint if the head has a resource but may not work, else ''; an error about the resource ends with it."""
-    heads = [node for node in list_alive() if HEAD in node["Resources"] and node["Resources"].get(resource, 0)]
-    return f"; the head's {resource}s are used with --set ray.on_head=true alone" if selector and heads else ""
+def avoid_spot(resource: str, amount: float, count: int) -> dict[str, str]:
+    """Return a label selector of Ray for processes that should outlive spot machines.
+
+    It is empty if there are no spot machines, or if the others cannot hold `count` processes of `amount` each.
+    """
+    nodes = list_alive()
+    lasting = [node for node in nodes if has_labels(node, NOT_SPOT)]
+    capacity = sum(node["Resources"].get(resource, 0) // amount for node in lasting)
+    return dict(NOT_SPOT) if len(lasting) < len(nodes) and capacity >= count else {}
+
+
+def hint_at_unused(resource: str) -> str:
+    """Return why nodes with a resource may not work, or ''; an error about the resource ends with it."""
+    unused = [node for node in list_alive() if node["Resources"].get(resource, 0) and node not in list_nodes()]
+    if any(HEAD not in node["Resources"] for node in unused):
+        return f"; nodes with {resource}s lack the labels of ray.label_selector"
+    return f"; the head's {resource}s are used with --set ray.on_head=true alone" if unused else ""
 
 
 def query_nodes(function: Callable[..., Any], nodes: Sequence[Node], *arguments: Any) -> Iterator[tuple[Node, Any]]:

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -76,6 +77,20 @@ class InputSpec(Settings):
         return written
 
 
+def _parse_labels(value: Any) -> Any:
+    """Return a text such as `a=1,b=in(2, 3)` as a mapping; return anything else unchanged."""
+    if not isinstance(value, str):
+        return value
+    parts = [part.partition("=") for part in re.split(r",(?![^(]*\))", value) if part.strip()]
+    if not all(equals for _, equals, _ in parts):
+        raise ValueError("write LABEL=VALUE, e.g. ray.io/market-type=spot")
+    return {label.strip(): text.strip() for label, _, text in parts}
+
+
+#: Labels of Ray's nodes, as in `ray start --labels`, or a table in TOML.
+NodeLabels = Annotated[dict[str, str], BeforeValidator(_parse_labels)]
+
+
 class RaySettings(Settings):
     """Where Ray runs; a laptop and a cluster differ only in this section."""
 
@@ -85,6 +100,14 @@ class RaySettings(Settings):
     object_store_mb: int | None = Field(None, ge=80, description="object store of a local Ray, MiB")
     on_head: bool | None = Field(
         None, description="whether a cluster's head decodes, trains and scores; null: only if no other node has a CPU"
+    )
+    label_selector: NodeLabels = Field(
+        {},
+        description="labels of the nodes that may work, in Ray's form: `ray.io/market-type=on-demand`, `zone=!b`, "
+        "`pool=in(a, b)`; empty: all nodes",
+    )
+    prefer: NodeLabels = Field(
+        {}, description="labels of nodes that work first; the others work when these are busy or lost"
     )
 
 

@@ -82,8 +82,9 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
         environment.import_ray()
     import ray
 
+    cluster.check_labels(settings.label_selector, settings.prefer)
     if ray.is_initialized():
-        cluster.select_nodes(settings.on_head)
+        cluster.select_nodes(settings.on_head, settings.label_selector, settings.prefer)
         yield
         return
     bypassed = cluster.bypass_proxies(_list_own_addresses())
@@ -110,8 +111,8 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
             with _report_sudden_end(), watch:
                 if address != "local":
                     _refuse_other_versions(address)
-                    cluster.wait_for_node(settings.on_head)
-                cluster.select_nodes(settings.on_head)
+                    cluster.wait_for_node(settings.on_head, settings.label_selector)
+                cluster.select_nodes(settings.on_head, settings.label_selector, settings.prefer)
                 yield
         finally:
             if watch.loss is None:  # `ray.shutdown` would wait for a lost Ray

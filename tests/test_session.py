@@ -97,7 +97,7 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Connect:
         monkeypatch.setattr(ray, "init", init)
         for name in ("nodes", "remote", "wait", "get", "shutdown") if cluster else ():
             monkeypatch.setattr(ray, name, getattr(cluster, name))
-        monkeypatch.setattr(session.cluster, "wait_for_node", lambda on_head: None)
+        monkeypatch.setattr(session.cluster, "wait_for_node", lambda *_: None)
         monkeypatch.setattr(session, "_wait_for_answer", lambda address, source: address)
         monkeypatch.setattr(session, "check_token", lambda target: None)
         monkeypatch.setattr(session, "_RayWatch", NoWatch)

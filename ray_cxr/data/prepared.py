@@ -104,7 +104,7 @@ def prepare(
             # One block per task, so that a lost node loses few shards.
             dataset = ray.data.from_items(pending, override_num_blocks=len(pending))
             arguments = {"out": remote.to_address(out), "settings": settings, "access": access}
-            dataset = tasks.map_once(dataset, _run_task, fn_kwargs=arguments, num_cpus=1)
+            dataset = tasks.map_once(dataset, _run_task, fn_kwargs=arguments, num_cpus=1, **cluster.placement.options)
             cpus = sum(node["Resources"].get("CPU", 0) for node in cluster.list_nodes())
             dataset.context.max_errored_blocks = int(tasks.MAX_LOST_PER_WORKER * max(1, cpus))
             return dataset

@@ -87,7 +87,7 @@ def _list_resource(name: str) -> list[float]:
 
 def _require_gpu(gpus: Sequence[float]) -> None:
     if sum(gpus) < 1:
-        hint = cluster.hint_at_head("GPU")
+        hint = cluster.hint_at_unused("GPU")
         raise ConfigError(f"--gpu: Ray has no GPU; remove --gpu, or connect to a cluster with GPUs{hint}")
 
 
@@ -157,7 +157,8 @@ def build_dataset(
 
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     if decode is not None:
-        dataset = map_once(dataset, decode, flat=True, fn_kwargs={"job": arguments["job"]}, num_cpus=1)
+        options = {"fn_kwargs": {"job": arguments["job"]}, "num_cpus": 1, **cluster.placement.options}
+        dataset = map_once(dataset, decode, flat=True, **options)
     mapped = ray_api.map_rows(
         dataset.map,
         actor,
@@ -176,6 +177,7 @@ def build_dataset(
         ),
         num_cpus=plan.cpus,
         num_gpus=plan.gpus,
+        **cluster.placement.options,
     )
     # Ray Data skips up to this many lost tasks; one more ends the dataset. `run_with_retries` retries them either way.
     mapped.context.max_errored_blocks = MAX_LOST_PER_WORKER * plan.actors

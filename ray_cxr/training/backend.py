@@ -14,12 +14,14 @@ from typing import Any
 
 import ray
 from ray.train.backend import Backend, BackendConfig
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from ray_cxr import cluster, ray_api
 
 #: Seconds that the workers of a run on a cluster have to stop after Ctrl-C.
 ABORT_TIMEOUT_S = 30.0
-
+#: Seconds to wait for free CPUs or GPUs on preferred nodes; processes of a failed worker need a moment to end.
+PREFERENCE_TIMEOUT_S = 5.0
 
 _rays = ray_api.load_train_classes()
 
@@ -52,6 +54,24 @@ class Trainer(_rays.trainer):
     def _register_sigint_handler(self, controller: Any) -> None:
         # Ray's handler would end the process without a message, and would stay registered after the run.
         self._controller = controller
+
+
+class PreferredNodes(_rays.controller_callback):
+    """Start the workers on preferred nodes if these can hold all of them now, else on any node that may work.
+
+    Ray's placement groups have no fallback of their own. Ray Train asks at every start, also after a lost node.
+    """
+
+    def __init__(self, selector: dict[str, str], resources: dict[str, float]) -> None:
+        self._selector, self._resources = selector, resources
+
+    def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
+        bundles = [dict(self._resources) for _ in range(num_workers)]
+        group = placement_group(bundles, bundle_label_selector=[dict(self._selector) for _ in bundles])
+        try:
+            return self._selector if group.wait(PREFERENCE_TIMEOUT_S) else None
+        finally:
+            remove_placement_group(group)
 
 
 class TensorflowCluster(BackendConfig):

@@ -152,22 +152,30 @@ def plan_resources(settings: TrainSettings, *, use_gpu: bool, runs: int | None =
     Raises:
         ConfigError: not even one run fits, so that Ray would wait indefinitely.
     """
-    resources = [node["Resources"] for node in cluster.list_nodes()]
+    groups = [[node["Resources"] for node in group] for group in cluster.group_nodes()]
+    resources = [node for group in groups for node in group]
     gpus = sum(node.get("GPU", 0) for node in resources)
     least = settings.min_workers or settings.workers
     if use_gpu and gpus < least * settings.gpus_per_worker:
         raise ConfigError(
             f"--gpu: {least} workers need {least * settings.gpus_per_worker:g} GPUs, Ray has "
-            f"{gpus:g}; omit --gpu, or join a cluster that has them{cluster.hint_at_head('GPU')}"
+            f"{gpus:g}; omit --gpu, or join a cluster that has them{cluster.hint_at_unused('GPU')}"
         )
     # A worker cannot use parts of two GPUs, so the number is rounded down; 1 / 0.2 is 5, but 1 // 0.2 is 4.
     per_gpu = int(1 / settings.gpus_per_worker + 1e-9)
-    nodes = [(node.get("CPU", 0), int(node.get("GPU", 0)) * per_gpu if use_gpu else math.inf) for node in resources]
-    most = max(1, int(sum(slots for _, slots in nodes)) // least if use_gpu else 1)
-    counts = (runs,) if runs else range(most, 0, -1)  # fewer than the GPUs allow, if some GPUs have no CPU
-    sizes = range(settings.workers, least - 1, -1)
-    fits = (_fit_cpus(nodes, workers * count, settings.cpus_per_worker) for count in counts for workers in sizes)
-    cpus = next(filter(None, fits), None)
+
+    def list_slots(group: list[dict[str, float]]) -> list[tuple[float, float]]:
+        return [(node.get("CPU", 0), int(node.get("GPU", 0)) * per_gpu if use_gpu else math.inf) for node in group]
+
+    def fit(nodes: list[tuple[float, float]]) -> int | None:
+        most = max(1, int(sum(slots for _, slots in nodes)) // least if use_gpu else 1)
+        counts = (runs,) if runs else range(most, 0, -1)  # fewer than the GPUs allow, if some GPUs have no CPU
+        sizes = range(settings.workers, least - 1, -1)
+        fits = (_fit_cpus(nodes, workers * count, settings.cpus_per_worker) for count in counts for workers in sizes)
+        return next(filter(None, fits), None)
+
+    nodes = list_slots(resources)
+    cpus = fit(nodes)
     if cpus is None:
         available = ", ".join(f"{cpus:g}" for cpus, slots in nodes if slots)
         prefix = f"{runs} runs of " if runs and runs > 1 else ""
@@ -175,6 +183,8 @@ def plan_resources(settings: TrainSettings, *, use_gpu: bool, runs: int | None =
             f"{prefix}{least} workers of {settings.cpus_per_worker or 1} CPUs do not fit Ray's nodes, "
             f"which have {available}; lower {'concurrent, ' if prefix else ''}workers or cpus_per_worker"
         )
+    # Workers that fit the preferred nodes, and the others when these are lost.
+    cpus = min([cpus, *filter(None, (fit(list_slots(group)) for group in groups))])
     return cpus, _count_workers(nodes, cpus) // least
 
 

@@ -157,12 +157,14 @@ def _run_workers(out: Path, settings: TrainSettings, config: dict[str, Any], lis
     """Run Ray Train to its end and return its result."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
-    from ray_cxr.training.backend import TensorflowCluster, Trainer
+    from ray_cxr.training.backend import PreferredNodes, TensorflowCluster, Trainer
 
     resources = {"CPU": float(config["cpus"])}
     if config["use_gpu"]:
         resources["GPU"] = settings.gpus_per_worker
     store, path = remote.to_arrow(out)
+    placement = cluster.placement
+    preference = [PreferredNodes(placement.first_choice, resources)] if placement.preferred else []
     trainer = Trainer(
         worker.run,
         train_loop_config=config,
@@ -171,7 +173,7 @@ def _run_workers(out: Path, settings: TrainSettings, config: dict[str, Any], lis
             num_workers=settings.workers if settings.min_workers is None else (settings.min_workers, settings.workers),
             use_gpu=config["use_gpu"],
             resources_per_worker=resources,
-            label_selector=cluster.selector,
+            label_selector=dict(placement.required) or None,
         ),
         run_config=RunConfig(
             name="ray",
@@ -181,7 +183,7 @@ def _run_workers(out: Path, settings: TrainSettings, config: dict[str, Any], lis
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute="selection", checkpoint_score_order="max"
             ),
-            callbacks=list(listeners),
+            callbacks=[*listeners, *preference],
         ),
     )
     try:

@@ -92,7 +92,7 @@ def search(
             out=str(out.absolute()),
             use_gpu=use_gpu,
             measure_threads=cpus if "images_per_second" in settings.objectives else None,
-            selector=cluster.selector,
+            placement=cluster.placement,
         )
         if remaining:
             with TrialTable(settings.trials, done) as table:
@@ -260,8 +260,10 @@ def _run_tune(
             return _name_trial(self.config)
 
     settings = plan.settings
+    selector = cluster.avoid_spot("memory", TRIAL_BYTES, options["max_concurrent_trials"])
+    resources = ray_tune.PlacementGroupFactory([{"memory": TRIAL_BYTES}], bundle_label_selector=[selector])
     tuner = ray_tune.Tuner(
-        ray_tune.with_resources(NamedTrial, {"memory": TRIAL_BYTES}),
+        ray_tune.with_resources(NamedTrial, resources),
         param_space=param_space,
         tune_config=ray_tune.TuneConfig(
             trial_name_creator=lambda trial: _name_trial(trial.config),

@@ -42,14 +42,14 @@ class TrialContext:
     Attributes:
         prepared, out: addresses of the prepared folder and of the study.
         measure_threads: CPU threads for timing an exported model; None: do not time it.
-        selector: Ray's label selector of the nodes that may run workers; None: all nodes.
+        placement: the nodes for the workers.
     """
 
     prepared: str
     out: str
     use_gpu: bool
     measure_threads: int | None
-    selector: dict[str, str] | None
+    placement: cluster.Placement
 
 
 def run_trial(config: dict[str, Any], context: TrialContext) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def run_trial(config: dict[str, Any], context: TrialContext) -> dict[str, Any]:
     is raised, e.g. an unreadable folder; a failure that would repeat is returned as `failure`. The trial waits for
     missing resources.
     """
-    cluster.selector = context.selector
+    cluster.placement = context.placement
     settings, folder = build(TrainSettings, config["settings"]), Path(config["folder"])
     run = plan_training(context.prepared, folder, settings)
     rate = None
@@ -137,7 +137,7 @@ def _measure_rate(out: Path, architecture: Architecture, spec: InputSpec, thread
     known = read_json(path)
     if known:
         return float(known["images_per_second"])
-    options = {"num_cpus": threads, "scheduling_strategy": "DEFAULT", "label_selector": cluster.selector}
+    options = {"num_cpus": threads, "scheduling_strategy": "DEFAULT", **cluster.placement.options}
     rate = float(ray.get(ray.remote(_measure).options(**options).remote(architecture, spec, threads)))
     path.parent.mkdir(exist_ok=True)
     atomic.write_json(path, {"images_per_second": rate, "threads": threads, "architecture": identity})

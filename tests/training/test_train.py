@@ -371,6 +371,24 @@ def test_capacity_for_runs(nodes, settings: dict, gpu: bool, runs: int | None, e
     assert planning.plan_resources(TrainSettings(**settings), use_gpu=gpu, runs=runs) == expected
 
 
+@pytest.mark.parametrize(
+    ("spot", "others", "workers", "expected"),
+    [
+        ([8], [16], 1, (8, 3)),  # not 16, which no preferred node has
+        ([16], [8], 1, (8, 3)),  # the others take over
+        ([8], [8], 2, (4, 2)),
+        ([8], [2, 2], 5, (1, 2)),
+        ([], [4, 4], 2, (4, 1)),
+    ],
+)
+def test_workers_fit_the_preferred_nodes_and_the_others(spot, others, workers, expected, monkeypatch) -> None:
+    kinds = [*((cpus, "spot") for cpus in spot), *((cpus, "on-demand") for cpus in others)]
+    nodes = [{"NodeID": str(i), "Resources": {"CPU": cpus}, "Labels": {"m": m}} for i, (cpus, m) in enumerate(kinds)]
+    monkeypatch.setattr(cluster, "list_nodes", lambda: nodes)
+    monkeypatch.setattr(cluster, "placement", cluster.Placement(preferred={"m": "spot"}))
+    assert planning.plan_resources(TrainSettings(workers=workers), use_gpu=False) == expected
+
+
 def test_validation_images_that_trained_the_starting_bundle_are_refused(prepared: Path, tmp_path: Path) -> None:
     val = PreparedSet(prepared, 64).usable("val")
     images, patients = val["image_id"].to_pylist(), val["patient_id"].to_pylist()

@@ -180,7 +180,8 @@ def run_search(plan: StudyPlan, trial: Any, engine: str = "on Ray", *, finish: b
 
             patch.setattr(search.ray_tune, "Tuner", make)
             patch.setattr(search, "_check_dashboard", lambda: None)
-            patch.setattr(cluster, "list_alive", lambda: [{"NodeID": "here", "Resources": {"CPU": 2.0}}])
+            node = {"NodeID": "here", "Resources": {"CPU": 2.0}, "Labels": {}}
+            patch.setattr(cluster, "list_alive", lambda: [node])
         outcome = search.search(plan, trial=trial, finish=finish, on_event=events.append)
     # Ray itself, not Tune, reports a killed process.
     lines = printed.getvalue().splitlines(keepends=True)
