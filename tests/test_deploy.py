@@ -47,6 +47,8 @@ def load(path: Path) -> dict[str, Any]:
 
 LAUNCHED = {path.name: path for path in (ROOT / "cluster.yaml", DEPLOY / "gcp.yaml", DEPLOY / "onpremise.yaml")}
 AWS = load(ROOT / "cluster.yaml")
+#: Ray's label of machines that a cloud can reclaim, `spot`, and others, `on-demand`.
+MARKET = "ray.io/market-type"
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
@@ -77,11 +79,45 @@ def test_no_port_is_open_to_the_world_and_nodes_need_the_token(name: str) -> Non
         assert "chmod 600 ~/.ray/auth_token" in config["setup_commands"]
 
 
-@pytest.mark.parametrize(("name", "spot"), [("cluster.yaml", "InstanceMarketOptions"), ("gcp.yaml", "scheduling")])
-def test_head_does_no_work_and_is_no_spot_machine(name: str, spot: str) -> None:
+@pytest.mark.parametrize(("name", "spot"), [("cluster.yaml", "'MarketType': 'spot'"), ("gcp.yaml", "'SPOT'")])
+def test_head_does_no_work_and_labels_say_which_machines_can_be_reclaimed(name: str, spot: str) -> None:
     kinds = load(LAUNCHED[name])["available_node_types"]
     assert kinds["head"]["resources"] == {"CPU": 0}
-    assert spot not in kinds["head"]["node_config"], "a spot head can be reclaimed"
+    assert kinds["head"]["labels"] == {MARKET: "on-demand"}, "a spot head can be reclaimed"
+    for kind in kinds.values():
+        assert kind["labels"][MARKET] == ("spot" if spot in str(kind["node_config"]) else "on-demand")
+
+
+@pytest.mark.parametrize("name", ["cluster.yaml", "gcp.yaml"])
+def test_autoscaler_starts_spot_machines_first_and_then_on_demand_ones(name: str) -> None:
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+    from ray.autoscaler.v2.utils import ResourceRequestUtil
+
+    config = load(LAUNCHED[name]) | {"auth": {}}  # without a key, which need not exist here
+    for kind, node in config["available_node_types"].items():  # on AWS, Ray looks the resources up
+        node["resources"] = {"CPU": 16, "GPU": int("gpu" in kind)} if kind != "head" else {}
+        node["min_workers"] = 0
+    types = AutoscalingConfig(config, skip_content_hash=True).get_node_type_configs()
+
+    def start(resources: dict[str, float], label: str | None = None, **failed: float) -> set[str]:
+        selectors = [[(MARKET, 1, [label])]] if label else None
+        requests = ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(resources, label_selectors=selectors)])
+        reply = ResourceDemandScheduler().schedule(
+            SchedulingRequest(
+                disable_launch_config_check=True,
+                node_type_configs=types,
+                max_num_nodes=config["max_workers"] + 1,
+                resource_requests=requests,
+                recoverable_resource_availabilities={kind.replace("_", "-"): score for kind, score in failed.items()},
+            )
+        )
+        return {launch.instance_type for launch in reply.to_launch}
+
+    assert start({"CPU": 16}) == {"cpu-spot"}
+    assert start({"GPU": 1}) == {"gpu-spot"}
+    assert start({"GPU": 1}, gpu_spot=0.0) == {"gpu"}
+    assert start({"GPU": 1}, "on-demand") == {"gpu"}
 
 
 def test_google_cloud_matches_aws() -> None:
@@ -89,14 +125,14 @@ def test_google_cloud_matches_aws() -> None:
     commands = ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
     for name in (*commands, "file_mounts", "rsync_exclude", "max_workers", "head_node_type"):
         assert gcp[name] == AWS[name]
-    assert all(AWS["available_node_types"][name]["resources"] == {} for name in ("cpu", "gpu")), "Ray detects them"
+    workers = {name: kind for name, kind in AWS["available_node_types"].items() if name != "head"}
+    assert all(kind["resources"] == {} for kind in workers.values()), "Ray detects them"
     kinds = gcp["available_node_types"]
     for name, kind in kinds.items():
         node = kind["node_config"]
         assert set(node) <= {"machineType", "disks", "networkInterfaces", "scheduling"}
         assert "networkInterfaces" in node, "the default network is open to the internet"
-        assert name == "head" or node["scheduling"]["provisioningModel"] == "SPOT"
-        for key in ("min_workers", "max_workers"):
+        for key in ("min_workers", "max_workers", "labels", "priority"):
             assert kind.get(key) == AWS["available_node_types"][name].get(key)
 
 
