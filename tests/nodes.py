@@ -98,10 +98,13 @@ class Nodes:
         )  # fmt: skip
         wait_until(lambda: _listens(self.dashboard), 120, lambda: self.read_log("head"))
 
-    def add_node(self, name: str, *, cpus: int = 1, gpus: int = 0, hidden: Path | None = None) -> None:
+    def add_node(
+        self, name: str, *, cpus: int = 1, gpus: int = 0, market: str = "", hidden: Path | None = None
+    ) -> None:
         """Start a node; its GPUs need not exist. This node sees `hidden` as an empty folder (needs root)."""
         mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(hidden)]
-        options = [f"--address={self.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--labels=name={name}"]
+        labels = f"name={name}" + (f",ray.io/market-type={market}" if market else "")
+        options = [f"--address={self.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--labels={labels}"]
         self._start(name, *options, before=mount if hidden else [])
 
     @contextlib.contextmanager
