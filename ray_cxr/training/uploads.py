@@ -73,7 +73,7 @@ class Uploads:
         target = self._out / "ray" / name
         for seconds in (*RETRY_AFTER_S, None):
             try:
-                target.mkdir(exist_ok=True)
+                target.mkdir(parents=True, exist_ok=True)
                 for file in sorted(Path(checkpoint.path).iterdir()):
                     atomic.write(target / file.name, functools.partial(shutil.copyfile, file))
                 break
