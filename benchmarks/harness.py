@@ -483,6 +483,91 @@ class MemorySampler:
         return ", ".join(f"{name} x {n} {size / 2**20:.0f}" for name, (size, n) in self.parts.items())
 
 
+#: Samples in which a process may lack the mark before it is ignored: at its start, it has no environment yet.
+_LOOKS = 5
+
+
+class CpuSampler:
+    """Sample the CPU time of a contestant's processes in a thread, while a `with` block runs.
+
+    Processes that have ended count with their last sample, so each may miss up to `interval` seconds.
+
+    Attributes:
+        samples: (seconds since the start of the block, CPU seconds so far by process name).
+    """
+
+    def __init__(self, interval: float = 0.2) -> None:
+        self._interval, self._stop = interval, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._misses: Counter[int] = Counter()
+        self._seconds: dict[int, tuple[str, float]] = {}
+        self.samples: list[tuple[float, dict[str, float]]] = []
+
+    def __enter__(self) -> Self:
+        self._started = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval):
+            self._sample()
+
+    def _sample(self) -> None:
+        ticks = os.sysconf("SC_CLK_TCK")
+        mark = f"{MARKER}={os.getpid()}-".encode()
+        for pid in sorted(map(int, filter(str.isdecimal, os.listdir("/proc")))):
+            with contextlib.suppress(OSError):
+                if self._misses[pid] == _LOOKS:
+                    continue
+                text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+                stat = text.rpartition(")")[2].split()
+                # The title of a Ray worker overwrites its environment, so a child of a known process counts, too.
+                known = pid in self._seconds or int(stat[1]) in self._seconds
+                if known or mark in Path(f"/proc/{pid}/environ").read_bytes():
+                    self._seconds[pid] = (read_name(pid), (int(stat[11]) + int(stat[12])) / ticks)
+                else:
+                    self._misses[pid] += 1
+        sums: Counter[str] = Counter()
+        for name, seconds in self._seconds.values():
+            sums[name] += seconds  # type: ignore[assignment]
+        self.samples.append((time.monotonic() - self._started, dict(sums)))
+
+    def fit_per_image(self, marks: Sequence[tuple[float, int]], warm_up: float) -> dict[str, float]:
+        """Return the CPU milliseconds per image by process name: a straight line's slope, without the warm-up.
+
+        Args:
+            marks: (seconds since the start of the block, images done so far).
+            warm_up: share of the images to leave out at the start.
+        """
+        kept = [(seconds, done) for seconds, done in marks if done >= warm_up * marks[-1][1]]
+        if len(kept) < 3 or not self.samples:
+            return {}
+        times, done = zip(*kept, strict=True)
+        found = {}
+        for name in self.samples[-1][1]:
+            used = _interpolate(times, [(at, sums.get(name, 0.0)) for at, sums in self.samples])
+            found[name] = 1e3 * statistics.linear_regression(done, used).slope
+        return found
+
+
+def _interpolate(times: Sequence[float], points: Sequence[tuple[float, float]]) -> list[float]:
+    """Return the values at these times of a curve through points; constant before the first and after the last."""
+    values, at = [], 0
+    for time_ in times:
+        while at < len(points) and points[at][0] < time_:
+            at += 1
+        if at in (0, len(points)):
+            values.append(points[min(at, len(points) - 1)][1])
+            continue
+        (x0, y0), (x1, y1) = points[at - 1], points[at]
+        values.append(y0 + (y1 - y0) * (time_ - x0) / (x1 - x0))
+    return values
+
+
 def read_name(pid: int) -> str:
     """Return the module or script that a process runs, or its program; for Ray's workers their task."""
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").rstrip("\0 ").split("\0")

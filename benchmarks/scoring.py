@@ -56,6 +56,7 @@ from harness import (
     ROOT,
     BenchmarkError,
     Channel,
+    CpuSampler,
     MemorySampler,
     Process,
     ask_child,
@@ -639,6 +640,16 @@ def run_contestant(
     key: str, arguments: argparse.Namespace, workspace: Workspace, manifest: Path, outs: Path
 ) -> dict[str, Any]:
     """Run one contestant once; its scores go to `outs`."""
+    with CpuSampler() as cpu:
+        measured = _run_contestant(key, arguments, workspace, manifest, outs)
+    by_part = cpu.fit_per_image(measured.get("marks", ()), WARM_UP)
+    total = sum(cpu.samples[-1][1].values()) if cpu.samples else None
+    return measured | {"cpu": sum(by_part.values()) or None, "cpu_by_part": by_part, "cpu_s": total}
+
+
+def _run_contestant(
+    key: str, arguments: argparse.Namespace, workspace: Workspace, manifest: Path, outs: Path
+) -> dict[str, Any]:
     one, path, images = CONTESTANTS[key], workspace.logs / f"{key}.log", arguments.images
     if one.slow:  # whole batches, so that Keras traces its graph for one size only
         images = max(one.batch, min(images, arguments.rival_images) // one.batch * one.batch)

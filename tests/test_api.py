@@ -53,7 +53,7 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_imports_and_help_start_neither_tensorflow_nor_ray() -> None:
+def test_imports_and_help_start_no_slow_package() -> None:
     """The optional packages are not imported either."""
     code = f"""
 import contextlib, importlib, io, sys
@@ -66,6 +66,8 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
 print("help", sorted(slow & set(sys.modules)))
 """
     assert run(code).splitlines() == [f"{name} []" for name in (*MODULES, "help")]
+    unneeded = "{'matplotlib', 'jinja2', 'pydicom', 'sklearn'}"
+    assert run(f"import ray_cxr.cli, ray_cxr.scoring.plan, sys; print({unneeded} & set(sys.modules))") == "set()"
 
 
 @pytest.mark.slow

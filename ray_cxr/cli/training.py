@@ -15,7 +15,6 @@ from ray_cxr.cli.arguments import add_command, add_settings, any_path, local_out
 from ray_cxr.cli.dry_run import add_dry_run, print_cost
 from ray_cxr.cli.next_step import suggest_score
 from ray_cxr.cli.output import format_number, print_line, print_rule_notes, print_table, print_warnings
-from ray_cxr.cli.trials import print_trials
 from ray_cxr.errors import RayCxrError
 from ray_cxr.progress import Stage
 from ray_cxr.storage import remote
@@ -119,6 +118,8 @@ def _tune(arguments: argparse.Namespace) -> None:
             found = cost.estimate_tune(plan, use_gpu=arguments.gpu)
         print_cost(found, arguments)
         return
+    from ray_cxr.cli.trials import print_trials
+
     # Ray Train asks the dashboard whether a stopped trial's run is still alive.
     with session.start_ray(loaded.ray, dashboard=True):
         from ray_cxr.tuning import search  # imports Ray, so only after its environment is set

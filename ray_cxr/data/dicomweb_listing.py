@@ -7,7 +7,6 @@ were stored in the PACS are some.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -121,15 +120,6 @@ def _name_repeats(table: pa.Table) -> tuple[pa.Table, int]:
     ids = pc.if_else(is_repeated, names, table["image_id"])
     count = pc.sum(is_repeated, min_count=0).as_py()
     return table.set_column(table.column_names.index("image_id"), "image_id", ids), count
-
-
-def name_search(address: str, hide: Callable[[str], str] | None = None) -> str:
-    """Return the address of a search with a digest of its keys, which can name a patient; for settings.json.
-
-    `hide` makes the digest, if the keys must not be guessed from it.
-    """
-    query = address.partition("?")[2]
-    return f"{redact(address)}?{hide(query) if hide else hashlib.sha256(query.encode()).hexdigest()[:32]}"
 
 
 def _iter_rows(

@@ -32,7 +32,6 @@ import pyarrow.parquet as pq
 from ray_cxr import cluster, labels, tasks, telemetry
 from ray_cxr.config import InputSpec, PacsSettings, PrepareSettings
 from ray_cxr.data import manifest as manifests
-from ray_cxr.data.dicomweb_listing import list_radiographs, name_search
 from ray_cxr.data.partition import Range, Unit, first_location, group_by_archive, plan_units
 from ray_cxr.data.shards import Pixels, ShardRows, ShardWriter, missing_shard, read_outcomes, read_shard, shard_name
 from ray_cxr.errors import ConfigError, ImageError, OutputError, TableError
@@ -41,7 +40,7 @@ from ray_cxr.progress import Progress, Stage
 from ray_cxr.storage import atomic, contents, dicomweb, remote, run_folder
 from ray_cxr.storage.archives import read_members
 from ray_cxr.storage.pacs_workers import PacsAccess, PacsFetcher, open_access
-from ray_cxr.storage.paths import find_dicomweb, is_dicomweb
+from ray_cxr.storage.paths import find_dicomweb, is_dicomweb, name_search
 
 #: Formats of the folder: 1 had Parquet shards; 3 holds images from archives, in shards of different lengths.
 FORMAT, FORMAT_WITH_ARCHIVES = 2, 3
@@ -154,6 +153,8 @@ def _read_input(manifest: str | Path, out: Path, pacs: PacsSettings) -> tuple[pa
         if run_folder.read_settings(out).get("images") == origin["images"] and frozen.exists():
             table = manifests.read_manifest(frozen)
         else:
+            from ray_cxr.data.dicomweb_listing import list_radiographs  # pydicom is slow to import
+
             table = list_radiographs(str(manifest), captures=pacs.captures)
     return table, origin
 

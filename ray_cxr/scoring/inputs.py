@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_cxr.data import dicomweb_listing
 from ray_cxr.data import manifest as manifests
 from ray_cxr.data.partition import group_by_archive
 from ray_cxr.data.prepared import PreparedSet, Scan
@@ -101,7 +100,9 @@ def list_folder(location: str) -> InputRows:
 
 def list_search(address: str, **options: Any) -> InputRows:
     """List the radiographs that a search of a PACS finds; the options are those of `list_radiographs`."""
-    return _from_table(dicomweb_listing.list_radiographs(address, **options))
+    from ray_cxr.data.dicomweb_listing import list_radiographs  # pydicom is slow to import
+
+    return _from_table(list_radiographs(address, **options))
 
 
 def select(rows: InputRows, kept: np.ndarray, selection: Selection) -> InputRows:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from ray_cxr.config import PacsSettings, ScoreSettings
-from ray_cxr.data.dicomweb_listing import name_search
 from ray_cxr.data.features import FEATURES
 from ray_cxr.data.partition import Range, Unit, first_location, plan_units
 from ray_cxr.data.prepared import PreparedSet
@@ -37,7 +36,7 @@ from ray_cxr.scoring.ranges import (
 )
 from ray_cxr.scoring.selection import Marks, Selection, leave_out_scored, select_frontal
 from ray_cxr.storage import dicomweb, remote, run_folder
-from ray_cxr.storage.paths import is_dicomweb, make_absolute, redact
+from ray_cxr.storage.paths import is_dicomweb, make_absolute, name_search, redact
 
 KIND = "score"
 #: Version of the score table. Until 2, priority was the highest rank relative to the operating point.

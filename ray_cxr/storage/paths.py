@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -217,6 +218,15 @@ def hide_search(word: str) -> str:
         return word
     shown = redact(word[start:])
     return word[:start] + (shown if shown == word[start:] else f"{shown}?...")
+
+
+def name_search(address: str, hide: Callable[[str], str] | None = None) -> str:
+    """Return the address of a search with a digest of its keys, which can name a patient; for settings.json.
+
+    `hide` makes the digest, if the keys must not be guessed from it.
+    """
+    query = address.partition("?")[2]
+    return f"{redact(address)}?{hide(query) if hide else hashlib.sha256(query.encode()).hexdigest()[:32]}"
 
 
 def iter_slices(paths: pa.ChunkedArray) -> Iterator[pa.Array]:
