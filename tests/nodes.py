@@ -215,11 +215,12 @@ class Nodes:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
-    def _background(self, program: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-        """Start a program in its own session."""
+    def _background(self, program: Sequence[str], log: Path, **changes: str) -> subprocess.Popen[bytes]:
+        """Start a program in its own session, with changes of its environment."""
+        environment = {**self.environment, **changes}
         with open(log, "wb") as stream:
             return subprocess.Popen(
-                program, cwd=ROOT, env=self.environment, stdout=stream, stderr=stream, start_new_session=True
+                program, cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True
             )
 
     def _start(self, name: str, *arguments: str, before: Sequence[str] = ()) -> None:
@@ -230,7 +231,9 @@ class Nodes:
                 *before, str(BIN / "ray"), "start", "--block", "--disable-usage-stats",
                 "--object-store-memory=200000000", "--min-worker-port=0", "--max-worker-port=0", *ports, *arguments,
             ]  # fmt: skip
-            process = self._nodes[name] = self._background(program, log)
+            # A node keeps its own copies of files from a bucket, as on a machine of its own.
+            cache = str(self.folder / f"cache-{name}")
+            process = self._nodes[name] = self._background(program, log, RAY_CXR_CACHE=cache)
             start = time.monotonic()
             while process.poll() is None and "Ray runtime started" not in self.read_log(name):
                 # If the agent misses Ray's limit of 15 seconds on a busy machine, `ray start` waits forever.
