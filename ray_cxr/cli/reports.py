@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from ray_cxr import config
-from ray_cxr.cli.arguments import add_command, add_settings, any_address, any_path, local_input, local_output, pick
+from ray_cxr.cli.arguments import add_command, add_settings, any_address, any_path, pick
 from ray_cxr.cli.next_step import list_pacs_options, place_next_to, print_next, suggest_after_report
 from ray_cxr.cli.output import explain_write_errors, format_number, print_line, print_table, print_warnings
 from ray_cxr.errors import ConfigError
@@ -36,11 +35,11 @@ def add_commands(commands: Any) -> None:
     report.add_argument("--manifest", "--labels", dest="labels", type=any_path, metavar="M.parquet", help=labels_help)
     split_help = "evaluate the images of this split only; external: all, as images of another hospital"
     report.add_argument("--split", choices=["train", "val", "test", "external"], help=split_help)
-    report.add_argument("--consensus", type=local_input, metavar="TABLE", help="labels of readers, CSV or from reviews")
-    report.add_argument("--boxes", type=local_input, metavar="CSV", help="boxes as in BBox_List_2017, for heat maps")
+    report.add_argument("--consensus", type=any_path, metavar="TABLE", help="labels of readers, CSV or from reviews")
+    report.add_argument("--boxes", type=any_path, metavar="CSV", help="boxes as in BBox_List_2017, for heat maps")
     report.add_argument("--compare", type=any_path, metavar="SCORES2", help="other scores of the same images")
     prevalence_help = "lines such as Effusion = 0.12, for PPV and NPV"
-    report.add_argument("--prevalence", type=local_input, metavar="F.toml", help=prevalence_help)
+    report.add_argument("--prevalence", type=any_path, metavar="F.toml", help=prevalence_help)
     csv_help = "also write REPORT/scores.csv: one row per image with scores, flags and labels, for spreadsheets"
     report.add_argument("--csv", action="store_true", help=csv_help)
     add_settings(report, "pacs")
@@ -52,11 +51,11 @@ def add_commands(commands: Any) -> None:
         "write DICOM Structured Reports, one per study, and send them to a PACS",
         ["scores --out reports --heatmaps", "scores --out reports --send dimse://PACS@10.0.0.7:104"],
     )
-    export.add_argument("scores", type=local_input, metavar="SCORES", help="folder from score; reads its DICOM files")
-    export.add_argument("--out", required=True, type=local_output, metavar="DIR", help="holds patients' names and ids")
+    export.add_argument("scores", type=any_path, metavar="SCORES", help="folder from score; reads its DICOM files")
+    export.add_argument("--out", required=True, type=any_path, metavar="DIR", help="holds patients' names and ids")
     export.add_argument(
         "--replaces",
-        type=local_input,
+        type=any_path,
         metavar="DIR2",
         help="earlier export whose documents the new ones replace",
     )
@@ -141,7 +140,11 @@ def _send(arguments: argparse.Namespace, settings: config.PacsSettings) -> list[
     from ray_cxr.reporting import sending
 
     sent = sending.send(
-        Path(arguments.out), arguments.send, settings, with_heatmaps=arguments.heatmaps, resend=arguments.resend
+        remote.to_path(arguments.out),
+        arguments.send,
+        settings,
+        with_heatmaps=arguments.heatmaps,
+        resend=arguments.resend,
     )
     table = Table("documents", *sending.STATUSES, "stored earlier", title=f"Sent to {sent.destination}")
     for kind in (sending.REPORT, sending.HEAT_MAP)[: 1 + arguments.heatmaps]:

@@ -48,7 +48,7 @@ from ray_cxr.reporting.sr_studies import (
     ScoreFolder,
     ScoringModel,
 )
-from ray_cxr.storage import atomic
+from ray_cxr.storage import atomic, remote
 
 #: Raised whenever the same heat map would give another capture.
 FORMAT = 2
@@ -78,7 +78,6 @@ class CaptureContent:
     is_calibrated: bool
     method: str  # of the heat map
     number: int  # in the series
-    overlay: Path
 
     def list_lines(self) -> list[str]:
         """Return the lines below the image; ASCII, because the font has no other characters."""
@@ -111,26 +110,34 @@ def write_captures(out: Path, folder: ScoreFolder, plan: ExportPlan) -> tuple[Co
     ids = folder.scores.ids
     maps = overlays.read_heatmaps(folder.path, [ids[row] for row in plan.headers])
     flagged = list(_list_flagged(folder, plan))
+    found = [maps.get((ids[row], finding)) for row, finding, _ in flagged]
+    outcomes = [_check_map(heat_map) for heat_map in found]
+
+    def build() -> Iterator[tuple[str, bytes] | str | None]:
+        # In this thread, because pydicom's validation is switched off for the whole process.
+        wanted = [heat_map if outcome == CAPTURED else None for heat_map, outcome in zip(found, outcomes, strict=True)]
+        overlay_files = remote.map_concurrently(_read_overlay, wanted)
+        for (row, _, number), heat_map, data in zip(flagged, wanted, overlay_files, strict=True):
+            yield heat_map and _capture(folder, plan.headers[row], row, heat_map, number, data)
+
+    def write(capture: tuple[str, bytes] | str | None) -> tuple[str, bytes] | str | None:
+        if isinstance(capture, tuple):
+            atomic.write_if_changed(out / FOLDER / f"{capture[0]}.dcm", capture[1])
+        return capture
+
     rows = []
     with Progress("write captures", len(flagged), unit="captures") as progress:
-        for row, finding, number in flagged:
-            record = {"image_id": ids[row], "finding": finding, "outcome": FAILED, "reason": None, "capture": None}
-            heat_map = maps.get((ids[row], finding))
-            record["outcome"] = _check_map(heat_map)
-            if record["outcome"] == CAPTURED:
-                assert heat_map is not None
-                capture = _capture(folder, plan.headers[row], row, heat_map, number)
-                if isinstance(capture, str):
-                    record |= {"outcome": FAILED, "reason": capture}
-                else:
-                    record["capture"] = capture[0]
-                    atomic.write_if_changed(out / FOLDER / f"{capture[0]}.dcm", capture[1])
+        written = remote.map_concurrently(write, build())
+        for (row, finding, _), outcome, capture in zip(flagged, outcomes, written, strict=True):
+            record = {"image_id": ids[row], "finding": finding, "outcome": outcome, "reason": None, "capture": None}
+            if isinstance(capture, tuple):
+                record["capture"] = capture[0]
+            elif capture is not None:
+                record |= {"outcome": FAILED, "reason": capture}
             rows.append(record)
             progress.advance(1)
     names = {f"{record['capture']}.dcm" for record in rows}
-    for path in (out / FOLDER).glob("*.dcm"):
-        if path.name not in names:
-            path.unlink()
+    remote.remove_files(path for path in (out / FOLDER).glob("*.dcm") if path.name not in names)
     schema = pa.schema([(name, pa.string()) for name in ("image_id", "finding", "outcome", "reason", "capture")])
     atomic.write_parquet(pa.Table.from_pylist(rows, schema), out / TABLE)
     failed = (str(record["reason"]) for record in rows if record["outcome"] == FAILED)
@@ -155,17 +162,26 @@ def _check_map(heat_map: HeatMap | None) -> str:
     return NOT_DRAWN if heat_map.overlay is None else CAPTURED
 
 
+def _read_overlay(heat_map: HeatMap | None) -> bytes | str:
+    """Return the file of a map over its image, or why it cannot be read."""
+    try:
+        return heat_map.overlay.read_bytes() if heat_map is not None and heat_map.overlay is not None else b""
+    except OSError as error:
+        return f"the overlay cannot be read ({error.strerror or type(error).__name__}); run `score --heatmaps` again"
+
+
 def _capture(
-    folder: ScoreFolder, image: ImageHeader, row: int, heat_map: HeatMap, number: int
+    folder: ScoreFolder, image: ImageHeader, row: int, heat_map: HeatMap, number: int, overlay: bytes | str
 ) -> tuple[str, bytes] | str:
-    """Return UID and bytes of a capture, or why there is none."""
+    """Return UID and bytes of a capture, or why there is none; `overlay` is the result of `_read_overlay`."""
     scores, finding = folder.scores, heat_map.finding
     if abs(heat_map.p - scores.p[finding][row]) > 1e-6:
         return "the heat map is of other scores; run `score --heatmaps` again"
     c = scores.c[finding][row] if finding in scores.c else np.nan
     is_calibrated = bool(np.isfinite(c))
     method = (scores.run.get("heatmaps") or {}).get("method") or "method unknown"
-    assert heat_map.overlay is not None
+    if isinstance(overlay, str):
+        return overlay
     content = CaptureContent(
         model=folder.model,
         image=image,
@@ -174,13 +190,8 @@ def _capture(
         is_calibrated=is_calibrated,
         method=str(method),
         number=number,
-        overlay=heat_map.overlay,
     )
-    try:
-        data = content.overlay.read_bytes()
-    except OSError as error:
-        return f"the overlay cannot be read ({error.strerror or type(error).__name__}); run `score --heatmaps` again"
-    return build_capture(content, data)
+    return build_capture(content, overlay)
 
 
 def build_capture(content: CaptureContent, overlay: bytes) -> tuple[str, bytes] | str:

@@ -17,6 +17,7 @@ do not.
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing
 import signal
 from collections import Counter
@@ -40,7 +41,7 @@ from ray_cxr.imaging.overlays import EMPTY
 from ray_cxr.progress import Progress
 from ray_cxr.reporting import sr_studies
 from ray_cxr.reporting.sr_studies import EXPORTED, FAILED, ExportPlan, ImageHeader, ReportContent, ScoreFolder
-from ray_cxr.storage import atomic, dicomweb, run_folder
+from ray_cxr.storage import atomic, dicomweb, remote, run_folder
 from ray_cxr.storage.paths import is_dicomweb
 
 KIND = "export-sr"
@@ -138,22 +139,23 @@ def export_sr(
     extras.require("highdicom", KIND)
     from ray_cxr.reporting import captures, sr_document
 
-    out = Path(out)
-    folder = sr_studies.read_folder(Path(scores))
+    out = remote.to_path(out)
+    folder = sr_studies.read_folder(remote.to_path(scores))
+    former_folder = None if replaces is None else remote.to_path(replaces).resolve()
     settings = {
         "kind": KIND,
         "format": sr_document.FORMAT,
         "model_digest": folder.model.digest,
         "scores": folder.settings_digest,
-        "replaces": None if replaces is None else str(Path(replaces).resolve()),
+        "replaces": former_folder and str(former_folder),
     }
     run_folder.check_run(out, settings)
     maps_digest = captures.check(folder) if with_heatmaps else None
     finished = _find_finished(out, folder, maps_digest)
     if finished is not None:
         return finished
-    former = read_documents(sorted(Path(replaces).glob("*.dcm"))) if replaces is not None else {}
-    if replaces is not None and not former:
+    former = read_documents(sorted(former_folder.glob("*.dcm"))) if former_folder else {}
+    if former_folder and not former:
         raise InputError(f"--replaces {replaces}: has no document; pass the folder of an earlier `export-sr`")
     if any(path is not None and is_dicomweb(path) for path in folder.scores.paths):
         dicomweb.configure(pacs or PacsSettings())
@@ -201,16 +203,23 @@ def _write_export(
     former |= read_documents([out / f"{uid}.dcm" for uid in sorted(set(earlier.values()))])
     studies = plan.studies()
     contents = [_add_replaced(content, former) for content in sr_studies.collect_contents(folder, plan)]
+
+    def write(document: tuple[str, bytes] | str) -> tuple[str, bool] | str:
+        if isinstance(document, str):
+            return document
+        return document[0], atomic.write_if_changed(out / f"{document[0]}.dcm", document[1])
+
+    outcomes = remote.map_concurrently(write, _build_documents(contents))
     with Progress("write reports", len(studies), unit="reports") as progress:
-        for rows, content, document in zip(studies, contents, _build_documents(contents), strict=True):
-            if isinstance(document, str):
+        for rows, content, outcome in zip(studies, contents, outcomes, strict=True):
+            if isinstance(outcome, str):
                 for row in rows:
-                    plan.fail(row, f"corrupt: no report can be made with its header ({document})")
+                    plan.fail(row, f"corrupt: no report can be made with its header ({outcome})")
             else:
-                uid, data = document
+                uid, is_new = outcome
                 for row in rows:
                     reports[row] = uid
-                export.written += atomic.write_if_changed(out / f"{uid}.dcm", data)
+                export.written += is_new
                 export.reports += 1
                 export.partial += content.missing > 0
                 export.replacing += bool(content.replaced)
@@ -219,8 +228,7 @@ def _write_export(
     export.reasons.update(plan.reasons.values())
     # Remove an earlier run's documents of the same images, e.g. of a study whose other images it could not read.
     replaced = {earlier[row] for row, report in enumerate(reports) if report is not None and row in earlier}
-    for uid in replaced - set(reports):
-        (out / f"{uid}.dcm").unlink(missing_ok=True)
+    remote.remove_files(out / f"{uid}.dcm" for uid in replaced - set(reports))
     reasons = [plan.reasons.get(row) for row in range(len(reports))]
     columns = {"image_id": folder.scores.ids, "outcome": plan.outcomes, "reason": reasons, "report": reports}
     table = pa.table(columns, schema=pa.schema([(name, pa.string()) for name in columns]))
@@ -247,7 +255,8 @@ def _write_export(
 def _read_earlier_reports(out: Path) -> dict[int, str]:
     """Return the document of each row from an earlier run in `out`."""
     try:
-        column = pq.read_table(out / "images.parquet", columns=["report"])["report"].to_pylist()
+        file = remote.read_file(out / "images.parquet")
+        column = pq.read_table(file, columns=["report"])["report"].to_pylist() if file else []
     except (OSError, KeyError, pa.ArrowException):
         return {}
     return {row: report for row, report in enumerate(column) if report and sr_studies.UID_TEXT.fullmatch(report)}
@@ -256,15 +265,20 @@ def _read_earlier_reports(out: Path) -> dict[int, str]:
 def read_documents(paths: Sequence[Path]) -> _Documents:
     """Return the documents of each study; unreadable files are skipped."""
     found: _Documents = {}
-    tags = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID", "PredecessorDocumentsSequence"]
-    for path in paths:
-        with contextlib.suppress(OSError, InvalidDicomError, AttributeError, KeyError):
-            ds = pydicom.dcmread(path, specific_tags=tags)
-            if ds.SOPClassUID == ComprehensiveSRStorage:
-                study, series, instance, sop_class = (str(ds[tag].value) for tag in tags[:4])
-                document = ImageHeader(study, series, instance, sop_class)
-                found.setdefault(document.study, {})[document] = tuple(_list_replaced(ds))
+    for document, replaced in filter(None, remote.map_concurrently(_read_document, paths)):
+        found.setdefault(document.study, {})[document] = replaced
     return found
+
+
+def _read_document(path: Path) -> tuple[ImageHeader, tuple[ImageHeader, ...]] | None:
+    """Return a document and those that it replaced; None for another file and an unreadable one."""
+    tags = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID", "PredecessorDocumentsSequence"]
+    with contextlib.suppress(OSError, InvalidDicomError, AttributeError, KeyError):
+        ds = pydicom.dcmread(io.BytesIO(path.read_bytes()), specific_tags=tags)
+        if ds.SOPClassUID == ComprehensiveSRStorage:
+            study, series, instance, sop_class = (str(ds[tag].value) for tag in tags[:4])
+            return ImageHeader(study, series, instance, sop_class), tuple(_list_replaced(ds))
+    return None
 
 
 def _list_replaced(ds: pydicom.Dataset) -> Iterator[ImageHeader]:

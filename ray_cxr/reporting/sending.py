@@ -28,7 +28,7 @@ from ray_cxr import extras
 from ray_cxr.config import PacsSettings
 from ray_cxr.errors import InputError, OutputError, TableError
 from ray_cxr.progress import Progress
-from ray_cxr.storage import atomic, dicomweb, dimse, run_folder
+from ray_cxr.storage import atomic, dicomweb, dimse, remote, run_folder
 from ray_cxr.storage.paths import is_dicomweb
 
 TABLE = "sent.parquet"
@@ -181,13 +181,18 @@ def _list_documents(out: Path, *, with_heatmaps: bool) -> list[Document]:
         columns.append(("heatmaps.parquet", "capture", HEAT_MAP, out / "heatmaps"))
     documents = []
     for table, column, kind, folder in columns:
+        name = table
         try:
-            uids = pq.read_table(out / table, columns=[column])[column].to_pylist()
-            for uid in dict.fromkeys(filter(None, uids)):
-                path = folder / f"{uid}.dcm"
-                documents.append(Document(uid, kind, path, hashlib.sha256(path.read_bytes()).hexdigest()))
-        except FileNotFoundError as error:
-            name = Path(error.filename or table).name
+            if (file := remote.read_file(out / table)) is None:
+                raise FileNotFoundError
+            uids = list(dict.fromkeys(filter(None, pq.read_table(file, columns=[column])[column].to_pylist())))
+            paths = [folder / f"{uid}.dcm" for uid in uids]
+            for uid, path, file in zip(uids, paths, remote.read_files(paths), strict=True):
+                name = path.name
+                if file is None:
+                    raise FileNotFoundError
+                documents.append(Document(uid, kind, path, hashlib.sha256(file.read_buffer()).hexdigest()))
+        except FileNotFoundError:
             raise InputError(f"{out}: has no {name}; remove _SUCCESS there and run export-sr again") from None
         except (OSError, KeyError, pa.ArrowException):
             raise TableError(f"{out / table}: damaged; remove it and _SUCCESS, and run export-sr again") from None
@@ -201,7 +206,7 @@ def _count_unsent_predecessors(out: Path, destination: str, pending: list[Docume
     from ray_cxr.reporting.dicom_sr import read_documents
 
     if former := run_folder.read_settings(out).get("replaces"):
-        stored = stored | set(_Record(Path(former), destination).find_stored())
+        stored = stored | set(_Record(remote.to_path(former), destination).find_stored())
     named = read_documents([document.path for document in pending if document.kind == REPORT])
     return sum(
         any(before.instance not in stored for before in replaced)
@@ -217,10 +222,10 @@ class _Record:
         self._path, self._destination = out / TABLE, destination
         self._rows: dict[tuple[str, str], dict[str, object]] = {}
         self._is_changed, self._written_at = False, time.monotonic()
-        with contextlib.suppress(FileNotFoundError):
+        if (file := remote.read_file(self._path)) is not None:
             try:
-                rows = pq.read_table(self._path, schema=SCHEMA).to_pylist()
-            except (ValueError, pa.ArrowException):
+                rows = pq.read_table(file, schema=SCHEMA).to_pylist()
+            except (OSError, ValueError, pa.ArrowException):
                 raise OutputError(f"{self._path}: damaged; remove it, and all documents are sent again") from None
             self._rows = {(row["destination"], row["sop_instance_uid"]): row for row in rows}
 

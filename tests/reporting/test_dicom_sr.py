@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydicom
 import pytest
+from conftest import Bucket
 from highdicom import sr
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
@@ -390,6 +391,46 @@ def test_documents_of_another_model_name_those_that_they_replace(
     assert "0 written now" in again
     assert "replaced: 2 of the reports" in again
     assert "replaces" in error_line(site.run(command, code=2)[1])
+
+
+@pytest.mark.slow
+def test_export_from_and_to_a_bucket_is_that_of_a_disk(
+    site: Site, bucket: Bucket, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images, scores, documents and the documents that others replace are in the bucket."""
+    monkeypatch.setenv("RAY_CXR_CACHE", str(site.home / "cache"))
+    for number in (1, 2, 3):
+        path = site.add(number, 1 + number % 2)
+        bucket.put(f"sr/images/{path.name}", path.read_bytes())
+    site.paths = [bucket(f"sr/images/{Path(path).name}") for path in site.paths]
+    site.write()
+    site.draw_maps()
+    assert "heat maps:" in site.run(command, "--heatmaps")[0]
+    bucket.upload(site.scores, "sr/scores")
+    given = ["export-sr", bucket("sr/scores"), "--out", bucket("sr/out"), "--heatmaps"]
+    code, printed, _ = command(*given)
+    assert code == 0
+    assert "2 written now" in printed
+    files = {path.relative_to(site.out).as_posix() for path in site.out.rglob("*") if path.is_file()}
+    assert {key.removeprefix("sr/out/") for key in bucket.keys("sr/out/") if not key.endswith("/")} == files
+    for name in files:
+        assert bucket.get(f"sr/out/{name}") == (site.out / name).read_bytes(), name
+
+    # A run whose end was lost writes only what is missing, and removes a capture that is none any more.
+    lost = min(name for name in files if name.startswith("heatmaps/"))
+    for name in ("_SUCCESS", lost):
+        bucket.client.delete_object(Bucket="chests", Key=f"sr/out/{name}")
+    bucket.put("sr/out/heatmaps/1.2.3.dcm", b"of an older run")
+    assert "0 written now" in command(*given)[1]
+    assert bucket.get(f"sr/out/{lost}") == (site.out / lost).read_bytes()
+    assert "sr/out/heatmaps/1.2.3.dcm" not in bucket.keys("sr/out/")
+
+    site.model = make_model(FINDINGS[:2], digest="e2" * 32)
+    site.write()
+    again = ["export-sr", site.scores, "--out", bucket("sr/new"), "--replaces"]
+    assert "has no document" in error_line(command(*again, bucket("sr/none"))[2])
+    code, printed, _ = command(*again, bucket("sr/out"))
+    assert (code, "replaced: 2 of the reports" in printed) == (0, True)
 
 
 def test_image_that_fails_costs_only_its_study(site: Site, command: Command) -> None:
