@@ -146,7 +146,8 @@ def _print_flagged(out: str) -> None:
         found = FlagCount.count(any_flag, identify_studies(studies, patients), patients)
         ok = status == "ok"
         training = read_training_images(Location.of(str(remote.to_path(out) / "split.parquet")))
-        shared = count_shared(training, table["image_id"].to_numpy()[ok], patients[ok], patients[ok], is_complete=True)
+        ids, flagged = table["image_id"].to_numpy(), any_flag == 1
+        shared = count_shared(training, ids[ok], patients[ok], patients[ok], flagged[ok], is_complete=True)
     if found.n:
         print_line(f"flagged: {found.describe()}")
     else:

@@ -40,12 +40,13 @@ from ray_cxr.imaging.demographics import count_of
 OK, DIFFERS, LARGE, INCONCLUSIVE, UNKNOWN = "ok", "differs", "large", "inconclusive", "unknown"
 #: The summary names at most this many findings.
 _LISTED = 5
-#: Verdicts in the order of the summary.
-_WORDS = {
-    LARGE: "large difference for",
-    DIFFERS: "difference for",
-    INCONCLUSIVE: "inconclusive for",
-    OK: "as expected for",
+#: Verdicts as readers see them, in the order of the summary.
+WORDS = {
+    LARGE: "very different",
+    DIFFERS: "different",
+    INCONCLUSIVE: "inconclusive",
+    OK: "as expected",
+    UNKNOWN: "not tested",
 }
 #: Minimum numbers for a verdict.
 MIN_IMAGES, MIN_PATIENTS = 50, 20
@@ -255,14 +256,16 @@ class Drift:
         for items, kind in ((self.flags, "flagged share"), (self.scores, "score"), (expectable, "quality flag")):
             rows: Sequence[_Row] = items
             judged = [row for row in rows if row.verdict != UNKNOWN]
-            named = {verdict: [row.name for row in judged if row.verdict == verdict] for verdict in _WORDS}
+            named = {verdict: [row.name for row in judged if row.verdict == verdict] for verdict in WORDS}
             untested = f"{len(judged)} of {len(rows)} tested, " if len(judged) < len(rows) else ""
             if not judged:
-                parts.append(f"{kind}s: not testable")
+                parts.append(f"{kind}s: {WORDS[UNKNOWN]}")
             elif len(named[OK]) == len(judged):
                 parts.append(f"{kind}s: {untested}all {'' if untested else f'{len(judged)} '}as expected")
             else:
-                listed = [f"{_WORDS[verdict]} {_list(names, len(judged))}" for verdict, names in named.items() if names]
+                listed = [
+                    f"{WORDS[verdict]} for {_list(names, len(judged))}" for verdict, names in named.items() if names
+                ]
                 parts.append(f"{kind}s: {untested}{', '.join(listed)}")
         if any(row.verdict == INCONCLUSIVE for row in (*self.flags, *self.scores, *self.quality)):
             parts.append("inconclusive: too few images to decide")

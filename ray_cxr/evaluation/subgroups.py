@@ -108,7 +108,7 @@ class GroupResult:
     n: int  # images, labelled or not
     n_patients: int | None  # None if no image has a patient id
     own: Means  # over the findings that this group defines; not comparable between groups
-    shared: Means  # over the findings that every known group of the attribute defines; comparable
+    shared: Means  # over the findings that every known group with enough patients defines; comparable
     cells: tuple[Cell, ...]
     reference: bool  # whether this is the largest group of its attribute, to which the others are compared
     small: bool  # fewer than `FEW_PATIENTS` patients, or only small cells
@@ -270,8 +270,11 @@ def _measure_attribute(part: Sequence[Group], images: LabelledScores) -> tuple[l
     """Measure the groups of one attribute, and compare the known ones with the largest."""
     estimates = [_estimate(group, images) for group in part]
     known = [i for i, group in enumerate(part) if group.is_known]
+    # A few children must not take findings from the means of all other ages.
+    enough = [i for i in known if images.patients[part[i].mask].units >= FEW_PATIENTS]
+    deciding = enough if len(enough) > 1 else known
     defined = {
-        name: np.logical_and.reduce([~np.isnan(estimates[i][name].values) for i in known] or [~images.macro])
+        name: np.logical_and.reduce([~np.isnan(estimates[i][name].values) for i in deciding] or [~images.macro])
         for name in _QUANTITIES
     }
     largest = find_reference(part)
@@ -353,9 +356,11 @@ def _average(
         names = tuple(compress(images.findings, columns))
         if value is None:
             if names:
-                reason = f"not every one of {len(names)} findings has {name} here"
+                reason = f"not every one of {len(names)} findings has {_NAMES.get(name, name)} here"
             else:
-                reason = f"no finding has {name}" + ("" if shared is None else " defined in all groups")
+                reason = f"no finding has {_NAMES.get(name, name)}" + (
+                    "" if shared is None else " defined in all groups with enough patients"
+                )
             means[name] = Mean(None, None, None, (), 0, reason)
             continue
         low, high = mean.interval(0) or (None, None)

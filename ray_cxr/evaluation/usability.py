@@ -30,6 +30,8 @@ _NAMED = 4
 #: Share of the flagged images of which a finding accounts for almost all flags.
 _ALMOST_ALL = 0.9
 _MIN_POSITIVES = 5
+#: A rule that gives each finding a threshold.
+_REMEDY = "flag_rate=0.1"
 #: Starts the reason of findings that validation has in too few images.
 _FEWER = "fewer than"
 
@@ -67,8 +69,12 @@ class FittedPoint:
     positives: int | None = None
 
 
-def warn_of_model(model: Mapping[str, Any]) -> list[Warned]:
-    """List the warnings of `bundle.json` or `model.json`; a model without operating points gets one."""
+def warn_of_model(model: Mapping[str, Any], flagged: Mapping[str, float | None] | None = None) -> list[Warned]:
+    """List the warnings of `bundle.json` or `model.json`; a model without operating points gets one.
+
+    Args:
+        flagged: per rule, the share of these images that it flags for any finding.
+    """
     points, notes = model.get("operating_points") or {}, model.get("rule_notes") or {}
     provenance = model.get("provenance") or {}
     site = provenance.get("recalibrated") or {}
@@ -84,11 +90,11 @@ def warn_of_model(model: Mapping[str, Any]) -> list[Warned]:
         n, positives = point.get("n", row.get("n")), point.get("positives", row.get("positives"))
         reason = None if point else _explain_missing(notes.get(finding), n, positives, least, images)
         fitted.append(FittedPoint(finding, point.get("flag_rate"), reason, n, positives))
-    return [*warn_of_missing(fitted), *warn_of_thresholds(fitted, images)]
+    return [*warn_of_missing(fitted, (flagged or {}).get(_REMEDY)), *warn_of_thresholds(fitted, images)]
 
 
-def warn_of_missing(points: Sequence[FittedPoint]) -> list[Warned]:
-    """Warn of findings without a threshold, by reason."""
+def warn_of_missing(points: Sequence[FittedPoint], remedy_rate: float | None = None) -> list[Warned]:
+    """Warn of findings without a threshold, by reason; the rule `_REMEDY` flags `remedy_rate` of these images."""
     missing = [point for point in points if point.reason is not None]
     if not missing:
         return []
@@ -111,8 +117,11 @@ def warn_of_missing(points: Sequence[FittedPoint]) -> list[Warned]:
         text = f"{len(missing)} of {len(points)} findings cannot be flagged: {_list(names)}."
     images = any(point.reason and point.reason.startswith(_FEWER) for point in missing)
     rules = any(point.reason and not point.reason.startswith(_FEWER) for point in missing)
+    cost = "" if remedy_rate is None else f" (flags {_percent(remedy_rate)} of these images)"
     remedies = (
-        "another rule, by `ray-cxr recalibrate` with labels and `--set operating_point=flag_rate=0.1`" if rules else "",
+        f"another rule, by `ray-cxr recalibrate` with labels and `--set operating_point={_REMEDY}`{cost}"
+        if rules
+        else "",
         f"more validation images with {'it' if one else 'them'}" if images else "",
     )
     advice = f"An image without a flag may have {'it' if one else 'them'}."
@@ -199,7 +208,7 @@ def warn_of_empty_maps(empty: int, flagged: int, method: str | None) -> list[War
     """
     if empty <= MANY * flagged:
         return []
-    text = f"{empty:,} of {count_of(flagged, 'flagged finding')} {'has' if flagged == 1 else 'have'} an empty heat map"
+    text = f"{empty:,} of {count_of(flagged, 'heat map')} of flagged findings {'is' if empty == 1 else 'are'} empty"
     advice = ""
     if method != "occlusion":
         advice = "Try `--set heatmap_method=occlusion`: remove the folder heatmaps in SCORES and run `score` again."

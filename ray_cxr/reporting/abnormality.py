@@ -49,8 +49,9 @@ class RankingResult:
         sentences = [f"Images with any finding {order} images without: {', '.join(parts)}."]
         if top.value is not None:
             guess = self.measured.most_common_finding
+            limits = "" if top.low is None else f" ({format_percent(top.low, 0)}–{format_percent(top.high, 0)})"
             sentences[0] += (
-                f" The top finding is present in {format_percent(top.value, 0)} of the images with a finding "
+                f" The top finding is present in {format_percent(top.value, 0)}{limits} of the images with a finding "
                 f"(the most common, {str(guess).replace('_', ' ')}, in {format_percent(self.measured.most_common, 0)})."
             )
         return sentences

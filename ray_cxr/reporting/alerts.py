@@ -154,14 +154,17 @@ def summarize_alerts(found: Alerts) -> list[str]:
     return [f"With {name}, {share}{split}."]
 
 
-def list_warnings(table: Scores, population: Population, evaluation: EvaluationResult | None) -> list[Warned]:
+def list_warnings(
+    table: Scores, population: Population, evaluation: EvaluationResult | None, found: Alerts
+) -> list[Warned]:
     """List where the results cannot be used: of the model, of the flags of these images, and of the mean AUROC."""
     findings = [finding for finding in table.findings if finding in table.flags]
     flags = {finding: table.flags[finding][population.rows] for finding in findings}
     rule = _name_rule(table.operating_points, findings)
     warnings = usability.warn_of_flags(flags, None if rule in (_UNKNOWN, _SEVERAL) else rule)
     warnings += usability.warn_of_chance(flags, *_list_aurocs(table, evaluation))
-    warnings += usability.warn_of_model({**table.model, "findings": table.findings}) if table.is_own else []
+    shares = {one.rule: one.shares["images_flagged"].value for one in found.rules}
+    warnings += usability.warn_of_model({**table.model, "findings": table.findings}, shares) if table.is_own else []
     reason = evaluation.macro.headline_reason if evaluation else None
     return [*warnings, *([usability.warn_of_headline(reason)] if reason else [])]
 

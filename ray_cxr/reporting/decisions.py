@@ -34,7 +34,7 @@ class Decisions:
     `selection` also has `ABNORMALITY`, which does not include the findings `left_out`.
     """
 
-    calibration: dict[str, CalibrationMeasures]
+    calibration: dict[str, CalibrationMeasures | str]
     net_benefit: dict[str, DecisionCurve | str]
     selection: dict[str, Selection | str]
     left_out: tuple[str, ...] = ()
@@ -74,11 +74,16 @@ class Decisions:
 
 
 def measure_decisions(table: Scores, evaluated: EvaluationSet, bootstrap: BootstrapSettings) -> Decisions:
-    """Measure the evaluated images; findings without calibrated probabilities or labels are left out."""
+    """Measure the evaluated images; without any calibrated probability or label there is no result."""
     rows, labels = evaluated.rows, evaluated.labels
     names = [f for f in table.findings if f in table.c and ((labels[f] >= 0) & ~np.isnan(table.c[f][rows])).any()]
     if not names:
         return Decisions({}, {}, {})
+    left_out = {
+        finding: "not calibrated" if np.isnan(table.c.get(finding, np.full(1, np.nan))).all() else "no labelled image"
+        for finding in table.findings
+        if finding not in names and finding != NO_FINDING
+    }
     y = np.column_stack([labels[f] for f in names])
     c = np.column_stack([table.c[f][rows] for f in names])
     options: dict[str, Any] = {"n_resamples": min(bootstrap.n_resamples, _RESAMPLES), "seed": bootstrap.seed}
@@ -98,11 +103,22 @@ def measure_decisions(table: Scores, evaluated: EvaluationSet, bootstrap: Bootst
         )
         diseases, cutoffs, spreads = [ABNORMALITY, *diseases], np.append(cutoff, cutoffs), [unknown, *spreads]
     spread = np.column_stack(spreads) if table.spread else None
-    selections = measure_selection(y, c, flags, evaluated.patients, cutoffs=cutoffs, spread=spread, **options)
+    selections = dict(
+        zip(
+            diseases,
+            measure_selection(y, c, flags, evaluated.patients, cutoffs=cutoffs, spread=spread, **options),
+            strict=True,
+        )
+    )
+    without_flags = {
+        f: "cannot be flagged, without an operating point"
+        for f, known in zip(diseases, (flags >= 0).any(axis=0), strict=True)
+        if not known
+    }
     return Decisions(
-        {f: found for f, found in zip(names, measures, strict=True) if found is not None},
-        dict(zip([f for f in names if f != NO_FINDING], curves, strict=True)),
-        dict(zip(diseases, selections, strict=True)),
+        {f: found for f, found in zip(names, measures, strict=True) if found is not None} | left_out,
+        dict(zip([f for f in names if f != NO_FINDING], curves, strict=True)) | left_out,
+        selections | without_flags | left_out,
         table.ranking.findings.left_out,
     )
 

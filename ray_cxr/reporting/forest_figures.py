@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ray_cxr.evaluation.drift import DIFFERS, LARGE, OK, RateDrift
+from ray_cxr.evaluation.drift import DIFFERS, LARGE, OK, WORDS, RateDrift
 from ray_cxr.evaluation.localisation import IOU_LEVELS, FindingLocalisation, Localisation
 from ray_cxr.reporting import plots
 from ray_cxr.reporting.comparators import ScoreComparison
@@ -178,11 +178,11 @@ def plot_drift(rates: Sequence[RateDrift]) -> Figure | None:
     for rate in rates:
         shares = ("unknown" if share is None else plots.format_share(share) for share in (rate.expected, rate.observed))
         is_bold = rate.verdict in (DIFFERS, LARGE)
-        lines.append(_Line((format_finding(rate.name), *shares), (rate.verdict,), is_bold=is_bold))
+        lines.append(_Line((format_finding(rate.name), *shares), (WORDS[rate.verdict],), is_bold=is_bold))
     legend = [
         plots.create_marker_entry("as expected", BLUE, "o"),
         plots.create_marker_entry("inconclusive", GREY, "o", "white"),
-        plots.create_marker_entry("differs", VERMILION, "D"),
+        plots.create_marker_entry("different", VERMILION, "D"),
         plots.create_marker_entry("tolerated", _TOLERATED, "s"),
     ]
     title = "flagged − expected, in percentage points"

@@ -16,7 +16,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
-from ray_cxr.evaluation import quality
+from ray_cxr.evaluation import drift, quality
 from ray_cxr.evaluation.metrics import Metric
 from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.reporting import cards, cases, plots
@@ -48,6 +48,7 @@ def render(view: Mapping[str, Any], template: str = "report.html.j2") -> str:
         quality_flags=list_quality,
         quality_names=name_quality,
         quality_name=format_quality,
+        verdict=drift.WORDS.__getitem__,
         duration=format_duration,
         setting=_format_page_setting,
         md=escape_markdown,

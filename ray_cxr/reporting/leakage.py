@@ -10,7 +10,7 @@ import numpy as np
 
 from ray_cxr.data import identity
 from ray_cxr.errors import LeakError
-from ray_cxr.evaluation.usability import Warned
+from ray_cxr.evaluation.usability import Warned, flag_any
 from ray_cxr.imaging.demographics import PatientCount, count_of
 from ray_cxr.reporting.scores import Scores, TrainingImages
 
@@ -27,6 +27,7 @@ class LeakCheck:
         reason: why the check is incomplete; None if all training images are known.
         shared_images, shared_patients: number of training images and patients that are in the report too.
         shared_by_part: number of shared images by `train` or `val`.
+        flagged_images, shared_flagged: number of flagged images in the report, and of those of them that are shared.
         related_images: number of other images of these patients in the report.
         unknown_patients: number of images in the report without a patient id.
         unknown_training_patients: number of training images without a patient id.
@@ -37,6 +38,8 @@ class LeakCheck:
     training_patients: int | None = 0
     shared_images: int = 0
     shared_by_part: dict[str, int] = field(default_factory=dict)
+    flagged_images: int = 0
+    shared_flagged: int = 0
     shared_patients: int = 0
     related_images: int = 0
     unknown_patients: int = 0
@@ -106,8 +109,29 @@ def check_leakage(
 
 def compare_training(table: Scores, rows: np.ndarray, patients: np.ndarray) -> LeakCheck:
     """Count the images in these rows [n], and of these patients [n], that trained the model."""
-    is_complete = table.provenance.get("lineage") != "unknown"
-    return count_shared(table.training, table.ids[rows], patients, table.patients[rows], is_complete=is_complete)
+    return count_shared(
+        table.training,
+        table.ids[rows],
+        patients,
+        table.patients[rows],
+        flag_any(table.flags, len(table.ids))[rows] == 1,
+        is_complete=_is_complete(table),
+    )
+
+
+def find_parts(table: Scores) -> list[str]:
+    """Return the split in which the model had each image: `train`, `val`, an empty text for none, or `unknown`."""
+    rest = "" if table.training is not None and _is_complete(table) else "unknown"
+    parts = [rest] * len(table.ids)
+    if table.training is not None:
+        for place, part in zip(identity.find_ids(table.training.images, table.ids), table.training.parts, strict=True):
+            if place >= 0:
+                parts[place] = str(part)
+    return parts
+
+
+def _is_complete(table: Scores) -> bool:
+    return table.provenance.get("lineage") != "unknown"
 
 
 def count_shared(
@@ -115,12 +139,15 @@ def count_shared(
     ids: np.ndarray,
     patients: np.ndarray,
     scored_patients: np.ndarray,
+    flagged: np.ndarray,
     *,
     is_complete: bool,
 ) -> LeakCheck:
     """Count the training images among images [n]; their patients as in the labels, and as in the scores.
 
-    `is_complete` states whether all images that trained the model are known.
+    Args:
+        flagged: bool [n].
+        is_complete: whether all images that trained the model are known.
     """
     if training is None:
         return LeakCheck(UNKNOWN_TRAINING)
@@ -139,6 +166,8 @@ def count_shared(
         training_patients=trained.number,
         shared_images=int(same.sum()),
         shared_by_part=dict(sorted(Counter(str(part) for part in training.parts[same]).items())),
+        flagged_images=int(flagged.sum()),
+        shared_flagged=int(flagged[places[same]].sum()),
         shared_patients=len(shared),
         related_images=int(related.sum()),
         unknown_patients=sum(a is None and b is None for a, b in zip(patients, scored_patients, strict=True)),
@@ -153,9 +182,14 @@ def warn_of_training(found: LeakCheck, n: int) -> list[Warned]:
     related, all_images = found.related_images, count_of(n, "image")
     verb, rest = "was" if found.shared_images == 1 else "were", "is" if related == 1 else "are"
     if found.shared_images:
-        text = f"{found.shared_images:,} of {all_images} {verb} used to train or tune this model"
+        text = f"{found.shared_images:,} of {all_images}"
+        if found.flagged_images:
+            text += f", and {found.shared_flagged:,} of the {count_of(found.flagged_images, 'flagged image')},"
+        text += f" {verb} used to train or tune this model"
         text += f"; {related:,} more {rest} of the same patients." if related else "."
     else:
         text = f"{related:,} of {all_images} {rest} of patients whose other images trained or tuned this model."
-    advice = "The scores of these images do not show how the model does on new patients."
+    advice = (
+        "Their scores do not show how the model does on new patients. The worklist of the report marks these images."
+    )
     return [Warned("training_images", text, advice)]

@@ -261,7 +261,8 @@ def evaluate(
         prevalences: per finding, the prevalence to compute predictive values for, 0..1.
     """
     n = len(patients)
-    names = [finding for finding in labels if finding in outputs.p or (labels[finding] >= 0).any()]
+    diseases = [finding for finding in labels if finding != NO_FINDING]  # a model need not score this output
+    names = [f for f in labels if f in outputs.p or (f in diseases and (labels[f] >= 0).any())]
     scored = [finding for finding in names if finding in outputs.p]
     _log.debug("bootstrap: %d resamples of %d images", bootstrap.n_resamples, n)
     derived = DerivedOutputs(

@@ -35,7 +35,7 @@ def plot_nights(nights: Sequence[NightResult]) -> Figure | None:
     legend = [
         plots.create_marker_entry("as expected", plots.BLUE, "o"),
         plots.create_marker_entry("inconclusive or not tested", plots.GREY, "o", "white"),
-        plots.create_marker_entry("differs", plots.VERMILION, "D"),
+        plots.create_marker_entry("different", plots.VERMILION, "D"),
         plots.create_line_entry("expected by the bundle", plots.MUTED, plots.DASHED),
         Patch(color=plots.FAINT, label="tolerated"),
     ]

@@ -23,10 +23,12 @@ from ray_cxr.evaluation import metrics, published, usability
 from ray_cxr.evaluation.alerts import find_abnormal
 from ray_cxr.evaluation.group_estimates import LabelledScores
 from ray_cxr.evaluation.groups import build_groups
-from ray_cxr.evaluation.subgroups import Subgroups, measure_groups
+from ray_cxr.evaluation.intervals import Patients
+from ray_cxr.evaluation.subgroups import FEW_PATIENTS, Subgroups, measure_groups
 from ray_cxr.evaluation.underdiagnosis import Underdiagnosis, measure_underdiagnosis
 from ray_cxr.evaluation.usability import Warned
 from ray_cxr.imaging.demographics import PatientCount, count_of
+from ray_cxr.imaging.overlays import EMPTY
 from ray_cxr.labels import FINDINGS, NO_FINDING, canonicalize, suggest
 from ray_cxr.progress import Stage
 from ray_cxr.reporting import cards, examples, facts, figure_set, html, inline_svg, tables
@@ -60,6 +62,8 @@ from ray_cxr.reporting.worklist_page import CARDS, list_rows
 from ray_cxr.storage import atomic, dicomweb, remote, run_folder
 
 _log = logging.getLogger(__name__)
+#: Age from which a patient is an adult, years; also an edge of the age bands.
+ADULT = 18
 
 
 def write_report(
@@ -163,7 +167,7 @@ def write_report(
             warnings=[
                 *seen,
                 *unboxed,
-                *list_warnings(table, population, labelled.evaluation if labelled else None),
+                *list_warnings(table, population, labelled.evaluation if labelled else None, alerts),
                 *emptied,
             ],
             notes=[*_list_notes(table, split, labelled, night_tables), *note_missed_findings(alerts)],
@@ -342,6 +346,7 @@ def _list_notes(
             f"{count_of(without_id, 'evaluated image')} {'has' if without_id == 1 else 'have'} no patient id. Each "
             "counts as one patient in the intervals, which are too narrow if a patient has several images."
         )
+    notes.extend(_note_children(labelled.images) if labelled else ())
     notes.extend(f"{line[:1].upper()}{line[1:]}." for line in (labelled.images.caveats if labelled else ()))
     notes.extend(table.ranking.notes)
     notes.extend(list_night_notes(nights))
@@ -353,6 +358,18 @@ def _list_notes(
         if n != complete:
             notes.append(f"The evaluation covers {n:,} of the {complete:,} images of NIH's official test split.")
     return notes
+
+
+def _note_children(images: EvaluationSet) -> list[str]:
+    """Return a note on the images of children among the evaluated ones, if any is known."""
+    is_child = images.age < ADULT
+    if not is_child.any():
+        return []
+    number = f"{is_child.sum():,} of {count_of(len(is_child), 'evaluated image')}"
+    few = Patients.of(images.patients[is_child]).units < FEW_PATIENTS
+    shown = "are too few to show how good the model is for them" if few else "have a row in the table of subgroups"
+    verb = "is of a child" if is_child.sum() == 1 else "are of children"
+    return [f"{number} {verb} (under {ADULT} years). They are part of all results, and {shown}."]
 
 
 def _write(
@@ -384,6 +401,8 @@ def _write(
         "figures": encoded,
         "cases": cases,
         "colour_stops": cards.list_stops(),
+        "empty_map": EMPTY,
+        "is_weighted": not np.array_equal(worklist.priority, worklist.abnormality, equal_nan=True),
         "model": facts.list_model_facts(table, plain),
         "summary": summarize(result, table.model, worklist),
         "worklist": studies,

@@ -10,6 +10,7 @@ import numpy as np
 
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting.evaluation_set import EvaluationSet, Population
+from ray_cxr.reporting.leakage import find_parts
 from ray_cxr.reporting.scores import Scores
 
 #: A spreadsheet runs a cell that starts with one of these as a formula.
@@ -55,6 +56,7 @@ def format_scores(table: Scores, population: Population) -> str:
         "status": np.where(images.ok, "ok", "error").tolist(),
         "error_code": images.codes.tolist(),
         "quality_flag": images.quality_flags.tolist(),
+        "used_in_training": find_parts(images),
         "top_finding": images.top_findings.tolist(),
         "flagged": _list_flagged(images),
         **({} if images.night is None else {"night": [images.nights[night].name for night in images.night]}),

@@ -119,7 +119,7 @@ def _summarize_worklist(worklist: Worklist) -> tuple[list[str], list[str]]:
         only += "" if len(unranked) == 1 else " such flags are"
         order += f" The priority leaves out {_list_findings(names)}, because not calibrated: {only} placed by other"
         order += " findings."
-    return [f"{first} {order}"], [order]
+    return [first], [order]
 
 
 def _summarize_validation(model: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ray_cxr.labels import NO_FINDING
+from ray_cxr.reporting.leakage import find_parts
 from ray_cxr.reporting.ranking import find_highest, group_studies
 from ray_cxr.reporting.scores import Scores
 from ray_cxr.reporting.spreadsheets import format_csv
@@ -21,6 +22,7 @@ class Worklist:
         lines: the columns of text of worklist.csv.
         rows: the rows of each study in the score table; the first is the image of the line.
         priority, abnormality: float32 [n], NaN without a probability.
+        combines: whether the priority combines the probabilities of all findings; else it is a column of the scores.
         p, c: per finding, the study's highest raw and calibrated probability, float64 [n], NaN for null.
     """
 
@@ -28,6 +30,7 @@ class Worklist:
     rows: list[list[int]]
     priority: np.ndarray
     abnormality: np.ndarray
+    combines: bool
     p: dict[str, np.ndarray]
     c: dict[str, np.ndarray]
 
@@ -52,6 +55,7 @@ def build_worklist(table: Scores) -> Worklist:
     n_studies = len(studies)
     abnormality, priority, top = table.ranking.rank_groups(codes, n_studies, np.arange(len(codes)), table.priority)
     names, unranked = _list_flagged(table)
+    parts = find_parts(table)
     lines = []
     for study, rows in enumerate(studies):
         best = rows[0]
@@ -67,6 +71,7 @@ def build_worklist(table: Scores) -> Worklist:
             "n_errors": str(sum(not table.ok[row] for row in rows)),
             "errors": _join(table.codes[row] or "unknown" for row in rows if not table.ok[row]),
             "quality_flags": _join(table.quality_flags[row] for row in rows),
+            "used_in_training": _join(parts[row] for row in rows),
         }
         if table.night is not None:
             line["night"] = "|".join(table.nights[night].name for night in sorted({*table.night[rows].tolist()}))
@@ -76,6 +81,7 @@ def build_worklist(table: Scores) -> Worklist:
         rows=[studies[study] for study in order],
         priority=priority[order].astype(np.float32),
         abnormality=abnormality[order].astype(np.float32),
+        combines=table.ranking.weights is not None,
         p={finding: find_highest(p, codes, n_studies)[order] for finding, p in table.p.items()},
         c={finding: find_highest(c, codes, n_studies)[order] for finding, c in table.c.items()},
     )

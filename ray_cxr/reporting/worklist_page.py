@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ray_cxr.imaging.overlays import EMPTY, HeatMap, draw_overlay, scale_to_side
+from ray_cxr.imaging.overlays import HeatMap, draw_overlay, scale_to_side
 from ray_cxr.imaging.sandbox import Decoder
 from ray_cxr.labels import NO_FINDING
-from ray_cxr.reporting.cases import HeatMapReader, encode_webp, format_p, load_image
+from ray_cxr.reporting.cases import HeatMapReader, encode_webp, load_image
 from ray_cxr.reporting.plots import format_finding
 from ray_cxr.reporting.scores import Scores
 from ray_cxr.reporting.worklist import Worklist
@@ -51,6 +51,7 @@ class StudyRow:
         image: the radiograph; None if it was not loaded or cannot be read, then with an `image_error`.
         heatmap: the image with the heat map of the finding `heatmap_finding`; None without one.
         no_heatmap: why not; empty if the scores have no heat maps.
+        has_empty_map: whether it is None because no cell of the map is above 0.
         reason: why the row is the first of the worklist; empty for other rows.
     """
 
@@ -64,6 +65,7 @@ class StudyRow:
     heatmap: bytes | None = None
     heatmap_finding: str | None = None
     no_heatmap: str = ""
+    has_empty_map: bool = False
     reason: str = ""
 
 
@@ -81,24 +83,17 @@ def explain_first(worklist: Worklist) -> str:
     if n < 2 or np.isnan(worklist.priority[0]):
         return ""
     n_flagged = sum(bool(line["flagged"]) for line in worklist.lines)
-    flags = [format_finding(name) for name in line["flagged"].split("|") if name]
-    if not flags:
-        reason = f"First because it has the highest priority of the {n:,} rows; none has a flag."
-    elif n_flagged == 1:
-        reason = f"First because it is the only row with a flag ({', '.join(flags)})."
-    else:
-        highest = f"has the highest priority of the {n_flagged:,} rows with a flag"
-        reason = f"First because it is flagged ({', '.join(flags)}) and {highest}."
-    top = line["top_finding"]
-    for kind, values in (("calibrated ", worklist.c), ("", worklist.p)):
-        if top in values and not np.isnan(values[top][0]):
-            reason += f" Its highest {kind}probability is {format_finding(top)} {format_p(float(values[top][0]))}."
-            reason += f" The priority combines all {kind}probabilities; worklist.csv has them."
-            break
-    if line["flagged_unranked"]:
-        left_out = ", ".join(map(format_finding, line["flagged_unranked"].split("|")))
-        reason += f" The priority does not count {left_out}, because not calibrated."
-    return reason
+    if n_flagged == 1:
+        return f"First because it is the only row with a flag ({_list(line['flagged'])})."
+    rows = f"the {n_flagged:,} rows with a flag" if n_flagged else f"all {n:,} rows, none of which has a flag"
+    # A table of another system can have its own priority.
+    of_all = "all its probabilities combined" if worklist.combines else "a column of the scores"
+    left_out = f", without {_list(line['flagged_unranked'])}" if line["flagged_unranked"] else ""
+    return f"First because it has the highest priority ({of_all}{left_out}) of {rows}."
+
+
+def _list(findings: str) -> str:
+    return ", ".join(map(format_finding, findings.split("|")))
 
 
 def _build_row(table: Scores, worklist: Worklist, place: int) -> StudyRow:
@@ -173,22 +168,18 @@ def _add_image(
         if heatmap is not None and heatmap.evidence > 0:
             overlay = draw_overlay(image, heatmap.cells, heatmap.area, side=_SIDE)
             return replace(study, heatmap=encode_webp(overlay), heatmap_finding=finding)
-    return replace(study, no_heatmap=_explain_no_map(maps, image_id, findings))
+    is_empty = bool(findings) and (image_id, findings[0]) in maps
+    return replace(study, no_heatmap=_explain_no_map(maps, image_id, findings), has_empty_map=is_empty)
 
 
 def _explain_no_map(maps: dict[tuple[str, str], HeatMap], image_id: str, findings: Sequence[str]) -> str:
     if not findings:
         return "no heat map: this image has no flag"
     of_image = [finding for name, finding in maps if name == image_id]
+    name = format_finding(findings[0])
+    if findings[0] in of_image:
+        return f"empty heat map of {name}"
     if not of_image:
-        reason = "the image has no heat maps"
-    elif findings[0] in of_image:
-        return f"empty heat map of {format_finding(findings[0])}: {EMPTY}"
-    else:
-        rank = (
-            "the image's highest finding"
-            if len(of_image) == 1
-            else f"among the image's {len(of_image)} highest findings"
-        )
-        reason = f"not {rank}"
-    return f"no heat map of {format_finding(findings[0])}: {reason}"
+        return f"no heat map of {name}: the image has no heat maps"
+    highest = "the highest finding" if len(of_image) == 1 else f"one of the {len(of_image)} highest findings"
+    return f"no heat map of {name}: not {highest}"

@@ -247,7 +247,7 @@ def test_quality_flags_and_errors() -> None:
     assert rows["lateral"].verdict == "inconclusive"
     assert (rows["age_outside_training"].verdict, rows["age_outside_training"].count) == ("unknown", 10)
     assert (found.errors.observed, found.errors.n, found.errors.verdict) == (0.05, 1000, "unknown")
-    assert "large difference for inverted (1 of 4)" in found.summary
+    assert "very different for inverted (1 of 4)" in found.summary
     one = measure(build_flags(n, 200, 100), np.arange(n), {**MODEL, "expected_flag_rates": {"A": 0.2}})
     assert "1 of 2 tested, all as expected" in one.summary
     row = measure(flags, np.arange(n), {**MODEL, "quality": {"lacking": "only 12 images"}}).quality[0]

@@ -378,3 +378,16 @@ def test_a_difference_without_an_interval_names_its_own_denominator(quantity: st
         "specificity": None,
     }
     assert one.reason == expected[quantity]
+
+
+def test_a_few_patients_take_no_finding_from_the_means_of_other_groups() -> None:
+    """The 4 children all have B, so B is undefined for them; all other ages keep it in their means."""
+    c = simulate_images(60, 1)
+    c["age"] = np.where(c["patients"] < 4, 10.0, np.where(c["patients"] < 32, 30.0, 50.0))
+    c["labels"][c["patients"] < 4] = (1, 1)
+    found = measure(c, build(c, crossings=False))
+    children, adults = (find_group(found, "age_band", value) for value in ("0-17", "40-59"))
+    assert adults.shared.auroc.findings == NAMES
+    assert adults.shared.auroc.value == pytest.approx(np.mean([cell.auroc for cell in adults.cells]))
+    assert (children.shared.auroc.value, children.small) == (None, True)
+    assert "2 findings" in children.shared.auroc.reason

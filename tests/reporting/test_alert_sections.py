@@ -111,6 +111,9 @@ def test_reading_order_is_that_of_the_worklist(tmp_path: Path) -> None:
     assert order["findings"]["Effusion"]["value"] == pytest.approx(position[with_effusion[evaluated]].mean())
     # Decisions on any finding name it, too. Without flags there is no decision.
     assert "abnormality leaves out Effusion" in found.page
+    for section in ("calibration", "net_benefit", "selection"):
+        assert found.metrics[section]["Effusion"] == {"reason": "not calibrated"}
+    assert found.page.count("Not shown: Effusion (not calibrated)") == 3
     pq.write_table(
         table.select([name for name in table.column_names if "flag_" not in name]), tmp_path / "other.parquet"
     )

@@ -52,7 +52,7 @@ def test_a_card_names_image_finding_probability_and_what_labels_and_model_state(
         row = archive.ids.index(re.search(r'class="id">([^<]+)<', card)[1])
         finding = re.search(r"<h4>([^<]+)</h4>", card)[1]
         p = archive.p[finding][row]
-        assert f"p {p:.3f}, threshold 0.300" in card or p < 0.001
+        assert f"<td>{p:.3f}</td><td>0.300</td>" in card or p < 0.001
         lines = re.findall(
             r'<th scope="row">(\w+)</th><td>(\w+)</td><td>([\d.< ]+)</td>.*?<td[^>]*>(\w+)</td></tr>', card
         )

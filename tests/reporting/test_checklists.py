@@ -88,7 +88,7 @@ def test_items_hold_values_of_the_run(archive: Archive, tmp_path: Path) -> None:
         ("CLAIM", "25"): "loss focal, seed 3. 3 epochs",
         ("CLAIM", "26"): "Epoch 2, the best by validation macro AUROC",
         ("CLAIM", "29"): "40 resamples, seed 0",
-        ("CLAIM", "30"): "difference for Hernia",
+        ("CLAIM", "30"): "different for Hernia",
         ("CLAIM", "32"): "test split of a random patient split, seed 0, of tables that the training also read",
         ("CLAIM", "33"): "Not in this run",
         ("CLAIM", "37"): f"Macro AUROC {macro['auroc']:.3f} (0.",

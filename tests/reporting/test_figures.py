@@ -279,7 +279,7 @@ def test_drift_draws_the_interval_that_decides(drawn: dict[str, Figure]) -> None
     assert [pytest.approx(ends) for ends in ([2, 4], [-1, 1.2], [-3, 2])] == [bar for bar in bars if bar != [0, 0]]
     widths = [patch.get_width() for patch in ax.patches]
     assert widths == pytest.approx([1.5, 2.5, 2.0, 0.0])
-    assert {"0%", "0.4%", "unknown", "inconclusive", "large", "ok"} <= set(texts(drawn["drift"]))
+    assert {"0%", "0.4%", "unknown", "inconclusive", "very different", "as expected"} <= set(texts(drawn["drift"]))
     assert forest_figures.plot_drift([SimpleNamespace(name="Mass", observed=None)]) is None
     # A row of the table is in the figure too.
     (ax,) = charts(forest_figures.plot_drift([SimpleNamespace(**{**vars(DRIFT[1]), "name": "No_Finding"})]))

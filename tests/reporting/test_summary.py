@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from score_archive import Archive, without_drawing
 
 from ray_cxr.reporting import summary
@@ -38,9 +39,16 @@ def test_scores_without_labels_say_what_to_read_and_whether_to_trust_them(tmp_pa
     assert rows[0]["image_id"] in sentences[1]
     flagged = [bool(row["flagged"]) for row in rows]
     assert flagged == sorted(flagged, reverse=True)
-    assert f"{sum(flagged)} of {len(rows)} rows" in sentences[1]
     (warning,) = [one for one in metrics["warnings"] if one["kind"] == "training_images"]
-    assert "44 of 57 images were used to train or tune this model; 1 more is of the same patients" in warning["text"]
+    own = dict(zip(archive.ids, archive.split, strict=True))
+    single = [row for row in rows if row["n_images"] == "1"]
+    assert [row["used_in_training"] for row in single] == [own[row["image_id"]].replace("test", "") for row in single]
+    assert next(row for row in rows if row["study_id"] == "s2")["used_in_training"] == "train"  # one of its two images
+    flags = np.any([archive.p[f] >= archive.threshold for f in archive.diseases], axis=0) & archive.ok
+    of_flagged = f"{(flags & (archive.split != 'test')).sum()} of the {flags.sum()} flagged images"
+    counts = f"44 of 57 images, and {of_flagged}, were used to train or tune this model"
+    assert f"{counts}; 1 more is of the same patients" in warning["text"]
+    assert "training image of this model" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert (metrics["leak_check"]["shared_images"], metrics["leak_check"]["related_images"]) == (44, 1)
     (trust,) = [sentence for sentence in sentences if "validation images" in sentence and "AUROC" in sentence]
     assert "45 validation images" in trust

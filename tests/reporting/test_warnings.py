@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from score_archive import Archive, without_drawing
 
 from ray_cxr.cli import main
 from ray_cxr.labels import FINDINGS
+from ray_cxr.reporting.report import write_report
 
 
 def run_report(
@@ -63,3 +65,26 @@ def test_findings_without_a_threshold_are_in_page_metrics_and_terminal(
     for text in (page, printed, (tmp_path / "report" / "report.md").read_text(encoding="utf-8")):
         assert warning["text"] in text
     assert warning["reasons"] in page[page.index('id="needs-look"') :], "the section has the reasons"
+
+
+def test_a_remedy_states_what_it_would_flag_and_children_are_counted(tmp_path: Path) -> None:
+    archive = Archive(tmp_path / "archive", patients=30, findings=FINDINGS[:4])
+    point = {"threshold": 0.3, "rule": "any_flag_rate=0.3", "n": 45, "positives": 9, "flag_rate": 0.4}
+    rule = "flag_rate=0.1"
+    model = {
+        "operating_points": {finding: None if finding == "Edema" else point for finding in archive.findings},
+        "operating_alternatives": {finding: {rule: {**point, "threshold": 0.5}} for finding in archive.findings},
+        "rule_notes": {"Edema": "any_flag_rate=0.3 flags no validation image"},
+        "provenance": {"validation": {"findings": {"Edema": {"n": 45, "positives": 9, "auroc": 0.5}}}},
+    }
+    ages = [10.0 if archive.patient[row] == "20" else 50.0 for row in range(archive.n)]
+    labels = archive.labels(age=ages, No_Finding=[0, 1] * (archive.n // 2))
+    with without_drawing():
+        metrics = write_report(archive.scores(**model), tmp_path / "report", labels=labels, split="test", n_resamples=2)
+    (warning,) = [one for one in metrics["warnings"] if one["kind"] == "no_threshold"]
+    flagged = np.any([archive.p[f][archive.tested] >= 0.5 for f in archive.findings], axis=0).mean()
+    assert f"`--set operating_point={rule}` (flags {100 * flagged:.0f}% of these images)" in warning["advice"]
+    (note,) = [note for note in metrics["notes"] if "children" in note]
+    assert note.startswith(f"3 of {archive.tested.sum()} evaluated images are of children (under 18 years)")
+    assert "too few" in note
+    assert "No_Finding" not in metrics["findings"], "labelled, but no output of the model"
