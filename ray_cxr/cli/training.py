@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from ray_cxr import config, errors, session
-from ray_cxr.cli.arguments import add_command, add_settings, any_path, local_output, override_settings
+from ray_cxr.cli.arguments import add_command, add_settings, any_path, override_settings
 from ray_cxr.cli.dry_run import add_dry_run, print_cost
 from ray_cxr.cli.next_step import suggest_score
 from ray_cxr.cli.output import format_number, print_line, print_rule_notes, print_table, print_warnings
@@ -42,7 +42,7 @@ def add_commands(commands: Any) -> None:
         ["prepared --out study --config jobs/laptop.toml --trials 10", "prepared --out study --resume --trials 20"],
     )
     tune.add_argument("prepared", type=any_path, metavar="PREPARED", help="folder from ray-cxr prepare")
-    tune.add_argument("--out", required=True, type=local_output, metavar="STUDY", help="folder to write")
+    tune.add_argument("--out", required=True, type=any_path, metavar="STUDY", help="folder to write")
     tune.add_argument("--trials", type=int, metavar="N", help="number of trials, including earlier runs (20)")
     tune.add_argument("--confirm", type=int, metavar="N", help="pairs of extra trainings of the best two backbones (0)")
     tune.add_argument("--workers", metavar="N", help="training processes per trial (1)")
@@ -142,11 +142,11 @@ def _tune(arguments: argparse.Namespace) -> None:
     print_line(f"report: {out / 'report.html'}")
     if outcome.bundle is not None:
         print_line(f"best trial: {outcome.facts['best_number']}, settings in {out / 'best.toml'}")
-        print_line(f"bundle: {outcome.bundle.path}")
+        print_line(f"bundle: {out / 'bundle'}")
     if outcome.facts["interrupted"]:
         raise KeyboardInterrupt
     if outcome.gave_up is not None:
         raise RayCxrError(outcome.gave_up)
     if outcome.bundle is None:
         raise RayCxrError(f"{out}: no trial completed an epoch, so there is no bundle; see trials.parquet")
-    suggest_score(outcome.bundle.path, arguments.prepared)
+    suggest_score(out / "bundle", arguments.prepared)

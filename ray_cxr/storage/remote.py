@@ -19,6 +19,7 @@ import os
 import posixpath
 import re
 import secrets
+import shutil
 import stat
 import tempfile
 from collections import deque
@@ -341,6 +342,15 @@ def remove_files(paths: Iterable[Path]) -> None:
     """Remove files, several at a time; missing ones are ignored."""
     for _ in map_concurrently(lambda path: path.unlink(missing_ok=True), paths):
         pass
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder with its contents, if it exists; a local file that cannot be removed is left."""
+    if (store_path := as_store_path(path)) is None:
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(FileNotFoundError):
+        store_path.rmdir()
 
 
 def download(paths: Sequence[Path]) -> list[Path]:

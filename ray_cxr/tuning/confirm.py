@@ -8,7 +8,6 @@ The plan is fixed when the first pair starts, so later trials do not change it. 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,7 +19,7 @@ import pandas as pd
 
 from ray_cxr.config import TrainSettings
 from ray_cxr.evaluation.confirmation import MAX_PAIRS, Confirmation, ConfirmedPair
-from ray_cxr.storage import atomic
+from ray_cxr.storage import atomic, remote
 from ray_cxr.storage.run_folder import read_json
 from ray_cxr.training.monitor import read_metrics
 from ray_cxr.training.uploads import FAILURE
@@ -146,4 +145,4 @@ def drop_checkpoints(plan: StudyPlan, runs: Sequence[ConfirmRun]) -> None:
     if plan.settings.keep != "all":
         for run in runs:
             if run.state[0]:
-                shutil.rmtree(run.folder / "ray", ignore_errors=True)
+                remote.remove_folder(run.folder / "ray")

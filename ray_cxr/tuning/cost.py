@@ -39,7 +39,8 @@ def estimate_tune(plan: StudyPlan, *, use_gpu: bool = False) -> Cost:
     largest = max(costs.values(), key=lambda cost: cost.parameters)
     sizes = largest.list_sizes(plan.base)
     sizes["checkpoints"] *= left
-    tables = sorted((plan.out / TRIALS).glob(f"[0-9]*/{METRICS}"))
+    tables = [folder / METRICS for folder in sorted((plan.out / TRIALS).glob("[0-9]*"))]
+    tables = [table for table in tables if table.exists()]
     earlier = read_epochs(tables, f"of {len(tables)} trials in {plan.out}")
     if earlier is None and use_gpu:
         return Cost(counts, {}, None, sizes, NO_GPU_RATE)

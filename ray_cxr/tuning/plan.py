@@ -17,12 +17,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import time
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
 import numpy as np
 import optuna
@@ -30,7 +30,7 @@ import optuna
 from ray_cxr import extras
 from ray_cxr.config import TrainSettings, TuneSettings, load
 from ray_cxr.data.prepared import PreparedSet, complete_sizes
-from ray_cxr.errors import ConfigError, OutputError, RayCxrError, TableError, first_line, list_causes
+from ray_cxr.errors import ConfigError, OutputError, RayCxrError, TableError
 from ray_cxr.evaluation import metrics
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.storage import atomic, remote
@@ -38,6 +38,7 @@ from ray_cxr.storage.run_folder import check_run, create_run, read_json, read_se
 from ray_cxr.training.planning import list_free_settings, plan_training
 from ray_cxr.tuning.parameters import Choices
 from ray_cxr.tuning.space import KNOWN, Space, default_space
+from ray_cxr.tuning.storage import StudyStorage, explain_database_error
 
 #: Names in STUDY.
 TRIALS, TABLE, SUMMARY, START_SETTINGS = "trials", "trials.parquet", "summary.json", "begun.json"
@@ -49,17 +50,8 @@ DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
 }
 #: Arguments of `warnings.catch_warnings` that silence Optuna's warnings of experimental features.
 _EXPERIMENTAL: Any = {"action": "ignore", "category": optuna.exceptions.ExperimentalWarning}
-#: Seconds to wait for a SQLite database that another program has locked: when the search starts, and later.
-START_LOCK_S, LOCK_S = 20.0, 120.0
-#: What to do if the message of a database contains a word.
-_DATABASE_REMEDIES = {
-    "locked": "another program has locked it: end that program",
-    "readonly": "make the file and its folder writable",
-    "not a database": "it is damaged: restore it from a backup, or choose another --out",
-    "malformed": "it is damaged: restore it from a backup, or choose another --out",
-    "unable to open": "check that its folder exists and is writable",
-    "full": "free some space",
-}
+#: Seconds until a study that another command creates has an owner.
+_CLAIM_WAIT_S = 2.0
 #: Settings of the search that do not change its trials.
 _FREE = {"trials", "concurrent", "ahead", "max_failures", "keep", "storage", "confirm"}
 
@@ -70,6 +62,7 @@ class StudyPlan:
     Attributes:
         base: the training settings that all trials share.
         space: the search space.
+        storage: where Optuna keeps the search.
         points: configurations to try first: the values by Optuna parameter, and the fields left out.
         run_settings: the content of settings.json; later runs in `out` must have the same.
         name: the name of Optuna's study, with a digest of `run_settings`.
@@ -79,7 +72,7 @@ class StudyPlan:
     """
 
     def __init__(self, prepared: str | Path, out: str | Path, base: TrainSettings, settings: TuneSettings) -> None:
-        self.prepared, self.out = remote.to_path(prepared), Path(out)
+        self.prepared, self.out = remote.to_path(prepared), remote.to_path(out)
         if base.min_workers is not None:
             raise ConfigError(
                 f"workers: {base.min_workers}-{base.workers}: trials need one number, or machines that come and go "
@@ -107,7 +100,7 @@ class StudyPlan:
             )
         if settings.sampler == "cmaes":
             _check_cmaes(settings, self.space)
-        self.describe_storage()  # refuses a wrong storage
+        self.storage = StudyStorage(self.out, settings.storage)
         self.points = [self.space.point(values, f"tune.enqueue[{i}]") for i, values in enumerate(settings.enqueue)]
         if settings.known:
             known = [values for values in KNOWN if values["backbone"] in self.space.backbones]
@@ -146,26 +139,6 @@ class StudyPlan:
                 seed=seed, multivariate=True, group=True, n_startup_trials=self.settings.startup_trials
             )
 
-    def describe_storage(self) -> str:
-        """Return the address of Optuna's storage without its password; raise ConfigError if it is invalid."""
-        from sqlalchemy.engine import make_url
-        from sqlalchemy.exc import ArgumentError
-
-        if self.settings.storage is None:
-            return _make_address(self.out)
-        try:
-            parts = make_url(self.settings.storage)
-        except (ArgumentError, ValueError):
-            raise ConfigError(
-                "tune.storage: not an Optuna storage; write a database URL such as sqlite:////data/studies.db or "
-                "postgresql://user@host/name"
-            ) from None
-        if "@" in (parts.host or ""):
-            # The text before the second @, a part of the password, would be shown as the host.
-            raise ConfigError("tune.storage: contains two @; write the password's as %40")
-        # The query of the URL may contain a password too.
-        return parts.set(query={}).render_as_string(hide_password=True)
-
     def open_study(self) -> optuna.Study:
         """Return Optuna's study, created if needed, and bind its folder to these settings.
 
@@ -176,25 +149,18 @@ class StudyPlan:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.out.mkdir(parents=True, exist_ok=True)
         identity = read_settings(self.out).get("id") or uuid.uuid4().hex
-        storage = self.describe_storage()
-        url = self.settings.storage or _make_address(self.out.absolute())
-        options: dict[str, Any] = {"connect_args": {"timeout": LOCK_S}} if url.startswith("sqlite") else {}
         try:
-            if options:
-                _check_writable(url)
-            study = optuna.create_study(
-                storage=optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True, **options}),
-                study_name=self.name,
-                load_if_exists=True,
-                directions=[DIRECTIONS[name] for name in self.settings.objectives],
-                pruner=optuna.pruners.NopPruner(),
-            )
+            study, is_new = self._load_study()
             if not study.get_trials(deepcopy=False) and any((self.out / TRIALS).glob("[0-9]*")):
                 raise OutputError(
-                    f"{self.out}: has trials that {storage} does not know; continue with their storage "
+                    f"{self.out}: has trials that {self.storage} does not know; continue with their storage "
                     f"(--set storage=...), or remove {self.out / TRIALS}"
                 )
             owner = study.user_attrs.get("folder")
+            if owner is None and not is_new:
+                # Another command creates it just now, or was killed before it named its folder.
+                time.sleep(_CLAIM_WAIT_S)
+                owner = study.user_attrs.get("folder")
             if owner is None and not study.get_trials(deepcopy=False):
                 # Write the folder before its id: any folder may claim a study without an owner.
                 create_run(self.out, {**self.run_settings, "id": identity})
@@ -205,16 +171,27 @@ class StudyPlan:
         except RayCxrError:
             raise
         except Exception as error:  # any error of a database driver
-            raise RayCxrError(f"tune.storage: {storage}: {explain_database_error(error)}") from None
+            raise RayCxrError(f"tune.storage: {self.storage}: {explain_database_error(error)}") from None
         if owner != identity:
             raise OutputError(
-                f"tune.storage: {storage} holds the same search ({self.name}), started from another folder; continue "
-                f"it there, or name another storage for {self.out}"
+                f"tune.storage: {self.storage} holds the same search ({self.name}), started from another folder; "
+                f"continue it there, or name another storage for {self.out}"
             )
         study.sampler = self.create_sampler(len(study.get_trials(deepcopy=False)))
         for point, _ in self.points:
             study.enqueue_trial(point, skip_if_exists=True)
+        self.storage.save()
         return study
+
+    def _load_study(self) -> tuple[optuna.Study, bool]:
+        """Return Optuna's study, and whether this command has created it."""
+        storage, pruner = self.storage.open(), optuna.pruners.NopPruner()
+        directions = [DIRECTIONS[name] for name in self.settings.objectives]
+        try:
+            options: dict[str, Any] = {"study_name": self.name, "pruner": pruner, "directions": directions}
+            return optuna.create_study(storage=storage, **options), True
+        except optuna.exceptions.DuplicatedStudyError:
+            return optuna.load_study(storage=storage, study_name=self.name, pruner=pruner), False
 
     def is_finished(self) -> bool:
         """Return whether all requested trials have ended and all output is written."""
@@ -236,34 +213,6 @@ class StudyPlan:
 
     def folder(self, number: int) -> Path:
         return self.out / TRIALS / f"{number:04d}"
-
-
-def explain_database_error(error: BaseException) -> str:
-    """Return the message of the database, which Optuna's errors hide, and what to do."""
-    from sqlalchemy.exc import DBAPIError
-
-    originals = (cause.orig for cause in list_causes(error) if isinstance(cause, DBAPIError))
-    message = first_line(next(filter(None, originals), error))
-    remedy = next((text for word, text in _DATABASE_REMEDIES.items() if word in message), "check the database")
-    return f"{message}; {remedy}, then run the same command again to continue"
-
-
-def _check_writable(url: str) -> None:
-    """Write to a SQLite database without a change; raise its error within `START_LOCK_S` seconds if that fails."""
-    from sqlalchemy import create_engine, text
-
-    engine = create_engine(url, connect_args={"timeout": START_LOCK_S})
-    try:
-        with engine.connect() as connection:
-            version = connection.execute(text("PRAGMA user_version")).scalar()
-            connection.execute(text(f"PRAGMA user_version = {version}"))
-    finally:
-        engine.dispose()
-
-
-def _make_address(out: Path) -> str:
-    """Return the URL of STUDY/study.db, with escapes (`%3F`): Optuna and SQLAlchemy interpret `?`, `%` and `{}`."""
-    return f"sqlite:///{quote(str(out / 'study.db'))}"
 
 
 def list_prepared_sizes(prepared: Path) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from ray_cxr.labels import NO_FINDING
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.progress import Stage
 from ray_cxr.reporting.search_page import write_search_page
-from ray_cxr.storage import atomic
+from ray_cxr.storage import atomic, remote
 from ray_cxr.training.export import export_bundle
 from ray_cxr.training.planning import plan_training
 from ray_cxr.tuning import records
@@ -68,7 +67,7 @@ def drop_checkpoints(plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame, k
     kept = {records.find_best_trial(rows), *records.list_pareto_front(study), *keep}
     for number in rows.loc[rows["state"] != "running", "number"]:
         if int(number) not in kept:
-            shutil.rmtree(plan.folder(int(number)) / "ray", ignore_errors=True)
+            remote.remove_folder(plan.folder(int(number)) / "ray")
 
 
 def write_best_settings(plan: StudyPlan, settings: TrainSettings, rows: pd.DataFrame, best: int, cpus: int) -> None:
@@ -92,20 +91,24 @@ def export_best(
     """Export the bundle of the trial `best` to STUDY/bundle, unless STUDY has the bundle of the same epochs."""
     epochs = int(rows.loc[rows["number"] == best, "epochs"].iloc[0])
     origin = {"study": plan.name, "trial": best, "trials": len(rows), "epochs": epochs}
-    target, old, new = (plan.out / name for name in ("bundle", ".bundle.old", ".bundle.new"))
+    target, old = plan.out / "bundle", plan.out / ".bundle.old"
+    # A bucket renames nothing: there the old bundle is removed first, and an incomplete one counts as none.
+    in_bucket = remote.as_store_path(target) is not None
+    new = target if in_bucket else plan.out / ".bundle.new"
     with contextlib.suppress(BundleError):  # missing, or incomplete after a kill
         existing = load_bundle(target)
         if {**existing.info["provenance"].get("tuned", {}), "trials": 0} == {**origin, "trials": 0}:
             return existing
-    shutil.rmtree(new, ignore_errors=True)
+    remote.remove_folder(new)
     on_event(f"tune: exporting the bundle of trial {best}")
     with Stage("writing the bundle"):
         export_bundle(plan_training(plan.prepared, plan.folder(best), settings), new, more={"tuned": origin})
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    if not in_bucket:
+        remote.remove_folder(old)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        remote.remove_folder(old)
     return load_bundle(target)
 
 
@@ -129,7 +132,7 @@ def collect_facts(
         "title": f"Hyper-parameter search: {plan.out.absolute().name}",
         "prepared": str(plan.prepared),
         "study_name": plan.name,
-        "storage": plan.describe_storage(),
+        "storage": str(plan.storage),
         "objectives": list(settings.objectives),
         "directions": [DIRECTIONS[name] for name in settings.objectives],
         "trials_wanted": settings.trials,

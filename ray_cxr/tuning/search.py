@@ -77,7 +77,7 @@ def search(
         _check_dashboard()
     cpus, capacity = plan_resources(plan.base, use_gpu=use_gpu, runs=settings.concurrent)
     concurrent = settings.concurrent or capacity
-    with lock(out, "tune"):
+    with lock(out, "tune"), cluster.log_node_changes("tune", on_event):
         cluster.require_shared(out, {"PREPARED": plan.prepared})
         save_start_settings(out, plan.base, settings)
         study = plan.open_study()
@@ -89,7 +89,7 @@ def search(
         ended = 0
         context = TrialContext(
             prepared=remote.to_address(plan.prepared),
-            out=str(out.absolute()),
+            out=remote.to_address(out),
             use_gpu=use_gpu,
             measure_threads=cpus if "images_per_second" in settings.objectives else None,
             placement=cluster.placement,
@@ -167,7 +167,7 @@ def _query_state_api() -> str | None:
 def _log_start(searcher: StudySearcher, done: int, concurrent: int, on_event: Callable[[str], None]) -> None:
     """Log the plan of this command, and warn of settings that lead to poor results."""
     plan, settings, cpus = searcher.plan, searcher.plan.settings, searcher.cpus
-    on_event(f"tune: study {plan.name} in {plan.describe_storage()}")
+    on_event(f"tune: study {plan.name} in {plan.storage}")
     if done:
         on_event(f"tune: {done} trials have already ended and are kept")
     for number in searcher.unfinished:
@@ -231,7 +231,7 @@ def _run_confirmation(
         for one in pending:
             one.folder.mkdir(parents=True, exist_ok=True)
             settings = one.settings.replace(cpus_per_worker=resources[1]).model_dump(mode="json")
-            configs[one.number] = {"folder": str(one.folder.absolute()), "settings": settings}
+            configs[one.number] = {"folder": remote.to_address(one.folder), "settings": settings}
         # Without a searcher, Tune runs each number once, in order.
         space = {"number": ray_tune.grid_search(list(configs))}
         _run_tune(
@@ -260,6 +260,7 @@ def _run_tune(
             return _name_trial(self.config)
 
     settings = plan.settings
+    store, path = remote.to_arrow(plan.out / "ray")
     selector = cluster.avoid_spot("memory", TRIAL_BYTES, options["max_concurrent_trials"])
     resources = ray_tune.PlacementGroupFactory([{"memory": TRIAL_BYTES}], bundle_label_selector=[selector])
     tuner = ray_tune.Tuner(
@@ -272,7 +273,8 @@ def _run_tune(
         ),
         run_config=ray_tune.RunConfig(
             name=f"tune-{int(time.time())}",
-            storage_path=str((plan.out / "ray").absolute()),
+            storage_path=path,
+            storage_filesystem=store,
             failure_config=ray_tune.FailureConfig(max_failures=settings.max_failures),
             callbacks=[monitor],
             verbose=0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 import tomli_w
@@ -15,11 +15,14 @@ from ray.tune.search.optuna import OptunaSearch
 from sqlalchemy.exc import SQLAlchemyError
 
 from ray_cxr.errors import RayCxrError, one_line
-from ray_cxr.storage import atomic
+from ray_cxr.storage import atomic, remote
 from ray_cxr.training.monitor import read_metrics
 from ray_cxr.tuning.halving import Halving
-from ray_cxr.tuning.plan import DIRECTIONS, StudyPlan, explain_database_error
+from ray_cxr.tuning.plan import DIRECTIONS, StudyPlan
 from ray_cxr.tuning.records import METRIC, REPORT_NAMES, get_state, read_objectives
+from ray_cxr.tuning.storage import explain_database_error
+
+T = TypeVar("T")
 
 _DATABASE_ERRORS = (optuna.exceptions.StorageInternalError, SQLAlchemyError)
 #: After this many successive trials that fail before any epoch the search ends: their settings are not the cause.
@@ -79,8 +82,8 @@ class StudySearcher(OptunaSearch):
             # Optuna suggests the values of the earlier run again.
             trial = optuna.trial.Trial(self.study, self._get_frozen(self.unfinished.pop(0))._trial_id)
         else:
-            trial = self.study.ask()
-        self.plan.space.suggest(trial)
+            trial = self._retry(self.study.ask)
+        self._retry(lambda: self.plan.space.suggest(trial))
         self._ot_trials[trial_id] = trial
         self.count_start(trial_id)
         folder = self.plan.folder(trial.number)
@@ -92,24 +95,24 @@ class StudySearcher(OptunaSearch):
         return {
             "number": trial.number,
             "name": f"trial-{trial.number:04d}-{settings.backbone}",
-            "folder": str(folder.absolute()),
+            "folder": remote.to_address(folder),
             "settings": settings.model_dump(mode="json"),
         }
 
     def _get_frozen(self, number: int) -> FrozenTrial:
-        return self.study.get_trials(deepcopy=False)[number]
+        return self._retry(lambda: self.study.get_trials(deepcopy=False)[number])
 
     def count_start(self, trial_id: str) -> None:
         """Count the starts of a trial's processes, also after a loss."""
         trial = self._ot_trials[trial_id]
-        trial.set_user_attr("starts", int(trial.user_attrs.get("starts", 0)) + 1)
+        self._write(lambda: trial.set_user_attr("starts", int(trial.user_attrs.get("starts", 0)) + 1))
 
     def get_values(self, trial_id: str) -> dict[str, Any]:
-        return self.plan.space.values(self._ot_trials[trial_id].params)
+        return self.plan.space.values(self._retry(lambda: self._ot_trials[trial_id].params))
 
     def get_reason(self, trial_id: str) -> str | None:
         """Return why a trial failed; None if it did not."""
-        reason: str | None = self._ot_trials[trial_id].user_attrs.get("reason")
+        reason: str | None = self._retry(lambda: self._ot_trials[trial_id].user_attrs.get("reason"))
         return reason
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -154,17 +157,20 @@ class StudySearcher(OptunaSearch):
         self._failed_in_row = 0 if read_metrics(self.plan.folder(trial.number)) else self._failed_in_row + 1
 
     def _write(self, write: Callable[[], Any]) -> None:
-        """Write to Optuna's storage with retries: other programs may lock it, or it may be restarting."""
+        self._retry(write)
+        self._retry(self.plan.storage.save)
+
+    def _retry(self, call: Callable[[], T]) -> T:
+        """Use Optuna's storage with retries: other programs may lock it, or it may be restarting."""
         for wait in (1, 2, 4, 8, 16, 32):
             try:
-                write()
-                return
-            except _DATABASE_ERRORS:
+                return call()
+            except (*_DATABASE_ERRORS, RayCxrError):  # the latter: a bucket cannot be written
                 time.sleep(wait)
         try:
-            write()
+            return call()
         except _DATABASE_ERRORS as error:
-            raise RayCxrError(f"{self.plan.describe_storage()}: {explain_database_error(error)}") from None
+            raise RayCxrError(f"{self.plan.storage}: {explain_database_error(error)}") from None
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: Optuna's storage holds the state."""

@@ -18,11 +18,11 @@ import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from ray_cxr import cluster
+from ray_cxr import cluster, limits
 from ray_cxr.config import InputSpec, TrainSettings, build
-from ray_cxr.errors import DivergedError, RayCxrError
+from ray_cxr.errors import DivergedError, RayCxrError, list_causes
 from ray_cxr.models.architecture import Architecture
-from ray_cxr.storage import atomic
+from ray_cxr.storage import atomic, remote
 from ray_cxr.storage.run_folder import read_json
 from ray_cxr.training import trainer
 from ray_cxr.training.monitor import read_metrics
@@ -31,6 +31,8 @@ from ray_cxr.training.worker import UNSCORED
 
 #: In STUDY: measured images per second of exported models, one file per architecture.
 SPEEDS = "speeds"
+#: What Ray raises if a node or a process is gone.
+_LOST = (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError)
 #: Seconds to wait until Tune has read all reports of a trial.
 REPORTS_WAIT_S = 60
 
@@ -56,15 +58,15 @@ def run_trial(config: dict[str, Any], context: TrialContext) -> dict[str, Any]:
     """Train a trial, report each epoch to Tune, and return the last report with `ended`.
 
     The epochs before a restart are reported again. Tune restarts a trial that raises, so only a failure that may pass
-    is raised, e.g. an unreadable folder; a failure that would repeat is returned as `failure`. The trial waits for
-    missing resources.
+    is raised, e.g. an unreadable folder or a lost node; a failure that would repeat is returned as `failure`. The trial
+    waits for missing resources.
     """
     cluster.placement = context.placement
-    settings, folder = build(TrainSettings, config["settings"]), Path(config["folder"])
+    settings, folder = build(TrainSettings, config["settings"]), remote.to_path(config["folder"])
     run = plan_training(context.prepared, folder, settings)
-    rate = None
+    rate, out = None, remote.to_path(context.out)
     if context.measure_threads is not None:
-        rate = _measure_rate(Path(context.out), run.architecture, run.data.input_spec, context.measure_threads)
+        rate = _measure_rate(out, run.architecture, run.data.input_spec, context.measure_threads)
     curve = read_metrics(folder)
     for report in build_reports(curve, rate):
         tune.report(report)
@@ -72,11 +74,19 @@ def run_trial(config: dict[str, Any], context: TrialContext) -> dict[str, Any]:
     try:
         curve = trainer.fit(run, use_gpu=context.use_gpu, listeners=[forwarder], queue=True)
     except RayCxrError as error:
+        if _is_loss(error):
+            raise RayCxrError(f"a node or a process of its training was lost ({error})") from error
         # Image ids of a diverged step remain in the trial's failure.json.
         reason = error.reason if isinstance(error, DivergedError) else str(error)
         return {"epoch": 0, "val_auroc": math.nan, "best_val_auroc": math.nan, "failure": reason}
     forwarder.wait()
     return {**build_reports(curve, rate)[-1], "ended": 1}
+
+
+def _is_loss(error: RayCxrError) -> bool:
+    """Return whether a node or process of a training is gone, without a known shortage of memory or processes."""
+    lost = any(isinstance(cause, _LOST) for cause in list_causes(error))
+    return lost and limits.explain_loss(error.__cause__, "") is None
 
 
 def build_report(curve: Sequence[dict[str, Any]], rate: float | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,9 +25,10 @@ from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import ConfigError, InputError, OutputError, RayCxrError, TableError
 from ray_cxr.labels import LABELS
 from ray_cxr.storage import atomic
+from ray_cxr.storage.remote import to_path
 from ray_cxr.training.monitor import read_metrics
 from ray_cxr.tuning import plan as plans
-from ray_cxr.tuning import records
+from ray_cxr.tuning import records, storage
 from ray_cxr.tuning.plan import StudyPlan
 
 BASE = TrainSettings(backbone="TinyCNN", weights="none", size=64, epochs=4, batch_size=8)
@@ -106,6 +108,8 @@ CMAES: dict[str, Any] = {"space": RATES, "sampler": "cmaes"}
         ({"storage": "my database"}, {}, ["tune.storage: ", "sqlite"]),
         ({"storage": "postgresql://u:secret@host:five/db"}, {}, ["tune.storage: "]),
         ({"storage": "postgresql://u:se@cret@host/db"}, {}, ["tune.storage: ", "%40"]),
+        ({"storage": "postgresql+nothing://u:secret@host/db"}, {}, ["tune.storage: ", "postgresql+nothing"]),
+        ({"storage": "oracle://u:secret@host/db"}, {}, ["tune.storage: oracle needs the package "]),
     ],
 )
 def test_wrong_settings_are_refused_and_nothing_is_written(settings, base, words, prepared, tmp_path: Path) -> None:
@@ -191,24 +195,47 @@ def test_another_search_in_the_same_folder_is_refused(prepared: Path, tmp_path: 
 
 
 def test_a_storage_belongs_to_one_folder_and_a_folder_to_one_storage(prepared: Path, tmp_path: Path) -> None:
-    storage = f"sqlite:///{tmp_path / 'all.db'}"
-    first = plan_of(prepared, tmp_path / "a", storage=storage)
+    address = f"sqlite:///{tmp_path / 'all.db'}"
+    first = plan_of(prepared, tmp_path / "a", storage=address)
     ask(first, first.open_study(), 1)
-    message = get_refusal(OutputError, plan_of(prepared, tmp_path / "b", storage=storage).open_study)
-    assert message.startswith(f"tune.storage: {storage} ")
+    message = get_refusal(OutputError, plan_of(prepared, tmp_path / "b", storage=address).open_study)
+    assert message.startswith(f"tune.storage: {address} ")
     assert first.name in message
-    assert plan_of(prepared, tmp_path / "b", space={"dropout": [0.1, 0.2]}, storage=storage).open_study().trials == []
+    assert plan_of(prepared, tmp_path / "b", space={"dropout": [0.1, 0.2]}, storage=address).open_study().trials == []
     # `--resume` does not know the storage, because it may hold a password.
     write_curve(first, 0, 0.6)
     for _ in range(2):
         with pytest.raises(OutputError, match=r"a: .*storage"):
             plan_of(prepared, tmp_path / "a").open_study()
-    assert len(plan_of(prepared, tmp_path / "a", storage=storage).open_study().trials) == 1
+    assert len(plan_of(prepared, tmp_path / "a", storage=address).open_study().trials) == 1
+
+
+def test_the_record_of_a_study_in_a_bucket_continues(bucket: Any, prepared: Path, tmp_path: Path) -> None:
+    """Each command works on a copy, which another machine need not have."""
+    out = to_path(bucket("records/study"))
+    first = plan_of(prepared, out)
+    ask(first, study := first.open_study(), 2)
+    assert plan_of(prepared, out).open_study().trials == [], "not saved yet"
+    first.storage.save()
+    second = plan_of(prepared, out).open_study()
+    assert [trial.params for trial in second.trials] == [trial.params for trial in study.trials]
+    assert bucket.keys("records/study") == ["records/study/settings.json", "records/study/study.db"]
+    assert str(first.storage) == f"{out}/study.db".replace(f"{bucket.options}/", "/") + bucket.options
+    # A database instead, whose record is not in the bucket.
+    bucket.put("records/study/trials/0000/metrics.csv", b"")
+    with pytest.raises(OutputError, match=r"has trials that sqlite:///.* does not know"):
+        plan_of(prepared, out, storage=f"sqlite:///{tmp_path}/another.db").open_study()
+
+
+def test_a_missing_driver_names_its_extra(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    message = get_refusal(ConfigError, plan_of, prepared, tmp_path, storage="postgresql://u:secret@host/db")
+    assert message == "tune.storage: postgresql needs psycopg. Install it with: pip install 'ray-cxr[postgres]'"
 
 
 @pytest.mark.parametrize("odd", ODD)
 def test_the_address_of_a_study_names_its_file(odd: str) -> None:
-    address = plans._make_address(Path(f"/data/a{odd}b"))
+    address = storage._make_address(Path(f"/data/a{odd}b"))
     filled = optuna.storages.RDBStorage._fill_storage_url_template(address)
     assert make_url(filled).database == f"/data/a{odd}b/study.db"
     assert make_url(filled).query == {}
@@ -219,7 +246,7 @@ def test_a_study_lies_in_its_folder_of_any_name(prepared: Path, tmp_path: Path) 
     ask(plan, plan.open_study(), 1)
     assert [path.name for path in tmp_path.iterdir()] == [ODD_NAME]
     assert {path.name for path in plan.out.iterdir()} == {"settings.json", "study.db"}
-    assert plan.describe_storage() == plans._make_address(plan.out)
+    assert str(plan.storage) == storage._make_address(plan.out)
     assert len(plan_of(prepared, plan.out).open_study().trials) == 1
 
 
@@ -235,7 +262,7 @@ def test_a_study_lies_in_its_folder_of_any_name(prepared: Path, tmp_path: Path) 
 def test_a_database_that_cannot_be_written_is_named_within_seconds(
     state: str, words: str, prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans, "START_LOCK_S", 0.1)
+    monkeypatch.setattr(storage, "START_LOCK_S", 0.1)
     file = tmp_path / "studies.db"
     address = f"sqlite:///{file}"
     plan_of(prepared, tmp_path / "a", storage=address).open_study()
@@ -254,23 +281,21 @@ def test_a_database_that_cannot_be_written_is_named_within_seconds(
 
 
 @pytest.mark.parametrize(
-    ("storage", "shown"),
+    ("address", "shown"),
     [
         ("postgresql://u:secret@host.invalid/db", "postgresql://u:***@host.invalid/db: "),
-        ("postgresql+nothing://u:secret@host.invalid/db", "postgresql.nothing"),
         ("sqlite:////nowhere/at/all.db", "sqlite:////nowhere/at/all.db: "),
         ("sqlite:////tmp/x.db?password=secret", "sqlite:////tmp/x.db: "),
         ("postgresql://u:se%40cret@host.invalid:1/db?sslpassword=secret", "postgresql://u:***@host.invalid:1/db: "),
     ],
 )
-def test_a_broken_storage_is_refused_without_its_password(storage: str, shown: str, prepared, tmp_path: Path) -> None:
-    """Neither the drivers nor the servers exist."""
-    plan = plan_of(prepared, tmp_path / "study", storage=storage)
+def test_a_broken_storage_is_refused_without_its_password(address: str, shown: str, prepared, tmp_path: Path) -> None:
+    plan = plan_of(prepared, tmp_path / "study", storage=address)
     message = get_refusal(RayCxrError, plan.open_study)
     assert message.startswith("tune.storage: ")
     assert shown in message
     plans.save_start_settings(plan.out, plan.base, plan.settings)
-    assert "cret" not in message + plan.describe_storage()
+    assert "cret" not in message + str(plan.storage)
     files = [path for path in plan.out.rglob("*") if path.is_file()]
     assert {path.name for path in files} == {"begun.json"}  # no settings.json: the folder is still free
     assert not any(b"secret" in path.read_bytes() for path in files)

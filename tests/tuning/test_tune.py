@@ -100,6 +100,51 @@ def test_tune_compares_two_backbones(shared_ray: None, prepared: Path, tmp_path:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)  # Ray Train starts twice
+def test_a_search_in_a_bucket_continues(
+    shared_ray, bucket, prepared: Path, tmp_path: Path, command, monkeypatch
+) -> None:
+    """The record is Optuna's SQLite file, which the bucket holds without a database server."""
+    monkeypatch.setenv("RAY_CXR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    settings = tmp_path / "search.toml"
+    settings.write_text(SHORT, encoding="utf-8")
+    bucket.upload(prepared, "tune/set")
+    given = ["tune", bucket("tune/set"), "--out", bucket("tune/study")]
+
+    def run(*more: object) -> str:
+        code, printed, err = command(*given, *more)
+        assert code == 0, err
+        return printed
+
+    run("--config", settings, "--trials", 1)
+    names = {key.removeprefix("tune/study/") for key in bucket.keys("tune/study/")}
+    expected = {"study.db", "trials.parquet", "summary.json", "report.html", "history.png", "best.toml"}
+    expected |= {"bundle/SHA256SUMS", "trials/0000/metrics.csv", "trials/0000/validation.npz", "begun.json"}
+    assert expected <= names
+    assert any(name.startswith("trials/0000/ray/checkpoint") for name in names)
+    first = bucket.get("tune/study/trials/0000/metrics.csv")
+
+    # As after a kill while the bundle was replaced; another trial follows on another machine.
+    bucket.client.delete_object(Bucket="chests", Key="tune/study/bundle/SHA256SUMS")
+    bucket.client.delete_object(Bucket="chests", Key="tune/study/summary.json")
+    assert "1 trials have already ended and are kept" in run("--resume", "--trials", 2)
+    assert bucket.get("tune/study/trials/0000/metrics.csv") == first
+    rows = pd.read_parquet(io.BytesIO(bucket.get("tune/study/trials.parquet")))
+    assert rows["number"].tolist() == [0, 1]
+    assert rows["state"].tolist() == ["finished"] * 2
+    (tmp_path / "study.db").write_bytes(bucket.get("tune/study/study.db"))
+    assert [trial.value for trial in load_study(tmp_path).trials] == rows["val_auroc"].tolist()
+    bundle = ray_cxr.load_bundle(bucket("tune/study/bundle"))
+    best = int(rows["val_auroc"].argmax())
+    assert bundle.info["provenance"]["tuned"]["trial"] == best
+    kept = {key.split("/")[3] for key in bucket.keys("tune/study/trials/") if "/ray/checkpoint" in key}
+    assert kept == {f"{best:04d}"}, "checkpoints of the best trial alone"
+    assert "is finished already" in run("--resume", "--trials", 2)
+    assert not list(tmp_path.glob("s3*"))
+
+
+@pytest.mark.long
 @pytest.mark.timeout(900)  # Ray Train starts 14 times
 def test_tune_confirms_two_backbones(shared_ray: None, prepared: Path, tmp_path: Path, command) -> None:
     out, settings = tmp_path / "study", tmp_path / "search.toml"
